@@ -1,0 +1,53 @@
+"""Everything that one instance needs to know to run."""
+
+from typing import Literal
+
+import msgspec
+from hbserve_kv.config import KVTransferConfig
+
+Role = Literal["prefill", "decode", "hybrid"]
+
+
+class InstanceConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """Configuration of one engine, and of the instance process around it."""
+
+    instance_id: str = "hybrid-0"
+    role: Role = "hybrid"
+    model_path: str
+    """A Hugging Face model folder."""
+    load_format: Literal["safetensors", "dummy"] = "safetensors"
+    """"dummy" needs only config.json and fills the weights with random numbers (seeded: the same on each instance)."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """"auto" takes the checkpoint's."""
+    device: str = "auto"
+    """"auto" (CUDA if there is one), "cpu", or "cuda:N"."""
+    tensor_parallel_size: int = 1
+    num_threads: int = 0
+    """Threads of torch's CPU operators; 0 leaves torch's choice."""
+
+    block_size: int = 16
+    """Tokens per KV block."""
+    num_blocks: int | None = None
+    """KV blocks in the pool; None sizes the pool from free memory."""
+    gpu_memory_utilization: float = 0.9
+    max_model_len: int | None = None
+    """Most tokens of a sequence; None takes the model's own limit."""
+    max_num_seqs: int = 256
+    """Most sequences in one step."""
+    max_num_batched_tokens: int = 2048
+    """Most tokens in one step."""
+    chunked_prefill_enabled: bool = True
+    chunk_size: int = 512
+    """Most prompt tokens of one request in one step."""
+    max_chunk_prefill_tokens: int = 4096
+    """Most prompt tokens of all requests together in one step."""
+    prefix_caching: bool = True
+    cuda_graph_enabled: bool = True
+    cuda_graph_max_seq_len: int = 2048
+
+    host: str = "127.0.0.1"
+    port: int = 0
+    """Port of the instance's RPC server; 0 lets the OS choose."""
+    kv_rank: int = 0
+    kv_transfer: KVTransferConfig = msgspec.field(default_factory=KVTransferConfig)
+    log_level: str = "INFO"

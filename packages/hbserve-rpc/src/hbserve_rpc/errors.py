@@ -1,0 +1,48 @@
+"""Errors of hbserve_rpc.
+
+    HBServeRpcError
+    ├── InvalidRequest (ValueError)      the request is wrong; sending it again cannot help
+    ├── Overloaded                       refused for lack of room; later it may pass
+    ├── RpcTimeout (TimeoutError)        no answer before the call's deadline
+    ├── PeerLost (ConnectionError)       the peer's heartbeats stopped, or it restarted during the call
+    ├── AddressInUse (OSError)           the address to serve on belongs to another process
+    ├── ProtocolMismatch                 the peer speaks another protocol version
+    └── RemoteError                      the peer's handler failed; its message is kept
+"""
+
+from typing import ClassVar
+
+
+class HBServeRpcError(Exception):
+    """Base of every error of this package."""
+
+    code: ClassVar[str] = "internal"
+    """How the error is named on the wire."""
+
+
+class InvalidRequest(HBServeRpcError, ValueError):
+    code = "invalid_request"
+
+
+class Overloaded(HBServeRpcError):
+    code = "overloaded"
+
+
+class RpcTimeout(HBServeRpcError, TimeoutError):
+    code = "timeout"
+
+
+class PeerLost(HBServeRpcError, ConnectionError):
+    code = "peer_lost"
+
+
+class AddressInUse(HBServeRpcError, OSError):
+    code = "address_in_use"
+
+
+class ProtocolMismatch(HBServeRpcError):
+    code = "protocol_mismatch"
+
+
+class RemoteError(HBServeRpcError):
+    code = "internal"

@@ -1,0 +1,234 @@
+"""The structs that cross processes between clients, the scheduler and instances, and the methods that carry them.
+
+Schema rules (peers may be of different versions): a new field has a default; a field never changes its type or meaning.
+
+    client ──SCHEDULER_GENERATE──▶ scheduler ──DECODE──▶ decode instance     Granted, then TokenEvents
+                                       └──────PREFILL──▶ prefill instance    TokenEvent (the first token), TransferDone
+                                       └─────GENERATE──▶ hybrid instance     TokenEvents
+Closing a stream early is how a request is aborted, at every hop.
+"""
+
+from typing import Literal
+
+import msgspec
+
+from hbserve_rpc.methods import Method, StreamMethod
+from hbserve_rpc.sampling_params import SamplingParams
+
+Role = Literal["prefill", "decode", "hybrid"]
+FinishReason = Literal["stop", "length", "abort"]
+InstanceStatus = Literal["starting", "ready", "draining", "failed", "unreachable"]
+
+
+class Empty(msgspec.Struct, frozen=True, tag=True):
+    """A request or reply that says nothing more than that it came."""
+
+
+# ---- requests ----------------------------------------------------------------------------------------------------
+
+
+class GenerateRequest(msgspec.Struct, frozen=True, tag=True):
+    """Generate after `prompt_token_ids + output_token_ids`.
+
+    `output_token_ids` are tokens of this request that the client already has, from an earlier attempt;
+    `params.max_tokens` counts them too, and TokenEvent.index goes on from them.
+    """
+
+    request_id: str
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    output_token_ids: list[int] = []
+
+
+class DecodeRequest(msgspec.Struct, frozen=True, tag=True):
+    """Reserve blocks for a request whose prompt a prefill instance will compute, then decode it."""
+
+    request_id: str
+    transfer_id: str
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    output_token_ids: list[int] = []
+
+
+class PrefillRequest(msgspec.Struct, frozen=True, tag=True):
+    """Compute a prompt, emit its first token, and move its KV to where `grant` says.
+
+    An empty `grant` moves nothing: used when the first token is also the last.
+    """
+
+    request_id: str
+    transfer_id: str
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    grant: bytes = b""
+    output_token_ids: list[int] = []
+
+
+class AbortRequest(msgspec.Struct, frozen=True, tag=True):
+    request_id: str
+
+
+class Aborted(msgspec.Struct, frozen=True, tag=True):
+    found: bool
+    """False: no such request, or it had ended."""
+
+
+# ---- what comes back ---------------------------------------------------------------------------------------------
+
+
+class Granted(msgspec.Struct, frozen=True, tag=True):
+    """First item of a decode stream: the blocks are reserved and the receive is posted."""
+
+    grant: bytes
+    """Opaque to the scheduler: made by the decode side's hbserve_kv, read by the prefill side's."""
+    num_cached_tokens: int = 0
+    """Tokens of the prompt whose KV the decode instance holds already; these are not moved."""
+
+
+class TokenEvent(msgspec.Struct, frozen=True, tag=True):
+    """New tokens of one request, from one engine step or several."""
+
+    index: int
+    """Place of `token_ids[0]` among the request's output tokens; 0 is the first.
+
+    A receiver that already has these tokens drops them.
+    """
+    token_ids: list[int]
+    finish_reason: FinishReason | None = None
+    """Set on the last event of the request, and only there."""
+
+
+class TransferDone(msgspec.Struct, frozen=True, tag=True):
+    """Last item of a prefill stream that moved KV."""
+
+    num_bytes: int
+    num_parts: int
+    time_s: float
+    """Time during which at least one part of this transfer was moving."""
+    num_cached_tokens: int = 0
+    """Prompt tokens that the prefill instance took from its prefix cache."""
+
+
+class RequestFinished(msgspec.Struct, frozen=True, tag=True):
+    """Last item of a client's stream. Times are in seconds, on the scheduler's clock."""
+
+    finish_reason: FinishReason
+    num_prompt_tokens: int
+    num_output_tokens: int
+    queue_time_s: float
+    """Submitted to first handed to an instance."""
+    ttft_s: float
+    """Submitted to first token (time to first token)."""
+    tpot_s: float
+    """Mean time per output token after the first; 0 when there is only one."""
+    e2e_s: float
+    """Submitted to finished."""
+    kv_bytes: int = 0
+    kv_transfer_time_s: float = 0.0
+    num_cached_tokens: int = 0
+    num_attempts: int = 1
+    prefill_instance: str = ""
+    decode_instance: str = ""
+
+
+class InstanceInfo(msgspec.Struct, frozen=True, tag=True):
+    """What an instance is. Constant for one epoch once `status` is no longer "starting"."""
+
+    instance_id: str
+    role: Role
+    epoch: str
+    """One life of the instance's process."""
+    status: InstanceStatus
+    model: str = ""
+    """Where the model was loaded from."""
+    max_model_len: int = 0
+    """Most tokens of one sequence, prompt and output together."""
+    max_prompt_len: int = 0
+    """Most prompt tokens that the instance can take."""
+    vocab_size: int = 0
+    block_size: int = 0
+    num_blocks: int = 0
+    kv_backend: str = ""
+    device: str = ""
+    dtype: str = ""
+    pid: int = 0
+    error: str = ""
+    """Why `status` is "failed"."""
+
+
+class InstanceStats(msgspec.Struct, frozen=True, tag=True):
+    """A snapshot. Counters count from the start of the epoch."""
+
+    instance_id: str
+    role: Role
+    status: InstanceStatus
+    epoch: str = ""
+    active_requests: int = 0
+    """Requests that the instance knows of, in whatever state."""
+    waiting_requests: int = 0
+    running_requests: int = 0
+    num_blocks: int = 0
+    free_blocks: int = 0
+    """Blocks that nobody holds, those kept as prefix cache included."""
+    quarantined_blocks: int = 0
+    active_transfers: int = 0
+    buffered_bytes: int = 0
+    """Bytes of unexpected transfers in the KV lookup buffer."""
+    total_requests: int = 0
+    generated_tokens: int = 0
+    prefill_tokens: int = 0
+    cached_tokens: int = 0
+    preemptions: int = 0
+    kv_bytes_sent: int = 0
+    kv_bytes_received: int = 0
+    kv_transfer_time_s: float = 0.0
+    failed_transfers: int = 0
+    dropped_messages: int = 0
+    """Late, duplicate, unknown and stale-epoch transfer messages."""
+
+
+class SchedulerStats(msgspec.Struct, frozen=True, tag=True):
+    total_requests: int = 0
+    completed_requests: int = 0
+    failed_requests: int = 0
+    aborted_requests: int = 0
+    rejected_requests: int = 0
+    waiting_requests: int = 0
+    running_requests: int = 0
+    retries: int = 0
+    success_rate: float = 1.0
+    """completed / (completed + failed), in [0, 1]; 1 while nothing has ended.
+
+    Aborts and refusals are the caller's and do not count.
+    """
+    instances: list[InstanceStats] = []
+
+
+class ServiceInfo(msgspec.Struct, frozen=True, tag=True):
+    """What a client needs to know of a running deployment."""
+
+    ready: bool
+    model_path: str
+    max_model_len: int = 0
+    instances: list[InstanceInfo] = []
+
+
+InstanceEvent = Granted | TokenEvent | TransferDone
+ClientEvent = TokenEvent | RequestFinished
+
+DESCRIBE: Method[Empty, InstanceInfo] = Method("instance.describe", Empty, InstanceInfo)
+STATS: Method[Empty, InstanceStats] = Method("instance.stats", Empty, InstanceStats)
+GENERATE: StreamMethod[GenerateRequest, TokenEvent] = StreamMethod("instance.generate", GenerateRequest, TokenEvent)
+DECODE: StreamMethod[DecodeRequest, Granted | TokenEvent] = StreamMethod(
+    "instance.decode", DecodeRequest, Granted | TokenEvent
+)
+PREFILL: StreamMethod[PrefillRequest, TokenEvent | TransferDone] = StreamMethod(
+    "instance.prefill", PrefillRequest, TokenEvent | TransferDone
+)
+
+SCHEDULER_INFO: Method[Empty, ServiceInfo] = Method("scheduler.info", Empty, ServiceInfo)
+SCHEDULER_STATS: Method[Empty, SchedulerStats] = Method("scheduler.stats", Empty, SchedulerStats)
+SCHEDULER_ABORT: Method[AbortRequest, Aborted] = Method("scheduler.abort", AbortRequest, Aborted)
+SCHEDULER_GENERATE: StreamMethod[GenerateRequest, ClientEvent] = StreamMethod(
+    "scheduler.generate", GenerateRequest, ClientEvent
+)
