@@ -1,0 +1,85 @@
+"""Install each wheel alone in an empty environment, and prove that its declared closure is what it needs.
+
+For each distribution: build from the sdist, install with its dependencies, then check that exactly the siblings of its
+closure are importable, that the wheel ships py.typed and a licence and nothing of anybody else, and that the package's
+README example runs there (for hbserve-kv: two processes that move blocks).
+"""
+
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from zipfile import ZipFile
+
+ROOT = Path(__file__).resolve().parent.parent
+MODULE = {
+    "hbserve-rpc": "hbserve_rpc",
+    "hbserve-kv": "hbserve_kv",
+    "hbserve-scheduler": "hbserve_scheduler",
+    "hbserve-core": "hbserve_core",
+    "hbserve-compat": "hbserve",
+}
+CLOSURE = {
+    "hbserve-rpc": {"hbserve-rpc"},
+    "hbserve-kv": {"hbserve-kv", "hbserve-rpc"},
+    "hbserve-scheduler": {"hbserve-scheduler", "hbserve-rpc"},
+    "hbserve-core": {"hbserve-core", "hbserve-kv", "hbserve-rpc"},
+    "hbserve-compat": set(MODULE),
+}
+# What a package's tests need beyond the package; hbserve-core makes its test models with transformers.
+TEST_TOOLS = ["pytest", "pytest-asyncio", "pytest-timeout", "hypothesis"]
+EXTRA_TEST_TOOLS = {"hbserve-core": ["transformers>=5.0"]}
+
+
+def run(*command: str | Path, cwd: Path | None = None) -> str:
+    done = subprocess.run([str(c) for c in command], cwd=cwd, capture_output=True, text=True, timeout=900)
+    if done.returncode != 0:
+        sys.exit(f"failed ({done.returncode}): {' '.join(map(str, command))}\n{done.stdout}\n{done.stderr}")
+    return done.stdout
+
+
+def check_contents(wheel: Path, module: str) -> None:
+    names = ZipFile(wheel).namelist()
+    own = (f"{module}/", f"{wheel.name.split('-')[0]}-")
+    strangers = [name for name in names if not name.startswith(own)]
+    assert not strangers, f"{wheel.name} ships files of somebody else: {strangers}"
+    assert f"{module}/py.typed" in names, f"{wheel.name} lacks py.typed"
+    assert any(name.endswith("/LICENSE") for name in names), f"{wheel.name} lacks its licence"
+
+
+def check_alone(distribution: str, dist: Path, scratch: Path) -> None:
+    module = MODULE[distribution]
+    (wheel,) = dist.glob(f"{distribution.replace('-', '_')}-*.whl")
+    check_contents(wheel, module)
+
+    venv = scratch / distribution
+    python = venv / "bin" / "python"
+    run("uv", "venv", "-q", venv)
+    run("uv", "pip", "install", "-q", "--python", python, "--find-links", dist, wheel)
+    run("uv", "pip", "check", "-q", "--python", python)
+    probe = (
+        f"import importlib.util as u, {module}; "
+        f"print(*(d for d, m in {MODULE!r}.items() if u.find_spec(m)), 'torch' if u.find_spec('torch') else '')"
+    )
+    found = set(run(python, "-I", "-c", probe, cwd=scratch).split())
+    without_torch = {"hbserve-rpc", "hbserve-scheduler"}
+    expected = CLOSURE[distribution] | (set() if distribution in without_torch else {"torch"})
+    assert found == expected, f"{distribution}: expected {sorted(expected)}, found {sorted(found)}"
+
+    run("uv", "pip", "install", "-q", "--python", python, *TEST_TOOLS, *EXTRA_TEST_TOOLS.get(distribution, []))
+    tests = ROOT / "packages" / distribution / "tests" / "test_readme.py"
+    report = run(python, "-m", "pytest", "-q", "-c", ROOT / "pyproject.toml", "--rootdir", ROOT, tests, cwd=scratch)
+    print(f"{distribution}: alone with {', '.join(sorted(found))}; README example: {report.strip().splitlines()[-1]}")
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        scratch = Path(folder)
+        dist = scratch / "dist"
+        run("uv", "build", "-q", "--all-packages", "--no-sources", "-o", dist, cwd=ROOT)
+        for distribution in MODULE:
+            check_alone(distribution, dist, scratch)
+
+
+if __name__ == "__main__":
+    main()

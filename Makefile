@@ -1,0 +1,34 @@
+.DEFAULT_GOAL := help
+PACKAGES := $(wildcard packages/*)
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
+
+sync:  ## install everything, from the lock
+	uv sync --locked
+
+fmt:  ## format
+	uv run ruff format .
+	uv run ruff check --fix .
+
+lint:  ## ruff, import-linter, deptry
+	uv run ruff check .
+	uv run ruff format --check .
+	uv run lint-imports
+	for package in $(PACKAGES); do (cd $$package && uv run deptry src) || exit 1; done
+
+type:  ## mypy --strict, package by package
+	for package in $(PACKAGES); do uv run mypy $$package/src || exit 1; done
+
+test:  ## every test that this machine can run
+	uv run pytest
+
+test-gpu:  ## only the tests that need a CUDA device
+	uv run pytest -m gpu
+
+isolate:  ## each wheel alone in an empty environment
+	uv run .ci/wheels_alone.py
+
+check: lint type test isolate  ## all of it, as CI does
+
+.PHONY: help sync fmt lint type test test-gpu isolate check
