@@ -1,0 +1,63 @@
+"""The rules that keep the workspace simple, as far as a test can see them."""
+
+import ast
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = sorted(path for path in (ROOT / "packages").iterdir() if (path / "pyproject.toml").exists())
+SOURCES = sorted(source for package in PACKAGES for source in (package / "src").rglob("*.py"))
+MOST_FILE_LINES = 300
+MOST_FUNCTION_LINES = 40
+
+
+def project(package: Path) -> dict:
+    return tomllib.loads((package / "pyproject.toml").read_text())
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
+def test_files_and_functions_stay_short_enough_to_read(source):
+    text = source.read_text()
+    assert len(text.splitlines()) <= MOST_FILE_LINES, f"{source}: split it by concept"
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            body = [line for line in text.splitlines()[node.lineno - 1 : node.end_lineno] if line.strip()]
+            docstring = ast.get_docstring(node, clean=False)
+            length = len(body) - (len([line for line in docstring.splitlines() if line.strip()]) if docstring else 0)
+            assert length <= MOST_FUNCTION_LINES, f"{source}:{node.lineno} {node.name} has {length} lines"
+
+
+def test_every_member_builds_with_the_same_backend():
+    assert len({str(project(package)["build-system"]) for package in PACKAGES}) == 1
+
+
+@pytest.mark.parametrize("package", PACKAGES, ids=lambda path: path.name)
+def test_siblings_are_required_by_range(package):
+    for requirement in project(package)["project"]["dependencies"]:
+        if requirement.startswith("hbserve-"):
+            assert re.fullmatch(r"hbserve-[a-z]+>=\d+\.\d+,<\d+\.\d+", requirement)
+
+
+@pytest.mark.parametrize("package", PACKAGES, ids=lambda path: path.name)
+def test_a_package_is_whole(package):
+    for name in ["README.md", "CHANGELOG.md", "LICENSE"]:
+        assert (package / name).read_text().strip()
+    (module,) = (package / "src").iterdir()
+    assert (module / "py.typed").exists()
+    assert (package / "tests" / "test_readme.py").exists(), "its README's example must run as a test"
+
+
+@pytest.mark.parametrize("document", sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("packages/*/*.md")]), ids=str)
+def test_links_between_documents_lead_somewhere(document):
+    for target in re.findall(r"\]\(([^)#]+)", document.read_text()):
+        if "://" not in target:
+            assert (document.parent / target).exists(), f"{document.name} links to {target}"
+
+
+def test_both_readmes_have_the_same_code_blocks():
+    blocks = [re.findall(r"```(?:python|bash)\n(.*?)```", (ROOT / name).read_text(), re.S) for name in ["README.md", "README.zh-CN.md"]]
+    without_comments = [[re.sub(r"#.*", "", block).split() for block in file] for file in blocks]
+    assert without_comments[0] == without_comments[1]
