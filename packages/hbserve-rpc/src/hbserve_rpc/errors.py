@@ -1,13 +1,13 @@
 """Errors of hbserve_rpc.
 
-    HBServeRpcError
-    ├── InvalidRequest (ValueError)      the request is wrong; sending it again cannot help
-    ├── Overloaded                       refused for lack of room; later it may pass
-    ├── RpcTimeout (TimeoutError)        no answer before the call's deadline
-    ├── PeerLost (ConnectionError)       the peer's heartbeats stopped, or it restarted during the call
-    ├── AddressInUse (OSError)           the address to serve on belongs to another process
-    ├── ProtocolMismatch                 the peer speaks another protocol version
-    └── RemoteError                      the peer's handler failed; its message is kept
+HBServeRpcError
+├── InvalidRequest (ValueError)      the request is wrong; sending it again cannot help
+├── Overloaded                       refused for lack of room; later it may pass
+├── RpcTimeout (TimeoutError)        no answer before the call's deadline
+├── PeerLost (ConnectionError)       the peer's heartbeats stopped, or it restarted during the call
+├── AddressInUse (OSError)           the address to serve on belongs to another process
+├── ProtocolMismatch                 the peer speaks another protocol version
+└── RemoteError                      the peer's handler failed; its message is kept
 """
 
 from typing import ClassVar

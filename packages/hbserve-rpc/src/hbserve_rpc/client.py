@@ -1,0 +1,250 @@
+"""The calling side of hbserve_rpc."""
+
+import asyncio
+import contextlib
+import itertools
+import logging
+import time
+import uuid
+from collections import deque
+from collections.abc import AsyncIterator
+from types import TracebackType
+from typing import Any, Generic, TypeVar
+
+import msgspec
+import zmq
+import zmq.asyncio
+
+from hbserve_rpc import wire
+from hbserve_rpc.errors import HBServeRpcError, PeerLost, ProtocolMismatch, RpcTimeout
+from hbserve_rpc.methods import Method, StreamMethod
+
+logger = logging.getLogger(__name__)
+
+Q = TypeVar("Q", bound=msgspec.Struct)
+R = TypeVar("R")
+
+
+class RpcClient:
+    """One connection to the server at `address` (`host:port`). Belongs to the event loop that ran `start`.
+
+    The server may come later, or be restarted: the connection is made again by itself. Heartbeats run beside the calls;
+    a server that is silent for `heartbeat_timeout_s` loses every call and stream that waits for it.
+    """
+
+    def __init__(self, address: str, *, heartbeat_interval_s: float = 2.0, heartbeat_timeout_s: float = 10.0) -> None:
+        self.address = address
+        self.dropped_frames = 0
+        """Messages that were undecodable, of an earlier life of the server, or for a call that has ended."""
+        self._interval_s = heartbeat_interval_s
+        self._timeout_s = heartbeat_timeout_s
+        self._epoch: str | None = None
+        self._last_heard_s = 0.0
+        self._ids = itertools.count(1)
+        self._waiting: dict[int, RpcStream[Any]] = {}
+        self._tasks: list[asyncio.Task[None]] = []
+        self._context: zmq.asyncio.Context | None = None
+        self._socket: Any = None
+
+    async def start(self) -> None:
+        """Connect in the background; returns at once, whether the server is there or not."""
+        self._context = zmq.asyncio.Context()
+        self._socket = self._context.socket(zmq.DEALER)
+        for option, value in [(zmq.LINGER, 0), (zmq.RECONNECT_IVL, 50), (zmq.RECONNECT_IVL_MAX, 500)]:
+            self._socket.setsockopt(option, value)
+        # The same identity after a reconnect: a short break of the network costs nothing.
+        self._socket.setsockopt(zmq.IDENTITY, uuid.uuid4().bytes)
+        self._socket.connect(f"tcp://{self.address}")
+        await self._hello()
+        self._tasks = [asyncio.create_task(self._read()), asyncio.create_task(self._heartbeat())]
+
+    async def close(self) -> None:
+        """Fail what is under way with PeerLost, and leave no task or socket behind. May be called twice."""
+        self._fail_all(PeerLost(f"the client of {self.address} was closed"))
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._tasks.clear()
+        if self._context is not None:
+            self._socket.close(linger=0)
+            self._context.term()
+            self._context = None
+
+    async def __aenter__(self) -> "RpcClient":
+        await self.start()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def call(self, method: Method[Q, R], request: Q, *, timeout_s: float) -> R:
+        """Ask once.
+
+        Raises:
+            RpcTimeout: no answer within `timeout_s`. The server is told to stop working on it.
+            PeerLost: the server's heartbeats stopped, or it was restarted meanwhile.
+            ProtocolMismatch: the server speaks another version.
+            InvalidRequest, Overloaded, RemoteError: what the handler raised.
+        """
+        pending: RpcStream[R] = RpcStream(self, next(self._ids), method.name, method.reply, timeout_s)
+        await self._begin(pending, wire.Call(pending.id, method.name), request)
+        async with pending:
+            return await anext(pending)
+
+    def stream(self, method: StreamMethod[Q, R], request: Q, *, timeout_s: float | None = None) -> "RpcStream[R]":
+        """Items as they come. Raises, while iterating, what `call` raises; `timeout_s` bounds the wait for each item.
+
+        Leave it with `aclose()` or as an async context manager, so that the server stops.
+        """
+        stream: RpcStream[R] = RpcStream(self, next(self._ids), method.name, method.item, timeout_s)
+        stream.opening = (wire.Open(stream.id, method.name), request)
+        return stream
+
+    async def _begin(self, pending: "RpcStream[Any]", envelope: wire.Call | wire.Open, request: msgspec.Struct) -> None:
+        if self._context is None:
+            raise PeerLost(f"the client of {self.address} is not started")
+        self._waiting[pending.id] = pending
+        await self.send(envelope, wire.encode(request))
+
+    async def send(self, envelope: wire.FromClient, body: bytes = b"") -> None:
+        await self._socket.send_multipart([wire.encode(envelope), body], copy=len(body) < 65536)
+
+    async def _hello(self) -> None:
+        await self.send(wire.Hello(wire.PROTOCOL_VERSION, self._timeout_s))
+
+    def forget(self, id_: int) -> bool:
+        """Wait no longer for this id. Returns whether the server might still be working on it."""
+        return self._waiting.pop(id_, None) is not None and self._context is not None
+
+    async def _read(self) -> None:
+        while True:
+            frames = await self._socket.recv_multipart()
+            try:
+                head, body = frames
+                envelope = wire.decode_from_server(head)
+            except (ValueError, msgspec.DecodeError):
+                self.dropped_frames += 1
+                logger.warning("dropped a message from %s that is not of this protocol", self.address)
+                continue
+            self._last_heard_s = time.monotonic()
+            await self._handle(envelope, body)
+
+    async def _handle(self, envelope: wire.FromServer, body: bytes) -> None:
+        match envelope:
+            case wire.Refused(version=version):
+                self._fail_all(ProtocolMismatch(
+                    f"{self.address} speaks version {version} of the protocol, this side {wire.PROTOCOL_VERSION}"
+                ))  # fmt: skip
+            case wire.Welcome(epoch=epoch):
+                if self._epoch not in (None, epoch):
+                    self._fail_all(PeerLost(f"{self.address} was restarted"))
+                self._epoch = epoch
+            case wire.Stranger(epoch=epoch):
+                # Also what a server says that gave us up as silent, for example because this process was frozen.
+                self._fail_all(PeerLost(f"{self.address} was restarted, or gave this client up as silent"))
+                self._epoch = epoch
+                await self._hello()
+            case wire.Pong():
+                pass
+            case wire.Reply(id=id_) | wire.Item(id=id_) | wire.End(id=id_) | wire.Failed(id=id_):
+                pending = self._waiting.get(id_)
+                if pending is None or envelope.epoch != self._epoch:
+                    self.dropped_frames += 1
+                else:
+                    pending.receive(envelope, body)
+
+    async def _heartbeat(self) -> None:
+        while True:
+            await asyncio.sleep(self._interval_s)
+            await self.send(wire.Ping())
+            now_s = time.monotonic()
+            for pending in list(self._waiting.values()):
+                silent_s = now_s - max(self._last_heard_s, pending.since_s)
+                if silent_s > self._timeout_s:
+                    pending.fail(PeerLost(f"{self.address} was silent for {silent_s:.1f} s during {pending.method}"))
+
+    def _fail_all(self, error: HBServeRpcError) -> None:
+        for pending in list(self._waiting.values()):
+            pending.fail(error)
+
+
+class RpcStream(AsyncIterator[R], Generic[R]):
+    """Items of one stream, in order; made by `RpcClient.stream`."""
+
+    def __init__(self, client: RpcClient, id_: int, method: str, item: Any, timeout_s: float | None) -> None:
+        self.id = id_
+        self.method = method
+        self.since_s = time.monotonic()
+        self.opening: tuple[wire.Open, msgspec.Struct] | None = None
+        self._client = client
+        self._decoder = msgspec.msgpack.Decoder(item)
+        self._timeout_s = timeout_s
+        self._items: deque[R] = deque()
+        self._error: Exception | None = None
+        self._arrived = asyncio.Event()
+        self._num_received = 0
+        self._num_taken = 0
+
+    def receive(self, envelope: wire.Reply | wire.Item | wire.End | wire.Failed, body: bytes) -> None:
+        match envelope:
+            case wire.Failed():
+                self.fail(wire.revive_error(envelope))
+            case wire.End():
+                self.fail(StopAsyncIteration())
+            case wire.Item(number=number) if number != self._num_received:
+                self.fail(PeerLost(f"{self._client.address} lost item {self._num_received} of {self.method}"))
+            case _:
+                try:
+                    self._items.append(self._decoder.decode(body))
+                except msgspec.DecodeError as error:
+                    self.fail(ProtocolMismatch(f"{self._client.address} answered {self.method} with {error}"))
+                self._num_received += 1
+                self._arrived.set()
+                if isinstance(envelope, wire.Reply):
+                    self.fail(StopAsyncIteration())
+
+    def fail(self, error: Exception) -> None:
+        """End the stream after what has arrived already. The first cause is kept."""
+        self._client.forget(self.id)
+        self._error = self._error or error
+        self._arrived.set()
+
+    async def __anext__(self) -> R:
+        if self.opening is not None:
+            envelope, request = self.opening
+            self.opening, self.since_s = None, time.monotonic()
+            await self._client._begin(self, envelope, request)
+        while not self._items:
+            if self._error is not None:
+                raise self._error
+            self._arrived.clear()
+            await self._wait()
+        self._num_taken += 1
+        if self._num_taken % (wire.CREDIT // 2) == 0 and self._error is None:
+            await self._client.send(wire.Credit(self.id, wire.CREDIT // 2))
+        return self._items.popleft()
+
+    async def _wait(self) -> None:
+        try:
+            await asyncio.wait_for(self._arrived.wait(), self._timeout_s)
+        except TimeoutError:
+            await self.aclose()
+            raise RpcTimeout(f"{self._client.address}: no answer to {self.method} within {self._timeout_s} s") from None
+
+    async def aclose(self) -> None:
+        """Want no more of it: the server stops. May be called twice, and after the end."""
+        self.opening = None
+        self._error = self._error or StopAsyncIteration()
+        if self._client.forget(self.id):
+            with contextlib.suppress(zmq.ZMQError):  # the socket was closed meanwhile: the server hears that too
+                await self._client.send(wire.Close(self.id))
+
+    async def __aenter__(self) -> "RpcStream[R]":
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.aclose()

@@ -1,0 +1,219 @@
+"""The serving side of hbserve_rpc."""
+
+import asyncio
+import contextlib
+import errno
+import logging
+import time
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import msgspec
+import zmq
+import zmq.asyncio
+
+from hbserve_rpc import wire
+from hbserve_rpc.errors import AddressInUse, HBServeRpcError, InvalidRequest
+from hbserve_rpc.methods import Method, StreamMethod
+
+logger = logging.getLogger(__name__)
+
+Q = TypeVar("Q", bound=msgspec.Struct)
+R = TypeVar("R")
+
+
+@dataclass
+class _Work:
+    """A call or stream that is under way for one client."""
+
+    task: asyncio.Task[None]
+    credit: asyncio.Semaphore
+
+
+@dataclass
+class _Client:
+    heartbeat_timeout_s: float
+    last_heard_s: float
+    work: dict[int, _Work] = field(default_factory=dict)
+
+
+class RpcServer:
+    """Serves methods on one address. Belongs to the event loop that ran `start`.
+
+    Handlers run as tasks of that loop. A stream's handler is an async generator; it is closed (its `finally` blocks
+    run) when the client closes the stream, or was silent for its heartbeat timeout.
+    """
+
+    def __init__(
+        self, host: str = "127.0.0.1", port: int = 0, *, epoch: str | None = None, heartbeat_timeout_s: float = 10.0
+    ) -> None:
+        self.host = host
+        self.port = port
+        self.epoch = epoch or uuid.uuid4().hex
+        self.dropped_frames = 0
+        """Messages that were undecodable, or from a client that is not known."""
+        self._check_interval_s = min(1.0, heartbeat_timeout_s / 4)
+        self._handlers: dict[str, tuple[Any, Callable[[Any], Any]]] = {}
+        self._streams: dict[str, tuple[Any, Callable[[Any], AsyncIterator[Any]]]] = {}
+        self._clients: dict[bytes, _Client] = {}
+        self._tasks: list[asyncio.Task[None]] = []
+        self._context: zmq.asyncio.Context | None = None
+        self._socket: Any = None
+
+    def serve(self, method: Method[Q, R], handler: Callable[[Q], Awaitable[R]]) -> None:
+        """Answer `method` with what `handler` returns; its exception reaches the caller."""
+        self._handlers[method.name] = (msgspec.msgpack.Decoder(method.request), handler)
+
+    def serve_stream(self, method: StreamMethod[Q, R], handler: Callable[[Q], AsyncIterator[R]]) -> None:
+        """Answer `method` with the items of the async generator that `handler` returns."""
+        self._streams[method.name] = (msgspec.msgpack.Decoder(method.request), handler)
+
+    @property
+    def address(self) -> str:
+        """`host:port` that clients connect to."""
+        return f"{self.host}:{self.port}"
+
+    async def start(self) -> None:
+        """Bind and serve.
+
+        Raises:
+            AddressInUse: another socket has the address.
+            OSError: the address cannot be bound for another reason, for example because this host does not have it.
+        """
+        self._context = zmq.asyncio.Context()
+        self._socket = self._context.socket(zmq.ROUTER)
+        self._socket.setsockopt(zmq.LINGER, 0)
+        self._socket.setsockopt(zmq.SNDHWM, 0)  # bounded by the streams' credit instead: a full ROUTER drops silently
+        self._socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
+        try:
+            self._socket.bind(f"tcp://{self.host}:{self.port}")
+        except zmq.ZMQError as error:
+            self._close_socket()
+            if error.errno == errno.EADDRINUSE:
+                raise AddressInUse(f"{self.address} is in use by another process; choose another port, or 0") from error
+            raise OSError(error.errno, f"cannot serve on {self.address}: {error}") from error
+        self.port = int(self._socket.getsockopt_string(zmq.LAST_ENDPOINT).rpartition(":")[2])
+        self._tasks = [asyncio.create_task(self._read()), asyncio.create_task(self._drop_silent_clients())]
+
+    async def stop(self) -> None:
+        """End every call and stream, and leave no task or socket behind. May be called twice."""
+        running = [work.task for client in self._clients.values() for work in client.work.values()]
+        for task in [*self._tasks, *running]:
+            task.cancel()
+        await asyncio.gather(*self._tasks, *running, return_exceptions=True)
+        self._tasks.clear()
+        self._clients.clear()
+        self._close_socket()
+
+    def _close_socket(self) -> None:
+        if self._context is not None:
+            self._socket.close(linger=0)
+            self._context.term()
+            self._context = None
+
+    async def _send(self, identity: bytes, envelope: wire.FromServer, body: bytes = b"") -> None:
+        await self._socket.send_multipart([identity, wire.encode(envelope), body], copy=len(body) < 65536)
+
+    async def _read(self) -> None:
+        while True:
+            frames = await self._socket.recv_multipart()
+            try:
+                identity, head, body = frames
+                envelope = wire.decode_from_client(head)
+            except (ValueError, msgspec.DecodeError):
+                self.dropped_frames += 1
+                logger.warning("dropped a message of %d frames that is not of this protocol", len(frames))
+                continue
+            await self._handle(identity, envelope, body)
+
+    async def _handle(self, identity: bytes, envelope: wire.FromClient, body: bytes) -> None:
+        if isinstance(envelope, wire.Hello):
+            await self._greet(identity, envelope)
+            return
+        client = self._clients.get(identity)
+        if client is None:
+            self.dropped_frames += 1
+            await self._send(identity, wire.Stranger(self.epoch))
+            return
+        client.last_heard_s = time.monotonic()
+        match envelope:
+            case wire.Ping():
+                await self._send(identity, wire.Pong(self.epoch))
+            case wire.Call(id=id_):
+                self._begin(identity, client, id_, self._run_call(identity, envelope, body))
+            case wire.Open(id=id_):
+                credit = asyncio.Semaphore(wire.CREDIT)
+                self._begin(identity, client, id_, self._run_stream(identity, envelope, body, credit), credit)
+            case wire.Credit(id=id_, count=count):
+                if work := client.work.get(id_):
+                    for _ in range(min(count, wire.CREDIT)):
+                        work.credit.release()
+            case wire.Close(id=id_):
+                if work := client.work.get(id_):
+                    work.task.cancel()
+
+    async def _greet(self, identity: bytes, hello: wire.Hello) -> None:
+        if hello.version != wire.PROTOCOL_VERSION:
+            await self._send(identity, wire.Refused(wire.PROTOCOL_VERSION, self.epoch))
+            return
+        if identity not in self._clients:
+            self._clients[identity] = _Client(hello.heartbeat_timeout_s, time.monotonic())
+        await self._send(identity, wire.Welcome(wire.PROTOCOL_VERSION, self.epoch))
+
+    def _begin(
+        self, identity: bytes, client: _Client, id_: int, job: Any, credit: asyncio.Semaphore | None = None
+    ) -> None:
+        task = asyncio.create_task(job)
+        client.work[id_] = _Work(task, credit or asyncio.Semaphore(0))
+        task.add_done_callback(lambda _: client.work.pop(id_, None))
+
+    def _decode(self, table: dict[str, tuple[Any, Any]], method: str, body: bytes) -> tuple[Any, Any]:
+        if method not in table:
+            raise InvalidRequest(f"{self.address} does not serve {method!r}; it serves {sorted(table)}")
+        decoder, handler = table[method]
+        try:
+            return handler, decoder.decode(body)
+        except msgspec.DecodeError as error:
+            raise InvalidRequest(f"{method}: {error}") from error
+
+    async def _run_call(self, identity: bytes, call: wire.Call, body: bytes) -> None:
+        try:
+            handler, request = self._decode(self._handlers, call.method, body)
+            reply = wire.encode(await handler(request))
+        except Exception as error:  # the top of a handler: whatever it raised belongs to the caller
+            await self._fail(identity, call.id, call.method, error)
+        else:
+            await self._send(identity, wire.Reply(self.epoch, call.id), reply)
+
+    async def _run_stream(self, identity: bytes, open_: wire.Open, body: bytes, credit: asyncio.Semaphore) -> None:
+        try:
+            handler, request = self._decode(self._streams, open_.method, body)
+            async with contextlib.aclosing(handler(request)) as items:
+                number = 0
+                async for item in items:
+                    await credit.acquire()
+                    await self._send(identity, wire.Item(self.epoch, open_.id, number), wire.encode(item))
+                    number += 1
+        except Exception as error:  # as above
+            await self._fail(identity, open_.id, open_.method, error)
+        else:
+            await self._send(identity, wire.End(self.epoch, open_.id))
+
+    async def _fail(self, identity: bytes, id_: int, method: str, error: Exception) -> None:
+        if not isinstance(error, HBServeRpcError):
+            logger.error("%s failed", method, exc_info=error)
+        code, message = wire.describe_error(error)
+        await self._send(identity, wire.Failed(self.epoch, id_, code, message))
+
+    async def _drop_silent_clients(self) -> None:
+        while True:
+            await asyncio.sleep(self._check_interval_s)
+            now_s = time.monotonic()
+            for identity, client in list(self._clients.items()):
+                if now_s - client.last_heard_s > client.heartbeat_timeout_s:
+                    logger.info("a client was silent for %.1f s; its work ends", now_s - client.last_heard_s)
+                    for work in client.work.values():
+                        work.task.cancel()
+                    del self._clients[identity]

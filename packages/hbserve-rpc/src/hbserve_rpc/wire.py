@@ -1,0 +1,120 @@
+"""What travels between an RpcClient and an RpcServer: an envelope and a body, one ZeroMQ frame each.
+
+    client                                     server
+      Hello(version)             ──────▶
+                                 ◀──────       Welcome(version, epoch), or Refused(version)
+      Call(id, method) + request ──────▶
+                                 ◀──────       Reply(id) + reply, or Failed(id, code, message)
+      Open(id, method) + request ──────▶
+                                 ◀──────       Item(id, number) + item, at most as many as the client gave credit for
+      Credit(id, count)          ──────▶
+      Close(id)                  ──────▶       stop the call or stream; nothing more comes
+                                 ◀──────       End(id), or Failed(id, code, message)
+      Ping                       ──────▶
+                                 ◀──────       Pong
+Each envelope from the server has its epoch. A server that gets anything but a Hello from a client it does not know
+answers Stranger: it was restarted, and what the client waits for is lost.
+"""
+
+from typing import Any
+
+import msgspec
+
+from hbserve_rpc.errors import HBServeRpcError, InvalidRequest, Overloaded, RemoteError
+
+PROTOCOL_VERSION = 1
+CREDIT = 64
+"""Items that may be on their way in one stream."""
+
+
+class Hello(msgspec.Struct, frozen=True, tag=True):
+    version: int
+    heartbeat_timeout_s: float
+    """The client's streams end when nothing came from it for so long."""
+
+
+class Call(msgspec.Struct, frozen=True, tag=True):
+    id: int
+    method: str
+
+
+class Open(msgspec.Struct, frozen=True, tag=True):
+    id: int
+    method: str
+
+
+class Credit(msgspec.Struct, frozen=True, tag=True):
+    id: int
+    count: int
+
+
+class Close(msgspec.Struct, frozen=True, tag=True):
+    id: int
+
+
+class Ping(msgspec.Struct, frozen=True, tag=True):
+    pass
+
+
+class Welcome(msgspec.Struct, frozen=True, tag=True):
+    version: int
+    epoch: str
+
+
+class Refused(msgspec.Struct, frozen=True, tag=True):
+    version: int
+    epoch: str
+
+
+class Stranger(msgspec.Struct, frozen=True, tag=True):
+    epoch: str
+
+
+class Pong(msgspec.Struct, frozen=True, tag=True):
+    epoch: str
+
+
+class Reply(msgspec.Struct, frozen=True, tag=True):
+    epoch: str
+    id: int
+
+
+class Item(msgspec.Struct, frozen=True, tag=True):
+    epoch: str
+    id: int
+    number: int
+    """0, 1, 2 … within the stream: a gap is a lost frame."""
+
+
+class End(msgspec.Struct, frozen=True, tag=True):
+    epoch: str
+    id: int
+
+
+class Failed(msgspec.Struct, frozen=True, tag=True):
+    epoch: str
+    id: int
+    code: str
+    message: str
+
+
+FromClient = Hello | Call | Open | Credit | Close | Ping
+FromServer = Welcome | Refused | Stranger | Pong | Reply | Item | End | Failed
+
+encode = msgspec.msgpack.Encoder().encode
+decode_from_client: Any = msgspec.msgpack.Decoder(FromClient).decode
+decode_from_server: Any = msgspec.msgpack.Decoder(FromServer).decode
+
+_CROSS_UNCHANGED = {error.code: error for error in (InvalidRequest, Overloaded)}
+
+
+def describe_error(error: Exception) -> tuple[str, str]:
+    """(code, message) of an error that a handler raised."""
+    if isinstance(error, HBServeRpcError):
+        return error.code, str(error)
+    return RemoteError.code, f"{type(error).__name__}: {error}"
+
+
+def revive_error(failed: Failed) -> HBServeRpcError:
+    """The caller's half of `describe_error`: refusals keep their class, any other failure is a RemoteError."""
+    return _CROSS_UNCHANGED.get(failed.code, RemoteError)(failed.message)
