@@ -58,7 +58,7 @@ def _write_model(folder: Path, name: str) -> None:
         torch.manual_seed(0)
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         for parameter_name, parameter in model.named_parameters():
-            # Large weights make the next token depend on the whole context; norms and biases differ from their defaults.
+            # Large weights make the next token depend on the whole context; norms and biases must not be trivial.
             mean = 1.0 if "norm" in parameter_name else 0.0
             torch.nn.init.normal_(parameter, mean=mean, std=0.3)
     model.save_pretrained(folder, max_shard_size=shard_size)
@@ -110,11 +110,62 @@ def greedy_tokens(reference_model: Callable[[str], Any]) -> Callable[[str, Seque
     return lambda name, prompt, count: generate(name, tuple(prompt), count)
 
 
-def make_prompt(length: int, salt: int = 0) -> list[int]:
+@pytest.fixture(scope="session")
+def prompt() -> Callable[..., list[int]]:
     """Token ids from 3 to 252: no end-of-sequence token, no short period, another row for each salt."""
-    return [3 + (7 * i * i + 11 * i + 13 * salt * (i + 1)) % 250 for i in range(length)]
+
+    def make(length: int, salt: int = 0) -> list[int]:
+        return [3 + (7 * i * i + 11 * i + 13 * salt * (i + 1)) % 250 for i in range(length)]
+
+    return make
+
+
+@pytest.fixture(scope="session", params=MODELS)
+def model_name(request: pytest.FixtureRequest) -> str:
+    """Runs the test once for each small model."""
+    return str(request.param)
+
+
+class Stepper:
+    """Drives a ModelRunner by hand: sequences with blocks of their own, and greedy generation in chunks."""
+
+    def __init__(self, runner: Any) -> None:
+        self.runner = runner
+        total = runner.pool.shape[0]
+        # Neighbouring blocks of a sequence must not be neighbours in the pool.
+        self._free = sorted(range(total), key=lambda i: (i * 7919) % 104729)
+
+    def sequence(self, prompt: Sequence[int], **params: Any) -> Any:
+        from hbserve_core.sequence import Sequence as EngineSequence
+        from hbserve_rpc import SamplingParams
+
+        given = SamplingParams(**({"temperature": 0, "max_tokens": 64, "ignore_eos": True} | params))
+        return EngineSequence("request", list(prompt), len(prompt), given)
+
+    def step(self, work: Sequence[tuple[Any, int]]) -> None:
+        """One step that computes so many tokens of each sequence, and appends what it samples."""
+        from hbserve_core.sequence import ScheduledChunk
+
+        chunks = []
+        for sequence, num_new in work:
+            num_tokens = sequence.num_computed_tokens + num_new
+            while len(sequence.block_table) * self.runner.config.block_size < num_tokens:
+                sequence.block_table.append(self._free.pop())
+            chunks.append(ScheduledChunk(sequence, num_new))
+        samples = [chunk.samples for chunk in chunks]
+        tokens = self.runner.run(chunks)
+        assert [token is not None for token in tokens] == samples
+        for chunk, token in zip(chunks, tokens, strict=True):
+            chunk.sequence.num_computed_tokens += chunk.num_new_tokens
+            if token is not None:
+                chunk.sequence.token_ids.append(token)
+
+    def generate(self, sequences: Sequence[Any], count: int, chunk_size: int = 1 << 30) -> None:
+        """Every sequence in every step, each with at most chunk_size tokens, until all have `count` output tokens."""
+        while unfinished := [sequence for sequence in sequences if sequence.num_output_tokens < count]:
+            self.step([(s, min(chunk_size, s.num_tokens - s.num_computed_tokens)) for s in unfinished])
 
 
 @pytest.fixture(scope="session")
-def prompt() -> Callable[..., list[int]]:
-    return make_prompt
+def stepper() -> Callable[[Any], Stepper]:
+    return Stepper

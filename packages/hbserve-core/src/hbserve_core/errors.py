@@ -1,11 +1,11 @@
 """Errors of hbserve_core.
 
-    HBServeCoreError
-    ├── ModelFilesMissing (FileNotFoundError)   the model folder, or a file that must be in it, is not there
-    ├── UnsupportedModel (ValueError)           the folder is sound, but this engine cannot run what it describes
-    ├── WeightsMismatch (ValueError)            tensors are missing, unexpected, or of the wrong shape
-    ├── InvalidInstanceConfig (ValueError)      a setting that cannot be
-    └── NotEnoughMemory (MemoryError)           the KV pool does not fit
+HBServeCoreError
+├── ModelFilesMissing (FileNotFoundError)   the model folder, or a file that must be in it, is not there
+├── UnsupportedModel (ValueError)           the folder is sound, but this engine cannot run what it describes
+├── WeightsMismatch (ValueError)            tensors are missing, unexpected, or of the wrong shape
+├── InvalidInstanceConfig (ValueError)      a setting that cannot be
+└── NotEnoughMemory (MemoryError)           the KV pool does not fit
 """
 
 

@@ -38,7 +38,9 @@ def read_rope_config(folder: Path, raw: Mapping[str, Any]) -> RopeConfig:
     parameters = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     rope_type = parameters.get("rope_type") or parameters.get("type") or "default"
     if rope_type not in _SUPPORTED:
-        raise UnsupportedModel(f"{folder}: rope_type={rope_type!r} is not supported; supported: {', '.join(_SUPPORTED)}")
+        raise UnsupportedModel(
+            f"{folder}: rope_type={rope_type!r} is not supported; supported: {', '.join(_SUPPORTED)}"
+        )
     partial = parameters.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1.0))
     if partial != 1.0:
         raise UnsupportedModel(f"{folder}: partial_rotary_factor={partial} is not supported; supported: 1.0")

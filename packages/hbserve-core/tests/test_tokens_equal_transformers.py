@@ -1,0 +1,49 @@
+"""Greedy tokens and logits against the oracle: transformers, float32."""
+
+import pytest
+import torch
+
+from hbserve_core.config import InstanceConfig
+from hbserve_core.model_runner import ModelRunner
+
+BLOCK, CHUNK = 8, 24
+LENGTHS = [1, BLOCK - 1, BLOCK, BLOCK + 1, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK + 5]
+
+
+@pytest.fixture
+def runner(model_folder, model_name):
+    folder = str(model_folder(model_name))
+    return ModelRunner(InstanceConfig(model_path=folder, block_size=BLOCK, num_blocks=256, device="cpu"))
+
+
+def test_prompts_around_block_and_chunk_sizes_one_at_a_time(runner, model_name, stepper, prompt, greedy_tokens):
+    for length in LENGTHS:
+        stepping = stepper(runner)
+        sequence = stepping.sequence(prompt(length))
+        stepping.generate([sequence], 6, CHUNK)
+        assert sequence.output_token_ids == greedy_tokens(model_name, prompt(length), 6), f"prompt of {length} tokens"
+
+
+def test_all_lengths_in_one_batch_mix_chunks_and_decodes(runner, model_name, stepper, prompt, greedy_tokens):
+    stepping = stepper(runner)
+    sequences = [stepping.sequence(prompt(length)) for length in LENGTHS for _ in range(2)]
+    stepping.generate(sequences, 6, CHUNK)
+    for sequence in sequences:
+        given = sequence.token_ids[: sequence.num_prompt_tokens]
+        assert sequence.output_token_ids == greedy_tokens(model_name, given, 6)
+
+
+def test_logits_of_every_position_equal_the_reference(runner, model_name, stepper, prompt, reference_model):
+    given = prompt(2 * CHUNK + 3)
+    with torch.inference_mode():
+        expected = reference_model(model_name)(torch.tensor([given])).logits[0]
+    stepping = stepper(runner)
+    sequence = stepping.sequence(given)
+    captured = []
+    sample = runner._sampler.sample
+    runner._sampler.sample = lambda logits, sequences: captured.append(logits.clone()) or sample(logits, sequences)
+    for end in range(1, len(given) + 1):
+        sequence.token_ids = given[:end]
+        sequence.num_prompt_tokens = end
+        stepping.step([(sequence, 1)])
+    torch.testing.assert_close(torch.cat(captured), expected, rtol=1e-4, atol=1e-4)
