@@ -1,0 +1,56 @@
+"""The public extension point: a KV transfer backend of your own. Imports no torch.
+
+A subclass that writes `send_kv_cache` and `receive_kv_cache` is a full backend: `kv_transfer.backend: "module:Class"`
+(or an entry point in the group `hbserve_kv.backends`) makes every PD run carry its KV by it.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+
+class KVTransferBase(ABC):
+    """Moves tensors between ranks, matched by request id.
+
+    All methods run in the event loop of the instance and must not block it. Who wants threads, makes them.
+    """
+
+    def __init__(self, rank: int, options: Mapping[str, Any]) -> None:
+        """`rank` is this instance's `kv_rank`; `options` is `kv_transfer.options` of the configuration."""
+        self.rank = rank
+        self.options = options
+
+    async def start(self) -> None:
+        """Called once, before anything else."""
+
+    async def close(self) -> None:
+        """Called once, after everything else; must end what `send` and `receive` still wait for."""
+
+    def describe(self) -> bytes:
+        """What a peer needs to know to reach this rank, for example an address. Sent to each peer at its handshake."""
+        return b""
+
+    async def connect(self, rank: int, description: bytes) -> None:
+        """A peer's `rank` and `describe()`: called on both sides before they exchange anything; again if it restarted."""
+
+    @abstractmethod
+    async def send_kv_cache(self, request_id: str, kv_buffer: "torch.Tensor", target_rank: int) -> None:
+        """Send `kv_buffer` to the rank whose `receive_kv_cache` names the same `request_id`.
+
+        HBServe calls this once for each part of a transfer, with an id that it uses once only ("<transfer id>:<part>"),
+        so a backend need not keep any order. The buffer is contiguous, of dtype uint8 and shape (num_blocks,
+        block_bytes), on the CPU or a CUDA device; it may be read until this returns, and not longer.
+
+        Raises:
+            Exception: any error fails the transfer; the receiver is told.
+        """
+
+    @abstractmethod
+    async def receive_kv_cache(self, request_id: str, source_rank: int) -> "torch.Tensor":
+        """The tensor that `source_rank` sent under `request_id`: same bytes, any shape and device.
+
+        May be called before or after the peer's send. Is cancelled when the transfer is given up.
+        """

@@ -1,0 +1,106 @@
+"""How bytes move between two instances, once both know which blocks: the part in which backends differ."""
+
+import asyncio
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, TypeVar
+
+from hbserve_kv.memory import Memory, Region
+
+T = TypeVar("T")
+
+
+@dataclass(eq=False)
+class Link:
+    """One direction between two instances: parts go over it one after the other."""
+
+    key: str
+    """Names the pair on both sides; never used again, so that a new life of a peer gets a new link."""
+    is_sender: bool
+    peer_rank: int
+    peer_description: bytes
+    """The peer's `Transport.describe()`."""
+    executor: ThreadPoolExecutor = field(init=False)
+    """Where blocking I/O of this link runs: a peer that hangs stops nobody else."""
+
+    def __post_init__(self) -> None:
+        self.executor = ThreadPoolExecutor(1, thread_name_prefix=f"kv-{self.key[:8]}")
+
+    async def run(self, blocking: Callable[..., T], *arguments: Any) -> T:
+        """Run in the link's thread. Cancelling the caller does not stop the thread: it waits for it."""
+        future = asyncio.get_running_loop().run_in_executor(self.executor, blocking, *arguments)
+        try:
+            return await asyncio.shield(future)
+        except asyncio.CancelledError:
+            # Bytes may move until the thread returns, and whoever cancels must know when they have stopped.
+            await asyncio.wait([future])
+            raise
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some blocks of one transfer. `source` blocks are known to the sender, `target` blocks to both."""
+
+    transfer_id: str
+    index: int
+    region: Region
+    """Region of the blocks on the side that uses this part."""
+    block_ids: list[int]
+    target_region: Region = "pool"
+    target_block_ids: list[int] = field(default_factory=list)
+    ready: Any = None
+    """CUDA event after which the source blocks may be read; None on the CPU."""
+
+    @property
+    def message_id(self) -> str:
+        return f"{self.transfer_id}:{self.index}"
+
+
+class Transport(ABC):
+    """Moves the blocks of parts over links. All methods run in the manager's event loop."""
+
+    name: ClassVar[str]
+    one_sided: ClassVar[bool]
+    """True: `push` writes into the peer's memory without its help, and `accept` is never called."""
+
+    @abstractmethod
+    async def start(self, memory: Memory) -> None:
+        """Make `memory` ready to send from and receive into.
+
+        Raises:
+            BackendUnavailable: a library or device is missing.
+        """
+
+    @abstractmethod
+    def describe(self) -> bytes:
+        """What a peer's `connect` needs."""
+
+    @abstractmethod
+    async def connect(self, link: Link) -> None:
+        """Make the link usable. Called on the sender, and for two-sided transports on both sides at the same time."""
+
+    @abstractmethod
+    async def push(self, link: Link, part: Part) -> None:
+        """Sender: move a part. Returns when its source blocks are no longer read.
+
+        Raises:
+            Exception: the part has failed. `DrainUnknown` if the source may still be read, or bytes may still land.
+        """
+
+    async def accept(self, link: Link, part: Part) -> None:
+        """Receiver, two-sided only: take a part into `part.block_ids`. However it ends, nothing lands afterwards."""
+        raise NotImplementedError(f"{self.name} is one-sided")
+
+    @abstractmethod
+    async def disconnect(self, link: Link) -> None:
+        """Forget the link; what waits on it fails soon."""
+
+    @abstractmethod
+    async def close(self) -> None:
+        """Leave nothing behind."""
+
+
+class DrainUnknown(Exception):
+    """A push failed, and bytes may still land."""
