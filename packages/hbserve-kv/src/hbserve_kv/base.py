@@ -23,18 +23,21 @@ class KVTransferBase(ABC):
         self.rank = rank
         self.options = options
 
-    async def start(self) -> None:
+    async def start(self) -> None:  # noqa: B027  optional
         """Called once, before anything else."""
 
-    async def close(self) -> None:
+    async def close(self) -> None:  # noqa: B027  optional
         """Called once, after everything else; must end what `send` and `receive` still wait for."""
 
     def describe(self) -> bytes:
         """What a peer needs to know to reach this rank, for example an address. Sent to each peer at its handshake."""
         return b""
 
-    async def connect(self, rank: int, description: bytes) -> None:
-        """A peer's `rank` and `describe()`: called on both sides before they exchange anything; again if it restarted."""
+    async def connect(self, rank: int, description: bytes) -> None:  # noqa: B027  optional
+        """A peer's `rank` and `describe()`: called on both sides before they exchange anything.
+
+        Called again when the peer was restarted.
+        """
 
     @abstractmethod
     async def send_kv_cache(self, request_id: str, kv_buffer: "torch.Tensor", target_rank: int) -> None:

@@ -1,12 +1,12 @@
 """What a KV transfer is configured with. Imports no torch."""
 
-from enum import Enum
+from enum import StrEnum
 from typing import Any
 
 import msgspec
 
 
-class KVTransferBackend(str, Enum):
+class KVTransferBackend(StrEnum):
     """The backends that ship with hbserve_kv. A custom one is named by entry point or `module:Class` instead."""
 
     NCCL = "nccl"

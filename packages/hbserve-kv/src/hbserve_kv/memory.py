@@ -31,10 +31,13 @@ class Memory:
     def num_blocks_for(self, num_bytes: int) -> int:
         return -(-num_bytes // self.block_bytes)
 
-    def allocate(self, num_blocks: int) -> list[int] | None:
-        """Blocks of the arena, or None if there is no room now."""
-        if num_blocks > len(self._free):
-            return None
+    @property
+    def num_free(self) -> int:
+        return len(self._free)
+
+    def allocate(self, num_blocks: int) -> list[int]:
+        """Blocks of the arena; the caller has seen that there is room."""
+        assert num_blocks <= self.num_free
         return [self._free.pop() for _ in range(num_blocks)]
 
     def free(self, block_ids: Sequence[int]) -> None:
@@ -55,7 +58,7 @@ def runs(*block_ids: Sequence[int]) -> Iterator[tuple[int, ...]]:
 
 
 def gather(rows: torch.Tensor, block_ids: Sequence[int]) -> torch.Tensor:
-    """The blocks as one contiguous tensor: a view if they are neighbours, else a copy. Shape (len(ids), block_bytes)."""
+    """The blocks as one contiguous tensor, (len(ids), block_bytes): a view if they are neighbours, else a copy."""
     first, last = block_ids[0], block_ids[-1]
     if list(block_ids) == list(range(first, last + 1)):
         return rows[first : last + 1]

@@ -11,9 +11,9 @@ sender                                            receiver
 from typing import Any
 
 import msgspec
-from hbserve_rpc import Method, StreamMethod
 
 from hbserve_kv.memory import Region
+from hbserve_rpc import Method, StreamMethod
 
 PROTOCOL_VERSION = 1
 

@@ -3,7 +3,7 @@
     POSTED ──begin──▶ RECEIVING ──commit──▶ COMPLETED
        │                  │
        └──────fail────────┴──▶ DRAINING ──nothing can land any more──▶ FAILED_DRAINED
-                                   └──────its deadline passed──────▶ UNKNOWN ──(peer gone, or it acknowledged)──▶ FAILED_DRAINED
+                                   └──────its deadline passed──────▶ UNKNOWN ──(as above)──▶ FAILED_DRAINED
 
 COMPLETED and FAILED_DRAINED are final. The first cause of a failure is kept. Anything that does not fit the state
 (late, duplicate, of another sender) changes nothing and returns False, for the caller to count.

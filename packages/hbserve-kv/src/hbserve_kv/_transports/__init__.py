@@ -1,0 +1,1 @@
+"""Transports, imported by hbserve_kv.backends when they are asked for."""

@@ -1,0 +1,155 @@
+"""torch.distributed, one two-rank process group per link: NCCL between GPUs, else Gloo.
+
+Groups are made directly on a store that the receiver hosts, not by init_process_group: there is no world whose
+membership is fixed, no global default group, and peers come and go. Rank 0 of a group is the sender.
+
+What a part goes through:  blocks ─gather─▶ one tensor ─send─▶ recv ─▶ one tensor ─scatter─▶ blocks
+Neighbouring blocks need no gather, and on the CPU no scatter.
+"""
+
+import logging
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import msgspec
+import torch
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore, Store
+
+from hbserve_kv.errors import BackendUnavailable
+from hbserve_kv.memory import Memory, gather, scatter
+from hbserve_kv.transport import Link, Part, Transport
+
+logger = logging.getLogger(__name__)
+
+SENDER, RECEIVER = 0, 1
+TCPStore: Any = dist.TCPStore  # type: ignore[attr-defined]  # public, but not in the stubs' __all__
+
+
+class _Description(msgspec.Struct, frozen=True):
+    host: str
+    store_port: int
+    device: str
+    """"cpu", or the UUID of the GPU."""
+
+
+@dataclass
+class _Group:
+    process_group: Any
+    on_gpu: bool
+    """The group moves GPU memory itself; otherwise GPU blocks are staged through host memory."""
+    stream: Any
+    """CUDA stream of the link's own, or None on the CPU."""
+
+
+class NcclTransport(Transport):
+    name = "nccl"
+    one_sided = False
+
+    def __init__(self, host: str, timeout_s: float) -> None:
+        if not dist.is_available() or not hasattr(dist, "ProcessGroupGloo"):
+            raise BackendUnavailable("kv_transfer.backend='nccl' needs a torch that was built with torch.distributed")
+        self._host = host
+        self._timeout = timedelta(seconds=timeout_s)
+        self._groups: dict[str, _Group] = {}
+
+    async def start(self, memory: Memory) -> None:
+        self._memory = memory
+        self._device = "cpu"
+        if memory.device.type == "cuda":
+            self._device = str(torch.cuda.get_device_properties(memory.device).uuid)
+        self._store = TCPStore(self._host, 0, is_master=True, wait_for_workers=False, timeout=self._timeout)
+
+    def describe(self) -> bytes:
+        return msgspec.msgpack.encode(_Description(self._host, self._store.port, self._device))
+
+    async def connect(self, link: Link) -> None:
+        self._groups[link.key] = await link.run(self._make_group, link)
+
+    def _make_group(self, link: Link) -> _Group:
+        peer = msgspec.msgpack.decode(link.peer_description, type=_Description)
+        mine = _Description(self._host, self._store.port, self._device)
+        receiver = peer if link.is_sender else mine
+        client = TCPStore(
+            receiver.host, receiver.store_port, is_master=False, wait_for_workers=False, timeout=self._timeout
+        )
+        store = PrefixStore(link.key, client)
+        rank = SENDER if link.is_sender else RECEIVER
+        on_gpu = self._device != "cpu" and peer.device != "cpu" and self._may_use_nccl(peer.device)
+        new_stream: Any = torch.cuda.Stream
+        stream = new_stream(self._memory.device) if self._device != "cpu" else None
+        logger.info("link %s: %s", link.key[:8], "NCCL" if on_gpu else "Gloo")
+        if on_gpu:
+            with torch.cuda.device(self._memory.device):
+                return _Group(self._make_nccl(store, rank), True, stream)
+        return _Group(self._make_gloo(store, rank), False, stream)
+
+    def _may_use_nccl(self, peer_device: str) -> bool:
+        """NCCL refuses two ranks on one GPU, unless it is of 2.30 or newer and told so."""
+        return peer_device != self._device or os.environ.get("NCCL_MULTI_RANK_GPU_ENABLE") == "1"
+
+    def _make_nccl(self, store: Store, rank: int) -> Any:
+        options = dist.ProcessGroupNCCL.Options()
+        options._timeout = self._timeout
+        return dist.ProcessGroupNCCL(store, rank, 2, options)
+
+    def _make_gloo(self, store: Store, rank: int) -> Any:
+        gloo: Any = dist.ProcessGroupGloo
+        options = gloo._Options()
+        options._timeout = self._timeout
+        # Gloo would guess an interface from the host's name, which on many hosts is a loopback address.
+        options._devices = [gloo.create_device(hostname=self._host)]
+        return gloo(store, rank, 2, options)
+
+    async def push(self, link: Link, part: Part) -> None:
+        await link.run(self._push, self._groups[link.key], part)
+
+    def _push(self, group: _Group, part: Part) -> None:
+        rows = self._memory.rows(part.region)
+        if group.stream is None:
+            group.process_group.send([gather(rows, part.block_ids)], RECEIVER, 0).wait()
+            return
+        with torch.cuda.stream(group.stream):
+            group.stream.wait_event(part.ready)
+            blocks = gather(rows, part.block_ids)
+            if not group.on_gpu:
+                blocks = self._pinned(len(part.block_ids)).copy_(blocks, non_blocking=True)
+                group.stream.synchronize()
+            group.process_group.send([blocks], RECEIVER, 0).wait()
+            group.stream.synchronize()
+
+    async def accept(self, link: Link, part: Part) -> None:
+        await link.run(self._accept, self._groups[link.key], part)
+
+    def _accept(self, group: _Group, part: Part) -> None:
+        rows = self._memory.rows(part.region)
+        if group.stream is None:
+            blocks = gather(rows, part.block_ids)  # a view if they are neighbours, else room of the right shape
+            group.process_group.recv([blocks], SENDER, 0).wait()
+            if blocks.data_ptr() != rows[part.block_ids[0]].data_ptr():
+                scatter(rows, part.block_ids, blocks)
+            return
+        with torch.cuda.stream(group.stream):
+            if group.on_gpu:
+                blocks = torch.empty((len(part.block_ids), rows.shape[1]), dtype=torch.uint8, device=rows.device)
+            else:
+                blocks = self._pinned(len(part.block_ids))
+            group.process_group.recv([blocks], SENDER, 0).wait()
+            scatter(rows, part.block_ids, blocks.to(rows.device, non_blocking=True))
+            group.stream.synchronize()
+
+    def _pinned(self, num_blocks: int) -> torch.Tensor:
+        return torch.empty((num_blocks, self._memory.block_bytes), dtype=torch.uint8, pin_memory=True)
+
+    async def disconnect(self, link: Link) -> None:
+        group = self._groups.pop(link.key, None)
+        if group is not None:
+            group.process_group.abort()
+
+    async def close(self) -> None:
+        for group in self._groups.values():
+            group.process_group.abort()
+        self._groups.clear()
+        del self._store

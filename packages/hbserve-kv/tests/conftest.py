@@ -1,0 +1,52 @@
+"""Two managers that trust each other, over every backend that this machine has."""
+
+import contextlib
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import pytest
+import torch
+from hbserve_kv import KVTransferConfig, KVTransferManager
+
+BACKENDS = ["nccl", "mooncake", "hbserve_kv_test_backend:QueueTransfer"]
+
+
+def needs_mooncake(backend: str) -> None:
+    if backend == "mooncake":
+        pytest.importorskip(
+            "mooncake.engine", reason="Mooncake or its system libraries are missing", exc_type=ImportError
+        )
+
+
+def make_manager(rank: int, backend: str, pool: torch.Tensor | None = None, **settings: Any) -> KVTransferManager:
+    if pool is None:
+        pool = torch.full((64, 2, 3, 64), -1.0)
+    fingerprint = settings.pop("fingerprint", {"model": "m"})
+    config = KVTransferConfig(**{"backend": backend, "buffer_size": 1 << 20, "timeout_s": 10, **settings})
+    return KVTransferManager(rank=rank, pool=pool, fingerprint=fingerprint, config=config)
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    needs_mooncake(request.param)
+    monkeypatch.syspath_prepend(request.path.parent)
+    return str(request.param)
+
+
+@pytest.fixture
+async def managers() -> AsyncIterator[Callable[..., Any]]:
+    """Starts managers; afterwards they are closed, and nothing may be left in them."""
+    async with contextlib.AsyncExitStack() as stack:
+        started = []
+
+        async def start(*args: Any, **kwargs: Any) -> KVTransferManager:
+            manager = make_manager(*args, **kwargs)
+            await manager.start()
+            stack.push_async_callback(manager.close)
+            started.append(manager)
+            return manager
+
+        yield start
+        for manager in started:
+            stats = manager.stats()
+            assert (stats.active_transfers, stats.buffered_bytes, stats.num_quarantined) == (0, 0, 0), stats
