@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from hbserve_kv import KVTransferConfig, KVTransferManager
 
 BACKENDS = ["nccl", "mooncake", "hbserve_kv_test_backend:QueueTransfer"]

@@ -5,6 +5,7 @@ from collections import defaultdict
 from typing import ClassVar
 
 import torch
+
 from hbserve_kv import KVTransferBase
 
 

@@ -5,6 +5,7 @@ import random
 
 import pytest
 import torch
+
 from hbserve_kv import FingerprintMismatch, Outcome, TransferFailed
 
 NUM_BLOCKS, BLOCK_SHAPE = 64, (2, 3, 64)

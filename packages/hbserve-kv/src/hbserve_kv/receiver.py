@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
@@ -49,6 +49,11 @@ class Incoming:
     changed: asyncio.Event = field(default_factory=asyncio.Event)
     drained: asyncio.Event = field(default_factory=asyncio.Event)
     sender_address: str = ""
+
+    async def wait_while(self, condition: Callable[[], bool]) -> None:
+        while condition():
+            self.changed.clear()
+            await self.changed.wait()
 
     def settle(self, completed: TransferResult | None = None) -> None:
         """Publish what the state has become. To be called after every change of it."""
@@ -155,11 +160,10 @@ class Receiver:
         incoming.sender_address = self._links[begin.link][0].address
         try:
             yield Accepted(incoming.region, incoming.block_ids)
-            while not incoming.state.ended:
-                incoming.changed.clear()
-                if incoming.state.state is State.DRAINING:
-                    yield Cancelled(incoming.state.cause)
-                await incoming.changed.wait()
+            await incoming.wait_while(lambda: incoming.state.state is State.RECEIVING)
+            if incoming.state.state is not State.COMPLETED:
+                yield Cancelled(incoming.state.cause)
+            await incoming.wait_while(lambda: not incoming.state.ended)
         finally:
             if not incoming.state.ended:
                 incoming.state.fail("the sender was lost")
