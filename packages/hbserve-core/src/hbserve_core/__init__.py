@@ -1,1 +1,34 @@
-"""HBServe."""
+"""The engine of HBServe: models, a paged KV pool, batching, and GpuInstance."""
+
+from hbserve_core.block_manager import BlockManager
+from hbserve_core.config import InstanceConfig
+from hbserve_core.engine import Engine, EngineStats, Reservation, StepOutput
+from hbserve_core.errors import (
+    HBServeCoreError,
+    InvalidInstanceConfig,
+    ModelFilesMissing,
+    NotEnoughMemory,
+    UnsupportedModel,
+    WeightsMismatch,
+)
+from hbserve_core.gpu_instance import GpuInstance
+from hbserve_core.instance_process import run_instance
+from hbserve_core.model_runner import ModelRunner
+
+__all__ = [
+    "BlockManager",
+    "Engine",
+    "EngineStats",
+    "GpuInstance",
+    "HBServeCoreError",
+    "InstanceConfig",
+    "InvalidInstanceConfig",
+    "ModelFilesMissing",
+    "ModelRunner",
+    "NotEnoughMemory",
+    "Reservation",
+    "StepOutput",
+    "UnsupportedModel",
+    "WeightsMismatch",
+    "run_instance",
+]

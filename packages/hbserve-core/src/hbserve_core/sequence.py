@@ -25,10 +25,16 @@ class Sequence:
     num_computed_tokens: int = 0
     block_table: list[int] = field(default_factory=list)
     """Block i holds tokens [i * block_size, (i + 1) * block_size)."""
+    block_digests: list[bytes] = field(default_factory=list)
+    """Of the full blocks, as far as they were needed; see BlockManager."""
 
     @property
     def num_tokens(self) -> int:
         return len(self.token_ids)
+
+    @property
+    def num_uncomputed_tokens(self) -> int:
+        return len(self.token_ids) - self.num_computed_tokens
 
     @property
     def num_output_tokens(self) -> int:

@@ -1,0 +1,155 @@
+"""Which tokens of which sequences the next step computes.
+
+One token budget for everything: decodes first, then chunks of prompts that have begun, then new sequences. A sequence
+gets the blocks of all its known tokens when it is admitted; from then on it grows by a block at a time, and if none is
+left, the newest sequence gives all of its blocks up and is computed again later.
+"""
+
+from collections import deque
+
+from hbserve_core.block_manager import BlockManager
+from hbserve_core.config import InstanceConfig
+from hbserve_core.sequence import ScheduledChunk, Sequence
+
+
+class BatchScheduler:
+    """The queues of one engine. `running` is ordered by admission, oldest first."""
+
+    def __init__(self, config: InstanceConfig, blocks: BlockManager) -> None:
+        self._config = config
+        self._blocks = blocks
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []
+        self.num_reserved = 0
+        """Sequences outside these queues that will join `running`, or that hold blocks until a transfer has ended."""
+        self.num_preemptions = 0
+        self.num_cached_tokens = 0
+        self.exhausted: list[Sequence] = []
+        """Sequences that are alone in the pool and have filled it: they cannot go on."""
+        self._watermark = max(1, blocks.num_blocks // 100)
+
+    def schedule(self) -> list[ScheduledChunk]:
+        """The next step; empty if nothing can be computed now. Blocks for it are allocated."""
+        self._budget = self._config.max_num_batched_tokens
+        self._prefill_budget = self._config.max_chunk_prefill_tokens
+        preemptions = self.num_preemptions
+        batch = self._decodes()
+        batch += self._chunks([sequence for sequence in self.running if sequence.num_uncomputed_tokens > 1])
+        if self.num_preemptions == preemptions:
+            batch += self._admissions()
+        return batch
+
+    def _decodes(self) -> list[ScheduledChunk]:
+        batch = []
+        for sequence in list(self.running):
+            # A sequence further back in this list may have been preempted for one before it.
+            if sequence.num_uncomputed_tokens != 1 or self._budget == 0 or sequence not in self.running:
+                continue
+            if self._grow(sequence):
+                self._budget -= 1
+                batch.append(ScheduledChunk(sequence, 1))
+        return batch
+
+    def _grow(self, sequence: Sequence) -> bool:
+        """Make room for the sequence's next token. False: it was itself preempted, or cannot go on at all."""
+        if len(sequence.block_table) * self._blocks.block_size >= sequence.num_tokens:
+            return True
+        while self._blocks.num_free == 0:
+            victim = self.running[-1]
+            if victim is sequence and len(self.running) == 1 and self.num_reserved == 0:
+                self.running.remove(sequence)
+                self.exhausted.append(sequence)
+                return False
+            self._preempt(victim)
+            if victim is sequence:
+                return False
+        sequence.block_table += self._blocks.allocate(1)
+        return True
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self.running.remove(sequence)
+        self.release(sequence)
+        sequence.num_computed_tokens = 0
+        self.waiting.appendleft(sequence)
+        self.num_preemptions += 1
+
+    def _chunks(self, sequences: list[Sequence]) -> list[ScheduledChunk]:
+        batch = []
+        for sequence in sequences:
+            if count := self._chunk_size(sequence.num_uncomputed_tokens):
+                self._budget -= count
+                self._prefill_budget -= count
+                batch.append(ScheduledChunk(sequence, count))
+        return batch
+
+    def _chunk_size(self, wanted: int) -> int:
+        """How many of `wanted` prompt tokens this step may compute; without chunking, all or none of them."""
+        room = min(self._budget, self._prefill_budget)
+        if not self._config.chunked_prefill_enabled:
+            # max_chunk_prefill_tokens is a limit of chunking.
+            return wanted if wanted <= self._budget else 0
+        return min(wanted, self._config.chunk_size, room)
+
+    def _admissions(self) -> list[ScheduledChunk]:
+        batch: list[ScheduledChunk] = []
+        while self.waiting and len(self.running) + self.num_reserved < self._config.max_num_seqs:
+            sequence = self.waiting[0]
+            prefix = self._find_prefix(sequence, sequence.num_tokens - 1)
+            num_cached = len(prefix) * self._blocks.block_size
+            count = self._chunk_size(sequence.num_tokens - num_cached)
+            if count == 0 or not self.allocate(sequence, prefix):
+                break
+            self.waiting.popleft()
+            self.num_cached_tokens += num_cached
+            sequence.num_computed_tokens = num_cached
+            self.running.append(sequence)
+            batch += self._chunks([sequence])
+        return batch
+
+    def _find_prefix(self, sequence: Sequence, num_tokens: int) -> list[int]:
+        """Cached blocks among those that `num_tokens` fill. At least the last known token is always computed."""
+        self._blocks.extend_digests(sequence.block_digests, sequence.token_ids)
+        return self._blocks.find_prefix(sequence.block_digests[: num_tokens // self._blocks.block_size])
+
+    def allocate(self, sequence: Sequence, prefix: list[int]) -> bool:
+        """Give the sequence `prefix` and blocks for the rest of its known tokens, if that leaves some for growth."""
+        wanted = self._blocks.num_blocks_for(sequence.num_tokens) - len(prefix)
+        watermark = self._watermark if self.running or self.num_reserved else 0
+        if self._blocks.num_free_besides(prefix) < wanted + watermark:
+            return False
+        self._blocks.share(prefix)
+        sequence.block_table = prefix + self._blocks.allocate(wanted)
+        return True
+
+    def reserve(self, sequence: Sequence) -> int | None:
+        """Give a sequence blocks whose content others will bring; how many tokens are cached, or None if no room."""
+        if len(self.running) + self.num_reserved >= self._config.max_num_seqs:
+            return None
+        prefix = self._find_prefix(sequence, sequence.num_tokens)
+        if not self.allocate(sequence, prefix):
+            return None
+        self.num_reserved += 1
+        num_cached = len(prefix) * self._blocks.block_size
+        self.num_cached_tokens += num_cached
+        return num_cached
+
+    def computed(self, sequence: Sequence, num_computed_tokens: int) -> None:
+        """The keys and values of so many tokens are in the pool now: full blocks may be found by others."""
+        first = sequence.num_computed_tokens // self._blocks.block_size
+        last = num_computed_tokens // self._blocks.block_size
+        sequence.num_computed_tokens = num_computed_tokens
+        if last > first:
+            self._blocks.extend_digests(sequence.block_digests, sequence.token_ids)
+            for i in range(first, last):
+                self._blocks.cache(sequence.block_table[i], sequence.block_digests[i])
+
+    def release(self, sequence: Sequence) -> None:
+        self._blocks.release(sequence.block_table)
+        sequence.block_table = []
+
+    def remove(self, sequence: Sequence) -> None:
+        """Take a sequence out of whichever queue it is in; its blocks stay its own."""
+        if sequence in self.running:
+            self.running.remove(sequence)
+        elif sequence in self.waiting:
+            self.waiting.remove(sequence)

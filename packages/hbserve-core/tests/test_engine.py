@@ -1,0 +1,228 @@
+"""The engine gives the tokens of transformers, whatever is computed beside, and gives every block back."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from hbserve_core import Engine, InstanceConfig, ModelRunner
+from hbserve_rpc import InvalidRequest, SamplingParams
+
+BLOCK, CHUNK = 16, 32
+LENGTHS = [1, BLOCK - 1, BLOCK, BLOCK + 1, CHUNK - 1, CHUNK, CHUNK + 1, 4 * CHUNK + 5]
+MAX_TOKENS = 6
+
+
+@pytest.fixture
+def make_engine(model_folder: Callable[[str], Any]) -> Iterator[Callable[..., Engine]]:
+    """Engines that are checked at the end: nothing running, every block free or cached, in one state each."""
+    made = []
+
+    def make(name: str = "qwen3", **settings: Any) -> Engine:
+        defaults = {"block_size": BLOCK, "chunk_size": CHUNK, "num_blocks": 300, "max_num_batched_tokens": 100}
+        config = InstanceConfig(model_path=str(model_folder(name)), device="cpu", **(defaults | settings))
+        made.append(Engine(config, ModelRunner(config)))
+        return made[-1]
+
+    yield make
+    for engine in made:
+        engine.blocks.check_integrity()
+        stats = engine.stats()
+        assert (stats.num_waiting, stats.num_running, stats.num_reserved) == (0, 0, 0)
+        assert stats.num_free_blocks == stats.num_blocks
+
+
+def greedy(max_tokens: int = MAX_TOKENS, **others: Any) -> SamplingParams:
+    return SamplingParams(**{"temperature": 0, "max_tokens": max_tokens, "ignore_eos": True} | others)
+
+
+def run(engine: Engine) -> tuple[dict[str, list[int]], dict[str, str]]:
+    """Step until nothing is left: tokens and finish reason of each request."""
+    tokens: dict[str, list[int]] = {}
+    reasons: dict[str, str] = {}
+    while engine.has_work():
+        for output in engine.step():
+            if output.token_id is not None:
+                assert output.index == len(tokens.setdefault(output.request_id, []))
+                tokens[output.request_id].append(output.token_id)
+            if output.finish_reason:
+                reasons[output.request_id] = output.finish_reason
+    return tokens, reasons
+
+
+def test_every_length_alone_and_all_at_once(make_engine, model_name, prompt, greedy_tokens):
+    engine = make_engine(model_name)
+    expected = {str(length): greedy_tokens(model_name, prompt(length), MAX_TOKENS) for length in LENGTHS}
+    for length in LENGTHS:
+        engine.add(str(length), prompt(length), greedy())
+        assert run(engine)[0] == {str(length): expected[str(length)]}
+    for length in LENGTHS:
+        engine.add(str(length), prompt(length), greedy())
+    tokens, reasons = run(engine)
+    assert tokens == expected
+    assert set(reasons.values()) == {"length"}
+
+
+def test_32_at_once_with_prefills_among_decodes(make_engine, prompt, greedy_tokens):
+    engine = make_engine(prefix_caching=False)
+    expected = {}
+    for i in range(32):
+        ids = prompt(LENGTHS[i % len(LENGTHS)], salt=i)
+        expected[str(i)] = greedy_tokens("qwen3", ids, MAX_TOKENS)
+        engine.add(str(i), ids, greedy())
+    assert run(engine)[0] == expected
+
+
+def test_a_cached_prefix_is_used_and_changes_nothing(make_engine, prompt, greedy_tokens):
+    engine = make_engine()
+    ids = prompt(5 * BLOCK)
+    for number, (tail, num_cached) in enumerate([(0, 0), (0, 4 * BLOCK), (7, 5 * BLOCK), (BLOCK, 5 * BLOCK)]):
+        before = engine.stats().num_cached_tokens
+        engine.add(str(number), ids + prompt(tail, salt=9), greedy())
+        assert run(engine)[0][str(number)] == greedy_tokens("qwen3", ids + prompt(tail, salt=9), MAX_TOKENS)
+        assert engine.stats().num_cached_tokens - before == num_cached
+
+
+def test_preemption_in_a_small_pool_changes_no_token(make_engine, prompt, greedy_tokens):
+    engine = make_engine(num_blocks=12)
+    expected = {}
+    for i in range(6):
+        ids = prompt(20 + i, salt=i)
+        expected[str(i)] = greedy_tokens("qwen3", ids, 40)
+        engine.add(str(i), ids, greedy(40))
+    assert run(engine)[0] == expected
+    assert engine.stats().num_preemptions > 0
+
+
+def test_a_sequence_that_fills_the_pool_alone_ends_with_length(make_engine, prompt):
+    engine = make_engine(num_blocks=3)
+    engine.add("r", prompt(40), greedy(100))
+    tokens, reasons = run(engine)
+    assert reasons == {"r": "length"}
+    assert len(tokens["r"]) == 3 * BLOCK - 40 + 1
+
+
+def test_generation_ends_at_the_models_length(make_engine, prompt):
+    engine = make_engine(max_model_len=50)
+    engine.add("r", prompt(45), greedy(100))
+    tokens, reasons = run(engine)
+    assert (len(tokens["r"]), reasons) == (5, {"r": "length"})
+
+
+def test_end_of_sequence_and_stop_tokens_end_a_request_and_are_part_of_it(make_engine, prompt, greedy_tokens):
+    expected = greedy_tokens("qwen3", prompt(20), MAX_TOKENS)
+    engine = make_engine()
+    engine.add("r", prompt(20), greedy(stop_token_ids=[expected[2]]))
+    tokens, reasons = run(engine)
+    assert (tokens["r"], reasons) == (expected[: expected.index(expected[2]) + 1], {"r": "stop"})
+
+
+def test_chunked_prefill_off_computes_whole_prompts(make_engine, prompt, greedy_tokens):
+    engine = make_engine(chunked_prefill_enabled=False)
+    engine.add("r", prompt(90), greedy(max_tokens=1))
+    assert engine.step()[0].token_id == greedy_tokens("qwen3", prompt(90), 1)[0]
+    with pytest.raises(InvalidRequest, match="max_num_batched_tokens=100"):
+        engine.add("long", prompt(101), greedy())
+
+
+REFUSED = {
+    "empty": ([], {}, "at least one token"),
+    "outside the vocabulary": ([5, 320], {}, r"token 320 is outside the vocabulary \[0, 320\)"),
+    "negative": ([-1], {}, "token -1 is outside"),
+    "longer than the model": ([5] * 512, {}, "512 tokens leave no room for another; max_model_len is 512"),
+    "larger than the pool": ([5] * 100, {"num_blocks": 4}, "100 tokens need 7 blocks, the pool has 4"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_prompt_that_can_never_run_is_refused_at_once(make_engine, case):
+    ids, settings, message = REFUSED[case]
+    engine = make_engine(**settings)
+    with pytest.raises(InvalidRequest, match=message):
+        engine.add("r", ids, greedy())
+    with pytest.raises(InvalidRequest, match=message):
+        engine.reserve("r", ids, greedy())
+
+
+def test_bad_parameters_set_after_construction_are_refused(make_engine, prompt):
+    engine, params = make_engine(), greedy()
+    params.top_p = 2
+    with pytest.raises(InvalidRequest, match="top_p=2"):
+        engine.add("r", prompt(3), params)
+
+
+def test_an_id_in_use_is_refused(make_engine, prompt):
+    engine = make_engine()
+    engine.add("r", prompt(3), greedy())
+    with pytest.raises(InvalidRequest, match="'r' is in use"):
+        engine.add("r", prompt(3), greedy())
+    engine.abort("r")
+
+
+def test_a_request_goes_on_from_tokens_of_an_earlier_attempt(make_engine, prompt, greedy_tokens):
+    expected = greedy_tokens("qwen3", prompt(20), MAX_TOKENS)
+    engine = make_engine()
+    engine.add("r", prompt(20), greedy(), output=expected[:2])
+    outputs = []
+    while engine.has_work():
+        outputs += engine.step()
+    assert [(output.index, output.token_id) for output in outputs] == list(enumerate(expected))[2:]
+
+
+def test_a_prefill_only_request_holds_its_blocks_until_released(make_engine, prompt, greedy_tokens):
+    engine = make_engine()
+    engine.add("r", prompt(70), greedy(), prefill_only=True)
+    progress = []
+    while engine.has_work():
+        progress += engine.step()
+    assert [output.num_computed_tokens for output in progress] == [32, 64, 70]
+    assert progress[-1].token_id == greedy_tokens("qwen3", prompt(70), 1)[0]
+    engine.abort("r")
+    assert engine.stats().num_free_blocks == 300 - 5, "an abort does not take blocks from a transfer"
+    engine.release("r")
+
+
+def test_reserved_blocks_go_on_with_the_kv_that_others_brought(make_engine, prompt, greedy_tokens):
+    """Prefill in one engine, decode in another; the test is the transfer."""
+    prefill, decode = make_engine(), make_engine()
+    for number, (ids, num_cached) in enumerate([(prompt(70), 0), (prompt(70), 64), (prompt(64), 64)]):
+        request_id = str(number)
+        decode.reserve(request_id, ids, greedy())
+        (reservation,) = decode.poll_reservations()
+        assert reservation.num_cached_tokens == num_cached
+        prefill.add(request_id, ids, greedy(), prefill_only=True)
+        outputs = []
+        while prefill.has_work():
+            outputs += prefill.step()
+        source = outputs[-1].block_table[num_cached // BLOCK :]
+        decode._runner.pool[reservation.block_ids] = prefill._runner.pool[source]
+        prefill.release(request_id)
+        assert decode.activate(request_id, outputs[-1].token_id)
+        rest = []
+        while decode.has_work():
+            rest += [output.token_id for output in decode.step()]
+        assert [outputs[-1].token_id, *rest] == greedy_tokens("qwen3", ids, MAX_TOKENS)
+
+
+def test_reservations_wait_for_room_in_order(make_engine, prompt):
+    engine = make_engine(num_blocks=10)
+    for name, length in [("a", 70), ("b", 140), ("c", 10)]:
+        engine.reserve(name, prompt(length, salt=length), greedy())
+    assert [each.request_id for each in engine.poll_reservations()] == ["a"]
+    engine.release("a")
+    assert [each.request_id for each in engine.poll_reservations()] == ["b"]
+    engine.abort("c")
+    engine.release("b")
+    assert engine.poll_reservations() == []
+
+
+def test_quarantined_blocks_are_used_by_nobody_until_released(make_engine, prompt):
+    engine = make_engine(num_blocks=10)
+    engine.reserve("a", prompt(70), greedy())
+    engine.poll_reservations()
+    engine.quarantine("a", 5)
+    assert engine.stats().num_quarantined_blocks == 5
+    engine.reserve("b", prompt(90), greedy())
+    assert engine.poll_reservations() == []
+    engine.release("a")
+    assert [each.request_id for each in engine.poll_reservations()] == ["b"]
+    engine.release("b")
