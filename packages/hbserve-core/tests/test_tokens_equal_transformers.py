@@ -46,4 +46,4 @@ def test_logits_of_every_position_equal_the_reference(runner, model_name, steppe
         sequence.token_ids = given[:end]
         sequence.num_prompt_tokens = end
         stepping.step([(sequence, 1)])
-    torch.testing.assert_close(torch.cat(captured), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(torch.cat(captured), expected, rtol=1e-3, atol=1e-3)

@@ -26,7 +26,8 @@ class AttentionPlan(ABC):
     def attend(self, layer: int, heads: torch.Tensor, out: torch.Tensor) -> None:
         """Write the new keys and values of `layer` into the pool, then attend.
 
-        heads: (T, N + 2 K, D), rotated queries, rotated keys, values. out: (T, N * D), written.
+        heads: (T, N + 2 K, D), rotated queries, rotated keys, values. out: (T, N * D), written. Rows after those of the
+        step's tokens are padding: they are neither read nor written.
         """
 
 
@@ -44,8 +45,9 @@ class Attention(ABC):
 class TorchAttention(Attention):
     """Gathers the blocks of each sequence and calls torch's attention.
 
-    A sequence reads no memory but its own blocks, and those are cleared when they are first written: what other
-    requests left in a block, infinities included, cannot reach it, although masked positions take part in products.
+    A sequence reads no memory but its own blocks, and what a step leaves unwritten of a new block it clears. So nothing
+    that other requests left in a block, infinities included, can reach it, although masked positions take part in
+    products.
     """
 
     def __init__(self, pool: torch.Tensor, num_heads: int) -> None:
@@ -54,7 +56,7 @@ class TorchAttention(Attention):
         self._workspace = torch.empty(0, dtype=pool.dtype, device=pool.device)
 
     def plan(self, chunks: Sequence[ScheduledChunk]) -> "TorchAttentionPlan":
-        self._clear_new_blocks(chunks)
+        self._clear_unwritten_slots(chunks)
         groups = list(_groups(chunks, self._pool.shape[3]))
         blocks = max(group.num_sequences * group.num_blocks for group in groups)
         elements = blocks * 2 * self._pool[0, 0, 0].numel()
@@ -62,16 +64,14 @@ class TorchAttention(Attention):
             self._workspace = torch.empty(elements, dtype=self._pool.dtype, device=self._pool.device)
         return TorchAttentionPlan(self._pool, self._num_heads, self._workspace, chunks, groups)
 
-    def _clear_new_blocks(self, chunks: Sequence[ScheduledChunk]) -> None:
-        """Clear each block whose first token this step writes."""
+    def _clear_unwritten_slots(self, chunks: Sequence[ScheduledChunk]) -> None:
+        """Clear what a step leaves unwritten of the blocks that it begins: of each sequence at most the last one."""
         block_size = self._pool.shape[3]
-        new: list[int] = []
         for chunk in chunks:
             computed = chunk.sequence.num_computed_tokens
-            first, end = -(-computed // block_size), -(-(computed + chunk.num_new_tokens) // block_size)
-            new += chunk.sequence.block_table[first:end]
-        if new:
-            self._pool.index_fill_(0, torch.tensor(new, device=self._pool.device), 0)
+            last_block, used = divmod(computed + chunk.num_new_tokens, block_size)
+            if used and computed <= last_block * block_size:
+                self._pool[chunk.sequence.block_table[last_block], :, :, used:].zero_()
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +132,7 @@ class TorchAttentionPlan(AttentionPlan):
         self._num_heads = num_heads
         self._num_kv_heads = num_kv_heads
         self._token_rows = pool.view(num_blocks * num_layers * 2 * block_size, num_kv_heads * head_dim)
+        self._num_tokens = sum(chunk.num_new_tokens for chunk in chunks)
         slots = torch.from_numpy(_slots(chunks, num_layers, block_size))
         # (num_layers, 2, T): rows of the new keys and of the new values, layer by layer.
         offsets = torch.arange(num_layers * 2).view(num_layers, 2, 1) * block_size
@@ -141,8 +142,8 @@ class TorchAttentionPlan(AttentionPlan):
     def attend(self, layer: int, heads: torch.Tensor, out: torch.Tensor) -> None:
         first_key, first_value = self._num_heads, self._num_heads + self._num_kv_heads
         key_rows, value_rows = self._new_rows[layer]
-        self._token_rows.index_copy_(0, key_rows, heads[:, first_key:first_value].flatten(1))
-        self._token_rows.index_copy_(0, value_rows, heads[:, first_value:].flatten(1))
+        self._token_rows.index_copy_(0, key_rows, heads[: self._num_tokens, first_key:first_value].flatten(1))
+        self._token_rows.index_copy_(0, value_rows, heads[: self._num_tokens, first_value:].flatten(1))
         for group in self._groups:
             group.attend(layer, heads, out)
 

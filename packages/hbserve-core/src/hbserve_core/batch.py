@@ -10,7 +10,7 @@ from hbserve_core.sequence import ScheduledChunk
 
 @dataclass(frozen=True, slots=True)
 class StepInput:
-    """T tokens of one step; R of its chunks sample."""
+    """T rows of one step: its tokens, then padding, which is computed and not used. R of its chunks sample."""
 
     chunks: tuple[ScheduledChunk, ...]
     """In the order of their tokens: by number of new tokens, then by context."""
@@ -19,13 +19,13 @@ class StepInput:
     positions: torch.Tensor
     """(T,) int64: each token's place in its sequence."""
     sampling_rows: torch.Tensor | None
-    """(R,) int64: rows, among the T, whose hidden states give next tokens. None: all rows, in order."""
+    """(R,) int64: rows, among the T, whose hidden states give next tokens. None: the first R rows."""
     sampling_places: tuple[int, ...]
     """(R,): places of the sampling chunks in the batch as it was given."""
 
 
-def prepare_step(batch: Sequence[ScheduledChunk], device: torch.device) -> StepInput:
-    """Flatten a batch.
+def prepare_step(batch: Sequence[ScheduledChunk], device: torch.device, fewest_rows: int = 1) -> StepInput:
+    """Flatten a batch, and pad it to `fewest_rows`.
 
     The order is the kernels' convenience: decodes first, equal shapes together. `sampling_places` leads back.
     """
@@ -43,10 +43,12 @@ def prepare_step(batch: Sequence[ScheduledChunk], device: torch.device) -> StepI
         if chunk.samples:
             rows.append(len(token_ids) - 1)
             places.append(place)
+    all_sample = len(rows) == len(token_ids)
+    padding = [0] * (fewest_rows - len(token_ids))
     return StepInput(
         chunks=tuple(batch[place] for place in order),
-        token_ids=torch.tensor(token_ids, dtype=torch.int64, device=device),
-        positions=torch.tensor(positions, dtype=torch.int64, device=device),
-        sampling_rows=None if len(rows) == len(token_ids) else torch.tensor(rows, dtype=torch.int64, device=device),
+        token_ids=torch.tensor(token_ids + padding, dtype=torch.int64, device=device),
+        positions=torch.tensor(positions + padding, dtype=torch.int64, device=device),
+        sampling_rows=None if all_sample else torch.tensor(rows, dtype=torch.int64, device=device),
         sampling_places=tuple(places),
     )

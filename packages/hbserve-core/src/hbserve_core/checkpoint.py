@@ -36,7 +36,7 @@ class Checkpoint:
 
     def __init__(self, config: ModelConfig, shapes: Shapes) -> None:
         files: list[Any] = [safe_open(path, framework="pt", device="cpu") for path in _weight_files(config.path)]
-        self._places = {name: file for file in files for name in file.keys()}  # noqa: SIM118: not a dict
+        self._places = {name: file for file in files for name in file.keys()}  # noqa: SIM118
         self._check(config, shapes)
 
     def get(self, name: str) -> torch.Tensor:

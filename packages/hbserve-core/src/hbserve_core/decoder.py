@@ -1,7 +1,7 @@
 """The decoder: embedding, layers of attention and gated MLP, norm, output projection.
 
 Qwen3, Qwen2 and Llama differ by which biases and norms their weights have, and by nothing else.
-Shapes: T tokens of one step, R of them sampled, E hidden_size, N query heads, K key heads, D head_dim.
+Shapes: T rows of one step (tokens, and padding after them), R of them sampled, E hidden_size, D head_dim.
 """
 
 import torch
@@ -11,7 +11,7 @@ from hbserve_core.attention import AttentionPlan
 from hbserve_core.batch import StepInput
 from hbserve_core.model_config import ModelConfig
 from hbserve_core.rope import Rope
-from hbserve_core.weights import DecoderWeights, LayerWeights, Linear
+from hbserve_core.weights import DecoderWeights, LayerWeights
 
 Angles = tuple[torch.Tensor, torch.Tensor]
 
@@ -25,7 +25,7 @@ class Decoder:
         self._rope = Rope(config.rope, config.head_dim, weights.embedding.dtype, weights.embedding.device)
 
     def logits(self, step: StepInput, attention: AttentionPlan) -> torch.Tensor:
-        """(R, vocab_size), of the engine's dtype. Writes the step's keys and values into the pool."""
+        """(R, vocab_size) in the engine's dtype. Writes the step's keys and values into the pool."""
         hidden = F.embedding(step.token_ids, self._weights.embedding)
         angles = self._rope.angles(step.positions)
         for index, layer in enumerate(self._weights.layers):
@@ -33,30 +33,21 @@ class Decoder:
             hidden = hidden + self._mlp(layer, hidden)
         if step.sampling_rows is not None:
             hidden = hidden.index_select(0, step.sampling_rows)
-        return F.linear(self._norm(hidden, self._weights.norm), self._weights.head)
+        return self._weights.head(self._weights.norm(hidden))[: len(step.sampling_places)]
 
     def _attention(
         self, index: int, layer: LayerWeights, hidden: torch.Tensor, angles: Angles, attention: AttentionPlan
     ) -> torch.Tensor:
         config = self._config
-        projected = _linear(self._norm(hidden, layer.attention_norm), layer.qkv)
+        projected = layer.qkv(layer.attention_norm(hidden))
         heads = projected.view(len(hidden), -1, config.head_dim)
         rotated = heads[:, : config.num_heads + config.num_kv_heads]
-        queries_and_keys = rotated
-        if layer.qk_norm is not None:
-            queries_and_keys = F.rms_norm(rotated, (config.head_dim,), None, config.rms_norm_eps) * layer.qk_norm
-        rotated.copy_(self._rope.rotate(queries_and_keys, angles))
-        out = hidden.new_empty(len(hidden), config.num_heads * config.head_dim)
+        queries_and_keys = layer.qk_norm(rotated) if layer.qk_norm else rotated
+        self._rope.rotate(queries_and_keys, angles, out=rotated)
+        out = hidden.new_zeros(len(hidden), config.num_heads * config.head_dim)
         attention.attend(index, heads, out)
-        return _linear(out, layer.output)
+        return layer.output(out)
 
     def _mlp(self, layer: LayerWeights, hidden: torch.Tensor) -> torch.Tensor:
-        gate, up = _linear(self._norm(hidden, layer.mlp_norm), layer.gate_up).chunk(2, dim=-1)
-        return _linear(F.silu(gate) * up, layer.down)
-
-    def _norm(self, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        return F.rms_norm(hidden, weight.shape, weight, self._config.rms_norm_eps)
-
-
-def _linear(inputs: torch.Tensor, linear: Linear) -> torch.Tensor:
-    return F.linear(inputs, linear.weight, linear.bias)
+        gate, up = layer.gate_up(layer.mlp_norm(hidden)).chunk(2, dim=-1)
+        return layer.down(F.silu(gate) * up)

@@ -108,10 +108,12 @@ def _available_memory() -> int:
     for line in meminfo.splitlines():
         if line.startswith("MemAvailable:"):
             found.append(int(line.split()[1]) * 1024)
-    limit = _read(Path("/sys/fs/cgroup/memory.max")).strip()
-    used = _read(Path("/sys/fs/cgroup/memory.current")).strip()
+    group = Path("/sys/fs/cgroup")
+    limit, used = _read(group / "memory.max").strip(), _read(group / "memory.current").strip()
     if limit.isdigit() and used.isdigit():
-        found.append(max(0, int(limit) - int(used)))
+        # File pages that nobody has used lately count as used, but give way.
+        reclaimable = [line.split()[1] for line in _read(group / "memory.stat").splitlines() if "inactive_file" in line]
+        found.append(max(0, int(limit) - int(used) + sum(map(int, reclaimable[:1]))))
     return min(found)
 
 

@@ -3,6 +3,7 @@
 import hashlib
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
@@ -12,6 +13,7 @@ from hbserve_core.config import InstanceConfig
 from hbserve_core.decoder import Decoder
 from hbserve_core.errors import InvalidInstanceConfig
 from hbserve_core.kv_pool import BlockShape, allocate_pool, block_shape, choose_num_blocks
+from hbserve_core.linear import FEWEST_ROWS
 from hbserve_core.model_config import ModelConfig, load_model_config
 from hbserve_core.sampler import Sampler
 from hbserve_core.sequence import ScheduledChunk
@@ -45,6 +47,7 @@ class ModelRunner:
         """(num_blocks, num_layers, 2, block_size, num_kv_heads, head_dim)"""
         self._attention = TorchAttention(self.pool, self.model_config.num_heads)
         self._sampler = Sampler()
+        self._fewest_rows = FEWEST_ROWS if self.device.type == "cpu" else 1
         self.fingerprint = _fingerprint(self.model_config, weights.digest, block, config)
         """What two instances must share to read each other's blocks."""
         logger.info(
@@ -61,7 +64,7 @@ class ModelRunner:
         if not batch:
             return []
         with torch.inference_mode():
-            step = prepare_step(batch, self.device)
+            step = prepare_step(batch, self.device, self._fewest_rows)
             logits = self._logits(step)
             tokens = self._sampler.sample(logits, [batch[place].sequence for place in step.sampling_places])
         result: list[int | None] = [None] * len(batch)
@@ -74,8 +77,6 @@ class ModelRunner:
 
 
 def _with_limit(model: ModelConfig, config: InstanceConfig) -> ModelConfig:
-    import dataclasses
-
     limit = config.max_model_len
     if limit is None:
         return model
@@ -83,7 +84,7 @@ def _with_limit(model: ModelConfig, config: InstanceConfig) -> ModelConfig:
         raise InvalidInstanceConfig(
             f"max_model_len={limit}: expected 1 to {model.max_model_len}, the model's own limit"
         )
-    return dataclasses.replace(model, max_model_len=limit)
+    return replace(model, max_model_len=limit)
 
 
 def _device(config: InstanceConfig) -> torch.device:
@@ -110,7 +111,7 @@ def _dtype(config: InstanceConfig, model: ModelConfig) -> torch.dtype:
 def _check_tensor_parallel(config: InstanceConfig) -> None:
     if config.tensor_parallel_size != 1:
         raise InvalidInstanceConfig(
-            f"tensor_parallel_size={config.tensor_parallel_size}: this version runs an instance on one device; set it to 1"
+            f"tensor_parallel_size={config.tensor_parallel_size}: an instance runs on one device for now; set it to 1"
         )
 
 

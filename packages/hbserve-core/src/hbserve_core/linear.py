@@ -1,0 +1,69 @@
+"""Matrix products with weights, in the layout that the device likes best.
+
+Shapes: T tokens, I inputs, O outputs.
+"""
+
+import logging
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+
+logger = logging.getLogger(__name__)
+
+# The layout is chosen for a product with this many rows; it serves all others well too.
+_TYPICAL_ROWS = 16
+# oneDNN multiplies 4 rows faster than 1, 2 or 3, so a step on the CPU is padded to as many.
+FEWEST_ROWS = 4
+
+
+class Linear:
+    """x W^T + b, with W as checkpoints have it."""
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
+        """weight: (O, I). bias: (O,)."""
+        self._weight = weight
+        self._bias = bias
+
+    def __call__(self, inputs: torch.Tensor) -> torch.Tensor:
+        """(T, I) to (T, O)."""
+        return F.linear(inputs, self._weight, self._bias)
+
+
+class PackedLinear(Linear):
+    """The same, with W in oneDNN's blocked layout.
+
+    A product with plain weights packs them on the way, every time. With few rows that costs more than the product: with
+    4 to 16 rows this one takes about half the time in bfloat16, and a third in float32.
+    """
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
+        super().__init__(torch.ops.mkldnn._reorder_linear_weight(weight, _TYPICAL_ROWS), bias)
+
+    def __call__(self, inputs: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = torch.ops.mkldnn._linear_pointwise(inputs, self._weight, self._bias, "none", [], "")
+        return result
+
+
+def make_linear(weight: torch.Tensor, bias: torch.Tensor | None = None) -> Linear:
+    """The fastest that the weight's device and dtype have. The weight is not kept where the result has its own copy."""
+    if weight.device.type == "cpu" and _can_pack(weight.dtype):
+        return PackedLinear(weight, bias)
+    return Linear(weight, bias)
+
+
+@cache
+def _can_pack(dtype: torch.dtype) -> bool:
+    """Whether this build of torch, on this processor, multiplies with packed weights of this dtype.
+
+    The operators are those that torch's own compiler emits. They are not everywhere, so they are tried.
+    """
+    weight = torch.eye(32, dtype=dtype, device="cpu")
+    inputs = torch.arange(64, dtype=dtype, device="cpu").view(2, 32)
+    try:
+        with torch.inference_mode():
+            same = torch.equal(PackedLinear(weight)(inputs), inputs)
+    except (RuntimeError, AttributeError) as error:
+        logger.info("plain %s weights: torch cannot pack them here (%s)", dtype, str(error).splitlines()[0])
+        return False
+    return same
