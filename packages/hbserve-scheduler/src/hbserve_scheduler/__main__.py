@@ -1,0 +1,66 @@
+"""`python -m hbserve_scheduler`, and the script `hbserve-scheduler`: a scheduler node, which has no torch."""
+
+import argparse
+import asyncio
+import logging
+import signal
+import sys
+
+from hbserve_scheduler.config import DeploymentConfig
+from hbserve_scheduler.config_file import load_config
+from hbserve_scheduler.cpu_scheduler import CpuScheduler
+from hbserve_scheduler.errors import ConfigError
+from hbserve_scheduler.server import SchedulerServer
+
+logger = logging.getLogger(__name__)
+
+
+def check_ports(config: DeploymentConfig) -> None:
+    """A scheduler that dials instances needs to know their ports.
+
+    Raises:
+        ConfigError: an instance lets the OS choose its port.
+    """
+    for i, instance in enumerate(config.gpu_instances):
+        if instance.port == 0:
+            raise ConfigError(
+                f"gpu_instances[{i}].port=0: expected 1 to 65535, because the scheduler is a process of its own and "
+                "must know where to dial"
+            )
+
+
+async def run_scheduler(config: DeploymentConfig) -> None:
+    """Serve until SIGTERM or SIGINT.
+
+    Raises:
+        AddressInUse: scheduler.host and scheduler.port are taken.
+    """
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    scheduler = CpuScheduler(config.scheduler, model_path=config.model.path or "")
+    for instance in config.gpu_instances:
+        await scheduler.add_instance(instance.instance_id, instance.instance_type, f"{instance.host}:{instance.port}")
+    server = SchedulerServer(scheduler)
+    logger.info("scheduling %d instances", len(config.gpu_instances))
+    await server.serve_until(stop)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="hbserve-scheduler", description="The CPU scheduler of HBServe.")
+    parser.add_argument("--config", required=True, help="YAML file of the deployment")
+    parser.add_argument("--log-level", default="INFO")
+    arguments = parser.parse_args()
+    logging.basicConfig(level=arguments.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    try:
+        config = load_config(arguments.config)
+        check_ports(config)
+        asyncio.run(run_scheduler(config))
+    except (ConfigError, OSError) as error:
+        sys.stderr.write(f"{error}\n")
+        return 2 if isinstance(error, ConfigError) else 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,127 @@
+"""One try at a request, on one pair of instances or on one hybrid instance."""
+
+import asyncio
+import uuid
+from collections.abc import Coroutine, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from hbserve_rpc import HBServeRpcError, PeerLost, RemoteError
+from hbserve_rpc.messages import (
+    DECODE,
+    GENERATE,
+    PREFILL,
+    DecodeRequest,
+    GenerateRequest,
+    Granted,
+    PrefillRequest,
+    TokenEvent,
+    TransferDone,
+)
+from hbserve_scheduler.instances import InstanceHandle
+from hbserve_scheduler.placement import Placement
+from hbserve_scheduler.request import ScheduledRequest
+
+
+class Attempt:
+    """Follows a request until its last token. Every id is new, so that nothing of an earlier attempt is mistaken."""
+
+    def __init__(self, entry: ScheduledRequest, placement: Placement) -> None:
+        self._entry = entry
+        self._placement = placement
+        self._transfer_id = uuid.uuid4().hex
+        self._request_id = f"{entry.request.request_id}.{self._transfer_id[:8]}"
+        self._first_token = asyncio.Event()
+        self._ended_at_first_token = False
+
+    async def run(self) -> None:
+        """Raises HBServeRpcError if it fails; what was delivered until then stays delivered."""
+        entry, place = self._entry, self._placement
+        entry.prefill_instance = entry.decode_instance = place.decode.instance_id
+        if place.prefill is None:
+            await self._hybrid(place.decode)
+            return
+        entry.prefill_instance = place.prefill.instance_id
+        if len(entry.output) + 1 >= entry.request.params.max_tokens:
+            # Its only token comes from P: there is nothing to decode.
+            entry.decode_instance = ""
+            await self._prefill(place.prefill, b"")
+        else:
+            await self._pair(place.prefill, place.decode)
+
+    async def _hybrid(self, instance: InstanceHandle) -> None:
+        entry = self._entry
+        request = GenerateRequest(
+            self._request_id, entry.request.prompt_token_ids, entry.request.params, [*entry.output]
+        )
+        with _naming(instance):
+            async with instance.client.stream(GENERATE, request) as events:
+                async for event in events:
+                    entry.deliver(event)
+
+    async def _pair(self, prefill: InstanceHandle, decode: InstanceHandle) -> None:
+        """Reserve on D, prefill on P, decode on D. If one leg fails the other is closed, and the first cause raised."""
+        entry = self._entry
+        request = DecodeRequest(
+            self._request_id, self._transfer_id, entry.request.prompt_token_ids, entry.request.params, [*entry.output]
+        )
+        async with decode.client.stream(DECODE, request) as events:
+            with _naming(decode):
+                granted = await anext(events)
+                if not isinstance(granted, Granted):
+                    raise RemoteError(f"sent {type(granted).__name__} before its grant")
+            self._placement.granted()
+            entry.num_cached_tokens = granted.num_cached_tokens
+            await self._both(self._prefill(prefill, granted.grant), self._decode(decode, events))
+
+    async def _both(self, *legs: Coroutine[Any, Any, None]) -> None:
+        tasks = [asyncio.create_task(leg) for leg in legs]
+        pending = set(tasks)
+        try:
+            while pending and not self._ended_at_first_token:
+                done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+                for task in done:
+                    task.result()
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _prefill(self, instance: InstanceHandle, grant: bytes) -> None:
+        entry = self._entry
+        request = PrefillRequest(
+            self._request_id, self._transfer_id, entry.request.prompt_token_ids, entry.request.params, grant,
+            [*entry.output],
+        )  # fmt: skip
+        with _naming(instance):
+            async with instance.client.stream(PREFILL, request) as events:
+                async for event in events:
+                    if isinstance(event, TransferDone):
+                        entry.kv_bytes += event.num_bytes
+                        entry.kv_transfer_time_s += event.time_s
+                        continue
+                    entry.deliver(event)
+                    self._ended_at_first_token = event.finish_reason is not None
+                    self._first_token.set()
+        self._placement.prefilled()
+
+    async def _decode(self, instance: InstanceHandle, events: Any) -> None:
+        with _naming(instance):
+            async for event in events:
+                # P's token was sent before this one, but came another way.
+                await self._first_token.wait()
+                if isinstance(event, TokenEvent):
+                    self._entry.deliver(event)
+
+
+@contextmanager
+def _naming(instance: InstanceHandle) -> Iterator[None]:
+    """Errors say whose they are; a lost instance is not used again until it has answered."""
+    try:
+        yield
+    except StopAsyncIteration:
+        raise RemoteError(f"{instance.instance_id} ended the stream before its grant") from None
+    except HBServeRpcError as error:
+        if isinstance(error, PeerLost):
+            instance.lost(str(error))
+        raise type(error)(f"{instance.instance_id}: {error}") from error

@@ -1,0 +1,167 @@
+"""Whether a configuration can be: types, ranges, and what must fit together. Every problem is one ConfigError line."""
+
+import difflib
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import msgspec
+
+from hbserve_scheduler.config import DeploymentConfig, InstanceSection
+from hbserve_scheduler.errors import ConfigError
+
+UNITS = {"": 1, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+PORTS = (0, 65535)
+
+
+def convert(content: Any) -> DeploymentConfig:
+    """A checked configuration from plain data, as YAML or JSON give it.
+
+    Raises:
+        ConfigError: names the key by its path, its value, and what is allowed.
+    """
+    try:
+        config = msgspec.convert(content, DeploymentConfig)
+    except msgspec.ValidationError as error:
+        raise ConfigError(_explain(str(error), content)) from None
+    check(config)
+    return config
+
+
+def check(config: DeploymentConfig) -> None:
+    """Check what types cannot say. Raises ConfigError."""
+    for path, value, low, high in _ranges(config):
+        if value is not None and not low <= value <= high:
+            allowed = f"{low} to {high}" if high < 2**62 else f"at least {low}"
+            raise ConfigError(f"{path}={value!r}: expected {allowed}")
+    if config.model.tensor_parallel_size != 1:
+        raise ConfigError(
+            f"model.tensor_parallel_size={config.model.tensor_parallel_size}: expected 1; "
+            "tensor parallelism is not built yet"
+        )
+    parse_size("kv_transfer.buffer_size", config.kv_transfer.buffer_size)
+    _check_instances(config.gpu_instances)
+    _check_kv_ports(config)
+
+
+def _ranges(config: DeploymentConfig) -> Iterator[tuple[str, float | None, float, float]]:
+    any_more = float(2**62)
+    engine, chunked, scheduler = config.engine, config.chunked_prefill, config.scheduler
+    yield "model.max_model_len", config.model.max_model_len, 1, any_more
+    yield "kv_transfer.port", config.kv_transfer.port, *PORTS
+    yield "kv_transfer.timeout_s", config.kv_transfer.timeout_s, 0.1, any_more
+    yield "chunked_prefill.chunk_size", chunked.chunk_size, 1, any_more
+    yield "chunked_prefill.max_chunk_prefill_tokens", chunked.max_chunk_prefill_tokens, 1, any_more
+    yield "cuda_graph.max_seq_len", config.cuda_graph.max_seq_len, 1, any_more
+    yield "engine.num_threads", engine.num_threads, 0, any_more
+    yield "engine.block_size", engine.block_size, 1, any_more
+    yield "engine.num_blocks", engine.num_blocks, 1, any_more
+    yield "engine.gpu_memory_utilization", engine.gpu_memory_utilization, 0.01, 1
+    yield "engine.max_num_seqs", engine.max_num_seqs, 1, any_more
+    yield "engine.max_num_batched_tokens", engine.max_num_batched_tokens, 1, any_more
+    yield "scheduler.port", scheduler.port, *PORTS
+    yield "scheduler.max_queue_size", scheduler.max_queue_size, 1, any_more
+    yield "scheduler.max_attempts", scheduler.max_attempts, 1, any_more
+    yield "scheduler.request_timeout_s", scheduler.request_timeout_s, 0.001, any_more
+    yield "scheduler.instance_wait_s", scheduler.instance_wait_s, 0.1, any_more
+    yield "scheduler.heartbeat_interval_s", scheduler.heartbeat_interval_s, 0.05, any_more
+    yield "scheduler.heartbeat_timeout_s", scheduler.heartbeat_timeout_s, 0.1, any_more
+    yield "scheduler.max_pending_reservations", scheduler.max_pending_reservations, 1, any_more
+    yield "scheduler.max_inflight_prefills", scheduler.max_inflight_prefills, 1, any_more
+    for i, instance in enumerate(config.gpu_instances):
+        yield f"gpu_instances[{i}].port", instance.port, *PORTS
+        yield f"gpu_instances[{i}].gpu_id", instance.gpu_id, 0, any_more
+        yield f"gpu_instances[{i}].kv_rank", instance.kv_rank, 0, any_more
+
+
+def _check_instances(instances: Sequence[InstanceSection]) -> None:
+    for i, instance in enumerate(instances):
+        if not instance.instance_id:
+            raise ConfigError(f"gpu_instances[{i}].instance_id='': expected a name")
+        if not instance.host:
+            raise ConfigError(f"gpu_instances[{i}].host='': expected an address")
+        for j, other in enumerate(instances[:i]):
+            for key in ("instance_id", "kv_rank", "port"):
+                value = getattr(instance, key)
+                same = value == getattr(other, key)
+                if key == "port":
+                    same = same and value != 0 and instance.host == other.host
+                if same:
+                    raise ConfigError(
+                        f"gpu_instances[{i}].{key}={value!r}: gpu_instances[{j}] has it too; each needs its own"
+                    )
+    roles = {instance.instance_type for instance in instances}
+    for role in ("prefill", "decode"):
+        if role not in roles and roles != {"hybrid"}:
+            raise ConfigError(
+                f"gpu_instances={[instance.instance_id for instance in instances]}: there is no {role} instance; "
+                "expected at least one prefill and one decode instance, or hybrid ones only"
+            )
+
+
+def _check_kv_ports(config: DeploymentConfig) -> None:
+    if config.kv_transfer.port == 0:
+        return
+    for i, instance in enumerate(config.gpu_instances):
+        kv_port = config.kv_transfer.port + instance.kv_rank
+        if kv_port > PORTS[1]:
+            raise ConfigError(f"gpu_instances[{i}].kv_rank={instance.kv_rank}: kv_transfer.port + kv_rank is {kv_port}")
+        for j, other in enumerate(config.gpu_instances):
+            if other.port == kv_port and other.host == instance.host:
+                raise ConfigError(
+                    f"kv_transfer.port={config.kv_transfer.port}: port + kv_rank of gpu_instances[{i}] is {kv_port}, "
+                    f"which is gpu_instances[{j}].port"
+                )
+
+
+def parse_size(path: str, value: int | str) -> int:
+    """Bytes, from a number or a text like "1GiB".
+
+    Raises:
+        ConfigError: neither, or not positive.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]?I?B?)\s*", str(value), re.IGNORECASE)
+    unit = match[2].upper() if match else "?"
+    unit = "" if unit == "B" else unit
+    size = int(float(match[1]) * UNITS[unit]) if match and unit in UNITS else 0
+    if size <= 0:
+        raise ConfigError(f'{path}={value!r}: expected a number of bytes, or a text like "512MiB" or "1GiB"')
+    return size
+
+
+def _explain(message: str, content: Any) -> str:
+    """msgspec's message, with the path in YAML's words, the value, and a guess at a misspelt key."""
+    what, _, place = message.partition(" - at ")
+    keys = re.findall(r"\.(\w+)|\[(\d+)\]", place)
+    path = "".join(f".{name}" if name else f"[{index}]" for name, index in keys).lstrip(".")
+    if unknown := re.search(r"unknown field `(\w+)`", what):
+        allowed = _fields_at(path)
+        close = difflib.get_close_matches(unknown[1], allowed, 1)
+        hint = f"did you mean {close[0]!r}? " if close else ""
+        return f"{path + '.' if path else ''}{unknown[1]}: unknown key; {hint}expected one of {', '.join(allowed)}"
+    if missing := re.search(r"missing required field `(\w+)`", what):
+        return f"{path}.{missing[1]}: missing; every entry needs it"
+    value = content
+    for name, index in keys:
+        value = value[name] if name else value[int(index)]
+    allowed_values = _choices_at(path)
+    detail = f"expected one of {', '.join(allowed_values)}" if allowed_values else what[:1].lower() + what[1:]
+    return f"{path or 'the file'}={value!r}: {detail}"
+
+
+def _type_at(path: str) -> Any:
+    """The annotated type of a key of DeploymentConfig."""
+    found: Any = DeploymentConfig
+    for name in re.findall(r"[a-z_0-9]*[a-z_][a-z_0-9]*", path):
+        found = next(field.type for field in msgspec.structs.fields(found) if field.name == name)
+        found = getattr(found, "__args__", [found])[0] if getattr(found, "__origin__", None) is list else found
+    return found
+
+
+def _fields_at(path: str) -> list[str]:
+    return [field.name for field in msgspec.structs.fields(_type_at(path))]
+
+
+def _choices_at(path: str) -> list[str]:
+    found = _type_at(path) if path else None
+    return [str(choice) for choice in getattr(found, "__args__", ()) if isinstance(choice, str)]

@@ -1,0 +1,47 @@
+"""A DeploymentConfig from a YAML file."""
+
+from collections.abc import Hashable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from hbserve_scheduler.config import DeploymentConfig
+from hbserve_scheduler.config_check import convert
+from hbserve_scheduler.errors import ConfigError
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that is written twice: YAML would keep the last one in silence."""
+
+
+def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Hashable, Any]:
+    seen = set()
+    for key, _ in node.value:
+        if key.value in seen:
+            raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is written twice", key.start_mark)
+        seen.add(key.value)
+    return loader.construct_mapping(node, deep=True)
+
+
+_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
+
+
+def load_config(path: str | Path) -> DeploymentConfig:
+    """Read and check a configuration file.
+
+    Raises:
+        ConfigError: the file is missing or not YAML, or a key is unknown, of a wrong type, or cannot be.
+    """
+    path = Path(path).expanduser()
+    try:
+        content = yaml.load(path.read_text(), _Loader)  # a subclass of the safe loader
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}") from None
+    except yaml.MarkedYAMLError as error:
+        line = f" line {error.problem_mark.line + 1}:" if error.problem_mark else ""
+        raise ConfigError(f"{path}:{line} {error.problem}") from None
+    try:
+        return convert({} if content is None else content)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None

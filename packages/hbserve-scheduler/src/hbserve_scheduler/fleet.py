@@ -1,0 +1,93 @@
+"""The instances of one deployment, and which of them takes a request."""
+
+import asyncio
+import time
+from collections.abc import Callable
+
+from hbserve_rpc.messages import Role
+from hbserve_scheduler.config import SchedulerConfig
+from hbserve_scheduler.errors import InstanceFailed, NotReady
+from hbserve_scheduler.instances import InstanceHandle
+from hbserve_scheduler.placement import Placement
+from hbserve_scheduler.policies import POLICIES
+
+
+class Fleet:
+    """Instances come, go and come back; requests ask for places."""
+
+    def __init__(self, config: SchedulerConfig, on_change: Callable[[], None]) -> None:
+        self.handles: dict[str, InstanceHandle] = {}
+        self._config = config
+        self._on_change = on_change
+        self._started = False
+        self._choose = {
+            "prefill": POLICIES[config.prefill_policy](),
+            "decode": POLICIES[config.decode_policy](),
+            "hybrid": POLICIES[config.decode_policy](),
+        }
+
+    async def add(self, instance_id: str, role: Role, address: str) -> None:
+        handle = InstanceHandle(instance_id, role, address, self._config, self._on_change)
+        self.handles[instance_id] = handle
+        if self._started:
+            await handle.start()
+
+    async def remove(self, instance_id: str) -> None:
+        handle = self.handles.pop(instance_id)
+        handle.lost("it was removed")
+        await handle.close()
+
+    async def start(self) -> None:
+        self._started = True
+        for handle in self.handles.values():
+            await handle.start()
+
+    async def stop(self) -> None:
+        for handle in self.handles.values():
+            await handle.close()
+
+    async def wait_ready(self, timeout_s: float) -> None:
+        """Raises InstanceFailed at once when one says so, NotReady after `timeout_s`."""
+        deadline_s = time.monotonic() + timeout_s
+        while missing := [handle for handle in self.handles.values() if handle.status != "ready"]:
+            for handle in missing:
+                if handle.status == "failed":
+                    raise InstanceFailed(handle.describe_problem())
+            if time.monotonic() > deadline_s:
+                problems = "; ".join(handle.describe_problem() for handle in missing)
+                raise NotReady(f"not ready within {timeout_s:.0f} s: {problems}")
+            await asyncio.sleep(0.05)
+
+    def available(self, role: Role) -> list[InstanceHandle]:
+        """Ready instances with room for one more request."""
+
+        def has_room(handle: InstanceHandle) -> bool:
+            if role == "prefill":
+                return handle.num_inflight < self._config.max_inflight_prefills
+            return handle.num_pending < self._config.max_pending_reservations
+
+        return [
+            handle for handle in self.handles.values()
+            if handle.role == role and handle.status == "ready" and has_room(handle)
+        ]  # fmt: skip
+
+    def has_room(self) -> bool:
+        return bool(self.available("hybrid")) or bool(self.available("prefill") and self.available("decode"))
+
+    def place(self, num_tokens: int) -> Placement | None:
+        """Choose instances for a prompt and take the places there; None if there is no room."""
+        prefills, decodes, hybrids = (self.available(role) for role in ("prefill", "decode", "hybrid"))
+        if prefills and decodes:
+            return Placement(self._choose["prefill"](prefills), self._choose["decode"](decodes), num_tokens)
+        if hybrids:
+            return Placement(None, self._choose["hybrid"](hybrids), num_tokens)
+        return None
+
+    def may_serve_soon(self) -> bool:
+        """Whether each role that a request needs has an instance that is ready or loading its model."""
+        there = {handle.role for handle in self.handles.values() if handle.status in ("ready", "starting")}
+        return "hybrid" in there or {"prefill", "decode"} <= there
+
+    def why_nobody(self) -> str:
+        problems = [each.describe_problem() for each in self.handles.values() if each.status != "ready"]
+        return f"no instances for {self._config.instance_wait_s:.0f} s: " + ("; ".join(problems) or "none were added")

@@ -1,0 +1,106 @@
+"""What the scheduler knows of one instance, and its connection to it."""
+
+import asyncio
+import logging
+from collections.abc import Callable
+
+from hbserve_rpc import HBServeRpcError, RpcClient
+from hbserve_rpc.messages import DESCRIBE, STATS, Empty, InstanceInfo, InstanceStats, InstanceStatus, Role
+from hbserve_scheduler.config import SchedulerConfig
+
+logger = logging.getLogger(__name__)
+
+
+class InstanceHandle:
+    """Dials one instance and polls it. A lost one is polled on: it may come back, in a new epoch."""
+
+    def __init__(
+        self, instance_id: str, role: Role, address: str, config: SchedulerConfig, on_change: Callable[[], None]
+    ) -> None:
+        self.instance_id = instance_id
+        self.role: Role = role
+        self.address = address
+        self.info: InstanceInfo | None = None
+        self.last_stats: InstanceStats | None = None
+        self.problem = "it has not answered yet"
+        """Why it is not ready."""
+        self.load = 0
+        """Work that is with it: prompt tokens for a prefill instance, requests for others."""
+        self.num_inflight = 0
+        self.num_pending = 0
+        """Requests that wait for room on a decode instance."""
+        self._config = config
+        self.changed = on_change
+        """To be called when there may be more room than before."""
+        self._polling: asyncio.Task[None] | None = None
+        self.client = self._make_client()
+
+    def _make_client(self) -> RpcClient:
+        return RpcClient(
+            self.address,
+            heartbeat_interval_s=self._config.heartbeat_interval_s,
+            heartbeat_timeout_s=self._config.heartbeat_timeout_s,
+        )
+
+    async def start(self) -> None:
+        await self.client.start()
+        self._polling = asyncio.create_task(self._poll())
+
+    async def close(self) -> None:
+        if self._polling is not None:
+            self._polling.cancel()
+            await asyncio.gather(self._polling, return_exceptions=True)
+        await self.client.close()
+
+    @property
+    def status(self) -> InstanceStatus:
+        return self.info.status if self.info is not None else "unreachable"
+
+    @property
+    def stats(self) -> InstanceStats:
+        """The last snapshot that it gave, under its present status."""
+        last = self.last_stats
+        if last is None or self.info is None:
+            return InstanceStats(self.instance_id, self.role, self.status)
+        return last
+
+    async def refresh(self) -> None:
+        """Ask it for its state now. Raises what `RpcClient.call` raises."""
+        timeout_s = self._config.heartbeat_timeout_s
+        info = await self.client.call(DESCRIBE, Empty(), timeout_s=timeout_s)
+        self.last_stats = await self.client.call(STATS, Empty(), timeout_s=timeout_s)
+        if info.instance_id != self.instance_id or info.role != self.role:
+            self.lost(f"{self.address} is {info.role} instance {info.instance_id!r}, not {self.instance_id!r}")
+            return
+        if self.info != info:
+            why = f": {info.error}" if info.error else ""
+            logger.info("%s at %s is %s%s", self.instance_id, self.address, info.status, why)
+        self.problem = info.error or f"it is {info.status}"
+        changed, self.info = self.info != info, info
+        if changed:
+            self.changed()
+
+    def lost(self, why: str) -> None:
+        """It cannot be used until it answers again."""
+        if self.info is not None:
+            logger.warning("%s at %s is lost: %s", self.instance_id, self.address, why)
+        self.info, self.problem = None, why
+        self.changed()
+
+    async def drop(self, why: str) -> None:
+        """It is known to be dead: fail what waits for it now, rather than when its heartbeats are missed."""
+        self.lost(why)
+        old, self.client = self.client, self._make_client()
+        await self.client.start()
+        await old.close()
+
+    async def _poll(self) -> None:
+        while True:
+            try:
+                await self.refresh()
+            except HBServeRpcError as error:
+                self.lost(str(error))
+            await asyncio.sleep(self._config.heartbeat_interval_s)
+
+    def describe_problem(self) -> str:
+        return f"{self.instance_id} ({self.role}) at {self.address}: {self.problem}"

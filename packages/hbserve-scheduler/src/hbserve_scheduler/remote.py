@@ -1,0 +1,60 @@
+"""A scheduler in another process, used as if it were in this one."""
+
+import time
+
+from hbserve_rpc import HBServeRpcError, RpcClient, RpcStream
+from hbserve_rpc.messages import (
+    SCHEDULER_ABORT,
+    SCHEDULER_GENERATE,
+    SCHEDULER_INFO,
+    SCHEDULER_STATS,
+    AbortRequest,
+    ClientEvent,
+    Empty,
+    GenerateRequest,
+    SchedulerStats,
+    ServiceInfo,
+)
+from hbserve_scheduler.errors import NotReady
+
+CALL_TIMEOUT_S = 10.0
+
+
+class RemoteScheduler:
+    """Client of a SchedulerServer at `host:port`."""
+
+    def __init__(self, address: str) -> None:
+        self.address = address
+        self._client = RpcClient(address)
+
+    async def start(self) -> None:
+        await self._client.start()
+
+    async def stop(self) -> None:
+        await self._client.close()
+
+    async def find(self, timeout_s: float) -> ServiceInfo:
+        """Wait until the scheduler answers. Requests wait there for instances that are not ready yet.
+
+        Raises:
+            NotReady: not in time.
+        """
+        deadline_s = time.monotonic() + timeout_s
+        problem = "no answer"
+        while (left_s := deadline_s - time.monotonic()) > 0:
+            try:
+                return await self._client.call(SCHEDULER_INFO, Empty(), timeout_s=min(left_s, CALL_TIMEOUT_S))
+            except HBServeRpcError as error:
+                problem = str(error)
+        raise NotReady(f"no scheduler at {self.address} within {timeout_s:.0f} s: {problem}")
+
+    def submit(self, request: GenerateRequest) -> RpcStream[ClientEvent]:
+        """TokenEvents, then one RequestFinished. Raises, at the first item, what `CpuScheduler.submit` raises."""
+        return self._client.stream(SCHEDULER_GENERATE, request)
+
+    async def abort(self, request_id: str) -> bool:
+        reply = await self._client.call(SCHEDULER_ABORT, AbortRequest(request_id), timeout_s=CALL_TIMEOUT_S)
+        return reply.found
+
+    async def fetch_stats(self) -> SchedulerStats:
+        return await self._client.call(SCHEDULER_STATS, Empty(), timeout_s=CALL_TIMEOUT_S)

@@ -1,0 +1,101 @@
+"""One request in the scheduler: what was asked, what was delivered, and what the client reads."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+
+from hbserve_rpc import RemoteError
+from hbserve_rpc.messages import ClientEvent, FinishReason, GenerateRequest, RequestFinished, TokenEvent
+
+
+@dataclass(eq=False)
+class ScheduledRequest:
+    """A request from `submit` to its end. Times are of `time.monotonic`."""
+
+    request: GenerateRequest
+    submitted_s: float = field(default_factory=time.monotonic)
+    started_s: float | None = None
+    first_token_s: float | None = None
+    output: list[int] = field(default_factory=list)
+    """Tokens that were delivered, over all attempts."""
+    finish_reason: FinishReason | None = None
+    events: asyncio.Queue[ClientEvent | Exception] = field(default_factory=asyncio.Queue)
+    task: asyncio.Task[None] | None = None
+    num_attempts: int = 0
+    num_cached_tokens: int = 0
+    kv_bytes: int = 0
+    kv_transfer_time_s: float = 0.0
+    prefill_instance: str = ""
+    decode_instance: str = ""
+
+    def __post_init__(self) -> None:
+        self.output += self.request.output_token_ids
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return len(self.request.prompt_token_ids)
+
+    @property
+    def num_tokens(self) -> int:
+        """That are known: prompt, and output so far."""
+        return self.num_prompt_tokens + len(self.output)
+
+    def deliver(self, event: TokenEvent) -> None:
+        """Pass new tokens on; those that the client has already are dropped.
+
+        Raises:
+            RemoteError: tokens are missing between those delivered and these.
+        """
+        known = len(self.output) - event.index
+        if known < 0:
+            raise RemoteError(f"tokens {len(self.output)} to {event.index - 1} are missing")
+        tokens = event.token_ids[known:]
+        if tokens and self.first_token_s is None:
+            self.first_token_s = time.monotonic()
+        if tokens or event.finish_reason:
+            self.finish_reason = event.finish_reason
+            self.events.put_nowait(TokenEvent(len(self.output), tokens, event.finish_reason))
+            self.output += tokens
+
+    def finish(self, reason: FinishReason) -> None:
+        now_s = time.monotonic()
+        first_s = self.first_token_s or now_s
+        num_output = len(self.output)
+        self.finish_reason = reason
+        self.events.put_nowait(
+            RequestFinished(
+                reason, self.num_prompt_tokens, num_output,
+                queue_time_s=(self.started_s or now_s) - self.submitted_s,
+                ttft_s=first_s - self.submitted_s,
+                tpot_s=(now_s - first_s) / (num_output - 1) if num_output > 1 else 0.0,
+                e2e_s=now_s - self.submitted_s,
+                kv_bytes=self.kv_bytes, kv_transfer_time_s=self.kv_transfer_time_s,
+                num_cached_tokens=self.num_cached_tokens, num_attempts=self.num_attempts,
+                prefill_instance=self.prefill_instance, decode_instance=self.decode_instance,
+            )
+        )  # fmt: skip
+
+
+class EventStream(AsyncIterator[ClientEvent]):
+    """TokenEvents, then one RequestFinished; or the error that ended the request. `aclose` before the end aborts it."""
+
+    def __init__(self, entry: ScheduledRequest, abandon: Callable[[ScheduledRequest], None]) -> None:
+        self._entry = entry
+        self._abandon = abandon
+        self._ended = False
+
+    async def __anext__(self) -> ClientEvent:
+        if self._ended:
+            raise StopAsyncIteration
+        event = await self._entry.events.get()
+        if isinstance(event, Exception):
+            self._ended = True
+            raise event
+        self._ended = isinstance(event, RequestFinished)
+        return event
+
+    async def aclose(self) -> None:
+        if not self._ended:
+            self._ended = True
+            self._abandon(self._entry)
