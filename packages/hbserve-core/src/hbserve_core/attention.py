@@ -5,7 +5,7 @@ N heads of queries, K heads of keys and values, G = N / K queries per key head, 
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -15,8 +15,10 @@ import torch.nn.functional as F
 
 from hbserve_core.sequence import ScheduledChunk
 
-# Sequences of different context share one call as long as padding does not make it this much larger.
+# Sequences of different context share one call as long as padding does not make it this much larger, and their
+# gathered keys and values stay this small. Splitting costs nothing above 1 MiB.
 _MOST_PADDING = 1.25
+_MOST_GATHERED_BYTES = 16 << 20
 
 
 class AttentionPlan(ABC):
@@ -57,9 +59,10 @@ class TorchAttention(Attention):
 
     def plan(self, chunks: Sequence[ScheduledChunk]) -> "TorchAttentionPlan":
         self._clear_unwritten_slots(chunks)
-        groups = list(_groups(chunks, self._pool.shape[3]))
-        blocks = max(group.num_sequences * group.num_blocks for group in groups)
-        elements = blocks * 2 * self._pool[0, 0, 0].numel()
+        block_elements = self._pool[0, 0].numel()
+        most_blocks = _MOST_GATHERED_BYTES // (block_elements * self._pool.dtype.itemsize)
+        groups = list(_groups(chunks, self._pool.shape[3], most_blocks))
+        elements = max(group.num_sequences * group.num_blocks for group in groups) * block_elements
         if self._workspace.numel() < elements:
             self._workspace = torch.empty(elements, dtype=self._pool.dtype, device=self._pool.device)
         return TorchAttentionPlan(self._pool, self._num_heads, self._workspace, chunks, groups)
@@ -92,10 +95,10 @@ class _Group:
         return len(self.contexts)
 
 
-def _groups(chunks: Sequence[ScheduledChunk], block_size: int) -> Iterator[_Group]:
+def _groups(chunks: Sequence[ScheduledChunk], block_size: int, most_blocks: int) -> Iterator[_Group]:
     first_token = 0
     for num_new, same in groupby(chunks, key=lambda chunk: chunk.num_new_tokens):
-        for members in _split_by_padding(list(same), block_size):
+        for members in _split(same, block_size, most_blocks):
             contexts = [member.sequence.num_computed_tokens + num_new for member in members]
             num_blocks = -(-max(contexts) // block_size)
             tables = [member.sequence.block_table for member in members]
@@ -103,15 +106,15 @@ def _groups(chunks: Sequence[ScheduledChunk], block_size: int) -> Iterator[_Grou
             first_token += num_new * len(members)
 
 
-def _split_by_padding(chunks: list[ScheduledChunk], block_size: int) -> Iterator[list[ScheduledChunk]]:
-    """Cut a run of chunks, in order, so that padding to the longest of a piece stays small."""
+def _split(chunks: Iterable[ScheduledChunk], block_size: int, most_blocks: int) -> Iterator[list[ScheduledChunk]]:
+    """Cut a run of chunks, in order, so that each piece, padded to its longest, is small and mostly not padding."""
     piece: list[ScheduledChunk] = []
     longest = total = 0
     for chunk in chunks:
         blocks = -(-(chunk.sequence.num_computed_tokens + chunk.num_new_tokens) // block_size)
         padded = max(longest, blocks) * (len(piece) + 1)
         # A few blocks of padding cost less than another call.
-        if piece and padded > _MOST_PADDING * (total + blocks) + 8:
+        if piece and (padded > most_blocks or padded > _MOST_PADDING * (total + blocks) + 8):
             yield piece
             piece, longest, total = [], 0, 0
         piece.append(chunk)
@@ -135,7 +138,7 @@ class TorchAttentionPlan(AttentionPlan):
         self._num_tokens = sum(chunk.num_new_tokens for chunk in chunks)
         slots = torch.from_numpy(_slots(chunks, num_layers, block_size))
         # (num_layers, 2, T): rows of the new keys and of the new values, layer by layer.
-        offsets = torch.arange(num_layers * 2).view(num_layers, 2, 1) * block_size
+        offsets = torch.arange(num_layers * 2, device="cpu").view(num_layers, 2, 1) * block_size
         self._new_rows = (slots + offsets).to(pool.device)
         self._groups = [_GroupPlan(pool, num_heads, workspace, group) for group in groups]
 
@@ -174,9 +177,9 @@ class _GroupPlan:
         self._block_rows = pool.view(num_blocks * num_layers * 2, -1)
         tables = [table[: group.num_blocks] for table in group.block_tables]
         padded = [table + [table[0]] * (group.num_blocks - len(table)) for table in tables]
-        in_layer_0 = torch.tensor(padded).flatten() * (num_layers * 2)
+        in_layer_0 = torch.tensor(padded, device="cpu").flatten() * (num_layers * 2)
         # (num_layers, 2 * S * blocks): rows of all keys, then of all values.
-        offsets = torch.arange(num_layers * 2).view(num_layers * 2, 1)
+        offsets = torch.arange(num_layers * 2, device="cpu").view(num_layers * 2, 1)
         self._rows = (in_layer_0 + offsets).view(num_layers, -1).to(pool.device)
         self._gathered = workspace[: self._rows.shape[1] * self._block_rows.shape[1]].view(self._rows.shape[1], -1)
         shape = (2, group.num_sequences, group.num_blocks * block_size, num_kv_heads, head_dim)
@@ -192,11 +195,12 @@ class _GroupPlan:
         num_new = self._group.num_new_tokens
         if self._equal and num_new == 1:
             return None
-        contexts = torch.tensor(self._group.contexts[:1] if self._equal else self._group.contexts)
-        last = contexts[:, None] - num_new + torch.arange(num_new)
-        hidden = torch.arange(used) > last[:, :, None]
-        mask = torch.zeros(hidden.shape, dtype=pool.dtype).masked_fill_(hidden, float("-inf"))
-        return mask[:, None].to(pool.device)
+        device = pool.device
+        contexts = torch.tensor(self._group.contexts[:1] if self._equal else self._group.contexts, device=device)
+        last = contexts[:, None] - num_new + torch.arange(num_new, device=device)
+        hidden = torch.arange(used, device=device) > last[:, :, None]
+        mask = torch.zeros(hidden.shape, dtype=pool.dtype, device=device)
+        return mask.masked_fill_(hidden, float("-inf"))[:, None]
 
     def attend(self, layer: int, heads: torch.Tensor, out: torch.Tensor) -> None:
         torch.index_select(self._block_rows, 0, self._rows[layer], out=self._gathered)

@@ -14,7 +14,7 @@ import torch
 from hbserve_core.errors import ModelFilesMissing, UnsupportedModel
 from hbserve_core.rope import RopeConfig, read_rope_config
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,9 +163,9 @@ def _slides(raw: Mapping[str, Any]) -> bool:
 
 def _checkpoint_dtype(folder: Path, raw: Mapping[str, Any]) -> torch.dtype:
     name = raw.get("dtype") or raw.get("torch_dtype") or "float32"
-    if name not in _DTYPES:
-        raise UnsupportedModel(f"{folder}: dtype={name!r} is not supported; supported: {', '.join(_DTYPES)}")
-    return _DTYPES[name]
+    if name not in DTYPES:
+        raise UnsupportedModel(f"{folder}: dtype={name!r} is not supported; supported: {', '.join(DTYPES)}")
+    return DTYPES[name]
 
 
 def _eos_token_ids(raw: Mapping[str, Any], generation: Mapping[str, Any]) -> tuple[int, ...]:

@@ -14,7 +14,7 @@ from hbserve_core.decoder import Decoder
 from hbserve_core.errors import InvalidInstanceConfig
 from hbserve_core.kv_pool import BlockShape, allocate_pool, block_shape, choose_num_blocks
 from hbserve_core.linear import FEWEST_ROWS
-from hbserve_core.model_config import ModelConfig, load_model_config
+from hbserve_core.model_config import DTYPES, ModelConfig, load_model_config
 from hbserve_core.sampler import Sampler
 from hbserve_core.sequence import ScheduledChunk
 from hbserve_core.weights import load_weights
@@ -104,8 +104,9 @@ def _device(config: InstanceConfig) -> torch.device:
 def _dtype(config: InstanceConfig, model: ModelConfig) -> torch.dtype:
     if config.dtype == "auto":
         return model.dtype
-    dtype: torch.dtype = getattr(torch, config.dtype)
-    return dtype
+    if config.dtype not in DTYPES:
+        raise InvalidInstanceConfig(f"dtype={config.dtype!r}: expected auto, {', '.join(DTYPES)}")
+    return DTYPES[config.dtype]
 
 
 def _check_tensor_parallel(config: InstanceConfig) -> None:

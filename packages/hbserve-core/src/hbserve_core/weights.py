@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from hbserve_core.checkpoint import Checkpoint, DigestingSource, DummyCheckpoint, TensorSource
+from hbserve_core.errors import InvalidInstanceConfig
 from hbserve_core.linear import Linear, make_linear
 from hbserve_core.model_config import ModelConfig
 from hbserve_core.norm import RmsNorm
@@ -41,8 +42,11 @@ def load_weights(config: ModelConfig, load_format: str, dtype: torch.dtype, devi
     """Read, or for load_format "dummy" invent, all weights.
 
     Raises:
+        InvalidInstanceConfig: another load_format.
         ModelFilesMissing, WeightsMismatch: as `Checkpoint` says.
     """
+    if load_format not in ("safetensors", "dummy"):
+        raise InvalidInstanceConfig(f"load_format={load_format!r}: expected 'safetensors' or 'dummy'")
     shapes = checkpoint_shapes(config)
     source: TensorSource = DummyCheckpoint(shapes, dtype) if load_format == "dummy" else Checkpoint(config, shapes)
     digesting = DigestingSource(source)

@@ -1,0 +1,136 @@
+"""Reading model folders: what is understood, and what is refused by name."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from hbserve_core.errors import ModelFilesMissing, UnsupportedModel
+from hbserve_core.model_config import load_model_config
+from hbserve_core.rope import inverse_frequencies
+
+BASE = {
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 320,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 512,
+}
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write_config(generation=None, **changes) -> Path:
+        content = {key: value for key, value in (BASE | changes).items() if value is not ...}
+        (tmp_path / "config.json").write_text(json.dumps(content))
+        if generation is not None:
+            (tmp_path / "generation_config.json").write_text(json.dumps(generation))
+        return tmp_path
+
+    return write_config
+
+
+def test_a_missing_folder_is_named():
+    with pytest.raises(ModelFilesMissing, match=r"'/nowhere/model' does not exist"):
+        load_model_config("/nowhere/model")
+
+
+def test_a_folder_without_config_says_what_it_has_instead(tmp_path):
+    (tmp_path / "weights.gguf").touch()
+    with pytest.raises(FileNotFoundError, match=r"has no config\.json \(it has: weights\.gguf\)"):
+        load_model_config(tmp_path)
+
+
+def test_a_config_that_is_not_json_is_named(tmp_path):
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(UnsupportedModel, match=r"config\.json is not JSON"):
+        load_model_config(tmp_path)
+
+
+def test_an_unknown_architecture_is_refused_with_the_list_of_known_ones(write):
+    folder = write(architectures=["MambaForCausalLM"])
+    with pytest.raises(
+        UnsupportedModel, match="MambaForCausalLM is not supported; supported: Qwen3.*, Qwen2.*, LlamaForCausalLM"
+    ):
+        load_model_config(folder)
+
+
+def test_a_config_without_architectures_is_refused_by_its_model_type(write):
+    with pytest.raises(UnsupportedModel, match="none named .model_type='gpt2'"):
+        load_model_config(write(architectures=..., model_type="gpt2"))
+
+
+def test_a_missing_size_is_named(write):
+    with pytest.raises(UnsupportedModel, match="'intermediate_size' is missing"):
+        load_model_config(write(intermediate_size=...))
+
+
+@pytest.mark.parametrize("rope_type", ["yarn", "dynamic", "longrope"])
+@pytest.mark.parametrize("key", ["rope_scaling", "rope_parameters"])
+def test_other_rope_types_are_refused_by_name(write, rope_type, key):
+    with pytest.raises(UnsupportedModel, match=f"rope_type='{rope_type}' is not supported; supported: default"):
+        load_model_config(write(**{key: {"rope_type": rope_type, "factor": 4.0}}))
+
+
+def test_old_and_new_rope_keys_mean_the_same(write):
+    scaling = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 128}
+    old = load_model_config(write(rope_theta=5e5, rope_scaling=scaling | {"type": "llama3"})).rope
+    new = load_model_config(write(rope_parameters=scaling | {"rope_type": "llama3", "rope_theta": 5e5})).rope
+    assert old == new
+    assert old.theta == 5e5
+
+
+@pytest.mark.parametrize("rope", [{"rope_type": "default"}, {"rope_type": "linear", "factor": 4.0}])
+def test_frequencies_fall_with_the_dimension_and_the_factor(write, rope):
+    config = load_model_config(write(rope_parameters=rope | {"rope_theta": 100.0})).rope
+    expected = torch.tensor([100.0 ** (-i / 4) for i in range(4)]) / rope.get("factor", 1.0)
+    torch.testing.assert_close(inverse_frequencies(config, 8), expected)
+
+
+def test_a_sliding_window_in_use_is_refused(write):
+    with pytest.raises(UnsupportedModel, match="sliding_window=128 is in use"):
+        load_model_config(write(use_sliding_window=True, sliding_window=128, max_window_layers=1))
+    with pytest.raises(UnsupportedModel, match="sliding_window=128 is in use"):
+        load_model_config(write(sliding_window=128, layer_types=["full_attention", "sliding_attention"]))
+
+
+def test_a_sliding_window_that_no_layer_uses_is_harmless(write):
+    load_model_config(write(use_sliding_window=False, sliding_window=128))
+    load_model_config(write(use_sliding_window=True, sliding_window=128, max_window_layers=2))
+
+
+def test_quantised_weights_are_refused(write):
+    with pytest.raises(UnsupportedModel, match="quantization_config .awq. is not supported"):
+        load_model_config(write(quantization_config={"quant_method": "awq"}))
+
+
+def test_end_of_sequence_ids_come_from_both_files(write):
+    assert load_model_config(write(eos_token_id=2)).eos_token_ids == (2,)
+    assert load_model_config(write(generation={"eos_token_id": [7, 2]}, eos_token_id=2)).eos_token_ids == (7, 2)
+    assert load_model_config(write(generation={"eos_token_id": 7}, eos_token_id=[3, 4])).eos_token_ids == (7, 3, 4)
+    assert load_model_config(write(generation={}, eos_token_id=None)).eos_token_ids == ()
+
+
+def test_biases_follow_the_architecture_and_its_config(write):
+    llama = load_model_config(write(attention_bias=True)).biases
+    assert (llama.qkv, llama.output, llama.mlp, llama.qk_norm) == (True, True, False, False)
+    qwen2 = load_model_config(write(architectures=["Qwen2ForCausalLM"])).biases
+    assert (qwen2.qkv, qwen2.output, qwen2.mlp, qwen2.qk_norm) == (True, False, False, False)
+    qwen3 = load_model_config(write(architectures=["Qwen3ForCausalLM"])).biases
+    assert (qwen3.qkv, qwen3.output, qwen3.mlp, qwen3.qk_norm) == (False, False, False, True)
+
+
+def test_head_dim_defaults_as_the_architecture_does(write):
+    assert load_model_config(write()).head_dim == 16
+    assert load_model_config(write(head_dim=32)).head_dim == 32
+    assert load_model_config(write(architectures=["Qwen3ForCausalLM"])).head_dim == 128
+
+
+@pytest.mark.parametrize("key", ["dtype", "torch_dtype"])
+def test_the_checkpoint_dtype_is_read_from_either_key(write, key):
+    assert load_model_config(write(**{key: "bfloat16"})).dtype == torch.bfloat16
+    with pytest.raises(UnsupportedModel, match="dtype='int8' is not supported"):
+        load_model_config(write(**{key: "int8"}))
