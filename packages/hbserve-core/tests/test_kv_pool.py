@@ -38,12 +38,12 @@ def test_the_default_size_on_a_cpu_is_modest():
 
 def test_a_block_larger_than_memory_is_refused_with_the_remedy():
     huge = BlockShape(num_layers=1 << 20, block_size=16, num_kv_heads=64, head_dim=256, dtype=torch.float32)
-    with pytest.raises(NotEnoughMemory, match="one block takes .* MiB; free memory"):
+    with pytest.raises(NotEnoughMemory, match=r"one block takes .* MiB; free memory"):
         choose_num_blocks(config(), huge, 4096, CPU)
 
 
 def test_a_pool_that_cannot_be_had_is_refused_with_its_size():
-    with pytest.raises(NotEnoughMemory, match="num_blocks=1000000000000000: a KV pool of .* GiB does not fit on cpu"):
+    with pytest.raises(NotEnoughMemory, match=r"num_blocks=1000000000000000: a KV pool of .* GiB does not fit on cpu"):
         allocate_pool(10**15, BLOCK, CPU)
 
 

@@ -53,13 +53,13 @@ def test_a_config_that_is_not_json_is_named(tmp_path):
 def test_an_unknown_architecture_is_refused_with_the_list_of_known_ones(write):
     folder = write(architectures=["MambaForCausalLM"])
     with pytest.raises(
-        UnsupportedModel, match="MambaForCausalLM is not supported; supported: Qwen3.*, Qwen2.*, LlamaForCausalLM"
+        UnsupportedModel, match=r"MambaForCausalLM is not supported; supported: Qwen3.*, Qwen2.*, LlamaForCausalLM"
     ):
         load_model_config(folder)
 
 
 def test_a_config_without_architectures_is_refused_by_its_model_type(write):
-    with pytest.raises(UnsupportedModel, match="none named .model_type='gpt2'"):
+    with pytest.raises(UnsupportedModel, match=r"none named .model_type='gpt2'"):
         load_model_config(write(architectures=..., model_type="gpt2"))
 
 
@@ -103,7 +103,7 @@ def test_a_sliding_window_that_no_layer_uses_is_harmless(write):
 
 
 def test_quantised_weights_are_refused(write):
-    with pytest.raises(UnsupportedModel, match="quantization_config .awq. is not supported"):
+    with pytest.raises(UnsupportedModel, match=r"quantization_config .awq. is not supported"):
         load_model_config(write(quantization_config={"quant_method": "awq"}))
 
 

@@ -107,6 +107,14 @@ def test_very_different_lengths_share_a_step(runner, stepper, prompt, greedy_tok
         assert sequence.output_token_ids == greedy_tokens("llama", given, 8)
 
 
+def test_a_step_of_many_tokens_gives_the_tokens_of_small_ones(model_folder, stepper, prompt, greedy_tokens):
+    stepping = stepper(ModelRunner(config(model_folder("llama"), num_blocks=200)))
+    sequences = [stepping.sequence(prompt(420 + i, salt=i)) for i in range(3)]
+    stepping.generate(sequences, 3)
+    for i, sequence in enumerate(sequences):
+        assert sequence.output_token_ids == greedy_tokens("llama", prompt(420 + i, salt=i), 3)
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision_runs_and_keeps_its_pool_in_it(model_folder, stepper, prompt, dtype):
     runner = ModelRunner(config(model_folder("qwen2"), dtype=dtype))

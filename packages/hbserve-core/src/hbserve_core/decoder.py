@@ -13,6 +13,10 @@ from hbserve_core.model_config import ModelConfig
 from hbserve_core.rope import Rope
 from hbserve_core.weights import DecoderWeights, LayerWeights
 
+# On a CPU the MLP takes this many rows at a time: its wide intermediates then stay in the cache, and are small enough
+# for malloc to keep, where larger ones come from the system anew each time, page by page.
+_MLP_ROWS = 512
+
 Angles = tuple[torch.Tensor, torch.Tensor]
 
 
@@ -49,5 +53,7 @@ class Decoder:
         return layer.output(out)
 
     def _mlp(self, layer: LayerWeights, hidden: torch.Tensor) -> torch.Tensor:
+        if hidden.device.type == "cpu" and len(hidden) > _MLP_ROWS:
+            return torch.cat([self._mlp(layer, part) for part in torch.split(hidden, _MLP_ROWS)])
         gate, up = layer.gate_up(layer.mlp_norm(hidden)).chunk(2, dim=-1)
         return layer.down(F.silu(gate) * up)
