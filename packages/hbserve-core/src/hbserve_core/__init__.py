@@ -2,9 +2,12 @@
 
 from hbserve_core.block_manager import BlockManager
 from hbserve_core.config import InstanceConfig
-from hbserve_core.engine import Engine, EngineStats, Reservation, StepOutput
+from hbserve_core.engine import Engine
+from hbserve_core.engine_output import EngineStats, Reservation, StepOutput
 from hbserve_core.errors import (
+    EngineStopped,
     HBServeCoreError,
+    InstanceFailed,
     InvalidInstanceConfig,
     ModelFilesMissing,
     NotEnoughMemory,
@@ -19,9 +22,11 @@ __all__ = [
     "BlockManager",
     "Engine",
     "EngineStats",
+    "EngineStopped",
     "GpuInstance",
     "HBServeCoreError",
     "InstanceConfig",
+    "InstanceFailed",
     "InvalidInstanceConfig",
     "ModelFilesMissing",
     "ModelRunner",

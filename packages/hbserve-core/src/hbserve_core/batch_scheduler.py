@@ -25,7 +25,7 @@ class BatchScheduler:
         self.num_preemptions = 0
         self.num_cached_tokens = 0
         self.exhausted: list[Sequence] = []
-        """Sequences that are alone in the pool and have filled it: they cannot go on."""
+        """Sequences that cannot go on: they hold the whole pool, or all of it that anybody will ever give back."""
         self._watermark = max(1, blocks.num_blocks // 100)
 
     def schedule(self) -> list[ScheduledChunk]:
@@ -43,7 +43,7 @@ class BatchScheduler:
         batch = []
         for sequence in list(self.running):
             # A sequence further back in this list may have been preempted for one before it.
-            if sequence.num_uncomputed_tokens != 1 or self._budget == 0 or sequence not in self.running:
+            if sequence.num_uncomputed_tokens != 1 or self._budget == 0 or not sequence.block_table:
                 continue
             if self._grow(sequence):
                 self._budget -= 1
@@ -55,11 +55,14 @@ class BatchScheduler:
         if len(sequence.block_table) * self._blocks.block_size >= sequence.num_tokens:
             return True
         while self._blocks.num_free == 0:
-            victim = self.running[-1]
-            if victim is sequence and len(self.running) == 1 and self.num_reserved == 0:
+            # Who holds the whole pool could never be admitted again; who is alone has nobody to wait for.
+            alone = len(self.running) == 1 and self.num_reserved == 0
+            if alone or len(sequence.block_table) == self._blocks.num_blocks:
                 self.running.remove(sequence)
                 self.exhausted.append(sequence)
                 return False
+            # The blocks of a prefill-only sequence are being sent. `sequence` itself is not one: those never grow.
+            victim = next(each for each in reversed(self.running) if not each.prefill_only)
             self._preempt(victim)
             if victim is sequence:
                 return False
@@ -83,35 +86,35 @@ class BatchScheduler:
         return batch
 
     def _chunk_size(self, wanted: int) -> int:
-        """How many of `wanted` prompt tokens this step may compute; without chunking, all or none of them."""
-        room = min(self._budget, self._prefill_budget)
-        if not self._config.chunked_prefill_enabled:
-            # max_chunk_prefill_tokens is a limit of chunking.
+        """How many of `wanted` tokens this step may compute; without chunking, all of a prompt or nothing."""
+        if self._config.chunked_prefill_enabled:
+            return min(wanted, self._config.chunk_size, self._budget, self._prefill_budget)
+        if wanted <= self._config.max_num_batched_tokens:
             return wanted if wanted <= self._budget else 0
-        return min(wanted, self._config.chunk_size, room)
+        # Longer than a prompt may be: what a preempted sequence computes again, its output included.
+        return self._budget
 
     def _admissions(self) -> list[ScheduledChunk]:
         batch: list[ScheduledChunk] = []
         while self.waiting and len(self.running) + self.num_reserved < self._config.max_num_seqs:
             sequence = self.waiting[0]
+            # At least the last known token is computed: the next one is sampled from it.
             prefix = self._find_prefix(sequence, sequence.num_tokens - 1)
-            num_cached = len(prefix) * self._blocks.block_size
-            count = self._chunk_size(sequence.num_tokens - num_cached)
-            if count == 0 or not self.allocate(sequence, prefix):
+            count = self._chunk_size(sequence.num_tokens - len(prefix) * self._blocks.block_size)
+            if count == 0 or not self._allocate(sequence, prefix):
                 break
             self.waiting.popleft()
-            self.num_cached_tokens += num_cached
-            sequence.num_computed_tokens = num_cached
+            sequence.num_computed_tokens = sequence.num_cached_tokens
             self.running.append(sequence)
             batch += self._chunks([sequence])
         return batch
 
     def _find_prefix(self, sequence: Sequence, num_tokens: int) -> list[int]:
-        """Cached blocks among those that `num_tokens` fill. At least the last known token is always computed."""
+        """Cached blocks among those that `num_tokens` fill."""
         self._blocks.extend_digests(sequence.block_digests, sequence.token_ids)
         return self._blocks.find_prefix(sequence.block_digests[: num_tokens // self._blocks.block_size])
 
-    def allocate(self, sequence: Sequence, prefix: list[int]) -> bool:
+    def _allocate(self, sequence: Sequence, prefix: list[int]) -> bool:
         """Give the sequence `prefix` and blocks for the rest of its known tokens, if that leaves some for growth."""
         wanted = self._blocks.num_blocks_for(sequence.num_tokens) - len(prefix)
         watermark = self._watermark if self.running or self.num_reserved else 0
@@ -119,19 +122,18 @@ class BatchScheduler:
             return False
         self._blocks.share(prefix)
         sequence.block_table = prefix + self._blocks.allocate(wanted)
+        sequence.num_cached_tokens = len(prefix) * self._blocks.block_size
+        self.num_cached_tokens += sequence.num_cached_tokens
         return True
 
-    def reserve(self, sequence: Sequence) -> int | None:
-        """Give a sequence blocks whose content others will bring; how many tokens are cached, or None if no room."""
+    def reserve(self, sequence: Sequence) -> bool:
+        """Give a sequence blocks whose content others will bring. False: no room now."""
         if len(self.running) + self.num_reserved >= self._config.max_num_seqs:
-            return None
-        prefix = self._find_prefix(sequence, sequence.num_tokens)
-        if not self.allocate(sequence, prefix):
-            return None
+            return False
+        if not self._allocate(sequence, self._find_prefix(sequence, sequence.num_tokens)):
+            return False
         self.num_reserved += 1
-        num_cached = len(prefix) * self._blocks.block_size
-        self.num_cached_tokens += num_cached
-        return num_cached
+        return True
 
     def computed(self, sequence: Sequence, num_computed_tokens: int) -> None:
         """The keys and values of so many tokens are in the pool now: full blocks may be found by others."""

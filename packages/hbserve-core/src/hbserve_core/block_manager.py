@@ -3,13 +3,13 @@
 A block is in exactly one of these states:
     held         reference count > 0: by one sequence, or by several that share a prefix
     free         reference count 0; it may still be cached, and is then found by its digest until it is given out
-    quarantined  nobody holds it, but bytes of a failed transfer may still land in it
+A held block may be quarantined: its request has ended, but a failed transfer may still read it or write to it.
 """
 
 import hashlib
 from array import array
-from collections import OrderedDict
-from collections.abc import Sequence
+from collections import Counter, OrderedDict
+from collections.abc import Mapping, Sequence
 
 
 class BlockManager:
@@ -20,9 +20,9 @@ class BlockManager:
         self.block_size = block_size
         self._prefix_caching = prefix_caching
         self._references = [0] * num_blocks
-        # Given out from the front, given back to the end: the least recently used block is evicted first.
+        # Given out from the front. Cached blocks come back to the end: the least recently used one is evicted first.
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))
-        self._quarantined: set[int] = set()
+        self._quarantined: Counter[int] = Counter()
         self._block_of: dict[bytes, int] = {}
         self._digest_of: dict[int, bytes] = {}
 
@@ -56,25 +56,26 @@ class BlockManager:
             self._references[block_id] += 1
 
     def release(self, block_ids: Sequence[int]) -> None:
-        """One reference less. Blocks without any are free, the last of the list to be evicted first."""
+        """One reference less. Blocks without any are free; of those cached, the last of the list is evicted first."""
         for block_id in reversed(block_ids):
             assert self._references[block_id] > 0, f"block {block_id} is released twice"
             self._references[block_id] -= 1
             if self._references[block_id] == 0:
                 self._free[block_id] = None
+                if block_id not in self._digest_of:
+                    self._free.move_to_end(block_id, last=False)
 
     def quarantine(self, block_ids: Sequence[int]) -> None:
-        """Take blocks that one sequence alone holds out of use until `end_quarantine`."""
-        for block_id in block_ids:
-            assert self._references[block_id] == 1, f"block {block_id} is shared or free"
-            self._forget(block_id)
-            self._references[block_id] = 0
-            self._quarantined.add(block_id)
+        """Take over the caller's references: the blocks stay out of use until `end_quarantine`.
+
+        A block in which bytes may land was never cached; one that may only be read is still good for who shares it.
+        """
+        assert all(self._references[block_id] > 0 for block_id in block_ids), "a quarantined block is free"
+        self._quarantined.update(block_ids)
 
     def end_quarantine(self, block_ids: Sequence[int]) -> None:
-        for block_id in block_ids:
-            self._quarantined.remove(block_id)
-            self._free[block_id] = None
+        self._quarantined -= Counter(block_ids)
+        self.release(block_ids)
 
     # ---- the prefix cache ----------------------------------------------------------------------------------------
 
@@ -111,10 +112,15 @@ class BlockManager:
         if (digest := self._digest_of.pop(block_id, None)) is not None:
             del self._block_of[digest]
 
-    def check_integrity(self) -> None:
-        """Raise AssertionError unless every block is in exactly one state and the cache is consistent."""
+    def check_integrity(self, holders: Mapping[int, int] | None = None) -> None:
+        """Raise AssertionError unless every block is in exactly one state and the cache is consistent.
+
+        `holders`: how many references each block should have, those of quarantines not counted; 0 where absent.
+        """
         for block_id, count in enumerate(self._references):
-            states = (count > 0) + (block_id in self._free) + (block_id in self._quarantined)
-            assert states == 1, f"block {block_id}: {count} references, free or quarantined at once, or lost"
+            assert (count > 0) != (block_id in self._free), f"block {block_id}: {count} references, free or lost"
+            assert count >= self._quarantined[block_id], f"block {block_id} is quarantined and free"
+            if holders is not None:
+                expected = holders.get(block_id, 0) + self._quarantined[block_id]
+                assert count == expected, f"block {block_id}: {count} references, {expected} holders"
         assert {digest: block for block, digest in self._digest_of.items()} == self._block_of
-        assert not self._quarantined & self._digest_of.keys()

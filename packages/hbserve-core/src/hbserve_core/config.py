@@ -3,13 +3,25 @@
 from typing import Literal
 
 import msgspec
+
+from hbserve_core.errors import InvalidInstanceConfig
 from hbserve_kv.config import KVTransferConfig
 
 Role = Literal["prefill", "decode", "hybrid"]
 
 
-class InstanceConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """Configuration of one engine, and of the instance process around it."""
+LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
+
+
+class InstanceConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Configuration of one engine, and of the instance process around it.
+
+    Limits of the batch, threads, port and log level are checked here; what depends on the model or the device when the
+    model is loaded.
+
+    Raises:
+        InvalidInstanceConfig: (a ValueError) names the field, the value and what is allowed.
+    """
 
     instance_id: str = "hybrid-0"
     role: Role = "hybrid"
@@ -21,6 +33,8 @@ class InstanceConfig(msgspec.Struct, frozen=True, kw_only=True):
     """"auto" takes the checkpoint's."""
     device: str = "auto"
     """"auto" (CUDA if there is one), "cpu", or "cuda:N"."""
+    gpu_id: int | None = None
+    """With device "auto": which CUDA device; None shares them out by kv_rank."""
     tensor_parallel_size: int = 1
     num_threads: int = 0
     """Threads of torch's CPU operators; 0 leaves torch's choice."""
@@ -51,3 +65,14 @@ class InstanceConfig(msgspec.Struct, frozen=True, kw_only=True):
     kv_rank: int = 0
     kv_transfer: KVTransferConfig = msgspec.field(default_factory=KVTransferConfig)
     log_level: str = "INFO"
+
+    def __post_init__(self) -> None:
+        at_least_one = ("max_num_seqs", "max_num_batched_tokens", "chunk_size", "max_chunk_prefill_tokens")
+        for name, low in [*((name, 1) for name in at_least_one), ("num_threads", 0), ("kv_rank", 0)]:
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < low:
+                raise InvalidInstanceConfig(f"{name}={value!r}: expected an integer >= {low}")
+        if not isinstance(self.port, int) or not 0 <= self.port <= 65535:
+            raise InvalidInstanceConfig(f"port={self.port!r}: expected 0 (the system chooses) to 65535")
+        if self.log_level not in LOG_LEVELS:
+            raise InvalidInstanceConfig(f"log_level={self.log_level!r}: expected one of {', '.join(LOG_LEVELS)}")

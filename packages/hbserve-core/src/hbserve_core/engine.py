@@ -1,16 +1,18 @@
 """The engine: requests in, tokens out, one step at a time."""
 
-from collections import deque
+from collections import Counter, deque
+from collections.abc import Callable
 from collections.abc import Sequence as Ids
-from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
 from hbserve_core.batch_scheduler import BatchScheduler
 from hbserve_core.block_manager import BlockManager
 from hbserve_core.config import InstanceConfig
+from hbserve_core.engine_output import EngineStats, Reservation, StepOutput
 from hbserve_core.model_config import ModelConfig
+from hbserve_core.request_limits import RequestLimits
 from hbserve_core.sequence import ScheduledChunk, Sequence
 from hbserve_rpc import InvalidRequest, SamplingParams
 from hbserve_rpc.messages import FinishReason
@@ -23,45 +25,6 @@ class Runner(Protocol):
     pool: torch.Tensor
 
     def run(self, batch: Ids[ScheduledChunk]) -> list[int | None]: ...
-
-
-@dataclass(frozen=True, slots=True)
-class StepOutput:
-    """What one step did for one request."""
-
-    request_id: str
-    token_id: int | None
-    """The new token, or None if the step only computed a part of the prompt."""
-    index: int
-    """Place of that token among the request's output tokens."""
-    finish_reason: FinishReason | None
-    num_computed_tokens: int
-    block_table: list[int]
-    """Of a prefill-only request, whose blocks stay as they are until `release`; else empty."""
-
-
-@dataclass(frozen=True, slots=True)
-class Reservation:
-    """Room for a request whose KV others will bring."""
-
-    request_id: str
-    block_ids: list[int]
-    """Blocks of the tokens that are not cached here, in order."""
-    num_cached_tokens: int
-
-
-@dataclass(frozen=True, slots=True)
-class EngineStats:
-    num_waiting: int = 0
-    num_running: int = 0
-    num_reserved: int = 0
-    num_blocks: int = 0
-    num_free_blocks: int = 0
-    num_quarantined_blocks: int = 0
-    num_generated_tokens: int = 0
-    num_prefill_tokens: int = 0
-    num_cached_tokens: int = 0
-    num_preemptions: int = 0
 
 
 class Engine:
@@ -79,15 +42,21 @@ class Engine:
         self._runner = runner
         self._model = runner.model_config
         self.blocks = BlockManager(runner.pool.shape[0], config.block_size, prefix_caching=config.prefix_caching)
+        self.limits = RequestLimits(
+            config, self._model.vocab_size, self._model.max_model_len, self.blocks.num_blocks
+        )  # fmt: skip
         self._scheduler = BatchScheduler(config, self.blocks)
         self._sequences: dict[str, Sequence] = {}
-        self._prefill_only: set[str] = set()
         self._held: set[str] = set()
+        """Requests outside the scheduler's queues whose blocks a transfer uses."""
         self._reserving: deque[Sequence] = deque()
         self._quarantined: dict[str, list[int]] = {}
         self._num_generated = self._num_prefilled = 0
         self.stalled = False
-        """The last step found nothing that it could compute: everything waits for blocks that transfers hold."""
+        """The last step did nothing: everything waits for blocks that transfers hold, or for a quarantine to end."""
+        self.on_cached_prefix: Callable[[StepOutput], None] | None = None
+        """Called within `step`, before it computes, for each prefill-only request that begins with a cached prefix:
+        these blocks may be sent already."""
 
     # ---- requests ------------------------------------------------------------------------------------------------
 
@@ -106,8 +75,7 @@ class Engine:
             InvalidRequest: it could never run; says why.
         """
         sequence = self._make_sequence(request_id, prompt, params, output)
-        if prefill_only:
-            self._prefill_only.add(request_id)
+        sequence.prefill_only = prefill_only
         self._scheduler.waiting.append(sequence)
 
     def reserve(self, request_id: str, prompt: Ids[int], params: SamplingParams, output: Ids[int] = ()) -> None:
@@ -118,28 +86,31 @@ class Engine:
         """Reservations for which there is room now, in the order in which they were asked for."""
         granted = []
         # Preempted sequences come first: they were promised room before.
-        while self._reserving and not self._scheduler.waiting:
-            sequence = self._reserving[0]
-            num_cached = self._scheduler.reserve(sequence)
-            if num_cached is None:
-                break
-            self._reserving.popleft()
+        while self._reserving and not self._scheduler.waiting and self._scheduler.reserve(self._reserving[0]):
+            sequence = self._reserving.popleft()
             self._held.add(sequence.request_id)
-            first = num_cached // self.config.block_size
-            granted.append(Reservation(sequence.request_id, sequence.block_table[first:], num_cached))
+            first = sequence.num_cached_tokens // self.config.block_size
+            granted.append(Reservation(sequence.request_id, sequence.block_table[first:], sequence.num_cached_tokens))
         return granted
 
-    def activate(self, request_id: str, first_token: int) -> bool:
-        """The KV of a reserved request is there: it goes on after `first_token`. False if it was aborted meanwhile."""
+    def activate(self, request_id: str, first_token: int) -> None:
+        """The KV of a reserved request is there: it goes on after `first_token`. Nothing happens if it has ended."""
         sequence = self._sequences.get(request_id)
         if sequence is None or request_id not in self._held:
-            return False
-        self._scheduler.computed(sequence, sequence.num_tokens)
+            return
         self._held.remove(request_id)
         self._scheduler.num_reserved -= 1
+        self._scheduler.computed(sequence, sequence.num_tokens)
         sequence.token_ids.append(first_token)
         self._scheduler.running.append(sequence)
-        return True
+
+    def hold(self, request_id: str) -> None:
+        """Compute no more of a request, but keep its blocks until `release` or `quarantine`."""
+        sequence = self._sequences.get(request_id)
+        if sequence is not None and request_id not in self._held:
+            self._scheduler.remove(sequence)
+            self._scheduler.num_reserved += 1
+            self._held.add(request_id)
 
     def abort(self, request_id: str) -> None:
         """Forget a request, unless its blocks are held for a transfer: then `release` or `quarantine` ends it."""
@@ -161,7 +132,7 @@ class Engine:
         self.abort(request_id)
 
     def quarantine(self, request_id: str, num_blocks: int) -> None:
-        """End a held request whose last `num_blocks` blocks a failed transfer may still touch, until `release`."""
+        """End a held request. A failed transfer may still touch its last `num_blocks` blocks, until `release`."""
         sequence = self._sequences[request_id]
         kept = len(sequence.block_table) - num_blocks
         block_ids = sequence.block_table[kept:]
@@ -172,44 +143,15 @@ class Engine:
 
     def _forget(self, sequence: Sequence) -> None:
         self._scheduler.release(sequence)
-        self._prefill_only.discard(sequence.request_id)
         del self._sequences[sequence.request_id]
 
     def _make_sequence(self, request_id: str, prompt: Ids[int], params: SamplingParams, output: Ids[int]) -> Sequence:
         if request_id in self._sequences or request_id in self._quarantined:
             raise InvalidRequest(f"request_id={request_id!r} is in use")
-        params.validate()
-        self._check_prompt(prompt, len(output))
+        self.limits.check(prompt, params, output)
         sequence = Sequence(request_id, [*prompt, *output], len(prompt), params)
         self._sequences[request_id] = sequence
         return sequence
-
-    def _check_prompt(self, prompt: Ids[int], num_output: int) -> None:
-        if not prompt:
-            raise InvalidRequest("prompt: expected at least one token")
-        vocab_size = self._model.vocab_size
-        if (worst := max(prompt)) >= vocab_size or (worst := min(prompt)) < 0:
-            raise InvalidRequest(f"prompt: token {worst} is outside the vocabulary [0, {vocab_size})")
-        num_known = len(prompt) + num_output
-        if num_known >= self._model.max_model_len:
-            raise InvalidRequest(
-                f"prompt: {num_known} tokens leave no room for another; max_model_len is {self._model.max_model_len}"
-            )
-        if (needed := self.blocks.num_blocks_for(num_known)) > self.blocks.num_blocks:
-            raise InvalidRequest(
-                f"prompt: {num_known} tokens need {needed} blocks, the pool has {self.blocks.num_blocks}"
-            )
-        budget = self.config.max_num_batched_tokens
-        if not self.config.chunked_prefill_enabled and num_known > budget:
-            raise InvalidRequest(
-                f"prompt: {num_known} tokens do not fit max_num_batched_tokens={budget} while chunked prefill is off"
-            )
-
-    @property
-    def max_prompt_len(self) -> int:
-        """Most tokens that a prompt may have."""
-        longest = min(self._model.max_model_len - 1, self.blocks.num_blocks * self.config.block_size)
-        return longest if self.config.chunked_prefill_enabled else min(longest, self.config.max_num_batched_tokens)
 
     # ---- steps ---------------------------------------------------------------------------------------------------
 
@@ -221,33 +163,56 @@ class Engine:
         """Compute one batch."""
         preemptions = self._scheduler.num_preemptions
         batch = self._scheduler.schedule()
-        self.stalled = not batch and preemptions == self._scheduler.num_preemptions
+        self._tell_cached_prefixes(batch)
         tokens = self._runner.run(batch)
-        outputs = [self._advance(chunk, token) for chunk, token in zip(batch, tokens, strict=True)]
-        return outputs + self._end_exhausted()
+        ready = self._event(batch)
+        outputs = [self._advance(chunk, token, ready) for chunk, token in zip(batch, tokens, strict=True)]
+        outputs += self._end_exhausted()
+        self.stalled = not outputs and preemptions == self._scheduler.num_preemptions
+        return outputs
 
-    def _advance(self, chunk: ScheduledChunk, token: int | None) -> StepOutput:
+    def _advance(self, chunk: ScheduledChunk, token: int | None, ready: Any) -> StepOutput:
         sequence = chunk.sequence
-        request_id = sequence.request_id
+        self._num_prefilled += min(chunk.num_new_tokens, max(0, sequence.num_prompt_tokens - chunk.first))
         self._scheduler.computed(sequence, sequence.num_computed_tokens + chunk.num_new_tokens)
-        self._num_prefilled += chunk.num_new_tokens if chunk.num_new_tokens > 1 else 0
-        finish_reason = None
+        index, finish_reason = sequence.num_output_tokens, None
         if token is not None:
             sequence.token_ids.append(token)
             self._num_generated += 1
             finish_reason = self._finish_reason(sequence, token)
-        output = StepOutput(
-            request_id, token, sequence.num_output_tokens - 1, finish_reason, sequence.num_computed_tokens,
-            sequence.block_table if request_id in self._prefill_only else [],
-        )  # fmt: skip
-        if token is not None and request_id in self._prefill_only:
-            self._scheduler.remove(sequence)
-            self._scheduler.num_reserved += 1
-            self._held.add(request_id)
+        output = self._output(sequence, token, index, finish_reason, ready)
+        if token is not None and sequence.prefill_only:
+            self.hold(sequence.request_id)
         elif finish_reason:
             self._scheduler.remove(sequence)
             self._forget(sequence)
         return output
+
+    def _output(
+        self, sequence: Sequence, token: int | None, index: int, finish_reason: FinishReason | None, ready: Any = None
+    ) -> StepOutput:
+        sent = sequence.prefill_only
+        return StepOutput(
+            sequence.request_id, token, index, finish_reason, sequence.num_computed_tokens, sequence.num_cached_tokens,
+            sequence.block_table if sent else [], ready if sent else None,
+        )  # fmt: skip
+
+    def _tell_cached_prefixes(self, batch: list[ScheduledChunk]) -> None:
+        for chunk in batch:
+            sequence = chunk.sequence
+            begins_with_cached = chunk.first == sequence.num_cached_tokens > 0
+            if self.on_cached_prefix is not None and sequence.prefill_only and begins_with_cached:
+                index = sequence.num_output_tokens
+                self.on_cached_prefix(self._output(sequence, None, index, None, self._event(batch)))
+
+    def _event(self, batch: list[ScheduledChunk]) -> Any:
+        """After all work that is queued on the device now; None on the CPU, or if nobody needs it."""
+        device = self._runner.pool.device
+        if device.type != "cuda" or not any(chunk.sequence.prefill_only for chunk in batch):
+            return None
+        event: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record(torch.cuda.current_stream(device))
+        return event
 
     def _finish_reason(self, sequence: Sequence, token: int) -> FinishReason | None:
         params = sequence.params
@@ -260,8 +225,7 @@ class Engine:
     def _end_exhausted(self) -> list[StepOutput]:
         outputs = []
         for sequence in self._scheduler.exhausted:
-            computed = sequence.num_computed_tokens
-            outputs.append(StepOutput(sequence.request_id, None, sequence.num_output_tokens, "length", computed, []))
+            outputs.append(self._output(sequence, None, sequence.num_output_tokens, "length"))
             self._forget(sequence)
         self._scheduler.exhausted.clear()
         return outputs
@@ -279,3 +243,12 @@ class Engine:
             num_cached_tokens=self._scheduler.num_cached_tokens,
             num_preemptions=self._scheduler.num_preemptions,
         )
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError unless each block is held by exactly the requests that have it in their table."""
+        holders = Counter(block_id for sequence in self._sequences.values() for block_id in sequence.block_table)
+        self.blocks.check_integrity(holders)
+        queued = {each.request_id for each in [*self._scheduler.waiting, *self._scheduler.running, *self._reserving]}
+        assert queued | self._held == self._sequences.keys()
+        assert not queued & self._held
+        assert len(self._held) == self._scheduler.num_reserved

@@ -5,7 +5,9 @@ HBServeCoreError
 ├── UnsupportedModel (ValueError)           the folder is sound, but this engine cannot run what it describes
 ├── WeightsMismatch (ValueError)            tensors are missing, unexpected, or of the wrong shape
 ├── InvalidInstanceConfig (ValueError)      a setting that cannot be
-└── NotEnoughMemory (MemoryError)           the KV pool does not fit
+├── NotEnoughMemory (MemoryError)           the KV pool does not fit
+├── EngineStopped (RuntimeError)            the engine's thread has ended, and cannot do what was asked of it
+└── InstanceFailed (RuntimeError)           an instance cannot serve: its model did not load, or its engine failed
 """
 
 
@@ -30,4 +32,12 @@ class InvalidInstanceConfig(HBServeCoreError, ValueError):
 
 
 class NotEnoughMemory(HBServeCoreError, MemoryError):
+    pass
+
+
+class EngineStopped(HBServeCoreError, RuntimeError):
+    pass
+
+
+class InstanceFailed(HBServeCoreError, RuntimeError):
     pass

@@ -6,15 +6,17 @@ first message to its last block.
 
 import asyncio
 import logging
-import os
 import uuid
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from typing import Any
 
+from hbserve_core import instance_report
 from hbserve_core.config import InstanceConfig
-from hbserve_core.engine import Engine, Reservation, StepOutput
-from hbserve_core.engine_thread import EngineThread
-from hbserve_core.handover import Inbox, Sending, first_token
+from hbserve_core.engine import Engine
+from hbserve_core.engine_output import EngineStats
+from hbserve_core.engine_thread import EngineEvent, EngineThread
+from hbserve_core.errors import EngineStopped, InstanceFailed
+from hbserve_core.handover import Inbox, Sending, received
 from hbserve_core.model_runner import ModelRunner
 from hbserve_kv import KVTransferManager, Outcome, PostedReceive
 from hbserve_rpc import InvalidRequest, Overloaded, RemoteError, RpcServer
@@ -38,6 +40,9 @@ from hbserve_rpc.messages import (
 
 logger = logging.getLogger(__name__)
 
+END_TIMEOUT_S = 5.0
+"""How long `stop` waits for requests to give their blocks back; a frozen peer of a transfer could keep it longer."""
+
 
 class GpuInstance:
     """One prefill, decode or hybrid instance. Lives in the event loop that ran `start`."""
@@ -47,26 +52,34 @@ class GpuInstance:
         self.epoch = uuid.uuid4().hex
         self.status: InstanceStatus = "starting"
         self.error = ""
+        self.engine: Engine | None = None
+        """Belongs to its thread: others may read what never changes."""
+        self.runner: ModelRunner | None = None
+        self.manager: KVTransferManager | None = None
+        self.num_requests = 0
         self._server = RpcServer(config.host, config.port, epoch=self.epoch)
-        self._thread = EngineThread(
-            self._make_engine,
-            on_output=lambda output: self._deliver(output.request_id, output),
-            on_reservation=lambda reservation: self._deliver(reservation.request_id, reservation),
-            on_failure=self._fail,
-        )
+        self._thread = EngineThread(self._make_engine, on_events=self._deliver, on_failure=self._fail)
         self._inboxes: dict[str, Inbox] = {}
-        self._background: set[asyncio.Task[None]] = set()
-        self._manager: KVTransferManager | None = None
-        self._engine: Engine | None = None
-        self._num_requests = 0
+        self._ends: set[asyncio.Task[None]] = set()
+        self._loading: asyncio.Task[None] | None = None
+        self._has_failed = asyncio.Event()
 
     @property
     def address(self) -> str:
         """`host:port` of the RPC server."""
         return self._server.address
 
+    @property
+    def num_active(self) -> int:
+        """Requests that hold something here: when it is 0, every block is free or quarantined."""
+        return len(self._inboxes)
+
+    @property
+    def engine_stats(self) -> EngineStats:
+        return self._thread.stats
+
     async def start(self) -> None:
-        """Serve at once, and load the model in the background; see `status`.
+        """Serve at once, and load the model in the background; see `status` and `wait_ready`.
 
         Raises:
             AddressInUse: the configured address is taken.
@@ -80,82 +93,112 @@ class GpuInstance:
         else:
             self._server.serve_stream(DECODE, self._decode)
         await self._server.start()
-        self._spawn(self._load())
+        self._loading = asyncio.create_task(self._load())
 
     async def wait_ready(self) -> None:
         """Wait until the model is loaded.
 
         Raises:
-            RemoteError: it cannot be; says why.
+            InstanceFailed: it cannot be; says why.
         """
-        while self.status == "starting":
-            await asyncio.gather(*self._background)
-        if self.status == "failed":
-            raise RemoteError(self.error)
+        assert self._loading is not None, "start() comes first"
+        await asyncio.shield(self._loading)
+        if self.status != "ready":
+            raise InstanceFailed(self.error or f"{self.config.instance_id} is {self.status}")
+
+    async def wait_failed(self) -> str:
+        """Wait until the instance cannot serve any more; returns why. It still answers DESCRIBE then, until `stop`."""
+        await self._has_failed.wait()
+        return self.error
 
     async def stop(self) -> None:
-        """End every request, give every block back, leave no thread, socket or task behind."""
+        """End every request, give every block back, leave no thread, socket or task behind. May be called twice."""
         self.status = "draining"
         await self._server.stop()
-        if self._manager is not None:
-            await self._manager.close()
-        for task in self._background:
+        if self._ends:
+            await asyncio.wait(self._ends, timeout=END_TIMEOUT_S)
+        if self.engine is None:
+            await self._thread.stop()
+        if self._loading is not None:
+            await self._loading
+        if self.manager is not None:
+            await self.manager.close()
+        ends = list(self._ends)
+        for task in ends:
             task.cancel()
-        await asyncio.gather(*self._background, return_exceptions=True)
+        await asyncio.gather(*ends, return_exceptions=True)
         await self._thread.stop()
 
     def _make_engine(self) -> Engine:
-        self._runner = ModelRunner(self.config)
-        return Engine(self.config, self._runner)
+        self.runner = ModelRunner(self.config)
+        return Engine(self.config, self.runner)
 
     async def _load(self) -> None:
         try:
-            self._engine = await self._thread.start()
+            engine = await self._thread.start()
             if self.config.role != "hybrid":
+                assert self.runner is not None
                 manager = KVTransferManager(
-                    rank=self.config.kv_rank, pool=self._runner.pool, fingerprint=self._runner.fingerprint,
+                    rank=self.config.kv_rank, pool=self.runner.pool, fingerprint=self.runner.fingerprint,
                     config=self.config.kv_transfer, epoch=self.epoch,
                 )  # fmt: skip
                 await manager.start()
-                self._manager = manager
+                self.manager = manager
         except Exception as error:  # whatever is wrong with the model or the machine, DESCRIBE tells it
             self._fail(error)
-        else:
+            return
+        self.engine = engine
+        if self.status == "starting":
             self.status = "ready"
             logger.info("%s: ready on %s", self.config.instance_id, self.address)
 
     def _fail(self, error: Exception) -> None:
+        if self.status == "draining":
+            return
         self.status, self.error = "failed", f"{type(error).__name__}: {error}"
         logger.error("%s: %s", self.config.instance_id, self.error)
         for inbox in self._inboxes.values():
             inbox.put_nowait(RemoteError(f"{self.config.instance_id} failed: {self.error}"))
+        self._has_failed.set()
 
-    def _deliver(self, request_id: str, item: StepOutput | Reservation) -> None:
-        if inbox := self._inboxes.get(request_id):
-            inbox.put_nowait(item)
-
-    def _spawn(self, job: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.create_task(job)
-        self._background.add(task)
-        task.add_done_callback(self._background.discard)
+    def _deliver(self, events: Sequence[EngineEvent]) -> None:
+        for event in events:
+            if inbox := self._inboxes.get(event.request_id):
+                inbox.put_nowait(event)
 
     # ---- one request ---------------------------------------------------------------------------------------------
 
     def _open(self, request_id: str) -> Inbox:
+        if self.status == "failed":
+            raise RemoteError(f"{self.config.instance_id} failed: {self.error}")
         if self.status != "ready":
-            reason = f": {self.error}" if self.error else ""
-            raise Overloaded(f"{self.config.instance_id} is {self.status}{reason}")
+            raise Overloaded(f"{self.config.instance_id} is not ready, it is {self.status}")
         if request_id in self._inboxes:
             raise InvalidRequest(f"request_id={request_id!r} is in use")
-        self._num_requests += 1
+        self.num_requests += 1
         inbox = self._inboxes[request_id] = Inbox()
         return inbox
 
+    def _end(self, job: Coroutine[Any, Any, None]) -> None:
+        """Clean up in a task of its own: the handler's may be cancelled, and would be so again."""
+        task = asyncio.create_task(job)
+        self._ends.add(task)
+        task.add_done_callback(self._ends.discard)
+
+    async def _last_call(self, command: Callable[[Engine], None]) -> None:
+        """A call that ends something: if the engine has ended, so has that."""
+        try:
+            await self._thread.call(command)
+        except EngineStopped as error:
+            logger.debug("%s", error)
+
     async def _close(self, request_id: str) -> None:
-        """No transfer touches the request's blocks any more: they go back, and so does its place."""
-        self._inboxes.pop(request_id, None)
-        if self.status == "ready":
-            await self._thread.call(lambda engine: engine.release(request_id))
+        """No transfer touches the request's blocks any more: they go back, and then its id is free."""
+        try:
+            await self._last_call(lambda engine: engine.release(request_id))
+        finally:
+            # Not earlier: what a step under way still says of this request is not for another one of this id.
+            self._inboxes.pop(request_id, None)
 
     async def _generate(self, request: GenerateRequest) -> AsyncIterator[TokenEvent]:
         inbox = self._open(request.request_id)
@@ -168,17 +211,17 @@ class GpuInstance:
             async for event in self._tokens(inbox):
                 yield event
         finally:
-            self._spawn(self._close(request.request_id))
+            self._end(self._close(request.request_id))
 
     async def _tokens(self, inbox: Inbox) -> AsyncIterator[TokenEvent]:
         """Events until the request ends; several steps' tokens in one if the client is slow."""
         finish_reason = None
         while finish_reason is None:
             output = await inbox.next()
-            index, tokens, finish_reason = output.index, _tokens_of(output), output.finish_reason
+            index, tokens, finish_reason = output.index, output.token_ids, output.finish_reason
             while finish_reason is None and not inbox.empty():
                 output = await inbox.next()
-                tokens += _tokens_of(output)
+                tokens += output.token_ids
                 finish_reason = output.finish_reason
             if tokens or finish_reason:
                 yield TokenEvent(index, tokens, finish_reason)
@@ -193,21 +236,24 @@ class GpuInstance:
                     prefill_only=True,
                 )
             )  # fmt: skip
-            output = await sending.follow(inbox)
-            yield TokenEvent(output.index, _tokens_of(output), output.finish_reason)
+            output = await sending.follow()
+            yield TokenEvent(output.index, output.token_ids, output.finish_reason)
             if request.grant and output.finish_reason is None:
-                result = await sending.finish(output.token_id)
-                num_cached = 0
-                yield TransferDone(result.num_bytes, result.num_parts, result.time_s, num_cached)
+                result = await sending.finish(output)
+                yield TransferDone(result.num_bytes, result.num_parts, result.time_s, output.num_cached_tokens)
         finally:
-            self._spawn(self._end_prefill(request.request_id, sending))
+            self._end(self._end_prefill(request.request_id, sending))
 
-    async def _end_prefill(self, request_id: str, sending: "Sending") -> None:
+    async def _end_prefill(self, request_id: str, sending: Sending) -> None:
+        await self._last_call(lambda engine: engine.hold(request_id))
         if await sending.abort("the request has ended") is Outcome.UNKNOWN:
-            # The blocks may still be read: they stay this request's for ever, which costs less than wrong text.
-            logger.warning("%s: its blocks stay held, a failed transfer may still read them", request_id)
+            # Nothing tells when the reading stops, so this is for the life of the instance.
+            logger.warning("%s: a failed transfer may still read its blocks; they stay out of use", request_id)
+            await self._last_call(lambda engine: engine.quarantine(request_id, sending.num_blocks))
+            self._inboxes.pop(request_id, None)
             return
         await self._close(request_id)
+        await sending.close()
 
     async def _decode(self, request: DecodeRequest) -> AsyncIterator[Granted | TokenEvent]:
         inbox = self._open(request.request_id)
@@ -224,66 +270,27 @@ class GpuInstance:
             num_blocks = len(reservation.block_ids)
             posted = manager.post_receive(request.transfer_id, reservation.block_ids)
             yield Granted(posted.grant, reservation.num_cached_tokens)
-            first = first_token(await posted.wait())
+            num_tokens = len(request.prompt_token_ids) + len(request.output_token_ids)
+            first = await received(posted, inbox, num_tokens)
             await self._thread.call(lambda engine: engine.activate(request.request_id, first))
             async for event in self._tokens(inbox):
                 yield event
         finally:
-            self._spawn(self._end_decode(request.request_id, posted, num_blocks))
+            self._end(self._end_decode(request.request_id, posted, num_blocks))
 
     async def _end_decode(self, request_id: str, posted: PostedReceive | None, num_blocks: int) -> None:
         if posted is not None and await posted.cancel("the request has ended") is Outcome.UNKNOWN:
-            await self._thread.call(lambda engine: engine.quarantine(request_id, num_blocks))
+            logger.warning("%s: a failed transfer may still write to its blocks; they stay out of use", request_id)
+            await self._last_call(lambda engine: engine.quarantine(request_id, num_blocks))
             await posted.drained()
         await self._close(request_id)
 
     def _require_manager(self) -> KVTransferManager:
-        assert self._manager is not None, "a ready prefill or decode instance has one"
-        return self._manager
-
-    # ---- what it says of itself ----------------------------------------------------------------------------------
+        assert self.manager is not None, "a ready prefill or decode instance has one"
+        return self.manager
 
     async def _describe(self, _: Empty) -> InstanceInfo:
-        config, engine = self.config, self._engine
-        known: dict[str, Any] = {}
-        if engine is not None:
-            known = {
-                "max_model_len": self._runner.model_config.max_model_len,
-                "max_prompt_len": engine.max_prompt_len,
-                "vocab_size": self._runner.model_config.vocab_size,
-                "num_blocks": engine.blocks.num_blocks,
-                "device": str(self._runner.device),
-                "dtype": str(self._runner.dtype).removeprefix("torch."),
-            }
-        return InstanceInfo(
-            config.instance_id, config.role, self.epoch, self.status, model=config.model_path,
-            block_size=config.block_size, kv_backend=config.kv_transfer.backend if config.role != "hybrid" else "",
-            pid=os.getpid(), error=self.error, **known,
-        )  # fmt: skip
+        return instance_report.describe(self)
 
     async def _stats(self, _: Empty) -> InstanceStats:
-        engine = self._thread.stats
-        transfers: dict[str, Any] = {}
-        if self._manager is not None:
-            kv = self._manager.stats()
-            transfers = {
-                "active_transfers": kv.active_transfers,
-                "buffered_bytes": kv.buffered_bytes,
-                "kv_bytes_sent": kv.bytes_sent,
-                "kv_bytes_received": kv.bytes_received,
-                "kv_transfer_time_s": kv.busy_time_s,
-                "failed_transfers": kv.num_failed,
-                "dropped_messages": kv.dropped_messages,
-            }
-        return InstanceStats(
-            self.config.instance_id, self.config.role, self.status, self.epoch,
-            active_requests=len(self._inboxes), waiting_requests=engine.num_waiting,
-            running_requests=engine.num_running, num_blocks=engine.num_blocks, free_blocks=engine.num_free_blocks,
-            quarantined_blocks=engine.num_quarantined_blocks, total_requests=self._num_requests,
-            generated_tokens=engine.num_generated_tokens, prefill_tokens=engine.num_prefill_tokens,
-            cached_tokens=engine.num_cached_tokens, preemptions=engine.num_preemptions, **transfers,
-        )  # fmt: skip
-
-
-def _tokens_of(output: StepOutput) -> list[int]:
-    return [] if output.token_id is None else [output.token_id]
+        return instance_report.statistics(self)

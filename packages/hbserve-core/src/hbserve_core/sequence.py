@@ -27,6 +27,10 @@ class Sequence:
     """Block i holds tokens [i * block_size, (i + 1) * block_size)."""
     block_digests: list[bytes] = field(default_factory=list)
     """Of the full blocks, as far as they were needed; see BlockManager."""
+    num_cached_tokens: int = 0
+    """Of those computed, how many the prefix cache gave when the sequence last got its blocks."""
+    prefill_only: bool = False
+    """The sequence ends with its next token, and its blocks are sent away while it is computed."""
 
     @property
     def num_tokens(self) -> int:
@@ -54,6 +58,11 @@ class ScheduledChunk:
 
     sequence: Sequence
     num_new_tokens: int
+
+    @property
+    def first(self) -> int:
+        """The first token that is computed. Meaningful until the step has ended."""
+        return self.sequence.num_computed_tokens
 
     @property
     def samples(self) -> bool:

@@ -162,10 +162,11 @@ class OutgoingTransfer:
         assert self._target is not None
         return len(self._target.block_ids)
 
-    def push(self, block_ids: Sequence[int], first: int) -> None:
+    def push(self, block_ids: Sequence[int], first: int, ready: Any = None) -> None:
         """Queue blocks: `block_ids[i]` goes to block `first + i` of those granted. Returns at once.
 
-        On CUDA the blocks are read after the work that is now queued on the current stream.
+        On CUDA the blocks are read after the event `ready`, or without one after the work that is now queued on the
+        caller's current stream.
 
         Raises:
             ValueError: more blocks than were granted.
@@ -173,8 +174,7 @@ class OutgoingTransfer:
         assert self._target is not None
         if first < 0 or first + len(block_ids) > self.num_blocks:
             raise ValueError(f"blocks [{first}, {first + len(block_ids)}) of {self.num_blocks} granted ones")
-        ready: Any = None
-        if self._memory.device.type == "cuda":
+        if ready is None and self._memory.device.type == "cuda":
             ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
             ready.record(torch.cuda.current_stream(self._memory.device))
         step = max(1, MAX_PART_BYTES // self._memory.block_bytes)

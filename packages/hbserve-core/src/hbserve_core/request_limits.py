@@ -1,0 +1,55 @@
+"""Which requests an engine can ever run. Others are refused at once, not when they get stuck."""
+
+from collections.abc import Sequence
+
+from hbserve_core.config import InstanceConfig
+from hbserve_rpc import InvalidRequest, SamplingParams
+
+
+class RequestLimits:
+    """Limits of one engine: the model's, the pool's, and those of the configuration."""
+
+    def __init__(self, config: InstanceConfig, vocab_size: int, max_model_len: int, num_blocks: int) -> None:
+        self._config = config
+        self._vocab_size = vocab_size
+        self._max_model_len = max_model_len
+        self._num_blocks = num_blocks
+
+    @property
+    def max_prompt_len(self) -> int:
+        """Most tokens that a prompt may have."""
+        longest = min(self._max_model_len - 1, self._num_blocks * self._config.block_size)
+        return longest if self._config.chunked_prefill_enabled else min(longest, self._config.max_num_batched_tokens)
+
+    def check(self, prompt: Sequence[int], params: SamplingParams, output: Sequence[int] = ()) -> None:
+        """`output` are tokens that the request has already.
+
+        Raises:
+            InvalidRequest: names what is wrong, the value and the limit.
+        """
+        params.validate()
+        if not prompt:
+            raise InvalidRequest("prompt: expected at least one token")
+        self._check_vocabulary("prompt", prompt)
+        self._check_vocabulary("output_token_ids", output)
+        if len(output) >= params.max_tokens:
+            raise InvalidRequest(f"output_token_ids: {len(output)} tokens are all of max_tokens={params.max_tokens}")
+        self._check_length(len(prompt), len(prompt) + len(output))
+
+    def _check_vocabulary(self, name: str, token_ids: Sequence[int]) -> None:
+        if token_ids and ((worst := max(token_ids)) >= self._vocab_size or (worst := min(token_ids)) < 0):
+            raise InvalidRequest(f"{name}: token {worst} is outside the vocabulary [0, {self._vocab_size})")
+
+    def _check_length(self, num_prompt: int, num_known: int) -> None:
+        if num_known >= self._max_model_len:
+            raise InvalidRequest(
+                f"prompt: {num_known} tokens leave no room for another; max_model_len is {self._max_model_len}"
+            )
+        needed = -(-num_known // self._config.block_size)
+        if needed > self._num_blocks:
+            raise InvalidRequest(f"prompt: {num_known} tokens need {needed} blocks, the pool has {self._num_blocks}")
+        budget = self._config.max_num_batched_tokens
+        if not self._config.chunked_prefill_enabled and num_prompt > budget:
+            raise InvalidRequest(
+                f"prompt: {num_prompt} tokens do not fit max_num_batched_tokens={budget} while chunked prefill is off"
+            )
