@@ -89,7 +89,7 @@ def _with_limit(model: ModelConfig, config: InstanceConfig) -> ModelConfig:
 
 def _device(config: InstanceConfig) -> torch.device:
     if config.device == "auto":
-        return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+        return _auto_device(config)
     try:
         device = torch.device(config.device)
     except RuntimeError as error:
@@ -99,6 +99,15 @@ def _device(config: InstanceConfig) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise InvalidInstanceConfig(f"device={config.device!r}: this host has {torch.cuda.device_count()} CUDA devices")
     return torch.device("cuda", device.index or 0) if device.type == "cuda" else device
+
+
+def _auto_device(config: InstanceConfig) -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    count = torch.cuda.device_count()
+    if config.gpu_id is not None and config.gpu_id >= count:
+        raise InvalidInstanceConfig(f"gpu_id={config.gpu_id}: this host has {count} CUDA devices, 0 to {count - 1}")
+    return torch.device("cuda", config.kv_rank % count if config.gpu_id is None else config.gpu_id)
 
 
 def _dtype(config: InstanceConfig, model: ModelConfig) -> torch.dtype:

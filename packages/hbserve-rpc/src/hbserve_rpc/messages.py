@@ -66,6 +66,8 @@ class PrefillRequest(msgspec.Struct, frozen=True, tag=True):
 
 class AbortRequest(msgspec.Struct, frozen=True, tag=True):
     request_id: str
+    reason: FinishReason = "abort"
+    """What the request's end will say: "stop" when the client has found a stop string."""
 
 
 class Aborted(msgspec.Struct, frozen=True, tag=True):

@@ -5,6 +5,7 @@ import asyncio
 import logging
 import signal
 import sys
+from pathlib import Path
 
 from hbserve_scheduler.config import DeploymentConfig
 from hbserve_scheduler.config_file import load_config
@@ -29,12 +30,15 @@ def check_ports(config: DeploymentConfig) -> None:
             )
 
 
-async def run_scheduler(config: DeploymentConfig) -> None:
-    """Serve until SIGTERM or SIGINT.
+async def serve_config(path: str | Path) -> None:
+    """Schedule what a configuration file describes, until SIGTERM or SIGINT.
 
     Raises:
+        ConfigError: the file is wrong.
         AddressInUse: scheduler.host and scheduler.port are taken.
     """
+    config = load_config(path)
+    check_ports(config)
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
@@ -53,9 +57,7 @@ def main() -> int:
     arguments = parser.parse_args()
     logging.basicConfig(level=arguments.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     try:
-        config = load_config(arguments.config)
-        check_ports(config)
-        asyncio.run(run_scheduler(config))
+        asyncio.run(serve_config(arguments.config))
     except (ConfigError, OSError) as error:
         sys.stderr.write(f"{error}\n")
         return 2 if isinstance(error, ConfigError) else 1

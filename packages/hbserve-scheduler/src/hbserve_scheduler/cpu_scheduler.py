@@ -7,7 +7,7 @@ import time
 from collections import deque
 
 from hbserve_rpc import HBServeRpcError, InvalidRequest, Overloaded
-from hbserve_rpc.messages import GenerateRequest, Role, SchedulerStats, ServiceInfo
+from hbserve_rpc.messages import FinishReason, GenerateRequest, Role, SchedulerStats, ServiceInfo
 from hbserve_scheduler.attempt import Attempt
 from hbserve_scheduler.config import SchedulerConfig
 from hbserve_scheduler.errors import RequestFailed
@@ -115,20 +115,23 @@ class CpuScheduler:
         if len(self.waiting_requests) >= self.config.max_queue_size:
             raise Overloaded(f"{len(self.waiting_requests)} requests are waiting, which is scheduler.max_queue_size")
 
-    async def abort(self, request_id: str) -> bool:
-        """End a request; its stream ends with finish_reason "abort". False: no such request, or it has ended."""
+    async def abort(self, request_id: str, reason: FinishReason = "abort") -> bool:
+        """End a request now; its stream ends with `reason`. False: no such request, or it has ended.
+
+        With "stop" it counts as completed: the client has found a stop string, and has all that it wanted.
+        """
         waiting = (entry for entry in self.waiting_requests if entry.request.request_id == request_id)
         entry = self.running_requests.get(request_id) or next(waiting, None)
         if entry is None or entry.finish_reason:
             return False
-        self._abandon(entry)
+        self._abandon(entry, reason)
         return True
 
-    def _abandon(self, entry: ScheduledRequest) -> None:
+    def _abandon(self, entry: ScheduledRequest, reason: FinishReason = "abort") -> None:
         if entry.finish_reason:
             return
-        self._totals["aborted"] += 1
-        entry.finish("abort")
+        self._totals["aborted" if reason == "abort" else "completed"] += 1
+        entry.finish(reason)
         if entry in self.waiting_requests:
             self.waiting_requests.remove(entry)
         elif entry.task is not None:

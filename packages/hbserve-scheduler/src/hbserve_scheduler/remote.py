@@ -11,6 +11,7 @@ from hbserve_rpc.messages import (
     AbortRequest,
     ClientEvent,
     Empty,
+    FinishReason,
     GenerateRequest,
     SchedulerStats,
     ServiceInfo,
@@ -52,8 +53,9 @@ class RemoteScheduler:
         """TokenEvents, then one RequestFinished. Raises, at the first item, what `CpuScheduler.submit` raises."""
         return self._client.stream(SCHEDULER_GENERATE, request)
 
-    async def abort(self, request_id: str) -> bool:
-        reply = await self._client.call(SCHEDULER_ABORT, AbortRequest(request_id), timeout_s=CALL_TIMEOUT_S)
+    async def abort(self, request_id: str, reason: FinishReason = "abort") -> bool:
+        """As `CpuScheduler.abort`."""
+        reply = await self._client.call(SCHEDULER_ABORT, AbortRequest(request_id, reason), timeout_s=CALL_TIMEOUT_S)
         return reply.found
 
     async def fetch_stats(self) -> SchedulerStats:

@@ -1,0 +1,120 @@
+"""`hbserve generate`: prompts in, answers on stdout, one summary on stderr."""
+
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hbserve.pd_disagg.answers import Answer, Scheduler, gather_answers
+from hbserve.pd_disagg.config import PdDisaggConfig
+from hbserve.pd_disagg.results import Timings
+from hbserve.tokenizer import apply_chat_template, load_tokenizer
+from hbserve_rpc import SamplingParams
+from hbserve_scheduler import ConfigError, RemoteScheduler, load_config
+
+FIND_SCHEDULER_S = 30.0
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """The command's arguments."""
+
+    prompts: list[str]
+    model: Path | None
+    config: Path | None
+    max_tokens: int
+    temperature: float
+    kv_transfer_backend: str | None
+    connect: str | None
+    log_level: str
+
+
+async def generate_answers(wanted: Wanted) -> None:
+    """Raises whatever is wrong, before anything is started where that is possible."""
+    params = SamplingParams(temperature=wanted.temperature, max_tokens=wanted.max_tokens)
+    async with _connected(wanted) if wanted.connect else _started(wanted) as (scheduler, tokenizer):
+        answers = [
+            Answer(scheduler, tokenizer, apply_chat_template(tokenizer, prompt), params) for prompt in wanted.prompts
+        ]
+        if len(answers) == 1:
+            timings = [await _stream(answers[0])]
+        else:
+            timings = await _together(answers, wanted.prompts)
+        num_tokens = sum(len(answer.detokenizer.token_ids) for answer in answers)
+    sys.stderr.write(summary(timings, num_tokens) + "\n")
+
+
+async def _stream(answer: Answer) -> Timings:
+    timings: Timings | None = None
+    async for delta in answer:
+        sys.stdout.write(delta["text"])
+        sys.stdout.flush()
+        timings = delta["timings"]
+    sys.stdout.write("\n")
+    assert timings is not None, "the last delta has them"
+    return timings
+
+
+async def _together(answers: list[Answer], prompts: list[str]) -> list[Timings]:
+    from tqdm import tqdm
+
+    with tqdm(total=len(answers), desc="Generating", dynamic_ncols=True) as bar:
+        results = await gather_answers(answers, bar.update)
+    for prompt, result in zip(prompts, results, strict=True):
+        sys.stdout.write(f"> {prompt}\n{result['text']}\n\n")
+    return list(results)
+
+
+def summary(timings: list[Timings], num_tokens: int) -> str:
+    """One line; with several requests, means of the times and sums of the rest."""
+    ttft_ms = 1e3 * sum(each["ttft_s"] for each in timings) / len(timings)
+    tpot_ms = 1e3 * sum(each["tpot_s"] for each in timings) / len(timings)
+    num_bytes = sum(each["kv_bytes"] for each in timings)
+    transfer_s = sum(each["kv_transfer_time_s"] for each in timings)
+    rate = f"{num_bytes / transfer_s / 1e9:.2f} GB/s" if transfer_s else "-"
+    mean = "mean " if len(timings) > 1 else ""
+    return (
+        f"{mean}TTFT {ttft_ms:.0f} ms | {mean}TPOT {tpot_ms:.1f} ms | {num_tokens} tokens | "
+        f"KV moved {num_bytes / 2**20:.2f} MiB | transfer {transfer_s * 1e3:.1f} ms, {rate}"
+    )
+
+
+@asynccontextmanager
+async def _started(wanted: Wanted) -> AsyncIterator[tuple[Scheduler, Any]]:
+    from hbserve.pd_disagg.disaggregated_llm import DisaggregatedLLM
+
+    config = PdDisaggConfig.from_deployment(load_config(wanted.config)) if wanted.config else PdDisaggConfig()
+    if wanted.model is not None:
+        config.model_path = wanted.model
+    if wanted.kv_transfer_backend is not None:
+        config.kv_transfer_backend = wanted.kv_transfer_backend
+    async with DisaggregatedLLM(config, log_level=wanted.log_level) as llm:
+        yield llm.scheduler, llm.tokenizer
+
+
+@asynccontextmanager
+async def _connected(wanted: Wanted) -> AsyncIterator[tuple[Scheduler, Any]]:
+    for name in ("config", "kv_transfer_backend"):
+        if getattr(wanted, name) is not None:
+            raise ConfigError(
+                f"--{name.replace('_', '-')}={getattr(wanted, name)}: not with --connect, where it is set"
+            )
+    address = wanted.connect or ""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit():
+        raise ConfigError(f"--connect={address!r}: expected HOST:PORT")
+    scheduler = RemoteScheduler(address)
+    await scheduler.start()
+    try:
+        info = await scheduler.find(FIND_SCHEDULER_S)
+        folder = wanted.model or Path(info.model_path)
+        if not folder.expanduser().is_dir():
+            raise ConfigError(
+                f"the deployment serves {str(folder)!r}, which is not a folder of this host; "
+                "its tokenizer is needed here: give its folder with --model"
+            )
+        yield scheduler, load_tokenizer(folder)
+    finally:
+        await scheduler.stop()

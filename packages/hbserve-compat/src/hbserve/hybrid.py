@@ -1,0 +1,52 @@
+"""One engine in this process, for LLM."""
+
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from hbserve.demo_model import model_folder
+from hbserve.launcher import instance_settings
+from hbserve.llm import Progress
+from hbserve.pd_disagg.config import PdDisaggConfig
+from hbserve_core import Engine, InstanceConfig, ModelRunner
+from hbserve_core.model_config import load_model_config
+from hbserve_rpc import InvalidRequest, SamplingParams
+
+NANO_VLLM_DEFAULTS = {"max_num_batched_tokens": 16384, "max_num_seqs": 512, "max_model_len": 4096, "chunk_size": 4096}
+HYBRID = [{"instance_id": "hybrid-0", "instance_type": "hybrid"}]
+
+
+class HybridBackend:
+    """Steps when it is asked to."""
+
+    def __init__(self, model: str | Path, settings: dict[str, Any]) -> None:
+        folder = model_folder(model)
+        wanted = NANO_VLLM_DEFAULTS | settings
+        if wanted["max_model_len"] is not None:
+            # As nano-vllm does: its default is longer than some models.
+            wanted["max_model_len"] = min(wanted["max_model_len"], load_model_config(folder).max_model_len)
+        config = PdDisaggConfig(folder, **(wanted | {"gpu_instances": HYBRID})).to_deployment()
+        plain = instance_settings(config, config.gpu_instances[0], folder, num_local=1, log_level="WARNING")
+        instance = msgspec.convert(plain, InstanceConfig)
+        self._engine = Engine(instance, ModelRunner(instance))
+
+    def add(self, request_id: str, token_ids: list[int], params: SamplingParams) -> None:
+        self._engine.add(request_id, token_ids, params)
+
+    def step(self) -> tuple[list[Progress], int]:
+        if not self._engine.has_work():
+            raise InvalidRequest("step: there is no request; add_request() first")
+        before = self._engine.stats().num_prefill_tokens
+        outputs = self._engine.step()
+        progress = [
+            Progress(output.request_id, [] if output.token_id is None else [output.token_id], output.finish_reason)
+            for output in outputs
+        ]
+        return progress, self._engine.stats().num_prefill_tokens - before
+
+    def end(self, request_id: str) -> None:
+        self._engine.abort(request_id)
+
+    def close(self) -> None:
+        del self._engine

@@ -1,0 +1,175 @@
+"""Instances as processes of this host: from a deployment's configuration to running programs, and to their end."""
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import signal
+import sys
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from hbserve_scheduler import DeploymentConfig, InstanceFailed, InstanceSection, parse_size
+
+logger = logging.getLogger(__name__)
+
+START_TIMEOUT_S = 120.0
+"""Until a process has bound its address: it imports torch before."""
+STOP_TIMEOUT_S = 20.0
+
+
+def instance_settings(
+    config: DeploymentConfig, instance: InstanceSection, model_folder: Path, *, num_local: int, log_level: str
+) -> dict[str, Any]:
+    """One instance's InstanceConfig, as plain data: this module does not import the engine.
+
+    `num_local` instances share the cores of this host.
+    """
+    kv, chunked, graph, engine = config.kv_transfer, config.chunked_prefill, config.cuda_graph, config.engine
+    num_cores = len(os.sched_getaffinity(0))
+    return {
+        "instance_id": instance.instance_id,
+        "role": instance.instance_type,
+        "model_path": str(model_folder),
+        "load_format": config.model.load_format,
+        "dtype": config.model.dtype,
+        "tensor_parallel_size": config.model.tensor_parallel_size,
+        "max_model_len": config.model.max_model_len,
+        "device": engine.device,
+        "gpu_id": instance.gpu_id,
+        "num_threads": engine.num_threads or max(1, num_cores // num_local),
+        "block_size": engine.block_size,
+        "num_blocks": engine.num_blocks,
+        "gpu_memory_utilization": engine.gpu_memory_utilization,
+        "max_num_seqs": engine.max_num_seqs,
+        "max_num_batched_tokens": engine.max_num_batched_tokens,
+        "prefix_caching": engine.prefix_caching,
+        "chunked_prefill_enabled": chunked.enabled,
+        "chunk_size": chunked.chunk_size,
+        "max_chunk_prefill_tokens": chunked.max_chunk_prefill_tokens,
+        "cuda_graph_enabled": graph.enabled,
+        "cuda_graph_max_seq_len": graph.max_seq_len,
+        "host": instance.host,
+        "port": instance.port,
+        "kv_rank": instance.kv_rank,
+        "kv_transfer": {
+            "backend": kv.backend,
+            "buffer_size": parse_size("kv_transfer.buffer_size", kv.buffer_size),
+            "host": kv.ip or instance.host,
+            "port": kv.port + instance.kv_rank if kv.port else 0,
+            "timeout_s": kv.timeout_s,
+            "options": kv.options,
+        },
+        "log_level": log_level,
+    }
+
+
+class InstanceProcess:
+    """One instance that this process has started, and ends."""
+
+    def __init__(self, settings: dict[str, Any], on_death: Callable[[str, str], None]) -> None:
+        self.instance_id: str = settings["instance_id"]
+        self.role = settings["role"]
+        self.address = ""
+        self._settings = settings
+        self._on_death = on_death
+        self._last_lines: deque[str] = deque(maxlen=5)
+        self._process: asyncio.subprocess.Process | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+        self._stopping = False
+
+    async def start(self) -> None:
+        """Start it and wait until its address is bound.
+
+        Raises:
+            InstanceFailed: it ended first, with its own words, or was too slow.
+        """
+        threads = str(self._settings["num_threads"])
+        self._process = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "hbserve_core",
+            stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
+            # A Ctrl-C is for us; we end the instances in order. They also end when their stdin does.
+            start_new_session=True,
+            env=os.environ | {"OMP_NUM_THREADS": threads},
+        )  # fmt: skip
+        stdin, stdout = self._process.stdin, self._process.stdout
+        assert stdin is not None
+        assert stdout is not None
+        self._tasks.append(asyncio.create_task(self._pass_stderr_on()))
+        stdin.write(msgspec.json.encode(self._settings) + b"\n")
+        try:
+            async with asyncio.timeout(START_TIMEOUT_S):
+                line = await stdout.readline()
+        except TimeoutError:
+            raise InstanceFailed(f"{self.instance_id} has bound no address within {START_TIMEOUT_S:.0f} s") from None
+        if not line:
+            await self._process.wait()
+            await asyncio.gather(*self._tasks)
+            raise InstanceFailed(f"{self.instance_id} did not start: {self._why()}")
+        self.address = json.loads(line)["address"]
+        self._tasks.append(asyncio.create_task(self._watch()))
+
+    async def stop(self) -> None:
+        """End it: politely, then by force. Leaves nothing behind."""
+        self._stopping = True
+        if self._process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                self._process.send_signal(signal.SIGTERM)
+            try:
+                await asyncio.wait_for(self._process.wait(), STOP_TIMEOUT_S)
+            except TimeoutError:
+                logger.warning("%s did not end within %.0f s; killed", self.instance_id, STOP_TIMEOUT_S)
+                self._process.kill()
+                await self._process.wait()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _pass_stderr_on(self) -> None:
+        assert self._process is not None
+        assert self._process.stderr is not None
+        async for line in self._process.stderr:
+            text = line.decode(errors="replace").rstrip()
+            self._last_lines.append(text)
+            sys.stderr.write(f"[{self.instance_id}] {text}\n")
+
+    async def _watch(self) -> None:
+        assert self._process is not None
+        await self._process.wait()
+        if not self._stopping:
+            await asyncio.gather(self._tasks[0])
+            self._on_death(self.instance_id, f"its process has ended ({self._why()})")
+
+    def _why(self) -> str:
+        assert self._process is not None
+        status = self._process.returncode or 0
+        how = f"signal {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
+        return f"{how}: {self._last_lines[-1]}" if self._last_lines else how
+
+
+class LocalInstances:
+    """All instances that one process has started."""
+
+    def __init__(
+        self, config: DeploymentConfig, model_folder: Path, *, log_level: str, on_death: Callable[[str, str], None]
+    ) -> None:
+        num_local = len(config.gpu_instances)
+        self.processes = [
+            InstanceProcess(
+                instance_settings(config, each, model_folder, num_local=num_local, log_level=log_level), on_death
+            )
+            for each in config.gpu_instances
+        ]
+
+    async def start(self) -> None:
+        """Start all at once. Raises InstanceFailed; `stop` is to be called then too."""
+        results = await asyncio.gather(*(process.start() for process in self.processes), return_exceptions=True)
+        for result in results:
+            if isinstance(result, BaseException):
+                raise result
+
+    async def stop(self) -> None:
+        await asyncio.gather(*(process.stop() for process in self.processes))

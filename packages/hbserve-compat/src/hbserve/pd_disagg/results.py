@@ -1,0 +1,62 @@
+"""What generating gives back."""
+
+from typing import TypedDict
+
+from hbserve_rpc.messages import FinishReason, RequestFinished
+
+
+class Timings(TypedDict):
+    """Of one request. Times are in seconds."""
+
+    queue_time_s: float
+    ttft_s: float
+    """Time to first token."""
+    tpot_s: float
+    """Mean time per output token after the first."""
+    e2e_s: float
+    kv_bytes: int
+    """KV moved from the prefill to the decode instance."""
+    kv_transfer_time_s: float
+    num_cached_tokens: int
+    """Prompt tokens that the decode instance held already."""
+    num_prompt_tokens: int
+    num_attempts: int
+    prefill_instance: str
+    decode_instance: str
+
+
+class GenerationResult(Timings):
+    """One whole answer."""
+
+    request_id: str
+    text: str
+    token_ids: list[int]
+    finish_reason: FinishReason
+
+
+class GenerationDelta(TypedDict):
+    """What is new of a streamed answer."""
+
+    request_id: str
+    text: str
+    token_ids: list[int]
+    finish_reason: FinishReason | None
+    """Set in the last one only."""
+    timings: Timings | None
+    """Set in the last one only."""
+
+
+def timings_of(end: RequestFinished) -> Timings:
+    return Timings(
+        queue_time_s=end.queue_time_s,
+        ttft_s=end.ttft_s,
+        tpot_s=end.tpot_s,
+        e2e_s=end.e2e_s,
+        kv_bytes=end.kv_bytes,
+        kv_transfer_time_s=end.kv_transfer_time_s,
+        num_cached_tokens=end.num_cached_tokens,
+        num_prompt_tokens=end.num_prompt_tokens,
+        num_attempts=end.num_attempts,
+        prefill_instance=end.prefill_instance,
+        decode_instance=end.decode_instance,
+    )

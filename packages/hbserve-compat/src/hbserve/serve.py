@@ -1,0 +1,69 @@
+"""`hbserve serve` and `hbserve instance`: a deployment's processes."""
+
+import asyncio
+import logging
+import signal
+from pathlib import Path
+
+import msgspec
+
+from hbserve.demo_model import model_folder
+from hbserve.launcher import LocalInstances, instance_settings
+from hbserve_scheduler import ConfigError, CpuScheduler, InstanceFailed, SchedulerServer, load_config
+
+logger = logging.getLogger(__name__)
+
+
+async def serve_all(path: Path, log_level: str) -> None:
+    """Scheduler and every instance, until SIGTERM or SIGINT.
+
+    Raises:
+        ConfigError, AddressInUse, InstanceFailed.
+    """
+    config = load_config(path)
+    folder = model_folder(config.model.path)
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    scheduler = CpuScheduler(config.scheduler, model_path=str(folder))
+    died: list[str] = []
+
+    def on_death(instance_id: str, why: str) -> None:
+        died.append(f"{instance_id}: {why}")
+        stop.set()
+
+    instances = LocalInstances(config, folder, log_level=log_level, on_death=on_death)
+    server = SchedulerServer(scheduler)
+    try:
+        await server.start()
+        await instances.start()
+        for process in instances.processes:
+            await scheduler.add_instance(process.instance_id, process.role, process.address)
+        logger.info("serving %s on %s", folder, server.address)
+        await stop.wait()
+    finally:
+        await server.stop()
+        await instances.stop()
+    if died:
+        raise InstanceFailed(died[0])
+
+
+async def serve_instance(path: Path, instance_id: str, log_level: str) -> None:
+    """One instance, until SIGTERM or SIGINT.
+
+    Raises:
+        ConfigError: the file has no such instance, or is wrong.
+        AddressInUse: its address is taken.
+    """
+    from hbserve_core import InstanceConfig, run_instance
+
+    config = load_config(path)
+    found = [each for each in config.gpu_instances if each.instance_id == instance_id]
+    if not found:
+        names = ", ".join(each.instance_id for each in config.gpu_instances)
+        raise ConfigError(f"--instance-id={instance_id!r}: {path} has {names}")
+    num_local = sum(each.host == found[0].host for each in config.gpu_instances)
+    settings = instance_settings(
+        config, found[0], model_folder(config.model.path), num_local=num_local, log_level=log_level
+    )
+    await run_instance(msgspec.convert(settings, InstanceConfig))

@@ -1,0 +1,110 @@
+"""Greedy tokens: prefill and decode apart, over each transfer backend = one hybrid engine = transformers."""
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from hbserve import LLM, SamplingParams
+from hbserve.pd_disagg import DisaggregatedLLM, PdDisaggConfig
+
+BLOCK, CHUNK = 16, 32
+LENGTHS = [1, BLOCK - 1, BLOCK, BLOCK + 1, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK + 5]
+GREEDY = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+
+
+def prompt(length: int, salt: int = 0) -> list[int]:
+    return [3 + (7 * i * i + 11 * i + 13 * salt) % 250 for i in range(length)]
+
+
+@pytest.fixture(scope="session")
+def model_folder(small_model) -> Callable[[str], Path]:
+    def folder(name: str) -> Path:
+        if name != "smollm2":
+            return small_model(name)
+        from hbserve.demo_model import demo_model_path
+
+        return demo_model_path()
+
+    return folder
+
+
+@pytest.fixture(scope="session")
+def oracle(model_folder) -> Callable[[str, list[int]], list[int]]:
+    """What transformers generates in float32, greedily, one prompt at a time."""
+    import torch
+    import transformers
+
+    @cache
+    def model(name: str) -> transformers.PreTrainedModel:
+        return transformers.AutoModelForCausalLM.from_pretrained(model_folder(name), dtype=torch.float32)
+
+    @cache
+    def tokens(name: str, ids: tuple[int, ...]) -> list[int]:
+        given = torch.tensor([ids])
+        out = model(name).generate(
+            given, attention_mask=torch.ones_like(given), do_sample=False, max_new_tokens=GREEDY.max_tokens,
+            min_new_tokens=GREEDY.max_tokens, eos_token_id=None, pad_token_id=0,
+        )  # fmt: skip
+        return out[0, len(ids) :].tolist()
+
+    return lambda name, ids: tokens(name, tuple(ids))
+
+
+def settings(folder: Path) -> dict:
+    return {
+        "model_path": str(folder),
+        "dtype": "float32",
+        "block_size": BLOCK,
+        "chunk_size": CHUNK,
+        "num_blocks": 400,
+        "max_num_batched_tokens": 256,
+    }
+
+
+def token_ids(results: list[dict]) -> list[list[int]]:
+    return [result["token_ids"] for result in results]
+
+
+@pytest.mark.parametrize("name", ["smollm2", "qwen3", "qwen2", "llama"])
+@pytest.mark.parametrize("backend", ["nccl", "mooncake"])
+async def test_pd_gives_the_tokens_of_transformers(name, backend, model_folder, oracle):
+    if backend == "mooncake":
+        pytest.importorskip("mooncake.engine", reason="Mooncake or its system libraries are missing", exc_type=ImportError)
+    prompts = [prompt(length) for length in LENGTHS]
+    expected = [oracle(name, ids) for ids in prompts]
+    config = PdDisaggConfig(kv_transfer_backend=backend, **settings(model_folder(name)))
+    async with DisaggregatedLLM(config) as llm:
+        for ids, tokens in zip(prompts, expected, strict=True):
+            cold = await llm.generate([ids], GREEDY)
+            assert token_ids(cold) == [tokens], f"cold, alone, {len(ids)} tokens"
+
+        again = await llm.generate(prompts, GREEDY)
+        assert token_ids(again) == expected, "everything that fills a block is cached on D"
+        full_blocks = [len(ids) // BLOCK * BLOCK for ids in prompts]
+        assert [result["num_cached_tokens"] for result in again] == full_blocks
+        assert [result["kv_bytes"] == 0 for result in again] == [len(ids) % BLOCK == 0 for ids in prompts]
+
+        shared = [prompt(BLOCK + 1)[:BLOCK] + prompt(length, salt=1) for length in LENGTHS]
+        partly = await llm.generate(shared, GREEDY)
+        assert token_ids(partly) == [oracle(name, ids) for ids in shared], "the first block is cached on D"
+        assert all(result["num_cached_tokens"] == BLOCK for result in partly)
+
+        many = [prompt(LENGTHS[i % len(LENGTHS)], salt=2 + i // len(LENGTHS)) for i in range(32)]
+        assert token_ids(await llm.generate(many, GREEDY)) == [oracle(name, ids) for ids in many], "32 at once"
+
+
+@pytest.mark.parametrize("name", ["smollm2", "qwen3", "qwen2", "llama"])
+def test_a_hybrid_engine_gives_the_tokens_of_transformers(name, model_folder, oracle):
+    options = settings(model_folder(name))
+    llm = LLM(
+        options["model_path"], dtype="float32", kvcache_block_size=BLOCK, chunk_size=CHUNK, num_kvcache_blocks=400,
+        max_num_batched_tokens=256,
+    )  # fmt: skip
+    prompts = [prompt(LENGTHS[i % len(LENGTHS)], salt=i // len(LENGTHS)) for i in range(32)]
+    expected = [oracle(name, ids) for ids in prompts]
+    for ids, tokens in zip(prompts[: len(LENGTHS)], expected, strict=False):
+        assert token_ids(llm.generate([ids], GREEDY, use_tqdm=False)) == [tokens]
+    assert token_ids(llm.generate(prompts, GREEDY, use_tqdm=False)) == expected
+    llm.exit()

@@ -1,0 +1,131 @@
+"""Scheduler and instances as separate processes, as an operator runs them."""
+
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+DEADLINE_S = 120
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports that nobody uses now. Another program may take one before we do; the error then names it."""
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [held.getsockname()[1] for held in sockets]
+    for held in sockets:
+        held.close()
+    return ports
+
+
+class Deployment:
+    """A configuration file, the processes started from it, and what they logged."""
+
+    def __init__(self, folder: Path, model: Path, instances: list[str]) -> None:
+        self.log = folder / "log"
+        self.config = folder / "config.yaml"
+        self.processes: dict[str, subprocess.Popen[bytes]] = {}
+        self.port, *ports = free_ports(1 + len(instances))
+        config = {
+            "model": {"path": str(model)},
+            "kv_transfer": {"backend": "nccl"},
+            "gpu_instances": [
+                {"instance_id": name, "instance_type": name.split("-")[0], "gpu_id": 0, "host": "127.0.0.1", "port": port, "kv_rank": rank}
+                for rank, (name, port) in enumerate(zip(instances, ports, strict=True))
+            ],
+            "engine": {"num_blocks": 64, "num_threads": 1},
+            "scheduler": {"port": self.port, "heartbeat_interval_s": 0.5, "heartbeat_timeout_s": 5},
+        }
+        self.config.write_text(yaml.safe_dump(config))
+
+    def start(self, name: str) -> None:
+        script = "start_cpu_scheduler.py" if name == "scheduler" else "start_pd_disagg.py"
+        which = [] if name == "scheduler" else ["--instance-id", name]
+        command = [sys.executable, ROOT / "scripts" / script, "--config", self.config, *which]
+        with self.log.open("ab") as log:
+            self.processes[name] = subprocess.Popen(command, stdout=log, stderr=log)
+
+    def generate(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "hbserve", "generate", *arguments, "--connect", f"127.0.0.1:{self.port}", "--temperature", "0"]
+        return subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE_S)
+
+    def kill(self, name: str) -> None:
+        self.processes[name].kill()
+        self.processes.pop(name).wait(timeout=30)
+
+    def stop(self) -> dict[str, int]:
+        for process in self.processes.values():
+            process.send_signal(signal.SIGTERM)
+        return {name: process.wait(timeout=60) for name, process in self.processes.items()}
+
+
+@pytest.fixture
+def deploy(tmp_path: Path, small_model: Callable[[str], Path]) -> Iterator[Callable[[list[str]], Deployment]]:
+    made: list[Deployment] = []
+
+    def deploy(instances: list[str]) -> Deployment:
+        made.append(Deployment(tmp_path, small_model("qwen3"), instances))
+        return made[-1]
+
+    yield deploy
+    for deployment in made:
+        exits = deployment.stop()
+        assert set(exits.values()) <= {0}, f"{exits}\n{deployment.log.read_text()}"
+
+
+ORDERS = [["scheduler", "prefill-0", "decode-0"], ["decode-0", "prefill-0", "scheduler"]]
+
+
+@pytest.mark.parametrize("order", ORDERS, ids="-".join)
+def test_processes_started_in_any_order_find_each_other(order, deploy):
+    deployment = deploy(["prefill-0", "decode-0"])
+    for name in order:
+        deployment.start(name)
+    answer = deployment.generate("Hello, who are you?", "--max-tokens", "8")
+    assert answer.returncode == 0, answer.stderr + deployment.log.read_text()
+    assert "TTFT" in answer.stdout + answer.stderr
+
+
+@pytest.mark.parametrize("victim", ["prefill-0", "decode-0"])
+def test_a_killed_instance_is_named_and_its_restart_serves_again(victim, deploy):
+    deployment = deploy(["prefill-0", "decode-0"])
+    for name in ["scheduler", "prefill-0", "decode-0"]:
+        deployment.start(name)
+    assert deployment.generate("one", "--max-tokens", "4").returncode == 0
+
+    deployment.kill(victim)
+    answer = deployment.generate("two", "--max-tokens", "4")
+    assert answer.returncode != 0
+    assert victim in answer.stderr, answer.stderr
+
+    deployment.start(victim)
+    deadline = time.monotonic() + DEADLINE_S
+    while (answer := deployment.generate("three", "--max-tokens", "4")).returncode != 0:
+        assert time.monotonic() < deadline, answer.stderr + deployment.log.read_text()
+
+
+def test_one_of_two_decode_instances_killed_in_mid_stream_is_not_noticed_by_the_client(deploy):
+    deployment = deploy(["prefill-0", "decode-0", "decode-1"])
+    for name in ["scheduler", "prefill-0", "decode-0", "decode-1"]:
+        deployment.start(name)
+    prompts = ["a", "bb", "ccc", "dddd"]
+    expected = deployment.generate(*prompts, "--max-tokens", "200")
+    assert expected.returncode == 0, expected.stderr
+
+    command = [sys.executable, "-m", "hbserve", "generate", *prompts, "--connect", f"127.0.0.1:{deployment.port}"]
+    client = subprocess.Popen([*command, "--max-tokens", "200", "--temperature", "0"], stdout=subprocess.PIPE, text=True)
+    deployment.kill("decode-1")
+    out, _ = client.communicate(timeout=DEADLINE_S)
+    assert client.returncode == 0, deployment.log.read_text()
+
+    def answers(text: str) -> list[str]:
+        return re.findall(r"\S+", text.split("TTFT")[0])
+
+    assert answers(out) == answers(expected.stdout)
