@@ -61,3 +61,8 @@ def test_both_readmes_have_the_same_code_blocks():
     blocks = [re.findall(r"```(?:python|bash)\n(.*?)```", (ROOT / name).read_text(), re.S) for name in ["README.md", "README.zh-CN.md"]]
     without_comments = [[re.sub(r"#.*", "", block).split() for block in file] for file in blocks]
     assert without_comments[0] == without_comments[1]
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
+def test_nothing_loses_a_cancellation_in_wait_for(source):
+    assert "asyncio.wait_for(" not in source.read_text(), "use asyncio.timeout; see docs/rationale.md"

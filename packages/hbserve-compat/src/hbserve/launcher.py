@@ -121,7 +121,8 @@ class InstanceProcess:
             with contextlib.suppress(ProcessLookupError):
                 self._process.send_signal(signal.SIGTERM)
             try:
-                await asyncio.wait_for(self._process.wait(), STOP_TIMEOUT_S)
+                async with asyncio.timeout(STOP_TIMEOUT_S):
+                    await self._process.wait()
             except TimeoutError:
                 logger.warning("%s did not end within %.0f s; killed", self.instance_id, STOP_TIMEOUT_S)
                 self._process.kill()

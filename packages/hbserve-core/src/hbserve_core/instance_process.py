@@ -52,7 +52,8 @@ async def run_instance(config: InstanceConfig, *, announce: bool = False, stop: 
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.remove_signal_handler(number)
         try:
-            await asyncio.wait_for(instance.stop(), STOP_TIMEOUT_S)
+            async with asyncio.timeout(STOP_TIMEOUT_S):
+                await instance.stop()
         except TimeoutError:
             logger.warning("%s: did not end within %s s; ending anyway", config.instance_id, STOP_TIMEOUT_S)
 

@@ -88,7 +88,8 @@ class LookupBuffer:
             TransferFailed: its sender failed.
         """
         try:
-            found = await asyncio.wait_for(asyncio.shield(self._future(request_id)), self._timeout_s)
+            async with asyncio.timeout(self._timeout_s):
+                found = await asyncio.shield(self._future(request_id))
         except TimeoutError:
             raise TransferTimeout(f"{request_id}: nothing arrived within {self._timeout_s} s") from None
         finally:

@@ -194,7 +194,8 @@ class Receiver:
         error = ""
         try:
             link, connecting = self._link_of(incoming)
-            await asyncio.wait_for(asyncio.shield(connecting), self._timeout_s)
+            async with asyncio.timeout(self._timeout_s):
+                await asyncio.shield(connecting)
             block_ids = incoming.block_ids[message.first : message.first + message.num_blocks]
             await self._transport.accept(link, Part(message.transfer_id, message.index, incoming.region, block_ids))
         except Exception as cause:  # whatever a backend raised has failed this part
@@ -247,7 +248,8 @@ class Receiver:
                     incoming.state.give_up()
                 incoming.settle()
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(incoming.drained.wait(), 0.5)
+                    async with asyncio.timeout(0.5):
+                        await incoming.drained.wait()
         finally:
             self.quarantined.discard(incoming)
 
@@ -255,7 +257,8 @@ class Receiver:
         """Whether no process listens there any more. A frozen one still does."""
         host, _, port = address.rpartition(":")
         try:
-            _, writer = await asyncio.wait_for(asyncio.open_connection(host, int(port)), 1.0)
+            async with asyncio.timeout(1.0):
+                _, writer = await asyncio.open_connection(host, int(port))
         except ConnectionRefusedError:
             return True
         except (OSError, TimeoutError):

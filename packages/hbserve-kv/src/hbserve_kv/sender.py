@@ -54,7 +54,8 @@ class Peer:
             self._client = client
             try:
                 self._link = await self._shake_hands(client)
-                await asyncio.wait_for(self._transport.connect(self._link), self._timeout_s)
+                async with asyncio.timeout(self._timeout_s):
+                    await self._transport.connect(self._link)
             except BaseException:
                 await self.disconnect()
                 raise

@@ -2,7 +2,7 @@
 
 import asyncio
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar
@@ -14,19 +14,31 @@ T = TypeVar("T")
 
 @dataclass(eq=False)
 class Link:
-    """One direction between two instances: parts go over it one after the other."""
+    """One direction between two lives of two instances: parts go over it one after the other.
+
+    It is never repaired. After any failure it is torn down, and the pair makes a new one.
+    """
 
     key: str
-    """Names the pair on both sides; never used again, so that a new life of a peer gets a new link."""
+    """Names the pair on both sides, and with it both epochs: a new life of a peer gets a new link."""
     is_sender: bool
-    peer_rank: int
-    peer_description: bytes
-    """The peer's `Transport.describe()`."""
+    peer_rank: int = -1
+    peer_description: bytes = b""
+    """The peer's `Transport.describe(link)`."""
+    jobs: set[asyncio.Task[Any]] = field(default_factory=set)
+    """What is going on over this link."""
     executor: ThreadPoolExecutor = field(init=False)
     """Where blocking I/O of this link runs: a peer that hangs stops nobody else."""
 
     def __post_init__(self) -> None:
         self.executor = ThreadPoolExecutor(1, thread_name_prefix=f"kv-{self.key[:8]}")
+
+    def start(self, job: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        """Run a job that ends with the link."""
+        task = asyncio.create_task(job)
+        self.jobs.add(task)
+        task.add_done_callback(self.jobs.discard)
+        return task
 
     async def run(self, blocking: Callable[..., T], *arguments: Any) -> T:
         """Run in the link's thread. Cancelling the caller does not stop the thread: it waits for it."""
@@ -41,12 +53,11 @@ class Link:
 
 @dataclass(frozen=True)
 class Part:
-    """Some blocks of one transfer. `source` blocks are known to the sender, `target` blocks to both."""
+    """Some blocks of one transfer. `block_ids` are of the side that uses this part, `target_*` of the receiver."""
 
     transfer_id: str
     index: int
     region: Region
-    """Region of the blocks on the side that uses this part."""
     block_ids: list[int]
     target_region: Region = "pool"
     target_block_ids: list[int] = field(default_factory=list)
@@ -74,8 +85,8 @@ class Transport(ABC):
         """
 
     @abstractmethod
-    def describe(self) -> bytes:
-        """What a peer's `connect` needs."""
+    async def describe(self, link: Link) -> bytes:
+        """This end of a new link: what the peer's `connect` needs. `link.peer_description` is known to receivers only."""
 
     @abstractmethod
     async def connect(self, link: Link) -> None:
@@ -83,10 +94,10 @@ class Transport(ABC):
 
     @abstractmethod
     async def push(self, link: Link, part: Part) -> None:
-        """Sender: move a part. Returns when its source blocks are no longer read.
+        """Sender: move a part. Returns when it has landed, or (two-sided) its source blocks are no longer read.
 
         Raises:
-            Exception: the part has failed. `DrainUnknown` if the source may still be read, or bytes may still land.
+            Exception: the part has failed. The caller tears the link down, on both sides.
         """
 
     async def accept(self, link: Link, part: Part) -> None:
@@ -95,12 +106,28 @@ class Transport(ABC):
 
     @abstractmethod
     async def disconnect(self, link: Link) -> None:
-        """Forget the link; what waits on it fails soon."""
+        """End this side of the link, whatever the peer does; what waits on it fails soon.
+
+        After it has returned, and `push` and `accept` have, this side's memory is neither read nor written through the
+        link any more. This is what makes the blocks of a failed transfer reusable, so it must be certain.
+        """
 
     @abstractmethod
     async def close(self) -> None:
-        """Leave nothing behind."""
+        """Leave nothing behind. Every link has been disconnected before."""
 
 
-class DrainUnknown(Exception):
-    """A push failed, and bytes may still land."""
+async def tear_down(transport: Transport, link: Link) -> None:
+    """End a link. Returns when nothing moves over it any more: as late as the transport's own timeouts let it.
+
+    Raises:
+        Exception: what `disconnect` raised. Then it is not known whether something still moves.
+    """
+    for job in link.jobs:
+        job.cancel()
+    try:
+        await transport.disconnect(link)
+        if link.jobs:
+            await asyncio.wait(set(link.jobs))
+    finally:
+        link.executor.shutdown(wait=False)

@@ -228,7 +228,8 @@ class RpcStream(AsyncIterator[R], Generic[R]):
 
     async def _wait(self) -> None:
         try:
-            await asyncio.wait_for(self._arrived.wait(), self._timeout_s)
+            async with asyncio.timeout(self._timeout_s):
+                await self._arrived.wait()
         except TimeoutError:
             await self.aclose()
             raise RpcTimeout(f"{self._client.address}: no answer to {self.method} within {self._timeout_s} s") from None

@@ -161,7 +161,8 @@ class CpuScheduler:
     async def _schedule(self) -> None:
         while True:
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._changed.wait(), TICK_S)
+                async with asyncio.timeout(TICK_S):
+                    await self._changed.wait()
             self._changed.clear()
             try:
                 await self._schedule_waiting_requests()
