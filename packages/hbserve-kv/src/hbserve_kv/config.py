@@ -13,8 +13,6 @@ class KVTransferBackend(StrEnum):
     """torch.distributed: NCCL between GPUs, Gloo where memory is on the CPU or both sides share one GPU."""
     MOONCAKE = "mooncake"
     """Mooncake's TransferEngine: one-sided writes over TCP or RDMA."""
-    LOOPBACK = "loopback"
-    """Within one process, with faults injected on request: for tests."""
 
 
 class KVTransferConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -23,8 +21,7 @@ class KVTransferConfig(msgspec.Struct, frozen=True, kw_only=True):
     backend: str = KVTransferBackend.NCCL.value
     """A built-in backend, the name of an entry point in the group `hbserve_kv.backends`, or `module:Class`."""
     buffer_size: int = 1 << 30
-    """Bytes of the lookup buffer, where tensors wait that nobody has asked for yet. Host memory is touched as it is
-    used; on a GPU it is allocated at once."""
+    """Bytes of the lookup buffer, where transfers wait that nobody has asked for yet. Touched as it is used."""
     host: str = "127.0.0.1"
     """Address that the control server binds, and that peers are told."""
     port: int = 0
@@ -32,6 +29,6 @@ class KVTransferConfig(msgspec.Struct, frozen=True, kw_only=True):
     timeout_s: float = 30.0
     """A peer that is silent for so long has failed."""
     expiry_s: float = 120.0
-    """A tensor that nobody asked for in this time is dropped from the lookup buffer."""
+    """An unexpected transfer that nobody asked for in this time is dropped from the lookup buffer."""
     options: dict[str, Any] = {}
-    """Handed to a custom backend; for `loopback` the faults to inject."""
+    """Handed to a custom backend."""

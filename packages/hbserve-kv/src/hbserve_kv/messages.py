@@ -1,14 +1,11 @@
 """The control messages between two KVTransferManagers, over hbserve_rpc. The sender of the data is the client.
 
 sender                                            receiver
-  LINK(fingerprint, epoch, description)      ───▶ once per pair, a stream: Linked or Mismatch; its end ends the link
-  TRANSFER(transfer id)                      ───▶ a stream: Accepted or Refused; Cancelled if the receiver gives up
-  PART(index, range)                         ───▶ two-sided transports only; answered when the part has landed
-  COMMIT(parts, bytes, payload)              ───▶ answered when the receiver has taken it
-  ABANDON(reason)                            ───▶ instead of COMMIT: nothing more will be written
-  UNLINK(reason)                             ───▶ the link is broken; no promise about what was on it
-
-A link's key is made for one pair of lives, so a message that carries it carries both epochs.
+  HANDSHAKE(fingerprint, epoch, description) ───▶ once per pair
+  TRANSFER(transfer id)                      ───▶ a stream: Accepted, and Cancelled if the receiver gives up
+  PART(index)                                ───▶ two-sided transports only; answered when the part has landed
+  COMMIT(parts, payload)                     ───▶ answered when the receiver has taken it
+  ABANDON(reason, drained)                   ───▶ instead of COMMIT
 """
 
 from typing import Any
@@ -28,10 +25,10 @@ class Grant(msgspec.Struct, frozen=True, tag=True):
     address: str
     """`host:port` of the receiver's control server."""
     epoch: str
+    block_ids: list[int]
 
 
-class Hello(msgspec.Struct, frozen=True, tag=True):
-    link: str
+class Handshake(msgspec.Struct, frozen=True, tag=True):
     protocol_version: int
     rank: int
     epoch: str
@@ -39,44 +36,23 @@ class Hello(msgspec.Struct, frozen=True, tag=True):
     backend: str
     fingerprint: dict[str, str | int]
     description: bytes
+    link: str
 
 
-class Linked(msgspec.Struct, frozen=True, tag=True):
+class HandshakeReply(msgspec.Struct, frozen=True, tag=True):
     rank: int
     epoch: str
     description: bytes
 
 
-class Mismatch(msgspec.Struct, frozen=True, tag=True):
-    """The two must not exchange KV: they differ in `field`."""
-
-    field: str
-    senders: str
-    receivers: str
-
-
-class Unlink(msgspec.Struct, frozen=True, tag=True):
-    link: str
-    reason: str
-
-
-class Tensor(msgspec.Struct, frozen=True):
-    """What a transfer to the lookup buffer carries."""
-
-    request_id: str
-    num_bytes: int
-    dtype: str
-    shape: list[int]
-
-
 class Begin(msgspec.Struct, frozen=True, tag=True):
-    """Opens a transfer. With `tensor` it is one that nobody granted: it goes to the lookup buffer."""
+    """Opens a transfer. `num_bytes` is set for one that the receiver did not grant: it goes to the lookup buffer."""
 
     transfer_id: str
     link: str
+    sender_epoch: str
     receiver_epoch: str
-    """The receiver's life that the sender means: that of the grant."""
-    tensor: Tensor | None = None
+    num_bytes: int | None = None
 
 
 class Accepted(msgspec.Struct, frozen=True, tag=True):
@@ -86,20 +62,13 @@ class Accepted(msgspec.Struct, frozen=True, tag=True):
     block_ids: list[int]
 
 
-class Refused(msgspec.Struct, frozen=True, tag=True):
-    """The link is not known, or another life was meant."""
-
-    epoch: str
-    """The receiver's present life."""
-
-
 class Cancelled(msgspec.Struct, frozen=True, tag=True):
     reason: str
 
 
 class PartAnnounced(msgspec.Struct, frozen=True, tag=True):
     transfer_id: str
-    link: str
+    sender_epoch: str
     index: int
     first: int
     """Blocks [first, first + num_blocks) of those that were granted."""
@@ -108,7 +77,7 @@ class PartAnnounced(msgspec.Struct, frozen=True, tag=True):
 
 class Commit(msgspec.Struct, frozen=True, tag=True):
     transfer_id: str
-    link: str
+    sender_epoch: str
     num_parts: int
     num_bytes: int
     time_s: float
@@ -117,17 +86,18 @@ class Commit(msgspec.Struct, frozen=True, tag=True):
 
 class Abandon(msgspec.Struct, frozen=True, tag=True):
     transfer_id: str
-    link: str
+    sender_epoch: str
     reason: str
+    drained: bool
+    """The sender writes no more to this transfer's blocks."""
 
 
 class Done(msgspec.Struct, frozen=True, tag=True):
     pass
 
 
-LINK: StreamMethod[Hello, Any] = StreamMethod("kv.link", Hello, Linked | Mismatch)
-UNLINK: Method[Unlink, Done] = Method("kv.unlink", Unlink, Done)
-TRANSFER: StreamMethod[Begin, Any] = StreamMethod("kv.transfer", Begin, Accepted | Refused | Cancelled)
+HANDSHAKE: Method[Handshake, HandshakeReply] = Method("kv.handshake", Handshake, HandshakeReply)
 PART: Method[PartAnnounced, Done] = Method("kv.part", PartAnnounced, Done)
 COMMIT: Method[Commit, Done] = Method("kv.commit", Commit, Done)
 ABANDON: Method[Abandon, Done] = Method("kv.abandon", Abandon, Done)
+TRANSFER: StreamMethod[Begin, Any] = StreamMethod("kv.transfer", Begin, Accepted | Cancelled)

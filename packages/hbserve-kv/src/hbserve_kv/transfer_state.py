@@ -6,7 +6,7 @@
                                    └──────its deadline passed──────▶ UNKNOWN ──(as above)──▶ FAILED_DRAINED
 
 COMPLETED and FAILED_DRAINED are final. The first cause of a failure is kept. Anything that does not fit the state
-(late, duplicate, over another link) changes nothing and returns False, for the caller to count.
+(late, duplicate, of another sender) changes nothing and returns False, for the caller to count.
 """
 
 from dataclasses import dataclass, field
@@ -35,25 +35,23 @@ class Outcome(Enum):
 
 @dataclass
 class IncomingState:
-    num_bytes: int
-    """What a commit must have moved."""
     one_sided: bool
-    """The sender writes without our help, so in-flight parts are unknown here until it, or its link, has stopped."""
+    """The sender writes without our help, so only it, or its death, can say that nothing more will land."""
     state: State = State.POSTED
-    link: str = ""
+    sender_epoch: str = ""
     cause: str = ""
     landed: set[int] = field(default_factory=set)
     in_flight: set[int] = field(default_factory=set)
-    _sender_stopped: bool = False
+    _sender_drained: bool = False
 
-    def begin(self, link: str) -> bool:
+    def begin(self, sender_epoch: str) -> bool:
         if self.state is not State.POSTED:
             return False
-        self.state, self.link = State.RECEIVING, link
+        self.state, self.sender_epoch = State.RECEIVING, sender_epoch
         return True
 
-    def start_part(self, link: str, part: int) -> bool:
-        if self.state is not State.RECEIVING or link != self.link:
+    def start_part(self, sender_epoch: str, part: int) -> bool:
+        if self.state is not State.RECEIVING or sender_epoch != self.sender_epoch:
             return False
         if part in self.landed or part in self.in_flight:
             return False
@@ -69,32 +67,27 @@ class IncomingState:
             self.landed.add(part)
         self._drain()
 
-    def commit(self, link: str, num_parts: int, num_bytes: int) -> bool:
-        if self.state is not State.RECEIVING or link != self.link:
+    def commit(self, sender_epoch: str, num_parts: int) -> bool:
+        if self.state is not State.RECEIVING or sender_epoch != self.sender_epoch:
             return False
         if not self.one_sided and self.landed != set(range(num_parts)):
             self.fail(f"committed with {num_parts} parts, of which {len(self.landed)} have landed")
             return False
-        if num_bytes != self.num_bytes:
-            self.fail(f"committed with {num_bytes} bytes, expected {self.num_bytes}")
-            return False
         self.state = State.COMPLETED
         return True
 
-    def fail(self, cause: str) -> bool:
-        if self.state not in (State.POSTED, State.RECEIVING):
-            return False
-        # A transfer that never began has no writer.
-        self._sender_stopped = self._sender_stopped or self.state is State.POSTED
-        self.state, self.cause = State.DRAINING, cause
-        self._drain()
-        return True
+    def fail(self, cause: str) -> None:
+        if self.state in (State.POSTED, State.RECEIVING):
+            began = self.state is State.RECEIVING
+            self.state, self.cause = State.DRAINING, cause
+            self._sender_drained = self._sender_drained or not began
+            self._drain()
 
-    def sender_stopped(self, link: str) -> bool:
-        """The sender says that it writes no more, or its link was torn down on this side."""
-        if self.final or link != self.link:
+    def sender_drained(self, sender_epoch: str) -> bool:
+        """The sender says, or its death shows, that it writes no more."""
+        if self.state in (State.COMPLETED, State.FAILED_DRAINED) or sender_epoch != self.sender_epoch:
             return False
-        self._sender_stopped = True
+        self._sender_drained = True
         self._drain()
         return True
 
@@ -104,24 +97,17 @@ class IncomingState:
             self.state = State.UNKNOWN
 
     def _drain(self) -> None:
-        quiet = not self.in_flight and (self._sender_stopped or not self.one_sided)
-        if self.failed and quiet:
+        quiet = not self.in_flight and (self._sender_drained or not self.one_sided)
+        if self.state in (State.DRAINING, State.UNKNOWN) and quiet:
             self.state = State.FAILED_DRAINED
 
     @property
-    def failed(self) -> bool:
-        """Failed, and not drained yet."""
-        return self.state in (State.DRAINING, State.UNKNOWN)
+    def ended(self) -> bool:
+        return self.state >= State.UNKNOWN
 
     @property
-    def final(self) -> bool:
-        return self.state >= State.FAILED_DRAINED
-
-    @property
-    def outcome(self) -> Outcome | None:
-        """None while the transfer goes on."""
-        return {
-            State.UNKNOWN: Outcome.UNKNOWN,
-            State.FAILED_DRAINED: Outcome.FAILED_DRAINED,
-            State.COMPLETED: Outcome.COMPLETED,
-        }.get(self.state)
+    def outcome(self) -> Outcome:
+        assert self.ended, self.state
+        return {State.COMPLETED: Outcome.COMPLETED, State.UNKNOWN: Outcome.UNKNOWN}.get(
+            self.state, Outcome.FAILED_DRAINED
+        )

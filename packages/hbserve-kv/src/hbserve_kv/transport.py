@@ -2,7 +2,7 @@
 
 import asyncio
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar
@@ -14,31 +14,19 @@ T = TypeVar("T")
 
 @dataclass(eq=False)
 class Link:
-    """One direction between two lives of two instances: parts go over it one after the other.
-
-    It is never repaired. After any failure it is torn down, and the pair makes a new one.
-    """
+    """One direction between two instances: parts go over it one after the other."""
 
     key: str
-    """Names the pair on both sides, and with it both epochs: a new life of a peer gets a new link."""
+    """Names the pair on both sides; never used again, so that a new life of a peer gets a new link."""
     is_sender: bool
-    peer_rank: int = -1
-    peer_description: bytes = b""
-    """The peer's `Transport.describe(link)`."""
-    jobs: set[asyncio.Task[Any]] = field(default_factory=set)
-    """What is going on over this link."""
+    peer_rank: int
+    peer_description: bytes
+    """The peer's `Transport.describe()`."""
     executor: ThreadPoolExecutor = field(init=False)
     """Where blocking I/O of this link runs: a peer that hangs stops nobody else."""
 
     def __post_init__(self) -> None:
         self.executor = ThreadPoolExecutor(1, thread_name_prefix=f"kv-{self.key[:8]}")
-
-    def start(self, job: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
-        """Run a job that ends with the link."""
-        task = asyncio.create_task(job)
-        self.jobs.add(task)
-        task.add_done_callback(self.jobs.discard)
-        return task
 
     async def run(self, blocking: Callable[..., T], *arguments: Any) -> T:
         """Run in the link's thread. Cancelling the caller does not stop the thread: it waits for it."""
@@ -53,11 +41,12 @@ class Link:
 
 @dataclass(frozen=True)
 class Part:
-    """Some blocks of one transfer. `block_ids` are of the side that uses this part, `target_*` of the receiver."""
+    """Some blocks of one transfer. `source` blocks are known to the sender, `target` blocks to both."""
 
     transfer_id: str
     index: int
     region: Region
+    """Region of the blocks on the side that uses this part."""
     block_ids: list[int]
     target_region: Region = "pool"
     target_block_ids: list[int] = field(default_factory=list)
@@ -85,8 +74,8 @@ class Transport(ABC):
         """
 
     @abstractmethod
-    async def describe(self, link: Link) -> bytes:
-        """This end of a new link: what the peer's `connect` needs. `link.peer_description` is known to receivers only."""
+    def describe(self) -> bytes:
+        """What a peer's `connect` needs."""
 
     @abstractmethod
     async def connect(self, link: Link) -> None:
@@ -94,10 +83,10 @@ class Transport(ABC):
 
     @abstractmethod
     async def push(self, link: Link, part: Part) -> None:
-        """Sender: move a part. Returns when it has landed, or (two-sided) its source blocks are no longer read.
+        """Sender: move a part. Returns when its source blocks are no longer read.
 
         Raises:
-            Exception: the part has failed. The caller tears the link down, on both sides.
+            Exception: the part has failed. `DrainUnknown` if the source may still be read, or bytes may still land.
         """
 
     async def accept(self, link: Link, part: Part) -> None:
@@ -106,28 +95,12 @@ class Transport(ABC):
 
     @abstractmethod
     async def disconnect(self, link: Link) -> None:
-        """End this side of the link, whatever the peer does; what waits on it fails soon.
-
-        After it has returned, and `push` and `accept` have, this side's memory is neither read nor written through the
-        link any more. This is what makes the blocks of a failed transfer reusable, so it must be certain.
-        """
+        """Forget the link; what waits on it fails soon."""
 
     @abstractmethod
     async def close(self) -> None:
-        """Leave nothing behind. Every link has been disconnected before."""
+        """Leave nothing behind."""
 
 
-async def tear_down(transport: Transport, link: Link) -> None:
-    """End a link. Returns when nothing moves over it any more: as late as the transport's own timeouts let it.
-
-    Raises:
-        Exception: what `disconnect` raised. Then it is not known whether something still moves.
-    """
-    for job in link.jobs:
-        job.cancel()
-    try:
-        await transport.disconnect(link)
-        if link.jobs:
-            await asyncio.wait(set(link.jobs))
-    finally:
-        link.executor.shutdown(wait=False)
+class DrainUnknown(Exception):
+    """A push failed, and bytes may still land."""
