@@ -1,4 +1,4 @@
-"""The KV lookup buffer: where tensors wait that arrived before anybody asked for them.
+"""The KV lookup buffer: where transfers wait that arrived before anybody asked for them.
 
 Bounded by its blocks: a sender waits until there is room (that is its credit), and what nobody takes expires. So
 neither the order of requests nor a forgotten one can do harm.
@@ -6,131 +6,103 @@ neither the order of requests nor a forgotten one can do harm.
 
 import asyncio
 import logging
-from collections import defaultdict, deque
-from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from hbserve_kv.errors import BufferTooSmall, TransferFailed, TransferTimeout
 from hbserve_kv.memory import Memory
-from hbserve_kv.messages import Tensor
+from hbserve_kv.transfer_state import Outcome
+
+if TYPE_CHECKING:
+    from hbserve_kv.receiver import Incoming, TransferResult
 
 logger = logging.getLogger(__name__)
 
-Key = tuple[int, str]
-"""Rank of the sender, and request id."""
-
-
-@dataclass(eq=False)
-class Arrived:
-    """A tensor that lies in blocks of the arena."""
-
-    tensor: Tensor
-    block_ids: list[int]
-    expiry: asyncio.TimerHandle | None = None
-
 
 class LookupBuffer:
-    """Arrived tensors by their key, those who wait for one, and room for more."""
+    """Arrived messages by request id, and room for more."""
 
     def __init__(self, memory: Memory, *, timeout_s: float, expiry_s: float) -> None:
-        self.num_expired = 0
         self._memory = memory
         self._timeout_s = timeout_s
         self._expiry_s = expiry_s
-        self._arrived: defaultdict[Key, deque[Arrived]] = defaultdict(deque)
-        self._takers: defaultdict[Key, deque[asyncio.Future[Arrived]]] = defaultdict(deque)
+        self._arrived: dict[str, asyncio.Future[tuple[list[int], TransferResult]]] = {}
+        self._room = asyncio.Condition()
+        self.num_expired = 0
 
-    async def place(self, tensor: Tensor) -> list[int]:
-        """Blocks of the arena for a tensor; waits for room.
+    async def place(self, request_id: str, num_bytes: int) -> list[int]:
+        """Blocks of the arena for a message; waits for room.
 
         Raises:
             BufferTooSmall: it can never fit.
             TransferTimeout: no room before the deadline.
         """
-        room, num_blocks = self._memory.arrivals, self._memory.num_blocks_for(tensor.num_bytes)
-        if num_blocks > room.capacity:
+        num_blocks = self._memory.num_blocks_for(num_bytes)
+        capacity = self._memory.arena.shape[0]
+        if num_blocks > capacity:
             raise BufferTooSmall(
-                f"{tensor.request_id}: {tensor.num_bytes} bytes need {num_blocks} blocks of the lookup buffer, which "
-                f"has {room.capacity}; raise kv_transfer.buffer_size"
+                f"{request_id}: {num_bytes} bytes need {num_blocks} blocks of the lookup buffer, which has {capacity}; "
+                "raise kv_transfer.buffer_size"
             )
         try:
-            return await room.take(num_blocks, self._timeout_s)
+            async with asyncio.timeout(self._timeout_s), self._room:
+                await self._room.wait_for(lambda: self._memory.num_free >= num_blocks)
+                return self._memory.allocate(num_blocks)
         except TimeoutError:
             raise TransferTimeout(
-                f"{tensor.request_id}: no room for {tensor.num_bytes} bytes in the lookup buffer within "
-                f"{self._timeout_s} s"
+                f"{request_id}: no room for {num_bytes} bytes in the lookup buffer within {self._timeout_s} s"
             ) from None
 
-    def free(self, block_ids: list[int]) -> None:
-        self._memory.arrivals.give(block_ids)
+    async def free(self, block_ids: list[int]) -> None:
+        async with self._room:
+            self._memory.free(block_ids)
+            self._room.notify_all()
 
-    def put(self, key: Key, tensor: Tensor, block_ids: list[int]) -> None:
-        """A tensor is complete: it goes to who waits for it, or waits itself until it expires."""
-        arrived = Arrived(tensor, block_ids)
-        while takers := self._takers.get(key):
-            taker = takers.popleft()
-            if not taker.done():
-                taker.set_result(arrived)
+    async def keep(self, request_id: str, incoming: "Incoming") -> None:
+        """Follow one arriving message until somebody takes it, or it expires, or it failed and is drained."""
+        try:
+            result = await asyncio.shield(incoming.result)
+            if result.outcome is not Outcome.COMPLETED:
+                logger.warning("message %s was lost: %s", request_id, result.error)
+                self._fail(request_id, TransferFailed(f"{request_id}: {result.error}"))
+                await incoming.drained.wait()
+                await self.free(incoming.block_ids)
                 return
-        arrived.expiry = asyncio.get_running_loop().call_later(self._expiry_s, self._expire, key, arrived)
-        self._arrived[key].append(arrived)
+        except asyncio.CancelledError:
+            self._fail(request_id, TransferFailed(f"{request_id}: the receiver was closed"))
+            raise
+        arrived = self._future(request_id)
+        if not arrived.done():
+            arrived.set_result((incoming.block_ids, result))
+        await asyncio.sleep(self._expiry_s)
+        if self._arrived.get(request_id) is arrived:
+            logger.warning("message %s was dropped: nobody asked for it within %s s", request_id, self._expiry_s)
+            self.num_expired += 1
+            del self._arrived[request_id]
+            await self.free(incoming.block_ids)
 
-    def fail(self, key: Key, cause: str) -> None:
-        """A tensor was lost on its way. Who waits is told; else it is only logged, since the sender knows."""
-        logger.warning("%s from rank %d was lost: %s", key[1], key[0], cause)
-        for taker in self._takers.pop(key, ()):
-            if not taker.done():
-                taker.set_exception(TransferFailed(f"{key[1]}: {cause}"))
-
-    async def take(self, key: Key, timeout_s: float | None = None) -> Arrived:
-        """The tensor if it is here, else when it comes. The caller frees its blocks.
+    async def take(self, request_id: str) -> "tuple[list[int], TransferResult]":
+        """Blocks and result of a message that has arrived, or arrives before the deadline. The caller frees the blocks.
 
         Raises:
             TransferTimeout: nothing came.
-            TransferFailed: it was lost on its way.
+            TransferFailed: its sender failed.
         """
-        if key in self._arrived:
-            arrived = self._arrived[key].popleft()
-            if not self._arrived[key]:
-                del self._arrived[key]
-            assert arrived.expiry is not None
-            arrived.expiry.cancel()
-            return arrived
-        return await self._wait_for(key, timeout_s or self._timeout_s)
-
-    async def _wait_for(self, key: Key, timeout_s: float) -> Arrived:
-        taker: asyncio.Future[Arrived] = asyncio.get_running_loop().create_future()
-        self._takers[key].append(taker)
         try:
-            async with asyncio.timeout(timeout_s):
-                return await asyncio.shield(taker)
-        except (TimeoutError, asyncio.CancelledError) as error:
-            if taker.done() and taker.exception() is None:  # it came at the last moment: it is there for the next
-                found = taker.result()
-                self.put(key, found.tensor, found.block_ids)
-            taker.cancel()
-            if isinstance(error, TimeoutError):
-                raise TransferTimeout(f"{key[1]}: nothing arrived from rank {key[0]} within {timeout_s} s") from None
-            raise
+            async with asyncio.timeout(self._timeout_s):
+                found = await asyncio.shield(self._future(request_id))
+        except TimeoutError:
+            raise TransferTimeout(f"{request_id}: nothing arrived within {self._timeout_s} s") from None
         finally:
-            if taker in self._takers.get(key, ()):
-                self._takers[key].remove(taker)
-            if not self._takers.get(key):
-                self._takers.pop(key, None)
+            self._arrived.pop(request_id, None)
+        return found
 
-    def _expire(self, key: Key, arrived: Arrived) -> None:
-        logger.warning("%s from rank %d was dropped: nobody asked for it within %s s", key[1], key[0], self._expiry_s)
-        self.num_expired += 1
-        self._arrived[key].remove(arrived)
-        if not self._arrived[key]:
-            del self._arrived[key]
-        self.free(arrived.block_ids)
+    def _future(self, request_id: str) -> "asyncio.Future[tuple[list[int], TransferResult]]":
+        if request_id not in self._arrived:
+            self._arrived[request_id] = asyncio.get_running_loop().create_future()
+        return self._arrived[request_id]
 
-    def close(self) -> None:
-        """Drop everything; who waits is told."""
-        for key in list(self._takers):
-            self.fail(key, "the receiver was closed")
-        for arrived in [each for queue in self._arrived.values() for each in queue]:
-            assert arrived.expiry is not None
-            arrived.expiry.cancel()
-            self.free(arrived.block_ids)
-        self._arrived.clear()
+    def _fail(self, request_id: str, error: TransferFailed) -> None:
+        """Tell whoever waits; a failure that nobody waits for is only logged, because the sender may try again."""
+        waiting = self._arrived.get(request_id)
+        if waiting is not None and not waiting.done():
+            waiting.set_exception(error)
