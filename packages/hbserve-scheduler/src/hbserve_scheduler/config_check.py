@@ -39,6 +39,11 @@ def check(config: DeploymentConfig) -> None:
             f"model.tensor_parallel_size={config.model.tensor_parallel_size}: expected 1; "
             "tensor parallelism is not built yet"
         )
+    if config.scheduler.heartbeat_timeout_s <= config.scheduler.heartbeat_interval_s:
+        raise ConfigError(
+            f"scheduler.heartbeat_timeout_s={config.scheduler.heartbeat_timeout_s!r}: expected more than "
+            f"scheduler.heartbeat_interval_s={config.scheduler.heartbeat_interval_s!r}, or every instance seems lost"
+        )
     parse_size("kv_transfer.buffer_size", config.kv_transfer.buffer_size)
     _check_instances(config.gpu_instances)
     _check_kv_ports(config)

@@ -18,6 +18,8 @@ class _Loader(yaml.SafeLoader):
 def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Hashable, Any]:
     seen = set()
     for key, _ in node.value:
+        if not isinstance(key, yaml.ScalarNode):
+            raise yaml.constructor.ConstructorError(None, None, "a key is a list or a mapping", key.start_mark)
         if key.value in seen:
             raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is written twice", key.start_mark)
         seen.add(key.value)
@@ -35,12 +37,16 @@ def load_config(path: str | Path) -> DeploymentConfig:
     """
     path = Path(path).expanduser()
     try:
-        content = yaml.load(path.read_text(), _Loader)  # a subclass of the safe loader
+        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # a subclass of the safe loader
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}") from None
     except yaml.MarkedYAMLError as error:
         line = f" line {error.problem_mark.line + 1}:" if error.problem_mark else ""
         raise ConfigError(f"{path}:{line} {error.problem}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8 text: byte {error.start} is {error.object[error.start]:#x}") from None
+    except yaml.reader.ReaderError as error:
+        raise ConfigError(f"{path}: character {error.position} is {error.character:#x}: {error.reason}") from None
     try:
         return convert({} if content is None else content)
     except ConfigError as error:

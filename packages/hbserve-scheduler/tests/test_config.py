@@ -1,0 +1,213 @@
+"""A wrong configuration is one line that names the key by its path, its value, and what is allowed."""
+
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from hbserve_scheduler import ConfigError, DeploymentConfig, convert, load_config, parse_size
+
+PREFILL = {"instance_id": "p0", "instance_type": "prefill", "kv_rank": 0, "port": 7000}
+DECODE = {"instance_id": "d0", "instance_type": "decode", "kv_rank": 1, "port": 7001}
+PAIR = [PREFILL, DECODE]
+
+DOCUMENTED = {
+    "model": ["path", "tensor_parallel_size", "dtype", "max_model_len", "load_format"],
+    "kv_transfer": ["backend", "buffer_size", "ip", "port", "timeout_s", "options"],
+    "chunked_prefill": ["enabled", "chunk_size", "max_chunk_prefill_tokens"],
+    "cuda_graph": ["enabled", "max_seq_len"],
+    "gpu_instances": ["instance_id", "instance_type", "gpu_id", "host", "port", "kv_rank"],
+    "engine": [
+        "device", "num_threads", "block_size", "num_blocks", "gpu_memory_utilization", "max_num_seqs",
+        "max_num_batched_tokens", "prefix_caching",
+    ],
+    "scheduler": [
+        "host", "port", "prefill_policy", "decode_policy", "max_queue_size", "max_attempts", "request_timeout_s",
+        "instance_wait_s", "heartbeat_interval_s", "heartbeat_timeout_s", "max_pending_reservations",
+        "max_inflight_prefills",
+    ],
+}  # fmt: skip
+
+# (content, texts that the error must have)
+WRONG: list[tuple[Any, list[str]]] = [
+    # unknown keys
+    ({"modle": {}}, ["modle: unknown key", "did you mean 'model'?", "gpu_instances"]),
+    ({"model": {"tensor_paralel_size": 1}}, ["model.tensor_paralel_size: unknown key", "'tensor_parallel_size'?"]),
+    ({"gpu_instances": [PREFILL, DECODE | {"gpu": 1}]}, ["gpu_instances[1].gpu: unknown key", "'gpu_id'?"]),
+    ({"engine": {"zzz": 1}}, ["engine.zzz: unknown key; expected one of device"]),
+    # types
+    ([], ["the file=[]", "object"]),
+    ("text", ["the file='text'", "object"]),
+    ({"model": 7}, ["model=7", "object"]),
+    ({"model": {"path": 7}}, ["model.path=7", "str"]),
+    ({"model": {"tensor_parallel_size": "two"}}, ["model.tensor_parallel_size='two'", "int"]),
+    ({"model": {"tensor_parallel_size": True}}, ["model.tensor_parallel_size=True", "int"]),
+    ({"chunked_prefill": {"enabled": "yes"}}, ["chunked_prefill.enabled='yes'", "bool"]),
+    ({"chunked_prefill": {"chunk_size": 1.5}}, ["chunked_prefill.chunk_size=1.5", "int"]),
+    ({"kv_transfer": {"options": []}}, ["kv_transfer.options=[]", "object"]),
+    ({"kv_transfer": {"buffer_size": 1.5}}, ["kv_transfer.buffer_size=1.5", "int"]),
+    ({"gpu_instances": {}}, ["gpu_instances={}", "array"]),
+    ({"gpu_instances": [7]}, ["gpu_instances[0]=7", "object"]),
+    ({"gpu_instances": [PREFILL, DECODE | {"port": "x"}]}, ["gpu_instances[1].port='x'", "int"]),
+    ({"gpu_instances": [{"instance_type": "prefill"}]}, ["gpu_instances[0].instance_id: missing"]),
+    # choices
+    ({"gpu_instances": [PREFILL | {"instance_type": "prefil"}]}, ["gpu_instances[0].instance_type='prefil'", "hybrid"]),
+    ({"model": {"dtype": "fp16"}}, ["model.dtype='fp16'", "auto, float32, bfloat16, float16"]),
+    ({"scheduler": {"decode_policy": "random"}}, ["scheduler.decode_policy='random'", "round_robin, least_loaded"]),
+    # ranges
+    ({"model": {"tensor_parallel_size": 2}}, ["model.tensor_parallel_size=2", "expected 1", "not built yet"]),
+    ({"model": {"max_model_len": 0}}, ["model.max_model_len=0", "at least 1"]),
+    ({"kv_transfer": {"port": 65536}}, ["kv_transfer.port=65536", "0 to 65535"]),
+    ({"kv_transfer": {"timeout_s": 0}}, ["kv_transfer.timeout_s=0", "at least 0.1"]),
+    ({"chunked_prefill": {"chunk_size": 0}}, ["chunked_prefill.chunk_size=0", "at least 1"]),
+    ({"cuda_graph": {"max_seq_len": -1}}, ["cuda_graph.max_seq_len=-1", "at least 1"]),
+    ({"engine": {"gpu_memory_utilization": 1.5}}, ["engine.gpu_memory_utilization=1.5", "0.01 to 1"]),
+    ({"engine": {"block_size": 0}}, ["engine.block_size=0", "at least 1"]),
+    ({"scheduler": {"port": -1}}, ["scheduler.port=-1", "0 to 65535"]),
+    ({"scheduler": {"max_attempts": 0}}, ["scheduler.max_attempts=0", "at least 1"]),
+    ({"scheduler": {"request_timeout_s": float("nan")}}, ["scheduler.request_timeout_s=nan", "at least 0.001"]),
+    (
+        {"scheduler": {"heartbeat_interval_s": 5, "heartbeat_timeout_s": 2}},
+        ["scheduler.heartbeat_timeout_s=2", "more than scheduler.heartbeat_interval_s=5"],
+    ),
+    ({"gpu_instances": [PREFILL, DECODE | {"port": 70000}]}, ["gpu_instances[1].port=70000", "0 to 65535"]),
+    ({"gpu_instances": [PREFILL | {"gpu_id": -1}, DECODE]}, ["gpu_instances[0].gpu_id=-1", "at least 0"]),
+    # sizes
+    ({"kv_transfer": {"buffer_size": "1 parsec"}}, ["kv_transfer.buffer_size='1 parsec'", "512MiB"]),
+    ({"kv_transfer": {"buffer_size": 0}}, ["kv_transfer.buffer_size=0", "bytes"]),
+    ({"kv_transfer": {"buffer_size": -5}}, ["kv_transfer.buffer_size=-5", "bytes"]),
+    # what must fit together
+    ({}, ["gpu_instances=[]", "no prefill instance"]),
+    ({"gpu_instances": [DECODE]}, ["gpu_instances=['d0']", "no prefill instance"]),
+    ({"gpu_instances": [PREFILL]}, ["gpu_instances=['p0']", "no decode instance"]),
+    ({"gpu_instances": [PREFILL | {"instance_id": ""}, DECODE]}, ["gpu_instances[0].instance_id=''", "a name"]),
+    ({"gpu_instances": [PREFILL | {"host": ""}, DECODE]}, ["gpu_instances[0].host=''", "an address"]),
+    ({"gpu_instances": [PREFILL, DECODE | {"instance_id": "p0"}]}, ["gpu_instances[1].instance_id='p0'", "its own"]),
+    ({"gpu_instances": [PREFILL, DECODE | {"kv_rank": 0}]}, ["gpu_instances[1].kv_rank=0", "gpu_instances[0]"]),
+    ({"gpu_instances": [PREFILL, DECODE | {"port": 7000}]}, ["gpu_instances[1].port=7000", "gpu_instances[0]"]),
+    (
+        {"gpu_instances": PAIR, "kv_transfer": {"port": 7000}},
+        ["kv_transfer.port=7000", "gpu_instances[0] is 7000", "gpu_instances[0].port"],
+    ),
+    ({"gpu_instances": PAIR, "kv_transfer": {"port": 65535}}, ["gpu_instances[1].kv_rank=1", "65536"]),
+]
+
+
+@pytest.mark.parametrize(("content", "texts"), WRONG, ids=[texts[0] for _, texts in WRONG])
+def test_a_wrong_value_is_named_with_what_is_allowed(content: Any, texts: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        convert(content)
+    message = str(caught.value)
+    assert all(text in message for text in texts), message
+    assert "\n" not in message
+
+
+def test_exactly_the_documented_keys_exist() -> None:
+    def keys(struct: Any) -> list[str]:
+        return [field.name for field in msgspec.structs.fields(struct)]
+
+    assert keys(DeploymentConfig) == list(DOCUMENTED)
+    for field in msgspec.structs.fields(DeploymentConfig):
+        section = field.type.__args__[0] if field.name == "gpu_instances" else field.type
+        assert keys(section) == DOCUMENTED[field.name]
+
+
+def test_the_readme_names_every_key() -> None:
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    missing = [key for keys in DOCUMENTED.values() for key in keys if f"`{key}`" not in readme]
+    assert not missing
+
+
+def test_what_is_not_written_has_its_default() -> None:
+    config = convert({"gpu_instances": PAIR})
+    assert (config.model.path, config.model.tensor_parallel_size) == (None, 1)
+    assert (config.kv_transfer.backend, config.kv_transfer.buffer_size) == ("nccl", 1 << 30)
+    assert config.scheduler.request_timeout_s is None
+    assert [each.instance_type for each in config.gpu_instances] == ["prefill", "decode"]
+
+
+def test_hybrid_instances_need_no_others() -> None:
+    convert({"gpu_instances": [{"instance_id": "h0", "instance_type": "hybrid"}]})
+
+
+def test_the_same_port_on_two_hosts_and_port_zero_twice_are_allowed() -> None:
+    convert({"gpu_instances": [PREFILL, DECODE | {"host": "10.0.0.2", "port": 7000}]})
+    convert({"gpu_instances": [PREFILL | {"port": 0}, DECODE | {"port": 0}]})
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [(4096, 4096), ("4096", 4096), ("64 B", 64), ("1KiB", 1024), ("512MiB", 512 << 20), ("1GiB", 1 << 30),
+     ("1gib", 1 << 30), ("1.5 GiB", 3 << 29), ("2GB", 2 * 10**9)],
+)  # fmt: skip
+def test_sizes_are_bytes_or_texts_with_a_unit(text: int | str, size: int) -> None:
+    assert parse_size("kv_transfer.buffer_size", text) == size
+
+
+# ---- files -------------------------------------------------------------------------------------------------------
+
+GOOD = """\
+model: {path: /models/demo}
+gpu_instances:
+  - {instance_id: p0, instance_type: prefill, port: 7000, kv_rank: 0}
+  - {instance_id: d0, instance_type: decode, port: 7001, kv_rank: 1}
+"""
+
+
+def load_text(folder: Path, text: str | bytes) -> DeploymentConfig:
+    path = folder / "deployment.yaml"
+    path.write_bytes(text.encode() if isinstance(text, str) else text)
+    return load_config(path)
+
+
+def test_a_file_is_read_by_text_path_or_path_object(tmp_path: Path) -> None:
+    config = load_text(tmp_path, GOOD)
+    assert config == load_config(str(tmp_path / "deployment.yaml"))
+    assert config.model.path == "/models/demo"
+
+
+def test_anchors_and_merge_keys_work(tmp_path: Path) -> None:
+    config = load_text(
+        tmp_path,
+        "gpu_instances:\n  - &p {instance_id: p0, instance_type: prefill, kv_rank: 0, gpu_id: 3}\n"
+        "  - {<<: *p, instance_id: d0, instance_type: decode, kv_rank: 1}\n",
+    )
+    assert [each.gpu_id for each in config.gpu_instances] == [3, 3]
+
+
+@pytest.mark.parametrize(
+    ("text", "texts"),
+    [
+        ("model:\n  path: [1, 2\nengine: {}\n", ["line 3:"]),
+        ("model: {}\nengine: {}\nmodel: {}\n", ["line 3:", "'model' is written twice"]),
+        ("model:\n  path: a\n  path: b\n", ["line 3:", "'path' is written twice"]),
+        ("model: !!python/object:os.system {}\n", ["line 1:", "python/object"]),
+        ("? [a, b]\n: 1\n", ["line 1:"]),
+        ("model: *nobody\n", ["line 1:", "nobody"]),
+        ("model: {path: \x00}\n", ["special characters"]),
+        (b"model: {path: \xff}\n", ["not UTF-8"]),
+        ("", ["no prefill instance"]),
+        ("--- {}\n--- {}\n", ["line 2:", "document"]),
+        ("modle: {}\n", ["modle: unknown key"]),
+    ],
+)
+def test_a_wrong_file_is_one_line_that_names_file_and_place(
+    tmp_path: Path, text: str | bytes, texts: list[str]
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_text(tmp_path, text)
+    message = str(caught.value)
+    assert message.startswith(str(tmp_path / "deployment.yaml"))
+    assert all(each in message for each in texts), message
+    assert "\n" not in message
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"absent\.yaml: No such file"):
+        load_config(tmp_path / "absent.yaml")
+
+
+def test_a_folder_is_not_a_configuration(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="directory"):
+        load_config(tmp_path)
