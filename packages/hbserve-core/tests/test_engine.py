@@ -26,7 +26,7 @@ def make_engine(model_folder: Callable[[str], Any]) -> Iterator[Callable[..., En
 
     yield make
     for engine in made:
-        engine.blocks.check_integrity()
+        engine.check_integrity()
         stats = engine.stats()
         assert (stats.num_waiting, stats.num_running, stats.num_reserved) == (0, 0, 0)
         assert stats.num_free_blocks == stats.num_blocks
@@ -180,6 +180,43 @@ def test_a_prefill_only_request_holds_its_blocks_until_released(make_engine, pro
     engine.abort("r")
     assert engine.stats().num_free_blocks == 300 - 5, "an abort does not take blocks from a transfer"
     engine.release("r")
+
+
+def test_a_cached_prefix_is_reported_before_the_rest_is_computed(make_engine, prompt):
+    engine = make_engine()
+    engine.add("first", prompt(70), greedy(1))
+    run(engine)
+    reported = []
+    engine.on_cached_prefix = lambda output: reported.append((output, engine.stats().num_prefill_tokens))
+    engine.add("r", prompt(70), greedy(), prefill_only=True)
+    outputs = engine.step()
+    ((early, prefilled),) = reported
+    assert (early.num_computed_tokens, early.num_cached_tokens, prefilled) == (64, 64, 70)
+    assert early.block_table == outputs[0].block_table
+    assert outputs[0].num_cached_tokens == 64
+    engine.release("r")
+
+
+def test_an_aborted_prefill_is_computed_no_further_and_keeps_its_blocks_until_released(make_engine, prompt):
+    engine = make_engine()
+    engine.add("r", prompt(70), greedy(), prefill_only=True)
+    engine.step()
+    engine.hold("r")
+    assert not engine.has_work()
+    assert engine.stats().num_free_blocks == 300 - 5
+    engine.release("r")
+
+
+def test_the_index_of_an_output_without_token_is_that_of_the_next(make_engine, prompt):
+    engine = make_engine()
+    engine.add("r", prompt(40), greedy(1))
+    assert [(output.index, output.token_id is None) for output in engine.step()] == [(0, True)]
+    assert [(output.index, output.token_id is None) for output in engine.step()] == [(0, False)]
+
+
+def test_an_attempt_that_already_has_all_its_tokens_is_refused(make_engine, prompt):
+    with pytest.raises(InvalidRequest, match="output_token_ids: 2 tokens are all of max_tokens=2"):
+        make_engine().add("r", prompt(3), greedy(2), output=[5, 6])
 
 
 def test_reserved_blocks_go_on_with_the_kv_that_others_brought(make_engine, prompt, greedy_tokens):

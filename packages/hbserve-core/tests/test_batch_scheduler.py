@@ -1,0 +1,156 @@
+"""What the next step computes, and who gives way when blocks run out. No model: steps are played by hand."""
+
+import pytest
+
+from hbserve_core import BlockManager, InstanceConfig, InvalidInstanceConfig
+from hbserve_core.batch_scheduler import BatchScheduler
+from hbserve_core.sequence import Sequence
+from hbserve_rpc import SamplingParams
+
+BLOCK = 4
+
+
+class Steps:
+    """A scheduler whose steps compute nothing and sample token 7."""
+
+    def __init__(self, num_blocks: int, **settings: object) -> None:
+        config = InstanceConfig(**{"model_path": "", "block_size": BLOCK, "chunk_size": 8, **settings})
+        self.blocks = BlockManager(num_blocks, BLOCK)
+        self.scheduler = BatchScheduler(config, self.blocks)
+
+    def add(self, name: str, prompt: list[int], *, prefill_only: bool = False) -> Sequence:
+        sequence = Sequence(name, list(prompt), len(prompt), SamplingParams(0, 1000), prefill_only=prefill_only)
+        self.scheduler.waiting.append(sequence)
+        return sequence
+
+    def reserved(self, name: str, prompt: list[int]) -> Sequence:
+        sequence = Sequence(name, list(prompt), len(prompt), SamplingParams(0, 1000))
+        assert self.scheduler.reserve(sequence)
+        return sequence
+
+    def step(self) -> dict[str, int]:
+        """New tokens by name."""
+        batch = self.scheduler.schedule()
+        for chunk in batch:
+            samples = chunk.samples
+            self.scheduler.computed(chunk.sequence, chunk.first + chunk.num_new_tokens)
+            if samples:
+                chunk.sequence.token_ids.append(7)
+                if chunk.sequence.prefill_only:
+                    self.scheduler.remove(chunk.sequence)
+                    self.scheduler.num_reserved += 1
+        return {chunk.sequence.request_id: chunk.num_new_tokens for chunk in batch}
+
+
+def test_decodes_come_first_then_begun_chunks_then_new_prompts_within_one_budget():
+    steps = Steps(100, max_num_batched_tokens=12)
+    steps.add("a", [1] * 3)
+    steps.add("b", [2] * 20)
+    assert steps.step() == {"a": 3, "b": 8}
+    steps.add("c", [3] * 20)
+    assert steps.step() == {"a": 1, "b": 8, "c": 3}
+    assert steps.step() == {"a": 1, "b": 4, "c": 7}
+    assert steps.step() == {"a": 1, "b": 1, "c": 8}
+
+
+def test_prompt_tokens_of_one_step_are_limited_apart_from_decodes():
+    steps = Steps(100, max_num_batched_tokens=100, max_chunk_prefill_tokens=10)
+    steps.add("a", [1] * 9)
+    steps.add("b", [2] * 9)
+    assert steps.step() == {"a": 8, "b": 2}
+    assert steps.step() == {"a": 1, "b": 7}
+
+
+def test_max_num_seqs_counts_running_and_reserved_sequences():
+    steps = Steps(100, max_num_seqs=2)
+    steps.reserved("parked", [1] * 5)
+    steps.add("a", [2] * 3)
+    steps.add("b", [3] * 3)
+    assert steps.step() == {"a": 3}
+    assert steps.step() == {"a": 1}
+
+
+def test_without_chunking_a_prompt_is_computed_whole_or_waits():
+    steps = Steps(100, chunked_prefill_enabled=False, max_num_batched_tokens=20, max_chunk_prefill_tokens=1)
+    steps.add("a", [1] * 15)
+    steps.add("b", [2] * 15)
+    assert steps.step() == {"a": 15}
+    assert steps.step() == {"a": 1, "b": 15}
+
+
+def test_without_chunking_a_preempted_sequence_longer_than_a_step_is_computed_in_parts():
+    steps = Steps(12, chunked_prefill_enabled=False, max_num_batched_tokens=16)
+    old, new = steps.add("old", [1] * 12), steps.add("new", [2] * 12)
+    while not steps.scheduler.num_preemptions:
+        steps.step()
+    assert new.num_tokens > 16
+    steps.scheduler.remove(old)
+    steps.scheduler.release(old)
+    computed = []
+    while new.num_uncomputed_tokens > 1:
+        computed.append(steps.step()["new"])
+    assert sum(computed) >= 17 - new.num_cached_tokens
+    assert max(computed) <= 16
+
+
+def test_the_newest_sequence_is_preempted_and_comes_back_first():
+    steps = Steps(6)
+    steps.add("old", [1] * 8)
+    steps.add("new", [2] * 8)
+    while not steps.scheduler.num_preemptions:
+        steps.step()
+    steps.add("later", [3])
+    assert [each.request_id for each in steps.scheduler.running] == ["old"]
+    assert [each.request_id for each in steps.scheduler.waiting] == ["new", "later"]
+
+
+def test_admission_leaves_a_block_for_those_who_grow():
+    steps = Steps(4)
+    steps.add("a", [1] * 8)
+    steps.add("b", [2] * 8)
+    assert steps.step() == {"a": 8}, "two blocks are free, which b would take both"
+
+
+def test_blocks_that_are_being_sent_are_not_taken_by_a_preemption():
+    steps = Steps(5)
+    steps.add("a", [1] * 7)
+    steps.step()
+    sent = steps.add("sent", [2] * 12, prefill_only=True)
+    steps.scheduler._watermark = 0
+    steps.step()
+    assert (sent.num_computed_tokens, steps.blocks.num_free) == (8, 0)
+    assert steps.step() == {"sent": 4}, "there is no block for a, which gave its own up instead"
+    assert (sent.num_computed_tokens, sent.num_tokens) == (12, 13)
+
+
+def test_a_sequence_that_holds_the_whole_pool_ends_although_others_share_its_blocks():
+    """It could not come back: it has more tokens than the pool has room for."""
+    steps = Steps(3)
+    prompt = [1, 2, 3, 4, 5, 6, 7, 8]
+    full = steps.add("full", prompt)
+    steps.step()
+    steps.scheduler._watermark = 0
+    steps.reserved("shares", prompt)
+    while not steps.scheduler.exhausted:
+        steps.step()
+    assert steps.scheduler.exhausted == [full]
+    assert full.num_tokens == 3 * BLOCK + 1
+
+
+def test_a_lone_sequence_waits_for_blocks_that_transfers_hold():
+    steps = Steps(5)
+    steps.reserved("parked", [1] * 7)
+    steps.add("a", [2] * 7)
+    while not steps.scheduler.num_preemptions:
+        steps.step()
+    assert steps.step() == {}
+    assert not steps.scheduler.exhausted
+
+
+BAD_LIMITS = ["max_num_seqs", "max_num_batched_tokens", "chunk_size", "max_chunk_prefill_tokens"]
+
+
+@pytest.mark.parametrize("name", BAD_LIMITS)
+def test_a_limit_under_which_nothing_could_run_is_refused(name):
+    with pytest.raises(InvalidInstanceConfig, match=f"{name}=0: expected an integer >= 1"):
+        InstanceConfig(model_path="", **{name: 0})

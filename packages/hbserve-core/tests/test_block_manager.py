@@ -1,0 +1,115 @@
+"""Blocks are given out once, shared by prefix, evicted in order of use, and all come back."""
+
+import pytest
+
+from hbserve_core import BlockManager
+
+BLOCK = 4
+
+
+def digests(blocks: BlockManager, token_ids: list[int]) -> list[bytes]:
+    found: list[bytes] = []
+    blocks.extend_digests(found, token_ids)
+    return found
+
+
+def cached(blocks: BlockManager, token_ids: list[int]) -> list[int]:
+    """Fill blocks with these tokens as a sequence would, then give them back."""
+    names = digests(blocks, token_ids)
+    block_ids = blocks.allocate(len(names))
+    for block_id, name in zip(block_ids, names, strict=True):
+        blocks.cache(block_id, name)
+    blocks.release(block_ids)
+    return block_ids
+
+
+def test_a_prefix_is_found_as_long_as_every_block_before_is_equal():
+    blocks = BlockManager(8, BLOCK)
+    first = cached(blocks, [*range(8)])
+    assert blocks.find_prefix(digests(blocks, [*range(8)])) == first
+    assert blocks.find_prefix(digests(blocks, [*range(4), 9, 9, 9, 9])) == first[:1]
+    assert blocks.find_prefix(digests(blocks, [9, 1, 2, 3, 4, 5, 6, 7])) == [], "an equal block after another prefix"
+    assert blocks.find_prefix(digests(blocks, [0, 1, 2])) == [], "blocks that are not full have no name"
+    blocks.check_integrity({})
+
+
+def test_tokens_that_run_together_when_written_one_after_the_other_are_told_apart():
+    blocks = BlockManager(8, BLOCK)
+    assert digests(blocks, [1, 23, 4, 5]) != digests(blocks, [12, 3, 4, 5])
+
+
+def test_the_least_recently_used_prefix_is_evicted_first_and_its_tail_before_its_head():
+    blocks = BlockManager(5, BLOCK)
+    old, new = cached(blocks, [*range(8)]), cached(blocks, [*range(10, 18)])
+    taken = blocks.allocate(2)
+    assert not set(taken) & {*new, old[0]}, "the one block that holds nothing, then the old tail"
+    assert blocks.find_prefix(digests(blocks, [*range(8)])) == old[:1]
+    taken += blocks.allocate(1)
+    assert blocks.find_prefix(digests(blocks, [*range(8)])) == []
+    assert blocks.find_prefix(digests(blocks, [*range(10, 18)])) == new
+    blocks.release(taken)
+    blocks.check_integrity({})
+
+
+def test_blocks_that_hold_nothing_are_used_before_cached_ones():
+    blocks = BlockManager(4, BLOCK)
+    kept = cached(blocks, [*range(8)])
+    for _ in range(5):
+        scratch = blocks.allocate(2)
+        assert not set(scratch) & set(kept)
+        blocks.release(scratch)
+    assert blocks.find_prefix(digests(blocks, [*range(8)])) == kept
+
+
+def test_a_shared_block_is_free_when_the_last_holder_releases_it():
+    blocks = BlockManager(2, BLOCK)
+    found = cached(blocks, [*range(4)])
+    assert blocks.num_free_besides(found) == 1
+    blocks.share(found)
+    blocks.share(found)
+    assert blocks.num_free == blocks.num_free_besides(found) == 1
+    blocks.release(found)
+    assert blocks.num_free == 1
+    blocks.release(found)
+    blocks.check_integrity({})
+    assert blocks.num_free == 2
+
+
+def test_a_quarantined_block_is_out_of_use_until_the_quarantine_ends():
+    blocks = BlockManager(3, BLOCK)
+    taken = blocks.allocate(2)
+    blocks.quarantine(taken)
+    assert (blocks.num_free, blocks.num_quarantined) == (1, 2)
+    blocks.check_integrity({})
+    blocks.end_quarantine(taken)
+    assert (blocks.num_free, blocks.num_quarantined) == (3, 0)
+
+
+def test_a_block_that_is_only_read_by_a_failed_transfer_stays_good_for_those_who_share_it():
+    blocks = BlockManager(3, BLOCK)
+    found = cached(blocks, [*range(4)])
+    blocks.share(found)
+    blocks.share(found)
+    blocks.quarantine(found)
+    blocks.check_integrity({found[0]: 1})
+    blocks.release(found)
+    assert blocks.num_free == 2, "the quarantine still holds it"
+    assert blocks.find_prefix(digests(blocks, [*range(4)])) == found
+    blocks.end_quarantine(found)
+    assert blocks.num_free == 3
+
+
+def test_prefix_caching_can_be_switched_off():
+    blocks = BlockManager(3, BLOCK, prefix_caching=False)
+    cached(blocks, [*range(4)])
+    assert blocks.find_prefix(digests(blocks, [*range(4)])) == []
+
+
+def test_double_release_and_lost_blocks_are_caught():
+    blocks = BlockManager(3, BLOCK)
+    taken = blocks.allocate(1)
+    with pytest.raises(AssertionError, match="0 holders"):
+        blocks.check_integrity({})
+    blocks.release(taken)
+    with pytest.raises(AssertionError, match="released twice"):
+        blocks.release(taken)

@@ -1,0 +1,201 @@
+"""Random requests, transfers, failures and steps: nobody ever reads a token that is not its own, and all blocks return.
+
+The pool holds token ids instead of keys and values, and the next token is computed from what is found there through the
+block table. A block that was given to two, evicted while in use or hashed too early shows at once.
+"""
+
+import zlib
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from hbserve_core import Engine, InstanceConfig
+from hbserve_rpc import SamplingParams
+
+BLOCK = 4
+VOCABULARY = 50
+NUM_STEPS = 10_000
+STEPS_PER_EXAMPLE = 100
+
+
+def next_token(token_ids: list[int]) -> int:
+    return zlib.crc32(bytes(token_ids)) % VOCABULARY
+
+
+class TokenRunner:
+    """A ModelRunner whose keys and values are the tokens themselves."""
+
+    model_config: Any = SimpleNamespace(vocab_size=VOCABULARY, max_model_len=60, eos_token_ids=(0,))
+
+    def __init__(self, num_blocks: int) -> None:
+        self.pool = torch.full((num_blocks, BLOCK), -1)
+
+    def write(self, block_table: list[int], first: int, token_ids: list[int]) -> None:
+        for place, token in enumerate(token_ids, first):
+            self.pool[block_table[place // BLOCK], place % BLOCK] = token
+
+    def read(self, block_table: list[int], count: int) -> list[int]:
+        found: list[int] = self.pool[block_table].flatten()[:count].tolist()
+        return found
+
+    def run(self, batch: Any) -> list[int | None]:
+        tokens: list[int | None] = []
+        for chunk in batch:
+            sequence, end = chunk.sequence, chunk.first + chunk.num_new_tokens
+            self.write(sequence.block_table, chunk.first, sequence.token_ids[chunk.first : end])
+            assert self.read(sequence.block_table, end) == sequence.token_ids[:end], "somebody else's tokens"
+            tokens.append(next_token(sequence.token_ids) if chunk.samples else None)
+        return tokens
+
+
+class RandomRequests(RuleBasedStateMachine):
+    def __init__(self) -> None:
+        super().__init__()
+        self.engine: Engine | None = None
+        self.prompts: dict[str, list[int]] = {}
+        self.generating: set[str] = set()
+        self.prefilling: set[str] = set()
+        self.reported: dict[str, list[int]] = {}
+        self.sent: dict[str, tuple[list[int], list[int]]] = {}
+        self.reserving: set[str] = set()
+        self.parked: dict[str, Any] = {}
+        self.quarantined: set[str] = set()
+        self.count = 0
+
+    @precondition(lambda self: self.engine is None)
+    @rule(num_blocks=st.integers(4, 24), chunked=st.booleans(), caching=st.booleans(), num_seqs=st.integers(1, 6))
+    def start(self, num_blocks: int, chunked: bool, caching: bool, num_seqs: int) -> None:
+        config = InstanceConfig(
+            model_path="", block_size=BLOCK, chunk_size=5, max_num_batched_tokens=16, max_chunk_prefill_tokens=12,
+            chunked_prefill_enabled=chunked, prefix_caching=caching, max_num_seqs=num_seqs,
+        )  # fmt: skip
+        self.runner = TokenRunner(num_blocks)
+        self.engine = Engine(config, self.runner)
+
+    @precondition(lambda self: self.engine is not None)
+    @rule(
+        kind=st.sampled_from(["generate", "prefill", "reserve"]),
+        # Many prompts begin with the same blocks.
+        begin=st.sampled_from([[], [1] * 4, [1] * 9, [1] * 12, [2] * 8]),
+        end=st.lists(st.integers(1, 2), min_size=1, max_size=4),
+        max_tokens=st.integers(1, 40),
+    )
+    def submit(self, kind: str, begin: list[int], end: list[int], max_tokens: int) -> None:
+        self.count += 1
+        prompt = begin + end
+        request_id = f"{kind}-{self.count}"
+        self.prompts[request_id] = prompt
+        params = SamplingParams(0, max_tokens)
+        if kind == "reserve":
+            self.engine.reserve(request_id, prompt, params)
+            self.reserving.add(request_id)
+        else:
+            self.engine.add(request_id, prompt, params, prefill_only=kind == "prefill")
+            (self.prefilling if kind == "prefill" else self.generating).add(request_id)
+
+    @precondition(lambda self: self.engine is not None)
+    @rule(count=st.integers(1, 12))
+    def steps(self, count: int) -> None:
+        for _ in range(count):
+            self.step()
+
+    def step(self) -> None:
+        for reservation in self.engine.poll_reservations():
+            self.reserving.remove(reservation.request_id)
+            self.parked[reservation.request_id] = reservation
+        for output in self.engine.step():
+            if output.request_id in self.prefilling:
+                # What was reported before may be on its way already.
+                known = self.reported.setdefault(output.request_id, list(output.block_table))
+                assert output.block_table == known
+                if output.token_id is not None:
+                    self.prefilling.remove(output.request_id)
+                    self.sent[output.request_id] = (output.block_table, self.prompts[output.request_id])
+            elif output.finish_reason:
+                self.generating.remove(output.request_id)
+
+    @precondition(lambda self: self.generating)
+    @rule(data=st.data())
+    def abort(self, data: st.DataObject) -> None:
+        request_id = data.draw(st.sampled_from(sorted(self.generating)))
+        self.generating.remove(request_id)
+        self.engine.release(request_id)
+
+    @precondition(lambda self: self.reserving)
+    @rule(data=st.data())
+    def abort_a_reservation_that_waits(self, data: st.DataObject) -> None:
+        request_id = data.draw(st.sampled_from(sorted(self.reserving)))
+        self.reserving.remove(request_id)
+        self.engine.release(request_id)
+
+    @precondition(lambda self: self.prefilling)
+    @rule(data=st.data())
+    def hold_a_prefill(self, data: st.DataObject) -> None:
+        request_id = data.draw(st.sampled_from(sorted(self.prefilling)))
+        self.prefilling.remove(request_id)
+        self.engine.hold(request_id)
+        self.sent[request_id] = ([], [])
+
+    @precondition(lambda self: self.sent)
+    @rule(data=st.data())
+    def end_a_sending(self, data: st.DataObject) -> None:
+        request_id = data.draw(st.sampled_from(sorted(self.sent)))
+        block_table, prompt = self.sent.pop(request_id)
+        if block_table:
+            assert self.runner.read(block_table, len(prompt)) == prompt, "sent blocks were overwritten"
+        self.engine.release(request_id)
+
+    @precondition(lambda self: self.parked)
+    @rule(data=st.data(), outcome=st.sampled_from(["completed", "completed", "failed", "unknown"]))
+    def end_a_receive(self, data: st.DataObject, outcome: str) -> None:
+        request_id = data.draw(st.sampled_from(sorted(self.parked)))
+        reservation, prompt = self.parked.pop(request_id), self.prompts[request_id]
+        if outcome == "completed":
+            self.runner.write(reservation.block_ids, 0, prompt[reservation.num_cached_tokens :])
+            self.engine.activate(request_id, next_token(prompt))
+            self.generating.add(request_id)
+        elif outcome == "failed":
+            self.engine.release(request_id)
+        else:
+            self.engine.quarantine(request_id, len(reservation.block_ids))
+            self.quarantined.add(request_id)
+
+    @precondition(lambda self: self.quarantined)
+    @rule(data=st.data())
+    def end_a_quarantine(self, data: st.DataObject) -> None:
+        request_id = data.draw(st.sampled_from(sorted(self.quarantined)))
+        self.quarantined.remove(request_id)
+        self.engine.release(request_id)
+
+    @invariant()
+    def every_block_has_its_holders(self) -> None:
+        if self.engine is not None:
+            self.engine.check_integrity()
+
+    def teardown(self) -> None:
+        if self.engine is None:
+            return
+        for request_id in [*self.sent, *self.parked, *self.reserving, *self.quarantined]:
+            self.engine.release(request_id)
+        self.reserving.clear()
+        while self.engine.has_work():
+            self.step()
+            assert not self.engine.stalled, "nobody holds anything, and yet nothing can be computed"
+            for request_id in self.sent:
+                self.engine.release(request_id)
+            self.sent.clear()
+        assert not self.generating
+        assert not self.prefilling
+        self.engine.check_integrity()
+        assert self.engine.stats().num_free_blocks == self.engine.stats().num_blocks
+
+
+TestRandomRequests = RandomRequests.TestCase
+TestRandomRequests.settings = settings(
+    max_examples=NUM_STEPS // STEPS_PER_EXAMPLE, stateful_step_count=STEPS_PER_EXAMPLE, deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],
+)  # fmt: skip

@@ -1,0 +1,173 @@
+"""An instance says what is wrong with it, and nobody waits for one that cannot answer."""
+
+import asyncio
+import contextlib
+import threading
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+
+from hbserve_core import EngineStopped, GpuInstance, InstanceConfig, InstanceFailed
+from hbserve_core.engine_thread import EngineThread
+from hbserve_rpc import AddressInUse, Overloaded, RemoteError, RpcClient, SamplingParams
+from hbserve_rpc.messages import DECODE, DESCRIBE, GENERATE, STATS, DecodeRequest, Empty, GenerateRequest
+
+DEADLINE_S = 60
+
+
+def config(folder: Any, **settings: Any) -> InstanceConfig:
+    defaults = {"device": "cpu", "num_blocks": 50, "num_threads": 1}
+    return InstanceConfig(model_path=str(folder), **(defaults | settings))
+
+
+@contextlib.asynccontextmanager
+async def serving(config: InstanceConfig) -> AsyncIterator[tuple[GpuInstance, RpcClient]]:
+    instance = GpuInstance(config)
+    await instance.start()
+    try:
+        async with RpcClient(instance.address) as client:
+            yield instance, client
+    finally:
+        await instance.stop()
+    assert asyncio.all_tasks() == {asyncio.current_task()}
+    assert "engine" not in [thread.name for thread in threading.enumerate()]
+
+
+async def generate(client: RpcClient, name: str, ids: list[int], **params: Any) -> list[int]:
+    request = GenerateRequest(name, ids, SamplingParams(**({"temperature": 0, "max_tokens": 4} | params)))
+    return [t async for event in client.stream(GENERATE, request, timeout_s=DEADLINE_S) for t in event.token_ids]
+
+
+async def test_an_instance_is_starting_then_ready_and_refuses_requests_until_then(model_folder, prompt, monkeypatch):
+    may_load = threading.Event()
+    make_engine = GpuInstance._make_engine
+    monkeypatch.setattr(GpuInstance, "_make_engine", lambda self: may_load.wait(DEADLINE_S) and make_engine(self))
+    async with serving(config(model_folder("qwen3"))) as (instance, client):
+        info = await client.call(DESCRIBE, Empty(), timeout_s=DEADLINE_S)
+        assert (info.status, info.epoch, info.num_blocks) == ("starting", instance.epoch, 0)
+        with pytest.raises(Overloaded, match="hybrid-0 is not ready, it is starting"):
+            await generate(client, "r", prompt(3))
+        may_load.set()
+        await instance.wait_ready()
+        info = await client.call(DESCRIBE, Empty(), timeout_s=DEADLINE_S)
+        assert (info.status, info.num_blocks, info.max_prompt_len, info.vocab_size) == ("ready", 50, 511, 320)
+        assert len(await generate(client, "r", prompt(3), ignore_eos=True)) == 4
+
+
+async def test_an_instance_may_be_stopped_before_and_while_it_loads(model_folder):
+    before = GpuInstance(config(model_folder("qwen3")))
+    await before.stop()
+    async with serving(config(model_folder("qwen3"))) as (instance, _):
+        assert instance.status == "starting"
+    assert instance.status == "draining"
+
+
+async def test_a_model_that_is_not_there_is_told_by_describe_and_to_every_request(tmp_path, prompt):
+    async with serving(config(tmp_path / "nothing")) as (instance, client):
+        with pytest.raises(InstanceFailed, match=r"ModelFilesMissing: .*nothing"):
+            await instance.wait_ready()
+        info = await client.call(DESCRIBE, Empty(), timeout_s=DEADLINE_S)
+        assert info.status == "failed"
+        assert info.error == await instance.wait_failed()
+        with pytest.raises(RemoteError, match="hybrid-0 failed: ModelFilesMissing"):
+            await generate(client, "r", prompt(3))
+
+
+async def test_an_address_in_use_is_told_at_once(model_folder):
+    async with serving(config(model_folder("qwen3"))) as (instance, _):
+        port = int(instance.address.rpartition(":")[2])
+        second = GpuInstance(config(model_folder("qwen3"), port=port))
+        with pytest.raises(AddressInUse, match=f"127.0.0.1:{port} is in use"):
+            await second.start()
+        await second.stop()
+
+
+@pytest.mark.parametrize("role", ["hybrid", "decode"])
+async def test_a_step_that_fails_ends_every_request_with_its_error(role, model_folder, prompt):
+    """A decode request that waits for its KV is not computed, and must hear of it too."""
+    async with serving(config(model_folder("qwen3"), role=role)) as (instance, client):
+        await instance.wait_ready()
+        if role == "hybrid":
+            request = GenerateRequest("r", prompt(3), SamplingParams(0, 400, ignore_eos=True))
+            events = client.stream(GENERATE, request, timeout_s=DEADLINE_S)
+        else:
+            events = client.stream(DECODE, DecodeRequest("r", "t", prompt(3), SamplingParams(0)), timeout_s=DEADLINE_S)
+        await anext(events)
+
+        def fail(_: Any) -> Any:
+            raise ArithmeticError("the card fell out")
+
+        instance.runner.run = fail
+        with contextlib.suppress(EngineStopped):
+            await instance._thread.call(lambda engine: engine.add("other", prompt(3), SamplingParams(0)))
+        with pytest.raises(RemoteError, match="hybrid-0 failed: ArithmeticError: the card fell out"):
+            async for _ in events:
+                pass
+        assert instance.status == "failed"
+        info = await client.call(DESCRIBE, Empty(), timeout_s=DEADLINE_S)
+        assert "the card fell out" in info.error
+
+
+async def test_a_call_to_an_engine_that_has_failed_or_was_stopped_fails_at_once(model_folder):
+    def broken() -> Any:
+        raise ValueError("no such model")
+
+    failures: list[Exception] = []
+    thread = EngineThread(broken, on_events=print, on_failure=failures.append)
+    with pytest.raises(ValueError, match="no such model"):
+        await thread.start()
+    await thread.stop()
+    with pytest.raises(EngineStopped):
+        await thread.call(lambda engine: engine.stats())
+    await thread.stop()
+
+
+async def test_an_idle_engine_uses_no_processor_time(model_folder, prompt):
+    async with serving(config(model_folder("qwen3"))) as (instance, client):
+        await instance.wait_ready()
+        await generate(client, "r", prompt(40))
+        steps = 0
+        step = instance.engine.step
+
+        def count() -> Any:
+            nonlocal steps
+            steps += 1
+            return step()
+
+        instance.engine.step = count
+        await instance._thread.call(lambda engine: None)
+        await instance._thread.call(lambda engine: None)
+        assert steps <= 4, "the engine steps when it is told something, and otherwise sleeps"
+
+
+async def test_a_client_that_leaves_gives_its_blocks_back_and_the_same_id_may_come_again(
+    model_folder, prompt, greedy_tokens
+):
+    async with serving(config(model_folder("qwen3"))) as (instance, client):
+        await instance.wait_ready()
+        for salt in range(5):
+            request = GenerateRequest("r", prompt(20, salt=salt), SamplingParams(0, 400, ignore_eos=True))
+            async with client.stream(GENERATE, request, timeout_s=DEADLINE_S) as events:
+                assert (await anext(events)).token_ids[:1] == greedy_tokens("qwen3", prompt(20, salt=salt), 1)
+            await _until_empty(client)
+        assert (await client.call(STATS, Empty(), timeout_s=DEADLINE_S)).total_requests == 5
+
+
+async def test_requests_side_by_side_get_their_own_tokens(model_folder, prompt, greedy_tokens):
+    async with serving(config(model_folder("qwen3"))) as (instance, client):
+        await instance.wait_ready()
+        results = await asyncio.gather(
+            *(generate(client, str(i), prompt(5 + i, salt=i), max_tokens=12, ignore_eos=True) for i in range(8))
+        )
+        assert results == [greedy_tokens("qwen3", prompt(5 + i, salt=i), 12) for i in range(8)]
+        await _until_empty(client)
+
+
+async def _until_empty(client: RpcClient) -> None:
+    async with asyncio.timeout(DEADLINE_S):
+        while True:
+            stats = await client.call(STATS, Empty(), timeout_s=DEADLINE_S)
+            if stats.active_requests == 0 and stats.free_blocks == stats.num_blocks:
+                return
+            await asyncio.sleep(0.01)

@@ -1,0 +1,112 @@
+"""`python -m hbserve_core`: its line to the launcher, its ends, its exit status and the one line that explains it."""
+
+import asyncio
+import contextlib
+import json
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from hbserve_rpc import RpcClient
+from hbserve_rpc.messages import DESCRIBE, Empty
+
+DEADLINE_S = 60
+
+
+class Process:
+    def __init__(self, first_line: bytes) -> None:
+        pipe = subprocess.PIPE
+        command = [sys.executable, "-m", "hbserve_core"]
+        self.popen = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, start_new_session=True)
+        assert self.popen.stdin is not None
+        self.popen.stdin.write(first_line + b"\n")
+        self.popen.stdin.flush()
+
+    def address(self) -> str:
+        line = json.loads(self.popen.stdout.readline())
+        assert line["pid"] == self.popen.pid
+        return line["address"]
+
+    def end(self) -> tuple[int, list[str]]:
+        """Exit status, and the lines on stderr that are not log lines."""
+        _, errors = self.popen.communicate(timeout=DEADLINE_S)
+        return self.popen.returncode, [line for line in errors.decode().splitlines() if line[:2] != "20"]
+
+
+@pytest.fixture
+def launch(model_folder: Callable[[str], Any]) -> Iterator[Callable[..., Process]]:
+    launched = []
+
+    def launch(**settings: Any) -> Process:
+        defaults = {"model_path": str(model_folder("qwen3")), "device": "cpu", "num_blocks": 50, "num_threads": 1}
+        launched.append(Process(json.dumps(defaults | settings).encode()))
+        return launched[-1]
+
+    yield launch
+    for process in launched:
+        process.popen.kill()
+        with contextlib.suppress(ValueError):  # its pipes are closed already
+            process.popen.communicate(timeout=DEADLINE_S)
+
+
+async def status_of(address: str, wanted: str) -> str:
+    async with RpcClient(address) as client, asyncio.timeout(DEADLINE_S):
+        while (info := await client.call(DESCRIBE, Empty(), timeout_s=DEADLINE_S)).status != wanted:
+            pass
+        return info.error
+
+
+async def test_it_ends_when_its_launcher_is_gone(launch):
+    process = launch()
+    await status_of(process.address(), "ready")
+    assert process.end() == (0, []), "communicate() closes stdin first"
+
+
+@pytest.mark.parametrize("wait_for", ["ready", "starting"])
+async def test_it_ends_when_told_to(launch, wait_for):
+    process = launch()
+    address = process.address()
+    if wait_for == "ready":
+        await status_of(address, "ready")
+    process.popen.send_signal(signal.SIGTERM)
+    assert process.popen.wait(timeout=DEADLINE_S) == 0
+
+
+def test_a_port_in_use_is_one_line(launch):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        status, errors = launch(port=port).end()
+    assert status == 1
+    assert len(errors) == 1
+    assert f"hybrid-0: 127.0.0.1:{port} is in use" in errors[0]
+
+
+BAD_CONFIGURATIONS = {
+    b"": "configuration on stdin: ",
+    b'{"model_path": 3}': "Expected `str`, got `int` - at `$.model_path`",
+    b'{"model_path": "m", "chunk_sise": 3}': "unknown field `chunk_sise`",
+    b'{"model_path": "m", "chunk_size": 0}': "chunk_size=0: expected an integer >= 1",
+    b'{"model_path": "m", "log_level": "LOUD"}': "log_level='LOUD': expected one of DEBUG",
+}
+
+
+@pytest.mark.parametrize("line", BAD_CONFIGURATIONS)
+def test_a_configuration_that_cannot_be_is_one_line(line):
+    status, errors = Process(line).end()
+    assert status == 2
+    assert len(errors) == 1
+    assert BAD_CONFIGURATIONS[line] in errors[0]
+
+
+async def test_a_model_that_is_not_there_is_told_to_those_who_ask_and_then_in_one_line(launch, tmp_path):
+    process = launch(model_path=str(tmp_path / "nothing"))
+    error = await status_of(process.address(), "failed")
+    assert "ModelFilesMissing" in error
+    status, errors = process.end()
+    assert status == 1
+    assert errors == [f"hybrid-0: {error}"]

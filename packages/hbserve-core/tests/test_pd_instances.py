@@ -1,0 +1,274 @@
+"""Prefill and decode instances, in one process and as processes: hybrid's tokens, and all blocks back afterwards."""
+
+import asyncio
+import contextlib
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+import msgspec
+import pytest
+
+from hbserve_core import GpuInstance, InstanceConfig
+from hbserve_kv import KVTransferConfig
+from hbserve_rpc import InvalidRequest, RemoteError, RpcClient, SamplingParams
+from hbserve_rpc.messages import (
+    DECODE,
+    DESCRIBE,
+    GENERATE,
+    PREFILL,
+    STATS,
+    DecodeRequest,
+    Empty,
+    GenerateRequest,
+    PrefillRequest,
+    TokenEvent,
+    TransferDone,
+)
+
+BLOCK, CHUNK = 16, 32
+LENGTHS = [1, BLOCK - 1, BLOCK, BLOCK + 1, CHUNK - 1, CHUNK, CHUNK + 1, 4 * CHUNK + 5]
+MAX_TOKENS = 6
+DEADLINE_S = 60
+GREEDY = SamplingParams(0, MAX_TOKENS, ignore_eos=True)
+
+
+async def until(condition: Callable[[], Awaitable[bool]], what: str) -> None:
+    async with asyncio.timeout(DEADLINE_S):
+        while not await condition():  # noqa: ASYNC110  what is waited for is in another process
+            await asyncio.sleep(0.01)
+
+
+class Instance:
+    """An instance as a scheduler sees it: an address."""
+
+    def __init__(self, address: str) -> None:
+        self.client = RpcClient(address, heartbeat_interval_s=0.2, heartbeat_timeout_s=DEADLINE_S)
+        self.process: Any = None
+        self.server: GpuInstance | None = None
+
+    async def ready(self) -> bool:
+        info = await self.client.call(DESCRIBE, Empty(), timeout_s=DEADLINE_S)
+        assert info.status != "failed", info.error
+        return info.status == "ready"
+
+    async def stats(self) -> Any:
+        return await self.client.call(STATS, Empty(), timeout_s=DEADLINE_S)
+
+    async def is_empty(self) -> bool:
+        s = await self.stats()
+        gauges = s.active_requests, s.waiting_requests, s.running_requests, s.active_transfers, s.quarantined_blocks
+        return gauges == (0,) * 5 and s.free_blocks == s.num_blocks
+
+    def decode(self, name: str, ids: list[int], params: SamplingParams = GREEDY) -> Any:
+        return self.client.stream(DECODE, DecodeRequest(name, f"t-{name}", ids, params), timeout_s=DEADLINE_S)
+
+    def prefill(self, name: str, ids: list[int], grant: bytes, params: SamplingParams = GREEDY) -> Any:
+        return self.client.stream(PREFILL, PrefillRequest(name, f"t-{name}", ids, params, grant), timeout_s=DEADLINE_S)
+
+    async def hybrid(self, name: str, ids: list[int], params: SamplingParams = GREEDY) -> list[int]:
+        events = self.client.stream(GENERATE, GenerateRequest(name, ids, params), timeout_s=DEADLINE_S)
+        return [token async for event in events for token in event.token_ids]
+
+
+Start = Callable[..., Awaitable[Instance]]
+
+
+@pytest.fixture
+async def start(model_folder: Callable[[str], Any]) -> AsyncIterator[Start]:
+    """Starts instances; at the end each that lives has nothing in it, and ends as asked."""
+    started: list[Instance] = []
+
+    async def start(role: str, *, process: bool = False, backend: str = "nccl", **settings: Any) -> Instance:
+        if backend == "mooncake":
+            pytest.importorskip("mooncake.engine", reason="no Mooncake, or not its libraries", exc_type=ImportError)
+        config = InstanceConfig(**{
+            "instance_id": f"{role}-{len(started)}", "role": role, "model_path": str(model_folder("qwen3")),
+            "device": "cpu", "num_blocks": 200, "chunk_size": CHUNK, "max_num_batched_tokens": 256, "num_threads": 1,
+            "kv_rank": len(started), "kv_transfer": KVTransferConfig(backend=backend, buffer_size=1 << 20, timeout_s=8),
+        } | settings)  # fmt: skip
+        started.append(await (_start_process if process else _start_here)(config))
+        await started[-1].client.start()
+        await until(started[-1].ready, "ready")
+        return started[-1]
+
+    yield start
+    for instance in started:
+        if instance.process is None or instance.process.returncode is None:
+            await until(instance.is_empty, "empty")
+        await instance.client.close()
+    for instance in started:
+        await _stop(instance)
+    assert asyncio.all_tasks() == {asyncio.current_task()}
+
+
+async def _start_here(config: InstanceConfig) -> Instance:
+    server = GpuInstance(config)
+    await server.start()
+    instance = Instance(server.address)
+    instance.server = server
+    return instance
+
+
+async def _start_process(config: InstanceConfig) -> Instance:
+    pipe = asyncio.subprocess.PIPE
+    process = await asyncio.create_subprocess_exec(sys.executable, "-m", "hbserve_core", stdin=pipe, stdout=pipe)
+    process.stdin.write(msgspec.json.encode(config) + b"\n")
+    line = await asyncio.wait_for(process.stdout.readline(), DEADLINE_S)
+    instance = Instance(msgspec.json.decode(line)["address"])
+    instance.process = process
+    return instance
+
+
+async def _stop(instance: Instance) -> None:
+    if instance.server is not None:
+        await instance.server.stop()
+        if instance.server.engine is not None:
+            instance.server.engine.check_integrity()
+    elif instance.process.returncode is None:
+        instance.process.stdin.close()
+        assert await asyncio.wait_for(instance.process.wait(), DEADLINE_S) == 0
+
+
+async def apart(p: Instance, d: Instance, name: str, ids: list[int]) -> tuple[list[int], int, TransferDone]:
+    """What a scheduler does: reserve on D, prefill on P, decode on D. Tokens, D's cached tokens, the transfer."""
+    async with d.decode(name, ids) as decoding:
+        granted = await anext(decoding)
+        async with p.prefill(name, ids, granted.grant) as prefilling:
+            first, done = [event async for event in prefilling]
+        tokens = [token async for event in decoding for token in event.token_ids]
+    return [*first.token_ids, *tokens], granted.num_cached_tokens, done
+
+
+@pytest.mark.parametrize("process", [False, True], ids=["in one process", "as processes"])
+@pytest.mark.parametrize("backend", ["nccl", "mooncake"])
+async def test_tokens_apart_are_those_of_hybrid_and_transformers(start, backend, process, prompt, greedy_tokens):
+    settings = {"backend": backend, "process": process}
+    p, d, h = await start("prefill", **settings), await start("decode", **settings), await start("hybrid")
+    full_bytes = 2 * 2 * BLOCK * 2 * 16 * 4  # layers, keys and values, tokens, heads, head_dim, float32
+    for length in LENGTHS:
+        ids = prompt(length, salt=length)
+        expected = greedy_tokens("qwen3", ids, MAX_TOKENS)
+        assert await h.hybrid(f"{length}", ids) == expected
+        tokens, num_cached, done = await apart(p, d, f"{length}-cold", ids)
+        assert (tokens, num_cached) == (expected, 0)
+        assert done.num_bytes == -(-length // BLOCK) * full_bytes
+
+        tokens, num_cached, done = await apart(p, d, f"{length}-cached", ids)
+        assert (tokens, num_cached) == (expected, length // BLOCK * BLOCK), "every full block, the last one too"
+        assert done.num_bytes == (length % BLOCK > 0) * full_bytes
+
+        longer = ids + prompt(CHUNK + 3, salt=100 + length)
+        tokens, num_cached, _ = await apart(p, d, f"{length}-partly", longer)
+        assert (tokens, num_cached) == (greedy_tokens("qwen3", longer, MAX_TOKENS), length // BLOCK * BLOCK)
+
+    many = [prompt(LENGTHS[i % 8], salt=200 + i) for i in range(32)]
+    results = await asyncio.gather(*(apart(p, d, f"many-{i}", ids) for i, ids in enumerate(many)))
+    assert [tokens for tokens, _, _ in results] == [greedy_tokens("qwen3", ids, MAX_TOKENS) for ids in many]
+
+
+async def test_decode_requests_wait_for_room_and_preempted_ones_are_computed_again(start, prompt, greedy_tokens):
+    p, d = await start("prefill"), await start("decode", num_blocks=12)
+    many = [prompt(20 + i, salt=i) for i in range(12)]
+    params = SamplingParams(0, 40, ignore_eos=True)
+
+    async def one(name: str, ids: list[int]) -> list[int]:
+        async with d.decode(name, ids, params) as decoding:
+            granted = await anext(decoding)
+            async with p.prefill(name, ids, granted.grant, params) as prefilling:
+                tokens = [
+                    token async for event in prefilling if isinstance(event, TokenEvent) for token in event.token_ids
+                ]
+            return tokens + [token async for event in decoding for token in event.token_ids]
+
+    results = await asyncio.gather(*(one(str(i), ids) for i, ids in enumerate(many)))
+    assert results == [greedy_tokens("qwen3", ids, 40) for ids in many]
+    assert (await d.stats()).preemptions > 0
+
+
+@pytest.mark.parametrize("backend", ["nccl", "mooncake"])
+async def test_a_request_may_be_given_up_in_every_phase(start, backend, prompt):
+    """The fixture's end is the assertion: no block, transfer or request is left."""
+    p, d = await start("prefill", backend=backend), await start("decode", backend=backend, num_blocks=30)
+    long = SamplingParams(0, 400, ignore_eos=True)
+    ids = [prompt(300, salt=salt) for salt in range(6)]
+    async with d.decode("waits", ids[0]) as holder:
+        granted = await anext(holder)
+        async with d.decode("for-room", ids[1], long) as waiting, asyncio.timeout(DEADLINE_S):
+            first = asyncio.ensure_future(anext(waiting))
+            await until(lambda: _has(d, waiting_requests=1), "no room for both")
+            first.cancel()
+            await asyncio.gather(first, return_exceptions=True)
+        async with p.prefill("waits", ids[0], granted.grant) as prefilling:
+            first = asyncio.ensure_future(anext(prefilling))
+            await until(lambda: _has(p, active_requests=1), "computing")
+            first.cancel()
+            await asyncio.gather(first, return_exceptions=True)
+    async with d.decode("after-first", ids[2], long) as decoding:
+        granted = await anext(decoding)
+        async with p.prefill("after-first", ids[2], granted.grant, long) as prefilling:
+            await anext(prefilling)
+    await until(p.is_empty, "empty")
+    async with d.decode("decoding", ids[3], long) as decoding:
+        granted = await anext(decoding)
+        async with p.prefill("decoding", ids[3], granted.grant, long) as prefilling:
+            assert len([event async for event in prefilling]) == 2
+        await anext(decoding)
+
+
+async def _has(instance: Instance, **at_least: int) -> bool:
+    stats = await instance.stats()
+    return all(getattr(stats, name) >= count for name, count in at_least.items())
+
+
+async def test_a_request_that_ends_with_its_first_token_moves_nothing(start, prompt):
+    p, d = await start("prefill"), await start("decode")
+    one = SamplingParams(0, 1)
+    events = [event async for event in p.prefill("alone", prompt(20), b"", one)]
+    assert [event.finish_reason for event in events] == ["length"]
+    async with d.decode("both", prompt(20), one) as decoding:
+        granted = await anext(decoding)
+        assert len([event async for event in p.prefill("both", prompt(20), granted.grant, one)]) == 1
+        with pytest.raises(RemoteError, match="KV transfer failed"):
+            await anext(decoding)
+
+
+@pytest.mark.parametrize("backend", ["nccl", "mooncake"])
+async def test_a_prefill_instance_killed_in_mid_transfer_leaves_no_block_behind(start, backend, prompt, greedy_tokens):
+    p, other = await start("prefill", process=True, backend=backend), await start("prefill", backend=backend)
+    d = await start("decode", backend=backend)
+    async with d.decode("lost", prompt(400)) as decoding, contextlib.AsyncExitStack() as stack:
+        granted = await anext(decoding)
+        prefilling = await stack.enter_async_context(p.prefill("lost", prompt(400), granted.grant))
+        first = asyncio.ensure_future(anext(prefilling))
+        await until(lambda: _has(p, active_transfers=1), "under way")
+        p.process.kill()
+        await p.process.wait()
+        await asyncio.wait([first], timeout=0.1)
+        first.cancel()
+        await asyncio.gather(first, return_exceptions=True)
+    await until(d.is_empty, "empty")
+    tokens, _, _ = await apart(other, d, "next", prompt(40))
+    assert tokens == greedy_tokens("qwen3", prompt(40), MAX_TOKENS)
+
+
+async def test_a_wrong_role_a_bad_prompt_and_an_id_in_use_are_refused(start, prompt):
+    d = await start("decode")
+    with pytest.raises(InvalidRequest, match=r"does not serve 'instance.generate'; it serves .*instance.decode"):
+        await d.hybrid("r", prompt(3))
+    with pytest.raises(InvalidRequest, match="token 999 is outside the vocabulary"):
+        await anext(d.decode("r", [999]))
+    async with d.decode("s", prompt(3)) as decoding:
+        await anext(decoding)
+        with pytest.raises(InvalidRequest, match="'s' is in use"):
+            await anext(d.decode("s", prompt(3)))
+
+
+async def test_kv_of_another_model_is_refused_by_name(start, prompt, model_folder):
+    p = await start("prefill", model_path=str(model_folder("qwen3-wide-heads")))
+    d = await start("decode")
+    async with d.decode("r", prompt(20)) as decoding:
+        granted = await anext(decoding)
+        with pytest.raises(RemoteError, match=r"(block_bytes|head_dim|model) is .* on rank 0 and .* on rank 1"):
+            async for _ in p.prefill("r", prompt(20), granted.grant):
+                pass
