@@ -57,7 +57,14 @@ def hosts() -> Iterator[Callable[[str], str]]:
 
 def write_config(folder: Path, model: Path, backend: str) -> Path:
     instances = [
-        {"instance_id": name, "instance_type": name.split("-")[0], "gpu_id": 0, "host": HOSTS[name], "port": 5600, "kv_rank": rank}
+        {
+            "instance_id": name,
+            "instance_type": name.split("-")[0],
+            "gpu_id": 0,
+            "host": HOSTS[name],
+            "port": 5600,
+            "kv_rank": rank,
+        }
         for rank, name in enumerate(["prefill-0", "decode-0"])
     ]
     config = {
@@ -76,7 +83,9 @@ def write_config(folder: Path, model: Path, backend: str) -> Path:
 @pytest.mark.parametrize("backend", ["nccl", "mooncake"])
 def test_prefill_decode_and_scheduler_on_three_hosts_answer_together(hosts, backend, small_model, tmp_path):
     if backend == "mooncake":
-        pytest.importorskip("mooncake.engine", reason="Mooncake or its system libraries are missing", exc_type=ImportError)
+        pytest.importorskip(
+            "mooncake.engine", reason="Mooncake or its system libraries are missing", exc_type=ImportError
+        )
     config = write_config(tmp_path, small_model("qwen3"), backend)
 
     def hbserve(host: str, *arguments: str) -> list[str]:
@@ -92,7 +101,10 @@ def test_prefill_decode_and_scheduler_on_three_hosts_answer_together(hosts, back
     try:
         generate = hbserve("scheduler", "generate", "w1 w2 w3 " * 20, "--connect", f"{HOSTS['scheduler']}:5550")
         answer = subprocess.run(
-            [*generate, "--max-tokens", "8", "--temperature", "0"], capture_output=True, text=True, timeout=START_DEADLINE_S
+            [*generate, "--max-tokens", "8", "--temperature", "0"],
+            capture_output=True,
+            text=True,
+            timeout=START_DEADLINE_S,
         )
         log.seek(0)
         assert answer.returncode == 0, f"{answer.stderr}\n{log.read()}"

@@ -71,7 +71,9 @@ def token_ids(results: list[dict]) -> list[list[int]]:
 @pytest.mark.parametrize("backend", ["nccl", "mooncake"])
 async def test_pd_gives_the_tokens_of_transformers(name, backend, model_folder, oracle):
     if backend == "mooncake":
-        pytest.importorskip("mooncake.engine", reason="Mooncake or its system libraries are missing", exc_type=ImportError)
+        pytest.importorskip(
+            "mooncake.engine", reason="Mooncake or its system libraries are missing", exc_type=ImportError
+        )
     prompts = [prompt(length) for length in LENGTHS]
     expected = [oracle(name, ids) for ids in prompts]
     config = PdDisaggConfig(kv_transfer_backend=backend, **settings(model_folder(name)))

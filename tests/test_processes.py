@@ -37,7 +37,14 @@ class Deployment:
             "model": {"path": str(model)},
             "kv_transfer": {"backend": "nccl"},
             "gpu_instances": [
-                {"instance_id": name, "instance_type": name.split("-")[0], "gpu_id": 0, "host": "127.0.0.1", "port": port, "kv_rank": rank}
+                {
+                    "instance_id": name,
+                    "instance_type": name.split("-")[0],
+                    "gpu_id": 0,
+                    "host": "127.0.0.1",
+                    "port": port,
+                    "kv_rank": rank,
+                }
                 for rank, (name, port) in enumerate(zip(instances, ports, strict=True))
             ],
             "engine": {"num_blocks": 64, "num_threads": 1},
@@ -53,7 +60,17 @@ class Deployment:
             self.processes[name] = subprocess.Popen(command, stdout=log, stderr=log)
 
     def generate(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "hbserve", "generate", *arguments, "--connect", f"127.0.0.1:{self.port}", "--temperature", "0"]
+        command = [
+            sys.executable,
+            "-m",
+            "hbserve",
+            "generate",
+            *arguments,
+            "--connect",
+            f"127.0.0.1:{self.port}",
+            "--temperature",
+            "0",
+        ]
         return subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE_S)
 
     def kill(self, name: str) -> None:
@@ -120,7 +137,9 @@ def test_one_of_two_decode_instances_killed_in_mid_stream_is_not_noticed_by_the_
     assert expected.returncode == 0, expected.stderr
 
     command = [sys.executable, "-m", "hbserve", "generate", *prompts, "--connect", f"127.0.0.1:{deployment.port}"]
-    client = subprocess.Popen([*command, "--max-tokens", "200", "--temperature", "0"], stdout=subprocess.PIPE, text=True)
+    client = subprocess.Popen(
+        [*command, "--max-tokens", "200", "--temperature", "0"], stdout=subprocess.PIPE, text=True
+    )
     deployment.kill("decode-1")
     out, _ = client.communicate(timeout=DEADLINE_S)
     assert client.returncode == 0, deployment.log.read_text()

@@ -50,7 +50,9 @@ def test_a_package_is_whole(package):
     assert (package / "tests" / "test_readme.py").exists(), "its README's example must run as a test"
 
 
-@pytest.mark.parametrize("document", sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("packages/*/*.md")]), ids=str)
+@pytest.mark.parametrize(
+    "document", sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("packages/*/*.md")]), ids=str
+)
 def test_links_between_documents_lead_somewhere(document):
     for target in re.findall(r"\]\(([^)#]+)", document.read_text()):
         if "://" not in target:
@@ -58,7 +60,10 @@ def test_links_between_documents_lead_somewhere(document):
 
 
 def test_both_readmes_have_the_same_code_blocks():
-    blocks = [re.findall(r"```(?:python|bash)\n(.*?)```", (ROOT / name).read_text(), re.S) for name in ["README.md", "README.zh-CN.md"]]
+    blocks = [
+        re.findall(r"```(?:python|bash)\n(.*?)```", (ROOT / name).read_text(), re.S)
+        for name in ["README.md", "README.zh-CN.md"]
+    ]
     without_comments = [[re.sub(r"#.*", "", block).split() for block in file] for file in blocks]
     assert without_comments[0] == without_comments[1]
 

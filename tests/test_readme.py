@@ -21,6 +21,8 @@ async def run_block(block: str, names: dict[str, object]) -> None:
 @pytest.mark.parametrize("number", range(len(BLOCKS)))
 async def test_a_python_block_of_the_readme_runs(number, small_model, capsys):
     names: dict[str, object] = {}
+    earlier = "\n".join(BLOCKS[:number]).splitlines()
+    await run_block("\n".join(line for line in earlier if line.startswith(("from ", "import "))), names)
     block = BLOCKS[number].replace(DOCUMENTED_PATH, str(small_model("qwen3")))
     if "PdDisaggConfig(" not in block and "(config)" in block:
         definition = BLOCKS[0].split("llm = ")[0].replace(DOCUMENTED_PATH, str(small_model("qwen3")))

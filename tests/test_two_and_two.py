@@ -11,7 +11,9 @@ NUM_REQUESTS = 200
 def workload() -> tuple[list[list[int]], list[SamplingParams]]:
     draw = random.Random(0)
     prompts = [[draw.randrange(3, 250) for _ in range(draw.randint(1, 150))] for _ in range(NUM_REQUESTS)]
-    params = [SamplingParams(temperature=0, max_tokens=draw.randint(1, 24), ignore_eos=draw.random() < 0.5) for _ in prompts]
+    params = [
+        SamplingParams(temperature=0, max_tokens=draw.randint(1, 24), ignore_eos=draw.random() < 0.5) for _ in prompts
+    ]
     return prompts, params
 
 
@@ -22,7 +24,14 @@ async def test_two_prefill_and_two_decode_instances_share_200_requests_and_end_e
     hybrid.exit()
 
     instances = [
-        {"instance_id": f"{role}-{i}", "instance_type": role, "gpu_id": 0, "host": "127.0.0.1", "port": 0, "kv_rank": rank + i}
+        {
+            "instance_id": f"{role}-{i}",
+            "instance_type": role,
+            "gpu_id": 0,
+            "host": "127.0.0.1",
+            "port": 0,
+            "kv_rank": rank + i,
+        }
         for rank, role in [(0, "prefill"), (2, "decode")]
         for i in range(2)
     ]

@@ -61,7 +61,7 @@ class TcpTransfer(KVTransferBase):
 async def main(model_path: str | None) -> None:
     config = PdDisaggConfig(model_path=model_path, kv_transfer_backend="custom_kv_transfer:TcpTransfer")
     async with DisaggregatedLLM(config) as llm:
-        (result,) = await llm.generate("What is the capital of France?", SamplingParams(temperature=0, max_tokens=8))
+        (result,) = await llm.generate("The capital of France is", SamplingParams(temperature=0, max_tokens=8))
     print(f"{result['text']!r}: {result['kv_bytes']} bytes of KV moved by TcpTransfer")
 
 

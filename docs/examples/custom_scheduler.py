@@ -12,7 +12,7 @@ from hbserve.sampling_params import SamplingParams
 
 
 class ShortestPromptFirst(CpuScheduler):
-    """A long prompt waits while shorter ones are there. (Add ageing before you use it: long ones could wait for ever.)"""
+    """A long prompt waits while shorter ones are there. (Add ageing before real use: it could wait for ever.)"""
 
     async def _schedule_waiting_requests(self) -> None:
         while self.waiting_requests and self.has_room():

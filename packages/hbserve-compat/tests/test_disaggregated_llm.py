@@ -1,0 +1,158 @@
+"""DisaggregatedLLM: documented calls on real processes."""
+
+import asyncio
+import os
+import signal
+from collections.abc import AsyncIterator
+
+import pytest
+import pytest_asyncio
+from hbserve_scheduler import InstanceFailed, RequestFailed
+
+from hbserve.pd_disagg import LLM, DisaggregatedLLM, PdDisaggConfig
+from hbserve.sampling_params import SamplingParams
+
+# One deployment serves most tests, so they share its event loop.
+in_its_loop = pytest.mark.asyncio(loop_scope="module")
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def llm(small_model) -> AsyncIterator[DisaggregatedLLM]:
+    config = PdDisaggConfig(model_path=small_model("qwen3"), num_blocks=200, chunk_size=32)
+    async with DisaggregatedLLM(config) as llm:
+        yield llm
+        stats = await llm.refresh_system_stats()
+        assert stats["cpu_scheduler"]["running_requests"] == stats["cpu_scheduler"]["waiting_requests"] == 0
+        for instance in stats["gpu_instances"].values():
+            assert instance["free_blocks"] == instance["num_blocks"]
+            assert instance["active_requests"] == instance["active_transfers"] == 0
+
+
+@in_its_loop
+async def test_results_have_text_tokens_reason_and_timings(llm):
+    results = await llm.generate(["介绍一下人工智能", "什么是机器学习？"], SamplingParams(temperature=0, max_tokens=9))
+    for result in results:
+        assert result["text"] == llm.tokenizer.decode(result["token_ids"], skip_special_tokens=True)
+        assert result["finish_reason"] in ("stop", "length")
+        assert 0 < result["ttft_s"] <= result["e2e_s"]
+        assert result["kv_bytes"] > 0
+    assert [result["num_prompt_tokens"] for result in results] == [24, 24]
+
+
+@in_its_loop
+async def test_a_stream_is_the_answer_in_pieces(llm):
+    (whole,) = await llm.generate("Hello", SamplingParams(temperature=0, max_tokens=20, ignore_eos=True))
+    deltas = [
+        delta async for delta in llm.stream("Hello", SamplingParams(temperature=0, max_tokens=20, ignore_eos=True))
+    ]
+    assert "".join(delta["text"] for delta in deltas) == whole["text"]
+    assert [token for delta in deltas for token in delta["token_ids"]] == whole["token_ids"]
+    assert [delta["finish_reason"] for delta in deltas] == [None] * (len(deltas) - 1) + ["length"]
+    assert deltas[-1]["timings"] is not None
+
+
+@in_its_loop
+async def test_abort_ends_a_stream_with_its_reason(llm):
+    reasons = []
+    async for delta in llm.stream(
+        "Hello", SamplingParams(temperature=0, max_tokens=400, ignore_eos=True), request_id="r"
+    ):
+        if delta["finish_reason"] is None and not reasons:
+            assert await llm.abort("r")
+            reasons.append(None)
+        elif delta["finish_reason"]:
+            reasons.append(delta["finish_reason"])
+    assert reasons == [None, "abort"]
+    assert not await llm.abort("r")
+
+
+@in_its_loop
+async def test_leaving_a_stream_aborts_it(llm):
+    stream = llm.stream("Hello", SamplingParams(temperature=0, max_tokens=400, ignore_eos=True))
+    await anext(stream)
+    await stream.aclose()
+    async with asyncio.timeout(30):
+        while llm.get_system_stats()["cpu_scheduler"]["running_requests"]:
+            await asyncio.sleep(0.02)
+
+
+@in_its_loop
+async def test_a_stop_string_ends_the_request_as_completed(llm):
+    params = SamplingParams(temperature=0, max_tokens=60, ignore_eos=True)
+    (whole,) = await llm.generate("Hello", params)
+    stop = whole["text"][8:10]
+    before = llm.get_system_stats()["cpu_scheduler"]
+    (result,) = await llm.generate("Hello", SamplingParams(temperature=0, max_tokens=60, ignore_eos=True, stop=[stop]))
+    after = llm.get_system_stats()["cpu_scheduler"]
+    assert (result["text"], result["finish_reason"]) == (whole["text"][: whole["text"].index(stop)], "stop")
+    assert after["completed_requests"] == before["completed_requests"] + 1
+    assert after["success_rate"] == 1
+
+
+BAD = {
+    "empty": (([[]],), "at least one token"),
+    "too long": (([5] * 600,), "600 tokens; the instances take at most 511"),
+    "outside the vocabulary": (([999],), "token 999 is outside the vocabulary"),
+}
+
+
+@in_its_loop
+@pytest.mark.parametrize("case", BAD)
+async def test_a_request_that_can_never_run_is_refused_at_once_and_others_go_on(llm, case):
+    prompts, message = BAD[case]
+    other = asyncio.create_task(llm.generate("fine", SamplingParams(temperature=0, max_tokens=5, ignore_eos=True)))
+    await asyncio.sleep(0)
+    with pytest.raises(ValueError, match=message):
+        await llm.generate(*prompts)
+    assert len((await other)[0]["token_ids"]) == 5
+
+
+@in_its_loop
+async def test_a_wrong_number_of_parameters_is_an_error(llm):
+    with pytest.raises(ValueError, match="3 for 2 prompts"):
+        await llm.generate(["a", "b"], [SamplingParams()] * 3)
+
+
+@in_its_loop
+async def test_bad_parameters_set_later_are_named(llm):
+    params = SamplingParams()
+    params.temperature = -1
+    with pytest.raises(ValueError, match="temperature=-1"):
+        await llm.generate("a", params)
+
+
+async def test_a_folder_that_lacks_files_fails_the_start_with_its_name_and_leaves_nothing(tmp_path):
+    llm = DisaggregatedLLM(PdDisaggConfig(model_path=tmp_path))
+    with pytest.raises((InstanceFailed, FileNotFoundError), match=str(tmp_path)):
+        await llm.start()
+
+
+async def test_an_unknown_backend_fails_the_start_and_lists_what_there_is(small_model):
+    llm = DisaggregatedLLM(PdDisaggConfig(model_path=small_model("qwen3"), kv_transfer_backend="ncll", num_blocks=10))
+    with pytest.raises(InstanceFailed, match="'ncll'.*mooncake"):
+        await llm.start()
+
+
+async def test_a_killed_decode_instance_fails_its_requests_by_name(small_model):
+    config = PdDisaggConfig(model_path=small_model("qwen3"), num_blocks=100, scheduler={"instance_wait_s": 1})
+    async with DisaggregatedLLM(config) as llm:
+        stream = llm.stream("Hello", SamplingParams(temperature=0, max_tokens=400, ignore_eos=True))
+        await anext(stream)
+        os.kill(llm.scheduler.fleet.handles["decode-0"].info.pid, signal.SIGKILL)
+        with pytest.raises(RequestFailed, match="decode-0.*its process has ended"):
+            async for _ in stream:
+                pass
+
+
+def test_the_synchronous_llm_runs_disaggregated(small_model):
+    llm = LLM(
+        str(small_model("qwen3")), kv_transfer_backend="nccl", chunked_prefill_enabled=True, num_kvcache_blocks=50
+    )
+    hybrid = LLM(str(small_model("qwen3")), num_kvcache_blocks=50)
+    try:
+        params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+        prompts = ["Hello, pd-disagg HBServe!", [5, 6, 7]]
+        assert llm.generate(prompts, params) == hybrid.generate(prompts, params, use_tqdm=False)
+    finally:
+        llm.exit()
+        hybrid.exit()

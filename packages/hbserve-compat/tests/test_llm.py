@@ -1,0 +1,96 @@
+"""LLM, in place of nano-vllm's: same call, same shape, same order."""
+
+import warnings
+from collections.abc import Iterator
+
+import pytest
+
+from hbserve import LLM, SamplingParams
+
+
+@pytest.fixture(scope="module")
+def llm(small_model) -> Iterator[LLM]:
+    llm = LLM(str(small_model("qwen3")), enforce_eager=True, tensor_parallel_size=1, num_kvcache_blocks=200)
+    yield llm
+    llm.exit()
+
+
+def test_generate_returns_text_and_token_ids_in_input_order(llm):
+    outputs = llm.generate(["Hello", [5, 6, 7], "介绍"], SamplingParams(0.6, 16, True), use_tqdm=False)
+    assert [set(output) for output in outputs] == [{"text", "token_ids"}] * 3
+    assert [len(output["token_ids"]) for output in outputs] == [16] * 3
+    alone = [llm.generate([p], SamplingParams(0, 5, True), use_tqdm=False)[0] for p in ["Hello", "介绍"]]
+    assert llm.generate(["Hello", "介绍"], SamplingParams(0, 5, True), use_tqdm=False) == alone
+
+
+def test_text_is_the_decoding_of_the_token_ids_with_special_tokens(llm):
+    (output,) = llm.generate("Hello", SamplingParams(0, 20), use_tqdm=False)
+    assert output["text"] == llm.tokenizer.decode(output["token_ids"])
+
+
+def test_one_sampling_params_per_prompt_and_a_wrong_number_is_an_error(llm):
+    outputs = llm.generate(["a", "b"], [SamplingParams(0, 3, True), SamplingParams(0, 7, True)], use_tqdm=False)
+    assert [len(output["token_ids"]) for output in outputs] == [3, 7]
+    with pytest.raises(ValueError, match="1 for 2 prompts"):
+        llm.generate(["a", "b"], [SamplingParams()], use_tqdm=False)
+    assert llm.is_finished()
+
+
+def test_add_request_and_step_as_in_nano_vllm(llm):
+    llm.add_request([5] * 40, SamplingParams(0, 3, True))
+    assert not llm.is_finished()
+    finished, count = llm.step()
+    assert (finished, count) == ([], 40), "a step with prompt tokens counts them"
+    assert llm.step() == ([], -1), "a decode step counts sequences, negative"
+    ((number, token_ids),), count = llm.step()
+    assert (isinstance(number, int), len(token_ids), count) == (True, 3, -1)
+    assert llm.is_finished()
+
+
+def test_a_stop_string_ends_the_text_before_it(llm):
+    (whole,) = llm.generate("Hello", SamplingParams(0, 30, True), use_tqdm=False)
+    stop = whole["text"][10:13]
+    (stopped,) = llm.generate("Hello", SamplingParams(0, 30, True, stop=[stop]), use_tqdm=False)
+    assert stopped["text"] == whole["text"][: whole["text"].index(stop)]
+    assert len(stopped["token_ids"]) < 30
+    assert llm.is_finished()
+
+
+def test_the_same_seed_gives_the_same_tokens_whatever_is_beside_it(llm):
+    params = SamplingParams(1.0, 12, True, seed=7)
+    (alone,) = llm.generate(["Hello"], params, use_tqdm=False)
+    beside = llm.generate(
+        ["x", "Hello", "y"], [SamplingParams(1.0, 12, True), params, SamplingParams(0, 9, True)], False
+    )
+    assert beside[1] == alone
+
+
+@pytest.mark.parametrize(("prompt", "message"), [([], "at least one token"), ([5] * 600, "max_model_len is 512")])
+def test_a_bad_prompt_among_good_ones_is_named_and_nothing_runs(llm, prompt, message):
+    with pytest.raises(ValueError, match=rf"prompts\[1\]: .*{message}"):
+        llm.generate(["good", prompt], SamplingParams(), use_tqdm=False)
+    assert llm.is_finished()
+    assert len(llm.generate(["good"], SamplingParams(0, 2, True), use_tqdm=False)) == 1
+
+
+def test_an_unknown_keyword_warns_by_name(small_model):
+    with pytest.warns(UserWarning, match="quantisation"):
+        LLM(str(small_model("qwen3")), quantisation="fp4", num_kvcache_blocks=10).exit()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        LLM(str(small_model("qwen3")), max_model_len=4096, gpu_memory_utilization=0.5, num_kvcache_blocks=10).exit()
+
+
+def test_a_folder_that_is_not_there_or_lacks_files_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        LLM(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match=r"config\.json"):
+        LLM(tmp_path)
+
+
+def test_after_exit_it_says_so(small_model):
+    llm = LLM(str(small_model("qwen3")), num_kvcache_blocks=10)
+    llm.exit()
+    llm.exit()
+    with pytest.raises(RuntimeError, match="exit"):
+        llm.generate(["a"])
