@@ -25,7 +25,7 @@ DOCUMENTED = {
     "scheduler": [
         "host", "port", "prefill_policy", "decode_policy", "max_queue_size", "max_attempts", "request_timeout_s",
         "instance_wait_s", "heartbeat_interval_s", "heartbeat_timeout_s", "max_pending_reservations",
-        "max_inflight_prefills",
+        "max_inflight_prefills", "max_inflight_requests",
     ],
 }  # fmt: skip
 

@@ -45,7 +45,10 @@ class Attempt:
         if len(entry.output) + 1 >= entry.request.params.max_tokens:
             # Its only token comes from P: there is nothing to decode.
             entry.decode_instance = ""
+            self._placement.granted()
             await self._prefill(place.prefill, b"")
+            with self._naming(place.prefill):
+                self._expect_end()
         else:
             await self._pair(place.prefill, place.decode)
 
@@ -54,10 +57,16 @@ class Attempt:
         request = GenerateRequest(
             self._request_id, entry.request.prompt_token_ids, entry.request.params, [*entry.output]
         )
-        with _naming(instance):
+        with self._naming(instance):
             async with instance.client.stream(GENERATE, request) as events:
                 async for event in events:
                     entry.deliver(event)
+            self._expect_end()
+
+    def _expect_end(self) -> None:
+        """Raises RemoteError: the stream ended, but the request has not."""
+        if self._entry.finish_reason is None:
+            raise RemoteError(f"ended the stream after {len(self._entry.output)} tokens, without a finish reason")
 
     async def _pair(self, prefill: InstanceHandle, decode: InstanceHandle) -> None:
         """Reserve on D, prefill on P, decode on D. If one leg fails the other is closed, and the first cause raised."""
@@ -66,8 +75,10 @@ class Attempt:
             self._request_id, self._transfer_id, entry.request.prompt_token_ids, entry.request.params, [*entry.output]
         )
         async with decode.client.stream(DECODE, request) as events:
-            with _naming(decode):
-                granted = await anext(events)
+            with self._naming(decode):
+                granted = await anext(events, None)
+                if granted is None:
+                    raise RemoteError("ended the stream before its grant")
                 if not isinstance(granted, Granted):
                     raise RemoteError(f"sent {type(granted).__name__} before its grant")
             self._placement.granted()
@@ -93,7 +104,7 @@ class Attempt:
             self._request_id, self._transfer_id, entry.request.prompt_token_ids, entry.request.params, grant,
             [*entry.output],
         )  # fmt: skip
-        with _naming(instance):
+        with self._naming(instance):
             async with instance.client.stream(PREFILL, request) as events:
                 async for event in events:
                     if isinstance(event, TransferDone):
@@ -103,25 +114,27 @@ class Attempt:
                     entry.deliver(event)
                     self._ended_at_first_token = event.finish_reason is not None
                     self._first_token.set()
+            if not self._first_token.is_set():
+                raise RemoteError("ended the stream before the first token")
         self._placement.prefilled()
 
     async def _decode(self, instance: InstanceHandle, events: Any) -> None:
-        with _naming(instance):
+        with self._naming(instance):
             async for event in events:
                 # P's token was sent before this one, but came another way.
                 await self._first_token.wait()
                 if isinstance(event, TokenEvent):
                     self._entry.deliver(event)
+            await self._first_token.wait()
+            self._expect_end()
 
-
-@contextmanager
-def _naming(instance: InstanceHandle) -> Iterator[None]:
-    """Errors say whose they are; a lost instance is not used again until it has answered."""
-    try:
-        yield
-    except StopAsyncIteration:
-        raise RemoteError(f"{instance.instance_id} ended the stream before its grant") from None
-    except HBServeRpcError as error:
-        if isinstance(error, PeerLost):
-            instance.lost(str(error))
-        raise type(error)(f"{instance.instance_id}: {error}") from error
+    @contextmanager
+    def _naming(self, instance: InstanceHandle) -> Iterator[None]:
+        """Errors say whose they are; a lost instance is not used again until it has answered."""
+        try:
+            yield
+        except HBServeRpcError as error:
+            self._entry.failed_on.add(instance.instance_id)
+            if isinstance(error, PeerLost):
+                instance.lost(str(error))
+            raise type(error)(f"{instance.instance_id}: {error}") from error

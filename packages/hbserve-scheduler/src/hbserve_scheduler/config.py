@@ -83,6 +83,8 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     """Requests that may wait for room on one decode instance; others wait here, where their order can still change."""
     max_inflight_prefills: int = 32
     """Prompts that may be with one prefill instance."""
+    max_inflight_requests: int = 512
+    """Requests that may be with one hybrid instance."""
 
 
 class DeploymentConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -73,6 +73,7 @@ def _ranges(config: DeploymentConfig) -> Iterator[tuple[str, float | None, float
     yield "scheduler.heartbeat_timeout_s", scheduler.heartbeat_timeout_s, 0.1, any_more
     yield "scheduler.max_pending_reservations", scheduler.max_pending_reservations, 1, any_more
     yield "scheduler.max_inflight_prefills", scheduler.max_inflight_prefills, 1, any_more
+    yield "scheduler.max_inflight_requests", scheduler.max_inflight_requests, 1, any_more
     for i, instance in enumerate(config.gpu_instances):
         yield f"gpu_instances[{i}].port", instance.port, *PORTS
         yield f"gpu_instances[{i}].gpu_id", instance.gpu_id, 0, any_more

@@ -8,16 +8,19 @@ from collections import deque
 
 from hbserve_rpc import HBServeRpcError, InvalidRequest, Overloaded
 from hbserve_rpc.messages import FinishReason, GenerateRequest, Role, SchedulerStats, ServiceInfo
+from hbserve_scheduler.admission import check_request
 from hbserve_scheduler.attempt import Attempt
 from hbserve_scheduler.config import SchedulerConfig
 from hbserve_scheduler.errors import RequestFailed
 from hbserve_scheduler.fleet import Fleet
 from hbserve_scheduler.placement import Placement
 from hbserve_scheduler.request import EventStream, ScheduledRequest
+from hbserve_scheduler.retries import Retries
 
 logger = logging.getLogger(__name__)
 
 TICK_S = 0.5
+REFRESH_TIMEOUT_S = 2.0
 
 
 class CpuScheduler:
@@ -35,8 +38,10 @@ class CpuScheduler:
         self.running_requests: dict[str, ScheduledRequest] = {}
         self._changed = asyncio.Event()
         self.fleet = Fleet(self.config, self._changed.set)
+        self.retries = Retries(self.fleet, self._changed.set)
         self._scheduling: asyncio.Task[None] | None = None
         self._missing_since_s: float | None = None
+        self._stopped = False
         self._totals = {"total": 0, "completed": 0, "failed": 0, "aborted": 0, "rejected": 0, "retries": 0}
 
     # ---- instances -----------------------------------------------------------------------------------------------
@@ -67,9 +72,10 @@ class CpuScheduler:
         self._scheduling = asyncio.create_task(self._schedule())
 
     async def stop(self) -> None:
-        """End every request as aborted, and leave no task or socket behind."""
+        """End every request, as aborted if it has not all of its tokens. Leaves no task or socket behind."""
+        self._stopped = True
         for entry in [*self.waiting_requests, *self.running_requests.values()]:
-            self._abandon(entry)
+            self._end(entry, entry.finish_reason or "abort")
         tasks = [entry.task for entry in self.running_requests.values() if entry.task is not None]
         if self._scheduling is not None:
             self._scheduling.cancel()
@@ -85,7 +91,10 @@ class CpuScheduler:
         Raises, at once:
             InvalidRequest: it can never run; says why.
             Overloaded: the queue is full.
+            RequestFailed: the scheduler has been stopped.
         """
+        if self._stopped:
+            raise RequestFailed("the scheduler has been stopped")
         try:
             self._check(request)
         except HBServeRpcError:
@@ -98,20 +107,11 @@ class CpuScheduler:
         return EventStream(entry, self._abandon)
 
     def _check(self, request: GenerateRequest) -> None:
-        request.params.validate()
         known = {entry.request.request_id for entry in self.waiting_requests} | self.running_requests.keys()
         if request.request_id in known:
             raise InvalidRequest(f"request_id={request.request_id!r} is in use")
-        if not request.prompt_token_ids:
-            raise InvalidRequest("prompt: expected at least one token")
-        length = len(request.prompt_token_ids) + len(request.output_token_ids)
         infos = [handle.info for handle in self.fleet.handles.values() if handle.status == "ready" and handle.info]
-        if infos and length > (longest := min(info.max_prompt_len for info in infos)):
-            raise InvalidRequest(f"prompt: {length} tokens; the instances take at most {longest}")
-        if infos and max(request.prompt_token_ids) >= (size := min(info.vocab_size for info in infos)):
-            raise InvalidRequest(f"prompt: token {max(request.prompt_token_ids)} is outside the vocabulary [0, {size})")
-        if min(request.prompt_token_ids) < 0:
-            raise InvalidRequest(f"prompt: token {min(request.prompt_token_ids)} is negative")
+        check_request(request, infos)
         if len(self.waiting_requests) >= self.config.max_queue_size:
             raise Overloaded(f"{len(self.waiting_requests)} requests are waiting, which is scheduler.max_queue_size")
 
@@ -122,13 +122,18 @@ class CpuScheduler:
         """
         waiting = (entry for entry in self.waiting_requests if entry.request.request_id == request_id)
         entry = self.running_requests.get(request_id) or next(waiting, None)
-        if entry is None or entry.finish_reason:
+        if entry is None or entry.ended or entry.finish_reason:
             return False
-        self._abandon(entry, reason)
+        self._end(entry, reason)
         return True
 
-    def _abandon(self, entry: ScheduledRequest, reason: FinishReason = "abort") -> None:
-        if entry.finish_reason:
+    def _abandon(self, entry: ScheduledRequest) -> None:
+        if entry.finish_reason is None:  # else its instances finish by themselves
+            self._end(entry, "abort")
+
+    def _end(self, entry: ScheduledRequest, reason: FinishReason) -> None:
+        """End a request before its instances do."""
+        if entry.ended:
             return
         self._totals["aborted" if reason == "abort" else "completed"] += 1
         entry.finish(reason)
@@ -157,6 +162,14 @@ class CpuScheduler:
         entry.started_s = time.monotonic()
         self.running_requests[entry.request.request_id] = entry
         entry.task = asyncio.create_task(self._follow(entry, placement))
+        # A task that is cancelled before its first step runs none of its `finally` blocks.
+        entry.task.add_done_callback(lambda _: self._give_back(entry, placement))
+
+    def _give_back(self, entry: ScheduledRequest, placement: Placement) -> None:
+        placement.end()
+        if self.running_requests.get(entry.request.request_id) is entry:
+            del self.running_requests[entry.request.request_id]
+        self._changed.set()
 
     async def _schedule(self) -> None:
         while True:
@@ -164,11 +177,23 @@ class CpuScheduler:
                 async with asyncio.timeout(TICK_S):
                     await self._changed.wait()
             self._changed.clear()
+            self.retries.place()
             try:
                 await self._schedule_waiting_requests()
             except Exception:  # an override's: the requests must not wait for ever because of it
-                logger.exception("_schedule_waiting_requests failed")
+                logger.exception("_schedule_waiting_requests failed; scheduling first come, first served instead")
+                await CpuScheduler._schedule_waiting_requests(self)
             self._fail_hopeless()
+            self._fail_late()
+
+    def _fail_late(self) -> None:
+        timeout_s = self.config.request_timeout_s
+        if timeout_s is None:
+            return
+        now_s = time.monotonic()
+        for entry in [each for each in self.waiting_requests if now_s - each.submitted_s > timeout_s]:
+            self.waiting_requests.remove(entry)
+            self._fail(entry, RequestFailed(f"not started within request_timeout_s={timeout_s}"))
 
     def _fail_hopeless(self) -> None:
         """Fail what waits when no instance that it needs has been there for too long."""
@@ -183,20 +208,23 @@ class CpuScheduler:
                 self._fail(entry, RequestFailed(self.fleet.why_nobody()))
 
     async def _follow(self, entry: ScheduledRequest, placement: Placement) -> None:
+        timeout_s = self.config.request_timeout_s
         try:
-            async with asyncio.timeout(self.config.request_timeout_s):
+            left_s = None if timeout_s is None else entry.submitted_s + timeout_s - time.monotonic()
+            async with asyncio.timeout(left_s):
                 await self._attempts(entry, placement)
-        except TimeoutError:
-            self._fail(entry, RequestFailed(f"not finished within request_timeout_s={self.config.request_timeout_s}"))
         except HBServeRpcError as error:
             self._fail(entry, error)
+        except TimeoutError:
+            self._fail(entry, RequestFailed(f"not finished within request_timeout_s={timeout_s}"))
+        except Exception as error:  # a mistake of this package: the client must hear of it all the same
+            logger.exception("request %s failed", entry.request.request_id)
+            self._fail(entry, RequestFailed(f"internal error: {error!r}"))
         else:
-            self._totals["completed"] += 1
-            entry.finish(entry.finish_reason or "stop")
+            assert entry.finish_reason is not None, "an attempt ended without error, but the request did not end"
+            self._end(entry, entry.finish_reason)
         finally:
-            placement.end()
-            self.running_requests.pop(entry.request.request_id, None)
-            self._changed.set()
+            self._give_back(entry, placement)
 
     async def _attempts(self, entry: ScheduledRequest, placement: Placement) -> None:
         problems: list[str] = []
@@ -217,20 +245,15 @@ class CpuScheduler:
             finally:
                 placement.end()
             self._totals["retries"] += 1
-            placement = await self._wait_for_place(entry, problems)
-
-    async def _wait_for_place(self, entry: ScheduledRequest, problems: list[str]) -> Placement:
-        deadline_s = time.monotonic() + self.config.instance_wait_s
-        while (placement := self.fleet.place(entry.num_tokens)) is None:
-            if time.monotonic() > deadline_s:
+            next_placement = await self.retries.wait_for_place(entry, self.config.instance_wait_s)
+            if next_placement is None:
                 raise RequestFailed("; ".join([*problems, self.fleet.why_nobody()]))
-            await asyncio.sleep(0.05)
-        return placement
+            placement = next_placement
 
     def _fail(self, entry: ScheduledRequest, error: Exception) -> None:
-        self._totals["failed"] += 1
-        entry.finish_reason = entry.finish_reason or "abort"
-        entry.events.put_nowait(error)
+        if not entry.ended:
+            self._totals["failed"] += 1
+            entry.fail(error)
 
     # ---- figures -------------------------------------------------------------------------------------------------
 
@@ -246,11 +269,17 @@ class CpuScheduler:
         )  # fmt: skip
 
     async def refresh(self) -> None:
-        """Ask every instance for its figures now, so that `stats` is not up to a heartbeat old."""
-        await asyncio.gather(*(handle.refresh() for handle in self.fleet.handles.values()), return_exceptions=True)
+        """Ask every instance for its figures now, so that `stats` is not up to a heartbeat old.
+
+        One that does not answer soon keeps its last figures.
+        """
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(REFRESH_TIMEOUT_S):
+                handles = self.fleet.handles.values()
+                await asyncio.gather(*(handle.refresh() for handle in handles), return_exceptions=True)
 
     def info(self) -> ServiceInfo:
         infos = [handle.info for handle in self.fleet.handles.values() if handle.info is not None]
         lengths = [info.max_model_len for info in infos if info.max_model_len]
-        ready = all(handle.status == "ready" for handle in self.fleet.handles.values())
+        ready = bool(self.fleet.handles) and all(handle.status == "ready" for handle in self.fleet.handles.values())
         return ServiceInfo(ready, self.model_path, min(lengths, default=0), infos)

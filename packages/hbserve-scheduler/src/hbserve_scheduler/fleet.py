@@ -2,11 +2,11 @@
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 from hbserve_rpc.messages import Role
 from hbserve_scheduler.config import SchedulerConfig
-from hbserve_scheduler.errors import InstanceFailed, NotReady
+from hbserve_scheduler.errors import ConfigError, InstanceFailed, NotReady
 from hbserve_scheduler.instances import InstanceHandle
 from hbserve_scheduler.placement import Placement
 from hbserve_scheduler.policies import POLICIES
@@ -27,6 +27,8 @@ class Fleet:
         }
 
     async def add(self, instance_id: str, role: Role, address: str) -> None:
+        if instance_id in self.handles:
+            raise ConfigError(f"instance_id={instance_id!r}: is in use; each instance needs its own")
         handle = InstanceHandle(instance_id, role, address, self._config, self._on_change)
         self.handles[instance_id] = handle
         if self._started:
@@ -55,7 +57,7 @@ class Fleet:
                     raise InstanceFailed(handle.describe_problem())
             if time.monotonic() > deadline_s:
                 problems = "; ".join(handle.describe_problem() for handle in missing)
-                raise NotReady(f"not ready within {timeout_s:.0f} s: {problems}")
+                raise NotReady(f"not ready within {timeout_s:g} s: {problems}")
             await asyncio.sleep(0.05)
 
     def available(self, role: Role) -> list[InstanceHandle]:
@@ -64,6 +66,8 @@ class Fleet:
         def has_room(handle: InstanceHandle) -> bool:
             if role == "prefill":
                 return handle.num_inflight < self._config.max_inflight_prefills
+            if role == "hybrid":
+                return handle.load < self._config.max_inflight_requests
             return handle.num_pending < self._config.max_pending_reservations
 
         return [
@@ -71,12 +75,19 @@ class Fleet:
             if handle.role == role and handle.status == "ready" and has_room(handle)
         ]  # fmt: skip
 
+    def _others(self, role: Role, avoid: Collection[str]) -> list[InstanceHandle]:
+        available = self.available(role)
+        return [handle for handle in available if handle.instance_id not in avoid] or available
+
     def has_room(self) -> bool:
         return bool(self.available("hybrid")) or bool(self.available("prefill") and self.available("decode"))
 
-    def place(self, num_tokens: int) -> Placement | None:
-        """Choose instances for a prompt and take the places there; None if there is no room."""
-        prefills, decodes, hybrids = (self.available(role) for role in ("prefill", "decode", "hybrid"))
+    def place(self, num_tokens: int, avoid: Collection[str] = ()) -> Placement | None:
+        """Choose instances for a prompt and take the places there; None if there is no room.
+
+        Those to `avoid` are chosen only where there is no other.
+        """
+        prefills, decodes, hybrids = (self._others(role, avoid) for role in ("prefill", "decode", "hybrid"))
         if prefills and decodes:
             return Placement(self._choose["prefill"](prefills), self._choose["decode"](decodes), num_tokens)
         if hybrids:
@@ -90,4 +101,6 @@ class Fleet:
 
     def why_nobody(self) -> str:
         problems = [each.describe_problem() for each in self.handles.values() if each.status != "ready"]
-        return f"no instances for {self._config.instance_wait_s:.0f} s: " + ("; ".join(problems) or "none were added")
+        if not problems:
+            problems = ["all are busy" if self.handles else "none were added"]
+        return f"no instances for {self._config.instance_wait_s:g} s: " + "; ".join(problems)

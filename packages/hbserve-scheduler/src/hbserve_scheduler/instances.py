@@ -66,9 +66,12 @@ class InstanceHandle:
 
     async def refresh(self) -> None:
         """Ask it for its state now. Raises what `RpcClient.call` raises."""
-        timeout_s = self._config.heartbeat_timeout_s
-        info = await self.client.call(DESCRIBE, Empty(), timeout_s=timeout_s)
-        self.last_stats = await self.client.call(STATS, Empty(), timeout_s=timeout_s)
+        timeout_s, client = self._config.heartbeat_timeout_s, self.client
+        info = await client.call(DESCRIBE, Empty(), timeout_s=timeout_s)
+        stats = await client.call(STATS, Empty(), timeout_s=timeout_s)
+        if client is not self.client:  # dropped meanwhile: this is what the dead one said
+            return
+        self.last_stats = stats
         if info.instance_id != self.instance_id or info.role != self.role:
             self.lost(f"{self.address} is {info.role} instance {info.instance_id!r}, not {self.instance_id!r}")
             return
@@ -89,17 +92,19 @@ class InstanceHandle:
 
     async def drop(self, why: str) -> None:
         """It is known to be dead: fail what waits for it now, rather than when its heartbeats are missed."""
-        self.lost(why)
         old, self.client = self.client, self._make_client()
+        self.lost(why)
         await self.client.start()
-        await old.close()
+        await old.close(why)
 
     async def _poll(self) -> None:
         while True:
+            client = self.client
             try:
                 await self.refresh()
             except HBServeRpcError as error:
-                self.lost(str(error))
+                if client is self.client:
+                    self.lost(str(error))
             await asyncio.sleep(self._config.heartbeat_interval_s)
 
     def describe_problem(self) -> str:

@@ -1,5 +1,6 @@
 """A scheduler in another process, used as if it were in this one."""
 
+import asyncio
 import time
 
 from hbserve_rpc import HBServeRpcError, RpcClient, RpcStream
@@ -19,6 +20,7 @@ from hbserve_rpc.messages import (
 from hbserve_scheduler.errors import NotReady
 
 CALL_TIMEOUT_S = 10.0
+RETRY_S = 0.1
 
 
 class RemoteScheduler:
@@ -47,7 +49,8 @@ class RemoteScheduler:
                 return await self._client.call(SCHEDULER_INFO, Empty(), timeout_s=min(left_s, CALL_TIMEOUT_S))
             except HBServeRpcError as error:
                 problem = str(error)
-        raise NotReady(f"no scheduler at {self.address} within {timeout_s:.0f} s: {problem}")
+                await asyncio.sleep(min(RETRY_S, max(0.0, deadline_s - time.monotonic())))
+        raise NotReady(f"no scheduler at {self.address} within {timeout_s:g} s: {problem}")
 
     def submit(self, request: GenerateRequest) -> RpcStream[ClientEvent]:
         """TokenEvents, then one RequestFinished. Raises, at the first item, what `CpuScheduler.submit` raises."""

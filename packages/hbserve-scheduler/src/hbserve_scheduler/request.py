@@ -20,6 +20,11 @@ class ScheduledRequest:
     output: list[int] = field(default_factory=list)
     """Tokens that were delivered, over all attempts."""
     finish_reason: FinishReason | None = None
+    """Set with the last token; the request's instances may then still be busy."""
+    ended: bool = False
+    """The client's stream has its last item; nothing is added to it."""
+    failed_on: set[str] = field(default_factory=set)
+    """Instances on which an attempt failed: the next one avoids them, if there are others."""
     events: asyncio.Queue[ClientEvent | Exception] = field(default_factory=asyncio.Queue)
     task: asyncio.Task[None] | None = None
     num_attempts: int = 0
@@ -47,6 +52,8 @@ class ScheduledRequest:
         Raises:
             RemoteError: tokens are missing between those delivered and these.
         """
+        if self.ended:
+            return
         known = len(self.output) - event.index
         if known < 0:
             raise RemoteError(f"tokens {len(self.output)} to {event.index - 1} are missing")
@@ -58,7 +65,12 @@ class ScheduledRequest:
             self.events.put_nowait(TokenEvent(len(self.output), tokens, event.finish_reason))
             self.output += tokens
 
+    def fail(self, error: Exception) -> None:
+        self.ended = True
+        self.events.put_nowait(error)
+
     def finish(self, reason: FinishReason) -> None:
+        self.ended = True
         now_s = time.monotonic()
         first_s = self.first_token_s or now_s
         num_output = len(self.output)

@@ -1,0 +1,271 @@
+"""Scripted instances: real RPC servers that answer like instances, without a model."""
+
+import asyncio
+import contextlib
+import uuid
+from collections import defaultdict
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+import pytest
+
+from hbserve_rpc import InvalidRequest, RpcServer, SamplingParams
+from hbserve_rpc.messages import (
+    DECODE,
+    DESCRIBE,
+    GENERATE,
+    PREFILL,
+    STATS,
+    DecodeRequest,
+    Empty,
+    GenerateRequest,
+    Granted,
+    InstanceInfo,
+    InstanceStats,
+    InstanceStatus,
+    PrefillRequest,
+    RequestFinished,
+    Role,
+    TokenEvent,
+    TransferDone,
+)
+from hbserve_scheduler import CpuScheduler, EventStream, SchedulerConfig
+
+DEADLINE_S = 30.0
+VOCAB_SIZE = 1000
+MAX_PROMPT_LEN = 64
+
+
+def token(index: int) -> int:
+    """What every instance generates at this place of the output."""
+    return 100 + index
+
+
+class FakeInstance:
+    """Token i of every answer is 100 + i. Each request passes named phases, where a test can hold it or fail it.
+
+    Phases: "grant" and "tokens" of a decode instance, "first" and "done" of a prefill instance, "tokens" of a hybrid.
+    """
+
+    def __init__(self, role: Role, instance_id: str, journal: list[tuple[str, str]]) -> None:
+        self.role: Role = role
+        self.instance_id = instance_id
+        self.journal = journal
+        """(instance, what) in the order in which it happened, over all instances of the test."""
+        self.requests: list[Any] = []
+        self.open = 0
+        """Streams that are under way."""
+        self.hold: set[str] = set()
+        self.fail: dict[str, list[Exception]] = defaultdict(list)
+        """The next requests that reach this phase fail so, one error each."""
+        self.silent: set[str] = set()
+        """Phases at which a stream just ends, as no correct instance does."""
+        self.stop_at: int | None = None
+        """This token is an end-of-sequence token."""
+        self.repeats = False
+        """Sends each token again with the next one."""
+        self.status: InstanceStatus = "ready"
+        self.error = ""
+        self._released = asyncio.Event()
+        self.server = self._make_server(0)
+
+    def _make_server(self, port: int) -> RpcServer:
+        server = RpcServer(port=port, epoch=uuid.uuid4().hex)
+        server.serve(DESCRIBE, self._describe)
+        server.serve(STATS, self._stats)
+        for method, handler in ((DECODE, self._decode), (PREFILL, self._prefill), (GENERATE, self._generate)):
+            server.serve_stream(method, handler)  # type: ignore[arg-type]
+        return server
+
+    @property
+    def address(self) -> str:
+        return self.server.address
+
+    async def restart(self) -> None:
+        """Another process on the same port."""
+        await self.server.stop()
+        self.server = self._make_server(self.server.port)
+        await self.server.start()
+
+    def release(self) -> None:
+        self.hold.clear()
+        self._released.set()
+
+    async def _describe(self, _: Empty) -> InstanceInfo:
+        return InstanceInfo(
+            self.instance_id, self.role, self.server.epoch, self.status, max_model_len=128,
+            max_prompt_len=MAX_PROMPT_LEN, vocab_size=VOCAB_SIZE, error=self.error,
+        )  # fmt: skip
+
+    async def _stats(self, _: Empty) -> InstanceStats:
+        return InstanceStats(self.instance_id, self.role, self.status, self.server.epoch, active_requests=self.open)
+
+    async def _phase(self, name: str) -> None:
+        self.journal.append((self.instance_id, name))
+        if self.fail[name]:
+            raise self.fail[name].pop(0)
+        if name in self.hold:
+            self._released.clear()
+            await self._released.wait()
+
+    @contextlib.contextmanager
+    def _stream(self, request: Any) -> Any:
+        self.requests.append(request)
+        self.open += 1
+        try:
+            yield
+        finally:
+            self.open -= 1
+            self.journal.append((self.instance_id, "closed"))
+
+    def _event(self, request: Any, index: int) -> TokenEvent:
+        ends = "stop" if index == self.stop_at else "length" if index + 1 >= request.params.max_tokens else None
+        first = max(0, index - 1) if self.repeats else index
+        return TokenEvent(first, [token(i) for i in range(first, index + 1)], ends)  # type: ignore[arg-type]
+
+    async def _tokens(self, request: Any, index: int) -> AsyncIterator[TokenEvent]:
+        while True:
+            await self._phase("tokens")
+            if "tokens" in self.silent:
+                return
+            event = self._event(request, index)
+            yield event
+            if event.finish_reason:
+                return
+            index += 1
+
+    async def _decode(self, request: DecodeRequest) -> AsyncIterator[Granted | TokenEvent]:
+        with self._stream(request):
+            await self._phase("grant")
+            if "grant" in self.silent:
+                return
+            yield Granted(f"{self.instance_id}:{request.transfer_id}".encode(), num_cached_tokens=1)
+            async with contextlib.aclosing(self._tokens(request, len(request.output_token_ids) + 1)) as events:
+                async for event in events:
+                    yield event
+
+    async def _prefill(self, request: PrefillRequest) -> AsyncIterator[TokenEvent | TransferDone]:
+        with self._stream(request):
+            await self._phase("first")
+            if "first" in self.silent:
+                return
+            yield self._event(request, len(request.output_token_ids))
+            await self._phase("done")
+            if request.grant:
+                yield TransferDone(num_bytes=1000, num_parts=1, time_s=0.5)
+
+    async def _generate(self, request: GenerateRequest) -> AsyncIterator[TokenEvent]:
+        if self.role != "hybrid":
+            raise InvalidRequest(f"{self.instance_id} is not hybrid")
+        with self._stream(request):
+            async with contextlib.aclosing(self._tokens(request, len(request.output_token_ids))) as events:
+                async for event in events:
+                    yield event
+
+
+@pytest.fixture
+def journal() -> list[tuple[str, str]]:
+    return []
+
+
+@pytest.fixture
+async def make_instance(journal: list[tuple[str, str]]) -> AsyncIterator[Callable[..., Awaitable[FakeInstance]]]:
+    made: list[FakeInstance] = []
+
+    async def make(role: Role, instance_id: str) -> FakeInstance:
+        instance = FakeInstance(role, instance_id, journal)
+        made.append(instance)
+        await instance.server.start()
+        return instance
+
+    yield make
+    for instance in made:
+        await instance.server.stop()
+
+
+@pytest.fixture
+def until() -> Callable[[Callable[[], Any]], Awaitable[None]]:
+    async def wait(condition: Callable[[], Any]) -> None:
+        async with asyncio.timeout(DEADLINE_S):
+            while not condition():
+                await asyncio.sleep(0.01)
+
+    return wait
+
+
+@pytest.fixture
+def assert_empty(until: Any) -> Callable[[CpuScheduler], Awaitable[None]]:
+    """Nothing waits, nothing runs, and every place was given back exactly once."""
+
+    async def check(scheduler: CpuScheduler) -> None:
+        await until(lambda: not scheduler.running_requests)
+        assert not scheduler.waiting_requests
+        assert len(scheduler.retries) == 0
+        for handle in scheduler.fleet.handles.values():
+            assert (handle.load, handle.num_inflight, handle.num_pending) == (0, 0, 0), handle.instance_id
+        stats = scheduler.stats()
+        assert (stats.waiting_requests, stats.running_requests) == (0, 0)
+        assert stats.total_requests == stats.completed_requests + stats.failed_requests + stats.aborted_requests
+
+    return check
+
+
+@pytest.fixture
+async def make_scheduler(assert_empty: Any, until: Any) -> AsyncIterator[Callable[..., Awaitable[CpuScheduler]]]:
+    """Started schedulers of instances that are ready. At the end of the test they and the instances must be empty."""
+    made: list[tuple[CpuScheduler, tuple[FakeInstance, ...]]] = []
+
+    async def make(
+        *instances: FakeInstance, kind: type[CpuScheduler] = CpuScheduler, ready: bool = True, **options: Any
+    ) -> CpuScheduler:
+        timing = {"heartbeat_interval_s": 0.1, "heartbeat_timeout_s": 2.0, "port": 0}
+        scheduler = kind(SchedulerConfig(**(timing | options)))
+        made.append((scheduler, instances))
+        for instance in instances:
+            await scheduler.add_instance(instance.instance_id, instance.role, instance.address)
+        await scheduler.start()
+        if ready:
+            await scheduler.wait_ready(DEADLINE_S)
+        return scheduler
+
+    yield make
+    try:
+        for scheduler, instances in made:
+            await assert_empty(scheduler)
+            await until(lambda instances=instances: not any(instance.open for instance in instances))
+    finally:
+        for scheduler, _ in made:
+            await scheduler.stop()
+
+
+@pytest.fixture
+async def pair(make_instance: Any) -> tuple[FakeInstance, FakeInstance]:
+    return await make_instance("prefill", "p0"), await make_instance("decode", "d0")
+
+
+@pytest.fixture
+def ask() -> Callable[..., GenerateRequest]:
+    def make(request_id: str = "r", *, length: int = 4, max_tokens: int = 4, **rest: Any) -> GenerateRequest:
+        return GenerateRequest(request_id, [7] * length, SamplingParams(max_tokens=max_tokens), **rest)
+
+    return make
+
+
+@pytest.fixture
+def collect() -> Callable[[EventStream], Awaitable[tuple[list[int], RequestFinished]]]:
+    """Tokens and end of a stream; checks that no token is missing, doubled or out of order."""
+
+    async def read(events: EventStream) -> tuple[list[int], RequestFinished]:
+        tokens: list[int] = []
+        first: int | None = None
+        async with asyncio.timeout(DEADLINE_S):
+            async for event in events:
+                if isinstance(event, RequestFinished):
+                    assert [each async for each in events] == []
+                    return tokens, event
+                first = event.index if first is None else first
+                assert event.index == first + len(tokens)
+                tokens += event.token_ids
+        raise AssertionError(f"the stream ended without RequestFinished after {tokens}")
+
+    return read

@@ -1,0 +1,276 @@
+"""Instances fail, are lost and come back; requests go on elsewhere, or say what happened."""
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from hbserve_rpc import InvalidRequest, Overloaded, RemoteError
+from hbserve_scheduler import ConfigError, InstanceFailed, NotReady, RequestFailed
+
+
+@pytest.fixture
+async def four(make_instance) -> list[Any]:
+    """Two prefill and two decode instances."""
+    return [await make_instance(role, f"{role[0]}{i}") for role in ("prefill", "decode") for i in range(2)]
+
+
+def by_use(instances: list[Any]) -> tuple[Any, Any]:
+    """The instance that has the request, and the other."""
+    first, second = instances
+    return (first, second) if first.requests else (second, first)
+
+
+# ---- another attempt ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("phase", ["first", "done"])
+async def test_a_failed_prefill_is_tried_on_another_instance(make_scheduler, four, ask, collect, until, phase):
+    for instance in four[:2]:
+        instance.fail[phase] = [RemoteError("out of luck")]
+    four[2].hold, four[3].hold = {"tokens"}, {"tokens"}
+    scheduler = await make_scheduler(*four)
+    events = scheduler.submit(ask())
+    await until(lambda: four[0].requests and four[1].requests)
+    for instance in four:
+        instance.release()
+    tokens, end = await collect(events)
+    assert tokens == [100, 101, 102, 103]
+    assert end.num_attempts == 3
+    first, second = four[0].requests[0], four[1].requests[0]
+    assert first.transfer_id != second.transfer_id
+    assert first.request_id != second.request_id
+
+
+async def test_a_failed_decode_goes_on_elsewhere_after_the_delivered_tokens(make_scheduler, four, ask, collect, until):
+    decodes = four[2:]
+    for instance in decodes:
+        instance.hold = {"tokens"}
+    scheduler = await make_scheduler(*four)
+    events = scheduler.submit(ask(max_tokens=5))
+    assert (await anext(events)).token_ids == [100]
+    failing, other = by_use(decodes)
+    failing.fail["tokens"] = [RemoteError("out of luck")]
+    other.hold = set()
+    failing.release()  # one more token is delivered, then it fails
+    tokens, end = await collect(events)
+    assert tokens == [101, 102, 103, 104]
+    assert (end.num_attempts, end.decode_instance) == (2, other.instance_id)
+    assert other.requests[0].output_token_ids == [100, 101]
+    assert other.requests[0].transfer_id != failing.requests[0].transfer_id
+    retried = next(each for p in four[:2] for each in p.requests if each.output_token_ids)
+    assert retried.output_token_ids == [100, 101]
+    assert scheduler.stats().retries == 1
+
+
+@pytest.mark.parametrize("role", ["prefill", "decode"])
+async def test_a_lost_instance_is_replaced_by_another(make_scheduler, four, ask, collect, until, role):
+    instances = four[:2] if role == "prefill" else four[2:]
+    for instance in instances:
+        instance.hold = {"first" if role == "prefill" else "tokens"}
+    scheduler = await make_scheduler(*four)
+    events = scheduler.submit(ask())
+    await until(lambda: instances[0].requests or instances[1].requests)
+    lost, other = by_use(instances)
+    other.hold = set()
+    await lost.server.stop()
+    tokens, end = await collect(events)
+    assert tokens == [100, 101, 102, 103]
+    assert end.num_attempts == 2
+    assert len(other.requests) == 1
+    assert scheduler.fleet.handles[lost.instance_id].status == "unreachable"
+
+
+async def test_an_instance_that_is_known_to_be_dead_is_left_at_once(make_scheduler, four, ask, collect, until):
+    prefills = four[:2]
+    for instance in prefills:
+        instance.hold = {"first"}
+    scheduler = await make_scheduler(*four, heartbeat_timeout_s=60.0)  # nothing here waits for heartbeats
+    events = scheduler.submit(ask())
+    await until(lambda: prefills[0].requests or prefills[1].requests)
+    dead, other = by_use(prefills)
+    other.hold = set()
+    await dead.server.stop()
+    await scheduler.instance_died(dead.instance_id, "its process ended with code -9")
+    tokens, end = await collect(events)
+    assert (len(tokens), end.prefill_instance) == (4, other.instance_id)
+    assert "code -9" in scheduler.fleet.handles[dead.instance_id].describe_problem()
+
+
+async def test_the_requests_of_a_removed_instance_go_elsewhere(make_scheduler, four, ask, collect, until):
+    prefills = four[:2]
+    for instance in prefills:
+        instance.hold = {"first"}
+    scheduler = await make_scheduler(*four)
+    events = scheduler.submit(ask())
+    await until(lambda: prefills[0].requests or prefills[1].requests)
+    removed, other = by_use(prefills)
+    other.hold = set()
+    await scheduler.remove_instance(removed.instance_id)
+    assert (await collect(events))[1].prefill_instance == other.instance_id
+    assert removed.instance_id not in scheduler.fleet.handles
+
+
+@pytest.mark.parametrize("where", [("p0", "first"), ("d0", "grant"), ("d0", "tokens")])
+async def test_after_the_last_attempt_the_error_tells_the_story_and_names_the_instances(
+    make_scheduler, pair, ask, collect, where
+):
+    instance = pair[0] if where[0] == "p0" else pair[1]
+    instance.fail[where[1]] = [RemoteError(f"mishap {i}") for i in range(1, 4)]
+    scheduler = await make_scheduler(*pair, max_attempts=3)
+    with pytest.raises(RequestFailed) as caught:
+        await collect(scheduler.submit(ask()))
+    for i in range(1, 4):
+        assert f"attempt {i}: {where[0]}: mishap {i}" in str(caught.value)
+    assert len(instance.requests) == 3
+    stats = scheduler.stats()
+    assert (stats.failed_requests, stats.retries, stats.success_rate) == (1, 2, 0.0)
+
+
+async def test_an_overloaded_instance_is_tried_again(make_scheduler, pair, ask, collect):
+    pair[1].fail["grant"] = [Overloaded("no room")]
+    scheduler = await make_scheduler(*pair)
+    tokens, end = await collect(scheduler.submit(ask()))
+    assert (len(tokens), end.num_attempts) == (4, 2)
+
+
+async def test_an_invalid_request_is_not_tried_again(make_scheduler, pair, ask, collect):
+    pair[1].fail["grant"] = [InvalidRequest("that cannot be")]
+    scheduler = await make_scheduler(*pair)
+    with pytest.raises(InvalidRequest, match="d0: that cannot be"):
+        await collect(scheduler.submit(ask()))
+    assert len(pair[1].requests) == 1
+    assert scheduler.stats().retries == 0
+
+
+@pytest.mark.parametrize("failing", ["p0", "d0"])
+async def test_when_one_leg_fails_the_other_is_closed(make_scheduler, pair, ask, collect, until, failing):
+    prefill, decode = pair
+    if failing == "p0":
+        prefill.fail["done"], decode.hold = [RemoteError("x")], {"tokens"}
+    else:
+        decode.fail["tokens"], prefill.hold = [RemoteError("x")], {"done"}
+    scheduler = await make_scheduler(*pair, max_attempts=1)
+    with pytest.raises(RequestFailed, match=f"{failing}: x"):
+        await collect(scheduler.submit(ask()))
+    await until(lambda: prefill.open == decode.open == 0)
+
+
+@pytest.mark.parametrize(
+    ("where", "text"),
+    [
+        (("p0", "first"), "p0: ended the stream before the first token"),
+        (("d0", "grant"), "d0: ended the stream before its grant"),
+        (("d0", "tokens"), "d0: ended the stream after 1 tokens"),
+        (("h0", "tokens"), "h0: ended the stream after 0 tokens"),
+    ],
+)
+async def test_a_stream_that_just_ends_is_an_error_and_not_an_answer(
+    make_scheduler, make_instance, pair, ask, collect, where, text
+):
+    hybrid = await make_instance("hybrid", "h0")
+    used = [hybrid] if where[0] == "h0" else pair
+    for instance in used:
+        if instance.instance_id == where[0]:
+            instance.silent = {where[1]}
+    scheduler = await make_scheduler(*used, max_attempts=1)
+    with pytest.raises(RequestFailed, match=text):
+        await collect(scheduler.submit(ask()))
+
+
+async def test_a_retry_comes_before_requests_that_wait(make_scheduler, pair, ask, collect, until):
+    prefill, decode = pair
+    prefill.hold, prefill.fail["done"], decode.hold = {"first"}, [RemoteError("once")], {"tokens"}
+    scheduler = await make_scheduler(*pair, max_inflight_prefills=1)
+    streams = [scheduler.submit(ask("r0", length=9))]
+    await until(lambda: prefill.requests)
+    streams += [scheduler.submit(ask(f"r{i}")) for i in range(1, 4)]
+    prefill.release()
+    await until(lambda: len(prefill.requests) > 1)
+    decode.release()
+    await asyncio.gather(*map(collect, streams))
+    assert [len(each.prompt_token_ids) for each in prefill.requests] == [9, 9, 4, 4, 4]
+
+
+# ---- instances that are not there --------------------------------------------------------------------------------
+
+
+async def test_a_request_without_instances_ends_with_an_error_that_names_them(
+    make_scheduler, pair, ask, collect, until
+):
+    scheduler = await make_scheduler(*pair, instance_wait_s=0.5)
+    await pair[1].server.stop()
+    await scheduler.instance_died("d0", "its process ended")
+    with pytest.raises(RequestFailed, match=r"no instances for 0\.5 s: d0 \(decode\) at 127\.0\.0\.1:\d+: "):
+        await collect(scheduler.submit(ask()))
+
+
+async def test_a_request_without_any_instance_says_that_none_were_added(make_scheduler, ask, collect):
+    scheduler = await make_scheduler(instance_wait_s=0.5)
+    with pytest.raises(RequestFailed, match="none were added"):
+        await collect(scheduler.submit(ask()))
+    assert not scheduler.info().ready
+
+
+async def test_a_retry_that_finds_no_instance_tells_the_story(make_scheduler, pair, ask, collect, until):
+    pair[0].hold = {"first"}
+    scheduler = await make_scheduler(*pair, instance_wait_s=0.5)
+    events = scheduler.submit(ask())
+    await until(lambda: pair[0].requests)
+    await pair[0].server.stop()
+    await scheduler.instance_died("p0", "its process ended")
+    with pytest.raises(RequestFailed, match=r"attempt 1: p0: .*; no instances for 0\.5 s: p0 \(prefill\)"):
+        await collect(events)
+
+
+async def test_requests_wait_for_instances_that_come_later(make_scheduler, pair, ask, collect):
+    scheduler = await make_scheduler(ready=False)
+    events = scheduler.submit(ask())
+    for instance in pair:
+        await scheduler.add_instance(instance.instance_id, instance.role, instance.address)
+    assert len((await collect(events))[0]) == 4
+
+
+@pytest.mark.parametrize("role", ["prefill", "decode"])
+async def test_a_restarted_instance_is_used_again(make_scheduler, pair, ask, collect, until, role):
+    instance = pair[0] if role == "prefill" else pair[1]
+    scheduler = await make_scheduler(*pair)
+    await collect(scheduler.submit(ask("before")))
+    instance.hold = {"first", "grant"}
+    events = scheduler.submit(ask("during"))
+    await until(lambda: len(instance.requests) == 2)
+    instance.hold = set()
+    epoch = instance.server.epoch
+    await instance.restart()
+    tokens, end = await collect(events)
+    assert (tokens, end.num_attempts) == ([100, 101, 102, 103], 2)
+    await until(lambda: scheduler.stats().instances and scheduler.info().ready)
+    assert {info.epoch for info in scheduler.info().instances}.isdisjoint({epoch})
+    await collect(scheduler.submit(ask("after")))
+
+
+async def test_wait_ready_raises_the_failed_instances_own_reason(make_scheduler, pair):
+    pair[1].status, pair[1].error = "failed", "model.safetensors is truncated"
+    scheduler = await make_scheduler(*pair, ready=False)
+    with pytest.raises(InstanceFailed, match=r"d0 \(decode\) at .*: model\.safetensors is truncated"):
+        await scheduler.wait_ready(30)
+
+
+async def test_wait_ready_names_those_that_are_missing(make_scheduler, pair):
+    pair[1].status = "starting"
+    scheduler = await make_scheduler(*pair, ready=False)
+    with pytest.raises(NotReady, match=r"not ready within 0\.5 s: d0 \(decode\) at .*: it is starting"):
+        await scheduler.wait_ready(0.5)
+
+
+async def test_an_instance_that_is_another_than_configured_is_not_used(make_scheduler, pair):
+    scheduler = await make_scheduler(pair[0], ready=False)
+    await scheduler.add_instance("d1", "decode", pair[1].address)
+    with pytest.raises(NotReady, match="is decode instance 'd0', not 'd1'"):
+        await scheduler.wait_ready(0.5)
+
+
+async def test_an_instance_cannot_be_added_twice(make_scheduler, pair):
+    scheduler = await make_scheduler(*pair)
+    with pytest.raises(ConfigError, match="instance_id='p0': is in use"):
+        await scheduler.add_instance("p0", "prefill", pair[0].address)
