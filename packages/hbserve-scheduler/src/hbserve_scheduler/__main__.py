@@ -13,8 +13,6 @@ from hbserve_scheduler.cpu_scheduler import CpuScheduler
 from hbserve_scheduler.errors import ConfigError
 from hbserve_scheduler.server import SchedulerServer
 
-logger = logging.getLogger(__name__)
-
 
 def check_ports(config: DeploymentConfig) -> None:
     """A scheduler that dials instances needs to know their ports.
@@ -46,16 +44,17 @@ async def serve_config(path: str | Path) -> None:
     for instance in config.gpu_instances:
         await scheduler.add_instance(instance.instance_id, instance.instance_type, f"{instance.host}:{instance.port}")
     server = SchedulerServer(scheduler)
-    logger.info("scheduling %d instances", len(config.gpu_instances))
     await server.serve_until(stop)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="hbserve-scheduler", description="The CPU scheduler of HBServe.")
     parser.add_argument("--config", required=True, help="YAML file of the deployment")
-    parser.add_argument("--log-level", default="INFO")
+    parser.add_argument(
+        "--log-level", default="INFO", type=str.upper, choices=["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"]
+    )
     arguments = parser.parse_args()
-    logging.basicConfig(level=arguments.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.basicConfig(level=arguments.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     try:
         asyncio.run(serve_config(arguments.config))
     except (ConfigError, OSError) as error:

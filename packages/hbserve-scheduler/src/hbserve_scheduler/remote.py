@@ -26,9 +26,12 @@ RETRY_S = 0.1
 class RemoteScheduler:
     """Client of a SchedulerServer at `host:port`."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, *, heartbeat_timeout_s: float = 10.0) -> None:
+        """`heartbeat_timeout_s`: each side takes the other for lost after so much silence, and ends its requests."""
         self.address = address
-        self._client = RpcClient(address)
+        self._client = RpcClient(
+            address, heartbeat_interval_s=heartbeat_timeout_s / 5, heartbeat_timeout_s=heartbeat_timeout_s
+        )
 
     async def start(self) -> None:
         await self._client.start()

@@ -1,6 +1,7 @@
 """A CpuScheduler behind RPC, for clients in other processes."""
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator
 
 from hbserve_rpc import RpcServer
@@ -18,6 +19,8 @@ from hbserve_rpc.messages import (
     ServiceInfo,
 )
 from hbserve_scheduler.cpu_scheduler import CpuScheduler
+
+logger = logging.getLogger(__name__)
 
 
 class SchedulerServer:
@@ -45,7 +48,9 @@ class SchedulerServer:
         await self.scheduler.stop()
 
     async def serve_until(self, stop: asyncio.Event) -> None:
+        """Serve until the event is set. Raises AddressInUse."""
         await self.start()
+        logger.info("scheduling %d instances on %s", len(self.scheduler.fleet.handles), self.address)
         try:
             await stop.wait()
         finally:
