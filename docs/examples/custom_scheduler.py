@@ -22,7 +22,7 @@ class ShortestPromptFirst(CpuScheduler):
 async def main(model_path: str | None) -> None:
     # One prompt at a time is with the prefill instance, so that the order matters.
     config = PdDisaggConfig(model_path=model_path, scheduler={"max_inflight_prefills": 1})
-    prompts = ["Tell me a story about the sea. " * 20, "Hi!", "What is a prefix cache? " * 5]
+    prompts = ["Tell me a story about the sea. " * 10, "Hi!", "What is a prefix cache? " * 5]
     async with DisaggregatedLLM(config, scheduler=ShortestPromptFirst) as llm:
         results = await llm.generate(prompts, SamplingParams(temperature=0, max_tokens=8))
     for prompt, result in zip(prompts, results, strict=True):

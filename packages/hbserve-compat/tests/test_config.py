@@ -3,9 +3,9 @@
 from pathlib import Path
 
 import pytest
-from hbserve_scheduler import ConfigError, load_config
 
 from hbserve.pd_disagg import DisaggregatedLLM, KVTransferBackend, PdDisaggConfig
+from hbserve_scheduler import ConfigError, load_config
 
 CONFIG_FILE = Path(__file__).resolve().parents[3] / "configs" / "pd_disagg_config.yaml"
 DEFAULTS = {

@@ -7,10 +7,10 @@ from collections.abc import AsyncIterator
 
 import pytest
 import pytest_asyncio
-from hbserve_scheduler import InstanceFailed, RequestFailed
 
 from hbserve.pd_disagg import LLM, DisaggregatedLLM, PdDisaggConfig
 from hbserve.sampling_params import SamplingParams
+from hbserve_scheduler import InstanceFailed, RequestFailed
 
 # One deployment serves most tests, so they share its event loop.
 in_its_loop = pytest.mark.asyncio(loop_scope="module")
@@ -129,7 +129,7 @@ async def test_a_folder_that_lacks_files_fails_the_start_with_its_name_and_leave
 
 async def test_an_unknown_backend_fails_the_start_and_lists_what_there_is(small_model):
     llm = DisaggregatedLLM(PdDisaggConfig(model_path=small_model("qwen3"), kv_transfer_backend="ncll", num_blocks=10))
-    with pytest.raises(InstanceFailed, match="'ncll'.*mooncake"):
+    with pytest.raises(InstanceFailed, match=r"'ncll'.*mooncake"):
         await llm.start()
 
 
@@ -139,7 +139,7 @@ async def test_a_killed_decode_instance_fails_its_requests_by_name(small_model):
         stream = llm.stream("Hello", SamplingParams(temperature=0, max_tokens=400, ignore_eos=True))
         await anext(stream)
         os.kill(llm.scheduler.fleet.handles["decode-0"].info.pid, signal.SIGKILL)
-        with pytest.raises(RequestFailed, match="decode-0.*its process has ended"):
+        with pytest.raises(RequestFailed, match=r"decode-0.*its process has ended"):
             async for _ in stream:
                 pass
 

@@ -69,13 +69,12 @@ def _convert(gguf_file: Path, folder: Path) -> None:
 
 
 def _write_model(gguf_file: Path, folder: Path) -> None:
-    import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     source = {"gguf_file": gguf_file.name, "local_files_only": True}
-    model: Any = AutoModelForCausalLM.from_pretrained(gguf_file.parent, dtype=torch.float32, **source)
+    model: Any = AutoModelForCausalLM.from_pretrained(gguf_file.parent, dtype="float32", **source)
     # The weights are plain numbers now; without this the folder would claim to be quantized.
     del model.config.quantization_config
     model.hf_quantizer = None

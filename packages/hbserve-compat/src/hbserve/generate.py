@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hbserve.pd_disagg.answers import Answer, Scheduler, gather_answers
-from hbserve.pd_disagg.config import PdDisaggConfig
-from hbserve.pd_disagg.results import Timings
+from hbserve.answers import Answer, Scheduler, gather_answers
+from hbserve.results import Timings
 from hbserve.tokenizer import apply_chat_template, load_tokenizer
 from hbserve_rpc import SamplingParams
 from hbserve_scheduler import ConfigError, RemoteScheduler, load_config
@@ -83,7 +82,7 @@ def summary(timings: list[Timings], num_tokens: int) -> str:
 
 @asynccontextmanager
 async def _started(wanted: Wanted) -> AsyncIterator[tuple[Scheduler, Any]]:
-    from hbserve.pd_disagg.disaggregated_llm import DisaggregatedLLM
+    from hbserve.pd_disagg import DisaggregatedLLM, PdDisaggConfig
 
     config = PdDisaggConfig.from_deployment(load_config(wanted.config)) if wanted.config else PdDisaggConfig()
     if wanted.model is not None:

@@ -5,7 +5,6 @@ from typing import Any
 
 import msgspec
 
-from hbserve.demo_model import model_folder
 from hbserve.launcher import instance_settings
 from hbserve.llm import Progress
 from hbserve.pd_disagg.config import PdDisaggConfig
@@ -20,8 +19,7 @@ HYBRID = [{"instance_id": "hybrid-0", "instance_type": "hybrid"}]
 class HybridBackend:
     """Steps when it is asked to."""
 
-    def __init__(self, model: str | Path, settings: dict[str, Any]) -> None:
-        folder = model_folder(model)
+    def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
         wanted = NANO_VLLM_DEFAULTS | settings
         if wanted["max_model_len"] is not None:
             # As nano-vllm does: its default is longer than some models.

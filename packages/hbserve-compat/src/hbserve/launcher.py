@@ -111,7 +111,10 @@ class InstanceProcess:
             await self._process.wait()
             await asyncio.gather(*self._tasks)
             raise InstanceFailed(f"{self.instance_id} did not start: {self._why()}")
-        self.address = json.loads(line)["address"]
+        try:
+            self.address = json.loads(line)["address"]
+        except (ValueError, KeyError):
+            raise InstanceFailed(f"{self.instance_id} began with {line!r} instead of its address") from None
         self._tasks.append(asyncio.create_task(self._watch()))
 
     async def stop(self) -> None:
@@ -132,10 +135,17 @@ class InstanceProcess:
     async def _pass_stderr_on(self) -> None:
         assert self._process is not None
         assert self._process.stderr is not None
-        async for line in self._process.stderr:
+        while True:
+            try:
+                line = await self._process.stderr.readline()
+            except ValueError:  # longer than the reader's limit; the instance must not block on a full pipe for it
+                continue
+            if not line:
+                return
             text = line.decode(errors="replace").rstrip()
             self._last_lines.append(text)
-            sys.stderr.write(f"[{self.instance_id}] {text}\n")
+            with contextlib.suppress(OSError):  # whoever read our stderr is gone
+                sys.stderr.write(f"[{self.instance_id}] {text}\n")
 
     async def _watch(self) -> None:
         assert self._process is not None

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from hbserve.demo_model import model_folder
 from hbserve.detokenizer import Detokenizer
 from hbserve.tokenizer import Prompt, encode, load_tokenizer
 from hbserve_rpc import InvalidRequest, SamplingParams
@@ -24,6 +25,8 @@ class Progress:
     request_id: str
     token_ids: list[int]
     finish_reason: FinishReason | None
+    error: Exception | None = None
+    """It failed."""
 
 
 class Backend(Protocol):
@@ -52,7 +55,7 @@ class LLM:
     run in processes of their own, and the other keywords are those of PdDisaggConfig.
     """
 
-    def __init__(self, model: str | Path, **keywords: Any) -> None:
+    def __init__(self, model: str | Path | None = None, **keywords: Any) -> None:
         """Takes nano-vllm's keywords too. One that is unknown warns by its name, and is ignored.
 
         Raises:
@@ -67,8 +70,9 @@ class LLM:
             from hbserve.pd_disagg.background import DisaggregatedBackend as chosen
         else:
             from hbserve.hybrid import HybridBackend as chosen  # type: ignore[assignment]
-        self._backend = chosen(model, settings)
-        self.tokenizer: Any = load_tokenizer(model)
+        folder = model_folder(model)
+        self.tokenizer: Any = load_tokenizer(folder)
+        self._backend = chosen(folder, settings)
         atexit.register(self.exit)
 
     def exit(self) -> None:
@@ -110,6 +114,9 @@ class LLM:
             request = self._requests.get(each.request_id)
             if request is None:  # it ended at a stop string, and this came meanwhile
                 continue
+            if each.error is not None:
+                del self._requests[each.request_id]
+                raise each.error
             request.detokenizer.feed(each.token_ids, final=each.finish_reason is not None)
             if request.detokenizer.stopped and each.finish_reason is None:
                 self._running().end(each.request_id)
@@ -138,21 +145,29 @@ class LLM:
         """
         from tqdm import tqdm
 
-        from hbserve.pd_disagg.answers import is_single, one_each
+        from hbserve.answers import is_single, one_each
 
         every: list[Any] = [prompts] if is_single(prompts) else list(prompts)
         numbers = self._add_all(every, one_each(sampling_params, len(every)))
         results: dict[int, dict[str, Any]] = {}
-        with tqdm(total=len(every), desc="Generating", dynamic_ncols=True, disable=not use_tqdm) as bar:
-            rates = _Rates()
-            while not all(number in results for number in numbers):
-                finished, count = self._step()
-                bar.set_postfix(rates.after(count))
-                for request in finished:
-                    text = request.detokenizer
-                    results[request.number] = {"text": text.text, "token_ids": text.token_ids}
-                    bar.update(request.number in numbers)
+        try:
+            with tqdm(total=len(every), desc="Generating", dynamic_ncols=True, disable=not use_tqdm) as bar:
+                rates = _Rates()
+                while not all(number in results for number in numbers):
+                    finished, count = self._step()
+                    bar.set_postfix(rates.after(count))
+                    for request in finished:
+                        text = request.detokenizer
+                        results[request.number] = {"text": text.text, "token_ids": text.token_ids}
+                        bar.update(request.number in numbers)
+        finally:
+            self._drop(numbers)  # what an error or a Ctrl-C has left behind
         return [results[number] for number in numbers]
+
+    def _drop(self, numbers: list[int]) -> None:
+        for number in numbers:
+            if self._requests.pop(str(number), None) is not None:
+                self._running().end(str(number))
 
     def _add_all(self, prompts: list[Any], params: list[SamplingParams]) -> list[int]:
         numbers: list[int] = []
@@ -160,9 +175,7 @@ class LLM:
             try:
                 numbers.append(self._add(prompt, each))
             except ValueError as error:
-                for number in numbers:
-                    self._running().end(str(number))
-                    del self._requests[str(number)]
+                self._drop(numbers)
                 raise InvalidRequest(f"prompts[{i}]: {error}" if len(prompts) > 1 else str(error)) from error
         return numbers
 

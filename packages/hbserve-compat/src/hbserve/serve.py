@@ -3,7 +3,9 @@
 import asyncio
 import logging
 import signal
+from collections.abc import Coroutine
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -36,16 +38,34 @@ async def serve_all(path: Path, log_level: str) -> None:
     server = SchedulerServer(scheduler)
     try:
         await server.start()
-        await instances.start()
-        for process in instances.processes:
+        await _unless(stop, instances.start())
+        for process in instances.processes if not stop.is_set() else []:
             await scheduler.add_instance(process.instance_id, process.role, process.address)
-        logger.info("serving %s on %s", folder, server.address)
+        if not stop.is_set():
+            logger.info("serving %s on %s", folder, server.address)
         await stop.wait()
     finally:
         await server.stop()
         await instances.stop()
     if died:
         raise InstanceFailed(died[0])
+
+
+async def _unless(stop: asyncio.Event, job: Coroutine[Any, Any, None]) -> None:
+    """Run a job to its end, or until `stop`."""
+    tasks = [asyncio.create_task(job), asyncio.create_task(_wait(stop))]
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        if tasks[0].done():
+            tasks[0].result()
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _wait(stop: asyncio.Event) -> None:
+    await stop.wait()
 
 
 async def serve_instance(path: Path, instance_id: str, log_level: str) -> None:

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from hbserve.llm import Progress
 from hbserve.pd_disagg.config import PdDisaggConfig
 from hbserve.pd_disagg.disaggregated_llm import DisaggregatedLLM
-from hbserve_rpc import SamplingParams
+from hbserve_rpc import InvalidRequest, SamplingParams
 from hbserve_rpc.messages import GenerateRequest, RequestFinished
 
 T = TypeVar("T")
@@ -21,7 +21,7 @@ class DisaggregatedBackend:
 
     def __init__(self, model: str | Path, settings: dict[str, Any]) -> None:
         self._llm = DisaggregatedLLM(PdDisaggConfig(model, **settings))
-        self._news: queue.SimpleQueue[Progress | Exception] = queue.SimpleQueue()
+        self._news: queue.SimpleQueue[Progress] = queue.SimpleQueue()
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="hbserve-llm", daemon=True)
@@ -50,20 +50,16 @@ class DisaggregatedBackend:
                 else:
                     self._news.put(Progress(request_id, event.token_ids, None))
         except Exception as error:  # belongs to whoever calls `step`
-            self._news.put(error)
+            self._news.put(Progress(request_id, [], None, error))
         finally:
             await events.aclose()
             self._tasks.pop(request_id, None)
 
     def step(self) -> tuple[list[Progress], int]:
-        """Wait for news. Prompt tokens are computed elsewhere, and not counted."""
-        news = [self._news.get()]
-        while not self._news.empty():
-            news.append(self._news.get())
-        for each in news:
-            if isinstance(each, Exception):
-                raise each
-        return [each for each in news if isinstance(each, Progress)], 0
+        """Wait for one request's news. Prompt tokens are computed elsewhere, and not counted."""
+        if not self._tasks and self._news.empty():
+            raise InvalidRequest("step: there is no request; add_request() first")
+        return [self._news.get()], 0
 
     def end(self, request_id: str) -> None:
         self._run(self._llm.scheduler.abort(request_id, "stop"))

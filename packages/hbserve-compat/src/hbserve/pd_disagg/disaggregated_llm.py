@@ -9,11 +9,11 @@ from typing import Any, Self
 
 import msgspec
 
+from hbserve.answers import Answer, gather_answers, is_single, one_each
 from hbserve.demo_model import model_folder
 from hbserve.launcher import LocalInstances
-from hbserve.pd_disagg.answers import Answer, gather_answers, is_single, one_each
 from hbserve.pd_disagg.config import PdDisaggConfig
-from hbserve.pd_disagg.results import GenerationDelta, GenerationResult
+from hbserve.results import GenerationDelta, GenerationResult
 from hbserve.tokenizer import Prompt, load_tokenizer
 from hbserve_rpc import HBServeRpcError, InvalidRequest, SamplingParams
 from hbserve_scheduler import CpuScheduler, InstanceFailed
@@ -52,12 +52,20 @@ class DisaggregatedLLM:
             InstanceFailed: an instance cannot run; has its reason.
             NotReady: the models were not loaded in time.
         """
+        if self._scheduler is not None:
+            raise RuntimeError("DisaggregatedLLM is running already")
         deployment = self.config.to_deployment()
         folder = await asyncio.to_thread(model_folder, self.config.model_path)
         self._scheduler = self._scheduler_class(deployment.scheduler, model_path=str(folder))
         self._instances = LocalInstances(deployment, folder, log_level=self._log_level, on_death=self._on_death)
         try:
-            await asyncio.gather(self._start_instances(), self._load_tokenizer(folder))
+            # A group: when one of the two fails, the other is ended before anything is stopped.
+            async with asyncio.TaskGroup() as group:
+                group.create_task(self._start_instances())
+                group.create_task(self._load_tokenizer(folder))
+        except BaseExceptionGroup as several:
+            await self.stop()
+            raise several.exceptions[0] from None
         except BaseException:
             await self.stop()
             raise

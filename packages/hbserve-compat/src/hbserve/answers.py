@@ -6,7 +6,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from typing import Any, Protocol
 
 from hbserve.detokenizer import Detokenizer
-from hbserve.pd_disagg.results import GenerationDelta, GenerationResult, timings_of
+from hbserve.results import GenerationDelta, GenerationResult, timings_of
 from hbserve.tokenizer import Prompt, encode
 from hbserve_rpc import InvalidRequest, RemoteError, SamplingParams
 from hbserve_rpc.messages import ClientEvent, FinishReason, GenerateRequest, RequestFinished
