@@ -187,6 +187,17 @@ async def test_a_decode_instance_without_room_holds_back_only_its_share(make_sch
     await asyncio.gather(*map(collect, streams))
 
 
+async def test_a_hybrid_instance_without_room_lets_requests_wait(make_scheduler, make_instance, ask, collect, until):
+    hybrid = await make_instance("hybrid", "h0")
+    hybrid.hold = {"tokens"}
+    scheduler = await make_scheduler(hybrid, max_inflight_requests=2)
+    streams = [scheduler.submit(ask(f"r{i}")) for i in range(3)]
+    await until(lambda: len(hybrid.requests) == 2)
+    assert (scheduler.stats().running_requests, scheduler.stats().waiting_requests) == (2, 1)
+    hybrid.release()
+    await asyncio.gather(*map(collect, streams))
+
+
 # ---- refusals ----------------------------------------------------------------------------------------------------
 
 
