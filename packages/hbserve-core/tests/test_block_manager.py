@@ -113,3 +113,87 @@ def test_double_release_and_lost_blocks_are_caught():
     blocks.release(taken)
     with pytest.raises(AssertionError, match="released twice"):
         blocks.release(taken)
+
+
+def test_digests_are_made_as_a_sequence_grows_and_are_those_of_the_whole():
+    blocks = BlockManager(8, BLOCK)
+    token_ids = [*range(4 * BLOCK + 3)]
+    growing: list[bytes] = []
+    for count in range(len(token_ids) + 1):
+        blocks.extend_digests(growing, token_ids[:count])
+        assert len(growing) == count // BLOCK
+    assert growing == digests(blocks, token_ids)
+    assert digests(BlockManager(2, BLOCK), token_ids) == growing, "and the same in every instance"
+    assert len(set(digests(blocks, [7] * 4 * BLOCK))) == 4, "equal blocks at different places have different names"
+
+
+def test_a_prefix_that_was_used_again_outlives_one_that_was_not():
+    blocks = BlockManager(4, BLOCK)
+    first, second = cached(blocks, [*range(8)]), cached(blocks, [*range(10, 18)])
+    blocks.share(first)
+    blocks.release(first)
+    taken = blocks.allocate(2)
+    assert sorted(taken) == sorted(second)
+    assert blocks.find_prefix(digests(blocks, [*range(8)])) == first
+
+
+def test_two_sequences_that_filled_blocks_with_the_same_tokens_share_only_from_then_on():
+    blocks = BlockManager(4, BLOCK)
+    (name,) = digests(blocks, [*range(BLOCK)])
+    one, other = blocks.allocate(1), blocks.allocate(1)
+    blocks.cache(one[0], name)
+    blocks.cache(other[0], name)
+    assert blocks.find_prefix([name]) == one
+    blocks.release(other)
+    blocks.check_integrity({one[0]: 1})
+    blocks.release(one)
+    assert blocks.allocate(1) == other, "the second was never cached, so it goes first"
+
+
+def test_a_block_that_is_evicted_and_filled_anew_is_found_by_its_new_name_only():
+    blocks = BlockManager(1, BLOCK)
+    old = digests(blocks, [*range(BLOCK)])
+    assert cached(blocks, [*range(BLOCK)]) == cached(blocks, [9] * BLOCK) == [0]
+    assert blocks.find_prefix(old) == []
+    assert blocks.find_prefix(digests(blocks, [9] * BLOCK)) == [0]
+
+
+def test_more_blocks_than_there_are_are_an_error_and_nothing_is_taken():
+    blocks = BlockManager(3, BLOCK)
+    with pytest.raises(AssertionError, match="4 blocks wanted, 3 free"):
+        blocks.allocate(4)
+    with pytest.raises(AssertionError, match="a quarantined block is free"):
+        blocks.quarantine([0])
+    assert (blocks.num_free, blocks.num_quarantined) == (3, 0)
+    blocks.check_integrity({})
+
+
+FAULTS = {
+    "held and free": lambda blocks: blocks._free.update({0: None}),
+    "neither held nor free": lambda blocks: blocks._free.pop(2),
+    "freed under its holder": lambda blocks: blocks._references.__setitem__(0, 0),
+    "one reference too many": lambda blocks: blocks._references.__setitem__(0, 2),
+    "quarantined and free": lambda blocks: blocks._quarantined.update([2]),
+    "found by a name that it has not": lambda blocks: blocks._block_of.update({b"other": 1}),
+    "not found by its name": lambda blocks: blocks._block_of.clear(),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_check_integrity_sees(fault):
+    blocks = BlockManager(4, BLOCK)
+    held = blocks.allocate(1)
+    assert held == [0]
+    cached(blocks, [*range(BLOCK)])
+    blocks.check_integrity({0: 1})
+    FAULTS[fault](blocks)
+    with pytest.raises(AssertionError):
+        blocks.check_integrity({0: 1})
+
+
+@pytest.mark.parametrize("holders", [{}, {0: 2}, {1: 1}, {0: 1, 1: 1}])
+def test_check_integrity_sees_holders_that_do_not_fit(holders):
+    blocks = BlockManager(4, BLOCK)
+    blocks.allocate(1)
+    with pytest.raises(AssertionError, match=r"block \d: \d references, \d holders"):
+        blocks.check_integrity(holders)

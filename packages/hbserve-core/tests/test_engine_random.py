@@ -1,20 +1,22 @@
 """Random requests, transfers, failures and steps: nobody ever reads a token that is not its own, and all blocks return.
 
-The pool holds token ids instead of keys and values, and the next token is computed from what is found there through the
-block table. A block that was given to two, evicted while in use or hashed too early shows at once.
+The pool holds, instead of keys and values, checksums of all tokens up to each, and every step looks through the block
+table whether they are there. A block that was given to two, evicted while in use, hashed too early or found behind
+another prefix shows at once.
 """
 
 import zlib
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from hbserve_core import Engine, InstanceConfig
-from hbserve_rpc import SamplingParams
+from hbserve_rpc import InvalidRequest, SamplingParams
 
 BLOCK = 4
 VOCABULARY = 50
@@ -22,12 +24,21 @@ NUM_STEPS = 10_000
 STEPS_PER_EXAMPLE = 100
 
 
+def keys(token_ids: list[int]) -> list[int]:
+    """What the pool must hold: for each token a number that depends on it and on all before it."""
+    found, last = [], 0
+    for token in token_ids:
+        last = zlib.crc32(bytes([token]), last)
+        found.append(last)
+    return found
+
+
 def next_token(token_ids: list[int]) -> int:
     return zlib.crc32(bytes(token_ids)) % VOCABULARY
 
 
 class TokenRunner:
-    """A ModelRunner whose keys and values are the tokens themselves."""
+    """A ModelRunner whose keys and values are `keys` of the tokens."""
 
     model_config: Any = SimpleNamespace(vocab_size=VOCABULARY, max_model_len=60, eos_token_ids=(0,))
 
@@ -35,8 +46,9 @@ class TokenRunner:
         self.pool = torch.full((num_blocks, BLOCK), -1)
 
     def write(self, block_table: list[int], first: int, token_ids: list[int]) -> None:
-        for place, token in enumerate(token_ids, first):
-            self.pool[block_table[place // BLOCK], place % BLOCK] = token
+        """Fill in tokens [first, all); block_table[0] is the block of token 0."""
+        for place, key in list(enumerate(keys(token_ids)))[first:]:
+            self.pool[block_table[place // BLOCK], place % BLOCK] = key
 
     def read(self, block_table: list[int], count: int) -> list[int]:
         found: list[int] = self.pool[block_table].flatten()[:count].tolist()
@@ -46,8 +58,8 @@ class TokenRunner:
         tokens: list[int | None] = []
         for chunk in batch:
             sequence, end = chunk.sequence, chunk.first + chunk.num_new_tokens
-            self.write(sequence.block_table, chunk.first, sequence.token_ids[chunk.first : end])
-            assert self.read(sequence.block_table, end) == sequence.token_ids[:end], "somebody else's tokens"
+            self.write(sequence.block_table, chunk.first, sequence.token_ids[:end])
+            assert self.read(sequence.block_table, end) == keys(sequence.token_ids[:end]), "somebody else's tokens"
             tokens.append(next_token(sequence.token_ids) if chunk.samples else None)
         return tokens
 
@@ -63,7 +75,8 @@ class RandomRequests(RuleBasedStateMachine):
         self.sent: dict[str, tuple[list[int], list[int]]] = {}
         self.reserving: set[str] = set()
         self.parked: dict[str, Any] = {}
-        self.quarantined: set[str] = set()
+        self.quarantined: dict[str, tuple[list[int], torch.Tensor]] = {}
+        """Blocks that a failed transfer may still read, and what it must find there."""
         self.count = 0
 
     @precondition(lambda self: self.engine is None)
@@ -82,19 +95,23 @@ class RandomRequests(RuleBasedStateMachine):
         # Many prompts begin with the same blocks.
         begin=st.sampled_from([[], [1] * 4, [1] * 9, [1] * 12, [2] * 8]),
         end=st.lists(st.integers(1, 2), min_size=1, max_size=4),
-        max_tokens=st.integers(1, 40),
+        output=st.lists(st.integers(1, 2), max_size=3),
+        more_tokens=st.integers(1, 40),
     )
-    def submit(self, kind: str, begin: list[int], end: list[int], max_tokens: int) -> None:
+    def submit(self, kind: str, begin: list[int], end: list[int], output: list[int], more_tokens: int) -> None:
         self.count += 1
         prompt = begin + end
         request_id = f"{kind}-{self.count}"
-        self.prompts[request_id] = prompt
-        params = SamplingParams(0, max_tokens)
-        if kind == "reserve":
-            self.engine.reserve(request_id, prompt, params)
+        self.prompts[request_id] = prompt + output
+        params = SamplingParams(0, len(output) + more_tokens)
+        if self.engine.blocks.num_blocks_for(len(prompt) + len(output)) > self.engine.blocks.num_blocks:
+            with pytest.raises(InvalidRequest, match="the pool has"):
+                self.engine.add(request_id, prompt, params, output)
+        elif kind == "reserve":
+            self.engine.reserve(request_id, prompt, params, output)
             self.reserving.add(request_id)
         else:
-            self.engine.add(request_id, prompt, params, prefill_only=kind == "prefill")
+            self.engine.add(request_id, prompt, params, output, prefill_only=kind == "prefill")
             (self.prefilling if kind == "prefill" else self.generating).add(request_id)
 
     @precondition(lambda self: self.engine is not None)
@@ -141,13 +158,19 @@ class RandomRequests(RuleBasedStateMachine):
         self.sent[request_id] = ([], [])
 
     @precondition(lambda self: self.sent)
-    @rule(data=st.data())
-    def end_a_sending(self, data: st.DataObject) -> None:
+    @rule(data=st.data(), unknown=st.booleans(), num_read=st.integers(0, 3))
+    def end_a_sending(self, data: st.DataObject, unknown: bool, num_read: int) -> None:
         request_id = data.draw(st.sampled_from(sorted(self.sent)))
         block_table, prompt = self.sent.pop(request_id)
         if block_table:
-            assert self.runner.read(block_table, len(prompt)) == prompt, "sent blocks were overwritten"
-        self.engine.release(request_id)
+            assert self.runner.read(block_table, len(prompt)) == keys(prompt), "sent blocks were overwritten"
+        if unknown and block_table:
+            # Of these blocks some may be shared with requests that go on.
+            read = block_table[max(0, len(block_table) - num_read) :]
+            self.engine.quarantine(request_id, len(read))
+            self.quarantined[request_id] = (read, self.runner.pool[read].clone())
+        else:
+            self.engine.release(request_id)
 
     @precondition(lambda self: self.parked)
     @rule(data=st.data(), outcome=st.sampled_from(["completed", "completed", "failed", "unknown"]))
@@ -155,20 +178,24 @@ class RandomRequests(RuleBasedStateMachine):
         request_id = data.draw(st.sampled_from(sorted(self.parked)))
         reservation, prompt = self.parked.pop(request_id), self.prompts[request_id]
         if outcome == "completed":
-            self.runner.write(reservation.block_ids, 0, prompt[reservation.num_cached_tokens :])
+            first = reservation.num_cached_tokens
+            self.runner.write([-1] * (first // BLOCK) + reservation.block_ids, first, prompt)
             self.engine.activate(request_id, next_token(prompt))
             self.generating.add(request_id)
         elif outcome == "failed":
             self.engine.release(request_id)
         else:
             self.engine.quarantine(request_id, len(reservation.block_ids))
-            self.quarantined.add(request_id)
+            # It may write to these, so it does, now and until the quarantine ends.
+            self.runner.pool[reservation.block_ids] = -2
+            self.quarantined[request_id] = (reservation.block_ids, self.runner.pool[reservation.block_ids])
 
     @precondition(lambda self: self.quarantined)
     @rule(data=st.data())
     def end_a_quarantine(self, data: st.DataObject) -> None:
         request_id = data.draw(st.sampled_from(sorted(self.quarantined)))
-        self.quarantined.remove(request_id)
+        block_ids, content = self.quarantined.pop(request_id)
+        assert torch.equal(self.runner.pool[block_ids], content), "quarantined blocks were used"
         self.engine.release(request_id)
 
     @invariant()
