@@ -15,6 +15,7 @@ from typing import Any
 import msgspec
 
 from hbserve_scheduler import DeploymentConfig, InstanceFailed, InstanceSection, parse_size
+from hbserve_scheduler.config import KVTransferSection
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +31,7 @@ def instance_settings(
 
     `num_local` instances share the cores of this host.
     """
-    kv, chunked, graph, engine = config.kv_transfer, config.chunked_prefill, config.cuda_graph, config.engine
+    chunked, graph, engine = config.chunked_prefill, config.cuda_graph, config.engine
     num_cores = len(os.sched_getaffinity(0))
     return {
         "instance_id": instance.instance_id,
@@ -57,15 +58,19 @@ def instance_settings(
         "host": instance.host,
         "port": instance.port,
         "kv_rank": instance.kv_rank,
-        "kv_transfer": {
-            "backend": kv.backend,
-            "buffer_size": parse_size("kv_transfer.buffer_size", kv.buffer_size),
-            "host": kv.ip or instance.host,
-            "port": kv.port + instance.kv_rank if kv.port else 0,
-            "timeout_s": kv.timeout_s,
-            "options": kv.options,
-        },
+        "kv_transfer": _kv_settings(config.kv_transfer, instance),
         "log_level": log_level,
+    }
+
+
+def _kv_settings(kv: KVTransferSection, instance: InstanceSection) -> dict[str, Any]:
+    return {
+        "backend": kv.backend,
+        "buffer_size": parse_size("kv_transfer.buffer_size", kv.buffer_size),
+        "host": kv.ip or instance.host,
+        "port": kv.port + instance.kv_rank if kv.port else 0,
+        "timeout_s": kv.timeout_s,
+        "options": kv.options,
     }
 
 

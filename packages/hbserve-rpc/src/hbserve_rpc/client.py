@@ -238,6 +238,7 @@ class RpcStream(AsyncIterator[R], Generic[R]):
         """Want no more of it: the server stops. May be called twice, and after the end."""
         self.opening = None
         self._error = self._error or StopAsyncIteration()
+        self._items.clear()
         if self._client.forget(self.id):
             with contextlib.suppress(zmq.ZMQError):  # the socket was closed meanwhile: the server hears that too
                 await self._client.send(wire.Close(self.id))

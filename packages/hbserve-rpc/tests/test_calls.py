@@ -1,0 +1,156 @@
+"""Calls: one request, one reply or one error."""
+
+import asyncio
+
+import pytest
+import zmq
+import zmq.asyncio
+
+from hbserve_rpc import (
+    AddressInUse,
+    InvalidRequest,
+    Overloaded,
+    ProtocolMismatch,
+    RemoteError,
+    RpcServer,
+    RpcTimeout,
+    SamplingParams,
+    wire,
+)
+from hbserve_rpc.messages import GENERATE, GenerateRequest
+
+
+async def test_many_calls_at_once_get_their_own_replies(rpc, start, connect):
+    async def double(ask):
+        await asyncio.sleep(0.001 * (ask.value % 5))
+        return rpc.Ask(2 * ask.value)
+
+    server = RpcServer()
+    server.serve(rpc.CALL, double)
+    await start(server)
+    client = await connect(server.address)
+    replies = await asyncio.gather(*(client.call(rpc.CALL, rpc.Ask(i), timeout_s=20) for i in range(200)))
+    assert [reply.value for reply in replies] == [2 * i for i in range(200)]
+
+
+@pytest.mark.parametrize("error", [InvalidRequest("x=3: expected 4"), Overloaded("full")], ids=lambda e: e.code)
+async def test_a_refusal_crosses_as_itself(rpc, start, connect, error):
+    async def refuse(ask):
+        raise error
+
+    server = RpcServer()
+    server.serve(rpc.CALL, refuse)
+    await start(server)
+    with pytest.raises(type(error), match=str(error)):
+        await (await connect(server.address)).call(rpc.CALL, rpc.Ask(), timeout_s=20)
+
+
+async def test_any_other_error_crosses_as_a_remote_error_with_its_message(rpc, start, connect):
+    async def fail(ask):
+        raise KeyError("missing")
+
+    server = RpcServer()
+    server.serve(rpc.CALL, fail)
+    await start(server)
+    with pytest.raises(RemoteError, match="KeyError: 'missing'"):
+        await (await connect(server.address)).call(rpc.CALL, rpc.Ask(), timeout_s=20)
+
+
+async def test_a_late_answer_is_a_timeout_and_the_handler_is_stopped(rpc, start, connect):
+    stopped = asyncio.Event()
+
+    async def sleep(ask):
+        try:
+            await asyncio.sleep(60)
+        finally:
+            stopped.set()
+
+    server = RpcServer()
+    server.serve(rpc.CALL, sleep)
+    await start(server)
+    with pytest.raises(RpcTimeout, match=r"test\.call within 0\.2 s"):
+        await (await connect(server.address)).call(rpc.CALL, rpc.Ask(), timeout_s=0.2)
+    async with asyncio.timeout(20):
+        await stopped.wait()
+
+
+async def test_an_unknown_method_is_refused_with_those_that_there_are(rpc, start, connect):
+    server = await start(RpcServer())
+    with pytest.raises(InvalidRequest, match=r"does not serve 'test\.call'"):
+        await (await connect(server.address)).call(rpc.CALL, rpc.Ask(), timeout_s=20)
+
+
+async def test_a_port_in_use_is_named(start):
+    server = await start(RpcServer())
+    with pytest.raises(AddressInUse, match=server.address):
+        await RpcServer(port=server.port).start()
+
+
+async def test_a_client_may_be_there_before_its_server(rpc, start, connect):
+    async def echo(ask):
+        return ask
+
+    probe = RpcServer()
+    await probe.start()
+    await probe.stop()
+    client = await connect(probe.address)
+    with pytest.raises(RpcTimeout):
+        await client.call(rpc.CALL, rpc.Ask(), timeout_s=0.2)
+    server = RpcServer(port=probe.port)
+    server.serve(rpc.CALL, echo)
+    await start(server)
+    assert (await client.call(rpc.CALL, rpc.Ask(5), timeout_s=20)).value == 5
+
+
+async def test_frames_that_are_not_of_this_protocol_are_counted_and_change_nothing(rpc, start, connect):
+    async def echo(ask):
+        return ask
+
+    server = RpcServer()
+    server.serve(rpc.CALL, echo)
+    await start(server)
+    with zmq.asyncio.Context() as context, context.socket(zmq.DEALER) as socket:
+        socket.linger = 0
+        socket.connect(f"tcp://{server.address}")
+        await socket.send_multipart([b"\xff\xff", b""])
+        await socket.send_multipart([b"one frame too many", b"", b""])
+        await socket.send_multipart([wire.encode(wire.Ping()), b""])
+        async with asyncio.timeout(20):
+            _head, _body = await socket.recv_multipart()
+    assert server.dropped_frames == 3
+    assert (await (await connect(server.address)).call(rpc.CALL, rpc.Ask(1), timeout_s=20)).value == 1
+
+
+async def test_another_protocol_version_is_named_with_both(rpc, start, connect, monkeypatch):
+    server = await start(RpcServer())
+    client = await connect(server.address)
+    pending = asyncio.create_task(client.call(rpc.CALL, rpc.Ask(), timeout_s=20))
+    await asyncio.sleep(0)
+    await client._handle(wire.Refused(99, "epoch"), b"")
+    with pytest.raises(ProtocolMismatch, match="version 99 of the protocol, this side 1"):
+        await pending
+
+
+async def test_a_client_of_another_version_is_refused(start):
+    server = await start(RpcServer())
+    with zmq.asyncio.Context() as context, context.socket(zmq.DEALER) as socket:
+        socket.linger = 0
+        socket.connect(f"tcp://{server.address}")
+        await socket.send_multipart([wire.encode(wire.Hello(99, 10.0)), b""])
+        async with asyncio.timeout(20):
+            head, _ = await socket.recv_multipart()
+    assert wire.decode_from_server(head) == wire.Refused(wire.PROTOCOL_VERSION, server.epoch)
+
+
+async def test_bad_sampling_parameters_on_the_wire_come_back_as_an_invalid_request(start, connect):
+    async def nothing(request):
+        return
+        yield
+
+    server = RpcServer()
+    server.serve_stream(GENERATE, nothing)
+    await start(server)
+    params = SamplingParams()
+    params.top_p = 7
+    with pytest.raises(InvalidRequest, match=r"top_p=7(\.0)?: expected a number in \(0, 1\]"):
+        await anext((await connect(server.address)).stream(GENERATE, GenerateRequest("r", [1], params)))
