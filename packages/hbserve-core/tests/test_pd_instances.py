@@ -35,7 +35,7 @@ GREEDY = SamplingParams(0, MAX_TOKENS, ignore_eos=True)
 
 async def until(condition: Callable[[], Awaitable[bool]], what: str) -> None:
     async with asyncio.timeout(DEADLINE_S):
-        while not await condition():  # noqa: ASYNC110  what is waited for is in another process
+        while not await condition():
             await asyncio.sleep(0.01)
 
 

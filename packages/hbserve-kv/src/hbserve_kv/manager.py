@@ -131,8 +131,7 @@ class KVTransferManager(KVTransferBase):
         if self._closed:
             return
         self._closed = True
-        for transfer in list(self._outgoing):
-            await transfer.abort("the sender was closed")
+        await asyncio.gather(*(transfer.abort("the sender was closed") for transfer in list(self._outgoing)))
         for peer in self._peers.values():
             await peer.disconnect()
         await self._server.stop()
@@ -147,7 +146,14 @@ class KVTransferManager(KVTransferBase):
     # ---- blocks of the pool --------------------------------------------------------------------------------------
 
     def post_receive(self, transfer_id: str, block_ids: Sequence[int]) -> PostedReceive:
-        """Expect one transfer into these blocks of the pool; no blocks: only its commit. The id must be new."""
+        """Expect one transfer into these blocks of the pool; no blocks: only its commit.
+
+        Raises:
+            ValueError: the id is in use, or a block is outside the pool or there twice.
+        """
+        num_blocks = self._memory.pool.shape[0]
+        if len(set(block_ids)) != len(block_ids) or not all(0 <= block_id < num_blocks for block_id in block_ids):
+            raise ValueError(f"block_ids={list(block_ids)}: expected different ones from 0 to {num_blocks - 1}")
         incoming = self._receiver.expect(transfer_id, "pool", list(block_ids))
         incoming.result.add_done_callback(lambda done: self._count_received(done.result()))
         grant = Grant(transfer_id, self.address, self.epoch, list(block_ids))

@@ -74,6 +74,10 @@ class PartAnnounced(msgspec.Struct, frozen=True, tag=True):
     """Blocks [first, first + num_blocks) of those that were granted."""
     num_blocks: int
 
+    @property
+    def end(self) -> int:
+        return self.first + self.num_blocks
+
 
 class Commit(msgspec.Struct, frozen=True, tag=True):
     transfer_id: str

@@ -99,6 +99,8 @@ class Receiver:
         server.serve_stream(messages.TRANSFER, self._transfer)
 
     def expect(self, transfer_id: str, region: Region, block_ids: list[int]) -> Incoming:
+        if transfer_id in self.incoming:
+            raise ValueError(f"transfer_id={transfer_id!r} is in use")
         incoming = Incoming(transfer_id, region, block_ids, IncomingState(self._transport.one_sided))
         self.incoming[transfer_id] = incoming
         incoming.result.add_done_callback(lambda _: self.incoming.pop(transfer_id, None))
@@ -182,6 +184,8 @@ class Receiver:
 
     async def _part(self, message: messages.PartAnnounced) -> Done:
         incoming = self.incoming.get(message.transfer_id)
+        if incoming is not None and not 0 <= message.first < message.end <= len(incoming.block_ids):
+            self._drop_message(f"part {message.index} of transfer {message.transfer_id} is outside what was granted")
         if incoming is None or not incoming.state.start_part(message.sender_epoch, message.index):
             self._drop_message(f"part {message.index} of transfer {message.transfer_id} is late or was sent twice")
         # A task of our own: the bytes may land even if the sender, and so this call, is lost.
@@ -196,7 +200,7 @@ class Receiver:
             link, connecting = self._link_of(incoming)
             async with asyncio.timeout(self._timeout_s):
                 await asyncio.shield(connecting)
-            block_ids = incoming.block_ids[message.first : message.first + message.num_blocks]
+            block_ids = incoming.block_ids[message.first : message.end]
             await self._transport.accept(link, Part(message.transfer_id, message.index, incoming.region, block_ids))
         except Exception as cause:  # whatever a backend raised has failed this part
             error = f"part {message.index}: {type(cause).__name__}: {cause}"

@@ -49,7 +49,8 @@ class Peer:
             if self._link is not None and self._client is not None and epoch in ("", self.epoch):
                 return self._client, self._link
             await self.disconnect()
-            client = RpcClient(self.address, heartbeat_timeout_s=self._timeout_s)
+            interval_s = min(2.0, self._timeout_s / 4)
+            client = RpcClient(self.address, heartbeat_interval_s=interval_s, heartbeat_timeout_s=self._timeout_s)
             await client.start()
             self._client = client
             try:

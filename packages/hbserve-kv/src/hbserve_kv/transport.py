@@ -1,6 +1,7 @@
 """How bytes move between two instances, once both know which blocks: the part in which backends differ."""
 
 import asyncio
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -10,6 +11,8 @@ from typing import Any, ClassVar, TypeVar
 from hbserve_kv.memory import Memory, Region
 
 T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(eq=False)
@@ -36,6 +39,8 @@ class Link:
         except asyncio.CancelledError:
             # Bytes may move until the thread returns, and whoever cancels must know when they have stopped.
             await asyncio.wait([future])
+            if not future.cancelled() and (error := future.exception()) is not None:
+                logger.debug("a cancelled operation of link %s failed: %s", self.key[:8], error)
             raise
 
 

@@ -99,6 +99,7 @@ class MooncakeTransport(Transport):
         self._memory = memory
         # Read by Mooncake when an engine is made; there is no argument for either.
         os.environ.setdefault("MC_TRANSFER_TIMEOUT", str(int(self._timeout_s)))
+        os.environ.setdefault("MC_LOG_LEVEL", "ERROR")
         if self._config.protocol == "tcp":
             os.environ.setdefault("MC_FORCE_TCP", "1")
         self._receiving = self._make_engine()

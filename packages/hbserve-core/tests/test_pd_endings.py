@@ -1,0 +1,373 @@
+"""How requests between prefill and decode instances end: by a token, by clients that leave, by processes that die."""
+
+import asyncio
+import contextlib
+import importlib
+import os
+import signal
+import sys
+import threading
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from typing import Any
+
+import msgspec
+import pytest
+
+from hbserve_core import GpuInstance, InstanceConfig
+from hbserve_kv import KVTransferConfig
+from hbserve_rpc import RemoteError, RpcClient, SamplingParams
+from hbserve_rpc.messages import (
+    DECODE,
+    GENERATE,
+    PREFILL,
+    STATS,
+    DecodeRequest,
+    Empty,
+    GenerateRequest,
+    PrefillRequest,
+    TransferDone,
+)
+
+BLOCK, CHUNK = 16, 32
+DEADLINE_S = 60
+KV_TIMEOUT_S = 4
+LONG = SamplingParams(0, 400, ignore_eos=True)
+
+
+async def until(condition: Callable[[], Awaitable[bool]]) -> None:
+    async with asyncio.timeout(DEADLINE_S):
+        while not await condition():
+            await asyncio.sleep(0.01)
+
+
+class Instance:
+    """One in this process (`server`), or a process of its own."""
+
+    def __init__(self, address: str, server: GpuInstance | None, process: Any) -> None:
+        self.client = RpcClient(address, heartbeat_interval_s=0.2, heartbeat_timeout_s=DEADLINE_S)
+        self.server, self.process = server, process
+
+    def decode(self, name: str, ids: list[int], params: SamplingParams = LONG) -> Any:
+        return self.client.stream(DECODE, DecodeRequest(name, f"t-{name}", ids, params), timeout_s=DEADLINE_S)
+
+    def prefill(self, name: str, ids: list[int], grant: bytes, params: SamplingParams = LONG) -> Any:
+        return self.client.stream(PREFILL, PrefillRequest(name, f"t-{name}", ids, params, grant), timeout_s=DEADLINE_S)
+
+    async def hybrid(self, name: str, ids: list[int], params: SamplingParams) -> list[int]:
+        events = self.client.stream(GENERATE, GenerateRequest(name, ids, params), timeout_s=DEADLINE_S)
+        return [token async for event in events for token in event.token_ids]
+
+    async def stats(self) -> Any:
+        return await self.client.call(STATS, Empty(), timeout_s=DEADLINE_S)
+
+    async def is_ready(self) -> bool:
+        status = (await self.stats()).status
+        assert status != "failed"
+        return bool(status == "ready")
+
+    async def is_empty(self) -> bool:
+        s = await self.stats()
+        gauges = s.active_requests, s.waiting_requests, s.running_requests, s.active_transfers, s.quarantined_blocks
+        return gauges == (0,) * 5 and s.free_blocks == s.num_blocks
+
+    async def computes_nothing(self) -> bool:
+        stats = await self.stats()
+        return bool(stats.waiting_requests == stats.running_requests == 0)
+
+    async def sends(self) -> bool:
+        return bool((await self.stats()).active_transfers)
+
+    async def kill(self) -> None:
+        self.process.kill()
+        async with asyncio.timeout(DEADLINE_S):
+            await self.process.wait()
+
+
+Start = Callable[..., Awaitable[Instance]]
+
+
+@pytest.fixture
+async def start(model_folder: Callable[[str], Any]) -> AsyncIterator[Start]:
+    """Starts instances. At the end those that live must have nothing in them, and no task may be left here."""
+    async with contextlib.AsyncExitStack() as stack:
+        started: list[Instance] = []
+
+        async def start(role: str, *, process: bool = False, kv: Any = None, **settings: Any) -> Instance:
+            kv = {"backend": "nccl", "buffer_size": 1 << 20, "timeout_s": KV_TIMEOUT_S} | (kv or {})
+            if kv["backend"] == "mooncake":
+                pytest.importorskip("mooncake.engine", reason="no Mooncake, or not its libraries", exc_type=ImportError)
+            config = InstanceConfig(**{
+                "instance_id": f"{role}-{len(started)}", "role": role, "model_path": str(model_folder("qwen3")),
+                "device": "cpu", "num_blocks": 100, "chunk_size": CHUNK, "num_threads": 1, "kv_rank": len(started),
+                "kv_transfer": KVTransferConfig(**kv),
+            } | settings)  # fmt: skip
+            instance = await (_as_process if process else _here)(config, stack)
+            await stack.enter_async_context(instance.client)
+            await until(instance.is_ready)
+            started.append(instance)
+            return instance
+
+        yield start
+        for instance in started:
+            if instance.process is None or instance.process.returncode is None:
+                await until(instance.is_empty)
+    assert asyncio.all_tasks() == {asyncio.current_task()}
+
+
+async def _here(config: InstanceConfig, stack: contextlib.AsyncExitStack) -> Instance:
+    server = GpuInstance(config)
+    await server.start()
+    stack.push_async_callback(server.stop)
+    return Instance(server.address, server, None)
+
+
+async def _as_process(config: InstanceConfig, stack: contextlib.AsyncExitStack) -> Instance:
+    pipe = asyncio.subprocess.PIPE
+    process = await asyncio.create_subprocess_exec(sys.executable, "-m", "hbserve_core", stdin=pipe, stdout=pipe)
+
+    async def end() -> None:
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
+        async with asyncio.timeout(DEADLINE_S):
+            await process.communicate()
+
+    stack.push_async_callback(end)
+    process.stdin.write(msgspec.json.encode(config) + b"\n")
+    async with asyncio.timeout(DEADLINE_S):
+        line = await process.stdout.readline()
+    return Instance(msgspec.json.decode(line)["address"], None, process)
+
+
+async def apart(p: Instance, d: Instance, name: str, ids: list[int], params: SamplingParams) -> tuple[list[int], Any]:
+    """What a scheduler does. Tokens, and what P says of the transfer; None if the request ended on P."""
+    async with d.decode(name, ids, params) as decoding:
+        granted = await anext(decoding)
+        async with p.prefill(name, ids, granted.grant, params) as prefilling:
+            first, *rest = [event async for event in prefilling]
+        if first.finish_reason:
+            assert rest == []
+            return first.token_ids, None
+        return [*first.token_ids, *[token async for event in decoding for token in event.token_ids]], rest[0]
+
+
+@contextlib.asynccontextmanager
+async def reading(stream: Any) -> AsyncIterator["asyncio.Future[list[Any]]"]:
+    """Reads a stream to its end beside what goes on inside; then leaves it."""
+
+    async def read() -> list[Any]:
+        return [event async for event in stream]
+
+    async with stream:
+        events = asyncio.ensure_future(read())
+        try:
+            yield events
+        finally:
+            events.cancel()
+            await asyncio.gather(events, return_exceptions=True)
+
+
+@pytest.fixture
+async def gate(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Any:
+    """The gate of a custom backend through which all parts of this test pass; closed at first."""
+    monkeypatch.syspath_prepend(request.path.parent)
+    custom = importlib.import_module("hbserve_core_test_backend")
+    gate = custom.Gate()
+    monkeypatch.setitem(custom.GATES, request.node.name, gate)
+    gate.settings = {"backend": "hbserve_core_test_backend:GatedTransfer", "options": {"gate": request.node.name}}
+    return gate
+
+
+class Halt:
+    """Lets an instance of this process compute so many steps, and then none until `resume`."""
+
+    def __init__(self, instance: Instance, after: int) -> None:
+        self.reached, self._may_go_on = threading.Event(), threading.Event()
+        self._left, self._run = after, instance.server.runner.run
+        instance.server.runner.run = self._step
+
+    def _step(self, batch: Any) -> Any:
+        if self._left == 0:
+            self.reached.set()
+            assert self._may_go_on.wait(DEADLINE_S)
+        self._left -= 1
+        return self._run(batch)
+
+    async def is_reached(self) -> bool:
+        return self.reached.is_set()
+
+    def resume(self) -> None:
+        self._may_go_on.set()
+
+
+@pytest.fixture
+def halt() -> Iterator[Callable[..., Halt]]:
+    halts: list[Halt] = []
+
+    def make(instance: Instance, after: int) -> Halt:
+        halts.append(Halt(instance, after))
+        return halts[-1]
+
+    yield make
+    for each in halts:
+        each.resume()
+
+
+# ---- by a token --------------------------------------------------------------------------------------------------
+
+
+async def test_a_stop_token_or_the_limit_may_end_a_request_on_the_prefill_side(start, prompt, greedy_tokens):
+    p, d = await start("prefill"), await start("decode")
+    (first,) = greedy_tokens("qwen3", prompt(40), 1)
+    for name, params, reason in [
+        ("limit", SamplingParams(0, 1, ignore_eos=True), "length"),
+        ("stop", SamplingParams(0, 9, ignore_eos=True, stop_token_ids=[first]), "stop"),
+    ]:
+        async with d.decode(name, prompt(40), params) as decoding:
+            granted = await anext(decoding)
+            (event,) = [event async for event in p.prefill(name, prompt(40), granted.grant, params)]
+            assert (event.index, event.token_ids, event.finish_reason) == (0, [first], reason)
+    assert (await d.stats()).generated_tokens == 0
+
+
+@pytest.mark.parametrize("length", [1, BLOCK, CHUNK + 1])
+async def test_a_seeded_request_draws_the_tokens_that_it_draws_on_a_hybrid(start, prompt, length):
+    p, d, h = await start("prefill"), await start("decode"), await start("hybrid")
+    drawn = []
+    for seed in range(4):
+        params = SamplingParams(1.0, 12, ignore_eos=True, seed=seed, top_k=50, top_p=0.95)
+        expected = await h.hybrid(f"{seed}", prompt(length), params)
+        for again in range(2):
+            tokens, _ = await apart(p, d, f"{seed}-{again}", prompt(length), params)
+            assert tokens == expected
+        drawn.append(tuple(expected))
+    assert len(set(drawn)) > 1, "or the seed does nothing"
+
+
+async def test_the_transfer_says_how_much_of_the_prompt_was_cached_on_the_prefill_side(start, prompt):
+    p, d = await start("prefill"), await start("decode", prefix_caching=False)
+    params = SamplingParams(0, 3, ignore_eos=True)
+    for name, length, cached in [("cold", 70, 0), ("again", 70, 64), ("longer", 90, 64), ("all", 64, 48)]:
+        _, done = await apart(p, d, name, (prompt(64) + prompt(26, salt=5))[:length], params)
+        assert isinstance(done, TransferDone)
+        assert done.num_cached_tokens == cached
+        assert done.num_bytes > 0
+
+
+async def test_a_backend_of_ones_own_carries_the_tokens_of_a_hybrid(start, gate, prompt, greedy_tokens):
+    gate.is_open.set()
+    p, d = await start("prefill", kv=gate.settings), await start("decode", kv=gate.settings)
+    params = SamplingParams(0, 6, ignore_eos=True)
+    many = [prompt(length, salt=length) for length in (1, 15, 16, 17, 31, 32, 33, 133)]
+    results = await asyncio.gather(*(apart(p, d, str(i), ids, params) for i, ids in enumerate(many)))
+    assert [tokens for tokens, _ in results] == [greedy_tokens("qwen3", ids, 6) for ids in many]
+    assert len(gate.ids) == len(set(gate.ids)) == sum(done.num_parts for _, done in results)
+
+
+# ---- by a client that leaves -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("leaves", ["decode", "prefill", "both"])
+async def test_who_leaves_in_mid_transfer_gets_no_block_back_before_nobody_reads_or_writes_it(
+    start, gate, halt, prompt, leaves
+):
+    p, d = await start("prefill", kv=gate.settings), await start("decode", kv=gate.settings)
+    halted = halt(p, after=1)
+    async with contextlib.AsyncExitStack() as decode, contextlib.AsyncExitStack() as prefill:
+        decoding = await decode.enter_async_context(d.decode("r", prompt(140)))
+        granted = await anext(decoding)
+        prefilling = await prefill.enter_async_context(reading(p.prefill("r", prompt(140), granted.grant)))
+        async with asyncio.timeout(DEADLINE_S):
+            await gate.under_way.wait()
+        await until(halted.is_reached)
+        if leaves != "decode":
+            await prefill.aclose()
+        if leaves != "prefill":
+            await decode.aclose()
+        halted.resume()
+        await until(p.computes_nothing)
+        for instance in (p, d):
+            stats = await instance.stats()
+            assert (stats.active_requests, stats.free_blocks) == (1, 100 - 9), "a part is under way between these"
+        gate.is_open.set()
+        if leaves == "decode":
+            with pytest.raises(RemoteError, match="KV transfer t-r failed: cancelled by the receiver"):
+                await prefilling
+        if leaves == "prefill":
+            with pytest.raises(RemoteError, match="KV transfer failed: the request has ended"):
+                await anext(decoding)
+
+
+async def test_a_client_that_leaves_before_the_prefill_begins_leaves_nothing_and_the_grant_is_worth_nothing(
+    start, prompt
+):
+    p, d = await start("prefill"), await start("decode")
+    async with d.decode("r", prompt(70)) as decoding:
+        granted = await anext(decoding)
+    await until(d.is_empty)
+    with pytest.raises(RemoteError, match=r"KV transfer t-r failed: .*given up, or never granted"):
+        async for _ in p.prefill("r", prompt(70), granted.grant):
+            pass
+    await until(p.is_empty)
+    tokens, _ = await apart(p, d, "r", prompt(70), SamplingParams(0, 4, ignore_eos=True))
+    assert len(tokens) == 4, "the same id may come again"
+
+
+async def test_a_client_that_leaves_while_its_prompt_is_computed_leaves_nothing(start, halt, prompt):
+    p, d = await start("prefill"), await start("decode")
+    halted = halt(p, after=1)
+    async with d.decode("r", prompt(140)) as decoding:
+        granted = await anext(decoding)
+        async with reading(p.prefill("r", prompt(140), granted.grant)):
+            await until(halted.is_reached)
+    halted.resume()
+    await until(p.is_empty)
+    await until(d.is_empty)
+    assert (await p.stats()).prefill_tokens <= 2 * CHUNK, "what nobody wants is not computed"
+
+
+# ---- by a process that dies --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", ["nccl", "mooncake"])
+async def test_a_decode_instance_killed_in_mid_transfer_ends_the_prefill_with_an_error(start, halt, backend, prompt):
+    kv = {"backend": backend}
+    p, d = await start("prefill", kv=kv), await start("decode", process=True, kv=kv)
+    other = await start("decode", kv=kv)
+    halted = halt(p, after=2)
+    async with d.decode("r", prompt(140)) as decoding:
+        granted = await anext(decoding)
+        async with reading(p.prefill("r", prompt(140), granted.grant)) as prefilling:
+            await until(halted.is_reached)
+            await until(p.sends)
+            await d.kill()
+            halted.resume()
+            with pytest.raises(RemoteError, match="KV transfer t-r failed: "):
+                await prefilling
+    await until(p.is_empty)
+    tokens, _ = await apart(p, other, "next", prompt(40), SamplingParams(0, 4, ignore_eos=True))
+    assert len(tokens) == 4
+
+
+@pytest.mark.parametrize("backend", ["nccl", "mooncake"])
+async def test_blocks_of_a_frozen_prefill_instance_are_used_by_nobody_and_come_back_when_it_is_dead(
+    start, backend, prompt
+):
+    kv = {"backend": backend}
+    p, d = await start("prefill", process=True, kv=kv, chunk_size=1), await start("decode", kv=kv)
+    async with d.decode("r", prompt(400)) as decoding:
+        granted = await anext(decoding)
+        async with reading(p.prefill("r", prompt(400), granted.grant)):
+            await until(p.sends)
+            os.kill(p.process.pid, signal.SIGSTOP)
+    # Two-sided transfers need the receiver for every byte; one-sided ones may go on behind its back.
+    if backend == "mooncake":
+
+        async def quarantined() -> bool:
+            return (await d.stats()).quarantined_blocks > 0
+
+        await until(quarantined)
+        assert (await d.stats()).free_blocks == 100 - 25
+    else:
+        await until(d.is_empty)
+    await p.kill()
+    await until(d.is_empty)

@@ -1,0 +1,78 @@
+"""Whole tensors by request id: any order, bounded, and gone when nobody wants them."""
+
+import asyncio
+
+import pytest
+import torch
+
+from hbserve_kv import BufferTooSmall, TransferTimeout
+
+
+@pytest.fixture
+async def pair(backend, managers):
+    """A sender (rank 0) and a receiver (rank 1) that know each other."""
+
+    async def make(**settings):
+        sender, receiver = await managers(0, backend, **settings), await managers(1, backend, **settings)
+        sender.add_peer(1, receiver.address)
+        return sender, receiver
+
+    return make
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64, torch.uint8])
+async def test_a_tensor_arrives_as_it_was(pair, dtype):
+    sender, receiver = await pair()
+    tensor = torch.arange(3 * 5 * 7).view(3, 5, 7).to(dtype)
+    await sender.send_kv_cache("r", tensor, 1)
+    received = await receiver.receive_kv_cache("r", 0)
+    assert received.dtype == dtype
+    assert torch.equal(received, tensor)
+
+
+async def test_requests_may_be_received_in_another_order_than_they_were_sent(pair):
+    sender, receiver = await pair()
+    for number in range(4):
+        await sender.send_kv_cache(f"r{number}", torch.full((10,), float(number)), 1)
+    for number in (2, 0, 3, 1):
+        assert (await receiver.receive_kv_cache(f"r{number}", 0))[0] == number
+
+
+async def test_a_receive_may_be_there_before_its_send(pair):
+    sender, receiver = await pair()
+    waiting = asyncio.create_task(receiver.receive_kv_cache("r", 0))
+    await asyncio.sleep(0)
+    await sender.send_kv_cache("r", torch.ones(3), 1)
+    assert torch.equal(await waiting, torch.ones(3))
+
+
+async def test_a_sender_waits_while_the_buffer_is_full(pair):
+    sender, receiver = await pair(buffer_size=4 * 1536)
+    big = torch.ones(3 * 384)  # three of the four blocks
+    await sender.send_kv_cache("first", big, 1)
+    second = asyncio.create_task(sender.send_kv_cache("second", 2 * big, 1))
+    done, _ = await asyncio.wait([second], timeout=0.3)
+    assert not done
+    assert torch.equal(await receiver.receive_kv_cache("first", 0), big)
+    await second
+    assert torch.equal(await receiver.receive_kv_cache("second", 0), 2 * big)
+
+
+async def test_a_tensor_that_can_never_fit_is_refused_at_once(pair):
+    sender, _ = await pair(buffer_size=4 * 1536)
+    with pytest.raises(BufferTooSmall, match=r"raise kv_transfer\.buffer_size"):
+        await sender.send_kv_cache("r", torch.ones(5 * 384), 1)
+
+
+async def test_nothing_that_arrives_is_a_timeout(pair):
+    _, receiver = await pair(timeout_s=0.3)
+    with pytest.raises(TransferTimeout, match=r"nothing arrived within 0\.3 s"):
+        await receiver.receive_kv_cache("r", 0)
+
+
+async def test_what_nobody_asks_for_expires_and_gives_its_room_back(pair):
+    sender, receiver = await pair(expiry_s=0.2)
+    await sender.send_kv_cache("r", torch.ones(3), 1)
+    async with asyncio.timeout(20):
+        while receiver.stats().buffered_bytes:
+            await asyncio.sleep(0.01)
