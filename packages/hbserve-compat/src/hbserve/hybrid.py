@@ -25,7 +25,7 @@ class HybridBackend:
             # As nano-vllm does: its default is longer than some models.
             wanted["max_model_len"] = min(wanted["max_model_len"], load_model_config(folder).max_model_len)
         config = PdDisaggConfig(folder, **(wanted | {"gpu_instances": HYBRID})).to_deployment()
-        plain = instance_settings(config, config.gpu_instances[0], folder, num_local=1, log_level="WARNING")
+        plain = instance_settings(config, config.gpu_instances[0], folder, log_level="WARNING")
         instance = msgspec.convert(plain, InstanceConfig)
         self._engine = Engine(instance, ModelRunner(instance))
 

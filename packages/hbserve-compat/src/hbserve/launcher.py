@@ -25,12 +25,14 @@ STOP_TIMEOUT_S = 20.0
 
 
 def instance_settings(
-    config: DeploymentConfig, instance: InstanceSection, model_folder: Path, *, num_local: int, log_level: str
+    config: DeploymentConfig, instance: InstanceSection, model_folder: Path, *, log_level: str
 ) -> dict[str, Any]:
     """One instance's InstanceConfig, as plain data: this module does not import the engine.
 
-    `num_local` instances share the cores of this host.
+    The instances with the same `host` share its cores and its GPUs.
     """
+    neighbours = [each for each in config.gpu_instances if each.host == instance.host]
+    same_gpu = [each for each in neighbours if each.gpu_id == instance.gpu_id]
     chunked, graph, engine = config.chunked_prefill, config.cuda_graph, config.engine
     num_cores = len(os.sched_getaffinity(0))
     return {
@@ -43,7 +45,9 @@ def instance_settings(
         "max_model_len": config.model.max_model_len,
         "device": engine.device,
         "gpu_id": instance.gpu_id,
-        "num_threads": engine.num_threads or max(1, num_cores // num_local),
+        "num_local_instances": len(neighbours),
+        "num_on_gpu": None if instance.gpu_id is None else len(same_gpu),
+        "num_threads": engine.num_threads or max(1, num_cores // len(neighbours)),
         "block_size": engine.block_size,
         "num_blocks": engine.num_blocks,
         "gpu_memory_utilization": engine.gpu_memory_utilization,
@@ -172,11 +176,8 @@ class LocalInstances:
     def __init__(
         self, config: DeploymentConfig, model_folder: Path, *, log_level: str, on_death: Callable[[str, str], None]
     ) -> None:
-        num_local = len(config.gpu_instances)
         self.processes = [
-            InstanceProcess(
-                instance_settings(config, each, model_folder, num_local=num_local, log_level=log_level), on_death
-            )
+            InstanceProcess(instance_settings(config, each, model_folder, log_level=log_level), on_death)
             for each in config.gpu_instances
         ]
 

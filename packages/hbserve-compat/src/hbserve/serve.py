@@ -82,8 +82,5 @@ async def serve_instance(path: Path, instance_id: str, log_level: str) -> None:
     if not found:
         names = ", ".join(each.instance_id for each in config.gpu_instances)
         raise ConfigError(f"--instance-id={instance_id!r}: {path} has {names}")
-    num_local = sum(each.host == found[0].host for each in config.gpu_instances)
-    settings = instance_settings(
-        config, found[0], model_folder(config.model.path), num_local=num_local, log_level=log_level
-    )
+    settings = instance_settings(config, found[0], model_folder(config.model.path), log_level=log_level)
     await run_instance(msgspec.convert(settings, InstanceConfig))

@@ -35,6 +35,10 @@ class InstanceConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     """"auto" (CUDA if there is one), "cpu", or "cuda:N"."""
     gpu_id: int | None = None
     """With device "auto": which CUDA device; None shares them out by kv_rank."""
+    num_local_instances: int = 1
+    """Instances of the same deployment that share this host's devices."""
+    num_on_gpu: int | None = None
+    """How many of them share this one's GPU; None: as sharing out by kv_rank has it."""
     tensor_parallel_size: int = 1
     num_threads: int = 0
     """Threads of torch's CPU operators; 0 leaves torch's choice."""
@@ -44,6 +48,7 @@ class InstanceConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     num_blocks: int | None = None
     """KV blocks in the pool; None sizes the pool from free memory."""
     gpu_memory_utilization: float = 0.9
+    """Fraction of a GPU's memory that all instances on it take together."""
     max_model_len: int | None = None
     """Most tokens of a sequence; None takes the model's own limit."""
     max_num_seqs: int = 256

@@ -16,6 +16,8 @@ logger = logging.getLogger(__name__)
 # Several instances share a host and none knows of the others, so each takes a modest part by default.
 _CPU_SHARE = 8
 _CPU_MOST_BYTES = 4 << 30
+# What a process takes of a GPU before its first tensor, with some room for libraries' workspaces.
+_CUDA_CONTEXT_BYTES = 1 << 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +96,13 @@ def _cuda_budget(config: InstanceConfig, device: torch.device) -> int:
     if not 0 < share <= 1:
         raise InvalidInstanceConfig(f"gpu_memory_utilization={share}: expected a number in (0, 1]")
     free, total = torch.cuda.mem_get_info(device)
-    return int(total * share) - (total - free)
+    buffer_bytes = 0 if config.role == "hybrid" else config.kv_transfer.buffer_size
+    num_on_gpu = config.num_on_gpu or -(-config.num_local_instances // torch.cuda.device_count())
+    if num_on_gpu == 1:
+        return int(total * share) - (total - free) - buffer_bytes
+    # The others start at the same time, so what is free now says nothing: each takes its part of the whole.
+    own_bytes = torch.cuda.memory_reserved(device) + _CUDA_CONTEXT_BYTES
+    return int(total * share / num_on_gpu) - own_bytes - buffer_bytes
 
 
 def _cpu_budget() -> int:

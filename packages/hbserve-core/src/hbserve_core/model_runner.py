@@ -50,6 +50,8 @@ class ModelRunner:
         self._fewest_rows = FEWEST_ROWS if self.device.type == "cpu" else 1
         self.fingerprint = _fingerprint(self.model_config, weights.digest, block, config)
         """What two instances must share to read each other's blocks."""
+        if config.cuda_graph_enabled:
+            logger.info("%s: steps run eagerly; CUDA graphs are not built yet", config.instance_id)
         logger.info(
             "%s: %s on %s, %s, %d blocks of %d tokens (%.2f GiB)",
             config.instance_id, self.model_config.architecture, self.device, self.dtype, num_blocks, config.block_size,
