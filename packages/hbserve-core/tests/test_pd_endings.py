@@ -1,16 +1,12 @@
-"""How requests between prefill and decode instances end: by a token, by clients that leave, by processes that die."""
+"""How requests between a prefill and a decode instance end: by a token, or by clients that leave."""
 
 import asyncio
 import contextlib
 import importlib
-import os
-import signal
-import sys
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from typing import Any
 
-import msgspec
 import pytest
 
 from hbserve_core import GpuInstance, InstanceConfig
@@ -41,11 +37,11 @@ async def until(condition: Callable[[], Awaitable[bool]]) -> None:
 
 
 class Instance:
-    """One in this process (`server`), or a process of its own."""
+    """An instance in this process, as a scheduler sees it."""
 
-    def __init__(self, address: str, server: GpuInstance | None, process: Any) -> None:
-        self.client = RpcClient(address, heartbeat_interval_s=0.2, heartbeat_timeout_s=DEADLINE_S)
-        self.server, self.process = server, process
+    def __init__(self, server: GpuInstance) -> None:
+        self.client = RpcClient(server.address)
+        self.server = server
 
     def decode(self, name: str, ids: list[int], params: SamplingParams = LONG) -> Any:
         return self.client.stream(DECODE, DecodeRequest(name, f"t-{name}", ids, params), timeout_s=DEADLINE_S)
@@ -60,11 +56,6 @@ class Instance:
     async def stats(self) -> Any:
         return await self.client.call(STATS, Empty(), timeout_s=DEADLINE_S)
 
-    async def is_ready(self) -> bool:
-        status = (await self.stats()).status
-        assert status != "failed"
-        return bool(status == "ready")
-
     async def is_empty(self) -> bool:
         s = await self.stats()
         gauges = s.active_requests, s.waiting_requests, s.running_requests, s.active_transfers, s.quarantined_blocks
@@ -73,14 +64,6 @@ class Instance:
     async def computes_nothing(self) -> bool:
         stats = await self.stats()
         return bool(stats.waiting_requests == stats.running_requests == 0)
-
-    async def sends(self) -> bool:
-        return bool((await self.stats()).active_transfers)
-
-    async def kill(self) -> None:
-        self.process.kill()
-        async with asyncio.timeout(DEADLINE_S):
-            await self.process.wait()
 
 
 Start = Callable[..., Awaitable[Instance]]
@@ -92,50 +75,26 @@ async def start(model_folder: Callable[[str], Any]) -> AsyncIterator[Start]:
     async with contextlib.AsyncExitStack() as stack:
         started: list[Instance] = []
 
-        async def start(role: str, *, process: bool = False, kv: Any = None, **settings: Any) -> Instance:
-            kv = {"backend": "nccl", "buffer_size": 1 << 20, "timeout_s": KV_TIMEOUT_S} | (kv or {})
-            if kv["backend"] == "mooncake":
-                pytest.importorskip("mooncake.engine", reason="no Mooncake, or not its libraries", exc_type=ImportError)
+        async def start(role: str, *, kv: Any = None, **settings: Any) -> Instance:
+            kv = {"buffer_size": 1 << 20, "timeout_s": KV_TIMEOUT_S} | (kv or {})
             config = InstanceConfig(**{
                 "instance_id": f"{role}-{len(started)}", "role": role, "model_path": str(model_folder("qwen3")),
                 "device": "cpu", "num_blocks": 100, "chunk_size": CHUNK, "num_threads": 1, "kv_rank": len(started),
                 "kv_transfer": KVTransferConfig(**kv),
             } | settings)  # fmt: skip
-            instance = await (_as_process if process else _here)(config, stack)
+            server = GpuInstance(config)
+            await server.start()
+            stack.push_async_callback(server.stop)
+            instance = Instance(server)
             await stack.enter_async_context(instance.client)
-            await until(instance.is_ready)
+            await server.wait_ready()
             started.append(instance)
             return instance
 
         yield start
         for instance in started:
-            if instance.process is None or instance.process.returncode is None:
-                await until(instance.is_empty)
+            await until(instance.is_empty)
     assert asyncio.all_tasks() == {asyncio.current_task()}
-
-
-async def _here(config: InstanceConfig, stack: contextlib.AsyncExitStack) -> Instance:
-    server = GpuInstance(config)
-    await server.start()
-    stack.push_async_callback(server.stop)
-    return Instance(server.address, server, None)
-
-
-async def _as_process(config: InstanceConfig, stack: contextlib.AsyncExitStack) -> Instance:
-    pipe = asyncio.subprocess.PIPE
-    process = await asyncio.create_subprocess_exec(sys.executable, "-m", "hbserve_core", stdin=pipe, stdout=pipe)
-
-    async def end() -> None:
-        with contextlib.suppress(ProcessLookupError):
-            process.kill()
-        async with asyncio.timeout(DEADLINE_S):
-            await process.communicate()
-
-    stack.push_async_callback(end)
-    process.stdin.write(msgspec.json.encode(config) + b"\n")
-    async with asyncio.timeout(DEADLINE_S):
-        line = await process.stdout.readline()
-    return Instance(msgspec.json.decode(line)["address"], None, process)
 
 
 async def apart(p: Instance, d: Instance, name: str, ids: list[int], params: SamplingParams) -> tuple[list[int], Any]:
@@ -323,51 +282,3 @@ async def test_a_client_that_leaves_while_its_prompt_is_computed_leaves_nothing(
     await until(p.is_empty)
     await until(d.is_empty)
     assert (await p.stats()).prefill_tokens <= 2 * CHUNK, "what nobody wants is not computed"
-
-
-# ---- by a process that dies --------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("backend", ["nccl", "mooncake"])
-async def test_a_decode_instance_killed_in_mid_transfer_ends_the_prefill_with_an_error(start, halt, backend, prompt):
-    kv = {"backend": backend}
-    p, d = await start("prefill", kv=kv), await start("decode", process=True, kv=kv)
-    other = await start("decode", kv=kv)
-    halted = halt(p, after=2)
-    async with d.decode("r", prompt(140)) as decoding:
-        granted = await anext(decoding)
-        async with reading(p.prefill("r", prompt(140), granted.grant)) as prefilling:
-            await until(halted.is_reached)
-            await until(p.sends)
-            await d.kill()
-            halted.resume()
-            with pytest.raises(RemoteError, match="KV transfer t-r failed: "):
-                await prefilling
-    await until(p.is_empty)
-    tokens, _ = await apart(p, other, "next", prompt(40), SamplingParams(0, 4, ignore_eos=True))
-    assert len(tokens) == 4
-
-
-@pytest.mark.parametrize("backend", ["nccl", "mooncake"])
-async def test_blocks_of_a_frozen_prefill_instance_are_used_by_nobody_and_come_back_when_it_is_dead(
-    start, backend, prompt
-):
-    kv = {"backend": backend}
-    p, d = await start("prefill", process=True, kv=kv, chunk_size=1), await start("decode", kv=kv)
-    async with d.decode("r", prompt(400)) as decoding:
-        granted = await anext(decoding)
-        async with reading(p.prefill("r", prompt(400), granted.grant)):
-            await until(p.sends)
-            os.kill(p.process.pid, signal.SIGSTOP)
-    # Two-sided transfers need the receiver for every byte; one-sided ones may go on behind its back.
-    if backend == "mooncake":
-
-        async def quarantined() -> bool:
-            return (await d.stats()).quarantined_blocks > 0
-
-        await until(quarantined)
-        assert (await d.stats()).free_blocks == 100 - 25
-    else:
-        await until(d.is_empty)
-    await p.kill()
-    await until(d.is_empty)

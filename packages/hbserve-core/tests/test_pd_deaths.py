@@ -1,0 +1,209 @@
+"""When one of two instances dies or freezes in the middle of a transfer, the other gives every block back."""
+
+import asyncio
+import contextlib
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+import msgspec
+import pytest
+
+from hbserve_core import InstanceConfig
+from hbserve_kv import KVTransferConfig
+from hbserve_rpc import RemoteError, RpcClient, SamplingParams
+from hbserve_rpc.messages import DECODE, PREFILL, STATS, DecodeRequest, Empty, PrefillRequest
+
+NUM_BLOCKS, BLOCK, CHUNK = 100, 16, 32
+NUM_HELD = 9  # blocks of a prompt of 140 tokens
+DEADLINE_S = 60
+KV_TIMEOUT_S = 3
+
+# `python -m hbserve_core`, but after its second step the engine computes nothing until SIGUSR1 comes.
+HALTING = """
+import signal, threading
+from hbserve_core import ModelRunner, instance_process
+may_go_on, steps, run = threading.Event(), [], ModelRunner.run
+signal.signal(signal.SIGUSR1, lambda *_: may_go_on.set())
+def halting(self, batch):
+    if len(steps) == 2:
+        may_go_on.wait(60)
+    steps.append(batch)
+    return run(self, batch)
+ModelRunner.run = halting
+instance_process.main()
+"""
+
+
+async def until(condition: Callable[[], Awaitable[bool]]) -> None:
+    async with asyncio.timeout(DEADLINE_S):
+        while not await condition():
+            await asyncio.sleep(0.01)
+
+
+class Instance:
+    """An instance in a process of its own."""
+
+    def __init__(self, process: Any, address: str) -> None:
+        self.process = process
+        self.client = RpcClient(address, heartbeat_interval_s=0.2, heartbeat_timeout_s=DEADLINE_S)
+
+    def decode(self, name: str) -> Any:
+        request = DecodeRequest(name, f"t-{name}", PROMPT, SamplingParams(0, 4, ignore_eos=True))
+        return self.client.stream(DECODE, request, timeout_s=DEADLINE_S)
+
+    def prefill(self, name: str, grant: bytes) -> Any:
+        request = PrefillRequest(name, f"t-{name}", PROMPT, SamplingParams(0, 4, ignore_eos=True), grant)
+        return self.client.stream(PREFILL, request, timeout_s=DEADLINE_S)
+
+    async def stats(self) -> Any:
+        return await self.client.call(STATS, Empty(), timeout_s=DEADLINE_S)
+
+    async def is_ready(self) -> bool:
+        status = (await self.stats()).status
+        assert status != "failed"
+        return bool(status == "ready")
+
+    async def is_empty(self) -> bool:
+        s = await self.stats()
+        return (s.active_requests, s.active_transfers, s.quarantined_blocks, s.free_blocks) == (0, 0, 0, NUM_BLOCKS)
+
+    async def sends_what_it_has(self) -> bool:
+        s = await self.stats()
+        return bool(s.active_transfers == 1 and s.prefill_tokens == 2 * CHUNK)
+
+    async def has_quarantined_blocks(self) -> bool:
+        return bool((await self.stats()).quarantined_blocks)
+
+    async def kill(self) -> None:
+        self.process.kill()
+        async with asyncio.timeout(DEADLINE_S):
+            await self.process.wait()
+
+
+PROMPT = [3 + (7 * i * i + 11 * i) % 250 for i in range(140)]
+Start = Callable[..., Awaitable[Instance]]
+
+
+@pytest.fixture
+async def start(model_folder: Callable[[str], Any]) -> AsyncIterator[Start]:
+    """Starts instances. At the end those that live must have nothing in them, and end as asked."""
+    async with contextlib.AsyncExitStack() as stack:
+        started: list[Instance] = []
+
+        async def start(role: str, backend: str, *, halting: bool = False) -> Instance:
+            if backend == "mooncake":
+                pytest.importorskip("mooncake.engine", reason="no Mooncake, or not its libraries", exc_type=ImportError)
+            config = InstanceConfig(
+                instance_id=f"{role}-{len(started)}", role=role, model_path=str(model_folder("qwen3")), device="cpu",
+                num_blocks=NUM_BLOCKS, block_size=BLOCK, chunk_size=CHUNK, num_threads=1, kv_rank=len(started),
+                kv_transfer=KVTransferConfig(backend=backend, buffer_size=1 << 20, timeout_s=KV_TIMEOUT_S),
+            )  # fmt: skip
+            process = await _start_process(["-c", HALTING] if halting else ["-m", "hbserve_core"], config, stack)
+            async with asyncio.timeout(DEADLINE_S):
+                line = await process.stdout.readline()
+            started.append(Instance(process, msgspec.json.decode(line)["address"]))
+            await stack.enter_async_context(started[-1].client)
+            await until(started[-1].is_ready)
+            return started[-1]
+
+        yield start
+        for instance in started:
+            if instance.process.returncode is None:
+                await until(instance.is_empty)
+                instance.process.terminate()
+                async with asyncio.timeout(DEADLINE_S):
+                    assert await instance.process.wait() == 0
+    assert asyncio.all_tasks() == {asyncio.current_task()}
+
+
+async def _start_process(command: list[str], config: InstanceConfig, stack: contextlib.AsyncExitStack) -> Any:
+    pipe = asyncio.subprocess.PIPE
+    process = await asyncio.create_subprocess_exec(sys.executable, *command, stdin=pipe, stdout=pipe)
+
+    async def end() -> None:
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
+        async with asyncio.timeout(DEADLINE_S):
+            await process.communicate()
+
+    stack.push_async_callback(end)
+    process.stdin.write(msgspec.json.encode(config) + b"\n")
+    return process
+
+
+@contextlib.asynccontextmanager
+async def reading(stream: Any) -> AsyncIterator["asyncio.Future[list[Any]]"]:
+    """Reads a stream to its end beside what goes on inside; then leaves it."""
+
+    async def read() -> list[Any]:
+        return [event async for event in stream]
+
+    async with stream:
+        events = asyncio.ensure_future(read())
+        try:
+            yield events
+        finally:
+            events.cancel()
+            await asyncio.gather(events, return_exceptions=True)
+
+
+async def assert_a_request_succeeds(p: Instance, d: Instance) -> None:
+    async with d.decode("next") as decoding:
+        granted = await anext(decoding)
+        async with p.prefill("next", granted.grant) as prefilling:
+            first, _ = [event async for event in prefilling]
+        assert len([*first.token_ids, *[token async for event in decoding for token in event.token_ids]]) == 4
+
+
+@pytest.mark.parametrize("backend", ["nccl", "mooncake"])
+async def test_a_decode_instance_killed_in_mid_transfer_ends_the_prefill_with_an_error(start, backend):
+    p, d = await start("prefill", backend, halting=True), await start("decode", backend)
+    other = await start("decode", backend)
+    async with d.decode("r") as decoding:
+        granted = await anext(decoding)
+        async with reading(p.prefill("r", granted.grant)) as prefilling:
+            await until(p.sends_what_it_has)
+            await d.kill()
+            p.process.send_signal(signal.SIGUSR1)
+            with pytest.raises(RemoteError, match="KV transfer t-r failed: "):
+                await prefilling
+    await until(p.is_empty)
+    await assert_a_request_succeeds(p, other)
+
+
+@pytest.mark.parametrize("backend", ["nccl", "mooncake"])
+async def test_a_prefill_instance_killed_in_mid_transfer_ends_the_decode_with_an_error(start, backend):
+    p, d = await start("prefill", backend, halting=True), await start("decode", backend)
+    other = await start("prefill", backend)
+    async with d.decode("r") as decoding:
+        granted = await anext(decoding)
+        async with reading(p.prefill("r", granted.grant)):
+            await until(p.sends_what_it_has)
+            assert (await d.stats()).free_blocks == NUM_BLOCKS - NUM_HELD
+            await p.kill()
+            with pytest.raises(RemoteError, match="KV transfer failed: "):
+                await anext(decoding)
+    await until(d.is_empty)
+    await assert_a_request_succeeds(other, d)
+
+
+@pytest.mark.parametrize("backend", ["nccl", "mooncake"])
+async def test_blocks_to_which_a_frozen_prefill_instance_may_write_are_used_by_nobody_until_it_is_dead(start, backend):
+    p, d = await start("prefill", backend, halting=True), await start("decode", backend)
+    async with d.decode("r") as decoding:
+        granted = await anext(decoding)
+        async with reading(p.prefill("r", granted.grant)):
+            await until(p.sends_what_it_has)
+            os.kill(p.process.pid, signal.SIGSTOP)
+            await decoding.aclose()
+            # Two-sided transfers need the receiver for every byte; one-sided ones may go on behind its back.
+            if backend == "nccl":
+                await until(d.is_empty)
+            else:
+                await until(d.has_quarantined_blocks)
+                assert (await d.stats()).free_blocks == NUM_BLOCKS - NUM_HELD
+            await p.kill()
+    await until(d.is_empty)
