@@ -15,7 +15,7 @@ class Gate:
 
     def __init__(self) -> None:
         self.is_open = asyncio.Event()
-        self.under_way = asyncio.Event()
+        self.sending, self.receiving = asyncio.Event(), asyncio.Event()
         self.queues: dict[tuple[str, int, int], asyncio.Queue[torch.Tensor]] = defaultdict(asyncio.Queue)
         self.ids: list[str] = []
 
@@ -30,9 +30,10 @@ class GatedTransfer(KVTransferBase):
 
     async def send_kv_cache(self, request_id: str, kv_buffer: torch.Tensor, target_rank: int) -> None:
         self._gate.ids.append(request_id)
-        self._gate.under_way.set()
+        self._gate.sending.set()
         await self._gate.is_open.wait()
         await self._gate.queues[request_id, self.rank, target_rank].put(kv_buffer.clone())
 
     async def receive_kv_cache(self, request_id: str, source_rank: int) -> torch.Tensor:
+        self._gate.receiving.set()
         return await self._gate.queues[request_id, source_rank, self.rank].get()

@@ -61,6 +61,13 @@ class Instance:
         gauges = s.active_requests, s.waiting_requests, s.running_requests, s.active_transfers, s.quarantined_blocks
         return gauges == (0,) * 5 and s.free_blocks == s.num_blocks
 
+    async def has_heard(self) -> bool:
+        """Whether the instance knows that a client has left, and has told its engine."""
+        if not self.server._ends:
+            return False
+        await asyncio.sleep(0)  # what was scheduled by then has run
+        return True
+
     async def computes_nothing(self) -> bool:
         stats = await self.stats()
         return bool(stats.waiting_requests == stats.running_requests == 0)
@@ -236,12 +243,15 @@ async def test_who_leaves_in_mid_transfer_gets_no_block_back_before_nobody_reads
         granted = await anext(decoding)
         prefilling = await prefill.enter_async_context(reading(p.prefill("r", prompt(140), granted.grant)))
         async with asyncio.timeout(DEADLINE_S):
-            await gate.under_way.wait()
+            await gate.sending.wait()
+            await gate.receiving.wait()
         await until(halted.is_reached)
         if leaves != "decode":
             await prefill.aclose()
+            await until(p.has_heard)
         if leaves != "prefill":
             await decode.aclose()
+            await until(d.has_heard)
         halted.resume()
         await until(p.computes_nothing)
         for instance in (p, d):
@@ -278,6 +288,7 @@ async def test_a_client_that_leaves_while_its_prompt_is_computed_leaves_nothing(
         granted = await anext(decoding)
         async with reading(p.prefill("r", prompt(140), granted.grant)):
             await until(halted.is_reached)
+    await until(p.has_heard)
     halted.resume()
     await until(p.is_empty)
     await until(d.is_empty)
