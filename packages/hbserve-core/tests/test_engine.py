@@ -21,7 +21,10 @@ def make_engine(model_folder: Callable[[str], Any]) -> Iterator[Callable[..., En
     def make(name: str = "qwen3", **settings: Any) -> Engine:
         defaults = {"block_size": BLOCK, "chunk_size": CHUNK, "num_blocks": 300, "max_num_batched_tokens": 100}
         config = InstanceConfig(model_path=str(model_folder(name)), device="cpu", **(defaults | settings))
-        made.append(Engine(config, ModelRunner(config)))
+        runner = ModelRunner(config)
+        # Memory that nobody wrote to may hold anything; nothing of it may reach a token.
+        runner.pool.fill_(float("nan"))
+        made.append(Engine(config, runner))
         return made[-1]
 
     yield make

@@ -87,6 +87,7 @@ class _Group:
     contexts: list[int]
     """Context tokens of each sequence, the new ones included."""
     block_tables: list[list[int]]
+    """Of each sequence, the blocks of its context."""
     num_blocks: int
     """Blocks of the longest context; the others are padded to it with their own first block."""
 
@@ -101,7 +102,11 @@ def _groups(chunks: Sequence[ScheduledChunk], block_size: int, most_blocks: int)
         for members in _split(same, block_size, most_blocks):
             contexts = [member.sequence.num_computed_tokens + num_new for member in members]
             num_blocks = -(-max(contexts) // block_size)
-            tables = [member.sequence.block_table for member in members]
+            # Tables go on beyond the context: their last blocks are not written yet, and may hold anything.
+            tables = [
+                member.sequence.block_table[: -(-context // block_size)]
+                for member, context in zip(members, contexts, strict=True)
+            ]
             yield _Group(first_token, num_new, contexts, tables, num_blocks)
             first_token += num_new * len(members)
 
@@ -175,8 +180,7 @@ class _GroupPlan:
         self._heads = (num_kv_heads, num_heads // num_kv_heads, head_dim)
         self._end = group.first_token + group.num_sequences * group.num_new_tokens
         self._block_rows = pool.view(num_blocks * num_layers * 2, -1)
-        tables = [table[: group.num_blocks] for table in group.block_tables]
-        padded = [table + [table[0]] * (group.num_blocks - len(table)) for table in tables]
+        padded = [table + [table[0]] * (group.num_blocks - len(table)) for table in group.block_tables]
         in_layer_0 = torch.tensor(padded, device="cpu").flatten() * (num_layers * 2)
         # (num_layers, 2 * S * blocks): rows of all keys, then of all values.
         offsets = torch.arange(num_layers * 2, device="cpu").view(num_layers * 2, 1)
