@@ -148,3 +148,21 @@ def test_one_of_two_decode_instances_killed_in_mid_stream_is_not_noticed_by_the_
         return re.findall(r"\S+", text.split("TTFT")[0])
 
     assert answers(out) == answers(expected.stdout)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_serve_runs_the_whole_deployment_and_ends_it_in_order(deploy, number):
+    deployment = deploy(["prefill-0", "decode-0"])
+    command = [sys.executable, "-m", "hbserve", "serve", "--config", deployment.config]
+    with deployment.log.open("ab") as log:
+        served = subprocess.Popen(command, stdout=log, stderr=log)
+    try:
+        answer = deployment.generate("Hello", "--max-tokens", "4")
+        assert answer.returncode == 0, answer.stderr + deployment.log.read_text()
+    finally:
+        served.send_signal(number)
+        assert served.wait(timeout=60) == 0, deployment.log.read_text()
+    # The instances' ports are free again: a second deployment on the same file can start.
+    for name in ["scheduler", "prefill-0", "decode-0"]:
+        deployment.start(name)
+    assert deployment.generate("Hello", "--max-tokens", "4").returncode == 0

@@ -50,7 +50,7 @@ class ModelRunner:
         self._fewest_rows = FEWEST_ROWS if self.device.type == "cpu" else 1
         self.fingerprint = _fingerprint(self.model_config, weights.digest, block, config)
         """What two instances must share to read each other's blocks."""
-        if config.cuda_graph_enabled:
+        if config.cuda_graph_enabled and self.device.type == "cuda":
             logger.info("%s: steps run eagerly; CUDA graphs are not built yet", config.instance_id)
         logger.info(
             "%s: %s on %s, %s, %d blocks of %d tokens (%.2f GiB)",
