@@ -56,6 +56,47 @@ async def test_any_other_error_crosses_as_a_remote_error_with_its_message(rpc, s
         await (await connect(server.address)).call(rpc.CALL, rpc.Ask(), timeout_s=20)
 
 
+async def test_an_error_whose_text_has_no_utf8_still_crosses(rpc, start, connect):
+    async def fail(ask):
+        raise FileNotFoundError("model-\udcff")
+
+    server = RpcServer()
+    server.serve(rpc.CALL, fail)
+    await start(server)
+    with pytest.raises(RemoteError, match=r"FileNotFoundError: model-\\udcff"):
+        await (await connect(server.address)).call(rpc.CALL, rpc.Ask(), timeout_s=20)
+
+
+async def test_a_handler_whose_own_work_was_cancelled_fails_its_call(rpc, start, connect):
+    async def wait_for_what_is_cancelled(ask):
+        future = asyncio.get_running_loop().create_future()
+        future.cancel()
+        await future
+
+    server = RpcServer()
+    server.serve(rpc.CALL, wait_for_what_is_cancelled)
+    await start(server)
+    with pytest.raises(RemoteError, match="CancelledError"):
+        await (await connect(server.address)).call(rpc.CALL, rpc.Ask(), timeout_s=20)
+
+
+async def test_any_number_of_calls_to_a_server_that_is_not_there_keep_their_deadline(rpc, start, connect):
+    absent = RpcServer()
+    await absent.start()
+    await absent.stop()
+    client = await connect(absent.address, heartbeat_timeout_s=60)
+    calls = [client.call(rpc.CALL, rpc.Ask(), timeout_s=1) for _ in range(2000)]
+    async with asyncio.timeout(40):
+        assert {type(each) for each in await asyncio.gather(*calls, return_exceptions=True)} == {RpcTimeout}
+
+
+async def test_a_request_that_cannot_be_sent_leaves_nothing_waiting(rpc, start, connect):
+    client = await connect((await start(RpcServer())).address)
+    with pytest.raises(OverflowError):
+        await client.call(rpc.CALL, rpc.Ask(2**70), timeout_s=20)
+    assert not client._waiting
+
+
 async def test_a_late_answer_is_a_timeout_and_the_handler_is_stopped(rpc, start, connect):
     stopped = asyncio.Event()
 
@@ -78,6 +119,11 @@ async def test_an_unknown_method_is_refused_with_those_that_there_are(rpc, start
     server = await start(RpcServer())
     with pytest.raises(InvalidRequest, match=r"does not serve 'test\.call'"):
         await (await connect(server.address)).call(rpc.CALL, rpc.Ask(), timeout_s=20)
+
+
+async def test_an_address_that_this_host_does_not_have_is_named():
+    with pytest.raises(OSError, match=r"cannot serve on 192\.0\.2\.1:0"):
+        await RpcServer("192.0.2.1").start()
 
 
 async def test_a_port_in_use_is_named(start):
@@ -119,6 +165,25 @@ async def test_frames_that_are_not_of_this_protocol_are_counted_and_change_nothi
             _head, _body = await socket.recv_multipart()
     assert server.dropped_frames == 3
     assert (await (await connect(server.address)).call(rpc.CALL, rpc.Ask(1), timeout_s=20)).value == 1
+
+
+async def test_a_client_counts_frames_that_are_not_of_this_protocol(rpc, connect):
+    with zmq.asyncio.Context() as context, context.socket(zmq.ROUTER) as socket:
+        socket.linger = 0
+        port = socket.bind_to_random_port("tcp://127.0.0.1")
+        client = await connect(f"127.0.0.1:{port}", heartbeat_timeout_s=20)
+        async with asyncio.timeout(20):
+            identity, *_ = await socket.recv_multipart()
+        await socket.send_multipart([identity, b"\xff", b""])
+        await socket.send_multipart([identity, b"one frame only"])
+        await socket.send_multipart([identity, wire.encode(wire.Reply("epoch", 77)), b""])
+        async with asyncio.timeout(20):
+            while client.dropped_frames < 3:
+                await asyncio.sleep(0.01)
+        pending = asyncio.create_task(client.call(rpc.CALL, rpc.Ask(), timeout_s=20))
+        await socket.send_multipart([identity, wire.encode(wire.Refused(99, "epoch")), b""])
+        with pytest.raises(ProtocolMismatch, match="version 99"):
+            await pending
 
 
 async def test_another_protocol_version_is_named_with_both(rpc, start, connect, monkeypatch):

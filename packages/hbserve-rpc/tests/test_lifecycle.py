@@ -5,10 +5,11 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
-from hbserve_rpc import PeerLost, RpcServer
+from hbserve_rpc import PeerLost, RpcClient, RpcServer, wire
 
 SERVER = """
 import asyncio, sys
@@ -20,9 +21,11 @@ async def pid(ask):
     import os
     return Ask(os.getpid())
 async def forever(ask):
-    yield ask
-    await asyncio.sleep(600)
-    yield ask
+    try:
+        yield ask
+        await asyncio.sleep(600)
+    finally:
+        print("closed", flush=True)
 async def main():
     server = RpcServer(port=int(sys.argv[1]))
     server.serve(Method("test.call", Ask, Ask), pid)
@@ -117,3 +120,121 @@ async def test_stopping_a_server_ends_its_generators(rpc, connect):
         await server.stop()
         await server.stop()
     assert closed.is_set()
+
+
+async def test_a_server_that_thaws_ends_what_its_client_has_given_up(rpc, serve, connect):
+    process, port = serve()
+    client = await connect(f"127.0.0.1:{port}", heartbeat_timeout_s=2.0)
+    stream = client.stream(rpc.STREAM, rpc.Ask(1))
+    await anext(stream)
+    os.kill(process.pid, signal.SIGSTOP)
+    async with asyncio.timeout(30):
+        with pytest.raises(PeerLost, match="silent"):
+            await anext(stream)
+    os.kill(process.pid, signal.SIGCONT)
+    async with asyncio.timeout(30):
+        assert (await asyncio.to_thread(process.stdout.readline)).strip() == "closed"
+    assert (await client.call(rpc.CALL, rpc.Ask(), timeout_s=20)).value == process.pid
+
+
+async def test_a_process_that_stood_still_itself_gives_up_nobody(rpc, start, connect):
+    async def wait(ask):
+        await asyncio.sleep(0.5)
+        return ask
+
+    server = RpcServer(heartbeat_timeout_s=1.0)
+    server.serve(rpc.CALL, wait)
+    await start(server)
+    client = await connect(server.address)
+    call = asyncio.create_task(client.call(rpc.CALL, rpc.Ask(3), timeout_s=30))
+    await asyncio.sleep(0.1)
+    time.sleep(2.5)  # noqa: ASYNC251  as a handler does that computes in the event loop
+    assert (await call).value == 3
+
+
+async def test_a_call_made_after_a_restart_is_not_lost_to_answers_to_messages_before_it(rpc, start, connect):
+    async def echo(ask):
+        return ask
+
+    server = RpcServer()
+    server.serve(rpc.CALL, echo)
+    await start(server)
+    client = await connect(server.address)
+    before = asyncio.create_task(client.call(rpc.CALL, rpc.Ask(1), timeout_s=20))
+    await asyncio.sleep(0)
+    (last_lost,) = client._waiting
+    after = asyncio.create_task(client.call(rpc.CALL, rpc.Ask(2), timeout_s=20))
+    await asyncio.sleep(0)
+    await client._handle(wire.Stranger(server.epoch, last_lost), b"")
+    with pytest.raises(PeerLost):
+        await before
+    assert (await after).value == 2
+
+
+async def test_frames_of_an_earlier_life_are_dropped(rpc, start, connect):
+    async def echo(ask):
+        return ask
+
+    server = RpcServer()
+    server.serve(rpc.CALL, echo)
+    await start(server)
+    client = await connect(server.address)
+    await client.call(rpc.CALL, rpc.Ask(), timeout_s=20)
+    pending = asyncio.create_task(client.call(rpc.CALL, rpc.Ask(2), timeout_s=20))
+    await asyncio.sleep(0)
+    (id_,) = client._waiting
+    await client._handle(wire.Reply("an earlier epoch", id_), wire.encode(rpc.Ask(666)))
+    assert (await pending).value == 2
+    assert client.dropped_frames == 1
+
+
+async def test_each_life_on_the_same_port_has_its_own_epoch(start):
+    first = RpcServer()
+    await first.start()
+    await first.stop()
+    second = await start(RpcServer(port=first.port))
+    assert second.address == first.address
+    assert second.epoch != first.epoch
+
+
+async def test_a_stopped_server_leaves_no_task_and_its_port_is_free_at_once(rpc, start, connect):
+    entered = asyncio.Event()
+
+    async def stuck(ask):
+        entered.set()
+        await asyncio.sleep(600)
+
+    before = asyncio.all_tasks()
+    server = RpcServer()
+    server.serve(rpc.CALL, stuck)
+    await server.start()
+    client = RpcClient(server.address, heartbeat_interval_s=0.1, heartbeat_timeout_s=1.0)
+    await client.start()
+    call = asyncio.create_task(client.call(rpc.CALL, rpc.Ask(), timeout_s=60))
+    async with asyncio.timeout(30):
+        await entered.wait()
+        await server.stop()
+        with pytest.raises(PeerLost):
+            await call
+        await client.close()
+    assert asyncio.all_tasks() == before
+    await start(RpcServer(port=server.port))
+
+
+async def test_closing_a_client_fails_what_waits_and_what_comes(rpc, serve):
+    _, port = serve()
+    before = asyncio.all_tasks()
+    client = RpcClient(f"127.0.0.1:{port}")
+    await client.close()
+    await client.start()
+    stream = client.stream(rpc.STREAM, rpc.Ask())
+    await anext(stream)
+    waiting = asyncio.create_task(anext(stream))
+    await asyncio.sleep(0)
+    await client.close()
+    await client.close()
+    with pytest.raises(PeerLost, match="closed"):
+        await waiting
+    with pytest.raises(PeerLost, match="not started"):
+        await client.call(rpc.CALL, rpc.Ask(), timeout_s=1)
+    assert asyncio.all_tasks() == before

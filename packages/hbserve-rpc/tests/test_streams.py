@@ -2,9 +2,10 @@
 
 import asyncio
 
+import msgspec
 import pytest
 
-from hbserve_rpc import RemoteError, RpcServer, wire
+from hbserve_rpc import ProtocolMismatch, RemoteError, RpcServer, RpcTimeout, StreamMethod, wire
 
 
 @pytest.fixture
@@ -79,3 +80,83 @@ async def test_a_closed_client_ends_its_streams_on_the_server(rpc, counting):
     await client.close()
     async with asyncio.timeout(30):
         await seen["closed"].wait()
+
+
+async def test_an_item_that_does_not_come_in_time_ends_the_stream_on_both_sides(rpc, start, connect):
+    closed = asyncio.Event()
+
+    async def once(ask):
+        try:
+            yield ask
+            await asyncio.sleep(600)
+        finally:
+            closed.set()
+
+    server = RpcServer()
+    server.serve_stream(rpc.STREAM, once)
+    await start(server)
+    stream = (await connect(server.address)).stream(rpc.STREAM, rpc.Ask(), timeout_s=0.3)
+    await anext(stream)
+    with pytest.raises(RpcTimeout, match=r"test\.stream within 0\.3 s"):
+        await anext(stream)
+    async with asyncio.timeout(20):
+        await closed.wait()
+
+
+class Other(msgspec.Struct, frozen=True, tag=True):
+    text: str = ""
+
+
+async def test_an_item_of_another_type_ends_the_stream_on_both_sides(rpc, counting):
+    client, seen = await counting()
+    other = StreamMethod(rpc.STREAM.name, rpc.Ask, Other)
+    with pytest.raises(ProtocolMismatch, match=r"test\.stream with"):
+        await anext(client.stream(other, rpc.Ask(10_000)))
+    async with asyncio.timeout(20):
+        await seen["closed"].wait()
+
+
+async def test_a_lost_item_ends_the_stream_on_both_sides(rpc, counting):
+    client, seen = await counting()
+    stream = client.stream(rpc.STREAM, rpc.Ask(10_000))
+    await anext(stream)
+    stream._num_received += 1
+    with pytest.raises(ConnectionError, match="lost item"):
+        [item async for item in stream]
+    async with asyncio.timeout(20):
+        await seen["closed"].wait()
+
+
+async def test_a_generator_whose_own_work_was_cancelled_fails_its_stream(rpc, start, connect):
+    async def wait_for_what_is_cancelled(ask):
+        yield ask
+        future = asyncio.get_running_loop().create_future()
+        future.cancel()
+        await future
+
+    server = RpcServer()
+    server.serve_stream(rpc.STREAM, wait_for_what_is_cancelled)
+    await start(server)
+    stream = (await connect(server.address)).stream(rpc.STREAM, rpc.Ask())
+    await anext(stream)
+    async with asyncio.timeout(20):
+        with pytest.raises(RemoteError, match="CancelledError"):
+            await anext(stream)
+
+
+async def test_one_slow_stream_holds_up_no_other(rpc, counting):
+    client, _ = await counting()
+    slow = client.stream(rpc.STREAM, rpc.Ask(10_000))
+    await anext(slow)
+    async with asyncio.timeout(20):
+        assert len([item async for item in client.stream(rpc.STREAM, rpc.Ask(500))]) == 500
+    await slow.aclose()
+    await slow.aclose()
+
+
+async def test_a_stream_that_was_never_read_asks_nothing_of_the_server(rpc, counting):
+    client, seen = await counting()
+    async with client.stream(rpc.STREAM, rpc.Ask(3)):
+        pass
+    assert [item.value async for item in client.stream(rpc.STREAM, rpc.Ask(1))] == [0]
+    assert seen["sent"] == 1

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import itertools
 import logging
+import math
 import time
 import uuid
 from collections import deque
@@ -52,6 +53,8 @@ class RpcClient:
         self._socket = self._context.socket(zmq.DEALER)
         for option, value in [(zmq.LINGER, 0), (zmq.RECONNECT_IVL, 50), (zmq.RECONNECT_IVL_MAX, 500)]:
             self._socket.setsockopt(option, value)
+        # Sending must never wait: not a call beyond its deadline, not the heartbeat that would notice a frozen server.
+        self._socket.setsockopt(zmq.SNDHWM, 0)
         # The same identity after a reconnect: a short break of the network costs nothing.
         self._socket.setsockopt(zmq.IDENTITY, uuid.uuid4().bytes)
         self._socket.connect(f"tcp://{self.address}")
@@ -89,8 +92,8 @@ class RpcClient:
             InvalidRequest, Overloaded, RemoteError: what the handler raised.
         """
         pending: RpcStream[R] = RpcStream(self, next(self._ids), method.name, method.reply, timeout_s)
-        await self._begin(pending, wire.Call(pending.id, method.name), request)
         async with pending:
+            await self._begin(pending, wire.Call(pending.id, method.name), request)
             return await anext(pending)
 
     def stream(self, method: StreamMethod[Q, R], request: Q, *, timeout_s: float | None = None) -> "RpcStream[R]":
@@ -105,8 +108,9 @@ class RpcClient:
     async def _begin(self, pending: "RpcStream[Any]", envelope: wire.Call | wire.Open, request: msgspec.Struct) -> None:
         if self._context is None:
             raise PeerLost(f"the client of {self.address} is not started")
+        body = wire.encode(request)
         self._waiting[pending.id] = pending
-        await self.send(envelope, wire.encode(request))
+        await self.send(envelope, body)
 
     async def send(self, envelope: wire.FromClient, body: bytes = b"") -> None:
         await self._socket.send_multipart([wire.encode(envelope), body], copy=len(body) < 65536)
@@ -141,9 +145,10 @@ class RpcClient:
                 if self._epoch not in (None, epoch):
                     self._fail_all(PeerLost(f"{self.address} was restarted"))
                 self._epoch = epoch
-            case wire.Stranger(epoch=epoch):
+            case wire.Stranger(epoch=epoch, id=last_lost):
                 # Also what a server says that gave us up as silent, for example because this process was frozen.
-                self._fail_all(PeerLost(f"{self.address} was restarted, or gave this client up as silent"))
+                lost = PeerLost(f"{self.address} was restarted, or gave this client up as silent")
+                self._fail_all(lost, last_lost)
                 self._epoch = epoch
                 await self._hello()
             case wire.Pong():
@@ -152,22 +157,28 @@ class RpcClient:
                 pending = self._waiting.get(id_)
                 if pending is None or envelope.epoch != self._epoch:
                     self.dropped_frames += 1
-                else:
-                    pending.receive(envelope, body)
+                elif not pending.receive(envelope, body):
+                    await self.send(wire.Close(id_))
 
     async def _heartbeat(self) -> None:
+        checked_s = time.monotonic()
         while True:
             await asyncio.sleep(self._interval_s)
-            await self.send(wire.Ping())
+            await self.send(wire.Ping(next(self._ids)))
             now_s = time.monotonic()
+            own_pause_s = wire.own_pause(checked_s, now_s, self._interval_s)
+            checked_s = now_s
             for pending in list(self._waiting.values()):
-                silent_s = now_s - max(self._last_heard_s, pending.since_s)
+                pending.since_s = max(self._last_heard_s, pending.since_s) + own_pause_s
+                silent_s = now_s - pending.since_s
                 if silent_s > self._timeout_s:
                     pending.fail(PeerLost(f"{self.address} was silent for {silent_s:.1f} s during {pending.method}"))
+                    await self.send(wire.Close(pending.id))  # a frozen server reads it when it goes on
 
-    def _fail_all(self, error: HBServeRpcError) -> None:
+    def _fail_all(self, error: HBServeRpcError, last_id: float = math.inf) -> None:
         for pending in list(self._waiting.values()):
-            pending.fail(error)
+            if pending.id <= last_id:
+                pending.fail(error)
 
 
 class RpcStream(AsyncIterator[R], Generic[R]):
@@ -187,7 +198,8 @@ class RpcStream(AsyncIterator[R], Generic[R]):
         self._num_received = 0
         self._num_taken = 0
 
-    def receive(self, envelope: wire.Reply | wire.Item | wire.End | wire.Failed, body: bytes) -> None:
+    def receive(self, envelope: wire.Reply | wire.Item | wire.End | wire.Failed, body: bytes) -> bool:
+        """Take what came. False: it ended the stream here, while the server goes on and must be told."""
         match envelope:
             case wire.Failed():
                 self.fail(wire.revive_error(envelope))
@@ -195,15 +207,18 @@ class RpcStream(AsyncIterator[R], Generic[R]):
                 self.fail(StopAsyncIteration())
             case wire.Item(number=number) if number != self._num_received:
                 self.fail(PeerLost(f"{self._client.address} lost item {self._num_received} of {self.method}"))
+                return False
             case _:
                 try:
                     self._items.append(self._decoder.decode(body))
                 except msgspec.DecodeError as error:
                     self.fail(ProtocolMismatch(f"{self._client.address} answered {self.method} with {error}"))
+                    return False
                 self._num_received += 1
                 self._arrived.set()
                 if isinstance(envelope, wire.Reply):
                     self.fail(StopAsyncIteration())
+        return True
 
     def fail(self, error: Exception) -> None:
         """End the stream after what has arrived already. The first cause is kept."""

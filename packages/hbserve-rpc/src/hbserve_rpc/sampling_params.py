@@ -8,6 +8,8 @@ import msgspec
 from hbserve_rpc.errors import InvalidRequest
 
 MAX_STOP_STRINGS = 16
+LARGEST_INT = 2**63 - 1
+"""What every reader of the wire format can hold."""
 
 
 class SamplingParams(msgspec.Struct):
@@ -52,9 +54,11 @@ class SamplingParams(msgspec.Struct):
         _require_int("top_k", self.top_k, -1)
         _require_number("top_p", self.top_p, lambda v: 0 < v <= 1, "a number in (0, 1]")
         if self.seed is not None:
-            _require_int("seed", self.seed, 0, 2**63 - 1)
+            _require_int("seed", self.seed, 0)
         if not isinstance(self.ignore_eos, bool):
             raise InvalidRequest(f"ignore_eos={self.ignore_eos!r}: expected True or False")
+        _require_list("stop", self.stop)
+        _require_list("stop_token_ids", self.stop_token_ids)
         if len(self.stop) > MAX_STOP_STRINGS or not all(isinstance(s, str) and s for s in self.stop):
             raise InvalidRequest(f"stop={self.stop!r}: expected at most {MAX_STOP_STRINGS} non-empty strings")
         for token_id in self.stop_token_ids:
@@ -66,7 +70,11 @@ def _require_number(name: str, value: object, allowed: Callable[[float], bool], 
         raise InvalidRequest(f"{name}={value!r}: expected {expected}")
 
 
-def _require_int(name: str, value: object, low: int, high: int | None = None) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < low or (high is not None and value > high):
-        expected = f"an integer >= {low}" if high is None else f"an integer from {low} to {high}"
-        raise InvalidRequest(f"{name}={value!r}: expected {expected}")
+def _require_int(name: str, value: object, low: int, high: int = LARGEST_INT) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise InvalidRequest(f"{name}={value!r}: expected an integer from {low} to {high}")
+
+
+def _require_list(name: str, value: object) -> None:
+    if not isinstance(value, (list, tuple)):
+        raise InvalidRequest(f"{name}={value!r}: expected a list")

@@ -135,7 +135,7 @@ class RpcServer:
         client = self._clients.get(identity)
         if client is None:
             self.dropped_frames += 1
-            await self._send(identity, wire.Stranger(self.epoch))
+            await self._send(identity, wire.Stranger(self.epoch, envelope.id))
             return
         client.last_heard_s = time.monotonic()
         match envelope:
@@ -182,7 +182,7 @@ class RpcServer:
         try:
             handler, request = self._decode(self._handlers, call.method, body)
             reply = wire.encode(await handler(request))
-        except Exception as error:  # the top of a handler: whatever it raised belongs to the caller
+        except (Exception, asyncio.CancelledError) as error:  # the top of a handler: what it raised is the caller's
             await self._fail(identity, call.id, call.method, error)
         else:
             await self._send(identity, wire.Reply(self.epoch, call.id), reply)
@@ -196,22 +196,29 @@ class RpcServer:
                     await credit.acquire()
                     await self._send(identity, wire.Item(self.epoch, open_.id, number), wire.encode(item))
                     number += 1
-        except Exception as error:  # as above
+        except (Exception, asyncio.CancelledError) as error:  # as above
             await self._fail(identity, open_.id, open_.method, error)
         else:
             await self._send(identity, wire.End(self.epoch, open_.id))
 
-    async def _fail(self, identity: bytes, id_: int, method: str, error: Exception) -> None:
+    async def _fail(self, identity: bytes, id_: int, method: str, error: BaseException) -> None:
+        task = asyncio.current_task()
+        if isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling():
+            raise error  # by Close, a silent client or `stop`; otherwise it came from what the handler waited for
         if not isinstance(error, HBServeRpcError):
             logger.error("%s failed", method, exc_info=error)
         code, message = wire.describe_error(error)
         await self._send(identity, wire.Failed(self.epoch, id_, code, message))
 
     async def _drop_silent_clients(self) -> None:
+        checked_s = time.monotonic()
         while True:
             await asyncio.sleep(self._check_interval_s)
             now_s = time.monotonic()
+            own_pause_s = wire.own_pause(checked_s, now_s, self._check_interval_s)
+            checked_s = now_s
             for identity, client in list(self._clients.items()):
+                client.last_heard_s = min(now_s, client.last_heard_s + own_pause_s)
                 if now_s - client.last_heard_s > client.heartbeat_timeout_s:
                     logger.info("a client was silent for %.1f s; its work ends", now_s - client.last_heard_s)
                     for work in client.work.values():

@@ -13,7 +13,8 @@
       Ping                       ──────▶
                                  ◀──────       Pong
 Each envelope from the server has its epoch. A server that gets anything but a Hello from a client it does not know
-answers Stranger: it was restarted, and what the client waits for is lost.
+answers Stranger with the id of that message: it was restarted, and what the client asked up to that id is lost. What
+was asked later, after the Hello that a Stranger causes, is not.
 """
 
 from typing import Any
@@ -53,7 +54,8 @@ class Close(msgspec.Struct, frozen=True, tag=True):
 
 
 class Ping(msgspec.Struct, frozen=True, tag=True):
-    pass
+    id: int = 0
+    """Drawn from the same count as those of calls and streams."""
 
 
 class Welcome(msgspec.Struct, frozen=True, tag=True):
@@ -68,6 +70,8 @@ class Refused(msgspec.Struct, frozen=True, tag=True):
 
 class Stranger(msgspec.Struct, frozen=True, tag=True):
     epoch: str
+    id: int
+    """Of the message that came from a client which is not known."""
 
 
 class Pong(msgspec.Struct, frozen=True, tag=True):
@@ -108,11 +112,26 @@ decode_from_server: Any = msgspec.msgpack.Decoder(FromServer).decode
 _CROSS_UNCHANGED = {error.code: error for error in (InvalidRequest, Overloaded)}
 
 
-def describe_error(error: Exception) -> tuple[str, str]:
+def describe_error(error: BaseException) -> tuple[str, str]:
     """(code, message) of an error that a handler raised."""
     if isinstance(error, HBServeRpcError):
-        return error.code, str(error)
-    return RemoteError.code, f"{type(error).__name__}: {error}"
+        return error.code, _sendable(str(error))
+    return RemoteError.code, _sendable(f"{type(error).__name__}: {error}")
+
+
+def own_pause(before_s: float, now_s: float, slept_s: float) -> float:
+    """How long this process stood still, of the time in which it meant to sleep `slept_s`.
+
+    A process that was frozen, or whose event loop was blocked, has read nothing meanwhile: that says nothing about
+    its peer.
+    """
+    late_s = now_s - before_s - slept_s
+    return late_s if late_s > slept_s else 0.0
+
+
+def _sendable(text: str) -> str:
+    """Lone surrogates, as names of files may have them, would keep the whole answer from being sent."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 def revive_error(failed: Failed) -> HBServeRpcError:
