@@ -33,7 +33,9 @@ class Steps:
         batch = self.scheduler.schedule()
         for chunk in batch:
             samples = chunk.samples
-            self.scheduler.computed(chunk.sequence, chunk.first + chunk.num_new_tokens)
+            end = chunk.first + chunk.num_new_tokens
+            self.scheduler.computed(chunk.sequence, chunk.first, end)
+            chunk.sequence.num_computed_tokens = end
             if samples:
                 chunk.sequence.token_ids.append(7)
                 if chunk.sequence.prefill_only:

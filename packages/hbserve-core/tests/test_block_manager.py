@@ -9,7 +9,7 @@ BLOCK = 4
 
 def digests(blocks: BlockManager, token_ids: list[int]) -> list[bytes]:
     found: list[bytes] = []
-    blocks.extend_digests(found, token_ids)
+    blocks.extend_digests(found, token_ids, len(token_ids))
     return found
 
 
@@ -120,7 +120,7 @@ def test_digests_are_made_as_a_sequence_grows_and_are_those_of_the_whole():
     token_ids = [*range(4 * BLOCK + 3)]
     growing: list[bytes] = []
     for count in range(len(token_ids) + 1):
-        blocks.extend_digests(growing, token_ids[:count])
+        blocks.extend_digests(growing, token_ids, count)
         assert len(growing) == count // BLOCK
     assert growing == digests(blocks, token_ids)
     assert digests(BlockManager(2, BLOCK), token_ids) == growing, "and the same in every instance"

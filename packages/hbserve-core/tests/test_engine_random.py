@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from hbserve_core import Engine, InstanceConfig
+from hbserve_core.sequence import UNREAD
 from hbserve_rpc import InvalidRequest, SamplingParams
 
 BLOCK = 4
@@ -42,8 +43,11 @@ class TokenRunner:
 
     model_config: Any = SimpleNamespace(vocab_size=VOCABULARY, max_model_len=60, eos_token_ids=(0,))
 
-    def __init__(self, num_blocks: int) -> None:
+    def __init__(self, num_blocks: int, overlaps: bool) -> None:
         self.pool = torch.full((num_blocks, BLOCK), -1)
+        self.overlaps = overlaps
+        self.last: TokenStep | None = None
+        self.num_unread = 0
 
     def write(self, block_table: list[int], first: int, token_ids: list[int]) -> None:
         """Fill in tokens [first, all); block_table[0] is the block of token 0."""
@@ -51,17 +55,48 @@ class TokenRunner:
             self.pool[block_table[place // BLOCK], place % BLOCK] = key
 
     def read(self, block_table: list[int], count: int) -> list[int]:
-        found: list[int] = self.pool[block_table].flatten()[:count].tolist()
+        found: list[int] = self.pool[list(block_table)].flatten()[:count].tolist()
         return found
 
-    def run(self, batch: Any) -> list[int | None]:
-        tokens: list[int | None] = []
-        for chunk in batch:
-            sequence, end = chunk.sequence, chunk.first + chunk.num_new_tokens
-            self.write(sequence.block_table, chunk.first, sequence.token_ids[:end])
-            assert self.read(sequence.block_table, end) == keys(sequence.token_ids[:end]), "somebody else's tokens"
-            tokens.append(next_token(sequence.token_ids) if chunk.samples else None)
-        return tokens
+    def launch(self, batch: Any) -> "TokenStep":
+        """Like a device that overlaps: computes steps in order, each as late as it may, with what was said at launch."""
+        if self.last is not None:
+            self.last.compute()
+        self.last = TokenStep(self, batch, self.last)
+        if not self.overlaps:
+            self.last.compute()
+        return self.last
+
+
+class TokenStep:
+    def __init__(self, runner: TokenRunner, batch: Any, before: "TokenStep | None") -> None:
+        self.runner = runner
+        self.sequences = [chunk.sequence for chunk in batch]
+        self.work = [
+            (list(chunk.sequence.block_table), list(chunk.sequence.token_ids), chunk.first, chunk.num_new_tokens,
+             chunk.samples) for chunk in batch
+        ]  # fmt: skip
+        self.before = before
+        self.result: list[int | None] | None = None
+
+    def compute(self) -> None:
+        if self.result is not None:
+            return
+        self.result = []
+        for sequence, (block_table, token_ids, first, count, samples) in zip(self.sequences, self.work, strict=True):
+            if token_ids[-1] == UNREAD:
+                # Only the step before can have sampled what nobody has read.
+                token_ids[-1] = self.before.result[self.before.sequences.index(sequence)]
+                self.runner.num_unread += 1
+            known = token_ids[: first + count]
+            self.runner.write(block_table, first, known)
+            assert self.runner.read(block_table, first + count) == keys(known), "somebody else's tokens"
+            self.result.append(next_token(known) if samples else None)
+        self.before = None
+
+    def tokens(self) -> list[int | None]:
+        self.compute()
+        return self.result
 
 
 class RandomRequests(RuleBasedStateMachine):
@@ -80,13 +115,16 @@ class RandomRequests(RuleBasedStateMachine):
         self.count = 0
 
     @precondition(lambda self: self.engine is None)
-    @rule(num_blocks=st.integers(4, 24), chunked=st.booleans(), caching=st.booleans(), num_seqs=st.integers(1, 6))
-    def start(self, num_blocks: int, chunked: bool, caching: bool, num_seqs: int) -> None:
+    @rule(
+        num_blocks=st.integers(4, 24), chunked=st.booleans(), caching=st.booleans(), num_seqs=st.integers(1, 6),
+        overlaps=st.booleans(),
+    )  # fmt: skip
+    def start(self, num_blocks: int, chunked: bool, caching: bool, num_seqs: int, overlaps: bool) -> None:
         config = InstanceConfig(
             model_path="", block_size=BLOCK, chunk_size=5, max_num_batched_tokens=16, max_chunk_prefill_tokens=12,
             chunked_prefill_enabled=chunked, prefix_caching=caching, max_num_seqs=num_seqs,
         )  # fmt: skip
-        self.runner = TokenRunner(num_blocks)
+        self.runner = TokenRunner(num_blocks, overlaps)
         self.engine = Engine(config, self.runner)
 
     @precondition(lambda self: self.engine is not None)
@@ -123,6 +161,8 @@ class RandomRequests(RuleBasedStateMachine):
     def step(self) -> None:
         for reservation in self.engine.poll_reservations():
             self.reserving.remove(reservation.request_id)
+            # A remote writer may begin at once, in no order with the steps here.
+            self.runner.pool[reservation.block_ids] = -3
             self.parked[reservation.request_id] = reservation
         for output in self.engine.step():
             if output.request_id in self.prefilling:

@@ -91,7 +91,7 @@ def test_a_block_that_was_copied_elsewhere_serves_as_well(model_folder, stepper,
     sequence = stepping.sequence(prompt(21))
     stepping.generate([sequence], 1, chunk_size=10)
     moved = [50 + i for i in range(len(sequence.block_table))]
-    decode.pool[moved] = prefill.pool[sequence.block_table]
+    decode.pool[moved] = prefill.pool[list(sequence.block_table)]
     sequence.block_table = moved
     stepping.runner = decode
     stepping.generate([sequence], 12)

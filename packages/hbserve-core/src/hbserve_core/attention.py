@@ -104,7 +104,7 @@ def _groups(chunks: Sequence[ScheduledChunk], block_size: int, most_blocks: int)
             num_blocks = -(-max(contexts) // block_size)
             # Tables go on beyond the context: their last blocks are not written yet, and may hold anything.
             tables = [
-                member.sequence.block_table[: -(-context // block_size)]
+                list(member.sequence.block_table[: -(-context // block_size)])
                 for member, context in zip(members, contexts, strict=True)
             ]
             yield _Group(first_token, num_new, contexts, tables, num_blocks)

@@ -5,6 +5,7 @@ gets the blocks of all its known tokens when it is admitted; from then on it gro
 left, the newest sequence gives all of its blocks up and is computed again later.
 """
 
+from array import array
 from collections import deque
 
 from hbserve_core.block_manager import BlockManager
@@ -21,7 +22,8 @@ class BatchScheduler:
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self.num_reserved = 0
-        """Sequences outside these queues that will join `running`, or that hold blocks until a transfer has ended."""
+        """Sequences outside these queues that will join `running`, or that hold blocks until something has ended: a
+        transfer, or the step that is being computed."""
         self.num_preemptions = 0
         self.num_cached_tokens = 0
         self.exhausted: list[Sequence] = []
@@ -66,7 +68,7 @@ class BatchScheduler:
             self._preempt(victim)
             if victim is sequence:
                 return False
-        sequence.block_table += self._blocks.allocate(1)
+        sequence.block_table.extend(self._blocks.allocate(1))
         return True
 
     def _preempt(self, sequence: Sequence) -> None:
@@ -111,7 +113,7 @@ class BatchScheduler:
 
     def _find_prefix(self, sequence: Sequence, num_tokens: int) -> list[int]:
         """Cached blocks among those that `num_tokens` fill."""
-        self._blocks.extend_digests(sequence.block_digests, sequence.token_ids)
+        self._extend_digests(sequence)
         return self._blocks.find_prefix(sequence.block_digests[: num_tokens // self._blocks.block_size])
 
     def _allocate(self, sequence: Sequence, prefix: list[int]) -> bool:
@@ -121,7 +123,7 @@ class BatchScheduler:
         if self._blocks.num_free_besides(prefix) < wanted + watermark:
             return False
         self._blocks.share(prefix)
-        sequence.block_table = prefix + self._blocks.allocate(wanted)
+        sequence.block_table = array("i", prefix + self._blocks.allocate(wanted))
         sequence.num_cached_tokens = len(prefix) * self._blocks.block_size
         self.num_cached_tokens += sequence.num_cached_tokens
         return True
@@ -135,19 +137,20 @@ class BatchScheduler:
         self.num_reserved += 1
         return True
 
-    def computed(self, sequence: Sequence, num_computed_tokens: int) -> None:
-        """The keys and values of so many tokens are in the pool now: full blocks may be found by others."""
-        first = sequence.num_computed_tokens // self._blocks.block_size
-        last = num_computed_tokens // self._blocks.block_size
-        sequence.num_computed_tokens = num_computed_tokens
+    def computed(self, sequence: Sequence, first_token: int, end: int) -> None:
+        """The keys and values of tokens [first_token, end) are in the pool now: full blocks may be found by others."""
+        first, last = first_token // self._blocks.block_size, end // self._blocks.block_size
         if last > first:
-            self._blocks.extend_digests(sequence.block_digests, sequence.token_ids)
+            self._extend_digests(sequence)
             for i in range(first, last):
                 self._blocks.cache(sequence.block_table[i], sequence.block_digests[i])
 
+    def _extend_digests(self, sequence: Sequence) -> None:
+        self._blocks.extend_digests(sequence.block_digests, sequence.token_ids, sequence.num_read_tokens)
+
     def release(self, sequence: Sequence) -> None:
         self._blocks.release(sequence.block_table)
-        sequence.block_table = []
+        sequence.block_table = array("i")
 
     def remove(self, sequence: Sequence) -> None:
         """Take a sequence out of whichever queue it is in; its blocks stay its own."""

@@ -79,12 +79,13 @@ class BlockManager:
 
     # ---- the prefix cache ----------------------------------------------------------------------------------------
 
-    def extend_digests(self, digests: list[bytes], token_ids: Sequence[int]) -> None:
-        """Bring the digests of the full blocks of `token_ids` up to date. Digest i depends on blocks 0 to i.
+    def extend_digests(self, digests: list[bytes], token_ids: Sequence[int], num_tokens: int) -> None:
+        """Bring the digests of the full blocks of the first `num_tokens` tokens up to date. Digest i depends on blocks
+        0 to i.
 
         128 bits of BLAKE2b: that two prefixes have the same one by chance does not happen.
         """
-        for i in range(len(digests), len(token_ids) // self.block_size):
+        for i in range(len(digests), num_tokens // self.block_size):
             parent = digests[i - 1] if i else b""
             tokens = array("q", token_ids[i * self.block_size : (i + 1) * self.block_size])
             digests.append(hashlib.blake2b(parent + tokens.tobytes(), digest_size=16).digest())

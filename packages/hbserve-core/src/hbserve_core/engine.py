@@ -3,32 +3,24 @@
 from collections import Counter, deque
 from collections.abc import Callable
 from collections.abc import Sequence as Ids
-from typing import Any, Protocol
-
-import torch
+from time import perf_counter
 
 from hbserve_core.batch_scheduler import BatchScheduler
 from hbserve_core.block_manager import BlockManager
 from hbserve_core.config import InstanceConfig
 from hbserve_core.engine_output import EngineStats, Reservation, StepOutput
-from hbserve_core.model_config import ModelConfig
 from hbserve_core.request_limits import RequestLimits
-from hbserve_core.sequence import ScheduledChunk, Sequence
+from hbserve_core.runner import Runner, StepInFlight
+from hbserve_core.sequence import UNREAD, ScheduledChunk, Sequence
 from hbserve_rpc import InvalidRequest, SamplingParams
 from hbserve_rpc.messages import FinishReason
 
 
-class Runner(Protocol):
-    """What the engine needs of a ModelRunner."""
-
-    model_config: ModelConfig
-    pool: torch.Tensor
-
-    def run(self, batch: Ids[ScheduledChunk]) -> list[int | None]: ...
-
-
 class Engine:
     """One model, one pool. Not thread-safe: everything is called by one thread.
+
+    With a runner that overlaps, a step is scheduled and launched while the one before it is computed; then that one's
+    tokens are read. So there is at most one step whose tokens are not read, and no sequence has more than one of them.
 
     A request is added by one of
       `add`                    compute and generate all of it here;
@@ -49,9 +41,15 @@ class Engine:
         self._sequences: dict[str, Sequence] = {}
         self._held: set[str] = set()
         """Requests outside the scheduler's queues whose blocks a transfer uses."""
+        self._ending: set[str] = set()
+        """Requests outside the scheduler's queues whose last token the step in flight computes."""
+        self._in_flight: StepInFlight | None = None
         self._reserving: deque[Sequence] = deque()
+        self._granted: list[tuple[Reservation, StepInFlight | None]] = []
+        """With the step that was in flight when the blocks were found."""
         self._quarantined: dict[str, list[int]] = {}
-        self._num_generated = self._num_prefilled = 0
+        self._num_generated = self._num_prefilled = self._num_steps = 0
+        self._host_time_s = 0.0
         self.stalled = False
         """The last step did nothing: everything waits for blocks that transfers hold, or for a quarantine to end."""
         self.on_cached_prefix: Callable[[StepOutput], None] | None = None
@@ -83,15 +81,22 @@ class Engine:
         self._reserving.append(self._make_sequence(request_id, prompt, params, output))
 
     def poll_reservations(self) -> list[Reservation]:
-        """Reservations for which there is room now, in the order in which they were asked for."""
-        granted = []
+        """Reservations for which there is room now, in the order in which they were asked for.
+
+        Others will write to these blocks, in no order with the steps here. So a grant waits for the step that was in
+        flight when the blocks were found: it may still use them for those who had them before.
+        """
         # Preempted sequences come first: they were promised room before.
         while self._reserving and not self._scheduler.waiting and self._scheduler.reserve(self._reserving[0]):
             sequence = self._reserving.popleft()
             self._held.add(sequence.request_id)
             first = sequence.num_cached_tokens // self.config.block_size
-            granted.append(Reservation(sequence.request_id, sequence.block_table[first:], sequence.num_cached_tokens))
-        return granted
+            block_ids = sequence.block_table[first:].tolist()
+            granted = Reservation(sequence.request_id, block_ids, sequence.num_cached_tokens)
+            self._granted.append((granted, self._in_flight))
+        safe = [granted for granted, step in self._granted if step is None or step is not self._in_flight]
+        self._granted = self._granted[len(safe) :]
+        return safe
 
     def activate(self, request_id: str, first_token: int) -> None:
         """The KV of a reserved request is there: it goes on after `first_token`. Nothing happens if it has ended."""
@@ -100,7 +105,8 @@ class Engine:
             return
         self._held.remove(request_id)
         self._scheduler.num_reserved -= 1
-        self._scheduler.computed(sequence, sequence.num_tokens)
+        self._scheduler.computed(sequence, sequence.num_computed_tokens, sequence.num_tokens)
+        sequence.num_computed_tokens = sequence.num_tokens
         sequence.token_ids.append(first_token)
         self._scheduler.running.append(sequence)
 
@@ -108,7 +114,7 @@ class Engine:
         """Compute no more of a request, but keep its blocks until `release` or `quarantine`."""
         sequence = self._sequences.get(request_id)
         if sequence is not None and request_id not in self._held:
-            self._scheduler.remove(sequence)
+            self._leave(sequence)
             self._scheduler.num_reserved += 1
             self._held.add(request_id)
 
@@ -119,7 +125,7 @@ class Engine:
             return
         if sequence in self._reserving:
             self._reserving.remove(sequence)
-        self._scheduler.remove(sequence)
+        self._leave(sequence)
         self._forget(sequence)
 
     def release(self, request_id: str) -> None:
@@ -129,17 +135,25 @@ class Engine:
         if request_id in self._held:
             self._held.remove(request_id)
             self._scheduler.num_reserved -= 1
+            self._granted = [granted for granted in self._granted if granted[0].request_id != request_id]
         self.abort(request_id)
 
     def quarantine(self, request_id: str, num_blocks: int) -> None:
         """End a held request. A failed transfer may still touch its last `num_blocks` blocks, until `release`."""
         sequence = self._sequences[request_id]
         kept = len(sequence.block_table) - num_blocks
-        block_ids = sequence.block_table[kept:]
+        block_ids = sequence.block_table[kept:].tolist()
         sequence.block_table = sequence.block_table[:kept]
         self.blocks.quarantine(block_ids)
         self.release(request_id)
         self._quarantined[request_id] = block_ids
+
+    def _leave(self, sequence: Sequence) -> None:
+        """Take a sequence out of the scheduler's queues, and from those that are ending."""
+        if sequence.request_id in self._ending:
+            self._ending.remove(sequence.request_id)
+            self._scheduler.num_reserved -= 1
+        self._scheduler.remove(sequence)
 
     def _forget(self, sequence: Sequence) -> None:
         self._scheduler.release(sequence)
@@ -157,44 +171,82 @@ class Engine:
 
     def has_work(self) -> bool:
         """Whether `step` may do something. Reserved and held requests wait for others, not for steps."""
-        return bool(self._scheduler.waiting or self._scheduler.running)
+        return bool(self._scheduler.waiting or self._scheduler.running or self._in_flight or self._granted)
 
     def step(self) -> list[StepOutput]:
-        """Compute one batch."""
-        preemptions = self._scheduler.num_preemptions
+        """Launch one batch, and read the tokens of the one before it; of the same, if the runner does not overlap."""
+        begin, preemptions = perf_counter(), self._scheduler.num_preemptions
         batch = self._scheduler.schedule()
         self._tell_cached_prefixes(batch)
-        tokens = self._runner.run(batch)
-        ready = self._event(batch)
-        outputs = [self._advance(chunk, token, ready) for chunk, token in zip(batch, tokens, strict=True)]
+        launched = StepInFlight(batch, self._runner.launch(batch)) if batch else None
+        self._host_time_s += perf_counter() - begin
+        before = self._in_flight
+        outputs = self._read(before)
+        self._begin(launched)
+        if not self._runner.overlaps:
+            outputs += self._read(self._in_flight)
         outputs += self._end_exhausted()
-        self.stalled = not outputs and preemptions == self._scheduler.num_preemptions
+        self.stalled = not (outputs or batch or before or self._granted) and preemptions == self._scheduler.num_preemptions
         return outputs
 
-    def _advance(self, chunk: ScheduledChunk, token: int | None, ready: Any) -> StepOutput:
-        sequence = chunk.sequence
-        self._num_prefilled += min(chunk.num_new_tokens, max(0, sequence.num_prompt_tokens - chunk.first))
-        self._scheduler.computed(sequence, sequence.num_computed_tokens + chunk.num_new_tokens)
-        index, finish_reason = sequence.num_output_tokens, None
+    def _begin(self, step: StepInFlight | None) -> None:
+        """Count a launched step's tokens as computed, so that the next one can be scheduled before it has been."""
+        self._in_flight = step
+        if step is None:
+            return
+        self._num_steps += 1
+        for sequence, first, count in step.chunks:
+            if self._sequences.get(sequence.request_id) is not sequence:
+                continue  # its last token was one that ends it, as has just been read
+            self._num_prefilled += min(count, max(0, sequence.num_prompt_tokens - first))
+            sequence.num_computed_tokens = first + count
+            if first + count == sequence.num_tokens:
+                sequence.token_ids.append(UNREAD)
+                if sequence.prefill_only or self.limits.is_full(sequence):
+                    self._scheduler.remove(sequence)
+                    self._scheduler.num_reserved += 1
+                    self._ending.add(sequence.request_id)
+
+    def _read(self, step: StepInFlight | None) -> list[StepOutput]:
+        """Wait for a step and take in what it has computed."""
+        self._in_flight = None
+        if step is None:
+            return []
+        tokens = step.tokens()
+        begin, outputs = perf_counter(), []
+        for (sequence, first, count), token in zip(step.chunks, tokens, strict=True):
+            if self._sequences.get(sequence.request_id) is sequence:
+                outputs += self._advance(sequence, first, first + count, token)
+        self._host_time_s += perf_counter() - begin
+        return outputs
+
+    def _advance(self, sequence: Sequence, first: int, end: int, token: int | None) -> list[StepOutput]:
         if token is not None:
-            sequence.token_ids.append(token)
+            sequence.token_ids[end] = token
+        if sequence.request_id in self._held:
+            return []  # somebody else has ended it meanwhile
+        # A preempted one has given its blocks up.
+        if sequence.block_table:
+            self._scheduler.computed(sequence, first, end)
+        index = end - sequence.num_prompt_tokens if token is not None else sequence.num_output_tokens
+        finish_reason = None
+        if token is not None:
             self._num_generated += 1
             finish_reason = self._finish_reason(sequence, token)
-        output = self._output(sequence, token, index, finish_reason, ready)
+        output = self._output(sequence, token, index, finish_reason, end)
         if token is not None and sequence.prefill_only:
             self.hold(sequence.request_id)
         elif finish_reason:
-            self._scheduler.remove(sequence)
+            self._leave(sequence)
             self._forget(sequence)
-        return output
+        return [output]
 
     def _output(
-        self, sequence: Sequence, token: int | None, index: int, finish_reason: FinishReason | None, ready: Any = None
+        self, sequence: Sequence, token: int | None, index: int, finish_reason: FinishReason | None, computed: int
     ) -> StepOutput:
-        sent = sequence.prefill_only
         return StepOutput(
-            sequence.request_id, token, index, finish_reason, sequence.num_computed_tokens, sequence.num_cached_tokens,
-            sequence.block_table if sent else [], ready if sent else None,
+            sequence.request_id, token, index, finish_reason, computed, sequence.num_cached_tokens,
+            sequence.block_table.tolist() if sequence.prefill_only else [],
         )  # fmt: skip
 
     def _tell_cached_prefixes(self, batch: list[ScheduledChunk]) -> None:
@@ -203,30 +255,21 @@ class Engine:
             begins_with_cached = chunk.first == sequence.num_cached_tokens > 0
             if self.on_cached_prefix is not None and sequence.prefill_only and begins_with_cached:
                 index = sequence.num_output_tokens
-                self.on_cached_prefix(self._output(sequence, None, index, None, self._event(batch)))
-
-    def _event(self, batch: list[ScheduledChunk]) -> Any:
-        """After all work that is queued on the device now; None on the CPU, or if nobody needs it."""
-        device = self._runner.pool.device
-        if device.type != "cuda" or not any(chunk.sequence.prefill_only for chunk in batch):
-            return None
-        event: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        event.record(torch.cuda.current_stream(device))
-        return event
+                self.on_cached_prefix(self._output(sequence, None, index, None, sequence.num_computed_tokens))
 
     def _finish_reason(self, sequence: Sequence, token: int) -> FinishReason | None:
         params = sequence.params
         if token in params.stop_token_ids or (not params.ignore_eos and token in self._model.eos_token_ids):
             return "stop"
-        if sequence.num_output_tokens >= params.max_tokens or sequence.num_tokens >= self._model.max_model_len:
-            return "length"
-        return None
+        return "length" if self.limits.is_full(sequence) else None
 
     def _end_exhausted(self) -> list[StepOutput]:
         outputs = []
         for sequence in self._scheduler.exhausted:
-            outputs.append(self._output(sequence, None, sequence.num_output_tokens, "length"))
-            self._forget(sequence)
+            if self._sequences.get(sequence.request_id) is sequence:
+                computed = sequence.num_computed_tokens
+                outputs.append(self._output(sequence, None, sequence.num_output_tokens, "length", computed))
+                self._forget(sequence)
         self._scheduler.exhausted.clear()
         return outputs
 
@@ -242,6 +285,8 @@ class Engine:
             num_prefill_tokens=self._num_prefilled,
             num_cached_tokens=self._scheduler.num_cached_tokens,
             num_preemptions=self._scheduler.num_preemptions,
+            num_steps=self._num_steps,
+            host_time_s=self._host_time_s,
         )
 
     def check_integrity(self) -> None:
@@ -249,6 +294,6 @@ class Engine:
         holders = Counter(block_id for sequence in self._sequences.values() for block_id in sequence.block_table)
         self.blocks.check_integrity(holders)
         queued = {each.request_id for each in [*self._scheduler.waiting, *self._scheduler.running, *self._reserving]}
-        assert queued | self._held == self._sequences.keys()
-        assert not queued & self._held
-        assert len(self._held) == self._scheduler.num_reserved
+        assert queued | self._held | self._ending == self._sequences.keys()
+        assert len(queued) + len(self._held) + len(self._ending) == len(self._sequences)
+        assert len(self._held) + len(self._ending) == self._scheduler.num_reserved

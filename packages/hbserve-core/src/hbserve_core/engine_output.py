@@ -1,7 +1,6 @@
 """What an engine says to whoever runs it."""
 
 from dataclasses import dataclass, field
-from typing import Any
 
 from hbserve_rpc.messages import FinishReason
 
@@ -20,9 +19,8 @@ class StepOutput:
     num_cached_tokens: int = 0
     """Of those, how many came from the prefix cache."""
     block_table: list[int] = field(default_factory=list)
-    """Of a prefill-only request, whose blocks stay as they are until `release`; else empty."""
-    ready: Any = None
-    """With a block table on a CUDA device: the event after which those tokens' keys and values are in the blocks."""
+    """Of a prefill-only request, whose blocks stay as they are until `release`; else empty. The keys and values of its
+    computed tokens are there: on a device too, no stream has to be waited for."""
 
     @property
     def token_ids(self) -> list[int]:
@@ -57,3 +55,7 @@ class EngineStats:
     """Prompt tokens computed, those computed again after a preemption included."""
     num_cached_tokens: int = 0
     num_preemptions: int = 0
+    num_steps: int = 0
+    host_time_s: float = 0.0
+    """Time spent in steps other than waiting for the device: scheduling, preparing, launching, taking tokens in. With a
+    runner that computes on the host, its computation too."""

@@ -93,7 +93,7 @@ class Sending:
     def _push(self, output: StepOutput, end: int) -> None:
         if self._transfer is not None and end > self._pushed:
             block_ids = output.block_table[self._pushed : end]
-            self._transfer.push(block_ids, self._pushed - self._first, output.ready)
+            self._transfer.push(block_ids, self._pushed - self._first)
             self._pushed = end
 
     async def finish(self, output: StepOutput) -> TransferResult:

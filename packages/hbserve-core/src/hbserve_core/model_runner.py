@@ -15,6 +15,7 @@ from hbserve_core.errors import InvalidInstanceConfig
 from hbserve_core.kv_pool import BlockShape, allocate_pool, block_shape, choose_num_blocks
 from hbserve_core.linear import FEWEST_ROWS
 from hbserve_core.model_config import DTYPES, ModelConfig, load_model_config
+from hbserve_core.runner import ComputedStep, StepTokens
 from hbserve_core.sampler import Sampler
 from hbserve_core.sequence import ScheduledChunk
 from hbserve_core.weights import load_weights
@@ -23,13 +24,15 @@ logger = logging.getLogger(__name__)
 
 
 class ModelRunner:
-    """Computes steps. Not thread-safe: one step at a time, by whichever thread.
+    """Computes steps in plain torch, one at a time, on any device. Not thread-safe, but any thread may call.
 
     Raises:
         ModelFilesMissing, UnsupportedModel, WeightsMismatch: see `load_model_config` and `load_weights`.
         InvalidInstanceConfig: a setting that cannot be.
         NotEnoughMemory: the pool does not fit.
     """
+
+    overlaps = False
 
     def __init__(self, config: InstanceConfig) -> None:
         self.config = config
@@ -58,18 +61,18 @@ class ModelRunner:
             num_blocks * block.block_bytes / 2**30,
         )  # fmt: skip
 
-    def run(self, batch: Sequence[ScheduledChunk]) -> list[int | None]:
-        """Compute one step: write its keys and values into the pool, and sample.
+    def launch(self, batch: Sequence[ScheduledChunk]) -> ComputedStep:
+        return ComputedStep(self.run(batch))
 
-        Returns each chunk's next token, or None where it does not reach the last known token.
-        """
+    def run(self, batch: Sequence[ScheduledChunk]) -> StepTokens:
+        """Compute one step: write its keys and values into the pool, and sample."""
         if not batch:
             return []
         with torch.inference_mode():
             step = prepare_step(batch, self.device, self._fewest_rows)
             logits = self._logits(step)
             tokens = self._sampler.sample(logits, [batch[place].sequence for place in step.sampling_places])
-        result: list[int | None] = [None] * len(batch)
+        result: StepTokens = [None] * len(batch)
         for place, token in zip(step.sampling_places, tokens, strict=True):
             result[place] = token
         return result

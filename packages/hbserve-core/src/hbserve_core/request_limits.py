@@ -1,8 +1,9 @@
 """Which requests an engine can ever run. Others are refused at once, not when they get stuck."""
 
-from collections.abc import Sequence
+from collections.abc import Sequence as Ids
 
 from hbserve_core.config import InstanceConfig
+from hbserve_core.sequence import Sequence
 from hbserve_rpc import InvalidRequest, SamplingParams
 
 
@@ -21,7 +22,11 @@ class RequestLimits:
         longest = min(self._max_model_len - 1, self._num_blocks * self._config.block_size)
         return longest if self._config.chunked_prefill_enabled else min(longest, self._config.max_num_batched_tokens)
 
-    def check(self, prompt: Sequence[int], params: SamplingParams, output: Sequence[int] = ()) -> None:
+    def is_full(self, sequence: Sequence) -> bool:
+        """Whether a sequence has as many tokens as it may have."""
+        return sequence.num_output_tokens >= sequence.params.max_tokens or sequence.num_tokens >= self._max_model_len
+
+    def check(self, prompt: Ids[int], params: SamplingParams, output: Ids[int] = ()) -> None:
         """`output` are tokens that the request has already.
 
         Raises:
@@ -36,7 +41,7 @@ class RequestLimits:
             raise InvalidRequest(f"output_token_ids: {len(output)} tokens are all of max_tokens={params.max_tokens}")
         self._check_length(len(prompt), len(prompt) + len(output))
 
-    def _check_vocabulary(self, name: str, token_ids: Sequence[int]) -> None:
+    def _check_vocabulary(self, name: str, token_ids: Ids[int]) -> None:
         if token_ids and ((worst := max(token_ids)) >= self._vocab_size or (worst := min(token_ids)) < 0):
             raise InvalidRequest(f"{name}: token {worst} is outside the vocabulary [0, {self._vocab_size})")
 

@@ -5,12 +5,21 @@
     this step          [num_computed_tokens, num_computed_tokens + num_new_tokens)
 
 Prefill, a chunk of it, and decode are one case: compute some of the tokens that are known and not computed yet.
-When a step computes the last known token, it also samples the next one.
+When a step computes the last known token, it also samples the next one. A step may be scheduled before that token has
+been read: its place in token_ids is taken by UNREAD, at most one of a sequence, at the end.
 """
 
+from array import array
 from dataclasses import dataclass, field
 
 from hbserve_rpc import SamplingParams
+
+UNREAD = -1
+"""Stands for a token that the device has, or will have, and the host has not read yet."""
+
+
+def _no_blocks() -> "array[int]":
+    return array("i")
 
 
 @dataclass(eq=False, slots=True)
@@ -23,8 +32,8 @@ class Sequence:
     num_prompt_tokens: int
     params: SamplingParams
     num_computed_tokens: int = 0
-    block_table: list[int] = field(default_factory=list)
-    """Block i holds tokens [i * block_size, (i + 1) * block_size)."""
+    block_table: "array[int]" = field(default_factory=_no_blocks)
+    """Block i holds tokens [i * block_size, (i + 1) * block_size). An array, which numpy copies without a loop."""
     block_digests: list[bytes] = field(default_factory=list)
     """Of the full blocks, as far as they were needed; see BlockManager."""
     num_cached_tokens: int = 0
@@ -35,6 +44,11 @@ class Sequence:
     @property
     def num_tokens(self) -> int:
         return len(self.token_ids)
+
+    @property
+    def num_read_tokens(self) -> int:
+        """Tokens whose values are known here."""
+        return len(self.token_ids) - (self.token_ids[-1] == UNREAD)
 
     @property
     def num_uncomputed_tokens(self) -> int:
@@ -61,7 +75,7 @@ class ScheduledChunk:
 
     @property
     def first(self) -> int:
-        """The first token that is computed. Meaningful until the step has ended."""
+        """The first token that is computed. Meaningful until the sequence's progress is counted, as `samples` is."""
         return self.sequence.num_computed_tokens
 
     @property
