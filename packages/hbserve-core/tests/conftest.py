@@ -169,3 +169,13 @@ class Stepper:
 @pytest.fixture(scope="session")
 def stepper() -> Callable[[Any], Stepper]:
     return Stepper
+
+
+def pytest_configure() -> None:
+    """Without a GPU our kernels run in Triton's interpreter, which must be said before they are first imported."""
+    import os
+
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("TRITON_INTERPRET", "1")

@@ -59,7 +59,7 @@ class TokenRunner:
         return found
 
     def launch(self, batch: Any) -> "TokenStep":
-        """Like a device that overlaps: computes steps in order, each as late as it may, with what was said at launch."""
+        """Like a device that overlaps: steps in order, each as late as may be, with what was said at launch."""
         if self.last is not None:
             self.last.compute()
         self.last = TokenStep(self, batch, self.last)

@@ -8,7 +8,7 @@ import msgspec
 from hbserve.launcher import instance_settings
 from hbserve.llm import Progress
 from hbserve.pd_disagg.config import PdDisaggConfig
-from hbserve_core import Engine, InstanceConfig, ModelRunner
+from hbserve_core import Engine, InstanceConfig, make_runner
 from hbserve_core.model_config import load_model_config
 from hbserve_rpc import InvalidRequest, SamplingParams
 
@@ -27,7 +27,7 @@ class HybridBackend:
         config = PdDisaggConfig(folder, **(wanted | {"gpu_instances": HYBRID})).to_deployment()
         plain = instance_settings(config, config.gpu_instances[0], folder, log_level="WARNING")
         instance = msgspec.convert(plain, InstanceConfig)
-        self._engine = Engine(instance, ModelRunner(instance))
+        self._engine = Engine(instance, make_runner(instance))
 
     def add(self, request_id: str, token_ids: list[int], params: SamplingParams) -> None:
         self._engine.add(request_id, token_ids, params)

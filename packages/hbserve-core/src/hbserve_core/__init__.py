@@ -17,6 +17,7 @@ from hbserve_core.errors import (
 from hbserve_core.gpu_instance import GpuInstance
 from hbserve_core.instance_process import run_instance
 from hbserve_core.model_runner import ModelRunner
+from hbserve_core.runner_choice import make_runner
 
 __all__ = [
     "BlockManager",
@@ -35,5 +36,6 @@ __all__ = [
     "StepOutput",
     "UnsupportedModel",
     "WeightsMismatch",
+    "make_runner",
     "run_instance",
 ]

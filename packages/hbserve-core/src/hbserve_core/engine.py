@@ -186,7 +186,9 @@ class Engine:
         if not self._runner.overlaps:
             outputs += self._read(self._in_flight)
         outputs += self._end_exhausted()
-        self.stalled = not (outputs or batch or before or self._granted) and preemptions == self._scheduler.num_preemptions
+        self.stalled = (
+            not (outputs or batch or before or self._granted) and preemptions == self._scheduler.num_preemptions
+        )
         return outputs
 
     def _begin(self, step: StepInFlight | None) -> None:

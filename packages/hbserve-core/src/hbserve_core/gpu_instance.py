@@ -17,7 +17,8 @@ from hbserve_core.engine_output import EngineStats
 from hbserve_core.engine_thread import EngineEvent, EngineThread
 from hbserve_core.errors import EngineStopped, InstanceFailed
 from hbserve_core.handover import Inbox, Sending, received
-from hbserve_core.model_runner import ModelRunner
+from hbserve_core.runner import Runner
+from hbserve_core.runner_choice import make_runner
 from hbserve_kv import KVTransferManager, Outcome, PostedReceive
 from hbserve_rpc import InvalidRequest, Overloaded, RemoteError, RpcServer
 from hbserve_rpc.messages import (
@@ -54,7 +55,7 @@ class GpuInstance:
         self.error = ""
         self.engine: Engine | None = None
         """Belongs to its thread: others may read what never changes."""
-        self.runner: ModelRunner | None = None
+        self.runner: Runner | None = None
         self.manager: KVTransferManager | None = None
         self.num_requests = 0
         self._server = RpcServer(config.host, config.port, epoch=self.epoch)
@@ -130,7 +131,7 @@ class GpuInstance:
         await self._thread.stop()
 
     def _make_engine(self) -> Engine:
-        self.runner = ModelRunner(self.config)
+        self.runner = make_runner(self.config)
         return Engine(self.config, self.runner)
 
     async def _load(self) -> None:

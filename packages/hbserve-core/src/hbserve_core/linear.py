@@ -22,12 +22,12 @@ class Linear:
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
         """weight: (O, I). bias: (O,)."""
-        self._weight = weight
-        self._bias = bias
+        self.weight = weight
+        self.bias = bias
 
     def __call__(self, inputs: torch.Tensor) -> torch.Tensor:
         """(T, I) to (T, O)."""
-        return F.linear(inputs, self._weight, self._bias)
+        return F.linear(inputs, self.weight, self.bias)
 
 
 class PackedLinear(Linear):
@@ -41,7 +41,7 @@ class PackedLinear(Linear):
         super().__init__(torch.ops.mkldnn._reorder_linear_weight(weight, _TYPICAL_ROWS), bias)
 
     def __call__(self, inputs: torch.Tensor) -> torch.Tensor:
-        result: torch.Tensor = torch.ops.mkldnn._linear_pointwise(inputs, self._weight, self._bias, "none", [], "")
+        result: torch.Tensor = torch.ops.mkldnn._linear_pointwise(inputs, self.weight, self.bias, "none", [], "")
         return result
 
 

@@ -78,6 +78,13 @@ def _llama3(config: RopeConfig, frequencies: torch.Tensor) -> torch.Tensor:
     return (1 - kept) * frequencies / config.factor + kept * frequencies
 
 
+def angle_table(config: RopeConfig, head_dim: int, num_positions: int) -> torch.Tensor:
+    """(num_positions, D) float32, on the CPU: cosines of each pair's rotation, then sines."""
+    positions = torch.arange(num_positions, dtype=torch.float32, device="cpu")
+    turns = positions[:, None] * inverse_frequencies(config, head_dim)
+    return torch.cat((turns.cos(), turns.sin()), dim=-1)
+
+
 class Rope:
     """Rotates heads by their tokens' positions."""
 

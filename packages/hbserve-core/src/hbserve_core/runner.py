@@ -23,6 +23,10 @@ class Runner(Protocol):
     """A model and its pool. Steps are launched one after the other, by one thread."""
 
     model_config: ModelConfig
+    device: torch.device
+    dtype: torch.dtype
+    fingerprint: dict[str, str | int]
+    """What two instances must share to read each other's blocks."""
     pool: torch.Tensor
     """(num_blocks, num_layers, 2, block_size, num_kv_heads, head_dim)"""
     overlaps: bool

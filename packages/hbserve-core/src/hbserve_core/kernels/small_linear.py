@@ -9,8 +9,6 @@ import torch
 import triton
 import triton.language as tl
 
-MOST_ROWS = 4
-
 
 @triton.jit
 def _dot(

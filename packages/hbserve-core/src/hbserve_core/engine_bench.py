@@ -1,0 +1,206 @@
+"""Four workloads on one engine, beside what the device could do at most: `hbserve bench engine`.
+
+    mixed     many requests of random prompt and output lengths, all at once: nano-vllm's own benchmark
+    single    one request: the latency of a decode step
+    prefill   prompts only
+    decode    many requests in step, each with a context of its own
+The limits are measured on the same device, in the same run: how fast it reads memory, and how fast it multiplies large
+matrices of the model's dtype.
+"""
+
+import random
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from hbserve_core.config import InstanceConfig
+from hbserve_core.engine import Engine
+from hbserve_core.model_config import ModelConfig
+from hbserve_core.runner_choice import make_runner
+from hbserve_rpc import SamplingParams
+
+WORKLOADS = ("mixed", "single", "prefill", "decode")
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much of each workload. The defaults are nano-vllm's benchmark and its companions."""
+
+    num_requests: int = 256
+    shortest: int = 100
+    longest: int = 1024
+    """Prompts and outputs of `mixed` have from `shortest` to `longest` tokens."""
+    single_len: int = 512
+    num_prompts: int = 64
+    prompt_len: int = 2048
+    context_len: int = 1024
+    decode_len: int = 256
+
+    def scaled(self, factor: float) -> "Sizes":
+        """For slower devices: every number times `factor`, but at least 2."""
+        return Sizes(*(max(2, round(getattr(self, name) * factor)) for name in self.__dataclass_fields__))
+
+    @property
+    def longest_sequence(self) -> int:
+        return max(2 * self.longest, 2 * self.single_len, self.prompt_len + 1, self.context_len + self.decode_len + 1)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One run of a workload, or of the part of it that counts."""
+
+    time_s: float
+    num_steps: int
+    num_prompt_tokens: int
+    num_output_tokens: int
+    host_time_s: float
+    read_bytes: float = 0.0
+    """Weights and context that decode steps must read."""
+    flops: float = 0.0
+    """Of the products that prefill must compute."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    bytes_per_s: float
+    flops_per_s: float
+
+
+def bench_config(model_path: str, sizes: Sizes, **settings: object) -> InstanceConfig:
+    """One hybrid engine with room for all of a workload's requests at once."""
+    chosen = {
+        "max_num_seqs": max(sizes.num_requests, sizes.num_prompts),
+        "max_num_batched_tokens": 16384, "chunk_size": 16384, "max_chunk_prefill_tokens": 16384,
+        "max_model_len": max(4096, sizes.longest_sequence), "log_level": "INFO",
+    }  # fmt: skip
+    return InstanceConfig(model_path=model_path, **{**chosen, **settings})  # type: ignore[arg-type]
+
+
+class EngineBench:
+    """An engine, and the workloads on it. Prompts are random, other ones each time: none is in the prefix cache."""
+
+    def __init__(self, config: InstanceConfig, sizes: Sizes) -> None:
+        begin = time.perf_counter()
+        self._runner = make_runner(config)
+        self._engine = Engine(config, self._runner)
+        self._sizes = sizes
+        self._random = random.Random(0)
+        self._count = 0
+        self._run([(self._prompt(min(100, sizes.longest)), 16)])
+        self.start_time_s = time.perf_counter() - begin
+        """From nothing to the first answer: loading, compiling, capturing."""
+
+    def measure(self, workload: str) -> Measured:
+        sizes = self._sizes
+        if workload == "mixed":
+            between = (sizes.shortest, sizes.longest)
+            lengths = [
+                (self._random.randint(*between), self._random.randint(*between)) for _ in range(sizes.num_requests)
+            ]
+            return self._run([(self._prompt(length), count) for length, count in lengths])
+        if workload == "single":
+            return self._run([(self._prompt(sizes.single_len), sizes.single_len)], after_first_tokens=True)
+        if workload == "prefill":
+            return self._run([(self._prompt(sizes.prompt_len), 1) for _ in range(sizes.num_prompts)])
+        requests = [(self._prompt(sizes.context_len), sizes.decode_len + 1) for _ in range(sizes.num_requests)]
+        return self._run(requests, after_first_tokens=True)
+
+    def limits(self) -> Limits:
+        """Of the device, now."""
+        return measure_limits(self._runner.device, self._runner.dtype)
+
+    def _prompt(self, length: int) -> list[int]:
+        return [self._random.randrange(self._runner.model_config.vocab_size) for _ in range(length)]
+
+    def _run(self, requests: list[tuple[list[int], int]], *, after_first_tokens: bool = False) -> Measured:
+        """All at once. With `after_first_tokens`, only what comes after every request has its first token counts."""
+        engine = self._engine
+        for prompt, count in requests:
+            self._count += 1
+            engine.add(str(self._count), prompt, SamplingParams(0.6, count, ignore_eos=True))
+        missing = len(requests)
+        begin, before = time.perf_counter(), engine.stats()
+        while engine.has_work():
+            firsts = sum(output.token_id is not None and output.index == 0 for output in engine.step())
+            missing -= firsts
+            if after_first_tokens and firsts and not missing:
+                begin, before = time.perf_counter(), engine.stats()
+        after = engine.stats()
+        model = self._runner.model_config
+        return Measured(
+            time_s=time.perf_counter() - begin,
+            num_steps=after.num_steps - before.num_steps,
+            num_prompt_tokens=after.num_prefill_tokens - before.num_prefill_tokens,
+            num_output_tokens=after.num_generated_tokens - before.num_generated_tokens,
+            host_time_s=after.host_time_s - before.host_time_s,
+            read_bytes=sum(decode_bytes(model, self._runner.dtype, requests)) if after_first_tokens else 0.0,
+            flops=prefill_flops(model, [len(prompt) for prompt, _ in requests]),
+        )
+
+
+def num_layer_weights(model: ModelConfig) -> int:
+    """Numbers in the projections of all layers."""
+    heads = model.num_heads * model.head_dim
+    per_layer = model.hidden_size * (2 * heads + 2 * model.num_kv_heads * model.head_dim + 3 * model.intermediate_size)
+    return model.num_layers * per_layer
+
+
+def decode_bytes(model: ModelConfig, dtype: torch.dtype, requests: list[tuple[list[int], int]]) -> Iterator[float]:
+    """What each decode step must read, when all requests decode in step: weights once, and every context."""
+    weights = num_layer_weights(model) + model.vocab_size * model.hidden_size
+    per_token = 2 * model.num_layers * model.num_kv_heads * model.head_dim
+    for step in range(1, max(count for _, count in requests)):
+        context = sum(len(prompt) + step for prompt, count in requests if count > step)
+        yield (weights + per_token * context) * dtype.itemsize
+
+
+def prefill_flops(model: ModelConfig, lengths: list[int]) -> float:
+    """Of projections and causal attention; the output projection of the last tokens is left out."""
+    attention = 2 * model.num_layers * model.num_heads * model.head_dim * sum(length**2 for length in lengths)
+    return 2.0 * num_layer_weights(model) * sum(lengths) + attention
+
+
+def measure_limits(device: torch.device, dtype: torch.dtype) -> Limits:
+    """Bytes read and written by a large copy, and a large matrix product, each the best of several."""
+    on_gpu = device.type == "cuda"
+    count = 1 << (30 if on_gpu else 26)
+    source = torch.ones(count, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    copying = min(_timed(lambda: target.copy_(source), device) for _ in range(5))
+    size = 8192 if on_gpu else 1024
+    left = torch.randn(size, size, dtype=dtype, device=device)
+    multiplying = min(_timed(lambda: left @ left, device) for _ in range(5))
+    return Limits(2 * count / copying, 2 * size**3 / multiplying)
+
+
+def _timed(work: Callable[[], object], device: torch.device) -> float:
+    _wait_for(device)
+    begin = time.perf_counter()
+    work()
+    _wait_for(device)
+    return time.perf_counter() - begin
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def report(workload: str, measured: Measured, limits: Limits) -> str:
+    """One line: what was reached, and its share of the limit."""
+    steps, time_s = max(1, measured.num_steps), measured.time_s
+    line = (
+        f"{workload:8}{measured.num_output_tokens / time_s:9.0f} out tok/s"
+        f"{measured.num_prompt_tokens / time_s:9.0f} in tok/s{1e3 * time_s / steps:9.2f} ms a step, the host's {1e3 * measured.host_time_s / steps:.2f} ms with it"
+    )
+    if measured.read_bytes:
+        reached = measured.read_bytes / time_s
+        line += f"  {reached / 1e9:6.0f} GB/s = {reached / limits.bytes_per_s:4.0%} of {limits.bytes_per_s / 1e9:.0f}"
+    elif workload == "prefill":
+        reached = measured.flops / time_s
+        line += (
+            f"  {reached / 1e12:6.1f} TFLOP/s = {reached / limits.flops_per_s:4.0%} of {limits.flops_per_s / 1e12:.0f}"
+        )
+    return line

@@ -1,0 +1,145 @@
+"""What a device needs to know of one step, in one piece of memory: one copy brings all of it there.
+
+Layout, all int32; `StepShape` says how large each part is, and only the last part's size differs from step to step:
+    header         2                 width of the tables, number of decodes
+    tokens         (4, rows)         token id, source (see kernels/embedding.py), position, slot (-1: padding)
+    sequences      (3, sequences)    first row, new tokens, context with them
+    tiles          (2, tiles)        sequence (-1: none) and first new token; see kernels/prefill_attention.py
+    samples        (7, samples)      row, and what kernels/sampling.py says of each
+    tables         sequences * width block numbers of each sequence
+Sequences stand in the order of their rows: decodes, which are chunks of one token, before longer chunks.
+"""
+
+import random
+from collections.abc import Mapping
+from collections.abc import Sequence as Ids
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from hbserve_core.sequence import UNREAD, ScheduledChunk, Sequence
+
+HEADER = 2
+
+
+@dataclass(frozen=True, slots=True)
+class StepShape:
+    """How many of each there is room for. Two steps of one shape differ by their tables' width only."""
+
+    rows: int
+    sequences: int
+    tiles: int
+    samples: int
+
+    @property
+    def fixed_size(self) -> int:
+        """Numbers before the tables."""
+        return HEADER + 4 * self.rows + 3 * self.sequences + 2 * self.tiles + 7 * self.samples
+
+
+class StepView:
+    """The parts of a step's memory, a flat int32 numpy array or torch tensor, as views."""
+
+    def __init__(self, memory: Any, shape: StepShape) -> None:
+        self.shape = shape
+        sizes = [(HEADER,), (4, shape.rows), (3, shape.sequences), (2, shape.tiles), (7, shape.samples)]
+        parts, first = [], 0
+        for size in sizes:
+            end = first + size[0] * (size[1] if len(size) > 1 else 1)
+            parts.append(memory[first:end].reshape(size))
+            first = end
+        self.header, self.tokens, self.sequences, self.tiles, self.samples = parts
+        self.tables = memory[first:]
+
+
+def order_chunks(batch: Ids[ScheduledChunk]) -> list[int]:
+    """Places in the batch, decodes first; among them long contexts first, so that the last to end are short ones."""
+    return sorted(
+        range(len(batch)), key=lambda i: (batch[i].num_new_tokens > 1, -batch[i].sequence.num_computed_tokens)
+    )
+
+
+def write_step(
+    view: StepView, chunks: Ids[ScheduledChunk], sampling: Ids[int], sources: Mapping[Sequence, int],
+    random: random.Random, *, block_size: int, tile_tokens: int,
+) -> int:  # fmt: skip
+    """Fill a numpy view in; returns how many numbers of its memory are in use.
+
+    chunks: in the order of `order_chunks`. sampling: places of those to sample for. sources: where the step before has
+    put each sequence's unread token. random: for requests without a seed. tile_tokens: new tokens of one tile.
+    """
+    num_decodes = sum(chunk.num_new_tokens == 1 for chunk in chunks)
+    width = max(-(-(chunk.first + chunk.num_new_tokens) // block_size) for chunk in chunks)
+    view.header[:] = width, num_decodes
+    view.tokens[:] = [[0], [-1], [0], [-1]]
+    view.tiles[0] = -1
+    _write_decodes(view, chunks[:num_decodes], block_size, sources)
+    _write_prefills(view, chunks[num_decodes:], num_decodes, block_size, tile_tokens)
+    tables = view.tables[: len(chunks) * width].reshape(len(chunks), width)
+    for row, chunk in zip(tables, chunks, strict=True):
+        table = chunk.sequence.block_table[:width]
+        row[: len(table)] = table
+    _write_samples(view, chunks, sampling, random)
+    return view.shape.fixed_size + len(chunks) * width
+
+
+def _write_decodes(
+    view: StepView, chunks: Ids[ScheduledChunk], block_size: int, sources: Mapping[Sequence, int]
+) -> None:
+    columns: list[tuple[int, int, int, int]] = []
+    for chunk in chunks:
+        sequence = chunk.sequence
+        position = sequence.num_computed_tokens
+        token = sequence.token_ids[position]
+        slot = sequence.block_table[position // block_size] * block_size + position % block_size
+        columns.append((token, sources[sequence] if token == UNREAD else -1, position, slot))
+    if columns:
+        count = len(columns)
+        view.tokens[:, :count] = np.array(columns, dtype=np.int32).T
+        view.sequences[0, :count] = np.arange(count)
+        view.sequences[1, :count] = 1
+        view.sequences[2, :count] = view.tokens[2, :count] + 1
+
+
+def _write_prefills(
+    view: StepView, chunks: Ids[ScheduledChunk], num_decodes: int, block_size: int, tile_tokens: int
+) -> None:
+    row, tile = num_decodes, 0
+    for index, chunk in enumerate(chunks, num_decodes):
+        sequence, count = chunk.sequence, chunk.num_new_tokens
+        first = sequence.num_computed_tokens
+        positions = np.arange(first, first + count)
+        rows = slice(row, row + count)
+        view.tokens[0, rows] = sequence.token_ids[first : first + count]
+        view.tokens[2, rows] = positions
+        blocks = np.asarray(sequence.block_table, dtype=np.int32)
+        view.tokens[3, rows] = blocks[positions // block_size] * block_size + positions % block_size
+        view.sequences[:, index] = row, count, first + count
+        begins = np.arange(0, count, tile_tokens)
+        # The last tile of a chunk has the longest context, and is begun first.
+        view.tiles[0, tile : tile + len(begins)] = index
+        view.tiles[1, tile : tile + len(begins)] = begins[::-1]
+        row, tile = row + count, tile + len(begins)
+
+
+def _write_samples(
+    view: StepView, chunks: Ids[ScheduledChunk], sampling: Ids[int], random: random.Random
+) -> None:  # fmt: skip
+    columns: list[tuple[float, int, int, int, float]] = []
+    for i in sampling:
+        sequence, params = chunks[i].sequence, chunks[i].sequence.params
+        seed = random.getrandbits(64) if params.seed is None else params.seed
+        columns.append((params.temperature, seed, sequence.num_output_tokens, params.top_k, params.top_p))
+    if not columns:
+        return
+    temperatures, seeds, indices, top_k, top_p = zip(*columns, strict=True)
+    samples = view.samples[:, : len(columns)]
+    last_rows = np.cumsum([chunk.num_new_tokens for chunk in chunks]) - 1
+    samples[0] = last_rows[list(sampling)]
+    samples[1] = np.array(temperatures, dtype=np.float32).view(np.int32)
+    halves = np.array([seed & 0xFFFFFFFFFFFFFFFF for seed in seeds], dtype=np.uint64)
+    samples[2] = (halves & np.uint64(0xFFFFFFFF)).astype(np.uint32).view(np.int32)
+    samples[3] = (halves >> np.uint64(32)).astype(np.uint32).view(np.int32)
+    samples[4], samples[5] = indices, np.minimum(top_k, 2**31 - 1)
+    samples[6] = np.array(top_p, dtype=np.float32).view(np.int32)

@@ -1,0 +1,117 @@
+"""Everything that a CUDA step runs, except CUDA: packed steps, our kernels in Triton's interpreter, and the engine over
+them. Tokens equal those of transformers."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from hbserve_core import Engine, InstanceConfig
+from hbserve_core.cuda_graphs import GraphShapes
+from hbserve_core.loaded_model import LoadedModel
+from hbserve_core.step_buffer import StepView, order_chunks, write_step
+from hbserve_rpc import SamplingParams
+
+BLOCK = 8
+
+
+class InterpretedRunner:
+    """What CudaRunner does, at once and on the CPU. Steps may be padded as graphs pad them."""
+
+    def __init__(self, folder, overlaps=False, graphs=True, **settings):
+        from hbserve_core.cuda_decoder import CudaDecoder
+        from hbserve_core.kernels.prefill_attention import new_tokens_per_tile
+
+        self.config = InstanceConfig(
+            model_path=str(folder), block_size=BLOCK, num_blocks=96, device="cpu", cuda_graph_enabled=graphs,
+            cuda_graph_max_seq_len=64, **settings,
+        )  # fmt: skip
+        model = LoadedModel(self.config)
+        self.model_config, self.device, self.overlaps = model.model_config, model.device, overlaps
+        self.pool = model.allocate_pool().fill_(float("nan"))
+        self.decoder = CudaDecoder(model.model_config, plain(model.weights), num_processors=64)
+        self.tile_tokens = new_tokens_per_tile(self.pool, model.model_config.num_heads)
+        self.shapes = GraphShapes(self.config, self.tile_tokens)
+        self.sampled = torch.zeros(self.config.max_num_seqs, dtype=torch.int32)
+        self.sources, self.used_shapes = {}, set()
+
+    def launch(self, batch):
+        order = order_chunks(batch)
+        chunks = [batch[place] for place in order]
+        shape = self.shapes.choose([chunk.num_new_tokens for chunk in chunks])
+        self.used_shapes.add(shape)
+        sampling = [i for i, chunk in enumerate(chunks) if chunk.samples or not shape.tiles]
+        memory = np.full(shape.fixed_size + len(chunks) * 64, 12345, dtype=np.int32)
+        write_step(
+            StepView(memory, shape), chunks, sampling, self.sources, random.Random(0), block_size=BLOCK,
+            tile_tokens=self.tile_tokens,
+        )  # fmt: skip
+        view = StepView(torch.from_numpy(memory), shape)
+        with torch.inference_mode():
+            if shape.tiles:
+                hidden = self.decoder.hidden(view, self.sampled, self.pool)
+                view.samples = view.samples[:, : len(sampling)]
+                if sampling:
+                    self.decoder.finish(view, hidden, self.sampled)
+            else:
+                view.samples[:, len(chunks) :] = 0
+                self.decoder.decode(view, self.sampled, self.pool)
+        self.sources = {chunks[i].sequence: row for row, i in enumerate(sampling)}
+        tokens = [None] * len(batch)
+        for row, i in enumerate(sampling):
+            if chunks[i].samples:
+                tokens[order[i]] = int(self.sampled[row])
+        return Computed(tokens)
+
+
+class Computed:
+    def __init__(self, tokens):
+        self.given = tokens
+
+    def tokens(self):
+        return self.given
+
+
+def plain(weights):
+    """The CPU's packed products, as kernels want to read them: plain ones."""
+    from dataclasses import replace
+
+    from hbserve_core.linear import Linear
+
+    def unpacked(linear):
+        weight = linear.weight.to_dense() if linear.weight.is_mkldnn else linear.weight
+        return Linear(weight, linear.bias)
+
+    layers = tuple(
+        replace(layer, **{name: unpacked(getattr(layer, name)) for name in ("qkv", "output", "gate_up", "down")})
+        for layer in weights.layers
+    )
+    return replace(weights, layers=layers, head=unpacked(weights.head))
+
+
+def generate(engine, prompts, count, **params):
+    for name, prompt in prompts.items():
+        engine.add(name, prompt, SamplingParams(**({"temperature": 0} | params), max_tokens=count, ignore_eos=True))
+    found = {name: [] for name in prompts}
+    while engine.has_work():
+        for output in engine.step():
+            found[output.request_id] += output.token_ids
+        engine.check_integrity()
+    return found
+
+
+@pytest.mark.parametrize("overlaps", [False, True], ids=["in-turn", "overlapped"])
+@pytest.mark.parametrize("graphs", [False, True], ids=["exact", "padded"])
+@pytest.mark.parametrize("name", ["qwen3", "qwen2", "llama-9-heads", "llama-biases"])
+def test_greedy_tokens_equal_transformers(model_folder, greedy_tokens, prompt, name, graphs, overlaps):
+    runner = InterpretedRunner(
+        model_folder(name), overlaps, graphs, max_num_seqs=5, max_num_batched_tokens=48, chunk_size=20
+    )
+    engine = Engine(runner.config, runner)
+    prompts = {str(i): prompt(length, salt=i) for i, length in enumerate((1, 8, 30, 47, 9, 3))}
+    found = generate(engine, prompts, 5)
+    assert found == {key: greedy_tokens(name, given, 5) for key, given in prompts.items()}
+    assert engine.blocks.num_free == engine.blocks.num_blocks
+    padded = {shape in (*runner.shapes.decodes, *runner.shapes.prefills) for shape in runner.used_shapes}
+    assert padded == {graphs}
