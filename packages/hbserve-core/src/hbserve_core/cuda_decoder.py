@@ -15,8 +15,10 @@ from hbserve_core.kernels.prefill_attention import prefill_attention
 from hbserve_core.kernels.rope_and_store import rope_and_store
 from hbserve_core.kernels.sampling import sample
 from hbserve_core.kernels.small_linear import small_linear
+from hbserve_core.linear import Linear
 from hbserve_core.model_config import ModelConfig
 from hbserve_core.norm import RmsNorm
+from hbserve_core.rank_group import RankGroup
 from hbserve_core.rope import angle_table
 from hbserve_core.step_buffer import StepView
 from hbserve_core.weights import DecoderWeights, LayerWeights
@@ -30,9 +32,12 @@ Hidden = tuple[torch.Tensor, torch.Tensor | None]
 class CudaDecoder:
     """A causal language model over a paged pool. Reads steps that are on the device, and waits for nothing."""
 
-    def __init__(self, config: ModelConfig, weights: DecoderWeights, num_processors: int) -> None:
-        """num_processors: of the device; decode attention is split to keep them busy."""
+    def __init__(
+        self, config: ModelConfig, weights: DecoderWeights, num_processors: int, group: RankGroup | None = None
+    ) -> None:
+        """config: sizes of this rank's part. num_processors: of the device; decode attention keeps them busy."""
         self._config = config
+        self._group = group or RankGroup()
         self._weights = weights
         device = weights.embedding.device
         self._angles = angle_table(config.rope, config.head_dim, config.max_model_len).to(device)
@@ -49,7 +54,8 @@ class CudaDecoder:
     def hidden(self, step: StepView, sampled: torch.Tensor, pool: torch.Tensor) -> Hidden:
         """What the last layer gives for every row. Writes the step's keys and values into the pool."""
         ids, sources = step.tokens[0], step.tokens[1]
-        residual = embed(ids, sources, sampled, self._weights.embedding)
+        all_reduce = self._group.all_reduce
+        residual = all_reduce(embed(ids, sources, sampled, self._weights.embedding, self._weights.first_token))
         if self._is_small(step):
             for index, layer in enumerate(self._weights.layers):
                 self._small_layer(index, layer, residual, step, pool)
@@ -57,9 +63,9 @@ class CudaDecoder:
         added: torch.Tensor | None = None
         for index, layer in enumerate(self._weights.layers):
             normed = self._norm(residual, added, layer.attention_norm)
-            attended = layer.output(self._attend(index, layer, layer.qkv(normed), step, pool))
+            attended = all_reduce(layer.output(self._attend(index, layer, layer.qkv(normed), step, pool)))
             normed = self._norm(residual, attended, layer.mlp_norm)
-            added = layer.down(silu_mul(layer.gate_up(normed)))
+            added = all_reduce(layer.down(silu_mul(layer.gate_up(normed))))
         return residual, added
 
     def logits(self, hidden: Hidden, rows: torch.Tensor | None = None) -> torch.Tensor:
@@ -70,8 +76,10 @@ class CudaDecoder:
             residual = residual.index_select(0, rows)
             added = None if added is None else added.index_select(0, rows)
         if added is None and len(residual) in _SMALL:
-            return small_linear(residual, head.weight, head.bias, norm=(norm.weight, norm.eps))
-        return head(self._norm(residual, added, norm))
+            logits = small_linear(residual, head.weight, head.bias, norm=(norm.weight, norm.eps))
+        else:
+            logits = head(self._norm(residual, added, norm))
+        return self._group.gather_logits(logits, self._config.vocab_size)
 
     def _is_small(self, step: StepView) -> bool:
         return step.shape.rows in _SMALL and step.shape.tiles == 0
@@ -89,10 +97,17 @@ class CudaDecoder:
         before, after = layer.attention_norm, layer.mlp_norm
         qkv = small_linear(residual, layer.qkv.weight, layer.qkv.bias, norm=(before.weight, before.eps))
         attended = self._attend(index, layer, qkv, step, pool)
-        small_linear(attended, layer.output.weight, layer.output.bias, add_to=residual)
+        self._add(attended, layer.output, residual)
         gate_up = layer.gate_up
         inner = small_linear(residual, gate_up.weight, gate_up.bias, norm=(after.weight, after.eps), gated=True)
-        small_linear(inner, layer.down.weight, layer.down.bias, add_to=residual)
+        self._add(inner, layer.down, residual)
+
+    def _add(self, inputs: torch.Tensor, linear: Linear, residual: torch.Tensor) -> None:
+        """Add a product to `residual` in place; of several ranks, the sum of theirs."""
+        if self._group.shard.size == 1:
+            small_linear(inputs, linear.weight, linear.bias, add_to=residual)
+        else:
+            residual += self._group.all_reduce(small_linear(inputs, linear.weight, linear.bias))
 
     def _attend(
         self, index: int, layer: LayerWeights, qkv: torch.Tensor, step: StepView, pool: torch.Tensor

@@ -12,6 +12,7 @@ from hbserve_core.cuda_decoder import CudaDecoder, Hidden
 from hbserve_core.cuda_graphs import CudaGraphs, GraphShapes
 from hbserve_core.kernels.prefill_attention import new_tokens_per_tile
 from hbserve_core.loaded_model import LoadedModel
+from hbserve_core.rank_group import RankGroup
 from hbserve_core.runner import StepTokens
 from hbserve_core.sequence import ScheduledChunk, Sequence
 from hbserve_core.step_buffer import StepShape, StepView, order_chunks, write_step
@@ -30,19 +31,20 @@ class CudaRunner:
 
     overlaps = True
 
-    def __init__(self, config: InstanceConfig) -> None:
-        model = LoadedModel(config)
+    def __init__(self, config: InstanceConfig, group: RankGroup | None = None) -> None:
+        group = group or RankGroup()
+        model = LoadedModel(config, group)
         self.config, self.model_config, self.device, self.dtype = config, model.model_config, model.device, model.dtype
         self.fingerprint = model.fingerprint
         torch.cuda.set_device(self.device)
         self._stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
-        self._random = random.Random()
+        self._random = random.Random(group.seed)
         with torch.inference_mode(), torch.cuda.stream(self._stream):
             processors = torch.cuda.get_device_properties(self.device).multi_processor_count
-            self._decoder = CudaDecoder(model.model_config, model.weights, processors)
+            self._decoder = CudaDecoder(model.rank_config, model.weights, processors, group)
             self._sampled = torch.zeros(config.max_num_seqs, dtype=torch.int32, device=self.device)
             scratch = torch.empty((1, *model.block.shape), dtype=self.dtype, device=self.device)
-            self._tile_tokens = new_tokens_per_tile(scratch, self.model_config.num_heads)
+            self._tile_tokens = new_tokens_per_tile(scratch, model.rank_config.num_heads)
             self._shapes = GraphShapes(config, self._tile_tokens)
             self._make_buffers()
             self.pool = scratch
@@ -89,6 +91,9 @@ class CudaRunner:
             max([1, *(shape.rows for shape in self._shapes.prefills)]) / rows if config.cuda_graph_enabled else 0
         )
         return int(step * (1.1 + min(1.0, 2 * in_graphs)))
+
+    def close(self) -> None:
+        """Nothing to end."""
 
     # ---- steps ---------------------------------------------------------------------------------------------------
 
