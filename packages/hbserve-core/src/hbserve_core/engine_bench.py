@@ -117,11 +117,11 @@ class EngineBench:
     def _run(self, requests: list[tuple[list[int], int]], *, after_first_tokens: bool = False) -> Measured:
         """All at once. With `after_first_tokens`, only what comes after every request has its first token counts."""
         engine = self._engine
+        missing = len(requests)
+        begin, before = time.perf_counter(), engine.stats()
         for prompt, count in requests:
             self._count += 1
             engine.add(str(self._count), prompt, SamplingParams(0.6, count, ignore_eos=True))
-        missing = len(requests)
-        begin, before = time.perf_counter(), engine.stats()
         while engine.has_work():
             firsts = sum(output.token_id is not None and output.index == 0 for output in engine.step())
             missing -= firsts
@@ -193,7 +193,8 @@ def report(workload: str, measured: Measured, limits: Limits) -> str:
     steps, time_s = max(1, measured.num_steps), measured.time_s
     line = (
         f"{workload:8}{measured.num_output_tokens / time_s:9.0f} out tok/s"
-        f"{measured.num_prompt_tokens / time_s:9.0f} in tok/s{1e3 * time_s / steps:9.2f} ms a step, the host's {1e3 * measured.host_time_s / steps:.2f} ms with it"
+        f"{measured.num_prompt_tokens / time_s:9.0f} in tok/s"
+        f"{1e3 * time_s / steps:9.2f} ms a step, the host's {1e3 * measured.host_time_s / steps:.2f} ms with it"
     )
     if measured.read_bytes:
         reached = measured.read_bytes / time_s
