@@ -1,11 +1,12 @@
-"""The command line: `hbserve generate | serve | instance | scheduler`.
+"""The command line: `hbserve generate | serve | instance | scheduler | bench`.
 
 What a command needs is imported when it runs: the scheduler's process never sees torch.
 """
 
 import asyncio
 import logging
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterator
+from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -75,11 +76,48 @@ def scheduler(config: ConfigOption, log_level: LogLevelOption = LogLevel.INFO) -
     _run(serve_config(config), log_level)
 
 
+bench = typer.Typer(help="Measure this machine.", no_args_is_help=True)
+app.add_typer(bench, name="bench")
+
+
+class Workload(StrEnum):
+    MIXED = "mixed"
+    SINGLE = "single"
+    PREFILL = "prefill"
+    DECODE = "decode"
+
+
+@bench.command()
+def engine(
+    model: Annotated[Path | None, typer.Option(help="A Hugging Face model folder; without it, the demo model.")] = None,
+    workload: Annotated[list[Workload] | None, typer.Option(help="May be repeated; without it, all four.")] = None,
+    scale: Annotated[
+        float | None, typer.Option(min=0, help="Size of the workloads; 1 on a GPU, and 1/32 elsewhere.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda:N.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    random_weights: Annotated[bool, typer.Option(help="Read only the model's config.json.")] = False,
+    log_level: LogLevelOption = LogLevel.INFO,
+) -> None:
+    """One engine alone, on nano-vllm's workload, one stream, prompts only, and decodes only."""
+    from hbserve.bench import bench_engine
+
+    names = [each.value for each in workload or Workload]
+    with _explaining(log_level):
+        bench_engine(model, names, scale, device, dtype, random_weights)
+
+
 def _run(job: Coroutine[Any, Any, None], log_level: LogLevel) -> None:
-    """Run a command to its end. A problem that has a name is one line on stderr."""
+    with _explaining(log_level):
+        asyncio.run(job)
+
+
+@contextmanager
+def _explaining(log_level: LogLevel) -> Iterator[None]:
+    """Around the whole of a command. A problem that has a name is one line on stderr."""
     logging.basicConfig(level=log_level.value, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     try:
-        asyncio.run(job)
+        yield
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
     except BrokenPipeError:  # whoever read our output has seen enough

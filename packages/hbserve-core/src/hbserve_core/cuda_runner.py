@@ -1,6 +1,7 @@
 """Steps on CUDA, launched without waiting for the one before: pinned memory in, CUDA graphs, next tokens out."""
 
 import logging
+import time
 from collections.abc import Sequence as Ids
 from typing import Any
 
@@ -48,7 +49,12 @@ class CudaRunner:
             self._sampled = torch.zeros(config.max_num_seqs, dtype=torch.int32, device=self.device)
             self._make_buffers()
             self.pool = scratch
+            begin = time.perf_counter()
             reserved_bytes = self._measure_step()
+            logger.info(
+                "%s: kernels compiled, or found in Triton's cache, in %.1f s; a step takes up to %.0f MiB",
+                config.instance_id, time.perf_counter() - begin, reserved_bytes / 2**20,
+            )  # fmt: skip
             self.pool = model.allocate_pool(reserved_bytes)
             self._graphs = CudaGraphs(self._stream)
             self._graphs.capture(self._shapes.decodes, self._clear, self._decode, f"{config.instance_id} decode")

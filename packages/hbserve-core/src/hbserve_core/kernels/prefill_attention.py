@@ -7,6 +7,8 @@ read once for all of them: row r of a tile is new token r // G and query head r 
 Shapes: T rows of the step, N query heads, K key heads, G = N / K, D head_dim.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -142,9 +144,11 @@ def prefill_attention(
     tile = 64 if narrow else 32
     padded = max(16, triton.next_power_of_2(head_dim))
     weight, eps = norm or (cos_sin, 0.0)
+    # With at most 128 registers a thread, two programs share a processor: one's softmax hides in the other's products.
+    options: dict[str, Any] = {"num_warps": 8, "maxnreg": 128} if rows == 128 else {"num_warps": 4}
     _prefill[(tiles.shape[1], num_kv_heads)](
         qkv, TensorDescriptor.from_tensor(qkv, [tile, padded]), out, pool, cos_sin, weight, eps, tables, width, tiles,
         tiles.stride(0), sequences, sequences.stride(0), head_dim**-0.5 * _LOG2_E, pool.stride(0),
         layer * pool.stride(1), num_heads, num_kv_heads, head_dim, padded, block_size, rows, tile,
-        3 if narrow else 2, norm is not None, num_warps=8 if rows == 128 else 4, **LAUNCH,
+        2, norm is not None, **options, **LAUNCH,
     )  # fmt: skip
