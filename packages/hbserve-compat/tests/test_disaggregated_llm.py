@@ -154,8 +154,9 @@ async def test_a_killed_decode_instance_fails_its_requests_by_name(small_model):
 
 def test_the_synchronous_llm_runs_disaggregated(small_model):
     llm = LLM(
-        str(small_model("qwen3")), kv_transfer_backend="nccl", chunked_prefill_enabled=True, num_kvcache_blocks=50
-    )
+        str(small_model("qwen3")), kv_transfer_backend="nccl", chunked_prefill_enabled=True, num_kvcache_blocks=50,
+        enforce_eager=True, max_model_len=4096,
+    )  # fmt: skip
     hybrid = LLM(str(small_model("qwen3")), num_kvcache_blocks=50)
     try:
         params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)

@@ -2,7 +2,7 @@
 
 import asyncio
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from hbserve.detokenizer import Detokenizer
@@ -37,10 +37,13 @@ def one_each(params: SamplingParams | Sequence[SamplingParams] | None, num_promp
     """One SamplingParams per prompt.
 
     Raises:
-        InvalidRequest: a list of another length.
+        InvalidRequest: a list of another length, or something else than SamplingParams.
     """
     if params is None or isinstance(params, SamplingParams):
         return [params or SamplingParams()] * num_prompts
+    for each in [params] if isinstance(params, Mapping) else params:
+        if not isinstance(each, SamplingParams):
+            raise InvalidRequest(f"sampling_params: expected SamplingParams, or a list of them; got {each!r}")
     if len(params) != num_prompts:
         raise InvalidRequest(
             f"sampling_params: {len(params)} for {num_prompts} prompts; expected one, or one per prompt"
