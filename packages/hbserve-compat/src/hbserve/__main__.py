@@ -5,6 +5,7 @@ What a command needs is imported when it runs: the scheduler's process never see
 
 import asyncio
 import logging
+import signal
 from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager
 from enum import StrEnum
@@ -109,7 +110,7 @@ def engine(
 
 def _run(job: Coroutine[Any, Any, None], log_level: LogLevel) -> None:
     with _explaining(log_level):
-        asyncio.run(job)
+        asyncio.run(_until_sigterm(job))
 
 
 @contextmanager
@@ -120,6 +121,8 @@ def _explaining(log_level: LogLevel) -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
+    except asyncio.CancelledError:
+        raise typer.Exit(143) from None
     except BrokenPipeError:  # whoever read our output has seen enough
         raise typer.Exit(141) from None
     except Exception as error:
@@ -129,6 +132,14 @@ def _explaining(log_level: LogLevel) -> Iterator[None]:
             logging.getLogger(__name__).exception("unexpected error; please report it")
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2 if isinstance(error, ValueError) else 1) from None
+
+
+async def _until_sigterm(job: Coroutine[Any, Any, None]) -> None:
+    """SIGTERM ends a command in order, as Ctrl-C does. Commands that serve have handlers of their own."""
+    task = asyncio.current_task()
+    assert task is not None
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+    await job
 
 
 def _is_explained(error: Exception) -> bool:
