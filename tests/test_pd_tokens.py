@@ -18,6 +18,9 @@ def prompt(length: int, salt: int = 0) -> list[int]:
     return [3 + (7 * i * i + 11 * i + 13 * salt) % 250 for i in range(length)]
 
 
+MANY = [prompt(LENGTHS[i % len(LENGTHS)], salt=2 + i // len(LENGTHS)) for i in range(32)]
+
+
 @pytest.fixture(scope="session")
 def model_folder(small_model) -> Callable[[str], Path]:
     def folder(name: str) -> Path:
@@ -31,8 +34,8 @@ def model_folder(small_model) -> Callable[[str], Path]:
 
 
 @pytest.fixture(scope="session")
-def oracle(model_folder) -> Callable[[str, list[int]], list[int]]:
-    """What transformers generates in float32, greedily, one prompt at a time."""
+def oracle(model_folder) -> Callable[[str, list[list[int]]], list[list[int]]]:
+    """What transformers generates in float32, greedily, for several prompts in one batch: one by one takes minutes."""
     import torch
     import transformers
 
@@ -41,15 +44,17 @@ def oracle(model_folder) -> Callable[[str, list[int]], list[int]]:
         return transformers.AutoModelForCausalLM.from_pretrained(model_folder(name), dtype=torch.float32)
 
     @cache
-    def tokens(name: str, ids: tuple[int, ...]) -> list[int]:
-        given = torch.tensor([ids])
+    def tokens(name: str, prompts: tuple[tuple[int, ...], ...]) -> list[list[int]]:
+        longest = max(map(len, prompts))
+        padded = torch.tensor([(0,) * (longest - len(ids)) + ids for ids in prompts])
+        mask = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts])
         out = model(name).generate(
-            given, attention_mask=torch.ones_like(given), do_sample=False, max_new_tokens=GREEDY.max_tokens,
+            padded, attention_mask=mask, do_sample=False, max_new_tokens=GREEDY.max_tokens,
             min_new_tokens=GREEDY.max_tokens, eos_token_id=None, pad_token_id=0,
         )  # fmt: skip
-        return out[0, len(ids) :].tolist()
+        return out[:, longest:].tolist()
 
-    return lambda name, ids: tokens(name, tuple(ids))
+    return lambda name, prompts: tokens(name, tuple(map(tuple, prompts)))
 
 
 def settings(folder: Path) -> dict:
@@ -75,7 +80,7 @@ async def test_pd_gives_the_tokens_of_transformers(name, backend, model_folder, 
             "mooncake.engine", reason="Mooncake or its system libraries are missing", exc_type=ImportError
         )
     prompts = [prompt(length) for length in LENGTHS]
-    expected = [oracle(name, ids) for ids in prompts]
+    expected = oracle(name, prompts)
     config = PdDisaggConfig(kv_transfer_backend=backend, **settings(model_folder(name)))
     async with DisaggregatedLLM(config) as llm:
         for ids, tokens in zip(prompts, expected, strict=True):
@@ -90,11 +95,10 @@ async def test_pd_gives_the_tokens_of_transformers(name, backend, model_folder, 
 
         shared = [prompt(BLOCK + 1)[:BLOCK] + prompt(length, salt=1) for length in LENGTHS]
         partly = await llm.generate(shared, GREEDY)
-        assert token_ids(partly) == [oracle(name, ids) for ids in shared], "the first block is cached on D"
+        assert token_ids(partly) == oracle(name, shared), "the first block is cached on D"
         assert all(result["num_cached_tokens"] == BLOCK for result in partly)
 
-        many = [prompt(LENGTHS[i % len(LENGTHS)], salt=2 + i // len(LENGTHS)) for i in range(32)]
-        assert token_ids(await llm.generate(many, GREEDY)) == [oracle(name, ids) for ids in many], "32 at once"
+        assert token_ids(await llm.generate(MANY, GREEDY)) == oracle(name, MANY), "32 at once"
 
 
 @pytest.mark.parametrize("name", ["smollm2", "qwen3", "qwen2", "llama"])
@@ -104,9 +108,8 @@ def test_a_hybrid_engine_gives_the_tokens_of_transformers(name, model_folder, or
         options["model_path"], dtype="float32", kvcache_block_size=BLOCK, chunk_size=CHUNK, num_kvcache_blocks=400,
         max_num_batched_tokens=256,
     )  # fmt: skip
-    prompts = [prompt(LENGTHS[i % len(LENGTHS)], salt=i // len(LENGTHS)) for i in range(32)]
-    expected = [oracle(name, ids) for ids in prompts]
-    for ids, tokens in zip(prompts[: len(LENGTHS)], expected, strict=False):
+    expected = oracle(name, MANY)
+    for ids, tokens in zip(MANY[: len(LENGTHS)], expected, strict=False):
         assert token_ids(llm.generate([ids], GREEDY, use_tqdm=False)) == [tokens]
-    assert token_ids(llm.generate(prompts, GREEDY, use_tqdm=False)) == expected
+    assert token_ids(llm.generate(MANY, GREEDY, use_tqdm=False)) == expected
     llm.exit()

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -28,7 +29,7 @@ def free_ports(count: int) -> list[int]:
 class Deployment:
     """A configuration file, the processes started from it, and what they logged."""
 
-    def __init__(self, folder: Path, model: Path, instances: list[str]) -> None:
+    def __init__(self, folder: Path, model: Path, instances: list[str], **scheduler: Any) -> None:
         self.log = folder / "log"
         self.config = folder / "config.yaml"
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
@@ -48,7 +49,7 @@ class Deployment:
                 for rank, (name, port) in enumerate(zip(instances, ports, strict=True))
             ],
             "engine": {"num_blocks": 64, "num_threads": 1},
-            "scheduler": {"port": self.port, "heartbeat_interval_s": 0.5, "heartbeat_timeout_s": 5},
+            "scheduler": {"port": self.port, "heartbeat_interval_s": 0.5, "heartbeat_timeout_s": 5} | scheduler,
         }
         self.config.write_text(yaml.safe_dump(config))
 
@@ -73,6 +74,12 @@ class Deployment:
         ]
         return subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE_S)
 
+    def generate_until_it_works(self) -> None:
+        """Instances that are loading may take longer than requests wait for them."""
+        deadline = time.monotonic() + DEADLINE_S
+        while (answer := self.generate("Hello", "--max-tokens", "4")).returncode != 0:
+            assert time.monotonic() < deadline, answer.stderr + self.log.read_text()
+
     def kill(self, name: str) -> None:
         self.processes[name].kill()
         self.processes.pop(name).wait(timeout=30)
@@ -84,11 +91,11 @@ class Deployment:
 
 
 @pytest.fixture
-def deploy(tmp_path: Path, small_model: Callable[[str], Path]) -> Iterator[Callable[[list[str]], Deployment]]:
+def deploy(tmp_path: Path, small_model: Callable[[str], Path]) -> Iterator[Callable[..., Deployment]]:
     made: list[Deployment] = []
 
-    def deploy(instances: list[str]) -> Deployment:
-        made.append(Deployment(tmp_path, small_model("qwen3"), instances))
+    def deploy(instances: list[str], **scheduler: Any) -> Deployment:
+        made.append(Deployment(tmp_path, small_model("qwen3"), instances, **scheduler))
         return made[-1]
 
     yield deploy
@@ -112,10 +119,10 @@ def test_processes_started_in_any_order_find_each_other(order, deploy):
 
 @pytest.mark.parametrize("victim", ["prefill-0", "decode-0"])
 def test_a_killed_instance_is_named_and_its_restart_serves_again(victim, deploy):
-    deployment = deploy(["prefill-0", "decode-0"])
+    deployment = deploy(["prefill-0", "decode-0"], instance_wait_s=3)
     for name in ["scheduler", "prefill-0", "decode-0"]:
         deployment.start(name)
-    assert deployment.generate("one", "--max-tokens", "4").returncode == 0
+    deployment.generate_until_it_works()
 
     deployment.kill(victim)
     answer = deployment.generate("two", "--max-tokens", "4")
@@ -123,9 +130,7 @@ def test_a_killed_instance_is_named_and_its_restart_serves_again(victim, deploy)
     assert victim in answer.stderr, answer.stderr
 
     deployment.start(victim)
-    deadline = time.monotonic() + DEADLINE_S
-    while (answer := deployment.generate("three", "--max-tokens", "4")).returncode != 0:
-        assert time.monotonic() < deadline, answer.stderr + deployment.log.read_text()
+    deployment.generate_until_it_works()
 
 
 def test_one_of_two_decode_instances_killed_in_mid_stream_is_not_noticed_by_the_client(deploy):

@@ -85,6 +85,13 @@ def test_several_prompts_are_answered_in_order(config):
     done = hbserve("generate", "one", "two", "--config", config(), "--max-tokens", 4)
     assert done.returncode == 0, done.stderr
     assert [line for line in done.stdout.splitlines() if line.startswith("> ")] == ["> one", "> two"]
+    assert "Generating: 100%" in done.stderr
+
+
+def test_of_several_prompts_the_one_that_is_too_long_is_named(config):
+    done = hbserve("generate", "one", "x" * 600, "--config", config())
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: prompts[1]: prompt: 600 tokens; the instances take at most 511\n"
 
 
 WRONG = {
@@ -137,11 +144,31 @@ def test_a_port_in_use_is_named(config):
 def test_an_unknown_backend_lists_those_that_there_are(config):
     done = hbserve("generate", "Hello", "--config", config(), "--kv-transfer-backend", "nixl")
     assert done.returncode == 1
-    assert "kv_transfer.backend='nixl': there are ['mooncake', 'nccl']" in done.stderr.strip().splitlines()[-1]
+    message = "kv_transfer.backend='nixl': there are ['mooncake', 'nccl']"
+    *logged, last = done.stderr.strip().splitlines()
+    assert last.startswith("error: ")
+    assert message in last
+    assert all("ERROR hbserve_core" in line for line in logged), "what an instance logs comes before, once"
+    assert len(logged) <= 2
 
 
-def test_connect_to_nobody_says_so_and_a_wrong_address_is_refused():
-    assert "expected HOST:PORT" in hbserve("generate", "Hello", "--connect", "here").stderr
+@pytest.mark.parametrize("address", ["here", "5550", ":5550", "127.0.0.1:0", "127.0.0.1:99999", "127.0.0.1:http"])
+def test_a_wrong_address_to_connect_to_is_refused_at_once(address):
+    done = hbserve("generate", "Hello", "--connect", address)
+    assert done.returncode == 2
+    assert done.stderr == f"error: --connect={address!r}: expected HOST:PORT, with a port from 1 to 65535\n"
+
+
+def test_connect_to_nobody_says_what_it_waits_for():
+    with socket.create_server(("127.0.0.1", 0)) as held:
+        address = f"127.0.0.1:{held.getsockname()[1]}"
+    command = [sys.executable, "-m", "hbserve", "generate", "Hello", "--connect", address]
+    client = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    assert client.stderr is not None
+    assert client.stderr.readline() == f"waiting for a scheduler at {address}, up to 30 s\n"
+    client.send_signal(signal.SIGINT)
+    _, rest = client.communicate(timeout=DEADLINE_S)
+    assert (client.returncode, rest) == (130, "")
 
 
 def start_generating(config: Path) -> tuple[subprocess.Popen[str], list[int]]:
@@ -153,7 +180,7 @@ def start_generating(config: Path) -> tuple[subprocess.Popen[str], list[int]]:
     return client, children_of(client.pid)
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGKILL, -9)])
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)])
 def test_neither_ctrl_c_nor_a_kill_leaves_a_process_or_shared_memory(config, number, status):
     before = set(os.listdir("/dev/shm"))
     # The slow model of this test is slow by its number of tokens: it goes on until its length.

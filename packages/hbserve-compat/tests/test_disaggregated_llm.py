@@ -4,6 +4,7 @@ import asyncio
 import os
 import signal
 from collections.abc import AsyncIterator
+from typing import Any
 
 import pytest
 import pytest_asyncio
@@ -16,12 +17,19 @@ from hbserve_scheduler import InstanceFailed, RequestFailed
 in_its_loop = pytest.mark.asyncio(loop_scope="module")
 
 
+def are_all_ready(stats: dict[str, Any]) -> bool:
+    return all(instance["status"] == "ready" for instance in stats["gpu_instances"].values())
+
+
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def llm(small_model) -> AsyncIterator[DisaggregatedLLM]:
     config = PdDisaggConfig(model_path=small_model("qwen3"), num_blocks=200, chunk_size=32)
     async with DisaggregatedLLM(config) as llm:
         yield llm
-        stats = await llm.refresh_system_stats()
+        async with asyncio.timeout(60):
+            # Tests that are not of this loop have stopped it: the instances may have given the scheduler up meanwhile.
+            while not are_all_ready(stats := await llm.refresh_system_stats()):
+                await asyncio.sleep(0.05)
         assert stats["cpu_scheduler"]["running_requests"] == stats["cpu_scheduler"]["waiting_requests"] == 0
         for instance in stats["gpu_instances"].values():
             assert instance["free_blocks"] == instance["num_blocks"]
@@ -146,8 +154,9 @@ async def test_a_killed_decode_instance_fails_its_requests_by_name(small_model):
 
 def test_the_synchronous_llm_runs_disaggregated(small_model):
     llm = LLM(
-        str(small_model("qwen3")), kv_transfer_backend="nccl", chunked_prefill_enabled=True, num_kvcache_blocks=50
-    )
+        str(small_model("qwen3")), kv_transfer_backend="nccl", chunked_prefill_enabled=True, num_kvcache_blocks=50,
+        enforce_eager=True, max_model_len=4096,
+    )  # fmt: skip
     hybrid = LLM(str(small_model("qwen3")), num_kvcache_blocks=50)
     try:
         params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)

@@ -73,6 +73,20 @@ def test_a_bad_prompt_among_good_ones_is_named_and_nothing_runs(llm, prompt, mes
     assert len(llm.generate(["good"], SamplingParams(0, 2, True), use_tqdm=False)) == 1
 
 
+@pytest.mark.parametrize("prompt", [3.5, None, ["a"], [1.5], {"text": "a"}])
+def test_what_is_neither_text_nor_token_ids_is_named(llm, prompt):
+    with pytest.raises(ValueError, match=r"prompts\[1\]: prompt=.*expected a string or a list of token ids"):
+        llm.generate(["good", prompt], SamplingParams(), use_tqdm=False)
+    assert llm.is_finished()
+
+
+@pytest.mark.parametrize("params", [{"temperature": 1}, [{"temperature": 1}, SamplingParams()]])
+def test_what_is_not_sampling_params_is_named(llm, params):
+    with pytest.raises(ValueError, match=r"sampling_params: expected SamplingParams, .* got \{'temperature': 1\}"):
+        llm.generate(["a", "b"], params, use_tqdm=False)
+    assert llm.is_finished()
+
+
 def test_an_unknown_keyword_warns_by_name(small_model):
     with pytest.warns(UserWarning, match="quantisation"):
         LLM(str(small_model("qwen3")), quantisation="fp4", num_kvcache_blocks=10).exit()

@@ -40,6 +40,14 @@ def test_a_missing_shard_is_named(copy_of):
         load(folder)
 
 
+@pytest.mark.parametrize("size", [0, 100, 4000])
+def test_a_file_that_is_cut_off_is_named_with_its_cure(copy_of, size):
+    file = copy_of("llama") / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:size])
+    with pytest.raises(WeightsMismatch, match=r"model\.safetensors is not a whole safetensors file .*fetch it again"):
+        load(file.parent)
+
+
 def test_every_wrong_tensor_is_named_in_one_error(copy_of):
     folder = copy_of("llama")
     tensors = load_file(folder / "model.safetensors")

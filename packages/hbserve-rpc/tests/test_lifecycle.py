@@ -101,6 +101,23 @@ async def test_a_silent_client_ends_its_work_on_the_server(rpc, start, connect):
         await closed.wait()
 
 
+async def test_a_client_that_left_in_order_is_forgotten_and_not_reported_as_silent(rpc, start, connect, caplog):
+    async def answer(ask):
+        return ask
+
+    server = RpcServer(heartbeat_timeout_s=0.4)
+    server.serve(rpc.CALL, answer)
+    await start(server)
+    client = await connect(server.address, heartbeat_timeout_s=0.4)
+    with caplog.at_level("INFO"):
+        await client.call(rpc.CALL, rpc.Ask(), timeout_s=20)
+        await client.close()
+        async with asyncio.timeout(30):
+            while server._clients:
+                await asyncio.sleep(0.02)
+    assert "silent" not in caplog.text
+
+
 async def test_stopping_a_server_ends_its_generators(rpc, connect):
     closed = asyncio.Event()
 

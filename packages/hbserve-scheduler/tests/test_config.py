@@ -90,6 +90,11 @@ WRONG: list[tuple[Any, list[str]]] = [
     ({"gpu_instances": [PREFILL, DECODE | {"instance_id": "p0"}]}, ["gpu_instances[1].instance_id='p0'", "its own"]),
     ({"gpu_instances": [PREFILL, DECODE | {"kv_rank": 0}]}, ["gpu_instances[1].kv_rank=0", "gpu_instances[0]"]),
     ({"gpu_instances": [PREFILL, DECODE | {"port": 7000}]}, ["gpu_instances[1].port=7000", "gpu_instances[0]"]),
+    ({"gpu_instances": PAIR, "scheduler": {"port": 7001}}, ["gpu_instances[1].port=7001", "is scheduler.port too"]),
+    (
+        {"gpu_instances": PAIR, "kv_transfer": {"port": 5549}},
+        ["kv_transfer.port=5549", "gpu_instances[1] is 5550", "which is scheduler.port"],
+    ),
     (
         {"gpu_instances": PAIR, "kv_transfer": {"port": 7000}},
         ["kv_transfer.port=7000", "gpu_instances[0] is 7000", "gpu_instances[0].port"],

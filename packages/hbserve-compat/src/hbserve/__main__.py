@@ -1,11 +1,13 @@
-"""The command line: `hbserve generate | serve | instance | scheduler`.
+"""The command line: `hbserve generate | serve | instance | scheduler | bench`.
 
 What a command needs is imported when it runs: the scheduler's process never sees torch.
 """
 
 import asyncio
 import logging
-from collections.abc import Coroutine
+import signal
+from collections.abc import Coroutine, Iterator
+from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -75,13 +77,52 @@ def scheduler(config: ConfigOption, log_level: LogLevelOption = LogLevel.INFO) -
     _run(serve_config(config), log_level)
 
 
+bench = typer.Typer(help="Measure this machine.", no_args_is_help=True)
+app.add_typer(bench, name="bench")
+
+
+class Workload(StrEnum):
+    MIXED = "mixed"
+    SINGLE = "single"
+    PREFILL = "prefill"
+    DECODE = "decode"
+
+
+@bench.command()
+def engine(
+    model: Annotated[Path | None, typer.Option(help="A Hugging Face model folder; without it, the demo model.")] = None,
+    workload: Annotated[list[Workload] | None, typer.Option(help="May be repeated; without it, all four.")] = None,
+    scale: Annotated[
+        float | None, typer.Option(min=0, help="Size of the workloads; 1 on a GPU, and 1/32 elsewhere.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda:N.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    random_weights: Annotated[bool, typer.Option(help="Read only the model's config.json.")] = False,
+    log_level: LogLevelOption = LogLevel.INFO,
+) -> None:
+    """One engine alone, on nano-vllm's workload, one stream, prompts only, and decodes only."""
+    from hbserve.bench import bench_engine
+
+    names = [each.value for each in workload or Workload]
+    with _explaining(log_level):
+        bench_engine(model, names, scale, device, dtype, random_weights)
+
+
 def _run(job: Coroutine[Any, Any, None], log_level: LogLevel) -> None:
-    """Run a command to its end. A problem that has a name is one line on stderr."""
+    with _explaining(log_level):
+        asyncio.run(_until_sigterm(job))
+
+
+@contextmanager
+def _explaining(log_level: LogLevel) -> Iterator[None]:
+    """Around the whole of a command. A problem that has a name is one line on stderr."""
     logging.basicConfig(level=log_level.value, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     try:
-        asyncio.run(job)
+        yield
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
+    except asyncio.CancelledError:
+        raise typer.Exit(143) from None
     except BrokenPipeError:  # whoever read our output has seen enough
         raise typer.Exit(141) from None
     except Exception as error:
@@ -91,6 +132,14 @@ def _run(job: Coroutine[Any, Any, None], log_level: LogLevel) -> None:
             logging.getLogger(__name__).exception("unexpected error; please report it")
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2 if isinstance(error, ValueError) else 1) from None
+
+
+async def _until_sigterm(job: Coroutine[Any, Any, None]) -> None:
+    """SIGTERM ends a command in order, as Ctrl-C does. Commands that serve have handlers of their own."""
+    task = asyncio.current_task()
+    assert task is not None
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+    await job
 
 
 def _is_explained(error: Exception) -> bool:

@@ -2,13 +2,13 @@
 
 import asyncio
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from hbserve.detokenizer import Detokenizer
 from hbserve.results import GenerationDelta, GenerationResult, timings_of
 from hbserve.tokenizer import Prompt, encode
-from hbserve_rpc import InvalidRequest, RemoteError, SamplingParams
+from hbserve_rpc import HBServeRpcError, InvalidRequest, RemoteError, SamplingParams
 from hbserve_rpc.messages import ClientEvent, FinishReason, GenerateRequest, RequestFinished
 
 
@@ -37,10 +37,13 @@ def one_each(params: SamplingParams | Sequence[SamplingParams] | None, num_promp
     """One SamplingParams per prompt.
 
     Raises:
-        InvalidRequest: a list of another length.
+        InvalidRequest: a list of another length, or something else than SamplingParams.
     """
     if params is None or isinstance(params, SamplingParams):
         return [params or SamplingParams()] * num_prompts
+    for each in [params] if isinstance(params, Mapping) else params:
+        if not isinstance(each, SamplingParams):
+            raise InvalidRequest(f"sampling_params: expected SamplingParams, or a list of them; got {each!r}")
     if len(params) != num_prompts:
         raise InvalidRequest(
             f"sampling_params: {len(params)} for {num_prompts} prompts; expected one, or one per prompt"
@@ -103,6 +106,26 @@ class Answer:
     async def aclose(self) -> None:
         """Abort it, if it has not ended."""
         await self._events.aclose()
+
+
+async def submit_all(
+    scheduler: Scheduler, tokenizer: Any, prompts: Sequence[Prompt], params: Sequence[SamplingParams]
+) -> list[Answer]:
+    """Submit every prompt, or none: a refusal names the prompt, if there are several, and those before it are ended.
+
+    Raises:
+        InvalidRequest, Overloaded: as `Answer` does.
+    """
+    answers: list[Answer] = []
+    for i, (prompt, each) in enumerate(zip(prompts, params, strict=True)):
+        try:
+            answers.append(Answer(scheduler, tokenizer, prompt, each))
+        except (HBServeRpcError, ValueError) as error:
+            for answer in answers:
+                await answer.aclose()
+            kind = type(error) if isinstance(error, HBServeRpcError) else InvalidRequest
+            raise kind(f"prompts[{i}]: {error}" if len(prompts) > 1 else str(error)) from error
+    return answers
 
 
 async def gather_answers(answers: Sequence[Answer], on_done: Callable[[], object]) -> list[GenerationResult]:

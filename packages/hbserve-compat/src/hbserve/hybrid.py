@@ -6,10 +6,9 @@ from typing import Any
 import msgspec
 
 from hbserve.launcher import instance_settings
-from hbserve.llm import Progress
+from hbserve.llm import Progress, within_model_len
 from hbserve.pd_disagg.config import PdDisaggConfig
 from hbserve_core import Engine, InstanceConfig, make_runner
-from hbserve_core.model_config import load_model_config
 from hbserve_rpc import InvalidRequest, SamplingParams
 
 NANO_VLLM_DEFAULTS = {"max_num_batched_tokens": 16384, "max_num_seqs": 512, "max_model_len": 4096, "chunk_size": 4096}
@@ -20,10 +19,7 @@ class HybridBackend:
     """Steps when it is asked to."""
 
     def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
-        wanted = NANO_VLLM_DEFAULTS | settings
-        if wanted["max_model_len"] is not None:
-            # As nano-vllm does: its default is longer than some models.
-            wanted["max_model_len"] = min(wanted["max_model_len"], load_model_config(folder).max_model_len)
+        wanted = within_model_len(folder, NANO_VLLM_DEFAULTS | settings)
         config = PdDisaggConfig(folder, **(wanted | {"gpu_instances": HYBRID})).to_deployment()
         plain = instance_settings(config, config.gpu_instances[0], folder, log_level="WARNING")
         instance = msgspec.convert(plain, InstanceConfig)

@@ -203,6 +203,16 @@ class _Rates:
         return self._shown
 
 
+def within_model_len(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """As in nano-vllm, a `max_model_len` beyond the model's own means the model's own."""
+    from hbserve_core.model_config import load_model_config
+
+    wanted = settings.get("max_model_len")
+    if not isinstance(wanted, int):  # None is the model's own; a wrong type is refused with the other keywords
+        return settings
+    return settings | {"max_model_len": min(wanted, load_model_config(folder).max_model_len)}
+
+
 def _translate(keywords: dict[str, Any]) -> dict[str, Any]:
     """nano-vllm's keywords in our words; unknown ones warn."""
     from hbserve.pd_disagg.config import PdDisaggConfig

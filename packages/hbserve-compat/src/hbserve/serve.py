@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 
-from hbserve.demo_model import model_folder
+from hbserve.demo_model import find_model_folder
 from hbserve.launcher import LocalInstances, instance_settings
 from hbserve_scheduler import ConfigError, CpuScheduler, InstanceFailed, SchedulerServer, load_config
 
@@ -23,7 +23,7 @@ async def serve_all(path: Path, log_level: str) -> None:
         ConfigError, AddressInUse, InstanceFailed.
     """
     config = load_config(path)
-    folder = model_folder(config.model.path)
+    folder = await find_model_folder(config.model.path)
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
@@ -82,5 +82,6 @@ async def serve_instance(path: Path, instance_id: str, log_level: str) -> None:
     if not found:
         names = ", ".join(each.instance_id for each in config.gpu_instances)
         raise ConfigError(f"--instance-id={instance_id!r}: {path} has {names}")
-    settings = instance_settings(config, found[0], model_folder(config.model.path), log_level=log_level)
+    folder = await find_model_folder(config.model.path)
+    settings = instance_settings(config, found[0], folder, log_level=log_level)
     await run_instance(msgspec.convert(settings, InstanceConfig))

@@ -31,7 +31,7 @@ def encode(tokenizer: Any, prompt: Prompt) -> list[int]:
     if isinstance(prompt, str):
         ids: list[int] = tokenizer.encode(prompt)
         return ids
-    if not all(isinstance(token, int) for token in prompt):
+    if not isinstance(prompt, Sequence) or not all(isinstance(token, int) for token in prompt):
         raise ValueError(f"prompt={prompt!r}: expected a string or a list of token ids")
     return [int(token) for token in prompt]
 

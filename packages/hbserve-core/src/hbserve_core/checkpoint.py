@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from hbserve_core.errors import ModelFilesMissing, WeightsMismatch
 from hbserve_core.model_config import ModelConfig
@@ -31,11 +31,11 @@ class Checkpoint:
 
     Raises:
         ModelFilesMissing: no weights in the folder, or a shard that the index names is not there.
-        WeightsMismatch: every missing, unexpected and misshapen tensor, in one message.
+        WeightsMismatch: a file that is not whole; or every missing, unexpected and misshapen tensor, in one message.
     """
 
     def __init__(self, config: ModelConfig, shapes: Shapes) -> None:
-        files: list[Any] = [safe_open(path, framework="pt", device="cpu") for path in _weight_files(config.path)]
+        files = [_open(path) for path in _weight_files(config.path)]
         self._places = {name: file for file in files for name in file.keys()}  # noqa: SIM118
         self._check(config, shapes)
 
@@ -98,6 +98,15 @@ class DigestingSource:
 def _may_be_ignored(name: str, config: ModelConfig) -> bool:
     """Tied models may store the table twice; old exports store the RoPE frequencies, which follow from the config."""
     return name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and config.tied_embeddings)
+
+
+def _open(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt", device="cpu")
+    except SafetensorError as error:
+        raise WeightsMismatch(
+            f"{path} is not a whole safetensors file ({error}): fetch it again; it may be cut off, or a Git LFS pointer"
+        ) from error
 
 
 def _weight_files(folder: Path) -> list[Path]:

@@ -9,6 +9,7 @@ import torch
 from tqdm import tqdm
 
 from hbserve_core.config import InstanceConfig
+from hbserve_core.decode_pieces import DecodePieces
 from hbserve_core.step_buffer import StepShape
 
 logger = logging.getLogger(__name__)
@@ -39,24 +40,32 @@ class GraphShapes:
     `cuda_graph_max_seq_len` tokens and not made of too many sequences; others get the shape that fits them exactly.
     """
 
-    def __init__(self, config: InstanceConfig, tile_tokens: int) -> None:
+    def __init__(self, config: InstanceConfig, tile_tokens: int, pieces: DecodePieces) -> None:
         longest = min(config.cuda_graph_max_seq_len, config.max_num_batched_tokens)
         decodes = decode_buckets(config.max_num_seqs) if config.cuda_graph_enabled else []
         prefills = prefill_buckets(longest) if config.cuda_graph_enabled else []
         self._tile_tokens = tile_tokens
-        self.decodes = [StepShape(rows=size, sequences=size, tiles=0, samples=size) for size in decodes]
+        self._pieces = pieces
+        self.decodes = [self._shape(size, size, size, 0) for size in decodes]
         self.prefills = [self._prefill_shape(size, config.max_num_seqs) for size in prefills]
 
     def _prefill_shape(self, rows: int, max_num_seqs: int) -> StepShape:
         sequences = min(max_num_seqs, max(8, rows // 8))
-        return StepShape(rows, sequences, rows // self._tile_tokens + sequences, sequences)
+        return self._shape(rows, sequences, sequences, rows // self._tile_tokens + sequences)
+
+    def _shape(self, rows: int, sequences: int, num_decodes: int, tiles: int) -> StepShape:
+        return StepShape(rows, sequences, self._pieces.most(num_decodes), tiles, sequences)
+
+    def largest(self, rows: int, max_num_seqs: int) -> StepShape:
+        """What any step of so many rows and sequences fits into."""
+        return self._shape(rows, max_num_seqs, max_num_seqs, rows // self._tile_tokens + max_num_seqs)
 
     def choose(self, counts: list[int]) -> StepShape:
         """For a batch of chunks with so many new tokens each."""
         num_tiles = sum(-(-count // self._tile_tokens) for count in counts if count > 1)
-        exact = StepShape(sum(counts), len(counts), num_tiles, len(counts))
+        exact = self._shape(sum(counts), len(counts), counts.count(1), num_tiles)
         for shape in self.prefills if num_tiles else self.decodes:
-            if exact.rows <= shape.rows and exact.sequences <= shape.sequences and exact.tiles <= shape.tiles:
+            if exact.fits(shape):
                 return shape
         return exact
 
@@ -69,10 +78,16 @@ class CudaGraphs:
         self._graphs: dict[StepShape, tuple[torch.cuda.CUDAGraph, Any]] = {}
         self._memory: Any = None
 
-    def capture(self, shapes: list[StepShape], work: Callable[[StepShape], Any], name: str) -> None:
-        """Capture `work(shape)` for each shape, the largest first. It must only queue kernels on memory that stays."""
+    def capture(
+        self, shapes: list[StepShape], prepare: Callable[[StepShape], None], work: Callable[[StepShape], Any], name: str
+    ) -> None:
+        """Capture `work(shape)` for each shape, the largest first. It must only queue kernels on memory that stays.
+
+        `prepare(shape)` puts something there that it can be run on before.
+        """
         begin, before = time.perf_counter(), torch.cuda.memory_reserved(self._stream.device)
         for shape in self._with_progress(shapes, name):
+            prepare(shape)
             work(shape)  # compiles kernels and makes workspaces, which cannot be done during capture
             graph = torch.cuda.CUDAGraph()
             # Other threads may use CUDA meanwhile: NCCL's, or another engine's.

@@ -10,7 +10,7 @@ matrices of the model's dtype.
 
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -49,16 +49,19 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Measured:
-    """One run of a workload, or of the part of it that counts."""
+    """One run of a workload, from the first request's arrival to the last one's end."""
 
     time_s: float
     num_steps: int
     num_prompt_tokens: int
     num_output_tokens: int
     host_time_s: float
-    read_bytes: float = 0.0
-    """Weights and context that decode steps must read."""
-    flops: float = 0.0
+    decode_time_s: float
+    """From when every request had its first token."""
+    num_decode_steps: int
+    read_bytes: float
+    """Weights and contexts that those steps must read, if all requests decode in step."""
+    flops: float
     """Of the products that prefill must compute."""
 
 
@@ -73,7 +76,7 @@ def bench_config(model_path: str, sizes: Sizes, **settings: object) -> InstanceC
     chosen = {
         "max_num_seqs": max(sizes.num_requests, sizes.num_prompts),
         "max_num_batched_tokens": 16384, "chunk_size": 16384, "max_chunk_prefill_tokens": 16384,
-        "max_model_len": max(4096, sizes.longest_sequence), "log_level": "INFO",
+        "max_model_len": sizes.longest_sequence,
     }  # fmt: skip
     return InstanceConfig(model_path=model_path, **{**chosen, **settings})  # type: ignore[arg-type]
 
@@ -101,11 +104,10 @@ class EngineBench:
             ]
             return self._run([(self._prompt(length), count) for length, count in lengths])
         if workload == "single":
-            return self._run([(self._prompt(sizes.single_len), sizes.single_len)], after_first_tokens=True)
+            return self._run([(self._prompt(sizes.single_len), sizes.single_len)])
         if workload == "prefill":
             return self._run([(self._prompt(sizes.prompt_len), 1) for _ in range(sizes.num_prompts)])
-        requests = [(self._prompt(sizes.context_len), sizes.decode_len + 1) for _ in range(sizes.num_requests)]
-        return self._run(requests, after_first_tokens=True)
+        return self._run([(self._prompt(sizes.context_len), sizes.decode_len + 1) for _ in range(sizes.num_requests)])
 
     def limits(self) -> Limits:
         """Of the device, now."""
@@ -114,28 +116,29 @@ class EngineBench:
     def _prompt(self, length: int) -> list[int]:
         return [self._random.randrange(self._runner.model_config.vocab_size) for _ in range(length)]
 
-    def _run(self, requests: list[tuple[list[int], int]], *, after_first_tokens: bool = False) -> Measured:
-        """All at once. With `after_first_tokens`, only what comes after every request has its first token counts."""
-        engine = self._engine
+    def _run(self, requests: list[tuple[list[int], int]]) -> Measured:
+        """All at once: prompts, and how many tokens each gets."""
+        engine, model = self._engine, self._runner.model_config
+        missing, begin, before = len(requests), time.perf_counter(), engine.stats()
         for prompt, count in requests:
             self._count += 1
             engine.add(str(self._count), prompt, SamplingParams(0.6, count, ignore_eos=True))
-        missing = len(requests)
-        begin, before = time.perf_counter(), engine.stats()
+        decode_begin, first_decode = begin, before.num_steps
         while engine.has_work():
             firsts = sum(output.token_id is not None and output.index == 0 for output in engine.step())
             missing -= firsts
-            if after_first_tokens and firsts and not missing:
-                begin, before = time.perf_counter(), engine.stats()
-        after = engine.stats()
-        model = self._runner.model_config
+            if firsts and not missing:
+                decode_begin, first_decode = time.perf_counter(), engine.stats().num_steps
+        end, after = time.perf_counter(), engine.stats()
         return Measured(
-            time_s=time.perf_counter() - begin,
+            time_s=end - begin,
             num_steps=after.num_steps - before.num_steps,
             num_prompt_tokens=after.num_prefill_tokens - before.num_prefill_tokens,
             num_output_tokens=after.num_generated_tokens - before.num_generated_tokens,
             host_time_s=after.host_time_s - before.host_time_s,
-            read_bytes=sum(decode_bytes(model, self._runner.dtype, requests)) if after_first_tokens else 0.0,
+            decode_time_s=end - decode_begin,
+            num_decode_steps=after.num_steps - first_decode,
+            read_bytes=sum(decode_bytes(model, self._runner.dtype, requests)),
             flops=prefill_flops(model, [len(prompt) for prompt, _ in requests]),
         )
 
@@ -190,17 +193,28 @@ def _wait_for(device: torch.device) -> None:
 
 def report(workload: str, measured: Measured, limits: Limits) -> str:
     """One line: what was reached, and its share of the limit."""
-    steps, time_s = max(1, measured.num_steps), measured.time_s
-    line = (
-        f"{workload:8}{measured.num_output_tokens / time_s:9.0f} out tok/s"
-        f"{measured.num_prompt_tokens / time_s:9.0f} in tok/s{1e3 * time_s / steps:9.2f} ms a step, the host's {1e3 * measured.host_time_s / steps:.2f} ms with it"
-    )
-    if measured.read_bytes:
-        reached = measured.read_bytes / time_s
-        line += f"  {reached / 1e9:6.0f} GB/s = {reached / limits.bytes_per_s:4.0%} of {limits.bytes_per_s / 1e9:.0f}"
-    elif workload == "prefill":
-        reached = measured.flops / time_s
-        line += (
-            f"  {reached / 1e12:6.1f} TFLOP/s = {reached / limits.flops_per_s:4.0%} of {limits.flops_per_s / 1e12:.0f}"
-        )
-    return line
+    time_s, steps = measured.time_s, max(1, measured.num_steps)
+    host = f"host {1e3 * measured.host_time_s / steps:5.2f} ms"
+    if workload == "prefill":
+        reached, limit = measured.flops / time_s / 1e12, limits.flops_per_s / 1e12
+        share = f"{reached:.3g} TFLOP/s = {reached / limit:.0%} of {limit:.3g}"
+        tokens = f"{measured.num_prompt_tokens / time_s:9.0f} in tok/s "
+        return f"{workload:8}{tokens}{1e3 * time_s / steps:8.2f} ms a step, {host}  {share}"
+    out = f"{measured.num_output_tokens / time_s:9.0f} out tok/s"
+    if workload == "mixed":
+        return f"{workload:8}{out}{1e3 * time_s / steps:8.2f} ms a step, {host}"
+    reached, limit = measured.read_bytes / measured.decode_time_s / 1e9, limits.bytes_per_s / 1e9
+    step_ms = 1e3 * measured.decode_time_s / max(1, measured.num_decode_steps)
+    share = f"{reached:.4g} GB/s = {reached / limit:.0%} of {limit:.4g}"
+    return f"{workload:8}{out}{step_ms:8.2f} ms a decode step, {host}  {share}"
+
+
+def run_bench(config: InstanceConfig, sizes: Sizes, workloads: Sequence[str], say: Callable[[str], None]) -> None:
+    """Measure each workload twice, after a warm-up, and say a line of each run."""
+    bench = EngineBench(config, sizes)
+    say(f"start to first token {bench.start_time_s:.1f} s")
+    limits = bench.limits()
+    say(f"limits of this device: {limits.bytes_per_s / 1e9:.4g} GB/s, {limits.flops_per_s / 1e12:.3g} TFLOP/s")
+    for workload in workloads:
+        for _ in range(2):
+            say(report(workload, bench.measure(workload), limits))

@@ -29,6 +29,12 @@ class Linear:
         """(T, I) to (T, O)."""
         return F.linear(inputs, self.weight, self.bias)
 
+    def add_to(self, target: torch.Tensor, inputs: torch.Tensor) -> None:
+        """Add the result to `target` (T, O) in place, within the product and rounded once."""
+        target.addmm_(inputs, self.weight.t())
+        if self.bias is not None:
+            target.add_(self.bias)
+
 
 class PackedLinear(Linear):
     """The same, with W in oneDNN's blocked layout.

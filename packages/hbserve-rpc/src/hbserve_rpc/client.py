@@ -247,7 +247,9 @@ class RpcStream(AsyncIterator[R], Generic[R]):
                 await self._arrived.wait()
         except TimeoutError:
             await self.aclose()
-            raise RpcTimeout(f"{self._client.address}: no answer to {self.method} within {self._timeout_s} s") from None
+            raise RpcTimeout(
+                f"{self._client.address}: no answer to {self.method} within {self._timeout_s:.3g} s"
+            ) from None
 
     async def aclose(self) -> None:
         """Want no more of it: the server stops. May be called twice, and after the end."""

@@ -220,7 +220,8 @@ class RpcServer:
             for identity, client in list(self._clients.items()):
                 client.last_heard_s = min(now_s, client.last_heard_s + own_pause_s)
                 if now_s - client.last_heard_s > client.heartbeat_timeout_s:
-                    logger.info("a client was silent for %.1f s; its work ends", now_s - client.last_heard_s)
+                    if client.work:  # one that left in order has none
+                        logger.info("a client was silent for %.1f s; its work ends", now_s - client.last_heard_s)
                     for work in client.work.values():
                         work.task.cancel()
                     del self._clients[identity]

@@ -42,6 +42,7 @@ def check(config: DeploymentConfig) -> None:
         )
     parse_size("kv_transfer.buffer_size", config.kv_transfer.buffer_size)
     _check_instances(config.gpu_instances)
+    _check_scheduler_port(config)
     _check_kv_ports(config)
 
 
@@ -112,13 +113,26 @@ def _check_instances(instances: Sequence[InstanceSection]) -> None:
             )
 
 
+def _check_scheduler_port(config: DeploymentConfig) -> None:
+    scheduler = config.scheduler
+    for i, instance in enumerate(config.gpu_instances):
+        if (instance.host, instance.port) == (scheduler.host, scheduler.port) and instance.port != 0:
+            raise ConfigError(f"gpu_instances[{i}].port={instance.port}: is scheduler.port too; each needs its own")
+
+
 def _check_kv_ports(config: DeploymentConfig) -> None:
     if config.kv_transfer.port == 0:
         return
+    scheduler = config.scheduler
     for i, instance in enumerate(config.gpu_instances):
         kv_port = config.kv_transfer.port + instance.kv_rank
         if kv_port > PORTS[1]:
             raise ConfigError(f"gpu_instances[{i}].kv_rank={instance.kv_rank}: kv_transfer.port + kv_rank is {kv_port}")
+        if (scheduler.host, scheduler.port) == (config.kv_transfer.ip or instance.host, kv_port):
+            raise ConfigError(
+                f"kv_transfer.port={config.kv_transfer.port}: port + kv_rank of gpu_instances[{i}] is {kv_port}, "
+                "which is scheduler.port"
+            )
         for j, other in enumerate(config.gpu_instances):
             if other.port == kv_port and other.host == instance.host:
                 raise ConfigError(

@@ -7,7 +7,7 @@ from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any, TypeVar
 
-from hbserve.llm import Progress
+from hbserve.llm import Progress, within_model_len
 from hbserve.pd_disagg.config import PdDisaggConfig
 from hbserve.pd_disagg.disaggregated_llm import DisaggregatedLLM
 from hbserve_rpc import InvalidRequest, SamplingParams
@@ -19,8 +19,8 @@ T = TypeVar("T")
 class DisaggregatedBackend:
     """Passes requests to the event loop, and brings back what happened there."""
 
-    def __init__(self, model: str | Path, settings: dict[str, Any]) -> None:
-        self._llm = DisaggregatedLLM(PdDisaggConfig(model, **settings))
+    def __init__(self, model: Path, settings: dict[str, Any]) -> None:
+        self._llm = DisaggregatedLLM(PdDisaggConfig(model, **within_model_len(model, settings)))
         self._news: queue.SimpleQueue[Progress] = queue.SimpleQueue()
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._loop = asyncio.new_event_loop()

@@ -9,13 +9,13 @@ from typing import Any, Self
 
 import msgspec
 
-from hbserve.answers import Answer, gather_answers, is_single, one_each
-from hbserve.demo_model import model_folder
+from hbserve.answers import Answer, gather_answers, is_single, one_each, submit_all
+from hbserve.demo_model import find_model_folder
 from hbserve.launcher import LocalInstances
 from hbserve.pd_disagg.config import PdDisaggConfig
 from hbserve.results import GenerationDelta, GenerationResult
 from hbserve.tokenizer import Prompt, load_tokenizer
-from hbserve_rpc import HBServeRpcError, InvalidRequest, SamplingParams
+from hbserve_rpc import SamplingParams
 from hbserve_scheduler import CpuScheduler, InstanceFailed
 
 logger = logging.getLogger(__name__)
@@ -55,7 +55,7 @@ class DisaggregatedLLM:
         if self._scheduler is not None:
             raise RuntimeError("DisaggregatedLLM is running already")
         deployment = self.config.to_deployment()
-        folder = await asyncio.to_thread(model_folder, self.config.model_path)
+        folder = await find_model_folder(self.config.model_path)
         self._scheduler = self._scheduler_class(deployment.scheduler, model_path=str(folder))
         self._instances = LocalInstances(deployment, folder, log_level=self._log_level, on_death=self._on_death)
         try:
@@ -135,15 +135,8 @@ class DisaggregatedLLM:
             RequestFailed: every attempt at one of them failed; the others of this call are aborted.
         """
         every: list[Any] = [prompts] if is_single(prompts) else list(prompts)
-        answers: list[Answer] = []
-        for i, (prompt, params) in enumerate(zip(every, one_each(sampling_params, len(every)), strict=True)):
-            try:
-                answers.append(Answer(self.scheduler, self.tokenizer, prompt, params))
-            except (HBServeRpcError, ValueError) as error:
-                for answer in answers:
-                    await answer.aclose()
-                kind = type(error) if isinstance(error, HBServeRpcError) else InvalidRequest
-                raise kind(f"prompts[{i}]: {error}" if len(every) > 1 else str(error)) from error
+        params = one_each(sampling_params, len(every))
+        answers = await submit_all(self.scheduler, self.tokenizer, every, params)
         from tqdm import tqdm
 
         with tqdm(total=len(answers), desc="Generating", disable=not use_tqdm, dynamic_ncols=True) as bar:

@@ -1,100 +1,145 @@
-"""One new token of each sequence over its paged context.
+"""One new token of each sequence: its key and value go into the pool, then it attends to its paged context.
 
-One program per sequence, key head and split: the G query heads that share a key head are the rows of one product,
-padded to what tensor cores take. Only where sequences times key heads cannot fill the card is the context split among
-programs; a second kernel then joins their parts. The number of splits follows from that of the rows alone, so a graph
-keeps it.
-Shapes: R rows, one sequence each, N query heads, K key heads, G = N / K, D head_dim, S splits.
+The work is cut into pieces of similar length on the host: a sequence of long context is several pieces, so that a few
+long sequences, or a single one, fill the card. A program takes one piece and one key head: the G query heads that share
+it are the rows of one product, padded to what tensor cores take. The program of a sequence's last piece holds the new
+token's key and value in registers and stores them; nobody reads them from the pool in this step. Of a sequence of
+several pieces, the program that ends last joins what all have found (flash decoding, Dao et al. 2023).
+Shapes: R rows, one sequence each, N query heads, K key heads, G = N / K, D head_dim, P pieces.
 """
 
 import torch
 import triton
 import triton.language as tl
 
+from hbserve_core.decode_pieces import TILE
+from hbserve_core.kernels.dependent_launch import LAUNCH, begin
+from hbserve_core.kernels.prefill_attention import attend, paged
+from hbserve_core.kernels.rotation import load_rotated
+
 _LOG2_E = 1.4426950408889634
-_MOST_SPLITS = 32
 
 
 @triton.jit
-def _tile(
-    state, query, keys, values, table, start, last, block_stride, scale,
-    TOKEN: tl.constexpr, D: tl.constexpr, PADDED_D: tl.constexpr, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr,
+def _new_token(
+    qkv_row, query, cos_sin, position, norm_weight, eps, head, keys, place, scale,
+    N: tl.constexpr, K: tl.constexpr, D: tl.constexpr, PADDED_D: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    PACK: tl.constexpr, HAS_NORM: tl.constexpr,
 ):  # fmt: skip
-    """One more TILE of context: `state` is the running maximum, sum, and weighted values of each query row."""
-    highest, total, weighted = state
-    positions = start + tl.arange(0, TILE)
-    inside = positions < last
-    block = tl.load(table + positions // BLOCK_SIZE, mask=inside, other=0).to(tl.int64)
-    place = (block * block_stride + (positions % BLOCK_SIZE) * TOKEN)[:, None] + tl.arange(0, PADDED_D)[None, :]
-    read = inside[:, None] & (tl.arange(0, PADDED_D) < D)[None, :]
-    key = tl.load(keys + place, mask=read, other=0.0)
-    scores = tl.dot(query, tl.trans(key), input_precision="ieee") * scale
-    scores = tl.where(inside[None, :], scores, float("-inf"))
-    new_highest = tl.maximum(highest, tl.max(scores, 1))
-    weights = tl.exp2(scores - new_highest[:, None])
-    faded = tl.exp2(highest - new_highest)
-    value = tl.load(values + place, mask=read, other=0.0)
-    weighted = weighted * faded[:, None] + tl.dot(weights.to(value.dtype), value, input_precision="ieee")
-    return new_highest, total * faded + tl.sum(weights, 1), weighted
+    """Store the new key and value; the state of queries that have seen this token only."""
+    d = tl.arange(0, PADDED_D)[None, :]
+    key_head = (N + head) * D + tl.zeros((1, 1), tl.int32)
+    used = tl.full((1, 1), 1, tl.int1)
+    angles = cos_sin + position * D + tl.zeros((1, 1), tl.int32)
+    key = load_rotated(qkv_row + key_head, used, norm_weight + key_head, angles, eps, D, PADDED_D, HAS_NORM)
+    value = tl.load(qkv_row + (N + K + head) * D + d, mask=d < D, other=0.0)
+    tl.store(keys + place + d, key, mask=d < D)
+    tl.store(keys + BLOCK_SIZE * K * D + place + d, value, mask=d < D)
+    score = tl.sum(query.to(tl.float32) * key.to(tl.float32), 1) * scale
+    return score, tl.full((PACK,), 1.0, tl.float32), tl.broadcast_to(value.to(tl.float32), (PACK, PADDED_D))
 
 
 @triton.jit
-def _decode(
-    qkv, out, parts, logs, pool, tables, width, contexts, num_rows, scale, block_stride, layer_offset,
-    N: tl.constexpr, K: tl.constexpr, D: tl.constexpr, PADDED_D: tl.constexpr, PACK: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr, SPLITS: tl.constexpr, STAGES: tl.constexpr,
+def _join(
+    parts, logs, out_row, first_piece, num_parts, head,
+    N: tl.constexpr, K: tl.constexpr, D: tl.constexpr, PADDED_D: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
-    head, row, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    if row >= tl.load(num_rows):
-        return
-    context = tl.load(contexts + row)
+    """Weigh what the pieces of one row and key head have found by their sums of exponentials."""
     G: tl.constexpr = N // K
-    # The split takes positions [first, last).
-    per_split = tl.cdiv(tl.cdiv(context, TILE), SPLITS) * TILE
-    first = split * per_split
-    last = tl.minimum(first + per_split, context)
-    packed, d = tl.arange(0, PACK), tl.arange(0, PADDED_D)
-    shown = (packed < G)[:, None] & (d < D)[None, :]
-    heads = head * G + packed
-    query = tl.load(qkv + row.to(tl.int64) * ((N + 2 * K) * D) + heads[:, None] * D + d[None, :], mask=shown, other=0.0)
-    keys = pool + layer_offset + head * D
-    lowest = tl.full((PACK,), float("-inf"), tl.float32)
-    state = (lowest, tl.zeros((PACK,), tl.float32), tl.zeros((PACK, PADDED_D), tl.float32))
-    table = tables + row.to(tl.int64) * tl.load(width)
-    for start in tl.range(first, last, TILE, num_stages=STAGES):
-        state = _tile(
-            state, query, keys, keys + BLOCK_SIZE * K * D, table, start, last, block_stride, scale,
-            K * D, D, PADDED_D, BLOCK_SIZE, TILE,
-        )  # fmt: skip
-    highest, total, weighted = state
-    place = (row.to(tl.int64) * N + heads) * SPLITS + split
-    result = weighted / tl.maximum(total, 1e-30)[:, None]
-    if SPLITS == 1:
-        tl.store(out + place[:, None] * D + d[None, :], result.to(out.dtype.element_ty), mask=shown)
-    else:
-        tl.store(parts + place[:, None] * D + d[None, :], result, mask=shown)
-        tl.store(logs + place, highest + tl.log2(tl.maximum(total, 1e-30)), mask=packed < G)
+    d = tl.arange(0, PADDED_D)
+    for g in tl.static_range(G):
+        highest = float("-inf")
+        total, weighted = 0.0, tl.zeros((PADDED_D,), tl.float32)
+        for start in range(0, num_parts, AT_ONCE):
+            part = start + tl.arange(0, AT_ONCE)
+            place = (first_piece + part).to(tl.int64) * N + head * G + g
+            # Past the first-level cache, which knows nothing of what other processors have written.
+            log = tl.load(logs + place, mask=part < num_parts, other=float("-inf"), cache_modifier=".cg")
+            mask = (part < num_parts)[:, None] & (d < D)[None, :]
+            found = tl.load(parts + place[:, None] * D + d[None, :], mask=mask, other=0.0, cache_modifier=".cg")
+            new_highest = tl.maximum(highest, tl.max(log, 0))
+            weights, faded = tl.exp2(log - new_highest), tl.exp2(highest - new_highest)
+            total = total * faded + tl.sum(weights, 0)
+            weighted = weighted * faded + tl.sum(found * weights[:, None], 0)
+            highest = new_highest
+        tl.store(out_row + (head * G + g) * D + d, (weighted / total).to(out_row.dtype.element_ty), mask=d < D)
 
 
-@triton.jit
-def _join(parts, logs, out, num_rows, D: tl.constexpr, PADDED_D: tl.constexpr, SPLITS: tl.constexpr):
-    """Weighs the splits of one row and head by their sums of exponentials."""
-    if tl.program_id(0) >= tl.load(num_rows):
+@triton.jit(do_not_specialize=["piece_stride"])
+def _decode(
+    qkv, out, parts, logs, arrived, pool, cos_sin, norm_weight, eps, tables, width, contexts, pieces, piece_stride,
+    scale, block_stride, layer_offset,
+    N: tl.constexpr, K: tl.constexpr, D: tl.constexpr, PADDED_D: tl.constexpr, PACK: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, STEP: tl.constexpr, STAGES: tl.constexpr, HAS_NORM: tl.constexpr,
+):  # fmt: skip
+    # pieces: row, which part of it, number of parts, tokens of each part.
+    begin()
+    head, piece = tl.program_id(0), tl.program_id(1)
+    row = tl.load(pieces + piece)
+    if row < 0:
         return
-    row = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
-    splits, d = tl.arange(0, SPLITS), tl.arange(0, PADDED_D)
-    log = tl.load(logs + row * SPLITS + splits)
-    weights = tl.exp2(log - tl.max(log, 0))
-    inside = (d < D)[None, :]
-    part = tl.load(parts + (row * SPLITS + splits)[:, None] * D + d[None, :], mask=inside, other=0.0)
-    result = tl.sum(part * weights[:, None], 0) / tl.sum(weights, 0)
-    tl.store(out + row * D + d, result.to(out.dtype.element_ty), mask=d < D)
+    part = tl.load(pieces + piece_stride + piece)
+    num_parts = tl.load(pieces + 2 * piece_stride + piece)
+    span = tl.load(pieces + 3 * piece_stride + piece)
+    # The new token's position. The piece takes positions [first, last) from the pool.
+    position = tl.load(contexts + row) - 1
+    first = part * span
+    last = tl.minimum(first + span, position)
+    G: tl.constexpr = N // K
+    packed, d = tl.arange(0, PACK), tl.arange(0, PADDED_D)
+    heads = (head * G + packed)[:, None]
+    used = (packed < G)[:, None]
+    qkv_row = qkv + row.to(tl.int64) * ((N + 2 * K) * D)
+    angles = cos_sin + position * D + tl.zeros((PACK, 1), tl.int32)
+    query = load_rotated(qkv_row + heads * D, used, norm_weight + heads * D, angles, eps, D, PADDED_D, HAS_NORM)
+    keys = pool + layer_offset + head * D
+    table = tables + row.to(tl.int64) * tl.load(width)
+    if part == num_parts - 1:
+        block = tl.load(table + position // BLOCK_SIZE).to(tl.int64)
+        place = block * block_stride + (position % BLOCK_SIZE) * (K * D)
+        state = _new_token(
+            qkv_row, query, cos_sin, position, norm_weight, eps, head, keys, place, scale,
+            N, K, D, PADDED_D, BLOCK_SIZE, PACK, HAS_NORM,
+        )  # fmt: skip
+    else:
+        lowest = tl.full((PACK,), float("-inf"), tl.float32)
+        state = (lowest, tl.zeros((PACK,), tl.float32), tl.zeros((PACK, PADDED_D), tl.float32))
+    for start in tl.range(first, last, STEP, num_stages=STAGES):
+        positions = start + tl.arange(0, STEP)
+        inside = positions < last
+        at, read = paged(table, positions, inside, block_stride, D, PADDED_D, K * D, BLOCK_SIZE)
+        key = tl.load(keys + at, mask=read, other=0.0)
+        value = tl.load(keys + BLOCK_SIZE * K * D + at, mask=read, other=0.0)
+        state = attend(state, query, key, value, inside[None, :], scale, True)
+    highest, total, weighted = state
+    result = weighted / total[:, None]
+    shown = used & (d < D)[None, :]
+    out_row = out + row.to(tl.int64) * (N * D)
+    if num_parts == 1:
+        tl.store(out_row + heads * D + d[None, :], result.to(out.dtype.element_ty), mask=shown)
+    else:
+        here = piece.to(tl.int64) * N + heads
+        tl.store(parts + here * D + d[None, :], result, mask=shown)
+        tl.store(logs + here, (highest + tl.log2(total))[:, None], mask=used)
+        counter = arrived + row * K + head
+        # All of this program's stores come before its arrival.
+        tl.debug_barrier()
+        if tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == num_parts - 1:
+            tl.debug_barrier()
+            _join(parts, logs, out_row, piece - part, num_parts, head, N, K, D, PADDED_D, 16)
+            tl.store(counter, 0)
 
 
-def num_splits(rows: int, num_kv_heads: int, num_processors: int) -> int:
-    """A power of two: enough programs for two on every processor, as far as splitting the context can give them."""
-    wanted = 2 * num_processors // (rows * num_kv_heads)
-    return min(_MOST_SPLITS, 1 << max(0, wanted.bit_length() - 1))
+class DecodeWorkspace:
+    """Where pieces leave what they have found. One for all layers: only one of them runs at a time."""
+
+    def __init__(self, rows: int, num_pieces: int, heads: tuple[int, int, int], device: torch.device) -> None:
+        """For steps of at most so many rows and pieces. heads: N, K and D."""
+        num_heads, num_kv_heads, head_dim = heads
+        self.parts = torch.empty((num_pieces, num_heads, head_dim), dtype=torch.float32, device=device)
+        self.logs = torch.empty((num_pieces, num_heads), dtype=torch.float32, device=device)
+        self.arrived = torch.zeros((rows, num_kv_heads), dtype=torch.int32, device=device)
+        """Programs of each row and key head that have ended; 0 between launches."""
 
 
 def decode_attention(
@@ -102,33 +147,30 @@ def decode_attention(
     out: torch.Tensor,
     pool: torch.Tensor,
     layer: int,
+    cos_sin: torch.Tensor,
+    norm: tuple[torch.Tensor, float] | None,
     tables: torch.Tensor,
     width: torch.Tensor,
     contexts: torch.Tensor,
-    num_rows: torch.Tensor,
-    splits: int,
+    pieces: torch.Tensor,
+    workspace: DecodeWorkspace,
 ) -> None:
-    """Attend from the first rows of `qkv` to their contexts, which the pool holds, the new token included.
+    """Store the new tokens of the rows that `pieces` name, and attend from them to their contexts.
 
-    qkv: (>=R, (N + 2 K) * D), rotated. out: (>=R, N * D), written. pool: (num_blocks, num_layers, 2, block_size, K, D).
-    tables: (R * width,) int32, block numbers. width, num_rows: one int32 each, on the device. contexts: (R,) int32.
-    Programs are started for every row of `contexts`; those from `num_rows` on end at once.
+    qkv: (>=R, (N + 2 K) * D), neither normed nor rotated. out: (>=R, N * D), written. cos_sin, norm, pool: see
+    `store_kv`. tables: (R * width,) int32, block numbers. width: one int32, on the device. contexts: (R,) int32, new
+    tokens included. pieces: (4, P) int32, see `DecodePieces.cut`; those of row -1 are none.
     """
-    rows = len(contexts)
     _, _, _, block_size, num_kv_heads, head_dim = pool.shape
     num_heads = out.shape[1] // head_dim
-    padded = triton.next_power_of_2(head_dim)
+    padded = max(16, triton.next_power_of_2(head_dim))
     pack = max(16, triton.next_power_of_2(num_heads // num_kv_heads))
-    parts = logs = out
-    if splits > 1:
-        parts = torch.empty((rows, num_heads, splits, head_dim), dtype=torch.float32, device=out.device)
-        logs = torch.empty((rows, num_heads, splits), dtype=torch.float32, device=out.device)
     # Float32 tiles are twice as large, and wide heads too: fewer of them fit into the shared memory.
     narrow = pool.dtype.itemsize == 2 and padded <= 128
-    _decode[(num_kv_heads, rows, splits)](
-        qkv, out, parts, logs, pool, tables, width, contexts, num_rows, head_dim**-0.5 * _LOG2_E, pool.stride(0),
-        layer * pool.stride(1), num_heads, num_kv_heads, head_dim, padded, pack, block_size,
-        64 if narrow else 32, splits, 3 if narrow else 2, num_warps=4,
+    weight, eps = norm or (cos_sin, 0.0)
+    _decode[(num_kv_heads, pieces.shape[1])](
+        qkv, out, workspace.parts, workspace.logs, workspace.arrived, pool, cos_sin, weight, eps, tables, width,
+        contexts, pieces, pieces.stride(0), head_dim**-0.5 * _LOG2_E, pool.stride(0), layer * pool.stride(1),
+        num_heads, num_kv_heads, head_dim, padded, pack, block_size, TILE if narrow else TILE // 2,
+        3 if narrow else 2, norm is not None, num_warps=4, **LAUNCH,
     )  # fmt: skip
-    if splits > 1:
-        _join[(rows, num_heads)](parts, logs, out, num_rows, head_dim, padded, splits, num_warps=4)

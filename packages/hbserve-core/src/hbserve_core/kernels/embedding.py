@@ -7,9 +7,12 @@ import torch
 import triton
 import triton.language as tl
 
+from hbserve_core.kernels.dependent_launch import LAUNCH, begin
+
 
 @triton.jit
 def _embed(ids, sources, sampled, table, first, num_tokens, out, SIZE: tl.constexpr, PADDED: tl.constexpr):
+    begin()
     row = tl.program_id(0)
     source = tl.load(sources + row)
     token = tl.load(ids + row)
@@ -33,6 +36,7 @@ def embed(
     size = table.shape[1]
     out = torch.empty((len(ids), size), dtype=table.dtype, device=table.device)
     _embed[(len(ids),)](
-        ids, sources, sampled, table, first_token, len(table), out, size, triton.next_power_of_2(size), num_warps=4
-    )
+        ids, sources, sampled, table, first_token, len(table), out, size, triton.next_power_of_2(size), num_warps=4,
+        **LAUNCH,
+    )  # fmt: skip
     return out

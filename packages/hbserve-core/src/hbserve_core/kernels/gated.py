@@ -7,9 +7,12 @@ import torch
 import triton
 import triton.language as tl
 
+from hbserve_core.kernels.dependent_launch import LAUNCH, begin
+
 
 @triton.jit
 def _silu_mul(gate_up, out, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    begin()
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < SIZE
@@ -25,5 +28,5 @@ def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
     rows, size = gate_up.shape[0], gate_up.shape[1] // 2
     out = torch.empty((rows, size), dtype=gate_up.dtype, device=gate_up.device)
     block = min(1024, triton.next_power_of_2(size))
-    _silu_mul[(rows, triton.cdiv(size, block))](gate_up, out, size, block, num_warps=4)
+    _silu_mul[(rows, triton.cdiv(size, block))](gate_up, out, size, block, num_warps=4, **LAUNCH)
     return out

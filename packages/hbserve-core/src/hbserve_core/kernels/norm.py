@@ -1,4 +1,4 @@
-"""Residual addition and RMS normalisation in one pass.
+"""RMS normalisation of rows.
 
 Shapes: T rows, E hidden_size.
 """
@@ -7,34 +7,27 @@ import torch
 import triton
 import triton.language as tl
 
+from hbserve_core.kernels.dependent_launch import LAUNCH, begin
+
 
 @triton.jit
-def _add_rms_norm(
-    x, residual, weight, out, eps, SIZE: tl.constexpr, PADDED: tl.constexpr, HAS_RESIDUAL: tl.constexpr
-):  # fmt: skip
+def _rms_norm(x, weight, out, eps, SIZE: tl.constexpr, PADDED: tl.constexpr):
+    begin()
     row = tl.program_id(0).to(tl.int64) * SIZE
     columns = tl.arange(0, PADDED)
     inside = columns < SIZE
-    hidden = tl.load(x + row + columns, mask=inside, other=0.0)
-    if HAS_RESIDUAL:
-        # Rounded before the norm reads it: what the next layer adds to is what this one has normalised.
-        added = hidden.to(tl.float32) + tl.load(residual + row + columns, mask=inside, other=0.0).to(tl.float32)
-        hidden = added.to(hidden.dtype)
-        tl.store(residual + row + columns, hidden, mask=inside)
-    exact = hidden.to(tl.float32)
+    given = tl.load(x + row + columns, mask=inside, other=0.0)
+    exact = given.to(tl.float32)
     scale = tl.rsqrt(tl.sum(exact * exact, 0) / SIZE + eps)
-    normed = (exact * scale).to(hidden.dtype).to(tl.float32)
+    normed = (exact * scale).to(given.dtype).to(tl.float32)
     result = normed * tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + row + columns, result.to(hidden.dtype), mask=inside)
+    tl.store(out + row + columns, result.to(given.dtype), mask=inside)
 
 
-def add_rms_norm(x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """norm(x + residual) of rows (T, E), which is returned; `residual` becomes x + residual, if there is one."""
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """(T, E) of rows (T, E); weight: (E,)."""
     rows, size = x.shape
     out = torch.empty_like(x)
     padded = triton.next_power_of_2(size)
-    warps = 4 if padded <= 2048 else 8
-    _add_rms_norm[(rows,)](
-        x, x if residual is None else residual, weight, out, eps, size, padded, residual is not None, num_warps=warps
-    )
+    _rms_norm[(rows,)](x, weight, out, eps, size, padded, num_warps=4 if padded <= 2048 else 8, **LAUNCH)
     return out

@@ -1,86 +1,111 @@
-"""Chunks of several new tokens over paged context: flash attention that reads keys and values from the pool.
+"""Chunks of several new tokens over paged context: flash attention (Dao 2023) in two parts.
 
-One program per tile of new tokens of one sequence and key head. The G query heads of a key head share the program, so
-each key is read once for all of them: row r of a tile is new token r // G and query head r % G.
+A chunk's earlier context is read from the pool, block by block; its own keys and values, which lie one after the other
+in the step's rows, come in whole tiles through a tensor descriptor (on Hopper, the copy engine: TMA). One program takes
+a tile of new tokens of one sequence and key head. The G query heads of a key head share the program, so each key is
+read once for all of them: row r of a tile is new token r // G and query head r % G.
 Shapes: T rows of the step, N query heads, K key heads, G = N / K, D head_dim.
 """
+
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from hbserve_core.kernels.dependent_launch import LAUNCH, begin
+from hbserve_core.kernels.rotation import load_rotated
 
 _LOG2_E = 1.4426950408889634
 
 
 @triton.jit
-def _tile(
-    state, query, keys, values, table, start, seen, block_stride, scale, MASKED: tl.constexpr,
-    TOKEN: tl.constexpr, D: tl.constexpr, PADDED_D: tl.constexpr, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr,
-):  # fmt: skip
-    """One more TILE of context. Row r sees the first `seen[r]` positions; unmasked tiles are seen whole by all."""
+def attend(state, query, key, value, visible, scale, MASKED: tl.constexpr):
+    """One more tile of context for each row of `query` (R, D).
+
+    state: highest score so far (R,), sum of the weights relative to it (R,), weighted values (R, D). key, value:
+    (C, D). visible: (R, C) or broadcast to it; each row has seen something already, or sees something now.
+    """
     highest, total, weighted = state
-    positions = start + tl.arange(0, TILE)
-    last = tl.max(seen, 0)
-    block = tl.load(table + positions // BLOCK_SIZE, mask=positions < last, other=0).to(tl.int64)
-    place = (block * block_stride + (positions % BLOCK_SIZE) * TOKEN)[:, None] + tl.arange(0, PADDED_D)[None, :]
-    read = (positions < last)[:, None] & (tl.arange(0, PADDED_D) < D)[None, :]
-    key = tl.load(keys + place, mask=read, other=0.0)
-    scores = tl.dot(query, tl.trans(key), input_precision="ieee") * scale
+    scores = tl.dot(query, tl.trans(key), input_precision="ieee")
     if MASKED:
-        scores = tl.where(positions[None, :] < seen[:, None], scores, float("-inf"))
-    new_highest = tl.maximum(highest, tl.max(scores, 1))
-    weights = tl.exp2(scores - new_highest[:, None])
+        scores = tl.where(visible, scores, float("-inf"))
+    new_highest = tl.maximum(highest, tl.max(scores, 1) * scale)
+    weights = tl.exp2(scores * scale - new_highest[:, None])
     faded = tl.exp2(highest - new_highest)
-    value = tl.load(values + place, mask=read, other=0.0)
     weighted = weighted * faded[:, None]
     weighted = tl.dot(weights.to(value.dtype), value, weighted, input_precision="ieee")
     return new_highest, total * faded + tl.sum(weights, 1), weighted
 
 
 @triton.jit
+def paged(table, positions, inside, block_stride, D: tl.constexpr, PADDED_D: tl.constexpr, TOKEN: tl.constexpr,
+          BLOCK_SIZE: tl.constexpr):  # fmt: skip
+    """Places (C, PADDED_D) of these positions' keys of head 0 in a sequence's blocks, and which of them to read."""
+    d = tl.arange(0, PADDED_D)[None, :]
+    block = tl.load(table + positions // BLOCK_SIZE, mask=inside, other=0).to(tl.int64)
+    place = (block * block_stride + (positions % BLOCK_SIZE) * TOKEN)[:, None] + d
+    return place, inside[:, None] & (d < D)
+
+
+@triton.jit(do_not_specialize=["tile_stride", "sequence_stride"])
 def _prefill(
-    qkv, out, pool, tables, width, tiles, tile_stride, sequences, sequence_stride, scale, block_stride, layer_offset,
+    qkv, rows_of_step, out, pool, cos_sin, norm_weight, eps, tables, width, tiles, tile_stride, sequences,
+    sequence_stride, scale, block_stride, layer_offset,
     N: tl.constexpr, K: tl.constexpr, D: tl.constexpr, PADDED_D: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    ROWS: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr,
+    ROWS: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr, HAS_NORM: tl.constexpr,
 ):  # fmt: skip
     # tiles: sequence and first new token of each. sequences: first row, new tokens and context of each.
+    begin()
     sequence = tl.load(tiles + tl.program_id(0))
     if sequence < 0:
         return
     head = tl.program_id(1)
-    begin = tl.load(tiles + tile_stride + tl.program_id(0))
+    first_new = tl.load(tiles + tile_stride + tl.program_id(0))
+    first_row = tl.load(sequences + sequence)
     num_new = tl.load(sequences + sequence_stride + sequence)
     before = tl.load(sequences + 2 * sequence_stride + sequence) - num_new
     G: tl.constexpr = N // K
     r, d = tl.arange(0, ROWS), tl.arange(0, PADDED_D)
-    new = begin + r // G
+    new = first_new + r // G
     shown = (r < ROWS // G * G) & (new < num_new)
-    row = (tl.load(sequences + sequence) + new).to(tl.int64)
-    heads = head * G + r % G
-    mask = shown[:, None] & (d < D)[None, :]
-    query = tl.load(qkv + (row * ((N + 2 * K) * D) + heads * D)[:, None] + d[None, :], mask=mask, other=0.0)
-    # Rows that are not shown see the first position, so that nothing divides by zero.
-    seen = tl.where(shown, before + new + 1, 1)
-    keys = pool + layer_offset + head * D
-    values = keys + BLOCK_SIZE * K * D
-    table = tables + sequence.to(tl.int64) * tl.load(width)
+    # Rows that are not shown see what the last token sees, so that nothing divides by zero.
+    new = tl.minimum(new, num_new - 1)
+    row = (first_row + new).to(tl.int64)[:, None]
+    heads = (head * G + r % G)[:, None]
+    angles = cos_sin + (before + new).to(tl.int64)[:, None] * D
+    query = load_rotated(
+        qkv + row * ((N + 2 * K) * D) + heads * D, shown[:, None], norm_weight + heads * D, angles, eps,
+        D, PADDED_D, HAS_NORM,
+    )  # fmt: skip
     lowest = tl.full((ROWS,), float("-inf"), tl.float32)
     state = (lowest, tl.zeros((ROWS,), tl.float32), tl.zeros((ROWS, PADDED_D), tl.float32))
-    # Positions [0, whole) are seen by every shown row.
-    whole = (before + begin) // TILE * TILE
+    c = tl.arange(0, TILE)
+    keys = pool + layer_offset + head * D
+    table = tables + sequence.to(tl.int64) * tl.load(width)
+    for start in tl.range(0, before, TILE, num_stages=STAGES):
+        inside = start + c < before
+        place, read = paged(table, start + c, inside, block_stride, D, PADDED_D, K * D, BLOCK_SIZE)
+        key = tl.load(keys + place, mask=read, other=0.0)
+        value = tl.load(keys + BLOCK_SIZE * K * D + place, mask=read, other=0.0)
+        state = attend(state, query, key, value, inside[None, :], scale, True)
+    # New tokens [0, whole) are seen by every row. Tiles may reach into the next head, sequence or padding: numbers that
+    # meet zeros of the query or are not visible, and are finite.
+    key_column, value_column = (N + head) * D, (N + K + head) * D
+    whole = first_new // TILE * TILE
     for start in tl.range(0, whole, TILE, num_stages=STAGES):
-        state = _tile(
-            state, query, keys, values, table, start, seen, block_stride, scale, False,
-            K * D, D, PADDED_D, BLOCK_SIZE, TILE,
-        )  # fmt: skip
-    for start in tl.range(whole, tl.max(seen, 0), TILE, num_stages=STAGES):
-        state = _tile(
-            state, query, keys, values, table, start, seen, block_stride, scale, True,
-            K * D, D, PADDED_D, BLOCK_SIZE, TILE,
-        )  # fmt: skip
+        key = rows_of_step.load([first_row + start, key_column])
+        value = rows_of_step.load([first_row + start, value_column])
+        state = attend(state, query, key, value, True, scale, False)
+    last = tl.minimum(first_new + ROWS // G, num_new)
+    for start in tl.range(whole, last, TILE, num_stages=STAGES):
+        key = rows_of_step.load([first_row + start, key_column])
+        value = rows_of_step.load([first_row + start, value_column])
+        state = attend(state, query, key, value, start + c[None, :] <= new[:, None], scale, True)
     _, total, weighted = state
     result = (weighted / total[:, None]).to(out.dtype.element_ty)
-    tl.store(out + (row * (N * D) + heads * D)[:, None] + d[None, :], result, mask=mask)
+    tl.store(out + row * (N * D) + heads * D + d[None, :], result, mask=shown[:, None] & (d < D)[None, :])
 
 
 def rows_per_tile(pool: torch.Tensor) -> int:
@@ -98,25 +123,32 @@ def prefill_attention(
     out: torch.Tensor,
     pool: torch.Tensor,
     layer: int,
+    cos_sin: torch.Tensor,
+    norm: tuple[torch.Tensor, float] | None,
     tables: torch.Tensor,
     width: torch.Tensor,
     tiles: torch.Tensor,
     sequences: torch.Tensor,
 ) -> None:
-    """Attend from the new tokens of several sequences to their contexts, which the pool holds, new tokens included.
+    """Attend from the new tokens of several sequences to their contexts, new tokens included, which `store_kv` wrote.
 
-    qkv: (T, (N + 2 K) * D), rotated. out: (T, N * D), written. pool: (num_blocks, num_layers, 2, block_size, K, D).
-    tables: (sequences * width,) int32. width: one int32 on the device. tiles: (2, programs) int32, sequence (-1: none)
-    and first new token. sequences: (3, sequences) int32, first row in the step, new tokens, context.
+    qkv: (T, (N + 2 K) * D), keys rotated, queries not yet. out: (T, N * D), written. cos_sin, norm, pool: see
+    `store_kv`. tables: (sequences * width,) int32. width: one int32 on the device. tiles: (2, programs) int32, sequence
+    (-1: none) and first new token. sequences: (3, sequences) int32, first row in the step, new tokens, context.
     """
     _, _, _, block_size, num_kv_heads, head_dim = pool.shape
     num_heads = out.shape[1] // head_dim
     rows = rows_per_tile(pool)
     assert num_heads // num_kv_heads <= rows
     narrow = pool.dtype.itemsize == 2 and head_dim <= 128
+    tile = 64 if narrow else 32
+    padded = max(16, triton.next_power_of_2(head_dim))
+    weight, eps = norm or (cos_sin, 0.0)
+    # With at most 128 registers a thread, two programs share a processor: one's softmax hides in the other's products.
+    options: dict[str, Any] = {"num_warps": 8, "maxnreg": 128} if rows == 128 else {"num_warps": 4}
     _prefill[(tiles.shape[1], num_kv_heads)](
-        qkv, out, pool, tables, width, tiles, tiles.stride(0), sequences, sequences.stride(0), head_dim**-0.5 * _LOG2_E,
-        pool.stride(0), layer * pool.stride(1), num_heads, num_kv_heads, head_dim,
-        max(16, triton.next_power_of_2(head_dim)), block_size, rows, 64 if narrow else 32, 3 if narrow else 2,
-        num_warps=8 if rows == 128 else 4,
+        qkv, TensorDescriptor.from_tensor(qkv, [tile, padded]), out, pool, cos_sin, weight, eps, tables, width, tiles,
+        tiles.stride(0), sequences, sequences.stride(0), head_dim**-0.5 * _LOG2_E, pool.stride(0),
+        layer * pool.stride(1), num_heads, num_kv_heads, head_dim, padded, block_size, rows, tile,
+        2, norm is not None, **options, **LAUNCH,
     )  # fmt: skip

@@ -12,6 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
+from hbserve_core.kernels.dependent_launch import LAUNCH, begin
+
 _PART = 4096
 
 
@@ -36,20 +38,21 @@ def _gumbel(seed_low, seed_high, index, tokens):
     return -tl.log(exponential)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride"])
 def _best_of_part(
-    logits, thresholds, params, stride, best_scores, best_tokens, V: tl.constexpr, PART: tl.constexpr
+    logits, thresholds, choices, stride, best_scores, best_tokens, V: tl.constexpr, PART: tl.constexpr
 ):  # fmt: skip
-    # params: temperature (float bits), seed low, seed high, index of the token; a row each.
+    # choices: temperature (float bits), seed low, seed high, index of the token; a row each.
+    begin()
     row, part = tl.program_id(0), tl.program_id(1)
-    temperature = tl.load(params + row).to(tl.float32, bitcast=True)
+    temperature = tl.load(choices + row).to(tl.float32, bitcast=True)
     tokens = part * PART + tl.arange(0, PART)
     scores = tl.load(logits + row.to(tl.int64) * V + tokens, mask=tokens < V, other=float("-inf")).to(tl.float32)
     if temperature > 0:
         scores = tl.where(scores >= tl.load(thresholds + row), scores, float("-inf"))
-        seed_low = tl.load(params + stride + row).to(tl.uint32, bitcast=True)
-        seed_high = tl.load(params + 2 * stride + row).to(tl.uint32, bitcast=True)
-        index = tl.load(params + 3 * stride + row).to(tl.uint32, bitcast=True)
+        seed_low = tl.load(choices + stride + row).to(tl.uint32, bitcast=True)
+        seed_high = tl.load(choices + 2 * stride + row).to(tl.uint32, bitcast=True)
+        index = tl.load(choices + 3 * stride + row).to(tl.uint32, bitcast=True)
         scores = scores / temperature + _gumbel(seed_low, seed_high, index, tokens)
     best, place = tl.max(scores, 0, return_indices=True, return_indices_tie_break_left=True)
     tl.store(best_scores + row * tl.num_programs(1) + part, best)
@@ -58,6 +61,7 @@ def _best_of_part(
 
 @triton.jit
 def _best_of_row(best_scores, best_tokens, sampled, PARTS: tl.constexpr, PADDED: tl.constexpr):
+    begin()
     row, parts = tl.program_id(0), tl.arange(0, PADDED)
     scores = tl.load(best_scores + row * PARTS + parts, mask=parts < PARTS, other=float("-inf"))
     place = tl.argmax(scores, 0, tie_break_left=True)
@@ -99,13 +103,14 @@ def _bisect(row_logits, wanted, floor, highest, temperature, BY_COUNT: tl.conste
     return _float_of(key)
 
 
-@triton.jit
-def _find_threshold(logits, params, stride, thresholds, V: tl.constexpr, PART: tl.constexpr):
-    # params: temperature (float bits), …, top_k (row 4), top_p (float bits, row 5).
+@triton.jit(do_not_specialize=["stride"])
+def _find_threshold(logits, choices, stride, thresholds, V: tl.constexpr, PART: tl.constexpr):
+    # choices: temperature (float bits), …, top_k (row 4), top_p (float bits, row 5).
+    begin()
     row = tl.program_id(0)
-    temperature = tl.load(params + row).to(tl.float32, bitcast=True)
-    top_k = tl.load(params + 4 * stride + row)
-    top_p = tl.load(params + 5 * stride + row).to(tl.float32, bitcast=True)
+    temperature = tl.load(choices + row).to(tl.float32, bitcast=True)
+    top_k = tl.load(choices + 4 * stride + row)
+    top_p = tl.load(choices + 5 * stride + row).to(tl.float32, bitcast=True)
     floor = float("-inf")
     row_logits = logits + row.to(tl.int64) * V
     if (temperature > 0) & (((top_k > 0) & (top_k < V)) | (top_p < 1.0)):
@@ -124,20 +129,20 @@ def _find_threshold(logits, params, stride, thresholds, V: tl.constexpr, PART: t
     tl.store(thresholds + row, floor)
 
 
-def sample(logits: torch.Tensor, params: torch.Tensor, sampled: torch.Tensor) -> None:
+def sample(logits: torch.Tensor, choices: torch.Tensor, sampled: torch.Tensor) -> None:
     """Write one token per row of `logits` (R, V) to the first R places of `sampled`, int32.
 
-    params: (6, R) int32: temperature (bits of a float32; 0 is greedy), low and high half of the seed, index of the
+    choices: (6, R) int32: temperature (bits of a float32; 0 is greedy), low and high half of the seed, index of the
     token among the request's output, top_k (0: all), top_p (bits of a float32).
     """
     rows, vocab_size = logits.shape
     device = logits.device
     parts = triton.cdiv(vocab_size, _PART)
     thresholds = torch.empty(rows, dtype=torch.float32, device=device)
-    _find_threshold[(rows,)](logits, params, params.stride(0), thresholds, vocab_size, _PART, num_warps=8)
+    _find_threshold[(rows,)](logits, choices, choices.stride(0), thresholds, vocab_size, _PART, num_warps=8, **LAUNCH)
     scores = torch.empty((rows, parts), dtype=torch.float32, device=device)
     tokens = torch.empty((rows, parts), dtype=torch.int32, device=device)
     _best_of_part[(rows, parts)](
-        logits, thresholds, params, params.stride(0), scores, tokens, vocab_size, _PART, num_warps=4
+        logits, thresholds, choices, choices.stride(0), scores, tokens, vocab_size, _PART, num_warps=4, **LAUNCH
     )
-    _best_of_row[(rows,)](scores, tokens, sampled, parts, triton.next_power_of_2(parts), num_warps=1)
+    _best_of_row[(rows,)](scores, tokens, sampled, parts, triton.next_power_of_2(parts), num_warps=1, **LAUNCH)

@@ -9,23 +9,35 @@ import torch
 import triton
 import triton.language as tl
 
+from hbserve_core.kernels.dependent_launch import LAUNCH, begin
+
+_AT_ONCE = 16384
+
 
 @triton.jit
-def _dot(
-    x, weight, norm, rows, start, squares, accumulated, M: tl.constexpr, INPUTS: tl.constexpr, STEP: tl.constexpr,
-    HAS_NORM: tl.constexpr,
-):  # fmt: skip
-    """Add x[:, start : start + STEP] times the same columns of the weight rows; sums the squares of x on the way."""
+def _rows(weight, rows, start, INPUTS: tl.constexpr, STEP: tl.constexpr):
+    """(O, STEP) of the weight rows, from column `start` on."""
+    columns = start + tl.arange(0, STEP)
+    return tl.load(weight + rows[:, None].to(tl.int64) * INPUTS + columns[None, :], mask=columns < INPUTS, other=0.0)
+
+
+@triton.jit
+def _inputs(x, norm, start, M: tl.constexpr, INPUTS: tl.constexpr, STEP: tl.constexpr, HAS_NORM: tl.constexpr):
+    """(M, STEP) of x from column `start` on, times the norm's weights, and the sums of squares (M,) before that."""
     columns = start + tl.arange(0, STEP)
     inside = columns < INPUTS
-    block = tl.load(weight + rows[:, None].to(tl.int64) * INPUTS + columns[None, :], mask=inside[None, :], other=0.0)
-    given = tl.load(x + tl.arange(0, M)[:, None] * INPUTS + columns[None, :], mask=inside[None, :], other=0.0).to(
-        tl.float32
-    )
+    given = tl.load(x + tl.arange(0, M)[:, None] * INPUTS + columns[None, :], mask=inside[None, :], other=0.0)
+    given = given.to(tl.float32)
+    squares = tl.sum(given * given, 1)
     if HAS_NORM:
-        squares += tl.sum(given * given, 1)
         given *= tl.load(norm + columns, mask=inside, other=0.0).to(tl.float32)[None, :]
-    return squares, accumulated + tl.sum(given[:, None, :] * block.to(tl.float32)[None, :, :], 2)
+    return given, squares
+
+
+@triton.jit
+def _product(given, block):
+    """(M, O) of (M, STEP) and (O, STEP)."""
+    return tl.sum(given[:, None, :] * block.to(tl.float32)[None, :, :], 2)
 
 
 @triton.jit
@@ -36,15 +48,21 @@ def _small_linear(
 ):  # fmt: skip
     outputs = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
     rows = tl.minimum(outputs, COUNT - 1)
-    squares = tl.zeros((M,), tl.float32)
-    result = tl.zeros((M, OUTPUTS), tl.float32)
-    for start in tl.static_range(0, INPUTS, STEP):
-        squares, result = _dot(x, weight, norm, rows, start, squares, result, M, INPUTS, STEP, HAS_NORM)
+    # Weights never change, so they are on their way before the kernel that computes x has ended.
+    block = _rows(weight, rows, 0, INPUTS, STEP)
     if GATED:
-        ignored = tl.zeros((M,), tl.float32)
-        up = tl.zeros((M, OUTPUTS), tl.float32)
-        for start in tl.static_range(0, INPUTS, STEP):
-            ignored, up = _dot(x, weight, norm, rows + COUNT, start, ignored, up, M, INPUTS, STEP, HAS_NORM)
+        up_block = _rows(weight, rows + COUNT, 0, INPUTS, STEP)
+    begin()
+    given, squares = _inputs(x, norm, 0, M, INPUTS, STEP, HAS_NORM)
+    result = _product(given, block)
+    if GATED:
+        up = _product(given, up_block)
+    for start in tl.static_range(STEP, INPUTS, STEP):
+        given, more_squares = _inputs(x, norm, start, M, INPUTS, STEP, HAS_NORM)
+        squares += more_squares
+        result += _product(given, _rows(weight, rows, start, INPUTS, STEP))
+        if GATED:
+            up += _product(given, _rows(weight, rows + COUNT, start, INPUTS, STEP))
     if HAS_NORM:
         scale = tl.rsqrt(squares / INPUTS + eps)[:, None]
         result *= scale
@@ -84,12 +102,12 @@ def small_linear(
     out = add_to
     if out is None:
         out = torch.empty((rows, outputs), dtype=dtype or x.dtype, device=x.device)
-    step = min(1024, triton.next_power_of_2(size))
-    # About 32 KiB of weights for each program: all of them are on their way before the first one is used.
-    per_program = max(1, min(32, 16384 // triton.next_power_of_2(size) // (2 if gated else 1)))
+    # About 32 KiB of weights for each program, in one piece unless a single row is longer.
+    step = min(_AT_ONCE, triton.next_power_of_2(size))
+    per_program = max(1, min(32, _AT_ONCE // step // (2 if gated else 1)))
     norm_weight, eps = norm or (x, 0.0)
     _small_linear[(triton.cdiv(outputs, per_program),)](
         x, weight, weight if bias is None else bias, norm_weight, out, eps, rows, size, outputs, step, per_program,
-        bias is not None, norm is not None, add_to is not None, gated, num_warps=4,
+        bias is not None, norm is not None, add_to is not None, gated, num_warps=4, **LAUNCH,
     )  # fmt: skip
     return out

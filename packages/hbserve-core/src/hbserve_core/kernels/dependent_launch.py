@@ -1,0 +1,33 @@
+"""Kernels that begin before the one before them has ended: programmatic dependent launch, of Hopper and later.
+
+A step is a chain of kernels of a few microseconds, and starting one costs about as much. With a dependent launch the
+next kernel's programs are started while the last ones of this kernel still run. Each of our kernels calls `begin`
+before it touches memory that an earlier kernel writes; what never changes, such as weights, may be read before that.
+See griddepcontrol in NVIDIA's PTX ISA.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from triton.language.extra import cuda
+
+
+def _is_supported() -> bool:
+    if triton.knobs.runtime.interpret or not torch.cuda.is_available():
+        return False
+    return torch.cuda.get_device_capability()[0] >= 9
+
+
+DEPENDENT = tl.constexpr(_is_supported())
+LAUNCH: dict[str, Any] = {"launch_pdl": True} if DEPENDENT.value else {}
+"""Options for the launch of a kernel that calls `begin`."""
+
+
+@triton.jit
+def begin():
+    """Let the next kernel start, and wait until the one before has written everything."""
+    if DEPENDENT:
+        cuda.gdc_launch_dependents()
+        cuda.gdc_wait()

@@ -1,0 +1,267 @@
+"""Each Triton kernel beside plain torch: on the GPU if there is one, else in Triton's interpreter."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from hbserve_core.decode_pieces import TILE, DecodePieces
+from hbserve_core.rope import RopeConfig, angle_table
+
+# The interpreter's integers warn where they wrap, which is what hashing wants.
+pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+BLOCK = 8
+LAYER, NUM_LAYERS = 1, 2
+EPS = 1e-6
+# query heads, key heads, head size: sizes of Qwen3, Qwen2 and Llama models, powers of two and others.
+HEADS = [(4, 2, 64), (2, 1, 80), (9, 3, 96), (7, 1, 128), (2, 2, 256)]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16] if DEVICE.type == "cuda" else [torch.float32]
+TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
+
+
+class Paged:
+    """Sequences with contexts in a pool full of NaN, and what attention over them must give."""
+
+    def __init__(self, heads, dtype, contexts, num_new, with_norm=True):
+        """num_new: how many of each context's tokens this step brings; of decodes 1."""
+        self.num_heads, self.num_kv_heads, self.head_dim = heads
+        self.contexts, self.num_new = contexts, num_new
+        generator = torch.Generator().manual_seed(sum(contexts))
+        width = (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
+        self.raw = [torch.randn(context, width, generator=generator).to(dtype) for context in contexts]
+        self.norm_weight = torch.rand(self.num_heads + self.num_kv_heads, self.head_dim, generator=generator).to(dtype)
+        self.norm = (self.norm_weight.to(DEVICE), EPS) if with_norm else None
+        angles = angle_table(RopeConfig("default", 10000.0), self.head_dim, max(contexts))
+        self.angles = angles.to(DEVICE)
+        self.expected = torch.cat(
+            [self._expected(raw, angles)[-new:] for raw, new in zip(self.raw, num_new, strict=True)]
+        )
+        self._fill_pool(dtype, angles)
+        self.qkv = torch.cat([raw[-new:] for raw, new in zip(self.raw, num_new, strict=True)]).to(DEVICE)
+
+    def _rotated(self, raw, angles):
+        """Float32 (T, N + K, D), normed and rotated as the decoder in plain torch does it."""
+        count = self.num_heads + self.num_kv_heads
+        heads = raw.float().view(len(raw), -1, self.head_dim)[:, :count]
+        if self.norm is not None:
+            heads = F.rms_norm(heads, (self.head_dim,), None, EPS) * self.norm_weight.float()
+        half = self.head_dim // 2
+        cos, sin = angles[: len(raw), None, :half], angles[: len(raw), None, half:]
+        low, high = heads[..., :half], heads[..., half:]
+        return torch.cat((low * cos - high * sin, high * cos + low * sin), dim=-1)
+
+    def _values(self, raw):
+        return raw.float().view(len(raw), -1, self.head_dim)[:, self.num_heads + self.num_kv_heads :]
+
+    def _expected(self, raw, angles):
+        rotated = self._rotated(raw, angles).transpose(0, 1)
+        values = self._values(raw).transpose(0, 1)
+        out = F.scaled_dot_product_attention(
+            rotated[: self.num_heads], rotated[self.num_heads :], values, is_causal=True, enable_gqa=True
+        )
+        return out.transpose(0, 1).flatten(1)
+
+    def _fill_pool(self, dtype, angles):
+        blocks = [-(-context // BLOCK) for context in self.contexts]
+        order = np.random.default_rng(0).permutation(sum(blocks))
+        self.block_tables = np.split(order, np.cumsum(blocks)[:-1])
+        shape = (sum(blocks), NUM_LAYERS, 2, BLOCK, self.num_kv_heads, self.head_dim)
+        pool = torch.full(shape, float("nan"), dtype=dtype)
+        for raw, new, table in zip(self.raw, self.num_new, self.block_tables, strict=True):
+            keys, values = self._rotated(raw, angles)[:, self.num_heads :], self._values(raw)
+            for position in range(len(raw) - new):
+                block, place = table[position // BLOCK], position % BLOCK
+                pool[block, LAYER, 0, place] = keys[position].to(dtype)
+                pool[block, LAYER, 1, place] = values[position].to(dtype)
+        self.pool = pool.to(DEVICE)
+        width = max(blocks)
+        self.width = torch.tensor([width], dtype=torch.int32, device=DEVICE)
+        self.tables = _int32([[*table, *[0] * (width - len(table))] for table in self.block_tables]).flatten()
+
+    def check(self, out, dtype):
+        assert torch.isfinite(out).all()
+        error = (out.float().cpu() - self.expected).norm() / self.expected.norm()
+        assert error < TOLERANCE[dtype]
+        self._check_new_tokens(dtype)
+
+    def _check_new_tokens(self, dtype):
+        """The step's keys and values are in the pool, and nothing else has become a number."""
+        angles = self.angles.cpu()
+        for raw, table in zip(self.raw, self.block_tables, strict=True):
+            stored = self.pool[torch.tensor(table), LAYER].float().cpu().transpose(0, 1).flatten(1, 2)[:, : len(raw)]
+            wanted = torch.stack((self._rotated(raw, angles)[:, self.num_heads :], self._values(raw)))
+            torch.testing.assert_close(stored, wanted, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+        written = sum(self.contexts) * 2 * self.num_kv_heads * self.head_dim
+        assert int(torch.isfinite(self.pool).sum()) == written
+
+
+def _int32(rows):
+    return torch.tensor(np.array(rows), dtype=torch.int32, device=DEVICE)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("heads", HEADS, ids=str)
+def test_decode_attention_over_contexts_of_one_and_of_several_pieces(heads, dtype):
+    from hbserve_core.kernels.decode_attention import DecodeWorkspace, decode_attention
+
+    contexts = [1, TILE + 5, 3 * TILE + 1, BLOCK, 2 * TILE]
+    paged = Paged(heads, dtype, contexts, [1] * len(contexts))
+    cut = DecodePieces(paged.num_kv_heads, 2 * paged.num_kv_heads).cut(np.array(contexts, dtype=np.int32))
+    assert cut.shape[1] > len(contexts)
+    pieces = _int32(np.concatenate((cut, np.full((4, 2), -1)), axis=1))
+    workspace = DecodeWorkspace(len(contexts), pieces.shape[1], heads, DEVICE)
+    out = torch.full((len(contexts), heads[0] * heads[2]), float("nan"), dtype=dtype, device=DEVICE)
+    decode_attention(
+        paged.qkv, out, paged.pool, LAYER, paged.angles, paged.norm, paged.tables, paged.width, _int32(contexts),
+        pieces, workspace,
+    )  # fmt: skip
+    paged.check(out, dtype)
+    assert not workspace.arrived.any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("heads", HEADS, ids=str)
+def test_prefill_attention_over_new_tokens_and_over_paged_context(heads, dtype):
+    from hbserve_core.kernels.prefill_attention import new_tokens_per_tile, prefill_attention
+    from hbserve_core.kernels.store_kv import store_kv
+
+    contexts, num_new = [70, 45, 2], [70, 5, 2]
+    paged = Paged(heads, dtype, contexts, num_new, with_norm=heads[2] != 64)
+    firsts = [0, 70, 75]
+    tile = new_tokens_per_tile(paged.pool, heads[0])
+    tiles = [(i, begin) for i, new in enumerate(num_new) for begin in range(0, new, tile)] + [(-1, 0)]
+    slots = [
+        table[position // BLOCK] * BLOCK + position % BLOCK
+        for table, context, new in zip(paged.block_tables, contexts, num_new, strict=True)
+        for position in range(context - new, context)
+    ]
+    positions = [p for context, new in zip(contexts, num_new, strict=True) for p in range(context - new, context)]
+    # Three rows of padding, whose numbers are none.
+    padding = torch.full((3, paged.qkv.shape[1]), float("nan"), dtype=dtype, device=DEVICE)
+    qkv = torch.cat((paged.qkv, padding))
+    out = torch.full((len(qkv), heads[0] * heads[2]), float("nan"), dtype=dtype, device=DEVICE)
+    store_kv(
+        qkv, _int32([*positions, 0, 0, 0]), _int32([*slots, -1, -1, -1]), paged.angles, paged.norm, paged.pool, LAYER
+    )
+    prefill_attention(
+        qkv, out, paged.pool, LAYER, paged.angles, paged.norm, paged.tables, paged.width, _int32(tiles).T.contiguous(),
+        _int32([firsts, num_new, contexts]),
+    )  # fmt: skip
+    paged.check(out[:-3], dtype)
+
+
+def test_pieces_are_of_similar_length_and_cover_each_context_once():
+    random = np.random.default_rng(1)
+    for num_kv_heads, processors in ((8, 132), (1, 132), (3, 1)):
+        pieces = DecodePieces(num_kv_heads, processors)
+        for rows in (1, 3, 64, 256):
+            contexts = random.integers(1, 5000, rows).astype(np.int32)
+            row, part, parts, span = pieces.cut(contexts)
+            assert len(row) <= pieces.most(rows)
+            assert (np.bincount(row) == parts[part == 0]).all()
+            assert (part < parts).all()
+            assert (span % TILE == 0).all()
+            # The last part of each row holds its last token, and those before it are full.
+            assert (contexts - (parts[part == 0] - 1) * span[part == 0] >= 1).all()
+            assert (contexts <= parts[part == 0] * span[part == 0]).all()
+
+
+def test_one_long_context_among_short_ones_is_cut_and_they_are_not():
+    contexts = np.array([30000, *[200] * 100], dtype=np.int32)
+    row, _, parts, _ = DecodePieces(8, 132).cut(contexts)
+    assert parts[row == 0][0] > 10
+    assert (parts[row != 0] == 1).all()
+
+
+@pytest.mark.parametrize("shape", [(1, 64, 96), (2, 144, 40), (4, 72, 33)], ids=str)
+def test_small_linear_with_norm_gate_bias_and_addition(shape):
+    from hbserve_core.kernels.small_linear import small_linear
+
+    rows, inputs, outputs = shape
+    torch.manual_seed(0)
+    x, weight = torch.randn(rows, inputs, device=DEVICE), torch.randn(2 * outputs, inputs, device=DEVICE)
+    bias, norm = torch.randn(2 * outputs, device=DEVICE), torch.rand(inputs, device=DEVICE)
+    normed = F.rms_norm(x, (inputs,), norm, EPS)
+    gate, up = F.linear(normed, weight, bias).chunk(2, dim=-1)
+    found = small_linear(x, weight, bias, norm=(norm, EPS), gated=True)
+    torch.testing.assert_close(found, F.silu(gate) * up, rtol=1e-4, atol=1e-4)
+    before = torch.randn(rows, 2 * outputs, device=DEVICE)
+    added = small_linear(x, weight, add_to=before.clone())
+    torch.testing.assert_close(added, before + F.linear(x, weight), rtol=1e-4, atol=1e-4)
+
+
+def test_silu_mul_and_rms_norm():
+    from hbserve_core.kernels.gated import silu_mul
+    from hbserve_core.kernels.norm import rms_norm
+
+    torch.manual_seed(0)
+    x, weight = torch.randn((5, 72), device=DEVICE), torch.randn(72, device=DEVICE)
+    gate, up = x.chunk(2, dim=-1)
+    torch.testing.assert_close(silu_mul(x), F.silu(gate) * up)
+    torch.testing.assert_close(rms_norm(x, weight, EPS), F.rms_norm(x, (72,), weight, EPS))
+
+
+class Choices:
+    """Rows of what sampling is told: temperature, seed halves, index, top_k, top_p."""
+
+    def __init__(self, count):
+        self.numbers = np.zeros((6, count), dtype=np.int32)
+        self.numbers[1] = np.arange(count)
+        self.floats = self.numbers.view(np.float32)
+        self.floats[0], self.floats[5] = 1.0, 1.0
+
+    def sample(self, logits):
+        from hbserve_core.kernels.sampling import sample
+
+        rows = self.numbers.shape[1]
+        sampled = torch.full((rows,), -1, dtype=torch.int32, device=DEVICE)
+        sample(logits.expand(rows, -1).contiguous().to(DEVICE), torch.from_numpy(self.numbers).to(DEVICE), sampled)
+        return sampled.cpu()
+
+
+LOGITS = torch.tensor([2.0, 1.0, 0.5, -1.0, 1.5, float("-inf"), 0.0, 2.0])
+
+
+def test_greedy_takes_the_first_of_the_most_likely_tokens():
+    choices = Choices(3)
+    choices.floats[0] = 0.0
+    assert choices.sample(LOGITS).tolist() == [0, 0, 0]
+
+
+def test_drawn_tokens_come_as_often_as_the_softmax_says():
+    choices = Choices(400)
+    choices.floats[0] = 0.7
+    counts = torch.bincount(choices.sample(LOGITS), minlength=8).float()
+    expected = 400 * (LOGITS / 0.7).softmax(-1)
+    assert counts[5] == 0
+    likely = expected > 5
+    # Chi-square with at most 7 degrees of freedom: above 24.3 once in a thousand; seeds are fixed.
+    assert ((counts - expected)[likely] ** 2 / expected[likely]).sum() < 24.3
+
+
+@pytest.mark.parametrize(
+    ("top_k", "top_p", "allowed"),
+    [(1, 1.0, {0, 7}), (3, 1.0, {0, 7, 4}), (0, 0.6, {0, 7, 4}), (0, 1e-6, {0, 7}), (2, 0.99, {0, 7}), (8, 1.0, None)],
+)
+def test_top_k_and_top_p_keep_the_most_likely_tokens_and_those_as_likely_as_the_last(top_k, top_p, allowed):
+    choices = Choices(25)
+    choices.numbers[4], choices.floats[5] = top_k, top_p
+    found = set(choices.sample(LOGITS).tolist())
+    assert found == (allowed or found - {5})
+
+
+def test_the_same_seed_and_index_give_the_same_token_in_any_row():
+    choices = Choices(40)
+    choices.numbers[1], choices.numbers[3] = 7, np.arange(40) % 4
+    tokens = choices.sample(LOGITS).view(10, 4)
+    assert (tokens == tokens[0]).all()
+    assert len(set(tokens[0].tolist())) > 1
+
+
+def test_embedding_takes_tokens_that_only_the_device_knows():
+    from hbserve_core.kernels.embedding import embed
+
+    table = torch.arange(20.0, device=DEVICE).view(10, 2)
+    rows = embed(_int32([3, -1, 5]), _int32([-1, 1, -1]), _int32([8, 9]), table)
+    assert rows.tolist() == [table[3].tolist(), table[9].tolist(), table[5].tolist()]

@@ -1,0 +1,135 @@
+"""What a CUDA step is told, without a GPU: shapes of graphs, block tables, and places of unread tokens."""
+
+from array import array
+
+import numpy as np
+import pytest
+
+from hbserve_core import InstanceConfig
+from hbserve_core.cuda_graphs import GraphShapes, decode_buckets, prefill_buckets
+from hbserve_core.decode_pieces import DecodePieces
+from hbserve_core.sequence import UNREAD, ScheduledChunk, Sequence
+from hbserve_core.step_buffer import StepView
+from hbserve_core.step_packer import StepPacker
+from hbserve_rpc import SamplingParams
+
+BLOCK, TILE_TOKENS = 4, 8
+PIECES = DecodePieces(num_kv_heads=2, num_processors=4)
+
+
+def config(**settings):
+    return InstanceConfig(
+        model_path="none", block_size=BLOCK, **({"max_num_seqs": 6, "max_num_batched_tokens": 64} | settings)
+    )
+
+
+def sequence(name, num_tokens, computed, **params):
+    found = Sequence(name, list(range(100, 100 + num_tokens)), num_tokens, SamplingParams(**params))
+    found.num_computed_tokens = computed
+    found.block_table = array("i", [int(name) * 10 + i for i in range(-(-num_tokens // BLOCK) + 1)])
+    return found
+
+
+class Packer:
+    """A packer and its memory, full of numbers that no step may be left with."""
+
+    def __init__(self, **settings):
+        self.packer = StepPacker(config(**settings), TILE_TOKENS, PIECES)
+        self.memory = np.full(4096, 54321, dtype=np.int32)
+
+    def pack(self, *chunks):
+        step = self.packer.pack([ScheduledChunk(*chunk) for chunk in chunks], self.memory)
+        return step, StepView(self.memory, step.shape)
+
+
+@pytest.mark.parametrize("most", [1, 2, 7, 16, 17, 250, 256, 512])
+def test_decode_graphs_end_exactly_at_the_largest_batch(most):
+    buckets = decode_buckets(most)
+    assert buckets[-1] == most
+    assert buckets == sorted(set(buckets))
+    # Padding is at most half of a small step, and 15 rows of a large one.
+    for rows in range(1, most + 1):
+        bucket = next(size for size in buckets if size >= rows)
+        assert bucket < 2 * rows or bucket - rows < 16
+
+
+def test_prefill_graphs_end_at_the_longest_step_that_may_have_one():
+    assert prefill_buckets(300) == [32, 64, 128, 256, 300]
+    assert prefill_buckets(31) == []
+    shapes = GraphShapes(config(max_num_batched_tokens=128, cuda_graph_max_seq_len=300), TILE_TOKENS, PIECES)
+    assert [shape.rows for shape in shapes.prefills] == [32, 64, 128]
+
+
+def test_each_decode_step_has_a_graph_and_without_graphs_the_shape_that_fits_it():
+    shapes = GraphShapes(config(max_num_seqs=21), TILE_TOKENS, PIECES)
+    for rows in range(1, 22):
+        shape = shapes.choose([1] * rows)
+        assert shape in shapes.decodes
+        assert shape.rows >= rows
+    exact = GraphShapes(config(cuda_graph_enabled=False), TILE_TOKENS, PIECES).choose([1, 1, 9])
+    assert (exact.rows, exact.sequences, exact.tiles, exact.samples) == (11, 3, 2, 3)
+
+
+def test_a_step_that_is_too_long_or_of_too_many_sequences_runs_without_a_graph():
+    shapes = GraphShapes(config(max_num_seqs=64, cuda_graph_max_seq_len=32), TILE_TOKENS, PIECES)
+    assert shapes.choose([20, 12]) in shapes.prefills
+    assert shapes.choose([33]) not in shapes.prefills
+    assert shapes.choose([2] * 16) not in shapes.prefills
+
+
+def test_decodes_come_first_and_each_chunk_finds_its_blocks():
+    packer = Packer(cuda_graph_enabled=False)
+    prompt, decode = sequence("1", 10, 3), sequence("2", 6, 5)
+    step, view = packer.pack((prompt, 5), (decode, 1))
+    assert view.tokens[0].tolist() == [105, 103, 104, 105, 106, 107]
+    assert view.tokens[2].tolist() == [5, 3, 4, 5, 6, 7]
+    # The decode stores its own token; the prompt's tokens go to blocks 10 and 11.
+    assert view.tokens[3].tolist() == [-2, 43, 44, 45, 46, 47]
+    assert view.sequences.tolist() == [[0, 1], [1, 5], [6, 8]]
+    assert view.tables[:4].reshape(2, 2).tolist() == [[20, 21], [10, 11]]
+    assert view.width.tolist() == [2]
+    # The prompt is not at its end, so only the decode samples.
+    assert step.places == [1]
+    assert step.tokens([7]) == [None, 7]
+
+
+def test_tiles_of_the_longest_context_come_first():
+    packer = Packer(cuda_graph_enabled=False)
+    _, view = packer.pack((sequence("1", 20, 0), 20), (sequence("2", 40, 30), 10))
+    # Sequence 0 is the one that goes on from token 30.
+    assert view.tiles.T.tolist() == [[0, 8], [0, 0], [1, 16], [1, 8], [1, 0]]
+
+
+def test_an_unread_token_is_taken_from_where_the_step_before_puts_it():
+    packer = Packer()
+    sequences = [sequence("1", 5, 4), sequence("2", 9, 8), sequence("3", 7, 6)]
+    packer.pack(*((each, 1) for each in sequences))
+    for each in sequences:
+        each.num_computed_tokens += 1
+        each.token_ids.append(UNREAD)
+    # The longest context comes first in every step: the first had rows 2, 0 and 1.
+    _, view = packer.pack((sequences[0], 1), (sequences[2], 1))
+    assert view.tokens[1, :2].tolist() == [1, 2]
+
+
+def test_padding_holds_nothing_of_earlier_steps():
+    packer = Packer(max_num_seqs=5)
+    _, view = packer.pack((sequence("1", 9, 8, temperature=0.5, top_p=0.3, seed=7), 1), (sequence("2", 3, 2), 1),
+                          (sequence("3", 3, 2), 1))  # fmt: skip
+    assert view.shape.rows == 4
+    assert view.tokens[:, 3].tolist() == [0, -1, 0, -1]
+    assert not view.samples[:, 3].any()
+    used = sum(row >= 0 for row in view.pieces[0].tolist())
+    assert used == 3
+    assert (view.pieces[0, used:] == -1).all()
+    assert (view.tiles[0] == -1).all()
+
+
+def test_every_row_of_a_part_begins_at_a_multiple_of_16_bytes():
+    packer = Packer()
+    _, view = packer.pack((sequence("1", 9, 2), 7), (sequence("2", 3, 2), 1))
+    begin = packer.memory.ctypes.data
+    for part in (view.header, view.tokens, view.sequences, view.pieces, view.tiles, view.samples):
+        for row in part:
+            assert (row.ctypes.data - begin) % 16 == 0
+    assert (view.tables.ctypes.data - begin) % 16 == 0
