@@ -17,11 +17,11 @@ from hbserve_core.shard import check_divisible
 logger = logging.getLogger(__name__)
 
 
-def _log_failure(error: Exception) -> None:
-    logger.error("%s", error)
+def _left_to_the_next_step(error: Exception) -> None:
+    logger.debug("%s", error)
 
 
-def make_runner(config: InstanceConfig, on_failure: Callable[[Exception], None] = _log_failure) -> Runner:
+def make_runner(config: InstanceConfig, on_failure: Callable[[Exception], None] = _left_to_the_next_step) -> Runner:
     """Load the model; with tensor_parallel_size > 1, here and in processes that `close` ends.
 
     on_failure: called from another thread if one of those is lost. The next step raises the same error.
