@@ -13,6 +13,7 @@ from hbserve_core.step_buffer import StepView
 from hbserve_core.step_packer import StepPacker
 from hbserve_rpc import SamplingParams
 
+pytest.importorskip("triton", reason="torch has Triton on Linux only")
 # The interpreter's integers warn where they wrap, which is what hashing wants.
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
 BLOCK = 8
