@@ -1,6 +1,7 @@
 """Small random models of every supported kind, and transformers as the oracle of what they say."""
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -169,6 +170,90 @@ class Stepper:
 @pytest.fixture(scope="session")
 def stepper() -> Callable[[Any], Stepper]:
     return Stepper
+
+
+@contextlib.contextmanager
+def _closing_if_it_fails(group: Any) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        group.close()  # so that nobody waits for this rank
+        raise
+
+
+class RanksInThreads:
+    """Stands for Followers: the other ranks are threads of this process. All else is real: groups over Gloo, messages,
+    runners that follow. Rank 0's runner is `runner`."""
+
+    def __init__(self, make: Callable[[Any], Any], size: int) -> None:
+        """make: makes a rank's own runner from its RankGroup."""
+        import queue
+        import socket
+        from concurrent.futures import ThreadPoolExecutor
+
+        from hbserve_core.rank_group import host_store
+        from hbserve_core.tensor_parallel_runner import TensorParallelRunner
+
+        listening = socket.create_server(("127.0.0.1", 0))
+        self._port = listening.getsockname()[1]
+        self._store = host_store(listening.detach(), self._port)
+        self._make, self._size = make, size
+        self._queues: list[Any] = [queue.SimpleQueue() for _ in range(1, size)]
+        self._threads = ThreadPoolExecutor(size)
+        self._groups: list[Any] = []
+        self._following = [self._threads.submit(self._follow, rank) for rank in range(1, size)]
+        group = self._group(0)
+        with _closing_if_it_fails(group):
+            self.own = self._make(group)
+        self.runner = TensorParallelRunner(self.own, self)  # type: ignore[arg-type]
+
+    def _group(self, rank: int) -> Any:
+        import torch
+
+        from hbserve_core.rank_group import DistributedRankGroup, reach_store
+        from hbserve_core.shard import Shard
+
+        group = DistributedRankGroup(
+            Shard(rank, self._size), torch.device("cpu"), reach_store(self._port), seed=7
+        )  # see test_triton_path.py
+        self._groups.append(group)
+        return group
+
+    def _follow(self, rank: int) -> None:
+        from hbserve_core.rank_process import follow
+
+        group = self._group(rank)
+        with _closing_if_it_fails(group):
+            follow(self._make(group), iter(self._queues[rank - 1].get, None))
+
+    def send(self, message: bytes) -> None:
+        for each in self._queues:
+            each.put(message)
+
+    def blamed(self) -> Any:
+        return contextlib.nullcontext()
+
+    def close(self) -> None:
+        self.send(None)  # type: ignore[arg-type]
+        for each in self._following:
+            each.result(timeout=60)
+        self._threads.shutdown()
+        for group in self._groups:
+            group.close()
+
+
+@pytest.fixture
+def ranks_in_threads() -> Iterator[Callable[..., RanksInThreads]]:
+    """Makes RanksInThreads, and ends them."""
+    made: list[RanksInThreads] = []
+
+    def make(make_runner: Callable[[Any], Any], size: int) -> RanksInThreads:
+        made.append(RanksInThreads(make_runner, size))
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.close()
 
 
 def pytest_configure() -> None:

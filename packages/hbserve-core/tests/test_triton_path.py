@@ -1,6 +1,8 @@
 """Everything that a CUDA step runs, except CUDA: packed steps, our kernels in Triton's interpreter, and the engine over
 them. Tokens equal those of transformers."""
 
+import threading
+
 import numpy as np
 import pytest
 import torch
@@ -22,7 +24,7 @@ BLOCK = 8
 class InterpretedRunner:
     """What CudaRunner does, at once and on the CPU. Steps may be padded as graphs pad them."""
 
-    def __init__(self, folder, overlaps=False, graphs=True, **settings):
+    def __init__(self, folder, overlaps=False, graphs=True, group=None, seed=None, **settings):
         from hbserve_core.cuda_decoder import CudaDecoder
         from hbserve_core.kernels.prefill_attention import new_tokens_per_tile
 
@@ -30,13 +32,15 @@ class InterpretedRunner:
             model_path=str(folder), block_size=BLOCK, num_blocks=96, device="cpu", cuda_graph_enabled=graphs,
             cuda_graph_max_seq_len=64, **settings,
         )  # fmt: skip
-        model = LoadedModel(self.config)
+        model = LoadedModel(self.config, group)
         self.model_config, self.device, self.overlaps = model.model_config, model.device, overlaps
+        self.dtype, self.fingerprint = model.dtype, model.fingerprint
         self.pool = model.allocate_pool().fill_(float("nan"))
-        tile_tokens = new_tokens_per_tile(self.pool, model.model_config.num_heads)
-        self.packer = StepPacker(self.config, tile_tokens, DecodePieces(model.model_config.num_kv_heads, 2))
+        tile_tokens = new_tokens_per_tile(self.pool, model.rank_config.num_heads)
+        pieces = DecodePieces(model.rank_config.num_kv_heads, 2)
+        self.packer = StepPacker(self.config, tile_tokens, pieces, group.seed if group else seed)
         largest = self.packer.shapes.largest(self.config.max_num_batched_tokens, self.config.max_num_seqs)
-        self.decoder = CudaDecoder(model.model_config, plain(model.weights), largest)
+        self.decoder = CudaDecoder(model.rank_config, plain(model.weights), largest, group)
         self.sampled = torch.zeros(self.config.max_num_seqs, dtype=torch.int32)
         self.memory = np.full(largest.fixed_size + self.config.max_num_seqs * 64, 12345, dtype=np.int32)
         self.used_shapes = set()
@@ -100,3 +104,46 @@ def test_greedy_tokens_equal_transformers(model_folder, greedy_tokens, prompt, n
     assert engine.blocks.num_free == engine.blocks.num_blocks
     padded = {shape in (*runner.packer.shapes.decodes, *runner.packer.shapes.prefills) for shape in runner.used_shapes}
     assert padded == {graphs}
+
+
+@pytest.fixture
+def one_kernel_at_a_time(monkeypatch):
+    """Triton's interpreter is not made for threads."""
+    from triton.runtime.interpreter import GridExecutor
+
+    import hbserve_core.cuda_decoder  # noqa: F401  # nor is its first import
+
+    lock, call = threading.Lock(), GridExecutor.__call__
+
+    def locked(self, *arguments, **keywords):
+        with lock:
+            return call(self, *arguments, **keywords)
+
+    monkeypatch.setattr(GridExecutor, "__call__", locked)
+
+
+@pytest.mark.usefixtures("one_kernel_at_a_time")
+@pytest.mark.parametrize(("name", "size"), [("qwen3", 2), ("llama-biases", 4)])
+def test_ranks_that_overlap_give_the_tokens_of_one(model_folder, ranks_in_threads, greedy_tokens, prompt, name, size):
+    settings = {
+        "max_num_seqs": 5, "max_num_batched_tokens": 48, "chunk_size": 20, "tensor_parallel_size": size,
+    }  # fmt: skip
+    folder = model_folder(name)
+    ranks = ranks_in_threads(lambda group: InterpretedRunner(folder, True, False, group=group, **settings), size)
+    prompts = {str(i): prompt(length, salt=i) for i, length in enumerate((1, 21))}
+    found = generate(Engine(ranks.own.config, ranks.runner), prompts, 3)
+    assert found == {key: greedy_tokens(name, given, 3) for key, given in prompts.items()}
+
+
+@pytest.mark.usefixtures("one_kernel_at_a_time")
+def test_ranks_that_overlap_draw_the_same_tokens(model_folder, ranks_in_threads, prompt):
+    """Without a seed too: a rank that drew another token would compute another context than the others."""
+    settings = {"max_num_seqs": 5, "max_num_batched_tokens": 48, "chunk_size": 20}
+    params = {"temperature": 0.9, "top_k": 20}
+    folder = model_folder("qwen3")
+    alone = InterpretedRunner(folder, True, False, seed=7, **settings)
+    expected = generate(Engine(alone.config, alone), {"r": prompt(9)}, 3, **params)
+    ranks = ranks_in_threads(
+        lambda group: InterpretedRunner(folder, True, False, group=group, tensor_parallel_size=2, **settings), 2
+    )
+    assert generate(Engine(ranks.own.config, ranks.runner), {"r": prompt(9)}, 3, **params) == expected

@@ -56,7 +56,11 @@ WRONG: list[tuple[Any, list[str]]] = [
     ({"model": {"dtype": "fp16"}}, ["model.dtype='fp16'", "auto, float32, bfloat16, float16"]),
     ({"scheduler": {"decode_policy": "random"}}, ["scheduler.decode_policy='random'", "round_robin, least_loaded"]),
     # ranges
-    ({"model": {"tensor_parallel_size": 2}}, ["model.tensor_parallel_size=2", "expected 1", "not built yet"]),
+    ({"model": {"tensor_parallel_size": 0}}, ["model.tensor_parallel_size=0", "at least 1"]),
+    (
+        {"model": {"tensor_parallel_size": 2}, "gpu_instances": [PREFILL, DECODE]},
+        ["model.tensor_parallel_size=2", "expected 1", "gpu_instances[0] is a prefill instance", "hybrid"],
+    ),
     ({"model": {"max_model_len": 0}}, ["model.max_model_len=0", "at least 1"]),
     ({"kv_transfer": {"port": 65536}}, ["kv_transfer.port=65536", "0 to 65535"]),
     ({"kv_transfer": {"timeout_s": 0}}, ["kv_transfer.timeout_s=0", "at least 0.1"]),

@@ -23,7 +23,8 @@ class HybridBackend:
         config = PdDisaggConfig(folder, **(wanted | {"gpu_instances": HYBRID})).to_deployment()
         plain = instance_settings(config, config.gpu_instances[0], folder, log_level="WARNING")
         instance = msgspec.convert(plain, InstanceConfig)
-        self._engine = Engine(instance, make_runner(instance))
+        self._runner = make_runner(instance)
+        self._engine = Engine(instance, self._runner)
 
     def add(self, request_id: str, token_ids: list[int], params: SamplingParams) -> None:
         self._engine.add(request_id, token_ids, params)
@@ -43,4 +44,5 @@ class HybridBackend:
         self._engine.abort(request_id)
 
     def close(self) -> None:
-        del self._engine
+        self._runner.close()
+        del self._engine, self._runner

@@ -32,7 +32,8 @@ def instance_settings(
     The instances with the same `host` share its cores and its GPUs.
     """
     neighbours = [each for each in config.gpu_instances if each.host == instance.host]
-    same_gpu = [each for each in neighbours if each.gpu_id == instance.gpu_id]
+    size = config.model.tensor_parallel_size
+    num_on_gpu = None if instance.gpu_id is None else _most_on_one_gpu(neighbours, instance.gpu_id, size)
     chunked, graph, engine = config.chunked_prefill, config.cuda_graph, config.engine
     num_cores = len(os.sched_getaffinity(0))
     return {
@@ -41,12 +42,12 @@ def instance_settings(
         "model_path": str(model_folder),
         "load_format": config.model.load_format,
         "dtype": config.model.dtype,
-        "tensor_parallel_size": config.model.tensor_parallel_size,
+        "tensor_parallel_size": size,
         "max_model_len": config.model.max_model_len,
         "device": engine.device,
         "gpu_id": instance.gpu_id,
         "num_local_instances": len(neighbours),
-        "num_on_gpu": None if instance.gpu_id is None else len(same_gpu),
+        "num_on_gpu": num_on_gpu,
         "num_threads": engine.num_threads or max(1, num_cores // len(neighbours)),
         "block_size": engine.block_size,
         "num_blocks": engine.num_blocks,
@@ -65,6 +66,12 @@ def instance_settings(
         "kv_transfer": _kv_settings(config.kv_transfer, instance),
         "log_level": log_level,
     }
+
+
+def _most_on_one_gpu(instances: list[InstanceSection], first: int, size: int) -> int:
+    """On any of the GPUs [first, first + size), if each instance has as many from its `gpu_id` on."""
+    firsts = [each.gpu_id for each in instances if each.gpu_id is not None]
+    return max(sum(gpu - size < each <= gpu for each in firsts) for gpu in range(first, first + size))
 
 
 def _kv_settings(kv: KVTransferSection, instance: InstanceSection) -> dict[str, Any]:

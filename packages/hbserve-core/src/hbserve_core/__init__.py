@@ -11,6 +11,7 @@ from hbserve_core.errors import (
     InvalidInstanceConfig,
     ModelFilesMissing,
     NotEnoughMemory,
+    RankFailed,
     UnsupportedModel,
     WeightsMismatch,
 )
@@ -32,6 +33,7 @@ __all__ = [
     "ModelFilesMissing",
     "ModelRunner",
     "NotEnoughMemory",
+    "RankFailed",
     "Reservation",
     "StepOutput",
     "UnsupportedModel",

@@ -40,8 +40,10 @@ class InstanceConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     num_on_gpu: int | None = None
     """How many of them share this one's GPU; None: as sharing out by kv_rank has it."""
     tensor_parallel_size: int = 1
+    """Ranks that the model is split among: one process each, on neighbouring GPUs of this host from `gpu_id` or
+    `device` on, or on the CPU. The model's heads and MLP must be divisible by it."""
     num_threads: int = 0
-    """Threads of torch's CPU operators; 0 leaves torch's choice."""
+    """Threads of torch's CPU operators, of all ranks together; 0 leaves torch's choice."""
 
     block_size: int = 16
     """Tokens per KV block."""
@@ -72,7 +74,13 @@ class InstanceConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     log_level: str = "INFO"
 
     def __post_init__(self) -> None:
-        at_least_one = ("max_num_seqs", "max_num_batched_tokens", "chunk_size", "max_chunk_prefill_tokens")
+        at_least_one = (
+            "tensor_parallel_size",
+            "max_num_seqs",
+            "max_num_batched_tokens",
+            "chunk_size",
+            "max_chunk_prefill_tokens",
+        )
         for name, low in [*((name, 1) for name in at_least_one), ("num_threads", 0), ("kv_rank", 0)]:
             value = getattr(self, name)
             if not isinstance(value, int) or value < low:

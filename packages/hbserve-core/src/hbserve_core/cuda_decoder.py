@@ -18,6 +18,7 @@ from hbserve_core.kernels.store_kv import store_kv
 from hbserve_core.linear import Linear
 from hbserve_core.model_config import ModelConfig
 from hbserve_core.norm import RmsNorm
+from hbserve_core.rank_group import RankGroup
 from hbserve_core.rope import angle_table
 from hbserve_core.step_buffer import StepShape, StepView
 from hbserve_core.weights import DecoderWeights, LayerWeights
@@ -29,9 +30,12 @@ _SMALL = (1, 2, 4)
 class CudaDecoder:
     """A causal language model over a paged pool. Reads steps that are on the device, and waits for nothing."""
 
-    def __init__(self, config: ModelConfig, weights: DecoderWeights, largest: StepShape) -> None:
-        """largest: what every step fits into."""
+    def __init__(
+        self, config: ModelConfig, weights: DecoderWeights, largest: StepShape, group: RankGroup | None = None
+    ) -> None:
+        """config: sizes of this rank's part. largest: what every step fits into."""
         self._config = config
+        self._group = group or RankGroup()
         self._weights = weights
         device = weights.embedding.device
         self._angles = angle_table(config.rope, config.head_dim, config.max_model_len).to(device)
@@ -49,8 +53,10 @@ class CudaDecoder:
 
     def hidden(self, step: StepView, sampled: torch.Tensor, pool: torch.Tensor) -> torch.Tensor:
         """(T, E): what the last layer gives for every row. Writes the step's keys and values into the pool."""
-        hidden = embed(step.tokens[0], step.tokens[1], sampled, self._weights.embedding)
-        for index, layer in enumerate(self._weights.layers):
+        weights = self._weights
+        embedded = embed(step.tokens[0], step.tokens[1], sampled, weights.embedding, weights.first_token)
+        hidden = self._group.all_reduce(embedded)
+        for index, layer in enumerate(weights.layers):
             qkv = self._project(hidden, layer.attention_norm, layer.qkv)
             self._add(self._attend(index, layer, qkv, step, pool), layer.output, hidden)
             self._add(self._gated(hidden, layer), layer.down, hidden)
@@ -58,7 +64,8 @@ class CudaDecoder:
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """(R, vocab_size) of rows (R, E)."""
-        return self._project(hidden, self._weights.norm, self._weights.head)
+        logits = self._project(hidden, self._weights.norm, self._weights.head)
+        return self._group.gather_logits(logits, self._config.vocab_size)
 
     def _project(self, hidden: torch.Tensor, norm: RmsNorm, linear: Linear) -> torch.Tensor:
         if len(hidden) in _SMALL:
@@ -73,8 +80,12 @@ class CudaDecoder:
         return silu_mul(self._project(hidden, layer.mlp_norm, layer.gate_up))
 
     def _add(self, inputs: torch.Tensor, linear: Linear, hidden: torch.Tensor) -> None:
-        """Add a product to `hidden` in place."""
-        if len(hidden) in _SMALL:
+        """Add a product to `hidden` in place; of several ranks, the sum of theirs."""
+        is_small = len(hidden) in _SMALL
+        if self._group.shard.size > 1:
+            product = small_linear(inputs, linear.weight, linear.bias) if is_small else linear(inputs)
+            hidden += self._group.all_reduce(product)
+        elif is_small:
             small_linear(inputs, linear.weight, linear.bias, add_to=hidden)
         else:
             linear.add_to(hidden, inputs)

@@ -90,7 +90,8 @@ class CudaGraphs:
             prepare(shape)
             work(shape)  # compiles kernels and makes workspaces, which cannot be done during capture
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._memory, stream=self._stream):
+            # Other threads may use CUDA meanwhile: NCCL's, or another engine's.
+            with torch.cuda.graph(graph, pool=self._memory, stream=self._stream, capture_error_mode="thread_local"):
                 result = work(shape)
             self._memory = self._memory or graph.pool()
             self._graphs[shape] = (graph, result)

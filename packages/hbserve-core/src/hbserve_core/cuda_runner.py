@@ -13,6 +13,8 @@ from hbserve_core.cuda_graphs import CudaGraphs
 from hbserve_core.decode_pieces import DecodePieces
 from hbserve_core.kernels.prefill_attention import new_tokens_per_tile
 from hbserve_core.loaded_model import LoadedModel
+from hbserve_core.model_config import ModelConfig
+from hbserve_core.rank_group import RankGroup
 from hbserve_core.runner import StepTokens
 from hbserve_core.sequence import ScheduledChunk
 from hbserve_core.step_buffer import StepShape, StepView
@@ -32,20 +34,21 @@ class CudaRunner:
 
     overlaps = True
 
-    def __init__(self, config: InstanceConfig) -> None:
-        model = LoadedModel(config)
+    def __init__(self, config: InstanceConfig, group: RankGroup | None = None) -> None:
+        group = group or RankGroup()
+        model = LoadedModel(config, group)
         self.config, self.model_config, self.device, self.dtype = config, model.model_config, model.device, model.dtype
         self.fingerprint = model.fingerprint
         torch.cuda.set_device(self.device)
         self._stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
         with torch.inference_mode(), torch.cuda.stream(self._stream):
             scratch = torch.empty((1, *model.block.shape), dtype=self.dtype, device=self.device)
-            self._packer = self._make_packer(scratch)
+            self._packer = self._make_packer(scratch, model.rank_config, group.seed)
             self._shapes = self._packer.shapes
             self._largest = self._shapes.largest(
                 max(config.max_num_batched_tokens, config.max_num_seqs), config.max_num_seqs
             )
-            self._decoder = CudaDecoder(model.model_config, model.weights, self._largest)
+            self._decoder = CudaDecoder(model.rank_config, model.weights, self._largest, group)
             self._sampled = torch.zeros(config.max_num_seqs, dtype=torch.int32, device=self.device)
             self._make_buffers()
             self.pool = scratch
@@ -62,11 +65,10 @@ class CudaRunner:
             self._stream.synchronize()
         self._turn = 0
 
-    def _make_packer(self, pool: torch.Tensor) -> StepPacker:
-        model = self.model_config
+    def _make_packer(self, pool: torch.Tensor, model: ModelConfig, seed: int | None) -> StepPacker:
         processors = torch.cuda.get_device_properties(self.device).multi_processor_count
         pieces = DecodePieces(model.num_kv_heads, processors)
-        return StepPacker(self.config, new_tokens_per_tile(pool, model.num_heads), pieces)
+        return StepPacker(self.config, new_tokens_per_tile(pool, model.num_heads), pieces, seed)
 
     def _make_buffers(self) -> None:
         """Memory for the largest step there can be, on the device, and twice on the host: while the device still reads
@@ -96,6 +98,9 @@ class CudaRunner:
             max([1, *(shape.rows for shape in self._shapes.prefills)]) / shape.rows if config.cuda_graph_enabled else 0
         )
         return int(step * (1.1 + min(1.0, 2 * in_graphs)))
+
+    def close(self) -> None:
+        """Nothing to end."""
 
     # ---- steps ---------------------------------------------------------------------------------------------------
 

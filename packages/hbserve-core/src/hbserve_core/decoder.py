@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from hbserve_core.attention import AttentionPlan
 from hbserve_core.batch import StepInput
 from hbserve_core.model_config import ModelConfig
+from hbserve_core.rank_group import RankGroup
 from hbserve_core.rope import Rope
 from hbserve_core.weights import DecoderWeights, LayerWeights
 
@@ -21,23 +22,36 @@ Angles = tuple[torch.Tensor, torch.Tensor]
 
 
 class Decoder:
-    """A causal language model over a paged pool. Holds no state of any request."""
+    """A causal language model over a paged pool, or one rank's part of it. Holds no state of any request."""
 
-    def __init__(self, config: ModelConfig, weights: DecoderWeights) -> None:
+    def __init__(self, config: ModelConfig, weights: DecoderWeights, group: RankGroup) -> None:
+        """config: sizes of this rank's part."""
         self._config = config
         self._weights = weights
+        self._group = group
         self._rope = Rope(config.rope, config.head_dim, weights.embedding.dtype, weights.embedding.device)
 
     def logits(self, step: StepInput, attention: AttentionPlan) -> torch.Tensor:
-        """(R, vocab_size) in the engine's dtype. Writes the step's keys and values into the pool."""
-        hidden = F.embedding(step.token_ids, self._weights.embedding)
+        """(R, vocab_size) in the engine's dtype, on every rank. Writes the step's keys and values into the pool."""
+        all_reduce = self._group.all_reduce
+        hidden = all_reduce(self._embed(step.token_ids))
         angles = self._rope.angles(step.positions)
         for index, layer in enumerate(self._weights.layers):
-            hidden = hidden + self._attention(index, layer, hidden, angles, attention)
-            hidden = hidden + self._mlp(layer, hidden)
+            hidden = hidden + all_reduce(self._attention(index, layer, hidden, angles, attention))
+            hidden = hidden + all_reduce(self._mlp(layer, hidden))
         if step.sampling_rows is not None:
             hidden = hidden.index_select(0, step.sampling_rows)
-        return self._weights.head(self._weights.norm(hidden))[: len(step.sampling_places)]
+        logits = self._weights.head(self._weights.norm(hidden))[: len(step.sampling_places)]
+        return self._group.gather_logits(logits, self._config.vocab_size)
+
+    def _embed(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """(T, E); zeros for tokens that other ranks have."""
+        table = self._weights.embedding
+        if len(table) >= self._config.vocab_size:
+            return F.embedding(token_ids, table)
+        rows = token_ids - self._weights.first_token
+        elsewhere = (rows < 0) | (rows >= len(table))
+        return F.embedding(rows.masked_fill_(elsewhere, 0), table).masked_fill_(elsewhere[:, None], 0)
 
     def _attention(
         self, index: int, layer: LayerWeights, hidden: torch.Tensor, angles: Angles, attention: AttentionPlan

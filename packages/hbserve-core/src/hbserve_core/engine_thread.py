@@ -87,6 +87,14 @@ class EngineThread:
         self._commands.put(run)
         return await answer
 
+    def fail(self, error: Exception) -> None:
+        """End the engine as if a step had raised `error`. From any thread."""
+
+        def command(_: Engine) -> None:
+            raise error
+
+        self._commands.put(command)
+
     def _new_future(self) -> "asyncio.Future[Any]":
         if self._ended is not None:
             raise self._ended

@@ -129,9 +129,11 @@ class GpuInstance:
             task.cancel()
         await asyncio.gather(*ends, return_exceptions=True)
         await self._thread.stop()
+        if self.runner is not None:
+            await asyncio.to_thread(self.runner.close)
 
     def _make_engine(self) -> Engine:
-        self.runner = make_runner(self.config)
+        self.runner = make_runner(self.config, on_failure=self._thread.fail)
         return Engine(self.config, self.runner)
 
     async def _load(self) -> None:

@@ -76,7 +76,8 @@ def choose_num_blocks(
                 f"num_blocks={config.num_blocks}: expected an integer >= 1, or none for automatic"
             )
         return config.num_blocks
-    budget = _cuda_budget(config, device) - reserved_bytes if device.type == "cuda" else _cpu_budget()
+    on_gpu = device.type == "cuda"
+    budget = _cuda_budget(config, device) - reserved_bytes if on_gpu else _cpu_budget() // config.tensor_parallel_size
     useful = config.max_num_seqs * -(-max_model_len // config.block_size)
     num_blocks = min(budget // block.block_bytes, useful)
     if num_blocks < 1:
@@ -97,7 +98,8 @@ def _cuda_budget(config: InstanceConfig, device: torch.device) -> int:
         raise InvalidInstanceConfig(f"gpu_memory_utilization={share}: expected a number in (0, 1]")
     free, total = torch.cuda.mem_get_info(device)
     buffer_bytes = 0 if config.role == "hybrid" else config.kv_transfer.buffer_size
-    num_on_gpu = config.num_on_gpu or -(-config.num_local_instances // torch.cuda.device_count())
+    num_local_ranks = config.num_local_instances * config.tensor_parallel_size
+    num_on_gpu = config.num_on_gpu or -(-num_local_ranks // torch.cuda.device_count())
     if num_on_gpu == 1:
         return int(total * share) - (total - free) - buffer_bytes
     # The others start at the same time, so what is free now says nothing: each takes its part of the whole.

@@ -10,41 +10,55 @@ from hbserve_core.config import InstanceConfig
 from hbserve_core.errors import InvalidInstanceConfig
 from hbserve_core.kv_pool import BlockShape, allocate_pool, block_shape, choose_num_blocks
 from hbserve_core.model_config import DTYPES, ModelConfig, load_model_config
+from hbserve_core.rank_group import RankGroup
+from hbserve_core.shard import check_divisible
 from hbserve_core.weights import load_weights
 
 logger = logging.getLogger(__name__)
 
 
 class LoadedModel:
-    """What every runner begins with.
+    """What every runner begins with: all of a model, or one rank's part of it.
 
     Raises:
         ModelFilesMissing, UnsupportedModel, WeightsMismatch: see `load_model_config` and `load_weights`.
         InvalidInstanceConfig: a setting that cannot be.
     """
 
-    def __init__(self, config: InstanceConfig) -> None:
+    def __init__(self, config: InstanceConfig, group: RankGroup | None = None) -> None:
         self._config = config
+        self._group = group or RankGroup()
+        shard = self._group.shard
+        if shard.size != config.tensor_parallel_size:
+            raise InvalidInstanceConfig(
+                f"tensor_parallel_size={config.tensor_parallel_size}: this runner was made for {shard.size} rank; "
+                "make_runner() starts the others"
+            )
         self.model_config = _with_limit(load_model_config(config.model_path), config)
-        self.device = choose_device(config)
+        check_divisible(self.model_config, shard.size)
+        self.rank_config = shard.config(self.model_config)
+        """Sizes of this rank's part."""
+        self.device = choose_device(config, shard.rank)
         self.dtype = _dtype(config, self.model_config)
-        _check_tensor_parallel(config)
         if config.num_threads:
             torch.set_num_threads(config.num_threads)
-        self.weights = load_weights(self.model_config, config.load_format, self.dtype, self.device)
-        self.block = block_shape(config, self.model_config, self.dtype)
+        self.weights = load_weights(self.model_config, config.load_format, self.dtype, self.device, shard)
+        self.block = block_shape(config, self.rank_config, self.dtype)
         self.fingerprint = _fingerprint(self.model_config, self.weights.digest, self.block, config)
         """What two instances must share to read each other's blocks."""
 
     def allocate_pool(self, reserved_bytes: int = 0) -> torch.Tensor:
         """(num_blocks, num_layers, 2, block_size, num_kv_heads, head_dim). On a GPU, `reserved_bytes` are left free.
 
+        Every rank of an instance gets as many blocks, with its own heads in them.
+
         Raises:
             NotEnoughMemory: it does not fit.
+            RankFailed: another rank could not do the same.
         """
         config, block = self._config, self.block
         limit = self.model_config.max_model_len
-        num_blocks = choose_num_blocks(config, block, limit, self.device, reserved_bytes)
+        num_blocks = self._group.least(choose_num_blocks(config, block, limit, self.device, reserved_bytes))
         pool = allocate_pool(num_blocks, block, self.device)
         logger.info(
             "%s: %s on %s, %s, %d blocks of %d tokens (%.2f GiB)",
@@ -65,32 +79,44 @@ def _with_limit(model: ModelConfig, config: InstanceConfig) -> ModelConfig:
     return replace(model, max_model_len=limit)
 
 
-def choose_device(config: InstanceConfig) -> torch.device:
-    """The device that the configuration names, or for "auto" a CUDA device if there is one.
+def choose_device(config: InstanceConfig, rank: int = 0) -> torch.device:
+    """The device that the configuration names, or for "auto" a CUDA device if there is one. Ranks have neighbouring
+    GPUs, from that one on.
 
     Raises:
         InvalidInstanceConfig: no such device.
     """
     if config.device == "auto":
-        return _auto_device(config)
+        return _auto_device(config, rank)
     try:
         device = torch.device(config.device)
     except RuntimeError as error:
         raise InvalidInstanceConfig(f"device={config.device!r}: expected 'auto', 'cpu' or 'cuda:N'") from error
     if device.type not in ("cpu", "cuda"):
         raise InvalidInstanceConfig(f"device={config.device!r}: expected 'auto', 'cpu' or 'cuda:N'")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise InvalidInstanceConfig(f"device={config.device!r}: this host has {torch.cuda.device_count()} CUDA devices")
-    return torch.device("cuda", device.index or 0) if device.type == "cuda" else device
+    return _gpu(f"device={config.device!r}", device.index or 0, config, rank) if device.type == "cuda" else device
 
 
-def _auto_device(config: InstanceConfig) -> torch.device:
+def _auto_device(config: InstanceConfig, rank: int) -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    count = torch.cuda.device_count()
-    if config.gpu_id is not None and config.gpu_id >= count:
-        raise InvalidInstanceConfig(f"gpu_id={config.gpu_id}: this host has {count} CUDA devices, 0 to {count - 1}")
-    return torch.device("cuda", config.kv_rank % count if config.gpu_id is None else config.gpu_id)
+    if config.gpu_id is not None:
+        return _gpu(f"gpu_id={config.gpu_id}", config.gpu_id, config, rank)
+    size = config.tensor_parallel_size
+    places = max(1, torch.cuda.device_count() // size)
+    return _gpu("gpu_id=None", config.kv_rank % places * size, config, rank)
+
+
+def _gpu(named: str, first: int, config: InstanceConfig, rank: int) -> torch.device:
+    """GPU `first + rank`. All that the instance needs must be there, so that every rank refuses or none does."""
+    count, size = torch.cuda.device_count(), config.tensor_parallel_size
+    if first + size > count:
+        with_ranks = f" with tensor_parallel_size={size} needs CUDA devices {first} to {first + size - 1}"
+        there = f", 0 to {count - 1}" if count else ""
+        raise InvalidInstanceConfig(
+            f"{named}{with_ranks if size > 1 else ''}: this host has {count} CUDA devices{there}"
+        )
+    return torch.device("cuda", first + rank)
 
 
 def _dtype(config: InstanceConfig, model: ModelConfig) -> torch.dtype:
@@ -99,13 +125,6 @@ def _dtype(config: InstanceConfig, model: ModelConfig) -> torch.dtype:
     if config.dtype not in DTYPES:
         raise InvalidInstanceConfig(f"dtype={config.dtype!r}: expected auto, {', '.join(DTYPES)}")
     return DTYPES[config.dtype]
-
-
-def _check_tensor_parallel(config: InstanceConfig) -> None:
-    if config.tensor_parallel_size != 1:
-        raise InvalidInstanceConfig(
-            f"tensor_parallel_size={config.tensor_parallel_size}: an instance runs on one device for now; set it to 1"
-        )
 
 
 def _fingerprint(

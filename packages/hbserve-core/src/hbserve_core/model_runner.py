@@ -10,13 +10,15 @@ from hbserve_core.config import InstanceConfig
 from hbserve_core.decoder import Decoder
 from hbserve_core.linear import FEWEST_ROWS
 from hbserve_core.loaded_model import LoadedModel
+from hbserve_core.rank_group import RankGroup
 from hbserve_core.runner import ComputedStep, StepTokens
 from hbserve_core.sampler import Sampler
 from hbserve_core.sequence import ScheduledChunk
 
 
 class ModelRunner:
-    """Computes steps in plain torch, one at a time, on any device. Not thread-safe, but any thread may call.
+    """Computes steps in plain torch, one at a time, on any device; with a group, one rank's part of them. Not
+    thread-safe, but any thread may call.
 
     Raises:
         ModelFilesMissing, UnsupportedModel, WeightsMismatch: see `LoadedModel`.
@@ -26,19 +28,23 @@ class ModelRunner:
 
     overlaps = False
 
-    def __init__(self, config: InstanceConfig) -> None:
-        model = LoadedModel(config)
+    def __init__(self, config: InstanceConfig, group: RankGroup | None = None) -> None:
+        group = group or RankGroup()
+        model = LoadedModel(config, group)
         self.config, self.model_config, self.device, self.dtype = config, model.model_config, model.device, model.dtype
         self.fingerprint = model.fingerprint
-        self._decoder = Decoder(model.model_config, model.weights)
+        self._decoder = Decoder(model.rank_config, model.weights, group)
         self.pool = model.allocate_pool()
         """(num_blocks, num_layers, 2, block_size, num_kv_heads, head_dim)"""
-        self._attention = TorchAttention(self.pool, self.model_config.num_heads)
+        self._attention = TorchAttention(self.pool, model.rank_config.num_heads)
         self._sampler = Sampler()
         self._fewest_rows = FEWEST_ROWS if self.device.type == "cpu" else 1
 
     def launch(self, batch: Sequence[ScheduledChunk]) -> ComputedStep:
         return ComputedStep(self.run(batch))
+
+    def close(self) -> None:
+        """Nothing to end."""
 
     def run(self, batch: Sequence[ScheduledChunk]) -> StepTokens:
         """Compute one step: write its keys and values into the pool, and sample."""

@@ -28,12 +28,15 @@ class Runner(Protocol):
     fingerprint: dict[str, str | int]
     """What two instances must share to read each other's blocks."""
     pool: torch.Tensor
-    """(num_blocks, num_layers, 2, block_size, num_kv_heads, head_dim)"""
+    """(num_blocks, num_layers, 2, block_size, num_kv_heads, head_dim), with this rank's heads"""
     overlaps: bool
     """Whether a step may be launched before the tokens of the one before it are read. Those tokens are UNREAD then."""
 
     def launch(self, batch: Ids[ScheduledChunk]) -> PendingStep:
         """Begin to compute a step. What the chunks say is read before this returns."""
+
+    def close(self) -> None:
+        """End the processes of other ranks, if there are any. Nothing is launched afterwards. May be called twice."""
 
 
 class ComputedStep:

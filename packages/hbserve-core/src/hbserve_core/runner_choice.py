@@ -1,16 +1,58 @@
-"""The runner that suits an instance's device."""
+"""The runner that suits an instance's device and number of ranks."""
+
+import logging
+from collections.abc import Callable
 
 from hbserve_core.config import InstanceConfig
+from hbserve_core.errors import InvalidInstanceConfig
+from hbserve_core.followers import Followers
 from hbserve_core.loaded_model import choose_device
+from hbserve_core.model_config import load_model_config
 from hbserve_core.model_runner import ModelRunner
+from hbserve_core.rank_group import RankGroup
 from hbserve_core.runner import Runner
+from hbserve_core.shard import check_divisible
+from hbserve_core.tensor_parallel_runner import TensorParallelRunner
+
+logger = logging.getLogger(__name__)
 
 
-def make_runner(config: InstanceConfig) -> Runner:
-    """Load the model. Raises what `LoadedModel` raises, and NotEnoughMemory."""
-    if choose_device(config).type != "cuda":
-        return ModelRunner(config)
+def _log_failure(error: Exception) -> None:
+    logger.error("%s", error)
+
+
+def make_runner(config: InstanceConfig, on_failure: Callable[[Exception], None] = _log_failure) -> Runner:
+    """Load the model; with tensor_parallel_size > 1, here and in processes that `close` ends.
+
+    on_failure: called from another thread if one of those is lost. The next step raises the same error.
+
+    Raises what `LoadedModel` raises, NotEnoughMemory, and RankFailed.
+    """
+    if config.tensor_parallel_size == 1:
+        return make_rank_runner(config, RankGroup())
+    if config.role != "hybrid":
+        # Each rank would need a KVTransferManager over its own pool: this is where it would be made.
+        raise InvalidInstanceConfig(
+            f"tensor_parallel_size={config.tensor_parallel_size}: expected 1 for a {config.role} instance, whose KV "
+            "moves from one rank to one rank; hybrid instances may have more"
+        )
+    check_divisible(load_model_config(config.model_path), config.tensor_parallel_size)
+    followers = Followers(config, on_failure)
+    try:
+        with followers.blamed():
+            runner = make_rank_runner(followers.config, followers.join())
+            followers.wait_ready()
+    except BaseException:
+        followers.close()
+        raise
+    return TensorParallelRunner(runner, followers)
+
+
+def make_rank_runner(config: InstanceConfig, group: RankGroup) -> Runner:
+    """One rank's own runner."""
+    if choose_device(config, group.shard.rank).type != "cuda":
+        return ModelRunner(config, group)
     # Triton is not there on every system that has no CUDA.
     from hbserve_core.cuda_runner import CudaRunner
 
-    return CudaRunner(config)
+    return CudaRunner(config, group)

@@ -36,13 +36,16 @@ class PackedStep:
 class StepPacker:
     """Packs one step after the other. Remembers where the last one puts tokens that nobody has read yet."""
 
-    def __init__(self, config: InstanceConfig, tile_tokens: int, pieces: DecodePieces) -> None:
-        """tile_tokens: new tokens that one program of prefill attention takes. pieces: how decodes are cut."""
+    def __init__(self, config: InstanceConfig, tile_tokens: int, pieces: DecodePieces, seed: int | None = None) -> None:
+        """tile_tokens: new tokens that one program of prefill attention takes. pieces: how decodes are cut.
+
+        seed: for requests that bring none of their own; None: another one in each process.
+        """
         self.shapes = GraphShapes(config, tile_tokens, pieces)
         self._block_size = config.block_size
         self._tile_tokens = tile_tokens
         self._pieces = pieces
-        self._random = random.Random()
+        self._random = random.Random(seed)
         self._sources: dict[Sequence, int] = {}
 
     def pack(self, batch: Ids[ScheduledChunk], memory: Any) -> PackedStep:

@@ -1,6 +1,9 @@
-"""The weights of a decoder as the forward pass wants them: projections that read the same input are one matrix."""
+"""The weights of a decoder as the forward pass wants them: projections that read the same input are one matrix.
 
-from collections.abc import Sequence
+Each rank has its part of them (see shard.py), and reads no more than that.
+"""
+
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,16 +13,18 @@ from hbserve_core.errors import InvalidInstanceConfig
 from hbserve_core.linear import Linear, make_linear
 from hbserve_core.model_config import ModelConfig
 from hbserve_core.norm import RmsNorm
+from hbserve_core.shard import Shard
 
 
 @dataclass(frozen=True, slots=True)
 class LayerWeights:
     attention_norm: RmsNorm
     qkv: Linear
-    """Outputs: query heads, then key heads, then value heads."""
+    """Outputs: query heads, then key heads, then value heads; each rank has some of each kind."""
     qk_norm: RmsNorm | None
     """Of query and key heads together: its weight has one row per head."""
     output: Linear
+    """Its results, and those of `down`, are to be summed over the ranks. Rank 0 alone has their biases."""
     mlp_norm: RmsNorm
     gate_up: Linear
     """Outputs: gate, then up."""
@@ -29,17 +34,21 @@ class LayerWeights:
 @dataclass(frozen=True, slots=True)
 class DecoderWeights:
     embedding: torch.Tensor
-    """(vocab_size, hidden_size)"""
+    """(vocab_size / ranks, hidden_size), rounded up; rows beyond the vocabulary are zero."""
+    first_token: int
+    """The token of its first row."""
     layers: tuple[LayerWeights, ...]
     norm: RmsNorm
     head: Linear
-    """To vocab_size outputs; from the embedding's own weights where they are tied."""
+    """To the tokens of the embedding's rows; from the embedding's own weights where they are tied."""
     digest: str
-    """Equal for equal weights."""
+    """Equal for equal weights, on every rank."""
 
 
-def load_weights(config: ModelConfig, load_format: str, dtype: torch.dtype, device: torch.device) -> DecoderWeights:
-    """Read, or for load_format "dummy" invent, all weights.
+def load_weights(
+    config: ModelConfig, load_format: str, dtype: torch.dtype, device: torch.device, shard: Shard | None = None
+) -> DecoderWeights:
+    """Read, or for load_format "dummy" invent, a rank's part of the weights. `config` is of the whole model.
 
     Raises:
         InvalidInstanceConfig: another load_format.
@@ -47,14 +56,20 @@ def load_weights(config: ModelConfig, load_format: str, dtype: torch.dtype, devi
     """
     if load_format not in ("safetensors", "dummy"):
         raise InvalidInstanceConfig(f"load_format={load_format!r}: expected 'safetensors' or 'dummy'")
+    shard = shard or Shard()
     shapes = checkpoint_shapes(config)
     source: TensorSource = DummyCheckpoint(shapes, dtype) if load_format == "dummy" else Checkpoint(config, shapes)
     digesting = DigestingSource(source)
-    loader = _Loader(config, digesting, dtype, device)
-    embedding = loader.tensor("model.embed_tokens.weight")
-    layers = tuple(loader.layer(index) for index in range(config.num_layers))
-    head = embedding if config.tied_embeddings else loader.tensor("lm_head.weight")
-    return DecoderWeights(embedding, layers, loader.norm("model.norm.weight"), make_linear(head), digesting.digest())
+    loader = _Loader(config, shard, digesting, dtype, device)
+    embedding = loader.vocabulary("model.embed_tokens.weight")
+    return DecoderWeights(
+        embedding=embedding,
+        first_token=shard.rank * len(embedding),
+        layers=tuple(loader.layer(index) for index in range(config.num_layers)),
+        head=make_linear(embedding if config.tied_embeddings else loader.vocabulary("lm_head.weight")),
+        norm=loader.norm("model.norm.weight"),
+        digest=digesting.digest(),
+    )
 
 
 def checkpoint_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -92,49 +107,67 @@ def _layer_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 class _Loader:
-    """Fetches tensors by name, fuses them, and brings them to the engine's dtype and device."""
+    """Fetches tensors by name, takes the rank's part, fuses them, and brings them to the engine's dtype and device."""
 
-    def __init__(self, config: ModelConfig, source: TensorSource, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, config: ModelConfig, shard: Shard, source: TensorSource, dtype: torch.dtype, device: torch.device
+    ) -> None:
         self._config = config
+        self._shard = shard
         self._source = source
         self._dtype = dtype
         self._device = device
+        self._heads = shard.part(config.num_heads, config.head_dim)
+        self._kv_heads = shard.kv_part(config.num_kv_heads, config.head_dim)
+        self._inner = shard.part(config.intermediate_size)
 
-    def tensor(self, *names: str) -> torch.Tensor:
-        """One tensor, or several of them one below the other."""
-        parts = [self._source.get(name) for name in names]
+    def _fuse(self, parts: Sequence[torch.Tensor], num_rows: int | None = None) -> torch.Tensor:
+        """Tensors one below the other, and zeros up to `num_rows`."""
         rows = sum(len(part) for part in parts)
         # A copy in any case: tensors that safetensors maps into memory are slow to touch and keep their file open.
-        fused = torch.empty((rows, *parts[0].shape[1:]), dtype=self._dtype, device=self._device)
+        fused = torch.empty((num_rows or rows, *parts[0].shape[1:]), dtype=self._dtype, device=self._device)
         first = 0
         for part in parts:
             fused[first : first + len(part)].copy_(part)
             first += len(part)
+        fused[first:].zero_()
         return fused
 
-    def linear(self, prefix: str, names: Sequence[str], has_bias: bool) -> Linear:
-        weight = self.tensor(*(f"{prefix}.{name}_proj.weight" for name in names))
-        bias = self.tensor(*(f"{prefix}.{name}_proj.bias" for name in names)) if has_bias else None
-        return make_linear(weight, bias)
+    def vocabulary(self, name: str) -> torch.Tensor:
+        num_tokens = self._shard.num_tokens(self._config.vocab_size)
+        first = self._shard.rank * num_tokens
+        return self._fuse([self._source.get(name)[first : first + num_tokens]], num_tokens)
+
+    def _split_by_outputs(self, prefix: str, parts: Mapping[str, slice], has_bias: bool) -> Linear:
+        def fused(kind: str) -> torch.Tensor:
+            return self._fuse([self._source.get(f"{prefix}.{name}_proj.{kind}")[part] for name, part in parts.items()])
+
+        return make_linear(fused("weight"), fused("bias") if has_bias else None)
+
+    def _split_by_inputs(self, name: str, part: slice, has_bias: bool) -> Linear:
+        weight = self._fuse([self._source.get(f"{name}_proj.weight")[:, part]])
+        bias = self._fuse([self._source.get(f"{name}_proj.bias")]) if has_bias else None
+        return make_linear(weight, bias if self._shard.rank == 0 else None)
 
     def layer(self, index: int) -> LayerWeights:
         prefix, biases = f"model.layers.{index}", self._config.biases
         attention, mlp = f"{prefix}.self_attn", f"{prefix}.mlp"
+        qkv = {"q": self._heads, "k": self._kv_heads, "v": self._kv_heads}
         return LayerWeights(
             attention_norm=self.norm(f"{prefix}.input_layernorm.weight"),
-            qkv=self.linear(attention, "qkv", biases.qkv),
+            qkv=self._split_by_outputs(attention, qkv, biases.qkv),
             qk_norm=self._qk_norm(attention) if biases.qk_norm else None,
-            output=self.linear(attention, "o", biases.output),
+            output=self._split_by_inputs(f"{attention}.o", self._heads, biases.output),
             mlp_norm=self.norm(f"{prefix}.post_attention_layernorm.weight"),
-            gate_up=self.linear(mlp, ("gate", "up"), biases.mlp),
-            down=self.linear(mlp, ("down",), biases.mlp),
+            gate_up=self._split_by_outputs(mlp, {"gate": self._inner, "up": self._inner}, biases.mlp),
+            down=self._split_by_inputs(f"{mlp}.down", self._inner, biases.mlp),
         )
 
     def norm(self, name: str) -> RmsNorm:
-        return RmsNorm(self.tensor(name), self._config.rms_norm_eps)
+        return RmsNorm(self._fuse([self._source.get(name)]), self._config.rms_norm_eps)
 
     def _qk_norm(self, attention: str) -> RmsNorm:
-        query, key = (self.tensor(f"{attention}.{name}.weight") for name in ("q_norm", "k_norm"))
-        heads = (self._config.num_heads, -1), (self._config.num_kv_heads, -1)
-        weight = torch.cat((query.expand(*heads[0]), key.expand(*heads[1])))
+        query, key = (self._fuse([self._source.get(f"{attention}.{name}.weight")]) for name in ("q_norm", "k_norm"))
+        local = self._shard.config(self._config)
+        weight = torch.cat((query.expand(local.num_heads, -1), key.expand(local.num_kv_heads, -1)))
         return RmsNorm(weight, self._config.rms_norm_eps)

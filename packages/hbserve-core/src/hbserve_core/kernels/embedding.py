@@ -11,26 +11,32 @@ from hbserve_core.kernels.dependent_launch import LAUNCH, begin
 
 
 @triton.jit
-def _embed(ids, sources, sampled, table, out, SIZE: tl.constexpr, PADDED: tl.constexpr):
+def _embed(ids, sources, sampled, table, first, num_tokens, out, SIZE: tl.constexpr, PADDED: tl.constexpr):
     begin()
     row = tl.program_id(0)
     source = tl.load(sources + row)
     token = tl.load(ids + row)
     if source >= 0:
         token = tl.load(sampled + source)
+    token -= first
     columns = tl.arange(0, PADDED)
-    inside = columns < SIZE
-    values = tl.load(table + token.to(tl.int64) * SIZE + columns, mask=inside, other=0.0)
-    tl.store(out + row.to(tl.int64) * SIZE + columns, values, mask=inside)
+    size = tl.where((token >= 0) & (token < num_tokens), SIZE, 0)
+    values = tl.load(table + token.to(tl.int64) * SIZE + columns, mask=columns < size, other=0.0)
+    tl.store(out + row.to(tl.int64) * SIZE + columns, values, mask=columns < SIZE)
 
 
-def embed(ids: torch.Tensor, sources: torch.Tensor, sampled: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-    """(T, E) rows of `table` (V, E).
+def embed(
+    ids: torch.Tensor, sources: torch.Tensor, sampled: torch.Tensor, table: torch.Tensor, first_token: int = 0
+) -> torch.Tensor:
+    """(T, E) rows of `table` (V, E), which holds tokens from `first_token` on; zeros for others.
 
     ids, sources: (T,) int32. Row t is token ids[t], or, where sources[t] is not negative, sampled[sources[t]]: what the
     step before has sampled, and nobody has read yet. sampled: (R,) int32.
     """
     size = table.shape[1]
     out = torch.empty((len(ids), size), dtype=table.dtype, device=table.device)
-    _embed[(len(ids),)](ids, sources, sampled, table, out, size, triton.next_power_of_2(size), num_warps=4, **LAUNCH)
+    _embed[(len(ids),)](
+        ids, sources, sampled, table, first_token, len(table), out, size, triton.next_power_of_2(size), num_warps=4,
+        **LAUNCH,
+    )  # fmt: skip
     return out

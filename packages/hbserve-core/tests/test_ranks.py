@@ -1,0 +1,179 @@
+"""Ranks as processes: what an instance does when one of them dies, freezes or does not load, and that none is left."""
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from hbserve_core import Engine, GpuInstance, InstanceConfig, InvalidInstanceConfig, RankFailed, make_runner
+from hbserve_core.followers import Followers
+from hbserve_rpc import RemoteError, RpcClient, SamplingParams
+from hbserve_rpc.messages import DESCRIBE, GENERATE, Empty, GenerateRequest
+
+DEADLINE_S = 90
+END_WITHIN_S = 5.0
+"""What an instance promises, from a rank's end to its own."""
+
+
+def config(folder: Any, **settings: Any) -> InstanceConfig:
+    defaults = {"device": "cpu", "num_blocks": 50, "num_threads": 2, "tensor_parallel_size": 2}
+    return InstanceConfig(model_path=str(folder), **(defaults | settings))
+
+
+def is_there(pid: int) -> bool:
+    """Whether a process runs; one that has ended and is only not reaped yet does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def children_of(pid: int) -> list[int]:
+    found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True, check=False)
+    return [int(line) for line in found.stdout.split()]
+
+
+def test_processes_give_the_tokens_of_one_and_none_is_left(model_folder, greedy_tokens, prompt):
+    given = config(model_folder("qwen3"), block_size=8)
+    runner = make_runner(given)
+    engine, found = Engine(given, runner), {}
+    for i in range(4):
+        engine.add(str(i), prompt(5 + 20 * i, salt=i), SamplingParams(0, 8, ignore_eos=True))
+    while engine.has_work():
+        for output in engine.step():
+            found.setdefault(output.request_id, []).extend(output.token_ids)
+    assert found == {str(i): greedy_tokens("qwen3", prompt(5 + 20 * i, salt=i), 8) for i in range(4)}
+    (pid,) = runner.followers.pids
+    assert is_there(pid)
+    runner.close()
+    assert not is_there(pid)
+    runner.close()
+
+
+@contextlib.asynccontextmanager
+async def serving(folder: Any) -> Any:
+    instance = GpuInstance(config(folder))
+    await instance.start()
+    try:
+        await instance.wait_ready()
+        async with RpcClient(instance.address) as client:
+            yield instance, client
+        (pid,) = instance.runner.followers.pids
+    finally:
+        await instance.stop()
+    assert not is_there(pid)
+
+
+CAUSES = {
+    signal.SIGKILL: r"RankFailed: rank 1 of 2 \(pid {pid}\) was ended by SIGKILL",
+    signal.SIGSTOP: r"RankFailed: rank 1 of 2 \(pid {pid}\) is frozen: it has said nothing for 3 s",
+}
+
+
+@pytest.mark.parametrize(
+    ("number", "busy"),
+    [(signal.SIGKILL, True), (signal.SIGKILL, False), (signal.SIGSTOP, True)],
+    ids=["killed-at-work", "killed-while-idle", "frozen-at-work"],
+)
+async def test_a_rank_that_is_lost_ends_the_instance_with_one_error(model_folder, prompt, number, busy):
+    async with serving(model_folder("qwen3")) as (instance, client):
+        request = GenerateRequest("r", prompt(3), SamplingParams(0, 500, ignore_eos=True))
+        events = client.stream(GENERATE, request, timeout_s=DEADLINE_S)
+        if busy:
+            await anext(events)
+        (pid,) = instance.runner.followers.pids
+        os.kill(pid, number)
+        begin_s = time.monotonic()
+        async with asyncio.timeout(DEADLINE_S):
+            error = await instance.wait_failed()
+        assert time.monotonic() - begin_s < END_WITHIN_S
+        assert error == CAUSES[number].replace("\\", "").format(pid=pid)
+        assert (await client.call(DESCRIBE, Empty(), timeout_s=DEADLINE_S)).error == error
+        if busy:
+            with pytest.raises(RemoteError, match=CAUSES[number].format(pid=pid)):
+                async for _ in events:
+                    pass
+
+
+def test_a_rank_that_does_not_load_is_told_with_its_own_words(model_folder, tmp_path):
+    followers = Followers(config(tmp_path / "nothing"), on_failure=lambda _: None)
+    try:
+        with pytest.raises(RankFailed, match=r"rank 1 of 2 \(pid \d+\) failed: ModelFilesMissing: .*nothing"):  # noqa: SIM117
+            with followers.blamed():
+                # Rank 0 has the model, and waits for the other to have as many blocks.
+                followers.join().least(50)
+    finally:
+        followers.close()
+
+
+async def test_no_rank_outlives_a_killed_instance(model_folder):
+    pipe = subprocess.PIPE
+    command = [sys.executable, "-m", "hbserve_core"]
+    popen = subprocess.Popen(command, stdin=pipe, stdout=pipe, start_new_session=True)  # noqa: ASYNC220
+    pids: list[int] = []
+    try:
+        settings = {"model_path": str(model_folder("qwen3")), "device": "cpu", "num_blocks": 50, "num_threads": 2}
+        popen.stdin.write(json.dumps(settings | {"tensor_parallel_size": 2}).encode() + b"\n")
+        popen.stdin.flush()
+        address = json.loads(popen.stdout.readline())["address"]
+        async with RpcClient(address) as client, asyncio.timeout(DEADLINE_S):
+            while (await client.call(DESCRIBE, Empty(), timeout_s=DEADLINE_S)).status != "ready":
+                await asyncio.sleep(0.05)
+        pids = children_of(popen.pid)
+        assert len(pids) == 1
+    finally:
+        popen.kill()
+        popen.communicate(timeout=DEADLINE_S)
+    async with asyncio.timeout(DEADLINE_S):
+        while any(is_there(pid) for pid in pids):
+            await asyncio.sleep(0.05)
+
+
+@pytest.mark.parametrize("role", ["prefill", "decode"])
+def test_roles_that_move_kv_are_refused(model_folder, role):
+    with pytest.raises(InvalidInstanceConfig, match=f"tensor_parallel_size=2: expected 1 for a {role} instance"):
+        make_runner(config(model_folder("qwen3"), role=role))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"gpu_id": 1}, "gpu_id=1 with tensor_parallel_size=2 needs CUDA devices 1 to 2: this host has 2 CUDA devices"),
+        ({"device": "cuda:1"}, "device='cuda:1' with tensor_parallel_size=2 needs CUDA devices 1 to 2"),
+        ({"tensor_parallel_size": 4}, "gpu_id=None with tensor_parallel_size=4 needs CUDA devices 0 to 3"),
+    ],
+)
+def test_a_gpu_that_is_not_there_is_named_before_any_process_starts(model_folder, monkeypatch, settings, message):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(InvalidInstanceConfig, match=message):
+        make_runner(config(model_folder("qwen3"), **({"device": "auto"} | settings)))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(
+    torch.cuda.device_count() < 2, reason=f"two ranks need two CUDA devices; there are {torch.cuda.device_count()}"
+)
+@pytest.mark.parametrize("graphs", [True, False], ids=["graphs", "eager"])
+def test_two_gpus_give_the_tokens_of_one(model_folder, greedy_tokens, prompt, graphs):
+    given = config(model_folder("qwen3"), device="auto", gpu_id=0, cuda_graph_enabled=graphs, max_num_seqs=8)
+    runner = make_runner(given)
+    try:
+        engine, found = Engine(given, runner), {}
+        for i in range(6):
+            engine.add(str(i), prompt(5 + 20 * i, salt=i), SamplingParams(0, 8, ignore_eos=True))
+        while engine.has_work():
+            for output in engine.step():
+                found.setdefault(output.request_id, []).extend(output.token_ids)
+        assert found == {str(i): greedy_tokens("qwen3", prompt(5 + 20 * i, salt=i), 8) for i in range(6)}
+    finally:
+        runner.close()

@@ -1,0 +1,211 @@
+"""Several ranks compute what one computes: their parts of the weights, their sums, and the tokens that come out.
+
+Ranks are threads here, so that many models are quick to try; test_ranks.py has them in processes.
+"""
+
+import json
+import random
+import shutil
+
+import pytest
+import torch
+
+from hbserve_core import Engine, InstanceConfig, InvalidInstanceConfig, ModelRunner
+from hbserve_core.loaded_model import LoadedModel
+from hbserve_core.model_config import load_model_config
+from hbserve_core.rank_group import RankGroup
+from hbserve_core.sequence import UNREAD, ScheduledChunk, Sequence
+from hbserve_core.shard import Shard, check_divisible
+from hbserve_core.step_message import StepReader, StepWriter
+from hbserve_rpc import SamplingParams
+
+BLOCK = 8
+LENGTHS = (1, 8, 30, 47, 9, 3, 90)
+
+
+def config(folder, **changes):
+    defaults = {"block_size": BLOCK, "num_blocks": 96, "device": "cpu", "max_num_batched_tokens": 64, "chunk_size": 40}
+    return InstanceConfig(model_path=str(folder), **(defaults | changes))
+
+
+def generate(engine, prompts, count, **params):
+    for name, prompt in prompts.items():
+        engine.add(name, prompt, SamplingParams(**({"temperature": 0} | params), max_tokens=count, ignore_eos=True))
+    found = {name: [] for name in prompts}
+    while engine.has_work():
+        for output in engine.step():
+            found[output.request_id] += output.token_ids
+        engine.check_integrity()
+    assert engine.blocks.num_free == engine.blocks.num_blocks
+    return found
+
+
+CASES = [
+    *((name, size) for name in ("qwen3", "qwen2", "llama", "llama-biases") for size in (2, 4)),
+    ("qwen3-wide-heads", 4),  # one KV head: all ranks have it
+    ("qwen2-sharded", 2),
+    ("llama-9-heads", 3),
+]
+
+
+@pytest.mark.parametrize(("name", "size"), CASES)
+def test_greedy_tokens_equal_transformers(model_folder, ranks_in_threads, greedy_tokens, prompt, name, size):
+    given = config(model_folder(name), tensor_parallel_size=size)
+    ranks = ranks_in_threads(lambda group: ModelRunner(given, group), size)
+    prompts = {str(i): prompt(length, salt=i) for i, length in enumerate(LENGTHS)}
+    found = generate(Engine(given, ranks.runner), prompts, 8)
+    assert found == {key: greedy_tokens(name, ids, 8) for key, ids in prompts.items()}
+    heads = ranks.own.model_config.num_kv_heads
+    assert ranks.runner.pool.shape[4] == max(1, heads // size)
+
+
+def test_the_steps_of_preempted_and_cached_requests_are_followed_too(model_folder, ranks_in_threads, prompt):
+    """A pool too small for all, and prompts that begin alike."""
+    settings = {"num_blocks": 14, "chunk_size": 16}
+    prompts = {str(i): prompt(16) + prompt(5 + i, salt=i) for i in range(5)}
+    alone = config(model_folder("llama"), **settings)
+    expected = generate(Engine(alone, ModelRunner(alone)), prompts, 20)
+    given = config(model_folder("llama"), tensor_parallel_size=2, **settings)
+    engine = Engine(given, ranks_in_threads(lambda group: ModelRunner(given, group), 2).runner)
+    assert generate(engine, prompts, 20) == expected
+    assert engine.stats().num_preemptions > 0
+    assert engine.stats().num_cached_tokens > 0
+
+
+def test_seeded_requests_draw_the_same_tokens(model_folder, ranks_in_threads, prompt):
+    params = {"temperature": 0.9, "top_k": 40, "top_p": 0.9, "seed": 5}
+    alone = config(model_folder("qwen3"))
+    expected = generate(Engine(alone, ModelRunner(alone)), {"r": prompt(20)}, 20, **params)
+    given = config(model_folder("qwen3"), tensor_parallel_size=2)
+    engine = Engine(given, ranks_in_threads(lambda group: ModelRunner(given, group), 2).runner)
+    assert generate(engine, {"r": prompt(20)}, 20, **params) == expected
+
+
+def test_dummy_weights_of_an_odd_vocabulary_are_parts_of_the_same(model_folder, ranks_in_threads, prompt, tmp_path):
+    """323 tokens for two ranks: the last one has a row that no token has."""
+    folder = shutil.copytree(model_folder("llama"), tmp_path / "odd")
+    raw = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(raw | {"vocab_size": 323}))
+    settings = {"load_format": "dummy", "dtype": "float32"}
+    alone = config(folder, **settings)
+    expected = generate(Engine(alone, ModelRunner(alone)), {"r": prompt(20), "last": [322, 321, 161, 162]}, 12)
+    given = config(folder, tensor_parallel_size=2, **settings)
+    engine = Engine(given, ranks_in_threads(lambda group: ModelRunner(given, group), 2).runner)
+    assert generate(engine, {"r": prompt(20), "last": [322, 321, 161, 162]}, 12) == expected
+
+
+class Part(RankGroup):
+    """A rank by itself, for looking at what it loads."""
+
+    def __init__(self, rank, size):
+        self.shard = Shard(rank, size)
+
+
+def loaded(folder, rank, size, **changes):
+    return LoadedModel(config(folder, tensor_parallel_size=size, **changes), Part(rank, size))
+
+
+@pytest.mark.parametrize("load_format", ["safetensors", "dummy"])
+def test_every_rank_has_a_part_and_knows_which_model_it_is_of(model_folder, load_format):
+    folder = model_folder("llama-biases")
+    whole = loaded(folder, 0, 1, load_format=load_format)
+    parts = [loaded(folder, rank, 2, load_format=load_format) for rank in range(2)]
+    assert torch.equal(torch.cat([part.weights.embedding for part in parts]), whole.weights.embedding)
+    assert [part.weights.first_token for part in parts] == [0, 160]
+    assert [part.fingerprint["model"] for part in parts] == [whole.fingerprint["model"]] * 2
+    assert [part.block.block_bytes * 2 for part in parts] == [whole.block.block_bytes] * 2
+    # The bias of a sum over ranks is added once.
+    assert [layer.output.bias is None for part in parts for layer in part.weights.layers] == [False] * 2 + [True] * 2
+
+
+def test_ranks_read_no_more_of_the_files_than_their_part(model_folder, monkeypatch):
+    from hbserve_core.weights import _Loader
+
+    copied = []
+    fuse = _Loader._fuse
+    monkeypatch.setattr(
+        _Loader, "_fuse", lambda self, parts, *rest: copied.extend(p.numel() for p in parts) or fuse(self, parts, *rest)
+    )
+    loaded(model_folder("qwen3"), 0, 1)
+    whole, copied[:] = sum(copied), []
+    loaded(model_folder("qwen3"), 1, 2)
+    norms = 2 * (2 * 64 + 2 * 16) + 64
+    assert sum(copied) == (whole - norms) // 2 + norms
+
+
+def test_automatic_pools_of_ranks_on_one_host_share_its_memory(model_folder):
+    folder = model_folder("qwen3")
+    one, two = (loaded(folder, 0, size, num_blocks=None, max_num_seqs=10**6) for size in (1, 2))
+    blocks = one.allocate_pool().shape[0], two.allocate_pool().shape[0]
+    assert blocks[1] == pytest.approx(blocks[0], rel=0.3)
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "message"),
+    [
+        ("llama-9-heads", 2, "tensor_parallel_size=2: num_attention_heads=9 is not a multiple of it; "
+         "num_key_value_heads=3 is neither"),
+        ("llama-9-heads", 9, "tensor_parallel_size=9: intermediate_size=96 is not a multiple of it"),
+        ("llama", 3, "tensor_parallel_size=3: num_attention_heads=4 is not a multiple of it"),
+        ("llama", 8, "allowed for .*: 1, 2, 4$"),
+        ("llama-9-heads", 4, "allowed for .*: 1, 3$"),
+    ],
+)  # fmt: skip
+def test_a_model_that_cannot_be_divided_is_refused_with_what_can(model_folder, name, size, message):
+    with pytest.raises(InvalidInstanceConfig, match=message):
+        check_divisible(load_model_config(model_folder(name)), size)
+
+
+def test_a_rank_count_below_one_is_refused(model_folder):
+    with pytest.raises(InvalidInstanceConfig, match="tensor_parallel_size=0: expected an integer >= 1"):
+        config(model_folder("llama"), tensor_parallel_size=0)
+
+
+# ---- what followers are told -----------------------------------------------------------------------------------------
+
+
+def sequence(name, token_ids, num_prompt, computed, **params):
+    found = Sequence(name, list(token_ids), num_prompt, SamplingParams(**params))
+    found.num_computed_tokens = computed
+    found.block_table = list(range(-(-len(token_ids) // BLOCK)))
+    return found
+
+
+def seen(chunk):
+    """All that a runner reads of a chunk."""
+    s = chunk.sequence
+    new = s.token_ids[chunk.first : chunk.first + chunk.num_new_tokens]
+    return (s.request_id, chunk.first, chunk.num_new_tokens, chunk.samples, new, list(s.block_table), s.num_tokens,
+            s.num_output_tokens, s.params)  # fmt: skip
+
+
+def test_a_message_says_all_that_a_runner_reads():
+    writer, reader = StepWriter(draws=True), StepReader()
+    decoding = sequence("a", [*range(20), UNREAD], 15, 20, temperature=0.5, seed=2**63 - 1, top_k=3)
+    chunked = sequence("b", range(100, 150), 50, 16, top_p=0.5)
+    batch = [ScheduledChunk(decoding, 1), ScheduledChunk(chunked, 24)]
+    first = reader.read(writer.write(batch))
+    assert [seen(chunk) for chunk in first] == [seen(chunk) for chunk in batch]
+    decoding.token_ids[20:] = [5, UNREAD]
+    decoding.num_computed_tokens, chunked.num_computed_tokens = 21, 40
+    batch = [ScheduledChunk(decoding, 1), ScheduledChunk(chunked, 10)]
+    second = reader.read(writer.write(batch))
+    assert [seen(chunk) for chunk in second] == [seen(chunk) for chunk in batch]
+    same = [a.sequence is b.sequence for a, b in zip(first, second, strict=True)]
+    assert same == [True, True], "a runner looks unread tokens up by their sequence"
+
+
+def test_an_id_that_comes_again_is_another_sequence():
+    writer, reader = StepWriter(draws=True), StepReader()
+    (before,) = reader.read(writer.write([ScheduledChunk(sequence("r", range(5), 5, 0, temperature=0.5), 5)]))
+    batch = [ScheduledChunk(sequence("r", range(9), 9, 0, temperature=0.9), 9)]
+    (after,) = reader.read(writer.write(batch))
+    assert seen(after) == seen(batch[0])
+    assert after.sequence is not before.sequence
+
+
+def test_followers_that_are_told_every_token_do_not_draw():
+    draws = random.Random(0).random()
+    batch = [ScheduledChunk(sequence("r", range(5), 5, 0, temperature=draws), 5)]
+    (chunk,) = StepReader().read(StepWriter(draws=False).write(batch))
+    assert chunk.sequence.params.temperature == 0
