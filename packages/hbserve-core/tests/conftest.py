@@ -191,7 +191,7 @@ class RanksInThreads:
         import socket
         from concurrent.futures import ThreadPoolExecutor
 
-        from hbserve_core.rank_group import host_store
+        from hbserve_core.distributed_rank_group import host_store
         from hbserve_core.tensor_parallel_runner import TensorParallelRunner
 
         listening = socket.create_server(("127.0.0.1", 0))
@@ -210,7 +210,7 @@ class RanksInThreads:
     def _group(self, rank: int) -> Any:
         import torch
 
-        from hbserve_core.rank_group import DistributedRankGroup, reach_store
+        from hbserve_core.distributed_rank_group import DistributedRankGroup, reach_store
         from hbserve_core.shard import Shard
 
         group = DistributedRankGroup(

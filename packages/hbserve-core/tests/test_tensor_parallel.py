@@ -6,6 +6,7 @@ Ranks are threads here, so that many models are quick to try; test_ranks.py has 
 import json
 import random
 import shutil
+from array import array
 
 import pytest
 import torch
@@ -167,7 +168,7 @@ def test_a_rank_count_below_one_is_refused(model_folder):
 def sequence(name, token_ids, num_prompt, computed, **params):
     found = Sequence(name, list(token_ids), num_prompt, SamplingParams(**params))
     found.num_computed_tokens = computed
-    found.block_table = list(range(-(-len(token_ids) // BLOCK)))
+    found.block_table = array("i", range(-(-len(token_ids) // BLOCK)))
     return found
 
 

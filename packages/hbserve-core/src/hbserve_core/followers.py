@@ -17,10 +17,11 @@ import msgspec
 import torch
 
 from hbserve_core.config import InstanceConfig
+from hbserve_core.distributed_rank_group import DistributedRankGroup, host_store
 from hbserve_core.errors import RankFailed
 from hbserve_core.follower_process import GRACE_S, SILENCE_S, START_TIMEOUT_S, Fate, FollowerProcess
 from hbserve_core.loaded_model import choose_device
-from hbserve_core.rank_group import DistributedRankGroup, RankGroup, host_store
+from hbserve_core.rank_group import RankGroup
 from hbserve_core.rank_protocol import RankSettings, RankState
 from hbserve_core.shard import Shard
 

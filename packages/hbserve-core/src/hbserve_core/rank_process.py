@@ -8,14 +8,15 @@ import os
 import queue
 import sys
 import threading
+import time
 from collections.abc import Iterable, Iterator
 from typing import BinaryIO
 
 import msgspec
 
+from hbserve_core.distributed_rank_group import DistributedRankGroup, reach_store
 from hbserve_core.errors import HBServeCoreError, RankFailed
 from hbserve_core.loaded_model import choose_device
-from hbserve_core.rank_group import DistributedRankGroup, reach_store
 from hbserve_core.rank_protocol import END_TIMEOUT_S, REPORT_INTERVAL_S, RankReport, RankSettings
 from hbserve_core.runner import Runner
 from hbserve_core.runner_choice import make_rank_runner
@@ -32,7 +33,6 @@ class Reporter:
         self._fd = fd
         self._report = RankReport("joining")
         self._lock = threading.Lock()
-        self._wake = threading.Event()
 
     def start(self) -> None:
         threading.Thread(target=self._repeat, name="reporter", daemon=True).start()
@@ -45,7 +45,8 @@ class Reporter:
 
     def _repeat(self) -> None:
         try:
-            while not self._wake.wait(REPORT_INTERVAL_S):
+            while True:
+                time.sleep(REPORT_INTERVAL_S)
                 self.say(self._report)
         except OSError:
             logger.debug("rank 0 is gone")  # the end of stdin says so too, and ends the process
@@ -63,7 +64,7 @@ class Steps:
         while len(header := self._source.read(4)) == 4:
             self._messages.put(self._source.read(int.from_bytes(header, "big")))
         self._messages.put(None)
-        threading.Event().wait(END_TIMEOUT_S)
+        time.sleep(END_TIMEOUT_S)
         # Whoever still waits, for a device or for another rank, cannot be woken.
         os._exit(0)
 
@@ -88,7 +89,9 @@ def main() -> int:
     """Ends the process, with status 0 when rank 0 wanted it so."""
     reports = os.dup(1)
     os.dup2(2, 1)
-    settings = msgspec.json.decode(sys.stdin.buffer.readline(), type=RankSettings)
+    if not (line := sys.stdin.buffer.readline()):
+        return 0  # rank 0 has ended, or has nothing to begin
+    settings = msgspec.json.decode(line, type=RankSettings)
     config, rank = settings.config, settings.rank
     logging.basicConfig(
         level=config.log_level, format=f"%(asctime)s %(levelname)s %(name)s [rank {rank}]: %(message)s",

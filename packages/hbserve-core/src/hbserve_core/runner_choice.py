@@ -3,16 +3,16 @@
 import logging
 from collections.abc import Callable
 
+import torch
+
 from hbserve_core.config import InstanceConfig
 from hbserve_core.errors import InvalidInstanceConfig
-from hbserve_core.followers import Followers
 from hbserve_core.loaded_model import choose_device
 from hbserve_core.model_config import load_model_config
 from hbserve_core.model_runner import ModelRunner
 from hbserve_core.rank_group import RankGroup
 from hbserve_core.runner import Runner
 from hbserve_core.shard import check_divisible
-from hbserve_core.tensor_parallel_runner import TensorParallelRunner
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +37,13 @@ def make_runner(config: InstanceConfig, on_failure: Callable[[Exception], None] 
             "moves from one rank to one rank; hybrid instances may have more"
         )
     check_divisible(load_model_config(config.model_path), config.tensor_parallel_size)
+    if not torch.distributed.is_available():
+        raise InvalidInstanceConfig(
+            f"tensor_parallel_size={config.tensor_parallel_size}: needs a torch that was built with torch.distributed"
+        )
+    from hbserve_core.followers import Followers
+    from hbserve_core.tensor_parallel_runner import TensorParallelRunner
+
     followers = Followers(config, on_failure)
     try:
         with followers.blamed():

@@ -6,6 +6,7 @@ place of a token that the device has computed, and nobody has read, by the seque
 
 from array import array
 from collections.abc import Sequence as Ids
+from typing import cast
 
 import msgspec
 
@@ -46,15 +47,33 @@ class StepWriter:
         sequence, first = chunk.sequence, chunk.first
         params = None if sequence in self._last else sequence.params if self._draws else _GREEDY
         new_token_ids = sequence.token_ids[first : first + chunk.num_new_tokens]
-        block_table = array("i", sequence.block_table).tobytes()
+        block_table = sequence.block_table.tobytes()
         return _Chunk(
             sequence.request_id, sequence.num_prompt_tokens, sequence.num_tokens, first, new_token_ids, block_table,
             params,
         )  # fmt: skip
 
 
+class _NewTokens:
+    """Stands for all tokens of a sequence, of which only the new ones are known, and asked for."""
+
+    def __init__(self, chunk: _Chunk) -> None:
+        self._first = chunk.first
+        self._known = chunk.new_token_ids
+        self._count = chunk.num_tokens
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: int | slice) -> int | list[int]:
+        first = self._first
+        if isinstance(index, slice):
+            return self._known[index.start - first : index.stop - first]
+        return self._known[index - first]
+
+
 class StepReader:
-    """The other end: the batch again. Its sequences know their new tokens; zeros stand for all others."""
+    """The other end: the batch again, of sequences that know their new tokens only."""
 
     def __init__(self) -> None:
         self._last: dict[str, Sequence] = {}
@@ -71,8 +90,7 @@ class StepReader:
             sequence = self._last[chunk.request_id]
         else:
             sequence = Sequence(chunk.request_id, [], chunk.num_prompt_tokens, chunk.params)
-        unknown = chunk.num_tokens - chunk.first - len(chunk.new_token_ids)
-        sequence.token_ids = [0] * chunk.first + chunk.new_token_ids + [0] * unknown
+        sequence.token_ids = cast("list[int]", _NewTokens(chunk))
         sequence.num_computed_tokens = chunk.first
         sequence.block_table = array("i", chunk.block_table)
         return sequence
