@@ -35,7 +35,7 @@ def model_folder(small_model) -> Callable[[str], Path]:
 
 @pytest.fixture(scope="session")
 def oracle(model_folder) -> Callable[[str, list[list[int]]], list[list[int]]]:
-    """What transformers generates in float32, greedily, for several prompts in one batch: one by one takes minutes."""
+    """What transformers generates in float32, greedily. Prompts of one length are a batch: one by one takes minutes."""
     import torch
     import transformers
 
@@ -45,14 +45,16 @@ def oracle(model_folder) -> Callable[[str, list[list[int]]], list[list[int]]]:
 
     @cache
     def tokens(name: str, prompts: tuple[tuple[int, ...], ...]) -> list[list[int]]:
-        longest = max(map(len, prompts))
-        padded = torch.tensor([(0,) * (longest - len(ids)) + ids for ids in prompts])
-        mask = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts])
-        out = model(name).generate(
-            padded, attention_mask=mask, do_sample=False, max_new_tokens=GREEDY.max_tokens,
-            min_new_tokens=GREEDY.max_tokens, eos_token_id=None, pad_token_id=0,
-        )  # fmt: skip
-        return out[:, longest:].tolist()
+        found: dict[tuple[int, ...], list[int]] = {}
+        for length in {len(ids) for ids in prompts}:
+            same = [ids for ids in prompts if len(ids) == length]
+            given = torch.tensor(same)
+            out = model(name).generate(
+                given, attention_mask=torch.ones_like(given), do_sample=False, max_new_tokens=GREEDY.max_tokens,
+                min_new_tokens=GREEDY.max_tokens, eos_token_id=None, pad_token_id=0,
+            )  # fmt: skip
+            found |= dict(zip(same, out[:, length:].tolist(), strict=True))
+        return [found[ids] for ids in prompts]
 
     return lambda name, prompts: tokens(name, tuple(map(tuple, prompts)))
 

@@ -213,7 +213,9 @@ class RanksInThreads:
         from hbserve_core.distributed_rank_group import DistributedRankGroup, reach_store
         from hbserve_core.shard import Shard
 
-        group = DistributedRankGroup(Shard(rank, self._size), torch.device("cpu"), reach_store(self._port), seed=7)
+        group = DistributedRankGroup(
+            Shard(rank, self._size), torch.device("cpu"), reach_store(self._port), seed=7
+        )  # see test_triton_path.py
         self._groups.append(group)
         return group
 

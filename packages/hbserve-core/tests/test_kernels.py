@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from hbserve_core.decode_pieces import TILE, DecodePieces
 from hbserve_core.rope import RopeConfig, angle_table
 
+pytest.importorskip("triton", reason="torch has Triton on Linux only")
 # The interpreter's integers warn where they wrap, which is what hashing wants.
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

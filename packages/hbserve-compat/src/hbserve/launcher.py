@@ -175,6 +175,8 @@ class InstanceProcess:
     def _why(self) -> str:
         assert self._process is not None
         status = self._process.returncode or 0
+        if status == -signal.SIGKILL:  # it could say nothing itself: its last words are about something else
+            return "signal SIGKILL, from somebody or from the system when memory ran out"
         how = f"signal {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
         return f"{how}: {self._last_lines[-1]}" if self._last_lines else how
 

@@ -53,11 +53,10 @@ class CudaDecoder:
 
     def hidden(self, step: StepView, sampled: torch.Tensor, pool: torch.Tensor) -> torch.Tensor:
         """(T, E): what the last layer gives for every row. Writes the step's keys and values into the pool."""
-        ids, sources = step.tokens[0], step.tokens[1]
-        hidden = self._group.all_reduce(
-            embed(ids, sources, sampled, self._weights.embedding, self._weights.first_token)
-        )
-        for index, layer in enumerate(self._weights.layers):
+        weights = self._weights
+        embedded = embed(step.tokens[0], step.tokens[1], sampled, weights.embedding, weights.first_token)
+        hidden = self._group.all_reduce(embedded)
+        for index, layer in enumerate(weights.layers):
             qkv = self._project(hidden, layer.attention_norm, layer.qkv)
             self._add(self._attend(index, layer, qkv, step, pool), layer.output, hidden)
             self._add(self._gated(hidden, layer), layer.down, hidden)
@@ -84,8 +83,8 @@ class CudaDecoder:
         """Add a product to `hidden` in place; of several ranks, the sum of theirs."""
         is_small = len(hidden) in _SMALL
         if self._group.shard.size > 1:
-            part = small_linear(inputs, linear.weight, linear.bias) if is_small else linear(inputs)
-            hidden.add_(self._group.all_reduce(part))
+            product = small_linear(inputs, linear.weight, linear.bias) if is_small else linear(inputs)
+            hidden += self._group.all_reduce(product)
         elif is_small:
             small_linear(inputs, linear.weight, linear.bias, add_to=hidden)
         else:

@@ -43,7 +43,7 @@ class CudaRunner:
         self._stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
         with torch.inference_mode(), torch.cuda.stream(self._stream):
             scratch = torch.empty((1, *model.block.shape), dtype=self.dtype, device=self.device)
-            self._packer = self._make_packer(model.rank_config, scratch, group.seed)
+            self._packer = self._make_packer(scratch, model.rank_config, group.seed)
             self._shapes = self._packer.shapes
             self._largest = self._shapes.largest(
                 max(config.max_num_batched_tokens, config.max_num_seqs), config.max_num_seqs
@@ -65,7 +65,7 @@ class CudaRunner:
             self._stream.synchronize()
         self._turn = 0
 
-    def _make_packer(self, model: ModelConfig, pool: torch.Tensor, seed: int | None) -> StepPacker:
+    def _make_packer(self, pool: torch.Tensor, model: ModelConfig, seed: int | None) -> StepPacker:
         processors = torch.cuda.get_device_properties(self.device).multi_processor_count
         pieces = DecodePieces(model.num_kv_heads, processors)
         return StepPacker(self.config, new_tokens_per_tile(pool, model.num_heads), pieces, seed)

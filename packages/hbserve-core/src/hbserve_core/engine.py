@@ -34,9 +34,7 @@ class Engine:
         self._runner = runner
         self._model = runner.model_config
         self.blocks = BlockManager(runner.pool.shape[0], config.block_size, prefix_caching=config.prefix_caching)
-        self.limits = RequestLimits(
-            config, self._model.vocab_size, self._model.max_model_len, self.blocks.num_blocks
-        )  # fmt: skip
+        self.limits = RequestLimits(config, self._model.vocab_size, self._model.max_model_len, self.blocks.num_blocks)
         self._scheduler = BatchScheduler(config, self.blocks)
         self._sequences: dict[str, Sequence] = {}
         self._held: set[str] = set()

@@ -37,8 +37,10 @@ class StepPacker:
     """Packs one step after the other. Remembers where the last one puts tokens that nobody has read yet."""
 
     def __init__(self, config: InstanceConfig, tile_tokens: int, pieces: DecodePieces, seed: int | None = None) -> None:
-        """tile_tokens: new tokens that one program of prefill attention takes. pieces: how decodes are cut. seed: for
-        requests without one; ranks with the same seed, which pack the same steps, draw the same tokens."""
+        """tile_tokens: new tokens that one program of prefill attention takes. pieces: how decodes are cut.
+
+        seed: for requests that bring none of their own; None: another one in each process.
+        """
         self.shapes = GraphShapes(config, tile_tokens, pieces)
         self._block_size = config.block_size
         self._tile_tokens = tile_tokens

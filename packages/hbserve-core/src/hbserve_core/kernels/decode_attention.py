@@ -14,10 +14,12 @@ import triton.language as tl
 
 from hbserve_core.decode_pieces import TILE
 from hbserve_core.kernels.dependent_launch import LAUNCH, begin
-from hbserve_core.kernels.prefill_attention import attend, paged
+from hbserve_core.kernels.prefill_attention import attend_paged, nothing_seen
 from hbserve_core.kernels.rotation import load_rotated
 
 _LOG2_E = 1.4426950408889634
+_AT_ONCE = tl.constexpr(16)
+"""Parts of a row that are joined at once."""
 
 
 @triton.jit
@@ -65,6 +67,26 @@ def _join(
         tl.store(out_row + (head * G + g) * D + d, (weighted / total).to(out_row.dtype.element_ty), mask=d < D)
 
 
+@triton.jit
+def _leave(
+    state, parts, logs, arrived, out_row, piece, part, num_parts, head,
+    N: tl.constexpr, K: tl.constexpr, D: tl.constexpr, PADDED_D: tl.constexpr, PACK: tl.constexpr,
+):  # fmt: skip
+    """Leave what one of several pieces has found; the last program of the row and head to come joins them."""
+    highest, total, weighted = state
+    packed, d = tl.arange(0, PACK), tl.arange(0, PADDED_D)
+    used = (packed < N // K)[:, None]
+    here = piece.to(tl.int64) * N + (head * (N // K) + packed)[:, None]
+    tl.store(parts + here * D + d[None, :], weighted / total[:, None], mask=used & (d < D)[None, :])
+    tl.store(logs + here, (highest + tl.log2(total))[:, None], mask=used)
+    # All of this program's stores come before its arrival.
+    tl.debug_barrier()
+    if tl.atomic_add(arrived, 1, sem="acq_rel", scope="gpu") == num_parts - 1:
+        tl.debug_barrier()
+        _join(parts, logs, out_row, piece - part, num_parts, head, N, K, D, PADDED_D, _AT_ONCE)
+        tl.store(arrived, 0)
+
+
 @triton.jit(do_not_specialize=["piece_stride"])
 def _decode(
     qkv, out, parts, logs, arrived, pool, cos_sin, norm_weight, eps, tables, width, contexts, pieces, piece_stride,
@@ -72,28 +94,22 @@ def _decode(
     N: tl.constexpr, K: tl.constexpr, D: tl.constexpr, PADDED_D: tl.constexpr, PACK: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, STEP: tl.constexpr, STAGES: tl.constexpr, HAS_NORM: tl.constexpr,
 ):  # fmt: skip
-    # pieces: row, which part of it, number of parts, tokens of each part.
     begin()
     head, piece = tl.program_id(0), tl.program_id(1)
     row = tl.load(pieces + piece)
     if row < 0:
         return
-    part = tl.load(pieces + piece_stride + piece)
-    num_parts = tl.load(pieces + 2 * piece_stride + piece)
-    span = tl.load(pieces + 3 * piece_stride + piece)
+    part, num_parts = tl.load(pieces + piece_stride + piece), tl.load(pieces + 2 * piece_stride + piece)
     # The new token's position. The piece takes positions [first, last) from the pool.
     position = tl.load(contexts + row) - 1
-    first = part * span
-    last = tl.minimum(first + span, position)
-    G: tl.constexpr = N // K
-    packed, d = tl.arange(0, PACK), tl.arange(0, PADDED_D)
-    heads = (head * G + packed)[:, None]
-    used = (packed < G)[:, None]
-    qkv_row = qkv + row.to(tl.int64) * ((N + 2 * K) * D)
+    span = tl.load(pieces + 3 * piece_stride + piece)
+    first, last = part * span, tl.minimum(part * span + span, position)
+    packed, d = tl.arange(0, PACK), tl.arange(0, PADDED_D)[None, :]
+    heads, used = (head * (N // K) + packed)[:, None], (packed < N // K)[:, None]
+    qkv_row, out_row = qkv + row.to(tl.int64) * ((N + 2 * K) * D), out + row.to(tl.int64) * (N * D)
     angles = cos_sin + position * D + tl.zeros((PACK, 1), tl.int32)
     query = load_rotated(qkv_row + heads * D, used, norm_weight + heads * D, angles, eps, D, PADDED_D, HAS_NORM)
-    keys = pool + layer_offset + head * D
-    table = tables + row.to(tl.int64) * tl.load(width)
+    keys, table = pool + layer_offset + head * D, tables + row.to(tl.int64) * tl.load(width)
     if part == num_parts - 1:
         block = tl.load(table + position // BLOCK_SIZE).to(tl.int64)
         place = block * block_stride + (position % BLOCK_SIZE) * (K * D)
@@ -102,32 +118,16 @@ def _decode(
             N, K, D, PADDED_D, BLOCK_SIZE, PACK, HAS_NORM,
         )  # fmt: skip
     else:
-        lowest = tl.full((PACK,), float("-inf"), tl.float32)
-        state = (lowest, tl.zeros((PACK,), tl.float32), tl.zeros((PACK, PADDED_D), tl.float32))
-    for start in tl.range(first, last, STEP, num_stages=STAGES):
-        positions = start + tl.arange(0, STEP)
-        inside = positions < last
-        at, read = paged(table, positions, inside, block_stride, D, PADDED_D, K * D, BLOCK_SIZE)
-        key = tl.load(keys + at, mask=read, other=0.0)
-        value = tl.load(keys + BLOCK_SIZE * K * D + at, mask=read, other=0.0)
-        state = attend(state, query, key, value, inside[None, :], scale, True)
-    highest, total, weighted = state
-    result = weighted / total[:, None]
-    shown = used & (d < D)[None, :]
-    out_row = out + row.to(tl.int64) * (N * D)
+        state = nothing_seen(PACK, PADDED_D)
+    state = attend_paged(
+        state, query, keys, table, first, last, block_stride, scale, K, D, PADDED_D, BLOCK_SIZE, STEP, STAGES
+    )
     if num_parts == 1:
-        tl.store(out_row + heads * D + d[None, :], result.to(out.dtype.element_ty), mask=shown)
+        result = (state[2] / state[1][:, None]).to(out.dtype.element_ty)
+        tl.store(out_row + heads * D + d, result, mask=used & (d < D))
     else:
-        here = piece.to(tl.int64) * N + heads
-        tl.store(parts + here * D + d[None, :], result, mask=shown)
-        tl.store(logs + here, (highest + tl.log2(total))[:, None], mask=used)
         counter = arrived + row * K + head
-        # All of this program's stores come before its arrival.
-        tl.debug_barrier()
-        if tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == num_parts - 1:
-            tl.debug_barrier()
-            _join(parts, logs, out_row, piece - part, num_parts, head, N, K, D, PADDED_D, 16)
-            tl.store(counter, 0)
+        _leave(state, parts, logs, counter, out_row, piece, part, num_parts, head, N, K, D, PADDED_D, PACK)
 
 
 class DecodeWorkspace:

@@ -21,6 +21,13 @@ _LOG2_E = 1.4426950408889634
 
 
 @triton.jit
+def nothing_seen(ROWS: tl.constexpr, PADDED_D: tl.constexpr):
+    """The state of so many rows before `attend`."""
+    lowest = tl.full((ROWS,), float("-inf"), tl.float32)
+    return lowest, tl.zeros((ROWS,), tl.float32), tl.zeros((ROWS, PADDED_D), tl.float32)
+
+
+@triton.jit
 def attend(state, query, key, value, visible, scale, MASKED: tl.constexpr):
     """One more tile of context for each row of `query` (R, D).
 
@@ -49,6 +56,41 @@ def paged(table, positions, inside, block_stride, D: tl.constexpr, PADDED_D: tl.
     return place, inside[:, None] & (d < D)
 
 
+@triton.jit
+def attend_paged(
+    state, query, keys, table, first, last, block_stride, scale,
+    K: tl.constexpr, D: tl.constexpr, PADDED_D: tl.constexpr, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    """Positions [first, last) of a sequence, all visible, from the pool. keys: of its layer and this head, block 0."""
+    for start in tl.range(first, last, TILE, num_stages=STAGES):
+        positions = start + tl.arange(0, TILE)
+        inside = positions < last
+        place, read = paged(table, positions, inside, block_stride, D, PADDED_D, K * D, BLOCK_SIZE)
+        key = tl.load(keys + place, mask=read, other=0.0)
+        value = tl.load(keys + BLOCK_SIZE * K * D + place, mask=read, other=0.0)
+        state = attend(state, query, key, value, inside[None, :], scale, True)
+    return state
+
+
+@triton.jit
+def _attend_new(
+    state, query, rows_of_step, first_row, key_column, value_column, first, last, new, scale,
+    TILE: tl.constexpr, STAGES: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """The step's own tokens [first, last) of a sequence; row r sees those up to `new[r]`, or without a mask all.
+
+    Tiles may reach into the next head, sequence or padding: numbers that meet zeros of the query or are not visible,
+    and are finite.
+    """
+    for start in tl.range(first, last, TILE, num_stages=STAGES):
+        key = rows_of_step.load([first_row + start, key_column])
+        value = rows_of_step.load([first_row + start, value_column])
+        visible = start + tl.arange(0, TILE)[None, :] <= new[:, None]
+        state = attend(state, query, key, value, visible, scale, MASKED)
+    return state
+
+
 @triton.jit(do_not_specialize=["tile_stride", "sequence_stride"])
 def _prefill(
     qkv, rows_of_step, out, pool, cos_sin, norm_weight, eps, tables, width, tiles, tile_stride, sequences,
@@ -56,7 +98,6 @@ def _prefill(
     N: tl.constexpr, K: tl.constexpr, D: tl.constexpr, PADDED_D: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     ROWS: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr, HAS_NORM: tl.constexpr,
 ):  # fmt: skip
-    # tiles: sequence and first new token of each. sequences: first row, new tokens and context of each.
     begin()
     sequence = tl.load(tiles + tl.program_id(0))
     if sequence < 0:
@@ -69,43 +110,25 @@ def _prefill(
     G: tl.constexpr = N // K
     r, d = tl.arange(0, ROWS), tl.arange(0, PADDED_D)
     new = first_new + r // G
-    shown = (r < ROWS // G * G) & (new < num_new)
+    shown = ((r < ROWS // G * G) & (new < num_new))[:, None]
     # Rows that are not shown see what the last token sees, so that nothing divides by zero.
     new = tl.minimum(new, num_new - 1)
-    row = (first_row + new).to(tl.int64)[:, None]
-    heads = (head * G + r % G)[:, None]
-    angles = cos_sin + (before + new).to(tl.int64)[:, None] * D
-    query = load_rotated(
-        qkv + row * ((N + 2 * K) * D) + heads * D, shown[:, None], norm_weight + heads * D, angles, eps,
-        D, PADDED_D, HAS_NORM,
-    )  # fmt: skip
-    lowest = tl.full((ROWS,), float("-inf"), tl.float32)
-    state = (lowest, tl.zeros((ROWS,), tl.float32), tl.zeros((ROWS, PADDED_D), tl.float32))
-    c = tl.arange(0, TILE)
-    keys = pool + layer_offset + head * D
-    table = tables + sequence.to(tl.int64) * tl.load(width)
-    for start in tl.range(0, before, TILE, num_stages=STAGES):
-        inside = start + c < before
-        place, read = paged(table, start + c, inside, block_stride, D, PADDED_D, K * D, BLOCK_SIZE)
-        key = tl.load(keys + place, mask=read, other=0.0)
-        value = tl.load(keys + BLOCK_SIZE * K * D + place, mask=read, other=0.0)
-        state = attend(state, query, key, value, inside[None, :], scale, True)
-    # New tokens [0, whole) are seen by every row. Tiles may reach into the next head, sequence or padding: numbers that
-    # meet zeros of the query or are not visible, and are finite.
-    key_column, value_column = (N + head) * D, (N + K + head) * D
-    whole = first_new // TILE * TILE
-    for start in tl.range(0, whole, TILE, num_stages=STAGES):
-        key = rows_of_step.load([first_row + start, key_column])
-        value = rows_of_step.load([first_row + start, value_column])
-        state = attend(state, query, key, value, True, scale, False)
-    last = tl.minimum(first_new + ROWS // G, num_new)
-    for start in tl.range(whole, last, TILE, num_stages=STAGES):
-        key = rows_of_step.load([first_row + start, key_column])
-        value = rows_of_step.load([first_row + start, value_column])
-        state = attend(state, query, key, value, start + c[None, :] <= new[:, None], scale, True)
+    row, heads = (first_row + new).to(tl.int64)[:, None], (head * G + r % G)[:, None]
+    given, angles = qkv + row * ((N + 2 * K) * D) + heads * D, cos_sin + (before + new).to(tl.int64)[:, None] * D
+    query = load_rotated(given, shown, norm_weight + heads * D, angles, eps, D, PADDED_D, HAS_NORM)
+    state = nothing_seen(ROWS, PADDED_D)
+    keys, table = pool + layer_offset + head * D, tables + sequence.to(tl.int64) * tl.load(width)
+    state = attend_paged(
+        state, query, keys, table, 0, before, block_stride, scale, K, D, PADDED_D, BLOCK_SIZE, TILE, STAGES
+    )
+    # New tokens [0, whole) are seen by every row.
+    whole, last = first_new // TILE * TILE, tl.minimum(first_new + ROWS // G, num_new)
+    key, value = (N + head) * D, (N + K + head) * D
+    state = _attend_new(state, query, rows_of_step, first_row, key, value, 0, whole, new, scale, TILE, STAGES, False)
+    state = _attend_new(state, query, rows_of_step, first_row, key, value, whole, last, new, scale, TILE, STAGES, True)
     _, total, weighted = state
     result = (weighted / total[:, None]).to(out.dtype.element_ty)
-    tl.store(out + row * (N * D) + heads * D + d[None, :], result, mask=shown[:, None] & (d < D)[None, :])
+    tl.store(out + row * (N * D) + heads * D + d[None, :], result, mask=shown & (d < D)[None, :])
 
 
 def rows_per_tile(pool: torch.Tensor) -> int:
