@@ -159,10 +159,13 @@ def test_a_gpu_that_is_not_there_is_named_before_any_process_starts(model_folder
         make_runner(config(model_folder("qwen3"), **({"device": "auto"} | settings)))
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(
-    torch.cuda.device_count() < 2, reason=f"two ranks need two CUDA devices; there are {torch.cuda.device_count()}"
-)
+def two_gpus(test: Any) -> Any:
+    count = torch.cuda.device_count()
+    skip = pytest.mark.skipif(count < 2, reason=f"two ranks need two CUDA devices; there are {count}")
+    return pytest.mark.gpu(skip(test))
+
+
+@two_gpus
 @pytest.mark.parametrize("graphs", [True, False], ids=["graphs", "eager"])
 def test_two_gpus_give_the_tokens_of_one(model_folder, greedy_tokens, prompt, graphs):
     given = config(model_folder("qwen3"), device="auto", gpu_id=0, cuda_graph_enabled=graphs, max_num_seqs=8)
@@ -175,5 +178,28 @@ def test_two_gpus_give_the_tokens_of_one(model_folder, greedy_tokens, prompt, gr
             for output in engine.step():
                 found.setdefault(output.request_id, []).extend(output.token_ids)
         assert found == {str(i): greedy_tokens("qwen3", prompt(5 + 20 * i, salt=i), 8) for i in range(6)}
+    finally:
+        runner.close()
+
+
+@two_gpus
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "frozen"])
+@pytest.mark.parametrize("graphs", [True, False], ids=["graphs", "eager"])
+def test_a_rank_that_is_lost_on_a_gpu_ends_the_step(model_folder, prompt, graphs, number):
+    """The other device waits in a kernel for it, which the host must end."""
+    given = config(model_folder("qwen3"), device="auto", gpu_id=0, cuda_graph_enabled=graphs, max_num_seqs=8)
+    runner = make_runner(given)
+    try:
+        engine = Engine(given, runner)
+        engine.add("r", prompt(3), SamplingParams(0, 500, ignore_eos=True))
+        for _ in range(5):
+            engine.step()
+        (pid,) = runner.followers.pids
+        os.kill(pid, number)
+        begin_s = time.monotonic()
+        with pytest.raises(RankFailed, match=rf"rank 1 of 2 \(pid {pid}\)"):
+            while engine.has_work():
+                engine.step()
+        assert time.monotonic() - begin_s < END_WITHIN_S
     finally:
         runner.close()
