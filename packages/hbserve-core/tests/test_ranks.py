@@ -42,15 +42,22 @@ def children_of(pid: int) -> list[int]:
     return [int(line) for line in found.stdout.split()]
 
 
-def test_processes_give_the_tokens_of_one_and_none_is_left(model_folder, greedy_tokens, prompt):
-    given = config(model_folder("qwen3"), block_size=8)
-    runner = make_runner(given)
-    engine, found = Engine(given, runner), {}
-    for i in range(4):
-        engine.add(str(i), prompt(5 + 20 * i, salt=i), SamplingParams(0, 8, ignore_eos=True))
+def run_out(engine: Engine) -> dict[str, list[int]]:
+    """Step until nothing is left to do; each request's tokens."""
+    found: dict[str, list[int]] = {}
     while engine.has_work():
         for output in engine.step():
             found.setdefault(output.request_id, []).extend(output.token_ids)
+    return found
+
+
+def test_processes_give_the_tokens_of_one_and_none_is_left(model_folder, greedy_tokens, prompt):
+    given = config(model_folder("qwen3"), block_size=8)
+    runner = make_runner(given)
+    engine = Engine(given, runner)
+    for i in range(4):
+        engine.add(str(i), prompt(5 + 20 * i, salt=i), SamplingParams(0, 8, ignore_eos=True))
+    found = run_out(engine)
     assert found == {str(i): greedy_tokens("qwen3", prompt(5 + 20 * i, salt=i), 8) for i in range(4)}
     (pid,) = runner.followers.pids
     assert is_there(pid)
@@ -171,12 +178,10 @@ def test_two_gpus_give_the_tokens_of_one(model_folder, greedy_tokens, prompt, gr
     given = config(model_folder("qwen3"), device="auto", gpu_id=0, cuda_graph_enabled=graphs, max_num_seqs=8)
     runner = make_runner(given)
     try:
-        engine, found = Engine(given, runner), {}
+        engine = Engine(given, runner)
         for i in range(6):
             engine.add(str(i), prompt(5 + 20 * i, salt=i), SamplingParams(0, 8, ignore_eos=True))
-        while engine.has_work():
-            for output in engine.step():
-                found.setdefault(output.request_id, []).extend(output.token_ids)
+        found = run_out(engine)
         assert found == {str(i): greedy_tokens("qwen3", prompt(5 + 20 * i, salt=i), 8) for i in range(6)}
     finally:
         runner.close()
@@ -198,8 +203,7 @@ def test_a_rank_that_is_lost_on_a_gpu_ends_the_step(model_folder, prompt, graphs
         os.kill(pid, number)
         begin_s = time.monotonic()
         with pytest.raises(RankFailed, match=rf"rank 1 of 2 \(pid {pid}\)"):
-            while engine.has_work():
-                engine.step()
+            run_out(engine)
         assert time.monotonic() - begin_s < END_WITHIN_S
     finally:
         runner.close()
