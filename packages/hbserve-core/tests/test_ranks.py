@@ -111,6 +111,28 @@ async def test_a_rank_that_is_lost_ends_the_instance_with_one_error(model_folder
                     pass
 
 
+def test_after_a_step_that_was_interrupted_no_other_is_computed(model_folder, prompt):
+    """The other rank still waits for the rest of it, and would take the next step for that."""
+
+    def interrupted(_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    given = config(model_folder("qwen3"))
+    runner = make_runner(given)
+    try:
+        engine = Engine(given, runner)
+        engine.add("r", prompt(3), SamplingParams(0, 8, ignore_eos=True))
+        engine.step()
+        runner._runner.launch = interrupted
+        with pytest.raises(KeyboardInterrupt):
+            engine.step()
+        del runner._runner.launch
+        with pytest.raises(RankFailed, match="rank 0 has left a step unfinished: KeyboardInterrupt"):
+            engine.step()
+    finally:
+        runner.close()
+
+
 def test_a_rank_that_does_not_load_is_told_with_its_own_words(model_folder, tmp_path):
     followers = Followers(config(tmp_path / "nothing"), on_failure=lambda _: None)
     try:

@@ -121,16 +121,23 @@ class Followers:
             self._fates.append(fate)
         time.sleep(SETTLE_S)
         with self._lock:
+            cause = min(self._fates, key=lambda each: each.is_consequence).cause
+        if self.give_up(cause):
+            self._on_failure(RankFailed(cause))
+
+    def give_up(self, cause: str) -> bool:
+        """End all ranks: from now on everything raises RankFailed with this cause. False: they have another one."""
+        with self._lock:
             if self._verdict:
-                return
-            self._verdict = min(self._fates, key=lambda each: each.is_consequence).cause
-        logger.debug("what was heard: %s", self._fates)
+                return False
+            self._verdict = cause
+        logger.debug("%s; heard from others: %s", cause, self._fates)
         for process in self._processes:
             process.kill()
         self._concluded.set()
-        self._on_failure(RankFailed(self._verdict))
         if self._group is not None:
             self._group.close()  # kernels that wait for the dead do so until then
+        return True
 
     def close(self) -> None:
         """End all ranks. May be called twice."""

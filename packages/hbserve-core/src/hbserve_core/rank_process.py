@@ -3,6 +3,7 @@
 It loads its part of the model, launches every step that rank 0 launches, and ends when rank 0 does.
 """
 
+import contextlib
 import logging
 import os
 import queue
@@ -106,13 +107,12 @@ def main() -> int:
         runner = _make_runner(settings, reporter)
         reporter.say(RankReport("ready"))
         follow(runner, steps)
-    except BrokenPipeError:
-        logger.debug("rank 0 is gone")
     except Exception as error:  # rank 0 tells it to whoever wants to know
         status = 1
-        if not isinstance(error, HBServeCoreError):
+        if not isinstance(error, HBServeCoreError | BrokenPipeError):
             logger.exception("rank %d failed", rank)
-        reporter.say(RankReport("failed", f"{type(error).__name__}: {error}", isinstance(error, RankFailed)))
+        with contextlib.suppress(OSError):  # rank 0 is gone, and that is why
+            reporter.say(RankReport("failed", f"{type(error).__name__}: {error}", isinstance(error, RankFailed)))
     logging.shutdown()
     sys.stderr.flush()
     # An ordinary exit would wait for stdin's lock, which the reading thread holds, or for a device that hangs.

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence as Ids
 
+from hbserve_core.errors import RankFailed
 from hbserve_core.followers import Followers
 from hbserve_core.runner import PendingStep, Runner, StepTokens
 from hbserve_core.sequence import ScheduledChunk
@@ -22,8 +23,15 @@ class TensorParallelRunner:
 
     def launch(self, batch: Ids[ScheduledChunk]) -> "TensorParallelStep":
         with self.followers.blamed():
-            self.followers.send(self._writer.write(batch))
-            return TensorParallelStep(self._runner.launch(batch), self.followers)
+            try:
+                self.followers.send(self._writer.write(batch))
+                return TensorParallelStep(self._runner.launch(batch), self.followers)
+            except RankFailed:
+                raise
+            except BaseException as error:
+                # A Ctrl-C too: the others are in the midst of this step, and would add it to the next.
+                self.followers.give_up(f"rank 0 has left a step unfinished: {type(error).__name__}: {error}")
+                raise
 
     def close(self) -> None:
         self.followers.close()
