@@ -158,7 +158,7 @@ async def assert_a_request_succeeds(p: Instance, d: Instance) -> None:
         assert len([*first.token_ids, *[token async for event in decoding for token in event.token_ids]]) == 4
 
 
-@pytest.mark.parametrize("backend", ["nccl", "mooncake"])
+@pytest.mark.parametrize("backend", ["nccl", "mooncake", "ipc"])
 async def test_a_decode_instance_killed_in_mid_transfer_ends_the_prefill_with_an_error(start, backend):
     p, d = await start("prefill", backend, halting=True), await start("decode", backend)
     other = await start("decode", backend)
@@ -174,7 +174,7 @@ async def test_a_decode_instance_killed_in_mid_transfer_ends_the_prefill_with_an
     await assert_a_request_succeeds(p, other)
 
 
-@pytest.mark.parametrize("backend", ["nccl", "mooncake"])
+@pytest.mark.parametrize("backend", ["nccl", "mooncake", "ipc"])
 async def test_a_prefill_instance_killed_in_mid_transfer_ends_the_decode_with_an_error(start, backend):
     p, d = await start("prefill", backend, halting=True), await start("decode", backend)
     other = await start("prefill", backend)
@@ -190,7 +190,7 @@ async def test_a_prefill_instance_killed_in_mid_transfer_ends_the_decode_with_an
     await assert_a_request_succeeds(other, d)
 
 
-@pytest.mark.parametrize("backend", ["nccl", "mooncake"])
+@pytest.mark.parametrize("backend", ["nccl", "mooncake", "ipc"])
 async def test_blocks_to_which_a_frozen_prefill_instance_may_write_are_used_by_nobody_until_it_is_dead(start, backend):
     p, d = await start("prefill", backend, halting=True), await start("decode", backend)
     async with d.decode("r") as decoding:

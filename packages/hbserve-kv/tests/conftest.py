@@ -1,5 +1,6 @@
 """Two managers that trust each other, over every backend that this machine has."""
 
+import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable
 from typing import Any
@@ -8,8 +9,9 @@ import pytest
 import torch
 
 from hbserve_kv import KVTransferConfig, KVTransferManager
+from hbserve_kv.testing import is_empty
 
-BACKENDS = ["nccl", "mooncake", "hbserve_kv_test_backend:QueueTransfer"]
+BACKENDS = ["nccl", "mooncake", "ipc", "auto", "hbserve_kv_test_backend:QueueTransfer"]
 
 
 def needs_mooncake(backend: str) -> None:
@@ -48,6 +50,7 @@ async def managers() -> AsyncIterator[Callable[..., Any]]:
             return manager
 
         yield start
-        for manager in started:
-            stats = manager.stats()
-            assert (stats.active_transfers, stats.buffered_bytes, stats.num_quarantined) == (0, 0, 0), stats
+        # The other side of a transfer that failed hears so a moment later.
+        async with asyncio.timeout(30):
+            while not all(is_empty(manager) for manager in started):
+                await asyncio.sleep(0.01)

@@ -6,12 +6,12 @@ import pytest
 
 import hbserve_kv
 from hbserve_kv import BackendUnavailable, KVTransferConfig
-from hbserve_kv.backends import find_custom, make_transport
+from hbserve_kv.backends import find_custom, make_transports
 
 
 def test_an_unknown_backend_lists_those_that_there_are():
-    with pytest.raises(BackendUnavailable, match=r"'nixl': there are \['mooncake', 'nccl'\], or 'module:Class'"):
-        make_transport(KVTransferConfig(backend="nixl"), 0)
+    with pytest.raises(BackendUnavailable, match=r"'nixl': there are \['auto', 'ipc', 'mooncake', 'nccl'\], or"):
+        make_transports(KVTransferConfig(backend="nixl"), 0)
 
 
 @pytest.mark.parametrize("name", ["nowhere:Class", "json:Missing"])
@@ -42,7 +42,7 @@ def test_a_missing_mooncake_says_what_cures_it(monkeypatch, error, cure):
 
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(BackendUnavailable, match=cure):
-        make_transport(KVTransferConfig(backend="mooncake"), 0)
+        make_transports(KVTransferConfig(backend="mooncake"), 0)
 
 
 def test_mooncakes_own_file_is_read_and_what_is_not_used_is_named(tmp_path, monkeypatch, caplog):

@@ -9,11 +9,11 @@ from hbserve_kv import BufferTooSmall, TransferTimeout
 
 
 @pytest.fixture
-async def pair(backend, managers):
+async def pair(managers):
     """A sender (rank 0) and a receiver (rank 1) that know each other."""
 
     async def make(**settings):
-        sender, receiver = await managers(0, backend, **settings), await managers(1, backend, **settings)
+        sender, receiver = await managers(0, "ipc", **settings), await managers(1, "ipc", **settings)
         sender.add_peer(1, receiver.address)
         return sender, receiver
 

@@ -19,7 +19,7 @@ from hbserve_kv import KVTransferConfig, KVTransferManager
 async def main():
     backend, grant, how = sys.argv[1], bytes.fromhex(sys.argv[2]), sys.argv[3]
     pool = torch.arange(64 * 384, dtype=torch.float32).view(64, 2, 3, 64)
-    config = KVTransferConfig(backend=backend, buffer_size=1 << 20, timeout_s=10)
+    config = KVTransferConfig(backend=backend, buffer_size=1 << 20, timeout_s=3)
     kv = KVTransferManager(rank=0, pool=pool, fingerprint={"model": "m"}, config=config)
     await kv.start()
     transfer = await kv.open_send("t", grant)
@@ -35,7 +35,7 @@ asyncio.run(main())
 """
 
 
-@pytest.fixture(params=["nccl", "mooncake"])
+@pytest.fixture(params=["nccl", "mooncake", "ipc"])
 def backend(request):
     """The backends that cross processes."""
     if request.param == "mooncake":

@@ -6,8 +6,8 @@ from hbserve_kv.transfer_state import IncomingState, Outcome, State
 
 
 def begun(one_sided: bool = False) -> IncomingState:
-    state = IncomingState(one_sided)
-    assert state.begin("e1")
+    state = IncomingState()
+    assert state.begin("e1", one_sided=one_sided)
     return state
 
 
@@ -15,7 +15,7 @@ def test_parts_then_commit_complete_a_transfer():
     state = begun()
     for part in (0, 1):
         assert state.start_part("e1", part)
-        state.end_part(part)
+        state.end_part("e1", part)
     assert state.commit("e1", 2)
     assert state.outcome is Outcome.COMPLETED
 
@@ -23,11 +23,12 @@ def test_parts_then_commit_complete_a_transfer():
 def test_a_commit_that_lacks_parts_fails_it():
     state = begun()
     assert not state.commit("e1", 1)
+    state.sender_drained("e1")
     assert (state.outcome, state.cause) == (Outcome.FAILED_DRAINED, "committed with 1 parts, of which 0 have landed")
 
 
 LATE = {
-    "begun twice": lambda state: state.begin("e1"),
+    "begun twice": lambda state: state.begin("e1", one_sided=False),
     "a part sent twice": lambda state: state.start_part("e1", 0),
     "a part of another life": lambda state: state.start_part("e2", 1),
     "a commit of another life": lambda state: state.commit("e2", 1),
@@ -39,7 +40,7 @@ LATE = {
 def test_what_does_not_fit_changes_nothing(case):
     state = begun()
     state.start_part("e1", 0)
-    state.end_part(0)
+    state.end_part("e1", 0)
     assert not LATE[case](state)
     assert state.state is State.RECEIVING
     assert state.commit("e1", 1)
@@ -52,25 +53,30 @@ def test_the_end_is_final_and_the_first_cause_is_kept(end):
         state.commit("e1", 0)
     else:
         state.fail("first")
+        state.sender_drained("e1")
     before = (state.state, state.cause)
     state.fail("second")
     state.give_up()
-    assert not state.begin("e1")
+    assert not state.begin("e1", one_sided=False)
     assert not state.start_part("e1", 0)
     assert not state.commit("e1", 0)
     assert (state.state, state.cause) == before
 
 
-def test_a_two_sided_transfer_is_drained_when_its_last_part_has_ended():
+def test_a_failed_transfer_is_drained_when_its_last_part_has_ended_and_its_sender_sends_no_more():
     state = begun()
     state.start_part("e1", 0)
     state.fail("cancelled")
+    assert state.start_part("e1", 1), "what the sender had begun to send is still taken"
+    state.end_part("e1", 1)
+    state.sender_drained("e1")
     assert state.state is State.DRAINING
-    state.end_part(0, "aborted")
+    assert not state.start_part("e1", 2)
+    state.end_part("e1", 0, "aborted")
     assert (state.outcome, state.cause) == (Outcome.FAILED_DRAINED, "cancelled")
 
 
-def test_a_one_sided_transfer_is_drained_only_when_its_sender_says_so():
+def test_a_transfer_that_is_not_drained_in_time_is_unknown_and_may_still_be_drained():
     state = begun(one_sided=True)
     state.fail("cancelled")
     assert state.state is State.DRAINING
@@ -80,7 +86,32 @@ def test_a_one_sided_transfer_is_drained_only_when_its_sender_says_so():
     assert state.outcome is Outcome.FAILED_DRAINED
 
 
+def test_several_senders_complete_a_transfer_together_each_with_its_own_heads():
+    state = IncomingState(frozenset(range(4)))
+    assert state.begin("e1", [0, 1], one_sided=True)
+    assert not state.begin("e2", [1, 2], one_sided=True), "a head comes from one sender"
+    assert not state.begin("e2", [3, 4], one_sided=True), "a head that is not wanted"
+    assert state.begin("e2", [2, 3], one_sided=True)
+    assert state.commit("e1", 0)
+    assert not state.commit("e1", 0)
+    assert state.state is State.RECEIVING
+    assert state.commit("e2", 0)
+    assert state.outcome is Outcome.COMPLETED
+
+
+def test_several_senders_must_all_be_drained():
+    state = IncomingState(frozenset(range(3)))
+    for head in range(3):
+        state.begin(f"e{head}", [head], one_sided=True)
+    state.commit("e0", 0)
+    state.fail("e1 was lost")
+    state.sender_drained("e1")
+    assert state.restless == ["e2"]
+    state.sender_drained("e2")
+    assert state.outcome is Outcome.FAILED_DRAINED
+
+
 def test_a_transfer_that_never_began_is_drained_at_once():
-    state = IncomingState(one_sided=True)
+    state = IncomingState()
     state.fail("cancelled")
     assert state.outcome is Outcome.FAILED_DRAINED

@@ -14,7 +14,7 @@ PAIR = [PREFILL, DECODE]
 
 DOCUMENTED = {
     "model": ["path", "tensor_parallel_size", "dtype", "max_model_len", "load_format"],
-    "kv_transfer": ["backend", "buffer_size", "ip", "port", "timeout_s", "options"],
+    "kv_transfer": ["backend", "buffer_size", "ip", "port", "timeout_s", "checksum", "options"],
     "chunked_prefill": ["enabled", "chunk_size", "max_chunk_prefill_tokens"],
     "cuda_graph": ["enabled", "max_seq_len"],
     "gpu_instances": ["instance_id", "instance_type", "gpu_id", "host", "port", "kv_rank"],

@@ -38,7 +38,7 @@ def generate(
     config: Annotated[Path | None, typer.Option(help="YAML file of a deployment on this host.")] = None,
     max_tokens: Annotated[int, typer.Option(help="Most tokens of each answer.")] = 128,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
-    kv_transfer_backend: Annotated[str | None, typer.Option(help="nccl, mooncake, or one of your own.")] = None,
+    kv_transfer_backend: Annotated[str | None, typer.Option(help="nccl, mooncake, ipc, auto, or your own.")] = None,
     connect: Annotated[str | None, typer.Option(metavar="HOST:PORT", help="Use the scheduler that runs there.")] = None,
     log_level: LogLevelOption = LogLevel.WARNING,
 ) -> None:

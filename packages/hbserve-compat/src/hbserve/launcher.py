@@ -81,6 +81,7 @@ def _kv_settings(kv: KVTransferSection, instance: InstanceSection) -> dict[str, 
         "host": kv.ip or instance.host,
         "port": kv.port + instance.kv_rank if kv.port else 0,
         "timeout_s": kv.timeout_s,
+        "checksum": kv.checksum,
         "options": kv.options,
     }
 

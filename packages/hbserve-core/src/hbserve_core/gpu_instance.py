@@ -250,11 +250,9 @@ class GpuInstance:
     async def _end_prefill(self, request_id: str, sending: Sending) -> None:
         await self._last_call(lambda engine: engine.hold(request_id))
         if await sending.abort("the request has ended") is Outcome.UNKNOWN:
-            # Nothing tells when the reading stops, so this is for the life of the instance.
-            logger.warning("%s: a failed transfer may still read its blocks; they stay out of use", request_id)
+            logger.warning("%s: a failed transfer may still read its blocks; they wait until it does not", request_id)
             await self._last_call(lambda engine: engine.quarantine(request_id, sending.num_blocks))
-            self._inboxes.pop(request_id, None)
-            return
+            await sending.drained()
         await self._close(request_id)
         await sending.close()
 

@@ -130,6 +130,11 @@ class Sending:
             self._outcome = Outcome.FAILED_DRAINED
         return self._outcome
 
+    async def drained(self) -> None:
+        """After UNKNOWN: wait until no block is read any more."""
+        if self._transfer is not None:
+            await self._transfer.drained()
+
     async def close(self) -> None:
         """After `abort`: wait until a transfer that was being opened then has been ended too."""
         if self._opening is not None:

@@ -10,6 +10,7 @@ import torch
 from hbserve_core.config import InstanceConfig
 from hbserve_core.errors import InvalidInstanceConfig, NotEnoughMemory
 from hbserve_core.model_config import ModelConfig
+from hbserve_kv import shared_empty
 
 logger = logging.getLogger(__name__)
 
@@ -48,11 +49,13 @@ def block_shape(config: InstanceConfig, model: ModelConfig, dtype: torch.dtype) 
 def allocate_pool(num_blocks: int, block: BlockShape, device: torch.device) -> torch.Tensor:
     """(num_blocks, num_layers, 2, block_size, num_kv_heads, head_dim), contiguous, not initialised.
 
-    On the CPU the operating system gives memory to a block when it is first written.
+    On the CPU it is memory that other processes can map, for transfers within the host; the operating system gives
+    memory to a block when it is first written.
     """
     try:
-        return torch.empty((num_blocks, *block.shape), dtype=block.dtype, device=device)
-    except (RuntimeError, torch.OutOfMemoryError) as error:
+        make = shared_empty if device.type == "cpu" else torch.empty
+        return make((num_blocks, *block.shape), dtype=block.dtype, device=device)
+    except (RuntimeError, OSError, torch.OutOfMemoryError) as error:
         raise NotEnoughMemory(
             f"num_blocks={num_blocks}: a KV pool of {num_blocks * block.block_bytes / 2**30:.1f} GiB does not fit on "
             f"{device}; choose fewer blocks"

@@ -10,25 +10,36 @@ from hbserve_kv.errors import (
     TransferFailed,
     TransferTimeout,
 )
-from hbserve_kv.manager import KVTransferManager, PostedReceive, TransferStats
-from hbserve_kv.receiver import TransferResult
-from hbserve_kv.sender import OutgoingTransfer
+from hbserve_kv.figures import LinkInfo, TransferStats
+from hbserve_kv.heads import HeadRange
+from hbserve_kv.incoming import TransferResult
+from hbserve_kv.manager import KVTransferManager, PostedReceive
+from hbserve_kv.outgoing import OutgoingTransfer
+from hbserve_kv.shared_memory import shared_empty
 from hbserve_kv.transfer_state import Outcome
+from hbserve_kv.transport import DrainUnknown, Link, Part, Transport
 
 __all__ = [
     "BackendUnavailable",
     "BufferTooSmall",
+    "DrainUnknown",
     "FingerprintMismatch",
     "HBServeKVError",
+    "HeadRange",
     "KVTransferBackend",
     "KVTransferBase",
     "KVTransferConfig",
     "KVTransferManager",
+    "Link",
+    "LinkInfo",
     "Outcome",
     "OutgoingTransfer",
+    "Part",
     "PostedReceive",
     "TransferFailed",
     "TransferResult",
     "TransferStats",
     "TransferTimeout",
+    "Transport",
+    "shared_empty",
 ]

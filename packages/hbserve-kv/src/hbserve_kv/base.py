@@ -43,7 +43,7 @@ class KVTransferBase(ABC):
     async def send_kv_cache(self, request_id: str, kv_buffer: "torch.Tensor", target_rank: int) -> None:
         """Send `kv_buffer` to the rank whose `receive_kv_cache` names the same `request_id`.
 
-        HBServe calls this once for each part of a transfer, with an id that it uses once only ("<transfer id>:<part>"),
+        HBServe calls this once for each part of a transfer, with an id that it uses once only,
         so a backend need not keep any order. The buffer is contiguous, of dtype uint8 and shape (num_blocks,
         block_bytes), on the CPU or a CUDA device; it may be read until this returns, and not longer.
 

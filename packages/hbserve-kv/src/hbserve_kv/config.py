@@ -13,6 +13,10 @@ class KVTransferBackend(StrEnum):
     """torch.distributed: NCCL between GPUs, Gloo where memory is on the CPU or both sides share one GPU."""
     MOONCAKE = "mooncake"
     """Mooncake's TransferEngine: one-sided writes over TCP or RDMA."""
+    IPC = "ipc"
+    """Between processes of one host: the receiver's memory is mapped, by CUDA IPC on GPUs, and written directly."""
+    AUTO = "auto"
+    """For each pair the first that works: ipc on one host, mooncake where there is RDMA, nccl."""
 
 
 class KVTransferConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -29,6 +33,9 @@ class KVTransferConfig(msgspec.Struct, frozen=True, kw_only=True):
     timeout_s: float = 30.0
     """A peer that is silent for so long has failed."""
     expiry_s: float = 120.0
-    """An unexpected transfer that nobody asked for in this time is dropped from the lookup buffer."""
+    """What nobody comes for in this time is given up: an unexpected transfer that was not asked for is dropped from the
+    lookup buffer, and a posted receive fails whose sender never began."""
+    checksum: bool = False
+    """As a receiver, verify a checksum of each block: KV that was corrupted on its way then fails its transfer."""
     options: dict[str, Any] = {}
     """Handed to a custom backend."""

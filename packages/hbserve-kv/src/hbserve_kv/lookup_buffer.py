@@ -13,7 +13,7 @@ from hbserve_kv.memory import Memory
 from hbserve_kv.transfer_state import Outcome
 
 if TYPE_CHECKING:
-    from hbserve_kv.receiver import Incoming, TransferResult
+    from hbserve_kv.incoming import Incoming, TransferResult
 
 logger = logging.getLogger(__name__)
 

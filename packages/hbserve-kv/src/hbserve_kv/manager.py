@@ -4,40 +4,28 @@ import asyncio
 import math
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 import torch
 
-from hbserve_kv.backends import make_transport
+from hbserve_kv.backends import make_transports
 from hbserve_kv.base import KVTransferBase
 from hbserve_kv.config import KVTransferConfig
 from hbserve_kv.errors import TransferFailed
+from hbserve_kv.figures import LinkInfo, TransferStats
+from hbserve_kv.handshake import Identity
+from hbserve_kv.heads import HeadRange
+from hbserve_kv.incoming import Incoming, TransferResult
 from hbserve_kv.lookup_buffer import LookupBuffer
-from hbserve_kv.memory import Memory, Region, gather
+from hbserve_kv.memory import Memory, gather
 from hbserve_kv.messages import Begin, Grant
-from hbserve_kv.receiver import Incoming, Receiver, TransferResult
-from hbserve_kv.sender import OutgoingTransfer, Peer
-from hbserve_kv.transfer_state import Outcome
+from hbserve_kv.outgoing import OutgoingTransfer
+from hbserve_kv.peers import Peers
+from hbserve_kv.receiver import Receiver
+from hbserve_kv.transfer_state import Outcome, State
 from hbserve_kv.transport import Transport
 from hbserve_rpc import RpcServer
-
-
-@dataclass(frozen=True)
-class TransferStats:
-    """Gauges are of now, counters from the start."""
-
-    active_transfers: int
-    buffered_bytes: int
-    num_quarantined: int
-    """Failed transfers that are not drained yet."""
-    num_failed: int
-    bytes_sent: int
-    bytes_received: int
-    busy_time_s: float
-    """Time during which parts were moving to or from this instance, added up over transfers."""
-    dropped_messages: int
 
 
 class _Shape(msgspec.Struct, frozen=True):
@@ -65,8 +53,14 @@ class PostedReceive:
         return await self._receiver.cancel(self._incoming, reason)
 
     async def drained(self) -> None:
-        """After UNKNOWN: wait until nothing can land any more. That is never, for a sender that stays frozen."""
+        """After UNKNOWN: wait until nothing can land any more. That is never, for a sender that stays frozen.
+
+        Raises:
+            TransferFailed: the manager was closed before; nobody will know.
+        """
         await self._incoming.drained.wait()
+        if self._incoming.state.state < State.FAILED_DRAINED:
+            raise TransferFailed("the receiver was closed before its sender was known to have ended")
 
 
 class KVTransferManager(KVTransferBase):
@@ -85,28 +79,36 @@ class KVTransferManager(KVTransferBase):
         fingerprint: Mapping[str, str | int],
         config: KVTransferConfig,
         epoch: str | None = None,
+        heads: HeadRange | None = None,
+        transport: Transport | None = None,
     ) -> None:
         """`pool`: (num_blocks, …), contiguous, on the CPU or a CUDA device; one block is `pool[i]`.
 
-        `fingerprint` says what the bytes mean; both sides must have the same.
+        `fingerprint` says what the bytes mean; both sides must have the same. `heads`: under tensor parallelism, the KV
+        heads that this rank's pool (num_blocks, …, heads.count, head_dim) holds. `transport` replaces the one that
+        `config.backend` names.
 
         Raises:
             BackendUnavailable: the configured backend, or a library of it, is missing.
+            ValueError: the pool has not the shape that is needed.
         """
         super().__init__(rank, config.options)
         self.config = config
         self.epoch = epoch or uuid.uuid4().hex
-        self._memory = Memory(pool, config.buffer_size)
-        self.fingerprint = {"block_bytes": self._memory.block_bytes, **fingerprint}
-        self._transport: Transport = make_transport(config, rank)
+        self.heads = heads or HeadRange()
+        self._memory = Memory(pool, config.buffer_size, heads)
+        block_bytes = self._memory.block_bytes // self.heads.count
+        self.fingerprint = {"block_bytes" if heads is None else "block_bytes_per_head": block_bytes, **fingerprint}
+        self._transports = {each.name: each for each in ([transport] if transport else make_transports(config, rank))}
         self._server = RpcServer(config.host, config.port, epoch=self.epoch, heartbeat_timeout_s=config.timeout_s)
         self._buffer = LookupBuffer(self._memory, timeout_s=config.timeout_s, expiry_s=config.expiry_s)
+        me = Identity(rank, self.epoch, self.fingerprint, self.heads)
         self._receiver = Receiver(
-            rank=rank, epoch=self.epoch, backend=self._transport.name, fingerprint=self.fingerprint,
-            transport=self._transport, buffer=self._buffer, timeout_s=config.timeout_s,
+            me=me, memory=self._memory, transports=self._transports, buffer=self._buffer, timeout_s=config.timeout_s,
+            expiry_s=config.expiry_s, checksum=config.checksum, writing=lambda: self._peers.writing(),
         )  # fmt: skip
         self._receiver.serve_on(self._server)
-        self._peers: dict[str, Peer] = {}
+        self._peers = Peers(me, lambda: self.address, self._transports, config.timeout_s)
         self._addresses: dict[int, str] = {}
         self._outgoing: set[OutgoingTransfer] = set()
         self._sent = self._received = self._failed = 0
@@ -119,11 +121,15 @@ class KVTransferManager(KVTransferBase):
         Raises:
             AddressInUse, BackendUnavailable.
         """
-        await self._transport.start(self._memory)
+        started: list[Transport] = []
         try:
+            for transport in self._transports.values():
+                await transport.start(self._memory)
+                started.append(transport)
             await self._server.start()
-        except OSError:
-            await self._transport.close()
+        except BaseException:
+            for transport in started:
+                await transport.close()
             raise
 
     async def close(self) -> None:
@@ -132,11 +138,13 @@ class KVTransferManager(KVTransferBase):
             return
         self._closed = True
         await asyncio.gather(*(transfer.abort("the sender was closed") for transfer in list(self._outgoing)))
-        for peer in self._peers.values():
-            await peer.disconnect()
+        await self._peers.close()
+        await self._receiver.say_goodbye()
         await self._server.stop()
         await self._receiver.close()
-        await self._transport.close()
+        for transport in self._transports.values():
+            await transport.close()
+        self._memory.release()
 
     @property
     def address(self) -> str:
@@ -156,7 +164,7 @@ class KVTransferManager(KVTransferBase):
             raise ValueError(f"block_ids={list(block_ids)}: expected different ones from 0 to {num_blocks - 1}")
         incoming = self._receiver.expect(transfer_id, "pool", list(block_ids))
         incoming.result.add_done_callback(lambda done: self._count_received(done.result()))
-        grant = Grant(transfer_id, self.address, self.epoch, list(block_ids))
+        grant = Grant(transfer_id, self.address, self.epoch, self.heads)
         return PostedReceive(self._receiver, incoming, msgspec.msgpack.encode(grant))
 
     async def open_send(self, transfer_id: str, grant: bytes) -> OutgoingTransfer:
@@ -167,27 +175,28 @@ class KVTransferManager(KVTransferBase):
             TransferFailed: the receiver is not there, was restarted, or has given the transfer up.
         """
         wanted = msgspec.msgpack.decode(grant, type=Grant)
-        return await self._open(wanted.address, wanted.epoch, transfer_id, None)
+        return await self._open(wanted.address, wanted.epoch, Begin(transfer_id, link=""))
 
-    async def _open(self, address: str, epoch: str, transfer_id: str, num_bytes: int | None) -> OutgoingTransfer:
-        if address not in self._peers:
-            self._peers[address] = Peer(address, self, self._transport, self.config.timeout_s)
-        peer = self._peers[address]
+    def concerns(self, grant: bytes) -> bool:
+        """Whether this rank holds heads that the grant's rank wants: under tensor parallelism, not every pair does."""
+        return self.heads.common(msgspec.msgpack.decode(grant, type=Grant).heads) is not None
+
+    async def _open(self, address: str, epoch: str, begin: Begin) -> OutgoingTransfer:
+        if self._closed:
+            raise TransferFailed(f"transfer {begin.transfer_id}: this manager is closed")
         try:
-            connection = await peer.connect(epoch)
-        except (OSError, RuntimeError) as error:
-            raise TransferFailed(f"no connection to {address}: {error}") from error
-        if epoch not in ("", peer.epoch):
-            raise TransferFailed(f"transfer {transfer_id}: {address} was restarted since it granted it")
-        begin = Begin(transfer_id, connection[1].key, self.epoch, peer.epoch, num_bytes)
-        region: Region = "pool" if num_bytes is None else "arena"
-        transfer = OutgoingTransfer(self, peer, begin, connection, self._memory, region)
-        await transfer.start()
+            connection = await self._peers.connection(address, epoch)
+        except TransferFailed as error:
+            raise TransferFailed(f"transfer {begin.transfer_id}: {error}") from error
+        begin = msgspec.structs.replace(begin, link=connection.link.key)
+        transfer = OutgoingTransfer(
+            connection, begin, self._memory, "pool" if begin.num_bytes is None else "arena", self._ended
+        )
+        await transfer.open()
         self._outgoing.add(transfer)
         return transfer
 
-    def ended(self, transfer: OutgoingTransfer, result: TransferResult) -> None:
-        """For OutgoingTransfer: it has ended."""
+    def _ended(self, transfer: OutgoingTransfer, result: TransferResult) -> None:
         self._outgoing.discard(transfer)
         self._sent += result.num_bytes
         self._busy_time_s += result.time_s
@@ -214,7 +223,7 @@ class KVTransferManager(KVTransferBase):
             for i, block_id in enumerate(block_ids):
                 piece = flat[i * self._memory.block_bytes : (i + 1) * self._memory.block_bytes]
                 self._memory.arena[block_id, : piece.numel()].copy_(piece)
-            transfer = await self._open(self._addresses[target_rank], "", request_id, flat.numel())
+            transfer = await self._open(self._addresses[target_rank], "", Begin(request_id, "", flat.numel()))
             transfer.push(block_ids, 0)
             shape = _Shape(str(kv_buffer.dtype).removeprefix("torch."), list(kv_buffer.shape))
             result = await transfer.commit(msgspec.msgpack.encode(shape))
@@ -253,10 +262,16 @@ class KVTransferManager(KVTransferBase):
         return TransferStats(
             active_transfers=len(self._receiver.incoming) + len(self._outgoing),
             buffered_bytes=self._memory.buffered_bytes,
-            num_quarantined=len(self._receiver.quarantined),
+            num_quarantined=len(self._receiver.quarantine),
             num_failed=self._failed,
             bytes_sent=self._sent,
             bytes_received=self._received,
             busy_time_s=self._busy_time_s,
             dropped_messages=self._receiver.dropped_messages,
         )
+
+    def links(self) -> list[LinkInfo]:
+        """What carries the bytes to and from each connected peer."""
+        to = [(each.link, each.transport) for each in self._peers.connections.values()]
+        of = [(each.link, each.transport) for each in self._receiver.links.values()]
+        return [LinkInfo(link.peer_rank, link.is_sender, transport.name, link.detail) for link, transport in [*to, *of]]

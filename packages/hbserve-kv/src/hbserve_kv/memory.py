@@ -1,6 +1,7 @@
 """The memory that a transfer may touch: the engine's block pool and the lookup buffer, both as rows of one block.
 
-Shapes: pool and arena are uint8 (num_blocks, block_bytes). One row is one KV block, contiguous.
+Shapes: pool and arena are uint8 (num_blocks, block_bytes). One row is one KV block, contiguous. Of a block that has
+the shape (..., num_heads, head_dim), a HeadSlice takes the part (..., heads, head_dim), which is not contiguous.
 """
 
 from collections.abc import Iterator, Sequence
@@ -8,25 +9,42 @@ from typing import Literal
 
 import torch
 
+from hbserve_kv.heads import HeadRange, HeadSlice
+from hbserve_kv.shared_memory import shared_empty
+
 Region = Literal["pool", "arena"]
+REGIONS: tuple[Region, ...] = ("pool", "arena")
 
 
 class Memory:
     """Pool and arena of one instance. The arena is the lookup buffer; its blocks are handed out here."""
 
-    def __init__(self, pool: torch.Tensor, buffer_size: int) -> None:
-        if not pool.is_contiguous():
-            raise ValueError("pool: expected a contiguous tensor, whose first dimension counts the blocks")
+    def __init__(self, pool: torch.Tensor, buffer_size: int, heads: HeadRange | None = None) -> None:
+        if not pool.is_contiguous() or pool.dim() < 2 or not pool.numel():
+            raise ValueError("pool: expected a contiguous tensor (num_blocks, …) that is not empty")
+        if heads is not None and (pool.dim() < 3 or pool.shape[-2] != heads.count):
+            raise ValueError(
+                f"pool: heads={heads} need a pool of shape (num_blocks, …, {heads.count}, head_dim), "
+                f"got {tuple(pool.shape)}"
+            )
         self.pool = pool.view(pool.shape[0], -1).view(torch.uint8)
         self.block_bytes = self.pool.shape[1]
         self.device = pool.device
+        self.head_bytes = pool.shape[-1] * pool.element_size() if heads is not None else self.block_bytes
+        """Bytes of one head in one place of a block."""
+        self.num_heads = heads.count if heads is not None else 1
         num_blocks = buffer_size // self.block_bytes
-        # torch.empty touches no page of host memory: the arena costs what is used of it.
-        self.arena = torch.empty((num_blocks, self.block_bytes), dtype=torch.uint8, device=pool.device)
+        # Neither touches a page of host memory: the arena costs what is used of it.
+        make = shared_empty if pool.device.type == "cpu" else torch.empty
+        self.arena = make((num_blocks, self.block_bytes), dtype=torch.uint8, device=pool.device)
         self._free = list(range(num_blocks - 1, -1, -1))
 
     def rows(self, region: Region) -> torch.Tensor:
         return self.pool if region == "pool" else self.arena
+
+    def part(self, region: Region, heads: HeadSlice | None) -> torch.Tensor:
+        """View of all blocks: (num_blocks, block_bytes), or of some heads (num_blocks, places, heads x head_bytes)."""
+        return head_view(self.rows(region), heads, self.num_heads, self.head_bytes)
 
     def num_blocks_for(self, num_bytes: int) -> int:
         return -(-num_bytes // self.block_bytes)
@@ -43,9 +61,22 @@ class Memory:
     def free(self, block_ids: Sequence[int]) -> None:
         self._free.extend(block_ids)
 
+    def release(self) -> None:
+        """Give the arena's memory back."""
+        self.arena = self.arena[:0].clone()
+        self._free.clear()
+
     @property
     def buffered_bytes(self) -> int:
         return (self.arena.shape[0] - len(self._free)) * self.block_bytes
+
+
+def head_view(rows: torch.Tensor, heads: HeadSlice | None, num_heads: int, head_bytes: int) -> torch.Tensor:
+    """`rows` (num_blocks, block_bytes) as they are, or some heads of them (num_blocks, places, heads x head_bytes)."""
+    if heads is None:
+        return rows
+    places = rows.view(rows.shape[0], -1, num_heads * head_bytes)
+    return places[:, :, heads.first * head_bytes : (heads.first + heads.count) * head_bytes]
 
 
 def runs(*block_ids: Sequence[int]) -> Iterator[tuple[int, ...]]:
@@ -57,14 +88,59 @@ def runs(*block_ids: Sequence[int]) -> Iterator[tuple[int, ...]]:
             start = i
 
 
-def gather(rows: torch.Tensor, block_ids: Sequence[int]) -> torch.Tensor:
-    """The blocks as one contiguous tensor, (len(ids), block_bytes): a view if they are neighbours, else a copy."""
+def _wide(blocks: torch.Tensor) -> torch.Tensor:
+    """The same bytes in larger elements, which kernels move faster."""
+    is_even = all(size % 8 == 0 for size in (*blocks.stride()[:-1], blocks.shape[-1], blocks.storage_offset()))
+    return blocks.view(torch.int64) if is_even and blocks.data_ptr() % 8 == 0 else blocks
+
+
+def neighbours(rows: torch.Tensor, block_ids: Sequence[int]) -> torch.Tensor | None:
+    """A contiguous view of these blocks, if they are neighbours in this order."""
     first, last = block_ids[0], block_ids[-1]
-    if list(block_ids) == list(range(first, last + 1)):
-        return rows[first : last + 1]
-    return rows.index_select(0, torch.tensor(block_ids, device=rows.device))
+    if last - first + 1 == len(block_ids) and list(block_ids) == list(range(first, last + 1)):
+        view = rows[first : last + 1]
+        return view if view.is_contiguous() else None
+    return None
+
+
+def gather(rows: torch.Tensor, block_ids: Sequence[int]) -> torch.Tensor:
+    """The blocks as one contiguous tensor, (len(ids), …): a view if they are neighbours, else a copy."""
+    view = neighbours(rows, block_ids)
+    if view is not None:
+        return view
+    wide = _wide(rows)
+    return wide.index_select(0, torch.tensor(block_ids, device=rows.device)).view(torch.uint8)
 
 
 def scatter(rows: torch.Tensor, block_ids: Sequence[int], blocks: torch.Tensor) -> None:
-    """Write the rows of `blocks` to the blocks of those ids."""
-    rows.index_copy_(0, torch.tensor(block_ids, device=rows.device), blocks.view(torch.uint8).view(len(block_ids), -1))
+    """Write the rows of `blocks`, any shape with the right bytes, to the blocks of those ids."""
+    new = blocks.view(torch.uint8).view(len(block_ids), *rows.shape[1:])
+    wide_rows, wide_new = _wide(rows), _wide(new)
+    if wide_rows.dtype != wide_new.dtype:
+        wide_rows, wide_new = rows, new
+    wide_rows.index_copy_(0, torch.tensor(block_ids, device=rows.device), wide_new)
+
+
+def pieces(
+    memory: "Memory", heads: HeadSlice | None, peer_heads: HeadSlice | None, peer_num_heads: int,
+    block_ids: Sequence[int], target_block_ids: Sequence[int],
+) -> Iterator[tuple[int, int, int]]:  # fmt: skip
+    """(source offset, target offset, length) in bytes of each contiguous piece; runs of blocks are one.
+
+    Some heads of a block are many small pieces: one for each layer, key or value, and token.
+    """
+    if heads is None and peer_heads is None:
+        for first, place, count in runs(block_ids, target_block_ids):
+            yield first * memory.block_bytes, place * memory.block_bytes, count * memory.block_bytes
+        return
+    mine, theirs = heads or HeadSlice(0, memory.num_heads), peer_heads or HeadSlice(0, peer_num_heads)
+    assert mine.count == theirs.count
+    my_step, their_step = memory.num_heads * memory.head_bytes, peer_num_heads * memory.head_bytes
+    places = memory.block_bytes // my_step
+    for source, target in zip(block_ids, target_block_ids, strict=True):
+        for place in range(places):
+            yield (
+                (source * places + place) * my_step + mine.first * memory.head_bytes,
+                (target * places + place) * their_step + theirs.first * memory.head_bytes,
+                mine.count * memory.head_bytes,
+            )

@@ -1,21 +1,26 @@
 """The control messages between two KVTransferManagers, over hbserve_rpc. The sender of the data is the client.
 
-sender                                            receiver
-  HANDSHAKE(fingerprint, epoch, description) ───▶ once per pair
-  TRANSFER(transfer id)                      ───▶ a stream: Accepted, and Cancelled if the receiver gives up
-  PART(index)                                ───▶ two-sided transports only; answered when the part has landed
-  COMMIT(parts, payload)                     ───▶ answered when the receiver has taken it
-  ABANDON(reason, drained)                   ───▶ instead of COMMIT
+sender                                              receiver
+  LINK(fingerprint, epoch, offers)  ───stream───▶   once per pair; open as long as both live
+                                    ◀────────────   LinkReply(transport, description), then Cancelled(transfer id) …
+  BEGIN(transfer id)                ────call────▶   answered by Accepted(blocks)
+  PARTS(what comes next)            ────call────▶   two-sided transports only; answered when they have landed
+  COMMIT(payload)                   ────call────▶   answered when the receiver has taken it
+  ABANDON(reason, drained)          ────call────▶   instead of COMMIT
+
+`link` names one life of both sides: the sender draws it, the receiver learns it with the sender's epoch and forgets it
+when the stream ends. So a message of an earlier life, of either side, names a link that nobody knows.
 """
 
 from typing import Any
 
 import msgspec
 
+from hbserve_kv.heads import HeadRange
 from hbserve_kv.memory import Region
 from hbserve_rpc import Method, StreamMethod
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 
 
 class Grant(msgspec.Struct, frozen=True, tag=True):
@@ -25,7 +30,8 @@ class Grant(msgspec.Struct, frozen=True, tag=True):
     address: str
     """`host:port` of the receiver's control server."""
     epoch: str
-    block_ids: list[int]
+    heads: HeadRange
+    """KV heads that the receiver's blocks hold."""
 
 
 class Handshake(msgspec.Struct, frozen=True, tag=True):
@@ -33,16 +39,29 @@ class Handshake(msgspec.Struct, frozen=True, tag=True):
     rank: int
     epoch: str
     address: str
-    backend: str
     fingerprint: dict[str, str | int]
-    description: bytes
+    heads: HeadRange
+    offers: dict[str, bytes]
+    """Transports that the sender can use, best first, each with its `describe()`."""
     link: str
 
 
-class HandshakeReply(msgspec.Struct, frozen=True, tag=True):
+class LinkReply(msgspec.Struct, frozen=True, tag=True):
     rank: int
     epoch: str
+    heads: HeadRange
+    transport: str
+    """The first of the offers that the receiver can use too."""
     description: bytes
+    passed_over: dict[str, str]
+    """Better offers, and why they were not taken."""
+
+
+class Cancelled(msgspec.Struct, frozen=True, tag=True):
+    """The receiver gives a transfer up."""
+
+    transfer_id: str
+    reason: str
 
 
 class Begin(msgspec.Struct, frozen=True, tag=True):
@@ -50,8 +69,6 @@ class Begin(msgspec.Struct, frozen=True, tag=True):
 
     transfer_id: str
     link: str
-    sender_epoch: str
-    receiver_epoch: str
     num_bytes: int | None = None
 
 
@@ -60,15 +77,11 @@ class Accepted(msgspec.Struct, frozen=True, tag=True):
 
     region: Region
     block_ids: list[int]
+    checksum: bool
+    """The receiver wants a checksum of each block in the commit."""
 
 
-class Cancelled(msgspec.Struct, frozen=True, tag=True):
-    reason: str
-
-
-class PartAnnounced(msgspec.Struct, frozen=True, tag=True):
-    transfer_id: str
-    sender_epoch: str
+class AnnouncedPart(msgspec.Struct, frozen=True, array_like=True):
     index: int
     first: int
     """Blocks [first, first + num_blocks) of those that were granted."""
@@ -79,29 +92,48 @@ class PartAnnounced(msgspec.Struct, frozen=True, tag=True):
         return self.first + self.num_blocks
 
 
+class PartsAnnounced(msgspec.Struct, frozen=True, tag=True):
+    transfer_id: str
+    link: str
+    parts: list[AnnouncedPart]
+
+
 class Commit(msgspec.Struct, frozen=True, tag=True):
     transfer_id: str
-    sender_epoch: str
+    link: str
     num_parts: int
     num_bytes: int
     time_s: float
     payload: bytes
+    checksums: dict[int, int] = {}
+    """By position among the granted blocks; see `hbserve_kv.checksum`."""
 
 
 class Abandon(msgspec.Struct, frozen=True, tag=True):
     transfer_id: str
-    sender_epoch: str
+    link: str
     reason: str
     drained: bool
     """The sender writes no more to this transfer's blocks."""
+    in_kernel: bool = False
+    """What the sender's system has taken already may still arrive for a moment."""
 
 
-class Done(msgspec.Struct, frozen=True, tag=True):
+class Alive(msgspec.Struct, frozen=True, tag=True):
+    """What an instance says of itself as a sender."""
+
+    epoch: str
+    writing: list[str]
+    """Links over which it may still write."""
+
+
+class Nothing(msgspec.Struct, frozen=True, tag=True):
     pass
 
 
-HANDSHAKE: Method[Handshake, HandshakeReply] = Method("kv.handshake", Handshake, HandshakeReply)
-PART: Method[PartAnnounced, Done] = Method("kv.part", PartAnnounced, Done)
-COMMIT: Method[Commit, Done] = Method("kv.commit", Commit, Done)
-ABANDON: Method[Abandon, Done] = Method("kv.abandon", Abandon, Done)
-TRANSFER: StreamMethod[Begin, Any] = StreamMethod("kv.transfer", Begin, Accepted | Cancelled)
+LINK: StreamMethod[Handshake, Any] = StreamMethod("kv.link", Handshake, LinkReply | Cancelled)
+BEGIN: Method[Begin, Accepted] = Method("kv.begin", Begin, Accepted)
+PARTS: Method[PartsAnnounced, Nothing] = Method("kv.parts", PartsAnnounced, Nothing)
+COMMIT: Method[Commit, Nothing] = Method("kv.commit", Commit, Nothing)
+ABANDON: Method[Abandon, Nothing] = Method("kv.abandon", Abandon, Nothing)
+ALIVE: Method[Nothing, Alive] = Method("kv.alive", Nothing, Alive)

@@ -1,67 +1,34 @@
-"""The receiving half of a KVTransferManager: transfers that others send to this instance."""
+"""The receiving half of a KVTransferManager: the handlers of its control server, and the transfers they work on."""
 
 import asyncio
-import contextlib
 import logging
-from collections.abc import AsyncIterator, Callable, Coroutine
-from dataclasses import dataclass, field
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any, NoReturn
 
 from hbserve_kv import messages
-from hbserve_kv.errors import FingerprintMismatch
+from hbserve_kv.checksum import link_checksums
+from hbserve_kv.handshake import Identity
+from hbserve_kv.incoming import Incoming, IncomingLink, TransferResult
+from hbserve_kv.incoming_links import IncomingLinks
 from hbserve_kv.lookup_buffer import LookupBuffer
-from hbserve_kv.memory import Region
-from hbserve_kv.messages import Abandon, Accepted, Begin, Cancelled, Commit, Done, Handshake, HandshakeReply
+from hbserve_kv.memory import Memory, Region
+from hbserve_kv.messages import (
+    Abandon,
+    Accepted,
+    Alive,
+    AnnouncedPart,
+    Begin,
+    Cancelled,
+    Commit,
+    Nothing,
+    PartsAnnounced,
+)
+from hbserve_kv.quarantine import GRACE_S, Quarantine
 from hbserve_kv.transfer_state import IncomingState, Outcome, State
-from hbserve_kv.transport import Link, Part, Transport
+from hbserve_kv.transport import Part, Transport
 from hbserve_rpc import InvalidRequest, RpcServer
 
 logger = logging.getLogger(__name__)
-
-GRACE_S = 1.0
-"""After a sender's process is gone, what its kernel had sent already may still arrive for a moment."""
-
-
-@dataclass(frozen=True)
-class TransferResult:
-    """How a transfer ended."""
-
-    outcome: Outcome
-    payload: bytes = b""
-    """What the sender gave to `commit`."""
-    num_bytes: int = 0
-    num_parts: int = 0
-    time_s: float = 0.0
-    """Time during which a part of this transfer was moving, as the sender measured it."""
-    error: str = ""
-    """The first cause, unless the outcome is COMPLETED."""
-
-
-@dataclass(eq=False)
-class Incoming:
-    """One transfer that is expected or under way."""
-
-    transfer_id: str
-    region: Region
-    block_ids: list[int]
-    state: IncomingState
-    result: asyncio.Future[TransferResult] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
-    changed: asyncio.Event = field(default_factory=asyncio.Event)
-    drained: asyncio.Event = field(default_factory=asyncio.Event)
-    sender_address: str = ""
-
-    async def wait_while(self, condition: Callable[[], bool]) -> None:
-        while condition():
-            self.changed.clear()
-            await self.changed.wait()
-
-    def settle(self, completed: TransferResult | None = None) -> None:
-        """Publish what the state has become. To be called after every change of it."""
-        self.changed.set()
-        if self.state.ended and not self.result.done():
-            self.result.set_result(completed or TransferResult(self.state.outcome, error=self.state.cause))
-        if self.state.state >= State.FAILED_DRAINED:
-            self.drained.set()
 
 
 class Receiver:
@@ -70,224 +37,239 @@ class Receiver:
     def __init__(
         self,
         *,
-        rank: int,
-        epoch: str,
-        backend: str,
-        fingerprint: dict[str, str | int],
-        transport: Transport,
+        me: Identity,
+        memory: Memory,
+        transports: Mapping[str, Transport],
         buffer: LookupBuffer,
         timeout_s: float,
+        expiry_s: float,
+        checksum: bool,
+        writing: Callable[[], list[str]],
     ) -> None:
-        self._rank = rank
-        self._epoch = epoch
-        self._backend = backend
-        self._fingerprint = fingerprint
-        self._transport = transport
+        self._me = me
+        self._memory = memory
+        self._transports = transports
         self._buffer = buffer
         self._timeout_s = timeout_s
+        self._expiry_s = expiry_s
+        self._checksum = checksum
+        self._writing = writing
         self.incoming: dict[str, Incoming] = {}
-        self.quarantined: set[Incoming] = set()
+        self.quarantine = Quarantine(longest_s=expiry_s)
         self.dropped_messages = 0
-        self._links: dict[str, tuple[Handshake, Link, asyncio.Task[None]]] = {}
+        self._links = IncomingLinks(me, transports, self._lost)
         self._background: set[asyncio.Task[None]] = set()
+        """End by themselves, also at `close`."""
+        self._waiting: set[asyncio.Task[None]] = set()
+        """Wait for time to pass; `close` ends them."""
 
     def serve_on(self, server: RpcServer) -> None:
-        server.serve(messages.HANDSHAKE, self._handshake)
-        server.serve(messages.PART, self._part)
+        server.serve_stream(messages.LINK, self._links.serve)
+        server.serve(messages.BEGIN, self._begin)
+        server.serve(messages.PARTS, self._parts)
         server.serve(messages.COMMIT, self._commit)
         server.serve(messages.ABANDON, self._abandon)
-        server.serve_stream(messages.TRANSFER, self._transfer)
+        server.serve(messages.ALIVE, self._alive)
 
     def expect(self, transfer_id: str, region: Region, block_ids: list[int]) -> Incoming:
         if transfer_id in self.incoming:
             raise ValueError(f"transfer_id={transfer_id!r} is in use")
-        incoming = Incoming(transfer_id, region, block_ids, IncomingState(self._transport.one_sided))
+        incoming = Incoming(transfer_id, region, block_ids, IncomingState(frozenset(self._me.heads.heads())))
         self.incoming[transfer_id] = incoming
-        incoming.result.add_done_callback(lambda _: self.incoming.pop(transfer_id, None))
+        expiry = asyncio.get_running_loop().call_later(self._expiry_s, self._expire, incoming)
+        incoming.result.add_done_callback(lambda _: self._forget(incoming, expiry))
         return incoming
+
+    def _expire(self, incoming: Incoming) -> None:
+        if incoming.state.state is State.POSTED:
+            self._fail(incoming, f"no sender began within {self._expiry_s} s")
+
+    def _forget(self, incoming: Incoming, expiry: asyncio.TimerHandle) -> None:
+        expiry.cancel()
+        self.incoming.pop(incoming.transfer_id, None)
+        for link in incoming.links.values():
+            link.transfers.discard(incoming)
+
+    @property
+    def links(self) -> dict[str, IncomingLink]:
+        """Of the senders that are connected, by key."""
+        return self._links.connected
 
     async def cancel(self, incoming: Incoming, reason: str) -> Outcome:
         """Give a transfer up. Returns once nothing of it can land any more, or UNKNOWN at the deadline."""
-        incoming.state.fail(reason)
-        incoming.settle()
-        if not incoming.result.done():
-            self._watch(incoming)
+        self._fail(incoming, reason)
         return (await asyncio.shield(incoming.result)).outcome
 
-    async def close(self) -> None:
+    def _lost(self, lost: IncomingLink, why: str) -> None:
+        """For IncomingLinks: nothing more comes over this link."""
+        for incoming in list(lost.transfers):
+            self._fail(incoming, why)
+        if not lost.transport.one_sided:
+            for incoming in self.quarantine.of_link(lost.link.key):
+                incoming.state.sender_drained(lost.link.key)
+                incoming.settle()
+
+    def _fail(self, incoming: Incoming, reason: str) -> None:
+        """End a transfer that has not ended: its senders are told, and end after the part that is under way."""
+        if incoming.state.state <= State.RECEIVING:
+            incoming.state.fail(reason)
+            for link in incoming.links.values():
+                link.notices.put_nowait(Cancelled(incoming.transfer_id, incoming.state.cause))
+        incoming.settle()
+        self.quarantine.watch(incoming)
+
+    async def say_goodbye(self) -> None:
+        """End every transfer and every link, and let the senders know. Before the server stops."""
         for incoming in list(self.incoming.values()):
-            incoming.state.fail("the receiver was closed")
+            self._fail(incoming, "the receiver was closed")
+        await self._links.say_goodbye()
+
+    async def close(self) -> None:
+        """Leave nothing behind. After the server has stopped."""
+        for incoming in list(self.incoming.values()):
             incoming.state.give_up()
             incoming.settle()
-        for task in self._background:
+        await self.quarantine.close()
+        for task in self._waiting:
             task.cancel()
-        await asyncio.gather(*self._background, return_exceptions=True)
-        for _, link, connecting in list(self._links.values()):
-            await self._drop(link, connecting)
-        self._links.clear()
+        await asyncio.gather(*self._waiting, *self._background, return_exceptions=True)
+        await self._links.close()
 
     # ---- handlers ------------------------------------------------------------------------------------------------
 
-    async def _handshake(self, hello: Handshake) -> HandshakeReply:
-        self._check(hello)
-        for old_hello, old_link, connecting in list(self._links.values()):
-            if old_hello.address == hello.address:
-                del self._links[old_link.key]
-                self._spawn(self._drop(old_link, connecting))
-        link = Link(hello.link, is_sender=False, peer_rank=hello.rank, peer_description=hello.description)
-        # Two-sided transports connect from both ends at once, so the answer must not wait for it.
-        connect = self._nothing() if self._transport.one_sided else self._transport.connect(link)
-        self._links[link.key] = (hello, link, asyncio.create_task(connect))
-        return HandshakeReply(self._rank, self._epoch, self._transport.describe())
+    async def _alive(self, _: Nothing) -> Alive:
+        return Alive(self._me.epoch, self._writing())
 
-    def _check(self, hello: Handshake) -> None:
-        mine = self._fingerprint | {"protocol": messages.PROTOCOL_VERSION, "kv_transfer.backend": self._backend}
-        theirs = hello.fingerprint | {"protocol": hello.protocol_version, "kv_transfer.backend": hello.backend}
-        for name in sorted(mine.keys() | theirs.keys()):
-            if mine.get(name) != theirs.get(name):
-                raise InvalidRequest(
-                    f"{FingerprintMismatch.__name__}: {name} is {theirs.get(name)!r} on rank {hello.rank} "
-                    f"and {mine.get(name)!r} on rank {self._rank}"
-                )
-
-    async def _nothing(self) -> None:
-        return
-
-    async def _transfer(self, begin: Begin) -> AsyncIterator[Accepted | Cancelled]:
-        if begin.link not in self._links or begin.receiver_epoch != self._epoch:
-            self._drop_message(f"transfer {begin.transfer_id} of an earlier life of this instance or of its link")
-        incoming = await self._find(begin)
-        if not incoming.state.begin(begin.sender_epoch):
+    async def _begin(self, begin: Begin) -> Accepted:
+        link = self._link_of(begin.link, f"transfer {begin.transfer_id}")
+        incoming = await self._find(begin, link)
+        began = link.is_connected and incoming.state.begin(
+            begin.link, link.common_heads.heads(), one_sided=link.transport.one_sided
+        )
+        if not began:
+            if begin.num_bytes is not None and incoming.state.state is State.POSTED:
+                self._fail(incoming, "the sender was lost")  # its room in the buffer was made for this sender
             self._drop_message(f"transfer {begin.transfer_id} has begun or ended already")
-        incoming.sender_address = self._links[begin.link][0].address
-        try:
-            yield Accepted(incoming.region, incoming.block_ids)
-            await incoming.wait_while(lambda: incoming.state.state is State.RECEIVING)
-            if incoming.state.state is not State.COMPLETED:
-                yield Cancelled(incoming.state.cause)
-            await incoming.wait_while(lambda: not incoming.state.ended)
-        finally:
-            if not incoming.state.ended:
-                incoming.state.fail("the sender was lost")
-                incoming.settle()
-                self._watch(incoming)
+        incoming.links[begin.link] = link
+        link.transfers.add(incoming)
+        return Accepted(incoming.region, incoming.block_ids, self._checksum)
 
-    async def _find(self, begin: Begin) -> Incoming:
+    async def _find(self, begin: Begin, link: IncomingLink) -> Incoming:
         if incoming := self.incoming.get(begin.transfer_id):
             return incoming
         if begin.num_bytes is None:
             self._drop_message(f"transfer {begin.transfer_id} is not expected: it was given up, or never granted")
-        block_ids = await self._buffer.place(begin.transfer_id, begin.num_bytes or 0)
-        incoming = self.expect(begin.transfer_id, "arena", block_ids)
-        self._spawn(self._buffer.keep(begin.transfer_id, incoming))
+        if link.link.heads or link.link.peer_heads:
+            raise InvalidRequest("whole tensors need blocks of the same size on both sides; these hold different heads")
+        block_ids = await self._buffer.place(begin.transfer_id, begin.num_bytes)
+        try:
+            incoming = self.expect(begin.transfer_id, "arena", block_ids)
+        except ValueError:
+            await self._buffer.free(block_ids)
+            self._drop_message(f"transfer {begin.transfer_id} has begun already")
+        _keep(self._waiting, self._buffer.keep(begin.transfer_id, incoming))
         return incoming
 
-    async def _part(self, message: messages.PartAnnounced) -> Done:
-        incoming = self.incoming.get(message.transfer_id)
-        if incoming is not None and not 0 <= message.first < message.end <= len(incoming.block_ids):
-            self._drop_message(f"part {message.index} of transfer {message.transfer_id} is outside what was granted")
-        if incoming is None or not incoming.state.start_part(message.sender_epoch, message.index):
-            self._drop_message(f"part {message.index} of transfer {message.transfer_id} is late or was sent twice")
+    async def _parts(self, message: PartsAnnounced) -> Nothing:
+        what = f"a part of transfer {message.transfer_id}"
+        link, incoming = self._link_of(message.link, what), self.incoming.get(message.transfer_id)
+        if incoming is None:
+            self._drop_message(f"{what} is late")
+        for part in message.parts:
+            if not 0 <= part.first < part.end <= len(incoming.block_ids):
+                self._drop_message(f"{what} is outside what was granted: {part}")
+        if not all(incoming.state.start_part(message.link, part.index) for part in message.parts):
+            self._drop_message(f"{what} is late or was sent twice")
         # A task of our own: the bytes may land even if the sender, and so this call, is lost.
-        await asyncio.shield(self._spawn(self._accept(incoming, message)))
-        if message.index not in incoming.state.landed:
+        accepting = _keep(self._background, self._accept(incoming, link, message.parts))
+        link.accepting.add(accepting)
+        accepting.add_done_callback(link.accepting.discard)
+        await asyncio.gather(asyncio.shield(accepting), return_exceptions=True)
+        if any(part.index not in incoming.state.senders[message.link].landed for part in message.parts):
             raise InvalidRequest(incoming.state.cause)
-        return Done()
+        return Nothing()
 
-    async def _accept(self, incoming: Incoming, message: messages.PartAnnounced) -> None:
+    async def _accept(self, incoming: Incoming, link: IncomingLink, parts: Sequence[AnnouncedPart]) -> None:
+        """Take parts in order. After a failure the rest is not taken: the sender disconnects the link."""
         error = ""
-        try:
-            link, connecting = self._link_of(incoming)
-            async with asyncio.timeout(self._timeout_s):
-                await asyncio.shield(connecting)
-            block_ids = incoming.block_ids[message.first : message.end]
-            await self._transport.accept(link, Part(message.transfer_id, message.index, incoming.region, block_ids))
-        except Exception as cause:  # whatever a backend raised has failed this part
-            error = f"part {message.index}: {type(cause).__name__}: {cause}"
-            logger.warning("transfer %s: %s", message.transfer_id, error)
-        finally:
-            incoming.state.end_part(message.index, error)
+        for part in parts:
+            try:
+                if not error:
+                    await self._accept_one(incoming, link, part)
+            except asyncio.CancelledError:
+                error = incoming.state.cause or "cancelled"
+            except Exception as cause:  # whatever a backend raised has failed this part
+                error = f"part {part.index}: {type(cause).__name__}: {cause}"
+                logger.warning("transfer %s: %s", incoming.transfer_id, error)
+            incoming.state.end_part(link.link.key, part.index, error)
+            if error:
+                self._fail(incoming, error)
             incoming.settle()
 
-    async def _commit(self, message: Commit) -> Done:
-        incoming = self.incoming.get(message.transfer_id)
-        if incoming is None or not incoming.state.commit(message.sender_epoch, message.num_parts):
-            if incoming is not None:
-                incoming.settle()
-            self._drop_message(f"commit of transfer {message.transfer_id} is late, was sent twice, or lacks parts")
-        incoming.settle(
-            TransferResult(
-                Outcome.COMPLETED, message.payload, message.num_bytes, message.num_parts, message.time_s
-            )
-        )  # fmt: skip
-        return Done()
+    async def _accept_one(self, incoming: Incoming, link: IncomingLink, part: AnnouncedPart) -> None:
+        async with asyncio.timeout(self._timeout_s):
+            await asyncio.shield(link.connecting)
+        block_ids = incoming.block_ids[part.first : part.end]
+        await link.transport.accept(link.link, Part(incoming.transfer_id, part.index, incoming.region, block_ids))
 
-    async def _abandon(self, message: Abandon) -> Done:
-        quarantined = (each for each in self.quarantined if each.transfer_id == message.transfer_id)
-        incoming = self.incoming.get(message.transfer_id) or next(quarantined, None)
-        if incoming is None or incoming.state.sender_epoch != message.sender_epoch:
-            self._drop_message(f"abandon of transfer {message.transfer_id} is late")
-        incoming.state.fail(message.reason)
-        if message.drained:
-            incoming.state.sender_drained(message.sender_epoch)
+    async def _commit(self, message: Commit) -> Nothing:
+        what = f"commit of transfer {message.transfer_id}"
+        link, incoming = self._link_of(message.link, what), self.incoming.get(message.transfer_id)
+        if incoming is None:
+            self._drop_message(f"{what} is late or was sent twice")
+        if message.checksums and (error := await self._corruption(incoming, link, message)):
+            self._fail(incoming, error)
+        if not incoming.state.commit(message.link, message.num_parts):
+            incoming.settle()
+            if incoming.state.state is not State.RECEIVING:
+                self.quarantine.watch(incoming)
+            self._drop_message(f"{what} is late, was sent twice, or lacks parts: {incoming.state.cause}")
+        incoming.committed.append(
+            TransferResult(Outcome.COMPLETED, message.payload, message.num_bytes, message.num_parts, message.time_s)
+        )
         incoming.settle()
-        return Done()
+        return Nothing()
+
+    async def _corruption(self, incoming: Incoming, link: IncomingLink, message: Commit) -> str:
+        places = sorted(place for place in message.checksums if 0 <= place < len(incoming.block_ids))
+        block_ids = [incoming.block_ids[place] for place in places]
+        found = await link.link.run(link_checksums, self._memory, link.link, incoming.region, block_ids)
+        wrong = [place for place, number in zip(places, found, strict=True) if number != message.checksums[place]]
+        return f"checksum: blocks {wrong} of those granted are not as they were sent" if wrong else ""
+
+    async def _abandon(self, message: Abandon) -> Nothing:
+        incoming = self.incoming.get(message.transfer_id)
+        if incoming is None or message.link not in incoming.links:
+            incoming = self.quarantine.find(message.transfer_id, message.link)
+        if incoming is None:
+            self._drop_message(f"abandon of transfer {message.transfer_id} is late")
+        self._fail(incoming, message.reason)
+        if message.drained and message.in_kernel:
+            _keep(self._waiting, self._drain_later(incoming, message.link))
+        elif message.drained:
+            incoming.state.sender_drained(message.link)
+        incoming.settle()
+        return Nothing()
+
+    async def _drain_later(self, incoming: Incoming, link: str) -> None:
+        await asyncio.sleep(GRACE_S)
+        incoming.state.sender_drained(link)
+        incoming.settle()
 
     # ---- what goes on beside them --------------------------------------------------------------------------------
 
-    def _watch(self, incoming: Incoming) -> None:
-        if incoming not in self.quarantined:
-            self.quarantined.add(incoming)
-            self._spawn(self._wait_until_drained(incoming))
-
-    async def _wait_until_drained(self, incoming: Incoming) -> None:
-        """Settle a failed transfer as drained as soon as that is sure; as unknown at its deadline."""
-        try:
-            deadline_s = asyncio.get_running_loop().time() + self._timeout_s
-            while not incoming.drained.is_set():
-                if self._transport.one_sided and await self._is_gone(incoming.sender_address):
-                    await asyncio.sleep(GRACE_S)
-                    incoming.state.sender_drained(incoming.state.sender_epoch)
-                elif asyncio.get_running_loop().time() > deadline_s:
-                    incoming.state.give_up()
-                incoming.settle()
-                with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(0.5):
-                        await incoming.drained.wait()
-        finally:
-            self.quarantined.discard(incoming)
-
-    async def _is_gone(self, address: str) -> bool:
-        """Whether no process listens there any more. A frozen one still does."""
-        host, _, port = address.rpartition(":")
-        try:
-            async with asyncio.timeout(1.0):
-                _, writer = await asyncio.open_connection(host, int(port))
-        except ConnectionRefusedError:
-            return True
-        except (OSError, TimeoutError):
-            return False
-        writer.close()
-        return False
-
-    def _link_of(self, incoming: Incoming) -> tuple[Link, asyncio.Task[None]]:
-        for hello, link, connecting in self._links.values():
-            if hello.address == incoming.sender_address:
-                return link, connecting
-        raise ConnectionError(f"no link to {incoming.sender_address}")
-
-    async def _drop(self, link: Link, connecting: asyncio.Task[None]) -> None:
-        connecting.cancel()
-        await asyncio.gather(connecting, return_exceptions=True)
-        await self._transport.disconnect(link)
-        link.executor.shutdown(wait=False)
-
-    def _spawn(self, job: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        task = asyncio.create_task(job)
-        self._background.add(task)
-        task.add_done_callback(self._background.discard)
-        return task
+    def _link_of(self, key: str, what: str) -> IncomingLink:
+        if key not in self.links:
+            self._drop_message(f"{what} is of an earlier life of this instance or of its sender")
+        return self.links[key]
 
     def _drop_message(self, what: str) -> NoReturn:
         self.dropped_messages += 1
         raise InvalidRequest(what)
+
+
+def _keep(tasks: set[asyncio.Task[None]], job: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+    task = asyncio.create_task(job)
+    tasks.add(task)
+    task.add_done_callback(tasks.discard)
+    return task

@@ -7,8 +7,12 @@
 
 COMPLETED and FAILED_DRAINED are final. The first cause of a failure is kept. Anything that does not fit the state
 (late, duplicate, of another sender) changes nothing and returns False, for the caller to count.
+
+Under tensor parallelism several senders bring different heads of the same blocks. Each begins and commits for itself;
+the transfer is COMPLETED when all heads have been committed. A sender is named by its link, which no other life has.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import Enum, IntEnum
 
@@ -34,60 +38,82 @@ class Outcome(Enum):
 
 
 @dataclass
-class IncomingState:
+class SenderState:
+    """What one sender has done for a transfer."""
+
+    heads: frozenset[int]
     one_sided: bool
-    """The sender writes without our help, so only it, or its death, can say that nothing more will land."""
-    state: State = State.POSTED
-    sender_epoch: str = ""
-    cause: str = ""
+    """It writes without our help, so losing it does not show that nothing more will land; its death does."""
     landed: set[int] = field(default_factory=set)
     in_flight: set[int] = field(default_factory=set)
-    _sender_drained: bool = False
+    committed: bool = False
+    drained: bool = False
 
-    def begin(self, sender_epoch: str) -> bool:
-        if self.state is not State.POSTED:
+    @property
+    def is_quiet(self) -> bool:
+        return not self.in_flight and (self.drained or self.committed)
+
+
+@dataclass
+class IncomingState:
+    heads: frozenset[int] = frozenset({0})
+    """Heads that must come."""
+    state: State = State.POSTED
+    cause: str = ""
+    senders: dict[str, SenderState] = field(default_factory=dict)
+
+    def begin(self, link: str, heads: Iterable[int] = (0,), *, one_sided: bool) -> bool:
+        brought = frozenset(heads)
+        taken = {head for sender in self.senders.values() for head in sender.heads}
+        if self.state > State.RECEIVING or link in self.senders or brought & taken or not brought <= self.heads:
             return False
-        self.state, self.sender_epoch = State.RECEIVING, sender_epoch
+        self.state = State.RECEIVING
+        self.senders[link] = SenderState(brought, one_sided)
         return True
 
-    def start_part(self, sender_epoch: str, part: int) -> bool:
-        if self.state is not State.RECEIVING or sender_epoch != self.sender_epoch:
+    def start_part(self, link: str, part: int) -> bool:
+        """Also while draining: what the sender had begun to send is taken, so that both sides agree on it."""
+        sender = self.senders.get(link)
+        if sender is None or sender.committed or sender.drained or part in sender.landed or part in sender.in_flight:
             return False
-        if part in self.landed or part in self.in_flight:
+        if self.state not in (State.RECEIVING, State.DRAINING):
             return False
-        self.in_flight.add(part)
+        sender.in_flight.add(part)
         return True
 
-    def end_part(self, part: int, error: str = "") -> None:
+    def end_part(self, link: str, part: int, error: str = "") -> None:
         """A part that was started has landed, or has failed and nothing of it can land any more."""
-        self.in_flight.discard(part)
+        sender = self.senders[link]
+        sender.in_flight.discard(part)
         if error:
             self.fail(error)
         else:
-            self.landed.add(part)
+            sender.landed.add(part)
         self._drain()
 
-    def commit(self, sender_epoch: str, num_parts: int) -> bool:
-        if self.state is not State.RECEIVING or sender_epoch != self.sender_epoch:
+    def commit(self, link: str, num_parts: int) -> bool:
+        sender = self.senders.get(link)
+        if self.state is not State.RECEIVING or sender is None or sender.committed:
             return False
-        if not self.one_sided and self.landed != set(range(num_parts)):
-            self.fail(f"committed with {num_parts} parts, of which {len(self.landed)} have landed")
+        if not sender.one_sided and sender.landed != set(range(num_parts)):
+            self.fail(f"committed with {num_parts} parts, of which {len(sender.landed)} have landed")
             return False
-        self.state = State.COMPLETED
+        sender.committed = True
+        if self.heads == {head for each in self.senders.values() if each.committed for head in each.heads}:
+            self.state = State.COMPLETED
         return True
 
     def fail(self, cause: str) -> None:
         if self.state in (State.POSTED, State.RECEIVING):
-            began = self.state is State.RECEIVING
             self.state, self.cause = State.DRAINING, cause
-            self._sender_drained = self._sender_drained or not began
             self._drain()
 
-    def sender_drained(self, sender_epoch: str) -> bool:
-        """The sender says, or its death shows, that it writes no more."""
-        if self.state in (State.COMPLETED, State.FAILED_DRAINED) or sender_epoch != self.sender_epoch:
+    def sender_drained(self, link: str) -> bool:
+        """The sender says that it sends no more; or its loss shows it, or its death if it is one-sided."""
+        sender = self.senders.get(link)
+        if self.state in (State.COMPLETED, State.FAILED_DRAINED) or sender is None:
             return False
-        self._sender_drained = True
+        sender.drained = True
         self._drain()
         return True
 
@@ -97,9 +123,14 @@ class IncomingState:
             self.state = State.UNKNOWN
 
     def _drain(self) -> None:
-        quiet = not self.in_flight and (self._sender_drained or not self.one_sided)
+        quiet = all(sender.is_quiet for sender in self.senders.values())
         if self.state in (State.DRAINING, State.UNKNOWN) and quiet:
             self.state = State.FAILED_DRAINED
+
+    @property
+    def restless(self) -> list[str]:
+        """Links of the senders that may still write."""
+        return [link for link, sender in self.senders.items() if not sender.is_quiet]
 
     @property
     def ended(self) -> bool:

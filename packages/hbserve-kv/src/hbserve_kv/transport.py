@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar
 
+from hbserve_kv.heads import HeadSlice
 from hbserve_kv.memory import Memory, Region
 
 T = TypeVar("T")
@@ -17,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(eq=False)
 class Link:
-    """One direction between two instances: parts go over it one after the other."""
+    """One direction between two instances, in one life of both: parts go over it one after the other."""
 
     key: str
     """Names the pair on both sides; never used again, so that a new life of a peer gets a new link."""
@@ -25,11 +26,23 @@ class Link:
     peer_rank: int
     peer_description: bytes
     """The peer's `Transport.describe()`."""
+    heads: HeadSlice | None = None
+    """Of this side's blocks, the heads that both sides hold; None: all, so that whole blocks are moved."""
+    peer_heads: HeadSlice | None = None
+    """The same heads among those of the peer's blocks."""
+    peer_num_heads: int = 1
+    """Heads in the peer's blocks."""
+    detail: str = ""
+    """Set by `connect`: what really carries the bytes, for people to read."""
     executor: ThreadPoolExecutor = field(init=False)
     """Where blocking I/O of this link runs: a peer that hangs stops nobody else."""
 
     def __post_init__(self) -> None:
         self.executor = ThreadPoolExecutor(1, thread_name_prefix=f"kv-{self.key[:8]}")
+
+    async def idle(self) -> None:
+        """Wait until the link's thread has nothing to do."""
+        await self.run(lambda: None)
 
     async def run(self, blocking: Callable[..., T], *arguments: Any) -> T:
         """Run in the link's thread. Cancelling the caller does not stop the thread: it waits for it."""
@@ -46,7 +59,7 @@ class Link:
 
 @dataclass(frozen=True)
 class Part:
-    """Some blocks of one transfer. `source` blocks are known to the sender, `target` blocks to both."""
+    """Some blocks of one transfer. `block_ids` are this side's blocks, `target_block_ids` known to both."""
 
     transfer_id: str
     index: int
@@ -58,13 +71,13 @@ class Part:
     ready: Any = None
     """CUDA event after which the source blocks may be read; None on the CPU."""
 
-    @property
-    def message_id(self) -> str:
-        return f"{self.transfer_id}:{self.index}"
-
 
 class Transport(ABC):
-    """Moves the blocks of parts over links. All methods run in the manager's event loop."""
+    """Moves the blocks of parts over links. All methods run in the manager's event loop and must not block it.
+
+    A link's parts are moved one after the other, in the same order on both sides. If a part fails, and the transport
+    is two-sided or raised DrainUnknown, the link is disconnected and never used again.
+    """
 
     name: ClassVar[str]
     one_sided: ClassVar[bool]
@@ -82,16 +95,20 @@ class Transport(ABC):
     def describe(self) -> bytes:
         """What a peer's `connect` needs."""
 
+    def unreachable(self, description: bytes) -> str:
+        """Why the peer with this `describe()` cannot be reached by this transport; "" if it can, as far as is known."""
+        return ""
+
     @abstractmethod
     async def connect(self, link: Link) -> None:
         """Make the link usable. Called on the sender, and for two-sided transports on both sides at the same time."""
 
     @abstractmethod
     async def push(self, link: Link, part: Part) -> None:
-        """Sender: move a part. Returns when its source blocks are no longer read.
+        """Sender: move a part. Returns when its bytes are in the target and its source blocks are no longer read.
 
         Raises:
-            Exception: the part has failed. `DrainUnknown` if the source may still be read, or bytes may still land.
+            Exception: the part has failed, and nothing of it is read or lands any more. `DrainUnknown` if it may.
         """
 
     async def accept(self, link: Link, part: Part) -> None:
@@ -100,7 +117,10 @@ class Transport(ABC):
 
     @abstractmethod
     async def disconnect(self, link: Link) -> None:
-        """Forget the link; what waits on it fails soon."""
+        """Forget the link; what waits on it fails soon. Returns once nothing of it is read or written by this side.
+
+        May be called twice, and for a link that was never connected. May take long; callers wait in the background.
+        """
 
     @abstractmethod
     async def close(self) -> None:
@@ -108,4 +128,4 @@ class Transport(ABC):
 
 
 class DrainUnknown(Exception):
-    """A push failed, and bytes may still land."""
+    """A push failed, and bytes may still be read or land, until `disconnect` has returned."""

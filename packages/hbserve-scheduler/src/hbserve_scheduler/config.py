@@ -20,7 +20,7 @@ class ModelSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
 class KVTransferSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     backend: str = "nccl"
-    """nccl, mooncake, the name of an entry point, or `module:Class`."""
+    """nccl, mooncake, ipc, auto, the name of an entry point, or `module:Class`."""
     buffer_size: int | str = 1 << 30
     """Bytes of each instance's lookup buffer, or a text like "512MiB"."""
     ip: str | None = None
@@ -28,6 +28,8 @@ class KVTransferSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
     port: int = 0
     """Instance with rank r listens at port + r; 0 lets the OS choose."""
     timeout_s: float = 30.0
+    checksum: bool = False
+    """Verify a checksum of each block that arrives: KV that was corrupted on its way is computed again."""
     options: dict[str, Any] = {}
 
 

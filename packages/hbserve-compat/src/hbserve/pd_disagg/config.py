@@ -38,7 +38,7 @@ class PdDisaggConfig:
     max_num_batched_tokens: int = 2048
     """Most tokens in one step of an instance."""
     kv_transfer_backend: KVTransferBackend | str = KVTransferBackend.NCCL
-    """nccl, mooncake, the name of an entry point, or `module:Class` of a KVTransferBase of your own."""
+    """nccl, mooncake, ipc, auto, the name of an entry point, or `module:Class` of a KVTransferBase of your own."""
     kv_buffer_size: int | str = 1 << 30
     """Bytes of each instance's lookup buffer."""
     kv_ip: str | None = None
@@ -66,6 +66,8 @@ class PdDisaggConfig:
     gpu_memory_utilization: float = 0.9
     prefix_caching: bool = True
     kv_timeout_s: float = 30.0
+    kv_checksum: bool = False
+    """Verify a checksum of each block that arrives: KV that was corrupted on its way is computed again."""
     kv_options: dict[str, Any] = field(default_factory=dict)
     """Handed to a custom KV backend."""
     scheduler: dict[str, Any] = field(default_factory=dict)
@@ -111,6 +113,7 @@ PATHS = {
     "kv_ip": "kv_transfer.ip",
     "kv_port": "kv_transfer.port",
     "kv_timeout_s": "kv_transfer.timeout_s",
+    "kv_checksum": "kv_transfer.checksum",
     "kv_options": "kv_transfer.options",
     "chunked_prefill_enabled": "chunked_prefill.enabled",
     "chunk_size": "chunked_prefill.chunk_size",

@@ -24,16 +24,18 @@ class CustomTransport(Transport):
 
     async def push(self, link: Link, part: Part) -> None:
         if part.ready is not None:
-            part.ready.synchronize()
-        blocks = gather(self._memory.rows(part.region), part.block_ids)
-        await self._backend.send_kv_cache(part.message_id, blocks, link.peer_rank)
+            await link.run(part.ready.synchronize)
+        blocks = gather(self._memory.part(part.region, link.heads), part.block_ids).flatten(1)
+        await self._backend.send_kv_cache(_message_id(link, part), blocks, link.peer_rank)
 
     async def accept(self, link: Link, part: Part) -> None:
-        blocks = await self._backend.receive_kv_cache(part.message_id, link.peer_rank)
-        expected = len(part.block_ids) * self._memory.block_bytes
+        blocks = await self._backend.receive_kv_cache(_message_id(link, part), link.peer_rank)
+        rows = self._memory.part(part.region, link.heads)
+        expected = len(part.block_ids) * rows[0].numel()
         if blocks.nbytes != expected:
-            raise ValueError(f"{self.name} received {blocks.nbytes} bytes for {part.message_id}, expected {expected}")
-        rows = self._memory.rows(part.region)
+            raise ValueError(
+                f"{self.name} received {blocks.nbytes} bytes for {part.transfer_id}:{part.index}, expected {expected}"
+            )
         scatter(rows, part.block_ids, blocks.contiguous().view(-1).to(rows.device))
 
     async def disconnect(self, link: Link) -> None:
@@ -41,3 +43,8 @@ class CustomTransport(Transport):
 
     async def close(self) -> None:
         await self._backend.close()
+
+
+def _message_id(link: Link, part: Part) -> str:
+    """Never used again: a transfer id may be, after a failure or a restart."""
+    return f"{part.transfer_id}:{part.index}:{link.key}"

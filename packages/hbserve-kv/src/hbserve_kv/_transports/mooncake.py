@@ -5,23 +5,29 @@ What its Python API makes necessary (read and measured on 0.3.13):
   registered whole, in each engine.
 - One engine holds one mutex while it opens a peer, for 60 s if that is frozen. So each link has an engine of its own,
   and a peer is probed first, without the mutex.
+- An engine that ends holds the GIL for up to a second, and registering memory holds it too. So engines of links that
+  have ended are used again; only one that may still read its memory is ended, which is what stops it.
 - A synchronous write that times out returns -1 while its bytes can still land: that is `DrainUnknown`.
 - `protocol` does not choose the transport, and a wrong one falls back to TCP in silence. MC_FORCE_TCP is set for "tcp".
 - In P2P mode the port in the host name is ignored: the session is `host:get_rpc_port()`.
 """
 
+import asyncio
+import importlib
 import json
 import logging
 import os
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import torch  # noqa: F401  Mooncake's CUDA wheels find libcudart through torch, which must come first
 
+from hbserve_kv._transports.mooncake_rdma import why_no_rdma
 from hbserve_kv.errors import BackendUnavailable
-from hbserve_kv.memory import Memory, Region, runs
+from hbserve_kv.memory import REGIONS, Memory, pieces
 from hbserve_kv.transport import DrainUnknown, Link, Part, Transport
 
 logger = logging.getLogger(__name__)
@@ -45,6 +51,17 @@ class _Description(msgspec.Struct, frozen=True):
     base: dict[str, int]
     """Address of the first block of each region."""
     num_blocks: dict[str, int]
+    carrier: str
+    """TCP or RDMA, as it was verified."""
+
+
+@dataclass(eq=False)
+class _Engine:
+    engine: Any
+    failed: set[str] = field(default_factory=set)
+    """Sessions to which a write has failed."""
+    may_read: bool = False
+    """A write timed out, and may go on."""
 
 
 def load_config() -> MooncakeConfig:
@@ -84,6 +101,17 @@ def import_engine() -> Any:
     return TransferEngine
 
 
+def require_cuda_wheel() -> None:
+    """Raises BackendUnavailable if the installed wheel cannot read GPU memory: it would fail in the first transfer."""
+    engine: Any = importlib.import_module("mooncake.engine")
+    if not getattr(engine, "SUPPORT_CUDA", True):
+        raise BackendUnavailable(
+            "the installed Mooncake is the one without CUDA, and the pool is on a GPU: pip uninstall "
+            "mooncake-transfer-engine-non-cuda, and pip install 'hbserve-kv[mooncake]' (CUDA 12) or "
+            "'hbserve-kv[mooncake-cuda13]' (CUDA 13)"
+        )
+
+
 class MooncakeTransport(Transport):
     name = "mooncake"
     one_sided = True
@@ -93,77 +121,134 @@ class MooncakeTransport(Transport):
         self._config = load_config()
         self._host = self._config.local_hostname or host
         self._timeout_s = max(timeout_s, SHORTEST_TIMEOUT_S)
-        self._engines: dict[str, Any] = {}
+        self._engines: dict[str, _Engine] = {}
+        """By link."""
+        self._spare: list[_Engine] = []
 
     async def start(self, memory: Memory) -> None:
         self._memory = memory
+        if memory.device.type == "cuda":
+            require_cuda_wheel()
         # Read by Mooncake when an engine is made; there is no argument for either.
         os.environ.setdefault("MC_TRANSFER_TIMEOUT", str(int(self._timeout_s)))
         os.environ.setdefault("MC_LOG_LEVEL", "ERROR")
         if self._config.protocol == "tcp":
             os.environ.setdefault("MC_FORCE_TCP", "1")
-        self._receiving = self._make_engine()
+        elif self._config.protocol == "rdma" and (reason := why_no_rdma()):
+            # Mooncake itself would use TCP, and say nothing.
+            raise BackendUnavailable(f'{CONFIG_VARIABLE}: protocol "rdma", but {reason}')
+        self._receiving = self._make_engine().engine
+        self._detail = self._verified_transport(self._receiving)
+        logger.info("mooncake: %s on %s", self._detail, self._host)
 
-    def _make_engine(self) -> Any:
+    def _make_engine(self) -> _Engine:
         engine = self._engine_class()
         settings = self._config
         if rc := engine.initialize(self._host, settings.metadata_server, settings.protocol, settings.device_name):
             raise BackendUnavailable(f"Mooncake does not start on {self._host!r} with {settings}: code {rc}")
-        for region in ("pool", "arena"):
+        for region in REGIONS:
             rows = self._memory.rows(region)
             if rows.numel() and (rc := engine.register_memory(rows.data_ptr(), rows.nbytes)):
                 raise BackendUnavailable(f"Mooncake cannot register the {region} of {rows.nbytes} bytes: code {rc}")
-        return engine
+        return _Engine(engine)
+
+    def _verified_transport(self, engine: Any) -> str:
+        """What this engine really uses, by what it found and not by what was asked for.
+
+        Raises:
+            BackendUnavailable: RDMA was asked for, and the engine has no network card for it.
+        """
+        if os.environ.get("MC_FORCE_TCP") == "1":
+            if self._config.protocol != "tcp":
+                raise BackendUnavailable(f"protocol {self._config.protocol!r} contradicts MC_FORCE_TCP=1; unset one")
+            return "TCP"
+        topology: dict[str, list[list[str]]] = json.loads(engine.get_local_topology() or "{}")
+        cards = {card for place in topology.values() for choices in place for card in choices}
+        if not cards:
+            if self._config.protocol == "rdma":
+                raise BackendUnavailable('protocol "rdma", but Mooncake found no network card for it on this machine')
+            return f"TCP ({self._config.protocol!r} was asked for)"
+        return f"RDMA over {', '.join(sorted(cards))}"
 
     def describe(self) -> bytes:
-        regions: tuple[Region, ...] = ("pool", "arena")
         return msgspec.msgpack.encode(
             _Description(
                 f"{self._host}:{self._receiving.get_rpc_port()}",
-                {region: self._memory.rows(region).data_ptr() for region in regions},
-                {region: self._memory.rows(region).shape[0] for region in regions},
+                {region: self._memory.rows(region).data_ptr() for region in REGIONS},
+                {region: self._memory.rows(region).shape[0] for region in REGIONS},
+                self._detail.partition(" ")[0],
             )
         )
 
-    async def connect(self, link: Link) -> None:
-        self._engines[link.key] = await link.run(self._open, link)
+    def unreachable(self, description: bytes) -> str:
+        theirs = msgspec.msgpack.decode(description, type=_Description).carrier
+        mine = self._detail.partition(" ")[0]
+        return "" if theirs == mine else f"Mooncake uses {theirs} there and {mine} here"
 
-    def _open(self, link: Link) -> Any:
-        engine = self._make_engine()
-        peer = msgspec.msgpack.decode(link.peer_description, type=_Description)
-        if rc := engine.send_probe(peer.session):
-            raise ConnectionError(f"Mooncake cannot reach {peer.session}: code {rc}")
-        return engine
+    async def connect(self, link: Link) -> None:
+        session = _decode(link).session
+        # An engine remembers what it was told of a session, which may have had another process behind it then.
+        engine = next((spare for spare in self._spare if session not in spare.failed), None)
+        if engine is not None:
+            self._spare.remove(engine)
+        if engine is None:
+            engine = await link.run(self._make_engine)
+        self._engines[link.key] = engine
+        link.detail = self._detail
+        if rc := await link.run(self._engines[link.key].engine.send_probe, session):
+            raise ConnectionError(f"Mooncake cannot reach {session}: code {rc}")
 
     async def push(self, link: Link, part: Part) -> None:
-        engine = self._engines.get(link.key)
-        if engine is None:
+        if link.key not in self._engines:
             raise ConnectionError("the link is closed")
-        if part.ready is not None:
-            await link.run(part.ready.synchronize)
-        await link.run(self._write, engine, link, part)
+        await link.run(self._write, self._engines[link.key], link, part)
 
-    def _write(self, engine: Any, link: Link, part: Part) -> None:
-        peer = msgspec.msgpack.decode(link.peer_description, type=_Description)
-        size, source = self._memory.block_bytes, self._memory.rows(part.region).data_ptr()
+    def _write(self, engine: "_Engine", link: Link, part: Part) -> None:
+        if part.ready is not None:
+            part.ready.synchronize()
+        peer = _decode(link)
         assert max(part.target_block_ids) < peer.num_blocks[part.target_region]
-        pieces = [
-            (source + mine * size, peer.base[part.target_region] + theirs * size, count * size)
-            for mine, theirs, count in runs(part.block_ids, part.target_block_ids)
-        ]
-        addresses, targets, lengths = (list(column) for column in zip(*pieces, strict=True))
+        source, target = self._memory.rows(part.region).data_ptr(), peer.base[part.target_region]
+        moves = pieces(
+            self._memory, link.heads, link.peer_heads, link.peer_num_heads, part.block_ids, part.target_block_ids
+        )
+        addresses, targets, lengths = (
+            list(column)
+            for column in zip(*((source + mine, target + theirs, size) for mine, theirs, size in moves), strict=True)
+        )
         began_s = time.monotonic()
-        rc = engine.batch_transfer_sync_write(peer.session, addresses, targets, lengths)
+        rc = engine.engine.batch_transfer_sync_write(peer.session, addresses, targets, lengths)
         if rc == 0:
             return
+        engine.failed.add(peer.session)
         problem = f"Mooncake's write to {peer.session} failed with code {rc}"
         if time.monotonic() - began_s >= SHORTEST_TIMEOUT_S:  # it timed out, rather than being refused
+            engine.may_read = True
             raise DrainUnknown(f"{problem}; its bytes may still land")
         raise ConnectionError(problem)
 
     async def disconnect(self, link: Link) -> None:
-        self._engines.pop(link.key, None)
+        """An engine that ends stops reading its memory: measured, only what the kernel had taken still lands."""
+        await link.idle()
+        engine = self._engines.pop(link.key, None)
+        if engine is None:
+            return
+        if not engine.may_read:
+            self._spare.append(engine)
+            return
+        last = [engine]
+        del engine
+        await link.run(last.clear)
 
     async def close(self) -> None:
+        # In a thread although it holds the GIL: between two engines the event loop goes on.
+        last = [*self._engines.values(), *self._spare, self._receiving]
         self._engines.clear()
+        self._spare.clear()
         del self._receiving
+        while last:
+            await asyncio.to_thread(last.pop)
+
+
+def _decode(link: Link) -> _Description:
+    return msgspec.msgpack.decode(link.peer_description, type=_Description)

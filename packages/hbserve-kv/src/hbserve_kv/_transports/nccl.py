@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from hbserve_kv.errors import BackendUnavailable
-from hbserve_kv.memory import Memory, gather, scatter
+from hbserve_kv.memory import Memory, gather, neighbours, scatter
 from hbserve_kv.transport import Link, Part, Transport
 
 logger = logging.getLogger(__name__)
@@ -80,7 +80,7 @@ class NcclTransport(Transport):
         on_gpu = self._device != "cpu" and peer.device != "cpu" and self._may_use_nccl(peer.device)
         new_stream: Any = torch.cuda.Stream
         stream = new_stream(self._memory.device) if self._device != "cpu" else None
-        logger.info("link %s: %s", link.key[:8], "NCCL" if on_gpu else "Gloo")
+        link.detail = "NCCL" if on_gpu else "Gloo"
         if on_gpu:
             with torch.cuda.device(self._memory.device):
                 return _Group(self._make_nccl(store, rank), True, stream)
@@ -104,52 +104,62 @@ class NcclTransport(Transport):
         return gloo(store, rank, 2, options)
 
     async def push(self, link: Link, part: Part) -> None:
-        await link.run(self._push, self._groups[link.key], part)
+        await link.run(self._push, self._group(link), self._rows(link, part), part)
 
-    def _push(self, group: _Group, part: Part) -> None:
-        rows = self._memory.rows(part.region)
+    def _push(self, group: _Group, rows: torch.Tensor, part: Part) -> None:
         if group.stream is None:
             group.process_group.send([gather(rows, part.block_ids)], RECEIVER, 0).wait()
             return
         with torch.cuda.stream(group.stream):
-            group.stream.wait_event(part.ready)
+            if part.ready is not None:
+                group.stream.wait_event(part.ready)
             blocks = gather(rows, part.block_ids)
             if not group.on_gpu:
-                blocks = self._pinned(len(part.block_ids)).copy_(blocks, non_blocking=True)
+                blocks = _pinned(blocks).copy_(blocks, non_blocking=True)
                 group.stream.synchronize()
             group.process_group.send([blocks], RECEIVER, 0).wait()
             group.stream.synchronize()
 
     async def accept(self, link: Link, part: Part) -> None:
-        await link.run(self._accept, self._groups[link.key], part)
+        await link.run(self._accept, self._group(link), self._rows(link, part), part)
 
-    def _accept(self, group: _Group, part: Part) -> None:
-        rows = self._memory.rows(part.region)
+    def _accept(self, group: _Group, rows: torch.Tensor, part: Part) -> None:
         if group.stream is None:
-            blocks = gather(rows, part.block_ids)  # a view if they are neighbours, else room of the right shape
+            blocks = neighbours(rows, part.block_ids)
+            if blocks is not None:
+                group.process_group.recv([blocks], SENDER, 0).wait()
+                return
+            blocks = torch.empty((len(part.block_ids), *rows.shape[1:]), dtype=torch.uint8)
             group.process_group.recv([blocks], SENDER, 0).wait()
-            if blocks.data_ptr() != rows[part.block_ids[0]].data_ptr():
-                scatter(rows, part.block_ids, blocks)
+            scatter(rows, part.block_ids, blocks)
             return
         with torch.cuda.stream(group.stream):
-            if group.on_gpu:
-                blocks = torch.empty((len(part.block_ids), rows.shape[1]), dtype=torch.uint8, device=rows.device)
-            else:
-                blocks = self._pinned(len(part.block_ids))
-            group.process_group.recv([blocks], SENDER, 0).wait()
-            scatter(rows, part.block_ids, blocks.to(rows.device, non_blocking=True))
+            blocks = torch.empty((len(part.block_ids), *rows.shape[1:]), dtype=torch.uint8, device=rows.device)
+            received = blocks if group.on_gpu else _pinned(blocks)
+            group.process_group.recv([received], SENDER, 0).wait()
+            scatter(rows, part.block_ids, received.to(rows.device, non_blocking=True))
             group.stream.synchronize()
 
-    def _pinned(self, num_blocks: int) -> torch.Tensor:
-        return torch.empty((num_blocks, self._memory.block_bytes), dtype=torch.uint8, pin_memory=True)
+    def _group(self, link: Link) -> _Group:
+        if link.key not in self._groups:
+            raise ConnectionError("the link is closed")
+        return self._groups[link.key]
+
+    def _rows(self, link: Link, part: Part) -> torch.Tensor:
+        return self._memory.part(part.region, link.heads)
 
     async def disconnect(self, link: Link) -> None:
         group = self._groups.pop(link.key, None)
         if group is not None:
             group.process_group.abort()
+        await link.idle()
 
     async def close(self) -> None:
         for group in self._groups.values():
             group.process_group.abort()
         self._groups.clear()
         del self._store
+
+
+def _pinned(like: torch.Tensor) -> torch.Tensor:
+    return torch.empty(like.shape, dtype=torch.uint8, pin_memory=True)

@@ -1,0 +1,31 @@
+"""What a manager says of itself."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class TransferStats:
+    """Gauges are of now, counters from the start."""
+
+    active_transfers: int
+    buffered_bytes: int
+    num_quarantined: int
+    """Failed transfers that are not drained yet."""
+    num_failed: int
+    bytes_sent: int
+    bytes_received: int
+    busy_time_s: float
+    """Time during which parts were moving to or from this instance, added up over transfers."""
+    dropped_messages: int
+    """Late, duplicate, unknown or of an earlier life: without effect."""
+
+
+@dataclass(frozen=True)
+class LinkInfo:
+    """One direction to or from a peer, while it is connected."""
+
+    peer_rank: int
+    is_sender: bool
+    transport: str
+    detail: str
+    """What really carries the bytes, for example "TCP" or "GPU memory of this host"."""

@@ -1,0 +1,107 @@
+"""Failed transfers whose blocks may still be written, and how it becomes sure that they are not.
+
+A sender says so itself (ABANDON). One that was lost is asked (ALIVE), in case that word was lost. If its process is
+gone it writes no more; if it only does not answer it may go on writing, so its transfers become UNKNOWN, and their
+blocks wait until it answers, or is gone.
+"""
+
+import asyncio
+import contextlib
+import logging
+
+from hbserve_kv import messages
+from hbserve_kv.incoming import Incoming, IncomingLink
+from hbserve_rpc import HBServeRpcError, RpcClient
+
+logger = logging.getLogger(__name__)
+
+GRACE_S = 1.0
+"""After a sender has ended, what its system had taken already may still arrive for a moment."""
+CHECK_INTERVAL_S = 0.5
+ANSWER_TIMEOUT_S = 1.0
+
+
+class Quarantine:
+    """Follows failed transfers until they are drained."""
+
+    def __init__(self, *, longest_s: float) -> None:
+        """`longest_s`: how long a sender that answers may take to end what it was writing, before that is UNKNOWN."""
+        self._longest_s = longest_s
+        self._tasks: dict[Incoming, asyncio.Task[None]] = {}
+        self._asking: set[asyncio.Task[bool]] = set()
+
+    def __len__(self) -> int:
+        return len(self._tasks)
+
+    def find(self, transfer_id: str, link: str) -> Incoming | None:
+        found = (each for each in self._tasks if each.transfer_id == transfer_id and link in each.links)
+        return next(found, None)
+
+    def of_link(self, link: str) -> list[Incoming]:
+        return [each for each in self._tasks if link in each.links]
+
+    def watch(self, incoming: Incoming) -> None:
+        """Follow it, unless it is drained or followed already."""
+        if incoming not in self._tasks and not incoming.drained.is_set():
+            task = asyncio.create_task(self._wait_until_drained(incoming))
+            self._tasks[incoming] = task
+            task.add_done_callback(lambda _: self._tasks.pop(incoming))
+
+    async def close(self) -> None:
+        """End, and wake who waits for what is not drained."""
+        followed = dict(self._tasks)
+        for task in followed.values():
+            task.cancel()
+        await asyncio.gather(*followed.values(), return_exceptions=True)
+        for incoming in followed:
+            incoming.drained.set()
+        await asyncio.gather(*self._asking, return_exceptions=True)
+
+    async def _wait_until_drained(self, incoming: Incoming) -> None:
+        state, loop = incoming.state, asyncio.get_running_loop()
+        deadline_s = loop.time() + self._longest_s
+        while not incoming.drained.is_set():
+            writing = [incoming.links[key] for key in state.restless]
+            lost = [link for link in writing if not link.is_connected and link.transport.one_sided]
+            for link in lost:
+                if await self._ask(link):
+                    await asyncio.sleep(GRACE_S)
+                    state.sender_drained(link.link.key)
+            # The deadline counts from when a sender stopped answering: a link is lost by that.
+            if lost or (writing and loop.time() > deadline_s):
+                state.give_up()
+            incoming.settle()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(CHECK_INTERVAL_S):
+                    await incoming.drained.wait()
+
+    async def _ask(self, link: IncomingLink) -> bool:
+        # A task of its own: a client that is cancelled while it closes would leave its socket behind.
+        asking = asyncio.create_task(has_ended(link))
+        self._asking.add(asking)
+        asking.add_done_callback(self._asking.discard)
+        return await asyncio.shield(asking)
+
+
+async def has_ended(lost: IncomingLink) -> bool:
+    """Whether nobody writes over this link any more. A frozen process may, so only these are answers:
+
+    its host says that nothing listens there, or the process that does says that it is another life, or that it has
+    ended the link.
+    """
+    host, _, port = lost.hello.address.rpartition(":")
+    try:
+        async with asyncio.timeout(ANSWER_TIMEOUT_S):
+            _, writer = await asyncio.open_connection(host, int(port))
+    except ConnectionRefusedError:
+        return True
+    except (OSError, TimeoutError):
+        return False
+    writer.close()
+    try:
+        async with RpcClient(lost.hello.address, heartbeat_timeout_s=ANSWER_TIMEOUT_S) as client:
+            alive = await client.call(messages.ALIVE, messages.Nothing(), timeout_s=ANSWER_TIMEOUT_S)
+    except HBServeRpcError as error:
+        logger.debug("%s does not say what it writes: %s", lost.hello.address, error)
+        return False
+    return alive.epoch != lost.hello.epoch or lost.link.key not in alive.writing

@@ -1,0 +1,116 @@
+"""Host memory that another process can map: anonymous files (memfd), so nothing has a name, and nothing is left behind
+when the last process that has it is gone, however it went.
+
+A mapping is found again by its address in /proc/self/maps. So any tensor that lies in shared memory can be exported,
+whoever made it, and a tensor needs no wrapper that remembers its file.
+"""
+
+import ctypes
+import mmap
+import os
+from collections.abc import Sequence
+from math import prod
+from pathlib import Path
+
+import msgspec
+import torch
+
+SHM_FOLDER = "/dev/shm"
+
+
+class SharedRegion(msgspec.Struct, frozen=True):
+    """Where a tensor lies, for another process of this host."""
+
+    fd: int
+    """Of the owning process: /proc/<pid>/fd/<fd>."""
+    offset: int
+    num_bytes: int
+    device: int
+    inode: int
+
+
+def is_available() -> bool:
+    return hasattr(os, "memfd_create")
+
+
+def shared_empty(shape: Sequence[int], *, dtype: torch.dtype, device: torch.device | str | None = None) -> torch.Tensor:
+    """A CPU tensor like torch.empty's, in memory that `export` can name. The system gives pages as they are touched."""
+    num_bytes = prod(shape) * dtype.itemsize
+    if not num_bytes or not is_available():
+        return torch.empty(tuple(shape), dtype=dtype, device=device)
+    fd = os.memfd_create("hbserve-kv", os.MFD_CLOEXEC)
+    try:
+        os.ftruncate(fd, num_bytes)
+        mapped = mmap.mmap(fd, num_bytes)  # has a duplicate of fd, and closes it with the mapping
+    finally:
+        os.close(fd)
+    return torch.frombuffer(mapped, dtype=dtype).view(tuple(shape))
+
+
+def export(tensor: torch.Tensor) -> SharedRegion:
+    """Name the memory of a contiguous CPU tensor. If it is not shared yet it is moved, like torch's `share_memory_`.
+
+    Raises:
+        OSError: it cannot be moved or named; says why, and the cure.
+    """
+    region = _find(tensor)
+    if region is None:
+        free = os.statvfs(SHM_FOLDER)
+        if free.f_bavail * free.f_frsize < tensor.untyped_storage().nbytes():
+            raise OSError(
+                f"{SHM_FOLDER} has no room for a pool of {tensor.untyped_storage().nbytes()} bytes; make the pool with "
+                "hbserve_kv.shared_empty, which does not need it, or give the container more (--shm-size)"
+            )
+        tensor.share_memory_()  # type: ignore[no-untyped-call]
+        region = _find(tensor)
+    if region is None:
+        raise OSError("the pool is in shared memory but its file is not to be found; use hbserve_kv.shared_empty")
+    return region
+
+
+def _find(tensor: torch.Tensor) -> SharedRegion | None:
+    address, num_bytes = tensor.data_ptr(), tensor.nbytes
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        span, permissions, offset, device, inode, *_ = line.split(maxsplit=5)
+        start, end = (int(part, 16) for part in span.split("-"))
+        if start <= address < end:
+            if "s" not in permissions or address + num_bytes > end:
+                return None
+            major, minor = (int(part, 16) for part in device.split(":"))
+            return _with_open_file(os.makedev(major, minor), int(inode), int(offset, 16) + address - start, num_bytes)
+    return None
+
+
+def _with_open_file(device: int, inode: int, offset: int, num_bytes: int) -> SharedRegion | None:
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            found = os.stat(f"/proc/self/fd/{name}")
+        except OSError:  # closed meanwhile, for example the one by which the folder was read
+            continue
+        if (found.st_dev, found.st_ino) == (device, inode) and found.st_size >= offset + num_bytes:
+            return SharedRegion(int(name), offset, num_bytes, device, inode)
+    return None
+
+
+def map_region(pid: int, region: SharedRegion) -> torch.Tensor:
+    """Another process's region, mapped into this one as uint8 (num_bytes,) for as long as the tensor lives.
+
+    Raises:
+        OSError: that process is gone, is not ours to look into, or is another one by now.
+    """
+    fd = os.open(f"/proc/{pid}/fd/{region.fd}", os.O_RDWR | os.O_CLOEXEC)
+    try:
+        found = os.fstat(fd)
+        if (found.st_dev, found.st_ino) != (region.device, region.inode):
+            raise OSError(f"process {pid} is not the one that described its memory")
+        start = region.offset // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
+        skip = region.offset - start
+        mapped = mmap.mmap(fd, skip + region.num_bytes, offset=start)
+    finally:
+        os.close(fd)
+    return torch.frombuffer(mapped, dtype=torch.uint8)[skip:]
+
+
+def copy(target: int, source: int, num_bytes: int) -> None:
+    """memmove between addresses, without the GIL."""
+    ctypes.memmove(target, source, num_bytes)

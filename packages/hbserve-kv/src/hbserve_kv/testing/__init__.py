@@ -1,0 +1,18 @@
+"""For those who write a transport or a backend, and for those who test an engine against KV transfers that go wrong."""
+
+from hbserve_kv.testing.chaos import Chaos, ChaosReport
+from hbserve_kv.testing.conformance import CHECKS, Check, Rig, is_empty, run_check
+from hbserve_kv.testing.loopback import Faults, LoopbackNetwork, LoopbackTransport
+
+__all__ = [
+    "CHECKS",
+    "Chaos",
+    "ChaosReport",
+    "Check",
+    "Faults",
+    "LoopbackNetwork",
+    "LoopbackTransport",
+    "Rig",
+    "is_empty",
+    "run_check",
+]

@@ -1,0 +1,314 @@
+"""What every transport and every backend must do. For pytest, in a project of yours:
+
+    @pytest.mark.parametrize("check", CHECKS)
+    async def test_my_backend_conforms(check):
+        await run_check(check, backend="my_module:MyBackend")     # or transport=MyTransport: one is made per instance
+
+A check uses real managers in one process, on CPU memory unless `device` says otherwise. It raises AssertionError, or
+TimeoutError after CHECK_TIMEOUT_S; what it started is closed in any case.
+"""
+
+import asyncio
+import gc
+import os
+import random
+import threading
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
+
+import torch
+
+from hbserve_kv.config import KVTransferConfig
+from hbserve_kv.errors import TransferFailed
+from hbserve_kv.heads import HeadRange
+from hbserve_kv.manager import KVTransferManager, PostedReceive
+from hbserve_kv.transfer_state import Outcome
+from hbserve_kv.transport import Transport
+
+CHECK_TIMEOUT_S = 60.0
+NUM_BLOCKS, NUM_LAYERS, BLOCK_SIZE, NUM_HEADS, HEAD_DIM = 64, 2, 4, 4, 8
+
+
+class Rig:
+    """Makes managers over what is checked."""
+
+    def __init__(self, backend: str, transport: Callable[[], Transport] | None, device: str) -> None:
+        self.device = device
+        self._backend = backend
+        self._transport = transport
+        self._started: list[KVTransferManager] = []
+
+    def pool(self, num_heads: int = NUM_HEADS, fill: float = -1.0) -> torch.Tensor:
+        """(NUM_BLOCKS, NUM_LAYERS, 2, BLOCK_SIZE, num_heads, HEAD_DIM)"""
+        shape = (NUM_BLOCKS, NUM_LAYERS, 2, BLOCK_SIZE, num_heads, HEAD_DIM)
+        return torch.full(shape, fill, device=self.device)
+
+    def patterned(self) -> torch.Tensor:
+        """A pool in which every number is another."""
+        pool = self.pool()
+        return torch.arange(pool.numel(), dtype=torch.float32, device=self.device).view(pool.shape)
+
+    async def start(
+        self, rank: int, pool: torch.Tensor, heads: HeadRange | None = None, **settings: Any
+    ) -> KVTransferManager:
+        chosen: dict[str, Any] = {"backend": self._backend, "buffer_size": 1 << 20, "timeout_s": 10.0} | settings
+        config = KVTransferConfig(**chosen)
+        manager = KVTransferManager(
+            rank=rank, pool=pool, fingerprint={"model": "conformance"}, config=config, heads=heads,
+            transport=self._transport() if self._transport else None,
+        )  # fmt: skip
+        await manager.start()
+        self._started.append(manager)
+        return manager
+
+    async def pair(self, source: torch.Tensor, target: torch.Tensor) -> tuple[KVTransferManager, KVTransferManager]:
+        return await self.start(0, source), await self.start(1, target)
+
+    async def stop(self, manager: KVTransferManager) -> None:
+        """Close it and forget it, and so its pool."""
+        self._started.remove(manager)
+        await manager.close()
+
+    async def close(self) -> None:
+        await asyncio.gather(*(manager.close() for manager in self._started))
+
+    async def until_empty(self) -> None:
+        while not all(is_empty(manager) for manager in self._started):  # noqa: ASYNC110  no event says so
+            await asyncio.sleep(0.01)
+
+
+Check = Callable[[Rig], Awaitable[None]]
+
+
+def is_empty(manager: KVTransferManager) -> bool:
+    """No transfer, no bytes in the lookup buffer, no quarantine."""
+    stats = manager.stats()
+    return (stats.active_transfers, stats.buffered_bytes, stats.num_quarantined) == (0, 0, 0)
+
+
+async def run_check(
+    check: Check, *, backend: str = "nccl", transport: Callable[[], Transport] | None = None, device: str = "cpu"
+) -> None:
+    """Run one of CHECKS over the backend of that name, or over the transports that `transport()` makes."""
+    rig = Rig(backend, transport, device)
+    try:
+        async with asyncio.timeout(CHECK_TIMEOUT_S):
+            await check(rig)
+            await rig.until_empty()
+    finally:
+        await rig.close()
+
+
+async def send(
+    sender: KVTransferManager, posted: PostedReceive, name: str, blocks: Sequence[int], part_size: int = 1 << 30
+) -> None:
+    """Send blocks to all that was granted, in parts, and expect that both sides say COMPLETED."""
+    transfer = await sender.open_send(name, posted.grant)
+    assert transfer.num_blocks == len(blocks)
+    for first in range(0, len(blocks), part_size):
+        transfer.push(blocks[first : first + part_size], first)
+    sent = await transfer.commit(name.encode())
+    assert sent.outcome is Outcome.COMPLETED, sent.error
+
+
+async def blocks_land_where_they_were_granted_and_nowhere_else(rig: Rig) -> None:
+    source, target = rig.patterned(), rig.pool()
+    sender, receiver = await rig.pair(source, target)
+    dice = random.Random(0)
+    free = dice.sample(range(NUM_BLOCKS), NUM_BLOCKS)
+    expected = target.clone()
+    for number, count in enumerate([1, 2, 7, 20]):
+        wanted, free = free[:count], free[count:]
+        given = dice.sample(range(NUM_BLOCKS), count)
+        posted = receiver.post_receive(f"t{number}", wanted)
+        await send(sender, posted, f"t{number}", given, part_size=5)
+        result = await posted.wait()
+        assert result.outcome is Outcome.COMPLETED, result.error
+        assert result.payload == f"t{number}".encode()
+        assert result.num_bytes == count * target[0].nbytes
+        expected[wanted] = source[given]
+    assert torch.equal(target, expected)
+    assert sender.stats().bytes_sent == receiver.stats().bytes_received == 30 * target[0].nbytes
+
+
+async def a_full_prefix_hit_moves_only_the_commit(rig: Rig) -> None:
+    sender, receiver = await rig.pair(rig.pool(), rig.pool())
+    posted = receiver.post_receive("t", [])
+    await send(sender, posted, "t", [])
+    result = await posted.wait()
+    assert (result.outcome, result.payload, result.num_bytes) == (Outcome.COMPLETED, b"t", 0)
+
+
+async def many_transfers_go_both_ways_at_once(rig: Rig) -> None:
+    pools = [rig.patterned(), rig.patterned() + 1e6]
+    originals = [pool.clone() for pool in pools]
+    both = await rig.pair(pools[0], pools[1])
+
+    async def move(number: int) -> None:
+        sender, receiver = number % 2, 1 - number % 2
+        given, wanted = [number % 32], [32 + number % 32]
+        posted = both[receiver].post_receive(f"t{number}", wanted)
+        await send(both[sender], posted, f"t{number}", given)
+        assert (await posted.wait()).outcome is Outcome.COMPLETED
+        assert torch.equal(pools[receiver][wanted], originals[sender][given])
+
+    await asyncio.gather(*(move(number) for number in range(32)))
+
+
+async def one_sender_serves_two_receivers_and_one_leaves(rig: Rig) -> None:
+    source = rig.patterned()
+    sender = await rig.start(0, source)
+    targets = [rig.pool() for _ in range(2)]
+    receivers = [await rig.start(1 + i, target) for i, target in enumerate(targets)]
+    for life in range(2):
+        for number, (receiver, target) in enumerate(zip(receivers, targets, strict=True)):
+            posted = receiver.post_receive(f"t{life}-{number}", [3])
+            await send(sender, posted, f"t{life}-{number}", [number])
+            assert (await posted.wait()).outcome is Outcome.COMPLETED
+            assert torch.equal(target[3], source[number])
+        await receivers.pop(0).close()
+        targets.pop(0)
+
+
+async def an_aborted_send_frees_the_receiver_and_says_why(rig: Rig) -> None:
+    sender, receiver = await rig.pair(rig.pool(), rig.pool())
+    posted = receiver.post_receive("t", [1, 2])
+    transfer = await sender.open_send("t", posted.grant)
+    transfer.push([5], 0)
+    assert await transfer.abort("the client went away") is Outcome.FAILED_DRAINED
+    result = await posted.wait()
+    assert (result.outcome, result.error) == (Outcome.FAILED_DRAINED, "the client went away")
+
+
+async def a_cancelled_receive_ends_the_send_and_not_the_link(rig: Rig) -> None:
+    source, target = rig.patterned(), rig.pool()
+    sender, receiver = await rig.pair(source, target)
+    for number in range(5):
+        posted = receiver.post_receive(f"t{number}", [1, 2, 3, 4])
+        transfer = await sender.open_send(f"t{number}", posted.grant)
+        for block in range(number):
+            transfer.push([block], block)
+        links = sender.links()
+        assert await posted.cancel("no longer wanted") is Outcome.FAILED_DRAINED
+        result = await transfer.commit()
+        assert result.outcome is Outcome.FAILED_DRAINED
+        assert "no longer wanted" in result.error
+        assert sender.links() == links
+    posted = receiver.post_receive("after", [1])
+    await send(sender, posted, "after", [9])
+    assert torch.equal(target[1], source[9])
+
+
+async def a_receiver_that_was_restarted_gets_nothing_of_its_earlier_life(rig: Rig) -> None:
+    source, old, new = rig.patterned(), rig.pool(), rig.pool()
+    sender, receiver = await rig.pair(source, old)
+    posted = receiver.post_receive("t", [1, 2])
+    transfer = await sender.open_send("t", posted.grant)
+    transfer.push([1], 0)
+    port = int(receiver.address.rpartition(":")[2])
+    await receiver.close()
+    again = await rig.start(1, new, port=port)
+    transfer.push([2], 1)
+    assert (await transfer.commit()).outcome is not Outcome.COMPLETED
+    await transfer.drained()
+    posted = again.post_receive("t", [7])
+    while True:
+        try:
+            await send(sender, posted, "t", [7])
+        except TransferFailed:  # until the sender has noticed
+            await asyncio.sleep(0.05)
+        else:
+            break
+    expected = rig.pool()
+    expected[7] = source[7]
+    assert torch.equal(new, expected)
+
+
+async def whole_tensors_come_in_any_order(rig: Rig) -> None:
+    sender, receiver = await rig.pair(rig.pool(), rig.pool())
+    sender.add_peer(1, receiver.address)
+    tensors = [torch.arange(3 * 5 * 700, device=rig.device).view(3, 5, 700) + i for i in range(3)]
+    waiting = asyncio.create_task(receiver.receive_kv_cache("r0", 0))
+    for number, tensor in enumerate(tensors):
+        await sender.send_kv_cache(f"r{number}", tensor, 1)
+    received = {number: await receiver.receive_kv_cache(f"r{number}", 0) for number in (2, 1)} | {0: await waiting}
+    assert all(torch.equal(received[number], tensor) for number, tensor in enumerate(tensors))
+
+
+async def a_checksum_accepts_what_was_sent(rig: Rig) -> None:
+    source, target = rig.patterned(), rig.pool()
+    sender, receiver = await rig.start(0, source), await rig.start(1, target, checksum=True)
+    posted = receiver.post_receive("t", [4, 9, 10])
+    await send(sender, posted, "t", [8, 1, 2], part_size=2)
+    assert (await posted.wait()).outcome is Outcome.COMPLETED
+    assert torch.equal(target[[4, 9, 10]], source[[8, 1, 2]])
+
+
+async def ranks_with_other_heads_get_their_slices(rig: Rig) -> None:
+    """1→2, 2→1, 2→4 and 4→2 ranks: each decode rank has its heads of all blocks, from whoever holds them."""
+    for num_senders, num_receivers in ((1, 2), (2, 1), (2, 4), (4, 2)):
+        whole = rig.patterned()
+        senders = [await rig.start(i, _heads_of(whole, heads), heads) for i, heads in enumerate(_cut(num_senders))]
+        targets = [_heads_of(rig.pool(), heads) for heads in _cut(num_receivers)]
+        receivers = [
+            await rig.start(num_senders + i, target, heads)
+            for i, (target, heads) in enumerate(zip(targets, _cut(num_receivers), strict=True))
+        ]
+        postings = [receiver.post_receive("t", [5, 6, 60]) for receiver in receivers]
+        pairs = [(sender, posted) for sender in senders for posted in postings if sender.concerns(posted.grant)]
+        assert len(pairs) == max(num_senders, num_receivers)
+        await asyncio.gather(*(send(sender, posted, "t", [7, 40, 41], 2) for sender, posted in pairs))
+        for posted, target, heads in zip(postings, targets, _cut(num_receivers), strict=True):
+            result = await posted.wait()
+            assert result.outcome is Outcome.COMPLETED, result.error
+            assert result.num_bytes == 3 * target[0].nbytes
+            expected = _heads_of(rig.pool(), heads)
+            expected[[5, 6, 60]] = _heads_of(whole, heads)[[7, 40, 41]]
+            assert torch.equal(target, expected)
+        for manager in [*senders, *receivers]:
+            await manager.close()
+
+
+def _cut(num_ranks: int) -> list[HeadRange]:
+    return [HeadRange.of_rank(rank, num_ranks, NUM_HEADS) for rank in range(num_ranks)]
+
+
+def _heads_of(pool: torch.Tensor, heads: HeadRange) -> torch.Tensor:
+    return pool[..., heads.first : heads.end, :].contiguous()
+
+
+async def what_comes_and_goes_leaves_no_file_and_no_thread(rig: Rig) -> None:
+    receiver, baseline = await rig.start(0, rig.pool()), (0, 0)
+    for life in range(6):
+        sender = await rig.start(1 + life, rig.pool())
+        posted = receiver.post_receive(f"t{life}", [1])
+        await send(sender, posted, f"t{life}", [1])
+        await rig.stop(sender)
+        await rig.until_empty()
+        while receiver.links():  # noqa: ASYNC110  no event says so
+            await asyncio.sleep(0.01)
+        if life == 2:  # the first ones bring what the process keeps, like an event loop's pipes
+            baseline = _held()
+    while any(now > before for now, before in zip(_held(), baseline, strict=True)):  # noqa: ASYNC110  no event
+        await asyncio.sleep(0.05)  # a thread that was told to end takes a moment
+
+
+def _held() -> tuple[int, int]:
+    """(open files, threads) of this process."""
+    gc.collect()
+    return len(os.listdir("/proc/self/fd")), threading.active_count()
+
+
+CHECKS: list[Check] = [
+    blocks_land_where_they_were_granted_and_nowhere_else,
+    a_full_prefix_hit_moves_only_the_commit,
+    many_transfers_go_both_ways_at_once,
+    one_sender_serves_two_receivers_and_one_leaves,
+    an_aborted_send_frees_the_receiver_and_says_why,
+    a_cancelled_receive_ends_the_send_and_not_the_link,
+    a_receiver_that_was_restarted_gets_nothing_of_its_earlier_life,
+    whole_tensors_come_in_any_order,
+    a_checksum_accepts_what_was_sent,
+    ranks_with_other_heads_get_their_slices,
+    what_comes_and_goes_leaves_no_file_and_no_thread,
+]

@@ -1,0 +1,22 @@
+"""Every transport and a backend of somebody else's, by the suite that third parties use."""
+
+import pytest
+
+from hbserve_kv.testing import CHECKS, Check, LoopbackNetwork, run_check
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+async def test_backends_conform(backend: str, check: Check) -> None:
+    await run_check(check, backend=backend)
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+async def test_loopback_conforms(check: Check) -> None:
+    await run_check(check, transport=LoopbackNetwork().transport)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+@pytest.mark.parametrize("backend", ["nccl", "ipc"])
+async def test_backends_conform_on_a_gpu(backend: str, check: Check) -> None:
+    await run_check(check, backend=backend, device="cuda")
