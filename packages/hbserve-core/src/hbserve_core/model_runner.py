@@ -8,7 +8,7 @@ from hbserve_core.attention import TorchAttention
 from hbserve_core.batch import StepInput, prepare_step
 from hbserve_core.config import InstanceConfig
 from hbserve_core.decoder import Decoder
-from hbserve_core.linear import FEWEST_ROWS
+from hbserve_core.linear import fewest_rows
 from hbserve_core.loaded_model import LoadedModel
 from hbserve_core.rank_group import RankGroup
 from hbserve_core.runner import ComputedStep, StepTokens
@@ -38,7 +38,7 @@ class ModelRunner:
         """(num_blocks, num_layers, 2, block_size, num_kv_heads, head_dim)"""
         self._attention = TorchAttention(self.pool, model.rank_config.num_heads)
         self._sampler = Sampler()
-        self._fewest_rows = FEWEST_ROWS if self.device.type == "cpu" else 1
+        self._fewest_rows = fewest_rows(self.device)
 
     def launch(self, batch: Sequence[ScheduledChunk]) -> ComputedStep:
         return ComputedStep(self.run(batch))
