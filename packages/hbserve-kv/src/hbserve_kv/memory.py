@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 
 from hbserve_kv.heads import HeadRange, HeadSlice
-from hbserve_kv.shared_memory import shared_empty
+from hbserve_kv.shared_memory import copy, shared_empty
 
 Region = Literal["pool", "arena"]
 REGIONS: tuple[Region, ...] = ("pool", "arena")
@@ -108,6 +108,13 @@ def gather(rows: torch.Tensor, block_ids: Sequence[int]) -> torch.Tensor:
     view = neighbours(rows, block_ids)
     if view is not None:
         return view
+    if rows.device.type == "cpu" and rows.is_contiguous():
+        blocks = torch.empty((len(block_ids), *rows.shape[1:]), dtype=torch.uint8)
+        size, place = rows[0].numel(), blocks.data_ptr()
+        for first, count in runs(block_ids):
+            copy(place, rows.data_ptr() + first * size, count * size)
+            place += count * size
+        return blocks
     wide = _wide(rows)
     return wide.index_select(0, torch.tensor(block_ids, device=rows.device)).view(torch.uint8)
 
@@ -115,6 +122,12 @@ def gather(rows: torch.Tensor, block_ids: Sequence[int]) -> torch.Tensor:
 def scatter(rows: torch.Tensor, block_ids: Sequence[int], blocks: torch.Tensor) -> None:
     """Write the rows of `blocks`, any shape with the right bytes, to the blocks of those ids."""
     new = blocks.view(torch.uint8).view(len(block_ids), *rows.shape[1:])
+    if rows.device.type == new.device.type == "cpu" and rows.is_contiguous() and new.is_contiguous():
+        size, place = rows[0].numel(), new.data_ptr()
+        for first, count in runs(block_ids):
+            copy(rows.data_ptr() + first * size, place, count * size)
+            place += count * size
+        return
     wide_rows, wide_new = _wide(rows), _wide(new)
     if wide_rows.dtype != wide_new.dtype:
         wide_rows, wide_new = rows, new

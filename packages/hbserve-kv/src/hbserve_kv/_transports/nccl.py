@@ -4,11 +4,12 @@ Groups are made directly on a store that the receiver hosts, not by init_process
 membership is fixed, no global default group, and peers come and go. Rank 0 of a group is the sender.
 
 What a part goes through:  blocks ─gather─▶ one tensor ─send─▶ recv ─▶ one tensor ─scatter─▶ blocks
-Neighbouring blocks need no gather, and on the CPU no scatter.
+On the CPU neighbouring blocks need neither, nor do large ones: see `_pieces`.
 """
 
 import logging
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -19,12 +20,13 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from hbserve_kv.errors import BackendUnavailable
-from hbserve_kv.memory import Memory, gather, neighbours, scatter
+from hbserve_kv.memory import Memory, gather, neighbours, runs, scatter
 from hbserve_kv.transport import Link, Part, Transport
 
 logger = logging.getLogger(__name__)
 
 SENDER, RECEIVER = 0, 1
+PACKED_BYTES, LONGEST_BYTES = 1 << 20, 16 << 20
 TCPStore: Any = dist.TCPStore  # type: ignore[attr-defined]  # public, but not in the stubs' __all__
 
 
@@ -108,7 +110,13 @@ class NcclTransport(Transport):
 
     def _push(self, group: _Group, rows: torch.Tensor, part: Part) -> None:
         if group.stream is None:
-            group.process_group.send([gather(rows, part.block_ids)], RECEIVER, 0).wait()
+            # The tensors must live until they were sent.
+            sent = []
+            for start, end in _pieces(rows[0].numel(), part.target_block_ids):
+                blocks = gather(rows, part.block_ids[start:end])
+                sent.append((group.process_group.send([blocks], RECEIVER, 0), blocks))
+            for work, _ in sent:
+                work.wait()
             return
         with torch.cuda.stream(group.stream):
             if part.ready is not None:
@@ -125,13 +133,7 @@ class NcclTransport(Transport):
 
     def _accept(self, group: _Group, rows: torch.Tensor, part: Part) -> None:
         if group.stream is None:
-            blocks = neighbours(rows, part.block_ids)
-            if blocks is not None:
-                group.process_group.recv([blocks], SENDER, 0).wait()
-                return
-            blocks = torch.empty((len(part.block_ids), *rows.shape[1:]), dtype=torch.uint8)
-            group.process_group.recv([blocks], SENDER, 0).wait()
-            scatter(rows, part.block_ids, blocks)
+            self._accept_on_host(group, rows, part)
             return
         with torch.cuda.stream(group.stream):
             blocks = torch.empty((len(part.block_ids), *rows.shape[1:]), dtype=torch.uint8, device=rows.device)
@@ -139,6 +141,18 @@ class NcclTransport(Transport):
             group.process_group.recv([received], SENDER, 0).wait()
             scatter(rows, part.block_ids, received.to(rows.device, non_blocking=True))
             group.stream.synchronize()
+
+    def _accept_on_host(self, group: _Group, rows: torch.Tensor, part: Part) -> None:
+        moving = []
+        for start, end in _pieces(rows[0].numel(), part.block_ids):
+            block_ids = part.block_ids[start:end]
+            own = neighbours(rows, block_ids)
+            blocks = own if own is not None else torch.empty((len(block_ids), *rows.shape[1:]), dtype=torch.uint8)
+            moving.append((group.process_group.recv([blocks], SENDER, 0), block_ids, blocks, own is not None))
+        for work, block_ids, blocks, is_there in moving:
+            work.wait()
+            if not is_there:
+                scatter(rows, block_ids, blocks)
 
     def _group(self, link: Link) -> _Group:
         if link.key not in self._groups:
@@ -159,6 +173,28 @@ class NcclTransport(Transport):
             group.process_group.abort()
         self._groups.clear()
         del self._store
+
+
+def _pieces(block_bytes: int, target_block_ids: list[int]) -> Iterator[tuple[int, int]]:
+    """Positions [start, end) that are one message on the CPU. Both sides know the target, so both find the same.
+
+    Long runs are messages of their own, which the receiver needs not copy; the rest is packed.
+    """
+    start = end = 0
+    for _, length in runs(target_block_ids):
+        if length * block_bytes >= PACKED_BYTES and start < end:
+            yield start, end
+            start = end
+        end += length
+        step = max(1, LONGEST_BYTES // block_bytes)
+        while end - start > step:
+            yield start, start + step
+            start += step
+        if (end - start) * block_bytes >= PACKED_BYTES:
+            yield start, end
+            start = end
+    if start < end:
+        yield start, end
 
 
 def _pinned(like: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,183 @@
+"""`python -m hbserve_kv.bench`: how fast a backend moves blocks between two processes of this host.
+
+Each row is a whole transfer, from the grant to the acknowledged commit; "moving" is the part of it in which bytes move.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import random
+import statistics
+import sys
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Any
+
+import msgspec
+import torch
+
+from hbserve_kv.config import KVTransferConfig
+from hbserve_kv.manager import KVTransferManager
+from hbserve_kv.shared_memory import shared_empty
+from hbserve_kv.transfer_state import Outcome
+
+DEADLINE_S = 120.0
+MIB = 1 << 20
+
+
+class Settings(msgspec.Struct, frozen=True):
+    backend: str
+    device: str = "cpu"
+    num_blocks: int = 256
+    block_bytes: int = 2 * MIB
+    checksum: bool = False
+    peer_device: str = ""
+    """Of the receiving process; "": the same."""
+
+    def of_peer(self) -> "Settings":
+        """As the other process has them."""
+        return msgspec.structs.replace(self, device=self.peer_device or self.device)
+
+
+@dataclass(frozen=True)
+class Measurement:
+    num_bytes: int
+    time_s: float
+    moving_s: float
+
+
+def make_pool(settings: Settings) -> torch.Tensor:
+    """(num_blocks, block_bytes) uint8, every page touched."""
+    make: Any = shared_empty if settings.device == "cpu" else torch.empty
+    pool: torch.Tensor = make((settings.num_blocks, settings.block_bytes), dtype=torch.uint8, device=settings.device)
+    return pool.fill_(1)
+
+
+def make_manager(settings: Settings, rank: int, pool: torch.Tensor) -> KVTransferManager:
+    config = KVTransferConfig(backend=settings.backend, buffer_size=0, checksum=settings.checksum)
+    return KVTransferManager(rank=rank, pool=pool, fingerprint={}, config=config)
+
+
+def chosen_blocks(settings: Settings, count: int, scattered: bool, seed: int) -> list[int]:
+    """`count` blocks of the pool: neighbours, or in random order."""
+    ids = list(range(settings.num_blocks))
+    if scattered:
+        random.Random(seed).shuffle(ids)
+    return ids[:count]
+
+
+async def receive(settings: Settings) -> None:
+    """The receiving process: a line of JSON with block ids on stdin is one transfer; its grant goes to stdout."""
+    manager = make_manager(settings, 1, make_pool(settings))
+    await manager.start()
+    try:
+        number = 0
+        while line := await asyncio.to_thread(sys.stdin.readline):
+            posted = manager.post_receive(f"t{number}", msgspec.json.decode(line, type=list[int]))
+            sys.stdout.write(posted.grant.hex() + "\n")
+            sys.stdout.flush()
+            async with asyncio.timeout(DEADLINE_S):
+                await posted.wait()
+            number += 1
+    finally:
+        await manager.close()
+
+
+class Sender:
+    """This process, which sends to one that it has started. Made by `sender`."""
+
+    def __init__(self, manager: KVTransferManager, process: asyncio.subprocess.Process) -> None:
+        self.manager = manager
+        self._process = process
+        self._number = 0
+
+    async def transfer(self, source: Sequence[int], target: Sequence[int], *, num_pushes: int = 1) -> Measurement:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(msgspec.json.encode(list(target)) + b"\n")
+        async with asyncio.timeout(DEADLINE_S):
+            grant = bytes.fromhex((await self._process.stdout.readline()).decode())
+            began_s = perf_counter()
+            transfer = await self.manager.open_send(f"t{self._number}", grant)
+            step = -(-len(source) // num_pushes)
+            for first in range(0, len(source), step):
+                transfer.push(source[first : first + step], first)
+            result = await transfer.commit()
+            time_s = perf_counter() - began_s
+        if result.outcome is not Outcome.COMPLETED:
+            raise RuntimeError(result.error)
+        self._number += 1
+        return Measurement(result.num_bytes, time_s, result.time_s)
+
+
+@contextlib.asynccontextmanager
+async def sender(settings: Settings) -> AsyncIterator[Sender]:
+    """Start the receiving process and a manager here; both end with the context."""
+    manager = make_manager(settings, 0, make_pool(settings))
+    await manager.start()
+    pipe = asyncio.subprocess.PIPE
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "hbserve_kv.bench", "--receive", msgspec.json.encode(settings.of_peer()).decode(),
+        stdin=pipe, stdout=pipe,
+    )  # fmt: skip
+    try:
+        yield Sender(manager, process)
+    finally:
+        await manager.close()
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
+        await process.communicate()
+
+
+async def measure(
+    settings: Settings, num_bytes: int, scattered: bool, num_rounds: int
+) -> tuple[list[Measurement], str]:
+    """Rounds after one that warms up, and what carried them."""
+    count = max(1, num_bytes // settings.block_bytes)
+    source, target = (chosen_blocks(settings, count, scattered, seed) for seed in (1, 2))
+    async with sender(settings) as there:
+        await there.transfer(source, target)
+        found = [await there.transfer(source, target) for _ in range(num_rounds)]
+        link = there.manager.links()[0]
+        return found, f"{link.transport}, {link.detail}"
+
+
+def report(found: Sequence[Measurement]) -> str:
+    median = statistics.median(each.time_s for each in found)
+    moving = statistics.median(each.moving_s for each in found)
+    gigabytes = found[0].num_bytes / 1e9
+    return f"{gigabytes / median:8.2f} GB/s {1e3 * median:9.2f} ms, moving {gigabytes / moving:8.2f} GB/s"
+
+
+async def run(arguments: argparse.Namespace) -> None:
+    write = sys.stdout.write
+    for size in arguments.sizes:
+        settings = Settings(
+            arguments.backend, arguments.device, max(1, size * MIB // arguments.block_bytes), arguments.block_bytes,
+            arguments.checksum,
+        )  # fmt: skip
+        for scattered in (False, True):
+            found, carrier = await measure(settings, size * MIB, scattered, arguments.rounds)
+            order = "scattered" if scattered else "neighbours"
+            write(f"{size:6d} MiB  {order:10s}  {report(found)}   ({carrier})\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m hbserve_kv.bench", description=__doc__)
+    parser.add_argument("--receive", help=argparse.SUPPRESS)
+    parser.add_argument("--backend", default="auto", help="nccl, mooncake, ipc, auto, or module:Class")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--sizes", type=int, nargs="+", default=[4, 64, 512], metavar="MIB")
+    parser.add_argument("--block-bytes", type=int, default=2 * MIB)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--checksum", action="store_true", help="the receiver verifies a checksum of each block")
+    arguments = parser.parse_args()
+    if arguments.receive:
+        asyncio.run(receive(msgspec.json.decode(arguments.receive, type=Settings)))
+    else:
+        asyncio.run(run(arguments))
+
+
+if __name__ == "__main__":
+    main()

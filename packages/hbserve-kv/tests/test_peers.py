@@ -1,0 +1,208 @@
+"""Peers that come, go, freeze, die and are restarted, and what they leave behind: nothing."""
+
+import asyncio
+import gc
+import os
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+from hbserve_kv import HeadRange, KVTransferConfig, KVTransferManager, Outcome, TransferFailed
+from hbserve_kv.breaker import FIRST_PAUSE_S, LONGEST_PAUSE_S, Breaker
+from hbserve_kv.checksum import checksums
+from hbserve_kv.testing import Faults, LoopbackNetwork
+from hbserve_rpc import RpcClient, RpcServer, wire
+
+NUM_PEERS = int(os.environ.get("HBSERVE_NUM_PEERS", "150"))
+
+
+def held() -> dict[str, int]:
+    gc.collect()
+    return {
+        "files": len(os.listdir("/proc/self/fd")),
+        "threads": threading.active_count(),
+        "tasks": len(asyncio.all_tasks()),
+        "shared memory": len(list(Path("/dev/shm").iterdir())),
+    }
+
+
+async def move(sender, receiver, name, blocks=(1,)):
+    posted = receiver.post_receive(name, list(blocks))
+    transfer = await sender.open_send(name, posted.grant)
+    transfer.push(list(blocks), 0)
+    return await transfer.commit(), await posted.wait()
+
+
+async def test_peers_that_came_and_went_leave_no_file_thread_task_or_shared_memory(managers):
+    """HBSERVE_NUM_PEERS=1000 for the full number."""
+    receiver, before = await managers(0, "ipc"), None
+    for number in range(NUM_PEERS):
+        peer = KVTransferManager(
+            rank=1, pool=torch.zeros(64, 2, 3, 64), fingerprint={"model": "m"},
+            config=KVTransferConfig(backend="ipc", buffer_size=1 << 16, timeout_s=10),
+        )  # fmt: skip
+        await peer.start()
+        sent, received = await move(peer, receiver, f"a{number}")
+        back, _ = await move(receiver, peer, f"b{number}")
+        assert (sent.outcome, received.outcome, back.outcome) == (Outcome.COMPLETED,) * 3
+        await peer.close()
+        del peer
+        if number == 10:
+            before = held()
+    async with asyncio.timeout(30):
+        while any(now > before[what] for what, now in held().items()):
+            await asyncio.sleep(0.05)
+    assert receiver.links() == []
+
+
+async def test_control_messages_are_at_most_four_and_two_for_each_announcement_of_parts(managers, monkeypatch):
+    sent = []
+
+    def spy(owner, name, position):
+        real = getattr(owner, name)
+
+        async def counting(self, *arguments):
+            if isinstance(arguments[position], wire.Call | wire.Open | wire.Reply | wire.Item | wire.Failed):
+                sent.append(arguments[position])
+            await real(self, *arguments)
+
+        monkeypatch.setattr(owner, name, counting)
+
+    spy(RpcClient, "send", 0)
+    spy(RpcServer, "_send", 1)
+    for backend, most in (("ipc", 4), ("nccl", 4 + 2)):
+        sender, receiver = await managers(0, backend), await managers(1, backend)
+        await move(sender, receiver, "connects")
+        sent.clear()
+        posted = receiver.post_receive("t", list(range(8)))
+        transfer = await sender.open_send("t", posted.grant)
+        for block in range(8):
+            transfer.push([block], block)
+        result = await transfer.commit()
+        assert result.num_parts == 8
+        assert len(sent) == most, [type(message).__name__ for message in sent]
+
+
+def test_a_breaker_pauses_longer_after_each_failure_and_always_tries_again():
+    breaker, now_s = Breaker(), 100.0
+    assert breaker.refusal(now_s) == ""
+    pauses = []
+    for number in range(12):
+        breaker.failed(f"error {number}", now_s)
+        pauses.append(breaker.retry_at_s - now_s)
+        assert f"last: error {number}" in breaker.refusal(now_s)
+        now_s = breaker.retry_at_s
+        assert breaker.refusal(now_s) == "", "half open"
+    assert pauses[0] == FIRST_PAUSE_S
+    assert pauses == sorted(pauses)
+    assert pauses[-1] == LONGEST_PAUSE_S
+
+
+async def test_a_peer_that_was_not_there_is_reached_when_it_comes_and_meanwhile_refused_at_once(managers):
+    sender = await managers(0, "ipc", timeout_s=0.5)
+    first = await managers(1, "ipc")
+    port = int(first.address.rpartition(":")[2])
+    posted = first.post_receive("t", [1])
+    await first.close()
+    with pytest.raises(TransferFailed, match="no connection to"):
+        await sender.open_send("t", posted.grant)
+    with pytest.raises(TransferFailed, match="tried again in"):
+        await sender.open_send("t", posted.grant)
+    again = await managers(1, "ipc", port=port)
+    sent, _ = await move(sender, again, "t")
+    assert sent.outcome is Outcome.COMPLETED, "its grant shows that it lives"
+
+
+async def test_a_grant_of_an_earlier_life_does_not_disturb_the_connection_to_the_present_one(managers):
+    sender, receiver = await managers(0, "ipc"), await managers(1, "ipc")
+    old = receiver.post_receive("t", [1])
+    port = int(receiver.address.rpartition(":")[2])
+    await receiver.close()
+    again = await managers(1, "ipc", port=port)
+    await move(sender, again, "connects")
+    links = sender.links()
+    with pytest.raises(TransferFailed, match="restarted since it granted"):
+        await sender.open_send("t", old.grant)
+    assert sender.links() == links
+
+
+async def test_a_corrupted_block_fails_its_transfer_by_its_checksum(managers):
+    network = LoopbackNetwork()
+    source = torch.rand(64, 2, 3, 64)
+    sender = await managers(0, "loopback", source, transport=network.transport())
+    receiver = await managers(1, "loopback", transport=network.transport(), checksum=True)
+    posted = receiver.post_receive("t", [1, 2, 3])
+    transfer = await sender.open_send("t", posted.grant)
+    transfer.push([4, 5, 6], 0)
+    async with asyncio.timeout(20):
+        while transfer._num_parts == 0:
+            await asyncio.sleep(0.01)
+    receiver._memory.pool[2, 7] ^= 1
+    sent = await transfer.commit()
+    result = await posted.wait()
+    assert (sent.outcome, result.outcome) == (Outcome.FAILED_DRAINED, Outcome.FAILED_DRAINED)
+    assert "checksum: blocks [1]" in result.error
+
+
+@pytest.mark.parametrize("block_bytes", [16, 20])
+def test_a_checksum_sees_each_changed_byte_and_each_exchange(block_bytes):
+    block = torch.randint(0, 256, (1, block_bytes), dtype=torch.uint8)
+    (before,) = checksums(block)
+    for place in range(block_bytes):
+        changed = block.clone()
+        changed[0, place] ^= 0x80
+        assert checksums(changed) != [before]
+    halves = torch.cat([block[:, block_bytes // 2 :], block[:, : block_bytes // 2]], dim=1)
+    assert checksums(halves) != [before]
+
+
+async def test_a_receive_whose_sender_never_begins_ends(managers):
+    receiver = await managers(1, "ipc", expiry_s=0.2)
+    result = await receiver.post_receive("t", [1]).wait()
+    assert (result.outcome, result.error) == (Outcome.FAILED_DRAINED, "no sender began within 0.2 s")
+
+
+async def test_late_writes_end_in_quarantine_and_the_quarantine_ends_with_them(managers):
+    network = LoopbackNetwork(Faults(late_write=1.0, delay_s=3.0), seed=3)
+    sender = await managers(0, "loopback", transport=network.transport())
+    receiver = await managers(1, "loopback", transport=network.transport())
+    posted = receiver.post_receive("t", [1])
+    transfer = await sender.open_send("t", posted.grant)
+    transfer.push([1], 0)
+    await transfer.commit()
+    assert (await posted.wait()).outcome is not Outcome.COMPLETED
+    async with asyncio.timeout(30):
+        await transfer.drained()
+        await posted.drained()
+
+
+async def test_heads_that_nobody_has_in_common_are_refused_with_both_ranges(managers):
+    heads = [HeadRange.of_rank(rank, 2, 4) for rank in range(2)]
+    sender = await managers(0, "ipc", torch.zeros(8, 3, 2, 8), heads=heads[0])
+    receiver = await managers(1, "ipc", torch.zeros(8, 3, 2, 8), heads=heads[1])
+    posted = receiver.post_receive("t", [1])
+    assert not sender.concerns(posted.grant)
+    with pytest.raises(ValueError, match=r"heads is \[0, 1\] on rank 0 and \[2, 3\] on rank 1"):
+        await sender.open_send("t", posted.grant)
+    await posted.cancel("test over")
+
+
+async def test_auto_falls_back_when_the_better_transport_fails_in_practice(managers, monkeypatch, caplog):
+    sender, receiver = await managers(0, "auto"), await managers(1, "auto")
+    monkeypatch.setattr("hbserve_kv.shared_memory.map_region", lambda *_: (_ for _ in ()).throw(OSError("denied")))
+    sent, _ = await move(sender, receiver, "t")
+    assert sent.outcome is Outcome.COMPLETED
+    assert sender.links()[0].transport == "nccl"
+    assert "by ipc, next is nccl: denied" in caplog.text
+
+
+async def test_auto_says_why_it_passed_over_a_transport_of_another_host(managers, monkeypatch, caplog):
+    caplog.set_level("INFO", "hbserve_kv")
+    receiver = await managers(1, "auto")
+    monkeypatch.setattr("hbserve_kv._transports.ipc._host", lambda: "elsewhere")
+    sender = await managers(0, "auto")
+    sent, _ = await move(sender, receiver, "t")
+    assert sent.outcome is Outcome.COMPLETED
+    assert "not ipc: the other is on another host" in caplog.text
