@@ -16,4 +16,5 @@ def test_the_example_of_the_readme_moves_blocks_between_two_processes(tmp_path):
     assert done.returncode == 0, done.stderr
     # The two processes print at once, so their words may be mixed.
     assert done.stdout.count("Outcome.COMPLETED") == 2
-    assert "b'first token: 42' [96.0, 32.0, 112.0]" in done.stdout
+    assert "b'first token: 42' [1.0, 0.0, 0.0, 1.0, 0.0, 1.0, 0.0, 0.0]" in done.stdout
+    assert len(block.splitlines()) < 40

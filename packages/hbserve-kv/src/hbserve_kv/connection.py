@@ -31,6 +31,7 @@ class Connection:
         self.epoch = reply.epoch
         self.lost = ""
         """Why it is of no use any more; "" while it is."""
+        self.is_lost = asyncio.Event()
         self.quiet = asyncio.Event()
         """Set some time after it was lost: this side reads and writes nothing of it any more."""
         self.transfers: dict[str, Callable[[str], None]] = {}
@@ -106,6 +107,7 @@ class Connection:
         if self.lost:
             return
         self.lost = why
+        self.is_lost.set()
         self._closing = asyncio.create_task(self._close())
         self.on_lost()
         for cancel in list(self.transfers.values()):

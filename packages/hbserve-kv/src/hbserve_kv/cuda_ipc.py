@@ -110,14 +110,7 @@ def mapped(region: DeviceRegion, pid: int, device: torch.device) -> Iterator[tor
             _check("cuIpcCloseMemHandle", _driver().cuIpcCloseMemHandle(base))
 
 
-class _Pointer:
-    """What torch.as_tensor needs to see memory that it did not allocate."""
-
-    def __init__(self, address: int, num_bytes: int) -> None:
-        self.__cuda_array_interface__ = {
-            "shape": (num_bytes,), "typestr": "|u1", "data": (address, False), "version": 3,
-        }  # fmt: skip
-
-
 def _tensor_at(address: int, num_bytes: int, device: torch.device) -> torch.Tensor:
-    return torch.as_tensor(_Pointer(address, num_bytes), device=device)
+    """uint8 (num_bytes,) over memory of somebody else. Not by __cuda_array_interface__, which needs numpy."""
+    storage = torch._C._construct_storage_from_data_pointer(address, device, num_bytes)
+    return torch.empty(0, dtype=torch.uint8, device=device).set_(storage)

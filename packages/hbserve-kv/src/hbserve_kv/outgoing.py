@@ -148,8 +148,7 @@ class OutgoingTransfer:
         return self._ending
 
     async def _finish(self, payload: bytes | None) -> TransferResult:
-        assert self._worker is not None
-        await self._worker
+        await self._wait_for_worker()
         if not self._error and payload is not None:
             await self._commit(payload)
         outcome = Outcome.COMPLETED
@@ -166,6 +165,17 @@ class OutgoingTransfer:
         result = TransferResult(outcome, b"", self._num_bytes, self._num_parts, self._time_s, self._error)
         self._on_end(self, result)
         return result
+
+    async def _wait_for_worker(self) -> None:
+        """A part that does not end though its peer was lost, as Mooncake's may for a minute, is not waited for."""
+        assert self._worker is not None
+        losing = asyncio.create_task(self._connection.is_lost.wait())
+        await asyncio.wait([self._worker, losing], return_when=asyncio.FIRST_COMPLETED)
+        losing.cancel()
+        await asyncio.wait([self._worker], timeout=DRAIN_PATIENCE_S)
+        if not self._worker.done():
+            self._is_unknown = True
+            self._cancel(self._connection.lost)
 
     async def _commit(self, payload: bytes) -> None:
         message = Commit(

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import torch  # noqa: F401  Mooncake's CUDA wheels find libcudart through torch, which must come first
+import torch  # Mooncake's CUDA wheels find libcudart through torch, which must come first
 
 from hbserve_kv._transports.mooncake_rdma import why_no_rdma
 from hbserve_kv.errors import BackendUnavailable
@@ -60,6 +60,8 @@ class _Engine:
     engine: Any
     failed: set[str] = field(default_factory=set)
     """Sessions to which a write has failed."""
+    scratch: torch.Tensor = field(default_factory=lambda: torch.empty(4096, dtype=torch.uint8))
+    """Memory of its own, to try a peer with."""
     may_read: bool = False
     """A write timed out, and may go on."""
 
@@ -150,7 +152,10 @@ class MooncakeTransport(Transport):
             rows = self._memory.rows(region)
             if rows.numel() and (rc := engine.register_memory(rows.data_ptr(), rows.nbytes)):
                 raise BackendUnavailable(f"Mooncake cannot register the {region} of {rows.nbytes} bytes: code {rc}")
-        return _Engine(engine)
+        made = _Engine(engine)
+        if rc := engine.register_memory(made.scratch.data_ptr(), made.scratch.nbytes):
+            raise BackendUnavailable(f"Mooncake cannot register {made.scratch.nbytes} bytes: code {rc}")
+        return made
 
     def _verified_transport(self, engine: Any) -> str:
         """What this engine really uses, by what it found and not by what was asked for.
@@ -189,14 +194,23 @@ class MooncakeTransport(Transport):
         session = _decode(link).session
         # An engine remembers what it was told of a session, which may have had another process behind it then.
         engine = next((spare for spare in self._spare if session not in spare.failed), None)
-        if engine is not None:
-            self._spare.remove(engine)
         if engine is None:
             engine = await link.run(self._make_engine)
+        else:
+            self._spare.remove(engine)
         self._engines[link.key] = engine
         link.detail = self._detail
-        if rc := await link.run(self._engines[link.key].engine.send_probe, session):
-            raise ConnectionError(f"Mooncake cannot reach {session}: code {rc}")
+        await link.run(self._try, engine, link)
+
+    def _try(self, engine: "_Engine", link: Link) -> None:
+        """Reach the peer, without the mutex, and then read of its memory: so its description is known before it may
+        freeze, and the path of the data is known to work."""
+        peer = _decode(link)
+        if rc := engine.engine.send_probe(peer.session):
+            raise ConnectionError(f"Mooncake cannot reach {peer.session}: code {rc}")
+        if rc := engine.engine.transfer_sync_read(peer.session, engine.scratch.data_ptr(), peer.base["pool"], 8):
+            engine.failed.add(peer.session)
+            raise ConnectionError(f"Mooncake cannot read from {peer.session}: code {rc}")
 
     async def push(self, link: Link, part: Part) -> None:
         if link.key not in self._engines:

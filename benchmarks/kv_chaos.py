@@ -1,0 +1,42 @@
+"""10,000 KV transfers while everything goes wrong, in slices, with the memory of this process after each.
+
+python benchmarks/kv_chaos.py
+"""
+
+import argparse
+import asyncio
+from pathlib import Path
+from time import perf_counter
+
+from hbserve_kv.testing import Chaos
+
+PAGE_BYTES = 4096
+
+
+def resident_mib() -> float:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * PAGE_BYTES / (1 << 20)
+
+
+async def run(num_slices: int, slice_size: int) -> None:
+    for seed in range(num_slices):
+        began_s = perf_counter()
+        report = await Chaos(seed=seed).run(slice_size)
+        print(
+            f"{report.num_ended} transfers ended in {perf_counter() - began_s:.0f} s: {dict(report.outcomes)}, "
+            f"{report.restarts} restarts, {report.wrong_blocks} wrong blocks, "
+            f"left behind: {report.left_behind or 'nothing'}; {resident_mib():.0f} MiB resident",
+            flush=True,
+        )
+        assert (report.num_ended, report.wrong_blocks, report.left_behind) == (slice_size, 0, "")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--slices", type=int, default=5)
+    parser.add_argument("--slice-size", type=int, default=2000)
+    arguments = parser.parse_args()
+    asyncio.run(run(arguments.slices, arguments.slice_size))
+
+
+if __name__ == "__main__":
+    main()
