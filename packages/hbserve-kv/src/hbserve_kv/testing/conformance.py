@@ -245,8 +245,8 @@ async def a_checksum_accepts_what_was_sent(rig: Rig) -> None:
 
 
 async def ranks_with_other_heads_get_their_slices(rig: Rig) -> None:
-    """1→2, 2→1, 2→4 and 4→2 ranks: each decode rank has its heads of all blocks, from whoever holds them."""
-    for num_senders, num_receivers in ((1, 2), (2, 1), (2, 4), (4, 2)):
+    """1→2, 2→1 and 2→4 ranks: each decode rank has its heads of all blocks, from whoever holds them."""
+    for num_senders, num_receivers in ((1, 2), (2, 1), (2, 4)):
         whole = rig.patterned()
         senders = [await rig.start(i, _heads_of(whole, heads), heads) for i, heads in enumerate(_cut(num_senders))]
         targets = [_heads_of(rig.pool(), heads) for heads in _cut(num_receivers)]
