@@ -137,7 +137,8 @@ def test_a_port_in_use_is_named(config):
 def test_an_unknown_backend_lists_those_that_there_are(config):
     done = hbserve("generate", "Hello", "--config", config(), "--kv-transfer-backend", "nixl")
     assert done.returncode == 1
-    assert "kv_transfer.backend='nixl': there are ['auto', 'ipc', 'mooncake', 'nccl']" in done.stderr.strip().splitlines()[-1]
+    there = "kv_transfer.backend='nixl': there are ['auto', 'ipc', 'mooncake', 'nccl']"
+    assert there in done.stderr.strip().splitlines()[-1]
 
 
 def test_connect_to_nobody_says_so_and_a_wrong_address_is_refused():
