@@ -144,7 +144,7 @@ def test_a_port_in_use_is_named(config):
 def test_an_unknown_backend_lists_those_that_there_are(config):
     done = hbserve("generate", "Hello", "--config", config(), "--kv-transfer-backend", "nixl")
     assert done.returncode == 1
-    message = "kv_transfer.backend='nixl': there are ['mooncake', 'nccl']"
+    message = "kv_transfer.backend='nixl': there are ['auto', 'ipc', 'mooncake', 'nccl']"
     *logged, last = done.stderr.strip().splitlines()
     assert last.startswith("error: ")
     assert message in last
