@@ -119,6 +119,8 @@ class MooncakeTransport(Transport):
     one_sided = True
 
     def __init__(self, host: str, timeout_s: float) -> None:
+        # Read by Mooncake when it is imported.
+        os.environ.setdefault("MC_LOG_LEVEL", "ERROR")
         self._engine_class = import_engine()
         self._config = load_config()
         self._host = self._config.local_hostname or host
@@ -131,9 +133,8 @@ class MooncakeTransport(Transport):
         self._memory = memory
         if memory.device.type == "cuda":
             require_cuda_wheel()
-        # Read by Mooncake when an engine is made; there is no argument for either.
+        # Read by Mooncake when an engine is made; there is no argument for them.
         os.environ.setdefault("MC_TRANSFER_TIMEOUT", str(int(self._timeout_s)))
-        os.environ.setdefault("MC_LOG_LEVEL", "ERROR")
         if self._config.protocol == "tcp":
             os.environ.setdefault("MC_FORCE_TCP", "1")
         elif self._config.protocol == "rdma" and (reason := why_no_rdma()):
