@@ -24,7 +24,7 @@ test:  ## every test that this machine can run
 	uv run pytest
 
 test-gpu:  ## only the tests that need a CUDA device
-	uv run pytest -m gpu
+	uv run pytest -m gpu -n 0
 
 isolate:  ## each wheel alone in an empty environment
 	uv run .ci/wheels_alone.py

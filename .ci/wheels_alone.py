@@ -27,7 +27,7 @@ CLOSURE = {
     "hbserve-compat": set(MODULE),
 }
 # What a package's tests need beyond the package; hbserve-core makes its test models with transformers.
-TEST_TOOLS = ["pytest", "pytest-asyncio", "pytest-timeout", "hypothesis"]
+TEST_TOOLS = ["pytest", "pytest-asyncio", "pytest-timeout", "pytest-xdist", "hypothesis"]
 EXTRA_TEST_TOOLS = {"hbserve-core": ["transformers>=5.0"]}
 
 
@@ -68,7 +68,7 @@ def check_alone(distribution: str, dist: Path, scratch: Path) -> None:
 
     run("uv", "pip", "install", "-q", "--python", python, *TEST_TOOLS, *EXTRA_TEST_TOOLS.get(distribution, []))
     tests = ROOT / "packages" / distribution / "tests" / "test_readme.py"
-    report = run(python, "-m", "pytest", "-q", "-c", ROOT / "pyproject.toml", "--rootdir", ROOT, tests, cwd=scratch)
+    report = run(python, "-m", "pytest", "-q", "-n", "0", "-c", ROOT / "pyproject.toml", "--rootdir", ROOT, tests, cwd=scratch)
     print(f"{distribution}: alone with {', '.join(sorted(found))}; README example: {report.strip().splitlines()[-1]}")
 
 
