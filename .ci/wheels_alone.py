@@ -68,7 +68,8 @@ def check_alone(distribution: str, dist: Path, scratch: Path) -> None:
 
     run("uv", "pip", "install", "-q", "--python", python, *TEST_TOOLS, *EXTRA_TEST_TOOLS.get(distribution, []))
     tests = ROOT / "packages" / distribution / "tests" / "test_readme.py"
-    report = run(python, "-m", "pytest", "-q", "-n", "0", "-c", ROOT / "pyproject.toml", "--rootdir", ROOT, tests, cwd=scratch)
+    settings = ["-q", "-n", "0", "-c", ROOT / "pyproject.toml", "--rootdir", ROOT]
+    report = run(python, "-m", "pytest", *settings, tests, cwd=scratch)
     print(f"{distribution}: alone with {', '.join(sorted(found))}; README example: {report.strip().splitlines()[-1]}")
 
 
