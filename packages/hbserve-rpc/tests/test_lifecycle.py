@@ -255,3 +255,20 @@ async def test_closing_a_client_fails_what_waits_and_what_comes(rpc, serve):
     with pytest.raises(PeerLost, match="not started"):
         await client.call(rpc.CALL, rpc.Ask(), timeout_s=1)
     assert asyncio.all_tasks() == before
+
+
+async def test_closing_that_is_cancelled_still_leaves_no_socket():
+    """A context that is collected with an open socket would wait for ever."""
+    server = RpcServer()
+    await server.start()
+    client = RpcClient(f"127.0.0.1:{server.port}")
+    await client.start()
+    for thing, end in ((client, client.close), (server, server.stop)):
+        socket = thing._socket
+        closing = asyncio.create_task(end())
+        await asyncio.sleep(0)
+        closing.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await closing
+        assert socket.closed
+        await end()

@@ -66,12 +66,15 @@ class RpcClient:
         self._fail_all(PeerLost(f"{self.address}: {why}"))
         for task in self._tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        self._tasks.clear()
-        if self._context is not None:
-            self._socket.close(linger=0)
-            self._context.term()
-            self._context = None
+        try:
+            await asyncio.gather(*self._tasks, return_exceptions=True)
+        finally:
+            # Also if whoever closes it is cancelled: a context that is collected with an open socket waits for ever.
+            self._tasks.clear()
+            if self._context is not None:
+                self._socket.close(linger=0)
+                self._context.term()
+                self._context = None
 
     async def __aenter__(self) -> "RpcClient":
         await self.start()

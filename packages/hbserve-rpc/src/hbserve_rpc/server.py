@@ -102,10 +102,13 @@ class RpcServer:
         running = [work.task for client in self._clients.values() for work in client.work.values()]
         for task in [*self._tasks, *running]:
             task.cancel()
-        await asyncio.gather(*self._tasks, *running, return_exceptions=True)
-        self._tasks.clear()
-        self._clients.clear()
-        self._close_socket()
+        try:
+            await asyncio.gather(*self._tasks, *running, return_exceptions=True)
+        finally:
+            # Also if whoever stops it is cancelled: a context that is collected with an open socket waits for ever.
+            self._tasks.clear()
+            self._clients.clear()
+            self._close_socket()
 
     def _close_socket(self) -> None:
         if self._context is not None:
