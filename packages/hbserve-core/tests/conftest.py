@@ -256,6 +256,25 @@ def ranks_in_threads() -> Iterator[Callable[..., RanksInThreads]]:
         each.close()
 
 
+@pytest.fixture(scope="session")
+def generate() -> Callable[..., dict[str, list[int]]]:
+    """Runs named prompts through an engine, greedily unless told otherwise; afterwards every block is free."""
+    from hbserve_rpc import SamplingParams
+
+    def run(engine: Any, prompts: dict[str, list[int]], count: int, **params: Any) -> dict[str, list[int]]:
+        for name, prompt in prompts.items():
+            engine.add(name, prompt, SamplingParams(**({"temperature": 0} | params), max_tokens=count, ignore_eos=True))
+        found: dict[str, list[int]] = {name: [] for name in prompts}
+        while engine.has_work():
+            for output in engine.step():
+                found[output.request_id] += output.token_ids
+            engine.check_integrity()
+        assert engine.blocks.num_free == engine.blocks.num_blocks
+        return found
+
+    return run
+
+
 def pytest_configure() -> None:
     """Without a GPU our kernels run in Triton's interpreter, which must be said before they are first imported."""
     import os

@@ -29,18 +29,6 @@ def config(folder, **changes):
     return InstanceConfig(model_path=str(folder), **(defaults | changes))
 
 
-def generate(engine, prompts, count, **params):
-    for name, prompt in prompts.items():
-        engine.add(name, prompt, SamplingParams(**({"temperature": 0} | params), max_tokens=count, ignore_eos=True))
-    found = {name: [] for name in prompts}
-    while engine.has_work():
-        for output in engine.step():
-            found[output.request_id] += output.token_ids
-        engine.check_integrity()
-    assert engine.blocks.num_free == engine.blocks.num_blocks
-    return found
-
-
 CASES = [
     *((name, size) for name in ("qwen3", "qwen2", "llama", "llama-biases") for size in (2, 4)),
     ("qwen3-wide-heads", 4),  # one KV head: all ranks have it
@@ -50,7 +38,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("name", "size"), CASES)
-def test_greedy_tokens_equal_transformers(model_folder, ranks_in_threads, greedy_tokens, prompt, name, size):
+def test_greedy_tokens_equal_transformers(generate, model_folder, ranks_in_threads, greedy_tokens, prompt, name, size):
     given = config(model_folder(name), tensor_parallel_size=size)
     ranks = ranks_in_threads(lambda group: ModelRunner(given, group), size)
     prompts = {str(i): prompt(length, salt=i) for i, length in enumerate(LENGTHS)}
@@ -60,7 +48,7 @@ def test_greedy_tokens_equal_transformers(model_folder, ranks_in_threads, greedy
     assert ranks.runner.pool.shape[4] == max(1, heads // size)
 
 
-def test_the_steps_of_preempted_and_cached_requests_are_followed_too(model_folder, ranks_in_threads, prompt):
+def test_the_steps_of_preempted_and_cached_requests_are_followed_too(generate, model_folder, ranks_in_threads, prompt):
     """A pool too small for all, and prompts that begin alike."""
     settings = {"num_blocks": 14, "chunk_size": 16}
     prompts = {str(i): prompt(16) + prompt(5 + i, salt=i) for i in range(5)}
@@ -73,7 +61,7 @@ def test_the_steps_of_preempted_and_cached_requests_are_followed_too(model_folde
     assert engine.stats().num_cached_tokens > 0
 
 
-def test_seeded_requests_draw_the_same_tokens(model_folder, ranks_in_threads, prompt):
+def test_seeded_requests_draw_the_same_tokens(generate, model_folder, ranks_in_threads, prompt):
     params = {"temperature": 0.9, "top_k": 40, "top_p": 0.9, "seed": 5}
     alone = config(model_folder("qwen3"))
     expected = generate(Engine(alone, ModelRunner(alone)), {"r": prompt(20)}, 20, **params)
@@ -82,7 +70,9 @@ def test_seeded_requests_draw_the_same_tokens(model_folder, ranks_in_threads, pr
     assert generate(engine, {"r": prompt(20)}, 20, **params) == expected
 
 
-def test_dummy_weights_of_an_odd_vocabulary_are_parts_of_the_same(model_folder, ranks_in_threads, prompt, tmp_path):
+def test_dummy_weights_of_an_odd_vocabulary_are_parts_of_the_same(
+    generate, model_folder, ranks_in_threads, prompt, tmp_path
+):
     """323 tokens for two ranks: the last one has a row that no token has."""
     folder = shutil.copytree(model_folder("llama"), tmp_path / "odd")
     raw = json.loads((folder / "config.json").read_text())

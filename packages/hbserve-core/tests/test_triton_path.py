@@ -13,7 +13,6 @@ from hbserve_core.loaded_model import LoadedModel
 from hbserve_core.runner import ComputedStep
 from hbserve_core.step_buffer import StepView
 from hbserve_core.step_packer import StepPacker
-from hbserve_rpc import SamplingParams
 
 pytest.importorskip("triton", reason="torch has Triton on Linux only")
 # The interpreter's integers warn where they wrap, which is what hashing wants.
@@ -78,22 +77,11 @@ def plain(weights):
     return replace(weights, layers=layers, head=unpacked(weights.head))
 
 
-def generate(engine, prompts, count, **params):
-    for name, prompt in prompts.items():
-        engine.add(name, prompt, SamplingParams(**({"temperature": 0} | params), max_tokens=count, ignore_eos=True))
-    found = {name: [] for name in prompts}
-    while engine.has_work():
-        for output in engine.step():
-            found[output.request_id] += output.token_ids
-        engine.check_integrity()
-    return found
-
-
 # Steps in turn and of exact shapes, as without graphs; and overlapped, padded ones.
 @pytest.mark.parametrize(
     ("name", "graphs"), [("qwen3", True), ("llama-9-heads", False), ("qwen2", False), ("llama-biases", True)]
 )
-def test_greedy_tokens_equal_transformers(model_folder, greedy_tokens, prompt, name, graphs):
+def test_greedy_tokens_equal_transformers(generate, model_folder, greedy_tokens, prompt, name, graphs):
     runner = InterpretedRunner(
         model_folder(name), graphs, graphs, max_num_seqs=3, max_num_batched_tokens=40, chunk_size=20
     )
@@ -124,7 +112,9 @@ def one_kernel_at_a_time(monkeypatch):
 
 @pytest.mark.usefixtures("one_kernel_at_a_time")
 @pytest.mark.parametrize(("name", "size"), [("qwen3", 2), ("llama-biases", 4)])
-def test_ranks_that_overlap_give_the_tokens_of_one(model_folder, ranks_in_threads, greedy_tokens, prompt, name, size):
+def test_ranks_that_overlap_give_the_tokens_of_one(
+    generate, model_folder, ranks_in_threads, greedy_tokens, prompt, name, size
+):
     settings = {
         "max_num_seqs": 5, "max_num_batched_tokens": 48, "chunk_size": 20, "tensor_parallel_size": size,
     }  # fmt: skip
@@ -136,7 +126,7 @@ def test_ranks_that_overlap_give_the_tokens_of_one(model_folder, ranks_in_thread
 
 
 @pytest.mark.usefixtures("one_kernel_at_a_time")
-def test_ranks_that_overlap_draw_the_same_tokens(model_folder, ranks_in_threads, prompt):
+def test_ranks_that_overlap_draw_the_same_tokens(generate, model_folder, ranks_in_threads, prompt):
     """Without a seed too: a rank that drew another token would compute another context than the others."""
     settings = {"max_num_seqs": 5, "max_num_batched_tokens": 48, "chunk_size": 20}
     params = {"temperature": 0.9, "top_k": 20}
