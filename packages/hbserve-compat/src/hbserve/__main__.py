@@ -98,6 +98,7 @@ def engine(
     device: Annotated[str, typer.Option(help="auto, cpu or cuda:N.")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     random_weights: Annotated[bool, typer.Option(help="Read only the model's config.json.")] = False,
+    tensor_parallel_size: Annotated[int, typer.Option(help="Ranks; on CUDA, GPUs side by side.")] = 1,
     log_level: LogLevelOption = LogLevel.INFO,
 ) -> None:
     """One engine alone, on nano-vllm's workload, one stream, prompts only, and decodes only."""
@@ -105,7 +106,7 @@ def engine(
 
     names = [each.value for each in workload or Workload]
     with _explaining(log_level):
-        bench_engine(model, names, scale, device, dtype, random_weights)
+        bench_engine(model, names, scale, device, dtype, random_weights, tensor_parallel_size)
 
 
 def _run(job: Coroutine[Any, Any, None], log_level: LogLevel) -> None:

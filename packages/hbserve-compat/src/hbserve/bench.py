@@ -15,11 +15,15 @@ _ELSEWHERE = 1 / 32
 
 
 def bench_engine(
-    model: Path | None, workloads: Sequence[str], scale: float | None, device: str, dtype: str, random_weights: bool
-) -> None:
+    model: Path | None, workloads: Sequence[str], scale: float | None, device: str, dtype: str, random_weights: bool,
+    tensor_parallel_size: int,
+) -> None:  # fmt: skip
     """Print a line for each run. Raises what `InstanceConfig` and `make_runner` raise."""
     folder = model_folder(model)
-    settings = {"device": device, "dtype": dtype, "load_format": "dummy" if random_weights else "safetensors"}
+    settings = {
+        "device": device, "dtype": dtype, "load_format": "dummy" if random_weights else "safetensors",
+        "tensor_parallel_size": tensor_parallel_size,
+    }  # fmt: skip
     config = msgspec.convert({"model_path": str(folder), **settings}, InstanceConfig)
     if scale is None:
         scale = 1.0 if choose_device(config).type == "cuda" else _ELSEWHERE

@@ -1,6 +1,7 @@
 """Which steps run as CUDA graphs, and the graphs themselves, one for each shape of step."""
 
 import logging
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -10,6 +11,7 @@ from tqdm import tqdm
 
 from hbserve_core.config import InstanceConfig
 from hbserve_core.decode_pieces import DecodePieces
+from hbserve_core.errors import RankFailed
 from hbserve_core.step_buffer import StepShape
 
 logger = logging.getLogger(__name__)
@@ -77,6 +79,8 @@ class CudaGraphs:
         self._stream = stream
         self._graphs: dict[StepShape, tuple[torch.cuda.CUDAGraph, Any]] = {}
         self._memory: Any = None
+        self._lock = threading.Lock()
+        self._is_closed = False
 
     def capture(
         self, shapes: list[StepShape], prepare: Callable[[StepShape], None], work: Callable[[StepShape], Any], name: str
@@ -94,7 +98,9 @@ class CudaGraphs:
             with torch.cuda.graph(graph, pool=self._memory, stream=self._stream, capture_error_mode="thread_local"):
                 result = work(shape)
             self._memory = self._memory or graph.pool()
-            self._graphs[shape] = (graph, result)
+            with self._lock:
+                self._check_open()
+                self._graphs[shape] = (graph, result)
         used = torch.cuda.memory_reserved(self._stream.device) - before
         logger.info(
             "%s: %d graphs captured in %.1f s, %.0f MiB", name, len(shapes), time.perf_counter() - begin, used / 2**20
@@ -108,9 +114,23 @@ class CudaGraphs:
 
     def replay(self, shape: StepShape) -> Any:
         """Queue a shape's work, and return what `work` returned: results that stay until the next replay."""
-        graph, result = self._graphs[shape]
-        graph.replay()
+        with self._lock:
+            self._check_open()
+            graph, result = self._graphs[shape]
+            graph.replay()
         return result
+
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise RankFailed("the ranks are being closed")
+
+    def close(self) -> None:
+        """Free all graphs, even one that runs. From any thread, and more than once; a replay raises RankFailed then."""
+        with self._lock:
+            self._is_closed = True
+            for graph, _ in self._graphs.values():
+                graph.reset()
+            self._graphs.clear()
 
     def __contains__(self, shape: StepShape) -> bool:
         return shape in self._graphs

@@ -60,6 +60,7 @@ class CudaRunner:
             )  # fmt: skip
             self.pool = model.allocate_pool(reserved_bytes)
             self._graphs = CudaGraphs(self._stream)
+            group.on_close = self._graphs.close
             self._graphs.capture(self._shapes.decodes, self._clear, self._decode, f"{config.instance_id} decode")
             self._graphs.capture(self._shapes.prefills, self._clear, self._hidden, f"{config.instance_id} prefill")
             self._stream.synchronize()

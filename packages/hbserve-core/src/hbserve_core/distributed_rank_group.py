@@ -5,6 +5,8 @@ process.
 """
 
 import contextlib
+import logging
+import threading
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any
@@ -17,11 +19,14 @@ from hbserve_core.errors import RankFailed
 from hbserve_core.rank_group import RankGroup
 from hbserve_core.shard import Shard
 
+logger = logging.getLogger(__name__)
+
 RENDEZVOUS_TIMEOUT_S = 30.0
 """For all ranks to find each other; every one of them is known to be running by then."""
 COLLECTIVE_TIMEOUT_S = 600.0
 """The last resort: a rank that is lost is noticed in seconds by other means (see followers.py). It must be longer than
 one rank may load its weights after another."""
+CLOSE_TIMEOUT_S = 5.0
 _HOST = "127.0.0.1"
 # Public, but not in the stubs' __all__.
 TCPStore: Any = dist.TCPStore  # type: ignore[attr-defined]
@@ -45,7 +50,8 @@ class DistributedRankGroup(RankGroup):
         self._gather = AllgatherOptions()
         self._gather.asyncOp = False
         self._process_group: Any = None
-        self._is_closed = False
+        self._closing: threading.Thread | None = None
+        self._lock = threading.Lock()
         if device.type == "cuda":
             torch.cuda.set_device(device)
         with self._checked():
@@ -97,9 +103,24 @@ class DistributedRankGroup(RankGroup):
             raise RankFailed(f"rank {self.shard.rank} has lost the others: {str(error).splitlines()[0]}") from error
 
     def close(self) -> None:
-        if self._process_group is not None and not self._is_closed:
-            self._is_closed = True
+        if self._process_group is None:
+            return
+        with self._lock:
+            if self._closing is None:
+                # NCCL first makes waiting kernels end, and then waits for the graphs in which they were captured.
+                self._closing = threading.Thread(target=self._abort, name="rank-group-abort", daemon=True)
+                self._closing.start()
+        if self.on_close is not None:
+            self.on_close()
+        self._closing.join(CLOSE_TIMEOUT_S)
+        if self._closing.is_alive():
+            logger.error("rank %d: its group is not closed after %.0f s", self.shard.rank, CLOSE_TIMEOUT_S)
+
+    def _abort(self) -> None:
+        try:
             self._process_group.abort()
+        except RuntimeError:
+            logger.exception("rank %d: closing its group failed", self.shard.rank)
 
 
 def host_store(listening_fd: int, port: int) -> Store:

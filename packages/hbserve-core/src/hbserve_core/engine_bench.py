@@ -87,6 +87,7 @@ class EngineBench:
     def __init__(self, config: InstanceConfig, sizes: Sizes) -> None:
         begin = time.perf_counter()
         self._runner = make_runner(config)
+        self._num_ranks = config.tensor_parallel_size
         self._engine = Engine(config, self._runner)
         self._sizes = sizes
         self._random = random.Random(0)
@@ -110,8 +111,11 @@ class EngineBench:
         return self._run([(self._prompt(sizes.context_len), sizes.decode_len + 1) for _ in range(sizes.num_requests)])
 
     def limits(self) -> Limits:
-        """Of the device, now."""
-        return measure_limits(self._runner.device, self._runner.dtype)
+        """Of the device, now, times the number of ranks."""
+        return measure_limits(self._runner.device, self._runner.dtype, self._num_ranks)
+
+    def close(self) -> None:
+        self._runner.close()
 
     def _prompt(self, length: int) -> list[int]:
         return [self._random.randrange(self._runner.model_config.vocab_size) for _ in range(length)]
@@ -165,8 +169,9 @@ def prefill_flops(model: ModelConfig, lengths: list[int]) -> float:
     return 2.0 * num_layer_weights(model) * sum(lengths) + attention
 
 
-def measure_limits(device: torch.device, dtype: torch.dtype) -> Limits:
-    """Bytes read and written by a large copy, and a large matrix product, each the best of several."""
+def measure_limits(device: torch.device, dtype: torch.dtype, num_devices: int = 1) -> Limits:
+    """Bytes read and written by a large copy, and a large matrix product, each the best of several, on `device`;
+    the limits are of so many like it."""
     on_gpu = device.type == "cuda"
     count = 1 << (30 if on_gpu else 26)
     source = torch.ones(count, dtype=torch.uint8, device=device)
@@ -175,7 +180,7 @@ def measure_limits(device: torch.device, dtype: torch.dtype) -> Limits:
     size = 8192 if on_gpu else 1024
     left = torch.randn(size, size, dtype=dtype, device=device)
     multiplying = min(_timed(lambda: left @ left, device) for _ in range(5))
-    return Limits(2 * count / copying, 2 * size**3 / multiplying)
+    return Limits(num_devices * 2 * count / copying, num_devices * 2 * size**3 / multiplying)
 
 
 def _timed(work: Callable[[], object], device: torch.device) -> float:
@@ -212,9 +217,12 @@ def report(workload: str, measured: Measured, limits: Limits) -> str:
 def run_bench(config: InstanceConfig, sizes: Sizes, workloads: Sequence[str], say: Callable[[str], None]) -> None:
     """Measure each workload twice, after a warm-up, and say a line of each run."""
     bench = EngineBench(config, sizes)
-    say(f"start to first token {bench.start_time_s:.1f} s")
-    limits = bench.limits()
-    say(f"limits of this device: {limits.bytes_per_s / 1e9:.4g} GB/s, {limits.flops_per_s / 1e12:.3g} TFLOP/s")
-    for workload in workloads:
-        for _ in range(2):
-            say(report(workload, bench.measure(workload), limits))
+    try:
+        say(f"start to first token {bench.start_time_s:.1f} s")
+        limits = bench.limits()
+        say(f"limits of this device: {limits.bytes_per_s / 1e9:.4g} GB/s, {limits.flops_per_s / 1e12:.3g} TFLOP/s")
+        for workload in workloads:
+            for _ in range(2):
+                say(report(workload, bench.measure(workload), limits))
+    finally:
+        bench.close()

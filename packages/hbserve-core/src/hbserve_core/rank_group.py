@@ -3,6 +3,8 @@
 Shapes: T rows of one step, R of them sampled, E hidden_size, V vocab_size, P ranks.
 """
 
+from collections.abc import Callable
+
 import torch
 
 from hbserve_core.shard import Shard
@@ -14,6 +16,8 @@ class RankGroup:
     shard = Shard()
     seed: int | None = None
     """From which all ranks draw the same numbers for requests without a seed; None: nobody has to agree."""
+    on_close: Callable[[], None] | None = None
+    """Called by `close`, to free the CUDA graphs that hold operations of the group: NCCL waits for their end."""
 
     def all_reduce(self, partial: torch.Tensor) -> torch.Tensor:
         """(T, E): the sum of every rank's `partial`, which may be overwritten.

@@ -36,13 +36,6 @@ def make_runner(config: InstanceConfig, on_failure: Callable[[Exception], None] 
             f"tensor_parallel_size={config.tensor_parallel_size}: expected 1 for a {config.role} instance, whose KV "
             "moves from one rank to one rank; hybrid instances may have more"
         )
-    if choose_device(config).type == "cuda":
-        # Tried twice on two H100s: over NCCL the ranks did not come up, and nothing said why. The tests to pass when
-        # this goes are in tests/test_ranks.py, marked gpu.
-        raise InvalidInstanceConfig(
-            f"tensor_parallel_size={config.tensor_parallel_size}: expected 1 on CUDA, where ranks do not come up over "
-            "NCCL yet; on the CPU (device: cpu) there may be more"
-        )
     check_divisible(load_model_config(config.model_path), config.tensor_parallel_size)
     if not torch.distributed.is_available():
         raise InvalidInstanceConfig(
