@@ -94,6 +94,12 @@ def _wide(blocks: torch.Tensor) -> torch.Tensor:
     return blocks.view(torch.int64) if is_even and blocks.data_ptr() % 8 == 0 else blocks
 
 
+def same_words(some: torch.Tensor, others: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both in elements of 8 bytes, if that is possible for both; else as they are."""
+    wide = _wide(some), _wide(others)
+    return wide if wide[0].dtype == wide[1].dtype else (some, others)
+
+
 def neighbours(rows: torch.Tensor, block_ids: Sequence[int]) -> torch.Tensor | None:
     """A contiguous view of these blocks, if they are neighbours in this order."""
     first, last = block_ids[0], block_ids[-1]
@@ -128,9 +134,7 @@ def scatter(rows: torch.Tensor, block_ids: Sequence[int], blocks: torch.Tensor) 
             copy(rows.data_ptr() + first * size, place, count * size)
             place += count * size
         return
-    wide_rows, wide_new = _wide(rows), _wide(new)
-    if wide_rows.dtype != wide_new.dtype:
-        wide_rows, wide_new = rows, new
+    wide_rows, wide_new = same_words(rows, new)
     wide_rows.index_copy_(0, torch.tensor(block_ids, device=rows.device), wide_new)
 
 

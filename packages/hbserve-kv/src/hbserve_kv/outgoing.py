@@ -23,8 +23,6 @@ from hbserve_rpc import HBServeRpcError, InvalidRequest
 
 logger = logging.getLogger(__name__)
 
-MAX_PART_BYTES = 64 << 20
-"""A larger push is cut: this bounds the staging memory of two-sided transports."""
 MAX_ANNOUNCED_PARTS = 16
 DRAIN_PATIENCE_S = 1.0
 """How long the end of a transfer waits for a link to become quiet, before it is UNKNOWN."""
@@ -110,7 +108,7 @@ class OutgoingTransfer:
         if ready is None and self._memory.device.type == "cuda":
             ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
             ready.record(torch.cuda.current_stream(self._memory.device))
-        step = max(1, MAX_PART_BYTES // self._memory.block_bytes)
+        step = max(1, self._connection.transport.max_part_bytes // self._memory.block_bytes)
         for start in range(0, len(block_ids), step):
             ids = list(block_ids[start : start + step])
             index, offset = next(self._indices), first + start

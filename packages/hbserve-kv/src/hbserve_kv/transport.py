@@ -82,6 +82,9 @@ class Transport(ABC):
     name: ClassVar[str]
     one_sided: ClassVar[bool]
     """True: `push` writes into the peer's memory without its help, and `accept` is never called."""
+    max_part_bytes = 64 << 20
+    """A larger push is cut into parts: this bounds the staging memory of two-sided transports, and what still moves
+    after a transfer was given up."""
 
     @abstractmethod
     async def start(self, memory: Memory) -> None:

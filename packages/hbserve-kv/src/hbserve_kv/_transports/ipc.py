@@ -21,8 +21,8 @@ from hbserve_kv.memory import REGIONS, Memory, Region, gather, head_view, pieces
 from hbserve_kv.shared_memory import SharedRegion
 from hbserve_kv.transport import Link, Part, Transport
 
-FEW_RUNS_BLOCKS = 4
-"""Blocks per run from which copying run by run beats one gather and one scatter on a GPU."""
+GPU_PART_BYTES = 1 << 30
+"""Waiting for the end of a copy on a GPU takes longer than 64 MiB of it."""
 
 
 class _Description(msgspec.Struct, frozen=True):
@@ -42,7 +42,8 @@ class _Target:
     rows: dict[str, torch.Tensor]
     """By region, (num_blocks, block_bytes of the peer)."""
     stream: Any = None
-    device: torch.device | None = None
+    copy_blocks: Any = None
+    """On the same GPU; see `hbserve_kv.block_copy`."""
     mapped: ExitStack = field(default_factory=ExitStack)
 
 
@@ -57,6 +58,8 @@ class IpcTransport(Transport):
 
     async def start(self, memory: Memory) -> None:
         self._memory = memory
+        if memory.device.type == "cuda":
+            self.max_part_bytes = GPU_PART_BYTES
         regions: tuple[Region, ...] = tuple(region for region in REGIONS if memory.rows(region).numel())
         host_regions: dict[str, SharedRegion] = {}
         device_regions: dict[str, DeviceRegion] = {}
@@ -93,15 +96,32 @@ class IpcTransport(Transport):
         if not peer.gpu:
             flat = {name: shared_memory.map_region(peer.pid, region) for name, region in peer.host_regions.items()}
         else:
-            target.device = cuda_ipc.device_of(peer.gpu)
+            device = cuda_ipc.device_of(peer.gpu)
             new_stream: Any = torch.cuda.Stream
             target.stream = new_stream(self._memory.device)
             flat = {
-                name: target.mapped.enter_context(cuda_ipc.mapped(region, peer.pid, target.device))
+                name: target.mapped.enter_context(cuda_ipc.mapped(region, peer.pid, device))
                 for name, region in peer.device_regions.items()
             }
+            if device == self._memory.device:
+                target.copy_blocks = self._compiled_copy(target, link, block_bytes)
         target.rows = {name: memory.view(-1, block_bytes) for name, memory in flat.items()}
         return target
+
+    def _compiled_copy(self, target: _Target, link: Link, peer_block_bytes: int) -> Any:
+        """`copy_blocks`, compiled for blocks as this link has them, away from the data path."""
+        from hbserve_kv.block_copy import copy_blocks  # Triton is not there on every system that has no CUDA
+
+        memory = self._memory
+        with torch.cuda.stream(target.stream):
+            mine, theirs = (
+                torch.zeros((1, size), dtype=torch.uint8, device=memory.device)
+                for size in (memory.block_bytes, peer_block_bytes)
+            )
+            mine = head_view(mine, link.heads, memory.num_heads, memory.head_bytes)
+            copy_blocks(mine, [0], self._target_view(link, theirs), [0])
+            target.stream.synchronize()
+        return copy_blocks
 
     async def push(self, link: Link, part: Part) -> None:
         if link.key not in self._targets:
@@ -120,20 +140,26 @@ class IpcTransport(Transport):
         scatter(self._target_view(link, rows), part.target_block_ids, self._gathered(link, part))
 
     def _write_device(self, target: _Target, link: Link, part: Part) -> None:
-        source, rows = self._memory.rows(part.region), target.rows[part.target_region]
+        rows = target.rows[part.target_region]
         assert max(part.target_block_ids) < rows.shape[0]
-        both = list(runs(part.block_ids, part.target_block_ids))
         with torch.cuda.stream(target.stream):
             if part.ready is not None:
                 target.stream.wait_event(part.ready)
-            whole = link.heads is None and link.peer_heads is None
-            if whole and (target.device != self._memory.device or len(both) * FEW_RUNS_BLOCKS <= len(part.block_ids)):
-                for mine, theirs, count in both:
-                    rows[theirs : theirs + count].copy_(source[mine : mine + count], non_blocking=True)
+            if target.copy_blocks is None:
+                self._copy_to_other_gpu(rows, link, part)
             else:
-                blocks = self._gathered(link, part).to(rows.device, non_blocking=True)
-                scatter(self._target_view(link, rows), part.target_block_ids, blocks)
+                mine, theirs = self._memory.part(part.region, link.heads), self._target_view(link, rows)
+                target.copy_blocks(mine, part.block_ids, theirs, part.target_block_ids)
             target.stream.synchronize()
+
+    def _copy_to_other_gpu(self, rows: torch.Tensor, link: Link, part: Part) -> None:
+        if link.heads is None and link.peer_heads is None:
+            source = self._memory.rows(part.region)
+            for mine, theirs, count in runs(part.block_ids, part.target_block_ids):
+                rows[theirs : theirs + count].copy_(source[mine : mine + count], non_blocking=True)
+        else:
+            blocks = self._gathered(link, part).to(rows.device, non_blocking=True)
+            scatter(self._target_view(link, rows), part.target_block_ids, blocks)
 
     def _gathered(self, link: Link, part: Part) -> torch.Tensor:
         return gather(self._memory.part(part.region, link.heads), part.block_ids).contiguous()
