@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from hbserve_rpc import Method, RpcClient, RpcServer, StreamMethod
+from hbserve_rpc import Method, Notification, RpcClient, RpcServer, StreamMethod
 
 
 class Ask(msgspec.Struct, frozen=True, tag=True):
@@ -17,9 +17,10 @@ class Ask(msgspec.Struct, frozen=True, tag=True):
 
 @pytest.fixture
 def rpc() -> SimpleNamespace:
-    """The request and reply type, a method and a stream method."""
+    """The request and reply type, and a method of each kind."""
     return SimpleNamespace(
-        Ask=Ask, CALL=Method("test.call", Ask, Ask), STREAM=StreamMethod("test.stream", Ask, Ask),
+        Ask=Ask, CALL=Method("test.call", Ask, Ask), TELL=Notification("test.tell", Ask),
+        STREAM=StreamMethod("test.stream", Ask, Ask),
     )  # fmt: skip
 
 

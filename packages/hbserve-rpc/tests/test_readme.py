@@ -14,4 +14,4 @@ def test_the_example_of_the_readme_runs(tmp_path):
     script.write_text(block)
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == ["Number(value=42)", "[0, 1, 2]"]
+    assert done.stdout.splitlines() == ["noted 7", "Number(value=42)", "[0, 1, 2]"]

@@ -11,7 +11,7 @@ from hbserve_rpc.errors import (
     RemoteError,
     RpcTimeout,
 )
-from hbserve_rpc.methods import Method, StreamMethod
+from hbserve_rpc.methods import Method, Notification, StreamMethod
 from hbserve_rpc.sampling_params import SamplingParams
 from hbserve_rpc.server import RpcServer
 
@@ -20,6 +20,7 @@ __all__ = [
     "HBServeRpcError",
     "InvalidRequest",
     "Method",
+    "Notification",
     "Overloaded",
     "PeerLost",
     "ProtocolMismatch",

@@ -18,7 +18,7 @@ import zmq.asyncio
 
 from hbserve_rpc import wire
 from hbserve_rpc.errors import HBServeRpcError, PeerLost, ProtocolMismatch, RpcTimeout
-from hbserve_rpc.methods import Method, StreamMethod
+from hbserve_rpc.methods import Method, Notification, StreamMethod
 
 logger = logging.getLogger(__name__)
 
@@ -98,6 +98,19 @@ class RpcClient:
         async with pending:
             await self._begin(pending, wire.Call(pending.id, method.name), request)
             return await anext(pending)
+
+    async def notify(self, method: Notification[Q], request: Q) -> None:
+        """Tell, without an answer. Returns once it is queued to be sent.
+
+        The server begins to handle it after what this client asked before, and before what it asks later. Nothing says
+        that it arrived or what came of it; a call that is answered after it does say that it was not lost.
+
+        Raises:
+            PeerLost: this client is not started, or is closed.
+        """
+        if self._context is None:
+            raise PeerLost(f"the client of {self.address} is not started")
+        await self.send(wire.Notify(next(self._ids), method.name), wire.encode(request))
 
     def stream(self, method: StreamMethod[Q, R], request: Q, *, timeout_s: float | None = None) -> "RpcStream[R]":
         """Items as they come. Raises, while iterating, what `call` raises; `timeout_s` bounds the wait for each item.

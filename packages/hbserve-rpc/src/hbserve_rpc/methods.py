@@ -20,6 +20,14 @@ class Method(Generic[Request, Reply]):
 
 
 @dataclass(frozen=True)
+class Notification(Generic[Request]):
+    """One message that nobody answers."""
+
+    name: str
+    request: type[Request]
+
+
+@dataclass(frozen=True)
 class StreamMethod(Generic[Request, Reply]):
     """One request, then any number of items until the server ends the stream or the client closes it."""
 

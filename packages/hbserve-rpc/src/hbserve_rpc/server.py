@@ -16,7 +16,7 @@ import zmq.asyncio
 
 from hbserve_rpc import wire
 from hbserve_rpc.errors import AddressInUse, HBServeRpcError, InvalidRequest
-from hbserve_rpc.methods import Method, StreamMethod
+from hbserve_rpc.methods import Method, Notification, StreamMethod
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +26,7 @@ R = TypeVar("R")
 
 @dataclass
 class _Work:
-    """A call or stream that is under way for one client."""
+    """A call, notification or stream that is under way for one client."""
 
     task: asyncio.Task[None]
     credit: asyncio.Semaphore
@@ -54,8 +54,11 @@ class RpcServer:
         self.epoch = epoch or uuid.uuid4().hex
         self.dropped_frames = 0
         """Messages that were undecodable, or from a client that is not known."""
+        self.failed_notifications = 0
+        """Notifications that were not of a served method, were undecodable, or whose handler raised."""
         self._check_interval_s = min(1.0, heartbeat_timeout_s / 4)
         self._handlers: dict[str, tuple[Any, Callable[[Any], Any]]] = {}
+        self._notified: dict[str, tuple[Any, Callable[[Any], Any]]] = {}
         self._streams: dict[str, tuple[Any, Callable[[Any], AsyncIterator[Any]]]] = {}
         self._clients: dict[bytes, _Client] = {}
         self._tasks: list[asyncio.Task[None]] = []
@@ -65,6 +68,10 @@ class RpcServer:
     def serve(self, method: Method[Q, R], handler: Callable[[Q], Awaitable[R]]) -> None:
         """Answer `method` with what `handler` returns; its exception reaches the caller."""
         self._handlers[method.name] = (msgspec.msgpack.Decoder(method.request), handler)
+
+    def serve_notification(self, method: Notification[Q], handler: Callable[[Q], Awaitable[None]]) -> None:
+        """Run `handler` for each; what it raises is logged and counted, because nobody waits for it."""
+        self._notified[method.name] = (msgspec.msgpack.Decoder(method.request), handler)
 
     def serve_stream(self, method: StreamMethod[Q, R], handler: Callable[[Q], AsyncIterator[R]]) -> None:
         """Answer `method` with the items of the async generator that `handler` returns."""
@@ -98,7 +105,7 @@ class RpcServer:
         self._tasks = [asyncio.create_task(self._read()), asyncio.create_task(self._drop_silent_clients())]
 
     async def stop(self) -> None:
-        """End every call and stream, and leave no task or socket behind. May be called twice."""
+        """End every call, notification and stream, and leave no task or socket behind. May be called twice."""
         running = [work.task for client in self._clients.values() for work in client.work.values()]
         for task in [*self._tasks, *running]:
             task.cancel()
@@ -146,6 +153,8 @@ class RpcServer:
                 await self._send(identity, wire.Pong(self.epoch))
             case wire.Call(id=id_):
                 self._begin(identity, client, id_, self._run_call(identity, envelope, body))
+            case wire.Notify(id=id_):
+                self._begin(identity, client, id_, self._run_notification(envelope, body))
             case wire.Open(id=id_):
                 credit = asyncio.Semaphore(wire.CREDIT)
                 self._begin(identity, client, id_, self._run_stream(identity, envelope, body, credit), credit)
@@ -190,6 +199,16 @@ class RpcServer:
         else:
             await self._send(identity, wire.Reply(self.epoch, call.id), reply)
 
+    async def _run_notification(self, notify: wire.Notify, body: bytes) -> None:
+        try:
+            handler, request = self._decode(self._notified, notify.method, body)
+            await handler(request)
+        except (Exception, asyncio.CancelledError) as error:  # as above, but there is no caller
+            _reraise_if_stopped(error)
+            self.failed_notifications += 1
+            refused = isinstance(error, HBServeRpcError)
+            logger.error("notification %s failed: %s", notify.method, error, exc_info=None if refused else error)
+
     async def _run_stream(self, identity: bytes, open_: wire.Open, body: bytes, credit: asyncio.Semaphore) -> None:
         try:
             handler, request = self._decode(self._streams, open_.method, body)
@@ -205,9 +224,7 @@ class RpcServer:
             await self._send(identity, wire.End(self.epoch, open_.id))
 
     async def _fail(self, identity: bytes, id_: int, method: str, error: BaseException) -> None:
-        task = asyncio.current_task()
-        if isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling():
-            raise error  # by Close, a silent client or `stop`; otherwise it came from what the handler waited for
+        _reraise_if_stopped(error)
         if not isinstance(error, HBServeRpcError):
             logger.error("%s failed", method, exc_info=error)
         code, message = wire.describe_error(error)
@@ -228,3 +245,10 @@ class RpcServer:
                     for work in client.work.values():
                         work.task.cancel()
                     del self._clients[identity]
+
+
+def _reraise_if_stopped(error: BaseException) -> None:
+    """Raise a cancellation by Close, a silent client or `stop`; another came from what the handler waited for."""
+    task = asyncio.current_task()
+    if isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling():
+        raise error

@@ -5,6 +5,7 @@
                                  ◀──────       Welcome(version, epoch), or Refused(version)
       Call(id, method) + request ──────▶
                                  ◀──────       Reply(id) + reply, or Failed(id, code, message)
+      Notify(id, method) + request ────▶       nothing comes back
       Open(id, method) + request ──────▶
                                  ◀──────       Item(id, number) + item, at most as many as the client gave credit for
       Credit(id, count)          ──────▶
@@ -15,6 +16,8 @@
 Each envelope from the server has its epoch. A server that gets anything but a Hello from a client it does not know
 answers Stranger with the id of that message: it was restarted, and what the client asked up to that id is lost. What
 was asked later, after the Hello that a Stranger causes, is not.
+
+The handlers of one client's calls, notifications and streams begin in the order in which it sent them.
 """
 
 from typing import Any
@@ -23,7 +26,7 @@ import msgspec
 
 from hbserve_rpc.errors import HBServeRpcError, InvalidRequest, Overloaded, RemoteError
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 CREDIT = 64
 """Items that may be on their way in one stream."""
 
@@ -35,6 +38,11 @@ class Hello(msgspec.Struct, frozen=True, tag=True):
 
 
 class Call(msgspec.Struct, frozen=True, tag=True):
+    id: int
+    method: str
+
+
+class Notify(msgspec.Struct, frozen=True, tag=True):
     id: int
     method: str
 
@@ -55,7 +63,7 @@ class Close(msgspec.Struct, frozen=True, tag=True):
 
 class Ping(msgspec.Struct, frozen=True, tag=True):
     id: int = 0
-    """Drawn from the same count as those of calls and streams."""
+    """Drawn from the same count as those of calls, notifications and streams."""
 
 
 class Welcome(msgspec.Struct, frozen=True, tag=True):
@@ -102,7 +110,7 @@ class Failed(msgspec.Struct, frozen=True, tag=True):
     message: str
 
 
-FromClient = Hello | Call | Open | Credit | Close | Ping
+FromClient = Hello | Call | Notify | Open | Credit | Close | Ping
 FromServer = Welcome | Refused | Stranger | Pong | Reply | Item | End | Failed
 
 encode = msgspec.msgpack.Encoder().encode
