@@ -31,7 +31,7 @@ def test_documented_fields_have_their_documented_defaults():
 WRONG = {
     "chunk_size": (0, "chunk_size=0: expected at least 1"),
     "max_num_seqs": ("many", "max_num_seqs='many': expected `int`"),
-    "tensor_parallel_size": (2, "tensor_parallel_size=2: expected 1"),
+    "tensor_parallel_size": (0, "tensor_parallel_size=0: expected at least 1"),
     "kv_buffer_size": ("1 parsec", "kv_buffer_size='1 parsec': expected a number of bytes"),
     "dtype": ("int8", "dtype='int8': expected one of auto, float32, bfloat16, float16"),
     "kv_port": (70000, "kv_port=70000: expected 0 to 65535"),

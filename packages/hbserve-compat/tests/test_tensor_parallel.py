@@ -10,11 +10,16 @@ from hbserve import LLM, SamplingParams
 from hbserve.launcher import instance_settings
 from hbserve.pd_disagg import DisaggregatedLLM, PdDisaggConfig
 from hbserve_core import RankFailed
-from hbserve_scheduler import ConfigError, convert
+from hbserve_scheduler import convert
 
 PARAMS = SamplingParams(0, 10, ignore_eos=True)
 PROMPTS = ["Hello", [5, 6, 7] * 20]
 HYBRID = [{"instance_id": "hybrid-0", "instance_type": "hybrid"}]
+
+PD = [
+    {"instance_id": "p", "instance_type": "prefill", "tensor_parallel_size": 1, "kv_rank": 0},
+    {"instance_id": "d", "instance_type": "decode", "kv_rank": 1},
+]
 
 
 def ranks() -> list[int]:
@@ -50,9 +55,10 @@ def test_an_llm_of_two_ranks_gives_the_tokens_of_one_names_a_lost_rank_and_leave
     assert ranks() == []
 
 
-async def test_a_hybrid_instance_of_two_ranks_gives_the_tokens_of_one(small_model, expected):
+@pytest.mark.parametrize("instances", [HYBRID, PD], ids=["hybrid", "prefill-of-one"])
+async def test_instances_of_two_ranks_give_the_tokens_of_one(small_model, expected, instances):
     config = PdDisaggConfig(
-        small_model("qwen3"), num_blocks=100, tensor_parallel_size=2, gpu_instances=HYBRID, device="cpu"
+        small_model("qwen3"), num_blocks=100, tensor_parallel_size=2, gpu_instances=instances, device="cpu"
     )
     async with DisaggregatedLLM(config) as llm:
         results = await llm.generate(PROMPTS, PARAMS)
@@ -65,16 +71,12 @@ def test_a_model_that_cannot_be_divided_is_told_before_anything_starts(small_mod
     assert ranks() == []
 
 
-def test_prefill_and_decode_instances_of_several_ranks_are_refused(small_model):
-    with pytest.raises(ConfigError, match=r"tensor_parallel_size=2: expected 1.* is a prefill instance"):
-        PdDisaggConfig(small_model("qwen3"), tensor_parallel_size=2)
-
-
 def test_instances_share_a_gpu_where_their_ranks_overlap():
-    """Ranks of the first have GPUs 0 and 1, of the second 1 and 2, of the third 3 and 4."""
+    """Ranks of the first have GPUs 0 and 1, of the second 1 and 2, of the third 3 and 4, and the fourth has GPU 2."""
     instances = [
         {"instance_id": str(gpu), "instance_type": "hybrid", "gpu_id": gpu, "kv_rank": gpu} for gpu in (0, 1, 3)
     ]
+    instances += [{"instance_id": "2", "instance_type": "hybrid", "gpu_id": 2, "kv_rank": 2, "tensor_parallel_size": 1}]
     config = convert({"model": {"tensor_parallel_size": 2}, "gpu_instances": instances})
     settings = [instance_settings(config, each, Path("model"), log_level="INFO") for each in config.gpu_instances]
-    assert [each["num_on_gpu"] for each in settings] == [2, 2, 1]
+    assert [each["num_on_gpu"] for each in settings] == [2, 2, 1, 2]

@@ -185,6 +185,8 @@ class RanksInThreads:
     """Stands for Followers: the other ranks are threads of this process. All else is real: groups over Gloo, messages,
     runners that follow. Rank 0's runner is `runner`."""
 
+    transfer_addresses = ()
+
     def __init__(self, make: Callable[[Any], Any], size: int) -> None:
         """make: makes a rank's own runner from its RankGroup."""
         import queue

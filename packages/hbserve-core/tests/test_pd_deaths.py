@@ -14,7 +14,7 @@ import pytest
 from hbserve_core import InstanceConfig
 from hbserve_kv import KVTransferConfig
 from hbserve_rpc import RemoteError, RpcClient, SamplingParams
-from hbserve_rpc.messages import DECODE, PREFILL, STATS, DecodeRequest, Empty, PrefillRequest
+from hbserve_rpc.messages import DECODE, DESCRIBE, PREFILL, STATS, DecodeRequest, Empty, PrefillRequest
 
 NUM_BLOCKS, BLOCK, CHUNK = 100, 16, 32
 NUM_HELD = 9  # blocks of a prompt of 140 tokens
@@ -72,10 +72,28 @@ class Instance:
 
     async def sends_what_it_has(self) -> bool:
         s = await self.stats()
-        return bool(s.active_transfers == 1 and s.prefill_tokens == 2 * CHUNK)
+        return bool(s.active_transfers >= 1 and s.prefill_tokens == 2 * CHUNK)
 
     async def has_quarantined_blocks(self) -> bool:
         return bool((await self.stats()).quarantined_blocks)
+
+    async def kill_a_rank(self) -> int:
+        """Kill rank 1 of 2; returns its pid."""
+        listed = await asyncio.create_subprocess_exec(
+            "ps", "-o", "pid=", "--ppid", str(self.process.pid), stdout=asyncio.subprocess.PIPE
+        )
+        pid = int((await listed.communicate())[0])
+        os.kill(pid, signal.SIGKILL)
+        return pid
+
+    async def ends_by(self, error: str) -> None:
+        async with asyncio.timeout(DEADLINE_S):
+            while (info := await self.client.call(DESCRIBE, Empty(), timeout_s=DEADLINE_S)).status != "failed":
+                await asyncio.sleep(0.01)
+        assert info.error == error
+        self.process.terminate()
+        async with asyncio.timeout(DEADLINE_S):
+            assert await self.process.wait() == 1
 
     async def kill(self) -> None:
         self.process.kill()
@@ -93,12 +111,13 @@ async def start(model_folder: Callable[[str], Any]) -> AsyncIterator[Start]:
     async with contextlib.AsyncExitStack() as stack:
         started: list[Instance] = []
 
-        async def start(role: str, backend: str, *, halting: bool = False) -> Instance:
+        async def start(role: str, backend: str, *, halting: bool = False, num_ranks: int = 1) -> Instance:
             if backend == "mooncake":
                 pytest.importorskip("mooncake.engine", reason="no Mooncake, or not its libraries", exc_type=ImportError)
             config = InstanceConfig(
                 instance_id=f"{role}-{len(started)}", role=role, model_path=str(model_folder("qwen3")), device="cpu",
                 num_blocks=NUM_BLOCKS, block_size=BLOCK, chunk_size=CHUNK, num_threads=1, kv_rank=len(started),
+                tensor_parallel_size=num_ranks,
                 kv_transfer=KVTransferConfig(backend=backend, buffer_size=1 << 20, timeout_s=KV_TIMEOUT_S),
             )  # fmt: skip
             process = await _start_process(["-c", HALTING] if halting else ["-m", "hbserve_core"], config, stack)
@@ -207,3 +226,20 @@ async def test_blocks_to_which_a_frozen_prefill_instance_may_write_are_used_by_n
                 assert (await d.stats()).free_blocks == NUM_BLOCKS - NUM_HELD
             await p.kill()
     await until(d.is_empty)
+
+
+@pytest.mark.parametrize("lost", ["prefill", "decode"])
+async def test_a_rank_killed_in_mid_transfer_ends_its_instance_and_the_other_has_its_blocks_back(start, lost):
+    p = await start("prefill", "ipc", halting=True, num_ranks=2 if lost == "prefill" else 1)
+    d = await start("decode", "ipc", num_ranks=2 if lost == "decode" else 1)
+    has_ranks, other = (p, d) if lost == "prefill" else (d, p)
+    async with d.decode("r") as decoding:
+        granted = await anext(decoding)
+        async with reading(p.prefill("r", granted.grant)) as prefilling:
+            await until(p.sends_what_it_has)
+            pid = await has_ranks.kill_a_rank()
+            p.process.send_signal(signal.SIGUSR1)
+            await has_ranks.ends_by(f"RankFailed: rank 1 of 2 (pid {pid}) was ended by SIGKILL")
+            with pytest.raises(RemoteError, match="failed: "):
+                await (anext(decoding) if lost == "prefill" else prefilling)
+    await until(other.is_empty)

@@ -28,6 +28,7 @@ from hbserve_rpc.messages import (
 
 BLOCK, CHUNK = 16, 32
 LENGTHS = [1, BLOCK - 1, BLOCK, BLOCK + 1, CHUNK - 1, CHUNK, CHUNK + 1, 4 * CHUNK + 5]
+FULL_BYTES = 2 * 2 * BLOCK * 2 * 16 * 4  # layers, keys and values, tokens, heads, head_dim, float32
 MAX_TOKENS = 6
 DEADLINE_S = 60
 GREEDY = SamplingParams(0, MAX_TOKENS, ignore_eos=True)
@@ -145,24 +146,42 @@ async def apart(p: Instance, d: Instance, name: str, ids: list[int]) -> tuple[li
 async def test_tokens_apart_are_those_of_hybrid_and_transformers(start, backend, process, prompt, greedy_tokens):
     settings = {"backend": backend, "process": process}
     p, d, h = await start("prefill", **settings), await start("decode", **settings), await start("hybrid")
-    full_bytes = 2 * 2 * BLOCK * 2 * 16 * 4  # layers, keys and values, tokens, heads, head_dim, float32
     for length in LENGTHS:
         ids = prompt(length, salt=length)
         expected = greedy_tokens("qwen3", ids, MAX_TOKENS)
         assert await h.hybrid(f"{length}", ids) == expected
         tokens, num_cached, done = await apart(p, d, f"{length}-cold", ids)
         assert (tokens, num_cached) == (expected, 0)
-        assert done.num_bytes == -(-length // BLOCK) * full_bytes
+        assert done.num_bytes == -(-length // BLOCK) * FULL_BYTES
 
         tokens, num_cached, done = await apart(p, d, f"{length}-cached", ids)
         assert (tokens, num_cached) == (expected, length // BLOCK * BLOCK), "every full block, the last one too"
-        assert done.num_bytes == (length % BLOCK > 0) * full_bytes
+        assert done.num_bytes == (length % BLOCK > 0) * FULL_BYTES
 
         longer = ids + prompt(CHUNK + 3, salt=100 + length)
         tokens, num_cached, _ = await apart(p, d, f"{length}-partly", longer)
         assert (tokens, num_cached) == (greedy_tokens("qwen3", longer, MAX_TOKENS), length // BLOCK * BLOCK)
 
     many = [prompt(LENGTHS[i % 8], salt=200 + i) for i in range(32)]
+    results = await asyncio.gather(*(apart(p, d, f"many-{i}", ids) for i, ids in enumerate(many)))
+    assert [tokens for tokens, _, _ in results] == [greedy_tokens("qwen3", ids, MAX_TOKENS) for ids in many]
+
+
+@pytest.mark.parametrize(
+    ("backend", "p_ranks", "d_ranks"), [("nccl", 1, 2), ("ipc", 4, 2)], ids=["one-to-two", "four-to-two"]
+)
+async def test_instances_of_other_numbers_of_ranks_share_heads(start, backend, p_ranks, d_ranks, prompt, greedy_tokens):
+    """The model has two KV heads: of four ranks two hold the same one, and one of them sends it."""
+    p = await start("prefill", backend=backend, tensor_parallel_size=p_ranks)
+    d = await start("decode", backend=backend, tensor_parallel_size=d_ranks)
+    for length in (1, BLOCK, 4 * CHUNK + 5):
+        ids = prompt(length, salt=length)
+        tokens, _, done = await apart(p, d, f"{length}-cold", ids)
+        assert tokens == greedy_tokens("qwen3", ids, MAX_TOKENS)
+        assert done.num_bytes == -(-length // BLOCK) * FULL_BYTES
+        tokens, num_cached, _ = await apart(p, d, f"{length}-cached", ids)
+        assert (tokens, num_cached) == (greedy_tokens("qwen3", ids, MAX_TOKENS), length // BLOCK * BLOCK)
+    many = [prompt(20 + 7 * i, salt=i) for i in range(8)]
     results = await asyncio.gather(*(apart(p, d, f"many-{i}", ids) for i, ids in enumerate(many)))
     assert [tokens for tokens, _, _ in results] == [greedy_tokens("qwen3", ids, MAX_TOKENS) for ids in many]
 

@@ -190,12 +190,6 @@ async def test_no_rank_outlives_a_killed_instance(model_folder):
             await asyncio.sleep(0.05)
 
 
-@pytest.mark.parametrize("role", ["prefill", "decode"])
-def test_roles_that_move_kv_are_refused(model_folder, role):
-    with pytest.raises(InvalidInstanceConfig, match=f"tensor_parallel_size=2: expected 1 for a {role} instance"):
-        make_runner(config(model_folder("qwen3"), role=role))
-
-
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -17,7 +17,7 @@ DOCUMENTED = {
     "kv_transfer": ["backend", "buffer_size", "ip", "port", "timeout_s", "checksum", "options"],
     "chunked_prefill": ["enabled", "chunk_size", "max_chunk_prefill_tokens"],
     "cuda_graph": ["enabled", "max_seq_len"],
-    "gpu_instances": ["instance_id", "instance_type", "gpu_id", "host", "port", "kv_rank"],
+    "gpu_instances": ["instance_id", "instance_type", "gpu_id", "host", "port", "kv_rank", "tensor_parallel_size"],
     "engine": [
         "device", "num_threads", "block_size", "num_blocks", "gpu_memory_utilization", "max_num_seqs",
         "max_num_batched_tokens", "prefix_caching",
@@ -58,8 +58,8 @@ WRONG: list[tuple[Any, list[str]]] = [
     # ranges
     ({"model": {"tensor_parallel_size": 0}}, ["model.tensor_parallel_size=0", "at least 1"]),
     (
-        {"model": {"tensor_parallel_size": 2}, "gpu_instances": [PREFILL, DECODE]},
-        ["model.tensor_parallel_size=2", "expected 1", "gpu_instances[0] is a prefill instance", "hybrid"],
+        {"gpu_instances": [PREFILL, DECODE | {"tensor_parallel_size": 0}]},
+        ["gpu_instances[1].tensor_parallel_size=0", "at least 1"],
     ),
     ({"model": {"max_model_len": 0}}, ["model.max_model_len=0", "at least 1"]),
     ({"kv_transfer": {"port": 65536}}, ["kv_transfer.port=65536", "0 to 65535"]),

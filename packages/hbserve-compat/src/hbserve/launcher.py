@@ -32,8 +32,6 @@ def instance_settings(
     The instances with the same `host` share its cores and its GPUs.
     """
     neighbours = [each for each in config.gpu_instances if each.host == instance.host]
-    size = config.model.tensor_parallel_size
-    num_on_gpu = None if instance.gpu_id is None else _most_on_one_gpu(neighbours, instance.gpu_id, size)
     chunked, graph, engine = config.chunked_prefill, config.cuda_graph, config.engine
     num_cores = len(os.sched_getaffinity(0))
     return {
@@ -42,12 +40,12 @@ def instance_settings(
         "model_path": str(model_folder),
         "load_format": config.model.load_format,
         "dtype": config.model.dtype,
-        "tensor_parallel_size": size,
+        "tensor_parallel_size": _num_ranks(config, instance),
         "max_model_len": config.model.max_model_len,
         "device": engine.device,
         "gpu_id": instance.gpu_id,
         "num_local_instances": len(neighbours),
-        "num_on_gpu": num_on_gpu,
+        "num_on_gpu": _most_on_one_gpu(config, neighbours, instance),
         "num_threads": engine.num_threads or max(1, num_cores // len(neighbours)),
         "block_size": engine.block_size,
         "num_blocks": engine.num_blocks,
@@ -68,10 +66,19 @@ def instance_settings(
     }
 
 
-def _most_on_one_gpu(instances: list[InstanceSection], first: int, size: int) -> int:
-    """On any of the GPUs [first, first + size), if each instance has as many from its `gpu_id` on."""
-    firsts = [each.gpu_id for each in instances if each.gpu_id is not None]
-    return max(sum(gpu - size < each <= gpu for each in firsts) for gpu in range(first, first + size))
+def _num_ranks(config: DeploymentConfig, instance: InstanceSection) -> int:
+    return instance.tensor_parallel_size or config.model.tensor_parallel_size
+
+
+def _most_on_one_gpu(
+    config: DeploymentConfig, neighbours: list[InstanceSection], instance: InstanceSection
+) -> int | None:
+    """Of this instance's GPUs, on the one where the most are; None if nobody has said which they are."""
+
+    def gpus(each: InstanceSection) -> range:
+        return range(0) if each.gpu_id is None else range(each.gpu_id, each.gpu_id + _num_ranks(config, each))
+
+    return max((sum(gpu in gpus(each) for each in neighbours) for gpu in gpus(instance)), default=None)
 
 
 def _kv_settings(kv: KVTransferSection, instance: InstanceSection) -> dict[str, Any]:

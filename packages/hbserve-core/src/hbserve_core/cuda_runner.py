@@ -33,6 +33,7 @@ class CudaRunner:
     """
 
     overlaps = True
+    transfer_addresses: Ids[str] = ()
 
     def __init__(self, config: InstanceConfig, group: RankGroup | None = None) -> None:
         group = group or RankGroup()

@@ -52,6 +52,8 @@ class FollowerProcess:
         self._name = f"rank {settings.rank} of {settings.config.tensor_parallel_size} (pid {self._popen.pid})"
         self._on_end = on_end
         self._state: RankState | None = None
+        self.transfer_address = ""
+        """Where it serves the transfers of its pool, once it is ready; "" if it has none."""
         self._changed = threading.Condition()
         self._closing = self._lost = False
         self._settings = settings
@@ -140,7 +142,7 @@ class FollowerProcess:
                 if report.state == "failed":
                     return Fate(f"{self._name} failed: {report.error}", report.is_consequence)
                 with self._changed:
-                    self._state = report.state
+                    self._state, self.transfer_address = report.state, report.transfer_address
                     self._changed.notify_all()
         if self._state is None:
             return Fate(f"{self._name} has not begun within {time.monotonic() - begin_s:.0f} s")

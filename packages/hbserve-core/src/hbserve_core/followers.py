@@ -74,6 +74,11 @@ class Followers:
         """Of ranks 1, 2, …"""
         return [process.pid for process in self._processes]
 
+    @property
+    def transfer_addresses(self) -> list[str]:
+        """Of ranks 1, 2, … once they are ready, if the instance's role has transfers."""
+        return [process.transfer_address for process in self._processes if process.transfer_address]
+
     def join(self) -> RankGroup:
         """Let all ranks begin; returns the group in which this one is rank 0. Raises RankFailed."""
         for process in self._processes:

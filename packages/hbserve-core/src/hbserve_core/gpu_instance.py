@@ -17,9 +17,11 @@ from hbserve_core.engine_output import EngineStats
 from hbserve_core.engine_thread import EngineEvent, EngineThread
 from hbserve_core.errors import EngineStopped, InstanceFailed
 from hbserve_core.handover import Inbox, Sending, received
+from hbserve_core.instance_transfers import InstanceTransfers
+from hbserve_core.joint_transfer import JointReceive
 from hbserve_core.runner import Runner
 from hbserve_core.runner_choice import make_runner
-from hbserve_kv import KVTransferManager, Outcome, PostedReceive
+from hbserve_kv import Outcome
 from hbserve_rpc import InvalidRequest, Overloaded, RemoteError, RpcServer
 from hbserve_rpc.messages import (
     DECODE,
@@ -56,7 +58,7 @@ class GpuInstance:
         self.engine: Engine | None = None
         """Belongs to its thread: others may read what never changes."""
         self.runner: Runner | None = None
-        self.manager: KVTransferManager | None = None
+        self.transfers: InstanceTransfers | None = None
         self.num_requests = 0
         self._server = RpcServer(config.host, config.port, epoch=self.epoch)
         self._thread = EngineThread(self._make_engine, on_events=self._deliver, on_failure=self._fail)
@@ -122,8 +124,8 @@ class GpuInstance:
             await self._thread.stop()
         if self._loading is not None:
             await self._loading
-        if self.manager is not None:
-            await self.manager.close()
+        if self.transfers is not None:
+            await self.transfers.close()
         ends = list(self._ends)
         for task in ends:
             task.cancel()
@@ -141,12 +143,9 @@ class GpuInstance:
             engine = await self._thread.start()
             if self.config.role != "hybrid":
                 assert self.runner is not None
-                manager = KVTransferManager(
-                    rank=self.config.kv_rank, pool=self.runner.pool, fingerprint=self.runner.fingerprint,
-                    config=self.config.kv_transfer, epoch=self.epoch,
-                )  # fmt: skip
-                await manager.start()
-                self.manager = manager
+                transfers = InstanceTransfers(self.config, self.runner, self.epoch, self._thread.fail)
+                await transfers.start()
+                self.transfers = transfers
         except Exception as error:  # whatever is wrong with the model or the machine, DESCRIBE tells it
             self._fail(error)
             return
@@ -162,6 +161,8 @@ class GpuInstance:
         logger.error("%s: %s", self.config.instance_id, self.error)
         for inbox in self._inboxes.values():
             inbox.put_nowait(RemoteError(f"{self.config.instance_id} failed: {self.error}"))
+        if self.transfers is not None:
+            self.transfers.lose_ranks()
         self._has_failed.set()
 
     def _deliver(self, events: Sequence[EngineEvent]) -> None:
@@ -231,7 +232,7 @@ class GpuInstance:
 
     async def _prefill(self, request: PrefillRequest) -> AsyncIterator[TokenEvent | TransferDone]:
         inbox = self._open(request.request_id)
-        sending = Sending(self._require_manager(), request, self.config.block_size, inbox)
+        sending = Sending(self._require_transfers(), request, self.config.block_size, inbox)
         try:
             await self._thread.call(
                 lambda engine: engine.add(
@@ -258,8 +259,8 @@ class GpuInstance:
 
     async def _decode(self, request: DecodeRequest) -> AsyncIterator[Granted | TokenEvent]:
         inbox = self._open(request.request_id)
-        manager = self._require_manager()
-        posted: PostedReceive | None = None
+        transfers = self._require_transfers()
+        posted: JointReceive | None = None
         num_blocks = 0
         try:
             await self._thread.call(
@@ -269,7 +270,7 @@ class GpuInstance:
             )
             reservation = await inbox.next()
             num_blocks = len(reservation.block_ids)
-            posted = manager.post_receive(request.transfer_id, reservation.block_ids)
+            posted = await transfers.post_receive(request.transfer_id, reservation.block_ids)
             yield Granted(posted.grant, reservation.num_cached_tokens)
             num_tokens = len(request.prompt_token_ids) + len(request.output_token_ids)
             first = await received(posted, inbox, num_tokens)
@@ -279,19 +280,19 @@ class GpuInstance:
         finally:
             self._end(self._end_decode(request.request_id, posted, num_blocks))
 
-    async def _end_decode(self, request_id: str, posted: PostedReceive | None, num_blocks: int) -> None:
+    async def _end_decode(self, request_id: str, posted: JointReceive | None, num_blocks: int) -> None:
         if posted is not None and await posted.cancel("the request has ended") is Outcome.UNKNOWN:
             logger.warning("%s: a failed transfer may still write to its blocks; they stay out of use", request_id)
             await self._last_call(lambda engine: engine.quarantine(request_id, num_blocks))
             await posted.drained()
         await self._close(request_id)
 
-    def _require_manager(self) -> KVTransferManager:
-        assert self.manager is not None, "a ready prefill or decode instance has one"
-        return self.manager
+    def _require_transfers(self) -> InstanceTransfers:
+        assert self.transfers is not None, "a ready prefill or decode instance has them"
+        return self.transfers
 
     async def _describe(self, _: Empty) -> InstanceInfo:
         return instance_report.describe(self)
 
     async def _stats(self, _: Empty) -> InstanceStats:
-        return instance_report.statistics(self)
+        return await instance_report.statistics(self)

@@ -6,7 +6,9 @@ from typing import Any
 import msgspec
 
 from hbserve_core.engine_output import Reservation, StepOutput
-from hbserve_kv import KVTransferManager, Outcome, OutgoingTransfer, PostedReceive, TransferResult
+from hbserve_core.instance_transfers import InstanceTransfers
+from hbserve_core.joint_transfer import JointReceive, JointSend
+from hbserve_kv import Outcome, TransferResult
 from hbserve_rpc import RemoteError
 from hbserve_rpc.messages import PrefillRequest
 
@@ -37,7 +39,7 @@ class Sending:
                            [pushed .. num_blocks)  not computed, or the transfer is not open yet
     """
 
-    def __init__(self, manager: KVTransferManager, request: PrefillRequest, block_size: int, inbox: Inbox) -> None:
+    def __init__(self, transfers: InstanceTransfers, request: PrefillRequest, block_size: int, inbox: Inbox) -> None:
         self._transfer_id = request.transfer_id
         self._block_size = block_size
         self._num_tokens = len(request.prompt_token_ids) + len(request.output_token_ids)
@@ -45,21 +47,21 @@ class Sending:
         self._first = self._pushed = 0
         self._output: StepOutput | None = None
         self._inbox = inbox
-        self._transfer: OutgoingTransfer | None = None
+        self._transfer: JointSend | None = None
         self._committing: asyncio.Task[TransferResult] | None = None
         self._outcome: Outcome | None = None
         self._error = RemoteError(f"KV transfer {request.transfer_id} failed: it was given up")
         # Connecting takes longer than a small prompt computes, so it goes on beside.
-        self._opening = asyncio.create_task(self._open(manager, request.grant)) if request.grant else None
+        self._opening = asyncio.create_task(self._open(transfers, request.grant)) if request.grant else None
 
     @property
     def num_blocks(self) -> int:
         """Blocks that the transfer may read: those after the decode side's cached prefix."""
         return self._num_blocks - self._first
 
-    async def _open(self, manager: KVTransferManager, grant: bytes) -> None:
+    async def _open(self, transfers: InstanceTransfers, grant: bytes) -> None:
         try:
-            transfer = await manager.open_send(self._transfer_id, grant)
+            transfer = await transfers.open_send(self._transfer_id, grant)
         except Exception as error:  # whatever it is, the request fails by it
             self._fail(str(error))
             return
@@ -141,7 +143,7 @@ class Sending:
             await self._opening
 
 
-async def received(posted: PostedReceive, inbox: Inbox, num_tokens: int) -> int:
+async def received(posted: JointReceive, inbox: Inbox, num_tokens: int) -> int:
     """Wait until all blocks are here; returns the first token. `num_tokens`: how many tokens they should hold.
 
     Raises:

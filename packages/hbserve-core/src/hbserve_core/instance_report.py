@@ -28,11 +28,10 @@ def describe(instance: "GpuInstance") -> InstanceInfo:
     )  # fmt: skip
 
 
-def statistics(instance: "GpuInstance") -> InstanceStats:
-    engine, manager = instance.engine_stats, instance.manager
+async def statistics(instance: "GpuInstance") -> InstanceStats:
     transfers: dict[str, Any] = {}
-    if manager is not None:
-        kv = manager.stats()
+    if instance.transfers is not None:
+        kv = await instance.transfers.stats()
         transfers = {
             "active_transfers": kv.active_transfers,
             "buffered_bytes": kv.buffered_bytes,
@@ -42,7 +41,7 @@ def statistics(instance: "GpuInstance") -> InstanceStats:
             "failed_transfers": kv.num_failed,
             "dropped_messages": kv.dropped_messages,
         }
-    config = instance.config
+    config, engine = instance.config, instance.engine_stats
     return InstanceStats(
         config.instance_id, config.role, instance.status, instance.epoch,
         active_requests=instance.num_active, waiting_requests=engine.num_waiting,

@@ -44,7 +44,7 @@ class LoadedModel:
             torch.set_num_threads(config.num_threads)
         self.weights = load_weights(self.model_config, config.load_format, self.dtype, self.device, shard)
         self.block = block_shape(config, self.rank_config, self.dtype)
-        self.fingerprint = _fingerprint(self.model_config, self.weights.digest, self.block, config)
+        self.fingerprint = _fingerprint(self.model_config, self.weights.digest, self.block)
         """What two instances must share to read each other's blocks."""
 
     def allocate_pool(self, reserved_bytes: int = 0) -> torch.Tensor:
@@ -127,17 +127,14 @@ def _dtype(config: InstanceConfig, model: ModelConfig) -> torch.dtype:
     return DTYPES[config.dtype]
 
 
-def _fingerprint(
-    model: ModelConfig, weights_digest: str, block: BlockShape, config: InstanceConfig
-) -> dict[str, str | int]:
+def _fingerprint(model: ModelConfig, weights_digest: str, block: BlockShape) -> dict[str, str | int]:
     # The same weights with other rotation angles are another model.
     described = f"{model.architecture} {model.rope} {model.rms_norm_eps} {weights_digest}"
     return {
         "model": hashlib.sha256(described.encode()).hexdigest()[:32],
         "dtype": str(block.dtype).removeprefix("torch."),
         "num_layers": block.num_layers,
-        "num_kv_heads": block.num_kv_heads,
+        "num_kv_heads": model.num_kv_heads,
         "head_dim": block.head_dim,
         "block_size": block.block_size,
-        "tensor_parallel_size": config.tensor_parallel_size,
     }

@@ -27,6 +27,7 @@ class ModelRunner:
     """
 
     overlaps = False
+    transfer_addresses: Sequence[str] = ()
 
     def __init__(self, config: InstanceConfig, group: RankGroup | None = None) -> None:
         group = group or RankGroup()

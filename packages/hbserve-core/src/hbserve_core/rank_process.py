@@ -105,7 +105,7 @@ def main() -> int:
         reporter.say(RankReport("joining"))
         reporter.start()
         runner = _make_runner(settings, reporter)
-        reporter.say(RankReport("ready"))
+        reporter.say(RankReport("ready", transfer_address=_serve_transfers(settings, runner)))
         follow(runner, steps)
     except Exception as error:  # rank 0 tells it to whoever wants to know
         status = 1
@@ -120,11 +120,23 @@ def main() -> int:
 
 
 def _make_runner(settings: RankSettings, reporter: Reporter) -> Runner:
-    config, shard = settings.config, Shard(settings.rank, settings.config.tensor_parallel_size)
+    config, shard = settings.config, _shard(settings)
     device = choose_device(config, shard.rank)
     group = DistributedRankGroup(shard, device, reach_store(settings.store_port), settings.seed)
     reporter.say(RankReport("loading"))
     return make_rank_runner(config, group)
+
+
+def _serve_transfers(settings: RankSettings, runner: Runner) -> str:
+    if settings.config.role == "hybrid":
+        return ""
+    from hbserve_core.rank_transfer_server import serve_transfers
+
+    return serve_transfers(settings.config, runner, _shard(settings))
+
+
+def _shard(settings: RankSettings) -> Shard:
+    return Shard(settings.rank, settings.config.tensor_parallel_size)
 
 
 if __name__ == "__main__":

@@ -33,3 +33,5 @@ class RankReport(msgspec.Struct, frozen=True, omit_defaults=True):
     error: str = ""
     is_consequence: bool = False
     """The rank failed because it has lost another one."""
+    transfer_address: str = ""
+    """With "ready": where it serves the transfers of its pool (see rank_transfer_protocol.py), if its role has any."""

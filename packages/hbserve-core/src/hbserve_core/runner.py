@@ -29,6 +29,8 @@ class Runner(Protocol):
     """What two instances must share to read each other's blocks."""
     pool: torch.Tensor
     """(num_blocks, num_layers, 2, block_size, num_kv_heads, head_dim), with this rank's heads"""
+    transfer_addresses: Ids[str]
+    """Where ranks 1, 2, … serve the transfers of their pools, if the instance's role has transfers."""
     overlaps: bool
     """Whether a step may be launched before the tokens of the one before it are read. Those tokens are UNREAD then."""
 

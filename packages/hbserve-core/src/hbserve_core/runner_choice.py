@@ -30,12 +30,6 @@ def make_runner(config: InstanceConfig, on_failure: Callable[[Exception], None] 
     """
     if config.tensor_parallel_size == 1:
         return make_rank_runner(config, RankGroup())
-    if config.role != "hybrid":
-        # Each rank would need a KVTransferManager over its own pool: this is where it would be made.
-        raise InvalidInstanceConfig(
-            f"tensor_parallel_size={config.tensor_parallel_size}: expected 1 for a {config.role} instance, whose KV "
-            "moves from one rank to one rank; hybrid instances may have more"
-        )
     check_divisible(load_model_config(config.model_path), config.tensor_parallel_size)
     if not torch.distributed.is_available():
         raise InvalidInstanceConfig(

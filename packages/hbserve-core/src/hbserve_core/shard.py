@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 from hbserve_core.errors import InvalidInstanceConfig
 from hbserve_core.model_config import ModelConfig
+from hbserve_kv import HeadRange
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +40,16 @@ class Shard:
             return self.part(num_kv_heads, head_dim)
         head = self.rank * num_kv_heads // self.size
         return slice(head * head_dim, (head + 1) * head_dim)
+
+    def kv_heads(self, num_kv_heads: int) -> HeadRange:
+        """The same as numbers of heads."""
+        if num_kv_heads >= self.size:
+            return HeadRange.of_rank(self.rank, self.size, num_kv_heads)
+        return HeadRange(self.rank * num_kv_heads // self.size, 1, num_kv_heads)
+
+    def is_first_with_kv_heads(self, num_kv_heads: int) -> bool:
+        """Of several ranks with the same head one sends it."""
+        return num_kv_heads >= self.size or self.rank % (self.size // num_kv_heads) == 0
 
     def num_tokens(self, vocab_size: int) -> int:
         """Rows of each rank's vocabulary; the last rank's may go beyond the end, and are zero there."""

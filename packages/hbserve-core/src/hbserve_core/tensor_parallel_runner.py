@@ -16,6 +16,7 @@ class TensorParallelRunner:
         """runner: this rank's own."""
         self.model_config, self.device, self.dtype = runner.model_config, runner.device, runner.dtype
         self.fingerprint, self.pool, self.overlaps = runner.fingerprint, runner.pool, runner.overlaps
+        self.transfer_addresses: Ids[str] = followers.transfer_addresses
         self._runner = runner
         self.followers = followers
         # Without overlap rank 0 reads each token, and tells it with the next step.

@@ -174,6 +174,7 @@ class InstanceStats(msgspec.Struct, frozen=True, tag=True):
     """Blocks that nobody holds, those kept as prefix cache included."""
     quarantined_blocks: int = 0
     active_transfers: int = 0
+    """Each pair of ranks counts, where instances have several."""
     buffered_bytes: int = 0
     """Bytes of unexpected transfers in the KV lookup buffer."""
     total_requests: int = 0
@@ -185,6 +186,7 @@ class InstanceStats(msgspec.Struct, frozen=True, tag=True):
     kv_bytes_received: int = 0
     kv_transfer_time_s: float = 0.0
     failed_transfers: int = 0
+    """As active_transfers."""
     dropped_messages: int = 0
     """Late, duplicate, unknown and stale-epoch transfer messages."""
 

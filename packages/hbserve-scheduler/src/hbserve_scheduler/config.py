@@ -13,6 +13,7 @@ class ModelSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     path: str | None = None
     """A Hugging Face model folder; None is the demo model."""
     tensor_parallel_size: int = 1
+    """Ranks of each instance that says nothing else."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     max_model_len: int | None = None
     load_format: Literal["safetensors", "dummy"] = "safetensors"
@@ -26,7 +27,7 @@ class KVTransferSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
     ip: str | None = None
     """Address that KV listeners bind and advertise; None is each instance's own host."""
     port: int = 0
-    """Instance with rank r listens at port + r; 0 lets the OS choose."""
+    """Instance with kv_rank r listens at port + r; 0 lets the OS choose, as it does for the further ranks of one."""
     timeout_s: float = 30.0
     checksum: bool = False
     """Verify a checksum of each block that arrives: KV that was corrupted on its way is computed again."""
@@ -52,6 +53,8 @@ class InstanceSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     host: str = "127.0.0.1"
     port: int = 0
     kv_rank: int = 0
+    tensor_parallel_size: int | None = None
+    """Ranks of this instance, on GPUs from `gpu_id` on; None is `model.tensor_parallel_size`."""
 
 
 class EngineSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

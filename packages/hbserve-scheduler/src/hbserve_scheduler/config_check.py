@@ -34,7 +34,6 @@ def check(config: DeploymentConfig) -> None:
         if value is not None and not low <= value <= high:
             allowed = f"{low} to {high}" if high < 2**62 else f"at least {low}"
             raise ConfigError(f"{path}={value!r}: expected {allowed}")
-    _check_tensor_parallel(config)
     if config.scheduler.heartbeat_timeout_s <= config.scheduler.heartbeat_interval_s:
         raise ConfigError(
             f"scheduler.heartbeat_timeout_s={config.scheduler.heartbeat_timeout_s!r}: expected more than "
@@ -76,16 +75,7 @@ def _ranges(config: DeploymentConfig) -> Iterator[tuple[str, float | None, float
         yield f"gpu_instances[{i}].port", instance.port, *PORTS
         yield f"gpu_instances[{i}].gpu_id", instance.gpu_id, 0, any_more
         yield f"gpu_instances[{i}].kv_rank", instance.kv_rank, 0, any_more
-
-
-def _check_tensor_parallel(config: DeploymentConfig) -> None:
-    for i, instance in enumerate(config.gpu_instances):
-        if config.model.tensor_parallel_size > 1 and instance.instance_type != "hybrid":
-            raise ConfigError(
-                f"model.tensor_parallel_size={config.model.tensor_parallel_size}: expected 1, because "
-                f"gpu_instances[{i}] is a {instance.instance_type} instance, whose KV moves from one rank to one rank; "
-                "hybrid instances may have more"
-            )
+        yield f"gpu_instances[{i}].tensor_parallel_size", instance.tensor_parallel_size, 1, any_more
 
 
 def _check_instances(instances: Sequence[InstanceSection]) -> None:
