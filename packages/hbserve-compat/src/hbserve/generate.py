@@ -127,6 +127,7 @@ async def _connected(wanted: Wanted) -> AsyncIterator[tuple[Scheduler, Any]]:
                 f"the deployment serves {str(folder)!r}, which is not a folder of this host; "
                 "its tokenizer is needed here: give its folder with --model"
             )
-        yield scheduler, load_tokenizer(folder)
+        # Importing transformers can take longer than the scheduler waits for a heartbeat.
+        yield scheduler, await asyncio.to_thread(load_tokenizer, folder)
     finally:
         await scheduler.stop()
