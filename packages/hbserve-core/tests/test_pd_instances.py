@@ -288,6 +288,6 @@ async def test_kv_of_another_model_is_refused_by_name(start, prompt, model_folde
     d = await start("decode")
     async with d.decode("r", prompt(20)) as decoding:
         granted = await anext(decoding)
-        with pytest.raises(RemoteError, match=r"(block_bytes_per_head|head_dim|model) is .* on rank 0 and .* on rank 1"):
+        with pytest.raises(RemoteError, match=r"(block_bytes_per_head|head_dim|model) is .* on rank 0 and .* on"):
             async for _ in p.prefill("r", prompt(20), granted.grant):
                 pass

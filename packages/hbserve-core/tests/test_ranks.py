@@ -20,8 +20,18 @@ from hbserve_core import Engine, GpuInstance, InstanceConfig, InvalidInstanceCon
 from hbserve_core.distributed_rank_group import DistributedRankGroup, host_store
 from hbserve_core.followers import Followers
 from hbserve_core.shard import Shard
+from hbserve_kv import KVTransferConfig
 from hbserve_rpc import RemoteError, RpcClient, SamplingParams
-from hbserve_rpc.messages import DESCRIBE, GENERATE, Empty, GenerateRequest
+from hbserve_rpc.messages import (
+    DECODE,
+    DESCRIBE,
+    GENERATE,
+    PREFILL,
+    DecodeRequest,
+    Empty,
+    GenerateRequest,
+    PrefillRequest,
+)
 
 DEADLINE_S = 90
 END_WITHIN_S = 5.0
@@ -246,3 +256,31 @@ def test_a_rank_that_is_lost_on_a_gpu_ends_the_step(model_folder, prompt, graphs
         assert time.monotonic() - begin_s < END_WITHIN_S
     finally:
         runner.close()
+
+
+@two_gpus
+@pytest.mark.parametrize("backend", ["ipc", "nccl"])
+async def test_kv_of_one_gpu_moves_to_ranks_on_two(model_folder, greedy_tokens, prompt, backend):
+    given = {
+        "folder": model_folder("qwen3"),
+        "gpu_id": 0,
+        "device": "auto",
+        "kv_transfer": KVTransferConfig(backend=backend),
+    }
+    p = GpuInstance(config(**given, role="prefill", tensor_parallel_size=1))
+    d = GpuInstance(config(**given, role="decode", kv_rank=1))
+    async with contextlib.AsyncExitStack() as stack:
+        for instance in (p, d):
+            await instance.start()
+            stack.push_async_callback(instance.stop)
+            await instance.wait_ready()
+        to_p, to_d = [await stack.enter_async_context(RpcClient(instance.address)) for instance in (p, d)]
+        for length in (5, 200):
+            ids, params = prompt(length), SamplingParams(0, 8, ignore_eos=True)
+            request = DecodeRequest(str(length), f"t-{length}", ids, params)
+            async with to_d.stream(DECODE, request, timeout_s=DEADLINE_S) as decoding:
+                grant = (await anext(decoding)).grant
+                prefill = PrefillRequest(str(length), f"t-{length}", ids, params, grant)
+                first, _ = [event async for event in to_p.stream(PREFILL, prefill, timeout_s=DEADLINE_S)]
+                found = [*first.token_ids, *[token async for event in decoding for token in event.token_ids]]
+            assert found == greedy_tokens("qwen3", ids, 8)
