@@ -2,7 +2,7 @@
 
 import pytest
 
-from hbserve_kv import FingerprintMismatch, Outcome, TransferFailed
+from hbserve_kv import AddressNotAvailable, FingerprintMismatch, KVTransferConfig, Outcome, TransferFailed
 
 
 @pytest.fixture
@@ -65,3 +65,18 @@ async def test_a_receiver_that_is_not_there_is_named(managers):
     await receiver.close()
     with pytest.raises(TransferFailed, match=receiver.address):
         await sender.open_send("t", posted.grant)
+
+
+@pytest.mark.parametrize(
+    ("host", "why"),
+    [("192.0.2.1", "this machine does not have it"), ("no-such-host.invalid", "nobody knows this name")],
+)
+async def test_an_address_that_this_machine_does_not_have_is_refused_before_anything_waits_for_it(host, why, managers):
+    """192.0.2.0/24 and .invalid are nobody's, by RFC 5737 and RFC 2606."""
+    with pytest.raises(AddressNotAvailable, match=rf"kv_transfer\.ip='{host}': {why}; use an address of"):
+        await managers(0, "nccl", host=host)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0", "localhost"])
+def test_every_address_that_can_be_bound_is_accepted(host):
+    KVTransferConfig(host=host).check_host()

@@ -84,7 +84,10 @@ class GpuInstance:
 
         Raises:
             AddressInUse: the configured address is taken.
+            AddressNotAvailable: this machine does not have the one for KV transfers.
         """
+        if self.config.role != "hybrid":
+            await asyncio.to_thread(self.config.kv_transfer.check_host)
         self._server.serve(DESCRIBE, self._describe)
         self._server.serve(STATS, self._stats)
         if self.config.role == "hybrid":
