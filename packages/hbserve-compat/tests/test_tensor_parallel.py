@@ -66,6 +66,7 @@ def test_a_model_that_cannot_be_divided_is_told_before_anything_starts(small_mod
 
 
 def test_prefill_and_decode_instances_of_several_ranks_are_refused(small_model):
+    # Known elsewhere: vLLM #45330, SGLang #15674.
     with pytest.raises(ConfigError, match=r"tensor_parallel_size=2: expected 1.* is a prefill instance"):
         PdDisaggConfig(small_model("qwen3"), tensor_parallel_size=2)
 

@@ -143,6 +143,7 @@ async def apart(p: Instance, d: Instance, name: str, ids: list[int]) -> tuple[li
 @pytest.mark.parametrize("process", [False, True], ids=["in one process", "as processes"])
 @pytest.mark.parametrize("backend", ["nccl", "mooncake"])
 async def test_tokens_apart_are_those_of_hybrid_and_transformers(start, backend, process, prompt, greedy_tokens):
+    # Known elsewhere: LMCache #2459; vLLM #25399.
     settings = {"backend": backend, "process": process}
     p, d, h = await start("prefill", **settings), await start("decode", **settings), await start("hybrid")
     full_bytes = 2 * 2 * BLOCK * 2 * 16 * 4  # layers, keys and values, tokens, heads, head_dim, float32
@@ -167,7 +168,17 @@ async def test_tokens_apart_are_those_of_hybrid_and_transformers(start, backend,
     assert [tokens for tokens, _, _ in results] == [greedy_tokens("qwen3", ids, MAX_TOKENS) for ids in many]
 
 
+async def test_chunks_that_fill_no_block_change_no_token(start, prompt, greedy_tokens):
+    """A chunk without a new block was an assertion: vLLM #28860, #43294."""
+    p, d = await start("prefill", chunk_size=5), await start("decode")
+    for length in (1, 4, 5, 6, 2 * BLOCK + 3):
+        ids = prompt(length, salt=length)
+        tokens, _, _ = await apart(p, d, f"{length}", ids)
+        assert tokens == greedy_tokens("qwen3", ids, MAX_TOKENS)
+
+
 async def test_decode_requests_wait_for_room_and_preempted_ones_are_computed_again(start, prompt, greedy_tokens):
+    # Known elsewhere: vLLM #49675.
     p, d = await start("prefill"), await start("decode", num_blocks=12)
     many = [prompt(20 + i, salt=i) for i in range(12)]
     params = SamplingParams(0, 40, ignore_eos=True)
@@ -189,6 +200,7 @@ async def test_decode_requests_wait_for_room_and_preempted_ones_are_computed_aga
 @pytest.mark.parametrize("backend", ["nccl", "mooncake"])
 async def test_a_request_may_be_given_up_in_every_phase(start, backend, prompt):
     """The fixture's end is the assertion: no block, transfer or request is left."""
+    # Known elsewhere: vLLM #41269, #58222, #50789, #53095; vLLM #41180.
     p, d = await start("prefill", backend=backend), await start("decode", backend=backend, num_blocks=30)
     long = SamplingParams(0, 400, ignore_eos=True)
     ids = [prompt(300, salt=salt) for salt in range(6)]
@@ -265,6 +277,7 @@ async def test_a_wrong_role_a_bad_prompt_and_an_id_in_use_are_refused(start, pro
 
 
 async def test_kv_of_another_model_is_refused_by_name(start, prompt, model_folder):
+    # Known elsewhere: vLLM #42895, #23587.
     p = await start("prefill", model_path=str(model_folder("qwen3-wide-heads")))
     d = await start("decode")
     async with d.decode("r", prompt(20)) as decoding:

@@ -35,7 +35,9 @@ async def move(sender, receiver, name, blocks):
 
 
 async def test_messages_that_come_twice_are_counted_and_change_nothing(pair, monkeypatch):
-    """A late or repeated completion ended the engine: vLLM #43226, #37837, #46240, #55286, #50565, #25067, #18631."""
+    """A late or repeated completion ended the engine: vLLM #43226, #37837, #46240, #55286, #50565, #25067, #18631,
+    llm-d #187.
+    """
     sender, receiver, target, _ = pair
     once, repeated = RpcClient.call, []
 
@@ -72,7 +74,10 @@ async def test_a_transfer_whose_id_is_in_use_is_refused_and_the_first_one_goes_o
 
 
 async def test_a_sender_that_is_stopped_in_mid_transfer_says_so_and_its_receiver_goes_on(managers, pair):
-    """SIGTERM on a prefill worker in mid-pull ended its decode workers: dynamo #9344; no drain: SGLang #22200."""
+    """SIGTERM on a prefill worker in mid-pull ended its decode workers: dynamo #9344, #7319, #9345.
+
+    It has no drain either: SGLang #22200.
+    """
     sender, receiver, _, network = pair
     posted = receiver.post_receive("t", [1, 2])
     transfer = await sender.open_send("t", posted.grant)
@@ -113,7 +118,7 @@ async def test_whatever_a_backend_raises_fails_its_transfer_and_nothing_else(err
 
 
 async def test_one_connection_carries_any_number_of_transfers(pair):
-    """Sockets by room or pair of ranks ran out: SGLang #34450, #31922."""
+    """Sockets by room or pair of ranks ran out: SGLang #34450, #31922; storms of them: Mooncake #2044."""
     sender, receiver, _, _ = pair
     await move(sender, receiver, "connects", [0])
     before = len(os.listdir("/proc/self/fd"))
@@ -150,7 +155,7 @@ def test_neighbouring_blocks_are_one_piece():
 
 
 def test_some_heads_of_a_block_are_a_piece_for_each_place_and_no_other_byte():
-    """Heads that were cut otherwise on the other side came out wrong or crashed: vLLM #37333, #43523."""
+    """Heads that were cut otherwise on the other side came out wrong or crashed: vLLM #37333, #43523, SGLang #12157."""
     heads = HeadRange(0, 4, 8)
     memory = Memory(torch.zeros(4, 3, 4, 2, dtype=torch.uint8), 0, heads)  # 3 places of 4 heads of 2 bytes
     found = list(pieces(memory, HeadSlice(2, 2), HeadSlice(0, 2), 2, [1], [0]))
@@ -159,6 +164,6 @@ def test_some_heads_of_a_block_are_a_piece_for_each_place_and_no_other_byte():
 
 @pytest.mark.parametrize("num_ranks", [3, 8])
 def test_ranks_that_the_heads_cannot_be_cut_into_are_refused_with_both_numbers(num_ranks):
-    """More ranks than KV heads were an assertion in the midst of a request: vLLM #45330."""
+    """More ranks than KV heads were an assertion in the midst of a request: vLLM #45330, SGLang #15674."""
     with pytest.raises(ValueError, match=f"4 heads cannot be cut into {num_ranks} equal parts"):
         HeadRange.of_rank(0, num_ranks, 4)

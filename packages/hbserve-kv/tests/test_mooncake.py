@@ -89,6 +89,7 @@ def part(*blocks: int) -> Part:
 
 
 async def test_many_peers_share_a_few_engines(managers):
+    # Known elsewhere: SGLang #34450, #31922, Mooncake #2044.
     sender = await managers(0, "mooncake")
     receivers = [await managers(1 + i, "mooncake", buffer_size=1 << 16) for i in range(10)]
     for life in range(2):
@@ -105,6 +106,7 @@ async def test_a_peer_that_freezes_when_it_is_met_stops_no_write_to_others_of_it
     sender, receiver, peer, monkeypatch
 ):
     """It freezes after it was probed, so its engine waits for it with the mutex held that every write needs."""
+    # Known elsewhere: SGLang #34865, #31144, #31306, #19900.
     monkeypatch.setattr(MooncakeTransport, "_probe", lambda self, link: None)
     healthy = link_to(receiver[0].describe())
     await sender.connect(healthy)
@@ -130,6 +132,7 @@ async def test_a_peer_that_freezes_when_it_is_met_stops_no_write_to_others_of_it
 
 
 async def test_a_write_that_timed_out_ends_its_engine_and_the_others_of_it_go_on_with_another(sender, receiver, peer):
+    # Known elsewhere: vLLM #32255, SGLang #24527, #27372, #32564, #35049, #37077, #38961, Mooncake #4247.
     process, description = peer()
     healthy, frozen = link_to(receiver[0].describe()), link_to(description)
     await sender.connect(healthy)
@@ -154,6 +157,7 @@ async def test_a_write_that_timed_out_ends_its_engine_and_the_others_of_it_go_on
 
 async def test_a_session_that_failed_is_tried_again_with_an_engine_that_does_not_know_it(sender, receiver):
     """An engine remembers what it was told of a session, and another process may be behind it now."""
+    # Known elsewhere: SGLang #25287, #35823, #37022.
     link = link_to(receiver[0].describe())
     await sender.connect(link)
     engine = sender._engines.of(link)
