@@ -109,6 +109,7 @@ ORDERS = [["scheduler", "prefill-0", "decode-0"], ["decode-0", "prefill-0", "sch
 
 @pytest.mark.parametrize("order", ORDERS, ids="-".join)
 def test_processes_started_in_any_order_find_each_other(order, deploy):
+    # Known elsewhere: SGLang #19288, #6413, #10001, #33740, Mooncake #1207.
     deployment = deploy(["prefill-0", "decode-0"])
     for name in order:
         deployment.start(name)
@@ -119,6 +120,7 @@ def test_processes_started_in_any_order_find_each_other(order, deploy):
 
 @pytest.mark.parametrize("victim", ["prefill-0", "decode-0"])
 def test_a_killed_instance_is_named_and_its_restart_serves_again(victim, deploy):
+    # Known elsewhere: vLLM #58063, #49238, SGLang #28596, #27039, #9926.
     deployment = deploy(["prefill-0", "decode-0"], instance_wait_s=3)
     for name in ["scheduler", "prefill-0", "decode-0"]:
         deployment.start(name)

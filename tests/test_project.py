@@ -71,3 +71,22 @@ def test_both_readmes_have_the_same_code_blocks():
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
 def test_nothing_loses_a_cancellation_in_wait_for(source):
     assert "asyncio.wait_for(" not in source.read_text(), "use asyncio.timeout; see docs/rationale.md"
+
+
+def test_every_failure_that_is_known_elsewhere_has_a_test_that_cites_it():
+    sources = {
+        node.name: "\n".join(text.splitlines()[node.lineno - 1 : node.end_lineno])
+        for path in [*ROOT.glob("packages/*/tests/test_*.py"), *ROOT.glob("tests/test_*.py")]
+        for text in [path.read_text()]
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    }
+    rows = re.findall(r"^\| (.*#.*?) \| .* \| .* \| (.*) \|$", (ROOT / "docs/known-failures.md").read_text(), re.M)
+    assert len(rows) > 30
+    for published, shown_by in rows:
+        tests = re.findall(r"`(test_\w+)`", shown_by)
+        assert tests, f"{published}: no test"
+        for test in tests:
+            assert test in sources, f"{published}: there is no test {test}"
+        for number in re.findall(r"#\d+", published):
+            assert any(number in sources[test] for test in tests), f"{published}: no test cites {number}"

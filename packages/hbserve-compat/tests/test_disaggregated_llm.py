@@ -61,6 +61,7 @@ async def test_a_stream_is_the_answer_in_pieces(llm):
 
 @in_its_loop
 async def test_abort_ends_a_stream_with_its_reason(llm):
+    # Known elsewhere: SGLang #18701, #36926, #33507, vLLM #50425.
     reasons = []
     async for delta in llm.stream(
         "Hello", SamplingParams(temperature=0, max_tokens=400, ignore_eos=True), request_id="r"

@@ -107,6 +107,7 @@ def test_the_newest_sequence_is_preempted_and_comes_back_first():
 
 
 def test_admission_leaves_a_block_for_those_who_grow():
+    # Known elsewhere: SGLang #6860, #9266.
     steps = Steps(4)
     steps.add("a", [1] * 8)
     steps.add("b", [2] * 8)
@@ -114,6 +115,7 @@ def test_admission_leaves_a_block_for_those_who_grow():
 
 
 def test_blocks_that_are_being_sent_are_not_taken_by_a_preemption():
+    # Known elsewhere: vLLM #52234.
     steps = Steps(5)
     steps.add("a", [1] * 7)
     steps.step()
@@ -140,6 +142,7 @@ def test_a_sequence_that_holds_the_whole_pool_ends_although_others_share_its_blo
 
 
 def test_a_lone_sequence_waits_for_blocks_that_transfers_hold():
+    # Known elsewhere: vLLM #49675.
     steps = Steps(5)
     steps.reserved("parked", [1] * 7)
     steps.add("a", [2] * 7)

@@ -257,6 +257,7 @@ def test_reservations_wait_for_room_in_order(make_engine, prompt):
 
 
 def test_quarantined_blocks_are_used_by_nobody_until_released(make_engine, prompt):
+    # Known elsewhere: vLLM #32255, SGLang #24527, #27372, #32564, #35049, #37077, #38961, Mooncake #4247.
     engine = make_engine(num_blocks=10)
     engine.reserve("a", prompt(70), greedy())
     engine.poll_reservations()

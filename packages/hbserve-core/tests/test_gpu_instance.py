@@ -40,6 +40,7 @@ async def generate(client: RpcClient, name: str, ids: list[int], **params: Any) 
 
 
 async def test_an_instance_is_starting_then_ready_and_refuses_requests_until_then(model_folder, prompt, monkeypatch):
+    # Known elsewhere: SGLang #32652, #10856, #26482, #8063.
     may_load = threading.Event()
     make_engine = GpuInstance._make_engine
     monkeypatch.setattr(GpuInstance, "_make_engine", lambda self: may_load.wait(DEADLINE_S) and make_engine(self))
@@ -75,6 +76,7 @@ async def test_a_model_that_is_not_there_is_told_by_describe_and_to_every_reques
 
 
 async def test_an_address_in_use_is_told_at_once(model_folder):
+    # Known elsewhere: vLLM #25059, #20965.
     async with serving(config(model_folder("qwen3"))) as (instance, _):
         port = int(instance.address.rpartition(":")[2])
         second = GpuInstance(config(model_folder("qwen3"), port=port))
@@ -124,6 +126,7 @@ async def test_a_call_to_an_engine_that_has_failed_or_was_stopped_fails_at_once(
 
 
 async def test_an_idle_engine_uses_no_processor_time(model_folder, prompt):
+    # Known elsewhere: vLLM #41180.
     async with serving(config(model_folder("qwen3"))) as (instance, client):
         await instance.wait_ready()
         await generate(client, "r", prompt(40))

@@ -86,6 +86,14 @@ def test_a_port_in_use_is_one_line(launch):
     assert f"hybrid-0: 127.0.0.1:{port} is in use" in errors[0]
 
 
+def test_an_address_for_kv_that_this_machine_does_not_have_is_one_line(launch):
+    """Before the model is loaded; 192.0.2.0/24 is nobody's, by RFC 5737."""
+    status, errors = launch(role="decode", kv_transfer={"host": "192.0.2.1"}).end()
+    assert status == 1
+    assert len(errors) == 1
+    assert "hybrid-0: kv_transfer.ip='192.0.2.1': this machine does not have it; use an address of" in errors[0]
+
+
 BAD_CONFIGURATIONS = {
     b"": "configuration on stdin: ",
     b'{"model_path": 3}': "Expected `str`, got `int` - at `$.model_path`",

@@ -16,6 +16,7 @@ def config(**changes):
 
 
 def test_one_block_is_one_contiguous_piece_with_all_layers():
+    # Known elsewhere: vLLM #50913, #55434, #23780.
     pool = allocate_pool(5, BLOCK, CPU)
     assert pool.shape == (5, 3, 2, 16, 2, 8)
     assert all(pool[i].is_contiguous() for i in range(5))

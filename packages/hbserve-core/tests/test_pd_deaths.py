@@ -179,6 +179,7 @@ async def assert_a_request_succeeds(p: Instance, d: Instance) -> None:
 
 @pytest.mark.parametrize("backend", ["nccl", "mooncake", "ipc"])
 async def test_a_decode_instance_killed_in_mid_transfer_ends_the_prefill_with_an_error(start, backend):
+    # Known elsewhere: vLLM #38027, #41383.
     p, d = await start("prefill", backend, halting=True), await start("decode", backend)
     other = await start("decode", backend)
     async with d.decode("r") as decoding:
@@ -211,6 +212,7 @@ async def test_a_prefill_instance_killed_in_mid_transfer_ends_the_decode_with_an
 
 @pytest.mark.parametrize("backend", ["nccl", "mooncake", "ipc"])
 async def test_blocks_to_which_a_frozen_prefill_instance_may_write_are_used_by_nobody_until_it_is_dead(start, backend):
+    # Known elsewhere: vLLM #32255, SGLang #24527, #27372, #32564, #35049, #37077, #38961, Mooncake #4247.
     p, d = await start("prefill", backend, halting=True), await start("decode", backend)
     async with d.decode("r") as decoding:
         granted = await anext(decoding)

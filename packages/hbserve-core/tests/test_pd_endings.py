@@ -236,6 +236,7 @@ async def test_a_backend_of_ones_own_carries_the_tokens_of_a_hybrid(start, gate,
 async def test_who_leaves_in_mid_transfer_gets_no_block_back_before_nobody_reads_or_writes_it(
     start, gate, halt, prompt, leaves
 ):
+    # Known elsewhere: vLLM #52234.
     p, d = await start("prefill", kv=gate.settings), await start("decode", kv=gate.settings)
     halted = halt(p, after=1)
     async with contextlib.AsyncExitStack() as decode, contextlib.AsyncExitStack() as prefill:
@@ -269,6 +270,7 @@ async def test_who_leaves_in_mid_transfer_gets_no_block_back_before_nobody_reads
 async def test_a_client_that_leaves_before_the_prefill_begins_leaves_nothing_and_the_grant_is_worth_nothing(
     start, prompt
 ):
+    # Known elsewhere: vLLM #41269, #58222, #50789, #53095.
     p, d = await start("prefill"), await start("decode")
     async with d.decode("r", prompt(70)) as decoding:
         granted = await anext(decoding)

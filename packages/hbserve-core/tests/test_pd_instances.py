@@ -144,6 +144,7 @@ async def apart(p: Instance, d: Instance, name: str, ids: list[int]) -> tuple[li
 @pytest.mark.parametrize("process", [False, True], ids=["in one process", "as processes"])
 @pytest.mark.parametrize("backend", ["nccl", "mooncake"])
 async def test_tokens_apart_are_those_of_hybrid_and_transformers(start, backend, process, prompt, greedy_tokens):
+    # Known elsewhere: LMCache #2459; vLLM #25399.
     settings = {"backend": backend, "process": process}
     p, d, h = await start("prefill", **settings), await start("decode", **settings), await start("hybrid")
     for length in LENGTHS:
@@ -167,26 +168,30 @@ async def test_tokens_apart_are_those_of_hybrid_and_transformers(start, backend,
     assert [tokens for tokens, _, _ in results] == [greedy_tokens("qwen3", ids, MAX_TOKENS) for ids in many]
 
 
-@pytest.mark.parametrize(
-    ("backend", "p_ranks", "d_ranks"), [("nccl", 1, 2), ("ipc", 4, 2)], ids=["one-to-two", "four-to-two"]
-)
+@pytest.mark.parametrize(("backend", "p_ranks", "d_ranks"), [("nccl", 1, 2), ("ipc", 4, 2)])
 async def test_instances_of_other_numbers_of_ranks_share_heads(start, backend, p_ranks, d_ranks, prompt, greedy_tokens):
     """The model has two KV heads: of four ranks two hold the same one, and one of them sends it."""
+    # Known elsewhere: vLLM #37333, #43523, #45330, SGLang #12157, #15674.
     p = await start("prefill", backend=backend, tensor_parallel_size=p_ranks)
     d = await start("decode", backend=backend, tensor_parallel_size=d_ranks)
-    for length in (1, BLOCK, 4 * CHUNK + 5):
+    for name, length in (("one", 1), ("cold", 4 * CHUNK + 5), ("cached", 4 * CHUNK + 5)):
         ids = prompt(length, salt=length)
-        tokens, _, done = await apart(p, d, f"{length}-cold", ids)
+        tokens, num_cached, done = await apart(p, d, name, ids)
+        assert (tokens, num_cached) == (greedy_tokens("qwen3", ids, MAX_TOKENS), 4 * CHUNK * (name == "cached"))
+        assert done.num_bytes == (1 if name != "cold" else 4 * CHUNK // BLOCK + 1) * FULL_BYTES
+
+
+async def test_chunks_that_fill_no_block_change_no_token(start, prompt, greedy_tokens):
+    """A chunk without a new block was an assertion: vLLM #28860, #43294."""
+    p, d = await start("prefill", chunk_size=5), await start("decode")
+    for length in (1, 4, 5, 6, 2 * BLOCK + 3):
+        ids = prompt(length, salt=length)
+        tokens, _, _ = await apart(p, d, f"{length}", ids)
         assert tokens == greedy_tokens("qwen3", ids, MAX_TOKENS)
-        assert done.num_bytes == -(-length // BLOCK) * FULL_BYTES
-        tokens, num_cached, _ = await apart(p, d, f"{length}-cached", ids)
-        assert (tokens, num_cached) == (greedy_tokens("qwen3", ids, MAX_TOKENS), length // BLOCK * BLOCK)
-    many = [prompt(20 + 7 * i, salt=i) for i in range(8)]
-    results = await asyncio.gather(*(apart(p, d, f"many-{i}", ids) for i, ids in enumerate(many)))
-    assert [tokens for tokens, _, _ in results] == [greedy_tokens("qwen3", ids, MAX_TOKENS) for ids in many]
 
 
 async def test_decode_requests_wait_for_room_and_preempted_ones_are_computed_again(start, prompt, greedy_tokens):
+    # Known elsewhere: vLLM #49675.
     p, d = await start("prefill"), await start("decode", num_blocks=12)
     many = [prompt(20 + i, salt=i) for i in range(12)]
     params = SamplingParams(0, 40, ignore_eos=True)
@@ -208,6 +213,7 @@ async def test_decode_requests_wait_for_room_and_preempted_ones_are_computed_aga
 @pytest.mark.parametrize("backend", ["nccl", "mooncake"])
 async def test_a_request_may_be_given_up_in_every_phase(start, backend, prompt):
     """The fixture's end is the assertion: no block, transfer or request is left."""
+    # Known elsewhere: vLLM #41269, #58222, #50789, #53095; vLLM #41180.
     p, d = await start("prefill", backend=backend), await start("decode", backend=backend, num_blocks=30)
     long = SamplingParams(0, 400, ignore_eos=True)
     ids = [prompt(300, salt=salt) for salt in range(6)]
@@ -284,6 +290,7 @@ async def test_a_wrong_role_a_bad_prompt_and_an_id_in_use_are_refused(start, pro
 
 
 async def test_kv_of_another_model_is_refused_by_name(start, prompt, model_folder):
+    # Known elsewhere: vLLM #42895, #23587.
     p = await start("prefill", model_path=str(model_folder("qwen3-wide-heads")))
     d = await start("decode")
     async with d.decode("r", prompt(20)) as decoding:

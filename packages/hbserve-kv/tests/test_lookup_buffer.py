@@ -47,6 +47,7 @@ async def test_a_receive_may_be_there_before_its_send(pair):
 
 
 async def test_a_sender_waits_while_the_buffer_is_full(pair):
+    # Known elsewhere: LMCache #1339.
     sender, receiver = await pair(buffer_size=4 * 1536)
     big = torch.ones(3 * 384)  # three of the four blocks
     await sender.send_kv_cache("first", big, 1)
@@ -71,6 +72,7 @@ async def test_nothing_that_arrives_is_a_timeout(pair):
 
 
 async def test_what_nobody_asks_for_expires_and_gives_its_room_back(pair):
+    # Known elsewhere: SGLang #39428, #39623, #28652, vLLM #28779.
     sender, receiver = await pair(expiry_s=0.2)
     await sender.send_kv_cache("r", torch.ones(3), 1)
     async with asyncio.timeout(20):

@@ -37,6 +37,7 @@ async def move(sender, receiver, name, blocks=(1,)):
 
 async def test_peers_that_came_and_went_leave_no_file_thread_task_or_shared_memory(managers):
     """HBSERVE_NUM_PEERS=1000 for the full number."""
+    # Known elsewhere: SGLang #34450, #31922, Mooncake #2044.
     receiver, before = await managers(0, "ipc"), None
     for number in range(NUM_PEERS):
         peer = KVTransferManager(
@@ -86,6 +87,7 @@ async def test_control_messages_are_at_most_four_and_two_for_each_announcement_o
 
 
 def test_a_breaker_pauses_longer_after_each_failure_and_always_tries_again():
+    # Known elsewhere: SGLang #25287, #35823, #37022.
     breaker, now_s = Breaker(), 100.0
     assert breaker.refusal(now_s) == ""
     pauses = []
@@ -101,6 +103,7 @@ def test_a_breaker_pauses_longer_after_each_failure_and_always_tries_again():
 
 
 async def test_a_peer_that_was_not_there_is_reached_when_it_comes_and_meanwhile_refused_at_once(managers):
+    # Known elsewhere: SGLang #25287, #35823, #37022.
     sender = await managers(0, "ipc", timeout_s=0.5)
     first = await managers(1, "ipc")
     port = int(first.address.rpartition(":")[2])
@@ -129,6 +132,7 @@ async def test_a_grant_of_an_earlier_life_does_not_disturb_the_connection_to_the
 
 
 async def test_a_corrupted_block_fails_its_transfer_by_its_checksum(managers):
+    # Known elsewhere: vLLM #52617.
     network = LoopbackNetwork()
     source = torch.rand(64, 2, 3, 64)
     sender = await managers(0, "loopback", source, transport=network.transport())
@@ -159,12 +163,14 @@ def test_a_checksum_sees_each_changed_byte_and_each_exchange(block_bytes):
 
 
 async def test_a_receive_whose_sender_never_begins_ends(managers):
+    # Known elsewhere: vLLM #35943, #55870, #46283, #53250, SGLang #10110, #31800, #10204, #11648, #6857.
     receiver = await managers(1, "ipc", expiry_s=0.2)
     result = await receiver.post_receive("t", [1]).wait()
     assert (result.outcome, result.error) == (Outcome.FAILED_DRAINED, "no sender began within 0.2 s")
 
 
 async def test_late_writes_end_in_quarantine_and_the_quarantine_ends_with_them(managers):
+    # Known elsewhere: vLLM #32255, SGLang #24527, #27372, #32564, #35049, #37077, #38961, Mooncake #4247.
     network = LoopbackNetwork(Faults(late_write=1.0, delay_s=3.0), seed=3)
     sender = await managers(0, "loopback", transport=network.transport())
     receiver = await managers(1, "loopback", transport=network.transport())

@@ -38,6 +38,7 @@ LATE = {
 
 @pytest.mark.parametrize("case", LATE)
 def test_what_does_not_fit_changes_nothing(case):
+    # Known elsewhere: vLLM #43226, #37837, #46240, #55286, #50565, #25067, #18631, llm-d #187.
     state = begun()
     state.start_part("e1", 0)
     state.end_part("e1", 0)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from hbserve_kv import FingerprintMismatch, Outcome, TransferFailed
+from hbserve_kv import AddressNotAvailable, FingerprintMismatch, KVTransferConfig, Outcome, TransferFailed
 
 
 @pytest.fixture
@@ -20,6 +20,7 @@ async def test_a_receive_cancelled_before_its_sender_came_refuses_it(backend, ma
 
 
 async def test_a_commit_that_lacks_blocks_is_not_accepted_as_complete(managers):
+    # Known elsewhere: vLLM #20263.
     sender, receiver = await managers(0, "nccl"), await managers(1, "nccl")
     posted = receiver.post_receive("t", [1, 2])
     transfer = await sender.open_send("t", posted.grant)
@@ -32,6 +33,7 @@ async def test_a_commit_that_lacks_blocks_is_not_accepted_as_complete(managers):
 
 
 async def test_a_fingerprint_mismatch_names_the_field_and_both_values(backend, managers):
+    # Known elsewhere: vLLM #42895, #23587.
     sender = await managers(0, backend, fingerprint={"dtype": "float16"})
     receiver = await managers(1, backend, fingerprint={"dtype": "bfloat16"})
     posted = receiver.post_receive("t", [1])
@@ -50,6 +52,7 @@ async def test_more_blocks_than_granted_are_refused(managers):
 
 
 async def test_a_grant_of_an_earlier_life_is_refused(managers):
+    # Known elsewhere: vLLM #58063, #49238, SGLang #28596, #27039, #9926.
     sender, receiver = await managers(0, "nccl"), await managers(1, "nccl")
     posted = receiver.post_receive("t", [1])
     port = int(receiver.address.rpartition(":")[2])
@@ -65,3 +68,19 @@ async def test_a_receiver_that_is_not_there_is_named(managers):
     await receiver.close()
     with pytest.raises(TransferFailed, match=receiver.address):
         await sender.open_send("t", posted.grant)
+
+
+@pytest.mark.parametrize(
+    ("host", "why"),
+    [("192.0.2.1", "this machine does not have it"), ("no-such-host.invalid", "nobody knows this name")],
+)
+async def test_an_address_that_this_machine_does_not_have_is_refused_before_anything_waits_for_it(host, why, managers):
+    """192.0.2.0/24 and .invalid are nobody's, by RFC 5737 and RFC 2606."""
+    # Known elsewhere: vLLM #27083, dynamo #2706.
+    with pytest.raises(AddressNotAvailable, match=rf"kv_transfer\.ip='{host}': {why}; use an address of"):
+        await managers(0, "nccl", host=host)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0", "localhost"])
+def test_every_address_that_can_be_bound_is_accepted(host):
+    KVTransferConfig(host=host).check_host()

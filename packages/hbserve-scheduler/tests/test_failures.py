@@ -26,6 +26,7 @@ def by_use(instances: list[Any]) -> tuple[Any, Any]:
 
 @pytest.mark.parametrize("phase", ["first", "done"])
 async def test_a_failed_prefill_is_tried_on_another_instance(make_scheduler, four, ask, collect, until, phase):
+    # Known elsewhere: vLLM #42839.
     for instance in four[:2]:
         instance.fail[phase] = [RemoteError("out of luck")]
     four[2].hold, four[3].hold = {"tokens"}, {"tokens"}
@@ -43,6 +44,7 @@ async def test_a_failed_prefill_is_tried_on_another_instance(make_scheduler, fou
 
 
 async def test_a_failed_decode_goes_on_elsewhere_after_the_delivered_tokens(make_scheduler, four, ask, collect, until):
+    # Known elsewhere: vllm-ascend #14980.
     decodes = four[2:]
     for instance in decodes:
         instance.hold = {"tokens"}
@@ -98,6 +100,7 @@ async def test_an_instance_that_is_known_to_be_dead_is_left_at_once(make_schedul
 
 
 async def test_the_requests_of_a_removed_instance_go_elsewhere(make_scheduler, four, ask, collect, until):
+    # Known elsewhere: dynamo #9344, #7319, #9345, SGLang #22200.
     prefills = four[:2]
     for instance in prefills:
         instance.hold = {"first"}
@@ -115,6 +118,7 @@ async def test_the_requests_of_a_removed_instance_go_elsewhere(make_scheduler, f
 async def test_after_the_last_attempt_the_error_tells_the_story_and_names_the_instances(
     make_scheduler, pair, ask, collect, where
 ):
+    # Known elsewhere: SGLang #9726, #29482, aibrix #2289, llm-d #2433.
     instance = pair[0] if where[0] == "p0" else pair[1]
     instance.fail[where[1]] = [RemoteError(f"mishap {i}") for i in range(1, 4)]
     scheduler = await make_scheduler(*pair, max_attempts=3)
@@ -145,6 +149,7 @@ async def test_an_invalid_request_is_not_tried_again(make_scheduler, pair, ask, 
 
 @pytest.mark.parametrize("failing", ["p0", "d0"])
 async def test_when_one_leg_fails_the_other_is_closed(make_scheduler, pair, ask, collect, until, failing):
+    # Known elsewhere: SGLang #9726, #29482, aibrix #2289, llm-d #2433.
     prefill, decode = pair
     if failing == "p0":
         prefill.fail["done"], decode.hold = [RemoteError("x")], {"tokens"}
@@ -168,6 +173,7 @@ async def test_when_one_leg_fails_the_other_is_closed(make_scheduler, pair, ask,
 async def test_a_stream_that_just_ends_is_an_error_and_not_an_answer(
     make_scheduler, make_instance, pair, ask, collect, where, text
 ):
+    # Known elsewhere: vllm-ascend #12166, #9046, #15108.
     hybrid = await make_instance("hybrid", "h0")
     used = [hybrid] if where[0] == "h0" else pair
     for instance in used:

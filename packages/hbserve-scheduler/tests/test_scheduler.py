@@ -15,6 +15,7 @@ from hbserve_scheduler import CpuScheduler, RequestFailed
 async def test_the_decode_instance_reserves_before_the_prefill_begins(
     make_scheduler, pair, journal, ask, collect, until
 ):
+    # Known elsewhere: vLLM #42839; SGLang #26780, #40703, #25063.
     prefill, decode = pair
     decode.hold = {"grant"}
     scheduler = await make_scheduler(*pair)
@@ -59,6 +60,7 @@ async def test_the_first_token_arrives_while_decode_has_not_begun(make_scheduler
 
 
 async def test_tokens_that_come_twice_are_dropped_by_their_index(make_scheduler, pair, ask, collect):
+    # Known elsewhere: vllm-ascend #14980.
     pair[1].repeats = True
     scheduler = await make_scheduler(*pair)
     tokens, end = await collect(scheduler.submit(ask()))
@@ -177,6 +179,7 @@ async def test_a_broken_override_falls_back_to_first_come_first_served(make_sche
 
 
 async def test_a_decode_instance_without_room_holds_back_only_its_share(make_scheduler, pair, ask, collect, until):
+    # Known elsewhere: SGLang #6860, #9266.
     _, decode = pair
     decode.hold = {"grant"}
     scheduler = await make_scheduler(*pair, max_pending_reservations=2)
@@ -214,6 +217,7 @@ async def test_a_hybrid_instance_without_room_lets_requests_wait(make_scheduler,
     ],
 )
 async def test_a_request_that_can_never_run_is_refused_at_once(make_scheduler, pair, prompt, output, text):
+    # Known elsewhere: SGLang #30233.
     scheduler = await make_scheduler(*pair)
     with pytest.raises(InvalidRequest, match=text):
         scheduler.submit(GenerateRequest("r", prompt, SamplingParams(max_tokens=8), output))
@@ -222,6 +226,7 @@ async def test_a_request_that_can_never_run_is_refused_at_once(make_scheduler, p
 
 
 async def test_an_id_in_use_is_refused_and_free_again_afterwards(make_scheduler, pair, ask, collect, until):
+    # Known elsewhere: SGLang #40125.
     pair[0].hold = {"first"}
     scheduler = await make_scheduler(*pair)
     waiting = scheduler.submit(ask())
@@ -262,6 +267,7 @@ def hold(pair: Any, phase: tuple[str, str]) -> None:
 async def test_an_abort_closes_both_streams_in_every_phase(
     make_scheduler, pair, journal, ask, collect, until, phase, how
 ):
+    # Known elsewhere: SGLang #18701, #36926, #33507, vLLM #50425.
     pair[1].hold = {"tokens"}
     hold(pair, phase) if phase[1] != "done" else pair[0].hold.add("done")
     scheduler = await make_scheduler(*pair)
@@ -340,6 +346,7 @@ async def test_an_abort_of_nothing_finds_nothing(make_scheduler, pair, ask, coll
 
 
 async def test_a_request_ends_with_an_error_after_its_timeout(make_scheduler, pair, ask, collect):
+    # Known elsewhere: vLLM #35943, #55870, #46283, #53250, SGLang #10110, #31800, #10204, #11648, #6857.
     pair[1].hold = {"tokens"}
     scheduler = await make_scheduler(*pair, request_timeout_s=0.5)
     with pytest.raises(RequestFailed, match=r"request_timeout_s=0\.5"):

@@ -86,7 +86,10 @@ class GpuInstance:
 
         Raises:
             AddressInUse: the configured address is taken.
+            AddressNotAvailable: this machine does not have the one for KV transfers.
         """
+        if self.config.role != "hybrid":
+            await asyncio.to_thread(self.config.kv_transfer.check_host)
         self._server.serve(DESCRIBE, self._describe)
         self._server.serve(STATS, self._stats)
         if self.config.role == "hybrid":
@@ -259,7 +262,6 @@ class GpuInstance:
 
     async def _decode(self, request: DecodeRequest) -> AsyncIterator[Granted | TokenEvent]:
         inbox = self._open(request.request_id)
-        transfers = self._require_transfers()
         posted: JointReceive | None = None
         num_blocks = 0
         try:
@@ -270,7 +272,7 @@ class GpuInstance:
             )
             reservation = await inbox.next()
             num_blocks = len(reservation.block_ids)
-            posted = await transfers.post_receive(request.transfer_id, reservation.block_ids)
+            posted = await self._require_transfers().post_receive(request.transfer_id, reservation.block_ids)
             yield Granted(posted.grant, reservation.num_cached_tokens)
             num_tokens = len(request.prompt_token_ids) + len(request.output_token_ids)
             first = await received(posted, inbox, num_tokens)

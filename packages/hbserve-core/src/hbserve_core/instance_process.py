@@ -35,6 +35,7 @@ async def run_instance(config: InstanceConfig, *, announce: bool = False, stop: 
 
     Raises:
         AddressInUse: the configured address is taken.
+        AddressNotAvailable: this machine does not have the one for KV transfers.
         InstanceFailed: the model does not load, or the engine has failed; says why.
     """
     stop = stop or asyncio.Event()

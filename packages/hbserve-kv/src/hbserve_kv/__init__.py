@@ -3,6 +3,7 @@
 from hbserve_kv.base import KVTransferBase
 from hbserve_kv.config import KVTransferBackend, KVTransferConfig
 from hbserve_kv.errors import (
+    AddressNotAvailable,
     BackendUnavailable,
     BufferTooSmall,
     FingerprintMismatch,
@@ -20,6 +21,7 @@ from hbserve_kv.transfer_state import Outcome
 from hbserve_kv.transport import DrainUnknown, Link, Part, Transport
 
 __all__ = [
+    "AddressNotAvailable",
     "BackendUnavailable",
     "BufferTooSmall",
     "DrainUnknown",

@@ -1,9 +1,13 @@
 """What a KV transfer is configured with. Imports no torch."""
 
+import errno
+import socket
 from enum import StrEnum
 from typing import Any
 
 import msgspec
+
+from hbserve_kv.errors import AddressNotAvailable
 
 
 class KVTransferBackend(StrEnum):
@@ -39,3 +43,29 @@ class KVTransferConfig(msgspec.Struct, frozen=True, kw_only=True):
     """As a receiver, verify a checksum of each block: KV that was corrupted on its way then fails its transfer."""
     options: dict[str, Any] = {}
     """Handed to a custom backend."""
+
+    def check_host(self) -> None:
+        """Refuse what cannot work, before anything waits for it. May ask a name server.
+
+        Raises:
+            AddressNotAvailable: `host` is no address of this machine, or a name that nobody knows.
+        """
+        cure = "use an address of this machine that its peers reach, or none for the one that the instance serves on"
+        try:
+            found = {place[:2] for *_, place in socket.getaddrinfo(self.host, 0, type=socket.SOCK_STREAM)}
+        except socket.gaierror as error:
+            if error.errno == socket.EAI_NONAME:
+                raise AddressNotAvailable(f"kv_transfer.ip={self.host!r}: nobody knows this name; {cure}") from error
+            raise
+        if not any(_is_ours(str(address)) for address, _ in found):
+            raise AddressNotAvailable(f"kv_transfer.ip={self.host!r}: this machine does not have it; {cure}")
+
+
+def _is_ours(address: str) -> bool:
+    """Whether something could listen there. Only the system's plain no is one: whoever listens will hear the rest."""
+    with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as trying:
+        try:
+            trying.bind((address, 0))
+        except OSError as error:
+            return error.errno != errno.EADDRNOTAVAIL
+    return True

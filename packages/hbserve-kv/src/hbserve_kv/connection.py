@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import logging
+import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -55,8 +56,8 @@ class Connection:
         except HBServeRpcError as error:
             self.lose(str(error))
 
-    async def move(self, transfer_id: str, parts: Sequence[Part], announced: Sequence[AnnouncedPart]) -> None:
-        """Move parts, after those before them.
+    async def move(self, transfer_id: str, parts: Sequence[Part], announced: Sequence[AnnouncedPart]) -> float:
+        """Move parts, after those before them; returns the seconds that it took, without waiting for those.
 
         Raises:
             Exception: what `Transport.push` raised, or the receiver answered. The connection is lost by a part that may
@@ -65,6 +66,7 @@ class Connection:
         async with self._in_order:
             if self.lost:
                 raise TransferFailed(self.lost)
+            began_s = time.monotonic()
             work = [asyncio.ensure_future(self._push(parts))]
             if not self.transport.one_sided:
                 message = PartsAnnounced(transfer_id, self.link.key, list(announced))
@@ -78,6 +80,7 @@ class Connection:
                     job.cancel()
                 await asyncio.gather(*work, return_exceptions=True)
                 raise
+            return time.monotonic() - began_s
 
     async def _push(self, parts: Sequence[Part]) -> None:
         for part in parts:

@@ -5,6 +5,7 @@ HBServeKVError
 ├── FingerprintMismatch (ValueError)   the peer's KV means something else; names the field and both values
 ├── TransferFailed (ConnectionError)   a transfer ended without its data; says the first cause
 ├── TransferTimeout (TimeoutError)     nothing came, or no room was given, before the deadline
+├── AddressNotAvailable (OSError)      this machine does not have the address that it should serve on
 └── BufferTooSmall (ValueError)        a message cannot fit the peer's lookup buffer, even when that is empty
 """
 
@@ -30,4 +31,8 @@ class TransferTimeout(HBServeKVError, TimeoutError):
 
 
 class BufferTooSmall(HBServeKVError, ValueError):
+    pass
+
+
+class AddressNotAvailable(HBServeKVError, OSError):
     pass

@@ -119,8 +119,9 @@ class KVTransferManager(KVTransferBase):
         """Bind the control server and make the memory ready.
 
         Raises:
-            AddressInUse, BackendUnavailable.
+            AddressInUse, AddressNotAvailable, BackendUnavailable.
         """
+        await asyncio.to_thread(self.config.check_host)
         started: list[Transport] = []
         try:
             for transport in self._transports.values():

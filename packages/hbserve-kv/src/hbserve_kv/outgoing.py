@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import itertools
 import logging
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -208,15 +207,13 @@ class OutgoingTransfer:
                 return
 
     async def _move(self, parts: Sequence[Part], announced: Sequence[AnnouncedPart]) -> None:
-        began_s = time.monotonic()
         try:
             await self._note_checksums(parts, announced)
-            await self._connection.move(self._begin.transfer_id, parts, announced)
+            self._time_s += await self._connection.move(self._begin.transfer_id, parts, announced)
         except Exception as error:  # whatever a backend raised has failed this transfer
             self._is_unknown = self._is_unknown or isinstance(error, DrainUnknown)
             self._cancel(f"part {announced[0].index}: {type(error).__name__}: {error}")
             return
-        self._time_s += time.monotonic() - began_s
         self._num_parts += len(parts)
         self._num_bytes += sum(self._bytes_of(part) for part in parts)
 

@@ -2,12 +2,11 @@
 
 What its Python API makes necessary (read and measured on 0.3.13):
 - Only registered memory may be a source or target; over TCP an unregistered source works by accident. Both regions are
-  registered whole, in each engine.
-- One engine holds one mutex while it opens a peer, for 60 s if that is frozen. So each link has an engine of its own,
-  and a peer is probed first, without the mutex.
-- An engine that ends holds the GIL for up to a second, and registering memory holds it too. So engines of links that
-  have ended are used again; only one that may still read its memory is ended, which is what stops it.
-- A synchronous write that times out returns -1 while its bytes can still land: that is `DrainUnknown`.
+  registered whole, in each engine, by the call that releases the GIL.
+- One engine holds one mutex while it opens a peer, for 60 s if that is frozen. So a peer is probed first, without the
+  mutex, and links that share an engine turn to another one: `mooncake_engines`.
+- A synchronous write that times out returns -1 while its bytes can still land: that is `DrainUnknown`. Only the end of
+  its engine stops it.
 - `protocol` does not choose the transport, and a wrong one falls back to TCP in silence. MC_FORCE_TCP is set for "tcp".
 - In P2P mode the port in the host name is ignored: the session is `host:get_rpc_port()`.
 """
@@ -18,13 +17,13 @@ import json
 import logging
 import os
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import torch  # Mooncake's CUDA wheels find libcudart through torch, which must come first
 
+from hbserve_kv._transports.mooncake_engines import Engine, MooncakeEngines, end
 from hbserve_kv._transports.mooncake_rdma import why_no_rdma
 from hbserve_kv.errors import BackendUnavailable
 from hbserve_kv.memory import REGIONS, Memory, pieces
@@ -46,24 +45,15 @@ class MooncakeConfig(msgspec.Struct, frozen=True):
     device_name: str = ""
 
 
-class _Description(msgspec.Struct, frozen=True):
+class Description(msgspec.Struct, frozen=True):
+    """What a sender must know of a receiver."""
+
     session: str
     base: dict[str, int]
     """Address of the first block of each region."""
     num_blocks: dict[str, int]
     carrier: str
     """TCP or RDMA, as it was verified."""
-
-
-@dataclass(eq=False)
-class _Engine:
-    engine: Any
-    failed: set[str] = field(default_factory=set)
-    """Sessions to which a write has failed."""
-    scratch: torch.Tensor = field(default_factory=lambda: torch.empty(4096, dtype=torch.uint8))
-    """Memory of its own, to try a peer with."""
-    may_read: bool = False
-    """A write timed out, and may go on."""
 
 
 def load_config() -> MooncakeConfig:
@@ -125,9 +115,10 @@ class MooncakeTransport(Transport):
         self._config = load_config()
         self._host = self._config.local_hostname or host
         self._timeout_s = max(timeout_s, SHORTEST_TIMEOUT_S)
-        self._engines: dict[str, _Engine] = {}
-        """By link."""
-        self._spare: list[_Engine] = []
+        self._engines = MooncakeEngines(self._make_engine)
+        self._connected: set[str] = set()
+        self._unsure: dict[str, Engine] = {}
+        """By link, the engine that may go on with a write of it."""
 
     async def start(self, memory: Memory) -> None:
         self._memory = memory
@@ -140,23 +131,21 @@ class MooncakeTransport(Transport):
         elif self._config.protocol == "rdma" and (reason := why_no_rdma()):
             # Mooncake itself would use TCP, and say nothing.
             raise BackendUnavailable(f'{CONFIG_VARIABLE}: protocol "rdma", but {reason}')
-        self._receiving = self._make_engine().engine
-        self._detail = self._verified_transport(self._receiving)
+        self._receiving = self._make_engine()
+        self._detail = self._verified_transport(self._receiving.native)
         logger.info("mooncake: %s on %s", self._detail, self._host)
 
-    def _make_engine(self) -> _Engine:
-        engine = self._engine_class()
+    def _make_engine(self) -> Engine:
+        native = self._engine_class()
         settings = self._config
-        if rc := engine.initialize(self._host, settings.metadata_server, settings.protocol, settings.device_name):
+        if rc := native.initialize(self._host, settings.metadata_server, settings.protocol, settings.device_name):
             raise BackendUnavailable(f"Mooncake does not start on {self._host!r} with {settings}: code {rc}")
-        for region in REGIONS:
-            rows = self._memory.rows(region)
-            if rows.numel() and (rc := engine.register_memory(rows.data_ptr(), rows.nbytes)):
-                raise BackendUnavailable(f"Mooncake cannot register the {region} of {rows.nbytes} bytes: code {rc}")
-        made = _Engine(engine)
-        if rc := engine.register_memory(made.scratch.data_ptr(), made.scratch.nbytes):
-            raise BackendUnavailable(f"Mooncake cannot register {made.scratch.nbytes} bytes: code {rc}")
-        return made
+        scratch = torch.empty(4096, dtype=torch.uint8)
+        places = [rows for rows in (*map(self._memory.rows, REGIONS), scratch) if rows.numel()]
+        sizes = [rows.nbytes for rows in places]
+        if rc := native.batch_register_memory([rows.data_ptr() for rows in places], sizes):
+            raise BackendUnavailable(f"Mooncake cannot register memory of {sizes} bytes: code {rc}")
+        return Engine(native, scratch)
 
     def _verified_transport(self, engine: Any) -> str:
         """What this engine really uses, by what it found and not by what was asked for.
@@ -178,8 +167,8 @@ class MooncakeTransport(Transport):
 
     def describe(self) -> bytes:
         return msgspec.msgpack.encode(
-            _Description(
-                f"{self._host}:{self._receiving.get_rpc_port()}",
+            Description(
+                f"{self._host}:{self._receiving.native.get_rpc_port()}",
                 {region: self._memory.rows(region).data_ptr() for region in REGIONS},
                 {region: self._memory.rows(region).shape[0] for region in REGIONS},
                 self._detail.partition(" ")[0],
@@ -187,38 +176,61 @@ class MooncakeTransport(Transport):
         )
 
     def unreachable(self, description: bytes) -> str:
-        theirs = msgspec.msgpack.decode(description, type=_Description).carrier
+        theirs = msgspec.msgpack.decode(description, type=Description).carrier
         mine = self._detail.partition(" ")[0]
         return "" if theirs == mine else f"Mooncake uses {theirs} there and {mine} here"
 
     async def connect(self, link: Link) -> None:
-        session = _decode(link).session
-        # An engine remembers what it was told of a session, which may have had another process behind it then.
-        engine = next((spare for spare in self._spare if session not in spare.failed), None)
-        if engine is None:
-            engine = await link.run(self._make_engine)
-        else:
-            self._spare.remove(engine)
-        self._engines[link.key] = engine
         link.detail = self._detail
-        await link.run(self._try, engine, link)
+        await self._join(link)
+        self._connected.add(link.key)
 
-    def _try(self, engine: "_Engine", link: Link) -> None:
-        """Reach the peer, without the mutex, and then read of its memory: so its description is known before it may
-        freeze, and the path of the data is known to work."""
+    async def _join(self, link: Link) -> Engine:
+        """Give the link an engine that knows its peer: a write then needs nothing of a peer that may have frozen."""
+        await link.run(self._probe, link)
+        engine = await self._engines.join(link, _decode(link).session)
+        try:
+            async with self._engines.meeting(engine):
+                await link.run(self._read_something, engine, link)
+        except BaseException:
+            self._engines.leave(link)
+            raise
+        return engine
+
+    def _probe(self, link: Link) -> None:
+        """With the engine that never ends, because this may take a minute."""
+        session = _decode(link).session
+        if rc := self._receiving.native.send_probe(session):
+            raise ConnectionError(f"Mooncake cannot reach {session}: code {rc}")
+
+    def _read_something(self, engine: Engine, link: Link) -> None:
+        """So the engine knows the peer's memory, and the path of the data is known to work."""
         peer = _decode(link)
-        if rc := engine.engine.send_probe(peer.session):
-            raise ConnectionError(f"Mooncake cannot reach {peer.session}: code {rc}")
-        if rc := engine.engine.transfer_sync_read(peer.session, engine.scratch.data_ptr(), peer.base["pool"], 8):
+        if rc := engine.native.transfer_sync_read(peer.session, engine.scratch.data_ptr(), peer.base["pool"], 8):
             engine.failed.add(peer.session)
             raise ConnectionError(f"Mooncake cannot read from {peer.session}: code {rc}")
 
     async def push(self, link: Link, part: Part) -> None:
-        if link.key not in self._engines:
-            raise ConnectionError("the link is closed")
-        await link.run(self._write, self._engines[link.key], link, part)
+        engine = await self._engine_of(link)
+        async with self._engines.call(engine):
+            try:
+                await link.run(self._write, engine, link, part)
+            finally:  # whoever is cancelled must condemn it too
+                if self._unsure.get(link.key) is engine:
+                    self._engines.condemn(engine, "a write of it timed out")
 
-    def _write(self, engine: "_Engine", link: Link, part: Part) -> None:
+    async def _engine_of(self, link: Link) -> Engine:
+        """One that knows the peer, and does not get to know another one at this moment."""
+        while link.key in self._connected:
+            engine = self._engines.of(link)
+            if engine is None or engine.condemned:
+                engine = await self._join(link)
+            await engine.is_open.wait()
+            if not engine.condemned:
+                return engine
+        raise ConnectionError("the link is closed")
+
+    def _write(self, engine: Engine, link: Link, part: Part) -> None:
         if part.ready is not None:
             part.ready.synchronize()
         peer = _decode(link)
@@ -232,38 +244,27 @@ class MooncakeTransport(Transport):
             for column in zip(*((source + mine, target + theirs, size) for mine, theirs, size in moves), strict=True)
         )
         began_s = time.monotonic()
-        rc = engine.engine.batch_transfer_sync_write(peer.session, addresses, targets, lengths)
+        rc = engine.native.batch_transfer_sync_write(peer.session, addresses, targets, lengths)
         if rc == 0:
             return
         engine.failed.add(peer.session)
         problem = f"Mooncake's write to {peer.session} failed with code {rc}"
         if time.monotonic() - began_s >= SHORTEST_TIMEOUT_S:  # it timed out, rather than being refused
-            engine.may_read = True
+            self._unsure[link.key] = engine
             raise DrainUnknown(f"{problem}; its bytes may still land")
         raise ConnectionError(problem)
 
     async def disconnect(self, link: Link) -> None:
         """An engine that ends stops reading its memory: measured, only what the kernel had taken still lands."""
+        self._connected.discard(link.key)
         await link.idle()
-        engine = self._engines.pop(link.key, None)
-        if engine is None:
-            return
-        if not engine.may_read:
-            self._spare.append(engine)
-            return
-        last = [engine]
-        del engine
-        await link.run(last.clear)
+        self._engines.leave(link)
+        if engine := self._unsure.pop(link.key, None):
+            await engine.ended.wait()
 
     async def close(self) -> None:
-        # In a thread although it holds the GIL: between two engines the event loop goes on.
-        last = [*self._engines.values(), *self._spare, self._receiving]
-        self._engines.clear()
-        self._spare.clear()
-        del self._receiving
-        while last:
-            await asyncio.to_thread(last.pop)
+        await asyncio.gather(self._engines.close(), end(self._receiving))
 
 
-def _decode(link: Link) -> _Description:
-    return msgspec.msgpack.decode(link.peer_description, type=_Description)
+def _decode(link: Link) -> Description:
+    return msgspec.msgpack.decode(link.peer_description, type=Description)

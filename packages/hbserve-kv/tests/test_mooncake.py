@@ -1,0 +1,192 @@
+"""Mooncake's engines: few, shared, and left by everybody when one peer spoils one."""
+
+import asyncio
+import os
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import uuid
+
+import msgspec
+import pytest
+import torch
+
+from hbserve_kv import Outcome
+from hbserve_kv.memory import Memory
+from hbserve_kv.transport import DrainUnknown, Link, Part
+
+pytest.importorskip("mooncake.engine", reason="Mooncake or its libraries are missing", exc_type=ImportError)
+
+from hbserve_kv._transports import mooncake_engines
+from hbserve_kv._transports.mooncake import Description, MooncakeTransport
+
+NUM_BLOCKS, BLOCK_BYTES = 4, 8 << 20
+PEER = """
+import ctypes, mmap, sys, time
+try:
+    from mooncake.engine import TransferEngine
+except ImportError:  # the CUDA wheels find libcudart through torch, which takes seconds
+    import torch
+    from mooncake.engine import TransferEngine
+engine = TransferEngine()
+engine.initialize("127.0.0.1", "P2PHANDSHAKE", "tcp", "")
+memory = mmap.mmap(-1, int(sys.argv[1]))
+address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+engine.register_memory(address, len(memory))
+print(engine.get_rpc_port(), address, flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.fixture
+def peer(monkeypatch):
+    """Starts a receiving process, which is Mooncake and nothing else; returns it and its description."""
+    processes = []
+
+    def start() -> tuple[subprocess.Popen[str], bytes]:
+        command = [sys.executable, "-c", PEER, str(NUM_BLOCKS * BLOCK_BYTES)]
+        processes.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
+        port, address = processes[-1].stdout.readline().split()
+        description = Description(f"127.0.0.1:{port}", {"pool": int(address)}, {"pool": NUM_BLOCKS}, "TCP")
+        return processes[-1], msgspec.msgpack.encode(description)
+
+    monkeypatch.setenv("MC_FORCE_TCP", "1")
+    yield start
+    for process in processes:
+        process.kill()
+        process.communicate(timeout=30)
+
+
+@pytest.fixture
+async def sender(monkeypatch):
+    """A transport all of whose links share one engine, which is what happens to a group of them."""
+    monkeypatch.setattr(mooncake_engines, "MOST_ENGINES", 1)
+    monkeypatch.setenv("MC_TRANSFER_TIMEOUT", "5")
+    transport = MooncakeTransport("127.0.0.1", 5)
+    await transport.start(Memory(torch.ones(NUM_BLOCKS, BLOCK_BYTES, dtype=torch.uint8), 1 << 24))
+    yield transport
+    await transport.close()
+    assert len(transport._engines) == 0
+
+
+@pytest.fixture
+async def receiver():
+    memory = Memory(torch.zeros(NUM_BLOCKS, BLOCK_BYTES, dtype=torch.uint8), 1 << 24)
+    transport = MooncakeTransport("127.0.0.1", 5)
+    await transport.start(memory)
+    yield transport, memory
+    await transport.close()
+
+
+def link_to(description: bytes) -> Link:
+    return Link(uuid.uuid4().hex, is_sender=True, peer_rank=1, peer_description=description)
+
+
+def part(*blocks: int) -> Part:
+    return Part("t", 0, "pool", list(blocks), target_block_ids=list(blocks))
+
+
+async def test_many_peers_share_a_few_engines(managers):
+    # Known elsewhere: SGLang #34450, #31922, Mooncake #2044.
+    sender = await managers(0, "mooncake")
+    receivers = [await managers(1 + i, "mooncake", buffer_size=1 << 16) for i in range(10)]
+    for life in range(2):
+        for number, receiver in enumerate(receivers):
+            posted = receiver.post_receive(f"t{life}-{number}", [1])
+            transfer = await sender.open_send(f"t{life}-{number}", posted.grant)
+            transfer.push([2], 0)
+            assert (await transfer.commit()).outcome is Outcome.COMPLETED
+    (transport,) = sender._transports.values()
+    assert len(transport._engines) == mooncake_engines.MOST_ENGINES
+
+
+async def test_a_peer_that_freezes_when_it_is_met_stops_no_write_to_others_of_its_engine(
+    sender, receiver, peer, monkeypatch
+):
+    """It freezes after it was probed, so its engine waits for it with the mutex held that every write needs."""
+    # Known elsewhere: SGLang #34865, #31144, #31306, #19900.
+    monkeypatch.setattr(MooncakeTransport, "_probe", lambda self, link: None)
+    healthy = link_to(receiver[0].describe())
+    await sender.connect(healthy)
+    before = sender._engines.of(healthy)
+    process, description = peer()
+    os.kill(process.pid, signal.SIGSTOP)
+    frozen = link_to(description)
+    meeting = asyncio.create_task(sender.connect(frozen))
+    async with asyncio.timeout(20):
+        while before.is_open.is_set():
+            await asyncio.sleep(0.01)
+        await sender.push(healthy, part(1))
+    assert not meeting.done()
+    assert sender._engines.of(healthy) is not before
+    assert int(receiver[1].pool.sum()) == BLOCK_BYTES
+    process.kill()  # which is what the engine's thread waits for
+    with pytest.raises(ConnectionError, match="cannot read from"):
+        await meeting
+    async with asyncio.timeout(20):
+        await before.ended.wait()
+    for link in (healthy, frozen):
+        await sender.disconnect(link)
+
+
+async def test_a_write_that_timed_out_ends_its_engine_and_the_others_of_it_go_on_with_another(sender, receiver, peer):
+    # Known elsewhere: vLLM #32255, SGLang #24527, #27372, #32564, #35049, #37077, #38961, Mooncake #4247.
+    process, description = peer()
+    healthy, frozen = link_to(receiver[0].describe()), link_to(description)
+    await sender.connect(healthy)
+    await sender.connect(frozen)
+    before = sender._engines.of(frozen)
+    assert before is sender._engines.of(healthy)
+    os.kill(process.pid, signal.SIGSTOP)
+    writing = asyncio.create_task(sender.push(frozen, part(0, 1, 2, 3)))
+    async with asyncio.timeout(20):
+        for block in range(NUM_BLOCKS):
+            await sender.push(healthy, part(block))
+        assert not writing.done()
+        with pytest.raises(DrainUnknown, match="may still land"):
+            await writing
+        await sender.disconnect(frozen)
+        assert before.ended.is_set(), "nothing is read any more, although the peer is still frozen"
+        await sender.push(healthy, part(0))
+    assert sender._engines.of(healthy) not in (None, before)
+    assert int(receiver[1].pool.sum()) == NUM_BLOCKS * BLOCK_BYTES
+    await sender.disconnect(healthy)
+
+
+async def test_a_session_that_failed_is_tried_again_with_an_engine_that_does_not_know_it(sender, receiver):
+    """An engine remembers what it was told of a session, and another process may be behind it now."""
+    # Known elsewhere: SGLang #25287, #35823, #37022.
+    link = link_to(receiver[0].describe())
+    await sender.connect(link)
+    engine = sender._engines.of(link)
+    engine.failed.add(f"127.0.0.1:{receiver[0]._receiving.native.get_rpc_port()}")
+    await sender.disconnect(link)
+    again = link_to(receiver[0].describe())
+    await sender.connect(again)
+    assert sender._engines.of(again) is not engine
+    await sender.disconnect(again)
+
+
+async def test_an_engine_looks_often_enough_whether_it_ends(receiver):
+    """Its end waits for that with Python's lock held: a second, as Mooncake comes."""
+    port = receiver[0]._receiving.native.get_rpc_port()
+    for interval_s in (0.02, mooncake_engines.LOOK_INTERVAL_S):
+        mooncake_engines.look_every(receiver[0]._receiving.native, interval_s)
+        found = [seconds for listening, seconds in listening_sockets() if listening == port]
+        assert found == [pytest.approx(interval_s, abs=0.01)]
+
+
+def listening_sockets() -> list[tuple[int, float]]:
+    """(port, how long accept() waits) of this process."""
+    found = []
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            with socket.socket(fileno=os.dup(int(name))) as each:
+                if each.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+                    seconds, rest_us = struct.unpack("ll", each.getsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, 16))
+                    found.append((each.getsockname()[1], seconds + rest_us / 1e6))
+        except OSError:
+            continue
+    return found
