@@ -6,6 +6,7 @@ python benchmarks/kv_chaos.py
 
 import argparse
 import asyncio
+import logging
 from pathlib import Path
 from time import perf_counter
 
@@ -38,6 +39,7 @@ def main() -> None:
     parser.add_argument("--slice-size", type=int, default=2000)
     parser.add_argument("--sides", choices=["one", "two", "both"], default="both")
     arguments = parser.parse_args()
+    logging.getLogger("hbserve_kv").setLevel(logging.ERROR)  # what fails is meant to
     for two_sided in {"one": [False], "two": [True], "both": [False, True]}[arguments.sides]:
         asyncio.run(run(arguments.slices, arguments.slice_size, two_sided))
 

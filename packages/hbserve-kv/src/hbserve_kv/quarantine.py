@@ -116,7 +116,7 @@ def _warn(incoming: Incoming, since_s: float) -> None:
     senders = " and ".join(incoming.links[key].hello.address for key in incoming.state.restless)
     logger.warning(
         "transfer %s: its %d blocks are out of use since it failed %.0f s ago: %s may still write to them, and does "
-        "not answer. They come back when it does, when its host says that it is gone, or when this instance is restarted.",
+        "not answer. They come back when it does, when its host says that it is gone, or by a restart here.",
         incoming.transfer_id, len(incoming.block_ids), since_s, senders,
     )  # fmt: skip
 
