@@ -17,6 +17,7 @@ import os
 import random
 import signal
 import statistics
+from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from time import perf_counter
 from typing import Any
@@ -32,6 +33,8 @@ PAUSE_S, OTHER_PAUSE_S = 0.005, 0.05
 KINDS = ("alone", "beside a peer that is well", "beside deaths")
 NUM_PLACES = 64
 """Transfers that one pool has room for: those of a frozen peer keep their blocks for a while."""
+FREEZES = (0.5, 4.0, 1.5)
+"""In timeouts: shorter than what counts as dead, longer than a write of Mooncake waits (5 s), and in between."""
 MODULES = ["torch", "hbserve_kv.testing", *(f"hbserve_kv._transports.{name}" for name in ("nccl", "ipc", "mooncake"))]
 
 
@@ -197,15 +200,10 @@ class Places:
 
     def __init__(self, num_blocks: int) -> None:
         self._free: asyncio.Queue[list[int]] = asyncio.Queue()
+        self.take, self.give_back = self._free.get, self._free.put_nowait
         self._draining: set[asyncio.Task[None]] = set()
         for place in range(NUM_PLACES):
             self._free.put_nowait([place * num_blocks + block for block in range(num_blocks)])
-
-    async def take(self) -> list[int]:
-        return await self._free.get()
-
-    def give_back(self, place: list[int]) -> None:
-        self._free.put_nowait(place)
 
     def give_back_when_drained(self, place: list[int], posted: Any, outcome: Outcome) -> None:
         if outcome is not Outcome.UNKNOWN:
@@ -221,23 +219,22 @@ class Places:
                 await asyncio.sleep(0.05)
 
 
-async def harm(peer: Peer, seconds: float, timeout_s: float, dice: random.Random) -> int:
+async def harm(peer: Peer, seconds: float, timeout_s: float, dice: random.Random, lengths: Iterator[float]) -> int:
     """Kill, freeze and thaw, or freeze and kill the peer, again and again; leaves it alive. Returns how often."""
     ends_s, count = perf_counter() + seconds, 0
-    while perf_counter() < ends_s:
+    for what in itertools.cycle(("kill", "freeze and thaw", "freeze and kill")):
         await asyncio.sleep(0.5 + 0.5 * dice.random())
-        what = ("kill", "freeze and thaw", "freeze and kill")[count % 3]
         if what != "kill":
             peer.signal(signal.SIGSTOP)
-            # Shorter than what counts as dead, then longer.
-            await asyncio.sleep(timeout_s * (0.5 if count % 2 else 1.5))
+            await asyncio.sleep(timeout_s * next(lengths))
         if what == "freeze and thaw":
             peer.signal(signal.SIGCONT)
         else:
             await peer.end()
-            await asyncio.sleep(0.2)
             peer.start()
         count += 1
+        if perf_counter() > ends_s:
+            break
     return count
 
 
@@ -246,6 +243,7 @@ async def measure(backend: str, args: argparse.Namespace) -> None:
     await manager.start()
     healthy, other = Peer(1, args, backend), Peer(2, args, backend)
     places, dice, num_harms = Places(args.blocks), random.Random(0), 0
+    lengths = itertools.cycle(FREEZES)
     to_healthy = {kind: Traffic(manager, healthy, places, f"healthy, {kind},", True) for kind in KINDS}
     to_other = {kind: Traffic(manager, other, places, f"other, {kind},", False) for kind in KINDS[1:]}
     async with Traffic(manager, healthy, places, "connects", True), Traffic(manager, other, places, "tries", False):
@@ -256,7 +254,7 @@ async def measure(backend: str, args: argparse.Namespace) -> None:
         async with to_healthy[KINDS[1]], to_other[KINDS[1]]:
             await asyncio.sleep(args.seconds)
         async with to_other["beside deaths"], to_healthy["beside deaths"]:
-            num_harms += await harm(other, args.seconds, args.timeout, dice)
+            num_harms += await harm(other, args.seconds, args.timeout, dice, lengths)
         await places.until_all_are_back()
     num_failed = to_other["beside deaths"].num_failed
     print(f"{backend}: {num_harms} deaths and freezes, {num_failed} transfers with that peer failed")
@@ -264,6 +262,10 @@ async def measure(backend: str, args: argparse.Namespace) -> None:
         print(report(way, {kind: traffic.times_s[way] for kind, traffic in to_healthy.items()}), flush=True)
     await asyncio.gather(healthy.end(), other.end())
     await manager.close()
+
+
+def percentile_99(times: list[float]) -> float:
+    return statistics.quantiles(times, n=100)[98]
 
 
 def report(way: str, times_s: dict[str, list[float]]) -> str:
@@ -276,10 +278,6 @@ def report(way: str, times_s: dict[str, list[float]]) -> str:
     return "\n".join(
         [*lines, f"          p99 beside deaths / alone {ratio:.2f}, bar {BAR}: {'met' if ratio < BAR else 'MISSED'}"]
     )
-
-
-def percentile_99(times: list[float]) -> float:
-    return statistics.quantiles(times, n=100)[98]
 
 
 def main() -> None:

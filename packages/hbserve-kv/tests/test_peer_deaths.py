@@ -235,7 +235,7 @@ async def thaw_receiver(victim: Victim, state: str) -> None:
 
 
 @ENDS
-async def test_a_receiver_that_is_killed_or_frozen_in_any_state_keeps_no_block_and_disturbs_no_other(
+async def test_a_receiver_that_is_killed_or_frozen_in_any_state_ends_the_send_and_not_those_to_others(
     rig, is_killed, monkeypatch
 ):
     healthy, blocks, halts = rig.start(""), rig.new_blocks(), {}
