@@ -1,10 +1,12 @@
-"""10,000 KV transfers while everything goes wrong, in slices, with the memory of this process after each.
+"""10,000 KV transfers while everything goes wrong, over a one-sided transport and as many over a two-sided one, in
+slices, with the memory of this process after each.
 
 python benchmarks/kv_chaos.py
 """
 
 import argparse
 import asyncio
+import logging
 from pathlib import Path
 from time import perf_counter
 
@@ -17,12 +19,13 @@ def resident_mib() -> float:
     return int(Path("/proc/self/statm").read_text().split()[1]) * PAGE_BYTES / (1 << 20)
 
 
-async def run(num_slices: int, slice_size: int) -> None:
+async def run(num_slices: int, slice_size: int, two_sided: bool) -> None:
     for seed in range(num_slices):
         began_s = perf_counter()
-        report = await Chaos(seed=seed).run(slice_size)
+        report = await Chaos(seed=seed, two_sided=two_sided).run(slice_size)
         print(
-            f"{report.num_ended} transfers ended in {perf_counter() - began_s:.0f} s: {dict(report.outcomes)}, "
+            f"{'two' if two_sided else 'one'}-sided: {report.num_ended} transfers ended in "
+            f"{perf_counter() - began_s:.0f} s: {dict(report.outcomes)}, "
             f"{report.restarts} restarts, {report.wrong_blocks} wrong blocks, "
             f"left behind: {report.left_behind or 'nothing'}; {resident_mib():.0f} MiB resident",
             flush=True,
@@ -34,8 +37,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--slices", type=int, default=5)
     parser.add_argument("--slice-size", type=int, default=2000)
+    parser.add_argument("--sides", choices=["one", "two", "both"], default="both")
     arguments = parser.parse_args()
-    asyncio.run(run(arguments.slices, arguments.slice_size))
+    logging.getLogger("hbserve_kv").setLevel(logging.ERROR)  # what fails is meant to
+    for two_sided in {"one": [False], "two": [True], "both": [False, True]}[arguments.sides]:
+        asyncio.run(run(arguments.slices, arguments.slice_size, two_sided))
 
 
 if __name__ == "__main__":

@@ -4,12 +4,15 @@ second one, the decode instance's first.
     uv run python benchmarks/pd_handoff.py --model FOLDER --backend ipc --prompt-tokens 2048
 
 One prefill and one decode instance on this host, one request at a time, each with another prompt. Printed beside it:
-the time between later tokens, which is a decode step and its way to the client, and is in the hand-off too; and the KV
-bytes that moved.
+the time between later tokens, which is a decode step and its way to the client, and is in the hand-off too; the KV
+bytes that moved; and how much of them had moved when the last of n chunks started to compute: of those of the chunks
+before it at least (n-2)/(n-1), because the chunk that has just ended cannot have. For that both instances run in this
+process, where the decode side's pool can be looked at.
 """
 
 import argparse
 import asyncio
+import contextlib
 import itertools
 import random
 import statistics
@@ -17,6 +20,14 @@ import time
 
 from hbserve.pd_disagg import DisaggregatedLLM, PdDisaggConfig
 from hbserve.sampling_params import SamplingParams
+from hbserve_core import GpuInstance, InstanceConfig
+from hbserve_kv import KVTransferConfig
+from hbserve_rpc import RpcClient
+from hbserve_rpc.messages import DECODE, PREFILL, DecodeRequest, PrefillRequest
+
+BLOCK_SIZE = 16
+UNTOUCHED = 12345.0
+"""What no key or value is."""
 
 
 def main() -> None:
@@ -27,7 +38,9 @@ def main() -> None:
     parser.add_argument("--output-tokens", type=int, default=32)
     parser.add_argument("--requests", type=int, default=20)
     parser.add_argument("--chunk-size", type=int, default=512)
-    asyncio.run(measure(parser.parse_args()))
+    args = parser.parse_args()
+    asyncio.run(measure(args))
+    asyncio.run(measure_overlap(args))
 
 
 async def measure(args: argparse.Namespace) -> None:
@@ -51,8 +64,7 @@ async def measure(args: argparse.Namespace) -> None:
 
 async def one(llm: DisaggregatedLLM, args: argparse.Namespace, seed: int):
     """Seconds from the first token to the second, between later ones, and the request's timings."""
-    random.seed(seed)
-    prompt = [random.randrange(3, 300) for _ in range(args.prompt_tokens)]
+    prompt = make_prompt(args, seed)
     params = SamplingParams(temperature=0, max_tokens=args.output_tokens, ignore_eos=True)
     times, timings = [], None
     async for delta in llm.stream(prompt, params):
@@ -60,6 +72,63 @@ async def one(llm: DisaggregatedLLM, args: argparse.Namespace, seed: int):
         timings = delta["timings"] or timings
     gaps = [after - before for before, after in itertools.pairwise(times)]
     return gaps[0], gaps[1:], timings
+
+
+def make_prompt(args: argparse.Namespace, seed: int) -> list[int]:
+    dice = random.Random(seed)
+    return [dice.randrange(3, 300) for _ in range(args.prompt_tokens)]
+
+
+@contextlib.asynccontextmanager
+async def instance(role: str, args: argparse.Namespace):
+    config = InstanceConfig(
+        instance_id=role, role=role, model_path=args.model, chunk_size=args.chunk_size, block_size=BLOCK_SIZE,
+        max_num_batched_tokens=max(2048, args.chunk_size), num_blocks=args.prompt_tokens // BLOCK_SIZE + 16,
+        prefix_caching=False, kv_rank=int(role == "decode"), num_on_gpu=2,
+        kv_transfer=KVTransferConfig(backend=args.backend),
+    )  # fmt: skip
+    made = GpuInstance(config)
+    await made.start()
+    try:
+        await made.wait_ready()
+        async with RpcClient(made.address, heartbeat_timeout_s=60) as client:
+            yield made, client
+    finally:
+        await made.stop()
+
+
+async def measure_overlap(args: argparse.Namespace) -> None:
+    num_chunks = -(-args.prompt_tokens // args.chunk_size)
+    if num_chunks < 3:
+        print(f"{num_chunks} chunks: too few to move KV beside computation")
+        return
+    async with instance("prefill", args) as (p, p_client), instance("decode", args) as (d, d_client):
+        launch, landed, started = p.runner.launch, [], itertools.count(1)
+
+        def counting(batch):
+            if next(started) % num_chunks == 0:
+                landed.append(int((d.runner.pool.flatten(1) != UNTOUCHED).all(dim=1).sum()))
+            return launch(batch)
+
+        p.runner.launch = counting
+        params = SamplingParams(temperature=0, max_tokens=2, ignore_eos=True)
+        for seed in range(args.requests + 1):
+            d.runner.pool.fill_(UNTOUCHED)
+            prompt = make_prompt(args, seed)
+            async with d_client.stream(DECODE, DecodeRequest(f"r{seed}", f"t{seed}", prompt, params)) as of_d:
+                grant = (await anext(of_d)).grant
+                async with p_client.stream(
+                    PREFILL, PrefillRequest(f"r{seed}", f"t{seed}", prompt, params, grant)
+                ) as of_p:
+                    assert len([event async for event in of_p]) == 2
+                assert [event async for event in of_d]
+    earlier = (num_chunks - 1) * args.chunk_size // BLOCK_SIZE
+    shares = [count / earlier for count in landed[1:]]
+    print(
+        f"when the last of {num_chunks} chunks starts, of the KV of those before it there is: "
+        f"median {statistics.median(shares):.3f}, least {min(shares):.3f}; "
+        f"bar (n-2)/(n-1) = {(num_chunks - 2) / (num_chunks - 1):.3f}"
+    )
 
 
 def spread(seconds) -> str:

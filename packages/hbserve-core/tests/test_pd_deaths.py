@@ -211,6 +211,26 @@ async def test_a_prefill_instance_killed_in_mid_transfer_ends_the_decode_with_an
 
 
 @pytest.mark.parametrize("backend", ["nccl", "mooncake", "ipc"])
+async def test_a_decode_instance_frozen_in_mid_transfer_ends_the_prefill_and_serves_again_when_it_goes_on(
+    start, backend
+):
+    p, d = await start("prefill", backend, halting=True), await start("decode", backend)
+    async with d.decode("r") as decoding:
+        granted = await anext(decoding)
+        async with reading(p.prefill("r", granted.grant)) as prefilling:
+            await until(p.sends_what_it_has)
+            os.kill(d.process.pid, signal.SIGSTOP)
+            p.process.send_signal(signal.SIGUSR1)
+            with pytest.raises(RemoteError, match="KV transfer t-r failed: "):
+                await prefilling
+        await until(p.is_empty)
+        os.kill(d.process.pid, signal.SIGCONT)
+        with pytest.raises(RemoteError, match="KV transfer failed: "):
+            await anext(decoding)
+    await assert_a_request_succeeds(p, d)
+
+
+@pytest.mark.parametrize("backend", ["nccl", "mooncake", "ipc"])
 async def test_blocks_to_which_a_frozen_prefill_instance_may_write_are_used_by_nobody_until_it_is_dead(start, backend):
     # Known elsewhere: vLLM #32255, SGLang #24527, #27372, #32564, #35049, #37077, #38961, Mooncake #4247.
     p, d = await start("prefill", backend, halting=True), await start("decode", backend)

@@ -38,6 +38,13 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     return str(request.param)
 
 
+@pytest.fixture(params=["nccl", "mooncake", "ipc"])
+def processes_backend(request: pytest.FixtureRequest) -> str:
+    """The backends that cross processes; `auto` is one of these."""
+    needs_mooncake(request.param)
+    return str(request.param)
+
+
 @pytest.fixture
 async def managers() -> AsyncIterator[Callable[..., Any]]:
     """Starts managers; afterwards they are closed, and nothing may be left in them."""

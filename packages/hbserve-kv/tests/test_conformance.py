@@ -12,8 +12,9 @@ async def test_backends_conform(backend: str, check: Check) -> None:
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
-async def test_loopback_conforms(check: Check) -> None:
-    await run_check(check, transport=LoopbackNetwork().transport)
+@pytest.mark.parametrize("two_sided", [False, True], ids=["one-sided", "two-sided"])
+async def test_loopback_conforms(check: Check, two_sided: bool) -> None:
+    await run_check(check, transport=LoopbackNetwork(two_sided=two_sided).transport)
 
 
 @pytest.mark.gpu

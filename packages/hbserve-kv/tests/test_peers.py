@@ -118,6 +118,19 @@ async def test_a_peer_that_was_not_there_is_reached_when_it_comes_and_meanwhile_
     assert sent.outcome is Outcome.COMPLETED, "its grant shows that it lives"
 
 
+async def test_a_receiver_that_is_gone_fails_the_send_by_its_address(processes_backend, managers):
+    sender, receiver = [await managers(rank, processes_backend, timeout_s=2) for rank in (0, 1)]
+    posted = receiver.post_receive("t", [1])
+    transfer = await sender.open_send("t", posted.grant)
+    await receiver.close()
+    transfer.push([1], 0)
+    async with asyncio.timeout(60):
+        result = await transfer.commit()
+    assert result.outcome is not Outcome.COMPLETED
+    with pytest.raises(TransferFailed, match=receiver.address):
+        await sender.open_send("t2", posted.grant)
+
+
 async def test_a_grant_of_an_earlier_life_does_not_disturb_the_connection_to_the_present_one(managers):
     sender, receiver = await managers(0, "ipc"), await managers(1, "ipc")
     old = receiver.post_receive("t", [1])

@@ -11,6 +11,8 @@ class TransferStats:
     buffered_bytes: int
     num_quarantined: int
     """Failed transfers that are not drained yet."""
+    quarantined_blocks: int
+    """Blocks of those: out of use, for ever if the sender's whole host has vanished. The log names the sender."""
     num_failed: int
     bytes_sent: int
     bytes_received: int

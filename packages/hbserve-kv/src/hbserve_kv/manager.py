@@ -264,6 +264,7 @@ class KVTransferManager(KVTransferBase):
             active_transfers=len(self._receiver.incoming) + len(self._outgoing),
             buffered_bytes=self._memory.buffered_bytes,
             num_quarantined=len(self._receiver.quarantine),
+            quarantined_blocks=self._receiver.quarantine.num_blocks,
             num_failed=self._failed,
             bytes_sent=self._sent,
             bytes_received=self._received,

@@ -2,15 +2,20 @@
 
 A sender says so itself (ABANDON). One that was lost is asked (ALIVE), in case that word was lost. If its process is
 gone it writes no more; if it only does not answer it may go on writing, so its transfers become UNKNOWN, and their
-blocks wait until it answers, or is gone.
+blocks wait until it answers, or is gone. That may be never, if its whole host has vanished: no time is long enough to
+know that a host which was cut off or paused does not come back and go on. So a warning says what is out of use, and
+because of whom, again and again.
 """
 
 import asyncio
 import contextlib
 import logging
+import math
+from dataclasses import dataclass, field
 
 from hbserve_kv import messages
 from hbserve_kv.incoming import Incoming, IncomingLink
+from hbserve_kv.transfer_state import State
 from hbserve_rpc import HBServeRpcError, RpcClient
 
 logger = logging.getLogger(__name__)
@@ -19,6 +24,23 @@ GRACE_S = 1.0
 """After a sender has ended, what its system had taken already may still arrive for a moment."""
 CHECK_INTERVAL_S = 0.5
 ANSWER_TIMEOUT_S = 1.0
+FIRST_REMINDER_S, LONGEST_PAUSE_S = 60.0, 3600.0
+"""When it is said again that blocks are out of use, and then each time after twice as long, up to this."""
+
+
+@dataclass
+class Reminder:
+    """When to say again that blocks are out of use: at once, and then more and more rarely. Time is the caller's."""
+
+    began_s: float
+    due_s: float = -math.inf
+    pause_s: float = field(default_factory=lambda: FIRST_REMINDER_S)
+
+    def is_due(self, now_s: float) -> bool:
+        if now_s < self.due_s:
+            return False
+        self.due_s, self.pause_s = now_s + self.pause_s, min(2 * self.pause_s, LONGEST_PAUSE_S)
+        return True
 
 
 class Quarantine:
@@ -32,6 +54,10 @@ class Quarantine:
 
     def __len__(self) -> int:
         return len(self._tasks)
+
+    @property
+    def num_blocks(self) -> int:
+        return sum(len(each.block_ids) for each in self._tasks)
 
     def find(self, transfer_id: str, link: str) -> Incoming | None:
         found = (each for each in self._tasks if each.transfer_id == transfer_id and link in each.links)
@@ -59,7 +85,8 @@ class Quarantine:
 
     async def _wait_until_drained(self, incoming: Incoming) -> None:
         state, loop = incoming.state, asyncio.get_running_loop()
-        deadline_s = loop.time() + self._longest_s
+        reminder = Reminder(loop.time())
+        deadline_s = reminder.began_s + self._longest_s
         while not incoming.drained.is_set():
             writing = [incoming.links[key] for key in state.restless]
             lost = [link for link in writing if not link.is_connected and link.transport.one_sided]
@@ -70,6 +97,8 @@ class Quarantine:
             # The deadline counts from when a sender stopped answering: a link is lost by that.
             if lost or (writing and loop.time() > deadline_s):
                 state.give_up()
+            if state.state is State.UNKNOWN and reminder.is_due(loop.time()):
+                _warn(incoming, loop.time() - reminder.began_s)
             incoming.settle()
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(CHECK_INTERVAL_S):
@@ -81,6 +110,15 @@ class Quarantine:
         self._asking.add(asking)
         asking.add_done_callback(self._asking.discard)
         return await asyncio.shield(asking)
+
+
+def _warn(incoming: Incoming, since_s: float) -> None:
+    senders = " and ".join(incoming.links[key].hello.address for key in incoming.state.restless)
+    logger.warning(
+        "transfer %s: its %d blocks are out of use since it failed %.0f s ago: %s may still write to them, and does "
+        "not answer. They come back when it does, when its host says that it is gone, or by a restart here.",
+        incoming.transfer_id, len(incoming.block_ids), since_s, senders,
+    )  # fmt: skip
 
 
 async def has_ended(lost: IncomingLink) -> bool:

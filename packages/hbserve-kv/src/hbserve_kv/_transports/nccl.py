@@ -7,12 +7,15 @@ What a part goes through:  blocks ─gather─▶ one tensor ─send─▶ recv 
 On the CPU neighbouring blocks need neither, nor do large ones: see `_pieces`.
 """
 
+import asyncio
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from threading import Thread
+from typing import Any, TypeVar
 
 import msgspec
 import torch
@@ -22,6 +25,8 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from hbserve_kv.errors import BackendUnavailable
 from hbserve_kv.memory import Memory, gather, neighbours, runs, scatter
 from hbserve_kv.transport import Link, Part, Transport
+
+T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +73,7 @@ class NcclTransport(Transport):
         return msgspec.msgpack.encode(_Description(self._host, self._store.port, self._device))
 
     async def connect(self, link: Link) -> None:
-        self._groups[link.key] = await link.run(self._make_group, link)
+        self._groups[link.key] = await _abandonable(self._make_group, link)
 
     def _make_group(self, link: Link) -> _Group:
         peer = msgspec.msgpack.decode(link.peer_description, type=_Description)
@@ -173,6 +178,25 @@ class NcclTransport(Transport):
             group.process_group.abort()
         self._groups.clear()
         del self._store
+
+
+async def _abandonable(blocking: Callable[..., T], *arguments: Any) -> T:
+    """Run in a daemon thread of its own, which whoever is cancelled does not wait for.
+
+    A client of a store whose host is frozen waits until that goes on or is dead, whatever its timeout, and no call
+    ends that wait. It touches no block meanwhile.
+    """
+    outcome: Future[T] = Future()
+    outcome.set_running_or_notify_cancel()  # from now on it takes a result, whether or not anybody waits for it
+
+    def run() -> None:
+        try:
+            outcome.set_result(blocking(*arguments))
+        except BaseException as error:
+            outcome.set_exception(error)
+
+    Thread(target=run, name="kv-connect", daemon=True).start()
+    return await asyncio.wrap_future(outcome)
 
 
 def _pieces(block_bytes: int, target_block_ids: list[int]) -> Iterator[tuple[int, int]]:

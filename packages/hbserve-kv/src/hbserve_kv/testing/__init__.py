@@ -2,7 +2,7 @@
 
 from hbserve_kv.testing.chaos import Chaos, ChaosReport
 from hbserve_kv.testing.conformance import CHECKS, Check, run_check
-from hbserve_kv.testing.loopback import Faults, LoopbackNetwork, LoopbackTransport
+from hbserve_kv.testing.loopback import Faults, LoopbackNetwork, LoopbackTransport, TwoSidedLoopbackTransport
 from hbserve_kv.testing.rig import Rig, is_empty
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "LoopbackNetwork",
     "LoopbackTransport",
     "Rig",
+    "TwoSidedLoopbackTransport",
     "is_empty",
     "run_check",
 ]

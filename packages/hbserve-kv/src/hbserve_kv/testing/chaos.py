@@ -76,11 +76,11 @@ def _kind(error: str) -> str:
 
 
 class Chaos:
-    """`await Chaos(seed=1).run(10_000)`"""
+    """`await Chaos(seed=1).run(10_000)`; over a one-sided transport, or a two-sided one."""
 
-    def __init__(self, *, seed: int, faults: Faults = ALL_FAULTS) -> None:
+    def __init__(self, *, seed: int, faults: Faults = ALL_FAULTS, two_sided: bool = False) -> None:
         self._dice = random.Random(seed)
-        self._network = LoopbackNetwork(faults, seed=seed)
+        self._network = LoopbackNetwork(faults, seed=seed, two_sided=two_sided)
         self._senders = [_Instance(rank, self._network) for rank in range(NUM_SENDERS)]
         self._receivers = [_Instance(NUM_SENDERS + rank, self._network) for rank in range(NUM_RECEIVERS)]
         self._restarting: set[_Instance] = set()

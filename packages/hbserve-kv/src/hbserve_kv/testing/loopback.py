@@ -1,4 +1,4 @@
-"""A transport within one process, which can be told to misbehave. For tests; see `Faults`."""
+"""Transports within one process, one-sided and two-sided, which can be told to misbehave. For tests; see `Faults`."""
 
 import asyncio
 import random
@@ -24,7 +24,7 @@ class Faults:
     duplicate: float = 0.0
     """It arrives twice."""
     late_write: float = 0.0
-    """The push times out, and the bytes arrive some time after."""
+    """The push times out, and the bytes arrive some time after; two-sided: if the receiver still takes them."""
     delay_s: float = 0.02
     """Also until a push times out, and from then until a late write: each a random share of it."""
 
@@ -37,17 +37,37 @@ class Faults:
 
 
 class LoopbackNetwork:
-    """Connects the LoopbackTransports that it makes. What goes wrong depends on the seed and the order of pushes."""
+    """Connects the transports that it makes. What goes wrong depends on the seed and the order of pushes."""
 
-    def __init__(self, faults: Faults | None = None, *, seed: int = 0) -> None:
+    def __init__(self, faults: Faults | None = None, *, seed: int = 0, two_sided: bool = False) -> None:
         self.faults = faults or Faults()
         self.dice = random.Random(seed)
         self.members: dict[str, Memory] = {}
+        """One-sided: whose memory may be written, by transport."""
+        self.channels: dict[str, asyncio.Queue[_Message | None]] = {}
+        """Two-sided: what is on its way, by link, as long as the receiver's end is there; None: the sender has left."""
         self.num_faults: dict[str, int] = {}
+        self._two_sided = two_sided
 
-    def transport(self) -> "LoopbackTransport":
+    def transport(self) -> "LoopbackTransport | TwoSidedLoopbackTransport":
         """One for each manager: `KVTransferManager(..., transport=network.transport())`."""
-        return LoopbackTransport(self)
+        return TwoSidedLoopbackTransport(self) if self._two_sided else LoopbackTransport(self)
+
+    def draw(self) -> tuple[str, float]:
+        """What happens to the next part, and how long a pause in it is."""
+        happens = self.faults.draw(self.dice)
+        self.num_faults[happens] = self.num_faults.get(happens, 0) + 1
+        return happens, self.faults.delay_s * self.dice.random()
+
+
+@dataclass(frozen=True)
+class _Message:
+    """A part on its way to a receiver that takes it."""
+
+    transfer_id: str
+    index: int
+    rows: torch.Tensor
+    is_whole: bool
 
 
 class LoopbackTransport(Transport):
@@ -76,13 +96,10 @@ class LoopbackTransport(Transport):
         self._targets[link.key] = self._network.members[key]
 
     async def push(self, link: Link, part: Part) -> None:
-        faults, dice = self._network.faults, self._network.dice
-        happens = faults.draw(dice)
-        self._network.num_faults[happens] = self._network.num_faults.get(happens, 0) + 1
-        pause_s = faults.delay_s * dice.random()
+        happens, pause_s = self._network.draw()
         if happens in ("drop", "late_write"):
             if happens == "late_write":
-                late_s = pause_s + faults.delay_s * dice.random()
+                late_s = pause_s + self._network.faults.delay_s * self._network.dice.random()
                 late = asyncio.create_task(self._write_late(self._target(link), link, part, late_s))
                 self._late.setdefault(link.key, set()).add(late)
             await asyncio.sleep(pause_s)
@@ -128,3 +145,89 @@ class LoopbackTransport(Transport):
         for task in late:
             task.cancel()
         await asyncio.gather(*late, return_exceptions=True)
+
+
+class TwoSidedLoopbackTransport(Transport):
+    """The receiver takes each part from the link, in order, as from a TCP connection: so nothing lands without it."""
+
+    name = "two-sided loopback"
+    one_sided = False
+
+    def __init__(self, network: LoopbackNetwork) -> None:
+        self._network = network
+        self._late: dict[str, set[asyncio.Task[None]]] = {}
+        self._links: dict[str, Link] = {}
+
+    async def start(self, memory: Memory) -> None:
+        self._memory = memory
+
+    def describe(self) -> bytes:
+        return b""
+
+    async def connect(self, link: Link) -> None:
+        self._links[link.key] = link
+        if not link.is_sender:
+            self._network.channels[link.key] = asyncio.Queue()
+
+    async def push(self, link: Link, part: Part) -> None:
+        happens, pause_s = self._network.draw()
+        rows = gather(self._memory.part(part.region, link.heads), part.block_ids).clone()
+        message = _Message(part.transfer_id, part.index, rows, is_whole=happens != "fail")
+        if happens in ("drop", "late_write"):
+            if happens == "late_write":
+                late_s = pause_s + self._network.faults.delay_s * self._network.dice.random()
+                late = asyncio.create_task(self._send_late(link, message, late_s))
+                self._late.setdefault(link.key, set()).add(late)
+            await asyncio.sleep(pause_s)
+            raise TimeoutError("timed out")
+        if happens == "delay":
+            await asyncio.sleep(pause_s)
+        for _ in range(1 + (happens == "duplicate")):
+            self._send(link, message)
+        if happens == "fail":
+            raise ConnectionError("failed")
+
+    async def _send_late(self, link: Link, message: _Message, pause_s: float) -> None:
+        await asyncio.sleep(pause_s)
+        self._send(link, message)
+
+    def _send(self, link: Link, message: _Message | None) -> None:
+        """Without effect when the receiver has left, as what a kernel still sends then."""
+        if (channel := self._network.channels.get(link.key)) is not None:
+            channel.put_nowait(message)
+
+    async def accept(self, link: Link, part: Part) -> None:
+        while (message := await self._next(link)) is not None:
+            if (message.transfer_id, message.index) != (part.transfer_id, part.index):
+                continue  # a duplicate of an earlier one
+            count = len(part.block_ids) if message.is_whole else len(part.block_ids) // 2
+            if count:
+                scatter(self._memory.part(part.region, link.heads), part.block_ids[:count], message.rows[:count])
+            if message.is_whole:
+                return
+            raise ConnectionError("failed")
+        raise ConnectionError("the sender has left")
+
+    async def _next(self, link: Link) -> _Message | None:
+        if link.key not in self._network.channels:
+            raise ConnectionError("the link is closed")
+        return await self._network.channels[link.key].get()
+
+    async def disconnect(self, link: Link) -> None:
+        if self._links.pop(link.key, None) is None:
+            return
+        if link.is_sender:
+            # What was sent late comes before the end, as with TCP.
+            if late := self._late.pop(link.key, set()):
+                await asyncio.wait(late)
+            self._send(link, None)
+        elif (channel := self._network.channels.pop(link.key, None)) is not None:
+            channel.put_nowait(None)  # wakes one that waits in `accept`
+
+    async def close(self) -> None:
+        late = [task for tasks in self._late.values() for task in tasks]
+        for task in late:
+            task.cancel()
+        await asyncio.gather(*late, return_exceptions=True)
+        for link in list(self._links.values()):
+            await self.disconnect(link)

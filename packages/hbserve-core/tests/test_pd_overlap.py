@@ -1,0 +1,91 @@
+"""KV leaves while later chunks compute: when the last chunk starts, that of all but the one before it has landed."""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from hbserve_core import GpuInstance, InstanceConfig
+from hbserve_kv import KVTransferConfig
+from hbserve_rpc import RpcClient, SamplingParams
+from hbserve_rpc.messages import DECODE, PREFILL, DecodeRequest, PrefillRequest
+
+BLOCK, CHUNK, NUM_CHUNKS = 16, 32, 6
+CHUNK_BLOCKS = CHUNK // BLOCK
+NUM_TOKENS = NUM_CHUNKS * CHUNK
+UNTOUCHED = 12345.0
+DEADLINE_S = 30.0
+GREEDY = SamplingParams(0, 2, ignore_eos=True)
+
+
+def hold_before_the_last_chunk(instance: GpuInstance, num_landed: Callable[[], int], most: int) -> list[int]:
+    """The last chunk is not computed before `most` blocks have landed, or a deadline has passed; the number is kept.
+
+    So a slow machine only takes longer; blocks that leave after the last chunk alone cannot land before the deadline.
+    """
+    runner: Any = instance.runner
+    launch, seen, started = runner.launch, [], []
+
+    def holding(batch: Any) -> Any:
+        started.append(batch)
+        if len(started) == NUM_CHUNKS:
+            deadline_s = time.monotonic() + DEADLINE_S
+            while num_landed() < most and time.monotonic() < deadline_s:
+                time.sleep(0.005)
+            seen.append(num_landed())
+        return launch(batch)
+
+    runner.launch = holding
+    return seen
+
+
+@contextlib.asynccontextmanager
+async def started(role: str, backend: str, folder: str):
+    """One instance in this process, and a client of it."""
+    config = InstanceConfig(
+        instance_id=role, role=role, model_path=folder, device="cpu", num_blocks=40, block_size=BLOCK, chunk_size=CHUNK,
+        num_threads=1, kv_rank=int(role == "decode"),
+        kv_transfer=KVTransferConfig(backend=backend, buffer_size=1 << 20, timeout_s=20),
+    )  # fmt: skip
+    instance = GpuInstance(config)
+    await instance.start()
+    try:
+        async with RpcClient(instance.address, heartbeat_timeout_s=60) as client:
+            await instance.wait_ready()
+            yield instance, client
+    finally:
+        await instance.stop()
+    instance.engine.check_integrity()
+    assert instance.engine.blocks.num_free == 40
+
+
+@pytest.mark.parametrize("backend", ["nccl", "mooncake", "ipc"])
+async def test_when_the_last_chunk_starts_the_kv_of_all_but_the_one_before_it_has_landed(backend, model_folder, prompt):
+    if backend == "mooncake":
+        pytest.importorskip("mooncake.engine", reason="no Mooncake, or not its libraries", exc_type=ImportError)
+    folder, ids = str(model_folder("qwen3")), prompt(NUM_TOKENS)
+    async with (
+        started("prefill", backend, folder) as (p, p_client),
+        started("decode", backend, folder) as (d, d_client),
+    ):
+        d.runner.pool.fill_(UNTOUCHED)
+
+        def num_landed() -> int:
+            return int((d.runner.pool.flatten(1) != UNTOUCHED).all(dim=1).sum())
+
+        most = (NUM_CHUNKS - 2) * CHUNK_BLOCKS
+        seen = hold_before_the_last_chunk(p, num_landed, most)
+        async with (
+            asyncio.timeout(2 * DEADLINE_S),
+            d_client.stream(DECODE, DecodeRequest("r", "t", ids, GREEDY)) as of_d,
+        ):
+            granted = await anext(of_d)
+            async with p_client.stream(PREFILL, PrefillRequest("r", "t", ids, GREEDY, granted.grant)) as of_p:
+                _, done = [event async for event in of_p]
+            assert [token async for event in of_d for token in event.token_ids]
+        assert done.num_bytes == NUM_CHUNKS * CHUNK_BLOCKS * d.runner.pool[0].nbytes
+    earlier = (NUM_CHUNKS - 1) * CHUNK_BLOCKS
+    assert seen[0] / earlier >= (NUM_CHUNKS - 2) / (NUM_CHUNKS - 1)

@@ -1,0 +1,253 @@
+"""Peers that are killed or frozen in every state of a transfer, as real processes.
+
+Each test has one survivor, and beside it one victim for each state and one healthy peer, all at once. What the survivor
+had lent to a transfer must be back within two heartbeats and a deadline, hold what the survivor writes there then until
+the end, and meanwhile the healthy peer must not notice.
+"""
+
+import asyncio
+import itertools
+import signal
+import statistics
+import time
+
+import hbserve_kv_victims as victims
+import pytest
+import torch
+from hbserve_kv_victims import BACKWARDS, IS_FREE, NUM_BLOCKS, Halt, Victim, pattern
+
+from hbserve_kv import Link, Outcome, PostedReceive
+from hbserve_kv.quarantine import GRACE_S
+from hbserve_kv.testing import is_empty
+
+TIMEOUT_S = 2.0
+HEARTBEAT_S = TIMEOUT_S / 4
+MOONCAKE_TIMEOUT_S = 5.0
+"""Of a write, which can not be shorter; then its engine is ended."""
+SLACK_S = 2.0
+"""What a busy machine may add."""
+HEALTHY_S = TIMEOUT_S / 4
+"""What a transfer to a healthy peer takes at most, as a rule: it waits for nobody else's deadline."""
+TEST_S = 90.0
+
+NOT_BEGUN = ["before kv.link", "connecting", "before kv.begin"]
+BEGUN = ["after kv.begin", "in mid-part", "cancelled", "before kv.commit", "before kv.abandon"]
+SENDER_STATES = [*NOT_BEGUN, *BEGUN, "after kv.commit"]
+RECEIVER_STATES = [
+    "granted", "before kv.link", "before kv.begin", "after kv.begin", "begun", "in mid-part", "before kv.commit",
+    "after kv.commit",
+]  # fmt: skip
+ENDS = pytest.mark.parametrize("is_killed", [True, False], ids=["killed", "frozen"])
+
+
+class Rig:
+    """The survivor, with room for every state's blocks and the healthy peer's, and the processes around it."""
+
+    def __init__(self, backend: str) -> None:
+        self.backend = backend
+        self.is_one_sided = backend != "nccl"
+        self.pool = victims.make_pool(16)
+        self.manager = victims.make_manager(0, backend, self.pool, TIMEOUT_S, expiry_s=60.0)
+        self._processes: list[Victim] = []
+        self._num_places = -1
+
+    def start(self, point: str, expiry_s: float = 60.0) -> Victim:
+        self._processes.append(Victim(1 + len(self._processes), self.backend, point, TIMEOUT_S, expiry_s))
+        return self._processes[-1]
+
+    def new_blocks(self) -> list[int]:
+        self._num_places += 1
+        return [self._num_places * NUM_BLOCKS + block for block in BACKWARDS]
+
+    async def until_empty(self) -> None:
+        async with asyncio.timeout(30):
+            while not is_empty(self.manager):
+                await asyncio.sleep(0.01)
+        assert (self.pool == IS_FREE).all(), "a block was written to after it had been given back"
+
+    async def close(self) -> None:
+        await asyncio.gather(*(process.end() for process in self._processes))
+        await self.manager.close()
+
+
+@pytest.fixture
+async def rig(processes_backend):
+    rig = Rig(processes_backend)
+    await rig.manager.start()
+    yield rig
+    await rig.close()
+    assert asyncio.all_tasks() == {asyncio.current_task()}
+
+
+async def while_healthy_ones_go_on(transfer, jobs):
+    """Run the jobs, and all the time one transfer to a healthy peer after the other."""
+    times_s, is_over = [], asyncio.Event()
+
+    async def go_on():
+        for number in itertools.count():
+            if is_over.is_set():
+                return
+            began_s = time.monotonic()
+            await transfer(f"healthy {number}")
+            times_s.append(time.monotonic() - began_s)
+            await asyncio.sleep(0.02)  # leaves the processor to the others
+
+    async with asyncio.timeout(TEST_S):
+        await transfer("connects")
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(go_on())
+            async with asyncio.TaskGroup() as dying:
+                for job in jobs:
+                    dying.create_task(job)
+            is_over.set()
+    assert len(times_s) > 10
+    assert statistics.median(times_s) < HEALTHY_S
+
+
+class Clock:
+    """From when the peer died, or went on, to when the blocks are back."""
+
+    def __init__(self, deadline_s: float) -> None:
+        self._longest_s = 2 * HEARTBEAT_S + deadline_s + SLACK_S
+        self._began_s = time.monotonic()
+
+    def check(self, state: str) -> None:
+        took_s = time.monotonic() - self._began_s
+        assert took_s < self._longest_s, f"{state}: the blocks were back after {took_s:.1f} s"
+
+
+# ---- the sender dies -------------------------------------------------------------------------------------------------
+
+
+async def lose_a_sender(rig: Rig, state: str, is_killed: bool) -> None:
+    victim, blocks = rig.start("in mid-part" if state in ("cancelled", "quarantined") else state), rig.new_blocks()
+    posted = rig.manager.post_receive(state, blocks)
+    victim.tell("send", state, posted.grant, state == "before kv.abandon")
+    await victim.heard("reached")
+    if state == "quarantined":
+        victim.signal(signal.SIGSTOP)
+        assert (await posted.wait()).outcome is Outcome.UNKNOWN
+    cancelling = asyncio.create_task(posted.cancel("not wanted")) if state == "cancelled" else None
+    victim.signal(signal.SIGKILL if is_killed else signal.SIGSTOP)
+    clock = Clock(TIMEOUT_S + GRACE_S * rig.is_one_sided)
+    if state in NOT_BEGUN:  # as a scheduler does
+        assert await posted.cancel("its sender is gone") is Outcome.FAILED_DRAINED
+    result = await posted.wait()
+    if state == "after kv.commit":
+        assert result.outcome is Outcome.COMPLETED, result.error
+        assert torch.equal(rig.pool[blocks], pattern(state))
+    else:
+        assert result.outcome is not Outcome.COMPLETED, state
+    if not is_killed and rig.is_one_sided and state in BEGUN:
+        assert result.outcome is Outcome.UNKNOWN, f"{state}: a frozen process may go on writing"
+        clock = await still_quarantined_when_it_goes_on(posted, victim)
+    if result.outcome is Outcome.UNKNOWN:
+        await posted.drained()
+    clock.check(state)
+    rig.pool[blocks] = IS_FREE
+    if cancelling is not None:
+        await cancelling
+    if not is_killed:
+        go_on(victim)
+        ended = await victim.heard("ended")
+        assert (ended == "COMPLETED") == (state == "after kv.commit"), f"{state}: {ended}"
+        await victim.closes_in_order()
+
+
+async def still_quarantined_when_it_goes_on(posted: PostedReceive, victim: Victim) -> "Clock":
+    draining = asyncio.create_task(posted.drained())
+    await asyncio.wait([draining], timeout=2 * HEARTBEAT_S)
+    assert not draining.done(), "blocks came back that a frozen process may write to"
+    go_on(victim)
+    clock = Clock(TIMEOUT_S + GRACE_S)
+    await draining
+    return clock
+
+
+def go_on(victim: Victim) -> None:
+    victim.signal(signal.SIGCONT)
+    victim.tell("go")
+
+
+@ENDS
+async def test_a_sender_that_is_killed_or_frozen_in_any_state_keeps_no_block_and_disturbs_no_other(rig, is_killed):
+    healthy, blocks = rig.start(""), rig.new_blocks()
+
+    async def transfer(name: str) -> None:
+        posted = rig.manager.post_receive(name, blocks)
+        healthy.tell("send", name, posted.grant, False)
+        result = await posted.wait()
+        assert result.outcome is Outcome.COMPLETED, result.error
+        assert torch.equal(rig.pool[blocks], pattern(name)), name
+        rig.pool[blocks] = IS_FREE
+        await healthy.heard("ended")
+
+    states = [*SENDER_STATES, *(["quarantined"] if is_killed and rig.is_one_sided else [])]
+    await while_healthy_ones_go_on(transfer, [lose_a_sender(rig, state, is_killed) for state in states])
+    await healthy.closes_in_order()
+    await rig.until_empty()
+
+
+# ---- the receiver dies -----------------------------------------------------------------------------------------------
+
+
+async def lose_a_receiver(rig: Rig, state: str, is_killed: bool, halts: dict[str, Halt]) -> None:
+    survivor_halts = state in ("in mid-part", "quarantined") and rig.is_one_sided
+    victim = rig.start("" if survivor_halts else state, expiry_s=1.0 if state == "quarantined" else 60.0)
+    victim.tell("receive", state)
+    grant, blocks = await victim.heard("grant"), rig.new_blocks()
+    has_reached, goes_on = asyncio.Event(), asyncio.Event()
+    if survivor_halts:
+        loop = asyncio.get_running_loop()
+        halts[state] = Halt("in mid-part", lambda: loop.call_soon_threadsafe(has_reached.set))
+
+    async def opened() -> None:
+        if state == "begun":
+            has_reached.set()
+            await goes_on.wait()
+
+    sending = victims.send(rig.manager, rig.pool, state, blocks, grant, abort=state == "begun", opened=opened)
+    if state != "granted":
+        sending = asyncio.create_task(sending)
+        await (has_reached.wait() if survivor_halts or state == "begun" else victim.heard("reached"))
+    if state == "quarantined":
+        victim.tell("cancel", state)
+        await victim.heard("unknown")
+    victim.signal(signal.SIGKILL if is_killed else signal.SIGSTOP)
+    clock = Clock(MOONCAKE_TIMEOUT_S + GRACE_S if rig.backend == "mooncake" else TIMEOUT_S)
+    goes_on.set()
+    if survivor_halts:
+        halts[state].go.set()
+    assert await sending != "COMPLETED", state
+    clock.check(state)
+    if not is_killed:
+        await thaw_receiver(victim, state)
+
+
+async def thaw_receiver(victim: Victim, state: str) -> None:
+    go_on(victim)
+    victim.tell("cancel", state)
+    ended = await victim.heard("ended")
+    # One that has the commit takes it. That its answer comes too late the scheduler hears of the sender, and aborts.
+    assert ended != "corrupt", state
+    assert ended != "COMPLETED" or state in ("before kv.commit", "after kv.commit"), state
+    await victim.closes_in_order()
+
+
+@ENDS
+async def test_a_receiver_that_is_killed_or_frozen_in_any_state_ends_the_send_and_not_those_to_others(
+    rig, is_killed, monkeypatch
+):
+    healthy, blocks, halts = rig.start(""), rig.new_blocks(), {}
+    monkeypatch.setattr(Link, "run", victims.halting_run(lambda part: halts.get(part.transfer_id) if part else None))
+
+    async def transfer(name: str) -> None:
+        healthy.tell("receive", name)
+        grant = await healthy.heard("grant")
+        assert await victims.send(rig.manager, rig.pool, name, blocks, grant, abort=False) == "COMPLETED"
+        assert await healthy.heard("ended") == "COMPLETED"
+
+    states = [*RECEIVER_STATES, *(["quarantined"] if rig.is_one_sided else ["connecting"])]
+    await while_healthy_ones_go_on(transfer, [lose_a_receiver(rig, state, is_killed, halts) for state in states])
+    await healthy.closes_in_order()
+    await rig.until_empty()

@@ -1,0 +1,61 @@
+"""Blocks that a sender may still write to, when its host has vanished without a word."""
+
+import asyncio
+import itertools
+import re
+import socket
+
+from hbserve_kv import HeadRange, Link, Outcome
+from hbserve_kv.incoming import Incoming, IncomingLink
+from hbserve_kv.messages import Handshake
+from hbserve_kv.quarantine import FIRST_REMINDER_S, LONGEST_PAUSE_S, Quarantine, Reminder
+from hbserve_kv.testing import LoopbackNetwork
+from hbserve_kv.transfer_state import IncomingState
+
+
+async def lost_transfer(address: str) -> Incoming:
+    """Three blocks that were granted to a one-sided sender at `address`, of which nothing has been heard since."""
+    hello = Handshake(2, 0, "epoch", address, {}, HeadRange(), {}, "link")
+    link = Link("link", is_sender=False, peer_rank=0, peer_description=b"")
+    nothing = asyncio.create_task(asyncio.sleep(0))
+    lost = IncomingLink(hello, link, LoopbackNetwork().transport(), HeadRange(), nothing, is_connected=False)
+    incoming = Incoming("t", "pool", [4, 5, 6], IncomingState())
+    assert incoming.state.begin("link", one_sided=True)
+    incoming.links["link"] = lost
+    incoming.state.fail("the sender was lost")
+    return incoming
+
+
+async def test_blocks_of_a_host_that_vanished_stay_out_of_use_and_the_log_says_again_and_again_whose_they_are(
+    monkeypatch, caplog
+):
+    monkeypatch.setattr("hbserve_kv.quarantine.FIRST_REMINDER_S", 0.1)
+    monkeypatch.setattr("hbserve_kv.quarantine.ANSWER_TIMEOUT_S", 0.2)
+    # It takes connections and never answers, as an address does behind which there is nothing any more.
+    with socket.create_server(("127.0.0.1", 0)) as host:
+        address = f"127.0.0.1:{host.getsockname()[1]}"
+        incoming, quarantine = await lost_transfer(address), Quarantine(longest_s=60.0)
+        quarantine.watch(incoming)
+        async with asyncio.timeout(30):
+            assert (await incoming.result).outcome is Outcome.UNKNOWN
+            while len(caplog.messages) < 3:
+                await asyncio.sleep(0.01)
+        assert (len(quarantine), quarantine.num_blocks) == (1, 3)
+        assert not incoming.drained.is_set()
+    said = re.compile(rf"transfer t: its 3 blocks are out of use since it failed \d+ s ago: {address} may still write")
+    assert all(said.match(message) for message in caplog.messages)
+    async with asyncio.timeout(30):
+        await incoming.drained.wait()  # the host is back, and says that nobody is there
+        while len(quarantine):
+            await asyncio.sleep(0.01)
+    assert quarantine.num_blocks == 0
+    await quarantine.close()
+
+
+def test_a_reminder_comes_at_once_and_then_more_and_more_rarely_but_for_ever():
+    reminder = Reminder(began_s=0.0)
+    times_s = [float(now_s) for now_s in range(100_000) if reminder.is_due(now_s)]
+    pauses_s = [after - before for before, after in itertools.pairwise(times_s)]
+    assert pauses_s[:4] == [FIRST_REMINDER_S * factor for factor in (1, 2, 4, 8)]
+    assert pauses_s[-1] == LONGEST_PAUSE_S
+    assert times_s[0] == 0
