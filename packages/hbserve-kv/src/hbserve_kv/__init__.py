@@ -4,6 +4,7 @@ from hbserve_kv.base import KVTransferBase
 from hbserve_kv.config import KVTransferBackend, KVTransferConfig
 from hbserve_kv.errors import (
     BackendUnavailable,
+    BufferTooLarge,
     BufferTooSmall,
     FingerprintMismatch,
     HBServeKVError,
@@ -21,6 +22,7 @@ from hbserve_kv.transport import DrainUnknown, Link, Part, Transport
 
 __all__ = [
     "BackendUnavailable",
+    "BufferTooLarge",
     "BufferTooSmall",
     "DrainUnknown",
     "FingerprintMismatch",

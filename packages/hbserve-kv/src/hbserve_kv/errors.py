@@ -5,7 +5,8 @@ HBServeKVError
 ├── FingerprintMismatch (ValueError)   the peer's KV means something else; names the field and both values
 ├── TransferFailed (ConnectionError)   a transfer ended without its data; says the first cause
 ├── TransferTimeout (TimeoutError)     nothing came, or no room was given, before the deadline
-└── BufferTooSmall (ValueError)        a message cannot fit the peer's lookup buffer, even when that is empty
+├── BufferTooSmall (ValueError)        a message cannot fit the peer's lookup buffer, even when that is empty
+└── BufferTooLarge (MemoryError)       this machine has not the memory for the lookup buffer that is configured
 """
 
 
@@ -30,4 +31,8 @@ class TransferTimeout(HBServeKVError, TimeoutError):
 
 
 class BufferTooSmall(HBServeKVError, ValueError):
+    pass
+
+
+class BufferTooLarge(HBServeKVError, MemoryError):
     pass
