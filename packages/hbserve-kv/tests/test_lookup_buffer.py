@@ -5,7 +5,7 @@ import asyncio
 import pytest
 import torch
 
-from hbserve_kv import BufferTooSmall, TransferTimeout
+from hbserve_kv import BufferTooLarge, BufferTooSmall, KVTransferConfig, KVTransferManager, TransferTimeout
 
 
 @pytest.fixture
@@ -63,6 +63,34 @@ async def test_a_tensor_that_can_never_fit_is_refused_at_once(pair):
     sender, _ = await pair(buffer_size=4 * 1536)
     with pytest.raises(BufferTooSmall, match=r"raise kv_transfer\.buffer_size"):
         await sender.send_kv_cache("r", torch.ones(5 * 384), 1)
+
+
+def manager_with(buffer_size):
+    config = KVTransferConfig(backend="ipc", buffer_size=buffer_size)
+    return KVTransferManager(rank=0, pool=torch.zeros(4, 64), fingerprint={}, config=config)
+
+
+@pytest.mark.parametrize("buffer_size", [1 << 46, 1 << 62, 1 << 80])
+def test_a_buffer_larger_than_the_machine_is_refused_with_its_field_its_bytes_and_the_cure(buffer_size):
+    with pytest.raises(BufferTooLarge) as caught:
+        manager_with(buffer_size)
+    assert f"kv_transfer.buffer_size={buffer_size}: cpu has no {buffer_size} bytes" in str(caught.value)
+    assert str(caught.value).endswith("lower kv_transfer.buffer_size")
+
+
+@pytest.mark.parametrize("error", [OSError(12, "Cannot allocate memory"), RuntimeError("out of memory"), MemoryError()])
+def test_what_the_allocator_says_is_told_with_the_field(monkeypatch, error):
+    def refuse(*_, **__):
+        raise error
+
+    monkeypatch.setattr("hbserve_kv.memory.shared_empty", refuse)
+    with pytest.raises(BufferTooLarge, match=r"kv_transfer\.buffer_size=4096: .*\((\[Errno 12\] C|out of|Memory)"):
+        manager_with(4096)
+
+
+def test_a_negative_buffer_is_refused():
+    with pytest.raises(ValueError, match=r"kv_transfer\.buffer_size=-1: expected a number of bytes"):
+        manager_with(-1)
 
 
 async def test_nothing_that_arrives_is_a_timeout(pair):

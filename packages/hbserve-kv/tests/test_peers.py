@@ -13,7 +13,6 @@ from hbserve_kv import HeadRange, KVTransferConfig, KVTransferManager, Outcome, 
 from hbserve_kv.breaker import FIRST_PAUSE_S, LONGEST_PAUSE_S, Breaker
 from hbserve_kv.checksum import checksums
 from hbserve_kv.testing import Faults, LoopbackNetwork
-from hbserve_rpc import RpcClient, RpcServer, wire
 
 NUM_PEERS = int(os.environ.get("HBSERVE_NUM_PEERS", "150"))
 
@@ -56,34 +55,6 @@ async def test_peers_that_came_and_went_leave_no_file_thread_task_or_shared_memo
         while any(now > before[what] for what, now in held().items()):
             await asyncio.sleep(0.05)
     assert receiver.links() == []
-
-
-async def test_control_messages_are_at_most_four_and_two_for_each_announcement_of_parts(managers, monkeypatch):
-    sent = []
-
-    def spy(owner, name, position):
-        real = getattr(owner, name)
-
-        async def counting(self, *arguments):
-            if isinstance(arguments[position], wire.Call | wire.Open | wire.Reply | wire.Item | wire.Failed):
-                sent.append(arguments[position])
-            await real(self, *arguments)
-
-        monkeypatch.setattr(owner, name, counting)
-
-    spy(RpcClient, "send", 0)
-    spy(RpcServer, "_send", 1)
-    for backend, most in (("ipc", 4), ("nccl", 4 + 2)):
-        sender, receiver = await managers(0, backend), await managers(1, backend)
-        await move(sender, receiver, "connects")
-        sent.clear()
-        posted = receiver.post_receive("t", list(range(8)))
-        transfer = await sender.open_send("t", posted.grant)
-        for block in range(8):
-            transfer.push([block], block)
-        result = await transfer.commit()
-        assert result.num_parts == 8
-        assert len(sent) == most, [type(message).__name__ for message in sent]
 
 
 def test_a_breaker_pauses_longer_after_each_failure_and_always_tries_again():

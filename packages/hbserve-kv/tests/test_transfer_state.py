@@ -14,7 +14,7 @@ def begun(one_sided: bool = False) -> IncomingState:
 def test_parts_then_commit_complete_a_transfer():
     state = begun()
     for part in (0, 1):
-        assert state.start_part("e1", part)
+        assert state.start_parts("e1", part)
         state.end_part("e1", part)
     assert state.commit("e1", 2)
     assert state.outcome is Outcome.COMPLETED
@@ -29,8 +29,8 @@ def test_a_commit_that_lacks_parts_fails_it():
 
 LATE = {
     "begun twice": lambda state: state.begin("e1", one_sided=False),
-    "a part sent twice": lambda state: state.start_part("e1", 0),
-    "a part of another life": lambda state: state.start_part("e2", 1),
+    "a part sent twice": lambda state: state.start_parts("e1", 0),
+    "a part of another life": lambda state: state.start_parts("e2", 1),
     "a commit of another life": lambda state: state.commit("e2", 1),
     "drained by another life": lambda state: state.sender_drained("e2"),
 }
@@ -40,7 +40,7 @@ LATE = {
 def test_what_does_not_fit_changes_nothing(case):
     # Known elsewhere: vLLM #43226, #37837, #46240, #55286, #50565, #25067, #18631, llm-d #187.
     state = begun()
-    state.start_part("e1", 0)
+    state.start_parts("e1", 0)
     state.end_part("e1", 0)
     assert not LATE[case](state)
     assert state.state is State.RECEIVING
@@ -59,20 +59,20 @@ def test_the_end_is_final_and_the_first_cause_is_kept(end):
     state.fail("second")
     state.give_up()
     assert not state.begin("e1", one_sided=False)
-    assert not state.start_part("e1", 0)
+    assert not state.start_parts("e1", 0)
     assert not state.commit("e1", 0)
     assert (state.state, state.cause) == before
 
 
 def test_a_failed_transfer_is_drained_when_its_last_part_has_ended_and_its_sender_sends_no_more():
     state = begun()
-    state.start_part("e1", 0)
+    state.start_parts("e1", 0)
     state.fail("cancelled")
-    assert state.start_part("e1", 1), "what the sender had begun to send is still taken"
+    assert state.start_parts("e1", 1), "what the sender had begun to send is still taken"
     state.end_part("e1", 1)
     state.sender_drained("e1")
     assert state.state is State.DRAINING
-    assert not state.start_part("e1", 2)
+    assert not state.start_parts("e1", 2)
     state.end_part("e1", 0, "aborted")
     assert (state.outcome, state.cause) == (Outcome.FAILED_DRAINED, "cancelled")
 

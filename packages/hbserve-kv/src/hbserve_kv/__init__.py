@@ -5,6 +5,7 @@ from hbserve_kv.config import KVTransferBackend, KVTransferConfig
 from hbserve_kv.errors import (
     AddressNotAvailable,
     BackendUnavailable,
+    BufferTooLarge,
     BufferTooSmall,
     FingerprintMismatch,
     HBServeKVError,
@@ -23,6 +24,7 @@ from hbserve_kv.transport import DrainUnknown, Link, Part, Transport
 __all__ = [
     "AddressNotAvailable",
     "BackendUnavailable",
+    "BufferTooLarge",
     "BufferTooSmall",
     "DrainUnknown",
     "FingerprintMismatch",

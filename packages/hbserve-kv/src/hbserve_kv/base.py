@@ -45,7 +45,8 @@ class KVTransferBase(ABC):
 
         HBServe calls this once for each part of a transfer, with an id that it uses once only,
         so a backend need not keep any order. The buffer is contiguous, of dtype uint8 and shape (num_blocks,
-        block_bytes), on the CPU or a CUDA device; it may be read until this returns, and not longer.
+        block_bytes), on the CPU or a CUDA device; it may be read until this returns, and not longer. It may return
+        before the peer has received, and is cancelled when the peer will not.
 
         Raises:
             Exception: any error fails the transfer; the receiver is told.

@@ -57,37 +57,45 @@ class Connection:
             self.lose(str(error))
 
     async def move(self, transfer_id: str, parts: Sequence[Part], announced: Sequence[AnnouncedPart]) -> float:
-        """Move parts, after those before them; returns the seconds that it took, without waiting for those.
+        """Move parts, after those before them; returns the seconds that it took, without waiting for those. Over a
+        two-sided transport they may land a little later: see COMMIT.
 
         Raises:
-            Exception: what `Transport.push` raised, or the receiver answered. The connection is lost by a part that may
-                still move, and if the two sides may disagree on what was sent.
+            Exception: what `Transport.push` raised, or why the connection was lost. It is lost by a part that may still
+                move, and if the two sides may disagree on what was sent.
         """
         async with self._in_order:
             if self.lost:
                 raise TransferFailed(self.lost)
             began_s = time.monotonic()
-            work = [asyncio.ensure_future(self._push(parts))]
-            if not self.transport.one_sided:
-                message = PartsAnnounced(transfer_id, self.link.key, list(announced))
-                work.append(asyncio.ensure_future(self._announce(message)))
+            push = self.transport.push if self.transport.one_sided else self._push_to_taker
+            message = PartsAnnounced(transfer_id, self.link.key, list(announced))
             try:
-                await asyncio.gather(*work)
+                if not self.transport.one_sided:
+                    await self.client.notify(messages.PARTS, message)
+                for part in parts:
+                    await push(self.link, part)
             except BaseException as error:
                 if not self.transport.one_sided or isinstance(error, DrainUnknown):
                     self.lose(f"the link broke: {error or type(error).__name__}")
-                for job in work:
-                    job.cancel()
-                await asyncio.gather(*work, return_exceptions=True)
                 raise
             return time.monotonic() - began_s
 
-    async def _push(self, parts: Sequence[Part]) -> None:
-        for part in parts:
-            await self.transport.push(self.link, part)
-
-    async def _announce(self, message: PartsAnnounced) -> None:
-        await self.client.call(messages.PARTS, message, timeout_s=self.timeout_s * (1 + len(message.parts)))
+    async def _push_to_taker(self, link: Link, part: Part) -> None:
+        """Push, until the connection is lost: then nobody takes it any more."""
+        pushing = asyncio.ensure_future(self.transport.push(link, part))
+        losing = asyncio.ensure_future(self.is_lost.wait())
+        timeout_s = 2 * self.timeout_s  # the receiver gives a part half of it, and then says so
+        try:
+            await asyncio.wait([pushing, losing], timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+            if not pushing.done():
+                self.lose(f"part {part.index} was not taken within {timeout_s:.3g} s")
+                raise TransferFailed(self.lost)
+            await pushing
+        finally:
+            losing.cancel()
+            pushing.cancel()
+            await asyncio.wait([pushing])
 
     async def abandon(self, transfer_id: str, reason: str, *, drained: bool, in_kernel: bool = False) -> None:
         """Tell the receiver that a transfer has failed. If it does not answer it will find out by itself."""

@@ -6,7 +6,8 @@ HBServeKVError
 ├── TransferFailed (ConnectionError)   a transfer ended without its data; says the first cause
 ├── TransferTimeout (TimeoutError)     nothing came, or no room was given, before the deadline
 ├── AddressNotAvailable (OSError)      this machine does not have the address that it should serve on
-└── BufferTooSmall (ValueError)        a message cannot fit the peer's lookup buffer, even when that is empty
+├── BufferTooSmall (ValueError)        a message cannot fit the peer's lookup buffer, even when that is empty
+└── BufferTooLarge (MemoryError)       this machine has not the memory for the lookup buffer that is configured
 """
 
 
@@ -35,4 +36,8 @@ class BufferTooSmall(HBServeKVError, ValueError):
 
 
 class AddressNotAvailable(HBServeKVError, OSError):
+    pass
+
+
+class BufferTooLarge(HBServeKVError, MemoryError):
     pass

@@ -41,8 +41,12 @@ class IncomingLink:
     """For the sender; None closes the link."""
     ended: asyncio.Event = field(default_factory=asyncio.Event)
     transfers: "set[Incoming]" = field(default_factory=set)
-    accepting: set[asyncio.Task[None]] = field(default_factory=set)
-    """Parts under way, two-sided transports only."""
+    accepting: "dict[asyncio.Task[None], Incoming]" = field(default_factory=dict)
+    """Announced parts that are under way, two-sided transports only."""
+    in_order: asyncio.Lock = field(default_factory=asyncio.Lock)
+    """Held by the announcement whose parts are being taken."""
+    broken: str = ""
+    """Why nothing more is taken, although the sender may not have heard it yet; "" while parts are taken."""
 
 
 @dataclass(eq=False)

@@ -90,7 +90,8 @@ class KVTransferManager(KVTransferBase):
 
         Raises:
             BackendUnavailable: the configured backend, or a library of it, is missing.
-            ValueError: the pool has not the shape that is needed.
+            BufferTooLarge: there is no memory for `config.buffer_size` bytes.
+            ValueError: the pool has not the shape that is needed, or `config.buffer_size` is negative.
         """
         super().__init__(rank, config.options)
         self.config = config

@@ -4,11 +4,13 @@ Shapes: pool and arena are uint8 (num_blocks, block_bytes). One row is one KV bl
 the shape (..., num_heads, head_dim), a HeadSlice takes the part (..., heads, head_dim), which is not contiguous.
 """
 
+import os
 from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import torch
 
+from hbserve_kv.errors import BufferTooLarge
 from hbserve_kv.heads import HeadRange, HeadSlice
 from hbserve_kv.shared_memory import copy, shared_empty
 
@@ -33,11 +35,8 @@ class Memory:
         self.head_bytes = pool.shape[-1] * pool.element_size() if heads is not None else self.block_bytes
         """Bytes of one head in one place of a block."""
         self.num_heads = heads.count if heads is not None else 1
-        num_blocks = buffer_size // self.block_bytes
-        # Neither touches a page of host memory: the arena costs what is used of it.
-        make = shared_empty if pool.device.type == "cpu" else torch.empty
-        self.arena = make((num_blocks, self.block_bytes), dtype=torch.uint8, device=pool.device)
-        self._free = list(range(num_blocks - 1, -1, -1))
+        self.arena = _make_arena(buffer_size, self.block_bytes, pool.device)
+        self._free = list(range(self.arena.shape[0] - 1, -1, -1))
 
     def rows(self, region: Region) -> torch.Tensor:
         return self.pool if region == "pool" else self.arena
@@ -69,6 +68,28 @@ class Memory:
     @property
     def buffered_bytes(self) -> int:
         return (self.arena.shape[0] - len(self._free)) * self.block_bytes
+
+
+def _make_arena(buffer_size: int, block_bytes: int, device: torch.device) -> torch.Tensor:
+    """(num_blocks, block_bytes), as many blocks as fit. Touches no page of host memory: it costs what is used of it."""
+    if buffer_size < 0:
+        raise ValueError(f"kv_transfer.buffer_size={buffer_size}: expected a number of bytes, 0 or more")
+    total = torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else _host_memory_bytes()
+    reason = f"it has {total} bytes in all"
+    if buffer_size <= total:
+        make = shared_empty if device.type == "cpu" else torch.empty
+        try:
+            return make((buffer_size // block_bytes, block_bytes), dtype=torch.uint8, device=device)
+        except (OSError, RuntimeError, MemoryError) as error:  # of the system, or of torch's allocators
+            reason = str(error) or type(error).__name__
+    raise BufferTooLarge(
+        f"kv_transfer.buffer_size={buffer_size}: {device} has no {buffer_size} bytes for the lookup buffer ({reason}); "
+        "lower kv_transfer.buffer_size"
+    )
+
+
+def _host_memory_bytes() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def head_view(rows: torch.Tensor, heads: HeadSlice | None, num_heads: int, head_bytes: int) -> torch.Tensor:

@@ -4,12 +4,15 @@ sender                                              receiver
   LINK(fingerprint, epoch, offers)  ───stream───▶   once per pair; open as long as both live
                                     ◀────────────   LinkReply(transport, description), then Cancelled(transfer id) …
   BEGIN(transfer id)                ────call────▶   answered by Accepted(blocks)
-  PARTS(what comes next)            ────call────▶   two-sided transports only; answered when they have landed
-  COMMIT(payload)                   ────call────▶   answered when the receiver has taken it
+  PARTS(what comes next)            ───notify───▶   two-sided transports only: the receiver takes them in this order
+  COMMIT(payload)                   ────call────▶   answered when all parts have landed and the receiver has taken it
   ABANDON(reason, drained)          ────call────▶   instead of COMMIT
 
 `link` names one life of both sides: the sender draws it, the receiver learns it with the sender's epoch and forgets it
 when the stream ends. So a message of an earlier life, of either side, names a link that nobody knows.
+
+What was announced is sent, and what is sent over a two-sided transport must be taken: a part that the receiver cannot
+take ends the link. It says why by Cancelled, and ends the stream, so that the sender ends a send that nobody takes.
 """
 
 from typing import Any
@@ -18,9 +21,9 @@ import msgspec
 
 from hbserve_kv.heads import HeadRange
 from hbserve_kv.memory import Region
-from hbserve_rpc import Method, StreamMethod
+from hbserve_rpc import Method, Notification, StreamMethod
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 
 
 class Grant(msgspec.Struct, frozen=True, tag=True):
@@ -133,7 +136,7 @@ class Nothing(msgspec.Struct, frozen=True, tag=True):
 
 LINK: StreamMethod[Handshake, Any] = StreamMethod("kv.link", Handshake, LinkReply | Cancelled)
 BEGIN: Method[Begin, Accepted] = Method("kv.begin", Begin, Accepted)
-PARTS: Method[PartsAnnounced, Nothing] = Method("kv.parts", PartsAnnounced, Nothing)
+PARTS: Notification[PartsAnnounced] = Notification("kv.parts", PartsAnnounced)
 COMMIT: Method[Commit, Nothing] = Method("kv.commit", Commit, Nothing)
 ABANDON: Method[Abandon, Nothing] = Method("kv.abandon", Abandon, Nothing)
 ALIVE: Method[Nothing, Alive] = Method("kv.alive", Nothing, Alive)

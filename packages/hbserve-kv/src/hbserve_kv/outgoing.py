@@ -179,8 +179,10 @@ class OutgoingTransfer:
             self._begin.transfer_id, self._begin.link, self._num_parts, self._num_bytes, self._time_s, payload,
             self._checksums,
         )  # fmt: skip
+        # The receiver answers when all parts have landed, and gives each its own deadline.
+        timeout_s = self._connection.timeout_s * (2 + self._num_parts)
         try:
-            await self._connection.client.call(messages.COMMIT, message, timeout_s=2 * self._connection.timeout_s)
+            await self._connection.client.call(messages.COMMIT, message, timeout_s=timeout_s)
         except HBServeRpcError as error:
             self._cancel(f"commit: {error}")
 

@@ -1,8 +1,7 @@
 """The receiving half of a KVTransferManager: the handlers of its control server, and the transfers they work on."""
 
 import asyncio
-import logging
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping
 from typing import Any, NoReturn
 
 from hbserve_kv import messages
@@ -16,19 +15,17 @@ from hbserve_kv.messages import (
     Abandon,
     Accepted,
     Alive,
-    AnnouncedPart,
     Begin,
     Cancelled,
     Commit,
     Nothing,
     PartsAnnounced,
 )
+from hbserve_kv.part_taker import PartTaker
 from hbserve_kv.quarantine import GRACE_S, Quarantine
 from hbserve_kv.transfer_state import IncomingState, Outcome, State
-from hbserve_kv.transport import Part, Transport
+from hbserve_kv.transport import Transport
 from hbserve_rpc import InvalidRequest, RpcServer
-
-logger = logging.getLogger(__name__)
 
 
 class Receiver:
@@ -58,15 +55,14 @@ class Receiver:
         self.quarantine = Quarantine(longest_s=expiry_s)
         self.dropped_messages = 0
         self._links = IncomingLinks(me, transports, self._lost)
-        self._background: set[asyncio.Task[None]] = set()
-        """End by themselves, also at `close`."""
+        self._taker = PartTaker(timeout_s, self._fail)
         self._waiting: set[asyncio.Task[None]] = set()
         """Wait for time to pass; `close` ends them."""
 
     def serve_on(self, server: RpcServer) -> None:
         server.serve_stream(messages.LINK, self._links.serve)
         server.serve(messages.BEGIN, self._begin)
-        server.serve(messages.PARTS, self._parts)
+        server.serve_notification(messages.PARTS, self._parts)
         server.serve(messages.COMMIT, self._commit)
         server.serve(messages.ABANDON, self._abandon)
         server.serve(messages.ALIVE, self._alive)
@@ -132,7 +128,8 @@ class Receiver:
         await self.quarantine.close()
         for task in self._waiting:
             task.cancel()
-        await asyncio.gather(*self._waiting, *self._background, return_exceptions=True)
+        await asyncio.gather(*self._waiting, return_exceptions=True)
+        await self._taker.close()
         await self._links.close()
 
     # ---- handlers ------------------------------------------------------------------------------------------------
@@ -170,53 +167,18 @@ class Receiver:
         _keep(self._waiting, self._buffer.keep(begin.transfer_id, incoming))
         return incoming
 
-    async def _parts(self, message: PartsAnnounced) -> Nothing:
-        what = f"a part of transfer {message.transfer_id}"
-        link, incoming = self._link_of(message.link, what), self.incoming.get(message.transfer_id)
-        if incoming is None:
-            self._drop_message(f"{what} is late")
-        for part in message.parts:
-            if not 0 <= part.first < part.end <= len(incoming.block_ids):
-                self._drop_message(f"{what} is outside what was granted: {part}")
-        if not all(incoming.state.start_part(message.link, part.index) for part in message.parts):
-            self._drop_message(f"{what} is late or was sent twice")
-        # A task of our own: the bytes may land even if the sender, and so this call, is lost.
-        accepting = _keep(self._background, self._accept(incoming, link, message.parts))
-        link.accepting.add(accepting)
-        accepting.add_done_callback(link.accepting.discard)
-        await asyncio.gather(asyncio.shield(accepting), return_exceptions=True)
-        if any(part.index not in incoming.state.senders[message.link].landed for part in message.parts):
-            raise InvalidRequest(incoming.state.cause)
-        return Nothing()
-
-    async def _accept(self, incoming: Incoming, link: IncomingLink, parts: Sequence[AnnouncedPart]) -> None:
-        """Take parts in order. After a failure the rest is not taken: the sender disconnects the link."""
-        error = ""
-        for part in parts:
-            try:
-                if not error:
-                    await self._accept_one(incoming, link, part)
-            except asyncio.CancelledError:
-                error = incoming.state.cause or "cancelled"
-            except Exception as cause:  # whatever a backend raised has failed this part
-                error = f"part {part.index}: {type(cause).__name__}: {cause}"
-                logger.warning("transfer %s: %s", incoming.transfer_id, error)
-            incoming.state.end_part(link.link.key, part.index, error)
-            if error:
-                self._fail(incoming, error)
-            incoming.settle()
-
-    async def _accept_one(self, incoming: Incoming, link: IncomingLink, part: AnnouncedPart) -> None:
-        async with asyncio.timeout(self._timeout_s):
-            await asyncio.shield(link.connecting)
-        block_ids = incoming.block_ids[part.first : part.end]
-        await link.transport.accept(link.link, Part(incoming.transfer_id, part.index, incoming.region, block_ids))
+    async def _parts(self, message: PartsAnnounced) -> None:
+        """There is no pause in here: what the sender asks later finds these parts begun."""
+        link, incoming = self.links.get(message.link), self.incoming.get(message.transfer_id)
+        if link is None or not self._taker.take(link, incoming, message):
+            self.dropped_messages += 1
 
     async def _commit(self, message: Commit) -> Nothing:
         what = f"commit of transfer {message.transfer_id}"
         link, incoming = self._link_of(message.link, what), self.incoming.get(message.transfer_id)
         if incoming is None:
             self._drop_message(f"{what} is late or was sent twice")
+        await self._taker.until_taken(link, incoming)
         if message.checksums and (error := await self._corruption(incoming, link, message)):
             self._fail(incoming, error)
         if not incoming.state.commit(message.link, message.num_parts):

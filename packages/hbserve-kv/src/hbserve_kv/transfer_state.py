@@ -71,14 +71,14 @@ class IncomingState:
         self.senders[link] = SenderState(brought, one_sided)
         return True
 
-    def start_part(self, link: str, part: int) -> bool:
-        """Also while draining: what the sender had begun to send is taken, so that both sides agree on it."""
+    def start_parts(self, link: str, *parts: int) -> bool:
+        """All or none. Also while draining: what the sender had begun to send is taken, so that both sides agree."""
         sender = self.senders.get(link)
-        if sender is None or sender.committed or sender.drained or part in sender.landed or part in sender.in_flight:
+        if sender is None or sender.committed or sender.drained or self.state not in (State.RECEIVING, State.DRAINING):
             return False
-        if self.state not in (State.RECEIVING, State.DRAINING):
+        if len(set(parts) - sender.landed - sender.in_flight) < len(parts):
             return False
-        sender.in_flight.add(part)
+        sender.in_flight.update(parts)
         return True
 
     def end_part(self, link: str, part: int, error: str = "") -> None:

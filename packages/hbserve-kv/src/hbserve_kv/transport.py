@@ -108,14 +108,19 @@ class Transport(ABC):
 
     @abstractmethod
     async def push(self, link: Link, part: Part) -> None:
-        """Sender: move a part. Returns when its bytes are in the target and its source blocks are no longer read.
+        """Sender: move a part. Returns when its source blocks are no longer read; one-sided: and its bytes have landed.
+
+        Two-sided: is cancelled, and `disconnect` called, when the receiver does not take it.
 
         Raises:
             Exception: the part has failed, and nothing of it is read or lands any more. `DrainUnknown` if it may.
         """
 
     async def accept(self, link: Link, part: Part) -> None:
-        """Receiver, two-sided only: take a part into `part.block_ids`. However it ends, nothing lands afterwards."""
+        """Receiver, two-sided only: take a part into `part.block_ids`. However it ends, nothing lands afterwards.
+
+        Is cancelled, and `disconnect` called, when nothing comes in time or the link is lost.
+        """
         raise NotImplementedError(f"{self.name} is one-sided")
 
     @abstractmethod

@@ -4,7 +4,8 @@ Groups are made directly on a store that the receiver hosts, not by init_process
 membership is fixed, no global default group, and peers come and go. Rank 0 of a group is the sender.
 
 What a part goes through:  blocks ─gather─▶ one tensor ─send─▶ recv ─▶ one tensor ─scatter─▶ blocks
-On the CPU neighbouring blocks need neither, nor do large ones: see `_pieces`.
+On the CPU neighbouring blocks need neither, nor do large ones: see `_pieces`. All pieces of a part are on their way at
+once, and the last one is waited for first: to wake up for each would take the processor from Gloo's own thread.
 """
 
 import asyncio
@@ -115,12 +116,11 @@ class NcclTransport(Transport):
 
     def _push(self, group: _Group, rows: torch.Tensor, part: Part) -> None:
         if group.stream is None:
-            # The tensors must live until they were sent.
             sent = []
             for start, end in _pieces(rows[0].numel(), part.target_block_ids):
                 blocks = gather(rows, part.block_ids[start:end])
-                sent.append((group.process_group.send([blocks], RECEIVER, 0), blocks))
-            for work, _ in sent:
+                sent.append((group.process_group.send([blocks], RECEIVER, 0), blocks))  # which must live until sent
+            for work, _ in reversed(sent):
                 work.wait()
             return
         with torch.cuda.stream(group.stream):
@@ -155,9 +155,12 @@ class NcclTransport(Transport):
             blocks = own if own is not None else torch.empty((len(block_ids), *rows.shape[1:]), dtype=torch.uint8)
             moving.append((group.process_group.recv([blocks], SENDER, 0), block_ids, blocks, own is not None))
         for work, block_ids, blocks, is_there in moving:
-            work.wait()
             if not is_there:
+                work.wait()
                 scatter(rows, block_ids, blocks)
+        for work, _, _, is_there in reversed(moving):
+            if is_there:
+                work.wait()
 
     def _group(self, link: Link) -> _Group:
         if link.key not in self._groups:
@@ -202,8 +205,12 @@ async def _abandonable(blocking: Callable[..., T], *arguments: Any) -> T:
 def _pieces(block_bytes: int, target_block_ids: list[int]) -> Iterator[tuple[int, int]]:
     """Positions [start, end) that are one message on the CPU. Both sides know the target, so both find the same.
 
-    Long runs are messages of their own, which the receiver needs not copy; the rest is packed.
+    A block of PACKED_BYTES or more is a message of its own, which neither side copies, whatever its neighbours are. Of
+    smaller ones a run that long is a message, which the receiver does not copy; the rest is packed.
     """
+    if block_bytes >= PACKED_BYTES:
+        yield from ((i, i + 1) for i in range(len(target_block_ids)))
+        return
     start = end = 0
     for _, length in runs(target_block_ids):
         if length * block_bytes >= PACKED_BYTES and start < end:
