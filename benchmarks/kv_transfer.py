@@ -43,7 +43,7 @@ def timed(settings: Settings, action: Callable[[], object]) -> float:
 
 
 @contextlib.contextmanager
-def bare_copy(settings: Settings, source: Sequence[int], target: Sequence[int]) -> Iterator[Bare]:
+def bare_copy(settings: Settings, source: Sequence[int], target: Sequence[int], num_calls: int) -> Iterator[Bare]:
     """memcpy of each block on the CPU; one copy of all bytes on a GPU."""
     here, there = make_pool(settings), make_pool(settings)
     if settings.device != "cpu":
@@ -76,7 +76,7 @@ def peer(role: str, settings: Settings, count: int) -> Iterator[subprocess.Popen
 
 
 @contextlib.contextmanager
-def bare_mooncake(settings: Settings, source: Sequence[int], target: Sequence[int]) -> Iterator[Bare]:
+def bare_mooncake(settings: Settings, source: Sequence[int], target: Sequence[int], num_calls: int) -> Iterator[Bare]:
     engine, here = make_engine(settings)
     with peer("mooncake", settings, settings.num_blocks) as process:
         session, base = process.stdout.readline().split()
@@ -103,10 +103,10 @@ def make_engine(settings: Settings):
 
 
 @contextlib.contextmanager
-def bare_send(settings: Settings, source: Sequence[int], target: Sequence[int]) -> Iterator[Bare]:
+def bare_send(settings: Settings, source: Sequence[int], target: Sequence[int], num_calls: int) -> Iterator[Bare]:
     """send/recv of one contiguous tensor."""
     store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    with peer(f"send:{store.port}", settings, len(source)):
+    with peer(f"send:{store.port}:{num_calls}", settings, len(source)) as process:
         group = make_group(settings, store, 0)
         tensor = make_pool(settings)[: len(source)]
         answer = torch.zeros(1, dtype=torch.uint8, device=settings.device)
@@ -116,6 +116,8 @@ def bare_send(settings: Settings, source: Sequence[int], target: Sequence[int]) 
             group.recv([answer], 1, 0).wait()
 
         yield lambda: timed(settings, send)
+        # Under MPS a process that is killed while its kernel waits takes the others' kernels with it.
+        process.wait(10)
 
 
 def make_group(settings: Settings, store, rank: int):
@@ -131,19 +133,22 @@ def make_group(settings: Settings, store, rank: int):
 
 
 def play(role: str, settings: Settings, count: int) -> None:
-    """The other process of a bare peer; ends with its stdin, or is killed."""
-    name, _, port = role.partition(":")
+    """The other process of a bare peer; ends after its calls, with its stdin, or is killed."""
+    name, _, numbers = role.partition(":")
     if name == "mooncake":
         engine, pool = make_engine(settings)
         print(f"127.0.0.1:{engine.get_rpc_port()}", pool.data_ptr(), flush=True)
         sys.stdin.read()
         return
-    store = torch.distributed.TCPStore("127.0.0.1", int(port), is_master=False, wait_for_workers=False)
+    port, num_calls = map(int, numbers.split(":"))
+    store = torch.distributed.TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False)
     group = make_group(settings, store, 1)
     tensor = make_pool(settings)[:count]
-    while True:
+    for _ in range(num_calls):
         group.recv([tensor], 0, 0).wait()
         group.send([tensor[0, :1]], 0, 0).wait()
+    synchronize(settings)
+    group.abort()
 
 
 BARE = {"ipc": bare_copy, "mooncake": bare_mooncake, "nccl": bare_send}
@@ -153,10 +158,14 @@ NAMES = {"ipc": "memcpy", "mooncake": "engine call", "nccl": "send/recv"}
 async def compare(backend: str, settings: Settings, size_mib: int, scattered: bool, num_rounds: int) -> str:
     count = size_mib * MIB // settings.block_bytes
     source, target = (chosen_blocks(settings, count, scattered, seed) for seed in (1, 2))
-    with BARE[backend](settings, source, target) as bare, bare_copy(settings, source, target) as plain:
+    num_calls = num_rounds + 2
+    with (
+        BARE[backend](settings, source, target, num_calls) as bare,
+        bare_copy(settings, source, target, num_calls) as plain,
+    ):
         async with sender(settings) as there:
             times = []
-            for _ in range(num_rounds + 2):
+            for _ in range(num_calls):
                 ours = await there.transfer(source, target)
                 times.append((ours.time_s, bare(), plain(), ours.moving_s))
             carrier = there.manager.links()[0].detail

@@ -4,6 +4,7 @@ Groups are made directly on a store that the receiver hosts, not by init_process
 membership is fixed, no global default group, and peers come and go. Rank 0 of a group is the sender.
 
 What a part goes through:  blocks ─gather─▶ one tensor ─send─▶ recv ─▶ one tensor ─scatter─▶ blocks
+On a GPU the messages of a part overlap: one is gathered and one scattered while others are sent.
 On the CPU neighbouring blocks need neither, nor do large ones: see `_pieces`. All pieces of a part are on their way at
 once, and the last one is waited for first: to wake up for each would take the processor from Gloo's own thread.
 """
@@ -11,6 +12,7 @@ once, and the last one is waited for first: to wake up for each would take the p
 import asyncio
 import logging
 import os
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -33,6 +35,10 @@ logger = logging.getLogger(__name__)
 
 SENDER, RECEIVER = 0, 1
 PACKED_BYTES, LONGEST_BYTES = 1 << 20, 16 << 20
+GPU_PART_BYTES, GPU_MESSAGE_BYTES = 1 << 30, 32 << 20
+"""To wait for the end of a part takes time in which 10 MB could move. Its messages are not waited for by the host."""
+MESSAGES_AT_ONCE = 2
+"""And one more that is gathered or scattered: so many times GPU_MESSAGE_BYTES are a link's staging memory on a GPU."""
 TCPStore: Any = dist.TCPStore  # type: ignore[attr-defined]  # public, but not in the stubs' __all__
 
 
@@ -68,6 +74,7 @@ class NcclTransport(Transport):
         self._device = "cpu"
         if memory.device.type == "cuda":
             self._device = str(torch.cuda.get_device_properties(memory.device).uuid)
+            self.max_part_bytes = GPU_PART_BYTES
         self._store = TCPStore(self._host, 0, is_master=True, wait_for_workers=False, timeout=self._timeout)
 
     def describe(self) -> bytes:
@@ -112,39 +119,62 @@ class NcclTransport(Transport):
         return gloo(store, rank, 2, options)
 
     async def push(self, link: Link, part: Part) -> None:
-        await link.run(self._push, self._group(link), self._rows(link, part), part)
+        group = self._group(link)
+        push = self._push_from_host if group.stream is None else self._push_from_gpu
+        await link.run(push, group, self._rows(link, part), part)
 
-    def _push(self, group: _Group, rows: torch.Tensor, part: Part) -> None:
-        if group.stream is None:
-            sent = []
-            for start, end in _pieces(rows[0].numel(), part.target_block_ids):
-                blocks = gather(rows, part.block_ids[start:end])
-                sent.append((group.process_group.send([blocks], RECEIVER, 0), blocks))  # which must live until sent
-            for work, _ in reversed(sent):
-                work.wait()
-            return
+    def _push_from_host(self, group: _Group, rows: torch.Tensor, part: Part) -> None:
+        sent = []
+        for start, end in _pieces(rows[0].numel(), part.target_block_ids):
+            blocks = gather(rows, part.block_ids[start:end])
+            sent.append((group.process_group.send([blocks], RECEIVER, 0), blocks))  # which must live until sent
+        for work, _ in reversed(sent):
+            work.wait()
+
+    def _push_from_gpu(self, group: _Group, rows: torch.Tensor, part: Part) -> None:
+        """A message is gathered while the one before it is sent."""
+        moving: deque[tuple[Any, torch.Tensor]] = deque()
         with torch.cuda.stream(group.stream):
             if part.ready is not None:
                 group.stream.wait_event(part.ready)
-            blocks = gather(rows, part.block_ids)
-            if not group.on_gpu:
-                blocks = _pinned(blocks).copy_(blocks, non_blocking=True)
-                group.stream.synchronize()
-            group.process_group.send([blocks], RECEIVER, 0).wait()
+            for start, end in _messages(rows, part.block_ids):
+                blocks = gather(rows, part.block_ids[start:end])
+                if not group.on_gpu:
+                    blocks = _staging(rows, end - start, False).copy_(blocks, non_blocking=True)
+                    group.stream.synchronize()
+                moving.append((group.process_group.send([blocks], RECEIVER, 0), blocks))
+                if len(moving) > MESSAGES_AT_ONCE:
+                    moving.popleft()[0].wait()
+            while moving:
+                moving.popleft()[0].wait()
             group.stream.synchronize()
 
     async def accept(self, link: Link, part: Part) -> None:
-        await link.run(self._accept, self._group(link), self._rows(link, part), part)
+        group = self._group(link)
+        accept = self._accept_on_host if group.stream is None else self._accept_on_gpu
+        await link.run(accept, group, self._rows(link, part), part)
 
-    def _accept(self, group: _Group, rows: torch.Tensor, part: Part) -> None:
-        if group.stream is None:
-            self._accept_on_host(group, rows, part)
-            return
+    def _accept_on_gpu(self, group: _Group, rows: torch.Tensor, part: Part) -> None:
+        """A message is scattered while the next one comes. Blocks that are neighbours are received in place."""
+        moving: deque[tuple[Any, torch.Tensor, list[int], bool]] = deque()
+
+        def land() -> None:
+            work, received, block_ids, is_there = moving.popleft()
+            work.wait()
+            if not is_there:
+                scatter(rows, block_ids, received.to(rows.device, non_blocking=True))
+
         with torch.cuda.stream(group.stream):
-            blocks = torch.empty((len(part.block_ids), *rows.shape[1:]), dtype=torch.uint8, device=rows.device)
-            received = blocks if group.on_gpu else _pinned(blocks)
-            group.process_group.recv([received], SENDER, 0).wait()
-            scatter(rows, part.block_ids, received.to(rows.device, non_blocking=True))
+            for start, end in _messages(rows, part.block_ids):
+                block_ids = part.block_ids[start:end]
+                own = neighbours(rows, block_ids) if group.on_gpu else None
+                received = own if own is not None else _staging(rows, len(block_ids), group.on_gpu)
+                work = group.process_group.recv([received], SENDER, 0)
+                moving.append((work, received, block_ids, own is not None))
+                if len(moving) > MESSAGES_AT_ONCE:
+                    land()
+            while moving:
+                land()
             group.stream.synchronize()
 
     def _accept_on_host(self, group: _Group, rows: torch.Tensor, part: Part) -> None:
@@ -228,5 +258,15 @@ def _pieces(block_bytes: int, target_block_ids: list[int]) -> Iterator[tuple[int
         yield start, end
 
 
-def _pinned(like: torch.Tensor) -> torch.Tensor:
-    return torch.empty(like.shape, dtype=torch.uint8, pin_memory=True)
+def _messages(rows: torch.Tensor, block_ids: list[int]) -> Iterator[tuple[int, int]]:
+    """Positions [start, end) that are one message of GPU memory, the same on both sides."""
+    step = max(1, GPU_MESSAGE_BYTES // rows[0].numel())
+    return ((start, min(start + step, len(block_ids))) for start in range(0, len(block_ids), step))
+
+
+def _staging(rows: torch.Tensor, num_blocks: int, on_gpu: bool) -> torch.Tensor:
+    """Room for blocks, on the GPU or in pinned host memory."""
+    shape = (num_blocks, *rows.shape[1:])
+    if on_gpu:
+        return torch.empty(shape, dtype=torch.uint8, device=rows.device)
+    return torch.empty(shape, dtype=torch.uint8, pin_memory=True)
