@@ -1,0 +1,43 @@
+"""How parts are cut into messages of Gloo, and that every cut brings each block to its place."""
+
+import random
+
+import pytest
+import torch
+
+from hbserve_kv import Outcome
+from hbserve_kv._transports import nccl
+from hbserve_kv._transports.nccl import PACKED_BYTES, _pieces
+
+
+def test_a_large_block_is_a_message_of_its_own_whatever_its_neighbours_are():
+    assert list(_pieces(PACKED_BYTES, [4, 5, 6, 2])) == [(0, 1), (1, 2), (2, 3), (3, 4)]
+
+
+def test_of_small_blocks_a_long_run_is_a_message_and_the_rest_is_packed():
+    quarter = PACKED_BYTES // 4
+    assert list(_pieces(quarter, [9, 7, 20, 21, 22, 23, 24, 3, 1])) == [(0, 2), (2, 7), (7, 9)]
+
+
+@pytest.mark.parametrize("block_bytes", [PACKED_BYTES // 16, PACKED_BYTES // 2, PACKED_BYTES, 2 * PACKED_BYTES + 4096])
+@pytest.mark.parametrize("order", ["neighbours", "scattered", "mixed"])
+async def test_blocks_of_every_size_and_order_arrive_as_they_were(managers, monkeypatch, block_bytes, order):
+    monkeypatch.setattr(nccl, "LONGEST_BYTES", 3 * PACKED_BYTES)
+    source = torch.randint(0, 256, (24, block_bytes), dtype=torch.uint8)
+    target = torch.zeros_like(source)
+    sender, receiver = await managers(0, "nccl", source), await managers(1, "nccl", target)
+    dice = random.Random(1)
+    given, wanted = list(range(4, 20)), list(range(2, 18))
+    if order == "scattered":
+        dice.shuffle(given)
+    if order != "neighbours":
+        dice.shuffle(wanted)
+        wanted = wanted[:8] + sorted(wanted[8:])
+    posted = receiver.post_receive("t", wanted)
+    transfer = await sender.open_send("t", posted.grant)
+    transfer.push(given[:11], 0)
+    transfer.push(given[11:], 11)
+    assert (await transfer.commit()).outcome is Outcome.COMPLETED
+    expected = torch.zeros_like(source)
+    expected[wanted] = source[given]
+    assert torch.equal(target, expected)
