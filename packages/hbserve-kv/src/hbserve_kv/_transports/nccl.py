@@ -4,7 +4,7 @@ Groups are made directly on a store that the receiver hosts, not by init_process
 membership is fixed, no global default group, and peers come and go. Rank 0 of a group is the sender.
 
 What a part goes through:  blocks ─gather─▶ one tensor ─send─▶ recv ─▶ one tensor ─scatter─▶ blocks
-On a GPU that goes for small blocks and for some heads of them; one NCCL kernel moves many large blocks as they lie.
+On a GPU the messages of a part overlap: one is gathered and one scattered while others are sent.
 On the CPU neighbouring blocks need neither, nor do large ones: see `_pieces`. All pieces of a part are on their way at
 once, and the last one is waited for first: to wake up for each would take the processor from Gloo's own thread.
 """
@@ -12,7 +12,8 @@ once, and the last one is waited for first: to wake up for each would take the p
 import asyncio
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
 from datetime import timedelta
@@ -35,9 +36,11 @@ logger = logging.getLogger(__name__)
 SENDER, RECEIVER = 0, 1
 PACKED_BYTES, LONGEST_BYTES = 1 << 20, 16 << 20
 GPU_PART_BYTES = 1 << 30
-"""To wait for the end of a part takes time in which 30 MB could move between GPUs."""
-IN_PLACE_BYTES, AT_ONCE_BYTES, STAGED_BYTES = 256 << 10, 256 << 20, 32 << 20
-"""On a GPU: of a block that is sent as it lies, of as many as one kernel moves, and of a message of smaller ones."""
+NCCL_MESSAGE_BYTES, STAGED_MESSAGE_BYTES = 128 << 20, 32 << 20
+"""Of GPU memory. NCCL needs 0.2 ms for a message besides its bytes, in which 60 MB could move between two GPUs; pinned
+host memory, through which Gloo's go, is slow to make."""
+MESSAGES_AT_ONCE = 1
+"""And one more that is gathered or scattered: two messages are a link's staging memory."""
 TCPStore: Any = dist.TCPStore  # type: ignore[attr-defined]  # public, but not in the stubs' __all__
 
 
@@ -55,18 +58,6 @@ class _Group:
     """The group moves GPU memory itself; otherwise GPU blocks are staged through host memory."""
     stream: Any
     """CUDA stream of the link's own, or None on the CPU."""
-    is_sender: bool
-
-    def exchange(self, tensors: Sequence[torch.Tensor]) -> None:
-        """Send or receive them, over NCCL by one kernel. That is queued; over Gloo it is waited for."""
-        move, peer = (self.process_group.send, RECEIVER) if self.is_sender else (self.process_group.recv, SENDER)
-        if self.on_gpu:
-            self.process_group._start_coalescing()
-        moving = [move([tensor], peer, 0) for tensor in tensors]
-        if self.on_gpu:
-            moving = [self.process_group._end_coalescing()]
-        for work in moving:
-            work.wait()
 
 
 class NcclTransport(Transport):
@@ -109,12 +100,12 @@ class NcclTransport(Transport):
         link.detail = "NCCL" if on_gpu else "Gloo"
         if on_gpu:
             with torch.cuda.device(self._memory.device):
-                group = _Group(self._make_nccl(store, rank), True, stream, link.is_sender)
+                process_group = self._make_nccl(store, rank)
                 with torch.cuda.stream(stream):
-                    group.exchange([torch.zeros(1, dtype=torch.uint8, device=self._memory.device)])
-                    stream.synchronize()  # NCCL connects at the first use
-                return group
-        return _Group(self._make_gloo(store, rank), False, stream, link.is_sender)
+                    _connect_nccl(process_group, link.is_sender, self._memory.device)
+                    stream.synchronize()
+                return _Group(process_group, True, stream)
+        return _Group(self._make_gloo(store, rank), False, stream)
 
     def _may_use_nccl(self, peer_device: str) -> bool:
         """NCCL refuses two ranks on one GPU, unless it is of 2.30 or newer and told so."""
@@ -136,51 +127,64 @@ class NcclTransport(Transport):
     async def push(self, link: Link, part: Part) -> None:
         group = self._group(link)
         push = self._push_from_host if group.stream is None else self._push_from_gpu
-        await link.run(push, group, link, part)
+        await link.run(push, group, self._rows(link, part), part)
 
-    def _push_from_host(self, group: _Group, link: Link, part: Part) -> None:
-        rows, sent = self._rows(link, part), []
+    def _push_from_host(self, group: _Group, rows: torch.Tensor, part: Part) -> None:
+        sent = []
         for start, end in _pieces(rows[0].numel(), part.target_block_ids):
             blocks = gather(rows, part.block_ids[start:end])
             sent.append((group.process_group.send([blocks], RECEIVER, 0), blocks))  # which must live until sent
         for work, _ in reversed(sent):
             work.wait()
 
-    def _push_from_gpu(self, group: _Group, link: Link, part: Part) -> None:
-        rows = self._rows(link, part)
+    def _push_from_gpu(self, group: _Group, rows: torch.Tensor, part: Part) -> None:
+        """A message is gathered while the one before it is sent."""
+        moving: deque[tuple[Any, torch.Tensor]] = deque()
         with torch.cuda.stream(group.stream):
             if part.ready is not None:
                 group.stream.wait_event(part.ready)
-            if _moves_in_place(group, link, rows):
-                _exchange_in_place(group, rows, part.block_ids)
-            else:
-                for block_ids in _cut(part.block_ids, rows, STAGED_BYTES):
-                    blocks = gather(rows, block_ids)
-                    if not group.on_gpu:
-                        blocks = _staging(rows, len(block_ids), False).copy_(blocks, non_blocking=True)
-                        group.stream.synchronize()
-                    group.exchange([blocks])
+            for start, end in _messages(group, rows, part.block_ids):
+                blocks = gather(rows, part.block_ids[start:end])
+                if not group.on_gpu:
+                    blocks = _staging(rows, end - start, False).copy_(blocks, non_blocking=True)
+                    group.stream.synchronize()
+                moving.append((group.process_group.send([blocks], RECEIVER, 0), blocks))
+                if len(moving) > MESSAGES_AT_ONCE:
+                    moving.popleft()[0].wait()
+            while moving:
+                moving.popleft()[0].wait()
             group.stream.synchronize()
 
     async def accept(self, link: Link, part: Part) -> None:
         group = self._group(link)
         accept = self._accept_on_host if group.stream is None else self._accept_on_gpu
-        await link.run(accept, group, link, part)
+        await link.run(accept, group, self._rows(link, part), part)
 
-    def _accept_on_gpu(self, group: _Group, link: Link, part: Part) -> None:
-        rows = self._rows(link, part)
+    def _accept_on_gpu(self, group: _Group, rows: torch.Tensor, part: Part) -> None:
+        """A message is scattered while the next one comes. Blocks that are neighbours are received in place."""
+        moving: deque[tuple[Any, torch.Tensor, list[int], bool]] = deque()
+
+        def land() -> None:
+            work, received, block_ids, is_there = moving.popleft()
+            work.wait()
+            if not is_there:
+                scatter(rows, block_ids, received.to(rows.device, non_blocking=True))
+
         with torch.cuda.stream(group.stream):
-            if _moves_in_place(group, link, rows):
-                _exchange_in_place(group, rows, part.block_ids)
-            else:
-                for block_ids in _cut(part.block_ids, rows, STAGED_BYTES):
-                    received = _staging(rows, len(block_ids), group.on_gpu)
-                    group.exchange([received])
-                    scatter(rows, block_ids, received.to(rows.device, non_blocking=True))
+            for start, end in _messages(group, rows, part.block_ids):
+                block_ids = part.block_ids[start:end]
+                own = neighbours(rows, block_ids) if group.on_gpu else None
+                received = own if own is not None else _staging(rows, len(block_ids), group.on_gpu)
+                work = group.process_group.recv([received], SENDER, 0)
+                moving.append((work, received, block_ids, own is not None))
+                if len(moving) > MESSAGES_AT_ONCE:
+                    land()
+            while moving:
+                land()
             group.stream.synchronize()
 
-    def _accept_on_host(self, group: _Group, link: Link, part: Part) -> None:
-        rows, moving = self._rows(link, part), []
+    def _accept_on_host(self, group: _Group, rows: torch.Tensor, part: Part) -> None:
+        moving = []
         for start, end in _pieces(rows[0].numel(), part.block_ids):
             block_ids = part.block_ids[start:end]
             own = neighbours(rows, block_ids)
@@ -260,19 +264,17 @@ def _pieces(block_bytes: int, target_block_ids: list[int]) -> Iterator[tuple[int
         yield start, end
 
 
-def _moves_in_place(group: _Group, link: Link, rows: torch.Tensor) -> bool:
-    """Whether blocks are sent as they lie; both sides find the same."""
-    return group.on_gpu and link.heads is None and link.peer_heads is None and rows[0].numel() >= IN_PLACE_BYTES
+def _connect_nccl(process_group: Any, is_sender: bool, device: torch.device) -> None:
+    """NCCL connects at the first use, which takes longer than many a transfer."""
+    byte = [torch.zeros(1, dtype=torch.uint8, device=device)]
+    work = process_group.send(byte, RECEIVER, 0) if is_sender else process_group.recv(byte, SENDER, 0)
+    work.wait()
 
 
-def _exchange_in_place(group: _Group, rows: torch.Tensor, block_ids: list[int]) -> None:
-    for together in _cut(block_ids, rows, AT_ONCE_BYTES):
-        group.exchange([rows[block_id] for block_id in together])
-
-
-def _cut(block_ids: list[int], rows: torch.Tensor, num_bytes: int) -> Iterator[list[int]]:
-    step = max(1, num_bytes // rows[0].numel())
-    return (block_ids[start : start + step] for start in range(0, len(block_ids), step))
+def _messages(group: _Group, rows: torch.Tensor, block_ids: list[int]) -> Iterator[tuple[int, int]]:
+    """Positions [start, end) that are one message of GPU memory, the same on both sides."""
+    step = max(1, (NCCL_MESSAGE_BYTES if group.on_gpu else STAGED_MESSAGE_BYTES) // rows[0].numel())
+    return ((start, min(start + step, len(block_ids))) for start in range(0, len(block_ids), step))
 
 
 def _staging(rows: torch.Tensor, num_blocks: int, on_gpu: bool) -> torch.Tensor:
