@@ -1,12 +1,16 @@
 """Models for every test of the workspace: small random ones made here, and the demo model."""
 
 import json
+import os
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+# Models here are too small for a second thread, which would only take the processor from other processes. Inherited.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 SMALL = {
     "vocab_size": 320,

@@ -19,6 +19,8 @@ from hbserve_rpc.messages import DECODE, DESCRIBE, PREFILL, STATS, DecodeRequest
 NUM_BLOCKS, BLOCK, CHUNK = 100, 16, 32
 NUM_HELD = 9  # blocks of a prompt of 140 tokens
 DEADLINE_S = 60
+# A two-sided transport and a one-sided one: hbserve_kv's own tests have every state on every transport.
+BACKENDS = pytest.mark.parametrize("backend", ["nccl", "ipc"])
 KV_TIMEOUT_S = 3
 
 # `python -m hbserve_core`, but after its second step the engine computes nothing until SIGUSR1 comes.
@@ -112,8 +114,6 @@ async def start(model_folder: Callable[[str], Any]) -> AsyncIterator[Start]:
         started: list[Instance] = []
 
         async def start(role: str, backend: str, *, halting: bool = False, num_ranks: int = 1) -> Instance:
-            if backend == "mooncake":
-                pytest.importorskip("mooncake.engine", reason="no Mooncake, or not its libraries", exc_type=ImportError)
             config = InstanceConfig(
                 instance_id=f"{role}-{len(started)}", role=role, model_path=str(model_folder("qwen3")), device="cpu",
                 num_blocks=NUM_BLOCKS, block_size=BLOCK, chunk_size=CHUNK, num_threads=1, kv_rank=len(started),
@@ -177,7 +177,7 @@ async def assert_a_request_succeeds(p: Instance, d: Instance) -> None:
         assert len([*first.token_ids, *[token async for event in decoding for token in event.token_ids]]) == 4
 
 
-@pytest.mark.parametrize("backend", ["nccl", "mooncake", "ipc"])
+@BACKENDS
 async def test_a_decode_instance_killed_in_mid_transfer_ends_the_prefill_with_an_error(start, backend):
     # Known elsewhere: vLLM #38027, #41383.
     p, d = await start("prefill", backend, halting=True), await start("decode", backend)
@@ -194,7 +194,7 @@ async def test_a_decode_instance_killed_in_mid_transfer_ends_the_prefill_with_an
     await assert_a_request_succeeds(p, other)
 
 
-@pytest.mark.parametrize("backend", ["nccl", "mooncake", "ipc"])
+@BACKENDS
 async def test_a_prefill_instance_killed_in_mid_transfer_ends_the_decode_with_an_error(start, backend):
     p, d = await start("prefill", backend, halting=True), await start("decode", backend)
     other = await start("prefill", backend)
@@ -210,7 +210,7 @@ async def test_a_prefill_instance_killed_in_mid_transfer_ends_the_decode_with_an
     await assert_a_request_succeeds(other, d)
 
 
-@pytest.mark.parametrize("backend", ["nccl", "mooncake", "ipc"])
+@BACKENDS
 async def test_a_decode_instance_frozen_in_mid_transfer_ends_the_prefill_and_serves_again_when_it_goes_on(
     start, backend
 ):
@@ -230,7 +230,7 @@ async def test_a_decode_instance_frozen_in_mid_transfer_ends_the_prefill_and_ser
     await assert_a_request_succeeds(p, d)
 
 
-@pytest.mark.parametrize("backend", ["nccl", "mooncake", "ipc"])
+@BACKENDS
 async def test_blocks_to_which_a_frozen_prefill_instance_may_write_are_used_by_nobody_until_it_is_dead(start, backend):
     # Known elsewhere: vLLM #32255, SGLang #24527, #27372, #32564, #35049, #37077, #38961, Mooncake #4247.
     p, d = await start("prefill", backend, halting=True), await start("decode", backend)

@@ -62,10 +62,8 @@ async def started(role: str, backend: str, folder: str):
     assert instance.engine.blocks.num_free == 40
 
 
-@pytest.mark.parametrize("backend", ["nccl", "mooncake", "ipc"])
+@pytest.mark.parametrize("backend", ["nccl", "ipc"])
 async def test_when_the_last_chunk_starts_the_kv_of_all_but_the_one_before_it_has_landed(backend, model_folder, prompt):
-    if backend == "mooncake":
-        pytest.importorskip("mooncake.engine", reason="no Mooncake, or not its libraries", exc_type=ImportError)
     folder, ids = str(model_folder("qwen3")), prompt(NUM_TOKENS)
     async with (
         started("prefill", backend, folder) as (p, p_client),

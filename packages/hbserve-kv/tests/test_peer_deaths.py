@@ -71,7 +71,9 @@ class Rig:
 
 
 @pytest.fixture
-async def rig(processes_backend):
+async def rig(processes_backend, monkeypatch):
+    # Mooncake has its timeout from here, and whoever made an engine in this process before has set it.
+    monkeypatch.setenv("MC_TRANSFER_TIMEOUT", str(int(MOONCAKE_TIMEOUT_S)))
     rig = Rig(processes_backend)
     await rig.manager.start()
     yield rig
