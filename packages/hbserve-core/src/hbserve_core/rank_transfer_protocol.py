@@ -10,6 +10,7 @@ import msgspec
 
 from hbserve_kv import TransferResult, TransferStats
 from hbserve_rpc import Method, Notification
+from hbserve_rpc.messages import Empty
 
 Request = TypeVar("Request", bound=msgspec.Struct)
 Reply = TypeVar("Reply", bound=msgspec.Struct)
@@ -54,10 +55,6 @@ class Ended(msgspec.Struct, frozen=True, tag=True):
     result: TransferResult
 
 
-class Nothing(msgspec.Struct, frozen=True, tag=True):
-    pass
-
-
 class Figures(msgspec.Struct, frozen=True, tag=True):
     stats: TransferStats
 
@@ -65,13 +62,13 @@ class Figures(msgspec.Struct, frozen=True, tag=True):
 POST: Method[Posting, Posted] = Method("rank.post", Posting, Posted)
 WAIT: Method[Ending, Ended] = Method("rank.wait", Ending, Ended)
 CANCEL: Method[Ending, Ended] = Method("rank.cancel", Ending, Ended)
-RECEIVE_DRAINED: Method[Ending, Nothing] = Method("rank.receive_drained", Ending, Nothing)
+RECEIVE_DRAINED: Method[Ending, Empty] = Method("rank.receive_drained", Ending, Empty)
 
 OPEN: Method[Opening, Opened] = Method("rank.open", Opening, Opened)
 PUSH: Notification[Pushing] = Notification("rank.push", Pushing)
 COMMIT: Method[Committing, Ended] = Method("rank.commit", Committing, Ended)
 ABORT: Method[Ending, Ended] = Method("rank.abort", Ending, Ended)
-SEND_DRAINED: Method[Ending, Nothing] = Method("rank.send_drained", Ending, Nothing)
+SEND_DRAINED: Method[Ending, Empty] = Method("rank.send_drained", Ending, Empty)
 
-STATS: Method[Nothing, Figures] = Method("rank.stats", Nothing, Figures)
-CLOSE: Method[Nothing, Nothing] = Method("rank.close", Nothing, Nothing)
+STATS: Method[Empty, Figures] = Method("rank.stats", Empty, Figures)
+CLOSE: Method[Empty, Empty] = Method("rank.close", Empty, Empty)

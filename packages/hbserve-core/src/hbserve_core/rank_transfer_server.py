@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
 from typing import TypeVar
 
@@ -13,7 +14,6 @@ from hbserve_core.rank_transfer_protocol import (
     Ended,
     Ending,
     Figures,
-    Nothing,
     Opened,
     Opening,
     Posted,
@@ -25,6 +25,7 @@ from hbserve_core.runner import Runner
 from hbserve_core.shard import Shard
 from hbserve_kv import Outcome, TransferResult
 from hbserve_rpc import InvalidRequest, RpcServer
+from hbserve_rpc.messages import Empty
 
 T = TypeVar("T", Receive, Send)
 _LONG_AGO = Ended(TransferResult(Outcome.FAILED_DRAINED, error="it has ended before"))
@@ -67,15 +68,9 @@ class RankTransferServer:
         return Ended(await posted.wait()) if posted else _LONG_AGO
 
     async def _cancel(self, request: Ending) -> Ended:
-        posted = self._receives.get(request.transfer_id)
-        if posted is None:
-            return _LONG_AGO
-        outcome = await posted.cancel(request.reason)
-        if outcome is not Outcome.UNKNOWN:
-            self._receives.pop(request.transfer_id, None)
-        return Ended(TransferResult(outcome))
+        return await _end(self._receives, request.transfer_id, lambda posted: _result(posted.cancel(request.reason)))
 
-    async def _receive_drained(self, request: Ending) -> Nothing:
+    async def _receive_drained(self, request: Ending) -> Empty:
         return await _drained(self._receives, request.transfer_id)
 
     async def _open(self, request: Opening) -> Opened:
@@ -93,41 +88,42 @@ class RankTransferServer:
             send.push(request.block_ids, request.first)
 
     async def _commit(self, request: Committing) -> Ended:
-        send = self._sends.get(request.transfer_id)
-        if send is None:
-            return _LONG_AGO
-        result = await send.commit(request.payload)
-        self._forget_send(request.transfer_id, result.outcome)
-        return Ended(result)
+        return await _end(self._sends, request.transfer_id, lambda send: send.commit(request.payload))
 
     async def _abort(self, request: Ending) -> Ended:
-        send = self._sends.get(request.transfer_id)
-        if send is None:
-            return _LONG_AGO
-        outcome = await send.abort(request.reason)
-        self._forget_send(request.transfer_id, outcome)
-        return Ended(TransferResult(outcome))
+        return await _end(self._sends, request.transfer_id, lambda send: _result(send.abort(request.reason)))
 
-    def _forget_send(self, transfer_id: str, outcome: Outcome) -> None:
-        if outcome is not Outcome.UNKNOWN:
-            self._sends.pop(transfer_id, None)
-
-    async def _send_drained(self, request: Ending) -> Nothing:
+    async def _send_drained(self, request: Ending) -> Empty:
         return await _drained(self._sends, request.transfer_id)
 
-    async def _stats(self, _: Nothing) -> Figures:
+    async def _stats(self, _: Empty) -> Figures:
         return Figures(await self._transfers.stats())
 
-    async def _close(self, _: Nothing) -> Nothing:
+    async def _close(self, _: Empty) -> Empty:
         await self._transfers.close()
-        return Nothing()
+        return Empty()
 
 
-async def _drained(transfers: dict[str, T], transfer_id: str) -> Nothing:
+async def _end(transfers: dict[str, T], transfer_id: str, ending: Callable[[T], Awaitable[TransferResult]]) -> Ended:
+    """End a transfer, and forget it unless it is UNKNOWN: `_drained` comes then."""
+    transfer = transfers.get(transfer_id)
+    if transfer is None:
+        return _LONG_AGO
+    result = await ending(transfer)
+    if result.outcome is not Outcome.UNKNOWN:
+        transfers.pop(transfer_id, None)
+    return Ended(result)
+
+
+async def _result(ending: Awaitable[Outcome]) -> TransferResult:
+    return TransferResult(await ending)
+
+
+async def _drained(transfers: dict[str, T], transfer_id: str) -> Empty:
     if transfer := transfers.get(transfer_id):
         await transfer.drained()
         transfers.pop(transfer_id, None)
-    return Nothing()
+    return Empty()
 
 
 def serve_transfers(config: InstanceConfig, runner: Runner, shard: Shard) -> str:

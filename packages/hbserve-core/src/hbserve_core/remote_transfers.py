@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 from collections.abc import Callable, Sequence
-from dataclasses import fields
 
 from hbserve_core import rank_transfer_protocol as protocol
 from hbserve_core.errors import RankFailed
@@ -12,7 +11,6 @@ from hbserve_core.rank_transfer_protocol import (
     Committing,
     Ended,
     Ending,
-    Nothing,
     Opening,
     Posting,
     Pushing,
@@ -21,6 +19,7 @@ from hbserve_core.rank_transfer_protocol import (
 )
 from hbserve_kv import Outcome, TransferFailed, TransferResult, TransferStats
 from hbserve_rpc import InvalidRequest, Method, PeerLost, RemoteError, RpcClient, RpcTimeout
+from hbserve_rpc.messages import Empty
 
 SILENCE_S = 5.0
 """A rank that is silent for longer is lost. Its reports say so earlier, see follower_process.py."""
@@ -34,7 +33,7 @@ class Rank:
     """Calls to rank `rank`, whose process serves its transfers at `address`."""
 
     def __init__(self, rank: int, address: str, on_lost: Callable[[Exception], None]) -> None:
-        self._name = f"rank {rank}"
+        self.name = f"rank {rank}"
         self._on_lost = on_lost
         self.client = RpcClient(address, heartbeat_interval_s=1.0, heartbeat_timeout_s=SILENCE_S)
 
@@ -45,7 +44,7 @@ class Rank:
         try:
             return await self.client.call(method, request, timeout_s=timeout_s)
         except (PeerLost, RpcTimeout) as error:
-            self._on_lost(RankFailed(f"{self._name} does not answer: {error}"))
+            self._on_lost(RankFailed(f"{self.name} does not answer: {error}"))
             return None
 
     async def end(self, method: Method[Request, Ended], request: Request) -> TransferResult:
@@ -53,7 +52,7 @@ class Rank:
         before a block is used again."""
         ended = await self.call(method, request)
         if ended is None:
-            return TransferResult(Outcome.FAILED_DRAINED, error=f"{self._name} is lost")
+            return TransferResult(Outcome.FAILED_DRAINED, error=f"{self.name} is lost")
         return ended.result
 
 
@@ -63,9 +62,8 @@ class RemoteTransfers:
     def __init__(self, rank: int, address: str, on_lost: Callable[[Exception], None]) -> None:
         """on_lost: called when the rank does not answer; the instance must end then."""
         self._rank = Rank(rank, address, on_lost)
-        self._name = f"rank {rank}"
         self._losing: asyncio.Task[None] | None = None
-        self._stats = TransferStats(*[0] * len(fields(TransferStats)))
+        self._stats = TransferStats()
 
     async def start(self) -> None:
         await self._rank.client.start()
@@ -78,7 +76,7 @@ class RemoteTransfers:
             await receive.cancel("rank 0 has given it up")
             raise
         if posted is None:
-            raise TransferFailed(f"transfer {transfer_id}: {self._name} is lost")
+            raise TransferFailed(f"transfer {transfer_id}: {self._rank.name} is lost")
         receive.grant = posted.grant
         return receive
 
@@ -86,16 +84,16 @@ class RemoteTransfers:
         try:
             opened = await self._rank.call(protocol.OPEN, Opening(transfer_id, list(grants)))
         except (InvalidRequest, RemoteError) as error:
-            raise TransferFailed(f"{self._name}: {error}") from error
+            raise TransferFailed(f"{self._rank.name}: {error}") from error
         except asyncio.CancelledError:
             await self._rank.end(protocol.ABORT, Ending(transfer_id, "rank 0 has given it up"))
             raise
         if opened is None:
-            raise TransferFailed(f"transfer {transfer_id}: {self._name} is lost")
+            raise TransferFailed(f"transfer {transfer_id}: {self._rank.name} is lost")
         return None if opened.num_blocks is None else RemoteSend(self._rank, transfer_id, opened.num_blocks)
 
     async def stats(self) -> TransferStats:
-        figures = await self._rank.call(protocol.STATS, Nothing(), TIMEOUT_S)
+        figures = await self._rank.call(protocol.STATS, Empty(), TIMEOUT_S)
         if figures is not None:
             self._stats = figures.stats
         return self._stats
@@ -108,7 +106,7 @@ class RemoteTransfers:
         if self._losing is not None:
             await self._losing
             return
-        await self._rank.call(protocol.CLOSE, Nothing(), TIMEOUT_S)
+        await self._rank.call(protocol.CLOSE, Empty(), TIMEOUT_S)
         await self._rank.client.close()
 
 

@@ -69,9 +69,9 @@ class Connection:
                 raise TransferFailed(self.lost)
             began_s = time.monotonic()
             push = self.transport.push if self.transport.one_sided else self._push_to_taker
-            message = PartsAnnounced(transfer_id, self.link.key, list(announced))
             try:
                 if not self.transport.one_sided:
+                    message = PartsAnnounced(transfer_id, self.link.key, list(announced))
                     await self.client.notify(messages.PARTS, message)
                 for part in parts:
                     await push(self.link, part)

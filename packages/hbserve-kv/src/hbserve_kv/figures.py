@@ -7,18 +7,18 @@ from dataclasses import dataclass
 class TransferStats:
     """Gauges are of now, counters from the start."""
 
-    active_transfers: int
-    buffered_bytes: int
-    num_quarantined: int
+    active_transfers: int = 0
+    buffered_bytes: int = 0
+    num_quarantined: int = 0
     """Failed transfers that are not drained yet."""
-    quarantined_blocks: int
+    quarantined_blocks: int = 0
     """Blocks of those: out of use, for ever if the sender's whole host has vanished. The log names the sender."""
-    num_failed: int
-    bytes_sent: int
-    bytes_received: int
-    busy_time_s: float
+    num_failed: int = 0
+    bytes_sent: int = 0
+    bytes_received: int = 0
+    busy_time_s: float = 0.0
     """Time during which parts were moving to or from this instance, added up over transfers."""
-    dropped_messages: int
+    dropped_messages: int = 0
     """Late, duplicate, unknown or of an earlier life: without effect."""
 
 

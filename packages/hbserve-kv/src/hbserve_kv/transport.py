@@ -13,6 +13,10 @@ from hbserve_kv.memory import Memory, Region
 
 T = TypeVar("T")
 
+GPU_PART_BYTES = 1 << 30
+"""For `max_part_bytes` of transports that move GPU memory: to wait for the end of a part takes two changes of thread
+and a round of the device, in which more than 64 MiB could move."""
+
 logger = logging.getLogger(__name__)
 
 

@@ -19,10 +19,7 @@ from hbserve_kv.cuda_ipc import DeviceRegion
 from hbserve_kv.errors import BackendUnavailable
 from hbserve_kv.memory import REGIONS, Memory, Region, gather, head_view, pieces, runs, scatter
 from hbserve_kv.shared_memory import SharedRegion
-from hbserve_kv.transport import Link, Part, Transport
-
-GPU_PART_BYTES = 1 << 30
-"""Waiting for the end of a copy on a GPU takes longer than 64 MiB of it."""
+from hbserve_kv.transport import GPU_PART_BYTES, Link, Part, Transport
 
 
 class _Description(msgspec.Struct, frozen=True):

@@ -27,7 +27,7 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from hbserve_kv.errors import BackendUnavailable
 from hbserve_kv.memory import Memory, gather, neighbours, runs, scatter
-from hbserve_kv.transport import Link, Part, Transport
+from hbserve_kv.transport import GPU_PART_BYTES, Link, Part, Transport
 
 T = TypeVar("T")
 
@@ -35,7 +35,6 @@ logger = logging.getLogger(__name__)
 
 SENDER, RECEIVER = 0, 1
 PACKED_BYTES, LONGEST_BYTES = 1 << 20, 16 << 20
-GPU_PART_BYTES = 1 << 30
 NCCL_MESSAGE_BYTES, STAGED_MESSAGE_BYTES = 128 << 20, 32 << 20
 """Of GPU memory. NCCL needs 0.2 ms for a message besides its bytes, in which 60 MB could move between two GPUs; pinned
 host memory, through which Gloo's go, is slow to make."""

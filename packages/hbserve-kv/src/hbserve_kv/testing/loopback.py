@@ -3,6 +3,7 @@
 import asyncio
 import random
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -70,15 +71,43 @@ class _Message:
     is_whole: bool
 
 
-class LoopbackTransport(Transport):
+class _FaultyTransport(Transport):
+    """With what arrives after its push has timed out."""
+
+    def __init__(self, network: LoopbackNetwork) -> None:
+        self._network = network
+        self._late: dict[str, set[asyncio.Task[None]]] = {}
+
+    def _arrive_late(self, link: Link, pause_s: float, arrive: Callable[[], None]) -> None:
+        """`pause_s`: until the push times out."""
+        late_s = pause_s + self._network.faults.delay_s * self._network.dice.random()
+
+        async def wait_and_arrive() -> None:
+            await asyncio.sleep(late_s)
+            arrive()
+
+        self._late.setdefault(link.key, set()).add(asyncio.create_task(wait_and_arrive()))
+
+    async def _until_all_arrived(self, link: Link) -> None:
+        if late := self._late.pop(link.key, set()):
+            await asyncio.wait(late)
+
+    async def _drop_late(self) -> None:
+        """Nothing may outlive the transport, as nothing outlives a process."""
+        late = [task for tasks in self._late.values() for task in tasks]
+        for task in late:
+            task.cancel()
+        await asyncio.gather(*late, return_exceptions=True)
+
+
+class LoopbackTransport(_FaultyTransport):
     name = "loopback"
     one_sided = True
 
     def __init__(self, network: LoopbackNetwork) -> None:
-        self._network = network
+        super().__init__(network)
         self._key = uuid.uuid4().hex
         self._targets: dict[str, Memory] = {}
-        self._late: dict[str, set[asyncio.Task[None]]] = {}
 
     async def start(self, memory: Memory) -> None:
         self._memory = self._network.members[self._key] = memory
@@ -99,9 +128,8 @@ class LoopbackTransport(Transport):
         happens, pause_s = self._network.draw()
         if happens in ("drop", "late_write"):
             if happens == "late_write":
-                late_s = pause_s + self._network.faults.delay_s * self._network.dice.random()
-                late = asyncio.create_task(self._write_late(self._target(link), link, part, late_s))
-                self._late.setdefault(link.key, set()).add(late)
+                target = self._target(link)
+                self._arrive_late(link, pause_s, lambda: self._write_to(target, link, part, len(part.block_ids)))
             await asyncio.sleep(pause_s)
             raise DrainUnknown("timed out")
         if happens == "delay":
@@ -112,10 +140,6 @@ class LoopbackTransport(Transport):
             raise ConnectionError("failed")
         for _ in range(1 + (happens == "duplicate")):
             self._write(link, part, len(part.block_ids))
-
-    async def _write_late(self, target: Memory, link: Link, part: Part, pause_s: float) -> None:
-        await asyncio.sleep(pause_s)
-        self._write_to(target, link, part, len(part.block_ids))
 
     def _write(self, link: Link, part: Part, count: int) -> None:
         self._write_to(self._target(link), link, part, count)
@@ -133,29 +157,22 @@ class LoopbackTransport(Transport):
 
     async def disconnect(self, link: Link) -> None:
         self._targets.pop(link.key, None)
-        late = self._late.pop(link.key, set())
-        if late:
-            await asyncio.wait(late)
+        await self._until_all_arrived(link)
 
     async def close(self) -> None:
         self._network.members.pop(self._key, None)
         self._targets.clear()
-        # Nothing may outlive the transport, as nothing outlives a process.
-        late = [task for tasks in self._late.values() for task in tasks]
-        for task in late:
-            task.cancel()
-        await asyncio.gather(*late, return_exceptions=True)
+        await self._drop_late()
 
 
-class TwoSidedLoopbackTransport(Transport):
+class TwoSidedLoopbackTransport(_FaultyTransport):
     """The receiver takes each part from the link, in order, as from a TCP connection: so nothing lands without it."""
 
     name = "two-sided loopback"
     one_sided = False
 
     def __init__(self, network: LoopbackNetwork) -> None:
-        self._network = network
-        self._late: dict[str, set[asyncio.Task[None]]] = {}
+        super().__init__(network)
         self._links: dict[str, Link] = {}
 
     async def start(self, memory: Memory) -> None:
@@ -175,9 +192,7 @@ class TwoSidedLoopbackTransport(Transport):
         message = _Message(part.transfer_id, part.index, rows, is_whole=happens != "fail")
         if happens in ("drop", "late_write"):
             if happens == "late_write":
-                late_s = pause_s + self._network.faults.delay_s * self._network.dice.random()
-                late = asyncio.create_task(self._send_late(link, message, late_s))
-                self._late.setdefault(link.key, set()).add(late)
+                self._arrive_late(link, pause_s, lambda: self._send(link, message))
             await asyncio.sleep(pause_s)
             raise TimeoutError("timed out")
         if happens == "delay":
@@ -186,10 +201,6 @@ class TwoSidedLoopbackTransport(Transport):
             self._send(link, message)
         if happens == "fail":
             raise ConnectionError("failed")
-
-    async def _send_late(self, link: Link, message: _Message, pause_s: float) -> None:
-        await asyncio.sleep(pause_s)
-        self._send(link, message)
 
     def _send(self, link: Link, message: _Message | None) -> None:
         """Without effect when the receiver has left, as what a kernel still sends then."""
@@ -218,16 +229,12 @@ class TwoSidedLoopbackTransport(Transport):
             return
         if link.is_sender:
             # What was sent late comes before the end, as with TCP.
-            if late := self._late.pop(link.key, set()):
-                await asyncio.wait(late)
+            await self._until_all_arrived(link)
             self._send(link, None)
         elif (channel := self._network.channels.pop(link.key, None)) is not None:
             channel.put_nowait(None)  # wakes one that waits in `accept`
 
     async def close(self) -> None:
-        late = [task for tasks in self._late.values() for task in tasks]
-        for task in late:
-            task.cancel()
-        await asyncio.gather(*late, return_exceptions=True)
+        await self._drop_late()
         for link in list(self._links.values()):
             await self.disconnect(link)
