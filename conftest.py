@@ -1,7 +1,10 @@
 """Models for every test of the workspace: small random ones made here, and the demo model."""
 
+import contextlib
 import json
 import os
+import random
+import socket
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -73,6 +76,25 @@ def small_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pat
         return path
 
     return folder
+
+
+@pytest.fixture(scope="session")
+def free_ports() -> Callable[[int], list[int]]:
+    """So many ports that nobody listens at, and that the system gives to nobody who asks for any.
+
+    Linux takes those from 32768 on, Mooncake its own from 15000 to 17000.
+    """
+
+    def find(count: int) -> list[int]:
+        found: list[int] = []
+        while len(found) < count:
+            with socket.socket() as trying, contextlib.suppress(OSError):
+                port = random.SystemRandom().randrange(18000, 32000)
+                trying.bind(("127.0.0.1", port))
+                found += [port] if port not in found else []
+        return found
+
+    return find
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

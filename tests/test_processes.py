@@ -2,7 +2,6 @@
 
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,23 +16,14 @@ ROOT = Path(__file__).resolve().parent.parent
 DEADLINE_S = 120
 
 
-def free_ports(count: int) -> list[int]:
-    """Ports that nobody uses now. Another program may take one before we do; the error then names it."""
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [held.getsockname()[1] for held in sockets]
-    for held in sockets:
-        held.close()
-    return ports
-
-
 class Deployment:
     """A configuration file, the processes started from it, and what they logged."""
 
-    def __init__(self, folder: Path, model: Path, instances: list[str], **scheduler: Any) -> None:
+    def __init__(self, folder: Path, model: Path, instances: list[str], ports: list[int], **scheduler: Any) -> None:
         self.log = folder / "log"
         self.config = folder / "config.yaml"
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
-        self.port, *ports = free_ports(1 + len(instances))
+        self.port, *ports = ports
         config = {
             "model": {"path": str(model)},
             "kv_transfer": {"backend": "nccl"},
@@ -91,11 +81,14 @@ class Deployment:
 
 
 @pytest.fixture
-def deploy(tmp_path: Path, small_model: Callable[[str], Path]) -> Iterator[Callable[..., Deployment]]:
+def deploy(
+    tmp_path: Path, small_model: Callable[[str], Path], free_ports: Callable[[int], list[int]]
+) -> Iterator[Callable[..., Deployment]]:
     made: list[Deployment] = []
 
     def deploy(instances: list[str], **scheduler: Any) -> Deployment:
-        made.append(Deployment(tmp_path, small_model("qwen3"), instances, **scheduler))
+        ports = free_ports(1 + len(instances))
+        made.append(Deployment(tmp_path, small_model("qwen3"), instances, ports, **scheduler))
         return made[-1]
 
     yield deploy

@@ -33,11 +33,8 @@ def write_config(tmp_path: Path) -> Callable[..., Path]:
 
 
 @pytest.fixture
-async def free_port() -> int:
-    server = RpcServer()
-    await server.start()
-    await server.stop()
-    return server.port
+def free_port(free_ports: Callable[[int], list[int]]) -> int:
+    return free_ports(1)[0]
 
 
 async def run(*arguments: str) -> tuple[int, str]:
