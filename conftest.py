@@ -1,11 +1,12 @@
-"""Models for every test of the workspace: small random ones made here, and the demo model."""
+"""For every test of the workspace: models, small random ones made here and the demo model; ports; the end of a load."""
 
+import asyncio
 import contextlib
 import json
 import os
 import random
 import socket
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,41 @@ def free_ports() -> Callable[[int], list[int]]:
         return found
 
     return find
+
+
+Stats = dict[str, Any]
+
+
+def _leftovers(stats: Stats) -> dict[str, int]:
+    """What is not zero although nothing runs, by gauge and instance."""
+    scheduler = stats["cpu_scheduler"]
+    found = {gauge: scheduler[gauge] for gauge in ("waiting_requests", "running_requests")}
+    for instance_id, instance in stats["gpu_instances"].items():
+        found[f"{instance_id}: blocks held"] = instance["num_blocks"] - instance["free_blocks"]
+        for gauge in ("active_requests", "active_transfers", "buffered_bytes", "quarantined_blocks"):
+            found[f"{instance_id}: {gauge}"] = instance[gauge]
+    return {name: value for name, value in found.items() if value}
+
+
+@pytest.fixture(scope="session")
+def until_empty() -> Callable[[Any], Awaitable[Stats]]:
+    """Wait until all instances of a DisaggregatedLLM answer and hold nothing; returns its stats then.
+
+    A wait, because an instance says the last token of a request before it gives the blocks back.
+    """
+
+    async def wait(llm: Any) -> Stats:
+        stats: Stats = await llm.refresh_system_stats()
+        try:
+            async with asyncio.timeout(60):
+                while _leftovers(stats) or any(i["status"] != "ready" for i in stats["gpu_instances"].values()):
+                    await asyncio.sleep(0.05)
+                    stats = await llm.refresh_system_stats()
+        except TimeoutError:
+            pytest.fail(f"not empty: {_leftovers(stats)}")
+        return stats
+
+    return wait
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

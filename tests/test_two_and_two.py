@@ -17,7 +17,7 @@ def workload() -> tuple[list[list[int]], list[SamplingParams]]:
     return prompts, params
 
 
-async def test_two_prefill_and_two_decode_instances_share_200_requests_and_end_empty(small_model):
+async def test_two_prefill_and_two_decode_instances_share_200_requests_and_end_empty(small_model, until_empty):
     prompts, params = workload()
     hybrid = LLM(str(small_model("qwen3")), num_kvcache_blocks=2000, kvcache_block_size=16)
     expected = [result["token_ids"] for result in hybrid.generate(prompts, params, use_tqdm=False)]
@@ -43,14 +43,10 @@ async def test_two_prefill_and_two_decode_instances_share_200_requests_and_end_e
         results = await llm.generate(prompts, params)
         assert [result["token_ids"] for result in results] == expected
 
-        stats = await llm.refresh_system_stats()
+        stats = await until_empty(llm)
         scheduler = stats["cpu_scheduler"]
         assert scheduler["completed_requests"] == scheduler["total_requests"] == NUM_REQUESTS
         assert scheduler["success_rate"] == 1
-        assert scheduler["waiting_requests"] == scheduler["running_requests"] == 0
         assert set(stats["gpu_instances"]) == {"prefill-0", "prefill-1", "decode-0", "decode-1"}
         for instance_id, instance in stats["gpu_instances"].items():
             assert instance["total_requests"] > 0, f"{instance_id} was not used"
-            assert instance["free_blocks"] == instance["num_blocks"], f"{instance_id} still holds blocks"
-            for gauge in ["active_requests", "active_transfers", "buffered_bytes", "quarantined_blocks"]:
-                assert instance[gauge] == 0, f"{instance_id}: {gauge}"
