@@ -231,7 +231,7 @@ async def announce(receiver, message):
     """As a sender of any life may; returns when the receiver has handled it."""
     before = receiver.stats().dropped_messages
     async with RpcClient(receiver.address) as client, asyncio.timeout(20):
-        await client.notify(PARTS, message)
+        client.notify(PARTS, message)
         while receiver.stats().dropped_messages == before:
             await asyncio.sleep(0.01)
 

@@ -96,7 +96,7 @@ async def test_a_silent_client_ends_its_work_on_the_server(rpc, start, connect):
     await start(server)
     client = await connect(server.address)
     await anext(client.stream(rpc.STREAM, rpc.Ask()))
-    client._tasks[1].cancel()  # its heartbeat, as if the process were frozen
+    client._heart.cancel()  # as if the process were frozen
     async with asyncio.timeout(30):
         await closed.wait()
 
@@ -182,7 +182,7 @@ async def test_a_call_made_after_a_restart_is_not_lost_to_answers_to_messages_be
     (last_lost,) = client._waiting
     after = asyncio.create_task(client.call(rpc.CALL, rpc.Ask(2), timeout_s=20))
     await asyncio.sleep(0)
-    await client._handle(wire.Stranger(server.epoch, last_lost), b"")
+    client._handle(wire.Stranger(server.epoch, last_lost), b"")
     with pytest.raises(PeerLost):
         await before
     assert (await after).value == 2
@@ -201,7 +201,7 @@ async def test_frames_of_an_earlier_life_are_dropped(rpc, start, connect):
     pending = asyncio.create_task(client.call(rpc.CALL, rpc.Ask(2), timeout_s=20))
     await asyncio.sleep(0)
     (id_,) = client._waiting
-    await client._handle(wire.Reply("an earlier epoch", id_), wire.encode(rpc.Ask(666)))
+    client._handle(wire.Reply("an earlier epoch", id_), wire.encode(rpc.Ask(666)))
     assert (await pending).value == 2
     assert client.dropped_frames == 1
 
@@ -265,7 +265,7 @@ async def test_closing_that_is_cancelled_still_leaves_no_socket():
     client = RpcClient(f"127.0.0.1:{server.port}")
     await client.start()
     for thing, end in ((client, client.close), (server, server.stop)):
-        socket = thing._socket
+        socket = thing._socket._socket
         closing = asyncio.create_task(end())
         await asyncio.sleep(0)
         closing.cancel()

@@ -44,7 +44,7 @@ async def test_notifications_are_handled_in_order_among_calls_and_streams(rpc, t
     client, server, heard = await telling()
     asked = []
     for number in range(0, 300, 3):
-        await client.notify(rpc.TELL, rpc.Ask(1000 + number))
+        client.notify(rpc.TELL, rpc.Ask(1000 + number))
         asked.append(asyncio.create_task(client.call(rpc.CALL, rpc.Ask(number + 1), timeout_s=20)))
         asked.append(asyncio.create_task(anext(client.stream(rpc.STREAM, rpc.Ask(number + 2)))))
         await asyncio.sleep(0)  # the two tasks send
@@ -57,7 +57,7 @@ async def test_notifications_are_handled_in_order_among_calls_and_streams(rpc, t
 async def test_a_notification_that_fails_is_logged_and_counted_and_stops_nothing(rpc, telling, caplog):
     client, server, heard = await telling()
     for value in (13, 14, 15):
-        await client.notify(rpc.TELL, rpc.Ask(value))
+        client.notify(rpc.TELL, rpc.Ask(value))
     await client.call(rpc.CALL, rpc.Ask(), timeout_s=20)
     assert heard == [("told", 13), ("told", 14), ("told", 15), ("called", 0)]
     assert server.failed_notifications == 2
@@ -70,8 +70,8 @@ async def test_a_notification_that_is_not_served_or_not_readable_is_counted(rpc,
         text: str
 
     client, server, heard = await telling()
-    await client.notify(Notification("test.unknown", rpc.Ask), rpc.Ask())
-    await client.notify(Notification("test.tell", Other), Other("?"))
+    client.notify(Notification("test.unknown", rpc.Ask), rpc.Ask())
+    client.notify(Notification("test.tell", Other), Other("?"))
     await client.call(rpc.CALL, rpc.Ask(), timeout_s=20)
     assert heard == [("called", 0)]
     assert server.failed_notifications == 2
@@ -87,7 +87,7 @@ async def test_what_a_restarted_server_missed_is_not_told_to_it_and_a_call_says_
     async def tell(ask):
         told.append(ask.value)
 
-    await client.notify(rpc.TELL, rpc.Ask(1))
+    client.notify(rpc.TELL, rpc.Ask(1))
     waiting = asyncio.create_task(client.call(rpc.CALL, rpc.Ask(2), timeout_s=20))
     await asyncio.sleep(0)
     again = RpcServer(port=server.port)
@@ -113,7 +113,7 @@ async def test_stopping_the_server_ends_what_a_notification_started(rpc, start, 
     server.serve_notification(rpc.TELL, linger)
     await start(server)
     client = await connect(server.address)
-    await client.notify(rpc.TELL, rpc.Ask())
+    client.notify(rpc.TELL, rpc.Ask())
     async with asyncio.timeout(20):
         await began.wait()
         await server.stop()
@@ -125,8 +125,8 @@ async def test_a_client_that_is_not_started_or_is_closed_says_so(rpc, start):
     server = await start(RpcServer())
     client = RpcClient(server.address)
     with pytest.raises(PeerLost, match="not started"):
-        await client.notify(rpc.TELL, rpc.Ask())
+        client.notify(rpc.TELL, rpc.Ask())
     await client.start()
     await client.close()
     with pytest.raises(PeerLost, match="not started"):
-        await client.notify(rpc.TELL, rpc.Ask())
+        client.notify(rpc.TELL, rpc.Ask())

@@ -147,7 +147,7 @@ class RemoteSend:
     async def _push_in_order(self) -> None:
         while (push := await self._pushes.get()) is not None:
             with contextlib.suppress(PeerLost):  # this side is closed; the call that comes next is told
-                await self._rank.client.notify(protocol.PUSH, push)
+                self._rank.client.notify(protocol.PUSH, push)
 
     async def commit(self, payload: bytes) -> TransferResult:
         return await self._end(protocol.COMMIT, Committing(self._transfer_id, payload))

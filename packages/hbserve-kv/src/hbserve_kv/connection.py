@@ -72,7 +72,7 @@ class Connection:
             try:
                 if not self.transport.one_sided:
                     message = PartsAnnounced(transfer_id, self.link.key, list(announced))
-                    await self.client.notify(messages.PARTS, message)
+                    self.client.notify(messages.PARTS, message)
                 for part in parts:
                     await push(self.link, part)
             except BaseException as error:

@@ -1,7 +1,6 @@
 """The calling side of hbserve_rpc."""
 
 import asyncio
-import contextlib
 import itertools
 import logging
 import math
@@ -14,10 +13,10 @@ from typing import Any, Generic, TypeVar
 
 import msgspec
 import zmq
-import zmq.asyncio
 
 from hbserve_rpc import wire
 from hbserve_rpc.errors import HBServeRpcError, PeerLost, ProtocolMismatch, RpcTimeout
+from hbserve_rpc.message_socket import MessageSocket
 from hbserve_rpc.methods import Method, Notification, StreamMethod
 
 logger = logging.getLogger(__name__)
@@ -43,38 +42,33 @@ class RpcClient:
         self._last_heard_s = 0.0
         self._ids = itertools.count(1)
         self._waiting: dict[int, RpcStream[Any]] = {}
-        self._tasks: list[asyncio.Task[None]] = []
-        self._context: zmq.asyncio.Context | None = None
-        self._socket: Any = None
+        self._heart: asyncio.Task[None] | None = None
+        # The same identity after a reconnect: a short break of the network costs nothing.
+        options: dict[int, int | bytes] = {
+            zmq.RECONNECT_IVL: 50,
+            zmq.RECONNECT_IVL_MAX: 500,
+            zmq.IDENTITY: uuid.uuid4().bytes,
+        }
+        self._socket = MessageSocket(zmq.DEALER, options, self._receive)
 
     async def start(self) -> None:
         """Connect in the background; returns at once, whether the server is there or not."""
-        self._context = zmq.asyncio.Context()
-        self._socket = self._context.socket(zmq.DEALER)
-        for option, value in [(zmq.LINGER, 0), (zmq.RECONNECT_IVL, 50), (zmq.RECONNECT_IVL_MAX, 500)]:
-            self._socket.setsockopt(option, value)
-        # Sending must never wait: not a call beyond its deadline, not the heartbeat that would notice a frozen server.
-        self._socket.setsockopt(zmq.SNDHWM, 0)
-        # The same identity after a reconnect: a short break of the network costs nothing.
-        self._socket.setsockopt(zmq.IDENTITY, uuid.uuid4().bytes)
-        self._socket.connect(f"tcp://{self.address}")
-        await self._hello()
-        self._tasks = [asyncio.create_task(self._read()), asyncio.create_task(self._heartbeat())]
+        self._socket.open(lambda socket: socket.connect(f"tcp://{self.address}"))
+        self._hello()
+        self._heart = asyncio.create_task(self._heartbeat())
 
     async def close(self, why: str = "this client was closed") -> None:
         """Fail what is under way with PeerLost, and leave no task or socket behind. May be called twice."""
         self._fail_all(PeerLost(f"{self.address}: {why}"))
-        for task in self._tasks:
-            task.cancel()
+        self._socket.stop_reading()
+        heart, self._heart = self._heart, None
         try:
-            await asyncio.gather(*self._tasks, return_exceptions=True)
+            if heart is not None:
+                heart.cancel()
+                await asyncio.gather(heart, return_exceptions=True)
         finally:
             # Also if whoever closes it is cancelled: a context that is collected with an open socket waits for ever.
-            self._tasks.clear()
-            if self._context is not None:
-                self._socket.close(linger=0)
-                self._context.term()
-                self._context = None
+            self._socket.close()
 
     async def __aenter__(self) -> "RpcClient":
         await self.start()
@@ -96,11 +90,11 @@ class RpcClient:
         """
         pending: RpcStream[R] = RpcStream(self, next(self._ids), method.name, method.reply, timeout_s)
         async with pending:
-            await self._begin(pending, wire.Call(pending.id, method.name), request)
+            self._begin(pending, wire.Call(pending.id, method.name), request)
             return await anext(pending)
 
-    async def notify(self, method: Notification[Q], request: Q) -> None:
-        """Tell, without an answer. Returns once it is queued to be sent.
+    def notify(self, method: Notification[Q], request: Q) -> None:
+        """Tell, without an answer. Returns at once.
 
         The server begins to handle it after what this client asked before, and before what it asks later. Nothing says
         that it arrived or what came of it; a call that is answered after it does say that it was not lost.
@@ -108,9 +102,8 @@ class RpcClient:
         Raises:
             PeerLost: this client is not started, or is closed.
         """
-        if self._context is None:
-            raise PeerLost(f"the client of {self.address} is not started")
-        await self.send(wire.Notify(next(self._ids), method.name), wire.encode(request))
+        self._require_open()
+        self.send(wire.Notify(next(self._ids), method.name), wire.encode(request))
 
     def stream(self, method: StreamMethod[Q, R], request: Q, *, timeout_s: float | None = None) -> "RpcStream[R]":
         """Items as they come. Raises, while iterating, what `call` raises; `timeout_s` bounds the wait for each item.
@@ -121,37 +114,38 @@ class RpcClient:
         stream.opening = (wire.Open(stream.id, method.name), request)
         return stream
 
-    async def _begin(self, pending: "RpcStream[Any]", envelope: wire.Call | wire.Open, request: msgspec.Struct) -> None:
-        if self._context is None:
+    def _require_open(self) -> None:
+        if not self._socket.is_open:
             raise PeerLost(f"the client of {self.address} is not started")
+
+    def _begin(self, pending: "RpcStream[Any]", envelope: wire.Call | wire.Open, request: msgspec.Struct) -> None:
+        self._require_open()
         body = wire.encode(request)
         self._waiting[pending.id] = pending
-        await self.send(envelope, body)
+        self.send(envelope, body)
 
-    async def send(self, envelope: wire.FromClient, body: bytes = b"") -> None:
-        await self._socket.send_multipart([wire.encode(envelope), body], copy=len(body) < 65536)
+    def send(self, envelope: wire.FromClient, body: bytes = b"") -> None:
+        self._socket.send([wire.encode(envelope), body])
 
-    async def _hello(self) -> None:
-        await self.send(wire.Hello(wire.PROTOCOL_VERSION, self._timeout_s))
+    def _hello(self) -> None:
+        self.send(wire.Hello(wire.PROTOCOL_VERSION, self._timeout_s))
 
     def forget(self, id_: int) -> bool:
         """Wait no longer for this id. Returns whether the server might still be working on it."""
-        return self._waiting.pop(id_, None) is not None and self._context is not None
+        return self._waiting.pop(id_, None) is not None and self._socket.is_open
 
-    async def _read(self) -> None:
-        while True:
-            frames = await self._socket.recv_multipart()
-            try:
-                head, body = frames
-                envelope = wire.decode_from_server(head)
-            except (ValueError, msgspec.DecodeError):
-                self.dropped_frames += 1
-                logger.warning("dropped a message from %s that is not of this protocol", self.address)
-                continue
-            self._last_heard_s = time.monotonic()
-            await self._handle(envelope, body)
+    def _receive(self, frames: list[bytes]) -> None:
+        try:
+            head, body = frames
+            envelope = wire.decode_from_server(head)
+        except (ValueError, msgspec.DecodeError):
+            self.dropped_frames += 1
+            logger.warning("dropped a message from %s that is not of this protocol", self.address)
+            return
+        self._last_heard_s = time.monotonic()
+        self._handle(envelope, body)
 
-    async def _handle(self, envelope: wire.FromServer, body: bytes) -> None:
+    def _handle(self, envelope: wire.FromServer, body: bytes) -> None:
         match envelope:
             case wire.Refused(version=version):
                 self._fail_all(ProtocolMismatch(
@@ -166,7 +160,7 @@ class RpcClient:
                 lost = PeerLost(f"{self.address} was restarted, or gave this client up as silent")
                 self._fail_all(lost, last_lost)
                 self._epoch = epoch
-                await self._hello()
+                self._hello()
             case wire.Pong():
                 pass
             case wire.Reply(id=id_) | wire.Item(id=id_) | wire.End(id=id_) | wire.Failed(id=id_):
@@ -174,13 +168,13 @@ class RpcClient:
                 if pending is None or envelope.epoch != self._epoch:
                     self.dropped_frames += 1
                 elif not pending.receive(envelope, body):
-                    await self.send(wire.Close(id_))
+                    self.send(wire.Close(id_))
 
     async def _heartbeat(self) -> None:
         checked_s = time.monotonic()
         while True:
             await asyncio.sleep(self._interval_s)
-            await self.send(wire.Ping(next(self._ids)))
+            self.send(wire.Ping(next(self._ids)))
             now_s = time.monotonic()
             own_pause_s = wire.own_pause(checked_s, now_s, self._interval_s)
             checked_s = now_s
@@ -189,7 +183,7 @@ class RpcClient:
                 silent_s = now_s - pending.since_s
                 if silent_s > self._timeout_s:
                     pending.fail(PeerLost(f"{self.address} was silent for {silent_s:.1f} s during {pending.method}"))
-                    await self.send(wire.Close(pending.id))  # a frozen server reads it when it goes on
+                    self.send(wire.Close(pending.id))  # a frozen server reads it when it goes on
 
     def _fail_all(self, error: HBServeRpcError, last_id: float = math.inf) -> None:
         for pending in list(self._waiting.values()):
@@ -246,7 +240,7 @@ class RpcStream(AsyncIterator[R], Generic[R]):
         if self.opening is not None:
             envelope, request = self.opening
             self.opening, self.since_s = None, time.monotonic()
-            await self._client._begin(self, envelope, request)
+            self._client._begin(self, envelope, request)
         while not self._items:
             if self._error is not None:
                 raise self._error
@@ -254,7 +248,7 @@ class RpcStream(AsyncIterator[R], Generic[R]):
             await self._wait()
         self._num_taken += 1
         if self._num_taken % (wire.CREDIT // 2) == 0 and self._error is None:
-            await self._client.send(wire.Credit(self.id, wire.CREDIT // 2))
+            self._client.send(wire.Credit(self.id, wire.CREDIT // 2))
         return self._items.popleft()
 
     async def _wait(self) -> None:
@@ -273,8 +267,7 @@ class RpcStream(AsyncIterator[R], Generic[R]):
         self._error = self._error or StopAsyncIteration()
         self._items.clear()
         if self._client.forget(self.id):
-            with contextlib.suppress(zmq.ZMQError):  # the socket was closed meanwhile: the server hears that too
-                await self._client.send(wire.Close(self.id))
+            self._client.send(wire.Close(self.id))
 
     async def __aenter__(self) -> "RpcStream[R]":
         return self

@@ -12,10 +12,10 @@ from typing import Any, TypeVar
 
 import msgspec
 import zmq
-import zmq.asyncio
 
 from hbserve_rpc import wire
 from hbserve_rpc.errors import AddressInUse, HBServeRpcError, InvalidRequest
+from hbserve_rpc.message_socket import MessageSocket
 from hbserve_rpc.methods import Method, Notification, StreamMethod
 
 logger = logging.getLogger(__name__)
@@ -61,9 +61,9 @@ class RpcServer:
         self._notified: dict[str, tuple[Any, Callable[[Any], Any]]] = {}
         self._streams: dict[str, tuple[Any, Callable[[Any], AsyncIterator[Any]]]] = {}
         self._clients: dict[bytes, _Client] = {}
-        self._tasks: list[asyncio.Task[None]] = []
-        self._context: zmq.asyncio.Context | None = None
-        self._socket: Any = None
+        self._dropping: asyncio.Task[None] | None = None
+        # What is queued for a client is bounded by the streams' credit.
+        self._socket = MessageSocket(zmq.ROUTER, {zmq.ROUTER_HANDOVER: 1}, self._receive)
 
     def serve(self, method: Method[Q, R], handler: Callable[[Q], Awaitable[R]]) -> None:
         """Answer `method` with what `handler` returns; its exception reaches the caller."""
@@ -89,68 +89,59 @@ class RpcServer:
             AddressInUse: another socket has the address.
             OSError: the address cannot be bound for another reason, for example because this host does not have it.
         """
-        self._context = zmq.asyncio.Context()
-        self._socket = self._context.socket(zmq.ROUTER)
-        self._socket.setsockopt(zmq.LINGER, 0)
-        self._socket.setsockopt(zmq.SNDHWM, 0)  # bounded by the streams' credit instead: a full ROUTER drops silently
-        self._socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
+        self._socket.open(self._bind)
+        self._dropping = asyncio.create_task(self._drop_silent_clients())
+
+    def _bind(self, socket: "zmq.Socket[bytes]") -> None:
         try:
-            self._socket.bind(f"tcp://{self.host}:{self.port}")
+            socket.bind(f"tcp://{self.host}:{self.port}")
         except zmq.ZMQError as error:
-            self._close_socket()
             if error.errno == errno.EADDRINUSE:
                 raise AddressInUse(f"{self.address} is in use by another process; choose another port, or 0") from error
             raise OSError(error.errno, f"cannot serve on {self.address}: {error}") from error
-        self.port = int(self._socket.getsockopt_string(zmq.LAST_ENDPOINT).rpartition(":")[2])
-        self._tasks = [asyncio.create_task(self._read()), asyncio.create_task(self._drop_silent_clients())]
+        self.port = int(socket.getsockopt_string(zmq.LAST_ENDPOINT).rpartition(":")[2])
 
     async def stop(self) -> None:
         """End every call, notification and stream, and leave no task or socket behind. May be called twice."""
+        self._socket.stop_reading()
         running = [work.task for client in self._clients.values() for work in client.work.values()]
-        for task in [*self._tasks, *running]:
+        running += [self._dropping] if self._dropping is not None else []
+        self._dropping = None
+        for task in running:
             task.cancel()
         try:
-            await asyncio.gather(*self._tasks, *running, return_exceptions=True)
+            await asyncio.gather(*running, return_exceptions=True)
         finally:
             # Also if whoever stops it is cancelled: a context that is collected with an open socket waits for ever.
-            self._tasks.clear()
             self._clients.clear()
-            self._close_socket()
+            self._socket.close()
 
-    def _close_socket(self) -> None:
-        if self._context is not None:
-            self._socket.close(linger=0)
-            self._context.term()
-            self._context = None
+    def _send(self, identity: bytes, envelope: wire.FromServer, body: bytes = b"") -> None:
+        self._socket.send([identity, wire.encode(envelope), body])
 
-    async def _send(self, identity: bytes, envelope: wire.FromServer, body: bytes = b"") -> None:
-        await self._socket.send_multipart([identity, wire.encode(envelope), body], copy=len(body) < 65536)
+    def _receive(self, frames: list[bytes]) -> None:
+        try:
+            identity, head, body = frames
+            envelope = wire.decode_from_client(head)
+        except (ValueError, msgspec.DecodeError):
+            self.dropped_frames += 1
+            logger.warning("dropped a message of %d frames that is not of this protocol", len(frames))
+            return
+        self._handle(identity, envelope, body)
 
-    async def _read(self) -> None:
-        while True:
-            frames = await self._socket.recv_multipart()
-            try:
-                identity, head, body = frames
-                envelope = wire.decode_from_client(head)
-            except (ValueError, msgspec.DecodeError):
-                self.dropped_frames += 1
-                logger.warning("dropped a message of %d frames that is not of this protocol", len(frames))
-                continue
-            await self._handle(identity, envelope, body)
-
-    async def _handle(self, identity: bytes, envelope: wire.FromClient, body: bytes) -> None:
+    def _handle(self, identity: bytes, envelope: wire.FromClient, body: bytes) -> None:
         if isinstance(envelope, wire.Hello):
-            await self._greet(identity, envelope)
+            self._greet(identity, envelope)
             return
         client = self._clients.get(identity)
         if client is None:
             self.dropped_frames += 1
-            await self._send(identity, wire.Stranger(self.epoch, envelope.id))
+            self._send(identity, wire.Stranger(self.epoch, envelope.id))
             return
         client.last_heard_s = time.monotonic()
         match envelope:
             case wire.Ping():
-                await self._send(identity, wire.Pong(self.epoch))
+                self._send(identity, wire.Pong(self.epoch))
             case wire.Call(id=id_):
                 self._begin(identity, client, id_, self._run_call(identity, envelope, body))
             case wire.Notify(id=id_):
@@ -166,13 +157,13 @@ class RpcServer:
                 if work := client.work.get(id_):
                     work.task.cancel()
 
-    async def _greet(self, identity: bytes, hello: wire.Hello) -> None:
+    def _greet(self, identity: bytes, hello: wire.Hello) -> None:
         if hello.version != wire.PROTOCOL_VERSION:
-            await self._send(identity, wire.Refused(wire.PROTOCOL_VERSION, self.epoch))
+            self._send(identity, wire.Refused(wire.PROTOCOL_VERSION, self.epoch))
             return
         if identity not in self._clients:
             self._clients[identity] = _Client(hello.heartbeat_timeout_s, time.monotonic())
-        await self._send(identity, wire.Welcome(wire.PROTOCOL_VERSION, self.epoch))
+        self._send(identity, wire.Welcome(wire.PROTOCOL_VERSION, self.epoch))
 
     def _begin(
         self, identity: bytes, client: _Client, id_: int, job: Any, credit: asyncio.Semaphore | None = None
@@ -195,9 +186,9 @@ class RpcServer:
             handler, request = self._decode(self._handlers, call.method, body)
             reply = wire.encode(await handler(request))
         except (Exception, asyncio.CancelledError) as error:  # the top of a handler: what it raised is the caller's
-            await self._fail(identity, call.id, call.method, error)
+            self._fail(identity, call.id, call.method, error)
         else:
-            await self._send(identity, wire.Reply(self.epoch, call.id), reply)
+            self._send(identity, wire.Reply(self.epoch, call.id), reply)
 
     async def _run_notification(self, notify: wire.Notify, body: bytes) -> None:
         try:
@@ -216,19 +207,19 @@ class RpcServer:
                 number = 0
                 async for item in items:
                     await credit.acquire()
-                    await self._send(identity, wire.Item(self.epoch, open_.id, number), wire.encode(item))
+                    self._send(identity, wire.Item(self.epoch, open_.id, number), wire.encode(item))
                     number += 1
         except (Exception, asyncio.CancelledError) as error:  # as above
-            await self._fail(identity, open_.id, open_.method, error)
+            self._fail(identity, open_.id, open_.method, error)
         else:
-            await self._send(identity, wire.End(self.epoch, open_.id))
+            self._send(identity, wire.End(self.epoch, open_.id))
 
-    async def _fail(self, identity: bytes, id_: int, method: str, error: BaseException) -> None:
+    def _fail(self, identity: bytes, id_: int, method: str, error: BaseException) -> None:
         _reraise_if_stopped(error)
         if not isinstance(error, HBServeRpcError):
             logger.error("%s failed", method, exc_info=error)
         code, message = wire.describe_error(error)
-        await self._send(identity, wire.Failed(self.epoch, id_, code, message))
+        self._send(identity, wire.Failed(self.epoch, id_, code, message))
 
     async def _drop_silent_clients(self) -> None:
         checked_s = time.monotonic()

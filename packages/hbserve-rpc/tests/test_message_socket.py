@@ -1,0 +1,106 @@
+"""MessageSocket: no message is overlooked, none waits for others too long, and none comes after the end."""
+
+import asyncio
+import itertools
+from collections.abc import AsyncIterator
+
+import pytest
+import zmq
+
+from hbserve_rpc.message_socket import MESSAGES_PER_TURN, MessageSocket
+
+NUM_MESSAGES = 10 * MESSAGES_PER_TURN
+
+
+class Pair:
+    """A ROUTER and a DEALER that is connected to it; what came to each."""
+
+    def __init__(self) -> None:
+        self.at_router: list[list[bytes]] = []
+        self.at_dealer: list[list[bytes]] = []
+        self.router = MessageSocket(zmq.ROUTER, {}, self.at_router.append)
+        self.dealer = MessageSocket(zmq.DEALER, {zmq.IDENTITY: b"dealer"}, self.at_dealer.append)
+        self.router.open(lambda socket: socket.bind("tcp://127.0.0.1:*"))
+        address = self.router._socket.getsockopt(zmq.LAST_ENDPOINT)
+        self.dealer.open(lambda socket: socket.connect(address))
+
+
+@pytest.fixture
+async def pair() -> AsyncIterator[Pair]:
+    pair = Pair()
+    yield pair
+    pair.dealer.close()
+    pair.router.close()
+
+
+async def until(condition) -> None:
+    async with asyncio.timeout(20):
+        while not condition():
+            await asyncio.sleep(0.005)
+
+
+async def test_all_messages_come_in_order_and_the_loop_goes_on_between_them(pair):
+    pair.dealer.send([b"first"])
+    await until(lambda: pair.at_router)
+    for number in range(NUM_MESSAGES):
+        pair.dealer.send([b"%d" % number])
+    turns: list[int] = []
+    while len(pair.at_router) < 1 + NUM_MESSAGES:
+        turns.append(len(pair.at_router))
+        await asyncio.sleep(0)
+    assert [int(body) for _, body in pair.at_router[1:]] == list(range(NUM_MESSAGES))
+    assert max(after - before for before, after in itertools.pairwise(turns)) <= MESSAGES_PER_TURN
+
+
+async def test_a_message_that_came_while_others_were_sent_is_not_overlooked(pair):
+    """Sending takes away what would tell the loop of it."""
+    pair.dealer.send([b"hello"])
+    await until(lambda: pair.at_router)
+    for number in range(200):
+        pair.router.send([b"dealer", b"%d" % number])
+        for _ in range(20):
+            pair.dealer.send([b"meanwhile"])
+        await until(lambda number=number: len(pair.at_dealer) == number + 1)
+
+
+async def test_a_message_that_raises_is_reported_and_those_after_it_come(pair):
+    reported: list[str] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: reported.append(str(context["exception"])))
+    came: list[bytes] = []
+
+    def take(frames: list[bytes]) -> None:
+        if frames[-1] == b"bad":
+            raise RuntimeError("a bad message")
+        came.append(frames[-1])
+
+    pair.router._on_message = take
+    for body in (b"bad", b"good", b"bad", b"better"):
+        pair.dealer.send([body])
+    await until(lambda: len(came) == 2)
+    assert came == [b"good", b"better"]
+    assert reported == ["a bad message"] * 2
+
+
+async def test_nothing_comes_after_reading_was_stopped_and_what_was_sent_still_leaves(pair):
+    pair.dealer.send([b"hello"])
+    await until(lambda: pair.at_router)
+    pair.dealer.stop_reading()
+    pair.router.send([b"dealer", b"too late"])
+    pair.dealer.send([b"goodbye"])
+    await until(lambda: len(pair.at_router) == 2)
+    assert pair.at_dealer == []
+
+
+async def test_a_peer_that_does_not_read_keeps_nobody_waiting(pair):
+    pair.router.stop_reading()
+    for _ in range(1000):
+        pair.dealer.send([bytes(100_000)])
+
+
+async def test_it_is_closed_if_it_cannot_be_bound(pair):
+    taken = pair.router._socket.getsockopt(zmq.LAST_ENDPOINT)
+    other = MessageSocket(zmq.ROUTER, {}, pair.at_router.append)
+    with pytest.raises(zmq.ZMQError):
+        other.open(lambda socket: socket.bind(taken))
+    assert not other.is_open
+    other.close()
