@@ -38,7 +38,7 @@ from hbserve_kv._transports.ipc import IpcTransport
 from hbserve_kv._transports.mooncake import MooncakeTransport
 from hbserve_kv._transports.nccl import NcclTransport
 from hbserve_kv.testing import is_empty
-from hbserve_rpc import RpcClient, RpcServer
+from hbserve_rpc import RpcClient, RpcServer, RpcStream
 
 DEADLINE_S = 60.0
 BLOCK_WORDS = (256 << 10) // 8
@@ -146,16 +146,18 @@ def install(halt: Halt) -> None:
     """Into the process that calls it, for its life."""
     for transport in (IpcTransport, MooncakeTransport, NcclTransport):
         transport.connect = _halting_connect(transport.connect, halt)
-    send, call, serve, serve_stream = RpcClient.send, RpcClient.call, RpcServer.serve, RpcServer.serve_stream
-
-    async def halting_send(self: RpcClient, envelope: Any, body: bytes = b"") -> None:
-        await halt.at(f"before {getattr(envelope, 'method', '')}")
-        await send(self, envelope, body)
+    call, begin_stream = RpcClient.call, RpcStream.__anext__
+    serve, serve_stream = RpcServer.serve, RpcServer.serve_stream
 
     async def halting_call(self: RpcClient, method: Any, request: Any, *, timeout_s: float) -> Any:
+        await halt.at(f"before {method.name}")
         reply = await call(self, method, request, timeout_s=timeout_s)
         await halt.at(f"after {method.name}")
         return reply
+
+    async def halting_stream(self: RpcStream[Any]) -> Any:
+        await halt.at(f"before {self.method}")
+        return await begin_stream(self)
 
     def halting_serve(self: RpcServer, method: Any, handler: Any) -> None:
         async def handle(request: Any) -> Any:
@@ -175,7 +177,7 @@ def install(halt: Halt) -> None:
 
         serve_stream(self, method, handle)
 
-    RpcClient.send, RpcClient.call = halting_send, halting_call
+    RpcClient.call, RpcStream.__anext__ = halting_call, halting_stream
     RpcServer.serve, RpcServer.serve_stream = halting_serve, halting_serve_stream
     Link.run = halting_run(lambda _: halt)
 

@@ -1,5 +1,7 @@
 """What managers do with each other, whatever carries the bytes."""
 
+import asyncio
+
 import pytest
 
 from hbserve_kv import AddressNotAvailable, FingerprintMismatch, KVTransferConfig, Outcome, TransferFailed
@@ -26,7 +28,10 @@ async def test_a_commit_that_lacks_blocks_is_not_accepted_as_complete(managers):
     transfer = await sender.open_send("t", posted.grant)
     transfer.push([5], 0)
     transfer.push([6], 1)
-    transfer._num_parts = 7
+    async with asyncio.timeout(20):
+        while transfer._num_parts < 2:
+            await asyncio.sleep(0.001)
+    transfer._num_pushed = transfer._num_begun = 7
     result = await transfer.commit()
     assert result.outcome is Outcome.FAILED_DRAINED
     assert "parts" in (await posted.wait()).error

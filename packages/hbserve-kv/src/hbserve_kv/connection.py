@@ -56,9 +56,12 @@ class Connection:
         except HBServeRpcError as error:
             self.lose(str(error))
 
-    async def move(self, transfer_id: str, parts: Sequence[Part], announced: Sequence[AnnouncedPart]) -> float:
+    async def move(
+        self, transfer_id: str, parts: Sequence[Part], announced: Sequence[AnnouncedPart], on_begin: Callable[[], None]
+    ) -> float:
         """Move parts, after those before them; returns the seconds that it took, without waiting for those. Over a
-        two-sided transport they may land a little later: see COMMIT.
+        two-sided transport they may land a little later: see COMMIT. `on_begin` is called when it is their turn, and
+        they are announced.
 
         Raises:
             Exception: what `Transport.push` raised, or why the connection was lost. It is lost by a part that may still
@@ -73,6 +76,7 @@ class Connection:
                 if not self.transport.one_sided:
                     message = PartsAnnounced(transfer_id, self.link.key, list(announced))
                     self.client.notify(messages.PARTS, message)
+                on_begin()
                 for part in parts:
                     await push(self.link, part)
             except BaseException as error:

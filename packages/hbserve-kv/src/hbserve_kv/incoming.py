@@ -20,7 +20,8 @@ class TransferResult:
     num_bytes: int = 0
     num_parts: int = 0
     time_s: float = 0.0
-    """Time during which a part of this transfer was moving, as the sender measured it; of several, the longest."""
+    """Time during which a part of this transfer was moving, as the side measured it that moved it; of several senders,
+    the longest."""
     error: str = ""
     """The first cause, unless the outcome is COMPLETED."""
 
@@ -62,6 +63,8 @@ class Incoming:
     """Nothing can land any more; or nobody will know, because the receiver was closed before."""
     links: dict[str, IncomingLink] = field(default_factory=dict)
     """Of the senders that have begun, by key; also after they were lost."""
+    taking_s: dict[str, float] = field(default_factory=dict)
+    """Time during which parts were taken, by link; two-sided transports only."""
     committed: list[TransferResult] = field(default_factory=list)
     """One of each sender that has committed."""
 

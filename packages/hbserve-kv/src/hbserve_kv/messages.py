@@ -5,7 +5,8 @@ sender                                              receiver
                                     ◀────────────   LinkReply(transport, description), then Cancelled(transfer id) …
   BEGIN(transfer id)                ────call────▶   answered by Accepted(blocks)
   PARTS(what comes next)            ───notify───▶   two-sided transports only: the receiver takes them in this order
-  COMMIT(payload)                   ────call────▶   answered when all parts have landed and the receiver has taken it
+  COMMIT(payload)                   ────call────▶   answered when all parts have landed and the receiver has taken it;
+                                                    two-sided: asked when all are announced, not when they have moved
   ABANDON(reason, drained)          ────call────▶   instead of COMMIT
 
 `link` names one life of both sides: the sender draws it, the receiver learns it with the sender's epoch and forgets it
@@ -107,6 +108,7 @@ class Commit(msgspec.Struct, frozen=True, tag=True):
     num_parts: int
     num_bytes: int
     time_s: float
+    """In which parts were moving; of a two-sided transport the receiver measures that."""
     payload: bytes
     checksums: dict[int, int] = {}
     """By position among the granted blocks; see `hbserve_kv.checksum`."""

@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import itertools
 import logging
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -49,12 +48,12 @@ class OutgoingTransfer:
         self._on_end = on_end
         self._target: Accepted | None = None
         self._parts: asyncio.Queue[tuple[Part, AnnouncedPart] | None] = asyncio.Queue()
-        self._indices = itertools.count()
+        self._num_pushed = self._num_pushed_bytes = 0
         self._checksums: dict[int, int] = {}
         self._error = ""
         self._is_unknown = False
-        self._num_parts = 0
-        self._num_bytes = 0
+        self._num_begun = self._num_parts = self._num_bytes = 0
+        self._may_commit = asyncio.Event()
         self._time_s = 0.0
         self._worker: asyncio.Task[None] | None = None
         self._ending: asyncio.Task[TransferResult] | None = None
@@ -110,9 +109,11 @@ class OutgoingTransfer:
         step = max(1, self._connection.transport.max_part_bytes // self._memory.block_bytes)
         for start in range(0, len(block_ids), step):
             ids = list(block_ids[start : start + step])
-            index, offset = next(self._indices), first + start
+            index, offset = self._num_pushed, first + start
             target = self._target.block_ids[offset : offset + len(ids)]
             part = Part(self._begin.transfer_id, index, self._region, ids, self._target.region, target, ready)
+            self._num_pushed += 1
+            self._num_pushed_bytes += self._bytes_of(part)
             self._parts.put_nowait((part, AnnouncedPart(index, offset, len(ids))))
 
     async def commit(self, payload: bytes = b"") -> TransferResult:
@@ -142,12 +143,18 @@ class OutgoingTransfer:
         if self._ending is None:
             self._parts.put_nowait(None)
             self._ending = asyncio.create_task(self._finish(payload))
+            self._check_complete()
         return self._ending
 
     async def _finish(self, payload: bytes | None) -> TransferResult:
+        committing = asyncio.create_task(self._commit(payload)) if payload is not None else None
         await self._wait_for_worker()
-        if not self._error and payload is not None:
-            await self._commit(payload)
+        if committing is not None:
+            if self._error:
+                committing.cancel()
+            await asyncio.wait([committing])
+            if not committing.cancelled():
+                committing.result()
         outcome = Outcome.COMPLETED
         if self._error:
             outcome = Outcome.FAILED_DRAINED
@@ -174,13 +181,24 @@ class OutgoingTransfer:
             self._is_unknown = True
             self._cancel(self._connection.lost)
 
+    def _check_complete(self) -> None:
+        """The receiver of a two-sided transport knows when the parts have landed that were announced to it."""
+        done = self._num_parts if self._connection.transport.one_sided else self._num_begun
+        if self._ending is not None and done == self._num_pushed:
+            self._may_commit.set()
+
+    def _begun(self, num_parts: int) -> None:
+        self._num_begun += num_parts
+        self._check_complete()
+
     async def _commit(self, payload: bytes) -> None:
+        await self._may_commit.wait()
         message = Commit(
-            self._begin.transfer_id, self._begin.link, self._num_parts, self._num_bytes, self._time_s, payload,
+            self._begin.transfer_id, self._begin.link, self._num_pushed, self._num_pushed_bytes, self._time_s, payload,
             self._checksums,
         )  # fmt: skip
         # The receiver answers when all parts have landed, and gives each its own deadline.
-        timeout_s = self._connection.timeout_s * (2 + self._num_parts)
+        timeout_s = self._connection.timeout_s * (2 + self._num_pushed)
         try:
             await self._connection.client.call(messages.COMMIT, message, timeout_s=timeout_s)
         except HBServeRpcError as error:
@@ -211,13 +229,16 @@ class OutgoingTransfer:
     async def _move(self, parts: Sequence[Part], announced: Sequence[AnnouncedPart]) -> None:
         try:
             await self._note_checksums(parts, announced)
-            self._time_s += await self._connection.move(self._begin.transfer_id, parts, announced)
+            self._time_s += await self._connection.move(
+                self._begin.transfer_id, parts, announced, lambda: self._begun(len(parts))
+            )
         except Exception as error:  # whatever a backend raised has failed this transfer
             self._is_unknown = self._is_unknown or isinstance(error, DrainUnknown)
             self._cancel(f"part {announced[0].index}: {type(error).__name__}: {error}")
             return
         self._num_parts += len(parts)
         self._num_bytes += sum(self._bytes_of(part) for part in parts)
+        self._check_complete()
 
     def _bytes_of(self, part: Part) -> int:
         heads = self._connection.link.heads

@@ -7,6 +7,7 @@ the send that nobody takes.
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable, Sequence
 
 from hbserve_kv.incoming import Incoming, IncomingLink
@@ -53,10 +54,13 @@ class PartTaker:
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def _accept(self, link: IncomingLink, incoming: Incoming, left: list[AnnouncedPart]) -> None:
+        key = link.link.key
         async with link.in_order:
             while left:
+                began_s = time.monotonic()
                 await self._accept_one(link, incoming, left[0])
-                incoming.state.end_part(link.link.key, left.pop(0).index)
+                incoming.taking_s[key] = incoming.taking_s.get(key, 0.0) + time.monotonic() - began_s
+                incoming.state.end_part(key, left.pop(0).index)
 
     def _ended(
         self, link: IncomingLink, incoming: Incoming, left: Sequence[AnnouncedPart], task: asyncio.Task[None]

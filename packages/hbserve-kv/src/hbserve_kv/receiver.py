@@ -186,8 +186,9 @@ class Receiver:
             if incoming.state.state is not State.RECEIVING:
                 self.quarantine.watch(incoming)
             self._drop_message(f"{what} is late, was sent twice, or lacks parts: {incoming.state.cause}")
+        time_s = incoming.taking_s.get(message.link, message.time_s)
         incoming.committed.append(
-            TransferResult(Outcome.COMPLETED, message.payload, message.num_bytes, message.num_parts, message.time_s)
+            TransferResult(Outcome.COMPLETED, message.payload, message.num_bytes, message.num_parts, time_s)
         )
         incoming.settle()
         return Nothing()
