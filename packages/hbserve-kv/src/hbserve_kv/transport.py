@@ -50,15 +50,19 @@ class Link:
 
     async def run(self, blocking: Callable[..., T], *arguments: Any) -> T:
         """Run in the link's thread. Cancelling the caller does not stop the thread: it waits for it."""
-        future = asyncio.get_running_loop().run_in_executor(self.executor, blocking, *arguments)
+        # Not run_in_executor: what it returns can be cancelled, and a shield around that costs a turn of the loop.
+        future, finished = self.executor.submit(blocking, *arguments), asyncio.Event()
+        loop = asyncio.get_running_loop()
+        future.add_done_callback(lambda _: loop.is_closed() or loop.call_soon_threadsafe(finished.set))
         try:
-            return await asyncio.shield(future)
+            await finished.wait()
         except asyncio.CancelledError:
             # Bytes may move until the thread returns, and whoever cancels must know when they have stopped.
-            await asyncio.wait([future])
-            if not future.cancelled() and (error := future.exception()) is not None:
+            await finished.wait()
+            if (error := future.exception()) is not None:
                 logger.debug("a cancelled operation of link %s failed: %s", self.key[:8], error)
             raise
+        return future.result()
 
 
 @dataclass(frozen=True)
