@@ -1,4 +1,5 @@
-"""For every test of the workspace: models, small random ones made here and the demo model; ports; the end of a load."""
+"""For every test of the workspace: models, small random ones made here and the demo model; ports and networks; the end
+of a load."""
 
 import asyncio
 import contextlib
@@ -6,7 +7,8 @@ import json
 import os
 import random
 import socket
-from collections.abc import Awaitable, Callable
+import subprocess
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -96,6 +98,64 @@ def free_ports() -> Callable[[int], list[int]]:
         return found
 
     return find
+
+
+def _ip(*arguments: str) -> None:
+    subprocess.run(["ip", *arguments], check=True, capture_output=True, text=True, timeout=30)
+
+
+class Network:
+    """Hosts that see each other and nothing else: network namespaces, joined by a bridge in one of their own."""
+
+    def __init__(self, addresses: Mapping[str, str], stack: contextlib.ExitStack) -> None:
+        self._prefix = f"hb{os.getpid()}"
+        self._ports = {host: f"port{number}" for number, host in enumerate(addresses)}
+        for host in ("switch", *addresses):
+            _ip("netns", "add", self.namespace(host))
+            stack.callback(_ip, "netns", "del", self.namespace(host))
+        switch = self.namespace("switch")
+        _ip("-n", switch, "link", "add", "bridge", "type", "bridge")
+        _ip("-n", switch, "link", "set", "bridge", "up")
+        for host, address in addresses.items():
+            name, port = self.namespace(host), self._ports[host]
+            _ip("-n", name, "link", "add", "eth0", "type", "veth", "peer", "name", port, "netns", switch)
+            _ip("-n", switch, "link", "set", port, "up")
+            _ip("-n", name, "addr", "add", f"{address}/24", "dev", "eth0")
+            _ip("-n", name, "link", "set", "eth0", "up")
+            _ip("-n", name, "link", "set", "lo", "up")
+            self.mend(host)
+
+    def namespace(self, host: str) -> str:
+        return f"{self._prefix}-{host}"
+
+    def cut(self, host: str) -> None:
+        """What it sends and what is sent to it is lost from now on, and nobody is told."""
+        _ip("-n", self.namespace("switch"), "link", "set", self._ports[host], "nomaster")
+
+    def mend(self, host: str) -> None:
+        _ip("-n", self.namespace("switch"), "link", "set", self._ports[host], "master", "bridge")
+
+
+def _why_no_namespaces() -> str:
+    """Empty if this machine lets us make network namespaces."""
+    probe = f"hb{os.getpid()}probe"
+    try:
+        _ip("netns", "add", probe)
+        _ip("netns", "del", probe)
+    except FileNotFoundError:
+        return "the `ip` command is missing (apt-get install iproute2)"
+    except subprocess.CalledProcessError as error:
+        return f"no network namespaces here: {error.stderr.strip()}"
+    return ""
+
+
+@pytest.fixture
+def make_network() -> Iterator[Callable[[Mapping[str, str]], Network]]:
+    """A network of hosts by name and address, all in one /24; the test is skipped where there can be none."""
+    if reason := _why_no_namespaces():
+        pytest.skip(reason)
+    with contextlib.ExitStack() as stack:
+        yield lambda addresses: Network(addresses, stack)
 
 
 Stats = dict[str, Any]

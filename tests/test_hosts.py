@@ -1,10 +1,7 @@
-"""Prefill, decode and scheduler each on a host of its own: network namespaces joined by a bridge in a fourth one."""
+"""Prefill, decode and scheduler each on a host of its own."""
 
-import contextlib
-import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -12,47 +9,6 @@ import yaml
 
 HOSTS = {"scheduler": "10.77.0.1", "prefill-0": "10.77.0.2", "decode-0": "10.77.0.3"}
 START_DEADLINE_S = 180
-
-
-def ip(*arguments: str) -> None:
-    subprocess.run(["ip", *arguments], check=True, capture_output=True, text=True, timeout=30)
-
-
-def why_no_namespaces() -> str:
-    """Empty if this machine lets us make network namespaces."""
-    probe = f"hb{os.getpid()}probe"
-    try:
-        ip("netns", "add", probe)
-        ip("netns", "del", probe)
-    except FileNotFoundError:
-        return "the `ip` command is missing (apt-get install iproute2)"
-    except subprocess.CalledProcessError as error:
-        return f"no network namespaces here: {error.stderr.strip()}"
-    return ""
-
-
-@pytest.fixture
-def hosts() -> Iterator[Callable[[str], str]]:
-    """Three hosts that see each other and nothing else; maps a host's name to that of its namespace."""
-    if reason := why_no_namespaces():
-        pytest.skip(reason)
-    prefix = f"hb{os.getpid()}"
-    switch = f"{prefix}-switch"
-    names = [switch, *(f"{prefix}-{host}" for host in HOSTS)]
-    with contextlib.ExitStack() as stack:
-        for name in names:
-            ip("netns", "add", name)
-            stack.callback(ip, "netns", "del", name)
-        ip("-n", switch, "link", "add", "bridge", "type", "bridge")
-        ip("-n", switch, "link", "set", "bridge", "up")
-        for number, (host, address) in enumerate(HOSTS.items()):
-            name = f"{prefix}-{host}"
-            ip("-n", name, "link", "add", "eth0", "type", "veth", "peer", "name", f"port{number}", "netns", switch)
-            ip("-n", switch, "link", "set", f"port{number}", "master", "bridge", "up")
-            ip("-n", name, "addr", "add", f"{address}/24", "dev", "eth0")
-            ip("-n", name, "link", "set", "eth0", "up")
-            ip("-n", name, "link", "set", "lo", "up")
-        yield lambda host: f"{prefix}-{host}"
 
 
 def write_config(folder: Path, model: Path, backend: str) -> Path:
@@ -81,15 +37,16 @@ def write_config(folder: Path, model: Path, backend: str) -> Path:
 
 @pytest.mark.netns
 @pytest.mark.parametrize("backend", ["nccl", "mooncake"])
-def test_prefill_decode_and_scheduler_on_three_hosts_answer_together(hosts, backend, small_model, tmp_path):
+def test_prefill_decode_and_scheduler_on_three_hosts_answer_together(make_network, backend, small_model, tmp_path):
     if backend == "mooncake":
         pytest.importorskip(
             "mooncake.engine", reason="Mooncake or its system libraries are missing", exc_type=ImportError
         )
+    network = make_network(HOSTS)
     config = write_config(tmp_path, small_model("qwen3"), backend)
 
     def hbserve(host: str, *arguments: str) -> list[str]:
-        return ["ip", "netns", "exec", hosts(host), sys.executable, "-m", "hbserve", *arguments]
+        return ["ip", "netns", "exec", network.namespace(host), sys.executable, "-m", "hbserve", *arguments]
 
     log = (tmp_path / "log").open("w+")
     commands = [

@@ -11,14 +11,14 @@ They are forked from one server that has imported everything, so another process
 
 import asyncio
 import contextlib
+import ctypes
 import dataclasses
 import multiprocessing
+import multiprocessing.forkserver
 import os
-import signal
 import threading
 import zlib
-from collections import defaultdict
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -49,7 +49,6 @@ BACKWARDS = list(reversed(range(NUM_BLOCKS)))
 """No two are neighbours, or Gloo would send all in one message."""
 IS_FREE = -1
 """What a process fills its blocks with when they are its own again. Later writes of others would show."""
-MODULES = ["torch", "hbserve_kv.testing", *(f"hbserve_kv._transports.{name}" for name in ("nccl", "ipc", "mooncake"))]
 
 
 def pattern(name: str) -> torch.Tensor:
@@ -62,8 +61,10 @@ def make_pool(num_transfers: int) -> torch.Tensor:
     return torch.full((num_transfers * NUM_BLOCKS, BLOCK_WORDS), IS_FREE, dtype=torch.int64)
 
 
-def make_manager(rank: int, backend: str, pool: torch.Tensor, timeout_s: float, expiry_s: float) -> KVTransferManager:
-    config = KVTransferConfig(backend=backend, buffer_size=0, timeout_s=timeout_s, expiry_s=expiry_s)
+def make_manager(
+    rank: int, backend: str, pool: torch.Tensor, timeout_s: float, expiry_s: float, host: str = "127.0.0.1"
+) -> KVTransferManager:
+    config = KVTransferConfig(backend=backend, buffer_size=0, timeout_s=timeout_s, expiry_s=expiry_s, host=host)
     return KVTransferManager(rank=rank, pool=pool, fingerprint={"model": "m"}, config=config)
 
 
@@ -206,9 +207,9 @@ class _Process:
                     loop.call_soon_threadsafe(self._commands.put_nowait, command)
         os._exit(1)  # the test is gone
 
-    async def run(self, rank: int, backend: str, timeout_s: float, expiry_s: float) -> None:
+    async def run(self, rank: int, backend: str, timeout_s: float, expiry_s: float, host: str) -> None:
         self._pool = make_pool(1)
-        self._manager = make_manager(rank, backend, self._pool, timeout_s, expiry_s)
+        self._manager = make_manager(rank, backend, self._pool, timeout_s, expiry_s, host)
         await self._manager.start()
         threading.Thread(target=self._listen, args=[asyncio.get_running_loop()], daemon=True).start()
         while (command := await self._commands.get())[0] != "close":
@@ -238,55 +239,35 @@ class _Process:
         await self._posted[name].cancel("not wanted")
 
 
-def main(control: Connection, rank: int, backend: str, point: str, timeout_s: float, expiry_s: float) -> None:
+def enter(namespace: str) -> int:
+    """Go to a network namespace, with this thread and those that it starts; returns a file of the one before."""
+    before = os.open("/proc/thread-self/ns/net", os.O_RDONLY)
+    _set_namespace(os.open(f"/var/run/netns/{namespace}", os.O_RDONLY))
+    return before
+
+
+def _set_namespace(file: int) -> None:
+    """As os.setns, which Python 3.11 does not have."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.setns(file, 0):
+        raise OSError(ctypes.get_errno(), "setns")
+    os.close(file)
+
+
+@contextlib.contextmanager
+def inside(namespace: str) -> Iterator[None]:
+    """This thread in a network namespace. Processes of `Victim` are of the one outside, unless they are told."""
+    multiprocessing.forkserver.ensure_running()
+    before = enter(namespace)
+    try:
+        yield
+    finally:
+        _set_namespace(before)
+
+
+def main(control: Connection, rank: int, backend: str, point: str, timeout_s: float, expiry_s: float, where: str,
+         host: str) -> None:  # fmt: skip
+    if where:
+        enter(where)
     torch.set_num_threads(1)
-    asyncio.run(_Process(control, point).run(rank, backend, timeout_s, expiry_s))
-
-
-class Victim:
-    """One such process, seen from the test."""
-
-    def __init__(self, rank: int, backend: str, point: str, timeout_s: float, expiry_s: float) -> None:
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(MODULES)
-        self._control, theirs = context.Pipe()
-        arguments = (theirs, rank, backend, point, timeout_s, expiry_s)
-        self.process = context.Process(target=main, args=arguments, daemon=True)
-        self.process.start()
-        theirs.close()
-        self._heard: dict[str, asyncio.Queue[tuple[Any, ...]]] = defaultdict(asyncio.Queue)
-        asyncio.get_running_loop().add_reader(self._control.fileno(), self._read)
-
-    def _read(self) -> None:
-        try:
-            what, details = self._control.recv()
-        except (EOFError, ConnectionResetError):
-            asyncio.get_running_loop().remove_reader(self._control.fileno())
-        else:
-            self._heard[what].put_nowait(details)
-
-    def tell(self, *command: Any) -> None:
-        self._control.send(command)
-
-    async def heard(self, what: str) -> Any:
-        """What it says next of this kind."""
-        async with asyncio.timeout(DEADLINE_S):
-            details = await self._heard[what].get()
-        return details[0] if details else None
-
-    def signal(self, number: signal.Signals) -> None:
-        assert self.process.pid is not None
-        os.kill(self.process.pid, number)
-
-    async def closes_in_order(self) -> None:
-        self.tell("close")
-        assert await self.heard("closed"), "a block was written to after it had been given back"
-        await asyncio.to_thread(self.process.join, DEADLINE_S)
-        assert self.process.exitcode == 0
-
-    async def end(self) -> None:
-        self.process.kill()
-        await asyncio.to_thread(self.process.join, DEADLINE_S)
-        asyncio.get_running_loop().remove_reader(self._control.fileno())
-        self._control.close()
-        self.process.close()
+    asyncio.run(_Process(control, point).run(rank, backend, timeout_s, expiry_s, host))

@@ -46,7 +46,7 @@ def test_a_missing_mooncake_says_what_cures_it(monkeypatch, error, cure):
 
 
 def test_mooncakes_own_file_is_read_and_what_is_not_used_is_named(tmp_path, monkeypatch, caplog):
-    from hbserve_kv._transports.mooncake import MooncakeConfig, load_config
+    from hbserve_kv._transports.mooncake_setup import MooncakeConfig, load_config
 
     path = tmp_path / "mooncake.json"
     monkeypatch.setenv("MOONCAKE_CONFIG_PATH", str(path))

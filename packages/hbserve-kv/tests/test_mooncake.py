@@ -49,7 +49,7 @@ def peer(monkeypatch):
         command = [sys.executable, "-c", PEER, str(NUM_BLOCKS * BLOCK_BYTES)]
         processes.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
         port, address = processes[-1].stdout.readline().split()
-        description = Description(f"127.0.0.1:{port}", {"pool": int(address)}, {"pool": NUM_BLOCKS}, "TCP")
+        description = Description(f"127.0.0.1:{port}", {"pool": int(address)}, {"pool": NUM_BLOCKS})
         return processes[-1], msgspec.msgpack.encode(description)
 
     monkeypatch.setenv("MC_FORCE_TCP", "1")
@@ -62,9 +62,9 @@ def peer(monkeypatch):
 @pytest.fixture
 async def sender(monkeypatch):
     """A transport all of whose links share one engine, which is what happens to a group of them."""
-    monkeypatch.setattr(mooncake_engines, "MOST_ENGINES", 1)
     monkeypatch.setenv("MC_TRANSFER_TIMEOUT", "5")
     transport = MooncakeTransport("127.0.0.1", 5)
+    transport._engines.most = 1
     await transport.start(Memory(torch.ones(NUM_BLOCKS, BLOCK_BYTES, dtype=torch.uint8), 1 << 24))
     yield transport
     await transport.close()
@@ -82,6 +82,16 @@ async def receiver():
 
 def link_to(description: bytes) -> Link:
     return Link(uuid.uuid4().hex, is_sender=True, peer_rank=1, peer_description=description)
+
+
+async def admitted(transport: MooncakeTransport) -> tuple[Link, bytes]:
+    """The receiving end of a link, and its description."""
+    link = Link(uuid.uuid4().hex, is_sender=False, peer_rank=0, peer_description=transport.describe())
+    return link, await transport.admit(link)
+
+
+async def link_with(transport: MooncakeTransport) -> Link:
+    return link_to((await admitted(transport))[1])
 
 
 def part(*blocks: int) -> Part:
@@ -108,7 +118,7 @@ async def test_a_peer_that_freezes_when_it_is_met_stops_no_write_to_others_of_it
     """It freezes after it was probed, so its engine waits for it with the mutex held that every write needs."""
     # Known elsewhere: SGLang #34865, #31144, #31306, #19900.
     monkeypatch.setattr(MooncakeTransport, "_probe", lambda self, link: None)
-    healthy = link_to(receiver[0].describe())
+    healthy = await link_with(receiver[0])
     await sender.connect(healthy)
     before = sender._engines.of(healthy)
     process, description = peer()
@@ -134,7 +144,7 @@ async def test_a_peer_that_freezes_when_it_is_met_stops_no_write_to_others_of_it
 async def test_a_write_that_timed_out_ends_its_engine_and_the_others_of_it_go_on_with_another(sender, receiver, peer):
     # Known elsewhere: vLLM #32255, SGLang #24527, #27372, #32564, #35049, #37077, #38961, Mooncake #4247.
     process, description = peer()
-    healthy, frozen = link_to(receiver[0].describe()), link_to(description)
+    healthy, frozen = await link_with(receiver[0]), link_to(description)
     await sender.connect(healthy)
     await sender.connect(frozen)
     before = sender._engines.of(frozen)
@@ -158,22 +168,87 @@ async def test_a_write_that_timed_out_ends_its_engine_and_the_others_of_it_go_on
 async def test_a_session_that_failed_is_tried_again_with_an_engine_that_does_not_know_it(sender, receiver):
     """An engine remembers what it was told of a session, and another process may be behind it now."""
     # Known elsewhere: SGLang #25287, #35823, #37022.
-    link = link_to(receiver[0].describe())
+    link = await link_with(receiver[0])
     await sender.connect(link)
     engine = sender._engines.of(link)
-    engine.failed.add(f"127.0.0.1:{receiver[0]._receiving.native.get_rpc_port()}")
+    engine.failed.add(f"127.0.0.1:{receiver[0]._receiving._engines[0].native.get_rpc_port()}")
     await sender.disconnect(link)
-    again = link_to(receiver[0].describe())
+    again = link_to(link.peer_description)
     await sender.connect(again)
     assert sender._engines.of(again) is not engine
     await sender.disconnect(again)
 
 
+async def test_what_a_sender_is_writing_lands_no_more_once_its_right_was_revoked(sender, receiver):
+    """Not even what its kernel has taken, which otherwise lands whenever its network lets it."""
+    # Known elsewhere: vLLM #32255, SGLang #24527, #27372, #32564, #35049, #37077, #38961, Mooncake #4247.
+    transport, memory = receiver
+    end, description = await admitted(transport)
+    link = link_to(description)
+    await sender.connect(link)
+
+    async def write() -> None:
+        while True:
+            await sender.push(link, part(0, 1, 2, 3))
+
+    for _ in range(5):
+        writing = asyncio.create_task(write())
+        async with asyncio.timeout(20):
+            while not memory.pool.any():
+                await asyncio.sleep(0.001)
+        assert await transport.revoke(end) == {end.key}
+        memory.pool.zero_()
+        with pytest.raises(ConnectionError, match="failed"):
+            await writing
+        await asyncio.sleep(0.2)
+        assert not memory.pool.any()
+        await sender.disconnect(link)
+        await transport.disconnect(end)
+        end, description = await admitted(transport)
+        link = link_to(description)
+        await sender.connect(link)
+    await sender.disconnect(link)
+
+
+async def test_links_that_share_what_is_taken_from_one_of_them_lose_it_together(receiver):
+    transport, _ = receiver
+    transport._receiving.most = 1
+    links = [(await admitted(transport))[0] for _ in range(3)]
+    await transport.disconnect(links[2])
+    assert await transport.revoke(links[0]) == {links[0].key, links[1].key}
+    assert await transport.revoke(links[1]) >= {links[1].key}, "it is gone already"
+    assert await transport.revoke(links[2]) >= {links[2].key}, "also of a link that was lost before"
+    assert await transport.revoke(link_to(b"")) == set(), "nothing was given to it"
+    assert len(transport._receiving) == 0
+
+
+async def test_a_link_that_loses_its_engine_to_another_ones_end_is_made_again(managers):
+    receiver = await managers(0, "mooncake")
+    receiver._transports["mooncake"]._receiving.most = 1
+    senders = [await managers(1 + i, "mooncake") for i in range(2)]
+
+    async def move(sender, name):
+        posted = receiver.post_receive(name, [1])
+        transfer = await sender.open_send(name, posted.grant)
+        transfer.push([2], 0)
+        return (await transfer.commit()).outcome
+
+    for number, sender in enumerate(senders):
+        assert await move(sender, f"t{number}") is Outcome.COMPLETED
+    assert await receiver._receiver.quarantine.revoke(next(iter(receiver._receiver.links.values())))
+    async with asyncio.timeout(20):
+        while any(sender.links() for sender in senders):
+            await asyncio.sleep(0.01)
+    for number, sender in enumerate(senders):
+        assert await move(sender, f"again {number}") is Outcome.COMPLETED
+
+
 async def test_an_engine_looks_often_enough_whether_it_ends(receiver):
     """Its end waits for that with Python's lock held: a second, as Mooncake comes."""
-    port = receiver[0]._receiving.native.get_rpc_port()
+    native = receiver[0]._receiving._engines[0].native
+    port = native.get_rpc_port()
     for interval_s in (0.02, mooncake_engines.LOOK_INTERVAL_S):
-        mooncake_engines.look_every(receiver[0]._receiving.native, interval_s)
+        mooncake_engines.look_every(native, interval_s)
         found = [seconds for listening, seconds in listening_sockets() if listening == port]
         assert found == [pytest.approx(interval_s, abs=0.01)]
 

@@ -6,29 +6,24 @@ the end, and meanwhile the healthy peer must not notice.
 """
 
 import asyncio
-import itertools
 import signal
-import statistics
-import time
 
 import hbserve_kv_victims as victims
 import pytest
 import torch
-from hbserve_kv_victims import BACKWARDS, IS_FREE, NUM_BLOCKS, Halt, Victim, pattern
+from hbserve_kv_rig import (
+    HEARTBEAT_S,
+    MOONCAKE_TIMEOUT_S,
+    TIMEOUT_S,
+    Clock,
+    Rig,
+    Victim,
+    while_healthy_ones_go_on,
+)
+from hbserve_kv_victims import IS_FREE, Halt, pattern
 
 from hbserve_kv import Link, Outcome, PostedReceive
 from hbserve_kv.quarantine import GRACE_S
-from hbserve_kv.testing import is_empty
-
-TIMEOUT_S = 2.0
-HEARTBEAT_S = TIMEOUT_S / 4
-MOONCAKE_TIMEOUT_S = 5.0
-"""Of a write, which can not be shorter; then its engine is ended."""
-SLACK_S = 2.0
-"""What a busy machine may add."""
-HEALTHY_S = TIMEOUT_S / 4
-"""What a transfer to a healthy peer takes at most, as a rule: it waits for nobody else's deadline."""
-TEST_S = 90.0
 
 NOT_BEGUN = ["before kv.link", "connecting", "before kv.begin"]
 BEGUN = ["after kv.begin", "in mid-part", "cancelled", "before kv.commit", "before kv.abandon"]
@@ -40,82 +35,10 @@ RECEIVER_STATES = [
 ENDS = pytest.mark.parametrize("is_killed", [True, False], ids=["killed", "frozen"])
 
 
-class Rig:
-    """The survivor, with room for every state's blocks and the healthy peer's, and the processes around it."""
-
-    def __init__(self, backend: str) -> None:
-        self.backend = backend
-        self.is_one_sided = backend != "nccl"
-        self.pool = victims.make_pool(16)
-        self.manager = victims.make_manager(0, backend, self.pool, TIMEOUT_S, expiry_s=60.0)
-        self._processes: list[Victim] = []
-        self._num_places = -1
-
-    def start(self, point: str, expiry_s: float = 60.0) -> Victim:
-        self._processes.append(Victim(1 + len(self._processes), self.backend, point, TIMEOUT_S, expiry_s))
-        return self._processes[-1]
-
-    def new_blocks(self) -> list[int]:
-        self._num_places += 1
-        return [self._num_places * NUM_BLOCKS + block for block in BACKWARDS]
-
-    async def until_empty(self) -> None:
-        async with asyncio.timeout(30):
-            while not is_empty(self.manager):
-                await asyncio.sleep(0.01)
-        assert (self.pool == IS_FREE).all(), "a block was written to after it had been given back"
-
-    async def close(self) -> None:
-        await asyncio.gather(*(process.end() for process in self._processes))
-        await self.manager.close()
-
-
 @pytest.fixture
 async def rig(processes_backend, monkeypatch):
-    # Mooncake has its timeout from here, and whoever made an engine in this process before has set it.
-    monkeypatch.setenv("MC_TRANSFER_TIMEOUT", str(int(MOONCAKE_TIMEOUT_S)))
-    rig = Rig(processes_backend)
-    await rig.manager.start()
-    yield rig
-    await rig.close()
-    assert asyncio.all_tasks() == {asyncio.current_task()}
-
-
-async def while_healthy_ones_go_on(transfer, jobs):
-    """Run the jobs, and all the time one transfer to a healthy peer after the other."""
-    times_s, is_over = [], asyncio.Event()
-
-    async def go_on():
-        for number in itertools.count():
-            if is_over.is_set():
-                return
-            began_s = time.monotonic()
-            await transfer(f"healthy {number}")
-            times_s.append(time.monotonic() - began_s)
-            await asyncio.sleep(0.02)  # leaves the processor to the others
-
-    async with asyncio.timeout(TEST_S):
-        await transfer("connects")
-        async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(go_on())
-            async with asyncio.TaskGroup() as dying:
-                for job in jobs:
-                    dying.create_task(job)
-            is_over.set()
-    assert len(times_s) > 10
-    assert statistics.median(times_s) < HEALTHY_S
-
-
-class Clock:
-    """From when the peer died, or went on, to when the blocks are back."""
-
-    def __init__(self, deadline_s: float) -> None:
-        self._longest_s = 2 * HEARTBEAT_S + deadline_s + SLACK_S
-        self._began_s = time.monotonic()
-
-    def check(self, state: str) -> None:
-        took_s = time.monotonic() - self._began_s
-        assert took_s < self._longest_s, f"{state}: the blocks were back after {took_s:.1f} s"
+    async with Rig(processes_backend, monkeypatch) as rig:
+        yield rig
 
 
 # ---- the sender dies -------------------------------------------------------------------------------------------------
@@ -131,7 +54,7 @@ async def lose_a_sender(rig: Rig, state: str, is_killed: bool) -> None:
         assert (await posted.wait()).outcome is Outcome.UNKNOWN
     cancelling = asyncio.create_task(posted.cancel("not wanted")) if state == "cancelled" else None
     victim.signal(signal.SIGKILL if is_killed else signal.SIGSTOP)
-    clock = Clock(TIMEOUT_S + GRACE_S * rig.is_one_sided)
+    clock = Clock(TIMEOUT_S + GRACE_S * rig.must_ask)
     if state in NOT_BEGUN:  # as a scheduler does
         assert await posted.cancel("its sender is gone") is Outcome.FAILED_DRAINED
     result = await posted.wait()
@@ -140,7 +63,7 @@ async def lose_a_sender(rig: Rig, state: str, is_killed: bool) -> None:
         assert torch.equal(rig.pool[blocks], pattern(state))
     else:
         assert result.outcome is not Outcome.COMPLETED, state
-    if not is_killed and rig.is_one_sided and state in BEGUN:
+    if not is_killed and rig.must_ask and state in BEGUN:
         assert result.outcome is Outcome.UNKNOWN, f"{state}: a frozen process may go on writing"
         clock = await still_quarantined_when_it_goes_on(posted, victim)
     if result.outcome is Outcome.UNKNOWN:
@@ -184,7 +107,7 @@ async def test_a_sender_that_is_killed_or_frozen_in_any_state_keeps_no_block_and
         rig.pool[blocks] = IS_FREE
         await healthy.heard("ended")
 
-    states = [*SENDER_STATES, *(["quarantined"] if is_killed and rig.is_one_sided else [])]
+    states = [*SENDER_STATES, *(["quarantined"] if is_killed and rig.must_ask else [])]
     await while_healthy_ones_go_on(transfer, [lose_a_sender(rig, state, is_killed) for state in states])
     await healthy.closes_in_order()
     await rig.until_empty()
@@ -249,7 +172,11 @@ async def test_a_receiver_that_is_killed_or_frozen_in_any_state_ends_the_send_an
         assert await victims.send(rig.manager, rig.pool, name, blocks, grant, abort=False) == "COMPLETED"
         assert await healthy.heard("ended") == "COMPLETED"
 
-    states = [*RECEIVER_STATES, *(["quarantined"] if rig.is_one_sided else ["connecting"])]
+    states = [
+        *RECEIVER_STATES,
+        *(["quarantined"] if rig.must_ask else []),
+        *([] if rig.is_one_sided else ["connecting"]),
+    ]
     await while_healthy_ones_go_on(transfer, [lose_a_receiver(rig, state, is_killed, halts) for state in states])
     await healthy.closes_in_order()
     await rig.until_empty()

@@ -34,7 +34,7 @@ async def test_blocks_of_a_host_that_vanished_stay_out_of_use_and_the_log_says_a
     # It takes connections and never answers, as an address does behind which there is nothing any more.
     with socket.create_server(("127.0.0.1", 0)) as host:
         address = f"127.0.0.1:{host.getsockname()[1]}"
-        incoming, quarantine = await lost_transfer(address), Quarantine(longest_s=60.0)
+        incoming, quarantine = await lost_transfer(address), Quarantine(longest_s=60.0, on_revoked=lambda *_: None)
         quarantine.watch(incoming)
         async with asyncio.timeout(30):
             assert (await incoming.result).outcome is Outcome.UNKNOWN

@@ -48,7 +48,7 @@ def _built_in(backend: KVTransferBackend, config: KVTransferConfig) -> Transport
 
 
 def _automatic(config: KVTransferConfig) -> list[Transport]:
-    from hbserve_kv._transports.mooncake_rdma import why_no_rdma
+    from hbserve_kv._transports.mooncake_setup import why_no_rdma
 
     transports = []
     for backend in (KVTransferBackend.IPC, KVTransferBackend.MOONCAKE, KVTransferBackend.NCCL):

@@ -42,12 +42,19 @@ class IncomingLinks:
         made = IncomingLink(hello, link, transport, common, asyncio.create_task(connect))
         self.connected[link.key] = made
         try:
-            me = self._me
-            yield LinkReply(me.rank, me.epoch, me.heads, transport.name, transport.describe(), passed_over)
+            me, description = self._me, await transport.admit(link)
+            yield LinkReply(me.rank, me.epoch, me.heads, transport.name, description, passed_over)
             while (notice := await made.notices.get()) is not None:
                 yield notice
         finally:
             self._lose(made, "the sender was lost")
+
+    def end(self, keys: set[str], why: str) -> None:
+        """Nothing comes over these links any more: the senders that are still there hear it, and make new ones."""
+        for key in keys & self.connected.keys():
+            link = self.connected[key]
+            self._lose(link, why)
+            link.notices.put_nowait(None)
 
     def _lose_earlier_lives(self, hello: Handshake) -> None:
         for old in list(self.connected.values()):

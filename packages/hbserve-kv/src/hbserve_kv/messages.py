@@ -24,7 +24,7 @@ from hbserve_kv.heads import HeadRange
 from hbserve_kv.memory import Region
 from hbserve_rpc import Method, Notification, StreamMethod
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 
 
 class Grant(msgspec.Struct, frozen=True, tag=True):

@@ -1,16 +1,17 @@
 """Failed transfers whose blocks may still be written, and how it becomes sure that they are not.
 
-A sender says so itself (ABANDON). One that was lost is asked (ALIVE), in case that word was lost. If its process is
-gone it writes no more; if it only does not answer it may go on writing, so its transfers become UNKNOWN, and their
-blocks wait until it answers, or is gone. That may be never, if its whole host has vanished: no time is long enough to
-know that a host which was cut off or paused does not come back and go on. So a warning says what is out of use, and
-because of whom, again and again.
+A sender says so itself (ABANDON). From one that was lost the transport takes what it writes with, if it can: see
+`Transport.revoke`. Else the sender is asked (ALIVE), in case its word was lost. If its process is gone it writes no
+more; if it only does not answer it may go on writing, so its transfers become UNKNOWN, and their blocks wait until it
+answers, or is gone. That may be never: no time is long enough to know that a process which was paused does not go on.
+So a warning says what is out of use, and because of whom, again and again.
 """
 
 import asyncio
 import contextlib
 import logging
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from hbserve_kv import messages
@@ -46,9 +47,11 @@ class Reminder:
 class Quarantine:
     """Follows failed transfers until they are drained."""
 
-    def __init__(self, *, longest_s: float) -> None:
-        """`longest_s`: how long a sender that answers may take to end what it was writing, before that is UNKNOWN."""
+    def __init__(self, *, longest_s: float, on_revoked: Callable[[set[str], str], None]) -> None:
+        """`longest_s`: how long a sender that answers may take to end what it was writing. `on_revoked` is called with
+        the keys of links over which nothing lands any more, and why."""
         self._longest_s = longest_s
+        self._on_revoked = on_revoked
         self._tasks: dict[Incoming, asyncio.Task[None]] = {}
         self._asking: set[asyncio.Task[bool]] = set()
 
@@ -90,12 +93,12 @@ class Quarantine:
         while not incoming.drained.is_set():
             writing = [incoming.links[key] for key in state.restless]
             lost = [link for link in writing if not link.is_connected and link.transport.one_sided]
-            for link in lost:
-                if await self._ask(link):
-                    await asyncio.sleep(GRACE_S)
+            is_late = loop.time() > deadline_s
+            for link in writing if is_late else lost:
+                if await self.revoke(link) or (link in lost and await self._ask(link)):
                     state.sender_drained(link.link.key)
             # The deadline counts from when a sender stopped answering: a link is lost by that.
-            if lost or (writing and loop.time() > deadline_s):
+            if lost or (writing and is_late):
                 state.give_up()
             if state.state is State.UNKNOWN and reminder.is_due(loop.time()):
                 _warn(incoming, loop.time() - reminder.began_s)
@@ -104,12 +107,25 @@ class Quarantine:
                 async with asyncio.timeout(CHECK_INTERVAL_S):
                     await incoming.drained.wait()
 
+    async def revoke(self, link: IncomingLink) -> bool:
+        """Whether nothing lands over the link any more: it was taken from the sender, which may be there or not."""
+        try:
+            revoked = await link.transport.revoke(link.link)
+        except Exception:  # whatever a backend raised; the sender can still be asked
+            logger.exception("what a sender writes with could not be taken from it")
+            return False
+        self._on_revoked(revoked, "a sender that was lost had to be kept from writing")
+        return bool(revoked)
+
     async def _ask(self, link: IncomingLink) -> bool:
         # A task of its own: a client that is cancelled while it closes would leave its socket behind.
         asking = asyncio.create_task(has_ended(link))
         self._asking.add(asking)
         asking.add_done_callback(self._asking.discard)
-        return await asyncio.shield(asking)
+        if not await asyncio.shield(asking):
+            return False
+        await asyncio.sleep(GRACE_S)
+        return True
 
 
 def _warn(incoming: Incoming, since_s: float) -> None:

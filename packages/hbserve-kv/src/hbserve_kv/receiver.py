@@ -52,9 +52,9 @@ class Receiver:
         self._checksum = checksum
         self._writing = writing
         self.incoming: dict[str, Incoming] = {}
-        self.quarantine = Quarantine(longest_s=expiry_s)
         self.dropped_messages = 0
         self._links = IncomingLinks(me, transports, self._lost)
+        self.quarantine = Quarantine(longest_s=expiry_s, on_revoked=self._links.end)
         self._taker = PartTaker(timeout_s, self._fail)
         self._waiting: set[asyncio.Task[None]] = set()
         """Wait for time to pass; `close` ends them."""
@@ -208,15 +208,16 @@ class Receiver:
             self._drop_message(f"abandon of transfer {message.transfer_id} is late")
         self._fail(incoming, message.reason)
         if message.drained and message.in_kernel:
-            _keep(self._waiting, self._drain_later(incoming, message.link))
+            _keep(self._waiting, self._drain_later(incoming, incoming.links[message.link]))
         elif message.drained:
             incoming.state.sender_drained(message.link)
         incoming.settle()
         return Nothing()
 
-    async def _drain_later(self, incoming: Incoming, link: str) -> None:
-        await asyncio.sleep(GRACE_S)
-        incoming.state.sender_drained(link)
+    async def _drain_later(self, incoming: Incoming, link: IncomingLink) -> None:
+        if not await self.quarantine.revoke(link):
+            await asyncio.sleep(GRACE_S)
+        incoming.state.sender_drained(link.link.key)
         incoming.settle()
 
     # ---- what goes on beside them --------------------------------------------------------------------------------

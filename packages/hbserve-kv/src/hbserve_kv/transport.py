@@ -29,7 +29,7 @@ class Link:
     is_sender: bool
     peer_rank: int
     peer_description: bytes
-    """The peer's `Transport.describe()`."""
+    """The peer's `Transport.describe()`; on the sender what the receiver's `admit` returned."""
     heads: HeadSlice | None = None
     """Of this side's blocks, the heads that both sides hold; None: all, so that whole blocks are moved."""
     peer_heads: HeadSlice | None = None
@@ -104,7 +104,7 @@ class Transport(ABC):
 
     @abstractmethod
     def describe(self) -> bytes:
-        """What a peer's `connect` needs."""
+        """What a peer's `unreachable` needs, and its `connect` unless `admit` says otherwise."""
 
     def unreachable(self, description: bytes) -> str:
         """Why the peer with this `describe()` cannot be reached by this transport; "" if it can, as far as is known."""
@@ -130,6 +130,18 @@ class Transport(ABC):
         Is cancelled, and `disconnect` called, when nothing comes in time or the link is lost.
         """
         raise NotImplementedError(f"{self.name} is one-sided")
+
+    async def admit(self, link: Link) -> bytes:
+        """Receiver: make ready for what comes over the link; returns what the sender's `connect` needs."""
+        return self.describe()
+
+    async def revoke(self, link: Link) -> set[str]:
+        """Receiver, one-sided only: take from the sender what it writes with, whatever it says or does.
+
+        Returns the keys of the links over which nothing lands any more, nor what some system has taken: this one, and
+        those that went with it. None, as here, if that cannot be: then the sender is asked, and waited for.
+        """
+        return set()
 
     @abstractmethod
     async def disconnect(self, link: Link) -> None:

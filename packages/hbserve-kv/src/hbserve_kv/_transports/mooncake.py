@@ -12,37 +12,39 @@ What its Python API makes necessary (read and measured on 0.3.13):
 """
 
 import asyncio
-import importlib
 import json
 import logging
 import os
 import time
-from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import msgspec
 import torch  # Mooncake's CUDA wheels find libcudart through torch, which must come first
 
-from hbserve_kv._transports.mooncake_engines import Engine, MooncakeEngines, end
-from hbserve_kv._transports.mooncake_rdma import why_no_rdma
+from hbserve_kv._transports.mooncake_engines import MOST_RECEIVING_ON_TCP, Engine, MooncakeEngines, end
+from hbserve_kv._transports.mooncake_setup import (
+    CONFIG_VARIABLE,
+    import_engine,
+    load_config,
+    require_cuda_wheel,
+    why_no_rdma,
+)
 from hbserve_kv.errors import BackendUnavailable
 from hbserve_kv.memory import REGIONS, Memory, pieces
 from hbserve_kv.transport import DrainUnknown, Link, Part, Transport
 
 logger = logging.getLogger(__name__)
 
-CONFIG_VARIABLE = "MOONCAKE_CONFIG_PATH"
 SHORTEST_TIMEOUT_S = 5
 """Mooncake takes no shorter one."""
 
 
-class MooncakeConfig(msgspec.Struct, frozen=True):
-    """What is read of the JSON file that MOONCAKE_CONFIG_PATH names; keys of Mooncake Store are known and not used."""
+class Offer(msgspec.Struct, frozen=True):
+    """What the two sides compare first."""
 
-    local_hostname: str = ""
-    metadata_server: str = "P2PHANDSHAKE"
-    protocol: str = "tcp"
-    device_name: str = ""
+    carrier: str
+    """TCP or RDMA, as it was verified."""
 
 
 class Description(msgspec.Struct, frozen=True):
@@ -52,56 +54,6 @@ class Description(msgspec.Struct, frozen=True):
     base: dict[str, int]
     """Address of the first block of each region."""
     num_blocks: dict[str, int]
-    carrier: str
-    """TCP or RDMA, as it was verified."""
-
-
-def load_config() -> MooncakeConfig:
-    """The file's settings, or the defaults without a file.
-
-    Raises:
-        BackendUnavailable: the file is not there, is not JSON, or a value has a wrong type.
-    """
-    path = os.environ.get(CONFIG_VARIABLE)
-    if not path:
-        return MooncakeConfig()
-    try:
-        text = Path(path).expanduser().read_text()
-        config = msgspec.json.decode(text, type=MooncakeConfig)
-    except (OSError, msgspec.DecodeError) as error:
-        raise BackendUnavailable(f"{CONFIG_VARIABLE}={path}: {error}") from error
-    unused = sorted(json.loads(text).keys() - set(MooncakeConfig.__struct_fields__))
-    if unused:
-        logger.warning("%s=%s: not used by HBServe: %s", CONFIG_VARIABLE, path, ", ".join(unused))
-    return config
-
-
-def import_engine() -> Any:
-    """The class TransferEngine, or an error that says what to install."""
-    try:
-        from mooncake.engine import TransferEngine
-    except ModuleNotFoundError as error:
-        raise BackendUnavailable(
-            "kv_transfer.backend='mooncake' needs Mooncake: pip install 'hbserve-kv[mooncake-cpu]' without a GPU, "
-            "'hbserve-kv[mooncake]' with CUDA 12, 'hbserve-kv[mooncake-cuda13]' with CUDA 13"
-        ) from error
-    except ImportError as error:
-        raise BackendUnavailable(
-            f"Mooncake is installed but cannot be loaded ({error}): apt-get install libibverbs1 libnuma1 libcurl4, "
-            "and install the variant of the wheel that fits this machine's CUDA"
-        ) from error
-    return TransferEngine
-
-
-def require_cuda_wheel() -> None:
-    """Raises BackendUnavailable if the installed wheel cannot read GPU memory: it would fail in the first transfer."""
-    engine: Any = importlib.import_module("mooncake.engine")
-    if not getattr(engine, "SUPPORT_CUDA", True):
-        raise BackendUnavailable(
-            "the installed Mooncake is the one without CUDA, and the pool is on a GPU: pip uninstall "
-            "mooncake-transfer-engine-non-cuda, and pip install 'hbserve-kv[mooncake]' (CUDA 12) or "
-            "'hbserve-kv[mooncake-cuda13]' (CUDA 13)"
-        )
 
 
 class MooncakeTransport(Transport):
@@ -116,6 +68,11 @@ class MooncakeTransport(Transport):
         self._host = self._config.local_hostname or host
         self._timeout_s = max(timeout_s, SHORTEST_TIMEOUT_S)
         self._engines = MooncakeEngines(self._make_engine)
+        """That write."""
+        self._receiving = MooncakeEngines(self._make_engine)
+        """Through which senders write."""
+        self._admitted: WeakKeyDictionary[Link, Engine] = WeakKeyDictionary()
+        """Through which engine a link's sender writes, and may go on to write after the link was lost."""
         self._connected: set[str] = set()
         self._unsure: dict[str, Engine] = {}
         """By link, the engine that may go on with a write of it."""
@@ -131,15 +88,22 @@ class MooncakeTransport(Transport):
         elif self._config.protocol == "rdma" and (reason := why_no_rdma()):
             # Mooncake itself would use TCP, and say nothing.
             raise BackendUnavailable(f'{CONFIG_VARIABLE}: protocol "rdma", but {reason}')
-        self._receiving = self._make_engine()
-        self._detail = self._verified_transport(self._receiving.native)
+        self._scout = Engine(self._start_native(), torch.empty(0, dtype=torch.uint8))
+        self._detail = self._verified_transport(self._scout.native)
+        if self._carrier == "TCP":
+            self._receiving.most = MOST_RECEIVING_ON_TCP
+        self._receiving.prepare()
         logger.info("mooncake: %s on %s", self._detail, self._host)
 
-    def _make_engine(self) -> Engine:
+    def _start_native(self) -> Any:
         native = self._engine_class()
         settings = self._config
         if rc := native.initialize(self._host, settings.metadata_server, settings.protocol, settings.device_name):
             raise BackendUnavailable(f"Mooncake does not start on {self._host!r} with {settings}: code {rc}")
+        return native
+
+    def _make_engine(self) -> Engine:
+        native = self._start_native()
         scratch = torch.empty(4096, dtype=torch.uint8)
         places = [rows for rows in (*map(self._memory.rows, REGIONS), scratch) if rows.numel()]
         sizes = [rows.nbytes for rows in places]
@@ -165,20 +129,36 @@ class MooncakeTransport(Transport):
             return f"TCP ({self._config.protocol!r} was asked for)"
         return f"RDMA over {', '.join(sorted(cards))}"
 
+    @property
+    def _carrier(self) -> str:
+        return self._detail.partition(" ")[0]
+
     def describe(self) -> bytes:
+        return msgspec.msgpack.encode(Offer(self._carrier))
+
+    async def admit(self, link: Link) -> bytes:
+        engine = self._admitted[link] = await self._receiving.join(link, "")
         return msgspec.msgpack.encode(
             Description(
-                f"{self._host}:{self._receiving.native.get_rpc_port()}",
+                f"{self._host}:{engine.native.get_rpc_port()}",
                 {region: self._memory.rows(region).data_ptr() for region in REGIONS},
                 {region: self._memory.rows(region).shape[0] for region in REGIONS},
-                self._detail.partition(" ")[0],
             )
         )
 
+    async def revoke(self, link: Link) -> set[str]:
+        """Ends the engine through which the sender writes: its connections with it, and the keys of its memory."""
+        if link not in self._admitted:
+            return set()
+        engine = self._admitted[link]
+        others = self._receiving.links_of(engine)
+        self._receiving.condemn(engine, "a sender that was lost may still write")
+        await engine.ended.wait()
+        return {link.key, *others}
+
     def unreachable(self, description: bytes) -> str:
-        theirs = msgspec.msgpack.decode(description, type=Description).carrier
-        mine = self._detail.partition(" ")[0]
-        return "" if theirs == mine else f"Mooncake uses {theirs} there and {mine} here"
+        theirs = msgspec.msgpack.decode(description, type=Offer).carrier
+        return "" if theirs == self._carrier else f"Mooncake uses {theirs} there and {self._carrier} here"
 
     async def connect(self, link: Link) -> None:
         link.detail = self._detail
@@ -198,9 +178,9 @@ class MooncakeTransport(Transport):
         return engine
 
     def _probe(self, link: Link) -> None:
-        """With the engine that never ends, because this may take a minute."""
+        """With an engine that does not end before, because this may take a minute."""
         session = _decode(link).session
-        if rc := self._receiving.native.send_probe(session):
+        if rc := self._scout.native.send_probe(session):
             raise ConnectionError(f"Mooncake cannot reach {session}: code {rc}")
 
     def _read_something(self, engine: Engine, link: Link) -> None:
@@ -259,11 +239,12 @@ class MooncakeTransport(Transport):
         self._connected.discard(link.key)
         await link.idle()
         self._engines.leave(link)
+        self._receiving.leave(link)
         if engine := self._unsure.pop(link.key, None):
             await engine.ended.wait()
 
     async def close(self) -> None:
-        await asyncio.gather(self._engines.close(), end(self._receiving))
+        await asyncio.gather(self._engines.close(), self._receiving.close(), end(self._scout))
 
 
 def _decode(link: Link) -> Description:

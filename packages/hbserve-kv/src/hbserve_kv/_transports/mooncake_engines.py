@@ -1,11 +1,14 @@
-"""The few Mooncake engines of one instance, each shared by a group of links.
+"""The few Mooncake engines of one instance that write, and the few that are written through, each shared by a group of
+links.
 
 An engine registers the whole memory and on RDMA opens every network card, so 64 peers must not need 64. But what goes
 wrong with one peer concerns its engine, so the others of its group have to be got out of there:
 - While an engine meets a peer for the first time it holds a mutex that every write needs, for a minute if that peer
   has just frozen. Meanwhile writes wait here, where they can turn to another engine.
 - A write that timed out may go on until its engine ends.
-In both cases the engine is condemned: nothing new is begun with it, its links move to another one with their next
+- What a sender's system has taken of a write lands whenever its network lets it, unless the engine ends through which
+  it would land. That takes it from the others of the group too.
+In all cases the engine is condemned: nothing new is begun with it, its links move to another one with their next
 write, and it ends after its last call. An engine remembers what it was told of a peer, and has no call to forget it; so
 it is not used again for a session that has failed.
 """
@@ -27,6 +30,8 @@ from hbserve_kv.transport import Link
 logger = logging.getLogger(__name__)
 
 MOST_ENGINES = 4
+MOST_RECEIVING_ON_TCP = 64
+"""There an engine is cheap, so that each sender may have one to itself."""
 LONGEST_MEETING_S = 2.0
 LOOK_INTERVAL_S, LAST_LOOK_INTERVAL_S = 0.05, 0.005
 
@@ -59,9 +64,10 @@ class Engine:
 class MooncakeEngines:
     """Engines by the links that use them."""
 
-    def __init__(self, make: Callable[[], Engine]) -> None:
+    def __init__(self, make: Callable[[], Engine], most: int = MOST_ENGINES) -> None:
         """`make` may take long and is called in a link's thread."""
         self._make = make
+        self.most = most
         self._engines: list[Engine] = []
         self._of: dict[str, Engine] = {}
         """By link."""
@@ -85,22 +91,34 @@ class MooncakeEngines:
 
     async def _choose(self, link: Link, session: str) -> Engine:
         """The one with the fewest links; a new one if all are used and there may be more."""
-        self._of.pop(link.key, None)
+        self._of.pop(link.key, None)  # no `leave`: it may have the same one again
         fit = [engine for engine in self._engines if session not in engine.failed]
         best = min(fit, key=self._num_links, default=None)
-        if best is not None and (not self._num_links(best) or len(self._engines) >= MOST_ENGINES):
+        if best is not None and (not self._num_links(best) or len(self._engines) >= self.most):
             return best
-        if len(self._engines) >= MOST_ENGINES:
+        if len(self._engines) >= self.most:
             self.condemn(min(self._engines, key=self._num_links), f"every engine has failed with {session}")
         made = await link.run(self._make)
         self._engines.append(made)
         return made
 
+    def prepare(self) -> None:
+        """Make the first one now, so that what is wrong with it is told now."""
+        self._engines.append(self._make())
+
+    def links_of(self, engine: Engine) -> set[str]:
+        """Keys of the links that use it."""
+        return {key for key, each in self._of.items() if each is engine}
+
     def leave(self, link: Link) -> None:
-        self._of.pop(link.key, None)
+        """One engine that nobody uses is kept for the next link."""
+        left = self._of.pop(link.key, None)
+        unused = [engine for engine in self._engines if not self.links_of(engine)]
+        if left in unused and len(unused) > 1:
+            self.condemn(left, "nobody uses it")
 
     def _num_links(self, engine: Engine) -> int:
-        return sum(each is engine for each in self._of.values())
+        return len(self.links_of(engine))
 
     @asynccontextmanager
     async def call(self, engine: Engine) -> AsyncIterator[None]:

@@ -130,6 +130,28 @@ async def a_cancelled_receive_ends_the_send_and_not_the_link(rig: Rig) -> None:
     assert torch.equal(target[1], source[9])
 
 
+async def a_sender_whose_right_to_write_was_revoked_writes_no_more(rig: Rig) -> None:
+    """Where it cannot be revoked, nothing changes."""
+    source, target = rig.patterned(), rig.pool()
+    sender, receiver = await rig.pair(source, target)
+    posted = receiver.post_receive("t", [1, 2, 3])
+    transfer = await sender.open_send("t", posted.grant)
+    (link,) = receiver._receiver.links.values()
+    is_revoked = await receiver._receiver.quarantine.revoke(link)
+    transfer.push([5, 6, 7], 0)
+    sent, received = await transfer.commit(), await posted.wait()
+    assert (sent.outcome is Outcome.COMPLETED) is (received.outcome is Outcome.COMPLETED) is not is_revoked
+    expected = rig.pool()
+    if not is_revoked:
+        expected[[1, 2, 3]] = source[[5, 6, 7]]
+    assert torch.equal(target, expected)
+    posted = receiver.post_receive("after", [1])
+    while is_revoked and sender.links():  # noqa: ASYNC110  no event says that it has heard so
+        await asyncio.sleep(0.01)
+    await send(sender, posted, "after", [9])
+    assert torch.equal(target[1], source[9])
+
+
 async def a_receiver_that_was_restarted_gets_nothing_of_its_earlier_life(rig: Rig) -> None:
     source, old, new = rig.patterned(), rig.pool(), rig.pool()
     sender, receiver = await rig.pair(source, old)
@@ -237,6 +259,7 @@ CHECKS: list[Check] = [
     one_sender_serves_two_receivers_and_one_leaves,
     an_aborted_send_frees_the_receiver_and_says_why,
     a_cancelled_receive_ends_the_send_and_not_the_link,
+    a_sender_whose_right_to_write_was_revoked_writes_no_more,
     a_receiver_that_was_restarted_gets_nothing_of_its_earlier_life,
     whole_tensors_come_in_any_order,
     a_checksum_accepts_what_was_sent,

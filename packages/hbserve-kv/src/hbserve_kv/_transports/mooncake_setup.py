@@ -1,0 +1,82 @@
+"""What this machine has for Mooncake: the library, the settings of MOONCAKE_CONFIG_PATH, and RDMA or not."""
+
+import importlib
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from hbserve_kv.errors import BackendUnavailable
+
+logger = logging.getLogger(__name__)
+
+CONFIG_VARIABLE = "MOONCAKE_CONFIG_PATH"
+RDMA_CARDS = Path("/sys/class/infiniband")
+
+
+class MooncakeConfig(msgspec.Struct, frozen=True):
+    """What is read of the JSON file that MOONCAKE_CONFIG_PATH names; keys of Mooncake Store are known and not used."""
+
+    local_hostname: str = ""
+    metadata_server: str = "P2PHANDSHAKE"
+    protocol: str = "tcp"
+    device_name: str = ""
+
+
+def load_config() -> MooncakeConfig:
+    """The file's settings, or the defaults without a file.
+
+    Raises:
+        BackendUnavailable: the file is not there, is not JSON, or a value has a wrong type.
+    """
+    path = os.environ.get(CONFIG_VARIABLE)
+    if not path:
+        return MooncakeConfig()
+    try:
+        text = Path(path).expanduser().read_text()
+        config = msgspec.json.decode(text, type=MooncakeConfig)
+    except (OSError, msgspec.DecodeError) as error:
+        raise BackendUnavailable(f"{CONFIG_VARIABLE}={path}: {error}") from error
+    unused = sorted(json.loads(text).keys() - set(MooncakeConfig.__struct_fields__))
+    if unused:
+        logger.warning("%s=%s: not used by HBServe: %s", CONFIG_VARIABLE, path, ", ".join(unused))
+    return config
+
+
+def import_engine() -> Any:
+    """The class TransferEngine, or an error that says what to install."""
+    try:
+        from mooncake.engine import TransferEngine
+    except ModuleNotFoundError as error:
+        raise BackendUnavailable(
+            "kv_transfer.backend='mooncake' needs Mooncake: pip install 'hbserve-kv[mooncake-cpu]' without a GPU, "
+            "'hbserve-kv[mooncake]' with CUDA 12, 'hbserve-kv[mooncake-cuda13]' with CUDA 13"
+        ) from error
+    except ImportError as error:
+        raise BackendUnavailable(
+            f"Mooncake is installed but cannot be loaded ({error}): apt-get install libibverbs1 libnuma1 libcurl4, "
+            "and install the variant of the wheel that fits this machine's CUDA"
+        ) from error
+    return TransferEngine
+
+
+def require_cuda_wheel() -> None:
+    """Raises BackendUnavailable if the installed wheel cannot read GPU memory: it would fail in the first transfer."""
+    engine: Any = importlib.import_module("mooncake.engine")
+    if not getattr(engine, "SUPPORT_CUDA", True):
+        raise BackendUnavailable(
+            "the installed Mooncake is the one without CUDA, and the pool is on a GPU: pip uninstall "
+            "mooncake-transfer-engine-non-cuda, and pip install 'hbserve-kv[mooncake]' (CUDA 12) or "
+            "'hbserve-kv[mooncake-cuda13]' (CUDA 13)"
+        )
+
+
+def why_no_rdma(cards: Path = RDMA_CARDS) -> str:
+    """ "" if there is an RDMA network card with an active port."""
+    if not cards.is_dir() or not any(cards.iterdir()):
+        return "this machine has no RDMA network card"
+    states = [state.read_text() for state in cards.glob("*/ports/*/state")]
+    return "" if any("ACTIVE" in state for state in states) else "no port of the RDMA network cards is active"
