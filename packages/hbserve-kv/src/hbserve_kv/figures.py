@@ -12,7 +12,7 @@ class TransferStats:
     num_quarantined: int = 0
     """Failed transfers that are not drained yet."""
     quarantined_blocks: int = 0
-    """Blocks of those: out of use, for ever if the sender's whole host has vanished. The log names the sender."""
+    """Blocks of those: out of use. The log names the sender."""
     num_failed: int = 0
     bytes_sent: int = 0
     bytes_received: int = 0
