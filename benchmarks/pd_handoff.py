@@ -18,6 +18,8 @@ import random
 import statistics
 import time
 
+import torch
+
 from hbserve.pd_disagg import DisaggregatedLLM, PdDisaggConfig
 from hbserve.sampling_params import SamplingParams
 from hbserve_core import GpuInstance, InstanceConfig
@@ -113,7 +115,8 @@ async def measure_overlap(args: argparse.Namespace) -> None:
         p.runner.launch = counting
         params = SamplingParams(temperature=0, max_tokens=2, ignore_eos=True)
         for seed in range(args.requests + 1):
-            d.runner.pool.fill_(UNTOUCHED)
+            with torch.inference_mode():  # in which a runner makes it
+                d.runner.pool.fill_(UNTOUCHED)
             prompt = make_prompt(args, seed)
             async with d_client.stream(DECODE, DecodeRequest(f"r{seed}", f"t{seed}", prompt, params)) as of_d:
                 grant = (await anext(of_d)).grant

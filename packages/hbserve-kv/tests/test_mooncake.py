@@ -222,6 +222,16 @@ async def test_links_that_share_what_is_taken_from_one_of_them_lose_it_together(
     assert len(transport._receiving) == 0
 
 
+async def test_each_sender_has_what_it_writes_through_to_itself_and_takes_it_with_it(receiver):
+    transport, _ = receiver
+    for _ in range(2):
+        links = [(await admitted(transport))[0] for _ in range(8)]
+        assert len(transport._receiving) == 8
+        for link in links:
+            await transport.disconnect(link)
+        assert len(transport._receiving) == 1, "one is kept for the next"
+
+
 async def test_a_link_that_loses_its_engine_to_another_ones_end_is_made_again(managers):
     receiver = await managers(0, "mooncake")
     receiver._transports["mooncake"]._receiving.most = 1

@@ -91,7 +91,7 @@ class MooncakeTransport(Transport):
         self._scout = Engine(self._start_native(), torch.empty(0, dtype=torch.uint8))
         self._detail = self._verified_transport(self._scout.native)
         if self._carrier == "TCP":
-            self._receiving.most = MOST_RECEIVING_ON_TCP
+            self._receiving.most, self._receiving.keeps_unused = MOST_RECEIVING_ON_TCP, False
         self._receiving.prepare()
         logger.info("mooncake: %s on %s", self._detail, self._host)
 

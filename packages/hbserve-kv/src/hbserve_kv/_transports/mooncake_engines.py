@@ -64,10 +64,12 @@ class Engine:
 class MooncakeEngines:
     """Engines by the links that use them."""
 
-    def __init__(self, make: Callable[[], Engine], most: int = MOST_ENGINES) -> None:
+    def __init__(self, make: Callable[[], Engine]) -> None:
         """`make` may take long and is called in a link's thread."""
         self._make = make
-        self.most = most
+        self.most = MOST_ENGINES
+        self.keeps_unused = True
+        """For the next links. One always is."""
         self._engines: list[Engine] = []
         self._of: dict[str, Engine] = {}
         """By link."""
@@ -111,10 +113,8 @@ class MooncakeEngines:
         return {key for key, each in self._of.items() if each is engine}
 
     def leave(self, link: Link) -> None:
-        """One engine that nobody uses is kept for the next link."""
         left = self._of.pop(link.key, None)
-        unused = [engine for engine in self._engines if not self.links_of(engine)]
-        if left in unused and len(unused) > 1:
+        if left in self._engines and len(self._engines) > 1 and not (self.keeps_unused or self.links_of(left)):
             self.condemn(left, "nobody uses it")
 
     def _num_links(self, engine: Engine) -> int:
