@@ -107,9 +107,15 @@ async def measure_overlap(args: argparse.Namespace) -> None:
     async with instance("prefill", args) as (p, p_client), instance("decode", args) as (d, d_client):
         launch, landed, started = p.runner.launch, [], itertools.count(1)
 
+        look = torch.cuda.Stream() if d.runner.pool.is_cuda else None
+
         def counting(batch):
+            """Counts blocks when the step really starts: on a GPU that is when the one before it is done there."""
             if next(started) % num_chunks == 0:
-                landed.append(int((d.runner.pool.flatten(1) != UNTOUCHED).all(dim=1).sum()))
+                if look is not None:
+                    look.wait_stream(p.runner._stream)
+                with torch.inference_mode(), torch.cuda.stream(look):
+                    landed.append((d.runner.pool.flatten(1) != UNTOUCHED).all(dim=1).sum())
             return launch(batch)
 
         p.runner.launch = counting
@@ -126,7 +132,7 @@ async def measure_overlap(args: argparse.Namespace) -> None:
                     assert len([event async for event in of_p]) == 2
                 assert [event async for event in of_d]
     earlier = (num_chunks - 1) * args.chunk_size // BLOCK_SIZE
-    shares = [count / earlier for count in landed[1:]]
+    shares = [int(count) / earlier for count in landed[1:]]
     print(
         f"when the last of {num_chunks} chunks starts, of the KV of those before it there is: "
         f"median {statistics.median(shares):.3f}, least {min(shares):.3f}; "
