@@ -7,7 +7,8 @@ same bytes by the call that it is made of.
     python benchmarks/kv_transfer.py --device cuda:0 --peer-device cuda:1           # two GPUs
 
 Rounds of both alternate, so that what else the machine does hits both; the table has medians. "limit" is a plain copy
-inside one process: of the device for ipc on a GPU (bytes read and written per second), memcpy else.
+inside one process: of the device for ipc on a GPU (bytes read and written per second), from one GPU to the other if
+they are two, memcpy else.
 """
 
 import argparse
@@ -45,7 +46,7 @@ def timed(settings: Settings, action: Callable[[], object]) -> float:
 @contextlib.contextmanager
 def bare_copy(settings: Settings, source: Sequence[int], target: Sequence[int], num_calls: int) -> Iterator[Bare]:
     """memcpy of each block on the CPU; one copy of all bytes on a GPU."""
-    here, there = make_pool(settings), make_pool(settings)
+    here, there = make_pool(settings), make_pool(settings.of_peer())
     if settings.device != "cpu":
         count = len(source)
         yield lambda: timed(settings, lambda: there[:count].copy_(here[:count]))
@@ -171,7 +172,7 @@ async def compare(backend: str, settings: Settings, size_mib: int, scattered: bo
             carrier = there.manager.links()[0].detail
     ours_s, bare_s, plain_s, moving_s = (statistics.median(column[2:]) for column in zip(*times, strict=True))
     ratio = statistics.median(theirs / mine for mine, theirs, _, _ in times[2:])
-    twice = 2 if settings.device != "cpu" and backend == "ipc" else 1
+    twice = 2 if settings.device != "cpu" and settings.device == settings.of_peer().device and backend == "ipc" else 1
     rates = [twice * count * settings.block_bytes / each / 1e9 for each in (ours_s, moving_s, bare_s, plain_s)]
     order = "scattered" if scattered else "neighbours"
     return (

@@ -1,4 +1,5 @@
-"""Blocks to blocks of one GPU in one kernel: each byte is read once and written once, wherever the blocks lie.
+"""Blocks to blocks in one kernel of one GPU, which may write into another: each byte is read once and written once,
+wherever the blocks lie.
 
 Imported on CUDA only: Triton is not there on every system that has no CUDA.
 Shapes: N blocks are copied; a block is W words of 8 bytes, or P places of W words that do not touch.

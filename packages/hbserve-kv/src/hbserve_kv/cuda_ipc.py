@@ -85,9 +85,15 @@ def device_of(uuid: str) -> torch.device:
     raise OSError(f"GPU {uuid} is not visible to this process; see CUDA_VISIBLE_DEVICES")
 
 
+def enable_access(device: torch.device, other: torch.device) -> None:
+    """Let kernels on `device` use memory of `other` that this process itself has: torch does so when it copies."""
+    torch.zeros(1, device=other).copy_(torch.zeros(1, device=device))
+
+
 @contextmanager
 def mapped(region: DeviceRegion, pid: int, device: torch.device) -> Iterator[torch.Tensor]:
-    """Process `pid`'s region as uint8 (num_bytes,) on `device`, while the context lasts.
+    """Process `pid`'s region as uint8 (num_bytes,), while the context lasts: for kernels on `device`, whichever GPU of
+    this host has the memory. This process need not see that GPU.
 
     Raises:
         OSError: it cannot be mapped: the owner is gone, or the GPUs do not reach each other.

@@ -1,7 +1,9 @@
 """Between processes of one host: the receiver's memory is mapped into the sender, which writes into it.
 
-CPU: anonymous shared memory (`hbserve_kv.shared_memory`) and memmove. GPU: CUDA IPC (`hbserve_kv.cuda_ipc`) and copies
-in the link's own stream, which is ordered behind the computation by an event; no other stream waits or is waited for.
+CPU: anonymous shared memory (`hbserve_kv.shared_memory`) and memmove. GPU: CUDA IPC (`hbserve_kv.cuda_ipc`) and a
+kernel of the sender's GPU that writes into the receiver's, the same one or another, over NVLink if they have it. It
+runs in the link's own stream, which is ordered behind the computation by an event; no other stream waits or is waited
+for.
 """
 
 import os
@@ -9,7 +11,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 import torch
@@ -17,7 +19,7 @@ import torch
 from hbserve_kv import cuda_ipc, shared_memory
 from hbserve_kv.cuda_ipc import DeviceRegion
 from hbserve_kv.errors import BackendUnavailable
-from hbserve_kv.memory import REGIONS, Memory, Region, gather, head_view, pieces, runs, scatter
+from hbserve_kv.memory import REGIONS, Memory, Region, gather, head_view, pieces, scatter
 from hbserve_kv.shared_memory import SharedRegion
 from hbserve_kv.transport import GPU_PART_BYTES, Link, Part, Transport
 
@@ -40,7 +42,7 @@ class _Target:
     """By region, (num_blocks, block_bytes of the peer)."""
     stream: Any = None
     copy_blocks: Any = None
-    """On the same GPU; see `hbserve_kv.block_copy`."""
+    """On a GPU; see `hbserve_kv.block_copy`."""
     mapped: ExitStack = field(default_factory=ExitStack)
 
 
@@ -84,7 +86,7 @@ class IpcTransport(Transport):
 
     async def connect(self, link: Link) -> None:
         self._targets[link.key] = await link.run(self._map, link)
-        link.detail = f"memory of {self._mine.gpu or 'this host'}"
+        link.detail = f"memory of {_decode(link.peer_description).gpu or 'this host'}"
 
     def _map(self, link: Link) -> _Target:
         peer = _decode(link.peer_description)
@@ -93,15 +95,15 @@ class IpcTransport(Transport):
         if not peer.gpu:
             flat = {name: shared_memory.map_region(peer.pid, region) for name, region in peer.host_regions.items()}
         else:
-            device = cuda_ipc.device_of(peer.gpu)
-            new_stream: Any = torch.cuda.Stream
-            target.stream = new_stream(self._memory.device)
+            device, new_stream = self._memory.device, cast(Any, torch.cuda.Stream)
+            target.stream = new_stream(device)
+            if peer.pid == os.getpid() and peer.gpu != self._mine.gpu:
+                cuda_ipc.enable_access(device, cuda_ipc.device_of(peer.gpu))
             flat = {
                 name: target.mapped.enter_context(cuda_ipc.mapped(region, peer.pid, device))
                 for name, region in peer.device_regions.items()
             }
-            if device == self._memory.device:
-                target.copy_blocks = self._compiled_copy(target, link, block_bytes)
+            target.copy_blocks = self._compiled_copy(target, link, block_bytes)
         target.rows = {name: memory.view(-1, block_bytes) for name, memory in flat.items()}
         return target
 
@@ -134,7 +136,8 @@ class IpcTransport(Transport):
             for mine, theirs, size in moves:
                 shared_memory.copy(rows.data_ptr() + theirs, source.data_ptr() + mine, size)
             return
-        scatter(self._target_view(link, rows), part.target_block_ids, self._gathered(link, part))
+        blocks = gather(self._memory.part(part.region, link.heads), part.block_ids).contiguous()
+        scatter(self._target_view(link, rows), part.target_block_ids, blocks)
 
     def _write_device(self, target: _Target, link: Link, part: Part) -> None:
         rows = target.rows[part.target_region]
@@ -142,24 +145,9 @@ class IpcTransport(Transport):
         with torch.cuda.stream(target.stream):
             if part.ready is not None:
                 target.stream.wait_event(part.ready)
-            if target.copy_blocks is None:
-                self._copy_to_other_gpu(rows, link, part)
-            else:
-                mine, theirs = self._memory.part(part.region, link.heads), self._target_view(link, rows)
-                target.copy_blocks(mine, part.block_ids, theirs, part.target_block_ids)
+            mine, theirs = self._memory.part(part.region, link.heads), self._target_view(link, rows)
+            target.copy_blocks(mine, part.block_ids, theirs, part.target_block_ids)
             target.stream.synchronize()
-
-    def _copy_to_other_gpu(self, rows: torch.Tensor, link: Link, part: Part) -> None:
-        if link.heads is None and link.peer_heads is None:
-            source = self._memory.rows(part.region)
-            for mine, theirs, count in runs(part.block_ids, part.target_block_ids):
-                rows[theirs : theirs + count].copy_(source[mine : mine + count], non_blocking=True)
-        else:
-            blocks = self._gathered(link, part).to(rows.device, non_blocking=True)
-            scatter(self._target_view(link, rows), part.target_block_ids, blocks)
-
-    def _gathered(self, link: Link, part: Part) -> torch.Tensor:
-        return gather(self._memory.part(part.region, link.heads), part.block_ids).contiguous()
 
     def _target_view(self, link: Link, rows: torch.Tensor) -> torch.Tensor:
         return head_view(rows, link.peer_heads, link.peer_num_heads, self._memory.head_bytes)
