@@ -59,7 +59,6 @@ class RpcClient:
 
     async def close(self, why: str = "this client was closed") -> None:
         """Fail what is under way with PeerLost, and leave no task or socket behind. May be called twice."""
-        self._fail_all(PeerLost(f"{self.address}: {why}"))
         self._socket.stop_reading()
         heart, self._heart = self._heart, None
         try:
@@ -69,6 +68,7 @@ class RpcClient:
         finally:
             # Also if whoever closes it is cancelled: a context that is collected with an open socket waits for ever.
             self._socket.close()
+            self._fail_all(PeerLost(f"{self.address}: {why}"))
 
     async def __aenter__(self) -> "RpcClient":
         await self.start()
