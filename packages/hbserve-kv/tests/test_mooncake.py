@@ -67,7 +67,8 @@ async def sender(monkeypatch):
     transport._engines.most = 1
     await transport.start(Memory(torch.ones(NUM_BLOCKS, BLOCK_BYTES, dtype=torch.uint8), 1 << 24))
     yield transport
-    await transport.close()
+    async with asyncio.timeout(10):
+        await transport.close()
     assert len(transport._engines) == 0
 
 
@@ -139,6 +140,22 @@ async def test_a_peer_that_freezes_when_it_is_met_stops_no_write_to_others_of_it
         await before.ended.wait()
     for link in (healthy, frozen):
         await sender.disconnect(link)
+
+
+@pytest.mark.parametrize("when", ["probed", "met"])
+async def test_whoever_connects_to_a_peer_that_has_frozen_need_not_wait_for_it(sender, peer, monkeypatch, when):
+    """Mooncake's call waits for a minute, and nothing ends it."""
+    # Known elsewhere: SGLang #34865, #31144, #31306, #19900.
+    if when == "met":
+        monkeypatch.setattr(MooncakeTransport, "_probe", lambda self, link: None)
+    process, description = peer()
+    os.kill(process.pid, signal.SIGSTOP)
+    frozen = link_to(description)
+    async with asyncio.timeout(10):
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.5):
+                await sender.connect(frozen)
+        await sender.disconnect(frozen)
 
 
 async def test_a_write_that_timed_out_ends_its_engine_and_the_others_of_it_go_on_with_another(sender, receiver, peer):
@@ -258,7 +275,7 @@ async def test_an_engine_looks_often_enough_whether_it_ends(receiver):
     native = receiver[0]._receiving._engines[0].native
     port = native.get_rpc_port()
     for interval_s in (0.02, mooncake_engines.LOOK_INTERVAL_S):
-        mooncake_engines.look_every(native, interval_s)
+        mooncake_engines.look_often(native, interval_s)
         found = [seconds for listening, seconds in listening_sockets() if listening == port]
         assert found == [pytest.approx(interval_s, abs=0.01)]
 

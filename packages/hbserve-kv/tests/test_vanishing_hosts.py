@@ -14,7 +14,7 @@ import torch
 from hbserve_kv_rig import MOONCAKE_TIMEOUT_S, TIMEOUT_S, Clock, Rig, Victim, while_healthy_ones_go_on
 from hbserve_kv_victims import IS_FREE, Halt, pattern
 
-from hbserve_kv import Link, Outcome
+from hbserve_kv import Link, Outcome, TransferFailed
 
 HOSTS = {"here": "10.78.0.1", "healthy": "10.78.0.2", "vanishing": "10.78.0.3"}
 RETURN_S = 60.0
@@ -151,4 +151,30 @@ async def test_a_receiver_whose_host_vanishes_keeps_no_block_and_is_sent_to_agai
     await while_healthy_ones_go_on(transfer, [vanish()])
     for process in (healthy, receiver):
         await process.closes_in_order()
+    await rig.until_empty()
+
+
+async def test_a_receiver_whose_host_vanishes_while_it_is_met_is_given_up_in_time(rig, network, monkeypatch):
+    receiver, blocks = start(rig, network, "vanishing"), rig.new_blocks()
+    (transport,) = rig.manager._transports.values()
+    connect = transport.connect
+
+    async def vanish(link: Link) -> None:
+        network.cut("vanishing")
+        await connect(link)
+
+    receiver.tell("receive", "t")
+    grant = await receiver.heard("grant")
+    monkeypatch.setattr(transport, "connect", vanish)
+    clock = Clock(TIMEOUT_S)
+    with pytest.raises(TransferFailed, match="does not answer within 2 s"):
+        await rig.manager.open_send("t", grant)
+    clock.check("vanished while it was met")
+    monkeypatch.undo()
+    network.mend("vanishing")
+    async with asyncio.timeout(RETURN_S):
+        while await victims.send(rig.manager, rig.pool, "t", blocks, grant, abort=False) != "COMPLETED":
+            await asyncio.sleep(0.1)
+    assert await receiver.heard("ended") == "COMPLETED"
+    await receiver.closes_in_order()
     await rig.until_empty()

@@ -185,6 +185,9 @@ async def _try_transport(transport: Transport, link: Link, timeout_s: float) -> 
     try:
         async with asyncio.timeout(timeout_s):
             await transport.connect(link)
+    except TimeoutError as error:
+        await disconnect(transport, link)
+        return TransferFailed(str(error) or f"it does not answer within {timeout_s:.3g} s")
     except BaseException as error:
         await disconnect(transport, link)
         if isinstance(error, Exception):  # whatever a backend raised

@@ -16,6 +16,7 @@ import json
 import logging
 import os
 import time
+from collections.abc import Callable
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -30,12 +31,14 @@ from hbserve_kv._transports.mooncake_setup import (
     require_cuda_wheel,
     why_no_rdma,
 )
+from hbserve_kv._transports.own_sockets import hang_up
 from hbserve_kv.errors import BackendUnavailable
 from hbserve_kv.memory import REGIONS, Memory, pieces
 from hbserve_kv.transport import DrainUnknown, Link, Part, Transport
 
 logger = logging.getLogger(__name__)
 
+HANG_UP_INTERVAL_S = 0.05
 SHORTEST_TIMEOUT_S = 5
 """Mooncake takes no shorter one."""
 
@@ -167,18 +170,31 @@ class MooncakeTransport(Transport):
 
     async def _join(self, link: Link) -> Engine:
         """Give the link an engine that knows its peer: a write then needs nothing of a peer that may have frozen."""
-        await link.run(self._probe, link)
+        await self._ask(link, self._probe)
         engine = await self._engines.join(link, _decode(link).session)
         try:
             async with self._engines.meeting(engine):
-                await link.run(self._read_something, engine, link)
+                await self._ask(link, self._read_something, engine)
         except BaseException:
             self._engines.leave(link)
             raise
         return engine
 
+    async def _ask(self, link: Link, blocking: Callable[..., None], *arguments: Any) -> None:
+        """Run what waits for an answer of the peer: for a minute if it has frozen or its host has vanished, unless
+        whoever waits here is cancelled."""
+        asking = asyncio.ensure_future(link.run(blocking, *arguments, link))
+        try:
+            await asyncio.shield(asking)
+        except asyncio.CancelledError:
+            asking.cancel()  # which ends it when the call has returned
+            host, _, port = _decode(link).session.rpartition(":")
+            while not asking.done():
+                hang_up(host, int(port))
+                await asyncio.wait([asking], timeout=HANG_UP_INTERVAL_S)
+            raise
+
     def _probe(self, link: Link) -> None:
-        """With an engine that does not end before, because this may take a minute."""
         session = _decode(link).session
         if rc := self._scout.native.send_probe(session):
             raise ConnectionError(f"Mooncake cannot reach {session}: code {rc}")

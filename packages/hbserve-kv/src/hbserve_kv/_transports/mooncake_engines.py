@@ -15,9 +15,6 @@ it is not used again for a session that has failed.
 
 import asyncio
 import logging
-import os
-import socket
-import struct
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -25,6 +22,7 @@ from typing import Any
 
 import torch
 
+from hbserve_kv._transports.own_sockets import look_every
 from hbserve_kv.transport import Link
 
 logger = logging.getLogger(__name__)
@@ -56,7 +54,7 @@ class Engine:
 
     def __post_init__(self) -> None:
         self.is_open.set()
-        look_every(self.native, LOOK_INTERVAL_S)
+        look_often(self.native, LOOK_INTERVAL_S)
         # It waits for a second already; a probe by itself ends that.
         self.native.send_probe(f"127.0.0.1:{self.native.get_rpc_port()}")
 
@@ -168,32 +166,16 @@ class MooncakeEngines:
 
 async def end(engine: Engine) -> None:
     """Returns when it has ended, which stops what it was writing. Nobody may be calling it."""
-    look_every(engine.native, LAST_LOOK_INTERVAL_S)
+    look_often(engine.native, LAST_LOOK_INTERVAL_S)
     await asyncio.sleep(LOOK_INTERVAL_S)
     await asyncio.to_thread(delattr, engine, "native")
     engine.ended.set()
 
 
-def look_every(native: Any, interval_s: float) -> None:
+def look_often(native: Any, interval_s: float) -> None:
     """How often the engine's listening thread looks whether the engine ends.
 
     The end waits for that thread, with Python's lock held. The thread looks whenever accept() returns, which Mooncake
     lets wait for a second; there is no setting for it, but it is a property of the socket.
     """
-    port = native.get_rpc_port()
-    seconds, rest_s = divmod(interval_s, 1)
-    for name in os.listdir("/proc/self/fd"):
-        try:
-            if not os.readlink(f"/proc/self/fd/{name}").startswith("socket:"):
-                continue
-            found = socket.socket(fileno=int(name))
-        except OSError:  # closed since
-            continue
-        try:
-            if found.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN) and found.getsockname()[1] == port:
-                timeval = struct.pack("ll", int(seconds), int(rest_s * 1e6))
-                found.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, timeval)
-        except OSError:  # not one of the internet
-            pass
-        finally:
-            found.detach()
+    look_every(native.get_rpc_port(), interval_s)

@@ -1,0 +1,58 @@
+"""Sockets of this process, found by what they are connected to."""
+
+import socket
+import threading
+import time
+
+import pytest
+
+from hbserve_kv._transports.own_sockets import hang_up, look_every
+
+
+@pytest.mark.parametrize(
+    ("family", "address", "named"),
+    [
+        (socket.AF_INET, "127.0.0.1", "127.0.0.1"),
+        (socket.AF_INET, "127.0.0.1", "localhost"),
+        (socket.AF_INET6, "::1", "::1"),
+        (socket.AF_INET6, "::ffff:127.0.0.1", "127.0.0.1"),
+    ],
+    ids=["IPv4", "a name", "IPv6", "IPv4 over IPv6"],
+)
+def test_who_waits_for_an_answer_from_there_gets_none_and_others_wait_on(family, address, named):
+    bound = "127.0.0.1" if address.endswith("127.0.0.1") else address
+    bound_family = socket.AF_INET6 if ":" in bound else socket.AF_INET
+    try:
+        servers = [socket.create_server((bound, 0), family=bound_family) for _ in range(2)]
+    except OSError as error:
+        pytest.skip(f"no {address} here: {error}")
+    answers: dict[int, bytes] = {}
+
+    def ask(client: socket.socket, number: int) -> None:
+        answers[number] = client.recv(1)
+
+    clients = [socket.socket(family) for _ in servers]
+    for client, server in zip(clients, servers, strict=True):
+        client.connect((address, server.getsockname()[1]))
+    threads = [threading.Thread(target=ask, args=[client, i], daemon=True) for i, client in enumerate(clients)]
+    for thread in threads:
+        thread.start()
+    time.sleep(0.05)
+    hang_up(named, servers[0].getsockname()[1])
+    threads[0].join(10)
+    assert answers == {0: b""}
+    servers[1].accept()[0].sendall(b"x")
+    threads[1].join(10)
+    assert answers == {0: b"", 1: b"x"}
+    for each in (*clients, *servers):
+        each.close()
+
+
+def test_how_long_accept_waits_is_set_from_outside():
+    with socket.create_server(("127.0.0.1", 0)) as server, socket.create_server(("127.0.0.1", 0)) as other:
+        look_every(server.getsockname()[1], 0.05)
+        began_s = time.monotonic()
+        with pytest.raises(BlockingIOError):
+            server.accept()
+        assert 0.04 < time.monotonic() - began_s < 5
+        assert other.getsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, 16) == bytes(16)
