@@ -5,6 +5,8 @@ import itertools
 import re
 import socket
 
+import pytest
+
 from hbserve_kv import HeadRange, Link, Outcome
 from hbserve_kv.incoming import Incoming, IncomingLink
 from hbserve_kv.messages import Handshake
@@ -59,3 +61,25 @@ def test_a_reminder_comes_at_once_and_then_more_and_more_rarely_but_for_ever():
     assert pauses_s[:4] == [FIRST_REMINDER_S * factor for factor in (1, 2, 4, 8)]
     assert pauses_s[-1] == LONGEST_PAUSE_S
     assert times_s[0] == 0
+
+
+async def test_a_link_that_loses_its_engine_to_another_ones_end_is_made_again(managers):
+    pytest.importorskip("mooncake.engine", reason="Mooncake or its libraries are missing", exc_type=ImportError)
+    receiver = await managers(0, "mooncake")
+    receiver._transports["mooncake"]._receiving.most = 1
+    senders = [await managers(1 + i, "mooncake") for i in range(2)]
+
+    async def move(sender, name):
+        posted = receiver.post_receive(name, [1])
+        transfer = await sender.open_send(name, posted.grant)
+        transfer.push([2], 0)
+        return (await transfer.commit()).outcome
+
+    for number, sender in enumerate(senders):
+        assert await move(sender, f"t{number}") is Outcome.COMPLETED
+    assert await receiver._receiver.quarantine.revoke(next(iter(receiver._receiver.links.values())))
+    async with asyncio.timeout(20):
+        while any(sender.links() for sender in senders):
+            await asyncio.sleep(0.01)
+    for number, sender in enumerate(senders):
+        assert await move(sender, f"again {number}") is Outcome.COMPLETED

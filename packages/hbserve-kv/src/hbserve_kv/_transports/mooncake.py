@@ -5,8 +5,8 @@ What its Python API makes necessary (read and measured on 0.3.13):
   registered whole, in each engine, by the call that releases the GIL.
 - One engine holds one mutex while it opens a peer, for 60 s if that is frozen. So a peer is probed first, without the
   mutex, and links that share an engine turn to another one: `mooncake_engines`.
-- A synchronous write that times out returns -1 while its bytes can still land: that is `DrainUnknown`. Only the end of
-  its engine stops it.
+- A synchronous write returns -1 when it has timed out, or as soon as one of its pieces has failed; the others go on
+  and land. So that is `DrainUnknown`, and only the end of the engine stops it.
 - `protocol` does not choose the transport, and a wrong one falls back to TCP in silence. MC_FORCE_TCP is set for "tcp".
 - In P2P mode the port in the host name is ignored: the session is `host:get_rpc_port()`.
 """
@@ -15,7 +15,6 @@ import asyncio
 import json
 import logging
 import os
-import time
 from collections.abc import Callable
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -213,7 +212,7 @@ class MooncakeTransport(Transport):
                 await link.run(self._write, engine, link, part)
             finally:  # whoever is cancelled must condemn it too
                 if self._unsure.get(link.key) is engine:
-                    self._engines.condemn(engine, "a write of it timed out")
+                    self._engines.condemn(engine, "a write of it failed")
 
     async def _engine_of(self, link: Link) -> Engine:
         """One that knows the peer, and does not get to know another one at this moment."""
@@ -239,16 +238,10 @@ class MooncakeTransport(Transport):
             list(column)
             for column in zip(*((source + mine, target + theirs, size) for mine, theirs, size in moves), strict=True)
         )
-        began_s = time.monotonic()
         rc = engine.native.batch_transfer_sync_write(peer.session, addresses, targets, lengths)
-        if rc == 0:
-            return
-        engine.failed.add(peer.session)
-        problem = f"Mooncake's write to {peer.session} failed with code {rc}"
-        if time.monotonic() - began_s >= SHORTEST_TIMEOUT_S:  # it timed out, rather than being refused
+        if rc:
             self._unsure[link.key] = engine
-            raise DrainUnknown(f"{problem}; its bytes may still land")
-        raise ConnectionError(problem)
+            raise DrainUnknown(f"Mooncake's write to {peer.session} failed with code {rc}; its bytes may still land")
 
     async def disconnect(self, link: Link) -> None:
         """An engine that ends stops reading its memory: measured, only what the kernel had taken still lands."""

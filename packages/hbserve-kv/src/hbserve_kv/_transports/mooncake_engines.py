@@ -5,7 +5,7 @@ An engine registers the whole memory and on RDMA opens every network card, so 64
 wrong with one peer concerns its engine, so the others of its group have to be got out of there:
 - While an engine meets a peer for the first time it holds a mutex that every write needs, for a minute if that peer
   has just frozen. Meanwhile writes wait here, where they can turn to another engine.
-- A write that timed out may go on until its engine ends.
+- A write that failed may go on until its engine ends.
 - What a sender's system has taken of a write lands whenever its network lets it, unless the engine ends through which
   it would land. That takes it from the others of the group too.
 In all cases the engine is condemned: nothing new is begun with it, its links move to another one with their next
