@@ -21,6 +21,25 @@ async def test_a_receive_cancelled_before_its_sender_came_refuses_it(backend, ma
     assert receiver.stats().dropped_messages == 1
 
 
+async def test_a_receiver_may_close_as_soon_as_it_has_all(managers):
+    """Its answer and the end of the link come together; the answer is first."""
+    sender = await managers(0, "nccl")
+    for number in range(10):
+        receiver = await managers(1 + number, "nccl", buffer_size=1 << 16)
+        posted = receiver.post_receive("t", [1])
+
+        async def receive_and_close(posted=posted, receiver=receiver):
+            assert (await posted.wait()).outcome is Outcome.COMPLETED
+            await receiver.close()
+
+        closing = asyncio.create_task(receive_and_close())
+        transfer = await sender.open_send("t", posted.grant)
+        transfer.push([5], 0)
+        result = await transfer.commit()
+        assert result.outcome is Outcome.COMPLETED, result.error
+        await closing
+
+
 async def test_a_commit_that_lacks_blocks_is_not_accepted_as_complete(managers):
     # Known elsewhere: vLLM #20263.
     sender, receiver = await managers(0, "nccl"), await managers(1, "nccl")

@@ -52,6 +52,8 @@ class OutgoingTransfer:
         self._checksums: dict[int, int] = {}
         self._error = ""
         self._is_unknown = False
+        self._is_committed = False
+        """The receiver has it, whatever happens to the connection now."""
         self._num_begun = self._num_parts = self._num_bytes = 0
         self._may_commit = asyncio.Event()
         self._time_s = 0.0
@@ -201,6 +203,7 @@ class OutgoingTransfer:
         timeout_s = self._connection.timeout_s * (2 + self._num_pushed)
         try:
             await self._connection.client.call(messages.COMMIT, message, timeout_s=timeout_s)
+            self._is_committed = True
         except HBServeRpcError as error:
             self._cancel(f"commit: {error}")
 
@@ -255,7 +258,7 @@ class OutgoingTransfer:
 
     def _cancel(self, cause: str) -> None:
         """Stop after the part that is under way, and end: the receiver waits to hear it. The first cause is kept."""
-        if self._error:
+        if self._error or self._is_committed:
             return
         logger.debug("transfer %s failed: %s", self._begin.transfer_id, cause)
         self._error = cause
