@@ -15,7 +15,7 @@ import asyncio
 import json
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -32,7 +32,7 @@ from hbserve_kv._transports.mooncake_setup import (
 )
 from hbserve_kv._transports.own_sockets import hang_up
 from hbserve_kv.errors import BackendUnavailable
-from hbserve_kv.memory import REGIONS, Memory, pieces
+from hbserve_kv.memory import REGIONS, Memory, Region, pieces
 from hbserve_kv.transport import DrainUnknown, Link, Part, Transport
 
 logger = logging.getLogger(__name__)
@@ -90,24 +90,20 @@ class MooncakeTransport(Transport):
         elif self._config.protocol == "rdma" and (reason := why_no_rdma()):
             # Mooncake itself would use TCP, and say nothing.
             raise BackendUnavailable(f'{CONFIG_VARIABLE}: protocol "rdma", but {reason}')
-        self._scout = Engine(self._start_native(), torch.empty(0, dtype=torch.uint8))
+        self._scout = self._make_engine(())
         self._detail = self._verified_transport(self._scout.native)
         if self._carrier == "TCP":
             self._receiving.most, self._receiving.keeps_unused = MOST_RECEIVING_ON_TCP, False
         self._receiving.prepare()
         logger.info("mooncake: %s on %s", self._detail, self._host)
 
-    def _start_native(self) -> Any:
+    def _make_engine(self, regions: Sequence[Region] = REGIONS) -> Engine:
         native = self._engine_class()
         settings = self._config
         if rc := native.initialize(self._host, settings.metadata_server, settings.protocol, settings.device_name):
             raise BackendUnavailable(f"Mooncake does not start on {self._host!r} with {settings}: code {rc}")
-        return native
-
-    def _make_engine(self) -> Engine:
-        native = self._start_native()
         scratch = torch.empty(4096, dtype=torch.uint8)
-        places = [rows for rows in (*map(self._memory.rows, REGIONS), scratch) if rows.numel()]
+        places = [rows for rows in (*map(self._memory.rows, regions), scratch) if rows.numel()]
         sizes = [rows.nbytes for rows in places]
         if rc := native.batch_register_memory([rows.data_ptr() for rows in places], sizes):
             raise BackendUnavailable(f"Mooncake cannot register memory of {sizes} bytes: code {rc}")
