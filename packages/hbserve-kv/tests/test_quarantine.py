@@ -63,11 +63,11 @@ def test_a_reminder_comes_at_once_and_then_more_and_more_rarely_but_for_ever():
     assert times_s[0] == 0
 
 
-async def test_a_link_that_loses_its_engine_to_another_ones_end_is_made_again(managers):
-    pytest.importorskip("mooncake.engine", reason="Mooncake or its libraries are missing", exc_type=ImportError)
-    receiver = await managers(0, "mooncake")
+@pytest.mark.parametrize("processes_backend", ["mooncake"], indirect=True)
+async def test_a_link_that_loses_its_engine_to_another_ones_end_is_made_again(managers, processes_backend):
+    receiver = await managers(0, processes_backend)
     receiver._transports["mooncake"]._receiving.most = 1
-    senders = [await managers(1 + i, "mooncake") for i in range(2)]
+    senders = [await managers(1 + i, processes_backend) for i in range(2)]
 
     async def move(sender, name):
         posted = receiver.post_receive(name, [1])

@@ -20,14 +20,10 @@ HOSTS = {"here": "10.78.0.1", "healthy": "10.78.0.2", "vanishing": "10.78.0.3"}
 RETURN_S = 60.0
 """How long a kernel may take to try again, after it has waited longer and longer, and a breaker to let us."""
 
-pytestmark = pytest.mark.netns
-
-
-@pytest.fixture(params=["nccl", "mooncake"])
-def backend(request):
-    if request.param == "mooncake":
-        pytest.importorskip("mooncake.engine", reason="Mooncake or its libraries are missing", exc_type=ImportError)
-    return request.param
+pytestmark = [
+    pytest.mark.netns,
+    pytest.mark.parametrize("processes_backend", ["nccl", "mooncake"], indirect=True),  # those that cross hosts
+]
 
 
 @pytest.fixture
@@ -36,9 +32,9 @@ def network(make_network):
 
 
 @pytest.fixture
-async def rig(backend, network, monkeypatch):
+async def rig(processes_backend, network, monkeypatch):
     with victims.inside(network.namespace("here")):
-        async with Rig(backend, monkeypatch, HOSTS["here"]) as rig:
+        async with Rig(processes_backend, monkeypatch, HOSTS["here"]) as rig:
             yield rig
 
 
