@@ -40,3 +40,10 @@ def test_a_schedulers_process_sees_neither_torch_nor_transformers(module):
     code = f"import sys, {module}; print(*({{'torch', 'transformers', 'tokenizers'}} & sys.modules.keys()))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.strip() == ""
+
+
+def test_a_process_that_starts_instances_or_asks_them_does_not_import_torch():
+    code = "import sys, hbserve.generate; from hbserve.pd_disagg import DisaggregatedLLM, PdDisaggConfig; "
+    code += "PdDisaggConfig(); print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.strip() == "False"

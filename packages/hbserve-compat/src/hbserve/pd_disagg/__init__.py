@@ -1,14 +1,21 @@
-"""Prefill and decode apart: the facade, and the parts that it is made of, each owned by a package of its own."""
+"""Prefill and decode apart: the facade, and the parts that it is made of, each owned by a package of its own.
+
+torch is imported with the first of the two that need it: a process that starts the instances, or asks them, does not.
+"""
+
+from typing import TYPE_CHECKING, Any
 
 from hbserve.llm import LLM as LLM
 from hbserve.pd_disagg.config import PdDisaggConfig as PdDisaggConfig
 from hbserve.pd_disagg.disaggregated_llm import DisaggregatedLLM as DisaggregatedLLM
-from hbserve_core import GpuInstance as GpuInstance
 from hbserve_kv import KVTransferBackend as KVTransferBackend
-from hbserve_kv import KVTransferManager as KVTransferManager
 from hbserve_rpc import RpcClient as RpcClient
 from hbserve_rpc import RpcServer as RpcServer
 from hbserve_scheduler import CpuScheduler as CpuScheduler
+
+if TYPE_CHECKING:
+    from hbserve_core import GpuInstance as GpuInstance
+    from hbserve_kv import KVTransferManager as KVTransferManager
 
 __all__ = [
     "LLM",
@@ -21,3 +28,16 @@ __all__ = [
     "RpcClient",
     "RpcServer",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Called for names that are not here yet (PEP 562)."""
+    if name == "GpuInstance":
+        from hbserve_core import GpuInstance
+
+        return GpuInstance
+    if name == "KVTransferManager":
+        from hbserve_kv import KVTransferManager
+
+        return KVTransferManager
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
