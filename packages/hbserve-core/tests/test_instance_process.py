@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import io
 import json
 import signal
 import socket
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from hbserve_core.instance_process import main
 from hbserve_rpc import RpcClient
 from hbserve_rpc.messages import DESCRIBE, Empty
 
@@ -104,11 +106,18 @@ BAD_CONFIGURATIONS = {
 
 
 @pytest.mark.parametrize("line", BAD_CONFIGURATIONS)
-def test_a_configuration_that_cannot_be_is_one_line(line):
-    status, errors = Process(line).end()
+def test_a_configuration_that_cannot_be_is_one_line(line, monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(line + b"\n")))
+    assert main() == 2
+    (error,) = capsys.readouterr().err.splitlines()
+    assert BAD_CONFIGURATIONS[line] in error
+
+
+def test_a_process_with_such_a_configuration_ends_with_that_status_and_line():
+    status, errors = Process(b'{"model_path": "m", "chunk_sise": 3}').end()
     assert status == 2
     assert len(errors) == 1
-    assert BAD_CONFIGURATIONS[line] in errors[0]
+    assert "unknown field `chunk_sise`" in errors[0]
 
 
 async def test_a_model_that_is_not_there_is_told_to_those_who_ask_and_then_in_one_line(launch, tmp_path):
