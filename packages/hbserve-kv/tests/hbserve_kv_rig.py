@@ -84,7 +84,9 @@ class Victim:
 class Rig:
     """The survivor, with room for every state's blocks and the healthy peer's, and the processes around it."""
 
-    def __init__(self, backend: str, monkeypatch: pytest.MonkeyPatch, host: str = "127.0.0.1") -> None:
+    def __init__(
+        self, backend: str, monkeypatch: pytest.MonkeyPatch, host: str = "127.0.0.1", timeout_s: float = TIMEOUT_S
+    ) -> None:
         # Mooncake has its timeout from here, and whoever made an engine in this process before has set it.
         monkeypatch.setenv("MC_TRANSFER_TIMEOUT", str(int(MOONCAKE_TIMEOUT_S)))
         self.backend = backend
@@ -92,7 +94,8 @@ class Rig:
         self.must_ask = backend == "ipc"
         """What a sender writes with cannot be taken from it."""
         self.pool = victims.make_pool(16)
-        self.manager = victims.make_manager(0, backend, self.pool, TIMEOUT_S, expiry_s=60.0, host=host)
+        self._timeout_s = timeout_s
+        self.manager = victims.make_manager(0, backend, self.pool, timeout_s, expiry_s=60.0, host=host)
         self._processes: list[Victim] = []
         self._num_places = -1
 
@@ -107,7 +110,7 @@ class Rig:
 
     def start(self, point: str, expiry_s: float = 60.0, where: str = "", host: str = "127.0.0.1") -> Victim:
         rank = 1 + len(self._processes)
-        self._processes.append(Victim(rank, self.backend, point, TIMEOUT_S, expiry_s, where, host))
+        self._processes.append(Victim(rank, self.backend, point, self._timeout_s, expiry_s, where, host))
         return self._processes[-1]
 
     def new_blocks(self) -> list[int]:

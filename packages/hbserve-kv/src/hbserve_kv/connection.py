@@ -140,14 +140,18 @@ class Connection:
         if self._listening is not asyncio.current_task():
             self._listening.cancel()
             await asyncio.gather(self._listening, return_exceptions=True)
-        await self._stream.aclose()
-        await self.client.close()
+        await self.hang_up()
 
     async def close(self, why: str) -> None:
         """Lose it and return when nothing is left."""
         self.lose(why)
         assert self._closing is not None
         await asyncio.shield(self._closing)
+
+    async def hang_up(self) -> None:
+        """Wait for no answer of the peer any more. What was said to it may still arrive."""
+        await self._stream.aclose()
+        await self.client.close()
 
 
 async def connect(

@@ -135,12 +135,18 @@ class KVTransferManager(KVTransferBase):
             raise
 
     async def close(self) -> None:
-        """End every transfer and leave no thread, socket or task behind. May be called twice."""
+        """End every transfer and leave no thread, socket or task behind. May be called twice.
+
+        Peers are told, but have a second to answer. A part that is moving to a peer which has frozen at this moment is
+        waited for until its transport ends it (nccl on the CPU and mooncake: `timeout_s`), for it reads the pool.
+        """
         if self._closed:
             return
         self._closed = True
-        await asyncio.gather(*(transfer.abort("the sender was closed") for transfer in list(self._outgoing)))
+        # Also those that wait for an answer of their peer: what they wait with ends with its connection.
+        ending = [asyncio.ensure_future(transfer.abort("the sender was closed")) for transfer in self._outgoing]
         await self._peers.close()
+        await asyncio.gather(*ending)
         await self._receiver.say_goodbye()
         await self._server.stop()
         await self._receiver.close()

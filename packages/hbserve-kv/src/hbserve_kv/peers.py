@@ -12,6 +12,9 @@ from hbserve_kv.handshake import Identity
 from hbserve_kv.transport import Transport
 from hbserve_rpc import HBServeRpcError
 
+GOODBYE_TIMEOUT_S = 1.0
+"""What a manager that is closed gives its peers to hear how their transfers ended."""
+
 
 class Peers:
     """One connection per peer that is there; nothing of those that are gone, but when to try them again."""
@@ -26,7 +29,7 @@ class Peers:
         self.connections: dict[str, Connection] = {}
         self._connecting: dict[str, asyncio.Task[Connection]] = {}
         self._breakers: dict[tuple[str, str], Breaker] = {}
-        self._closing: set[asyncio.Task[None]] = set()
+        self._closing: dict[asyncio.Task[None], Connection] = {}
         self._not_quiet: set[Connection] = set()
 
     async def connection(self, address: str, epoch: str) -> Connection:
@@ -99,8 +102,8 @@ class Peers:
         del self.connections[address]
         self.writing()  # forgets those that are quiet by now
         task = asyncio.create_task(lost.close(lost.lost))
-        self._closing.add(task)
-        task.add_done_callback(self._closing.discard)
+        self._closing[task] = lost
+        task.add_done_callback(self._closing.pop)
 
     def writing(self) -> list[str]:
         """Keys of the links over which this side may still write, also of those that were lost."""
@@ -108,10 +111,17 @@ class Peers:
         return [each.link.key for each in self._not_quiet]
 
     async def close(self) -> None:
-        """Lose every connection; returns when nothing is left of them."""
+        """Lose every connection; returns when nothing is left of them.
+
+        A peer that does not answer, because it is dead or frozen, is not waited for: it finds out by itself.
+        """
         for attempt in list(self._connecting.values()):
             attempt.cancel()
         await asyncio.gather(*self._connecting.values(), return_exceptions=True)
         for connection in list(self.connections.values()):
             connection.lose("the sender was closed")
-        await asyncio.gather(*self._closing, return_exceptions=True)
+        closing = dict(self._closing)
+        if closing:
+            await asyncio.wait(closing, timeout=GOODBYE_TIMEOUT_S)
+            await asyncio.gather(*(connection.hang_up() for task, connection in closing.items() if not task.done()))
+        await asyncio.gather(*closing, return_exceptions=True)

@@ -1,0 +1,57 @@
+"""A manager that is closed while its peers are dead or frozen waits for none of their deadlines."""
+
+import asyncio
+import signal
+
+import hbserve_kv_victims as victims
+import pytest
+from hbserve_kv_rig import DEADLINE_S, Rig
+
+from hbserve_kv import Outcome
+
+LONG_S = 120.0
+"""The timeout of all of them: twice what the test may take."""
+ENDS = pytest.mark.parametrize("is_killed", [True, False], ids=["killed", "frozen"])
+
+
+@pytest.fixture
+async def rig(processes_backend, monkeypatch):
+    async with Rig(processes_backend, monkeypatch, timeout_s=LONG_S) as rig:
+        yield rig
+
+
+@ENDS
+async def test_closing_a_sender_waits_for_no_answer_of_receivers_that_are_dead_or_frozen(rig, is_killed):
+    sending = []
+    for state in ["before kv.begin", "before kv.commit"]:
+        victim, blocks = rig.start(state), rig.new_blocks()
+        victim.tell("receive", state)
+        grant = await victim.heard("grant")
+        sending.append(asyncio.create_task(victims.send(rig.manager, rig.pool, state, blocks, grant, abort=False)))
+        await victim.heard("reached")
+        victim.signal(signal.SIGKILL if is_killed else signal.SIGSTOP)
+    async with asyncio.timeout(DEADLINE_S):
+        await rig.manager.close()
+        ended = await asyncio.gather(*sending)
+    assert ended[0].startswith("refused: transfer before kv.begin: ")
+    assert ended[1] == "FAILED_DRAINED"
+    await rig.until_empty()
+
+
+@ENDS
+async def test_closing_a_receiver_waits_for_no_answer_of_senders_that_are_dead_or_frozen(rig, is_killed):
+    states = ["before kv.link", "before kv.begin"]
+    if is_killed or rig.is_one_sided:  # nothing ends Gloo's wait for the bytes of a part before its timeout
+        states += ["in mid-part", "before kv.commit"]
+    receiving = []
+    for state in states:
+        victim = rig.start(state)
+        posted = rig.manager.post_receive(state, rig.new_blocks())
+        receiving.append(asyncio.create_task(posted.wait()))
+        victim.tell("send", state, posted.grant, False)
+        await victim.heard("reached")
+        victim.signal(signal.SIGKILL if is_killed else signal.SIGSTOP)
+    async with asyncio.timeout(DEADLINE_S):
+        await rig.manager.close()
+        ended = [(await each).outcome for each in receiving]
+    assert Outcome.COMPLETED not in ended
