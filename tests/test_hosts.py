@@ -1,38 +1,75 @@
-"""Prefill, decode and scheduler each on a host of its own."""
+"""Prefill, decode and scheduler each on a host of its own; and hosts that vanish and come back."""
 
+import contextlib
+import json
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
-HOSTS = {"scheduler": "10.77.0.1", "prefill-0": "10.77.0.2", "decode-0": "10.77.0.3"}
 START_DEADLINE_S = 180
+LOAD = Path(__file__).parent / "hbserve_load.py"
 
 
-def write_config(folder: Path, model: Path, backend: str) -> Path:
-    instances = [
+def addresses(*instances: str) -> dict[str, str]:
+    return {host: f"10.77.0.{number}" for number, host in enumerate(["scheduler", *instances], 1)}
+
+
+class Hosts:
+    """A network with one process on each host."""
+
+    def __init__(self, network: Any, hosts: dict[str, str], log: Path) -> None:
+        self.network = network
+        self.scheduler = f"{hosts['scheduler']}:5550"
+        self.log = log
+
+    def command(self, host: str, *arguments: str) -> list[str]:
+        return ["ip", "netns", "exec", self.network.namespace(host), sys.executable, *arguments]
+
+
+@contextlib.contextmanager
+def running(make_network: Any, instances: list[str], folder: Path, model: Path, **sections: Any) -> Iterator[Hosts]:
+    """Everything started; at the end it must end as asked."""
+    hosts = addresses(*instances)
+    entries = [
         {
             "instance_id": name,
             "instance_type": name.split("-")[0],
             "gpu_id": 0,
-            "host": HOSTS[name],
+            "host": hosts[name],
             "port": 5600,
             "kv_rank": rank,
         }
-        for rank, name in enumerate(["prefill-0", "decode-0"])
+        for rank, name in enumerate(instances)
     ]
-    config = {
+    content = {
         "model": {"path": str(model)},
-        "kv_transfer": {"backend": backend, "port": 5700},
-        "gpu_instances": instances,
+        "gpu_instances": entries,
         "engine": {"num_blocks": 64, "num_threads": 1},
-        "scheduler": {"host": HOSTS["scheduler"], "port": 5550},
+        **sections,
+        "kv_transfer": {"port": 5700, **sections["kv_transfer"]},
+        "scheduler": {"host": hosts["scheduler"], "port": 5550, **sections.get("scheduler", {})},
     }
-    path = folder / "config.yaml"
-    path.write_text(yaml.safe_dump(config))
-    return path
+    config = folder / "config.yaml"
+    config.write_text(yaml.safe_dump(content))
+    made = Hosts(make_network(hosts), hosts, folder / "log")
+    with made.log.open("w") as log:
+        processes = []
+        for host in [*reversed(instances), "scheduler"]:
+            what = ["scheduler"] if host == "scheduler" else ["instance", "--instance-id", host]
+            command = made.command(host, "-m", "hbserve", *what, "--config", str(config))
+            processes.append(subprocess.Popen(command, stdout=log, stderr=log))
+        try:
+            yield made
+        finally:
+            for process in processes:
+                process.terminate()
+            for process in processes:
+                assert process.wait(timeout=60) == 0, made.log.read_text()
 
 
 @pytest.mark.netns
@@ -42,33 +79,73 @@ def test_prefill_decode_and_scheduler_on_three_hosts_answer_together(make_networ
         pytest.importorskip(
             "mooncake.engine", reason="Mooncake or its system libraries are missing", exc_type=ImportError
         )
-    network = make_network(HOSTS)
-    config = write_config(tmp_path, small_model("qwen3"), backend)
-
-    def hbserve(host: str, *arguments: str) -> list[str]:
-        return ["ip", "netns", "exec", network.namespace(host), sys.executable, "-m", "hbserve", *arguments]
-
-    log = (tmp_path / "log").open("w+")
-    commands = [
-        hbserve("decode-0", "instance", "--config", str(config), "--instance-id", "decode-0"),
-        hbserve("scheduler", "scheduler", "--config", str(config)),
-        hbserve("prefill-0", "instance", "--config", str(config), "--instance-id", "prefill-0"),
-    ]
-    processes = [subprocess.Popen(command, stdout=log, stderr=log) for command in commands]
-    try:
-        generate = hbserve("scheduler", "generate", "w1 w2 w3 " * 20, "--connect", f"{HOSTS['scheduler']}:5550")
+    instances, kv_transfer = ["prefill-0", "decode-0"], {"backend": backend}
+    with running(make_network, instances, tmp_path, small_model("qwen3"), kv_transfer=kv_transfer) as hosts:
+        generate = ["-m", "hbserve", "generate", "w1 w2 w3 " * 20, "--connect", hosts.scheduler]
         answer = subprocess.run(
-            [*generate, "--max-tokens", "8", "--temperature", "0"],
-            capture_output=True,
-            text=True,
-            timeout=START_DEADLINE_S,
-        )
-        log.seek(0)
-        assert answer.returncode == 0, f"{answer.stderr}\n{log.read()}"
+            hosts.command("scheduler", *generate, "--max-tokens", "8", "--temperature", "0"),
+            capture_output=True, text=True, timeout=START_DEADLINE_S,
+        )  # fmt: skip
+        assert answer.returncode == 0, f"{answer.stderr}\n{hosts.log.read_text()}"
         assert "TTFT" in answer.stdout + answer.stderr
-    finally:
-        for process in processes:
-            process.terminate()
-        for process in processes:
-            assert process.wait(timeout=60) == 0
-        log.close()
+
+
+class Load:
+    """Requests all the time, of which none may fail, and each prompt must be answered alike every time."""
+
+    def __init__(self, hosts: Hosts) -> None:
+        command = hosts.command("scheduler", str(LOAD), hosts.scheduler)
+        self._client = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self._hosts = hosts
+        self._tokens: dict[int, list[int]] = {}
+
+    def _next(self) -> dict[str, Any]:
+        assert self._client.stdout is not None
+        line = self._client.stdout.readline()
+        assert line, self._hosts.log.read_text()
+        said: dict[str, Any] = json.loads(line)
+        assert "error" not in said, f"{said}\n{self._hosts.log.read_text()}"
+        return said
+
+    def until(self, condition: Callable[[dict[str, Any]], bool]) -> None:
+        while True:
+            answer = self._next()
+            assert answer["tokens"] == self._tokens.setdefault(answer["lane"], answer["tokens"])
+            if condition(answer):
+                return
+
+    def until_used(self, instance: str) -> None:
+        self.until(lambda answer: instance in answer["instances"])
+
+    def until_tried_again_without(self, instance: str) -> None:
+        self.until(lambda answer: answer["attempts"] > 1 and instance not in answer["instances"])
+
+    def end(self) -> dict[str, int]:
+        """What is left in the deployment then."""
+        assert self._client.stdin is not None
+        self._client.stdin.close()
+        while "leftovers" not in (said := self._next()):
+            pass
+        assert self._client.wait(timeout=60) == 0
+        left: dict[str, int] = said["leftovers"]
+        return left
+
+
+@pytest.mark.netns
+def test_no_request_fails_by_a_host_that_vanishes_and_it_is_used_again_when_it_is_back(
+    make_network, small_model, tmp_path
+):
+    instances = ["prefill-0", "prefill-1", "decode-0", "decode-1"]
+    sections = {
+        "kv_transfer": {"backend": "nccl", "timeout_s": 3},
+        "scheduler": {"heartbeat_interval_s": 0.5, "heartbeat_timeout_s": 3},
+    }
+    with running(make_network, instances, tmp_path, small_model("qwen3"), **sections) as hosts:
+        load = Load(hosts)
+        for victim in ["decode-1", "prefill-1"]:
+            load.until_used(victim)
+            hosts.network.cut(victim)
+            load.until_tried_again_without(victim)
+            hosts.network.mend(victim)
+            load.until_used(victim)
+        assert load.end() == {}, hosts.log.read_text()
