@@ -9,6 +9,9 @@ import msgspec
 
 from hbserve_kv.errors import AddressNotAvailable
 
+GOODBYE_TIMEOUT_S = 1.0
+"""What a manager that is closed gives its peers to hear how their transfers ended, on either side."""
+
 
 class KVTransferBackend(StrEnum):
     """The backends that ship with hbserve_kv. A custom one is named by entry point or `module:Class` instead."""

@@ -5,14 +5,13 @@ import contextlib
 import logging
 from collections.abc import AsyncIterator, Callable, Mapping
 
+from hbserve_kv.config import GOODBYE_TIMEOUT_S
 from hbserve_kv.handshake import Identity, check, choose_transport
 from hbserve_kv.incoming import IncomingLink
 from hbserve_kv.messages import Cancelled, Handshake, LinkReply
 from hbserve_kv.transport import Link, Transport
 
 logger = logging.getLogger(__name__)
-
-GOODBYE_TIMEOUT_S = 1.0
 
 
 class IncomingLinks:

@@ -6,14 +6,12 @@ from collections.abc import Callable, Mapping
 
 from hbserve_kv import messages
 from hbserve_kv.breaker import Breaker
+from hbserve_kv.config import GOODBYE_TIMEOUT_S
 from hbserve_kv.connection import Connection, connect
 from hbserve_kv.errors import FingerprintMismatch, TransferFailed
 from hbserve_kv.handshake import Identity
 from hbserve_kv.transport import Transport
 from hbserve_rpc import HBServeRpcError
-
-GOODBYE_TIMEOUT_S = 1.0
-"""What a manager that is closed gives its peers to hear how their transfers ended."""
 
 
 class Peers:
