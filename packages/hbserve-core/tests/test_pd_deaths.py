@@ -19,8 +19,11 @@ from hbserve_rpc.messages import DECODE, DESCRIBE, PREFILL, STATS, DecodeRequest
 NUM_BLOCKS, BLOCK, CHUNK = 100, 16, 32
 NUM_HELD = 9  # blocks of a prompt of 140 tokens
 DEADLINE_S = 60
-# A two-sided transport and a one-sided one: hbserve_kv's own tests have every state on every transport.
-BACKENDS = pytest.mark.parametrize("backend", ["nccl", "ipc"])
+# hbserve_kv's own tests have every state on every transport; here each end is on a two-sided or on a one-sided one, and
+# on both where the engine is told something else by them.
+TWO_SIDED = pytest.mark.parametrize("backend", ["nccl"])
+ONE_SIDED = pytest.mark.parametrize("backend", ["ipc"])
+BOTH = pytest.mark.parametrize("backend", ["nccl", "ipc"])
 KV_TIMEOUT_S = 3
 
 # `python -m hbserve_core`, but after its second step the engine computes nothing until SIGUSR1 comes.
@@ -177,7 +180,7 @@ async def assert_a_request_succeeds(p: Instance, d: Instance) -> None:
         assert len([*first.token_ids, *[token async for event in decoding for token in event.token_ids]]) == 4
 
 
-@BACKENDS
+@TWO_SIDED
 async def test_a_decode_instance_killed_in_mid_transfer_ends_the_prefill_with_an_error(start, backend):
     # Known elsewhere: vLLM #38027, #41383.
     p, d = await start("prefill", backend, halting=True), await start("decode", backend)
@@ -194,7 +197,7 @@ async def test_a_decode_instance_killed_in_mid_transfer_ends_the_prefill_with_an
     await assert_a_request_succeeds(p, other)
 
 
-@BACKENDS
+@ONE_SIDED
 async def test_a_prefill_instance_killed_in_mid_transfer_ends_the_decode_with_an_error(start, backend):
     p, d = await start("prefill", backend, halting=True), await start("decode", backend)
     other = await start("prefill", backend)
@@ -210,7 +213,7 @@ async def test_a_prefill_instance_killed_in_mid_transfer_ends_the_decode_with_an
     await assert_a_request_succeeds(other, d)
 
 
-@BACKENDS
+@ONE_SIDED
 async def test_a_decode_instance_frozen_in_mid_transfer_ends_the_prefill_and_serves_again_when_it_goes_on(
     start, backend
 ):
@@ -230,7 +233,7 @@ async def test_a_decode_instance_frozen_in_mid_transfer_ends_the_prefill_and_ser
     await assert_a_request_succeeds(p, d)
 
 
-@BACKENDS
+@BOTH
 async def test_blocks_to_which_a_frozen_prefill_instance_may_write_are_used_by_nobody_until_it_is_dead(start, backend):
     # Known elsewhere: vLLM #32255, SGLang #24527, #27372, #32564, #35049, #37077, #38961, Mooncake #4247.
     p, d = await start("prefill", backend, halting=True), await start("decode", backend)
