@@ -131,7 +131,7 @@ async def test_an_unknown_backend_fails_the_start_and_lists_what_there_is(small_
         await llm.start()
 
 
-async def test_a_killed_decode_instance_fails_its_requests_by_name(small_model):
+async def test_a_killed_decode_instance_fails_its_requests_by_name_and_keeps_nobody_from_ending(small_model, caplog):
     config = PdDisaggConfig(model_path=small_model("qwen3"), num_blocks=100, scheduler={"instance_wait_s": 1})
     async with DisaggregatedLLM(config) as llm:
         stream = llm.stream("Hello", SamplingParams(temperature=0, max_tokens=400, ignore_eos=True))
@@ -140,6 +140,7 @@ async def test_a_killed_decode_instance_fails_its_requests_by_name(small_model):
         with pytest.raises(RequestFailed, match=r"decode-0.*its process has ended \(signal SIGKILL, from"):
             async for _ in stream:
                 pass
+    assert "did not end" not in caplog.text, "an instance that waits for a dead one is killed after 20 s"
 
 
 def test_the_synchronous_llm_runs_disaggregated(small_model):

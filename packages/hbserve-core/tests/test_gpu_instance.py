@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gc
 import threading
 from collections.abc import AsyncIterator
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 
 from hbserve_core import EngineStopped, GpuInstance, InstanceConfig, InstanceFailed
 from hbserve_core.engine_thread import EngineThread
+from hbserve_kv import Outcome, TransferFailed
 from hbserve_rpc import AddressInUse, Overloaded, RemoteError, RpcClient, SamplingParams
 from hbserve_rpc.messages import DECODE, DESCRIBE, GENERATE, STATS, DecodeRequest, Empty, GenerateRequest
 
@@ -62,6 +64,50 @@ async def test_an_instance_may_be_stopped_before_and_while_it_loads(model_folder
     async with serving(config(model_folder("qwen3"))) as (instance, _):
         assert instance.status == "starting"
     assert instance.status == "draining"
+
+
+class LostSender:
+    """A receive whose sender was lost and may still write, as an hbserve_kv manager has it until it is closed."""
+
+    grant = b""
+
+    def __init__(self, closed: asyncio.Event) -> None:
+        self._closed = closed
+
+    async def wait(self) -> None:
+        await asyncio.Event().wait()
+
+    async def cancel(self, reason: str) -> Outcome:
+        return Outcome.UNKNOWN
+
+    async def drained(self) -> None:
+        await self._closed.wait()
+        raise TransferFailed("the receiver was closed")
+
+
+async def test_an_instance_whose_blocks_wait_for_a_lost_sender_ends_without_an_error_that_nobody_heard(
+    model_folder, prompt, monkeypatch, caplog
+):
+    async with serving(config(model_folder("qwen3"), role="decode")) as (instance, client):
+        await instance.wait_ready()
+        closed, close = asyncio.Event(), instance.transfers.close
+
+        async def post_receive(transfer_id: str, block_ids: list[int]) -> LostSender:
+            return LostSender(closed)
+
+        async def close_later() -> None:
+            closed.set()
+            await close()
+
+        monkeypatch.setattr(instance.transfers, "post_receive", post_receive)
+        monkeypatch.setattr(instance.transfers, "close", close_later)
+        async with client.stream(DECODE, DecodeRequest("r", "t", prompt(20), SamplingParams(0, 4))) as events:
+            await anext(events)
+        async with asyncio.timeout(DEADLINE_S):
+            while not (await client.call(STATS, Empty(), timeout_s=DEADLINE_S)).quarantined_blocks:
+                await asyncio.sleep(0.01)
+    gc.collect()
+    assert [record for record in caplog.records if record.name == "asyncio"] == []
 
 
 async def test_a_model_that_is_not_there_is_told_by_describe_and_to_every_request(tmp_path, prompt):

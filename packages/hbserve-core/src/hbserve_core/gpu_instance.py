@@ -43,8 +43,8 @@ from hbserve_rpc.messages import (
 
 logger = logging.getLogger(__name__)
 
-END_TIMEOUT_S = 5.0
-"""How long `stop` waits for requests to give their blocks back; a frozen peer of a transfer could keep it longer."""
+END_TIMEOUT_S = 2.0
+"""How long `stop` waits for requests to give their blocks back; a dead or frozen peer could keep it longer."""
 
 
 class GpuInstance:
@@ -121,15 +121,15 @@ class GpuInstance:
         """End every request, give every block back, leave no thread, socket or task behind. May be called twice."""
         self.status = "draining"
         await self._server.stop()
-        if self._ends:
-            await asyncio.wait(self._ends, timeout=END_TIMEOUT_S)
+        ends = list(self._ends)
+        if ends:
+            await asyncio.wait(ends, timeout=END_TIMEOUT_S)
         if self.engine is None:
             await self._thread.stop()
         if self._loading is not None:
             await self._loading
         if self.transfers is not None:
             await self.transfers.close()
-        ends = list(self._ends)
         for task in ends:
             task.cancel()
         await asyncio.gather(*ends, return_exceptions=True)
