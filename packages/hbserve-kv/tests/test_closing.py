@@ -4,10 +4,13 @@ import asyncio
 import signal
 
 import hbserve_kv_victims as victims
+import msgspec
 import pytest
 from hbserve_kv_rig import DEADLINE_S, Rig
+from msgspec import structs
 
-from hbserve_kv import Outcome
+from hbserve_kv import Outcome, TransferFailed
+from hbserve_kv.messages import Grant
 
 LONG_S = 120.0
 """The timeout of all of them: twice what the test may take."""
@@ -55,3 +58,21 @@ async def test_closing_a_receiver_waits_for_no_answer_of_senders_that_are_dead_o
         await rig.manager.close()
         ended = [(await each).outcome for each in receiving]
     assert Outcome.COMPLETED not in ended
+
+
+async def test_closing_ends_a_send_that_asks_whether_its_receiver_was_restarted_and_begins_nothing_new(rig):
+    victim, blocks = rig.start(""), rig.new_blocks()
+    victim.tell("receive", "t")
+    grant = await victim.heard("grant")
+    assert await victims.send(rig.manager, rig.pool, "t", blocks, grant, abort=False) == "COMPLETED"
+    victim.signal(signal.SIGSTOP)
+    of_another_life = msgspec.msgpack.encode(
+        structs.replace(msgspec.msgpack.decode(grant, type=Grant), epoch="another")
+    )
+    opening = asyncio.create_task(rig.manager.open_send("u", of_another_life))
+    await asyncio.wait([opening], timeout=0.1)
+    assert not opening.done()
+    async with asyncio.timeout(DEADLINE_S):
+        await rig.manager.close()
+        with pytest.raises(TransferFailed, match="transfer u: the sender was closed"):
+            await opening

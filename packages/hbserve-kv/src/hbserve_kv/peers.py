@@ -29,6 +29,7 @@ class Peers:
         self._breakers: dict[tuple[str, str], Breaker] = {}
         self._closing: dict[asyncio.Task[None], Connection] = {}
         self._not_quiet: set[Connection] = set()
+        self._closed = False
 
     async def connection(self, address: str, epoch: str) -> Connection:
         """The connection to the peer at `address` in its life `epoch`, or in any life if that is "".
@@ -57,6 +58,8 @@ class Peers:
         return alive.epoch == found.epoch
 
     async def _shared_attempt(self, address: str, epoch: str) -> Connection:
+        if self._closed:
+            raise TransferFailed("the sender was closed")
         if address not in self._connecting:
             breaker = self._breakers.get((address, epoch))
             if breaker is not None and (refusal := breaker.refusal(time.monotonic())):
@@ -113,6 +116,7 @@ class Peers:
 
         A peer that does not answer, because it is dead or frozen, is not waited for: it finds out by itself.
         """
+        self._closed = True
         for attempt in list(self._connecting.values()):
             attempt.cancel()
         await asyncio.gather(*self._connecting.values(), return_exceptions=True)
