@@ -14,6 +14,8 @@ from hbserve_kv.messages import Grant
 
 LONG_S = 120.0
 """The timeout of all of them: twice what the test may take."""
+STATES_AT_REST = ["before kv.begin", "before kv.commit"]
+# A two-sided part may be under way before its commit, and nothing ends Gloo's wait for its bytes before its timeout.
 ENDS = pytest.mark.parametrize("is_killed", [True, False], ids=["killed", "frozen"])
 
 
@@ -26,7 +28,7 @@ async def rig(processes_backend, monkeypatch):
 @ENDS
 async def test_closing_a_sender_waits_for_no_answer_of_receivers_that_are_dead_or_frozen(rig, is_killed):
     sending = []
-    for state in ["before kv.begin", "before kv.commit"]:
+    for state in STATES_AT_REST if is_killed or rig.is_one_sided else STATES_AT_REST[:1]:
         victim, blocks = rig.start(state), rig.new_blocks()
         victim.tell("receive", state)
         grant = await victim.heard("grant")
@@ -37,17 +39,15 @@ async def test_closing_a_sender_waits_for_no_answer_of_receivers_that_are_dead_o
         await rig.manager.close()
         ended = await asyncio.gather(*sending)
     assert ended[0].startswith("refused: transfer before kv.begin: ")
-    assert ended[1] == "FAILED_DRAINED"
+    assert ended[1:] in ([], ["FAILED_DRAINED"])
     await rig.until_empty()
 
 
 @ENDS
 async def test_closing_a_receiver_waits_for_no_answer_of_senders_that_are_dead_or_frozen(rig, is_killed):
-    states = ["before kv.link", "before kv.begin"]
-    if is_killed or rig.is_one_sided:  # nothing ends Gloo's wait for the bytes of a part before its timeout
-        states += ["in mid-part", "before kv.commit"]
+    states = ["before kv.link", *STATES_AT_REST, "in mid-part"]
     receiving = []
-    for state in states:
+    for state in states if is_killed or rig.is_one_sided else states[:2]:
         victim = rig.start(state)
         posted = rig.manager.post_receive(state, rig.new_blocks())
         receiving.append(asyncio.create_task(posted.wait()))

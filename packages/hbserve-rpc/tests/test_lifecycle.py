@@ -273,3 +273,20 @@ async def test_closing_that_is_cancelled_still_leaves_no_socket():
             await closing
         assert socket.closed
         await end()
+
+
+NEVER_CLOSED = """
+import asyncio, gc
+from hbserve_rpc import RpcClient, RpcServer
+async def main():
+    await RpcClient("127.0.0.1:9").start()
+    await RpcServer().start()
+asyncio.run(main())
+gc.collect()
+print("ended")
+"""
+
+
+def test_a_client_and_a_server_that_were_never_closed_are_collected_without_waiting_for_ever():
+    done = subprocess.run([sys.executable, "-c", NEVER_CLOSED], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, "ended\n"), done.stderr

@@ -4,6 +4,7 @@ pyzmq's own `zmq.asyncio` makes futures for both, and a turn of the loop for eac
 """
 
 import asyncio
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -25,21 +26,25 @@ class MessageSocket:
         # Whoever sends may not wait, not beyond a deadline and not for a peer that is frozen: see `send`.
         self._options = {zmq.LINGER: 0, zmq.SNDHWM: 0, **options}
         self._on_message = on_message
-        self._context: zmq.Context[zmq.Socket[bytes]] | None = None
         self._socket: zmq.Socket[bytes]
+        self._end: weakref.finalize[..., MessageSocket] | None = None
         self._loop: asyncio.AbstractEventLoop
         self._again: asyncio.Handle | None = None
         self._is_reading = False
 
     @property
     def is_open(self) -> bool:
-        return self._context is not None
+        return self._end is not None and self._end.alive
 
     def open(self, attach: Callable[["zmq.Socket[bytes]"], object]) -> None:
         """`attach` connects or binds it; what that raises closes it again."""
         self._loop = asyncio.get_running_loop()
-        self._context = zmq.Context()
-        self._socket = self._context.socket(self._kind)
+        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._socket = context.socket(self._kind)
+        # Also for one that is collected unclosed, as after a test that failed: Python may then end the context before
+        # the socket, and that waits for the socket for ever, in whatever thread it was.
+        self._end = weakref.finalize(self, _end, context, self._socket)
+        self._end.atexit = False
         try:
             for option, value in self._options.items():
                 self._socket.setsockopt(option, value)
@@ -62,10 +67,8 @@ class MessageSocket:
     def close(self) -> None:
         """At once: what has not left yet does not. May be called twice."""
         self.stop_reading()
-        if self._context is not None:
-            self._socket.close()
-            self._context.term()
-            self._context = None
+        if self._end is not None:
+            self._end()
 
     def send(self, frames: Sequence[bytes]) -> None:
         """Queue a message, without bound and without waiting. A ROUTER drops what is for nobody that it knows."""
@@ -90,3 +93,8 @@ class MessageSocket:
                 self._on_message(self._socket.recv_multipart(zmq.NOBLOCK))
         finally:
             self._look_again()
+
+
+def _end(context: "zmq.Context[zmq.Socket[bytes]]", socket: "zmq.Socket[bytes]") -> None:
+    socket.close()
+    context.term()
