@@ -11,7 +11,7 @@ import torch
 
 from hbserve_kv.backends import make_transports
 from hbserve_kv.base import KVTransferBase
-from hbserve_kv.config import KVTransferConfig
+from hbserve_kv.config import GOODBYE_TIMEOUT_S, KVTransferConfig
 from hbserve_kv.errors import TransferFailed
 from hbserve_kv.figures import LinkInfo, TransferStats
 from hbserve_kv.handshake import Identity
@@ -137,14 +137,16 @@ class KVTransferManager(KVTransferBase):
     async def close(self) -> None:
         """End every transfer and leave no thread, socket or task behind. May be called twice.
 
-        Peers are told, but have a second to answer. A part that is moving to a peer which has frozen at this moment is
-        waited for until its transport ends it (nccl on the CPU and mooncake: `timeout_s`), for it reads the pool.
+        Peers are told, but have a second or two to answer. A part that is moving to a peer which has frozen is waited
+        for until its transport ends it (nccl on the CPU and mooncake: `timeout_s`), for it reads the pool.
         """
         if self._closed:
             return
         self._closed = True
-        # Also those that wait for an answer of their peer: what they wait with ends with its connection.
         ending = [asyncio.ensure_future(transfer.abort("the sender was closed")) for transfer in self._outgoing]
+        if ending:
+            await asyncio.wait(ending, timeout=GOODBYE_TIMEOUT_S)
+        # Those that still wait for an answer of their peer do so no longer than there is a connection to it.
         await self._peers.close()
         await asyncio.gather(*ending)
         await self._receiver.say_goodbye()
