@@ -21,9 +21,7 @@ NUM_HELD = 9  # blocks of a prompt of 140 tokens
 DEADLINE_S = 60
 # hbserve_kv's own tests have every state on every transport; here each end is on a two-sided or on a one-sided one, and
 # on both where the engine is told something else by them.
-TWO_SIDED = pytest.mark.parametrize("backend", ["nccl"])
-ONE_SIDED = pytest.mark.parametrize("backend", ["ipc"])
-BOTH = pytest.mark.parametrize("backend", ["nccl", "ipc"])
+TWO_SIDED, ONE_SIDED = "nccl", "ipc"
 KV_TIMEOUT_S = 3
 
 # `python -m hbserve_core`, but after its second step the engine computes nothing until SIGUSR1 comes.
@@ -180,11 +178,10 @@ async def assert_a_request_succeeds(p: Instance, d: Instance) -> None:
         assert len([*first.token_ids, *[token async for event in decoding for token in event.token_ids]]) == 4
 
 
-@TWO_SIDED
-async def test_a_decode_instance_killed_in_mid_transfer_ends_the_prefill_with_an_error(start, backend):
+async def test_a_decode_instance_killed_in_mid_transfer_ends_the_prefill_with_an_error(start):
     # Known elsewhere: vLLM #38027, #41383.
-    p, d = await start("prefill", backend, halting=True), await start("decode", backend)
-    other = await start("decode", backend)
+    p, d = await start("prefill", TWO_SIDED, halting=True), await start("decode", TWO_SIDED)
+    other = await start("decode", TWO_SIDED)
     async with d.decode("r") as decoding:
         granted = await anext(decoding)
         async with reading(p.prefill("r", granted.grant)) as prefilling:
@@ -197,10 +194,9 @@ async def test_a_decode_instance_killed_in_mid_transfer_ends_the_prefill_with_an
     await assert_a_request_succeeds(p, other)
 
 
-@ONE_SIDED
-async def test_a_prefill_instance_killed_in_mid_transfer_ends_the_decode_with_an_error(start, backend):
-    p, d = await start("prefill", backend, halting=True), await start("decode", backend)
-    other = await start("prefill", backend)
+async def test_a_prefill_instance_killed_in_mid_transfer_ends_the_decode_with_an_error(start):
+    p, d = await start("prefill", ONE_SIDED, halting=True), await start("decode", ONE_SIDED)
+    other = await start("prefill", ONE_SIDED)
     async with d.decode("r") as decoding:
         granted = await anext(decoding)
         async with reading(p.prefill("r", granted.grant)):
@@ -213,11 +209,10 @@ async def test_a_prefill_instance_killed_in_mid_transfer_ends_the_decode_with_an
     await assert_a_request_succeeds(other, d)
 
 
-@ONE_SIDED
 async def test_a_decode_instance_frozen_in_mid_transfer_ends_the_prefill_and_serves_again_when_it_goes_on(
-    start, backend
+    start,
 ):
-    p, d = await start("prefill", backend, halting=True), await start("decode", backend)
+    p, d = await start("prefill", ONE_SIDED, halting=True), await start("decode", ONE_SIDED)
     async with d.decode("r") as decoding:
         granted = await anext(decoding)
         async with reading(p.prefill("r", granted.grant)) as prefilling:
@@ -233,7 +228,7 @@ async def test_a_decode_instance_frozen_in_mid_transfer_ends_the_prefill_and_ser
     await assert_a_request_succeeds(p, d)
 
 
-@BOTH
+@pytest.mark.parametrize("backend", [TWO_SIDED, ONE_SIDED])
 async def test_blocks_to_which_a_frozen_prefill_instance_may_write_are_used_by_nobody_until_it_is_dead(start, backend):
     # Known elsewhere: vLLM #32255, SGLang #24527, #27372, #32564, #35049, #37077, #38961, Mooncake #4247.
     p, d = await start("prefill", backend, halting=True), await start("decode", backend)
@@ -244,7 +239,7 @@ async def test_blocks_to_which_a_frozen_prefill_instance_may_write_are_used_by_n
             os.kill(p.process.pid, signal.SIGSTOP)
             await decoding.aclose()
             # Two-sided transfers need the receiver for every byte; one-sided ones may go on behind its back.
-            if backend == "nccl":
+            if backend == TWO_SIDED:
                 await until(d.is_empty)
             else:
                 await until(d.has_quarantined_blocks)
