@@ -23,8 +23,10 @@ from hbserve_core.rope import angle_table
 from hbserve_core.step_buffer import StepShape, StepView
 from hbserve_core.weights import DecoderWeights, LayerWeights
 
-_SMALL = (1, 2, 4)
-"""Numbers of rows that `small_linear` multiplies."""
+
+def _is_small(rows: int, linear: Linear) -> bool:
+    """Whether `small_linear` multiplies so many rows. It holds rows times inputs in registers: four wide rows spill."""
+    return rows in (1, 2) or (rows == 4 and linear.weight.shape[1] <= 1024)
 
 
 class CudaDecoder:
@@ -68,20 +70,20 @@ class CudaDecoder:
         return self._group.gather_logits(logits, self._config.vocab_size)
 
     def _project(self, hidden: torch.Tensor, norm: RmsNorm, linear: Linear) -> torch.Tensor:
-        if len(hidden) in _SMALL:
+        if _is_small(len(hidden), linear):
             return small_linear(hidden, linear.weight, linear.bias, norm=(norm.weight, norm.eps))
         return linear(rms_norm(hidden, norm.weight, norm.eps))
 
     def _gated(self, hidden: torch.Tensor, layer: LayerWeights) -> torch.Tensor:
         """silu(gate) * up."""
-        if len(hidden) in _SMALL:
-            norm, linear = layer.mlp_norm, layer.gate_up
+        norm, linear = layer.mlp_norm, layer.gate_up
+        if _is_small(len(hidden), linear):
             return small_linear(hidden, linear.weight, linear.bias, norm=(norm.weight, norm.eps), gated=True)
-        return silu_mul(self._project(hidden, layer.mlp_norm, layer.gate_up))
+        return silu_mul(self._project(hidden, norm, linear))
 
     def _add(self, inputs: torch.Tensor, linear: Linear, hidden: torch.Tensor) -> None:
         """Add a product to `hidden` in place; of several ranks, the sum of theirs."""
-        is_small = len(hidden) in _SMALL
+        is_small = _is_small(len(hidden), linear)
         if self._group.shard.size > 1:
             product = small_linear(inputs, linear.weight, linear.bias) if is_small else linear(inputs)
             hidden += self._group.all_reduce(product)
