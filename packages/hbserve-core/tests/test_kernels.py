@@ -110,11 +110,11 @@ def test_decode_attention_over_contexts_of_one_and_of_several_pieces(heads, dtyp
     paged = Paged(heads, dtype, contexts, [1] * len(contexts))
     cut = DecodePieces(paged.num_kv_heads, 2 * paged.num_kv_heads).cut(np.array(contexts, dtype=np.int32))
     assert cut.shape[1] > len(contexts)
-    pieces = _int32(np.concatenate((cut, np.full((4, 2), -1)), axis=1))
+    pieces = _int32(np.concatenate((cut, np.full((6, 2), -1)), axis=1))
     workspace = DecodeWorkspace(len(contexts), pieces.shape[1], heads, DEVICE)
     out = torch.full((len(contexts), heads[0] * heads[2]), float("nan"), dtype=dtype, device=DEVICE)
     decode_attention(
-        paged.qkv, out, paged.pool, LAYER, paged.angles, paged.norm, paged.tables, paged.width, _int32(contexts),
+        paged.qkv, out, paged.pool, LAYER, paged.angles, paged.norm, paged.tables, paged.width,
         pieces, workspace,
     )  # fmt: skip
     paged.check(out, dtype)
@@ -158,38 +158,78 @@ def test_pieces_are_of_similar_length_and_cover_each_context_once():
         pieces = DecodePieces(num_kv_heads, processors)
         for rows in (1, 3, 64, 256):
             contexts = random.integers(1, 5000, rows).astype(np.int32)
-            row, part, parts, span = pieces.cut(contexts)
+            row, part, parts, first, last, position = pieces.cut(contexts)
             assert len(row) <= pieces.most(rows)
             assert (np.bincount(row) == parts[part == 0]).all()
             assert (part < parts).all()
-            assert (span % TILE == 0).all()
-            # The last part of each row holds its last token, and those before it are full.
-            assert (contexts - (parts[part == 0] - 1) * span[part == 0] >= 1).all()
-            assert (contexts <= parts[part == 0] * span[part == 0]).all()
+            assert (position == contexts[row] - 1).all()
+            assert (first % TILE == 0).all()
+            # Parts follow each other, from the first token to the one before the new one.
+            assert (first[part == 0] == 0).all()
+            assert (first[part > 0] == last[:-1][part[1:] > 0]).all()
+            assert (last[part == parts - 1] == contexts - 1).all()
+            for each in range(rows):
+                lengths = (last - first)[row == each][:-1]
+                assert (lengths == lengths.max(initial=0)).all()
 
 
 def test_one_long_context_among_short_ones_is_cut_and_they_are_not():
     contexts = np.array([30000, *[200] * 100], dtype=np.int32)
-    row, _, parts, _ = DecodePieces(8, 132).cut(contexts)
+    row, _, parts, *_ = DecodePieces(8, 132).cut(contexts)
     assert parts[row == 0][0] > 10
     assert (parts[row != 0] == 1).all()
 
 
-@pytest.mark.parametrize("shape", [(1, 64, 96), (2, 144, 40), (4, 72, 33)], ids=str)
-def test_small_linear_with_norm_gate_bias_and_addition(shape):
+def _check_products(rows, inputs, outputs, dtype, multiply):
+    """multiply(x, weight, bias, norm, **how): with norm and gate, with bias alone, and added to what is there."""
+    torch.manual_seed(0)
+    x, weight, bias = (
+        torch.randn(*shape, device=DEVICE) for shape in ((rows, inputs), (2 * outputs, inputs), (2 * outputs,))
+    )
+    before, norm = torch.randn(rows, 2 * outputs, device=DEVICE), torch.rand(inputs, device=DEVICE)
+    x, weight, bias, before, norm = (each.to(dtype) for each in (x, weight, bias, before, norm))
+
+    def check(found, expected):
+        assert torch.isfinite(found).all()
+        assert (found.float() - expected).norm() < TOLERANCE[dtype] * expected.norm()
+
+    exact = [each.float() for each in (x, weight, bias, norm)]
+    gate, up = F.linear(F.rms_norm(exact[0], (inputs,), exact[3], EPS), *exact[1:3]).chunk(2, dim=-1)
+    check(multiply(x, weight, bias, norm=norm, gated=True), F.silu(gate) * up)
+    check(multiply(x, weight, bias), F.linear(*exact[:3]))
+    added = before.clone()
+    assert multiply(x, weight, None, add_to=added) is added
+    check(added, before.float() + F.linear(*exact[:2]))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(1, 64, 96), (2, 144, 40), (1, 4200, 5), (2, 4200, 9)], ids=str)
+def test_small_linear_with_norm_gate_bias_and_addition(shape, dtype):
     from hbserve_core.kernels.small_linear import small_linear
 
-    rows, inputs, outputs = shape
-    torch.manual_seed(0)
-    x, weight = torch.randn(rows, inputs, device=DEVICE), torch.randn(2 * outputs, inputs, device=DEVICE)
-    bias, norm = torch.randn(2 * outputs, device=DEVICE), torch.rand(inputs, device=DEVICE)
-    normed = F.rms_norm(x, (inputs,), norm, EPS)
-    gate, up = F.linear(normed, weight, bias).chunk(2, dim=-1)
-    found = small_linear(x, weight, bias, norm=(norm, EPS), gated=True)
-    torch.testing.assert_close(found, F.silu(gate) * up, rtol=1e-4, atol=1e-4)
-    before = torch.randn(rows, 2 * outputs, device=DEVICE)
-    added = small_linear(x, weight, add_to=before.clone())
-    torch.testing.assert_close(added, before + F.linear(x, weight), rtol=1e-4, atol=1e-4)
+    def multiply(x, weight, bias, norm=None, **how):
+        return small_linear(x, weight, bias, norm=None if norm is None else (norm, EPS), **how)
+
+    _check_products(*shape, dtype, multiply)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("splits", [1, 2, 4])
+@pytest.mark.parametrize("shape", [(3, 576, 96), (16, 640, 33), (17, 512, 70), (64, 1048, 32)], ids=str)
+def test_skinny_linear_with_gate_bias_and_addition_whatever_the_splits(shape, splits, dtype):
+    from hbserve_core.kernels.norm import rms_norm
+    from hbserve_core.kernels.skinny_linear import TILE_OUTPUTS, SkinnyWorkspace, skinny_linear
+
+    rows, _, outputs = shape
+    workspace = SkinnyWorkspace(splits * -(-2 * outputs // TILE_OUTPUTS) * 2, 64, DEVICE)
+    padded = max(16, 1 << (rows - 1).bit_length())
+
+    def multiply(x, weight, bias, norm=None, **how):
+        given = x if norm is None else rms_norm(x, norm, EPS)
+        return skinny_linear(given, weight, bias, padded_rows=padded, splits=splits, workspace=workspace, **how)
+
+    _check_products(*shape, dtype, multiply)
+    assert not workspace.arrived.any()
 
 
 def test_silu_mul_and_rms_norm():

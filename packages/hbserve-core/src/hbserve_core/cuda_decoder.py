@@ -1,32 +1,23 @@
-"""The decoder on CUDA: cuBLAS for large products, our kernels for all that is between them.
+"""The decoder on CUDA: products by whatever is fastest for their shape, our kernels for all that is between them.
 
-Up to four rows, where a step is as fast as its weights can be read, the products are our kernels too, with norms and
-gates inside them: five launches a layer.
+A layer of decodes is five launches for one row, seven for a few, and nine beyond.
 Shapes: T rows of one step, R of them sampled, E hidden_size.
 """
 
 import torch
 
+from hbserve_core.cuda_products import CudaProducts
 from hbserve_core.kernels.decode_attention import DecodeWorkspace, decode_attention
 from hbserve_core.kernels.embedding import embed
-from hbserve_core.kernels.gated import silu_mul
-from hbserve_core.kernels.norm import rms_norm
 from hbserve_core.kernels.prefill_attention import prefill_attention
 from hbserve_core.kernels.sampling import sample
-from hbserve_core.kernels.small_linear import small_linear
 from hbserve_core.kernels.store_kv import store_kv
 from hbserve_core.linear import Linear
 from hbserve_core.model_config import ModelConfig
-from hbserve_core.norm import RmsNorm
 from hbserve_core.rank_group import RankGroup
 from hbserve_core.rope import angle_table
 from hbserve_core.step_buffer import StepShape, StepView
 from hbserve_core.weights import DecoderWeights, LayerWeights
-
-
-def _is_small(rows: int, linear: Linear) -> bool:
-    """Whether `small_linear` multiplies so many rows. It holds rows times inputs in registers: four wide rows spill."""
-    return rows in (1, 2) or (rows == 4 and linear.weight.shape[1] <= 1024)
 
 
 class CudaDecoder:
@@ -40,6 +31,7 @@ class CudaDecoder:
         self._group = group or RankGroup()
         self._weights = weights
         device = weights.embedding.device
+        self._products = CudaProducts(device)
         self._angles = angle_table(config.rope, config.head_dim, config.max_model_len).to(device)
         self._workspace = DecodeWorkspace(
             largest.sequences, largest.pieces, (config.num_heads, config.num_kv_heads, config.head_dim), device
@@ -59,38 +51,22 @@ class CudaDecoder:
         embedded = embed(step.tokens[0], step.tokens[1], sampled, weights.embedding, weights.first_token)
         hidden = self._group.all_reduce(embedded)
         for index, layer in enumerate(weights.layers):
-            qkv = self._project(hidden, layer.attention_norm, layer.qkv)
+            qkv = self._products.of_normed(hidden, layer.attention_norm, layer.qkv)
             self._add(self._attend(index, layer, qkv, step, pool), layer.output, hidden)
-            self._add(self._gated(hidden, layer), layer.down, hidden)
+            self._add(self._products.gated(hidden, layer.mlp_norm, layer.gate_up), layer.down, hidden)
         return hidden
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """(R, vocab_size) of rows (R, E)."""
-        logits = self._project(hidden, self._weights.norm, self._weights.head)
+        logits = self._products.of_normed(hidden, self._weights.norm, self._weights.head)
         return self._group.gather_logits(logits, self._config.vocab_size)
-
-    def _project(self, hidden: torch.Tensor, norm: RmsNorm, linear: Linear) -> torch.Tensor:
-        if _is_small(len(hidden), linear):
-            return small_linear(hidden, linear.weight, linear.bias, norm=(norm.weight, norm.eps))
-        return linear(rms_norm(hidden, norm.weight, norm.eps))
-
-    def _gated(self, hidden: torch.Tensor, layer: LayerWeights) -> torch.Tensor:
-        """silu(gate) * up."""
-        norm, linear = layer.mlp_norm, layer.gate_up
-        if _is_small(len(hidden), linear):
-            return small_linear(hidden, linear.weight, linear.bias, norm=(norm.weight, norm.eps), gated=True)
-        return silu_mul(self._project(hidden, norm, linear))
 
     def _add(self, inputs: torch.Tensor, linear: Linear, hidden: torch.Tensor) -> None:
         """Add a product to `hidden` in place; of several ranks, the sum of theirs."""
-        is_small = _is_small(len(hidden), linear)
         if self._group.shard.size > 1:
-            product = small_linear(inputs, linear.weight, linear.bias) if is_small else linear(inputs)
-            hidden += self._group.all_reduce(product)
-        elif is_small:
-            small_linear(inputs, linear.weight, linear.bias, add_to=hidden)
+            hidden += self._group.all_reduce(self._products.of(inputs, linear))
         else:
-            linear.add_to(hidden, inputs)
+            self._products.add_to(hidden, inputs, linear)
 
     def _attend(
         self, index: int, layer: LayerWeights, qkv: torch.Tensor, step: StepView, pool: torch.Tensor
@@ -104,8 +80,5 @@ class CudaDecoder:
             store_kv(qkv, step.tokens[2], step.tokens[3], *rotation, pool, index)
             prefill_attention(qkv, out, pool, index, *rotation, step.tables, step.width, step.tiles, step.sequences)
         if step.shape.pieces:
-            contexts = step.sequences[2]
-            decode_attention(
-                qkv, out, pool, index, *rotation, step.tables, step.width, contexts, step.pieces, self._workspace
-            )
+            decode_attention(qkv, out, pool, index, *rotation, step.tables, step.width, step.pieces, self._workspace)
         return out

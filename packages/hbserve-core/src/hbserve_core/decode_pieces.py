@@ -4,9 +4,9 @@ import numpy as np
 import numpy.typing as npt
 
 TILE = 64
-"""Tokens of context that are read at once. A piece is a multiple of it."""
+"""A piece is a multiple of so many tokens of context."""
 _MOST_PARTS = 64
-_PIECES_PER_PROCESSOR = 4
+_PIECES_PER_PROCESSOR = 2
 
 
 class DecodePieces:
@@ -25,7 +25,8 @@ class DecodePieces:
         return rows + min(self._wanted, (_MOST_PARTS - 1) * rows)
 
     def cut(self, contexts: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
-        """(4, P): row, which part of it, number of its parts, tokens of each part. A row's parts are neighbours.
+        """(6, P): row, which part of it, number of its parts, first and last (exclusive) position that the piece takes
+        from the pool, the new token's position. A row's parts are neighbours, and the last one has the new token.
 
         contexts: of each row, at least 1.
         """
@@ -33,5 +34,8 @@ class DecodePieces:
         spans = -(-contexts // (-(-contexts // length) * TILE)) * TILE
         parts = -(-contexts // spans)
         rows = np.repeat(np.arange(len(contexts)), parts)
-        firsts = np.cumsum(parts) - parts
-        return np.stack((rows, np.arange(len(rows)) - firsts[rows], parts[rows], spans[rows])).astype(np.int32)
+        places = np.arange(len(rows)) - (np.cumsum(parts) - parts)[rows]
+        positions = contexts[rows] - 1
+        firsts = places * spans[rows]
+        lasts = np.minimum(firsts + spans[rows], positions)
+        return np.stack((rows, places, parts[rows], firsts, lasts, positions)).astype(np.int32)

@@ -4,7 +4,7 @@ Layout, all int32; `StepShape` says how large each part is, and only the last pa
     header         1                 width of the tables
     tokens         (4, rows)         token id, source (kernels/embedding.py), position, slot (kernels/store_kv.py)
     sequences      (3, sequences)    first row, new tokens, context with them
-    pieces         (4, pieces)       of the decodes; see `DecodePieces.cut`; row -1: none
+    pieces         (6, pieces)       of the decodes; see `DecodePieces.cut`; row -1: none
     tiles          (2, tiles)        sequence (-1: none) and first new token; see kernels/prefill_attention.py
     samples        (7, samples)      row, and what kernels/sampling.py says of each
     tables         sequences * width block numbers of each sequence
@@ -48,7 +48,7 @@ class StepShape:
     def parts(self) -> list[tuple[int, int]]:
         """(rows, columns) of each part before the tables."""
         columns = (self.rows, self.sequences, self.pieces, self.tiles, self.samples)
-        return [(1, 1), *zip((4, 3, 4, 2, 7), columns, strict=True)]
+        return [(1, 1), *zip((4, 3, 6, 2, 7), columns, strict=True)]
 
     @property
     def fixed_size(self) -> int:

@@ -12,31 +12,20 @@ import torch
 import triton
 import triton.language as tl
 
-from hbserve_core.decode_pieces import TILE
-from hbserve_core.kernels.dependent_launch import LAUNCH, begin
+from hbserve_core.kernels.dependent_launch import LAUNCH, begin, prefetch
 from hbserve_core.kernels.prefill_attention import attend_paged, nothing_seen
-from hbserve_core.kernels.rotation import load_rotated
+from hbserve_core.kernels.rotation import load_angles, load_halves, rotated
 
 _LOG2_E = 1.4426950408889634
-_AT_ONCE = tl.constexpr(16)
-"""Parts of a row that are joined at once."""
+_AHEAD = 64
+"""Tokens of context that each program fetches while the kernel in front still runs."""
+_JOINED_AT_ONCE = 4096
+"""Numbers of several parts that are joined at once."""
 
 
 @triton.jit
-def _new_token(
-    qkv_row, query, cos_sin, position, norm_weight, eps, head, keys, place, scale,
-    N: tl.constexpr, K: tl.constexpr, D: tl.constexpr, PADDED_D: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    PACK: tl.constexpr, HAS_NORM: tl.constexpr,
-):  # fmt: skip
-    """Store the new key and value; the state of queries that have seen this token only."""
-    d = tl.arange(0, PADDED_D)[None, :]
-    key_head = (N + head) * D + tl.zeros((1, 1), tl.int32)
-    used = tl.full((1, 1), 1, tl.int1)
-    angles = cos_sin + position * D + tl.zeros((1, 1), tl.int32)
-    key = load_rotated(qkv_row + key_head, used, norm_weight + key_head, angles, eps, D, PADDED_D, HAS_NORM)
-    value = tl.load(qkv_row + (N + K + head) * D + d, mask=d < D, other=0.0)
-    tl.store(keys + place + d, key, mask=d < D)
-    tl.store(keys + BLOCK_SIZE * K * D + place + d, value, mask=d < D)
+def _seen_itself(query, key, value, scale, PACK: tl.constexpr, PADDED_D: tl.constexpr):
+    """The state of queries that have seen their own token only. key, value: (1, PADDED_D)."""
     score = tl.sum(query.to(tl.float32) * key.to(tl.float32), 1) * scale
     return score, tl.full((PACK,), 1.0, tl.float32), tl.broadcast_to(value.to(tl.float32), (PACK, PADDED_D))
 
@@ -44,33 +33,36 @@ def _new_token(
 @triton.jit
 def _join(
     parts, logs, out_row, first_piece, num_parts, head,
-    N: tl.constexpr, K: tl.constexpr, D: tl.constexpr, PADDED_D: tl.constexpr, AT_ONCE: tl.constexpr,
+    N: tl.constexpr, K: tl.constexpr, D: tl.constexpr, PADDED_D: tl.constexpr, PADDED_G: tl.constexpr,
+    AT_ONCE: tl.constexpr,
 ):  # fmt: skip
     """Weigh what the pieces of one row and key head have found by their sums of exponentials."""
     G: tl.constexpr = N // K
-    d = tl.arange(0, PADDED_D)
-    for g in tl.static_range(G):
-        highest = float("-inf")
-        total, weighted = 0.0, tl.zeros((PADDED_D,), tl.float32)
-        for start in range(0, num_parts, AT_ONCE):
-            part = start + tl.arange(0, AT_ONCE)
-            place = (first_piece + part).to(tl.int64) * N + head * G + g
-            # Past the first-level cache, which knows nothing of what other processors have written.
-            log = tl.load(logs + place, mask=part < num_parts, other=float("-inf"), cache_modifier=".cg")
-            mask = (part < num_parts)[:, None] & (d < D)[None, :]
-            found = tl.load(parts + place[:, None] * D + d[None, :], mask=mask, other=0.0, cache_modifier=".cg")
-            new_highest = tl.maximum(highest, tl.max(log, 0))
-            weights, faded = tl.exp2(log - new_highest), tl.exp2(highest - new_highest)
-            total = total * faded + tl.sum(weights, 0)
-            weighted = weighted * faded + tl.sum(found * weights[:, None], 0)
-            highest = new_highest
-        tl.store(out_row + (head * G + g) * D + d, (weighted / total).to(out_row.dtype.element_ty), mask=d < D)
+    d, g = tl.arange(0, PADDED_D), tl.arange(0, PADDED_G)
+    highest = tl.full((PADDED_G,), float("-inf"), tl.float32)
+    total, weighted = tl.zeros((PADDED_G,), tl.float32), tl.zeros((PADDED_G, PADDED_D), tl.float32)
+    for start in range(0, num_parts, AT_ONCE):
+        part = start + tl.arange(0, AT_ONCE)
+        place = (first_piece + part).to(tl.int64)[:, None] * N + head * G + tl.minimum(g, G - 1)[None, :]
+        inside = (part < num_parts)[:, None]
+        # Past the first-level cache, which knows nothing of what other processors have written.
+        log = tl.load(logs + place, mask=inside, other=float("-inf"), cache_modifier=".cg")
+        mask = inside[:, :, None] & (d < D)[None, None, :]
+        found = tl.load(parts + place[:, :, None] * D + d[None, None, :], mask=mask, other=0.0, cache_modifier=".cg")
+        new_highest = tl.maximum(highest, tl.max(log, 0))
+        weights, faded = tl.exp2(log - new_highest[None, :]), tl.exp2(highest - new_highest)
+        total = total * faded + tl.sum(weights, 0)
+        weighted = weighted * faded[:, None] + tl.sum(found * weights[:, :, None], 0)
+        highest = new_highest
+    result = (weighted / total[:, None]).to(out_row.dtype.element_ty)
+    tl.store(out_row + (head * G + g)[:, None] * D + d[None, :], result, mask=(g < G)[:, None] & (d < D)[None, :])
 
 
 @triton.jit
 def _leave(
     state, parts, logs, arrived, out_row, piece, part, num_parts, head,
     N: tl.constexpr, K: tl.constexpr, D: tl.constexpr, PADDED_D: tl.constexpr, PACK: tl.constexpr,
+    PADDED_G: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
     """Leave what one of several pieces has found; the last program of the row and head to come joins them."""
     highest, total, weighted = state
@@ -83,40 +75,68 @@ def _leave(
     tl.debug_barrier()
     if tl.atomic_add(arrived, 1, sem="acq_rel", scope="gpu") == num_parts - 1:
         tl.debug_barrier()
-        _join(parts, logs, out_row, piece - part, num_parts, head, N, K, D, PADDED_D, _AT_ONCE)
+        _join(parts, logs, out_row, piece - part, num_parts, head, N, K, D, PADDED_D, PADDED_G, AT_ONCE)
         tl.store(arrived, 0)
+
+
+@triton.jit
+def _fetch_ahead(keys, table, first, last, block_stride, D: tl.constexpr, K: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+                 TOKENS: tl.constexpr):  # fmt: skip
+    """Ask for the keys and values of the piece's first tokens to come into the second-level cache."""
+    positions = tl.minimum(first + tl.arange(0, TOKENS), last - 1)
+    block = tl.load(table + positions // BLOCK_SIZE).to(tl.int64)
+    place = (block * block_stride + (positions % BLOCK_SIZE) * (K * D))[:, None]
+    # A line has 128 bytes.
+    LINE: tl.constexpr = 128 // (keys.dtype.element_ty.primitive_bitwidth // 8)
+    LINES: tl.constexpr = triton.next_power_of_2(triton.cdiv(D, LINE))
+    place += tl.minimum(tl.arange(0, LINES) * LINE, D - 1)[None, :]
+    prefetch(keys + place)
+    prefetch(keys + BLOCK_SIZE * K * D + place)
 
 
 @triton.jit(do_not_specialize=["piece_stride"])
 def _decode(
-    qkv, out, parts, logs, arrived, pool, cos_sin, norm_weight, eps, tables, width, contexts, pieces, piece_stride,
+    qkv, out, parts, logs, arrived, pool, cos_sin, norm_weight, eps, tables, width, pieces, piece_stride,
     scale, block_stride, layer_offset,
     N: tl.constexpr, K: tl.constexpr, D: tl.constexpr, PADDED_D: tl.constexpr, PACK: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr, STEP: tl.constexpr, STAGES: tl.constexpr, HAS_NORM: tl.constexpr,
+    PADDED_G: tl.constexpr, AT_ONCE: tl.constexpr, BLOCK_SIZE: tl.constexpr, STEP: tl.constexpr,
+    STAGES: tl.constexpr, AHEAD: tl.constexpr, HAS_NORM: tl.constexpr,
 ):  # fmt: skip
-    begin()
     head, piece = tl.program_id(0), tl.program_id(1)
+    # What the host has written, and blocks of earlier steps, may be read before the kernel in front has ended.
     row = tl.load(pieces + piece)
+    part, num_parts = tl.load(pieces + piece_stride + piece), tl.load(pieces + 2 * piece_stride + piece)
+    # The piece takes positions [first, last) from the pool. `position` is the new token's.
+    first, last = tl.load(pieces + 3 * piece_stride + piece), tl.load(pieces + 4 * piece_stride + piece)
+    # Of pieces that are none, only the row is written.
+    position = tl.where(row < 0, 0, tl.load(pieces + 5 * piece_stride + piece))
+    keys, table = pool + layer_offset + head * D, tables + row.to(tl.int64) * tl.load(width)
+    if (row >= 0) & (last > first):
+        _fetch_ahead(keys, table, first, last, block_stride, D, K, BLOCK_SIZE, AHEAD)
+    packed, d = tl.arange(0, PACK), tl.arange(0, PADDED_D)[None, :]
+    heads, used, one = (head * (N // K) + packed)[:, None], (packed < N // K)[:, None], tl.full((1, 1), 1, tl.int1)
+    key_head = N + head + tl.zeros((1, 1), tl.int32)
+    angles = load_angles(cos_sin + position * D + tl.zeros((1, 1), tl.int32), one, D, PADDED_D)
+    query_norm, key_norm = angles, angles
+    if HAS_NORM:
+        query_norm = load_halves(norm_weight + heads * D, used, D, PADDED_D)
+        key_norm = load_halves(norm_weight + key_head * D, one, D, PADDED_D)
+    begin()
     if row < 0:
         return
-    part, num_parts = tl.load(pieces + piece_stride + piece), tl.load(pieces + 2 * piece_stride + piece)
-    # The new token's position. The piece takes positions [first, last) from the pool.
-    position = tl.load(contexts + row) - 1
-    span = tl.load(pieces + 3 * piece_stride + piece)
-    first, last = part * span, tl.minimum(part * span + span, position)
-    packed, d = tl.arange(0, PACK), tl.arange(0, PADDED_D)[None, :]
-    heads, used = (head * (N // K) + packed)[:, None], (packed < N // K)[:, None]
     qkv_row, out_row = qkv + row.to(tl.int64) * ((N + 2 * K) * D), out + row.to(tl.int64) * (N * D)
-    angles = cos_sin + position * D + tl.zeros((PACK, 1), tl.int32)
-    query = load_rotated(qkv_row + heads * D, used, norm_weight + heads * D, angles, eps, D, PADDED_D, HAS_NORM)
-    keys, table = pool + layer_offset + head * D, tables + row.to(tl.int64) * tl.load(width)
+    # All loads come before the first result is needed.
+    query_halves = load_halves(qkv_row + heads * D, used, D, PADDED_D)
+    key_halves = load_halves(qkv_row + key_head * D, one, D, PADDED_D)
+    value = tl.load(qkv_row + (N + K + head) * D + d, mask=d < D, other=0.0)
+    query = rotated(query_halves, query_norm, angles, eps, D, HAS_NORM)
     if part == num_parts - 1:
+        key = rotated(key_halves, key_norm, angles, eps, D, HAS_NORM)
         block = tl.load(table + position // BLOCK_SIZE).to(tl.int64)
         place = block * block_stride + (position % BLOCK_SIZE) * (K * D)
-        state = _new_token(
-            qkv_row, query, cos_sin, position, norm_weight, eps, head, keys, place, scale,
-            N, K, D, PADDED_D, BLOCK_SIZE, PACK, HAS_NORM,
-        )  # fmt: skip
+        tl.store(keys + place + d, key, mask=d < D)
+        tl.store(keys + BLOCK_SIZE * K * D + place + d, value, mask=d < D)
+        state = _seen_itself(query, key, value, scale, PACK, PADDED_D)
     else:
         state = nothing_seen(PACK, PADDED_D)
     state = attend_paged(
@@ -127,7 +147,10 @@ def _decode(
         tl.store(out_row + heads * D + d, result, mask=used & (d < D))
     else:
         counter = arrived + row * K + head
-        _leave(state, parts, logs, counter, out_row, piece, part, num_parts, head, N, K, D, PADDED_D, PACK)
+        _leave(
+            state, parts, logs, counter, out_row, piece, part, num_parts, head, N, K, D, PADDED_D, PACK, PADDED_G,
+            AT_ONCE,
+        )  # fmt: skip
 
 
 class DecodeWorkspace:
@@ -151,26 +174,26 @@ def decode_attention(
     norm: tuple[torch.Tensor, float] | None,
     tables: torch.Tensor,
     width: torch.Tensor,
-    contexts: torch.Tensor,
     pieces: torch.Tensor,
     workspace: DecodeWorkspace,
 ) -> None:
     """Store the new tokens of the rows that `pieces` name, and attend from them to their contexts.
 
     qkv: (>=R, (N + 2 K) * D), neither normed nor rotated. out: (>=R, N * D), written. cos_sin, norm, pool: see
-    `store_kv`. tables: (R * width,) int32, block numbers. width: one int32, on the device. contexts: (R,) int32, new
-    tokens included. pieces: (4, P) int32, see `DecodePieces.cut`; those of row -1 are none.
+    `store_kv`. tables: (R * width,) int32, block numbers. width: one int32, on the device. pieces: (6, P) int32, see
+    `DecodePieces.cut`; those of row -1 are none. Of these, and of the pool's earlier tokens, nothing may be written by
+    a kernel of the same step.
     """
     _, _, _, block_size, num_kv_heads, head_dim = pool.shape
     num_heads = out.shape[1] // head_dim
     padded = max(16, triton.next_power_of_2(head_dim))
-    pack = max(16, triton.next_power_of_2(num_heads // num_kv_heads))
+    group = triton.next_power_of_2(num_heads // num_kv_heads)
     # Float32 tiles are twice as large, and wide heads too: fewer of them fit into the shared memory.
     narrow = pool.dtype.itemsize == 2 and padded <= 128
     weight, eps = norm or (cos_sin, 0.0)
     _decode[(num_kv_heads, pieces.shape[1])](
         qkv, out, workspace.parts, workspace.logs, workspace.arrived, pool, cos_sin, weight, eps, tables, width,
-        contexts, pieces, pieces.stride(0), head_dim**-0.5 * _LOG2_E, pool.stride(0), layer * pool.stride(1),
-        num_heads, num_kv_heads, head_dim, padded, pack, block_size, TILE if narrow else TILE // 2,
-        3 if narrow else 2, norm is not None, num_warps=4, **LAUNCH,
+        pieces, pieces.stride(0), head_dim**-0.5 * _LOG2_E, pool.stride(0), layer * pool.stride(1),
+        num_heads, num_kv_heads, head_dim, padded, max(16, group), group, max(2, _JOINED_AT_ONCE // (group * padded)),
+        block_size, *((64, 3) if narrow else (32, 2)), _AHEAD, norm is not None, num_warps=4, **LAUNCH,
     )  # fmt: skip

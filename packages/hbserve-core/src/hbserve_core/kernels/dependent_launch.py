@@ -31,3 +31,13 @@ def begin():
     if DEPENDENT:
         cuda.gdc_launch_dependents()
         cuda.gdc_wait()
+
+
+@triton.jit
+def prefetch(pointers):
+    """Ask for the cache lines at `pointers`, a tensor of any shape, to come into the second-level cache."""
+    if DEPENDENT:
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [pointers.to(tl.int64)], dtype=tl.int32, is_pure=False,
+            pack=1,
+        )  # fmt: skip

@@ -1,8 +1,9 @@
-"""Products of very few rows with a weight matrix: what one stream's decode step consists of.
+"""Products of one row, or two, with a weight matrix (GEMV): what one stream's decode step consists of.
 
 Such a product is as fast as its weights can be read, and a step is a chain of them, so what surrounds a product is done
-inside it: the norm before it, and the residual addition or silu(gate) * up after it.
-Shapes: M rows (1, 2 or 4), I inputs, O outputs.
+inside it: the norm before it, and the residual addition or silu(gate) * up after it. Each program has all inputs of a
+few outputs, and has asked for their weights before the kernel in front of it has ended.
+Shapes: M rows (1 or 2), I inputs, O outputs.
 """
 
 import torch
@@ -11,7 +12,8 @@ import triton.language as tl
 
 from hbserve_core.kernels.dependent_launch import LAUNCH, begin
 
-_AT_ONCE = 16384
+_STEP_BYTES = 8192
+"""Of a weight row, and so of `given`, M times as many numbers: all of both stays in registers."""
 
 
 @triton.jit
@@ -102,9 +104,9 @@ def small_linear(
     out = add_to
     if out is None:
         out = torch.empty((rows, outputs), dtype=dtype or x.dtype, device=x.device)
-    # About 32 KiB of weights for each program, in one piece unless a single row is longer.
-    step = min(_AT_ONCE, triton.next_power_of_2(size))
-    per_program = max(1, min(32, _AT_ONCE // step // (2 if gated else 1)))
+    step = min(_STEP_BYTES // weight.dtype.itemsize, triton.next_power_of_2(size))
+    # Programs of one row that are as small as this are many, so the last wave is short. With two, the input counts.
+    per_program = 4 if rows == 1 or step > 2048 else 8
     norm_weight, eps = norm or (x, 0.0)
     _small_linear[(triton.cdiv(outputs, per_program),)](
         x, weight, weight if bias is None else bias, norm_weight, out, eps, rows, size, outputs, step, per_program,

@@ -1,0 +1,117 @@
+"""Products of a step's rows with weights on CUDA, each by the kernel that is fastest for its shape.
+
+    rows          16-bit numbers                              float32
+    1             small_linear                                small_linear
+    2             small_linear for small matrices             small_linear
+    3 … 64        skinny_linear                               cuBLAS
+    65 …          cuBLAS                                      cuBLAS
+What is not in cuBLAS has norms, gates and additions in it or near it, and starts before the kernel in front has ended.
+benchmarks/cuda_products.py measures all of them beside each other; docs/performance.md has what it found.
+Shapes: M rows, I inputs, O outputs, E hidden_size.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from hbserve_core.kernels.gated import silu_mul
+from hbserve_core.kernels.norm import rms_norm
+from hbserve_core.kernels.skinny_linear import SkinnyWorkspace, num_tiles, skinny_linear
+from hbserve_core.kernels.small_linear import small_linear
+from hbserve_core.linear import Linear
+from hbserve_core.norm import RmsNorm
+
+_MOST_SKINNY_ROWS = 64
+_SMALL_MATRIX = 1 << 23
+"""Numbers of a matrix that two rows are multiplied with by `small_linear`."""
+_FEWEST_INPUTS = 512
+"""Of one split: the sum of the splits must not cost more than their reading in parallel gives."""
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """How one product is computed."""
+
+    kernel: Literal["small", "skinny", "cublas"]
+    padded_rows: int = 0
+    splits: int = 1
+    """Of the inputs, a power of two."""
+
+
+def choose(rows: int, weight: tuple[int, int], itemsize: int, gated: bool, num_processors: int) -> Choice:
+    """The fastest way to multiply so many rows with a (O, I) weight matrix of numbers of `itemsize` bytes.
+
+    gated: the matrix holds gates and ups, O / 2 each.
+    """
+    outputs, inputs = weight
+    if rows == 1 or (rows == 2 and (itemsize > 2 or outputs * inputs <= _SMALL_MATRIX)):
+        return Choice("small")
+    if itemsize > 2 or rows > _MOST_SKINNY_ROWS:
+        return Choice("cublas")
+    most = max(1, min(num_processors // num_tiles(outputs // 2 if gated else outputs, gated), inputs // _FEWEST_INPUTS))
+    return Choice("skinny", max(16, 1 << (rows - 1).bit_length()), 1 << (most.bit_length() - 1))
+
+
+class CudaProducts:
+    """Products with the weights of one model, or of one rank's part of it. Waits for nothing."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._num_processors = _num_processors(device)
+        self._workspace = SkinnyWorkspace(self._num_processors, _MOST_SKINNY_ROWS, device)
+
+    def of_normed(self, hidden: torch.Tensor, norm: RmsNorm, linear: Linear) -> torch.Tensor:
+        """(M, O) of rows (M, E), which are normed first."""
+        choice = self._choose(hidden, linear)
+        if choice.kernel == "small":
+            return small_linear(hidden, linear.weight, linear.bias, norm=(norm.weight, norm.eps))
+        return self._multiply(choice, rms_norm(hidden, norm.weight, norm.eps), linear)
+
+    def gated(self, hidden: torch.Tensor, norm: RmsNorm, linear: Linear) -> torch.Tensor:
+        """silu(gate) * up, (M, O), of rows (M, E), which are normed first; the weight is (2 O, E), gates then ups."""
+        choice = self._choose(hidden, linear, gated=True)
+        if choice.kernel == "small":
+            return small_linear(hidden, linear.weight, linear.bias, norm=(norm.weight, norm.eps), gated=True)
+        normed = rms_norm(hidden, norm.weight, norm.eps)
+        if choice.kernel == "cublas":
+            return silu_mul(linear(normed))
+        return self._skinny(choice, normed, linear, gated=True)
+
+    def of(self, inputs: torch.Tensor, linear: Linear) -> torch.Tensor:
+        """(M, O) of rows (M, I)."""
+        return self._multiply(self._choose(inputs, linear), inputs, linear)
+
+    def add_to(self, target: torch.Tensor, inputs: torch.Tensor, linear: Linear) -> None:
+        """Add the product of rows (M, I) to `target` (M, O) in place, rounded once."""
+        choice = self._choose(inputs, linear)
+        if choice.kernel == "small":
+            small_linear(inputs, linear.weight, linear.bias, add_to=target)
+        elif choice.kernel == "cublas":
+            linear.add_to(target, inputs)
+        else:
+            self._skinny(choice, inputs, linear, add_to=target)
+
+    def _choose(self, rows: torch.Tensor, linear: Linear, gated: bool = False) -> Choice:
+        outputs, inputs = linear.weight.shape
+        return choose(len(rows), (outputs, inputs), linear.weight.dtype.itemsize, gated, self._num_processors)
+
+    def _multiply(self, choice: Choice, inputs: torch.Tensor, linear: Linear) -> torch.Tensor:
+        if choice.kernel == "small":
+            return small_linear(inputs, linear.weight, linear.bias)
+        if choice.kernel == "cublas":
+            return linear(inputs)
+        return self._skinny(choice, inputs, linear)
+
+    def _skinny(
+        self, choice: Choice, inputs: torch.Tensor, linear: Linear, *, add_to: torch.Tensor | None = None,
+        gated: bool = False,
+    ) -> torch.Tensor:  # fmt: skip
+        return skinny_linear(
+            inputs, linear.weight, linear.bias, padded_rows=choice.padded_rows, splits=choice.splits,
+            workspace=self._workspace, add_to=add_to, gated=gated,
+        )  # fmt: skip
+
+
+def _num_processors(device: torch.device) -> int:
+    # Triton's interpreter, in which tests run on a CPU, has none.
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4

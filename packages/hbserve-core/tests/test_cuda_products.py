@@ -1,0 +1,79 @@
+"""Which kernel multiplies which shape: the table that was measured, without a GPU."""
+
+import pytest
+
+pytest.importorskip("triton", reason="torch has Triton on Linux only")
+
+from hbserve_core.cuda_products import Choice, choose
+from hbserve_core.kernels.skinny_linear import num_tiles
+
+PROCESSORS = 132
+# hidden_size, intermediate_size, heads, key heads, head_dim
+MODELS = {
+    "SmolLM2-135M": (576, 1536, 9, 3, 64), "Qwen3-0.6B": (1024, 3072, 16, 8, 128), "Qwen3-4B": (2560, 9728, 32, 8, 128),
+    "Qwen3-8B": (4096, 12288, 32, 8, 128), "Llama-3-8B": (4096, 14336, 32, 8, 128),
+    "Qwen3-32B": (5120, 25600, 64, 8, 128),
+}  # fmt: skip
+
+
+def weights(model, ranks=1):
+    """(O, I) and whether it is gates and ups, of each of a layer's products."""
+    hidden, inner, heads, key_heads, head_dim = MODELS[model]
+    heads, key_heads, inner = heads // ranks, max(1, key_heads // ranks), inner // ranks
+    return {
+        "qkv": ((heads + 2 * key_heads) * head_dim, hidden, False), "output": (hidden, heads * head_dim, False),
+        "gate_up": (2 * inner, hidden, True), "down": (hidden, inner, False),
+    }  # fmt: skip
+
+
+def chosen(rows, weight, itemsize=2):
+    outputs, inputs, gated = weight
+    return choose(rows, (outputs, inputs), itemsize, gated, PROCESSORS)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_one_row_is_a_gemv_few_are_a_skinny_product_and_many_are_for_cublas(model):
+    for weight in weights(model).values():
+        assert chosen(1, weight) == Choice("small")
+        for rows in range(3, 65):
+            found = chosen(rows, weight)
+            assert found.kernel == "skinny"
+            assert found.padded_rows >= max(16, rows)
+            assert found.padded_rows in (16, 32, 64)
+        assert {chosen(rows, weight).kernel for rows in (65, 80, 128, 256)} == {"cublas"}
+
+
+def test_two_rows_are_a_gemv_where_the_matrix_is_small():
+    assert {chosen(2, weight).kernel for weight in weights("Qwen3-0.6B").values()} == {"small"}
+    assert {chosen(2, weight).kernel for weight in weights("Qwen3-8B").values()} == {"skinny"}
+    assert chosen(2, (151936, 1024, False)).kernel == "skinny"
+
+
+def test_float32_is_multiplied_by_kernels_that_do_not_round_it():
+    for rows in range(1, 257):
+        kernels = {chosen(rows, weight, itemsize=4).kernel for weight in weights("Qwen3-8B").values()}
+        assert kernels == ({"small"} if rows <= 2 else {"cublas"})
+
+
+@pytest.mark.parametrize(
+    ("model", "splits"),
+    [
+        ("Qwen3-0.6B", {"qkv": 2, "output": 4, "gate_up": 1, "down": 4}),
+        ("Qwen3-8B", {"qkv": 1, "output": 2, "gate_up": 1, "down": 2}),
+        ("Qwen3-32B", {"qkv": 1, "output": 1, "gate_up": 1, "down": 1}),
+    ],
+)
+def test_inputs_are_split_where_there_are_too_few_tiles_for_the_processors(model, splits):
+    assert {name: chosen(8, weight).splits for name, weight in weights(model).items()} == splits
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_split_product_fits_the_workspace(model, ranks):
+    if MODELS[model][2] % ranks:
+        ranks = 3
+    for outputs, inputs, gated in weights(model, ranks).values():
+        splits = chosen(8, (outputs, inputs, gated)).splits
+        assert splits == 1 or splits * num_tiles(outputs // 2 if gated else outputs, gated) <= PROCESSORS
+        assert splits & (splits - 1) == 0
+        assert inputs // splits >= min(512, inputs)
