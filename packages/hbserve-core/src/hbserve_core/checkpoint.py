@@ -1,4 +1,4 @@
-"""Where the tensors of a model come from: safetensors files, or random numbers of the same shapes.
+"""Where the tensors of a model come from: safetensors files, or invented numbers (see dummy_checkpoint.py).
 
 Tensors carry their Hugging Face names, such as "model.layers.0.self_attn.q_proj.weight".
 """
@@ -6,8 +6,9 @@ Tensors carry their Hugging Face names, such as "model.layers.0.self_attn.q_proj
 import hashlib
 import json
 from collections.abc import Mapping
+from math import prod
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -21,9 +22,39 @@ _SINGLE = "model.safetensors"
 _SAMPLES_PER_TENSOR = 64
 
 
+class TensorPart(NamedTuple):
+    """Some rows of a tensor and, of a matrix, some columns of these. What lies beyond its end is not in it."""
+
+    name: str
+    rows: slice = slice(None)
+    columns: slice = slice(None)
+
+    def ranges(self, shape: tuple[int, ...]) -> tuple[range, ...]:
+        """Rows, and of a matrix columns, of a whole tensor of this shape."""
+        return tuple(range(size)[part] for size, part in zip(shape, (self.rows, self.columns), strict=False))
+
+
 class TensorSource(Protocol):
-    def get(self, name: str) -> torch.Tensor:
-        """The tensor, of the checkpoint's dtype or the engine's, on the CPU or on the engine's device."""
+    def read(self, part: TensorPart, target: torch.Tensor) -> None:
+        """Write a part of a tensor to a tensor of its shape, in the target's dtype and on its device."""
+
+    def sample(self, name: str) -> torch.Tensor:
+        """The numbers at `sampled_places` of the whole tensor, float32, on the CPU: the same on every rank."""
+
+
+def sampled_places(shape: tuple[int, ...]) -> range:
+    """Fewer than 128 places in a flattened tensor, spread over it."""
+    size = prod(shape)
+    return range(0, size, max(1, size // _SAMPLES_PER_TENSOR))
+
+
+def weights_digest(source: TensorSource, shapes: Shapes) -> str:
+    """Of a sample of all tensors' numbers: two instances can tell by it whether they have the same weights without
+    reading each other's files."""
+    whole = hashlib.sha256()
+    for name, shape in sorted(shapes.items()):
+        whole.update(hashlib.sha256(f"{name} {shape}".encode() + source.sample(name).numpy().tobytes()).digest())
+    return whole.hexdigest()[:32]
 
 
 class Checkpoint:
@@ -39,7 +70,15 @@ class Checkpoint:
         self._places = {name: file for file in files for name in file.keys()}  # noqa: SIM118
         self._check(config, shapes)
 
-    def get(self, name: str) -> torch.Tensor:
+    def read(self, part: TensorPart, target: torch.Tensor) -> None:
+        # A copy in any case: what safetensors maps into memory is slow to touch and keeps its file open.
+        target.copy_(self._tensor(part.name)[(part.rows, part.columns)[: target.dim()]])
+
+    def sample(self, name: str) -> torch.Tensor:
+        tensor = self._tensor(name)
+        return tensor.flatten()[:: sampled_places(tuple(tensor.shape)).step].float()
+
+    def _tensor(self, name: str) -> torch.Tensor:
         tensor: torch.Tensor = self._places[name].get_tensor(name)
         return tensor
 
@@ -55,44 +94,6 @@ class Checkpoint:
         if problems:
             more = f" … and {len(problems) - 12} more" if len(problems) > 12 else ""
             raise WeightsMismatch(f"weights in {str(config.path)!r}: {'; '.join(problems[:12])}{more}")
-
-
-class DummyCheckpoint:
-    """Random weights that depend on the tensor's name and shape only: every process makes the same ones."""
-
-    def __init__(self, shapes: Shapes, dtype: torch.dtype) -> None:
-        self._shapes = shapes
-        self._dtype = dtype
-
-    def get(self, name: str) -> torch.Tensor:
-        tensor = torch.empty(self._shapes[name], dtype=self._dtype, device="cpu")
-        if "norm" in name:
-            return tensor.fill_(1)
-        if name.endswith(".bias"):
-            return tensor.zero_()
-        generator = torch.Generator(device="cpu")
-        generator.manual_seed(int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "big"))
-        return tensor.normal_(0, 0.02, generator=generator)
-
-
-class DigestingSource:
-    """Passes tensors through and digests a sample of their numbers, so that two instances can tell whether they hold
-    the same weights without reading each other's files."""
-
-    def __init__(self, source: TensorSource) -> None:
-        self._source = source
-        self._digests: dict[str, bytes] = {}
-
-    def get(self, name: str) -> torch.Tensor:
-        tensor = self._source.get(name)
-        flat = tensor.flatten()
-        sample = flat[:: max(1, len(flat) // _SAMPLES_PER_TENSOR)].float().cpu().numpy()
-        self._digests[name] = hashlib.sha256(f"{name} {tuple(tensor.shape)}".encode() + sample.tobytes()).digest()
-        return tensor
-
-    def digest(self) -> str:
-        """Of all tensors read so far, whatever their order."""
-        return hashlib.sha256(b"".join(self._digests[name] for name in sorted(self._digests))).hexdigest()[:32]
 
 
 def _may_be_ignored(name: str, config: ModelConfig) -> bool:
