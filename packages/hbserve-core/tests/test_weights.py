@@ -1,7 +1,10 @@
 """Loading weights: what is wrong with a folder is said at once and completely; invented ones are the same anywhere."""
 
+import contextlib
 import hashlib
+import os
 import shutil
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -9,12 +12,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from hbserve_core.checkpoint import Checkpoint, TensorPart, sampled_places
+from hbserve_core.checkpoint import Checkpoint
 from hbserve_core.dummy_checkpoint import DummyCheckpoint
 from hbserve_core.errors import ModelFilesMissing, WeightsMismatch
 from hbserve_core.linear import Linear
 from hbserve_core.model_config import load_model_config
 from hbserve_core.shard import Shard
+from hbserve_core.tensor_source import TensorPart, sampled_places
 from hbserve_core.weights import checkpoint_shapes, load_weights
 
 CPU = torch.device("cpu")
@@ -105,22 +109,92 @@ def test_the_digest_tells_models_apart(copy_of):
     assert load(folder).digest != original
 
 
-def test_shards_hold_what_one_file_holds(model_folder):
-    config = load_model_config(model_folder("qwen2-sharded"))
+def test_a_whole_file_is_preferred_to_an_index_beside_it(copy_of):
+    """As transformers does it: whoever exports a model again as one file may leave the old index behind."""
+    folder = copy_of("llama")
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"model.norm.weight": "gone.safetensors"}}')
+    load(folder)
+
+
+def test_a_tensor_of_integers_is_refused(copy_of):
+    file = copy_of("llama") / "model.safetensors"
+    save_file(load_file(file) | {"model.norm.weight": torch.ones(64, dtype=torch.int8)}, file)
+    with pytest.raises(WeightsMismatch, match=r"model\.norm\.weight has dtype I8, expected one of F64, F32, F16, BF16"):
+        load(file.parent)
+
+
+def test_a_file_that_is_cut_off_while_it_is_read_is_named(copy_of):
+    file = copy_of("llama") / "model.safetensors"
+    config = load_model_config(file.parent)
     shapes = checkpoint_shapes(config)
-    checkpoint = Checkpoint(config, shapes)
+    with contextlib.closing(Checkpoint(config, shapes, CPU)) as checkpoint:
+        os.truncate(file, file.stat().st_size // 2)
+        with pytest.raises(WeightsMismatch, match=r"model\.safetensors was cut off while it was read"):
+            [read(checkpoint, TensorPart(name), shape) for name, shape in shapes.items()]
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_files_and_threads_are_gone_when_weights_are_loaded(copy_of, broken):
+    folder = copy_of("qwen2-sharded")
+    if broken:
+        (folder / "model-00006-of-00006.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1")
+    with contextlib.suppress(WeightsMismatch):
+        load(folder)
+    assert not [link for link in Path("/proc/self/fd").iterdir() if str(folder) in os.path.realpath(link)]
+    assert not [thread.name for thread in threading.enumerate() if "weights" in thread.name]
+
+
+def read(source, part, shape, dtype=torch.float32, device=CPU):
+    target = torch.full(part.shape(shape), float("nan"), dtype=dtype, device=device)
+    source.read(part, target)
+    return target
+
+
+PARTS = [
+    *((rows, slice(None)) for rows in (slice(None), slice(0, 32), slice(31, 32), slice(60, 90), slice(64, 90))),
+    *((slice(None), columns) for columns in (slice(0, 32), slice(32, 64), slice(63, 90))),
+    (slice(3, 17), slice(5, 6)),
+]
+
+
+@pytest.mark.parametrize("piece_bytes", [4 << 20, 512])
+@pytest.mark.parametrize("name", ["qwen2-sharded", "llama"])
+def test_what_is_read_is_what_the_files_hold(model_folder, monkeypatch, name, piece_bytes):
+    monkeypatch.setattr("hbserve_core.staged_reader._PIECE_BYTES", piece_bytes)
+    config = load_model_config(model_folder(name))
+    shapes = checkpoint_shapes(config)
     tensors = {}
     for file in Path(config.path).glob("*.safetensors"):
         tensors |= load_file(file)
-    assert len(tensors) == len(shapes)
-    for name, shape in shapes.items():
-        assert torch.equal(read(checkpoint, TensorPart(name), shape), tensors[name])
+    with contextlib.closing(Checkpoint(config, shapes, CPU)) as checkpoint:
+        for each, shape in shapes.items():
+            assert torch.equal(read(checkpoint, TensorPart(each), shape), tensors[each])
+            assert torch.equal(checkpoint.sample(each), tensors[each].flatten()[list(sampled_places(shape))])
+        projection = "model.layers.1.self_attn.q_proj.weight"
+        for rows, columns in PARTS:
+            found = read(checkpoint, TensorPart(projection, rows, columns), shapes[projection])
+            assert torch.equal(found, tensors[projection][rows, columns])
 
 
-def read(source, part, shape, dtype=torch.float32):
-    target = torch.full(tuple(map(len, part.ranges(shape))), float("nan"), dtype=dtype)
-    source.read(part, target)
-    return target
+@pytest.mark.parametrize("stored", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_weights_are_rounded_once_to_the_dtype_of_the_engine(copy_of, monkeypatch, stored, device):
+    monkeypatch.setattr("hbserve_core.staged_reader._PIECE_BYTES", 1024)  # many pieces, for all threads
+    file = copy_of("llama") / "model.safetensors"
+    tensors = {name: tensor.to(stored) for name, tensor in load_file(file).items()}
+    save_file(tensors, file)
+    config = load_model_config(file.parent)
+    shapes = checkpoint_shapes(config)
+    with contextlib.closing(Checkpoint(config, shapes, torch.device(device))) as checkpoint:
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            for name, shape in shapes.items():
+                found = read(checkpoint, TensorPart(name), shape, dtype, device)
+                assert torch.equal(found.cpu(), tensors[name].to(dtype))
+
+
+def test_weights_may_be_loaded_in_inference_mode(model_folder):
+    with torch.inference_mode():
+        load(model_folder("llama"))
 
 
 # ---- load_format "dummy" ---------------------------------------------------------------------------------------------

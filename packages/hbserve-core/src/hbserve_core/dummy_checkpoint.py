@@ -4,22 +4,21 @@ A number follows from the tensor's name and from its place in the whole tensor, 
 no more than its part, on its own device. Only integer arithmetic and float operations that every device rounds alike
 are used: a logarithm or a cosine differs from one mathematical library to the next, and torch's generators from one
 device to the next.
-Shapes: R rows, C columns of the part of a tensor.
 """
 
 import hashlib
-from collections.abc import Iterator, Mapping
 
 import torch
 
-from hbserve_core.checkpoint import TensorPart, sampled_places
+from hbserve_core.tensor_source import Shapes, TensorPart, row_pieces, sampled_places
 
 _STD = 0.02
 # A sum of four bytes that are uniform and independent: its mean, and its standard deviation.
 _MEAN_OF_SUM = 510
 _STD_OF_SUM = (4 * (256**2 - 1) / 12) ** 0.5
-# How many are made at once, at some 16 bytes each on the way: what the caches hold, and on a GPU enough to fill it.
-_CPU_PIECE = 1 << 16
+# How many are made at once, at some 16 bytes each on the way. On a CPU fewer than torch would share among its threads:
+# on a busy machine, threads that meet after every short operation wait for each other most of the time.
+_CPU_PIECE = (1 << 15) - 1
 _GPU_PIECE = 1 << 22
 
 
@@ -30,7 +29,7 @@ class DummyCheckpoint:
     tensors of more than 2^32 elements they repeat.
     """
 
-    def __init__(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    def __init__(self, shapes: Shapes) -> None:
         self._shapes = shapes
 
     def read(self, part: TensorPart, target: torch.Tensor) -> None:
@@ -42,7 +41,8 @@ class DummyCheckpoint:
         keys = _keys(part.name)
         rows, columns = part.ranges(shape)
         within_row = torch.arange(columns.start, columns.stop, dtype=torch.int32, device=target.device)
-        for piece in _pieces(len(rows), len(columns), target.device):
+        most = _CPU_PIECE if target.device.type == "cpu" else _GPU_PIECE
+        for piece in row_pieces(len(rows), len(columns), most):
             first = torch.arange(rows[piece].start, rows[piece].stop, dtype=torch.int64, device=target.device)
             places = (first * shape[1]).to(torch.int32)[:, None] + within_row
             target[piece].copy_(_numbers(places, keys))
@@ -53,6 +53,9 @@ class DummyCheckpoint:
         if constant is not None:
             return torch.full((len(places),), constant, dtype=torch.float32, device="cpu")
         return _numbers(torch.tensor(places, dtype=torch.int64, device="cpu").to(torch.int32), _keys(name))
+
+    def close(self) -> None:
+        """Nothing to end."""
 
 
 def _constant(name: str) -> float | None:
@@ -65,12 +68,6 @@ def _keys(name: str) -> tuple[int, int]:
     digest = hashlib.sha256(name.encode()).digest()
     first, second = (int.from_bytes(digest[i : i + 4], "big", signed=True) for i in (0, 4))
     return first, second
-
-
-def _pieces(num_rows: int, num_columns: int, device: torch.device) -> Iterator[slice]:
-    """Rows to make at once, so that what is needed on the way is small."""
-    count = max(1, (_CPU_PIECE if device.type == "cpu" else _GPU_PIECE) // num_columns)
-    return (slice(first, min(first + count, num_rows)) for first in range(0, num_rows, count))
 
 
 def _numbers(places: torch.Tensor, keys: tuple[int, int]) -> torch.Tensor:
