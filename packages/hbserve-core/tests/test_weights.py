@@ -1,14 +1,24 @@
-"""Loading weights: what is wrong with a folder is said at once and completely."""
+"""Loading weights: what is wrong with a folder is said at once and completely; invented ones are the same anywhere."""
 
+import contextlib
+import hashlib
+import os
 import shutil
+import threading
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from hbserve_core.checkpoint import Checkpoint, DummyCheckpoint
+from hbserve_core.checkpoint import Checkpoint
+from hbserve_core.dummy_checkpoint import DummyCheckpoint
 from hbserve_core.errors import ModelFilesMissing, WeightsMismatch
+from hbserve_core.linear import Linear
 from hbserve_core.model_config import load_model_config
+from hbserve_core.shard import Shard
+from hbserve_core.tensor_source import TensorPart, sampled_places
 from hbserve_core.weights import checkpoint_shapes, load_weights
 
 CPU = torch.device("cpu")
@@ -99,10 +109,203 @@ def test_the_digest_tells_models_apart(copy_of):
     assert load(folder).digest != original
 
 
-def test_shards_hold_what_one_file_holds(model_folder):
-    config = load_model_config(model_folder("qwen2-sharded"))
+def test_a_whole_file_is_preferred_to_an_index_beside_it(copy_of):
+    """As transformers does it: whoever exports a model again as one file may leave the old index behind."""
+    folder = copy_of("llama")
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"model.norm.weight": "gone.safetensors"}}')
+    load(folder)
+
+
+def test_a_tensor_of_integers_is_refused(copy_of):
+    file = copy_of("llama") / "model.safetensors"
+    save_file(load_file(file) | {"model.norm.weight": torch.ones(64, dtype=torch.int8)}, file)
+    with pytest.raises(WeightsMismatch, match=r"model\.norm\.weight has dtype I8, expected one of F64, F32, F16, BF16"):
+        load(file.parent)
+
+
+def test_a_file_that_is_cut_off_while_it_is_read_is_named(copy_of):
+    file = copy_of("llama") / "model.safetensors"
+    config = load_model_config(file.parent)
     shapes = checkpoint_shapes(config)
-    checkpoint = Checkpoint(config, shapes)
-    assert {name: tuple(checkpoint.get(name).shape) for name in shapes} == shapes
-    dummy = DummyCheckpoint(shapes, torch.bfloat16)
-    assert {name: tuple(dummy.get(name).shape) for name in shapes} == shapes
+    with contextlib.closing(Checkpoint(config, shapes, CPU)) as checkpoint:
+        os.truncate(file, file.stat().st_size // 2)
+        with pytest.raises(WeightsMismatch, match=r"model\.safetensors was cut off while it was read"):
+            [read(checkpoint, TensorPart(name), shape) for name, shape in shapes.items()]
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_files_and_threads_are_gone_when_weights_are_loaded(copy_of, broken):
+    folder = copy_of("qwen2-sharded")
+    if broken:
+        (folder / "model-00006-of-00006.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1")
+    with contextlib.suppress(WeightsMismatch):
+        load(folder)
+    assert not [link for link in Path("/proc/self/fd").iterdir() if str(folder) in os.path.realpath(link)]
+    assert not [thread.name for thread in threading.enumerate() if "weights" in thread.name]
+
+
+def read(source, part, shape, dtype=torch.float32, device=CPU):
+    target = torch.full(part.shape(shape), float("nan"), dtype=dtype, device=device)
+    source.read(part, target)
+    return target
+
+
+PARTS = [
+    *((rows, slice(None)) for rows in (slice(None), slice(0, 32), slice(31, 32), slice(60, 90), slice(64, 90))),
+    *((slice(None), columns) for columns in (slice(0, 32), slice(32, 64), slice(63, 90))),
+    (slice(3, 17), slice(5, 6)),
+]
+
+
+@pytest.mark.parametrize("piece_bytes", [4 << 20, 512])
+@pytest.mark.parametrize("name", ["qwen2-sharded", "llama"])
+def test_what_is_read_is_what_the_files_hold(model_folder, monkeypatch, name, piece_bytes):
+    monkeypatch.setattr("hbserve_core.staged_reader._PIECE_BYTES", piece_bytes)
+    config = load_model_config(model_folder(name))
+    shapes = checkpoint_shapes(config)
+    tensors = {}
+    for file in Path(config.path).glob("*.safetensors"):
+        tensors |= load_file(file)
+    with contextlib.closing(Checkpoint(config, shapes, CPU)) as checkpoint:
+        for each, shape in shapes.items():
+            assert torch.equal(read(checkpoint, TensorPart(each), shape), tensors[each])
+            assert torch.equal(checkpoint.sample(each), tensors[each].flatten()[list(sampled_places(shape))])
+        projection = "model.layers.1.self_attn.q_proj.weight"
+        for rows, columns in PARTS:
+            found = read(checkpoint, TensorPart(projection, rows, columns), shapes[projection])
+            assert torch.equal(found, tensors[projection][rows, columns])
+
+
+@pytest.mark.parametrize("stored", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_weights_are_rounded_once_to_the_dtype_of_the_engine(copy_of, monkeypatch, stored, device):
+    monkeypatch.setattr("hbserve_core.staged_reader._PIECE_BYTES", 1024)  # many pieces, for all threads
+    file = copy_of("llama") / "model.safetensors"
+    tensors = {name: tensor.to(stored) for name, tensor in load_file(file).items()}
+    save_file(tensors, file)
+    config = load_model_config(file.parent)
+    shapes = checkpoint_shapes(config)
+    with contextlib.closing(Checkpoint(config, shapes, torch.device(device))) as checkpoint:
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            for name, shape in shapes.items():
+                found = read(checkpoint, TensorPart(name), shape, dtype, device)
+                assert torch.equal(found.cpu(), tensors[name].to(dtype))
+
+
+def test_weights_may_be_loaded_in_inference_mode(model_folder):
+    with torch.inference_mode():
+        load(model_folder("llama"))
+
+
+# ---- load_format "dummy" ---------------------------------------------------------------------------------------------
+
+SHAPES = {
+    "a.weight": (300, 700), "b.weight": (300, 700), "norm.weight": (700,), "a.bias": (300,), "vast.weight": (1 << 33, 8)
+}  # fmt: skip
+
+
+def dummy(name="a.weight", dtype=torch.float32, **part):
+    return read(DummyCheckpoint(SHAPES), TensorPart(name, **part), SHAPES[name], dtype)
+
+
+def test_dummy_weights_are_these_numbers_for_ever():
+    """Instances of two versions may serve one deployment, and measurements are compared."""
+    sums = dummy(rows=slice(298, None), columns=slice(697, None)) / 0.02 * (4 * (256**2 - 1) / 12) ** 0.5 + 510
+    assert sums.round().int().tolist() == [[585, 483, 527], [230, 600, 473]]
+
+
+def test_dummy_weights_are_the_published_hash_of_their_place():
+    """Beside plain Python, whose integers have no sign to shift in and do not wrap."""
+    digest = hashlib.sha256(b"a.weight").digest()
+    first, second = int.from_bytes(digest[:4], "big"), int.from_bytes(digest[4:8], "big")
+    found = dummy().flatten()
+    for place in (0, 1, 699, 700, 123_456, 209_999):
+        x = (place + first) % 2**32
+        x ^= x >> 16
+        x = x * 0x7FEB352D % 2**32 ^ second
+        x ^= x >> 15
+        x = x * 0x846CA68B % 2**32
+        x ^= x >> 16
+        number = np.float32(sum(x.to_bytes(4, "big")) - 510) * np.float32(0.02 / 21845**0.5)
+        assert found[place].item() == number
+
+
+def test_dummy_weights_are_about_normal_in_every_row_and_column():
+    found = dummy()
+    assert found.mean().item() == pytest.approx(0, abs=2e-4)
+    assert found.std().item() == pytest.approx(0.02, rel=0.01)
+    assert (found.abs() < 0.02).float().mean().item() == pytest.approx(0.683, abs=0.02)
+    assert (found.abs() < 0.04).float().mean().item() == pytest.approx(0.955, abs=0.01)
+    for over in (0, 1):
+        assert found.mean(over).abs().max() < 0.02 / found.shape[over] ** 0.5 * 5
+        assert found.std(over).sub(0.02).abs().max() < 0.02 / (2 * found.shape[over]) ** 0.5 * 5
+    # No direction is preferred: the largest singular value is that of a matrix of independent numbers.
+    assert torch.linalg.matrix_norm(found, 2).item() == pytest.approx(0.02 * (300**0.5 + 700**0.5), rel=0.05)
+
+
+def test_dummy_weights_of_different_names_have_nothing_in_common():
+    one, other = dummy("a.weight").flatten(), dummy("b.weight").flatten()
+    assert abs(torch.corrcoef(torch.stack((one, other)))[0, 1].item()) < 5 / len(one) ** 0.5
+    # Nor in another order.
+    runs = one.unfold(0, 4, 1)
+    assert not (runs == other[:4]).all(1).any()
+
+
+def test_dummy_norms_are_one_and_biases_zero():
+    assert dummy("norm.weight").unique().tolist() == [1]
+    assert dummy("a.bias").unique().tolist() == [0]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_dummy_weights_of_16_bits_are_those_of_32_rounded(dtype):
+    assert torch.equal(dummy(dtype=dtype), dummy().to(dtype))
+
+
+@pytest.mark.parametrize("rows", [slice(None), slice(0, 100), slice(100, 101), slice(299, 400), slice(300, 400)])
+@pytest.mark.parametrize("columns", [slice(None), slice(350, 700), slice(3, 4)])
+def test_a_part_of_dummy_weights_is_that_part_of_the_whole(rows, columns):
+    assert torch.equal(dummy(rows=rows, columns=columns), dummy()[rows, columns])
+
+
+def test_dummy_weights_do_not_depend_on_how_many_are_made_at_once(monkeypatch):
+    expected = dummy()
+    monkeypatch.setattr("hbserve_core.dummy_checkpoint._CPU_PIECE", 701)
+    assert torch.equal(dummy(), expected)
+
+
+def test_dummy_weights_repeat_after_2_to_the_32():
+    one, other = (dummy("vast.weight", rows=slice(first, first + 9)) for first in (5, 5 + (1 << 29)))
+    assert torch.equal(one, other)
+    assert not torch.equal(one, dummy("vast.weight", rows=slice(5 + (1 << 28), 14 + (1 << 28))))
+
+
+def test_a_sample_of_dummy_weights_is_of_what_is_read():
+    for name in ("a.weight", "norm.weight", "a.bias"):
+        found = DummyCheckpoint(SHAPES).sample(name)
+        assert torch.equal(found, dummy(name).flatten()[list(sampled_places(SHAPES[name]))])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_dummy_weights_are_the_same_on_the_gpu(dtype):
+    for part in (TensorPart("a.weight"), TensorPart("a.weight", slice(7, 200), slice(350, 700))):
+        expected = read(DummyCheckpoint(SHAPES), part, SHAPES[part.name], dtype)
+        found = torch.empty_like(expected, device="cuda")
+        DummyCheckpoint(SHAPES).read(part, found)
+        assert torch.equal(found.cpu(), expected)
+
+
+@pytest.mark.parametrize("load_format", ["safetensors", "dummy"])
+@pytest.mark.parametrize("size", [2, 4])
+def test_weights_are_the_same_on_every_rank_count(model_folder, monkeypatch, load_format, size):
+    monkeypatch.setattr("hbserve_core.weights.make_linear", Linear)  # as they are, not packed
+    config = load_model_config(model_folder("llama"))
+    whole = load_weights(config, load_format, torch.float32, CPU)
+    ranks = [load_weights(config, load_format, torch.float32, CPU, Shard(rank, size)) for rank in range(size)]
+    assert {rank.digest for rank in ranks} == {whole.digest}
+    assert torch.equal(torch.cat([rank.embedding for rank in ranks]), whole.embedding)
+    for layer, expected in enumerate(whole.layers):
+        parts = [rank.layers[layer] for rank in ranks]
+        assert torch.equal(torch.cat([part.down.weight for part in parts], dim=1), expected.down.weight)
+        gates = [part.gate_up.weight.chunk(2)[0] for part in parts]
+        assert torch.equal(torch.cat(gates), expected.gate_up.weight.chunk(2)[0])

@@ -28,7 +28,8 @@ class InstanceConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     model_path: str
     """A Hugging Face model folder."""
     load_format: Literal["safetensors", "dummy"] = "safetensors"
-    """"dummy" needs only config.json and fills the weights with random numbers (seeded: the same on each instance)."""
+    """"dummy" needs only config.json and invents the weights: the same numbers on each instance, whatever its device
+    and number of ranks."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """"auto" takes the checkpoint's."""
     device: str = "auto"

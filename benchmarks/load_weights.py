@@ -1,0 +1,224 @@
+"""Loading weights beside its limits, in one run: a model of a given size, from safetensors files and invented.
+
+    python benchmarks/load_weights.py --gigabytes 16 --device cuda
+    python benchmarks/load_weights.py --gigabytes 1 --device cpu
+
+Writes a model of random numbers to a temporary folder (`--folder` says where), loads it twice, and compares what was
+loaded with what was written. The files are in the system's page cache then, so the limits are those of memory: reading
+the files into small buffers, and copying from the host to the device. The peer is safetensors' own
+`load_file(path, device)`. With --ranks, the part of the last of so many ranks is loaded too.
+"""
+
+import argparse
+import json
+import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from time import perf_counter
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+
+from hbserve_core.dummy_checkpoint import DummyCheckpoint
+from hbserve_core.linear import Linear
+from hbserve_core.model_config import load_model_config
+from hbserve_core.shard import Shard
+from hbserve_core.tensor_source import TensorPart
+from hbserve_core.weights import DecoderWeights, checkpoint_shapes, load_weights
+
+DTYPE = torch.bfloat16
+SHARD_BYTES = 2 << 30
+# Qwen3-8B's, with as many layers as the size asks for and a small vocabulary.
+SIZES = {
+    "hidden_size": 4096, "intermediate_size": 12288, "num_attention_heads": 32, "num_key_value_heads": 8,
+    "head_dim": 128, "vocab_size": 16384, "max_position_embeddings": 4096, "rms_norm_eps": 1e-6,
+}  # fmt: skip
+
+
+def main() -> None:
+    args = arguments()
+    device = torch.device(args.device)
+    synchronize(device)
+    with tempfile.TemporaryDirectory(dir=args.folder, prefix="load-weights-") as temporary:
+        folder = Path(temporary)
+        write_config(folder, args.gigabytes)
+        print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {describe(device)}, Qwen3 in {DTYPE}")
+        measure_dummy(folder, device)
+        num_bytes = write_weights(folder)
+        measure_limits(folder, device, num_bytes)
+        measure_safetensors(folder, device, args.ranks)
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gigabytes", type=float, default=1)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--folder", type=Path, help="where the files are written; the system's choice by default")
+    parser.add_argument("--ranks", type=int, nargs="*", default=[2, 8])
+    return parser.parse_args()
+
+
+def describe(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def seconds(device: torch.device, action: Callable[[], object]) -> float:
+    synchronize(device)
+    began_s = perf_counter()
+    action()
+    synchronize(device)
+    return perf_counter() - began_s
+
+
+def say(what: str, num_bytes: int, took_s: float) -> None:
+    print(f"{what:58s} {num_bytes / 1e9:6.2f} GB in {took_s:6.2f} s = {num_bytes / took_s / 1e9:6.2f} GB/s", flush=True)
+
+
+# ---- the model -------------------------------------------------------------------------------------------------------
+
+
+def write_config(folder: Path, gigabytes: float) -> None:
+    raw = SIZES | {"architectures": ["Qwen3ForCausalLM"], "torch_dtype": "bfloat16", "eos_token_id": 0}
+    raw |= {"rope_theta": 1e6, "tie_word_embeddings": True}
+    sizes = []
+    for num_layers in (1, 2):
+        (folder / "config.json").write_text(json.dumps(raw | {"num_hidden_layers": num_layers}))
+        shapes = checkpoint_shapes(load_model_config(folder))
+        sizes.append(DTYPE.itemsize * sum(int(np.prod(shape)) for shape in shapes.values()))
+    num_layers = max(1, round((gigabytes * 1e9 - sizes[0]) / (sizes[1] - sizes[0])) + 1)
+    (folder / "config.json").write_text(json.dumps(raw | {"num_hidden_layers": num_layers}))
+
+
+def write_weights(folder: Path) -> int:
+    """Files of a few GB and their index; returns their bytes."""
+    generator = np.random.Generator(np.random.SFC64(0))
+    places: dict[str, str] = {}
+    shard: dict[str, torch.Tensor] = {}
+    total, number = 0, 0
+    shapes = checkpoint_shapes(load_model_config(folder))
+    for name, shape in shapes.items():
+        # Without the highest bit of the exponent, bits are finite numbers below 2.
+        bits = generator.integers(0, 1 << 16, shape, dtype=np.uint16) & 0xBFFF
+        shard[name] = torch.from_numpy(bits).view(DTYPE)
+        total += bits.nbytes
+        if sum(tensor.nbytes for tensor in shard.values()) > SHARD_BYTES or name == list(shapes)[-1]:
+            file = f"model-{number:05d}.safetensors"
+            save_file(shard, folder / file)
+            places |= dict.fromkeys(shard, file)
+            shard, number = {}, number + 1
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    return total
+
+
+# ---- what is measured ------------------------------------------------------------------------------------------------
+
+
+def measure_dummy(folder: Path, device: torch.device) -> None:
+    config = load_model_config(folder)
+    for which in ("first", "again"):
+        weights = measure_load(f"load_format dummy, {which}", folder, "dummy", device)
+        rows = slice(config.vocab_size - 64, config.vocab_size)
+        expected = torch.empty((64, config.hidden_size), dtype=DTYPE)
+        DummyCheckpoint(checkpoint_shapes(config)).read(TensorPart("model.embed_tokens.weight", rows), expected)
+        assert torch.equal(weights.embedding[rows].cpu(), expected), "the device has other numbers than the CPU"
+        del weights
+
+
+def measure_load(
+    what: str, folder: Path, load_format: str, device: torch.device, shard: Shard | None = None
+) -> DecoderWeights:
+    loaded: list[DecoderWeights] = []
+    config = load_model_config(folder)
+    took_s = seconds(device, lambda: loaded.append(load_weights(config, load_format, DTYPE, device, shard)))
+    say(what, num_loaded(loaded[0]), took_s)
+    return loaded[0]
+
+
+def measure_limits(folder: Path, device: torch.device, num_bytes: int) -> None:
+    files = sorted(folder.glob("*.safetensors"))
+    for num_threads in sorted({1, len(files)}):
+        with ThreadPoolExecutor(num_threads) as pool:
+            took_s = seconds(device, lambda: list(pool.map(read_all, files)))
+        say(f"limit: reading the files, {num_threads} at a time", num_bytes, took_s)
+    host = torch.ones(256 << 20, dtype=torch.uint8)
+    measure_copy("limit: copying pageable memory to the device", host, device)
+    if device.type == "cuda":
+        measure_copy("limit: copying pinned memory to the device", host.pin_memory(), device)
+    say("peer: safetensors load_file", num_bytes, seconds(device, lambda: load_all(files, device)))
+
+
+def measure_copy(what: str, host: torch.Tensor, device: torch.device) -> None:
+    target = torch.empty_like(host, device=device)
+    say(what, host.nbytes, min(seconds(device, lambda: target.copy_(host)) for _ in range(5)))
+
+
+def read_all(path: Path) -> None:
+    buffer = memoryview(bytearray(4 << 20))
+    with path.open("rb", buffering=0) as file:
+        while file.readinto(buffer):
+            pass
+
+
+def load_all(files: list[Path], device: torch.device) -> None:
+    for path in files:
+        tensors = load_file(path, device=str(device))
+        if device.type == "cpu":  # they are only mapped as yet
+            for tensor in tensors.values():
+                tensor.clone()
+
+
+def measure_safetensors(folder: Path, device: torch.device, ranks: list[int]) -> None:
+    for which in ("first", "again"):
+        weights = measure_load(f"load_format safetensors, {which}", folder, "safetensors", device)
+        check(folder, weights)
+        del weights
+    for size in ranks:
+        name = f"load_format safetensors, rank {size - 1} of {size}"
+        measure_load(name, folder, "safetensors", device, Shard(size - 1, size))
+
+
+def num_loaded(weights: DecoderWeights) -> int:
+    """Bytes of the large ones, in the checkpoint's dtype."""
+    linears = (linear for layer in weights.layers for linear in linears_of(layer))
+    return weights.embedding.nbytes + DTYPE.itemsize * sum(linear.weight.numel() for linear in linears)
+
+
+def linears_of(layer: object) -> Iterator[Linear]:
+    return (getattr(layer, name) for name in ("qkv", "output", "gate_up", "down"))
+
+
+def check(folder: Path, weights: DecoderWeights) -> None:
+    """Raises AssertionError if any number is not the one that was written."""
+    index = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+    files = {name: load_file(folder / name) for name in set(index.values())}
+
+    def stored(name: str) -> torch.Tensor:
+        return files[index[name]][name]
+
+    assert torch.equal(weights.embedding.cpu(), stored("model.embed_tokens.weight"))
+    for number, layer in enumerate(weights.layers):
+        prefix = f"model.layers.{number}"
+        names = [
+            (f"{prefix}.self_attn", "qkv"), (f"{prefix}.self_attn", "o"), (f"{prefix}.mlp", ("gate", "up")),
+            (f"{prefix}.mlp", ("down",)),
+        ]  # fmt: skip
+        for linear, (block, kinds) in zip(linears_of(layer), names, strict=True):
+            expected = torch.cat([stored(f"{block}.{kind}_proj.weight") for kind in kinds])
+            assert torch.equal(plain(linear), expected), f"{block}: {kinds} differ"
+    print("  every number is the one that was written")
+
+
+def plain(linear: Linear) -> torch.Tensor:
+    weight = linear.weight.to_dense() if linear.weight.is_mkldnn else linear.weight
+    return weight.to("cpu", DTYPE)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,89 @@
+"""A safetensors file, read by ranges of bytes: what is read goes where the caller wants it, and no more is read.
+
+safe_open checks the file here, but does not read it. It maps the file into memory, which costs a page fault for every
+few pages, and the process if the file is cut off meanwhile; or it reads whole tensors while no other thread can run.
+"""
+
+import json
+import os
+from math import prod
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from hbserve_core.errors import WeightsMismatch
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+"""What weights may be stored as, by the names that the format has for it."""
+
+
+class StoredTensor(NamedTuple):
+    """Its numbers are row after row in the file, without gaps."""
+
+    file: "SafetensorsFile"
+    offset: int
+    """In bytes, from the file's start."""
+    dtype: str
+    shape: tuple[int, ...]
+
+    def read(self, rows: range, columns: range, buffer: memoryview) -> None:
+        """Fill `buffer` with these columns of these rows; a vector is a matrix with one column. Any thread may call."""
+        itemsize = DTYPES[self.dtype].itemsize
+        row_bytes, width = prod(self.shape[1:]) * itemsize, len(columns) * itemsize
+        first = self.offset + rows.start * row_bytes + columns.start * itemsize
+        if width == row_bytes:
+            self.file.read(first, buffer)
+            return
+        for row in range(len(rows)):
+            self.file.read(first + row * row_bytes, buffer[row * width : (row + 1) * width])
+
+    def pick(self, places: range) -> torch.Tensor:
+        """The numbers at these places of the flattened tensor, on the CPU."""
+        picked = torch.empty(len(places), dtype=DTYPES[self.dtype], device="cpu")
+        itemsize, buffer = picked.itemsize, picked.view(torch.uint8).numpy().data
+        for number, place in enumerate(places):
+            self.file.read(self.offset + place * itemsize, buffer[number * itemsize : (number + 1) * itemsize])
+        return picked
+
+
+class SafetensorsFile:
+    """Open until `close`.
+
+    Raises:
+        WeightsMismatch: the file is not whole.
+    """
+
+    def __init__(self, path: Path) -> None:
+        _check_whole(path)
+        self._path = path
+        self._file = path.open("rb", buffering=0)
+        size = int.from_bytes(self._file.read(8), "little")
+        header: dict[str, Any] = json.loads(self._file.read(size))
+        self.tensors = {
+            name: StoredTensor(self, 8 + size + entry["data_offsets"][0], entry["dtype"], tuple(entry["shape"]))
+            for name, entry in header.items()
+            if name != "__metadata__"
+        }
+
+    def read(self, offset: int, buffer: memoryview) -> None:
+        """Fill `buffer` with what is there from `offset` on. Raises WeightsMismatch if the file has become shorter."""
+        while buffer:
+            count = os.preadv(self._file.fileno(), [buffer], offset)
+            if not count:
+                raise WeightsMismatch(f"{self._path} was cut off while it was read: fetch it again")
+            buffer, offset = buffer[count:], offset + count
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _check_whole(path: Path) -> None:
+    try:
+        with safe_open(path, framework="pt", device="cpu"):
+            pass
+    except SafetensorError as error:
+        raise WeightsMismatch(
+            f"{path} is not a whole safetensors file ({error}): fetch it again; it may be cut off, or a Git LFS pointer"
+        ) from error

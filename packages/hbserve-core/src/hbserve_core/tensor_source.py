@@ -1,0 +1,66 @@
+"""Tensors of a model by name, whole or in part, wherever they come from: files, or nowhere (load_format "dummy").
+
+They carry their Hugging Face names, such as "model.layers.0.self_attn.q_proj.weight".
+"""
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from math import prod
+from typing import NamedTuple, Protocol
+
+import torch
+
+Shapes = Mapping[str, tuple[int, ...]]
+_SAMPLES_PER_TENSOR = 64
+
+
+class TensorPart(NamedTuple):
+    """Some rows of a tensor and, of a matrix, some columns of these. What lies beyond its end is not in it."""
+
+    name: str
+    rows: slice = slice(None)
+    columns: slice = slice(None)
+
+    def ranges(self, shape: tuple[int, ...]) -> tuple[range, range]:
+        """Rows and columns of a whole tensor of this shape; a vector is a matrix with one column."""
+        num_rows, num_columns = (*shape, 1)[:2]
+        return range(num_rows)[self.rows], range(num_columns)[self.columns]
+
+    def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Of this part of a tensor of that shape."""
+        return tuple(map(len, self.ranges(shape)))[: len(shape)]
+
+
+class TensorSource(Protocol):
+    def read(self, part: TensorPart, target: torch.Tensor) -> None:
+        """Write a part of a tensor to a contiguous tensor of its shape, in the target's dtype, on its device.
+
+        On a GPU it is there for later work on the default stream.
+        """
+
+    def sample(self, name: str) -> torch.Tensor:
+        """The numbers at `sampled_places` of the whole tensor, float32, on the CPU: the same on every rank."""
+
+    def close(self) -> None:
+        """Nothing can be read afterwards."""
+
+
+def sampled_places(shape: tuple[int, ...]) -> range:
+    """Fewer than 128 places in a flattened tensor, spread over it."""
+    size = prod(shape)
+    return range(0, size, max(1, size // _SAMPLES_PER_TENSOR))
+
+
+def weights_digest(source: TensorSource, shapes: Shapes) -> str:
+    """Of a sample of all tensors' numbers: two instances can tell by it whether they have the same weights without
+    reading each other's files."""
+    whole = hashlib.sha256()
+    for name, shape in sorted(shapes.items()):
+        whole.update(hashlib.sha256(f"{name} {shape}".encode() + source.sample(name).numpy().tobytes()).digest())
+    return whole.hexdigest()[:32]
+
+
+def row_pieces(num_rows: int, row_size: int, most: int) -> Iterator[slice]:
+    """Runs of rows that have at most this size each, in whatever unit; a row at least."""
+    count = max(1, most // row_size)
+    return (slice(first, min(first + count, num_rows)) for first in range(0, num_rows, count))
