@@ -38,8 +38,8 @@ MEASURED = [
 def test_a_batch_is_a_cliff_if_a_larger_one_takes_less_time():
     assert find_cliffs(MEASURED) == [
         Cliff(512, 2, "7.8 ms, batch 5 takes 6.85"),
-        Cliff(512, 3, "64 ms, batch 5 takes 6.85"),
-        Cliff(512, 4, "64 ms, batch 5 takes 6.85"),
+        Cliff(512, 3, "63.96 ms, batch 5 takes 6.85"),
+        Cliff(512, 4, "63.98 ms, batch 5 takes 6.85"),
     ]
 
 
@@ -49,7 +49,7 @@ def test_the_order_of_rows_does_not_matter():
 
 def test_three_percent_are_noise():
     assert find_cliffs([row(4, 10.30, 0.5), row(5, 10.0, 0.5)]) == []
-    assert find_cliffs([row(4, 10.31, 0.5), row(5, 10.0, 0.5)]) == [Cliff(512, 4, "10.3 ms, batch 5 takes 10")]
+    assert find_cliffs([row(4, 10.31, 0.5), row(5, 10.0, 0.5)]) == [Cliff(512, 4, "10.31 ms, batch 5 takes 10")]
 
 
 def test_a_batch_is_a_cliff_if_its_share_is_below_four_fifths_of_a_neighbours():

@@ -116,7 +116,7 @@ def _slower_than_a_larger(row: SweepRow, others: Sequence[SweepRow]) -> str | No
     if not larger:
         return None
     fastest = min(larger, key=lambda other: other.step_s)
-    return f"{1e3 * row.step_s:.3g} ms, batch {fastest.batch} takes {1e3 * fastest.step_s:.3g}"
+    return f"{1e3 * row.step_s:.4g} ms, batch {fastest.batch} takes {1e3 * fastest.step_s:.4g}"
 
 
 def _worse_than_a_neighbour(row: SweepRow, others: Sequence[SweepRow]) -> str | None:
