@@ -95,18 +95,48 @@ def engine(
     scale: Annotated[
         float | None, typer.Option(min=0, help="Size of the workloads; 1 on a GPU, and 1/32 elsewhere.")
     ] = None,
+    sweep: Annotated[bool, typer.Option("--sweep", help="A decode step's time by batch size instead.")] = False,
+    batch_sizes: Annotated[
+        str | None, typer.Option(metavar="1,2,…", help="With --sweep; up to 256 on a GPU, up to 32 elsewhere.")
+    ] = None,
+    contexts: Annotated[
+        str | None, typer.Option(metavar="64,512,…", help="With --sweep: prompt lengths; 512 on a GPU, 64 elsewhere.")
+    ] = None,
+    json: Annotated[Path | None, typer.Option(help="With --sweep: a file for one JSON object a row.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda:N.")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     random_weights: Annotated[bool, typer.Option(help="Read only the model's config.json.")] = False,
     tensor_parallel_size: Annotated[int, typer.Option(help="Ranks; on CUDA, GPUs side by side.")] = 1,
     log_level: LogLevelOption = LogLevel.INFO,
 ) -> None:
-    """One engine alone, on nano-vllm's workload, one stream, prompts only, and decodes only."""
-    from hbserve.bench import bench_engine
+    """One engine alone, on nano-vllm's workload, one stream, prompts only, and decodes only; or by batch size."""
+    from hbserve.bench import EngineUnderTest, bench_engine, sweep_engine
 
-    names = [each.value for each in workload or Workload]
+    _refuse_options_of_the_other_kind(sweep, [workload, scale], [batch_sizes, contexts, json])
+    sizes, lengths = _numbers("--batch-sizes", batch_sizes), _numbers("--contexts", contexts)
+    chosen = EngineUnderTest(model, device, dtype, random_weights, tensor_parallel_size)
     with _explaining(log_level):
-        bench_engine(model, names, scale, device, dtype, random_weights, tensor_parallel_size)
+        if sweep:
+            sweep_engine(chosen, sizes, lengths, json)
+        else:
+            bench_engine(chosen, [each.value for each in workload or Workload], scale)
+
+
+def _refuse_options_of_the_other_kind(sweep: bool, of_workloads: list[Any], of_sweep: list[Any]) -> None:
+    if sweep and any(given is not None for given in of_workloads):
+        raise typer.BadParameter("--workload and --scale are not for --sweep")
+    if not sweep and any(given is not None for given in of_sweep):
+        raise typer.BadParameter("--batch-sizes, --contexts and --json need --sweep")
+
+
+def _numbers(option: str, text: str | None) -> tuple[int, ...] | None:
+    """Ascending, without repetitions."""
+    if text is None:
+        return None
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and int(part) >= 1 for part in parts):
+        raise typer.BadParameter(f"{text!r}: expected numbers from 1 on, with commas between", param_hint=option)
+    return tuple(sorted({int(part) for part in parts}))
 
 
 def _run(job: Coroutine[Any, Any, None], log_level: LogLevel) -> None:

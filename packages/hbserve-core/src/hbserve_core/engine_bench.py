@@ -4,20 +4,18 @@
     single    one request: the latency of a decode step
     prefill   prompts only
     decode    many requests in step, each with a context of its own
-The limits are measured on the same device, in the same run: how fast it reads memory, and how fast it multiplies large
-matrices of the model's dtype.
+The limits are measured on the same device, in the same run: see device_limits.py and model_work.py.
 """
 
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import torch
-
 from hbserve_core.config import InstanceConfig
+from hbserve_core.device_limits import DeviceLimits, measure_limits
 from hbserve_core.engine import Engine
-from hbserve_core.model_config import ModelConfig
+from hbserve_core.model_work import NO_WORK, DecodeLimit, decode_limit, prefill_flops
 from hbserve_core.runner_choice import make_runner
 from hbserve_rpc import SamplingParams
 
@@ -59,16 +57,10 @@ class Measured:
     decode_time_s: float
     """From when every request had its first token."""
     num_decode_steps: int
-    read_bytes: float
-    """Weights and contexts that those steps must read, if all requests decode in step."""
+    decode_limit: DecodeLimit
+    """Of those steps together, if all requests decode in step."""
     flops: float
     """Of the products that prefill must compute."""
-
-
-@dataclass(frozen=True)
-class Limits:
-    bytes_per_s: float
-    flops_per_s: float
 
 
 def bench_config(model_path: str, sizes: Sizes, **settings: object) -> InstanceConfig:
@@ -87,14 +79,14 @@ class EngineBench:
     def __init__(self, config: InstanceConfig, sizes: Sizes) -> None:
         begin = time.perf_counter()
         self._runner = make_runner(config)
-        self._num_ranks = config.tensor_parallel_size
         self._engine = Engine(config, self._runner)
         self._sizes = sizes
         self._random = random.Random(0)
         self._count = 0
-        self._run([(self._prompt(min(100, sizes.longest)), 16)])
+        self._serve([(self._prompt(min(100, sizes.longest)), 16)])
         self.start_time_s = time.perf_counter() - begin
         """From nothing to the first answer: loading, compiling, capturing."""
+        self.limits = measure_limits(self._runner.device, self._runner.dtype, config.tensor_parallel_size)
 
     def measure(self, workload: str) -> Measured:
         sizes = self._sizes
@@ -110,30 +102,31 @@ class EngineBench:
             return self._run([(self._prompt(sizes.prompt_len), 1) for _ in range(sizes.num_prompts)])
         return self._run([(self._prompt(sizes.context_len), sizes.decode_len + 1) for _ in range(sizes.num_requests)])
 
-    def limits(self) -> Limits:
-        """Of the device, now, times the number of ranks."""
-        return measure_limits(self._runner.device, self._runner.dtype, self._num_ranks)
-
     def close(self) -> None:
         self._runner.close()
 
     def _prompt(self, length: int) -> list[int]:
         return [self._random.randrange(self._runner.model_config.vocab_size) for _ in range(length)]
 
-    def _run(self, requests: list[tuple[list[int], int]]) -> Measured:
-        """All at once: prompts, and how many tokens each gets."""
-        engine, model = self._engine, self._runner.model_config
-        missing, begin, before = len(requests), time.perf_counter(), engine.stats()
+    def _serve(self, requests: list[tuple[list[int], int]]) -> tuple[float, int]:
+        """All at once: prompts, and how many tokens each gets. When, and after how many steps, the last of them had its
+        first token."""
+        engine = self._engine
         for prompt, count in requests:
             self._count += 1
             engine.add(str(self._count), prompt, SamplingParams(0.6, count, ignore_eos=True))
-        decode_begin, first_decode = begin, before.num_steps
+        missing, decode_begin, first_decode = len(requests), 0.0, 0
         while engine.has_work():
             firsts = sum(output.token_id is not None and output.index == 0 for output in engine.step())
             missing -= firsts
             if firsts and not missing:
                 decode_begin, first_decode = time.perf_counter(), engine.stats().num_steps
-        end, after = time.perf_counter(), engine.stats()
+        return decode_begin, first_decode
+
+    def _run(self, requests: list[tuple[list[int], int]]) -> Measured:
+        begin, before = time.perf_counter(), self._engine.stats()
+        decode_begin, first_decode = self._serve(requests)
+        end, after = time.perf_counter(), self._engine.stats()
         return Measured(
             time_s=end - begin,
             num_steps=after.num_steps - before.num_steps,
@@ -142,61 +135,19 @@ class EngineBench:
             host_time_s=after.host_time_s - before.host_time_s,
             decode_time_s=end - decode_begin,
             num_decode_steps=after.num_steps - first_decode,
-            read_bytes=sum(decode_bytes(model, self._runner.dtype, requests)),
-            flops=prefill_flops(model, [len(prompt) for prompt, _ in requests]),
+            decode_limit=self._decode_limit(requests),
+            flops=prefill_flops(self._runner.model_config, [len(prompt) for prompt, _ in requests]),
         )
 
-
-def num_layer_weights(model: ModelConfig) -> int:
-    """Numbers in the projections of all layers."""
-    heads = model.num_heads * model.head_dim
-    per_layer = model.hidden_size * (2 * heads + 2 * model.num_kv_heads * model.head_dim + 3 * model.intermediate_size)
-    return model.num_layers * per_layer
-
-
-def decode_bytes(model: ModelConfig, dtype: torch.dtype, requests: list[tuple[list[int], int]]) -> Iterator[float]:
-    """What each decode step must read, when all requests decode in step: weights once, and every context."""
-    weights = num_layer_weights(model) + model.vocab_size * model.hidden_size
-    per_token = 2 * model.num_layers * model.num_kv_heads * model.head_dim
-    for step in range(1, max(count for _, count in requests)):
-        context = sum(len(prompt) + step for prompt, count in requests if count > step)
-        yield (weights + per_token * context) * dtype.itemsize
+    def _decode_limit(self, requests: list[tuple[list[int], int]]) -> DecodeLimit:
+        model, dtype, limit = self._runner.model_config, self._runner.dtype, NO_WORK
+        for step in range(1, max(count for _, count in requests)):
+            contexts = [len(prompt) + step for prompt, count in requests if count > step]
+            limit += decode_limit(model, dtype, len(contexts), sum(contexts) / len(contexts), self.limits)
+        return limit
 
 
-def prefill_flops(model: ModelConfig, lengths: list[int]) -> float:
-    """Of projections and causal attention; the output projection of the last tokens is left out."""
-    attention = 2 * model.num_layers * model.num_heads * model.head_dim * sum(length**2 for length in lengths)
-    return 2.0 * num_layer_weights(model) * sum(lengths) + attention
-
-
-def measure_limits(device: torch.device, dtype: torch.dtype, num_devices: int = 1) -> Limits:
-    """Bytes read and written by a large copy, and a large matrix product, each the best of several, on `device`;
-    the limits are of so many like it."""
-    on_gpu = device.type == "cuda"
-    count = 1 << (30 if on_gpu else 26)
-    source = torch.ones(count, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    copying = min(_timed(lambda: target.copy_(source), device) for _ in range(5))
-    size = 8192 if on_gpu else 1024
-    left = torch.randn(size, size, dtype=dtype, device=device)
-    multiplying = min(_timed(lambda: left @ left, device) for _ in range(5))
-    return Limits(num_devices * 2 * count / copying, num_devices * 2 * size**3 / multiplying)
-
-
-def _timed(work: Callable[[], object], device: torch.device) -> float:
-    _wait_for(device)
-    begin = time.perf_counter()
-    work()
-    _wait_for(device)
-    return time.perf_counter() - begin
-
-
-def _wait_for(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def report(workload: str, measured: Measured, limits: Limits) -> str:
+def report(workload: str, measured: Measured, limits: DeviceLimits) -> str:
     """One line: what was reached, and its share of the limit."""
     time_s, steps = measured.time_s, max(1, measured.num_steps)
     host = f"host {1e3 * measured.host_time_s / steps:5.2f} ms"
@@ -208,9 +159,9 @@ def report(workload: str, measured: Measured, limits: Limits) -> str:
     out = f"{measured.num_output_tokens / time_s:9.0f} out tok/s"
     if workload == "mixed":
         return f"{workload:8}{out}{1e3 * time_s / steps:8.2f} ms a step, {host}"
-    reached, limit = measured.read_bytes / measured.decode_time_s / 1e9, limits.bytes_per_s / 1e9
-    step_ms = 1e3 * measured.decode_time_s / max(1, measured.num_decode_steps)
-    share = f"{reached:.4g} GB/s = {reached / limit:.0%} of {limit:.4g}"
+    decode_time_s, least = measured.decode_time_s, measured.decode_limit
+    step_ms = 1e3 * decode_time_s / max(1, measured.num_decode_steps)
+    share = f"{least.read_bytes / decode_time_s / 1e9:.4g} GB/s, {least.share_of(decode_time_s)}"
     return f"{workload:8}{out}{step_ms:8.2f} ms a decode step, {host}  {share}"
 
 
@@ -219,10 +170,9 @@ def run_bench(config: InstanceConfig, sizes: Sizes, workloads: Sequence[str], sa
     bench = EngineBench(config, sizes)
     try:
         say(f"start to first token {bench.start_time_s:.1f} s")
-        limits = bench.limits()
-        say(f"limits of this device: {limits.bytes_per_s / 1e9:.4g} GB/s, {limits.flops_per_s / 1e12:.3g} TFLOP/s")
+        say(f"limits of this device: {bench.limits}")
         for workload in workloads:
             for _ in range(2):
-                say(report(workload, bench.measure(workload), limits))
+                say(report(workload, bench.measure(workload), bench.limits))
     finally:
         bench.close()

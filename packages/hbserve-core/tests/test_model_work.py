@@ -1,0 +1,79 @@
+"""What steps must read and compute, beside what was counted by hand."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from hbserve_core.device_limits import DeviceLimits
+from hbserve_core.model_config import load_model_config
+from hbserve_core.model_work import NO_WORK, DecodeLimit, decode_limit, num_layer_weights, prefill_flops
+from hbserve_core.weights import load_weights
+
+LIMITS = DeviceLimits(read_bytes_per_s=3.2e12, copy_bytes_per_s=3.0e12, flops_per_s=800e12)
+
+
+@pytest.fixture
+def model(model_folder):
+    return load_model_config(str(model_folder("qwen3-wide-heads")))
+
+
+@pytest.fixture
+def qwen3_8b(model):
+    return replace(
+        model, vocab_size=151936, hidden_size=4096, intermediate_size=12288, num_layers=36, num_heads=32,
+        num_kv_heads=8, head_dim=128, tied_embeddings=False,
+    )  # fmt: skip
+
+
+def test_the_weights_that_a_decode_step_reads_are_those_of_the_checkpoint(model):
+    weights = load_weights(model, "dummy", torch.float32, torch.device("cpu"))
+    projections = (getattr(layer, name) for layer in weights.layers for name in ("qkv", "output", "gate_up", "down"))
+    loaded = sum(
+        each.weight.to_dense().numel() if each.weight.is_mkldnn else each.weight.numel() for each in projections
+    )
+    assert num_layer_weights(model) == loaded
+
+
+def test_prefill_computes_two_operations_per_weight_and_token_and_half_of_the_square(model):
+    attention = 4 * model.num_layers * model.num_heads * model.head_dim * 30 * 30 / 2
+    assert prefill_flops(model, [30]) == 60 * num_layer_weights(model) + attention
+
+
+def test_one_sequence_of_qwen3_8b_takes_the_time_of_its_bytes(qwen3_8b):
+    limit = decode_limit(qwen3_8b, torch.bfloat16, 1, 512, LIMITS)
+    # 36 layers of 25,165,824 + 16,777,216 + 100,663,296 + 50,331,648 weights, 622,329,856 in the head, 2 bytes each;
+    # 147,456 bytes of keys and values a token.
+    assert limit.read_bytes == 2 * 7_568_097_280 + 512 * 147_456 == 15_211_692_032
+    assert limit.limit_s == pytest.approx(4.753654e-3, rel=1e-6)
+    assert limit.copy_s == pytest.approx(5.070564e-3, rel=1e-6)
+
+
+def test_a_large_batch_of_qwen3_8b_takes_the_operations_of_its_products_and_the_bytes_of_its_contexts(qwen3_8b):
+    limit = decode_limit(qwen3_8b, torch.bfloat16, 256, 512, LIMITS)
+    # A product of 256 rows has 512 operations a weight, 0.64 ps, and 2 bytes a weight, 0.625 ps.
+    products, contexts = 7_568_097_280 * 0.64e-12, 256 * 512 * 147_456 / 3.2e12
+    assert limit.limit_s == pytest.approx(products + contexts) == pytest.approx(10.883380e-3, rel=1e-6)
+    assert limit.flops == 512 * 7_568_097_280 + 36 * 4 * 32 * 128 * 256 * 512
+    # What older tables call the limit is bytes alone.
+    assert limit.copy_s == pytest.approx((15_136_194_560 + 19_327_352_832) / 3.0e12)
+
+
+def test_attention_takes_its_operations_where_many_heads_share_their_keys(qwen3_8b):
+    one, other = (
+        decode_limit(replace(qwen3_8b, num_kv_heads=1), torch.bfloat16, 64, context, replace(LIMITS, flops_per_s=16e12))
+        for context in (1000, 2000)
+    )
+    # For a key and its value, 32 heads need 4 * 32 * 128 operations, 1.02 ns, and 2 * 128 numbers, 0.16 ns.
+    assert other.limit_s - one.limit_s == pytest.approx(36 * 64 * 1000 * 4 * 32 * 128 / 16e12)
+
+
+def test_float32_is_twice_the_bytes_of_bfloat16_and_as_many_operations(qwen3_8b):
+    wide, narrow = (decode_limit(qwen3_8b, dtype, 8, 100, LIMITS) for dtype in (torch.float32, torch.bfloat16))
+    assert (wide.read_bytes, wide.flops) == (2 * narrow.read_bytes, narrow.flops)
+
+
+def test_limits_of_several_steps_add_up_and_a_share_says_of_what():
+    limit = DecodeLimit(0.003, 0.004, 1e9, 2e9) + DecodeLimit(0.005, 0.006, 3e9, 4e9) + NO_WORK
+    assert limit == DecodeLimit(0.008, 0.01, 4e9, 6e9)
+    assert limit.share_of(0.01) == "share 0.80 (1.00 of a copy's)"
