@@ -1,9 +1,16 @@
 """SamplingParams: nano-vllm's order, and every wrong value refused by its name."""
 
+import contextlib
+from fractions import Fraction
+from itertools import count
+
 import msgspec
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from hbserve_rpc import InvalidRequest, SamplingParams
+from hbserve_rpc.plain_values import shown
 
 
 def test_the_first_three_sampling_parameters_are_nano_vllms_in_its_order():
@@ -13,26 +20,85 @@ def test_the_first_three_sampling_parameters_are_nano_vllms_in_its_order():
 
 
 WRONG = {
-    "temperature": [-0.1, float("nan"), float("inf"), "hot", True],
-    "max_tokens": [0, -1, 1.5, None, "8", 2**63],
+    "temperature": [-0.1, float("nan"), float("inf"), 10**400, 10**5000, 1j, None, "hot", True],
+    "max_tokens": [0, -1, 1.5, None, "8", 10**5000, 2**63],
     "ignore_eos": [1, "yes", None],
     "top_k": [-2, 1.5, None],
     "top_p": [0, -1, 1.1, float("nan"), None],
     "seed": [-1, 2**63, 0.5, True, "1"],
-    "stop": ["", [""], [3], ["x"] * 17, 3, None],
-    "stop_token_ids": [[-1], ["a"], [2**63], [True], 3, None, "ab"],
+    "stop": ["", [""], [3], ["x"] * 17, {"x"}, {"x": 1}, b"x", ["half \ud83d"], 3],
+    "stop_token_ids": [[-1], ["a"], [2**63], [True], [1.0], range(1025), count(), {1}, 3, "ab"],
 }
 
 
-@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in WRONG.items() for value in values])
+SIMPLE = (
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.binary()
+    | st.sampled_from([2**63, -(2**63) - 1, 10**400, 10**5000, 5e-324, -0.0, "half \ud83d", "\x00", 1j, object(), int])
+)  # fmt: skip
+HOSTILE = SIMPLE | st.lists(SIMPLE, max_size=20) | st.tuples(SIMPLE) | st.dictionaries(st.text(), SIMPLE, max_size=2)
+"""What a caller may give for anything."""
+
+ALL_WRONG = [(name, value) for name, values in WRONG.items() for value in values]
+
+
+@pytest.mark.parametrize(("name", "value"), ALL_WRONG, ids=lambda value: shown(value)[:30])
 def test_a_value_out_of_its_range_is_named(name, value):
-    with pytest.raises(InvalidRequest, match=rf"^{name}=") as caught:
+    with pytest.raises(InvalidRequest, match=rf"^{name}(=|\[|:)") as caught:
         SamplingParams(**{name: value})
     assert isinstance(caught.value, ValueError)
 
 
 def test_one_stop_string_may_be_given_as_it_is():
     assert SamplingParams(stop="END").stop == ["END"]
+
+
+class Scalar:
+    """As numpy's and torch's are, which this package does not have."""
+
+    ndim = 0
+
+    def __init__(self, value):
+        self.value = value
+
+    def item(self):
+        return self.value
+
+
+def test_values_of_array_libraries_and_none_become_plain_python():
+    # Known elsewhere: verl #772.
+    params = SamplingParams(
+        temperature=Scalar(0.5), max_tokens=Scalar(4), ignore_eos=Scalar(True), top_p=Fraction(1, 2), seed=Scalar(7),
+        stop=None, stop_token_ids=(each for each in (Scalar(3), 4)),
+    )  # fmt: skip
+    assert params == SamplingParams(0.5, 4, True, top_p=0.5, seed=7, stop_token_ids=[3, 4])
+    assert {type(value) for value in msgspec.structs.asdict(params).values()} == {float, int, bool, list}
+    assert msgspec.msgpack.decode(msgspec.msgpack.encode(params), type=SamplingParams) == params
+
+
+def test_a_copy_shares_nothing_and_what_the_caller_gave_may_change():
+    # Known elsewhere: vLLM #2881.
+    stop, ids = ["a"], [5]
+    params = SamplingParams(stop=stop, stop_token_ids=ids)
+    copied = params.copied()
+    stop.append("b")
+    ids.append(6)
+    params.stop.append("c")
+    params.max_tokens = 1
+    assert copied == SamplingParams(stop=["a"], stop_token_ids=[5])
+
+
+@settings(derandomize=True, max_examples=200, deadline=None)
+@given(field=st.sampled_from(sorted(WRONG)), value=HOSTILE)
+def test_whatever_a_field_is_given_is_plain_and_crosses_the_wire_or_is_refused_in_a_short_message(field, value):
+    params = None
+    with contextlib.suppress(InvalidRequest):
+        params = SamplingParams(**{field: value})
+    if params is not None:
+        assert msgspec.msgpack.decode(msgspec.msgpack.encode(params), type=SamplingParams) == params
+        return
+    with pytest.raises(InvalidRequest, match=f"^{field}") as caught:
+        SamplingParams(**{field: value})
+    assert len(str(caught.value).encode()) < 800
 
 
 def test_values_set_later_are_checked_by_validate():
@@ -52,7 +118,7 @@ def test_two_sampling_params_share_no_list():
 def test_a_wrong_value_is_refused_after_it_was_set_too(name):
     params = SamplingParams()
     setattr(params, name, WRONG[name][-1])
-    with pytest.raises(InvalidRequest, match=rf"^{name}="):
+    with pytest.raises(InvalidRequest, match=rf"^{name}(=|\[|:)"):
         params.validate()
 
 

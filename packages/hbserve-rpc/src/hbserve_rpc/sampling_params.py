@@ -1,15 +1,18 @@
 """How the next token of one request is chosen, and when the request ends."""
 
+import contextlib
 import math
 from collections.abc import Callable
+from numbers import Real
 
 import msgspec
 
 from hbserve_rpc.errors import InvalidRequest
+from hbserve_rpc.plain_values import plain_int, plain_items, plain_scalar, plain_text, shown
 
 MAX_STOP_STRINGS = 16
-LARGEST_INT = 2**63 - 1
-"""What every reader of the wire format can hold."""
+MAX_STOP_TOKEN_IDS = 1024
+"""Each generated token is looked for among them."""
 
 
 class SamplingParams(msgspec.Struct):
@@ -39,42 +42,56 @@ class SamplingParams(msgspec.Struct):
     """Token ids that end the request, beside the model's own end-of-sequence ids."""
 
     def __post_init__(self) -> None:
-        if isinstance(self.stop, str):
-            self.stop = [self.stop]
         self.validate()
 
     def validate(self) -> None:
-        """Check every field again: they may be set after construction.
+        """Make every field plain, and check it again: they may be set after construction.
+
+        Numbers may be of numpy or torch, lists any ordered iterable; None is no list, and one stop string is a list of
+        one.
 
         Raises:
             InvalidRequest: as the class says.
         """
-        _require_number("temperature", self.temperature, lambda v: 0 <= v < math.inf, "a number >= 0")
-        _require_int("max_tokens", self.max_tokens, 1)
-        _require_int("top_k", self.top_k, -1)
-        _require_number("top_p", self.top_p, lambda v: 0 < v <= 1, "a number in (0, 1]")
+        self.temperature = _plain_number("temperature", self.temperature, lambda v: 0 <= v < math.inf, "a number >= 0")
+        self.max_tokens = plain_int("max_tokens", self.max_tokens, 1)
+        self.top_k = plain_int("top_k", self.top_k, -1)
+        self.top_p = _plain_number("top_p", self.top_p, lambda v: 0 < v <= 1, "a number in (0, 1]")
         if self.seed is not None:
-            _require_int("seed", self.seed, 0)
+            self.seed = plain_int("seed", self.seed, 0)
+        self.ignore_eos = plain_scalar(self.ignore_eos)
         if not isinstance(self.ignore_eos, bool):
-            raise InvalidRequest(f"ignore_eos={self.ignore_eos!r}: expected True or False")
-        _require_list("stop", self.stop)
-        _require_list("stop_token_ids", self.stop_token_ids)
-        if len(self.stop) > MAX_STOP_STRINGS or not all(isinstance(s, str) and s for s in self.stop):
-            raise InvalidRequest(f"stop={self.stop!r}: expected at most {MAX_STOP_STRINGS} non-empty strings")
-        for token_id in self.stop_token_ids:
-            _require_int("stop_token_ids", token_id, 0)
+            raise InvalidRequest(f"ignore_eos={shown(self.ignore_eos)}: expected True or False")
+        self.stop = _plain_stop(self.stop)
+        self.stop_token_ids = _plain_stop_token_ids(self.stop_token_ids)
+
+    def copied(self) -> "SamplingParams":
+        """Another one, checked, that shares nothing with this one: what is kept of a call."""
+        return SamplingParams(*(getattr(self, name) for name in self.__struct_fields__))
 
 
-def _require_number(name: str, value: object, allowed: Callable[[float], bool], expected: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not allowed(value):
-        raise InvalidRequest(f"{name}={value!r}: expected {expected}")
+def _plain_number(name: str, value: object, allowed: Callable[[float], bool], expected: str) -> float:
+    value = plain_scalar(value)
+    if isinstance(value, Real) and not isinstance(value, bool):
+        with contextlib.suppress(OverflowError):  # an integer or fraction beyond all floats
+            if allowed(number := float(value)):
+                return number
+    raise InvalidRequest(f"{name}={shown(value)}: expected {expected}")
 
 
-def _require_int(name: str, value: object, low: int, high: int = LARGEST_INT) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise InvalidRequest(f"{name}={value!r}: expected an integer from {low} to {high}")
+def _plain_stop(value: object) -> list[str]:
+    if value is None:
+        return []
+    expected = f"a list of at most {MAX_STOP_STRINGS} non-empty strings"
+    stops = [value] if isinstance(value, str) else plain_items("stop", value, expected, MAX_STOP_STRINGS)
+    if len(stops) > MAX_STOP_STRINGS or not all(isinstance(each, str) and each for each in stops):
+        raise InvalidRequest(f"stop={shown(stops)}: expected {expected}")
+    return [plain_text(f"stop[{place}]", each) for place, each in enumerate(stops)]
 
 
-def _require_list(name: str, value: object) -> None:
-    if not isinstance(value, (list, tuple)):
-        raise InvalidRequest(f"{name}={value!r}: expected a list")
+def _plain_stop_token_ids(value: object) -> list[int]:
+    expected = f"a list of at most {MAX_STOP_TOKEN_IDS} token ids"
+    ids = [] if value is None else plain_items("stop_token_ids", value, expected, MAX_STOP_TOKEN_IDS)
+    if len(ids) > MAX_STOP_TOKEN_IDS:
+        raise InvalidRequest(f"stop_token_ids={shown(ids)}: expected {expected}, got {len(ids)}")
+    return [plain_int("stop_token_ids", each, 0) for each in ids]
