@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+import torch
 
 from hbserve_core import Engine, InstanceConfig, ModelRunner
 from hbserve_rpc import InvalidRequest, SamplingParams
@@ -131,7 +132,7 @@ def test_chunked_prefill_off_computes_whole_prompts(make_engine, prompt, greedy_
 REFUSED = {
     "empty": ([], {}, "at least one token"),
     "outside the vocabulary": ([5, 320], {}, r"token 320 is outside the vocabulary \[0, 320\)"),
-    "negative": ([-1], {}, "token -1 is outside"),
+    "negative": ([-1], {}, r"prompt\[0\]=-1: expected a token id"),
     "longer than the model": ([5] * 512, {}, "512 tokens leave no room for another; max_model_len is 512"),
     "larger than the pool": ([5] * 100, {"num_blocks": 4}, "100 tokens need 7 blocks, the pool has 4"),
 }
@@ -152,6 +153,30 @@ def test_bad_parameters_set_after_construction_are_refused(make_engine, prompt):
     params.top_p = 2
     with pytest.raises(InvalidRequest, match="top_p=2"):
         engine.add("r", prompt(3), params)
+
+
+@pytest.mark.parametrize(
+    "ids", [[True, 5], [5.0], ["5"], torch.tensor([5.0]), 5, None, "55", b"55", {5}, [10**5000], [[5]]]
+)
+def test_what_is_no_token_id_is_refused_in_a_short_message_and_leaves_nothing(make_engine, ids):
+    engine = make_engine()
+    with pytest.raises(InvalidRequest, match="token id") as caught:
+        engine.add("r", ids, greedy())
+    assert len(str(caught.value)) < 300
+    assert not engine.has_work()
+    engine.check_integrity()
+
+
+@pytest.mark.parametrize("ids", [torch.tensor([5, 6]), (5, 6), range(5, 7), list(torch.tensor([5, 6])), iter([5, 6])])
+def test_ids_in_whatever_sequence_are_taken_and_what_changes_later_changes_nothing(make_engine, ids, greedy_tokens):
+    # Known elsewhere: verl #772, vLLM #2881.
+    engine, params = make_engine(), greedy(max_tokens=3)
+    engine.add("r", ids, params)
+    params.max_tokens = 10**6
+    tokens = []
+    while engine.has_work():
+        tokens += [output.token_id for output in engine.step()]
+    assert tokens == greedy_tokens("qwen3", [5, 6], 3)
 
 
 def test_an_id_in_use_is_refused(make_engine, prompt):

@@ -212,7 +212,7 @@ async def test_a_hybrid_instance_without_room_lets_requests_wait(make_scheduler,
         ([7] * 60, [7] * 5, "65 tokens"),
         ([7, 1000], [], r"token 1000 is outside the vocabulary \[0, 1000\)"),
         ([7], [1000], r"token 1000 is outside the vocabulary \[0, 1000\)"),
-        ([7, -1], [], "token -1 is negative"),
+        ([7, -1], [], r"prompt\[1\]=-1: expected a token id"),
         ([7], [1] * 8, "output_token_ids: 8 tokens"),
     ],
 )

@@ -158,11 +158,10 @@ class Engine:
         del self._sequences[sequence.request_id]
 
     def _make_sequence(self, request_id: str, prompt: Ids[int], params: SamplingParams, output: Ids[int]) -> Sequence:
-        if request_id in self._sequences or request_id in self._quarantined:
+        sequence = self.limits.sequence(request_id, prompt, params, output)
+        if sequence.request_id in self._sequences or sequence.request_id in self._quarantined:
             raise InvalidRequest(f"request_id={request_id!r} is in use")
-        self.limits.check(prompt, params, output)
-        sequence = Sequence(request_id, [*prompt, *output], len(prompt), params)
-        self._sequences[request_id] = sequence
+        self._sequences[sequence.request_id] = sequence
         return sequence
 
     # ---- steps ---------------------------------------------------------------------------------------------------

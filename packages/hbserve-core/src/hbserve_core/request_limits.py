@@ -5,6 +5,7 @@ from collections.abc import Sequence as Ids
 from hbserve_core.config import InstanceConfig
 from hbserve_core.sequence import Sequence
 from hbserve_rpc import InvalidRequest, SamplingParams
+from hbserve_rpc.plain_values import plain_id, plain_token_ids, require_in_vocabulary, shown
 
 
 class RequestLimits:
@@ -26,24 +27,26 @@ class RequestLimits:
         """Whether a sequence has as many tokens as it may have."""
         return sequence.num_output_tokens >= sequence.params.max_tokens or sequence.num_tokens >= self._max_model_len
 
-    def check(self, prompt: Ids[int], params: SamplingParams, output: Ids[int] = ()) -> None:
-        """`output` are tokens that the request has already.
+    def sequence(self, request_id: str, prompt: Ids[int], params: SamplingParams, output: Ids[int] = ()) -> Sequence:
+        """A request that can run, plain and shared with nobody. `output` are tokens that it has already.
 
         Raises:
             InvalidRequest: names what is wrong, the value and the limit.
         """
-        params.validate()
-        if not prompt:
+        request_id = plain_id("request_id", request_id)
+        if not isinstance(params, SamplingParams):
+            raise InvalidRequest(f"params={shown(params)}: expected SamplingParams")
+        params = params.copied()
+        prompt_ids, output_ids = plain_token_ids("prompt", prompt), plain_token_ids("output_token_ids", output)
+        if not prompt_ids:
             raise InvalidRequest("prompt: expected at least one token")
-        self._check_vocabulary("prompt", prompt)
-        self._check_vocabulary("output_token_ids", output)
-        if len(output) >= params.max_tokens:
-            raise InvalidRequest(f"output_token_ids: {len(output)} tokens are all of max_tokens={params.max_tokens}")
-        self._check_length(len(prompt), len(prompt) + len(output))
-
-    def _check_vocabulary(self, name: str, token_ids: Ids[int]) -> None:
-        if token_ids and ((worst := max(token_ids)) >= self._vocab_size or (worst := min(token_ids)) < 0):
-            raise InvalidRequest(f"{name}: token {worst} is outside the vocabulary [0, {self._vocab_size})")
+        require_in_vocabulary("prompt", prompt_ids, self._vocab_size)
+        require_in_vocabulary("output_token_ids", output_ids, self._vocab_size)
+        num_prompt, num_output = len(prompt_ids), len(output_ids)
+        if num_output >= params.max_tokens:
+            raise InvalidRequest(f"output_token_ids: {num_output} tokens are all of max_tokens={params.max_tokens}")
+        self._check_length(num_prompt, num_prompt + num_output)
+        return Sequence(request_id, prompt_ids + output_ids, num_prompt, params)
 
     def _check_length(self, num_prompt: int, num_known: int) -> None:
         if num_known >= self._max_model_len:

@@ -8,7 +8,8 @@ from collections import deque
 
 from hbserve_rpc import HBServeRpcError, InvalidRequest, Overloaded
 from hbserve_rpc.messages import FinishReason, GenerateRequest, Role, SchedulerStats, ServiceInfo
-from hbserve_scheduler.admission import check_request
+from hbserve_rpc.plain_values import plain_id
+from hbserve_scheduler.admission import Room, admitted
 from hbserve_scheduler.attempt import Attempt
 from hbserve_scheduler.config import SchedulerConfig
 from hbserve_scheduler.errors import RequestFailed
@@ -20,7 +21,6 @@ from hbserve_scheduler.retries import Retries
 logger = logging.getLogger(__name__)
 
 TICK_S = 0.5
-REFRESH_TIMEOUT_S = 2.0
 
 
 class CpuScheduler:
@@ -37,6 +37,7 @@ class CpuScheduler:
         self.waiting_requests: deque[ScheduledRequest] = deque()
         self.running_requests: dict[str, ScheduledRequest] = {}
         self._changed = asyncio.Event()
+        self._room = Room()
         self.fleet = Fleet(self.config, self._changed.set)
         self.retries = Retries(self.fleet, self._changed.set)
         self._scheduling: asyncio.Task[None] | None = None
@@ -74,6 +75,7 @@ class CpuScheduler:
     async def stop(self) -> None:
         """End every request, as aborted if it has not all of its tokens. Leaves no task or socket behind."""
         self._stopped = True
+        self._room.look_again()
         for entry in [*self.waiting_requests, *self.running_requests.values()]:
             self._end(entry, entry.finish_reason or "abort")
         tasks = [entry.task for entry in self.running_requests.values() if entry.task is not None]
@@ -86,17 +88,17 @@ class CpuScheduler:
     # ---- requests ------------------------------------------------------------------------------------------------
 
     def submit(self, request: GenerateRequest) -> EventStream:
-        """Take a request in.
+        """Take a request in. What is kept is a copy: nothing that the caller changes later changes it.
 
         Raises, at once:
             InvalidRequest: it can never run; says why.
             Overloaded: the queue is full.
             RequestFailed: the scheduler has been stopped.
         """
-        if self._stopped:
-            raise RequestFailed("the scheduler has been stopped")
+        self._require_running()
         try:
-            self._check(request)
+            request = self.check(request)
+            self._require_place(request.request_id)
         except HBServeRpcError:
             self._totals["rejected"] += 1
             raise
@@ -106,20 +108,36 @@ class CpuScheduler:
         self._changed.set()
         return EventStream(entry, self._abandon)
 
-    def _check(self, request: GenerateRequest) -> None:
-        known = {entry.request.request_id for entry in self.waiting_requests} | self.running_requests.keys()
-        if request.request_id in known:
-            raise InvalidRequest(f"request_id={request.request_id!r} is in use")
-        infos = [handle.info for handle in self.fleet.handles.values() if handle.status == "ready" and handle.info]
-        check_request(request, infos)
+    def check(self, request: GenerateRequest) -> GenerateRequest:
+        """The request as `submit` would keep it, as far as can be known now. Raises InvalidRequest."""
+        return admitted(request, self.fleet.ready_infos())
+
+    def _require_running(self) -> None:
+        if self._stopped:
+            raise RequestFailed("the scheduler has been stopped")
+
+    def _require_place(self, request_id: str) -> None:
+        if request_id in {entry.request.request_id for entry in self.waiting_requests} | self.running_requests.keys():
+            raise InvalidRequest(f"request_id={request_id!r} is in use")
         if len(self.waiting_requests) >= self.config.max_queue_size:
             raise Overloaded(f"{len(self.waiting_requests)} requests are waiting, which is scheduler.max_queue_size")
+
+    async def wait_for_room(self) -> None:
+        """Wait until less than half of the queue is taken: for those who have many requests, and leave room to others.
+
+        Raises:
+            RequestFailed: the scheduler has been stopped.
+        """
+        full = max(1, self.config.max_queue_size // 2)
+        await self._room.wait_until(lambda: self._stopped or len(self.waiting_requests) < full)
+        self._require_running()
 
     async def abort(self, request_id: str, reason: FinishReason = "abort") -> bool:
         """End a request now; its stream ends with `reason`. False: no such request, or it has ended.
 
         With "stop" it counts as completed: the client has found a stop string, and has all that it wanted.
         """
+        request_id = plain_id("request_id", request_id)
         waiting = (entry for entry in self.waiting_requests if entry.request.request_id == request_id)
         entry = self.running_requests.get(request_id) or next(waiting, None)
         if entry is None or entry.ended or entry.finish_reason:
@@ -185,6 +203,7 @@ class CpuScheduler:
                 await CpuScheduler._schedule_waiting_requests(self)
             self._fail_hopeless()
             self._fail_late()
+            self._room.look_again()
 
     def _fail_late(self) -> None:
         timeout_s = self.config.request_timeout_s
@@ -269,14 +288,8 @@ class CpuScheduler:
         )  # fmt: skip
 
     async def refresh(self) -> None:
-        """Ask every instance for its figures now, so that `stats` is not up to a heartbeat old.
-
-        One that does not answer soon keeps its last figures.
-        """
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(REFRESH_TIMEOUT_S):
-                handles = self.fleet.handles.values()
-                await asyncio.gather(*(handle.refresh() for handle in handles), return_exceptions=True)
+        """Ask every instance for its figures now, so that `stats` is not up to a heartbeat old."""
+        await self.fleet.refresh()
 
     def info(self) -> ServiceInfo:
         infos = [handle.info for handle in self.fleet.handles.values() if handle.info is not None]

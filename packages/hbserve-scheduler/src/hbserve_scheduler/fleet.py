@@ -1,15 +1,18 @@
 """The instances of one deployment, and which of them takes a request."""
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Callable, Collection
 
-from hbserve_rpc.messages import Role
+from hbserve_rpc.messages import InstanceInfo, Role
 from hbserve_scheduler.config import SchedulerConfig
 from hbserve_scheduler.errors import ConfigError, InstanceFailed, NotReady
 from hbserve_scheduler.instances import InstanceHandle
 from hbserve_scheduler.placement import Placement
 from hbserve_scheduler.policies import POLICIES
+
+REFRESH_TIMEOUT_S = 2.0
 
 
 class Fleet:
@@ -47,6 +50,16 @@ class Fleet:
     async def stop(self) -> None:
         for handle in self.handles.values():
             await handle.close()
+
+    def ready_infos(self) -> list[InstanceInfo]:
+        return [handle.info for handle in self.handles.values() if handle.status == "ready" and handle.info]
+
+    async def refresh(self) -> None:
+        """Ask every instance for its figures; one that does not answer soon keeps its last."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(REFRESH_TIMEOUT_S):
+                handles = self.handles.values()
+                await asyncio.gather(*(handle.refresh() for handle in handles), return_exceptions=True)
 
     async def wait_ready(self, timeout_s: float) -> None:
         """Raises InstanceFailed at once when one says so, NotReady after `timeout_s`."""

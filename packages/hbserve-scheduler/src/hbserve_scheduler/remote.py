@@ -14,9 +14,12 @@ from hbserve_rpc.messages import (
     Empty,
     FinishReason,
     GenerateRequest,
+    InstanceInfo,
     SchedulerStats,
     ServiceInfo,
 )
+from hbserve_rpc.plain_values import plain_id
+from hbserve_scheduler.admission import admitted
 from hbserve_scheduler.errors import NotReady
 
 CALL_TIMEOUT_S = 10.0
@@ -29,6 +32,7 @@ class RemoteScheduler:
     def __init__(self, address: str, *, heartbeat_timeout_s: float = 10.0) -> None:
         """`heartbeat_timeout_s`: each side takes the other for lost after so much silence, and ends its requests."""
         self.address = address
+        self._infos: list[InstanceInfo] = []
         self._client = RpcClient(
             address, heartbeat_interval_s=heartbeat_timeout_s / 5, heartbeat_timeout_s=heartbeat_timeout_s
         )
@@ -49,7 +53,9 @@ class RemoteScheduler:
         problem = "no answer"
         while (left_s := deadline_s - time.monotonic()) > 0:
             try:
-                return await self._client.call(SCHEDULER_INFO, Empty(), timeout_s=min(left_s, CALL_TIMEOUT_S))
+                info = await self._client.call(SCHEDULER_INFO, Empty(), timeout_s=min(left_s, CALL_TIMEOUT_S))
+                self._infos = [each for each in info.instances if each.status == "ready"]
+                return info
             except HBServeRpcError as error:
                 problem = str(error)
                 await asyncio.sleep(min(RETRY_S, max(0.0, deadline_s - time.monotonic())))
@@ -57,10 +63,18 @@ class RemoteScheduler:
 
     def submit(self, request: GenerateRequest) -> RpcStream[ClientEvent]:
         """TokenEvents, then one RequestFinished. Raises, at the first item, what `CpuScheduler.submit` raises."""
-        return self._client.stream(SCHEDULER_GENERATE, request)
+        return self._client.stream(SCHEDULER_GENERATE, self.check(request))
+
+    def check(self, request: GenerateRequest) -> GenerateRequest:
+        """As `CpuScheduler.check`, by what `find` heard last."""
+        return admitted(request, self._infos)
+
+    async def wait_for_room(self) -> None:
+        """The queue is elsewhere, and says Overloaded itself."""
 
     async def abort(self, request_id: str, reason: FinishReason = "abort") -> bool:
         """As `CpuScheduler.abort`."""
+        request_id = plain_id("request_id", request_id)
         reply = await self._client.call(SCHEDULER_ABORT, AbortRequest(request_id, reason), timeout_s=CALL_TIMEOUT_S)
         return reply.found
 
