@@ -15,7 +15,7 @@ MIRRORS = [
     ("hbserve.pd_disagg", "KVTransferManager", "hbserve_kv.manager"),
     ("hbserve.pd_disagg", "RpcClient", "hbserve_rpc.client"),
     ("hbserve.pd_disagg", "RpcServer", "hbserve_rpc.server"),
-    ("hbserve.pd_disagg", "LLM", "hbserve.llm"),
+    ("hbserve.pd_disagg", "LLM", "hbserve.pd_disagg.llm"),
     ("hbserve.pd_disagg.cpu_scheduler", "CpuScheduler", "hbserve_scheduler.cpu_scheduler"),
     ("hbserve.pd_disagg.kv_transfer", "KVTransferBase", "hbserve_kv.base"),
     ("hbserve.pd_disagg.kv_transfer.base", "KVTransferBase", "hbserve_kv.base"),

@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Iterator
 
 import pytest
+import torch
 
 from hbserve import LLM, SamplingParams
 
@@ -73,7 +74,7 @@ def test_a_bad_prompt_among_good_ones_is_named_and_nothing_runs(llm, prompt, mes
     assert len(llm.generate(["good"], SamplingParams(0, 2, True), use_tqdm=False)) == 1
 
 
-@pytest.mark.parametrize("prompt", [3.5, None, ["a"], [1.5], {"text": "a"}])
+@pytest.mark.parametrize("prompt", [3.5, None, {"text": "a"}, b"ab", {5, 6}, object(), torch.tensor(5)])
 def test_what_is_neither_text_nor_token_ids_is_named(llm, prompt):
     with pytest.raises(ValueError, match=r"prompts\[1\]: prompt=.*expected a string or a list of token ids"):
         llm.generate(["good", prompt], SamplingParams(), use_tqdm=False)

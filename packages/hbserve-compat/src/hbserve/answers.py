@@ -2,14 +2,17 @@
 
 import asyncio
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from typing import Any, Protocol
 
 from hbserve.detokenizer import Detokenizer
+from hbserve.prompts import naming
 from hbserve.results import GenerationDelta, GenerationResult, timings_of
-from hbserve.tokenizer import Prompt, encode
-from hbserve_rpc import HBServeRpcError, InvalidRequest, RemoteError, SamplingParams
+from hbserve_rpc import RemoteError, SamplingParams
 from hbserve_rpc.messages import ClientEvent, FinishReason, GenerateRequest, RequestFinished
+
+MOST_UNDER_WAY = 2048
+"""Requests of one call, of those that wait elsewhere too."""
 
 
 class Events(Protocol):
@@ -23,32 +26,13 @@ class Events(Protocol):
 class Scheduler(Protocol):
     """CpuScheduler, or RemoteScheduler."""
 
+    def check(self, request: GenerateRequest) -> GenerateRequest: ...
+
+    async def wait_for_room(self) -> None: ...
+
     def submit(self, request: GenerateRequest) -> Any: ...
 
     async def abort(self, request_id: str, reason: FinishReason = ...) -> bool: ...
-
-
-def is_single(prompts: Prompt | Sequence[Prompt]) -> bool:
-    """Whether this is one prompt rather than a list of them."""
-    return isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))
-
-
-def one_each(params: SamplingParams | Sequence[SamplingParams] | None, num_prompts: int) -> list[SamplingParams]:
-    """One SamplingParams per prompt.
-
-    Raises:
-        InvalidRequest: a list of another length, or something else than SamplingParams.
-    """
-    if params is None or isinstance(params, SamplingParams):
-        return [params or SamplingParams()] * num_prompts
-    for each in [params] if isinstance(params, Mapping) else params:
-        if not isinstance(each, SamplingParams):
-            raise InvalidRequest(f"sampling_params: expected SamplingParams, or a list of them; got {each!r}")
-    if len(params) != num_prompts:
-        raise InvalidRequest(
-            f"sampling_params: {len(params)} for {num_prompts} prompts; expected one, or one per prompt"
-        )
-    return list(params)
 
 
 class Answer:
@@ -58,7 +42,7 @@ class Answer:
         self,
         scheduler: Scheduler,
         tokenizer: Any,
-        prompt: Prompt,
+        prompt: list[int],
         params: SamplingParams,
         *,
         request_id: str | None = None,
@@ -68,7 +52,7 @@ class Answer:
         self.request_id = request_id or uuid.uuid4().hex
         self.detokenizer = Detokenizer(tokenizer, params.stop, skip_special_tokens=skip_special_tokens)
         self._scheduler = scheduler
-        self._events: Events = scheduler.submit(GenerateRequest(self.request_id, encode(tokenizer, prompt), params))
+        self._events: Events = scheduler.submit(GenerateRequest(self.request_id, prompt, params))
 
     async def __aiter__(self) -> AsyncGenerator[GenerationDelta, None]:
         """Raises what ended the request, if that is an error; leaving early aborts it."""
@@ -108,38 +92,52 @@ class Answer:
         await self._events.aclose()
 
 
-async def submit_all(
-    scheduler: Scheduler, tokenizer: Any, prompts: Sequence[Prompt], params: Sequence[SamplingParams]
-) -> list[Answer]:
-    """Submit every prompt, or none: a refusal names the prompt, if there are several, and those before it are ended.
+def check_all(scheduler: Scheduler, prompts: Sequence[list[int]], params: Sequence[SamplingParams]) -> None:
+    """Before any is begun, whether all can run, as far as the scheduler knows it beforehand.
 
     Raises:
-        InvalidRequest, Overloaded: as `Answer` does.
+        InvalidRequest: one can never run. Names the prompt, if there are several.
     """
+    for place, (prompt, each) in enumerate(zip(prompts, params, strict=True)):
+        with naming(place, len(prompts)):
+            scheduler.check(GenerateRequest("check", prompt, each))
+
+
+async def answer_all(
+    scheduler: Scheduler,
+    tokenizer: Any,
+    prompts: Sequence[list[int]],
+    params: Sequence[SamplingParams],
+    on_done: Callable[[], object],
+) -> list[GenerationResult]:
+    """All results, in order; requests are submitted as the queue drains. Whatever it raises, none of them goes on.
+
+    Raises:
+        InvalidRequest: what only the instances could know.
+        Overloaded: a scheduler elsewhere has no room.
+        RemoteError: one has failed.
+    """
+    under_way = asyncio.Semaphore(MOST_UNDER_WAY)
     answers: list[Answer] = []
-    for i, (prompt, each) in enumerate(zip(prompts, params, strict=True)):
-        try:
-            answers.append(Answer(scheduler, tokenizer, prompt, each))
-        except (HBServeRpcError, ValueError) as error:
-            for answer in answers:
-                await answer.aclose()
-            kind = type(error) if isinstance(error, HBServeRpcError) else InvalidRequest
-            raise kind(f"prompts[{i}]: {error}" if len(prompts) > 1 else str(error)) from error
-    return answers
-
-
-async def gather_answers(answers: Sequence[Answer], on_done: Callable[[], object]) -> list[GenerationResult]:
-    """All results, in order. If one fails the others are aborted, and its error is raised."""
 
     async def follow(answer: Answer) -> GenerationResult:
         result = await answer.result()
+        under_way.release()
         on_done()
         return result
 
-    tasks = [asyncio.create_task(follow(answer)) for answer in answers]
     try:
-        return await asyncio.gather(*tasks)
+        async with asyncio.TaskGroup() as group:
+            tasks = []
+            for prompt, each in zip(prompts, params, strict=True):
+                await under_way.acquire()
+                await scheduler.wait_for_room()
+                answers.append(Answer(scheduler, tokenizer, prompt, each))
+                tasks.append(group.create_task(follow(answers[-1])))
+    except BaseExceptionGroup as several:
+        raise several.exceptions[0] from None
     finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        # A task that is cancelled before its first step closes nothing itself.
+        for answer in answers:
+            await answer.aclose()
+    return [task.result() for task in tasks]

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hbserve.answers import Answer, Scheduler, gather_answers, submit_all
-from hbserve.results import Timings
+from hbserve.answers import Answer, Scheduler, answer_all, check_all
+from hbserve.prompts import encode_all, read_prompts
+from hbserve.results import GenerationResult, Timings
 from hbserve.tokenizer import apply_chat_template, load_tokenizer
 from hbserve_rpc import SamplingParams
 from hbserve_rpc.messages import ServiceInfo
@@ -37,14 +38,17 @@ class Wanted:
 async def generate_answers(wanted: Wanted) -> None:
     """Raises whatever is wrong, before anything is started where that is possible."""
     params = SamplingParams(temperature=wanted.temperature, max_tokens=wanted.max_tokens)
+    texts = [str(each) for each in read_prompts(wanted.prompts)]
     async with _connected(wanted) if wanted.connect else _started(wanted) as (scheduler, tokenizer):
-        prompts = [apply_chat_template(tokenizer, prompt) for prompt in wanted.prompts]
-        answers = await submit_all(scheduler, tokenizer, prompts, [params] * len(prompts))
-        if len(answers) == 1:
-            timings = [await _stream(answers[0])]
+        prompts = encode_all(tokenizer, [apply_chat_template(tokenizer, text) for text in texts])
+        if len(prompts) == 1:
+            answer = Answer(scheduler, tokenizer, prompts[0], params)
+            timings, num_tokens = [await _stream(answer)], len(answer.detokenizer.token_ids)
         else:
-            timings = await _together(answers, wanted.prompts)
-        num_tokens = sum(len(answer.detokenizer.token_ids) for answer in answers)
+            results = await _together(scheduler, tokenizer, prompts, params)
+            for text, result in zip(texts, results, strict=True):
+                sys.stdout.write(f"> {text}\n{result['text']}\n\n")
+            timings, num_tokens = list(results), sum(len(result["token_ids"]) for result in results)
     sys.stderr.write(summary(timings, num_tokens) + "\n")
 
 
@@ -59,14 +63,15 @@ async def _stream(answer: Answer) -> Timings:
     return timings
 
 
-async def _together(answers: list[Answer], prompts: list[str]) -> list[Timings]:
+async def _together(
+    scheduler: Scheduler, tokenizer: Any, prompts: list[list[int]], params: SamplingParams
+) -> list[GenerationResult]:
     from tqdm import tqdm
 
-    with tqdm(total=len(answers), desc="Generating", dynamic_ncols=True) as bar:
-        results = await gather_answers(answers, bar.update)
-    for prompt, result in zip(prompts, results, strict=True):
-        sys.stdout.write(f"> {prompt}\n{result['text']}\n\n")
-    return list(results)
+    each = [params] * len(prompts)
+    check_all(scheduler, prompts, each)
+    with tqdm(total=len(prompts), desc="Generating", dynamic_ncols=True) as bar:
+        return await answer_all(scheduler, tokenizer, prompts, each, bar.update)
 
 
 def summary(timings: list[Timings], num_tokens: int) -> str:

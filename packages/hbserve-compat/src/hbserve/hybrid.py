@@ -6,43 +6,83 @@ from typing import Any
 import msgspec
 
 from hbserve.launcher import instance_settings
-from hbserve.llm import Progress, within_model_len
+from hbserve.llm import News, Progress, drained, within_model_len
+from hbserve.own_thread import Ended, OwnThread
 from hbserve.pd_disagg.config import PdDisaggConfig
 from hbserve_core import Engine, InstanceConfig, make_runner
+from hbserve_core.runner import Runner
 from hbserve_rpc import InvalidRequest, SamplingParams
+from hbserve_rpc.messages import FinishReason
 
 NANO_VLLM_DEFAULTS = {"max_num_batched_tokens": 16384, "max_num_seqs": 512, "max_model_len": 4096, "chunk_size": 4096}
 HYBRID = [{"instance_id": "hybrid-0", "instance_type": "hybrid"}]
 
 
 class HybridBackend:
-    """Steps when it is asked to."""
+    """Steps when it is asked to, in a thread of its own: anybody may ask, and nothing interrupts a step."""
 
     def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
         wanted = within_model_len(folder, NANO_VLLM_DEFAULTS | settings)
         config = PdDisaggConfig(folder, **(wanted | {"gpu_instances": HYBRID})).to_deployment()
         plain = instance_settings(config, config.gpu_instances[0], folder, log_level="WARNING")
-        instance = msgspec.convert(plain, InstanceConfig)
-        self._runner = make_runner(instance)
-        self._engine = Engine(instance, self._runner)
+        self._runner: Runner | None = None
+        self._engine: Engine | None = None
+        self._news: dict[str, News] = {}
+        self._thread = OwnThread("hbserve-engine")
+        try:
+            self._thread.call(lambda: self._start(msgspec.convert(plain, InstanceConfig)))
+        except BaseException:
+            self.close()
+            raise
 
-    def add(self, request_id: str, token_ids: list[int], params: SamplingParams) -> None:
-        self._engine.add(request_id, token_ids, params)
+    def _start(self, config: InstanceConfig) -> None:
+        self._runner = make_runner(config)
+        self._engine = Engine(config, self._runner)
 
-    def step(self) -> tuple[list[Progress], int]:
-        if not self._engine.has_work():
+    def check(self, token_ids: list[int], params: SamplingParams) -> None:
+        self._running().limits.sequence("check", token_ids, params)
+
+    def add(self, request_id: str, token_ids: list[int], params: SamplingParams, news: News) -> None:
+        self._thread.call(lambda: self._add(request_id, token_ids, params, news))
+
+    def _add(self, request_id: str, token_ids: list[int], params: SamplingParams, news: News) -> None:
+        self._running().add(request_id, token_ids, params)
+        self._news[request_id] = news
+
+    def step(self, news: News) -> tuple[list[Progress], int]:
+        num_prompt_tokens = self._thread.call(lambda: self._step(news))
+        return drained(news), num_prompt_tokens
+
+    def _step(self, news: News) -> int:
+        engine = self._running()
+        if not news.empty():  # a step that somebody else asked for has brought it
+            return 0
+        if not engine.has_work():
             raise InvalidRequest("step: there is no request; add_request() first")
-        before = self._engine.stats().num_prefill_tokens
-        outputs = self._engine.step()
-        progress = [
-            Progress(output.request_id, [] if output.token_id is None else [output.token_id], output.finish_reason)
-            for output in outputs
-        ]
-        return progress, self._engine.stats().num_prefill_tokens - before
+        before = engine.stats().num_prefill_tokens
+        for output in engine.step():
+            token_ids = [] if output.token_id is None else [output.token_id]
+            whose = self._news.pop(output.request_id) if output.finish_reason else self._news[output.request_id]
+            whose.put(Progress(output.request_id, token_ids, output.finish_reason))
+        return engine.stats().num_prefill_tokens - before
 
-    def end(self, request_id: str) -> None:
-        self._engine.abort(request_id)
+    def end(self, request_ids: list[str], reason: FinishReason) -> None:
+        self._thread.call(lambda: self._end(request_ids))
+
+    def _end(self, request_ids: list[str]) -> None:
+        for request_id in request_ids:
+            self._news.pop(request_id, None)
+            self._running().abort(request_id)
 
     def close(self) -> None:
-        self._runner.close()
-        del self._engine, self._runner
+        self._thread.end(self._close)
+
+    def _close(self) -> None:
+        runner, self._runner, self._engine = self._runner, None, None
+        if runner is not None:
+            runner.close()
+
+    def _running(self) -> Engine:
+        if self._engine is None:
+            raise Ended()
+        return self._engine

@@ -7,8 +7,10 @@ import logging
 import os
 import signal
 import sys
+import time
+import weakref
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,8 @@ logger = logging.getLogger(__name__)
 START_TIMEOUT_S = 120.0
 """Until a process has bound its address: it imports torch before."""
 STOP_TIMEOUT_S = 20.0
+KILL_TIMEOUT_S = 5.0
+"""As STOP_TIMEOUT_S, where no event loop is there to wait in."""
 
 
 def instance_settings(
@@ -104,6 +108,7 @@ class InstanceProcess:
         self._on_death = on_death
         self._last_lines: deque[str] = deque(maxlen=5)
         self._process: asyncio.subprocess.Process | None = None
+        self._killing: weakref.finalize[Any, Any] | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._stopping = False
 
@@ -121,6 +126,8 @@ class InstanceProcess:
             start_new_session=True,
             env=os.environ | {"OMP_NUM_THREADS": threads},
         )  # fmt: skip
+        # If nobody stops it: the object is collected, its event loop has ended, or the interpreter ends.
+        self._killing = weakref.finalize(self, kill_children, [self._process.pid])
         stdin, stdout = self._process.stdin, self._process.stdout
         assert stdin is not None
         assert stdout is not None
@@ -142,7 +149,7 @@ class InstanceProcess:
         self._tasks.append(asyncio.create_task(self._watch()))
 
     async def stop(self) -> None:
-        """End it: politely, then by force. Leaves nothing behind."""
+        """End it: politely, then by force, at once if this is cancelled. Leaves nothing behind."""
         self._stopping = True
         if self._process is not None:
             with contextlib.suppress(ProcessLookupError):
@@ -154,7 +161,18 @@ class InstanceProcess:
                 logger.warning("%s did not end within %.0f s; killed", self.instance_id, STOP_TIMEOUT_S)
                 self._process.kill()
                 await self._process.wait()
+            except BaseException:
+                with contextlib.suppress(ProcessLookupError):
+                    self._process.kill()
+                raise
+            if self._killing is not None:
+                self._killing.detach()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    @property
+    def pid(self) -> int | None:
+        """None: it was not started."""
+        return None if self._process is None else self._process.pid
 
     async def _pass_stderr_on(self) -> None:
         assert self._process is not None
@@ -189,6 +207,25 @@ class InstanceProcess:
         return f"{how}: {self._last_lines[-1]}" if self._last_lines else how
 
 
+def kill_children(pids: Sequence[int]) -> None:
+    """End child processes without an event loop. One that has ended, or is another process's child, is passed over."""
+    for number, timeout_s in ((signal.SIGTERM, KILL_TIMEOUT_S), (signal.SIGKILL, KILL_TIMEOUT_S)):
+        for pid in filter(_is_running, pids):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+        deadline_s = time.monotonic() + timeout_s
+        while any(map(_is_running, pids)) and time.monotonic() < deadline_s:
+            time.sleep(0.01)
+
+
+def _is_running(pid: int) -> bool:
+    """Whether it is a child of this process that has not ended. Whoever waits for its end is left to hear of it."""
+    try:
+        return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
+    except ChildProcessError:
+        return False
+
+
 class LocalInstances:
     """All instances that one process has started."""
 
@@ -209,3 +246,7 @@ class LocalInstances:
 
     async def stop(self) -> None:
         await asyncio.gather(*(process.stop() for process in self.processes))
+
+    def kill(self) -> None:
+        """`stop` where the event loop that started them does not run any more. Waits for their end."""
+        kill_children([process.pid for process in self.processes if process.pid is not None])

@@ -1,21 +1,30 @@
 """LLM: synchronous, and a drop-in for nano-vllm's."""
 
-import atexit
+import contextlib
 import itertools
+import queue
+import threading
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass
+import weakref
+from collections.abc import Generator, Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from types import TracebackType
+from typing import Any, Protocol, Self
 
 from hbserve.demo_model import model_folder
 from hbserve.detokenizer import Detokenizer
-from hbserve.tokenizer import Prompt, encode, load_tokenizer
+from hbserve.own_thread import Ended
+from hbserve.prompts import Prompt, encode_all, naming, read_params, read_prompt, read_prompts
+from hbserve.tokenizer import load_tokenizer
 from hbserve_rpc import InvalidRequest, SamplingParams
 from hbserve_rpc.messages import FinishReason
 
 NANO_VLLM_NAMES = {"kvcache_block_size": "block_size", "num_kvcache_blocks": "num_blocks"}
 IGNORED = {"hf_config": "it is read from the folder", "eos": "it is read from the folder"}
+NOT_OF_ONE_ENGINE = {
+    "gpu_instances", "scheduler", "kv_buffer_size", "kv_ip", "kv_port", "kv_timeout_s", "kv_checksum", "kv_options"
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -29,19 +38,38 @@ class Progress:
     """It failed."""
 
 
+News = queue.SimpleQueue[Progress]
+"""Of the requests of one caller, who alone reads it."""
+
+
+def drained(news: News) -> list[Progress]:
+    found = []
+    with contextlib.suppress(queue.Empty):
+        while True:
+            found.append(news.get_nowait())
+    return found
+
+
 class Backend(Protocol):
-    """What computes: an engine in this process, or prefill and decode instances in others."""
+    """What computes: an engine in this process, or prefill and decode instances in others.
 
-    def add(self, request_id: str, token_ids: list[int], params: SamplingParams) -> None:
-        """Raises InvalidRequest or Overloaded."""
+    Every method may be called from any thread, and raises Ended once `close` was called.
+    """
 
-    def step(self) -> tuple[list[Progress], int]:
-        """What one step brought, and how many prompt tokens it computed."""
+    def check(self, token_ids: list[int], params: SamplingParams) -> None:
+        """Raises InvalidRequest if such a request can never run."""
 
-    def end(self, request_id: str) -> None:
-        """A stop string has come: compute it no further."""
+    def add(self, request_id: str, token_ids: list[int], params: SamplingParams, news: News) -> None:
+        """Begin a request; first wait, if so many are waiting that there is no room. Raises InvalidRequest."""
 
-    def close(self) -> None: ...
+    def step(self, news: News) -> tuple[list[Progress], int]:
+        """Whatever is new for this caller, after one step if need be, and how many prompt tokens that computed."""
+
+    def end(self, request_ids: list[str], reason: FinishReason) -> None:
+        """Compute these no further: "stop" if all that was wanted is there. Those that have ended are passed over."""
+
+    def close(self) -> None:
+        """End everything. May be called twice, and from several threads: each returns when it has ended."""
 
 
 @dataclass
@@ -50,10 +78,26 @@ class _Request:
     detokenizer: Detokenizer
 
 
+@dataclass(eq=False)
+class _Call:
+    """The requests of one caller that have not ended."""
+
+    requests: dict[str, _Request] = field(default_factory=dict)
+    news: News = field(default_factory=queue.SimpleQueue)
+    errors: list[Exception] = field(default_factory=list)
+    """Of requests that failed, and of which the caller has not heard yet."""
+
+
 class LLM:
     """One model. By default one engine in this process does everything; with `kv_transfer_backend=` prefill and decode
     run in processes of their own, and the other keywords are those of PdDisaggConfig.
+
+    Any thread may call it, also while another does; a process that is forked from this one may not. It ends, with all
+    that it has started, by `exit()`, by `with`, when nobody refers to it any more, or at the interpreter's end.
     """
+
+    _default_backend: str | None = None
+    """The `kv_transfer_backend` if none is given; None is one engine."""
 
     def __init__(self, model: str | Path | None = None, **keywords: Any) -> None:
         """Takes nano-vllm's keywords too. One that is unknown warns by its name, and is ignored.
@@ -62,10 +106,11 @@ class LLM:
             ValueError: a keyword's value cannot be.
             FileNotFoundError: there is no such model folder, or a file is missing in it.
         """
-        self._requests: dict[str, _Request] = {}
         self._numbers = itertools.count()
+        self._added = _Call()
+        self._stepping = threading.Lock()
         self._backend: Backend | None = None
-        settings = _translate(keywords)
+        settings = _translate(keywords, self._default_backend)
         if "kv_transfer_backend" in settings:
             from hbserve.pd_disagg.background import DisaggregatedBackend as chosen
         else:
@@ -73,115 +118,137 @@ class LLM:
         folder = model_folder(model)
         self.tokenizer: Any = load_tokenizer(folder)
         self._backend = chosen(folder, settings)
-        atexit.register(self.exit)
+        # Refers to the backend only: an `atexit` of this object would keep it for ever.
+        self._end = weakref.finalize(self, self._backend.close)
 
     def exit(self) -> None:
-        """End everything that was started. May be called twice; also called at the interpreter's end."""
-        atexit.unregister(self.exit)
-        backend, self._backend = self._backend, None
+        """End everything that was started. Whoever waits for an answer hears of it. May be called twice."""
+        backend = self._backend
         if backend is not None:
+            self._end.detach()
             backend.close()
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.exit()
+
     def add_request(self, prompt: Prompt, sampling_params: SamplingParams) -> None:
-        """Queue a prompt: a string, to which no chat template is applied, or token ids.
+        """Queue a prompt for `step`: a string, to which no chat template is applied, or token ids.
 
         Raises:
             InvalidRequest: (a ValueError) it can never run; says why.
         """
-        self._add(prompt, sampling_params)
+        (token_ids,) = encode_all(self.tokenizer, [read_prompt(prompt)])
+        (params,) = read_params(sampling_params, 1)
+        self._add(self._added, token_ids, params)
 
-    def _add(self, prompt: Prompt, params: SamplingParams) -> int:
+    def _add(self, call: _Call, token_ids: list[int], params: SamplingParams) -> int:
         number = next(self._numbers)
-        self._running().add(str(number), encode(self.tokenizer, prompt), params)
         # As nano-vllm does, the text keeps special tokens.
-        self._requests[str(number)] = _Request(
-            number, Detokenizer(self.tokenizer, params.stop, skip_special_tokens=False)
-        )
+        request = _Request(number, Detokenizer(self.tokenizer, params.stop, skip_special_tokens=False))
+        call.requests[str(number)] = request  # first: whatever interrupts `add`, it is known that there may be one
+        try:
+            self._running().add(str(number), token_ids, params, call.news)
+        except InvalidRequest:
+            del call.requests[str(number)]
+            raise
         return number
 
     def step(self) -> tuple[list[tuple[int, list[int]]], int]:
         """Compute once: the requests that finished, as (number, output token ids), and how many tokens were computed.
 
         As in nano-vllm that count is positive for a step with prompt tokens, and minus the number of sequences for a
-        step that only decoded.
+        step that only decoded. It is about those that `add_request` has queued.
         """
-        return [(request.number, request.detokenizer.token_ids) for request in self._step()[0]], self._last_count
+        with self._stepping:
+            finished, count = self._step(self._added)
+        return [(request.number, request.detokenizer.token_ids) for request in finished], count
 
-    def _step(self) -> tuple[list[_Request], int]:
-        progress, num_prompt_tokens = self._running().step()
+    def _step(self, call: _Call) -> tuple[list[_Request], int]:
+        if not call.requests and not call.errors:
+            raise InvalidRequest("step: there is no request; add_request() first")
+        progress, num_prompt_tokens = self._running().step(call.news) if not call.errors else ([], 0)
         finished = []
         for each in progress:
-            request = self._requests.get(each.request_id)
+            request = call.requests.get(each.request_id)
             if request is None:  # it ended at a stop string, and this came meanwhile
                 continue
-            if each.error is not None:
-                del self._requests[each.request_id]
-                raise each.error
+            if each.error is not None or each.finish_reason == "abort":
+                del call.requests[each.request_id]
+                call.errors.append(each.error or Ended())
+                continue
             request.detokenizer.feed(each.token_ids, final=each.finish_reason is not None)
             if request.detokenizer.stopped and each.finish_reason is None:
-                self._running().end(each.request_id)
+                self._running().end([each.request_id], "stop")
             if request.detokenizer.stopped or each.finish_reason:
-                finished.append(self._requests.pop(each.request_id))
-        self._last_count = num_prompt_tokens or -len(progress)
-        return finished, self._last_count
-
-    _last_count = 0
+                finished.append(call.requests.pop(each.request_id))
+        if call.errors and not finished:
+            raise call.errors.pop(0)
+        return finished, num_prompt_tokens or -len(progress)
 
     def is_finished(self) -> bool:
-        """Whether every request has finished."""
-        return not self._requests
+        """Whether every request of `add_request` has finished."""
+        return not self._added.requests and not self._added.errors
 
     def generate(
         self,
-        prompts: Prompt | Sequence[Prompt],
+        prompts: Prompt | Iterable[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         use_tqdm: bool = True,
     ) -> list[dict[str, Any]]:
         """`[{"text": …, "token_ids": […]}]`, in the order of the prompts. The token ids include the end token.
 
+        Whatever it raises, nothing of this call goes on.
+
         Raises:
             InvalidRequest: (a ValueError) a prompt or parameter can never run, or a wrong number of parameters; names
                 the prompt. None of the prompts is computed then.
+            RuntimeError: the LLM has ended, or is of another process.
         """
         from tqdm import tqdm
 
-        from hbserve.answers import is_single, one_each
-
-        every: list[Any] = [prompts] if is_single(prompts) else list(prompts)
-        numbers = self._add_all(every, one_each(sampling_params, len(every)))
-        results: dict[int, dict[str, Any]] = {}
-        try:
-            with tqdm(total=len(every), desc="Generating", dynamic_ncols=True, disable=not use_tqdm) as bar:
-                rates = _Rates()
-                while not all(number in results for number in numbers):
-                    finished, count = self._step()
+        plain = read_prompts(prompts)
+        params = read_params(sampling_params, len(plain))
+        todo = list(zip(encode_all(self.tokenizer, plain), params, strict=True))
+        for place, (token_ids, each) in enumerate(todo):
+            with naming(place, len(todo)):
+                self._running().check(token_ids, each)
+        finished: list[_Request] = []
+        with tqdm(total=len(todo), desc="Generating", dynamic_ncols=True, disable=not use_tqdm) as bar:
+            rates = _Rates()
+            with contextlib.closing(self._follow(todo)) as steps:
+                for ended, count in steps:
+                    finished += ended
                     bar.set_postfix(rates.after(count))
-                    for request in finished:
-                        text = request.detokenizer
-                        results[request.number] = {"text": text.text, "token_ids": text.token_ids}
-                        bar.update(request.number in numbers)
+                    bar.update(len(ended))
+        results = [(each.number, each.detokenizer) for each in finished]
+        results.sort(key=lambda each: each[0])
+        return [{"text": text.text, "token_ids": text.token_ids} for _, text in results]
+
+    def _follow(
+        self, todo: Iterable[tuple[list[int], SamplingParams]]
+    ) -> Generator[tuple[list[_Request], int], None, None]:
+        """Add requests as there is room, and step until all have ended; what each step has brought."""
+        call = _Call()
+        try:
+            for token_ids, params in todo:
+                self._add(call, token_ids, params)
+                if not call.news.empty():
+                    yield self._step(call)
+            while call.requests or call.errors:
+                yield self._step(call)
         finally:
-            self._drop(numbers)  # what an error or a Ctrl-C has left behind
-        return [results[number] for number in numbers]
-
-    def _drop(self, numbers: list[int]) -> None:
-        for number in numbers:
-            if self._requests.pop(str(number), None) is not None:
-                self._running().end(str(number))
-
-    def _add_all(self, prompts: list[Any], params: list[SamplingParams]) -> list[int]:
-        numbers: list[int] = []
-        for i, (prompt, each) in enumerate(zip(prompts, params, strict=True)):
-            try:
-                numbers.append(self._add(prompt, each))
-            except ValueError as error:
-                self._drop(numbers)
-                raise InvalidRequest(f"prompts[{i}]: {error}" if len(prompts) > 1 else str(error)) from error
-        return numbers
+            if call.requests:  # what an error or a Ctrl-C has left behind
+                with contextlib.suppress(Ended):
+                    self._running().end(list(call.requests), "abort")
 
     def _running(self) -> Backend:
         if self._backend is None:
-            raise RuntimeError("this LLM has ended: exit() was called")
+            raise Ended()
         return self._backend
 
 
@@ -213,8 +280,8 @@ def within_model_len(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
     return settings | {"max_model_len": min(wanted, load_model_config(folder).max_model_len)}
 
 
-def _translate(keywords: dict[str, Any]) -> dict[str, Any]:
-    """nano-vllm's keywords in our words; unknown ones warn."""
+def _translate(keywords: dict[str, Any], default_backend: str | None) -> dict[str, Any]:
+    """nano-vllm's keywords in our words; those that are unknown, or without effect, warn."""
     from hbserve.pd_disagg.config import PdDisaggConfig
 
     known = set(PdDisaggConfig.__slots__) - {"model_path"}
@@ -228,4 +295,8 @@ def _translate(keywords: dict[str, Any]) -> dict[str, Any]:
             settings[own] = None if name == "num_kvcache_blocks" and value == -1 else value
         else:
             warnings.warn(f"LLM({name}=...) is unknown and ignored", stacklevel=3)
+    if settings.setdefault("kv_transfer_backend", default_backend) is None:
+        del settings["kv_transfer_backend"]
+        for name in NOT_OF_ONE_ENGINE & settings.keys():
+            warnings.warn(f"LLM({name}=...) is not used by one engine; give kv_transfer_backend too", stacklevel=3)
     return settings

@@ -1,10 +1,7 @@
 """The tokenizer of a model folder. transformers is imported when one is loaded."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-Prompt = str | Sequence[int]
 
 
 def load_tokenizer(folder: str | Path) -> Any:
@@ -26,14 +23,10 @@ def load_tokenizer(folder: str | Path) -> Any:
     return AutoTokenizer.from_pretrained(path, local_files_only=True)
 
 
-def encode(tokenizer: Any, prompt: Prompt) -> list[int]:
-    """Token ids of a prompt: as they are, or of the text, without a chat template."""
-    if isinstance(prompt, str):
-        ids: list[int] = tokenizer.encode(prompt)
-        return ids
-    if not isinstance(prompt, Sequence) or not all(isinstance(token, int) for token in prompt):
-        raise ValueError(f"prompt={prompt!r}: expected a string or a list of token ids")
-    return [int(token) for token in prompt]
+def encode(tokenizer: Any, prompt: str) -> list[int]:
+    """Token ids of the text, without a chat template."""
+    ids: list[int] = tokenizer.encode(prompt)
+    return ids
 
 
 def apply_chat_template(tokenizer: Any, text: str) -> str:

@@ -5,9 +5,9 @@ torch is imported with the first of the two that need it: a process that starts 
 
 from typing import TYPE_CHECKING, Any
 
-from hbserve.llm import LLM as LLM
 from hbserve.pd_disagg.config import PdDisaggConfig as PdDisaggConfig
 from hbserve.pd_disagg.disaggregated_llm import DisaggregatedLLM as DisaggregatedLLM
+from hbserve.pd_disagg.llm import LLM as LLM
 from hbserve_kv import KVTransferBackend as KVTransferBackend
 from hbserve_rpc import RpcClient as RpcClient
 from hbserve_rpc import RpcServer as RpcServer

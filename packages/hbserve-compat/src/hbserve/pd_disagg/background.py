@@ -1,74 +1,117 @@
 """A DisaggregatedLLM in a thread of its own, for LLM, which is synchronous."""
 
 import asyncio
-import queue
+import os
 import threading
 from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any, TypeVar
 
-from hbserve.llm import Progress, within_model_len
+from hbserve.llm import News, Progress, drained, within_model_len
+from hbserve.own_thread import Ended, require_own_process
 from hbserve.pd_disagg.config import PdDisaggConfig
 from hbserve.pd_disagg.disaggregated_llm import DisaggregatedLLM
-from hbserve_rpc import InvalidRequest, SamplingParams
-from hbserve_rpc.messages import GenerateRequest, RequestFinished
+from hbserve_rpc import SamplingParams
+from hbserve_rpc.messages import FinishReason, GenerateRequest, RequestFinished
+from hbserve_scheduler import CpuScheduler
 
 T = TypeVar("T")
 
 
 class DisaggregatedBackend:
-    """Passes requests to the event loop, and brings back what happened there."""
+    """Passes requests to the event loop, and brings back what happened there. Callers may be of any thread."""
 
     def __init__(self, model: Path, settings: dict[str, Any]) -> None:
         self._llm = DisaggregatedLLM(PdDisaggConfig(model, **within_model_len(model, settings)))
-        self._news: queue.SimpleQueue[Progress] = queue.SimpleQueue()
         self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._pid = os.getpid()
+        self._closing = threading.Lock()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="hbserve-llm", daemon=True)
         self._thread.start()
         try:
             self._run(self._llm.start())
         except BaseException:
-            self._end_thread()
+            self.close()
             raise
 
     def _run(self, job: Coroutine[Any, Any, T]) -> T:
-        return asyncio.run_coroutine_threadsafe(job, self._loop).result()
+        """Run it in the event loop. Whatever interrupts the wait, a Ctrl-C for example, cancels it."""
+        try:
+            require_own_process(self._pid)
+            if self._loop.is_closed():
+                raise Ended()
+            future = asyncio.run_coroutine_threadsafe(job, self._loop)
+        except RuntimeError:
+            job.close()
+            raise
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()
+            raise
 
-    def add(self, request_id: str, token_ids: list[int], params: SamplingParams) -> None:
-        self._run(self._submit(request_id, token_ids, params))
+    def check(self, token_ids: list[int], params: SamplingParams) -> None:
+        self._scheduler().check(GenerateRequest("check", token_ids, params))
 
-    async def _submit(self, request_id: str, token_ids: list[int], params: SamplingParams) -> None:
-        events = self._llm.scheduler.submit(GenerateRequest(request_id, token_ids, params))
-        self._tasks[request_id] = asyncio.create_task(self._follow(request_id, events))
+    def add(self, request_id: str, token_ids: list[int], params: SamplingParams, news: News) -> None:
+        self._run(self._submit(GenerateRequest(request_id, token_ids, params), news))
 
-    async def _follow(self, request_id: str, events: Any) -> None:
+    async def _submit(self, request: GenerateRequest, news: News) -> None:
+        await self._scheduler().wait_for_room()
+        events = self._scheduler().submit(request)
+        self._tasks[request.request_id] = asyncio.create_task(self._follow(request.request_id, events, news))
+
+    async def _follow(self, request_id: str, events: Any, news: News) -> None:
         try:
             async for event in events:
                 if isinstance(event, RequestFinished):
-                    self._news.put(Progress(request_id, [], event.finish_reason))
+                    news.put(Progress(request_id, [], event.finish_reason))
                 else:
-                    self._news.put(Progress(request_id, event.token_ids, None))
+                    news.put(Progress(request_id, event.token_ids, None))
         except Exception as error:  # belongs to whoever calls `step`
-            self._news.put(Progress(request_id, [], None, error))
+            news.put(Progress(request_id, [], None, error))
         finally:
             await events.aclose()
             self._tasks.pop(request_id, None)
 
-    def step(self) -> tuple[list[Progress], int]:
-        """Wait for one request's news. Prompt tokens are computed elsewhere, and not counted."""
-        if not self._tasks and self._news.empty():
-            raise InvalidRequest("step: there is no request; add_request() first")
-        return [self._news.get()], 0
+    def step(self, news: News) -> tuple[list[Progress], int]:
+        """Wait for news. Prompt tokens are computed elsewhere, and not counted."""
+        require_own_process(self._pid)
+        return [news.get(), *drained(news)], 0
 
-    def end(self, request_id: str) -> None:
-        self._run(self._llm.scheduler.abort(request_id, "stop"))
+    def end(self, request_ids: list[str], reason: FinishReason) -> None:
+        self._run(self._abort(request_ids, reason))
+
+    async def _abort(self, request_ids: list[str], reason: FinishReason) -> None:
+        for request_id in request_ids:
+            await self._scheduler().abort(request_id, reason)
+
+    def _scheduler(self) -> CpuScheduler:
+        try:
+            return self._llm.scheduler
+        except RuntimeError:  # `close` is under way
+            raise Ended() from None
 
     def close(self) -> None:
-        self._run(self._llm.stop())
-        self._end_thread()
+        if os.getpid() != self._pid:
+            return
+        if threading.current_thread() is self._thread:  # garbage that this thread has collected: it cannot wait
+            threading.Thread(target=self.close, name="hbserve-llm-end").start()
+            return
+        with self._closing:
+            if self._loop.is_closed():
+                return
+            try:
+                self._run(self._stop())
+            finally:
+                self._loop.call_soon_threadsafe(self._loop.stop)
+                self._thread.join()
+                self._loop.close()
 
-    def _end_thread(self) -> None:
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
+    async def _stop(self) -> None:
+        try:
+            await self._llm.stop()
+        finally:
+            # Whoever waits for a request hears that it has ended.
+            await asyncio.gather(*self._tasks.values(), return_exceptions=True)

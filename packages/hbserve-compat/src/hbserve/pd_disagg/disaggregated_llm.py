@@ -1,21 +1,25 @@
 """DisaggregatedLLM: a scheduler in this process, and prefill and decode instances in processes of their own."""
 
 import asyncio
+import contextlib
 import logging
-from collections.abc import AsyncGenerator, Sequence
+import os
+from collections.abc import AsyncGenerator, Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import msgspec
 
-from hbserve.answers import Answer, gather_answers, is_single, one_each, submit_all
+from hbserve.answers import Answer, answer_all, check_all
 from hbserve.demo_model import find_model_folder
 from hbserve.launcher import LocalInstances
 from hbserve.pd_disagg.config import PdDisaggConfig
+from hbserve.prompts import PlainPrompt, Prompt, encode_all, read_params, read_prompt, read_prompts
 from hbserve.results import GenerationDelta, GenerationResult
-from hbserve.tokenizer import Prompt, load_tokenizer
+from hbserve.tokenizer import load_tokenizer
 from hbserve_rpc import SamplingParams
+from hbserve_rpc.plain_values import plain_id
 from hbserve_scheduler import CpuScheduler, InstanceFailed
 
 logger = logging.getLogger(__name__)
@@ -25,7 +29,9 @@ READY_TIMEOUT_S = 600.0
 
 
 class DisaggregatedLLM:
-    """Belongs to the event loop that ran `start`. Also an asynchronous context manager, which starts and stops it.
+    """Belongs to the event loop that ran `start`; in another one its methods raise RuntimeError, `stop` excepted.
+
+    Also an asynchronous context manager, which starts and stops it.
 
     `scheduler` is CpuScheduler, or a subclass of it that schedules differently.
     """
@@ -40,7 +46,11 @@ class DisaggregatedLLM:
         self._log_level = log_level
         self._scheduler: CpuScheduler | None = None
         self._instances: LocalInstances | None = None
-        self._deaths: asyncio.Queue[str] = asyncio.Queue()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        """From `start` to the end of `stop`."""
+        self._pid = 0
+        self._starting: asyncio.Task[None] | None = None
+        self._stopping: asyncio.Task[None] | None = None
         self._background: set[asyncio.Task[None]] = set()
 
     async def start(self) -> None:
@@ -52,8 +62,21 @@ class DisaggregatedLLM:
             InstanceFailed: an instance cannot run; has its reason.
             NotReady: the models were not loaded in time.
         """
-        if self._scheduler is not None:
-            raise RuntimeError("DisaggregatedLLM is running already")
+        if self._loop is not None:
+            raise RuntimeError("DisaggregatedLLM is running already, or starting")
+        self._loop, self._pid = asyncio.get_running_loop(), os.getpid()
+        self._deaths: asyncio.Queue[str] = asyncio.Queue()
+        self._starting = asyncio.create_task(self._start())
+        try:
+            await self._starting
+        except BaseException as error:
+            task = asyncio.current_task()
+            await self.stop()
+            if isinstance(error, asyncio.CancelledError) and task is not None and not task.cancelling():
+                raise RuntimeError("DisaggregatedLLM.stop() was called while it started") from None
+            raise
+
+    async def _start(self) -> None:
         deployment = self.config.to_deployment()
         folder = await find_model_folder(self.config.model_path)
         self._scheduler = self._scheduler_class(deployment.scheduler, model_path=str(folder))
@@ -64,11 +87,7 @@ class DisaggregatedLLM:
                 group.create_task(self._start_instances())
                 group.create_task(self._load_tokenizer(folder))
         except BaseExceptionGroup as several:
-            await self.stop()
             raise several.exceptions[0] from None
-        except BaseException:
-            await self.stop()
-            raise
 
     async def _start_instances(self) -> None:
         instances, scheduler = self._require_instances(), self.scheduler
@@ -99,14 +118,39 @@ class DisaggregatedLLM:
         task.add_done_callback(self._background.discard)
 
     async def stop(self) -> None:
-        """End every request as aborted, and every process. May be called twice, and after a failed start."""
+        """End every request as aborted, and every process.
+
+        May be called twice, at once too, during `start` and after one that failed, and from any event loop or thread;
+        it returns when all has ended. Whoever is cancelled here has it go on.
+        """
+        if self._loop is None or self._pid != os.getpid():  # what a process has started, no fork of it ends
+            return
+        if self._loop is asyncio.get_running_loop():
+            if self._stopping is None:
+                self._stopping = asyncio.create_task(self._stop())
+            await asyncio.shield(self._stopping)
+        elif self._loop.is_running():
+            await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(self.stop(), self._loop))
+        else:  # its tasks, and the sockets that they read, are no more
+            instances = self._instances
+            self._loop = self._scheduler = self._instances = self._stopping = None
+            if instances is not None:
+                await asyncio.to_thread(instances.kill)
+
+    async def _stop(self) -> None:
+        if self._starting is not None:
+            self._starting.cancel()
+            await asyncio.gather(self._starting, return_exceptions=True)
         scheduler, instances = self._scheduler, self._instances
         self._scheduler = self._instances = None
-        await asyncio.gather(*self._background, return_exceptions=True)
-        if scheduler is not None:
-            await scheduler.stop()
-        if instances is not None:
-            await instances.stop()
+        try:
+            await asyncio.gather(*self._background, return_exceptions=True)
+            if scheduler is not None:
+                await scheduler.stop()
+        finally:
+            if instances is not None:
+                await instances.stop()
+            self._loop = self._starting = self._stopping = None
 
     async def __aenter__(self) -> Self:
         await self.start()
@@ -121,39 +165,56 @@ class DisaggregatedLLM:
 
     async def generate(
         self,
-        prompts: Prompt | Sequence[Prompt],
+        prompts: Prompt | Iterable[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         use_tqdm: bool = False,
     ) -> list[GenerationResult]:
         """Answers in the order of the prompts; each prompt is a string or a list of token ids.
 
+        There may be more of them than the queue holds. Whatever it raises, nothing of this call goes on.
+
         Raises:
             InvalidRequest: (a ValueError) one of the prompts or parameters can never run, or a wrong number of
                 parameters. Names the prompt. None of this call's prompts is computed then.
-            Overloaded: the queue is full.
             RequestFailed: every attempt at one of them failed; the others of this call are aborted.
+            RuntimeError: it is not running, or in another event loop.
         """
-        every: list[Any] = [prompts] if is_single(prompts) else list(prompts)
-        params = one_each(sampling_params, len(every))
-        answers = await submit_all(self.scheduler, self.tokenizer, every, params)
+        scheduler = self._require_own_loop()
+        plain = read_prompts(prompts)
+        params = read_params(sampling_params, len(plain))
+        token_ids = await asyncio.to_thread(encode_all, self.tokenizer, plain)
+        check_all(scheduler, token_ids, params)
         from tqdm import tqdm
 
-        with tqdm(total=len(answers), desc="Generating", disable=not use_tqdm, dynamic_ncols=True) as bar:
-            return await gather_answers(answers, bar.update)
+        with tqdm(total=len(plain), desc="Generating", disable=not use_tqdm, dynamic_ncols=True) as bar:
+            return await answer_all(scheduler, self.tokenizer, token_ids, params, bar.update)
 
-    async def stream(
+    def stream(
         self, prompt: Prompt, sampling_params: SamplingParams | None = None, *, request_id: str | None = None
     ) -> AsyncGenerator[GenerationDelta, None]:
-        """The answer as it comes. Leaving the loop early aborts the request. Raises what `generate` raises."""
-        scheduler = self.scheduler
-        answer = Answer(scheduler, self.tokenizer, prompt, sampling_params or SamplingParams(), request_id=request_id)
-        async for delta in answer:
-            yield delta
+        """The answer as it comes. Leaving the loop early aborts the request.
+
+        Raises what `generate` raises, and Overloaded if the queue is full.
+        """
+        scheduler = self._require_own_loop()
+        (params,) = read_params(sampling_params, 1)
+        if request_id is not None:
+            request_id = plain_id("request_id", request_id)
+        return self._stream(scheduler, read_prompt(prompt), params, request_id)
+
+    async def _stream(
+        self, scheduler: CpuScheduler, prompt: PlainPrompt, params: SamplingParams, request_id: str | None
+    ) -> AsyncGenerator[GenerationDelta, None]:
+        (token_ids,) = await asyncio.to_thread(encode_all, self.tokenizer, [prompt])
+        answer = Answer(scheduler, self.tokenizer, token_ids, params, request_id=request_id)
+        async with contextlib.aclosing(aiter(answer)) as deltas:
+            async for delta in deltas:
+                yield delta
 
     async def abort(self, request_id: str) -> bool:
         """End a request by the id that was given to `stream`; it finishes with "abort". False: it has ended already."""
-        return await self.scheduler.abort(request_id)
+        return await self._require_own_loop().abort(request_id)
 
     # ---- figures -------------------------------------------------------------------------------------------------
 
@@ -165,7 +226,7 @@ class DisaggregatedLLM:
 
     async def refresh_system_stats(self) -> dict[str, Any]:
         """`get_system_stats`, after asking every instance."""
-        await self.scheduler.refresh()
+        await self._require_own_loop().refresh()
         return self.get_system_stats()
 
     @property
@@ -174,6 +235,19 @@ class DisaggregatedLLM:
         if self._scheduler is None:
             raise RuntimeError("DisaggregatedLLM is not running: call start() first")
         return self._scheduler
+
+    def _require_own_loop(self) -> CpuScheduler:
+        """Raises RuntimeError unless it is running, in this event loop: in another one nothing would ever come."""
+        scheduler = self.scheduler
+        if self.tokenizer is None:
+            raise RuntimeError("DisaggregatedLLM is still starting: start() has not returned")
+        if asyncio.get_running_loop() is not self._loop:
+            state = "runs" if self._loop is not None and self._loop.is_running() else "has ended"
+            raise RuntimeError(
+                f"this DisaggregatedLLM belongs to the event loop that ran start(), {self._loop!r}, which {state}; "
+                "call it there, or start another one in this loop"
+            )
+        return scheduler
 
     def _require_instances(self) -> LocalInstances:
         assert self._instances is not None
