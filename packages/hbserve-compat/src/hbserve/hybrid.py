@@ -5,8 +5,9 @@ from typing import Any
 
 import msgspec
 
+from hbserve.backend import News, Progress, drained
+from hbserve.keywords import within_model_len
 from hbserve.launcher import instance_settings
-from hbserve.llm import News, Progress, drained, within_model_len
 from hbserve.own_thread import Ended, OwnThread
 from hbserve.pd_disagg.config import PdDisaggConfig
 from hbserve_core import Engine, InstanceConfig, make_runner

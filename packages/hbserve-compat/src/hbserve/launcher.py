@@ -169,6 +169,12 @@ class InstanceProcess:
                 self._killing.detach()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
+    def abandon(self) -> None:
+        """It has ended, and its event loop too: close its pipes, which asyncio cannot do by itself any more."""
+        if self._process is not None:
+            with contextlib.suppress(RuntimeError):
+                self._process._transport.close()  # type: ignore[attr-defined]
+
     @property
     def pid(self) -> int | None:
         """None: it was not started."""
@@ -250,3 +256,5 @@ class LocalInstances:
     def kill(self) -> None:
         """`stop` where the event loop that started them does not run any more. Waits for their end."""
         kill_children([process.pid for process in self.processes if process.pid is not None])
+        for process in self.processes:
+            process.abandon()

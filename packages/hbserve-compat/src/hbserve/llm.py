@@ -4,72 +4,21 @@ import contextlib
 import itertools
 import queue
 import threading
-import warnings
 import weakref
 from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
+from hbserve.backend import Backend, News
 from hbserve.demo_model import model_folder
 from hbserve.detokenizer import Detokenizer
+from hbserve.keywords import translated
 from hbserve.own_thread import Ended
 from hbserve.prompts import Prompt, encode_all, naming, read_params, read_prompt, read_prompts
 from hbserve.tokenizer import load_tokenizer
 from hbserve_rpc import InvalidRequest, SamplingParams
-from hbserve_rpc.messages import FinishReason
-
-NANO_VLLM_NAMES = {"kvcache_block_size": "block_size", "num_kvcache_blocks": "num_blocks"}
-IGNORED = {"hf_config": "it is read from the folder", "eos": "it is read from the folder"}
-NOT_OF_ONE_ENGINE = {
-    "gpu_instances", "scheduler", "kv_buffer_size", "kv_ip", "kv_port", "kv_timeout_s", "kv_checksum", "kv_options"
-}  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Progress:
-    """What is new of one request."""
-
-    request_id: str
-    token_ids: list[int]
-    finish_reason: FinishReason | None
-    error: Exception | None = None
-    """It failed."""
-
-
-News = queue.SimpleQueue[Progress]
-"""Of the requests of one caller, who alone reads it."""
-
-
-def drained(news: News) -> list[Progress]:
-    found = []
-    with contextlib.suppress(queue.Empty):
-        while True:
-            found.append(news.get_nowait())
-    return found
-
-
-class Backend(Protocol):
-    """What computes: an engine in this process, or prefill and decode instances in others.
-
-    Every method may be called from any thread, and raises Ended once `close` was called.
-    """
-
-    def check(self, token_ids: list[int], params: SamplingParams) -> None:
-        """Raises InvalidRequest if such a request can never run."""
-
-    def add(self, request_id: str, token_ids: list[int], params: SamplingParams, news: News) -> None:
-        """Begin a request; first wait, if so many are waiting that there is no room. Raises InvalidRequest."""
-
-    def step(self, news: News) -> tuple[list[Progress], int]:
-        """Whatever is new for this caller, after one step if need be, and how many prompt tokens that computed."""
-
-    def end(self, request_ids: list[str], reason: FinishReason) -> None:
-        """Compute these no further: "stop" if all that was wanted is there. Those that have ended are passed over."""
-
-    def close(self) -> None:
-        """End everything. May be called twice, and from several threads: each returns when it has ended."""
 
 
 @dataclass
@@ -110,7 +59,7 @@ class LLM:
         self._added = _Call()
         self._stepping = threading.Lock()
         self._backend: Backend | None = None
-        settings = _translate(keywords, self._default_backend)
+        settings = translated(keywords, self._default_backend)
         if "kv_transfer_backend" in settings:
             from hbserve.pd_disagg.background import DisaggregatedBackend as chosen
         else:
@@ -268,35 +217,3 @@ class _Rates:
         self._shown[kind] = f"{int(abs(count) / max(now_s - self._last_s, 1e-9))}tok/s"
         self._last_s = now_s
         return self._shown
-
-
-def within_model_len(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """As in nano-vllm, a `max_model_len` beyond the model's own means the model's own."""
-    from hbserve_core.model_config import load_model_config
-
-    wanted = settings.get("max_model_len")
-    if not isinstance(wanted, int):  # None is the model's own; a wrong type is refused with the other keywords
-        return settings
-    return settings | {"max_model_len": min(wanted, load_model_config(folder).max_model_len)}
-
-
-def _translate(keywords: dict[str, Any], default_backend: str | None) -> dict[str, Any]:
-    """nano-vllm's keywords in our words; those that are unknown, or without effect, warn."""
-    from hbserve.pd_disagg.config import PdDisaggConfig
-
-    known = set(PdDisaggConfig.__slots__) - {"model_path"}
-    settings: dict[str, Any] = {}
-    for name, value in keywords.items():
-        if name in IGNORED:
-            warnings.warn(f"LLM({name}=...) is not used: {IGNORED[name]}", stacklevel=3)
-        elif name == "enforce_eager":
-            settings["cuda_graph_enabled"] = not value
-        elif (own := NANO_VLLM_NAMES.get(name, name)) in known:
-            settings[own] = None if name == "num_kvcache_blocks" and value == -1 else value
-        else:
-            warnings.warn(f"LLM({name}=...) is unknown and ignored", stacklevel=3)
-    if settings.setdefault("kv_transfer_backend", default_backend) is None:
-        del settings["kv_transfer_backend"]
-        for name in NOT_OF_ONE_ENGINE & settings.keys():
-            warnings.warn(f"LLM({name}=...) is not used by one engine; give kv_transfer_backend too", stacklevel=3)
-    return settings

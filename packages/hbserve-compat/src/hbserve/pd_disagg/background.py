@@ -7,7 +7,8 @@ from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any, TypeVar
 
-from hbserve.llm import News, Progress, drained, within_model_len
+from hbserve.backend import News, Progress, drained
+from hbserve.keywords import within_model_len
 from hbserve.own_thread import Ended, require_own_process
 from hbserve.pd_disagg.config import PdDisaggConfig
 from hbserve.pd_disagg.disaggregated_llm import DisaggregatedLLM

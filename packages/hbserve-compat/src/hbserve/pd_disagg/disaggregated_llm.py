@@ -128,14 +128,22 @@ class DisaggregatedLLM:
         if self._loop is asyncio.get_running_loop():
             if self._stopping is None:
                 self._stopping = asyncio.create_task(self._stop())
+                self._stopping.add_done_callback(self._kill_if_cancelled)
             await asyncio.shield(self._stopping)
         elif self._loop.is_running():
             await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(self.stop(), self._loop))
         else:  # its tasks, and the sockets that they read, are no more
-            instances = self._instances
-            self._loop = self._scheduler = self._instances = self._stopping = None
-            if instances is not None:
-                await asyncio.to_thread(instances.kill)
+            await asyncio.to_thread(self._kill)
+
+    def _kill_if_cancelled(self, stopping: "asyncio.Task[None]") -> None:
+        if stopping.cancelled():  # the event loop ends, maybe before the task has begun
+            self._kill()
+
+    def _kill(self) -> None:
+        instances = self._instances
+        self._loop = self._scheduler = self._instances = self._starting = self._stopping = None
+        if instances is not None:
+            instances.kill()
 
     async def _stop(self) -> None:
         if self._starting is not None:
@@ -239,7 +247,7 @@ class DisaggregatedLLM:
     def _require_own_loop(self) -> CpuScheduler:
         """Raises RuntimeError unless it is running, in this event loop: in another one nothing would ever come."""
         scheduler = self.scheduler
-        if self.tokenizer is None:
+        if self._starting is not None and not self._starting.done():
             raise RuntimeError("DisaggregatedLLM is still starting: start() has not returned")
         if asyncio.get_running_loop() is not self._loop:
             state = "runs" if self._loop is not None and self._loop.is_running() else "has ended"

@@ -1,0 +1,43 @@
+"""LLM's keywords: nano-vllm's, and the fields of PdDisaggConfig."""
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+NANO_VLLM_NAMES = {"kvcache_block_size": "block_size", "num_kvcache_blocks": "num_blocks"}
+IGNORED = {"hf_config": "it is read from the folder", "eos": "it is read from the folder"}
+NOT_OF_ONE_ENGINE = {
+    "gpu_instances", "scheduler", "kv_buffer_size", "kv_ip", "kv_port", "kv_timeout_s", "kv_checksum", "kv_options"
+}  # fmt: skip
+
+
+def within_model_len(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """As in nano-vllm, a `max_model_len` beyond the model's own means the model's own."""
+    from hbserve_core.model_config import load_model_config
+
+    wanted = settings.get("max_model_len")
+    if not isinstance(wanted, int):  # None is the model's own; a wrong type is refused with the other keywords
+        return settings
+    return settings | {"max_model_len": min(wanted, load_model_config(folder).max_model_len)}
+
+
+def translated(keywords: dict[str, Any], default_backend: str | None) -> dict[str, Any]:
+    """nano-vllm's keywords in our words; those that are unknown, or without effect, warn."""
+    from hbserve.pd_disagg.config import PdDisaggConfig
+
+    known = set(PdDisaggConfig.__slots__) - {"model_path"}
+    settings: dict[str, Any] = {}
+    for name, value in keywords.items():
+        if name in IGNORED:
+            warnings.warn(f"LLM({name}=...) is not used: {IGNORED[name]}", stacklevel=3)
+        elif name == "enforce_eager":
+            settings["cuda_graph_enabled"] = not value
+        elif (own := NANO_VLLM_NAMES.get(name, name)) in known:
+            settings[own] = None if name == "num_kvcache_blocks" and value == -1 else value
+        else:
+            warnings.warn(f"LLM({name}=...) is unknown and ignored", stacklevel=3)
+    if settings.setdefault("kv_transfer_backend", default_backend) is None:
+        del settings["kv_transfer_backend"]
+        for name in NOT_OF_ONE_ENGINE & settings.keys():
+            warnings.warn(f"LLM({name}=...) is not used by one engine; give kv_transfer_backend too", stacklevel=3)
+    return settings
