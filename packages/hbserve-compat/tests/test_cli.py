@@ -94,6 +94,14 @@ def test_of_several_prompts_the_one_that_is_too_long_is_named(config):
     assert done.stderr == "error: prompts[1]: prompt: 600 tokens; the instances take at most 511\n"
 
 
+def test_bytes_that_are_no_text_are_named_before_anything_starts(config):
+    # Known elsewhere: simonw/llm #768.
+    done = hbserve("generate", "fine", os.fsdecode(b"caf\xe9"), "--config", config())
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: prompts[1]: prompt: character 3 is '\\udce9', half of a surrogate pair")
+    assert len(done.stderr.splitlines()) == 1
+
+
 WRONG = {
     "a typo in a section": ({"modle": {"path": "x"}}, "modle: unknown key; did you mean 'model'?"),
     "a typo in a key": ({"engine": {"num_block": 3}}, "engine.num_block: unknown key; did you mean 'num_blocks'?"),
