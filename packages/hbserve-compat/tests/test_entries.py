@@ -103,6 +103,27 @@ def test_a_forked_process_is_told_that_the_llm_is_not_its_own_and_ends_nothing(l
     assert len(llm.generate("a", GREEDY, use_tqdm=False)) == 1
 
 
+@BOTH
+def test_a_tokenizer_that_callers_use_with_truncation_at_the_same_time_shortens_no_prompt(llm):
+    # Known elsewhere: transformers #47085, vLLM #40949.
+    (want,) = llm.generate("a longer text", GREEDY, use_tqdm=False)
+    done = threading.Event()
+
+    def truncate() -> None:
+        while not done.is_set():
+            llm.tokenizer(["a", "bcd"], truncation=True, max_length=3)
+
+    with ThreadPoolExecutor(4) as pool:
+        other = pool.submit(truncate)
+        try:
+            for _ in range(30):
+                outputs = pool.map(lambda text: llm.generate(text, GREEDY, False), ["a longer text"] * 3)
+                assert list(outputs) == [[want]] * 3
+        finally:
+            done.set()
+        other.result(30)
+
+
 # ---- what a call leaves ------------------------------------------------------------------------------------------
 
 
@@ -339,7 +360,7 @@ print(*(process.pid for process in llm._backend._llm._instances.processes), flus
 {end}
 assert len(llm.generate("a", use_tqdm=False)) == 1
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == status, done.stderr
     pids = [int(pid) for pid in done.stdout.split()]
     assert len(pids) == 2

@@ -127,7 +127,7 @@ class InstanceProcess:
             env=os.environ | {"OMP_NUM_THREADS": threads},
         )  # fmt: skip
         # If nobody stops it: the object is collected, its event loop has ended, or the interpreter ends.
-        self._killing = weakref.finalize(self, kill_children, [self._process.pid])
+        self._killing = weakref.finalize(self, _end_unattended, self._process, os.getpid())
         stdin, stdout = self._process.stdin, self._process.stdout
         assert stdin is not None
         assert stdout is not None
@@ -169,11 +169,10 @@ class InstanceProcess:
                 self._killing.detach()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    def abandon(self) -> None:
-        """It has ended, and its event loop too: close its pipes, which asyncio cannot do by itself any more."""
-        if self._process is not None:
-            with contextlib.suppress(RuntimeError):
-                self._process._transport.close()  # type: ignore[attr-defined]
+    def kill(self) -> None:
+        """`stop` where its event loop does not run any more."""
+        if self._killing is not None:
+            self._killing()
 
     @property
     def pid(self) -> int | None:
@@ -224,6 +223,15 @@ def kill_children(pids: Sequence[int]) -> None:
             time.sleep(0.01)
 
 
+def _end_unattended(process: asyncio.subprocess.Process, parent: int) -> None:
+    if os.getpid() != parent:  # a fork, whose event loop shares its selector with that of the parent: touch nothing
+        return
+    kill_children([process.pid])
+    # asyncio cannot close the pipes by itself any more if its event loop has ended, and would say so.
+    with contextlib.suppress(RuntimeError):
+        process._transport.close()  # type: ignore[attr-defined]
+
+
 def _is_running(pid: int) -> bool:
     """Whether it is a child of this process that has not ended. Whoever waits for its end is left to hear of it."""
     try:
@@ -257,4 +265,4 @@ class LocalInstances:
         """`stop` where the event loop that started them does not run any more. Waits for their end."""
         kill_children([process.pid for process in self.processes if process.pid is not None])
         for process in self.processes:
-            process.abandon()
+            process.kill()

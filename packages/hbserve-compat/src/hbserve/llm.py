@@ -1,6 +1,7 @@
 """LLM: synchronous, and a drop-in for nano-vllm's."""
 
 import contextlib
+import copy
 import itertools
 import queue
 import threading
@@ -65,7 +66,9 @@ class LLM:
         else:
             from hbserve.hybrid import HybridBackend as chosen  # type: ignore[assignment]
         folder = model_folder(model)
-        self.tokenizer: Any = load_tokenizer(folder)
+        self._tokenizer = load_tokenizer(folder)
+        # For callers. Truncation that they switch on, in another thread too, must not reach prompts that are encoded.
+        self.tokenizer: Any = copy.deepcopy(self._tokenizer)
         self._backend = chosen(folder, settings)
         # Refers to the backend only: an `atexit` of this object would keep it for ever.
         self._end = weakref.finalize(self, self._backend.close)
@@ -91,14 +94,14 @@ class LLM:
         Raises:
             InvalidRequest: (a ValueError) it can never run; says why.
         """
-        (token_ids,) = encode_all(self.tokenizer, [read_prompt(prompt)])
+        (token_ids,) = encode_all(self._tokenizer, [read_prompt(prompt)])
         (params,) = read_params(sampling_params, 1)
         self._add(self._added, token_ids, params)
 
     def _add(self, call: _Call, token_ids: list[int], params: SamplingParams) -> int:
         number = next(self._numbers)
         # As nano-vllm does, the text keeps special tokens.
-        request = _Request(number, Detokenizer(self.tokenizer, params.stop, skip_special_tokens=False))
+        request = _Request(number, Detokenizer(self._tokenizer, params.stop, skip_special_tokens=False))
         call.requests[str(number)] = request  # first: whatever interrupts `add`, it is known that there may be one
         try:
             self._running().add(str(number), token_ids, params, call.news)
@@ -162,7 +165,7 @@ class LLM:
 
         plain = read_prompts(prompts)
         params = read_params(sampling_params, len(plain))
-        todo = list(zip(encode_all(self.tokenizer, plain), params, strict=True))
+        todo = list(zip(encode_all(self._tokenizer, plain), params, strict=True))
         for place, (token_ids, each) in enumerate(todo):
             with naming(place, len(todo)):
                 self._running().check(token_ids, each)

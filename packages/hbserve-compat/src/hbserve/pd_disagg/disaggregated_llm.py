@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import copy
 import logging
 import os
 from collections.abc import AsyncGenerator, Iterable, Sequence
@@ -41,7 +42,8 @@ class DisaggregatedLLM:
     ) -> None:
         self.config = config
         self.tokenizer: Any = None
-        """A transformers tokenizer, from `start` on."""
+        """A transformers tokenizer, from `start` on. For callers: what they switch on there reaches no prompt."""
+        self._tokenizer: Any = None
         self._scheduler_class = scheduler
         self._log_level = log_level
         self._scheduler: CpuScheduler | None = None
@@ -108,7 +110,8 @@ class DisaggregatedLLM:
             await asyncio.gather(ready, death, return_exceptions=True)
 
     async def _load_tokenizer(self, folder: Path) -> None:
-        self.tokenizer = await asyncio.to_thread(load_tokenizer, folder)
+        self._tokenizer = await asyncio.to_thread(load_tokenizer, folder)
+        self.tokenizer = copy.deepcopy(self._tokenizer)
 
     def _on_death(self, instance_id: str, why: str) -> None:
         logger.error("%s: %s", instance_id, why)
@@ -191,12 +194,12 @@ class DisaggregatedLLM:
         scheduler = self._require_own_loop()
         plain = read_prompts(prompts)
         params = read_params(sampling_params, len(plain))
-        token_ids = await asyncio.to_thread(encode_all, self.tokenizer, plain)
+        token_ids = await asyncio.to_thread(encode_all, self._tokenizer, plain)
         check_all(scheduler, token_ids, params)
         from tqdm import tqdm
 
         with tqdm(total=len(plain), desc="Generating", disable=not use_tqdm, dynamic_ncols=True) as bar:
-            return await answer_all(scheduler, self.tokenizer, token_ids, params, bar.update)
+            return await answer_all(scheduler, self._tokenizer, token_ids, params, bar.update)
 
     def stream(
         self, prompt: Prompt, sampling_params: SamplingParams | None = None, *, request_id: str | None = None
@@ -214,8 +217,8 @@ class DisaggregatedLLM:
     async def _stream(
         self, scheduler: CpuScheduler, prompt: PlainPrompt, params: SamplingParams, request_id: str | None
     ) -> AsyncGenerator[GenerationDelta, None]:
-        (token_ids,) = await asyncio.to_thread(encode_all, self.tokenizer, [prompt])
-        answer = Answer(scheduler, self.tokenizer, token_ids, params, request_id=request_id)
+        (token_ids,) = await asyncio.to_thread(encode_all, self._tokenizer, [prompt])
+        answer = Answer(scheduler, self._tokenizer, token_ids, params, request_id=request_id)
         async with contextlib.aclosing(aiter(answer)) as deltas:
             async for delta in deltas:
                 yield delta
