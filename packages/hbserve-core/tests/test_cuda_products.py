@@ -4,7 +4,7 @@ import pytest
 
 pytest.importorskip("triton", reason="torch has Triton on Linux only")
 
-from hbserve_core.cuda_products import Choice, choose
+from hbserve_core.cuda_products import choose
 from hbserve_core.kernels.skinny_linear import num_tiles
 
 PROCESSORS = 132
@@ -32,10 +32,9 @@ def chosen(rows, weight, itemsize=2):
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_one_row_is_a_gemv_few_are_a_skinny_product_and_many_are_for_cublas(model):
+def test_few_rows_are_a_skinny_product_and_many_are_for_cublas(model):
     for weight in weights(model).values():
-        assert chosen(1, weight) == Choice("small")
-        for rows in range(3, 65):
+        for rows in range(5, 65):
             found = chosen(rows, weight)
             assert found.kernel == "skinny"
             assert found.padded_rows >= max(16, rows)
@@ -43,10 +42,26 @@ def test_one_row_is_a_gemv_few_are_a_skinny_product_and_many_are_for_cublas(mode
         assert {chosen(rows, weight).kernel for rows in (65, 80, 128, 256)} == {"cublas"}
 
 
-def test_two_rows_are_a_gemv_where_the_matrix_is_small():
-    assert {chosen(2, weight).kernel for weight in weights("Qwen3-0.6B").values()} == {"small"}
-    assert {chosen(2, weight).kernel for weight in weights("Qwen3-8B").values()} == {"skinny"}
-    assert chosen(2, (151936, 1024, False)).kernel == "skinny"
+@pytest.mark.parametrize(
+    ("model", "rows", "small"),
+    [
+        ("Qwen3-0.6B", 1, {"qkv", "output", "gate_up", "down"}),
+        ("Qwen3-0.6B", 2, {"output", "down"}),
+        ("Qwen3-0.6B", 4, {"output", "down"}),
+        ("SmolLM2-135M", 4, {"qkv", "output", "gate_up", "down"}),
+        ("Qwen3-4B", 1, set()),
+        ("Qwen3-8B", 1, set()),
+        ("Qwen3-8B", 4, set()),
+    ],
+)
+def test_very_few_rows_are_a_gemv_where_the_matrix_is_small(model, rows, small):
+    kernels = {name: chosen(rows, weight).kernel for name, weight in weights(model).items()}
+    assert {name for name, kernel in kernels.items() if kernel == "small"} == small
+    assert set(kernels.values()) <= {"small", "skinny"}
+
+
+def test_the_head_is_a_gemv_for_a_single_row():
+    assert [chosen(rows, (151936, 4096, False)).kernel for rows in (1, 2, 4)] == ["small", "skinny", "skinny"]
 
 
 def test_float32_is_multiplied_by_kernels_that_do_not_round_it():

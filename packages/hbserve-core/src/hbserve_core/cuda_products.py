@@ -1,10 +1,11 @@
 """Products of a step's rows with weights on CUDA, each by the kernel that is fastest for its shape.
 
-    rows          16-bit numbers                              float32
-    1             small_linear                                small_linear
-    2             small_linear for small matrices             small_linear
-    3 … 64        skinny_linear                               cuBLAS
-    65 …          cuBLAS                                      cuBLAS
+    rows      16-bit numbers                                                    float32
+    1         small_linear for matrices below 2^23 numbers, and for the head    small_linear
+    2         small_linear for matrices below 2^22                              small_linear
+    3, 4      small_linear for matrices below 2^22                              cuBLAS
+    … 64      skinny_linear, as for all others above                            cuBLAS
+    65 …      cuBLAS                                                            cuBLAS
 What is not in cuBLAS has norms, gates and additions in it or near it, and starts before the kernel in front has ended.
 benchmarks/cuda_products.py measures all of them beside each other; docs/performance.md has what it found.
 Shapes: M rows, I inputs, O outputs, E hidden_size.
@@ -15,6 +16,7 @@ from typing import Literal
 
 import torch
 
+from hbserve_core.kernels.dependent_launch import num_processors
 from hbserve_core.kernels.gated import silu_mul
 from hbserve_core.kernels.norm import rms_norm
 from hbserve_core.kernels.skinny_linear import SkinnyWorkspace, num_tiles, skinny_linear
@@ -23,8 +25,11 @@ from hbserve_core.linear import Linear
 from hbserve_core.norm import RmsNorm
 
 _MOST_SKINNY_ROWS = 64
-_SMALL_MATRIX = 1 << 23
-"""Numbers of a matrix that two rows are multiplied with by `small_linear`."""
+_SMALL_MATRIX = {1: 1 << 23, 2: 1 << 22, 4: 1 << 22}
+"""By rows, from how many numbers on a matrix is not for `small_linear`. Alone it would be as fast with larger ones, but
+its many programs leave no room for the kernel behind it to start."""
+_HEAD_OUTPUTS = 1 << 16
+"""From so many on the matrix is a vocabulary's. Nothing waits to start behind it."""
 _FEWEST_INPUTS = 512
 """Of one split: the sum of the splits must not cost more than their reading in parallel gives."""
 
@@ -45,9 +50,12 @@ def choose(rows: int, weight: tuple[int, int], itemsize: int, gated: bool, num_p
     gated: the matrix holds gates and ups, O / 2 each.
     """
     outputs, inputs = weight
-    if rows == 1 or (rows == 2 and (itemsize > 2 or outputs * inputs <= _SMALL_MATRIX)):
+    if itemsize > 2:
+        return Choice("small" if rows <= 2 else "cublas")
+    is_small = outputs * inputs < _SMALL_MATRIX.get(rows, 0) or (rows == 1 and outputs >= _HEAD_OUTPUTS)
+    if is_small:
         return Choice("small")
-    if itemsize > 2 or rows > _MOST_SKINNY_ROWS:
+    if rows > _MOST_SKINNY_ROWS:
         return Choice("cublas")
     most = max(1, min(num_processors // num_tiles(outputs // 2 if gated else outputs, gated), inputs // _FEWEST_INPUTS))
     return Choice("skinny", max(16, 1 << (rows - 1).bit_length()), 1 << (most.bit_length() - 1))
@@ -57,7 +65,7 @@ class CudaProducts:
     """Products with the weights of one model, or of one rank's part of it. Waits for nothing."""
 
     def __init__(self, device: torch.device) -> None:
-        self._num_processors = _num_processors(device)
+        self._num_processors = num_processors(device)
         self._workspace = SkinnyWorkspace(self._num_processors, _MOST_SKINNY_ROWS, device)
 
     def of_normed(self, hidden: torch.Tensor, norm: RmsNorm, linear: Linear) -> torch.Tensor:
@@ -110,8 +118,3 @@ class CudaProducts:
             inputs, linear.weight, linear.bias, padded_rows=choice.padded_rows, splits=choice.splits,
             workspace=self._workspace, add_to=add_to, gated=gated,
         )  # fmt: skip
-
-
-def _num_processors(device: torch.device) -> int:
-    # Triton's interpreter, in which tests run on a CPU, has none.
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4

@@ -68,7 +68,7 @@ def _skinny_linear(
     result = tl.zeros((OUTPUTS, ROWS), tl.float32)
     for start in tl.range(first, last, STEP, num_stages=STAGES):
         columns = (start + tl.arange(0, STEP))[None, :]
-        block = tl.load(weight + columns, mask=columns < last, other=0.0)
+        block = tl.load(weight + columns, mask=columns < last, other=0.0, eviction_policy="evict_first")
         given = tl.load(x + columns, mask=(m < num_rows)[:, None] & (columns < last), other=0.0)
         result = tl.dot(block, tl.trans(given), result, input_precision="ieee")
     if SPLITS == 1:

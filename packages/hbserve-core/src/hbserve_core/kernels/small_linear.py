@@ -1,9 +1,9 @@
-"""Products of one row, or two, with a weight matrix (GEMV): what one stream's decode step consists of.
+"""Products of one row, or very few, with a weight matrix (GEMV): what one stream's decode step consists of.
 
 Such a product is as fast as its weights can be read, and a step is a chain of them, so what surrounds a product is done
 inside it: the norm before it, and the residual addition or silu(gate) * up after it. Each program has all inputs of a
 few outputs, and has asked for their weights before the kernel in front of it has ended.
-Shapes: M rows (1 or 2), I inputs, O outputs.
+Shapes: M rows (1, 2 or 4), I inputs, O outputs.
 """
 
 import torch
@@ -20,7 +20,8 @@ _STEP_BYTES = 8192
 def _rows(weight, rows, start, INPUTS: tl.constexpr, STEP: tl.constexpr):
     """(O, STEP) of the weight rows, from column `start` on."""
     columns = start + tl.arange(0, STEP)
-    return tl.load(weight + rows[:, None].to(tl.int64) * INPUTS + columns[None, :], mask=columns < INPUTS, other=0.0)
+    place = weight + rows[:, None].to(tl.int64) * INPUTS + columns[None, :]
+    return tl.load(place, mask=columns < INPUTS, other=0.0, eviction_policy="evict_first")
 
 
 @triton.jit
