@@ -220,18 +220,42 @@ def test_small_linear_with_norm_gate_bias_and_addition(shape, dtype):
 @pytest.mark.parametrize("shape", [(3, 576, 96), (16, 640, 33), (17, 512, 70), (64, 1048, 32)], ids=str)
 def test_skinny_linear_with_gate_bias_and_addition_whatever_the_splits(shape, splits, dtype):
     from hbserve_core.kernels.norm import rms_norm
-    from hbserve_core.kernels.skinny_linear import TILE_OUTPUTS, SkinnyWorkspace, skinny_linear
+    from hbserve_core.kernels.skinny_linear import TILE_OUTPUTS, SkinnyWorkspace, add_skinny_linear, skinny_linear
 
     rows, _, outputs = shape
     workspace = SkinnyWorkspace(splits * -(-2 * outputs // TILE_OUTPUTS) * 2, 64, DEVICE)
     padded = max(16, 1 << (rows - 1).bit_length())
 
-    def multiply(x, weight, bias, norm=None, **how):
-        given = x if norm is None else rms_norm(x, norm, EPS)
-        return skinny_linear(given, weight, bias, padded_rows=padded, splits=splits, workspace=workspace, **how)
+    tiling = {"padded_rows": padded, "splits": splits, "workspace": workspace}
+
+    def multiply(x, weight, bias, norm=None, add_to=None, **how):
+        if add_to is not None:
+            assert add_skinny_linear(add_to, x, weight, bias, **tiling) is None
+            return add_to
+        return skinny_linear(x if norm is None else rms_norm(x, norm, EPS), weight, bias, **tiling, **how)
 
     _check_products(*shape, dtype, multiply)
     assert not workspace.arrived.any()
+
+
+@pytest.mark.parametrize("dtype", SKINNY_DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(3, 96, 136), (20, 300, 576)], ids=str)
+def test_a_norm_between_two_skinny_products_is_half_of_each(shape, dtype):
+    from hbserve_core.kernels.skinny_linear import SkinnyWorkspace, add_skinny_linear, skinny_linear
+
+    rows, inputs, size = shape
+    torch.manual_seed(0)
+    tiling = {"padded_rows": max(16, 1 << (rows - 1).bit_length()), "splits": 2, "workspace": None}
+    tiling["workspace"] = SkinnyWorkspace(64, tiling["padded_rows"], DEVICE)
+    x, first, stream = torch.randn(rows, inputs), torch.randn(size, inputs), 5 * torch.randn(rows, size)
+    second, norm = torch.randn(72, size), torch.rand(size)
+    x, first, stream, second, norm = (each.to(dtype).to(DEVICE) for each in (x, first, stream, second, norm))
+    expected = F.linear(x.float(), first.float()) + stream.float()
+    scaled = add_skinny_linear(stream, x, first, next_norm=norm, **tiling)
+    assert (stream.float() - expected).norm() < TOLERANCE[dtype] * expected.norm()
+    found = skinny_linear(scaled, second, eps=EPS, **tiling)
+    expected = F.linear(F.rms_norm(stream.float(), (size,), norm.float(), EPS), second.float())
+    assert (found.float() - expected).norm() < TOLERANCE[dtype] * expected.norm()
 
 
 def test_silu_mul_and_rms_norm():

@@ -94,6 +94,29 @@ def test_greedy_tokens_equal_transformers(generate, model_folder, greedy_tokens,
     assert padded == {graphs}
 
 
+@pytest.mark.parametrize("name", ["qwen3", "llama-biases"])
+def test_greedy_tokens_equal_transformers_where_products_are_skinny_and_share_their_norms(
+    generate, model_folder, greedy_tokens, prompt, name, monkeypatch
+):
+    """As in 16 bits, which the interpreter cannot round: what is chosen there, for float32."""
+    from hbserve_core import cuda_products
+
+    chosen, real = [], cuda_products.choose
+
+    def choose(rows, weight, itemsize, *others):
+        chosen.append(real(max(rows, 5), weight, 2, *others))
+        return chosen[-1]
+
+    monkeypatch.setattr(cuda_products, "_FEWEST_INPUTS", 32)
+    monkeypatch.setattr(cuda_products, "choose", choose)
+    runner = InterpretedRunner(model_folder(name), True, True, max_num_seqs=3, max_num_batched_tokens=32, chunk_size=20)
+    prompts = {str(i): prompt(length, salt=i) for i, length in enumerate((5, 24))}
+    found = generate(Engine(runner.config, runner), prompts, 3)
+    assert found == {key: greedy_tokens(name, given, 3) for key, given in prompts.items()}
+    assert {choice.kernel for choice in chosen} == {"skinny"}
+    assert {choice.splits for choice in chosen} >= {1, 2}
+
+
 @pytest.fixture
 def one_kernel_at_a_time(monkeypatch):
     """Triton's interpreter is not made for threads."""

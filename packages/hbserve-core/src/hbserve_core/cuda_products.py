@@ -19,7 +19,13 @@ import torch
 from hbserve_core.kernels.dependent_launch import num_processors
 from hbserve_core.kernels.gated import silu_mul
 from hbserve_core.kernels.norm import rms_norm
-from hbserve_core.kernels.skinny_linear import SkinnyWorkspace, num_tiles, skinny_linear
+from hbserve_core.kernels.skinny_linear import (
+    ScaledRows,
+    SkinnyWorkspace,
+    add_skinny_linear,
+    num_tiles,
+    skinny_linear,
+)
 from hbserve_core.kernels.small_linear import small_linear
 from hbserve_core.linear import Linear
 from hbserve_core.norm import RmsNorm
@@ -61,6 +67,20 @@ def choose(rows: int, weight: tuple[int, int], itemsize: int, gated: bool, num_p
     return Choice("skinny", max(16, 1 << (rows - 1).bit_length()), 1 << (most.bit_length() - 1))
 
 
+@dataclass(slots=True)
+class ResidualStream:
+    """What every layer adds to, and norms before it reads."""
+
+    rows: torch.Tensor
+    """(M, E)"""
+    scaled: ScaledRows | None = None
+    """If the last addition has begun the next norm already, what it left."""
+
+    def normed_by(self, norm: RmsNorm) -> torch.Tensor | ScaledRows:
+        """The rows normed, or as the last addition has left them for this norm."""
+        return _normed(self.rows, norm) if self.scaled is None else self.scaled
+
+
 class CudaProducts:
     """Products with the weights of one model, or of one rank's part of it. Waits for nothing."""
 
@@ -68,53 +88,63 @@ class CudaProducts:
         self._num_processors = num_processors(device)
         self._workspace = SkinnyWorkspace(self._num_processors, _MOST_SKINNY_ROWS, device)
 
-    def of_normed(self, hidden: torch.Tensor, norm: RmsNorm, linear: Linear) -> torch.Tensor:
-        """(M, O) of rows (M, E), which are normed first."""
-        choice = self._choose(hidden, linear)
+    def of_normed(self, stream: ResidualStream, norm: RmsNorm, linear: Linear) -> torch.Tensor:
+        """(M, O) of the stream's rows, which are normed first."""
+        choice = self._choose(stream.rows, linear)
         if choice.kernel == "small":
-            return small_linear(hidden, linear.weight, linear.bias, norm=(norm.weight, norm.eps))
-        return self._multiply(choice, rms_norm(hidden, norm.weight, norm.eps), linear)
+            return small_linear(stream.rows, linear.weight, linear.bias, norm=(norm.weight, norm.eps))
+        if choice.kernel == "skinny":
+            return self._skinny(choice, stream.normed_by(norm), norm, linear)
+        return linear(_normed(stream.rows, norm))
 
-    def gated(self, hidden: torch.Tensor, norm: RmsNorm, linear: Linear) -> torch.Tensor:
-        """silu(gate) * up, (M, O), of rows (M, E), which are normed first; the weight is (2 O, E), gates then ups."""
-        choice = self._choose(hidden, linear, gated=True)
+    def gated(self, stream: ResidualStream, norm: RmsNorm, linear: Linear) -> torch.Tensor:
+        """silu(gate) * up, (M, O), of the stream's rows, which are normed first; the weight is (2 O, E), gates then
+        ups."""
+        choice = self._choose(stream.rows, linear, gated=True)
         if choice.kernel == "small":
-            return small_linear(hidden, linear.weight, linear.bias, norm=(norm.weight, norm.eps), gated=True)
-        normed = rms_norm(hidden, norm.weight, norm.eps)
-        if choice.kernel == "cublas":
-            return silu_mul(linear(normed))
-        return self._skinny(choice, normed, linear, gated=True)
+            return small_linear(stream.rows, linear.weight, linear.bias, norm=(norm.weight, norm.eps), gated=True)
+        if choice.kernel == "skinny":
+            return self._skinny(choice, stream.normed_by(norm), norm, linear, gated=True)
+        return silu_mul(linear(_normed(stream.rows, norm)))
+
+    def add_to(self, stream: ResidualStream, inputs: torch.Tensor, linear: Linear, next_norm: RmsNorm) -> None:
+        """Add the product of rows (M, I) to the stream in place, rounded once. next_norm: what is next done with it."""
+        choice = self._choose(inputs, linear)
+        stream.scaled = None
+        if choice.kernel == "small":
+            small_linear(inputs, linear.weight, linear.bias, add_to=stream.rows)
+        elif choice.kernel == "cublas":
+            linear.add_to(stream.rows, inputs)
+        else:
+            # Rows that are not yet divided by their rms could be beyond what float16 holds.
+            weights = None if stream.rows.dtype == torch.float16 else next_norm.weight
+            stream.scaled = add_skinny_linear(
+                stream.rows, inputs, linear.weight, linear.bias, padded_rows=choice.padded_rows, splits=choice.splits,
+                workspace=self._workspace, next_norm=weights,
+            )  # fmt: skip
 
     def of(self, inputs: torch.Tensor, linear: Linear) -> torch.Tensor:
         """(M, O) of rows (M, I)."""
-        return self._multiply(self._choose(inputs, linear), inputs, linear)
-
-    def add_to(self, target: torch.Tensor, inputs: torch.Tensor, linear: Linear) -> None:
-        """Add the product of rows (M, I) to `target` (M, O) in place, rounded once."""
         choice = self._choose(inputs, linear)
         if choice.kernel == "small":
-            small_linear(inputs, linear.weight, linear.bias, add_to=target)
-        elif choice.kernel == "cublas":
-            linear.add_to(target, inputs)
-        else:
-            self._skinny(choice, inputs, linear, add_to=target)
+            return small_linear(inputs, linear.weight, linear.bias)
+        if choice.kernel == "skinny":
+            return self._skinny(choice, inputs, None, linear)
+        return linear(inputs)
 
     def _choose(self, rows: torch.Tensor, linear: Linear, gated: bool = False) -> Choice:
         outputs, inputs = linear.weight.shape
         return choose(len(rows), (outputs, inputs), linear.weight.dtype.itemsize, gated, self._num_processors)
 
-    def _multiply(self, choice: Choice, inputs: torch.Tensor, linear: Linear) -> torch.Tensor:
-        if choice.kernel == "small":
-            return small_linear(inputs, linear.weight, linear.bias)
-        if choice.kernel == "cublas":
-            return linear(inputs)
-        return self._skinny(choice, inputs, linear)
-
     def _skinny(
-        self, choice: Choice, inputs: torch.Tensor, linear: Linear, *, add_to: torch.Tensor | None = None,
+        self, choice: Choice, inputs: torch.Tensor | ScaledRows, norm: RmsNorm | None, linear: Linear,
         gated: bool = False,
     ) -> torch.Tensor:  # fmt: skip
         return skinny_linear(
             inputs, linear.weight, linear.bias, padded_rows=choice.padded_rows, splits=choice.splits,
-            workspace=self._workspace, add_to=add_to, gated=gated,
+            workspace=self._workspace, eps=norm.eps if norm else 0.0, gated=gated,
         )  # fmt: skip
+
+
+def _normed(rows: torch.Tensor, norm: RmsNorm) -> torch.Tensor:
+    return rms_norm(rows, norm.weight, norm.eps)
