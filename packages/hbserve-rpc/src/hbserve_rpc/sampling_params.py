@@ -1,6 +1,6 @@
 """How the next token of one request is chosen, and when the request ends."""
 
-import math
+import sys
 from collections.abc import Callable
 
 import msgspec
@@ -22,7 +22,8 @@ class SamplingParams(msgspec.Struct):
     """
 
     temperature: float = 1.0
-    """Divides the logits. 0 is greedy: the most likely token, every time."""
+    """Divides the logits. 0 is greedy: the most likely token, every time. Any other number may be as small or as large
+    as a float can be: it comes ever closer to greedy, or to a choice by chance alone."""
     max_tokens: int = 64
     """Most tokens to generate, an end-of-sequence token included."""
     ignore_eos: bool = False
@@ -49,7 +50,7 @@ class SamplingParams(msgspec.Struct):
         Raises:
             InvalidRequest: as the class says.
         """
-        _require_number("temperature", self.temperature, lambda v: 0 <= v < math.inf, "a number >= 0")
+        _require_number("temperature", self.temperature, lambda v: 0 <= v <= sys.float_info.max, "a number >= 0")
         _require_int("max_tokens", self.max_tokens, 1)
         _require_int("top_k", self.top_k, -1)
         _require_number("top_p", self.top_p, lambda v: 0 < v <= 1, "a number in (0, 1]")
