@@ -1,6 +1,6 @@
 """How the next token of one request is chosen, and when the request ends."""
 
-import sys
+import math
 from collections.abc import Callable
 
 import msgspec
@@ -50,7 +50,7 @@ class SamplingParams(msgspec.Struct):
         Raises:
             InvalidRequest: as the class says.
         """
-        _require_number("temperature", self.temperature, lambda v: 0 <= v <= sys.float_info.max, "a number >= 0")
+        _require_number("temperature", self.temperature, lambda v: 0 <= v < math.inf, "a number >= 0")
         _require_int("max_tokens", self.max_tokens, 1)
         _require_int("top_k", self.top_k, -1)
         _require_number("top_p", self.top_p, lambda v: 0 < v <= 1, "a number in (0, 1]")
@@ -69,6 +69,8 @@ class SamplingParams(msgspec.Struct):
 def _require_number(name: str, value: object, allowed: Callable[[float], bool], expected: str) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not allowed(value):
         raise InvalidRequest(f"{name}={value!r}: expected {expected}")
+    if isinstance(value, int) and value > LARGEST_INT:
+        raise InvalidRequest(f"{name}={value!r}: expected a float, or an integer up to {LARGEST_INT}")
 
 
 def _require_int(name: str, value: object, low: int, high: int = LARGEST_INT) -> None:
