@@ -86,6 +86,21 @@ def test_a_cached_prefix_is_used_and_changes_nothing(make_engine, prompt, greedy
         assert engine.stats().num_cached_tokens - before == num_cached
 
 
+def test_a_prompt_is_found_by_others_once_its_first_token_is_there(make_engine, prompt):
+    engine = make_engine()
+    engine.add("first", prompt(70), greedy())
+    (output,) = engine.step()
+    while output.token_id is None:
+        engine.add(f"after {output.num_computed_tokens}", prompt(70), greedy(1))
+        output, *_ = engine.step()
+        assert engine.stats().num_cached_tokens == 0
+    engine.add("last", prompt(70), greedy(1))
+    engine.step()
+    assert engine.stats().num_cached_tokens == 4 * BLOCK
+    while engine.has_work():
+        engine.step()
+
+
 def test_preemption_in_a_small_pool_changes_no_token(make_engine, prompt, greedy_tokens):
     engine = make_engine(num_blocks=12)
     expected = {}

@@ -103,7 +103,6 @@ class Engine:
             return
         self._held.remove(request_id)
         self._scheduler.num_reserved -= 1
-        self._scheduler.computed(sequence, sequence.num_computed_tokens, sequence.num_tokens)
         sequence.num_computed_tokens = sequence.num_tokens
         sequence.token_ids.append(first_token)
         self._scheduler.running.append(sequence)
@@ -216,18 +215,18 @@ class Engine:
         begin, outputs = perf_counter(), []
         for (sequence, first, count), token in zip(step.chunks, tokens, strict=True):
             if self._sequences.get(sequence.request_id) is sequence:
-                outputs += self._advance(sequence, first, first + count, token)
+                outputs += self._advance(sequence, first + count, token)
         self._host_time_s += perf_counter() - begin
         return outputs
 
-    def _advance(self, sequence: Sequence, first: int, end: int, token: int | None) -> list[StepOutput]:
+    def _advance(self, sequence: Sequence, end: int, token: int | None) -> list[StepOutput]:
         if token is not None:
             sequence.token_ids[end] = token
         if sequence.request_id in self._held:
             return []  # somebody else has ended it meanwhile
         # A preempted one has given its blocks up.
-        if sequence.block_table:
-            self._scheduler.computed(sequence, first, end)
+        if token is not None and sequence.block_table:
+            self._scheduler.share(sequence, end)
         index = end - sequence.num_prompt_tokens if token is not None else sequence.num_output_tokens
         finish_reason = None
         if token is not None:

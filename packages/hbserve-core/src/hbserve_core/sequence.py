@@ -38,6 +38,8 @@ class Sequence:
     """Of the full blocks, as far as they were needed; see BlockManager."""
     num_cached_tokens: int = 0
     """Of those computed, how many the prefix cache gave when the sequence last got its blocks."""
+    num_shared_tokens: int = 0
+    """Of those computed, how many are in blocks that others may find, if these are full."""
     prefill_only: bool = False
     """The sequence ends with its next token, and its blocks are sent away while it is computed."""
 
