@@ -16,6 +16,9 @@ from hbserve_rpc import SamplingParams
 
 UNREAD = -1
 """Stands for a token that the device has, or will have, and the host has not read yet."""
+NOT_FINITE = -2
+"""Sampled in place of a token where the logits are not finite. No token has this id on any rank, so a device may go on
+with it until the host has read it; the engine ends the request then."""
 
 
 def _no_blocks() -> "array[int]":
