@@ -7,10 +7,13 @@ import torch.nn.functional as F
 
 from hbserve_core.decode_pieces import TILE, DecodePieces
 from hbserve_core.rope import RopeConfig, angle_table
+from hbserve_core.sequence import NOT_FINITE
 
 pytest.importorskip("triton", reason="torch has Triton on Linux only")
-# The interpreter's integers warn where they wrap, which is what hashing wants.
-pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
+# The interpreter's numbers warn where they wrap, which is what hashing wants, and where they are none.
+pytestmark = [
+    pytest.mark.filterwarnings(f"ignore:{which} encountered:RuntimeWarning") for which in ("overflow", "invalid value")
+]
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 BLOCK = 8
 LAYER, NUM_LAYERS = 1, 2
@@ -126,12 +129,39 @@ def test_decode_attention_over_contexts_of_one_and_of_several_pieces(heads, dtyp
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("heads", HEADS, ids=str)
 def test_prefill_attention_over_new_tokens_and_over_paged_context(heads, dtype):
+    contexts, num_new = [70, 45, 2], [70, 5, 2]
+    paged = Paged(heads, dtype, contexts, num_new, with_norm=heads[2] != 64)
+    paged.check(prefill(paged, dtype)[:-3], dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("heads", HEADS, ids=str)
+@pytest.mark.parametrize("broken", [0, 1, 2])
+def test_a_sequence_whose_numbers_are_none_changes_no_other_of_its_step(heads, dtype, broken):
+    """Its rows lie next to theirs, and tiles reach into them."""
+    # Known elsewhere: SGLang #33187, #28829.
+    contexts, num_new = [40, 35, 9], [40, 5, 9]
+    paged = Paged(heads, dtype, contexts, num_new)
+    rows = torch.arange(sum(num_new), device=DEVICE)
+    first = sum(num_new[:broken])
+    is_broken = (rows >= first) & (rows < first + num_new[broken])
+    paged.qkv[is_broken] = torch.tensor([float("nan"), float("inf")], dtype=dtype, device=DEVICE)[
+        rows[is_broken] % 2, None
+    ]
+    out = prefill(paged, dtype)[:-3]
+    sound = ~is_broken
+    assert torch.isfinite(out[sound]).all()
+    error = (out[sound].float().cpu() - paged.expected[sound.cpu()]).norm() / paged.expected[sound.cpu()].norm()
+    assert error < TOLERANCE[dtype]
+
+
+def prefill(paged, dtype):
+    """What our kernels give for its new tokens, and for three rows of padding after them."""
     from hbserve_core.kernels.prefill_attention import new_tokens_per_tile, prefill_attention
     from hbserve_core.kernels.store_kv import store_kv
 
-    contexts, num_new = [70, 45, 2], [70, 5, 2]
-    paged = Paged(heads, dtype, contexts, num_new, with_norm=heads[2] != 64)
-    firsts = [0, 70, 75]
+    contexts, num_new, heads = paged.contexts, paged.num_new, (paged.num_heads, paged.num_kv_heads, paged.head_dim)
+    firsts = [sum(num_new[:i]) for i in range(len(num_new))]
     tile = new_tokens_per_tile(paged.pool, heads[0])
     tiles = [(i, begin) for i, new in enumerate(num_new) for begin in range(0, new, tile)] + [(-1, 0)]
     slots = [
@@ -151,7 +181,7 @@ def test_prefill_attention_over_new_tokens_and_over_paged_context(heads, dtype):
         qkv, out, paged.pool, LAYER, paged.angles, paged.norm, paged.tables, paged.width, _int32(tiles).T.contiguous(),
         _int32([firsts, num_new, contexts]),
     )  # fmt: skip
-    paged.check(out[:-3], dtype)
+    return out
 
 
 def test_pieces_are_of_similar_length_and_cover_each_context_once():
@@ -348,3 +378,12 @@ def test_host_copy_brings_numbers_to_the_device_and_back(count):
         torch.cuda.synchronize()
     assert back[:count].tolist() == list(range(count))
     assert (back[count:] == -1).all()
+
+
+@pytest.mark.parametrize("first_token", [0, 1, 2, 10, 151936])
+def test_what_was_sampled_from_a_row_without_numbers_is_a_token_of_no_rank(first_token):
+    from hbserve_core.kernels.embedding import embed
+
+    table = torch.ones((10, 2), device=DEVICE)
+    rows = embed(_int32([first_token, -1]), _int32([-1, 1]), _int32([8, NOT_FINITE]), table, first_token)
+    assert rows.tolist() == [[1.0, 1.0], [0.0, 0.0]]

@@ -22,7 +22,8 @@ class SamplingParams(msgspec.Struct):
     """
 
     temperature: float = 1.0
-    """Divides the logits. 0 is greedy: the most likely token, every time."""
+    """Divides the logits. 0 is greedy: the most likely token, every time. Any other number may be as small or as large
+    as a float can be: it comes ever closer to greedy, or to a choice by chance alone."""
     max_tokens: int = 64
     """Most tokens to generate, an end-of-sequence token included."""
     ignore_eos: bool = False
@@ -68,6 +69,8 @@ class SamplingParams(msgspec.Struct):
 def _require_number(name: str, value: object, allowed: Callable[[float], bool], expected: str) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not allowed(value):
         raise InvalidRequest(f"{name}={value!r}: expected {expected}")
+    if isinstance(value, int) and value > LARGEST_INT:
+        raise InvalidRequest(f"{name}={value!r}: expected a float, or an integer up to {LARGEST_INT}")
 
 
 def _require_int(name: str, value: object, low: int, high: int = LARGEST_INT) -> None:
