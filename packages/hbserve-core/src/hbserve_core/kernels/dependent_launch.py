@@ -13,9 +13,12 @@ import triton
 import triton.language as tl
 from triton.language.extra import cuda
 
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+"""Whether kernels run in Triton's interpreter, which knows no instruction of a device."""
+
 
 def _is_supported() -> bool:
-    if triton.knobs.runtime.interpret or not torch.cuda.is_available():
+    if INTERPRETED.value or not torch.cuda.is_available():
         return False
     return torch.cuda.get_device_capability()[0] >= 9
 
