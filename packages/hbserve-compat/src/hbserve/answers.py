@@ -8,7 +8,7 @@ from typing import Any, Protocol
 from hbserve.detokenizer import Detokenizer
 from hbserve.results import GenerationDelta, GenerationResult, timings_of
 from hbserve.tokenizer import Prompt, encode
-from hbserve_rpc import HBServeRpcError, InvalidRequest, RemoteError, SamplingParams
+from hbserve_rpc import HBServeRpcError, InvalidRequest, LogitsNotFinite, RemoteError, SamplingParams
 from hbserve_rpc.messages import ClientEvent, FinishReason, GenerateRequest, RequestFinished
 
 
@@ -129,14 +129,20 @@ async def submit_all(
 
 
 async def gather_answers(answers: Sequence[Answer], on_done: Callable[[], object]) -> list[GenerationResult]:
-    """All results, in order. If one fails the others are aborted, and its error is raised."""
+    """All results, in order. If one fails the others are aborted, and its error is raised.
 
-    async def follow(answer: Answer) -> GenerationResult:
-        result = await answer.result()
+    One for which the model gives no numbers is named, if there are several.
+    """
+
+    async def follow(i: int, answer: Answer) -> GenerationResult:
+        try:
+            result = await answer.result()
+        except LogitsNotFinite as error:
+            raise LogitsNotFinite(f"prompts[{i}]: {error}" if len(answers) > 1 else str(error)) from error
         on_done()
         return result
 
-    tasks = [asyncio.create_task(follow(answer)) for answer in answers]
+    tasks = [asyncio.create_task(follow(i, answer)) for i, answer in enumerate(answers)]
     try:
         return await asyncio.gather(*tasks)
     finally:

@@ -9,7 +9,7 @@ from hbserve.launcher import instance_settings
 from hbserve.llm import Progress, within_model_len
 from hbserve.pd_disagg.config import PdDisaggConfig
 from hbserve_core import Engine, InstanceConfig, make_runner
-from hbserve_rpc import InvalidRequest, SamplingParams
+from hbserve_rpc import InvalidRequest, LogitsNotFinite, SamplingParams
 
 NANO_VLLM_DEFAULTS = {"max_num_batched_tokens": 16384, "max_num_seqs": 512, "max_model_len": 4096, "chunk_size": 4096}
 HYBRID = [{"instance_id": "hybrid-0", "instance_type": "hybrid"}]
@@ -35,8 +35,10 @@ class HybridBackend:
         before = self._engine.stats().num_prefill_tokens
         outputs = self._engine.step()
         progress = [
-            Progress(output.request_id, [] if output.token_id is None else [output.token_id], output.finish_reason)
-            for output in outputs
+            Progress(
+                each.request_id, each.token_ids, each.finish_reason, LogitsNotFinite(each.error) if each.error else None
+            )
+            for each in outputs
         ]
         return progress, self._engine.stats().num_prefill_tokens - before
 

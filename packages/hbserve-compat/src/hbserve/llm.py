@@ -11,7 +11,7 @@ from typing import Any, Protocol
 from hbserve.demo_model import model_folder
 from hbserve.detokenizer import Detokenizer
 from hbserve.tokenizer import Prompt, encode, load_tokenizer
-from hbserve_rpc import InvalidRequest, SamplingParams
+from hbserve_rpc import InvalidRequest, LogitsNotFinite, SamplingParams
 from hbserve_rpc.messages import FinishReason
 
 NANO_VLLM_NAMES = {"kvcache_block_size": "block_size", "num_kvcache_blocks": "num_blocks"}
@@ -48,6 +48,7 @@ class Backend(Protocol):
 class _Request:
     number: int
     detokenizer: Detokenizer
+    error: Exception | None = None
 
 
 class LLM:
@@ -63,6 +64,8 @@ class LLM:
             FileNotFoundError: there is no such model folder, or a file is missing in it.
         """
         self._requests: dict[str, _Request] = {}
+        self._ended: list[_Request] = []
+        """For the next call of `step`."""
         self._numbers = itertools.count()
         self._backend: Backend | None = None
         settings = _translate(keywords)
@@ -104,8 +107,17 @@ class LLM:
 
         As in nano-vllm that count is positive for a step with prompt tokens, and minus the number of sequences for a
         step that only decoded.
+
+        Raises:
+            LogitsNotFinite, RequestFailed: a request failed. It has ended; what else this step has brought is not lost,
+                but comes with the next call.
         """
-        return [(request.number, request.detokenizer.token_ids) for request in self._step()[0]], self._last_count
+        ended = self._ended or self._step()[0]
+        failed = next((request for request in ended if request.error is not None), None)
+        self._ended = [] if failed is None else [request for request in ended if request is not failed]
+        if failed is not None and failed.error is not None:
+            raise failed.error
+        return [(request.number, request.detokenizer.token_ids) for request in ended], self._last_count
 
     def _step(self) -> tuple[list[_Request], int]:
         progress, num_prompt_tokens = self._running().step()
@@ -114,13 +126,11 @@ class LLM:
             request = self._requests.get(each.request_id)
             if request is None:  # it ended at a stop string, and this came meanwhile
                 continue
-            if each.error is not None:
-                del self._requests[each.request_id]
-                raise each.error
+            request.error = each.error
             request.detokenizer.feed(each.token_ids, final=each.finish_reason is not None)
             if request.detokenizer.stopped and each.finish_reason is None:
                 self._running().end(each.request_id)
-            if request.detokenizer.stopped or each.finish_reason:
+            if request.detokenizer.stopped or each.finish_reason or each.error is not None:
                 finished.append(self._requests.pop(each.request_id))
         self._last_count = num_prompt_tokens or -len(progress)
         return finished, self._last_count
@@ -128,8 +138,8 @@ class LLM:
     _last_count = 0
 
     def is_finished(self) -> bool:
-        """Whether every request has finished."""
-        return not self._requests
+        """Whether every request has finished, and `step` has said so."""
+        return not self._requests and not self._ended
 
     def generate(
         self,
@@ -142,6 +152,8 @@ class LLM:
         Raises:
             InvalidRequest: (a ValueError) a prompt or parameter can never run, or a wrong number of parameters; names
                 the prompt. None of the prompts is computed then.
+            LogitsNotFinite: the model gives NaN or infinity for a prompt, which it names if there are several.
+            RequestFailed: every attempt at a prompt failed. In both cases the other prompts of this call are ended.
         """
         from tqdm import tqdm
 
@@ -156,10 +168,12 @@ class LLM:
                 while not all(number in results for number in numbers):
                     finished, count = self._step()
                     bar.set_postfix(rates.after(count))
+                    self._ended += [request for request in finished if request.number not in numbers]
                     for request in finished:
-                        text = request.detokenizer
-                        results[request.number] = {"text": text.text, "token_ids": text.token_ids}
-                        bar.update(request.number in numbers)
+                        if request.number in numbers:
+                            text = _checked(request, numbers).detokenizer
+                            results[request.number] = {"text": text.text, "token_ids": text.token_ids}
+                            bar.update()
         finally:
             self._drop(numbers)  # what an error or a Ctrl-C has left behind
         return [results[number] for number in numbers]
@@ -183,6 +197,15 @@ class LLM:
         if self._backend is None:
             raise RuntimeError("this LLM has ended: exit() was called")
         return self._backend
+
+
+def _checked(request: _Request, numbers: list[int]) -> _Request:
+    """Raises its error, if it has one."""
+    if isinstance(request.error, LogitsNotFinite) and len(numbers) > 1:
+        raise LogitsNotFinite(f"prompts[{numbers.index(request.number)}]: {request.error}") from request.error
+    if request.error is not None:
+        raise request.error
+    return request
 
 
 class _Rates:

@@ -132,7 +132,8 @@ class DisaggregatedLLM:
             InvalidRequest: (a ValueError) one of the prompts or parameters can never run, or a wrong number of
                 parameters. Names the prompt. None of this call's prompts is computed then.
             Overloaded: the queue is full.
-            RequestFailed: every attempt at one of them failed; the others of this call are aborted.
+            LogitsNotFinite: (a FloatingPointError) the model gives NaN or infinity for one of them. Names the prompt.
+            RequestFailed: every attempt at one of them failed. In both cases the others of this call are aborted.
         """
         every: list[Any] = [prompts] if is_single(prompts) else list(prompts)
         params = one_each(sampling_params, len(every))
