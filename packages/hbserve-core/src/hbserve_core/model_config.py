@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from hbserve_core.errors import ModelFilesMissing, UnsupportedModel
-from hbserve_core.rope import RopeConfig, read_rope_config
+from hbserve_core.rope import RopeConfig, extended_length, read_rope_config
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -104,6 +104,7 @@ def _parse(folder: Path, architecture: str, raw: Mapping[str, Any], generation: 
         raise UnsupportedModel(
             f"{folder}: num_attention_heads={num_heads} is not a multiple of num_key_value_heads={num_kv_heads}"
         )
+    rope = read_rope_config(folder, raw)
     return ModelConfig(
         path=folder,
         architecture=architecture,
@@ -116,8 +117,8 @@ def _parse(folder: Path, architecture: str, raw: Mapping[str, Any], generation: 
         num_kv_heads=num_kv_heads,
         head_dim=raw.get("head_dim") or _default_head_dim(architecture, raw),
         rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
-        rope=read_rope_config(folder, raw),
-        max_model_len=raw["max_position_embeddings"],
+        rope=rope,
+        max_model_len=extended_length(rope, raw["max_position_embeddings"]),
         tied_embeddings=bool(raw.get("tie_word_embeddings", False)),
         biases=_ARCHITECTURES[architecture](raw),
         eos_token_ids=_eos_token_ids(raw, generation),
