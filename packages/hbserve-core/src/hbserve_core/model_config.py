@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from hbserve_core.end_tokens import end_token_ids
 from hbserve_core.errors import ModelFilesMissing, UnsupportedModel
 from hbserve_core.rope import RopeConfig, extended_length, read_rope_config
 
@@ -75,7 +76,7 @@ class ModelConfig:
 
 
 def load_model_config(path: str | Path) -> ModelConfig:
-    """Read `config.json` and, where there is one, `generation_config.json`.
+    """Read `config.json` and, where they are there, `generation_config.json` and the end token of the tokenizer.
 
     Raises:
         ModelFilesMissing: no such folder, or no config.json in it.
@@ -121,7 +122,7 @@ def _parse(folder: Path, architecture: str, raw: Mapping[str, Any], generation: 
         max_model_len=extended_length(rope, raw["max_position_embeddings"]),
         tied_embeddings=bool(raw.get("tie_word_embeddings", False)),
         biases=_ARCHITECTURES[architecture](raw),
-        eos_token_ids=_eos_token_ids(raw, generation),
+        eos_token_ids=end_token_ids(folder, raw, generation),
     )
 
 
@@ -167,15 +168,6 @@ def _checkpoint_dtype(folder: Path, raw: Mapping[str, Any]) -> torch.dtype:
     if name not in DTYPES:
         raise UnsupportedModel(f"{folder}: dtype={name!r} is not supported; supported: {', '.join(DTYPES)}")
     return DTYPES[name]
-
-
-def _eos_token_ids(raw: Mapping[str, Any], generation: Mapping[str, Any]) -> tuple[int, ...]:
-    """Ids of both files: chat models list the end-of-turn token in one and the end-of-text token in the other."""
-    found: list[int] = []
-    for source in (generation, raw):
-        value = source.get("eos_token_id")
-        found += value if isinstance(value, list) else [] if value is None else [value]
-    return tuple(dict.fromkeys(found))
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:
