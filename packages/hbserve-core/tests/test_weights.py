@@ -124,6 +124,14 @@ def test_a_model_that_is_called_tied_and_has_another_head_uses_it_as_transformer
     assert sequence.output_token_ids == expected[0, 20:].tolist()
 
 
+def test_tensors_without_the_prefix_are_the_same_model(copy_of, model_folder):
+    folder = copy_of("qwen3")
+    tensors = load_file(folder / "model.safetensors")
+    bare = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
+    save_file(bare, folder / "model.safetensors")
+    assert load(folder).digest == load(model_folder("qwen3")).digest
+
+
 def test_one_number_that_differs_at_the_end_is_another_head(copy_of):
     folder = copy_of("qwen3")
 

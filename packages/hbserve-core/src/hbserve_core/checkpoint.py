@@ -20,7 +20,8 @@ logger = logging.getLogger(__name__)
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
-_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_PREFIX = "model."
+_EMBEDDING, _HEAD = f"{_PREFIX}embed_tokens.weight", "lm_head.weight"
 _PIECE_BYTES = 16 << 20
 """Of a tensor, when two of them are compared."""
 
@@ -91,13 +92,16 @@ def with_stored_head(config: ModelConfig) -> ModelConfig:
 
 @contextlib.contextmanager
 def _stored_tensors(folder: Path) -> Iterator[dict[str, StoredTensor]]:
-    """Of all weight files, which are open meanwhile."""
+    """Of all weight files, which are open meanwhile. By the names of a model with a head: those of exports without one
+    lack the prefix."""
     stored: dict[str, StoredTensor] = {}
     with contextlib.ExitStack() as opened:
         for path in _weight_files(folder):
             file = SafetensorsFile(path)
             opened.callback(file.close)
             stored |= file.tensors
+        if _EMBEDDING.removeprefix(_PREFIX) in stored:
+            stored = {name if name == _HEAD else _PREFIX + name: tensor for name, tensor in stored.items()}
         yield stored
 
 
