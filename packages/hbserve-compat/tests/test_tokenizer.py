@@ -1,11 +1,14 @@
 """Prompts become the token ids that transformers makes of them, with one BOS."""
 
+import json
+
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from hbserve.tokenizer import encode, encode_message, load_tokenizer
+from hbserve_rpc import InvalidRequest
 
 CHAT = "{{ bos_token }}{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}"
 BOS, EOS, A, B = 1, 2, 3, 4
@@ -65,6 +68,24 @@ def test_a_message_is_what_the_chat_template_of_transformers_makes_of_it(make, t
     assert theirs.count(BOS) == 1
     text = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
     assert encode(tokenizer, text)[: len(theirs)] == theirs, "nano-vllm's users apply it to text"
+
+
+@pytest.mark.parametrize("template", ["{{ raise_exception('a system message is needed') }}", "{% if %}", "{{ 1 / 0 }}"])
+def test_a_chat_template_that_refuses_or_is_broken_is_an_error_with_its_words(make, template):
+    with pytest.raises(InvalidRequest, match="'hi': the model's chat template cannot be applied: .+"):
+        encode_message(make(chat_template=template), "hi")
+
+
+@pytest.mark.parametrize("kept", ["a list", "a file"])
+def test_chat_templates_are_found_wherever_models_keep_them(make, tmp_path, kept):
+    make()
+    if kept == "a file":
+        (tmp_path / "chat_template.jinja").write_text(CHAT)
+    else:
+        path = tmp_path / "tokenizer_config.json"
+        templates = [{"name": "default", "template": CHAT}, {"name": "tool_use", "template": "x"}]
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": templates}))
+    assert encode_message(load_tokenizer(tmp_path), "hi")[0] == BOS
 
 
 def test_without_a_chat_template_a_message_is_a_prompt(make):

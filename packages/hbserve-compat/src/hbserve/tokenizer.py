@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from hbserve_rpc import InvalidRequest
+
 Prompt = str | Sequence[int]
 
 
@@ -47,9 +49,16 @@ def _encode_text(tokenizer: Any, text: str) -> list[int]:
 
 
 def encode_message(tokenizer: Any, text: str) -> list[int]:
-    """Token ids of the text as a user's message, if the model has a chat template; else of the text as a prompt."""
+    """Token ids of the text as a user's message, if the model has a chat template; else of the text as a prompt.
+
+    Raises:
+        InvalidRequest: (a ValueError) the template refuses it, or cannot be read; says why.
+    """
     if not getattr(tokenizer, "chat_template", None):
         return encode(tokenizer, text)
     message = [{"role": "user", "content": text}]
-    ids: list[int] = tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=False)
+    try:
+        ids: list[int] = tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=False)
+    except Exception as error:  # templates are programs, and raise what they like
+        raise InvalidRequest(f"prompt={text!r}: the model's chat template cannot be applied: {error}") from error
     return ids
