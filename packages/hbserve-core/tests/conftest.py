@@ -46,6 +46,26 @@ MODELS: dict[str, tuple[str, dict[str, Any], str]] = {
         {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}},
         "1GB",
     ),
+    # 64 positions of its own: test prompts are longer. Heads are wide enough for pairs of all three kinds.
+    "qwen3-yarn": (
+        "Qwen3Config",
+        {
+            "head_dim": 64,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 10000.0,
+                "factor": 8.0,
+                "original_max_position_embeddings": 64,
+                "beta_fast": 4,
+            },
+        },
+        "1GB",
+    ),
+    "qwen2-dynamic-rope": (
+        "Qwen2Config",
+        {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}},
+        "1GB",
+    ),
     "llama-biases": ("LlamaConfig", {"attention_bias": True, "mlp_bias": True}, "1GB"),
 }
 

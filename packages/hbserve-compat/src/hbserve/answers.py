@@ -76,10 +76,10 @@ class Answer:
         try:
             async for event in self._events:
                 if isinstance(event, RequestFinished):
-                    reason = "stop" if text.stopped else event.finish_reason
+                    last_text = text.feed([], final=True)
                     yield GenerationDelta(
-                        request_id=self.request_id, text=text.feed([], final=True), token_ids=[], finish_reason=reason,
-                        timings=timings_of(event),
+                        request_id=self.request_id, text=last_text, token_ids=[], timings=timings_of(event),
+                        finish_reason="stop" if text.stopped else event.finish_reason,
                     )  # fmt: skip
                 elif not text.stopped:
                     new_text = text.feed(event.token_ids)

@@ -10,7 +10,7 @@ from typing import Any
 
 from hbserve.answers import Answer, Scheduler, gather_answers, submit_all
 from hbserve.results import Timings
-from hbserve.tokenizer import apply_chat_template, load_tokenizer
+from hbserve.tokenizer import encode_message, load_tokenizer
 from hbserve_rpc import SamplingParams
 from hbserve_rpc.messages import ServiceInfo
 from hbserve_scheduler import ConfigError, RemoteScheduler, load_config
@@ -38,7 +38,7 @@ async def generate_answers(wanted: Wanted) -> None:
     """Raises whatever is wrong, before anything is started where that is possible."""
     params = SamplingParams(temperature=wanted.temperature, max_tokens=wanted.max_tokens)
     async with _connected(wanted) if wanted.connect else _started(wanted) as (scheduler, tokenizer):
-        prompts = [apply_chat_template(tokenizer, prompt) for prompt in wanted.prompts]
+        prompts = [encode_message(tokenizer, prompt) for prompt in wanted.prompts]
         answers = await submit_all(scheduler, tokenizer, prompts, [params] * len(prompts))
         if len(answers) == 1:
             timings = [await _stream(answers[0])]

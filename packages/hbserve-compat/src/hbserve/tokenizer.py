@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from hbserve_rpc import InvalidRequest
+
 Prompt = str | Sequence[int]
 
 
@@ -27,18 +29,36 @@ def load_tokenizer(folder: str | Path) -> Any:
 
 
 def encode(tokenizer: Any, prompt: Prompt) -> list[int]:
-    """Token ids of a prompt: as they are, or of the text, without a chat template."""
+    """Token ids of a prompt: as they are, or of the text, without a chat template. See `_encode_text` for its BOS."""
     if isinstance(prompt, str):
-        ids: list[int] = tokenizer.encode(prompt)
-        return ids
+        return _encode_text(tokenizer, prompt)
     if not isinstance(prompt, Sequence) or not all(isinstance(token, int) for token in prompt):
         raise ValueError(f"prompt={prompt!r}: expected a string or a list of token ids")
     return [int(token) for token in prompt]
 
 
-def apply_chat_template(tokenizer: Any, text: str) -> str:
-    """The text as a user's message, if the model has a template for it."""
+def _encode_text(tokenizer: Any, text: str) -> list[int]:
+    """As the tokenizer has it, but with one BOS: a text that begins with it, as chat templates make them, gets none."""
+    ids: list[int] = tokenizer.encode(text)
+    bos, bos_id = tokenizer.bos_token, tokenizer.bos_token_id
+    if bos and text.startswith(bos) and ids[:2] == [bos_id, bos_id]:
+        as_it_stands: list[int] = tokenizer.encode(text, add_special_tokens=False)
+        if ids[1 : len(as_it_stands) + 1] == as_it_stands:
+            return ids[1:]
+    return ids
+
+
+def encode_message(tokenizer: Any, text: str) -> list[int]:
+    """Token ids of the text as a user's message, if the model has a chat template; else of the text as a prompt.
+
+    Raises:
+        InvalidRequest: (a ValueError) the template refuses it, or cannot be read; says why.
+    """
     if not getattr(tokenizer, "chat_template", None):
-        return text
+        return encode(tokenizer, text)
     message = [{"role": "user", "content": text}]
-    return str(tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True))
+    try:
+        ids: list[int] = tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=False)
+    except Exception as error:  # templates are programs, and raise what they like
+        raise InvalidRequest(f"prompt={text!r}: the model's chat template cannot be applied: {error}") from error
+    return ids
