@@ -72,7 +72,7 @@ def test_a_message_is_what_the_chat_template_of_transformers_makes_of_it(make, t
 
 @pytest.mark.parametrize("template", ["{{ raise_exception('a system message is needed') }}", "{% if %}", "{{ 1 / 0 }}"])
 def test_a_chat_template_that_refuses_or_is_broken_is_an_error_with_its_words(make, template):
-    with pytest.raises(InvalidRequest, match="'hi': the model's chat template cannot be applied: .+"):
+    with pytest.raises(InvalidRequest, match=r"'hi': the model's chat template cannot be applied: .+"):
         encode_message(make(chat_template=template), "hi")
 
 

@@ -65,25 +65,47 @@ def _row_scales(squares, size, eps, TILES: tl.constexpr, PADDED: tl.constexpr, R
     return tl.rsqrt(tl.sum(found, 0) / size + eps)[None, :]
 
 
+@triton.jit
+def _weight_rows(tile, num_outputs, OUTPUTS: tl.constexpr, GATED: tl.constexpr):
+    """Of a tile (OUTPUTS,). With gates, half of them are gates, the other half the ups that belong to them."""
+    r = tl.arange(0, OUTPUTS)
+    if GATED:
+        HALF: tl.constexpr = OUTPUTS // 2
+        rows = tl.minimum(tile * HALF + r % HALF, num_outputs - 1) + r // HALF * num_outputs
+    else:
+        rows = tl.minimum(tile * OUTPUTS + r, num_outputs - 1)
+    return rows
+
+
+@triton.jit
+def _sum_of_splits(result, parts, arrived, split, SPLITS: tl.constexpr, OUTPUTS: tl.constexpr, ROWS: tl.constexpr):
+    """Whether this program of a tile is the last to come, and then what all have found."""
+    place = tl.arange(0, OUTPUTS)[:, None] * ROWS + tl.arange(0, ROWS)[None, :]
+    tl.store(parts + split * (OUTPUTS * ROWS) + place, result)
+    # All of this program's stores come before its arrival.
+    tl.debug_barrier()
+    is_last = tl.atomic_add(arrived, 1, sem="acq_rel", scope="gpu") == SPLITS - 1
+    tl.debug_barrier()
+    if is_last:
+        result = tl.zeros((OUTPUTS, ROWS), tl.float32)
+        for part in tl.static_range(SPLITS):
+            # Past the first-level cache, which knows nothing of what other processors have written.
+            result += tl.load(parts + part * (OUTPUTS * ROWS) + place, cache_modifier=".cg")
+        tl.store(arrived, 0)
+    return is_last, result
+
+
 @triton.jit(do_not_specialize=["num_rows"])
 def _skinny_linear(
     x, weight, bias, out, given_squares, eps, next_norm, scaled, squares, parts, arrived, num_rows, num_inputs,
-    num_outputs, span,
-    ROWS: tl.constexpr, OUTPUTS: tl.constexpr, STEP: tl.constexpr, AHEAD: tl.constexpr, SPLITS: tl.constexpr,
-    STAGES: tl.constexpr, GATED: tl.constexpr, HAS_BIAS: tl.constexpr, ADDS: tl.constexpr, SCALES: tl.constexpr,
-    TILES: tl.constexpr, PADDED_TILES: tl.constexpr,
+    num_outputs, span, ROWS: tl.constexpr, OUTPUTS: tl.constexpr, STEP: tl.constexpr, AHEAD: tl.constexpr,
+    SPLITS: tl.constexpr, STAGES: tl.constexpr, GATED: tl.constexpr, HAS_BIAS: tl.constexpr, ADDS: tl.constexpr,
+    SCALES: tl.constexpr, TILES: tl.constexpr, PADDED_TILES: tl.constexpr,
 ):  # fmt: skip
-    tile, split = tl.program_id(0), tl.program_id(1)
-    r, m = tl.arange(0, OUTPUTS), tl.arange(0, ROWS)
-    if GATED:
-        # Half of the tile's weight rows are gates, the other half the ups that belong to them.
-        HALF: tl.constexpr = OUTPUTS // 2
-        outputs = tl.minimum(tile * HALF + r % HALF, num_outputs - 1) + r // HALF * num_outputs
-    else:
-        outputs = tl.minimum(tile * OUTPUTS + r, num_outputs - 1)
+    tile, split, m = tl.program_id(0), tl.program_id(1), tl.arange(0, ROWS)
     first = split * span
     last = tl.minimum(first + span, num_inputs)
-    weight += outputs[:, None].to(tl.int64) * num_inputs
+    weight += _weight_rows(tile, num_outputs, OUTPUTS, GATED)[:, None].to(tl.int64) * num_inputs
     x += m[:, None] * num_inputs
     prefetch(weight + tl.minimum(first + tl.arange(0, AHEAD // 64) * 64, last - 1)[None, :])
     begin()
@@ -99,19 +121,8 @@ def _skinny_linear(
     result *= row_scales
     is_whole = SPLITS == 1
     if SPLITS > 1:
-        parts += tile * (SPLITS * OUTPUTS * ROWS)
-        place = r[:, None] * ROWS + m[None, :]
-        tl.store(parts + split * (OUTPUTS * ROWS) + place, result)
-        # All of this program's stores come before its arrival.
-        tl.debug_barrier()
-        is_whole = tl.atomic_add(arrived + tile, 1, sem="acq_rel", scope="gpu") == SPLITS - 1
-        tl.debug_barrier()
-        if is_whole:
-            result = tl.zeros((OUTPUTS, ROWS), tl.float32)
-            for part in tl.static_range(SPLITS):
-                # Past the first-level cache, which knows nothing of what other processors have written.
-                result += tl.load(parts + part * (OUTPUTS * ROWS) + place, cache_modifier=".cg")
-            tl.store(arrived + tile, 0)
+        own = parts + tile * (SPLITS * OUTPUTS * ROWS)
+        is_whole, result = _sum_of_splits(result, own, arrived + tile, split, SPLITS, OUTPUTS, ROWS)
     if is_whole:
         _finish(
             result, bias, out, next_norm, scaled, squares, tile, num_rows, num_outputs, ROWS, OUTPUTS, GATED, HAS_BIAS,
