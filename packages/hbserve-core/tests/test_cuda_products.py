@@ -4,7 +4,7 @@ import pytest
 
 pytest.importorskip("triton", reason="torch has Triton on Linux only")
 
-from hbserve_core.cuda_products import choose
+from hbserve_core.cuda_products import Choice, choose
 from hbserve_core.kernels.skinny_linear import num_tiles
 
 PROCESSORS = 132
@@ -39,7 +39,14 @@ def test_few_rows_are_a_skinny_product_and_many_are_for_cublas(model):
             assert found.kernel == "skinny"
             assert found.padded_rows >= max(16, rows)
             assert found.padded_rows in (16, 32, 64)
-        assert {chosen(rows, weight).kernel for rows in (65, 80, 128, 256)} == {"cublas"}
+        assert {chosen(rows, weight).kernel for rows in (129, 144, 256)} == {"cublas"}
+
+
+def test_up_to_128_rows_are_a_skinny_product_where_the_tiles_are_many():
+    kernels = {name: chosen(96, weight) for name, weight in weights("Qwen3-8B").items()}
+    assert {name for name, choice in kernels.items() if choice.kernel == "skinny"} == {"qkv", "gate_up"}
+    assert kernels["qkv"] == Choice("skinny", 128, 1)
+    assert kernels["down"] == Choice("cublas")
 
 
 @pytest.mark.parametrize(

@@ -247,7 +247,9 @@ def test_small_linear_with_norm_gate_bias_and_addition(shape, dtype):
 
 @pytest.mark.parametrize("dtype", SKINNY_DTYPES, ids=str)
 @pytest.mark.parametrize(
-    ("shape", "splits"), [((3, 576, 96), 1), ((16, 640, 33), 2), ((17, 512, 70), 4), ((64, 1048, 32), 2)], ids=str
+    ("shape", "splits"),
+    [((3, 576, 96), 1), ((16, 640, 33), 2), ((17, 512, 70), 4), ((64, 1048, 32), 2), ((100, 300, 70), 1)],
+    ids=str,
 )
 def test_skinny_linear_with_gate_bias_and_addition_whatever_the_splits(shape, splits, dtype):
     from hbserve_core.kernels.norm import rms_norm

@@ -5,7 +5,8 @@
     2         small_linear for matrices below 2^22                              small_linear
     3, 4      small_linear for matrices below 2^22                              cuBLAS
     … 64      skinny_linear, as for all others above                            cuBLAS
-    65 …      cuBLAS                                                            cuBLAS
+    … 128     skinny_linear where there is a tile for every second processor    cuBLAS
+    129 …     cuBLAS, as for all others above                                   cuBLAS
 What is not in cuBLAS has norms, gates and additions in it or near it, and starts before the kernel in front has ended.
 benchmarks/cuda_products.py measures all of them beside each other; docs/performance.md has what it found.
 Shapes: M rows, I inputs, O outputs, E hidden_size.
@@ -30,7 +31,7 @@ from hbserve_core.kernels.small_linear import small_linear
 from hbserve_core.linear import Linear
 from hbserve_core.norm import RmsNorm
 
-_MOST_SKINNY_ROWS = 64
+_MOST_SPLIT_ROWS, _MOST_SKINNY_ROWS = 64, 128
 _SMALL_MATRIX = {1: 1 << 23, 2: 1 << 22, 4: 1 << 22}
 """By rows, from how many numbers on a matrix is not for `small_linear`. Alone it would be as fast with larger ones, but
 its many programs leave no room for the kernel behind it to start."""
@@ -61,9 +62,11 @@ def choose(rows: int, weight: tuple[int, int], itemsize: int, gated: bool, num_p
     is_small = outputs * inputs < _SMALL_MATRIX.get(rows, 0) or (rows == 1 and outputs >= _HEAD_OUTPUTS)
     if is_small:
         return Choice("small")
-    if rows > _MOST_SKINNY_ROWS:
+    tiles = num_tiles(outputs // 2 if gated else outputs, gated)
+    if rows > _MOST_SKINNY_ROWS or (rows > _MOST_SPLIT_ROWS and 2 * tiles < num_processors):
         return Choice("cublas")
-    most = max(1, min(num_processors // num_tiles(outputs // 2 if gated else outputs, gated), inputs // _FEWEST_INPUTS))
+    splits = 1 if rows > _MOST_SPLIT_ROWS else min(num_processors // tiles, inputs // _FEWEST_INPUTS)
+    most = max(1, splits)
     return Choice("skinny", max(16, 1 << (rows - 1).bit_length()), 1 << (most.bit_length() - 1))
 
 
@@ -86,7 +89,7 @@ class CudaProducts:
 
     def __init__(self, device: torch.device) -> None:
         self._num_processors = num_processors(device)
-        self._workspace = SkinnyWorkspace(self._num_processors, _MOST_SKINNY_ROWS, device)
+        self._workspace = SkinnyWorkspace(self._num_processors, _MOST_SPLIT_ROWS, device)
 
     def of_normed(self, stream: ResidualStream, norm: RmsNorm, linear: Linear) -> torch.Tensor:
         """(M, O) of the stream's rows, which are normed first."""

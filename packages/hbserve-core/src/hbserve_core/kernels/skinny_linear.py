@@ -20,8 +20,9 @@ import triton.language as tl
 from hbserve_core.kernels.dependent_launch import LAUNCH, begin, prefetch
 
 TILE_OUTPUTS = 64
-TILE_INPUTS = 128
-"""Of one step of the loop over the inputs."""
+_TILINGS = {16: (128, 6), 32: (128, 6), 64: (128, 5), 128: (64, 8)}
+"""By padded rows: inputs of one step of the loop over them, and how many steps are on their way: as many as the shared
+memory of a Hopper processor holds."""
 _AHEAD = 256
 """Inputs whose weights each program fetches while the kernel in front still runs."""
 
@@ -168,9 +169,9 @@ def skinny_linear(
 ) -> torch.Tensor:
     """x (M, I) times weight (O, I) transposed, plus bias (O,), summed in float32: (M, O).
 
-    x: if scaled, the rest of the norm is done here, with its `eps`. padded_rows: a power of two, at least M and 16, the
-    same for all of M rows. splits: of the inputs. gated: the weight is (2 O, I), gate rows then up rows; the result is
-    silu(gate) * up.
+    x: if scaled, the rest of the norm is done here, with its `eps`. padded_rows: 16, 32, 64 or 128, at least M, the
+    same for all of M rows. splits: of the inputs. gated: the weight is (2 O, I), gate rows then up rows; the result
+    is silu(gate) * up.
     """
     rows, squares = (x.scaled, x.squares) if isinstance(x, ScaledRows) else (x, None)
     outputs = len(weight) // 2 if gated else len(weight)
@@ -209,14 +210,13 @@ def _launch(
     adds: bool = False, next_norm: torch.Tensor | None = None, result: ScaledRows | None = None,
 ) -> None:  # fmt: skip
     rows, inputs = x.shape
-    span = triton.cdiv(triton.cdiv(inputs, TILE_INPUTS), splits) * TILE_INPUTS
+    step, stages = _TILINGS[padded_rows]
+    span = triton.cdiv(triton.cdiv(inputs, step), splits) * step
     tiles = 0 if squares is None else len(squares)
     scaled, new_squares = (x, workspace.parts) if result is None else (result.scaled, result.squares)
-    # As many tiles on their way as the shared memory of a Hopper processor holds.
-    stages = 6 if padded_rows <= 32 else 5
     _skinny_linear[(num_tiles(out.shape[1], gated), splits)](
         x, weight, weight if bias is None else bias, out, workspace.parts if squares is None else squares, eps,
         x if next_norm is None else next_norm, scaled, new_squares, workspace.parts, workspace.arrived, rows, inputs,
-        out.shape[1], span, padded_rows, TILE_OUTPUTS, TILE_INPUTS, _AHEAD, splits, stages, gated, bias is not None,
+        out.shape[1], span, padded_rows, TILE_OUTPUTS, step, _AHEAD, splits, stages, gated, bias is not None,
         adds, result is not None, tiles, triton.next_power_of_2(max(1, tiles)), num_warps=4, **LAUNCH,
     )  # fmt: skip
