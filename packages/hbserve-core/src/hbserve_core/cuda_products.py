@@ -1,12 +1,12 @@
 """Products of a step's rows with weights on CUDA, each by the kernel that is fastest for its shape.
 
-    rows      16-bit numbers                                                    float32
-    1         small_linear for matrices below 2^23 numbers, and for the head    small_linear
-    2         small_linear for matrices below 2^22                              small_linear
-    3, 4      small_linear for matrices below 2^22                              cuBLAS
-    … 64      skinny_linear, as for all others above                            cuBLAS
-    … 128     skinny_linear where there is a tile for every second processor    cuBLAS
-    129 …     cuBLAS, as for all others above                                   cuBLAS
+    rows      16-bit numbers                                                           float32
+    1         small_linear for matrices below 2^23 numbers, and mostly for the head    small_linear
+    2         small_linear for those below 2^22 without a norm in front                small_linear
+    3, 4      small_linear for the same                                                cuBLAS
+    … 64      skinny_linear, as for all others above                                   cuBLAS
+    … 128     skinny_linear where there is a tile for every second processor           cuBLAS
+    129 …     cuBLAS, as for all others above                                          cuBLAS
 What is not in cuBLAS has norms, gates and additions in it or near it, and starts before the kernel in front has ended.
 benchmarks/cuda_products.py measures all of them beside each other; docs/performance.md has what it found.
 Shapes: M rows, I inputs, O outputs, E hidden_size.
@@ -27,7 +27,7 @@ from hbserve_core.kernels.skinny_linear import (
     num_tiles,
     skinny_linear,
 )
-from hbserve_core.kernels.small_linear import small_linear
+from hbserve_core.kernels.small_linear import STEP_BYTES, small_linear
 from hbserve_core.linear import Linear
 from hbserve_core.norm import RmsNorm
 
@@ -36,9 +36,12 @@ _SMALL_MATRIX = {1: 1 << 23, 2: 1 << 22, 4: 1 << 22}
 """By rows, from how many numbers on a matrix is not for `small_linear`. Alone it would be as fast with larger ones, but
 its many programs leave no room for the kernel behind it to start."""
 _HEAD_OUTPUTS = 1 << 16
-"""From so many on the matrix is a vocabulary's. Nothing waits to start behind it."""
+"""From so many on the matrix is a vocabulary's. Nothing waits to start behind it; its inputs must fit one step."""
 _FEWEST_INPUTS = 512
 """Of one split: the sum of the splits must not cost more than their reading in parallel gives."""
+
+
+Kind = Literal["plain", "normed", "gated"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,17 +54,19 @@ class Choice:
     """Of the inputs, a power of two."""
 
 
-def choose(rows: int, weight: tuple[int, int], itemsize: int, gated: bool, num_processors: int) -> Choice:
+def choose(rows: int, weight: tuple[int, int], itemsize: int, kind: Kind, num_processors: int) -> Choice:
     """The fastest way to multiply so many rows with a (O, I) weight matrix of numbers of `itemsize` bytes.
 
-    gated: the matrix holds gates and ups, O / 2 each.
+    kind: "normed" if a norm comes before the product, "gated" if also half of the outputs are gates, else "plain".
     """
     outputs, inputs = weight
     if itemsize > 2:
         return Choice("small" if rows <= 2 else "cublas")
-    is_small = outputs * inputs < _SMALL_MATRIX.get(rows, 0) or (rows == 1 and outputs >= _HEAD_OUTPUTS)
-    if is_small:
+    if outputs * inputs < _SMALL_MATRIX.get(rows, 0) and (rows == 1 or kind == "plain"):
         return Choice("small")
+    if rows == 1 and outputs >= _HEAD_OUTPUTS and inputs * itemsize <= STEP_BYTES:
+        return Choice("small")
+    gated = kind == "gated"
     tiles = num_tiles(outputs // 2 if gated else outputs, gated)
     if rows > _MOST_SKINNY_ROWS or (rows > _MOST_SPLIT_ROWS and 2 * tiles < num_processors):
         return Choice("cublas")
@@ -93,7 +98,7 @@ class CudaProducts:
 
     def of_normed(self, stream: ResidualStream, norm: RmsNorm, linear: Linear) -> torch.Tensor:
         """(M, O) of the stream's rows, which are normed first."""
-        choice = self._choose(stream.rows, linear)
+        choice = self._choose(stream.rows, linear, "normed")
         if choice.kernel == "small":
             return small_linear(stream.rows, linear.weight, linear.bias, norm=(norm.weight, norm.eps))
         if choice.kernel == "skinny":
@@ -103,7 +108,7 @@ class CudaProducts:
     def gated(self, stream: ResidualStream, norm: RmsNorm, linear: Linear) -> torch.Tensor:
         """silu(gate) * up, (M, O), of the stream's rows, which are normed first; the weight is (2 O, E), gates then
         ups."""
-        choice = self._choose(stream.rows, linear, gated=True)
+        choice = self._choose(stream.rows, linear, "gated")
         if choice.kernel == "small":
             return small_linear(stream.rows, linear.weight, linear.bias, norm=(norm.weight, norm.eps), gated=True)
         if choice.kernel == "skinny":
@@ -112,7 +117,7 @@ class CudaProducts:
 
     def add_to(self, stream: ResidualStream, inputs: torch.Tensor, linear: Linear, next_norm: RmsNorm) -> None:
         """Add the product of rows (M, I) to the stream in place, rounded once. next_norm: what is next done with it."""
-        choice = self._choose(inputs, linear)
+        choice = self._choose(inputs, linear, "plain")
         stream.scaled = None
         if choice.kernel == "small":
             small_linear(inputs, linear.weight, linear.bias, add_to=stream.rows)
@@ -128,16 +133,16 @@ class CudaProducts:
 
     def of(self, inputs: torch.Tensor, linear: Linear) -> torch.Tensor:
         """(M, O) of rows (M, I)."""
-        choice = self._choose(inputs, linear)
+        choice = self._choose(inputs, linear, "plain")
         if choice.kernel == "small":
             return small_linear(inputs, linear.weight, linear.bias)
         if choice.kernel == "skinny":
             return self._skinny(choice, inputs, None, linear)
         return linear(inputs)
 
-    def _choose(self, rows: torch.Tensor, linear: Linear, gated: bool = False) -> Choice:
+    def _choose(self, rows: torch.Tensor, linear: Linear, kind: Kind) -> Choice:
         outputs, inputs = linear.weight.shape
-        return choose(len(rows), (outputs, inputs), linear.weight.dtype.itemsize, gated, self._num_processors)
+        return choose(len(rows), (outputs, inputs), linear.weight.dtype.itemsize, kind, self._num_processors)
 
     def _skinny(
         self, choice: Choice, inputs: torch.Tensor | ScaledRows, norm: RmsNorm | None, linear: Linear,
