@@ -23,8 +23,8 @@ TILE_OUTPUTS = 64
 _TILINGS = {16: (128, 6), 32: (128, 6), 64: (128, 5), 128: (64, 8)}
 """By padded rows: inputs of one step of the loop over them, and how many steps are on their way: as many as the shared
 memory of a Hopper processor holds."""
-_AHEAD, _FAR_AHEAD = 256, 1024
-"""Inputs whose weights each program fetches while the kernel in front still runs; the second, if all of them run."""
+_AHEAD = 256
+"""Inputs whose weights each program fetches while the kernel in front still runs. More of them are in its way."""
 
 
 @triton.jit
@@ -135,8 +135,7 @@ class SkinnyWorkspace:
     """Where programs that share a tile leave what they have found. One for all products: one of them runs at a time."""
 
     def __init__(self, most_programs: int, most_rows: int, device: torch.device) -> None:
-        """most_programs: of a product whose inputs are split; as many as there are processors."""
-        self.most_programs = most_programs
+        """most_programs: of a product whose inputs are split."""
         self.parts = torch.empty(most_programs * TILE_OUTPUTS * most_rows, dtype=torch.float32, device=device)
         self.arrived = torch.zeros(most_programs, dtype=torch.int32, device=device)
         """Programs of each tile that have ended; 0 between launches."""
@@ -215,11 +214,9 @@ def _launch(
     span = triton.cdiv(triton.cdiv(inputs, step), splits) * step
     tiles = 0 if squares is None else len(squares)
     scaled, new_squares = (x, workspace.parts) if result is None else (result.scaled, result.squares)
-    grid = num_tiles(out.shape[1], gated), splits
-    ahead = _FAR_AHEAD if grid[0] * splits <= workspace.most_programs else _AHEAD
-    _skinny_linear[grid](
+    _skinny_linear[(num_tiles(out.shape[1], gated), splits)](
         x, weight, weight if bias is None else bias, out, workspace.parts if squares is None else squares, eps,
         x if next_norm is None else next_norm, scaled, new_squares, workspace.parts, workspace.arrived, rows, inputs,
-        out.shape[1], span, padded_rows, TILE_OUTPUTS, step, ahead, splits, stages, gated, bias is not None,
+        out.shape[1], span, padded_rows, TILE_OUTPUTS, step, _AHEAD, splits, stages, gated, bias is not None,
         adds, result is not None, tiles, triton.next_power_of_2(max(1, tiles)), num_warps=4, **LAUNCH,
     )  # fmt: skip
