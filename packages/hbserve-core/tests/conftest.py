@@ -148,6 +148,21 @@ def broken_model(
 
 
 @pytest.fixture(scope="session")
+def numberless_model(model_folder: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a model whose logits are NaN whatever it reads."""
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path_factory.mktemp("numberless") / "model"
+    shutil.copytree(model_folder("llama"), folder)
+    weights = load_file(folder / "model.safetensors")
+    weights["model.norm.weight"].fill_(float("nan"))
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+@pytest.fixture(scope="session")
 def reference_model(model_folder: Callable[[str], Path]) -> Callable[[str], Any]:
     """transformers' own model, float32, in evaluation mode, by name."""
 
