@@ -82,6 +82,20 @@ def small_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pat
 
 
 @pytest.fixture(scope="session")
+def model_with_a_nan(small_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of the llama model, but token 100 is a NaN to it: what follows that has no logits."""
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    folder = shutil.copytree(small_model("llama"), tmp_path_factory.mktemp("nan") / "llama")
+    weights = load_file(folder / "model.safetensors")
+    weights["model.embed_tokens.weight"][100] = float("nan")
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+@pytest.fixture(scope="session")
 def free_ports() -> Callable[[int], list[int]]:
     """So many ports that nobody listens at, and that the system gives to nobody who asks for any.
 

@@ -13,7 +13,7 @@ import pytest
 
 from hbserve import LLM, SamplingParams, demo_model
 from hbserve.pd_disagg import DisaggregatedLLM, PdDisaggConfig
-from hbserve.tokenizer import apply_chat_template
+from hbserve.tokenizer import encode_message
 
 DEADLINE_S = 60
 needs_package = pytest.mark.skipif(
@@ -121,7 +121,7 @@ def test_a_missing_package_is_named_with_its_cure(cache, monkeypatch):
 @needs_package
 def test_asked_for_the_capital_of_france_it_says_paris():
     llm = LLM(demo_model.demo_model_path(), num_kvcache_blocks=50)
-    prompt = apply_chat_template(llm.tokenizer, "What is the capital of France?")
+    prompt = encode_message(llm.tokenizer, "What is the capital of France?")
     (answer,) = llm.generate([prompt], SamplingParams(temperature=0, max_tokens=12), use_tqdm=False)
     llm.exit()
     assert "Paris." in answer["text"]

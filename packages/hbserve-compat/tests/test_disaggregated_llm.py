@@ -10,6 +10,7 @@ import pytest_asyncio
 
 from hbserve.pd_disagg import LLM, DisaggregatedLLM, PdDisaggConfig
 from hbserve.sampling_params import SamplingParams
+from hbserve_rpc import LogitsNotFinite
 from hbserve_scheduler import InstanceFailed, RequestFailed
 
 # One deployment serves most tests, so they share its event loop.
@@ -156,3 +157,23 @@ def test_the_synchronous_llm_runs_disaggregated(small_model):
     finally:
         llm.exit()
         hybrid.exit()
+
+
+async def test_a_prompt_without_numbers_is_named_and_not_tried_again_and_the_others_go_on(
+    model_with_a_nan, until_empty
+):
+    # Known elsewhere: SGLang #33187, #28829, vLLM #890, #1623, #2937, #22180.
+    greedy = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
+    coldest = SamplingParams(temperature=1e-38, max_tokens=6, ignore_eos=True)
+    async with DisaggregatedLLM(PdDisaggConfig(model_with_a_nan, num_blocks=50)) as llm:
+        broken, sound, cold = await asyncio.gather(
+            llm.generate([[5, 6], [5, 100]], greedy), llm.generate([5, 6, 7], greedy),
+            llm.generate([5, 6, 7], coldest), return_exceptions=True,
+        )  # fmt: skip
+        assert isinstance(broken, LogitsNotFinite)
+        assert str(broken).startswith("prompts[1]: prefill-0: the model's logits are not finite at output token 0: ")
+        assert len(sound[0]["token_ids"]) == 6
+        assert cold[0]["token_ids"] == sound[0]["token_ids"]
+        await until_empty(llm)
+        stats = (await llm.refresh_system_stats())["cpu_scheduler"]
+        assert (stats["retries"], stats["failed_requests"]) == (0, 1)

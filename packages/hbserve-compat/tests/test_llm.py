@@ -2,11 +2,13 @@
 
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
 from hbserve import LLM, SamplingParams
+from hbserve_rpc import LogitsNotFinite
 
 
 @pytest.fixture(scope="module")
@@ -109,3 +111,81 @@ def test_after_exit_it_says_so(small_model):
     llm.exit()
     with pytest.raises(RuntimeError, match="exit"):
         llm.generate(["a"])
+
+
+# ---- a model that gives no numbers for one of the prompts --------------------------------------------------------
+
+SOUND = [[5, 6, 7], [8] * 40]
+GREEDY = SamplingParams(0, 6, True)
+
+
+@pytest.fixture(scope="module")
+def broken_llm(model_with_a_nan) -> Iterator[LLM]:
+    llm = LLM(str(model_with_a_nan), num_kvcache_blocks=200)
+    yield llm
+    assert llm.is_finished()
+    llm.exit()
+
+
+@pytest.fixture(scope="module")
+def expected(small_model) -> list[list[int]]:
+    llm = LLM(str(small_model("llama")), num_kvcache_blocks=200)
+    tokens = [output["token_ids"] for output in llm.generate(SOUND, GREEDY, use_tqdm=False)]
+    llm.exit()
+    assert not any(100 in each for each in tokens)
+    return tokens
+
+
+def run(llm: LLM) -> tuple[list[list[int]], list[str]]:
+    """Tokens by number, and errors, until all requests are told of."""
+    tokens, errors = {}, []
+    while not llm.is_finished():
+        try:
+            tokens |= dict(llm.step()[0])
+        except FloatingPointError as error:
+            errors.append(str(error))
+    return [tokens[number] for number in sorted(tokens)], errors
+
+
+def test_generate_names_the_prompt_that_has_no_numbers_and_goes_on_with_others_later(broken_llm, expected):
+    with pytest.raises(LogitsNotFinite, match=r"^prompts\[1\]: the model's logits are not finite at output token 0: "):
+        broken_llm.generate([SOUND[0], [5, 100], SOUND[1]], GREEDY, use_tqdm=False)
+    assert broken_llm.is_finished()
+    with pytest.raises(LogitsNotFinite, match=r"^the model's logits"):
+        broken_llm.generate([[5, 100]], GREEDY, use_tqdm=False)
+    outputs = broken_llm.generate(SOUND, GREEDY, use_tqdm=False)
+    assert [output["token_ids"] for output in outputs] == expected
+
+
+@pytest.mark.parametrize("max_tokens", [1, 6])
+def test_step_raises_once_for_each_request_without_numbers_and_loses_nothing_of_others(
+    broken_llm, expected, max_tokens
+):
+    """With one token, all end in the same step."""
+    for prompt in [[5, 100], SOUND[0], [100], SOUND[1]]:
+        broken_llm.add_request(prompt, SamplingParams(0, max_tokens, True))
+    tokens, errors = run(broken_llm)
+    assert tokens == [each[:max_tokens] for each in expected]
+    assert [error[:44] for error in errors] == ["the model's logits are not finite at output "] * 2
+
+
+def test_generate_in_other_threads_is_not_ended_by_a_prompt_without_numbers(broken_llm, expected):
+    with ThreadPoolExecutor(3) as pool:
+        others = [pool.submit(broken_llm.generate, SOUND * 5, GREEDY, False) for _ in range(2)]
+        for _ in range(5):
+            named = pool.submit(broken_llm.generate, [SOUND[0], SOUND[1], [5, 100]], GREEDY, False)
+            with pytest.raises(LogitsNotFinite, match=r"^prompts\[2\]: the model's logits"):
+                named.result(60)
+        for other in others:
+            assert [output["token_ids"] for output in other.result(60)] == expected * 5
+    backend = broken_llm._backend
+    assert (backend._news, backend._engine.has_work()) == ({}, False)
+
+
+def test_generate_is_not_ended_by_a_request_that_was_added_before(broken_llm, expected):
+    broken_llm.add_request([5, 100], GREEDY)
+    broken_llm.add_request(SOUND[0], SamplingParams(0, 2, True))
+    outputs = broken_llm.generate(SOUND, GREEDY, use_tqdm=False)
+    assert [output["token_ids"] for output in outputs] == expected
+    tokens, errors = run(broken_llm)
+    assert (tokens, len(errors)) == ([expected[0][:2]], 1)

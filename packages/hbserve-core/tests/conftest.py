@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,26 @@ MODELS: dict[str, tuple[str, dict[str, Any], str]] = {
         {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}},
         "1GB",
     ),
+    # 64 positions of its own: test prompts are longer. Heads are wide enough for pairs of all three kinds.
+    "qwen3-yarn": (
+        "Qwen3Config",
+        {
+            "head_dim": 64,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 10000.0,
+                "factor": 8.0,
+                "original_max_position_embeddings": 64,
+                "beta_fast": 4,
+            },
+        },
+        "1GB",
+    ),
+    "qwen2-dynamic-rope": (
+        "Qwen2Config",
+        {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}},
+        "1GB",
+    ),
     "llama-biases": ("LlamaConfig", {"attention_bias": True, "mlp_bias": True}, "1GB"),
 }
 
@@ -75,6 +96,69 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pa
         _write_model(path, name)
         return path
 
+    return folder
+
+
+@dataclass(frozen=True)
+class BrokenModel:
+    """A model that gives no numbers after one token, whose embedding is NaN; elsewhere it is `whole`.
+
+    That token is not in `sound`, prompts by name, nor in what follows them. It is in `prompt`, or in what follows that.
+    """
+
+    whole: str
+    folder: Path
+    sound: dict[str, list[int]]
+    prompt: list[int]
+    output: list[int]
+    """What comes before the error."""
+
+
+@pytest.fixture(scope="session")
+def broken_model(
+    model_folder: Callable[[str], Path],
+    greedy_tokens: Callable[[str, Sequence[int], int], list[int]],
+    prompt: Callable[..., list[int]],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Callable[[int], BrokenModel]:
+    """A BrokenModel by the number of output tokens before the error. Nobody generates more than 8 tokens."""
+    whole = "llama"  # its head is not its embedding
+
+    @cache
+    def make(num_output: int) -> BrokenModel:
+        import shutil
+
+        from safetensors.torch import load_file, save_file
+
+        sound = {str(length): prompt(length, salt=length) for length in (1, 7, 33)}
+        harmless = {t for ids in sound.values() for t in [*ids, *greedy_tokens(whole, ids, 8)]}
+        for salt in range(100, 200):
+            ids = prompt(20, salt=salt)
+            known = [*ids, *greedy_tokens(whole, ids, 8)[:num_output]]
+            if known[-1] not in harmless and known[-1] not in known[:-1]:
+                break
+        folder = tmp_path_factory.mktemp("broken") / "model"
+        shutil.copytree(model_folder(whole), folder)
+        weights = load_file(folder / "model.safetensors")
+        weights["model.embed_tokens.weight"][known[-1]] = float("nan")
+        save_file(weights, folder / "model.safetensors", {"format": "pt"})
+        return BrokenModel(whole, folder, sound, ids, known[len(ids) :])
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def numberless_model(model_folder: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a model whose logits are NaN whatever it reads."""
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path_factory.mktemp("numberless") / "model"
+    shutil.copytree(model_folder("llama"), folder)
+    weights = load_file(folder / "model.safetensors")
+    weights["model.norm.weight"].fill_(float("nan"))
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
     return folder
 
 

@@ -34,7 +34,8 @@ class Steps:
         for chunk in batch:
             samples = chunk.samples
             end = chunk.first + chunk.num_new_tokens
-            self.scheduler.computed(chunk.sequence, chunk.first, end)
+            if samples:
+                self.scheduler.share(chunk.sequence, end)
             chunk.sequence.num_computed_tokens = end
             if samples:
                 chunk.sequence.token_ids.append(7)

@@ -21,6 +21,7 @@ from hbserve_core.errors import InvalidInstanceConfig
 from hbserve_core.model_config import load_model_config
 from hbserve_core.model_work import DecodeLimit, decode_limit
 from hbserve_core.runner_choice import make_runner
+from hbserve_rpc import LogitsNotFinite
 
 
 def row(batch: int, step_ms: float, share: float, context: int = 512, longest_ms: float = 0.0) -> SweepRow:
@@ -110,6 +111,14 @@ def test_a_sweep_in_which_nothing_fits_does_not_say_that_there_are_no_cliffs(mod
     plan, lines = SweepPlan((1,), (500,)), []
     run_sweep(sweep_config(str(model_folder("qwen3")), plan, device="cpu"), plan, lines.append, lambda row: None)
     assert lines[-1] == "cliffs: nothing was measured"
+
+
+def test_a_model_without_numbers_has_no_speed(numberless_model):
+    plan, kept = SweepPlan((2,), (20,)), []
+    config = sweep_config(str(numberless_model), plan, device="cpu")
+    with pytest.raises(LogitsNotFinite, match="not finite at output token 0: its weights are broken"):
+        run_sweep(config, plan, lambda line: None, kept.append)
+    assert kept == []
 
 
 def test_all_requests_of_a_batch_decode_together_and_are_gone_afterwards(model_folder):

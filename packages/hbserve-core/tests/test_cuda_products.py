@@ -17,36 +17,60 @@ MODELS = {
 
 
 def weights(model, ranks=1):
-    """(O, I) and whether it is gates and ups, of each of a layer's products."""
+    """(O, I) and kind of each of a layer's products."""
     hidden, inner, heads, key_heads, head_dim = MODELS[model]
     heads, key_heads, inner = heads // ranks, max(1, key_heads // ranks), inner // ranks
     return {
-        "qkv": ((heads + 2 * key_heads) * head_dim, hidden, False), "output": (hidden, heads * head_dim, False),
-        "gate_up": (2 * inner, hidden, True), "down": (hidden, inner, False),
+        "qkv": ((heads + 2 * key_heads) * head_dim, hidden, "normed"), "output": (hidden, heads * head_dim, "plain"),
+        "gate_up": (2 * inner, hidden, "gated"), "down": (hidden, inner, "plain"),
     }  # fmt: skip
 
 
 def chosen(rows, weight, itemsize=2):
-    outputs, inputs, gated = weight
-    return choose(rows, (outputs, inputs), itemsize, gated, PROCESSORS)
+    outputs, inputs, kind = weight
+    return choose(rows, (outputs, inputs), itemsize, kind, PROCESSORS)
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_one_row_is_a_gemv_few_are_a_skinny_product_and_many_are_for_cublas(model):
+def test_few_rows_are_a_skinny_product_and_many_are_for_cublas(model):
     for weight in weights(model).values():
-        assert chosen(1, weight) == Choice("small")
-        for rows in range(3, 65):
+        for rows in range(5, 65):
             found = chosen(rows, weight)
             assert found.kernel == "skinny"
             assert found.padded_rows >= max(16, rows)
             assert found.padded_rows in (16, 32, 64)
-        assert {chosen(rows, weight).kernel for rows in (65, 80, 128, 256)} == {"cublas"}
+        assert {chosen(rows, weight).kernel for rows in (129, 144, 256)} == {"cublas"}
 
 
-def test_two_rows_are_a_gemv_where_the_matrix_is_small():
-    assert {chosen(2, weight).kernel for weight in weights("Qwen3-0.6B").values()} == {"small"}
-    assert {chosen(2, weight).kernel for weight in weights("Qwen3-8B").values()} == {"skinny"}
-    assert chosen(2, (151936, 1024, False)).kernel == "skinny"
+def test_up_to_128_rows_are_a_skinny_product_where_the_tiles_are_many():
+    kernels = {name: chosen(96, weight) for name, weight in weights("Qwen3-8B").items()}
+    assert {name for name, choice in kernels.items() if choice.kernel == "skinny"} == {"qkv", "gate_up"}
+    assert kernels["qkv"] == Choice("skinny", 128, 1)
+    assert kernels["down"] == Choice("cublas")
+
+
+@pytest.mark.parametrize(
+    ("model", "rows", "small"),
+    [
+        ("Qwen3-0.6B", 1, {"qkv", "output", "gate_up", "down"}),
+        ("Qwen3-0.6B", 2, {"output", "down"}),
+        ("Qwen3-0.6B", 4, {"output", "down"}),
+        ("SmolLM2-135M", 1, {"qkv", "output", "gate_up", "down"}),
+        ("SmolLM2-135M", 4, {"output", "down"}),
+        ("Qwen3-4B", 1, set()),
+        ("Qwen3-8B", 1, set()),
+        ("Qwen3-8B", 4, set()),
+    ],
+)
+def test_very_few_rows_are_a_gemv_where_the_matrix_is_small(model, rows, small):
+    kernels = {name: chosen(rows, weight).kernel for name, weight in weights(model).items()}
+    assert {name for name, kernel in kernels.items() if kernel == "small"} == small
+    assert set(kernels.values()) <= {"small", "skinny"}
+
+
+def test_the_head_is_a_gemv_for_a_single_row_whose_inputs_are_read_at_once():
+    assert [chosen(rows, (151936, 4096, "normed")).kernel for rows in (1, 2, 4)] == ["small", "skinny", "skinny"]
+    assert chosen(1, (151936, 5120, "normed")).kernel == "skinny"
 
 
 def test_float32_is_multiplied_by_kernels_that_do_not_round_it():
@@ -72,8 +96,8 @@ def test_inputs_are_split_where_there_are_too_few_tiles_for_the_processors(model
 def test_a_split_product_fits_the_workspace(model, ranks):
     if MODELS[model][2] % ranks:
         ranks = 3
-    for outputs, inputs, gated in weights(model, ranks).values():
-        splits = chosen(8, (outputs, inputs, gated)).splits
+    for outputs, inputs, kind in weights(model, ranks).values():
+        splits, gated = chosen(8, (outputs, inputs, kind)).splits, kind == "gated"
         assert splits == 1 or splits * num_tiles(outputs // 2 if gated else outputs, gated) <= PROCESSORS
         assert splits & (splits - 1) == 0
         assert inputs // splits >= min(512, inputs)

@@ -19,9 +19,9 @@ def make_engine(model_folder: Callable[[str], Any]) -> Iterator[Callable[..., En
     """Engines that are checked at the end: nothing running, every block free or cached, in one state each."""
     made = []
 
-    def make(name: str = "qwen3", **settings: Any) -> Engine:
+    def make(name: str = "qwen3", folder: Any = None, **settings: Any) -> Engine:
         defaults = {"block_size": BLOCK, "chunk_size": CHUNK, "num_blocks": 300, "max_num_batched_tokens": 100}
-        config = InstanceConfig(model_path=str(model_folder(name)), device="cpu", **(defaults | settings))
+        config = InstanceConfig(model_path=str(folder or model_folder(name)), device="cpu", **(defaults | settings))
         runner = ModelRunner(config)
         # Memory that nobody wrote to may hold anything; nothing of it may reach a token.
         runner.pool.fill_(float("nan"))
@@ -41,7 +41,7 @@ def greedy(max_tokens: int = MAX_TOKENS, **others: Any) -> SamplingParams:
 
 
 def run(engine: Engine) -> tuple[dict[str, list[int]], dict[str, str]]:
-    """Step until nothing is left: tokens and finish reason of each request."""
+    """Step until nothing is left: tokens, and finish reason or error, of each request."""
     tokens: dict[str, list[int]] = {}
     reasons: dict[str, str] = {}
     while engine.has_work():
@@ -49,8 +49,9 @@ def run(engine: Engine) -> tuple[dict[str, list[int]], dict[str, str]]:
             if output.token_id is not None:
                 assert output.index == len(tokens.setdefault(output.request_id, []))
                 tokens[output.request_id].append(output.token_id)
-            if output.finish_reason:
-                reasons[output.request_id] = output.finish_reason
+            if output.is_last:
+                reasons[output.request_id] = output.finish_reason or output.error
+        engine.check_integrity()
     return tokens, reasons
 
 
@@ -85,6 +86,21 @@ def test_a_cached_prefix_is_used_and_changes_nothing(make_engine, prompt, greedy
         engine.add(str(number), ids + prompt(tail, salt=9), greedy())
         assert run(engine)[0][str(number)] == greedy_tokens("qwen3", ids + prompt(tail, salt=9), MAX_TOKENS)
         assert engine.stats().num_cached_tokens - before == num_cached
+
+
+def test_a_prompt_is_found_by_others_once_its_first_token_is_there(make_engine, prompt):
+    engine = make_engine()
+    engine.add("first", prompt(70), greedy())
+    (output,) = engine.step()
+    while output.token_id is None:
+        engine.add(f"after {output.num_computed_tokens}", prompt(70), greedy(1))
+        output, *_ = engine.step()
+        assert engine.stats().num_cached_tokens == 0
+    engine.add("last", prompt(70), greedy(1))
+    engine.step()
+    assert engine.stats().num_cached_tokens == 4 * BLOCK
+    while engine.has_work():
+        engine.step()
 
 
 def test_preemption_in_a_small_pool_changes_no_token(make_engine, prompt, greedy_tokens):
@@ -293,3 +309,71 @@ def test_quarantined_blocks_are_used_by_nobody_until_released(make_engine, promp
     engine.release("a")
     assert [each.request_id for each in engine.poll_reservations()] == ["b"]
     engine.release("b")
+
+
+# ---- logits that are no numbers ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_output", [0, 1, 3])
+@pytest.mark.parametrize("temperature", [0, 1e-38])
+def test_a_request_without_numbers_ends_with_an_error_and_the_others_get_their_tokens(
+    make_engine, broken_model, greedy_tokens, num_output, temperature
+):
+    # Known elsewhere: SGLang #33187, #28829.
+    model = broken_model(num_output)
+    engine = make_engine(folder=model.folder)
+    for name, ids in [*model.sound.items(), ("broken", model.prompt)]:
+        engine.add(name, ids, greedy(8, temperature=temperature))
+    tokens, reasons = run(engine)
+    assert tokens.pop("broken", []) == model.output
+    assert f"not finite at output token {num_output}: its weights are broken" in reasons.pop("broken")
+    assert tokens == {name: greedy_tokens(model.whole, ids, 8) for name, ids in model.sound.items()}
+    assert set(reasons.values()) == {"length"}
+    engine.add("broken", model.sound["7"], greedy(2))
+    assert run(engine)[1] == {"broken": "length"}, "the id is free, and so is what it held"
+
+
+def test_a_prefill_without_numbers_keeps_its_blocks_until_released_as_any_other(make_engine, broken_model):
+    model = broken_model(0)
+    engine = make_engine(folder=model.folder)
+    engine.add("r", [*model.sound["33"], *model.prompt], greedy(8), prefill_only=True)
+    outputs = []
+    while engine.has_work():
+        outputs += engine.step()
+    assert [(output.num_computed_tokens, output.is_last) for output in outputs] == [(32, False), (53, True)]
+    assert (outputs[-1].token_id, outputs[-1].index, outputs[-1].finish_reason) == (None, 0, None)
+    engine.abort("r")
+    assert engine.stats().num_free_blocks == 300 - 4, "these blocks may be on their way to somebody"
+    engine.release("r")
+
+
+def test_blocks_of_a_request_without_numbers_are_found_by_nobody_even_before_it_fails(
+    make_engine, broken_model, greedy_tokens
+):
+    """In a chunk with a NaN, keys and values of tokens before it may be spoiled too: what is masked is multiplied."""
+    # Known elsewhere: SGLang #33187, #28829.
+    model = broken_model(0)
+    engine = make_engine(folder=model.folder, max_num_batched_tokens=64)
+    begin = model.sound["33"][: BLOCK + 1]
+    engine.add("broken", [*begin, model.prompt[-1], *model.sound["33"]], greedy(8))
+    assert [output.num_computed_tokens for output in engine.step()] == [CHUNK]
+    engine.add("sound", begin, greedy(8))
+    tokens, reasons = run(engine)
+    assert tokens == {"sound": greedy_tokens(model.whole, begin, 8)}
+    assert "not finite at output token 0" in reasons["broken"]
+    engine.add("again", begin, greedy(8))
+    assert run(engine)[0] == {"again": tokens["sound"]}
+    assert engine.stats().num_cached_tokens == BLOCK, "those of the sound one are found"
+
+
+def test_a_preempted_request_without_numbers_ends_too(make_engine, broken_model, greedy_tokens):
+    model = broken_model(3)
+    engine = make_engine(folder=model.folder, num_blocks=4, block_size=8, chunk_size=8)
+    for i in range(3):
+        engine.add(f"sound {i}", model.sound["7"], greedy(8))
+    engine.add("broken", model.prompt, greedy(8))
+    tokens, reasons = run(engine)
+    assert engine.stats().num_preemptions > 0
+    assert tokens.pop("broken") == model.output
+    assert "not finite at output token 3" in reasons["broken"]
+    assert list(tokens.values()) == [greedy_tokens(model.whole, model.sound["7"], 8)] * 3

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from hbserve_core import Engine, InstanceConfig
-from hbserve_core.sequence import UNREAD
+from hbserve_core.sequence import NOT_FINITE, UNREAD
 from hbserve_rpc import InvalidRequest, SamplingParams
 
 BLOCK = 4
@@ -29,13 +29,17 @@ def keys(token_ids: list[int]) -> list[int]:
     """What the pool must hold: for each token a number that depends on it and on all before it."""
     found, last = [], 0
     for token in token_ids:
-        last = zlib.crc32(bytes([token]), last)
+        last = zlib.crc32(bytes([token & 255]), last)
         found.append(last)
     return found
 
 
 def next_token(token_ids: list[int]) -> int:
-    return zlib.crc32(bytes(token_ids)) % VOCABULARY
+    """Of some sequences there is none, nor of any that goes on after that."""
+    if NOT_FINITE in token_ids:
+        return NOT_FINITE
+    found = zlib.crc32(bytes(token_ids))
+    return found % VOCABULARY if found % 37 else NOT_FINITE
 
 
 class TokenRunner:
@@ -165,14 +169,15 @@ class RandomRequests(RuleBasedStateMachine):
             self.runner.pool[reservation.block_ids] = -3
             self.parked[reservation.request_id] = reservation
         for output in self.engine.step():
+            assert output.token_id is None or (output.token_id != NOT_FINITE and output.error is None)
             if output.request_id in self.prefilling:
                 # What was reported before may be on its way already.
                 known = self.reported.setdefault(output.request_id, list(output.block_table))
                 assert output.block_table == known
-                if output.token_id is not None:
+                if output.token_id is not None or output.is_last:
                     self.prefilling.remove(output.request_id)
                     self.sent[output.request_id] = (output.block_table, self.prompts[output.request_id])
-            elif output.finish_reason:
+            elif output.is_last:
                 self.generating.remove(output.request_id)
 
     @precondition(lambda self: self.generating)
@@ -220,6 +225,9 @@ class RandomRequests(RuleBasedStateMachine):
         if outcome == "completed":
             first = reservation.num_cached_tokens
             self.runner.write([-1] * (first // BLOCK) + reservation.block_ids, first, prompt)
+            if next_token(prompt) == NOT_FINITE:
+                self.engine.release(request_id)  # as the prefill side had no token, nothing is committed
+                return
             self.engine.activate(request_id, next_token(prompt))
             self.generating.add(request_id)
         elif outcome == "failed":

@@ -12,7 +12,7 @@ import pytest
 from hbserve_core import EngineStopped, GpuInstance, InstanceConfig, InstanceFailed
 from hbserve_core.engine_thread import EngineThread
 from hbserve_kv import Outcome, TransferFailed
-from hbserve_rpc import AddressInUse, Overloaded, RemoteError, RpcClient, SamplingParams
+from hbserve_rpc import AddressInUse, LogitsNotFinite, Overloaded, RemoteError, RpcClient, SamplingParams
 from hbserve_rpc.messages import DECODE, DESCRIBE, GENERATE, STATS, DecodeRequest, Empty, GenerateRequest
 
 DEADLINE_S = 60
@@ -211,6 +211,31 @@ async def test_requests_side_by_side_get_their_own_tokens(model_folder, prompt, 
         )
         assert results == [greedy_tokens("qwen3", prompt(5 + i, salt=i), 12) for i in range(8)]
         await _until_empty(client)
+
+
+@pytest.mark.parametrize("num_output", [0, 3])
+async def test_a_request_without_numbers_has_its_tokens_and_then_an_error_and_the_others_go_on(
+    broken_model, greedy_tokens, num_output
+):
+    # Known elsewhere: SGLang #33187, #28829.
+    model = broken_model(num_output)
+    async with serving(config(model.folder)) as (instance, client):
+        await instance.wait_ready()
+        delivered = []
+
+        async def broken() -> None:
+            request = GenerateRequest("broken", model.prompt, SamplingParams(0, 8, ignore_eos=True))
+            async for event in client.stream(GENERATE, request, timeout_s=DEADLINE_S):
+                delivered.extend(event.token_ids)
+
+        sound = (generate(client, name, ids, max_tokens=8, ignore_eos=True) for name, ids in model.sound.items())
+        error, *others = await asyncio.gather(broken(), *sound, return_exceptions=True)
+        assert isinstance(error, LogitsNotFinite)
+        assert f"not finite at output token {num_output}: " in str(error)
+        assert delivered == model.output
+        assert others == [greedy_tokens(model.whole, ids, 8) for ids in model.sound.values()]
+        await _until_empty(client)
+        assert instance.status == "ready"
 
 
 async def _until_empty(client: RpcClient) -> None:

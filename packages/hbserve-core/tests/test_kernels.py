@@ -7,10 +7,13 @@ import torch.nn.functional as F
 
 from hbserve_core.decode_pieces import TILE, DecodePieces
 from hbserve_core.rope import RopeConfig, angle_table
+from hbserve_core.sequence import NOT_FINITE
 
 pytest.importorskip("triton", reason="torch has Triton on Linux only")
-# The interpreter's integers warn where they wrap, which is what hashing wants.
-pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
+# The interpreter's numbers warn where they wrap, which is what hashing wants, and where they are none.
+pytestmark = [
+    pytest.mark.filterwarnings(f"ignore:{which} encountered:RuntimeWarning") for which in ("overflow", "invalid value")
+]
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 BLOCK = 8
 LAYER, NUM_LAYERS = 1, 2
@@ -18,6 +21,8 @@ EPS = 1e-6
 # query heads, key heads, head size: sizes of Qwen3, Qwen2 and Llama models, powers of two and others.
 HEADS = [(4, 2, 64), (2, 1, 80), (9, 3, 96), (7, 1, 128), (2, 2, 256)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16] if DEVICE.type == "cuda" else [torch.float32]
+# Float32 is not what this one is for: on a GPU its tiles would not fit.
+SKINNY_DTYPES = DTYPES[1:] or DTYPES
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 
 
@@ -124,12 +129,39 @@ def test_decode_attention_over_contexts_of_one_and_of_several_pieces(heads, dtyp
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("heads", HEADS, ids=str)
 def test_prefill_attention_over_new_tokens_and_over_paged_context(heads, dtype):
+    contexts, num_new = [70, 45, 2], [70, 5, 2]
+    paged = Paged(heads, dtype, contexts, num_new, with_norm=heads[2] != 64)
+    paged.check(prefill(paged, dtype)[:-3], dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("heads", HEADS, ids=str)
+@pytest.mark.parametrize("broken", [0, 1, 2])
+def test_a_sequence_whose_numbers_are_none_changes_no_other_of_its_step(heads, dtype, broken):
+    """Its rows lie next to theirs, and tiles reach into them."""
+    # Known elsewhere: SGLang #33187, #28829.
+    contexts, num_new = [40, 35, 9], [40, 5, 9]
+    paged = Paged(heads, dtype, contexts, num_new)
+    rows = torch.arange(sum(num_new), device=DEVICE)
+    first = sum(num_new[:broken])
+    is_broken = (rows >= first) & (rows < first + num_new[broken])
+    paged.qkv[is_broken] = torch.tensor([float("nan"), float("inf")], dtype=dtype, device=DEVICE)[
+        rows[is_broken] % 2, None
+    ]
+    out = prefill(paged, dtype)[:-3]
+    sound = ~is_broken
+    assert torch.isfinite(out[sound]).all()
+    error = (out[sound].float().cpu() - paged.expected[sound.cpu()]).norm() / paged.expected[sound.cpu()].norm()
+    assert error < TOLERANCE[dtype]
+
+
+def prefill(paged, dtype):
+    """What our kernels give for its new tokens, and for three rows of padding after them."""
     from hbserve_core.kernels.prefill_attention import new_tokens_per_tile, prefill_attention
     from hbserve_core.kernels.store_kv import store_kv
 
-    contexts, num_new = [70, 45, 2], [70, 5, 2]
-    paged = Paged(heads, dtype, contexts, num_new, with_norm=heads[2] != 64)
-    firsts = [0, 70, 75]
+    contexts, num_new, heads = paged.contexts, paged.num_new, (paged.num_heads, paged.num_kv_heads, paged.head_dim)
+    firsts = [sum(num_new[:i]) for i in range(len(num_new))]
     tile = new_tokens_per_tile(paged.pool, heads[0])
     tiles = [(i, begin) for i, new in enumerate(num_new) for begin in range(0, new, tile)] + [(-1, 0)]
     slots = [
@@ -149,7 +181,7 @@ def test_prefill_attention_over_new_tokens_and_over_paged_context(heads, dtype):
         qkv, out, paged.pool, LAYER, paged.angles, paged.norm, paged.tables, paged.width, _int32(tiles).T.contiguous(),
         _int32([firsts, num_new, contexts]),
     )  # fmt: skip
-    paged.check(out[:-3], dtype)
+    return out
 
 
 def test_pieces_are_of_similar_length_and_cover_each_context_once():
@@ -203,7 +235,7 @@ def _check_products(rows, inputs, outputs, dtype, multiply):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [(1, 64, 96), (2, 144, 40), (1, 4200, 5), (2, 4200, 9)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 64, 96), (2, 144, 40), (4, 72, 33), (1, 4200, 5), (2, 4200, 9)], ids=str)
 def test_small_linear_with_norm_gate_bias_and_addition(shape, dtype):
     from hbserve_core.kernels.small_linear import small_linear
 
@@ -213,23 +245,50 @@ def test_small_linear_with_norm_gate_bias_and_addition(shape, dtype):
     _check_products(*shape, dtype, multiply)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("splits", [1, 2, 4])
-@pytest.mark.parametrize("shape", [(3, 576, 96), (16, 640, 33), (17, 512, 70), (64, 1048, 32)], ids=str)
+@pytest.mark.parametrize("dtype", SKINNY_DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("shape", "splits"),
+    [((3, 576, 96), 1), ((16, 640, 33), 2), ((17, 512, 70), 4), ((64, 1048, 32), 2), ((100, 300, 70), 1)],
+    ids=str,
+)
 def test_skinny_linear_with_gate_bias_and_addition_whatever_the_splits(shape, splits, dtype):
     from hbserve_core.kernels.norm import rms_norm
-    from hbserve_core.kernels.skinny_linear import TILE_OUTPUTS, SkinnyWorkspace, skinny_linear
+    from hbserve_core.kernels.skinny_linear import TILE_OUTPUTS, SkinnyWorkspace, add_skinny_linear, skinny_linear
 
     rows, _, outputs = shape
     workspace = SkinnyWorkspace(splits * -(-2 * outputs // TILE_OUTPUTS) * 2, 64, DEVICE)
     padded = max(16, 1 << (rows - 1).bit_length())
 
-    def multiply(x, weight, bias, norm=None, **how):
-        given = x if norm is None else rms_norm(x, norm, EPS)
-        return skinny_linear(given, weight, bias, padded_rows=padded, splits=splits, workspace=workspace, **how)
+    tiling = {"padded_rows": padded, "splits": splits, "workspace": workspace}
+
+    def multiply(x, weight, bias, norm=None, add_to=None, **how):
+        if add_to is not None:
+            assert add_skinny_linear(add_to, x, weight, bias, **tiling) is None
+            return add_to
+        return skinny_linear(x if norm is None else rms_norm(x, norm, EPS), weight, bias, **tiling, **how)
 
     _check_products(*shape, dtype, multiply)
     assert not workspace.arrived.any()
+
+
+@pytest.mark.parametrize("dtype", SKINNY_DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(3, 96, 136), (20, 300, 576)], ids=str)
+def test_a_norm_between_two_skinny_products_is_half_of_each(shape, dtype):
+    from hbserve_core.kernels.skinny_linear import SkinnyWorkspace, add_skinny_linear, skinny_linear
+
+    rows, inputs, size = shape
+    torch.manual_seed(0)
+    tiling = {"padded_rows": max(16, 1 << (rows - 1).bit_length()), "splits": 2, "workspace": None}
+    tiling["workspace"] = SkinnyWorkspace(64, tiling["padded_rows"], DEVICE)
+    x, first, stream = torch.randn(rows, inputs), torch.randn(size, inputs), 5 * torch.randn(rows, size)
+    second, norm = torch.randn(72, size), torch.rand(size)
+    x, first, stream, second, norm = (each.to(dtype).to(DEVICE) for each in (x, first, stream, second, norm))
+    expected = F.linear(x.float(), first.float()) + stream.float()
+    scaled = add_skinny_linear(stream, x, first, next_norm=norm, **tiling)
+    assert (stream.float() - expected).norm() < TOLERANCE[dtype] * expected.norm()
+    found = skinny_linear(scaled, second, eps=EPS, **tiling)
+    expected = F.linear(F.rms_norm(stream.float(), (size,), norm.float(), EPS), second.float())
+    assert (found.float() - expected).norm() < TOLERANCE[dtype] * expected.norm()
 
 
 def test_silu_mul_and_rms_norm():
@@ -306,3 +365,28 @@ def test_embedding_takes_tokens_that_only_the_device_knows():
     table = torch.arange(20.0, device=DEVICE).view(10, 2)
     rows = embed(_int32([3, -1, 5]), _int32([-1, 1, -1]), _int32([8, 9]), table)
     assert rows.tolist() == [table[3].tolist(), table[9].tolist(), table[5].tolist()]
+
+
+@pytest.mark.parametrize("count", [0, 1, 1024, 2500])
+def test_host_copy_brings_numbers_to_the_device_and_back(count):
+    from hbserve_core.kernels.host_copy import host_copy
+
+    pinned = DEVICE.type == "cuda"
+    given = torch.arange(3000, dtype=torch.int32, pin_memory=pinned)
+    there = torch.full((3000,), -1, dtype=torch.int32, device=DEVICE)
+    back = torch.full((3000,), -1, dtype=torch.int32, pin_memory=pinned)
+    host_copy(there[:count], given)
+    host_copy(back[:count], there)
+    if pinned:
+        torch.cuda.synchronize()
+    assert back[:count].tolist() == list(range(count))
+    assert (back[count:] == -1).all()
+
+
+@pytest.mark.parametrize("first_token", [0, 1, 2, 10, 151936])
+def test_what_was_sampled_from_a_row_without_numbers_is_a_token_of_no_rank(first_token):
+    from hbserve_core.kernels.embedding import embed
+
+    table = torch.ones((10, 2), device=DEVICE)
+    rows = embed(_int32([first_token, -1]), _int32([-1, 1]), _int32([8, NOT_FINITE]), table, first_token)
+    assert rows.tolist() == [[1.0, 1.0], [0.0, 0.0]]

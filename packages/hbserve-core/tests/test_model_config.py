@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from hbserve_core.errors import ModelFilesMissing, UnsupportedModel
 from hbserve_core.model_config import load_model_config
@@ -68,11 +70,91 @@ def test_a_missing_size_is_named(write):
         load_model_config(write(intermediate_size=...))
 
 
-@pytest.mark.parametrize("rope_type", ["yarn", "dynamic", "longrope"])
+@pytest.mark.parametrize("rope_type", ["longrope", "mrope", "proportional"])
 @pytest.mark.parametrize("key", ["rope_scaling", "rope_parameters"])
 def test_other_rope_types_are_refused_by_name(write, rope_type, key):
     with pytest.raises(UnsupportedModel, match=f"rope_type='{rope_type}' is not supported; supported: default"):
         load_model_config(write(**{key: {"rope_type": rope_type, "factor": 4.0}}))
+
+
+@pytest.mark.parametrize(
+    ("scaling", "message"),
+    [
+        ({"type": "yarn", "factor": "four"}, "could not convert string"),
+        ({"type": "yarn", "factor": 0}, r"factor=0\.0"),
+        ({"type": "linear", "factor": float("nan")}, "factor=nan"),
+        ({"type": "yarn", "factor": 2, "rope_theta": 0.5}, r"rope_theta=0\.5"),
+        ({"type": "linear"}, "'factor' is missing"),
+        ({"full_attention": {"rope_type": "default"}}, "for all layers"),
+    ],
+)
+def test_a_scaling_that_cannot_be_is_refused_with_its_values(write, scaling, message):
+    with pytest.raises(UnsupportedModel, match=message):
+        load_model_config(write(rope_scaling=scaling))
+
+
+SCALINGS = st.fixed_dictionaries(
+    {"rope_type": st.just("yarn"), "factor": st.sampled_from([None, 0.5, 1.0, 2, 4.0, 32])},
+    optional={
+        "original_max_position_embeddings": st.sampled_from([128, 512, 32768]),
+        "rope_theta": st.sampled_from([1e4, 1e6]),
+        "beta_fast": st.sampled_from([None, 4, 16]),
+        "beta_slow": st.sampled_from([0.5, 2]),
+        "attention_factor": st.just(1.25),
+        "mscale": st.just(0.7),
+        "mscale_all_dim": st.just(1.0),
+        "truncate": st.booleans(),
+    },
+) | st.fixed_dictionaries(
+    {"type": st.just("llama3"), "factor": st.sampled_from([2, 8.0])}
+    | {"low_freq_factor": st.just(1.0), "high_freq_factor": st.just(4.0)},
+    optional={"original_max_position_embeddings": st.sampled_from([128, 8192])},
+)
+
+
+@settings(deadline=None)
+@given(scaling=SCALINGS, key=st.sampled_from(["rope_scaling", "rope_parameters"]), head_dim=st.sampled_from([16, 64]))
+def test_frequencies_and_magnitude_are_those_of_transformers(tmp_path_factory, scaling, key, head_dim):
+    # Known elsewhere: vLLM #10293.
+    from transformers import AutoConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    folder = tmp_path_factory.mktemp("rope")
+    content = BASE | {"model_type": "llama", "head_dim": head_dim, "rope_theta": 5e5, key: scaling}
+    (folder / "config.json").write_text(json.dumps(content))
+    theirs = AutoConfig.from_pretrained(folder)
+    frequencies, magnitude = ROPE_INIT_FUNCTIONS[theirs.rope_parameters["rope_type"]](theirs)
+    ours = load_model_config(folder).rope
+    torch.testing.assert_close(inverse_frequencies(ours, head_dim), frequencies, rtol=1e-6, atol=0)
+    assert ours.magnitude == pytest.approx(magnitude)
+
+
+QWEN_CARD = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+
+
+@pytest.mark.parametrize(
+    ("given_length", "scaling", "expected"),
+    [
+        (40960, QWEN_CARD, 131072),  # Qwen3: the file's own length is neither of the two
+        (32768, QWEN_CARD, 131072),  # Qwen2.5: it is of before the scaling
+        (131072, QWEN_CARD, 131072),  # and here of after it
+        (32768, {"type": "yarn", "factor": 4.0}, 131072),
+        (131072, {"type": "yarn", "original_max_position_embeddings": 32768, "factor": None}, 131072),
+        (4096, {"type": "linear", "factor": 4.0}, 16384),
+        (4096, {"type": "dynamic", "factor": 4.0}, 4096),
+        (131072, {"type": "llama3", "factor": 8, "low_freq_factor": 1, "high_freq_factor": 4}, 131072),
+    ],
+)
+def test_the_longest_sequence_is_what_the_scaling_extends_the_model_to(write, given_length, scaling, expected):
+    # Known elsewhere: vLLM #2565.
+    folder = write(max_position_embeddings=given_length, rope_scaling=scaling)
+    assert load_model_config(folder).max_model_len == expected
+
+
+def test_a_scaling_from_a_model_card_beside_the_files_own_rope_parameters_counts_and_keeps_the_base(write):
+    card, own = QWEN_CARD, {"rope_type": "default", "rope_theta": 1e6}
+    both = load_model_config(write(rope_parameters=own, rope_scaling=card)).rope
+    assert both == load_model_config(write(rope_theta=1e6, rope_scaling=card)).rope
 
 
 def test_old_and_new_rope_keys_mean_the_same(write):

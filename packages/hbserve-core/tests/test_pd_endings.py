@@ -7,11 +7,13 @@ import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from typing import Any
 
+import msgspec
 import pytest
 
 from hbserve_core import GpuInstance, InstanceConfig
-from hbserve_kv import KVTransferConfig
-from hbserve_rpc import RemoteError, RpcClient, SamplingParams
+from hbserve_core.handover import Handover, Inbox, received
+from hbserve_kv import KVTransferConfig, Outcome, TransferResult
+from hbserve_rpc import LogitsNotFinite, RemoteError, RpcClient, SamplingParams
 from hbserve_rpc.messages import (
     DECODE,
     GENERATE,
@@ -227,6 +229,63 @@ async def test_a_backend_of_ones_own_carries_the_tokens_of_a_hybrid(start, gate,
     results = await asyncio.gather(*(apart(p, d, str(i), ids, params) for i, ids in enumerate(many)))
     assert [tokens for tokens, _ in results] == [greedy_tokens("qwen3", ids, 6) for ids in many]
     assert len(gate.ids) == len(set(gate.ids)) == sum(done.num_parts for _, done in results)
+
+
+# ---- by logits that are no numbers -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_output", [0, 1, 3])
+async def test_a_request_without_numbers_fails_on_either_side_and_the_others_get_their_tokens(
+    start, broken_model, greedy_tokens, num_output
+):
+    # Known elsewhere: SGLang #33187, #28829.
+    model = broken_model(num_output)
+    p, d = [await start(role, model_path=str(model.folder)) for role in ("prefill", "decode")]
+    params = SamplingParams(0, 8, ignore_eos=True)
+    delivered: list[int] = []
+
+    async def broken() -> None:
+        async with d.decode("broken", model.prompt, params) as decoding:
+            granted = await anext(decoding)
+            async with p.prefill("broken", model.prompt, granted.grant, params) as prefilling:
+                async for event in prefilling:
+                    delivered.extend([] if isinstance(event, TransferDone) else event.token_ids)
+            async for event in decoding:
+                delivered.extend(event.token_ids)
+
+    sound = [apart(p, d, name, ids, params) for name, ids in model.sound.items()]
+    error, *others = await asyncio.gather(broken(), *sound, return_exceptions=True)
+    assert isinstance(error, LogitsNotFinite)
+    assert f"not finite at output token {num_output}: " in str(error)
+    assert delivered == model.output
+    assert [tokens for tokens, _ in others] == [greedy_tokens(model.whole, ids, 8) for ids in model.sound.values()]
+    assert {p.server.status, d.server.status} == {"ready"}
+
+
+async def test_chunks_that_were_sent_before_there_were_no_numbers_are_nobodys(start, broken_model, greedy_tokens):
+    """Some blocks have arrived when the last chunk is computed."""
+    model = broken_model(0)
+    p, d = [await start(role, model_path=str(model.folder)) for role in ("prefill", "decode")]
+    begin = (model.sound["33"] * 5)[:150]
+    async with d.decode("broken", [*begin, *model.prompt]) as decoding:
+        granted = await anext(decoding)
+        with pytest.raises(LogitsNotFinite, match="not finite at output token 0"):
+            async for _ in p.prefill("broken", [*begin, *model.prompt], granted.grant):
+                pass
+        with pytest.raises(RemoteError, match="KV transfer failed: the request has ended"):
+            await anext(decoding)
+    tokens, _ = await apart(p, d, "sound", begin, SamplingParams(0, 1, ignore_eos=True))
+    assert len(tokens) == 1
+
+
+@pytest.mark.parametrize("token", [-2, -1, 320])
+async def test_a_first_token_that_is_none_is_refused_by_the_decode_side(token):
+    class Committed:
+        async def wait(self) -> TransferResult:
+            return TransferResult(Outcome.COMPLETED, msgspec.msgpack.encode(Handover(token, 40)), 1, 1, 0.0, "")
+
+    with pytest.raises(RemoteError, match=rf"token {token} is outside the vocabulary \[0, 320\)"):
+        await received(Committed(), Inbox(), DecodeRequest("r", "t", [5] * 40, LONG), vocab_size=320)
 
 
 # ---- by a client that leaves -------------------------------------------------------------------------------------

@@ -13,10 +13,13 @@ from hbserve_core.loaded_model import LoadedModel
 from hbserve_core.runner import ComputedStep
 from hbserve_core.step_buffer import StepView
 from hbserve_core.step_packer import StepPacker
+from hbserve_rpc import SamplingParams
 
 pytest.importorskip("triton", reason="torch has Triton on Linux only")
-# The interpreter's integers warn where they wrap, which is what hashing wants.
-pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
+# The interpreter's numbers warn where they wrap, which is what hashing wants, and where they are none.
+pytestmark = [
+    pytest.mark.filterwarnings(f"ignore:{which} encountered:RuntimeWarning") for which in ("overflow", "invalid value")
+]
 BLOCK = 8
 
 
@@ -94,6 +97,29 @@ def test_greedy_tokens_equal_transformers(generate, model_folder, greedy_tokens,
     assert padded == {graphs}
 
 
+@pytest.mark.parametrize("name", ["qwen3", "llama-biases"])
+def test_greedy_tokens_equal_transformers_where_products_are_skinny_and_share_their_norms(
+    generate, model_folder, greedy_tokens, prompt, name, monkeypatch
+):
+    """As in 16 bits, which the interpreter cannot round: what is chosen there, for float32."""
+    from hbserve_core import cuda_products
+
+    chosen, real = [], cuda_products.choose
+
+    def choose(rows, weight, itemsize, *others):
+        chosen.append(real(max(rows, 5), weight, 2, *others))
+        return chosen[-1]
+
+    monkeypatch.setattr(cuda_products, "_FEWEST_INPUTS", 32)
+    monkeypatch.setattr(cuda_products, "choose", choose)
+    runner = InterpretedRunner(model_folder(name), True, True, max_num_seqs=3, max_num_batched_tokens=32, chunk_size=20)
+    prompts = {str(i): prompt(length, salt=i) for i, length in enumerate((5, 24))}
+    found = generate(Engine(runner.config, runner), prompts, 3)
+    assert found == {key: greedy_tokens(name, given, 3) for key, given in prompts.items()}
+    assert {choice.kernel for choice in chosen} == {"skinny"}
+    assert {choice.splits for choice in chosen} >= {1, 2}
+
+
 @pytest.fixture
 def one_kernel_at_a_time(monkeypatch):
     """Triton's interpreter is not made for threads."""
@@ -108,6 +134,45 @@ def one_kernel_at_a_time(monkeypatch):
             return call(self, *arguments, **keywords)
 
     monkeypatch.setattr(GridExecutor, "__call__", locked)
+
+
+def run_with_a_broken_request(engine, model):
+    """Tokens and errors by name; no block is held afterwards."""
+    for name, ids in [*model.sound.items(), ("broken", model.prompt)]:
+        engine.add(name, ids, SamplingParams(temperature=0, max_tokens=4, ignore_eos=True))
+    tokens, errors = {}, {}
+    while engine.has_work():
+        for output in engine.step():
+            tokens.setdefault(output.request_id, []).extend(output.token_ids)
+            errors |= {output.request_id: output.error} if output.error else {}
+        engine.check_integrity()
+    assert engine.blocks.num_free == engine.blocks.num_blocks
+    return tokens, errors
+
+
+@pytest.mark.parametrize("num_output", [0, 2])
+def test_a_request_without_numbers_ends_and_the_others_get_their_tokens(broken_model, greedy_tokens, num_output):
+    """Meanwhile the device has begun to compute what would follow, from a token that is none."""
+    # Known elsewhere: SGLang #33187, #28829.
+    model = broken_model(num_output)
+    runner = InterpretedRunner(model.folder, True, True, max_num_seqs=5, max_num_batched_tokens=48, chunk_size=20)
+    tokens, errors = run_with_a_broken_request(Engine(runner.config, runner), model)
+    assert tokens.pop("broken", []) == model.output
+    assert tokens == {name: greedy_tokens(model.whole, ids, 4) for name, ids in model.sound.items()}
+    assert list(errors) == ["broken"]
+    assert f"not finite at output token {num_output}: " in errors["broken"]
+
+
+@pytest.mark.usefixtures("one_kernel_at_a_time")
+def test_a_request_without_numbers_ends_on_ranks_that_overlap(broken_model, ranks_in_threads, greedy_tokens):
+    # Known elsewhere: SGLang #33187, #28829.
+    model = broken_model(2)
+    settings = {"max_num_seqs": 5, "max_num_batched_tokens": 48, "chunk_size": 20, "tensor_parallel_size": 2}
+    ranks = ranks_in_threads(lambda group: InterpretedRunner(model.folder, True, False, group=group, **settings), 2)
+    tokens, errors = run_with_a_broken_request(Engine(ranks.own.config, ranks.runner), model)
+    assert tokens.pop("broken") == model.output
+    assert tokens == {name: greedy_tokens(model.whole, ids, 4) for name, ids in model.sound.items()}
+    assert list(errors) == ["broken"]
 
 
 @pytest.mark.usefixtures("one_kernel_at_a_time")

@@ -10,13 +10,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
-from hbserve_core.checkpoint import Checkpoint
+from hbserve_core.checkpoint import Checkpoint, with_stored_head
+from hbserve_core.config import InstanceConfig
 from hbserve_core.dummy_checkpoint import DummyCheckpoint
 from hbserve_core.errors import ModelFilesMissing, WeightsMismatch
 from hbserve_core.linear import Linear
 from hbserve_core.model_config import load_model_config
+from hbserve_core.model_runner import ModelRunner
 from hbserve_core.shard import Shard
 from hbserve_core.tensor_source import TensorPart, sampled_places
 from hbserve_core.weights import checkpoint_shapes, load_weights
@@ -82,12 +85,62 @@ def test_an_index_without_a_weight_map_is_named(copy_of):
         load(folder)
 
 
-def test_tied_models_may_store_the_head_twice(copy_of):
-    folder = copy_of("qwen2")
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+def rewrite(folder, edit):
     tensors = load_file(folder / "model.safetensors")
-    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
-    save_file(tensors, folder / "model.safetensors")
-    load(folder)
+    edit(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_tied_model_that_stores_its_head_too_has_it_once(copy_of, model_folder, dtype):
+    folder = copy_of("qwen2")
+    rewrite(folder, lambda tensors: tensors.update({HEAD: tensors[EMBEDDING].to(dtype, copy=True)}))
+    assert load(folder).digest == load(model_folder("qwen2")).digest
+    assert HEAD not in checkpoint_shapes(with_stored_head(load_model_config(folder)))
+
+
+def test_a_tied_model_that_stores_only_its_head_is_the_same_model(copy_of, model_folder):
+    folder = copy_of("qwen3")
+    rewrite(folder, lambda tensors: tensors.update({HEAD: tensors.pop(EMBEDDING)}))
+    assert load(folder).digest == load(model_folder("qwen3")).digest
+
+
+def test_a_model_that_is_called_tied_and_has_another_head_uses_it_as_transformers_does(
+    copy_of, caplog, stepper, prompt
+):
+    # Known elsewhere: vLLM #51665.
+    folder = copy_of("qwen3")
+    rewrite(folder, lambda tensors: tensors.update({HEAD: tensors[EMBEDDING].flip(0).contiguous()}))
+    runner = ModelRunner(InstanceConfig(model_path=str(folder), block_size=8, num_blocks=32, device="cpu"))
+    assert "different numbers" in caplog.text
+    stepping = stepper(runner)
+    sequence = stepping.sequence(prompt(20))
+    stepping.generate([sequence], 6, 24)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    expected = theirs.generate(torch.tensor([prompt(20)]), max_new_tokens=6, do_sample=False, eos_token_id=None)
+    assert sequence.output_token_ids == expected[0, 20:].tolist()
+
+
+def test_tensors_without_the_prefix_are_the_same_model(copy_of, model_folder):
+    folder = copy_of("qwen3")
+    tensors = load_file(folder / "model.safetensors")
+    bare = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
+    save_file(bare, folder / "model.safetensors")
+    assert load(folder).digest == load(model_folder("qwen3")).digest
+
+
+def test_one_number_that_differs_at_the_end_is_another_head(copy_of):
+    folder = copy_of("qwen3")
+
+    def differ(tensors):
+        tensors[HEAD] = tensors[EMBEDDING].clone()
+        tensors[HEAD][-1, -1] += 1
+
+    rewrite(folder, differ)
+    assert not with_stored_head(load_model_config(folder)).tied_embeddings
 
 
 def test_dummy_weights_need_no_files_and_are_the_same_each_time(copy_of):

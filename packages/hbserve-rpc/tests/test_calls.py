@@ -10,6 +10,7 @@ import zmq.asyncio
 from hbserve_rpc import (
     AddressInUse,
     InvalidRequest,
+    LogitsNotFinite,
     Overloaded,
     ProtocolMismatch,
     RemoteError,
@@ -34,8 +35,10 @@ async def test_many_calls_at_once_get_their_own_replies(rpc, start, connect):
     assert [reply.value for reply in replies] == [2 * i for i in range(200)]
 
 
-@pytest.mark.parametrize("error", [InvalidRequest("x=3: expected 4"), Overloaded("full")], ids=lambda e: e.code)
-async def test_a_refusal_crosses_as_itself(rpc, start, connect, error):
+@pytest.mark.parametrize(
+    "error", [InvalidRequest("x=3: expected 4"), LogitsNotFinite("token 3"), Overloaded("full")], ids=lambda e: e.code
+)
+async def test_what_says_whether_to_try_again_crosses_as_itself(rpc, start, connect, error):
     async def refuse(ask):
         raise error
 

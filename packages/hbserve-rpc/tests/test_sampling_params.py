@@ -20,7 +20,7 @@ def test_the_first_three_sampling_parameters_are_nano_vllms_in_its_order():
 
 
 WRONG = {
-    "temperature": [-0.1, float("nan"), float("inf"), 10**400, 10**5000, 1j, None, "hot", True],
+    "temperature": [-0.1, float("nan"), float("inf"), 2**63, 10**400, 10**5000, 1j, None, "hot", True],
     "max_tokens": [0, -1, 1.5, None, "8", 10**5000, 2**63],
     "ignore_eos": [1, "yes", None],
     "top_k": [-2, 1.5, None],

@@ -5,8 +5,10 @@ from typing import Any
 
 import pytest
 
-from hbserve_rpc import InvalidRequest, Overloaded, RemoteError
+from hbserve_rpc import InvalidRequest, LogitsNotFinite, Overloaded, RemoteError
 from hbserve_scheduler import ConfigError, InstanceFailed, NotReady, RequestFailed
+from hbserve_scheduler.attempt import Attempt
+from hbserve_scheduler.request import ScheduledRequest
 
 
 @pytest.fixture
@@ -145,6 +147,49 @@ async def test_an_invalid_request_is_not_tried_again(make_scheduler, pair, ask, 
         await collect(scheduler.submit(ask()))
     assert len(pair[1].requests) == 1
     assert scheduler.stats().retries == 0
+
+
+@pytest.mark.parametrize(("where", "phase"), [("p0", "first"), ("d0", "tokens")])
+async def test_a_request_for_which_the_model_gives_no_numbers_is_tried_on_no_other_instance(
+    make_scheduler, four, ask, collect, where, phase
+):
+    for instance in four:
+        if instance.instance_id[0] == where[0]:
+            instance.fail[phase] = [LogitsNotFinite("not finite at output token 3")] * 9
+    scheduler = await make_scheduler(*four)
+    with pytest.raises(FloatingPointError, match=rf"^{where[0]}\d: not finite at output token 3$"):
+        await collect(scheduler.submit(ask()))
+    assert sum(len(instance.requests) for instance in four) == 2
+    assert (scheduler.stats().failed_requests, scheduler.stats().retries) == (1, 0)
+
+
+async def test_a_hybrid_instance_whose_model_gives_no_numbers_is_asked_once(
+    make_scheduler, make_instance, ask, collect
+):
+    hybrid = await make_instance("hybrid", "h0")
+    hybrid.fail["tokens"] = [LogitsNotFinite("not finite")]
+    scheduler = await make_scheduler(hybrid)
+    with pytest.raises(LogitsNotFinite, match=r"^h0: not finite$"):
+        await collect(scheduler.submit(ask()))
+    assert len(hybrid.requests) == 1
+    assert len((await collect(scheduler.submit(ask())))[0]) == 4, "others go on"
+
+
+async def test_where_both_legs_have_failed_the_prefill_side_says_why(ask):
+    """Its end ends the transfer too, and that may be heard of in the same moment."""
+    end = asyncio.Event()
+
+    async def leg(error: Exception) -> None:
+        await end.wait()
+        raise error
+
+    for _ in range(20):
+        attempt = Attempt(ScheduledRequest(ask()), placement=None)
+        both = asyncio.create_task(attempt._both(leg(LogitsNotFinite("why")), leg(RemoteError("its transfer ended"))))
+        await asyncio.sleep(0)
+        end.set()
+        with pytest.raises(LogitsNotFinite, match="why"):
+            await both
 
 
 @pytest.mark.parametrize("failing", ["p0", "d0"])

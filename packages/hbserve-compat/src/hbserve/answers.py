@@ -60,10 +60,10 @@ class Answer:
         try:
             async for event in self._events:
                 if isinstance(event, RequestFinished):
-                    reason = "stop" if text.stopped else event.finish_reason
+                    last_text = text.feed([], final=True)
                     yield GenerationDelta(
-                        request_id=self.request_id, text=text.feed([], final=True), token_ids=[], finish_reason=reason,
-                        timings=timings_of(event),
+                        request_id=self.request_id, text=last_text, token_ids=[], timings=timings_of(event),
+                        finish_reason="stop" if text.stopped else event.finish_reason,
                     )  # fmt: skip
                 elif not text.stopped:
                     new_text = text.feed(event.token_ids)
@@ -113,15 +113,17 @@ async def answer_all(
     """All results, in order; requests are submitted as the queue drains. Whatever it raises, none of them goes on.
 
     Raises:
-        InvalidRequest: what only the instances could know.
+        InvalidRequest: what only the instances could know. Names the prompt, if there are several.
+        LogitsNotFinite: the model gives NaN or infinity for one. Names the prompt, if there are several.
         Overloaded: a scheduler elsewhere has no room.
         RemoteError: one has failed.
     """
     under_way = asyncio.Semaphore(MOST_UNDER_WAY)
     answers: list[Answer] = []
 
-    async def follow(answer: Answer) -> GenerationResult:
-        result = await answer.result()
+    async def follow(place: int, answer: Answer) -> GenerationResult:
+        with naming(place, len(prompts)):
+            result = await answer.result()
         under_way.release()
         on_done()
         return result
@@ -129,11 +131,12 @@ async def answer_all(
     try:
         async with asyncio.TaskGroup() as group:
             tasks = []
-            for prompt, each in zip(prompts, params, strict=True):
+            for place, (prompt, each) in enumerate(zip(prompts, params, strict=True)):
                 await under_way.acquire()
                 await scheduler.wait_for_room()
-                answers.append(Answer(scheduler, tokenizer, prompt, each))
-                tasks.append(group.create_task(follow(answers[-1])))
+                with naming(place, len(prompts)):
+                    answers.append(Answer(scheduler, tokenizer, prompt, each))
+                tasks.append(group.create_task(follow(place, answers[-1])))
     except BaseExceptionGroup as several:
         raise several.exceptions[0] from None
     finally:

@@ -1,69 +1,96 @@
-"""Text from tokens as they come, and stop strings in it."""
+"""Text from tokens as they come, and stop strings in it: what every way to get text uses."""
 
+from collections import deque
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from hbserve.stop_strings import StopStrings
+from hbserve.token_text import TokenDecoder, TokenText
+
+_decoders: "WeakKeyDictionary[Any, tuple[int, TokenDecoder]]" = WeakKeyDictionary()
+"""Of each tokenizer, while it lives: with its size then, since tokens may be added to it."""
 
 
-class Tokenizer(Protocol):
-    def decode(self, token_ids: list[int], *, skip_special_tokens: bool = ...) -> str: ...
-
-
-INCOMPLETE = "�"
-"""What decoding yields for a character of which some bytes are still to come."""
+def _decoder_of(tokenizer: Any) -> TokenDecoder:
+    size, decoder = _decoders.get(tokenizer, (None, None))
+    if decoder is None or size != len(tokenizer):
+        decoder = TokenDecoder(tokenizer)
+        _decoders[tokenizer] = (len(tokenizer), decoder)
+    return decoder
 
 
 class Detokenizer:
-    """One request's text. Never emits half a character, nor the beginning of what may become a stop string."""
+    """One request's text: what `tokenizer.decode` makes of its tokens, up to the first stop string.
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (), *, skip_special_tokens: bool = True) -> None:
-        self._tokenizer = tokenizer
-        self._stop = stop
-        self._skip_special_tokens = skip_special_tokens
+    Text is given out as soon as it is sure: no half characters, and no beginning of what may become a stop string. Stop
+    strings are looked for in the text with its special tokens, also where these are skipped: they may be such tokens.
+    """
+
+    def __init__(self, tokenizer: Any, stop: Sequence[str] = (), *, skip_special_tokens: bool = True) -> None:
+        decoder = _decoder_of(tokenizer)
+        self._skipped = decoder.special_ids if skip_special_tokens else frozenset()
+        self._shown: TokenText = decoder.text()
+        self._searched = decoder.text() if stop and self._skipped else None
+        """The text with special tokens, where it is another one."""
+        self._stop = StopStrings(stop) if stop else None
+        self._held: deque[tuple[int, str]] = deque()
+        """Of tokens whose text may belong to a stop string: its length as it is searched, and what is to be shown."""
+        self._num_held = 0
+        """Sum of these lengths."""
+        self._parts: list[str] = []
         self.token_ids: list[int] = []
-        self.text = ""
-        """All that was emitted."""
-        self.stopped = False
-        """A stop string has come; nothing is emitted any more."""
-        self._held = ""
-        # tokens [0, start) are emitted; [start, read) are emitted too, but decide how the next ones are spelt
-        self._start = self._read = 0
+        """Up to the one that completed a stop string."""
+
+    @property
+    def stopped(self) -> bool:
+        """A stop string has come: no more text comes."""
+        return self._stop is not None and self._stop.found
+
+    @property
+    def text(self) -> str:
+        """All that was given out."""
+        self._parts = ["".join(self._parts)]
+        return self._parts[0]
 
     def feed(self, token_ids: Sequence[int], *, final: bool = False) -> str:
         """Add tokens; returns the text that is sure now. `final` brings out everything that was held back."""
+        sure: list[str] = []
         for token_id in token_ids:
-            if not self.stopped:
-                self.token_ids.append(token_id)
-                self._held += self._decode_next(final=False)
-                self._find_stop()
+            if self.stopped:
+                break
+            self.token_ids.append(token_id)
+            shown = "" if token_id in self._skipped else self._shown.feed(token_id)
+            sure += self._take(shown if self._searched is None else self._searched.feed(token_id), shown)
         if final and not self.stopped:
-            self._held += self._decode_next(final=True)
-            self._find_stop()
-        sure = self._held if final or self.stopped else self._held[: len(self._held) - self._num_doubtful()]
-        self._held = self._held[len(sure) :]
-        self.text += sure
-        return sure
+            shown = self._shown.finish()
+            sure += self._take(shown if self._searched is None else self._searched.finish(), shown)
+            if not self.stopped:
+                sure += self._release(self._num_held)
+        new = "".join(sure)
+        self._parts.append(new)
+        return new
 
-    def _decode_next(self, *, final: bool) -> str:
-        before = self._decode(self.token_ids[self._start : self._read])
-        after = self._decode(self.token_ids[self._start :])
-        if after.endswith(INCOMPLETE) and not final:
-            return ""
-        self._start, self._read = self._read, len(self.token_ids)
-        return after[len(before) :]
+    def _take(self, searched: str, shown: str) -> list[str]:
+        if self._stop is None:
+            return [shown]
+        self._held.append((len(searched), shown))
+        self._num_held += len(searched)
+        return self._release(self._num_held - self._stop.feed(searched))
 
-    def _decode(self, token_ids: list[int]) -> str:
-        return self._tokenizer.decode(token_ids, skip_special_tokens=self._skip_special_tokens) if token_ids else ""
-
-    def _find_stop(self) -> None:
-        places = [place for stop in self._stop if (place := self._held.find(stop)) >= 0]
-        if places:
-            self._held = self._held[: min(places)]
-            self.stopped = True
-
-    def _num_doubtful(self) -> int:
-        """Length of the longest end of the held text with which a stop string begins."""
-        longest = max((len(stop) - 1 for stop in self._stop), default=0)
-        for length in range(min(longest, len(self._held)), 0, -1):
-            if any(stop.startswith(self._held[-length:]) for stop in self._stop):
-                return length
-        return 0
+    def _release(self, num_searched: int) -> list[str]:
+        """What is to be shown of the first so many characters of what is held. It is held no more."""
+        self._num_held -= num_searched
+        released = []
+        while self._held and self._held[0][0] <= num_searched:
+            length, shown = self._held.popleft()
+            num_searched -= length
+            released.append(shown)
+        if self._held and num_searched:
+            # Where both texts are not the same, what is before a token is: its own text ends both.
+            length, shown = self._held[0]
+            rest = length - num_searched
+            first = max(0, len(shown) - rest)
+            released.append(shown[:first])
+            self._held[0] = rest, shown[first:]
+        return released

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from hbserve.answers import Answer, Scheduler, answer_all, check_all
-from hbserve.prompts import encode_all, read_prompts
+from hbserve.prompts import read_prompts
 from hbserve.results import GenerationResult, Timings
-from hbserve.tokenizer import apply_chat_template, load_tokenizer
+from hbserve.tokenizer import encode_message, load_tokenizer
 from hbserve_rpc import SamplingParams
 from hbserve_rpc.messages import ServiceInfo
 from hbserve_scheduler import ConfigError, RemoteScheduler, load_config
@@ -40,7 +40,7 @@ async def generate_answers(wanted: Wanted) -> None:
     params = SamplingParams(temperature=wanted.temperature, max_tokens=wanted.max_tokens)
     texts = [str(each) for each in read_prompts(wanted.prompts)]
     async with _connected(wanted) if wanted.connect else _started(wanted) as (scheduler, tokenizer):
-        prompts = encode_all(tokenizer, [apply_chat_template(tokenizer, text) for text in texts])
+        prompts = [encode_message(tokenizer, text) for text in texts]
         if len(prompts) == 1:
             answer = Answer(scheduler, tokenizer, prompts[0], params)
             timings, num_tokens = [await _stream(answer)], len(answer.detokenizer.token_ids)

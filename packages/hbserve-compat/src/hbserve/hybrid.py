@@ -12,7 +12,7 @@ from hbserve.own_thread import Ended, OwnThread
 from hbserve.pd_disagg.config import PdDisaggConfig
 from hbserve_core import Engine, InstanceConfig, make_runner
 from hbserve_core.runner import Runner
-from hbserve_rpc import InvalidRequest, SamplingParams
+from hbserve_rpc import InvalidRequest, LogitsNotFinite, SamplingParams
 from hbserve_rpc.messages import FinishReason
 
 NANO_VLLM_DEFAULTS = {"max_num_batched_tokens": 16384, "max_num_seqs": 512, "max_model_len": 4096, "chunk_size": 4096}
@@ -61,10 +61,10 @@ class HybridBackend:
         if not engine.has_work():
             raise InvalidRequest("step: there is no request; add_request() first")
         before = engine.stats().num_prefill_tokens
-        for output in engine.step():
-            token_ids = [] if output.token_id is None else [output.token_id]
-            whose = self._news.pop(output.request_id) if output.finish_reason else self._news[output.request_id]
-            whose.put(Progress(output.request_id, token_ids, output.finish_reason))
+        for each in engine.step():
+            whose = self._news.pop(each.request_id) if each.is_last else self._news[each.request_id]
+            error = LogitsNotFinite(each.error) if each.error else None
+            whose.put(Progress(each.request_id, each.token_ids, each.finish_reason, error))
         return engine.stats().num_prefill_tokens - before
 
     def end(self, request_ids: list[str], reason: FinishReason) -> None:

@@ -26,16 +26,20 @@ from hbserve_rpc import InvalidRequest, SamplingParams
 class _Request:
     number: int
     detokenizer: Detokenizer
+    place: int
+    """Among the prompts of its call."""
 
 
 @dataclass(eq=False)
 class _Call:
     """The requests of one caller that have not ended."""
 
+    num_prompts: int = 1
+    """Where there are several, an error names its prompt."""
     requests: dict[str, _Request] = field(default_factory=dict)
     news: News = field(default_factory=queue.SimpleQueue)
-    errors: list[Exception] = field(default_factory=list)
-    """Of requests that failed, and of which the caller has not heard yet."""
+    errors: list[tuple[int, Exception]] = field(default_factory=list)
+    """Of requests that failed, and of which the caller has not heard yet: each with its place."""
 
 
 class LLM:
@@ -98,23 +102,27 @@ class LLM:
         (params,) = read_params(sampling_params, 1)
         self._add(self._added, token_ids, params)
 
-    def _add(self, call: _Call, token_ids: list[int], params: SamplingParams) -> int:
+    def _add(self, call: _Call, token_ids: list[int], params: SamplingParams, place: int = 0) -> None:
         number = next(self._numbers)
         # As nano-vllm does, the text keeps special tokens.
-        request = _Request(number, Detokenizer(self._tokenizer, params.stop, skip_special_tokens=False))
+        request = _Request(number, Detokenizer(self._tokenizer, params.stop, skip_special_tokens=False), place)
         call.requests[str(number)] = request  # first: whatever interrupts `add`, it is known that there may be one
         try:
-            self._running().add(str(number), token_ids, params, call.news)
+            with naming(place, call.num_prompts):
+                self._running().add(str(number), token_ids, params, call.news)
         except InvalidRequest:
             del call.requests[str(number)]
             raise
-        return number
 
     def step(self) -> tuple[list[tuple[int, list[int]]], int]:
         """Compute once: the requests that finished, as (number, output token ids), and how many tokens were computed.
 
         As in nano-vllm that count is positive for a step with prompt tokens, and minus the number of sequences for a
         step that only decoded. It is about those that `add_request` has queued.
+
+        Raises:
+            LogitsNotFinite, RequestFailed: a request failed, and has ended. It is raised once for each, when those that
+                finished in the same step have been returned: nothing of them is lost.
         """
         with self._stepping:
             finished, count = self._step(self._added)
@@ -131,7 +139,7 @@ class LLM:
                 continue
             if each.error is not None or each.finish_reason == "abort":
                 del call.requests[each.request_id]
-                call.errors.append(each.error or Ended())
+                call.errors.append((request.place, each.error or Ended()))
                 continue
             request.detokenizer.feed(each.token_ids, final=each.finish_reason is not None)
             if request.detokenizer.stopped and each.finish_reason is None:
@@ -139,11 +147,13 @@ class LLM:
             if request.detokenizer.stopped or each.finish_reason:
                 finished.append(call.requests.pop(each.request_id))
         if call.errors and not finished:
-            raise call.errors.pop(0)
+            place, error = call.errors.pop(0)
+            with naming(place, call.num_prompts):
+                raise error
         return finished, num_prompt_tokens or -len(progress)
 
     def is_finished(self) -> bool:
-        """Whether every request of `add_request` has finished."""
+        """Whether every request of `add_request` has finished, and `step` has said so."""
         return not self._added.requests and not self._added.errors
 
     def generate(
@@ -159,6 +169,8 @@ class LLM:
         Raises:
             InvalidRequest: (a ValueError) a prompt or parameter can never run, or a wrong number of parameters; names
                 the prompt. None of the prompts is computed then.
+            LogitsNotFinite: the model gives NaN or infinity for a prompt, which it names if there are several.
+            RequestFailed: every attempt at a prompt failed. In both cases the other prompts of this call are ended.
             RuntimeError: the LLM has ended, or is of another process.
         """
         from tqdm import tqdm
@@ -182,14 +194,14 @@ class LLM:
         return [{"text": text.text, "token_ids": text.token_ids} for _, text in results]
 
     def _follow(
-        self, todo: Iterable[tuple[list[int], SamplingParams]]
+        self, todo: Sequence[tuple[list[int], SamplingParams]]
     ) -> Generator[tuple[list[_Request], int], None, None]:
         """Add requests as there is room, and step until all have ended; what each step has brought."""
-        call = _Call()
+        call = _Call(len(todo))
         try:
-            for token_ids, params in todo:
-                self._add(call, token_ids, params)
-                if not call.news.empty():
+            for place, (token_ids, params) in enumerate(todo):
+                self._add(call, token_ids, params, place)
+                if call.errors or not call.news.empty():
                     yield self._step(call)
             while call.requests or call.errors:
                 yield self._step(call)

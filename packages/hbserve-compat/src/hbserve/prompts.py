@@ -6,7 +6,7 @@ from numbers import Number
 from typing import Any
 
 from hbserve.tokenizer import encode
-from hbserve_rpc import InvalidRequest, SamplingParams
+from hbserve_rpc import InvalidRequest, LogitsNotFinite, SamplingParams
 from hbserve_rpc.plain_values import plain_items, plain_scalar, plain_text, plain_token_ids, shown
 
 Prompt = Any
@@ -24,11 +24,11 @@ _OF_TOKENIZERS = {"attention_mask", "token_type_ids", "special_tokens_mask", "of
 
 @contextmanager
 def naming(place: int, count: int) -> Iterator[None]:
-    """A refusal says which prompt it is about, if there are several. What others raise passes."""
+    """What is wrong with one prompt says with which, if there are several. What others raise passes."""
     try:
         yield
-    except InvalidRequest as error:
-        raise InvalidRequest(f"prompts[{place}]: {error}" if count > 1 else str(error)) from error
+    except (InvalidRequest, LogitsNotFinite) as error:
+        raise type(error)(f"prompts[{place}]: {error}" if count > 1 else str(error)) from error
 
 
 def read_prompts(prompts: object) -> list[PlainPrompt]:

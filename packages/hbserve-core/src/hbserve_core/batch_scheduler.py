@@ -124,7 +124,7 @@ class BatchScheduler:
             return False
         self._blocks.share(prefix)
         sequence.block_table = array("i", prefix + self._blocks.allocate(wanted))
-        sequence.num_cached_tokens = len(prefix) * self._blocks.block_size
+        sequence.num_cached_tokens = sequence.num_shared_tokens = len(prefix) * self._blocks.block_size
         self.num_cached_tokens += sequence.num_cached_tokens
         return True
 
@@ -137,9 +137,13 @@ class BatchScheduler:
         self.num_reserved += 1
         return True
 
-    def computed(self, sequence: Sequence, first_token: int, end: int) -> None:
-        """The keys and values of tokens [first_token, end) are in the pool now: full blocks may be found by others."""
-        first, last = first_token // self._blocks.block_size, end // self._blocks.block_size
+    def share(self, sequence: Sequence, end: int) -> None:
+        """A token was sampled from the keys and values of tokens [0, end): full blocks may be found by others.
+
+        Not earlier: if there is a NaN in a block, or whatever spoils what is computed from it, nothing can be sampled.
+        """
+        first, last = sequence.num_shared_tokens // self._blocks.block_size, end // self._blocks.block_size
+        sequence.num_shared_tokens = end
         if last > first:
             self._extend_digests(sequence)
             for i in range(first, last):

@@ -169,7 +169,7 @@ class BatchSweep:
         return None
 
     def measure(self, batch: int, context: int) -> SweepRow:
-        """Of a batch without obstacle."""
+        """Of a batch without obstacle. Raises LogitsNotFinite."""
         preemptions = self._engine.stats().num_preemptions
         names = self._add(batch, context)
         ends: list[float] = []
@@ -177,6 +177,8 @@ class BatchSweep:
         while len(ends) <= _NUM_WARM + _NUM_STEPS:
             assert self._engine.has_work(), "requests ended before they were timed"
             outputs = self._engine.step()
+            for output in outputs:
+                output.raise_error()
             if sum(output.token_id is not None and output.index > 0 for output in outputs) == batch:
                 ends.append(perf_counter())
                 generated.append(sum(output.index for output in outputs) / batch)
@@ -210,7 +212,7 @@ def run_sweep(
 ) -> None:
     """Say a block of lines for each context, and what the cliffs are; `keep` is called with each row when it is there.
 
-    config: from `sweep_config`. Raises what `make_runner` raises.
+    config: from `sweep_config`. Raises what `make_runner` raises, and LogitsNotFinite if the model gives no numbers.
     """
     runner = make_runner(config)
     try:

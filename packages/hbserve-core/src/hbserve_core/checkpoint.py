@@ -2,6 +2,9 @@
 
 import contextlib
 import json
+import logging
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +14,16 @@ from hbserve_core.errors import ModelFilesMissing, WeightsMismatch
 from hbserve_core.model_config import ModelConfig
 from hbserve_core.safetensors_file import DTYPES, SafetensorsFile, StoredTensor
 from hbserve_core.staged_reader import StagedReader
-from hbserve_core.tensor_source import Shapes, TensorPart, sampled_places
+from hbserve_core.tensor_source import Shapes, TensorPart, row_pieces, sampled_places
+
+logger = logging.getLogger(__name__)
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
+_PREFIX = "model."
+_EMBEDDING, _HEAD = f"{_PREFIX}embed_tokens.weight", "lm_head.weight"
+_PIECE_BYTES = 16 << 20
+"""Of a tensor, when two of them are compared."""
 
 
 class Checkpoint:
@@ -27,12 +36,11 @@ class Checkpoint:
     """
 
     def __init__(self, config: ModelConfig, shapes: Shapes, device: torch.device) -> None:
-        self._stored: dict[str, StoredTensor] = {}
         with contextlib.ExitStack() as opened:
-            for path in _weight_files(config.path):
-                file = SafetensorsFile(path)
-                opened.callback(file.close)
-                self._stored |= file.tensors
+            self._stored = opened.enter_context(_stored_tensors(config.path))
+            if config.tied_embeddings and _EMBEDDING not in self._stored and _HEAD in self._stored:
+                # One tensor under either name: safetensors' save_model keeps the name that comes first in the alphabet.
+                self._stored[_EMBEDDING] = self._stored.pop(_HEAD)
             self._check(config, shapes)
             self._reader = StagedReader(device)
             opened.callback(self._reader.close)
@@ -63,9 +71,57 @@ class Checkpoint:
             raise WeightsMismatch(f"weights in {str(config.path)!r}: {'; '.join(problems[:12])}{more}")
 
 
+def with_stored_head(config: ModelConfig) -> ModelConfig:
+    """As transformers has it, a head in the files that is not the embedding counts, though config.json calls them tied:
+    such files are of fine-tunes. Says so in the log.
+
+    Raises:
+        ModelFilesMissing, WeightsMismatch: as `Checkpoint` does.
+    """
+    if not config.tied_embeddings:
+        return config
+    with _stored_tensors(config.path) as stored:
+        if _EMBEDDING not in stored or _HEAD not in stored or _are_equal(stored[_EMBEDDING], stored[_HEAD]):
+            return config
+    logger.warning(
+        "%s: config.json has tie_word_embeddings, but %s and %s are stored with different numbers: both are used",
+        config.path, _EMBEDDING, _HEAD,
+    )  # fmt: skip
+    return replace(config, tied_embeddings=False)
+
+
+@contextlib.contextmanager
+def _stored_tensors(folder: Path) -> Iterator[dict[str, StoredTensor]]:
+    """Of all weight files, which are open meanwhile. By the names of a model with a head: those of exports without one
+    lack the prefix."""
+    stored: dict[str, StoredTensor] = {}
+    with contextlib.ExitStack() as opened:
+        for path in _weight_files(folder):
+            file = SafetensorsFile(path)
+            opened.callback(file.close)
+            stored |= file.tensors
+        if _EMBEDDING.removeprefix(_PREFIX) in stored:
+            stored = {name if name == _HEAD else _PREFIX + name: tensor for name, tensor in stored.items()}
+        yield stored
+
+
+def _are_equal(one: StoredTensor, other: StoredTensor) -> bool:
+    if one.shape != other.shape or len(one.shape) != 2 or not {one.dtype, other.dtype} <= set(DTYPES):
+        return False
+    pieces = row_pieces(one.shape[0], one.shape[1] * 8, _PIECE_BYTES)
+    return all(torch.equal(_rows(one, piece), _rows(other, piece)) for piece in pieces)
+
+
+def _rows(stored: StoredTensor, piece: slice) -> torch.Tensor:
+    """In the widest kind: the two may be stored in different ones."""
+    rows = torch.empty((piece.stop - piece.start, stored.shape[1]), dtype=DTYPES[stored.dtype], device="cpu")
+    stored.read(range(piece.start, piece.stop), range(stored.shape[1]), rows.view(torch.uint8).numpy().data.cast("B"))
+    return rows.double()
+
+
 def _may_be_ignored(name: str, config: ModelConfig) -> bool:
     """Tied models may store the table twice; old exports store the RoPE frequencies, which follow from the config."""
-    return name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and config.tied_embeddings)
+    return name.endswith("rotary_emb.inv_freq") or (name == _HEAD and config.tied_embeddings)
 
 
 def _weight_files(folder: Path) -> list[Path]:

@@ -1,12 +1,12 @@
 """The decoder on CUDA: products by whatever is fastest for their shape, our kernels for all that is between them.
 
-A layer of decodes is five launches for one row, seven for a few, and nine beyond.
+A layer of up to 64 decodes is five launches (norms and gates are in the products), of more of them nine.
 Shapes: T rows of one step, R of them sampled, E hidden_size.
 """
 
 import torch
 
-from hbserve_core.cuda_products import CudaProducts
+from hbserve_core.cuda_products import CudaProducts, ResidualStream
 from hbserve_core.kernels.decode_attention import DecodeWorkspace, decode_attention
 from hbserve_core.kernels.embedding import embed
 from hbserve_core.kernels.prefill_attention import prefill_attention
@@ -14,6 +14,7 @@ from hbserve_core.kernels.sampling import sample
 from hbserve_core.kernels.store_kv import store_kv
 from hbserve_core.linear import Linear
 from hbserve_core.model_config import ModelConfig
+from hbserve_core.norm import RmsNorm
 from hbserve_core.rank_group import RankGroup
 from hbserve_core.rope import angle_table
 from hbserve_core.step_buffer import StepShape, StepView
@@ -39,34 +40,39 @@ class CudaDecoder:
 
     def decode(self, step: StepView, sampled: torch.Tensor, pool: torch.Tensor) -> None:
         """A step of decodes only: a token for every row goes to `sampled`, int32."""
-        sample(self.logits(self.hidden(step, sampled, pool)), step.samples[1:], sampled)
+        sample(self._logits(self._stream(step, sampled, pool)), step.samples[1:], sampled)
 
     def finish(self, step: StepView, hidden: torch.Tensor, sampled: torch.Tensor) -> None:
         """After `hidden`: a token for each of the step's samples goes to `sampled`."""
-        sample(self.logits(hidden.index_select(0, step.samples[0])), step.samples[1:], sampled)
+        stream = ResidualStream(hidden.index_select(0, step.samples[0]))
+        sample(self._logits(stream), step.samples[1:], sampled)
 
     def hidden(self, step: StepView, sampled: torch.Tensor, pool: torch.Tensor) -> torch.Tensor:
         """(T, E): what the last layer gives for every row. Writes the step's keys and values into the pool."""
+        return self._stream(step, sampled, pool).rows
+
+    def _stream(self, step: StepView, sampled: torch.Tensor, pool: torch.Tensor) -> ResidualStream:
         weights = self._weights
         embedded = embed(step.tokens[0], step.tokens[1], sampled, weights.embedding, weights.first_token)
-        hidden = self._group.all_reduce(embedded)
-        for index, layer in enumerate(weights.layers):
-            qkv = self._products.of_normed(hidden, layer.attention_norm, layer.qkv)
-            self._add(self._attend(index, layer, qkv, step, pool), layer.output, hidden)
-            self._add(self._products.gated(hidden, layer.mlp_norm, layer.gate_up), layer.down, hidden)
-        return hidden
+        stream = ResidualStream(self._group.all_reduce(embedded))
+        norms_after = [*(layer.attention_norm for layer in weights.layers[1:]), weights.norm]
+        for index, (layer, norm_after) in enumerate(zip(weights.layers, norms_after, strict=True)):
+            qkv = self._products.of_normed(stream, layer.attention_norm, layer.qkv)
+            self._add(self._attend(index, layer, qkv, step, pool), layer.output, stream, layer.mlp_norm)
+            self._add(self._products.gated(stream, layer.mlp_norm, layer.gate_up), layer.down, stream, norm_after)
+        return stream
 
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+    def _logits(self, stream: ResidualStream) -> torch.Tensor:
         """(R, vocab_size) of rows (R, E)."""
-        logits = self._products.of_normed(hidden, self._weights.norm, self._weights.head)
+        logits = self._products.of_normed(stream, self._weights.norm, self._weights.head)
         return self._group.gather_logits(logits, self._config.vocab_size)
 
-    def _add(self, inputs: torch.Tensor, linear: Linear, hidden: torch.Tensor) -> None:
-        """Add a product to `hidden` in place; of several ranks, the sum of theirs."""
+    def _add(self, inputs: torch.Tensor, linear: Linear, stream: ResidualStream, next_norm: RmsNorm) -> None:
+        """Add a product to the stream; of several ranks, the sum of theirs."""
         if self._group.shard.size > 1:
-            hidden += self._group.all_reduce(self._products.of(inputs, linear))
+            stream.rows += self._group.all_reduce(self._products.of(inputs, linear))
         else:
-            self._products.add_to(hidden, inputs, linear)
+            self._products.add_to(stream, inputs, linear, next_norm)
 
     def _attend(
         self, index: int, layer: LayerWeights, qkv: torch.Tensor, step: StepView, pool: torch.Tensor

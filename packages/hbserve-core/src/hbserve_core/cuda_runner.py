@@ -11,6 +11,8 @@ from hbserve_core.config import InstanceConfig
 from hbserve_core.cuda_decoder import CudaDecoder
 from hbserve_core.cuda_graphs import CudaGraphs
 from hbserve_core.decode_pieces import DecodePieces
+from hbserve_core.kernels.dependent_launch import num_processors
+from hbserve_core.kernels.host_copy import host_copy
 from hbserve_core.kernels.prefill_attention import new_tokens_per_tile
 from hbserve_core.loaded_model import LoadedModel
 from hbserve_core.model_config import ModelConfig
@@ -68,8 +70,7 @@ class CudaRunner:
         self._turn = 0
 
     def _make_packer(self, pool: torch.Tensor, model: ModelConfig, seed: int | None) -> StepPacker:
-        processors = torch.cuda.get_device_properties(self.device).multi_processor_count
-        pieces = DecodePieces(model.num_kv_heads, processors)
+        pieces = DecodePieces(model.num_kv_heads, num_processors(self.device))
         return StepPacker(self.config, new_tokens_per_tile(pool, model.num_heads), pieces, seed)
 
     def _make_buffers(self) -> None:
@@ -116,10 +117,10 @@ class CudaRunner:
         step = self._packer.pack(batch, host.numpy())
         num_samples = len(step.places)
         with torch.inference_mode(), torch.cuda.stream(self._stream):
-            self._on_device[: step.used].copy_(host[: step.used], non_blocking=True)
+            host_copy(self._on_device[: step.used], host)
             self._compute(step.shape, num_samples)
             read_back = self._read_back[turn][:num_samples]
-            read_back.copy_(self._sampled[:num_samples], non_blocking=True)
+            host_copy(read_back, self._sampled)
             done = torch.cuda.Event()  # type: ignore[no-untyped-call]
             done.record(self._stream)
         return CudaStep(step, done, read_back)

@@ -8,10 +8,10 @@ from time import perf_counter
 from hbserve_core.batch_scheduler import BatchScheduler
 from hbserve_core.block_manager import BlockManager
 from hbserve_core.config import InstanceConfig
-from hbserve_core.engine_output import EngineStats, Reservation, StepOutput
+from hbserve_core.engine_output import NO_LOGITS, EngineStats, Reservation, StepOutput
 from hbserve_core.request_limits import RequestLimits
 from hbserve_core.runner import Runner, StepInFlight
-from hbserve_core.sequence import UNREAD, ScheduledChunk, Sequence
+from hbserve_core.sequence import NOT_FINITE, UNREAD, ScheduledChunk, Sequence
 from hbserve_rpc import InvalidRequest, SamplingParams
 from hbserve_rpc.messages import FinishReason
 
@@ -24,7 +24,7 @@ class Engine:
 
     A request is added by one of
       `add`                    compute and generate all of it here;
-      `add(prefill_only=True)` compute the prompt and the first token, then keep the blocks until `release`;
+      `add(prefill_only=True)` compute the prompt and the first token, or fail, then keep the blocks until `release`;
       `reserve`                somebody else computes the prompt; `poll_reservations` says when there is room, then its
                                KV arrives in the blocks, and `activate` lets it generate from the first token on.
     """
@@ -103,7 +103,6 @@ class Engine:
             return
         self._held.remove(request_id)
         self._scheduler.num_reserved -= 1
-        self._scheduler.computed(sequence, sequence.num_computed_tokens, sequence.num_tokens)
         sequence.num_computed_tokens = sequence.num_tokens
         sequence.token_ids.append(first_token)
         self._scheduler.running.append(sequence)
@@ -215,27 +214,27 @@ class Engine:
         begin, outputs = perf_counter(), []
         for (sequence, first, count), token in zip(step.chunks, tokens, strict=True):
             if self._sequences.get(sequence.request_id) is sequence:
-                outputs += self._advance(sequence, first, first + count, token)
+                outputs += self._advance(sequence, first + count, token)
         self._host_time_s += perf_counter() - begin
         return outputs
 
-    def _advance(self, sequence: Sequence, first: int, end: int, token: int | None) -> list[StepOutput]:
+    def _advance(self, sequence: Sequence, end: int, token: int | None) -> list[StepOutput]:
         if token is not None:
             sequence.token_ids[end] = token
         if sequence.request_id in self._held:
             return []  # somebody else has ended it meanwhile
-        # A preempted one has given its blocks up.
-        if sequence.block_table:
-            self._scheduler.computed(sequence, first, end)
         index = end - sequence.num_prompt_tokens if token is not None else sequence.num_output_tokens
         finish_reason = None
-        if token is not None:
+        if token is not None and token != NOT_FINITE:
+            # A preempted one has given its blocks up.
+            if sequence.block_table:
+                self._scheduler.share(sequence, end)
             self._num_generated += 1
             finish_reason = self._finish_reason(sequence, token)
         output = self._output(sequence, token, index, finish_reason, end)
         if token is not None and sequence.prefill_only:
             self.hold(sequence.request_id)
-        elif finish_reason:
+        elif output.is_last:
             self._leave(sequence)
             self._forget(sequence)
         return [output]
@@ -243,9 +242,11 @@ class Engine:
     def _output(
         self, sequence: Sequence, token: int | None, index: int, finish_reason: FinishReason | None, computed: int
     ) -> StepOutput:
+        # Each row of a step is its own: others go on.
+        error = NO_LOGITS.format(index=index) if token == NOT_FINITE else None
         return StepOutput(
-            sequence.request_id, token, index, finish_reason, computed, sequence.num_cached_tokens,
-            sequence.block_table.tolist() if sequence.prefill_only else [],
+            sequence.request_id, None if error else token, index, finish_reason, computed, sequence.num_cached_tokens,
+            sequence.block_table.tolist() if sequence.prefill_only else [], error,
         )  # fmt: skip
 
     def _tell_cached_prefixes(self, batch: list[ScheduledChunk]) -> None:

@@ -83,10 +83,14 @@ class EngineBench:
         self._sizes = sizes
         self._random = random.Random(0)
         self._count = 0
-        self._serve([(self._prompt(min(100, sizes.longest)), 16)])
-        self.start_time_s = time.perf_counter() - begin
-        """From nothing to the first answer: loading, compiling, capturing."""
-        self.limits = measure_limits(self._runner.device, self._runner.dtype, config.tensor_parallel_size)
+        try:
+            self._serve([(self._prompt(min(100, sizes.longest)), 16)])
+            self.start_time_s = time.perf_counter() - begin
+            """From nothing to the first answer: loading, compiling, capturing."""
+            self.limits = measure_limits(self._runner.device, self._runner.dtype, config.tensor_parallel_size)
+        except BaseException:
+            self._runner.close()
+            raise
 
     def measure(self, workload: str) -> Measured:
         sizes = self._sizes
@@ -110,14 +114,17 @@ class EngineBench:
 
     def _serve(self, requests: list[tuple[list[int], int]]) -> tuple[float, int]:
         """All at once: prompts, and how many tokens each gets. When, and after how many steps, the last of them had its
-        first token."""
+        first token. Raises LogitsNotFinite."""
         engine = self._engine
         for prompt, count in requests:
             self._count += 1
             engine.add(str(self._count), prompt, SamplingParams(0.6, count, ignore_eos=True))
         missing, decode_begin, first_decode = len(requests), 0.0, 0
         while engine.has_work():
-            firsts = sum(output.token_id is not None and output.index == 0 for output in engine.step())
+            outputs = engine.step()
+            for output in outputs:
+                output.raise_error()
+            firsts = sum(output.token_id is not None and output.index == 0 for output in outputs)
             missing -= firsts
             if firsts and not missing:
                 decode_begin, first_decode = time.perf_counter(), engine.stats().num_steps
@@ -166,7 +173,11 @@ def report(workload: str, measured: Measured, limits: DeviceLimits) -> str:
 
 
 def run_bench(config: InstanceConfig, sizes: Sizes, workloads: Sequence[str], say: Callable[[str], None]) -> None:
-    """Measure each workload twice, after a warm-up, and say a line of each run."""
+    """Measure each workload twice, after a warm-up, and say a line of each run.
+
+    Raises what `make_runner` raises, and LogitsNotFinite if the model gives no numbers: then its steps are not those of
+    a request that goes on.
+    """
     bench = EngineBench(config, sizes)
     try:
         say(f"start to first token {bench.start_time_s:.1f} s")

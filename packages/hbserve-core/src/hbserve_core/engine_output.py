@@ -2,7 +2,13 @@
 
 from dataclasses import dataclass, field
 
+from hbserve_rpc import LogitsNotFinite
 from hbserve_rpc.messages import FinishReason
+
+NO_LOGITS = (
+    "the model's logits are not finite at output token {index}: its weights are broken, or float16 overflows where "
+    "dtype='bfloat16' or 'float32' would not"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -11,7 +17,7 @@ class StepOutput:
 
     request_id: str
     token_id: int | None
-    """The new token, or None if the step only computed a part of the prompt."""
+    """The new token, or None: the step only computed a part of the prompt, or the request has ended without one."""
     index: int
     """Place of that token, or without one of the next, among the request's output tokens."""
     finish_reason: FinishReason | None = None
@@ -21,6 +27,18 @@ class StepOutput:
     block_table: list[int] = field(default_factory=list)
     """Of a prefill-only request, whose blocks stay as they are until `release`; else empty. The keys and values of its
     computed tokens are there: on a device too, no stream has to be waited for."""
+    error: str | None = None
+    """Why the request has ended, if it is not by a token: what it asks for cannot be computed."""
+
+    @property
+    def is_last(self) -> bool:
+        """Whether the request has ended with it."""
+        return self.finish_reason is not None or self.error is not None
+
+    def raise_error(self) -> None:
+        """Raises LogitsNotFinite if the request has ended so."""
+        if self.error is not None:
+            raise LogitsNotFinite(self.error)
 
     @property
     def token_ids(self) -> list[int]:

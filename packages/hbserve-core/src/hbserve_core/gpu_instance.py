@@ -13,7 +13,7 @@ from typing import Any
 from hbserve_core import instance_report
 from hbserve_core.config import InstanceConfig
 from hbserve_core.engine import Engine
-from hbserve_core.engine_output import EngineStats
+from hbserve_core.engine_output import EngineStats, StepOutput
 from hbserve_core.engine_thread import EngineEvent, EngineThread
 from hbserve_core.errors import EngineStopped, InstanceFailed
 from hbserve_core.handover import Inbox, Sending, received
@@ -221,17 +221,17 @@ class GpuInstance:
             self._end(self._close(request.request_id))
 
     async def _tokens(self, inbox: Inbox) -> AsyncIterator[TokenEvent]:
-        """Events until the request ends; several steps' tokens in one if the client is slow."""
-        finish_reason = None
-        while finish_reason is None:
+        """Events until the request ends; several steps' tokens in one if the client is slow. Raises LogitsNotFinite."""
+        output: StepOutput | None = None
+        while output is None or not output.is_last:
             output = await inbox.next()
-            index, tokens, finish_reason = output.index, output.token_ids, output.finish_reason
-            while finish_reason is None and not inbox.empty():
+            index, tokens = output.index, output.token_ids
+            while not (output.is_last or inbox.empty()):
                 output = await inbox.next()
                 tokens += output.token_ids
-                finish_reason = output.finish_reason
-            if tokens or finish_reason:
-                yield TokenEvent(index, tokens, finish_reason)
+            if tokens or output.finish_reason:
+                yield TokenEvent(index, tokens, output.finish_reason)
+            output.raise_error()
 
     async def _prefill(self, request: PrefillRequest) -> AsyncIterator[TokenEvent | TransferDone]:
         inbox = self._open(request.request_id)
@@ -274,8 +274,8 @@ class GpuInstance:
             num_blocks = len(reservation.block_ids)
             posted = await self._require_transfers().post_receive(request.transfer_id, reservation.block_ids)
             yield Granted(posted.grant, reservation.num_cached_tokens)
-            num_tokens = len(request.prompt_token_ids) + len(request.output_token_ids)
-            first = await received(posted, inbox, num_tokens)
+            assert self.runner is not None, "a ready instance has it"
+            first = await received(posted, inbox, request, self.runner.model_config.vocab_size)
             await self._thread.call(lambda engine: engine.activate(request.request_id, first))
             async for event in self._tokens(inbox):
                 yield event

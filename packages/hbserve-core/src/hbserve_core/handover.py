@@ -10,7 +10,7 @@ from hbserve_core.instance_transfers import InstanceTransfers
 from hbserve_core.joint_transfer import JointReceive, JointSend
 from hbserve_kv import Outcome, TransferResult
 from hbserve_rpc import RemoteError
-from hbserve_rpc.messages import PrefillRequest
+from hbserve_rpc.messages import DecodeRequest, PrefillRequest
 
 
 class Handover(msgspec.Struct, frozen=True):
@@ -80,10 +80,16 @@ class Sending:
         self._inbox.put_nowait(self._error)
 
     async def follow(self) -> StepOutput:
-        """Push the blocks that each step has filled; returns the output that has the first token."""
+        """Push the blocks that each step has filled; returns the output that has the first token.
+
+        Raises:
+            LogitsNotFinite: there is none.
+            RemoteError: the transfer has failed.
+        """
         while True:
             output: StepOutput = await self._inbox.next()
             self._output = output
+            output.raise_error()
             if output.token_id is not None:
                 return output
             self._push_full_blocks()
@@ -143,11 +149,11 @@ class Sending:
             await self._opening
 
 
-async def received(posted: JointReceive, inbox: Inbox, num_tokens: int) -> int:
-    """Wait until all blocks are here; returns the first token. `num_tokens`: how many tokens they should hold.
+async def received(posted: JointReceive, inbox: Inbox, request: DecodeRequest, vocab_size: int) -> int:
+    """Wait until all blocks of a request are here; returns the first token.
 
     Raises:
-        RemoteError: the transfer has failed.
+        RemoteError: the transfer has failed, or brought something else than it should.
         Exception: what was put into the inbox meanwhile: the engine has failed.
     """
     receiving, failing = asyncio.ensure_future(posted.wait()), asyncio.ensure_future(inbox.next())
@@ -163,6 +169,11 @@ async def received(posted: JointReceive, inbox: Inbox, num_tokens: int) -> int:
     if result.outcome is not Outcome.COMPLETED:
         raise RemoteError(f"KV transfer failed: {result.error}")
     handover = msgspec.msgpack.decode(result.payload, type=Handover)
+    num_tokens = len(request.prompt_token_ids) + len(request.output_token_ids)
     if handover.num_tokens != num_tokens:
         raise RemoteError(f"KV transfer failed: it holds {handover.num_tokens} tokens, the request has {num_tokens}")
+    if not 0 <= handover.first_token < vocab_size:
+        raise RemoteError(
+            f"KV transfer failed: token {handover.first_token} is outside the vocabulary [0, {vocab_size})"
+        )
     return handover.first_token

@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
+from hbserve_core.end_tokens import end_token_ids
 from hbserve_core.errors import ModelFilesMissing, UnsupportedModel
-from hbserve_core.rope import RopeConfig, read_rope_config
+from hbserve_core.rope import RopeConfig, extended_length, read_rope_config
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -75,7 +76,7 @@ class ModelConfig:
 
 
 def load_model_config(path: str | Path) -> ModelConfig:
-    """Read `config.json` and, where there is one, `generation_config.json`.
+    """Read `config.json` and, where they are there, `generation_config.json` and the end token of the tokenizer.
 
     Raises:
         ModelFilesMissing: no such folder, or no config.json in it.
@@ -104,6 +105,7 @@ def _parse(folder: Path, architecture: str, raw: Mapping[str, Any], generation: 
         raise UnsupportedModel(
             f"{folder}: num_attention_heads={num_heads} is not a multiple of num_key_value_heads={num_kv_heads}"
         )
+    rope = read_rope_config(folder, raw)
     return ModelConfig(
         path=folder,
         architecture=architecture,
@@ -116,11 +118,11 @@ def _parse(folder: Path, architecture: str, raw: Mapping[str, Any], generation: 
         num_kv_heads=num_kv_heads,
         head_dim=raw.get("head_dim") or _default_head_dim(architecture, raw),
         rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
-        rope=read_rope_config(folder, raw),
-        max_model_len=raw["max_position_embeddings"],
+        rope=rope,
+        max_model_len=extended_length(rope, raw["max_position_embeddings"]),
         tied_embeddings=bool(raw.get("tie_word_embeddings", False)),
         biases=_ARCHITECTURES[architecture](raw),
-        eos_token_ids=_eos_token_ids(raw, generation),
+        eos_token_ids=end_token_ids(folder, raw, generation),
     )
 
 
@@ -166,15 +168,6 @@ def _checkpoint_dtype(folder: Path, raw: Mapping[str, Any]) -> torch.dtype:
     if name not in DTYPES:
         raise UnsupportedModel(f"{folder}: dtype={name!r} is not supported; supported: {', '.join(DTYPES)}")
     return DTYPES[name]
-
-
-def _eos_token_ids(raw: Mapping[str, Any], generation: Mapping[str, Any]) -> tuple[int, ...]:
-    """Ids of both files: chat models list the end-of-turn token in one and the end-of-text token in the other."""
-    found: list[int] = []
-    for source in (generation, raw):
-        value = source.get("eos_token_id")
-        found += value if isinstance(value, list) else [] if value is None else [value]
-    return tuple(dict.fromkeys(found))
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:

@@ -9,7 +9,7 @@ from hbserve_core.model_config import ModelConfig
 from hbserve_core.sequence import ScheduledChunk
 
 StepTokens = list[int | None]
-"""Each chunk's next token, or None where the chunk does not reach the last known token."""
+"""Each chunk's next token, or NOT_FINITE; None where the chunk does not reach the last known token."""
 
 
 class PendingStep(Protocol):

@@ -3,6 +3,8 @@
 A token is drawn by one uniform number per request, which falls into the cumulated probabilities, in the order of token
 ids. A seeded request's number follows from its seed and from how many tokens it has so far, and from nothing else: the
 same request gets the same tokens in any batch, on any instance, and after a restart on another one.
+A row with a NaN, or whose maximum is an infinity, says nothing of any token: NOT_FINITE is sampled from it. A token
+whose logit is -inf is one that must not be drawn.
 Shapes: R rows, one per sampling request; V vocab_size.
 """
 
@@ -11,12 +13,15 @@ from collections.abc import Sequence as Rows
 
 import torch
 
-from hbserve_core.sequence import Sequence
+from hbserve_core.sequence import NOT_FINITE, Sequence
 from hbserve_rpc import SamplingParams
 
 _MASK = (1 << 64) - 1
 # Top-p rarely needs more of the most likely tokens than this; where it does, all of them are sorted.
 _FEW = 512
+COLDEST, HOTTEST = 1e-30, 1e29
+"""Temperatures beyond these are taken for these, which are as good as greedy, and as good as flat: logits divided or
+multiplied by them still are float32 numbers, and far from those that a device may take for 0."""
 
 
 class Sampler:
@@ -29,23 +34,25 @@ class Sampler:
         """One token per row of logits (R, V)."""
         if not sequences:
             return []
+        # On a CPU, the detour by float32 is four times as fast.
+        scores = logits.float()
         drawn = [row for row, sequence in enumerate(sequences) if sequence.params.temperature > 0]
-        if not drawn:
-            return _to_list(_most_likely(logits))
         if len(drawn) == len(sequences):
-            return self._draw(logits, sequences)
-        tokens = _most_likely(logits)
-        drawn_rows = torch.tensor(drawn, device=logits.device)
-        chosen = self._draw(logits[drawn_rows], [sequences[row] for row in drawn])
-        tokens[drawn_rows] = torch.tensor(chosen, device=logits.device)
+            return _to_list(self._draw(scores, sequences))
+        tokens = _most_likely(scores)
+        if drawn:
+            drawn_rows = torch.tensor(drawn, device=scores.device)
+            tokens[drawn_rows] = self._draw(scores[drawn_rows], [sequences[row] for row in drawn])
         return _to_list(tokens)
 
-    def _draw(self, logits: torch.Tensor, sequences: Rows[Sequence]) -> list[int]:
+    def _draw(self, logits: torch.Tensor, sequences: Rows[Sequence]) -> torch.Tensor:
         params = [sequence.params for sequence in sequences]
         uniforms = [self._uniform(sequence) for sequence in sequences]
-        temperatures = torch.tensor([p.temperature for p in params], device=logits.device)
-        scores = logits.float() / temperatures[:, None]
-        _keep_top_k(scores, params)
+        temperatures = torch.tensor([min(max(float(p.temperature), COLDEST), HOTTEST) for p in params])
+        highest = logits.amax(-1, keepdim=True)
+        # None is above 0, so that none can overflow to infinity.
+        scores = (logits - highest).div_(temperatures[:, None].to(logits.device))
+        _keep_top_k(scores, logits, params)
         probabilities = scores.softmax(-1)
         _keep_top_p(probabilities, params)
         cumulated = probabilities.cumsum(-1, dtype=torch.float64)
@@ -53,7 +60,7 @@ class Sampler:
         points = torch.tensor(uniforms, dtype=torch.float64, device=logits.device)[:, None] * total
         # Rounding must not lift a point to the total: the token found there would be one of probability 0.
         points = torch.minimum(points, torch.nextafter(total, torch.zeros_like(total)))
-        return _to_list(torch.searchsorted(cumulated, points, right=True)[:, 0])
+        return _where_finite(highest, torch.searchsorted(cumulated, points, right=True))
 
     def _uniform(self, sequence: Sequence) -> float:
         if sequence.params.seed is None:
@@ -75,18 +82,18 @@ def _scramble(value: int) -> int:
     return value ^ (value >> 31)
 
 
-def _keep_top_k(scores: torch.Tensor, params: Rows[SamplingParams]) -> None:
-    """Set all but the k highest scores of each row to -inf. Scores equal to the k-th stay too."""
-    vocab_size = scores.shape[1]
+def _keep_top_k(scores: torch.Tensor, logits: torch.Tensor, params: Rows[SamplingParams]) -> None:
+    """Set all scores but those of each row's k highest logits to -inf. Logits equal to the k-th stay too."""
+    vocab_size = logits.shape[1]
     limits = {row: p.top_k for row, p in enumerate(params) if 0 < p.top_k < vocab_size}
     if not limits:
         return
     rows = torch.tensor(list(limits), device=scores.device)
     kth = torch.tensor(list(limits.values()), device=scores.device)[:, None] - 1
-    highest = scores[rows].topk(max(limits.values()), sorted=True).values
+    highest = logits[rows].topk(max(limits.values()), sorted=True).values
     threshold = scores.new_full((len(params), 1), float("-inf"))
     threshold[rows] = highest.gather(1, kth)
-    scores.masked_fill_(scores < threshold, float("-inf"))
+    scores.masked_fill_(logits < threshold, float("-inf"))
 
 
 def _keep_top_p(probabilities: torch.Tensor, params: Rows[SamplingParams]) -> None:
@@ -109,8 +116,14 @@ def _keep_top_p(probabilities: torch.Tensor, params: Rows[SamplingParams]) -> No
 
 
 def _most_likely(logits: torch.Tensor) -> torch.Tensor:
-    """(R,): the lowest id among the most likely tokens. On a CPU, the detour by float32 is four times as fast."""
-    return logits.float().argmax(-1)
+    """(R,): the lowest id among the most likely tokens."""
+    tokens = logits.argmax(-1, keepdim=True)
+    return _where_finite(logits.gather(1, tokens), tokens)
+
+
+def _where_finite(highest: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """(R,) of columns (R, 1): the tokens of rows with a finite maximum. torch takes a NaN for the maximum."""
+    return tokens.masked_fill(~highest.isfinite(), NOT_FINITE)[:, 0]
 
 
 def _to_list(tokens: torch.Tensor) -> list[int]:

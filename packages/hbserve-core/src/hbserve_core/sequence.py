@@ -16,6 +16,9 @@ from hbserve_rpc import SamplingParams
 
 UNREAD = -1
 """Stands for a token that the device has, or will have, and the host has not read yet."""
+NOT_FINITE = -2
+"""Sampled in place of a token where the logits are not finite. No token has this id on any rank, so a device may go on
+with it until the host has read it; the engine ends the request then."""
 
 
 def _no_blocks() -> "array[int]":
@@ -38,6 +41,8 @@ class Sequence:
     """Of the full blocks, as far as they were needed; see BlockManager."""
     num_cached_tokens: int = 0
     """Of those computed, how many the prefix cache gave when the sequence last got its blocks."""
+    num_shared_tokens: int = 0
+    """Of those computed, how many are in blocks that others may find, if these are full."""
     prefill_only: bool = False
     """The sequence ends with its next token, and its blocks are sent away while it is computed."""
 

@@ -34,7 +34,7 @@ class StagedReader:
 
     def _begin_thread(self) -> None:
         # A new thread's device is the first one, where another rank lives.
-        if self._device.type == "cuda":
+        if self._device.index is not None:
             torch.cuda.set_device(self._device)
 
     def read(self, stored: StoredTensor, rows: range, columns: range, target: torch.Tensor) -> None:

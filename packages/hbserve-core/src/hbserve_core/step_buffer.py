@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hbserve_core.decode_pieces import DecodePieces
+from hbserve_core.sampler import HOTTEST
 from hbserve_core.sequence import UNREAD, ScheduledChunk, Sequence
 
 _ALIGNMENT = 4
@@ -161,7 +162,9 @@ def _write_samples(
     for i in sampling:
         sequence, params = chunks[i].sequence, chunks[i].sequence.params
         seed = random.getrandbits(64) if params.seed is None else params.seed
-        columns.append((params.temperature, seed, sequence.num_output_tokens, params.top_k, params.top_p))
+        # A float64 may be infinite as a float32.
+        temperature = min(params.temperature, HOTTEST)
+        columns.append((temperature, seed, sequence.num_output_tokens, params.top_k, params.top_p))
     if not columns:
         return
     temperatures, seeds, indices, top_k, top_p = zip(*columns, strict=True)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from tqdm import tqdm
 
-from hbserve_core.checkpoint import Checkpoint
+from hbserve_core.checkpoint import Checkpoint, with_stored_head
 from hbserve_core.dummy_checkpoint import DummyCheckpoint
 from hbserve_core.errors import InvalidInstanceConfig
 from hbserve_core.linear import Linear, make_linear
@@ -67,6 +67,8 @@ def load_weights(
     if load_format not in ("safetensors", "dummy"):
         raise InvalidInstanceConfig(f"load_format={load_format!r}: expected 'safetensors' or 'dummy'")
     began_s = time.perf_counter()
+    if load_format == "safetensors":
+        config = with_stored_head(config)
     shapes = checkpoint_shapes(config)
     source: TensorSource
     source = DummyCheckpoint(shapes) if load_format == "dummy" else Checkpoint(config, shapes, device)

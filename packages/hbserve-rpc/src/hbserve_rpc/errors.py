@@ -1,13 +1,14 @@
 """Errors of hbserve_rpc.
 
 HBServeRpcError
-├── InvalidRequest (ValueError)      the request is wrong; sending it again cannot help
-├── Overloaded                       refused for lack of room; later it may pass
-├── RpcTimeout (TimeoutError)        no answer before the call's deadline
-├── PeerLost (ConnectionError)       the peer's heartbeats stopped, or it restarted during the call
-├── AddressInUse (OSError)           the address to serve on belongs to another process
-├── ProtocolMismatch                 the peer speaks another protocol version
-└── RemoteError                      the peer's handler failed; its message is kept
+├── InvalidRequest (ValueError)          the request is wrong; sending it again cannot help
+├── LogitsNotFinite (FloatingPointError) the model gives NaN or infinity for this request, on any instance
+├── Overloaded                           refused for lack of room; later it may pass
+├── RpcTimeout (TimeoutError)            no answer before the call's deadline
+├── PeerLost (ConnectionError)           the peer's heartbeats stopped, or it restarted during the call
+├── AddressInUse (OSError)               the address to serve on belongs to another process
+├── ProtocolMismatch                     the peer speaks another protocol version
+└── RemoteError                          the peer's handler failed; its message is kept
 """
 
 from typing import ClassVar
@@ -22,6 +23,10 @@ class HBServeRpcError(Exception):
 
 class InvalidRequest(HBServeRpcError, ValueError):
     code = "invalid_request"
+
+
+class LogitsNotFinite(HBServeRpcError, FloatingPointError):
+    code = "logits_not_finite"
 
 
 class Overloaded(HBServeRpcError):

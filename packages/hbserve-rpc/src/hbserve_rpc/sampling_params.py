@@ -8,7 +8,7 @@ from numbers import Real
 import msgspec
 
 from hbserve_rpc.errors import InvalidRequest
-from hbserve_rpc.plain_values import plain_int, plain_items, plain_scalar, plain_text, shown
+from hbserve_rpc.plain_values import LARGEST_INT, plain_int, plain_items, plain_scalar, plain_text, shown
 
 MAX_STOP_STRINGS = 16
 MAX_STOP_TOKEN_IDS = 1024
@@ -25,7 +25,8 @@ class SamplingParams(msgspec.Struct):
     """
 
     temperature: float = 1.0
-    """Divides the logits. 0 is greedy: the most likely token, every time."""
+    """Divides the logits. 0 is greedy: the most likely token, every time. Any other number may be as small or as large
+    as a float can be: it comes ever closer to greedy, or to a choice by chance alone."""
     max_tokens: int = 64
     """Most tokens to generate, an end-of-sequence token included."""
     ignore_eos: bool = False
@@ -72,8 +73,10 @@ class SamplingParams(msgspec.Struct):
 
 def _plain_number(name: str, value: object, allowed: Callable[[float], bool], expected: str) -> float:
     value = plain_scalar(value)
-    if isinstance(value, Real) and not isinstance(value, bool):
-        with contextlib.suppress(OverflowError):  # an integer or fraction beyond all floats
+    if isinstance(value, int) and value > LARGEST_INT:
+        expected += f", as a float or an integer up to {LARGEST_INT}"
+    elif isinstance(value, Real) and not isinstance(value, bool):
+        with contextlib.suppress(OverflowError):  # a fraction beyond all floats
             if allowed(number := float(value)):
                 return number
     raise InvalidRequest(f"{name}={shown(value)}: expected {expected}")

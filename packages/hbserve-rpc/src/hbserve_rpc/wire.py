@@ -24,7 +24,7 @@ from typing import Any
 
 import msgspec
 
-from hbserve_rpc.errors import HBServeRpcError, InvalidRequest, Overloaded, RemoteError
+from hbserve_rpc.errors import HBServeRpcError, InvalidRequest, LogitsNotFinite, Overloaded, RemoteError
 
 PROTOCOL_VERSION = 2
 CREDIT = 64
@@ -117,7 +117,7 @@ encode = msgspec.msgpack.Encoder().encode
 decode_from_client: Any = msgspec.msgpack.Decoder(FromClient).decode
 decode_from_server: Any = msgspec.msgpack.Decoder(FromServer).decode
 
-_CROSS_UNCHANGED = {error.code: error for error in (InvalidRequest, Overloaded)}
+_CROSS_UNCHANGED = {error.code: error for error in (InvalidRequest, LogitsNotFinite, Overloaded)}
 
 
 def describe_error(error: BaseException) -> tuple[str, str]:
@@ -143,5 +143,6 @@ def _sendable(text: str) -> str:
 
 
 def revive_error(failed: Failed) -> HBServeRpcError:
-    """The caller's half of `describe_error`: refusals keep their class, any other failure is a RemoteError."""
+    """The caller's half of `describe_error`: what says whether to try again keeps its class, any other failure is a
+    RemoteError."""
     return _CROSS_UNCHANGED.get(failed.code, RemoteError)(failed.message)

@@ -91,8 +91,10 @@ class Attempt:
         try:
             while pending and not self._ended_at_first_token:
                 done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
-                for task in done:
-                    task.result()
+                # In order: where both have failed, P knows better than D why nothing more came from P.
+                for task in tasks:
+                    if task in done:
+                        task.result()
         finally:
             for task in tasks:
                 task.cancel()

@@ -6,7 +6,7 @@ import logging
 import time
 from collections import deque
 
-from hbserve_rpc import HBServeRpcError, InvalidRequest, Overloaded
+from hbserve_rpc import HBServeRpcError, InvalidRequest, LogitsNotFinite, Overloaded
 from hbserve_rpc.messages import FinishReason, GenerateRequest, Role, SchedulerStats, ServiceInfo
 from hbserve_rpc.plain_values import plain_id
 from hbserve_scheduler.admission import Room, admitted
@@ -252,7 +252,7 @@ class CpuScheduler:
             try:
                 await Attempt(entry, placement).run()
                 return
-            except InvalidRequest:
+            except (InvalidRequest, LogitsNotFinite):  # another instance would say the same
                 raise
             except HBServeRpcError as error:
                 if entry.finish_reason:  # all tokens are delivered; what failed afterwards changes nothing

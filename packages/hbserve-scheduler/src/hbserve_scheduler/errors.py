@@ -7,6 +7,7 @@
     └── RequestFailed (RemoteError)      every attempt at a request failed; tells the story of each
 
 Requests that are refused raise hbserve_rpc's InvalidRequest (never send it again) or Overloaded (later it may pass).
+One for which the model gives NaN or infinity raises LogitsNotFinite after its first attempt.
 """
 
 from hbserve_rpc import RemoteError

@@ -188,7 +188,8 @@ class DisaggregatedLLM:
         Raises:
             InvalidRequest: (a ValueError) one of the prompts or parameters can never run, or a wrong number of
                 parameters. Names the prompt. None of this call's prompts is computed then.
-            RequestFailed: every attempt at one of them failed; the others of this call are aborted.
+            LogitsNotFinite: (a FloatingPointError) the model gives NaN or infinity for one of them. Names the prompt.
+            RequestFailed: every attempt at one of them failed. In both cases the others of this call are aborted.
             RuntimeError: it is not running, or in another event loop.
         """
         scheduler = self._require_own_loop()

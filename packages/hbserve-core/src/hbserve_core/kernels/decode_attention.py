@@ -12,15 +12,59 @@ import torch
 import triton
 import triton.language as tl
 
-from hbserve_core.kernels.dependent_launch import LAUNCH, begin, prefetch
-from hbserve_core.kernels.prefill_attention import attend_paged, nothing_seen
+from hbserve_core.kernels.dependent_launch import LAUNCH, begin, num_processors
+from hbserve_core.kernels.prefill_attention import attend, attend_paged, nothing_seen, paged
 from hbserve_core.kernels.rotation import load_angles, load_halves, rotated
 
 _LOG2_E = 1.4426950408889634
-_AHEAD = 64
-"""Tokens of context that each program fetches while the kernel in front still runs."""
+_FEW_PROGRAMS = 3
+"""Of each processor. With no more than that, they are not enough to hide what each one waits for."""
 _JOINED_AT_ONCE = 4096
 """Numbers of several parts that are joined at once."""
+
+
+@triton.jit
+def _piece(pieces, stride):
+    """Row, part, number of parts, first and last position of the pool, position of the new token."""
+    row, part, num_parts = tl.load(pieces), tl.load(pieces + stride), tl.load(pieces + 2 * stride)
+    first, last, position = tl.load(pieces + 3 * stride), tl.load(pieces + 4 * stride), tl.load(pieces + 5 * stride)
+    # Of pieces that are none, only the row is written.
+    return row, part, num_parts, first, tl.where(row < 0, first, last), tl.where(row < 0, 0, position)
+
+
+@triton.jit
+def _norms(norm_weight, heads, used, key_head, D: tl.constexpr, PADDED_D: tl.constexpr, HAS_NORM: tl.constexpr):
+    """Weights of the norms of the queries and of the key, if there are any; see `load_halves`."""
+    query, key = (0.0, 0.0), (0.0, 0.0)
+    if HAS_NORM:
+        query = load_halves(norm_weight + heads * D, used, D, PADDED_D)
+        key = load_halves(norm_weight + key_head * D, tl.full((1, 1), 1, tl.int1), D, PADDED_D)
+    return query, key
+
+
+@triton.jit
+def _first_tile(
+    keys, table, first, last, block_stride, D: tl.constexpr, PADDED_D: tl.constexpr, K: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, STEP: tl.constexpr,
+):  # fmt: skip
+    """Keys and values (STEP, PADDED_D) of the piece's first tokens, and which of them there are (1, STEP)."""
+    positions = first + tl.arange(0, STEP)
+    inside = positions < last
+    place, read = paged(table, positions, inside, block_stride, D, PADDED_D, K * D, BLOCK_SIZE)
+    tile = tl.load(keys + place, mask=read, other=0.0)
+    return tile, tl.load(keys + BLOCK_SIZE * K * D + place, mask=read, other=0.0), inside[None, :]
+
+
+@triton.jit
+def _store_new_token(
+    key, value, keys, table, position, block_stride, D: tl.constexpr, K: tl.constexpr, PADDED_D: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+):  # fmt: skip
+    d = tl.arange(0, PADDED_D)[None, :]
+    block = tl.load(table + position // BLOCK_SIZE).to(tl.int64)
+    place = block * block_stride + (position % BLOCK_SIZE) * (K * D)
+    tl.store(keys + place + d, key, mask=d < D)
+    tl.store(keys + BLOCK_SIZE * K * D + place + d, value, mask=d < D)
 
 
 @triton.jit
@@ -79,78 +123,46 @@ def _leave(
         tl.store(arrived, 0)
 
 
-@triton.jit
-def _fetch_ahead(keys, table, first, last, block_stride, D: tl.constexpr, K: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-                 TOKENS: tl.constexpr):  # fmt: skip
-    """Ask for the keys and values of the piece's first tokens to come into the second-level cache."""
-    positions = tl.minimum(first + tl.arange(0, TOKENS), last - 1)
-    block = tl.load(table + positions // BLOCK_SIZE).to(tl.int64)
-    place = (block * block_stride + (positions % BLOCK_SIZE) * (K * D))[:, None]
-    # A line has 128 bytes.
-    LINE: tl.constexpr = 128 // (keys.dtype.element_ty.primitive_bitwidth // 8)
-    LINES: tl.constexpr = triton.next_power_of_2(triton.cdiv(D, LINE))
-    place += tl.minimum(tl.arange(0, LINES) * LINE, D - 1)[None, :]
-    prefetch(keys + place)
-    prefetch(keys + BLOCK_SIZE * K * D + place)
-
-
 @triton.jit(do_not_specialize=["piece_stride"])
 def _decode(
-    qkv, out, parts, logs, arrived, pool, cos_sin, norm_weight, eps, tables, width, pieces, piece_stride,
-    scale, block_stride, layer_offset,
-    N: tl.constexpr, K: tl.constexpr, D: tl.constexpr, PADDED_D: tl.constexpr, PACK: tl.constexpr,
-    PADDED_G: tl.constexpr, AT_ONCE: tl.constexpr, BLOCK_SIZE: tl.constexpr, STEP: tl.constexpr,
-    STAGES: tl.constexpr, AHEAD: tl.constexpr, HAS_NORM: tl.constexpr,
+    qkv, out, parts, logs, arrived, pool, cos_sin, norm_weight, eps, tables, width, pieces, piece_stride, scale,
+    block_stride, layer_offset, N: tl.constexpr, K: tl.constexpr, D: tl.constexpr, PADDED_D: tl.constexpr,
+    PACK: tl.constexpr, PADDED_G: tl.constexpr, AT_ONCE: tl.constexpr, BLOCK_SIZE: tl.constexpr, STEP: tl.constexpr,
+    STAGES: tl.constexpr, HAS_NORM: tl.constexpr,
 ):  # fmt: skip
     head, piece = tl.program_id(0), tl.program_id(1)
-    # What the host has written, and blocks of earlier steps, may be read before the kernel in front has ended.
-    row = tl.load(pieces + piece)
-    part, num_parts = tl.load(pieces + piece_stride + piece), tl.load(pieces + 2 * piece_stride + piece)
-    # The piece takes positions [first, last) from the pool. `position` is the new token's.
-    first, last = tl.load(pieces + 3 * piece_stride + piece), tl.load(pieces + 4 * piece_stride + piece)
-    # Of pieces that are none, only the row is written.
-    position = tl.where(row < 0, 0, tl.load(pieces + 5 * piece_stride + piece))
+    # What the host has written, and blocks of earlier steps, are there before the kernel in front has ended.
+    row, part, num_parts, first, last, position = _piece(pieces + piece, piece_stride)
     keys, table = pool + layer_offset + head * D, tables + row.to(tl.int64) * tl.load(width)
-    if (row >= 0) & (last > first):
-        _fetch_ahead(keys, table, first, last, block_stride, D, K, BLOCK_SIZE, AHEAD)
-    packed, d = tl.arange(0, PACK), tl.arange(0, PADDED_D)[None, :]
-    heads, used, one = (head * (N // K) + packed)[:, None], (packed < N // K)[:, None], tl.full((1, 1), 1, tl.int1)
-    key_head = N + head + tl.zeros((1, 1), tl.int32)
-    angles = load_angles(cos_sin + position * D + tl.zeros((1, 1), tl.int32), one, D, PADDED_D)
-    query_norm, key_norm = angles, angles
-    if HAS_NORM:
-        query_norm = load_halves(norm_weight + heads * D, used, D, PADDED_D)
-        key_norm = load_halves(norm_weight + key_head * D, one, D, PADDED_D)
+    tile = _first_tile(keys, table, first, last, block_stride, D, PADDED_D, K, BLOCK_SIZE, STEP)
+    packed, d, zero = tl.arange(0, PACK), tl.arange(0, PADDED_D)[None, :], tl.zeros((1, 1), tl.int32)
+    heads, used, key_head = (head * (N // K) + packed)[:, None], (packed < N // K)[:, None], N + head + zero
+    angles = load_angles(cos_sin + position * D + zero, zero == 0, D, PADDED_D)
+    norms = _norms(norm_weight, heads, used, key_head, D, PADDED_D, HAS_NORM)
     begin()
     if row < 0:
         return
     qkv_row, out_row = qkv + row.to(tl.int64) * ((N + 2 * K) * D), out + row.to(tl.int64) * (N * D)
     # All loads come before the first result is needed.
     query_halves = load_halves(qkv_row + heads * D, used, D, PADDED_D)
-    key_halves = load_halves(qkv_row + key_head * D, one, D, PADDED_D)
+    key_halves = load_halves(qkv_row + key_head * D, zero == 0, D, PADDED_D)
     value = tl.load(qkv_row + (N + K + head) * D + d, mask=d < D, other=0.0)
-    query = rotated(query_halves, query_norm, angles, eps, D, HAS_NORM)
+    query = rotated(query_halves, norms[0], angles, eps, D, HAS_NORM)
     if part == num_parts - 1:
-        key = rotated(key_halves, key_norm, angles, eps, D, HAS_NORM)
-        block = tl.load(table + position // BLOCK_SIZE).to(tl.int64)
-        place = block * block_stride + (position % BLOCK_SIZE) * (K * D)
-        tl.store(keys + place + d, key, mask=d < D)
-        tl.store(keys + BLOCK_SIZE * K * D + place + d, value, mask=d < D)
+        key = rotated(key_halves, norms[1], angles, eps, D, HAS_NORM)
+        _store_new_token(key, value, keys, table, position, block_stride, D, K, PADDED_D, BLOCK_SIZE)
         state = _seen_itself(query, key, value, scale, PACK, PADDED_D)
     else:
         state = nothing_seen(PACK, PADDED_D)
+    state = attend(state, query, tile[0], tile[1], tile[2], scale, True)
     state = attend_paged(
-        state, query, keys, table, first, last, block_stride, scale, K, D, PADDED_D, BLOCK_SIZE, STEP, STAGES
+        state, query, keys, table, first + STEP, last, block_stride, scale, K, D, PADDED_D, BLOCK_SIZE, STEP, STAGES
     )
     if num_parts == 1:
-        result = (state[2] / state[1][:, None]).to(out.dtype.element_ty)
-        tl.store(out_row + heads * D + d, result, mask=used & (d < D))
+        tl.store(out_row + heads * D + d, state[2] / state[1][:, None], mask=used & (d < D))
     else:
-        counter = arrived + row * K + head
-        _leave(
-            state, parts, logs, counter, out_row, piece, part, num_parts, head, N, K, D, PADDED_D, PACK, PADDED_G,
-            AT_ONCE,
-        )  # fmt: skip
+        _leave(state, parts, logs, arrived + row * K + head, out_row, piece, part, num_parts, head,
+               N, K, D, PADDED_D, PACK, PADDED_G, AT_ONCE)  # fmt: skip
 
 
 class DecodeWorkspace:
@@ -163,6 +175,20 @@ class DecodeWorkspace:
         self.logs = torch.empty((num_pieces, num_heads), dtype=torch.float32, device=device)
         self.arrived = torch.zeros((rows, num_kv_heads), dtype=torch.int32, device=device)
         """Programs of each row and key head that have ended; 0 between launches."""
+        self.few_programs = _FEW_PROGRAMS * num_processors(device)
+
+
+def _tiling(itemsize: int, padded_head_dim: int, group: int, is_few: bool) -> tuple[int, int, int]:
+    """Tokens read at once, stages of the pipeline that reads them, and warps of each program.
+
+    Few programs must have much on its way each; of many, four fit a processor if their tiles and registers are few.
+    group: query heads of a key head.
+    """
+    if itemsize > 2 or padded_head_dim > 128:
+        return 32, 2, 4
+    if is_few:
+        return 64, 5, 2
+    return (64, 3, 4) if group <= 2 else (32, 3, 4)
 
 
 def decode_attention(
@@ -188,12 +214,12 @@ def decode_attention(
     num_heads = out.shape[1] // head_dim
     padded = max(16, triton.next_power_of_2(head_dim))
     group = triton.next_power_of_2(num_heads // num_kv_heads)
-    # Float32 tiles are twice as large, and wide heads too: fewer of them fit into the shared memory.
-    narrow = pool.dtype.itemsize == 2 and padded <= 128
     weight, eps = norm or (cos_sin, 0.0)
+    is_few = num_kv_heads * pieces.shape[1] <= workspace.few_programs
+    step, stages, num_warps = _tiling(pool.dtype.itemsize, padded, group, is_few)
     _decode[(num_kv_heads, pieces.shape[1])](
         qkv, out, workspace.parts, workspace.logs, workspace.arrived, pool, cos_sin, weight, eps, tables, width,
         pieces, pieces.stride(0), head_dim**-0.5 * _LOG2_E, pool.stride(0), layer * pool.stride(1),
         num_heads, num_kv_heads, head_dim, padded, max(16, group), group, max(2, _JOINED_AT_ONCE // (group * padded)),
-        block_size, *((64, 3) if narrow else (32, 2)), _AHEAD, norm is not None, num_warps=4, **LAUNCH,
+        block_size, step, stages, norm is not None, num_warps=num_warps, **LAUNCH,
     )  # fmt: skip

@@ -13,9 +13,12 @@ import triton
 import triton.language as tl
 from triton.language.extra import cuda
 
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+"""Whether kernels run in Triton's interpreter, which knows no instruction of a device."""
+
 
 def _is_supported() -> bool:
-    if triton.knobs.runtime.interpret or not torch.cuda.is_available():
+    if INTERPRETED.value or not torch.cuda.is_available():
         return False
     return torch.cuda.get_device_capability()[0] >= 9
 
@@ -34,6 +37,17 @@ def begin():
 
 
 @triton.jit
+def begin_step():
+    """The same for a step's first kernel: none of the others begins before all that was written for the step is there.
+
+    So what only the host writes may be read before `begin`, in any of them.
+    """
+    if DEPENDENT:
+        cuda.gdc_wait()
+        cuda.gdc_launch_dependents()
+
+
+@triton.jit
 def prefetch(pointers):
     """Ask for the cache lines at `pointers`, a tensor of any shape, to come into the second-level cache."""
     if DEPENDENT:
@@ -41,3 +55,8 @@ def prefetch(pointers):
             "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [pointers.to(tl.int64)], dtype=tl.int32, is_pure=False,
             pack=1,
         )  # fmt: skip
+
+
+def num_processors(device: torch.device) -> int:
+    """Multiprocessors of a CUDA device. Triton's interpreter, in which kernels run on a CPU, counts as a small one."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4

@@ -7,12 +7,12 @@ import torch
 import triton
 import triton.language as tl
 
-from hbserve_core.kernels.dependent_launch import LAUNCH, begin
+from hbserve_core.kernels.dependent_launch import LAUNCH, begin_step
 
 
 @triton.jit
 def _embed(ids, sources, sampled, table, first, num_tokens, out, SIZE: tl.constexpr, PADDED: tl.constexpr):
-    begin()
+    begin_step()
     row = tl.program_id(0)
     source = tl.load(sources + row)
     token = tl.load(ids + row)

@@ -80,13 +80,16 @@ def _attend_new(
 ):  # fmt: skip
     """The step's own tokens [first, last) of a sequence; row r sees those up to `new[r]`, or without a mask all.
 
-    Tiles may reach into the next head, sequence or padding: numbers that meet zeros of the query or are not visible,
-    and are finite.
+    Tiles may reach into the next head, where numbers meet zeros of the query, and into the next sequence or padding.
+    What is there is not visible, and may be anything: as a value it becomes 0, because 0 times a NaN is one.
     """
     for start in tl.range(first, last, TILE, num_stages=STAGES):
         key = rows_of_step.load([first_row + start, key_column])
         value = rows_of_step.load([first_row + start, value_column])
-        visible = start + tl.arange(0, TILE)[None, :] <= new[:, None]
+        tokens = start + tl.arange(0, TILE)
+        if MASKED:
+            value = tl.where((tokens < last)[:, None], value, 0.0).to(value.dtype)
+        visible = tokens[None, :] <= new[:, None]
         state = attend(state, query, key, value, visible, scale, MASKED)
     return state
 

@@ -1,9 +1,9 @@
-"""Products of one row, or two, with a weight matrix (GEMV): what one stream's decode step consists of.
+"""Products of one row, or very few, with a weight matrix (GEMV): what one stream's decode step consists of.
 
 Such a product is as fast as its weights can be read, and a step is a chain of them, so what surrounds a product is done
 inside it: the norm before it, and the residual addition or silu(gate) * up after it. Each program has all inputs of a
 few outputs, and has asked for their weights before the kernel in front of it has ended.
-Shapes: M rows (1 or 2), I inputs, O outputs.
+Shapes: M rows (1, 2 or 4), I inputs, O outputs.
 """
 
 import torch
@@ -12,7 +12,7 @@ import triton.language as tl
 
 from hbserve_core.kernels.dependent_launch import LAUNCH, begin
 
-_STEP_BYTES = 8192
+STEP_BYTES = 8192
 """Of a weight row, and so of `given`, M times as many numbers: all of both stays in registers."""
 
 
@@ -20,7 +20,8 @@ _STEP_BYTES = 8192
 def _rows(weight, rows, start, INPUTS: tl.constexpr, STEP: tl.constexpr):
     """(O, STEP) of the weight rows, from column `start` on."""
     columns = start + tl.arange(0, STEP)
-    return tl.load(weight + rows[:, None].to(tl.int64) * INPUTS + columns[None, :], mask=columns < INPUTS, other=0.0)
+    place = weight + rows[:, None].to(tl.int64) * INPUTS + columns[None, :]
+    return tl.load(place, mask=columns < INPUTS, other=0.0, eviction_policy="evict_first")
 
 
 @triton.jit
@@ -104,7 +105,7 @@ def small_linear(
     out = add_to
     if out is None:
         out = torch.empty((rows, outputs), dtype=dtype or x.dtype, device=x.device)
-    step = min(_STEP_BYTES // weight.dtype.itemsize, triton.next_power_of_2(size))
+    step = min(STEP_BYTES // weight.dtype.itemsize, triton.next_power_of_2(size))
     # Programs of one row that are as small as this are many, so the last wave is short. With two, the input counts.
     per_program = 4 if rows == 1 or step > 2048 else 8
     norm_weight, eps = norm or (x, 0.0)

@@ -1,0 +1,102 @@
+"""Which tokens end a sequence, as the files of a model folder have it.
+
+config.json, generation_config.json and the tokenizer may each name one or several, and often not the same: a chat
+fine-tune may have its end-of-turn token in any of the three. Each of them counts.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+
+from hbserve_core.errors import UnsupportedModel
+
+T = TypeVar("T", bound=msgspec.Struct)
+
+
+def end_token_ids(folder: Path, raw: Mapping[str, Any], generation: Mapping[str, Any]) -> tuple[int, ...]:
+    """`raw` is the content of config.json, `generation` of generation_config.json, {} if there is none.
+
+    Raises:
+        UnsupportedModel: an eos_token_id that is no integer, or a tokenizer file that is not JSON.
+    """
+    found: list[int] = []
+    for source in (generation, raw):
+        value = source.get("eos_token_id")
+        ids = value if isinstance(value, list) else [] if value is None else [value]
+        if not all(isinstance(token_id, int) and not isinstance(token_id, bool) for token_id in ids):
+            raise UnsupportedModel(f"{folder}: eos_token_id={value!r}, expected an integer or a list of them")
+        found += ids
+    token_id = _tokenizer_end(folder)
+    if token_id is not None:
+        found.append(token_id)
+    return tuple(dict.fromkeys(found))
+
+
+# What is needed of the tokenizer's files. They are large: what has no field here is skipped, not read into memory.
+
+
+class _Token(msgspec.Struct):
+    content: str
+    id: int = -1
+
+
+class _TokenizerConfig(msgspec.Struct):
+    """Of tokenizer_config.json, and of special_tokens_map.json."""
+
+    eos_token: str | _Token | msgspec.UnsetType | None = msgspec.UNSET
+    added_tokens_decoder: dict[str, _Token] | None = None
+
+
+class _Model(msgspec.Struct):
+    vocab: msgspec.Raw = msgspec.Raw(b"{}")
+    """Ids by token, or of a Unigram model, pairs of token and score in the order of their ids."""
+
+
+class _Tokenizer(msgspec.Struct):
+    """Of tokenizer.json."""
+
+    added_tokens: list[_Token] = []
+    model: _Model = msgspec.field(default_factory=_Model)
+
+
+def _tokenizer_end(folder: Path) -> int | None:
+    """Id of the tokenizer's own end-of-sequence token, if it has one and its files say which id that is."""
+    config = _read(folder / "tokenizer_config.json", _TokenizerConfig)
+    end = config.eos_token
+    if config.added_tokens_decoder is None:
+        # As in transformers, files of its older versions: the other one counts, where it says something.
+        older = _read(folder / "special_tokens_map.json", _TokenizerConfig).eos_token
+        end = end if older is msgspec.UNSET else older
+    if end is None or isinstance(end, msgspec.UnsetType):
+        return None
+    text = end if isinstance(end, str) else end.content
+    tokenizer = _read(folder / "tokenizer.json", _Tokenizer)
+    for token in tokenizer.added_tokens:
+        if token.content == text:
+            return token.id
+    for token_id, token in (config.added_tokens_decoder or {}).items():
+        if token.content == text:
+            return int(token_id)
+    return _id_in(tokenizer.model.vocab, text)
+
+
+def _id_in(vocab: msgspec.Raw, text: str) -> int | None:
+    tokens = msgspec.json.decode(vocab, type=dict[str, int] | list[tuple[str, float]])
+    if isinstance(tokens, dict):
+        return tokens.get(text)
+    return next((token_id for token_id, (token, _) in enumerate(tokens) if token == text), None)
+
+
+def _read(path: Path, kind: type[T]) -> T:
+    try:
+        content = path.read_bytes()
+        if kind is _TokenizerConfig:  # Python writes it, and what Python calls JSON may have Infinity in it
+            return msgspec.convert(json.loads(content), kind)
+        return msgspec.json.decode(content, type=kind)
+    except FileNotFoundError:
+        return kind()
+    except ValueError as error:
+        raise UnsupportedModel(f"{path}: {error}") from error

@@ -1,0 +1,233 @@
+"""Compiles the launches of hbserve_core/kernels for sm_90, without a GPU; a process of test_kernel_compilation.py.
+
+Our own functions launch, with tensors that have no memory (torch's "meta"), on a device that is not there: what would
+be loaded onto it is measured instead. So signatures, sizes and options are those of real launches. Prints JSON:
+`kernels`, a list, and `failures`, messages by case.
+"""
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from functools import partial
+from types import SimpleNamespace
+
+import torch
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.backends.driver import DriverBase
+
+BF16, F32 = torch.bfloat16, torch.float32
+PROCESSORS = 132
+BLOCK_SIZE = 16
+LAYER = ("qkv", "output", "gate_up", "down")
+# hidden_size, intermediate_size, heads, key heads, head_dim, vocab_size, layers, whether heads are normed
+MODELS = {
+    "Qwen3-0.6B": (1024, 3072, 16, 8, 128, 151936, 28, True),
+    "Qwen3-8B": (4096, 12288, 32, 8, 128, 151936, 36, True),
+    "SmolLM2-135M": (576, 1536, 9, 3, 64, 49152, 30, False),
+}
+
+
+class AbsentHopper(DriverBase):
+    """Takes launches, and does nothing but look at what it is to load. `loaded`: of the case that runs."""
+
+    def __init__(self):
+        self.loaded = []
+        self.utils = SimpleNamespace(
+            get_device_properties=lambda device: {"max_shared_mem": 227 * 1024}, load_binary=self._load,
+            unload_module=lambda module: None,
+        )  # fmt: skip
+
+    @classmethod
+    def is_active(cls):
+        return True
+
+    def map_python_to_cpp_type(self, ty):
+        raise NotImplementedError("launches are not built")
+
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+
+    def get_active_torch_device(self):
+        return torch.device("meta")
+
+    def get_benchmarker(self):
+        raise NotImplementedError("nothing runs")
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 0
+
+    def launcher_cls(self, source, metadata):
+        """What Triton calls before it loads a kernel; gives what it calls to launch it."""
+        self._metadata = metadata
+        return lambda *arguments: None
+
+    def _load(self, name, binary, shared, device):
+        self.loaded.append(
+            {"kernel": name, "warps": self._metadata.num_warps, "shared": shared, "pdl": self._metadata.launch_pdl}
+            | resources(binary)
+        )
+        return "module", "function", 0, 0, 1024
+
+
+def resources(binary):
+    """Registers, and bytes of stack, of each thread."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary)
+        file.flush()
+        tool = triton.knobs.nvidia.cuobjdump.path
+        said = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", said).groups()
+    return {"registers": int(registers), "stack": int(stack)}
+
+
+def empty(*shape, dtype=BF16):
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def ints(*shape):
+    return empty(*shape, dtype=torch.int32)
+
+
+@triton.jit
+def _of_two_types(out, count):
+    """What Triton refuses and its interpreter does not see."""
+    number = tl.load(out)
+    if count > 0:
+        number = tl.full((), 1, tl.float32)
+    tl.store(out, number)
+
+
+# ---- launches --------------------------------------------------------------------------------------------------------
+
+
+def attention_arguments(model, dtype, rows):
+    """qkv, out, pool, layer, cos_sin and norm, of so many rows."""
+    _, _, heads, key_heads, head_dim, _, layers, has_norm = MODELS[model]
+    qkv = empty(rows, (heads + 2 * key_heads) * head_dim, dtype=dtype)
+    out = empty(rows, heads * head_dim, dtype=dtype)
+    pool = empty(64, layers, 2, BLOCK_SIZE, key_heads, head_dim, dtype=dtype)
+    norm = (empty(heads + key_heads, head_dim, dtype=dtype), 1e-6) if has_norm else None
+    return qkv, out, pool, 1, empty(4096, head_dim, dtype=F32), norm
+
+
+def decode(model, pieces, dtype=BF16):
+    from hbserve_core.kernels.decode_attention import DecodeWorkspace, decode_attention
+
+    _, _, heads, key_heads, head_dim, *_ = MODELS[model]
+    workspace = DecodeWorkspace(64, pieces, (heads, key_heads, head_dim), torch.device("meta"))
+    paged = ints(64 * 256), ints(1), ints(6, pieces)
+    decode_attention(*attention_arguments(model, dtype, 64), *paged, workspace)
+
+
+def prefill(model, dtype=BF16):
+    from hbserve_core.kernels.prefill_attention import prefill_attention
+    from hbserve_core.kernels.store_kv import store_kv
+
+    qkv, out, pool, layer, cos_sin, norm = attention_arguments(model, dtype, 2048)
+    store_kv(qkv, ints(2048), ints(2048), cos_sin, norm, pool, layer)
+    paged = ints(64 * 256), ints(1), ints(2, 48), ints(3, 32)
+    prefill_attention(qkv, out, pool, layer, cos_sin, norm, *paged)
+
+
+def products(model, rows, *names, dtype=BF16):
+    """Those of a step that are not cuBLAS's, as CudaProducts computes them."""
+    hidden, inner, heads, key_heads, head_dim, vocabulary, *_ = MODELS[model]
+    launches = {
+        "qkv": partial(product, (heads + 2 * key_heads) * head_dim, hidden, reads_norm=True),
+        "output": partial(product, hidden, heads * head_dim, adds=True),
+        "gate_up": partial(product, 2 * inner, hidden, reads_norm=True, gated=True),
+        "down": partial(product, hidden, inner, adds=True),
+        "head": partial(product, vocabulary, hidden, reads_norm=True),
+    }
+    for name in names:
+        launches[name](rows, dtype)
+
+
+def product(outputs, inputs, rows, dtype, reads_norm=False, adds=False, gated=False):
+    from hbserve_core.cuda_products import choose
+    from hbserve_core.kernels.skinny_linear import (
+        ScaledRows,
+        SkinnyWorkspace,
+        add_skinny_linear,
+        num_tiles,
+        skinny_linear,
+    )
+    from hbserve_core.kernels.small_linear import small_linear
+
+    choice = choose(rows, (outputs, inputs), dtype.itemsize, gated, PROCESSORS)
+    x, weight, norm = empty(rows, inputs, dtype=dtype), empty(outputs, inputs, dtype=dtype), empty(inputs, dtype=dtype)
+    target = empty(rows, outputs, dtype=dtype) if adds else None
+    if choice.kernel == "small":
+        small_linear(x, weight, norm=(norm, 1e-6) if reads_norm else None, add_to=target, gated=gated)
+    elif choice.kernel == "skinny":
+        tiling = {"padded_rows": choice.padded_rows, "splits": choice.splits}
+        tiling["workspace"] = SkinnyWorkspace(PROCESSORS, 64, torch.device("meta"))
+        if adds:
+            add_skinny_linear(target, x, weight, next_norm=empty(outputs, dtype=dtype), **tiling)
+        else:
+            squares = empty(num_tiles(inputs, False), choice.padded_rows, dtype=F32)
+            skinny_linear(ScaledRows(x, squares) if reads_norm else x, weight, eps=1e-6, gated=gated, **tiling)
+
+
+def others(dtype):
+    """A step's beginning and end, and what stands beside products of cuBLAS."""
+    from hbserve_core.kernels.embedding import embed
+    from hbserve_core.kernels.gated import silu_mul
+    from hbserve_core.kernels.host_copy import host_copy
+    from hbserve_core.kernels.norm import rms_norm
+    from hbserve_core.kernels.sampling import sample
+
+    hidden, inner, *_, vocabulary, _, _ = MODELS["Qwen3-0.6B"]
+    host_copy(ints(2048), ints(2048))
+    embed(ints(128), ints(128), ints(128), empty(vocabulary, hidden, dtype=dtype))
+    rms_norm(empty(128, hidden, dtype=dtype), empty(hidden, dtype=dtype), 1e-6)
+    silu_mul(empty(128, 2 * inner, dtype=dtype))
+    sample(empty(128, vocabulary, dtype=dtype), ints(6, 128), ints(128))
+
+
+CASES = {
+    "two types": lambda: _of_two_types[(1,)](ints(1), 2),
+    # Meta tensors count as being on 4 processors: up to 12 programs are few.
+    "decode few Qwen3-0.6B": partial(decode, "Qwen3-0.6B", 1),
+    "decode many Qwen3-0.6B": partial(decode, "Qwen3-0.6B", 2),
+    "decode many Qwen3-8B": partial(decode, "Qwen3-8B", 2),
+    "decode few SmolLM2-135M": partial(decode, "SmolLM2-135M", 1),
+    "float32 decode": partial(decode, "SmolLM2-135M", 5, F32),
+    "prefill Qwen3-0.6B": partial(prefill, "Qwen3-0.6B"),
+    "prefill SmolLM2-135M": partial(prefill, "SmolLM2-135M"),
+    "float32 prefill": partial(prefill, "SmolLM2-135M", F32),
+    "products 1 Qwen3-0.6B": partial(products, "Qwen3-0.6B", 1, *LAYER, "head"),
+    "products 4 Qwen3-0.6B": partial(products, "Qwen3-0.6B", 4, "output", "down"),
+    "products 1 Qwen3-8B": partial(products, "Qwen3-8B", 1, *LAYER, "head"),
+    "products 64 Qwen3-8B": partial(products, "Qwen3-8B", 64, "gate_up", "down"),
+    "float32 products": partial(products, "SmolLM2-135M", 1, *LAYER, dtype=F32),
+    "others": partial(others, BF16),
+    "float32 others": partial(others, F32),
+}
+
+
+def main():
+    hopper = AbsentHopper()
+    triton.runtime.driver.set_active(hopper)
+    # The kernels ask once, when they are imported, whether they may start each other.
+    torch.cuda.is_available, torch.cuda.get_device_capability = lambda: True, lambda device=None: (9, 0)
+    kernels, failures = [], {}
+    for case, launch in CASES.items():
+        try:
+            launch()
+        except Exception as error:
+            failures[case] = f"{type(error).__name__}: {error}"
+        kernels += [{"case": case} | each for each in hopper.loaded]
+        hopper.loaded.clear()
+    json.dump({"kernels": kernels, "failures": failures}, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()
