@@ -168,9 +168,9 @@ def skinny_linear(
 ) -> torch.Tensor:
     """x (M, I) times weight (O, I) transposed, plus bias (O,), summed in float32: (M, O).
 
-    x: if scaled, the rest of the norm is done here, with its `eps`. padded_rows: a power of two, at least M and 16, the
-    same for all of M rows. splits: of the inputs. gated: the weight is (2 O, I), gate rows then up rows; the result is
-    silu(gate) * up.
+    x: if scaled, the rest of the norm is done here, with its `eps`. padded_rows: a power of two from 16 to 128, at
+    least M, the same for all of M rows. splits: of the inputs. gated: the weight is (2 O, I), gate rows then up rows;
+    the result is silu(gate) * up.
     """
     rows, squares = (x.scaled, x.squares) if isinstance(x, ScaledRows) else (x, None)
     outputs = len(weight) // 2 if gated else len(weight)
@@ -213,7 +213,7 @@ def _launch(
     tiles = 0 if squares is None else len(squares)
     scaled, new_squares = (x, workspace.parts) if result is None else (result.scaled, result.squares)
     # As many tiles on their way as the shared memory of a Hopper processor holds.
-    stages = 6 if padded_rows <= 32 else 5
+    stages = 6 if padded_rows <= 32 else 5 if padded_rows <= 64 else 4
     _skinny_linear[(num_tiles(out.shape[1], gated), splits)](
         x, weight, weight if bias is None else bias, out, workspace.parts if squares is None else squares, eps,
         x if next_norm is None else next_norm, scaled, new_squares, workspace.parts, workspace.arrived, rows, inputs,
