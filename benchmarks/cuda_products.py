@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 import triton
 
-from hbserve_core.cuda_products import choose
+from hbserve_core.cuda_products import Choice, Kind, choose
 from hbserve_core.device_limits import measure_limits
 from hbserve_core.errors import InvalidInstanceConfig
 from hbserve_core.kernels.dependent_launch import num_processors
@@ -132,6 +132,10 @@ class Product:
     gated: bool = False
     adds: bool = False
 
+    @property
+    def kind(self) -> Kind:
+        return "gated" if self.gated else "normed" if self.reads_norm else "plain"
+
 
 def products(whole: Model, shard: Shard) -> list[Product]:
     """A rank's part of those of one layer, and of the head."""
@@ -165,11 +169,10 @@ class Operands:
         self._num_processors = num_processors(device)
         self._workspace = SkinnyWorkspace(self._num_processors, MOST_SKINNY_ROWS, device)
 
-    def choice(self, rows: int) -> str:
-        """What `choose` takes."""
+    def choice(self, rows: int) -> Choice:
         product = self._product
         size = product.outputs, product.inputs
-        return choose(rows, size, DTYPE.itemsize, product.gated, self._num_processors).kernel
+        return choose(rows, size, DTYPE.itemsize, product.kind, self._num_processors)
 
     def ways(self, rows: int) -> dict[str, Callable[[Linear], torch.Tensor]]:
         """By kernel, those that can take so many rows. Each adds to numbers of its own."""
@@ -208,9 +211,8 @@ class Operands:
 
     def _skinny(self, x: torch.Tensor, target: torch.Tensor | None) -> Callable[[Linear], torch.Tensor]:
         product, padded = self._product, max(16, 1 << (len(x) - 1).bit_length())
-        # The splits are the same for any number of rows, and 16 are always for this kernel.
-        size = product.outputs, product.inputs
-        splits = choose(16, size, DTYPE.itemsize, product.gated, self._num_processors).splits
+        # Up to 64 the splits are the same for any number of rows, and 16 are always for this kernel.
+        splits = self.choice(16).splits if len(x) <= 64 else 1
         tiling: dict[str, Any] = {"padded_rows": padded, "splits": splits, "workspace": self._workspace}
         begun = half_normed(x, self._norm, padded) if product.reads_norm and not product.follows_sum else None
 
@@ -297,7 +299,7 @@ def measure(
             kernel: microseconds(multiply, operands.linears) for kernel, multiply in operands.ways(rows).items()
         }
         read_us = 1e6 * weight_bytes / read_bytes_per_s
-        yield Measured(model, product.name, rows, times_us, read_us, operands.choice(rows), errors)
+        yield Measured(model, product.name, rows, times_us, read_us, operands.choice(rows).kernel, errors)
 
 
 def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
