@@ -161,7 +161,8 @@ def product(outputs, inputs, rows, dtype, reads_norm=False, adds=False, gated=Fa
     )
     from hbserve_core.kernels.small_linear import small_linear
 
-    choice = choose(rows, (outputs, inputs), dtype.itemsize, gated, PROCESSORS)
+    kind = "gated" if gated else "normed" if reads_norm else "plain"
+    choice = choose(rows, (outputs, inputs), dtype.itemsize, kind, PROCESSORS)
     x, weight, norm = empty(rows, inputs, dtype=dtype), empty(outputs, inputs, dtype=dtype), empty(inputs, dtype=dtype)
     target = empty(rows, outputs, dtype=dtype) if adds else None
     if choice.kernel == "small":
@@ -207,6 +208,7 @@ CASES = {
     "products 4 Qwen3-0.6B": partial(products, "Qwen3-0.6B", 4, "output", "down"),
     "products 1 Qwen3-8B": partial(products, "Qwen3-8B", 1, *LAYER, "head"),
     "products 64 Qwen3-8B": partial(products, "Qwen3-8B", 64, "gate_up", "down"),
+    "products 128 Qwen3-8B": partial(products, "Qwen3-8B", 128, "qkv", "gate_up"),
     "float32 products": partial(products, "SmolLM2-135M", 1, *LAYER, dtype=F32),
     "others": partial(others, BF16),
     "float32 others": partial(others, F32),

@@ -3,8 +3,8 @@
     rows      16-bit numbers                                                           float32
     1         small_linear for matrices below 2^23 numbers, and mostly for the head    small_linear
     2         small_linear for those below 2^22 without a norm in front                small_linear
-    3, 4      small_linear for the same                                                cuBLAS
-    … 64      skinny_linear, as for all others above                                   cuBLAS
+    4         small_linear for the same                                                cuBLAS
+    … 64      skinny_linear, as for 3 and for all others above                         cuBLAS
     … 128     skinny_linear where there is a tile for every second processor           cuBLAS
     129 …     cuBLAS, as for all others above                                          cuBLAS
 What is not in cuBLAS has norms, gates and additions in it or near it, and starts before the kernel in front has ended.
