@@ -1,9 +1,9 @@
 """Products of a step's rows with weights on CUDA, each by the kernel that is fastest for its shape.
 
     rows      16-bit numbers                                                           float32
-    1         small_linear for matrices below 2^23 numbers, and mostly for the head    small_linear
+    1         small_linear for matrices below 2^23 numbers, and a small model's head   small_linear
     2         small_linear for those below 2^22 without a norm in front                small_linear
-    4         small_linear for the same                                                cuBLAS
+    4         small_linear for those of 2048 inputs or more                            cuBLAS
     … 64      skinny_linear, as for 3 and for all others above                         cuBLAS
     … 128     skinny_linear where there is a tile for every second processor           cuBLAS
     129 …     cuBLAS, as for all others above                                          cuBLAS
@@ -27,7 +27,7 @@ from hbserve_core.kernels.skinny_linear import (
     num_tiles,
     skinny_linear,
 )
-from hbserve_core.kernels.small_linear import STEP_BYTES, small_linear
+from hbserve_core.kernels.small_linear import small_linear
 from hbserve_core.linear import Linear
 from hbserve_core.norm import RmsNorm
 
@@ -35,8 +35,11 @@ _MOST_SPLIT_ROWS, _MOST_SKINNY_ROWS = 64, 128
 _SMALL_MATRIX = {1: 1 << 23, 2: 1 << 22, 4: 1 << 22}
 """By rows, from how many numbers on a matrix is not for `small_linear`. Alone it would be as fast with larger ones, but
 its many programs leave no room for the kernel behind it to start."""
-_HEAD_OUTPUTS = 1 << 16
-"""From so many on the matrix is a vocabulary's. Nothing waits to start behind it; its inputs must fit one step."""
+_SMALL_INPUTS = {4: 2048}
+"""By rows, how many inputs it must have for that."""
+_HEAD_OUTPUTS, _HEAD_INPUTS = 1 << 16, 2048
+"""From so many outputs on the matrix is a vocabulary's: nothing waits to start behind it. With more inputs than these,
+what has been added to the stream has come by skinny products, which leave half of the norm."""
 _FEWEST_INPUTS = 512
 """Of one split: the sum of the splits must not cost more than their reading in parallel gives."""
 
@@ -62,9 +65,10 @@ def choose(rows: int, weight: tuple[int, int], itemsize: int, kind: Kind, num_pr
     outputs, inputs = weight
     if itemsize > 2:
         return Choice("small" if rows <= 2 else "cublas")
-    if outputs * inputs < _SMALL_MATRIX.get(rows, 0) and (rows == 1 or kind == "plain"):
+    is_small = outputs * inputs < _SMALL_MATRIX.get(rows, 0) and inputs >= _SMALL_INPUTS.get(rows, 0)
+    if is_small and (rows == 1 or kind == "plain"):
         return Choice("small")
-    if rows == 1 and outputs >= _HEAD_OUTPUTS and inputs * itemsize <= STEP_BYTES:
+    if rows == 1 and outputs >= _HEAD_OUTPUTS and inputs <= _HEAD_INPUTS:
         return Choice("small")
     gated = kind == "gated"
     tiles = num_tiles(outputs // 2 if gated else outputs, gated)

@@ -12,7 +12,7 @@ import triton.language as tl
 
 from hbserve_core.kernels.dependent_launch import LAUNCH, begin
 
-STEP_BYTES = 8192
+_STEP_BYTES = 8192
 """Of a weight row, and so of `given`, M times as many numbers: all of both stays in registers."""
 
 
@@ -105,7 +105,7 @@ def small_linear(
     out = add_to
     if out is None:
         out = torch.empty((rows, outputs), dtype=dtype or x.dtype, device=x.device)
-    step = min(STEP_BYTES // weight.dtype.itemsize, triton.next_power_of_2(size))
+    step = min(_STEP_BYTES // weight.dtype.itemsize, triton.next_power_of_2(size))
     # Programs of one row that are as small as this are many, so the last wave is short. With two, the input counts.
     per_program = 4 if rows == 1 or step > 2048 else 8
     norm_weight, eps = norm or (x, 0.0)
