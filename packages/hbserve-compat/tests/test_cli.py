@@ -152,11 +152,28 @@ def test_an_unknown_backend_lists_those_that_there_are(config):
     assert len(logged) <= 2
 
 
-@pytest.mark.parametrize("address", ["here", "5550", ":5550", "127.0.0.1:0", "127.0.0.1:99999", "127.0.0.1:http"])
+EXPECTED = "expected HOST:PORT, or [HOST]:PORT for IPv6, with a port from 1 to 65535"
+
+
+@pytest.mark.parametrize("address", ["", "5550", ":5550", "127.0.0.1:0", "127.0.0.1:99999", "host:http", "host:²"])
 def test_a_wrong_address_to_connect_to_is_refused_at_once(address):
     done = hbserve("generate", "Hello", "--connect", address)
     assert done.returncode == 2
-    assert done.stderr == f"error: --connect={address!r}: expected HOST:PORT, with a port from 1 to 65535\n"
+    assert done.stderr == f"error: --connect={address!r}: {EXPECTED}\n"
+
+
+@pytest.mark.parametrize(
+    ("address", "words"),
+    [
+        ("::1:5550", "brackets are for an IPv6 host, which needs them: [::1]:5550"),
+        ("0.0.0.0:5550", "0.0.0.0 is where a server listens, and no place to reach it; on its own machine"),
+        ("my host:5550", "its host is 'my host': expected an IP address or a name; a name has ASCII letters, digits"),
+    ],
+)  # fmt: skip
+def test_an_address_that_cannot_be_connected_to_is_refused_with_the_cure(address, words):
+    done = hbserve("generate", "Hello", "--connect", address)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: --connect={address!r}: {words}")
 
 
 def test_connect_to_nobody_says_what_it_waits_for():

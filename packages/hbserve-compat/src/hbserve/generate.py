@@ -11,13 +11,12 @@ from typing import Any
 from hbserve.answers import Answer, Scheduler, gather_answers, submit_all
 from hbserve.results import Timings
 from hbserve.tokenizer import encode_message, load_tokenizer
-from hbserve_rpc import SamplingParams
+from hbserve_rpc import InvalidAddress, SamplingParams
 from hbserve_rpc.messages import ServiceInfo
 from hbserve_scheduler import ConfigError, RemoteScheduler, load_config
 
 FIND_SCHEDULER_S = 30.0
 TELL_AFTER_S = 3.0
-MAX_PORT = 65535
 
 
 @dataclass(frozen=True)
@@ -37,7 +36,7 @@ class Wanted:
 async def generate_answers(wanted: Wanted) -> None:
     """Raises whatever is wrong, before anything is started where that is possible."""
     params = SamplingParams(temperature=wanted.temperature, max_tokens=wanted.max_tokens)
-    async with _connected(wanted) if wanted.connect else _started(wanted) as (scheduler, tokenizer):
+    async with _connected(wanted) if wanted.connect is not None else _started(wanted) as (scheduler, tokenizer):
         prompts = [encode_message(tokenizer, prompt) for prompt in wanted.prompts]
         answers = await submit_all(scheduler, tokenizer, prompts, [params] * len(prompts))
         if len(answers) == 1:
@@ -114,10 +113,10 @@ async def _connected(wanted: Wanted) -> AsyncIterator[tuple[Scheduler, Any]]:
                 f"--{name.replace('_', '-')}={getattr(wanted, name)}: not with --connect, where it is set"
             )
     address = wanted.connect or ""
-    host, _, port = address.rpartition(":")
-    if not host or not port.isdigit() or not 1 <= int(port) <= MAX_PORT:
-        raise ConfigError(f"--connect={address!r}: expected HOST:PORT, with a port from 1 to {MAX_PORT}")
-    scheduler = RemoteScheduler(address)
+    try:
+        scheduler = RemoteScheduler(address)
+    except InvalidAddress as error:
+        raise ConfigError(f"--connect={error}") from None
     await scheduler.start()
     try:
         info = await _find(scheduler)
