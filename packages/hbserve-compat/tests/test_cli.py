@@ -13,7 +13,10 @@ from typing import Any
 import pytest
 import yaml
 
+from hbserve.generate import counted, why_ended
+
 DEADLINE_S = 90
+CUT = "cut at the longest sequence that is served"
 
 
 def hbserve(*arguments: Any, **settings: Any) -> subprocess.CompletedProcess[str]:
@@ -77,8 +80,21 @@ def test_one_prompt_is_streamed_and_ends_with_one_summary(config):
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()
     (summary,) = [line for line in done.stderr.splitlines() if "TTFT" in line]
-    for part in ["TPOT", "12 tokens", "KV moved", "MiB", "transfer", "GB/s"]:
+    for part in ["TPOT", "12 tokens", "KV moved", "MiB", "transfer", "GB/s", "| cut at --max-tokens"]:
         assert part in summary
+
+
+def test_an_answer_that_is_cut_at_the_longest_sequence_says_so(config):
+    # Known elsewhere: vLLM #655, #1312.
+    done = hbserve("generate", "x" * 500, "--config", config(), "--max-tokens", 400)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.rstrip().endswith(f"| {CUT}")
+
+
+def test_the_ends_of_several_answers_are_counted():
+    reasons = [why_ended(*each) for each in [("stop", 3, 9), ("length", 9, 9), ("length", 7, 9), ("stop", 9, 9)]]
+    assert counted(reasons) == f"2 stopped, 1 cut at --max-tokens, 1 {CUT}"
+    assert counted(reasons[:1]) == "stopped"
 
 
 def test_several_prompts_are_answered_in_order(config):

@@ -2,6 +2,7 @@
 
 import asyncio
 import sys
+from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -12,11 +13,13 @@ from hbserve.answers import Answer, Scheduler, gather_answers, submit_all
 from hbserve.results import Timings
 from hbserve.tokenizer import encode_message, load_tokenizer
 from hbserve_rpc import InvalidAddress, SamplingParams
-from hbserve_rpc.messages import ServiceInfo
+from hbserve_rpc.messages import FinishReason, ServiceInfo
 from hbserve_scheduler import ConfigError, RemoteScheduler, load_config
 
 FIND_SCHEDULER_S = 30.0
 TELL_AFTER_S = 3.0
+
+End = tuple[Timings, FinishReason]
 
 
 @dataclass(frozen=True)
@@ -40,32 +43,48 @@ async def generate_answers(wanted: Wanted) -> None:
         prompts = [encode_message(tokenizer, prompt) for prompt in wanted.prompts]
         answers = await submit_all(scheduler, tokenizer, prompts, [params] * len(prompts))
         if len(answers) == 1:
-            timings = [await _stream(answers[0])]
+            ends = [await _stream(answers[0])]
         else:
-            timings = await _together(answers, wanted.prompts)
-        num_tokens = sum(len(answer.detokenizer.token_ids) for answer in answers)
-    sys.stderr.write(summary(timings, num_tokens) + "\n")
+            ends = await _together(answers, wanted.prompts)
+        lengths = [len(answer.detokenizer.token_ids) for answer in answers]
+    reasons = [why_ended(reason, length, params.max_tokens) for (_, reason), length in zip(ends, lengths, strict=True)]
+    sys.stderr.write(f"{summary([timings for timings, _ in ends], sum(lengths))} | {counted(reasons)}\n")
 
 
-async def _stream(answer: Answer) -> Timings:
-    timings: Timings | None = None
+async def _stream(answer: Answer) -> End:
+    end: tuple[Timings | None, FinishReason | None] = None, None
     async for delta in answer:
         sys.stdout.write(delta["text"])
         sys.stdout.flush()
-        timings = delta["timings"]
+        end = delta["timings"], delta["finish_reason"]
     sys.stdout.write("\n")
-    assert timings is not None, "the last delta has them"
-    return timings
+    timings, reason = end
+    assert timings is not None, "the last delta has both"
+    assert reason is not None
+    return timings, reason
 
 
-async def _together(answers: list[Answer], prompts: list[str]) -> list[Timings]:
+async def _together(answers: list[Answer], prompts: list[str]) -> list[End]:
     from tqdm import tqdm
 
     with tqdm(total=len(answers), desc="Generating", dynamic_ncols=True) as bar:
         results = await gather_answers(answers, bar.update)
     for prompt, result in zip(prompts, results, strict=True):
         sys.stdout.write(f"> {prompt}\n{result['text']}\n\n")
-    return list(results)
+    return [(result, result["finish_reason"]) for result in results]
+
+
+def why_ended(reason: FinishReason, num_tokens: int, max_tokens: int) -> str:
+    """In a user's words: nothing is cut in silence."""
+    if reason != "length":
+        return "stopped" if reason == "stop" else "aborted"
+    return "cut at --max-tokens" if num_tokens >= max_tokens else "cut at the longest sequence that is served"
+
+
+def counted(reasons: list[str]) -> str:
+    """Each reason once, with its number if there are several answers."""
+    counts = Counter(reasons)
+    return ", ".join(f"{count} {reason}" if len(reasons) > 1 else reason for reason, count in counts.items())
 
 
 def summary(timings: list[Timings], num_tokens: int) -> str:
@@ -120,6 +139,8 @@ async def _connected(wanted: Wanted) -> AsyncIterator[tuple[Scheduler, Any]]:
     await scheduler.start()
     try:
         info = await _find(scheduler)
+        if not info.ready:
+            sys.stderr.write(f"not all instances of the scheduler at {scheduler.address} are ready; its log says why\n")
         folder = wanted.model or Path(info.model_path)
         if not folder.expanduser().is_dir():
             raise ConfigError(

@@ -121,6 +121,7 @@ class LLM:
 
     def _step(self) -> tuple[list[_Request], int]:
         progress, num_prompt_tokens = self._running().step()
+        self._num_new_tokens = sum(len(each.token_ids) for each in progress)
         finished = []
         for each in progress:
             request = self._requests.get(each.request_id)
@@ -136,6 +137,7 @@ class LLM:
         return finished, self._last_count
 
     _last_count = 0
+    _num_new_tokens = 0
 
     def is_finished(self) -> bool:
         """Whether every request has finished, and `step` has said so."""
@@ -167,7 +169,7 @@ class LLM:
                 rates = _Rates()
                 while not all(number in results for number in numbers):
                     finished, count = self._step()
-                    bar.set_postfix(rates.after(count))
+                    bar.set_postfix(rates.after(count if count > 0 else -self._num_new_tokens))
                     self._ended += [request for request in finished if request.number not in numbers]
                     for request in finished:
                         if request.number in numbers:
@@ -208,21 +210,33 @@ def _checked(request: _Request, numbers: list[int]) -> _Request:
     return request
 
 
+MEASURED_S = 0.1
+
+
 class _Rates:
-    """tqdm's postfix, with nano-vllm's names: tokens per second of the last step of each kind."""
+    """tqdm's postfix, with nano-vllm's names: tokens per second of the last steps of each kind, MEASURED_S together.
+
+    A kind that was not seen has none: prompts that other processes compute are not counted here.
+    """
 
     def __init__(self) -> None:
         import time
 
         self._clock = time.perf_counter
         self._last_s = self._clock()
-        self._shown = {"Prefill": "0tok/s", "Decode": "0tok/s"}
+        self._tokens = {"Prefill": 0, "Decode": 0}
+        self._time_s = {"Prefill": 0.0, "Decode": 0.0}
+        self._shown: dict[str, str] = {}
 
     def after(self, count: int) -> dict[str, str]:
         now_s = self._clock()
         kind = "Prefill" if count > 0 else "Decode"
-        self._shown[kind] = f"{int(abs(count) / max(now_s - self._last_s, 1e-9))}tok/s"
+        self._tokens[kind] += abs(count)
+        self._time_s[kind] += now_s - self._last_s
         self._last_s = now_s
+        if kind not in self._shown or self._time_s[kind] >= MEASURED_S:
+            self._shown[kind] = f"{int(self._tokens[kind] / max(self._time_s[kind], 1e-9))}tok/s"
+            self._tokens[kind], self._time_s[kind] = 0, 0.0
         return self._shown
 
 
