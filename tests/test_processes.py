@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 import yaml
 
+from hbserve_rpc import format_address
+
 ROOT = Path(__file__).resolve().parent.parent
 DEADLINE_S = 120
 
@@ -19,11 +21,14 @@ DEADLINE_S = 120
 class Deployment:
     """A configuration file, the processes started from it, and what they logged."""
 
-    def __init__(self, folder: Path, model: Path, instances: list[str], ports: list[int], **scheduler: Any) -> None:
+    def __init__(
+        self, folder: Path, model: Path, instances: list[str], ports: list[int], at: str, **scheduler: Any
+    ) -> None:
         self.log = folder / "log"
         self.config = folder / "config.yaml"
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
         self.port, *ports = ports
+        self.address = format_address(at, self.port)
         config = {
             "model": {"path": str(model)},
             "kv_transfer": {"backend": "nccl"},
@@ -32,7 +37,7 @@ class Deployment:
                     "instance_id": name,
                     "instance_type": name.split("-")[0],
                     "gpu_id": 0,
-                    "host": "127.0.0.1",
+                    "host": at,
                     "port": port,
                     "kv_rank": rank,
                 }
@@ -58,7 +63,7 @@ class Deployment:
             "generate",
             *arguments,
             "--connect",
-            f"127.0.0.1:{self.port}",
+            self.address,
             "--temperature",
             "0",
         ]
@@ -86,9 +91,9 @@ def deploy(
 ) -> Iterator[Callable[..., Deployment]]:
     made: list[Deployment] = []
 
-    def deploy(instances: list[str], **scheduler: Any) -> Deployment:
+    def deploy(instances: list[str], at: str = "127.0.0.1", **scheduler: Any) -> Deployment:
         ports = free_ports(1 + len(instances))
-        made.append(Deployment(tmp_path, small_model("qwen3"), instances, ports, **scheduler))
+        made.append(Deployment(tmp_path, small_model("qwen3"), instances, ports, at, **scheduler))
         return made[-1]
 
     yield deploy
@@ -109,6 +114,21 @@ def test_processes_started_in_any_order_find_each_other(order, deploy):
     answer = deployment.generate("Hello, who are you?", "--max-tokens", "8")
     assert answer.returncode == 0, answer.stderr + deployment.log.read_text()
     assert "TTFT" in answer.stdout + answer.stderr
+
+
+@pytest.mark.skipif(not Path("/proc/net/if_inet6").exists(), reason="this machine has no IPv6")
+def test_everything_works_over_ipv6_and_the_scheduler_may_listen_on_every_address(deploy):
+    # Known elsewhere: vLLM #42149, LMCache #5043, SGLang #7858.
+    answers = []
+    for host, wildcard in [("::1", "::"), ("127.0.0.1", "0.0.0.0")]:
+        deployment = deploy(["prefill-0", "decode-0"], host, host=wildcard)
+        for name in ["scheduler", "prefill-0", "decode-0"]:
+            deployment.start(name)
+        answer = deployment.generate("Hello, who are you?", "--max-tokens", "8")
+        assert answer.returncode == 0, answer.stderr + deployment.log.read_text()
+        answers.append(answer.stdout)
+        deployment.stop()
+    assert answers[0] == answers[1] != ""
 
 
 def test_a_killed_instance_is_named_and_its_restart_serves_again(deploy):

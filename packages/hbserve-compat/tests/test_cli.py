@@ -13,7 +13,10 @@ from typing import Any
 import pytest
 import yaml
 
+from hbserve.generate import counted, why_ended
+
 DEADLINE_S = 90
+CUT = "cut at the longest sequence that is served"
 
 
 def hbserve(*arguments: Any, **settings: Any) -> subprocess.CompletedProcess[str]:
@@ -77,8 +80,21 @@ def test_one_prompt_is_streamed_and_ends_with_one_summary(config):
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()
     (summary,) = [line for line in done.stderr.splitlines() if "TTFT" in line]
-    for part in ["TPOT", "12 tokens", "KV moved", "MiB", "transfer", "GB/s"]:
+    for part in ["TPOT", "12 tokens", "KV moved", "MiB", "transfer", "GB/s", "| cut at --max-tokens"]:
         assert part in summary
+
+
+def test_an_answer_that_is_cut_at_the_longest_sequence_says_so(config):
+    # Known elsewhere: vLLM #655, #1312.
+    done = hbserve("generate", "x" * 500, "--config", config(), "--max-tokens", 400)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.rstrip().endswith(f"| {CUT}")
+
+
+def test_the_ends_of_several_answers_are_counted():
+    reasons = [why_ended(*each) for each in [("stop", 3, 9), ("length", 9, 9), ("length", 7, 9), ("stop", 9, 9)]]
+    assert counted(reasons) == f"2 stopped, 1 cut at --max-tokens, 1 {CUT}"
+    assert counted(reasons[:1]) == "stopped"
 
 
 def test_several_prompts_are_answered_in_order(config):
@@ -160,11 +176,28 @@ def test_an_unknown_backend_lists_those_that_there_are(config):
     assert len(logged) <= 2
 
 
-@pytest.mark.parametrize("address", ["here", "5550", ":5550", "127.0.0.1:0", "127.0.0.1:99999", "127.0.0.1:http"])
+EXPECTED = "expected HOST:PORT, or [HOST]:PORT for IPv6, with a port from 1 to 65535"
+
+
+@pytest.mark.parametrize("address", ["", "5550", ":5550", "127.0.0.1:0", "127.0.0.1:99999", "host:http", "host:²"])
 def test_a_wrong_address_to_connect_to_is_refused_at_once(address):
     done = hbserve("generate", "Hello", "--connect", address)
     assert done.returncode == 2
-    assert done.stderr == f"error: --connect={address!r}: expected HOST:PORT, with a port from 1 to 65535\n"
+    assert done.stderr == f"error: --connect={address!r}: {EXPECTED}\n"
+
+
+@pytest.mark.parametrize(
+    ("address", "words"),
+    [
+        ("::1:5550", "brackets are for an IPv6 host, which needs them: [::1]:5550"),
+        ("0.0.0.0:5550", "0.0.0.0 is where a server listens, and no place to reach it; on its own machine"),
+        ("my host:5550", "its host is 'my host': expected an IP address or a name; a name has ASCII letters, digits"),
+    ],
+)  # fmt: skip
+def test_an_address_that_cannot_be_connected_to_is_refused_with_the_cure(address, words):
+    done = hbserve("generate", "Hello", "--connect", address)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: --connect={address!r}: {words}")
 
 
 def test_connect_to_nobody_says_what_it_waits_for():

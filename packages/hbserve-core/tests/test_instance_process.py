@@ -101,6 +101,8 @@ BAD_CONFIGURATIONS = {
     b'{"model_path": 3}': "Expected `str`, got `int` - at `$.model_path`",
     b'{"model_path": "m", "chunk_sise": 3}': "unknown field `chunk_sise`",
     b'{"model_path": "m", "chunk_size": 0}': "chunk_size=0: expected an integer >= 1",
+    b'{"model_path": "m", "host": "0.0.0.0"}': "host='0.0.0.0': is every address of a machine, and none at which peers",
+    b'{"model_path": "m", "host": "[::1]"}': "host='[::1]': expected it without brackets, '::1'",
     b'{"model_path": "m", "log_level": "LOUD"}': "log_level='LOUD': expected one of DEBUG",
 }
 

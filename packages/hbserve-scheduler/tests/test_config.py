@@ -86,7 +86,37 @@ WRONG: list[tuple[Any, list[str]]] = [
     ({"gpu_instances": [DECODE]}, ["gpu_instances=['d0']", "no prefill instance"]),
     ({"gpu_instances": [PREFILL]}, ["gpu_instances=['p0']", "no decode instance"]),
     ({"gpu_instances": [PREFILL | {"instance_id": ""}, DECODE]}, ["gpu_instances[0].instance_id=''", "a name"]),
-    ({"gpu_instances": [PREFILL | {"host": ""}, DECODE]}, ["gpu_instances[0].host=''", "an address"]),
+    # addresses; hbserve_rpc tests what else is none
+    ({"gpu_instances": [PREFILL | {"host": ""}, DECODE]}, ["gpu_instances[0].host=''", "an IP address or a name"]),
+    (
+        {"gpu_instances": [PREFILL, DECODE | {"host": "0.0.0.0"}]},
+        ["gpu_instances[1].host='0.0.0.0'", "peers", "10.0.0.5"],
+    ),
+    ({"gpu_instances": [PREFILL | {"host": "::"}, DECODE]}, ["gpu_instances[0].host='::'", "peers", "10.0.0.5"]),
+    (
+        {"gpu_instances": [PREFILL | {"host": "[::1]"}, DECODE]},
+        ["gpu_instances[0].host='[::1]'", "without brackets, '::1'"],
+    ),
+    (
+        {"gpu_instances": [PREFILL | {"host": "fe80::1%a"}, DECODE]},
+        ["gpu_instances[0].host='fe80::1%a'", "not link-local"],
+    ),
+    ({"gpu_instances": [PREFILL | {"host": "a:1"}, DECODE]}, ["gpu_instances[0].host='a:1'", "the host alone"]),
+    ({"gpu_instances": PAIR, "kv_transfer": {"ip": "0.0.0.0"}}, ["kv_transfer.ip='0.0.0.0'", "peers", "10.0.0.5"]),
+    ({"gpu_instances": PAIR, "kv_transfer": {"ip": ""}}, ["kv_transfer.ip=''", "an IP address or a name"]),
+    ({"gpu_instances": PAIR, "scheduler": {"host": "my host"}}, ["scheduler.host='my host'", "letters, digits"]),
+    (
+        {"gpu_instances": [PREFILL, DECODE | {"host": "fd00::2"}]},
+        [
+            "gpu_instances[1].host='fd00::2'",
+            "gpu_instances[0] has '127.0.0.1'",
+            "'nccl' needs IPv4 for all, or IPv6 for",
+        ],
+    ),
+    (
+        {"gpu_instances": [PREFILL | {"host": "::1"}, DECODE | {"host": "0::1", "port": 7000}]},
+        ["gpu_instances[1].port=7000", "gpu_instances[0] has it too"],
+    ),
     ({"gpu_instances": [PREFILL, DECODE | {"instance_id": "p0"}]}, ["gpu_instances[1].instance_id='p0'", "its own"]),
     ({"gpu_instances": [PREFILL, DECODE | {"kv_rank": 0}]}, ["gpu_instances[1].kv_rank=0", "gpu_instances[0]"]),
     ({"gpu_instances": [PREFILL, DECODE | {"port": 7000}]}, ["gpu_instances[1].port=7000", "gpu_instances[0]"]),
@@ -105,7 +135,7 @@ WRONG: list[tuple[Any, list[str]]] = [
 
 @pytest.mark.parametrize(("content", "texts"), WRONG, ids=[texts[0] for _, texts in WRONG])
 def test_a_wrong_value_is_named_with_what_is_allowed(content: Any, texts: list[str]) -> None:
-    # Known elsewhere: vLLM #25059, #20965.
+    # Known elsewhere: vLLM #25059, #20965, dynamo #12026, SGLang #21704.
     with pytest.raises(ConfigError) as caught:
         convert(content)
     message = str(caught.value)
@@ -144,6 +174,18 @@ def test_hybrid_instances_need_no_others() -> None:
 def test_the_same_port_on_two_hosts_and_port_zero_twice_are_allowed() -> None:
     convert({"gpu_instances": [PREFILL, DECODE | {"host": "10.0.0.2", "port": 7000}]})
     convert({"gpu_instances": [PREFILL | {"port": 0}, DECODE | {"port": 0}]})
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "localhost", "::1"])
+def test_a_scheduler_may_listen_on_every_address(host: str) -> None:
+    assert convert({"gpu_instances": PAIR, "scheduler": {"host": host}}).scheduler.host == host
+
+
+def test_both_versions_of_ip_are_allowed_where_the_backend_takes_them_or_all_kv_is_at_one_address() -> None:
+    instances = [PREFILL, DECODE | {"host": "::1"}]
+    convert({"gpu_instances": instances, "kv_transfer": {"backend": "ipc"}})
+    convert({"gpu_instances": instances, "kv_transfer": {"ip": "127.0.0.1"}})
+    convert({"gpu_instances": [PREFILL, DECODE | {"host": "node-2"}]})
 
 
 @pytest.mark.parametrize(

@@ -159,7 +159,9 @@ async def test_a_request_for_which_the_model_gives_no_numbers_is_tried_on_no_oth
     scheduler = await make_scheduler(*four)
     with pytest.raises(FloatingPointError, match=rf"^{where[0]}\d: not finite at output token 3$"):
         await collect(scheduler.submit(ask()))
-    assert sum(len(instance.requests) for instance in four) == 2
+    # The other side's may still be on its way when this one has failed.
+    assert sum(len(each.requests) for each in four if each.instance_id[0] == where[0]) == 1
+    assert sum(len(each.requests) for each in four) <= 2
     assert (scheduler.stats().failed_requests, scheduler.stats().retries) == (1, 0)
 
 

@@ -3,7 +3,7 @@
 from collections import deque
 from collections.abc import Sequence
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, proxy
 
 from hbserve.stop_strings import StopStrings
 from hbserve.token_text import TokenDecoder, TokenText
@@ -15,7 +15,8 @@ _decoders: "WeakKeyDictionary[Any, tuple[int, TokenDecoder]]" = WeakKeyDictionar
 def _decoder_of(tokenizer: Any) -> TokenDecoder:
     size, decoder = _decoders.get(tokenizer, (None, None))
     if decoder is None or size != len(tokenizer):
-        decoder = TokenDecoder(tokenizer)
+        # Not the tokenizer itself: what a value holds, its key's weak reference does not let go.
+        decoder = TokenDecoder(proxy(tokenizer))
         _decoders[tokenizer] = (len(tokenizer), decoder)
     return decoder
 
@@ -29,6 +30,8 @@ class Detokenizer:
 
     def __init__(self, tokenizer: Any, stop: Sequence[str] = (), *, skip_special_tokens: bool = True) -> None:
         decoder = _decoder_of(tokenizer)
+        self._tokenizer = tokenizer
+        """The decoder does not keep it alive."""
         self._skipped = decoder.special_ids if skip_special_tokens else frozenset()
         self._shown: TokenText = decoder.text()
         self._searched = decoder.text() if stop and self._skipped else None

@@ -2,6 +2,7 @@
 
 import asyncio
 import sys
+from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -12,13 +13,14 @@ from hbserve.answers import Answer, Scheduler, answer_all, check_all
 from hbserve.prompts import read_prompts
 from hbserve.results import GenerationResult, Timings
 from hbserve.tokenizer import encode_message, load_tokenizer
-from hbserve_rpc import SamplingParams
-from hbserve_rpc.messages import ServiceInfo
+from hbserve_rpc import InvalidAddress, SamplingParams
+from hbserve_rpc.messages import FinishReason, ServiceInfo
 from hbserve_scheduler import ConfigError, RemoteScheduler, load_config
 
 FIND_SCHEDULER_S = 30.0
 TELL_AFTER_S = 3.0
-MAX_PORT = 65535
+
+End = tuple[Timings, FinishReason]
 
 
 @dataclass(frozen=True)
@@ -39,28 +41,32 @@ async def generate_answers(wanted: Wanted) -> None:
     """Raises whatever is wrong, before anything is started where that is possible."""
     params = SamplingParams(temperature=wanted.temperature, max_tokens=wanted.max_tokens)
     texts = [str(each) for each in read_prompts(wanted.prompts)]
-    async with _connected(wanted) if wanted.connect else _started(wanted) as (scheduler, tokenizer):
+    async with _connected(wanted) if wanted.connect is not None else _started(wanted) as (scheduler, tokenizer):
         prompts = [encode_message(tokenizer, text) for text in texts]
         if len(prompts) == 1:
             answer = Answer(scheduler, tokenizer, prompts[0], params)
-            timings, num_tokens = [await _stream(answer)], len(answer.detokenizer.token_ids)
+            ends, lengths = [await _stream(answer)], [len(answer.detokenizer.token_ids)]
         else:
             results = await _together(scheduler, tokenizer, prompts, params)
             for text, result in zip(texts, results, strict=True):
                 sys.stdout.write(f"> {text}\n{result['text']}\n\n")
-            timings, num_tokens = list(results), sum(len(result["token_ids"]) for result in results)
-    sys.stderr.write(summary(timings, num_tokens) + "\n")
+            ends = [(result, result["finish_reason"]) for result in results]
+            lengths = [len(result["token_ids"]) for result in results]
+    reasons = [why_ended(reason, length, params.max_tokens) for (_, reason), length in zip(ends, lengths, strict=True)]
+    sys.stderr.write(f"{summary([timings for timings, _ in ends], sum(lengths))} | {counted(reasons)}\n")
 
 
-async def _stream(answer: Answer) -> Timings:
-    timings: Timings | None = None
+async def _stream(answer: Answer) -> End:
+    end: tuple[Timings | None, FinishReason | None] = None, None
     async for delta in answer:
         sys.stdout.write(delta["text"])
         sys.stdout.flush()
-        timings = delta["timings"]
+        end = delta["timings"], delta["finish_reason"]
     sys.stdout.write("\n")
-    assert timings is not None, "the last delta has them"
-    return timings
+    timings, reason = end
+    assert timings is not None, "the last delta has both"
+    assert reason is not None
+    return timings, reason
 
 
 async def _together(
@@ -72,6 +78,19 @@ async def _together(
     check_all(scheduler, prompts, each)
     with tqdm(total=len(prompts), desc="Generating", dynamic_ncols=True) as bar:
         return await answer_all(scheduler, tokenizer, prompts, each, bar.update)
+
+
+def why_ended(reason: FinishReason, num_tokens: int, max_tokens: int) -> str:
+    """In a user's words: nothing is cut in silence."""
+    if reason != "length":
+        return "stopped" if reason == "stop" else "aborted"
+    return "cut at --max-tokens" if num_tokens >= max_tokens else "cut at the longest sequence that is served"
+
+
+def counted(reasons: list[str]) -> str:
+    """Each reason once, with its number if there are several answers."""
+    counts = Counter(reasons)
+    return ", ".join(f"{count} {reason}" if len(reasons) > 1 else reason for reason, count in counts.items())
 
 
 def summary(timings: list[Timings], num_tokens: int) -> str:
@@ -119,13 +138,15 @@ async def _connected(wanted: Wanted) -> AsyncIterator[tuple[Scheduler, Any]]:
                 f"--{name.replace('_', '-')}={getattr(wanted, name)}: not with --connect, where it is set"
             )
     address = wanted.connect or ""
-    host, _, port = address.rpartition(":")
-    if not host or not port.isdigit() or not 1 <= int(port) <= MAX_PORT:
-        raise ConfigError(f"--connect={address!r}: expected HOST:PORT, with a port from 1 to {MAX_PORT}")
-    scheduler = RemoteScheduler(address)
+    try:
+        scheduler = RemoteScheduler(address)
+    except InvalidAddress as error:
+        raise ConfigError(f"--connect={error}") from None
     await scheduler.start()
     try:
         info = await _find(scheduler)
+        if not info.ready:
+            sys.stderr.write(f"not all instances of the scheduler at {scheduler.address} are ready; its log says why\n")
         folder = wanted.model or Path(info.model_path)
         if not folder.expanduser().is_dir():
             raise ConfigError(

@@ -16,6 +16,7 @@ from typing import Any
 
 import msgspec
 
+from hbserve_rpc import canonical_host
 from hbserve_scheduler import DeploymentConfig, InstanceFailed, InstanceSection, parse_size
 from hbserve_scheduler.config import KVTransferSection
 
@@ -35,7 +36,7 @@ def instance_settings(
 
     The instances with the same `host` share its cores and its GPUs.
     """
-    neighbours = [each for each in config.gpu_instances if each.host == instance.host]
+    neighbours = [each for each in config.gpu_instances if canonical_host(each.host) == canonical_host(instance.host)]
     chunked, graph, engine = config.chunked_prefill, config.cuda_graph, config.engine
     num_cores = len(os.sched_getaffinity(0))
     return {

@@ -40,6 +40,8 @@ class _Call:
     news: News = field(default_factory=queue.SimpleQueue)
     errors: list[tuple[int, Exception]] = field(default_factory=list)
     """Of requests that failed, and of which the caller has not heard yet: each with its place."""
+    num_new_tokens: int = 0
+    """Of the last step."""
 
 
 class LLM:
@@ -132,6 +134,7 @@ class LLM:
         if not call.requests and not call.errors:
             raise InvalidRequest("step: there is no request; add_request() first")
         progress, num_prompt_tokens = self._running().step(call.news) if not call.errors else ([], 0)
+        call.num_new_tokens = sum(len(each.token_ids) for each in progress)
         finished = []
         for each in progress:
             request = call.requests.get(each.request_id)
@@ -151,6 +154,11 @@ class LLM:
             with naming(place, call.num_prompts):
                 raise error
         return finished, num_prompt_tokens or -len(progress)
+
+    def _step_rated(self, call: _Call) -> tuple[list[_Request], int]:
+        """The same with minus the tokens that came, where none of a prompt were computed here."""
+        finished, count = self._step(call)
+        return finished, count if count > 0 else -call.num_new_tokens
 
     def is_finished(self) -> bool:
         """Whether every request of `add_request` has finished, and `step` has said so."""
@@ -202,9 +210,9 @@ class LLM:
             for place, (token_ids, params) in enumerate(todo):
                 self._add(call, token_ids, params, place)
                 if call.errors or not call.news.empty():
-                    yield self._step(call)
+                    yield self._step_rated(call)
             while call.requests or call.errors:
-                yield self._step(call)
+                yield self._step_rated(call)
         finally:
             if call.requests:  # what an error or a Ctrl-C has left behind
                 with contextlib.suppress(Ended):
@@ -216,19 +224,31 @@ class LLM:
         return self._backend
 
 
+MEASURED_S = 0.1
+
+
 class _Rates:
-    """tqdm's postfix, with nano-vllm's names: tokens per second of the last step of each kind."""
+    """tqdm's postfix, with nano-vllm's names: tokens per second of the last steps of each kind, MEASURED_S together.
+
+    A kind that was not seen has none: prompts that other processes compute are not counted here.
+    """
 
     def __init__(self) -> None:
         import time
 
         self._clock = time.perf_counter
         self._last_s = self._clock()
-        self._shown = {"Prefill": "0tok/s", "Decode": "0tok/s"}
+        self._tokens = {"Prefill": 0, "Decode": 0}
+        self._time_s = {"Prefill": 0.0, "Decode": 0.0}
+        self._shown: dict[str, str] = {}
 
     def after(self, count: int) -> dict[str, str]:
         now_s = self._clock()
         kind = "Prefill" if count > 0 else "Decode"
-        self._shown[kind] = f"{int(abs(count) / max(now_s - self._last_s, 1e-9))}tok/s"
+        self._tokens[kind] += abs(count)
+        self._time_s[kind] += now_s - self._last_s
         self._last_s = now_s
+        if kind not in self._shown or self._time_s[kind] >= MEASURED_S:
+            self._shown[kind] = f"{int(self._tokens[kind] / max(self._time_s[kind], 1e-9))}tok/s"
+            self._tokens[kind], self._time_s[kind] = 0, 0.0
         return self._shown

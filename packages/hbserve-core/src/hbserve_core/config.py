@@ -6,6 +6,7 @@ import msgspec
 
 from hbserve_core.errors import InvalidInstanceConfig
 from hbserve_kv.config import KVTransferConfig
+from hbserve_rpc import InvalidAddress, check_peer_host
 
 Role = Literal["prefill", "decode", "hybrid"]
 
@@ -16,8 +17,8 @@ LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 class InstanceConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Configuration of one engine, and of the instance process around it.
 
-    Limits of the batch, threads, port and log level are checked here; what depends on the model or the device when the
-    model is loaded.
+    Limits of the batch, threads, host, port and log level are checked here; what depends on the model or the device
+    when the model is loaded.
 
     Raises:
         InvalidInstanceConfig: (a ValueError) names the field, the value and what is allowed.
@@ -68,6 +69,7 @@ class InstanceConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     cuda_graph_max_seq_len: int = 2048
 
     host: str = "127.0.0.1"
+    """Where its RPC server listens and is dialled: an IP address without brackets, or a name; no wildcard."""
     port: int = 0
     """Port of the instance's RPC server; 0 lets the OS choose."""
     kv_rank: int = 0
@@ -86,6 +88,10 @@ class InstanceConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
             value = getattr(self, name)
             if not isinstance(value, int) or value < low:
                 raise InvalidInstanceConfig(f"{name}={value!r}: expected an integer >= {low}")
+        try:
+            check_peer_host(self.host)
+        except InvalidAddress as error:
+            raise InvalidInstanceConfig(f"host={error}") from None
         if not isinstance(self.port, int) or not 0 <= self.port <= 65535:
             raise InvalidInstanceConfig(f"port={self.port!r}: expected 0 (the system chooses) to 65535")
         if self.log_level not in LOG_LEVELS:

@@ -56,5 +56,6 @@ class KVTransferBase(ABC):
     async def receive_kv_cache(self, request_id: str, source_rank: int) -> "torch.Tensor":
         """The tensor that `source_rank` sent under `request_id`: same bytes, any shape and device.
 
-        May be called before or after the peer's send. Is cancelled when the transfer is given up.
+        May be called before or after the peer's send; returns when the tensor is there. Is cancelled when the transfer
+        is given up. Anything else than a tensor of as many bytes fails the transfer.
         """

@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 
 from hbserve_kv.errors import AddressNotAvailable
+from hbserve_rpc import InvalidAddress, check_peer_host
 
 GOODBYE_TIMEOUT_S = 1.0
 """What a manager that is closed gives its peers to hear how their transfers ended, on either side."""
@@ -34,7 +35,7 @@ class KVTransferConfig(msgspec.Struct, frozen=True, kw_only=True):
     buffer_size: int = 1 << 30
     """Bytes of the lookup buffer, where transfers wait that nobody has asked for yet. Touched as it is used."""
     host: str = "127.0.0.1"
-    """Address that the control server binds, and that peers are told."""
+    """Address that the control server binds, and that peers are told: an IP address without brackets, or a name."""
     port: int = 0
     """Port of the control server; 0 lets the OS choose."""
     timeout_s: float = 30.0
@@ -51,8 +52,13 @@ class KVTransferConfig(msgspec.Struct, frozen=True, kw_only=True):
         """Refuse what cannot work, before anything waits for it. May ask a name server.
 
         Raises:
-            AddressNotAvailable: `host` is no address of this machine, or a name that nobody knows.
+            AddressNotAvailable: `host` is no address, none that peers could reach (0.0.0.0, ::), none of this machine,
+                or a name that nobody knows.
         """
+        try:
+            check_peer_host(self.host)
+        except InvalidAddress as error:
+            raise AddressNotAvailable(f"kv_transfer.ip={error}") from error
         cure = "use an address of this machine that its peers reach, or none for the one that the instance serves on"
         try:
             found = {place[:2] for *_, place in socket.getaddrinfo(self.host, 0, type=socket.SOCK_STREAM)}

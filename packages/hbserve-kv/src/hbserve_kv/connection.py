@@ -13,7 +13,7 @@ from hbserve_kv.errors import FingerprintMismatch, TransferFailed
 from hbserve_kv.handshake import Identity
 from hbserve_kv.messages import Abandon, AnnouncedPart, Cancelled, Handshake, LinkReply, PartsAnnounced
 from hbserve_kv.transport import DrainUnknown, Link, Part, Transport
-from hbserve_rpc import HBServeRpcError, RpcClient, RpcStream
+from hbserve_rpc import HBServeRpcError, InvalidAddress, RpcClient, RpcStream
 
 logger = logging.getLogger(__name__)
 
@@ -165,7 +165,7 @@ async def connect(
     """
     offers = dict(transports)
     while True:
-        client = RpcClient(address, heartbeat_interval_s=min(2.0, timeout_s / 4), heartbeat_timeout_s=timeout_s)
+        client = _client(address, timeout_s)
         await client.start()
         try:
             stream, reply, link = await _shake_hands(client, me, my_address, offers, timeout_s)
@@ -183,6 +183,13 @@ async def connect(
         if not offers:
             raise TransferFailed(f"no connection to {address} by {transport.name}: {error}") from error
         logger.warning("no connection to %s by %s, next is %s: %s", address, transport.name, next(iter(offers)), error)
+
+
+def _client(address: str, timeout_s: float) -> RpcClient:
+    try:
+        return RpcClient(address, heartbeat_interval_s=min(2.0, timeout_s / 4), heartbeat_timeout_s=timeout_s)
+    except InvalidAddress as error:  # it came in a grant
+        raise TransferFailed(f"no connection to {error}") from error
 
 
 async def _try_transport(transport: Transport, link: Link, timeout_s: float) -> Exception | None:

@@ -9,7 +9,7 @@ from hbserve_kv.errors import FingerprintMismatch
 from hbserve_kv.heads import HeadRange
 from hbserve_kv.messages import Handshake
 from hbserve_kv.transport import Transport
-from hbserve_rpc import InvalidRequest
+from hbserve_rpc import InvalidAddress, InvalidRequest, parse_address
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,12 @@ def check(hello: Handshake, me: Identity) -> HeadRange:
 
     Raises:
         InvalidRequest: a field of the fingerprint differs, or they have no head in common; says which, and both values.
+            Or the address is none.
     """
+    try:
+        parse_address(hello.address)
+    except InvalidAddress as error:
+        raise InvalidRequest(f"address={error}") from None
     mine = me.fingerprint | {"protocol": messages.PROTOCOL_VERSION, "num_kv_heads": me.heads.total}
     theirs = hello.fingerprint | {"protocol": hello.protocol_version, "num_kv_heads": hello.heads.total}
     for name in sorted(mine.keys() | theirs.keys()):

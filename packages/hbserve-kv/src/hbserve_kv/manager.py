@@ -25,7 +25,7 @@ from hbserve_kv.peers import Peers
 from hbserve_kv.receiver import Receiver
 from hbserve_kv.transfer_state import Outcome, State
 from hbserve_kv.transport import Transport
-from hbserve_rpc import RpcServer
+from hbserve_rpc import RpcServer, parse_address
 
 
 class _Shape(msgspec.Struct, frozen=True):
@@ -215,7 +215,8 @@ class KVTransferManager(KVTransferBase):
     # ---- whole tensors -------------------------------------------------------------------------------------------
 
     def add_peer(self, rank: int, address: str) -> None:
-        """Say where a rank's manager is: needed to send to it by rank."""
+        """Say where a rank's manager is: needed to send to it by rank. Raises InvalidAddress, a ValueError."""
+        parse_address(address)
         self._addresses[rank] = address
 
     async def send_kv_cache(self, request_id: str, kv_buffer: torch.Tensor, target_rank: int) -> None:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from hbserve_kv import messages
 from hbserve_kv.incoming import Incoming, IncomingLink
 from hbserve_kv.transfer_state import State
-from hbserve_rpc import HBServeRpcError, RpcClient
+from hbserve_rpc import HBServeRpcError, RpcClient, parse_address
 
 logger = logging.getLogger(__name__)
 
@@ -143,10 +143,9 @@ async def has_ended(lost: IncomingLink) -> bool:
     its host says that nothing listens there, or the process that does says that it is another life, or that it has
     ended the link.
     """
-    host, _, port = lost.hello.address.rpartition(":")
     try:
         async with asyncio.timeout(ANSWER_TIMEOUT_S):
-            _, writer = await asyncio.open_connection(host, int(port))
+            _, writer = await asyncio.open_connection(*parse_address(lost.hello.address))
     except ConnectionRefusedError:
         return True
     except (OSError, TimeoutError):

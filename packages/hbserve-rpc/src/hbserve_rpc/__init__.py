@@ -1,9 +1,11 @@
 """Typed messages, and RPC over ZeroMQ."""
 
+from hbserve_rpc.address import canonical_host, check_host, check_peer_host, format_address, parse_address
 from hbserve_rpc.client import RpcClient, RpcStream
 from hbserve_rpc.errors import (
     AddressInUse,
     HBServeRpcError,
+    InvalidAddress,
     InvalidRequest,
     LogitsNotFinite,
     Overloaded,
@@ -19,6 +21,7 @@ from hbserve_rpc.server import RpcServer
 __all__ = [
     "AddressInUse",
     "HBServeRpcError",
+    "InvalidAddress",
     "InvalidRequest",
     "LogitsNotFinite",
     "Method",
@@ -33,4 +36,9 @@ __all__ = [
     "RpcTimeout",
     "SamplingParams",
     "StreamMethod",
+    "canonical_host",
+    "check_host",
+    "check_peer_host",
+    "format_address",
+    "parse_address",
 ]

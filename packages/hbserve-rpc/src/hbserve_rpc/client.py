@@ -15,6 +15,7 @@ import msgspec
 import zmq
 
 from hbserve_rpc import wire
+from hbserve_rpc.address import look_up, parse_address
 from hbserve_rpc.errors import HBServeRpcError, PeerLost, ProtocolMismatch, RpcTimeout
 from hbserve_rpc.message_socket import MessageSocket
 from hbserve_rpc.methods import Method, Notification, StreamMethod
@@ -23,6 +24,8 @@ logger = logging.getLogger(__name__)
 
 Q = TypeVar("Q", bound=msgspec.Struct)
 R = TypeVar("R")
+
+LOOK_UP_TIMEOUT_S = 2.0
 
 
 class RpcClient:
@@ -33,11 +36,14 @@ class RpcClient:
     """
 
     def __init__(self, address: str, *, heartbeat_interval_s: float = 2.0, heartbeat_timeout_s: float = 10.0) -> None:
+        """Raises InvalidAddress, a ValueError."""
+        self._host, _ = parse_address(address)
         self.address = address
         self.dropped_frames = 0
         """Messages that were undecodable, of an earlier life of the server, or for a call that has ended."""
         self._interval_s = heartbeat_interval_s
         self._timeout_s = heartbeat_timeout_s
+        self._closed = False
         self._epoch: str | None = None
         self._last_heard_s = 0.0
         self._ids = itertools.count(1)
@@ -52,13 +58,26 @@ class RpcClient:
         self._socket = MessageSocket(zmq.DEALER, options, self._receive)
 
     async def start(self) -> None:
-        """Connect in the background; returns at once, whether the server is there or not."""
-        self._socket.open(lambda socket: socket.connect(f"tcp://{self.address}"))
+        """Connect in the background, whether the server is there or not. Waits only to look a name up."""
+        self._closed = False
+        uses_ipv6 = await self._uses_ipv6()
+        if self._closed:  # meanwhile
+            return
+        self._socket.open(lambda socket: socket.connect(f"tcp://{self.address}"), {zmq.IPV6: uses_ipv6})
         self._hello()
         self._heart = asyncio.create_task(self._heartbeat())
 
+    async def _uses_ipv6(self) -> bool:
+        """ZeroMQ looks names up at each attempt, but must know before whether IPv6 is wanted; it prefers it then."""
+        try:
+            async with asyncio.timeout(LOOK_UP_TIMEOUT_S):
+                return ":" in await look_up(self._host)
+        except (OSError, TimeoutError):  # a name that nobody knows yet: with IPv6, ZeroMQ would take either
+            return True
+
     async def close(self, why: str = "this client was closed") -> None:
         """Fail what is under way with PeerLost, and leave no task or socket behind. May be called twice."""
+        self._closed = True
         self._socket.stop_reading()
         heart, self._heart = self._heart, None
         try:

@@ -6,6 +6,7 @@ HBServeRpcError
 ├── Overloaded                           refused for lack of room; later it may pass
 ├── RpcTimeout (TimeoutError)            no answer before the call's deadline
 ├── PeerLost (ConnectionError)           the peer's heartbeats stopped, or it restarted during the call
+├── InvalidAddress (ValueError)          a host or address that cannot be; has what is expected instead
 ├── AddressInUse (OSError)               the address to serve on belongs to another process
 ├── ProtocolMismatch                     the peer speaks another protocol version
 └── RemoteError                          the peer's handler failed; its message is kept
@@ -39,6 +40,10 @@ class RpcTimeout(HBServeRpcError, TimeoutError):
 
 class PeerLost(HBServeRpcError, ConnectionError):
     code = "peer_lost"
+
+
+class InvalidAddress(HBServeRpcError, ValueError):
+    code = "invalid_address"
 
 
 class AddressInUse(HBServeRpcError, OSError):

@@ -36,8 +36,10 @@ class MessageSocket:
     def is_open(self) -> bool:
         return self._end is not None and self._end.alive
 
-    def open(self, attach: Callable[["zmq.Socket[bytes]"], object]) -> None:
-        """`attach` connects or binds it; what that raises closes it again."""
+    def open(
+        self, attach: Callable[["zmq.Socket[bytes]"], object], options: Mapping[int, int | bytes] | None = None
+    ) -> None:
+        """`attach` connects or binds it, with further options; what that raises closes it again."""
         self._loop = asyncio.get_running_loop()
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._socket = context.socket(self._kind)
@@ -46,7 +48,7 @@ class MessageSocket:
         self._end = weakref.finalize(self, _end, context, self._socket)
         self._end.atexit = False
         try:
-            for option, value in self._options.items():
+            for option, value in (self._options | dict(options or {})).items():
                 self._socket.setsockopt(option, value)
             attach(self._socket)
             self._loop.add_reader(self._socket.FD, self._read)

@@ -14,6 +14,7 @@ import msgspec
 import zmq
 
 from hbserve_rpc import wire
+from hbserve_rpc.address import check_host, format_address, look_up
 from hbserve_rpc.errors import AddressInUse, HBServeRpcError, InvalidRequest
 from hbserve_rpc.message_socket import MessageSocket
 from hbserve_rpc.methods import Method, Notification, StreamMethod
@@ -49,6 +50,12 @@ class RpcServer:
     def __init__(
         self, host: str = "127.0.0.1", port: int = 0, *, epoch: str | None = None, heartbeat_timeout_s: float = 10.0
     ) -> None:
+        """`host`: an IP address, without brackets, or a name, of which it serves on one address; 0.0.0.0 or :: is all.
+
+        Raises:
+            InvalidAddress: (a ValueError) it is neither.
+        """
+        check_host(host)
         self.host = host
         self.port = port
         self.epoch = epoch or uuid.uuid4().hex
@@ -79,8 +86,8 @@ class RpcServer:
 
     @property
     def address(self) -> str:
-        """`host:port` that clients connect to."""
-        return f"{self.host}:{self.port}"
+        """`host:port` that clients connect to. With a wildcard they need an address of this machine instead."""
+        return format_address(self.host, self.port)
 
     async def start(self) -> None:
         """Bind and serve.
@@ -89,12 +96,16 @@ class RpcServer:
             AddressInUse: another socket has the address.
             OSError: the address cannot be bound for another reason, for example because this host does not have it.
         """
-        self._socket.open(self._bind)
+        try:
+            host = await look_up(self.host)
+        except OSError as error:
+            raise OSError(error.errno, f"cannot serve on {self.address}: {error.strerror}") from error
+        self._socket.open(lambda socket: self._bind(socket, host), {zmq.IPV6: ":" in host})
         self._dropping = asyncio.create_task(self._drop_silent_clients())
 
-    def _bind(self, socket: "zmq.Socket[bytes]") -> None:
+    def _bind(self, socket: "zmq.Socket[bytes]", host: str) -> None:
         try:
-            socket.bind(f"tcp://{self.host}:{self.port}")
+            socket.bind(f"tcp://{format_address(host, self.port)}")
         except zmq.ZMQError as error:
             if error.errno == errno.EADDRINUSE:
                 raise AddressInUse(f"{self.address} is in use by another process; choose another port, or 0") from error

@@ -7,6 +7,7 @@ import signal
 import sys
 from pathlib import Path
 
+from hbserve_rpc import format_address
 from hbserve_scheduler.config import DeploymentConfig
 from hbserve_scheduler.config_file import load_config
 from hbserve_scheduler.cpu_scheduler import CpuScheduler
@@ -42,7 +43,9 @@ async def serve_config(path: str | Path) -> None:
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     scheduler = CpuScheduler(config.scheduler, model_path=config.model.path or "")
     for instance in config.gpu_instances:
-        await scheduler.add_instance(instance.instance_id, instance.instance_type, f"{instance.host}:{instance.port}")
+        await scheduler.add_instance(
+            instance.instance_id, instance.instance_type, format_address(instance.host, instance.port)
+        )
     server = SchedulerServer(scheduler)
     await server.serve_until(stop)
 

@@ -51,6 +51,7 @@ class InstanceSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     gpu_id: int | None = None
     """CUDA device; None shares the devices out by rank."""
     host: str = "127.0.0.1"
+    """Where it serves, and where the scheduler and its peers dial it: an IP address of its machine, or a name."""
     port: int = 0
     kv_rank: int = 0
     tensor_parallel_size: int | None = None
@@ -71,6 +72,7 @@ class EngineSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 
 class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     host: str = "127.0.0.1"
+    """Where it serves clients; 0.0.0.0 and :: are every address of its machine."""
     port: int = 5550
     prefill_policy: Policy = "least_loaded"
     decode_policy: Policy = "least_loaded"

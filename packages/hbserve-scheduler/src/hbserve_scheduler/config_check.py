@@ -7,11 +7,14 @@ from typing import Any
 
 import msgspec
 
+from hbserve_rpc import InvalidAddress, canonical_host, check_host, check_peer_host
 from hbserve_scheduler.config import DeploymentConfig, InstanceSection
 from hbserve_scheduler.errors import ConfigError
 
 UNITS = {"": 1, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 PORTS = (0, 65535)
+ONE_IP_VERSION = ("nccl", "mooncake")
+"""Backends whose two ends have addresses of one version of IP."""
 
 
 def convert(content: Any) -> DeploymentConfig:
@@ -40,6 +43,7 @@ def check(config: DeploymentConfig) -> None:
             f"scheduler.heartbeat_interval_s={config.scheduler.heartbeat_interval_s!r}, or every instance seems lost"
         )
     parse_size("kv_transfer.buffer_size", config.kv_transfer.buffer_size)
+    _check_hosts(config)
     _check_instances(config.gpu_instances)
     _check_scheduler_port(config)
     _check_kv_ports(config)
@@ -78,18 +82,43 @@ def _ranges(config: DeploymentConfig) -> Iterator[tuple[str, float | None, float
         yield f"gpu_instances[{i}].tensor_parallel_size", instance.tensor_parallel_size, 1, any_more
 
 
+def _check_hosts(config: DeploymentConfig) -> None:
+    """The scheduler may listen on every address. Of the others, each is what its peers and the scheduler dial."""
+    dialled = {f"gpu_instances[{i}].host": instance.host for i, instance in enumerate(config.gpu_instances)}
+    if config.kv_transfer.ip is not None:
+        dialled["kv_transfer.ip"] = config.kv_transfer.ip
+    for path, host in {"scheduler.host": config.scheduler.host, **dialled}.items():
+        try:
+            (check_peer_host if path in dialled else check_host)(host)
+        except InvalidAddress as error:
+            raise ConfigError(f"{path}={error}") from None
+    _check_ip_versions(config)
+
+
+def _check_ip_versions(config: DeploymentConfig) -> None:
+    """Names are left to those who look them up. With kv_transfer.ip every KV listener is there."""
+    if config.kv_transfer.backend not in ONE_IP_VERSION or config.kv_transfer.ip is not None:
+        return
+    hosts = {instance.host: i for i, instance in enumerate(config.gpu_instances) if instance.instance_type != "hybrid"}
+    of_ipv6 = next((host for host in hosts if ":" in host), None)
+    of_ipv4 = next((host for host in hosts if re.fullmatch(r"[0-9.]+", host)), None)
+    if of_ipv6 is not None and of_ipv4 is not None:
+        raise ConfigError(
+            f"gpu_instances[{hosts[of_ipv6]}].host={of_ipv6!r}: gpu_instances[{hosts[of_ipv4]}] has {of_ipv4!r}; "
+            f"kv_transfer.backend={config.kv_transfer.backend!r} needs IPv4 for all, or IPv6 for all"
+        )
+
+
 def _check_instances(instances: Sequence[InstanceSection]) -> None:
     for i, instance in enumerate(instances):
         if not instance.instance_id:
             raise ConfigError(f"gpu_instances[{i}].instance_id='': expected a name")
-        if not instance.host:
-            raise ConfigError(f"gpu_instances[{i}].host='': expected an address")
         for j, other in enumerate(instances[:i]):
             for key in ("instance_id", "kv_rank", "port"):
                 value = getattr(instance, key)
                 same = value == getattr(other, key)
                 if key == "port":
-                    same = same and value != 0 and instance.host == other.host
+                    same = same and value != 0 and canonical_host(instance.host) == canonical_host(other.host)
                 if same:
                     raise ConfigError(
                         f"gpu_instances[{i}].{key}={value!r}: gpu_instances[{j}] has it too; each needs its own"
@@ -106,7 +135,8 @@ def _check_instances(instances: Sequence[InstanceSection]) -> None:
 def _check_scheduler_port(config: DeploymentConfig) -> None:
     scheduler = config.scheduler
     for i, instance in enumerate(config.gpu_instances):
-        if (instance.host, instance.port) == (scheduler.host, scheduler.port) and instance.port != 0:
+        same_host = canonical_host(instance.host) == canonical_host(scheduler.host)
+        if same_host and instance.port == scheduler.port != 0:
             raise ConfigError(f"gpu_instances[{i}].port={instance.port}: is scheduler.port too; each needs its own")
 
 
@@ -118,13 +148,14 @@ def _check_kv_ports(config: DeploymentConfig) -> None:
         kv_port = config.kv_transfer.port + instance.kv_rank
         if kv_port > PORTS[1]:
             raise ConfigError(f"gpu_instances[{i}].kv_rank={instance.kv_rank}: kv_transfer.port + kv_rank is {kv_port}")
-        if (scheduler.host, scheduler.port) == (config.kv_transfer.ip or instance.host, kv_port):
+        kv_host = canonical_host(config.kv_transfer.ip or instance.host)
+        if (canonical_host(scheduler.host), scheduler.port) == (kv_host, kv_port):
             raise ConfigError(
                 f"kv_transfer.port={config.kv_transfer.port}: port + kv_rank of gpu_instances[{i}] is {kv_port}, "
                 "which is scheduler.port"
             )
         for j, other in enumerate(config.gpu_instances):
-            if other.port == kv_port and other.host == instance.host:
+            if other.port == kv_port and canonical_host(other.host) == canonical_host(instance.host):
                 raise ConfigError(
                     f"kv_transfer.port={config.kv_transfer.port}: port + kv_rank of gpu_instances[{i}] is {kv_port}, "
                     f"which is gpu_instances[{j}].port"

@@ -2,13 +2,18 @@
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable
 
 from hbserve_rpc import HBServeRpcError, RpcClient
 from hbserve_rpc.messages import DESCRIBE, STATS, Empty, InstanceInfo, InstanceStats, InstanceStatus, Role
 from hbserve_scheduler.config import SchedulerConfig
+from hbserve_scheduler.outage import Outage
 
 logger = logging.getLogger(__name__)
+
+SAY_AFTER_S = 5.0
+"""A call that has no answer yet, to an instance that is not reached, is a failure after so long."""
 
 
 class InstanceHandle:
@@ -33,6 +38,8 @@ class InstanceHandle:
         self.changed = on_change
         """To be called when there may be more room than before."""
         self._polling: asyncio.Task[None] | None = None
+        self._outage: Outage | None = None
+        """While it is not reached."""
         self.client = self._make_client()
 
     def _make_client(self) -> RpcClient:
@@ -43,6 +50,7 @@ class InstanceHandle:
         )
 
     async def start(self) -> None:
+        self._outage = Outage(time.monotonic())
         await self.client.start()
         self._polling = asyncio.create_task(self._poll())
 
@@ -75,6 +83,10 @@ class InstanceHandle:
         if info.instance_id != self.instance_id or info.role != self.role:
             self.lost(f"{self.address} is {info.role} instance {info.instance_id!r}, not {self.instance_id!r}")
             return
+        if self._outage is not None and self._outage.was_said:
+            silent_s = time.monotonic() - self._outage.began_s
+            logger.warning("%s at %s is reached, after %.0f s", self.instance_id, self.address, silent_s)
+        self._outage = None
         if self.info != info:
             why = f": {info.error}" if info.error else ""
             logger.info("%s at %s is %s%s", self.instance_id, self.address, info.status, why)
@@ -87,8 +99,17 @@ class InstanceHandle:
         """It cannot be used until it answers again."""
         if self.info is not None:
             logger.warning("%s at %s is lost: %s", self.instance_id, self.address, why)
+            self._outage = Outage(time.monotonic(), was_said=True)
         self.info, self.problem = None, why
+        self._complain()
         self.changed()
+
+    def _complain(self) -> None:
+        """Say that it is not reached, if that is due."""
+        now_s = time.monotonic()
+        if self._outage is not None and self._outage.is_due(now_s):
+            silent_s = now_s - self._outage.began_s
+            logger.warning("not reached for %.0f s, and tried on: %s", silent_s, self.describe_problem())
 
     async def drop(self, why: str) -> None:
         """It is known to be dead: fail what waits for it now, rather than when its heartbeats are missed."""
@@ -100,11 +121,14 @@ class InstanceHandle:
     async def _poll(self) -> None:
         while True:
             client = self.client
+            complaint = asyncio.get_running_loop().call_later(SAY_AFTER_S, self._complain)
             try:
                 await self.refresh()
             except HBServeRpcError as error:
                 if client is self.client:
                     self.lost(str(error))
+            finally:
+                complaint.cancel()
             await asyncio.sleep(self._config.heartbeat_interval_s)
 
     def describe_problem(self) -> str:

@@ -1,6 +1,12 @@
 """Carries parts by a KVTransferBase of somebody else: one send and one receive for each part."""
 
+import inspect
+from typing import Any
+
+import torch
+
 from hbserve_kv.base import KVTransferBase
+from hbserve_kv.errors import BackendUnavailable
 from hbserve_kv.memory import Memory, gather, scatter
 from hbserve_kv.transport import Link, Part, Transport
 
@@ -13,30 +19,43 @@ class CustomTransport(Transport):
         self._backend = backend
 
     async def start(self, memory: Memory) -> None:
+        """Raises BackendUnavailable if it describes itself by something else than bytes."""
         self._memory = memory
-        await self._backend.start()
+        await self._call("start")
+        self.describe()
 
     def describe(self) -> bytes:
-        return self._backend.describe()
+        description = self._backend.describe()
+        if not isinstance(description, bytes):
+            raise BackendUnavailable(f"{self.name}.describe() returned {description!r}; it must return bytes")
+        return description
 
     async def connect(self, link: Link) -> None:
-        await self._backend.connect(link.peer_rank, link.peer_description)
+        await self._call("connect", link.peer_rank, link.peer_description)
 
     async def push(self, link: Link, part: Part) -> None:
         if part.ready is not None:
             await link.run(part.ready.synchronize)
         blocks = gather(self._memory.part(part.region, link.heads), part.block_ids).flatten(1)
-        await self._backend.send_kv_cache(_message_id(link, part), blocks, link.peer_rank)
+        await self._call("send_kv_cache", _message_id(link, part), blocks, link.peer_rank)
 
     async def accept(self, link: Link, part: Part) -> None:
-        blocks = await self._backend.receive_kv_cache(_message_id(link, part), link.peer_rank)
+        blocks = await self._call("receive_kv_cache", _message_id(link, part), link.peer_rank)
         rows = self._memory.part(part.region, link.heads)
         expected = len(part.block_ids) * rows[0].numel()
-        if blocks.nbytes != expected:
+        if not isinstance(blocks, torch.Tensor) or blocks.nbytes != expected:
+            what = f"a tensor of {blocks.nbytes} bytes" if isinstance(blocks, torch.Tensor) else repr(blocks)
             raise ValueError(
-                f"{self.name} received {blocks.nbytes} bytes for {part.transfer_id}:{part.index}, expected {expected}"
+                f"{self.name}.receive_kv_cache({_message_id(link, part)!r}, {link.peer_rank}) returned {what}; it must "
+                f"return the torch.Tensor of {expected} bytes that send_kv_cache got there for the same request_id"
             )
-        scatter(rows, part.block_ids, blocks.contiguous().view(-1).to(rows.device))
+        scatter(rows, part.block_ids, blocks.contiguous().view(-1).view(torch.uint8).to(rows.device))
+
+    async def _call(self, method: str, *arguments: Any) -> Any:
+        result = getattr(self._backend, method)(*arguments)
+        if not inspect.isawaitable(result):
+            raise TypeError(f"{self.name}.{method} returned {result!r} and no coroutine; write it with `async def`")
+        return await result
 
     async def disconnect(self, link: Link) -> None:
         """The backend knows ranks, not links; it hears of a new peer by `connect`."""

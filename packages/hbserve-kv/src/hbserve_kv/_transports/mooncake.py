@@ -8,6 +8,7 @@ What its Python API makes necessary (read and measured on 0.3.13):
 - A synchronous write returns -1 when it has timed out, or as soon as one of its pieces has failed; the others go on
   and land. So that is `DrainUnknown`, and only the end of the engine stops it.
 - `protocol` does not choose the transport, and a wrong one falls back to TCP in silence. MC_FORCE_TCP is set for "tcp".
+- It connects either to IPv4 or to IPv6 addresses, as MC_USE_IPV6 had it when it was imported.
 - In P2P mode the port in the host name is ignored: the session is `host:get_rpc_port()`.
 """
 
@@ -25,6 +26,7 @@ import torch  # Mooncake's CUDA wheels find libcudart through torch, which must 
 from hbserve_kv._transports.mooncake_engines import MOST_RECEIVING_ON_TCP, Engine, MooncakeEngines, end
 from hbserve_kv._transports.mooncake_setup import (
     CONFIG_VARIABLE,
+    choose_ip_version,
     import_engine,
     load_config,
     require_cuda_wheel,
@@ -34,6 +36,7 @@ from hbserve_kv._transports.own_sockets import hang_up
 from hbserve_kv.errors import BackendUnavailable
 from hbserve_kv.memory import REGIONS, Memory, Region, pieces
 from hbserve_kv.transport import DrainUnknown, Link, Part, Transport
+from hbserve_rpc import format_address, parse_address
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +50,7 @@ class Offer(msgspec.Struct, frozen=True):
 
     carrier: str
     """TCP or RDMA, as it was verified."""
+    ip_version: int
 
 
 class Description(msgspec.Struct, frozen=True):
@@ -65,9 +69,10 @@ class MooncakeTransport(Transport):
     def __init__(self, host: str, timeout_s: float) -> None:
         # Read by Mooncake when it is imported.
         os.environ.setdefault("MC_LOG_LEVEL", "ERROR")
-        self._engine_class = import_engine()
         self._config = load_config()
         self._host = self._config.local_hostname or host
+        self._ip_version = choose_ip_version(self._host)
+        self._engine_class = import_engine()
         self._timeout_s = max(timeout_s, SHORTEST_TIMEOUT_S)
         self._engines = MooncakeEngines(self._make_engine)
         """That write."""
@@ -107,7 +112,7 @@ class MooncakeTransport(Transport):
         sizes = [rows.nbytes for rows in places]
         if rc := native.batch_register_memory([rows.data_ptr() for rows in places], sizes):
             raise BackendUnavailable(f"Mooncake cannot register memory of {sizes} bytes: code {rc}")
-        return Engine(native, scratch)
+        return Engine(native, scratch, "::1" if self._ip_version == 6 else "127.0.0.1")
 
     def _verified_transport(self, engine: Any) -> str:
         """What this engine really uses, by what it found and not by what was asked for.
@@ -132,13 +137,13 @@ class MooncakeTransport(Transport):
         return self._detail.partition(" ")[0]
 
     def describe(self) -> bytes:
-        return msgspec.msgpack.encode(Offer(self._carrier))
+        return msgspec.msgpack.encode(Offer(self._carrier, self._ip_version))
 
     async def admit(self, link: Link) -> bytes:
         engine = self._admitted[link] = await self._receiving.join(link, "")
         return msgspec.msgpack.encode(
             Description(
-                f"{self._host}:{engine.native.get_rpc_port()}",
+                format_address(self._host, engine.native.get_rpc_port()),
                 {region: self._memory.rows(region).data_ptr() for region in REGIONS},
                 {region: self._memory.rows(region).shape[0] for region in REGIONS},
             )
@@ -155,8 +160,9 @@ class MooncakeTransport(Transport):
         return {link.key, *others}
 
     def unreachable(self, description: bytes) -> str:
-        theirs = msgspec.msgpack.decode(description, type=Offer).carrier
-        return "" if theirs == self._carrier else f"Mooncake uses {theirs} there and {self._carrier} here"
+        theirs, mine = msgspec.msgpack.decode(description, type=Offer), Offer(self._carrier, self._ip_version)
+        both = [f"{each.carrier} by IPv{each.ip_version}" for each in (theirs, mine)]
+        return "" if theirs == mine else f"Mooncake uses {both[0]} there and {both[1]} here"
 
     async def connect(self, link: Link) -> None:
         link.detail = self._detail
@@ -183,9 +189,9 @@ class MooncakeTransport(Transport):
             await asyncio.shield(asking)
         except asyncio.CancelledError:
             asking.cancel()  # which ends it when the call has returned
-            host, _, port = _decode(link).session.rpartition(":")
+            peer = parse_address(_decode(link).session)
             while not asking.done():
-                hang_up(host, int(port))
+                hang_up(*peer)
                 await asyncio.wait([asking], timeout=HANG_UP_INTERVAL_S)
             raise
 

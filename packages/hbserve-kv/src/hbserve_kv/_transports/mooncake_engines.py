@@ -24,6 +24,7 @@ import torch
 
 from hbserve_kv._transports.own_sockets import look_every
 from hbserve_kv.transport import Link
+from hbserve_rpc import format_address
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +43,7 @@ class Engine:
     """Mooncake's TransferEngine. Its attribute is deleted to end it."""
     scratch: torch.Tensor
     """Registered memory of its own, to try a peer with."""
+    loopback: str = "127.0.0.1"
     failed: set[str] = field(default_factory=set)
     """Sessions to which something has failed."""
     condemned: str = ""
@@ -56,7 +58,7 @@ class Engine:
         self.is_open.set()
         look_often(self.native, LOOK_INTERVAL_S)
         # It waits for a second already; a probe by itself ends that.
-        self.native.send_probe(f"127.0.0.1:{self.native.get_rpc_port()}")
+        self.native.send_probe(format_address(self.loopback, self.native.get_rpc_port()))
 
 
 class MooncakeEngines:

@@ -4,16 +4,19 @@ import importlib
 import json
 import logging
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from hbserve_kv.errors import BackendUnavailable
+from hbserve_rpc import InvalidAddress, check_peer_host
 
 logger = logging.getLogger(__name__)
 
 CONFIG_VARIABLE = "MOONCAKE_CONFIG_PATH"
+IPV6_VARIABLE = "MC_USE_IPV6"
 RDMA_CARDS = Path("/sys/class/infiniband")
 
 
@@ -61,6 +64,28 @@ def import_engine() -> Any:
             "and install the variant of the wheel that fits this machine's CUDA"
         ) from error
     return TransferEngine
+
+
+def choose_ip_version(host: str) -> int:
+    """4 or 6. Before Mooncake is imported: it reads then, once in a process, to which of them it shall connect.
+
+    Raises:
+        BackendUnavailable: the host is none, none that peers reach, or not of the version that this process has.
+    """
+    try:
+        check_peer_host(host)
+    except InvalidAddress as error:
+        raise BackendUnavailable(f"Mooncake cannot serve on {error}") from None
+    wanted = 6 if ":" in host else 4
+    if wanted == 6 and "mooncake.engine" not in sys.modules:
+        os.environ.setdefault(IPV6_VARIABLE, "1")
+    there = 6 if os.environ.get(IPV6_VARIABLE) else 4
+    if there != wanted:
+        cure = f"set {IPV6_VARIABLE}=1" if wanted == 6 else f"unset {IPV6_VARIABLE}"
+        raise BackendUnavailable(
+            f"Mooncake uses IPv{there} in this process, and {host} is of IPv{wanted}: {cure}, or use other addresses"
+        )
+    return wanted
 
 
 def require_cuda_wheel() -> None:

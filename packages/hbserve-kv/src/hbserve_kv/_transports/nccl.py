@@ -28,6 +28,7 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from hbserve_kv.errors import BackendUnavailable
 from hbserve_kv.memory import Memory, gather, neighbours, runs, scatter
 from hbserve_kv.transport import GPU_PART_BYTES, Link, Part, Transport
+from hbserve_rpc.address import look_up
 
 T = TypeVar("T")
 
@@ -48,6 +49,7 @@ class _Description(msgspec.Struct, frozen=True):
     store_port: int
     device: str
     """"cpu", or the UUID of the GPU."""
+    ip_version: int
 
 
 @dataclass
@@ -76,18 +78,28 @@ class NcclTransport(Transport):
         if memory.device.type == "cuda":
             self._device = str(torch.cuda.get_device_properties(memory.device).uuid)
             self.max_part_bytes = GPU_PART_BYTES
+        self._ip = await look_up(self._host)
         self._store = TCPStore(self._host, 0, is_master=True, wait_for_workers=False, timeout=self._timeout)
 
     def describe(self) -> bytes:
-        return msgspec.msgpack.encode(_Description(self._host, self._store.port, self._device))
+        return msgspec.msgpack.encode(self._mine)
+
+    @property
+    def _mine(self) -> _Description:
+        return _Description(self._host, self._store.port, self._device, 6 if ":" in self._ip else 4)
+
+    def unreachable(self, description: bytes) -> str:
+        theirs, mine = _decode(description).ip_version, self._mine.ip_version
+        return (
+            "" if theirs == mine else f"one's address is of IPv{theirs}, the other's of IPv{mine}; Gloo needs the same"
+        )
 
     async def connect(self, link: Link) -> None:
         self._groups[link.key] = await _abandonable(self._make_group, link)
 
     def _make_group(self, link: Link) -> _Group:
-        peer = msgspec.msgpack.decode(link.peer_description, type=_Description)
-        mine = _Description(self._host, self._store.port, self._device)
-        receiver = peer if link.is_sender else mine
+        peer = _decode(link.peer_description)
+        receiver = peer if link.is_sender else self._mine
         client = TCPStore(
             receiver.host, receiver.store_port, is_master=False, wait_for_workers=False, timeout=self._timeout
         )
@@ -120,7 +132,7 @@ class NcclTransport(Transport):
         options = gloo._Options()
         options._timeout = self._timeout
         # Gloo would guess an interface from the host's name, which on many hosts is a loopback address.
-        options._devices = [gloo.create_device(hostname=self._host)]
+        options._devices = [gloo.create_device(hostname=self._ip)]
         return gloo(store, rank, 2, options)
 
     async def push(self, link: Link, part: Part) -> None:
@@ -216,6 +228,10 @@ class NcclTransport(Transport):
             group.process_group.abort()
         self._groups.clear()
         del self._store
+
+
+def _decode(description: bytes) -> _Description:
+    return msgspec.msgpack.decode(description, type=_Description)
 
 
 async def _abandonable(blocking: Callable[..., T], *arguments: Any) -> T:

@@ -1,0 +1,148 @@
+"""KV between addresses of every kind that works, and words for each that does not."""
+
+import os
+import socket
+import subprocess
+import sys
+
+import msgspec
+import pytest
+import torch
+
+from hbserve_kv import AddressNotAvailable, BackendUnavailable, KVTransferConfig, Outcome, TransferFailed, messages
+from hbserve_kv.handshake import Identity, check
+from hbserve_kv.heads import HeadRange
+from hbserve_kv.messages import Grant, Handshake
+from hbserve_rpc import InvalidAddress, InvalidRequest
+
+
+def has_ipv6() -> bool:
+    try:
+        with socket.socket(socket.AF_INET6) as trying:
+            trying.bind(("::1", 0))
+    except OSError:
+        return False
+    return True
+
+
+needs_ipv6 = pytest.mark.skipif(not has_ipv6(), reason="this machine has no IPv6")
+
+
+async def move(sender, receiver) -> None:
+    sender._memory.pool[3] = 7
+    posted = receiver.post_receive("t", [1])
+    transfer = await sender.open_send("t", posted.grant)
+    transfer.push([3], 0)
+    assert (await transfer.commit(b"")).outcome is Outcome.COMPLETED
+    assert (await posted.wait()).outcome is Outcome.COMPLETED
+    assert torch.equal(receiver._memory.pool[1], sender._memory.pool[3])
+
+
+@needs_ipv6
+@pytest.mark.parametrize("backend", ["nccl", "ipc", "auto"])
+async def test_kv_moves_between_ipv6_addresses(backend, managers):
+    # Known elsewhere: vLLM #42149, SGLang #7858.
+    sender, receiver = await managers(0, backend, host="::1"), await managers(1, backend, host="0:0:0:0:0:0:0:1")
+    assert sender.address.startswith("[::1]:")
+    await move(sender, receiver)
+
+
+MOONCAKE = """
+import asyncio, sys, torch
+from conftest import make_manager
+from test_addresses import move
+async def main():
+    managers = [make_manager(rank, "mooncake", host=sys.argv[1]) for rank in (0, 1)]
+    for manager in managers:
+        await manager.start()
+    await move(*managers)
+    for manager in managers:
+        await manager.close()
+asyncio.run(main())
+"""
+
+
+@needs_ipv6
+@pytest.mark.parametrize("host", ["::1", "127.0.0.1"])
+def test_mooncake_moves_kv_between_addresses_of_either_version(host, request):
+    # Known elsewhere: Mooncake #470. A process of its own, because Mooncake chooses one version when it is imported.
+    pytest.importorskip("mooncake.engine", reason="Mooncake or its system libraries are missing", exc_type=ImportError)
+    done = subprocess.run(
+        [sys.executable, "-c", MOONCAKE, host], cwd=request.path.parent, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_mooncake_for_the_other_version_of_ip_says_what_to_set(monkeypatch):
+    from hbserve_kv._transports.mooncake_setup import choose_ip_version
+
+    monkeypatch.setitem(sys.modules, "mooncake.engine", os)  # it is there already
+    monkeypatch.delenv("MC_USE_IPV6", raising=False)
+    assert choose_ip_version("127.0.0.1") == 4
+    with pytest.raises(BackendUnavailable, match="uses IPv4 in this process, and ::1 is of IPv6: set MC_USE_IPV6=1"):
+        choose_ip_version("::1")
+    monkeypatch.setenv("MC_USE_IPV6", "1")
+    assert choose_ip_version("::1") == 6
+    with pytest.raises(BackendUnavailable, match=r"uses IPv6 in this process, and 127\.0\.0\.1 is of IPv4: unset"):
+        choose_ip_version("127.0.0.1")
+    with pytest.raises(BackendUnavailable, match="Mooncake cannot serve on '::': is every address"):
+        choose_ip_version("::")
+
+
+@needs_ipv6
+async def test_addresses_of_both_versions_of_ip_are_refused_by_nccl_with_both(managers):
+    sender, receiver = await managers(0, "nccl", host="127.0.0.1"), await managers(1, "nccl", host="::1")
+    posted = receiver.post_receive("t", [1])
+    with pytest.raises(TransferFailed, match="one's address is of IPv4, the other's of IPv6; Gloo needs the same"):
+        await sender.open_send("t", posted.grant)
+    await posted.cancel("test over")
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", pytest.param("::1", marks=needs_ipv6)])
+async def test_every_address_that_peers_can_be_told_is_accepted_and_reached(host, managers):
+    KVTransferConfig(host=host).check_host()
+    await move(await managers(0, "nccl", host=host), await managers(1, "nccl", host=host))
+
+
+@pytest.mark.parametrize(
+    ("host", "words"),
+    [
+        ("0.0.0.0", "is every address of a machine, and none at which peers reach it"),
+        ("::", "is every address of a machine"),
+        ("fe80::1%eth0", "means something else on each machine"),
+        ("fe80::1", "means nothing without its zone"),
+        ("[::1]", "without brackets"),
+        ("127.0.0.1:80", "the host alone"),
+        ("", "expected an IP address or a name"),
+        ("a b", "a name has ASCII letters"),
+        ("2001:db8::1", "this machine does not have it"),
+    ],
+)
+async def test_an_address_that_no_peer_could_reach_is_refused_at_start(host, words, managers):
+    """2001:db8::/32 is nobody's, by RFC 3849."""
+    # Known elsewhere: dynamo #12026, SGLang #21704.
+    with pytest.raises(AddressNotAvailable, match=words) as caught:
+        KVTransferConfig(host=host).check_host()
+    assert str(caught.value).startswith(f"kv_transfer.ip={host!r}: ")
+
+
+@pytest.mark.parametrize("address", ["", "nowhere", "::1:80", "0.0.0.0:80", "a b:80", "host:99999"])
+async def test_an_address_that_came_from_elsewhere_and_is_none_fails_what_it_came_with_and_nothing_else(
+    address, managers
+):
+    sender, receiver = await managers(0, "nccl"), await managers(1, "nccl")
+    grant = msgspec.msgpack.encode(Grant("t", address, receiver.epoch, receiver.heads))
+    with pytest.raises(TransferFailed, match="transfer t: no connection to '"):
+        await sender.open_send("t", grant)
+    with pytest.raises(InvalidAddress):
+        sender.add_peer(1, address)
+    await move(sender, receiver)
+
+
+@pytest.mark.parametrize("address", ["", "nowhere", "::1:80", "0.0.0.0:80"])
+def test_a_sender_that_could_not_be_asked_what_it_writes_is_refused(address):
+    me = Identity(0, "e", {"m": "m"}, HeadRange())
+    hello = Handshake(messages.PROTOCOL_VERSION, 1, "f", address, me.fingerprint, me.heads, {}, "l")
+    with pytest.raises(InvalidRequest, match=f"address='{address}': "):
+        check(hello, me)
+    assert check(msgspec.structs.replace(hello, address="[::1]:80"), me)
