@@ -1,6 +1,8 @@
 """Text that comes in pieces is the text of all tokens at once, up to the first stop string, for any tokens."""
 
+import gc
 import time
+import weakref
 from functools import cache
 
 import pytest
@@ -285,3 +287,12 @@ def test_tokens_that_are_added_to_a_tokenizer_are_heeded_from_then_on():
     assert Detokenizer(made).feed(made.convert_tokens_to_ids(["a"])) == "a"
     made.add_special_tokens({"additional_special_tokens": ["<new>"]})
     assert Detokenizer(made).feed(made.convert_tokens_to_ids(["a", "<new>"])) == "a"
+
+
+def test_a_tokenizer_is_collected_when_nobody_has_it():
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a")))
+    assert Detokenizer(tokenizer).feed([1, 0], final=True)
+    watched = weakref.ref(tokenizer)
+    del tokenizer
+    gc.collect()
+    assert watched() is None

@@ -255,6 +255,11 @@ PROMPT = IDS | SIMPLE | st.lists(SIMPLE, max_size=3) | st.sets(st.integers(0, 9)
 KEYS = st.sampled_from(["prompt", "prompt_token_ids", "input_ids", "attention_mask", "role"])
 PROMPTS_OF_A_CALL = PROMPT | st.lists(IDS | PROMPT, max_size=3) | st.dictionaries(KEYS, PROMPT, max_size=3)
 PARAMS = st.none() | st.just(GREEDY) | SIMPLE | st.lists(st.just(GREEDY) | SIMPLE, max_size=3)
+# Half of the calls have prompts, and half of them parameters, that can run: a quarter is answered at least.
+CALLS = st.tuples(
+    st.booleans().flatmap(lambda good: IDS if good else PROMPTS_OF_A_CALL),
+    st.booleans().flatmap(lambda good: st.just(GREEDY) if good else PARAMS),
+)
 
 
 @BOTH
@@ -264,9 +269,10 @@ def test_whatever_is_given_is_answered_or_refused_and_another_call_is_unaffected
     num_answered = num_refused = 0
 
     @settings(derandomize=True, max_examples=120, deadline=None, database=None, suppress_health_check=HealthCheck)
-    @given(prompts=PROMPTS_OF_A_CALL, params=st.just(GREEDY) | PARAMS)
-    def call(prompts: Any, params: Any) -> None:
+    @given(CALLS)
+    def call(given: tuple[Any, Any]) -> None:
         nonlocal num_answered, num_refused
+        prompts, params = given
         short = params if params is not None else GREEDY
         try:
             outputs = llm.generate(prompts, short, use_tqdm=False)
