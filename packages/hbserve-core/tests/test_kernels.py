@@ -115,7 +115,10 @@ def test_decode_attention_over_contexts_of_one_and_of_several_pieces(heads, dtyp
     paged = Paged(heads, dtype, contexts, [1] * len(contexts))
     cut = DecodePieces(paged.num_kv_heads, 2 * paged.num_kv_heads).cut(np.array(contexts, dtype=np.int32))
     assert cut.shape[1] > len(contexts)
-    pieces = _int32(np.concatenate((cut, np.full((6, 2), -1)), axis=1))
+    # Of pieces that are none only the row counts. A place just below 2^31 would wrap to a negative one.
+    none = np.full((6, 2), 2**31 - 3)
+    none[0] = -1
+    pieces = _int32(np.concatenate((cut, none), axis=1))
     workspace = DecodeWorkspace(len(contexts), pieces.shape[1], heads, DEVICE)
     out = torch.full((len(contexts), heads[0] * heads[2]), float("nan"), dtype=dtype, device=DEVICE)
     decode_attention(

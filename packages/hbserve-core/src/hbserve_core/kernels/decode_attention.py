@@ -28,8 +28,9 @@ def _piece(pieces, stride):
     """Row, part, number of parts, first and last position of the pool, position of the new token."""
     row, part, num_parts = tl.load(pieces), tl.load(pieces + stride), tl.load(pieces + 2 * stride)
     first, last, position = tl.load(pieces + 3 * stride), tl.load(pieces + 4 * stride), tl.load(pieces + 5 * stride)
-    # Of pieces that are none, only the row is written.
-    return row, part, num_parts, first, tl.where(row < 0, first, last), tl.where(row < 0, 0, position)
+    # Of pieces that are none only the row is written: the rest is whatever an earlier step has left there.
+    none = row < 0
+    return row, part, num_parts, tl.where(none, 0, first), tl.where(none, 0, last), tl.where(none, 0, position)
 
 
 @triton.jit
