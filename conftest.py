@@ -207,13 +207,25 @@ def until_empty() -> Callable[[Any], Awaitable[Stats]]:
     return wait
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that need a GPU are skipped without one, and say so."""
-    if not any(item.get_closest_marker("gpu") for item in items):
-        return
+def _has_gpu() -> bool:
     import torch
 
-    if not torch.cuda.is_available():
-        for item in items:
-            if item.get_closest_marker("gpu"):
-                item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+    return torch.cuda.is_available()
+
+
+def _has_ipv6() -> bool:
+    try:
+        with socket.socket(socket.AF_INET6) as trying:
+            trying.bind(("::1", 0))
+    except OSError:
+        return False
+    return True
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that need what this machine lacks are skipped, and say so. Nobody looks for what no test needs."""
+    for marker, is_there, lacking in (("gpu", _has_gpu, "no CUDA device"), ("ipv6", _has_ipv6, "no IPv6")):
+        marked = [item for item in items if item.get_closest_marker(marker)]
+        if marked and not is_there():
+            for item in marked:
+                item.add_marker(pytest.mark.skip(reason=lacking))

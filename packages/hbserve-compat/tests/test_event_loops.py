@@ -39,6 +39,15 @@ def pids(llm: DisaggregatedLLM) -> list[int]:
     return [process.pid for process in llm._instances.processes if process.pid is not None]
 
 
+async def start_under_way(llm: DisaggregatedLLM) -> tuple[asyncio.Task[None], list[int]]:
+    """A start whose processes are there, and theirs."""
+    starting = asyncio.create_task(llm.start())
+    async with asyncio.timeout(30):
+        while llm._instances is None or len(pids(llm)) < 2:
+            await asyncio.sleep(0.01)
+    return starting, pids(llm)
+
+
 def assert_ended(processes: list[int]) -> None:
     """Ended; a zombie is one that has ended, too."""
     deadline_s = time.monotonic() + 5
@@ -95,11 +104,7 @@ async def test_it_may_be_stopped_from_another_thread_and_twice_at_once(small_mod
 
 async def test_it_may_be_stopped_while_it_starts_and_whoever_starts_it_hears_of_it(small_model):
     llm = make(small_model)
-    starting = asyncio.create_task(llm.start())
-    async with asyncio.timeout(30):
-        while llm._instances is None or len(pids(llm)) < 2:
-            await asyncio.sleep(0.01)
-    processes = pids(llm)
+    starting, processes = await start_under_way(llm)
     with pytest.raises(RuntimeError, match="still starting"):
         await llm.generate("a")
     await llm.stop()
@@ -110,11 +115,7 @@ async def test_it_may_be_stopped_while_it_starts_and_whoever_starts_it_hears_of_
 
 async def test_a_start_or_stop_that_is_cancelled_ends_the_processes_all_the_same(small_model):
     llm = make(small_model)
-    starting = asyncio.create_task(llm.start())
-    async with asyncio.timeout(30):
-        while llm._instances is None or len(pids(llm)) < 2:
-            await asyncio.sleep(0.01)
-    processes = pids(llm)
+    starting, processes = await start_under_way(llm)
     starting.cancel()
     with pytest.raises(asyncio.CancelledError):
         await starting

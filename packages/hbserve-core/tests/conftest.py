@@ -361,6 +361,27 @@ def generate() -> Callable[..., dict[str, list[int]]]:
     return run
 
 
+@pytest.fixture(scope="session")
+def beside_a_broken_request() -> Callable[..., tuple[dict[str, list[int]], dict[str, str]]]:
+    """Run the prompts of a BrokenModel together: tokens and errors by name. No block is held afterwards."""
+    from hbserve_rpc import SamplingParams
+
+    def run(engine: Any, model: BrokenModel, max_tokens: int, temperature: float = 0) -> Any:
+        for name, ids in [*model.sound.items(), ("broken", model.prompt)]:
+            engine.add(name, ids, SamplingParams(temperature, max_tokens, ignore_eos=True))
+        tokens: dict[str, list[int]] = {}
+        errors: dict[str, str] = {}
+        while engine.has_work():
+            for output in engine.step():
+                tokens.setdefault(output.request_id, []).extend(output.token_ids)
+                errors |= {output.request_id: output.error} if output.error else {}
+            engine.check_integrity()
+        assert engine.blocks.num_free == engine.blocks.num_blocks
+        return tokens, errors
+
+    return run
+
+
 def pytest_configure() -> None:
     """Without a GPU our kernels run in Triton's interpreter, which must be said before they are first imported."""
     import os

@@ -143,22 +143,14 @@ def test_memory_does_not_grow_with_the_prompt_beyond_its_blocks(model_folder, pr
 @pytest.mark.parametrize("graphs", [True, False], ids=["graphs", "eager"])
 @pytest.mark.parametrize("num_output", [0, 3])
 def test_a_request_without_numbers_ends_and_the_others_get_their_tokens(
-    broken_model, greedy_tokens, num_output, graphs
+    broken_model, beside_a_broken_request, greedy_tokens, num_output, graphs
 ):
     """Meanwhile the device has begun to compute what would follow, from a token that is none."""
     # Known elsewhere: SGLang #33187, #28829.
     model = broken_model(num_output)
     engine = make_engine(model.folder, cuda_graph_enabled=graphs)
-    tokens, errors = {}, {}
-    for name, ids in [*model.sound.items(), ("broken", model.prompt)]:
-        # As cold as this is greedy.
-        engine.add(name, ids, SamplingParams(temperature=1e-38, max_tokens=8, ignore_eos=True))
-    while engine.has_work():
-        for output in engine.step():
-            tokens.setdefault(output.request_id, []).extend(output.token_ids)
-            errors |= {output.request_id: output.error} if output.error else {}
-        engine.check_integrity()
+    # As cold as this is greedy.
+    tokens, errors = beside_a_broken_request(engine, model, 8, temperature=1e-38)
     assert tokens.pop("broken", []) == model.output
     assert tokens == {name: greedy_tokens(model.whole, ids, 8) for name, ids in model.sound.items()}
     assert list(errors) == ["broken"]
-    assert engine.blocks.num_free == engine.blocks.num_blocks

@@ -72,24 +72,16 @@ def test_seeded_requests_draw_the_same_tokens(generate, model_folder, ranks_in_t
 
 
 def test_a_request_without_numbers_ends_on_all_ranks_and_the_others_get_their_tokens(
-    broken_model, ranks_in_threads, greedy_tokens
+    broken_model, beside_a_broken_request, ranks_in_threads, greedy_tokens
 ):
     # Known elsewhere: SGLang #33187, #28829.
     model = broken_model(2)
     given = config(model.folder, tensor_parallel_size=2)
     engine = Engine(given, ranks_in_threads(lambda group: ModelRunner(given, group), 2).runner)
-    for name, ids in [*model.sound.items(), ("broken", model.prompt)]:
-        engine.add(name, ids, SamplingParams(temperature=0, max_tokens=8, ignore_eos=True))
-    tokens, errors = {}, {}
-    while engine.has_work():
-        for output in engine.step():
-            tokens.setdefault(output.request_id, []).extend(output.token_ids)
-            errors |= {output.request_id: output.error} if output.error else {}
-        engine.check_integrity()
+    tokens, errors = beside_a_broken_request(engine, model, 8)
     expected = {name: greedy_tokens(model.whole, ids, 8) for name, ids in model.sound.items()}
     assert tokens == expected | {"broken": model.output}
     assert list(errors) == ["broken"]
-    assert engine.blocks.num_free == engine.blocks.num_blocks
 
 
 def test_dummy_weights_of_an_odd_vocabulary_are_parts_of_the_same(

@@ -13,7 +13,6 @@ from hbserve_core.loaded_model import LoadedModel
 from hbserve_core.runner import ComputedStep
 from hbserve_core.step_buffer import StepView
 from hbserve_core.step_packer import StepPacker
-from hbserve_rpc import SamplingParams
 
 pytest.importorskip("triton", reason="torch has Triton on Linux only")
 # The interpreter's numbers warn where they wrap, which is what hashing wants, and where they are none.
@@ -136,27 +135,15 @@ def one_kernel_at_a_time(monkeypatch):
     monkeypatch.setattr(GridExecutor, "__call__", locked)
 
 
-def run_with_a_broken_request(engine, model):
-    """Tokens and errors by name; no block is held afterwards."""
-    for name, ids in [*model.sound.items(), ("broken", model.prompt)]:
-        engine.add(name, ids, SamplingParams(temperature=0, max_tokens=4, ignore_eos=True))
-    tokens, errors = {}, {}
-    while engine.has_work():
-        for output in engine.step():
-            tokens.setdefault(output.request_id, []).extend(output.token_ids)
-            errors |= {output.request_id: output.error} if output.error else {}
-        engine.check_integrity()
-    assert engine.blocks.num_free == engine.blocks.num_blocks
-    return tokens, errors
-
-
 @pytest.mark.parametrize("num_output", [0, 2])
-def test_a_request_without_numbers_ends_and_the_others_get_their_tokens(broken_model, greedy_tokens, num_output):
+def test_a_request_without_numbers_ends_and_the_others_get_their_tokens(
+    broken_model, beside_a_broken_request, greedy_tokens, num_output
+):
     """Meanwhile the device has begun to compute what would follow, from a token that is none."""
     # Known elsewhere: SGLang #33187, #28829.
     model = broken_model(num_output)
     runner = InterpretedRunner(model.folder, True, True, max_num_seqs=5, max_num_batched_tokens=48, chunk_size=20)
-    tokens, errors = run_with_a_broken_request(Engine(runner.config, runner), model)
+    tokens, errors = beside_a_broken_request(Engine(runner.config, runner), model, 4)
     assert tokens.pop("broken", []) == model.output
     assert tokens == {name: greedy_tokens(model.whole, ids, 4) for name, ids in model.sound.items()}
     assert list(errors) == ["broken"]
@@ -164,12 +151,14 @@ def test_a_request_without_numbers_ends_and_the_others_get_their_tokens(broken_m
 
 
 @pytest.mark.usefixtures("one_kernel_at_a_time")
-def test_a_request_without_numbers_ends_on_ranks_that_overlap(broken_model, ranks_in_threads, greedy_tokens):
+def test_a_request_without_numbers_ends_on_ranks_that_overlap(
+    broken_model, beside_a_broken_request, ranks_in_threads, greedy_tokens
+):
     # Known elsewhere: SGLang #33187, #28829.
     model = broken_model(2)
     settings = {"max_num_seqs": 5, "max_num_batched_tokens": 48, "chunk_size": 20, "tensor_parallel_size": 2}
     ranks = ranks_in_threads(lambda group: InterpretedRunner(model.folder, True, False, group=group, **settings), 2)
-    tokens, errors = run_with_a_broken_request(Engine(ranks.own.config, ranks.runner), model)
+    tokens, errors = beside_a_broken_request(Engine(ranks.own.config, ranks.runner), model, 4)
     assert tokens.pop("broken") == model.output
     assert tokens == {name: greedy_tokens(model.whole, ids, 4) for name, ids in model.sound.items()}
     assert list(errors) == ["broken"]

@@ -1,7 +1,6 @@
 """KV between addresses of every kind that works, and words for each that does not."""
 
 import os
-import socket
 import subprocess
 import sys
 
@@ -16,18 +15,6 @@ from hbserve_kv.messages import Grant, Handshake
 from hbserve_rpc import InvalidAddress, InvalidRequest
 
 
-def has_ipv6() -> bool:
-    try:
-        with socket.socket(socket.AF_INET6) as trying:
-            trying.bind(("::1", 0))
-    except OSError:
-        return False
-    return True
-
-
-needs_ipv6 = pytest.mark.skipif(not has_ipv6(), reason="this machine has no IPv6")
-
-
 async def move(sender, receiver) -> None:
     sender._memory.pool[3] = 7
     posted = receiver.post_receive("t", [1])
@@ -38,7 +25,7 @@ async def move(sender, receiver) -> None:
     assert torch.equal(receiver._memory.pool[1], sender._memory.pool[3])
 
 
-@needs_ipv6
+@pytest.mark.ipv6
 @pytest.mark.parametrize("backend", ["nccl", "ipc", "auto"])
 async def test_kv_moves_between_ipv6_addresses(backend, managers):
     # Known elsewhere: vLLM #42149, SGLang #7858.
@@ -62,7 +49,7 @@ asyncio.run(main())
 """
 
 
-@needs_ipv6
+@pytest.mark.ipv6
 @pytest.mark.parametrize("host", ["::1", "127.0.0.1"])
 def test_mooncake_moves_kv_between_addresses_of_either_version(host, request):
     # Known elsewhere: Mooncake #470. A process of its own, because Mooncake chooses one version when it is imported.
@@ -89,7 +76,7 @@ def test_mooncake_for_the_other_version_of_ip_says_what_to_set(monkeypatch):
         choose_ip_version("::")
 
 
-@needs_ipv6
+@pytest.mark.ipv6
 async def test_addresses_of_both_versions_of_ip_are_refused_by_nccl_with_both(managers):
     sender, receiver = await managers(0, "nccl", host="127.0.0.1"), await managers(1, "nccl", host="::1")
     posted = receiver.post_receive("t", [1])
@@ -98,7 +85,7 @@ async def test_addresses_of_both_versions_of_ip_are_refused_by_nccl_with_both(ma
     await posted.cancel("test over")
 
 
-@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", pytest.param("::1", marks=needs_ipv6)])
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", pytest.param("::1", marks=pytest.mark.ipv6)])
 async def test_every_address_that_peers_can_be_told_is_accepted_and_reached(host, managers):
     KVTransferConfig(host=host).check_host()
     await move(await managers(0, "nccl", host=host), await managers(1, "nccl", host=host))
