@@ -266,7 +266,7 @@ def _closing_if_it_fails(group: Any) -> Iterator[None]:
 
 
 class RanksInThreads:
-    """Stands for Followers: the other ranks are threads of this process. All else is real: groups over Gloo, messages,
+    """Stands for Workers: the other ranks are threads of this process. All else is real: groups over Gloo, messages,
     runners that follow. Rank 0's runner is `runner`."""
 
     transfer_addresses = ()
@@ -316,7 +316,7 @@ class RanksInThreads:
         for each in self._queues:
             each.put(message)
 
-    def blamed(self) -> Any:
+    def naming_the_lost_rank(self) -> Any:
         return contextlib.nullcontext()
 
     def close(self) -> None:

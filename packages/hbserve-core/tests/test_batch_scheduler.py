@@ -136,9 +136,9 @@ def test_a_sequence_that_holds_the_whole_pool_ends_although_others_share_its_blo
     steps.step()
     steps.scheduler._watermark = 0
     steps.reserved("shares", prompt)
-    while not steps.scheduler.exhausted:
+    while not steps.scheduler.out_of_blocks:
         steps.step()
-    assert steps.scheduler.exhausted == [full]
+    assert steps.scheduler.out_of_blocks == [full]
     assert full.num_tokens == 3 * BLOCK + 1
 
 
@@ -150,7 +150,7 @@ def test_a_lone_sequence_waits_for_blocks_that_transfers_hold():
     while not steps.scheduler.num_preemptions:
         steps.step()
     assert steps.step() == {}
-    assert not steps.scheduler.exhausted
+    assert not steps.scheduler.out_of_blocks
 
 
 BAD_LIMITS = ["max_num_seqs", "max_num_batched_tokens", "chunk_size", "max_chunk_prefill_tokens"]

@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from hbserve_core.cuda_runner.split_kv import TILE, DecodePieces
+from hbserve_core.cuda_runner.split_kv import TILE, SplitKV
 from hbserve_core.engine.sequence import NOT_FINITE
 from hbserve_core.model.rope import RopeConfig, angle_table
 
@@ -113,7 +113,7 @@ def test_decode_attention_over_contexts_of_one_and_of_several_pieces(heads, dtyp
 
     contexts = [1, TILE + 5, 3 * TILE + 1, BLOCK, 2 * TILE]
     paged = Paged(heads, dtype, contexts, [1] * len(contexts))
-    cut = DecodePieces(paged.num_kv_heads, 2 * paged.num_kv_heads).cut(np.array(contexts, dtype=np.int32))
+    cut = SplitKV(paged.num_kv_heads, 2 * paged.num_kv_heads).cut(np.array(contexts, dtype=np.int32))
     assert cut.shape[1] > len(contexts)
     # Of pieces that are none only the row counts. A place just below 2^31 would wrap to a negative one.
     none = np.full((6, 2), 2**31 - 3)
@@ -190,7 +190,7 @@ def prefill(paged, dtype):
 def test_pieces_are_of_similar_length_and_cover_each_context_once():
     random = np.random.default_rng(1)
     for num_kv_heads, processors in ((8, 132), (1, 132), (3, 1)):
-        pieces = DecodePieces(num_kv_heads, processors)
+        pieces = SplitKV(num_kv_heads, processors)
         for rows in (1, 3, 64, 256):
             contexts = random.integers(1, 5000, rows).astype(np.int32)
             row, part, parts, first, last, position = pieces.cut(contexts)
@@ -210,7 +210,7 @@ def test_pieces_are_of_similar_length_and_cover_each_context_once():
 
 def test_one_long_context_among_short_ones_is_cut_and_they_are_not():
     contexts = np.array([30000, *[200] * 100], dtype=np.int32)
-    row, _, parts, *_ = DecodePieces(8, 132).cut(contexts)
+    row, _, parts, *_ = SplitKV(8, 132).cut(contexts)
     assert parts[row == 0][0] > 10
     assert (parts[row != 0] == 1).all()
 

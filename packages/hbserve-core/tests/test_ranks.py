@@ -19,7 +19,7 @@ import torch
 from hbserve_core import Engine, GpuInstance, InstanceConfig, InvalidInstanceConfig, RankFailed, make_runner
 from hbserve_core.model.shard import Shard
 from hbserve_core.ranks.distributed_group import DistributedRankGroup, host_store
-from hbserve_core.ranks.workers import Followers
+from hbserve_core.ranks.workers import Workers
 from hbserve_kv import KVTransferConfig
 from hbserve_rpc import RemoteError, RpcClient, SamplingParams
 from hbserve_rpc.messages import (
@@ -73,7 +73,7 @@ def test_processes_give_the_tokens_of_one_and_none_is_left(model_folder, greedy_
         engine.add(str(i), prompt(5 + 20 * i, salt=i), SamplingParams(0, 8, ignore_eos=True))
     found = run_out(engine)
     assert found == {str(i): greedy_tokens("qwen3", prompt(5 + 20 * i, salt=i), 8) for i in range(4)}
-    (pid,) = runner.followers.pids
+    (pid,) = runner.workers.pids
     assert is_there(pid)
     runner.close()
     assert not is_there(pid)
@@ -88,7 +88,7 @@ async def serving(folder: Any) -> Any:
         await instance.wait_ready()
         async with RpcClient(instance.address) as client:
             yield instance, client
-        (pid,) = instance.runner.followers.pids
+        (pid,) = instance.runner.workers.pids
     finally:
         await instance.stop()
     assert not is_there(pid)
@@ -111,7 +111,7 @@ async def test_a_rank_that_is_lost_ends_the_instance_with_one_error(model_folder
         events = client.stream(GENERATE, request, timeout_s=DEADLINE_S)
         if busy:
             await anext(events)
-        (pid,) = instance.runner.followers.pids
+        (pid,) = instance.runner.workers.pids
         os.kill(pid, number)
         begin_s = time.monotonic()
         async with asyncio.timeout(DEADLINE_S):
@@ -167,14 +167,14 @@ def test_closing_a_group_frees_the_graphs_that_its_end_waits_for():
 
 
 def test_a_rank_that_does_not_load_is_told_with_its_own_words(model_folder, tmp_path):
-    followers = Followers(config(tmp_path / "nothing"), on_failure=lambda _: None)
+    workers = Workers(config(tmp_path / "nothing"), on_failure=lambda _: None)
     try:
         with pytest.raises(RankFailed, match=r"rank 1 of 2 \(pid \d+\) failed: ModelFilesMissing: .*nothing"):  # noqa: SIM117
-            with followers.blamed():
+            with workers.naming_the_lost_rank():
                 # Rank 0 has the model, and waits for the other to have as many blocks.
-                followers.join().least(50)
+                workers.join().least(50)
     finally:
-        followers.close()
+        workers.close()
 
 
 async def test_no_rank_outlives_a_killed_instance(model_folder):
@@ -248,7 +248,7 @@ def test_a_rank_that_is_lost_on_a_gpu_ends_the_step(model_folder, prompt, graphs
         engine.add("r", prompt(3), SamplingParams(0, 500, ignore_eos=True))
         for _ in range(5):
             engine.step()
-        (pid,) = runner.followers.pids
+        (pid,) = runner.workers.pids
         os.kill(pid, number)
         begin_s = time.monotonic()
         with pytest.raises(RankFailed, match=rf"rank 1 of 2 \(pid {pid}\)"):

@@ -7,14 +7,14 @@ import pytest
 
 from hbserve_core import InstanceConfig
 from hbserve_core.cuda_runner.graphs import GraphShapes, decode_buckets, prefill_buckets
-from hbserve_core.cuda_runner.split_kv import DecodePieces
+from hbserve_core.cuda_runner.split_kv import SplitKV
 from hbserve_core.cuda_runner.step_buffer import StepView
 from hbserve_core.cuda_runner.step_packer import StepPacker
 from hbserve_core.engine.sequence import UNREAD, ScheduledChunk, Sequence
 from hbserve_rpc import SamplingParams
 
 BLOCK, TILE_TOKENS = 4, 8
-PIECES = DecodePieces(num_kv_heads=2, num_processors=4)
+PIECES = SplitKV(num_kv_heads=2, num_processors=4)
 
 
 def config(**settings):

@@ -164,7 +164,7 @@ def test_a_rank_count_below_one_is_refused(model_folder):
         config(model_folder("llama"), tensor_parallel_size=0)
 
 
-# ---- what followers are told -----------------------------------------------------------------------------------------
+# ---- what workers are told -----------------------------------------------------------------------------------------
 
 
 def sequence(name, token_ids, num_prompt, computed, **params):

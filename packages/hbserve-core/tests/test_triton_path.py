@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from hbserve_core import Engine, InstanceConfig
-from hbserve_core.cuda_runner.split_kv import DecodePieces
+from hbserve_core.cuda_runner.split_kv import SplitKV
 from hbserve_core.cuda_runner.step_buffer import StepView
 from hbserve_core.cuda_runner.step_packer import StepPacker
 from hbserve_core.engine.runner import ComputedStep
@@ -38,7 +38,7 @@ class InterpretedRunner:
         self.dtype, self.fingerprint = model.dtype, model.fingerprint
         self.pool = model.allocate_pool().fill_(float("nan"))
         tile_tokens = new_tokens_per_tile(self.pool, model.rank_config.num_heads)
-        pieces = DecodePieces(model.rank_config.num_kv_heads, 2)
+        pieces = SplitKV(model.rank_config.num_kv_heads, 2)
         self.packer = StepPacker(self.config, tile_tokens, pieces, group.seed if group else seed)
         largest = self.packer.shapes.largest(self.config.max_num_batched_tokens, self.config.max_num_seqs)
         self.decoder = CudaDecoder(model.rank_config, plain(model.weights), largest, group)

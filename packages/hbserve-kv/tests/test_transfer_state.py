@@ -107,7 +107,7 @@ def test_several_senders_must_all_be_drained():
     state.commit("e0", 0)
     state.fail("e1 was lost")
     state.sender_drained("e1")
-    assert state.restless == ["e2"]
+    assert state.undrained == ["e2"]
     state.sender_drained("e2")
     assert state.outcome is Outcome.FAILED_DRAINED
 

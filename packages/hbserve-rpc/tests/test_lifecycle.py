@@ -182,7 +182,7 @@ async def test_a_call_made_after_a_restart_is_not_lost_to_answers_to_messages_be
     (last_lost,) = client._waiting
     after = asyncio.create_task(client.call(rpc.CALL, rpc.Ask(2), timeout_s=20))
     await asyncio.sleep(0)
-    client._handle(wire.Stranger(server.epoch, last_lost), b"")
+    client._handle(wire.UnknownClient(server.epoch, last_lost), b"")
     with pytest.raises(PeerLost):
         await before
     assert (await after).value == 2

@@ -43,10 +43,10 @@ def generate(
     log_level: LogLevelOption = LogLevel.WARNING,
 ) -> None:
     """Answer prompts. Starts a scheduler, a prefill and a decode instance here, unless --connect is given."""
-    from hbserve.generate import Wanted, generate_answers
+    from hbserve.generate import GenerateArgs, generate_answers
 
-    wanted = Wanted(prompts, model, config, max_tokens, temperature, kv_transfer_backend, connect, log_level.value)
-    _run(generate_answers(wanted), log_level)
+    args = GenerateArgs(prompts, model, config, max_tokens, temperature, kv_transfer_backend, connect, log_level.value)
+    _run(generate_answers(args), log_level)
 
 
 @app.command()

@@ -11,7 +11,7 @@ from typing import Any
 
 from hbserve.prompts import read_prompts
 from hbserve.results import GenerationResult, Timings
-from hbserve.text_request import Answer, Scheduler, answer_all, check_all
+from hbserve.text_request import Scheduler, TextRequest, answer_all, check_all
 from hbserve.tokenizer import encode_message, load_tokenizer
 from hbserve_rpc import InvalidAddress, SamplingParams
 from hbserve_rpc.messages import FinishReason, ServiceInfo
@@ -24,7 +24,7 @@ End = tuple[Timings, FinishReason]
 
 
 @dataclass(frozen=True)
-class Wanted:
+class GenerateArgs:
     """The command's arguments."""
 
     prompts: list[str]
@@ -37,15 +37,15 @@ class Wanted:
     log_level: str
 
 
-async def generate_answers(wanted: Wanted) -> None:
+async def generate_answers(args: GenerateArgs) -> None:
     """Raises whatever is wrong, before anything is started where that is possible."""
-    params = SamplingParams(temperature=wanted.temperature, max_tokens=wanted.max_tokens)
-    texts = [str(each) for each in read_prompts(wanted.prompts)]
-    async with _connected(wanted) if wanted.connect is not None else _started(wanted) as (scheduler, tokenizer):
+    params = SamplingParams(temperature=args.temperature, max_tokens=args.max_tokens)
+    texts = [str(each) for each in read_prompts(args.prompts)]
+    async with _connected(args) if args.connect is not None else _started(args) as (scheduler, tokenizer):
         prompts = [encode_message(tokenizer, text) for text in texts]
         if len(prompts) == 1:
-            answer = Answer(scheduler, tokenizer, prompts[0], params)
-            ends, lengths = [await _stream(answer)], [len(answer.detokenizer.token_ids)]
+            request = TextRequest(scheduler, tokenizer, prompts[0], params)
+            ends, lengths = [await _stream(request)], [len(request.detokenizer.token_ids)]
         else:
             results = await _together(scheduler, tokenizer, prompts, params)
             for text, result in zip(texts, results, strict=True):
@@ -56,9 +56,9 @@ async def generate_answers(wanted: Wanted) -> None:
     sys.stderr.write(f"{summary([timings for timings, _ in ends], sum(lengths))} | {counted(reasons)}\n")
 
 
-async def _stream(answer: Answer) -> End:
+async def _stream(request: TextRequest) -> End:
     end: tuple[Timings | None, FinishReason | None] = None, None
-    async for delta in answer:
+    async for delta in request:
         sys.stdout.write(delta["text"])
         sys.stdout.flush()
         end = delta["timings"], delta["finish_reason"]
@@ -108,15 +108,15 @@ def summary(timings: list[Timings], num_tokens: int) -> str:
 
 
 @asynccontextmanager
-async def _started(wanted: Wanted) -> AsyncIterator[tuple[Scheduler, Any]]:
+async def _started(args: GenerateArgs) -> AsyncIterator[tuple[Scheduler, Any]]:
     from hbserve.pd_disagg import DisaggregatedLLM, PdDisaggConfig
 
-    config = PdDisaggConfig.from_deployment(load_config(wanted.config)) if wanted.config else PdDisaggConfig()
-    if wanted.model is not None:
-        config.model_path = wanted.model
-    if wanted.kv_transfer_backend is not None:
-        config.kv_transfer_backend = wanted.kv_transfer_backend
-    async with DisaggregatedLLM(config, log_level=wanted.log_level) as llm:
+    config = PdDisaggConfig.from_deployment(load_config(args.config)) if args.config else PdDisaggConfig()
+    if args.model is not None:
+        config.model_path = args.model
+    if args.kv_transfer_backend is not None:
+        config.kv_transfer_backend = args.kv_transfer_backend
+    async with DisaggregatedLLM(config, log_level=args.log_level) as llm:
         yield llm.scheduler, llm.tokenizer
 
 
@@ -131,13 +131,11 @@ async def _find(scheduler: RemoteScheduler) -> ServiceInfo:
 
 
 @asynccontextmanager
-async def _connected(wanted: Wanted) -> AsyncIterator[tuple[Scheduler, Any]]:
+async def _connected(args: GenerateArgs) -> AsyncIterator[tuple[Scheduler, Any]]:
     for name in ("config", "kv_transfer_backend"):
-        if getattr(wanted, name) is not None:
-            raise ConfigError(
-                f"--{name.replace('_', '-')}={getattr(wanted, name)}: not with --connect, where it is set"
-            )
-    address = wanted.connect or ""
+        if getattr(args, name) is not None:
+            raise ConfigError(f"--{name.replace('_', '-')}={getattr(args, name)}: not with --connect, where it is set")
+    address = args.connect or ""
     try:
         scheduler = RemoteScheduler(address)
     except InvalidAddress as error:
@@ -147,7 +145,7 @@ async def _connected(wanted: Wanted) -> AsyncIterator[tuple[Scheduler, Any]]:
         info = await _find(scheduler)
         if not info.ready:
             sys.stderr.write(f"not all instances of the scheduler at {scheduler.address} are ready; its log says why\n")
-        folder = wanted.model or Path(info.model_path)
+        folder = args.model or Path(info.model_path)
         if not folder.expanduser().is_dir():
             raise ConfigError(
                 f"the deployment serves {str(folder)!r}, which is not a folder of this host; "

@@ -35,7 +35,7 @@ class Scheduler(Protocol):
     async def abort(self, request_id: str, reason: FinishReason = ...) -> bool: ...
 
 
-class Answer:
+class TextRequest:
     """One submitted request: iterate it for text as it comes."""
 
     def __init__(
@@ -119,11 +119,11 @@ async def answer_all(
         RemoteError: one has failed.
     """
     under_way = asyncio.Semaphore(MOST_UNDER_WAY)
-    answers: list[Answer] = []
+    requests: list[TextRequest] = []
 
-    async def follow(place: int, answer: Answer) -> GenerationResult:
+    async def follow(place: int, request: TextRequest) -> GenerationResult:
         with naming(place, len(prompts)):
-            result = await answer.result()
+            result = await request.result()
         under_way.release()
         on_done()
         return result
@@ -135,12 +135,12 @@ async def answer_all(
                 await under_way.acquire()
                 await scheduler.wait_for_room()
                 with naming(place, len(prompts)):
-                    answers.append(Answer(scheduler, tokenizer, prompt, each))
-                tasks.append(group.create_task(follow(place, answers[-1])))
+                    requests.append(TextRequest(scheduler, tokenizer, prompt, each))
+                tasks.append(group.create_task(follow(place, requests[-1])))
     except BaseExceptionGroup as several:
         raise several.exceptions[0] from None
     finally:
         # A task that is cancelled before its first step closes nothing itself.
-        for answer in answers:
-            await answer.aclose()
+        for request in requests:
+            await request.aclose()
     return [task.result() for task in tasks]

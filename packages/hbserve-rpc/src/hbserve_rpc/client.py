@@ -174,7 +174,7 @@ class RpcClient:
                 if self._epoch not in (None, epoch):
                     self._fail_all(PeerLost(f"{self.address} was restarted"))
                 self._epoch = epoch
-            case wire.Stranger(epoch=epoch, id=last_lost):
+            case wire.UnknownClient(epoch=epoch, id=last_lost):
                 # Also what a server says that gave us up as silent, for example because this process was frozen.
                 lost = PeerLost(f"{self.address} was restarted, or gave this client up as silent")
                 self._fail_all(lost, last_lost)

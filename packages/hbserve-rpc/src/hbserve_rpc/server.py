@@ -147,7 +147,7 @@ class RpcServer:
         client = self._clients.get(identity)
         if client is None:
             self.dropped_frames += 1
-            self._send(identity, wire.Stranger(self.epoch, envelope.id))
+            self._send(identity, wire.UnknownClient(self.epoch, envelope.id))
             return
         client.last_heard_s = time.monotonic()
         match envelope:

@@ -14,8 +14,8 @@
       Ping                       ──────▶
                                  ◀──────       Pong
 Each envelope from the server has its epoch. A server that gets anything but a Hello from a client it does not know
-answers Stranger with the id of that message: it was restarted, and what the client asked up to that id is lost. What
-was asked later, after the Hello that a Stranger causes, is not.
+answers UnknownClient with the id of that message: it was restarted, and what the client asked up to that id is lost.
+What was asked later, after the Hello that an UnknownClient causes, is not.
 
 The handlers of one client's calls, notifications and streams begin in the order in which it sent them.
 """
@@ -76,7 +76,7 @@ class Refused(msgspec.Struct, frozen=True, tag=True):
     epoch: str
 
 
-class Stranger(msgspec.Struct, frozen=True, tag=True):
+class UnknownClient(msgspec.Struct, frozen=True, tag=True):
     epoch: str
     id: int
     """Of the message that came from a client which is not known."""
@@ -111,7 +111,7 @@ class Failed(msgspec.Struct, frozen=True, tag=True):
 
 
 FromClient = Hello | Call | Notify | Open | Credit | Close | Ping
-FromServer = Welcome | Refused | Stranger | Pong | Reply | Item | End | Failed
+FromServer = Welcome | Refused | UnknownClient | Pong | Reply | Item | End | Failed
 
 encode = msgspec.msgpack.Encoder().encode
 decode_from_client: Any = msgspec.msgpack.Decoder(FromClient).decode

@@ -17,7 +17,7 @@ from hbserve.launcher import LocalInstances
 from hbserve.pd_disagg.config import PdDisaggConfig
 from hbserve.prompts import PlainPrompt, Prompt, encode_all, read_params, read_prompt, read_prompts
 from hbserve.results import GenerationDelta, GenerationResult
-from hbserve.text_request import Answer, answer_all, check_all
+from hbserve.text_request import TextRequest, answer_all, check_all
 from hbserve.tokenizer import load_tokenizer
 from hbserve_rpc import SamplingParams
 from hbserve_rpc.plain_values import plain_id
@@ -219,8 +219,8 @@ class DisaggregatedLLM:
         self, scheduler: CpuScheduler, prompt: PlainPrompt, params: SamplingParams, request_id: str | None
     ) -> AsyncGenerator[GenerationDelta, None]:
         (token_ids,) = await asyncio.to_thread(encode_all, self._tokenizer, [prompt])
-        answer = Answer(scheduler, self._tokenizer, token_ids, params, request_id=request_id)
-        async with contextlib.aclosing(aiter(answer)) as deltas:
+        request = TextRequest(scheduler, self._tokenizer, token_ids, params, request_id=request_id)
+        async with contextlib.aclosing(aiter(request)) as deltas:
             async for delta in deltas:
                 yield delta
 

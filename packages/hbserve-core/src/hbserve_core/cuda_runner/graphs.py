@@ -10,7 +10,7 @@ import torch
 from tqdm import tqdm
 
 from hbserve_core.config import InstanceConfig
-from hbserve_core.cuda_runner.split_kv import DecodePieces
+from hbserve_core.cuda_runner.split_kv import SplitKV
 from hbserve_core.cuda_runner.step_buffer import StepShape
 from hbserve_core.errors import RankFailed
 
@@ -42,7 +42,7 @@ class GraphShapes:
     `cuda_graph_max_seq_len` tokens and not made of too many sequences; others get the shape that fits them exactly.
     """
 
-    def __init__(self, config: InstanceConfig, tile_tokens: int, pieces: DecodePieces) -> None:
+    def __init__(self, config: InstanceConfig, tile_tokens: int, pieces: SplitKV) -> None:
         longest = min(config.cuda_graph_max_seq_len, config.max_num_batched_tokens)
         decodes = decode_buckets(config.max_num_seqs) if config.cuda_graph_enabled else []
         prefills = prefill_buckets(longest) if config.cuda_graph_enabled else []

@@ -13,7 +13,7 @@ from hbserve_core.cuda_runner.graphs import CudaGraphs
 from hbserve_core.cuda_runner.kernels.dependent_launch import num_processors
 from hbserve_core.cuda_runner.kernels.host_copy import host_copy
 from hbserve_core.cuda_runner.kernels.prefill_attention import new_tokens_per_tile
-from hbserve_core.cuda_runner.split_kv import DecodePieces
+from hbserve_core.cuda_runner.split_kv import SplitKV
 from hbserve_core.cuda_runner.step_buffer import StepShape, StepView
 from hbserve_core.cuda_runner.step_packer import PackedStep, StepPacker
 from hbserve_core.engine.runner import StepTokens
@@ -70,7 +70,7 @@ class CudaRunner:
         self._turn = 0
 
     def _make_packer(self, pool: torch.Tensor, model: ModelConfig, seed: int | None) -> StepPacker:
-        pieces = DecodePieces(model.num_kv_heads, num_processors(self.device))
+        pieces = SplitKV(model.num_kv_heads, num_processors(self.device))
         return StepPacker(self.config, new_tokens_per_tile(pool, model.num_heads), pieces, seed)
 
     def _make_buffers(self) -> None:

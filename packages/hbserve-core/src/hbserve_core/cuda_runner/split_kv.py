@@ -9,7 +9,7 @@ _MOST_PARTS = 64
 _PIECES_PER_PROCESSOR = 2
 
 
-class DecodePieces:
+class SplitKV:
     """Enough pieces for several programs on every processor, and none longer than that takes.
 
     So neither a few long sequences among short ones nor a single one leave processors idle. The number of pieces is

@@ -4,7 +4,7 @@ Layout, all int32; `StepShape` says how large each part is, and only the last pa
     header         1                 width of the tables
     tokens         (4, rows)         token id, source (kernels/embedding.py), position, slot (kernels/store_kv.py)
     sequences      (3, sequences)    first row, new tokens, context with them
-    pieces         (6, pieces)       of the decodes; see `DecodePieces.cut`; row -1: none
+    pieces         (6, pieces)       of the decodes; see `SplitKV.cut`; row -1: none
     tiles          (2, tiles)        sequence (-1: none) and first new token; see kernels/prefill_attention.py
     samples        (7, samples)      row, and what kernels/sampling.py says of each
     tables         sequences * width block numbers of each sequence
@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from hbserve_core.cuda_runner.split_kv import DecodePieces
+from hbserve_core.cuda_runner.split_kv import SplitKV
 from hbserve_core.engine.sequence import HOTTEST, UNREAD, ScheduledChunk, Sequence
 
 _ALIGNMENT = 4
@@ -88,7 +88,7 @@ def order_chunks(batch: Ids[ScheduledChunk]) -> list[int]:
 
 def write_step(
     view: StepView, chunks: Ids[ScheduledChunk], sampling: Ids[int], sources: Mapping[Sequence, int],
-    random: random.Random, *, block_size: int, tile_tokens: int, pieces: DecodePieces,
+    random: random.Random, *, block_size: int, tile_tokens: int, pieces: SplitKV,
 ) -> int:  # fmt: skip
     """Fill a numpy view in; returns how many numbers of its memory are in use.
 
@@ -111,7 +111,7 @@ def write_step(
 
 
 def _write_decodes(
-    view: StepView, chunks: Ids[ScheduledChunk], sources: Mapping[Sequence, int], pieces: DecodePieces
+    view: StepView, chunks: Ids[ScheduledChunk], sources: Mapping[Sequence, int], pieces: SplitKV
 ) -> None:
     columns: list[tuple[int, int, int]] = []
     for chunk in chunks:

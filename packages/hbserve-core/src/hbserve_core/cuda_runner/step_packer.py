@@ -7,7 +7,7 @@ from typing import Any
 
 from hbserve_core.config import InstanceConfig
 from hbserve_core.cuda_runner.graphs import GraphShapes
-from hbserve_core.cuda_runner.split_kv import DecodePieces
+from hbserve_core.cuda_runner.split_kv import SplitKV
 from hbserve_core.cuda_runner.step_buffer import StepShape, StepView, order_chunks, write_step
 from hbserve_core.engine.runner import StepTokens
 from hbserve_core.engine.sequence import ScheduledChunk, Sequence
@@ -36,7 +36,7 @@ class PackedStep:
 class StepPacker:
     """Packs one step after the other. Remembers where the last one puts tokens that nobody has read yet."""
 
-    def __init__(self, config: InstanceConfig, tile_tokens: int, pieces: DecodePieces, seed: int | None = None) -> None:
+    def __init__(self, config: InstanceConfig, tile_tokens: int, pieces: SplitKV, seed: int | None = None) -> None:
         """tile_tokens: new tokens that one program of prefill attention takes. pieces: how decodes are cut.
 
         seed: for requests that bring none of their own; None: another one in each process.

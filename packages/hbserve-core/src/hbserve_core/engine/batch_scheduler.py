@@ -26,7 +26,7 @@ class BatchScheduler:
         transfer, or the step that is being computed."""
         self.num_preemptions = 0
         self.num_cached_tokens = 0
-        self.exhausted: list[Sequence] = []
+        self.out_of_blocks: list[Sequence] = []
         """Sequences that cannot go on: they hold the whole pool, or all of it that anybody will ever give back."""
         self._watermark = max(1, blocks.num_blocks // 100)
 
@@ -61,7 +61,7 @@ class BatchScheduler:
             alone = len(self.running) == 1 and self.num_reserved == 0
             if alone or len(sequence.block_table) == self._blocks.num_blocks:
                 self.running.remove(sequence)
-                self.exhausted.append(sequence)
+                self.out_of_blocks.append(sequence)
                 return False
             # The blocks of a prefill-only sequence are being sent. `sequence` itself is not one: those never grow.
             victim = next(each for each in reversed(self.running) if not each.prefill_only)

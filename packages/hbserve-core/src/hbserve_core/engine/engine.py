@@ -181,7 +181,7 @@ class Engine:
         self._begin(launched)
         if not self._runner.overlaps:
             outputs += self._read(self._in_flight)
-        outputs += self._end_exhausted()
+        outputs += self._end_out_of_blocks()
         self.stalled = (
             not (outputs or batch or before or self._granted) and preemptions == self._scheduler.num_preemptions
         )
@@ -263,14 +263,14 @@ class Engine:
             return "stop"
         return "length" if self.limits.is_full(sequence) else None
 
-    def _end_exhausted(self) -> list[StepOutput]:
+    def _end_out_of_blocks(self) -> list[StepOutput]:
         outputs = []
-        for sequence in self._scheduler.exhausted:
+        for sequence in self._scheduler.out_of_blocks:
             if self._sequences.get(sequence.request_id) is sequence:
                 computed = sequence.num_computed_tokens
                 outputs.append(self._output(sequence, None, sequence.num_output_tokens, "length", computed))
                 self._forget(sequence)
-        self._scheduler.exhausted.clear()
+        self._scheduler.out_of_blocks.clear()
         return outputs
 
     def stats(self) -> EngineStats:

@@ -17,7 +17,7 @@ from hbserve_core.engine.outputs import EngineStats, StepOutput
 from hbserve_core.engine.runner import Runner
 from hbserve_core.errors import EngineStopped, InstanceFailed
 from hbserve_core.instance.engine_thread import EngineEvent, EngineThread
-from hbserve_core.instance.handover import Inbox, Sending, received
+from hbserve_core.instance.handover import Inbox, PrefillSend, wait_for_kv
 from hbserve_core.ranks.make_runner import make_runner
 from hbserve_core.transfers.instance_transfers import InstanceTransfers
 from hbserve_core.transfers.joint_transfer import JointReceive
@@ -235,7 +235,7 @@ class GpuInstance:
 
     async def _prefill(self, request: PrefillRequest) -> AsyncIterator[TokenEvent | TransferDone]:
         inbox = self._open(request.request_id)
-        sending = Sending(self._require_transfers(), request, self.config.block_size, inbox)
+        sending = PrefillSend(self._require_transfers(), request, self.config.block_size, inbox)
         try:
             await self._thread.call(
                 lambda engine: engine.add(
@@ -251,7 +251,7 @@ class GpuInstance:
         finally:
             self._end(self._end_prefill(request.request_id, sending))
 
-    async def _end_prefill(self, request_id: str, sending: Sending) -> None:
+    async def _end_prefill(self, request_id: str, sending: PrefillSend) -> None:
         await self._last_call(lambda engine: engine.hold(request_id))
         if await sending.abort("the request has ended") is Outcome.UNKNOWN:
             logger.warning("%s: a failed transfer may still read its blocks; they wait until it does not", request_id)
@@ -275,7 +275,7 @@ class GpuInstance:
             posted = await self._require_transfers().post_receive(request.transfer_id, reservation.block_ids)
             yield Granted(posted.grant, reservation.num_cached_tokens)
             assert self.runner is not None, "a ready instance has it"
-            first = await received(posted, inbox, request, self.runner.model_config.vocab_size)
+            first = await wait_for_kv(posted, inbox, request, self.runner.model_config.vocab_size)
             await self._thread.call(lambda engine: engine.activate(request.request_id, first))
             async for event in self._tokens(inbox):
                 yield event

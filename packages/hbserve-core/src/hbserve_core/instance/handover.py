@@ -31,7 +31,7 @@ class Inbox(asyncio.Queue[StepOutput | Reservation | Exception]):
         return item
 
 
-class Sending:
+class PrefillSend:
     """The blocks of one prefill on their way, behind its computation.
 
     blocks of the prompt   [0 .... first)  held by the decode side already
@@ -149,7 +149,7 @@ class Sending:
             await self._opening
 
 
-async def received(posted: JointReceive, inbox: Inbox, request: DecodeRequest, vocab_size: int) -> int:
+async def wait_for_kv(posted: JointReceive, inbox: Inbox, request: DecodeRequest, vocab_size: int) -> int:
     """Wait until all blocks of a request are here; returns the first token.
 
     Raises:

@@ -17,11 +17,11 @@ from hbserve_core.torch_runner.runner import ModelRunner
 logger = logging.getLogger(__name__)
 
 
-def _left_to_the_next_step(error: Exception) -> None:
+def _ignore_until_next_step(error: Exception) -> None:
     logger.debug("%s", error)
 
 
-def make_runner(config: InstanceConfig, on_failure: Callable[[Exception], None] = _left_to_the_next_step) -> Runner:
+def make_runner(config: InstanceConfig, on_failure: Callable[[Exception], None] = _ignore_until_next_step) -> Runner:
     """Load the model; with tensor_parallel_size > 1, here and in processes that `close` ends.
 
     on_failure: called from another thread if one of those is lost. The next step raises the same error.
@@ -36,17 +36,17 @@ def make_runner(config: InstanceConfig, on_failure: Callable[[Exception], None] 
             f"tensor_parallel_size={config.tensor_parallel_size}: needs a torch that was built with torch.distributed"
         )
     from hbserve_core.ranks.tensor_parallel_runner import TensorParallelRunner
-    from hbserve_core.ranks.workers import Followers
+    from hbserve_core.ranks.workers import Workers
 
-    followers = Followers(config, on_failure)
+    workers = Workers(config, on_failure)
     try:
-        with followers.blamed():
-            runner = make_rank_runner(followers.config, followers.join())
-            followers.wait_ready()
+        with workers.naming_the_lost_rank():
+            runner = make_rank_runner(workers.config, workers.join())
+            workers.wait_ready()
     except BaseException:
-        followers.close()
+        workers.close()
         raise
-    return TensorParallelRunner(runner, followers)
+    return TensorParallelRunner(runner, workers)
 
 
 def make_rank_runner(config: InstanceConfig, group: RankGroup) -> Runner:

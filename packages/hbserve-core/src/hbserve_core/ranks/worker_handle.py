@@ -30,7 +30,7 @@ _STATES: tuple[RankState, ...] = ("joining", "loading", "ready")
 
 
 @dataclass(frozen=True)
-class Fate:
+class ExitCause:
     """How a rank has ended."""
 
     cause: str
@@ -38,10 +38,10 @@ class Fate:
     """It ended because another one had."""
 
 
-class FollowerProcess:
+class WorkerProcess:
     """Starts the process, and listens to it in a thread of its own until it has ended or is lost."""
 
-    def __init__(self, settings: RankSettings, on_end: Callable[[Fate], None]) -> None:
+    def __init__(self, settings: RankSettings, on_end: Callable[[ExitCause], None]) -> None:
         """on_end: called once, in that thread, unless it was `close` that ended it."""
         threads = str(settings.config.num_threads)
         self._popen = subprocess.Popen(
@@ -121,32 +121,32 @@ class FollowerProcess:
     # ---- in the thread -------------------------------------------------------------------------------------------
 
     def _listen(self) -> None:
-        fate = self._follow_reports()
+        exit_cause = self._follow_reports()
         with self._changed:
             self._lost = True
             self._changed.notify_all()
         if not self._closing:
-            self._on_end(fate)
+            self._on_end(exit_cause)
 
-    def _follow_reports(self) -> Fate:
+    def _follow_reports(self) -> ExitCause:
         assert self._popen.stdout is not None
         fd, unfinished, begin_s = self._popen.stdout.fileno(), b"", time.monotonic()
         poll = select.poll()
         poll.register(fd, select.POLLIN)
         while poll.poll(1e3 * self._most_silence_s()) or poll.poll(1e3 * GRACE_S):
             if not (data := os.read(fd, 1 << 16)):
-                return Fate(f"{self._name} {self._exit_status()}")
+                return ExitCause(f"{self._name} {self._exit_status()}")
             *lines, unfinished = (unfinished + data).split(b"\n")
             for line in lines:
                 report = msgspec.json.decode(line, type=RankReport)
                 if report.state == "failed":
-                    return Fate(f"{self._name} failed: {report.error}", report.is_consequence)
+                    return ExitCause(f"{self._name} failed: {report.error}", report.is_consequence)
                 with self._changed:
                     self._state, self.transfer_address = report.state, report.transfer_address
                     self._changed.notify_all()
         if self._state is None:
-            return Fate(f"{self._name} has not begun within {time.monotonic() - begin_s:.0f} s")
-        return Fate(f"{self._name} is frozen: it has said nothing for {self._most_silence_s() + GRACE_S:.0f} s")
+            return ExitCause(f"{self._name} has not begun within {time.monotonic() - begin_s:.0f} s")
+        return ExitCause(f"{self._name} is frozen: it has said nothing for {self._most_silence_s() + GRACE_S:.0f} s")
 
     def _most_silence_s(self) -> float:
         if self._state is None:

@@ -22,7 +22,7 @@ from hbserve_core.model.loaded_model import choose_device
 from hbserve_core.model.rank_group import RankGroup
 from hbserve_core.model.shard import Shard
 from hbserve_core.ranks.distributed_group import DistributedRankGroup, host_store
-from hbserve_core.ranks.worker_handle import GRACE_S, SILENCE_S, START_TIMEOUT_S, Fate, FollowerProcess
+from hbserve_core.ranks.worker_handle import GRACE_S, SILENCE_S, START_TIMEOUT_S, ExitCause, WorkerProcess
 from hbserve_core.ranks.worker_protocol import RankSettings, RankState
 
 logger = logging.getLogger(__name__)
@@ -36,7 +36,7 @@ VERDICT_TIMEOUT_S = SILENCE_S + GRACE_S + 2.0
 """How long a failed operation waits to hear which rank is the cause: longer than it takes to see that one is frozen."""
 
 
-class Followers:
+class Workers:
     """One instance's ranks but this one. Called by the engine's thread."""
 
     def __init__(self, config: InstanceConfig, on_failure: Callable[[Exception], None]) -> None:
@@ -52,7 +52,7 @@ class Followers:
         """As each rank has it, this one too."""
         self._on_failure = on_failure
         self._lock = threading.Lock()
-        self._fates: list[Fate] = []
+        self._exit_causes: list[ExitCause] = []
         self._verdict = ""
         self._concluded = threading.Event()
         self._group: RankGroup | None = None
@@ -60,11 +60,11 @@ class Followers:
         listening = socket.create_server(("127.0.0.1", 0))
         port: int = listening.getsockname()[1]
         self._store = host_store(listening.detach(), port)
-        self._processes: list[FollowerProcess] = []
+        self._processes: list[WorkerProcess] = []
         try:
             for rank in range(1, size):
                 settings = RankSettings(self.config, rank, port, self._seed)
-                self._processes.append(FollowerProcess(settings, self._ended))
+                self._processes.append(WorkerProcess(settings, self._ended))
         except BaseException:
             self.close()
             raise
@@ -103,7 +103,7 @@ class Followers:
             process.send(message)
 
     @contextlib.contextmanager
-    def blamed(self) -> Iterator[None]:
+    def naming_the_lost_rank(self) -> Iterator[None]:
         """For work that needs all ranks: if one is lost, raises the RankFailed that names it, whatever happened."""
         self._check()
         try:
@@ -120,23 +120,23 @@ class Followers:
         if self._concluded.is_set():
             raise RankFailed(self._verdict)
 
-    def _ended(self, fate: Fate) -> None:
+    def _ended(self, exit_cause: ExitCause) -> None:
         """In the thread that listens to that rank."""
         with self._lock:
-            self._fates.append(fate)
+            self._exit_causes.append(exit_cause)
         time.sleep(SETTLE_S)
         with self._lock:
-            cause = min(self._fates, key=lambda each: each.is_consequence).cause
-        if self.give_up(cause):
+            cause = min(self._exit_causes, key=lambda each: each.is_consequence).cause
+        if self.fail_all(cause):
             self._on_failure(RankFailed(cause))
 
-    def give_up(self, cause: str) -> bool:
+    def fail_all(self, cause: str) -> bool:
         """End all ranks: from now on everything raises RankFailed with this cause. False: they have another one."""
         with self._lock:
             if self._verdict:
                 return False
             self._verdict = cause
-        logger.debug("%s; heard from others: %s", cause, self._fates)
+        logger.debug("%s; heard from others: %s", cause, self._exit_causes)
         for process in self._processes:
             process.kill()
         self._concluded.set()

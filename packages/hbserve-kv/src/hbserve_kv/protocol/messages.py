@@ -120,7 +120,7 @@ class Abandon(msgspec.Struct, frozen=True, tag=True):
     reason: str
     drained: bool
     """The sender writes no more to this transfer's blocks."""
-    in_kernel: bool = False
+    may_be_buffered: bool = False
     """What the sender's system has taken already may still arrive for a moment."""
 
 

@@ -144,7 +144,7 @@ class IncomingState:
             self.state = State.FAILED_DRAINED
 
     @property
-    def restless(self) -> list[str]:
+    def undrained(self) -> list[str]:
         """Links of the senders that may still write."""
         return [link for link, sender in self.senders.items() if not sender.is_quiet]
 

@@ -59,7 +59,7 @@ class PartTaker:
             while left:
                 began_s = time.monotonic()
                 await self._accept_one(link, incoming, left[0])
-                incoming.taking_s[key] = incoming.taking_s.get(key, 0.0) + time.monotonic() - began_s
+                incoming.accept_time_s[key] = incoming.accept_time_s.get(key, 0.0) + time.monotonic() - began_s
                 incoming.state.end_part(key, left.pop(0).index)
 
     def _ended(

@@ -91,7 +91,7 @@ class Quarantine:
         reminder = Reminder(loop.time())
         deadline_s = reminder.began_s + self._longest_s
         while not incoming.drained.is_set():
-            writing = [incoming.links[key] for key in state.restless]
+            writing = [incoming.links[key] for key in state.undrained]
             lost = [link for link in writing if not link.is_connected and link.transport.one_sided]
             is_late = loop.time() > deadline_s
             for link in writing if is_late else lost:
@@ -129,7 +129,7 @@ class Quarantine:
 
 
 def _warn(incoming: Incoming, since_s: float) -> None:
-    senders = " and ".join(incoming.links[key].hello.address for key in incoming.state.restless)
+    senders = " and ".join(incoming.links[key].hello.address for key in incoming.state.undrained)
     logger.warning(
         "transfer %s: its %d blocks are out of use since it failed %.0f s ago: %s may still write to them, and does "
         "not answer. They come back when it does, when its host says that it is gone, or by a restart here.",

@@ -186,7 +186,7 @@ class Receiver:
             if incoming.state.state is not State.RECEIVING:
                 self.quarantine.watch(incoming)
             self._drop_message(f"{what} is late, was sent twice, or lacks parts: {incoming.state.cause}")
-        time_s = incoming.taking_s.get(message.link, message.time_s)
+        time_s = incoming.accept_time_s.get(message.link, message.time_s)
         incoming.committed.append(
             TransferResult(Outcome.COMPLETED, message.payload, message.num_bytes, message.num_parts, time_s)
         )
@@ -207,7 +207,7 @@ class Receiver:
         if incoming is None:
             self._drop_message(f"abandon of transfer {message.transfer_id} is late")
         self._fail(incoming, message.reason)
-        if message.drained and message.in_kernel:
+        if message.drained and message.may_be_buffered:
             _keep(self._waiting, self._drain_later(incoming, incoming.links[message.link]))
         elif message.drained:
             incoming.state.sender_drained(message.link)

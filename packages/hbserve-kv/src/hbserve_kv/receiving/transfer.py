@@ -47,7 +47,7 @@ class Incoming:
     """Nothing can land any more; or nobody will know, because the receiver was closed before."""
     links: dict[str, IncomingLink] = field(default_factory=dict)
     """Of the senders that have begun, by key; also after they were lost."""
-    taking_s: dict[str, float] = field(default_factory=dict)
+    accept_time_s: dict[str, float] = field(default_factory=dict)
     """Time during which parts were taken, by link; two-sided transports only."""
     committed: list[TransferResult] = field(default_factory=list)
     """One of each sender that has committed."""

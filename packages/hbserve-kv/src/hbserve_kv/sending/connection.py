@@ -101,11 +101,11 @@ class Connection:
             pushing.cancel()
             await asyncio.wait([pushing])
 
-    async def abandon(self, transfer_id: str, reason: str, *, drained: bool, in_kernel: bool = False) -> None:
+    async def abandon(self, transfer_id: str, reason: str, *, drained: bool, may_be_buffered: bool = False) -> None:
         """Tell the receiver that a transfer has failed. If it does not answer it will find out by itself."""
         if self._peer_knows:
             return
-        message = Abandon(transfer_id, self.link.key, reason, drained, in_kernel)
+        message = Abandon(transfer_id, self.link.key, reason, drained, may_be_buffered)
         try:
             await self.client.call(messages.ABANDON, message, timeout_s=self.timeout_s)
         except HBServeRpcError as error:

@@ -212,7 +212,7 @@ class OutgoingTransfer:
         if self._is_unknown and not connection.quiet.is_set():
             await connection.abandon(name, self._error, drained=False)
             await connection.quiet.wait()
-        await connection.abandon(name, self._error, drained=True, in_kernel=self._is_unknown)
+        await connection.abandon(name, self._error, drained=True, may_be_buffered=self._is_unknown)
         connection.forget(name)
 
     async def _work(self) -> None:

@@ -208,7 +208,7 @@ def decode_attention(
 
     qkv: (>=R, (N + 2 K) * D), neither normed nor rotated. out: (>=R, N * D), written. cos_sin, norm, pool: see
     `store_kv`. tables: (R * width,) int32, block numbers. width: one int32, on the device. pieces: (6, P) int32, see
-    `DecodePieces.cut`; those of row -1 are none. Of these, and of the pool's earlier tokens, nothing may be written by
+    `SplitKV.cut`; those of row -1 are none. Of these, and of the pool's earlier tokens, nothing may be written by
     a kernel of the same step.
     """
     _, _, _, block_size, num_kv_heads, head_dim = pool.shape

@@ -8,7 +8,7 @@ wrong with one peer concerns its engine, so the others of its group have to be g
 - A write that failed may go on until its engine ends.
 - What a sender's system has taken of a write lands whenever its network lets it, unless the engine ends through which
   it would land. That takes it from the others of the group too.
-In all cases the engine is condemned: nothing new is begun with it, its links move to another one with their next
+In all cases the engine is retired: nothing new is begun with it, its links move to another one with their next
 write, and it ends after its last call. An engine remembers what it was told of a peer, and has no call to forget it; so
 it is not used again for a session that has failed.
 """
@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 MOST_ENGINES = 4
 MOST_RECEIVING_ON_TCP = 64
 """There an engine is cheap, so that each sender may have one to itself."""
-LONGEST_MEETING_S = 2.0
+LONGEST_FIRST_CONTACT_S = 2.0
 LOOK_INTERVAL_S, LAST_LOOK_INTERVAL_S = 0.05, 0.005
 
 
@@ -46,11 +46,11 @@ class Engine:
     loopback: str = "127.0.0.1"
     failed: set[str] = field(default_factory=set)
     """Sessions to which something has failed."""
-    condemned: str = ""
+    retired: str = ""
     """Why nothing new is begun with it."""
     num_calls: int = 0
     is_open: asyncio.Event = field(default_factory=asyncio.Event)
-    """Set unless it is meeting a peer; also set when it is condemned."""
+    """Set unless it is meeting a peer; also set when it is retired."""
     ended: asyncio.Event = field(default_factory=asyncio.Event)
     """It reads and writes nothing any more."""
 
@@ -88,7 +88,7 @@ class MooncakeEngines:
             async with self._choosing:
                 self._of[link.key] = engine = await self._choose(link, session)
             await engine.is_open.wait()
-            if not engine.condemned:
+            if not engine.retired:
                 return engine
 
     async def _choose(self, link: Link, session: str) -> Engine:
@@ -99,7 +99,7 @@ class MooncakeEngines:
         if best is not None and (not self._num_links(best) or len(self._engines) >= self.most):
             return best
         if len(self._engines) >= self.most:
-            self.condemn(min(self._engines, key=self._num_links), f"every engine has failed with {session}")
+            self.retire(min(self._engines, key=self._num_links), f"every engine has failed with {session}")
         made = await link.run(self._make)
         self._engines.append(made)
         return made
@@ -115,7 +115,7 @@ class MooncakeEngines:
     def leave(self, link: Link) -> None:
         left = self._of.pop(link.key, None)
         if left in self._engines and len(self._engines) > 1 and not (self.keeps_unused or self.links_of(left)):
-            self.condemn(left, "nobody uses it")
+            self.retire(left, "nobody uses it")
 
     def _num_links(self, engine: Engine) -> int:
         return len(self.links_of(engine))
@@ -131,12 +131,12 @@ class MooncakeEngines:
             self._end_if_idle(engine)
 
     @asynccontextmanager
-    async def meeting(self, engine: Engine) -> AsyncIterator[None]:
+    async def first_contact(self, engine: Engine) -> AsyncIterator[None]:
         """An engine that is open meets a peer: others wait, and if it takes too long turn away."""
         assert engine.is_open.is_set()
         engine.is_open.clear()
         loop = asyncio.get_running_loop()
-        watch = loop.call_later(LONGEST_MEETING_S, self.condemn, engine, "a peer does not answer it")
+        watch = loop.call_later(LONGEST_FIRST_CONTACT_S, self.retire, engine, "a peer does not answer it")
         try:
             async with self.call(engine):
                 yield
@@ -144,25 +144,25 @@ class MooncakeEngines:
             watch.cancel()
             engine.is_open.set()
 
-    def condemn(self, engine: Engine, why: str) -> None:
+    def retire(self, engine: Engine, why: str) -> None:
         """Begin nothing new with it, and end it when its calls have returned."""
-        if engine.condemned:
+        if engine.retired:
             return
         logger.debug("a Mooncake engine of %s links ends: %s", self._num_links(engine), why)
-        engine.condemned = why
+        engine.retired = why
         self._engines.remove(engine)
         engine.is_open.set()
         self._end_if_idle(engine)
 
     def _end_if_idle(self, engine: Engine) -> None:
-        if engine.condemned and not engine.num_calls and not engine.ended.is_set():
+        if engine.retired and not engine.num_calls and not engine.ended.is_set():
             task = asyncio.create_task(end(engine))
             self._ending.add(task)
             task.add_done_callback(self._ending.discard)
 
     async def close(self) -> None:
         for engine in list(self._engines):
-            self.condemn(engine, "closed")
+            self.retire(engine, "closed")
         await asyncio.gather(*self._ending)
 
 

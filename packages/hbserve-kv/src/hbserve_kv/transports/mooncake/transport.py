@@ -95,8 +95,8 @@ class MooncakeTransport(Transport):
         elif self._config.protocol == "rdma" and (reason := why_no_rdma()):
             # Mooncake itself would use TCP, and say nothing.
             raise BackendUnavailable(f'{CONFIG_VARIABLE}: protocol "rdma", but {reason}')
-        self._scout = self._make_engine(())
-        self._detail = self._verified_transport(self._scout.native)
+        self._probe_engine = self._make_engine(())
+        self._detail = self._verified_transport(self._probe_engine.native)
         if self._carrier == "TCP":
             self._receiving.most, self._receiving.keeps_unused = MOST_RECEIVING_ON_TCP, False
         self._receiving.prepare()
@@ -155,7 +155,7 @@ class MooncakeTransport(Transport):
             return set()
         engine = self._admitted[link]
         others = self._receiving.links_of(engine)
-        self._receiving.condemn(engine, "a sender that was lost may still write")
+        self._receiving.retire(engine, "a sender that was lost may still write")
         await engine.ended.wait()
         return {link.key, *others}
 
@@ -174,7 +174,7 @@ class MooncakeTransport(Transport):
         await self._ask(link, self._probe)
         engine = await self._engines.join(link, _decode(link).session)
         try:
-            async with self._engines.meeting(engine):
+            async with self._engines.first_contact(engine):
                 await self._ask(link, self._read_something, engine)
         except BaseException:
             self._engines.leave(link)
@@ -197,7 +197,7 @@ class MooncakeTransport(Transport):
 
     def _probe(self, link: Link) -> None:
         session = _decode(link).session
-        if rc := self._scout.native.send_probe(session):
+        if rc := self._probe_engine.native.send_probe(session):
             raise ConnectionError(f"Mooncake cannot reach {session}: code {rc}")
 
     def _read_something(self, engine: Engine, link: Link) -> None:
@@ -212,18 +212,18 @@ class MooncakeTransport(Transport):
         async with self._engines.call(engine):
             try:
                 await link.run(self._write, engine, link, part)
-            finally:  # whoever is cancelled must condemn it too
+            finally:  # whoever is cancelled must retire it too
                 if self._unsure.get(link.key) is engine:
-                    self._engines.condemn(engine, "a write of it failed")
+                    self._engines.retire(engine, "a write of it failed")
 
     async def _engine_of(self, link: Link) -> Engine:
         """One that knows the peer, and does not get to know another one at this moment."""
         while link.key in self._connected:
             engine = self._engines.of(link)
-            if engine is None or engine.condemned:
+            if engine is None or engine.retired:
                 engine = await self._join(link)
             await engine.is_open.wait()
-            if not engine.condemned:
+            if not engine.retired:
                 return engine
         raise ConnectionError("the link is closed")
 
@@ -255,7 +255,7 @@ class MooncakeTransport(Transport):
             await engine.ended.wait()
 
     async def close(self) -> None:
-        await asyncio.gather(self._engines.close(), self._receiving.close(), end(self._scout))
+        await asyncio.gather(self._engines.close(), self._receiving.close(), end(self._probe_engine))
 
 
 def _decode(link: Link) -> Description:
