@@ -24,7 +24,7 @@ from hbserve_kv.memory.heads import HeadRange
 from hbserve_kv.memory.memory import Region
 from hbserve_rpc import Method, Notification, StreamMethod
 
-PROTOCOL_VERSION = 4
+PROTOCOL_VERSION = 5
 
 
 class Grant(msgspec.Struct, frozen=True, tag=True):
