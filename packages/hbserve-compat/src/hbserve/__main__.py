@@ -15,9 +15,12 @@ from typing import Annotated, Any
 import typer
 
 app = typer.Typer(
-    name="hbserve", help="Language models with prefill and decode on separate instances.", no_args_is_help=True,
-    add_completion=False, pretty_exceptions_enable=False,
-)  # fmt: skip
+    name="hbserve",
+    help="Language models with prefill and decode on separate instances.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
 
 
 class LogLevel(StrEnum):

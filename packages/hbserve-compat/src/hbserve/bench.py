@@ -33,10 +33,11 @@ class EngineUnderTest:
     def settings(self) -> dict[str, object]:
         """Of its InstanceConfig, model_path apart."""
         return {
-            "device": self.device, "dtype": self.dtype,
+            "device": self.device,
+            "dtype": self.dtype,
             "load_format": "dummy" if self.random_weights else "safetensors",
             "tensor_parallel_size": self.tensor_parallel_size,
-        }  # fmt: skip
+        }
 
     def is_on_a_gpu(self, folder: Path) -> bool:
         """Raises InvalidInstanceConfig, or what msgspec raises, for settings that cannot be."""

@@ -64,10 +64,14 @@ def _convert(gguf_file: Path, folder: Path, given_up: threading.Event) -> None:
     scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     writer = subprocess.Popen(
         _writer_command(gguf_file, scratch, folder),
-        stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace",
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
         # A Ctrl-C is for us, and we end it. If we are killed, it ends its work: the folder is whole, or not there.
         start_new_session=True,
-    )  # fmt: skip
+    )
     try:
         complaint = _follow(writer, f"Converting {gguf_file.stem}, once, to {folder.parent}", given_up)
     finally:

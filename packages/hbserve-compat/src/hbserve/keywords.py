@@ -7,8 +7,15 @@ from typing import Any
 NANO_VLLM_NAMES = {"kvcache_block_size": "block_size", "num_kvcache_blocks": "num_blocks"}
 IGNORED = {"hf_config": "it is read from the folder", "eos": "it is read from the folder"}
 NOT_OF_ONE_ENGINE = {
-    "gpu_instances", "scheduler", "kv_buffer_size", "kv_ip", "kv_port", "kv_timeout_s", "kv_checksum", "kv_options"
-}  # fmt: skip
+    "gpu_instances",
+    "scheduler",
+    "kv_buffer_size",
+    "kv_ip",
+    "kv_port",
+    "kv_timeout_s",
+    "kv_checksum",
+    "kv_options",
+}
 
 
 def within_model_len(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:

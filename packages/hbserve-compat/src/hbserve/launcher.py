@@ -121,12 +121,16 @@ class InstanceProcess:
         """
         threads = str(self._settings["num_threads"])
         self._process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "hbserve_core",
-            stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
+            sys.executable,
+            "-m",
+            "hbserve_core",
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
             # A Ctrl-C is for us; we end the instances in order. They also end when their stdin does.
             start_new_session=True,
             env=os.environ | {"OMP_NUM_THREADS": threads},
-        )  # fmt: skip
+        )
         # If nobody stops it: the object is collected, its event loop has ended, or the interpreter ends.
         self._killing = weakref.finalize(self, _end_unattended, self._process, os.getpid())
         stdin, stdout = self._process.stdin, self._process.stdout

@@ -62,9 +62,12 @@ class TextRequest:
                 if isinstance(event, RequestFinished):
                     last_text = text.feed([], final=True)
                     yield GenerationDelta(
-                        request_id=self.request_id, text=last_text, token_ids=[], timings=timings_of(event),
+                        request_id=self.request_id,
+                        text=last_text,
+                        token_ids=[],
+                        timings=timings_of(event),
                         finish_reason="stop" if text.stopped else event.finish_reason,
-                    )  # fmt: skip
+                    )
                 elif not text.stopped:
                     new_text = text.feed(event.token_ids)
                     new_ids, seen = text.token_ids[seen:], len(text.token_ids)
@@ -82,9 +85,12 @@ class TextRequest:
         async for delta in self:
             if delta["timings"] is not None and delta["finish_reason"] is not None:
                 return GenerationResult(
-                    **delta["timings"], request_id=self.request_id, text=self.detokenizer.text,
-                    token_ids=self.detokenizer.token_ids, finish_reason=delta["finish_reason"],
-                )  # fmt: skip
+                    **delta["timings"],
+                    request_id=self.request_id,
+                    text=self.detokenizer.text,
+                    token_ids=self.detokenizer.token_ids,
+                    finish_reason=delta["finish_reason"],
+                )
         raise RemoteError(f"request {self.request_id}: its stream ended without its end")
 
     async def aclose(self) -> None:

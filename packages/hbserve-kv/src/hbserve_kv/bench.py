@@ -118,9 +118,14 @@ async def sender(settings: Settings) -> AsyncIterator[Sender]:
     await manager.start()
     pipe = asyncio.subprocess.PIPE
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "hbserve_kv.bench", "--receive", msgspec.json.encode(settings.of_peer()).decode(),
-        stdin=pipe, stdout=pipe,
-    )  # fmt: skip
+        sys.executable,
+        "-m",
+        "hbserve_kv.bench",
+        "--receive",
+        msgspec.json.encode(settings.of_peer()).decode(),
+        stdin=pipe,
+        stdout=pipe,
+    )
     try:
         yield Sender(manager, process)
     finally:
@@ -154,9 +159,12 @@ async def run(arguments: argparse.Namespace) -> None:
     write = sys.stdout.write
     for size in arguments.sizes:
         settings = Settings(
-            arguments.backend, arguments.device, max(1, size * MIB // arguments.block_bytes), arguments.block_bytes,
+            arguments.backend,
+            arguments.device,
+            max(1, size * MIB // arguments.block_bytes),
+            arguments.block_bytes,
             arguments.checksum,
-        )  # fmt: skip
+        )
         for scattered in (False, True):
             found, carrier = await measure(settings, size * MIB, scattered, arguments.rounds)
             order = "scattered" if scattered else "neighbours"

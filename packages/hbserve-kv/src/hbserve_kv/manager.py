@@ -105,9 +105,15 @@ class KVTransferManager(KVTransferBase):
         self._buffer = LookupBuffer(self._memory, timeout_s=config.timeout_s, expiry_s=config.expiry_s)
         me = Identity(rank, self.epoch, self.fingerprint, self.heads)
         self._receiver = Receiver(
-            me=me, memory=self._memory, transports=self._transports, buffer=self._buffer, timeout_s=config.timeout_s,
-            expiry_s=config.expiry_s, checksum=config.checksum, writing=lambda: self._peers.writing(),
-        )  # fmt: skip
+            me=me,
+            memory=self._memory,
+            transports=self._transports,
+            buffer=self._buffer,
+            timeout_s=config.timeout_s,
+            expiry_s=config.expiry_s,
+            checksum=config.checksum,
+            writing=lambda: self._peers.writing(),
+        )
         self._receiver.serve_on(self._server)
         self._peers = Peers(me, lambda: self.address, self._transports, config.timeout_s)
         self._addresses: dict[int, str] = {}

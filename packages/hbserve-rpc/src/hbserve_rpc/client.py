@@ -167,9 +167,11 @@ class RpcClient:
     def _handle(self, envelope: wire.FromServer, body: bytes) -> None:
         match envelope:
             case wire.Refused(version=version):
-                self._fail_all(ProtocolMismatch(
-                    f"{self.address} speaks version {version} of the protocol, this side {wire.PROTOCOL_VERSION}"
-                ))  # fmt: skip
+                self._fail_all(
+                    ProtocolMismatch(
+                        f"{self.address} speaks version {version} of the protocol, this side {wire.PROTOCOL_VERSION}"
+                    )
+                )
             case wire.Welcome(epoch=epoch):
                 if self._epoch not in (None, epoch):
                     self._fail_all(PeerLost(f"{self.address} was restarted"))

@@ -103,9 +103,13 @@ class Attempt:
     async def _prefill(self, instance: InstanceHandle, grant: bytes) -> None:
         entry = self._entry
         request = PrefillRequest(
-            self._request_id, self._transfer_id, entry.request.prompt_token_ids, entry.request.params, grant,
+            self._request_id,
+            self._transfer_id,
+            entry.request.prompt_token_ids,
+            entry.request.params,
+            grant,
             [*entry.output],
-        )  # fmt: skip
+        )
         with self._naming(instance):
             async with instance.client.stream(PREFILL, request) as events:
                 async for event in events:

@@ -280,12 +280,17 @@ class CpuScheduler:
         totals = self._totals
         ended = totals["completed"] + totals["failed"]
         return SchedulerStats(
-            total_requests=totals["total"], completed_requests=totals["completed"], failed_requests=totals["failed"],
-            aborted_requests=totals["aborted"], rejected_requests=totals["rejected"], retries=totals["retries"],
-            waiting_requests=len(self.waiting_requests), running_requests=len(self.running_requests),
+            total_requests=totals["total"],
+            completed_requests=totals["completed"],
+            failed_requests=totals["failed"],
+            aborted_requests=totals["aborted"],
+            rejected_requests=totals["rejected"],
+            retries=totals["retries"],
+            waiting_requests=len(self.waiting_requests),
+            running_requests=len(self.running_requests),
             success_rate=totals["completed"] / ended if ended else 1.0,
             instances=[handle.stats for handle in self.fleet.handles.values()],
-        )  # fmt: skip
+        )
 
     async def refresh(self) -> None:
         """Ask every instance for its figures now, so that `stats` is not up to a heartbeat old."""

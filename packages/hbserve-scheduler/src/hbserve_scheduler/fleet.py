@@ -84,9 +84,10 @@ class Fleet:
             return handle.num_pending < self._config.max_pending_reservations
 
         return [
-            handle for handle in self.handles.values()
+            handle
+            for handle in self.handles.values()
             if handle.role == role and handle.status == "ready" and has_room(handle)
-        ]  # fmt: skip
+        ]
 
     def _others(self, role: Role, avoid: Collection[str]) -> list[InstanceHandle]:
         available = self.available(role)

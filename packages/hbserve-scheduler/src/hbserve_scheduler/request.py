@@ -77,16 +77,21 @@ class ScheduledRequest:
         self.finish_reason = reason
         self.events.put_nowait(
             RequestFinished(
-                reason, self.num_prompt_tokens, num_output,
+                reason,
+                self.num_prompt_tokens,
+                num_output,
                 queue_time_s=(self.started_s or now_s) - self.submitted_s,
                 ttft_s=first_s - self.submitted_s,
                 tpot_s=(now_s - first_s) / (num_output - 1) if num_output > 1 else 0.0,
                 e2e_s=now_s - self.submitted_s,
-                kv_bytes=self.kv_bytes, kv_transfer_time_s=self.kv_transfer_time_s,
-                num_cached_tokens=self.num_cached_tokens, num_attempts=self.num_attempts,
-                prefill_instance=self.prefill_instance, decode_instance=self.decode_instance,
+                kv_bytes=self.kv_bytes,
+                kv_transfer_time_s=self.kv_transfer_time_s,
+                num_cached_tokens=self.num_cached_tokens,
+                num_attempts=self.num_attempts,
+                prefill_instance=self.prefill_instance,
+                decode_instance=self.decode_instance,
             )
-        )  # fmt: skip
+        )
 
 
 class EventStream(AsyncIterator[ClientEvent]):

@@ -58,9 +58,13 @@ def _ways_to_read(memory: torch.Tensor) -> list[Callable[[], object]]:
     rows = numbers.view(-1, 4096)
     vector = torch.ones(4096, device=memory.device)
     return [
-        numbers.sum, numbers.amax, memory.view(torch.int32).amax,
-        lambda: rows.sum(dim=1), lambda: rows.amax(dim=1), lambda: rows @ vector,
-    ]  # fmt: skip
+        numbers.sum,
+        numbers.amax,
+        memory.view(torch.int32).amax,
+        lambda: rows.sum(dim=1),
+        lambda: rows.amax(dim=1),
+        lambda: rows @ vector,
+    ]
 
 
 def _time_of(work: Callable[[], object], device: torch.device, at_once: int = 1) -> float:

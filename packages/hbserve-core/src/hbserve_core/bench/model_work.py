@@ -78,9 +78,11 @@ def layer_products(model: ModelConfig) -> dict[str, int]:
     hidden, inner = model.hidden_size, model.intermediate_size
     heads, kv_heads = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
     return {
-        "qkv": hidden * (heads + 2 * kv_heads), "output": heads * hidden, "gate_up": hidden * 2 * inner,
+        "qkv": hidden * (heads + 2 * kv_heads),
+        "output": heads * hidden,
+        "gate_up": hidden * 2 * inner,
         "down": inner * hidden,
-    }  # fmt: skip
+    }
 
 
 def num_layer_weights(model: ModelConfig) -> int:

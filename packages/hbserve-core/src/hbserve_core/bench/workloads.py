@@ -67,9 +67,11 @@ def bench_config(model_path: str, sizes: Sizes, **settings: object) -> InstanceC
     """One hybrid engine with room for all of a workload's requests at once."""
     chosen = {
         "max_num_seqs": max(sizes.num_requests, sizes.num_prompts),
-        "max_num_batched_tokens": 16384, "chunk_size": 16384, "max_chunk_prefill_tokens": 16384,
+        "max_num_batched_tokens": 16384,
+        "chunk_size": 16384,
+        "max_chunk_prefill_tokens": 16384,
         "max_model_len": sizes.longest_sequence,
-    }  # fmt: skip
+    }
     return InstanceConfig(model_path=model_path, **{**chosen, **settings})  # type: ignore[arg-type]
 
 

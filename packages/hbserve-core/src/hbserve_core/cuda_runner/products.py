@@ -131,9 +131,15 @@ class CudaProducts:
             # Rows that are not yet divided by their rms could be beyond what float16 holds.
             weights = None if stream.rows.dtype == torch.float16 else next_norm.weight
             stream.scaled = add_skinny_linear(
-                stream.rows, inputs, linear.weight, linear.bias, padded_rows=choice.padded_rows, splits=choice.splits,
-                workspace=self._workspace, next_norm=weights,
-            )  # fmt: skip
+                stream.rows,
+                inputs,
+                linear.weight,
+                linear.bias,
+                padded_rows=choice.padded_rows,
+                splits=choice.splits,
+                workspace=self._workspace,
+                next_norm=weights,
+            )
 
     def of(self, inputs: torch.Tensor, linear: Linear) -> torch.Tensor:
         """(M, O) of rows (M, I)."""
@@ -149,13 +155,23 @@ class CudaProducts:
         return choose(len(rows), (outputs, inputs), linear.weight.dtype.itemsize, kind, self._num_processors)
 
     def _skinny(
-        self, choice: Choice, inputs: torch.Tensor | ScaledRows, norm: RmsNorm | None, linear: Linear,
+        self,
+        choice: Choice,
+        inputs: torch.Tensor | ScaledRows,
+        norm: RmsNorm | None,
+        linear: Linear,
         gated: bool = False,
-    ) -> torch.Tensor:  # fmt: skip
+    ) -> torch.Tensor:
         return skinny_linear(
-            inputs, linear.weight, linear.bias, padded_rows=choice.padded_rows, splits=choice.splits,
-            workspace=self._workspace, eps=norm.eps if norm else 0.0, gated=gated,
-        )  # fmt: skip
+            inputs,
+            linear.weight,
+            linear.bias,
+            padded_rows=choice.padded_rows,
+            splits=choice.splits,
+            workspace=self._workspace,
+            eps=norm.eps if norm else 0.0,
+            gated=gated,
+        )
 
 
 def _normed(rows: torch.Tensor, norm: RmsNorm) -> torch.Tensor:

@@ -59,8 +59,10 @@ class CudaRunner:
             reserved_bytes = self._measure_step()
             logger.info(
                 "%s: kernels compiled, or found in Triton's cache, in %.1f s; a step takes up to %.0f MiB",
-                config.instance_id, time.perf_counter() - begin, reserved_bytes / 2**20,
-            )  # fmt: skip
+                config.instance_id,
+                time.perf_counter() - begin,
+                reserved_bytes / 2**20,
+            )
             self.pool = model.allocate_pool(reserved_bytes)
             self._graphs = CudaGraphs(self._stream)
             group.on_close = self._graphs.close

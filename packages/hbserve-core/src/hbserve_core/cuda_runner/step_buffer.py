@@ -87,9 +87,16 @@ def order_chunks(batch: Ids[ScheduledChunk]) -> list[int]:
 
 
 def write_step(
-    view: StepView, chunks: Ids[ScheduledChunk], sampling: Ids[int], sources: Mapping[Sequence, int],
-    random: random.Random, *, block_size: int, tile_tokens: int, pieces: SplitKV,
-) -> int:  # fmt: skip
+    view: StepView,
+    chunks: Ids[ScheduledChunk],
+    sampling: Ids[int],
+    sources: Mapping[Sequence, int],
+    random: random.Random,
+    *,
+    block_size: int,
+    tile_tokens: int,
+    pieces: SplitKV,
+) -> int:
     """Fill a numpy view in; returns how many numbers of its memory are in use.
 
     chunks: in the order of `order_chunks`. sampling: places of those to sample for. sources: where the step before has
@@ -154,9 +161,7 @@ def _write_prefills(
         view.tiles[:, : found.shape[1]] = found[:2, np.argsort(found[2], kind="stable")]
 
 
-def _write_samples(
-    view: StepView, chunks: Ids[ScheduledChunk], sampling: Ids[int], random: random.Random
-) -> None:  # fmt: skip
+def _write_samples(view: StepView, chunks: Ids[ScheduledChunk], sampling: Ids[int], random: random.Random) -> None:
     columns: list[tuple[float, int, int, int, float]] = []
     for i in sampling:
         sequence, params = chunks[i].sequence, chunks[i].sequence.params

@@ -56,8 +56,14 @@ class StepPacker:
         # A step of decodes samples every row, although a chunk of one token may stop short of its prompt's end.
         sampling = [i for i, chunk in enumerate(chunks) if chunk.samples or not shape.tiles]
         used = write_step(
-            StepView(memory, shape), chunks, sampling, self._sources, self._random,
-            block_size=self._block_size, tile_tokens=self._tile_tokens, pieces=self._pieces,
-        )  # fmt: skip
+            StepView(memory, shape),
+            chunks,
+            sampling,
+            self._sources,
+            self._random,
+            block_size=self._block_size,
+            tile_tokens=self._tile_tokens,
+            pieces=self._pieces,
+        )
         self._sources = {chunks[i].sequence: row for row, i in enumerate(sampling)}
         return PackedStep(shape, used, [order[i] if chunks[i].samples else None for i in sampling], len(batch))

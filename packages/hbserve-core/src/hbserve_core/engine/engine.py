@@ -245,9 +245,15 @@ class Engine:
         # Each row of a step is its own: others go on.
         error = NO_LOGITS.format(index=index) if token == NOT_FINITE else None
         return StepOutput(
-            sequence.request_id, None if error else token, index, finish_reason, computed, sequence.num_cached_tokens,
-            sequence.block_table.tolist() if sequence.prefill_only else [], error,
-        )  # fmt: skip
+            sequence.request_id,
+            None if error else token,
+            index,
+            finish_reason,
+            computed,
+            sequence.num_cached_tokens,
+            sequence.block_table.tolist() if sequence.prefill_only else [],
+            error,
+        )
 
     def _tell_cached_prefixes(self, batch: list[ScheduledChunk]) -> None:
         for chunk in batch:

@@ -239,10 +239,13 @@ class GpuInstance:
         try:
             await self._thread.call(
                 lambda engine: engine.add(
-                    request.request_id, request.prompt_token_ids, request.params, request.output_token_ids,
+                    request.request_id,
+                    request.prompt_token_ids,
+                    request.params,
+                    request.output_token_ids,
                     prefill_only=True,
                 )
-            )  # fmt: skip
+            )
             output = await sending.follow()
             yield TokenEvent(output.index, output.token_ids, output.finish_reason)
             if request.grant and output.finish_reason is None:
@@ -308,10 +311,17 @@ class GpuInstance:
                 "dtype": str(runner.dtype).removeprefix("torch."),
             }
         return InstanceInfo(
-            config.instance_id, config.role, self.epoch, self.status, model=config.model_path,
-            block_size=config.block_size, kv_backend=config.kv_transfer.backend if config.role != "hybrid" else "",
-            pid=os.getpid(), error=self.error, **known,
-        )  # fmt: skip
+            config.instance_id,
+            config.role,
+            self.epoch,
+            self.status,
+            model=config.model_path,
+            block_size=config.block_size,
+            kv_backend=config.kv_transfer.backend if config.role != "hybrid" else "",
+            pid=os.getpid(),
+            error=self.error,
+            **known,
+        )
 
     async def _stats(self, _: Empty) -> InstanceStats:
         transfers: dict[str, Any] = {}
@@ -328,10 +338,20 @@ class GpuInstance:
             }
         config, engine = self.config, self.engine_stats
         return InstanceStats(
-            config.instance_id, config.role, self.status, self.epoch,
-            active_requests=self.num_active, waiting_requests=engine.num_waiting,
-            running_requests=engine.num_running, num_blocks=engine.num_blocks, free_blocks=engine.num_free_blocks,
-            quarantined_blocks=engine.num_quarantined_blocks, total_requests=self.num_requests,
-            generated_tokens=engine.num_generated_tokens, prefill_tokens=engine.num_prefill_tokens,
-            cached_tokens=engine.num_cached_tokens, preemptions=engine.num_preemptions, **transfers,
-        )  # fmt: skip
+            config.instance_id,
+            config.role,
+            self.status,
+            self.epoch,
+            active_requests=self.num_active,
+            waiting_requests=engine.num_waiting,
+            running_requests=engine.num_running,
+            num_blocks=engine.num_blocks,
+            free_blocks=engine.num_free_blocks,
+            quarantined_blocks=engine.num_quarantined_blocks,
+            total_requests=self.num_requests,
+            generated_tokens=engine.num_generated_tokens,
+            prefill_tokens=engine.num_prefill_tokens,
+            cached_tokens=engine.num_cached_tokens,
+            preemptions=engine.num_preemptions,
+            **transfers,
+        )

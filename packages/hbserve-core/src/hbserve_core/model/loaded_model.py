@@ -62,9 +62,14 @@ class LoadedModel:
         pool = allocate_pool(num_blocks, block, self.device)
         logger.info(
             "%s: %s on %s, %s, %d blocks of %d tokens (%.2f GiB)",
-            config.instance_id, self.model_config.architecture, self.device, self.dtype, num_blocks, config.block_size,
+            config.instance_id,
+            self.model_config.architecture,
+            self.device,
+            self.dtype,
+            num_blocks,
+            config.block_size,
             num_blocks * block.block_bytes / 2**30,
-        )  # fmt: skip
+        )
         return pool
 
 

@@ -104,10 +104,15 @@ def _read_yarn(theta: float, factor: float, original: int, parameters: Mapping[s
             else _yarn_magnitude(factor)
         )
     return RopeConfig(
-        "yarn", theta, factor, original_max_position_embeddings=original, magnitude=float(magnitude),
-        beta_fast=float(parameters.get("beta_fast") or 32), beta_slow=float(parameters.get("beta_slow") or 1),
+        "yarn",
+        theta,
+        factor,
+        original_max_position_embeddings=original,
+        magnitude=float(magnitude),
+        beta_fast=float(parameters.get("beta_fast") or 32),
+        beta_slow=float(parameters.get("beta_slow") or 1),
         truncate=bool(parameters.get("truncate", True)),
-    )  # fmt: skip
+    )
 
 
 def _yarn_magnitude(factor: float, mscale: float = 1.0) -> float:

@@ -49,9 +49,14 @@ class StepWriter:
         new_token_ids = sequence.token_ids[first : first + chunk.num_new_tokens]
         block_table = sequence.block_table.tobytes()
         return _Chunk(
-            sequence.request_id, sequence.num_prompt_tokens, sequence.num_tokens, first, new_token_ids, block_table,
+            sequence.request_id,
+            sequence.num_prompt_tokens,
+            sequence.num_tokens,
+            first,
+            new_token_ids,
+            block_table,
             params,
-        )  # fmt: skip
+        )
 
 
 class _NewTokens:

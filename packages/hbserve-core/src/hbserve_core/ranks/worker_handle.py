@@ -45,10 +45,14 @@ class WorkerProcess:
         """on_end: called once, in that thread, unless it was `close` that ended it."""
         threads = str(settings.config.num_threads)
         self._popen = subprocess.Popen(
-            [sys.executable, "-m", "hbserve_core.ranks.worker_main"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            [sys.executable, "-m", "hbserve_core.ranks.worker_main"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
             # A Ctrl-C is for rank 0, which then ends the others.
-            start_new_session=True, env=os.environ | {"OMP_NUM_THREADS": threads}, bufsize=0,
-        )  # fmt: skip
+            start_new_session=True,
+            env=os.environ | {"OMP_NUM_THREADS": threads},
+            bufsize=0,
+        )
         self._name = f"rank {settings.rank} of {settings.config.tensor_parallel_size} (pid {self._popen.pid})"
         self._on_end = on_end
         self._state: RankState | None = None

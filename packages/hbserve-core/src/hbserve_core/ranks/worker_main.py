@@ -96,9 +96,10 @@ def main() -> int:
     settings = msgspec.json.decode(line, type=RankSettings)
     config, rank = settings.config, settings.rank
     logging.basicConfig(
-        level=config.log_level, format=f"%(asctime)s %(levelname)s %(name)s [rank {rank}]: %(message)s",
+        level=config.log_level,
+        format=f"%(asctime)s %(levelname)s %(name)s [rank {rank}]: %(message)s",
         stream=sys.stderr,
-    )  # fmt: skip
+    )
     reporter = Reporter(reports)
     steps = Steps(sys.stdin.buffer)
     status = 0

@@ -49,9 +49,13 @@ class RankTransfers:
         if shard.rank:  # the next ports are those of other instances
             settings = msgspec.structs.replace(settings, port=0)
         self._manager = KVTransferManager(
-            rank=config.kv_rank + shard.rank * RANK_STRIDE, pool=runner.pool, fingerprint=runner.fingerprint,
-            config=settings, epoch=epoch, heads=shard.kv_heads(num_kv_heads),
-        )  # fmt: skip
+            rank=config.kv_rank + shard.rank * RANK_STRIDE,
+            pool=runner.pool,
+            fingerprint=runner.fingerprint,
+            config=settings,
+            epoch=epoch,
+            heads=shard.kv_heads(num_kv_heads),
+        )
 
     async def start(self) -> None:
         await self._manager.start()

@@ -18,8 +18,20 @@ _WORDS = 4096
 
 
 @triton.jit
-def _copy(source, target, ids, count, source_block, target_block, source_place, target_place, width, words,
-          IS_WHOLE: tl.constexpr, WORDS: tl.constexpr):  # fmt: skip
+def _copy(
+    source,
+    target,
+    ids,
+    count,
+    source_block,
+    target_block,
+    source_place,
+    target_place,
+    width,
+    words,
+    IS_WHOLE: tl.constexpr,
+    WORDS: tl.constexpr,
+):
     number = tl.program_id(1)
     word = tl.program_id(0) * WORDS + tl.arange(0, WORDS)
     inside = word < words
@@ -49,9 +61,20 @@ def copy_blocks(
     grid = (triton.cdiv(words, _WORDS), len(block_ids))
     kernel: Any = _copy[grid]
     kernel(
-        source, target, ids.to(source.device, non_blocking=True), len(block_ids), source.stride(0), target.stride(0),
-        source.stride(1), target.stride(1), width, words, IS_WHOLE=is_whole, WORDS=_WORDS, num_warps=8,
-    )  # fmt: skip
+        source,
+        target,
+        ids.to(source.device, non_blocking=True),
+        len(block_ids),
+        source.stride(0),
+        target.stride(0),
+        source.stride(1),
+        target.stride(1),
+        width,
+        words,
+        IS_WHOLE=is_whole,
+        WORDS=_WORDS,
+        num_warps=8,
+    )
 
 
 def _same_places(source: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -42,8 +42,10 @@ def _driver() -> Any:
     driver.cuIpcGetMemHandle.argtypes = [ctypes.POINTER(_Handle), ctypes.c_uint64]
     driver.cuIpcCloseMemHandle.argtypes = [ctypes.c_uint64]
     driver.cuMemGetAddressRange_v2.argtypes = [
-        ctypes.POINTER(ctypes.c_uint64), ctypes.POINTER(ctypes.c_size_t), ctypes.c_uint64,
-    ]  # fmt: skip
+        ctypes.POINTER(ctypes.c_uint64),
+        ctypes.POINTER(ctypes.c_size_t),
+        ctypes.c_uint64,
+    ]
     return driver
 
 

@@ -160,9 +160,13 @@ def scatter(rows: torch.Tensor, block_ids: Sequence[int], blocks: torch.Tensor) 
 
 
 def pieces(
-    memory: "Memory", heads: HeadSlice | None, peer_heads: HeadSlice | None, peer_num_heads: int,
-    block_ids: Sequence[int], target_block_ids: Sequence[int],
-) -> Iterator[tuple[int, int, int]]:  # fmt: skip
+    memory: "Memory",
+    heads: HeadSlice | None,
+    peer_heads: HeadSlice | None,
+    peer_num_heads: int,
+    block_ids: Sequence[int],
+    target_block_ids: Sequence[int],
+) -> Iterator[tuple[int, int, int]]:
     """(source offset, target offset, length) in bytes of each contiguous piece; runs of blocks are one.
 
     Some heads of a block are many small pieces: one for each layer, key or value, and token.

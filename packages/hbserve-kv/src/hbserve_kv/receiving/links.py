@@ -32,10 +32,14 @@ class IncomingLinks:
         transport, passed_over = choose_transport(hello, self._transports, self._me.rank)
         self._lose_earlier_lives(hello)
         link = Link(
-            hello.link, is_sender=False, peer_rank=hello.rank, peer_description=hello.offers[transport.name],
-            heads=common.slice_in(self._me.heads), peer_heads=common.slice_in(hello.heads),
+            hello.link,
+            is_sender=False,
+            peer_rank=hello.rank,
+            peer_description=hello.offers[transport.name],
+            heads=common.slice_in(self._me.heads),
+            peer_heads=common.slice_in(hello.heads),
             peer_num_heads=hello.heads.count,
-        )  # fmt: skip
+        )
         # Two-sided transports connect from both ends at once, so the answer must not wait for it.
         connect = asyncio.sleep(0) if transport.one_sided else transport.connect(link)
         made = IncomingLink(hello, link, transport, common, asyncio.create_task(connect))

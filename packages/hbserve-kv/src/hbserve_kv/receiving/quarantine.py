@@ -133,8 +133,11 @@ def _warn(incoming: Incoming, since_s: float) -> None:
     logger.warning(
         "transfer %s: its %d blocks are out of use since it failed %.0f s ago: %s may still write to them, and does "
         "not answer. They come back when it does, when its host says that it is gone, or by a restart here.",
-        incoming.transfer_id, len(incoming.block_ids), since_s, senders,
-    )  # fmt: skip
+        incoming.transfer_id,
+        len(incoming.block_ids),
+        since_s,
+        senders,
+    )
 
 
 async def has_ended(lost: IncomingLink) -> bool:

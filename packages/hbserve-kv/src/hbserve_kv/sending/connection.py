@@ -22,9 +22,14 @@ class Connection:
     """Made by `connect`, lost once and never used again. The parts of all transfers to the peer go over it in order."""
 
     def __init__(
-        self, client: RpcClient, stream: RpcStream[Any], reply: LinkReply, link: Link, transport: Transport,
+        self,
+        client: RpcClient,
+        stream: RpcStream[Any],
+        reply: LinkReply,
+        link: Link,
+        transport: Transport,
         timeout_s: float,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.client = client
         self.link = link
         self.transport = transport
@@ -220,9 +225,15 @@ async def _shake_hands(
     client: RpcClient, me: Identity, my_address: str, offers: Mapping[str, Transport], timeout_s: float
 ) -> tuple[RpcStream[Any], LinkReply, Link]:
     hello = Handshake(
-        messages.PROTOCOL_VERSION, me.rank, me.epoch, my_address, me.fingerprint, me.heads,
-        {name: transport.describe() for name, transport in offers.items()}, uuid.uuid4().hex,
-    )  # fmt: skip
+        messages.PROTOCOL_VERSION,
+        me.rank,
+        me.epoch,
+        my_address,
+        me.fingerprint,
+        me.heads,
+        {name: transport.describe() for name, transport in offers.items()},
+        uuid.uuid4().hex,
+    )
     stream = client.stream(messages.LINK, hello)
     try:
         async with asyncio.timeout(timeout_s):
@@ -236,8 +247,12 @@ async def _shake_hands(
     common = me.heads.common(reply.heads)
     assert common is not None, "the receiver has checked it"
     link = Link(
-        hello.link, is_sender=True, peer_rank=reply.rank, peer_description=reply.description,
-        heads=common.slice_in(me.heads), peer_heads=common.slice_in(reply.heads),
+        hello.link,
+        is_sender=True,
+        peer_rank=reply.rank,
+        peer_description=reply.description,
+        heads=common.slice_in(me.heads),
+        peer_heads=common.slice_in(reply.heads),
         peer_num_heads=reply.heads.count,
-    )  # fmt: skip
+    )
     return stream, reply, link

@@ -195,9 +195,14 @@ class OutgoingTransfer:
     async def _commit(self, payload: bytes) -> None:
         await self._may_commit.wait()
         message = Commit(
-            self._begin.transfer_id, self._begin.link, self._num_pushed, self._num_pushed_bytes, self._time_s, payload,
+            self._begin.transfer_id,
+            self._begin.link,
+            self._num_pushed,
+            self._num_pushed_bytes,
+            self._time_s,
+            payload,
             self._checksums,
-        )  # fmt: skip
+        )
         # The receiver answers when all parts have landed, and gives each its own deadline.
         timeout_s = self._connection.timeout_s * (2 + self._num_pushed)
         try:

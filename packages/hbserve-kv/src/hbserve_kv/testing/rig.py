@@ -40,9 +40,13 @@ class Rig:
         chosen: dict[str, Any] = {"backend": self._backend, "buffer_size": 1 << 20, "timeout_s": 10.0} | settings
         config = KVTransferConfig(**chosen)
         manager = KVTransferManager(
-            rank=rank, pool=pool, fingerprint={"model": "conformance"}, config=config, heads=heads,
+            rank=rank,
+            pool=pool,
+            fingerprint={"model": "conformance"},
+            config=config,
+            heads=heads,
             transport=self._transport() if self._transport else None,
-        )  # fmt: skip
+        )
         await manager.start()
         self._started.append(manager)
         return manager

@@ -85,8 +85,10 @@ def with_stored_head(config: ModelConfig) -> ModelConfig:
             return config
     logger.warning(
         "%s: config.json has tie_word_embeddings, but %s and %s are stored with different numbers: both are used",
-        config.path, _EMBEDDING, _HEAD,
-    )  # fmt: skip
+        config.path,
+        _EMBEDDING,
+        _HEAD,
+    )
     return replace(config, tied_embeddings=False)
 
 
