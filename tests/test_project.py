@@ -30,6 +30,12 @@ def test_files_and_functions_stay_short_enough_to_read(source):
             assert length <= MOST_FUNCTION_LINES, f"{source}:{node.lineno} {node.name} has {length} lines"
 
 
+@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
+def test_nothing_is_packed_by_hand_to_seem_short(source):
+    """A kernel's arguments are a table, with a group on each line."""
+    assert source.parent.name == "kernels" or "# fmt: skip" not in source.read_text()
+
+
 def test_every_member_builds_with_the_same_backend():
     assert len({str(project(package)["build-system"]) for package in PACKAGES}) == 1
 

@@ -1,0 +1,100 @@
+"""How many files a reader, or a request, goes through: a step of the engine, a KV transfer, a request in the scheduler.
+
+What a flow is made of is listed here, and compared with what really runs, or is imported: a file that joins a flow must
+be listed, and may not be one more than the bar. Bars only go down. benchmarks/trace_request.py prints more of the same.
+"""
+
+import ast
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCES = {path.as_posix().rpartition("/src/")[2]: path for path in ROOT.glob("packages/*/src/**/*.py")}
+"""By a path such as hbserve_kv/manager.py."""
+
+
+def files(*folders: str) -> set[str]:
+    """Of lines such as `hbserve_kv/memory: heads memory`."""
+    found = set()
+    for line in folders:
+        folder, _, names = line.partition(": ")
+        found |= {f"{folder}/{name}.py" for name in names.split()}
+    return found
+
+
+ENGINE = "hbserve_core/engine: batch_scheduler block_manager engine outputs request_limits runner sequence"
+LAYERS = "hbserve_core/model: linear norm rank_group rope"
+FLOWS = {
+    "cuda step": files(
+        ENGINE,
+        LAYERS,
+        "hbserve_core/cuda_runner: decoder graphs products runner split_kv step_buffer step_packer",
+        "hbserve_core/cuda_runner/kernels: decode_attention dependent_launch embedding gated host_copy norm",
+        "hbserve_core/cuda_runner/kernels: prefill_attention rotation sampling skinny_linear small_linear store_kv",
+    ),
+    "step": files(ENGINE, LAYERS, "hbserve_core/torch_runner: attention batch decoder runner sampler"),
+    "transfer": files(
+        "hbserve_core/instance: handover",
+        "hbserve_core/transfers: instance_transfers joint_transfer rank_transfers",
+        "hbserve_kv: manager",
+        "hbserve_kv/memory: heads memory",
+        "hbserve_kv/protocol: handshake messages transfer_state",
+        "hbserve_kv/receiving: links parts quarantine receiver transfer",
+        "hbserve_kv/sending: connection peers transfer",
+        "hbserve_kv/transports: base nccl",
+        "hbserve_rpc: address client message_socket server wire",
+    ),
+    "scheduling": files(
+        "hbserve_scheduler: admission attempt cpu_scheduler fleet instances placement policies request retries"
+    ),
+}
+"""A step on CUDA, with its kernels; the same on a CPU, in plain torch; a transfer over nccl, the first of a pair of
+instances; a request that meets no error. All with one rank."""
+LOADING = files("hbserve_core/model: loaded_model model_config weights")
+"""Called before a runner's first step."""
+MOST_FILES = {"cuda step": 30, "step": 16, "transfer": 25, "scheduling": 9}
+
+
+@pytest.fixture(scope="module")
+def traced() -> dict[str, list[str]]:
+    command = [sys.executable, ROOT / "benchmarks/trace_request.py", "--first", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def imported(file: str) -> set[str]:
+    """Files of this workspace that the file imports, anywhere in it."""
+    modules = set()
+    for node in ast.walk(ast.parse(SOURCES[file].read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            modules |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return {module.replace(".", "/") + ".py" for module in modules} & SOURCES.keys()
+
+
+@pytest.mark.parametrize("flow", FLOWS)
+def test_a_flow_has_no_more_files_than_its_bar(flow):
+    assert len(FLOWS[flow]) <= MOST_FILES[flow]
+    assert FLOWS[flow] <= SOURCES.keys()
+
+
+@pytest.mark.parametrize("flow", ["step", "transfer", "scheduling"])
+def test_a_request_runs_through_the_listed_files_only(flow, traced):
+    assert set(traced[flow]) <= FLOWS[flow]
+    assert len(traced[flow]) > len(FLOWS[flow]) / 2, "the trace shows little"
+
+
+def test_a_cuda_step_is_made_of_the_listed_files_only():
+    """As a machine without a GPU sees it: the engine and the CUDA runner import these, and of the model these."""
+    reached, todo = set(), {"hbserve_core/engine/engine.py", "hbserve_core/cuda_runner/runner.py"}
+    while todo:
+        file = todo.pop()
+        reached.add(file)
+        if not file.startswith("hbserve_core/model/"):
+            found = imported(file) - reached
+            todo |= {other for other in found if other.split("/")[1] in ("engine", "cuda_runner", "model")}
+    assert reached - LOADING == FLOWS["cuda step"]
