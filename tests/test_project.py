@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = sorted(path for path in (ROOT / "packages").iterdir() if (path / "pyproject.toml").exists())
 SOURCES = sorted(source for package in PACKAGES for source in (package / "src").rglob("*.py"))
-MOST_FILE_LINES = 300
+MOST_FILE_LINES = 400
 MOST_FUNCTION_LINES = 40
 
 
