@@ -3,7 +3,7 @@
     python benchmarks/cuda_products.py --model Qwen3-8B --rows 1 8 64
 
 For each of a layer's four products and the head: microseconds by small_linear, skinny_linear and cuBLAS, each with the
-norm, gate or addition that belongs to it, as cuda_products.py computes it; what the weights' bytes take at the rate of
+norm, gate or addition that belongs to it, as CudaProducts computes it; what the weights' bytes take at the rate of
 a pure read, measured in the same run; and which of them `choose` takes, marked where another is over 5 % faster. A
 `skinny` product of normed rows gets them half normed by the product before it, whose time has that in it; of several
 ranks, whose sums are between the two, it does not. The sum itself is not in these times.
@@ -24,13 +24,11 @@ import torch
 import torch.nn.functional as F
 import triton
 
-from hbserve_core.cuda_products import Choice, Kind, choose
-from hbserve_core.device_limits import measure_limits
-from hbserve_core.errors import InvalidInstanceConfig
-from hbserve_core.kernels.dependent_launch import num_processors
-from hbserve_core.kernels.gated import silu_mul
-from hbserve_core.kernels.norm import rms_norm
-from hbserve_core.kernels.skinny_linear import (
+from hbserve_core.bench.device_limits import measure_limits
+from hbserve_core.cuda_runner.kernels.dependent_launch import num_processors
+from hbserve_core.cuda_runner.kernels.gated import silu_mul
+from hbserve_core.cuda_runner.kernels.norm import rms_norm
+from hbserve_core.cuda_runner.kernels.skinny_linear import (
     TILE_OUTPUTS,
     ScaledRows,
     SkinnyWorkspace,
@@ -38,9 +36,11 @@ from hbserve_core.kernels.skinny_linear import (
     num_tiles,
     skinny_linear,
 )
-from hbserve_core.kernels.small_linear import small_linear
-from hbserve_core.linear import Linear
-from hbserve_core.shard import Shard, check_divisible
+from hbserve_core.cuda_runner.kernels.small_linear import small_linear
+from hbserve_core.cuda_runner.products import Choice, Kind, choose
+from hbserve_core.errors import InvalidInstanceConfig
+from hbserve_core.model.linear import Linear
+from hbserve_core.model.shard import Shard, check_divisible
 
 DTYPE = torch.bfloat16
 EPS = 1e-6
@@ -57,7 +57,7 @@ MUCH = 1.05
 
 @dataclass(frozen=True)
 class Model:
-    """Sizes, by the names of ModelConfig: shard.py divides them."""
+    """Sizes, by the names of ModelConfig: model/shard.py divides them."""
 
     path: str
     hidden_size: int

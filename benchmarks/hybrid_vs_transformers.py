@@ -18,8 +18,8 @@ from typing import Any
 import torch
 
 from hbserve_core.config import InstanceConfig
-from hbserve_core.engine import Engine
-from hbserve_core.model_runner import ModelRunner
+from hbserve_core.engine.engine import Engine
+from hbserve_core.torch_runner.runner import ModelRunner
 from hbserve_rpc import SamplingParams
 
 Generate = Callable[[list[list[int]], int], list[list[int]]]

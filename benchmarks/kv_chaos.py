@@ -7,10 +7,13 @@ python benchmarks/kv_chaos.py
 import argparse
 import asyncio
 import logging
+import sys
 from pathlib import Path
 from time import perf_counter
 
-from hbserve_kv.testing import Chaos
+sys.path.append(str(Path(__file__).resolve().parent.parent / "packages/hbserve-kv/tests"))
+
+from hbserve_kv_chaos import Chaos
 
 PAGE_BYTES = 4096
 

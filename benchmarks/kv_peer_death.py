@@ -36,7 +36,11 @@ NUM_PLACES = 64
 """Transfers that one pool has room for: those of a frozen peer keep their blocks for a while."""
 FREEZES = (0.5, 4.0, 1.5)
 """In timeouts: shorter than what counts as dead, longer than a write of Mooncake waits (5 s), and in between."""
-MODULES = ["torch", "hbserve_kv.testing", *(f"hbserve_kv._transports.{name}" for name in ("nccl", "ipc", "mooncake"))]
+MODULES = [
+    "torch",
+    "hbserve_kv.testing",
+    *(f"hbserve_kv.transports.{name}" for name in ("nccl", "ipc", "mooncake.transport")),
+]
 
 
 def make_manager(rank: int, args: argparse.Namespace, backend: str, num_places: int) -> KVTransferManager:

@@ -21,12 +21,12 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from hbserve_core.dummy_checkpoint import DummyCheckpoint
-from hbserve_core.linear import Linear
-from hbserve_core.model_config import load_model_config
-from hbserve_core.shard import Shard
-from hbserve_core.tensor_source import TensorPart
-from hbserve_core.weights import DecoderWeights, checkpoint_shapes, load_weights
+from hbserve_core.model.checkpoint.dummy_checkpoint import DummyCheckpoint
+from hbserve_core.model.checkpoint.tensor_source import TensorPart
+from hbserve_core.model.linear import Linear
+from hbserve_core.model.model_config import load_model_config
+from hbserve_core.model.shard import Shard
+from hbserve_core.model.weights import DecoderWeights, checkpoint_shapes, load_weights
 
 DTYPE = torch.bfloat16
 SHARD_BYTES = 2 << 30

@@ -21,8 +21,8 @@ import torch
 
 os.environ |= {"MC_LOG_LEVEL": "ERROR", "MC_FORCE_TCP": "1", "MC_TRANSFER_TIMEOUT": "5"}
 
-from hbserve_kv._transports.mooncake_engines import Engine, end
-from hbserve_kv._transports.mooncake_setup import import_engine
+from hbserve_kv.transports.mooncake.engines import Engine, end
+from hbserve_kv.transports.mooncake.setup import import_engine
 
 SIZE = 256 << 20
 

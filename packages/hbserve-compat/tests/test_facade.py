@@ -10,7 +10,7 @@ MIRRORS = [
     ("hbserve", "SamplingParams", "hbserve_rpc.sampling_params"),
     ("hbserve.sampling_params", "SamplingParams", "hbserve_rpc.sampling_params"),
     ("hbserve.pd_disagg", "CpuScheduler", "hbserve_scheduler.cpu_scheduler"),
-    ("hbserve.pd_disagg", "GpuInstance", "hbserve_core.gpu_instance"),
+    ("hbserve.pd_disagg", "GpuInstance", "hbserve_core.instance.gpu_instance"),
     ("hbserve.pd_disagg", "KVTransferBackend", "hbserve_kv.config"),
     ("hbserve.pd_disagg", "KVTransferManager", "hbserve_kv.manager"),
     ("hbserve.pd_disagg", "RpcClient", "hbserve_rpc.client"),

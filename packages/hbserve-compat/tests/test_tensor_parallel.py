@@ -23,7 +23,7 @@ def ranks() -> list[int]:
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             parent = int((folder / "stat").read_text(encoding="ascii").rpartition(")")[2].split()[1])
-            if parent == os.getpid() and b"hbserve_core.rank_process" in (folder / "cmdline").read_bytes():
+            if parent == os.getpid() and b"hbserve_core.ranks.worker_main" in (folder / "cmdline").read_bytes():
                 found.append(int(folder.name))
         except (FileNotFoundError, ProcessLookupError):
             continue

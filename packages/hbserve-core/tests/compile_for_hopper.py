@@ -1,4 +1,5 @@
-"""Compiles the launches of hbserve_core/kernels for sm_90, without a GPU; a process of test_kernel_compilation.py.
+"""Compiles the launches of hbserve_core/cuda_runner/kernels for sm_90, without a GPU; a process of
+test_kernel_compilation.py.
 
 Our own functions launch, with tensors that have no memory (torch's "meta"), on a device that is not there: what would
 be loaded onto it is measured instead. So signatures, sizes and options are those of real launches. Prints JSON:
@@ -118,7 +119,7 @@ def attention_arguments(model, dtype, rows):
 
 
 def decode(model, pieces, dtype=BF16):
-    from hbserve_core.kernels.decode_attention import DecodeWorkspace, decode_attention
+    from hbserve_core.cuda_runner.kernels.decode_attention import DecodeWorkspace, decode_attention
 
     _, _, heads, key_heads, head_dim, *_ = MODELS[model]
     workspace = DecodeWorkspace(64, pieces, (heads, key_heads, head_dim), torch.device("meta"))
@@ -127,8 +128,8 @@ def decode(model, pieces, dtype=BF16):
 
 
 def prefill(model, dtype=BF16):
-    from hbserve_core.kernels.prefill_attention import prefill_attention
-    from hbserve_core.kernels.store_kv import store_kv
+    from hbserve_core.cuda_runner.kernels.prefill_attention import prefill_attention
+    from hbserve_core.cuda_runner.kernels.store_kv import store_kv
 
     qkv, out, pool, layer, cos_sin, norm = attention_arguments(model, dtype, 2048)
     store_kv(qkv, ints(2048), ints(2048), cos_sin, norm, pool, layer)
@@ -151,15 +152,15 @@ def products(model, rows, *names, dtype=BF16):
 
 
 def product(outputs, inputs, rows, dtype, reads_norm=False, adds=False, gated=False):
-    from hbserve_core.cuda_products import choose
-    from hbserve_core.kernels.skinny_linear import (
+    from hbserve_core.cuda_runner.kernels.skinny_linear import (
         ScaledRows,
         SkinnyWorkspace,
         add_skinny_linear,
         num_tiles,
         skinny_linear,
     )
-    from hbserve_core.kernels.small_linear import small_linear
+    from hbserve_core.cuda_runner.kernels.small_linear import small_linear
+    from hbserve_core.cuda_runner.products import choose
 
     kind = "gated" if gated else "normed" if reads_norm else "plain"
     choice = choose(rows, (outputs, inputs), dtype.itemsize, kind, PROCESSORS)
@@ -179,11 +180,11 @@ def product(outputs, inputs, rows, dtype, reads_norm=False, adds=False, gated=Fa
 
 def others(dtype):
     """A step's beginning and end, and what stands beside products of cuBLAS."""
-    from hbserve_core.kernels.embedding import embed
-    from hbserve_core.kernels.gated import silu_mul
-    from hbserve_core.kernels.host_copy import host_copy
-    from hbserve_core.kernels.norm import rms_norm
-    from hbserve_core.kernels.sampling import sample
+    from hbserve_core.cuda_runner.kernels.embedding import embed
+    from hbserve_core.cuda_runner.kernels.gated import silu_mul
+    from hbserve_core.cuda_runner.kernels.host_copy import host_copy
+    from hbserve_core.cuda_runner.kernels.norm import rms_norm
+    from hbserve_core.cuda_runner.kernels.sampling import sample
 
     hidden, inner, *_, vocabulary, _, _ = MODELS["Qwen3-0.6B"]
     host_copy(ints(2048), ints(2048))

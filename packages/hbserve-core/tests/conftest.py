@@ -221,7 +221,7 @@ class Stepper:
         self._free = sorted(range(total), key=lambda i: (i * 7919) % 104729)
 
     def sequence(self, prompt: Sequence[int], **params: Any) -> Any:
-        from hbserve_core.sequence import Sequence as EngineSequence
+        from hbserve_core.engine.sequence import Sequence as EngineSequence
         from hbserve_rpc import SamplingParams
 
         given = SamplingParams(**({"temperature": 0, "max_tokens": 64, "ignore_eos": True} | params))
@@ -229,7 +229,7 @@ class Stepper:
 
     def step(self, work: Sequence[tuple[Any, int]]) -> None:
         """One step that computes so many tokens of each sequence, and appends what it samples."""
-        from hbserve_core.sequence import ScheduledChunk
+        from hbserve_core.engine.sequence import ScheduledChunk
 
         chunks = []
         for sequence, num_new in work:
@@ -277,8 +277,8 @@ class RanksInThreads:
         import socket
         from concurrent.futures import ThreadPoolExecutor
 
-        from hbserve_core.distributed_rank_group import host_store
-        from hbserve_core.tensor_parallel_runner import TensorParallelRunner
+        from hbserve_core.ranks.distributed_group import host_store
+        from hbserve_core.ranks.tensor_parallel_runner import TensorParallelRunner
 
         listening = socket.create_server(("127.0.0.1", 0))
         self._port = listening.getsockname()[1]
@@ -296,8 +296,8 @@ class RanksInThreads:
     def _group(self, rank: int) -> Any:
         import torch
 
-        from hbserve_core.distributed_rank_group import DistributedRankGroup, reach_store
-        from hbserve_core.shard import Shard
+        from hbserve_core.model.shard import Shard
+        from hbserve_core.ranks.distributed_group import DistributedRankGroup, reach_store
 
         group = DistributedRankGroup(
             Shard(rank, self._size), torch.device("cpu"), reach_store(self._port), seed=7
@@ -306,7 +306,7 @@ class RanksInThreads:
         return group
 
     def _follow(self, rank: int) -> None:
-        from hbserve_core.rank_process import follow
+        from hbserve_core.ranks.worker_main import follow
 
         group = self._group(rank)
         with _closing_if_it_fails(group):

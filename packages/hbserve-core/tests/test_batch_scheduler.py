@@ -3,8 +3,8 @@
 import pytest
 
 from hbserve_core import BlockManager, InstanceConfig, InvalidInstanceConfig
-from hbserve_core.batch_scheduler import BatchScheduler
-from hbserve_core.sequence import Sequence
+from hbserve_core.engine.batch_scheduler import BatchScheduler
+from hbserve_core.engine.sequence import Sequence
 from hbserve_rpc import SamplingParams
 
 BLOCK = 4

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from hbserve_core import batch_sweep
-from hbserve_core.batch_sweep import (
+from hbserve_core.bench import batch_sweep
+from hbserve_core.bench.batch_sweep import (
     BATCH_SIZES,
     BatchSweep,
     Cliff,
@@ -17,10 +17,10 @@ from hbserve_core.batch_sweep import (
     run_sweep,
     sweep_config,
 )
+from hbserve_core.bench.model_work import DecodeLimit, decode_limit
 from hbserve_core.errors import InvalidInstanceConfig
-from hbserve_core.model_config import load_model_config
-from hbserve_core.model_work import DecodeLimit, decode_limit
-from hbserve_core.runner_choice import make_runner
+from hbserve_core.model.model_config import load_model_config
+from hbserve_core.ranks.make_runner import make_runner
 from hbserve_rpc import LogitsNotFinite
 
 

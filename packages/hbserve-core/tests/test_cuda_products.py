@@ -4,8 +4,8 @@ import pytest
 
 pytest.importorskip("triton", reason="torch has Triton on Linux only")
 
-from hbserve_core.cuda_products import Choice, choose
-from hbserve_core.kernels.skinny_linear import num_tiles
+from hbserve_core.cuda_runner.kernels.skinny_linear import num_tiles
+from hbserve_core.cuda_runner.products import Choice, choose
 
 PROCESSORS = 132
 # hidden_size, intermediate_size, heads, key heads, head_dim

@@ -4,8 +4,8 @@ from itertools import count
 
 import torch
 
-from hbserve_core import device_limits
-from hbserve_core.device_limits import DeviceLimits, measure_limits
+from hbserve_core.bench import device_limits
+from hbserve_core.bench.device_limits import DeviceLimits, measure_limits
 
 
 def test_a_limit_is_what_was_read_copied_or_multiplied_by_the_time_of_one_call(monkeypatch):

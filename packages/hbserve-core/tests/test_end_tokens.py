@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from hbserve_core.end_tokens import end_token_ids
 from hbserve_core.errors import UnsupportedModel
+from hbserve_core.model.end_tokens import end_token_ids
 
 
 def write_tokenizer(folder, model="BPE"):

@@ -4,9 +4,9 @@ import re
 
 import pytest
 
-from hbserve_core import engine_bench
-from hbserve_core.engine_bench import WORKLOADS, Sizes, bench_config, run_bench
-from hbserve_core.runner_choice import make_runner
+from hbserve_core.bench import workloads as engine_bench
+from hbserve_core.bench.workloads import WORKLOADS, Sizes, bench_config, run_bench
+from hbserve_core.ranks.make_runner import make_runner
 from hbserve_rpc import LogitsNotFinite
 
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from hbserve_core import Engine, InstanceConfig
-from hbserve_core.sequence import NOT_FINITE, UNREAD
+from hbserve_core.engine.sequence import NOT_FINITE, UNREAD
 from hbserve_rpc import InvalidRequest, SamplingParams
 
 BLOCK = 4

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from hbserve_core import EngineStopped, GpuInstance, InstanceConfig, InstanceFailed
-from hbserve_core.engine_thread import EngineThread
+from hbserve_core.instance.engine_thread import EngineThread
 from hbserve_kv import Outcome, TransferFailed
 from hbserve_rpc import AddressInUse, LogitsNotFinite, Overloaded, RemoteError, RpcClient, SamplingParams
 from hbserve_rpc.messages import DECODE, DESCRIBE, GENERATE, STATS, DecodeRequest, Empty, GenerateRequest

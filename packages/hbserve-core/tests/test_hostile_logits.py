@@ -12,9 +12,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hbserve_core.sampler import Sampler
-from hbserve_core.sequence import NOT_FINITE, ScheduledChunk, Sequence
-from hbserve_core.step_buffer import StepShape, StepView, _write_samples
+from hbserve_core.cuda_runner.step_buffer import StepShape, StepView, _write_samples
+from hbserve_core.engine.sequence import NOT_FINITE, ScheduledChunk, Sequence
+from hbserve_core.torch_runner.sampler import Sampler
 from hbserve_rpc import SamplingParams
 
 # The interpreter's numbers warn where they wrap, which is what hashing wants, and where they are none.
@@ -63,7 +63,7 @@ def on_cpu(logits, params):
 def by_kernels(logits, params):
     """With what a packed step says of such requests."""
     pytest.importorskip("triton", reason="torch has Triton on Linux only")
-    from hbserve_core.kernels.sampling import sample
+    from hbserve_core.cuda_runner.kernels.sampling import sample
 
     count = len(params)
     view = StepView(np.zeros(8 * count + 64, dtype=np.int32), StepShape(0, 0, 0, 0, count))
@@ -98,7 +98,7 @@ def hostile_rows(monkeypatch):
         if sample is by_kernels:
             pytest.importorskip("triton", reason="torch has Triton on Linux only")
             # Two parts, the last one not full.
-            monkeypatch.setattr("hbserve_core.kernels.sampling._PART", 32)
+            monkeypatch.setattr("hbserve_core.cuda_runner.kernels.sampling._PART", 32)
             order = order[first::5] if DEVICE.type == "cpu" else order
         return torch.stack(rows)[order], [params[i] for i in order], is_finite[order]
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from hbserve_core.instance_process import main
+from hbserve_core.instance.process import main
 from hbserve_rpc import RpcClient
 from hbserve_rpc.messages import DESCRIBE, Empty
 

@@ -19,7 +19,7 @@ import hbserve_core
 
 triton = pytest.importorskip("triton", reason="torch has Triton on Linux only")
 
-KERNELS = Path(hbserve_core.__file__).parent / "kernels"
+KERNELS = Path(hbserve_core.__file__).parent / "cuda_runner" / "kernels"
 COMPILE = Path(__file__).with_name("compile_for_hopper.py")
 SHARED_MEMORY = 228 * 1024
 """Bytes of a processor, of which each program takes 1024 more than it asks for."""

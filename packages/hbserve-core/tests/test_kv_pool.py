@@ -5,7 +5,7 @@ import torch
 
 from hbserve_core.config import InstanceConfig
 from hbserve_core.errors import InvalidInstanceConfig, NotEnoughMemory
-from hbserve_core.kv_pool import BlockShape, allocate_pool, choose_num_blocks
+from hbserve_core.model.kv_pool import BlockShape, allocate_pool, choose_num_blocks
 
 CPU = torch.device("cpu")
 BLOCK = BlockShape(num_layers=3, block_size=16, num_kv_heads=2, head_dim=8, dtype=torch.bfloat16)

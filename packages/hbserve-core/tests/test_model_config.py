@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hbserve_core.errors import ModelFilesMissing, UnsupportedModel
-from hbserve_core.model_config import load_model_config
-from hbserve_core.rope import inverse_frequencies
+from hbserve_core.model.model_config import load_model_config
+from hbserve_core.model.rope import inverse_frequencies
 
 BASE = {
     "architectures": ["LlamaForCausalLM"],

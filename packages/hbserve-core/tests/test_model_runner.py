@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from hbserve_core.config import InstanceConfig
+from hbserve_core.engine.sequence import ScheduledChunk
 from hbserve_core.errors import InvalidInstanceConfig
-from hbserve_core.model_runner import ModelRunner
-from hbserve_core.sequence import ScheduledChunk
+from hbserve_core.torch_runner.runner import ModelRunner
 
 BLOCK = 8
 

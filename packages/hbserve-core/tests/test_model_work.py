@@ -5,10 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from hbserve_core.device_limits import DeviceLimits
-from hbserve_core.model_config import load_model_config
-from hbserve_core.model_work import NO_WORK, DecodeLimit, decode_limit, num_layer_weights, prefill_flops
-from hbserve_core.weights import load_weights
+from hbserve_core.bench.device_limits import DeviceLimits
+from hbserve_core.bench.model_work import NO_WORK, DecodeLimit, decode_limit, num_layer_weights, prefill_flops
+from hbserve_core.model.model_config import load_model_config
+from hbserve_core.model.weights import load_weights
 
 LIMITS = DeviceLimits(read_bytes_per_s=3.2e12, copy_bytes_per_s=3.0e12, flops_per_s=800e12)
 

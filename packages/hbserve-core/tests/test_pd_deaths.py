@@ -27,7 +27,8 @@ KV_TIMEOUT_S = 3
 # `python -m hbserve_core`, but after its second step the engine computes nothing until SIGUSR1 comes.
 HALTING = """
 import signal, threading
-from hbserve_core import ModelRunner, instance_process
+from hbserve_core import ModelRunner
+from hbserve_core.instance import process as instance_process
 may_go_on, steps, run = threading.Event(), [], ModelRunner.run
 signal.signal(signal.SIGUSR1, lambda *_: may_go_on.set())
 def halting(self, batch):

@@ -11,7 +11,7 @@ import msgspec
 import pytest
 
 from hbserve_core import GpuInstance, InstanceConfig
-from hbserve_core.handover import Handover, Inbox, received
+from hbserve_core.instance.handover import Handover, Inbox, received
 from hbserve_kv import KVTransferConfig, Outcome, TransferResult
 from hbserve_rpc import LogitsNotFinite, RemoteError, RpcClient, SamplingParams
 from hbserve_rpc.messages import (

@@ -17,9 +17,9 @@ import pytest
 import torch
 
 from hbserve_core import Engine, GpuInstance, InstanceConfig, InvalidInstanceConfig, RankFailed, make_runner
-from hbserve_core.distributed_rank_group import DistributedRankGroup, host_store
-from hbserve_core.followers import Followers
-from hbserve_core.shard import Shard
+from hbserve_core.model.shard import Shard
+from hbserve_core.ranks.distributed_group import DistributedRankGroup, host_store
+from hbserve_core.ranks.workers import Followers
 from hbserve_kv import KVTransferConfig
 from hbserve_rpc import RemoteError, RpcClient, SamplingParams
 from hbserve_rpc.messages import (

@@ -5,8 +5,8 @@ from collections import Counter
 import pytest
 import torch
 
-from hbserve_core.sampler import Sampler, seeded_uniform
-from hbserve_core.sequence import Sequence
+from hbserve_core.engine.sequence import Sequence
+from hbserve_core.torch_runner.sampler import Sampler, seeded_uniform
 from hbserve_rpc import SamplingParams
 
 LOGITS = torch.tensor([[0.0, 3.0, 1.0, 2.0, -1.0, float("-inf")]])

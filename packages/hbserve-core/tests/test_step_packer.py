@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 from hbserve_core import InstanceConfig
-from hbserve_core.cuda_graphs import GraphShapes, decode_buckets, prefill_buckets
-from hbserve_core.decode_pieces import DecodePieces
-from hbserve_core.sequence import UNREAD, ScheduledChunk, Sequence
-from hbserve_core.step_buffer import StepView
-from hbserve_core.step_packer import StepPacker
+from hbserve_core.cuda_runner.graphs import GraphShapes, decode_buckets, prefill_buckets
+from hbserve_core.cuda_runner.split_kv import DecodePieces
+from hbserve_core.cuda_runner.step_buffer import StepView
+from hbserve_core.cuda_runner.step_packer import StepPacker
+from hbserve_core.engine.sequence import UNREAD, ScheduledChunk, Sequence
 from hbserve_rpc import SamplingParams
 
 BLOCK, TILE_TOKENS = 4, 8

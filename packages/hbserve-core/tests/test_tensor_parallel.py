@@ -12,13 +12,13 @@ import pytest
 import torch
 
 from hbserve_core import Engine, InstanceConfig, InvalidInstanceConfig, ModelRunner
-from hbserve_core.checkpoint import Checkpoint
-from hbserve_core.loaded_model import LoadedModel
-from hbserve_core.model_config import load_model_config
-from hbserve_core.rank_group import RankGroup
-from hbserve_core.sequence import UNREAD, ScheduledChunk, Sequence
-from hbserve_core.shard import Shard, check_divisible
-from hbserve_core.step_message import StepReader, StepWriter
+from hbserve_core.engine.sequence import UNREAD, ScheduledChunk, Sequence
+from hbserve_core.model.checkpoint.checkpoint import Checkpoint
+from hbserve_core.model.loaded_model import LoadedModel
+from hbserve_core.model.model_config import load_model_config
+from hbserve_core.model.rank_group import RankGroup
+from hbserve_core.model.shard import Shard, check_divisible
+from hbserve_core.ranks.step_message import StepReader, StepWriter
 from hbserve_rpc import SamplingParams
 
 BLOCK = 8

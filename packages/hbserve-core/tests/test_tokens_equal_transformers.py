@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hbserve_core.config import InstanceConfig
-from hbserve_core.model_runner import ModelRunner
+from hbserve_core.torch_runner.runner import ModelRunner
 
 BLOCK, CHUNK = 8, 24
 LENGTHS = [1, BLOCK - 1, BLOCK, BLOCK + 1, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK + 5]

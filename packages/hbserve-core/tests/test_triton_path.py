@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from hbserve_core import Engine, InstanceConfig
-from hbserve_core.decode_pieces import DecodePieces
-from hbserve_core.loaded_model import LoadedModel
-from hbserve_core.runner import ComputedStep
-from hbserve_core.step_buffer import StepView
-from hbserve_core.step_packer import StepPacker
+from hbserve_core.cuda_runner.split_kv import DecodePieces
+from hbserve_core.cuda_runner.step_buffer import StepView
+from hbserve_core.cuda_runner.step_packer import StepPacker
+from hbserve_core.engine.runner import ComputedStep
+from hbserve_core.model.loaded_model import LoadedModel
 
 pytest.importorskip("triton", reason="torch has Triton on Linux only")
 # The interpreter's numbers warn where they wrap, which is what hashing wants, and where they are none.
@@ -26,8 +26,8 @@ class InterpretedRunner:
     """What CudaRunner does, at once and on the CPU. Steps may be padded as graphs pad them."""
 
     def __init__(self, folder, overlaps=False, graphs=True, group=None, seed=None, **settings):
-        from hbserve_core.cuda_decoder import CudaDecoder
-        from hbserve_core.kernels.prefill_attention import new_tokens_per_tile
+        from hbserve_core.cuda_runner.decoder import CudaDecoder
+        from hbserve_core.cuda_runner.kernels.prefill_attention import new_tokens_per_tile
 
         self.config = InstanceConfig(
             model_path=str(folder), block_size=BLOCK, num_blocks=96, device="cpu", cuda_graph_enabled=graphs,
@@ -66,7 +66,7 @@ def plain(weights):
     """The CPU's packed products, as kernels want to read them: plain ones."""
     from dataclasses import replace
 
-    from hbserve_core.linear import Linear
+    from hbserve_core.model.linear import Linear
 
     def unpacked(linear):
         weight = linear.weight.to_dense() if linear.weight.is_mkldnn else linear.weight
@@ -101,7 +101,7 @@ def test_greedy_tokens_equal_transformers_where_products_are_skinny_and_share_th
     generate, model_folder, greedy_tokens, prompt, name, monkeypatch
 ):
     """As in 16 bits, which the interpreter cannot round: what is chosen there, for float32."""
-    from hbserve_core import cuda_products
+    from hbserve_core.cuda_runner import products as cuda_products
 
     chosen, real = [], cuda_products.choose
 
@@ -124,7 +124,7 @@ def one_kernel_at_a_time(monkeypatch):
     """Triton's interpreter is not made for threads."""
     from triton.runtime.interpreter import GridExecutor
 
-    import hbserve_core.cuda_decoder  # noqa: F401  # nor is its first import
+    import hbserve_core.cuda_runner.decoder  # noqa: F401  # nor is its first import
 
     lock, call = threading.Lock(), GridExecutor.__call__
 

@@ -13,16 +13,16 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from hbserve_core.checkpoint import Checkpoint, with_stored_head
 from hbserve_core.config import InstanceConfig
-from hbserve_core.dummy_checkpoint import DummyCheckpoint
 from hbserve_core.errors import ModelFilesMissing, WeightsMismatch
-from hbserve_core.linear import Linear
-from hbserve_core.model_config import load_model_config
-from hbserve_core.model_runner import ModelRunner
-from hbserve_core.shard import Shard
-from hbserve_core.tensor_source import TensorPart, sampled_places
-from hbserve_core.weights import checkpoint_shapes, load_weights
+from hbserve_core.model.checkpoint.checkpoint import Checkpoint, with_stored_head
+from hbserve_core.model.checkpoint.dummy_checkpoint import DummyCheckpoint
+from hbserve_core.model.checkpoint.tensor_source import TensorPart, sampled_places
+from hbserve_core.model.linear import Linear
+from hbserve_core.model.model_config import load_model_config
+from hbserve_core.model.shard import Shard
+from hbserve_core.model.weights import checkpoint_shapes, load_weights
+from hbserve_core.torch_runner.runner import ModelRunner
 
 CPU = torch.device("cpu")
 
@@ -213,7 +213,7 @@ PARTS = [
 @pytest.mark.parametrize("piece_bytes", [4 << 20, 512])
 @pytest.mark.parametrize("name", ["qwen2-sharded", "llama"])
 def test_what_is_read_is_what_the_files_hold(model_folder, monkeypatch, name, piece_bytes):
-    monkeypatch.setattr("hbserve_core.staged_reader._PIECE_BYTES", piece_bytes)
+    monkeypatch.setattr("hbserve_core.model.checkpoint.staged_reader._PIECE_BYTES", piece_bytes)
     config = load_model_config(model_folder(name))
     shapes = checkpoint_shapes(config)
     tensors = {}
@@ -232,7 +232,9 @@ def test_what_is_read_is_what_the_files_hold(model_folder, monkeypatch, name, pi
 @pytest.mark.parametrize("stored", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_weights_are_rounded_once_to_the_dtype_of_the_engine(copy_of, monkeypatch, stored, device):
-    monkeypatch.setattr("hbserve_core.staged_reader._PIECE_BYTES", 1024)  # many pieces, for all threads
+    monkeypatch.setattr(
+        "hbserve_core.model.checkpoint.staged_reader._PIECE_BYTES", 1024
+    )  # many pieces, for all threads
     file = copy_of("llama") / "model.safetensors"
     tensors = {name: tensor.to(stored) for name, tensor in load_file(file).items()}
     save_file(tensors, file)
@@ -322,7 +324,7 @@ def test_a_part_of_dummy_weights_is_that_part_of_the_whole(rows, columns):
 
 def test_dummy_weights_do_not_depend_on_how_many_are_made_at_once(monkeypatch):
     expected = dummy()
-    monkeypatch.setattr("hbserve_core.dummy_checkpoint._CPU_PIECE", 701)
+    monkeypatch.setattr("hbserve_core.model.checkpoint.dummy_checkpoint._CPU_PIECE", 701)
     assert torch.equal(dummy(), expected)
 
 
@@ -351,7 +353,7 @@ def test_dummy_weights_are_the_same_on_the_gpu(dtype):
 @pytest.mark.parametrize("load_format", ["safetensors", "dummy"])
 @pytest.mark.parametrize("size", [2, 4])
 def test_weights_are_the_same_on_every_rank_count(model_folder, monkeypatch, load_format, size):
-    monkeypatch.setattr("hbserve_core.weights.make_linear", Linear)  # as they are, not packed
+    monkeypatch.setattr("hbserve_core.model.weights.make_linear", Linear)  # as they are, not packed
     config = load_model_config(model_folder("llama"))
     whole = load_weights(config, load_format, torch.float32, CPU)
     ranks = [load_weights(config, load_format, torch.float32, CPU, Shard(rank, size)) for rank in range(size)]

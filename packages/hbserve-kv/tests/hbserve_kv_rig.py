@@ -25,7 +25,11 @@ SLACK_S = 2.0
 HEALTHY_S = TIMEOUT_S / 4
 """What a transfer to a healthy peer takes at most, as a rule: it waits for nobody else's deadline."""
 TEST_S = 90.0
-MODULES = ["torch", "hbserve_kv.testing", *(f"hbserve_kv._transports.{name}" for name in ("nccl", "ipc", "mooncake"))]
+MODULES = [
+    "torch",
+    "hbserve_kv.testing",
+    *(f"hbserve_kv.transports.{name}" for name in ("nccl", "ipc", "mooncake.transport")),
+]
 
 
 class Victim:

@@ -2,7 +2,8 @@
 
 Points of a transfer, in the process that stops:
     connecting          its transport connects
-    before kv.begin     it is about to send that message of `hbserve_kv.messages`, or to handle it; so with the others
+    before kv.begin     it is about to send that message of `hbserve_kv.protocol.messages`, or to handle it; so with the
+                        others
     after kv.begin      it has got the answer, or is about to send it
     in mid-part         half of a part has moved
 
@@ -34,10 +35,10 @@ from hbserve_kv import (
     TransferFailed,
     Transport,
 )
-from hbserve_kv._transports.ipc import IpcTransport
-from hbserve_kv._transports.mooncake import MooncakeTransport
-from hbserve_kv._transports.nccl import NcclTransport
 from hbserve_kv.testing import is_empty
+from hbserve_kv.transports.ipc import IpcTransport
+from hbserve_kv.transports.mooncake.transport import MooncakeTransport
+from hbserve_kv.transports.nccl import NcclTransport
 from hbserve_rpc import RpcClient, RpcServer, RpcStream
 
 DEADLINE_S = 60.0

@@ -8,10 +8,11 @@ import msgspec
 import pytest
 import torch
 
-from hbserve_kv import AddressNotAvailable, BackendUnavailable, KVTransferConfig, Outcome, TransferFailed, messages
-from hbserve_kv.handshake import Identity, check
-from hbserve_kv.heads import HeadRange
-from hbserve_kv.messages import Grant, Handshake
+from hbserve_kv import AddressNotAvailable, BackendUnavailable, KVTransferConfig, Outcome, TransferFailed
+from hbserve_kv.memory.heads import HeadRange
+from hbserve_kv.protocol import messages
+from hbserve_kv.protocol.handshake import Identity, check
+from hbserve_kv.protocol.messages import Grant, Handshake
 from hbserve_rpc import InvalidAddress, InvalidRequest
 
 
@@ -61,7 +62,7 @@ def test_mooncake_moves_kv_between_addresses_of_either_version(host, request):
 
 
 def test_mooncake_for_the_other_version_of_ip_says_what_to_set(monkeypatch):
-    from hbserve_kv._transports.mooncake_setup import choose_ip_version
+    from hbserve_kv.transports.mooncake.setup import choose_ip_version
 
     monkeypatch.setitem(sys.modules, "mooncake.engine", os)  # it is there already
     monkeypatch.delenv("MC_USE_IPV6", raising=False)

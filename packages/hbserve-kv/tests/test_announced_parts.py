@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from hbserve_kv import Outcome, TransferFailed
-from hbserve_kv.messages import PARTS, AnnouncedPart, PartsAnnounced
+from hbserve_kv.protocol.messages import PARTS, AnnouncedPart, PartsAnnounced
 from hbserve_kv.testing import LoopbackNetwork, is_empty
-from hbserve_kv.transport import Transport
+from hbserve_kv.transports.base import Transport
 from hbserve_rpc import RpcClient, RpcServer, wire
 
 

@@ -6,7 +6,7 @@ import pytest
 
 import hbserve_kv
 from hbserve_kv import BackendUnavailable, KVTransferConfig
-from hbserve_kv.backends import find_custom, make_transports
+from hbserve_kv.transports.registry import find_custom, make_transports
 
 
 def test_an_unknown_backend_lists_those_that_there_are():
@@ -46,7 +46,7 @@ def test_a_missing_mooncake_says_what_cures_it(monkeypatch, error, cure):
 
 
 def test_mooncakes_own_file_is_read_and_what_is_not_used_is_named(tmp_path, monkeypatch, caplog):
-    from hbserve_kv._transports.mooncake_setup import MooncakeConfig, load_config
+    from hbserve_kv.transports.mooncake.setup import MooncakeConfig, load_config
 
     path = tmp_path / "mooncake.json"
     monkeypatch.setenv("MOONCAKE_CONFIG_PATH", str(path))

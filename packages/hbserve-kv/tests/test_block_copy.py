@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from hbserve_kv.heads import HeadSlice
-from hbserve_kv.memory import head_view
+from hbserve_kv.memory.heads import HeadSlice
+from hbserve_kv.memory.memory import head_view
 
 pytest.importorskip("triton", reason="torch has Triton on Linux only")
-from hbserve_kv.block_copy import copy_blocks
+from hbserve_kv.memory.block_copy import copy_blocks
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

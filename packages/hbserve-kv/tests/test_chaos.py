@@ -6,8 +6,7 @@ HBSERVE_CHAOS_TRANSFERS is the number of transfers; benchmarks/kv_chaos.py runs 
 import os
 
 import pytest
-
-from hbserve_kv.testing.chaos import Chaos
+from hbserve_kv_chaos import Chaos
 
 NUM_TRANSFERS = int(os.environ.get("HBSERVE_CHAOS_TRANSFERS", "800"))
 

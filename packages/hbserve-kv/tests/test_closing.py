@@ -10,7 +10,7 @@ from hbserve_kv_rig import DEADLINE_S, Rig
 from msgspec import structs
 
 from hbserve_kv import Outcome, TransferFailed
-from hbserve_kv.messages import Grant
+from hbserve_kv.protocol.messages import Grant
 
 LONG_S = 120.0
 """The timeout of all of them: twice what the test may take."""

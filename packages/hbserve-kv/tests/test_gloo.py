@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from hbserve_kv import Outcome
-from hbserve_kv._transports import nccl
-from hbserve_kv._transports.nccl import PACKED_BYTES, _pieces
+from hbserve_kv.transports import nccl
+from hbserve_kv.transports.nccl import PACKED_BYTES, _pieces
 
 
 def test_a_large_block_is_a_message_of_its_own_whatever_its_neighbours_are():

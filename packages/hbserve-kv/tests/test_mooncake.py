@@ -16,14 +16,14 @@ import pytest
 import torch
 
 from hbserve_kv import Outcome
-from hbserve_kv.memory import Memory
-from hbserve_kv.transport import DrainUnknown, Link, Part
+from hbserve_kv.memory.memory import Memory
+from hbserve_kv.transports.base import DrainUnknown, Link, Part
 
 pytest.importorskip("mooncake.engine", reason="Mooncake or its libraries are missing", exc_type=ImportError)
 
-from hbserve_kv._transports import mooncake_engines
-from hbserve_kv._transports.mooncake import Description, MooncakeTransport
-from hbserve_kv._transports.own_sockets import _own_sockets
+from hbserve_kv.transports.mooncake import engines as mooncake_engines
+from hbserve_kv.transports.mooncake.own_sockets import _own_sockets
+from hbserve_kv.transports.mooncake.transport import Description, MooncakeTransport
 
 NUM_BLOCKS, BLOCK_BYTES = 4, 8 << 20
 PEER = """

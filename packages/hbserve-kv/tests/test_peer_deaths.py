@@ -23,7 +23,7 @@ from hbserve_kv_rig import (
 from hbserve_kv_victims import IS_FREE, Halt, pattern
 
 from hbserve_kv import Link, Outcome, PostedReceive
-from hbserve_kv.quarantine import GRACE_S
+from hbserve_kv.receiving.quarantine import GRACE_S
 
 NOT_BEGUN = ["before kv.link", "connecting", "before kv.begin"]
 BEGUN = ["after kv.begin", "in mid-part", "cancelled", "before kv.commit", "before kv.abandon"]

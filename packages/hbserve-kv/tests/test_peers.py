@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from hbserve_kv import HeadRange, KVTransferConfig, KVTransferManager, Outcome, TransferFailed
-from hbserve_kv.breaker import FIRST_PAUSE_S, LONGEST_PAUSE_S, Breaker
-from hbserve_kv.checksum import checksums
+from hbserve_kv.protocol.checksum import checksums
+from hbserve_kv.sending.breaker import FIRST_PAUSE_S, LONGEST_PAUSE_S, Breaker
 from hbserve_kv.testing import Faults, LoopbackNetwork
 
 NUM_PEERS = int(os.environ.get("HBSERVE_NUM_PEERS", "150"))
@@ -181,7 +181,9 @@ async def test_heads_that_nobody_has_in_common_are_refused_with_both_ranges(mana
 
 async def test_auto_falls_back_when_the_better_transport_fails_in_practice(managers, monkeypatch, caplog):
     sender, receiver = await managers(0, "auto"), await managers(1, "auto")
-    monkeypatch.setattr("hbserve_kv.shared_memory.map_region", lambda *_: (_ for _ in ()).throw(OSError("denied")))
+    monkeypatch.setattr(
+        "hbserve_kv.memory.shared_memory.map_region", lambda *_: (_ for _ in ()).throw(OSError("denied"))
+    )
     sent, _ = await move(sender, receiver, "t")
     assert sent.outcome is Outcome.COMPLETED
     assert sender.links()[0].transport == "nccl"
@@ -191,7 +193,7 @@ async def test_auto_falls_back_when_the_better_transport_fails_in_practice(manag
 async def test_auto_says_why_it_passed_over_a_transport_of_another_host(managers, monkeypatch, caplog):
     caplog.set_level("INFO", "hbserve_kv")
     receiver = await managers(1, "auto")
-    monkeypatch.setattr("hbserve_kv._transports.ipc._host", lambda: "elsewhere")
+    monkeypatch.setattr("hbserve_kv.transports.ipc._host", lambda: "elsewhere")
     sender = await managers(0, "auto")
     sent, _ = await move(sender, receiver, "t")
     assert sent.outcome is Outcome.COMPLETED

@@ -8,11 +8,11 @@ import socket
 import pytest
 
 from hbserve_kv import HeadRange, Link, Outcome
-from hbserve_kv.incoming import Incoming, IncomingLink
-from hbserve_kv.messages import Handshake
-from hbserve_kv.quarantine import FIRST_REMINDER_S, LONGEST_PAUSE_S, Quarantine, Reminder
+from hbserve_kv.protocol.messages import Handshake
+from hbserve_kv.protocol.transfer_state import IncomingState
+from hbserve_kv.receiving.quarantine import FIRST_REMINDER_S, LONGEST_PAUSE_S, Quarantine, Reminder
+from hbserve_kv.receiving.transfer import Incoming, IncomingLink
 from hbserve_kv.testing import LoopbackNetwork
-from hbserve_kv.transfer_state import IncomingState
 
 
 async def lost_transfer(address: str) -> Incoming:
@@ -31,8 +31,8 @@ async def lost_transfer(address: str) -> Incoming:
 async def test_blocks_of_a_host_that_vanished_stay_out_of_use_and_the_log_says_again_and_again_whose_they_are(
     monkeypatch, caplog
 ):
-    monkeypatch.setattr("hbserve_kv.quarantine.FIRST_REMINDER_S", 0.1)
-    monkeypatch.setattr("hbserve_kv.quarantine.ANSWER_TIMEOUT_S", 0.2)
+    monkeypatch.setattr("hbserve_kv.receiving.quarantine.FIRST_REMINDER_S", 0.1)
+    monkeypatch.setattr("hbserve_kv.receiving.quarantine.ANSWER_TIMEOUT_S", 0.2)
     # It takes connections and never answers, as an address does behind which there is nothing any more.
     with socket.create_server(("127.0.0.1", 0)) as host:
         address = f"127.0.0.1:{host.getsockname()[1]}"

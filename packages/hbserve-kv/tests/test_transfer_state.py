@@ -2,7 +2,7 @@
 
 import pytest
 
-from hbserve_kv.transfer_state import IncomingState, Outcome, State
+from hbserve_kv.protocol.transfer_state import IncomingState, Outcome, State
 
 
 def begun(one_sided: bool = False) -> IncomingState:

@@ -11,9 +11,9 @@ import typer
 
 from hbserve.demo_model import model_folder
 from hbserve_core import InstanceConfig
-from hbserve_core.batch_sweep import BATCH_SIZES, SweepPlan, SweepRow, run_sweep, sweep_config
-from hbserve_core.engine_bench import Sizes, bench_config, run_bench
-from hbserve_core.loaded_model import choose_device
+from hbserve_core.bench.batch_sweep import BATCH_SIZES, SweepPlan, SweepRow, run_sweep, sweep_config
+from hbserve_core.bench.workloads import Sizes, bench_config, run_bench
+from hbserve_core.model.loaded_model import choose_device
 
 _ELSEWHERE = 1 / 32
 _ON_A_GPU = SweepPlan(BATCH_SIZES, (512,))

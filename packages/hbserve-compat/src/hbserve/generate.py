@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hbserve.answers import Answer, Scheduler, answer_all, check_all
 from hbserve.prompts import read_prompts
 from hbserve.results import GenerationResult, Timings
+from hbserve.text_request import Answer, Scheduler, answer_all, check_all
 from hbserve.tokenizer import encode_message, load_tokenizer
 from hbserve_rpc import InvalidAddress, SamplingParams
 from hbserve_rpc.messages import FinishReason, ServiceInfo

@@ -13,7 +13,7 @@ NOT_OF_ONE_ENGINE = {
 
 def within_model_len(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
     """As in nano-vllm, a `max_model_len` beyond the model's own means the model's own."""
-    from hbserve_core.model_config import load_model_config
+    from hbserve_core.model.model_config import load_model_config
 
     wanted = settings.get("max_model_len")
     if not isinstance(wanted, int):  # None is the model's own; a wrong type is refused with the other keywords

@@ -193,7 +193,7 @@ class InstanceProcess:
             text = line.decode(errors="replace").rstrip()
             self._last_lines.append(text)
             if text.startswith(f"{self.instance_id}: "):
-                continue  # why it ends, by hbserve_core.instance_process: whoever hears of the end hears that too
+                continue  # why it ends, by hbserve_core.instance.process: whoever hears of the end hears that too
             with contextlib.suppress(OSError):  # whoever read our stderr is gone
                 sys.stderr.write(f"[{self.instance_id}] {text}\n")
 

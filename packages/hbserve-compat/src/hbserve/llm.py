@@ -68,7 +68,7 @@ class LLM:
         self._backend: Backend | None = None
         settings = translated(keywords, self._default_backend)
         if "kv_transfer_backend" in settings:
-            from hbserve.pd_disagg.background import DisaggregatedBackend as chosen
+            from hbserve.disaggregated import DisaggregatedBackend as chosen
         else:
             from hbserve.hybrid import HybridBackend as chosen  # type: ignore[assignment]
         folder = model_folder(model)

@@ -1,9 +1,9 @@
 """The engine of HBServe: models, a paged KV pool, batching, and GpuInstance."""
 
-from hbserve_core.block_manager import BlockManager
 from hbserve_core.config import InstanceConfig
-from hbserve_core.engine import Engine
-from hbserve_core.engine_output import EngineStats, Reservation, StepOutput
+from hbserve_core.engine.block_manager import BlockManager
+from hbserve_core.engine.engine import Engine
+from hbserve_core.engine.outputs import EngineStats, Reservation, StepOutput
 from hbserve_core.errors import (
     EngineStopped,
     HBServeCoreError,
@@ -15,10 +15,10 @@ from hbserve_core.errors import (
     UnsupportedModel,
     WeightsMismatch,
 )
-from hbserve_core.gpu_instance import GpuInstance
-from hbserve_core.instance_process import run_instance
-from hbserve_core.model_runner import ModelRunner
-from hbserve_core.runner_choice import make_runner
+from hbserve_core.instance.gpu_instance import GpuInstance
+from hbserve_core.instance.process import run_instance
+from hbserve_core.ranks.make_runner import make_runner
+from hbserve_core.torch_runner.runner import ModelRunner
 
 __all__ = [
     "BlockManager",

@@ -1,7 +1,7 @@
-"""`python -m hbserve_core`: see instance_process."""
+"""`python -m hbserve_core`: see instance/process.py."""
 
 import sys
 
-from hbserve_core.instance_process import main
+from hbserve_core.instance.process import main
 
 sys.exit(main())

@@ -18,16 +18,15 @@ from hbserve_kv.errors import (
     TransferFailed,
     TransferTimeout,
 )
-from hbserve_kv.figures import LinkInfo, TransferStats
-from hbserve_kv.heads import HeadRange
-from hbserve_kv.transfer_state import Outcome
+from hbserve_kv.memory.heads import HeadRange
+from hbserve_kv.protocol.stats import LinkInfo, TransferStats
+from hbserve_kv.protocol.transfer_state import Outcome, TransferResult
 
 if TYPE_CHECKING:
-    from hbserve_kv.incoming import TransferResult
     from hbserve_kv.manager import KVTransferManager, PostedReceive
-    from hbserve_kv.outgoing import OutgoingTransfer
-    from hbserve_kv.shared_memory import shared_empty
-    from hbserve_kv.transport import DrainUnknown, Link, Part, Transport
+    from hbserve_kv.memory.shared_memory import shared_empty
+    from hbserve_kv.sending.transfer import OutgoingTransfer
+    from hbserve_kv.transports.base import DrainUnknown, Link, Part, Transport
 
 __all__ = [
     "AddressNotAvailable",
@@ -57,15 +56,14 @@ __all__ = [
 ]
 
 _NEED_TORCH = {
-    "DrainUnknown": "transport",
+    "DrainUnknown": "transports.base",
     "KVTransferManager": "manager",
-    "Link": "transport",
-    "OutgoingTransfer": "outgoing",
-    "Part": "transport",
+    "Link": "transports.base",
+    "OutgoingTransfer": "sending.transfer",
+    "Part": "transports.base",
     "PostedReceive": "manager",
-    "TransferResult": "incoming",
-    "Transport": "transport",
-    "shared_empty": "shared_memory",
+    "Transport": "transports.base",
+    "shared_empty": "memory.shared_memory",
 }
 
 

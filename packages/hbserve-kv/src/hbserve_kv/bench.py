@@ -19,8 +19,8 @@ import torch
 
 from hbserve_kv.config import KVTransferConfig
 from hbserve_kv.manager import KVTransferManager
-from hbserve_kv.shared_memory import shared_empty
-from hbserve_kv.transfer_state import Outcome
+from hbserve_kv.memory.shared_memory import shared_empty
+from hbserve_kv.protocol.transfer_state import Outcome
 
 DEADLINE_S = 120.0
 MIB = 1 << 20

@@ -9,22 +9,22 @@ from typing import Any
 import msgspec
 import torch
 
-from hbserve_kv.backends import make_transports
 from hbserve_kv.base import KVTransferBase
 from hbserve_kv.config import GOODBYE_TIMEOUT_S, KVTransferConfig
 from hbserve_kv.errors import TransferFailed
-from hbserve_kv.figures import LinkInfo, TransferStats
-from hbserve_kv.handshake import Identity
-from hbserve_kv.heads import HeadRange
-from hbserve_kv.incoming import Incoming, TransferResult
-from hbserve_kv.lookup_buffer import LookupBuffer
-from hbserve_kv.memory import Memory, gather
-from hbserve_kv.messages import Begin, Grant
-from hbserve_kv.outgoing import OutgoingTransfer
-from hbserve_kv.peers import Peers
-from hbserve_kv.receiver import Receiver
-from hbserve_kv.transfer_state import Outcome, State
-from hbserve_kv.transport import Transport
+from hbserve_kv.memory.heads import HeadRange
+from hbserve_kv.memory.memory import Memory, gather
+from hbserve_kv.protocol.handshake import Identity
+from hbserve_kv.protocol.messages import Begin, Grant
+from hbserve_kv.protocol.stats import LinkInfo, TransferStats
+from hbserve_kv.protocol.transfer_state import Outcome, State, TransferResult
+from hbserve_kv.receiving.lookup_buffer import LookupBuffer
+from hbserve_kv.receiving.receiver import Receiver
+from hbserve_kv.receiving.transfer import Incoming
+from hbserve_kv.sending.peers import Peers
+from hbserve_kv.sending.transfer import OutgoingTransfer
+from hbserve_kv.transports.base import Transport
+from hbserve_kv.transports.registry import make_transports
 from hbserve_rpc import RpcServer, parse_address
 
 

@@ -12,12 +12,12 @@ from typing import Any, Self
 
 import msgspec
 
-from hbserve.answers import Answer, answer_all, check_all
 from hbserve.demo_model import find_model_folder
 from hbserve.launcher import LocalInstances
 from hbserve.pd_disagg.config import PdDisaggConfig
 from hbserve.prompts import PlainPrompt, Prompt, encode_all, read_params, read_prompt, read_prompts
 from hbserve.results import GenerationDelta, GenerationResult
+from hbserve.text_request import Answer, answer_all, check_all
 from hbserve.tokenizer import load_tokenizer
 from hbserve_rpc import SamplingParams
 from hbserve_rpc.plain_values import plain_id

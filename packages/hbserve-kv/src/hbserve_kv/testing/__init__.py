@@ -1,14 +1,11 @@
 """For those who write a transport or a backend, and for those who test an engine against KV transfers that go wrong."""
 
-from hbserve_kv.testing.chaos import Chaos, ChaosReport
 from hbserve_kv.testing.conformance import CHECKS, Check, run_check
 from hbserve_kv.testing.loopback import Faults, LoopbackNetwork, LoopbackTransport, TwoSidedLoopbackTransport
 from hbserve_kv.testing.rig import Rig, is_empty
 
 __all__ = [
     "CHECKS",
-    "Chaos",
-    "ChaosReport",
     "Check",
     "Faults",
     "LoopbackNetwork",

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
-from hbserve_kv.memory import Memory, gather, head_view, scatter
-from hbserve_kv.transport import DrainUnknown, Link, Part, Transport
+from hbserve_kv.memory.memory import Memory, gather, head_view, scatter
+from hbserve_kv.transports.base import DrainUnknown, Link, Part, Transport
 
 
 @dataclass(frozen=True)

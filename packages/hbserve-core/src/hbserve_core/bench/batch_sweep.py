@@ -1,0 +1,256 @@
+"""A decode step's time by batch size, beside the least that it could take: `hbserve bench engine --sweep`.
+
+What is timed is steps in which every request decodes, and none joins or ends. Each batch has fresh random prompts that
+are really computed: with shared blocks, what should come from memory would come from the device's cache.
+
+A *cliff* is a batch size that the engine serves badly, for which there is a sign:
+    its step takes more than 3 % longer than that of a larger batch with the same context; or
+    its share of the limit is below 0.8 of a neighbour's. Neighbours are the next sizes measured on either side, if one
+    is at most twice the other.
+"""
+
+import random
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from time import perf_counter
+from typing import Any
+
+from tqdm import tqdm
+
+from hbserve_core.bench.device_limits import measure_limits
+from hbserve_core.bench.model_work import DecodeLimit, decode_limit
+from hbserve_core.bench.workloads import Sizes, bench_config
+from hbserve_core.config import InstanceConfig
+from hbserve_core.engine.engine import Engine
+from hbserve_core.engine.runner import Runner
+from hbserve_core.errors import InvalidInstanceConfig
+from hbserve_core.model.model_config import load_model_config
+from hbserve_core.ranks.make_runner import make_runner
+from hbserve_rpc import SamplingParams
+
+BATCH_SIZES = (1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 15, 16, 17, 24, 31, 32, 33, 48, 64, 65, 96, 128, 192, 256)
+"""Dense where steps are short, and on both sides of the sizes at which something else is chosen."""
+
+_NUM_STEPS = 48
+_NUM_WARM = 4
+"""Steps of each batch that are not timed."""
+_MOST_OF_THE_POOL = 0.98
+"""The engine keeps a hundredth of it for growth."""
+_NOISE = 1.03
+_MUCH_LESS = 0.8
+_UNEVEN = 1.5
+
+
+@dataclass(frozen=True)
+class SweepPlan:
+    """What to measure: every batch size with every context, both ascending.
+
+    Raises:
+        InvalidInstanceConfig: there is none, or they are not ascending numbers from 1 on.
+    """
+
+    batch_sizes: tuple[int, ...] = BATCH_SIZES
+    contexts: tuple[int, ...] = (512,)
+    """Tokens of each prompt."""
+
+    def __post_init__(self) -> None:
+        for name in ("batch_sizes", "contexts"):
+            values = getattr(self, name)
+            if not values or min(values) < 1 or values != tuple(sorted(set(values))):
+                raise InvalidInstanceConfig(f"{name}={values!r}: expected ascending numbers >= 1, at least one")
+
+
+@dataclass(frozen=True)
+class SweepRow:
+    """One batch size with one context."""
+
+    context: int
+    batch: int
+    step_s: float
+    """Median."""
+    longest_step_s: float
+    limit: DecodeLimit
+
+    @property
+    def share(self) -> float:
+        return self.limit.limit_s / self.step_s
+
+    def record(self) -> dict[str, float]:
+        """All numbers in one dictionary, as for a file."""
+        row: dict[str, Any] = asdict(self)
+        limit: dict[str, float] = row.pop("limit")
+        return row | limit | {"share": self.share, "copy_share": self.limit.copy_s / self.step_s}
+
+    def __str__(self) -> str:
+        limit, step_s = self.limit, self.step_s
+        times = f"{self.batch:7d} {1e3 * step_s:9.3f} {1e3 * self.longest_step_s:9.3f}"
+        rates = f"{limit.read_bytes / step_s / 1e9:8.4g} {limit.flops / step_s / 1e12:9.3g}"
+        uneven = "  uneven" if self.longest_step_s > _UNEVEN * step_s else ""
+        return f"{times} {rates} {1e3 * limit.limit_s:9.3f}  {limit.share_of(step_s)}{uneven}"
+
+
+HEADINGS = f"{'batch':>7} {'step ms':>9} {'longest':>9} {'GB/s':>8} {'TFLOP/s':>9} {'limit ms':>9}"
+
+
+@dataclass(frozen=True)
+class Cliff:
+    context: int
+    batch: int
+    why: str
+
+
+def find_cliffs(rows: Sequence[SweepRow]) -> list[Cliff]:
+    """Of rows in any order; see the top of this file."""
+    found = []
+    for row in sorted(rows, key=lambda row: (row.context, row.batch)):
+        others = [other for other in rows if other.context == row.context]
+        if why := _slower_than_a_larger(row, others) or _worse_than_a_neighbour(row, others):
+            found.append(Cliff(row.context, row.batch, why))
+    return found
+
+
+def _slower_than_a_larger(row: SweepRow, others: Sequence[SweepRow]) -> str | None:
+    larger = [other for other in others if other.batch > row.batch and row.step_s > _NOISE * other.step_s]
+    if not larger:
+        return None
+    fastest = min(larger, key=lambda other: other.step_s)
+    return f"{1e3 * row.step_s:.4g} ms, batch {fastest.batch} takes {1e3 * fastest.step_s:.4g}"
+
+
+def _worse_than_a_neighbour(row: SweepRow, others: Sequence[SweepRow]) -> str | None:
+    below = max((other for other in others if other.batch < row.batch), key=lambda other: other.batch, default=row)
+    above = min((other for other in others if other.batch > row.batch), key=lambda other: other.batch, default=row)
+    near = [row, *(other for other in (below, above) if row.batch <= 2 * other.batch and other.batch <= 2 * row.batch)]
+    best = max(near, key=lambda other: other.share)
+    if row.share >= _MUCH_LESS * best.share:
+        return None
+    return f"share {row.share:.2f}, batch {best.batch} has {best.share:.2f}"
+
+
+def sweep_config(model_path: str, plan: SweepPlan, **settings: object) -> InstanceConfig:
+    """An engine for all of the plan that fits, with the shapes of steps that it has as an instance of usual size.
+
+    Raises what `load_model_config` raises.
+    """
+    config = bench_config(model_path, Sizes(), **settings)
+    batch = max(config.max_num_seqs, *plan.batch_sizes)
+    longest = plan.contexts[-1] + _num_steps(config, plan.batch_sizes[-1], plan.contexts[-1])
+    limit = load_model_config(model_path).max_model_len
+    room = min(limit, round(longest / _MOST_OF_THE_POOL) + config.block_size)
+    return bench_config(model_path, Sizes(), **{**settings, "max_num_seqs": batch, "max_model_len": room})
+
+
+def _num_steps(config: InstanceConfig, batch: int, context: int) -> int:
+    """Most tokens that a request of such a batch generates: while others join, and then while steps are timed."""
+    joining = -(-batch * context // max(1, config.max_num_batched_tokens - batch)) + 1
+    return joining + _NUM_WARM + _NUM_STEPS + 2
+
+
+class BatchSweep:
+    """An engine, and batches of requests on it."""
+
+    def __init__(self, config: InstanceConfig, runner: Runner) -> None:
+        self._config = config
+        self._runner = runner
+        self._engine = Engine(config, runner)
+        self._random = random.Random(0)
+        self._count = 0
+        self.limits = measure_limits(runner.device, runner.dtype, config.tensor_parallel_size)
+
+    def obstacle(self, batch: int, context: int) -> str | None:
+        """Why such a batch cannot be measured here, if it cannot."""
+        longest, blocks = context + _num_steps(self._config, batch, context), self._engine.blocks
+        if longest > self._runner.model_config.max_model_len:
+            return f"{longest} tokens a sequence, the model takes {self._runner.model_config.max_model_len}"
+        if batch * blocks.num_blocks_for(longest) > _MOST_OF_THE_POOL * blocks.num_blocks:
+            return f"{batch} x {longest} tokens do not fit the pool of {blocks.num_blocks * blocks.block_size}"
+        return None
+
+    def measure(self, batch: int, context: int) -> SweepRow:
+        """Of a batch without obstacle. Raises LogitsNotFinite."""
+        preemptions = self._engine.stats().num_preemptions
+        names = self._add(batch, context)
+        ends: list[float] = []
+        generated: list[float] = []
+        while len(ends) <= _NUM_WARM + _NUM_STEPS:
+            assert self._engine.has_work(), "requests ended before they were timed"
+            outputs = self._engine.step()
+            for output in outputs:
+                output.raise_error()
+            if sum(output.token_id is not None and output.index > 0 for output in outputs) == batch:
+                ends.append(perf_counter())
+                generated.append(sum(output.index for output in outputs) / batch)
+        assert self._engine.stats().num_preemptions == preemptions, "the pool was full"
+        self._end(names)
+        times = [end - begin for begin, end in pairwise(ends[_NUM_WARM:])]
+        # A request's n-th token is sampled after its prompt and n tokens.
+        mean_context = context + statistics.mean(generated[_NUM_WARM + 1 :])
+        limit = decode_limit(self._runner.model_config, self._runner.dtype, batch, mean_context, self.limits)
+        return SweepRow(context, batch, statistics.median(times), max(times), limit)
+
+    def _add(self, batch: int, context: int) -> list[str]:
+        vocabulary = range(self._runner.model_config.vocab_size)
+        names = []
+        for _ in range(batch):
+            self._count += 1
+            names.append(str(self._count))
+            params = SamplingParams(0.6, _num_steps(self._config, batch, context), ignore_eos=True)
+            self._engine.add(names[-1], self._random.choices(vocabulary, k=context), params)
+        return names
+
+    def _end(self, names: Sequence[str]) -> None:
+        for name in names:
+            self._engine.abort(name)
+        while self._engine.has_work():
+            self._engine.step()
+
+
+def run_sweep(
+    config: InstanceConfig, plan: SweepPlan, say: Callable[[str], None], keep: Callable[[SweepRow], None]
+) -> None:
+    """Say a block of lines for each context, and what the cliffs are; `keep` is called with each row when it is there.
+
+    config: from `sweep_config`. Raises what `make_runner` raises, and LogitsNotFinite if the model gives no numbers.
+    """
+    runner = make_runner(config)
+    try:
+        sweep, rows = BatchSweep(config, runner), []
+        say(f"limits of this device: {sweep.limits}")
+        say("cliff: over 3 % slower than a larger batch, or below 0.8 of the share of a neighbour within a factor of 2")
+        say("uneven: a step took over 1.5 times the median")
+        for context in plan.contexts:
+            say(f"context {context}\n{HEADINGS}")
+            measured = list(_rows(sweep, plan, context, keep))
+            say("\n".join(_lines(sweep, plan, context, measured)))
+            rows += measured
+        say(_summary(rows, plan))
+    finally:
+        runner.close()
+
+
+def _rows(sweep: BatchSweep, plan: SweepPlan, context: int, keep: Callable[[SweepRow], None]) -> Iterator[SweepRow]:
+    # Without a terminal there is no bar.
+    for batch in tqdm(plan.batch_sizes, desc=f"context {context}", disable=None, leave=False):
+        if sweep.obstacle(batch, context) is None:
+            row = sweep.measure(batch, context)
+            keep(row)
+            yield row
+
+
+def _lines(sweep: BatchSweep, plan: SweepPlan, context: int, rows: Sequence[SweepRow]) -> Iterator[str]:
+    cliffs = {cliff.batch for cliff in find_cliffs(rows)}
+    line_of = {row.batch: f"{row}{'  cliff' if row.batch in cliffs else ''}" for row in rows}
+    for batch in plan.batch_sizes:
+        yield line_of.get(batch) or f"{batch:7d} skipped: {sweep.obstacle(batch, context)}"
+
+
+def _summary(rows: Sequence[SweepRow], plan: SweepPlan) -> str:
+    if not rows:
+        return "cliffs: nothing was measured"
+    several = len(plan.contexts) > 1
+    cliffs = [
+        f"batch {cliff.batch}{f' at {cliff.context}' if several else ''} ({cliff.why})" for cliff in find_cliffs(rows)
+    ]
+    return f"cliffs: {', '.join(cliffs) or 'none'}"

@@ -1,0 +1,94 @@
+"""What a model's steps must read and compute at least, and how long that takes at a device's limits."""
+
+from dataclasses import dataclass
+
+import torch
+
+from hbserve_core.bench.device_limits import DeviceLimits
+from hbserve_core.model.model_config import ModelConfig
+
+
+@dataclass(frozen=True)
+class Work:
+    """One kernel's part of a step."""
+
+    read_bytes: float
+    flops: float
+
+    def time_s(self, limits: DeviceLimits) -> float:
+        """Reading and computing at the same time, so the slower of the two decides."""
+        return max(self.read_bytes / limits.read_bytes_per_s, self.flops / limits.flops_per_s)
+
+
+@dataclass(frozen=True)
+class DecodeLimit:
+    """The least time that a decode step can take, or several together."""
+
+    limit_s: float
+    """Part by part: each product and each layer's attention takes the longer of its bytes, at a pure read's rate, and
+    its operations, at a large product's."""
+    copy_s: float
+    """All bytes at a copy's rate, operations left out: the limit that older measurements were compared with."""
+    read_bytes: float
+    flops: float
+
+    def __add__(self, other: "DecodeLimit") -> "DecodeLimit":
+        return DecodeLimit(*(getattr(self, name) + getattr(other, name) for name in self.__dataclass_fields__))
+
+    def share_of(self, time_s: float) -> str:
+        """The share of the limit that was reached."""
+        return f"share {self.limit_s / time_s:.2f} ({self.copy_s / time_s:.2f} of a copy's)"
+
+
+NO_WORK = DecodeLimit(0.0, 0.0, 0.0, 0.0)
+
+
+def decode_limit(
+    model: ModelConfig, dtype: torch.dtype, batch: int, context: float, limits: DeviceLimits
+) -> DecodeLimit:
+    """Of one step that gives `batch` sequences a token each, after `context` tokens on average.
+
+    Left out, as next to nothing: rows of the embedding, activations, norms, the new tokens' keys and values, sampling,
+    and what ranks tell each other. What several ranks each have is read once.
+    """
+    parts = decode_work(model, dtype, batch, context)
+    read_bytes, flops = sum(part.read_bytes for part in parts), sum(part.flops for part in parts)
+    limit_s = sum(part.time_s(limits) for part in parts)
+    return DecodeLimit(limit_s, read_bytes / limits.copy_bytes_per_s, read_bytes, flops)
+
+
+def decode_work(model: ModelConfig, dtype: torch.dtype, batch: int, context: float) -> list[Work]:
+    """What has to be done one after the other in such a step: in each layer four products and attention, then the head.
+    Parameters as in `decode_limit`."""
+
+    def product(num_weights: int) -> Work:
+        return Work(num_weights * dtype.itemsize, 2.0 * batch * num_weights)
+
+    num_keys = batch * context
+    attention = Work(
+        read_bytes=2 * model.num_kv_heads * model.head_dim * num_keys * dtype.itemsize,
+        flops=4 * model.num_heads * model.head_dim * num_keys,
+    )
+    layer = [*map(product, layer_products(model).values()), attention]
+    return layer * model.num_layers + [product(model.vocab_size * model.hidden_size)]
+
+
+def layer_products(model: ModelConfig) -> dict[str, int]:
+    """Number of weights in each of a layer's projections."""
+    hidden, inner = model.hidden_size, model.intermediate_size
+    heads, kv_heads = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
+    return {
+        "qkv": hidden * (heads + 2 * kv_heads), "output": heads * hidden, "gate_up": hidden * 2 * inner,
+        "down": inner * hidden,
+    }  # fmt: skip
+
+
+def num_layer_weights(model: ModelConfig) -> int:
+    """Numbers in the projections of all layers."""
+    return model.num_layers * sum(layer_products(model).values())
+
+
+def prefill_flops(model: ModelConfig, lengths: list[int]) -> float:
+    """Of projections and causal attention; the output projection of the last tokens is left out."""
+    attention = 2 * model.num_layers * model.num_heads * model.head_dim * sum(length**2 for length in lengths)
+    return 2.0 * num_layer_weights(model) * sum(lengths) + attention

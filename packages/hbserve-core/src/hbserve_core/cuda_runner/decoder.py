@@ -1,0 +1,90 @@
+"""The decoder on CUDA: products by whatever is fastest for their shape, our kernels for all that is between them.
+
+A layer of up to 64 decodes is five launches (norms and gates are in the products), of more of them nine.
+Shapes: T rows of one step, R of them sampled, E hidden_size.
+"""
+
+import torch
+
+from hbserve_core.cuda_runner.kernels.decode_attention import DecodeWorkspace, decode_attention
+from hbserve_core.cuda_runner.kernels.embedding import embed
+from hbserve_core.cuda_runner.kernels.prefill_attention import prefill_attention
+from hbserve_core.cuda_runner.kernels.sampling import sample
+from hbserve_core.cuda_runner.kernels.store_kv import store_kv
+from hbserve_core.cuda_runner.products import CudaProducts, ResidualStream
+from hbserve_core.cuda_runner.step_buffer import StepShape, StepView
+from hbserve_core.model.linear import Linear
+from hbserve_core.model.model_config import ModelConfig
+from hbserve_core.model.norm import RmsNorm
+from hbserve_core.model.rank_group import RankGroup
+from hbserve_core.model.rope import angle_table
+from hbserve_core.model.weights import DecoderWeights, LayerWeights
+
+
+class CudaDecoder:
+    """A causal language model over a paged pool. Reads steps that are on the device, and waits for nothing."""
+
+    def __init__(
+        self, config: ModelConfig, weights: DecoderWeights, largest: StepShape, group: RankGroup | None = None
+    ) -> None:
+        """config: sizes of this rank's part. largest: what every step fits into."""
+        self._config = config
+        self._group = group or RankGroup()
+        self._weights = weights
+        device = weights.embedding.device
+        self._products = CudaProducts(device)
+        self._angles = angle_table(config.rope, config.head_dim, config.max_model_len).to(device)
+        self._workspace = DecodeWorkspace(
+            largest.sequences, largest.pieces, (config.num_heads, config.num_kv_heads, config.head_dim), device
+        )
+
+    def decode(self, step: StepView, sampled: torch.Tensor, pool: torch.Tensor) -> None:
+        """A step of decodes only: a token for every row goes to `sampled`, int32."""
+        sample(self._logits(self._stream(step, sampled, pool)), step.samples[1:], sampled)
+
+    def finish(self, step: StepView, hidden: torch.Tensor, sampled: torch.Tensor) -> None:
+        """After `hidden`: a token for each of the step's samples goes to `sampled`."""
+        stream = ResidualStream(hidden.index_select(0, step.samples[0]))
+        sample(self._logits(stream), step.samples[1:], sampled)
+
+    def hidden(self, step: StepView, sampled: torch.Tensor, pool: torch.Tensor) -> torch.Tensor:
+        """(T, E): what the last layer gives for every row. Writes the step's keys and values into the pool."""
+        return self._stream(step, sampled, pool).rows
+
+    def _stream(self, step: StepView, sampled: torch.Tensor, pool: torch.Tensor) -> ResidualStream:
+        weights = self._weights
+        embedded = embed(step.tokens[0], step.tokens[1], sampled, weights.embedding, weights.first_token)
+        stream = ResidualStream(self._group.all_reduce(embedded))
+        norms_after = [*(layer.attention_norm for layer in weights.layers[1:]), weights.norm]
+        for index, (layer, norm_after) in enumerate(zip(weights.layers, norms_after, strict=True)):
+            qkv = self._products.of_normed(stream, layer.attention_norm, layer.qkv)
+            self._add(self._attend(index, layer, qkv, step, pool), layer.output, stream, layer.mlp_norm)
+            self._add(self._products.gated(stream, layer.mlp_norm, layer.gate_up), layer.down, stream, norm_after)
+        return stream
+
+    def _logits(self, stream: ResidualStream) -> torch.Tensor:
+        """(R, vocab_size) of rows (R, E)."""
+        logits = self._products.of_normed(stream, self._weights.norm, self._weights.head)
+        return self._group.gather_logits(logits, self._config.vocab_size)
+
+    def _add(self, inputs: torch.Tensor, linear: Linear, stream: ResidualStream, next_norm: RmsNorm) -> None:
+        """Add a product to the stream; of several ranks, the sum of theirs."""
+        if self._group.shard.size > 1:
+            stream.rows += self._group.all_reduce(self._products.of(inputs, linear))
+        else:
+            self._products.add_to(stream, inputs, linear, next_norm)
+
+    def _attend(
+        self, index: int, layer: LayerWeights, qkv: torch.Tensor, step: StepView, pool: torch.Tensor
+    ) -> torch.Tensor:
+        """(T, N * D) of projected rows (T, (N + 2 K) * D), whose keys may be normed and rotated in place."""
+        config = self._config
+        norm = None if layer.qk_norm is None else (layer.qk_norm.weight, layer.qk_norm.eps)
+        rotation = self._angles, norm
+        out = torch.empty((len(qkv), config.num_heads * config.head_dim), dtype=qkv.dtype, device=qkv.device)
+        if step.shape.tiles:
+            store_kv(qkv, step.tokens[2], step.tokens[3], *rotation, pool, index)
+            prefill_attention(qkv, out, pool, index, *rotation, step.tables, step.width, step.tiles, step.sequences)
+        if step.shape.pieces:
+            decode_attention(qkv, out, pool, index, *rotation, step.tables, step.width, step.pieces, self._workspace)
+        return out

@@ -1,0 +1,226 @@
+"""One new token of each sequence: its key and value go into the pool, then it attends to its paged context.
+
+The work is cut into pieces of similar length on the host: a sequence of long context is several pieces, so that a few
+long sequences, or a single one, fill the card. A program takes one piece and one key head: the G query heads that share
+it are the rows of one product, padded to what tensor cores take. The program of a sequence's last piece holds the new
+token's key and value in registers and stores them; nobody reads them from the pool in this step. Of a sequence of
+several pieces, the program that ends last joins what all have found (flash decoding, Dao et al. 2023).
+Shapes: R rows, one sequence each, N query heads, K key heads, G = N / K, D head_dim, P pieces.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from hbserve_core.cuda_runner.kernels.dependent_launch import LAUNCH, begin, num_processors
+from hbserve_core.cuda_runner.kernels.prefill_attention import attend, attend_paged, nothing_seen, paged
+from hbserve_core.cuda_runner.kernels.rotation import load_angles, load_halves, rotated
+
+_LOG2_E = 1.4426950408889634
+_FEW_PROGRAMS = 3
+"""Of each processor. With no more than that, they are not enough to hide what each one waits for."""
+_JOINED_AT_ONCE = 4096
+"""Numbers of several parts that are joined at once."""
+
+
+@triton.jit
+def _piece(pieces, stride):
+    """Row, part, number of parts, first and last position of the pool, position of the new token."""
+    row, part, num_parts = tl.load(pieces), tl.load(pieces + stride), tl.load(pieces + 2 * stride)
+    first, last, position = tl.load(pieces + 3 * stride), tl.load(pieces + 4 * stride), tl.load(pieces + 5 * stride)
+    # Of pieces that are none only the row is written: the rest is whatever an earlier step has left there.
+    none = row < 0
+    return row, part, num_parts, tl.where(none, 0, first), tl.where(none, 0, last), tl.where(none, 0, position)
+
+
+@triton.jit
+def _norms(norm_weight, heads, used, key_head, D: tl.constexpr, PADDED_D: tl.constexpr, HAS_NORM: tl.constexpr):
+    """Weights of the norms of the queries and of the key, if there are any; see `load_halves`."""
+    query, key = (0.0, 0.0), (0.0, 0.0)
+    if HAS_NORM:
+        query = load_halves(norm_weight + heads * D, used, D, PADDED_D)
+        key = load_halves(norm_weight + key_head * D, tl.full((1, 1), 1, tl.int1), D, PADDED_D)
+    return query, key
+
+
+@triton.jit
+def _first_tile(
+    keys, table, first, last, block_stride, D: tl.constexpr, PADDED_D: tl.constexpr, K: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, STEP: tl.constexpr,
+):  # fmt: skip
+    """Keys and values (STEP, PADDED_D) of the piece's first tokens, and which of them there are (1, STEP)."""
+    positions = first + tl.arange(0, STEP)
+    inside = positions < last
+    place, read = paged(table, positions, inside, block_stride, D, PADDED_D, K * D, BLOCK_SIZE)
+    tile = tl.load(keys + place, mask=read, other=0.0)
+    return tile, tl.load(keys + BLOCK_SIZE * K * D + place, mask=read, other=0.0), inside[None, :]
+
+
+@triton.jit
+def _store_new_token(
+    key, value, keys, table, position, block_stride, D: tl.constexpr, K: tl.constexpr, PADDED_D: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+):  # fmt: skip
+    d = tl.arange(0, PADDED_D)[None, :]
+    block = tl.load(table + position // BLOCK_SIZE).to(tl.int64)
+    place = block * block_stride + (position % BLOCK_SIZE) * (K * D)
+    tl.store(keys + place + d, key, mask=d < D)
+    tl.store(keys + BLOCK_SIZE * K * D + place + d, value, mask=d < D)
+
+
+@triton.jit
+def _seen_itself(query, key, value, scale, PACK: tl.constexpr, PADDED_D: tl.constexpr):
+    """The state of queries that have seen their own token only. key, value: (1, PADDED_D)."""
+    score = tl.sum(query.to(tl.float32) * key.to(tl.float32), 1) * scale
+    return score, tl.full((PACK,), 1.0, tl.float32), tl.broadcast_to(value.to(tl.float32), (PACK, PADDED_D))
+
+
+@triton.jit
+def _join(
+    parts, logs, out_row, first_piece, num_parts, head,
+    N: tl.constexpr, K: tl.constexpr, D: tl.constexpr, PADDED_D: tl.constexpr, PADDED_G: tl.constexpr,
+    AT_ONCE: tl.constexpr,
+):  # fmt: skip
+    """Weigh what the pieces of one row and key head have found by their sums of exponentials."""
+    G: tl.constexpr = N // K
+    d, g = tl.arange(0, PADDED_D), tl.arange(0, PADDED_G)
+    highest = tl.full((PADDED_G,), float("-inf"), tl.float32)
+    total, weighted = tl.zeros((PADDED_G,), tl.float32), tl.zeros((PADDED_G, PADDED_D), tl.float32)
+    for start in range(0, num_parts, AT_ONCE):
+        part = start + tl.arange(0, AT_ONCE)
+        place = (first_piece + part).to(tl.int64)[:, None] * N + head * G + tl.minimum(g, G - 1)[None, :]
+        inside = (part < num_parts)[:, None]
+        # Past the first-level cache, which knows nothing of what other processors have written.
+        log = tl.load(logs + place, mask=inside, other=float("-inf"), cache_modifier=".cg")
+        mask = inside[:, :, None] & (d < D)[None, None, :]
+        found = tl.load(parts + place[:, :, None] * D + d[None, None, :], mask=mask, other=0.0, cache_modifier=".cg")
+        new_highest = tl.maximum(highest, tl.max(log, 0))
+        weights, faded = tl.exp2(log - new_highest[None, :]), tl.exp2(highest - new_highest)
+        total = total * faded + tl.sum(weights, 0)
+        weighted = weighted * faded[:, None] + tl.sum(found * weights[:, :, None], 0)
+        highest = new_highest
+    result = (weighted / total[:, None]).to(out_row.dtype.element_ty)
+    tl.store(out_row + (head * G + g)[:, None] * D + d[None, :], result, mask=(g < G)[:, None] & (d < D)[None, :])
+
+
+@triton.jit
+def _leave(
+    state, parts, logs, arrived, out_row, piece, part, num_parts, head,
+    N: tl.constexpr, K: tl.constexpr, D: tl.constexpr, PADDED_D: tl.constexpr, PACK: tl.constexpr,
+    PADDED_G: tl.constexpr, AT_ONCE: tl.constexpr,
+):  # fmt: skip
+    """Leave what one of several pieces has found; the last program of the row and head to come joins them."""
+    highest, total, weighted = state
+    packed, d = tl.arange(0, PACK), tl.arange(0, PADDED_D)
+    used = (packed < N // K)[:, None]
+    here = piece.to(tl.int64) * N + (head * (N // K) + packed)[:, None]
+    tl.store(parts + here * D + d[None, :], weighted / total[:, None], mask=used & (d < D)[None, :])
+    tl.store(logs + here, (highest + tl.log2(total))[:, None], mask=used)
+    # All of this program's stores come before its arrival.
+    tl.debug_barrier()
+    if tl.atomic_add(arrived, 1, sem="acq_rel", scope="gpu") == num_parts - 1:
+        tl.debug_barrier()
+        _join(parts, logs, out_row, piece - part, num_parts, head, N, K, D, PADDED_D, PADDED_G, AT_ONCE)
+        tl.store(arrived, 0)
+
+
+@triton.jit(do_not_specialize=["piece_stride"])
+def _decode(
+    qkv, out, parts, logs, arrived, pool, cos_sin, norm_weight, eps, tables, width, pieces, piece_stride, scale,
+    block_stride, layer_offset, N: tl.constexpr, K: tl.constexpr, D: tl.constexpr, PADDED_D: tl.constexpr,
+    PACK: tl.constexpr, PADDED_G: tl.constexpr, AT_ONCE: tl.constexpr, BLOCK_SIZE: tl.constexpr, STEP: tl.constexpr,
+    STAGES: tl.constexpr, HAS_NORM: tl.constexpr,
+):  # fmt: skip
+    head, piece = tl.program_id(0), tl.program_id(1)
+    # What the host has written, and blocks of earlier steps, are there before the kernel in front has ended.
+    row, part, num_parts, first, last, position = _piece(pieces + piece, piece_stride)
+    keys, table = pool + layer_offset + head * D, tables + row.to(tl.int64) * tl.load(width)
+    tile = _first_tile(keys, table, first, last, block_stride, D, PADDED_D, K, BLOCK_SIZE, STEP)
+    packed, d, zero = tl.arange(0, PACK), tl.arange(0, PADDED_D)[None, :], tl.zeros((1, 1), tl.int32)
+    heads, used, key_head = (head * (N // K) + packed)[:, None], (packed < N // K)[:, None], N + head + zero
+    angles = load_angles(cos_sin + position * D + zero, zero == 0, D, PADDED_D)
+    norms = _norms(norm_weight, heads, used, key_head, D, PADDED_D, HAS_NORM)
+    begin()
+    if row < 0:
+        return
+    qkv_row, out_row = qkv + row.to(tl.int64) * ((N + 2 * K) * D), out + row.to(tl.int64) * (N * D)
+    # All loads come before the first result is needed.
+    query_halves = load_halves(qkv_row + heads * D, used, D, PADDED_D)
+    key_halves = load_halves(qkv_row + key_head * D, zero == 0, D, PADDED_D)
+    value = tl.load(qkv_row + (N + K + head) * D + d, mask=d < D, other=0.0)
+    query = rotated(query_halves, norms[0], angles, eps, D, HAS_NORM)
+    if part == num_parts - 1:
+        key = rotated(key_halves, norms[1], angles, eps, D, HAS_NORM)
+        _store_new_token(key, value, keys, table, position, block_stride, D, K, PADDED_D, BLOCK_SIZE)
+        state = _seen_itself(query, key, value, scale, PACK, PADDED_D)
+    else:
+        state = nothing_seen(PACK, PADDED_D)
+    state = attend(state, query, tile[0], tile[1], tile[2], scale, True)
+    state = attend_paged(
+        state, query, keys, table, first + STEP, last, block_stride, scale, K, D, PADDED_D, BLOCK_SIZE, STEP, STAGES
+    )
+    if num_parts == 1:
+        tl.store(out_row + heads * D + d, state[2] / state[1][:, None], mask=used & (d < D))
+    else:
+        _leave(state, parts, logs, arrived + row * K + head, out_row, piece, part, num_parts, head,
+               N, K, D, PADDED_D, PACK, PADDED_G, AT_ONCE)  # fmt: skip
+
+
+class DecodeWorkspace:
+    """Where pieces leave what they have found. One for all layers: only one of them runs at a time."""
+
+    def __init__(self, rows: int, num_pieces: int, heads: tuple[int, int, int], device: torch.device) -> None:
+        """For steps of at most so many rows and pieces. heads: N, K and D."""
+        num_heads, num_kv_heads, head_dim = heads
+        self.parts = torch.empty((num_pieces, num_heads, head_dim), dtype=torch.float32, device=device)
+        self.logs = torch.empty((num_pieces, num_heads), dtype=torch.float32, device=device)
+        self.arrived = torch.zeros((rows, num_kv_heads), dtype=torch.int32, device=device)
+        """Programs of each row and key head that have ended; 0 between launches."""
+        self.few_programs = _FEW_PROGRAMS * num_processors(device)
+
+
+def _tiling(itemsize: int, padded_head_dim: int, group: int, is_few: bool) -> tuple[int, int, int]:
+    """Tokens read at once, stages of the pipeline that reads them, and warps of each program.
+
+    Few programs must have much on its way each; of many, four fit a processor if their tiles and registers are few.
+    group: query heads of a key head.
+    """
+    if itemsize > 2 or padded_head_dim > 128:
+        return 32, 2, 4
+    if is_few:
+        return 64, 5, 2
+    return (64, 3, 4) if group <= 2 else (32, 3, 4)
+
+
+def decode_attention(
+    qkv: torch.Tensor,
+    out: torch.Tensor,
+    pool: torch.Tensor,
+    layer: int,
+    cos_sin: torch.Tensor,
+    norm: tuple[torch.Tensor, float] | None,
+    tables: torch.Tensor,
+    width: torch.Tensor,
+    pieces: torch.Tensor,
+    workspace: DecodeWorkspace,
+) -> None:
+    """Store the new tokens of the rows that `pieces` name, and attend from them to their contexts.
+
+    qkv: (>=R, (N + 2 K) * D), neither normed nor rotated. out: (>=R, N * D), written. cos_sin, norm, pool: see
+    `store_kv`. tables: (R * width,) int32, block numbers. width: one int32, on the device. pieces: (6, P) int32, see
+    `DecodePieces.cut`; those of row -1 are none. Of these, and of the pool's earlier tokens, nothing may be written by
+    a kernel of the same step.
+    """
+    _, _, _, block_size, num_kv_heads, head_dim = pool.shape
+    num_heads = out.shape[1] // head_dim
+    padded = max(16, triton.next_power_of_2(head_dim))
+    group = triton.next_power_of_2(num_heads // num_kv_heads)
+    weight, eps = norm or (cos_sin, 0.0)
+    is_few = num_kv_heads * pieces.shape[1] <= workspace.few_programs
+    step, stages, num_warps = _tiling(pool.dtype.itemsize, padded, group, is_few)
+    _decode[(num_kv_heads, pieces.shape[1])](
+        qkv, out, workspace.parts, workspace.logs, workspace.arrived, pool, cos_sin, weight, eps, tables, width,
+        pieces, pieces.stride(0), head_dim**-0.5 * _LOG2_E, pool.stride(0), layer * pool.stride(1),
+        num_heads, num_kv_heads, head_dim, padded, max(16, group), group, max(2, _JOINED_AT_ONCE // (group * padded)),
+        block_size, step, stages, norm is not None, num_warps=num_warps, **LAUNCH,
+    )  # fmt: skip

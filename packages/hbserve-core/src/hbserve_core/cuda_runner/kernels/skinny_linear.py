@@ -1,0 +1,222 @@
+"""Products of few rows with a weight matrix on tensor cores: a skinny GEMM.
+
+Such a product is as fast as its weights can be read. The weights are the long side of each tile, so the rows cost next
+to nothing; where a matrix has too few tiles to keep every processor reading, its inputs are split too (split-K) and
+the program of a tile that ends last adds what all have found, always in the same order. The residual addition, or
+silu(gate) * up, is done on the way out.
+
+An RMS norm between two such products is half of the first one and half of the second: each row is multiplied by the
+norm's weights as it is written, with its sum of squares tile by tile beside it, and the next product's results are
+divided by the root of their mean.
+Shapes: M rows, I inputs, O outputs, T tiles.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from hbserve_core.cuda_runner.kernels.dependent_launch import LAUNCH, begin, prefetch
+
+TILE_OUTPUTS = 64
+_TILINGS = {16: (128, 6), 32: (128, 6), 64: (128, 5), 128: (64, 8)}
+"""By padded rows: inputs of one step of the loop over them, and how many steps are on their way: as many as the shared
+memory of a Hopper processor holds."""
+_AHEAD = 256
+"""Inputs whose weights each program fetches while the kernel in front still runs. More of them are in its way."""
+
+
+@triton.jit
+def _finish(
+    result, bias, out, next_norm, scaled, squares, tile, num_rows, num_outputs, ROWS: tl.constexpr,
+    OUTPUTS: tl.constexpr, GATED: tl.constexpr, HAS_BIAS: tl.constexpr, ADDS: tl.constexpr, SCALES: tl.constexpr,
+):  # fmt: skip
+    """Write a whole tile (OUTPUTS, ROWS) of products."""
+    COUNT: tl.constexpr = OUTPUTS // 2 if GATED else OUTPUTS
+    outputs = tile * COUNT + tl.arange(0, COUNT)
+    clamped = tl.minimum(outputs, num_outputs - 1)
+    if GATED:
+        result, up = tl.split(tl.permute(tl.reshape(result, (2, COUNT, ROWS)), (1, 2, 0)))
+        if HAS_BIAS:
+            up += tl.load(bias + num_outputs + clamped).to(tl.float32)[:, None]
+    if HAS_BIAS:
+        result += tl.load(bias + clamped).to(tl.float32)[:, None]
+    if GATED:
+        result = result / (1.0 + tl.exp(-result)) * up
+    m = tl.arange(0, ROWS)
+    place = m[None, :] * num_outputs + outputs[:, None]
+    inside = (outputs < num_outputs)[:, None] & (m < num_rows)[None, :]
+    if ADDS:
+        result += tl.load(out + place, mask=inside, other=0.0).to(tl.float32)
+    rounded = result.to(out.dtype.element_ty)
+    tl.store(out + place, rounded, mask=inside)
+    if SCALES:
+        exact = tl.where(inside, rounded.to(tl.float32), 0.0)
+        weights = tl.load(next_norm + clamped).to(tl.float32)[:, None]
+        tl.store(scaled + place, (exact * weights).to(out.dtype.element_ty), mask=inside)
+        tl.store(squares + tile * ROWS + m, tl.sum(exact * exact, 0))
+
+
+@triton.jit
+def _row_scales(squares, size, eps, TILES: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr):
+    """1 / rms of each row (1, ROWS), from its sums of squares (TILES, ROWS)."""
+    tiles, m = tl.arange(0, PADDED), tl.arange(0, ROWS)
+    found = tl.load(squares + tiles[:, None] * ROWS + m[None, :], mask=(tiles < TILES)[:, None], other=0.0)
+    return tl.rsqrt(tl.sum(found, 0) / size + eps)[None, :]
+
+
+@triton.jit
+def _weight_rows(tile, num_outputs, OUTPUTS: tl.constexpr, GATED: tl.constexpr):
+    """Of a tile (OUTPUTS,). With gates, half of them are gates, the other half the ups that belong to them."""
+    r = tl.arange(0, OUTPUTS)
+    if GATED:
+        HALF: tl.constexpr = OUTPUTS // 2
+        rows = tl.minimum(tile * HALF + r % HALF, num_outputs - 1) + r // HALF * num_outputs
+    else:
+        rows = tl.minimum(tile * OUTPUTS + r, num_outputs - 1)
+    return rows
+
+
+@triton.jit
+def _sum_of_splits(result, parts, arrived, split, SPLITS: tl.constexpr, OUTPUTS: tl.constexpr, ROWS: tl.constexpr):
+    """Whether this program of a tile is the last to come, and then what all have found."""
+    place = tl.arange(0, OUTPUTS)[:, None] * ROWS + tl.arange(0, ROWS)[None, :]
+    tl.store(parts + split * (OUTPUTS * ROWS) + place, result)
+    # All of this program's stores come before its arrival.
+    tl.debug_barrier()
+    is_last = tl.atomic_add(arrived, 1, sem="acq_rel", scope="gpu") == SPLITS - 1
+    tl.debug_barrier()
+    if is_last:
+        result = tl.zeros((OUTPUTS, ROWS), tl.float32)
+        for part in tl.static_range(SPLITS):
+            # Past the first-level cache, which knows nothing of what other processors have written.
+            result += tl.load(parts + part * (OUTPUTS * ROWS) + place, cache_modifier=".cg")
+        tl.store(arrived, 0)
+    return is_last, result
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _skinny_linear(
+    x, weight, bias, out, given_squares, eps, next_norm, scaled, squares, parts, arrived, num_rows, num_inputs,
+    num_outputs, span, ROWS: tl.constexpr, OUTPUTS: tl.constexpr, STEP: tl.constexpr, AHEAD: tl.constexpr,
+    SPLITS: tl.constexpr, STAGES: tl.constexpr, GATED: tl.constexpr, HAS_BIAS: tl.constexpr, ADDS: tl.constexpr,
+    SCALES: tl.constexpr, TILES: tl.constexpr, PADDED_TILES: tl.constexpr,
+):  # fmt: skip
+    tile, split, m = tl.program_id(0), tl.program_id(1), tl.arange(0, ROWS)
+    first = split * span
+    last = tl.minimum(first + span, num_inputs)
+    weight += _weight_rows(tile, num_outputs, OUTPUTS, GATED)[:, None].to(tl.int64) * num_inputs
+    x += m[:, None] * num_inputs
+    prefetch(weight + tl.minimum(first + tl.arange(0, AHEAD // 64) * 64, last - 1)[None, :])
+    begin()
+    row_scales = tl.full((1, ROWS), 1.0, tl.float32)
+    if TILES > 0:
+        row_scales = _row_scales(given_squares, num_inputs, eps, TILES, PADDED_TILES, ROWS)
+    result = tl.zeros((OUTPUTS, ROWS), tl.float32)
+    for start in tl.range(first, last, STEP, num_stages=STAGES):
+        columns = (start + tl.arange(0, STEP))[None, :]
+        block = tl.load(weight + columns, mask=columns < last, other=0.0)
+        given = tl.load(x + columns, mask=(m < num_rows)[:, None] & (columns < last), other=0.0)
+        result = tl.dot(block, tl.trans(given), result, input_precision="ieee")
+    result *= row_scales
+    is_whole = SPLITS == 1
+    if SPLITS > 1:
+        own = parts + tile * (SPLITS * OUTPUTS * ROWS)
+        is_whole, result = _sum_of_splits(result, own, arrived + tile, split, SPLITS, OUTPUTS, ROWS)
+    if is_whole:
+        _finish(
+            result, bias, out, next_norm, scaled, squares, tile, num_rows, num_outputs, ROWS, OUTPUTS, GATED, HAS_BIAS,
+            ADDS, SCALES,
+        )  # fmt: skip
+
+
+class SkinnyWorkspace:
+    """Where programs that share a tile leave what they have found. One for all products: one of them runs at a time."""
+
+    def __init__(self, most_programs: int, most_rows: int, device: torch.device) -> None:
+        """most_programs: of a product whose inputs are split."""
+        self.parts = torch.empty(most_programs * TILE_OUTPUTS * most_rows, dtype=torch.float32, device=device)
+        self.arrived = torch.zeros(most_programs, dtype=torch.int32, device=device)
+        """Programs of each tile that have ended; 0 between launches."""
+
+
+@dataclass(frozen=True, slots=True)
+class ScaledRows:
+    """Rows on their way through an RMS norm: multiplied by its weights, and not yet divided by their own rms."""
+
+    scaled: torch.Tensor
+    """(M, E)"""
+    squares: torch.Tensor
+    """(T, padded rows) float32: of the rows themselves, the sum of squares tile by tile."""
+
+
+def num_tiles(num_outputs: int, gated: bool) -> int:
+    """Programs of a product whose inputs are not split."""
+    return -(-num_outputs // (TILE_OUTPUTS // 2 if gated else TILE_OUTPUTS))
+
+
+def skinny_linear(
+    x: torch.Tensor | ScaledRows,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    padded_rows: int,
+    splits: int,
+    workspace: SkinnyWorkspace,
+    eps: float = 0.0,
+    gated: bool = False,
+) -> torch.Tensor:
+    """x (M, I) times weight (O, I) transposed, plus bias (O,), summed in float32: (M, O).
+
+    x: if scaled, the rest of the norm is done here, with its `eps`. padded_rows: 16, 32, 64 or 128, at least M, the
+    same for all of M rows. splits: of the inputs. gated: the weight is (2 O, I), gate rows then up rows; the result
+    is silu(gate) * up.
+    """
+    rows, squares = (x.scaled, x.squares) if isinstance(x, ScaledRows) else (x, None)
+    outputs = len(weight) // 2 if gated else len(weight)
+    out = torch.empty((len(rows), outputs), dtype=rows.dtype, device=rows.device)
+    _launch(rows, weight, bias, out, padded_rows, splits, workspace, squares=squares, eps=eps, gated=gated)
+    return out
+
+
+def add_skinny_linear(
+    target: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    padded_rows: int,
+    splits: int,
+    workspace: SkinnyWorkspace,
+    next_norm: torch.Tensor | None = None,
+) -> ScaledRows | None:
+    """Add x (M, I) times weight (E, I) transposed, plus bias (E,), to `target` (M, E) in place, rounded once.
+
+    next_norm: weights (E,) of a norm that follows; then its first half is returned.
+    """
+    if next_norm is None:
+        _launch(x, weight, bias, target, padded_rows, splits, workspace, adds=True)
+        return None
+    squares = torch.empty((num_tiles(len(weight), False), padded_rows), dtype=torch.float32, device=x.device)
+    result = ScaledRows(torch.empty_like(target), squares)
+    _launch(x, weight, bias, target, padded_rows, splits, workspace, adds=True, next_norm=next_norm, result=result)
+    return result
+
+
+def _launch(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor, padded_rows: int, splits: int,
+    workspace: SkinnyWorkspace, *, squares: torch.Tensor | None = None, eps: float = 0.0, gated: bool = False,
+    adds: bool = False, next_norm: torch.Tensor | None = None, result: ScaledRows | None = None,
+) -> None:  # fmt: skip
+    rows, inputs = x.shape
+    step, stages = _TILINGS[padded_rows]
+    span = triton.cdiv(triton.cdiv(inputs, step), splits) * step
+    tiles = 0 if squares is None else len(squares)
+    scaled, new_squares = (x, workspace.parts) if result is None else (result.scaled, result.squares)
+    _skinny_linear[(num_tiles(out.shape[1], gated), splits)](
+        x, weight, weight if bias is None else bias, out, workspace.parts if squares is None else squares, eps,
+        x if next_norm is None else next_norm, scaled, new_squares, workspace.parts, workspace.arrived, rows, inputs,
+        out.shape[1], span, padded_rows, TILE_OUTPUTS, step, _AHEAD, splits, stages, gated, bias is not None,
+        adds, result is not None, tiles, triton.next_power_of_2(max(1, tiles)), num_warps=4, **LAUNCH,
+    )  # fmt: skip

@@ -1,0 +1,162 @@
+"""Products of a step's rows with weights on CUDA, each by the kernel that is fastest for its shape.
+
+    rows      16-bit numbers                                                           float32
+    1         small_linear for matrices below 2^23 numbers, and a small model's head   small_linear
+    2         small_linear for those below 2^22 without a norm in front                small_linear
+    4         small_linear for those of 2048 inputs or more                            cuBLAS
+    … 64      skinny_linear, as for 3 and for all others above                         cuBLAS
+    … 128     skinny_linear where there is a tile for every second processor           cuBLAS
+    129 …     cuBLAS, as for all others above                                          cuBLAS
+What is not in cuBLAS has norms, gates and additions in it or near it, and starts before the kernel in front has ended.
+benchmarks/cuda_products.py measures all of them beside each other; docs/performance.md has what it found.
+Shapes: M rows, I inputs, O outputs, E hidden_size.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from hbserve_core.cuda_runner.kernels.dependent_launch import num_processors
+from hbserve_core.cuda_runner.kernels.gated import silu_mul
+from hbserve_core.cuda_runner.kernels.norm import rms_norm
+from hbserve_core.cuda_runner.kernels.skinny_linear import (
+    ScaledRows,
+    SkinnyWorkspace,
+    add_skinny_linear,
+    num_tiles,
+    skinny_linear,
+)
+from hbserve_core.cuda_runner.kernels.small_linear import small_linear
+from hbserve_core.model.linear import Linear
+from hbserve_core.model.norm import RmsNorm
+
+_MOST_SPLIT_ROWS, _MOST_SKINNY_ROWS = 64, 128
+_SMALL_MATRIX = {1: 1 << 23, 2: 1 << 22, 4: 1 << 22}
+"""By rows, from how many numbers on a matrix is not for `small_linear`. Alone it would be as fast with larger ones, but
+its many programs leave no room for the kernel behind it to start."""
+_SMALL_INPUTS = {4: 2048}
+"""By rows, how many inputs it must have for that."""
+_HEAD_OUTPUTS, _HEAD_INPUTS = 1 << 16, 2048
+"""From so many outputs on the matrix is a vocabulary's: nothing waits to start behind it. With more inputs than these,
+what has been added to the stream has come by skinny products, which leave half of the norm."""
+_FEWEST_INPUTS = 512
+"""Of one split: the sum of the splits must not cost more than their reading in parallel gives."""
+
+
+Kind = Literal["plain", "normed", "gated"]
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """How one product is computed."""
+
+    kernel: Literal["small", "skinny", "cublas"]
+    padded_rows: int = 0
+    splits: int = 1
+    """Of the inputs, a power of two."""
+
+
+def choose(rows: int, weight: tuple[int, int], itemsize: int, kind: Kind, num_processors: int) -> Choice:
+    """The fastest way to multiply so many rows with a (O, I) weight matrix of numbers of `itemsize` bytes.
+
+    kind: "normed" if a norm comes before the product, "gated" if also half of the outputs are gates, else "plain".
+    """
+    outputs, inputs = weight
+    if itemsize > 2:
+        return Choice("small" if rows <= 2 else "cublas")
+    is_small = outputs * inputs < _SMALL_MATRIX.get(rows, 0) and inputs >= _SMALL_INPUTS.get(rows, 0)
+    if is_small and (rows == 1 or kind == "plain"):
+        return Choice("small")
+    if rows == 1 and outputs >= _HEAD_OUTPUTS and inputs <= _HEAD_INPUTS:
+        return Choice("small")
+    gated = kind == "gated"
+    tiles = num_tiles(outputs // 2 if gated else outputs, gated)
+    if rows > _MOST_SKINNY_ROWS or (rows > _MOST_SPLIT_ROWS and 2 * tiles < num_processors):
+        return Choice("cublas")
+    splits = 1 if rows > _MOST_SPLIT_ROWS else min(num_processors // tiles, inputs // _FEWEST_INPUTS)
+    most = max(1, splits)
+    return Choice("skinny", max(16, 1 << (rows - 1).bit_length()), 1 << (most.bit_length() - 1))
+
+
+@dataclass(slots=True)
+class ResidualStream:
+    """What every layer adds to, and norms before it reads."""
+
+    rows: torch.Tensor
+    """(M, E)"""
+    scaled: ScaledRows | None = None
+    """If the last addition has begun the next norm already, what it left."""
+
+    def normed_by(self, norm: RmsNorm) -> torch.Tensor | ScaledRows:
+        """The rows normed, or as the last addition has left them for this norm."""
+        return _normed(self.rows, norm) if self.scaled is None else self.scaled
+
+
+class CudaProducts:
+    """Products with the weights of one model, or of one rank's part of it. Waits for nothing."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._num_processors = num_processors(device)
+        self._workspace = SkinnyWorkspace(self._num_processors, _MOST_SPLIT_ROWS, device)
+
+    def of_normed(self, stream: ResidualStream, norm: RmsNorm, linear: Linear) -> torch.Tensor:
+        """(M, O) of the stream's rows, which are normed first."""
+        choice = self._choose(stream.rows, linear, "normed")
+        if choice.kernel == "small":
+            return small_linear(stream.rows, linear.weight, linear.bias, norm=(norm.weight, norm.eps))
+        if choice.kernel == "skinny":
+            return self._skinny(choice, stream.normed_by(norm), norm, linear)
+        return linear(_normed(stream.rows, norm))
+
+    def gated(self, stream: ResidualStream, norm: RmsNorm, linear: Linear) -> torch.Tensor:
+        """silu(gate) * up, (M, O), of the stream's rows, which are normed first; the weight is (2 O, E), gates then
+        ups."""
+        choice = self._choose(stream.rows, linear, "gated")
+        if choice.kernel == "small":
+            return small_linear(stream.rows, linear.weight, linear.bias, norm=(norm.weight, norm.eps), gated=True)
+        if choice.kernel == "skinny":
+            return self._skinny(choice, stream.normed_by(norm), norm, linear, gated=True)
+        return silu_mul(linear(_normed(stream.rows, norm)))
+
+    def add_to(self, stream: ResidualStream, inputs: torch.Tensor, linear: Linear, next_norm: RmsNorm) -> None:
+        """Add the product of rows (M, I) to the stream in place, rounded once. next_norm: what is next done with it."""
+        choice = self._choose(inputs, linear, "plain")
+        stream.scaled = None
+        if choice.kernel == "small":
+            small_linear(inputs, linear.weight, linear.bias, add_to=stream.rows)
+        elif choice.kernel == "cublas":
+            linear.add_to(stream.rows, inputs)
+        else:
+            # Rows that are not yet divided by their rms could be beyond what float16 holds.
+            weights = None if stream.rows.dtype == torch.float16 else next_norm.weight
+            stream.scaled = add_skinny_linear(
+                stream.rows, inputs, linear.weight, linear.bias, padded_rows=choice.padded_rows, splits=choice.splits,
+                workspace=self._workspace, next_norm=weights,
+            )  # fmt: skip
+
+    def of(self, inputs: torch.Tensor, linear: Linear) -> torch.Tensor:
+        """(M, O) of rows (M, I)."""
+        choice = self._choose(inputs, linear, "plain")
+        if choice.kernel == "small":
+            return small_linear(inputs, linear.weight, linear.bias)
+        if choice.kernel == "skinny":
+            return self._skinny(choice, inputs, None, linear)
+        return linear(inputs)
+
+    def _choose(self, rows: torch.Tensor, linear: Linear, kind: Kind) -> Choice:
+        outputs, inputs = linear.weight.shape
+        return choose(len(rows), (outputs, inputs), linear.weight.dtype.itemsize, kind, self._num_processors)
+
+    def _skinny(
+        self, choice: Choice, inputs: torch.Tensor | ScaledRows, norm: RmsNorm | None, linear: Linear,
+        gated: bool = False,
+    ) -> torch.Tensor:  # fmt: skip
+        return skinny_linear(
+            inputs, linear.weight, linear.bias, padded_rows=choice.padded_rows, splits=choice.splits,
+            workspace=self._workspace, eps=norm.eps if norm else 0.0, gated=gated,
+        )  # fmt: skip
+
+
+def _normed(rows: torch.Tensor, norm: RmsNorm) -> torch.Tensor:
+    return rms_norm(rows, norm.weight, norm.eps)

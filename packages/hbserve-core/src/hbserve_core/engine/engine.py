@@ -1,0 +1,299 @@
+"""The engine: requests in, tokens out, one step at a time."""
+
+from collections import Counter, deque
+from collections.abc import Callable
+from collections.abc import Sequence as Ids
+from time import perf_counter
+
+from hbserve_core.config import InstanceConfig
+from hbserve_core.engine.batch_scheduler import BatchScheduler
+from hbserve_core.engine.block_manager import BlockManager
+from hbserve_core.engine.outputs import NO_LOGITS, EngineStats, Reservation, StepOutput
+from hbserve_core.engine.request_limits import RequestLimits
+from hbserve_core.engine.runner import Runner, StepInFlight
+from hbserve_core.engine.sequence import NOT_FINITE, UNREAD, ScheduledChunk, Sequence
+from hbserve_rpc import InvalidRequest, SamplingParams
+from hbserve_rpc.messages import FinishReason
+
+
+class Engine:
+    """One model, one pool. Not thread-safe: everything is called by one thread.
+
+    With a runner that overlaps, a step is scheduled and launched while the one before it is computed; then that one's
+    tokens are read. So there is at most one step whose tokens are not read, and no sequence has more than one of them.
+
+    A request is added by one of
+      `add`                    compute and generate all of it here;
+      `add(prefill_only=True)` compute the prompt and the first token, or fail, then keep the blocks until `release`;
+      `reserve`                somebody else computes the prompt; `poll_reservations` says when there is room, then its
+                               KV arrives in the blocks, and `activate` lets it generate from the first token on.
+    """
+
+    def __init__(self, config: InstanceConfig, runner: Runner) -> None:
+        self.config = config
+        self._runner = runner
+        self._model = runner.model_config
+        self.blocks = BlockManager(runner.pool.shape[0], config.block_size, prefix_caching=config.prefix_caching)
+        self.limits = RequestLimits(config, self._model.vocab_size, self._model.max_model_len, self.blocks.num_blocks)
+        self._scheduler = BatchScheduler(config, self.blocks)
+        self._sequences: dict[str, Sequence] = {}
+        self._held: set[str] = set()
+        """Requests outside the scheduler's queues whose blocks a transfer uses."""
+        self._ending: set[str] = set()
+        """Requests outside the scheduler's queues whose last token the step in flight computes."""
+        self._in_flight: StepInFlight | None = None
+        self._reserving: deque[Sequence] = deque()
+        self._granted: list[tuple[Reservation, StepInFlight | None]] = []
+        """With the step that was in flight when the blocks were found."""
+        self._quarantined: dict[str, list[int]] = {}
+        self._num_generated = self._num_prefilled = self._num_steps = 0
+        self._host_time_s = 0.0
+        self.stalled = False
+        """The last step did nothing: everything waits for blocks that transfers hold, or for a quarantine to end."""
+        self.on_cached_prefix: Callable[[StepOutput], None] | None = None
+        """Called within `step`, before it computes, for each prefill-only request that begins with a cached prefix:
+        these blocks may be sent already."""
+
+    # ---- requests ------------------------------------------------------------------------------------------------
+
+    def add(
+        self,
+        request_id: str,
+        prompt: Ids[int],
+        params: SamplingParams,
+        output: Ids[int] = (),
+        *,
+        prefill_only: bool = False,
+    ) -> None:
+        """Queue a request. `output` are tokens that it has already from an earlier attempt.
+
+        Raises:
+            InvalidRequest: it could never run; says why.
+        """
+        sequence = self._make_sequence(request_id, prompt, params, output)
+        sequence.prefill_only = prefill_only
+        self._scheduler.waiting.append(sequence)
+
+    def reserve(self, request_id: str, prompt: Ids[int], params: SamplingParams, output: Ids[int] = ()) -> None:
+        """Queue a request for room; see `poll_reservations`. Raises what `add` raises."""
+        self._reserving.append(self._make_sequence(request_id, prompt, params, output))
+
+    def poll_reservations(self) -> list[Reservation]:
+        """Reservations for which there is room now, in the order in which they were asked for.
+
+        Others will write to these blocks, in no order with the steps here. So a grant waits for the step that was in
+        flight when the blocks were found: it may still use them for those who had them before.
+        """
+        # Preempted sequences come first: they were promised room before.
+        while self._reserving and not self._scheduler.waiting and self._scheduler.reserve(self._reserving[0]):
+            sequence = self._reserving.popleft()
+            self._held.add(sequence.request_id)
+            first = sequence.num_cached_tokens // self.config.block_size
+            block_ids = sequence.block_table[first:].tolist()
+            granted = Reservation(sequence.request_id, block_ids, sequence.num_cached_tokens)
+            self._granted.append((granted, self._in_flight))
+        safe = [granted for granted, step in self._granted if step is None or step is not self._in_flight]
+        self._granted = self._granted[len(safe) :]
+        return safe
+
+    def activate(self, request_id: str, first_token: int) -> None:
+        """The KV of a reserved request is there: it goes on after `first_token`. Nothing happens if it has ended."""
+        sequence = self._sequences.get(request_id)
+        if sequence is None or request_id not in self._held:
+            return
+        self._held.remove(request_id)
+        self._scheduler.num_reserved -= 1
+        sequence.num_computed_tokens = sequence.num_tokens
+        sequence.token_ids.append(first_token)
+        self._scheduler.running.append(sequence)
+
+    def hold(self, request_id: str) -> None:
+        """Compute no more of a request, but keep its blocks until `release` or `quarantine`."""
+        sequence = self._sequences.get(request_id)
+        if sequence is not None and request_id not in self._held:
+            self._leave(sequence)
+            self._scheduler.num_reserved += 1
+            self._held.add(request_id)
+
+    def abort(self, request_id: str) -> None:
+        """Forget a request, unless its blocks are held for a transfer: then `release` or `quarantine` ends it."""
+        sequence = self._sequences.get(request_id)
+        if sequence is None or request_id in self._held:
+            return
+        if sequence in self._reserving:
+            self._reserving.remove(sequence)
+        self._leave(sequence)
+        self._forget(sequence)
+
+    def release(self, request_id: str) -> None:
+        """End a request in whatever state it is; no transfer touches its blocks any more."""
+        if request_id in self._quarantined:
+            self.blocks.end_quarantine(self._quarantined.pop(request_id))
+        if request_id in self._held:
+            self._held.remove(request_id)
+            self._scheduler.num_reserved -= 1
+            self._granted = [granted for granted in self._granted if granted[0].request_id != request_id]
+        self.abort(request_id)
+
+    def quarantine(self, request_id: str, num_blocks: int) -> None:
+        """End a held request. A failed transfer may still touch its last `num_blocks` blocks, until `release`."""
+        sequence = self._sequences[request_id]
+        kept = len(sequence.block_table) - num_blocks
+        block_ids = sequence.block_table[kept:].tolist()
+        sequence.block_table = sequence.block_table[:kept]
+        self.blocks.quarantine(block_ids)
+        self.release(request_id)
+        self._quarantined[request_id] = block_ids
+
+    def _leave(self, sequence: Sequence) -> None:
+        """Take a sequence out of the scheduler's queues, and from those that are ending."""
+        if sequence.request_id in self._ending:
+            self._ending.remove(sequence.request_id)
+            self._scheduler.num_reserved -= 1
+        self._scheduler.remove(sequence)
+
+    def _forget(self, sequence: Sequence) -> None:
+        self._scheduler.release(sequence)
+        del self._sequences[sequence.request_id]
+
+    def _make_sequence(self, request_id: str, prompt: Ids[int], params: SamplingParams, output: Ids[int]) -> Sequence:
+        sequence = self.limits.sequence(request_id, prompt, params, output)
+        if sequence.request_id in self._sequences or sequence.request_id in self._quarantined:
+            raise InvalidRequest(f"request_id={request_id!r} is in use")
+        self._sequences[sequence.request_id] = sequence
+        return sequence
+
+    # ---- steps ---------------------------------------------------------------------------------------------------
+
+    def has_work(self) -> bool:
+        """Whether `step` may do something. Reserved and held requests wait for others, not for steps."""
+        return bool(self._scheduler.waiting or self._scheduler.running or self._in_flight or self._granted)
+
+    def step(self) -> list[StepOutput]:
+        """Launch one batch, and read the tokens of the one before it; of the same, if the runner does not overlap."""
+        begin, preemptions = perf_counter(), self._scheduler.num_preemptions
+        batch = self._scheduler.schedule()
+        self._tell_cached_prefixes(batch)
+        launched = StepInFlight(batch, self._runner.launch(batch)) if batch else None
+        self._host_time_s += perf_counter() - begin
+        before = self._in_flight
+        outputs = self._read(before)
+        self._begin(launched)
+        if not self._runner.overlaps:
+            outputs += self._read(self._in_flight)
+        outputs += self._end_exhausted()
+        self.stalled = (
+            not (outputs or batch or before or self._granted) and preemptions == self._scheduler.num_preemptions
+        )
+        return outputs
+
+    def _begin(self, step: StepInFlight | None) -> None:
+        """Count a launched step's tokens as computed, so that the next one can be scheduled before it has been."""
+        self._in_flight = step
+        if step is None:
+            return
+        self._num_steps += 1
+        for sequence, first, count in step.chunks:
+            if self._sequences.get(sequence.request_id) is not sequence:
+                continue  # its last token was one that ends it, as has just been read
+            self._num_prefilled += min(count, max(0, sequence.num_prompt_tokens - first))
+            sequence.num_computed_tokens = first + count
+            if first + count == sequence.num_tokens:
+                sequence.token_ids.append(UNREAD)
+                if sequence.prefill_only or self.limits.is_full(sequence):
+                    self._scheduler.remove(sequence)
+                    self._scheduler.num_reserved += 1
+                    self._ending.add(sequence.request_id)
+
+    def _read(self, step: StepInFlight | None) -> list[StepOutput]:
+        """Wait for a step and take in what it has computed."""
+        self._in_flight = None
+        if step is None:
+            return []
+        tokens = step.tokens()
+        begin, outputs = perf_counter(), []
+        for (sequence, first, count), token in zip(step.chunks, tokens, strict=True):
+            if self._sequences.get(sequence.request_id) is sequence:
+                outputs += self._advance(sequence, first + count, token)
+        self._host_time_s += perf_counter() - begin
+        return outputs
+
+    def _advance(self, sequence: Sequence, end: int, token: int | None) -> list[StepOutput]:
+        if token is not None:
+            sequence.token_ids[end] = token
+        if sequence.request_id in self._held:
+            return []  # somebody else has ended it meanwhile
+        index = end - sequence.num_prompt_tokens if token is not None else sequence.num_output_tokens
+        finish_reason = None
+        if token is not None and token != NOT_FINITE:
+            # A preempted one has given its blocks up.
+            if sequence.block_table:
+                self._scheduler.share(sequence, end)
+            self._num_generated += 1
+            finish_reason = self._finish_reason(sequence, token)
+        output = self._output(sequence, token, index, finish_reason, end)
+        if token is not None and sequence.prefill_only:
+            self.hold(sequence.request_id)
+        elif output.is_last:
+            self._leave(sequence)
+            self._forget(sequence)
+        return [output]
+
+    def _output(
+        self, sequence: Sequence, token: int | None, index: int, finish_reason: FinishReason | None, computed: int
+    ) -> StepOutput:
+        # Each row of a step is its own: others go on.
+        error = NO_LOGITS.format(index=index) if token == NOT_FINITE else None
+        return StepOutput(
+            sequence.request_id, None if error else token, index, finish_reason, computed, sequence.num_cached_tokens,
+            sequence.block_table.tolist() if sequence.prefill_only else [], error,
+        )  # fmt: skip
+
+    def _tell_cached_prefixes(self, batch: list[ScheduledChunk]) -> None:
+        for chunk in batch:
+            sequence = chunk.sequence
+            begins_with_cached = chunk.first == sequence.num_cached_tokens > 0
+            if self.on_cached_prefix is not None and sequence.prefill_only and begins_with_cached:
+                index = sequence.num_output_tokens
+                self.on_cached_prefix(self._output(sequence, None, index, None, sequence.num_computed_tokens))
+
+    def _finish_reason(self, sequence: Sequence, token: int) -> FinishReason | None:
+        params = sequence.params
+        if token in params.stop_token_ids or (not params.ignore_eos and token in self._model.eos_token_ids):
+            return "stop"
+        return "length" if self.limits.is_full(sequence) else None
+
+    def _end_exhausted(self) -> list[StepOutput]:
+        outputs = []
+        for sequence in self._scheduler.exhausted:
+            if self._sequences.get(sequence.request_id) is sequence:
+                computed = sequence.num_computed_tokens
+                outputs.append(self._output(sequence, None, sequence.num_output_tokens, "length", computed))
+                self._forget(sequence)
+        self._scheduler.exhausted.clear()
+        return outputs
+
+    def stats(self) -> EngineStats:
+        return EngineStats(
+            num_waiting=len(self._scheduler.waiting) + len(self._reserving),
+            num_running=len(self._scheduler.running),
+            num_reserved=self._scheduler.num_reserved,
+            num_blocks=self.blocks.num_blocks,
+            num_free_blocks=self.blocks.num_free,
+            num_quarantined_blocks=self.blocks.num_quarantined,
+            num_generated_tokens=self._num_generated,
+            num_prefill_tokens=self._num_prefilled,
+            num_cached_tokens=self._scheduler.num_cached_tokens,
+            num_preemptions=self._scheduler.num_preemptions,
+            num_steps=self._num_steps,
+            host_time_s=self._host_time_s,
+        )
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError unless each block is held by exactly the requests that have it in their table."""
+        holders = Counter(block_id for sequence in self._sequences.values() for block_id in sequence.block_table)
+        self.blocks.check_integrity(holders)
+        queued = {each.request_id for each in [*self._scheduler.waiting, *self._scheduler.running, *self._reserving]}
+        assert queued | self._held | self._ending == self._sequences.keys()
+        assert len(queued) + len(self._held) + len(self._ending) == len(self._sequences)
+        assert len(self._held) + len(self._ending) == self._scheduler.num_reserved

@@ -1,0 +1,63 @@
+"""What an engine needs of whatever computes its steps."""
+
+from collections.abc import Sequence as Ids
+from typing import Protocol
+
+import torch
+
+from hbserve_core.engine.sequence import ScheduledChunk
+from hbserve_core.model.model_config import ModelConfig
+
+StepTokens = list[int | None]
+"""Each chunk's next token, or NOT_FINITE; None where the chunk does not reach the last known token."""
+
+
+class PendingStep(Protocol):
+    """A step that was launched."""
+
+    def tokens(self) -> StepTokens:
+        """Wait until the step has been computed, its keys and values included. Called once."""
+
+
+class Runner(Protocol):
+    """A model and its pool. Steps are launched one after the other, by one thread."""
+
+    model_config: ModelConfig
+    device: torch.device
+    dtype: torch.dtype
+    fingerprint: dict[str, str | int]
+    """What two instances must share to read each other's blocks."""
+    pool: torch.Tensor
+    """(num_blocks, num_layers, 2, block_size, num_kv_heads, head_dim), with this rank's heads"""
+    transfer_addresses: Ids[str]
+    """Where ranks 1, 2, … serve the transfers of their pools, if the instance's role has transfers."""
+    overlaps: bool
+    """Whether a step may be launched before the tokens of the one before it are read. Those tokens are UNREAD then."""
+
+    def launch(self, batch: Ids[ScheduledChunk]) -> PendingStep:
+        """Begin to compute a step. What the chunks say is read before this returns."""
+
+    def close(self) -> None:
+        """End the processes of other ranks, if there are any. Nothing is launched afterwards. May be called twice."""
+
+
+class ComputedStep:
+    """The step of a runner that computes at once."""
+
+    def __init__(self, tokens: StepTokens) -> None:
+        self._tokens = tokens
+
+    def tokens(self) -> StepTokens:
+        return self._tokens
+
+
+class StepInFlight:
+    """A launched step with what the engine must remember of it until its tokens are read."""
+
+    def __init__(self, batch: Ids[ScheduledChunk], pending: PendingStep) -> None:
+        self.chunks = [(chunk.sequence, chunk.first, chunk.num_new_tokens) for chunk in batch]
+        """Sequence, first computed token, number of computed tokens."""
+        self._pending = pending
+
+    def tokens(self) -> StepTokens:
+        return self._pending.tokens()

@@ -1,0 +1,92 @@
+"""One request inside an engine, as three integers, and what one step computes of it.
+
+    token_ids   [0 .......... num_prompt_tokens ............ num_tokens)
+    KV in pool  [0 ....... num_computed_tokens)
+    this step          [num_computed_tokens, num_computed_tokens + num_new_tokens)
+
+Prefill, a chunk of it, and decode are one case: compute some of the tokens that are known and not computed yet.
+When a step computes the last known token, it also samples the next one. A step may be scheduled before that token has
+been read: its place in token_ids is taken by UNREAD, at most one of a sequence, at the end.
+"""
+
+from array import array
+from dataclasses import dataclass, field
+
+from hbserve_rpc import SamplingParams
+
+UNREAD = -1
+"""Stands for a token that the device has, or will have, and the host has not read yet."""
+NOT_FINITE = -2
+"""Sampled in place of a token where the logits are not finite. No token has this id on any rank, so a device may go on
+with it until the host has read it; the engine ends the request then."""
+COLDEST, HOTTEST = 1e-30, 1e29
+"""Temperatures beyond these are taken for these, which are as good as greedy, and as good as flat: logits divided or
+multiplied by them still are float32 numbers, and far from those that a device may take for 0."""
+
+
+def _no_blocks() -> "array[int]":
+    return array("i")
+
+
+@dataclass(eq=False, slots=True)
+class Sequence:
+    """Tokens and progress of one request. Owned by the engine's thread."""
+
+    request_id: str
+    token_ids: list[int]
+    """Prompt, then output."""
+    num_prompt_tokens: int
+    params: SamplingParams
+    num_computed_tokens: int = 0
+    block_table: "array[int]" = field(default_factory=_no_blocks)
+    """Block i holds tokens [i * block_size, (i + 1) * block_size). An array, which numpy copies without a loop."""
+    block_digests: list[bytes] = field(default_factory=list)
+    """Of the full blocks, as far as they were needed; see BlockManager."""
+    num_cached_tokens: int = 0
+    """Of those computed, how many the prefix cache gave when the sequence last got its blocks."""
+    num_shared_tokens: int = 0
+    """Of those computed, how many are in blocks that others may find, if these are full."""
+    prefill_only: bool = False
+    """The sequence ends with its next token, and its blocks are sent away while it is computed."""
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def num_read_tokens(self) -> int:
+        """Tokens whose values are known here."""
+        return len(self.token_ids) - (self.token_ids[-1] == UNREAD)
+
+    @property
+    def num_uncomputed_tokens(self) -> int:
+        return len(self.token_ids) - self.num_computed_tokens
+
+    @property
+    def num_output_tokens(self) -> int:
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def output_token_ids(self) -> list[int]:
+        return self.token_ids[self.num_prompt_tokens :]
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduledChunk:
+    """What one step computes of one sequence: tokens [num_computed_tokens, num_computed_tokens + num_new_tokens).
+
+    `sequence.block_table` covers them. The runner reads the sequence and changes nothing.
+    """
+
+    sequence: Sequence
+    num_new_tokens: int
+
+    @property
+    def first(self) -> int:
+        """The first token that is computed. Meaningful until the sequence's progress is counted, as `samples` is."""
+        return self.sequence.num_computed_tokens
+
+    @property
+    def samples(self) -> bool:
+        """Whether the chunk ends with the last known token, so that the step yields a next one."""
+        return self.sequence.num_computed_tokens + self.num_new_tokens == self.sequence.num_tokens

@@ -1,0 +1,1 @@
+"""GpuInstance: one engine behind RPC, as an object and as a process."""

@@ -1,0 +1,162 @@
+"""The thread that an instance's engine runs in. Heartbeats and transfers go on in the event loop meanwhile."""
+
+import asyncio
+import logging
+import queue
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+from hbserve_core.engine.engine import Engine
+from hbserve_core.engine.outputs import EngineStats, Reservation, StepOutput
+from hbserve_core.errors import EngineStopped
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+EngineEvent = StepOutput | Reservation
+
+JOIN_TIMEOUT_S = 10.0
+"""A step, or the loading of a model, cannot be interrupted; after so long it is left to itself."""
+
+
+class EngineThread:
+    """Runs commands and steps in turn; sleeps while there is neither. Belongs to the event loop that ran `start`.
+
+    The listeners are called in the event loop. `on_events` gets what one step has brought, at once. `on_failure` is
+    called once, when the engine cannot go on; by then every call has failed too.
+    """
+
+    def __init__(
+        self,
+        make_engine: Callable[[], Engine],
+        *,
+        on_events: Callable[[Sequence[EngineEvent]], None],
+        on_failure: Callable[[Exception], None],
+    ) -> None:
+        self._make_engine = make_engine
+        self._on_events = on_events
+        self._on_failure = on_failure
+        self._commands: queue.SimpleQueue[Callable[[Engine], None] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._pending: set[asyncio.Future[Any]] = set()
+        self._ended: EngineStopped | None = None
+        self.stats = EngineStats()
+        """As of the last step or command. May be read from any thread."""
+
+    async def start(self) -> Engine:
+        """Make the engine, in its thread.
+
+        Raises:
+            EngineStopped: `stop` was called meanwhile.
+            Exception: whatever `make_engine` raised.
+        """
+        self._loop = asyncio.get_running_loop()
+        self._made: asyncio.Future[Engine] = self._new_future()
+        self._thread.start()
+        return await self._made
+
+    async def stop(self) -> None:
+        """End after the step that is under way. Calls that wait fail. May be called twice, and without `start`."""
+        self._end(EngineStopped("the engine was stopped"))
+        self._commands.put(None)
+        if self._thread.is_alive():
+            await asyncio.to_thread(self._thread.join, JOIN_TIMEOUT_S)
+            if self._thread.is_alive():
+                logger.warning("the engine's thread is still busy after %s s; it is not waited for", JOIN_TIMEOUT_S)
+
+    async def call(self, command: Callable[[Engine], T]) -> T:
+        """Run `command(engine)` between two steps, and return or raise what it does. Commands run in order.
+
+        A command runs even if its caller is cancelled meanwhile.
+
+        Raises:
+            EngineStopped: the engine has failed or was stopped; the command may not have run.
+        """
+        answer: asyncio.Future[T] = self._new_future()
+
+        def run(engine: Engine) -> None:
+            try:
+                result = command(engine)
+            except Exception as error:  # belongs to the caller
+                self._tell(_fail, answer, error)
+            else:
+                self.stats = engine.stats()
+                self._tell(_succeed, answer, result)
+
+        self._commands.put(run)
+        return await answer
+
+    def fail(self, error: Exception) -> None:
+        """End the engine as if a step had raised `error`. From any thread."""
+
+        def command(_: Engine) -> None:
+            raise error
+
+        self._commands.put(command)
+
+    def _new_future(self) -> "asyncio.Future[Any]":
+        if self._ended is not None:
+            raise self._ended
+        future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        self._pending.add(future)
+        future.add_done_callback(self._pending.discard)
+        return future
+
+    def _end(self, why: EngineStopped) -> None:
+        self._ended = self._ended or why
+        for future in list(self._pending):
+            _fail(future, self._ended)
+
+    # ---- in the thread -------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            engine = self._make_engine()
+        except Exception as error:  # belongs to `start`
+            self._tell(_fail, self._made, error)
+            return
+        engine.on_cached_prefix = lambda output: self._tell(self._on_events, [output])
+        self.stats = engine.stats()
+        self._tell(_succeed, self._made, engine)
+        try:
+            self._serve(engine)
+        except Exception as error:
+            logger.exception("the engine failed")
+            self._tell(self._end, EngineStopped(f"the engine failed: {type(error).__name__}: {error}"))
+            self._tell(self._on_failure, error)
+
+    def _serve(self, engine: Engine) -> None:
+        events: list[EngineEvent] = []
+        # What a step ends may be what others wait for, so nobody sleeps right after one that did something.
+        while self._run_commands(engine, wait=not events and (engine.stalled or not engine.has_work())):
+            events = [*engine.poll_reservations(), *engine.step()]
+            self.stats = engine.stats()
+            if events:
+                self._tell(self._on_events, events)
+
+    def _run_commands(self, engine: Engine, wait: bool) -> bool:
+        """Run what is queued; first wait for something if need be. False: stop."""
+        try:
+            while (command := self._commands.get(block=wait)) is not None:
+                command(engine)
+                wait = False
+        except queue.Empty:
+            return True
+        return False
+
+    def _tell(self, listener: Callable[..., None], *arguments: object) -> None:
+        try:
+            self._loop.call_soon_threadsafe(listener, *arguments)
+        except RuntimeError:  # the loop is closed: nobody listens any more
+            logger.debug("an engine event came after the loop was closed")
+
+
+def _succeed(answer: "asyncio.Future[T]", result: T) -> None:
+    if not answer.done():
+        answer.set_result(result)
+
+
+def _fail(answer: "asyncio.Future[T]", error: Exception) -> None:
+    if not answer.done():
+        answer.set_exception(error)

@@ -1,0 +1,303 @@
+"""GpuInstance: one engine behind RPC, with its KV transfers.
+
+Two threads: the event loop (RPC, heartbeats, transfers) and the engine. Each request is one coroutine here, from its
+first message to its last block.
+"""
+
+import asyncio
+import logging
+import uuid
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from typing import Any
+
+from hbserve_core.config import InstanceConfig
+from hbserve_core.engine.engine import Engine
+from hbserve_core.engine.outputs import EngineStats, StepOutput
+from hbserve_core.engine.runner import Runner
+from hbserve_core.errors import EngineStopped, InstanceFailed
+from hbserve_core.instance import report as instance_report
+from hbserve_core.instance.engine_thread import EngineEvent, EngineThread
+from hbserve_core.instance.handover import Inbox, Sending, received
+from hbserve_core.ranks.make_runner import make_runner
+from hbserve_core.transfers.instance_transfers import InstanceTransfers
+from hbserve_core.transfers.joint_transfer import JointReceive
+from hbserve_kv import Outcome
+from hbserve_rpc import InvalidRequest, Overloaded, RemoteError, RpcServer
+from hbserve_rpc.messages import (
+    DECODE,
+    DESCRIBE,
+    GENERATE,
+    PREFILL,
+    STATS,
+    DecodeRequest,
+    Empty,
+    GenerateRequest,
+    Granted,
+    InstanceInfo,
+    InstanceStats,
+    InstanceStatus,
+    PrefillRequest,
+    TokenEvent,
+    TransferDone,
+)
+
+logger = logging.getLogger(__name__)
+
+END_TIMEOUT_S = 2.0
+"""How long `stop` waits for requests to give their blocks back; a dead or frozen peer could keep it longer."""
+
+
+class GpuInstance:
+    """One prefill, decode or hybrid instance. Lives in the event loop that ran `start`."""
+
+    def __init__(self, config: InstanceConfig) -> None:
+        self.config = config
+        self.epoch = uuid.uuid4().hex
+        self.status: InstanceStatus = "starting"
+        self.error = ""
+        self.engine: Engine | None = None
+        """Belongs to its thread: others may read what never changes."""
+        self.runner: Runner | None = None
+        self.transfers: InstanceTransfers | None = None
+        self.num_requests = 0
+        self._server = RpcServer(config.host, config.port, epoch=self.epoch)
+        self._thread = EngineThread(self._make_engine, on_events=self._deliver, on_failure=self._fail)
+        self._inboxes: dict[str, Inbox] = {}
+        self._ends: set[asyncio.Task[None]] = set()
+        self._loading: asyncio.Task[None] | None = None
+        self._has_failed = asyncio.Event()
+
+    @property
+    def address(self) -> str:
+        """`host:port` of the RPC server."""
+        return self._server.address
+
+    @property
+    def num_active(self) -> int:
+        """Requests that hold something here: when it is 0, every block is free or quarantined."""
+        return len(self._inboxes)
+
+    @property
+    def engine_stats(self) -> EngineStats:
+        return self._thread.stats
+
+    async def start(self) -> None:
+        """Serve at once, and load the model in the background; see `status` and `wait_ready`.
+
+        Raises:
+            AddressInUse: the configured address is taken.
+            AddressNotAvailable: this machine does not have the one for KV transfers.
+        """
+        if self.config.role != "hybrid":
+            await asyncio.to_thread(self.config.kv_transfer.check_host)
+        self._server.serve(DESCRIBE, self._describe)
+        self._server.serve(STATS, self._stats)
+        if self.config.role == "hybrid":
+            self._server.serve_stream(GENERATE, self._generate)
+        elif self.config.role == "prefill":
+            self._server.serve_stream(PREFILL, self._prefill)
+        else:
+            self._server.serve_stream(DECODE, self._decode)
+        await self._server.start()
+        self._loading = asyncio.create_task(self._load())
+
+    async def wait_ready(self) -> None:
+        """Wait until the model is loaded.
+
+        Raises:
+            InstanceFailed: it cannot be; says why.
+        """
+        assert self._loading is not None, "start() comes first"
+        await asyncio.shield(self._loading)
+        if self.status != "ready":
+            raise InstanceFailed(self.error or f"{self.config.instance_id} is {self.status}")
+
+    async def wait_failed(self) -> str:
+        """Wait until the instance cannot serve any more; returns why. It still answers DESCRIBE then, until `stop`."""
+        await self._has_failed.wait()
+        return self.error
+
+    async def stop(self) -> None:
+        """End every request, give every block back, leave no thread, socket or task behind. May be called twice."""
+        self.status = "draining"
+        await self._server.stop()
+        ends = list(self._ends)
+        if ends:
+            await asyncio.wait(ends, timeout=END_TIMEOUT_S)
+        if self.engine is None:
+            await self._thread.stop()
+        if self._loading is not None:
+            await self._loading
+        if self.transfers is not None:
+            await self.transfers.close()
+        for task in ends:
+            task.cancel()
+        await asyncio.gather(*ends, return_exceptions=True)
+        await self._thread.stop()
+        if self.runner is not None:
+            await asyncio.to_thread(self.runner.close)
+
+    def _make_engine(self) -> Engine:
+        self.runner = make_runner(self.config, on_failure=self._thread.fail)
+        return Engine(self.config, self.runner)
+
+    async def _load(self) -> None:
+        try:
+            engine = await self._thread.start()
+            if self.config.role != "hybrid":
+                assert self.runner is not None
+                transfers = InstanceTransfers(self.config, self.runner, self.epoch, self._thread.fail)
+                await transfers.start()
+                self.transfers = transfers
+        except Exception as error:  # whatever is wrong with the model or the machine, DESCRIBE tells it
+            self._fail(error)
+            return
+        self.engine = engine
+        if self.status == "starting":
+            self.status = "ready"
+            logger.info("%s: ready on %s", self.config.instance_id, self.address)
+
+    def _fail(self, error: Exception) -> None:
+        if self.status == "draining":
+            return
+        self.status, self.error = "failed", f"{type(error).__name__}: {error}"
+        logger.error("%s: %s", self.config.instance_id, self.error)
+        for inbox in self._inboxes.values():
+            inbox.put_nowait(RemoteError(f"{self.config.instance_id} failed: {self.error}"))
+        if self.transfers is not None:
+            self.transfers.lose_ranks()
+        self._has_failed.set()
+
+    def _deliver(self, events: Sequence[EngineEvent]) -> None:
+        for event in events:
+            if inbox := self._inboxes.get(event.request_id):
+                inbox.put_nowait(event)
+
+    # ---- one request ---------------------------------------------------------------------------------------------
+
+    def _open(self, request_id: str) -> Inbox:
+        if self.status == "failed":
+            raise RemoteError(f"{self.config.instance_id} failed: {self.error}")
+        if self.status != "ready":
+            raise Overloaded(f"{self.config.instance_id} is not ready, it is {self.status}")
+        if request_id in self._inboxes:
+            raise InvalidRequest(f"request_id={request_id!r} is in use")
+        self.num_requests += 1
+        inbox = self._inboxes[request_id] = Inbox()
+        return inbox
+
+    def _end(self, job: Coroutine[Any, Any, None]) -> None:
+        """Clean up in a task of its own: the handler's may be cancelled, and would be so again."""
+        task = asyncio.create_task(job)
+        self._ends.add(task)
+        task.add_done_callback(self._ends.discard)
+
+    async def _last_call(self, command: Callable[[Engine], None]) -> None:
+        """A call that ends something: if the engine has ended, so has that."""
+        try:
+            await self._thread.call(command)
+        except EngineStopped as error:
+            logger.debug("%s", error)
+
+    async def _close(self, request_id: str) -> None:
+        """No transfer touches the request's blocks any more: they go back, and then its id is free."""
+        try:
+            await self._last_call(lambda engine: engine.release(request_id))
+        finally:
+            # Not earlier: what a step under way still says of this request is not for another one of this id.
+            self._inboxes.pop(request_id, None)
+
+    async def _generate(self, request: GenerateRequest) -> AsyncIterator[TokenEvent]:
+        inbox = self._open(request.request_id)
+        try:
+            await self._thread.call(
+                lambda engine: engine.add(
+                    request.request_id, request.prompt_token_ids, request.params, request.output_token_ids
+                )
+            )
+            async for event in self._tokens(inbox):
+                yield event
+        finally:
+            self._end(self._close(request.request_id))
+
+    async def _tokens(self, inbox: Inbox) -> AsyncIterator[TokenEvent]:
+        """Events until the request ends; several steps' tokens in one if the client is slow. Raises LogitsNotFinite."""
+        output: StepOutput | None = None
+        while output is None or not output.is_last:
+            output = await inbox.next()
+            index, tokens = output.index, output.token_ids
+            while not (output.is_last or inbox.empty()):
+                output = await inbox.next()
+                tokens += output.token_ids
+            if tokens or output.finish_reason:
+                yield TokenEvent(index, tokens, output.finish_reason)
+            output.raise_error()
+
+    async def _prefill(self, request: PrefillRequest) -> AsyncIterator[TokenEvent | TransferDone]:
+        inbox = self._open(request.request_id)
+        sending = Sending(self._require_transfers(), request, self.config.block_size, inbox)
+        try:
+            await self._thread.call(
+                lambda engine: engine.add(
+                    request.request_id, request.prompt_token_ids, request.params, request.output_token_ids,
+                    prefill_only=True,
+                )
+            )  # fmt: skip
+            output = await sending.follow()
+            yield TokenEvent(output.index, output.token_ids, output.finish_reason)
+            if request.grant:
+                result = await sending.finish(output)
+                yield TransferDone(result.num_bytes, result.num_parts, result.time_s, output.num_cached_tokens)
+        finally:
+            self._end(self._end_prefill(request.request_id, sending))
+
+    async def _end_prefill(self, request_id: str, sending: Sending) -> None:
+        await self._last_call(lambda engine: engine.hold(request_id))
+        if await sending.abort("the request has ended") is Outcome.UNKNOWN:
+            logger.warning("%s: a failed transfer may still read its blocks; they wait until it does not", request_id)
+            await self._last_call(lambda engine: engine.quarantine(request_id, sending.num_blocks))
+            await sending.drained()
+        await self._close(request_id)
+        await sending.close()
+
+    async def _decode(self, request: DecodeRequest) -> AsyncIterator[Granted | TokenEvent]:
+        inbox = self._open(request.request_id)
+        posted: JointReceive | None = None
+        num_blocks = 0
+        try:
+            await self._thread.call(
+                lambda engine: engine.reserve(
+                    request.request_id, request.prompt_token_ids, request.params, request.output_token_ids
+                )
+            )
+            reservation = await inbox.next()
+            num_blocks = len(reservation.block_ids)
+            posted = await self._require_transfers().post_receive(request.transfer_id, reservation.block_ids)
+            yield Granted(posted.grant, reservation.num_cached_tokens)
+            assert self.runner is not None, "a ready instance has it"
+            handover = await received(posted, inbox, request, self.runner.model_config.vocab_size)
+            if handover.finish_reason is not None:
+                yield TokenEvent(len(request.output_token_ids), [handover.first_token], handover.finish_reason)
+                return
+            await self._thread.call(lambda engine: engine.activate(request.request_id, handover.first_token))
+            async for event in self._tokens(inbox):
+                yield event
+        finally:
+            self._end(self._end_decode(request.request_id, posted, num_blocks))
+
+    async def _end_decode(self, request_id: str, posted: JointReceive | None, num_blocks: int) -> None:
+        if posted is not None and await posted.cancel("the request has ended") is Outcome.UNKNOWN:
+            logger.warning("%s: a failed transfer may still write to its blocks; they stay out of use", request_id)
+            await self._last_call(lambda engine: engine.quarantine(request_id, num_blocks))
+            await posted.drained()
+        await self._close(request_id)
+
+    def _require_transfers(self) -> InstanceTransfers:
+        assert self.transfers is not None, "a ready prefill or decode instance has them"
+        return self.transfers
+
+    async def _describe(self, _: Empty) -> InstanceInfo:
+        return instance_report.describe(self)
+
+    async def _stats(self, _: Empty) -> InstanceStats:
+        return await instance_report.statistics(self)

@@ -1,0 +1,114 @@
+"""One instance as a process: `python -m hbserve_core`, started by a launcher, or `run_instance` in one's own.
+
+Protocol with a launcher: the InstanceConfig comes as one line of JSON on stdin; the answer is one line of JSON on
+stdout once the address is bound, before the model is loaded. Then stdin stays open: its end means that the launcher is
+gone, and the instance ends too. SIGTERM and SIGINT end it in an orderly way.
+
+Exit status 0: ended as asked. 1: could not serve. 2: the configuration cannot be. Any but 0 comes with one line on
+stderr that says why. An instance that fails after it was bound, because its model does not load or its engine fails,
+answers DESCRIBE with the reason for FAILED_LINGER_S more, so that whoever polls it can read that; then it ends.
+"""
+
+import asyncio
+import json
+import logging
+import os
+import signal
+import sys
+import threading
+
+import msgspec
+
+from hbserve_core.config import InstanceConfig
+from hbserve_core.errors import InstanceFailed
+from hbserve_core.instance.gpu_instance import GpuInstance
+
+logger = logging.getLogger(__name__)
+
+FAILED_LINGER_S = 15.0
+STOP_TIMEOUT_S = 20.0
+"""What an orderly end may take; a frozen peer must not keep a process from ending."""
+
+
+async def run_instance(config: InstanceConfig, *, announce: bool = False, stop: asyncio.Event | None = None) -> None:
+    """Serve until SIGTERM, SIGINT, or `stop`. Must run in the main thread.
+
+    Raises:
+        AddressInUse: the configured address is taken.
+        AddressNotAvailable: this machine does not have the one for KV transfers.
+        InstanceFailed: the model does not load, or the engine has failed; says why.
+    """
+    stop = stop or asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    instance = GpuInstance(config)
+    try:
+        await instance.start()
+        if announce:
+            sys.stdout.write(json.dumps({"address": instance.address, "pid": os.getpid()}) + "\n")
+            sys.stdout.flush()
+        await _serve(instance, stop)
+    finally:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.remove_signal_handler(number)
+        try:
+            async with asyncio.timeout(STOP_TIMEOUT_S):
+                await instance.stop()
+        except TimeoutError:
+            logger.warning("%s: did not end within %s s; ending anyway", config.instance_id, STOP_TIMEOUT_S)
+
+
+async def _serve(instance: GpuInstance, stop: asyncio.Event) -> None:
+    stopping, failing = asyncio.create_task(stop.wait()), asyncio.create_task(instance.wait_failed())
+    try:
+        await asyncio.wait([stopping, failing], return_when=asyncio.FIRST_COMPLETED)
+        if failing.done():
+            await asyncio.wait([stopping], timeout=FAILED_LINGER_S)
+            raise InstanceFailed(failing.result())
+    finally:
+        stopping.cancel()
+        failing.cancel()
+
+
+async def _serve_launcher(config: InstanceConfig) -> None:
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    def watch() -> None:
+        sys.stdin.buffer.read()
+        loop.call_soon_threadsafe(stop.set)
+
+    # A daemon: nothing can wake it from its read, so the process must not wait for it.
+    threading.Thread(target=watch, name="launcher-watch", daemon=True).start()
+    await run_instance(config, announce=True, stop=stop)
+
+
+def _read_config() -> InstanceConfig:
+    """Raises ValueError, which says what is wrong with the line on stdin."""
+    try:
+        return msgspec.json.decode(sys.stdin.buffer.readline(), type=InstanceConfig)
+    except msgspec.DecodeError as error:
+        raise ValueError(f"configuration on stdin: {error}") from error
+
+
+def main() -> int:
+    """Entry of `python -m hbserve_core`. Ends the process with the status that the module describes."""
+    try:
+        config = _read_config()
+    except ValueError as error:
+        sys.stderr.write(f"{error}\n")
+        return 2
+    logging.basicConfig(
+        level=config.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr
+    )
+    status = 0
+    try:
+        asyncio.run(_serve_launcher(config))
+    except (OSError, InstanceFailed) as error:
+        sys.stderr.write(f"{config.instance_id}: {error}\n")
+        status = 1
+    # The watching thread may still hold stdin's lock, on which an ordinary exit would wait.
+    logging.shutdown()
+    sys.stderr.flush()
+    os._exit(status)

@@ -1,0 +1,1 @@
+"""Sources of a model's tensors: safetensors files, or `load_format: dummy`."""

@@ -1,0 +1,151 @@
+"""The safetensors files of a model folder."""
+
+import contextlib
+import json
+import logging
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hbserve_core.errors import ModelFilesMissing, WeightsMismatch
+from hbserve_core.model.checkpoint.safetensors_file import DTYPES, SafetensorsFile, StoredTensor
+from hbserve_core.model.checkpoint.staged_reader import StagedReader
+from hbserve_core.model.checkpoint.tensor_source import Shapes, TensorPart, row_pieces, sampled_places
+from hbserve_core.model.model_config import ModelConfig
+
+logger = logging.getLogger(__name__)
+
+_INDEX = "model.safetensors.index.json"
+_SINGLE = "model.safetensors"
+_PREFIX = "model."
+_EMBEDDING, _HEAD = f"{_PREFIX}embed_tokens.weight", "lm_head.weight"
+_PIECE_BYTES = 16 << 20
+"""Of a tensor, when two of them are compared."""
+
+
+class Checkpoint:
+    """The safetensors files of a model folder, checked against the shapes that the model needs.
+
+    Raises:
+        ModelFilesMissing: no weights in the folder, or a shard that the index names is not there.
+        WeightsMismatch: a file that is not whole; or in one message every tensor that is missing, unexpected, or of a
+            wrong shape or kind.
+    """
+
+    def __init__(self, config: ModelConfig, shapes: Shapes, device: torch.device) -> None:
+        with contextlib.ExitStack() as opened:
+            self._stored = opened.enter_context(_stored_tensors(config.path))
+            if config.tied_embeddings and _EMBEDDING not in self._stored and _HEAD in self._stored:
+                # One tensor under either name: safetensors' save_model keeps the name that comes first in the alphabet.
+                self._stored[_EMBEDDING] = self._stored.pop(_HEAD)
+            self._check(config, shapes)
+            self._reader = StagedReader(device)
+            opened.callback(self._reader.close)
+            self._opened = opened.pop_all()
+
+    def read(self, part: TensorPart, target: torch.Tensor) -> None:
+        stored = self._stored[part.name]
+        self._reader.read(stored, *part.ranges(stored.shape), target)
+
+    def sample(self, name: str) -> torch.Tensor:
+        stored = self._stored[name]
+        return stored.pick(sampled_places(stored.shape)).float()
+
+    def close(self) -> None:
+        self._opened.close()
+
+    def _check(self, config: ModelConfig, shapes: Shapes) -> None:
+        unexpected = [name for name in self._stored if name not in shapes and not _may_be_ignored(name, config)]
+        problems = [f"missing: {name}" for name in shapes if name not in self._stored]
+        problems += [f"unexpected: {name}" for name in unexpected]
+        for name, stored in self._stored.items():
+            if name in shapes and stored.shape != shapes[name]:
+                problems.append(f"{name} has shape {stored.shape}, config.json asks for {shapes[name]}")
+            if name in shapes and stored.dtype not in DTYPES:
+                problems.append(f"{name} has dtype {stored.dtype}, expected one of {', '.join(DTYPES)}")
+        if problems:
+            more = f" … and {len(problems) - 12} more" if len(problems) > 12 else ""
+            raise WeightsMismatch(f"weights in {str(config.path)!r}: {'; '.join(problems[:12])}{more}")
+
+
+def with_stored_head(config: ModelConfig) -> ModelConfig:
+    """As transformers has it, a head in the files that is not the embedding counts, though config.json calls them tied:
+    such files are of fine-tunes. Says so in the log.
+
+    Raises:
+        ModelFilesMissing, WeightsMismatch: as `Checkpoint` does.
+    """
+    if not config.tied_embeddings:
+        return config
+    with _stored_tensors(config.path) as stored:
+        if _EMBEDDING not in stored or _HEAD not in stored or _are_equal(stored[_EMBEDDING], stored[_HEAD]):
+            return config
+    logger.warning(
+        "%s: config.json has tie_word_embeddings, but %s and %s are stored with different numbers: both are used",
+        config.path, _EMBEDDING, _HEAD,
+    )  # fmt: skip
+    return replace(config, tied_embeddings=False)
+
+
+@contextlib.contextmanager
+def _stored_tensors(folder: Path) -> Iterator[dict[str, StoredTensor]]:
+    """Of all weight files, which are open meanwhile. By the names of a model with a head: those of exports without one
+    lack the prefix."""
+    stored: dict[str, StoredTensor] = {}
+    with contextlib.ExitStack() as opened:
+        for path in _weight_files(folder):
+            file = SafetensorsFile(path)
+            opened.callback(file.close)
+            stored |= file.tensors
+        if _EMBEDDING.removeprefix(_PREFIX) in stored:
+            stored = {name if name == _HEAD else _PREFIX + name: tensor for name, tensor in stored.items()}
+        yield stored
+
+
+def _are_equal(one: StoredTensor, other: StoredTensor) -> bool:
+    if one.shape != other.shape or len(one.shape) != 2 or not {one.dtype, other.dtype} <= set(DTYPES):
+        return False
+    pieces = row_pieces(one.shape[0], one.shape[1] * 8, _PIECE_BYTES)
+    return all(torch.equal(_rows(one, piece), _rows(other, piece)) for piece in pieces)
+
+
+def _rows(stored: StoredTensor, piece: slice) -> torch.Tensor:
+    """In the widest kind: the two may be stored in different ones."""
+    rows = torch.empty((piece.stop - piece.start, stored.shape[1]), dtype=DTYPES[stored.dtype], device="cpu")
+    stored.read(range(piece.start, piece.stop), range(stored.shape[1]), rows.view(torch.uint8).numpy().data.cast("B"))
+    return rows.double()
+
+
+def _may_be_ignored(name: str, config: ModelConfig) -> bool:
+    """Tied models may store the table twice; old exports store the RoPE frequencies, which follow from the config."""
+    return name.endswith("rotary_emb.inv_freq") or (name == _HEAD and config.tied_embeddings)
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    index = folder / _INDEX
+    if (folder / _SINGLE).exists():
+        # As transformers has it: an index beside it is of an older export.
+        names = [_SINGLE]
+    elif index.exists():
+        names = _shard_names(index)
+    else:
+        found = ", ".join(sorted(entry.name for entry in folder.iterdir())[:12])
+        raise ModelFilesMissing(
+            f"model folder {str(folder)!r} has neither {_SINGLE} nor {_INDEX} (it has: {found}); "
+            "other weight formats must be saved as safetensors first, or load_format='dummy' chosen"
+        )
+    missing = [name for name in names if not (folder / name).exists()]
+    if missing:
+        raise ModelFilesMissing(f"model folder {str(folder)!r} lacks {', '.join(missing)}, which {_INDEX} names")
+    return [folder / name for name in names]
+
+
+def _shard_names(index: Path) -> list[str]:
+    try:
+        content: Any = json.loads(index.read_text(encoding="utf-8"))
+        return sorted(set(content["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise WeightsMismatch(f"{index} has no readable weight_map: {error}") from error

@@ -1,0 +1,138 @@
+"""The paged KV pool: one tensor, block-major, so that one block is one contiguous piece of memory with all layers."""
+
+import logging
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+import torch
+
+from hbserve_core.config import InstanceConfig
+from hbserve_core.errors import InvalidInstanceConfig, NotEnoughMemory
+from hbserve_core.model.model_config import ModelConfig
+from hbserve_kv import shared_empty
+
+logger = logging.getLogger(__name__)
+
+# Several instances share a host and none knows of the others, so each takes a modest part by default.
+_CPU_SHARE = 8
+_CPU_MOST_BYTES = 4 << 30
+# What a process takes of a GPU before its first tensor, with some room for libraries' workspaces.
+_CUDA_CONTEXT_BYTES = 1 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class BlockShape:
+    """Shape of one block: (num_layers, 2, block_size, num_kv_heads, head_dim); index 1 is key or value."""
+
+    num_layers: int
+    block_size: int
+    num_kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+
+    @property
+    def shape(self) -> tuple[int, int, int, int, int]:
+        return (self.num_layers, 2, self.block_size, self.num_kv_heads, self.head_dim)
+
+    @property
+    def block_bytes(self) -> int:
+        return prod(self.shape) * self.dtype.itemsize
+
+
+def block_shape(config: InstanceConfig, model: ModelConfig, dtype: torch.dtype) -> BlockShape:
+    if config.block_size < 1:
+        raise InvalidInstanceConfig(f"block_size={config.block_size}: expected an integer >= 1")
+    return BlockShape(model.num_layers, config.block_size, model.num_kv_heads, model.head_dim, dtype)
+
+
+def allocate_pool(num_blocks: int, block: BlockShape, device: torch.device) -> torch.Tensor:
+    """(num_blocks, num_layers, 2, block_size, num_kv_heads, head_dim), contiguous, not initialised.
+
+    On the CPU it is memory that other processes can map, for transfers within the host; the operating system gives
+    memory to a block when it is first written.
+    """
+    try:
+        make = shared_empty if device.type == "cpu" else torch.empty
+        return make((num_blocks, *block.shape), dtype=block.dtype, device=device)
+    except (RuntimeError, OSError, torch.OutOfMemoryError) as error:
+        raise NotEnoughMemory(
+            f"num_blocks={num_blocks}: a KV pool of {num_blocks * block.block_bytes / 2**30:.1f} GiB does not fit on "
+            f"{device}; choose fewer blocks"
+        ) from error
+
+
+def choose_num_blocks(
+    config: InstanceConfig, block: BlockShape, max_model_len: int, device: torch.device, reserved_bytes: int = 0
+) -> int:
+    """The explicit number if there is one; else what free memory holds, but no more than the engine can ever use.
+
+    `reserved_bytes` of the device's memory are left for the forward pass.
+
+    Raises:
+        InvalidInstanceConfig: num_blocks or gpu_memory_utilization out of range.
+        NotEnoughMemory: not even one block fits.
+    """
+    if config.num_blocks is not None:
+        if config.num_blocks < 1:
+            raise InvalidInstanceConfig(
+                f"num_blocks={config.num_blocks}: expected an integer >= 1, or none for automatic"
+            )
+        return config.num_blocks
+    on_gpu = device.type == "cuda"
+    budget = _cuda_budget(config, device) - reserved_bytes if on_gpu else _cpu_budget() // config.tensor_parallel_size
+    useful = config.max_num_seqs * -(-max_model_len // config.block_size)
+    num_blocks = min(budget // block.block_bytes, useful)
+    if num_blocks < 1:
+        raise NotEnoughMemory(
+            f"no room for the KV pool on {device}: {max(budget, 0) / 2**20:.0f} MiB are left and one block takes "
+            f"{block.block_bytes / 2**20:.1f} MiB; free memory, raise gpu_memory_utilization, or set num_blocks"
+        )
+    if num_blocks * config.block_size < max_model_len:
+        logger.warning(
+            "the KV pool holds %d tokens, fewer than max_model_len=%d", num_blocks * config.block_size, max_model_len
+        )
+    return num_blocks
+
+
+def _cuda_budget(config: InstanceConfig, device: torch.device) -> int:
+    share = config.gpu_memory_utilization
+    if not 0 < share <= 1:
+        raise InvalidInstanceConfig(f"gpu_memory_utilization={share}: expected a number in (0, 1]")
+    free, total = torch.cuda.mem_get_info(device)
+    buffer_bytes = 0 if config.role == "hybrid" else config.kv_transfer.buffer_size
+    num_local_ranks = config.num_local_instances * config.tensor_parallel_size
+    num_on_gpu = config.num_on_gpu or -(-num_local_ranks // torch.cuda.device_count())
+    if num_on_gpu == 1:
+        return int(total * share) - (total - free) - buffer_bytes
+    # The others start at the same time, so what is free now says nothing: each takes its part of the whole.
+    own_bytes = torch.cuda.memory_reserved(device) + _CUDA_CONTEXT_BYTES
+    return int(total * share / num_on_gpu) - own_bytes - buffer_bytes
+
+
+def _cpu_budget() -> int:
+    return min(_available_memory() // _CPU_SHARE, _CPU_MOST_BYTES)
+
+
+def _available_memory() -> int:
+    """Bytes that this process can still get, as far as the system tells: of the host, and of its control group."""
+    found = [_CPU_MOST_BYTES * _CPU_SHARE]
+    meminfo = _read(Path("/proc/meminfo"))
+    for line in meminfo.splitlines():
+        if line.startswith("MemAvailable:"):
+            found.append(int(line.split()[1]) * 1024)
+    group = Path("/sys/fs/cgroup")
+    limit, used = _read(group / "memory.max").strip(), _read(group / "memory.current").strip()
+    if limit.isdigit() and used.isdigit():
+        # File pages that nobody has used lately count as used, but give way.
+        reclaimable = [line.split()[1] for line in _read(group / "memory.stat").splitlines() if "inactive_file" in line]
+        found.append(max(0, int(limit) - int(used) + sum(map(int, reclaimable[:1]))))
+    return min(found)
+
+
+def _read(path: Path) -> str:
+    """Content of a file that only some systems have; empty elsewhere."""
+    try:
+        return path.read_text(encoding="ascii")
+    except OSError:
+        return ""

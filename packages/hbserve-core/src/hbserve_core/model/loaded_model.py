@@ -1,0 +1,140 @@
+"""A model as an instance's configuration asks for it: sizes, device, dtype, weights, and room for its pool."""
+
+import hashlib
+import logging
+from dataclasses import replace
+
+import torch
+
+from hbserve_core.config import InstanceConfig
+from hbserve_core.errors import InvalidInstanceConfig
+from hbserve_core.model.kv_pool import BlockShape, allocate_pool, block_shape, choose_num_blocks
+from hbserve_core.model.model_config import DTYPES, ModelConfig, load_model_config
+from hbserve_core.model.rank_group import RankGroup
+from hbserve_core.model.shard import check_divisible
+from hbserve_core.model.weights import load_weights
+
+logger = logging.getLogger(__name__)
+
+
+class LoadedModel:
+    """What every runner begins with: all of a model, or one rank's part of it.
+
+    Raises:
+        ModelFilesMissing, UnsupportedModel, WeightsMismatch: see `load_model_config` and `load_weights`.
+        InvalidInstanceConfig: a setting that cannot be.
+    """
+
+    def __init__(self, config: InstanceConfig, group: RankGroup | None = None) -> None:
+        self._config = config
+        self._group = group or RankGroup()
+        shard = self._group.shard
+        if shard.size != config.tensor_parallel_size:
+            raise InvalidInstanceConfig(
+                f"tensor_parallel_size={config.tensor_parallel_size}: this runner was made for {shard.size} rank; "
+                "make_runner() starts the others"
+            )
+        self.model_config = _with_limit(load_model_config(config.model_path), config)
+        check_divisible(self.model_config, shard.size)
+        self.rank_config = shard.config(self.model_config)
+        """Sizes of this rank's part."""
+        self.device = choose_device(config, shard.rank)
+        self.dtype = _dtype(config, self.model_config)
+        if config.num_threads:
+            torch.set_num_threads(config.num_threads)
+        self.weights = load_weights(self.model_config, config.load_format, self.dtype, self.device, shard)
+        self.block = block_shape(config, self.rank_config, self.dtype)
+        self.fingerprint = _fingerprint(self.model_config, self.weights.digest, self.block)
+        """What two instances must share to read each other's blocks."""
+
+    def allocate_pool(self, reserved_bytes: int = 0) -> torch.Tensor:
+        """(num_blocks, num_layers, 2, block_size, num_kv_heads, head_dim). On a GPU, `reserved_bytes` are left free.
+
+        Every rank of an instance gets as many blocks, with its own heads in them.
+
+        Raises:
+            NotEnoughMemory: it does not fit.
+            RankFailed: another rank could not do the same.
+        """
+        config, block = self._config, self.block
+        limit = self.model_config.max_model_len
+        num_blocks = self._group.least(choose_num_blocks(config, block, limit, self.device, reserved_bytes))
+        pool = allocate_pool(num_blocks, block, self.device)
+        logger.info(
+            "%s: %s on %s, %s, %d blocks of %d tokens (%.2f GiB)",
+            config.instance_id, self.model_config.architecture, self.device, self.dtype, num_blocks, config.block_size,
+            num_blocks * block.block_bytes / 2**30,
+        )  # fmt: skip
+        return pool
+
+
+def _with_limit(model: ModelConfig, config: InstanceConfig) -> ModelConfig:
+    limit = config.max_model_len
+    if limit is None:
+        return model
+    if not 1 <= limit <= model.max_model_len:
+        raise InvalidInstanceConfig(
+            f"max_model_len={limit}: expected 1 to {model.max_model_len}, the model's own limit"
+        )
+    return replace(model, max_model_len=limit)
+
+
+def choose_device(config: InstanceConfig, rank: int = 0) -> torch.device:
+    """The device that the configuration names, or for "auto" a CUDA device if there is one. Ranks have neighbouring
+    GPUs, from that one on.
+
+    Raises:
+        InvalidInstanceConfig: no such device.
+    """
+    if config.device == "auto":
+        return _auto_device(config, rank)
+    try:
+        device = torch.device(config.device)
+    except RuntimeError as error:
+        raise InvalidInstanceConfig(f"device={config.device!r}: expected 'auto', 'cpu' or 'cuda:N'") from error
+    if device.type not in ("cpu", "cuda"):
+        raise InvalidInstanceConfig(f"device={config.device!r}: expected 'auto', 'cpu' or 'cuda:N'")
+    return _gpu(f"device={config.device!r}", device.index or 0, config, rank) if device.type == "cuda" else device
+
+
+def _auto_device(config: InstanceConfig, rank: int) -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    if config.gpu_id is not None:
+        return _gpu(f"gpu_id={config.gpu_id}", config.gpu_id, config, rank)
+    size = config.tensor_parallel_size
+    places = max(1, torch.cuda.device_count() // size)
+    return _gpu("gpu_id=None", config.kv_rank % places * size, config, rank)
+
+
+def _gpu(named: str, first: int, config: InstanceConfig, rank: int) -> torch.device:
+    """GPU `first + rank`. All that the instance needs must be there, so that every rank refuses or none does."""
+    count, size = torch.cuda.device_count(), config.tensor_parallel_size
+    if first + size > count:
+        with_ranks = f" with tensor_parallel_size={size} needs CUDA devices {first} to {first + size - 1}"
+        there = f", 0 to {count - 1}" if count else ""
+        raise InvalidInstanceConfig(
+            f"{named}{with_ranks if size > 1 else ''}: this host has {count} CUDA devices{there}"
+        )
+    return torch.device("cuda", first + rank)
+
+
+def _dtype(config: InstanceConfig, model: ModelConfig) -> torch.dtype:
+    if config.dtype == "auto":
+        return model.dtype
+    if config.dtype not in DTYPES:
+        raise InvalidInstanceConfig(f"dtype={config.dtype!r}: expected auto, {', '.join(DTYPES)}")
+    return DTYPES[config.dtype]
+
+
+def _fingerprint(model: ModelConfig, weights_digest: str, block: BlockShape) -> dict[str, str | int]:
+    # The same weights with other rotation angles are another model.
+    described = f"{model.architecture} {model.rope} {model.rms_norm_eps} {weights_digest}"
+    return {
+        "model": hashlib.sha256(described.encode()).hexdigest()[:32],
+        "dtype": str(block.dtype).removeprefix("torch."),
+        "num_layers": block.num_layers,
+        "num_kv_heads": model.num_kv_heads,
+        "head_dim": block.head_dim,
+        "block_size": block.block_size,
+    }

@@ -1,0 +1,39 @@
+"""What the ranks of one instance do together: sums, gathered logits, and agreement on a number.
+
+Shapes: T rows of one step, R of them sampled, E hidden_size, V vocab_size, P ranks.
+"""
+
+from collections.abc import Callable
+
+import torch
+
+from hbserve_core.model.shard import Shard
+
+
+class RankGroup:
+    """The ranks of an instance, as one of them sees them. This class itself: one that is alone."""
+
+    shard = Shard()
+    seed: int | None = None
+    """From which all ranks draw the same numbers for requests without a seed; None: nobody has to agree."""
+    on_close: Callable[[], None] | None = None
+    """Called by `close`, to free the CUDA graphs that hold operations of the group: NCCL waits for their end."""
+
+    def all_reduce(self, partial: torch.Tensor) -> torch.Tensor:
+        """(T, E): the sum of every rank's `partial`, which may be overwritten.
+
+        Raises:
+            RankFailed: a rank is lost. Of all methods.
+        """
+        return partial
+
+    def gather_logits(self, logits: torch.Tensor, vocab_size: int) -> torch.Tensor:
+        """(R, V) contiguous, on every rank, from each rank's (R, V / P) in the order of ranks."""
+        return logits
+
+    def least(self, number: int) -> int:
+        """The smallest of every rank's numbers."""
+        return number
+
+    def close(self) -> None:
+        """Free what the group holds; whoever waits in it fails. From any thread, and more than once."""

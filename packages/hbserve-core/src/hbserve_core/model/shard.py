@@ -1,0 +1,76 @@
+"""What one rank of a tensor-parallel instance has of the model.
+
+Projections into heads and into the MLP are split by their outputs, those that lead back by their inputs, so one sum
+over the ranks after each pair is all that a layer needs (Megatron-LM, Shoeybi et al. 2019). The embedding table and the
+output projection are split by tokens of the vocabulary.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from hbserve_core.errors import InvalidInstanceConfig
+from hbserve_core.model.model_config import ModelConfig
+from hbserve_kv import HeadRange
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """Part `rank` of `size`. The default is the whole model."""
+
+    rank: int = 0
+    size: int = 1
+
+    def config(self, model: ModelConfig) -> ModelConfig:
+        """The model's sizes as this rank's layers have them. The vocabulary's stays whole: logits are gathered."""
+        return replace(
+            model,
+            num_heads=model.num_heads // self.size,
+            num_kv_heads=max(1, model.num_kv_heads // self.size),
+            intermediate_size=model.intermediate_size // self.size,
+        )
+
+    def part(self, count: int, width: int = 1) -> slice:
+        """This rank's share of `count` things that are `width` rows or columns each."""
+        share = count // self.size * width
+        return slice(self.rank * share, (self.rank + 1) * share)
+
+    def kv_part(self, num_kv_heads: int, head_dim: int) -> slice:
+        """Rows of this rank's key or value heads. Where there are fewer heads than ranks, several have the same one."""
+        if num_kv_heads >= self.size:
+            return self.part(num_kv_heads, head_dim)
+        head = self.rank * num_kv_heads // self.size
+        return slice(head * head_dim, (head + 1) * head_dim)
+
+    def kv_heads(self, num_kv_heads: int) -> HeadRange:
+        """The same as numbers of heads."""
+        if num_kv_heads >= self.size:
+            return HeadRange.of_rank(self.rank, self.size, num_kv_heads)
+        return HeadRange(self.rank * num_kv_heads // self.size, 1, num_kv_heads)
+
+    def is_first_with_kv_heads(self, num_kv_heads: int) -> bool:
+        """Of several ranks with the same head one sends it."""
+        return num_kv_heads >= self.size or self.rank % (self.size // num_kv_heads) == 0
+
+    def num_tokens(self, vocab_size: int) -> int:
+        """Rows of each rank's vocabulary; the last rank's may go beyond the end, and are zero there."""
+        return -(-vocab_size // self.size)
+
+
+def check_divisible(model: ModelConfig, size: int) -> None:
+    """Raises InvalidInstanceConfig if the model cannot be split among `size` ranks; says what can be."""
+    obstacles = list(_obstacles(model, size))
+    if obstacles:
+        allowed = [str(each) for each in range(1, model.num_heads + 1) if not any(_obstacles(model, each))]
+        raise InvalidInstanceConfig(
+            f"tensor_parallel_size={size}: {'; '.join(obstacles)}; allowed for {str(model.path)!r}: "
+            f"{', '.join(allowed)}"
+        )
+
+
+def _obstacles(model: ModelConfig, size: int) -> Iterator[str]:
+    if model.num_heads % size:
+        yield f"num_attention_heads={model.num_heads} is not a multiple of it"
+    if model.num_kv_heads % size and size % model.num_kv_heads:
+        yield f"num_key_value_heads={model.num_kv_heads} is neither a multiple nor a divisor of it"
+    if model.intermediate_size % size:
+        yield f"intermediate_size={model.intermediate_size} is not a multiple of it"

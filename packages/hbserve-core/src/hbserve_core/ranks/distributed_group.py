@@ -1,0 +1,139 @@
+"""RankGroup over torch.distributed: NCCL between GPUs, Gloo on the CPU.
+
+The group is made directly on a store, not by init_process_group: nothing is global, so several instances can be in one
+process.
+"""
+
+import contextlib
+import logging
+import threading
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore, Store
+
+from hbserve_core.errors import RankFailed
+from hbserve_core.model.rank_group import RankGroup
+from hbserve_core.model.shard import Shard
+
+logger = logging.getLogger(__name__)
+
+RENDEZVOUS_TIMEOUT_S = 30.0
+"""For all ranks to find each other; every one of them is known to be running by then."""
+COLLECTIVE_TIMEOUT_S = 600.0
+"""The last resort: a rank that is lost is noticed in seconds by other means (see workers.py). It must be longer than
+one rank may load its weights after another."""
+CLOSE_TIMEOUT_S = 5.0
+_HOST = "127.0.0.1"
+# Public, but not in the stubs' __all__.
+TCPStore: Any = dist.TCPStore  # type: ignore[attr-defined]
+AllgatherOptions: Any = dist.distributed_c10d.AllgatherOptions  # type: ignore[attr-defined]
+
+
+class DistributedRankGroup(RankGroup):
+    """Ranks in processes, or threads, of their own. On a GPU everything but `least` is queued on the current stream,
+    may be captured in a graph, and is not waited for."""
+
+    def __init__(self, shard: Shard, device: torch.device, store: Store, seed: int) -> None:
+        """Returns when all ranks are here. Raises RankFailed."""
+        self.shard = shard
+        self.seed = seed
+        self._device = device
+        self._sum = dist.AllreduceOptions()
+        self._sum.asyncOp = False
+        self._minimum = dist.AllreduceOptions()
+        self._minimum.reduceOp = dist.ReduceOp.MIN
+        self._minimum.asyncOp = False
+        self._gather = AllgatherOptions()
+        self._gather.asyncOp = False
+        self._process_group: Any = None
+        self._closing: threading.Thread | None = None
+        self._lock = threading.Lock()
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        with self._checked():
+            self._process_group = self._make_process_group(PrefixStore("ranks", store))
+        self.least(0)  # NCCL connects at the first use
+
+    def _make_process_group(self, store: Store) -> Any:
+        timeout = timedelta(seconds=COLLECTIVE_TIMEOUT_S)
+        rank, size = self.shard.rank, self.shard.size
+        if self._device.type == "cuda":
+            nccl = dist.ProcessGroupNCCL.Options()
+            nccl._timeout = timeout
+            return dist.ProcessGroupNCCL(store, rank, size, nccl)
+        backend: Any = dist.ProcessGroupGloo
+        options = backend._Options()
+        options._timeout = timeout
+        # Gloo would guess an interface from the host's name. All ranks are on this host.
+        options._devices = [backend.create_device(hostname=_HOST)]
+        return backend(store, rank, size, options)
+
+    def all_reduce(self, partial: torch.Tensor) -> torch.Tensor:
+        self._run(self._process_group.allreduce, [partial], self._sum)
+        return partial
+
+    def gather_logits(self, logits: torch.Tensor, vocab_size: int) -> torch.Tensor:
+        rows, columns = logits.shape
+        parts = logits.new_empty((self.shard.size, rows, columns))
+        flat = parts.view(self.shard.size * rows, columns)
+        self._run(self._process_group._allgather_base, flat, logits.contiguous(), self._gather)
+        return parts.transpose(0, 1).reshape(rows, self.shard.size * columns)[:, :vocab_size].contiguous()
+
+    def least(self, number: int) -> int:
+        found = torch.tensor([number], dtype=torch.int64, device=self._device)
+        self._run(self._process_group.allreduce, [found], self._minimum)
+        return int(found.item())
+
+    def _run(self, operation: Callable[..., Any], *arguments: Any) -> None:
+        with self._checked():
+            work = operation(*arguments)
+            # NCCL, which has queued it on the current stream, may have nothing to wait for.
+            if work is not None:
+                work.wait()
+
+    @contextlib.contextmanager
+    def _checked(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            raise RankFailed(f"rank {self.shard.rank} has lost the others: {str(error).splitlines()[0]}") from error
+
+    def close(self) -> None:
+        if self._process_group is None:
+            return
+        with self._lock:
+            if self._closing is None:
+                # NCCL first makes waiting kernels end, and then waits for the graphs in which they were captured.
+                self._closing = threading.Thread(target=self._abort, name="rank-group-abort", daemon=True)
+                self._closing.start()
+        if self.on_close is not None:
+            self.on_close()
+        self._closing.join(CLOSE_TIMEOUT_S)
+        if self._closing.is_alive():
+            logger.error("rank %d: its group is not closed after %.0f s", self.shard.rank, CLOSE_TIMEOUT_S)
+
+    def _abort(self) -> None:
+        try:
+            self._process_group.abort()
+        except RuntimeError:
+            logger.exception("rank %d: closing its group failed", self.shard.rank)
+
+
+def host_store(listening_fd: int, port: int) -> Store:
+    """The store through which ranks find each other, on a socket that listens on the loopback address only."""
+    timeout = timedelta(seconds=RENDEZVOUS_TIMEOUT_S)
+    store: Store = TCPStore(
+        _HOST, port, is_master=True, wait_for_workers=False, timeout=timeout, master_listen_fd=listening_fd
+    )
+    return store
+
+
+def reach_store(port: int) -> Store:
+    """The same from another process."""
+    timeout = timedelta(seconds=RENDEZVOUS_TIMEOUT_S)
+    store: Store = TCPStore(_HOST, port, is_master=False, wait_for_workers=False, timeout=timeout)
+    return store

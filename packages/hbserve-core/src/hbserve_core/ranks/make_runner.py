@@ -1,0 +1,59 @@
+"""The runner that suits an instance's device and number of ranks."""
+
+import logging
+from collections.abc import Callable
+
+import torch
+
+from hbserve_core.config import InstanceConfig
+from hbserve_core.engine.runner import Runner
+from hbserve_core.errors import InvalidInstanceConfig
+from hbserve_core.model.loaded_model import choose_device
+from hbserve_core.model.model_config import load_model_config
+from hbserve_core.model.rank_group import RankGroup
+from hbserve_core.model.shard import check_divisible
+from hbserve_core.torch_runner.runner import ModelRunner
+
+logger = logging.getLogger(__name__)
+
+
+def _left_to_the_next_step(error: Exception) -> None:
+    logger.debug("%s", error)
+
+
+def make_runner(config: InstanceConfig, on_failure: Callable[[Exception], None] = _left_to_the_next_step) -> Runner:
+    """Load the model; with tensor_parallel_size > 1, here and in processes that `close` ends.
+
+    on_failure: called from another thread if one of those is lost. The next step raises the same error.
+
+    Raises what `LoadedModel` raises, NotEnoughMemory, and RankFailed.
+    """
+    if config.tensor_parallel_size == 1:
+        return make_rank_runner(config, RankGroup())
+    check_divisible(load_model_config(config.model_path), config.tensor_parallel_size)
+    if not torch.distributed.is_available():
+        raise InvalidInstanceConfig(
+            f"tensor_parallel_size={config.tensor_parallel_size}: needs a torch that was built with torch.distributed"
+        )
+    from hbserve_core.ranks.tensor_parallel_runner import TensorParallelRunner
+    from hbserve_core.ranks.workers import Followers
+
+    followers = Followers(config, on_failure)
+    try:
+        with followers.blamed():
+            runner = make_rank_runner(followers.config, followers.join())
+            followers.wait_ready()
+    except BaseException:
+        followers.close()
+        raise
+    return TensorParallelRunner(runner, followers)
+
+
+def make_rank_runner(config: InstanceConfig, group: RankGroup) -> Runner:
+    """One rank's own runner."""
+    if choose_device(config, group.shard.rank).type != "cuda":
+        return ModelRunner(config, group)
+    # Triton is not there on every system that has no CUDA.
+    from hbserve_core.cuda_runner.runner import CudaRunner
+
+    return CudaRunner(config, group)

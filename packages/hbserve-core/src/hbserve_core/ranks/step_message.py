@@ -1,0 +1,96 @@
+"""One step as rank 0 tells it to the other ranks, in msgpack: what a runner reads of each chunk, and no more.
+
+Both ends remember the sequences of the step before: the parameters of those are not said again, and a runner finds the
+place of a token that the device has computed, and nobody has read, by the sequence it belongs to.
+"""
+
+from array import array
+from collections.abc import Sequence as Ids
+from typing import cast
+
+import msgspec
+
+from hbserve_core.engine.sequence import ScheduledChunk, Sequence
+from hbserve_rpc import SamplingParams
+
+_GREEDY = SamplingParams(temperature=0)
+
+
+class _Chunk(msgspec.Struct, frozen=True, array_like=True):
+    request_id: str
+    num_prompt_tokens: int
+    num_tokens: int
+    first: int
+    new_token_ids: list[int]
+    """Tokens [first, first + num_new_tokens); UNREAD is one of them at most."""
+    block_table: bytes
+    """int32"""
+    params: SamplingParams | None
+    """None: those of the step before."""
+
+
+class StepWriter:
+    """Rank 0's end."""
+
+    def __init__(self, draws: bool) -> None:
+        """draws: whether the others must sample as rank 0 does. They need not where rank 0 tells them every token."""
+        self._draws = draws
+        self._last: set[Sequence] = set()
+        self._encoder = msgspec.msgpack.Encoder()
+
+    def write(self, batch: Ids[ScheduledChunk]) -> bytes:
+        message = self._encoder.encode([self._chunk(chunk) for chunk in batch])
+        self._last = {chunk.sequence for chunk in batch}
+        return message
+
+    def _chunk(self, chunk: ScheduledChunk) -> _Chunk:
+        sequence, first = chunk.sequence, chunk.first
+        params = None if sequence in self._last else sequence.params if self._draws else _GREEDY
+        new_token_ids = sequence.token_ids[first : first + chunk.num_new_tokens]
+        block_table = sequence.block_table.tobytes()
+        return _Chunk(
+            sequence.request_id, sequence.num_prompt_tokens, sequence.num_tokens, first, new_token_ids, block_table,
+            params,
+        )  # fmt: skip
+
+
+class _NewTokens:
+    """Stands for all tokens of a sequence, of which only the new ones are known, and asked for."""
+
+    def __init__(self, chunk: _Chunk) -> None:
+        self._first = chunk.first
+        self._known = chunk.new_token_ids
+        self._count = chunk.num_tokens
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: int | slice) -> int | list[int]:
+        first = self._first
+        if isinstance(index, slice):
+            return self._known[index.start - first : index.stop - first]
+        return self._known[index - first]
+
+
+class StepReader:
+    """The other end: the batch again, of sequences that know their new tokens only."""
+
+    def __init__(self) -> None:
+        self._last: dict[str, Sequence] = {}
+        self._decoder = msgspec.msgpack.Decoder(list[_Chunk])
+
+    def read(self, message: bytes) -> list[ScheduledChunk]:
+        said = self._decoder.decode(message)
+        batch = [ScheduledChunk(self._sequence(chunk), len(chunk.new_token_ids)) for chunk in said]
+        self._last = {chunk.sequence.request_id: chunk.sequence for chunk in batch}
+        return batch
+
+    def _sequence(self, chunk: _Chunk) -> Sequence:
+        if chunk.params is None:
+            sequence = self._last[chunk.request_id]
+        else:
+            sequence = Sequence(chunk.request_id, [], chunk.num_prompt_tokens, chunk.params)
+        sequence.token_ids = cast("list[int]", _NewTokens(chunk))
+        sequence.num_computed_tokens = chunk.first
+        sequence.block_table = array("i", chunk.block_table)
+        return sequence

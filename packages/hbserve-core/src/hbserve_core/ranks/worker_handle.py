@@ -1,0 +1,161 @@
+"""One rank that rank 0 has started, as rank 0 sees it. See worker_protocol.py."""
+
+import contextlib
+import os
+import select
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import msgspec
+
+from hbserve_core.errors import RankFailed
+from hbserve_core.ranks.worker_protocol import END_TIMEOUT_S, RankReport, RankSettings, RankState
+
+START_TIMEOUT_S = 120.0
+"""Until its first report: it imports torch before."""
+LOADING_SILENCE_S = 60.0
+"""While it loads, a library may keep the interpreter to itself for a while."""
+SILENCE_S = 2.0
+"""While it serves, it is never silent for so long."""
+GRACE_S = 1.0
+"""After that, until it is lost. Where all processes were stopped together, each wakes to the others' silence; what was
+not lost is heard in this time."""
+_EXIT_STATUS_TIMEOUT_S = 1.0
+_STATES: tuple[RankState, ...] = ("joining", "loading", "ready")
+
+
+@dataclass(frozen=True)
+class Fate:
+    """How a rank has ended."""
+
+    cause: str
+    is_consequence: bool = False
+    """It ended because another one had."""
+
+
+class FollowerProcess:
+    """Starts the process, and listens to it in a thread of its own until it has ended or is lost."""
+
+    def __init__(self, settings: RankSettings, on_end: Callable[[Fate], None]) -> None:
+        """on_end: called once, in that thread, unless it was `close` that ended it."""
+        threads = str(settings.config.num_threads)
+        self._popen = subprocess.Popen(
+            [sys.executable, "-m", "hbserve_core.ranks.worker_main"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            # A Ctrl-C is for rank 0, which then ends the others.
+            start_new_session=True, env=os.environ | {"OMP_NUM_THREADS": threads}, bufsize=0,
+        )  # fmt: skip
+        self._name = f"rank {settings.rank} of {settings.config.tensor_parallel_size} (pid {self._popen.pid})"
+        self._on_end = on_end
+        self._state: RankState | None = None
+        self.transfer_address = ""
+        """Where it serves the transfers of its pool, once it is ready; "" if it has none."""
+        self._changed = threading.Condition()
+        self._closing = self._lost = False
+        self._settings = settings
+        self._thread = threading.Thread(target=self._listen, name=f"rank-{settings.rank}", daemon=True)
+        self._thread.start()
+
+    @property
+    def pid(self) -> int:
+        return self._popen.pid
+
+    def send_settings(self) -> None:
+        """Let it begin. Raises RankFailed: it has ended already."""
+        self._write(msgspec.json.encode(self._settings) + b"\n")
+
+    def send(self, message: bytes) -> None:
+        """Raises RankFailed: nobody reads it."""
+        self._write(len(message).to_bytes(4, "big") + message)
+
+    def _write(self, data: bytes) -> None:
+        assert self._popen.stdin is not None
+        rest = memoryview(data)
+        try:
+            while rest:
+                rest = rest[self._popen.stdin.write(rest) :]
+        except (OSError, ValueError) as error:  # ValueError: closed
+            raise RankFailed(f"{self._name} does not listen any more: {error}") from error
+
+    def wait_for(self, state: RankState, timeout_s: float) -> None:
+        """Wait until it has come as far as `state`.
+
+        Raises:
+            RankFailed: it has ended, or was too slow.
+        """
+        wanted = _STATES[_STATES.index(state) :]
+        with self._changed:
+            there = self._changed.wait_for(lambda: self._state in wanted or self._lost, timeout_s)
+            if self._lost:
+                raise RankFailed(f"{self._name} is lost")
+            if not there:
+                raise RankFailed(f"{self._name} is not {state} after {timeout_s:.0f} s")
+
+    def kill(self) -> None:
+        """At once, frozen or not. `on_end` is called."""
+        self._popen.kill()
+
+    def begin_close(self) -> None:
+        """Ask it to end; `close` comes next."""
+        self._closing = True
+        with contextlib.suppress(OSError):
+            assert self._popen.stdin is not None
+            self._popen.stdin.close()
+
+    def close(self) -> None:
+        """End it, by force if it takes long. Nothing is left of it then."""
+        self.begin_close()
+        try:
+            self._popen.wait(END_TIMEOUT_S + 1)
+        except subprocess.TimeoutExpired:
+            self._popen.kill()
+            self._popen.wait()
+        self._thread.join()
+        assert self._popen.stdout is not None
+        self._popen.stdout.close()
+
+    # ---- in the thread -------------------------------------------------------------------------------------------
+
+    def _listen(self) -> None:
+        fate = self._follow_reports()
+        with self._changed:
+            self._lost = True
+            self._changed.notify_all()
+        if not self._closing:
+            self._on_end(fate)
+
+    def _follow_reports(self) -> Fate:
+        assert self._popen.stdout is not None
+        fd, unfinished, begin_s = self._popen.stdout.fileno(), b"", time.monotonic()
+        poll = select.poll()
+        poll.register(fd, select.POLLIN)
+        while poll.poll(1e3 * self._most_silence_s()) or poll.poll(1e3 * GRACE_S):
+            if not (data := os.read(fd, 1 << 16)):
+                return Fate(f"{self._name} {self._exit_status()}")
+            *lines, unfinished = (unfinished + data).split(b"\n")
+            for line in lines:
+                report = msgspec.json.decode(line, type=RankReport)
+                if report.state == "failed":
+                    return Fate(f"{self._name} failed: {report.error}", report.is_consequence)
+                with self._changed:
+                    self._state, self.transfer_address = report.state, report.transfer_address
+                    self._changed.notify_all()
+        if self._state is None:
+            return Fate(f"{self._name} has not begun within {time.monotonic() - begin_s:.0f} s")
+        return Fate(f"{self._name} is frozen: it has said nothing for {self._most_silence_s() + GRACE_S:.0f} s")
+
+    def _most_silence_s(self) -> float:
+        if self._state is None:
+            return START_TIMEOUT_S
+        return SILENCE_S if self._state == "ready" else LOADING_SILENCE_S
+
+    def _exit_status(self) -> str:
+        try:
+            status = self._popen.wait(_EXIT_STATUS_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            return "has ended"
+        return f"was ended by {signal.Signals(-status).name}" if status < 0 else f"ended with exit status {status}"

@@ -1,0 +1,144 @@
+"""One of the ranks 1, 2, … as a process: `python -m hbserve_core.ranks.worker_main`, started by rank 0; see
+workers.py.
+
+It loads its part of the model, launches every step that rank 0 launches, and ends when rank 0 does.
+"""
+
+import contextlib
+import logging
+import os
+import queue
+import sys
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from typing import BinaryIO
+
+import msgspec
+
+from hbserve_core.engine.runner import Runner
+from hbserve_core.errors import HBServeCoreError, RankFailed
+from hbserve_core.model.loaded_model import choose_device
+from hbserve_core.model.shard import Shard
+from hbserve_core.ranks.distributed_group import DistributedRankGroup, reach_store
+from hbserve_core.ranks.make_runner import make_rank_runner
+from hbserve_core.ranks.step_message import StepReader
+from hbserve_core.ranks.worker_protocol import END_TIMEOUT_S, REPORT_INTERVAL_S, RankReport, RankSettings
+
+logger = logging.getLogger(__name__)
+
+
+class Reporter:
+    """Says the rank's state to rank 0, now and again."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._report = RankReport("joining")
+        self._lock = threading.Lock()
+
+    def start(self) -> None:
+        threading.Thread(target=self._repeat, name="reporter", daemon=True).start()
+
+    def say(self, report: RankReport) -> None:
+        """Raises OSError: rank 0 is gone."""
+        with self._lock:
+            self._report = report
+            os.write(self._fd, msgspec.json.encode(report) + b"\n")
+
+    def _repeat(self) -> None:
+        try:
+            while True:
+                time.sleep(REPORT_INTERVAL_S)
+                self.say(self._report)
+        except OSError:
+            logger.debug("rank 0 is gone")  # the end of stdin says so too, and ends the process
+
+
+class Steps:
+    """Messages from stdin. A thread reads them, so that rank 0 never waits for room, and its end is always seen."""
+
+    def __init__(self, source: BinaryIO) -> None:
+        self._source = source
+        self._messages: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        threading.Thread(target=self._read, name="steps", daemon=True).start()
+
+    def _read(self) -> None:
+        while len(header := self._source.read(4)) == 4:
+            self._messages.put(self._source.read(int.from_bytes(header, "big")))
+        self._messages.put(None)
+        time.sleep(END_TIMEOUT_S)
+        # Whoever still waits, for a device or for another rank, cannot be woken.
+        os._exit(0)
+
+    def __iter__(self) -> Iterator[bytes]:
+        while (message := self._messages.get()) is not None:
+            yield message
+
+
+def follow(runner: Runner, messages: Iterable[bytes]) -> None:
+    """Launch every step that rank 0 launches. As in its engine, a step is waited for after the next one is launched, if
+    the runner overlaps."""
+    reader = StepReader()
+    before = None
+    for message in messages:
+        launched = runner.launch(reader.read(message))
+        if before is not None:
+            before.tokens()
+        before = launched
+
+
+def main() -> int:
+    """Ends the process, with status 0 when rank 0 wanted it so."""
+    reports = os.dup(1)
+    os.dup2(2, 1)
+    if not (line := sys.stdin.buffer.readline()):
+        return 0  # rank 0 has ended, or has nothing to begin
+    settings = msgspec.json.decode(line, type=RankSettings)
+    config, rank = settings.config, settings.rank
+    logging.basicConfig(
+        level=config.log_level, format=f"%(asctime)s %(levelname)s %(name)s [rank {rank}]: %(message)s",
+        stream=sys.stderr,
+    )  # fmt: skip
+    reporter = Reporter(reports)
+    steps = Steps(sys.stdin.buffer)
+    status = 0
+    try:
+        reporter.say(RankReport("joining"))
+        reporter.start()
+        runner = _make_runner(settings, reporter)
+        reporter.say(RankReport("ready", transfer_address=_serve_transfers(settings, runner)))
+        follow(runner, steps)
+    except Exception as error:  # rank 0 tells it to whoever wants to know
+        status = 1
+        if not isinstance(error, HBServeCoreError | BrokenPipeError):
+            logger.exception("rank %d failed", rank)
+        with contextlib.suppress(OSError):  # rank 0 is gone, and that is why
+            reporter.say(RankReport("failed", f"{type(error).__name__}: {error}", isinstance(error, RankFailed)))
+    logging.shutdown()
+    sys.stderr.flush()
+    # An ordinary exit would wait for stdin's lock, which the reading thread holds, or for a device that hangs.
+    os._exit(status)
+
+
+def _make_runner(settings: RankSettings, reporter: Reporter) -> Runner:
+    config, shard = settings.config, _shard(settings)
+    device = choose_device(config, shard.rank)
+    group = DistributedRankGroup(shard, device, reach_store(settings.store_port), settings.seed)
+    reporter.say(RankReport("loading"))
+    return make_rank_runner(config, group)
+
+
+def _serve_transfers(settings: RankSettings, runner: Runner) -> str:
+    if settings.config.role == "hybrid":
+        return ""
+    from hbserve_core.transfers.rank_transfer_server import serve_transfers
+
+    return serve_transfers(settings.config, runner, _shard(settings))
+
+
+def _shard(settings: RankSettings) -> Shard:
+    return Shard(settings.rank, settings.config.tensor_parallel_size)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,155 @@
+"""Ranks 1, 2, … of an instance, which rank 0 starts, feeds, watches and ends.
+
+What is lost with a rank, a collective operation that never returns or a step with wrong tokens, is seen in many places
+at once. There is one verdict: the first rank that ended for a reason of its own. All others are ended then, which frees
+whoever waits for them, and every call here raises the verdict.
+"""
+
+import contextlib
+import logging
+import secrets
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import msgspec
+import torch
+
+from hbserve_core.config import InstanceConfig
+from hbserve_core.errors import RankFailed
+from hbserve_core.model.loaded_model import choose_device
+from hbserve_core.model.rank_group import RankGroup
+from hbserve_core.model.shard import Shard
+from hbserve_core.ranks.distributed_group import DistributedRankGroup, host_store
+from hbserve_core.ranks.worker_handle import GRACE_S, SILENCE_S, START_TIMEOUT_S, Fate, FollowerProcess
+from hbserve_core.ranks.worker_protocol import RankSettings, RankState
+
+logger = logging.getLogger(__name__)
+
+READY_TIMEOUT_S = 600.0
+"""How long others may load after rank 0 has."""
+SETTLE_S = 0.3
+"""Between the first bad news and the verdict: whose end is the cause may be heard last."""
+
+VERDICT_TIMEOUT_S = SILENCE_S + GRACE_S + 2.0
+"""How long a failed operation waits to hear which rank is the cause: longer than it takes to see that one is frozen."""
+
+
+class Followers:
+    """One instance's ranks but this one. Called by the engine's thread."""
+
+    def __init__(self, config: InstanceConfig, on_failure: Callable[[Exception], None]) -> None:
+        """on_failure: called once, from another thread, if a rank is lost: perhaps while nothing is computed.
+
+        Raises:
+            InvalidInstanceConfig: a rank's device is not there.
+        """
+        size = config.tensor_parallel_size
+        self._device = choose_device(config)
+        threads = max(1, (config.num_threads or torch.get_num_threads()) // size)
+        self.config = msgspec.structs.replace(config, num_threads=threads)
+        """As each rank has it, this one too."""
+        self._on_failure = on_failure
+        self._lock = threading.Lock()
+        self._fates: list[Fate] = []
+        self._verdict = ""
+        self._concluded = threading.Event()
+        self._group: RankGroup | None = None
+        self._seed = secrets.randbits(63)
+        listening = socket.create_server(("127.0.0.1", 0))
+        port: int = listening.getsockname()[1]
+        self._store = host_store(listening.detach(), port)
+        self._processes: list[FollowerProcess] = []
+        try:
+            for rank in range(1, size):
+                settings = RankSettings(self.config, rank, port, self._seed)
+                self._processes.append(FollowerProcess(settings, self._ended))
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def pids(self) -> list[int]:
+        """Of ranks 1, 2, …"""
+        return [process.pid for process in self._processes]
+
+    @property
+    def transfer_addresses(self) -> list[str]:
+        """Of ranks 1, 2, … once they are ready, if the instance's role has transfers."""
+        return [process.transfer_address for process in self._processes if process.transfer_address]
+
+    def join(self) -> RankGroup:
+        """Let all ranks begin; returns the group in which this one is rank 0. Raises RankFailed."""
+        for process in self._processes:
+            process.send_settings()
+        self._wait_for("joining", START_TIMEOUT_S)
+        shard = Shard(0, self.config.tensor_parallel_size)
+        self._group = DistributedRankGroup(shard, self._device, self._store, self._seed)
+        return self._group
+
+    def wait_ready(self) -> None:
+        """Wait until all ranks have loaded their part. Raises RankFailed."""
+        self._wait_for("ready", READY_TIMEOUT_S)
+
+    def _wait_for(self, state: RankState, timeout_s: float) -> None:
+        deadline_s = time.monotonic() + timeout_s
+        for process in self._processes:
+            process.wait_for(state, max(0.0, deadline_s - time.monotonic()))
+
+    def send(self, message: bytes) -> None:
+        """Give every rank a step to launch. Waits for none of them. Raises RankFailed."""
+        for process in self._processes:
+            process.send(message)
+
+    @contextlib.contextmanager
+    def blamed(self) -> Iterator[None]:
+        """For work that needs all ranks: if one is lost, raises the RankFailed that names it, whatever happened."""
+        self._check()
+        try:
+            yield
+        except Exception as error:
+            if isinstance(error, RankFailed):
+                self._concluded.wait(VERDICT_TIMEOUT_S)
+            if self._concluded.is_set():
+                raise RankFailed(self._verdict) from error
+            raise
+        self._check()
+
+    def _check(self) -> None:
+        if self._concluded.is_set():
+            raise RankFailed(self._verdict)
+
+    def _ended(self, fate: Fate) -> None:
+        """In the thread that listens to that rank."""
+        with self._lock:
+            self._fates.append(fate)
+        time.sleep(SETTLE_S)
+        with self._lock:
+            cause = min(self._fates, key=lambda each: each.is_consequence).cause
+        if self.give_up(cause):
+            self._on_failure(RankFailed(cause))
+
+    def give_up(self, cause: str) -> bool:
+        """End all ranks: from now on everything raises RankFailed with this cause. False: they have another one."""
+        with self._lock:
+            if self._verdict:
+                return False
+            self._verdict = cause
+        logger.debug("%s; heard from others: %s", cause, self._fates)
+        for process in self._processes:
+            process.kill()
+        self._concluded.set()
+        if self._group is not None:
+            self._group.close()  # kernels that wait for the dead do so until then
+        return True
+
+    def close(self) -> None:
+        """End all ranks. May be called twice."""
+        processes, self._processes = self._processes, []
+        for process in processes:
+            process.begin_close()
+        for process in processes:
+            process.close()
+        if self._group is not None:
+            self._group.close()

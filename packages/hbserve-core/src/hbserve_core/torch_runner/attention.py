@@ -1,0 +1,225 @@
+"""Attention over the paged pool: the interface, and a version in plain torch that runs everywhere.
+
+Shapes: T tokens of one step, S sequences of one group, Q new tokens of each, C context tokens (the new ones included),
+N heads of queries, K heads of keys and values, G = N / K queries per key head, D head_dim.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from hbserve_core.engine.sequence import ScheduledChunk
+
+# Sequences of different context share one call as long as padding does not make it this much larger, and their
+# gathered keys and values stay this small. Splitting costs nothing above 1 MiB.
+_MOST_PADDING = 1.25
+_MOST_GATHERED_BYTES = 16 << 20
+
+
+class AttentionPlan(ABC):
+    """What attention needs to know of one step; made once per step, used by every layer."""
+
+    @abstractmethod
+    def attend(self, layer: int, heads: torch.Tensor, out: torch.Tensor) -> None:
+        """Write the new keys and values of `layer` into the pool, then attend.
+
+        heads: (T, N + 2 K, D), rotated queries, rotated keys, values. out: (T, N * D), written. Rows after those of the
+        step's tokens are padding: they are neither read nor written.
+        """
+
+
+class Attention(ABC):
+    """Attention over one pool."""
+
+    @abstractmethod
+    def plan(self, chunks: Sequence[ScheduledChunk]) -> AttentionPlan:
+        """For a step that computes `chunks`, whose tokens stand one after the other in this order.
+
+        Chunks must be sorted by number of new tokens, so that decodes come first and equal ones are neighbours.
+        """
+
+
+class TorchAttention(Attention):
+    """Gathers the blocks of each sequence and calls torch's attention.
+
+    A sequence reads no memory but its own blocks, and what a step leaves unwritten of a new block it clears. So nothing
+    that other requests left in a block, infinities included, can reach it, although masked positions take part in
+    products.
+    """
+
+    def __init__(self, pool: torch.Tensor, num_heads: int) -> None:
+        self._pool = pool
+        self._num_heads = num_heads
+        self._workspace = torch.empty(0, dtype=pool.dtype, device=pool.device)
+
+    def plan(self, chunks: Sequence[ScheduledChunk]) -> "TorchAttentionPlan":
+        self._clear_unwritten_slots(chunks)
+        block_elements = self._pool[0, 0].numel()
+        most_blocks = _MOST_GATHERED_BYTES // (block_elements * self._pool.dtype.itemsize)
+        groups = list(_groups(chunks, self._pool.shape[3], most_blocks))
+        elements = max(group.num_sequences * group.num_blocks for group in groups) * block_elements
+        if self._workspace.numel() < elements:
+            self._workspace = torch.empty(elements, dtype=self._pool.dtype, device=self._pool.device)
+        return TorchAttentionPlan(self._pool, self._num_heads, self._workspace, chunks, groups)
+
+    def _clear_unwritten_slots(self, chunks: Sequence[ScheduledChunk]) -> None:
+        """Clear what a step leaves unwritten of the blocks that it begins: of each sequence at most the last one."""
+        block_size = self._pool.shape[3]
+        for chunk in chunks:
+            computed = chunk.sequence.num_computed_tokens
+            last_block, used = divmod(computed + chunk.num_new_tokens, block_size)
+            if used and computed <= last_block * block_size:
+                self._pool[chunk.sequence.block_table[last_block], :, :, used:].zero_()
+
+
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """Neighbouring chunks that one call computes: equally many new tokens, similarly many context tokens."""
+
+    first_token: int
+    """Row of the group's first token among the step's tokens."""
+    num_new_tokens: int
+    contexts: list[int]
+    """Context tokens of each sequence, the new ones included."""
+    block_tables: list[list[int]]
+    """Of each sequence, the blocks of its context."""
+    num_blocks: int
+    """Blocks of the longest context; the others are padded to it with their own first block."""
+
+    @property
+    def num_sequences(self) -> int:
+        return len(self.contexts)
+
+
+def _groups(chunks: Sequence[ScheduledChunk], block_size: int, most_blocks: int) -> Iterator[_Group]:
+    first_token = 0
+    for num_new, same in groupby(chunks, key=lambda chunk: chunk.num_new_tokens):
+        for members in _split(same, block_size, most_blocks):
+            contexts = [member.sequence.num_computed_tokens + num_new for member in members]
+            num_blocks = -(-max(contexts) // block_size)
+            # Tables go on beyond the context: their last blocks are not written yet, and may hold anything.
+            tables = [
+                list(member.sequence.block_table[: -(-context // block_size)])
+                for member, context in zip(members, contexts, strict=True)
+            ]
+            yield _Group(first_token, num_new, contexts, tables, num_blocks)
+            first_token += num_new * len(members)
+
+
+def _split(chunks: Iterable[ScheduledChunk], block_size: int, most_blocks: int) -> Iterator[list[ScheduledChunk]]:
+    """Cut a run of chunks, in order, so that each piece, padded to its longest, is small and mostly not padding."""
+    piece: list[ScheduledChunk] = []
+    longest = total = 0
+    for chunk in chunks:
+        blocks = -(-(chunk.sequence.num_computed_tokens + chunk.num_new_tokens) // block_size)
+        padded = max(longest, blocks) * (len(piece) + 1)
+        # A few blocks of padding cost less than another call.
+        if piece and (padded > most_blocks or padded > _MOST_PADDING * (total + blocks) + 8):
+            yield piece
+            piece, longest, total = [], 0, 0
+        piece.append(chunk)
+        longest, total = max(longest, blocks), total + blocks
+    yield piece
+
+
+class TorchAttentionPlan(AttentionPlan):
+    def __init__(
+        self,
+        pool: torch.Tensor,
+        num_heads: int,
+        workspace: torch.Tensor,
+        chunks: Sequence[ScheduledChunk],
+        groups: Sequence[_Group],
+    ) -> None:
+        num_blocks, num_layers, _, block_size, num_kv_heads, head_dim = pool.shape
+        self._num_heads = num_heads
+        self._num_kv_heads = num_kv_heads
+        self._token_rows = pool.view(num_blocks * num_layers * 2 * block_size, num_kv_heads * head_dim)
+        self._num_tokens = sum(chunk.num_new_tokens for chunk in chunks)
+        slots = torch.from_numpy(_slots(chunks, num_layers, block_size))
+        # (num_layers, 2, T): rows of the new keys and of the new values, layer by layer.
+        offsets = torch.arange(num_layers * 2, device="cpu").view(num_layers, 2, 1) * block_size
+        self._new_rows = (slots + offsets).to(pool.device)
+        self._groups = [_GroupPlan(pool, num_heads, workspace, group) for group in groups]
+
+    def attend(self, layer: int, heads: torch.Tensor, out: torch.Tensor) -> None:
+        first_key, first_value = self._num_heads, self._num_heads + self._num_kv_heads
+        key_rows, value_rows = self._new_rows[layer]
+        self._token_rows.index_copy_(0, key_rows, heads[: self._num_tokens, first_key:first_value].flatten(1))
+        self._token_rows.index_copy_(0, value_rows, heads[: self._num_tokens, first_value:].flatten(1))
+        for group in self._groups:
+            group.attend(layer, heads, out)
+
+
+def _slots(chunks: Sequence[ScheduledChunk], num_layers: int, block_size: int) -> np.ndarray:
+    """(T,): row of each new token's key in layer 0, counted in rows of one token, one layer, key or value."""
+    slots = []
+    for chunk in chunks:
+        computed = chunk.sequence.num_computed_tokens
+        if chunk.num_new_tokens == 1:
+            block = chunk.sequence.block_table[computed // block_size]
+            slots.append(block * num_layers * 2 * block_size + computed % block_size)
+            continue
+        positions = np.arange(computed, computed + chunk.num_new_tokens)
+        blocks = np.asarray(chunk.sequence.block_table)[positions // block_size]
+        slots.extend(blocks * (num_layers * 2 * block_size) + positions % block_size)
+    return np.asarray(slots, dtype=np.int64)
+
+
+class _GroupPlan:
+    """One group's blocks, mask and place in the step's tokens."""
+
+    def __init__(self, pool: torch.Tensor, num_heads: int, workspace: torch.Tensor, group: _Group) -> None:
+        num_blocks, num_layers, _, block_size, num_kv_heads, head_dim = pool.shape
+        self._group = group
+        self._heads = (num_kv_heads, num_heads // num_kv_heads, head_dim)
+        self._end = group.first_token + group.num_sequences * group.num_new_tokens
+        self._block_rows = pool.view(num_blocks * num_layers * 2, -1)
+        padded = [table + [table[0]] * (group.num_blocks - len(table)) for table in group.block_tables]
+        in_layer_0 = torch.tensor(padded, device="cpu").flatten() * (num_layers * 2)
+        # (num_layers, 2 * S * blocks): rows of all keys, then of all values.
+        offsets = torch.arange(num_layers * 2, device="cpu").view(num_layers * 2, 1)
+        self._rows = (in_layer_0 + offsets).view(num_layers, -1).to(pool.device)
+        self._gathered = workspace[: self._rows.shape[1] * self._block_rows.shape[1]].view(self._rows.shape[1], -1)
+        shape = (2, group.num_sequences, group.num_blocks * block_size, num_kv_heads, head_dim)
+        # Equally long contexts are cut to their length; others are masked.
+        self._equal = len(set(group.contexts)) == 1
+        used = group.contexts[0] if self._equal else shape[2]
+        self._keys, self._values = self._gathered.view(shape)[:, :, :used].transpose(2, 3)
+        self._is_causal = self._equal and 1 < group.num_new_tokens == used
+        self._mask = None if self._is_causal else self._make_mask(used, pool)
+
+    def _make_mask(self, used: int, pool: torch.Tensor) -> torch.Tensor | None:
+        """(S or 1, 1, Q, C), added to the scores: a new token sees the context up to itself."""
+        num_new = self._group.num_new_tokens
+        if self._equal and num_new == 1:
+            return None
+        device = pool.device
+        contexts = torch.tensor(self._group.contexts[:1] if self._equal else self._group.contexts, device=device)
+        last = contexts[:, None] - num_new + torch.arange(num_new, device=device)
+        hidden = torch.arange(used, device=device) > last[:, :, None]
+        mask = torch.zeros(hidden.shape, dtype=pool.dtype, device=device)
+        return mask.masked_fill_(hidden, float("-inf"))[:, None]
+
+    def attend(self, layer: int, heads: torch.Tensor, out: torch.Tensor) -> None:
+        torch.index_select(self._block_rows, 0, self._rows[layer], out=self._gathered)
+        num_kv_heads, num_queries, head_dim = self._heads
+        num_sequences, num_new = self._group.num_sequences, self._group.num_new_tokens
+        rows = slice(self._group.first_token, self._end)
+        query = heads[rows, : num_kv_heads * num_queries]
+        if num_new == 1:
+            # The queries that share a key head stand in for the query tokens that there are not.
+            packed = query.view(num_sequences, num_kv_heads, num_queries, head_dim)
+            result = F.scaled_dot_product_attention(packed, self._keys, self._values, self._mask)
+            out[rows].view(packed.shape).copy_(result)
+            return
+        split = query.view(num_sequences, num_new, -1, head_dim).transpose(1, 2)
+        result = F.scaled_dot_product_attention(
+            split, self._keys, self._values, self._mask, is_causal=self._is_causal, enable_gqa=True
+        )
+        out[rows].view(num_sequences, num_new, -1, head_dim).copy_(result.transpose(1, 2))

@@ -1,0 +1,64 @@
+"""The runner that needs nothing but torch: the model, its pool and its sampler behind one call, `run(batch)`."""
+
+from collections.abc import Sequence
+
+import torch
+
+from hbserve_core.config import InstanceConfig
+from hbserve_core.engine.runner import ComputedStep, StepTokens
+from hbserve_core.engine.sequence import ScheduledChunk
+from hbserve_core.model.linear import fewest_rows
+from hbserve_core.model.loaded_model import LoadedModel
+from hbserve_core.model.rank_group import RankGroup
+from hbserve_core.torch_runner.attention import TorchAttention
+from hbserve_core.torch_runner.batch import StepInput, prepare_step
+from hbserve_core.torch_runner.decoder import Decoder
+from hbserve_core.torch_runner.sampler import Sampler
+
+
+class ModelRunner:
+    """Computes steps in plain torch, one at a time, on any device; with a group, one rank's part of them. Not
+    thread-safe, but any thread may call.
+
+    Raises:
+        ModelFilesMissing, UnsupportedModel, WeightsMismatch: see `LoadedModel`.
+        InvalidInstanceConfig: a setting that cannot be.
+        NotEnoughMemory: the pool does not fit.
+    """
+
+    overlaps = False
+    transfer_addresses: Sequence[str] = ()
+
+    def __init__(self, config: InstanceConfig, group: RankGroup | None = None) -> None:
+        group = group or RankGroup()
+        model = LoadedModel(config, group)
+        self.config, self.model_config, self.device, self.dtype = config, model.model_config, model.device, model.dtype
+        self.fingerprint = model.fingerprint
+        self._decoder = Decoder(model.rank_config, model.weights, group)
+        self.pool = model.allocate_pool()
+        """(num_blocks, num_layers, 2, block_size, num_kv_heads, head_dim)"""
+        self._attention = TorchAttention(self.pool, model.rank_config.num_heads)
+        self._sampler = Sampler()
+        self._fewest_rows = fewest_rows(self.device)
+
+    def launch(self, batch: Sequence[ScheduledChunk]) -> ComputedStep:
+        return ComputedStep(self.run(batch))
+
+    def close(self) -> None:
+        """Nothing to end."""
+
+    def run(self, batch: Sequence[ScheduledChunk]) -> StepTokens:
+        """Compute one step: write its keys and values into the pool, and sample."""
+        if not batch:
+            return []
+        with torch.inference_mode():
+            step = prepare_step(batch, self.device, self._fewest_rows)
+            logits = self._logits(step)
+            tokens = self._sampler.sample(logits, [batch[place].sequence for place in step.sampling_places])
+        result: StepTokens = [None] * len(batch)
+        for place, token in zip(step.sampling_places, tokens, strict=True):
+            result[place] = token
+        return result
+
+    def _logits(self, step: StepInput) -> torch.Tensor:
+        return self._decoder.logits(step, self._attention.plan(step.chunks))

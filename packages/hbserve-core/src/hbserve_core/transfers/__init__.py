@@ -1,0 +1,1 @@
+"""KV transfers of all ranks of an instance as one."""

@@ -1,1 +1,0 @@
-"""Transports, imported by hbserve_kv.backends when they are asked for."""

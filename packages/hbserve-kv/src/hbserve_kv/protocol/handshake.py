@@ -1,0 +1,76 @@
+"""What the two ends of a link tell each other first, and what they conclude: that their KV means the same, and which
+transport carries it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from hbserve_kv.errors import FingerprintMismatch
+from hbserve_kv.memory.heads import HeadRange
+from hbserve_kv.protocol import messages
+from hbserve_kv.protocol.messages import Handshake
+from hbserve_kv.transports.base import Transport
+from hbserve_rpc import InvalidAddress, InvalidRequest, parse_address
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What one instance is."""
+
+    rank: int
+    epoch: str
+    fingerprint: dict[str, str | int]
+    heads: HeadRange
+
+
+def check(hello: Handshake, me: Identity) -> HeadRange:
+    """The heads that both have.
+
+    Raises:
+        InvalidRequest: a field of the fingerprint differs, or they have no head in common; says which, and both values.
+            Or the address is none.
+    """
+    try:
+        parse_address(hello.address)
+    except InvalidAddress as error:
+        raise InvalidRequest(f"address={error}") from None
+    mine = me.fingerprint | {"protocol": messages.PROTOCOL_VERSION, "num_kv_heads": me.heads.total}
+    theirs = hello.fingerprint | {"protocol": hello.protocol_version, "num_kv_heads": hello.heads.total}
+    for name in sorted(mine.keys() | theirs.keys()):
+        if mine.get(name) != theirs.get(name):
+            raise _mismatch(name, theirs.get(name), hello.rank, mine.get(name), me.rank)
+    common = me.heads.common(hello.heads)
+    if common is None:
+        raise _mismatch("heads", list(hello.heads.heads()), hello.rank, list(me.heads.heads()), me.rank)
+    return common
+
+
+def _mismatch(name: str, theirs: object, their_rank: int, mine: object, my_rank: int) -> InvalidRequest:
+    return InvalidRequest(
+        f"{FingerprintMismatch.__name__}: {name} is {theirs!r} on rank {their_rank} and {mine!r} on rank {my_rank}"
+    )
+
+
+def choose_transport(
+    hello: Handshake, transports: Mapping[str, Transport], rank: int
+) -> tuple[Transport, dict[str, str]]:
+    """The sender's best offer that works from here too, and why better ones do not.
+
+    Raises:
+        InvalidRequest: none does; says why for each.
+    """
+    passed_over = {}
+    for name, description in hello.offers.items():
+        if name not in transports:
+            passed_over[name] = f"rank {rank} does not have it"
+        elif reason := transports[name].unreachable(description):
+            passed_over[name] = reason
+        else:
+            return transports[name], passed_over
+    if not hello.offers.keys() & transports.keys():
+        raise _mismatch("kv_transfer.backend", _names(hello.offers), hello.rank, _names(transports), rank)
+    reasons = "; ".join(f"{name}: {reason}" for name, reason in passed_over.items())
+    raise InvalidRequest(f"no transport connects rank {hello.rank} and rank {rank}: {reasons}")
+
+
+def _names(transports: Mapping[str, object]) -> str:
+    return ", ".join(transports)

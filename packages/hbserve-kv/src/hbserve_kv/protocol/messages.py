@@ -1,0 +1,144 @@
+"""The control messages between two KVTransferManagers, over hbserve_rpc. The sender of the data is the client.
+
+sender                                              receiver
+  LINK(fingerprint, epoch, offers)  ───stream───▶   once per pair; open as long as both live
+                                    ◀────────────   LinkReply(transport, description), then Cancelled(transfer id) …
+  BEGIN(transfer id)                ────call────▶   answered by Accepted(blocks)
+  PARTS(what comes next)            ───notify───▶   two-sided transports only: the receiver takes them in this order
+  COMMIT(payload)                   ────call────▶   answered when all parts have landed and the receiver has taken it;
+                                                    two-sided: asked when all are announced, not when they have moved
+  ABANDON(reason, drained)          ────call────▶   instead of COMMIT
+
+`link` names one life of both sides: the sender draws it, the receiver learns it with the sender's epoch and forgets it
+when the stream ends. So a message of an earlier life, of either side, names a link that nobody knows.
+
+What was announced is sent, and what is sent over a two-sided transport must be taken: a part that the receiver cannot
+take ends the link. It says why by Cancelled, and ends the stream, so that the sender ends a send that nobody takes.
+"""
+
+from typing import Any
+
+import msgspec
+
+from hbserve_kv.memory.heads import HeadRange
+from hbserve_kv.memory.memory import Region
+from hbserve_rpc import Method, Notification, StreamMethod
+
+PROTOCOL_VERSION = 4
+
+
+class Grant(msgspec.Struct, frozen=True, tag=True):
+    """Made by the receiver, read by the sender; opaque to whoever carries it."""
+
+    transfer_id: str
+    address: str
+    """`host:port` of the receiver's control server."""
+    epoch: str
+    heads: HeadRange
+    """KV heads that the receiver's blocks hold."""
+
+
+class Handshake(msgspec.Struct, frozen=True, tag=True):
+    protocol_version: int
+    rank: int
+    epoch: str
+    address: str
+    fingerprint: dict[str, str | int]
+    heads: HeadRange
+    offers: dict[str, bytes]
+    """Transports that the sender can use, best first, each with its `describe()`."""
+    link: str
+
+
+class LinkReply(msgspec.Struct, frozen=True, tag=True):
+    rank: int
+    epoch: str
+    heads: HeadRange
+    transport: str
+    """The first of the offers that the receiver can use too."""
+    description: bytes
+    passed_over: dict[str, str]
+    """Better offers, and why they were not taken."""
+
+
+class Cancelled(msgspec.Struct, frozen=True, tag=True):
+    """The receiver gives a transfer up."""
+
+    transfer_id: str
+    reason: str
+
+
+class Begin(msgspec.Struct, frozen=True, tag=True):
+    """Opens a transfer. `num_bytes` is set for one that the receiver did not grant: it goes to the lookup buffer."""
+
+    transfer_id: str
+    link: str
+    num_bytes: int | None = None
+
+
+class Accepted(msgspec.Struct, frozen=True, tag=True):
+    """Now the sender may write."""
+
+    region: Region
+    block_ids: list[int]
+    checksum: bool
+    """The receiver wants a checksum of each block in the commit."""
+
+
+class AnnouncedPart(msgspec.Struct, frozen=True, array_like=True):
+    index: int
+    first: int
+    """Blocks [first, first + num_blocks) of those that were granted."""
+    num_blocks: int
+
+    @property
+    def end(self) -> int:
+        return self.first + self.num_blocks
+
+
+class PartsAnnounced(msgspec.Struct, frozen=True, tag=True):
+    transfer_id: str
+    link: str
+    parts: list[AnnouncedPart]
+
+
+class Commit(msgspec.Struct, frozen=True, tag=True):
+    transfer_id: str
+    link: str
+    num_parts: int
+    num_bytes: int
+    time_s: float
+    """In which parts were moving; of a two-sided transport the receiver measures that."""
+    payload: bytes
+    checksums: dict[int, int] = {}
+    """By position among the granted blocks; see `hbserve_kv.protocol.checksum`."""
+
+
+class Abandon(msgspec.Struct, frozen=True, tag=True):
+    transfer_id: str
+    link: str
+    reason: str
+    drained: bool
+    """The sender writes no more to this transfer's blocks."""
+    in_kernel: bool = False
+    """What the sender's system has taken already may still arrive for a moment."""
+
+
+class Alive(msgspec.Struct, frozen=True, tag=True):
+    """What an instance says of itself as a sender."""
+
+    epoch: str
+    writing: list[str]
+    """Links over which it may still write."""
+
+
+class Nothing(msgspec.Struct, frozen=True, tag=True):
+    pass
+
+
+LINK: StreamMethod[Handshake, Any] = StreamMethod("kv.link", Handshake, LinkReply | Cancelled)
+BEGIN: Method[Begin, Accepted] = Method("kv.begin", Begin, Accepted)
+PARTS: Notification[PartsAnnounced] = Notification("kv.parts", PartsAnnounced)
+COMMIT: Method[Commit, Nothing] = Method("kv.commit", Commit, Nothing)
+ABANDON: Method[Abandon, Nothing] = Method("kv.abandon", Abandon, Nothing)
+ALIVE: Method[Nothing, Alive] = Method("kv.alive", Nothing, Alive)

@@ -1,0 +1,160 @@
+"""Failed transfers whose blocks may still be written, and how it becomes sure that they are not.
+
+A sender says so itself (ABANDON). From one that was lost the transport takes what it writes with, if it can: see
+`Transport.revoke`. Else the sender is asked (ALIVE), in case its word was lost. If its process is gone it writes no
+more; if it only does not answer it may go on writing, so its transfers become UNKNOWN, and their blocks wait until it
+answers, or is gone. That may be never: no time is long enough to know that a process which was paused does not go on.
+So a warning says what is out of use, and because of whom, again and again.
+"""
+
+import asyncio
+import contextlib
+import logging
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from hbserve_kv.protocol import messages
+from hbserve_kv.protocol.transfer_state import State
+from hbserve_kv.receiving.transfer import Incoming, IncomingLink
+from hbserve_rpc import HBServeRpcError, RpcClient, parse_address
+
+logger = logging.getLogger(__name__)
+
+GRACE_S = 1.0
+"""After a sender has ended, what its system had taken already may still arrive for a moment."""
+CHECK_INTERVAL_S = 0.5
+ANSWER_TIMEOUT_S = 1.0
+FIRST_REMINDER_S, LONGEST_PAUSE_S = 60.0, 3600.0
+"""When it is said again that blocks are out of use, and then each time after twice as long, up to this."""
+
+
+@dataclass
+class Reminder:
+    """When to say again that blocks are out of use: at once, and then more and more rarely. Time is the caller's."""
+
+    began_s: float
+    due_s: float = -math.inf
+    pause_s: float = field(default_factory=lambda: FIRST_REMINDER_S)
+
+    def is_due(self, now_s: float) -> bool:
+        if now_s < self.due_s:
+            return False
+        self.due_s, self.pause_s = now_s + self.pause_s, min(2 * self.pause_s, LONGEST_PAUSE_S)
+        return True
+
+
+class Quarantine:
+    """Follows failed transfers until they are drained."""
+
+    def __init__(self, *, longest_s: float, on_revoked: Callable[[set[str], str], None]) -> None:
+        """`longest_s`: how long a sender that answers may take to end what it was writing. `on_revoked` is called with
+        the keys of links over which nothing lands any more, and why."""
+        self._longest_s = longest_s
+        self._on_revoked = on_revoked
+        self._tasks: dict[Incoming, asyncio.Task[None]] = {}
+        self._asking: set[asyncio.Task[bool]] = set()
+
+    def __len__(self) -> int:
+        return len(self._tasks)
+
+    @property
+    def num_blocks(self) -> int:
+        return sum(len(each.block_ids) for each in self._tasks)
+
+    def find(self, transfer_id: str, link: str) -> Incoming | None:
+        found = (each for each in self._tasks if each.transfer_id == transfer_id and link in each.links)
+        return next(found, None)
+
+    def of_link(self, link: str) -> list[Incoming]:
+        return [each for each in self._tasks if link in each.links]
+
+    def watch(self, incoming: Incoming) -> None:
+        """Follow it, unless it is drained or followed already."""
+        if incoming not in self._tasks and not incoming.drained.is_set():
+            task = asyncio.create_task(self._wait_until_drained(incoming))
+            self._tasks[incoming] = task
+            task.add_done_callback(lambda _: self._tasks.pop(incoming))
+
+    async def close(self) -> None:
+        """End, and wake who waits for what is not drained."""
+        followed = dict(self._tasks)
+        for task in followed.values():
+            task.cancel()
+        await asyncio.gather(*followed.values(), return_exceptions=True)
+        for incoming in followed:
+            incoming.drained.set()
+        await asyncio.gather(*self._asking, return_exceptions=True)
+
+    async def _wait_until_drained(self, incoming: Incoming) -> None:
+        state, loop = incoming.state, asyncio.get_running_loop()
+        reminder = Reminder(loop.time())
+        deadline_s = reminder.began_s + self._longest_s
+        while not incoming.drained.is_set():
+            writing = [incoming.links[key] for key in state.restless]
+            lost = [link for link in writing if not link.is_connected and link.transport.one_sided]
+            is_late = loop.time() > deadline_s
+            for link in writing if is_late else lost:
+                if await self.revoke(link) or (link in lost and await self._ask(link)):
+                    state.sender_drained(link.link.key)
+            # The deadline counts from when a sender stopped answering: a link is lost by that.
+            if lost or (writing and is_late):
+                state.give_up()
+            if state.state is State.UNKNOWN and reminder.is_due(loop.time()):
+                _warn(incoming, loop.time() - reminder.began_s)
+            incoming.settle()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(CHECK_INTERVAL_S):
+                    await incoming.drained.wait()
+
+    async def revoke(self, link: IncomingLink) -> bool:
+        """Whether nothing lands over the link any more: it was taken from the sender, which may be there or not."""
+        try:
+            revoked = await link.transport.revoke(link.link)
+        except Exception:  # whatever a backend raised; the sender can still be asked
+            logger.exception("what a sender writes with could not be taken from it")
+            return False
+        self._on_revoked(revoked, "a sender that was lost had to be kept from writing")
+        return bool(revoked)
+
+    async def _ask(self, link: IncomingLink) -> bool:
+        # A task of its own: a client that is cancelled while it closes would leave its socket behind.
+        asking = asyncio.create_task(has_ended(link))
+        self._asking.add(asking)
+        asking.add_done_callback(self._asking.discard)
+        if not await asyncio.shield(asking):
+            return False
+        await asyncio.sleep(GRACE_S)
+        return True
+
+
+def _warn(incoming: Incoming, since_s: float) -> None:
+    senders = " and ".join(incoming.links[key].hello.address for key in incoming.state.restless)
+    logger.warning(
+        "transfer %s: its %d blocks are out of use since it failed %.0f s ago: %s may still write to them, and does "
+        "not answer. They come back when it does, when its host says that it is gone, or by a restart here.",
+        incoming.transfer_id, len(incoming.block_ids), since_s, senders,
+    )  # fmt: skip
+
+
+async def has_ended(lost: IncomingLink) -> bool:
+    """Whether nobody writes over this link any more. A frozen process may, so only these are answers:
+
+    its host says that nothing listens there, or the process that does says that it is another life, or that it has
+    ended the link.
+    """
+    try:
+        async with asyncio.timeout(ANSWER_TIMEOUT_S):
+            _, writer = await asyncio.open_connection(*parse_address(lost.hello.address))
+    except ConnectionRefusedError:
+        return True
+    except (OSError, TimeoutError):
+        return False
+    writer.close()
+    try:
+        async with RpcClient(lost.hello.address, heartbeat_timeout_s=ANSWER_TIMEOUT_S) as client:
+            alive = await client.call(messages.ALIVE, messages.Nothing(), timeout_s=ANSWER_TIMEOUT_S)
+    except HBServeRpcError as error:
+        logger.debug("%s does not say what it writes: %s", lost.hello.address, error)
+        return False
+    return alive.epoch != lost.hello.epoch or lost.link.key not in alive.writing

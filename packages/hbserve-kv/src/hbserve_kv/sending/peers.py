@@ -1,0 +1,129 @@
+"""The peers that one instance sends to: they come, go, are restarted and freeze, each without touching the others."""
+
+import asyncio
+import time
+from collections.abc import Callable, Mapping
+
+from hbserve_kv.config import GOODBYE_TIMEOUT_S
+from hbserve_kv.errors import FingerprintMismatch, TransferFailed
+from hbserve_kv.protocol import messages
+from hbserve_kv.protocol.handshake import Identity
+from hbserve_kv.sending.breaker import Breaker
+from hbserve_kv.sending.connection import Connection, connect
+from hbserve_kv.transports.base import Transport
+from hbserve_rpc import HBServeRpcError
+
+
+class Peers:
+    """One connection per peer that is there; nothing of those that are gone, but when to try them again."""
+
+    def __init__(
+        self, me: Identity, my_address: Callable[[], str], transports: Mapping[str, Transport], timeout_s: float
+    ) -> None:
+        self._me = me
+        self._my_address = my_address
+        self._transports = transports
+        self._timeout_s = timeout_s
+        self.connections: dict[str, Connection] = {}
+        self._connecting: dict[str, asyncio.Task[Connection]] = {}
+        self._breakers: dict[tuple[str, str], Breaker] = {}
+        self._closing: dict[asyncio.Task[None], Connection] = {}
+        self._not_quiet: set[Connection] = set()
+        self._closed = False
+
+    async def connection(self, address: str, epoch: str) -> Connection:
+        """The connection to the peer at `address` in its life `epoch`, or in any life if that is "".
+
+        Raises:
+            FingerprintMismatch: the peer's KV means something else.
+            TransferFailed: it is not there, or is another life; or it was not there a moment ago.
+        """
+        while (found := self.connections.get(address)) is not None:
+            if epoch in ("", found.epoch):
+                return found
+            if await self._is_old(found, epoch):
+                break
+            found.lose(f"{address} was restarted")
+        found = found or await self._shared_attempt(address, epoch)
+        if epoch not in ("", found.epoch):
+            raise TransferFailed(f"{address} was restarted since it granted this")
+        return found
+
+    async def _is_old(self, found: Connection, epoch: str) -> bool:
+        """Whether `epoch` is of the past, and not `found`: a healthy connection must survive an old grant."""
+        try:
+            alive = await found.client.call(messages.ALIVE, messages.Nothing(), timeout_s=self._timeout_s)
+        except HBServeRpcError:
+            return False
+        return alive.epoch == found.epoch
+
+    async def _shared_attempt(self, address: str, epoch: str) -> Connection:
+        if self._closed:
+            raise TransferFailed("the sender was closed")
+        if address not in self._connecting:
+            breaker = self._breakers.get((address, epoch))
+            if breaker is not None and (refusal := breaker.refusal(time.monotonic())):
+                raise TransferFailed(f"no connection to {address}: it {refusal}")
+            task = asyncio.create_task(self._attempt(address, epoch))
+            self._connecting[address] = task
+            task.add_done_callback(lambda done: self._attempted(address, done))
+        attempt, me = self._connecting[address], asyncio.current_task()
+        try:
+            return await asyncio.shield(attempt)
+        except asyncio.CancelledError:
+            if attempt.cancelled() and me is not None and not me.cancelling():
+                raise TransferFailed("the sender was closed") from None
+            raise
+
+    def _attempted(self, address: str, done: asyncio.Task[Connection]) -> None:
+        del self._connecting[address]
+        if not done.cancelled():
+            done.exception()  # whoever waited has it; if nobody does any more, the breaker still has
+
+    async def _attempt(self, address: str, epoch: str) -> Connection:
+        try:
+            made = await connect(address, self._me, self._my_address(), self._transports, self._timeout_s)
+        except FingerprintMismatch:
+            raise  # it answers, so there is nothing to wait for
+        except TransferFailed as error:
+            self._failed((address, epoch), str(error))
+            raise
+        self._breakers.pop((address, epoch), None)
+        self.connections[address] = made
+        self._not_quiet.add(made)
+        made.on_lost = lambda: self._lost(address, made)
+        return made
+
+    def _failed(self, key: tuple[str, str], error: str) -> None:
+        now_s = time.monotonic()
+        self._breakers = {each: breaker for each, breaker in self._breakers.items() if not breaker.is_stale(now_s)}
+        self._breakers.setdefault(key, Breaker()).failed(error, now_s)
+
+    def _lost(self, address: str, lost: Connection) -> None:
+        del self.connections[address]
+        self.writing()  # forgets those that are quiet by now
+        task = asyncio.create_task(lost.close(lost.lost))
+        self._closing[task] = lost
+        task.add_done_callback(self._closing.pop)
+
+    def writing(self) -> list[str]:
+        """Keys of the links over which this side may still write, also of those that were lost."""
+        self._not_quiet = {each for each in self._not_quiet if not each.quiet.is_set()}
+        return [each.link.key for each in self._not_quiet]
+
+    async def close(self) -> None:
+        """Lose every connection; returns when nothing is left of them.
+
+        A peer that does not answer, because it is dead or frozen, is not waited for: it finds out by itself.
+        """
+        self._closed = True
+        for attempt in list(self._connecting.values()):
+            attempt.cancel()
+        await asyncio.gather(*self._connecting.values(), return_exceptions=True)
+        for connection in list(self.connections.values()):
+            connection.lose("the sender was closed")
+        closing = dict(self._closing)
+        if closing:
+            await asyncio.wait(closing, timeout=GOODBYE_TIMEOUT_S)
+            await asyncio.gather(*(connection.hang_up() for task, connection in closing.items() if not task.done()))
+        await asyncio.gather(*closing, return_exceptions=True)

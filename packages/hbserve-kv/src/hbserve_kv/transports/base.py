@@ -1,0 +1,159 @@
+"""How bytes move between two instances, once both know which blocks: the part in which backends differ."""
+
+import asyncio
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, TypeVar
+
+from hbserve_kv.memory.heads import HeadSlice
+from hbserve_kv.memory.memory import Memory, Region
+
+T = TypeVar("T")
+
+GPU_PART_BYTES = 1 << 30
+"""For `max_part_bytes` of transports that move GPU memory: to wait for the end of a part takes two changes of thread
+and a round of the device, in which more than 64 MiB could move."""
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(eq=False)
+class Link:
+    """One direction between two instances, in one life of both: parts go over it one after the other."""
+
+    key: str
+    """Names the pair on both sides; never used again, so that a new life of a peer gets a new link."""
+    is_sender: bool
+    peer_rank: int
+    peer_description: bytes
+    """The peer's `Transport.describe()`; on the sender what the receiver's `admit` returned."""
+    heads: HeadSlice | None = None
+    """Of this side's blocks, the heads that both sides hold; None: all, so that whole blocks are moved."""
+    peer_heads: HeadSlice | None = None
+    """The same heads among those of the peer's blocks."""
+    peer_num_heads: int = 1
+    """Heads in the peer's blocks."""
+    detail: str = ""
+    """Set by `connect`: what really carries the bytes, for people to read."""
+    executor: ThreadPoolExecutor = field(init=False)
+    """Where blocking I/O of this link runs: a peer that hangs stops nobody else."""
+
+    def __post_init__(self) -> None:
+        self.executor = ThreadPoolExecutor(1, thread_name_prefix=f"kv-{self.key[:8]}")
+
+    async def idle(self) -> None:
+        """Wait until the link's thread has nothing to do."""
+        await self.run(lambda: None)
+
+    async def run(self, blocking: Callable[..., T], *arguments: Any) -> T:
+        """Run in the link's thread. Cancelling the caller does not stop the thread: it waits for it."""
+        # Not run_in_executor: what it returns can be cancelled, and a shield around that costs a turn of the loop.
+        future, finished = self.executor.submit(blocking, *arguments), asyncio.Event()
+        loop = asyncio.get_running_loop()
+        future.add_done_callback(lambda _: loop.is_closed() or loop.call_soon_threadsafe(finished.set))
+        try:
+            await finished.wait()
+        except asyncio.CancelledError:
+            # Bytes may move until the thread returns, and whoever cancels must know when they have stopped.
+            await finished.wait()
+            if (error := future.exception()) is not None:
+                logger.debug("a cancelled operation of link %s failed: %s", self.key[:8], error)
+            raise
+        return future.result()
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some blocks of one transfer. `block_ids` are this side's blocks, `target_block_ids` known to both."""
+
+    transfer_id: str
+    index: int
+    region: Region
+    """Region of the blocks on the side that uses this part."""
+    block_ids: list[int]
+    target_region: Region = "pool"
+    target_block_ids: list[int] = field(default_factory=list)
+    ready: Any = None
+    """CUDA event after which the source blocks may be read; None on the CPU."""
+
+
+class Transport(ABC):
+    """Moves the blocks of parts over links. All methods run in the manager's event loop and must not block it.
+
+    A link's parts are moved one after the other, in the same order on both sides. If a part fails, and the transport
+    is two-sided or raised DrainUnknown, the link is disconnected and never used again.
+    """
+
+    name: ClassVar[str]
+    one_sided: ClassVar[bool]
+    """True: `push` writes into the peer's memory without its help, and `accept` is never called."""
+    max_part_bytes = 64 << 20
+    """A larger push is cut into parts: this bounds the staging memory of two-sided transports, and what still moves
+    after a transfer was given up."""
+
+    @abstractmethod
+    async def start(self, memory: Memory) -> None:
+        """Make `memory` ready to send from and receive into.
+
+        Raises:
+            BackendUnavailable: a library or device is missing.
+        """
+
+    @abstractmethod
+    def describe(self) -> bytes:
+        """What a peer's `unreachable` needs, and its `connect` unless `admit` says otherwise."""
+
+    def unreachable(self, description: bytes) -> str:
+        """Why the peer with this `describe()` cannot be reached by this transport; "" if it can, as far as is known."""
+        return ""
+
+    @abstractmethod
+    async def connect(self, link: Link) -> None:
+        """Make the link usable. Called on the sender, and for two-sided transports on both sides at the same time."""
+
+    @abstractmethod
+    async def push(self, link: Link, part: Part) -> None:
+        """Sender: move a part. Returns when its source blocks are no longer read; one-sided: and its bytes have landed.
+
+        Two-sided: is cancelled, and `disconnect` called, when the receiver does not take it.
+
+        Raises:
+            Exception: the part has failed, and nothing of it is read or lands any more. `DrainUnknown` if it may.
+        """
+
+    async def accept(self, link: Link, part: Part) -> None:
+        """Receiver, two-sided only: take a part into `part.block_ids`. However it ends, nothing lands afterwards.
+
+        Is cancelled, and `disconnect` called, when nothing comes in time or the link is lost.
+        """
+        raise NotImplementedError(f"{self.name} is one-sided")
+
+    async def admit(self, link: Link) -> bytes:
+        """Receiver: make ready for what comes over the link; returns what the sender's `connect` needs."""
+        return self.describe()
+
+    async def revoke(self, link: Link) -> set[str]:
+        """Receiver, one-sided only: take from the sender what it writes with, whatever it says or does.
+
+        Returns the keys of the links over which nothing lands any more, nor what some system has taken: this one, and
+        those that went with it. None, as here, if that cannot be: then the sender is asked, and waited for.
+        """
+        return set()
+
+    @abstractmethod
+    async def disconnect(self, link: Link) -> None:
+        """Forget the link; what waits on it fails soon. Returns once nothing of it is read or written by this side.
+
+        May be called twice, and for a link that was never connected. May take long; callers wait in the background.
+        """
+
+    @abstractmethod
+    async def close(self) -> None:
+        """Leave nothing behind."""
+
+
+class DrainUnknown(Exception):
+    """A push failed, and bytes may still be read or land, until `disconnect` has returned."""

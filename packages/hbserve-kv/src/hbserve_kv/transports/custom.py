@@ -1,0 +1,69 @@
+"""Carries parts by a KVTransferBase of somebody else: one send and one receive for each part."""
+
+import inspect
+from typing import Any
+
+import torch
+
+from hbserve_kv.base import KVTransferBase
+from hbserve_kv.errors import BackendUnavailable
+from hbserve_kv.memory.memory import Memory, gather, scatter
+from hbserve_kv.transports.base import Link, Part, Transport
+
+
+class CustomTransport(Transport):
+    one_sided = False
+
+    def __init__(self, backend: KVTransferBase, name: str) -> None:
+        self.name = name  # type: ignore[misc]  # a constant of the class for built-in ones, of the object here
+        self._backend = backend
+
+    async def start(self, memory: Memory) -> None:
+        """Raises BackendUnavailable if it describes itself by something else than bytes."""
+        self._memory = memory
+        await self._call("start")
+        self.describe()
+
+    def describe(self) -> bytes:
+        description = self._backend.describe()
+        if not isinstance(description, bytes):
+            raise BackendUnavailable(f"{self.name}.describe() returned {description!r}; it must return bytes")
+        return description
+
+    async def connect(self, link: Link) -> None:
+        await self._call("connect", link.peer_rank, link.peer_description)
+
+    async def push(self, link: Link, part: Part) -> None:
+        if part.ready is not None:
+            await link.run(part.ready.synchronize)
+        blocks = gather(self._memory.part(part.region, link.heads), part.block_ids).flatten(1)
+        await self._call("send_kv_cache", _message_id(link, part), blocks, link.peer_rank)
+
+    async def accept(self, link: Link, part: Part) -> None:
+        blocks = await self._call("receive_kv_cache", _message_id(link, part), link.peer_rank)
+        rows = self._memory.part(part.region, link.heads)
+        expected = len(part.block_ids) * rows[0].numel()
+        if not isinstance(blocks, torch.Tensor) or blocks.nbytes != expected:
+            what = f"a tensor of {blocks.nbytes} bytes" if isinstance(blocks, torch.Tensor) else repr(blocks)
+            raise ValueError(
+                f"{self.name}.receive_kv_cache({_message_id(link, part)!r}, {link.peer_rank}) returned {what}; it must "
+                f"return the torch.Tensor of {expected} bytes that send_kv_cache got there for the same request_id"
+            )
+        scatter(rows, part.block_ids, blocks.contiguous().view(-1).view(torch.uint8).to(rows.device))
+
+    async def _call(self, method: str, *arguments: Any) -> Any:
+        result = getattr(self._backend, method)(*arguments)
+        if not inspect.isawaitable(result):
+            raise TypeError(f"{self.name}.{method} returned {result!r} and no coroutine; write it with `async def`")
+        return await result
+
+    async def disconnect(self, link: Link) -> None:
+        """The backend knows ranks, not links; it hears of a new peer by `connect`."""
+
+    async def close(self) -> None:
+        await self._backend.close()
+
+
+def _message_id(link: Link, part: Part) -> str:
+    """Never used again: a transfer id may be, after a failure or a restart."""
+    return f"{part.transfer_id}:{part.index}:{link.key}"

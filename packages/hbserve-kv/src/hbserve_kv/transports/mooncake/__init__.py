@@ -1,0 +1,1 @@
+"""One-sided writes of Mooncake's TransferEngine."""

@@ -1,0 +1,183 @@
+"""The few Mooncake engines of one instance that write, and the few that are written through, each shared by a group of
+links.
+
+An engine registers the whole memory and on RDMA opens every network card, so 64 peers must not need 64. But what goes
+wrong with one peer concerns its engine, so the others of its group have to be got out of there:
+- While an engine meets a peer for the first time it holds a mutex that every write needs, for a minute if that peer
+  has just frozen. Meanwhile writes wait here, where they can turn to another engine.
+- A write that failed may go on until its engine ends.
+- What a sender's system has taken of a write lands whenever its network lets it, unless the engine ends through which
+  it would land. That takes it from the others of the group too.
+In all cases the engine is condemned: nothing new is begun with it, its links move to another one with their next
+write, and it ends after its last call. An engine remembers what it was told of a peer, and has no call to forget it; so
+it is not used again for a session that has failed.
+"""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from hbserve_kv.transports.base import Link
+from hbserve_kv.transports.mooncake.own_sockets import look_every
+from hbserve_rpc import format_address
+
+logger = logging.getLogger(__name__)
+
+MOST_ENGINES = 4
+MOST_RECEIVING_ON_TCP = 64
+"""There an engine is cheap, so that each sender may have one to itself."""
+LONGEST_MEETING_S = 2.0
+LOOK_INTERVAL_S, LAST_LOOK_INTERVAL_S = 0.05, 0.005
+
+
+@dataclass(eq=False)
+class Engine:
+    """One engine and who uses it. Of the event loop."""
+
+    native: Any
+    """Mooncake's TransferEngine. Its attribute is deleted to end it."""
+    scratch: torch.Tensor
+    """Registered memory of its own, to try a peer with."""
+    loopback: str = "127.0.0.1"
+    failed: set[str] = field(default_factory=set)
+    """Sessions to which something has failed."""
+    condemned: str = ""
+    """Why nothing new is begun with it."""
+    num_calls: int = 0
+    is_open: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set unless it is meeting a peer; also set when it is condemned."""
+    ended: asyncio.Event = field(default_factory=asyncio.Event)
+    """It reads and writes nothing any more."""
+
+    def __post_init__(self) -> None:
+        self.is_open.set()
+        look_often(self.native, LOOK_INTERVAL_S)
+        # It waits for a second already; a probe by itself ends that.
+        self.native.send_probe(format_address(self.loopback, self.native.get_rpc_port()))
+
+
+class MooncakeEngines:
+    """Engines by the links that use them."""
+
+    def __init__(self, make: Callable[[], Engine]) -> None:
+        """`make` may take long and is called in a link's thread."""
+        self._make = make
+        self.most = MOST_ENGINES
+        self.keeps_unused = True
+        """For the next links. One always is."""
+        self._engines: list[Engine] = []
+        self._of: dict[str, Engine] = {}
+        """By link."""
+        self._choosing = asyncio.Lock()
+        self._ending: set[asyncio.Task[None]] = set()
+
+    def __len__(self) -> int:
+        return len(self._engines)
+
+    def of(self, link: Link) -> Engine | None:
+        return self._of.get(link.key)
+
+    async def join(self, link: Link, session: str) -> Engine:
+        """An engine for this link that is not meeting a peer at this moment."""
+        while True:
+            async with self._choosing:
+                self._of[link.key] = engine = await self._choose(link, session)
+            await engine.is_open.wait()
+            if not engine.condemned:
+                return engine
+
+    async def _choose(self, link: Link, session: str) -> Engine:
+        """The one with the fewest links; a new one if all are used and there may be more."""
+        self._of.pop(link.key, None)  # no `leave`: it may have the same one again
+        fit = [engine for engine in self._engines if session not in engine.failed]
+        best = min(fit, key=self._num_links, default=None)
+        if best is not None and (not self._num_links(best) or len(self._engines) >= self.most):
+            return best
+        if len(self._engines) >= self.most:
+            self.condemn(min(self._engines, key=self._num_links), f"every engine has failed with {session}")
+        made = await link.run(self._make)
+        self._engines.append(made)
+        return made
+
+    def prepare(self) -> None:
+        """Make the first one now, so that what is wrong with it is told now."""
+        self._engines.append(self._make())
+
+    def links_of(self, engine: Engine) -> set[str]:
+        """Keys of the links that use it."""
+        return {key for key, each in self._of.items() if each is engine}
+
+    def leave(self, link: Link) -> None:
+        left = self._of.pop(link.key, None)
+        if left in self._engines and len(self._engines) > 1 and not (self.keeps_unused or self.links_of(left)):
+            self.condemn(left, "nobody uses it")
+
+    def _num_links(self, engine: Engine) -> int:
+        return len(self.links_of(engine))
+
+    @asynccontextmanager
+    async def call(self, engine: Engine) -> AsyncIterator[None]:
+        """Keep the engine from ending meanwhile."""
+        engine.num_calls += 1
+        try:
+            yield
+        finally:
+            engine.num_calls -= 1
+            self._end_if_idle(engine)
+
+    @asynccontextmanager
+    async def meeting(self, engine: Engine) -> AsyncIterator[None]:
+        """An engine that is open meets a peer: others wait, and if it takes too long turn away."""
+        assert engine.is_open.is_set()
+        engine.is_open.clear()
+        loop = asyncio.get_running_loop()
+        watch = loop.call_later(LONGEST_MEETING_S, self.condemn, engine, "a peer does not answer it")
+        try:
+            async with self.call(engine):
+                yield
+        finally:
+            watch.cancel()
+            engine.is_open.set()
+
+    def condemn(self, engine: Engine, why: str) -> None:
+        """Begin nothing new with it, and end it when its calls have returned."""
+        if engine.condemned:
+            return
+        logger.debug("a Mooncake engine of %s links ends: %s", self._num_links(engine), why)
+        engine.condemned = why
+        self._engines.remove(engine)
+        engine.is_open.set()
+        self._end_if_idle(engine)
+
+    def _end_if_idle(self, engine: Engine) -> None:
+        if engine.condemned and not engine.num_calls and not engine.ended.is_set():
+            task = asyncio.create_task(end(engine))
+            self._ending.add(task)
+            task.add_done_callback(self._ending.discard)
+
+    async def close(self) -> None:
+        for engine in list(self._engines):
+            self.condemn(engine, "closed")
+        await asyncio.gather(*self._ending)
+
+
+async def end(engine: Engine) -> None:
+    """Returns when it has ended, which stops what it was writing. Nobody may be calling it."""
+    look_often(engine.native, LAST_LOOK_INTERVAL_S)
+    await asyncio.sleep(LOOK_INTERVAL_S)
+    await asyncio.to_thread(delattr, engine, "native")
+    engine.ended.set()
+
+
+def look_often(native: Any, interval_s: float) -> None:
+    """How often the engine's listening thread looks whether the engine ends.
+
+    The end waits for that thread, with Python's lock held. The thread looks whenever accept() returns, which Mooncake
+    lets wait for a second; there is no setting for it, but it is a property of the socket.
+    """
+    look_every(native.get_rpc_port(), interval_s)

@@ -1,0 +1,262 @@
+"""Mooncake's TransferEngine: the sender writes straight into the receiver's blocks.
+
+What its Python API makes necessary (read and measured on 0.3.13):
+- Only registered memory may be a source or target; over TCP an unregistered source works by accident. Both regions are
+  registered whole, in each engine, by the call that releases the GIL.
+- One engine holds one mutex while it opens a peer, for 60 s if that is frozen. So a peer is probed first, without the
+  mutex, and links that share an engine turn to another one: `mooncake_engines`.
+- A synchronous write returns -1 when it has timed out, or as soon as one of its pieces has failed; the others go on
+  and land. So that is `DrainUnknown`, and only the end of the engine stops it.
+- `protocol` does not choose the transport, and a wrong one falls back to TCP in silence. MC_FORCE_TCP is set for "tcp".
+- It connects either to IPv4 or to IPv6 addresses, as MC_USE_IPV6 had it when it was imported.
+- In P2P mode the port in the host name is ignored: the session is `host:get_rpc_port()`.
+"""
+
+import asyncio
+import json
+import logging
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import msgspec
+import torch  # Mooncake's CUDA wheels find libcudart through torch, which must come first
+
+from hbserve_kv.errors import BackendUnavailable
+from hbserve_kv.memory.memory import REGIONS, Memory, Region, pieces
+from hbserve_kv.transports.base import DrainUnknown, Link, Part, Transport
+from hbserve_kv.transports.mooncake.engines import MOST_RECEIVING_ON_TCP, Engine, MooncakeEngines, end
+from hbserve_kv.transports.mooncake.own_sockets import hang_up
+from hbserve_kv.transports.mooncake.setup import (
+    CONFIG_VARIABLE,
+    choose_ip_version,
+    import_engine,
+    load_config,
+    require_cuda_wheel,
+    why_no_rdma,
+)
+from hbserve_rpc import format_address, parse_address
+
+logger = logging.getLogger(__name__)
+
+HANG_UP_INTERVAL_S = 0.05
+SHORTEST_TIMEOUT_S = 5
+"""Mooncake takes no shorter one."""
+
+
+class Offer(msgspec.Struct, frozen=True):
+    """What the two sides compare first."""
+
+    carrier: str
+    """TCP or RDMA, as it was verified."""
+    ip_version: int
+
+
+class Description(msgspec.Struct, frozen=True):
+    """What a sender must know of a receiver."""
+
+    session: str
+    base: dict[str, int]
+    """Address of the first block of each region."""
+    num_blocks: dict[str, int]
+
+
+class MooncakeTransport(Transport):
+    name = "mooncake"
+    one_sided = True
+
+    def __init__(self, host: str, timeout_s: float) -> None:
+        # Read by Mooncake when it is imported.
+        os.environ.setdefault("MC_LOG_LEVEL", "ERROR")
+        self._config = load_config()
+        self._host = self._config.local_hostname or host
+        self._ip_version = choose_ip_version(self._host)
+        self._engine_class = import_engine()
+        self._timeout_s = max(timeout_s, SHORTEST_TIMEOUT_S)
+        self._engines = MooncakeEngines(self._make_engine)
+        """That write."""
+        self._receiving = MooncakeEngines(self._make_engine)
+        """Through which senders write."""
+        self._admitted: WeakKeyDictionary[Link, Engine] = WeakKeyDictionary()
+        """Through which engine a link's sender writes, and may go on to write after the link was lost."""
+        self._connected: set[str] = set()
+        self._unsure: dict[str, Engine] = {}
+        """By link, the engine that may go on with a write of it."""
+
+    async def start(self, memory: Memory) -> None:
+        self._memory = memory
+        if memory.device.type == "cuda":
+            require_cuda_wheel()
+        # Read by Mooncake when an engine is made; there is no argument for them.
+        os.environ.setdefault("MC_TRANSFER_TIMEOUT", str(int(self._timeout_s)))
+        if self._config.protocol == "tcp":
+            os.environ.setdefault("MC_FORCE_TCP", "1")
+        elif self._config.protocol == "rdma" and (reason := why_no_rdma()):
+            # Mooncake itself would use TCP, and say nothing.
+            raise BackendUnavailable(f'{CONFIG_VARIABLE}: protocol "rdma", but {reason}')
+        self._scout = self._make_engine(())
+        self._detail = self._verified_transport(self._scout.native)
+        if self._carrier == "TCP":
+            self._receiving.most, self._receiving.keeps_unused = MOST_RECEIVING_ON_TCP, False
+        self._receiving.prepare()
+        logger.info("mooncake: %s on %s", self._detail, self._host)
+
+    def _make_engine(self, regions: Sequence[Region] = REGIONS) -> Engine:
+        native = self._engine_class()
+        settings = self._config
+        if rc := native.initialize(self._host, settings.metadata_server, settings.protocol, settings.device_name):
+            raise BackendUnavailable(f"Mooncake does not start on {self._host!r} with {settings}: code {rc}")
+        scratch = torch.empty(4096, dtype=torch.uint8)
+        places = [rows for rows in (*map(self._memory.rows, regions), scratch) if rows.numel()]
+        sizes = [rows.nbytes for rows in places]
+        if rc := native.batch_register_memory([rows.data_ptr() for rows in places], sizes):
+            raise BackendUnavailable(f"Mooncake cannot register memory of {sizes} bytes: code {rc}")
+        return Engine(native, scratch, "::1" if self._ip_version == 6 else "127.0.0.1")
+
+    def _verified_transport(self, engine: Any) -> str:
+        """What this engine really uses, by what it found and not by what was asked for.
+
+        Raises:
+            BackendUnavailable: RDMA was asked for, and the engine has no network card for it.
+        """
+        if os.environ.get("MC_FORCE_TCP") == "1":
+            if self._config.protocol != "tcp":
+                raise BackendUnavailable(f"protocol {self._config.protocol!r} contradicts MC_FORCE_TCP=1; unset one")
+            return "TCP"
+        topology: dict[str, list[list[str]]] = json.loads(engine.get_local_topology() or "{}")
+        cards = {card for place in topology.values() for choices in place for card in choices}
+        if not cards:
+            if self._config.protocol == "rdma":
+                raise BackendUnavailable('protocol "rdma", but Mooncake found no network card for it on this machine')
+            return f"TCP ({self._config.protocol!r} was asked for)"
+        return f"RDMA over {', '.join(sorted(cards))}"
+
+    @property
+    def _carrier(self) -> str:
+        return self._detail.partition(" ")[0]
+
+    def describe(self) -> bytes:
+        return msgspec.msgpack.encode(Offer(self._carrier, self._ip_version))
+
+    async def admit(self, link: Link) -> bytes:
+        engine = self._admitted[link] = await self._receiving.join(link, "")
+        return msgspec.msgpack.encode(
+            Description(
+                format_address(self._host, engine.native.get_rpc_port()),
+                {region: self._memory.rows(region).data_ptr() for region in REGIONS},
+                {region: self._memory.rows(region).shape[0] for region in REGIONS},
+            )
+        )
+
+    async def revoke(self, link: Link) -> set[str]:
+        """Ends the engine through which the sender writes: its connections with it, and the keys of its memory."""
+        if link not in self._admitted:
+            return set()
+        engine = self._admitted[link]
+        others = self._receiving.links_of(engine)
+        self._receiving.condemn(engine, "a sender that was lost may still write")
+        await engine.ended.wait()
+        return {link.key, *others}
+
+    def unreachable(self, description: bytes) -> str:
+        theirs, mine = msgspec.msgpack.decode(description, type=Offer), Offer(self._carrier, self._ip_version)
+        both = [f"{each.carrier} by IPv{each.ip_version}" for each in (theirs, mine)]
+        return "" if theirs == mine else f"Mooncake uses {both[0]} there and {both[1]} here"
+
+    async def connect(self, link: Link) -> None:
+        link.detail = self._detail
+        await self._join(link)
+        self._connected.add(link.key)
+
+    async def _join(self, link: Link) -> Engine:
+        """Give the link an engine that knows its peer: a write then needs nothing of a peer that may have frozen."""
+        await self._ask(link, self._probe)
+        engine = await self._engines.join(link, _decode(link).session)
+        try:
+            async with self._engines.meeting(engine):
+                await self._ask(link, self._read_something, engine)
+        except BaseException:
+            self._engines.leave(link)
+            raise
+        return engine
+
+    async def _ask(self, link: Link, blocking: Callable[..., None], *arguments: Any) -> None:
+        """Run what waits for an answer of the peer: for a minute if it has frozen or its host has vanished, unless
+        whoever waits here is cancelled."""
+        asking = asyncio.ensure_future(link.run(blocking, *arguments, link))
+        try:
+            await asyncio.shield(asking)
+        except asyncio.CancelledError:
+            asking.cancel()  # which ends it when the call has returned
+            peer = parse_address(_decode(link).session)
+            while not asking.done():
+                hang_up(*peer)
+                await asyncio.wait([asking], timeout=HANG_UP_INTERVAL_S)
+            raise
+
+    def _probe(self, link: Link) -> None:
+        session = _decode(link).session
+        if rc := self._scout.native.send_probe(session):
+            raise ConnectionError(f"Mooncake cannot reach {session}: code {rc}")
+
+    def _read_something(self, engine: Engine, link: Link) -> None:
+        """So the engine knows the peer's memory, and the path of the data is known to work."""
+        peer = _decode(link)
+        if rc := engine.native.transfer_sync_read(peer.session, engine.scratch.data_ptr(), peer.base["pool"], 8):
+            engine.failed.add(peer.session)
+            raise ConnectionError(f"Mooncake cannot read from {peer.session}: code {rc}")
+
+    async def push(self, link: Link, part: Part) -> None:
+        engine = await self._engine_of(link)
+        async with self._engines.call(engine):
+            try:
+                await link.run(self._write, engine, link, part)
+            finally:  # whoever is cancelled must condemn it too
+                if self._unsure.get(link.key) is engine:
+                    self._engines.condemn(engine, "a write of it failed")
+
+    async def _engine_of(self, link: Link) -> Engine:
+        """One that knows the peer, and does not get to know another one at this moment."""
+        while link.key in self._connected:
+            engine = self._engines.of(link)
+            if engine is None or engine.condemned:
+                engine = await self._join(link)
+            await engine.is_open.wait()
+            if not engine.condemned:
+                return engine
+        raise ConnectionError("the link is closed")
+
+    def _write(self, engine: Engine, link: Link, part: Part) -> None:
+        if part.ready is not None:
+            part.ready.synchronize()
+        peer = _decode(link)
+        assert max(part.target_block_ids) < peer.num_blocks[part.target_region]
+        source, target = self._memory.rows(part.region).data_ptr(), peer.base[part.target_region]
+        moves = pieces(
+            self._memory, link.heads, link.peer_heads, link.peer_num_heads, part.block_ids, part.target_block_ids
+        )
+        addresses, targets, lengths = (
+            list(column)
+            for column in zip(*((source + mine, target + theirs, size) for mine, theirs, size in moves), strict=True)
+        )
+        rc = engine.native.batch_transfer_sync_write(peer.session, addresses, targets, lengths)
+        if rc:
+            self._unsure[link.key] = engine
+            raise DrainUnknown(f"Mooncake's write to {peer.session} failed with code {rc}; its bytes may still land")
+
+    async def disconnect(self, link: Link) -> None:
+        """An engine that ends stops reading its memory: measured, only what the kernel had taken still lands."""
+        self._connected.discard(link.key)
+        await link.idle()
+        self._engines.leave(link)
+        self._receiving.leave(link)
+        if engine := self._unsure.pop(link.key, None):
+            await engine.ended.wait()
+
+    async def close(self) -> None:
+        await asyncio.gather(self._engines.close(), self._receiving.close(), end(self._scout))
+
+
+def _decode(link: Link) -> Description:
+    return msgspec.msgpack.decode(link.peer_description, type=Description)

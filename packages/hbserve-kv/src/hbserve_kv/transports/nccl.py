@@ -1,0 +1,300 @@
+"""torch.distributed, one two-rank process group per link: NCCL between GPUs, else Gloo.
+
+Groups are made directly on a store that the receiver hosts, not by init_process_group: there is no world whose
+membership is fixed, no global default group, and peers come and go. Rank 0 of a group is the sender.
+
+What a part goes through:  blocks ─gather─▶ one tensor ─send─▶ recv ─▶ one tensor ─scatter─▶ blocks
+On a GPU the messages of a part overlap: one is gathered and one scattered while others are sent.
+On the CPU neighbouring blocks need neither, nor do large ones: see `_pieces`. All pieces of a part are on their way at
+once, and the last one is waited for first: to wake up for each would take the processor from Gloo's own thread.
+"""
+
+import asyncio
+import logging
+import os
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from dataclasses import dataclass
+from datetime import timedelta
+from threading import Thread
+from typing import Any, TypeVar
+
+import msgspec
+import torch
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore, Store
+
+from hbserve_kv.errors import BackendUnavailable
+from hbserve_kv.memory.memory import Memory, gather, neighbours, runs, scatter
+from hbserve_kv.transports.base import GPU_PART_BYTES, Link, Part, Transport
+from hbserve_rpc.address import look_up
+
+T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
+
+SENDER, RECEIVER = 0, 1
+PACKED_BYTES, LONGEST_BYTES = 1 << 20, 16 << 20
+NCCL_MESSAGE_BYTES, STAGED_MESSAGE_BYTES = 128 << 20, 32 << 20
+"""Of GPU memory. NCCL needs 0.07 ms for a message besides its bytes, in which 25 MB could move between two GPUs; pinned
+host memory, through which Gloo's go, is slow to make."""
+MESSAGES_AT_ONCE = 1
+"""And one more that is gathered or scattered: two messages are a link's staging memory."""
+TCPStore: Any = dist.TCPStore  # type: ignore[attr-defined]  # public, but not in the stubs' __all__
+
+
+class _Description(msgspec.Struct, frozen=True):
+    host: str
+    store_port: int
+    device: str
+    """"cpu", or the UUID of the GPU."""
+    ip_version: int
+
+
+@dataclass
+class _Group:
+    process_group: Any
+    on_gpu: bool
+    """The group moves GPU memory itself; otherwise GPU blocks are staged through host memory."""
+    stream: Any
+    """CUDA stream of the link's own, or None on the CPU."""
+
+
+class NcclTransport(Transport):
+    name = "nccl"
+    one_sided = False
+
+    def __init__(self, host: str, timeout_s: float) -> None:
+        if not dist.is_available() or not hasattr(dist, "ProcessGroupGloo"):
+            raise BackendUnavailable("kv_transfer.backend='nccl' needs a torch that was built with torch.distributed")
+        self._host = host
+        self._timeout = timedelta(seconds=timeout_s)
+        self._groups: dict[str, _Group] = {}
+
+    async def start(self, memory: Memory) -> None:
+        self._memory = memory
+        self._device = "cpu"
+        if memory.device.type == "cuda":
+            self._device = str(torch.cuda.get_device_properties(memory.device).uuid)
+            self.max_part_bytes = GPU_PART_BYTES
+        self._ip = await look_up(self._host)
+        self._store = TCPStore(self._host, 0, is_master=True, wait_for_workers=False, timeout=self._timeout)
+
+    def describe(self) -> bytes:
+        return msgspec.msgpack.encode(self._mine)
+
+    @property
+    def _mine(self) -> _Description:
+        return _Description(self._host, self._store.port, self._device, 6 if ":" in self._ip else 4)
+
+    def unreachable(self, description: bytes) -> str:
+        theirs, mine = _decode(description).ip_version, self._mine.ip_version
+        return (
+            "" if theirs == mine else f"one's address is of IPv{theirs}, the other's of IPv{mine}; Gloo needs the same"
+        )
+
+    async def connect(self, link: Link) -> None:
+        self._groups[link.key] = await _abandonable(self._make_group, link)
+
+    def _make_group(self, link: Link) -> _Group:
+        peer = _decode(link.peer_description)
+        receiver = peer if link.is_sender else self._mine
+        client = TCPStore(
+            receiver.host, receiver.store_port, is_master=False, wait_for_workers=False, timeout=self._timeout
+        )
+        store = PrefixStore(link.key, client)
+        rank = SENDER if link.is_sender else RECEIVER
+        on_gpu = self._device != "cpu" and peer.device != "cpu" and self._may_use_nccl(peer.device)
+        new_stream: Any = torch.cuda.Stream
+        stream: Any = new_stream(self._memory.device) if self._device != "cpu" else None
+        link.detail = "NCCL" if on_gpu else "Gloo"
+        if on_gpu:
+            with torch.cuda.device(self._memory.device):
+                process_group = self._make_nccl(store, rank)
+                with torch.cuda.stream(stream):
+                    _connect_nccl(process_group, link.is_sender, self._memory.device)
+                    stream.synchronize()
+                return _Group(process_group, True, stream)
+        return _Group(self._make_gloo(store, rank), False, stream)
+
+    def _may_use_nccl(self, peer_device: str) -> bool:
+        """NCCL refuses two ranks on one GPU, unless it is of 2.30 or newer and told so."""
+        return peer_device != self._device or os.environ.get("NCCL_MULTI_RANK_GPU_ENABLE") == "1"
+
+    def _make_nccl(self, store: Store, rank: int) -> Any:
+        options = dist.ProcessGroupNCCL.Options()
+        options._timeout = self._timeout
+        return dist.ProcessGroupNCCL(store, rank, 2, options)
+
+    def _make_gloo(self, store: Store, rank: int) -> Any:
+        gloo: Any = dist.ProcessGroupGloo
+        options = gloo._Options()
+        options._timeout = self._timeout
+        # Gloo would guess an interface from the host's name, which on many hosts is a loopback address.
+        options._devices = [gloo.create_device(hostname=self._ip)]
+        return gloo(store, rank, 2, options)
+
+    async def push(self, link: Link, part: Part) -> None:
+        group = self._group(link)
+        push = self._push_from_host if group.stream is None else self._push_from_gpu
+        await link.run(push, group, self._rows(link, part), part)
+
+    def _push_from_host(self, group: _Group, rows: torch.Tensor, part: Part) -> None:
+        sent = []
+        for start, end in _pieces(rows[0].numel(), part.target_block_ids):
+            blocks = gather(rows, part.block_ids[start:end])
+            sent.append((group.process_group.send([blocks], RECEIVER, 0), blocks))  # which must live until sent
+        for work, _ in reversed(sent):
+            work.wait()
+
+    def _push_from_gpu(self, group: _Group, rows: torch.Tensor, part: Part) -> None:
+        """A message is gathered while the one before it is sent."""
+        moving: deque[tuple[Any, torch.Tensor]] = deque()
+        with torch.cuda.stream(group.stream):
+            if part.ready is not None:
+                group.stream.wait_event(part.ready)
+            for start, end in _messages(group, rows, part.block_ids):
+                blocks = gather(rows, part.block_ids[start:end])
+                if not group.on_gpu:
+                    blocks = _staging(rows, end - start, False).copy_(blocks, non_blocking=True)
+                    group.stream.synchronize()
+                moving.append((group.process_group.send([blocks], RECEIVER, 0), blocks))
+                if len(moving) > MESSAGES_AT_ONCE:
+                    moving.popleft()[0].wait()
+            while moving:
+                moving.popleft()[0].wait()
+            group.stream.synchronize()
+
+    async def accept(self, link: Link, part: Part) -> None:
+        group = self._group(link)
+        accept = self._accept_on_host if group.stream is None else self._accept_on_gpu
+        await link.run(accept, group, self._rows(link, part), part)
+
+    def _accept_on_gpu(self, group: _Group, rows: torch.Tensor, part: Part) -> None:
+        """A message is scattered while the next one comes. Blocks that are neighbours are received in place."""
+        moving: deque[tuple[Any, torch.Tensor, list[int], bool]] = deque()
+
+        def land() -> None:
+            work, received, block_ids, is_there = moving.popleft()
+            work.wait()
+            if not is_there:
+                scatter(rows, block_ids, received.to(rows.device, non_blocking=True))
+
+        with torch.cuda.stream(group.stream):
+            for start, end in _messages(group, rows, part.block_ids):
+                block_ids = part.block_ids[start:end]
+                own = neighbours(rows, block_ids) if group.on_gpu else None
+                received = own if own is not None else _staging(rows, len(block_ids), group.on_gpu)
+                work = group.process_group.recv([received], SENDER, 0)
+                moving.append((work, received, block_ids, own is not None))
+                if len(moving) > MESSAGES_AT_ONCE:
+                    land()
+            while moving:
+                land()
+            group.stream.synchronize()
+
+    def _accept_on_host(self, group: _Group, rows: torch.Tensor, part: Part) -> None:
+        moving = []
+        for start, end in _pieces(rows[0].numel(), part.block_ids):
+            block_ids = part.block_ids[start:end]
+            own = neighbours(rows, block_ids)
+            blocks = own if own is not None else torch.empty((len(block_ids), *rows.shape[1:]), dtype=torch.uint8)
+            moving.append((group.process_group.recv([blocks], SENDER, 0), block_ids, blocks, own is not None))
+        for work, block_ids, blocks, is_there in moving:
+            if not is_there:
+                work.wait()
+                scatter(rows, block_ids, blocks)
+        for work, _, _, is_there in reversed(moving):
+            if is_there:
+                work.wait()
+
+    def _group(self, link: Link) -> _Group:
+        if link.key not in self._groups:
+            raise ConnectionError("the link is closed")
+        return self._groups[link.key]
+
+    def _rows(self, link: Link, part: Part) -> torch.Tensor:
+        return self._memory.part(part.region, link.heads)
+
+    async def disconnect(self, link: Link) -> None:
+        group = self._groups.pop(link.key, None)
+        if group is not None:
+            group.process_group.abort()
+        await link.idle()
+
+    async def close(self) -> None:
+        for group in self._groups.values():
+            group.process_group.abort()
+        self._groups.clear()
+        del self._store
+
+
+def _decode(description: bytes) -> _Description:
+    return msgspec.msgpack.decode(description, type=_Description)
+
+
+async def _abandonable(blocking: Callable[..., T], *arguments: Any) -> T:
+    """Run in a daemon thread of its own, which whoever is cancelled does not wait for.
+
+    A client of a store whose host is frozen waits until that goes on or is dead, whatever its timeout, and no call
+    ends that wait. It touches no block meanwhile.
+    """
+    outcome: Future[T] = Future()
+    outcome.set_running_or_notify_cancel()  # from now on it takes a result, whether or not anybody waits for it
+
+    def run() -> None:
+        try:
+            outcome.set_result(blocking(*arguments))
+        except BaseException as error:
+            outcome.set_exception(error)
+
+    Thread(target=run, name="kv-connect", daemon=True).start()
+    return await asyncio.wrap_future(outcome)
+
+
+def _pieces(block_bytes: int, target_block_ids: list[int]) -> Iterator[tuple[int, int]]:
+    """Positions [start, end) that are one message on the CPU. Both sides know the target, so both find the same.
+
+    A block of PACKED_BYTES or more is a message of its own, which neither side copies, whatever its neighbours are. Of
+    smaller ones a run that long is a message, which the receiver does not copy; the rest is packed.
+    """
+    if block_bytes >= PACKED_BYTES:
+        yield from ((i, i + 1) for i in range(len(target_block_ids)))
+        return
+    start = end = 0
+    for _, length in runs(target_block_ids):
+        if length * block_bytes >= PACKED_BYTES and start < end:
+            yield start, end
+            start = end
+        end += length
+        step = max(1, LONGEST_BYTES // block_bytes)
+        while end - start > step:
+            yield start, start + step
+            start += step
+        if (end - start) * block_bytes >= PACKED_BYTES:
+            yield start, end
+            start = end
+    if start < end:
+        yield start, end
+
+
+def _connect_nccl(process_group: Any, is_sender: bool, device: torch.device) -> None:
+    """NCCL connects at the first use, which takes longer than many a transfer."""
+    byte = [torch.zeros(1, dtype=torch.uint8, device=device)]
+    work = process_group.send(byte, RECEIVER, 0) if is_sender else process_group.recv(byte, SENDER, 0)
+    work.wait()
+
+
+def _messages(group: _Group, rows: torch.Tensor, block_ids: list[int]) -> Iterator[tuple[int, int]]:
+    """Positions [start, end) that are one message of GPU memory, the same on both sides."""
+    step = max(1, (NCCL_MESSAGE_BYTES if group.on_gpu else STAGED_MESSAGE_BYTES) // rows[0].numel())
+    return ((start, min(start + step, len(block_ids))) for start in range(0, len(block_ids), step))
+
+
+def _staging(rows: torch.Tensor, num_blocks: int, on_gpu: bool) -> torch.Tensor:
+    """Room for blocks, on the GPU or in pinned host memory."""
+    shape = (num_blocks, *rows.shape[1:])
+    if on_gpu:
+        return torch.empty(shape, dtype=torch.uint8, device=rows.device)
+    return torch.empty(shape, dtype=torch.uint8, pin_memory=True)

@@ -1,0 +1,84 @@
+"""From the name of a backend to its transports. Optional libraries are imported here, when they are asked for."""
+
+import importlib
+import logging
+from importlib.metadata import entry_points
+from typing import Any
+
+from hbserve_kv.base import KVTransferBase
+from hbserve_kv.config import KVTransferBackend, KVTransferConfig
+from hbserve_kv.errors import BackendUnavailable
+from hbserve_kv.transports.base import Transport
+
+ENTRY_POINT_GROUP = "hbserve_kv.backends"
+
+logger = logging.getLogger(__name__)
+
+
+def make_transports(config: KVTransferConfig, rank: int) -> list[Transport]:
+    """The transports of `config.backend`, best first: for "auto" those that this machine has, else one.
+
+    Raises:
+        BackendUnavailable: no such backend, or it cannot be imported; the message lists what there is.
+    """
+    if config.backend == KVTransferBackend.AUTO:
+        return _automatic(config)
+    if config.backend in set(KVTransferBackend):
+        return [_built_in(KVTransferBackend(config.backend), config)]
+    found = find_custom(config.backend)
+    if issubclass(found, Transport):
+        return [found()]
+    from hbserve_kv.transports.custom import CustomTransport
+
+    return [CustomTransport(found(rank, config.options), config.backend)]
+
+
+def _built_in(backend: KVTransferBackend, config: KVTransferConfig) -> Transport:
+    if backend is KVTransferBackend.NCCL:
+        from hbserve_kv.transports.nccl import NcclTransport
+
+        return NcclTransport(config.host, config.timeout_s)
+    if backend is KVTransferBackend.MOONCAKE:
+        from hbserve_kv.transports.mooncake.transport import MooncakeTransport
+
+        return MooncakeTransport(config.host, config.timeout_s)
+    from hbserve_kv.transports.ipc import IpcTransport
+
+    return IpcTransport()
+
+
+def _automatic(config: KVTransferConfig) -> list[Transport]:
+    from hbserve_kv.transports.mooncake.setup import why_no_rdma
+
+    transports = []
+    for backend in (KVTransferBackend.IPC, KVTransferBackend.MOONCAKE, KVTransferBackend.NCCL):
+        reason = why_no_rdma() if backend is KVTransferBackend.MOONCAKE else ""
+        try:
+            if not reason:
+                transports.append(_built_in(backend, config))
+        except BackendUnavailable as error:
+            reason = str(error)
+        if reason:
+            logger.info("kv_transfer.backend=auto: not %s: %s", backend.value, reason)
+    if not transports:
+        raise BackendUnavailable("kv_transfer.backend='auto': no backend works on this machine; see the log for why")
+    return transports
+
+
+def find_custom(name: str) -> type[Any]:
+    """The class, of KVTransferBase or Transport, that an entry point or `module:Class` names."""
+    found = entry_points(group=ENTRY_POINT_GROUP)
+    if name in found.names:
+        loaded = found[name].load()
+    elif ":" in name:
+        module, _, attribute = name.partition(":")
+        try:
+            loaded = getattr(importlib.import_module(module), attribute)
+        except (ImportError, AttributeError) as error:
+            raise BackendUnavailable(f"kv_transfer.backend={name!r}: {error}") from error
+    else:
+        there = sorted([*(backend.value for backend in KVTransferBackend), *found.names])
+        raise BackendUnavailable(f"kv_transfer.backend={name!r}: there are {there}, or 'module:Class' of your own")
+    if not (isinstance(loaded, type) and issubclass(loaded, KVTransferBase | Transport)):
+        raise BackendUnavailable(f"kv_transfer.backend={name!r}: expected a subclass of KVTransferBase, got {loaded!r}")
+    return loaded
