@@ -6,6 +6,7 @@ first message to its last block.
 
 import asyncio
 import logging
+import os
 import uuid
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from typing import Any
@@ -15,7 +16,6 @@ from hbserve_core.engine.engine import Engine
 from hbserve_core.engine.outputs import EngineStats, StepOutput
 from hbserve_core.engine.runner import Runner
 from hbserve_core.errors import EngineStopped, InstanceFailed
-from hbserve_core.instance import report as instance_report
 from hbserve_core.instance.engine_thread import EngineEvent, EngineThread
 from hbserve_core.instance.handover import Inbox, Sending, received
 from hbserve_core.ranks.make_runner import make_runner
@@ -296,8 +296,45 @@ class GpuInstance:
         assert self.transfers is not None, "a ready prefill or decode instance has them"
         return self.transfers
 
+    # ---- what it says of itself ----------------------------------------------------------------------------------
+
     async def _describe(self, _: Empty) -> InstanceInfo:
-        return instance_report.describe(self)
+        config, engine, runner = self.config, self.engine, self.runner
+        known: dict[str, Any] = {}
+        if engine is not None and runner is not None:
+            known = {
+                "max_model_len": runner.model_config.max_model_len,
+                "max_prompt_len": engine.limits.max_prompt_len,
+                "vocab_size": runner.model_config.vocab_size,
+                "num_blocks": engine.blocks.num_blocks,
+                "device": str(runner.device),
+                "dtype": str(runner.dtype).removeprefix("torch."),
+            }
+        return InstanceInfo(
+            config.instance_id, config.role, self.epoch, self.status, model=config.model_path,
+            block_size=config.block_size, kv_backend=config.kv_transfer.backend if config.role != "hybrid" else "",
+            pid=os.getpid(), error=self.error, **known,
+        )  # fmt: skip
 
     async def _stats(self, _: Empty) -> InstanceStats:
-        return await instance_report.statistics(self)
+        transfers: dict[str, Any] = {}
+        if self.transfers is not None:
+            kv = await self.transfers.stats()
+            transfers = {
+                "active_transfers": kv.active_transfers,
+                "buffered_bytes": kv.buffered_bytes,
+                "kv_bytes_sent": kv.bytes_sent,
+                "kv_bytes_received": kv.bytes_received,
+                "kv_transfer_time_s": kv.busy_time_s,
+                "failed_transfers": kv.num_failed,
+                "dropped_messages": kv.dropped_messages,
+            }
+        config, engine = self.config, self.engine_stats
+        return InstanceStats(
+            config.instance_id, config.role, self.status, self.epoch,
+            active_requests=self.num_active, waiting_requests=engine.num_waiting,
+            running_requests=engine.num_running, num_blocks=engine.num_blocks, free_blocks=engine.num_free_blocks,
+            quarantined_blocks=engine.num_quarantined_blocks, total_requests=self.num_requests,
+            generated_tokens=engine.num_generated_tokens, prefill_tokens=engine.num_prefill_tokens,
+            cached_tokens=engine.num_cached_tokens, preemptions=engine.num_preemptions, **transfers,
+        )  # fmt: skip
