@@ -113,7 +113,6 @@ async def apart(p: Instance, d: Instance, name: str, ids: list[int], params: Sam
         async with p.prefill(name, ids, granted.grant, params) as prefilling:
             first, *rest = [event async for event in prefilling]
         if first.finish_reason:
-            assert rest == []
             return first.token_ids, None
         return [*first.token_ids, *[token async for event in decoding for token in event.token_ids]], rest[0]
 
@@ -192,9 +191,27 @@ async def test_a_stop_token_or_the_limit_may_end_a_request_on_the_prefill_side(s
     ]:
         async with d.decode(name, prompt(40), params) as decoding:
             granted = await anext(decoding)
-            (event,) = [event async for event in p.prefill(name, prompt(40), granted.grant, params)]
+            event, done = [event async for event in p.prefill(name, prompt(40), granted.grant, params)]
             assert (event.index, event.token_ids, event.finish_reason) == (0, [first], reason)
+            assert isinstance(done, TransferDone)
+            assert [each async for each in decoding] == [event], "told on the KV channel, too"
     assert (await d.stats()).generated_tokens == 0
+    assert [(await each.stats()).failed_transfers for each in (p, d)] == [0, 0]
+
+
+async def test_a_request_that_ended_at_its_first_token_leaves_no_block_to_find(start, prompt, greedy_tokens):
+    """Its last blocks were never sent: as a cached prefix they would be somebody else's."""
+    p, d = await start("prefill"), await start("decode")
+    (first,) = greedy_tokens("qwen3", prompt(40), 1)
+    stops = SamplingParams(0, 9, ignore_eos=True, stop_token_ids=[first])
+    for name in ("ended", "again"):
+        async with d.decode(name, prompt(40), stops) as decoding:
+            granted = await anext(decoding)
+            assert granted.num_cached_tokens == 0
+            event, _ = [event async for event in p.prefill(name, prompt(40), granted.grant, stops)]
+            assert (event.token_ids, event.finish_reason) == ([first], "stop")
+    tokens, _ = await apart(p, d, "goes-on", prompt(40), SamplingParams(0, 9, ignore_eos=True))
+    assert tokens == greedy_tokens("qwen3", prompt(40), 9)
 
 
 @pytest.mark.parametrize("length", [1, BLOCK, CHUNK + 1])

@@ -140,7 +140,9 @@ class FakeInstance:
             if "grant" in self.silent:
                 return
             yield Granted(f"{self.instance_id}:{request.transfer_id}".encode(), num_cached_tokens=1)
-            async with contextlib.aclosing(self._tokens(request, len(request.output_token_ids) + 1)) as events:
+            first = len(request.output_token_ids)
+            ended = first == self.stop_at  # by P: this side hears of it, and has nothing to compute
+            async with contextlib.aclosing(self._tokens(request, first if ended else first + 1)) as events:
                 async for event in events:
                     yield event
 

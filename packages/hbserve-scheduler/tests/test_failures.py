@@ -34,7 +34,7 @@ async def test_a_failed_prefill_is_tried_on_another_instance(make_scheduler, fou
     four[2].hold, four[3].hold = {"tokens"}, {"tokens"}
     scheduler = await make_scheduler(*four)
     events = scheduler.submit(ask())
-    await until(lambda: four[0].requests and four[1].requests)
+    await until(lambda: scheduler.stats().retries == 2)
     for instance in four:
         instance.release()
     tokens, end = await collect(events)
@@ -192,6 +192,50 @@ async def test_where_both_legs_have_failed_the_prefill_side_says_why(ask):
         end.set()
         with pytest.raises(LogitsNotFinite, match="why"):
             await both
+
+
+async def test_a_request_that_ends_at_its_first_token_has_not_failed_though_its_decode_leg_has(
+    make_scheduler, pair, ask, collect, until
+):
+    """The end of the transfer may be heard of before the token that ended the request."""
+    prefill, decode = pair
+    prefill.stop_at, prefill.hold = 0, {"first"}
+    decode.fail["tokens"] = [RemoteError("its transfer ended")]
+    scheduler = await make_scheduler(*pair, max_attempts=1)
+    events = scheduler.submit(ask(max_tokens=9))
+    await until(lambda: ("d0", "closed") in decode.journal and prefill.requests)
+    prefill.release()
+    tokens, end = await collect(events)
+    assert (tokens, end.finish_reason, end.num_attempts) == ([100], "stop", 1)
+    assert scheduler.stats().failed_requests == 0
+
+
+async def test_the_decode_side_alone_may_tell_that_a_request_ended_at_its_first_token(
+    make_scheduler, pair, ask, collect
+):
+    """The prefill side has committed, and is lost before it is heard."""
+    prefill, decode = pair
+    prefill.hold, decode.stop_at = {"first"}, 0
+    scheduler = await make_scheduler(*pair, max_attempts=1)
+    tokens, end = await collect(scheduler.submit(ask(max_tokens=9)))
+    assert (tokens, end.finish_reason, end.num_attempts) == ([100], "stop", 1)
+
+
+async def test_a_prefill_side_that_fails_after_its_transfer_does_not_end_what_is_decoded(
+    make_scheduler, pair, ask, collect, until
+):
+    prefill, decode = pair
+    prefill.fail["done"], decode.hold = [RemoteError("lost since")], {"tokens"}
+    scheduler = await make_scheduler(*pair, max_attempts=1)
+    events = scheduler.submit(ask())
+    assert (await anext(events)).token_ids == [100]
+    decode.release()
+    decode.hold = {"tokens"}
+    assert (await anext(events)).token_ids == [101]
+    await until(lambda: ("p0", "closed") in prefill.journal)
+    decode.release()
+    tokens, end = await collect(events)
+    assert (tokens, end.num_attempts) == ([102, 103], 1)
 
 
 @pytest.mark.parametrize("failing", ["p0", "d0"])

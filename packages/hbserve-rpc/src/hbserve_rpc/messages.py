@@ -53,7 +53,8 @@ class DecodeRequest(msgspec.Struct, frozen=True, tag=True):
 class PrefillRequest(msgspec.Struct, frozen=True, tag=True):
     """Compute a prompt, emit its first token, and move its KV to where `grant` says.
 
-    An empty `grant` moves nothing: used when the first token is also the last.
+    An empty `grant` moves nothing: used when the first token is known to be the last. One that turns out to be the last
+    (a stop token, say) ends the transfer in order, without the blocks that were not sent yet.
     """
 
     request_id: str

@@ -22,6 +22,9 @@ from hbserve_scheduler.instances import InstanceHandle
 from hbserve_scheduler.placement import Placement
 from hbserve_scheduler.request import ScheduledRequest
 
+VERDICT_TIMEOUT_S = 0.5
+"""How long the failure of one leg waits for what the other leg has to say."""
+
 
 class Attempt:
     """Follows a request until its last token. Every id is new, so that nothing of an earlier attempt is mistaken."""
@@ -32,7 +35,10 @@ class Attempt:
         self._transfer_id = uuid.uuid4().hex
         self._request_id = f"{entry.request.request_id}.{self._transfer_id[:8]}"
         self._first_token = asyncio.Event()
-        self._ended_at_first_token = False
+        self._decoding = False
+        """D has all it needs: it has sent tokens."""
+        self._decided = asyncio.Event()
+        """The last token is there, or a leg has failed."""
 
     async def run(self) -> None:
         """Raises HBServeRpcError if it fails; what was delivered until then stays delivered."""
@@ -69,7 +75,7 @@ class Attempt:
             raise RemoteError(f"ended the stream after {len(self._entry.output)} tokens, without a finish reason")
 
     async def _pair(self, prefill: InstanceHandle, decode: InstanceHandle) -> None:
-        """Reserve on D, prefill on P, decode on D. If one leg fails the other is closed, and the first cause raised."""
+        """Reserve on D, prefill on P, decode on D. If one leg fails the other is closed, and the cause raised."""
         entry = self._entry
         request = DecodeRequest(
             self._request_id, self._transfer_id, entry.request.prompt_token_ids, entry.request.params, [*entry.output]
@@ -86,19 +92,29 @@ class Attempt:
             await self._both(self._prefill(prefill, granted.grant), self._decode(decode, events))
 
     async def _both(self, *legs: Coroutine[Any, Any, None]) -> None:
-        tasks = [asyncio.create_task(leg) for leg in legs]
-        pending = set(tasks)
+        """P's leg and D's. One of them may fail only because the other has ended, well or not, and be heard first."""
+        prefill, decode = tasks = [asyncio.create_task(self._deciding(leg)) for leg in legs]
         try:
-            while pending and not self._ended_at_first_token:
-                done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
-                # In order: where both have failed, P knows better than D why nothing more came from P.
-                for task in tasks:
-                    if task in done:
-                        task.result()
+            await self._decided.wait()
+            if self._first_token.is_set() or not prefill.done():  # else D knows no better
+                await asyncio.wait(tasks, timeout=VERDICT_TIMEOUT_S)
+            if self._entry.finish_reason is None and self._decoding and prefill.done():
+                # D has the KV, whatever became of P since.
+                await decode
+            for task in tasks:  # in order: where both have failed, P knows better why nothing more came from P
+                if task.done() and self._entry.finish_reason is None:
+                    task.result()
         finally:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _deciding(self, leg: Coroutine[Any, Any, None]) -> None:
+        try:
+            await leg
+        except BaseException:
+            self._decided.set()
+            raise
 
     async def _prefill(self, instance: InstanceHandle, grant: bytes) -> None:
         entry = self._entry
@@ -118,21 +134,27 @@ class Attempt:
                         entry.kv_transfer_time_s += event.time_s
                         continue
                     entry.deliver(event)
-                    self._ended_at_first_token = event.finish_reason is not None
                     self._first_token.set()
+                    if event.finish_reason is not None:
+                        self._decided.set()
             if not self._first_token.is_set():
                 raise RemoteError("ended the stream before the first token")
         self._placement.prefilled()
 
     async def _decode(self, instance: InstanceHandle, events: Any) -> None:
+        num_delivered = len(self._entry.output)
         with self._naming(instance):
             async for event in events:
-                # P's token was sent before this one, but came another way.
-                await self._first_token.wait()
                 if isinstance(event, TokenEvent):
+                    if event.index > num_delivered:
+                        # P's token was sent before this one, but came another way.
+                        await self._first_token.wait()
+                    self._decoding = True
                     self._entry.deliver(event)
-            await self._first_token.wait()
+            if self._entry.finish_reason is None:
+                await self._first_token.wait()
             self._expect_end()
+        self._decided.set()
 
     @contextmanager
     def _naming(self, instance: InstanceHandle) -> Iterator[None]:

@@ -252,11 +252,11 @@ class CpuScheduler:
             try:
                 await Attempt(entry, placement).run()
                 return
-            except (InvalidRequest, LogitsNotFinite):  # another instance would say the same
-                raise
             except HBServeRpcError as error:
                 if entry.finish_reason:  # all tokens are delivered; what failed afterwards changes nothing
                     return
+                if isinstance(error, InvalidRequest | LogitsNotFinite):  # another instance would say the same
+                    raise
                 problems.append(f"attempt {entry.num_attempts}: {error}")
                 logger.warning("request %s: %s", entry.request.request_id, problems[-1])
                 if entry.num_attempts >= self.config.max_attempts:

@@ -248,7 +248,7 @@ class GpuInstance:
             )
             output = await sending.follow()
             yield TokenEvent(output.index, output.token_ids, output.finish_reason)
-            if request.grant and output.finish_reason is None:
+            if request.grant:
                 result = await sending.finish(output)
                 yield TransferDone(result.num_bytes, result.num_parts, result.time_s, output.num_cached_tokens)
         finally:
@@ -278,8 +278,11 @@ class GpuInstance:
             posted = await self._require_transfers().post_receive(request.transfer_id, reservation.block_ids)
             yield Granted(posted.grant, reservation.num_cached_tokens)
             assert self.runner is not None, "a ready instance has it"
-            first = await wait_for_kv(posted, inbox, request, self.runner.model_config.vocab_size)
-            await self._thread.call(lambda engine: engine.activate(request.request_id, first))
+            handover = await wait_for_kv(posted, inbox, request, self.runner.model_config.vocab_size)
+            if handover.finish_reason is not None:
+                yield TokenEvent(len(request.output_token_ids), [handover.first_token], handover.finish_reason)
+                return
+            await self._thread.call(lambda engine: engine.activate(request.request_id, handover.first_token))
             async for event in self._tokens(inbox):
                 yield event
         finally:

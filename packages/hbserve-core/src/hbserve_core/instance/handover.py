@@ -10,7 +10,7 @@ from hbserve_core.transfers.instance_transfers import InstanceTransfers
 from hbserve_core.transfers.joint_transfer import JointReceive, JointSend
 from hbserve_kv import Outcome, TransferResult
 from hbserve_rpc import RemoteError
-from hbserve_rpc.messages import DecodeRequest, PrefillRequest
+from hbserve_rpc.messages import DecodeRequest, FinishReason, PrefillRequest
 
 
 class Handover(msgspec.Struct, frozen=True):
@@ -18,7 +18,9 @@ class Handover(msgspec.Struct, frozen=True):
 
     first_token: int
     num_tokens: int
-    """Tokens whose keys and values were sent or were there already; the first token is not one of them."""
+    """Of the request before its first token. Their keys and values were sent, or were there already."""
+    finish_reason: FinishReason | None = None
+    """Set if the first token is the last one too: nobody needs the blocks, and those not sent yet are not sent."""
 
 
 class Inbox(asyncio.Queue[StepOutput | Reservation | Exception]):
@@ -105,7 +107,8 @@ class PrefillSend:
             self._pushed = end
 
     async def finish(self, output: StepOutput) -> TransferResult:
-        """Push the rest, the last block too if it is not full, and commit.
+        """Push the rest, the last block too if it is not full, and commit. If the request ends at its first token, only
+        commit, so that the decode side need not take the end for a failure.
 
         Raises:
             RemoteError: the transfer has failed.
@@ -115,8 +118,9 @@ class PrefillSend:
         await asyncio.shield(self._opening)
         if self._transfer is None:
             raise self._error
-        self._push(output, self._num_blocks)
-        handover = Handover(output.token_id, self._num_tokens)
+        if output.finish_reason is None:
+            self._push(output, self._num_blocks)
+        handover = Handover(output.token_id, self._num_tokens, output.finish_reason)
         # A task of its own: whoever cancels this request must still learn how the transfer ended.
         self._committing = asyncio.create_task(self._transfer.commit(msgspec.msgpack.encode(handover)))
         result = await asyncio.shield(self._committing)
@@ -149,8 +153,8 @@ class PrefillSend:
             await self._opening
 
 
-async def wait_for_kv(posted: JointReceive, inbox: Inbox, request: DecodeRequest, vocab_size: int) -> int:
-    """Wait until all blocks of a request are here; returns the first token.
+async def wait_for_kv(posted: JointReceive, inbox: Inbox, request: DecodeRequest, vocab_size: int) -> Handover:
+    """Wait until all blocks of a request are here, or none is needed: see `Handover.finish_reason`.
 
     Raises:
         RemoteError: the transfer has failed, or brought something else than it should.
@@ -176,4 +180,4 @@ async def wait_for_kv(posted: JointReceive, inbox: Inbox, request: DecodeRequest
         raise RemoteError(
             f"KV transfer failed: token {handover.first_token} is outside the vocabulary [0, {vocab_size})"
         )
-    return handover.first_token
+    return handover
