@@ -1,11 +1,13 @@
 """Names of backends: what there is, what is missing, and what cures it."""
 
 import builtins
+import subprocess
+import sys
 
 import pytest
 
 import hbserve_kv
-from hbserve_kv import BackendUnavailable, KVTransferConfig
+from hbserve_kv import BackendUnavailable, KVTransferBase, KVTransferConfig
 from hbserve_kv.transports.registry import find_custom, make_transports
 
 
@@ -18,6 +20,23 @@ def test_an_unknown_backend_lists_those_that_there_are():
 def test_a_custom_backend_that_cannot_be_imported_is_named(name):
     with pytest.raises(BackendUnavailable, match=name):
         find_custom(name)
+
+
+def test_a_custom_backend_is_found_in_the_current_folder_and_nothing_else_there_is_taken_for_a_library(
+    tmp_path, monkeypatch
+):
+    (tmp_path / "backend_of_this_folder.py").write_text("from hbserve_kv import KVTransferBase as Mine")
+    (tmp_path / "json.py").write_text("raise SystemExit('json of the current folder')")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", [each for each in sys.path if each])
+    assert find_custom("backend_of_this_folder:Mine") is KVTransferBase
+    assert sys.path[-1] == str(tmp_path)
+    code = "from hbserve_kv.transports.registry import find_custom; find_custom('backend_of_this_folder:Mine')"
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code],
+        capture_output=True, timeout=60,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, b"")
 
 
 def test_a_class_that_is_no_backend_is_refused():

@@ -13,6 +13,7 @@ import pytest
 
 from hbserve_rpc import RpcServer
 from hbserve_scheduler import RemoteScheduler
+from hbserve_scheduler.__main__ import _told_to_clients
 
 DEADLINE_S = 40
 
@@ -81,6 +82,38 @@ async def test_a_signal_ends_it_in_order_after_it_has_served(pair, write_config,
         if process.returncode is None:
             process.kill()
             await process.wait()
+
+
+async def test_under_nohup_it_outlives_its_terminal_and_sigterm_ends_it(pair, write_config, free_port):
+    def ignore() -> None:
+        for number in (signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN)
+
+    path = write_config(free_port, pair)
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "hbserve_scheduler", "--config", str(path), preexec_fn=ignore
+    )
+    remote = RemoteScheduler(f"127.0.0.1:{free_port}")
+    await remote.start()
+    try:
+        await remote.find(DEADLINE_S)
+        for number in (signal.SIGINT, signal.SIGHUP):
+            process.send_signal(number)
+        await remote.find(DEADLINE_S)
+        process.send_signal(signal.SIGTERM)
+        async with asyncio.timeout(DEADLINE_S):
+            assert await process.wait() == 0
+    finally:
+        await remote.stop()
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+
+
+def test_clients_are_told_a_model_path_that_means_the_same_in_their_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert _told_to_clients("models/m") == str(tmp_path / "models/m")
+    assert [_told_to_clients(each) for each in ["~/m", "/m", None]] == ["~/m", "/m", ""]
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ What a command needs is imported when it runs: the scheduler's process never see
 
 import asyncio
 import logging
+import os
 import signal
 from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager
@@ -14,12 +15,27 @@ from typing import Annotated, Any
 
 import typer
 
+from hbserve_rpc import own_process
+
+
+def _begin() -> None:
+    """Before every command: libraries ask for the current folder when they are imported, and fail without a word of
+    what is wrong."""
+    own_process.set_up()
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        typer.echo("error: the current folder was deleted: change to one that exists", err=True)
+        raise typer.Exit(1) from None
+
+
 app = typer.Typer(
     name="hbserve",
     help="Language models with prefill and decode on separate instances.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    callback=_begin,
 )
 
 
@@ -144,7 +160,7 @@ def _numbers(option: str, text: str | None) -> tuple[int, ...] | None:
 
 def _run(job: Coroutine[Any, Any, None], log_level: LogLevel) -> None:
     with _explaining(log_level):
-        asyncio.run(_until_sigterm(job))
+        asyncio.run(_until_signalled(job))
 
 
 @contextmanager
@@ -154,9 +170,11 @@ def _explaining(log_level: LogLevel) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        raise typer.Exit(130) from None
-    except asyncio.CancelledError:
-        raise typer.Exit(143) from None
+        raise typer.Exit(128 + signal.SIGINT) from None
+    except _Signalled as ended:
+        for number in own_process.ending_signals():  # nothing is left to do but to end: no more of them is of use
+            signal.signal(number, signal.SIG_IGN)
+        raise typer.Exit(128 + ended.number) from None
     except BrokenPipeError:  # whoever read our output has seen enough
         raise typer.Exit(141) from None
     except Exception as error:
@@ -168,12 +186,34 @@ def _explaining(log_level: LogLevel) -> Iterator[None]:
         raise typer.Exit(2 if isinstance(error, ValueError) else 1) from None
 
 
-async def _until_sigterm(job: Coroutine[Any, Any, None]) -> None:
-    """SIGTERM ends a command in order, as Ctrl-C does. Commands that serve have handlers of their own."""
-    task = asyncio.current_task()
+class _Signalled(BaseException):
+    """A signal has ended the command."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+
+async def _until_signalled(job: Coroutine[Any, Any, None]) -> None:
+    """A signal ends a command in order; another one, while it ends, at once. Commands that serve have handlers of their
+    own."""
+    task, loop = asyncio.current_task(), asyncio.get_running_loop()
     assert task is not None
-    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
-    await job
+    received: list[int] = []
+
+    def end(number: int) -> None:
+        if received:  # the event loop will have ended before its processes have, of which asyncio would complain
+            logging.getLogger("asyncio").setLevel(logging.ERROR)
+        received.append(number)
+        task.cancel()
+
+    for number in own_process.ending_signals():
+        loop.add_signal_handler(number, end, number)
+    try:
+        await job
+    except asyncio.CancelledError:
+        if not received:
+            raise
+        raise _Signalled(received[0]) from None
 
 
 def _is_explained(error: Exception) -> bool:

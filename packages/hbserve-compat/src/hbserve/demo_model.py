@@ -84,7 +84,7 @@ def _convert(gguf_file: Path, folder: Path, given_up: threading.Event) -> None:
 
 
 def _writer_command(gguf_file: Path, scratch: Path, folder: Path) -> list[str]:
-    return [sys.executable, "-m", "hbserve.demo_model", str(gguf_file), str(scratch), str(folder)]
+    return [sys.executable, "-P", "-m", "hbserve.demo_model", str(gguf_file), str(scratch), str(folder)]
 
 
 def _follow(writer: "subprocess.Popen[str]", title: str, given_up: threading.Event) -> str:
@@ -137,7 +137,7 @@ def model_folder(path: str | os.PathLike[str] | None) -> Path:
     """
     if path is None:
         return demo_model_path()
-    folder = Path(path).expanduser()
+    folder = Path(path).expanduser().absolute()  # whatever becomes the current folder later, here or in a client
     if not folder.is_dir():
         raise FileNotFoundError(f"model folder '{folder}' does not exist: give the path of a Hugging Face folder")
     return folder

@@ -1,6 +1,7 @@
 """`hbserve generate`: prompts in, answers on stdout, one summary on stderr."""
 
 import asyncio
+import io
 import sys
 from collections import Counter
 from collections.abc import AsyncIterator
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hbserve.progress import progress_bar
 from hbserve.prompts import read_prompts
 from hbserve.results import GenerationResult, Timings
 from hbserve.text_request import Scheduler, TextRequest, answer_all, check_all
@@ -39,6 +41,10 @@ class GenerateArgs:
 
 async def generate_answers(args: GenerateArgs) -> None:
     """Raises whatever is wrong, before anything is started where that is possible."""
+    if sys.stdout is None:
+        raise OSError("stdout is closed: the answers have nowhere to go")
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal that cannot show a character shows its number
+        sys.stdout.reconfigure(errors="backslashreplace")
     params = SamplingParams(temperature=args.temperature, max_tokens=args.max_tokens)
     texts = [str(each) for each in read_prompts(args.prompts)]
     async with _connected(args) if args.connect is not None else _started(args) as (scheduler, tokenizer):
@@ -72,11 +78,9 @@ async def _stream(request: TextRequest) -> End:
 async def _together(
     scheduler: Scheduler, tokenizer: Any, prompts: list[list[int]], params: SamplingParams
 ) -> list[GenerationResult]:
-    from tqdm import tqdm
-
     each = [params] * len(prompts)
     check_all(scheduler, prompts, each)
-    with tqdm(total=len(prompts), desc="Generating", dynamic_ncols=True) as bar:
+    with progress_bar(len(prompts)) as bar:
         return await answer_all(scheduler, tokenizer, prompts, each, bar.update)
 
 

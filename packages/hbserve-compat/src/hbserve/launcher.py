@@ -16,6 +16,7 @@ from typing import Any
 
 import msgspec
 
+from hbserve.host_cores import num_cores
 from hbserve_rpc import canonical_host
 from hbserve_scheduler import DeploymentConfig, InstanceFailed, InstanceSection, parse_size
 from hbserve_scheduler.config import KVTransferSection
@@ -25,6 +26,8 @@ logger = logging.getLogger(__name__)
 START_TIMEOUT_S = 120.0
 """Until a process has bound its address: it imports torch before."""
 STOP_TIMEOUT_S = 20.0
+QUIET_TORCH = ("TORCH_CPP_LOG_LEVEL", "ERROR")
+"""Else it writes a trace of 30 lines for each peer that ends, of which the log says in words what matters."""
 KILL_TIMEOUT_S = 5.0
 """As STOP_TIMEOUT_S, where no event loop is there to wait in."""
 
@@ -38,7 +41,6 @@ def instance_settings(
     """
     neighbours = [each for each in config.gpu_instances if canonical_host(each.host) == canonical_host(instance.host)]
     chunked, graph, engine = config.chunked_prefill, config.cuda_graph, config.engine
-    num_cores = len(os.sched_getaffinity(0))
     return {
         "instance_id": instance.instance_id,
         "role": instance.instance_type,
@@ -51,7 +53,7 @@ def instance_settings(
         "gpu_id": instance.gpu_id,
         "num_local_instances": len(neighbours),
         "num_on_gpu": _most_on_one_gpu(config, neighbours, instance),
-        "num_threads": engine.num_threads or max(1, num_cores // len(neighbours)),
+        "num_threads": engine.num_threads or max(1, num_cores() // len(neighbours)),
         "block_size": engine.block_size,
         "num_blocks": engine.num_blocks,
         "gpu_memory_utilization": engine.gpu_memory_utilization,
@@ -98,6 +100,11 @@ def _kv_settings(kv: KVTransferSection, instance: InstanceSection) -> dict[str, 
     }
 
 
+def instance_environment(num_threads: int) -> dict[str, str]:
+    """This process's, with the instance's threads, and torch's warnings only if they are asked for."""
+    return dict([QUIET_TORCH]) | os.environ | {"OMP_NUM_THREADS": str(num_threads)}
+
+
 class InstanceProcess:
     """One instance that this process has started, and ends."""
 
@@ -119,9 +126,10 @@ class InstanceProcess:
         Raises:
             InstanceFailed: it ended first, with its own words, or was too slow.
         """
-        threads = str(self._settings["num_threads"])
         self._process = await asyncio.create_subprocess_exec(
+            # Not `-m` alone: a file of the caller's folder, random.py for example, would be imported as a library.
             sys.executable,
+            "-P",
             "-m",
             "hbserve_core",
             stdin=asyncio.subprocess.PIPE,
@@ -129,7 +137,7 @@ class InstanceProcess:
             stderr=asyncio.subprocess.PIPE,
             # A Ctrl-C is for us; we end the instances in order. They also end when their stdin does.
             start_new_session=True,
-            env=os.environ | {"OMP_NUM_THREADS": threads},
+            env=instance_environment(self._settings["num_threads"]),
         )
         # If nobody stops it: the object is collected, its event loop has ended, or the interpreter ends.
         self._killing = weakref.finalize(self, _end_unattended, self._process, os.getpid())
@@ -198,8 +206,7 @@ class InstanceProcess:
             self._last_lines.append(text)
             if text.startswith(f"{self.instance_id}: "):
                 continue  # why it ends, by hbserve_core.instance.process: whoever hears of the end hears that too
-            with contextlib.suppress(OSError):  # whoever read our stderr is gone
-                sys.stderr.write(f"[{self.instance_id}] {text}\n")
+            _tell(f"[{self.instance_id}] {text}\n")
 
     async def _watch(self) -> None:
         assert self._process is not None
@@ -215,6 +222,13 @@ class InstanceProcess:
             return "signal SIGKILL, from somebody or from the system when memory ran out"
         how = f"signal {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
         return f"{how}: {self._last_lines[-1]}" if self._last_lines else how
+
+
+def _tell(line: str) -> None:
+    # There may be no stderr, its reader may be gone, or it is an object of the caller's, perhaps closed by now. Reading
+    # goes on: an instance must not block on a full pipe.
+    with contextlib.suppress(Exception):
+        sys.stderr.write(line)
 
 
 def kill_children(pids: Sequence[int]) -> None:

@@ -17,6 +17,7 @@ from hbserve.demo_model import model_folder
 from hbserve.detokenizer import Detokenizer
 from hbserve.keywords import translated
 from hbserve.own_thread import Ended
+from hbserve.progress import progress_bar
 from hbserve.prompts import Prompt, encode_all, naming, read_params, read_prompt, read_prompts
 from hbserve.tokenizer import load_tokenizer
 from hbserve_rpc import InvalidRequest, SamplingParams
@@ -181,8 +182,6 @@ class LLM:
             RequestFailed: every attempt at a prompt failed. In both cases the other prompts of this call are ended.
             RuntimeError: the LLM has ended, or is of another process.
         """
-        from tqdm import tqdm
-
         plain = read_prompts(prompts)
         params = read_params(sampling_params, len(plain))
         todo = list(zip(encode_all(self._tokenizer, plain), params, strict=True))
@@ -190,7 +189,7 @@ class LLM:
             with naming(place, len(todo)):
                 self._running().check(token_ids, each)
         finished: list[_Request] = []
-        with tqdm(total=len(todo), desc="Generating", dynamic_ncols=True, disable=not use_tqdm) as bar:
+        with progress_bar(len(todo), is_shown=use_tqdm) as bar:
             rates = _Rates()
             with contextlib.closing(self._follow(todo)) as steps:
                 for ended, count in steps:

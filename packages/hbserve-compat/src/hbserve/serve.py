@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-import signal
+import os
 from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any
@@ -10,14 +10,15 @@ from typing import Any
 import msgspec
 
 from hbserve.demo_model import find_model_folder
-from hbserve.launcher import LocalInstances, instance_settings
+from hbserve.launcher import QUIET_TORCH, LocalInstances, instance_settings
+from hbserve_rpc import own_process
 from hbserve_scheduler import ConfigError, CpuScheduler, InstanceFailed, SchedulerServer, load_config
 
 logger = logging.getLogger(__name__)
 
 
 async def serve_all(path: Path, log_level: str) -> None:
-    """Scheduler and every instance, until SIGTERM or SIGINT.
+    """Scheduler and every instance, until SIGTERM, SIGINT or SIGHUP.
 
     Raises:
         ConfigError, AddressInUse, InstanceFailed.
@@ -25,7 +26,7 @@ async def serve_all(path: Path, log_level: str) -> None:
     config = load_config(path)
     folder = await find_model_folder(config.model.path)
     stop = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in own_process.ending_signals():
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     scheduler = CpuScheduler(config.scheduler, model_path=str(folder))
     died: list[str] = []
@@ -69,12 +70,13 @@ async def _wait(stop: asyncio.Event) -> None:
 
 
 async def serve_instance(path: Path, instance_id: str, log_level: str) -> None:
-    """One instance, until SIGTERM or SIGINT.
+    """One instance, until SIGTERM, SIGINT or SIGHUP.
 
     Raises:
         ConfigError: the file has no such instance, or is wrong.
         AddressInUse: its address is taken.
     """
+    os.environ.setdefault(*QUIET_TORCH)  # torch reads it when it is imported
     from hbserve_core import InstanceConfig, run_instance
 
     config = load_config(path)

@@ -119,6 +119,7 @@ async def sender(settings: Settings) -> AsyncIterator[Sender]:
     pipe = asyncio.subprocess.PIPE
     process = await asyncio.create_subprocess_exec(
         sys.executable,
+        "-P",
         "-m",
         "hbserve_kv.bench",
         "--receive",

@@ -3,11 +3,10 @@
 import argparse
 import asyncio
 import logging
-import signal
 import sys
 from pathlib import Path
 
-from hbserve_rpc import format_address
+from hbserve_rpc import format_address, own_process
 from hbserve_scheduler.config import DeploymentConfig
 from hbserve_scheduler.config_file import load_config
 from hbserve_scheduler.cpu_scheduler import CpuScheduler
@@ -29,8 +28,13 @@ def check_ports(config: DeploymentConfig) -> None:
             )
 
 
+def _told_to_clients(model_path: str | None) -> str:
+    """A path that means the same in a client's folder. `~` stays: each host has its own."""
+    return str(Path(model_path).absolute()) if model_path and not model_path.startswith("~") else model_path or ""
+
+
 async def serve_config(path: str | Path) -> None:
-    """Schedule what a configuration file describes, until SIGTERM or SIGINT.
+    """Schedule what a configuration file describes, until SIGTERM, SIGINT or SIGHUP.
 
     Raises:
         ConfigError: the file is wrong.
@@ -39,9 +43,9 @@ async def serve_config(path: str | Path) -> None:
     config = load_config(path)
     check_ports(config)
     stop = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in own_process.ending_signals():
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    scheduler = CpuScheduler(config.scheduler, model_path=config.model.path or "")
+    scheduler = CpuScheduler(config.scheduler, model_path=_told_to_clients(config.model.path))
     for instance in config.gpu_instances:
         await scheduler.add_instance(
             instance.instance_id, instance.instance_type, format_address(instance.host, instance.port)
@@ -51,6 +55,7 @@ async def serve_config(path: str | Path) -> None:
 
 
 def main() -> int:
+    own_process.set_up()
     parser = argparse.ArgumentParser(prog="hbserve-scheduler", description="The CPU scheduler of HBServe.")
     parser.add_argument("--config", required=True, help="YAML file of the deployment")
     parser.add_argument(

@@ -15,6 +15,7 @@ import msgspec
 from hbserve.demo_model import find_model_folder
 from hbserve.launcher import LocalInstances
 from hbserve.pd_disagg.config import PdDisaggConfig
+from hbserve.progress import progress_bar
 from hbserve.prompts import PlainPrompt, Prompt, encode_all, read_params, read_prompt, read_prompts
 from hbserve.results import GenerationDelta, GenerationResult
 from hbserve.text_request import TextRequest, answer_all, check_all
@@ -197,9 +198,7 @@ class DisaggregatedLLM:
         params = read_params(sampling_params, len(plain))
         token_ids = await asyncio.to_thread(encode_all, self._tokenizer, plain)
         check_all(scheduler, token_ids, params)
-        from tqdm import tqdm
-
-        with tqdm(total=len(plain), desc="Generating", disable=not use_tqdm, dynamic_ncols=True) as bar:
+        with progress_bar(len(plain), is_shown=use_tqdm) as bar:
             return await answer_all(scheduler, self._tokenizer, token_ids, params, bar.update)
 
     def stream(

@@ -2,7 +2,7 @@
 
 Protocol with a launcher: the InstanceConfig comes as one line of JSON on stdin; the answer is one line of JSON on
 stdout once the address is bound, before the model is loaded. Then stdin stays open: its end means that the launcher is
-gone, and the instance ends too. SIGTERM and SIGINT end it in an orderly way.
+gone, and the instance ends too. SIGTERM, SIGINT and SIGHUP end it in an orderly way.
 
 Exit status 0: ended as asked. 1: could not serve. 2: the configuration cannot be. Any but 0 comes with one line on
 stderr that says why. An instance that fails after it was bound, because its model does not load or its engine fails,
@@ -13,7 +13,6 @@ import asyncio
 import json
 import logging
 import os
-import signal
 import sys
 import threading
 
@@ -22,6 +21,8 @@ import msgspec
 from hbserve_core.config import InstanceConfig
 from hbserve_core.errors import InstanceFailed
 from hbserve_core.instance.gpu_instance import GpuInstance
+from hbserve_core.parent_watch import when_parent_ends
+from hbserve_rpc import own_process
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +32,9 @@ STOP_TIMEOUT_S = 20.0
 
 
 async def run_instance(config: InstanceConfig, *, announce: bool = False, stop: asyncio.Event | None = None) -> None:
-    """Serve until SIGTERM, SIGINT, or `stop`. Must run in the main thread.
+    """Serve until SIGTERM, SIGINT or SIGHUP, or `stop`. Must run in the main thread.
+
+    SIGINT and SIGHUP change nothing if they are ignored already.
 
     Raises:
         AddressInUse: the configured address is taken.
@@ -40,7 +43,8 @@ async def run_instance(config: InstanceConfig, *, announce: bool = False, stop: 
     """
     stop = stop or asyncio.Event()
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
+    numbers = own_process.ending_signals()
+    for number in numbers:
         loop.add_signal_handler(number, stop.set)
     instance = GpuInstance(config)
     try:
@@ -50,7 +54,7 @@ async def run_instance(config: InstanceConfig, *, announce: bool = False, stop: 
             sys.stdout.flush()
         await _serve(instance, stop)
     finally:
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in numbers:
             loop.remove_signal_handler(number)
         try:
             async with asyncio.timeout(STOP_TIMEOUT_S):
@@ -75,10 +79,14 @@ async def _serve_launcher(config: InstanceConfig) -> None:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
 
-    def watch() -> None:
-        sys.stdin.buffer.read()
+    def end() -> None:
         loop.call_soon_threadsafe(stop.set)
 
+    def watch() -> None:
+        sys.stdin.buffer.read()
+        end()
+
+    when_parent_ends(end)
     # A daemon: nothing can wake it from its read, so the process must not wait for it.
     threading.Thread(target=watch, name="launcher-watch", daemon=True).start()
     await run_instance(config, announce=True, stop=stop)
@@ -94,6 +102,7 @@ def _read_config() -> InstanceConfig:
 
 def main() -> int:
     """Entry of `python -m hbserve_core`. Ends the process with the status that the module describes."""
+    own_process.set_up()
     try:
         config = _read_config()
     except ValueError as error:

@@ -45,9 +45,11 @@ class WorkerProcess:
         """on_end: called once, in that thread, unless it was `close` that ended it."""
         threads = str(settings.config.num_threads)
         self._popen = subprocess.Popen(
-            [sys.executable, "-m", "hbserve_core.ranks.worker_main"],
+            # -P: no file of the current folder is imported as a library.
+            [sys.executable, "-P", "-m", "hbserve_core.ranks.worker_main"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
+            stderr=None if sys.__stderr__ is not None else subprocess.DEVNULL,
             # A Ctrl-C is for rank 0, which then ends the others.
             start_new_session=True,
             env=os.environ | {"OMP_NUM_THREADS": threads},

@@ -20,10 +20,12 @@ from hbserve_core.engine.runner import Runner
 from hbserve_core.errors import HBServeCoreError, RankFailed
 from hbserve_core.model.loaded_model import choose_device
 from hbserve_core.model.shard import Shard
+from hbserve_core.parent_watch import when_parent_ends
 from hbserve_core.ranks.distributed_group import DistributedRankGroup, reach_store
 from hbserve_core.ranks.make_runner import make_rank_runner
 from hbserve_core.ranks.step_message import StepReader
 from hbserve_core.ranks.worker_protocol import END_TIMEOUT_S, REPORT_INTERVAL_S, RankReport, RankSettings
+from hbserve_rpc import own_process
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +67,10 @@ class Steps:
     def _read(self) -> None:
         while len(header := self._source.read(4)) == 4:
             self._messages.put(self._source.read(int.from_bytes(header, "big")))
+        self.end()
+
+    def end(self) -> None:
+        """No more come: rank 0 has closed them, or is gone. Whatever happens, the process has soon ended."""
         self._messages.put(None)
         time.sleep(END_TIMEOUT_S)
         # Whoever still waits, for a device or for another rank, cannot be woken.
@@ -89,6 +95,7 @@ def follow(runner: Runner, messages: Iterable[bytes]) -> None:
 
 def main() -> int:
     """Ends the process, with status 0 when rank 0 wanted it so."""
+    own_process.set_up()
     reports = os.dup(1)
     os.dup2(2, 1)
     if not (line := sys.stdin.buffer.readline()):
@@ -106,6 +113,7 @@ def main() -> int:
     try:
         reporter.say(RankReport("joining"))
         reporter.start()
+        when_parent_ends(steps.end)
         runner = _make_runner(settings, reporter)
         reporter.say(RankReport("ready", transfer_address=_serve_transfers(settings, runner)))
         follow(runner, steps)

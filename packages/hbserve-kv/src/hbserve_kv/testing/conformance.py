@@ -32,7 +32,14 @@ Check = Callable[[Rig], Awaitable[None]]
 async def run_check(
     check: Check, *, backend: str = "nccl", transport: Callable[[], Transport] | None = None, device: str = "cpu"
 ) -> None:
-    """Run one of CHECKS over the backend of that name, or over the transports that `transport()` makes."""
+    """Run one of CHECKS over the backend of that name, or over the transports that `transport()` makes.
+
+    Raises:
+        AssertionError, or whatever the backend raises: it does not conform.
+        RuntimeError: Python was told to leave assertions out, and nothing would be checked.
+    """
+    if not __debug__:
+        raise RuntimeError("checks are assertions: run them without python -O and without PYTHONOPTIMIZE")
     rig = Rig(backend, transport, device)
     try:
         async with asyncio.timeout(CHECK_TIMEOUT_S):

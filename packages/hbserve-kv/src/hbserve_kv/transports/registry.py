@@ -2,7 +2,9 @@
 
 import importlib
 import logging
+import sys
 from importlib.metadata import entry_points
+from pathlib import Path
 from typing import Any
 
 from hbserve_kv.base import KVTransferBase
@@ -66,12 +68,17 @@ def _automatic(config: KVTransferConfig) -> list[Transport]:
 
 
 def find_custom(name: str) -> type[Any]:
-    """The class, of KVTransferBase or Transport, that an entry point or `module:Class` names."""
+    """The class, of KVTransferBase or Transport, that an entry point or `module:Class` names.
+
+    The module is one that Python finds, or in the current folder.
+    """
     found = entry_points(group=ENTRY_POINT_GROUP)
     if name in found.names:
         loaded = found[name].load()
     elif ":" in name:
         module, _, attribute = name.partition(":")
+        if not {here := str(Path.cwd()), ""} & set(sys.path):
+            sys.path.append(here)  # last, so that nothing in the current folder is taken for a library
         try:
             loaded = getattr(importlib.import_module(module), attribute)
         except (ImportError, AttributeError) as error:

@@ -39,9 +39,9 @@ def load_config() -> MooncakeConfig:
     if not path:
         return MooncakeConfig()
     try:
-        text = Path(path).expanduser().read_text()
+        text = Path(path).expanduser().read_text(encoding="utf-8")
         config = msgspec.json.decode(text, type=MooncakeConfig)
-    except (OSError, msgspec.DecodeError) as error:
+    except (OSError, UnicodeDecodeError, msgspec.DecodeError) as error:
         raise BackendUnavailable(f"{CONFIG_VARIABLE}={path}: {error}") from error
     unused = sorted(json.loads(text).keys() - set(MooncakeConfig.__struct_fields__))
     if unused:

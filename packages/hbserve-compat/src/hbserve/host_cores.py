@@ -1,0 +1,36 @@
+"""How many threads make sense on this host: a container may see 64 cores and be given the time of 2."""
+
+import os
+from pathlib import Path
+
+CGROUP = Path("/sys/fs/cgroup")
+
+
+def num_cores() -> int:
+    """The least of the cores that this process may run on, the processor time of its control group, rounded down, and
+    OMP_NUM_THREADS: with more threads than that each waits for the others. At least 1."""
+    limits = [len(os.sched_getaffinity(0)), _quota(), _wanted()]
+    return max(1, min(limit for limit in limits if limit is not None))
+
+
+def _quota() -> int | None:
+    """Of control groups version 2, or 1; None: there is none."""
+    words = _read(CGROUP / "cpu.max").split()
+    if not words:
+        words = [_read(CGROUP / "cpu" / f"cpu.cfs_{name}_us").strip() for name in ("quota", "period")]
+    quota, period = (int(word) if word.isdecimal() else 0 for word in words)  # "max" and "-1": no limit
+    return quota // period if quota and period else None
+
+
+def _wanted() -> int | None:
+    """The first number, that of the outermost level; None: there is none, or no number."""
+    first = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+    return int(first) if first.isascii() and first.isdecimal() and int(first) else None
+
+
+def _read(path: Path) -> str:
+    """Content of a file that only some systems have; empty elsewhere."""
+    try:
+        return path.read_text(encoding="ascii")
+    except OSError:
+        return ""

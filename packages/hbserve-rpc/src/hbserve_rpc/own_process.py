@@ -1,0 +1,54 @@
+"""What a process of HBServe's own does with what it inherits: a command, an instance, a rank. Whoever uses the packages
+as a library has a process of his own, in which nothing here is called.
+
+What comes from a shell, a supervisor or a caller's thread may be unusual, and each breaks something far away: a closed
+descriptor is given to the next socket, into which a C library then writes its warnings; a signal that is blocked never
+ends anything; where SIGCHLD is ignored, nobody learns how a child has ended.
+"""
+
+import contextlib
+import os
+import resource
+import signal
+import sys
+
+MOST_FILES = 65536
+"""More are not asked for, whatever the system would give: some libraries go through all that are possible."""
+_ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+
+def set_up() -> None:
+    """Make the process as it would be in a terminal. To be called first, in the main thread."""
+    _open_standard_streams()
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [*_ENDING, signal.SIGCHLD])
+    if signal.getsignal(signal.SIGCHLD) is signal.SIG_IGN:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    _allow_many_files()
+
+
+def ending_signals() -> list[signal.Signals]:
+    """The signals that end this process in order: not those of the terminal (Ctrl-C, and its closing) that whoever
+    started it has had ignored, as `nohup` does, and a script for what it starts with `&`."""
+    return [each for each in _ENDING if each is signal.SIGTERM or signal.getsignal(each) is not signal.SIG_IGN]
+
+
+def _open_standard_streams() -> None:
+    """Those that are closed lead nowhere from now on. `sys.stdout` stays None then: who has an answer to write must say
+    that it cannot."""
+    for fd in range(3):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free, which is this one
+            os.set_inheritable(fd, True)
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  as long as the process
+
+
+def _allow_many_files() -> None:
+    """Each peer and client is one. The usual limit, 1024, is kept low for programs that call select()."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, MOST_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with contextlib.suppress(ValueError, OSError):  # where the system does not let us, the limit stays
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))

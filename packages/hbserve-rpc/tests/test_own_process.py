@@ -1,0 +1,71 @@
+"""A process of HBServe's own, whatever it was started with."""
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+DEADLINE_S = 30
+REPORT = """
+import json, os, resource, signal, sys
+from hbserve_rpc import own_process
+own_process.set_up()
+sys.stderr.write("to nowhere")
+found = {
+    "open": [os.path.exists(f"/proc/self/fd/{fd}") for fd in range(3)],
+    "inherited": [os.get_inheritable(fd) for fd in range(3)],
+    "blocked": sorted(signal.pthread_sigmask(signal.SIG_BLOCK, [])),
+    "children": signal.getsignal(signal.SIGCHLD) is signal.SIG_DFL,
+    "files": resource.getrlimit(resource.RLIMIT_NOFILE),
+    "ending": [each.name for each in own_process.ending_signals()],
+}
+with open(sys.argv[1], "w") as file: json.dump(found, file)
+"""
+
+
+def report(folder: Path, prepare: Callable[[], object]) -> dict[str, Any]:
+    """What a process says that was started after `prepare` has run in it."""
+    path = folder / "report"
+    command = [sys.executable, "-c", REPORT, str(path)]
+    subprocess.run(command, preexec_fn=prepare, timeout=DEADLINE_S, check=True, close_fds=False)
+    found: dict[str, Any] = json.loads(path.read_text())
+    return found
+
+
+def test_closed_streams_blocked_signals_and_few_files_are_mended_at_the_start(tmp_path):
+    # Known elsewhere: vLLM #7920.
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+
+    def prepare() -> None:
+        for fd in range(3):
+            os.close(fd)
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD])
+        signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (64, hard))
+
+    found = report(tmp_path, prepare)
+    assert found["open"] == found["inherited"] == [True, True, True]
+    assert (found["blocked"], found["children"]) == ([], True)
+    assert found["files"] == [65536 if hard == resource.RLIM_INFINITY else min(hard, 65536), hard]
+
+
+def test_a_limit_that_cannot_be_raised_stays(tmp_path):
+    found = report(tmp_path, lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64)))
+    assert found["files"] == [64, 64]
+
+
+def test_signals_of_the_terminal_that_were_ignored_do_not_end_it_and_sigterm_always_does(tmp_path):
+    assert report(tmp_path, lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))["ending"] == [
+        "SIGTERM", "SIGINT", "SIGHUP",
+    ]  # fmt: skip
+
+    def ignore() -> None:
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN)
+
+    assert report(tmp_path, ignore)["ending"] == ["SIGTERM"]
