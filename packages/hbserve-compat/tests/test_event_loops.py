@@ -1,10 +1,13 @@
 """DisaggregatedLLM belongs to one event loop; whoever ends it may be anywhere, and nothing stays."""
 
 import asyncio
+import gc
+import logging
 import os
 import signal
 import threading
 import time
+import weakref
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -59,7 +62,7 @@ def assert_ended(processes: list[int]) -> None:
 def _state(pid: int) -> str:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):  # before it was opened, or before it was read
         return ""
 
 
@@ -145,6 +148,84 @@ async def test_after_the_death_of_an_instance_it_can_be_stopped_and_started_agai
                 await asyncio.sleep(0.02)
     async with llm:
         assert len(await llm.generate("a", GREEDY)) == 1
+
+
+async def until_collected(seen: "weakref.ref[Any]", processes: list[int]) -> None:
+    """Collected, ended, and nothing goes on in the event loop of it."""
+    gc.collect()
+    assert seen() is None
+    async with asyncio.timeout(30):
+        while any(_state(pid) for pid in processes) or len(asyncio.all_tasks()) > 1:
+            await asyncio.sleep(0.02)
+
+
+@pytest.mark.parametrize("where", ["here", "another thread"])
+async def test_one_that_nobody_has_any_more_is_collected_and_its_processes_end(small_model, where):
+    llm = make(small_model)
+    seen = weakref.ref(llm)
+    await llm.start()
+    assert len(await llm.generate("a", GREEDY)) == 1
+    processes, held = pids(llm), [llm]
+    del llm
+    if where == "here":
+        held.clear()
+    else:
+        await asyncio.to_thread(held.clear)
+    await until_collected(seen, processes)
+
+
+async def test_one_that_is_dropped_while_it_starts_lives_until_its_start_ends(small_model):
+    llm = make(small_model)
+    seen = weakref.ref(llm)
+    starting, processes = await start_under_way(llm)
+    del llm
+    gc.collect()
+    assert seen() is not None
+    await starting
+    del starting
+    await until_collected(seen, processes)
+
+
+async def test_one_that_is_dropped_lives_while_somebody_reads_an_answer(small_model):
+    llm = make(small_model)
+    seen = weakref.ref(llm)
+    await llm.start()
+    processes = pids(llm)
+    stream, other = llm.stream("a", SamplingParams(0, 100, True)), llm.stream("b", SamplingParams(0, 400, True))
+    generating = asyncio.create_task(llm.generate(["c", "d"], SamplingParams(0, 100, True)))
+    await asyncio.gather(anext(stream), anext(other))
+    del llm, other  # what nobody reads any more is aborted
+    gc.collect()
+    assert [len(each["token_ids"]) for each in await generating] == [100, 100]
+    del generating
+    assert seen() is not None
+    assert sum([len(delta["token_ids"]) async for delta in stream]) == 99
+    await until_collected(seen, processes)
+
+
+@pytest.mark.parametrize("dropped", ["with its event loop", "by a task that is cancelled then", "afterwards"])
+def test_one_that_nobody_stops_before_its_event_loop_ends_leaves_no_process(small_model, dropped, caplog):
+    found: list[Any] = []
+
+    async def use(ready: asyncio.Event) -> None:
+        llm = make(small_model)
+        await llm.start()
+        found.extend([pids(llm), weakref.ref(llm), llm if dropped == "afterwards" else None])
+        ready.set()
+        if dropped == "by a task that is cancelled then":
+            await asyncio.Event().wait()
+
+    async def main() -> None:
+        ready = asyncio.Event()
+        using = asyncio.create_task(use(ready))
+        await (ready.wait() if dropped == "by a task that is cancelled then" else using)
+
+    asyncio.run(main())
+    del found[2]
+    gc.collect()
+    assert found[1]() is None
+    assert_ended(found[0])
+    assert not [each for each in caplog.records if each.levelno >= logging.ERROR], "asyncio says what is left behind"
 
 
 @in_its_loop

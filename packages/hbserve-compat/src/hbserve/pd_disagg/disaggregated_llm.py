@@ -5,6 +5,7 @@ import contextlib
 import copy
 import logging
 import os
+import weakref
 from collections.abc import AsyncGenerator, Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -15,6 +16,7 @@ import msgspec
 from hbserve.demo_model import find_model_folder
 from hbserve.launcher import LocalInstances
 from hbserve.pd_disagg.config import PdDisaggConfig
+from hbserve.pd_disagg.ending import end_both, end_dropped, weakly
 from hbserve.progress import progress_bar
 from hbserve.prompts import PlainPrompt, Prompt, encode_all, read_params, read_prompt, read_prompts
 from hbserve.results import GenerationDelta, GenerationResult
@@ -33,7 +35,9 @@ READY_TIMEOUT_S = 600.0
 class DisaggregatedLLM:
     """Belongs to the event loop that ran `start`; in another one its methods raise RuntimeError, `stop` excepted.
 
-    Also an asynchronous context manager, which starts and stops it.
+    Also an asynchronous context manager, which starts and stops it. One that nobody refers to any more is ended as by
+    `stop`: by its event loop if that runs, else at once. A call that has not returned refers to it, and what `stream`
+    returned does until it ends or is dropped itself; `scheduler` does not.
 
     `scheduler` is CpuScheduler, or a subclass of it that schedules differently.
     """
@@ -54,6 +58,7 @@ class DisaggregatedLLM:
         self._pid = 0
         self._starting: asyncio.Task[None] | None = None
         self._stopping: asyncio.Task[None] | None = None
+        self._if_dropped: weakref.finalize[Any, Any] | None = None
         self._background: set[asyncio.Task[None]] = set()
 
     async def start(self) -> None:
@@ -83,7 +88,13 @@ class DisaggregatedLLM:
         deployment = self.config.to_deployment()
         folder = await find_model_folder(self.config.model_path)
         self._scheduler = self._scheduler_class(deployment.scheduler, model_path=str(folder))
-        self._instances = LocalInstances(deployment, folder, log_level=self._log_level, on_death=self._on_death)
+        on_death = weakly(self._on_death)
+        self._instances = LocalInstances(deployment, folder, log_level=self._log_level, on_death=on_death)
+        self._if_dropped = weakref.finalize(
+            self, end_dropped, asyncio.get_running_loop(), os.getpid(), self._scheduler, self._instances
+        )
+        # At the interpreter's end each process has a finalizer of its own.
+        self._if_dropped.atexit = False
         try:
             # A group: when one of the two fails, the other is ended before anything is stopped.
             async with asyncio.TaskGroup() as group:
@@ -145,6 +156,7 @@ class DisaggregatedLLM:
 
     def _kill(self) -> None:
         instances = self._instances
+        self._forget_finalizer()
         self._loop = self._scheduler = self._instances = self._starting = self._stopping = None
         if instances is not None:
             instances.kill()
@@ -154,15 +166,17 @@ class DisaggregatedLLM:
             self._starting.cancel()
             await asyncio.gather(self._starting, return_exceptions=True)
         scheduler, instances = self._scheduler, self._instances
+        self._forget_finalizer()
         self._scheduler = self._instances = None
         try:
             await asyncio.gather(*self._background, return_exceptions=True)
-            if scheduler is not None:
-                await scheduler.stop()
+            await end_both(scheduler, instances)
         finally:
-            if instances is not None:
-                await instances.stop()
             self._loop = self._starting = self._stopping = None
+
+    def _forget_finalizer(self) -> None:
+        if self._if_dropped is not None:
+            self._if_dropped.detach()
 
     async def __aenter__(self) -> Self:
         await self.start()
