@@ -1,6 +1,7 @@
 """SamplingParams: nano-vllm's order, and every wrong value refused by its name."""
 
 import contextlib
+from decimal import Decimal
 from fractions import Fraction
 from itertools import count
 
@@ -19,21 +20,81 @@ def test_the_first_three_sampling_parameters_are_nano_vllms_in_its_order():
     assert SamplingParams() == SamplingParams(temperature=1.0, max_tokens=64, ignore_eos=False)
 
 
+class HostileObject:
+    """Says nothing of itself, and not even that in UTF-8."""
+
+    def __getattr__(self, name):
+        raise RuntimeError(name)
+
+    def __repr__(self):
+        return "half \ud83d"
+
+
+class HostileInt(int):
+    def __le__(self, other):
+        raise RuntimeError("not to be compared")
+
+    __ge__ = __lt__ = __gt__ = __le__
+
+
+class HostileFloat(float):
+    def __float__(self):
+        raise RuntimeError("no float")
+
+
+class HostileText(str):
+    __slots__ = ()
+
+    def __len__(self):
+        raise RuntimeError("no length")
+
+
+OBJECTS = [HostileObject(), HostileInt(5), HostileFloat(0.5), HostileText("x"), Decimal("0.5"), Decimal("sNaN"), int]
+
 WRONG = {
-    "temperature": [-0.1, float("nan"), float("inf"), 2**63, 10**400, 10**5000, 1j, None, "hot", True],
-    "max_tokens": [0, -1, 1.5, None, "8", 10**5000, 2**63],
+    "temperature": [
+        HostileObject(),
+        HostileFloat(0.5),
+        Decimal("0.5"),
+        "0.5",
+        -0.1,
+        float("nan"),
+        float("inf"),
+        2**63,
+        10**400,
+        10**5000,
+        1j,
+        None,
+        "hot",
+        True,
+    ],
+    "max_tokens": [HostileObject(), HostileInt(0), Decimal(8), 0, -1, 1.5, None, "8", 10**5000, 2**63],
     "ignore_eos": [1, "yes", None],
     "top_k": [-2, 1.5, None],
     "top_p": [0, -1, 1.1, float("nan"), None],
     "seed": [-1, 2**63, 0.5, True, "1"],
-    "stop": ["", [""], [3], ["x"] * 17, {"x"}, {"x": 1}, b"x", ["half \ud83d"], 3],
-    "stop_token_ids": [[-1], ["a"], [2**63], [True], [1.0], range(1025), count(), {1}, 3, "ab"],
+    "stop": [HostileText(""), HostileObject(), "", [""], [3], ["x"] * 17, {"x"}, {"x": 1}, b"x", ["half \ud83d"], 3],
+    "stop_token_ids": [
+        HostileObject(),
+        [HostileObject()],
+        [-1],
+        ["a"],
+        [2**63],
+        [True],
+        [1.0],
+        range(1025),
+        count(),
+        {1},
+        3,
+        "ab",
+    ],
 }
 
 
 SIMPLE = (
     st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.binary()
-    | st.sampled_from([2**63, -(2**63) - 1, 10**400, 10**5000, 5e-324, -0.0, "half \ud83d", "\x00", 1j, object(), int])
+    | st.sampled_from([2**63, -(2**63) - 1, 10**400, 10**5000, 5e-324, -0.0, "half \ud83d", "\x00", 1j, object()])
+    | st.sampled_from(OBJECTS)
 )  # fmt: skip
 HOSTILE = SIMPLE | st.lists(SIMPLE, max_size=20) | st.tuples(SIMPLE) | st.dictionaries(st.text(), SIMPLE, max_size=2)
 """What a caller may give for anything."""

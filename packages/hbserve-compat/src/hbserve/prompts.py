@@ -7,7 +7,15 @@ from typing import Any
 
 from hbserve.tokenizer import encode
 from hbserve_rpc import InvalidRequest, LogitsNotFinite, SamplingParams
-from hbserve_rpc.plain_values import plain_items, plain_scalar, plain_text, plain_token_ids, shown
+from hbserve_rpc.plain_values import (
+    num_dimensions,
+    plain_int,
+    plain_items,
+    plain_scalar,
+    plain_text,
+    plain_token_ids,
+    shown,
+)
 
 Prompt = Any
 """A string; token ids in a list, tuple, array, tensor or iterator; `{"prompt": …}` or `{"prompt_token_ids": …}`, as in
@@ -60,7 +68,7 @@ def read_prompt(prompt: object) -> PlainPrompt:
     if isinstance(prompt, Mapping):
         return _read_mapping(prompt)
     ids = plain_items("prompt", prompt, EXPECTED)
-    if getattr(prompt, "ndim", None) == 2 and len(ids) == 1:  # a batch of one, as tokenizers return tensors
+    if num_dimensions(prompt) == 2 and len(ids) == 1:  # a batch of one, as tokenizers return tensors
         ids = ids[0]
     return _some(plain_token_ids("prompt", ids))
 
@@ -96,9 +104,14 @@ def _rows(encoding: Mapping[Any, Any]) -> list[list[int]]:
     if [len(row) for row in rows] != [len(mask) for mask in masks]:
         raise InvalidRequest("attention_mask: expected one number for each of input_ids")
     return [
-        [token for token, shows in zip(plain_token_ids("input_ids", row), mask, strict=True) if shows]
+        [token for token, shows in zip(plain_token_ids("input_ids", row), map(_shows, mask), strict=True) if shows]
         for row, mask in zip(rows, masks, strict=True)
     ]
+
+
+def _shows(value: object) -> int:
+    number = plain_scalar(value)
+    return plain_int("attention_mask", int(number) if isinstance(number, bool) else number, 0, 1)
 
 
 def _nested(values: object) -> list[list[Any]]:

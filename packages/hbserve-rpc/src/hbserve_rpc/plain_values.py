@@ -2,6 +2,8 @@
 
 What is given may be of numpy or torch, which this package does not import: a scalar of theirs has `item()`, an array
 `tolist()`. Whatever is returned is a new object, so that nothing that the caller changes later changes a request.
+
+What a caller's own iterator or mapping raises passes: it is the caller's error, not one about a value.
 """
 
 from collections.abc import Iterable, Mapping, Set
@@ -25,15 +27,24 @@ def shown(value: object) -> str:
         text = repr(value)
     except Exception:  # an integer of more digits than Python spells; a __repr__ of somebody else
         return f"<{type(value).__name__}>"
-    return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 1]}…"
+    text = text if len(text) <= _SHOWN else f"{text[: _SHOWN - 1]}…"
+    return text.encode(errors="backslashreplace").decode()  # it goes to other processes, as UTF-8
+
+
+def num_dimensions(value: object) -> Any:
+    """Of an array of numpy or torch; None: it is none."""
+    try:
+        return getattr(value, "ndim", None)
+    except Exception:  # a __getattr__ of somebody else
+        return None
 
 
 def plain_scalar(value: object) -> Any:
     """A scalar of numpy or torch as Python's; everything else as it is."""
-    if getattr(value, "ndim", None) != 0 or not callable(item := getattr(value, "item", None)):
+    if num_dimensions(value) != 0:
         return value
     try:
-        return item()
+        return value.item()  # type: ignore[attr-defined]
     except Exception:  # for example a tensor without data: no scalar then, which whoever asked refuses
         return value
 
@@ -41,9 +52,11 @@ def plain_scalar(value: object) -> Any:
 def plain_int(name: str, value: object, low: int, high: int = LARGEST_INT) -> int:
     """Raises InvalidRequest: names the field, the value and the range."""
     value = plain_scalar(value)
-    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise InvalidRequest(f"{name}={shown(value)}: expected an integer from {low} to {high}")
-    return int.__int__(value)
+    if isinstance(value, int) and not isinstance(value, bool):
+        number = int.__int__(value)  # of a subclass, whose comparisons may be others
+        if low <= number <= high:
+            return number
+    raise InvalidRequest(f"{name}={shown(value)}: expected an integer from {low} to {high}")
 
 
 def plain_items(name: str, value: object, expected: str, most: int = MOST_ITEMS) -> list[Any]:
@@ -58,7 +71,7 @@ def plain_items(name: str, value: object, expected: str, most: int = MOST_ITEMS)
     refused = InvalidRequest(f"{name}={shown(value)}: expected {expected}")
     if isinstance(value, (str, bytes, bytearray, memoryview, Mapping, Set)):
         raise refused
-    if hasattr(value, "ndim"):
+    if num_dimensions(value) is not None:
         try:
             items = value.tolist()  # type: ignore[attr-defined]
         except Exception as error:

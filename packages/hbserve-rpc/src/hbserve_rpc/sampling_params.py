@@ -76,7 +76,7 @@ def _plain_number(name: str, value: object, allowed: Callable[[float], bool], ex
     if isinstance(value, int) and value > LARGEST_INT:
         expected += f", as a float or an integer up to {LARGEST_INT}"
     elif isinstance(value, Real) and not isinstance(value, bool):
-        with contextlib.suppress(OverflowError):  # a fraction beyond all floats
+        with contextlib.suppress(Exception):  # a fraction beyond all floats; a __float__ of somebody else
             if allowed(number := float(value)):
                 return number
     raise InvalidRequest(f"{name}={shown(value)}: expected {expected}")
@@ -87,6 +87,7 @@ def _plain_stop(value: object) -> list[str]:
         return []
     expected = f"a list of at most {MAX_STOP_STRINGS} non-empty strings"
     stops = [value] if isinstance(value, str) else plain_items("stop", value, expected, MAX_STOP_STRINGS)
+    stops = [str.__str__(each) if isinstance(each, str) else each for each in stops]
     if len(stops) > MAX_STOP_STRINGS or not all(isinstance(each, str) and each for each in stops):
         raise InvalidRequest(f"stop={shown(stops)}: expected {expected}")
     return [plain_text(f"stop[{place}]", each) for place, each in enumerate(stops)]
