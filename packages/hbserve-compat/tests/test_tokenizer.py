@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerFast
 
 from hbserve.prompts import encode_all
 from hbserve.tokenizer import encode, encode_message, load_tokenizer
-from hbserve_rpc import InvalidRequest
+from hbserve_rpc import InvalidRequest, SamplingParams
 
 CHAT = "{{ bos_token }}{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}"
 BOS, EOS, A, B = 1, 2, 3, 4
@@ -56,7 +56,7 @@ def test_a_text_that_begins_with_bos_gets_no_second_one(make, template, text, ex
 
 
 def test_token_ids_stay_as_they_are(make):
-    assert encode_all(make(), [[BOS, BOS, A]]) == [[BOS, BOS, A]]
+    assert encode_all(make(), [[BOS, BOS, A]], [SamplingParams()]) == [[BOS, BOS, A]]
 
 
 @pytest.mark.parametrize("template", ["<s> $A", "$A", "<s> $A </s>"])

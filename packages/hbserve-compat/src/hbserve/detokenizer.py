@@ -6,7 +6,7 @@ from typing import Any
 from weakref import WeakKeyDictionary, proxy
 
 from hbserve.stop_strings import StopStrings
-from hbserve.token_text import TokenDecoder, TokenText
+from hbserve.token_text import NoText, TokenDecoder, TokenText
 
 _decoders: "WeakKeyDictionary[Any, tuple[int, TokenDecoder]]" = WeakKeyDictionary()
 """Of each tokenizer, while it lives: with its size then, since tokens may be added to it."""
@@ -29,12 +29,13 @@ class Detokenizer:
     """
 
     def __init__(self, tokenizer: Any, stop: Sequence[str] = (), *, skip_special_tokens: bool = True) -> None:
-        decoder = _decoder_of(tokenizer)
+        """`tokenizer` is None where there is none: all text is "" then, and there may be no stop strings."""
+        decoder = None if tokenizer is None else _decoder_of(tokenizer)
         self._tokenizer = tokenizer
         """The decoder does not keep it alive."""
-        self._skipped = decoder.special_ids if skip_special_tokens else frozenset()
-        self._shown: TokenText = decoder.text()
-        self._searched = decoder.text() if stop and self._skipped else None
+        self._skipped = decoder.special_ids if decoder is not None and skip_special_tokens else frozenset()
+        self._shown: TokenText = NoText() if decoder is None else decoder.text()
+        self._searched = decoder.text() if decoder is not None and stop and self._skipped else None
         """The text with special tokens, where it is another one."""
         self._stop = StopStrings(stop) if stop else None
         self._held: deque[tuple[int, str]] = deque()

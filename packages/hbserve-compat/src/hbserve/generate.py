@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hbserve.demo_model import find_model_folder
 from hbserve.progress import progress_bar
 from hbserve.prompts import read_prompts
 from hbserve.results import GenerationResult, Timings
 from hbserve.text_request import Scheduler, TextRequest, answer_all, check_all
-from hbserve.tokenizer import encode_message, load_tokenizer
+from hbserve.tokenizer import encode_message, load_tokenizer, require_tokenizer_of
 from hbserve_rpc import InvalidAddress, SamplingParams
 from hbserve_rpc.messages import FinishReason, ServiceInfo
 from hbserve_scheduler import ConfigError, RemoteScheduler, load_config
@@ -120,6 +121,8 @@ async def _started(args: GenerateArgs) -> AsyncIterator[tuple[Scheduler, Any]]:
         config.model_path = args.model
     if args.kv_transfer_backend is not None:
         config.kv_transfer_backend = args.kv_transfer_backend
+    config.model_path = await find_model_folder(config.model_path)
+    require_tokenizer_of(config.model_path)
     async with DisaggregatedLLM(config, log_level=args.log_level) as llm:
         yield llm.scheduler, llm.tokenizer
 
@@ -155,6 +158,7 @@ async def _connected(args: GenerateArgs) -> AsyncIterator[tuple[Scheduler, Any]]
                 f"the deployment serves {str(folder)!r}, which is not a folder of this host; "
                 "its tokenizer is needed here: give its folder with --model"
             )
+        require_tokenizer_of(folder)
         # Importing transformers can take longer than the scheduler waits for a heartbeat.
         yield scheduler, await asyncio.to_thread(load_tokenizer, folder)
     finally:

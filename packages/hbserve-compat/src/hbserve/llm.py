@@ -49,6 +49,9 @@ class LLM:
     """One model. By default one engine in this process does everything; with `kv_transfer_backend=` prefill and decode
     run in processes of their own, and the other keywords are those of PdDisaggConfig.
 
+    A folder without a tokenizer serves token ids: `tokenizer` is None then, every text is "", as in vLLM without one,
+    and what is text, a prompt or a stop string, is refused.
+
     Any thread may call it, also while another does; a process that is forked from this one may not. It ends, with all
     that it has started, by `exit()`, by `with`, when nobody refers to it any more, or at the interpreter's end.
     """
@@ -61,6 +64,7 @@ class LLM:
 
         Raises:
             ValueError: a keyword's value cannot be.
+            BrokenTokenizer: (a ValueError) its tokenizer cannot be read.
             FileNotFoundError: there is no such model folder, or a file is missing in it.
         """
         self._numbers = itertools.count()
@@ -101,9 +105,9 @@ class LLM:
         Raises:
             InvalidRequest: (a ValueError) it can never run; says why.
         """
-        (token_ids,) = encode_all(self._tokenizer, [read_prompt(prompt)])
-        (params,) = read_params(sampling_params, 1)
-        self._add(self._added, token_ids, params)
+        plain, params = [read_prompt(prompt)], read_params(sampling_params, 1)
+        (token_ids,) = encode_all(self._tokenizer, plain, params)
+        self._add(self._added, token_ids, params[0])
 
     def _add(self, call: _Call, token_ids: list[int], params: SamplingParams, place: int = 0) -> None:
         number = next(self._numbers)
@@ -184,7 +188,7 @@ class LLM:
         """
         plain = read_prompts(prompts)
         params = read_params(sampling_params, len(plain))
-        todo = list(zip(encode_all(self._tokenizer, plain), params, strict=True))
+        todo = list(zip(encode_all(self._tokenizer, plain, params), params, strict=True))
         for place, (token_ids, each) in enumerate(todo):
             with naming(place, len(todo)):
                 self._running().check(token_ids, each)

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from numbers import Number
 from typing import Any
 
-from hbserve.tokenizer import encode
+from hbserve.tokenizer import encode, require_tokenizer
 from hbserve_rpc import InvalidRequest, LogitsNotFinite, SamplingParams
 from hbserve_rpc.plain_values import (
     num_dimensions,
@@ -121,9 +121,19 @@ def _nested(values: object) -> list[list[Any]]:
     return [plain_items("input_ids", each, "token ids") for each in items]
 
 
-def encode_all(tokenizer: Any, prompts: list[PlainPrompt]) -> list[list[int]]:
-    """Token ids of each. Of long texts it takes a while: in an event loop, to be called in a thread."""
-    return [encode(tokenizer, each) if isinstance(each, str) else each for each in prompts]
+def encode_all(tokenizer: Any, prompts: list[PlainPrompt], params: list[SamplingParams]) -> list[list[int]]:
+    """Token ids of each. Of long texts it takes a while: in an event loop, to be called in a thread.
+
+    Raises:
+        InvalidRequest: a prompt or a stop string is text, and there is no tokenizer. Names the prompt.
+    """
+    ids = []
+    for place, (prompt, each) in enumerate(zip(prompts, params, strict=True)):
+        with naming(place, len(prompts)):
+            if each.stop:
+                require_tokenizer(tokenizer, "stop")
+            ids.append(encode(tokenizer, prompt) if isinstance(prompt, str) else prompt)
+    return ids
 
 
 def read_params(params: object, num_prompts: int) -> list[SamplingParams]:

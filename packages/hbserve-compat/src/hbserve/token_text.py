@@ -27,6 +27,16 @@ class TokenText(Protocol):
         """The text that was held back. Nothing is added afterwards."""
 
 
+class NoText:
+    """Of tokens whose tokenizer is not there."""
+
+    def feed(self, token_id: int) -> str:
+        return ""
+
+    def finish(self) -> str:
+        return ""
+
+
 class TokenDecoder:
     """What is to be known of a tokenizer to decode its tokens as they come."""
 

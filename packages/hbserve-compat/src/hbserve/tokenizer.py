@@ -6,16 +6,49 @@ from typing import Any
 from hbserve_rpc import InvalidRequest
 from hbserve_rpc.plain_values import plain_text, shown
 
+FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
+"""A folder without any of them has no tokenizer."""
+
+
+class BrokenTokenizer(ValueError):
+    """A tokenizer's files are there, but cannot be read as one."""
+
 
 def load_tokenizer(folder: str | Path) -> Any:
-    """A transformers tokenizer from a local folder; never from a hub.
+    """A transformers tokenizer from a local folder, never from a hub; None if it has none: it serves token ids only.
 
     Raises:
-        FileNotFoundError: the folder has no tokenizer; says which files would do.
+        BrokenTokenizer: there are files of one, but it cannot be read; says why.
     """
     path = Path(folder).expanduser()
-    if not any((path / name).exists() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
-        raise FileNotFoundError(f"{path}: no tokenizer.json, tokenizer_config.json or tokenizer.model there")
+    if not any((path / name).exists() for name in FILES):
+        return None
+    try:
+        tokenizer = _read(path)
+    except Exception as error:  # a library's own, of any kind: each format is read by another one
+        reason = " ".join(str(error).split())
+        raise BrokenTokenizer(f"{path}: its tokenizer cannot be read: {type(error).__name__}: {reason}") from error
+    if len(tokenizer) <= len(tokenizer.added_tokens_decoder):  # transformers fills in what is missing with nothing
+        raise BrokenTokenizer(f"{path}: its tokenizer has no vocabulary; is tokenizer.json missing, or cut off?")
+    return tokenizer
+
+
+def require_tokenizer_of(folder: str | Path) -> None:
+    """Raises FileNotFoundError unless a folder has a tokenizer: for those who have nothing but text."""
+    path = Path(folder).expanduser()
+    if not any((path / name).exists() for name in FILES):
+        raise FileNotFoundError(f"{path}: has no tokenizer, which text needs: none of {', '.join(FILES)}")
+
+
+def require_tokenizer(tokenizer: Any, name: str) -> None:
+    """Raises InvalidRequest where there is none, and so no text; `name` is what was given as text."""
+    if tokenizer is None:
+        raise InvalidRequest(
+            f"{name}: is text, but the model folder has no tokenizer, none of {', '.join(FILES)}; expected token ids"
+        )
+
+
+def _read(path: Path) -> Any:
     if (path / "tokenizer.json").exists():
         # That file says all there is to say. AutoTokenizer would read the same, but imports torch first: 4 s at start.
         from transformers import PreTrainedTokenizerFast
@@ -30,7 +63,11 @@ def encode(tokenizer: Any, text: str) -> list[int]:
     """Token ids of the text, without a chat template.
 
     As the tokenizer has it, but with one BOS: a text that begins with it, as chat templates make them, gets none.
+
+    Raises:
+        InvalidRequest: (a ValueError) there is no tokenizer.
     """
+    require_tokenizer(tokenizer, "prompt")
     ids: list[int] = tokenizer.encode(text)
     bos, bos_id = tokenizer.bos_token, tokenizer.bos_token_id
     if bos and text.startswith(bos) and ids[:2] == [bos_id, bos_id]:

@@ -47,7 +47,8 @@ class DisaggregatedLLM:
     ) -> None:
         self.config = config
         self.tokenizer: Any = None
-        """A transformers tokenizer, from `start` on. For callers: what they switch on there reaches no prompt."""
+        """A transformers tokenizer, from `start` on. For callers: what they switch on there reaches no prompt. None if
+        the model's folder has none: then it serves token ids, and every text is ""."""
         self._tokenizer: Any = None
         self._scheduler_class = scheduler
         self._log_level = log_level
@@ -66,6 +67,7 @@ class DisaggregatedLLM:
 
         Raises:
             ConfigError: a field of the configuration cannot be.
+            BrokenTokenizer: (a ValueError) the model's tokenizer cannot be read.
             FileNotFoundError: there is no such model folder.
             InstanceFailed: an instance cannot run; has its reason.
             NotReady: the models were not loaded in time.
@@ -210,7 +212,7 @@ class DisaggregatedLLM:
         scheduler = self._require_own_loop()
         plain = read_prompts(prompts)
         params = read_params(sampling_params, len(plain))
-        token_ids = await asyncio.to_thread(encode_all, self._tokenizer, plain)
+        token_ids = await asyncio.to_thread(encode_all, self._tokenizer, plain, params)
         check_all(scheduler, token_ids, params)
         with progress_bar(len(plain), is_shown=use_tqdm) as bar:
             return await answer_all(scheduler, self._tokenizer, token_ids, params, bar.update)
@@ -231,7 +233,7 @@ class DisaggregatedLLM:
     async def _stream(
         self, scheduler: CpuScheduler, prompt: PlainPrompt, params: SamplingParams, request_id: str | None
     ) -> AsyncGenerator[GenerationDelta, None]:
-        (token_ids,) = await asyncio.to_thread(encode_all, self._tokenizer, [prompt])
+        (token_ids,) = await asyncio.to_thread(encode_all, self._tokenizer, [prompt], [params])
         request = TextRequest(scheduler, self._tokenizer, token_ids, params, request_id=request_id)
         async with contextlib.aclosing(aiter(request)) as deltas:
             async for delta in deltas:
