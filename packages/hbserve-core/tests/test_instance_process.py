@@ -104,6 +104,8 @@ BAD_CONFIGURATIONS = {
     b'{"model_path": "m", "host": "0.0.0.0"}': "host='0.0.0.0': is every address of a machine, and none at which peers",
     b'{"model_path": "m", "host": "[::1]"}': "host='[::1]': expected it without brackets, '::1'",
     b'{"model_path": "m", "log_level": "LOUD"}': "log_level='LOUD': expected one of DEBUG",
+    b'{"model_path": "m", "kv_transfer": {"options": {"a": ' + b"[" * 5000: "maximum recursion depth",
+    b"\xff\xfe": "JSON is malformed",
 }
 
 

@@ -242,6 +242,14 @@ def test_anchors_and_merge_keys_work(tmp_path: Path) -> None:
         ("", ["no prefill instance"]),
         ("--- {}\n--- {}\n", ["line 2:", "document"]),
         ("modle: {}\n", ["modle: unknown key"]),
+        ("model: {path: 2020-99-99}\n", ["month must be in 1..12"]),
+        (f"engine: {{num_blocks: {'9' * 5000}}}\n", ["4300 digits"]),
+        ("[" * 3000, ["nested too deep"]),
+        (f"kv_transfer: {{buffer_size: {'9' * 400}GiB}}\n", ["kv_transfer.buffer_size=", "expected a number of bytes"]),
+        ('model: {path: "\\ud83d"}\n', ["model.path: character 0", "not Unicode text"]),
+        ("kv_transfer: {options: {a: [.nan]}}\n", ["kv_transfer.options.a[0]=nan: expected what JSON has"]),
+        ("kv_transfer: {options: {a: {1: 2}}}\n", ["kv_transfer.options.a: has the key 1; expected text as keys"]),
+        (f"engine: {{num_blocks: {10**30}}}\n", ["engine.num_blocks=", "expected 1 to 4611686018427387904"]),
     ],
 )
 def test_a_wrong_file_is_one_line_that_names_file_and_place(

@@ -5,7 +5,9 @@ What a command needs is imported when it runs: the scheduler's process never see
 
 import asyncio
 import logging
+import math
 import os
+import re
 import signal
 from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager
@@ -28,6 +30,7 @@ def _begin() -> None:
         typer.echo("error: the current folder was deleted: change to one that exists", err=True)
         raise typer.Exit(1) from None
 
+from hbserve_rpc.plain_values import shown
 
 app = typer.Typer(
     name="hbserve",
@@ -36,6 +39,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     callback=_begin,
+    rich_markup_mode=None,
 )
 
 
@@ -100,6 +104,13 @@ bench = typer.Typer(help="Measure this machine.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
 
 
+class Dtype(StrEnum):
+    AUTO = "auto"
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+
+
 class Workload(StrEnum):
     MIXED = "mixed"
     SINGLE = "single"
@@ -123,9 +134,9 @@ def engine(
     ] = None,
     json: Annotated[Path | None, typer.Option(help="With --sweep: a file for one JSON object a row.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda:N.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    dtype: Annotated[Dtype, typer.Option(help="auto is the model's own.")] = Dtype.AUTO,
     random_weights: Annotated[bool, typer.Option(help="Read only the model's config.json.")] = False,
-    tensor_parallel_size: Annotated[int, typer.Option(help="Ranks; on CUDA, GPUs side by side.")] = 1,
+    tensor_parallel_size: Annotated[int, typer.Option(min=1, help="Ranks; on CUDA, GPUs side by side.")] = 1,
     log_level: LogLevelOption = LogLevel.INFO,
 ) -> None:
     """One engine alone, on nano-vllm's workload, one stream, prompts only, and decodes only; or by batch size."""
@@ -133,7 +144,9 @@ def engine(
 
     _refuse_options_of_the_other_kind(sweep, [workload, scale], [batch_sizes, contexts, json])
     sizes, lengths = _numbers("--batch-sizes", batch_sizes), _numbers("--contexts", contexts)
-    chosen = EngineUnderTest(model, device, dtype, random_weights, tensor_parallel_size)
+    if scale is not None and not math.isfinite(scale):
+        raise typer.BadParameter(f"{scale}: expected a number from 0 on", param_hint="--scale")
+    chosen = EngineUnderTest(model, device, dtype.value, random_weights, tensor_parallel_size)
     with _explaining(log_level):
         if sweep:
             sweep_engine(chosen, sizes, lengths, json)
@@ -153,8 +166,9 @@ def _numbers(option: str, text: str | None) -> tuple[int, ...] | None:
     if text is None:
         return None
     parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdecimal() and int(part) >= 1 for part in parts):
-        raise typer.BadParameter(f"{text!r}: expected numbers from 1 on, with commas between", param_hint=option)
+    if not all(re.fullmatch("[0-9]{1,9}", part) and int(part) >= 1 for part in parts):
+        problem = f"{shown(text)}: expected numbers from 1 to {10**9 - 1}, with commas between"
+        raise typer.BadParameter(problem, param_hint=option)
     return tuple(sorted({int(part) for part in parts}))
 
 
@@ -182,7 +196,7 @@ def _explaining(log_level: LogLevel) -> Iterator[None]:
             raise
         if not _is_explained(error):
             logging.getLogger(__name__).exception("unexpected error; please report it")
-        typer.echo(f"error: {error}", err=True)
+        typer.echo(f"error: {_one_line(str(error))}", err=True)
         raise typer.Exit(2 if isinstance(error, ValueError) else 1) from None
 
 
@@ -197,6 +211,15 @@ async def _until_signalled(job: Coroutine[Any, Any, None]) -> None:
     """A signal ends a command in order; another one, while it ends, at once. Commands that serve have handlers of their
     own."""
     task, loop = asyncio.current_task(), asyncio.get_running_loop()
+def _one_line(text: str) -> str:
+    """What others say may have several lines, and the names of files anything: a terminal must not obey it."""
+    joined = " ".join(text.split())
+    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in joined)
+
+
+async def _until_sigterm(job: Coroutine[Any, Any, None]) -> None:
+    """SIGTERM ends a command in order, as Ctrl-C does. Commands that serve have handlers of their own."""
+    task = asyncio.current_task()
     assert task is not None
     received: list[int] = []
 

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import msgspec
 import typer
 
 from hbserve.demo_model import model_folder
@@ -30,7 +30,7 @@ class EngineUnderTest:
     random_weights: bool
     tensor_parallel_size: int
 
-    def settings(self) -> dict[str, object]:
+    def settings(self) -> dict[str, Any]:
         """Of its InstanceConfig, model_path apart."""
         return {
             "device": self.device,
@@ -40,8 +40,8 @@ class EngineUnderTest:
         }
 
     def is_on_a_gpu(self, folder: Path) -> bool:
-        """Raises InvalidInstanceConfig, or what msgspec raises, for settings that cannot be."""
-        config = msgspec.convert({"model_path": str(folder), **self.settings()}, InstanceConfig)
+        """Raises InvalidInstanceConfig for settings that cannot be."""
+        config = InstanceConfig(model_path=str(folder), **self.settings())
         return choose_device(config).type == "cuda"
 
 

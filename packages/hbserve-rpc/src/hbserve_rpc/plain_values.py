@@ -59,6 +59,14 @@ def plain_int(name: str, value: object, low: int, high: int = LARGEST_INT) -> in
     raise InvalidRequest(f"{name}={shown(value)}: expected an integer from {low} to {high}")
 
 
+def plain_bool(name: str, value: object) -> bool:
+    """Raises InvalidRequest: neither True nor False, of numpy or torch either."""
+    value = plain_scalar(value)
+    if not isinstance(value, bool):
+        raise InvalidRequest(f"{name}={shown(value)}: expected True or False")
+    return value
+
+
 def plain_items(name: str, value: object, expected: str, most: int = MOST_ITEMS) -> list[Any]:
     """A new list of what is in a list, tuple, array or any other ordered iterable. What an iterator raises passes.
 

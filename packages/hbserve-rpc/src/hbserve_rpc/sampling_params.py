@@ -8,7 +8,7 @@ from numbers import Real
 import msgspec
 
 from hbserve_rpc.errors import InvalidRequest
-from hbserve_rpc.plain_values import LARGEST_INT, plain_int, plain_items, plain_scalar, plain_text, shown
+from hbserve_rpc.plain_values import LARGEST_INT, plain_bool, plain_int, plain_items, plain_scalar, plain_text, shown
 
 MAX_STOP_STRINGS = 16
 MAX_STOP_TOKEN_IDS = 1024
@@ -60,9 +60,7 @@ class SamplingParams(msgspec.Struct):
         self.top_p = _plain_number("top_p", self.top_p, lambda v: 0 < v <= 1, "a number in (0, 1]")
         if self.seed is not None:
             self.seed = plain_int("seed", self.seed, 0)
-        self.ignore_eos = plain_scalar(self.ignore_eos)
-        if not isinstance(self.ignore_eos, bool):
-            raise InvalidRequest(f"ignore_eos={shown(self.ignore_eos)}: expected True or False")
+        self.ignore_eos = plain_bool("ignore_eos", self.ignore_eos)
         self.stop = _plain_stop(self.stop)
         self.stop_token_ids = _plain_stop_token_ids(self.stop_token_ids)
 

@@ -2,12 +2,14 @@
 
 import difflib
 import re
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import msgspec
 
-from hbserve_rpc import InvalidAddress, canonical_host, check_host, check_peer_host
+from hbserve_rpc import InvalidAddress, InvalidRequest, canonical_host, check_host, check_peer_host
+from hbserve_rpc.plain_values import LARGEST_INT, plain_text, shown
 from hbserve_scheduler.config import DeploymentConfig, InstanceSection
 from hbserve_scheduler.errors import ConfigError
 
@@ -27,6 +29,9 @@ def convert(content: Any) -> DeploymentConfig:
         config = msgspec.convert(content, DeploymentConfig)
     except msgspec.ValidationError as error:
         raise ConfigError(_explain(str(error), content)) from None
+    except UnicodeEncodeError:  # msgspec does not say where
+        _require_plain(content)
+        raise
     check(config)
     return config
 
@@ -35,18 +40,47 @@ def check(config: DeploymentConfig) -> None:
     """Check what types cannot say. Raises ConfigError."""
     for path, value, low, high in _ranges(config):
         if value is not None and not low <= value <= high:
-            allowed = f"{low} to {high}" if high < 2**62 else f"at least {low}"
-            raise ConfigError(f"{path}={value!r}: expected {allowed}")
+            allowed = f"{low} to {int(high)}" if high < 2**62 or value > high else f"at least {low}"
+            raise ConfigError(f"{path}={shown(value)}: expected {allowed}")
     if config.scheduler.heartbeat_timeout_s <= config.scheduler.heartbeat_interval_s:
         raise ConfigError(
             f"scheduler.heartbeat_timeout_s={config.scheduler.heartbeat_timeout_s!r}: expected more than "
             f"scheduler.heartbeat_interval_s={config.scheduler.heartbeat_interval_s!r}, or every instance seems lost"
         )
     parse_size("kv_transfer.buffer_size", config.kv_transfer.buffer_size)
+    _require_plain(config)
     _check_hosts(config)
     _check_instances(config.gpu_instances)
     _check_scheduler_port(config)
     _check_kv_ports(config)
+
+
+def _require_plain(content: Any) -> None:
+    try:
+        _check_plain("", content)
+    except InvalidRequest as error:
+        raise ConfigError(str(error)) from None
+    except RecursionError:
+        raise ConfigError("kv_transfer.options: it contains itself, or is nested too deep") from None
+
+
+def _check_plain(path: str, value: Any) -> None:
+    """It goes to other processes as JSON: nothing in it may be refused there, or become something else."""
+    if isinstance(value, msgspec.Struct):
+        value = msgspec.structs.asdict(value)
+    if isinstance(value, dict):
+        for key, each in value.items():
+            if not isinstance(key, str):
+                raise InvalidRequest(f"{path}: has the key {shown(key)}; expected text as keys")
+            plain_text(path, key)
+            _check_plain(f"{path}.{key}".lstrip("."), each)
+    elif isinstance(value, (list, tuple)):
+        for i, each in enumerate(value):
+            _check_plain(f"{path}[{i}]", each)
+    elif isinstance(value, str):
+        plain_text(path, value)
+    elif not (value is None or (isinstance(value, (int, float)) and abs(value) <= sys.float_info.max)):
+        raise InvalidRequest(f"{path}={shown(value)}: expected what JSON has: text, finite numbers, lists and mappings")
 
 
 def _ranges(config: DeploymentConfig) -> Iterator[tuple[str, float | None, float, float]]:
@@ -168,12 +202,13 @@ def parse_size(path: str, value: int | str) -> int:
     Raises:
         ConfigError: neither, or not positive.
     """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]?I?B?)\s*", str(value), re.IGNORECASE)
+    text = str(value) if isinstance(value, str) or abs(value) <= LARGEST_INT else ""
+    match = re.fullmatch(r"\s*([0-9]{1,30}(?:\.[0-9]+)?)\s*([KMG]?I?B?)\s*", text, re.IGNORECASE)
     unit = match[2].upper() if match else "?"
     unit = "" if unit == "B" else unit
     size = int(float(match[1]) * UNITS[unit]) if match and unit in UNITS else 0
-    if size <= 0:
-        raise ConfigError(f'{path}={value!r}: expected a number of bytes, or a text like "512MiB" or "1GiB"')
+    if not 0 < size <= LARGEST_INT:
+        raise ConfigError(f'{path}={shown(value)}: expected a number of bytes, or a text like "512MiB" or "1GiB"')
     return size
 
 
@@ -194,7 +229,7 @@ def _explain(message: str, content: Any) -> str:
         value = value[name] if name else value[int(index)]
     allowed_values = _choices_at(path)
     detail = f"expected one of {', '.join(allowed_values)}" if allowed_values else what[:1].lower() + what[1:]
-    return f"{path or 'the file'}={value!r}: {detail}"
+    return f"{path or 'the file'}={shown(value)}: {detail}"
 
 
 def _type_at(path: str) -> Any:

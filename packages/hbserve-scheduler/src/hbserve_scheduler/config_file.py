@@ -47,6 +47,10 @@ def load_config(path: str | Path) -> DeploymentConfig:
         raise ConfigError(f"{path}: not UTF-8 text: byte {error.start} is {error.object[error.start]:#x}") from None
     except yaml.reader.ReaderError as error:
         raise ConfigError(f"{path}: character {error.position} is {error.character:#x}: {error.reason}") from None
+    except RecursionError:
+        raise ConfigError(f"{path}: lists or mappings are nested too deep") from None
+    except ValueError as error:  # a date that there is not, an integer of more digits than Python reads
+        raise ConfigError(f"{path}: {error}") from None
     try:
         return convert({} if content is None else content)
     except ConfigError as error:

@@ -1,6 +1,7 @@
 """PdDisaggConfig: a deployment in flat fields, for code that starts one."""
 
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -84,9 +85,12 @@ class PdDisaggConfig:
             content.setdefault(section, {})[key] = getattr(self, name)
         content["model"]["path"] = None if self.model_path is None else str(self.model_path)
         content["kv_transfer"]["backend"] = str(self.kv_transfer_backend)
-        content["gpu_instances"] = [
-            msgspec.to_builtins(each) if isinstance(each, InstanceSection) else each for each in self.gpu_instances
-        ]
+        several = self.gpu_instances
+        content["gpu_instances"] = (
+            [msgspec.to_builtins(each) if isinstance(each, InstanceSection) else each for each in several]
+            if isinstance(several, Sequence) and not isinstance(several, (str, bytes))
+            else several
+        )
         try:
             return convert(content)
         except ConfigError as error:
@@ -136,6 +140,5 @@ assert set(PATHS) | {"gpu_instances", "scheduler"} == {each.name for each in dat
 
 def _in_field_names(message: str) -> str:
     """A problem with `chunked_prefill.chunk_size` is one with `chunk_size` here."""
-    path, equals, rest = message.partition("=")
     names = {path: name for name, path in PATHS.items()}
-    return f"{names.get(path, path)}{equals}{rest}"
+    return re.sub(r"^[\w.]+", lambda found: names.get(found[0], found[0]), message)

@@ -14,6 +14,7 @@ from hbserve_core.engine.runner import Runner, StepInFlight
 from hbserve_core.engine.sequence import NOT_FINITE, UNREAD, ScheduledChunk, Sequence
 from hbserve_rpc import InvalidRequest, SamplingParams
 from hbserve_rpc.messages import FinishReason
+from hbserve_rpc.plain_values import plain_bool
 
 
 class Engine:
@@ -67,9 +68,9 @@ class Engine:
     ) -> None:
         """Queue a request. `output` are tokens that it has already from an earlier attempt.
 
-        Raises:
-            InvalidRequest: it could never run; says why.
+        Raises InvalidRequest: it could never run; says why.
         """
+        prefill_only = plain_bool("prefill_only", prefill_only)
         sequence = self._make_sequence(request_id, prompt, params, output)
         sequence.prefill_only = prefill_only
         self._scheduler.waiting.append(sequence)

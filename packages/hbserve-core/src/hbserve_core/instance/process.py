@@ -96,7 +96,7 @@ def _read_config() -> InstanceConfig:
     """Raises ValueError, which says what is wrong with the line on stdin."""
     try:
         return msgspec.json.decode(sys.stdin.buffer.readline(), type=InstanceConfig)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, RecursionError) as error:
         raise ValueError(f"configuration on stdin: {error}") from error
 
 

@@ -1,0 +1,261 @@
+"""Whatever a command is given: an answer, or one error line of ours and an exit status; never a traceback.
+
+The commands run in this process, where a hundred of them take seconds; up to where they would start processes, or with
+a deployment that runs already.
+"""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from click.testing import Result
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from typer.testing import CliRunner
+
+import hbserve.bench
+import hbserve.demo_model
+import hbserve.serve
+import hbserve_core
+from hbserve.__main__ import app
+from hbserve.pd_disagg import DisaggregatedLLM
+from hbserve_scheduler import InstanceFailed, SchedulerServer
+
+WOULD_START = "error: would start\n"
+seconds = settings(derandomize=True, max_examples=120, deadline=None, database=None, suppress_health_check=HealthCheck)
+
+TEXT = (
+    st.text(st.characters(exclude_categories=()), max_size=20) | st.binary(max_size=8).map(os.fsdecode)
+    | st.sampled_from(["", "-", "--", "\x00", "\x1b[31m", "a\nb", "x" * 600, "caf\udce9", "--model", "$HOME", "~", "٣"])
+)  # fmt: skip
+NUMBER = (
+    st.integers().map(str) | st.floats().map(repr) | st.floats(0, 2).map(str) | TEXT
+    | st.sampled_from(["nan", "inf", "-inf", "1e400", "-0", "0x10", "5_0", "٣", "²", "9" * 30, "9" * 5000, "1.5", " 5"])
+)  # fmt: skip
+OPTION = st.sampled_from(["--max-tokens", "--temperature", "--kv-transfer-backend", "--log-level", "--no-such-option"])
+
+
+def invoke(arguments: list[str], caplog: pytest.LogCaptureFixture) -> Result:
+    """Run it, and check how it ended."""
+    caplog.clear()
+    result = CliRunner().invoke(app, arguments)
+    assert result.exception is None or isinstance(result.exception, SystemExit), repr(result.exception)
+    assert not [record for record in caplog.records if "please report" in record.getMessage()], caplog.text
+    assert "Traceback" not in result.output
+    if "Error: " in result.stderr:  # typer's own, about an option that there is not, or its kind
+        assert result.exit_code == 2
+    elif result.exit_code != 0:
+        *before, last = result.stderr.split("\n")[:-1]
+        assert result.exit_code in (1, 2)
+        assert last.startswith("error: ")
+        assert last.isprintable()
+        assert not any(line.startswith("error") for line in before)
+    return result
+
+
+# ---- prompts -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def address(small_model, free_ports, tmp_path_factory) -> Iterator[str]:
+    """Of a scheduler that serves the small model."""
+    folder, (port, *ports) = tmp_path_factory.mktemp("deployment"), free_ports(3)
+    roles = zip(("prefill", "decode"), ports, (0, 1), strict=True)
+    content = {
+        "model": {"path": str(small_model("qwen3"))},
+        "engine": {"num_blocks": 64},
+        "scheduler": {"port": port},
+        "gpu_instances": [
+            {"instance_id": role, "instance_type": role, "port": own, "kv_rank": rank} for role, own, rank in roles
+        ],
+    }
+    (folder / "config.yaml").write_text(yaml.safe_dump(content))
+    command = [sys.executable, "-m", "hbserve", "serve", "--config", str(folder / "config.yaml")]
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as served:
+        yield f"127.0.0.1:{port}"
+        served.terminate()
+
+
+def test_whatever_prompts_and_options_are_given_are_answered_or_refused_in_one_line(address, caplog):
+    num_answered, num_refused = 0, 0
+    few_tokens = st.sampled_from([["--max-tokens", "3"]]) | st.lists(st.tuples(OPTION, NUMBER), max_size=2).map(flat)
+
+    @seconds
+    @given(st.lists(TEXT, max_size=3), few_tokens)
+    def generate(prompts: list[str], options: list[str]) -> None:
+        nonlocal num_answered, num_refused
+        result = invoke(["generate", "--connect", address, *options, *prompts], caplog)
+        num_answered += result.exit_code == 0
+        num_refused += result.exit_code != 0
+        if result.exit_code == 0 and "--help" not in prompts:
+            assert "TTFT" in result.stderr
+            assert result.stdout
+
+    generate()
+    assert min(num_answered, num_refused) > 10
+
+
+def flat(pairs: list[tuple[str, str]]) -> list[str]:
+    return [word for pair in pairs for word in pair]
+
+
+# ---- what is there before anything starts ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def nothing_starts(monkeypatch, small_model) -> None:
+    async def refuse(*_: Any, **__: Any) -> None:
+        raise InstanceFailed("would start")
+
+    monkeypatch.setattr(DisaggregatedLLM, "start", refuse)
+    monkeypatch.setattr(SchedulerServer, "start", refuse)
+    monkeypatch.setattr(SchedulerServer, "serve_until", refuse)
+    monkeypatch.setattr(hbserve_core, "run_instance", refuse)
+    monkeypatch.setattr(hbserve.demo_model, "demo_model_path", lambda *_: small_model("qwen3"))
+
+
+PAIR = [
+    {"instance_id": "prefill-0", "instance_type": "prefill", "port": 18001},
+    {"instance_id": "decode-0", "instance_type": "decode", "port": 18002, "kv_rank": 1},
+]
+SECTIONS = ["model", "kv_transfer", "chunked_prefill", "cuda_graph", "engine", "scheduler", "gpu_instances", "other"]
+KEYS = [
+    "path", "dtype", "backend", "buffer_size", "ip", "port", "timeout_s", "options", "chunk_size", "host", "num_blocks",
+    "gpu_memory_utilization", "device", "num_threads", "tensor_parallel_size", "heartbeat_interval_s", "instance_id",
+    "instance_type", "max_seq_len", "request_timeout_s", "prefill_policy",
+]  # fmt: skip
+LEAF = (
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters(exclude_categories=()), max_size=5)
+    | st.dates() | st.binary(max_size=3) | st.sampled_from([10**30, -(10**400), "9" * 400 + "GiB", "٣GiB", "\x00", ""])
+)  # fmt: skip
+VALUE = st.recursive(LEAF, lambda inner: st.lists(inner, max_size=2) | st.dictionaries(TEXT, inner, max_size=2))
+SECTION = st.dictionaries(st.sampled_from(KEYS), VALUE, max_size=3) | VALUE
+CONTENT = st.dictionaries(st.sampled_from(SECTIONS), SECTION, max_size=2) | VALUE
+AS_IT_IS = [
+    "", "a: 1: 2", "[" * 3000, "model: {path: 2020-99-99}", f"engine: {{num_blocks: {'9' * 5000}}}", "a: &a [*a]",
+    "? [1]\n: 2", "!!python/object/apply:os.getcwd []", "<<: 5", "a: 1\n---\nb: 2", "model: {path: !!binary abc}",
+    "\ufeffmodel: {}", "model: {path: x, path: y}", "kv_transfer: {buffer_size: 1e999}", "{", "%YAML 9.9\n---\n",
+]  # fmt: skip
+
+
+def written(content: Any) -> bytes:
+    whole = {"gpu_instances": PAIR} | content if isinstance(content, dict) else content
+    return yaml.dump(whole).encode(errors="surrogatepass")
+
+
+FILE = st.binary(max_size=40) | st.sampled_from(AS_IT_IS).map(str.encode) | CONTENT.map(written)
+COMMANDS = st.sampled_from([["generate", "Hello"], ["serve"], ["scheduler"], ["instance", "--instance-id", "decode-0"]])
+
+
+@pytest.mark.usefixtures("nothing_starts")
+def test_whatever_is_in_a_configuration_file_is_begun_or_refused_in_one_line(tmp_path, caplog):
+    path, num_begun, num_refused = tmp_path / "config.yaml", 0, 0
+
+    @seconds
+    @given(COMMANDS, FILE)
+    def run(command: list[str], content: bytes) -> None:
+        nonlocal num_begun, num_refused
+        path.write_bytes(content)
+        result = invoke([*command, "--config", str(path)], caplog)
+        assert result.exit_code != 0
+        assert len(result.stderr) < 1500
+        num_begun += result.stderr == WOULD_START
+        num_refused += result.stderr != WOULD_START
+
+    run()
+    for content in AS_IT_IS:  # each of them, whatever was drawn
+        path.write_text(content)
+        invoke(["scheduler", "--config", str(path)], caplog)
+    assert min(num_begun, num_refused) > 5
+
+
+@pytest.mark.usefixtures("nothing_starts")
+def test_whatever_path_is_given_is_begun_or_refused_in_one_line(tmp_path, small_model, caplog):
+    (tmp_path / "file").write_bytes(bytes(range(256)))
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    (tmp_path / "a folder").mkdir()
+    places = ["file", "loop", "a folder", "nowhere", "n\nowhere", "x" * 5000, "caf\udce9"]
+    paths = TEXT | st.sampled_from([*(str(tmp_path / place) for place in places), "/proc/self/mem", "/dev/null"])
+    found = []
+
+    @seconds
+    @given(COMMANDS, st.sampled_from(["--config", "--model"]), paths)
+    def run(command: list[str], option: str, path: str) -> None:
+        found.append(invoke([*command, f"{option}={path}"], caplog).stderr)
+
+    run()
+    assert invoke(["generate", "a", "--model", str(small_model("qwen3"))], caplog).stderr == WOULD_START
+    assert len(set(found)) > 20
+
+
+BENCH_OPTION = st.sampled_from(
+    ["--scale", "--batch-sizes", "--contexts", "--device", "--dtype", "--tensor-parallel-size", "--workload", "--json"]
+)
+
+
+def test_whatever_bench_is_given_is_begun_or_refused_in_one_line(small_model, tmp_path, monkeypatch, caplog):
+    monkeypatch.chdir(tmp_path)  # where --json writes its file
+    begun = []
+    monkeypatch.setattr(hbserve.bench, "run_bench", lambda *_: begun.append("bench"))
+    monkeypatch.setattr(hbserve.bench, "run_sweep", lambda *_: begun.append("sweep"))
+    values = NUMBER | st.sampled_from(["cpu:5", "cuda:0", "cuda:9999999999999", "meta", "int8", "float16", "single"])
+    command = ["bench", "engine", "--model", str(small_model("qwen3"))]
+
+    @seconds
+    @given(st.sampled_from([[], ["--sweep"]]), st.lists(st.tuples(BENCH_OPTION, values), min_size=1, max_size=2))
+    def run(sweep: list[str], options: list[tuple[str, str]]) -> None:
+        invoke([*command, *sweep, *(f"{option}={value}" for option, value in options)], caplog)
+
+    run()
+    for options in (["--scale=inf"], ["--device=cpu:5"], ["--tensor-parallel-size=0"], ["--dtype=int8"]):
+        assert invoke([*command, *options], caplog).exit_code == 2
+    assert invoke([*command, "--sweep", f"--contexts={'9' * 5000}"], caplog).exit_code == 2
+    assert {"bench", "sweep"} <= set(begun)
+
+
+def test_a_folder_without_a_tokenizer_is_refused_before_anything_starts(small_model, tmp_path, nothing_starts, caplog):
+    (tmp_path / "config.json").write_bytes((small_model("qwen3") / "config.json").read_bytes())
+    result = invoke(["generate", "Hello", "--model", str(tmp_path)], caplog)
+    assert result.exit_code == 1
+    assert f"{tmp_path}: has no tokenizer, which text needs: none of tokenizer.json" in result.stderr
+
+
+# ---- what only a process of its own shows ------------------------------------------------------------------------
+
+
+def command(*arguments: str | bytes, **settings: Any) -> subprocess.CompletedProcess[bytes]:
+    return subprocess.run([sys.executable, "-m", *arguments], capture_output=True, timeout=90, **settings)
+
+
+@pytest.mark.parametrize("module", ["hbserve", "hbserve_scheduler"])
+def test_a_process_refuses_a_broken_file_in_one_line(tmp_path, module):
+    path = os.fsencode(tmp_path) + b"/caf\xe9.yaml"
+    Path(os.fsdecode(path)).write_text("model: {path: 2020-99-99}")
+    words = ("scheduler",) if module == "hbserve" else ()
+    done = command(module, *words, "--config", path)
+    (line,) = done.stderr.splitlines()
+    assert (done.returncode, done.stdout) == (2, b"")
+    assert b"month must be in 1..12" in line
+
+
+def test_a_model_folder_whose_name_is_no_text_is_refused_in_one_line(small_model: Callable[[str], Path], tmp_path):
+    folder = os.fsencode(tmp_path) + b"/caf\xe9"
+    os.symlink(small_model("qwen3"), folder)
+    done = command("hbserve", "generate", "Hello", "--model", folder)
+    (line,) = done.stderr.splitlines()
+    assert (done.returncode, done.stdout) == (2, b"")
+    assert line.startswith(b"error: model_path: character")
+
+
+def test_an_output_that_is_full_is_one_line(small_model):
+    with Path("/dev/full").open("wb") as full:
+        arguments = [sys.executable, "-m", "hbserve", "generate", "Hello", "--model", str(small_model("qwen3"))]
+        done = subprocess.run([*arguments, "--max-tokens=3"], stdout=full, stderr=subprocess.PIPE, timeout=90)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == b"error: [Errno 28] No space left on device"
+    assert b"Traceback" not in done.stderr
