@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import socket
 import sys
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,14 @@ def test_instances_of_one_host_share_its_cores_and_others_do_not_count(monkeypat
     here, also_here, elsewhere = settings([{}, {}, {"host": "10.0.0.2"}])
     assert here["num_threads"] == also_here["num_threads"] == num_threads
     assert elsewhere["num_threads"] == num_cores
+
+
+def test_every_name_of_this_machine_is_one_machine_whose_devices_are_shared_out(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+    hosts = ["127.0.0.1", "localhost", socket.gethostname(), "10.0.0.2", "nobody.invalid"]
+    found = settings([{"host": host} for host in hosts])
+    assert [each["num_local_instances"] for each in found] == [3, 3, 3, 1, 1]
+    assert [each["num_threads"] for each in found] == [2, 2, 2, 8, 8]
 
 
 def test_a_number_of_threads_that_is_configured_is_taken_as_it_is():

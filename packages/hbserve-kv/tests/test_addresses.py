@@ -1,6 +1,7 @@
 """KV between addresses of every kind that works, and words for each that does not."""
 
 import os
+import socket
 import subprocess
 import sys
 
@@ -75,6 +76,19 @@ def test_mooncake_for_the_other_version_of_ip_says_what_to_set(monkeypatch):
         choose_ip_version("127.0.0.1")
     with pytest.raises(BackendUnavailable, match="Mooncake cannot serve on '::': is every address"):
         choose_ip_version("::")
+
+
+def test_mooncake_refuses_a_name_that_has_ipv6_addresses_only_at_start_with_the_cure(monkeypatch):
+    from hbserve_kv.transports.mooncake.setup import choose_ip_version
+
+    families = [socket.AF_INET6]
+    places = lambda *_, **__: [(family, 1, 6, "", ("fd00::7", 0, 0, 0)) for family in families]  # noqa: E731
+    monkeypatch.setattr(socket, "getaddrinfo", places)
+    monkeypatch.delenv("MC_USE_IPV6", raising=False)
+    with pytest.raises(BackendUnavailable, match="'six' has none but fd00::7: expected that address instead"):
+        choose_ip_version("six")
+    families.append(socket.AF_INET)
+    assert choose_ip_version("both") == 4
 
 
 @pytest.mark.ipv6

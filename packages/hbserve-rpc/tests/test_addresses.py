@@ -12,6 +12,7 @@ from hbserve_rpc import (
     PeerLost,
     RpcClient,
     RpcServer,
+    RpcTimeout,
     canonical_host,
     check_host,
     check_peer_host,
@@ -194,3 +195,9 @@ async def test_a_client_that_is_closed_while_its_name_is_looked_up_leaves_nothin
 
 async def _same(ask):
     return ask
+
+
+async def test_a_name_that_does_not_resolve_is_said_so_and_not_only_that_there_is_no_answer(rpc):
+    async with RpcClient("nobody.invalid:5550") as client:
+        with pytest.raises(RpcTimeout, match=r"no answer to .*; the name 'nobody\.invalid' does not resolve: "):
+            await client.call(rpc.CALL, rpc.Ask(7), timeout_s=0.2)

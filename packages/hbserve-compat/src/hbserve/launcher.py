@@ -18,6 +18,7 @@ import msgspec
 
 from hbserve.host_cores import num_cores
 from hbserve_rpc import canonical_host
+from hbserve_rpc.address import is_here
 from hbserve_scheduler import DeploymentConfig, InstanceFailed, InstanceSection, parse_size
 from hbserve_scheduler.config import KVTransferSection
 
@@ -37,9 +38,9 @@ def instance_settings(
 ) -> dict[str, Any]:
     """One instance's InstanceConfig, as plain data: this module does not import the engine.
 
-    The instances with the same `host` share its cores and its GPUs.
+    The instances of the same machine, whatever each `host` calls it, share its cores and its GPUs.
     """
-    neighbours = [each for each in config.gpu_instances if canonical_host(each.host) == canonical_host(instance.host)]
+    neighbours = [each for each in config.gpu_instances if _same_machine(each.host, instance.host)]
     chunked, graph, engine = config.chunked_prefill, config.cuda_graph, config.engine
     return {
         "instance_id": instance.instance_id,
@@ -71,6 +72,10 @@ def instance_settings(
         "kv_transfer": _kv_settings(config.kv_transfer, instance),
         "log_level": log_level,
     }
+
+
+def _same_machine(host: str, other: str) -> bool:
+    return canonical_host(host) == canonical_host(other) or (is_here(host) and is_here(other))
 
 
 def _num_ranks(config: DeploymentConfig, instance: InstanceSection) -> int:

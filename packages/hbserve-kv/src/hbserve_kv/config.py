@@ -1,6 +1,5 @@
 """What a KV transfer is configured with. Imports no torch."""
 
-import errno
 import socket
 from enum import StrEnum
 from typing import Any
@@ -9,6 +8,7 @@ import msgspec
 
 from hbserve_kv.errors import AddressNotAvailable
 from hbserve_rpc import InvalidAddress, check_peer_host
+from hbserve_rpc.address import is_own_address
 
 GOODBYE_TIMEOUT_S = 1.0
 """What a manager that is closed gives its peers to hear how their transfers ended, on either side."""
@@ -66,15 +66,5 @@ class KVTransferConfig(msgspec.Struct, frozen=True, kw_only=True):
             if error.errno == socket.EAI_NONAME:
                 raise AddressNotAvailable(f"kv_transfer.ip={self.host!r}: nobody knows this name; {cure}") from error
             raise
-        if not any(_is_ours(str(address)) for address, _ in found):
+        if not any(is_own_address(str(address)) for address, _ in found):
             raise AddressNotAvailable(f"kv_transfer.ip={self.host!r}: this machine does not have it; {cure}")
-
-
-def _is_ours(address: str) -> bool:
-    """Whether something could listen there. Only the system's plain no is one: whoever listens will hear the rest."""
-    with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as trying:
-        try:
-            trying.bind((address, 0))
-        except OSError as error:
-            return error.errno != errno.EADDRNOTAVAIL
-    return True

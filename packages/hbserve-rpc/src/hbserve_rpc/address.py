@@ -1,6 +1,7 @@
 """Addresses, `host:port` or `[::1]:port`: the one place that writes, reads and judges them."""
 
 import asyncio
+import errno
 import ipaddress
 import re
 import socket
@@ -79,6 +80,25 @@ def canonical_host(host: str) -> str:
     """The same text for the same address, however it was written. Names are not looked up."""
     found = _ip(host)
     return str(found) if found is not None else host.lower().removesuffix(".")
+
+
+def is_here(host: str) -> bool:
+    """Whether a host is this machine, by whatever address or name of it. May ask a name server."""
+    try:
+        found = {place[0] for *_, place in socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)}
+    except OSError:  # a name that nobody knows
+        return False
+    return any(is_own_address(str(address)) for address in found)
+
+
+def is_own_address(address: str) -> bool:
+    """Whether something could listen there. Only the system's plain no is one: whoever listens will hear the rest."""
+    with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as trying:
+        try:
+            trying.bind((address, 0))
+        except OSError as error:
+            return error.errno != errno.EADDRNOTAVAIL
+    return True
 
 
 async def look_up(host: str) -> str:

@@ -56,6 +56,7 @@ class RpcClient:
             zmq.IDENTITY: uuid.uuid4().bytes,
         }
         self._socket = MessageSocket(zmq.DEALER, options, self._receive)
+        self.name_problem = ""  # until somebody answers, who then has the name
 
     async def start(self) -> None:
         """Connect in the background, whether the server is there or not. Waits only to look a name up."""
@@ -72,7 +73,8 @@ class RpcClient:
         try:
             async with asyncio.timeout(LOOK_UP_TIMEOUT_S):
                 return ":" in await look_up(self._host)
-        except (OSError, TimeoutError):  # a name that nobody knows yet: with IPv6, ZeroMQ would take either
+        except (OSError, TimeoutError) as error:  # nobody knows it yet: with IPv6, ZeroMQ would take either
+            self.name_problem = f"; the name {self._host!r} does not resolve: {error or 'no name server answers'}"
             return True
 
     async def close(self, why: str = "this client was closed") -> None:
@@ -175,7 +177,7 @@ class RpcClient:
             case wire.Welcome(epoch=epoch):
                 if self._epoch not in (None, epoch):
                     self._fail_all(PeerLost(f"{self.address} was restarted"))
-                self._epoch = epoch
+                self._epoch, self.name_problem = epoch, ""
             case wire.UnknownClient(epoch=epoch, id=last_lost):
                 # Also what a server says that gave us up as silent, for example because this process was frozen.
                 lost = PeerLost(f"{self.address} was restarted, or gave this client up as silent")
@@ -203,7 +205,8 @@ class RpcClient:
                 pending.since_s = max(self._last_heard_s, pending.since_s) + own_pause_s
                 silent_s = now_s - pending.since_s
                 if silent_s > self._timeout_s:
-                    pending.fail(PeerLost(f"{self.address} was silent for {silent_s:.1f} s during {pending.method}"))
+                    silent = f"was silent for {silent_s:.1f} s during {pending.method}{self.name_problem}"
+                    pending.fail(PeerLost(f"{self.address} {silent}"))
                     self.send(wire.Close(pending.id))  # a frozen server reads it when it goes on
 
     def _fail_all(self, error: HBServeRpcError, last_id: float = math.inf) -> None:
@@ -278,9 +281,8 @@ class RpcStream(AsyncIterator[R], Generic[R]):
                 await self._arrived.wait()
         except TimeoutError:
             await self.aclose()
-            raise RpcTimeout(
-                f"{self._client.address}: no answer to {self.method} within {self._timeout_s:.3g} s"
-            ) from None
+            silent = f"no answer to {self.method} within {self._timeout_s:.3g} s{self._client.name_problem}"
+            raise RpcTimeout(f"{self._client.address}: {silent}") from None
 
     async def aclose(self) -> None:
         """Want no more of it: the server stops. May be called twice, and after the end."""

@@ -4,6 +4,7 @@ import importlib
 import json
 import logging
 import os
+import socket
 import sys
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,10 @@ def choose_ip_version(host: str) -> int:
     except InvalidAddress as error:
         raise BackendUnavailable(f"Mooncake cannot serve on {error}") from None
     wanted = 6 if ":" in host else 4
+    if only := _only_ipv6(host):
+        raise BackendUnavailable(
+            f"Mooncake connects to names by IPv4, and {host!r} has none but {only}: expected that address instead"
+        )
     if wanted == 6 and "mooncake.engine" not in sys.modules:
         os.environ.setdefault(IPV6_VARIABLE, "1")
     there = 6 if os.environ.get(IPV6_VARIABLE) else 4
@@ -86,6 +91,17 @@ def choose_ip_version(host: str) -> int:
             f"Mooncake uses IPv{there} in this process, and {host} is of IPv{wanted}: {cure}, or use other addresses"
         )
     return wanted
+
+
+def _only_ipv6(host: str) -> str:
+    """An address of a name that has none of IPv4; "" if it has, or is no name."""
+    if ":" in host:
+        return ""
+    try:
+        found = {place[0]: family for family, *_, place in socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)}
+    except OSError:  # nobody knows it: told where it is to be bound
+        return ""
+    return "" if socket.AF_INET in found.values() else str(next(iter(found)))
 
 
 def require_cuda_wheel() -> None:
