@@ -18,6 +18,7 @@ from typing import Annotated, Any
 import typer
 
 from hbserve_rpc import own_process
+from hbserve_rpc.plain_values import shown
 
 
 def _begin() -> None:
@@ -30,7 +31,6 @@ def _begin() -> None:
         typer.echo("error: the current folder was deleted: change to one that exists", err=True)
         raise typer.Exit(1) from None
 
-from hbserve_rpc.plain_values import shown
 
 app = typer.Typer(
     name="hbserve",
@@ -200,6 +200,12 @@ def _explaining(log_level: LogLevel) -> Iterator[None]:
         raise typer.Exit(2 if isinstance(error, ValueError) else 1) from None
 
 
+def _one_line(text: str) -> str:
+    """What others say may have several lines, and the names of files anything: a terminal must not obey it."""
+    joined = " ".join(text.split())
+    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in joined)
+
+
 class _Signalled(BaseException):
     """A signal has ended the command."""
 
@@ -211,15 +217,6 @@ async def _until_signalled(job: Coroutine[Any, Any, None]) -> None:
     """A signal ends a command in order; another one, while it ends, at once. Commands that serve have handlers of their
     own."""
     task, loop = asyncio.current_task(), asyncio.get_running_loop()
-def _one_line(text: str) -> str:
-    """What others say may have several lines, and the names of files anything: a terminal must not obey it."""
-    joined = " ".join(text.split())
-    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in joined)
-
-
-async def _until_sigterm(job: Coroutine[Any, Any, None]) -> None:
-    """SIGTERM ends a command in order, as Ctrl-C does. Commands that serve have handlers of their own."""
-    task = asyncio.current_task()
     assert task is not None
     received: list[int] = []
 
