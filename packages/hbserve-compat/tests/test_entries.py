@@ -9,8 +9,11 @@ import sys
 import threading
 import time
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from decimal import Decimal
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -245,10 +248,43 @@ def test_no_prompts_have_no_answers_but_nothing_is_no_prompt(llms):
             llm.generate(None, GREEDY, use_tqdm=False)
 
 
+class Answerless:
+    """Has no attributes, and no text of its own."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise RuntimeError(name)
+
+    def __repr__(self) -> str:
+        return "half \ud83d"
+
+
+@pytest.mark.parametrize("kind", ["one engine"])
+@pytest.mark.parametrize("mask", [[1, float("nan")], [1, 2], [1, -1], [1, "0"], [1, None], [1], 5])
+def test_an_attention_mask_that_says_neither_0_nor_1_is_refused(llm, mask):
+    with pytest.raises(InvalidRequest):
+        llm.generate({"input_ids": [5, 6], "attention_mask": mask}, GREEDY, use_tqdm=False)
+    hidden = {"input_ids": [5, 6], "attention_mask": [0, True]}
+    assert llm.generate(hidden, GREEDY, False) == llm.generate([[6]], GREEDY, False)
+
+
+@BOTH
+def test_what_an_iterator_of_prompts_raises_half_way_passes_and_nothing_was_begun(llm):
+    def prompts() -> Iterator[list[int]]:
+        yield [5]
+        raise ZeroDivisionError
+
+    for several in (prompts(), [[5], prompts()]):
+        with pytest.raises(ZeroDivisionError):
+            llm.generate(several, LONG, use_tqdm=False)
+        assert is_empty(llm)
+
+
 IDS = st.lists(st.integers(0, 319), min_size=1, max_size=4)
 SIMPLE = (
     st.none() | st.booleans() | st.integers(-3, 330) | st.floats() | st.text(max_size=3) | st.binary(max_size=3)
     | st.sampled_from([2**63, 10**5000, 1j, "half \ud83d", "\x00", "x" * 600, object(), np.int64(5), np.float32(5)])
+    | st.sampled_from([Answerless(), Decimal(5), Fraction(5), deque([5]), {5: 5}.values(), {5: 5}.keys()])
+    | st.sampled_from([memoryview(b"a"), torch.empty((), device="meta"), torch.empty(2, device="meta"), [[[5]]]])
     | st.sampled_from([np.array(5), torch.tensor(5), torch.tensor([[5]]), np.zeros((2, 2, 2)), range(600)])
 )  # fmt: skip
 PROMPT = IDS | SIMPLE | st.lists(SIMPLE, max_size=3) | st.sets(st.integers(0, 9), max_size=2)
