@@ -40,7 +40,7 @@ def config(tmp_path: Path, small_model: Callable[[str], Path]) -> Path:
     content = {
         "model": {"path": str(small_model("qwen3"))},
         "engine": {"num_blocks": 64},
-        "scheduler": {"port": 0, "heartbeat_interval_s": 0.3, "heartbeat_timeout_s": 2},
+        "scheduler": {"port": 0},
         "gpu_instances": [
             {"instance_id": "prefill-0", "instance_type": "prefill", "kv_rank": 0},
             {"instance_id": "decode-0", "instance_type": "decode", "kv_rank": 1},
@@ -125,22 +125,23 @@ def test_a_signal_ends_everything_in_order_and_without_a_word(config, name):
     # Known elsewhere: vLLM #7554.
     prepare, numbers, status = ENDS[name]
     client, instances = start(config, prepare)
-    began_s = time.monotonic()
     for number in numbers:
         for pid in [client.pid, *instances] if len(numbers) > 1 else [client.pid]:
             if alive(pid):
                 os.kill(pid, number)
         time.sleep(0.03)
     _, errors = client.communicate(timeout=DEADLINE_S)
-    assert (client.returncode, errors.decode()) == (status, "")
-    assert time.monotonic() - began_s < 15, "an instance had to be killed"
+    assert (client.returncode, errors.decode()) == (status, ""), "an instance that had to be killed is logged"
     wait_for_the_end_of(instances)
 
 
 def test_a_command_that_is_stopped_for_longer_than_heartbeats_may_be_silent_goes_on_where_it_was(config, answer):
+    content = yaml.safe_load(config.read_text())
+    content["scheduler"] |= {"heartbeat_interval_s": 0.3, "heartbeat_timeout_s": 3}
+    config.write_text(yaml.safe_dump(content))
     client, _ = start(config, num_tokens=400)
     client.send_signal(signal.SIGSTOP)
-    time.sleep(4)
+    time.sleep(5)
     client.send_signal(signal.SIGCONT)
     out, errors = client.communicate(timeout=DEADLINE_S)
     assert client.returncode == 0, errors.decode()
