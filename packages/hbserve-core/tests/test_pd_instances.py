@@ -246,16 +246,18 @@ async def _has(instance: Instance, **at_least: int) -> bool:
     return all(getattr(stats, name) >= count for name, count in at_least.items())
 
 
-async def test_a_request_that_ends_with_its_first_token_moves_nothing(start, prompt):
+async def test_a_request_that_ends_with_its_first_token_ends_on_both_sides(start, prompt):
     p, d = await start("prefill"), await start("decode")
     one = SamplingParams(0, 1)
     events = [event async for event in p.prefill("alone", prompt(20), b"", one)]
     assert [event.finish_reason for event in events] == ["length"]
     async with d.decode("both", prompt(20), one) as decoding:
         granted = await anext(decoding)
-        assert len([event async for event in p.prefill("both", prompt(20), granted.grant, one)]) == 1
-        with pytest.raises(RemoteError, match="KV transfer failed"):
-            await anext(decoding)
+        event, done = [event async for event in p.prefill("both", prompt(20), granted.grant, one)]
+        assert event.finish_reason == "length"
+        assert done.num_cached_tokens == 16, "and that block left at once; the other one did not"
+        assert done.num_bytes == 2 * 2 * 2 * 16 * 16 * 4, "2 layers, K and V, 2 heads, 16 tokens, 16 floats"
+        assert [each async for each in decoding] == [event]
 
 
 @pytest.mark.parametrize("backend", ["nccl", "mooncake"])
