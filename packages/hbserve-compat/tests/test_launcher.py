@@ -24,18 +24,23 @@ def settings(instances: list[dict[str, Any]], **sections: Any) -> list[dict[str,
     return [instance_settings(config, each, Path("/model"), log_level="INFO") for each in config.gpu_instances]
 
 
-@pytest.mark.parametrize(("num_cores", "num_threads"), [(1, 1), (2, 1), (7, 3), (64, 32)])
-def test_instances_of_one_host_share_its_cores_and_others_do_not_count(monkeypatch, num_cores, num_threads):
+def give_cores(monkeypatch: pytest.MonkeyPatch, num_cores: int) -> None:
+    """And no other limit than this machine's number of cores."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(num_cores)))
     monkeypatch.setattr(host_cores, "CGROUP", Path("/nowhere"))
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+
+
+@pytest.mark.parametrize(("num_cores", "num_threads"), [(1, 1), (2, 1), (7, 3), (64, 32)])
+def test_instances_of_one_host_share_its_cores_and_others_do_not_count(monkeypatch, num_cores, num_threads):
+    give_cores(monkeypatch, num_cores)
     here, also_here, elsewhere = settings([{}, {}, {"host": "10.0.0.2"}])
     assert here["num_threads"] == also_here["num_threads"] == num_threads
     assert elsewhere["num_threads"] == num_cores
 
 
 def test_every_name_of_this_machine_is_one_machine_whose_devices_are_shared_out(monkeypatch):
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+    give_cores(monkeypatch, 8)
     hosts = ["127.0.0.1", "localhost", socket.gethostname(), "10.0.0.2", "nobody.invalid"]
     found = settings([{"host": host} for host in hosts])
     assert [each["num_local_instances"] for each in found] == [3, 3, 3, 1, 1]
