@@ -32,7 +32,7 @@ def translated(keywords: dict[str, Any], default_backend: str | None) -> dict[st
     """nano-vllm's keywords in our words; those that are unknown, or without effect, warn."""
     from hbserve.pd_disagg.config import PdDisaggConfig
 
-    known = set(PdDisaggConfig.__slots__) - {"model_path"}
+    known = set(PdDisaggConfig.__struct_fields__) - {"model_path"}
     settings: dict[str, Any] = {}
     for name, value in keywords.items():
         if name in IGNORED:

@@ -19,6 +19,7 @@ import msgspec
 from hbserve.host_cores import num_cores
 from hbserve_rpc import canonical_host
 from hbserve_rpc.address import is_here
+from hbserve_rpc.settings import KVTransferSettings
 from hbserve_scheduler import DeploymentConfig, InstanceFailed, InstanceSection, parse_size
 from hbserve_scheduler.config import KVTransferSection
 
@@ -41,31 +42,16 @@ def instance_settings(
     The instances of the same machine, whatever each `host` calls it, share its cores and its GPUs.
     """
     neighbours = [each for each in config.gpu_instances if _same_machine(each.host, instance.host)]
-    chunked, graph, engine = config.chunked_prefill, config.cuda_graph, config.engine
-    return {
+    shared = config.engine_settings()
+    return msgspec.structs.asdict(shared) | {
         "instance_id": instance.instance_id,
         "role": instance.instance_type,
         "model_path": str(model_folder),
-        "load_format": config.model.load_format,
-        "dtype": config.model.dtype,
         "tensor_parallel_size": _num_ranks(config, instance),
-        "max_model_len": config.model.max_model_len,
-        "device": engine.device,
         "gpu_id": instance.gpu_id,
         "num_local_instances": len(neighbours),
         "num_on_gpu": _most_on_one_gpu(config, neighbours, instance),
-        "num_threads": engine.num_threads or max(1, num_cores() // len(neighbours)),
-        "block_size": engine.block_size,
-        "num_blocks": engine.num_blocks,
-        "gpu_memory_utilization": engine.gpu_memory_utilization,
-        "max_num_seqs": engine.max_num_seqs,
-        "max_num_batched_tokens": engine.max_num_batched_tokens,
-        "prefix_caching": engine.prefix_caching,
-        "chunked_prefill_enabled": chunked.enabled,
-        "chunk_size": chunked.chunk_size,
-        "max_chunk_prefill_tokens": chunked.max_chunk_prefill_tokens,
-        "cuda_graph_enabled": graph.enabled,
-        "cuda_graph_max_seq_len": graph.max_seq_len,
+        "num_threads": shared.num_threads or max(1, num_cores() // len(neighbours)),
         "host": instance.host,
         "port": instance.port,
         "kv_rank": instance.kv_rank,
@@ -79,7 +65,7 @@ def _same_machine(host: str, other: str) -> bool:
 
 
 def _num_ranks(config: DeploymentConfig, instance: InstanceSection) -> int:
-    return instance.tensor_parallel_size or config.model.tensor_parallel_size
+    return instance.tensor_parallel_size or config.engine_settings().tensor_parallel_size
 
 
 def _most_on_one_gpu(
@@ -94,14 +80,10 @@ def _most_on_one_gpu(
 
 
 def _kv_settings(kv: KVTransferSection, instance: InstanceSection) -> dict[str, Any]:
-    return {
-        "backend": kv.backend,
+    return {name: getattr(kv, name) for name in KVTransferSettings.__struct_fields__} | {
         "buffer_size": parse_size("kv_transfer.buffer_size", kv.buffer_size),
         "host": kv.ip or instance.host,
         "port": kv.port + instance.kv_rank if kv.port else 0,
-        "timeout_s": kv.timeout_s,
-        "checksum": kv.checksum,
-        "options": kv.options,
     }
 
 

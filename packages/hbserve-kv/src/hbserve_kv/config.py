@@ -2,13 +2,11 @@
 
 import socket
 from enum import StrEnum
-from typing import Any
-
-import msgspec
 
 from hbserve_kv.errors import AddressNotAvailable
 from hbserve_rpc import InvalidAddress, check_peer_host
 from hbserve_rpc.address import is_own_address
+from hbserve_rpc.settings import KVTransferSettings
 
 GOODBYE_TIMEOUT_S = 1.0
 """What a manager that is closed gives its peers to hear how their transfers ended, on either side."""
@@ -27,26 +25,16 @@ class KVTransferBackend(StrEnum):
     """For each pair the first that works: ipc on one host, mooncake where there is RDMA, nccl."""
 
 
-class KVTransferConfig(msgspec.Struct, frozen=True, kw_only=True):
+class KVTransferConfig(KVTransferSettings, frozen=True, kw_only=True):
     """How one instance moves KV."""
 
-    backend: str = KVTransferBackend.NCCL.value
-    """A built-in backend, the name of an entry point in the group `hbserve_kv.backends`, or `module:Class`."""
-    buffer_size: int = 1 << 30
-    """Bytes of the lookup buffer, where transfers wait that nobody has asked for yet. Touched as it is used."""
     host: str = "127.0.0.1"
     """Address that the control server binds, and that peers are told: an IP address without brackets, or a name."""
     port: int = 0
     """Port of the control server; 0 lets the OS choose."""
-    timeout_s: float = 30.0
-    """A peer that is silent for so long has failed."""
     expiry_s: float = 120.0
     """What nobody comes for in this time is given up: an unexpected transfer that was not asked for is dropped from the
     lookup buffer, and a posted receive fails whose sender never began."""
-    checksum: bool = False
-    """As a receiver, verify a checksum of each block: KV that was corrupted on its way then fails its transfer."""
-    options: dict[str, Any] = {}
-    """Handed to a custom backend."""
 
     def check_host(self) -> None:
         """Refuse what cannot work, before anything waits for it. May ask a name server.

@@ -1,100 +1,125 @@
-"""What a deployment is configured with. One struct for each section of the YAML file, with the same names."""
+"""What a deployment is configured with. One struct for each section of the YAML file, with the same names.
 
-from typing import Any, Literal
+Settings that every instance takes as they are come from `hbserve_rpc.settings`, and are not repeated here.
+"""
+
+from collections.abc import Callable
+from typing import Annotated, Literal, TypeVar
 
 import msgspec
 
 from hbserve_rpc.messages import Role
+from hbserve_rpc.settings import (
+    ENGINE_KEYS,
+    NOT_NEGATIVE,
+    PORT,
+    POSITIVE,
+    Bounds,
+    EngineSettings,
+    KVTransferSettings,
+)
 
 Policy = Literal["round_robin", "least_loaded"]
+S = TypeVar("S", bound=msgspec.Struct)
 
 
-class ModelSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+def _with_engine_keys(section: str) -> Callable[[type[S]], type[S]]:
+    """Class decorator: adds the EngineSettings of this section, under their names in the file.
+
+    Type checkers do not see them in the section: read them from `DeploymentConfig.engine_settings()`.
+    """
+    settings = {field.name: field for field in msgspec.structs.fields(EngineSettings)}
+    keys = {key: settings[name] for name, (place, key) in ENGINE_KEYS.items() if place == section}
+
+    def add(struct: type[S]) -> type[S]:
+        return msgspec.defstruct(  # type: ignore[return-value]  # of the class that is its base
+            struct.__name__,
+            [(key, field.type, field.default) for key, field in keys.items()],
+            bases=(struct,),
+            module=struct.__module__,
+            namespace={"__doc__": struct.__doc__},
+            frozen=True,
+            kw_only=True,
+            forbid_unknown_fields=True,
+        )
+
+    return add
+
+
+@_with_engine_keys("model")
+class ModelSection(msgspec.Struct, frozen=True, kw_only=True):
+    """The model, and how it is loaded."""
+
     path: str | None = None
     """A Hugging Face model folder; None is the demo model."""
-    tensor_parallel_size: int = 1
-    """Ranks of each instance that says nothing else."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    max_model_len: int | None = None
-    load_format: Literal["safetensors", "dummy"] = "safetensors"
 
 
-class KVTransferSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    backend: str = "nccl"
-    """nccl, mooncake, ipc, auto, the name of an entry point, or `module:Class`."""
-    buffer_size: int | str = 1 << 30
+class KVTransferSection(KVTransferSettings, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How instances move KV, and where they listen for it."""
+
+    buffer_size: int | str = KVTransferSettings().buffer_size  # type: ignore[assignment]  # not yet plain
     """Bytes of each instance's lookup buffer, or a text like "512MiB"."""
     ip: str | None = None
     """Address that KV listeners bind and advertise; None is each instance's own host."""
-    port: int = 0
+    port: Annotated[int, PORT] = 0
     """Instance with kv_rank r listens at port + r; 0 lets the OS choose, as it does for the further ranks of one."""
-    timeout_s: float = 30.0
-    checksum: bool = False
-    """Verify a checksum of each block that arrives: KV that was corrupted on its way is computed again."""
-    options: dict[str, Any] = {}
 
 
-class ChunkedPrefillSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    enabled: bool = True
-    chunk_size: int = 512
-    max_chunk_prefill_tokens: int = 4096
+@_with_engine_keys("chunked_prefill")
+class ChunkedPrefillSection(msgspec.Struct, frozen=True, kw_only=True):
+    """How prompts are computed piece by piece."""
 
 
-class CudaGraphSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    enabled: bool = True
-    max_seq_len: int = 2048
+@_with_engine_keys("cuda_graph")
+class CudaGraphSection(msgspec.Struct, frozen=True, kw_only=True):
+    """What runs in CUDA graphs."""
 
 
 class InstanceSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     instance_id: str
     instance_type: Role
-    gpu_id: int | None = None
+    gpu_id: Annotated[int | None, NOT_NEGATIVE] = None
     """CUDA device; None shares the devices out by rank."""
     host: str = "127.0.0.1"
     """Where it serves, and where the scheduler and its peers dial it: an IP address of its machine, or a name."""
-    port: int = 0
-    kv_rank: int = 0
-    tensor_parallel_size: int | None = None
+    port: Annotated[int, PORT] = 0
+    kv_rank: Annotated[int, NOT_NEGATIVE] = 0
+    tensor_parallel_size: Annotated[int | None, POSITIVE] = None
     """Ranks of this instance, on GPUs from `gpu_id` on; None is `model.tensor_parallel_size`."""
 
 
-class EngineSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    device: str = "auto"
-    num_threads: int = 0
-    """Threads per instance on the CPU; 0 shares the cores among the instances of a host."""
-    block_size: int = 16
-    num_blocks: int | None = None
-    gpu_memory_utilization: float = 0.9
-    max_num_seqs: int = 256
-    max_num_batched_tokens: int = 2048
-    prefix_caching: bool = True
+@_with_engine_keys("engine")
+class EngineSection(msgspec.Struct, frozen=True, kw_only=True):
+    """Sizes of each instance's engine, and where it runs."""
 
 
 class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     host: str = "127.0.0.1"
     """Where it serves clients; 0.0.0.0 and :: are every address of its machine."""
-    port: int = 5550
+    port: Annotated[int, PORT] = 5550
     prefill_policy: Policy = "least_loaded"
     decode_policy: Policy = "least_loaded"
     """Of hybrid instances too."""
-    max_queue_size: int = 4096
+    max_queue_size: Annotated[int, POSITIVE] = 4096
     """Requests beyond this are refused as overload."""
-    max_attempts: int = 3
-    request_timeout_s: float | None = None
+    max_attempts: Annotated[int, POSITIVE] = 3
+    request_timeout_s: Annotated[float | None, Bounds(0.001)] = None
     """A request ends with an error after so long; None is never."""
-    instance_wait_s: float = 30.0
+    instance_wait_s: Annotated[float, Bounds(0.1)] = 30.0
     """How long requests wait while no instance of a role is there."""
-    heartbeat_interval_s: float = 1.0
-    heartbeat_timeout_s: float = 10.0
-    max_pending_reservations: int = 8
+    heartbeat_interval_s: Annotated[float, Bounds(0.05)] = 1.0
+    heartbeat_timeout_s: Annotated[float, Bounds(0.1)] = 10.0
+    max_pending_reservations: Annotated[int, POSITIVE] = 8
     """Requests that may wait for room on one decode instance; others wait here, where their order can still change."""
-    max_inflight_prefills: int = 32
+    max_inflight_prefills: Annotated[int, POSITIVE] = 32
     """Prompts that may be with one prefill instance."""
-    max_inflight_requests: int = 512
+    max_inflight_requests: Annotated[int, POSITIVE] = 512
     """Requests that may be with one hybrid instance."""
 
 
 class DeploymentConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A deployment: the whole YAML file."""
+
     model: ModelSection = ModelSection()
     kv_transfer: KVTransferSection = KVTransferSection()
     chunked_prefill: ChunkedPrefillSection = ChunkedPrefillSection()
@@ -102,3 +127,8 @@ class DeploymentConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     gpu_instances: list[InstanceSection] = []
     engine: EngineSection = EngineSection()
     scheduler: SchedulerConfig = SchedulerConfig()
+
+    def engine_settings(self) -> EngineSettings:
+        """Settings of the sections as every instance takes them."""
+        values = {name: getattr(getattr(self, section), key) for name, (section, key) in ENGINE_KEYS.items()}
+        return EngineSettings(**values)

@@ -10,11 +10,11 @@ import msgspec
 
 from hbserve_rpc import InvalidAddress, InvalidRequest, canonical_host, check_host, check_peer_host
 from hbserve_rpc.plain_values import LARGEST_INT, plain_text, shown
+from hbserve_rpc.settings import PORT, out_of_bounds
 from hbserve_scheduler.config import DeploymentConfig, InstanceSection
 from hbserve_scheduler.errors import ConfigError
 
 UNITS = {"": 1, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
-PORTS = (0, 65535)
 ONE_IP_VERSION = ("nccl", "mooncake")
 """Backends whose two ends have addresses of one version of IP."""
 
@@ -38,10 +38,9 @@ def convert(content: Any) -> DeploymentConfig:
 
 def check(config: DeploymentConfig) -> None:
     """Check what types cannot say. Raises ConfigError."""
-    for path, value, low, high in _ranges(config):
-        if value is not None and not low <= value <= high:
-            allowed = f"{low} to {int(high)}" if high < 2**62 or value > high else f"at least {low}"
-            raise ConfigError(f"{path}={shown(value)}: expected {allowed}")
+    for path, section in _sections(config):
+        for name, value, bounds in out_of_bounds(section):
+            raise ConfigError(f"{path}.{name}={shown(value)}: expected {bounds.instead_of(value)}")
     if config.scheduler.heartbeat_timeout_s <= config.scheduler.heartbeat_interval_s:
         raise ConfigError(
             f"scheduler.heartbeat_timeout_s={config.scheduler.heartbeat_timeout_s!r}: expected more than "
@@ -83,37 +82,13 @@ def _check_plain(path: str, value: Any) -> None:
         raise InvalidRequest(f"{path}={shown(value)}: expected what JSON has: text, finite numbers, lists and mappings")
 
 
-def _ranges(config: DeploymentConfig) -> Iterator[tuple[str, float | None, float, float]]:
-    any_more = float(2**62)
-    engine, chunked, scheduler = config.engine, config.chunked_prefill, config.scheduler
-    yield "model.tensor_parallel_size", config.model.tensor_parallel_size, 1, any_more
-    yield "model.max_model_len", config.model.max_model_len, 1, any_more
-    yield "kv_transfer.port", config.kv_transfer.port, *PORTS
-    yield "kv_transfer.timeout_s", config.kv_transfer.timeout_s, 0.1, any_more
-    yield "chunked_prefill.chunk_size", chunked.chunk_size, 1, any_more
-    yield "chunked_prefill.max_chunk_prefill_tokens", chunked.max_chunk_prefill_tokens, 1, any_more
-    yield "cuda_graph.max_seq_len", config.cuda_graph.max_seq_len, 1, any_more
-    yield "engine.num_threads", engine.num_threads, 0, any_more
-    yield "engine.block_size", engine.block_size, 1, any_more
-    yield "engine.num_blocks", engine.num_blocks, 1, any_more
-    yield "engine.gpu_memory_utilization", engine.gpu_memory_utilization, 0.01, 1
-    yield "engine.max_num_seqs", engine.max_num_seqs, 1, any_more
-    yield "engine.max_num_batched_tokens", engine.max_num_batched_tokens, 1, any_more
-    yield "scheduler.port", scheduler.port, *PORTS
-    yield "scheduler.max_queue_size", scheduler.max_queue_size, 1, any_more
-    yield "scheduler.max_attempts", scheduler.max_attempts, 1, any_more
-    yield "scheduler.request_timeout_s", scheduler.request_timeout_s, 0.001, any_more
-    yield "scheduler.instance_wait_s", scheduler.instance_wait_s, 0.1, any_more
-    yield "scheduler.heartbeat_interval_s", scheduler.heartbeat_interval_s, 0.05, any_more
-    yield "scheduler.heartbeat_timeout_s", scheduler.heartbeat_timeout_s, 0.1, any_more
-    yield "scheduler.max_pending_reservations", scheduler.max_pending_reservations, 1, any_more
-    yield "scheduler.max_inflight_prefills", scheduler.max_inflight_prefills, 1, any_more
-    yield "scheduler.max_inflight_requests", scheduler.max_inflight_requests, 1, any_more
-    for i, instance in enumerate(config.gpu_instances):
-        yield f"gpu_instances[{i}].port", instance.port, *PORTS
-        yield f"gpu_instances[{i}].gpu_id", instance.gpu_id, 0, any_more
-        yield f"gpu_instances[{i}].kv_rank", instance.kv_rank, 0, any_more
-        yield f"gpu_instances[{i}].tensor_parallel_size", instance.tensor_parallel_size, 1, any_more
+def _sections(config: DeploymentConfig) -> Iterator[tuple[str, msgspec.Struct]]:
+    for name in config.__struct_fields__:
+        section = getattr(config, name)
+        if isinstance(section, msgspec.Struct):
+            yield name, section
+        else:
+            yield from ((f"{name}[{i}]", each) for i, each in enumerate(section))
 
 
 def _check_hosts(config: DeploymentConfig) -> None:
@@ -180,7 +155,7 @@ def _check_kv_ports(config: DeploymentConfig) -> None:
     scheduler = config.scheduler
     for i, instance in enumerate(config.gpu_instances):
         kv_port = config.kv_transfer.port + instance.kv_rank
-        if kv_port > PORTS[1]:
+        if not PORT.allow(kv_port):
             raise ConfigError(f"gpu_instances[{i}].kv_rank={instance.kv_rank}: kv_transfer.port + kv_rank is {kv_port}")
         kv_host = canonical_host(config.kv_transfer.ip or instance.host)
         if (canonical_host(scheduler.host), scheduler.port) == (kv_host, kv_port):
@@ -237,6 +212,7 @@ def _type_at(path: str) -> Any:
     found: Any = DeploymentConfig
     for name in re.findall(r"[a-z_0-9]*[a-z_][a-z_0-9]*", path):
         found = next(field.type for field in msgspec.structs.fields(found) if field.name == name)
+        found = found.__origin__ if hasattr(found, "__metadata__") else found
         found = getattr(found, "__args__", [found])[0] if getattr(found, "__origin__", None) is list else found
     return found
 

@@ -1,9 +1,7 @@
 """PdDisaggConfig: a deployment in flat fields, for code that starts one."""
 
-import dataclasses
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +9,12 @@ import msgspec
 
 from hbserve_kv.config import KVTransferBackend
 from hbserve_rpc.messages import Role
+from hbserve_rpc.settings import ENGINE_KEYS, EngineSettings
 from hbserve_scheduler import ConfigError, DeploymentConfig, InstanceSection, convert
+from hbserve_scheduler.config import KVTransferSection
 
 ROLES: tuple[Role, ...] = ("prefill", "decode")
+_KV = KVTransferSection()
 
 
 def default_instances() -> list[InstanceSection]:
@@ -23,9 +24,27 @@ def default_instances() -> list[InstanceSection]:
     ]
 
 
-@dataclass(slots=True)
-class PdDisaggConfig:
+class _Keywords(EngineSettings, kw_only=True):
+    """Fields of PdDisaggConfig that are given by keyword: the keys of all sections of the file. Those that begin with
+    `kv_` are described in KVTransferSection."""
+
+    kv_transfer_backend: KVTransferBackend | str = KVTransferBackend(_KV.backend)
+    kv_buffer_size: int | str = _KV.buffer_size
+    kv_ip: str | None = _KV.ip
+    kv_port: int = _KV.port
+    kv_timeout_s: float = _KV.timeout_s
+    kv_checksum: bool = _KV.checksum
+    kv_options: dict[str, Any] = msgspec.field(default_factory=dict)
+    gpu_instances: Sequence[InstanceSection | Mapping[str, Any]] = msgspec.field(default_factory=default_instances)
+    """Entries with the keys of the YAML section of the same name."""
+    scheduler: dict[str, Any] = msgspec.field(default_factory=dict)
+    """Keys of the YAML section `scheduler`."""
+
+
+class PdDisaggConfig(_Keywords):
     """Fields may be set until `DisaggregatedLLM.start()`, which checks them again. A misspelt one is an AttributeError.
+
+    docs/configuration.md has all fields; EngineSettings describes those that every instance takes as they are.
 
     Raises:
         ConfigError: (a ValueError) a field that cannot be; names it, its value, and what is allowed.
@@ -33,46 +52,6 @@ class PdDisaggConfig:
 
     model_path: str | Path | None = None
     """A Hugging Face model folder; None is the demo model."""
-    tensor_parallel_size: int = 1
-    max_num_seqs: int = 256
-    """Most sequences in one step of an instance."""
-    max_num_batched_tokens: int = 2048
-    """Most tokens in one step of an instance."""
-    kv_transfer_backend: KVTransferBackend | str = KVTransferBackend.NCCL
-    """nccl, mooncake, ipc, auto, the name of an entry point, or `module:Class` of a KVTransferBase of your own."""
-    kv_buffer_size: int | str = 1 << 30
-    """Bytes of each instance's lookup buffer."""
-    kv_ip: str | None = None
-    """Address that KV listeners bind and advertise; None is each instance's own host."""
-    kv_port: int = 0
-    """Instance with rank r listens at kv_port + r; 0 lets the OS choose."""
-    chunked_prefill_enabled: bool = True
-    chunk_size: int = 512
-    """Most prompt tokens of one request in one step."""
-    max_chunk_prefill_tokens: int = 4096
-    """Most prompt tokens of all requests together in one step."""
-    cuda_graph_enabled: bool = True
-    cuda_graph_max_seq_len: int = 2048
-    gpu_instances: Sequence[InstanceSection | Mapping[str, Any]] = field(default_factory=default_instances)
-    """Entries with the keys of the YAML section of the same name."""
-    dtype: str = "auto"
-    load_format: str = "safetensors"
-    max_model_len: int | None = None
-    device: str = "auto"
-    num_threads: int = 0
-    """Threads of each instance on the CPU; 0 shares the cores."""
-    block_size: int = 16
-    num_blocks: int | None = None
-    """KV blocks of each instance; None sizes the pool from free memory."""
-    gpu_memory_utilization: float = 0.9
-    prefix_caching: bool = True
-    kv_timeout_s: float = 30.0
-    kv_checksum: bool = False
-    """Verify a checksum of each block that arrives: KV that was corrupted on its way is computed again."""
-    kv_options: dict[str, Any] = field(default_factory=dict)
-    """Handed to a custom KV backend."""
-    scheduler: dict[str, Any] = field(default_factory=dict)
-    """Keys of the YAML section `scheduler`."""
 
     def __post_init__(self) -> None:
         self.to_deployment()
@@ -80,8 +59,7 @@ class PdDisaggConfig:
     def to_deployment(self) -> DeploymentConfig:
         """The same as a checked DeploymentConfig. Raises ConfigError."""
         content: dict[str, Any] = {"scheduler": self.scheduler}
-        for name, path in PATHS.items():
-            section, _, key = path.partition(".")
+        for name, (section, key) in PATHS.items():
             content.setdefault(section, {})[key] = getattr(self, name)
         content["model"]["path"] = None if self.model_path is None else str(self.model_path)
         content["kv_transfer"]["backend"] = str(self.kv_transfer_backend)
@@ -99,46 +77,20 @@ class PdDisaggConfig:
     @classmethod
     def from_deployment(cls, config: DeploymentConfig) -> "PdDisaggConfig":
         """The flat fields of a configuration file; see `hbserve_scheduler.load_config`."""
-        values = {}
-        for name, path in PATHS.items():
-            section, _, key = path.partition(".")
-            values[name] = getattr(getattr(config, section), key)
+        values = {name: getattr(getattr(config, section), key) for name, (section, key) in PATHS.items()}
         return cls(**values, gpu_instances=config.gpu_instances, scheduler=msgspec.to_builtins(config.scheduler))
 
 
 PATHS = {
-    "model_path": "model.path",
-    "tensor_parallel_size": "model.tensor_parallel_size",
-    "dtype": "model.dtype",
-    "load_format": "model.load_format",
-    "max_model_len": "model.max_model_len",
-    "kv_transfer_backend": "kv_transfer.backend",
-    "kv_buffer_size": "kv_transfer.buffer_size",
-    "kv_ip": "kv_transfer.ip",
-    "kv_port": "kv_transfer.port",
-    "kv_timeout_s": "kv_transfer.timeout_s",
-    "kv_checksum": "kv_transfer.checksum",
-    "kv_options": "kv_transfer.options",
-    "chunked_prefill_enabled": "chunked_prefill.enabled",
-    "chunk_size": "chunked_prefill.chunk_size",
-    "max_chunk_prefill_tokens": "chunked_prefill.max_chunk_prefill_tokens",
-    "cuda_graph_enabled": "cuda_graph.enabled",
-    "cuda_graph_max_seq_len": "cuda_graph.max_seq_len",
-    "max_num_seqs": "engine.max_num_seqs",
-    "max_num_batched_tokens": "engine.max_num_batched_tokens",
-    "device": "engine.device",
-    "num_threads": "engine.num_threads",
-    "block_size": "engine.block_size",
-    "num_blocks": "engine.num_blocks",
-    "gpu_memory_utilization": "engine.gpu_memory_utilization",
-    "prefix_caching": "engine.prefix_caching",
+    "model_path": ("model", "path"),
+    "kv_transfer_backend": ("kv_transfer", "backend"),
+    **{f"kv_{key}": ("kv_transfer", key) for key in KVTransferSection.__struct_fields__ if key != "backend"},
+    **ENGINE_KEYS,
 }
-"""Field of PdDisaggConfig: path in the YAML file."""
-
-assert set(PATHS) | {"gpu_instances", "scheduler"} == {each.name for each in dataclasses.fields(PdDisaggConfig)}
+"""Field of PdDisaggConfig: its section of the YAML file, and its key there."""
 
 
 def _in_field_names(message: str) -> str:
     """A problem with `chunked_prefill.chunk_size` is one with `chunk_size` here."""
-    names = {path: name for name, path in PATHS.items()}
+    names = {f"{section}.{key}": name for name, (section, key) in PATHS.items()}
     return re.sub(r"^[\w.]+", lambda found: names.get(found[0], found[0]), message)

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from hbserve_core.config import InstanceConfig
-from hbserve_core.errors import InvalidInstanceConfig, NotEnoughMemory
+from hbserve_core.errors import NotEnoughMemory
 from hbserve_core.model.model_config import ModelConfig
 from hbserve_kv import shared_empty
 
@@ -41,8 +41,6 @@ class BlockShape:
 
 
 def block_shape(config: InstanceConfig, model: ModelConfig, dtype: torch.dtype) -> BlockShape:
-    if config.block_size < 1:
-        raise InvalidInstanceConfig(f"block_size={config.block_size}: expected an integer >= 1")
     return BlockShape(model.num_layers, config.block_size, model.num_kv_heads, model.head_dim, dtype)
 
 
@@ -70,14 +68,9 @@ def choose_num_blocks(
     `reserved_bytes` of the device's memory are left for the forward pass.
 
     Raises:
-        InvalidInstanceConfig: num_blocks or gpu_memory_utilization out of range.
         NotEnoughMemory: not even one block fits.
     """
     if config.num_blocks is not None:
-        if config.num_blocks < 1:
-            raise InvalidInstanceConfig(
-                f"num_blocks={config.num_blocks}: expected an integer >= 1, or none for automatic"
-            )
         return config.num_blocks
     on_gpu = device.type == "cuda"
     budget = _cuda_budget(config, device) - reserved_bytes if on_gpu else _cpu_budget() // config.tensor_parallel_size
@@ -97,8 +90,6 @@ def choose_num_blocks(
 
 def _cuda_budget(config: InstanceConfig, device: torch.device) -> int:
     share = config.gpu_memory_utilization
-    if not 0 < share <= 1:
-        raise InvalidInstanceConfig(f"gpu_memory_utilization={share}: expected a number in (0, 1]")
     free, total = torch.cuda.mem_get_info(device)
     buffer_bytes = 0 if config.role == "hybrid" else config.kv_transfer.buffer_size
     num_local_ranks = config.num_local_instances * config.tensor_parallel_size

@@ -1,0 +1,149 @@
+"""Settings that a deployment's file, its keywords in Python and an instance have in common, each written once.
+
+    EngineSettings ──▶ hbserve_core.InstanceConfig       inherits them: what one instance runs with
+                   ──▶ hbserve.pd_disagg.PdDisaggConfig  inherits them: keywords of whoever starts a deployment
+                   ──▶ sections of the YAML file         made of them: `In` names the section of each
+    KVTransferSettings ──▶ hbserve_kv.KVTransferConfig, and the YAML section kv_transfer: both inherit them
+
+A new key is one field here, and one row in docs/configuration.md.
+"""
+
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import NoneType
+from typing import Annotated, Any, Literal, TypeVar, get_args
+
+import msgspec
+
+T = TypeVar("T")
+
+
+LARGEST = 2.0**62
+"""Of all numbers that can be set. Infinity is beyond it."""
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """Range of a number, both ends included: of integers if `low` is one. NaN is in none."""
+
+    low: float
+    high: float = LARGEST
+
+    def allow(self, value: object) -> bool:
+        return isinstance(value, int if isinstance(self.low, int) else (int, float)) and self.low <= value <= self.high
+
+    def instead_of(self, value: object) -> str:
+        """What is expected, in words. That numbers end somewhere is said only of one that is beyond."""
+        has_end = self.high != LARGEST or (isinstance(value, (int, float)) and value > self.high)
+        return f"{self.low} to {int(self.high)}" if has_end else f"at least {self.low}"
+
+
+@dataclass(frozen=True)
+class In:
+    """Section of the YAML file that a setting is in, under its own name less a leading `<section>_`."""
+
+    section: str
+
+
+POSITIVE = Bounds(1)
+NOT_NEGATIVE = Bounds(0)
+PORT = Bounds(0, 65535)
+
+
+class EngineSettings(msgspec.Struct, kw_only=True):
+    """Settings that every instance of a deployment takes as they are.
+
+    Not frozen, because PdDisaggConfig's fields may be set; InstanceConfig and the sections of the file are.
+    """
+
+    tensor_parallel_size: Annotated[int, In("model"), POSITIVE] = 1
+    """Ranks that the model is split among: one process each, on neighbouring GPUs of a host, or on the CPU. The model's
+    heads and MLP must be divisible by it. An instance of a deployment may say another number itself."""
+    dtype: Annotated[Literal["auto", "float32", "bfloat16", "float16"], In("model")] = "auto"
+    """"auto" takes the checkpoint's."""
+    max_model_len: Annotated[int | None, In("model"), POSITIVE] = None
+    """Most tokens of a sequence; None takes the model's own limit."""
+    load_format: Annotated[Literal["safetensors", "dummy"], In("model")] = "safetensors"
+    """"dummy" needs only config.json and invents the weights: the same numbers on each instance, whatever its device
+    and number of ranks."""
+
+    chunked_prefill_enabled: Annotated[bool, In("chunked_prefill")] = True
+    """Compute a prompt in several steps, together with the tokens of other requests."""
+    chunk_size: Annotated[int, In("chunked_prefill"), POSITIVE] = 512
+    """Most prompt tokens of one request in one step."""
+    max_chunk_prefill_tokens: Annotated[int, In("chunked_prefill"), POSITIVE] = 4096
+    """Most prompt tokens of all requests together in one step."""
+
+    cuda_graph_enabled: Annotated[bool, In("cuda_graph")] = True
+    """Replay steps from CUDA graphs; on the CPU without effect."""
+    cuda_graph_max_seq_len: Annotated[int, In("cuda_graph"), POSITIVE] = 2048
+    """Longest prompt chunk that runs in a graph."""
+
+    device: Annotated[str, In("engine")] = "auto"
+    """"auto" (CUDA if there is one), "cpu", or "cuda:N"."""
+    num_threads: Annotated[int, In("engine"), NOT_NEGATIVE] = 0
+    """Threads of torch's CPU operators in an instance, of all its ranks together. 0: the instances of a deployment
+    share their host's cores, and an engine alone leaves torch's choice."""
+    block_size: Annotated[int, In("engine"), POSITIVE] = 16
+    """Tokens per KV block."""
+    num_blocks: Annotated[int | None, In("engine"), POSITIVE] = None
+    """KV blocks in each instance's pool; None sizes the pool from free memory."""
+    gpu_memory_utilization: Annotated[float, In("engine"), Bounds(0.01, 1)] = 0.9
+    """Fraction of a GPU's memory that all instances on it take together."""
+    max_num_seqs: Annotated[int, In("engine"), POSITIVE] = 256
+    """Most sequences in one step of an instance."""
+    max_num_batched_tokens: Annotated[int, In("engine"), POSITIVE] = 2048
+    """Most tokens in one step of an instance."""
+    prefix_caching: Annotated[bool, In("engine")] = True
+    """Keep the KV of prompts that have ended, for others that begin in the same way."""
+
+
+class KVTransferSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """Settings of KV transfers that every instance of a deployment takes as they are."""
+
+    backend: str = "nccl"
+    """nccl, mooncake, ipc, auto, the name of an entry point in the group `hbserve_kv.backends`, or `module:Class`."""
+    buffer_size: int = 1 << 30
+    """Bytes of each instance's lookup buffer, where transfers wait that nobody has asked for yet. Touched as it is
+    used."""
+    timeout_s: Annotated[float, Bounds(0.1)] = 30.0
+    """A peer that is silent for so long has failed."""
+    checksum: bool = False
+    """As a receiver, verify a checksum of each block: KV that was corrupted on its way fails its transfer, and is
+    computed again."""
+    options: dict[str, Any] = {}
+    """Handed to a custom backend."""
+
+
+def out_of_bounds(settings: msgspec.Struct) -> Iterator[tuple[str, object, Bounds]]:
+    """Name, value and bounds of each field that has bounds and whose value is not allowed."""
+    for name, (bounds, optional) in _bounded_fields(type(settings)).items():
+        value = getattr(settings, name)
+        if not bounds.allow(value) and not (optional and value is None):
+            yield name, value, bounds
+
+
+@functools.cache
+def _bounded_fields(struct: type[msgspec.Struct]) -> dict[str, tuple[Bounds, bool]]:
+    """Bounds of each field that has some, and whether it may be None too."""
+    return {
+        field.name: (bounds, NoneType in get_args(get_args(field.type)[0]))
+        for field in msgspec.structs.fields(struct)
+        for bounds in _metadata(field.type, Bounds)
+    }
+
+
+def _metadata(annotated: Any, kind: type[T]) -> list[T]:
+    return [each for each in getattr(annotated, "__metadata__", ()) if isinstance(each, kind)]
+
+
+def _key(name: str, annotated: Any) -> tuple[str, str]:
+    (place,) = _metadata(annotated, In)
+    return place.section, name.removeprefix(f"{place.section}_")
+
+
+ENGINE_KEYS: dict[str, tuple[str, str]] = {
+    field.name: _key(field.name, field.type) for field in msgspec.structs.fields(EngineSettings)
+}
+"""Field of EngineSettings: its section of the YAML file, and its key there."""
