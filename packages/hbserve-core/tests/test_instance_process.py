@@ -101,6 +101,10 @@ BAD_CONFIGURATIONS = {
     b'{"model_path": 3}': "Expected `str`, got `int` - at `$.model_path`",
     b'{"model_path": "m", "chunk_sise": 3}': "unknown field `chunk_sise`",
     b'{"model_path": "m", "chunk_size": 0}': "chunk_size=0: expected an integer >= 1",
+    b'{"model_path": "m", "num_blocks": 0}': "num_blocks=0: expected an integer >= 1",
+    b'{"model_path": "m", "gpu_memory_utilization": 1.5}': "gpu_memory_utilization=1.5: expected 0.01 to 1",
+    b'{"model_path": "m", "port": 65536}': "port=65536: expected 0 to 65535",
+    b'{"model_path": "m", "kv_rank": -1}': "kv_rank=-1: expected an integer >= 0",
     b'{"model_path": "m", "host": "0.0.0.0"}': "host='0.0.0.0': is every address of a machine, and none at which peers",
     b'{"model_path": "m", "host": "[::1]"}': "host='[::1]': expected it without brackets, '::1'",
     b'{"model_path": "m", "log_level": "LOUD"}': "log_level='LOUD': expected one of DEBUG",
@@ -112,6 +116,8 @@ BAD_CONFIGURATIONS = {
 @pytest.mark.parametrize("line", BAD_CONFIGURATIONS)
 def test_a_configuration_that_cannot_be_is_one_line(line, monkeypatch, capsys):
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(line + b"\n")))
+    # Of a configuration that it takes, `main` ends the process: this one, as if all its tests had passed.
+    monkeypatch.setattr("os._exit", lambda status: pytest.fail(f"it was taken; exit status {status}"))
     assert main() == 2
     (error,) = capsys.readouterr().err.splitlines()
     assert BAD_CONFIGURATIONS[line] in error

@@ -128,6 +128,16 @@ def test_a_wrong_value_is_named_with_what_is_allowed(content: Any, texts: list[s
     assert "\n" not in message
 
 
+@pytest.mark.parametrize("section", [field.name for field in msgspec.structs.fields(DeploymentConfig)])
+def test_no_section_takes_a_key_that_it_does_not_know(section: str) -> None:
+    if section == "gpu_instances":
+        content, path = {section: [PREFILL, DECODE | {"zzz": 1}]}, r"gpu_instances\[1\]"
+    else:
+        content, path = {section: {"zzz": 1}, "gpu_instances": PAIR}, section
+    with pytest.raises(ConfigError, match=f"^{path}.zzz: unknown key; expected one of "):
+        convert(content)
+
+
 def test_the_readme_names_every_key_and_no_other() -> None:
     readme = (Path(__file__).parent.parent / "README.md").read_text()
     rows = dict(re.findall(r"^\| `(\w+)`.*? \| (.*) \|$", readme, re.M))
