@@ -55,10 +55,26 @@ async def test_a_wrong_value_set_later_is_named_at_start():
         await DisaggregatedLLM(config).start()
 
 
+def test_two_configurations_share_nothing_that_can_be_changed():
+    one, other = PdDisaggConfig("~/model"), PdDisaggConfig("~/model")
+    one.kv_options["level"] = 3
+    one.scheduler["port"] = 0
+    one.gpu_instances.clear()  # type: ignore[attr-defined]
+    assert (other.kv_options, other.scheduler, len(other.gpu_instances)) == ({}, {}, 2)
+    assert PdDisaggConfig("~/model") == other
+
+
+def test_all_but_the_model_is_given_by_keyword():
+    with pytest.raises(TypeError, match="positional"):
+        PdDisaggConfig("~/model", 2)  # type: ignore[misc]
+
+
 def test_a_misspelt_field_is_an_error():
     config = PdDisaggConfig("~/model")
     with pytest.raises(AttributeError, match="chunck_size"):
         config.chunck_size = 3  # type: ignore[attr-defined]
+    with pytest.raises(TypeError, match="chunck_size"):
+        PdDisaggConfig("~/model", chunck_size=3)  # type: ignore[call-arg]
 
 
 def test_a_configuration_file_and_its_flat_fields_say_the_same():

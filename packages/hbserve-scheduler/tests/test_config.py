@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from hbserve_scheduler import ConfigError, DeploymentConfig, convert, load_config, parse_size
+from hbserve_scheduler import ConfigError, DeploymentConfig, InstanceSection, convert, load_config, parse_size
 
 PREFILL = {"instance_id": "p0", "instance_type": "prefill", "kv_rank": 0, "port": 7000}
 DECODE = {"instance_id": "d0", "instance_type": "decode", "kv_rank": 1, "port": 7001}
@@ -126,6 +126,24 @@ def test_a_wrong_value_is_named_with_what_is_allowed(content: Any, texts: list[s
     message = str(caught.value)
     assert all(text in message for text in texts), message
     assert "\n" not in message
+
+
+NUMBERS = [
+    (section.name, key.name)
+    for section in msgspec.structs.fields(DeploymentConfig)
+    for key in msgspec.structs.fields(InstanceSection if section.name == "gpu_instances" else section.type)
+    if re.search(r"\b(int|float)\b", str(key.type))
+]
+
+
+@pytest.mark.parametrize(("section", "key"), NUMBERS)
+def test_every_number_has_a_range(section: str, key: str) -> None:
+    if section == "gpu_instances":
+        content, path = {section: [PREFILL, DECODE | {key: -1}]}, rf"gpu_instances\[1\].{key}"
+    else:
+        content, path = {section: {key: -1}, "gpu_instances": PAIR}, rf"{section}\.{key}"
+    with pytest.raises(ConfigError, match=rf"^{path}=-1(\.0)?: expected "):
+        convert(content)
 
 
 @pytest.mark.parametrize("section", [field.name for field in msgspec.structs.fields(DeploymentConfig)])
