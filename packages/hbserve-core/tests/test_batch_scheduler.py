@@ -158,5 +158,5 @@ BAD_LIMITS = ["max_num_seqs", "max_num_batched_tokens", "chunk_size", "max_chunk
 
 @pytest.mark.parametrize("name", BAD_LIMITS)
 def test_a_limit_under_which_nothing_could_run_is_refused(name):
-    with pytest.raises(InvalidInstanceConfig, match=f"{name}=0: expected an integer >= 1"):
+    with pytest.raises(InvalidInstanceConfig, match=f"{name}=0: expected at least 1"):
         InstanceConfig(model_path="", **{name: 0})

@@ -160,7 +160,7 @@ def test_a_model_that_cannot_be_divided_is_refused_with_what_can(model_folder, n
 
 
 def test_a_rank_count_below_one_is_refused(model_folder):
-    with pytest.raises(InvalidInstanceConfig, match="tensor_parallel_size=0: expected an integer >= 1"):
+    with pytest.raises(InvalidInstanceConfig, match="tensor_parallel_size=0: expected at least 1"):
         config(model_folder("llama"), tensor_parallel_size=0)
 
 

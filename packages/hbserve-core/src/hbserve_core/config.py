@@ -8,7 +8,7 @@ from hbserve_core.errors import InvalidInstanceConfig
 from hbserve_kv.config import KVTransferConfig
 from hbserve_rpc import InvalidAddress, check_peer_host
 from hbserve_rpc.messages import Role
-from hbserve_rpc.settings import LARGEST, NOT_NEGATIVE, PORT, Bounds, EngineSettings, out_of_bounds
+from hbserve_rpc.settings import NOT_NEGATIVE, PORT, EngineSettings, out_of_bounds
 
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 
@@ -45,16 +45,10 @@ class InstanceConfig(  # type: ignore[misc]  # EngineSettings are not frozen, be
     def __post_init__(self) -> None:
         for name, value, bounds in out_of_bounds(self):
             if name != "max_model_len":  # the model has a limit too, which is named with this one when it is loaded
-                raise InvalidInstanceConfig(f"{name}={value!r}: expected {_in_words(bounds)}")
+                raise InvalidInstanceConfig(f"{name}={value!r}: expected {bounds.instead_of(value)}")
         try:
             check_peer_host(self.host)
         except InvalidAddress as error:
             raise InvalidInstanceConfig(f"host={error}") from None
         if self.log_level not in LOG_LEVELS:
             raise InvalidInstanceConfig(f"log_level={self.log_level!r}: expected one of {', '.join(LOG_LEVELS)}")
-
-
-def _in_words(bounds: Bounds) -> str:
-    if bounds.high < LARGEST:
-        return str(bounds)
-    return f"{'an integer' if isinstance(bounds.low, int) else 'a number'} >= {bounds.low}"
