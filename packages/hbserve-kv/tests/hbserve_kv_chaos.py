@@ -12,9 +12,10 @@ from dataclasses import dataclass, field
 
 import torch
 
+from hbserve_kv import PostedReceive
 from hbserve_kv.config import KVTransferConfig
 from hbserve_kv.errors import TransferFailed
-from hbserve_kv.manager import KVTransferManager, PostedReceive
+from hbserve_kv.manager import KVTransferManager
 from hbserve_kv.protocol.transfer_state import Outcome
 from hbserve_kv.sending.transfer import OutgoingTransfer
 from hbserve_kv.testing.loopback import Faults, LoopbackNetwork

@@ -20,6 +20,7 @@ class Pipes:
         """A push returns before its part was accepted, like a socket's."""
         self.queues = {}
         self.faults = {}
+        self.begun = []
         self.accepted = []
 
     def transport(self):
@@ -49,6 +50,7 @@ class Pipe(Transport):
             await taken
 
     async def accept(self, link, part):
+        self._pipes.begun.append((part.transfer_id, part.index))
         fault = self._pipes.faults.get(part.index)
         if fault == "never":
             await asyncio.Event().wait()
@@ -217,7 +219,7 @@ async def test_over_gloo_too_a_part_that_the_receiver_cannot_take_ends_the_send(
 
 async def test_a_send_that_nobody_takes_and_nobody_speaks_of_ends_at_a_deadline_of_its_own(pair, monkeypatch):
     sender, receiver, _, _ = await pair(timeout_s=0.5)
-    monkeypatch.setattr(receiver._receiver._taker, "take", lambda *_: True)
+    monkeypatch.setattr(receiver._receiver.links, "take", lambda *_: True)
     posted = receiver.post_receive("t", [1])
     transfer = await sender.open_send("t", posted.grant)
     transfer.push([1], 0)
@@ -268,7 +270,7 @@ async def test_parts_that_do_not_fit_end_their_link_and_tell_the_sender_why(pair
     async with asyncio.timeout(20):
         while not transfer._num_parts:
             await asyncio.sleep(0.01)
-    (link,) = receiver._receiver.links
+    (link,) = receiver._receiver.links.connected
     await announce(receiver, PartsAnnounced(name, link, [AnnouncedPart(2, 1, 1), part]))
     async with asyncio.timeout(20):
         result = await posted.wait()
@@ -290,7 +292,7 @@ async def test_a_sender_that_is_closed_in_a_part_fails_the_transfer_and_frees_it
     transfer = await sender.open_send("t", posted.grant)
     transfer.push([1], 0)
     async with asyncio.timeout(20):
-        while not receiver._receiver.incoming["t"].state.senders[transfer._begin.link].in_flight:
+        while not pipes.begun:
             await asyncio.sleep(0.01)
         sender._peers.connections[receiver.address].lose("the sender was closed")
         assert (await posted.wait()).outcome is Outcome.FAILED_DRAINED
@@ -303,10 +305,10 @@ async def test_a_link_that_is_lost_at_the_moment_of_an_announcement_fails_its_pa
     sender, receiver, _, _ = await pair()
     posted = receiver.post_receive("t", [1])
     transfer = await sender.open_send("t", posted.grant)
-    (link,) = receiver._receiver.links.values()
+    (link,) = receiver._receiver.links.connected.values()
     message = PartsAnnounced("t", link.link.key, [AnnouncedPart(0, 0, 1)])
-    assert receiver._receiver._taker.take(link, receiver._receiver.incoming["t"], message)
-    receiver._receiver._links._lose(link, "the sender was lost")
+    assert receiver._receiver.links.take(link, receiver._receiver.transfers["t"], message)
+    receiver._receiver.links.end({link.link.key}, "the sender was lost")
     async with asyncio.timeout(20):
         result = await posted.wait()
         assert (await transfer.abort("test over")) is Outcome.FAILED_DRAINED

@@ -1,6 +1,7 @@
 """Whole tensors by request id: any order, bounded, and gone when nobody wants them."""
 
 import asyncio
+import time
 
 import pytest
 import torch
@@ -99,10 +100,17 @@ async def test_nothing_that_arrives_is_a_timeout(pair):
         await receiver.receive_kv_cache("r", 0)
 
 
-async def test_what_nobody_asks_for_expires_and_gives_its_room_back(pair):
+async def test_what_nobody_asks_for_expires_and_gives_its_room_back(pair, caplog):
     # Known elsewhere: SGLang #39428, #39623, #28652, vLLM #28779.
-    sender, receiver = await pair(expiry_s=0.2)
-    await sender.send_kv_cache("r", torch.ones(3), 1)
+    expiry_s, capacity = 1.0, 4 * 1536
+    sender, receiver = await pair(buffer_size=capacity, expiry_s=expiry_s)
+    everything = torch.ones(4 * 384)
+    began_s = time.monotonic()
+    await sender.send_kv_cache("forgotten", everything, 1)
+    assert receiver.stats().buffered_bytes == capacity, "it is full"
     async with asyncio.timeout(20):
-        while receiver.stats().buffered_bytes:
-            await asyncio.sleep(0.01)
+        await sender.send_kv_cache("second", 2 * everything, 1)
+    assert time.monotonic() - began_s >= expiry_s, "it waited until the first one had expired"
+    assert "message forgotten was dropped: nobody asked for it within 1.0 s" in caplog.text
+    assert torch.equal(await receiver.receive_kv_cache("second", 0), 2 * everything)
+    assert receiver.stats().buffered_bytes == 0

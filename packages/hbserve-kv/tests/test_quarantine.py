@@ -9,23 +9,21 @@ import pytest
 
 from hbserve_kv import HeadRange, Link, Outcome
 from hbserve_kv.protocol.messages import Handshake
-from hbserve_kv.protocol.transfer_state import IncomingState
 from hbserve_kv.receiving.quarantine import FIRST_REMINDER_S, LONGEST_PAUSE_S, Quarantine, Reminder
-from hbserve_kv.receiving.transfer import Incoming, IncomingLink
+from hbserve_kv.receiving.transfer import IncomingLink, IncomingTransfer
 from hbserve_kv.testing import LoopbackNetwork
 
 
-async def lost_transfer(address: str) -> Incoming:
+def lose_a_transfer(address: str, quarantine: Quarantine) -> IncomingTransfer:
     """Three blocks that were granted to a one-sided sender at `address`, of which nothing has been heard since."""
     hello = Handshake(2, 0, "epoch", address, {}, HeadRange(), {}, "link")
     link = Link("link", is_sender=False, peer_rank=0, peer_description=b"")
-    nothing = asyncio.create_task(asyncio.sleep(0))
-    lost = IncomingLink(hello, link, LoopbackNetwork().transport(), HeadRange(), nothing, is_connected=False)
-    incoming = Incoming("t", "pool", [4, 5, 6], IncomingState())
-    assert incoming.state.begin("link", one_sided=True)
-    incoming.links["link"] = lost
-    incoming.state.fail("the sender was lost")
-    return incoming
+    sender = IncomingLink(hello, link, LoopbackNetwork().transport(), HeadRange())
+    transfer = IncomingTransfer("t", "pool", [4, 5, 6], [0], quarantine.watch)
+    assert transfer.begin(sender)
+    sender.is_connected = False
+    transfer.fail("the sender was lost")
+    return transfer
 
 
 async def test_blocks_of_a_host_that_vanished_stay_out_of_use_and_the_log_says_again_and_again_whose_they_are(
@@ -36,18 +34,18 @@ async def test_blocks_of_a_host_that_vanished_stay_out_of_use_and_the_log_says_a
     # It takes connections and never answers, as an address does behind which there is nothing any more.
     with socket.create_server(("127.0.0.1", 0)) as host:
         address = f"127.0.0.1:{host.getsockname()[1]}"
-        incoming, quarantine = await lost_transfer(address), Quarantine(longest_s=60.0, on_revoked=lambda *_: None)
-        quarantine.watch(incoming)
+        quarantine = Quarantine(longest_s=60.0, on_revoked=lambda *_: None)
+        transfer = lose_a_transfer(address, quarantine)
         async with asyncio.timeout(30):
-            assert (await incoming.result).outcome is Outcome.UNKNOWN
+            assert (await transfer.result).outcome is Outcome.UNKNOWN
             while len(caplog.messages) < 3:
                 await asyncio.sleep(0.01)
         assert (len(quarantine), quarantine.num_blocks) == (1, 3)
-        assert not incoming.drained.is_set()
+        assert not transfer.drained.is_set()
     said = re.compile(rf"transfer t: its 3 blocks are out of use since it failed \d+ s ago: {address} may still write")
     assert all(said.match(message) for message in caplog.messages)
     async with asyncio.timeout(30):
-        await incoming.drained.wait()  # the host is back, and says that nobody is there
+        await transfer.drained.wait()  # the host is back, and says that nobody is there
         while len(quarantine):
             await asyncio.sleep(0.01)
     assert quarantine.num_blocks == 0
@@ -77,7 +75,7 @@ async def test_a_link_that_loses_its_engine_to_another_ones_end_is_made_again(ma
 
     for number, sender in enumerate(senders):
         assert await move(sender, f"t{number}") is Outcome.COMPLETED
-    assert await receiver._receiver.quarantine.revoke(next(iter(receiver._receiver.links.values())))
+    assert await receiver._receiver.quarantine.revoke(next(iter(receiver._receiver.links.connected.values())))
     async with asyncio.timeout(20):
         while any(sender.links() for sender in senders):
             await asyncio.sleep(0.01)

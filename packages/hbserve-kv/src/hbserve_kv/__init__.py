@@ -23,8 +23,9 @@ from hbserve_kv.protocol.stats import LinkInfo, TransferStats
 from hbserve_kv.protocol.transfer_state import Outcome, TransferResult
 
 if TYPE_CHECKING:
-    from hbserve_kv.manager import KVTransferManager, PostedReceive
+    from hbserve_kv.manager import KVTransferManager
     from hbserve_kv.memory.shared_memory import shared_empty
+    from hbserve_kv.receiving.transfer import PostedReceive
     from hbserve_kv.sending.transfer import OutgoingTransfer
     from hbserve_kv.transports.base import DrainUnknown, Link, Part, Transport
 
@@ -61,7 +62,7 @@ _NEED_TORCH = {
     "Link": "transports.base",
     "OutgoingTransfer": "sending.transfer",
     "Part": "transports.base",
-    "PostedReceive": "manager",
+    "PostedReceive": "receiving.transfer",
     "Transport": "transports.base",
     "shared_empty": "memory.shared_memory",
 }

@@ -15,12 +15,12 @@ from hbserve_kv.errors import TransferFailed
 from hbserve_kv.memory.heads import HeadRange
 from hbserve_kv.memory.memory import Memory, gather
 from hbserve_kv.protocol.handshake import Identity
-from hbserve_kv.protocol.messages import Begin, Grant
+from hbserve_kv.protocol.messages import ALIVE, Alive, Begin, Grant, Nothing
 from hbserve_kv.protocol.stats import LinkInfo, TransferStats
-from hbserve_kv.protocol.transfer_state import Outcome, State, TransferResult
+from hbserve_kv.protocol.transfer_state import Outcome, TransferResult
 from hbserve_kv.receiving.lookup_buffer import LookupBuffer
 from hbserve_kv.receiving.receiver import Receiver
-from hbserve_kv.receiving.transfer import Incoming
+from hbserve_kv.receiving.transfer import PostedReceive
 from hbserve_kv.sending.peers import Peers
 from hbserve_kv.sending.transfer import OutgoingTransfer
 from hbserve_kv.transports.base import Transport
@@ -33,34 +33,6 @@ class _Shape(msgspec.Struct, frozen=True):
 
     dtype: str
     shape: list[int]
-
-
-class PostedReceive:
-    """A receive that waits for its sender. Made by `KVTransferManager.post_receive`."""
-
-    def __init__(self, receiver: Receiver, incoming: Incoming, grant: bytes) -> None:
-        self.grant = grant
-        """What the sender gives to `open_send`; opaque to whoever carries it."""
-        self._receiver = receiver
-        self._incoming = incoming
-
-    async def wait(self) -> TransferResult:
-        """How it ended. Unless the outcome is UNKNOWN, the blocks are the caller's again."""
-        return await asyncio.shield(self._incoming.result)
-
-    async def cancel(self, reason: str) -> Outcome:
-        """Want it no more. Returns once nothing can land any more, or UNKNOWN at the deadline."""
-        return await self._receiver.cancel(self._incoming, reason)
-
-    async def drained(self) -> None:
-        """After UNKNOWN: wait until nothing can land any more. That is never, for a sender that stays frozen.
-
-        Raises:
-            TransferFailed: the manager was closed before; nobody will know.
-        """
-        await self._incoming.drained.wait()
-        if self._incoming.state.state < State.FAILED_DRAINED:
-            raise TransferFailed("the receiver was closed before its sender was known to have ended")
 
 
 class KVTransferManager(KVTransferBase):
@@ -112,9 +84,9 @@ class KVTransferManager(KVTransferBase):
             timeout_s=config.timeout_s,
             expiry_s=config.expiry_s,
             checksum=config.checksum,
-            writing=lambda: self._peers.writing(),
         )
         self._receiver.serve_on(self._server)
+        self._server.serve(ALIVE, self._alive)
         self._peers = Peers(me, lambda: self.address, self._transports, config.timeout_s)
         self._addresses: dict[int, str] = {}
         self._outgoing: set[OutgoingTransfer] = set()
@@ -167,6 +139,10 @@ class KVTransferManager(KVTransferBase):
         """`host:port` of the control server, as peers reach it."""
         return self._server.address
 
+    async def _alive(self, _: Nothing) -> Alive:
+        """What a receiver that has lost this sender asks: see `receiving/quarantine.py`."""
+        return Alive(self.epoch, self._peers.writing())
+
     # ---- blocks of the pool --------------------------------------------------------------------------------------
 
     def post_receive(self, transfer_id: str, block_ids: Sequence[int]) -> PostedReceive:
@@ -178,10 +154,10 @@ class KVTransferManager(KVTransferBase):
         num_blocks = self._memory.pool.shape[0]
         if len(set(block_ids)) != len(block_ids) or not all(0 <= block_id < num_blocks for block_id in block_ids):
             raise ValueError(f"block_ids={list(block_ids)}: expected different ones from 0 to {num_blocks - 1}")
-        incoming = self._receiver.expect(transfer_id, "pool", list(block_ids))
-        incoming.result.add_done_callback(lambda done: self._count_received(done.result()))
+        transfer = self._receiver.expect(transfer_id, "pool", list(block_ids))
+        transfer.result.add_done_callback(lambda done: self._count_received(done.result()))
         grant = Grant(transfer_id, self.address, self.epoch, self.heads)
-        return PostedReceive(self._receiver, incoming, msgspec.msgpack.encode(grant))
+        return PostedReceive(transfer, msgspec.msgpack.encode(grant))
 
     async def open_send(self, transfer_id: str, grant: bytes) -> OutgoingTransfer:
         """Begin the transfer that `grant` allows; connects to its receiver if need be.
@@ -277,7 +253,7 @@ class KVTransferManager(KVTransferBase):
 
     def stats(self) -> TransferStats:
         return TransferStats(
-            active_transfers=len(self._receiver.incoming) + len(self._outgoing),
+            active_transfers=len(self._receiver.transfers) + len(self._outgoing),
             buffered_bytes=self._memory.buffered_bytes,
             num_quarantined=len(self._receiver.quarantine),
             quarantined_blocks=self._receiver.quarantine.num_blocks,
@@ -291,5 +267,5 @@ class KVTransferManager(KVTransferBase):
     def links(self) -> list[LinkInfo]:
         """What carries the bytes to and from each connected peer."""
         to = [(each.link, each.transport) for each in self._peers.connections.values()]
-        of = [(each.link, each.transport) for each in self._receiver.links.values()]
+        of = [(each.link, each.transport) for each in self._receiver.links.connected.values()]
         return [LinkInfo(link.peer_rank, link.is_sender, transport.name, link.detail) for link, transport in [*to, *of]]

@@ -2,6 +2,9 @@
 
 Any change of one 8-byte word changes it (odd numbers are invertible), and so do words or blocks in another order. It
 finds memory that was overwritten, lost or mixed up; it is no defence against somebody who wants to deceive.
+
+Shapes: blocks are uint8 (num_blocks, block_bytes), or (num_blocks, places, bytes) if some heads of them. As words they
+are int64 (num_blocks, W), W = block_bytes / 8; or W = block_bytes if that is not whole, a word for each byte.
 """
 
 from collections.abc import Sequence

@@ -143,6 +143,10 @@ class IncomingState:
         if self.state in (State.DRAINING, State.UNKNOWN) and quiet:
             self.state = State.FAILED_DRAINED
 
+    def is_taking(self, link: str) -> bool:
+        """Parts that were started over this link are under way."""
+        return link in self.senders and bool(self.senders[link].in_flight)
+
     @property
     def undrained(self) -> list[str]:
         """Links of the senders that may still write."""

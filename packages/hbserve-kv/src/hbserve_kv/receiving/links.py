@@ -1,15 +1,22 @@
-"""The receiving ends of links: one handler of the control server for each sender, as long as that is connected."""
+"""The receiving ends of links: one handler of the control server for each sender, as long as that is connected.
+
+Over a two-sided transport each link's parts are taken in the order in which they were announced. What was announced is
+on its way, and the next part would be taken in its place. So a part that is not taken ends its link: the two sides no
+longer agree on what goes over it. The sender hears why, then that the link has ended, and ends the send that nobody
+takes.
+"""
 
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Callable, Mapping
+import time
+from collections.abc import AsyncIterator, Mapping
 
 from hbserve_kv.config import GOODBYE_TIMEOUT_S
 from hbserve_kv.protocol.handshake import Identity, check, choose_transport
-from hbserve_kv.protocol.messages import Cancelled, Handshake, LinkReply
-from hbserve_kv.receiving.transfer import IncomingLink
-from hbserve_kv.transports.base import Link, Transport
+from hbserve_kv.protocol.messages import AnnouncedPart, Cancelled, Handshake, LinkReply, PartsAnnounced
+from hbserve_kv.receiving.transfer import IncomingLink, IncomingTransfer
+from hbserve_kv.transports.base import Link, Part, Transport
 
 logger = logging.getLogger(__name__)
 
@@ -17,12 +24,11 @@ logger = logging.getLogger(__name__)
 class IncomingLinks:
     """Links by key, while they are connected."""
 
-    def __init__(
-        self, me: Identity, transports: Mapping[str, Transport], on_lost: Callable[[IncomingLink, str], None]
-    ) -> None:
+    def __init__(self, me: Identity, transports: Mapping[str, Transport], timeout_s: float) -> None:
+        """A part may take `timeout_s` from its turn on."""
         self._me = me
         self._transports = transports
-        self._on_lost = on_lost
+        self._timeout_s = timeout_s
         self.connected: dict[str, IncomingLink] = {}
         self._dropping: set[asyncio.Task[None]] = set()
 
@@ -40,10 +46,12 @@ class IncomingLinks:
             peer_heads=common.slice_in(hello.heads),
             peer_num_heads=hello.heads.count,
         )
-        # Two-sided transports connect from both ends at once, so the answer must not wait for it.
-        connect = asyncio.sleep(0) if transport.one_sided else transport.connect(link)
-        made = IncomingLink(hello, link, transport, common, asyncio.create_task(connect))
+        made = IncomingLink(hello, link, transport, common)
         self.connected[link.key] = made
+        if not transport.one_sided:
+            # It connects from both ends at once, so the answer must not wait for it.
+            made.connecting = asyncio.create_task(transport.connect(link))
+            made.taking = asyncio.create_task(self._take_announced(made))
         try:
             me, description = self._me, await transport.admit(link)
             yield LinkReply(me.rank, me.epoch, me.heads, transport.name, description, passed_over)
@@ -69,21 +77,26 @@ class IncomingLinks:
             return
         lost.is_connected = False
         lost.ended.set()
-        self._on_lost(lost, why)
-        for task in lost.accepting:
+        for transfer in list(lost.transfers):
+            transfer.fail(why)
+            if not lost.transport.one_sided:
+                transfer.sender_drained(lost.link.key)
+        for task in filter(None, (lost.connecting, lost.taking)):
             task.cancel()
-        task = asyncio.create_task(self._drop(lost))
-        self._dropping.add(task)
-        task.add_done_callback(self._dropping.discard)
+        dropping = asyncio.create_task(self._drop(lost))
+        self._dropping.add(dropping)
+        dropping.add_done_callback(self._dropping.discard)
 
     async def _drop(self, lost: IncomingLink) -> None:
-        lost.connecting.cancel()
-        await asyncio.gather(lost.connecting, return_exceptions=True)
+        if lost.connecting is not None:
+            await asyncio.wait([lost.connecting])
         try:
             await lost.transport.disconnect(lost.link)
         except Exception:
             logger.exception("disconnecting a link of %s failed", lost.transport.name)
         lost.link.executor.shutdown(wait=False)
+        if lost.taking is not None:
+            await asyncio.wait([lost.taking])
 
     async def say_goodbye(self) -> None:
         """End every link, and let the senders know. Before the server stops."""
@@ -95,5 +108,68 @@ class IncomingLinks:
                 await asyncio.gather(*(link.ended.wait() for link in links))
 
     async def close(self) -> None:
-        """After the server has stopped: wait until nothing is left of the links."""
+        """After the server has stopped: wait until nothing is left of the links, and nothing is taken any more."""
         await asyncio.gather(*self._dropping, return_exceptions=True)
+
+    # ---- announced parts -----------------------------------------------------------------------------------------
+
+    def take(self, link: IncomingLink, transfer: IncomingTransfer | None, message: PartsAnnounced) -> bool:
+        """Queue parts of `transfer`, None if there is no such one (any more). False: they are not taken."""
+        if link.broken:
+            return False
+        late = f"a part of transfer {message.transfer_id} is late"
+        error = late if transfer is None else transfer.start_parts(message.link, message.parts)
+        if transfer is None or error:
+            link.notices.put_nowait(Cancelled(message.transfer_id, error))
+            self._break(link, error)
+            return False
+        link.announced.extend((transfer, part) for part in message.parts)
+        link.has_announced.set()
+        return True
+
+    async def _take_announced(self, link: IncomingLink) -> None:
+        """One task for each link, so that its parts are taken one after the other. Ends with the link."""
+        error = "the link was lost"
+        try:
+            while link.is_connected:
+                if not link.announced:
+                    link.has_announced.clear()
+                    await link.has_announced.wait()
+                    continue
+                transfer, part = link.announced[0]
+                began_s = time.monotonic()
+                await self._accept(link, transfer, part)
+                link.announced.popleft()
+                transfer.end_part(link.link.key, part, time.monotonic() - began_s)
+        except Exception as failure:  # whatever a backend raised
+            error = f"part {link.announced[0][1].index}: {type(failure).__name__}: {failure}"
+        finally:
+            # Nothing of the parts that were not taken can land any more: they have failed.
+            self._break(link, error)
+            while link.announced:
+                transfer, part = link.announced.popleft()
+                transfer.end_part(link.link.key, part, error=link.broken)
+
+    async def _accept(self, link: IncomingLink, transfer: IncomingTransfer, part: AnnouncedPart) -> None:
+        if link.broken:
+            raise ConnectionError(link.broken)
+        late = f"part {part.index} of transfer {transfer.transfer_id} did not come within {self._timeout_s:.3g} s"
+        deadline = asyncio.get_running_loop().call_later(self._timeout_s, self._break, link, late)
+        try:
+            assert link.connecting is not None
+            await asyncio.shield(link.connecting)
+            block_ids = transfer.block_ids[part.first : part.end]
+            await link.transport.accept(link.link, Part(transfer.transfer_id, part.index, transfer.region, block_ids))
+        finally:
+            deadline.cancel()
+
+    def _break(self, link: IncomingLink, why: str) -> None:
+        """End a link: its transfers fail, which tells the sender why, and then its stream ends."""
+        if link.broken:
+            return
+        link.broken = why
+        if link.is_connected:
+            logger.warning("the link from rank %d broke: %s", link.hello.rank, why)
+        for transfer in list(link.transfers):
+            transfer.fail(why)
+        link.notices.put_nowait(None)

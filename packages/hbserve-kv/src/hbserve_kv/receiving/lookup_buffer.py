@@ -6,15 +6,11 @@ neither the order of requests nor a forgotten one can do harm.
 
 import asyncio
 import logging
-from typing import TYPE_CHECKING
 
 from hbserve_kv.errors import BufferTooSmall, TransferFailed, TransferTimeout
 from hbserve_kv.memory.memory import Memory
-from hbserve_kv.protocol.transfer_state import Outcome
-
-if TYPE_CHECKING:
-    from hbserve_kv.protocol.transfer_state import TransferResult
-    from hbserve_kv.receiving.transfer import Incoming
+from hbserve_kv.protocol.transfer_state import Outcome, TransferResult
+from hbserve_kv.receiving.transfer import IncomingTransfer
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +24,7 @@ class LookupBuffer:
         self._expiry_s = expiry_s
         self._arrived: dict[str, asyncio.Future[tuple[list[int], TransferResult]]] = {}
         self._room = asyncio.Condition()
-        self.num_expired = 0
+        self._keeping: set[asyncio.Task[None]] = set()
 
     async def place(self, request_id: str, num_bytes: int) -> list[int]:
         """Blocks of the arena for a message; waits for room.
@@ -58,30 +54,41 @@ class LookupBuffer:
             self._memory.free(block_ids)
             self._room.notify_all()
 
-    async def keep(self, request_id: str, incoming: "Incoming") -> None:
-        """Follow one arriving message until somebody takes it, or it expires, or it failed and is drained."""
+    def keep(self, transfer: IncomingTransfer) -> None:
+        """Follow an arriving message until somebody takes it, or it expires, or it failed and is drained."""
+        task = asyncio.create_task(self._keep(transfer))
+        self._keeping.add(task)
+        task.add_done_callback(self._keeping.discard)
+
+    async def close(self) -> None:
+        """Tell who waits for a message that is still arriving."""
+        for task in self._keeping:
+            task.cancel()
+        await asyncio.gather(*self._keeping, return_exceptions=True)
+
+    async def _keep(self, transfer: IncomingTransfer) -> None:
+        request_id = transfer.transfer_id
         try:
-            result = await asyncio.shield(incoming.result)
+            result = await asyncio.shield(transfer.result)
             if result.outcome is not Outcome.COMPLETED:
                 logger.warning("message %s was lost: %s", request_id, result.error)
                 self._fail(request_id, TransferFailed(f"{request_id}: {result.error}"))
-                await incoming.drained.wait()
-                await self.free(incoming.block_ids)
+                await transfer.drained.wait()
+                await self.free(transfer.block_ids)
                 return
         except asyncio.CancelledError:
             self._fail(request_id, TransferFailed(f"{request_id}: the receiver was closed"))
             raise
         arrived = self._future(request_id)
         if not arrived.done():
-            arrived.set_result((incoming.block_ids, result))
+            arrived.set_result((transfer.block_ids, result))
         await asyncio.sleep(self._expiry_s)
         if self._arrived.get(request_id) is arrived:
             logger.warning("message %s was dropped: nobody asked for it within %s s", request_id, self._expiry_s)
-            self.num_expired += 1
             del self._arrived[request_id]
-            await self.free(incoming.block_ids)
+            await self.free(transfer.block_ids)
 
-    async def take(self, request_id: str) -> "tuple[list[int], TransferResult]":
+    async def take(self, request_id: str) -> tuple[list[int], TransferResult]:
         """Blocks and result of a message that has arrived, or arrives before the deadline. The caller frees the blocks.
 
         Raises:
@@ -97,7 +104,7 @@ class LookupBuffer:
             self._arrived.pop(request_id, None)
         return found
 
-    def _future(self, request_id: str) -> "asyncio.Future[tuple[list[int], TransferResult]]":
+    def _future(self, request_id: str) -> asyncio.Future[tuple[list[int], TransferResult]]:
         if request_id not in self._arrived:
             self._arrived[request_id] = asyncio.get_running_loop().create_future()
         return self._arrived[request_id]

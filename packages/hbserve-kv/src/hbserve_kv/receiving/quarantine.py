@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 from hbserve_kv.protocol import messages
 from hbserve_kv.protocol.transfer_state import State
-from hbserve_kv.receiving.transfer import Incoming, IncomingLink
+from hbserve_kv.receiving.transfer import IncomingLink, IncomingTransfer
 from hbserve_rpc import HBServeRpcError, RpcClient, parse_address
 
 logger = logging.getLogger(__name__)
@@ -45,67 +45,75 @@ class Reminder:
 
 
 class Quarantine:
-    """Follows failed transfers until they are drained."""
+    """Watches failed transfers until they are drained."""
 
     def __init__(self, *, longest_s: float, on_revoked: Callable[[set[str], str], None]) -> None:
         """`longest_s`: how long a sender that answers may take to end what it was writing. `on_revoked` is called with
         the keys of links over which nothing lands any more, and why."""
         self._longest_s = longest_s
         self._on_revoked = on_revoked
-        self._tasks: dict[Incoming, asyncio.Task[None]] = {}
+        self._watching: dict[IncomingTransfer, asyncio.Task[None]] = {}
+        self._draining: set[asyncio.Task[None]] = set()
         self._asking: set[asyncio.Task[bool]] = set()
 
     def __len__(self) -> int:
-        return len(self._tasks)
+        return len(self._watching)
 
     @property
     def num_blocks(self) -> int:
-        return sum(len(each.block_ids) for each in self._tasks)
+        return sum(len(each.block_ids) for each in self._watching)
 
-    def find(self, transfer_id: str, link: str) -> Incoming | None:
-        found = (each for each in self._tasks if each.transfer_id == transfer_id and link in each.links)
+    def find(self, transfer_id: str, link: str) -> IncomingTransfer | None:
+        found = (each for each in self._watching if each.transfer_id == transfer_id and link in each.links)
         return next(found, None)
 
-    def of_link(self, link: str) -> list[Incoming]:
-        return [each for each in self._tasks if link in each.links]
+    def watch(self, transfer: IncomingTransfer) -> None:
+        """Subscribes to transfers: called by each that fails while something of it may still land."""
+        task = asyncio.create_task(self._wait_until_drained(transfer))
+        self._watching[transfer] = task
+        task.add_done_callback(lambda _: self._watching.pop(transfer))
 
-    def watch(self, incoming: Incoming) -> None:
-        """Follow it, unless it is drained or followed already."""
-        if incoming not in self._tasks and not incoming.drained.is_set():
-            task = asyncio.create_task(self._wait_until_drained(incoming))
-            self._tasks[incoming] = task
-            task.add_done_callback(lambda _: self._tasks.pop(incoming))
+    def drain_later(self, transfer: IncomingTransfer, link: IncomingLink) -> None:
+        """A sender writes no more, but what its system had taken already may still arrive for a moment."""
+        task = asyncio.create_task(self._drain_later(transfer, link))
+        self._draining.add(task)
+        task.add_done_callback(self._draining.discard)
+
+    async def _drain_later(self, transfer: IncomingTransfer, link: IncomingLink) -> None:
+        if not await self.revoke(link):
+            await asyncio.sleep(GRACE_S)
+        transfer.sender_drained(link.link.key)
 
     async def close(self) -> None:
         """End, and wake who waits for what is not drained."""
-        followed = dict(self._tasks)
-        for task in followed.values():
+        watched = list(self._watching)
+        running = [*self._watching.values(), *self._draining]
+        for task in running:
             task.cancel()
-        await asyncio.gather(*followed.values(), return_exceptions=True)
-        for incoming in followed:
-            incoming.drained.set()
+        await asyncio.gather(*running, return_exceptions=True)
+        for transfer in watched:
+            transfer.close()
         await asyncio.gather(*self._asking, return_exceptions=True)
 
-    async def _wait_until_drained(self, incoming: Incoming) -> None:
-        state, loop = incoming.state, asyncio.get_running_loop()
+    async def _wait_until_drained(self, transfer: IncomingTransfer) -> None:
+        loop = asyncio.get_running_loop()
         reminder = Reminder(loop.time())
         deadline_s = reminder.began_s + self._longest_s
-        while not incoming.drained.is_set():
-            writing = [incoming.links[key] for key in state.undrained]
+        while not transfer.drained.is_set():
+            writing = transfer.undrained
             lost = [link for link in writing if not link.is_connected and link.transport.one_sided]
             is_late = loop.time() > deadline_s
             for link in writing if is_late else lost:
                 if await self.revoke(link) or (link in lost and await self._ask(link)):
-                    state.sender_drained(link.link.key)
+                    transfer.sender_drained(link.link.key)
             # The deadline counts from when a sender stopped answering: a link is lost by that.
             if lost or (writing and is_late):
-                state.give_up()
-            if state.state is State.UNKNOWN and reminder.is_due(loop.time()):
-                _warn(incoming, loop.time() - reminder.began_s)
-            incoming.settle()
+                transfer.give_up()
+            if transfer.state is State.UNKNOWN and reminder.is_due(loop.time()):
+                _warn(transfer, loop.time() - reminder.began_s)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(CHECK_INTERVAL_S):
-                    await incoming.drained.wait()
+                    await transfer.drained.wait()
 
     async def revoke(self, link: IncomingLink) -> bool:
         """Whether nothing lands over the link any more: it was taken from the sender, which may be there or not."""
@@ -128,13 +136,13 @@ class Quarantine:
         return True
 
 
-def _warn(incoming: Incoming, since_s: float) -> None:
-    senders = " and ".join(incoming.links[key].hello.address for key in incoming.state.undrained)
+def _warn(transfer: IncomingTransfer, since_s: float) -> None:
+    senders = " and ".join(link.hello.address for link in transfer.undrained)
     logger.warning(
         "transfer %s: its %d blocks are out of use since it failed %.0f s ago: %s may still write to them, and does "
         "not answer. They come back when it does, when its host says that it is gone, or by a restart here.",
-        incoming.transfer_id,
-        len(incoming.block_ids),
+        transfer.transfer_id,
+        len(transfer.block_ids),
         since_s,
         senders,
     )

@@ -1,11 +1,18 @@
-"""What comes to this instance: links from senders, and the transfers over them."""
+"""One transfer on the side that receives it, and the links over which it comes.
+
+An IncomingTransfer owns its state, and each of its methods that changes the state publishes what it has become:
+`result` when it has ended, `drained` when nothing can land any more, and when it fails its senders hear why.
+"""
 
 import asyncio
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
+from hbserve_kv.errors import TransferFailed
 from hbserve_kv.memory.heads import HeadRange
 from hbserve_kv.memory.memory import Region
-from hbserve_kv.protocol.messages import Cancelled, Handshake
+from hbserve_kv.protocol.messages import AnnouncedPart, Cancelled, Commit, Handshake
 from hbserve_kv.protocol.transfer_state import IncomingState, Outcome, State, TransferResult
 from hbserve_kv.transports.base import Link, Transport
 
@@ -19,53 +26,181 @@ class IncomingLink:
     transport: Transport
     common_heads: HeadRange
     """Heads that this sender and this rank both hold."""
-    connecting: asyncio.Task[None]
     is_connected: bool = True
     """The sender's heartbeats come."""
     notices: asyncio.Queue[Cancelled | None] = field(default_factory=asyncio.Queue)
     """For the sender; None closes the link."""
     ended: asyncio.Event = field(default_factory=asyncio.Event)
-    transfers: "set[Incoming]" = field(default_factory=set)
-    accepting: "dict[asyncio.Task[None], Incoming]" = field(default_factory=dict)
-    """Announced parts that are under way, two-sided transports only."""
-    in_order: asyncio.Lock = field(default_factory=asyncio.Lock)
-    """Held by the announcement whose parts are being taken."""
+    transfers: "set[IncomingTransfer]" = field(default_factory=set)
+    """Those that the sender has begun, until they are drained."""
+    announced: "deque[tuple[IncomingTransfer, AnnouncedPart]]" = field(default_factory=deque)
+    """Parts that are under way, in the order in which they come; this and the rest: two-sided transports only."""
+    has_announced: asyncio.Event = field(default_factory=asyncio.Event)
+    connecting: asyncio.Task[None] | None = None
+    taking: asyncio.Task[None] | None = None
+    """Takes the announced parts."""
     broken: str = ""
     """Why nothing more is taken, although the sender may not have heard it yet; "" while parts are taken."""
 
 
-@dataclass(eq=False)
-class Incoming:
-    """One transfer that is expected or under way."""
+class IncomingTransfer:
+    """One transfer that is expected or under way, until nothing of it can land any more."""
 
-    transfer_id: str
-    region: Region
-    block_ids: list[int]
-    state: IncomingState
-    result: asyncio.Future[TransferResult] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
-    drained: asyncio.Event = field(default_factory=asyncio.Event)
-    """Nothing can land any more; or nobody will know, because the receiver was closed before."""
-    links: dict[str, IncomingLink] = field(default_factory=dict)
-    """Of the senders that have begun, by key; also after they were lost."""
-    accept_time_s: dict[str, float] = field(default_factory=dict)
-    """Time during which parts were taken, by link; two-sided transports only."""
-    committed: list[TransferResult] = field(default_factory=list)
-    """One of each sender that has committed."""
+    def __init__(
+        self,
+        transfer_id: str,
+        region: Region,
+        block_ids: list[int],
+        heads: Iterable[int],
+        on_failed: "Callable[[IncomingTransfer], None]",
+    ) -> None:
+        """`heads`: those that must come. `on_failed` is called once, if it fails and something may still land."""
+        self.transfer_id = transfer_id
+        self.region: Region = region
+        self.block_ids = block_ids
+        self.links: dict[str, IncomingLink] = {}
+        """Of the senders that have begun, by key; also after they were lost."""
+        self.result: asyncio.Future[TransferResult] = asyncio.get_running_loop().create_future()
+        self.drained = asyncio.Event()
+        """Nothing can land any more; or nobody will know, because the receiver was closed before."""
+        self._state = IncomingState(frozenset(heads))
+        self._on_failed = on_failed
+        self._has_failed = False
+        self._changed = asyncio.Event()
+        self._taking_s: dict[str, float] = {}
+        """Time during which parts were taken, by link; two-sided transports only."""
+        self._committed: list[TransferResult] = []
+        """One of each sender that has committed."""
 
-    def settle(self) -> None:
-        """Publish what the state has become. To be called after every change of it."""
-        if self.state.ended and not self.result.done():
+    @property
+    def state(self) -> State:
+        return self._state.state
+
+    @property
+    def cause(self) -> str:
+        """Why it has failed; "" if it has not."""
+        return self._state.cause
+
+    @property
+    def undrained(self) -> list[IncomingLink]:
+        """Links over which something may still land."""
+        return [self.links[key] for key in self._state.undrained]
+
+    def begin(self, link: IncomingLink) -> bool:
+        """A sender opens it for its heads. False, here and below: that does not fit, and nothing has changed."""
+        heads, one_sided = link.common_heads.heads(), link.transport.one_sided
+        if not link.is_connected or not self._state.begin(link.link.key, heads, one_sided=one_sided):
+            return False
+        self.links[link.link.key] = link
+        link.transfers.add(self)
+        return True
+
+    def start_parts(self, key: str, parts: Sequence[AnnouncedPart]) -> str:
+        """Parts are under way over a two-sided link. Returns why not, if they do not fit; then none of them is."""
+        what = f"a part of transfer {self.transfer_id}"
+        for part in parts:
+            if not 0 <= part.first < part.end <= len(self.block_ids):
+                return f"{what} is outside what was granted: {part}"
+        if not self._state.start_parts(key, *(part.index for part in parts)):
+            return f"{what} is late or was sent twice"
+        return ""
+
+    def end_part(self, key: str, part: AnnouncedPart, took_s: float = 0.0, error: str = "") -> None:
+        """A part has landed; or with an `error` it has failed, and nothing of it can land any more."""
+        self._taking_s[key] = self._taking_s.get(key, 0.0) + took_s
+        self._state.end_part(key, part.index, error)
+        self._publish()
+
+    async def until_taken(self, key: str) -> None:
+        """Wait until the parts that were announced over a link have landed or failed."""
+        while self._state.is_taking(key):
+            await self._changed.wait()
+
+    def commit(self, message: Commit) -> bool:
+        """One sender has sent all its heads. False also if it has not: then the transfer has failed."""
+        key = message.link
+        fits = self._state.commit(key, message.num_parts)
+        if fits:
+            time_s = self._taking_s.get(key, message.time_s)
+            self._committed.append(
+                TransferResult(Outcome.COMPLETED, message.payload, message.num_bytes, message.num_parts, time_s)
+            )
+        self._publish()
+        return fits
+
+    def fail(self, reason: str) -> None:
+        """End it, unless it has ended: its senders are told, and end after the part that is under way."""
+        self._state.fail(reason)
+        self._publish()
+
+    def sender_drained(self, key: str) -> None:
+        """Nothing lands any more over this link."""
+        self._state.sender_drained(key)
+        self._publish()
+
+    def give_up(self) -> None:
+        """The deadline for draining has passed: UNKNOWN, until it is drained after all."""
+        self._state.give_up()
+        self._publish()
+
+    def close(self) -> None:
+        """Wake who waits for it to be drained: nobody will be there to see it."""
+        self.give_up()
+        self.drained.set()
+
+    def _publish(self) -> None:
+        """Tell whoever waits what the state has become."""
+        state = self.state
+        if State.DRAINING <= state <= State.FAILED_DRAINED and not self._has_failed:
+            self._has_failed = True
+            for link in self.links.values():
+                link.notices.put_nowait(Cancelled(self.transfer_id, self.cause))
+            if state is not State.FAILED_DRAINED:
+                self._on_failed(self)
+        if state >= State.UNKNOWN and not self.result.done():
             self.result.set_result(self._result())
-        if self.state.state >= State.FAILED_DRAINED:
+        if state >= State.FAILED_DRAINED:
             self.drained.set()
+            for link in self.links.values():
+                link.transfers.discard(self)
+        self._changed.set()  # wakes those that wait now
+        self._changed.clear()
 
     def _result(self) -> TransferResult:
-        if self.state.state is not State.COMPLETED:
-            return TransferResult(self.state.outcome, error=self.state.cause)
+        if self.state is not State.COMPLETED:
+            return TransferResult(self._state.outcome, error=self.cause)
         return TransferResult(
             Outcome.COMPLETED,
-            self.committed[0].payload,
-            sum(each.num_bytes for each in self.committed),
-            sum(each.num_parts for each in self.committed),
-            max(each.time_s for each in self.committed),
+            self._committed[0].payload,
+            sum(each.num_bytes for each in self._committed),
+            sum(each.num_parts for each in self._committed),
+            max(each.time_s for each in self._committed),
         )
+
+
+class PostedReceive:
+    """A receive that waits for its sender, as whoever posted it sees it: `KVTransferManager.post_receive`."""
+
+    def __init__(self, transfer: IncomingTransfer, grant: bytes) -> None:
+        self.grant = grant
+        """What the sender gives to `open_send`; opaque to whoever carries it."""
+        self._transfer = transfer
+
+    async def wait(self) -> TransferResult:
+        """How it ended. Unless the outcome is UNKNOWN, the blocks are the caller's again."""
+        return await asyncio.shield(self._transfer.result)
+
+    async def cancel(self, reason: str) -> Outcome:
+        """Want it no more. Returns once nothing can land any more, or UNKNOWN at the deadline."""
+        self._transfer.fail(reason)
+        return (await self.wait()).outcome
+
+    async def drained(self) -> None:
+        """After UNKNOWN: wait until nothing can land any more. That is never, for a sender that stays frozen.
+
+        Raises:
+            TransferFailed: the manager was closed before; nobody will know.
+        """
+        await self._transfer.drained.wait()
+        if self._transfer.state < State.FAILED_DRAINED:
+            raise TransferFailed("the receiver was closed before its sender was known to have ended")

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 
 from hbserve_kv.config import KVTransferConfig
-from hbserve_kv.manager import KVTransferManager, PostedReceive
+from hbserve_kv.manager import KVTransferManager
 from hbserve_kv.memory.heads import HeadRange
 from hbserve_kv.protocol.transfer_state import Outcome
+from hbserve_kv.receiving.transfer import PostedReceive
 from hbserve_kv.transports.base import Transport
 
 NUM_BLOCKS, NUM_LAYERS, BLOCK_SIZE, NUM_HEADS, HEAD_DIM = 64, 2, 4, 4, 8

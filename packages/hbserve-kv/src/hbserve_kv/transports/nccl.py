@@ -7,6 +7,9 @@ What a part goes through:  blocks ─gather─▶ one tensor ─send─▶ recv 
 On a GPU the messages of a part overlap: one is gathered and one scattered while others are sent.
 On the CPU neighbouring blocks need neither, nor do large ones: see `_pieces`. All pieces of a part are on their way at
 once, and the last one is waited for first: to wake up for each would take the processor from Gloo's own thread.
+
+Shapes: `rows` is uint8 (num_blocks, block_bytes), or (num_blocks, places, bytes) if only some heads are moved. The
+message of positions [start, end) of a part is (end - start, block_bytes), or (end - start, places, bytes).
 """
 
 import asyncio
@@ -257,22 +260,33 @@ def _pieces(block_bytes: int, target_block_ids: list[int]) -> Iterator[tuple[int
     """Positions [start, end) that are one message on the CPU. Both sides know the target, so both find the same.
 
     A block of PACKED_BYTES or more is a message of its own, which neither side copies, whatever its neighbours are. Of
-    smaller ones a run that long is a message, which the receiver does not copy; the rest is packed.
+    smaller ones a run of neighbours that is so long is a message, which the receiver does not copy. What is left
+    between such runs is packed until it is so long. No message is longer than LONGEST_BYTES.
+
+    For blocks of 256 KiB, four are enough for a message:
+
+        target_block_ids    3  7  8  9 10 11 20 30 31 40 50
+        runs                |  |-----------| |  |---| |  |
+        messages           [0,1)    [1,6)       [6,10)  [10,11)
+                             |        |            |       what is left at the end
+                             |        |            three short runs, copied: together four blocks
+                             |        a long run, received in place
+                             not packed with the long run behind it, which would have to be copied then
     """
     if block_bytes >= PACKED_BYTES:
         yield from ((i, i + 1) for i in range(len(target_block_ids)))
         return
+    enough, most = -(-PACKED_BYTES // block_bytes), LONGEST_BYTES // block_bytes
     start = end = 0
     for _, length in runs(target_block_ids):
-        if length * block_bytes >= PACKED_BYTES and start < end:
+        if length >= enough and start < end:
             yield start, end
             start = end
         end += length
-        step = max(1, LONGEST_BYTES // block_bytes)
-        while end - start > step:
-            yield start, start + step
-            start += step
-        if (end - start) * block_bytes >= PACKED_BYTES:
+        while end - start > most:
+            yield start, start + most
+            start += most
+        if end - start >= enough:
             yield start, end
             start = end
     if start < end:
