@@ -7,7 +7,7 @@ import socket
 
 import pytest
 
-from hbserve_kv import HeadRange, Link, Outcome
+from hbserve_kv import HeadRange, Link, Outcome, PostedReceive, TransferFailed
 from hbserve_kv.protocol.messages import Handshake
 from hbserve_kv.receiving.quarantine import FIRST_REMINDER_S, LONGEST_PAUSE_S, Quarantine, Reminder
 from hbserve_kv.receiving.transfer import IncomingLink, IncomingTransfer
@@ -50,6 +50,18 @@ async def test_blocks_of_a_host_that_vanished_stay_out_of_use_and_the_log_says_a
             await asyncio.sleep(0.01)
     assert quarantine.num_blocks == 0
     await quarantine.close()
+
+
+async def test_a_receiver_that_is_closed_ends_what_is_not_drained_and_says_that_nobody_will_know():
+    quarantine = Quarantine(longest_s=60.0, on_revoked=lambda *_: None)
+    posted = PostedReceive(lose_a_transfer("127.0.0.1:1", quarantine), b"")
+    draining = asyncio.create_task(posted.drained())
+    async with asyncio.timeout(20):
+        await quarantine.close()
+        assert (await posted.wait()).outcome is Outcome.UNKNOWN
+        with pytest.raises(TransferFailed, match="the receiver was closed before its sender was known to have ended"):
+            await draining
+    assert len(quarantine) == 0
 
 
 def test_a_reminder_comes_at_once_and_then_more_and_more_rarely_but_for_ever():

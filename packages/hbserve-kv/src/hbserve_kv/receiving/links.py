@@ -89,14 +89,14 @@ class IncomingLinks:
 
     async def _drop(self, lost: IncomingLink) -> None:
         if lost.connecting is not None:
-            await asyncio.wait([lost.connecting])
+            await asyncio.gather(lost.connecting, return_exceptions=True)
         try:
             await lost.transport.disconnect(lost.link)
         except Exception:
             logger.exception("disconnecting a link of %s failed", lost.transport.name)
         lost.link.executor.shutdown(wait=False)
         if lost.taking is not None:
-            await asyncio.wait([lost.taking])
+            await asyncio.gather(lost.taking, return_exceptions=True)
 
     async def say_goodbye(self) -> None:
         """End every link, and let the senders know. Before the server stops."""
