@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import random
+import signal
 import socket
 import subprocess
 from collections.abc import Awaitable, Callable, Iterator, Mapping
@@ -17,6 +18,11 @@ import pytest
 
 # Models here are too small for a second thread, which would only take the processor from other processes. Inherited.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# Started in the background of a script, or by something that ignores SIGINT, pytest would ignore it too, and so would
+# every process that a test starts: tests of Ctrl-C would wait for nothing. So it is as if started from a terminal.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 SMALL = {
     "vocab_size": 320,

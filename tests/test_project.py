@@ -2,6 +2,8 @@
 
 import ast
 import re
+import subprocess
+import sys
 import tomllib
 import unicodedata
 from pathlib import Path
@@ -90,6 +92,14 @@ def test_both_readmes_have_the_same_code_blocks():
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
 def test_nothing_loses_a_cancellation_in_wait_for(source):
     assert "asyncio.wait_for(" not in source.read_text(), "use asyncio.timeout; see docs/rationale.md"
+
+
+def test_tests_of_ctrl_c_work_also_where_pytest_was_started_with_sigint_ignored():
+    code = (
+        "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN); import conftest; "
+        "raise SystemExit(signal.getsignal(signal.SIGINT) is not signal.default_int_handler)"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=60)
 
 
 def test_every_failure_that_is_known_elsewhere_has_a_test_that_cites_it():
