@@ -66,13 +66,16 @@ async def test_abort_ends_a_stream_with_its_reason(llm):
 
 
 @in_its_loop
-async def test_leaving_a_stream_aborts_it(llm):
+async def test_leaving_a_stream_aborts_it(llm, until_empty):
+    before = llm.get_system_stats()["cpu_scheduler"]
     stream = llm.stream("Hello", SamplingParams(temperature=0, max_tokens=400, ignore_eos=True))
     await anext(stream)
     await stream.aclose()
-    async with asyncio.timeout(30):
-        while llm.get_system_stats()["cpu_scheduler"]["running_requests"]:
-            await asyncio.sleep(0.02)
+    await until_empty(llm)
+    after = llm.get_system_stats()["cpu_scheduler"]
+    # And it has not just gone on to its last token.
+    assert after["aborted_requests"] == before["aborted_requests"] + 1
+    assert after["completed_requests"] == before["completed_requests"]
 
 
 @in_its_loop
