@@ -1,6 +1,6 @@
 """A KV transfer of one's own: each part is one TCP connection.
 
-Run it: uv run python docs/examples/custom_kv_transfer.py [MODEL_FOLDER]
+Run it: uv run python examples/custom_kv_transfer.py [MODEL_FOLDER]
 """
 
 import asyncio

@@ -1,6 +1,6 @@
 """A scheduler of one's own: short prompts first.
 
-Run it: uv run python docs/examples/custom_scheduler.py [MODEL_FOLDER]
+Run it: uv run python examples/custom_scheduler.py [MODEL_FOLDER]
 """
 
 import asyncio
