@@ -80,6 +80,17 @@ def test_links_between_documents_lead_somewhere(document):
             assert (document.parent / target).exists(), f"{document.name} links to {target}"
 
 
+def test_what_the_house_rules_point_at_is_there():
+    named = re.findall(r"`([\w./-]+)`", (ROOT / "CONTRIBUTING.md").read_text())
+    tests = "\n".join(path.read_text() for path in [*ROOT.glob("packages/*/tests/*.py"), *ROOT.glob("tests/*.py")])
+    places = [ROOT, *(package / "src" for package in PACKAGES)]
+    for name in named:
+        if name.startswith("test_"):
+            assert f"def {name}(" in tests, name
+        elif "/" in name:
+            assert any((place / name).exists() for place in places), name
+
+
 def test_both_readmes_have_the_same_code_blocks():
     blocks = [
         re.findall(r"```(?:python|bash)\n(.*?)```", (ROOT / name).read_text(), re.S)
