@@ -64,6 +64,7 @@ class FakeInstance:
         """This token is an end-of-sequence token."""
         self.repeats = False
         """Sends each token again with the next one."""
+        self.max_model_len = 128
         self.status: InstanceStatus = "ready"
         self.error = ""
         self._released = asyncio.Event()
@@ -93,7 +94,7 @@ class FakeInstance:
 
     async def _describe(self, _: Empty) -> InstanceInfo:
         return InstanceInfo(
-            self.instance_id, self.role, self.server.epoch, self.status, max_model_len=128,
+            self.instance_id, self.role, self.server.epoch, self.status, max_model_len=self.max_model_len,
             max_prompt_len=MAX_PROMPT_LEN, vocab_size=VOCAB_SIZE, error=self.error,
         )  # fmt: skip
 

@@ -9,6 +9,7 @@ from hbserve_rpc import InvalidRequest, LogitsNotFinite, Overloaded, RemoteError
 from hbserve_scheduler import ConfigError, InstanceFailed, NotReady, RequestFailed
 from hbserve_scheduler.attempt import Attempt
 from hbserve_scheduler.request import ScheduledRequest
+from hbserve_scheduler.retries import Retries
 
 
 @pytest.fixture
@@ -133,6 +134,41 @@ async def test_after_the_last_attempt_the_error_tells_the_story_and_names_the_in
     assert (stats.failed_requests, stats.retries, stats.success_rate) == (1, 2, 0.0)
 
 
+async def test_a_failure_after_the_last_token_is_not_tried_again(make_scheduler, pair, ask, collect):
+    pair[0].fail["done"] = [RemoteError("too late to matter")]
+    scheduler = await make_scheduler(*pair)
+    tokens, end = await collect(scheduler.submit(ask(max_tokens=1)))
+    assert (tokens, end.finish_reason, end.num_attempts) == ([100], "length", 1)
+    stats = scheduler.stats()
+    assert (stats.retries, stats.completed_requests) == (0, 1)
+
+
+async def test_an_instance_that_failed_is_avoided_where_there_is_another(make_scheduler, four):
+    fleet = (await make_scheduler(*four)).fleet
+
+    def chosen(avoid: set[str]) -> set[tuple[str, str]]:
+        places = [fleet.place(5, avoid) for _ in range(4)]
+        for place in places:
+            place.end()
+        return {(place.prefill.instance_id, place.decode.instance_id) for place in places}
+
+    assert chosen({"p0", "d1"}) == {("p1", "d0")}
+    assert {decode for _, decode in chosen({"p0", "p1", "d1"})} == {"d0"}
+
+
+async def test_a_place_for_a_retry_that_was_cancelled_in_that_moment_is_given_back(make_scheduler, pair, ask):
+    scheduler = await make_scheduler(*pair)
+    retries = Retries(scheduler.fleet, lambda: None)
+    waiting = asyncio.create_task(retries.wait_for_place(ScheduledRequest(ask()), 30))
+    await asyncio.sleep(0)
+    retries.place()
+    assert scheduler.fleet.handles["d0"].load == 1
+    waiting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+    assert len(retries) == 0  # and the fixture sees to it that nothing is taken
+
+
 async def test_an_overloaded_instance_is_tried_again(make_scheduler, pair, ask, collect):
     pair[1].fail["grant"] = [Overloaded("no room")]
     scheduler = await make_scheduler(*pair)
@@ -222,17 +258,22 @@ async def test_the_decode_side_alone_may_tell_that_a_request_ended_at_its_first_
 
 
 async def test_a_prefill_side_that_fails_after_its_transfer_does_not_end_what_is_decoded(
-    make_scheduler, pair, ask, collect, until
+    make_scheduler, pair, ask, collect, until, monkeypatch
 ):
+    monkeypatch.setattr("hbserve_scheduler.attempt.VERDICT_TIMEOUT_S", 0)
     prefill, decode = pair
-    prefill.fail["done"], decode.hold = [RemoteError("lost since")], {"tokens"}
+    prefill.hold, decode.hold = {"done"}, {"tokens"}
     scheduler = await make_scheduler(*pair, max_attempts=1)
     events = scheduler.submit(ask())
     assert (await anext(events)).token_ids == [100]
     decode.release()
     decode.hold = {"tokens"}
     assert (await anext(events)).token_ids == [101]
-    await until(lambda: ("p0", "closed") in prefill.journal)
+    await prefill.server.stop()
+    await until(lambda: "p0" in scheduler.running_requests["r"].failed_on)
+    with pytest.raises(TimeoutError):  # and no error
+        async with asyncio.timeout(0.1):
+            await anext(events)
     decode.release()
     tokens, end = await collect(events)
     assert (tokens, end.num_attempts) == ([102, 103], 1)
@@ -360,11 +401,28 @@ async def test_wait_ready_names_those_that_are_missing(make_scheduler, pair):
         await scheduler.wait_ready(0.5)
 
 
-async def test_an_instance_that_is_another_than_configured_is_not_used(make_scheduler, pair):
+@pytest.mark.parametrize(("configured", "role"), [("d1", "decode"), ("d0", "hybrid")])
+async def test_an_instance_that_is_another_than_configured_is_not_used(make_scheduler, pair, configured, role):
     scheduler = await make_scheduler(pair[0], ready=False)
-    await scheduler.add_instance("d1", "decode", pair[1].address)
-    with pytest.raises(NotReady, match="is decode instance 'd0', not 'd1'"):
+    await scheduler.add_instance(configured, role, pair[1].address)
+    with pytest.raises(NotReady, match=f"is decode instance 'd0', not {role} instance '{configured}'"):
         await scheduler.wait_ready(0.5)
+
+
+async def test_a_deployment_takes_what_the_smallest_of_its_instances_takes(make_scheduler, pair):
+    pair[1].max_model_len = 64
+    scheduler = await make_scheduler(*pair)
+    assert scheduler.info().max_model_len == 64
+
+
+@pytest.mark.parametrize(("status", "may_serve"), [("ready", True), ("starting", True), ("failed", False)])
+async def test_requests_wait_for_an_instance_that_loads_its_model_and_not_for_one_that_failed(
+    make_scheduler, pair, until, status, may_serve
+):
+    pair[1].status = status
+    scheduler = await make_scheduler(*pair, ready=False)
+    await until(lambda: [each.status for each in scheduler.stats().instances] == ["ready", status])
+    assert scheduler.fleet.may_serve_soon() is may_serve
 
 
 async def test_an_instance_cannot_be_added_twice(make_scheduler, pair):

@@ -190,6 +190,20 @@ async def test_a_decode_instance_without_room_holds_back_only_its_share(make_sch
     await asyncio.gather(*map(collect, streams))
 
 
+async def test_a_grant_makes_room_for_the_next_reservation_at_once(
+    make_scheduler, pair, ask, collect, until, monkeypatch
+):
+    """And not at the scheduler's next look at its queue."""
+    monkeypatch.setattr("hbserve_scheduler.cpu_scheduler.TICK_S", 1000)
+    pair[0].hold = {"first"}
+    scheduler = await make_scheduler(*pair, max_pending_reservations=1)
+    streams = [scheduler.submit(ask("r0")), scheduler.submit(ask("r1"))]
+    await until(lambda: len(pair[1].requests) == 2)
+    pair[0].release()
+    for stream in streams:
+        await collect(stream)
+
+
 async def test_a_hybrid_instance_without_room_lets_requests_wait(make_scheduler, make_instance, ask, collect, until):
     hybrid = await make_instance("hybrid", "h0")
     hybrid.hold = {"tokens"}
@@ -383,3 +397,16 @@ async def test_stop_ends_requests_and_leaves_no_task(make_scheduler, pair, journ
         assert isinstance(end, RequestFinished)
     with pytest.raises(RequestFailed, match="stopped"):
         scheduler.submit(ask("late"))
+
+
+async def test_stop_after_the_last_token_aborts_nothing(make_scheduler, pair, ask, collect):
+    pair[0].hold = {"done"}
+    scheduler = await make_scheduler(*pair)
+    events = scheduler.submit(ask())
+    async with asyncio.timeout(30):
+        while (await anext(events)).finish_reason is None:
+            pass
+        await scheduler.stop()
+    assert (await collect(events))[1].finish_reason == "length"
+    stats = scheduler.stats()
+    assert (stats.completed_requests, stats.aborted_requests) == (1, 0)

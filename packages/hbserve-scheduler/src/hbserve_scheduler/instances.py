@@ -82,7 +82,10 @@ class InstanceHandle:
             return
         self.last_stats = stats
         if info.instance_id != self.instance_id or info.role != self.role:
-            self.lost(f"{self.address} is {info.role} instance {info.instance_id!r}, not {self.instance_id!r}")
+            self.lost(
+                f"{self.address} is {info.role} instance {info.instance_id!r}, "
+                f"not {self.role} instance {self.instance_id!r}"
+            )
             return
         if self._outage is not None and self._outage.was_said:
             silent_s = time.monotonic() - self._outage.began_s
