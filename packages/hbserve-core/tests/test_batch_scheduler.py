@@ -4,7 +4,7 @@ import pytest
 
 from hbserve_core import BlockManager, InstanceConfig, InvalidInstanceConfig
 from hbserve_core.engine.batch_scheduler import BatchScheduler
-from hbserve_core.engine.sequence import Sequence
+from hbserve_core.engine.sequence import NEXT_PHASES, Phase, Sequence
 from hbserve_rpc import SamplingParams
 
 BLOCK = 4
@@ -20,12 +20,13 @@ class Steps:
 
     def add(self, name: str, prompt: list[int], *, prefill_only: bool = False) -> Sequence:
         sequence = Sequence(name, list(prompt), len(prompt), SamplingParams(0, 1000), prefill_only=prefill_only)
-        self.scheduler.waiting.append(sequence)
+        self.scheduler.move(sequence, Phase.WAITING)
         return sequence
 
     def reserved(self, name: str, prompt: list[int]) -> Sequence:
         sequence = Sequence(name, list(prompt), len(prompt), SamplingParams(0, 1000))
-        assert self.scheduler.reserve(sequence)
+        self.scheduler.move(sequence, Phase.RESERVING)
+        assert self.scheduler.grant() is sequence
         return sequence
 
     def step(self) -> dict[str, int]:
@@ -40,8 +41,7 @@ class Steps:
             if samples:
                 chunk.sequence.token_ids.append(7)
                 if chunk.sequence.prefill_only:
-                    self.scheduler.remove(chunk.sequence)
-                    self.scheduler.num_reserved += 1
+                    self.scheduler.move(chunk.sequence, Phase.ENDING)
         return {chunk.sequence.request_id: chunk.num_new_tokens for chunk in batch}
 
 
@@ -87,8 +87,8 @@ def test_without_chunking_a_preempted_sequence_longer_than_a_step_is_computed_in
     while not steps.scheduler.num_preemptions:
         steps.step()
     assert new.num_tokens > 16
-    steps.scheduler.remove(old)
     steps.scheduler.release(old)
+    steps.scheduler.move(old, Phase.ENDED)
     computed = []
     while new.num_uncomputed_tokens > 1:
         computed.append(steps.step()["new"])
@@ -138,7 +138,7 @@ def test_a_sequence_that_holds_the_whole_pool_ends_although_others_share_its_blo
     steps.reserved("shares", prompt)
     while not steps.scheduler.out_of_blocks:
         steps.step()
-    assert steps.scheduler.out_of_blocks == [full]
+    assert list(steps.scheduler.out_of_blocks) == [full]
     assert full.num_tokens == 3 * BLOCK + 1
 
 
@@ -151,6 +151,23 @@ def test_a_lone_sequence_waits_for_blocks_that_transfers_hold():
         steps.step()
     assert steps.step() == {}
     assert not steps.scheduler.out_of_blocks
+
+
+@pytest.mark.parametrize("before", Phase)
+@pytest.mark.parametrize("after", Phase)
+def test_a_change_of_phase_that_is_not_drawn_is_an_error_that_names_both_and_changes_nothing(before, after):
+    steps = Steps(10)
+    sequence = Sequence("r", [1], 1, SamplingParams(), phase=before)
+    if (queue := steps.scheduler._queues.get(before)) is not None:
+        queue.append(sequence)
+    if after in NEXT_PHASES[before]:
+        steps.scheduler.move(sequence, after)
+        assert sequence.phase is after
+        return
+    with pytest.raises(AssertionError, match=f"r: {before.name} cannot become {after.name}"):
+        steps.scheduler.move(sequence, after)
+    assert sequence.phase is before
+    assert queue is None or list(queue) == [sequence]
 
 
 BAD_LIMITS = ["max_num_seqs", "max_num_batched_tokens", "chunk_size", "max_chunk_prefill_tokens"]

@@ -200,7 +200,7 @@ def test_an_id_in_use_is_refused(make_engine, prompt):
     engine.add("r", prompt(3), greedy())
     with pytest.raises(InvalidRequest, match="'r' is in use"):
         engine.add("r", prompt(3), greedy())
-    engine.abort("r")
+    engine.release("r")
 
 
 def test_a_request_goes_on_from_tokens_of_an_earlier_attempt(make_engine, prompt, greedy_tokens):
@@ -221,8 +221,8 @@ def test_a_prefill_only_request_holds_its_blocks_until_released(make_engine, pro
         progress += engine.step()
     assert [output.num_computed_tokens for output in progress] == [32, 64, 70]
     assert progress[-1].token_id == greedy_tokens("qwen3", prompt(70), 1)[0]
-    engine.abort("r")
-    assert engine.stats().num_free_blocks == 300 - 5, "an abort does not take blocks from a transfer"
+    engine.hold("r")
+    assert engine.stats().num_free_blocks == 300 - 5, "an end of the request does not take blocks from a transfer"
     engine.release("r")
 
 
@@ -292,7 +292,7 @@ def test_reservations_wait_for_room_in_order(make_engine, prompt):
     assert [each.request_id for each in engine.poll_reservations()] == ["a"]
     engine.release("a")
     assert [each.request_id for each in engine.poll_reservations()] == ["b"]
-    engine.abort("c")
+    engine.release("c")
     engine.release("b")
     assert engine.poll_reservations() == []
 
@@ -342,7 +342,7 @@ def test_a_prefill_without_numbers_keeps_its_blocks_until_released_as_any_other(
         outputs += engine.step()
     assert [(output.num_computed_tokens, output.is_last) for output in outputs] == [(32, False), (53, True)]
     assert (outputs[-1].token_id, outputs[-1].index, outputs[-1].finish_reason) == (None, 0, None)
-    engine.abort("r")
+    engine.hold("r")
     assert engine.stats().num_free_blocks == 300 - 4, "these blocks may be on their way to somebody"
     engine.release("r")
 

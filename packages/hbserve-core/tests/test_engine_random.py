@@ -13,10 +13,10 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
 from hbserve_core import Engine, InstanceConfig
-from hbserve_core.engine.sequence import NOT_FINITE, UNREAD
+from hbserve_core.engine.sequence import NEXT_PHASES, NOT_FINITE, UNREAD, Phase, Sequence
 from hbserve_rpc import InvalidRequest, SamplingParams
 
 BLOCK = 4
@@ -269,8 +269,19 @@ class RandomRequests(RuleBasedStateMachine):
         assert self.engine.stats().num_free_blocks == self.engine.stats().num_blocks
 
 
-TestRandomRequests = RandomRequests.TestCase
-TestRandomRequests.settings = settings(
+RANDOM = settings(
     max_examples=NUM_STEPS // STEPS_PER_EXAMPLE, stateful_step_count=STEPS_PER_EXAMPLE, deadline=None,
     suppress_health_check=[HealthCheck.too_slow],
 )  # fmt: skip
+
+
+def test_random_requests_go_through_every_change_of_phase_and_all_blocks_return(monkeypatch: pytest.MonkeyPatch):
+    seen, enter = set(), Sequence.enter
+
+    def record(sequence: Sequence, phase: Phase) -> None:
+        seen.add((sequence.phase, phase))
+        enter(sequence, phase)
+
+    monkeypatch.setattr(Sequence, "enter", record)
+    run_state_machine_as_test(RandomRequests, settings=RANDOM)
+    assert seen == {(before, after) for before, following in NEXT_PHASES.items() for after in following}

@@ -73,7 +73,7 @@ class HybridBackend:
     def _end(self, request_ids: list[str]) -> None:
         for request_id in request_ids:
             self._news.pop(request_id, None)
-            self._running().abort(request_id)
+            self._running().release(request_id)
 
     def close(self) -> None:
         self._thread.end(self._close)

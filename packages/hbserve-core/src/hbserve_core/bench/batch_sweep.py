@@ -202,7 +202,7 @@ class BatchSweep:
 
     def _end(self, names: Sequence[str]) -> None:
         for name in names:
-            self._engine.abort(name)
+            self._engine.release(name)
         while self._engine.has_work():
             self._engine.step()
 

@@ -6,29 +6,53 @@ left, the newest sequence gives all of its blocks up and is computed again later
 """
 
 from array import array
-from collections import deque
+from collections import Counter, deque
+from collections.abc import Collection
 
 from hbserve_core.config import InstanceConfig
 from hbserve_core.engine.block_manager import BlockManager
-from hbserve_core.engine.sequence import ScheduledChunk, Sequence
+from hbserve_core.engine.sequence import Phase, ScheduledChunk, Sequence
 
 
 class BatchScheduler:
-    """The queues of one engine. `running` is ordered by admission, oldest first."""
+    """The queues of one engine, one for each phase that counts. `move` is all that changes a phase or a queue."""
 
     def __init__(self, config: InstanceConfig, blocks: BlockManager) -> None:
         self._config = config
         self._blocks = blocks
         self.waiting: deque[Sequence] = deque()
-        self.running: list[Sequence] = []
-        self.num_reserved = 0
-        """Sequences outside these queues that will join `running`, or that hold blocks until something has ended: a
-        transfer, or the step that is being computed."""
+        self.running: deque[Sequence] = deque()
+        """In the order of admission, oldest first."""
+        self.reserving: deque[Sequence] = deque()
+        self.out_of_blocks: deque[Sequence] = deque()
+        self._held: deque[Sequence] = deque()
+        self._ending: deque[Sequence] = deque()
+        self._queues = {
+            Phase.WAITING: self.waiting,
+            Phase.RUNNING: self.running,
+            Phase.RESERVING: self.reserving,
+            Phase.OUT_OF_BLOCKS: self.out_of_blocks,
+            Phase.HELD: self._held,
+            Phase.ENDING: self._ending,
+        }
         self.num_preemptions = 0
         self.num_cached_tokens = 0
-        self.out_of_blocks: list[Sequence] = []
-        """Sequences that cannot go on: they hold the whole pool, or all of it that anybody will ever give back."""
         self._watermark = max(1, blocks.num_blocks // 100)
+
+    @property
+    def num_reserved(self) -> int:
+        """Sequences that nothing is computed of, and whose blocks come back when something has ended: a transfer, or
+        the step in flight. The held ones may also join `running`."""
+        return len(self._held) + len(self._ending)
+
+    def move(self, sequence: Sequence, phase: Phase) -> None:
+        """From its phase and queue to another phase, and to the end of that one's queue. Its blocks stay its own."""
+        before = sequence.phase
+        sequence.enter(phase)
+        if (queue := self._queues.get(before)) is not None:
+            queue.remove(sequence)
+        if (queue := self._queues.get(phase)) is not None:
+            queue.append(sequence)
 
     def schedule(self) -> list[ScheduledChunk]:
         """The next step; empty if nothing can be computed now. Blocks for it are allocated."""
@@ -45,7 +69,7 @@ class BatchScheduler:
         batch = []
         for sequence in list(self.running):
             # A sequence further back in this list may have been preempted for one before it.
-            if sequence.num_uncomputed_tokens != 1 or self._budget == 0 or not sequence.block_table:
+            if sequence.num_uncomputed_tokens != 1 or self._budget == 0 or sequence.phase is not Phase.RUNNING:
                 continue
             if self._grow(sequence):
                 self._budget -= 1
@@ -60,8 +84,7 @@ class BatchScheduler:
             # Who holds the whole pool could never be admitted again; who is alone has nobody to wait for.
             alone = len(self.running) == 1 and self.num_reserved == 0
             if alone or len(sequence.block_table) == self._blocks.num_blocks:
-                self.running.remove(sequence)
-                self.out_of_blocks.append(sequence)
+                self.move(sequence, Phase.OUT_OF_BLOCKS)
                 return False
             # The blocks of a prefill-only sequence are being sent. `sequence` itself is not one: those never grow.
             victim = next(each for each in reversed(self.running) if not each.prefill_only)
@@ -72,10 +95,10 @@ class BatchScheduler:
         return True
 
     def _preempt(self, sequence: Sequence) -> None:
-        self.running.remove(sequence)
+        self.move(sequence, Phase.WAITING)
+        self.waiting.rotate(1)  # it has been promised room before all others
         self.release(sequence)
         sequence.num_computed_tokens = 0
-        self.waiting.appendleft(sequence)
         self.num_preemptions += 1
 
     def _chunks(self, sequences: list[Sequence]) -> list[ScheduledChunk]:
@@ -105,9 +128,8 @@ class BatchScheduler:
             count = self._chunk_size(sequence.num_tokens - len(prefix) * self._blocks.block_size)
             if count == 0 or not self._allocate(sequence, prefix):
                 break
-            self.waiting.popleft()
             sequence.num_computed_tokens = sequence.num_cached_tokens
-            self.running.append(sequence)
+            self.move(sequence, Phase.RUNNING)
             batch += self._chunks([sequence])
         return batch
 
@@ -128,14 +150,16 @@ class BatchScheduler:
         self.num_cached_tokens += sequence.num_cached_tokens
         return True
 
-    def reserve(self, sequence: Sequence) -> bool:
-        """Give a sequence blocks whose content others will bring. False: no room now."""
-        if len(self.running) + self.num_reserved >= self._config.max_num_seqs:
-            return False
+    def grant(self) -> Sequence | None:
+        """Give the first of those that reserve blocks, whose content others will bring. None: there is no room now."""
+        # Preempted sequences come first: they were promised room before.
+        if not self.reserving or self.waiting or len(self.running) + self.num_reserved >= self._config.max_num_seqs:
+            return None
+        sequence = self.reserving[0]
         if not self._allocate(sequence, self._find_prefix(sequence, sequence.num_tokens)):
-            return False
-        self.num_reserved += 1
-        return True
+            return None
+        self.move(sequence, Phase.HELD)
+        return sequence
 
     def share(self, sequence: Sequence, end: int) -> None:
         """A token was sampled from the keys and values of tokens [0, end): full blocks may be found by others.
@@ -156,9 +180,20 @@ class BatchScheduler:
         self._blocks.release(sequence.block_table)
         sequence.block_table = array("i")
 
-    def remove(self, sequence: Sequence) -> None:
-        """Take a sequence out of whichever queue it is in; its blocks stay its own."""
-        if sequence in self.running:
-            self.running.remove(sequence)
-        elif sequence in self.waiting:
-            self.waiting.remove(sequence)
+    def check_integrity(self, sequences: Collection[Sequence]) -> None:
+        """Raise AssertionError unless each of an engine's sequences is in its phase's queue, and holds the blocks that
+        its phase says. Between steps only."""
+        for phase, queue in self._queues.items():
+            expected = Counter(each for each in sequences if each.phase is phase)
+            assert Counter(queue) == expected, f"{phase.name}: {queue}, not {list(expected)}"
+        assert not self.out_of_blocks, "these end within their step"
+        for sequence in sequences:
+            num_blocks, phase = len(sequence.block_table), sequence.phase
+            assert phase not in (Phase.NEW, Phase.ENDED), f"{sequence.request_id} is {phase.name}"
+            if phase in (Phase.WAITING, Phase.RESERVING):
+                assert num_blocks == 0, f"{sequence.request_id} is {phase.name}, with blocks {sequence.block_table}"
+            elif phase in (Phase.RUNNING, Phase.ENDING):
+                needed = self._blocks.num_blocks_for(sequence.num_computed_tokens)
+                assert num_blocks >= needed, f"{sequence.request_id} is {phase.name}: {num_blocks} of {needed} blocks"
+        quarantined = {block for each in sequences if each.phase is Phase.QUARANTINED for block in each.block_table}
+        assert len(quarantined) == self._blocks.num_quarantined

@@ -1,6 +1,6 @@
 """The engine: requests in, tokens out, one step at a time."""
 
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable
 from collections.abc import Sequence as Ids
 from time import perf_counter
@@ -11,10 +11,13 @@ from hbserve_core.engine.block_manager import BlockManager
 from hbserve_core.engine.outputs import NO_LOGITS, EngineStats, Reservation, StepOutput
 from hbserve_core.engine.request_limits import RequestLimits
 from hbserve_core.engine.runner import Runner, StepInFlight
-from hbserve_core.engine.sequence import NOT_FINITE, UNREAD, ScheduledChunk, Sequence
+from hbserve_core.engine.sequence import NOT_FINITE, UNREAD, Phase, ScheduledChunk, Sequence
 from hbserve_rpc import InvalidRequest, SamplingParams
 from hbserve_rpc.messages import FinishReason
 from hbserve_rpc.plain_values import plain_bool
+
+_HAS_NO_OUTPUT = (Phase.HELD, Phase.QUARANTINED, Phase.ENDED)
+"""Somebody else has ended these since their step was launched."""
 
 
 class Engine:
@@ -38,15 +41,10 @@ class Engine:
         self.limits = RequestLimits(config, self._model.vocab_size, self._model.max_model_len, self.blocks.num_blocks)
         self._scheduler = BatchScheduler(config, self.blocks)
         self._sequences: dict[str, Sequence] = {}
-        self._held: set[str] = set()
-        """Requests outside the scheduler's queues whose blocks a transfer uses."""
-        self._ending: set[str] = set()
-        """Requests outside the scheduler's queues whose last token the step in flight computes."""
+        """All whose id is in use, by it."""
         self._in_flight: StepInFlight | None = None
-        self._reserving: deque[Sequence] = deque()
         self._granted: list[tuple[Reservation, StepInFlight | None]] = []
-        """With the step that was in flight when the blocks were found."""
-        self._quarantined: dict[str, list[int]] = {}
+        """Not reported yet, with the step that was in flight when the blocks were found."""
         self._num_generated = self._num_prefilled = self._num_steps = 0
         self._host_time_s = 0.0
         self.stalled = False
@@ -73,11 +71,11 @@ class Engine:
         prefill_only = plain_bool("prefill_only", prefill_only)
         sequence = self._make_sequence(request_id, prompt, params, output)
         sequence.prefill_only = prefill_only
-        self._scheduler.waiting.append(sequence)
+        self._scheduler.move(sequence, Phase.WAITING)
 
     def reserve(self, request_id: str, prompt: Ids[int], params: SamplingParams, output: Ids[int] = ()) -> None:
         """Queue a request for room; see `poll_reservations`. Raises what `add` raises."""
-        self._reserving.append(self._make_sequence(request_id, prompt, params, output))
+        self._scheduler.move(self._make_sequence(request_id, prompt, params, output), Phase.RESERVING)
 
     def poll_reservations(self) -> list[Reservation]:
         """Reservations for which there is room now, in the order in which they were asked for.
@@ -85,10 +83,7 @@ class Engine:
         Others will write to these blocks, in no order with the steps here. So a grant waits for the step that was in
         flight when the blocks were found: it may still use them for those who had them before.
         """
-        # Preempted sequences come first: they were promised room before.
-        while self._reserving and not self._scheduler.waiting and self._scheduler.reserve(self._reserving[0]):
-            sequence = self._reserving.popleft()
-            self._held.add(sequence.request_id)
+        while (sequence := self._scheduler.grant()) is not None:
             first = sequence.num_cached_tokens // self.config.block_size
             block_ids = sequence.block_table[first:].tolist()
             granted = Reservation(sequence.request_id, block_ids, sequence.num_cached_tokens)
@@ -100,66 +95,48 @@ class Engine:
     def activate(self, request_id: str, first_token: int) -> None:
         """The KV of a reserved request is there: it goes on after `first_token`. Nothing happens if it has ended."""
         sequence = self._sequences.get(request_id)
-        if sequence is None or request_id not in self._held:
-            return
-        self._held.remove(request_id)
-        self._scheduler.num_reserved -= 1
-        sequence.num_computed_tokens = sequence.num_tokens
-        sequence.token_ids.append(first_token)
-        self._scheduler.running.append(sequence)
+        if sequence is not None and sequence.phase is Phase.HELD:
+            sequence.num_computed_tokens = sequence.num_tokens
+            sequence.token_ids.append(first_token)
+            self._scheduler.move(sequence, Phase.RUNNING)
 
     def hold(self, request_id: str) -> None:
         """Compute no more of a request, but keep its blocks until `release` or `quarantine`."""
         sequence = self._sequences.get(request_id)
-        if sequence is not None and request_id not in self._held:
-            self._leave(sequence)
-            self._scheduler.num_reserved += 1
-            self._held.add(request_id)
-
-    def abort(self, request_id: str) -> None:
-        """Forget a request, unless its blocks are held for a transfer: then `release` or `quarantine` ends it."""
-        sequence = self._sequences.get(request_id)
-        if sequence is None or request_id in self._held:
-            return
-        if sequence in self._reserving:
-            self._reserving.remove(sequence)
-        self._leave(sequence)
-        self._forget(sequence)
+        if sequence is not None and sequence.phase not in (Phase.HELD, Phase.QUARANTINED):
+            self._scheduler.move(sequence, Phase.HELD)
 
     def release(self, request_id: str) -> None:
-        """End a request in whatever state it is; no transfer touches its blocks any more."""
-        if request_id in self._quarantined:
-            self.blocks.end_quarantine(self._quarantined.pop(request_id))
-        if request_id in self._held:
-            self._held.remove(request_id)
-            self._scheduler.num_reserved -= 1
-            self._granted = [granted for granted in self._granted if granted[0].request_id != request_id]
-        self.abort(request_id)
+        """End a request in whatever phase it is; no transfer touches its blocks any more."""
+        if (sequence := self._sequences.get(request_id)) is not None:
+            self._end(sequence)
 
     def quarantine(self, request_id: str, num_blocks: int) -> None:
         """End a held request. A failed transfer may still touch its last `num_blocks` blocks, until `release`."""
         sequence = self._sequences[request_id]
+        self._scheduler.move(sequence, Phase.QUARANTINED)
+        self._withdraw_grant(sequence)
         kept = len(sequence.block_table) - num_blocks
-        block_ids = sequence.block_table[kept:].tolist()
-        sequence.block_table = sequence.block_table[:kept]
-        self.blocks.quarantine(block_ids)
-        self.release(request_id)
-        self._quarantined[request_id] = block_ids
+        self.blocks.release(sequence.block_table[:kept])
+        sequence.block_table = sequence.block_table[kept:]
+        self.blocks.quarantine(sequence.block_table)
 
-    def _leave(self, sequence: Sequence) -> None:
-        """Take a sequence out of the scheduler's queues, and from those that are ending."""
-        if sequence.request_id in self._ending:
-            self._ending.remove(sequence.request_id)
-            self._scheduler.num_reserved -= 1
-        self._scheduler.remove(sequence)
-
-    def _forget(self, sequence: Sequence) -> None:
-        self._scheduler.release(sequence)
+    def _end(self, sequence: Sequence) -> None:
+        """Give a sequence's blocks back, and forget it."""
+        if sequence.phase is Phase.QUARANTINED:
+            self.blocks.end_quarantine(sequence.block_table)
+        else:
+            self._scheduler.release(sequence)
+        self._scheduler.move(sequence, Phase.ENDED)
+        self._withdraw_grant(sequence)
         del self._sequences[sequence.request_id]
+
+    def _withdraw_grant(self, sequence: Sequence) -> None:
+        self._granted = [granted for granted in self._granted if granted[0].request_id != sequence.request_id]
 
     def _make_sequence(self, request_id: str, prompt: Ids[int], params: SamplingParams, output: Ids[int]) -> Sequence:
         sequence = self.limits.sequence(request_id, prompt, params, output)
-        if sequence.request_id in self._sequences or sequence.request_id in self._quarantined:
+        if sequence.request_id in self._sequences:
             raise InvalidRequest(f"request_id={request_id!r} is in use")
         self._sequences[sequence.request_id] = sequence
         return sequence
@@ -195,16 +172,14 @@ class Engine:
             return
         self._num_steps += 1
         for sequence, first, count in step.chunks:
-            if self._sequences.get(sequence.request_id) is not sequence:
+            if sequence.phase is Phase.ENDED:
                 continue  # its last token was one that ends it, as has just been read
             self._num_prefilled += min(count, max(0, sequence.num_prompt_tokens - first))
             sequence.num_computed_tokens = first + count
             if first + count == sequence.num_tokens:
                 sequence.token_ids.append(UNREAD)
-                if sequence.prefill_only or self.limits.is_full(sequence):
-                    self._scheduler.remove(sequence)
-                    self._scheduler.num_reserved += 1
-                    self._ending.add(sequence.request_id)
+                if sequence.prefill_only or sequence.is_full:
+                    self._scheduler.move(sequence, Phase.ENDING)
 
     def _read(self, step: StepInFlight | None) -> list[StepOutput]:
         """Wait for a step and take in what it has computed."""
@@ -214,16 +189,15 @@ class Engine:
         tokens = step.tokens()
         begin, outputs = perf_counter(), []
         for (sequence, first, count), token in zip(step.chunks, tokens, strict=True):
-            if self._sequences.get(sequence.request_id) is sequence:
-                outputs += self._advance(sequence, first + count, token)
+            if sequence.phase not in _HAS_NO_OUTPUT:
+                outputs.append(self._advance(sequence, first + count, token))
         self._host_time_s += perf_counter() - begin
         return outputs
 
-    def _advance(self, sequence: Sequence, end: int, token: int | None) -> list[StepOutput]:
+    def _advance(self, sequence: Sequence, end: int, token: int | None) -> StepOutput:
+        """Take in what a step has computed of a sequence: its tokens up to `end`, and the next one if it sampled."""
         if token is not None:
             sequence.token_ids[end] = token
-        if sequence.request_id in self._held:
-            return []  # somebody else has ended it meanwhile
         index = end - sequence.num_prompt_tokens if token is not None else sequence.num_output_tokens
         finish_reason = None
         if token is not None and token != NOT_FINITE:
@@ -234,11 +208,10 @@ class Engine:
             finish_reason = self._finish_reason(sequence, token)
         output = self._output(sequence, token, index, finish_reason, end)
         if token is not None and sequence.prefill_only:
-            self.hold(sequence.request_id)
+            self._scheduler.move(sequence, Phase.HELD)
         elif output.is_last:
-            self._leave(sequence)
-            self._forget(sequence)
-        return [output]
+            self._end(sequence)
+        return output
 
     def _output(
         self, sequence: Sequence, token: int | None, index: int, finish_reason: FinishReason | None, computed: int
@@ -268,21 +241,19 @@ class Engine:
         params = sequence.params
         if token in params.stop_token_ids or (not params.ignore_eos and token in self._model.eos_token_ids):
             return "stop"
-        return "length" if self.limits.is_full(sequence) else None
+        return "length" if sequence.is_full else None
 
     def _end_out_of_blocks(self) -> list[StepOutput]:
         outputs = []
-        for sequence in self._scheduler.out_of_blocks:
-            if self._sequences.get(sequence.request_id) is sequence:
-                computed = sequence.num_computed_tokens
-                outputs.append(self._output(sequence, None, sequence.num_output_tokens, "length", computed))
-                self._forget(sequence)
-        self._scheduler.out_of_blocks.clear()
+        for sequence in list(self._scheduler.out_of_blocks):
+            index, computed = sequence.num_output_tokens, sequence.num_computed_tokens
+            outputs.append(self._output(sequence, None, index, "length", computed))
+            self._end(sequence)
         return outputs
 
     def stats(self) -> EngineStats:
         return EngineStats(
-            num_waiting=len(self._scheduler.waiting) + len(self._reserving),
+            num_waiting=len(self._scheduler.waiting) + len(self._scheduler.reserving),
             num_running=len(self._scheduler.running),
             num_reserved=self._scheduler.num_reserved,
             num_blocks=self.blocks.num_blocks,
@@ -297,10 +268,13 @@ class Engine:
         )
 
     def check_integrity(self) -> None:
-        """Raise AssertionError unless each block is held by exactly the requests that have it in their table."""
-        holders = Counter(block_id for sequence in self._sequences.values() for block_id in sequence.block_table)
+        """Raise AssertionError unless each block is held by exactly the requests that have it in their table, and each
+        request is in the queue, and has the blocks, that its phase says."""
+        holders = Counter(
+            block_id
+            for sequence in self._sequences.values()
+            if sequence.phase is not Phase.QUARANTINED
+            for block_id in sequence.block_table
+        )
         self.blocks.check_integrity(holders)
-        queued = {each.request_id for each in [*self._scheduler.waiting, *self._scheduler.running, *self._reserving]}
-        assert queued | self._held | self._ending == self._sequences.keys()
-        assert len(queued) + len(self._held) + len(self._ending) == len(self._sequences)
-        assert len(self._held) + len(self._ending) == self._scheduler.num_reserved
+        self._scheduler.check_integrity(self._sequences.values())

@@ -23,10 +23,6 @@ class RequestLimits:
         longest = min(self._max_model_len - 1, self._num_blocks * self._config.block_size)
         return longest if self._config.chunked_prefill_enabled else min(longest, self._config.max_num_batched_tokens)
 
-    def is_full(self, sequence: Sequence) -> bool:
-        """Whether a sequence has as many tokens as it may have."""
-        return sequence.num_output_tokens >= sequence.params.max_tokens or sequence.num_tokens >= self._max_model_len
-
     def sequence(self, request_id: str, prompt: Ids[int], params: SamplingParams, output: Ids[int] = ()) -> Sequence:
         """A request that can run, plain and shared with nobody. `output` are tokens that it has already.
 
@@ -46,7 +42,8 @@ class RequestLimits:
         if num_output >= params.max_tokens:
             raise InvalidRequest(f"output_token_ids: {num_output} tokens are all of max_tokens={params.max_tokens}")
         self._check_length(num_prompt, num_prompt + num_output)
-        return Sequence(request_id, prompt_ids + output_ids, num_prompt, params)
+        most = min(num_prompt + params.max_tokens, self._max_model_len)
+        return Sequence(request_id, prompt_ids + output_ids, num_prompt, params, max_num_tokens=most)
 
     def _check_length(self, num_prompt: int, num_known: int) -> None:
         if num_known >= self._max_model_len:

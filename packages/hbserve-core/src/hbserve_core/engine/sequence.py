@@ -7,10 +7,23 @@
 Prefill, a chunk of it, and decode are one case: compute some of the tokens that are known and not computed yet.
 When a step computes the last known token, it also samples the next one. A step may be scheduled before that token has
 been read: its place in token_ids is taken by UNREAD, at most one of a sequence, at the end.
+
+The life of a sequence; `Sequence.enter` knows no other ways:
+
+    add ─────▶ WAITING ───admitted──▶ RUNNING ──last token launched──▶ ENDING ────────read──▶ ENDED
+                  ▲                   │ │ ▲ │
+                  └─────preempted─────┘ │ │ └───no block is left────▶ OUT_OF_BLOCKS ────────▶ ENDED
+                                   hold ▼ │ activate
+    reserve ─▶ RESERVING ──granted──▶  HELD ────────quarantine──────▶ QUARANTINED ──release─▶ ENDED
+
+`hold` leads to HELD from WAITING and ENDING too, and a prefill-only sequence goes there by itself once its token has
+been read. `release` leads to ENDED from everywhere, as does a token that ends the request.
 """
 
 from array import array
 from dataclasses import dataclass, field
+from enum import Enum
+from sys import maxsize
 
 from hbserve_rpc import SamplingParams
 
@@ -22,6 +35,42 @@ with it until the host has read it; the engine ends the request then."""
 COLDEST, HOTTEST = 1e-30, 1e29
 """Temperatures beyond these are taken for these, which are as good as greedy, and as good as flat: logits divided or
 multiplied by them still are float32 numbers, and far from those that a device may take for 0."""
+
+
+class Phase(Enum):
+    """Where a sequence is in its life, which decides what may happen to its blocks."""
+
+    NEW = "new"
+    """In no engine. The sequences that other ranks know of stay so."""
+    WAITING = "waiting"
+    """Without blocks, for room; or again, after it had to give its blocks up."""
+    RUNNING = "running"
+    """Computed by steps, in its own blocks."""
+    ENDING = "ending"
+    """Computed no further: its last token comes with the step in flight, which still uses its blocks."""
+    OUT_OF_BLOCKS = "out of blocks"
+    """It holds the whole pool, or all of it that can become free. It ends with the step that has found that."""
+    RESERVING = "reserving"
+    """Without blocks, for room to receive its keys and values in."""
+    HELD = "held"
+    """Not computed; a transfer reads its blocks, or writes to them."""
+    QUARANTINED = "quarantined"
+    """The request has ended, but a failed transfer may still touch these blocks."""
+    ENDED = "ended"
+    """Forgotten. The step in flight may still compute it, for nobody."""
+
+
+NEXT_PHASES = {
+    Phase.NEW: {Phase.WAITING, Phase.RESERVING},
+    Phase.WAITING: {Phase.RUNNING, Phase.HELD, Phase.ENDED},
+    Phase.RUNNING: {Phase.WAITING, Phase.ENDING, Phase.OUT_OF_BLOCKS, Phase.HELD, Phase.ENDED},
+    Phase.ENDING: {Phase.HELD, Phase.ENDED},
+    Phase.OUT_OF_BLOCKS: {Phase.ENDED},
+    Phase.RESERVING: {Phase.HELD, Phase.ENDED},
+    Phase.HELD: {Phase.RUNNING, Phase.QUARANTINED, Phase.ENDED},
+    Phase.QUARANTINED: {Phase.ENDED},
+    Phase.ENDED: set[Phase](),
+}
 
 
 def _no_blocks() -> "array[int]":
@@ -48,6 +97,19 @@ class Sequence:
     """Of those computed, how many are in blocks that others may find, if these are full."""
     prefill_only: bool = False
     """The sequence ends with its next token, and its blocks are sent away while it is computed."""
+    max_num_tokens: int = maxsize
+    """Most tokens that it may have, its prompt included."""
+    phase: Phase = Phase.NEW
+
+    def enter(self, phase: Phase) -> None:
+        """The next phase of its life."""
+        assert phase in NEXT_PHASES[self.phase], f"{self.request_id}: {self.phase.name} cannot become {phase.name}"
+        self.phase = phase
+
+    @property
+    def is_full(self) -> bool:
+        """Whether it has as many tokens as it may have."""
+        return len(self.token_ids) >= self.max_num_tokens
 
     @property
     def num_tokens(self) -> int:
