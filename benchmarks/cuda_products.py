@@ -26,20 +26,19 @@ import triton
 
 from hbserve_core.bench.device_limits import measure_limits
 from hbserve_core.cuda_runner.kernels.dependent_launch import num_processors
-from hbserve_core.cuda_runner.kernels.gated import silu_mul
-from hbserve_core.cuda_runner.kernels.norm import rms_norm
-from hbserve_core.cuda_runner.kernels.skinny_linear import (
+from hbserve_core.cuda_runner.kernels.few_rows_linear import (
     TILE_OUTPUTS,
     ScaledRows,
     SkinnyWorkspace,
     add_skinny_linear,
     num_tiles,
     skinny_linear,
+    small_linear,
 )
-from hbserve_core.cuda_runner.kernels.small_linear import small_linear
+from hbserve_core.cuda_runner.kernels.pointwise import rms_norm, silu_mul
 from hbserve_core.cuda_runner.products import Choice, Kind, choose
 from hbserve_core.errors import InvalidInstanceConfig
-from hbserve_core.model.linear import Linear
+from hbserve_core.model.layers import Linear
 from hbserve_core.model.shard import Shard, check_divisible
 
 DTYPE = torch.bfloat16

@@ -128,8 +128,7 @@ def decode(model, pieces, dtype=BF16):
 
 
 def prefill(model, dtype=BF16):
-    from hbserve_core.cuda_runner.kernels.prefill_attention import prefill_attention
-    from hbserve_core.cuda_runner.kernels.store_kv import store_kv
+    from hbserve_core.cuda_runner.kernels.prefill_attention import prefill_attention, store_kv
 
     qkv, out, pool, layer, cos_sin, norm = attention_arguments(model, dtype, 2048)
     store_kv(qkv, ints(2048), ints(2048), cos_sin, norm, pool, layer)
@@ -152,14 +151,14 @@ def products(model, rows, *names, dtype=BF16):
 
 
 def product(outputs, inputs, rows, dtype, reads_norm=False, adds=False, gated=False):
-    from hbserve_core.cuda_runner.kernels.skinny_linear import (
+    from hbserve_core.cuda_runner.kernels.few_rows_linear import (
         ScaledRows,
         SkinnyWorkspace,
         add_skinny_linear,
         num_tiles,
         skinny_linear,
+        small_linear,
     )
-    from hbserve_core.cuda_runner.kernels.small_linear import small_linear
     from hbserve_core.cuda_runner.products import choose
 
     kind = "gated" if gated else "normed" if reads_norm else "plain"
@@ -180,10 +179,7 @@ def product(outputs, inputs, rows, dtype, reads_norm=False, adds=False, gated=Fa
 
 def others(dtype):
     """A step's beginning and end, and what stands beside products of cuBLAS."""
-    from hbserve_core.cuda_runner.kernels.embedding import embed
-    from hbserve_core.cuda_runner.kernels.gated import silu_mul
-    from hbserve_core.cuda_runner.kernels.host_copy import host_copy
-    from hbserve_core.cuda_runner.kernels.norm import rms_norm
+    from hbserve_core.cuda_runner.kernels.pointwise import embed, host_copy, rms_norm, silu_mul
     from hbserve_core.cuda_runner.kernels.sampling import sample
 
     hidden, inner, *_, vocabulary, _, _ = MODELS["Qwen3-0.6B"]

@@ -107,6 +107,32 @@ def test_the_newest_sequence_is_preempted_and_comes_back_first():
     assert [each.request_id for each in steps.scheduler.waiting] == ["new", "later"]
 
 
+def test_a_preempted_sequence_comes_before_those_that_wait_and_before_reservations():
+    steps = Steps(6, max_num_seqs=2)
+    steps.add("old", [1] * 8)
+    steps.add("new", [2] * 8)
+    steps.add("waits", [3])
+    reserving = Sequence("reserving", [4], 1, SamplingParams())
+    steps.scheduler.move(reserving, Phase.RESERVING)
+    while not steps.scheduler.num_preemptions:
+        steps.step()
+    assert [each.request_id for each in steps.scheduler.waiting] == ["new", "waits"]
+    assert steps.blocks.num_free > 1
+    assert steps.scheduler.grant() is None
+
+
+def test_a_reservation_waits_for_a_place_among_max_num_seqs():
+    steps = Steps(100, max_num_seqs=1)
+    running = steps.add("running", [1])
+    steps.step()
+    reserving = Sequence("reserving", [2], 1, SamplingParams())
+    steps.scheduler.move(reserving, Phase.RESERVING)
+    assert steps.scheduler.grant() is None
+    steps.scheduler.release(running)
+    steps.scheduler.move(running, Phase.ENDED)
+    assert steps.scheduler.grant() is reserving
+
+
 def test_admission_leaves_a_block_for_those_who_grow():
     # Known elsewhere: SGLang #6860, #9266.
     steps = Steps(4)

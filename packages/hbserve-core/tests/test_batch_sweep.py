@@ -1,6 +1,7 @@
 """Decode steps by batch size: what counts as a cliff, what does not fit, and what is timed."""
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -152,22 +153,19 @@ class ClockedRunner:
         self.now_s = 0.0
         self.num_decodes = 0
 
-    def launch(self, batch: Any) -> "ClockedStep":
+    def launch(self, batch: Any) -> Callable[[], list[int | None]]:
         if any(chunk.num_new_tokens > 1 for chunk in batch):
             time_s = 1.0
         else:
             self.num_decodes += 1
             time_s = 0.04 if self.num_decodes == 30 else 0.01
-        return ClockedStep(self, time_s, [5 if chunk.samples else None for chunk in batch])
+        result = [5 if chunk.samples else None for chunk in batch]
 
+        def tokens() -> list[int | None]:
+            self.now_s += time_s
+            return result
 
-class ClockedStep:
-    def __init__(self, runner: ClockedRunner, time_s: float, result: list[int | None]) -> None:
-        self.runner, self.time_s, self.result = runner, time_s, result
-
-    def tokens(self) -> list[int | None]:
-        self.runner.now_s += self.time_s
-        return self.result
+        return tokens
 
 
 @pytest.mark.parametrize("overlaps", [False, True], ids=["computed at once", "overlapping"])

@@ -4,7 +4,7 @@ import pytest
 
 pytest.importorskip("triton", reason="torch has Triton on Linux only")
 
-from hbserve_core.cuda_runner.kernels.skinny_linear import num_tiles
+from hbserve_core.cuda_runner.kernels.few_rows_linear import num_tiles
 from hbserve_core.cuda_runner.products import Choice, choose
 
 PROCESSORS = 132

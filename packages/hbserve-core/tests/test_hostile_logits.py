@@ -3,7 +3,7 @@
 The kernels run on the GPU if there is one, else in Triton's interpreter.
 """
 
-import random
+from array import array
 from collections import Counter
 
 import numpy as np
@@ -12,7 +12,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hbserve_core.cuda_runner.step_buffer import StepShape, StepView, _write_samples
+from hbserve_core import InstanceConfig
+from hbserve_core.cuda_runner.step_packer import SplitKV, StepPacker, StepView
 from hbserve_core.engine.sequence import NOT_FINITE, ScheduledChunk, Sequence
 from hbserve_core.torch_runner.sampler import Sampler
 from hbserve_rpc import SamplingParams
@@ -66,9 +67,10 @@ def by_kernels(logits, params):
     from hbserve_core.cuda_runner.kernels.sampling import sample
 
     count = len(params)
-    view = StepView(np.zeros(8 * count + 64, dtype=np.int32), StepShape(0, 0, 0, 0, count))
-    chunks = [ScheduledChunk(Sequence("r", [1] * 4, 4, each), 4) for each in params]
-    _write_samples(view, chunks, range(count), random.Random(0))
+    packer = StepPacker(InstanceConfig(model_path="", cuda_graph_enabled=False), 4, SplitKV(1, 1), seed=0)
+    sequences = [Sequence("r", [1] * 4, 4, each, block_table=array("i", [0])) for each in params]
+    memory = np.zeros(32 * count + 64, dtype=np.int32)
+    view = StepView(memory, packer.pack([ScheduledChunk(each, 4) for each in sequences], memory).shape)
     sampled = torch.full((count,), 12345, dtype=torch.int32, device=DEVICE)
     sample(logits.contiguous().to(DEVICE), torch.from_numpy(view.samples[1:].copy()).to(DEVICE), sampled)
     return sampled.cpu()

@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from hbserve_core.cuda_runner.split_kv import TILE, SplitKV
+from hbserve_core.cuda_runner.step_packer import TILE, SplitKV
 from hbserve_core.engine.sequence import NOT_FINITE
 from hbserve_core.model.rope import RopeConfig, angle_table
 
@@ -160,8 +160,7 @@ def test_a_sequence_whose_numbers_are_none_changes_no_other_of_its_step(heads, d
 
 def prefill(paged, dtype):
     """What our kernels give for its new tokens, and for three rows of padding after them."""
-    from hbserve_core.cuda_runner.kernels.prefill_attention import new_tokens_per_tile, prefill_attention
-    from hbserve_core.cuda_runner.kernels.store_kv import store_kv
+    from hbserve_core.cuda_runner.kernels.prefill_attention import new_tokens_per_tile, prefill_attention, store_kv
 
     contexts, num_new, heads = paged.contexts, paged.num_new, (paged.num_heads, paged.num_kv_heads, paged.head_dim)
     firsts = [sum(num_new[:i]) for i in range(len(num_new))]
@@ -240,7 +239,7 @@ def _check_products(rows, inputs, outputs, dtype, multiply):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(1, 64, 96), (2, 144, 40), (4, 72, 33), (1, 4200, 5), (2, 4200, 9)], ids=str)
 def test_small_linear_with_norm_gate_bias_and_addition(shape, dtype):
-    from hbserve_core.cuda_runner.kernels.small_linear import small_linear
+    from hbserve_core.cuda_runner.kernels.few_rows_linear import small_linear
 
     def multiply(x, weight, bias, norm=None, **how):
         return small_linear(x, weight, bias, norm=None if norm is None else (norm, EPS), **how)
@@ -255,13 +254,13 @@ def test_small_linear_with_norm_gate_bias_and_addition(shape, dtype):
     ids=str,
 )
 def test_skinny_linear_with_gate_bias_and_addition_whatever_the_splits(shape, splits, dtype):
-    from hbserve_core.cuda_runner.kernels.norm import rms_norm
-    from hbserve_core.cuda_runner.kernels.skinny_linear import (
+    from hbserve_core.cuda_runner.kernels.few_rows_linear import (
         TILE_OUTPUTS,
         SkinnyWorkspace,
         add_skinny_linear,
         skinny_linear,
     )
+    from hbserve_core.cuda_runner.kernels.pointwise import rms_norm
 
     rows, _, outputs = shape
     workspace = SkinnyWorkspace(splits * -(-2 * outputs // TILE_OUTPUTS) * 2, 64, DEVICE)
@@ -282,7 +281,7 @@ def test_skinny_linear_with_gate_bias_and_addition_whatever_the_splits(shape, sp
 @pytest.mark.parametrize("dtype", SKINNY_DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(3, 96, 136), (20, 300, 576)], ids=str)
 def test_a_norm_between_two_skinny_products_is_half_of_each(shape, dtype):
-    from hbserve_core.cuda_runner.kernels.skinny_linear import SkinnyWorkspace, add_skinny_linear, skinny_linear
+    from hbserve_core.cuda_runner.kernels.few_rows_linear import SkinnyWorkspace, add_skinny_linear, skinny_linear
 
     rows, inputs, size = shape
     torch.manual_seed(0)
@@ -300,8 +299,7 @@ def test_a_norm_between_two_skinny_products_is_half_of_each(shape, dtype):
 
 
 def test_silu_mul_and_rms_norm():
-    from hbserve_core.cuda_runner.kernels.gated import silu_mul
-    from hbserve_core.cuda_runner.kernels.norm import rms_norm
+    from hbserve_core.cuda_runner.kernels.pointwise import rms_norm, silu_mul
 
     torch.manual_seed(0)
     x, weight = torch.randn((5, 72), device=DEVICE), torch.randn(72, device=DEVICE)
@@ -368,7 +366,7 @@ def test_the_same_seed_and_index_give_the_same_token_in_any_row():
 
 
 def test_embedding_takes_tokens_that_only_the_device_knows():
-    from hbserve_core.cuda_runner.kernels.embedding import embed
+    from hbserve_core.cuda_runner.kernels.pointwise import embed
 
     table = torch.arange(20.0, device=DEVICE).view(10, 2)
     rows = embed(_int32([3, -1, 5]), _int32([-1, 1, -1]), _int32([8, 9]), table)
@@ -377,7 +375,7 @@ def test_embedding_takes_tokens_that_only_the_device_knows():
 
 @pytest.mark.parametrize("count", [0, 1, 1024, 2500])
 def test_host_copy_brings_numbers_to_the_device_and_back(count):
-    from hbserve_core.cuda_runner.kernels.host_copy import host_copy
+    from hbserve_core.cuda_runner.kernels.pointwise import host_copy
 
     pinned = DEVICE.type == "cuda"
     given = torch.arange(3000, dtype=torch.int32, pin_memory=pinned)
@@ -393,7 +391,7 @@ def test_host_copy_brings_numbers_to_the_device_and_back(count):
 
 @pytest.mark.parametrize("first_token", [0, 1, 2, 10, 151936])
 def test_what_was_sampled_from_a_row_without_numbers_is_a_token_of_no_rank(first_token):
-    from hbserve_core.cuda_runner.kernels.embedding import embed
+    from hbserve_core.cuda_runner.kernels.pointwise import embed
 
     table = torch.ones((10, 2), device=DEVICE)
     rows = embed(_int32([first_token, -1]), _int32([-1, 1]), _int32([8, NOT_FINITE]), table, first_token)

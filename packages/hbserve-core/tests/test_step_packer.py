@@ -6,10 +6,14 @@ import numpy as np
 import pytest
 
 from hbserve_core import InstanceConfig
-from hbserve_core.cuda_runner.graphs import GraphShapes, decode_buckets, prefill_buckets
-from hbserve_core.cuda_runner.split_kv import SplitKV
-from hbserve_core.cuda_runner.step_buffer import StepView
-from hbserve_core.cuda_runner.step_packer import StepPacker
+from hbserve_core.cuda_runner.step_packer import (
+    GraphShapes,
+    SplitKV,
+    StepPacker,
+    StepView,
+    decode_buckets,
+    prefill_buckets,
+)
 from hbserve_core.engine.sequence import UNREAD, ScheduledChunk, Sequence
 from hbserve_rpc import SamplingParams
 
@@ -133,3 +137,15 @@ def test_every_row_of_a_part_begins_at_a_multiple_of_16_bytes():
         for row in part:
             assert (row.ctypes.data - begin) % 16 == 0
     assert (view.tables.ctypes.data - begin) % 16 == 0
+
+
+def test_decodes_are_cut_as_their_worked_example_says():
+    cut = SplitKV(num_kv_heads=1, num_processors=4).cut(np.array([1000, 40, 130], dtype=np.int32))
+    assert cut.tolist() == [
+        [0, 0, 0, 0, 0, 0, 1, 2],
+        [0, 1, 2, 3, 4, 5, 0, 0],
+        [6, 6, 6, 6, 6, 6, 1, 1],
+        [0, 192, 384, 576, 768, 960, 0, 0],
+        [192, 384, 576, 768, 960, 999, 39, 129],
+        [999, 999, 999, 999, 999, 999, 39, 129],
+    ]

@@ -8,10 +8,7 @@ import pytest
 import torch
 
 from hbserve_core import Engine, InstanceConfig
-from hbserve_core.cuda_runner.split_kv import SplitKV
-from hbserve_core.cuda_runner.step_buffer import StepView
-from hbserve_core.cuda_runner.step_packer import StepPacker
-from hbserve_core.engine.runner import ComputedStep
+from hbserve_core.cuda_runner.step_packer import SplitKV, StepPacker, StepView
 from hbserve_core.model.loaded_model import LoadedModel
 
 pytest.importorskip("triton", reason="torch has Triton on Linux only")
@@ -59,14 +56,15 @@ class InterpretedRunner:
                     self.decoder.finish(view, hidden, self.sampled)
             else:
                 self.decoder.decode(view, self.sampled, self.pool)
-        return ComputedStep(step.tokens(self.sampled[:num_samples].tolist()))
+        tokens = step.tokens(self.sampled[:num_samples].tolist())
+        return lambda: tokens
 
 
 def plain(weights):
     """The CPU's packed products, as kernels want to read them: plain ones."""
     from dataclasses import replace
 
-    from hbserve_core.model.linear import Linear
+    from hbserve_core.model.layers import Linear
 
     def unpacked(linear):
         weight = linear.weight.to_dense() if linear.weight.is_mkldnn else linear.weight

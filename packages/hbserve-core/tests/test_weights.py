@@ -18,7 +18,7 @@ from hbserve_core.errors import ModelFilesMissing, WeightsMismatch
 from hbserve_core.model.checkpoint.checkpoint import Checkpoint, with_stored_head
 from hbserve_core.model.checkpoint.dummy_checkpoint import DummyCheckpoint
 from hbserve_core.model.checkpoint.tensor_source import TensorPart, sampled_places
-from hbserve_core.model.linear import Linear
+from hbserve_core.model.layers import Linear
 from hbserve_core.model.model_config import load_model_config
 from hbserve_core.model.shard import Shard
 from hbserve_core.model.weights import checkpoint_shapes, load_weights

@@ -7,18 +7,15 @@ Shapes: T rows of one step, R of them sampled, E hidden_size.
 import torch
 
 from hbserve_core.cuda_runner.kernels.decode_attention import DecodeWorkspace, decode_attention
-from hbserve_core.cuda_runner.kernels.embedding import embed
-from hbserve_core.cuda_runner.kernels.prefill_attention import prefill_attention
+from hbserve_core.cuda_runner.kernels.pointwise import embed
+from hbserve_core.cuda_runner.kernels.prefill_attention import prefill_attention, store_kv
 from hbserve_core.cuda_runner.kernels.sampling import sample
-from hbserve_core.cuda_runner.kernels.store_kv import store_kv
 from hbserve_core.cuda_runner.products import CudaProducts, ResidualStream
-from hbserve_core.cuda_runner.step_buffer import StepShape, StepView
-from hbserve_core.model.linear import Linear
+from hbserve_core.cuda_runner.step_packer import StepShape, StepView
+from hbserve_core.model.layers import DecoderWeights, LayerWeights, Linear, RmsNorm
 from hbserve_core.model.model_config import ModelConfig
-from hbserve_core.model.norm import RmsNorm
 from hbserve_core.model.rank_group import RankGroup
 from hbserve_core.model.rope import angle_table
-from hbserve_core.model.weights import DecoderWeights, LayerWeights
 
 
 class CudaDecoder:

@@ -18,18 +18,16 @@ from typing import Literal
 import torch
 
 from hbserve_core.cuda_runner.kernels.dependent_launch import num_processors
-from hbserve_core.cuda_runner.kernels.gated import silu_mul
-from hbserve_core.cuda_runner.kernels.norm import rms_norm
-from hbserve_core.cuda_runner.kernels.skinny_linear import (
+from hbserve_core.cuda_runner.kernels.few_rows_linear import (
     ScaledRows,
     SkinnyWorkspace,
     add_skinny_linear,
     num_tiles,
     skinny_linear,
+    small_linear,
 )
-from hbserve_core.cuda_runner.kernels.small_linear import small_linear
-from hbserve_core.model.linear import Linear
-from hbserve_core.model.norm import RmsNorm
+from hbserve_core.cuda_runner.kernels.pointwise import rms_norm, silu_mul
+from hbserve_core.model.layers import Linear, RmsNorm
 
 _MOST_SPLIT_ROWS, _MOST_SKINNY_ROWS = 64, 128
 _SMALL_MATRIX = {1: 1 << 23, 2: 1 << 22, 4: 1 << 22}

@@ -1,23 +1,30 @@
-"""Steps on CUDA, launched without waiting for the one before: pinned memory in, CUDA graphs, next tokens out."""
+"""Steps on CUDA, launched without waiting for the one before.
+
+    batch ─pack▶ pinned memory ─host_copy▶ device ─graph, or kernels▶ tokens ─host_copy▶ pinned memory ─wait▶ tokens
+
+A step's sampled tokens also stay on the device, where the next step's first kernel finds them.
+Shapes: T rows of one step, E hidden_size. The pool: see model/kv_pool.py. A step in memory: see step_packer.py.
+"""
 
 import logging
+import threading
 import time
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Ids
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from hbserve_core.config import InstanceConfig
 from hbserve_core.cuda_runner.decoder import CudaDecoder
-from hbserve_core.cuda_runner.graphs import CudaGraphs
 from hbserve_core.cuda_runner.kernels.dependent_launch import num_processors
-from hbserve_core.cuda_runner.kernels.host_copy import host_copy
+from hbserve_core.cuda_runner.kernels.pointwise import host_copy
 from hbserve_core.cuda_runner.kernels.prefill_attention import new_tokens_per_tile
-from hbserve_core.cuda_runner.split_kv import SplitKV
-from hbserve_core.cuda_runner.step_buffer import StepShape, StepView
-from hbserve_core.cuda_runner.step_packer import PackedStep, StepPacker
-from hbserve_core.engine.runner import StepTokens
+from hbserve_core.cuda_runner.step_packer import SplitKV, StepPacker, StepShape, StepView
+from hbserve_core.engine.runner import PendingStep, StepTokens
 from hbserve_core.engine.sequence import ScheduledChunk
+from hbserve_core.errors import RankFailed
 from hbserve_core.model.loaded_model import LoadedModel
 from hbserve_core.model.model_config import ModelConfig
 from hbserve_core.model.rank_group import RankGroup
@@ -40,7 +47,10 @@ class CudaRunner:
     def __init__(self, config: InstanceConfig, group: RankGroup | None = None) -> None:
         group = group or RankGroup()
         model = LoadedModel(config, group)
-        self.config, self.model_config, self.device, self.dtype = config, model.model_config, model.device, model.dtype
+        self.config = config
+        self.model_config = model.model_config
+        self.device = model.device
+        self.dtype = model.dtype
         self.fingerprint = model.fingerprint
         torch.cuda.set_device(self.device)
         self._stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
@@ -111,9 +121,9 @@ class CudaRunner:
 
     def run(self, batch: Ids[ScheduledChunk]) -> StepTokens:
         """Launch a step and wait for it."""
-        return self.launch(batch).tokens() if batch else []
+        return self.launch(batch)() if batch else []
 
-    def launch(self, batch: Ids[ScheduledChunk]) -> "CudaStep":
+    def launch(self, batch: Ids[ScheduledChunk]) -> PendingStep:
         turn = self._turn = 1 - self._turn
         host = self._on_host[turn]
         step = self._packer.pack(batch, host.numpy())
@@ -125,7 +135,12 @@ class CudaRunner:
             host_copy(read_back, self._sampled)
             done = torch.cuda.Event()  # type: ignore[no-untyped-call]
             done.record(self._stream)
-        return CudaStep(step, done, read_back)
+
+        def tokens() -> StepTokens:
+            done.synchronize()
+            return step.tokens(read_back.tolist())
+
+        return tokens
 
     def _compute(self, shape: StepShape, num_samples: int) -> None:
         if shape.tiles == 0:
@@ -150,14 +165,65 @@ class CudaRunner:
         return self._decoder.hidden(StepView(self._on_device, shape), self._sampled, self.pool)
 
 
-class CudaStep:
-    """A step that the device computes, or has computed."""
+class CudaGraphs:
+    """Captured work by shape of step. All graphs share one pool of memory: only one runs at a time."""
 
-    def __init__(self, step: PackedStep, done: Any, read_back: torch.Tensor) -> None:
-        self._step = step
-        self._done = done
-        self._read_back = read_back
+    def __init__(self, stream: torch.cuda.Stream) -> None:
+        self._stream = stream
+        self._graphs: dict[StepShape, tuple[torch.cuda.CUDAGraph, Any]] = {}
+        self._memory: Any = None
+        self._lock = threading.Lock()
+        self._is_closed = False
 
-    def tokens(self) -> StepTokens:
-        self._done.synchronize()
-        return self._step.tokens(self._read_back.tolist())
+    def capture(
+        self, shapes: list[StepShape], prepare: Callable[[StepShape], None], work: Callable[[StepShape], Any], name: str
+    ) -> None:
+        """Capture `work(shape)` for each shape, the largest first. It must only queue kernels on memory that stays.
+
+        `prepare(shape)` puts something there that it can be run on before.
+        """
+        begin, before = time.perf_counter(), torch.cuda.memory_reserved(self._stream.device)
+        for shape in self._with_progress(shapes, name):
+            prepare(shape)
+            work(shape)  # compiles kernels and makes workspaces, which cannot be done during capture
+            graph = torch.cuda.CUDAGraph()
+            # Other threads may use CUDA meanwhile: NCCL's, or another engine's.
+            with torch.cuda.graph(graph, pool=self._memory, stream=self._stream, capture_error_mode="thread_local"):
+                result = work(shape)
+            self._memory = self._memory or graph.pool()
+            with self._lock:
+                self._check_open()
+                self._graphs[shape] = (graph, result)
+        used = torch.cuda.memory_reserved(self._stream.device) - before
+        logger.info(
+            "%s: %d graphs captured in %.1f s, %.0f MiB", name, len(shapes), time.perf_counter() - begin, used / 2**20
+        )
+
+    @staticmethod
+    def _with_progress(shapes: list[StepShape], name: str) -> Iterator[StepShape]:
+        # Without a terminal there is no bar, only the line at the end.
+        largest_first = sorted(shapes, key=lambda shape: -shape.rows)
+        return iter(tqdm(largest_first, desc=f"{name} graphs", disable=None, leave=False))
+
+    def replay(self, shape: StepShape) -> Any:
+        """Queue a shape's work, and return what `work` returned: results that stay until the next replay."""
+        with self._lock:
+            self._check_open()
+            graph, result = self._graphs[shape]
+            graph.replay()
+        return result
+
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise RankFailed("the ranks are being closed")
+
+    def close(self) -> None:
+        """Free all graphs, even one that runs. From any thread, and more than once; a replay raises RankFailed then."""
+        with self._lock:
+            self._is_closed = True
+            for graph, _ in self._graphs.values():
+                graph.reset()
+            self._graphs.clear()
+
+    def __contains__(self, shape: StepShape) -> bool:
+        return shape in self._graphs

@@ -1,16 +1,191 @@
-"""From a batch to the numbers that a device reads, and from the tokens that it samples back to the batch."""
+"""Packing: a batch becomes the numbers that a device reads, and the tokens that it samples become the batch's.
+
+All of a step is in one piece of memory, so that one copy brings it to the device. Its layout, all int32; `StepShape`
+says how large each part is, and only the last part's size differs from step to step:
+    header         1                 width of the tables
+    tokens         (4, rows)         token id, source (see `embed`), position, slot (see `store_kv`)
+    sequences      (3, sequences)    first row, new tokens, context with them
+    pieces         (6, pieces)       of the decodes; see `SplitKV.cut`; row -1: none
+    tiles          (2, tiles)        sequence (-1: none) and first new token; see kernels/prefill_attention.py
+    samples        (7, samples)      row, and what kernels/sampling.py says of each
+    tables         sequences * width block numbers of each sequence
+Each part, and each of its rows, begins at a multiple of 16 bytes: kernels are compiled for that once, for all shapes.
+Sequences stand in the order of their rows: decodes, which are chunks of one token, before longer chunks.
+"""
 
 import random
 from collections.abc import Sequence as Ids
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
 
 from hbserve_core.config import InstanceConfig
-from hbserve_core.cuda_runner.graphs import GraphShapes
-from hbserve_core.cuda_runner.split_kv import SplitKV
-from hbserve_core.cuda_runner.step_buffer import StepShape, StepView, order_chunks, write_step
 from hbserve_core.engine.runner import StepTokens
-from hbserve_core.engine.sequence import ScheduledChunk, Sequence
+from hbserve_core.engine.sequence import HOTTEST, UNREAD, ScheduledChunk, Sequence
+
+_Integers = TypeVar("_Integers", int, npt.NDArray[np.int32])
+
+_ALIGNMENT = 4
+_SMALLEST_PREFILL = 32
+TILE = 64
+"""A piece of a decode's context is a multiple of so many tokens."""
+_MOST_PARTS = 64
+_PIECES_PER_PROCESSOR = 2
+
+
+def _aligned(count: int) -> int:
+    return _ceil_div(count, _ALIGNMENT) * _ALIGNMENT
+
+
+def _ceil_div(dividend: _Integers, divisor: Any) -> _Integers:
+    result: _Integers = -(-dividend // divisor)
+    return result
+
+
+@dataclass(frozen=True, slots=True)
+class StepShape:
+    """How many of each there is room for. Two steps of one shape differ by their tables' width only."""
+
+    rows: int
+    sequences: int
+    pieces: int
+    tiles: int
+    samples: int
+
+    def fits(self, other: "StepShape") -> bool:
+        """Whether a step of this shape can be padded to the other."""
+        return all(getattr(self, name) <= getattr(other, name) for name in self.__slots__)
+
+    def parts(self) -> list[tuple[int, int]]:
+        """(rows, columns) of each part before the tables."""
+        columns = (self.rows, self.sequences, self.pieces, self.tiles, self.samples)
+        return [(1, 1), *zip((4, 3, 6, 2, 7), columns, strict=True)]
+
+    @property
+    def fixed_size(self) -> int:
+        """Numbers before the tables."""
+        return sum(rows * _aligned(columns) for rows, columns in self.parts())
+
+
+class StepView:
+    """The parts of a step's memory, a flat int32 numpy array or torch tensor, as views."""
+
+    def __init__(self, memory: Any, shape: StepShape) -> None:
+        self.shape = shape
+        parts, first = [], 0
+        for rows, columns in shape.parts():
+            end = first + rows * _aligned(columns)
+            parts.append(memory[first:end].reshape(rows, _aligned(columns))[:, :columns])
+            first = end
+        self.header, self.tokens, self.sequences, self.pieces, self.tiles, self.samples = parts
+        self.width = self.header[0]
+        self.tables = memory[first:]
+
+    def clear(self) -> None:
+        """Make it a step of padding only. What an earlier step has left here could ask for anything."""
+        for row, value in zip(self.tokens, (0, -1, 0, -1), strict=True):
+            row[:] = value
+        self.tiles[0] = self.pieces[0] = -1
+        # Padding is sampled greedily, which costs least.
+        self.samples[:] = self.header[:] = 0
+
+
+class SplitKV:
+    """Split-KV: the decodes of a step are cut into pieces of similar length, for kernels/decode_attention.py.
+
+    Enough pieces for several programs on every processor, and none longer than that takes.
+    So neither a few long sequences among short ones nor a single one leave processors idle. The number of pieces is
+    bounded by that of rows: a graph has room for all.
+    """
+
+    def __init__(self, num_kv_heads: int, num_processors: int) -> None:
+        """A program takes one piece and one key head."""
+        self._wanted = max(1, _PIECES_PER_PROCESSOR * num_processors // num_kv_heads)
+
+    def most(self, rows: int) -> int:
+        """Pieces of so many rows, at most."""
+        return rows + min(self._wanted, (_MOST_PARTS - 1) * rows)
+
+    def cut(self, contexts: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
+        """(6, P): row, which part of it, number of its parts, first and last (exclusive) position that the piece takes
+        from the pool, the new token's position. A row's parts are neighbours, and the last one has the new token.
+
+        contexts: of each row, at least 1.
+
+        With 8 pieces wanted, contexts of 1000, 40 and 130 tokens, 1170 together, ask for pieces of 1170 / 8 = 147
+        tokens. The first row would be 7 of them; 7 equal parts in whole tiles are of 3 tiles, 192 tokens; of these it
+        takes 6. The others are shorter than a piece.
+            row         0    0    0    0    0    0   1    2
+            part of   0/6  1/6  2/6  3/6  4/6  5/6 0/1  0/1
+            first       0  192  384  576  768  960   0    0
+            last      192  384  576  768  960  999  39  129
+        """
+        wanted_length = max(TILE, _ceil_div(int(contexts.sum()), self._wanted))
+        length = max(wanted_length, _ceil_div(int(contexts.max()), _MOST_PARTS))
+        tiles = _ceil_div(contexts, _ceil_div(contexts, length) * TILE)
+        spans = tiles * TILE
+        parts = _ceil_div(contexts, spans)
+        rows = np.repeat(np.arange(len(contexts)), parts)
+        places = np.arange(len(rows)) - (np.cumsum(parts) - parts)[rows]
+        positions = contexts[rows] - 1
+        firsts = places * spans[rows]
+        lasts = np.minimum(firsts + spans[rows], positions)
+        return np.stack((rows, places, parts[rows], firsts, lasts, positions)).astype(np.int32)
+
+
+def decode_buckets(max_num_seqs: int) -> list[int]:
+    """Numbers of rows of the decode graphs, ascending. The last is `max_num_seqs`, so every decode step has one."""
+    small = [1, 2, 4, 8]
+    return sorted({size for size in [*small, *range(16, max_num_seqs, 16)] if size < max_num_seqs} | {max_num_seqs})
+
+
+def prefill_buckets(max_len: int) -> list[int]:
+    """Numbers of rows of the graphs for steps with prompt chunks, ascending, up to `max_len`."""
+    sizes = []
+    size = _SMALLEST_PREFILL
+    while size < max_len:
+        sizes.append(size)
+        size *= 2
+    return [*sizes, max_len] if max_len >= _SMALLEST_PREFILL else []
+
+
+class GraphShapes:
+    """The shapes of step that have a CUDA graph, and which of them a batch is padded to.
+
+    Decode steps have a graph in any case. Steps with prompt chunks have one if they are not larger than
+    `cuda_graph_max_seq_len` tokens and not made of too many sequences; others get the shape that fits them exactly.
+    """
+
+    def __init__(self, config: InstanceConfig, tile_tokens: int, pieces: SplitKV) -> None:
+        longest = min(config.cuda_graph_max_seq_len, config.max_num_batched_tokens)
+        decodes = decode_buckets(config.max_num_seqs) if config.cuda_graph_enabled else []
+        prefills = prefill_buckets(longest) if config.cuda_graph_enabled else []
+        self._tile_tokens = tile_tokens
+        self._pieces = pieces
+        self.decodes = [self._shape(size, size, size, 0) for size in decodes]
+        self.prefills = [self._prefill_shape(size, config.max_num_seqs) for size in prefills]
+
+    def _prefill_shape(self, rows: int, max_num_seqs: int) -> StepShape:
+        sequences = min(max_num_seqs, max(8, rows // 8))
+        return self._shape(rows, sequences, sequences, rows // self._tile_tokens + sequences)
+
+    def _shape(self, rows: int, sequences: int, num_decodes: int, tiles: int) -> StepShape:
+        return StepShape(rows, sequences, self._pieces.most(num_decodes), tiles, sequences)
+
+    def largest(self, rows: int, max_num_seqs: int) -> StepShape:
+        """What any step of so many rows and sequences fits into."""
+        return self._shape(rows, max_num_seqs, max_num_seqs, rows // self._tile_tokens + max_num_seqs)
+
+    def choose(self, counts: list[int]) -> StepShape:
+        """For a batch of chunks with so many new tokens each."""
+        num_tiles = sum(_ceil_div(count, self._tile_tokens) for count in counts if count > 1)
+        exact = self._shape(sum(counts), len(counts), counts.count(1), num_tiles)
+        for shape in self.prefills if num_tiles else self.decodes:
+            if exact.fits(shape):
+                return shape
+        return exact
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,23 +222,95 @@ class StepPacker:
         self._pieces = pieces
         self._random = random.Random(seed)
         self._sources: dict[Sequence, int] = {}
+        """Where the step before has put each sequence's token."""
 
     def pack(self, batch: Ids[ScheduledChunk], memory: Any) -> PackedStep:
         """Write a step to `memory`, a flat int32 numpy array with room for `shapes.largest` and the tables."""
-        order = order_chunks(batch)
+        # Decodes first; among them long contexts first, so that the last to end are short ones.
+        order = sorted(
+            range(len(batch)), key=lambda i: (batch[i].num_new_tokens > 1, -batch[i].sequence.num_computed_tokens)
+        )
         chunks = [batch[place] for place in order]
-        shape = self.shapes.choose([chunk.num_new_tokens for chunk in chunks])
+        counts = [chunk.num_new_tokens for chunk in chunks]
+        shape, num_decodes = self.shapes.choose(counts), counts.count(1)
+        view = StepView(memory, shape)
+        view.clear()
+        self._write_decodes(view, chunks[:num_decodes])
+        self._write_prefills(view, chunks[num_decodes:], num_decodes)
+        tables_size = self._write_tables(view, chunks)
         # A step of decodes samples every row, although a chunk of one token may stop short of its prompt's end.
         sampling = [i for i, chunk in enumerate(chunks) if chunk.samples or not shape.tiles]
-        used = write_step(
-            StepView(memory, shape),
-            chunks,
-            sampling,
-            self._sources,
-            self._random,
-            block_size=self._block_size,
-            tile_tokens=self._tile_tokens,
-            pieces=self._pieces,
-        )
+        self._write_samples(view, chunks, sampling)
         self._sources = {chunks[i].sequence: row for row, i in enumerate(sampling)}
-        return PackedStep(shape, used, [order[i] if chunks[i].samples else None for i in sampling], len(batch))
+        places = [order[i] if chunks[i].samples else None for i in sampling]
+        return PackedStep(shape, shape.fixed_size + tables_size, places, len(batch))
+
+    def _write_decodes(self, view: StepView, chunks: Ids[ScheduledChunk]) -> None:
+        columns: list[tuple[int, int, int]] = []
+        for chunk in chunks:
+            sequence = chunk.sequence
+            position = sequence.num_computed_tokens
+            token = sequence.token_ids[position]
+            columns.append((token, self._sources[sequence] if token == UNREAD else -1, position))
+        if columns:
+            count = len(columns)
+            view.tokens[:3, :count] = np.array(columns, dtype=np.int32).T
+            view.tokens[3, :count] = -2
+            view.sequences[0, :count] = np.arange(count)
+            view.sequences[1, :count] = 1
+            contexts = view.sequences[2, :count] = view.tokens[2, :count] + 1
+            cut = self._pieces.cut(contexts)
+            view.pieces[:, : cut.shape[1]] = cut
+
+    def _write_prefills(self, view: StepView, chunks: Ids[ScheduledChunk], num_decodes: int) -> None:
+        row, block_size = num_decodes, self._block_size
+        tiles: list[npt.NDArray[np.int32]] = []
+        for index, chunk in enumerate(chunks, num_decodes):
+            sequence, count = chunk.sequence, chunk.num_new_tokens
+            first = sequence.num_computed_tokens
+            positions = np.arange(first, first + count, dtype=np.int32)
+            rows = slice(row, row + count)
+            view.tokens[0, rows] = sequence.token_ids[first : first + count]
+            view.tokens[2, rows] = positions
+            blocks = np.asarray(sequence.block_table, dtype=np.int32)
+            view.tokens[3, rows] = blocks[positions // block_size] * block_size + positions % block_size
+            view.sequences[:, index] = row, count, first + count
+            begins = np.arange(0, count, self._tile_tokens, dtype=np.int32)
+            tiles.append(np.stack((np.full_like(begins, index), begins, -(first + begins))))
+            row += count
+        if tiles:
+            found = np.concatenate(tiles, axis=1)
+            # Those of the longest context are begun first, so that no long one is left at the end.
+            view.tiles[:, : found.shape[1]] = found[:2, np.argsort(found[2], kind="stable")]
+
+    def _write_tables(self, view: StepView, chunks: Ids[ScheduledChunk]) -> int:
+        """Returns how many numbers they are."""
+        width = max(_ceil_div(chunk.first + chunk.num_new_tokens, self._block_size) for chunk in chunks)
+        view.width[:] = width
+        tables = view.tables[: len(chunks) * width].reshape(len(chunks), width)
+        for row, chunk in zip(tables, chunks, strict=True):
+            table = chunk.sequence.block_table[:width]
+            row[: len(table)] = table
+        return len(chunks) * width
+
+    def _write_samples(self, view: StepView, chunks: Ids[ScheduledChunk], sampling: Ids[int]) -> None:
+        """sampling: places of the chunks to sample for."""
+        columns: list[tuple[float, int, int, int, float]] = []
+        for i in sampling:
+            sequence, params = chunks[i].sequence, chunks[i].sequence.params
+            seed = self._random.getrandbits(64) if params.seed is None else params.seed
+            # A float64 may be infinite as a float32.
+            temperature = min(params.temperature, HOTTEST)
+            columns.append((temperature, seed, sequence.num_output_tokens, params.top_k, params.top_p))
+        if not columns:
+            return
+        temperatures, seeds, indices, top_k, top_p = zip(*columns, strict=True)
+        samples = view.samples[:, : len(columns)]
+        last_rows = np.cumsum([chunk.num_new_tokens for chunk in chunks]) - 1
+        samples[0] = last_rows[list(sampling)]
+        samples[1] = np.array(temperatures, dtype=np.float32).view(np.int32)
+        halves = np.array([seed & 0xFFFFFFFFFFFFFFFF for seed in seeds], dtype=np.uint64)
+        samples[2] = (halves & np.uint64(0xFFFFFFFF)).astype(np.uint32).view(np.int32)
+        samples[3] = (halves >> np.uint64(32)).astype(np.uint32).view(np.int32)
+        samples[4], samples[5] = indices, np.minimum(top_k, 2**31 - 1)
+        samples[6] = np.array(top_p, dtype=np.float32).view(np.int32)

@@ -4,13 +4,14 @@ from collections import Counter
 from collections.abc import Callable
 from collections.abc import Sequence as Ids
 from time import perf_counter
+from typing import NamedTuple
 
 from hbserve_core.config import InstanceConfig
 from hbserve_core.engine.batch_scheduler import BatchScheduler
 from hbserve_core.engine.block_manager import BlockManager
 from hbserve_core.engine.outputs import NO_LOGITS, EngineStats, Reservation, StepOutput
 from hbserve_core.engine.request_limits import RequestLimits
-from hbserve_core.engine.runner import Runner, StepInFlight
+from hbserve_core.engine.runner import PendingStep, Runner
 from hbserve_core.engine.sequence import NOT_FINITE, UNREAD, Phase, ScheduledChunk, Sequence
 from hbserve_rpc import InvalidRequest, SamplingParams
 from hbserve_rpc.messages import FinishReason
@@ -18,6 +19,14 @@ from hbserve_rpc.plain_values import plain_bool
 
 _HAS_NO_OUTPUT = (Phase.HELD, Phase.QUARANTINED, Phase.ENDED)
 """Somebody else has ended these since their step was launched."""
+
+
+class StepInFlight(NamedTuple):
+    """A launched step, and what must be remembered of it until its tokens are read."""
+
+    chunks: list[tuple[Sequence, int, int]]
+    """Sequence, first computed token, number of computed tokens."""
+    read: PendingStep
 
 
 class Engine:
@@ -152,7 +161,7 @@ class Engine:
         begin, preemptions = perf_counter(), self._scheduler.num_preemptions
         batch = self._scheduler.schedule()
         self._tell_cached_prefixes(batch)
-        launched = StepInFlight(batch, self._runner.launch(batch)) if batch else None
+        launched = self._launch(batch) if batch else None
         self._host_time_s += perf_counter() - begin
         before = self._in_flight
         outputs = self._read(before)
@@ -164,6 +173,10 @@ class Engine:
             not (outputs or batch or before or self._granted) and preemptions == self._scheduler.num_preemptions
         )
         return outputs
+
+    def _launch(self, batch: list[ScheduledChunk]) -> StepInFlight:
+        read = self._runner.launch(batch)
+        return StepInFlight([(chunk.sequence, chunk.first, chunk.num_new_tokens) for chunk in batch], read)
 
     def _begin(self, step: StepInFlight | None) -> None:
         """Count a launched step's tokens as computed, so that the next one can be scheduled before it has been."""
@@ -186,7 +199,7 @@ class Engine:
         self._in_flight = None
         if step is None:
             return []
-        tokens = step.tokens()
+        tokens = step.read()
         begin, outputs = perf_counter(), []
         for (sequence, first, count), token in zip(step.chunks, tokens, strict=True):
             if sequence.phase not in _HAS_NO_OUTPUT:

@@ -1,5 +1,6 @@
 """What an engine needs of whatever computes its steps."""
 
+from collections.abc import Callable
 from collections.abc import Sequence as Ids
 from typing import Protocol
 
@@ -12,11 +13,9 @@ StepTokens = list[int | None]
 """Each chunk's next token, or NOT_FINITE; None where the chunk does not reach the last known token."""
 
 
-class PendingStep(Protocol):
-    """A step that was launched."""
-
-    def tokens(self) -> StepTokens:
-        """Wait until the step has been computed, its keys and values included. Called once."""
+PendingStep = Callable[[], StepTokens]
+"""A step that was launched: the call, of which there is one, waits until the step has been computed, its keys and
+values included, and returns its tokens."""
 
 
 class Runner(Protocol):
@@ -39,25 +38,3 @@ class Runner(Protocol):
 
     def close(self) -> None:
         """End the processes of other ranks, if there are any. Nothing is launched afterwards. May be called twice."""
-
-
-class ComputedStep:
-    """The step of a runner that computes at once."""
-
-    def __init__(self, tokens: StepTokens) -> None:
-        self._tokens = tokens
-
-    def tokens(self) -> StepTokens:
-        return self._tokens
-
-
-class StepInFlight:
-    """A launched step with what the engine must remember of it until its tokens are read."""
-
-    def __init__(self, batch: Ids[ScheduledChunk], pending: PendingStep) -> None:
-        self.chunks = [(chunk.sequence, chunk.first, chunk.num_new_tokens) for chunk in batch]
-        """Sequence, first computed token, number of computed tokens."""
-        self._pending = pending
-
-    def tokens(self) -> StepTokens:
-        return self._pending.tokens()

@@ -1,4 +1,4 @@
-"""Matrix products with weights, in the layout that the device likes best.
+"""Matrix products with weights in the layout that the device likes best: the CPU's are not plain.
 
 Shapes: T tokens, I inputs, O outputs.
 """
@@ -7,31 +7,13 @@ import logging
 from functools import cache
 
 import torch
-import torch.nn.functional as F
+
+from hbserve_core.model.layers import Linear
 
 logger = logging.getLogger(__name__)
 
 # The layout is chosen for a product with this many rows; it serves all others well too.
 _TYPICAL_ROWS = 16
-
-
-class Linear:
-    """x W^T + b, with W as checkpoints have it."""
-
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
-        """weight: (O, I). bias: (O,)."""
-        self.weight = weight
-        self.bias = bias
-
-    def __call__(self, inputs: torch.Tensor) -> torch.Tensor:
-        """(T, I) to (T, O)."""
-        return F.linear(inputs, self.weight, self.bias)
-
-    def add_to(self, target: torch.Tensor, inputs: torch.Tensor) -> None:
-        """Add the result to `target` (T, O) in place, within the product and rounded once."""
-        target.addmm_(inputs, self.weight.t())
-        if self.bias is not None:
-            target.add_(self.bias)
 
 
 class PackedLinear(Linear):

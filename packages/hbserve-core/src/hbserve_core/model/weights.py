@@ -1,13 +1,16 @@
-"""The weights of a decoder as the forward pass wants them: projections that read the same input are one matrix.
+"""Loading: a checkpoint's tensors become the layers that the forward pass wants; layers.py has their shapes.
 
-Each rank has its part of them (see shard.py), and reads no more than that.
+A checkpoint's weights are (O, I), as ours are. Those of q, k and v, and of gate and up, are put one below the other:
+    rank's rows of q_proj, k_proj, v_proj          ─▶ qkv        rank's columns of o_proj       ─▶ output
+    rank's rows of gate_proj, up_proj              ─▶ gate_up    rank's columns of down_proj    ─▶ down
+    rank's rows of embed_tokens, lm_head           ─▶ embedding, head
+Each rank reads its part (see shard.py), and no more than that.
 """
 
 import contextlib
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from tqdm import tqdm
@@ -16,41 +19,12 @@ from hbserve_core.errors import InvalidInstanceConfig
 from hbserve_core.model.checkpoint.checkpoint import Checkpoint, with_stored_head
 from hbserve_core.model.checkpoint.dummy_checkpoint import DummyCheckpoint
 from hbserve_core.model.checkpoint.tensor_source import TensorPart, TensorSource, weights_digest
-from hbserve_core.model.linear import Linear, make_linear
+from hbserve_core.model.layers import DecoderWeights, LayerWeights, Linear, RmsNorm
+from hbserve_core.model.linear import make_linear
 from hbserve_core.model.model_config import ModelConfig
-from hbserve_core.model.norm import RmsNorm
 from hbserve_core.model.shard import Shard
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class LayerWeights:
-    attention_norm: RmsNorm
-    qkv: Linear
-    """Outputs: query heads, then key heads, then value heads; each rank has some of each kind."""
-    qk_norm: RmsNorm | None
-    """Of query and key heads together: its weight has one row per head."""
-    output: Linear
-    """Its results, and those of `down`, are to be summed over the ranks. Rank 0 alone has their biases."""
-    mlp_norm: RmsNorm
-    gate_up: Linear
-    """Outputs: gate, then up."""
-    down: Linear
-
-
-@dataclass(frozen=True, slots=True)
-class DecoderWeights:
-    embedding: torch.Tensor
-    """(vocab_size / ranks, hidden_size), rounded up; rows beyond the vocabulary are zero."""
-    first_token: int
-    """The token of its first row."""
-    layers: tuple[LayerWeights, ...]
-    norm: RmsNorm
-    head: Linear
-    """To the tokens of the embedding's rows; from the embedding's own weights where they are tied."""
-    digest: str
-    """Equal for equal weights, on every rank."""
 
 
 def load_weights(

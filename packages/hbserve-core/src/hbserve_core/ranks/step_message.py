@@ -6,7 +6,7 @@ place of a token that the device has computed, and nobody has read, by the seque
 
 from array import array
 from collections.abc import Sequence as Ids
-from typing import cast
+from itertools import repeat
 
 import msgspec
 
@@ -14,6 +14,8 @@ from hbserve_core.engine.sequence import ScheduledChunk, Sequence
 from hbserve_rpc import SamplingParams
 
 _GREEDY = SamplingParams(temperature=0)
+_NOT_SENT = -3
+"""At the places of tokens that no runner reads: their keys and values are in the pool, or they come later."""
 
 
 class _Chunk(msgspec.Struct, frozen=True, array_like=True):
@@ -59,26 +61,9 @@ class StepWriter:
         )
 
 
-class _NewTokens:
-    """Stands for all tokens of a sequence, of which only the new ones are known, and asked for."""
-
-    def __init__(self, chunk: _Chunk) -> None:
-        self._first = chunk.first
-        self._known = chunk.new_token_ids
-        self._count = chunk.num_tokens
-
-    def __len__(self) -> int:
-        return self._count
-
-    def __getitem__(self, index: int | slice) -> int | list[int]:
-        first = self._first
-        if isinstance(index, slice):
-            return self._known[index.start - first : index.stop - first]
-        return self._known[index - first]
-
-
 class StepReader:
-    """The other end: the batch again, of sequences that know their new tokens only."""
+    """The other end: the batch again, of sequences that know only the tokens that steps have computed since they were
+    last told as a whole."""
 
     def __init__(self) -> None:
         self._last: dict[str, Sequence] = {}
@@ -95,7 +80,9 @@ class StepReader:
             sequence = self._last[chunk.request_id]
         else:
             sequence = Sequence(chunk.request_id, [], chunk.num_prompt_tokens, chunk.params)
-        sequence.token_ids = cast("list[int]", _NewTokens(chunk))
+        tokens, end = sequence.token_ids, chunk.first + len(chunk.new_token_ids)
+        tokens += repeat(_NOT_SENT, chunk.num_tokens - len(tokens))
+        tokens[chunk.first : end] = chunk.new_token_ids
         sequence.num_computed_tokens = chunk.first
         sequence.block_table = array("i", chunk.block_table)
         return sequence

@@ -14,19 +14,23 @@ class TensorParallelRunner:
 
     def __init__(self, runner: Runner, workers: Workers) -> None:
         """runner: this rank's own."""
-        self.model_config, self.device, self.dtype = runner.model_config, runner.device, runner.dtype
-        self.fingerprint, self.pool, self.overlaps = runner.fingerprint, runner.pool, runner.overlaps
+        self.model_config = runner.model_config
+        self.device = runner.device
+        self.dtype = runner.dtype
+        self.fingerprint = runner.fingerprint
+        self.pool = runner.pool
+        self.overlaps = runner.overlaps
         self.transfer_addresses: Ids[str] = workers.transfer_addresses
         self._runner = runner
         self.workers = workers
         # Without overlap rank 0 reads each token, and tells it with the next step.
         self._writer = StepWriter(draws=runner.overlaps)
 
-    def launch(self, batch: Ids[ScheduledChunk]) -> "TensorParallelStep":
+    def launch(self, batch: Ids[ScheduledChunk]) -> PendingStep:
         with self.workers.naming_the_lost_rank():
             try:
                 self.workers.send(self._writer.write(batch))
-                return TensorParallelStep(self._runner.launch(batch), self.workers)
+                pending = self._runner.launch(batch)
             except RankFailed:
                 raise
             except BaseException as error:
@@ -34,18 +38,12 @@ class TensorParallelRunner:
                 self.workers.fail_all(f"rank 0 has left a step unfinished: {type(error).__name__}: {error}")
                 raise
 
+        def tokens() -> StepTokens:
+            with self.workers.naming_the_lost_rank():
+                return pending()
+
+        return tokens
+
     def close(self) -> None:
         self.workers.close()
         self._runner.close()
-
-
-class TensorParallelStep:
-    """A step that all ranks compute."""
-
-    def __init__(self, pending: PendingStep, workers: Workers) -> None:
-        self._pending = pending
-        self._workers = workers
-
-    def tokens(self) -> StepTokens:
-        with self._workers.naming_the_lost_rank():
-            return self._pending.tokens()

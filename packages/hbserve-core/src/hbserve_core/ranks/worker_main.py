@@ -16,7 +16,7 @@ from typing import BinaryIO
 
 import msgspec
 
-from hbserve_core.engine.runner import Runner
+from hbserve_core.engine.runner import PendingStep, Runner
 from hbserve_core.errors import HBServeCoreError, RankFailed
 from hbserve_core.model.loaded_model import choose_device
 from hbserve_core.model.shard import Shard
@@ -85,11 +85,11 @@ def follow(runner: Runner, messages: Iterable[bytes]) -> None:
     """Launch every step that rank 0 launches. As in its engine, a step is waited for after the next one is launched, if
     the runner overlaps."""
     reader = StepReader()
-    before = None
+    before: PendingStep | None = None
     for message in messages:
         launched = runner.launch(reader.read(message))
         if before is not None:
-            before.tokens()
+            before()
         before = launched
 
 

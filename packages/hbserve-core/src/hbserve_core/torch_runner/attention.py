@@ -1,10 +1,9 @@
-"""Attention over the paged pool: the interface, and a version in plain torch that runs everywhere.
+"""Attention over the paged pool in plain torch, which runs everywhere.
 
 Shapes: T tokens of one step, S sequences of one group, Q new tokens of each, C context tokens (the new ones included),
 N heads of queries, K heads of keys and values, G = N / K queries per key head, D head_dim.
 """
 
-from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -21,30 +20,7 @@ _MOST_PADDING = 1.25
 _MOST_GATHERED_BYTES = 16 << 20
 
 
-class AttentionPlan(ABC):
-    """What attention needs to know of one step; made once per step, used by every layer."""
-
-    @abstractmethod
-    def attend(self, layer: int, heads: torch.Tensor, out: torch.Tensor) -> None:
-        """Write the new keys and values of `layer` into the pool, then attend.
-
-        heads: (T, N + 2 K, D), rotated queries, rotated keys, values. out: (T, N * D), written. Rows after those of the
-        step's tokens are padding: they are neither read nor written.
-        """
-
-
-class Attention(ABC):
-    """Attention over one pool."""
-
-    @abstractmethod
-    def plan(self, chunks: Sequence[ScheduledChunk]) -> AttentionPlan:
-        """For a step that computes `chunks`, whose tokens stand one after the other in this order.
-
-        Chunks must be sorted by number of new tokens, so that decodes come first and equal ones are neighbours.
-        """
-
-
-class TorchAttention(Attention):
+class TorchAttention:
     """Gathers the blocks of each sequence and calls torch's attention.
 
     A sequence reads no memory but its own blocks, and what a step leaves unwritten of a new block it clears. So nothing
@@ -57,7 +33,11 @@ class TorchAttention(Attention):
         self._num_heads = num_heads
         self._workspace = torch.empty(0, dtype=pool.dtype, device=pool.device)
 
-    def plan(self, chunks: Sequence[ScheduledChunk]) -> "TorchAttentionPlan":
+    def plan(self, chunks: Sequence[ScheduledChunk]) -> "AttentionPlan":
+        """For a step that computes `chunks`, whose tokens stand one after the other in this order.
+
+        Chunks must be sorted by number of new tokens, so that decodes come first and equal ones are neighbours.
+        """
         self._clear_unwritten_slots(chunks)
         block_elements = self._pool[0, 0].numel()
         most_blocks = _MOST_GATHERED_BYTES // (block_elements * self._pool.dtype.itemsize)
@@ -65,7 +45,7 @@ class TorchAttention(Attention):
         elements = max(group.num_sequences * group.num_blocks for group in groups) * block_elements
         if self._workspace.numel() < elements:
             self._workspace = torch.empty(elements, dtype=self._pool.dtype, device=self._pool.device)
-        return TorchAttentionPlan(self._pool, self._num_heads, self._workspace, chunks, groups)
+        return AttentionPlan(self._pool, self._num_heads, self._workspace, chunks, groups)
 
     def _clear_unwritten_slots(self, chunks: Sequence[ScheduledChunk]) -> None:
         """Clear what a step leaves unwritten of the blocks that it begins: of each sequence at most the last one."""
@@ -127,7 +107,9 @@ def _split(chunks: Iterable[ScheduledChunk], block_size: int, most_blocks: int) 
     yield piece
 
 
-class TorchAttentionPlan(AttentionPlan):
+class AttentionPlan:
+    """What attention needs to know of one step; made once per step, used by every layer."""
+
     def __init__(
         self,
         pool: torch.Tensor,
@@ -148,6 +130,11 @@ class TorchAttentionPlan(AttentionPlan):
         self._groups = [_GroupPlan(pool, num_heads, workspace, group) for group in groups]
 
     def attend(self, layer: int, heads: torch.Tensor, out: torch.Tensor) -> None:
+        """Write the new keys and values of `layer` into the pool, then attend.
+
+        heads: (T, N + 2 K, D), rotated queries, rotated keys, values. out: (T, N * D), written. Rows after those of the
+        step's tokens are padding: they are neither read nor written.
+        """
         first_key, first_value = self._num_heads, self._num_heads + self._num_kv_heads
         key_rows, value_rows = self._new_rows[layer]
         self._token_rows.index_copy_(0, key_rows, heads[: self._num_tokens, first_key:first_value].flatten(1))

@@ -7,10 +7,10 @@ Shapes: T rows of one step (tokens, and padding after them), R of them sampled, 
 import torch
 import torch.nn.functional as F
 
+from hbserve_core.model.layers import DecoderWeights, LayerWeights
 from hbserve_core.model.model_config import ModelConfig
 from hbserve_core.model.rank_group import RankGroup
 from hbserve_core.model.rope import Rope
-from hbserve_core.model.weights import DecoderWeights, LayerWeights
 from hbserve_core.torch_runner.attention import AttentionPlan
 from hbserve_core.torch_runner.batch import StepInput
 

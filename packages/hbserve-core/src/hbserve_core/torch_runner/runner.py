@@ -1,11 +1,16 @@
-"""The runner that needs nothing but torch: the model, its pool and its sampler behind one call, `run(batch)`."""
+"""The runner that needs nothing but torch: the model, its pool and its sampler behind one call, `run(batch)`.
+
+    batch ─prepare_step▶ T rows ─Decoder▶ logits (R, V) ─Sampler▶ R tokens ─▶ one, or None, for each chunk
+
+Shapes: T rows of one step, R of them sampled, V vocab_size. The pool: see model/kv_pool.py.
+"""
 
 from collections.abc import Sequence
 
 import torch
 
 from hbserve_core.config import InstanceConfig
-from hbserve_core.engine.runner import ComputedStep, StepTokens
+from hbserve_core.engine.runner import PendingStep, StepTokens
 from hbserve_core.engine.sequence import ScheduledChunk
 from hbserve_core.model.linear import fewest_rows
 from hbserve_core.model.loaded_model import LoadedModel
@@ -32,7 +37,10 @@ class ModelRunner:
     def __init__(self, config: InstanceConfig, group: RankGroup | None = None) -> None:
         group = group or RankGroup()
         model = LoadedModel(config, group)
-        self.config, self.model_config, self.device, self.dtype = config, model.model_config, model.device, model.dtype
+        self.config = config
+        self.model_config = model.model_config
+        self.device = model.device
+        self.dtype = model.dtype
         self.fingerprint = model.fingerprint
         self._decoder = Decoder(model.rank_config, model.weights, group)
         self.pool = model.allocate_pool()
@@ -41,8 +49,9 @@ class ModelRunner:
         self._sampler = Sampler()
         self._fewest_rows = fewest_rows(self.device)
 
-    def launch(self, batch: Sequence[ScheduledChunk]) -> ComputedStep:
-        return ComputedStep(self.run(batch))
+    def launch(self, batch: Sequence[ScheduledChunk]) -> PendingStep:
+        tokens = self.run(batch)
+        return lambda: tokens
 
     def close(self) -> None:
         """Nothing to end."""

@@ -12,11 +12,18 @@ import torch
 import triton
 import triton.language as tl
 
+from hbserve_core.cuda_runner.kernels.attention_parts import (
+    LOG2_E,
+    attend,
+    attend_paged,
+    load_angles,
+    load_halves,
+    nothing_seen,
+    paged,
+    rotated,
+)
 from hbserve_core.cuda_runner.kernels.dependent_launch import LAUNCH, begin, num_processors
-from hbserve_core.cuda_runner.kernels.prefill_attention import attend, attend_paged, nothing_seen, paged
-from hbserve_core.cuda_runner.kernels.rotation import load_angles, load_halves, rotated
 
-_LOG2_E = 1.4426950408889634
 _FEW_PROGRAMS = 3
 """Of each processor. With no more than that, they are not enough to hide what each one waits for."""
 _JOINED_AT_ONCE = 4096
@@ -220,7 +227,8 @@ def decode_attention(
     step, stages, num_warps = _tiling(pool.dtype.itemsize, padded, group, is_few)
     _decode[(num_kv_heads, pieces.shape[1])](
         qkv, out, workspace.parts, workspace.logs, workspace.arrived, pool, cos_sin, weight, eps, tables, width,
-        pieces, pieces.stride(0), head_dim**-0.5 * _LOG2_E, pool.stride(0), layer * pool.stride(1),
-        num_heads, num_kv_heads, head_dim, padded, max(16, group), group, max(2, _JOINED_AT_ONCE // (group * padded)),
-        block_size, step, stages, norm is not None, num_warps=num_warps, **LAUNCH,
+        pieces, pieces.stride(0), head_dim**-0.5 * LOG2_E, pool.stride(0), layer * pool.stride(1),
+        N=num_heads, K=num_kv_heads, D=head_dim, PADDED_D=padded, PACK=max(16, group), PADDED_G=group,
+        AT_ONCE=max(2, _JOINED_AT_ONCE // (group * padded)), BLOCK_SIZE=block_size, STEP=step, STAGES=stages,
+        HAS_NORM=norm is not None, num_warps=num_warps, **LAUNCH,
     )  # fmt: skip

@@ -1,4 +1,7 @@
-"""Chunks of several new tokens over paged context: flash attention (Dao 2023) in two parts.
+"""Chunks of several new tokens over paged context: their keys and values are stored, then flash attention (Dao 2023).
+
+`store_kv` norms and rotates keys, in place too, and writes keys and values to their blocks; a decode's new token is
+written by decode_attention.py. `prefill_attention` reads the context in two parts.
 
 A chunk's earlier context is read from the pool, block by block; its own keys and values, which lie one after the other
 in the step's rows, come in whole tiles through a tensor descriptor (on Hopper, the copy engine: TMA). One program takes
@@ -14,63 +17,65 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from hbserve_core.cuda_runner.kernels.attention_parts import LOG2_E, attend, attend_paged, load_rotated, nothing_seen
 from hbserve_core.cuda_runner.kernels.dependent_launch import LAUNCH, begin
-from hbserve_core.cuda_runner.kernels.rotation import load_rotated
-
-_LOG2_E = 1.4426950408889634
 
 
-@triton.jit
-def nothing_seen(ROWS: tl.constexpr, PADDED_D: tl.constexpr):
-    """The state of so many rows before `attend`."""
-    lowest = tl.full((ROWS,), float("-inf"), tl.float32)
-    return lowest, tl.zeros((ROWS,), tl.float32), tl.zeros((ROWS, PADDED_D), tl.float32)
-
-
-@triton.jit
-def attend(state, query, key, value, visible, scale, MASKED: tl.constexpr):
-    """One more tile of context for each row of `query` (R, D).
-
-    state: highest score so far (R,), sum of the weights relative to it (R,), weighted values (R, D). key, value:
-    (C, D). visible: (R, C) or broadcast to it; each row has seen something already, or sees something now.
-    """
-    highest, total, weighted = state
-    scores = tl.dot(query, tl.trans(key), input_precision="ieee")
-    if MASKED:
-        scores = tl.where(visible, scores, float("-inf"))
-    new_highest = tl.maximum(highest, tl.max(scores, 1) * scale)
-    weights = tl.exp2(scores * scale - new_highest[:, None])
-    faded = tl.exp2(highest - new_highest)
-    weighted = weighted * faded[:, None]
-    weighted = tl.dot(weights.to(value.dtype), value, weighted, input_precision="ieee")
-    return new_highest, total * faded + tl.sum(weights, 1), weighted
-
-
-@triton.jit
-def paged(table, positions, inside, block_stride, D: tl.constexpr, PADDED_D: tl.constexpr, TOKEN: tl.constexpr,
-          BLOCK_SIZE: tl.constexpr):  # fmt: skip
-    """Places (C, PADDED_D) of these positions' keys of head 0 in a sequence's blocks, and which of them to read."""
-    d = tl.arange(0, PADDED_D)[None, :]
-    block = tl.load(table + positions // BLOCK_SIZE, mask=inside, other=0).to(tl.int64)
-    place = (block * block_stride + (positions % BLOCK_SIZE) * TOKEN)[:, None] + d
-    return place, inside[:, None] & (d < D)
-
-
-@triton.jit
-def attend_paged(
-    state, query, keys, table, first, last, block_stride, scale,
-    K: tl.constexpr, D: tl.constexpr, PADDED_D: tl.constexpr, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr,
-    STAGES: tl.constexpr,
+@triton.jit(do_not_specialize=["num_rows"])
+def _store_kv(
+    qkv, positions, slots, cos_sin, norm_weight, pool, eps, num_rows, block_stride, layer_offset,
+    N: tl.constexpr, K: tl.constexpr, D: tl.constexpr, PADDED_D: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    ROWS: tl.constexpr, HAS_NORM: tl.constexpr,
 ):  # fmt: skip
-    """Positions [first, last) of a sequence, all visible, from the pool. keys: of its layer and this head, block 0."""
-    for start in tl.range(first, last, TILE, num_stages=STAGES):
-        positions = start + tl.arange(0, TILE)
-        inside = positions < last
-        place, read = paged(table, positions, inside, block_stride, D, PADDED_D, K * D, BLOCK_SIZE)
-        key = tl.load(keys + place, mask=read, other=0.0)
-        value = tl.load(keys + BLOCK_SIZE * K * D + place, mask=read, other=0.0)
-        state = attend(state, query, key, value, inside[None, :], scale, True)
-    return state
+    begin()
+    head = tl.program_id(1)
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    slot = tl.load(slots + rows, mask=rows < num_rows, other=-2)
+    used, padding = (slot >= 0)[:, None], (slot == -1)[:, None]
+    d = tl.arange(0, PADDED_D)[None, :]
+    given = qkv + rows.to(tl.int64)[:, None] * ((N + 2 * K) * D) + (N + head) * D
+    # Of the row's place in the pool: block, then layer, key or value, token in the block, head.
+    place = (slot // BLOCK_SIZE).to(tl.int64) * block_stride + layer_offset + (slot % BLOCK_SIZE) * (K * D)
+    target = pool + place[:, None]
+    inside = used & (d < D)
+    if head < K:
+        position = tl.load(positions + rows, mask=rows < num_rows, other=0).to(tl.int64)[:, None]
+        weights = norm_weight + (N + head) * D + tl.zeros((ROWS, 1), tl.int32)
+        key = load_rotated(given, used, weights, cos_sin + position * D, eps, D, PADDED_D, HAS_NORM)
+        tl.store(target + head * D + d, key, mask=inside)
+        tl.store(given + d, key, mask=(used | padding) & (d < D))
+    else:
+        value = tl.load(given + d, mask=inside, other=0.0)
+        tl.store(target + BLOCK_SIZE * K * D + (head - K) * D + d, value, mask=inside)
+        tl.store(given + d, value, mask=padding & (d < D))
+
+
+def store_kv(
+    qkv: torch.Tensor,
+    positions: torch.Tensor,
+    slots: torch.Tensor,
+    cos_sin: torch.Tensor,
+    norm: tuple[torch.Tensor, float] | None,
+    pool: torch.Tensor,
+    layer: int,
+) -> None:
+    """Norm and rotate keys in place, and write keys and values into the pool.
+
+    qkv: (T, (N + 2 K) * D). positions: (T,) int32. slots: (T,) int32, block * block_size + place in the block; -1 for
+    padding, whose keys and values become 0, so that tiles of `prefill_attention` may reach into it; -2 for decodes,
+    which are left alone. cos_sin: (max_model_len, D) float32, cosines then sines. norm: weights (N + K, D) and eps, or
+    None. pool: (num_blocks, num_layers, 2, block_size, K, D).
+    """
+    _, _, _, block_size, num_kv_heads, head_dim = pool.shape
+    rows = qkv.shape[0]
+    num_heads = qkv.shape[1] // head_dim - 2 * num_kv_heads
+    per_program = 4 if rows <= 512 else 16
+    weight, eps = norm or (cos_sin, 0.0)
+    _store_kv[(triton.cdiv(rows, per_program), 2 * num_kv_heads)](
+        qkv, positions, slots, cos_sin, weight, pool, eps, rows, pool.stride(0), layer * pool.stride(1),
+        N=num_heads, K=num_kv_heads, D=head_dim, PADDED_D=triton.next_power_of_2(head_dim), BLOCK_SIZE=block_size,
+        ROWS=per_program, HAS_NORM=norm is not None, num_warps=4, **LAUNCH,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -174,7 +179,7 @@ def prefill_attention(
     options: dict[str, Any] = {"num_warps": 8, "maxnreg": 128} if rows == 128 else {"num_warps": 4}
     _prefill[(tiles.shape[1], num_kv_heads)](
         qkv, TensorDescriptor.from_tensor(qkv, [tile, padded]), out, pool, cos_sin, weight, eps, tables, width, tiles,
-        tiles.stride(0), sequences, sequences.stride(0), head_dim**-0.5 * _LOG2_E, pool.stride(0),
-        layer * pool.stride(1), num_heads, num_kv_heads, head_dim, padded, block_size, rows, tile,
-        2, norm is not None, **options, **LAUNCH,
+        tiles.stride(0), sequences, sequences.stride(0), head_dim**-0.5 * LOG2_E, pool.stride(0),
+        layer * pool.stride(1), N=num_heads, K=num_kv_heads, D=head_dim, PADDED_D=padded, BLOCK_SIZE=block_size,
+        ROWS=rows, TILE=tile, STAGES=2, HAS_NORM=norm is not None, **options, **LAUNCH,
     )  # fmt: skip

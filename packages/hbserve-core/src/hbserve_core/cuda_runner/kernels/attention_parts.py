@@ -1,0 +1,120 @@
+"""What prefill and decode attention have in common: heads as they want them, and one tile of context after the other.
+
+Heads are normed, if the model does that, and rotated by their positions, as they are read. Attention keeps, for each
+row of queries, a state that is the same however its context is cut into tiles (online softmax; flash attention).
+Shapes: R rows, one head each, C tokens of context, D head_dim, padded to a power of two with zeros, K key heads.
+"""
+
+import triton
+import triton.language as tl
+
+LOG2_E = 1.4426950408889634
+"""Scores are multiplied by it, so that weights are powers of two, which are faster."""
+
+# ---- heads -----------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def load_halves(heads, used, D: tl.constexpr, PADDED_D: tl.constexpr):
+    """(R, PADDED_D) of the numbers at pointers `heads` (R, 1), and the same with their halves exchanged. used: (R, 1);
+    of other rows nothing is read, they become 0."""
+    d = tl.arange(0, PADDED_D)[None, :]
+    partner = tl.where(d < D // 2, d + D // 2, d - D // 2)
+    inside = used & (d < D)
+    return tl.load(heads + d, mask=inside, other=0.0), tl.load(heads + partner, mask=inside, other=0.0)
+
+
+@triton.jit
+def load_angles(angles, used, D: tl.constexpr, PADDED_D: tl.constexpr):
+    """Cosines and sines (R, PADDED_D) from pointers (R, 1) to D / 2 cosines, which D / 2 sines follow."""
+    d = tl.arange(0, PADDED_D)[None, :]
+    inside = used & (d < D)
+    cos = tl.load(angles + d % (D // 2), mask=inside, other=0.0)
+    sin = tl.load(angles + D // 2 + d % (D // 2), mask=inside, other=0.0)
+    return cos, tl.where(d < D // 2, -sin, sin)
+
+
+@triton.jit
+def rotated(halves, weights, angles, eps, D: tl.constexpr, HAS_NORM: tl.constexpr):
+    """(R, PADDED_D) of the heads' dtype. halves: see `load_halves`. weights: the same of the norm's weights.
+    angles: see `load_angles`."""
+    own, other = halves
+    cos, sin = angles
+    a, b = own.to(tl.float32), other.to(tl.float32)
+    if HAS_NORM:
+        weight, other_weight = weights
+        scale = tl.rsqrt(tl.sum(a * a, 1) / D + eps)[:, None]
+        # Rounded where the plain torch version rounds.
+        a = (a * scale).to(own.dtype).to(tl.float32) * weight.to(tl.float32)
+        b = (b * scale).to(own.dtype).to(tl.float32) * other_weight.to(tl.float32)
+    return (a * cos + b * sin).to(own.dtype)
+
+
+@triton.jit
+def load_rotated(heads, used, weights, angles, eps, D: tl.constexpr, PADDED_D: tl.constexpr, HAS_NORM: tl.constexpr):
+    """(R, PADDED_D) of the heads' dtype.
+
+    heads, weights, angles: pointers (R, 1) to the first number of each head, of its norm's weights, and of its
+    position's cosines and sines. used: (R, 1); of other rows nothing is read, they become 0.
+    """
+    halves = load_halves(heads, used, D, PADDED_D)
+    norm = halves
+    if HAS_NORM:
+        norm = load_halves(weights, used, D, PADDED_D)
+    return rotated(halves, norm, load_angles(angles, used, D, PADDED_D), eps, D, HAS_NORM)
+
+
+# ---- context ---------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def nothing_seen(ROWS: tl.constexpr, PADDED_D: tl.constexpr):
+    """The state of so many rows before `attend`."""
+    lowest = tl.full((ROWS,), float("-inf"), tl.float32)
+    return lowest, tl.zeros((ROWS,), tl.float32), tl.zeros((ROWS, PADDED_D), tl.float32)
+
+
+@triton.jit
+def attend(state, query, key, value, visible, scale, MASKED: tl.constexpr):
+    """One more tile of context for each row of `query` (R, D).
+
+    state: highest score so far (R,), sum of the weights relative to it (R,), weighted values (R, D). key, value:
+    (C, D). visible: (R, C) or broadcast to it; each row has seen something already, or sees something now.
+    """
+    highest, total, weighted = state
+    scores = tl.dot(query, tl.trans(key), input_precision="ieee")
+    if MASKED:
+        scores = tl.where(visible, scores, float("-inf"))
+    new_highest = tl.maximum(highest, tl.max(scores, 1) * scale)
+    weights = tl.exp2(scores * scale - new_highest[:, None])
+    faded = tl.exp2(highest - new_highest)
+    weighted = weighted * faded[:, None]
+    weighted = tl.dot(weights.to(value.dtype), value, weighted, input_precision="ieee")
+    return new_highest, total * faded + tl.sum(weights, 1), weighted
+
+
+@triton.jit
+def paged(table, positions, inside, block_stride, D: tl.constexpr, PADDED_D: tl.constexpr, TOKEN: tl.constexpr,
+          BLOCK_SIZE: tl.constexpr):  # fmt: skip
+    """Places (C, PADDED_D) of these positions' keys of head 0 in a sequence's blocks, and which of them to read."""
+    d = tl.arange(0, PADDED_D)[None, :]
+    block = tl.load(table + positions // BLOCK_SIZE, mask=inside, other=0).to(tl.int64)
+    place = (block * block_stride + (positions % BLOCK_SIZE) * TOKEN)[:, None] + d
+    return place, inside[:, None] & (d < D)
+
+
+@triton.jit
+def attend_paged(
+    state, query, keys, table, first, last, block_stride, scale,
+    K: tl.constexpr, D: tl.constexpr, PADDED_D: tl.constexpr, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    """Positions [first, last) of a sequence, all visible, from the pool. keys: of its layer and this head, block 0."""
+    for start in tl.range(first, last, TILE, num_stages=STAGES):
+        positions = start + tl.arange(0, TILE)
+        inside = positions < last
+        place, read = paged(table, positions, inside, block_stride, D, PADDED_D, K * D, BLOCK_SIZE)
+        key = tl.load(keys + place, mask=read, other=0.0)
+        value = tl.load(keys + BLOCK_SIZE * K * D + place, mask=read, other=0.0)
+        state = attend(state, query, key, value, inside[None, :], scale, True)
+    return state

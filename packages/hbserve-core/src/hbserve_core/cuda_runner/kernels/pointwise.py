@@ -1,0 +1,117 @@
+"""Kernels that read and write rows, and compute next to nothing.
+
+They are a step's beginning and end, and what stands between products of cuBLAS: those of our own have it in them.
+
+    host_copy    a step's numbers to the device, and sampled tokens back
+    embed        token ids, some of them known to the device only, to rows of the embedding table
+    rms_norm     rows to normed rows
+    silu_mul     gate and up to silu(gate) * up
+Shapes: T rows of one step, E hidden_size, F intermediate_size, V vocab_size, C numbers to copy.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from hbserve_core.cuda_runner.kernels.dependent_launch import LAUNCH, begin, begin_step
+
+_COPY_BLOCK = 1024
+_MOST_COPIED = 1 << 18
+"""Numbers; more than these a copy engine moves faster."""
+
+
+@triton.jit(do_not_specialize=["count"])
+def _host_copy(source, target, count, BLOCK: tl.constexpr):
+    places = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(target + places, tl.load(source + places, mask=places < count), mask=places < count)
+
+
+def host_copy(target: torch.Tensor, source: torch.Tensor) -> None:
+    """Queue a copy of as many numbers of `source` as `target` (C,) has. One is on the device, the other one pinned.
+
+    A step is surrounded by two of them. A copy engine takes some 7 us for each, most of it to begin and to be waited
+    for; a kernel that reads or writes the host's memory itself takes 3. It begins when the one before has ended, and
+    lets none begin before it has: see `begin_step` in dependent_launch.py.
+    """
+    count = len(target)
+    if count > _MOST_COPIED:
+        target.copy_(source[:count], non_blocking=True)
+    elif count:
+        _host_copy[(triton.cdiv(count, _COPY_BLOCK),)](source, target, count, _COPY_BLOCK, num_warps=4)
+
+
+@triton.jit
+def _embed(ids, sources, sampled, table, first, num_tokens, out, SIZE: tl.constexpr, PADDED: tl.constexpr):
+    begin_step()  # it is the step's first kernel
+    row = tl.program_id(0)
+    source = tl.load(sources + row)
+    token = tl.load(ids + row)
+    if source >= 0:
+        token = tl.load(sampled + source)
+    token -= first
+    columns = tl.arange(0, PADDED)
+    size = tl.where((token >= 0) & (token < num_tokens), SIZE, 0)
+    values = tl.load(table + token.to(tl.int64) * SIZE + columns, mask=columns < size, other=0.0)
+    tl.store(out + row.to(tl.int64) * SIZE + columns, values, mask=columns < SIZE)
+
+
+def embed(
+    ids: torch.Tensor, sources: torch.Tensor, sampled: torch.Tensor, table: torch.Tensor, first_token: int = 0
+) -> torch.Tensor:
+    """(T, E) rows of `table` (V, E), which holds tokens from `first_token` on; zeros for others.
+
+    ids, sources: (T,) int32. Row t is token ids[t], or, where sources[t] is not negative, sampled[sources[t]]: what the
+    step before has sampled, and nobody has read yet. sampled: (R,) int32.
+    """
+    size = table.shape[1]
+    out = torch.empty((len(ids), size), dtype=table.dtype, device=table.device)
+    _embed[(len(ids),)](
+        ids, sources, sampled, table, first_token, len(table), out, size, triton.next_power_of_2(size), num_warps=4,
+        **LAUNCH,
+    )  # fmt: skip
+    return out
+
+
+@triton.jit
+def _rms_norm(x, weight, out, eps, SIZE: tl.constexpr, PADDED: tl.constexpr):
+    begin()
+    row = tl.program_id(0).to(tl.int64) * SIZE
+    columns = tl.arange(0, PADDED)
+    inside = columns < SIZE
+    given = tl.load(x + row + columns, mask=inside, other=0.0)
+    exact = given.to(tl.float32)
+    scale = tl.rsqrt(tl.sum(exact * exact, 0) / SIZE + eps)
+    normed = (exact * scale).to(given.dtype).to(tl.float32)
+    result = normed * tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + row + columns, result.to(given.dtype), mask=inside)
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """(T, E) of rows (T, E); weight: (E,)."""
+    rows, size = x.shape
+    out = torch.empty_like(x)
+    padded = triton.next_power_of_2(size)
+    _rms_norm[(rows,)](x, weight, out, eps, size, padded, num_warps=4 if padded <= 2048 else 8, **LAUNCH)
+    return out
+
+
+@triton.jit
+def _silu_mul(gate_up, out, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    begin()
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < SIZE
+    gate = tl.load(gate_up + row * 2 * SIZE + columns, mask=inside, other=0.0)
+    up = tl.load(gate_up + row * 2 * SIZE + SIZE + columns, mask=inside, other=0.0)
+    exact = gate.to(tl.float32)
+    activated = (exact / (1.0 + tl.exp(-exact))).to(gate.dtype)
+    tl.store(out + row * SIZE + columns, activated * up, mask=inside)
+
+
+def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
+    """(T, 2 F), gate then up, to (T, F)."""
+    rows, size = gate_up.shape[0], gate_up.shape[1] // 2
+    out = torch.empty((rows, size), dtype=gate_up.dtype, device=gate_up.device)
+    block = min(1024, triton.next_power_of_2(size))
+    _silu_mul[(rows, triton.cdiv(size, block))](gate_up, out, size, block, num_warps=4, **LAUNCH)
+    return out
