@@ -17,7 +17,7 @@ from hbserve_kv.config import KVTransferConfig
 from hbserve_kv.errors import TransferFailed
 from hbserve_kv.manager import KVTransferManager
 from hbserve_kv.protocol.transfer_state import Outcome
-from hbserve_kv.sending.transfer import OutgoingTransfer
+from hbserve_kv.sending.transfer import SendTransfer
 from hbserve_kv.testing.loopback import Faults, LoopbackNetwork
 
 NUM_BLOCKS, BLOCK_WORDS = 2048, 16
@@ -156,7 +156,7 @@ class Chaos:
             await asyncio.sleep(0.002 * self._dice.random())
         await self._finish(transfer)
 
-    async def _finish(self, transfer: OutgoingTransfer) -> None:
+    async def _finish(self, transfer: SendTransfer) -> None:
         if self._dice.random() < ABORT_SHARE / 2:
             outcome = await transfer.abort("chaos")
         else:

@@ -117,7 +117,7 @@ async def count_messages(sender, receiver, sent, num_parts, one_by_one):
     for block in range(num_parts):
         transfer.push([block], block)
         async with asyncio.timeout(20):
-            while one_by_one and transfer._num_parts <= block:
+            while one_by_one and transfer.state.legs[0].num_moved <= block:
                 await asyncio.sleep(0.001)
     assert (await transfer.commit()).num_parts == num_parts
     assert (await posted.wait()).outcome is Outcome.COMPLETED
@@ -295,7 +295,7 @@ async def test_parts_that_do_not_fit_end_their_link_and_tell_the_sender_why(pair
     transfer = await sender.open_send("t", posted.grant)
     transfer.push([5], 0)
     async with asyncio.timeout(20):
-        while not transfer._num_parts:
+        while not transfer.state.legs[0].num_moved:
             await asyncio.sleep(0.01)
     (link,) = receiver._receiver.links.connected
     await announce(receiver, PartsAnnounced(name, link, [AnnouncedPart(2, 1, 1), part]))

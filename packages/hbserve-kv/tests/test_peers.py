@@ -125,7 +125,7 @@ async def test_a_corrupted_block_fails_its_transfer_by_its_checksum(managers):
     transfer = await sender.open_send("t", posted.grant)
     transfer.push([4, 5, 6], 0)
     async with asyncio.timeout(20):
-        while transfer._num_parts == 0:
+        while transfer.state.legs[0].num_moved == 0:
             await asyncio.sleep(0.01)
     receiver._memory.pool[2, 7] ^= 1
     sent = await transfer.commit()

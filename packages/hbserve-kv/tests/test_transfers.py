@@ -48,9 +48,9 @@ async def test_a_commit_that_lacks_blocks_is_not_accepted_as_complete(managers):
     transfer.push([5], 0)
     transfer.push([6], 1)
     async with asyncio.timeout(20):
-        while transfer._num_parts < 2:
+        while transfer.state.legs[0].num_moved < 2:
             await asyncio.sleep(0.001)
-    transfer._num_pushed = transfer._num_begun = 7
+    transfer.state.legs[0].num_pushed = transfer.state.legs[0].num_begun = 7
     result = await transfer.commit()
     assert result.outcome is Outcome.FAILED_DRAINED
     assert "parts" in (await posted.wait()).error

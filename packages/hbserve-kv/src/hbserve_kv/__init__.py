@@ -25,8 +25,9 @@ from hbserve_kv.protocol.transfer_state import Outcome, TransferResult
 if TYPE_CHECKING:
     from hbserve_kv.manager import KVTransferManager
     from hbserve_kv.memory.shared_memory import shared_empty
+    from hbserve_kv.protocol.messages import join_grants
     from hbserve_kv.receiving.transfer import PostedReceive
-    from hbserve_kv.sending.transfer import OutgoingTransfer
+    from hbserve_kv.sending.transfer import OutgoingTransfer, SendTransfer
     from hbserve_kv.transports.base import DrainUnknown, Link, Part, Transport
 
 __all__ = [
@@ -48,11 +49,13 @@ __all__ = [
     "OutgoingTransfer",
     "Part",
     "PostedReceive",
+    "SendTransfer",
     "TransferFailed",
     "TransferResult",
     "TransferStats",
     "TransferTimeout",
     "Transport",
+    "join_grants",
     "shared_empty",
 ]
 
@@ -63,7 +66,9 @@ _NEED_TORCH = {
     "OutgoingTransfer": "sending.transfer",
     "Part": "transports.base",
     "PostedReceive": "receiving.transfer",
+    "SendTransfer": "sending.transfer",
     "Transport": "transports.base",
+    "join_grants": "protocol.messages",
     "shared_empty": "memory.shared_memory",
 }
 

@@ -15,14 +15,14 @@ from hbserve_kv.errors import TransferFailed
 from hbserve_kv.memory.heads import HeadRange
 from hbserve_kv.memory.memory import Memory, gather
 from hbserve_kv.protocol.handshake import Identity
-from hbserve_kv.protocol.messages import ALIVE, Alive, Begin, Grant, Nothing
+from hbserve_kv.protocol.messages import ALIVE, Alive, Begin, Grant, Nothing, read_grants
 from hbserve_kv.protocol.stats import LinkInfo, TransferStats
 from hbserve_kv.protocol.transfer_state import Outcome, TransferResult
 from hbserve_kv.receiving.lookup_buffer import LookupBuffer
 from hbserve_kv.receiving.receiver import Receiver
 from hbserve_kv.receiving.transfer import PostedReceive
 from hbserve_kv.sending.peers import Peers
-from hbserve_kv.sending.transfer import OutgoingTransfer
+from hbserve_kv.sending.transfer import SendTransfer
 from hbserve_kv.transports.base import Transport
 from hbserve_kv.transports.registry import make_transports
 from hbserve_rpc import RpcServer, parse_address
@@ -89,7 +89,8 @@ class KVTransferManager(KVTransferBase):
         self._server.serve(ALIVE, self._alive)
         self._peers = Peers(me, lambda: self.address, self._transports, config.timeout_s)
         self._addresses: dict[int, str] = {}
-        self._outgoing: set[OutgoingTransfer] = set()
+        self._outgoing: set[SendTransfer] = set()
+        """Until their receivers know how they ended."""
         self._sent = self._received = self._failed = 0
         self._busy_time_s = 0.0
         self._closed = False
@@ -121,12 +122,14 @@ class KVTransferManager(KVTransferBase):
         if self._closed:
             return
         self._closed = True
-        ending = [asyncio.ensure_future(transfer.abort("the sender was closed")) for transfer in self._outgoing]
-        if ending:
-            await asyncio.wait(ending, timeout=GOODBYE_TIMEOUT_S)
+        outgoing = list(self._outgoing)
+        for transfer in outgoing:
+            transfer.state.fail("the sender was closed")
+        if outgoing:
+            await asyncio.wait([transfer.result for transfer in outgoing], timeout=GOODBYE_TIMEOUT_S)
         # Those that still wait for an answer of their peer do so no longer than there is a connection to it.
         await self._peers.close()
-        await asyncio.gather(*ending)
+        await asyncio.gather(*(task for transfer in outgoing for task in transfer.tasks))
         await self._receiver.say_goodbye()
         await self._server.stop()
         await self._receiver.close()
@@ -159,40 +162,34 @@ class KVTransferManager(KVTransferBase):
         grant = Grant(transfer_id, self.address, self.epoch, self.heads)
         return PostedReceive(transfer, msgspec.msgpack.encode(grant))
 
-    async def open_send(self, transfer_id: str, grant: bytes) -> OutgoingTransfer:
+    async def open_send(self, transfer_id: str, grant: bytes | Sequence[bytes]) -> SendTransfer:
         """Begin the transfer that `grant` allows; connects to its receiver if need be.
+
+        Of a receiver under tensor parallelism, `grant` is those of all its ranks, in a list or joined by `join_grants`.
+        Those that want heads of this rank get them: all accept the transfer, or none.
 
         Raises:
             FingerprintMismatch: the receiver's KV means something else.
             TransferFailed: the receiver is not there, was restarted, or has given the transfer up.
         """
-        wanted = msgspec.msgpack.decode(grant, type=Grant)
-        return await self._open(wanted.address, wanted.epoch, Begin(transfer_id, link=""))
+        grants = [each for one in ([grant] if isinstance(grant, bytes) else grant) for each in read_grants(one)]
+        # If none is for this rank, the first receiver says in its refusal what both have.
+        mine = [each for each in grants if self.heads.common(each.heads)] or grants[:1]
+        return await self._open(Begin(transfer_id, link=""), [(each.address, each.epoch) for each in mine])
 
     def concerns(self, grant: bytes) -> bool:
-        """Whether this rank holds heads that the grant's rank wants: under tensor parallelism, not every pair does."""
-        return self.heads.common(msgspec.msgpack.decode(grant, type=Grant).heads) is not None
+        """Whether this rank holds heads that the grant is for: under tensor parallelism, not every pair does."""
+        return any(self.heads.common(each.heads) for each in read_grants(grant))
 
-    async def _open(self, address: str, epoch: str, begin: Begin) -> OutgoingTransfer:
+    async def _open(self, begin: Begin, receivers: Sequence[tuple[str, str]]) -> SendTransfer:
         if self._closed:
             raise TransferFailed(f"transfer {begin.transfer_id}: this manager is closed")
-        try:
-            connection = await self._peers.connection(address, epoch)
-        except TransferFailed as error:
-            raise TransferFailed(f"transfer {begin.transfer_id}: {error}") from error
-        begin = msgspec.structs.replace(begin, link=connection.link.key)
-        transfer = OutgoingTransfer(
-            connection, begin, self._memory, "pool" if begin.num_bytes is None else "arena", self._ended
-        )
-        await transfer.open()
+        transfer = SendTransfer(begin, self._memory, self._peers, receivers)
         self._outgoing.add(transfer)
+        asyncio.gather(*transfer.tasks).add_done_callback(lambda _: self._outgoing.discard(transfer))
+        await transfer.open()
+        transfer.result.add_done_callback(lambda done: self._count_sent(done.result()))
         return transfer
-
-    def _ended(self, transfer: OutgoingTransfer, result: TransferResult) -> None:
-        self._outgoing.discard(transfer)
-        self._sent += result.num_bytes
-        self._busy_time_s += result.time_s
-        self._failed += result.outcome is not Outcome.COMPLETED
 
     # ---- whole tensors -------------------------------------------------------------------------------------------
 
@@ -216,7 +213,7 @@ class KVTransferManager(KVTransferBase):
             for i, block_id in enumerate(block_ids):
                 piece = flat[i * self._memory.block_bytes : (i + 1) * self._memory.block_bytes]
                 self._memory.arena[block_id, : piece.numel()].copy_(piece)
-            transfer = await self._open(self._addresses[target_rank], "", Begin(request_id, "", flat.numel()))
+            transfer = await self._open(Begin(request_id, "", flat.numel()), [(self._addresses[target_rank], "")])
             transfer.push(block_ids, 0)
             shape = _Shape(str(kv_buffer.dtype).removeprefix("torch."), list(kv_buffer.shape))
             result = await transfer.commit(msgspec.msgpack.encode(shape))
@@ -246,6 +243,11 @@ class KVTransferManager(KVTransferBase):
 
     # ---- figures -------------------------------------------------------------------------------------------------
 
+    def _count_sent(self, result: TransferResult) -> None:
+        self._sent += result.num_bytes
+        self._busy_time_s += result.time_s
+        self._failed += result.outcome is not Outcome.COMPLETED
+
     def _count_received(self, result: TransferResult) -> None:
         self._received += result.num_bytes
         self._busy_time_s += result.time_s
@@ -253,7 +255,7 @@ class KVTransferManager(KVTransferBase):
 
     def stats(self) -> TransferStats:
         return TransferStats(
-            active_transfers=len(self._receiver.transfers) + len(self._outgoing),
+            active_transfers=len(self._receiver.transfers) + sum(not each.result.done() for each in self._outgoing),
             buffered_bytes=self._memory.buffered_bytes,
             num_quarantined=len(self._receiver.quarantine),
             quarantined_blocks=self._receiver.quarantine.num_blocks,

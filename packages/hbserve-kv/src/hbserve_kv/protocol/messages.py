@@ -16,6 +16,7 @@ What was announced is sent, and what is sent over a two-sided transport must be 
 take ends the link. It says why by Cancelled, and ends the stream, so that the sender ends a send that nobody takes.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -36,6 +37,17 @@ class Grant(msgspec.Struct, frozen=True, tag=True):
     epoch: str
     heads: HeadRange
     """KV heads that the receiver's blocks hold."""
+
+
+def join_grants(grants: Sequence[bytes]) -> bytes:
+    """One grant for what several ranks receive together."""
+    return msgspec.msgpack.encode([msgspec.Raw(grant) for grant in grants])
+
+
+def read_grants(grant: bytes) -> list[Grant]:
+    """Of one rank, or of several."""
+    found = msgspec.msgpack.decode(grant, type=Grant | list[Grant])
+    return found if isinstance(found, list) else [found]
 
 
 class Handshake(msgspec.Struct, frozen=True, tag=True):

@@ -1,25 +1,168 @@
-"""The sending end of a link: one life of the connection to one peer."""
+"""The sending end of a link: one life of the connection to one peer, and the legs of transfers that go over it."""
 
 import asyncio
 import contextlib
 import logging
 import time
-import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from hbserve_kv.errors import FingerprintMismatch, TransferFailed
+import msgspec
+
+from hbserve_kv.memory.memory import Memory
 from hbserve_kv.protocol import messages
-from hbserve_kv.protocol.handshake import Identity
-from hbserve_kv.protocol.messages import Abandon, AnnouncedPart, Cancelled, Handshake, LinkReply, PartsAnnounced
+from hbserve_kv.protocol.checksum import link_checksums
+from hbserve_kv.protocol.messages import (
+    Abandon,
+    Accepted,
+    AnnouncedPart,
+    Begin,
+    Cancelled,
+    Commit,
+    LinkReply,
+    PartsAnnounced,
+)
+from hbserve_kv.sending.state import Phase, SendState
 from hbserve_kv.transports.base import DrainUnknown, Link, Part, Transport
-from hbserve_rpc import HBServeRpcError, InvalidAddress, RpcClient, RpcStream
+from hbserve_rpc import HBServeRpcError, InvalidRequest, RpcClient, RpcStream
 
 logger = logging.getLogger(__name__)
 
+MAX_ANNOUNCED_PARTS = 16
+DRAIN_PATIENCE_S = 2.0
+"""How long a part may go on after its connection was lost, as Mooncake's may for a minute, before its transfer is
+UNKNOWN."""
+CAUSE_PATIENCE_S = 0.2
+"""How long a push that fails waits for the better cause, which comes over another connection."""
+
+
+class Leg:
+    """What one transfer sends over one connection. Leg `number` of `state`; its life is one task, `run`."""
+
+    def __init__(self, connection: "Connection", number: int, state: SendState, begin: Begin, memory: Memory) -> None:
+        heads = connection.link.heads
+        self.connection = connection
+        self.number = number
+        self.state = state
+        self.begin = msgspec.structs.replace(begin, link=connection.link.key)
+        self.target: Accepted
+        """Set when the receiver accepts."""
+        self.parts: deque[tuple[Part, AnnouncedPart]] = deque()
+        """Pushed, and not begun yet."""
+        self.block_bytes = memory.block_bytes // memory.num_heads * (heads.count if heads else memory.num_heads)
+        """Of one block, as much as goes over this link."""
+        self.num_blocks_pushed = self.num_blocks_moved = 0
+        self.time_s = 0.0
+        """In which parts were moving."""
+        self._memory = memory
+        self._checksums: dict[int, int] = {}
+        self._has_changed = asyncio.Event()
+        self._handing_over: asyncio.Timeout | None = None
+
+    def wake(self) -> None:
+        """Something has changed that `run` may wait for."""
+        self._has_changed.set()
+        if self.state.failed and self._handing_over is not None:
+            self._handing_over.reschedule(0)
+            self._handing_over = None
+
+    async def _until(self, condition: Callable[[], object]) -> None:
+        while not condition():
+            self._has_changed.clear()
+            await self._has_changed.wait()
+
+    async def run(self) -> None:
+        """From BEGIN to the last word to the receiver."""
+        legs, name = self.connection.legs, self.begin.transfer_id
+        if name in legs:
+            self.state.fail(f"one to {self.connection.client.address} is under way already")
+        if self.state.failed:  # perhaps while it was being connected
+            return
+        legs[name] = self
+        if await self._hand_over():
+            await self._drain()
+        self.connection.forget(name)
+
+    async def _hand_over(self) -> bool:
+        """BEGIN and, once all parts are on their way, COMMIT; cut short when the transfer fails. Returns whether the
+        receiver may have begun it."""
+        state = self.state
+        try:
+            async with asyncio.timeout(None) as self._handing_over:
+                try:
+                    await self._begin()
+                    await self._until(lambda: state.may_commit(self.number))
+                    await self._commit()
+                finally:
+                    self._handing_over = None
+        except Exception as error:
+            is_refused = state.phase is Phase.OPENING and isinstance(error, InvalidRequest)
+            what = "commit: " if state.phase is Phase.COMMITTING else ""
+            state.fail(f"{what}{error}", self.number, error)
+            return not is_refused
+        return True
+
+    async def _begin(self) -> None:
+        connection = self.connection
+        # The receiver waits for room in its lookup buffer for no longer than its own deadline.
+        timeout_s = 2 * connection.timeout_s
+        self.target = await connection.client.call(messages.BEGIN, self.begin, timeout_s=timeout_s)
+        self.state.accept(self.number, one_sided=connection.transport.one_sided)
+
+    async def _commit(self) -> None:
+        num_parts, num_bytes = self.state.legs[self.number].num_pushed, self.num_blocks_pushed * self.block_bytes
+        message = Commit(
+            self.begin.transfer_id,
+            self.begin.link,
+            num_parts,
+            num_bytes,
+            self.time_s,
+            self.state.payload,
+            self._checksums,
+        )
+        # The receiver answers when all parts have landed, and gives each its own deadline.
+        timeout_s = self.connection.timeout_s * (2 + num_parts)
+        await self.connection.client.call(messages.COMMIT, message, timeout_s=timeout_s)
+        self.state.acknowledge(self.number)
+
+    async def _drain(self) -> None:
+        """Wait until nothing is read for this leg any more. If it has failed its receiver is told so, and before also
+        that it is not known yet."""
+        connection, mine, name = self.connection, self.state.legs[self.number], self.begin.transfer_id
+
+        def is_over() -> bool:
+            return mine.is_quiet or connection.quiet.is_set()
+
+        if not mine.acknowledged:
+            await self._until(lambda: mine.is_quiet or connection.lost)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(DRAIN_PATIENCE_S):
+                    await self._until(is_over)
+            if not is_over():
+                self.state.give_up()
+                await connection.abandon(name, self.state.cause, drained=False)
+        await self._until(is_over)
+        may_be_buffered = not mine.is_quiet
+        self.state.close(self.number)
+        if not mine.acknowledged:
+            await connection.abandon(name, self.state.cause, drained=True, may_be_buffered=may_be_buffered)
+
+    async def note_checksums(self, parts: Sequence[tuple[Part, AnnouncedPart]]) -> None:
+        """For the commit, if the receiver wants them."""
+        if not self.target.checksum:
+            return
+        link = self.connection.link
+        try:
+            for part, what in parts:
+                numbers = await link.run(link_checksums, self._memory, link, part.region, part.block_ids, part.ready)
+                self._checksums.update(zip(range(what.first, what.end), numbers, strict=True))
+        except Exception as error:  # the device's, for example
+            self.state.fail(f"checksum: {type(error).__name__}: {error}", self.number, error)
+
 
 class Connection:
-    """Made by `connect`, lost once and never used again. The parts of all transfers to the peer go over it in order."""
+    """Lost once and never used again. The parts of all transfers to the peer go over it one after the other."""
 
     def __init__(
         self,
@@ -37,16 +180,17 @@ class Connection:
         self.epoch = reply.epoch
         self.lost = ""
         """Why it is of no use any more; "" while it is."""
-        self.is_lost = asyncio.Event()
         self.quiet = asyncio.Event()
         """Set some time after it was lost: this side reads and writes nothing of it any more."""
-        self.transfers: dict[str, Callable[[str], None]] = {}
-        """Called with the reason when the receiver gives a transfer up, or the connection is lost."""
+        self.legs: dict[str, Leg] = {}
+        """By transfer id, until the receiver knows how they ended."""
+        self.turns: asyncio.Queue[Leg | None] = asyncio.Queue()
+        """Each leg that has parts, once; None after the loss."""
         self.on_lost: Callable[[], None] = lambda: None
         self._stream = stream
-        self._in_order = asyncio.Lock()
         self._idle = asyncio.Event()
         self._listening = asyncio.create_task(self._listen())
+        self._moving = asyncio.create_task(self._move_parts())
         self._closing: asyncio.Task[None] | None = None
         self._peer_knows = False
         """The receiver ended the link, so there is nothing to tell it."""
@@ -54,57 +198,62 @@ class Connection:
     async def _listen(self) -> None:
         try:
             async for item in self._stream:
-                if isinstance(item, Cancelled) and item.transfer_id in self.transfers:
-                    self.transfers[item.transfer_id](f"cancelled by the receiver: {item.reason}")
+                if isinstance(item, Cancelled) and (leg := self.legs.get(item.transfer_id)):
+                    leg.state.fail(f"cancelled by the receiver: {item.reason}", leg.number)
             self._peer_knows = True
             self.lose(f"{self.client.address} closed the link")
         except HBServeRpcError as error:
             self.lose(str(error))
 
-    async def move(
-        self, transfer_id: str, parts: Sequence[Part], announced: Sequence[AnnouncedPart], on_begin: Callable[[], None]
-    ) -> float:
-        """Move parts, after those before them; returns the seconds that it took, without waiting for those. Over a
-        two-sided transport they may land a little later: see COMMIT. `on_begin` is called when it is their turn, and
-        they are announced.
+    async def _move_parts(self) -> None:
+        """Move what the legs have, in turn: each leg's parts in the order of their pushes.
 
-        Raises:
-            Exception: what `Transport.push` raised, or why the connection was lost. It is lost by a part that may still
-                move, and if the two sides may disagree on what was sent.
+        Over a two-sided transport they are announced first, several in one message, and may land a little later than
+        this says: see COMMIT. A part that may go on after it has failed loses the connection, and so does any if the
+        two sides may disagree on what was sent.
         """
-        async with self._in_order:
-            if self.lost:
-                raise TransferFailed(self.lost)
+        is_announced = not self.transport.one_sided
+        while (leg := await self.turns.get()) is not None and not self.lost:
+            state, most = leg.state, MAX_ANNOUNCED_PARTS if is_announced else 1
+            parts = [leg.parts.popleft() for _ in range(min(most, len(leg.parts)))]
+            if leg.parts:
+                self.turns.put_nowait(leg)
+            await leg.note_checksums(parts)
+            if not state.begin_parts(leg.number, len(parts)):
+                continue
             began_s = time.monotonic()
-            push = self.transport.push if self.transport.one_sided else self._push_to_taker
             try:
-                if not self.transport.one_sided:
-                    message = PartsAnnounced(transfer_id, self.link.key, list(announced))
-                    self.client.notify(messages.PARTS, message)
-                on_begin()
-                for part in parts:
-                    await push(self.link, part)
-            except BaseException as error:
-                if not self.transport.one_sided or isinstance(error, DrainUnknown):
-                    self.lose(f"the link broke: {error or type(error).__name__}")
-                raise
-            return time.monotonic() - began_s
+                if is_announced:
+                    what = PartsAnnounced(leg.begin.transfer_id, self.link.key, [what for _, what in parts])
+                    self.client.notify(messages.PARTS, what)
+                for part, _ in parts:
+                    with self._deadline(part) if is_announced else contextlib.nullcontext():
+                        await self.transport.push(self.link, part)
+            except (Exception, asyncio.CancelledError) as error:  # whatever a backend raises; or the loss, see `lose`
+                may_go_on = isinstance(error, DrainUnknown)
+                if is_announced and not self.lost:  # by the receiver, which is about to say why
+                    await asyncio.wait([self._listening], timeout=CAUSE_PATIENCE_S)
+                if is_announced or may_go_on:
+                    self.lose(f"the link broke: {str(error) or type(error).__name__}")
+                cause = f"part {parts[0][0].index}: {type(error).__name__}: {error}"
+                state.end_parts(leg.number, len(parts), cause, may_go_on=may_go_on)
+            else:
+                leg.time_s += time.monotonic() - began_s
+                leg.num_blocks_moved += sum(len(part.block_ids) for part, _ in parts)
+                state.end_parts(leg.number, len(parts))
 
-    async def _push_to_taker(self, link: Link, part: Part) -> None:
-        """Push, until the connection is lost: then nobody takes it any more."""
-        pushing = asyncio.ensure_future(self.transport.push(link, part))
-        losing = asyncio.ensure_future(self.is_lost.wait())
-        timeout_s = 2 * self.timeout_s  # the receiver gives a part half of it, and then says so
+    @contextlib.contextmanager
+    def _deadline(self, part: Part) -> Iterator[None]:
+        """The receiver gives a part half of this time, and then says so."""
+        timeout_s = 2 * self.timeout_s
+        late = f"part {part.index} was not taken within {timeout_s:.3g} s"
+        handle = asyncio.get_running_loop().call_later(timeout_s, self.lose, late)
         try:
-            await asyncio.wait([pushing, losing], timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
-            if not pushing.done():
-                self.lose(f"part {part.index} was not taken within {timeout_s:.3g} s")
-                raise TransferFailed(self.lost)
-            await pushing
+            yield
         finally:
-            losing.cancel()
-            pushing.cancel()
-            await asyncio.wait([pushing])
+            handle.cancel()
+        if self.lost:  # and the backend has ignored that it was cancelled
+            raise ConnectionError(self.lost)
 
     async def abandon(self, transfer_id: str, reason: str, *, drained: bool, may_be_buffered: bool = False) -> None:
         """Tell the receiver that a transfer has failed. If it does not answer it will find out by itself."""
@@ -118,8 +267,8 @@ class Connection:
 
     def forget(self, transfer_id: str) -> None:
         """The transfer has ended, and the receiver knows."""
-        self.transfers.pop(transfer_id, None)
-        if self.lost and not self.transfers:
+        del self.legs[transfer_id]
+        if self.lost and not self.legs:
             self._idle.set()
 
     def lose(self, why: str) -> None:
@@ -127,17 +276,23 @@ class Connection:
         if self.lost:
             return
         self.lost = why
-        self.is_lost.set()
         self._closing = asyncio.create_task(self._close())
         self.on_lost()
-        for cancel in list(self.transfers.values()):
-            cancel(why)
-        if not self.transfers:
+        if self.transport.one_sided:
+            self.turns.put_nowait(None)
+        else:
+            self._moving.cancel()  # nobody takes what it pushes
+        for leg in list(self.legs.values()):
+            leg.state.fail(why, leg.number)
+            leg.wake()
+        if not self.legs:
             self._idle.set()
 
     async def _close(self) -> None:
         await disconnect(self.transport, self.link)
         self.quiet.set()
+        for leg in self.legs.values():
+            leg.wake()
         # The receiver hears how each transfer ended before it hears that the link has.
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(2 * self.timeout_s):
@@ -159,59 +314,6 @@ class Connection:
         await self.client.close()
 
 
-async def connect(
-    address: str, me: Identity, my_address: str, transports: Mapping[str, Transport], timeout_s: float
-) -> Connection:
-    """Connect by the best transport of both sides. If that fails when it is tried, the next best is.
-
-    Raises:
-        FingerprintMismatch: the peer's KV means something else.
-        TransferFailed: the peer does not answer, or no transport reaches it.
-    """
-    offers = dict(transports)
-    while True:
-        client = _client(address, timeout_s)
-        await client.start()
-        try:
-            stream, reply, link = await _shake_hands(client, me, my_address, offers, timeout_s)
-            transport = offers.pop(reply.transport)
-            error = await _try_transport(transport, link, timeout_s)
-        except BaseException:
-            await client.close()
-            raise
-        if error is None:
-            passed_over = "".join(f"; not {name}: {reason}" for name, reason in reply.passed_over.items())
-            logger.info("link to %s: %s%s%s", address, transport.name, link.detail and f", {link.detail}", passed_over)
-            return Connection(client, stream, reply, link, transport, timeout_s)
-        await stream.aclose()
-        await client.close()
-        if not offers:
-            raise TransferFailed(f"no connection to {address} by {transport.name}: {error}") from error
-        logger.warning("no connection to %s by %s, next is %s: %s", address, transport.name, next(iter(offers)), error)
-
-
-def _client(address: str, timeout_s: float) -> RpcClient:
-    try:
-        return RpcClient(address, heartbeat_interval_s=min(2.0, timeout_s / 4), heartbeat_timeout_s=timeout_s)
-    except InvalidAddress as error:  # it came in a grant
-        raise TransferFailed(f"no connection to {error}") from error
-
-
-async def _try_transport(transport: Transport, link: Link, timeout_s: float) -> Exception | None:
-    try:
-        async with asyncio.timeout(timeout_s):
-            await transport.connect(link)
-    except TimeoutError as error:
-        await disconnect(transport, link)
-        return TransferFailed(str(error) or f"it does not answer within {timeout_s:.3g} s")
-    except BaseException as error:
-        await disconnect(transport, link)
-        if isinstance(error, Exception):  # whatever a backend raised
-            return error
-        raise
-    return None
-
-
 async def disconnect(transport: Transport, link: Link) -> None:
     """`Transport.disconnect`, and the link's thread. What goes wrong is logged: there is nobody to tell."""
     try:
@@ -219,40 +321,3 @@ async def disconnect(transport: Transport, link: Link) -> None:
     except Exception:
         logger.exception("disconnecting a link of %s failed", transport.name)
     link.executor.shutdown(wait=False)
-
-
-async def _shake_hands(
-    client: RpcClient, me: Identity, my_address: str, offers: Mapping[str, Transport], timeout_s: float
-) -> tuple[RpcStream[Any], LinkReply, Link]:
-    hello = Handshake(
-        messages.PROTOCOL_VERSION,
-        me.rank,
-        me.epoch,
-        my_address,
-        me.fingerprint,
-        me.heads,
-        {name: transport.describe() for name, transport in offers.items()},
-        uuid.uuid4().hex,
-    )
-    stream = client.stream(messages.LINK, hello)
-    try:
-        async with asyncio.timeout(timeout_s):
-            reply: LinkReply = await anext(stream)
-    except TimeoutError:
-        raise TransferFailed(f"no connection to {client.address}: no answer within {timeout_s} s") from None
-    except (HBServeRpcError, StopAsyncIteration) as error:
-        if FingerprintMismatch.__name__ in str(error):
-            raise FingerprintMismatch(f"{client.address} refuses: {error}") from error
-        raise TransferFailed(f"no connection to {client.address}: {error or 'the link was closed'}") from error
-    common = me.heads.common(reply.heads)
-    assert common is not None, "the receiver has checked it"
-    link = Link(
-        hello.link,
-        is_sender=True,
-        peer_rank=reply.rank,
-        peer_description=reply.description,
-        heads=common.slice_in(me.heads),
-        peer_heads=common.slice_in(reply.heads),
-        peer_num_heads=reply.heads.count,
-    )
-    return stream, reply, link

@@ -1,17 +1,23 @@
 """The peers that one instance sends to: they come, go, are restarted and freeze, each without touching the others."""
 
 import asyncio
+import logging
 import time
+import uuid
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from hbserve_kv.config import GOODBYE_TIMEOUT_S
 from hbserve_kv.errors import FingerprintMismatch, TransferFailed
 from hbserve_kv.protocol import messages
 from hbserve_kv.protocol.handshake import Identity
+from hbserve_kv.protocol.messages import Handshake, LinkReply
 from hbserve_kv.sending.breaker import Breaker
-from hbserve_kv.sending.connection import Connection, connect
-from hbserve_kv.transports.base import Transport
-from hbserve_rpc import HBServeRpcError
+from hbserve_kv.sending.connection import Connection, disconnect
+from hbserve_kv.transports.base import Link, Transport
+from hbserve_rpc import HBServeRpcError, InvalidAddress, RpcClient, RpcStream
+
+logger = logging.getLogger(__name__)
 
 
 class Peers:
@@ -127,3 +133,93 @@ class Peers:
             await asyncio.wait(closing, timeout=GOODBYE_TIMEOUT_S)
             await asyncio.gather(*(connection.hang_up() for task, connection in closing.items() if not task.done()))
         await asyncio.gather(*closing, return_exceptions=True)
+
+
+async def connect(
+    address: str, me: Identity, my_address: str, transports: Mapping[str, Transport], timeout_s: float
+) -> Connection:
+    """Connect by the best transport of both sides. If that fails when it is tried, the next best is.
+
+    Raises:
+        FingerprintMismatch: the peer's KV means something else.
+        TransferFailed: the peer does not answer, or no transport reaches it.
+    """
+    offers = dict(transports)
+    while True:
+        client = _client(address, timeout_s)
+        await client.start()
+        try:
+            stream, reply, link = await _shake_hands(client, me, my_address, offers, timeout_s)
+            transport = offers.pop(reply.transport)
+            error = await _try_transport(transport, link, timeout_s)
+        except BaseException:
+            await client.close()
+            raise
+        if error is None:
+            passed_over = "".join(f"; not {name}: {reason}" for name, reason in reply.passed_over.items())
+            logger.info("link to %s: %s%s%s", address, transport.name, link.detail and f", {link.detail}", passed_over)
+            return Connection(client, stream, reply, link, transport, timeout_s)
+        await stream.aclose()
+        await client.close()
+        if not offers:
+            raise TransferFailed(f"no connection to {address} by {transport.name}: {error}") from error
+        logger.warning("no connection to %s by %s, next is %s: %s", address, transport.name, next(iter(offers)), error)
+
+
+def _client(address: str, timeout_s: float) -> RpcClient:
+    try:
+        return RpcClient(address, heartbeat_interval_s=min(2.0, timeout_s / 4), heartbeat_timeout_s=timeout_s)
+    except InvalidAddress as error:  # it came in a grant
+        raise TransferFailed(f"no connection to {error}") from error
+
+
+async def _try_transport(transport: Transport, link: Link, timeout_s: float) -> Exception | None:
+    try:
+        async with asyncio.timeout(timeout_s):
+            await transport.connect(link)
+    except TimeoutError as error:
+        await disconnect(transport, link)
+        return TransferFailed(str(error) or f"it does not answer within {timeout_s:.3g} s")
+    except BaseException as error:
+        await disconnect(transport, link)
+        if isinstance(error, Exception):  # whatever a backend raised
+            return error
+        raise
+    return None
+
+
+async def _shake_hands(
+    client: RpcClient, me: Identity, my_address: str, offers: Mapping[str, Transport], timeout_s: float
+) -> tuple[RpcStream[Any], LinkReply, Link]:
+    hello = Handshake(
+        messages.PROTOCOL_VERSION,
+        me.rank,
+        me.epoch,
+        my_address,
+        me.fingerprint,
+        me.heads,
+        {name: transport.describe() for name, transport in offers.items()},
+        uuid.uuid4().hex,
+    )
+    stream = client.stream(messages.LINK, hello)
+    try:
+        async with asyncio.timeout(timeout_s):
+            reply: LinkReply = await anext(stream)
+    except TimeoutError:
+        raise TransferFailed(f"no connection to {client.address}: no answer within {timeout_s} s") from None
+    except (HBServeRpcError, StopAsyncIteration) as error:
+        if FingerprintMismatch.__name__ in str(error):
+            raise FingerprintMismatch(f"{client.address} refuses: {error}") from error
+        raise TransferFailed(f"no connection to {client.address}: {error or 'the link was closed'}") from error
+    common = me.heads.common(reply.heads)
+    assert common is not None, "the receiver has checked it"
+    link = Link(
+        hello.link,
+        is_sender=True,
+        peer_rank=reply.rank,
+        peer_description=reply.description,
+        heads=common.slice_in(me.heads),
+        peer_heads=common.slice_in(reply.heads),
+        peer_num_heads=reply.heads.count,
+    )
+    return stream, reply, link
