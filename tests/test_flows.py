@@ -27,24 +27,29 @@ def files(*folders: str) -> set[str]:
 
 
 ENGINE = "hbserve_core/engine: batch_scheduler block_manager engine outputs request_limits runner sequence"
-LAYERS = "hbserve_core/model: linear norm rank_group rope"
+LAYERS = "hbserve_core/model: layers rank_group rope"
 FLOWS = {
     "cuda step": files(
         ENGINE,
         LAYERS,
-        "hbserve_core/cuda_runner: decoder graphs products runner split_kv step_buffer step_packer",
-        "hbserve_core/cuda_runner/kernels: decode_attention dependent_launch embedding gated host_copy norm",
-        "hbserve_core/cuda_runner/kernels: prefill_attention rotation sampling skinny_linear small_linear store_kv",
+        "hbserve_core/cuda_runner: decoder products runner step_packer",
+        "hbserve_core/cuda_runner/kernels: attention_parts decode_attention dependent_launch few_rows_linear",
+        "hbserve_core/cuda_runner/kernels: pointwise prefill_attention sampling",
     ),
-    "step": files(ENGINE, LAYERS, "hbserve_core/torch_runner: attention batch decoder runner sampler"),
+    "step": files(
+        ENGINE,
+        LAYERS,
+        "hbserve_core/model: linear",
+        "hbserve_core/torch_runner: attention batch decoder runner sampler",
+    ),
     "transfer": files(
         "hbserve_core/instance: handover",
         "hbserve_core/transfers: instance_transfers joint_transfer rank_transfers",
         "hbserve_kv: manager",
         "hbserve_kv/memory: heads memory",
         "hbserve_kv/protocol: handshake messages transfer_state",
-        "hbserve_kv/receiving: links parts quarantine receiver transfer",
-        "hbserve_kv/sending: connection peers transfer",
+        "hbserve_kv/receiving: links quarantine receiver transfer",
+        "hbserve_kv/sending: connection peers state transfer",
         "hbserve_kv/transports: base nccl",
         "hbserve_rpc: address client message_socket server wire",
     ),
@@ -56,7 +61,7 @@ FLOWS = {
 instances; a request that meets no error. All with one rank."""
 LOADING = files("hbserve_core/model: loaded_model model_config weights")
 """Called before a runner's first step."""
-MOST_FILES = {"cuda step": 30, "step": 16, "transfer": 25, "scheduling": 9}
+MOST_FILES = {"cuda step": 21, "step": 16, "transfer": 25, "scheduling": 9}
 
 
 @pytest.fixture(scope="module")
