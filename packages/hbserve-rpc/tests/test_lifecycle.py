@@ -52,7 +52,7 @@ def serve():
     yield serve
     for process in processes:
         process.kill()
-        process.wait(timeout=30)
+        process.communicate(timeout=30)  # closes its pipe too
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])

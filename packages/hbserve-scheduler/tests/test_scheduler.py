@@ -1,6 +1,7 @@
 """What CpuScheduler asks of instances, in which order, and what its clients read."""
 
 import asyncio
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -8,6 +9,7 @@ import pytest
 from hbserve_rpc import InvalidRequest, Overloaded, SamplingParams
 from hbserve_rpc.messages import GenerateRequest, RequestFinished, TokenEvent
 from hbserve_scheduler import CpuScheduler, RequestFailed
+from hbserve_scheduler.request import ScheduledRequest
 
 # ---- the flow of one request -------------------------------------------------------------------------------------
 
@@ -410,3 +412,12 @@ async def test_stop_after_the_last_token_aborts_nothing(make_scheduler, pair, as
     assert (await collect(events))[1].finish_reason == "length"
     stats = scheduler.stats()
     assert (stats.completed_requests, stats.aborted_requests) == (1, 0)
+
+
+def test_the_times_of_a_request_are_of_its_submission_and_its_tokens(ask, monkeypatch):
+    entry = ScheduledRequest(ask(), submitted_s=10, started_s=12, first_token_s=13, output=[100, 101, 102, 103])
+    monkeypatch.setattr("hbserve_scheduler.request.time", SimpleNamespace(monotonic=lambda: 19.0))
+    entry.finish("length")
+    end = entry.events.get_nowait()
+    # Three tokens come after the first, in six seconds.
+    assert (end.queue_time_s, end.ttft_s, end.tpot_s, end.e2e_s) == (2, 3, 2, 9)

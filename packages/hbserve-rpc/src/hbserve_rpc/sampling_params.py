@@ -1,4 +1,4 @@
-"""How the next token of one request is chosen, and when the request ends."""
+"""The rules by which the next token of one request is chosen, and by which the request ends."""
 
 import contextlib
 import math

@@ -1,4 +1,4 @@
-"""What travels between an RpcClient and an RpcServer: an envelope and a body, one ZeroMQ frame each.
+"""Frames between an RpcClient and an RpcServer: an envelope and a body, one ZeroMQ frame each.
 
     client                                     server
       Hello(version)             ──────▶

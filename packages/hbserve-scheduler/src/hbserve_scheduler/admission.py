@@ -1,4 +1,4 @@
-"""Whether a request can ever run, and whether there is room for another."""
+"""Admission of requests: a check that one can ever run, and a place to wait for room."""
 
 import asyncio
 from collections.abc import Callable, Sequence

@@ -1,4 +1,4 @@
-"""What a deployment is configured with. One struct for each section of the YAML file, with the same names.
+"""Settings of a deployment: one struct for each section of the YAML file, with the same names.
 
 Settings that every instance takes as they are come from `hbserve_rpc.settings`, and are not repeated here.
 """

@@ -1,4 +1,4 @@
-"""Whether a configuration can be: types, ranges, and what must fit together. Every problem is one ConfigError line."""
+"""Checks of a configuration: types, ranges, and what must fit together. Every problem is one ConfigError line."""
 
 import difflib
 import re

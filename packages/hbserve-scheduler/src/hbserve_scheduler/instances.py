@@ -1,4 +1,4 @@
-"""What the scheduler knows of one instance, and its connection to it."""
+"""The scheduler's handle of one instance: a connection, and what is known of the other side."""
 
 import asyncio
 import logging

@@ -1,4 +1,4 @@
-"""Which of several instances takes the next request."""
+"""Policies that choose which of several instances takes the next request."""
 
 import itertools
 from collections.abc import Callable, Sequence
