@@ -29,6 +29,9 @@ test-gpu:  ## only the tests that need a CUDA device
 isolate:  ## each wheel alone in an empty environment
 	uv run .ci/wheels_alone.py
 
-check: lint type test isolate  ## all of it, as CI does
+lowest:  ## the lowest versions that the packages ask for, on another Python
+	.ci/lowest
 
-.PHONY: help sync fmt lint type test test-gpu isolate check
+check: lint type isolate test  ## all of it but the lowest versions
+
+.PHONY: help sync fmt lint type test test-gpu isolate lowest check
