@@ -41,13 +41,7 @@ def test_nothing_is_packed_by_hand_to_seem_short(source):
     assert source.parent.name == "kernels" or "# fmt: skip" not in source.read_text()
 
 
-PLAIN_DOCSTRINGS = ["hbserve-rpc", "hbserve-scheduler"]
-"""Packages whose modules say what they are. To be widened, until it is all of them."""
-
-
-@pytest.mark.parametrize(
-    "source", [source for source in SOURCES if source.relative_to(ROOT).parts[1] in PLAIN_DOCSTRINGS], ids=str
-)
+@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
 def test_a_module_says_what_it_is_and_does_not_begin_with_a_question_word(source):
     docstring = ast.get_docstring(ast.parse(source.read_text()))
     assert docstring, f"{source} has no docstring"

@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hbserve_kv import HeadRange, Link, Outcome, Part, TransferTimeout, Transport
+from hbserve_kv.config import KVTransferConfig
 from hbserve_kv.memory.memory import Memory
 from hbserve_kv.protocol import messages
 from hbserve_kv.protocol.handshake import Identity
@@ -252,10 +253,9 @@ class World:
         self.transport = Wire(one_sided)
         self.buffer = LookupBuffer(self.memory, timeout_s=0.001, expiry_s=0.0)
         self.handlers = Handlers()
-        self.receiver = Receiver(
-            me=Identity(9, "mine", {}, HeadRange()), memory=self.memory, transports={"wire": self.transport},
-            buffer=self.buffer, timeout_s=EXPIRY_S, expiry_s=EXPIRY_S, checksum=False,
-        )  # fmt: skip
+        config = KVTransferConfig(timeout_s=EXPIRY_S, expiry_s=EXPIRY_S)
+        me = Identity(9, "mine", {}, HeadRange())
+        self.receiver = Receiver(me, self.memory, {"wire": self.transport}, self.buffer, config)
         self.receiver.serve_on(self.handlers)
         self.streams: dict[int, object] = {}
         self.lives: Counter[int] = Counter()

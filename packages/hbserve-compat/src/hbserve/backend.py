@@ -1,4 +1,4 @@
-"""What computes for LLM, and what it says."""
+"""The interface between LLM and whatever computes for it, and what they exchange."""
 
 import contextlib
 import queue

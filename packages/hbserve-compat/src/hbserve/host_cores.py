@@ -1,4 +1,4 @@
-"""How many threads make sense on this host: a container may see 64 cores and be given the time of 2."""
+"""The number of threads that make sense on this host: a container may see 64 cores and be given the time of 2."""
 
 import os
 from pathlib import Path

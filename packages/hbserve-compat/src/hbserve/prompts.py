@@ -1,4 +1,4 @@
-"""What any entry gets as prompts and parameters: made plain, copied, and refused in words with its place."""
+"""Prompts and parameters as any entry gets them: made plain, copied, and refused in words with their place."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager

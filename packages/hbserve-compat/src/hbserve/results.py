@@ -1,4 +1,4 @@
-"""What generating gives back."""
+"""Results of generating."""
 
 from typing import TypedDict
 

@@ -1,4 +1,4 @@
-"""What a KV transfer is configured with. Imports no torch."""
+"""Configuration of KV transfers. Imports no torch."""
 
 import socket
 from enum import StrEnum

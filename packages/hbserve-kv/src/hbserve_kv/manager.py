@@ -76,15 +76,7 @@ class KVTransferManager(KVTransferBase):
         self._server = RpcServer(config.host, config.port, epoch=self.epoch, heartbeat_timeout_s=config.timeout_s)
         self._buffer = LookupBuffer(self._memory, timeout_s=config.timeout_s, expiry_s=config.expiry_s)
         me = Identity(rank, self.epoch, self.fingerprint, self.heads)
-        self._receiver = Receiver(
-            me=me,
-            memory=self._memory,
-            transports=self._transports,
-            buffer=self._buffer,
-            timeout_s=config.timeout_s,
-            expiry_s=config.expiry_s,
-            checksum=config.checksum,
-        )
+        self._receiver = Receiver(me, self._memory, self._transports, self._buffer, config)
         self._receiver.serve_on(self._server)
         self._server.serve(ALIVE, self._alive)
         self._peers = Peers(me, lambda: self.address, self._transports, config.timeout_s)

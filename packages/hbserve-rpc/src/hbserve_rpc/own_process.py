@@ -1,5 +1,6 @@
-"""What a process of HBServe's own does with what it inherits: a command, an instance, a rank. Whoever uses the packages
-as a library has a process of his own, in which nothing here is called.
+"""Set-up of HBServe's own processes, against what they inherit: commands, instances, ranks.
+
+Whoever uses the packages as a library has a process of his own, in which nothing here is called.
 
 What comes from a shell, a supervisor or a caller's thread may be unusual, and each breaks something far away: a closed
 descriptor is given to the next socket, into which a C library then writes its warnings; a signal that is blocked never

@@ -1,1 +1,1 @@
-"""What an engine reaches, and what its device could: `hbserve bench engine`."""
+"""Measures what an engine reaches, and what its device could: `hbserve bench engine`."""

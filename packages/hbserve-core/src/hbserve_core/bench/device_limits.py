@@ -1,4 +1,4 @@
-"""How fast a device reads memory, copies it and multiplies: measured on the device itself, not looked up."""
+"""Rates at which a device reads memory, copies it and multiplies: measured on the device itself, not looked up."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

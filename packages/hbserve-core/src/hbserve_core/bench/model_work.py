@@ -1,4 +1,4 @@
-"""What a model's steps must read and compute at least, and how long that takes at a device's limits."""
+"""The least that a model's steps must read and compute, and how long that takes at a device's limits."""
 
 from dataclasses import dataclass
 

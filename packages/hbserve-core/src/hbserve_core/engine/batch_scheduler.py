@@ -1,4 +1,4 @@
-"""Which tokens of which sequences the next step computes.
+"""Choice of the tokens, of which sequences, that the next step computes.
 
 One token budget for everything: decodes first, then chunks of prompts that have begun, then new sequences. A sequence
 gets the blocks of all its known tokens when it is admitted; from then on it grows by a block at a time, and if none is

@@ -1,4 +1,4 @@
-"""Who holds which KV block, and which blocks hold a prefix that somebody may want again.
+"""Ownership of KV blocks: who holds which, and which of them hold a prefix that somebody may want again.
 
 A block is in exactly one of these states:
     held         reference count > 0: by one sequence, or by several that share a prefix

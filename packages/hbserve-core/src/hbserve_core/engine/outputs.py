@@ -1,4 +1,4 @@
-"""What an engine says to whoever runs it."""
+"""Results of an engine step, and figures of the engine."""
 
 from dataclasses import dataclass, field
 

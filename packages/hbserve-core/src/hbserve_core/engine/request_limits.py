@@ -1,4 +1,4 @@
-"""Which requests an engine can ever run. Others are refused at once, not when they get stuck."""
+"""Limits of what an engine can ever run. Other requests are refused at once, not when they get stuck."""
 
 from collections.abc import Sequence as Ids
 

@@ -1,4 +1,4 @@
-"""What an engine needs of whatever computes its steps."""
+"""The interface that computes an engine's steps."""
 
 from collections.abc import Callable
 from collections.abc import Sequence as Ids

@@ -1,4 +1,4 @@
-"""Which tokens end a sequence, as the files of a model folder have it.
+"""Tokens that end a sequence, as the files of a model folder have it.
 
 config.json, generation_config.json and the tokenizer may each name one or several, and often not the same: a chat
 fine-tune may have its end-of-turn token in any of the three. Each of them counts.

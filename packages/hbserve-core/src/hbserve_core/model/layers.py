@@ -1,4 +1,4 @@
-"""What a decoder is made of: matrix products, norms, and layers of them.
+"""Parts of a decoder: matrix products, norms, and layers of them.
 
 Projections that read the same input are one matrix. Each rank has its part of each (see shard.py).
 Shapes: T tokens, I inputs, O outputs, E hidden_size, H heads of queries and keys, F intermediate_size; of one rank:

@@ -1,4 +1,4 @@
-"""What a Hugging Face model folder says about its model, read as plain JSON and checked.
+"""The configuration of a model, as its Hugging Face folder says it, read as plain JSON and checked.
 
 The three supported architectures are one decoder with a few switches: see `_ARCHITECTURES`.
 """

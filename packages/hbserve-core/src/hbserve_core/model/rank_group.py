@@ -1,4 +1,4 @@
-"""What the ranks of one instance do together: sums, gathered logits, and agreement on a number.
+"""Collective operations of the ranks of one instance: sums, gathered logits, and agreement on a number.
 
 Shapes: T rows of one step, R of them sampled, E hidden_size, V vocab_size, P ranks.
 """

@@ -1,4 +1,4 @@
-"""What one rank of a tensor-parallel instance has of the model.
+"""The share of the model that one rank of a tensor-parallel instance has.
 
 Projections into heads and into the MLP are split by their outputs, those that lead back by their inputs, so one sum
 over the ranks after each pair is all that a layer needs (Megatron-LM, Shoeybi et al. 2019). The embedding table and the

@@ -1,4 +1,4 @@
-"""What rank 0 and a process of another rank say to each other, over the stdin and stdout of the latter.
+"""Messages between rank 0 and the process of another rank, over the stdin and stdout of the latter.
 
 The first line on stdin is a RankSettings in JSON. From then on stdin brings the steps, each as its length (4 bytes,
 big-endian) and a message (see step_message.py). Its end means that rank 0 has no more of them, or is gone: the rank

@@ -1,4 +1,4 @@
-"""What rank 0 asks another rank's transfers, over hbserve_rpc on the loopback address.
+"""Messages by which rank 0 directs the transfers of another rank, over hbserve_rpc on the loopback address.
 
 A transfer is named by its id. One that is received ends with CANCEL, one that is sent with COMMIT or ABORT, and after
 UNKNOWN with DRAINED; then the rank has forgotten it. What is not known any more was ended before: that is no error.

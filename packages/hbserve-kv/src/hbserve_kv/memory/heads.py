@@ -1,4 +1,4 @@
-"""Which KV heads a rank's blocks hold, and which part of them two ranks have in common. Imports no torch.
+"""Ranges of KV heads: those that a rank's blocks hold, and what two ranks have in common. Imports no torch.
 
 Under tensor parallelism each rank holds the heads [first, first + count) of `total`. A prefill and a decode instance
 may be cut differently: each prefill rank then sends to each decode rank the heads that both hold.

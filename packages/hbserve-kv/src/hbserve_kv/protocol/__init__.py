@@ -1,1 +1,1 @@
-"""What both sides of a transfer agree on: messages, handshake, states and checksums. No I/O."""
+"""The agreement between both sides of a transfer: messages, handshake, states and checksums. No I/O."""

@@ -1,4 +1,4 @@
-"""What the two ends of a link tell each other first, and what they conclude: that their KV means the same, and which
+"""The first exchange of the two ends of a link, and what they conclude: that their KV means the same, and which
 transport carries it."""
 
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""What a manager says of itself."""
+"""Figures of a manager, for whoever watches it."""
 
 from dataclasses import dataclass
 

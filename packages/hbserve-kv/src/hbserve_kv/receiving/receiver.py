@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Mapping
 from typing import NoReturn
 
+from hbserve_kv.config import KVTransferConfig
 from hbserve_kv.memory.memory import Memory, Region
 from hbserve_kv.protocol import messages
 from hbserve_kv.protocol.checksum import link_checksums
@@ -23,25 +24,21 @@ class Receiver:
 
     def __init__(
         self,
-        *,
         me: Identity,
         memory: Memory,
         transports: Mapping[str, Transport],
         buffer: LookupBuffer,
-        timeout_s: float,
-        expiry_s: float,
-        checksum: bool,
+        config: KVTransferConfig,
     ) -> None:
         self._me = me
         self._memory = memory
         self._buffer = buffer
-        self._expiry_s = expiry_s
-        self._checksum = checksum
+        self._config = config
         self.transfers: dict[str, IncomingTransfer] = {}
         """By id, until they have a result. A failed one that is not drained yet is the quarantine's, too."""
         self.dropped_messages = 0
-        self.links = IncomingLinks(me, transports, timeout_s)
-        self.quarantine = Quarantine(longest_s=expiry_s, on_revoked=self.links.end)
+        self.links = IncomingLinks(me, transports, config.timeout_s)
+        self.quarantine = Quarantine(longest_s=config.expiry_s, on_revoked=self.links.end)
 
     def serve_on(self, server: RpcServer) -> None:
         server.serve_stream(messages.LINK, self.links.serve)
@@ -56,14 +53,14 @@ class Receiver:
             raise ValueError(f"transfer_id={transfer_id!r} is in use")
         transfer = IncomingTransfer(transfer_id, region, block_ids, self._me.heads.heads(), self.quarantine.watch)
         self.transfers[transfer_id] = transfer
-        expiry = asyncio.get_running_loop().call_later(self._expiry_s, self._expire, transfer)
+        expiry = asyncio.get_running_loop().call_later(self._config.expiry_s, self._expire, transfer)
         transfer.result.add_done_callback(lambda _: expiry.cancel())
         transfer.result.add_done_callback(lambda _: self.transfers.pop(transfer_id))
         return transfer
 
     def _expire(self, transfer: IncomingTransfer) -> None:
         if transfer.state is State.POSTED:
-            transfer.fail(f"no sender began within {self._expiry_s} s")
+            transfer.fail(f"no sender began within {self._config.expiry_s} s")
 
     async def say_goodbye(self) -> None:
         """End every transfer and every link, and let the senders know. Before the server stops."""
@@ -90,7 +87,7 @@ class Receiver:
             if begin.num_bytes is not None and transfer.state is State.POSTED:
                 transfer.fail("the sender was lost")  # its room in the buffer was made for this sender
             self._drop_message(f"transfer {begin.transfer_id} has begun or ended already")
-        return Accepted(transfer.region, transfer.block_ids, self._checksum)
+        return Accepted(transfer.region, transfer.block_ids, self._config.checksum)
 
     async def _find(self, begin: Begin, link: IncomingLink) -> IncomingTransfer:
         if transfer := self.transfers.get(begin.transfer_id):

@@ -1,4 +1,4 @@
-"""When to try a peer again that could not be reached. No I/O; time is given by the caller.
+"""Backoff before a peer that could not be reached is tried again. No I/O; time is given by the caller.
 
 After a failure nothing is tried for a while, which doubles up to a limit; then one attempt decides (half-open). There
 is no state in which a peer is given up.

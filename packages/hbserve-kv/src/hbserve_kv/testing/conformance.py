@@ -1,4 +1,4 @@
-"""What every transport and every backend must do. For pytest, in a project of yours:
+"""Tests of what every transport and every backend must do. For pytest, in a project of yours:
 
     @pytest.mark.parametrize("check", CHECKS)
     async def test_my_backend_conforms(check):

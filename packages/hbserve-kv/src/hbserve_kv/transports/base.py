@@ -1,4 +1,4 @@
-"""How bytes move between two instances, once both know which blocks: the part in which backends differ."""
+"""The interface that moves bytes between instances, once both know which blocks: where backends differ."""
 
 import asyncio
 import logging

@@ -1,4 +1,4 @@
-"""What prefill and decode attention have in common: heads as they want them, and one tile of context after the other.
+"""Parts common to prefill and decode attention: heads as they want them, and one tile of context after the other.
 
 Heads are normed, if the model does that, and rotated by their positions, as they are read. Attention keeps, for each
 row of queries, a state that is the same however its context is cut into tiles (online softmax; flash attention).

@@ -1,4 +1,4 @@
-"""What this machine has for Mooncake: the library, the settings of MOONCAKE_CONFIG_PATH, and RDMA or not."""
+"""Inventory of what is here for Mooncake: the library, the settings of MOONCAKE_CONFIG_PATH, and RDMA or not."""
 
 import importlib
 import json
