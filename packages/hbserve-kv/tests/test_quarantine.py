@@ -14,15 +14,15 @@ from hbserve_kv.receiving.transfer import IncomingLink, IncomingTransfer
 from hbserve_kv.testing import LoopbackNetwork
 
 
-def lose_a_transfer(address: str, quarantine: Quarantine) -> IncomingTransfer:
-    """Three blocks that were granted to a one-sided sender at `address`, of which nothing has been heard since."""
+def fail_a_transfer(address: str, quarantine: Quarantine, *, is_connected: bool) -> IncomingTransfer:
+    """Three blocks that were granted to a one-sided sender at `address`, which has not said that it writes no more."""
     hello = Handshake(2, 0, "epoch", address, {}, HeadRange(), {}, "link")
     link = Link("link", is_sender=False, peer_rank=0, peer_description=b"")
     sender = IncomingLink(hello, link, LoopbackNetwork().transport(), HeadRange())
     transfer = IncomingTransfer("t", "pool", [4, 5, 6], [0], quarantine.watch)
     assert transfer.begin(sender)
-    sender.is_connected = False
-    transfer.fail("the sender was lost")
+    sender.is_connected = is_connected
+    transfer.fail("no longer wanted")
     return transfer
 
 
@@ -35,7 +35,7 @@ async def test_blocks_of_a_host_that_vanished_stay_out_of_use_and_the_log_says_a
     with socket.create_server(("127.0.0.1", 0)) as host:
         address = f"127.0.0.1:{host.getsockname()[1]}"
         quarantine = Quarantine(longest_s=60.0, on_revoked=lambda *_: None)
-        transfer = lose_a_transfer(address, quarantine)
+        transfer = fail_a_transfer(address, quarantine, is_connected=False)
         async with asyncio.timeout(30):
             assert (await transfer.result).outcome is Outcome.UNKNOWN
             while len(caplog.messages) < 3:
@@ -52,9 +52,22 @@ async def test_blocks_of_a_host_that_vanished_stay_out_of_use_and_the_log_says_a
     await quarantine.close()
 
 
+async def test_a_sender_that_is_there_but_does_not_end_its_write_in_time_makes_its_transfer_unknown(monkeypatch):
+    monkeypatch.setattr("hbserve_kv.receiving.quarantine.CHECK_INTERVAL_S", 0.01)
+    quarantine = Quarantine(longest_s=0.1, on_revoked=lambda *_: None)
+    transfer = fail_a_transfer("127.0.0.1:1", quarantine, is_connected=True)
+    async with asyncio.timeout(20):
+        assert (await transfer.result).outcome is Outcome.UNKNOWN
+        assert not transfer.drained.is_set()
+        transfer.sender_drained("link")
+        await transfer.drained.wait()
+        while len(quarantine):
+            await asyncio.sleep(0.01)
+
+
 async def test_a_receiver_that_is_closed_ends_what_is_not_drained_and_says_that_nobody_will_know():
     quarantine = Quarantine(longest_s=60.0, on_revoked=lambda *_: None)
-    posted = PostedReceive(lose_a_transfer("127.0.0.1:1", quarantine), b"")
+    posted = PostedReceive(fail_a_transfer("127.0.0.1:1", quarantine, is_connected=False), b"")
     draining = asyncio.create_task(posted.drained())
     async with asyncio.timeout(20):
         await quarantine.close()

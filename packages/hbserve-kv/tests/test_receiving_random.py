@@ -15,6 +15,7 @@ from hbserve_kv.memory.memory import Memory
 from hbserve_kv.protocol import messages
 from hbserve_kv.protocol.handshake import Identity
 from hbserve_kv.protocol.messages import Abandon, AnnouncedPart, Begin, Commit, Handshake, PartsAnnounced
+from hbserve_kv.protocol.transfer_state import State
 from hbserve_kv.receiving.lookup_buffer import LookupBuffer
 from hbserve_kv.receiving.receiver import Receiver
 from hbserve_kv.receiving.transfer import IncomingLink, IncomingTransfer
@@ -248,10 +249,10 @@ class Handlers:
 class World:
     """One receiver and three senders, each of which may have several lives."""
 
-    def __init__(self, one_sided: bool) -> None:
+    def __init__(self, one_sided: bool, room_timeout_s: float = 0.001) -> None:
         self.memory = Memory(torch.zeros(NUM_BLOCKS, 8, dtype=torch.uint8), NUM_BLOCKS * 8)
         self.transport = Wire(one_sided)
-        self.buffer = LookupBuffer(self.memory, timeout_s=0.001, expiry_s=0.0)
+        self.buffer = LookupBuffer(self.memory, timeout_s=room_timeout_s, expiry_s=0.0)
         self.handlers = Handlers()
         config = KVTransferConfig(timeout_s=EXPIRY_S, expiry_s=EXPIRY_S)
         me = Identity(9, "mine", {}, HeadRange())
@@ -401,3 +402,65 @@ def test_whatever_senders_say_in_any_order_each_transfer_ends_once_and_nothing_i
 
     monkeypatch.setattr("hbserve_kv.receiving.quarantine.has_ended", never_answers)
     asyncio.run(run_world(events, one_sided))
+
+
+async def test_a_sender_that_is_lost_while_it_waits_for_room_begins_nothing():
+    world = World(one_sided=True, room_timeout_s=20.0)
+    await world.connect(0)
+    everything = await world.buffer.place("before it", NUM_BLOCKS * 8)
+    world.begin(0, "whole")
+    await world.settle()
+    await world.lose(0)
+    await world.buffer.free(everything)
+    async with asyncio.timeout(20):
+        await asyncio.gather(*world.calls)
+    assert all(transfer.state is State.FAILED_DRAINED for transfer in world.receiver.transfers.values())
+    await world.end()
+
+
+async def test_what_begins_while_the_receiver_closes_ends_with_it():
+    world = World(one_sided=True)
+    await world.receiver.say_goodbye()
+    await world.open(0, "whole")
+    await world.settle()
+    (transfer,) = world.receiver.transfers.values()
+    await world.receiver.close()
+    assert transfer.result.result().outcome is Outcome.UNKNOWN
+    assert transfer.drained.is_set()
+    await world.lose(0)
+    await world.receiver.links.close()
+
+
+async def test_nothing_more_is_taken_over_a_link_that_is_broken():
+    world = World(one_sided=False)
+    await world.open(0, "a")
+    await world.settle()
+    (link,), (transfer,) = world.links, world.receiver.transfers.values()
+    world.announce(0, "a", (0, 1))
+    await world.settle()
+    world.announce(0, "a", (0,))  # a second time
+    await world.settle()
+    assert link.broken == transfer.cause == "a part of transfer a is late or was sent twice"
+    world.announce(0, "a", (2,))
+    await world.settle()
+    assert world.receiver.dropped_messages == 2
+    world.land(0, True)
+    await world.settle()
+    assert not world.transport.accepting[world.key(0)], "the part behind it"
+    assert not link.announced
+    await world.end()
+
+
+async def test_a_backend_that_swallows_a_cancellation_keeps_no_link_alive(monkeypatch):
+    world = World(one_sided=False)
+
+    async def accept(link, part):
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.Event().wait()
+
+    monkeypatch.setattr(world.transport, "accept", accept)
+    await world.open(0, "a")
+    await world.settle()
+    world.announce(0, "a", (0, 1))
+    await world.settle()
+    await world.end()

@@ -131,7 +131,7 @@ class IncomingLinks:
         """One task for each link, so that its parts are taken one after the other. Ends with the link."""
         error = "the link was lost"
         try:
-            while link.is_connected:
+            while link.is_connected and not link.broken:
                 if not link.announced:
                     link.has_announced.clear()
                     await link.has_announced.wait()
@@ -151,8 +151,6 @@ class IncomingLinks:
                 transfer.end_part(link.link.key, part, error=link.broken)
 
     async def _accept(self, link: IncomingLink, transfer: IncomingTransfer, part: AnnouncedPart) -> None:
-        if link.broken:
-            raise ConnectionError(link.broken)
         late = f"part {part.index} of transfer {transfer.transfer_id} did not come within {self._timeout_s:.3g} s"
         deadline = asyncio.get_running_loop().call_later(self._timeout_s, self._break, link, late)
         try:
