@@ -1,5 +1,7 @@
 """Backends of somebody else that do not do what KVTransferBase asks for: told which method, and what it must return."""
 
+import asyncio
+
 import pytest
 import torch
 
@@ -24,6 +26,9 @@ class NotAsync(Passes):
 class SendsNotAsync(Passes):
     def send_kv_cache(self, request_id, kv_buffer, target_rank):
         pass
+
+    async def receive_kv_cache(self, request_id, source_rank):
+        await asyncio.Event().wait()  # or its own mistake might be heard first
 
 
 class TooShort(Passes):
