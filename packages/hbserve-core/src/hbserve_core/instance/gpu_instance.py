@@ -19,9 +19,8 @@ from hbserve_core.errors import EngineStopped, InstanceFailed
 from hbserve_core.instance.engine_thread import EngineEvent, EngineThread
 from hbserve_core.instance.handover import Inbox, PrefillSend, wait_for_kv
 from hbserve_core.ranks.make_runner import make_runner
-from hbserve_core.transfers.instance_transfers import InstanceTransfers
-from hbserve_core.transfers.joint_transfer import JointReceive
-from hbserve_kv import Outcome
+from hbserve_core.transfers.instance_transfers import InstanceTransfers, JointReceive
+from hbserve_kv import Outcome, PostedReceive
 from hbserve_rpc import InvalidRequest, Overloaded, RemoteError, RpcServer
 from hbserve_rpc.messages import (
     DECODE,
@@ -265,7 +264,7 @@ class GpuInstance:
 
     async def _decode(self, request: DecodeRequest) -> AsyncIterator[Granted | TokenEvent]:
         inbox = self._open(request.request_id)
-        posted: JointReceive | None = None
+        posted: PostedReceive | JointReceive | None = None
         num_blocks = 0
         try:
             await self._thread.call(
@@ -288,7 +287,7 @@ class GpuInstance:
         finally:
             self._end(self._end_decode(request.request_id, posted, num_blocks))
 
-    async def _end_decode(self, request_id: str, posted: JointReceive | None, num_blocks: int) -> None:
+    async def _end_decode(self, request_id: str, posted: PostedReceive | JointReceive | None, num_blocks: int) -> None:
         if posted is not None and await posted.cancel("the request has ended") is Outcome.UNKNOWN:
             logger.warning("%s: a failed transfer may still write to its blocks; they stay out of use", request_id)
             await self._last_call(lambda engine: engine.quarantine(request_id, num_blocks))

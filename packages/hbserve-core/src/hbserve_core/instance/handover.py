@@ -6,9 +6,8 @@ from typing import Any
 import msgspec
 
 from hbserve_core.engine.outputs import Reservation, StepOutput
-from hbserve_core.transfers.instance_transfers import InstanceTransfers
-from hbserve_core.transfers.joint_transfer import JointReceive, JointSend
-from hbserve_kv import Outcome, TransferResult
+from hbserve_core.transfers.instance_transfers import InstanceTransfers, JointReceive, JointSend
+from hbserve_kv import Outcome, PostedReceive, SendTransfer, TransferResult
 from hbserve_rpc import RemoteError
 from hbserve_rpc.messages import DecodeRequest, FinishReason, PrefillRequest
 
@@ -23,8 +22,8 @@ class Handover(msgspec.Struct, frozen=True):
     """Set if the first token is the last one too: nobody needs the blocks, and those not sent yet are not sent."""
 
 
-class Inbox(asyncio.Queue[StepOutput | Reservation | Exception]):
-    """What the engine, or a failure, says of one request."""
+class Inbox(asyncio.Queue[StepOutput | Reservation | TransferResult | Exception]):
+    """What the engine, a transfer, or a failure says of one request."""
 
     async def next(self) -> Any:
         item = await self.get()
@@ -49,8 +48,8 @@ class PrefillSend:
         self._first = self._pushed = 0
         self._output: StepOutput | None = None
         self._inbox = inbox
-        self._transfer: JointSend | None = None
-        self._committing: asyncio.Task[TransferResult] | None = None
+        self._transfer: SendTransfer | JointSend | None = None
+        self._is_committing = False
         self._outcome: Outcome | None = None
         self._error = RemoteError(f"KV transfer {request.transfer_id} failed: it was given up")
         # Connecting takes longer than a small prompt computes, so it goes on beside.
@@ -68,14 +67,14 @@ class PrefillSend:
             self._fail(str(error))
             return
         if self._outcome is not None:
-            await transfer.abort("the request has ended")
+            await transfer.cancel("the request has ended")
         elif transfer.num_blocks > self._num_blocks:
             self._fail(f"{transfer.num_blocks} blocks were granted for a prompt of {self._num_blocks}")
-            await transfer.abort(str(self._error))
+            await transfer.cancel(str(self._error))
         else:
             self._first = self._pushed = self._num_blocks - transfer.num_blocks
             self._transfer = transfer
-            self._push_full_blocks()
+            self._push()
 
     def _fail(self, why: str) -> None:
         self._error = RemoteError(f"KV transfer {self._transfer_id} failed: {why}")
@@ -94,16 +93,15 @@ class PrefillSend:
             output.raise_error()
             if output.token_id is not None:
                 return output
-            self._push_full_blocks()
+            self._push()
 
-    def _push_full_blocks(self) -> None:
-        if self._output is not None:
-            self._push(self._output, self._output.num_computed_tokens // self._block_size)
-
-    def _push(self, output: StepOutput, end: int) -> None:
-        if self._transfer is not None and end > self._pushed:
-            block_ids = output.block_table[self._pushed : end]
-            self._transfer.push(block_ids, self._pushed - self._first)
+    def _push(self, *, last_one_too: bool = False) -> None:
+        """Full blocks, and the last one of the prompt only when it is all that is missing."""
+        if self._transfer is None or self._output is None:
+            return
+        end = self._num_blocks if last_one_too else self._output.num_computed_tokens // self._block_size
+        if end > self._pushed:
+            self._transfer.push(self._output.block_table[self._pushed : end], self._pushed - self._first)
             self._pushed = end
 
     async def finish(self, output: StepOutput) -> TransferResult:
@@ -119,11 +117,10 @@ class PrefillSend:
         if self._transfer is None:
             raise self._error
         if output.finish_reason is None:
-            self._push(output, self._num_blocks)
+            self._push(last_one_too=True)
         handover = Handover(output.token_id, self._num_tokens, output.finish_reason)
-        # A task of its own: whoever cancels this request must still learn how the transfer ended.
-        self._committing = asyncio.create_task(self._transfer.commit(msgspec.msgpack.encode(handover)))
-        result = await asyncio.shield(self._committing)
+        self._is_committing = True
+        result = await self._transfer.commit(msgspec.msgpack.encode(handover))
         if result.outcome is not Outcome.COMPLETED:
             raise RemoteError(f"KV transfer {self._transfer_id} failed: {result.error}")
         return result
@@ -133,13 +130,13 @@ class PrefillSend:
 
         Called once, at the end of every request.
         """
-        if self._committing is not None:
-            self._outcome = (await self._committing).outcome
-        elif self._transfer is not None:
-            self._outcome = await self._transfer.abort(reason)
-        else:
+        if self._transfer is None:
             # Nothing was ever read, and `_open` ends what it opens from now on.
             self._outcome = Outcome.FAILED_DRAINED
+        elif self._is_committing:
+            self._outcome = (await self._transfer.wait()).outcome
+        else:
+            self._outcome = await self._transfer.cancel(reason)
         return self._outcome
 
     async def drained(self) -> None:
@@ -153,23 +150,24 @@ class PrefillSend:
             await self._opening
 
 
-async def wait_for_kv(posted: JointReceive, inbox: Inbox, request: DecodeRequest, vocab_size: int) -> Handover:
+async def _receive(posted: PostedReceive | JointReceive, inbox: Inbox) -> None:
+    inbox.put_nowait(await posted.wait())
+
+
+async def wait_for_kv(
+    posted: PostedReceive | JointReceive, inbox: Inbox, request: DecodeRequest, vocab_size: int
+) -> Handover:
     """Wait until all blocks of a request are here, or none is needed: see `Handover.finish_reason`.
 
     Raises:
         RemoteError: the transfer has failed, or brought something else than it should.
         Exception: what was put into the inbox meanwhile: the engine has failed.
     """
-    receiving, failing = asyncio.ensure_future(posted.wait()), asyncio.ensure_future(inbox.next())
+    receiving = asyncio.create_task(_receive(posted, inbox))
     try:
-        await asyncio.wait([receiving, failing], return_when=asyncio.FIRST_COMPLETED)
-        if failing.done():
-            failing.result()
-        result = receiving.result()
+        result: TransferResult = await inbox.next()
     finally:
         receiving.cancel()
-        failing.cancel()
-        await asyncio.gather(receiving, failing, return_exceptions=True)
     if result.outcome is not Outcome.COMPLETED:
         raise RemoteError(f"KV transfer failed: {result.error}")
     handover = msgspec.msgpack.decode(result.payload, type=Handover)

@@ -140,7 +140,7 @@ def _make_runner(settings: RankSettings, reporter: Reporter) -> Runner:
 def _serve_transfers(settings: RankSettings, runner: Runner) -> str:
     if settings.config.role == "hybrid":
         return ""
-    from hbserve_core.transfers.rank_transfer_server import serve_transfers
+    from hbserve_core.transfers.rank_transfers import serve_transfers
 
     return serve_transfers(settings.config, runner, _shard(settings))
 

@@ -34,5 +34,5 @@ class RankReport(msgspec.Struct, frozen=True, omit_defaults=True):
     is_consequence: bool = False
     """The rank failed because it has lost another one."""
     transfer_address: str = ""
-    """With "ready": where it serves the transfers of its pool (see transfers/rank_transfer_protocol.py), if its role
+    """With "ready": where it serves the transfers of its pool (see transfers/rank_protocol.py), if its role
     has any."""

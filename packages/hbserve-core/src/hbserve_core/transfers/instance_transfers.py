@@ -1,22 +1,27 @@
-"""The KV of a prefill or decode instance on its way: the transfers of all its ranks as one.
+"""The KV of a prefill or decode instance on its way.
 
-A grant of an instance is the list of its ranks' grants. Each rank of the sender connects by itself to those that want
-heads of it; only what is said of a transfer goes through rank 0.
+P, 2 ranks              D, 1 rank             Each rank sends by itself to those that want heads of it. Only what is
+  rank 0 ──heads 0, 1──▶ rank 0               said of a transfer goes through rank 0, for which the transfers of all
+  rank 1 ──heads 2, 3──▶                      ranks are one: its blocks are free, or there, when every rank says so.
+
+An instance of one rank has nothing to join: a transfer is what its KVTransferManager makes.
 """
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import astuple
-
-import msgspec
+from typing import Any, TypeVar
 
 from hbserve_core.config import InstanceConfig
 from hbserve_core.engine.runner import Runner
 from hbserve_core.model.shard import Shard
-from hbserve_core.transfers.joint_transfer import JointReceive, JointSend, all_or_none
-from hbserve_core.transfers.rank_transfers import RankTransfers, Transfers
-from hbserve_core.transfers.remote_transfers import RemoteTransfers
-from hbserve_kv import TransferFailed, TransferStats
+from hbserve_core.transfers.rank_transfers import RemoteRank, RemoteTransfer, make_manager
+from hbserve_kv import Outcome, PostedReceive, SendTransfer, TransferResult, TransferStats, join_grants
+
+_Receive = PostedReceive | RemoteTransfer
+_Send = SendTransfer | RemoteTransfer
+T = TypeVar("T", bound=PostedReceive | SendTransfer | RemoteTransfer)
+_SEVERITY = (Outcome.COMPLETED, Outcome.FAILED_DRAINED, Outcome.UNKNOWN)
 
 
 class InstanceTransfers:
@@ -30,50 +35,55 @@ class InstanceTransfers:
         Raises:
             BackendUnavailable: see `KVTransferManager`.
         """
-        self._others = [
-            RemoteTransfers(rank, address, on_lost) for rank, address in enumerate(runner.transfer_addresses, 1)
+        addresses = runner.transfer_addresses
+        self._manager = make_manager(config, runner, Shard(0, 1 + len(addresses)), epoch)
+        self._others = [RemoteRank(rank, address, on_lost) for rank, address in enumerate(addresses, 1)]
+        num_kv_heads, size = runner.model_config.num_kv_heads, 1 + len(addresses)
+        self._other_senders = [
+            each for rank, each in enumerate(self._others, 1) if Shard(rank, size).is_first_with_kv_heads(num_kv_heads)
         ]
-        shard = Shard(0, 1 + len(self._others))
-        self._ranks: list[Transfers] = [RankTransfers(config, runner, shard, epoch), *self._others]
 
     async def start(self) -> None:
         """Raises AddressInUse, BackendUnavailable."""
-        for rank in self._ranks:
-            await rank.start()
+        await self._manager.start()
+        for rank in self._others:
+            await rank.client.start()
 
-    async def post_receive(self, transfer_id: str, block_ids: Sequence[int]) -> JointReceive:
+    async def post_receive(self, transfer_id: str, block_ids: Sequence[int]) -> "PostedReceive | JointReceive":
         """Expect one transfer into these blocks of every rank's pool; no blocks: only its commit.
 
         Raises:
             ValueError: the id is in use, or a block is outside the pool or there twice.
             TransferFailed: a rank is lost.
         """
-        parts = await all_or_none(
-            [rank.post_receive(transfer_id, block_ids) for rank in self._ranks],
-            undo=lambda part: part.cancel("another rank cannot receive"),
-        )
-        return JointReceive(parts, msgspec.msgpack.encode([part.grant for part in parts]))
+        if not self._others:
+            return self._manager.post_receive(transfer_id, block_ids)
 
-    async def open_send(self, transfer_id: str, grant: bytes) -> JointSend:
+        async def post() -> PostedReceive:
+            return self._manager.post_receive(transfer_id, block_ids)
+
+        posting: list[Coroutine[Any, Any, _Receive]] = [
+            post(),
+            *(rank.post_receive(transfer_id, block_ids) for rank in self._others),
+        ]
+        return JointReceive(await _all_or_none(posting))
+
+    async def open_send(self, transfer_id: str, grant: bytes) -> "SendTransfer | JointSend":
         """Begin the transfer that `grant`, of an instance with any number of ranks, allows.
 
         Raises:
             FingerprintMismatch: the receiver's KV means something else.
             TransferFailed: the receiver is not there, was restarted, or has given the transfer up; or a rank is lost.
         """
-        grants = msgspec.msgpack.decode(grant, type=list[bytes])
-        parts = await all_or_none(
-            [rank.open_send(transfer_id, grants) for rank in self._ranks],
-            undo=lambda part: part.abort("another rank cannot send") if part else _nothing(),
-        )
-        concerned = [part for part in parts if part is not None]
-        if not concerned:
-            raise TransferFailed(f"transfer {transfer_id}: no rank here has heads that it wants")
-        return JointSend(concerned)
+        if not self._other_senders:
+            return await self._manager.open_send(transfer_id, grant)
+        opening: list[Coroutine[Any, Any, _Send]] = [self._manager.open_send(transfer_id, grant)]
+        opening += [rank.open_send(transfer_id, grant) for rank in self._other_senders]
+        return JointSend(await _all_or_none(opening))
 
     async def stats(self) -> TransferStats:
-        """Added up over ranks, so a transfer counts once for each pair of ranks."""
-        found = await asyncio.gather(*(rank.stats() for rank in self._ranks))
+        """Added up over ranks, so a transfer counts once for each."""
+        found = [self._manager.stats(), *await asyncio.gather(*(rank.stats() for rank in self._others))]
         return TransferStats(*map(sum, zip(*map(astuple, found), strict=True)))
 
     def lose_ranks(self) -> None:
@@ -83,8 +93,88 @@ class InstanceTransfers:
 
     async def close(self) -> None:
         """End every transfer, tell the peers, and leave no thread, socket or task behind. May be called twice."""
-        await asyncio.gather(*(rank.close() for rank in self._ranks))
+        await asyncio.gather(self._manager.close(), *(rank.close() for rank in self._others))
 
 
-async def _nothing() -> None:
-    """There is nothing to undo."""
+class JointTransfer:
+    """A transfer of all ranks of an instance."""
+
+    def __init__(self, parts: Sequence[_Receive | _Send]) -> None:
+        self._parts = parts
+
+    async def wait(self) -> TransferResult:
+        """As soon as one rank's has failed, the others' are cancelled: nobody wants them without it."""
+        waiting = [asyncio.ensure_future(part.wait()) for part in self._parts]
+        try:
+            cause = ""
+            for ended in asyncio.as_completed(waiting):
+                result = await ended
+                if result.outcome is not Outcome.COMPLETED and not cause:
+                    cause = result.error
+                    await self.cancel(cause)
+            return _joint_result([await each for each in waiting], cause)
+        finally:
+            for each in waiting:
+                each.cancel()
+
+    async def cancel(self, reason: str) -> Outcome:
+        return _worst(await asyncio.gather(*(part.cancel(reason) for part in self._parts)))
+
+    async def drained(self) -> None:
+        await asyncio.gather(*(part.drained() for part in self._parts))
+
+
+class JointReceive(JointTransfer):
+    """A PostedReceive of all ranks."""
+
+    def __init__(self, parts: Sequence[_Receive]) -> None:
+        super().__init__(parts)
+        self.grant = join_grants([part.grant for part in parts])
+
+
+class JointSend(JointTransfer):
+    """A SendTransfer of all ranks that have heads to send."""
+
+    def __init__(self, parts: Sequence[_Send]) -> None:
+        super().__init__(parts)
+        self._sends = parts
+        self.num_blocks = parts[0].num_blocks
+
+    def push(self, block_ids: Sequence[int], first: int) -> None:
+        for send in self._sends:
+            send.push(block_ids, first)
+
+    async def commit(self, payload: bytes = b"") -> TransferResult:
+        # Kept, and not waited for: whoever waits may be cancelled, and every rank must still be told.
+        self._committing = asyncio.gather(*(send.commit(payload) for send in self._sends))
+        return await self.wait()
+
+
+def _worst(outcomes: Sequence[Outcome]) -> Outcome:
+    return max(outcomes, key=_SEVERITY.index)
+
+
+def _joint_result(results: Sequence[TransferResult], cause: str) -> TransferResult:
+    """Of the parts of one transfer: bytes are added up."""
+    return TransferResult(
+        _worst([each.outcome for each in results]),
+        results[0].payload,
+        sum(each.num_bytes for each in results),
+        sum(each.num_parts for each in results),
+        max(each.time_s for each in results),
+        cause,
+    )
+
+
+async def _all_or_none(opening: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
+    """The transfers of all ranks; if one fails, the others are cancelled, and the first error is raised."""
+    tasks = [asyncio.ensure_future(each) for each in opening]
+    try:
+        return await asyncio.gather(*tasks)
+    except BaseException:
+        for task in tasks:
+            task.cancel()
+        opened = await asyncio.gather(*tasks, return_exceptions=True)
+        others = [each for each in opened if not isinstance(each, BaseException)]
+        await asyncio.gather(*(each.cancel("another rank has no part in it") for each in others))
+        raise

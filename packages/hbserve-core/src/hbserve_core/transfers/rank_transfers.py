@@ -1,81 +1,253 @@
-"""The KV of one rank on its way to and from ranks of other instances, in that rank's process."""
+"""The KV of one rank on its way: its manager and, if it is not rank 0, both ends of ranks/worker_protocol.py."""
 
-from collections.abc import Sequence
-from typing import Protocol
+import asyncio
+import contextlib
+import threading
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from concurrent.futures import Future
+from typing import Any
 
 import msgspec
 
 from hbserve_core.config import InstanceConfig
 from hbserve_core.engine.runner import Runner
+from hbserve_core.errors import RankFailed
 from hbserve_core.model.shard import Shard
-from hbserve_core.transfers.joint_transfer import JointSend, Receive, Send, all_or_none
-from hbserve_kv import KVTransferManager, TransferStats
+from hbserve_core.transfers import rank_protocol as protocol
+from hbserve_core.transfers.rank_protocol import Begun, Cancel, Commit, Ended, Figures, Push, Receive, Send
+from hbserve_kv import (
+    FingerprintMismatch,
+    KVTransferManager,
+    Outcome,
+    PostedReceive,
+    SendTransfer,
+    TransferFailed,
+    TransferResult,
+    TransferStats,
+)
+from hbserve_rpc import HBServeRpcError, InvalidRequest, RemoteError, RpcClient, RpcServer, RpcStream, StreamMethod
+from hbserve_rpc.messages import Empty
 
 RANK_STRIDE = 1 << 16
 """Between the numbers by which hbserve_kv knows the ranks of one instance: `kv_rank + rank * RANK_STRIDE`."""
+SILENCE_S = 5.0
+"""A rank that is silent for longer is lost. Its reports say so earlier, see ranks/worker_handle.py."""
+TIMEOUT_S = 10.0
+"""For what a rank does at once."""
 
 
-class Transfers(Protocol):
-    """What an instance asks of each of its ranks, of this process or another."""
+def make_manager(config: InstanceConfig, runner: Runner, shard: Shard, epoch: str | None = None) -> KVTransferManager:
+    """Of this process's rank. Raises BackendUnavailable."""
+    settings = config.kv_transfer
+    if shard.rank:  # the next ports are those of other instances
+        settings = msgspec.structs.replace(settings, port=0)
+    return KVTransferManager(
+        rank=config.kv_rank + shard.rank * RANK_STRIDE,
+        pool=runner.pool,
+        fingerprint=runner.fingerprint,
+        config=settings,
+        epoch=epoch,
+        heads=shard.kv_heads(runner.model_config.num_kv_heads),
+    )
 
-    async def start(self) -> None:
-        """Raises AddressInUse, BackendUnavailable."""
 
-    async def post_receive(self, transfer_id: str, block_ids: Sequence[int]) -> Receive:
-        """Expect this rank's heads of one transfer. Raises ValueError: see `KVTransferManager.post_receive`."""
+class RankServer:
+    """Transfers of this process's rank, as rank 0 wants them. Lives in the event loop that ran `start`."""
 
-    async def open_send(self, transfer_id: str, grants: Sequence[bytes]) -> Send | None:
-        """Begin to send to all of these ranks that want heads of this one; None: no one does.
+    def __init__(self, manager: KVTransferManager) -> None:
+        self._manager = manager
+        self._server = RpcServer("127.0.0.1", 0)
+        self._transfers: dict[str, PostedReceive | SendTransfer] = {}
+        self._cancelling: set[asyncio.Task[Outcome]] = set()
 
-        Raises:
-            FingerprintMismatch, TransferFailed: one of them cannot be sent to.
-        """
+    async def start(self) -> str:
+        """The address. Raises what `KVTransferManager.start` raises."""
+        server = self._server
+        server.serve_stream(protocol.RECEIVE, lambda request: self._follow(request.transfer_id, self._post(request)))
+        server.serve_stream(protocol.SEND, lambda request: self._follow(request.transfer_id, self._open(request)))
+        server.serve_notification(protocol.PUSH, self._push)
+        server.serve_notification(protocol.COMMIT, self._commit)
+        server.serve_notification(protocol.CANCEL, self._cancel)
+        server.serve(protocol.STATS, self._stats)
+        server.serve(protocol.CLOSE, self._close)
+        await self._manager.start()
+        await server.start()
+        return server.address
+
+    async def _post(self, request: Receive) -> tuple[PostedReceive, Begun]:
+        posted = self._manager.post_receive(request.transfer_id, request.block_ids)
+        return posted, Begun(grant=posted.grant)
+
+    async def _open(self, request: Send) -> tuple[SendTransfer, Begun]:
+        send = await self._manager.open_send(request.transfer_id, request.grant)
+        return send, Begun(num_blocks=send.num_blocks)
+
+    async def _follow(
+        self, transfer_id: str, opening: Awaitable[tuple[PostedReceive | SendTransfer, Begun]]
+    ) -> AsyncGenerator[Begun | Ended]:
+        """One transfer from its beginning until it is drained, or nobody wants to hear of it."""
+        transfer = None
+        try:
+            transfer, begun = await opening
+            self._transfers[transfer_id] = transfer
+            yield begun
+            yield Ended(await transfer.wait())
+            await transfer.drained()
+        except (TransferFailed, FingerprintMismatch, ValueError) as error:
+            raise InvalidRequest(str(error)) from error
+        finally:
+            if transfer is not None:
+                if self._transfers.get(transfer_id) is transfer:  # and no later one of this id
+                    del self._transfers[transfer_id]
+                # A task of its own, because this one may be cancelled. Nothing, if the transfer has ended.
+                task = asyncio.create_task(transfer.cancel("rank 0 has given it up"))
+                self._cancelling.add(task)
+                task.add_done_callback(self._cancelling.discard)
+
+    async def _push(self, request: Push) -> None:
+        if isinstance(send := self._transfers.get(request.transfer_id), SendTransfer):
+            send.push(request.block_ids, request.first)
+
+    async def _commit(self, request: Commit) -> None:
+        if isinstance(send := self._transfers.get(request.transfer_id), SendTransfer):
+            await send.commit(request.payload)
+
+    async def _cancel(self, request: Cancel) -> None:
+        if transfer := self._transfers.get(request.transfer_id):
+            await transfer.cancel(request.reason)
+
+    async def _stats(self, _: Empty) -> Figures:
+        return Figures(self._manager.stats())
+
+    async def _close(self, _: Empty) -> Empty:
+        await self._manager.close()
+        return Empty()
+
+
+def serve_transfers(config: InstanceConfig, runner: Runner, shard: Shard) -> str:
+    """Serve in a thread of its own, to the end of the process; returns the address.
+
+    Raises:
+        AddressInUse, BackendUnavailable.
+    """
+    address: Future[str] = Future()
+
+    async def serve() -> None:
+        try:
+            address.set_result(await RankServer(make_manager(config, runner, shard)).start())
+        except BaseException as error:  # belongs to the caller
+            address.set_exception(error)
+            return
+        await asyncio.Event().wait()
+
+    threading.Thread(target=lambda: asyncio.run(serve()), name="transfers", daemon=True).start()
+    return address.result()
+
+
+class RemoteRank:
+    """Transfers of another rank, whose process serves them at `address`, as rank 0 has them."""
+
+    def __init__(self, rank: int, address: str, on_lost: Callable[[Exception], None]) -> None:
+        """on_lost: called when the rank does not answer; the instance must end then."""
+        self.name = f"rank {rank}"
+        self.client = RpcClient(address, heartbeat_interval_s=1.0, heartbeat_timeout_s=SILENCE_S)
+        self._on_lost = on_lost
+        self._losing: asyncio.Task[None] | None = None
+        self._stats = TransferStats()
+
+    async def post_receive(self, transfer_id: str, block_ids: Sequence[int]) -> "RemoteTransfer":
+        """Raises TransferFailed: the rank refuses, or is lost."""
+        return await self._begin(transfer_id, protocol.RECEIVE, Receive(transfer_id, list(block_ids)))
+
+    async def open_send(self, transfer_id: str, grant: bytes) -> "RemoteTransfer":
+        """Raises TransferFailed: the rank cannot send, or is lost."""
+        return await self._begin(transfer_id, protocol.SEND, Send(transfer_id, grant))
+
+    async def _begin(self, name: str, method: StreamMethod[Any, Any], request: msgspec.Struct) -> "RemoteTransfer":
+        stream = self.client.stream(method, request)
+        try:
+            return RemoteTransfer(self, name, stream, await anext(stream))
+        except (InvalidRequest, RemoteError) as error:
+            raise TransferFailed(f"{self.name}: {error}") from error
+        except HBServeRpcError as error:
+            self.lost(error)
+            raise TransferFailed(f"transfer {name}: {self.name} is lost") from error
+        except asyncio.CancelledError:
+            await stream.aclose()
+            raise
+
+    def lost(self, error: Exception) -> None:
+        """It does not answer."""
+        self._on_lost(RankFailed(f"{self.name} does not answer: {error}"))
 
     async def stats(self) -> TransferStats:
         """Of a rank that is lost, those that were last heard."""
+        try:
+            self._stats = (await self.client.call(protocol.STATS, Empty(), timeout_s=TIMEOUT_S)).stats
+        except HBServeRpcError as error:
+            self.lost(error)
+        return self._stats
+
+    def lose(self) -> None:
+        """The instance has failed: what waits for the rank waits no longer, and what is asked from now on fails."""
+        self._losing = asyncio.create_task(self.client.close("the instance has failed"))
 
     async def close(self) -> None:
         """End every transfer, and tell the peers."""
+        if self._losing is not None:
+            await self._losing
+            return
+        try:
+            await self.client.call(protocol.CLOSE, Empty(), timeout_s=TIMEOUT_S)
+        except HBServeRpcError as error:
+            self.lost(error)
+        await self.client.close()
 
 
-class RankTransfers:
-    """Transfers of this process. Lives in the event loop that ran `start`."""
+class RemoteTransfer:
+    """A PostedReceive or a SendTransfer of another rank.
 
-    def __init__(self, config: InstanceConfig, runner: Runner, shard: Shard, epoch: str | None = None) -> None:
-        """Raises BackendUnavailable."""
-        num_kv_heads = runner.model_config.num_kv_heads
-        self._is_sender = shard.is_first_with_kv_heads(num_kv_heads)
-        settings = config.kv_transfer
-        if shard.rank:  # the next ports are those of other instances
-            settings = msgspec.structs.replace(settings, port=0)
-        self._manager = KVTransferManager(
-            rank=config.kv_rank + shard.rank * RANK_STRIDE,
-            pool=runner.pool,
-            fingerprint=runner.fingerprint,
-            config=settings,
-            epoch=epoch,
-            heads=shard.kv_heads(num_kv_heads),
-        )
+    If the rank is lost the transfer has failed, and is drained: its process is ended, and so is the instance, before a
+    block is used again.
+    """
 
-    async def start(self) -> None:
-        await self._manager.start()
+    def __init__(self, rank: RemoteRank, transfer_id: str, stream: RpcStream[Any], begun: Begun) -> None:
+        self.grant, self.num_blocks = begun.grant, begun.num_blocks
+        self._rank = rank
+        self._transfer_id = transfer_id
+        self._result: asyncio.Future[TransferResult] = asyncio.get_running_loop().create_future()
+        self._draining = asyncio.create_task(self._follow(stream))
 
-    async def post_receive(self, transfer_id: str, block_ids: Sequence[int]) -> Receive:
-        return self._manager.post_receive(transfer_id, block_ids)
+    async def _follow(self, stream: RpcStream[Any]) -> None:
+        try:
+            async for ended in stream:
+                self._result.set_result(ended.result)
+        except (InvalidRequest, RemoteError) as error:
+            raise TransferFailed(f"{self._rank.name}: {error}") from error
+        except HBServeRpcError as error:
+            self._rank.lost(error)
+        finally:
+            if not self._result.done():
+                self._result.set_result(TransferResult(Outcome.FAILED_DRAINED, error=f"{self._rank.name} is lost"))
 
-    async def open_send(self, transfer_id: str, grants: Sequence[bytes]) -> Send | None:
-        manager = self._manager
-        concerned = [grant for grant in grants if manager.concerns(grant)] if self._is_sender else []
-        if not concerned:
-            return None
-        sends = await all_or_none(
-            [manager.open_send(transfer_id, grant) for grant in concerned],
-            undo=lambda send: send.abort("another rank cannot be sent to"),
-        )
-        return JointSend(sends)
+    def _tell(self, method: Any, message: msgspec.Struct) -> None:
+        with contextlib.suppress(HBServeRpcError):  # the client is closed, and so the stream has ended
+            self._rank.client.notify(method, message)
 
-    async def stats(self) -> TransferStats:
-        return self._manager.stats()
+    def push(self, block_ids: Sequence[int], first: int) -> None:
+        """The blocks are computed on that rank too: rank 0's step ends after the sums to which it then contributed."""
+        self._tell(protocol.PUSH, Push(self._transfer_id, list(block_ids), first))
 
-    async def close(self) -> None:
-        await self._manager.close()
+    async def commit(self, payload: bytes = b"") -> TransferResult:
+        self._tell(protocol.COMMIT, Commit(self._transfer_id, payload))
+        return await self.wait()
+
+    async def cancel(self, reason: str) -> Outcome:
+        self._tell(protocol.CANCEL, Cancel(self._transfer_id, reason))
+        return (await self.wait()).outcome
+
+    async def wait(self) -> TransferResult:
+        return await asyncio.shield(self._result)
+
+    async def drained(self) -> None:
+        await asyncio.shield(self._draining)

@@ -146,6 +146,9 @@ class SendTransfer:
         self.state.fail(reason)
         return (await self.wait()).outcome
 
+    cancel = abort
+    """Its name at a PostedReceive, for who has both."""
+
     async def wait(self) -> TransferResult:
         """How it ended: after a commit, an abort or a failure."""
         return await asyncio.shield(self.result)

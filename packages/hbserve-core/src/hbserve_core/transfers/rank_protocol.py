@@ -1,0 +1,71 @@
+"""What rank 0 and the transfers of another rank say to each other, over hbserve_rpc on the loopback address.
+
+rank 0                                              rank 1, 2, …
+  RECEIVE(transfer id, blocks)     ────stream───▶   posts a receive
+  SEND(transfer id, grant)         ────stream───▶   opens a send
+                                   ◀─────────────   Begun, then Ended(result); the stream ends when the blocks are
+                                                    drained, which after UNKNOWN is later
+  PUSH(blocks), COMMIT(payload)    ────notify───▶   of a send
+  CANCEL(reason)                   ────notify───▶   of either; Ended says what came of it
+
+Closing a stream early cancels its transfer. What is said of a transfer that is not known (any more) is ignored.
+"""
+
+from typing import Any
+
+import msgspec
+
+from hbserve_kv import TransferResult, TransferStats
+from hbserve_rpc import Method, Notification, StreamMethod
+from hbserve_rpc.messages import Empty
+
+
+class Receive(msgspec.Struct, frozen=True, tag=True):
+    transfer_id: str
+    block_ids: list[int]
+
+
+class Send(msgspec.Struct, frozen=True, tag=True):
+    transfer_id: str
+    grant: bytes
+
+
+class Begun(msgspec.Struct, frozen=True, tag=True):
+    grant: bytes = b""
+    """Of a receive."""
+    num_blocks: int = 0
+    """Of a send."""
+
+
+class Ended(msgspec.Struct, frozen=True, tag=True):
+    result: TransferResult
+
+
+class Push(msgspec.Struct, frozen=True, tag=True):
+    transfer_id: str
+    block_ids: list[int]
+    first: int
+
+
+class Commit(msgspec.Struct, frozen=True, tag=True):
+    transfer_id: str
+    payload: bytes
+
+
+class Cancel(msgspec.Struct, frozen=True, tag=True):
+    transfer_id: str
+    reason: str
+
+
+class Figures(msgspec.Struct, frozen=True, tag=True):
+    stats: TransferStats
+
+
+RECEIVE: StreamMethod[Receive, Any] = StreamMethod("rank.receive", Receive, Begun | Ended)
+SEND: StreamMethod[Send, Any] = StreamMethod("rank.send", Send, Begun | Ended)
+PUSH: Notification[Push] = Notification("rank.push", Push)
+COMMIT: Notification[Commit] = Notification("rank.commit", Commit)
+CANCEL: Notification[Cancel] = Notification("rank.cancel", Cancel)
+STATS: Method[Empty, Figures] = Method("rank.stats", Empty, Figures)
+CLOSE: Method[Empty, Empty] = Method("rank.close", Empty, Empty)
+"""End every transfer, and tell the peers."""
