@@ -44,7 +44,7 @@ FLOWS = {
     ),
     "transfer": files(
         "hbserve_core/instance: handover",
-        "hbserve_core/transfers: instance_transfers joint_transfer rank_transfers",
+        "hbserve_core/transfers: instance_transfers",
         "hbserve_kv: manager",
         "hbserve_kv/memory: heads memory",
         "hbserve_kv/protocol: handshake messages transfer_state",
@@ -61,7 +61,7 @@ FLOWS = {
 instances; a request that meets no error. All with one rank."""
 LOADING = files("hbserve_core/model: loaded_model model_config weights")
 """Called before a runner's first step."""
-MOST_FILES = {"cuda step": 21, "step": 16, "transfer": 25, "scheduling": 9}
+MOST_FILES = {"cuda step": 21, "step": 16, "transfer": 23, "scheduling": 9}
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""What rank 0 and the transfers of another rank say to each other, over hbserve_rpc on the loopback address.
+"""Messages between rank 0 and the transfers of another rank, over hbserve_rpc on the loopback address.
 
 rank 0                                              rank 1, 2, …
   RECEIVE(transfer id, blocks)     ────stream───▶   posts a receive
