@@ -54,13 +54,14 @@ async def run_instance(config: InstanceConfig, *, announce: bool = False, stop: 
             sys.stdout.flush()
         await _serve(instance, stop)
     finally:
-        for number in numbers:
-            loop.remove_signal_handler(number)
         try:
             async with asyncio.timeout(STOP_TIMEOUT_S):
                 await instance.stop()
         except TimeoutError:
             logger.warning("%s: did not end within %s s; ending anyway", config.instance_id, STOP_TIMEOUT_S)
+        finally:  # not before: a second Ctrl-C while it ends would be a traceback
+            for number in numbers:
+                loop.remove_signal_handler(number)
 
 
 async def _serve(instance: GpuInstance, stop: asyncio.Event) -> None:
