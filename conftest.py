@@ -9,13 +9,15 @@ import random
 import signal
 import socket
 import subprocess
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Generator, Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import hypothesis
 import pytest
+
+from hbserve_testing.warm_starts import WarmStarts
 
 # Models here are too small for a second thread, which would only take the processor from other processes. Inherited.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -216,6 +218,24 @@ def until_empty() -> Callable[[Any], Awaitable[Stats]]:
         return stats
 
     return wait
+
+
+WARM_STARTS = WarmStarts()
+
+
+def pytest_configure() -> None:
+    WARM_STARTS.install()
+
+
+def pytest_unconfigure() -> None:
+    WARM_STARTS.close()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """With it, what its fixtures start: those of a module are set up in its first test."""
+    WARM_STARTS.switch("warm" in item.keywords and "cold" not in item.keywords)
+    return (yield)
 
 
 def _has_gpu() -> bool:

@@ -66,7 +66,8 @@ def check_alone(distribution: str, dist: Path, scratch: Path) -> None:
     expected = CLOSURE[distribution] | (set() if distribution in without_torch else {"torch"})
     assert found == expected, f"{distribution}: expected {sorted(expected)}, found {sorted(found)}"
 
-    run("uv", "pip", "install", "-q", "--python", python, *TEST_TOOLS, *EXTRA_TEST_TOOLS.get(distribution, []))
+    tools = [*TEST_TOOLS, ROOT / "packages" / "hbserve-testing", *EXTRA_TEST_TOOLS.get(distribution, [])]
+    run("uv", "pip", "install", "-q", "--python", python, *tools)
     tests = ROOT / "packages" / distribution / "tests" / "test_readme.py"
     settings = ["-q", "-n", "0", "-c", ROOT / "pyproject.toml", "--rootdir", ROOT]
     report = run(python, "-m", "pytest", *settings, tests, cwd=scratch)

@@ -9,6 +9,8 @@ import pytest
 from hbserve import LLM, SamplingParams
 from hbserve.pd_disagg import DisaggregatedLLM, PdDisaggConfig
 
+pytestmark = pytest.mark.warm
+
 BLOCK, CHUNK = 16, 32
 LENGTHS = [1, BLOCK - 1, BLOCK, BLOCK + 1, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK + 5]
 LENGTHS_OF_REAL = [1, BLOCK, CHUNK + 1, 3 * CHUNK + 5]  # it is a hundred times as large, and one thread computes it

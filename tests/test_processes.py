@@ -14,6 +14,8 @@ import yaml
 
 from hbserve_rpc import format_address
 
+pytestmark = pytest.mark.warm
+
 ROOT = Path(__file__).resolve().parent.parent
 DEADLINE_S = 120
 
@@ -169,7 +171,7 @@ def test_one_of_two_decode_instances_killed_in_mid_stream_is_not_noticed_by_the_
     assert answers(out) == answers(expected.stdout)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.cold)])
 def test_serve_runs_the_whole_deployment_and_ends_it_in_order(deploy, number):
     deployment = deploy(["prefill-0", "decode-0"])
     command = [sys.executable, "-m", "hbserve", "serve", "--config", deployment.config]

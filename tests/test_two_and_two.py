@@ -2,6 +2,8 @@
 
 import random
 
+import pytest
+
 from hbserve import LLM, SamplingParams
 from hbserve.pd_disagg import DisaggregatedLLM, PdDisaggConfig
 
@@ -17,6 +19,7 @@ def workload() -> tuple[list[list[int]], list[SamplingParams]]:
     return prompts, params
 
 
+@pytest.mark.warm
 async def test_two_prefill_and_two_decode_instances_share_200_requests_and_end_empty(small_model, until_empty):
     prompts, params = workload()
     hybrid = LLM(str(small_model("qwen3")), num_kvcache_blocks=2000, kvcache_block_size=16)

@@ -5,6 +5,10 @@ import re
 import subprocess
 import sys
 
+import pytest
+
+pytestmark = pytest.mark.warm
+
 
 def test_bench_engine_prints_each_workload_of_a_model_folder(small_model):
     command = [sys.executable, "-m", "hbserve", "bench", "engine", "--model", str(small_model("qwen3"))]

@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 from hbserve.generate import counted, why_ended
+from hbserve_testing.processes import alive, children_of
 
 DEADLINE_S = 90
 CUT = "cut at the longest sequence that is served"
@@ -47,27 +48,6 @@ def config(tmp_path: Path, small_model: Callable[[str], Path]) -> Callable[..., 
     return write
 
 
-def children_of(pid: int) -> list[int]:
-    """Process ids of the instances that a process has started."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                fields = (entry / "stat").read_text().rpartition(")")[2].split()
-            except OSError:  # it ended meanwhile
-                continue
-            if int(fields[1]) == pid and fields[0] != "Z":
-                found.append(int(entry.name))
-    return found
-
-
-def alive(pid: int) -> bool:
-    try:
-        return (Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split())[0] != "Z"
-    except OSError:
-        return False
-
-
 def wait_until(condition: Callable[[], bool]) -> None:
     deadline = time.monotonic() + DEADLINE_S
     while not condition():
@@ -84,6 +64,7 @@ def test_one_prompt_is_streamed_and_ends_with_one_summary(config):
         assert part in summary
 
 
+@pytest.mark.warm
 def test_an_answer_that_is_cut_at_the_longest_sequence_says_so(config):
     # Known elsewhere: vLLM #655, #1312.
     done = hbserve("generate", "x" * 500, "--config", config(), "--max-tokens", 400)
@@ -97,6 +78,7 @@ def test_the_ends_of_several_answers_are_counted():
     assert counted(reasons[:1]) == "stopped"
 
 
+@pytest.mark.warm
 def test_several_prompts_are_answered_in_order(config):
     done = hbserve("generate", "one", "two", "--config", config(), "--max-tokens", 4)
     assert done.returncode == 0, done.stderr
@@ -104,6 +86,7 @@ def test_several_prompts_are_answered_in_order(config):
     assert "Generating: 100%" in done.stderr
 
 
+@pytest.mark.warm
 def test_of_several_prompts_the_one_that_is_too_long_is_named(config):
     done = hbserve("generate", "one", "x" * 600, "--config", config())
     assert (done.returncode, done.stdout) == (2, "")
@@ -151,6 +134,7 @@ def test_bad_parameters_are_one_line(config):
     assert (done.returncode, line) == (2, "error: temperature=-1.0: expected a number >= 0")
 
 
+@pytest.mark.warm
 def test_a_port_in_use_is_named(config):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
@@ -165,6 +149,7 @@ def test_a_port_in_use_is_named(config):
     assert "prefill-0" in error
 
 
+@pytest.mark.warm
 def test_an_unknown_backend_lists_those_that_there_are(config):
     done = hbserve("generate", "Hello", "--config", config(), "--kv-transfer-backend", "nixl")
     assert done.returncode == 1
@@ -221,6 +206,7 @@ def start_generating(config: Path) -> tuple[subprocess.Popen[str], list[int]]:
     return client, children_of(client.pid)
 
 
+@pytest.mark.warm
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)])
 def test_neither_ctrl_c_nor_a_kill_leaves_a_process_or_shared_memory(config, number, status):
     before = set(os.listdir("/dev/shm"))

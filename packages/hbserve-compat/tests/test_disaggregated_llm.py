@@ -13,6 +13,8 @@ from hbserve.sampling_params import SamplingParams
 from hbserve_rpc import LogitsNotFinite
 from hbserve_scheduler import InstanceFailed, RequestFailed
 
+pytestmark = pytest.mark.warm
+
 # One deployment serves most tests, so they share its event loop.
 in_its_loop = pytest.mark.asyncio(loop_scope="module")
 

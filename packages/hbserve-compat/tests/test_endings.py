@@ -10,6 +10,8 @@ from hbserve import LLM, SamplingParams
 from hbserve.pd_disagg import DisaggregatedLLM, PdDisaggConfig
 from hbserve.tokenizer import load_tokenizer
 
+pytestmark = pytest.mark.warm
+
 PROMPT = "hello"
 SIZES = {"max_model_len": 64, "num_blocks": 50}
 LONG = SamplingParams(temperature=0, max_tokens=10, ignore_eos=True)

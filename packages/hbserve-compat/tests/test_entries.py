@@ -28,6 +28,8 @@ import hbserve.pd_disagg
 from hbserve import LLM, SamplingParams
 from hbserve_rpc import InvalidRequest
 
+pytestmark = pytest.mark.warm
+
 GREEDY = SamplingParams(0, 3, True)
 LONG = SamplingParams(0, 400, True)
 BOTH = pytest.mark.parametrize("kind", ["one engine", "apart"])
@@ -170,12 +172,12 @@ def test_when_one_request_fails_the_others_of_its_call_end_and_those_of_other_ca
     monkeypatch.setattr(llm._backend, "_follow", failing)
     failing.request_id = ""
     with ThreadPoolExecutor(1) as pool:
-        other = pool.submit(llm.generate, ["a", "b"], SamplingParams(0, 100, True), False)
+        other = pool.submit(llm.generate, ["a", "b"], LONG, False)
         until(lambda: len(llm._backend._tasks) == 2)
         failing.request_id = str(int(max(llm._backend._tasks, key=int)) + 2)
         with pytest.raises(RuntimeError, match="ended"):
             llm.generate(["c", "d", "e"], LONG, use_tqdm=False)
-        assert [len(each["token_ids"]) for each in other.result(60)] == [100, 100]
+        assert [len(each["token_ids"]) for each in other.result(60)] == [400, 400]
 
 
 # ---- what is given -----------------------------------------------------------------------------------------------

@@ -9,7 +9,6 @@ import threading
 import time
 import weakref
 from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,6 +19,9 @@ from hypothesis import strategies as st
 from hbserve.pd_disagg import DisaggregatedLLM, PdDisaggConfig
 from hbserve.sampling_params import SamplingParams
 from hbserve_rpc import InvalidRequest
+from hbserve_testing.processes import alive, state_of
+
+pytestmark = pytest.mark.warm
 
 GREEDY = SamplingParams(0, 3, True)
 in_its_loop = pytest.mark.asyncio(loop_scope="module")
@@ -54,16 +56,9 @@ async def start_under_way(llm: DisaggregatedLLM) -> tuple[asyncio.Task[None], li
 def assert_ended(processes: list[int]) -> None:
     """Ended; a zombie is one that has ended, too."""
     deadline_s = time.monotonic() + 5
-    while left := [pid for pid in processes if _state(pid) not in ("", "Z")]:
+    while left := [pid for pid in processes if alive(pid)]:
         assert time.monotonic() < deadline_s, f"{left} still run"
         time.sleep(0.02)
-
-
-def _state(pid: int) -> str:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except (FileNotFoundError, ProcessLookupError):  # before it was opened, or before it was read
-        return ""
 
 
 def test_another_event_loop_is_an_error_that_says_so_and_may_stop_it(small_model):
@@ -155,7 +150,7 @@ async def until_collected(seen: "weakref.ref[Any]", processes: list[int]) -> Non
     gc.collect()
     assert seen() is None
     async with asyncio.timeout(30):
-        while any(_state(pid) for pid in processes) or len(asyncio.all_tasks()) > 1:
+        while any(state_of(pid) for pid in processes) or len(asyncio.all_tasks()) > 1:
             await asyncio.sleep(0.02)
 
 

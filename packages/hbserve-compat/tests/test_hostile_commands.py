@@ -81,6 +81,7 @@ def address(small_model, free_ports, tmp_path_factory) -> Iterator[str]:
         served.terminate()
 
 
+@pytest.mark.warm
 def test_whatever_prompts_and_options_are_given_are_answered_or_refused_in_one_line(address, caplog):
     num_answered, num_refused = 0, 0
     few_tokens = st.sampled_from([["--max-tokens", "3"]]) | st.lists(st.tuples(OPTION, NUMBER), max_size=2).map(flat)

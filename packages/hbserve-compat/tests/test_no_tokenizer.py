@@ -14,6 +14,8 @@ from hbserve.pd_disagg import DisaggregatedLLM, PdDisaggConfig
 from hbserve.tokenizer import BrokenTokenizer, load_tokenizer
 from hbserve_rpc import InvalidRequest
 
+pytestmark = pytest.mark.warm
+
 GREEDY = SamplingParams(0, 5, True)
 NO_TOKENIZER = r"is text, but the model folder has no tokenizer, none of tokenizer\.json, .*; expected token ids"
 

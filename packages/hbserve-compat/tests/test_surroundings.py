@@ -17,6 +17,7 @@ import yaml
 from hbserve import LLM, SamplingParams
 from hbserve.demo_model import find_model_folder
 from hbserve.progress import progress_bar
+from hbserve_testing.processes import alive, children_of
 
 DEADLINE_S = 90
 SHADOWS = ["torch", "random", "types", "json", "logging", "transformers", "hbserve", "zmq/__init__", "hbserve_core/a"]
@@ -83,22 +84,14 @@ def start(
 ) -> tuple[subprocess.Popen[bytes], list[int]]:
     """A command in the middle of an answer that lasts a second, and its instances."""
     client = subprocess.Popen(
-        command("generate", "Hello", "--config", config, "--max-tokens", num_tokens),
+        [sys.executable, "-P", "-m", "hbserve", "generate", "Hello", "--config", config, f"--max-tokens={num_tokens}"],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=prepare,
     )  # fmt: skip
     assert client.stdout is not None
     assert os.read(client.stdout.fileno(), 1)
-    tasks = Path(f"/proc/{client.pid}/task").glob("*/children")
-    instances = [int(pid) for each in tasks for pid in each.read_text().split()]
+    instances = children_of(client.pid)
     assert len(instances) == 2
     return client, instances
-
-
-def alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
 
 
 def wait_for_the_end_of(pids: list[int]) -> None:
@@ -120,6 +113,7 @@ ENDS = {
 }
 
 
+@pytest.mark.warm
 @pytest.mark.parametrize("name", ENDS)
 def test_a_signal_ends_everything_in_order_and_without_a_word(config, name):
     # Known elsewhere: vLLM #7554.
@@ -135,6 +129,7 @@ def test_a_signal_ends_everything_in_order_and_without_a_word(config, name):
     wait_for_the_end_of(instances)
 
 
+@pytest.mark.warm
 def test_a_command_that_is_stopped_for_longer_than_heartbeats_may_be_silent_goes_on_where_it_was(config, answer):
     content = yaml.safe_load(config.read_text())
     content["scheduler"] |= {"heartbeat_interval_s": 0.3, "heartbeat_timeout_s": 3}

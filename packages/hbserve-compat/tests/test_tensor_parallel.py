@@ -11,6 +11,9 @@ from hbserve.launcher import instance_settings
 from hbserve.pd_disagg import DisaggregatedLLM, PdDisaggConfig
 from hbserve_core import RankFailed
 from hbserve_scheduler import convert
+from hbserve_testing.processes import children_of, command_of
+
+pytestmark = pytest.mark.warm
 
 PARAMS = SamplingParams(0, 10, ignore_eos=True)
 PROMPTS = ["Hello", [5, 6, 7] * 20]
@@ -19,15 +22,7 @@ HYBRID = [{"instance_id": "hybrid-0", "instance_type": "hybrid"}]
 
 def ranks() -> list[int]:
     """Processes of this host that are ranks, and that this process has started."""
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            parent = int((folder / "stat").read_text(encoding="ascii").rpartition(")")[2].split()[1])
-            if parent == os.getpid() and b"hbserve_core.ranks.worker_main" in (folder / "cmdline").read_bytes():
-                found.append(int(folder.name))
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-    return found
+    return [pid for pid in children_of(os.getpid()) if "hbserve_core.ranks.worker_main" in command_of(pid)]
 
 
 @pytest.fixture(scope="module")

@@ -69,6 +69,7 @@ async def test_it_ends_when_its_launcher_is_gone(launch):
     assert process.end() == (0, []), "communicate() closes stdin first"
 
 
+@pytest.mark.warm
 @pytest.mark.parametrize("wait_for", ["ready", "starting"])
 async def test_it_ends_when_told_to(launch, wait_for):
     process = launch()
@@ -79,6 +80,7 @@ async def test_it_ends_when_told_to(launch, wait_for):
     assert process.popen.wait(timeout=DEADLINE_S) == 0
 
 
+@pytest.mark.warm
 def test_a_port_in_use_is_one_line(launch):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
@@ -88,6 +90,7 @@ def test_a_port_in_use_is_one_line(launch):
     assert f"hybrid-0: 127.0.0.1:{port} is in use" in errors[0]
 
 
+@pytest.mark.warm
 def test_an_address_for_kv_that_this_machine_does_not_have_is_one_line(launch):
     """Before the model is loaded; 192.0.2.0/24 is nobody's, by RFC 5737."""
     status, errors = launch(role="decode", kv_transfer={"host": "192.0.2.1"}).end()
@@ -130,6 +133,7 @@ def test_a_process_with_such_a_configuration_ends_with_that_status_and_line():
     assert "unknown field `chunk_sise`" in errors[0]
 
 
+@pytest.mark.warm
 async def test_a_model_that_is_not_there_is_told_to_those_who_ask_and_then_in_one_line(launch, tmp_path):
     process = launch(model_path=str(tmp_path / "nothing"))
     error = await status_of(process.address(), "failed")

@@ -15,6 +15,9 @@ from hbserve_core import InstanceConfig
 from hbserve_kv import KVTransferConfig
 from hbserve_rpc import RemoteError, RpcClient, SamplingParams
 from hbserve_rpc.messages import DECODE, DESCRIBE, PREFILL, STATS, DecodeRequest, Empty, PrefillRequest
+from hbserve_testing.processes import children_of
+
+pytestmark = pytest.mark.warm
 
 NUM_BLOCKS, BLOCK, CHUNK = 100, 16, 32
 NUM_HELD = 9  # blocks of a prompt of 140 tokens
@@ -83,10 +86,7 @@ class Instance:
 
     async def kill_a_rank(self) -> int:
         """Kill rank 1 of 2; returns its pid."""
-        listed = await asyncio.create_subprocess_exec(
-            "ps", "-o", "pid=", "--ppid", str(self.process.pid), stdout=asyncio.subprocess.PIPE
-        )
-        pid = int((await listed.communicate())[0])
+        (pid,) = children_of(self.process.pid)
         os.kill(pid, signal.SIGKILL)
         return pid
 

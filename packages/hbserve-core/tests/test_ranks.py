@@ -10,7 +10,6 @@ import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -32,6 +31,9 @@ from hbserve_rpc.messages import (
     GenerateRequest,
     PrefillRequest,
 )
+from hbserve_testing.processes import alive, children_of
+
+pytestmark = pytest.mark.warm
 
 DEADLINE_S = 90
 END_WITHIN_S = 5.0
@@ -43,19 +45,6 @@ def config(folder: Any, **settings: Any) -> InstanceConfig:
     return InstanceConfig(model_path=str(folder), **(defaults | settings))
 
 
-def is_there(pid: int) -> bool:
-    """Whether a process runs; one that has ended and is only not reaped yet does not."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()[0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-
-
-def children_of(pid: int) -> list[int]:
-    found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True, check=False)
-    return [int(line) for line in found.stdout.split()]
-
-
 def run_out(engine: Engine) -> dict[str, list[int]]:
     """Step until nothing is left to do; each request's tokens."""
     found: dict[str, list[int]] = {}
@@ -65,6 +54,7 @@ def run_out(engine: Engine) -> dict[str, list[int]]:
     return found
 
 
+@pytest.mark.cold
 def test_processes_give_the_tokens_of_one_and_none_is_left(model_folder, greedy_tokens, prompt):
     given = config(model_folder("qwen3"), block_size=8)
     runner = make_runner(given)
@@ -74,9 +64,9 @@ def test_processes_give_the_tokens_of_one_and_none_is_left(model_folder, greedy_
     found = run_out(engine)
     assert found == {str(i): greedy_tokens("qwen3", prompt(5 + 20 * i, salt=i), 8) for i in range(4)}
     (pid,) = runner.workers.pids
-    assert is_there(pid)
+    assert alive(pid)
     runner.close()
-    assert not is_there(pid)
+    assert not alive(pid)
     runner.close()
 
 
@@ -91,7 +81,7 @@ async def serving(folder: Any) -> Any:
         (pid,) = instance.runner.workers.pids
     finally:
         await instance.stop()
-    assert not is_there(pid)
+    assert not alive(pid)
 
 
 CAUSES = {
@@ -196,7 +186,7 @@ async def test_no_rank_outlives_a_killed_instance(model_folder):
         popen.kill()
         popen.communicate(timeout=DEADLINE_S)
     async with asyncio.timeout(DEADLINE_S):
-        while any(is_there(pid) for pid in pids):
+        while any(alive(pid) for pid in pids):
             await asyncio.sleep(0.05)
 
 

@@ -1,0 +1,186 @@
+"""A server of which Python programs are forks: it has imported torch, which takes each of them 4 s otherwise.
+
+    test ──Popen──▶ forkserver ──fork──▶ a process that ends at once ──fork──▶ the program
+      ▲                                                                            │
+      └──────────── is its parent from then on, being the nearest subreaper ───────┘
+
+So a program is a child of whoever started it, as any other: Popen, asyncio, os.waitid, signals and pidfds know it by
+its pid. It has the folder, environment, streams and session that it was given, and each has a forkserver of its own,
+for what it starts itself. What an interpreter does when it starts is not tested so: that needs a cold one.
+"""
+
+import ctypes
+import gc
+import importlib
+import json
+import os
+import runpy
+import signal
+import socket
+import sys
+import time
+import types
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import NoReturn
+
+PRELOADED = (
+    "torch",
+    "hbserve_core",
+    "hbserve_core.ranks.distributed_group",
+    "hbserve_core.transfers.rank_transfers",
+    "hbserve_kv.transports.ipc",
+    "hbserve_kv.transports.nccl",
+    "hbserve_testing.warm_starts",
+)
+TITLE = "hbserve-forkserver"
+_LONGEST_TITLE = 4096
+_LONGEST_REQUEST = 1 << 20
+NUM_THREADS = "OMP_NUM_THREADS"
+
+
+@dataclass(frozen=True)
+class Program:
+    """A Python program, as it is started."""
+
+    arguments: list[str]
+    """Without the interpreter."""
+    folder: str
+    environment: Mapping[str, str]
+    new_session: bool
+
+
+def server_command(connection: int) -> list[str]:
+    """Command line of a forkserver. It says hello over this descriptor when it is ready."""
+    return [sys.executable, "-P", "-m", "hbserve_testing.forkserver", str(connection), "-" * _LONGEST_TITLE]
+
+
+def ask(connection: socket.socket, program: Program, streams: list[int]) -> int:
+    """Have a forkserver start a program with these standard streams; returns its pid."""
+    socket.send_fds(connection, [json.dumps(asdict(program)).encode()], streams)
+    if not (answer := connection.recv(64)):
+        raise OSError(f"the forkserver has ended; it should have started {program.arguments}")
+    return int(answer)
+
+
+def _serve(connection: socket.socket) -> tuple[Program, list[int]]:
+    """Fork for whoever asks. Returns in each fork; the forkserver itself ends with the process that it serves."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C is not for it
+    while True:
+        request, streams, _, _ = socket.recv_fds(connection, _LONGEST_REQUEST, 3)
+        if not request:
+            os._exit(0)
+        read, write = os.pipe()
+        if (between := os.fork()) == 0:
+            between = os.getpid()
+            if os.fork() != 0:
+                os._exit(0)
+            while os.getppid() == between:  # until it has the parent that it will ask for
+                time.sleep(0.0005)
+            program = Program(**json.loads(request))
+            _set_title([sys.executable, *program.arguments])
+            os.write(write, str(os.getpid()).encode())
+            for fd in (read, write, connection.detach()):
+                os.close(fd)
+            return program, streams
+        os.waitpid(between, 0)
+        for fd in (write, *streams):
+            os.close(fd)
+        connection.send(os.read(read, 64))
+        os.close(read)
+
+
+def _become(program: Program, streams: list[int]) -> None:
+    """Make a fork what a new process of this program would be."""
+    if program.new_session:
+        os.setsid()
+    os.chdir(program.folder)
+    os.environ.clear()
+    os.environ.update(program.environment)
+    for own, fd in enumerate(streams):
+        os.dup2(fd, own)
+        os.close(fd)
+    _fork_a_forkserver()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for own, name in enumerate(("stdin", "stdout", "stderr")):
+        lines, errors = (1, "backslashreplace") if name == "stderr" else (-1, None)
+        stream = open(own, "w" if own else "r", lines, closefd=False, errors=errors)  # noqa: SIM115
+        setattr(sys, name, stream)
+        setattr(sys, f"__{name}__", stream)
+    if (threads := program.environment.get(NUM_THREADS, "")).isdigit():
+        import torch
+
+        torch.set_num_threads(int(threads))
+
+
+def _fork_a_forkserver() -> None:
+    """For what this process starts. Returns in the process, and in each fork of its forkserver once it is ready."""
+    from hbserve_testing.warm_starts import WarmStarts
+
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    if os.fork() != 0:
+        theirs.close()
+        ours.recv(64)
+        WarmStarts(ours).install()
+        return
+    ours.close()
+    _set_title([TITLE])
+    nowhere = os.open(os.devnull, os.O_RDWR)  # it holds none of its process's streams open
+    for own in range(3):
+        os.dup2(nowhere, own)
+    os.close(nowhere)
+    theirs.send(b"ready")
+    begin(*_serve(theirs))
+
+
+def begin(program: Program, streams: list[int]) -> NoReturn:
+    _become(program, streams)
+    _run(program.arguments)
+    sys.exit(0)
+
+
+def _set_title(arguments: list[str]) -> None:
+    """What `ps` shows, and /proc/PID/cmdline, which has room for that much."""
+    fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+    begin, end = int(fields[45]), int(fields[46])
+    title = b"\0".join(map(os.fsencode, arguments))[: end - begin - 1]
+    ctypes.memmove(begin, title.ljust(end - begin, b"\0"), end - begin)
+
+
+def _run(arguments: list[str]) -> None:
+    """As the interpreter does with these arguments."""
+    is_safe = arguments[0] == "-P"
+    what, *rest = arguments[is_safe:]
+    if what == "-m":
+        sys.argv = rest
+        sys.path[:0] = [] if is_safe else [os.getcwd()]
+        runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
+    elif what == "-c":
+        sys.argv = ["-c", *rest[1:]]
+        sys.path[:0] = [] if is_safe else [""]
+        main = sys.modules["__main__"] = types.ModuleType("__main__")
+        exec(compile(rest[0], "<string>", "exec"), main.__dict__)
+    else:
+        sys.argv = [what, *rest]
+        sys.path[:0] = [] if is_safe else [str(Path(what).resolve().parent)]
+        runpy.run_path(what, run_name="__main__")
+
+
+def main() -> NoReturn:
+    """`python -m hbserve_testing.forkserver DESCRIPTOR TITLE`"""
+    connection = socket.socket(fileno=int(sys.argv[1]))
+    for module in PRELOADED:
+        importlib.import_module(module)
+    _ = importlib.import_module("transformers").PreTrainedTokenizerFast  # imports what commands read tokenizers with
+    _set_title([TITLE])
+    gc.collect()
+    gc.freeze()  # or each fork would copy all pages that it looks through
+    connection.send(b"ready")
+    begin(*_serve(connection))
+
+
+if __name__ == "__main__":
+    from hbserve_testing import forkserver
+
+    forkserver.main()

@@ -1,0 +1,42 @@
+"""Processes of this host, as /proc shows them."""
+
+from pathlib import Path
+
+from hbserve_testing.forkserver import TITLE
+
+
+def state_of(pid: int) -> str:
+    """R, S, T and so on; Z: it has ended, and nobody has asked how; "": there is none."""
+    try:
+        return _stat(pid)[0]
+    except OSError:
+        return ""
+
+
+def alive(pid: int) -> bool:
+    return state_of(pid) not in ("", "Z")
+
+
+def command_of(pid: int) -> list[str]:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text(errors="replace").rstrip("\0").split("\0")
+    except OSError:
+        return []
+
+
+def children_of(pid: int) -> list[int]:
+    """Those that live, but forkservers, which are none of a program's own."""
+    found = [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()]
+    return [each for each in found if _parent_of(each) == pid and alive(each) and command_of(each) != [TITLE]]
+
+
+def _parent_of(pid: int) -> int:
+    try:
+        return int(_stat(pid)[1])
+    except OSError:
+        return 0
+
+
+def _stat(pid: int) -> list[str]:
+    """Its fields from the state on; the name before may contain anything."""
+    return Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()

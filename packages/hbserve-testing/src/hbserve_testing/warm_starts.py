@@ -1,0 +1,111 @@
+"""Popen whose Python programs are forks of a forkserver: see forkserver.py."""
+
+import contextlib
+import ctypes
+import inspect
+import os
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from hbserve_testing.forkserver import NUM_THREADS, Program, ask, server_command
+
+_PR_SET_CHILD_SUBREAPER = 36
+_PIPES = ("p2cread", "p2cwrite", "c2pread", "c2pwrite", "errread", "errwrite")
+_ONLY_COLD = ("executable", "preexec_fn", "pass_fds", "shell", "gid", "gids", "uid", "startupinfo")
+"""What of Popen's arguments a forkserver does not do."""
+_READ_AT_START = ("PYTHON", "LD_", "OMP_", "MKL_", "KMP_", "CUDA_", "TRITON_")
+"""Beginnings of variables that an interpreter, or a library in it, reads once: who changes one gets a cold process.
+Not the number of threads, which torch is told."""
+
+
+class WarmStarts:
+    """Makes `subprocess.Popen`, and so asyncio, start Python programs from a forkserver while `is_on`."""
+
+    def __init__(self, connection: socket.socket | None = None) -> None:
+        """`connection`: to the forkserver of this process. Without, it starts one when it is first switched on."""
+        self._is_on = connection is not None
+        self._connection = connection
+        self._environment = dict(os.environ)
+        """With which the forkserver was started."""
+        self._lock = threading.Lock()
+        self._server: subprocess.Popen[bytes] | None = None
+        self._cold = subprocess.Popen._execute_child  # type: ignore[attr-defined]
+        self._signature = inspect.signature(self._cold)
+
+    def install(self) -> None:
+        """For the life of this process."""
+        warm = self
+
+        def execute_child(popen: Any, *arguments: Any) -> None:
+            given = warm._signature.bind(popen, *arguments).arguments
+            program = warm._program(given) if warm._is_on else None
+            if program is None:
+                warm._cold(popen, *arguments)
+            else:
+                warm._start(popen, program, given)
+
+        subprocess.Popen._execute_child = execute_child  # type: ignore[attr-defined]
+
+    def switch(self, is_on: bool) -> None:
+        """Linux only: elsewhere all programs are cold."""
+        if is_on and self._connection is None and sys.platform == "linux":
+            self._connection, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            fd, self._environment = theirs.fileno(), dict(os.environ)
+            self._server = subprocess.Popen(server_command(fd), pass_fds=[fd], stdin=subprocess.DEVNULL)
+            theirs.close()
+            assert self._connection.recv(64) == b"ready", "the forkserver has not begun"
+        self._is_on = is_on and self._connection is not None
+
+    def close(self) -> None:
+        self._is_on = False
+        if self._connection is not None:
+            self._connection.close()
+        if self._server is not None:
+            self._server.wait(60)
+
+    def _program(self, given: Mapping[str, Any]) -> Program | None:
+        """None: only a cold start can be what is asked for."""
+        if isinstance(given["args"], str | bytes | os.PathLike) or any(given[name] for name in _ONLY_COLD):
+            return None
+        interpreter, *arguments = map(os.fsdecode, given["args"])
+        what = next((each for each in arguments if each != "-P"), "-") if interpreter == sys.executable else "-"
+        environment = dict(os.environ if given["env"] is None else given["env"])
+        if (what[0] == "-" and what not in ("-m", "-c")) or _read_once(environment) != _read_once(self._environment):
+            return None
+        folder = os.path.abspath(os.fsdecode(given["cwd"] or "."))
+        return Program(arguments, folder, environment, given["start_new_session"])
+
+    def _start(self, popen: Any, program: Program, given: Mapping[str, Any]) -> None:
+        assert self._connection is not None
+        ends = [given[name] for name in ("p2cread", "c2pwrite", "errwrite")]
+        streams = [own if end == -1 else end for own, end in enumerate(ends)]
+        with self._lock, _adopting():
+            popen.pid = ask(self._connection, program, streams)
+        popen._child_created = True
+        popen._close_pipe_fds(*(given[name] for name in _PIPES))
+
+
+@contextlib.contextmanager
+def _adopting() -> Iterator[None]:
+    """What a descendant of this process leaves behind becomes its child; no longer than a fork takes."""
+    _set_subreaper(True)
+    try:
+        yield
+    finally:
+        _set_subreaper(False)
+
+
+def _set_subreaper(is_one: bool) -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(_PR_SET_CHILD_SUBREAPER, int(is_one), 0, 0, 0):
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER)")
+
+
+def _read_once(environment: Mapping[str, str]) -> dict[str, str]:
+    return {
+        name: value for name, value in environment.items() if name.startswith(_READ_AT_START) and name != NUM_THREADS
+    }

@@ -1,0 +1,91 @@
+"""A program that is a fork of the forkserver is what the same command would be elsewhere, but for its imports."""
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from hbserve_testing.processes import alive, children_of, command_of
+
+pytestmark = [pytest.mark.warm, pytest.mark.skipif(sys.platform != "linux", reason="there is no forkserver")]
+
+SELF = """
+import json, os, sys
+print(json.dumps({
+    "torch": "torch" in sys.modules, "pid": os.getpid(), "parent": os.getppid(), "session": os.getsid(0),
+    "arguments": sys.argv[1:], "path": sys.path[0], "folder": os.getcwd(), "variables": dict(os.environ),
+    "name": __name__, "input": sys.stdin.read(), "files": len(os.listdir("/proc/self/fd")),
+}))
+"""
+
+
+def test_it_is_a_child_with_the_arguments_folder_environment_streams_and_session_that_it_was_given(tmp_path):
+    environment = os.environ | {"OF_THE_CALLER": "caf\udce9"}
+    with subprocess.Popen(
+        [sys.executable, "-c", SELF, "a", "b c"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=tmp_path,
+        env=environment, start_new_session=True,
+    ) as popen:  # fmt: skip
+        out, _ = popen.communicate(b"input", timeout=60)
+    said = json.loads(out)
+    assert said["torch"], "it was cold"
+    assert (said["pid"], said["parent"], said["session"]) == (popen.pid, os.getpid(), popen.pid)
+    assert (said["arguments"], said["path"], said["folder"]) == (["a", "b c"], "", str(tmp_path))
+    assert said["variables"] == environment
+    assert (said["name"], said["input"], popen.returncode) == ("__main__", "input", 0)
+    assert said["files"] <= 5, "the three streams, its forkserver, and the listing itself"
+
+
+@pytest.mark.parametrize("how", [["-m", "of_the_folder"], ["of_the_folder.py"], ["-P", "of_the_folder.py"]])
+def test_a_module_and_a_file_run_too_and_their_exit_status_is_that_of_the_program(tmp_path, how):
+    (tmp_path / "of_the_folder.py").write_text("import sys\nassert 'torch' in sys.modules\nsys.exit(__name__[2:6])")
+    done = subprocess.run([sys.executable, *how], cwd=tmp_path, capture_output=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (1, b"", b"main\n")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_signal_ends_it_and_what_it_has_started_is_its_own_child(number):
+    code = """
+import subprocess, sys, time
+child = subprocess.Popen([sys.executable, "-c", "import sys, time; assert 'torch' in sys.modules; time.sleep(60)"])
+print(child.pid, flush=True)
+time.sleep(60)
+"""
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    ) as popen:
+        assert popen.stdout is not None
+        child = int(popen.stdout.readline())
+        try:
+            assert children_of(popen.pid) == [child]
+            assert command_of(popen.pid)[1:] == ["-c", code]
+            popen.send_signal(number)
+            assert popen.wait(60) == -number
+            assert alive(child)
+        finally:
+            os.kill(child, signal.SIGKILL)
+
+
+async def test_asyncio_waits_for_it_as_for_any_other():
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", "print(int(input()) + 1); raise SystemExit(5)", stdin=-1, stdout=-1
+    )
+    assert await process.communicate(b"41\n") == (b"42\n", None)
+    assert process.returncode == 5
+
+
+@pytest.mark.parametrize("options", [{"env": os.environ | {"PYTHONHASHSEED": "1"}}, {"preexec_fn": lambda: None}])
+def test_what_a_fork_cannot_be_starts_cold(options):
+    code = "import sys; print('torch' in sys.modules)"
+    for expected, given in (("True\n", {}), ("False\n", options)):
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, **given)
+        assert done.stdout == expected
+
+
+@pytest.mark.cold
+def test_a_test_that_is_marked_cold_starts_cold():
+    code = "import sys; print('torch' in sys.modules)"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True, timeout=60) == "False\n"
