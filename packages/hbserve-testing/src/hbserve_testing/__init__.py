@@ -1,1 +1,4 @@
-"""Tools that the tests of all packages share. Never published; it imports torch and the packages only where they are used."""
+"""Tools that the tests of all packages share: never published.
+
+torch and the packages are imported only where they are used.
+"""
