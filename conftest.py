@@ -253,8 +253,17 @@ def _has_ipv6() -> bool:
     return True
 
 
+LONGEST = (
+    "test_triton_path.py", "test_pd_tokens.py", "test_processes.py", "test_cli.py", "test_kernel_compilation.py",
+    "test_surroundings.py",
+)  # fmt: skip
+"""Files of over 30 s of CPU time, the longest first: one that a worker began last would leave the other idle."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that need what this machine lacks are skipped, and say so. Nobody looks for what no test needs."""
+    """The longest files first. Tests that need what this machine lacks are skipped, and say so; nobody looks for what
+    no test needs."""
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
     for marker, is_there, lacking in (("gpu", _has_gpu, "no CUDA device"), ("ipv6", _has_ipv6, "no IPv6")):
         marked = [item for item in items if item.get_closest_marker(marker)]
         if marked and not is_there():
