@@ -31,7 +31,9 @@ def test_both_ends_are_allowed_and_what_is_no_such_number_is_not(bounds, allowed
 
 
 def test_bounds_say_what_is_allowed():
-    assert [str(bounds) for bounds in (POSITIVE, PORT, Bounds(0.1))] == ["at least 1", "0 to 65535", "at least 0.1"]
+    said = [bounds.instead_of(0) for bounds in (POSITIVE, PORT, Bounds(0.1))]
+    assert said == ["at least 1", "0 to 65535", "at least 0.1"]
+    assert POSITIVE.instead_of(float("inf")) == "1 to 4611686018427387904"
 
 
 def test_fields_out_of_their_bounds_are_named_and_none_is_allowed_only_where_the_type_has_it():
