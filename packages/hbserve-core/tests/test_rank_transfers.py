@@ -1,6 +1,7 @@
 """Transfers of several ranks as one, and those of another rank as rank 0 has them. All ranks are of this process."""
 
 import asyncio
+import contextlib
 import logging
 from types import SimpleNamespace
 
@@ -10,7 +11,9 @@ import torch
 from hbserve_core import InstanceConfig
 from hbserve_core.errors import RankFailed
 from hbserve_core.model.shard import Shard
+from hbserve_core.transfers import rank_protocol as protocol
 from hbserve_core.transfers.instance_transfers import InstanceTransfers
+from hbserve_core.transfers.rank_protocol import Receive, Send
 from hbserve_core.transfers.rank_transfers import RankServer, RemoteRank, make_manager
 from hbserve_kv import (
     DrainUnknown,
@@ -150,7 +153,7 @@ async def test_a_rank_that_cannot_take_part_is_told_and_no_other_takes_part(whol
         of_one = d.managers[refusing].post_receive("t", [1])
         with pytest.raises((ValueError, TransferFailed), match="transfer_id='t' is in use"):
             await d.transfers.post_receive("t", [5, 6])
-        assert [manager.stats().active_transfers for manager in d.managers] == [int(i == refusing) for i in range(2)]
+        await until(lambda: is_empty(d.managers[1 - refusing]))
         await of_one.cancel("test over")
         posted = await d.transfers.post_receive("t", [5, 6])
         p.managers[refusing].fingerprint["model"] = "n"
@@ -167,7 +170,8 @@ async def test_whoever_is_cancelled_while_it_posts_or_opens_leaves_nothing(whole
             for _ in range(turns):
                 await asyncio.sleep(0)
             posting.cancel()
-            await asyncio.gather(posting, return_exceptions=True)
+            with contextlib.suppress(asyncio.CancelledError):
+                await (await posting).cancel("it was quicker")
             await until(lambda: all(map(is_empty, d.managers)))
         for turns in range(0, 40, 5):
             posted = await d.transfers.post_receive(f"u{turns}", [5, 6])
@@ -237,7 +241,7 @@ async def remote():
     sender, receiver = [
         KVTransferManager(
             rank=rank, pool=torch.zeros(8, 4), fingerprint={"model": "m"},
-            config=KVTransferConfig(buffer_size=0, timeout_s=5, expiry_s=0.5), transport=transport,
+            config=KVTransferConfig(buffer_size=0, timeout_s=5, expiry_s=1.0), transport=transport,
         )
         for rank, transport in enumerate([stray, network.transport()])
     ]  # fmt: skip
@@ -251,6 +255,19 @@ async def remote():
     await receiver.close()
     await server._server.stop()
     await sender.close()
+
+
+async def test_a_stream_that_is_left_early_cancels_its_transfer(remote):
+    async with remote.rank.client.stream(protocol.RECEIVE, Receive("t", [1])) as stream:
+        begun = await anext(stream)
+        transfer = await remote.sender.open_send("t", begun.grant)
+        assert remote.receiver.stats().active_transfers == 1
+    assert (await transfer.wait()).error == "cancelled by the receiver: rank 0 has given it up"
+    posted = remote.sender.post_receive("u", [1])
+    async with remote.rank.client.stream(protocol.SEND, Send("u", posted.grant)) as stream:
+        assert (await anext(stream)).num_blocks == 1
+    assert (await posted.wait()).error == "rank 0 has given it up"
+    await until(lambda: is_empty(remote.receiver))
 
 
 async def test_after_an_unknown_end_the_blocks_of_another_rank_are_drained_when_its_stream_ends(remote):
@@ -268,6 +285,21 @@ async def test_after_an_unknown_end_the_blocks_of_another_rank_are_drained_when_
     await draining
     await until(lambda: is_empty(remote.receiver))
     assert remote.lost == []
+
+
+async def test_a_transfer_that_is_still_drained_is_not_taken_for_a_later_one_of_its_id(remote):
+    first = await remote.rank.post_receive("t", [1])
+    transfer = await remote.sender.open_send("t", first.grant)
+    transfer.push([1], 0)
+    await transfer.commit()
+    assert (await first.wait()).outcome is Outcome.UNKNOWN
+    remote.receiver._receiver._expiry_s = 2 * DEADLINE_S  # or that would end it
+    second = await remote.rank.post_receive("t", [2])
+    remote.end.set()
+    await first.drained()
+    async with asyncio.timeout(DEADLINE_S):
+        assert await second.cancel("not wanted") is Outcome.FAILED_DRAINED
+    assert (await second.wait()).error == "not wanted"
 
 
 async def test_blocks_of_which_another_rank_will_never_know_are_not_said_to_be_drained(remote):

@@ -1,6 +1,7 @@
 """Parts that a sender announces: how few messages that takes, and what happens if they are not taken."""
 
 import asyncio
+import contextlib
 
 import pytest
 import torch
@@ -329,3 +330,49 @@ async def test_a_link_that_is_lost_at_the_moment_of_an_announcement_fails_its_pa
         result = await posted.wait()
         assert (await transfer.abort("test over")) is Outcome.FAILED_DRAINED
     assert (result.outcome, result.error) == (Outcome.FAILED_DRAINED, "the sender was lost")
+
+
+async def test_a_backend_that_ignores_that_nobody_takes_its_part_is_given_no_other_and_no_task_is_left(
+    pair, monkeypatch
+):
+    sender, receiver, _, _ = await pair()
+    pushed = []
+
+    async def push(link, part):
+        pushed.append(part.index)
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.Event().wait()
+
+    monkeypatch.setattr(sender._transports["pipe"], "push", push)
+    posted = receiver.post_receive("t", [1, 2])
+    transfer = await sender.open_send("t", posted.grant)
+    transfer.push([5], 0)
+    transfer.push([6], 1)
+    async with asyncio.timeout(20):
+        while not pushed:
+            await asyncio.sleep(0.01)
+        sender._peers.connections[receiver.address].lose("the peer is gone")
+        result = await transfer.wait()
+        await posted.cancel("test over")
+    assert (result.outcome, result.error) == (Outcome.FAILED_DRAINED, "the peer is gone")
+    assert pushed == [0]
+    async with asyncio.timeout(20):
+        while any("Connection" in task.get_coro().__qualname__ for task in asyncio.all_tasks()):
+            await asyncio.sleep(0.01)
+
+
+async def test_closing_a_sender_lets_the_part_that_is_under_way_end_and_waits_for_no_more(pair, pipes, monkeypatch):
+    monkeypatch.setattr("hbserve_kv.manager.GOODBYE_TIMEOUT_S", 60.0)
+    sender, receiver, _, _ = await pair()
+    pipes.faults = {0: "late"}
+    posted = receiver.post_receive("t", [1, 2])
+    transfer = await sender.open_send("t", posted.grant)
+    transfer.push([5], 0)
+    async with asyncio.timeout(20):
+        while not transfer.state.legs[0].num_begun:
+            await asyncio.sleep(0.01)
+        await sender.close()
+        result, received = await transfer.wait(), await posted.wait()
+    assert (result.outcome, result.error, result.num_parts) == (Outcome.FAILED_DRAINED, "the sender was closed", 1)
+    assert received.error == "the sender was closed"
+    assert pipes.accepted == [("t", 0)]

@@ -104,6 +104,10 @@ async def test_a_rank_that_refuses_is_named_and_the_others_hear_that_nothing_com
         assert result.outcome is Outcome.FAILED_DRAINED
         assert "not expected" in result.error
         await until_empty(sender, *receivers)
+        async with asyncio.timeout(20):
+            while sender._outgoing:
+                await asyncio.sleep(0.01)
+        assert receivers[refusing].stats().dropped_messages == 1, "it is not told again what it has refused"
     assert sender.stats().num_failed == 0, "it never was a transfer"
 
 
@@ -203,6 +207,30 @@ async def test_whoever_is_cancelled_while_it_opens_a_transfer_leaves_none(manage
     async with asyncio.timeout(20):
         while sender._outgoing:
             await asyncio.sleep(0.01)
+
+
+async def test_a_transfer_that_has_failed_by_the_time_it_is_connected_is_not_begun(managers, monkeypatch):
+    network = LoopbackNetwork()
+    sender, receiver = [await managers(i, "loopback", transport=network.transport()) for i in range(2)]
+    connect, is_connecting, may_connect = sender._peers.connection, asyncio.Event(), asyncio.Event()
+
+    async def connection(*arguments):
+        is_connecting.set()
+        await may_connect.wait()
+        return await connect(*arguments)
+
+    monkeypatch.setattr(sender._peers, "connection", connection)
+    posted = receiver.post_receive("t", [1])
+    opening = asyncio.create_task(sender.open_send("t", posted.grant))
+    async with asyncio.timeout(20):
+        await is_connecting.wait()
+        opening.cancel()
+        await asyncio.gather(opening, return_exceptions=True)
+        may_connect.set()
+        while sender._outgoing:
+            await asyncio.sleep(0.01)
+    assert receiver._receiver.incoming["t"].state.senders == {}
+    await posted.cancel("test over")
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -127,9 +127,26 @@ def test_a_part_that_may_go_on_after_it_failed_is_over_when_its_connection_is():
     assert state.outcome is Outcome.FAILED_DRAINED
 
 
+def test_a_part_that_goes_on_is_not_forgotten_over_another_one_that_ends():
+    state = moving()
+    assert state.begin_parts(0, 1)
+    state.end_parts(0, 1, "a write timed out", may_go_on=True)
+    state.end_parts(0, 1, "so did this, and it is over")
+    assert (state.phase, state.cause) == (Phase.DRAINING, "a write timed out")
+
+
+def test_nothing_begins_on_a_leg_whose_connection_is_over():
+    state = opened()
+    assert state.push(0)
+    state.close(0)
+    assert not state.begin_parts(0, 1)
+
+
 def test_all_legs_or_none_are_opened():
     state = SendState(2)
     assert state.accept(0, one_sided=True)
+    assert not state.accept(0, one_sided=False)
+    assert state.legs[0].one_sided
     assert state.phase is Phase.OPENING
     assert state.fail("refused", 1)
     assert not state.accept(1, one_sided=True)
@@ -171,8 +188,8 @@ class RandomLife(RuleBasedStateMachine):
 
     @initialize(num_legs=st.integers(1, 3), num_accepted=st.integers(0, 5), num_pushed=st.integers(0, 3))
     def start(self, num_legs, num_accepted, num_pushed):
-        self.state = SendState(num_legs)
-        self.last = Phase.OPENING
+        self.state = SendState(num_legs, self.listen)
+        self.last = self.heard = Phase.OPENING
         self.first_cause = ""
         self.was_acknowledged = [False] * num_legs
         self.num_moving, self.goes_on = [0] * num_legs, [False] * num_legs
@@ -183,6 +200,9 @@ class RandomLife(RuleBasedStateMachine):
         for leg in range(num_legs):
             for _ in range(num_pushed):
                 self.push(leg)
+
+    def listen(self):
+        self.heard = self.state.phase
 
     def leg(self, number):
         return number % len(self.state.legs)
@@ -254,6 +274,7 @@ class RandomLife(RuleBasedStateMachine):
             or phase in FOLLOWS[self.last]
             or (phase is Phase.FAILED_DRAINED and self.last < Phase.DRAINING)
         )
+        assert self.heard is phase, "whoever waits for it hears of it"
         self.last = phase
         reached.add(phase)
         assert self.state.cause == self.first_cause

@@ -5,6 +5,10 @@ import asyncio
 import pytest
 
 from hbserve_kv import AddressNotAvailable, FingerprintMismatch, Outcome, TransferFailed
+from hbserve_kv.protocol.messages import Abandon
+from hbserve_kv.testing import LoopbackNetwork
+from hbserve_kv.testing.loopback import LoopbackTransport
+from hbserve_rpc import RpcClient
 
 
 @pytest.fixture
@@ -103,3 +107,57 @@ async def test_an_address_that_this_machine_does_not_have_is_refused_before_anyt
     # Known elsewhere: vLLM #27083, dynamo #2706.
     with pytest.raises(AddressNotAvailable, match=rf"kv_transfer\.ip='{host}': {why}; use an address of"):
         await managers(0, "nccl", host=host)
+
+
+class Stuck(LoopbackTransport):
+    """Whose pushes, and whose end, last until they are let go."""
+
+    def __init__(self, network):
+        super().__init__(network)
+        self.pushed, self.may_push, self.may_disconnect = asyncio.Event(), asyncio.Event(), asyncio.Event()
+
+    async def push(self, link, part):
+        self.pushed.set()
+        await self.may_push.wait()
+
+    async def disconnect(self, link):
+        await self.may_disconnect.wait()
+        await super().disconnect(link)
+
+
+async def test_a_part_that_goes_on_after_its_transfer_and_then_its_connection_has_failed_is_waited_for(
+    managers, monkeypatch
+):
+    """First for as long as it takes, then with patience, then as UNKNOWN; the receiver is told what is known."""
+    monkeypatch.setattr("hbserve_kv.sending.connection.DRAIN_PATIENCE_S", 0.2)
+    network, told = LoopbackNetwork(), []
+    stuck, call = Stuck(network), RpcClient.call
+
+    async def spy(self, method, request, *, timeout_s):
+        told.extend([(request.drained, request.may_be_buffered)] if isinstance(request, Abandon) else [])
+        return await call(self, method, request, timeout_s=timeout_s)
+
+    monkeypatch.setattr(RpcClient, "call", spy)
+    sender = await managers(0, "loopback", transport=stuck)
+    receiver = await managers(1, "loopback", transport=network.transport())
+    posted = receiver.post_receive("t", [1])
+    transfer = await sender.open_send("t", posted.grant)
+    transfer.push([5], 0)
+    async with asyncio.timeout(20):
+        await stuck.pushed.wait()
+        aborting = asyncio.create_task(transfer.abort("not wanted"))
+        await asyncio.wait([aborting], timeout=0.5)
+        assert not aborting.done(), "the part is read, and its peer is there"
+        assert told == []
+        sender._peers.connections[receiver.address].lose("the peer is gone")
+        assert await aborting is Outcome.UNKNOWN
+        draining = asyncio.create_task(transfer.drained())
+        await asyncio.wait([draining], timeout=0.2)
+        assert not draining.done()
+        assert told == [(False, False)]
+        stuck.may_disconnect.set()
+        await draining
+        assert (await posted.wait()).error == "not wanted"
+    assert told == [(False, False), (True, True)]
+    assert (await transfer.wait()).outcome is Outcome.UNKNOWN, "what was said once is not said otherwise"
+    stuck.may_push.set()

@@ -213,7 +213,7 @@ class Connection:
         two sides may disagree on what was sent.
         """
         is_announced = not self.transport.one_sided
-        while (leg := await self.turns.get()) is not None and not self.lost:
+        while not self.lost and (leg := await self.turns.get()) is not None:
             state, most = leg.state, MAX_ANNOUNCED_PARTS if is_announced else 1
             parts = [leg.parts.popleft() for _ in range(min(most, len(leg.parts)))]
             if leg.parts:
