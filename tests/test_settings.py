@@ -180,14 +180,14 @@ def test_a_new_key_written_in_one_place_is_in_the_file_in_pd_disagg_config_and_i
 # ---- docs/configuration.md ---------------------------------------------------------------------------------------
 
 
-def documented() -> dict[str, dict[str, list[str]]]:
-    """Cells of each row, by section and key."""
+def documented() -> dict[str, dict[str, dict[str, str]]]:
+    """What each key says of itself, by section and key."""
     text = (ROOT / "docs/configuration.md").read_text()
-    found: dict[str, dict[str, list[str]]] = {}
-    for section, table in re.findall(r"^## `(\w+)`$(.*?)(?=^## |\Z)", text, re.M | re.S):
-        rows = [[cell.strip() for cell in row.split("|")[1:-1]] for row in re.findall(r"^\| `.*$", table, re.M)]
-        assert len(rows) == len({row[0] for row in rows}), f"{section}: a key is there twice"
-        found[section] = {row[0].strip("`"): row[1:] for row in rows}
+    found: dict[str, dict[str, dict[str, str]]] = {}
+    for section, content in re.findall(r"^## `(\w+)`$(.*?)(?=^## |\Z)", text, re.M | re.S):
+        items = re.findall(r"^- `(\w+)`$\n(.*?)(?=^\S|\Z)", content, re.M | re.S)
+        assert len(items) == len({key for key, _ in items}), f"{section}: a key is there twice"
+        found[section] = {key: dict(re.findall(r"^  - (\w+): (.+)$", said, re.M)) for key, said in items}
     return found
 
 
@@ -197,17 +197,17 @@ def test_exactly_the_documented_keys_exist():
 
 
 @pytest.mark.parametrize("section", sections())
-def test_a_documented_key_has_the_default_and_the_keyword_that_the_table_says(section):
+def test_a_documented_key_has_the_default_and_the_keyword_that_the_page_says(section):
     for key, field in sections()[section].items():
-        *keyword, default, meaning = documented()[section][key]
-        path = f"{section}.{key}"
-        assert meaning, path
+        said = documented()[section][key]
+        default, path = said["default"], f"{section}.{key}"
+        assert said["meaning"], path
         if section not in ("gpu_instances", "scheduler"):
-            assert PATHS[keyword[0].strip("`")] == (section, key)
+            assert PATHS[said["keyword"].strip("`")] == (section, key)
         if default == "required":
             assert (field.default, field.default_factory) == (msgspec.NODEFAULT, msgspec.NODEFAULT), path
             continue
         there = field.default if field.default is not msgspec.NODEFAULT else field.default_factory()
-        said = yaml.safe_load(default.strip("`"))
-        assert (parse_size(path, said) if key == "buffer_size" else said) == there, path
-        assert type(said) is type(there) or key == "buffer_size" or isinstance(there, float), path
+        written = yaml.safe_load(default.strip("`"))
+        assert (parse_size(path, written) if key == "buffer_size" else written) == there, path
+        assert type(written) is type(there) or key == "buffer_size" or isinstance(there, float), path

@@ -158,7 +158,7 @@ def test_no_section_takes_a_key_that_it_does_not_know(section: str) -> None:
 
 def test_the_readme_names_every_key_and_no_other() -> None:
     readme = (Path(__file__).parent.parent / "README.md").read_text()
-    rows = dict(re.findall(r"^\| `(\w+)`.*? \| (.*) \|$", readme, re.M))
+    rows = dict(re.findall(r"^- `(\w+)`.*?: (.*\n(?:  .*\n)*)", readme, re.M))
     assert list(rows) == [field.name for field in msgspec.structs.fields(DeploymentConfig)]
     for field in msgspec.structs.fields(DeploymentConfig):
         section = field.type.__args__[0] if field.name == "gpu_instances" else field.type

@@ -5,7 +5,7 @@
                    ──▶ sections of the YAML file         made of them: `In` names the section of each
     KVTransferSettings ──▶ hbserve_kv.KVTransferConfig, and the YAML section kv_transfer: both inherit them
 
-A new key is one field here, and one row in docs/configuration.md.
+A new key is one field here, and one entry in docs/configuration.md.
 """
 
 import functools
