@@ -231,7 +231,8 @@ class Connection:
                         await self.transport.push(self.link, part)
             except (Exception, asyncio.CancelledError) as error:  # whatever a backend raises; or the loss, see `lose`
                 may_go_on = isinstance(error, DrainUnknown)
-                if is_announced and not self.lost:  # by the receiver, which is about to say why
+                if is_announced and not self.lost and isinstance(error, (OSError, RuntimeError)):
+                    # Perhaps the receiver has ended what the part went over, and is about to say why.
                     await asyncio.wait([self._listening], timeout=CAUSE_PATIENCE_S)
                 if is_announced or may_go_on:
                     self.lose(f"the link broke: {str(error) or type(error).__name__}")
