@@ -229,7 +229,7 @@ async def test_a_transfer_that_has_failed_by_the_time_it_is_connected_is_not_beg
         may_connect.set()
         while sender._outgoing:
             await asyncio.sleep(0.01)
-    assert receiver._receiver.incoming["t"].state.senders == {}
+    assert receiver._receiver.transfers["t"].links == {}
     await posted.cancel("test over")
 
 
