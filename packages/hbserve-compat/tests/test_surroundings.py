@@ -101,6 +101,11 @@ def wait_for_the_end_of(pids: list[int]) -> None:
         time.sleep(0.05)
 
 
+def heed_sighup() -> None:
+    """Also where these tests run under `nohup`."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
 def block_sigterm_and_ignore_sigchld() -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
@@ -108,7 +113,7 @@ def block_sigterm_and_ignore_sigchld() -> None:
 
 ENDS = {
     "Ctrl-C for all, thrice": (None, [signal.SIGINT] * 3, 130),
-    "the terminal closes": (None, [signal.SIGHUP], 129),
+    "the terminal closes": (heed_sighup, [signal.SIGHUP], 129),
     "SIGTERM, which was blocked": (block_sigterm_and_ignore_sigchld, [signal.SIGTERM], 143),
 }
 

@@ -5,6 +5,7 @@ import contextlib
 import logging
 from types import SimpleNamespace
 
+import msgspec
 import pytest
 import torch
 
@@ -293,7 +294,8 @@ async def test_a_transfer_that_is_still_drained_is_not_taken_for_a_later_one_of_
     transfer.push([1], 0)
     await transfer.commit()
     assert (await first.wait()).outcome is Outcome.UNKNOWN
-    remote.receiver._receiver._expiry_s = 2 * DEADLINE_S  # or that would end it
+    receiver = remote.receiver._receiver
+    receiver._config = msgspec.structs.replace(receiver._config, expiry_s=2.0 * DEADLINE_S)  # or that would end it
     second = await remote.rank.post_receive("t", [2])
     remote.end.set()
     await first.drained()

@@ -289,5 +289,9 @@ class RandomLife(RuleBasedStateMachine):
 
 
 def test_random_events_never_end_a_transfer_early_twice_or_in_another_way_than_the_first():
-    run_state_machine_as_test(RandomLife, settings=settings(max_examples=400, stateful_step_count=40, deadline=None))
+    lives = settings(max_examples=400, stateful_step_count=40, deadline=None)
+    for _ in range(9):  # once is nearly always enough to reach every phase
+        run_state_machine_as_test(RandomLife, settings=lives)
+        if reached == set(Phase):
+            break
     assert reached == set(Phase), "or the test has shown nothing"
