@@ -162,6 +162,11 @@ def test_whatever_a_field_is_given_is_plain_and_crosses_the_wire_or_is_refused_i
     assert len(str(caught.value).encode()) < 800
 
 
+@pytest.mark.parametrize("field", ["temperature", "top_p", "max_tokens", "top_k", "seed"])
+def test_an_integer_with_comparisons_of_its_own_is_the_number_that_it_is(field):
+    assert getattr(SamplingParams(**{field: HostileInt(1)}), field) == 1
+
+
 def test_values_set_later_are_checked_by_validate():
     params = SamplingParams()
     params.max_tokens = 0

@@ -71,7 +71,7 @@ class SamplingParams(msgspec.Struct):
 
 def _plain_number(name: str, value: object, allowed: Callable[[float], bool], expected: str) -> float:
     value = plain_scalar(value)
-    if isinstance(value, int) and value > LARGEST_INT:
+    if isinstance(value, int) and int.__gt__(value, LARGEST_INT):  # a subclass may compare otherwise, or raise
         expected += f", as a float or an integer up to {LARGEST_INT}"
     elif isinstance(value, Real) and not isinstance(value, bool):
         with contextlib.suppress(Exception):  # a fraction beyond all floats; a __float__ of somebody else
