@@ -288,5 +288,9 @@ def test_random_requests_go_through_every_change_of_phase_and_all_blocks_return(
         enter(sequence, phase)
 
     monkeypatch.setattr(Sequence, "enter", record)
-    run_state_machine_as_test(RandomRequests, settings=RANDOM)
-    assert seen == {(before, after) for before, following in NEXT_PHASES.items() for after in following}
+    every = {(before, after) for before, following in NEXT_PHASES.items() for after in following}
+    for _ in range(20):  # some arrows are rare: a run may miss one, twenty do not
+        run_state_machine_as_test(RandomRequests, settings=RANDOM)
+        if seen == every:
+            break
+    assert seen == every
