@@ -237,11 +237,13 @@ class KVTransferManager(KVTransferBase):
 
     def _count_sent(self, result: TransferResult) -> None:
         self._sent += result.num_bytes
-        self._busy_time_s += result.time_s
-        self._failed += result.outcome is not Outcome.COMPLETED
+        self._count_ended(result)
 
     def _count_received(self, result: TransferResult) -> None:
         self._received += result.num_bytes
+        self._count_ended(result)
+
+    def _count_ended(self, result: TransferResult) -> None:
         self._busy_time_s += result.time_s
         self._failed += result.outcome is not Outcome.COMPLETED
 

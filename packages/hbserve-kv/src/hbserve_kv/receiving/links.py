@@ -16,7 +16,7 @@ from hbserve_kv.config import GOODBYE_TIMEOUT_S
 from hbserve_kv.protocol.handshake import Identity, check, choose_transport
 from hbserve_kv.protocol.messages import AnnouncedPart, Cancelled, Handshake, LinkReply, PartsAnnounced
 from hbserve_kv.receiving.transfer import IncomingLink, IncomingTransfer
-from hbserve_kv.transports.base import Link, Part, Transport
+from hbserve_kv.transports.base import Link, Part, Transport, disconnect
 
 logger = logging.getLogger(__name__)
 
@@ -90,11 +90,7 @@ class IncomingLinks:
     async def _drop(self, lost: IncomingLink) -> None:
         if lost.connecting is not None:
             await asyncio.gather(lost.connecting, return_exceptions=True)
-        try:
-            await lost.transport.disconnect(lost.link)
-        except Exception:
-            logger.exception("disconnecting a link of %s failed", lost.transport.name)
-        lost.link.executor.shutdown(wait=False)
+        await disconnect(lost.transport, lost.link)
         if lost.taking is not None:
             await asyncio.gather(lost.taking, return_exceptions=True)
 

@@ -24,7 +24,7 @@ from hbserve_kv.protocol.messages import (
     PartsAnnounced,
 )
 from hbserve_kv.sending.state import Phase, SendState
-from hbserve_kv.transports.base import DrainUnknown, Link, Part, Transport
+from hbserve_kv.transports.base import DrainUnknown, Link, Part, Transport, disconnect
 from hbserve_rpc import HBServeRpcError, InvalidRequest, RpcClient, RpcStream
 
 logger = logging.getLogger(__name__)
@@ -313,12 +313,3 @@ class Connection:
         """Wait for no answer of the peer any more. What was said to it may still arrive."""
         await self._stream.aclose()
         await self.client.close()
-
-
-async def disconnect(transport: Transport, link: Link) -> None:
-    """`Transport.disconnect`, and the link's thread. What goes wrong is logged: there is nobody to tell."""
-    try:
-        await transport.disconnect(link)
-    except Exception:
-        logger.exception("disconnecting a link of %s failed", transport.name)
-    link.executor.shutdown(wait=False)

@@ -13,8 +13,8 @@ from hbserve_kv.protocol import messages
 from hbserve_kv.protocol.handshake import Identity
 from hbserve_kv.protocol.messages import Handshake, LinkReply
 from hbserve_kv.sending.breaker import Breaker
-from hbserve_kv.sending.connection import Connection, disconnect
-from hbserve_kv.transports.base import Link, Transport
+from hbserve_kv.sending.connection import Connection
+from hbserve_kv.transports.base import Link, Transport, disconnect
 from hbserve_rpc import HBServeRpcError, InvalidAddress, RpcClient, RpcStream
 
 logger = logging.getLogger(__name__)

@@ -157,3 +157,12 @@ class Transport(ABC):
 
 class DrainUnknown(Exception):
     """A push failed, and bytes may still be read or land, until `disconnect` has returned."""
+
+
+async def disconnect(transport: Transport, link: Link) -> None:
+    """`Transport.disconnect`, and the link's thread. What goes wrong is logged: there is nobody to tell."""
+    try:
+        await transport.disconnect(link)
+    except Exception:
+        logger.exception("disconnecting a link of %s failed", transport.name)
+    link.executor.shutdown(wait=False)
