@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from hbserve.generate import counted, why_ended
 from hbserve_testing.processes import alive, children_of
@@ -23,29 +22,6 @@ CUT = "cut at the longest sequence that is served"
 def hbserve(*arguments: Any, **settings: Any) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "hbserve", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE_S, **settings)
-
-
-@pytest.fixture
-def config(tmp_path: Path, small_model: Callable[[str], Path]) -> Callable[..., Path]:
-    """Writes a configuration file of one pair, changed by `section={key: value}`."""
-
-    def write(**changes: Any) -> Path:
-        content: dict[str, Any] = {
-            "model": {"path": str(small_model("qwen3"))},
-            "engine": {"num_blocks": 64},
-            "scheduler": {"port": 0},
-            "gpu_instances": [
-                {"instance_id": "prefill-0", "instance_type": "prefill", "kv_rank": 0},
-                {"instance_id": "decode-0", "instance_type": "decode", "kv_rank": 1},
-            ],
-        }
-        for section, keys in changes.items():
-            content[section] = {**content.get(section, {}), **keys} if isinstance(keys, dict) else keys
-        path = tmp_path / "config.yaml"
-        path.write_text(yaml.safe_dump(content))
-        return path
-
-    return write
 
 
 def wait_until(condition: Callable[[], bool]) -> None:

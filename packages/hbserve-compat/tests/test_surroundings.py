@@ -36,19 +36,8 @@ def command(*arguments: Any) -> list[str]:
 
 
 @pytest.fixture
-def config(tmp_path: Path, small_model: Callable[[str], Path]) -> Path:
-    path = tmp_path / "config.yaml"
-    content = {
-        "model": {"path": str(small_model("qwen3"))},
-        "engine": {"num_blocks": 64},
-        "scheduler": {"port": 0},
-        "gpu_instances": [
-            {"instance_id": "prefill-0", "instance_type": "prefill", "kv_rank": 0},
-            {"instance_id": "decode-0", "instance_type": "decode", "kv_rank": 1},
-        ],
-    }
-    path.write_text(yaml.safe_dump(content))
-    return path
+def config(config: Callable[..., Path]) -> Path:
+    return config()
 
 
 @pytest.fixture(scope="module")
