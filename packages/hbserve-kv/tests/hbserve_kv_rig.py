@@ -16,7 +16,7 @@ from hbserve_kv_victims import BACKWARDS, DEADLINE_S, IS_FREE, NUM_BLOCKS
 
 from hbserve_kv.testing import is_empty
 
-TIMEOUT_S = 2.0
+TIMEOUT_S = 3.0
 HEARTBEAT_S = TIMEOUT_S / 4
 MOONCAKE_TIMEOUT_S = 5.0
 """Of a write, which can not be shorter; then its engine is ended."""

@@ -7,7 +7,7 @@ sender                                              receiver
   PARTS(what comes next)            ───notify───▶   two-sided transports only: the receiver takes them in this order
   COMMIT(payload)                   ────call────▶   answered when all parts have landed and the receiver has taken it;
                                                     two-sided: asked when all are announced, not when they have moved
-  ABANDON(reason, drained)          ────call────▶   instead of COMMIT
+  ABANDON(reason, drained)          ────call────▶   instead of COMMIT; or of BEGIN, if another rank has refused
 
 `link` names one life of both sides: the sender draws it, the receiver learns it with the sender's epoch and forgets it
 when the stream ends. So a message of an earlier life, of either side, names a link that nobody knows.

@@ -133,10 +133,15 @@ class Receiver:
         return f"checksum: blocks {wrong} of those granted are not as they were sent" if wrong else ""
 
     async def _abandon(self, message: Abandon) -> Nothing:
-        transfer = self.transfers.get(message.transfer_id)
-        if transfer is None or message.link not in transfer.links:
-            transfer = self.quarantine.find(message.transfer_id, message.link)
-        if transfer is None:
+        expected = self.transfers.get(message.transfer_id)
+        if expected is not None and message.link in expected.links:
+            transfer = expected
+        elif found := self.quarantine.find(message.transfer_id, message.link):
+            transfer = found
+        elif expected is not None and message.link in self.links.connected:
+            expected.fail(message.reason)  # this sender could not even begin, because another receiver had refused
+            return Nothing()
+        else:
             self._drop_message(f"abandon of transfer {message.transfer_id} is late")
         transfer.fail(message.reason)
         if message.drained and message.may_be_buffered:

@@ -77,10 +77,10 @@ class Leg:
         legs, name = self.connection.legs, self.begin.transfer_id
         if name in legs:
             self.state.fail(f"one to {self.connection.client.address} is under way already")
-        if self.state.failed:  # perhaps while it was being connected
             return
         legs[name] = self
-        if await self._hand_over():
+        # It may have failed while it was being connected: then the receiver hears so at once, not of a BEGIN first.
+        if self.state.failed or await self._hand_over():
             await self._drain()
         self.connection.forget(name)
 

@@ -64,6 +64,9 @@ class _Group:
     """CUDA stream of the link's own, or None on the CPU."""
 
 
+START_TIMEOUT = timedelta(seconds=60)
+
+
 class NcclTransport(Transport):
     name = "nccl"
     one_sided = False
@@ -82,7 +85,8 @@ class NcclTransport(Transport):
             self._device = str(torch.cuda.get_device_properties(memory.device).uuid)
             self.max_part_bytes = GPU_PART_BYTES
         self._ip = await look_up(self._host)
-        self._store = TCPStore(self._host, 0, is_master=True, wait_for_workers=False, timeout=self._timeout)
+        # It connects to itself, with no peer to give up: on a busy machine that takes longer than `timeout_s` may be.
+        self._store = TCPStore(self._host, 0, is_master=True, wait_for_workers=False, timeout=START_TIMEOUT)
 
     def describe(self) -> bytes:
         return msgspec.msgpack.encode(self._mine)
