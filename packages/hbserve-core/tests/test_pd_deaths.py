@@ -27,19 +27,28 @@ DEADLINE_S = 60
 TWO_SIDED, ONE_SIDED = "nccl", "ipc"
 KV_TIMEOUT_S = 3
 
-# `python -m hbserve_core`, but after its second step the engine computes nothing until SIGUSR1 comes.
+# `python -m hbserve_core`, but its second step waits until the receiver has accepted the transfer, and after that the
+# engine computes nothing until SIGUSR1 comes.
 HALTING = """
 import signal, threading
 from hbserve_core import ModelRunner
 from hbserve_core.instance import process as instance_process
+from hbserve_kv import KVTransferManager
 may_go_on, steps, run = threading.Event(), [], ModelRunner.run
+is_accepted, open_send = threading.Event(), KVTransferManager.open_send
 signal.signal(signal.SIGUSR1, lambda *_: may_go_on.set())
+async def opening(self, transfer_id, grant):
+    transfer = await open_send(self, transfer_id, grant)
+    is_accepted.set()
+    return transfer
 def halting(self, batch):
+    if len(steps) == 1:
+        is_accepted.wait(60)
     if len(steps) == 2:
         may_go_on.wait(60)
     steps.append(batch)
     return run(self, batch)
-ModelRunner.run = halting
+KVTransferManager.open_send, ModelRunner.run = opening, halting
 instance_process.main()
 """
 
