@@ -35,6 +35,7 @@ async def test_results_have_text_tokens_reason_and_timings(llm):
         assert result["text"] == llm.tokenizer.decode(result["token_ids"], skip_special_tokens=True)
         assert result["finish_reason"] in ("stop", "length")
         assert 0 < result["ttft_s"] <= result["e2e_s"]
+        assert 0 < result["handoff_s"] <= result["e2e_s"] - result["ttft_s"]
         assert result["kv_bytes"] > 0
     assert [result["num_prompt_tokens"] for result in results] == [24, 24]
 

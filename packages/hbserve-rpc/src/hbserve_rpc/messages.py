@@ -126,6 +126,9 @@ class RequestFinished(msgspec.Struct, frozen=True, tag=True):
     """Mean time per output token after the first; 0 when there is only one."""
     e2e_s: float
     """Submitted to finished."""
+    handoff_s: float = 0.0
+    """First token to second: with prefill and decode apart, how long the request stood still while it changed hands. On
+    a hybrid instance a step. 0 when there is no second, or both came at once."""
     kv_bytes: int = 0
     kv_transfer_time_s: float = 0.0
     num_cached_tokens: int = 0
@@ -192,6 +195,15 @@ class InstanceStats(msgspec.Struct, frozen=True, tag=True):
     """Late, duplicate, unknown and stale-epoch transfer messages."""
 
 
+class LatencySummary(msgspec.Struct, frozen=True, tag=True):
+    """A latency over the requests that ended last."""
+
+    count: int = 0
+    """Requests that are in it."""
+    p50_s: float = 0.0
+    p99_s: float = 0.0
+
+
 class SchedulerStats(msgspec.Struct, frozen=True, tag=True):
     total_requests: int = 0
     completed_requests: int = 0
@@ -206,6 +218,8 @@ class SchedulerStats(msgspec.Struct, frozen=True, tag=True):
 
     Aborts and refusals are the caller's and do not count.
     """
+    handoff: LatencySummary = LatencySummary()
+    """See RequestFinished.handoff_s; of requests that had a second token."""
     instances: list[InstanceStats] = []
 
 

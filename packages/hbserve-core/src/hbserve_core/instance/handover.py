@@ -81,7 +81,8 @@ class PrefillSend:
         self._inbox.put_nowait(self._error)
 
     async def follow(self) -> StepOutput:
-        """Push the blocks that each step has filled; returns the output that has the first token.
+        """Push the blocks that each step has filled, and with the first token, whose output is returned, all the rest:
+        they move while it is told.
 
         Raises:
             LogitsNotFinite: there is none.
@@ -91,22 +92,24 @@ class PrefillSend:
             output: StepOutput = await self._inbox.next()
             self._output = output
             output.raise_error()
+            self._push()
             if output.token_id is not None:
                 return output
-            self._push()
 
-    def _push(self, *, last_one_too: bool = False) -> None:
-        """Full blocks, and the last one of the prompt only when it is all that is missing."""
-        if self._transfer is None or self._output is None:
+    def _push(self) -> None:
+        """Blocks that are full; the last one of the prompt, which may never be, when all of it is computed. None if the
+        request ends at its first token."""
+        if self._transfer is None or self._output is None or self._output.finish_reason is not None:
             return
-        end = self._num_blocks if last_one_too else self._output.num_computed_tokens // self._block_size
+        computed = self._output.num_computed_tokens
+        end = self._num_blocks if computed == self._num_tokens else computed // self._block_size
         if end > self._pushed:
             self._transfer.push(self._output.block_table[self._pushed : end], self._pushed - self._first)
             self._pushed = end
 
     async def finish(self, output: StepOutput) -> TransferResult:
-        """Push the rest, the last block too if it is not full, and commit. If the request ends at its first token, only
-        commit, so that the decode side need not take the end for a failure.
+        """Commit; also if the request ends at its first token, so that the decode side need not take the end for a
+        failure.
 
         Raises:
             RemoteError: the transfer has failed.
@@ -116,8 +119,6 @@ class PrefillSend:
         await asyncio.shield(self._opening)
         if self._transfer is None:
             raise self._error
-        if output.finish_reason is None:
-            self._push(last_one_too=True)
         handover = Handover(output.token_id, self._num_tokens, output.finish_reason)
         self._is_committing = True
         result = await self._transfer.commit(msgspec.msgpack.encode(handover))
