@@ -5,6 +5,7 @@ Schema rules (peers may be of different versions): a new field has a default; a 
     client ──SCHEDULER_GENERATE──▶ scheduler ──DECODE──▶ decode instance     Granted, then TokenEvents
                                        └──────PREFILL──▶ prefill instance    TokenEvent (the first token), TransferDone
                                        └─────GENERATE──▶ hybrid instance     TokenEvents
+    Ahead of requests:           scheduler ──CONNECT──▶ prefill instance    to a decode instance
 Closing a stream early is how a request is aborted, at every hop.
 """
 
@@ -63,6 +64,13 @@ class PrefillRequest(msgspec.Struct, frozen=True, tag=True):
     params: SamplingParams
     grant: bytes = b""
     output_token_ids: list[int] = []
+
+
+class ConnectRequest(msgspec.Struct, frozen=True, tag=True):
+    """Connect to a decode instance, so that the first request of the pair need not wait for that."""
+
+    kv_endpoint: bytes
+    """As its InstanceInfo says it."""
 
 
 class AbortRequest(msgspec.Struct, frozen=True, tag=True):
@@ -155,6 +163,8 @@ class InstanceInfo(msgspec.Struct, frozen=True, tag=True):
     block_size: int = 0
     num_blocks: int = 0
     kv_backend: str = ""
+    kv_endpoint: bytes = b""
+    """Where a decode instance receives KV. Opaque to the scheduler: made and read by hbserve_kv."""
     device: str = ""
     dtype: str = ""
     pid: int = 0
@@ -236,6 +246,8 @@ InstanceEvent = Granted | TokenEvent | TransferDone
 ClientEvent = TokenEvent | RequestFinished
 
 DESCRIBE: Method[Empty, InstanceInfo] = Method("instance.describe", Empty, InstanceInfo)
+CONNECT: Method[ConnectRequest, Empty] = Method("instance.connect", ConnectRequest, Empty)
+"""Answered when a transfer would find a link. Idempotent: at once, if there is one."""
 STATS: Method[Empty, InstanceStats] = Method("instance.stats", Empty, InstanceStats)
 GENERATE: StreamMethod[GenerateRequest, TokenEvent] = StreamMethod("instance.generate", GenerateRequest, TokenEvent)
 DECODE: StreamMethod[DecodeRequest, Granted | TokenEvent] = StreamMethod(

@@ -33,6 +33,7 @@ class Grant(msgspec.Struct, frozen=True, tag=True):
     """Made by the receiver, read by the sender; opaque to whoever carries it."""
 
     transfer_id: str
+    """ "" in an endpoint, which says where the receiver is and grants nothing."""
     address: str
     """`host:port` of the receiver's control server."""
     epoch: str
