@@ -285,8 +285,7 @@ async def test_a_request_that_ends_with_its_first_token_ends_on_both_sides(start
         granted = await anext(decoding)
         event, done = [event async for event in p.prefill("both", prompt(20), granted.grant, one)]
         assert event.finish_reason == "length"
-        assert done.num_cached_tokens == 16, "and that block left at once; the other one did not"
-        assert done.num_bytes == 2 * 2 * 2 * 16 * 16 * 4, "2 layers, K and V, 2 heads, 16 tokens, 16 floats"
+        assert (done.num_cached_tokens, done.num_bytes) == (16, 0), "nobody needs any of it"
         assert [each async for each in decoding] == [event]
 
 

@@ -61,7 +61,7 @@ class BlockManager:
 
     def _take(self, count: int, free: Iterator[int]) -> list[int]:
         assert count <= self.num_free, f"{count} blocks wanted, {self.num_free} free"
-        block_ids = list(islice(free, count))
+        block_ids = sorted(islice(free, count))  # neighbours in memory are moved together
         for block_id in block_ids:
             del (self._cached if block_id in self._digest_of else self._empty)[block_id]
             self._forget(block_id)
