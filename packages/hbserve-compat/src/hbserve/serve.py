@@ -143,7 +143,7 @@ class _Deployment:
         infos = self._scheduler.info().instances
         places = ", ".join(f"{each.instance_id} on {each.device}" for each in infos)
         url = front_end.url
-        question = '{"messages": [{"role": "user", "content": "What is the capital of France?"}]}'
+        question = '{"messages": [{"role": "user", "content": "What is the capital of France?"}], "temperature": 0}'
         return (
             f"{self._name}: {places}; KV over {infos[0].kv_backend}; RPC at {self._server.address}\n"
             f"OpenAI's API at {url}/v1, model {front_end.model_name!r}; a page to chat at {url}/\n"
