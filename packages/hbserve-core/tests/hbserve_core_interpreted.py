@@ -19,8 +19,8 @@ class InterpretedRunner:
         from hbserve_core.cuda_runner.kernels.prefill_attention import new_tokens_per_tile
 
         self.config = InstanceConfig(
-            model_path=str(folder), block_size=BLOCK, num_blocks=96, device="cpu", cuda_graph_enabled=graphs,
-            cuda_graph_max_seq_len=64, **settings,
+            model_path=str(folder), block_size=BLOCK, device="cpu", cuda_graph_enabled=graphs,
+            cuda_graph_max_seq_len=64, **({"num_blocks": 96} | settings),
         )  # fmt: skip
         model = LoadedModel(self.config, group)
         self.model_config, self.device, self.overlaps = model.model_config, model.device, overlaps
@@ -42,6 +42,8 @@ class InterpretedRunner:
         view = StepView(torch.from_numpy(self.memory[: step.used].copy()), step.shape)
         num_samples = len(step.places)
         with torch.inference_mode():
+            if step.special:
+                self.special_rows.prepare(step.special, self.sampled)
             if step.shape.tiles:
                 hidden = self.decoder.hidden(view, self.sampled, self.pool)
                 view.samples = view.samples[:, :num_samples]

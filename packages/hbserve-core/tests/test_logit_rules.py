@@ -14,13 +14,15 @@ from transformers import (
     LogitsProcessorList,
     MinNewTokensLengthLogitsProcessor,
     MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
     SequenceBiasLogitsProcessor,
     TemperatureLogitsWarper,
 )
 
 from hbserve_core import Engine, InstanceConfig, ModelRunner
-from hbserve_core.engine.sequence import NOT_FINITE, Sequence
-from hbserve_core.logits.rules import LogitRules, LogitsRow
+from hbserve_core.engine.sequence import NOT_FINITE, UNREAD, Sequence
+from hbserve_core.logits.rows import LogitsRow
+from hbserve_core.logits.rules import LogitRules
 from hbserve_core.logits.special_rows import SpecialRows
 from hbserve_core.torch_runner.sampler import Sampler
 from hbserve_rpc import InvalidRequest, SamplingParams
@@ -34,11 +36,35 @@ MODEL, EOS = "qwen3", 2
 SIZES: dict[str, Any] = {"max_num_seqs": 5, "max_num_batched_tokens": 40, "chunk_size": 16}
 
 
-def make_runner(folder, kind):
+def make_runner(folder, kind, num_blocks=96):
+    settings = SIZES | {"num_blocks": num_blocks}
     if kind == "torch":
-        return ModelRunner(InstanceConfig(model_path=str(folder), block_size=8, num_blocks=96, device="cpu", **SIZES))
+        return ModelRunner(InstanceConfig(model_path=str(folder), block_size=8, device="cpu", **settings))
     pytest.importorskip("triton", reason="torch has Triton on Linux only")
-    return InterpretedRunner(folder, overlaps=True, graphs=True, **SIZES)
+    return InterpretedRunner(folder, overlaps=True, graphs=True, **settings)
+
+
+class PresenceAndFrequency:
+    """The formula that OpenAI's and vLLM's documents give, for tokens after a prompt of `num_prompt`."""
+
+    def __init__(self, num_prompt, presence, frequency):
+        self.given = num_prompt, presence, frequency
+
+    def __call__(self, ids, scores):
+        num_prompt, presence, frequency = self.given
+        scores = scores.clone()
+        for row, known in zip(scores, ids.tolist(), strict=True):
+            for token, times in Counter(known[num_prompt:]).items():
+                row[token] -= presence + frequency * times
+        return scores
+
+
+PENALTIES = {"repetition_penalty": 1.7, "presence_penalty": 1.1, "frequency_penalty": 0.6}
+
+
+def penalties(num_prompt):
+    """vLLM's order."""
+    return [RepetitionPenaltyLogitsProcessor(1.7), PresenceAndFrequency(num_prompt, 1.1, 0.6)]
 
 
 @pytest.fixture(params=["torch", "cuda kernels"])
@@ -140,6 +166,7 @@ def test_min_p_means_the_biased_logits_and_a_greedy_request_none():
     [
         {"min_tokens": 3},
         {"min_p": 0.9},
+        PENALTIES,
         {"logit_bias": {EOS: -100.0}},
         {"min_tokens": 3, "min_p": 0.9, "logit_bias": {EOS: 100.0}, "temperature": 0},
     ],
@@ -149,6 +176,68 @@ def test_logits_that_are_not_finite_stay_so_under_every_rule(bad, params):
     logits[0, EOS] = bad
     given = SamplingParams(**params)
     assert Sampler().sample(apply(logits, given), [Sequence("r", [4, 5], 2, given)]) == [NOT_FINITE]
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"repetition_penalty": 0.01},
+        {"repetition_penalty": 100},
+        {"presence_penalty": -2},
+        {"frequency_penalty": 2},
+        PENALTIES,
+        {"repetition_penalty": 1.3, "frequency_penalty": -0.7},
+    ],
+    ids=str,
+)
+def test_penalties_are_those_of_transformers_and_the_documented_formula(params):
+    """Rows of several lengths, with and without output, beside one without penalties; token after token, and the last
+    one is sometimes known to the device only."""
+    rows, vocab_size = 6, 50
+    generator = torch.Generator().manual_seed(1)
+    rules, given = LogitRules([EOS], CPU), SamplingParams(**params)
+    sequences = [
+        Sequence(str(i), torch.randint(vocab_size, (1 + 9 * i,), generator=generator).tolist(), 1 + 5 * i, given)
+        for i in range(rows)
+    ]
+    sequences.append(Sequence("none", [3, 4], 2, SamplingParams(logit_bias={3: 0.0})))
+    for step in range(8):
+        sampled = torch.randint(12, (rows + 1,), generator=generator, dtype=torch.int32)
+        logits = 4 * torch.randn(rows + 1, vocab_size, generator=generator)
+        unread = step % 3 == 1
+        places = [LogitsRow(i, each, source=rows - i) for i, each in enumerate(sequences)]
+        for i, each in enumerate(sequences):
+            if step:
+                each.token_ids.append(UNREAD if unread else int(sampled[rows - i]))
+        rules.prepare(places, sampled)
+        found = logits.clone()
+        rules.apply(found, places)
+        if unread:
+            for i, each in enumerate(sequences):
+                each.token_ids[-1] = int(sampled[rows - i])
+        for row, each in enumerate(sequences[:-1]):
+            expected, known = logits[row : row + 1], torch.tensor([each.token_ids])
+            for processor in [
+                RepetitionPenaltyLogitsProcessor(float(given.repetition_penalty)),
+                PresenceAndFrequency(each.num_prompt_tokens, given.presence_penalty, given.frequency_penalty),
+            ]:
+                expected = processor(known, expected)
+            torch.testing.assert_close(found[row], expected[0], rtol=1e-5, atol=1e-5)
+        assert torch.equal(found[-1], logits[-1])
+        if step == 4:  # others take their places, and they come back
+            rules.prepare([LogitsRow(0, Sequence("other", [7] * 400, 3, given))], sampled)
+            sequences.reverse()
+            sequences.append(sequences.pop(0))
+
+
+def test_what_was_sampled_where_logits_are_not_finite_is_looked_for_nowhere():
+    """The device goes on with it until the host has read it: its number is that of no token."""
+    rules, sequence = LogitRules([EOS], CPU), Sequence("r", [5, UNREAD], 1, SamplingParams(**PENALTIES))
+    row = LogitsRow(0, sequence, source=0)
+    rules.prepare([row], torch.tensor([NOT_FINITE], dtype=torch.int32))
+    scores = torch.full((1, 40), float("nan"))
+    rules.apply(scores, [row])
+    assert scores.isnan().all()
 
 
 def test_rules_that_were_put_on_the_device_are_not_those_of_the_next_rows():
@@ -193,6 +282,65 @@ def test_tokens_equal_those_of_transformers_beside_requests_without_rules(runner
     assert run(runner, requests) == expected
     ended = [(ruled, greedy(4, stop_token_ids=ends[:1]))]
     assert run(runner, ended) == [usual[:2]]
+
+
+def test_penalized_tokens_equal_those_of_the_processors_in_chunks_from_the_cache_and_beside_others(
+    runner, oracle, greedy_tokens, prompt
+):
+    long, short, plain = prompt(37, salt=1), [*prompt(3, salt=2)] * 2, prompt(9, salt=3)
+    requests = [(each, greedy(6, ignore_eos=True, **PENALTIES)) for each in (long, short)]
+    requests.append((plain, greedy(6, ignore_eos=True)))
+    expected = [oracle(each, 6, penalties(len(each)), ()) for each in (long, short)]
+    assert expected != [greedy_tokens(MODEL, each, 6) for each in (long, short)], "the penalties change nothing"
+    expected.append(greedy_tokens(MODEL, plain, 6))
+    assert run(runner, requests) == expected
+    assert run(runner, requests[::-1]) == expected[::-1]
+
+
+def test_tokens_of_an_earlier_attempt_are_penalized_as_if_they_had_been_computed_here(runner, oracle, prompt):
+    given = prompt(5, salt=7)
+    expected = oracle(given, 6, penalties(5), ())
+    for count in (1, 4):
+        engine = Engine(runner.config, runner)
+        engine.add("r", given, greedy(6, ignore_eos=True, **PENALTIES), expected[:count])
+        found = expected[:count]
+        while engine.has_work():
+            found = found + [token for output in engine.step() for token in output.token_ids]
+        assert found == expected
+
+
+@pytest.mark.parametrize("kind", ["torch", "cuda kernels"])
+def test_penalties_go_on_after_a_preemption(model_folder, kind, oracle, prompt):
+    runner = make_runner(model_folder(MODEL), kind, num_blocks=6)
+    prompts = [prompt(length, salt=length) for length in (14, 10)]
+    engine = Engine(runner.config, runner)
+    for name, given in enumerate(prompts):
+        engine.add(str(name), given, greedy(14, ignore_eos=True, **PENALTIES))
+    found = [[], []]
+    while engine.has_work():
+        for output in engine.step():
+            found[int(output.request_id)] += output.token_ids
+    assert engine.stats().num_preemptions > 0
+    assert found == [oracle(given, 14, penalties(len(given)), ()) for given in prompts]
+
+
+@pytest.mark.usefixtures("one_kernel_at_a_time")
+def test_ranks_that_overlap_penalize_the_same_tokens(model_folder, ranks_in_threads, oracle, prompt):
+    """Each samples by itself: a rank that knew other tokens would draw others, and compute another context."""
+    folder = model_folder(MODEL)
+    ranks = ranks_in_threads(
+        lambda group: InterpretedRunner(folder, True, False, group=group, tensor_parallel_size=2, **SIZES), 2
+    )
+    prompts = [prompt(length, salt=length) for length in (20, 4)]
+    params = greedy(4, ignore_eos=True, **PENALTIES)
+    engine = Engine(ranks.own.config, ranks.runner)
+    found = [[], []]
+    for name, given in enumerate(prompts):
+        engine.add(str(name), given, params)
+    while engine.has_work():
+        for output in engine.step():
+            found[int(output.request_id)] += output.token_ids
+    assert found == [oracle(given, 4, penalties(len(given)), ()) for given in prompts]
 
 
 def test_min_p_draws_among_what_transformers_keeps(runner, reference_model, prompt):
@@ -257,7 +405,8 @@ def test_a_step_without_special_rows_runs_nothing_more(model_folder, prompt, mon
     assert usual["_embed"] == 3
     assert usual["_best_of_row"] == 3
     assert "special" not in usual
-    assert launched(min_tokens=0, min_p=0.0, logit_bias={}, stop_token_ids=[300]) == usual
+    nothing = {"presence_penalty": 0, "frequency_penalty": 0.0, "repetition_penalty": 1, "logit_bias": {}}
+    assert launched(min_tokens=0, min_p=0.0, stop_token_ids=[300], **nothing) == usual
     more = launched(logit_bias={7: 1.0})
     assert more.pop("special") == 3
     # The same, and behind it the head and sampling once more: here the head is no kernel of ours, but its norm is.

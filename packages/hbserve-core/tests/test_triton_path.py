@@ -1,8 +1,6 @@
 """Everything that a CUDA step runs, except CUDA: packed steps, our kernels in Triton's interpreter, and the engine over
 them. Tokens equal those of transformers."""
 
-import threading
-
 import pytest
 from hbserve_core_interpreted import InterpretedRunner
 
@@ -53,22 +51,6 @@ def test_greedy_tokens_equal_transformers_where_products_are_skinny_and_share_th
     assert found == {key: greedy_tokens(name, given, 3) for key, given in prompts.items()}
     assert {choice.kernel for choice in chosen} == {"skinny"}
     assert {choice.splits for choice in chosen} >= {1, 2}
-
-
-@pytest.fixture
-def one_kernel_at_a_time(monkeypatch):
-    """Triton's interpreter is not made for threads."""
-    from triton.runtime.interpreter import GridExecutor
-
-    import hbserve_core.cuda_runner.decoder  # noqa: F401  # nor is its first import
-
-    lock, call = threading.Lock(), GridExecutor.__call__
-
-    def locked(self, *arguments, **keywords):
-        with lock:
-            return call(self, *arguments, **keywords)
-
-    monkeypatch.setattr(GridExecutor, "__call__", locked)
 
 
 @pytest.mark.parametrize("num_output", [0, 2])

@@ -105,6 +105,9 @@ WRONG = {
     ],
     "min_tokens": [HostileObject(), -1, 1.5, None, True, "3", 2**63, 65],
     "min_p": [HostileObject(), HostileFloat(0.5), -0.1, 1.1, float("nan"), float("inf"), 10**5000, "0.1", None],
+    "presence_penalty": [HostileObject(), -2.1, 2.1, float("nan"), float("inf"), 10**400, "1", True, None],
+    "frequency_penalty": [HostileObject(), -2.1, 2.1, float("nan"), float("-inf"), 10**5000, "1", True, None],
+    "repetition_penalty": [HostileObject(), 0, -1, 0.009, 100.1, float("nan"), float("inf"), "1", True, None],
     "logit_bias": [
         HostileObject(),
         [(3, 1.0)],
@@ -252,6 +255,8 @@ def test_every_field_has_its_wrong_values_here():
         SamplingParams(min_p=5e-324, logit_bias={0: -100, 2**31 - 1: 100}),
         SamplingParams(logit_bias=dict.fromkeys(range(1024), 0.5)),
         SamplingParams(logit_bias={}),
+        SamplingParams(presence_penalty=-2, frequency_penalty=2, repetition_penalty=0.01),
+        SamplingParams(presence_penalty=2, frequency_penalty=-2, repetition_penalty=100),
     ],
     ids=repr,
 )

@@ -61,6 +61,13 @@ class SamplingParams(msgspec.Struct):
     min_p: float = 0.0
     """Sample among the tokens that are at least so many times as likely as the most likely one; 0 is off. Before top_k
     and top_p."""
+    presence_penalty: float = 0.0
+    """Taken off the logit of each token that the output has already; from -2 to 2."""
+    frequency_penalty: float = 0.0
+    """Taken off the logit of each token that the output has already, as often as it is there; from -2 to 2."""
+    repetition_penalty: float = 1.0
+    """Divides the logit of each token that prompt or output has already; multiplies it if it is negative. From 0.01 to
+    100; 1 is off."""
     logit_bias: dict[int, float] | None = None
     """Added to the logits of these token ids, from -100 to 100; before everything else."""
 
@@ -87,6 +94,12 @@ class SamplingParams(msgspec.Struct):
         self.stop_token_ids = _plain_stop_token_ids(self.stop_token_ids)
         self.min_tokens = plain_int("min_tokens", self.min_tokens, 0, self.max_tokens)
         self.min_p = _plain_number("min_p", self.min_p, lambda v: 0 <= v <= 1, "a number from 0 to 1")
+        for name in ("presence_penalty", "frequency_penalty"):
+            value = _plain_number(name, getattr(self, name), lambda v: -2 <= v <= 2, "a number from -2 to 2")
+            setattr(self, name, value)
+        self.repetition_penalty = _plain_number(
+            "repetition_penalty", self.repetition_penalty, lambda v: 0.01 <= v <= 100, "a number from 0.01 to 100"
+        )
         self.logit_bias = _plain_logit_bias(self.logit_bias)
 
     def require_vocabulary(self, vocab_size: int) -> None:
@@ -97,7 +110,12 @@ class SamplingParams(msgspec.Struct):
     @property
     def changes_logits(self) -> bool:
         """Whether the next token is chosen by more than temperature, top_k and top_p."""
-        return bool(self.min_tokens or self.min_p or self.logit_bias)
+        return bool(self.min_tokens or self.min_p or self.logit_bias or self.has_penalties)
+
+    @property
+    def has_penalties(self) -> bool:
+        """Whether the next token depends on which ones there are already."""
+        return bool(self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1)
 
     def copied(self) -> "SamplingParams":
         """Another one, checked, that shares nothing with this one: what is kept of a call."""

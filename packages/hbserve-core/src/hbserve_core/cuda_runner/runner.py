@@ -24,14 +24,13 @@ from hbserve_core.cuda_runner.kernels.pointwise import host_copy
 from hbserve_core.cuda_runner.kernels.prefill_attention import new_tokens_per_tile
 from hbserve_core.cuda_runner.step_packer import SplitKV, StepPacker, StepShape, StepView
 from hbserve_core.engine.runner import PendingStep, StepTokens
-from hbserve_core.engine.sequence import ScheduledChunk, Sequence
+from hbserve_core.engine.sequence import ScheduledChunk
 from hbserve_core.errors import RankFailed
-from hbserve_core.logits.rules import LogitsRow
+from hbserve_core.logits.rows import LogitsRow
 from hbserve_core.logits.special_rows import SpecialRows
 from hbserve_core.model.loaded_model import LoadedModel
 from hbserve_core.model.model_config import ModelConfig
 from hbserve_core.model.rank_group import RankGroup
-from hbserve_rpc import SamplingParams
 
 logger = logging.getLogger(__name__)
 
@@ -112,9 +111,9 @@ class CudaRunner:
         view, hidden = StepView(self._on_device, shape), self._hidden(shape)
         self._decoder.finish(view, hidden, self._sampled)
         # Compiled now too, so that the first request that needs it does not stop the others.
-        sequence = Sequence("", [0], 1, SamplingParams(min_tokens=1, min_p=0.5))
-        num_special = min(config.max_num_seqs, self._special_rows.most_rows)
-        self._sample_special(view, hidden, [LogitsRow(place, sequence) for place in range(num_special)])
+        rows = self._special_rows.dummies(min(config.max_num_seqs, self._special_rows.most_rows))
+        self._special_rows.prepare(rows, self._sampled)
+        self._sample_special(view, hidden, rows)
         self._stream.synchronize()
         step = torch.cuda.max_memory_allocated(self.device) - before
         torch.cuda.empty_cache()
@@ -140,6 +139,8 @@ class CudaRunner:
         num_samples = len(step.places)
         with torch.inference_mode(), torch.cuda.stream(self._stream):
             host_copy(self._on_device[: step.used], host)
+            if step.special:
+                self._special_rows.prepare(step.special, self._sampled)
             hidden = self._compute(step.shape, num_samples)
             if step.special:
                 self._sample_special(StepView(self._on_device, step.shape), hidden, step.special)

@@ -1,29 +1,23 @@
-"""Rules that requests set for their logits: biases, tokens that must not come yet, min-p.
+"""Rules that requests set for their logits: biases, tokens that must not come yet, penalties, min-p.
 
-They are applied in the order of vLLM: biases and min_tokens, then min_p. Logits that are not finite stay so: whoever
-draws from them says what that means.
+They are applied in the order of vLLM: biases and min_tokens, then penalties, then min_p. Logits that are not finite
+stay so: whoever draws from them says what that means.
 Shapes: N rows, V vocab_size.
 """
 
 import math
 from collections.abc import Collection
 from collections.abc import Sequence as Ids
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from hbserve_core.engine.sequence import COLDEST, HOTTEST, Sequence
+from hbserve_core.logits.penalties import Penalties
+from hbserve_core.logits.rows import LogitsRow, on_device
 from hbserve_rpc import SamplingParams
 
 _NEVER = float("-inf")
-
-
-class LogitsRow(NamedTuple):
-    """A row that a step samples for a request with rules."""
-
-    place: int
-    """Among the rows that the step samples."""
-    sequence: Sequence
 
 
 class LogitRules:
@@ -35,6 +29,11 @@ class LogitRules:
         self._known: tuple[Any, ...] = ()
         self._additions: tuple[torch.Tensor, torch.Tensor] | None = None
         self._min_p: torch.Tensor | None = None
+        self._penalties = Penalties(device)
+
+    def prepare(self, rows: Ids[LogitsRow], sampled: torch.Tensor | None) -> None:
+        """See `Penalties.prepare`: to be called once, for all of a step's rows, before they are sampled."""
+        self._penalties.prepare(rows, sampled)
 
     def apply(self, scores: torch.Tensor, rows: Ids[LogitsRow]) -> None:
         """Change logits (N, V) float32, a row for each of `rows`, in place."""
@@ -47,13 +46,15 @@ class LogitRules:
             places, values = self._additions
             # Added, and not set: what is not finite stays so.
             scores.view(-1).index_add_(0, places, values)
+        if any(each.sequence.params.has_penalties for each in rows):
+            self._penalties.apply(scores, rows)
         if self._min_p is not None:
             scores.masked_fill_(scores < scores.amax(-1, keepdim=True) + self._min_p, _NEVER)
 
     def _make_additions(self, rows: Ids[LogitsRow], vocab_size: int) -> tuple[torch.Tensor, torch.Tensor] | None:
         places: list[int] = []
         values: list[float] = []
-        for row, (_, sequence) in enumerate(rows):
+        for row, sequence in enumerate(each.sequence for each in rows):
             bias = dict(sequence.params.logit_bias or {})
             if _may_not_end(sequence):
                 bias |= dict.fromkeys(self._ends(sequence.params), _NEVER)
@@ -84,8 +85,3 @@ def _least_below(params: SamplingParams) -> float:
 
 def _may_not_end(sequence: Sequence) -> bool:
     return sequence.num_output_tokens < sequence.params.min_tokens
-
-
-def on_device(values: list[Any], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """A tensor of them, without waiting for what the device does."""
-    return torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda").to(device, non_blocking=True)

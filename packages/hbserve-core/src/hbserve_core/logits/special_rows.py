@@ -13,11 +13,16 @@ from collections.abc import Sequence as Ids
 
 import torch
 
-from hbserve_core.logits.rules import LogitRules, LogitsRow, on_device
+from hbserve_core.engine.sequence import Sequence
+from hbserve_core.logits.rows import LogitsRow, on_device
+from hbserve_core.logits.rules import LogitRules
 from hbserve_core.model.model_config import ModelConfig
+from hbserve_rpc import SamplingParams
 
 _MOST_ROWS, _MOST_NUMBERS = 256, 1 << 24
 """Of float32 logits that are there at once: other rows wait for these."""
+_MOST_TOKENS = 1 << 22
+"""That are looked at for penalties at once."""
 
 LogitsOf = Callable[[torch.Tensor], torch.Tensor]
 """From places among the step's R rows, (N,) int64, to their logits, (N, V)."""
@@ -34,8 +39,13 @@ class SpecialRows:
         self.most_rows = max(1, min(_MOST_ROWS, _MOST_NUMBERS // model.vocab_size))
         """That are sampled at once."""
 
+    def prepare(self, rows: Ids[LogitsRow], sampled: torch.Tensor | None) -> None:
+        """Before a step: `sampled` has still the tokens of the one before, some of which nobody has read. None: all of
+        them were read."""
+        self._rules.prepare(rows, sampled)
+
     def sample(self, rows: Ids[LogitsRow], logits_of: LogitsOf, draw: Draw) -> None:
-        """Give each row another token."""
+        """Give each row another token. After `prepare` with the same rows."""
         for part in self._parts(rows):
             places = on_device([each.place for each in part], torch.int64, self._device)
             logits = logits_of(places)
@@ -44,6 +54,14 @@ class SpecialRows:
             self._rules.apply(scores, part)
             draw(scores, places, part)
 
+    @staticmethod
+    def dummies(count: int) -> list[LogitsRow]:
+        """So many rows that ask for all there is: what can be measured before there are requests."""
+        params = SamplingParams(min_tokens=1, min_p=0.5, repetition_penalty=2, presence_penalty=1, logit_bias={0: 1.0})
+        return [LogitsRow(place, Sequence("", [0], 1, params)) for place in range(count)]
+
     def _parts(self, rows: Ids[LogitsRow]) -> Iterator[Ids[LogitsRow]]:
-        for first in range(0, len(rows), self.most_rows):
-            yield rows[first : first + self.most_rows]
+        penalized = [each.sequence.num_tokens for each in rows if each.sequence.params.has_penalties]
+        count = min(self.most_rows, max(1, _MOST_TOKENS // max(penalized, default=1)))
+        for first in range(0, len(rows), count):
+            yield rows[first : first + count]

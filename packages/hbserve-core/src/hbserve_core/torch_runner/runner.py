@@ -15,7 +15,7 @@ from hbserve_core.config import InstanceConfig
 from hbserve_core.engine.runner import PendingStep, StepTokens
 from hbserve_core.engine.sequence import ScheduledChunk
 from hbserve_core.engine.sequence import Sequence as EngineSequence
-from hbserve_core.logits.rules import LogitsRow
+from hbserve_core.logits.rows import LogitsRow
 from hbserve_core.logits.special_rows import SpecialRows
 from hbserve_core.model.linear import fewest_rows
 from hbserve_core.model.loaded_model import LoadedModel
@@ -83,6 +83,7 @@ class ModelRunner:
             return drawn
 
         if special := [LogitsRow(place, each) for place, each in enumerate(sequences) if each.is_special]:
+            self._special_rows.prepare(special, None)
             self._special_rows.sample(special, logits.__getitem__, draw)
         tokens: list[int] = chosen.tolist()
         return tokens
