@@ -46,6 +46,7 @@ class Deployment:
                 for rank, (name, port) in enumerate(zip(instances, ports, strict=True))
             ],
             "engine": {"num_blocks": 64, "num_threads": 1},
+            "server": {"port": 0},
             "scheduler": {"port": self.port, "heartbeat_interval_s": 0.5, "heartbeat_timeout_s": 5} | scheduler,
         }
         self.config.write_text(yaml.safe_dump(config))

@@ -17,6 +17,7 @@ def config(tmp_path: Path, small_model: Callable[[str], Path]) -> Callable[..., 
             "model": {"path": str(small_model("qwen3"))},
             "engine": {"num_blocks": 64},
             "scheduler": {"port": 0},
+            "server": {"port": 0},
             "gpu_instances": [
                 {"instance_id": "prefill-0", "instance_type": "prefill", "kv_rank": 0},
                 {"instance_id": "decode-0", "instance_type": "decode", "kv_rank": 1},

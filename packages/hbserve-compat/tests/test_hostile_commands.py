@@ -70,6 +70,7 @@ def address(small_model, free_ports, tmp_path_factory) -> Iterator[str]:
         "model": {"path": str(small_model("qwen3"))},
         "engine": {"num_blocks": 64},
         "scheduler": {"port": port},
+        "server": {"enabled": False},
         "gpu_instances": [
             {"instance_id": role, "instance_type": role, "port": own, "kv_rank": rank} for role, own, rank in roles
         ],
@@ -115,6 +116,7 @@ def nothing_starts(monkeypatch, small_model) -> None:
 
     monkeypatch.setattr(DisaggregatedLLM, "start", refuse)
     monkeypatch.setattr(SchedulerServer, "start", refuse)
+    monkeypatch.setattr(hbserve.serve, "_front_end", lambda _: None)
     monkeypatch.setattr(SchedulerServer, "serve_until", refuse)
     monkeypatch.setattr(hbserve_core, "run_instance", refuse)
     monkeypatch.setattr(hbserve.demo_model, "demo_model_path", lambda *_: small_model("qwen3"))
@@ -124,7 +126,7 @@ PAIR = [
     {"instance_id": "prefill-0", "instance_type": "prefill", "port": 18001},
     {"instance_id": "decode-0", "instance_type": "decode", "port": 18002, "kv_rank": 1},
 ]
-SECTIONS = ["model", "kv_transfer", "chunked_prefill", "cuda_graph", "engine", "scheduler", "gpu_instances", "other"]
+SECTIONS = ["model", "kv_transfer", "chunked_prefill", "cuda_graph", "engine", "scheduler", "server", "gpu_instances"]
 KEYS = [
     "path", "dtype", "backend", "buffer_size", "ip", "port", "timeout_s", "options", "chunk_size", "host", "num_blocks",
     "gpu_memory_utilization", "device", "num_threads", "tensor_parallel_size", "heartbeat_interval_s", "instance_id",

@@ -11,11 +11,13 @@ import pytest
 
 from hbserve_rpc import InvalidRequest, RpcServer, SamplingParams
 from hbserve_rpc.messages import (
+    CONNECT,
     DECODE,
     DESCRIBE,
     GENERATE,
     PREFILL,
     STATS,
+    ConnectRequest,
     DecodeRequest,
     Empty,
     GenerateRequest,
@@ -44,7 +46,8 @@ def token(index: int) -> int:
 class FakeInstance:
     """Token i of every answer is 100 + i. Each request passes named phases, where a test can hold it or fail it.
 
-    Phases: "grant" and "tokens" of a decode instance, "first" and "done" of a prefill instance, "tokens" of a hybrid.
+    Phases: "grant" and "tokens" of a decode instance, "first", "done" and "connect d0" of a prefill instance, "tokens"
+    of a hybrid one.
     """
 
     def __init__(self, role: Role, instance_id: str, journal: list[tuple[str, str]]) -> None:
@@ -53,6 +56,8 @@ class FakeInstance:
         self.journal = journal
         """(instance, what) in the order in which it happened, over all instances of the test."""
         self.requests: list[Any] = []
+        self.connected: list[bytes] = []
+        """Endpoints that it was asked to connect to, and did."""
         self.open = 0
         """Streams that are under way."""
         self.hold: set[str] = set()
@@ -74,6 +79,8 @@ class FakeInstance:
         server = RpcServer(port=port, epoch=uuid.uuid4().hex)
         server.serve(DESCRIBE, self._describe)
         server.serve(STATS, self._stats)
+        if self.role == "prefill":
+            server.serve(CONNECT, self._connect)
         for method, handler in ((DECODE, self._decode), (PREFILL, self._prefill), (GENERATE, self._generate)):
             server.serve_stream(method, handler)  # type: ignore[arg-type]
         return server
@@ -95,8 +102,17 @@ class FakeInstance:
     async def _describe(self, _: Empty) -> InstanceInfo:
         return InstanceInfo(
             self.instance_id, self.role, self.server.epoch, self.status, max_model_len=self.max_model_len,
-            max_prompt_len=MAX_PROMPT_LEN, vocab_size=VOCAB_SIZE, error=self.error,
+            max_prompt_len=MAX_PROMPT_LEN, vocab_size=VOCAB_SIZE, error=self.error, kv_endpoint=self.kv_endpoint,
         )  # fmt: skip
+
+    @property
+    def kv_endpoint(self) -> bytes:
+        return f"{self.instance_id}@{self.server.epoch}".encode() if self.role == "decode" else b""
+
+    async def _connect(self, request: ConnectRequest) -> Empty:
+        await self._phase(f"connect {request.kv_endpoint.decode().partition('@')[0]}")
+        self.connected.append(request.kv_endpoint)
+        return Empty()
 
     async def _stats(self, _: Empty) -> InstanceStats:
         return InstanceStats(self.instance_id, self.role, self.status, self.server.epoch, active_requests=self.open)
@@ -229,6 +245,11 @@ async def make_scheduler(assert_empty: Any, until: Any) -> AsyncIterator[Callabl
         await scheduler.start()
         if ready:
             await scheduler.wait_ready(DEADLINE_S)
+            handles = scheduler.fleet.handles.values()
+            decodes = [each.epoch for each in handles if each.role == "decode"]
+            wanted = set(decodes[: scheduler.config.max_warm_links])
+            # Not chosen by which link happened to be there first.
+            await until(lambda: all(each.links.keys() >= wanted for each in handles if each.role == "prefill"))
         return scheduler
 
     yield make

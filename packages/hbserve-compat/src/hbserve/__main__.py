@@ -4,6 +4,7 @@ What a command needs is imported when it runs: the scheduler's process never see
 """
 
 import asyncio
+import json
 import logging
 import math
 import os
@@ -51,13 +52,14 @@ class LogLevel(StrEnum):
 
 
 ConfigOption = Annotated[Path, typer.Option("--config", help="YAML file of the deployment.")]
+ModelOption = Annotated[Path | None, typer.Option(help="A Hugging Face model folder; without it, the demo model.")]
 LogLevelOption = Annotated[LogLevel, typer.Option("--log-level", case_sensitive=False)]
 
 
 @app.command()
 def generate(
     prompts: Annotated[list[str], typer.Argument(help="One prompt is streamed; several are answered together.")],
-    model: Annotated[Path | None, typer.Option(help="A Hugging Face model folder; without it, the demo model.")] = None,
+    model: ModelOption = None,
     config: Annotated[Path | None, typer.Option(help="YAML file of a deployment on this host.")] = None,
     max_tokens: Annotated[int, typer.Option(help="Most tokens of each answer.")] = 128,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
@@ -72,12 +74,46 @@ def generate(
     _run(generate_answers(args), log_level)
 
 
-@app.command()
-def serve(config: ConfigOption, log_level: LogLevelOption = LogLevel.INFO) -> None:
-    """Run the scheduler and every instance of a deployment on this host."""
-    from hbserve.serve import serve_all
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise typer.BadParameter(f"{shown(text)}: expected a JSON object: {error}") from None
+    if not isinstance(found, dict):
+        raise typer.BadParameter(f"{shown(text)}: expected a JSON object")
+    return found
 
-    _run(serve_all(config, log_level.value), log_level)
+
+@app.command()
+def serve(
+    context: typer.Context,
+    config: Annotated[Path | None, typer.Option(help="YAML file of the deployment; without it, one pair.")] = None,
+    model: ModelOption = None,
+    host: Annotated[str | None, typer.Option(help="Where the OpenAI server listens; 127.0.0.1.")] = None,
+    port: Annotated[int | None, typer.Option(help="8000; 0 lets the system choose.")] = None,
+    uds: Annotated[str | None, typer.Option(help="A Unix domain socket instead.")] = None,
+    served_model_names: Annotated[
+        list[str] | None, typer.Option("--served-model-name", help="May be repeated.")
+    ] = None,
+    api_key: Annotated[str | None, typer.Option(help="Clients must send it; or set HBSERVE_API_KEY.")] = None,
+    api_key_file: Annotated[str | None, typer.Option(help="A key on each line; read again when it changes.")] = None,
+    cors_origins: Annotated[list[str] | None, typer.Option("--cors-origin", help="Whose pages may ask.")] = None,
+    ssl_keyfile: Annotated[str | None, typer.Option(help="For HTTPS, with --ssl-certfile.")] = None,
+    ssl_certfile: Annotated[str | None, typer.Option(help="For HTTPS, with --ssl-keyfile.")] = None,
+    root_path: Annotated[str | None, typer.Option(help="Where a proxy shows the server.")] = None,
+    chat_template: Annotated[str | None, typer.Option(help="A Jinja file, or its text.")] = None,
+    default_chat_template_kwargs: Annotated[Any, typer.Option(metavar="JSON", parser=_json_object)] = None,
+    first_byte_timeout_s: Annotated[float | None, typer.Option("--first-byte-timeout", metavar="SECONDS")] = None,
+    drain_timeout_s: Annotated[float | None, typer.Option("--drain-timeout", metavar="SECONDS")] = None,
+    max_body_size: Annotated[str | None, typer.Option(help="Of a request, such as 16MiB.")] = None,
+    log_level: LogLevelOption = LogLevel.INFO,
+) -> None:
+    """Serve OpenAI's API, and run the scheduler and every instance of a deployment on this host."""
+    from hbserve.serve import ServeArgs, serve_all
+
+    others = {"config", "model", "log_level"}
+    server = {name: value for name, value in context.params.items() if name not in others and value not in (None, [])}
+    _run(serve_all(ServeArgs(config, model, log_level.value, server)), log_level)
 
 
 @app.command()
@@ -120,7 +156,7 @@ class Workload(StrEnum):
 
 @bench.command()
 def engine(
-    model: Annotated[Path | None, typer.Option(help="A Hugging Face model folder; without it, the demo model.")] = None,
+    model: ModelOption = None,
     workload: Annotated[list[Workload] | None, typer.Option(help="May be repeated; without it, all four.")] = None,
     scale: Annotated[
         float | None, typer.Option(min=0, help="Size of the workloads; 1 on a GPU, and 1/32 elsewhere.")

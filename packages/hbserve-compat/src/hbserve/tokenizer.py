@@ -59,18 +59,19 @@ def _read(path: Path) -> Any:
     return AutoTokenizer.from_pretrained(path, local_files_only=True)
 
 
-def encode(tokenizer: Any, text: str) -> list[int]:
+def encode(tokenizer: Any, text: str, *, add_special_tokens: bool = True) -> list[int]:
     """Token ids of the text, without a chat template.
 
     As the tokenizer has it, but with one BOS: a text that begins with it, as chat templates make them, gets none.
+    Without `add_special_tokens` nothing is added.
 
     Raises:
         InvalidRequest: (a ValueError) there is no tokenizer.
     """
     require_tokenizer(tokenizer, "prompt")
-    ids: list[int] = tokenizer.encode(text)
+    ids: list[int] = tokenizer.encode(text, add_special_tokens=add_special_tokens)
     bos, bos_id = tokenizer.bos_token, tokenizer.bos_token_id
-    if bos and text.startswith(bos) and ids[:2] == [bos_id, bos_id]:
+    if add_special_tokens and bos and text.startswith(bos) and ids[:2] == [bos_id, bos_id]:
         as_it_stands: list[int] = tokenizer.encode(text, add_special_tokens=False)
         if ids[1 : len(as_it_stands) + 1] == as_it_stands:
             return ids[1:]
@@ -86,9 +87,23 @@ def encode_message(tokenizer: Any, text: str) -> list[int]:
     text = plain_text("prompt", text)
     if not getattr(tokenizer, "chat_template", None):
         return encode(tokenizer, text)
-    message = [{"role": "user", "content": text}]
+    return encode_messages(tokenizer, [{"role": "user", "content": text}], name="prompt")
+
+
+def encode_messages(
+    tokenizer: Any, messages: list[dict[str, Any]], *, name: str = "messages", **settings: Any
+) -> list[int]:
+    """Token ids of messages by the tokenizer's chat template, or by `chat_template` among the settings, which are
+    transformers'. `name` is what was given.
+
+    Raises:
+        InvalidRequest: (a ValueError) there is no template, it refuses the messages, or it cannot be read; says why.
+    """
+    require_tokenizer(tokenizer, name)
+    settings = {"add_generation_prompt": True} | settings
     try:
-        ids: list[int] = tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=False)
+        ids: list[int] = tokenizer.apply_chat_template(messages, return_dict=False, **settings)
     except Exception as error:  # templates are programs, and raise what they like
-        raise InvalidRequest(f"prompt={shown(text)}: the model's chat template cannot be applied: {error}") from error
+        given = shown(messages[0]["content"] if len(messages) == 1 else messages)
+        raise InvalidRequest(f"{name}={given}: the model's chat template cannot be applied: {error}") from error
     return ids

@@ -5,6 +5,7 @@ Schema rules (peers may be of different versions): a new field has a default; a 
     client ──SCHEDULER_GENERATE──▶ scheduler ──DECODE──▶ decode instance     Granted, then TokenEvents
                                        └──────PREFILL──▶ prefill instance    TokenEvent (the first token), TransferDone
                                        └─────GENERATE──▶ hybrid instance     TokenEvents
+    Ahead of requests:           scheduler ──CONNECT──▶ prefill instance    to a decode instance
 Closing a stream early is how a request is aborted, at every hop.
 """
 
@@ -63,6 +64,13 @@ class PrefillRequest(msgspec.Struct, frozen=True, tag=True):
     params: SamplingParams
     grant: bytes = b""
     output_token_ids: list[int] = []
+
+
+class ConnectRequest(msgspec.Struct, frozen=True, tag=True):
+    """Connect to a decode instance, so that the first request of the pair need not wait for that."""
+
+    kv_endpoint: bytes
+    """As its InstanceInfo says it."""
 
 
 class AbortRequest(msgspec.Struct, frozen=True, tag=True):
@@ -126,6 +134,9 @@ class RequestFinished(msgspec.Struct, frozen=True, tag=True):
     """Mean time per output token after the first; 0 when there is only one."""
     e2e_s: float
     """Submitted to finished."""
+    handoff_s: float = 0.0
+    """First token to second: with prefill and decode apart, how long the request stood still while it changed hands. On
+    a hybrid instance a step. 0 when there is no second, or both came at once."""
     kv_bytes: int = 0
     kv_transfer_time_s: float = 0.0
     num_cached_tokens: int = 0
@@ -152,6 +163,8 @@ class InstanceInfo(msgspec.Struct, frozen=True, tag=True):
     block_size: int = 0
     num_blocks: int = 0
     kv_backend: str = ""
+    kv_endpoint: bytes = b""
+    """Where a decode instance receives KV. Opaque to the scheduler: made and read by hbserve_kv."""
     device: str = ""
     dtype: str = ""
     pid: int = 0
@@ -192,6 +205,15 @@ class InstanceStats(msgspec.Struct, frozen=True, tag=True):
     """Late, duplicate, unknown and stale-epoch transfer messages."""
 
 
+class LatencySummary(msgspec.Struct, frozen=True, tag=True):
+    """A latency over the requests that ended last."""
+
+    count: int = 0
+    """Requests that are in it."""
+    p50_s: float = 0.0
+    p99_s: float = 0.0
+
+
 class SchedulerStats(msgspec.Struct, frozen=True, tag=True):
     total_requests: int = 0
     completed_requests: int = 0
@@ -206,6 +228,8 @@ class SchedulerStats(msgspec.Struct, frozen=True, tag=True):
 
     Aborts and refusals are the caller's and do not count.
     """
+    handoff: LatencySummary = LatencySummary()
+    """See RequestFinished.handoff_s; of requests that had a second token."""
     instances: list[InstanceStats] = []
 
 
@@ -222,6 +246,8 @@ InstanceEvent = Granted | TokenEvent | TransferDone
 ClientEvent = TokenEvent | RequestFinished
 
 DESCRIBE: Method[Empty, InstanceInfo] = Method("instance.describe", Empty, InstanceInfo)
+CONNECT: Method[ConnectRequest, Empty] = Method("instance.connect", ConnectRequest, Empty)
+"""Answered when a transfer would find a link. Idempotent: at once, if there is one."""
 STATS: Method[Empty, InstanceStats] = Method("instance.stats", Empty, InstanceStats)
 GENERATE: StreamMethod[GenerateRequest, TokenEvent] = StreamMethod("instance.generate", GenerateRequest, TokenEvent)
 DECODE: StreamMethod[DecodeRequest, Granted | TokenEvent] = StreamMethod(

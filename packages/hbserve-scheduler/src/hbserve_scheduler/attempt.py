@@ -34,6 +34,7 @@ class Attempt:
         self._placement = placement
         self._transfer_id = uuid.uuid4().hex
         self._request_id = f"{entry.request.request_id}.{self._transfer_id[:8]}"
+        self._decode_epoch = ""
         self._first_token = asyncio.Event()
         self._decoding = False
         """D has all it needs: it has sent tokens."""
@@ -76,7 +77,7 @@ class Attempt:
 
     async def _pair(self, prefill: InstanceHandle, decode: InstanceHandle) -> None:
         """Reserve on D, prefill on P, decode on D. If one leg fails the other is closed, and the cause raised."""
-        entry = self._entry
+        entry, self._decode_epoch = self._entry, decode.epoch
         request = DecodeRequest(
             self._request_id, self._transfer_id, entry.request.prompt_token_ids, entry.request.params, [*entry.output]
         )
@@ -132,6 +133,7 @@ class Attempt:
                     if isinstance(event, TransferDone):
                         entry.kv_bytes += event.num_bytes
                         entry.kv_transfer_time_s += event.time_s
+                        instance.links[self._decode_epoch] = True
                         continue
                     entry.deliver(event)
                     self._first_token.set()
@@ -156,6 +158,12 @@ class Attempt:
             self._expect_end()
         self._decided.set()
 
+    def _doubt_link(self) -> None:
+        """Something has failed, perhaps because the instances are no longer connected: others are preferred for now."""
+        prefill = self._placement.prefill
+        if prefill is not None and prefill.links.get(self._decode_epoch):
+            del prefill.links[self._decode_epoch]
+
     @contextmanager
     def _naming(self, instance: InstanceHandle) -> Iterator[None]:
         """Errors say whose they are; a lost instance is not used again until it has answered."""
@@ -163,6 +171,7 @@ class Attempt:
             yield
         except HBServeRpcError as error:
             self._entry.failed_on.add(instance.instance_id)
+            self._doubt_link()
             if isinstance(error, PeerLost):
                 instance.lost(str(error))
             raise type(error)(f"{instance.instance_id}: {error}") from error

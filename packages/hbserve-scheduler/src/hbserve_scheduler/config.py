@@ -4,7 +4,7 @@ Settings that every instance takes as they are come from `hbserve_rpc.settings`,
 """
 
 from collections.abc import Callable
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 
@@ -113,8 +113,46 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     """Requests that may wait for room on one decode instance; others wait here, where their order can still change."""
     max_inflight_prefills: Annotated[int, POSITIVE] = 32
     """Prompts that may be with one prefill instance."""
+    max_warm_links: Annotated[int, NOT_NEGATIVE] = 8
+    """Links of one instance that are made before a request needs them: a prefill instance's to decode instances, a
+    decode instance's from prefill instances. 0: each is made by its first request."""
     max_inflight_requests: Annotated[int, POSITIVE] = 512
     """Requests that may be with one hybrid instance."""
+
+
+class ServerSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The OpenAI server of `hbserve serve`; docs/openai-server.md says what it serves."""
+
+    enabled: bool = True
+    host: str = "127.0.0.1"
+    """Where it serves clients; 0.0.0.0 and :: are every address of its machine."""
+    port: Annotated[int, PORT] = 8000
+    """0 lets the OS choose."""
+    uds: str | None = None
+    """Path of a Unix domain socket, in place of `host` and `port`."""
+    root_path: str = ""
+    """Path under which a proxy shows the server."""
+    served_model_names: list[str] = []
+    """Names of the model in requests, the first one in answers; none is the name of its folder."""
+    api_key: str | None = None
+    """Clients must send it; none asks for none."""
+    api_key_file: str | None = None
+    """File with one more key on each line; read again when it has changed."""
+    cors_origins: list[str] = []
+    """Origins whose pages may ask this server; "*" is all."""
+    ssl_keyfile: str | None = None
+    ssl_certfile: str | None = None
+    """With both, the server speaks HTTPS."""
+    chat_template: str | None = None
+    """File of a Jinja template, or its text, in place of the model's."""
+    default_chat_template_kwargs: dict[str, Any] = {}
+    """What templates are given unless a request says otherwise."""
+    first_byte_timeout_s: Annotated[float, Bounds(0.01)] = 30.0
+    """The status line is sent with the first token; a streamed answer that has none for so long begins without it."""
+    drain_timeout_s: Annotated[float, Bounds(0.0)] = 30.0
+    """At the end, how long answers that have begun may take."""
+    max_body_size: int | str = "16MiB"
+    """Largest body of a request, in bytes or as a text like "16MiB"."""
 
 
 class DeploymentConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -127,6 +165,7 @@ class DeploymentConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     gpu_instances: list[InstanceSection] = []
     engine: EngineSection = EngineSection()
     scheduler: SchedulerConfig = SchedulerConfig()
+    server: ServerSection = ServerSection()
 
     def engine_settings(self) -> EngineSettings:
         """Settings of the sections as every instance takes them."""

@@ -47,6 +47,7 @@ def check(config: DeploymentConfig) -> None:
             f"scheduler.heartbeat_interval_s={config.scheduler.heartbeat_interval_s!r}, or every instance seems lost"
         )
     parse_size("kv_transfer.buffer_size", config.kv_transfer.buffer_size)
+    _check_server(config)
     _require_plain(config)
     _check_hosts(config)
     _check_instances(config.gpu_instances)
@@ -147,6 +148,20 @@ def _check_scheduler_port(config: DeploymentConfig) -> None:
         same_host = canonical_host(instance.host) == canonical_host(scheduler.host)
         if same_host and instance.port == scheduler.port != 0:
             raise ConfigError(f"gpu_instances[{i}].port={instance.port}: is scheduler.port too; each needs its own")
+
+
+def _check_server(config: DeploymentConfig) -> None:
+    server, scheduler = config.server, config.scheduler
+    parse_size("server.max_body_size", server.max_body_size)
+    try:
+        check_host(server.host)
+    except InvalidAddress as error:
+        raise ConfigError(f"server.host={error}") from None
+    same_host = canonical_host(server.host) == canonical_host(scheduler.host)
+    if server.enabled and server.uds is None and same_host and server.port == scheduler.port != 0:
+        raise ConfigError(f"server.port={server.port}: is scheduler.port too; each needs its own")
+    if (server.ssl_keyfile is None) != (server.ssl_certfile is None):
+        raise ConfigError("server.ssl_keyfile and server.ssl_certfile: expected both, or none")
 
 
 def _check_kv_ports(config: DeploymentConfig) -> None:

@@ -20,8 +20,15 @@ class InstanceHandle:
     """Dials one instance and polls it. A lost one is polled on: it may come back, in a new epoch."""
 
     def __init__(
-        self, instance_id: str, role: Role, address: str, config: SchedulerConfig, on_change: Callable[[], None]
+        self,
+        instance_id: str,
+        role: Role,
+        address: str,
+        config: SchedulerConfig,
+        on_change: Callable[[], None],
+        on_info: Callable[[], None],
     ) -> None:
+        """on_change: called when there may be more room than before; on_info: when `info` is another."""
         self.instance_id = instance_id
         self.role: Role = role
         self.address = address
@@ -34,7 +41,11 @@ class InstanceHandle:
         self.num_inflight = 0
         self.num_pending = 0
         """Requests that wait for room on a decode instance."""
+        self.links: dict[str, bool] = {}
+        """Of a prefill instance to decode instances, by their epoch: whether they are connected, or cannot be now.
+        See links.py."""
         self._config = config
+        self._on_info = on_info
         self.changed = on_change
         """To be called when there may be more room than before."""
         self._polling: asyncio.Task[None] | None = None
@@ -66,6 +77,11 @@ class InstanceHandle:
         return self.info.status if self.info is not None else "unreachable"
 
     @property
+    def epoch(self) -> str:
+        """Its life, while it is reached."""
+        return self.info.epoch if self.info is not None else ""
+
+    @property
     def stats(self) -> InstanceStats:
         """The last snapshot that it gave, under its present status."""
         last = self.last_stats
@@ -95,17 +111,23 @@ class InstanceHandle:
             why = f": {info.error}" if info.error else ""
             logger.info("%s at %s is %s%s", self.instance_id, self.address, info.status, why)
         self.problem = info.error or f"it is {info.status}"
-        changed, self.info = self.info != info, info
-        if changed:
-            self.changed()
+        if self.info != info:
+            self._set_info(info)
 
     def lost(self, why: str) -> None:
         """It cannot be used until it answers again."""
         if self.info is not None:
             logger.warning("%s at %s is lost: %s", self.instance_id, self.address, why)
             self._outage = Outage(time.monotonic(), was_said=True)
-        self.info, self.problem = None, why
+        self.problem = why
         self._complain()
+        self._set_info(None)
+
+    def _set_info(self, info: InstanceInfo | None) -> None:
+        if info is None or info.epoch != self.epoch:
+            self.links.clear()
+        self.info = info
+        self._on_info()
         self.changed()
 
     def _complain(self) -> None:

@@ -27,6 +27,7 @@ class StepInFlight(NamedTuple):
     chunks: list[tuple[Sequence, int, int]]
     """Sequence, first computed token, number of computed tokens."""
     read: PendingStep
+    number: int
 
 
 class Engine:
@@ -52,9 +53,9 @@ class Engine:
         self._sequences: dict[str, Sequence] = {}
         """All whose id is in use, by it."""
         self._in_flight: StepInFlight | None = None
-        self._granted: list[tuple[Reservation, StepInFlight | None]] = []
-        """Not reported yet, with the step that was in flight when the blocks were found."""
-        self._num_generated = self._num_prefilled = self._num_steps = 0
+        self._granted: list[tuple[Reservation, int]] = []
+        """Not reported yet, with the number of the last step that may touch the blocks."""
+        self._num_generated = self._num_prefilled = 0
         self._host_time_s = 0.0
         self.stalled = False
         """The last step did nothing: everything waits for blocks that transfers hold, or for a quarantine to end."""
@@ -89,16 +90,17 @@ class Engine:
     def poll_reservations(self) -> list[Reservation]:
         """Reservations for which there is room now, in the order in which they were asked for.
 
-        Others will write to these blocks, in no order with the steps here. So a grant waits for the step that was in
-        flight when the blocks were found: it may still use them for those who had them before.
+        Others will write to these blocks, in no order with the steps here. So a grant waits for the last step that may
+        use one of them for who had it before; most are granted at once, because they get blocks that none may.
         """
         while (sequence := self._scheduler.grant()) is not None:
             first = sequence.num_cached_tokens // self.config.block_size
             block_ids = sequence.block_table[first:].tolist()
             granted = Reservation(sequence.request_id, block_ids, sequence.num_cached_tokens)
-            self._granted.append((granted, self._in_flight))
-        safe = [granted for granted, step in self._granted if step is None or step is not self._in_flight]
-        self._granted = self._granted[len(safe) :]
+            self._granted.append((granted, self.blocks.last_step(block_ids)))
+        ended = self.blocks.last_ended
+        safe = [granted for granted, step in self._granted if step <= ended]
+        self._granted = [each for each in self._granted if each[1] > ended]
         return safe
 
     def activate(self, request_id: str, first_token: int) -> None:
@@ -176,14 +178,15 @@ class Engine:
 
     def _launch(self, batch: list[ScheduledChunk]) -> StepInFlight:
         read = self._runner.launch(batch)
-        return StepInFlight([(chunk.sequence, chunk.first, chunk.num_new_tokens) for chunk in batch], read)
+        self.blocks.last_launched += 1
+        chunks = [(chunk.sequence, chunk.first, chunk.num_new_tokens) for chunk in batch]
+        return StepInFlight(chunks, read, self.blocks.last_launched)
 
     def _begin(self, step: StepInFlight | None) -> None:
         """Count a launched step's tokens as computed, so that the next one can be scheduled before it has been."""
         self._in_flight = step
         if step is None:
             return
-        self._num_steps += 1
         for sequence, first, count in step.chunks:
             if sequence.phase is Phase.ENDED:
                 continue  # its last token was one that ends it, as has just been read
@@ -200,6 +203,7 @@ class Engine:
         if step is None:
             return []
         tokens = step.read()
+        self.blocks.last_ended = step.number
         begin, outputs = perf_counter(), []
         for (sequence, first, count), token in zip(step.chunks, tokens, strict=True):
             if sequence.phase not in _HAS_NO_OUTPUT:
@@ -276,7 +280,7 @@ class Engine:
             num_prefill_tokens=self._num_prefilled,
             num_cached_tokens=self._scheduler.num_cached_tokens,
             num_preemptions=self._scheduler.num_preemptions,
-            num_steps=self._num_steps,
+            num_steps=self.blocks.last_launched,
             host_time_s=self._host_time_s,
         )
 

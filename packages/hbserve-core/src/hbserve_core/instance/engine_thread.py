@@ -130,10 +130,17 @@ class EngineThread:
         events: list[EngineEvent] = []
         # What a step ends may be what others wait for, so nobody sleeps right after one that did something.
         while self._run_commands(engine, wait=not events and (engine.stalled or not engine.has_work())):
-            events = [*engine.poll_reservations(), *engine.step()]
+            # Grants are told before a step is waited for: somebody begins to compute a prompt by them.
+            granted = engine.poll_reservations()
+            self._tell_events(granted)
+            outputs = engine.step()
             self.stats = engine.stats()
-            if events:
-                self._tell(self._on_events, events)
+            self._tell_events(outputs)
+            events = [*granted, *outputs]
+
+    def _tell_events(self, events: Sequence[EngineEvent]) -> None:
+        if events:
+            self._tell(self._on_events, events)
 
     def _run_commands(self, engine: Engine, wait: bool) -> bool:
         """Run what is queued; first wait for something if need be. False: stop."""

@@ -20,14 +20,16 @@ from hbserve_core.instance.engine_thread import EngineEvent, EngineThread
 from hbserve_core.instance.handover import Inbox, PrefillSend, wait_for_kv
 from hbserve_core.ranks.make_runner import make_runner
 from hbserve_core.transfers.instance_transfers import InstanceTransfers, JointReceive
-from hbserve_kv import Outcome, PostedReceive
+from hbserve_kv import FingerprintMismatch, Outcome, PostedReceive, TransferFailed
 from hbserve_rpc import InvalidRequest, Overloaded, RemoteError, RpcServer
 from hbserve_rpc.messages import (
+    CONNECT,
     DECODE,
     DESCRIBE,
     GENERATE,
     PREFILL,
     STATS,
+    ConnectRequest,
     DecodeRequest,
     Empty,
     GenerateRequest,
@@ -95,6 +97,7 @@ class GpuInstance:
             self._server.serve_stream(GENERATE, self._generate)
         elif self.config.role == "prefill":
             self._server.serve_stream(PREFILL, self._prefill)
+            self._server.serve(CONNECT, self._connect)
         else:
             self._server.serve_stream(DECODE, self._decode)
         await self._server.start()
@@ -174,11 +177,14 @@ class GpuInstance:
 
     # ---- one request ---------------------------------------------------------------------------------------------
 
-    def _open(self, request_id: str) -> Inbox:
+    def _require_ready(self) -> None:
         if self.status == "failed":
             raise RemoteError(f"{self.config.instance_id} failed: {self.error}")
         if self.status != "ready":
             raise Overloaded(f"{self.config.instance_id} is not ready, it is {self.status}")
+
+    def _open(self, request_id: str) -> Inbox:
+        self._require_ready()
         if request_id in self._inboxes:
             raise InvalidRequest(f"request_id={request_id!r} is in use")
         self.num_requests += 1
@@ -294,6 +300,15 @@ class GpuInstance:
             await posted.drained()
         await self._close(request_id)
 
+    async def _connect(self, request: ConnectRequest) -> Empty:
+        """Not before it is ready, which it is without its peers: whether one can be reached is between the two."""
+        self._require_ready()
+        try:
+            await self._require_transfers().open_link(request.kv_endpoint)
+        except (TransferFailed, FingerprintMismatch) as error:
+            raise RemoteError(str(error)) from error
+        return Empty()
+
     def _require_transfers(self) -> InstanceTransfers:
         assert self.transfers is not None, "a ready prefill or decode instance has them"
         return self.transfers
@@ -320,6 +335,7 @@ class GpuInstance:
             model=config.model_path,
             block_size=config.block_size,
             kv_backend=config.kv_transfer.backend if config.role != "hybrid" else "",
+            kv_endpoint=self.transfers.endpoint if self.transfers is not None and config.role == "decode" else b"",
             pid=os.getpid(),
             error=self.error,
             **known,

@@ -17,6 +17,7 @@ from hbserve_kv.protocol.handshake import Identity, check, choose_transport
 from hbserve_kv.protocol.messages import AnnouncedPart, Cancelled, Handshake, LinkReply, PartsAnnounced
 from hbserve_kv.receiving.transfer import IncomingLink, IncomingTransfer
 from hbserve_kv.transports.base import Deadline, Link, Part, Transport, disconnect
+from hbserve_kv.transports.rendezvous import HeldRendezvous
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +40,7 @@ class IncomingLinks:
         common = check(hello, self._me)
         transport, passed_over = choose_transport(hello, self._transports, self._me.rank)
         self._lose_earlier_lives(hello)
+        rendezvous = HeldRendezvous()
         link = Link(
             hello.link,
             is_sender=False,
@@ -47,8 +49,9 @@ class IncomingLinks:
             heads=common.slice_in(self._me.heads),
             peer_heads=common.slice_in(hello.heads),
             peer_num_heads=hello.heads.count,
+            rendezvous=rendezvous,
         )
-        made = IncomingLink(hello, link, transport, common)
+        made = IncomingLink(hello, link, transport, common, rendezvous)
         self.connected[link.key] = made
         if not transport.one_sided:
             # It connects from both ends at once, so the answer must not wait for it.
@@ -79,6 +82,7 @@ class IncomingLinks:
             return
         lost.is_connected = False
         lost.ended.set()
+        lost.rendezvous.end()
         for transfer in list(lost.transfers):
             transfer.fail(why)
             if not lost.transport.one_sided:

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 
 from hbserve_kv.memory.heads import HeadSlice
 from hbserve_kv.memory.memory import Memory, Region
+from hbserve_kv.transports.rendezvous import HeldRendezvous, Rendezvous
 
 T = TypeVar("T")
 
@@ -36,6 +37,8 @@ class Link:
     """The same heads among those of the peer's blocks."""
     peer_num_heads: int = 1
     """Heads in the peer's blocks."""
+    rendezvous: Rendezvous = field(default_factory=HeldRendezvous)
+    """What the ends tell each other while they connect."""
     detail: str = ""
     """Set by `connect`: what really carries the bytes, for people to read."""
     executor: ThreadPoolExecutor = field(init=False)

@@ -1,7 +1,7 @@
 """torch.distributed, one two-rank process group per link: NCCL between GPUs, else Gloo.
 
-Groups are made directly on a store that the receiver hosts, not by init_process_group: there is no world whose
-membership is fixed, no global default group, and peers come and go. Rank 0 of a group is the sender.
+Groups are made directly on the link's rendezvous, not by init_process_group: there is no world whose membership is
+fixed, no global default group, no port of a store, and peers come and go. Rank 0 of a group is the sender.
 
 What a part goes through:  blocks ─gather─▶ one tensor ─send─▶ recv ─▶ one tensor ─scatter─▶ blocks
 On a GPU the messages of a part overlap: one is gathered and one scattered while others are sent. Both sides only queue
@@ -28,11 +28,12 @@ from typing import Any, TypeVar
 import msgspec
 import torch
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.distributed_c10d import Store
 
 from hbserve_kv.errors import BackendUnavailable
 from hbserve_kv.memory.memory import Memory, gather, neighbours, runs, scatter
 from hbserve_kv.transports.base import GPU_PART_BYTES, Link, Moving, Part, Transport
+from hbserve_kv.transports.rendezvous import LinkStore
 from hbserve_rpc.address import look_up
 
 T = TypeVar("T")
@@ -46,12 +47,9 @@ NCCL_MESSAGE_BYTES, STAGED_MESSAGE_BYTES = 128 << 20, 32 << 20
 host memory, through which Gloo's go, is slow to make."""
 MESSAGES_AT_ONCE = 1
 """And one more that is gathered or scattered: two messages are a link's staging memory."""
-TCPStore: Any = dist.TCPStore  # type: ignore[attr-defined]  # public, but not in the stubs' __all__
 
 
 class _Description(msgspec.Struct, frozen=True):
-    host: str
-    store_port: int
     device: str
     """"cpu", or the UUID of the GPU."""
     ip_version: int
@@ -60,15 +58,13 @@ class _Description(msgspec.Struct, frozen=True):
 @dataclass
 class _Group:
     process_group: Any
+    store: Store
     on_gpu: bool
     """The group moves GPU memory itself; otherwise GPU blocks are staged through host memory."""
     stream: Any
     """CUDA stream of the link's own, or None on the CPU."""
     moving: set[asyncio.Future[float]] = field(default_factory=set)
     """Parts that the GPU moves."""
-
-
-START_TIMEOUT = timedelta(seconds=60)
 
 
 _Way = Callable[[_Group, torch.Tensor, Part], None]
@@ -92,15 +88,13 @@ class NcclTransport(Transport):
             self._device = str(torch.cuda.get_device_properties(memory.device).uuid)
             self.max_part_bytes = GPU_PART_BYTES
         self._ip = await look_up(self._host)
-        # It connects to itself, with no peer to give up: on a busy machine that takes longer than `timeout_s` may be.
-        self._store = TCPStore(self._host, 0, is_master=True, wait_for_workers=False, timeout=START_TIMEOUT)
 
     def describe(self) -> bytes:
         return msgspec.msgpack.encode(self._mine)
 
     @property
     def _mine(self) -> _Description:
-        return _Description(self._host, self._store.port, self._device, 6 if ":" in self._ip else 4)
+        return _Description(self._device, 6 if ":" in self._ip else 4)
 
     def unreachable(self, description: bytes) -> str:
         theirs, mine = _decode(description).ip_version, self._mine.ip_version
@@ -109,15 +103,11 @@ class NcclTransport(Transport):
         )
 
     async def connect(self, link: Link) -> None:
-        self._groups[link.key] = await _abandonable(self._make_group, link)
+        store = LinkStore(link.rendezvous, self._timeout.total_seconds())
+        self._groups[link.key] = await _abandonable(self._make_group, link, store)
 
-    def _make_group(self, link: Link) -> _Group:
+    def _make_group(self, link: Link, store: Store) -> _Group:
         peer = _decode(link.peer_description)
-        receiver = peer if link.is_sender else self._mine
-        client = TCPStore(
-            receiver.host, receiver.store_port, is_master=False, wait_for_workers=False, timeout=self._timeout
-        )
-        store = PrefixStore(link.key, client)
         rank = SENDER if link.is_sender else RECEIVER
         on_gpu = self._device != "cpu" and peer.device != "cpu" and self._may_use_nccl(peer.device)
         new_stream: Any = torch.cuda.Stream
@@ -129,8 +119,8 @@ class NcclTransport(Transport):
                 with torch.cuda.stream(stream):
                     _connect_nccl(process_group, link.is_sender, self._memory.device)
                     stream.synchronize()
-                return _Group(process_group, True, stream)
-        return _Group(self._make_gloo(store, rank), False, stream)
+                return _Group(process_group, store, True, stream)
+        return _Group(self._make_gloo(store, rank), store, False, stream)
 
     def _may_use_nccl(self, peer_device: str) -> bool:
         """NCCL refuses two ranks on one GPU, unless it is of 2.30 or newer and told so."""
@@ -264,7 +254,6 @@ class NcclTransport(Transport):
         for group in self._groups.values():
             group.process_group.abort()
         self._groups.clear()
-        del self._store
 
 
 def _decode(description: bytes) -> _Description:
@@ -274,8 +263,7 @@ def _decode(description: bytes) -> _Description:
 async def _abandonable(blocking: Callable[..., T], *arguments: Any) -> T:
     """Run in a daemon thread of its own, which whoever is cancelled does not wait for.
 
-    A client of a store whose host is frozen waits until that goes on or is dead, whatever its timeout, and no call
-    ends that wait. It touches no block meanwhile.
+    Gloo and NCCL wait for a frozen peer until their timeout, and no call ends that wait. It touches no block meanwhile.
     """
     outcome: Future[T] = Future()
     outcome.set_running_or_notify_cancel()  # from now on it takes a result, whether or not anybody waits for it

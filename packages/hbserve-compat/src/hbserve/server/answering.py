@@ -1,0 +1,98 @@
+"""Answering a request over HTTP: computing while the client is watched, and sending what waits in one go."""
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+
+import msgspec
+from starlette.types import Message, Receive, Scope, Send
+
+from hbserve.server.answers import Answers
+from hbserve.server.api_error import ApiError, as_api_error
+from hbserve.server.rendering import DONE, Rendering, event
+
+logger = logging.getLogger(__name__)
+
+EVENT_STREAM = (b"content-type", b"text/event-stream; charset=utf-8")
+JSON = (b"content-type", b"application/json")
+# A proxy that keeps chunks until it has enough of them would undo streaming.
+NO_BUFFERS = [(b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")]
+
+
+class Watched:
+    """ASGI response of a job that ends when its client goes: nobody would read what it computes."""
+
+    def __init__(self, job: Callable[[Send], Awaitable[None]]) -> None:
+        self._job = job
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        sent = False
+
+        async def noting(message: Message) -> None:
+            nonlocal sent
+            sent = True
+            await send(message)
+
+        job = asyncio.ensure_future(self._job(noting))
+        watcher = asyncio.create_task(_gone(receive))
+        try:
+            await asyncio.wait((job, watcher), return_when=asyncio.FIRST_COMPLETED)
+            if job.done():
+                job.result()
+        except Exception as error:
+            if sent or (known := as_api_error(error)) is None:
+                raise
+            await known.response()(scope, receive, send)
+        finally:
+            job.cancel()
+            watcher.cancel()
+            await asyncio.gather(job, watcher, return_exceptions=True)
+
+
+async def _gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+class Reply:
+    """One answer on its way to its client: the status line goes with the first bytes."""
+
+    def __init__(self, send: Send, headers: dict[str, str]) -> None:
+        self._send = send
+        self._headers = [(name.encode(), value.encode()) for name, value in headers.items()]
+
+    async def whole(self, answers: Answers, rendering: Rendering) -> None:
+        """Raises what ends one of the answers."""
+        while news := await answers.news():
+            rendering.take(news)
+        body = msgspec.json.encode(rendering.whole())
+        await self._start([JSON, (b"content-length", str(len(body)).encode())])
+        await self._part(body, more=False)
+
+    async def stream(self, answers: Answers, rendering: Rendering, first_byte_timeout_s: float) -> None:
+        """Raises what ends one of the answers before any has a token; what does so later is an event of the stream."""
+        begun = await answers.begun(first_byte_timeout_s)
+        first = rendering.chunks(await answers.news()) if begun else b""
+        await self._start([EVENT_STREAM, *NO_BUFFERS])
+        await self._part(rendering.opening() + first)
+        try:
+            while news := await answers.news():
+                if chunks := rendering.chunks(news):
+                    await self._part(chunks)
+            last = rendering.closing()
+        except Exception as error:
+            last = event(_told(error).body()) + DONE
+        await self._part(last, more=False)
+
+    async def _start(self, headers: list[tuple[bytes, bytes]]) -> None:
+        await self._send({"type": "http.response.start", "status": 200, "headers": [*headers, *self._headers]})
+
+    async def _part(self, body: bytes, *, more: bool = True) -> None:
+        await self._send({"type": "http.response.body", "body": body, "more_body": more})
+
+
+def _told(error: Exception) -> ApiError:
+    known = as_api_error(error)
+    if known is None:
+        logger.exception("an answer failed; please report it", exc_info=error)
+    return known or ApiError(500, "internal error; the server's log has it")

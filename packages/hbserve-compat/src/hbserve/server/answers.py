@@ -1,0 +1,97 @@
+"""All answers to one HTTP request: their tokens as they come, of whichever comes first."""
+
+import asyncio
+from collections.abc import Sequence
+from contextlib import suppress
+from functools import partial
+from typing import Self
+
+from hbserve.results import GenerationDelta
+from hbserve.server.api_error import try_again
+from hbserve.server.service import ServedModel
+from hbserve.text_request import TextRequest
+from hbserve_rpc import SamplingParams
+
+News = list[tuple[int, GenerationDelta]]
+"""Number of the answer, and what is new of it."""
+
+
+class Answers:
+    """Answers to some prompts, one for each of `params`: an asynchronous context manager, which submits them, and at
+    its end aborts those that are still running."""
+
+    def __init__(
+        self,
+        model: ServedModel,
+        prompts: Sequence[list[int]],
+        params: Sequence[SamplingParams],
+        *,
+        skip_special_tokens: bool = True,
+    ) -> None:
+        self._make = [
+            partial(
+                TextRequest, model.scheduler, model.encoder.tokenizer, *each, skip_special_tokens=skip_special_tokens
+            )
+            for each in zip(prompts, params, strict=True)
+        ]
+        self._news: News = []
+        self._changed = asyncio.Event()
+        self._error: Exception | None = None
+        self._requests: list[TextRequest] = []
+        self._pumps: list[asyncio.Task[None]] = []
+        self._num_running = len(params)
+
+    async def __aenter__(self) -> Self:
+        """Raises InvalidRequest or Overloaded, if the scheduler refuses one; then none goes on."""
+        try:
+            for number, make in enumerate(self._make):
+                self._requests.append(make())
+                self._pumps.append(asyncio.create_task(self._pump(number, self._requests[-1])))
+        except BaseException:
+            await self._close()
+            raise
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._close()
+
+    async def _close(self) -> None:
+        for pump in self._pumps:
+            pump.cancel()
+        await asyncio.gather(*self._pumps, return_exceptions=True)
+        for request in self._requests:  # a task that is cancelled before its first step closes nothing itself
+            await request.aclose()
+
+    async def _pump(self, number: int, request: TextRequest) -> None:
+        try:
+            async for delta in request:
+                if delta["finish_reason"] == "abort":  # by nobody who asked for it
+                    raise try_again("the server is ending", code="not_ready")
+                self._news.append((number, delta))
+                self._changed.set()
+        except Exception as error:  # of the engines; whoever waits for news is to have it
+            self._error = self._error or error
+        finally:
+            self._num_running -= 1
+            self._changed.set()
+
+    async def begun(self, timeout_s: float) -> bool:
+        """Wait for the first news; False: there are none after so long."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                await self._changed.wait()
+        return self._changed.is_set()
+
+    async def news(self) -> News:
+        """Whatever is new, as soon as something is; empty at the end.
+
+        Raises:
+            HBServeRpcError, ApiError: one of the answers has failed; what came before was given out before.
+        """
+        while self._num_running and not self._news and self._error is None:
+            self._changed.clear()
+            await self._changed.wait()
+        if self._error is not None and not self._news:
+            raise self._error
+        found, self._news = self._news, []
+        return found

@@ -1,0 +1,90 @@
+"""API keys: who may ask. They come from an option, the environment, and a file that is read again when it changes."""
+
+import hashlib
+import hmac
+import logging
+import os
+from pathlib import Path
+
+from starlette.requests import HTTPConnection
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from hbserve.server.api_error import ApiError
+from hbserve_scheduler import ConfigError
+from hbserve_scheduler.config import ServerSection
+
+logger = logging.getLogger(__name__)
+
+VARIABLE = "HBSERVE_API_KEY"
+OPEN_PATHS = {"/", "/health", "/ping", "/version", "/metrics", "/openapi.json"}
+"""For probes and for people who look: none of them computes."""
+
+
+def _digest(key: str) -> bytes:
+    return hashlib.sha256(key.encode(errors="replace")).digest()
+
+
+class ApiKeys:
+    """Keys that are accepted now."""
+
+    def __init__(self, settings: ServerSection) -> None:
+        """Raises ConfigError: the file cannot be read, or has no key."""
+        given = (settings.api_key, os.environ.get(VARIABLE))
+        self._fixed = [_digest(key) for key in given if key]
+        self._path = None if settings.api_key_file is None else Path(settings.api_key_file).expanduser()
+        self._from_file: list[bytes] = []
+        self._read_at: tuple[int, int] | None = None
+        if self._path is not None:
+            try:
+                self._read(self._path)
+            except OSError as error:
+                raise ConfigError(f"server.api_key_file={str(self._path)!r}: {error.strerror}") from None
+
+    @property
+    def are_asked_for(self) -> bool:
+        return bool(self._fixed or self._path)
+
+    def accept(self, key: str) -> bool:
+        """Takes the same time for every key."""
+        if self._path is not None:
+            try:
+                self._read(self._path)
+            except OSError as error:  # being replaced, perhaps: those that were there go on
+                logger.warning("the API keys of before go on: %s: %s", self._path, error.strerror)
+        digest = _digest(key)
+        matches = [hmac.compare_digest(digest, each) for each in [*self._fixed, *self._from_file]]
+        return any(matches)
+
+    def _read(self, path: Path) -> None:
+        found = path.stat()
+        state = found.st_mtime_ns, found.st_ino
+        if state != self._read_at:
+            lines = [line.strip() for line in path.read_text(encoding="utf-8", errors="replace").splitlines()]
+            self._from_file = [_digest(line) for line in lines if line and not line.startswith("#")]
+            self._read_at = state
+
+
+class RequireApiKey:
+    """ASGI middleware that lets in who has a key."""
+
+    def __init__(self, app: ASGIApp, keys: ApiKeys) -> None:
+        self._app = app
+        self._keys = keys
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and not self._is_open(scope):
+            kind, _, key = HTTPConnection(scope).headers.get("authorization", "").partition(" ")
+            if kind.lower() != "bearer" or not self._keys.accept(key.strip()):
+                refusal = ApiError(
+                    401,
+                    "wrong API key: expected the header `Authorization: Bearer KEY`",
+                    code="invalid_api_key",
+                    headers={"www-authenticate": "Bearer"},
+                )
+                await refusal.response()(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
+
+    def _is_open(self, scope: Scope) -> bool:
+        path = scope["path"].removeprefix(scope.get("root_path", ""))
+        return path in OPEN_PATHS or scope["method"] == "OPTIONS"

@@ -1,0 +1,92 @@
+"""The ASGI application: which path is answered by what, and what every request goes through before."""
+
+from pathlib import Path
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import FileResponse, Response
+from starlette.routing import Route
+
+from hbserve.server.api_error import ApiError, as_api_error
+from hbserve.server.api_keys import ApiKeys, RequireApiKey
+from hbserve.server.generating import chat_completions, completions
+from hbserve.server.metrics import show_metrics
+from hbserve.server.models import list_models, retrieve_model
+from hbserve.server.openapi import show_openapi
+from hbserve.server.probes import health, ping, show_version
+from hbserve.server.request_body import IGNORED_HEADER
+from hbserve.server.request_log import REQUEST_ID, RequestLog
+from hbserve.server.service import Service
+from hbserve.server.tokenizing import detokenize, tokenize, tokenizer_info
+from hbserve_rpc import HBServeRpcError
+
+CHAT_PAGE = Path(__file__).parent / "chat_page.html"
+ROUTES = [
+    Route("/v1/models", list_models),
+    Route("/v1/models/{model:path}", retrieve_model),
+    Route("/v1/completions", completions, methods=["POST"]),
+    Route("/v1/chat/completions", chat_completions, methods=["POST"]),
+    Route("/tokenize", tokenize, methods=["POST"]),
+    Route("/detokenize", detokenize, methods=["POST"]),
+    Route("/tokenizer_info", tokenizer_info),
+    Route("/health", health),
+    Route("/ping", ping, methods=["GET", "POST"]),
+    Route("/version", show_version),
+    Route("/metrics", show_metrics),
+    Route("/openapi.json", show_openapi),
+    Route("/", lambda _: FileResponse(CHAT_PAGE)),
+]
+
+
+def make_app(service: Service) -> Starlette:
+    """Raises ConfigError: the API keys cannot be read."""
+    keys = ApiKeys(service.settings)
+    middleware = [Middleware(RequestLog)]
+    if service.settings.cors_origins:
+        middleware.append(
+            Middleware(
+                CORSMiddleware,
+                allow_origins=service.settings.cors_origins,
+                allow_methods=["*"],
+                allow_headers=["*"],
+                expose_headers=[REQUEST_ID, IGNORED_HEADER],
+            )
+        )
+    if keys.are_asked_for:
+        middleware.append(Middleware(RequireApiKey, keys=keys))
+    handlers = {
+        ApiError: _refuse,
+        HBServeRpcError: _refuse,
+        HTTPException: _refuse_route,
+        ClientDisconnect: _nobody_is_there,
+        Exception: _fail,
+    }
+    app = Starlette(routes=ROUTES, middleware=middleware, exception_handlers=handlers)
+    app.state.service = service
+    return app
+
+
+async def _refuse(request: Request, error: Exception) -> Response:
+    known = as_api_error(error)
+    assert known is not None
+    return known.response()
+
+
+async def _refuse_route(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    headers = dict(error.headers or {})
+    problem = f"{request.method} {request.url.path[:256]}: {error.detail}; docs/openai-server.md has what there is"
+    return ApiError(error.status_code, problem, headers=headers).response()
+
+
+async def _nobody_is_there(request: Request, error: Exception) -> Response:
+    return Response(status_code=400)
+
+
+async def _fail(request: Request, error: Exception) -> Response:
+    """A mistake of ours. Whoever runs the server finds it in the log, where uvicorn writes it."""
+    headers = {REQUEST_ID: request.scope.get("state", {}).get("request_id", "")}
+    return ApiError(500, "internal error; the server's log has it", headers=headers).response()

@@ -1,0 +1,46 @@
+"""Token ids of a server's prompts. Encoding a long one takes long: it is done in a thread, and stalls no stream."""
+
+import asyncio
+import copy
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from hbserve.tokenizer import encode, encode_messages
+
+SHORT = 4096
+"""Characters that are encoded sooner than a thread would begin."""
+
+
+class Encoder:
+    """Two tokenizers, because one may not be used by two threads at once: one for short prompts here, one elsewhere."""
+
+    def __init__(self, tokenizer: Any, chat_template: str | None = None) -> None:
+        """`tokenizer` is None where there is none: then there is no text either, and no messages."""
+        self.tokenizer = tokenizer
+        self.chat_template = chat_template or getattr(tokenizer, "chat_template", None)
+        self._of_thread = copy.deepcopy(tokenizer)
+        self._thread = ThreadPoolExecutor(1, "hbserve-encoder")
+
+    async def text(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Of a text as it stands. Raises InvalidRequest."""
+        return await self._call(
+            len(text), lambda tokenizer: encode(tokenizer, text, add_special_tokens=add_special_tokens)
+        )
+
+    async def messages(self, messages: list[dict[str, Any]], **settings: Any) -> list[int]:
+        """Of messages, by the chat template. Raises InvalidRequest."""
+        length = sum(len(message["content"]) for message in messages)
+        return await self._call(
+            length,
+            lambda tokenizer: encode_messages(tokenizer, messages, chat_template=self.chat_template, **settings),
+        )
+
+    async def _call(self, length: int, job: Callable[[Any], list[int]]) -> list[int]:
+        if length <= SHORT:
+            return job(self.tokenizer)
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._thread, job, self._of_thread)
+
+    def close(self) -> None:
+        self._thread.shutdown(wait=False, cancel_futures=True)

@@ -1,0 +1,161 @@
+"""The HTTP server: its socket, which is bound before anything else starts, uvicorn behind it, and its end."""
+
+import asyncio
+import contextlib
+import errno
+import logging
+import os
+import socket
+import ssl
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+import uvicorn
+from starlette.types import ASGIApp
+
+from hbserve_rpc import AddressInUse, format_address
+from hbserve_rpc.address import is_wildcard
+from hbserve_scheduler import ConfigError
+from hbserve_scheduler.config import ServerSection
+
+logging.getLogger("uvicorn").setLevel(logging.WARNING)  # of its own beginning and end we tell ourselves
+
+KEEP_ALIVE_S = 120
+"""More than proxies have, so that it is they who close: else a request meets a connection that is being closed."""
+BACKLOG = 2048
+
+
+class _Uvicorn(uvicorn.Server):
+    """Without its signal handlers: `hbserve serve` has its own."""
+
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self.accepts = asyncio.Event()
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self.accepts.set()
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+class HttpServer:
+    """Serves an application from `start` to `stop`."""
+
+    def __init__(self, settings: ServerSection, app: ASGIApp) -> None:
+        """Binds the address.
+
+        Raises:
+            AddressInUse: it belongs to another process.
+            ConfigError: it cannot be bound here, or the certificate and its key cannot be used.
+        """
+        self._settings = settings
+        self._app = app
+        _check_certificate(settings)
+        self._socket = _bound(settings)
+        self._server: _Uvicorn | None = None
+        self._serving: asyncio.Task[None] | None = None
+
+    @property
+    def url(self) -> str:
+        """Where clients on this machine find it."""
+        scheme = "http" if self._settings.ssl_certfile is None else "https"
+        if self._settings.uds is not None:
+            return f"{scheme}+unix://{self._settings.uds}"
+        host, port = self._socket.getsockname()[:2]
+        if is_wildcard(host):
+            host = "::1" if ":" in host else "127.0.0.1"
+        return f"{scheme}://{format_address(host, port)}{self._settings.root_path.rstrip('/')}"
+
+    async def start(self) -> None:
+        """Accept connections from now on."""
+        config = uvicorn.Config(
+            self._app,
+            loop="none",
+            http="httptools",
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            root_path=self._settings.root_path.rstrip("/"),
+            timeout_keep_alive=KEEP_ALIVE_S,
+            ssl_keyfile=self._settings.ssl_keyfile,
+            ssl_certfile=self._settings.ssl_certfile,
+        )
+        self._server = _Uvicorn(config)
+        self._serving = asyncio.create_task(self._server.serve(sockets=[self._socket]))
+        await self._server.accepts.wait()
+
+    @property
+    def num_answering(self) -> int:
+        """Requests whose answers have not ended."""
+        return 0 if self._server is None else len(self._server.server_state.tasks)
+
+    async def drain(self) -> None:
+        """Wait until every answer has ended, for `drain_timeout_s` at most."""
+        if self._server is None:
+            return
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self._settings.drain_timeout_s):
+                while answering := list(self._server.server_state.tasks):
+                    await asyncio.wait(answering)
+
+    async def stop(self) -> None:
+        """End every answer and connection."""
+        if self._server is not None and self._serving is not None:
+            self._server.should_exit = True
+            self._server.force_exit = True
+            for task in list(self._server.server_state.tasks):
+                task.cancel()
+            await asyncio.gather(*self._server.server_state.tasks, return_exceptions=True)
+            await self._serving
+        self._socket.close()
+        if self._settings.uds is not None:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self._settings.uds)
+
+
+def _check_certificate(settings: ServerSection) -> None:
+    if settings.ssl_certfile is None or settings.ssl_keyfile is None:
+        return
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(settings.ssl_certfile, settings.ssl_keyfile)
+    except (OSError, ValueError) as error:
+        problem = f"{settings.ssl_certfile!r} with server.ssl_keyfile={settings.ssl_keyfile!r}: {error}"
+        raise ConfigError(f"server.ssl_certfile={problem}") from None
+
+
+def _bound(settings: ServerSection) -> socket.socket:
+    if settings.uds is not None:
+        return _bound_to_path(Path(settings.uds))
+    address = format_address(settings.host, settings.port)
+    try:
+        family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+        return socket.create_server((settings.host, settings.port), family=family, backlog=BACKLOG)
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            problem = f"{address} is in use: give another server.port or --port, or 0 to let the system choose"
+            raise AddressInUse(problem) from None
+        raise ConfigError(f"server.host={settings.host!r}: {address} cannot be bound: {error.strerror}") from None
+
+
+def _bound_to_path(path: Path) -> socket.socket:
+    """A socket file that nobody listens at any more is replaced."""
+    found = socket.socket(socket.AF_UNIX)
+    try:
+        if path.exists() and stat.S_ISSOCK(path.stat().st_mode) and found.connect_ex(os.fspath(path)) != 0:
+            path.unlink()
+        found.close()
+        found = socket.socket(socket.AF_UNIX)
+        found.bind(os.fspath(path))
+        found.listen(BACKLOG)
+    except OSError as error:
+        found.close()
+        if error.errno == errno.EADDRINUSE:
+            raise AddressInUse(f"{path} is in use: give another server.uds or --uds") from None
+        raise ConfigError(f"server.uds={str(path)!r}: cannot be bound: {error.strerror}") from None
+    return found

@@ -1,0 +1,138 @@
+"""From tokens and text to the JSON of an answer, whole or in chunks: what chat and completions have in common."""
+
+from typing import Any, Protocol
+
+import msgspec
+
+from hbserve.results import GenerationDelta, Timings
+from hbserve.server.answers import News
+from hbserve.server.request_fields import SamplingFields
+
+DONE = b"data: [DONE]\n\n"
+
+
+def event(value: Any) -> bytes:
+    """One server-sent event."""
+    return b"data: " + msgspec.json.encode(value) + b"\n\n"
+
+
+class Choices(Protocol):
+    """One kind of answer: how its choices look."""
+
+    object_name: str
+    chunk_name: str
+
+    def opening(self, index: int) -> list[dict[str, Any]]:
+        """A choice's first chunks, which are sent with the status line."""
+
+    def chunk(self, index: int, delta: GenerationDelta) -> list[dict[str, Any]]:
+        """A choice's next chunks."""
+
+    def whole(self, index: int) -> dict[str, Any]:
+        """A choice, after its last chunk."""
+
+
+class Rendering:
+    """The answer to one request, and what was counted of it."""
+
+    def __init__(self, choices: Choices, body: SamplingFields, head: dict[str, Any], prompts: list[list[int]]) -> None:
+        """`prompts`: of each choice, in order; those of one prompt are neighbours, and the same list."""
+        options = body.stream_options
+        self._choices = choices
+        self._head = head
+        self._ends_with_usage = bool(options and options.include_usage)
+        self._has_usage = bool(self._ends_with_usage and options and options.continuous_usage_stats)
+        self._prompts = prompts
+        self._firsts = [i for i, each in enumerate(prompts) if i == 0 or each is not prompts[i - 1]]
+        """Of each prompt, its first choice."""
+        self._num_output = 0
+        self._timings: dict[int, Timings] = {}
+        start = msgspec.json.encode({**head, "object": choices.chunk_name})[:-1]
+        self._start = b"data: " + start + b',"choices":['
+
+    # ---- in chunks -----------------------------------------------------------------------------------------------
+
+    def opening(self) -> bytes:
+        """What is sent with the status line."""
+        return b"".join(
+            [self._event(each) for index in range(len(self._prompts)) for each in self._choices.opening(index)]
+        )
+
+    def chunks(self, news: News) -> bytes:
+        return b"".join([self._chunk(index, delta) for index, delta in news])
+
+    def _chunk(self, index: int, delta: GenerationDelta) -> bytes:
+        self._count(index, delta)
+        more = self.metrics() if delta["timings"] is not None else {}
+        return b"".join([self._event(each, more) for each in self._choices.chunk(index, delta)])
+
+    def _event(self, choice: dict[str, Any], more: dict[str, Any] | None = None) -> bytes:
+        if self._has_usage:
+            more = {**(more or {}), "usage": self.usage()}
+        rest = b"," + msgspec.json.encode(more)[1:] if more else b"}"
+        return self._start + msgspec.json.encode(choice) + b"]" + rest + b"\n\n"
+
+    def closing(self) -> bytes:
+        """After the last chunk of every choice."""
+        if not self._ends_with_usage:
+            return DONE
+        last = {
+            **self._head,
+            "object": self._choices.chunk_name,
+            "choices": [],
+            "usage": self.usage(),
+            **self.metrics(),
+        }
+        return event(last) + DONE
+
+    # ---- whole ---------------------------------------------------------------------------------------------------
+
+    def take(self, news: News) -> None:
+        """As `chunks`, for who wants the whole answer at the end."""
+        for index, delta in news:
+            self._count(index, delta)
+            self._choices.chunk(index, delta)
+
+    def whole(self) -> dict[str, Any]:
+        choices = [self._choices.whole(index) for index in range(len(self._prompts))]
+        head = {**self._head, "object": self._choices.object_name}
+        return {**head, "choices": choices, "usage": self.usage(), **self.metrics()}
+
+    # ---- figures -------------------------------------------------------------------------------------------------
+
+    def _count(self, index: int, delta: GenerationDelta) -> None:
+        self._num_output += len(delta["token_ids"])
+        if delta["timings"] is not None:
+            self._timings[index] = delta["timings"]
+
+    def usage(self) -> dict[str, Any]:
+        """Tokens so far. Those that were cached are known of prompts whose answers have ended."""
+        num_prompt = sum(len(self._prompts[index]) for index in self._firsts)
+        cached = sum(self._timings[index]["num_cached_tokens"] for index in self._firsts if index in self._timings)
+        return {
+            "prompt_tokens": num_prompt,
+            "completion_tokens": self._num_output,
+            "total_tokens": num_prompt + self._num_output,
+            "prompt_tokens_details": {"cached_tokens": cached},
+        }
+
+    def metrics(self) -> dict[str, Any]:
+        """Of an answer that is alone, how long it took: vLLM's names first."""
+        if len(self._prompts) != 1 or 0 not in self._timings:
+            return {}
+        times = self._timings[0]
+        generation_s = times["e2e_s"] - times["ttft_s"]
+        return {
+            "metrics": {
+                "time_to_first_token_ms": 1e3 * times["ttft_s"],
+                "generation_time_ms": 1e3 * generation_s,
+                "queue_time_ms": 1e3 * times["queue_time_s"],
+                "mean_itl_ms": 1e3 * times["tpot_s"],
+                "tokens_per_second": (self._num_output - 1) / generation_s if generation_s > 0 else None,
+                "kv_transfer_time_ms": 1e3 * times["kv_transfer_time_s"],
+                "kv_bytes": times["kv_bytes"],
+                "prefill_instance": times["prefill_instance"],
+                "decode_instance": times["decode_instance"],
+                "num_attempts": times["num_attempts"],
+            }
+        }

@@ -1,0 +1,106 @@
+"""The JSON body of a request: read up to a limit, decoded, and checked against what an endpoint takes."""
+
+import logging
+import re
+from typing import Any, TypeVar
+
+import msgspec
+from starlette.requests import Request
+
+from hbserve.server.api_error import ApiError
+from hbserve_rpc.plain_values import shown
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T", bound=msgspec.Struct)
+IGNORED_HEADER = "x-hbserve-ignored"
+MOST_NAMED = 16
+"""Ignored fields that a response names; the header says how many more there were."""
+MOST_REMEMBERED = 256
+"""Names of ignored fields that were logged already."""
+
+
+async def read_object(request: Request, most_bytes: int) -> dict[str, Any]:
+    """The JSON object that is a request's body.
+
+    Raises:
+        ApiError: 413 if it is too large, 400 if it is no JSON object.
+    """
+    content = decoded(await _read(request, most_bytes))
+    if not isinstance(content, dict):
+        raise ApiError(400, f"the body is {shown(content)}; expected a JSON object")
+    return content
+
+
+async def _read(request: Request, most_bytes: int) -> bytes:
+    refused = ApiError(
+        413,
+        f"the body is larger than {most_bytes} bytes, which is server.max_body_size",
+        headers={"connection": "close"},
+    )
+    told = request.headers.get("content-length", "")
+    if told.isdecimal() and int(told) > most_bytes:
+        raise refused
+    body = bytearray()
+    async for part in request.stream():
+        body += part
+        if len(body) > most_bytes:
+            raise refused
+    return bytes(body)
+
+
+def decoded(body: bytes) -> Any:
+    """Raises ApiError: 400, says at which place it is no JSON."""
+    try:
+        return msgspec.json.decode(body)
+    except msgspec.DecodeError as error:
+        raise ApiError(400, f"the body is no JSON: {error}") from None
+    except UnicodeDecodeError as error:
+        raise ApiError(
+            400, f"the body is no UTF-8 text: byte {error.start} is {error.object[error.start]:#x}"
+        ) from None
+    except RecursionError:
+        raise ApiError(400, "the body is nested too deep") from None
+
+
+def converted(content: dict[str, Any], kind: type[T]) -> T:
+    """The fields that an endpoint takes, by their types. Others are left out: `ignored_fields` has them.
+
+    Raises:
+        ApiError: 400, names the field by its path and what is expected.
+    """
+    try:
+        return msgspec.convert(content, kind, str_keys=True)
+    except msgspec.ValidationError as error:
+        what, _, place = str(error).partition(" - at ")
+        path = place.strip("`").removeprefix("$").lstrip(".") or None
+        if missing := re.search(r"missing required field `(\w+)`", what):
+            path = f"{path}.{missing[1]}" if path else missing[1]
+        raise ApiError(400, f"{path or 'the body'}: {what[:1].lower()}{what[1:]}", param=path) from None
+    except RecursionError:
+        raise ApiError(400, "the body is nested too deep") from None
+
+
+def ignored_fields(content: dict[str, Any], kind: type[msgspec.Struct]) -> list[str]:
+    """Names of what a body has and an endpoint does not take."""
+    return sorted(content.keys() - set(kind.__struct_fields__))
+
+
+_logged: set[str] = set()
+
+
+def ignored_header(names: list[str]) -> dict[str, str]:
+    """Header that names fields that had no effect; the log has each name once."""
+    if not names:
+        return {}
+    for name in map(_sanitised, names):
+        if name not in _logged and len(_logged) < MOST_REMEMBERED:
+            _logged.add(name)
+            logger.info("requests have the field %s, which is ignored", name)
+    more = [f"+{len(names) - MOST_NAMED}"] if len(names) > MOST_NAMED else []
+    return {IGNORED_HEADER: ",".join([*map(_sanitised, names[:MOST_NAMED]), *more])}
+
+
+def _sanitised(name: str) -> str:
+    """A name for a header and a log: a client may call its fields anything."""
+    return re.sub(r"[^A-Za-z0-9_.-]", "?", name[:64])

@@ -1,0 +1,179 @@
+"""Fields of requests to /v1/completions and /v1/chat/completions: their types, and what is done with each.
+
+A field is served, unless NOT_SERVED has it: then it may only have one of the values there. One of SamplingParams is
+handed on under its own name as soon as it is not in NOT_SERVED: to serve it, delete that line. A field that is not here
+is ignored, and named in the answer's header. docs/openai-server.md lists them all; a test compares it with this file.
+"""
+
+from typing import Any, ClassVar
+
+import msgspec
+
+from hbserve.server.api_error import ApiError
+from hbserve_rpc import SamplingParams
+from hbserve_rpc.plain_values import shown
+
+NOT_SERVED: dict[str, tuple[Any, ...]] = {
+    "presence_penalty": (0.0,),
+    "frequency_penalty": (0.0,),
+    "repetition_penalty": (1.0,),
+    "logit_bias": ({},),
+    "min_p": (0.0,),
+    "min_tokens": (0,),
+    "logprobs": (False,),
+    "top_logprobs": (0,),
+    "prompt_logprobs": (),
+    "include_stop_str_in_output": (False,),
+    "response_format": ({"type": "text"},),
+    "structured_outputs": (),
+    "guided_json": (),
+    "guided_regex": (),
+    "guided_choice": (),
+    "guided_grammar": (),
+    "suffix": ("",),
+    "use_beam_search": (False,),
+    "length_penalty": (1.0,),
+    "allowed_token_ids": (),
+    "bad_words": ([],),
+    "logits_processors": (),
+    "truncate_prompt_tokens": (),
+    "add_special_tokens": (),
+    "echo": (False,),
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "parallel_tool_calls": (True, False),
+    "functions": (),
+    "function_call": ("none",),
+    "modalities": (["text"],),
+    "audio": (),
+    "prediction": (),
+    "web_search_options": (),
+    "chat_template": (),
+    "documents": (),
+    "continue_final_message": (False,),
+    "kv_transfer_params": (),
+    "prompt_embeds": (),
+}
+"""Field: the values that it may have, beside null."""
+SERVED_BY_ENDPOINT = {"echo": "/v1/completions"}
+"""Of NOT_SERVED, those that one endpoint does serve."""
+IGNORED = {
+    "user": "nothing is kept of a user",
+    "metadata": "nothing is stored",
+    "store": "nothing is stored",
+    "service_tier": "there is one",
+    "safety_identifier": "nothing is kept of a user",
+    "prompt_cache_key": "prefixes are found by their tokens",
+    "verbosity": "templates know nothing of it",
+    "priority": "first come, first served",
+    "request_id": "the header X-Request-Id is for that",
+}
+"""Fields that clients are known to send, and that have no effect here; so has any other that is in no list."""
+
+
+class StreamOptions(msgspec.Struct, frozen=True):
+    """`stream_options` of a request."""
+
+    include_usage: bool | None = None
+    """A last chunk without choices has the usage of the whole request."""
+    continuous_usage_stats: bool | None = None
+    """Each chunk has the usage so far."""
+
+
+class SamplingFields(msgspec.Struct, frozen=True, kw_only=True):
+    """Fields that both endpoints take. Null is as if it were not there."""
+
+    id_prefix: ClassVar[str]
+    """Of the ids of answers."""
+
+    model: str | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    n: int | None = None
+    best_of: int | None = None
+    max_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    stop_token_ids: list[int] | None = None
+    ignore_eos: bool | None = None
+    skip_special_tokens: bool | None = None
+    return_token_ids: bool | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    repetition_penalty: float | None = None
+    logit_bias: dict[int, float] | None = None
+    min_p: float | None = None
+    min_tokens: int | None = None
+    prompt_logprobs: int | None = None
+    include_stop_str_in_output: bool | None = None
+    echo: bool | None = None
+    response_format: Any = None
+    structured_outputs: Any = None
+    guided_json: Any = None
+    guided_regex: Any = None
+    guided_choice: Any = None
+    guided_grammar: Any = None
+    use_beam_search: bool | None = None
+    length_penalty: float | None = None
+    allowed_token_ids: list[int] | None = None
+    bad_words: list[str] | None = None
+    logits_processors: Any = None
+    truncate_prompt_tokens: int | None = None
+    add_special_tokens: bool | None = None
+    kv_transfer_params: Any = None
+
+
+class CompletionBody(SamplingFields, frozen=True, kw_only=True):
+    """Body of /v1/completions."""
+
+    id_prefix: ClassVar[str] = "cmpl"
+    prompt: str | list[Any]
+    """Text, token ids, or a list of several of either."""
+    logprobs: int | bool | None = None
+    suffix: str | None = None
+    prompt_embeds: Any = None
+
+
+class ChatBody(SamplingFields, frozen=True, kw_only=True):
+    """Body of /v1/chat/completions."""
+
+    id_prefix: ClassVar[str] = "chatcmpl"
+    messages: list[dict[str, Any]]
+    max_completion_tokens: int | None = None
+    """`max_tokens` by its newer name, which is preferred."""
+    chat_template_kwargs: dict[str, Any] | None = None
+    add_generation_prompt: bool | None = None
+    reasoning_effort: str | None = None
+    """Handed to the chat template."""
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+    functions: Any = None
+    function_call: Any = None
+    modalities: list[str] | None = None
+    audio: Any = None
+    prediction: Any = None
+    web_search_options: Any = None
+    chat_template: str | None = None
+    documents: Any = None
+    continue_final_message: bool | None = None
+
+
+def require_served(body: SamplingFields, endpoint: str) -> None:
+    """Raises ApiError: 400, names a field whose value is not served, and what it may be."""
+    for name, allowed in NOT_SERVED.items():
+        value = getattr(body, name, None)
+        if value is None or SERVED_BY_ENDPOINT.get(name) == endpoint:
+            continue
+        if not any(type(value) is type(each) and value == each for each in allowed):
+            expected = " or ".join(["null", *(shown(each) for each in allowed)])
+            raise ApiError(400, f"{name}={shown(value)}: is not served; expected {expected}", param=name)
+
+
+SAMPLED = [name for name in SamplingParams.__struct_fields__ if name not in NOT_SERVED]
+"""Fields of SamplingParams that requests may set under the same names."""

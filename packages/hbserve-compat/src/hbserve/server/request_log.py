@@ -1,0 +1,56 @@
+"""An id for each request, and a line in the log at its end: who asked what, and how it ended, but no text of theirs."""
+
+import logging
+import re
+import time
+import uuid
+from typing import Any
+
+from starlette.datastructures import MutableHeaders
+from starlette.requests import HTTPConnection
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+logger = logging.getLogger(__name__)
+
+PROBED = {"/health", "/ping", "/metrics"}
+"""Asked again and again by programs."""
+REQUEST_ID = "x-request-id"
+CLIENT_GONE = 499
+"""Status in the log of a request whose client has gone before its answer had one, as nginx has it."""
+
+
+class RequestLog:
+    """ASGI middleware. `scope["state"]["request_id"]` is the client's own X-Request-Id, or a new one."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        given = HTTPConnection(scope).headers.get(REQUEST_ID, "")
+        request_id = given if re.fullmatch(r"[!-~]{1,128}", given) else uuid.uuid4().hex
+        scope.setdefault("state", {})["request_id"] = request_id
+        status, began_s = CLIENT_GONE, time.monotonic()
+
+        async def noting(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                MutableHeaders(scope=message)[REQUEST_ID] = request_id
+            await send(message)
+
+        try:
+            await self._app(scope, receive, noting)
+        finally:
+            took_ms = 1e3 * (time.monotonic() - began_s)
+            # A path without its query, as it was sent: quoted, so that it is one line whatever it says.
+            path = scope.get("raw_path", b"").decode("ascii", "backslashreplace")[:256]
+            client = _client(scope.get("client"))
+            level = logging.DEBUG if path in PROBED and status == 200 else logging.INFO
+            logger.log(level, "%s %s %s %d %.0f ms id=%s", client, scope["method"], path, status, took_ms, request_id)
+
+
+def _client(address: Any) -> str:
+    return f"{address[0]}:{address[1]}" if address else "-"

@@ -1,0 +1,55 @@
+"""From a body's fields to the SamplingParams of its choices."""
+
+from hbserve.server.api_error import ApiError
+from hbserve.server.request_fields import SAMPLED, ChatBody, SamplingFields
+from hbserve_rpc import SamplingParams
+
+MOST_CHOICES = 1024
+"""Of one request: its prompts, times `n`."""
+COMPLETION_MAX_TOKENS = 16
+"""As in OpenAI's API, where a completion does not say."""
+SEEDS = 2**63
+
+
+def num_choices(body: SamplingFields, num_prompts: int) -> int:
+    """`n`: how many answers each prompt gets.
+
+    Raises:
+        ApiError: 400, there are too many, or they cannot be.
+    """
+    if num_prompts == 0:
+        raise ApiError(400, "prompt=[]: expected at least one", param="prompt")
+    n = 1 if body.n is None else body.n
+    if not 1 <= n * num_prompts <= MOST_CHOICES:
+        expected = f"1 to {MOST_CHOICES // num_prompts}"
+        raise ApiError(400, f"n={n}: expected {expected} for {num_prompts} prompts", param="n")
+    if body.best_of not in (None, 1, n):
+        raise ApiError(400, f"best_of={body.best_of}: is not served; expected null, 1, or n={n}", param="best_of")
+    return n
+
+
+def sampling_params(body: SamplingFields, max_tokens: int) -> SamplingParams:
+    """Parameters of a request whose answer may have so many tokens unless it says otherwise.
+
+    Raises:
+        InvalidRequest: a value out of its range; names the field.
+    """
+    given = {name: value for name in SAMPLED if (value := getattr(body, name, None)) is not None}
+    wanted = _max_tokens(body)
+    given["max_tokens"] = max_tokens if wanted is None else wanted
+    if "seed" in given:  # OpenAI's may be negative
+        given["seed"] %= SEEDS
+    return SamplingParams(**given)
+
+
+def _max_tokens(body: SamplingFields) -> int | None:
+    newer = body.max_completion_tokens if isinstance(body, ChatBody) else None
+    return body.max_tokens if newer is None else newer
+
+
+def of_choice(params: SamplingParams, choice: int) -> SamplingParams:
+    """Parameters of one of several choices: with one seed for all they would be the same."""
+    copied = params.copied()
+    if copied.seed is not None:
+        copied.seed = (copied.seed + choice) % SEEDS
+    return copied

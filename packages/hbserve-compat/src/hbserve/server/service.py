@@ -1,0 +1,117 @@
+"""State that all endpoints share: the settings, and what is served, once it is there."""
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from hbserve.server.api_error import ApiError, try_again
+from hbserve.server.encoder import Encoder
+from hbserve.text_request import Scheduler
+from hbserve_rpc.messages import SchedulerStats, ServiceInfo
+from hbserve_rpc.plain_values import shown
+from hbserve_scheduler import parse_size
+from hbserve_scheduler.config import ServerSection
+
+OF_TEMPLATES = {
+    "messages",
+    "conversation",
+    "chat_template",
+    "tokenize",
+    "return_dict",
+    "return_tensors",
+    "tools",
+    "name",
+}
+"""Arguments of templates that are ours, or fields of their own."""
+
+
+class ServingScheduler(Scheduler, Protocol):
+    """A scheduler in this process: CpuScheduler."""
+
+    def info(self) -> ServiceInfo: ...
+
+    def stats(self) -> SchedulerStats: ...
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """What answers requests."""
+
+    names: list[str]
+    folder: str
+    scheduler: ServingScheduler
+    encoder: Encoder
+    created: int
+    """Seconds since the epoch."""
+
+    def name_for(self, wanted: str | None) -> str:
+        """The name that a request has given, or the first one for none.
+
+        Raises:
+            ApiError: 404, there is no such model.
+        """
+        if wanted is None or wanted in self.names:
+            return wanted or self.names[0]
+        problem = f"the model {shown(wanted)} does not exist; there is {', '.join(self.names)}"
+        raise ApiError(404, problem, param="model", code="model_not_found")
+
+    @property
+    def max_model_len(self) -> int:
+        """Most tokens of a prompt and its answer; 0 while no instance has said it."""
+        return self.scheduler.info().max_model_len
+
+    def room_for(self, prompt: list[int]) -> int:
+        """Tokens of the longest answer that a prompt can have. At least 1: it is for the scheduler to refuse it."""
+        return max(1, self.max_model_len - len(prompt))
+
+
+@dataclass
+class Service:
+    """The server's settings, and the model from when it is there until the server ends."""
+
+    settings: ServerSection
+    model: ServedModel | None = None
+    problem: str = "the model is being loaded"
+    """Why there is none, or is soon none."""
+    draining: bool = False
+    max_body_bytes: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.max_body_bytes = parse_size("server.max_body_size", self.settings.max_body_size)
+
+    def require_model(self) -> ServedModel:
+        """Raises ApiError: 503, it is not there yet, or the server is ending."""
+        if self.model is None or self.draining:
+            raise try_again("the server is ending" if self.draining else self.problem, code="not_ready")
+        return self.model
+
+    def template_settings(self, given: dict[str, Any] | None, add_generation_prompt: bool | None) -> dict[str, Any]:
+        """What the chat template is given beside messages and tools.
+
+        Raises:
+            ApiError: 400, names what a request may not set.
+        """
+        given = given or {}
+        if reserved := sorted(OF_TEMPLATES & given.keys()):
+            path = f"chat_template_kwargs.{reserved[0]}"
+            raise ApiError(400, f"{path}={shown(given[reserved[0]])}: cannot be set there", param=path)
+        settings = self.settings.default_chat_template_kwargs | given
+        return settings | {"add_generation_prompt": add_generation_prompt is not False}
+
+    def begin(self, name: str, folder: Path, scheduler: ServingScheduler, tokenizer: Any) -> None:
+        """Serve a model from now on, under this name unless the settings have others."""
+        template = _template(self.settings.chat_template)
+        names = self.settings.served_model_names or [name]
+        self.model = ServedModel(names, str(folder), scheduler, Encoder(tokenizer, template), int(time.time()))
+
+    def close(self) -> None:
+        if self.model is not None:
+            self.model.encoder.close()
+
+
+def _template(given: str | None) -> str | None:
+    """A chat template out of a file, or as it was given: one has braces, as few files' names do."""
+    if given is None or "{" in given:
+        return given
+    return Path(given).expanduser().read_text(encoding="utf-8")

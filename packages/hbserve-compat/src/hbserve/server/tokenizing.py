@@ -1,0 +1,88 @@
+"""/tokenize, /detokenize and /tokenizer_info: the model's tokenizer, for clients that have none."""
+
+from typing import Any
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response
+
+from hbserve.server.api_error import ApiError
+from hbserve.server.chat_messages import plain_messages
+from hbserve.server.request_body import converted, ignored_fields, ignored_header, read_object
+from hbserve.server.service import Service
+from hbserve.tokenizer import require_tokenizer
+from hbserve_rpc.plain_values import plain_text, plain_token_ids
+
+SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
+
+
+class TokenizeBody(msgspec.Struct, frozen=True, kw_only=True):
+    """Body of /tokenize: a prompt, or messages."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[dict[str, Any]] | None = None
+    add_special_tokens: bool | None = None
+    """Of a prompt; messages get what their template has."""
+    add_generation_prompt: bool | None = None
+    return_token_strs: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    tools: list[dict[str, Any]] | None = None
+
+
+class DetokenizeBody(msgspec.Struct, frozen=True, kw_only=True):
+    """Body of /detokenize."""
+
+    model: str | None = None
+    tokens: list[int]
+
+
+async def tokenize(request: Request) -> Response:
+    service: Service = request.app.state.service
+    content = await read_object(request, service.max_body_bytes)
+    model = service.require_model()
+    body = converted(content, TokenizeBody)
+    model.name_for(body.model)
+    if (body.prompt is None) == (body.messages is None):
+        raise ApiError(400, "prompt, messages: expected one of the two", param="prompt")
+    if body.messages is not None:
+        settings = service.template_settings(body.chat_template_kwargs, body.add_generation_prompt)
+        ids = await model.encoder.messages(plain_messages(body.messages), tools=body.tools, **settings)
+    else:
+        prompt = plain_text("prompt", body.prompt)
+        ids = await model.encoder.text(prompt, add_special_tokens=body.add_special_tokens is not False)
+    answer = {"count": len(ids), "max_model_len": model.max_model_len, "tokens": ids, "token_strs": None}
+    if body.return_token_strs:
+        answer["token_strs"] = model.encoder.tokenizer.convert_ids_to_tokens(ids)
+    return _json(answer, ignored_header(ignored_fields(content, TokenizeBody)))
+
+
+async def detokenize(request: Request) -> Response:
+    service: Service = request.app.state.service
+    content = await read_object(request, service.max_body_bytes)
+    model = service.require_model()
+    body = converted(content, DetokenizeBody)
+    model.name_for(body.model)
+    require_tokenizer(model.encoder.tokenizer, "tokens")
+    text = model.encoder.tokenizer.decode(plain_token_ids("tokens", body.tokens))
+    # vLLM's name of it, and SGLang's.
+    return _json({"prompt": text, "text": text}, ignored_header(ignored_fields(content, DetokenizeBody)))
+
+
+async def tokenizer_info(request: Request) -> Response:
+    """The tokenizer's settings, by the names of tokenizer_config.json."""
+    model = request.app.state.service.require_model()
+    encoder = model.encoder
+    require_tokenizer(encoder.tokenizer, "tokenizer")
+    tokens = {name: getattr(encoder.tokenizer, name, None) for name in SPECIAL_TOKENS}
+    info = {
+        "tokenizer_class": type(encoder.tokenizer).__name__,
+        "model_max_length": min(encoder.tokenizer.model_max_length, model.max_model_len),
+        "chat_template": encoder.chat_template,
+        **{name: None if token is None else str(token) for name, token in tokens.items()},
+    }
+    return _json(info, {})
+
+
+def _json(value: Any, headers: dict[str, str]) -> Response:
+    return Response(msgspec.json.encode(value), headers=headers, media_type="application/json")

@@ -1,0 +1,144 @@
+"""A scheduler that answers what a test tells it to, and an OpenAI server in front of it, in this process."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from hbserve.server.app import make_app
+from hbserve.server.service import Service
+from hbserve_rpc import Overloaded, SamplingParams
+from hbserve_rpc.messages import (
+    FinishReason,
+    GenerateRequest,
+    InstanceInfo,
+    InstanceStats,
+    RequestFinished,
+    SchedulerStats,
+    ServiceInfo,
+    TokenEvent,
+)
+from hbserve_scheduler.admission import admitted
+from hbserve_scheduler.config import ServerSection
+
+MAX_MODEL_LEN = 512
+TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{{ suffix }}"
+
+
+class FakeEvents:
+    """Events of one request, as `FakeScheduler.steps` has them."""
+
+    def __init__(self, scheduler: "FakeScheduler", request: GenerateRequest) -> None:
+        self._scheduler = scheduler
+        self._request = request
+        self.aborted: FinishReason | None = None
+
+    async def __aiter__(self) -> AsyncIterator[TokenEvent | RequestFinished]:
+        given, reason = 0, "stop"
+        for step in self._scheduler.steps:
+            if self.aborted:
+                break
+            if isinstance(step, Exception):
+                self._end()
+                raise step
+            if isinstance(step, asyncio.Event):
+                await step.wait()
+                continue
+            left = self._request.params.max_tokens - given
+            if left <= len(step):
+                reason = "length"
+            yield TokenEvent(given, step[:left])
+            given += len(step[:left])
+            if reason == "length":
+                break
+        self._end()
+        num_prompt = len(self._request.prompt_token_ids)
+        yield RequestFinished(
+            self.aborted or reason, num_prompt, given, 0.001, 0.002, 0.003, 0.05, 4096, 0.004, 7, 1, "p0", "d0"
+        )
+
+    def _end(self) -> None:
+        self._scheduler.running.pop(self._request.request_id, None)
+
+    async def aclose(self) -> None:
+        if self._scheduler.running.pop(self._request.request_id, None):
+            self._scheduler.num_abandoned += 1
+
+
+class FakeScheduler:
+    """Answers every request with the same steps: tokens, an error to raise, or an event to wait for."""
+
+    def __init__(self) -> None:
+        self.steps: list[list[int] | Exception | asyncio.Event] = []
+        self.running: dict[str, FakeEvents] = {}
+        self.num_abandoned = 0
+        self.asked: list[tuple[list[int], SamplingParams]] = []
+        self.most_running = 1000
+        self.role = "hybrid"
+
+    def submit(self, request: GenerateRequest) -> FakeEvents:
+        request = self.check(request)
+        if len(self.running) >= self.most_running:
+            raise Overloaded("so many requests are waiting")
+        self.asked.append((request.prompt_token_ids, request.params))
+        events = self.running[request.request_id] = FakeEvents(self, request)
+        return events
+
+    def check(self, request: GenerateRequest) -> GenerateRequest:
+        return admitted(request, self.info().instances)
+
+    async def wait_for_room(self) -> None:
+        raise AssertionError("a server refuses; it does not wait")
+
+    async def abort(self, request_id: str, reason: FinishReason = "abort") -> bool:
+        if request_id in self.running:
+            self.running[request_id].aborted = reason
+        return request_id in self.running
+
+    def info(self) -> ServiceInfo:
+        info = InstanceInfo(
+            "h0", "hybrid", "1", "ready", max_model_len=MAX_MODEL_LEN, max_prompt_len=MAX_MODEL_LEN - 1, vocab_size=320
+        )
+        return ServiceInfo(True, "/models/small", MAX_MODEL_LEN, [info])
+
+    def stats(self) -> SchedulerStats:
+        instance = InstanceStats("h0", self.role, "ready", num_blocks=9)  # type: ignore[arg-type]
+        return SchedulerStats(total_requests=5, instances=[instance])
+
+
+class FakeServer:
+    """The ASGI application in front of a FakeScheduler, and a client of it."""
+
+    def __init__(self, tokenizer: Any, **settings: Any) -> None:
+        self.scheduler = FakeScheduler()
+        self.tokenizer = tokenizer
+        self.service = Service(ServerSection(**({"chat_template": TEMPLATE} | settings)))
+        self.app = make_app(self.service)
+        self.service.begin("small", Path("/models/small"), self.scheduler, tokenizer)
+        transport = httpx.ASGITransport(self.app, raise_app_exceptions=False)
+        self.client = httpx.AsyncClient(transport=transport, base_url="http://test")
+
+    def answers(self, *texts: str) -> None:
+        """Each text is a step's tokens: one of each byte."""
+        self.scheduler.steps = [self.tokenizer.encode(text, add_special_tokens=False) for text in texts]
+
+    async def post(self, path: str, **body: Any) -> httpx.Response:
+        return await self.client.post(path, json=body)
+
+    async def chat(self, **body: Any) -> httpx.Response:
+        return await self.post("/v1/chat/completions", **{"messages": [{"role": "user", "content": "hi"}]} | body)
+
+    async def complete(self, **body: Any) -> httpx.Response:
+        return await self.post("/v1/completions", **{"prompt": "hi"} | body)
+
+
+def chunks_of(response: httpx.Response) -> list[Any]:
+    """The JSON of each event of a stream, which ends with [DONE]."""
+    assert response.headers["content-type"] == "text/event-stream; charset=utf-8"
+    *events, done, rest = response.text.split("\n\n")
+    assert (done, rest) == ("data: [DONE]", "")
+    assert all(event.startswith("data: ") for event in events)
+    return [json.loads(event.removeprefix("data: ")) for event in events]

@@ -1,0 +1,88 @@
+"""`hbserve serve` as a process of its own, and what it says of itself."""
+
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import yaml
+
+DEADLINE_S = 120
+PAIR = [
+    {"instance_id": "prefill-0", "instance_type": "prefill", "kv_rank": 0},
+    {"instance_id": "decode-0", "instance_type": "decode", "kv_rank": 1},
+]
+
+
+def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + DEADLINE_S
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+class Served:
+    """A server that runs."""
+
+    def __init__(self, process: subprocess.Popen[bytes], log: Path) -> None:
+        self.process = process
+        self.log = log
+
+    def found(self, pattern: str) -> str:
+        """The first group of a pattern that the log is to have, sooner or later."""
+
+        def look() -> bool:
+            assert self.process.poll() is None, self.log.read_text()
+            return re.search(pattern, self.log.read_text()) is not None
+
+        until(look)
+        found = re.search(pattern, self.log.read_text())
+        assert found is not None
+        return found[1]
+
+    @property
+    def url(self) -> str:
+        return self.found(r"OpenAI's API at (\S+)/v1")
+
+    @property
+    def rpc_address(self) -> str:
+        return self.found(r"RPC at (\S+)")
+
+    def metrics(self) -> dict[str, float]:
+        lines = [line.split() for line in httpx.get(f"{self.url}/metrics").text.splitlines() if line[0] != "#"]
+        return {name: float(value) for name, value in lines}
+
+    def until_empty(self) -> None:
+        """Wait until no request runs and every block is free again."""
+
+        def is_empty() -> bool:
+            found = self.metrics()
+            held = {name.partition("{")[2]: value for name, value in found.items() if "kv_blocks{" in name}
+            free = {name.partition("{")[2]: value for name, value in found.items() if "kv_blocks_free{" in name}
+            busy = sum(value for name, value in found.items() if re.search("_(running|waiting|active)_?", name))
+            return held == free and busy == 0
+
+        until(is_empty)
+
+
+@contextmanager
+def served(folder: Path, *options: str, **sections: Any) -> Iterator[Served]:
+    """Serves what the sections of a file say; without `model`, the demo model."""
+    content = {"gpu_instances": PAIR, "engine": {"num_blocks": 256}, "scheduler": {"port": 0}, "server": {"port": 0}}
+    path, log = folder / "served.yaml", folder / "served.log"
+    path.write_text(yaml.safe_dump(content | sections))
+    command = [sys.executable, "-m", "hbserve", "serve", "--config", str(path), *options]
+    with log.open("wb") as to:
+        process = subprocess.Popen(command, stdout=to, stderr=to)
+    try:
+        yield Served(process, log)
+    finally:
+        process.send_signal(signal.SIGTERM)
+        status = process.wait(timeout=60)
+    assert status == 0, log.read_text()

@@ -1,0 +1,174 @@
+"""`hbserve serve` over HTTP, with real instances behind it: the same text as from an LLM, and an end in order."""
+
+import json
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from hbserve_served import Served, served, until
+
+from hbserve import LLM, SamplingParams
+from hbserve.demo_model import demo_model_path
+
+QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
+NUM_TOKENS = 12
+NEUTRAL = {
+    "presence_penalty": 0, "frequency_penalty": 0, "repetition_penalty": 1, "logit_bias": {}, "min_p": 0, "top_p": 1,
+    "min_tokens": 0, "top_k": -1, "seed": None, "stop": [], "stop_token_ids": [], "ignore_eos": False, "n": 1,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """Serves the demo model, prefill and decode apart."""
+    with served(tmp_path_factory.mktemp("served")) as server:
+        assert server.url
+        yield server
+
+
+@pytest.fixture(scope="module")
+def expected() -> dict[str, str]:
+    """Greedy answers of an LLM in this process, to the question as a prompt and as a message."""
+    with LLM(demo_model_path(), num_kvcache_blocks=64) as llm:
+        chat = llm.tokenizer.apply_chat_template(QUESTION, add_generation_prompt=True, return_dict=False)
+        prompts = [QUESTION[0]["content"], chat]
+        answers = llm.generate(prompts, SamplingParams(0, NUM_TOKENS), use_tqdm=False)
+    return {"/v1/completions": answers[0]["text"], "/v1/chat/completions": answers[1]["text"]}
+
+
+def ask(server: Served, path: str, **body: Any) -> list[str]:
+    """The texts of a greedy answer's choices."""
+    question = {"messages": QUESTION} if "chat" in path else {"prompt": QUESTION[0]["content"]}
+    # An LLM shows special tokens, as nano-vllm does.
+    body = {"temperature": 0, "max_tokens": NUM_TOKENS, "skip_special_tokens": False, **question, **body}
+    with httpx.stream("POST", server.url + path, json=body, timeout=60) as response:
+        response.read()
+    assert response.status_code == 200, response.text
+    if not body.get("stream"):
+        return [each["message"]["content"] if "chat" in path else each["text"] for each in response.json()["choices"]]
+    texts: dict[int, str] = {}
+    for event in response.text.split("\n\n")[:-2]:
+        for each in json.loads(event.removeprefix("data: "))["choices"]:
+            new = each["delta"].get("content", "") if "chat" in path else each["text"]
+            texts[each["index"]] = texts.get(each["index"], "") + new
+    return [texts[index] for index in sorted(texts)]
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+@pytest.mark.parametrize("stream", [False, True])
+def test_greedy_text_is_that_of_an_llm_whole_and_streamed_once_and_four_times(server, expected, path, stream):
+    assert ask(server, path, stream=stream) == [expected[path]]
+    assert ask(server, path, stream=stream, **NEUTRAL) == [expected[path]]
+    assert ask(server, path, stream=stream, n=4) == [expected[path]] * 4
+    server.until_empty()
+
+
+def test_clients_of_the_rpc_are_served_beside_those_of_http(server, expected):
+    command = [sys.executable, "-m", "hbserve", "generate", QUESTION[0]["content"], "--connect", server.rpc_address]
+    done = subprocess.run([*command, f"--max-tokens={NUM_TOKENS}"], capture_output=True, text=True, timeout=90)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == expected["/v1/chat/completions"].removesuffix("<|im_end|>") + "\n"
+
+
+def test_clients_that_go_away_while_their_answers_come_leave_nothing(server):
+    # Known elsewhere: vLLM #50425, #18491.
+    body = {"prompt": "Once", "max_tokens": 4000, "ignore_eos": True, "stream": True, "n": 3}
+    for num_chunks in (0, 1, 5):
+        with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=60) as response:
+            chunks = response.iter_raw()
+            for _ in range(num_chunks):
+                next(chunks)
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(f"{server.url}/v1/completions", json=body | {"stream": False}, timeout=0.5)
+    server.until_empty()
+
+
+def test_it_tells_at_once_that_it_starts_and_in_three_lines_what_runs_and_how_to_ask_it(server):
+    first, *_ = server.log.read_text().splitlines()
+    assert first == "hbserve: starting prefill-0, decode-0"
+    lines = server.log.read_text().splitlines()
+    (place,) = [number for number, line in enumerate(lines) if line.startswith("OpenAI's API at ")]
+    what, where, how = lines[place - 1 : place + 2]
+    assert what.startswith("SmolLM2-135M-Instruct: prefill-0 on cpu, decode-0 on cpu; KV over nccl; RPC at 127.0.0.1:")
+    assert where.startswith(f"OpenAI's API at {server.url}/v1, model 'SmolLM2-135M-Instruct'")
+    done = subprocess.run(["sh", "-c", how], capture_output=True, text=True, timeout=60)
+    assert "Paris" in json.loads(done.stdout)["choices"][0]["message"]["content"]
+
+
+def test_an_address_in_use_is_one_line_before_anything_starts(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        command = [sys.executable, "-m", "hbserve", "serve", "--port", str(port)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (1, "")
+    *_, error = done.stderr.splitlines()
+    assert error.startswith(f"error: 127.0.0.1:{port} is in use: give another server.port or --port")
+    assert len(done.stderr.splitlines()) == 2
+
+
+def test_a_sign_of_life_comes_within_two_seconds(tmp_path):
+    began = time.monotonic()
+    command = [sys.executable, "-m", "hbserve", "serve", "--model", str(tmp_path / "nowhere"), "--port", "0"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        line = process.stderr.readline()
+        took_s = time.monotonic() - began
+        rest = process.communicate(timeout=60)[1]
+    assert line == "hbserve: starting prefill-0, decode-0\n"
+    assert took_s < 2 * 3, "with others on this machine; alone it is below 1 s"
+    assert "nowhere' does not exist" in rest
+
+
+@pytest.fixture
+def small(tmp_path: Path, small_model: Any) -> Iterator[Served]:
+    with served(tmp_path, "--drain-timeout=30", model={"path": str(small_model("qwen3"))}) as server:
+        assert server.url
+        yield server
+
+
+def test_sigterm_lets_answers_that_have_begun_end_and_refuses_others(small):
+    body = {"prompt": "Once", "max_tokens": 400, "ignore_eos": True, "stream": True}
+    url = small.url
+    with httpx.Client() as other, httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as response:
+        assert other.get(f"{url}/health").status_code == 200
+        events = response.iter_lines()
+        next(events)
+        small.process.send_signal(signal.SIGTERM)
+        until(lambda: other.get(f"{url}/health").status_code == 503)
+        refused = other.post(f"{url}/v1/completions", json=body)
+        rest = [line for line in events if line]
+    assert (refused.status_code, refused.json()["error"]["message"]) == (503, "the server is ending")
+    assert rest[-1] == "data: [DONE]"
+    assert json.loads(rest[-2].removeprefix("data: "))["choices"][0]["finish_reason"] == "length"
+    assert small.process.wait(timeout=60) == 0
+
+
+def test_a_second_signal_ends_answers_at_once(small):
+    body = {"prompt": "Once", "max_tokens": 400, "ignore_eos": True, "n": 64}
+    failed = []
+
+    def ask() -> None:
+        try:
+            failed.append(httpx.post(f"{small.url}/v1/completions", json=body, timeout=60).status_code)
+        except httpx.HTTPError as error:
+            failed.append(type(error))
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    until(lambda: small.metrics()["hbserve:num_requests_running"] > 0)
+    began = time.monotonic()
+    small.process.send_signal(signal.SIGTERM)
+    small.found("(answers are still on their way)")
+    small.process.send_signal(signal.SIGTERM)
+    assert small.process.wait(timeout=60) == 0
+    asking.join()
+    assert failed != [200]
+    assert time.monotonic() - began < 30

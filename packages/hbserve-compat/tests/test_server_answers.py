@@ -1,0 +1,230 @@
+"""Answers of the OpenAI server: their shapes, whole and in chunks, before a scheduler that answers as it is told."""
+
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hbserve_fake_scheduler import FakeServer, chunks_of
+
+from hbserve.tokenizer import load_tokenizer
+
+TOKEN_OF_EOS = 2
+
+
+@pytest.fixture
+def server(small_model: Callable[[str], Path]) -> FakeServer:
+    server = FakeServer(load_tokenizer(small_model("qwen3")))
+    server.answers("Hel", "lo", " wör", "ld")
+    return server
+
+
+def text_of(chunks: list[dict], index: int = 0) -> str:
+    choices = [each for chunk in chunks for each in chunk["choices"] if each["index"] == index]
+    return "".join(each["delta"].get("content", "") if "delta" in each else each["text"] for each in choices)
+
+
+async def test_a_chat_is_answered_whole(server):
+    answer = (await server.chat(model="small")).json()
+    assert answer["id"].startswith("chatcmpl-")
+    assert (answer["object"], answer["model"]) == ("chat.completion", "small")
+    (choice,) = answer["choices"]
+    assert choice["message"] == {"role": "assistant", "content": "Hello wörld"}
+    assert (choice["index"], choice["finish_reason"], choice["logprobs"]) == (0, "stop", None)
+    assert answer["usage"] == {
+        "prompt_tokens": len("<user>hi"), "completion_tokens": 12, "total_tokens": 20,
+        "prompt_tokens_details": {"cached_tokens": 7},
+    }  # fmt: skip
+    figures = answer["metrics"]
+    assert figures["time_to_first_token_ms"] == pytest.approx(2)
+    assert (figures["kv_bytes"], figures["prefill_instance"], figures["decode_instance"]) == (4096, "p0", "d0")
+
+
+async def test_a_streamed_chat_begins_with_its_role_and_ends_with_usage_if_that_is_asked_for(server):
+    chunks = chunks_of(await server.chat(stream=True, stream_options={"include_usage": True}))
+    assert {chunk["object"] for chunk in chunks} == {"chat.completion.chunk"}
+    assert len({chunk["id"] for chunk in chunks}) == 1
+    assert chunks[0]["choices"][0]["delta"] == {"role": "assistant", "content": ""}
+    assert text_of(chunks) == "Hello wörld"
+    assert [chunk["choices"][0]["finish_reason"] for chunk in chunks[:-1] if chunk["choices"][0]["finish_reason"]] == [
+        "stop"
+    ]
+    assert chunks[-1]["choices"] == []
+    assert chunks[-1]["usage"]["total_tokens"] == 20
+    assert all("usage" not in chunk for chunk in chunks[:-1])
+    assert "usage" not in str(chunks_of(await server.chat(stream=True)))
+
+
+async def test_continuous_usage_is_in_every_chunk(server):
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    chunks = chunks_of(await server.complete(stream=True, stream_options=options, max_tokens=100))
+    assert [chunk["usage"]["completion_tokens"] for chunk in chunks] == sorted(
+        chunk["usage"]["completion_tokens"] for chunk in chunks
+    )
+    assert chunks[-1]["usage"]["completion_tokens"] == 12
+
+
+async def test_completions_take_text_ids_and_batches_of_both_and_answer_each_n_times(server):
+    answer = (await server.complete(prompt=["hi", [5, 6, 7], "there"], n=2)).json()
+    assert answer["object"] == "text_completion"
+    assert [choice["index"] for choice in answer["choices"]] == list(range(6))
+    assert {choice["text"] for choice in answer["choices"]} == {"Hello wörld"}
+    assert answer["usage"]["prompt_tokens"] == 2 + 3 + 5, "a prompt counts once, however often it is answered"
+    assert answer["usage"]["completion_tokens"] == 6 * 12
+    assert answer["usage"]["prompt_tokens_details"] == {"cached_tokens": 3 * 7}
+    assert "metrics" not in answer
+    for prompt, expected in [("hi", 2), ([5, 6, 7], 3), (["hi"], 2), ([[5], [6]], 2)]:
+        assert (await server.complete(prompt=prompt)).json()["usage"]["prompt_tokens"] == expected
+
+
+async def test_choices_of_one_seed_differ_in_their_seeds_and_of_none_have_none(server):
+    await server.complete(n=3, seed=-1)
+    assert [params.seed for _, params in server.scheduler.asked] == [2**63 - 1, 0, 1]
+    server.scheduler.asked.clear()
+    await server.chat(n=2)
+    assert [params.seed for _, params in server.scheduler.asked] == [None, None]
+
+
+async def test_the_length_of_an_answer_that_does_not_say_is_16_or_the_rest_of_the_context(server):
+    await server.complete()
+    await server.chat()
+    await server.chat(max_tokens=5)
+    await server.chat(max_tokens=5, max_completion_tokens=6)
+    assert [params.max_tokens for _, params in server.scheduler.asked] == [16, 512 - len("<user>hi"), 5, 6]
+    answer = (await server.chat(max_tokens=5)).json()
+    assert answer["choices"][0]["finish_reason"] == "length"
+    assert answer["choices"][0]["message"]["content"] == "Hello"
+
+
+async def test_parameters_arrive_and_nulls_are_as_if_they_were_not_there(server):
+    given = {"temperature": 0, "top_p": 0.5, "top_k": 3, "stop": "x", "stop_token_ids": [9], "ignore_eos": True}
+    await server.complete(**given)
+    await server.complete(**dict.fromkeys(given), frequency_penalty=None, logprobs=None, seed=None, best_of=None)
+    (_, params), (_, neutral) = server.scheduler.asked
+    assert {name: getattr(params, name) for name in given} == given | {"stop": ["x"]}
+    assert (neutral.temperature, neutral.stop, neutral.top_k, neutral.ignore_eos) == (1.0, [], -1, False)
+
+
+async def test_what_clients_always_send_is_taken(server):
+    neutral = {"frequency_penalty": 0, "presence_penalty": 0, "repetition_penalty": 1.0, "best_of": 1, "n": 1}
+    neutral |= {"logit_bias": {}, "min_p": 0, "min_tokens": 0, "response_format": {"type": "text"}}
+    response = await server.complete(**neutral, echo=False, suffix=None, user="me")
+    assert response.status_code == 200
+    assert response.headers["x-hbserve-ignored"] == "user"
+
+
+async def test_a_stop_string_over_several_tokens_ends_the_text_and_the_request(server):
+    server.scheduler.steps.append(asyncio.Event())  # who is not told to stop never does
+    (choice,) = (await server.chat(stop=["o w"])).json()["choices"]
+    assert (choice["message"]["content"], choice["finish_reason"]) == ("Hell", "stop")
+
+
+async def test_token_ids_are_returned_when_they_are_asked_for(server):
+    tokens = [token for step in server.scheduler.steps for token in step]
+    whole = (await server.complete(prompt=[5, 6], return_token_ids=True)).json()["choices"][0]
+    assert (whole["prompt_token_ids"], whole["token_ids"]) == ([5, 6], tokens)
+    chunks = chunks_of(await server.chat(return_token_ids=True, stream=True))
+    assert [id_ for chunk in chunks for each in chunk["choices"] for id_ in each["token_ids"]] == tokens
+    assert len(chunks[0]["choices"][0]["prompt_token_ids"]) == len("<user>hi")
+
+
+async def test_echo_repeats_the_prompt_as_text(server):
+    answer = (await server.complete(prompt=["hi ", server.tokenizer.encode("ho ")], echo=True)).json()
+    assert [choice["text"] for choice in answer["choices"]] == ["hi Hello wörld", "ho Hello wörld"]
+    assert text_of(chunks_of(await server.complete(prompt="hi ", echo=True, stream=True))) == "hi Hello wörld"
+
+
+async def test_special_tokens_are_shown_only_if_they_are_asked_for(server):
+    server.scheduler.steps.append([TOKEN_OF_EOS])
+    assert (await server.complete()).json()["choices"][0]["text"] == "Hello wörld"
+    shown = await server.complete(skip_special_tokens=False)
+    assert shown.json()["choices"][0]["text"] == "Hello wörld</s>"
+
+
+async def test_messages_have_parts_older_tool_calls_and_whichever_role(server):
+    call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
+    messages = [
+        {"role": "developer", "content": "be brief"},
+        {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]},
+        {"role": "assistant", "content": None, "tool_calls": [call], "reasoning": "hm"},
+        {"role": "tool", "content": "5", "tool_call_id": "c"},
+    ]
+    assert (await server.chat(messages=messages)).status_code == 200
+    ((prompt, _),) = server.scheduler.asked
+    assert server.tokenizer.decode(prompt) == "<system>be brief<user>ab<assistant><tool>5"
+
+
+async def test_templates_are_given_what_the_request_or_the_server_says(small_model):
+    server = FakeServer(load_tokenizer(small_model("qwen3")), default_chat_template_kwargs={"suffix": "!"})
+    server.answers("a")
+    await server.chat()
+    await server.chat(chat_template_kwargs={"suffix": "?"})
+    texts = [server.tokenizer.decode(prompt) for prompt, _ in server.scheduler.asked]
+    assert texts == ["<user>hi!", "<user>hi?"]
+
+
+async def test_models_have_cards_by_each_of_their_names(small_model):
+    server = FakeServer(load_tokenizer(small_model("qwen3")), served_model_names=["a/b", "c"])
+    server.answers("a")
+    listed = (await server.client.get("/v1/models")).json()["data"]
+    assert [card["id"] for card in listed] == ["a/b", "c"]
+    assert (listed[0]["root"], listed[0]["max_model_len"], listed[0]["parent"]) == ("/models/small", 512, None)
+    assert (await server.client.get("/v1/models/a/b")).json() == listed[0]
+    assert (await server.chat(model="c")).json()["model"] == "c"
+    assert (await server.chat()).json()["model"] == "a/b"
+
+
+async def test_texts_and_messages_become_tokens_and_tokens_text(server):
+    whole = (await server.post("/tokenize", prompt="hi", return_token_strs=True)).json()
+    assert whole == {
+        "count": 2,
+        "max_model_len": 512,
+        "tokens": server.tokenizer.encode("hi"),
+        "token_strs": ["h", "i"],
+    }
+    messages = [{"role": "user", "content": "hi"}]
+    assert (await server.post("/tokenize", messages=messages)).json()["count"] == len("<user>hi")
+    text = (await server.post("/detokenize", tokens=whole["tokens"])).json()
+    assert text == {"prompt": "hi", "text": "hi"}
+    info = (await server.client.get("/tokenizer_info")).json()
+    assert (info["eos_token"], info["bos_token"], info["pad_token"]) == ("</s>", "<s>", None)
+
+
+async def test_probes_answer_and_health_says_what_is_missing(server):
+    for path in ("/health", "/ping", "/version", "/openapi.json", "/"):
+        assert (await server.client.get(path)).status_code == 200, path
+    server.scheduler.role = "prefill"
+    response = await server.client.get("/health")
+    assert response.status_code == 503
+    server.service.model = None
+    assert (await server.client.get("/ping")).status_code == 200
+    starting = await server.chat()
+    assert (starting.status_code, starting.headers["retry-after"]) == (503, "1")
+
+
+async def test_metrics_are_text_that_prometheus_reads_also_when_only_the_head_is_asked_for(server):
+    text = (await server.client.get("/metrics")).text
+    assert 'hbserve:kv_blocks{instance_id="h0",role="hybrid"} 9' in text.splitlines()
+    assert "hbserve:requests_total 5" in text.splitlines()
+    names = [line.split()[2] for line in text.splitlines() if line.startswith("# TYPE")]
+    assert len(names) == len(set(names))
+    head = await server.client.head("/metrics")
+    assert (head.status_code, head.text) == (200, "")
+
+
+async def test_long_prompts_are_encoded_beside_the_event_loop(server):
+    text = "long " * 5000
+    longest = 0.0
+
+    async def beat() -> None:
+        nonlocal longest
+        while True:
+            before = asyncio.get_running_loop().time()
+            await asyncio.sleep(0.001)
+            longest = max(longest, asyncio.get_running_loop().time() - before)
+
+    beating = asyncio.create_task(beat())
+    counted = (await server.post("/tokenize", prompt=text)).json()
+    beating.cancel()
+    assert counted["count"] == len(text)
+    assert server.service.require_model().encoder._thread._threads, "it was encoded here"

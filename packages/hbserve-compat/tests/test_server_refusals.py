@@ -1,0 +1,312 @@
+"""Refusals and failures of the OpenAI server: a status, an error that names what is wrong, and nothing left behind."""
+
+import asyncio
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from hbserve_fake_scheduler import FakeServer, chunks_of
+
+from hbserve.server.request_body import ignored_header
+from hbserve.server.request_fields import NOT_SERVED, ChatBody, CompletionBody
+from hbserve.tokenizer import load_tokenizer
+from hbserve_rpc import LogitsNotFinite
+from hbserve_scheduler import RequestFailed
+
+
+@pytest.fixture
+def tokenizer(small_model: Callable[[str], Path]) -> Any:
+    return load_tokenizer(small_model("qwen3"))
+
+
+@pytest.fixture
+def server(tokenizer: Any) -> FakeServer:
+    server = FakeServer(tokenizer)
+    server.answers("one", "two")
+    return server
+
+
+def error_of(response: httpx.Response, status: int) -> dict[str, Any]:
+    assert response.status_code == status, response.text
+    assert response.headers["x-request-id"]
+    (name,) = response.json()
+    error: dict[str, Any] = response.json()[name]
+    assert (name, set(error)) == ("error", {"message", "type", "param", "code"})
+    return error
+
+
+WRONG = {
+    "a wrong type": ({"max_tokens": "many"}, "max_tokens", "expected `int"),
+    "a value out of its range": ({"temperature": -1}, "temperature", "temperature=-1.0: expected a number >= 0"),
+    "no tokens": ({"max_tokens": 0}, "max_tokens", "max_tokens=0: expected an integer from 1"),
+    "too many answers": ({"n": 1025}, "n", "n=1025: expected 1 to 1024"),
+    "no answers": ({"n": 0}, "n", "n=0: expected 1 to 1024"),
+    "too many stops": ({"stop": ["a"] * 17}, "stop", "at most 16"),
+    "another best_of": ({"best_of": 5}, "best_of", "best_of=5: is not served; expected null, 1, or n=1"),
+    "options of no stream": ({"stream_options": {}}, "stream_options", "only with stream=true"),
+    "an unknown format": ({"response_format": {"type": "json_object"}}, "response_format", "is not served"),
+    "a penalty": ({"frequency_penalty": 0.5}, "frequency_penalty", "0.5: is not served; expected null or 0.0"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+async def test_a_wrong_value_is_a_400_that_names_its_field(server, case):
+    body, param, message = WRONG[case]
+    for response in [await server.complete(**body), await server.chat(**body)]:
+        error = error_of(response, 400)
+        assert (error["type"], error["param"]) == ("invalid_request_error", param)
+        assert message in error["message"]
+    assert not server.scheduler.asked
+
+
+@pytest.mark.parametrize("name", NOT_SERVED)
+async def test_a_field_that_is_not_served_may_have_its_neutral_values_only(server, name):
+    for kind, post in ((CompletionBody, server.complete), (ChatBody, server.chat)):
+        if name not in kind.__struct_fields__ or (kind, name) == (CompletionBody, "echo"):
+            continue
+        for value in (None, *NOT_SERVED[name]):
+            assert (await post(**{name: value})).status_code == 200, (name, value)
+    body = next(value for value in (0.25, 3, "x", ["x"], [1], True, {"5": 1.0}) if value is not None)
+    candidates = [body, 3, "x", ["x"], [7], True, {"5": 1.5}]
+    statuses = {(await server.chat(**{name: value})).status_code for value in candidates} | {
+        (await server.complete(**{name: value})).status_code for value in candidates if name != "echo"
+    }
+    assert 400 in statuses
+    assert statuses <= {200, 400}, "a field of the other endpoint is ignored"
+
+
+CHATS = {
+    "no messages": ([], "messages", "expected 1 to 4096"),
+    "a strange role": ([{"role": "boss", "content": "a"}], "messages[0].role", "expected one of assistant"),
+    "an image": (
+        [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}],
+        "messages[0].content[0]",
+        "expected text",
+    ),
+    "a number": ([{"role": "user", "content": 5}], "messages", "messages[0].content=5: expected a string"),
+    "half a character": ([{"role": "user", "content": "\ud83d"}], None, ""),
+}
+
+
+@pytest.mark.parametrize("case", CHATS)
+async def test_a_wrong_message_is_a_400_that_names_its_place(server, case):
+    messages, param, message = CHATS[case]
+    body = json.dumps({"messages": messages}).encode()
+    error = error_of(await server.client.post("/v1/chat/completions", content=body), 400)
+    assert message in error["message"]
+    if param:
+        assert error["param"] == param
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ([], "prompt=[]: expected at least one"),
+        ([[]], "expected at least one token"),
+        ([5, "a"], "prompt[1]='a'"),
+        (["a", 5], "prompts[1]"),
+        ([320], "outside the vocabulary"),
+        (["a", [320]], "outside the vocabulary"),
+        ([-1], "expected a token id"),
+        ("x" * 600, "600 tokens; the instances take at most 511"),
+        ({}, "expected"),
+    ],
+)
+async def test_a_prompt_that_can_never_run_is_a_400(server, prompt, message):
+    error = error_of(await server.complete(prompt=prompt), 400)
+    assert message in error["message"]
+    assert error["param"] == "prompt"
+    assert not server.scheduler.running
+
+
+@pytest.mark.parametrize("body", [b"", b"{", b"[]", b"5", b"\xff", b"[" * 100000, b'{"prompt": "a", "prompt"}'])
+async def test_a_body_that_is_no_json_object_is_a_400(server, body):
+    error_of(await server.client.post("/v1/completions", content=body), 400)
+
+
+async def test_a_body_over_the_limit_is_a_413_whether_it_says_its_length_or_not(tokenizer):
+    server = FakeServer(tokenizer, max_body_size="1KiB")
+
+    async def parts() -> Any:
+        for _ in range(5):
+            yield b"x" * 500
+
+    for content in (b"x" * 2000, parts()):
+        error_of(await server.client.post("/v1/completions", content=content), 413)
+
+
+async def test_an_unknown_model_path_or_method_is_a_404_or_405_in_the_same_shape(server):
+    assert error_of(await server.chat(model="other"), 404)["param"] == "model"
+    assert error_of(await server.client.get("/v1/models/other"), 404)["code"] == "model_not_found"
+    error_of(await server.client.get("/v1/embeddings"), 404)
+    error_of(await server.client.get("/v1/completions"), 405)
+
+
+async def test_template_arguments_that_are_ours_cannot_be_set(server):
+    error = error_of(await server.chat(chat_template_kwargs={"chat_template": "{{ 1 }}"}), 400)
+    assert error["param"] == "chat_template_kwargs.chat_template"
+
+
+async def test_a_model_without_a_chat_template_says_so(tokenizer):
+    server = FakeServer(tokenizer, chat_template=None)
+    assert "chat template" in error_of(await server.chat(), 400)["message"]
+
+
+async def test_overload_is_a_503_with_a_time_after_which_to_try_again_and_nothing_of_a_batch_goes_on(server):
+    server.scheduler.most_running = 2
+    server.scheduler.steps = [asyncio.Event()]
+    response = await server.complete(prompt=["a", "b", "c"])
+    assert error_of(response, 503)["type"] == "overloaded_error"
+    assert response.headers["retry-after"] == "1"
+    assert not server.scheduler.running
+    assert server.scheduler.num_abandoned == 2
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("failure", "status"),
+    [(RequestFailed("attempt 1: p0 was lost"), 500), (LogitsNotFinite("NaN"), 500), (ZeroDivisionError(), 500)],
+)
+async def test_an_error_before_the_first_token_has_a_status_of_its_own_streamed_or_not(server, failure, status, stream):
+    server.scheduler.steps = [failure]
+    error = error_of(await server.chat(stream=stream), status)
+    if not isinstance(failure, ZeroDivisionError):
+        assert error["message"] == str(failure)
+    assert not server.scheduler.running
+
+
+async def test_an_error_after_the_first_token_is_an_event_of_the_stream(server):
+    server.scheduler.steps.append(RequestFailed("d0 was lost"))
+    *chunks, last = chunks_of(await server.chat(stream=True))
+    assert chunks[0]["choices"][0]["delta"]["role"] == "assistant"
+    assert last["error"]["message"] == "d0 was lost"
+    assert error_of(await server.chat(), 500)["message"] == "d0 was lost"
+
+
+async def test_a_stream_without_a_token_for_long_begins_with_its_role(tokenizer):
+    server = FakeServer(tokenizer, first_byte_timeout_s=0.05)
+    go_on = asyncio.Event()
+    server.scheduler.steps = [go_on, [104]]
+    started: list[dict[str, Any]] = []
+
+    async def send(message: Any) -> None:
+        started.append(message)
+        if len(started) == 2:  # the status line and the role are out
+            go_on.set()
+
+    await call(server, {"messages": [{"role": "user", "content": "a"}], "stream": True}, send, asyncio.Event())
+    assert started[0]["status"] == 200
+    assert b'"role":"assistant"' in started[1]["body"]
+    assert b"[DONE]" in started[-1]["body"]
+
+
+async def call(server: FakeServer, body: dict[str, Any], send: Any, gone: asyncio.Event) -> None:
+    """One request as an ASGI server passes it on; the client goes away with `gone`."""
+    messages = [{"type": "http.request", "body": json.dumps(body).encode(), "more_body": False}]
+
+    async def receive() -> Any:
+        if messages:
+            return messages.pop()
+        await gone.wait()
+        return {"type": "http.disconnect"}
+
+    scope = {
+        "type": "http", "method": "POST", "path": "/v1/chat/completions", "raw_path": b"/v1/chat/completions",
+        "headers": [], "query_string": b"", "client": ("127.0.0.1", 5), "server": ("127.0.0.1", 80), "scheme": "http",
+        "http_version": "1.1", "root_path": "",
+    }  # fmt: skip
+    await server.app(scope, receive, send)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("num_tokens", [0, 3])
+async def test_a_client_that_goes_away_ends_its_request_at_once(server, stream, num_tokens):
+    server.scheduler.steps = [*([104],) * num_tokens, asyncio.Event()]
+    gone, sent = asyncio.Event(), []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    body = {"messages": [{"role": "user", "content": "a"}], "stream": stream, "n": 2}
+    calling = asyncio.create_task(call(server, body, send, gone))
+    while len(server.scheduler.running) < 2 or (stream and num_tokens and not sent):
+        await asyncio.sleep(0.001)
+    gone.set()
+    await calling
+    assert (server.scheduler.running, server.scheduler.num_abandoned) == ({}, 2)
+    others = asyncio.all_tasks() - {asyncio.current_task()}
+    assert not others
+
+
+async def test_requests_while_the_server_ends_are_503(server):
+    server.service.draining = True
+    assert error_of(await server.chat(), 503)["message"] == "the server is ending"
+    assert (await server.client.get("/health")).status_code == 503
+
+
+# ---- keys, headers, the log --------------------------------------------------------------------------------------
+
+
+async def test_a_key_is_asked_for_where_something_is_computed_and_read_again_when_its_file_changes(
+    tokenizer, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("HBSERVE_API_KEY", "from the environment")
+    keys = tmp_path / "keys"
+    keys.write_text("# ours\nfirst\n")
+    server = FakeServer(tokenizer, api_key="given", api_key_file=str(keys))
+    server.answers("a")
+
+    async def status(key: str | None, path: str = "/v1/models") -> int:
+        headers = {} if key is None else {"Authorization": f"Bearer {key}".encode()}
+        return (await server.client.get(path, headers=headers)).status_code
+
+    assert [await status(key) for key in ("given", "from the environment", "first")] == [200] * 3
+    assert [await status(key) for key in (None, "", "# ours", "second", "gïven")] == [401] * 5
+    for path in ("/health", "/ping", "/metrics", "/version", "/"):
+        assert await status(None, path) == 200, path
+    assert await status(None, "/tokenizer_info") == 401
+    other = tmp_path / "other"
+    other.write_text("second\n")
+    other.replace(keys)
+    assert [await status("first"), await status("second")] == [401, 200]
+    keys.unlink()
+    assert await status("second") == 200
+    error = error_of(await server.complete(), 401)
+    assert (error["code"], error["type"]) == ("invalid_api_key", "authentication_error")
+
+
+async def test_no_origin_may_ask_unless_it_was_named(tokenizer):
+    for origins, expected in ([], None), (["http://a"], "http://a"):
+        server = FakeServer(tokenizer, cors_origins=origins)
+        response = await server.client.get("/v1/models", headers={"Origin": "http://a"})
+        assert response.headers.get("access-control-allow-origin") == expected
+
+
+async def test_a_request_has_the_id_that_its_client_gave_it_or_a_new_one(server):
+    for given in ("a-1", "half\x7f", "ü" * 3, "x" * 200, None):
+        headers = {} if given is None else {"X-Request-Id": given.encode()}
+        response = await server.client.post("/v1/completions", json={"prompt": "a"}, headers=headers)
+        request_id = response.headers["x-request-id"]
+        assert (request_id == given) == (given == "a-1")
+        assert response.json()["id"] == f"cmpl-{request_id}"
+
+
+def test_ignored_names_are_sanitised_and_bounded_in_their_header():
+    names = ["a\r\nSet-Cookie: b", "ü", "x" * 500, *(f"f{i}" for i in range(500))]
+    (value,) = ignored_header(names).values()
+    assert value.isprintable()
+    assert len(value) < 1200
+    assert value.endswith("+487")
+
+
+async def test_the_log_has_a_line_for_a_request_but_neither_its_prompt_nor_its_answer(server, caplog):
+    caplog.set_level("DEBUG")
+    await server.client.post("/v1/completions?q=secret", json={"prompt": "my secret", "secret": "secret"})
+    (line,) = [record.getMessage() for record in caplog.records if record.name.endswith("request_log")]
+    assert "POST /v1/completions 200" in line
+    assert "onetwo" not in caplog.text
+    assert "my secret" not in caplog.text
+    assert "q=secret" not in line
