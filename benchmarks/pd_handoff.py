@@ -12,8 +12,8 @@ between later tokens, which is a step of the batch and its way to the client; an
 that was joined: a request's hand-off divided by the mean of its next gaps.
 
 Without `--rate` and `--hybrid`, also how much of the KV had moved when the last of n chunks started to compute: of that
-of the chunks before it at least (n-2)/(n-1), because the chunk that has just ended cannot have. For that both instances
-run in this process, where the decode side's pool can be looked at.
+of the chunks before it at least (n-2)/(n-1), because the chunk that has just ended cannot have. For that the prefill
+instance runs in this process, and looks into the pool of the decode instance, which runs in another.
 """
 
 import argparse
@@ -21,10 +21,13 @@ import asyncio
 import contextlib
 import itertools
 import math
+import multiprocessing
+import os
 import random
 import statistics
 import time
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 
 import torch
 
@@ -33,12 +36,17 @@ from hbserve.results import Timings
 from hbserve.sampling_params import SamplingParams
 from hbserve_core import GpuInstance, InstanceConfig
 from hbserve_kv import KVTransferConfig
+from hbserve_kv.memory import cuda_ipc, shared_memory
+from hbserve_kv.memory.cuda_ipc import DeviceRegion
+from hbserve_kv.memory.shared_memory import SharedRegion
 from hbserve_rpc import RpcClient
 from hbserve_rpc.messages import DECODE, PREFILL, DecodeRequest, PrefillRequest
 
 BLOCK_SIZE = 16
 UNTOUCHED = 12345.0
 """What no key or value is."""
+LOOK_EVERY = 256
+"""Of a block's numbers, one of so many is looked at."""
 
 
 STEPS_AFTER = 8
@@ -174,11 +182,15 @@ def make_prompt(args: argparse.Namespace, seed: object) -> list[int]:
     return [dice.randrange(3, 300) for _ in range(args.input)]
 
 
+def num_pool_blocks(args: argparse.Namespace) -> int:
+    return args.input // BLOCK_SIZE + 16
+
+
 @contextlib.asynccontextmanager
 async def instance(role: str, args: argparse.Namespace):
     config = InstanceConfig(
         instance_id=role, role=role, model_path=args.model, chunk_size=args.chunk_size, block_size=BLOCK_SIZE,
-        max_num_batched_tokens=max(2048, args.chunk_size), num_blocks=args.input // BLOCK_SIZE + 16,
+        max_num_batched_tokens=max(2048, args.chunk_size), num_blocks=num_pool_blocks(args),
         load_format=args.load_format, prefix_caching=False, kv_rank=int(role == "decode"), num_on_gpu=2,
         kv_transfer=KVTransferConfig(backend=args.backend),
     )  # fmt: skip
@@ -192,45 +204,97 @@ async def instance(role: str, args: argparse.Namespace):
         await made.stop()
 
 
+def serve_decode(args: argparse.Namespace, pipe: Connection) -> None:
+    """A process with the decode instance. Says where it and its pool are, and fills that when it is asked to."""
+
+    async def serve() -> None:
+        async with instance("decode", args) as (d, _):
+            pool = d.runner.pool
+            export = cuda_ipc.export if pool.is_cuda else shared_memory.export
+            pipe.send((d.address, os.getpid(), export(pool)))
+            while await asyncio.to_thread(pipe.recv):
+                with torch.inference_mode():  # in which a runner makes it
+                    pool.fill_(UNTOUCHED)
+                    if pool.is_cuda:
+                        torch.cuda.synchronize(pool.device)
+                pipe.send(True)
+
+    asyncio.run(serve())
+
+
+@contextlib.contextmanager
+def blocks_of(pid: int, region: DeviceRegion | SharedRegion, runner, num_blocks: int):
+    """The other process's pool, a row for each block: not all numbers of it, so that to look disturbs little."""
+    if isinstance(region, DeviceRegion):
+        mapping = cuda_ipc.mapped(region, pid, runner.device)
+    else:
+        mapping = contextlib.nullcontext(shared_memory.map_region(pid, region))
+    with mapping as memory:
+        yield memory.view(runner.dtype).view(num_blocks, -1)[:, ::LOOK_EVERY]
+
+
 async def measure_overlap(args: argparse.Namespace) -> None:
     num_chunks = -(-args.input // args.chunk_size)
     if num_chunks < 3:
         print(f"{num_chunks} chunks: too few to move KV beside computation")
         return
-    async with instance("prefill", args) as (p, p_client), instance("decode", args) as (d, d_client):
-        launch, landed, started = p.runner.launch, [], itertools.count(1)
-
-        look = torch.cuda.Stream() if d.runner.pool.is_cuda else None
-
-        def counting(batch):
-            """Counts blocks when the step really starts: on a GPU that is when the one before it is done there."""
-            if next(started) % num_chunks == 0:
-                if look is not None:
-                    look.wait_stream(p.runner._stream)
-                with torch.inference_mode(), torch.cuda.stream(look):
-                    landed.append((d.runner.pool.flatten(1) != UNTOUCHED).all(dim=1).sum())
-            return launch(batch)
-
-        p.runner.launch = counting
-        params = SamplingParams(temperature=0, max_tokens=2, ignore_eos=True)
-        for seed in range(args.requests + 1):
-            with torch.inference_mode():  # in which a runner makes it
-                d.runner.pool.fill_(UNTOUCHED)
-            prompt = make_prompt(args, seed)
-            async with d_client.stream(DECODE, DecodeRequest(f"r{seed}", f"t{seed}", prompt, params)) as of_d:
-                grant = (await anext(of_d)).grant
-                async with p_client.stream(
-                    PREFILL, PrefillRequest(f"r{seed}", f"t{seed}", prompt, params, grant)
-                ) as of_p:
-                    assert len([event async for event in of_p]) == 2
-                assert [event async for event in of_d]
+    context = multiprocessing.get_context("spawn")
+    pipe, theirs = context.Pipe()
+    process = context.Process(target=serve_decode, args=(args, theirs))
+    process.start()
+    theirs.close()
+    try:
+        address, pid, region = await asyncio.to_thread(pipe.recv)
+        async with instance("prefill", args) as (p, p_client), RpcClient(address, heartbeat_timeout_s=60) as d_client:
+            with blocks_of(pid, region, p.runner, num_pool_blocks(args)) as blocks:
+                landed = count_at_last_chunk(p.runner, blocks, num_chunks)
+                for seed in range(args.requests + 1):
+                    pipe.send(True)
+                    await asyncio.to_thread(pipe.recv)
+                    await prefill_and_decode(p_client, d_client, make_prompt(args, seed), f"{seed}")
+                    assert num_landed(blocks) >= args.input // BLOCK_SIZE, "this is not the pool that was written to"
+                shares = [int(count) for count in landed[1:]]
+    finally:
+        pipe.send(False)
+        await asyncio.to_thread(process.join)
     earlier = (num_chunks - 1) * args.chunk_size // BLOCK_SIZE
-    shares = [int(count) / earlier for count in landed[1:]]
+    shares = [count / earlier for count in shares]
     print(
         f"when the last of {num_chunks} chunks starts, of the KV of those before it there is: "
         f"median {statistics.median(shares):.3f}, least {min(shares):.3f}; "
         f"bar (n-2)/(n-1) = {(num_chunks - 2) / (num_chunks - 1):.3f}"
     )
+
+
+def num_landed(blocks: torch.Tensor) -> torch.Tensor:
+    return (blocks != UNTOUCHED).all(dim=1).sum()
+
+
+def count_at_last_chunk(runner, blocks: torch.Tensor, num_chunks: int) -> list[torch.Tensor]:
+    """Has blocks counted whenever the last of as many steps really starts: on a GPU when the one before it is done."""
+    launch, landed, started = runner.launch, [], itertools.count(1)
+    look = torch.cuda.Stream(runner.device, priority=-1) if runner.device.type == "cuda" else None
+
+    def counting(batch):
+        if next(started) % num_chunks == 0:
+            if look is not None:
+                look.wait_stream(runner._stream)
+            with torch.inference_mode(), torch.cuda.stream(look):
+                landed.append(num_landed(blocks))
+        return launch(batch)
+
+    runner.launch = counting
+    return landed
+
+
+async def prefill_and_decode(p_client: RpcClient, d_client: RpcClient, prompt: list[int], name: str) -> None:
+    params = SamplingParams(temperature=0, max_tokens=2, ignore_eos=True)
+    async with d_client.stream(DECODE, DecodeRequest(f"r{name}", f"t{name}", prompt, params)) as of_d:
+        grant = (await anext(of_d)).grant
+        request = PrefillRequest(f"r{name}", f"t{name}", prompt, params, grant)
+        async with p_client.stream(PREFILL, request) as of_p:
+            assert len([event async for event in of_p]) == 2
+        assert [event async for event in of_d]
 
 
 def percentile(values, part: float) -> float:

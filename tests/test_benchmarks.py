@@ -31,3 +31,15 @@ def test_the_handoff_is_measured_under_a_load_and_beside_hybrid_instances(small_
         assert 0 <= p50 <= p99
     moved = float(re.search(r"KV moved: ([\d.]+) MB", done.stdout)[1])
     assert (moved > 0) == ("ipc" in instances)
+
+
+def test_the_kv_that_moves_beside_computation_is_counted_in_the_pool_of_the_other_process(small_model):
+    command = [sys.executable, FOLDER / "pd_handoff.py", "--model", small_model("qwen3"), "--backend", "ipc"]
+    load = ["--requests", "4", "--input", "256", "--output", "4", "--chunk-size", "64"]
+    done = subprocess.run([*map(str, command), *load], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    found = re.search(
+        r"last of 4 chunks starts, .* there is: median ([\d.]+), least ([\d.]+); bar .* = 0.667", done.stdout
+    )
+    median, least = map(float, found.groups())
+    assert 0 <= least <= median <= 1
