@@ -4,7 +4,9 @@ Groups are made directly on the link's rendezvous, not by init_process_group: th
 fixed, no global default group, no port of a store, and peers come and go. Rank 0 of a group is the sender.
 
 What a part goes through:  blocks ─gather─▶ one tensor ─send─▶ recv ─▶ one tensor ─scatter─▶ blocks
-On a GPU the messages of a part overlap: one is gathered and one scattered while others are sent.
+On a GPU the messages of a part overlap: one is gathered and one scattered while others are sent. Both sides only queue
+a part there, so the next one follows without the host. A part is not announced before its blocks are computed: what is
+sent over a group is in order, and what is received waits in a kernel, on processors that a decode step wants.
 On the CPU neighbouring blocks need neither, nor do large ones: see `_pieces`. All pieces of a part are on their way at
 once, and the last one is waited for first: to wake up for each would take the processor from Gloo's own thread.
 
@@ -18,7 +20,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from threading import Thread
 from typing import Any, TypeVar
@@ -30,7 +32,7 @@ from torch.distributed.distributed_c10d import Store
 
 from hbserve_kv.errors import BackendUnavailable
 from hbserve_kv.memory.memory import Memory, gather, neighbours, runs, scatter
-from hbserve_kv.transports.base import GPU_PART_BYTES, Link, Part, Transport
+from hbserve_kv.transports.base import GPU_PART_BYTES, Link, Moving, Part, Transport
 from hbserve_kv.transports.rendezvous import LinkStore
 from hbserve_rpc.address import look_up
 
@@ -61,6 +63,11 @@ class _Group:
     """The group moves GPU memory itself; otherwise GPU blocks are staged through host memory."""
     stream: Any
     """CUDA stream of the link's own, or None on the CPU."""
+    moving: set[asyncio.Future[float]] = field(default_factory=set)
+    """Parts that the GPU moves."""
+
+
+_Way = Callable[[_Group, torch.Tensor, Part], None]
 
 
 class NcclTransport(Transport):
@@ -132,10 +139,29 @@ class NcclTransport(Transport):
         options._devices = [gloo.create_device(hostname=self._ip)]
         return gloo(store, rank, 2, options)
 
-    async def push(self, link: Link, part: Part) -> None:
+    async def push(self, link: Link, part: Part) -> Moving:
         group = self._group(link)
-        push = self._push_from_host if group.stream is None else self._push_from_gpu
-        await link.run(push, group, self._rows(link, part), part)
+        return await self._move(group, link, part, self._push_from_host, self._push_staged, self._push_from_gpu)
+
+    async def accept(self, link: Link, part: Part) -> Moving:
+        group = self._group(link)
+        return await self._move(group, link, part, self._accept_on_host, self._accept_staged, self._accept_on_gpu)
+
+    async def _move(self, group: _Group, link: Link, part: Part, on_host: _Way, staged: _Way, on_gpu: _Way) -> Moving:
+        """In the link's thread, which on a GPU only queues the part: so the next one follows without the host."""
+        rows = self._memory.part(part.region, link.heads)
+        if group.stream is None or not group.on_gpu:
+            await link.run(on_host if group.stream is None else staged, group, rows, part)
+            return None
+        try:
+            began, ended = await link.run(_queue, on_gpu, group, rows, part)
+        except asyncio.CancelledError:
+            await link.run(group.stream.synchronize)  # what was queued ends when `disconnect` aborts the group
+            raise
+        moving = self._memory.events.until(ended, since=began)
+        group.moving.add(moving)
+        moving.add_done_callback(group.moving.discard)
+        return moving
 
     def _push_from_host(self, group: _Group, rows: torch.Tensor, part: Part) -> None:
         sent = []
@@ -146,27 +172,29 @@ class NcclTransport(Transport):
             work.wait()
 
     def _push_from_gpu(self, group: _Group, rows: torch.Tensor, part: Part) -> None:
-        """A message is gathered while the one before it is sent."""
+        """Queue it: a message is gathered while the one before it is sent."""
+        moving: deque[tuple[Any, torch.Tensor]] = deque()
+        for start, end in _messages(group, rows, part.block_ids):
+            blocks = gather(rows, part.block_ids[start:end])
+            moving.append((group.process_group.send([blocks], RECEIVER, 0), blocks))
+            if len(moving) > MESSAGES_AT_ONCE:
+                moving.popleft()[0].wait()
+        while moving:
+            moving.popleft()[0].wait()
+
+    def _push_staged(self, group: _Group, rows: torch.Tensor, part: Part) -> None:
+        """Through pinned host memory."""
         moving: deque[tuple[Any, torch.Tensor]] = deque()
         with torch.cuda.stream(group.stream):
-            if part.ready is not None:
-                group.stream.wait_event(part.ready)
             for start, end in _messages(group, rows, part.block_ids):
                 blocks = gather(rows, part.block_ids[start:end])
-                if not group.on_gpu:
-                    blocks = _staging(rows, end - start, False).copy_(blocks, non_blocking=True)
-                    group.stream.synchronize()
-                moving.append((group.process_group.send([blocks], RECEIVER, 0), blocks))
+                staged = _staging(rows, end - start, False).copy_(blocks, non_blocking=True)
+                group.stream.synchronize()
+                moving.append((group.process_group.send([staged], RECEIVER, 0), staged))
                 if len(moving) > MESSAGES_AT_ONCE:
                     moving.popleft()[0].wait()
             while moving:
                 moving.popleft()[0].wait()
-            group.stream.synchronize()
-
-    async def accept(self, link: Link, part: Part) -> None:
-        group = self._group(link)
-        accept = self._accept_on_host if group.stream is None else self._accept_on_gpu
-        await link.run(accept, group, self._rows(link, part), part)
 
     def _accept_on_gpu(self, group: _Group, rows: torch.Tensor, part: Part) -> None:
         """A message is scattered while the next one comes. Blocks that are neighbours are received in place."""
@@ -178,17 +206,20 @@ class NcclTransport(Transport):
             if not is_there:
                 scatter(rows, block_ids, received.to(rows.device, non_blocking=True))
 
-        with torch.cuda.stream(group.stream):
-            for start, end in _messages(group, rows, part.block_ids):
-                block_ids = part.block_ids[start:end]
-                own = neighbours(rows, block_ids) if group.on_gpu else None
-                received = own if own is not None else _staging(rows, len(block_ids), group.on_gpu)
-                work = group.process_group.recv([received], SENDER, 0)
-                moving.append((work, received, block_ids, own is not None))
-                if len(moving) > MESSAGES_AT_ONCE:
-                    land()
-            while moving:
+        for start, end in _messages(group, rows, part.block_ids):
+            block_ids = part.block_ids[start:end]
+            own = neighbours(rows, block_ids) if group.on_gpu else None
+            received = own if own is not None else _staging(rows, len(block_ids), group.on_gpu)
+            work = group.process_group.recv([received], SENDER, 0)
+            moving.append((work, received, block_ids, own is not None))
+            if len(moving) > MESSAGES_AT_ONCE:
                 land()
+        while moving:
+            land()
+
+    def _accept_staged(self, group: _Group, rows: torch.Tensor, part: Part) -> None:
+        with torch.cuda.stream(group.stream):
+            self._accept_on_gpu(group, rows, part)
             group.stream.synchronize()
 
     def _accept_on_host(self, group: _Group, rows: torch.Tensor, part: Part) -> None:
@@ -211,14 +242,13 @@ class NcclTransport(Transport):
             raise ConnectionError("the link is closed")
         return self._groups[link.key]
 
-    def _rows(self, link: Link, part: Part) -> torch.Tensor:
-        return self._memory.part(part.region, link.heads)
-
     async def disconnect(self, link: Link) -> None:
         group = self._groups.pop(link.key, None)
         if group is not None:
             group.process_group.abort()
         await link.idle()
+        if group is not None and group.moving:
+            await asyncio.wait(group.moving)
 
     async def close(self) -> None:
         for group in self._groups.values():
@@ -283,6 +313,16 @@ def _pieces(block_bytes: int, target_block_ids: list[int]) -> Iterator[tuple[int
             start = end
     if start < end:
         yield start, end
+
+
+def _queue(way: _Way, group: _Group, rows: torch.Tensor, part: Part) -> tuple[Any, Any]:
+    """Events of the group's stream before and after a part."""
+    began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+    with torch.cuda.stream(group.stream):
+        began.record()
+        way(group, rows, part)
+        ended.record()
+    return began, ended
 
 
 def _connect_nccl(process_group: Any, is_sender: bool, device: torch.device) -> None:
