@@ -99,13 +99,15 @@ class Fleet:
     def has_room(self) -> bool:
         return bool(self.available("hybrid")) or bool(self.available("prefill") and self.available("decode"))
 
-    def place(self, num_tokens: int, avoid: Collection[str] = ()) -> Placement | None:
+    def place(self, num_tokens: int, avoid: Collection[str] = (), computed_on: str = "") -> Placement | None:
         """Choose instances for a prompt and take the places there; None if there is no room.
 
-        Those to `avoid` are chosen only where there is no other.
+        Those to `avoid` are chosen only where there is no other. `computed_on`: a prefill instance that has the prompt
+        in its prefix cache, and is chosen if it has room.
         """
         prefills, decodes, hybrids = (self._others(role, avoid) for role in ("prefill", "decode", "hybrid"))
         if prefills and decodes:
+            prefills = [each for each in prefills if each.instance_id == computed_on] or prefills
             prefills = connected_first(prefills, lambda each: _best_link(each, decodes), num_tokens)
             prefill = self._choose["prefill"](prefills)
             decodes = connected_first(decodes, lambda each: prefill.links.get(each.epoch), num_tokens=1)

@@ -26,6 +26,8 @@ class ScheduledRequest:
     """The client's stream has its last item; nothing is added to it."""
     failed_on: set[str] = field(default_factory=set)
     """Instances on which an attempt failed: the next one avoids them, if there are others."""
+    computed_on: str = ""
+    """The prefill instance whose prefix cache has the prompt, because an attempt failed after it was computed."""
     events: asyncio.Queue[ClientEvent | Exception] = field(default_factory=asyncio.Queue)
     task: asyncio.Task[None] | None = None
     num_attempts: int = 0
