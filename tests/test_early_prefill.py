@@ -52,7 +52,9 @@ async def test_a_decode_instance_that_dies_before_it_grants_costs_the_last_block
         assert result["token_ids"] == expected
         assert (result["num_attempts"], result["decode_instance"]) == (2, other)
         await llm.refresh_system_stats()
-        assert handles["prefill-0"].last_stats.prefill_tokens == len(prompt) + len(prompt) % BLOCK
+        again = handles["prefill-0"].last_stats.prefill_tokens - len(prompt)
+        # Twice on a machine so slow that the blocks were given back meanwhile: see GRANT_PATIENCE_S.
+        assert again in (len(prompt) % BLOCK, 2 * (len(prompt) % BLOCK))
         for name in ("prefill-0", other):
             await until(lambda name=name: handles[name].last_stats.active_requests == 0)
             assert handles[name].last_stats.free_blocks == 64
