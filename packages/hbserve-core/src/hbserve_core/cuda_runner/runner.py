@@ -142,6 +142,9 @@ class CudaRunner:
 
         return tokens
 
+    def is_idle(self) -> bool:
+        return self._stream.query()
+
     def _compute(self, shape: StepShape, num_samples: int) -> None:
         if shape.tiles == 0:
             if shape in self._graphs:
