@@ -155,6 +155,9 @@ class CudaRunner:
 
         return tokens
 
+    def is_idle(self) -> bool:
+        return self._stream.query()
+
     def _compute(self, shape: StepShape, num_samples: int) -> torch.Tensor:
         """(T, E): what the last layer gives, until the next step. Tokens go to `_sampled`."""
         work = self._hidden if shape.tiles else self._decode

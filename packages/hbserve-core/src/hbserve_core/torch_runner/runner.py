@@ -59,6 +59,9 @@ class ModelRunner:
         tokens = self.run(batch)
         return lambda: tokens
 
+    def is_idle(self) -> bool:
+        return True
+
     def close(self) -> None:
         """Nothing to end."""
 
