@@ -6,26 +6,39 @@ same bytes by the call that it is made of.
         LD_PRELOAD=…/libnccl.so.2 NCCL_MULTI_RANK_GPU_ENABLE=1 python benchmarks/kv_transfer.py --device cuda
     python benchmarks/kv_transfer.py --device cuda:0 --peer-device cuda:1           # two GPUs
 
+    python benchmarks/kv_transfer.py --beside --device cuda:0 --peer-device cuda:1  # copies beside computation
+
 Rounds of both alternate, so that what else the machine does hits both; the table has medians. "limit" is a plain copy
 inside one process: of the device for ipc on a GPU (bytes read and written per second), from one GPU to the other if
 they are two, memcpy else.
+
+--beside measures the ways to copy that there are, while the sender computes products of a prefill and the receiver
+reads memory as a decode step does: how fast the KV of 2048 tokens moves then, how much longer the products and the
+steps take while it does, and how much of the products' time a GB costs.
 """
 
 import argparse
 import asyncio
 import contextlib
 import ctypes
+import json
 import os
 import statistics
 import subprocess
 import sys
+import tempfile
+import threading
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
-from time import perf_counter, sleep
+from pathlib import Path
+from time import monotonic, perf_counter, sleep
+from unittest import mock
 
+import msgspec
 import torch
 
-from hbserve_kv.bench import MIB, Settings, chosen_blocks, make_pool, sender
+from hbserve_kv.bench import MIB, Sender, Settings, chosen_blocks, make_pool, receive, sender
 
 Bare = Callable[[], float]
 
@@ -189,6 +202,149 @@ async def compare(backend: str, settings: Settings, size_mib: int, scattered: bo
     )
 
 
+@dataclass(frozen=True)
+class Way:
+    """A way to copy, by constants of a transport: what --beside compares."""
+
+    name: str
+    backend: str
+    constants: dict[str, int]
+
+    @contextlib.contextmanager
+    def chosen(self) -> Iterator[None]:
+        with contextlib.ExitStack() as stack:
+            for name, value in self.constants.items():
+                stack.enter_context(mock.patch(f"hbserve_kv.transports.{self.backend}.{name}", value))
+            yield
+
+
+WAYS = (
+    Way("ipc, kernel, normal priority", "ipc", {"COPY_PRIORITY": 0}),
+    Way("ipc, kernel, high priority", "ipc", {}),
+    Way("ipc, copy engine", "ipc", {"COPIES_BY_ENGINE": 1}),
+    Way("nccl, normal priority, 32 CTAs", "nccl", {"COPY_PRIORITY": 0, "MOST_CTAS": 32}),
+    Way("nccl, high priority, 32 CTAs", "nccl", {"MOST_CTAS": 32}),
+    Way("nccl, high priority, 16 CTAs", "nccl", {"MOST_CTAS": 16}),
+    Way("nccl, high priority, 8 CTAs", "nccl", {"MOST_CTAS": 8}),
+)
+PREFILL_S = 0.25
+"""Of products, in one go."""
+
+
+class Prefill:
+    """The products of a prefill: 2048 tokens of an 8B model a layer on a GPU, which the host only queues."""
+
+    def __init__(self, device: str) -> None:
+        is_gpu = device != "cpu"
+        tokens, hidden = (2048, 4096) if is_gpu else (64, 512)
+        shapes = [(hidden, 6 * hidden), (hidden, 3 * hidden // 2), (3 * hidden, hidden), (hidden, hidden)]
+        settings = {"device": device, "dtype": torch.bfloat16 if is_gpu else torch.float32}
+        self._inputs = [torch.randn(tokens, rows, **settings) for rows, _ in shapes]
+        self._weights = [torch.randn(shape, **settings) for shape in shapes]
+        self._stream = torch.cuda.Stream(device) if is_gpu else None
+        self._num_layers = 10
+        took_s = statistics.median(self.begin()() for _ in range(5))
+        self._num_layers = max(1, int(self._num_layers * PREFILL_S / took_s))
+
+    def begin(self) -> Callable[[], float]:
+        """Queue the products. The result waits until they are done, and returns the seconds that they took; on a CPU it
+        computes them."""
+        if self._stream is None:
+            return self._compute
+        began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        with torch.cuda.stream(self._stream):
+            began.record()
+            self._compute()
+            ended.record()
+
+        def took_s() -> float:
+            ended.synchronize()
+            return began.elapsed_time(ended) / 1e3
+
+        return took_s
+
+    def _compute(self) -> float:
+        began_s = perf_counter()
+        for _ in range(self._num_layers):
+            for given, weights in zip(self._inputs, self._weights, strict=True):
+                given @ weights
+        return perf_counter() - began_s
+
+
+def decode_steps(device: str, file: str) -> None:
+    """Steps that read 1 GB on a GPU, without an end; each writes when it has ended, and how long it took."""
+    is_gpu = device != "cpu"
+    settings = {"device": device, "dtype": torch.bfloat16 if is_gpu else torch.float32}
+    weights = torch.randn((4, 16384, 8192) if is_gpu else (4, 256, 1024), **settings)
+    given = torch.randn(weights.shape[2], **settings)
+    stream = torch.cuda.Stream(device) if is_gpu else None
+    with open(file, "w", buffering=1) as steps, torch.cuda.stream(stream):
+        while True:
+            began_s = monotonic()
+            for each in weights:
+                torch.mv(each, given)
+            if stream is not None:
+                stream.synchronize()
+            steps.write(f"{monotonic()} {monotonic() - began_s}\n")
+
+
+def receive_beside_decode(role: str, settings: Settings) -> None:
+    """The receiving process of --beside."""
+    what = json.loads(role)
+    if settings.device != "cpu":
+        torch.cuda.set_device(settings.device)
+    torch.set_num_threads(1)
+    threading.Thread(target=decode_steps, args=(settings.device, what["file"]), daemon=True).start()
+    with Way("", settings.backend, what["constants"]).chosen():
+        asyncio.run(receive(settings))
+
+
+async def compare_ways(settings: Settings, name: str) -> None:
+    """Print a line for each way that has this in its name."""
+    if settings.device != "cpu":
+        torch.cuda.set_device(settings.device)
+    prefill = Prefill(settings.device)
+    print(f"{'':31s} alone   beside products        products take     a decode step beside it")
+    print(f"{'':31s}  GB/s   GB/s  a transfer, ms   longer, %  ms/GB   alone, us  longer, %")
+    for way in (each for each in WAYS if name in each.name):
+        with tempfile.TemporaryDirectory() as folder, way.chosen():
+            file = Path(folder) / "steps"
+            role = json.dumps({"file": str(file), "constants": way.constants})
+            receiver = [sys.executable, "-P", __file__, "--role", role, "--settings"]
+            async with sender(msgspec.structs.replace(settings, backend=way.backend), receiver) as there:
+                print(f"{way.name:31s}{await measure_beside(there, settings, prefill, file)}", flush=True)
+
+
+async def measure_beside(there: Sender, settings: Settings, prefill: Prefill, file: Path, num_rounds: int = 3) -> str:
+    blocks = chosen_blocks(settings, settings.num_blocks, True, 1)
+    for _ in range(2):
+        await there.transfer(blocks, blocks)
+    idle_s = monotonic()
+    alone_s = statistics.median([await asyncio.to_thread(prefill.begin()) for _ in range(num_rounds)])
+    copying_s = monotonic()
+    found = [await there.transfer(blocks, blocks) for _ in range(9)]
+    rate = statistics.median(each.num_bytes / each.moving_s for each in found)
+    beside, lost_s, busy_s = [], 0.0, monotonic()
+    for _ in range(num_rounds):
+        computing = asyncio.create_task(asyncio.to_thread(prefill.begin()))
+        while not computing.done():
+            beside.append(await there.transfer(blocks, blocks))
+        lost_s += await computing - alone_s
+    step_s, beside_s = median_step(file, idle_s, copying_s), median_step(file, busy_s, monotonic())
+    return (
+        f"{rate / 1e9:7.1f}{statistics.median(each.num_bytes / each.moving_s for each in beside) / 1e9:7.1f}"
+        f"{1e3 * statistics.median(each.time_s for each in beside):16.2f}{100 * lost_s / num_rounds / alone_s:12.1f}"
+        f"{1e12 * lost_s / sum(each.num_bytes for each in beside):8.2f}"
+        f"{1e6 * step_s:11.0f}{100 * (beside_s / step_s - 1):11.1f}"
+    )
+
+
+def median_step(file: Path, since_s: float, until_s: float) -> float:
+    lines = file.read_text().splitlines()[:-1]  # the last one may be half of one
+    steps = (map(float, line.split()) for line in lines)
+    return statistics.median(took_s for at_s, took_s in steps if since_s < at_s < until_s)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu")
@@ -197,16 +353,32 @@ def main() -> None:
     parser.add_argument("--sizes", type=int, nargs="+", default=[64, 512], metavar="MIB")
     parser.add_argument("--block-bytes", type=int, default=2 * MIB)
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument(
+        "--beside",
+        nargs="?",
+        const="",
+        metavar="WAY",
+        help="copies beside computation, in each way with this in its name",
+    )
     parser.add_argument("--role", help=argparse.SUPPRESS)
     parser.add_argument("--count", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--settings", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     os.environ.setdefault("MC_FORCE_TCP", "1")
     os.environ.setdefault("MC_LOG_LEVEL", "ERROR")
+    if arguments.settings:
+        receive_beside_decode(arguments.role, msgspec.json.decode(arguments.settings, type=Settings))
+        return
     if arguments.role:
         settings = Settings("", arguments.device, arguments.count, arguments.block_bytes)
         play(arguments.role, settings, arguments.count)
         return
     torch.set_num_threads(1)
+    if arguments.beside is not None:
+        num_blocks = 144 if arguments.device != "cpu" else 8  # 2 MiB each: 2048 tokens of an 8B model
+        settings = Settings("", arguments.device, num_blocks, peer_device=arguments.peer_device)
+        asyncio.run(compare_ways(settings, arguments.beside))
+        return
     print("GB/s:                            ours  moving    bare              ratio    limit")
     for backend in arguments.backends:
         for size in arguments.sizes:

@@ -10,6 +10,15 @@ import pytest
 FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
 
 
+def test_a_way_to_copy_is_measured_beside_computation():
+    command = [sys.executable, FOLDER / "kv_transfer.py", "--beside", "ipc, kernel, high priority"]
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    (row,) = re.findall(r"^ipc, .*", done.stdout, re.MULTILINE)
+    alone, beside, transfer_ms, *_ = map(float, row.removeprefix("ipc, kernel, high priority").split())
+    assert min(alone, beside, transfer_ms) > 0
+
+
 @pytest.mark.parametrize("instances", [["--backend", "ipc"], ["--hybrid", "2"]], ids=["apart", "hybrid"])
 def test_the_handoff_is_measured_under_a_load_and_beside_hybrid_instances(small_model, instances):
     command = [sys.executable, FOLDER / "pd_handoff.py", "--model", small_model("qwen3"), *instances]

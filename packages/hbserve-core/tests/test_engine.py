@@ -231,7 +231,7 @@ def test_a_cached_prefix_is_reported_before_the_rest_is_computed(make_engine, pr
     engine.add("first", prompt(70), greedy(1))
     run(engine)
     reported = []
-    engine.on_cached_prefix = lambda output: reported.append((output, engine.stats().num_prefill_tokens))
+    engine.on_early_output = lambda output: reported.append((output, engine.stats().num_prefill_tokens))
     engine.add("r", prompt(70), greedy(), prefill_only=True)
     outputs = engine.step()
     ((early, prefilled),) = reported
@@ -239,6 +239,39 @@ def test_a_cached_prefix_is_reported_before_the_rest_is_computed(make_engine, pr
     assert early.block_table == outputs[0].block_table
     assert outputs[0].num_cached_tokens == 64
     engine.release("r")
+
+
+def test_a_launched_chunk_is_reported_with_its_event_before_anything_is_read(make_engine, prompt, monkeypatch):
+    engine, reported, launched = make_engine(), [], []
+    runner = engine._runner
+    launch = runner.launch
+
+    def launch_with_event(batch):
+        read = launch(batch)
+        launched.append(f"step {len(launched) + 1}")
+        runner.computed = launched[-1]
+
+        def reading():
+            launched.append("read")
+            return read()
+
+        return reading
+
+    monkeypatch.setattr(runner, "launch", launch_with_event)
+    engine.on_early_output = lambda output: reported.append((output, list(launched)))
+    engine.add("r", prompt(70), greedy(), prefill_only=True)
+    outputs = engine.step() + engine.step() + engine.step()
+    early = [output for output, _ in reported]
+    assert [output.ready for output in early] == ["step 1", "step 3", "step 5"]
+    assert [launched[-1] for _, launched in reported] == ["step 1", "step 3", "step 5"], "not read yet"
+    assert [output.num_computed_tokens for output in early] == [32, 64, 70]
+    assert [output.token_id for output in early] == [None] * 3
+    assert [output.block_table for output in early] == [output.block_table for output in outputs]
+    assert [output.ready for output in outputs] == [None] * 3
+    engine.release("r")
+    engine.add("generates", prompt(70), greedy(1))
+    run(engine)
+    assert len(reported) == 3, "its blocks are sent to nobody"
 
 
 def test_an_aborted_prefill_is_computed_no_further_and_keeps_its_blocks_until_released(make_engine, prompt):

@@ -98,14 +98,16 @@ class Sending:
     def __init__(self, num_blocks: int) -> None:
         self.num_blocks = num_blocks
         self.pushed: list[tuple[list[int], int]] = []
+        self.events: list[Any] = []
         self.may_open = asyncio.Event()
 
     async def open_send(self, transfer_id: str, grant: bytes) -> "Sending":
         await self.may_open.wait()
         return self
 
-    def push(self, block_ids: list[int], first: int) -> None:
+    def push(self, block_ids: list[int], first: int, ready: Any = None) -> None:
         self.pushed.append((block_ids, first))
+        self.events.append(ready)
 
 
 @pytest.mark.parametrize("is_late", [False, True], ids=["opened", "opened late"])
@@ -134,3 +136,42 @@ async def test_the_last_blocks_are_pushed_before_the_first_token_is_told(is_late
     assert (output.token_id, [blocks for blocks, _ in sending.pushed]) == (5, expected)
     assert [first for _, first in sending.pushed] == [0, 2][: len(expected)]
     await send.close()
+
+
+def progress(num_tokens: int, ready: str = "", token: int | None = None) -> StepOutput:
+    """Of a prompt of three blocks, the last of which is not full."""
+    return StepOutput("r", token, 0, num_computed_tokens=num_tokens, block_table=[7, 8, 9], ready=ready or None)
+
+
+@pytest.mark.parametrize(
+    ("opens_before", "expected"),
+    [
+        (0, [([7], 0, "step 1"), ([8], 1, "step 2"), ([9], 2, "step 3")]),
+        (1, [([7], 0, "step 1"), ([8], 1, "step 2"), ([9], 2, "step 3")]),
+        (2, [([7, 8], 0, "step 2"), ([9], 2, "step 3")]),
+        (3, [([7, 8], 0, "step 2"), ([9], 2, "step 3")]),
+        (5, [([7, 8, 9], 0, "step 3")]),
+        (6, [([7, 8, 9], 0, None)]),
+    ],
+)
+async def test_blocks_are_pushed_when_their_step_is_launched_and_wait_for_it_on_the_device(opens_before, expected):
+    """A step is launched before the tokens of the one before it are read. Each block is pushed once, as soon as the
+    transfer is open, with the event of its step or a later one, unless that has been read."""
+    inbox, sending, length = Inbox(), Sending(num_blocks=3), BLOCK * 2 + 3
+    send = PrefillSend(sending, PrefillRequest("r", "t", list(range(length)), GREEDY, b"grant"), BLOCK, inbox)
+    told = [
+        progress(BLOCK, "step 1"), progress(2 * BLOCK, "step 2"), progress(BLOCK), progress(length, "step 3"),
+        progress(2 * BLOCK), progress(length, token=5),
+    ]  # fmt: skip
+    following = asyncio.create_task(send.follow())
+    for number, output in enumerate(told):
+        if number == opens_before:
+            sending.may_open.set()
+        for _ in range(5):
+            await asyncio.sleep(0)
+        inbox.put_nowait(output)
+    async with asyncio.timeout(DEADLINE_S):
+        assert (await following).token_id == 5
+        sending.may_open.set()
+        await send.close()
+    assert [(*pushed, event) for pushed, event in zip(sending.pushed, sending.events, strict=True)] == expected

@@ -9,7 +9,7 @@ import torch
 from hbserve_kv import Outcome
 from hbserve_kv.memory.events import EventWatch
 from hbserve_kv.sending.connection import MAX_ANNOUNCED_PARTS
-from hbserve_kv.testing import LoopbackNetwork
+from hbserve_kv.testing import CHECKS, LoopbackNetwork, run_check
 from hbserve_kv.testing.loopback import LoopbackTransport, TwoSidedLoopbackTransport
 
 
@@ -395,3 +395,35 @@ async def test_an_event_watch_asks_about_all_at_once_and_stops_asking_when_all_h
     event = Event()
     event.happen()
     assert await watch.until(event, since=Event()) == pytest.approx(0.007)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["nccl", "ipc"])
+async def test_on_a_gpu_a_transfer_waits_for_its_step_and_another_does_not(backend, managers):
+    source, target = torch.rand(64, 2, 3, 64, device="cuda"), torch.zeros(64, 2, 3, 64, device="cuda")
+    sender, receiver = await managers(0, backend, source), await managers(1, backend, target)
+    await (await sender.open_send("connects", receiver.post_receive("connects", []).grant)).commit()
+    (a, b), _ = await open_two(sender, receiver)
+    step, event = torch.cuda.Stream(), torch.cuda.Event()
+    with torch.cuda.stream(step):
+        torch.cuda._sleep(2_000_000_000)  # cycles: about a second
+        source[10] = 5.0
+        event.record()
+    a.push([10], 0, event)
+    a.push([11], 1)
+    b.push([20, 21], 0)
+    async with asyncio.timeout(20):
+        assert (await b.commit()).outcome is Outcome.COMPLETED
+        assert not event.query(), "the other one waits still"
+        result = await a.commit()
+    assert (result.outcome, result.num_parts) == (Outcome.COMPLETED, 2)
+    assert result.time_s < 0.5, "without its wait"
+    assert torch.equal(target[:4], source[[10, 11, 20, 21]])
+    assert (target[0] == 5.0).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+async def test_copy_engines_conform(check, monkeypatch):
+    monkeypatch.setattr("hbserve_kv.transports.ipc.COPIES_BY_ENGINE", True)
+    await run_check(check, backend="ipc", device="cuda")

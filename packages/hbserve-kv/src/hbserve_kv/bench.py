@@ -24,6 +24,7 @@ from hbserve_kv.protocol.transfer_state import Outcome
 
 DEADLINE_S = 120.0
 MIB = 1 << 20
+RECEIVER = (sys.executable, "-P", "-m", "hbserve_kv.bench", "--receive")
 
 
 class Settings(msgspec.Struct, frozen=True):
@@ -112,17 +113,14 @@ class Sender:
 
 
 @contextlib.asynccontextmanager
-async def sender(settings: Settings) -> AsyncIterator[Sender]:
-    """Start the receiving process and a manager here; both end with the context."""
+async def sender(settings: Settings, receiver: Sequence[str] = RECEIVER) -> AsyncIterator[Sender]:
+    """Start the receiving process, by the command `receiver` and its settings, and a manager here; both end with the
+    context."""
     manager = make_manager(settings, 0, make_pool(settings))
     await manager.start()
     pipe = asyncio.subprocess.PIPE
     process = await asyncio.create_subprocess_exec(
-        sys.executable,
-        "-P",
-        "-m",
-        "hbserve_kv.bench",
-        "--receive",
+        *receiver,
         msgspec.json.encode(settings.of_peer()).decode(),
         stdin=pipe,
         stdout=pipe,

@@ -84,6 +84,7 @@ class CudaRunner:
             self._graphs.capture(self._shapes.prefills, self._clear, self._hidden, f"{config.instance_id} prefill")
             self._stream.synchronize()
         self._turn = 0
+        self.computed: Any = None
 
     def _make_packer(self, pool: torch.Tensor, model: ModelConfig, seed: int | None) -> StepPacker:
         pieces = SplitKV(model.num_kv_heads, num_processors(self.device))
@@ -148,6 +149,7 @@ class CudaRunner:
             host_copy(read_back, self._sampled)
             done = torch.cuda.Event()  # type: ignore[no-untyped-call]
             done.record(self._stream)
+        self.computed = done
 
         def tokens() -> StepTokens:
             done.synchronize()

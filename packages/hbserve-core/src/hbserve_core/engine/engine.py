@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Callable
 from collections.abc import Sequence as Ids
+from dataclasses import replace
 from time import perf_counter
 from typing import NamedTuple
 
@@ -66,9 +67,9 @@ class Engine:
         self._host_time_s = 0.0
         self.stalled = False
         """The last step did nothing: everything waits for blocks that transfers hold, or for a quarantine to end."""
-        self.on_cached_prefix: Callable[[StepOutput], None] | None = None
-        """Called within `step`, before it computes, for each prefill-only request that begins with a cached prefix:
-        these blocks may be sent already."""
+        self.on_early_output: Callable[[StepOutput], None] | None = None
+        """Called within `step` for prefill-only requests, whose blocks may be sent already: before it computes, if one
+        begins with a cached prefix, and when it is launched, if the runner has an event after which it is computed."""
 
     # ---- requests ------------------------------------------------------------------------------------------------
 
@@ -178,6 +179,7 @@ class Engine:
         batch = self._scheduler.schedule()
         self._tell_cached_prefixes(batch)
         launched = self._launch(batch) if batch else None
+        self._tell_launched(batch)
         before, host_time_s = self._in_flight, self._clock() - begin
         self._host_time_s += host_time_s
         outputs = self._read(before, host_time_s if launched else None)
@@ -267,9 +269,16 @@ class Engine:
         for chunk in batch:
             sequence = chunk.sequence
             begins_with_cached = chunk.first == sequence.num_cached_tokens > 0
-            if self.on_cached_prefix is not None and sequence.prefill_only and begins_with_cached:
+            if self.on_early_output is not None and sequence.prefill_only and begins_with_cached:
                 index = sequence.num_output_tokens
-                self.on_cached_prefix(self._output(sequence, None, index, None, sequence.num_computed_tokens))
+                self.on_early_output(self._output(sequence, None, index, None, sequence.num_computed_tokens))
+
+    def _tell_launched(self, batch: list[ScheduledChunk]) -> None:
+        for chunk in batch:
+            sequence, end = chunk.sequence, chunk.first + chunk.num_new_tokens
+            if self.on_early_output is not None and sequence.prefill_only and self._runner.computed is not None:
+                output = self._output(sequence, None, sequence.num_output_tokens, None, end)
+                self.on_early_output(replace(output, ready=self._runner.computed))
 
     def _finish_reason(self, sequence: Sequence, token: int) -> FinishReason | None:
         params = sequence.params

@@ -1,6 +1,7 @@
 """Results of an engine step, and figures of the engine."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from hbserve_rpc import LogitsNotFinite
 from hbserve_rpc.messages import FinishReason
@@ -26,9 +27,11 @@ class StepOutput:
     """Of those, how many came from the prefix cache."""
     block_table: list[int] = field(default_factory=list)
     """Of a prefill-only request, whose blocks stay as they are until `release`; else empty. The keys and values of its
-    computed tokens are there: on a device too, no stream has to be waited for."""
+    computed tokens are there: on a device too, no stream has to be waited for, unless `ready` says otherwise."""
     error: str | None = None
     """Why the request has ended, if it is not by a token: what it asks for cannot be computed."""
+    ready: Any = None
+    """CUDA event after which keys and values are there: of a step that was launched, and has not been read."""
 
     @property
     def is_last(self) -> bool:

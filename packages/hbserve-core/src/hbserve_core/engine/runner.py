@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from collections.abc import Sequence as Ids
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -32,6 +32,10 @@ class Runner(Protocol):
     """Where ranks 1, 2, … serve the transfers of their pools, if the instance's role has transfers."""
     overlaps: bool
     """Whether a step may be launched before the tokens of the one before it are read. Those tokens are UNREAD then."""
+
+    computed: Any
+    """CUDA event after which the keys and values of the step launched last are there, for other streams of this
+    process. None: they are when its tokens have been read."""
 
     def launch(self, batch: Ids[ScheduledChunk]) -> PendingStep:
         """Begin to compute a step. What the chunks say is read before this returns."""

@@ -118,7 +118,7 @@ class EngineThread:
         except Exception as error:  # belongs to `start`
             self._tell(_fail, self._made, error)
             return
-        engine.on_cached_prefix = lambda output: self._tell(self._on_events, [output])
+        engine.on_early_output = lambda output: self._tell(self._on_events, [output])
         self.stats = engine.stats()
         self._tell(_succeed, self._made, engine)
         try:

@@ -95,8 +95,8 @@ class PrefillSend:
         self._inbox.put_nowait(self._error)
 
     async def follow(self) -> StepOutput:
-        """Push the blocks that each step has filled, and with the first token, whose output is returned, all the rest:
-        they move while it is told.
+        """Push the blocks that each step has filled or, with an event, will have; with the first token, whose output is
+        returned, all the rest: they move while it is told.
 
         Raises:
             LogitsNotFinite: there is none.
@@ -107,7 +107,9 @@ class PrefillSend:
             if isinstance(output, GrantRequest):
                 self._take(output.grant)
                 continue
-            self._output = output
+            # A step that was launched is told of before the one that was launched before it.
+            if self._output is None or output.num_computed_tokens >= self._output.num_computed_tokens:
+                self._output = output
             output.raise_error()
             self._push()
             if output.token_id is not None:
@@ -137,7 +139,8 @@ class PrefillSend:
         computed = self._output.num_computed_tokens
         end = self._num_blocks if computed == self._num_tokens else computed // self._block_size
         if end > self._pushed:
-            self._transfer.push(self._output.block_table[self._pushed : end], self._pushed - self._first)
+            blocks = self._output.block_table[self._pushed : end]
+            self._transfer.push(blocks, self._pushed - self._first, self._output.ready)
             self._pushed = end
 
     async def finish(self, output: StepOutput) -> TransferResult | None:

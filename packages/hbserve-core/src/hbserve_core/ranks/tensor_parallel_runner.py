@@ -21,6 +21,7 @@ class TensorParallelRunner:
         self.pool = runner.pool
         self.overlaps = runner.overlaps
         self.transfer_addresses: Ids[str] = workers.transfer_addresses
+        self.computed = None  # an event of this rank is none of the others'
         self._runner = runner
         self.workers = workers
         # Without overlap rank 0 reads each token, and tells it with the next step.

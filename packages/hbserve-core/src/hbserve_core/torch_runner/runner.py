@@ -38,6 +38,7 @@ class ModelRunner:
 
     overlaps = False
     transfer_addresses: Sequence[str] = ()
+    computed = None
 
     def __init__(self, config: InstanceConfig, group: RankGroup | None = None) -> None:
         group = group or RankGroup()

@@ -157,7 +157,9 @@ class JointSend(JointTransfer):
         self._sends = parts
         self.num_blocks = parts[0].num_blocks
 
-    def push(self, block_ids: Sequence[int], first: int) -> None:
+    def push(self, block_ids: Sequence[int], first: int, ready: None = None) -> None:
+        """`ready`: of a SendTransfer; several ranks say what has been computed, not what will be."""
+        assert ready is None
         for send in self._sends:
             send.push(block_ids, first)
 

@@ -18,6 +18,10 @@ GPU_PART_BYTES = 1 << 30
 """For `max_part_bytes` of transports that move GPU memory: to wait for the end of a part takes two changes of thread
 and a round of the device, in which more than 64 MiB could move."""
 
+COPY_PRIORITY = -1
+"""Of CUDA streams that move blocks; less is more urgent, and the computation's have 0. So a kernel that copies gets the
+next processors that are free, and not those that a large product leaves when its last tiles have begun."""
+
 logger = logging.getLogger(__name__)
 
 

@@ -22,7 +22,7 @@ from hbserve_kv.memory import cuda_ipc, shared_memory
 from hbserve_kv.memory.cuda_ipc import DeviceRegion
 from hbserve_kv.memory.memory import REGIONS, Memory, Region, gather, head_view, pieces, scatter
 from hbserve_kv.memory.shared_memory import SharedRegion
-from hbserve_kv.transports.base import GPU_PART_BYTES, Link, Moving, Part, Transport
+from hbserve_kv.transports.base import COPY_PRIORITY, GPU_PART_BYTES, Link, Moving, Part, Transport
 
 
 class _Description(msgspec.Struct, frozen=True):
@@ -35,9 +35,6 @@ class _Description(msgspec.Struct, frozen=True):
     device_regions: dict[str, DeviceRegion]
 
 
-PRIORITY = -1
-"""Of the streams that copy; less is more urgent. The computation's has 0: a copy does not wait until each processor has
-done all of a large product's tiles."""
 COPIES_BY_ENGINE = False
 """Whole blocks by the GPU's copy engines, and not by a kernel, which takes processors from the computation."""
 
@@ -138,7 +135,7 @@ class IpcTransport(Transport):
             return self._idle_streams.pop()
         except IndexError:
             new_stream = cast(Any, torch.cuda.Stream)
-            return new_stream(self._memory.device, priority=PRIORITY)
+            return new_stream(self._memory.device, priority=COPY_PRIORITY)
 
     async def push(self, link: Link, part: Part) -> Moving:
         if link.key not in self._targets:

@@ -32,7 +32,7 @@ from torch.distributed.distributed_c10d import Store
 
 from hbserve_kv.errors import BackendUnavailable
 from hbserve_kv.memory.memory import Memory, gather, neighbours, runs, scatter
-from hbserve_kv.transports.base import GPU_PART_BYTES, Link, Moving, Part, Transport
+from hbserve_kv.transports.base import COPY_PRIORITY, GPU_PART_BYTES, Link, Moving, Part, Transport
 from hbserve_kv.transports.rendezvous import LinkStore
 from hbserve_rpc.address import look_up
 
@@ -45,6 +45,9 @@ PACKED_BYTES, LONGEST_BYTES = 1 << 20, 16 << 20
 NCCL_MESSAGE_BYTES, STAGED_MESSAGE_BYTES = 128 << 20, 32 << 20
 """Of GPU memory. NCCL needs 0.07 ms for a message besides its bytes, in which 25 MB could move between two GPUs; pinned
 host memory, through which Gloo's go, is slow to make."""
+MOST_CTAS = 16
+"""Of NCCL's kernels: each takes a processor of the GPU from a prefill or decode step for as long as a message moves,
+and the receiver's also while it waits for one. Both sides must have the same."""
 MESSAGES_AT_ONCE = 1
 """And one more that is gathered or scattered: two messages are a link's staging memory."""
 
@@ -111,7 +114,7 @@ class NcclTransport(Transport):
         rank = SENDER if link.is_sender else RECEIVER
         on_gpu = self._device != "cpu" and peer.device != "cpu" and self._may_use_nccl(peer.device)
         new_stream: Any = torch.cuda.Stream
-        stream: Any = new_stream(self._memory.device) if self._device != "cpu" else None
+        stream: Any = new_stream(self._memory.device, priority=COPY_PRIORITY) if self._device != "cpu" else None
         link.detail = "NCCL" if on_gpu else "Gloo"
         if on_gpu:
             with torch.cuda.device(self._memory.device):
@@ -127,8 +130,9 @@ class NcclTransport(Transport):
         return peer_device != self._device or os.environ.get("NCCL_MULTI_RANK_GPU_ENABLE") == "1"
 
     def _make_nccl(self, store: Store, rank: int) -> Any:
-        options = dist.ProcessGroupNCCL.Options()
+        options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=COPY_PRIORITY < 0)
         options._timeout = self._timeout
+        options.config.min_ctas, options.config.max_ctas = 1, MOST_CTAS
         return dist.ProcessGroupNCCL(store, rank, 2, options)
 
     def _make_gloo(self, store: Store, rank: int) -> Any:
