@@ -366,6 +366,28 @@ async def test_the_last_blocks_are_on_their_way_before_anybody_hears_of_the_firs
     assert pushed[1:] == ([] if finish_reason else [([5, 6], 1)])
 
 
+async def test_blocks_that_were_given_back_are_not_pushed_when_their_grant_comes_at_last():
+    """They may be somebody else's by then."""
+    pushed: list[tuple[list[int], int]] = []
+
+    async def open_send(transfer_id: str, grant: bytes) -> Any:
+        return SimpleNamespace(num_blocks=1, push=lambda block_ids, first: pushed.append((list(block_ids), first)))
+
+    inbox = Inbox()
+    request = PrefillRequest("r", "t", [3] * BLOCK, GREEDY, grant_follows=True)
+    sending = PrefillSend(SimpleNamespace(open_send=open_send), request, BLOCK, inbox)
+    inbox.put_nowait(StepOutput("r", 7, 0, None, BLOCK, block_table=[4]))
+    await sending.follow()
+    assert not await sending.wait_for_grant(0.01)
+    inbox.put_nowait(GrantRequest("r", b"grant"))
+    assert await sending.wait_for_grant(None)
+    await asyncio.sleep(0.01)
+    assert pushed == []
+    inbox.put_nowait(StepOutput("r", 8, 0, None, BLOCK, block_table=[5]))
+    assert (await sending.follow()).token_id == 8
+    assert pushed == [([5], 0)]
+
+
 # ---- prompts that are computed before there is a grant for them --------------------------------------------------
 
 

@@ -10,6 +10,7 @@ from hbserve_rpc.messages import InstanceInfo, InstanceStats, TokenEvent
 from hbserve_scheduler import RequestFailed, SchedulerConfig
 from hbserve_scheduler.instances import InstanceHandle
 
+VERDICT_TIMEOUT_S = 5.0
 ROOM = 500
 """Blocks that a decode instance reports as free: half of what it has."""
 
@@ -206,13 +207,16 @@ async def test_after_a_refused_reservation_the_next_attempt_is_where_the_prompt_
 
 
 async def test_a_request_that_the_decode_instance_calls_invalid_is_not_computed_to_its_end(
-    make_scheduler, roomy_pair, ask, collect, until
+    make_scheduler, roomy_pair, ask, collect, until, monkeypatch
 ):
     prefill, decode = roomy_pair
+    monkeypatch.setattr("hbserve_scheduler.attempt.VERDICT_TIMEOUT_S", VERDICT_TIMEOUT_S)
     prefill.hold, decode.fail["grant"] = {"first"}, [InvalidRequest("that cannot be")]
     scheduler = await make_scheduler(*roomy_pair)
+    begin_s = asyncio.get_running_loop().time()
     with pytest.raises(InvalidRequest, match="d0: that cannot be"):
         await collect(scheduler.submit(ask()))
+    assert asyncio.get_running_loop().time() - begin_s < VERDICT_TIMEOUT_S, "the other side knows no better"
     await until(lambda: prefill.open == 0)
 
 

@@ -37,6 +37,7 @@ class Attempt:
         self._transfer_id = uuid.uuid4().hex
         self._request_id = f"{entry.request.request_id}.{self._transfer_id[:8]}"
         self._decode_epoch = ""
+        self._is_granted = False
         self._first_token = asyncio.Event()
         self._decoding = False
         """D has all it needs: it has sent tokens."""
@@ -101,6 +102,7 @@ class Attempt:
                 raise RemoteError("ended the stream before its grant")
             if not isinstance(granted, Granted):
                 raise RemoteError(f"sent {type(granted).__name__} before its grant")
+        self._is_granted = True
         self._placement.granted()
         self._entry.num_cached_tokens = granted.num_cached_tokens
         return granted.grant
@@ -130,7 +132,8 @@ class Attempt:
         prefill, decode = tasks = [asyncio.create_task(self._deciding(leg)) for leg in legs]
         try:
             await self._decided.wait()
-            if self._first_token.is_set() or not prefill.done():  # else D knows no better
+            # Before the grant neither knows why the other has failed, nor does D before the first token why P has.
+            if self._is_granted and (self._first_token.is_set() or not prefill.done()):
                 await asyncio.wait(tasks, timeout=VERDICT_TIMEOUT_S)
             if self._entry.finish_reason is None and self._decoding and prefill.done():
                 # D has the KV, whatever became of P since.

@@ -108,7 +108,8 @@ class Fleet:
         prefills, decodes, hybrids = (self._others(role, avoid) for role in ("prefill", "decode", "hybrid"))
         if prefills and decodes:
             prefills = [each for each in prefills if each.instance_id == computed_on] or prefills
-            prefills = connected_first(prefills, lambda each: _best_link(each, decodes), num_tokens)
+            epochs = {each.epoch for each in decodes}
+            prefills = connected_first(prefills, lambda each: _best_link(each, epochs), num_tokens)
             prefill = self._choose["prefill"](prefills)
             decodes = connected_first(decodes, lambda each: prefill.links.get(each.epoch), num_tokens=1)
             return Placement(prefill, self._choose["decode"](decodes), num_tokens)
@@ -128,7 +129,8 @@ class Fleet:
         return f"no instances for {self._config.instance_wait_s:g} s: " + "; ".join(problems)
 
 
-def _best_link(prefill: InstanceHandle, decodes: list[InstanceHandle]) -> bool | None:
-    """To one of these: True, None for not connected yet, False where it cannot be connected to any."""
-    links = [prefill.links.get(each.epoch) for each in decodes]
-    return True if True in links else None if None in links else False
+def _best_link(prefill: InstanceHandle, epochs: Collection[str]) -> bool | None:
+    """To a decode instance of these: True, None for not connected yet, False where it cannot be connected to any."""
+    if any(is_there and epoch in epochs for epoch, is_there in prefill.links.items()):
+        return True
+    return False if all(prefill.links.get(epoch) is False for epoch in epochs) else None
