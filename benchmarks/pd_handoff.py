@@ -1,26 +1,35 @@
 """How long a request stands still while it changes hands: from its first token, which is the prefill instance's, to its
 second one, the decode instance's first.
 
-    uv run python benchmarks/pd_handoff.py --model FOLDER --backend ipc --prompt-tokens 2048
+    uv run python benchmarks/pd_handoff.py --model FOLDER --backend ipc --input 2048
+    uv run python benchmarks/pd_handoff.py --model FOLDER --backend ipc --input 2048 --output 128 --rate 8
+    uv run python benchmarks/pd_handoff.py --model FOLDER --hybrid 2 --input 2048 --output 128 --rate 8
 
-One prefill and one decode instance on this host, one request at a time, each with another prompt. Printed beside it:
-the time between later tokens, which is a decode step and its way to the client, and is in the hand-off too; the KV
-bytes that moved; and how much of them had moved when the last of n chunks started to compute: of those of the chunks
-before it at least (n-2)/(n-1), because the chunk that has just ended cannot have. For that both instances run in this
-process, where the decode side's pool can be looked at.
+With `--rate`, requests arrive at random (Poisson), so many a second, whether or not others have ended. Without, one
+comes after the other. Each has another prompt. `--hybrid N`, the baseline, is N hybrid instances in place of one
+prefill and one decode instance. Printed, as the client sees it: the time to the first token; the hand-off; the time
+between later tokens, which is a step of the batch and its way to the client; and the hand-off in steps of the batch
+that was joined: a request's hand-off divided by the mean of its next gaps.
+
+Without `--rate` and `--hybrid`, also how much of the KV had moved when the last of n chunks started to compute: of that
+of the chunks before it at least (n-2)/(n-1), because the chunk that has just ended cannot have. For that both instances
+run in this process, where the decode side's pool can be looked at.
 """
 
 import argparse
 import asyncio
 import contextlib
 import itertools
+import math
 import random
 import statistics
 import time
+from dataclasses import dataclass
 
 import torch
 
 from hbserve.pd_disagg import DisaggregatedLLM, PdDisaggConfig
+from hbserve.results import Timings
 from hbserve.sampling_params import SamplingParams
 from hbserve_core import GpuInstance, InstanceConfig
 from hbserve_kv import KVTransferConfig
@@ -32,61 +41,145 @@ UNTOUCHED = 12345.0
 """What no key or value is."""
 
 
+STEPS_AFTER = 8
+"""As many gaps after the hand-off say how long a step of the batch is that the request has joined."""
+WARM_UP_REQUESTS = 8
+
+
+@dataclass
+class Run:
+    """One request, as the client saw it. Times are of `time.perf_counter`."""
+
+    due_s: float
+    """When it was to be submitted."""
+    submitted_s: float
+    token_times_s: list[float]
+    timings: Timings
+
+    @property
+    def ttft_s(self) -> float:
+        return self.token_times_s[0] - self.submitted_s
+
+    @property
+    def gaps_s(self) -> list[float]:
+        """Between tokens; the first one is the hand-off."""
+        return [after - before for before, after in itertools.pairwise(self.token_times_s)]
+
+    @property
+    def step_s(self) -> float:
+        """Of the batch that it has joined. A mean: tokens of two steps may come at once, after a longer gap."""
+        return statistics.mean(self.gaps_s[1 : 1 + STEPS_AFTER])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
+    parser.add_argument("--load-format", choices=["safetensors", "dummy"], default="safetensors")
     parser.add_argument("--backend", default="nccl")
-    parser.add_argument("--prompt-tokens", type=int, default=2048)
-    parser.add_argument("--output-tokens", type=int, default=32)
-    parser.add_argument("--requests", type=int, default=20)
+    parser.add_argument("--hybrid", type=int, metavar="N", help="N hybrid instances instead")
+    parser.add_argument("--rate", type=float, help="requests a second")
+    parser.add_argument("--requests", type=int, help="default: 500 with --rate, else 20")
+    parser.add_argument("--input", type=int, default=2048, help="tokens of each prompt")
+    parser.add_argument("--output", type=int, default=32, help="tokens of each answer, at least 3")
     parser.add_argument("--chunk-size", type=int, default=512)
     args = parser.parse_args()
+    if args.output < 3:
+        parser.error("--output: a hand-off and a later gap need 3 tokens")
+    args.requests = args.requests or (500 if args.rate else 20)
     asyncio.run(measure(args))
-    asyncio.run(measure_overlap(args))
+    if not args.rate and not args.hybrid:
+        asyncio.run(measure_overlap(args))
+
+
+def deployment(args: argparse.Namespace) -> PdDisaggConfig:
+    config = PdDisaggConfig(
+        model_path=args.model, load_format=args.load_format, kv_transfer_backend=args.backend,
+        chunk_size=args.chunk_size, max_num_batched_tokens=max(8192, args.chunk_size),
+        max_chunk_prefill_tokens=max(8192, args.chunk_size), max_model_len=args.input + args.output,
+    )  # fmt: skip
+    if args.hybrid:
+        config.gpu_instances = [
+            {"instance_id": f"hybrid-{i}", "instance_type": "hybrid", "kv_rank": i} for i in range(args.hybrid)
+        ]
+    return config
 
 
 async def measure(args: argparse.Namespace) -> None:
-    config = PdDisaggConfig(
-        model_path=args.model, kv_transfer_backend=args.backend, chunk_size=args.chunk_size,
-        max_model_len=args.prompt_tokens + args.output_tokens,
-    )  # fmt: skip
-    async with DisaggregatedLLM(config) as llm:
-        await one(llm, args, seed=-1)
-        runs = [await one(llm, args, seed) for seed in range(args.requests)]
-    handoffs, gaps, timings = zip(*runs, strict=True)
-    steps = [gap for run in gaps for gap in run]
-    moved, took = timings[0]["kv_bytes"], statistics.median(each["kv_transfer_time_s"] for each in timings)
-    print(f"{args.backend}: {args.requests} requests of {args.prompt_tokens} tokens in chunks of {args.chunk_size}")
-    print(f"first token to second: {spread(handoffs)}")
-    print(f"between later tokens:  {spread(steps)}")
-    print(f"difference of medians: {1e3 * (statistics.median(handoffs) - statistics.median(steps)):.2f} ms")
-    print(f"time to first token:   {spread([each['ttft_s'] for each in timings])}")
-    print(f"KV moved: {moved / 1e6:.1f} MB in {1e3 * took:.1f} ms from the first part to the commit")
+    async with DisaggregatedLLM(deployment(args)) as llm:
+        first = await one(llm, args, "first")
+        await asyncio.gather(*(one(llm, args, f"warm-up {i}") for i in range(WARM_UP_REQUESTS)))
+        began_s = time.perf_counter()
+        if args.rate:
+            runs = await poisson(llm, args)
+        else:
+            runs = [await one(llm, args, seed) for seed in range(args.requests)]
+        report(args, first, runs, time.perf_counter() - began_s)
 
 
-async def one(llm: DisaggregatedLLM, args: argparse.Namespace, seed: int):
-    """Seconds from the first token to the second, between later ones, and the request's timings."""
+async def poisson(llm: DisaggregatedLLM, args: argparse.Namespace) -> list[Run]:
+    dice, due_s, arriving = random.Random(args.requests), time.perf_counter(), []
+    for seed in range(args.requests):
+        arriving.append(one(llm, args, seed, due_s))
+        due_s += dice.expovariate(args.rate)
+    return await asyncio.gather(*arriving)
+
+
+async def one(llm: DisaggregatedLLM, args: argparse.Namespace, seed: object, due_s: float = 0.0) -> Run:
     prompt = make_prompt(args, seed)
-    params = SamplingParams(temperature=0, max_tokens=args.output_tokens, ignore_eos=True)
-    times, timings = [], None
+    params = SamplingParams(temperature=0, max_tokens=args.output, ignore_eos=True)
+    await asyncio.sleep(due_s - time.perf_counter())
+    submitted_s, times_s, timings = time.perf_counter(), [], None
     async for delta in llm.stream(prompt, params):
-        times += [time.perf_counter()] * len(delta["token_ids"])
+        times_s += [time.perf_counter()] * len(delta["token_ids"])
         timings = delta["timings"] or timings
-    gaps = [after - before for before, after in itertools.pairwise(times)]
-    return gaps[0], gaps[1:], timings
+    return Run(due_s or submitted_s, submitted_s, times_s, timings)
 
 
-def make_prompt(args: argparse.Namespace, seed: int) -> list[int]:
-    dice = random.Random(seed)
-    return [dice.randrange(3, 300) for _ in range(args.prompt_tokens)]
+def report(args: argparse.Namespace, first: Run, runs: list[Run], took_s: float) -> None:
+    handoffs, later = [run.gaps_s[0] for run in runs], [gap for run in runs for gap in run.gaps_s[1:]]
+    steps = [run.step_s for run in runs]
+    what = f"{args.hybrid} hybrid instances" if args.hybrid else args.backend
+    load = f"{args.rate:g} a second" if args.rate else "one after the other"
+    print(f"{what}: {len(runs)} requests of {args.input} + {args.output} tokens in chunks of {args.chunk_size}, {load}")
+    print(f"time to first token:   {spread([run.ttft_s for run in runs])}")
+    print(f"first token to second: {spread(handoffs)}")
+    print(f"between later tokens:  {spread(later, 0.5, 0.9, 0.99, 0.999)}")
+    print(f"step of batch joined:  {spread(steps)}")
+    ratios = [handoff / step for handoff, step in zip(handoffs, steps, strict=True) if step]
+    print(f"hand-off in steps:     {spread(ratios, scale=1, unit='')}")
+    step_ms = 1e3 * statistics.median(steps)
+    p50_ms, p99_ms = 1e3 * percentile(handoffs, 0.5), 1e3 * percentile(handoffs, 0.99)
+    print(
+        f"bars: p50 {p50_ms:.2f} of {1.5 * step_ms + 4:.2f} ms (1.5 steps + 4), "
+        f"p99 {p99_ms:.2f} of {2 * step_ms + 8:.2f} ms (2 steps + 8), "
+        f"later p99.9 {1e3 * percentile(later, 0.999):.2f} of {2 * step_ms:.2f} ms (2 steps)"
+    )
+    print(
+        f"the very first request: {1e3 * first.gaps_s[0]:.2f} ms to the second token, then {1e3 * first.step_s:.2f} ms"
+    )
+    moved, moving_s = (
+        statistics.median(run.timings[key] for run in runs) for key in ("kv_bytes", "kv_transfer_time_s")
+    )
+    print(f"KV moved: {moved / 1e6:.3g} MB in {1e3 * moving_s:.1f} ms from the first part to the commit")
+    late = [run.submitted_s - run.due_s for run in runs]
+    num_tokens = sum(len(run.token_times_s) for run in runs)
+    print(
+        f"{len(runs) / took_s:.1f} requests and {num_tokens / took_s:.0f} tokens a second; "
+        f"this client was late by {1e3 * percentile(late, 0.99):.2f} ms at p99"
+    )
+
+
+def make_prompt(args: argparse.Namespace, seed: object) -> list[int]:
+    dice = random.Random(str(seed))  # of an integer it would take the absolute value
+    return [dice.randrange(3, 300) for _ in range(args.input)]
 
 
 @contextlib.asynccontextmanager
 async def instance(role: str, args: argparse.Namespace):
     config = InstanceConfig(
         instance_id=role, role=role, model_path=args.model, chunk_size=args.chunk_size, block_size=BLOCK_SIZE,
-        max_num_batched_tokens=max(2048, args.chunk_size), num_blocks=args.prompt_tokens // BLOCK_SIZE + 16,
-        prefix_caching=False, kv_rank=int(role == "decode"), num_on_gpu=2,
+        max_num_batched_tokens=max(2048, args.chunk_size), num_blocks=args.input // BLOCK_SIZE + 16,
+        load_format=args.load_format, prefix_caching=False, kv_rank=int(role == "decode"), num_on_gpu=2,
         kv_transfer=KVTransferConfig(backend=args.backend),
     )  # fmt: skip
     made = GpuInstance(config)
@@ -100,7 +193,7 @@ async def instance(role: str, args: argparse.Namespace):
 
 
 async def measure_overlap(args: argparse.Namespace) -> None:
-    num_chunks = -(-args.prompt_tokens // args.chunk_size)
+    num_chunks = -(-args.input // args.chunk_size)
     if num_chunks < 3:
         print(f"{num_chunks} chunks: too few to move KV beside computation")
         return
@@ -140,10 +233,14 @@ async def measure_overlap(args: argparse.Namespace) -> None:
     )
 
 
-def spread(seconds) -> str:
-    ordered = sorted(seconds)
-    p99 = ordered[min(len(ordered) - 1, round(0.99 * len(ordered)))]
-    return f"median {1e3 * statistics.median(ordered):.2f} ms, p99 {1e3 * p99:.2f} ms"
+def percentile(values, part: float) -> float:
+    """The smallest value that as large a part of all does not exceed."""
+    return sorted(values)[math.ceil(part * len(values)) - 1]
+
+
+def spread(values, *parts: float, scale: float = 1e3, unit: str = " ms") -> str:
+    each = (f"p{100 * part:g} {scale * percentile(values, part):.2f}{unit}" for part in parts or (0.5, 0.9, 0.99))
+    return ", ".join(each)
 
 
 if __name__ == "__main__":

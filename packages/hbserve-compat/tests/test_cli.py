@@ -36,7 +36,7 @@ def test_one_prompt_is_streamed_and_ends_with_one_summary(config):
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()
     (summary,) = [line for line in done.stderr.splitlines() if "TTFT" in line]
-    for part in ["TPOT", "12 tokens", "KV moved", "MiB", "transfer", "GB/s", "| cut at --max-tokens"]:
+    for part in ["TPOT", "hand-off", "12 tokens", "KV moved", "MiB", "transfer", "GB/s", "| cut at --max-tokens"]:
         assert part in summary
 
 

@@ -199,6 +199,16 @@ def test_only_what_may_become_a_stop_string_is_held_back():
     assert in_pieces(detokenizer, ids, [1]) == expected
 
 
+@pytest.mark.parametrize(("min_tokens", "expected"), [(0, 0), (1, 2), (2, 2), (3, 4), (4, 4), (5, 6), (9, 6)])
+def test_in_the_text_of_the_tokens_that_must_come_no_stop_string_is_looked_for(min_tokens, expected):
+    kind = "Metaspace"
+    for skip in (False, True):
+        text = Detokenizer(tokenizer_of(kind), ["ab"], skip_special_tokens=skip, min_tokens=min_tokens)
+        shown = in_pieces(text, token_ids(kind, "ababab"), [1])
+        assert "".join(shown) == text.text == "ababab"[:expected]
+        assert text.stopped is (min_tokens < 5)
+
+
 def test_nothing_comes_after_a_stop_string():
     kind = "WordLevel"
     detokenizer = Detokenizer(tokenizer_of(kind), ["lo"])

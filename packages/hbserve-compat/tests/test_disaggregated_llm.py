@@ -29,12 +29,24 @@ async def llm(small_model, until_empty) -> AsyncIterator[DisaggregatedLLM]:
 
 
 @in_its_loop
+async def test_the_pair_is_connected_although_nothing_was_asked_yet(llm):
+    """The first test of the file: the model's fixture has asked nothing."""
+    assert llm.get_system_stats()["cpu_scheduler"]["total_requests"] == 0
+    prefill, decode = llm.scheduler.fleet.handles.values()
+    async with asyncio.timeout(60):
+        while prefill.links != {decode.epoch: True}:
+            await asyncio.sleep(0.01)
+    assert llm.get_system_stats()["gpu_instances"]["prefill-0"]["total_requests"] == 0
+
+
+@in_its_loop
 async def test_results_have_text_tokens_reason_and_timings(llm):
     results = await llm.generate(["介绍一下人工智能", "什么是机器学习？"], SamplingParams(temperature=0, max_tokens=9))
     for result in results:
         assert result["text"] == llm.tokenizer.decode(result["token_ids"], skip_special_tokens=True)
         assert result["finish_reason"] in ("stop", "length")
         assert 0 < result["ttft_s"] <= result["e2e_s"]
+        assert 0 < result["handoff_s"] <= result["e2e_s"] - result["ttft_s"]
         assert result["kv_bytes"] > 0
     assert [result["num_prompt_tokens"] for result in results] == [24, 24]
 

@@ -390,3 +390,21 @@ def pytest_configure() -> None:
 
     if not torch.cuda.is_available():
         os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+@pytest.fixture
+def one_kernel_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton's interpreter is not made for threads."""
+    import threading
+
+    from triton.runtime.interpreter import GridExecutor
+
+    import hbserve_core.cuda_runner.decoder  # noqa: F401  # nor is its first import
+
+    lock, call = threading.Lock(), GridExecutor.__call__
+
+    def locked(self: Any, *arguments: Any, **keywords: Any) -> Any:
+        with lock:
+            return call(self, *arguments, **keywords)
+
+    monkeypatch.setattr(GridExecutor, "__call__", locked)

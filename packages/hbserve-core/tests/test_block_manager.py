@@ -99,6 +99,64 @@ def test_a_block_that_is_only_read_by_a_failed_transfer_stays_good_for_those_who
     assert blocks.num_free == 3
 
 
+def step(blocks: BlockManager) -> None:
+    """Launch one, after the one before has ended."""
+    blocks.last_ended = blocks.last_launched
+    blocks.last_launched += 1
+
+
+def test_others_than_steps_get_the_blocks_that_have_been_free_for_longest_and_no_step_touches():
+    blocks = BlockManager(8, BLOCK)
+    first, second, third = (blocks.allocate(2) for _ in range(3))
+    for used in (first, second, third):
+        step(blocks)
+        blocks.release(used)
+    blocks.check_integrity({})
+    never_used = blocks.allocate_idle(2)
+    assert not {*never_used} & {*first, *second, *third}
+    assert blocks.last_step(never_used) == 0
+    taken = blocks.allocate_idle(3)
+    assert {*first} < {*taken}
+    assert blocks.last_step(taken) == 2
+    assert {*blocks.allocate(1)} <= {*third}, "a step may use what a step in flight uses"
+
+
+def test_others_than_steps_get_cached_blocks_before_those_that_a_step_in_flight_touches():
+    blocks = BlockManager(6, BLOCK)
+    old, new = cached(blocks, [*range(8)]), cached(blocks, [*range(10, 18)])
+    scratch = blocks.allocate(2)
+    step(blocks)
+    blocks.release(scratch)
+    taken = blocks.allocate_idle(3)
+    assert {*taken} == {*old, new[1]}, "the least recently used, the tail before the head"
+    assert blocks.last_step(taken) <= blocks.last_ended
+    rest = blocks.allocate_idle(3)
+    assert {*rest} == {new[0], *scratch}
+    assert blocks.last_step(rest) == 1, "and nothing else is left"
+    blocks.release([*taken, *rest])
+    blocks.check_integrity({})
+    assert blocks.find_prefix(digests(blocks, [*range(8)])) == []
+
+
+def test_blocks_that_are_given_out_together_are_neighbours_in_order_where_there_are_some():
+    blocks = BlockManager(8, BLOCK)
+    assert blocks.allocate(3) == [0, 1, 2]
+    assert blocks.allocate_idle(4) == [4, 5, 6, 7]
+    blocks.release([0, 1, 2])
+    blocks.release([4, 5, 6, 7])
+    assert blocks.allocate_idle(4) == [0, 1, 2, 3]
+
+
+def test_a_cached_block_that_a_step_in_flight_reads_is_not_idle():
+    blocks = BlockManager(2, BLOCK)
+    found = cached(blocks, [*range(8)])
+    step(blocks)
+    blocks.share(found[:1])
+    blocks.release(found[:1])
+    assert blocks.allocate_idle(1) == found[1:]
+    assert blocks.last_step(blocks.allocate_idle(1)) == 1
+
+
 def test_prefix_caching_can_be_switched_off():
     blocks = BlockManager(3, BLOCK, prefix_caching=False)
     cached(blocks, [*range(4)])
@@ -169,8 +227,12 @@ def test_more_blocks_than_there_are_are_an_error_and_nothing_is_taken():
 
 
 FAULTS = {
-    "held and free": lambda blocks: blocks._free.update({0: None}),
-    "neither held nor free": lambda blocks: blocks._free.pop(2),
+    "held and free": lambda blocks: blocks._empty.update({0: None}),
+    "neither held nor free": lambda blocks: blocks._empty.pop(2),
+    "free twice": lambda blocks: blocks._cached.update({2: None}),
+    "free as if it cached something": lambda blocks: blocks._cached.update([blocks._empty.popitem()]),
+    "free before others that were free earlier": lambda blocks: blocks._last_steps.__setitem__(3, 1),
+    "touched by a step that was not launched": lambda blocks: blocks._last_steps.__setitem__(2, 1),
     "freed under its holder": lambda blocks: blocks._references.__setitem__(0, 0),
     "one reference too many": lambda blocks: blocks._references.__setitem__(0, 2),
     "quarantined and free": lambda blocks: blocks._quarantined.update([2]),
@@ -197,3 +259,10 @@ def test_check_integrity_sees_holders_that_do_not_fit(holders):
     blocks.allocate(1)
     with pytest.raises(AssertionError, match=r"block \d: \d references, \d holders"):
         blocks.check_integrity(holders)
+
+
+@pytest.mark.parametrize("take", ["allocate", "allocate_idle"])
+def test_blocks_that_are_given_out_together_are_in_the_order_in_which_they_lie(take):
+    blocks = BlockManager(8, BLOCK)
+    blocks.release([*reversed(blocks.allocate(8))])
+    assert getattr(blocks, take)(8) == [*range(8)]

@@ -39,12 +39,28 @@ def engine():
 
 
 def grant_behind_a_step(engine):
-    """Request "r" has its blocks, but is told so only after the step in flight."""
-    engine.add("before", [1, 2, 3], SamplingParams(0, 3))
+    """Request "r" has its blocks, but is told so only after the step in flight, which writes to one of them."""
+    engine.reserve("parked", [1] * 56, SamplingParams(0, 3))
+    assert len(engine.poll_reservations()) == 1
+    engine.add("before", [1] * 12, SamplingParams(0, 3))
+    engine.add("goes on", [1] * 4, SamplingParams(0, 3))
     engine.step()
+    engine.release("before")
     engine.reserve("r", [1] * 9, SamplingParams(0, 3))
     assert engine.poll_reservations() == []
+    engine.release("parked")
     engine.check_integrity()
+
+
+def test_a_reservation_that_comes_while_a_step_is_computed_is_told_at_once(engine):
+    engine.add("before", [1, 2, 3], SamplingParams(0, 9))
+    engine.add("ends", [1] * 20, SamplingParams(0, 9))
+    engine.step()
+    engine.release("ends")
+    engine.reserve("r", [1] * 50, SamplingParams(0, 3))
+    (granted,) = engine.poll_reservations()
+    assert (granted.request_id, len(granted.block_ids)) == ("r", 13), "20 blocks, of which a step in flight writes to 6"
+    engine.release("r")
 
 
 def test_a_reservation_that_was_granted_is_told_after_the_step_in_flight(engine):
@@ -58,7 +74,7 @@ def test_a_reservation_that_was_granted_is_told_after_the_step_in_flight(engine)
 
 def test_an_engine_with_a_grant_to_tell_has_work(engine):
     grant_behind_a_step(engine)
-    engine.release("before")
+    engine.release("goes on")
     engine.step()
     assert engine.has_work(), "the step is not in flight any more; the grant is still to be told"
     engine.step()

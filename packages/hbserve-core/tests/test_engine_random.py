@@ -182,11 +182,19 @@ class RandomRequests(RuleBasedStateMachine):
                 self.generating.remove(output.request_id)
 
     @precondition(lambda self: self.generating)
-    @rule(data=st.data())
-    def abort(self, data: st.DataObject) -> None:
+    @rule(data=st.data(), num_reserved=st.sampled_from([0, 0, 1, 3]))
+    def abort(self, data: st.DataObject, num_reserved: int) -> None:
+        """Its blocks may be all that is left for those who reserve some, while a step still writes to them."""
         request_id = data.draw(st.sampled_from(sorted(self.generating)))
         self.generating.remove(request_id)
         self.engine.release(request_id)
+        for number in range(num_reserved):
+            reserving = f"reserve-{self.count}-{number}"
+            self.prompts[reserving] = [1, 2] * 6
+            if self.engine.blocks.num_blocks >= 3:
+                self.engine.reserve(reserving, self.prompts[reserving], SamplingParams(0, 5))
+                self.reserving.add(reserving)
+        self.count += 1
 
     @precondition(lambda self: self.reserving)
     @rule(data=st.data())

@@ -76,7 +76,13 @@ FIELDS = {
     "top_p": st.sampled_from([5e-324, 1e-30, 1 - 2**-53, 1]) | VALUE,
     "seed": st.sampled_from([0, 2**31, 2**32, 2**63 - 1]) | VALUE,
     "stop": st.lists(st.text(min_size=1, max_size=3), max_size=3) | VALUE,
-    "stop_token_ids": st.lists(st.integers(0, 2**63 - 1), max_size=3) | VALUE,
+    "stop_token_ids": st.lists(st.integers(0, 2**63 - 1) | st.integers(300, 321), max_size=3) | VALUE,
+    "min_tokens": st.sampled_from([0, 1, 3]) | VALUE,
+    "min_p": st.sampled_from([0, 5e-324, 1]) | VALUE,
+    "presence_penalty": st.floats(-2, 2) | VALUE,
+    "frequency_penalty": st.floats(-2, 2) | VALUE,
+    "repetition_penalty": st.sampled_from([0.01, 100]) | VALUE,
+    "logit_bias": st.dictionaries(st.integers(300, 321), st.floats(-101, 101), max_size=4) | VALUE,
 }
 PARAMS = st.fixed_dictionaries({}, optional=FIELDS).map(lambda fields: broken(**fields)) | VALUE
 GOOD = (

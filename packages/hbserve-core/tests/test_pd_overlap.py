@@ -1,4 +1,5 @@
-"""KV leaves while later chunks compute: when the last chunk starts, that of all but the one before it has landed."""
+"""KV leaves while later chunks compute: when the last chunk starts, that of all but the one before it has landed; and
+that of the last one before the first token is told."""
 
 import asyncio
 import contextlib
@@ -9,6 +10,8 @@ from typing import Any
 import pytest
 
 from hbserve_core import GpuInstance, InstanceConfig
+from hbserve_core.engine.outputs import StepOutput
+from hbserve_core.instance.handover import Inbox, PrefillSend
 from hbserve_kv import KVTransferConfig
 from hbserve_rpc import RpcClient, SamplingParams
 from hbserve_rpc.messages import DECODE, PREFILL, DecodeRequest, PrefillRequest
@@ -87,3 +90,47 @@ async def test_when_the_last_chunk_starts_the_kv_of_all_but_the_one_before_it_ha
         assert done.num_bytes == NUM_CHUNKS * CHUNK_BLOCKS * d.runner.pool[0].nbytes
     earlier = (NUM_CHUNKS - 1) * CHUNK_BLOCKS
     assert seen[0] / earlier >= (NUM_CHUNKS - 2) / (NUM_CHUNKS - 1)
+
+
+class Sending:
+    """A transfer of an instance, and the instance's transfers, which open it when they may."""
+
+    def __init__(self, num_blocks: int) -> None:
+        self.num_blocks = num_blocks
+        self.pushed: list[tuple[list[int], int]] = []
+        self.may_open = asyncio.Event()
+
+    async def open_send(self, transfer_id: str, grant: bytes) -> "Sending":
+        await self.may_open.wait()
+        return self
+
+    def push(self, block_ids: list[int], first: int) -> None:
+        self.pushed.append((block_ids, first))
+
+
+@pytest.mark.parametrize("is_late", [False, True], ids=["opened", "opened late"])
+@pytest.mark.parametrize(
+    ("finish_reason", "expected"),
+    [(None, [[7, 8], [9]]), ("stop", [[7, 8]])],
+    ids=["goes on", "ends at its first token"],
+)
+async def test_the_last_blocks_are_pushed_before_the_first_token_is_told(is_late, finish_reason, expected):
+    """Three blocks, the last of which is not full."""
+    inbox, sending = Inbox(), Sending(num_blocks=3)
+    send = PrefillSend(sending, PrefillRequest("r", "t", list(range(BLOCK * 2 + 3)), GREEDY, b"grant"), BLOCK, inbox)
+    if not is_late:
+        sending.may_open.set()
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+    inbox.put_nowait(StepOutput("r", None, 0, num_computed_tokens=2 * BLOCK, block_table=[7, 8, 9]))
+    inbox.put_nowait(StepOutput("r", 5, 0, finish_reason, num_computed_tokens=2 * BLOCK + 3, block_table=[7, 8, 9]))
+    async with asyncio.timeout(DEADLINE_S):
+        output = await send.follow()
+        if is_late:
+            sending.may_open.set()
+            await send.close()
+            # All that was computed before it was open goes at once; nobody needs any of it if the request has ended.
+            expected = [[block for blocks in expected for block in blocks]] if finish_reason is None else []
+    assert (output.token_id, [blocks for blocks, _ in sending.pushed]) == (5, expected)
+    assert [first for _, first in sending.pushed] == [0, 2][: len(expected)]
+    await send.close()

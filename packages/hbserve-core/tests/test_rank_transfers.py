@@ -15,7 +15,7 @@ from hbserve_core.model.shard import Shard
 from hbserve_core.transfers import rank_protocol as protocol
 from hbserve_core.transfers.instance_transfers import InstanceTransfers
 from hbserve_core.transfers.rank_protocol import Receive, Send
-from hbserve_core.transfers.rank_transfers import RankServer, RemoteRank, make_manager
+from hbserve_core.transfers.rank_transfers import RANK_STRIDE, RankServer, RemoteRank, make_manager
 from hbserve_kv import (
     DrainUnknown,
     KVTransferConfig,
@@ -113,6 +113,39 @@ async def test_instances_of_any_numbers_of_ranks_move_their_blocks(whole, num_se
         assert p.lost == d.lost == []
 
 
+@pytest.mark.parametrize(
+    ("num_senders", "num_receivers", "links"),
+    [
+        (1, 1, [[0]]),
+        (1, 2, [[0, 1]]),
+        (2, 1, [[0], [0]]),
+        (2, 4, [[0, 1], [2, 3]]),
+        (8, 2, [[0], [], [0], [], [1], [], [1], []]),
+    ],
+)
+async def test_ranks_are_connected_ahead_to_those_that_want_heads_of_them(whole, num_senders, num_receivers, links):
+    """And the first transfer needs no other link."""
+    async with Instance(0, whole, num_senders) as p, Instance(1, whole * 0, num_receivers) as d:
+        await p.transfers.open_link(d.transfers.endpoint)
+        ahead = [sorted(link.peer_rank // RANK_STRIDE for link in manager.links()) for manager in p.managers]
+        assert ahead == links
+        before = [dict(manager._peers.connections) for manager in p.managers]
+        posted = await d.transfers.post_receive("t", [5])
+        send = await p.transfers.open_send("t", posted.grant)
+        send.push([1], 0)
+        assert (await send.commit()).outcome is Outcome.COMPLETED
+        assert [manager._peers.connections for manager in p.managers] == before
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+async def test_a_rank_that_cannot_be_connected_ahead_says_why_and_is_not_lost(whole, failing):
+    async with Instance(0, whole, 2) as p, Instance(1, whole * 0, 2) as d:
+        p.managers[failing].fingerprint["model"] = "n"
+        with pytest.raises((ValueError, TransferFailed), match=r"model is 'n' on rank"):
+            await p.transfers.open_link(d.transfers.endpoint)
+        assert p.lost == d.lost == []
+
+
 @pytest.mark.parametrize("num_ranks", [1, 2])
 async def test_a_cancelled_receive_ends_the_send_of_all_ranks_with_its_reason(whole, num_ranks):
     async with Instance(0, whole, num_ranks) as p, Instance(1, whole * 0, 2) as d:
@@ -143,7 +176,7 @@ async def test_when_one_rank_fails_the_others_are_cancelled_with_its_cause(whole
         send = await p.transfers.open_send("t", posted.grant)
         await d.servers[0]._transfers["t"].cancel("out of luck")
         received, sent = await asyncio.gather(posted.wait(), send.wait())
-        assert received.error == "out of luck"
+        assert received.error.endswith("out of luck"), "perhaps it comes by the sender"
         assert sent.error == "cancelled by the receiver: out of luck"
         assert {received.outcome, sent.outcome} == {Outcome.FAILED_DRAINED}
 

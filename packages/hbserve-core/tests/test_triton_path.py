@@ -1,80 +1,16 @@
 """Everything that a CUDA step runs, except CUDA: packed steps, our kernels in Triton's interpreter, and the engine over
 them. Tokens equal those of transformers."""
 
-import threading
-
-import numpy as np
 import pytest
-import torch
+from hbserve_core_interpreted import InterpretedRunner
 
-from hbserve_core import Engine, InstanceConfig
-from hbserve_core.cuda_runner.step_packer import SplitKV, StepPacker, StepView
-from hbserve_core.model.loaded_model import LoadedModel
+from hbserve_core import Engine
 
 pytest.importorskip("triton", reason="torch has Triton on Linux only")
 # The interpreter's numbers warn where they wrap, which is what hashing wants, and where they are none.
 pytestmark = [
     pytest.mark.filterwarnings(f"ignore:{which} encountered:RuntimeWarning") for which in ("overflow", "invalid value")
 ]
-BLOCK = 8
-
-
-class InterpretedRunner:
-    """What CudaRunner does, at once and on the CPU. Steps may be padded as graphs pad them."""
-
-    def __init__(self, folder, overlaps=False, graphs=True, group=None, seed=None, **settings):
-        from hbserve_core.cuda_runner.decoder import CudaDecoder
-        from hbserve_core.cuda_runner.kernels.prefill_attention import new_tokens_per_tile
-
-        self.config = InstanceConfig(
-            model_path=str(folder), block_size=BLOCK, num_blocks=96, device="cpu", cuda_graph_enabled=graphs,
-            cuda_graph_max_seq_len=64, **settings,
-        )  # fmt: skip
-        model = LoadedModel(self.config, group)
-        self.model_config, self.device, self.overlaps = model.model_config, model.device, overlaps
-        self.dtype, self.fingerprint = model.dtype, model.fingerprint
-        self.pool = model.allocate_pool().fill_(float("nan"))
-        tile_tokens = new_tokens_per_tile(self.pool, model.rank_config.num_heads)
-        pieces = SplitKV(model.rank_config.num_kv_heads, 2)
-        self.packer = StepPacker(self.config, tile_tokens, pieces, group.seed if group else seed)
-        largest = self.packer.shapes.largest(self.config.max_num_batched_tokens, self.config.max_num_seqs)
-        self.decoder = CudaDecoder(model.rank_config, plain(model.weights), largest, group)
-        self.sampled = torch.zeros(self.config.max_num_seqs, dtype=torch.int32)
-        self.memory = np.full(largest.fixed_size + self.config.max_num_seqs * 64, 12345, dtype=np.int32)
-        self.used_shapes = set()
-
-    def launch(self, batch):
-        step = self.packer.pack(batch, self.memory)
-        self.used_shapes.add(step.shape)
-        view = StepView(torch.from_numpy(self.memory[: step.used].copy()), step.shape)
-        num_samples = len(step.places)
-        with torch.inference_mode():
-            if step.shape.tiles:
-                hidden = self.decoder.hidden(view, self.sampled, self.pool)
-                view.samples = view.samples[:, :num_samples]
-                if num_samples:
-                    self.decoder.finish(view, hidden, self.sampled)
-            else:
-                self.decoder.decode(view, self.sampled, self.pool)
-        tokens = step.tokens(self.sampled[:num_samples].tolist())
-        return lambda: tokens
-
-
-def plain(weights):
-    """The CPU's packed products, as kernels want to read them: plain ones."""
-    from dataclasses import replace
-
-    from hbserve_core.model.layers import Linear
-
-    def unpacked(linear):
-        weight = linear.weight.to_dense() if linear.weight.is_mkldnn else linear.weight
-        return Linear(weight, linear.bias)
-
-    layers = tuple(
-        replace(layer, **{name: unpacked(getattr(layer, name)) for name in ("qkv", "output", "gate_up", "down")})
-        for layer in weights.layers
-    )
-    return replace(weights, layers=layers, head=unpacked(weights.head))
 
 
 # Steps in turn and of exact shapes, as without graphs; and overlapped, padded ones.
@@ -115,22 +51,6 @@ def test_greedy_tokens_equal_transformers_where_products_are_skinny_and_share_th
     assert found == {key: greedy_tokens(name, given, 3) for key, given in prompts.items()}
     assert {choice.kernel for choice in chosen} == {"skinny"}
     assert {choice.splits for choice in chosen} >= {1, 2}
-
-
-@pytest.fixture
-def one_kernel_at_a_time(monkeypatch):
-    """Triton's interpreter is not made for threads."""
-    from triton.runtime.interpreter import GridExecutor
-
-    import hbserve_core.cuda_runner.decoder  # noqa: F401  # nor is its first import
-
-    lock, call = threading.Lock(), GridExecutor.__call__
-
-    def locked(self, *arguments, **keywords):
-        with lock:
-            return call(self, *arguments, **keywords)
-
-    monkeypatch.setattr(GridExecutor, "__call__", locked)
 
 
 @pytest.mark.parametrize("num_output", [0, 2])

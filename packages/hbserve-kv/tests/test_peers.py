@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hbserve_kv import HeadRange, KVTransferConfig, KVTransferManager, Outcome, TransferFailed
+from hbserve_kv import FingerprintMismatch, HeadRange, KVTransferConfig, KVTransferManager, Outcome, TransferFailed
 from hbserve_kv.protocol.checksum import checksums
 from hbserve_kv.sending.breaker import FIRST_PAUSE_S, LONGEST_PAUSE_S, Breaker
 from hbserve_kv.testing import Faults, LoopbackNetwork
@@ -87,6 +87,33 @@ async def test_a_peer_that_was_not_there_is_reached_when_it_comes_and_meanwhile_
     again = await managers(1, "ipc", port=port)
     sent, _ = await move(sender, again, "t")
     assert sent.outcome is Outcome.COMPLETED, "its grant shows that it lives"
+
+
+async def test_a_link_that_was_opened_ahead_is_the_one_that_transfers_go_over(processes_backend, managers):
+    sender, receiver = [await managers(rank, processes_backend, timeout_s=10) for rank in (0, 1)]
+    await asyncio.gather(*(sender.open_link(receiver.endpoint) for _ in range(3)))
+    (ahead,) = sender._peers.connections.values()
+    assert [link.is_sender for link in sender.links()] == [True]
+    sent, _ = await move(sender, receiver, "t")
+    assert sent.outcome is Outcome.COMPLETED
+    assert list(sender._peers.connections.values()) == [ahead]
+    await sender.open_link(receiver.endpoint)
+    assert list(sender._peers.connections.values()) == [ahead]
+
+
+async def test_a_link_to_a_life_that_has_ended_is_not_opened_and_one_to_the_present_life_is(managers):
+    sender, receiver = await managers(0, "ipc", timeout_s=2), await managers(1, "ipc")
+    old, port = receiver.endpoint, int(receiver.address.rpartition(":")[2])
+    await sender.open_link(old)
+    await receiver.close()
+    again = await managers(1, "ipc", port=port)
+    with pytest.raises(TransferFailed, match=r"was restarted|no connection"):
+        await sender.open_link(old)
+    await sender.open_link(again.endpoint)
+    assert len(sender.links()) == 1
+    other = await managers(2, "ipc", fingerprint={"model": "n"})
+    with pytest.raises(FingerprintMismatch, match="model is 'm' on rank 0 and 'n' on rank 2"):
+        await sender.open_link(other.endpoint)
 
 
 async def test_a_receiver_that_is_gone_fails_the_send_by_its_address(processes_backend, managers):

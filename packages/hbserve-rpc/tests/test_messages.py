@@ -17,7 +17,10 @@ def structs_of(module):
 
 STRUCTS = structs_of(messages) + structs_of(wire)
 METHODS = [each for each in vars(messages).values() if isinstance(each, (Method, StreamMethod))]
-EXAMPLES = {str: "text", int: 3, float: 0.25, bool: True, bytes: b"\x00\xff", SamplingParams: SamplingParams(0.5, 7)}
+EXAMPLES = {
+    str: "text", int: 3, float: 0.25, bool: True, bytes: b"\x00\xff", SamplingParams: SamplingParams(0.5, 7),
+    msgspec.Raw: msgspec.Raw(msgspec.msgpack.encode({"any": [1]})),
+}  # fmt: skip
 
 
 def example_of(kind):
@@ -28,6 +31,8 @@ def example_of(kind):
         return typing.get_args(kind)[-1]
     if typing.get_origin(kind) is list:
         return [example_of(typing.get_args(kind)[0])]
+    if typing.get_origin(kind) is tuple:
+        return tuple(map(example_of, typing.get_args(kind)))
     if inspect.isclass(kind) and issubclass(kind, msgspec.Struct):
         return filled(kind)
     return example_of(typing.get_args(kind)[0])  # an optional field
@@ -61,7 +66,7 @@ def test_a_field_that_a_newer_peer_added_is_ignored():
 
 def test_method_names_are_unique_and_say_who_serves_them():
     names = [method.name for method in METHODS]
-    assert len(set(names)) == len(names) == 9
+    assert len(set(names)) == len(names) == 10
     assert all(name.startswith(("instance.", "scheduler.")) for name in names)
 
 

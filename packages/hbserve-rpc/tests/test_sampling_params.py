@@ -1,6 +1,8 @@
 """SamplingParams: nano-vllm's order, and every wrong value refused by its name."""
 
 import contextlib
+from collections import OrderedDict
+from collections.abc import Mapping
 from decimal import Decimal
 from fractions import Fraction
 from itertools import count
@@ -49,6 +51,19 @@ class HostileText(str):
         raise RuntimeError("no length")
 
 
+class EndlessMapping(Mapping):
+    """A mapping that says that it is empty, and does not end."""
+
+    def __getitem__(self, key):
+        return 1.0
+
+    def __iter__(self):
+        return count()
+
+    def __len__(self):
+        return 0
+
+
 OBJECTS = [HostileObject(), HostileInt(5), HostileFloat(0.5), HostileText("x"), Decimal("0.5"), Decimal("sNaN"), int]
 
 WRONG = {
@@ -88,6 +103,31 @@ WRONG = {
         3,
         "ab",
     ],
+    "min_tokens": [HostileObject(), -1, 1.5, None, True, "3", 2**63, 65],
+    "min_p": [HostileObject(), HostileFloat(0.5), -0.1, 1.1, float("nan"), float("inf"), 10**5000, "0.1", None],
+    "presence_penalty": [HostileObject(), -2.1, 2.1, float("nan"), float("inf"), 10**400, "1", True, None],
+    "frequency_penalty": [HostileObject(), -2.1, 2.1, float("nan"), float("-inf"), 10**5000, "1", True, None],
+    "repetition_penalty": [HostileObject(), 0, -1, 0.009, 100.1, float("nan"), float("inf"), "1", True, None],
+    "logit_bias": [
+        HostileObject(),
+        [(3, 1.0)],
+        "3",
+        {-1: 1.0},
+        {2**31: 1.0},
+        {10**5000: 1.0},
+        {"3": 1.0},
+        {True: 1.0},
+        {1.0: 1.0},
+        {3: float("nan")},
+        {3: float("-inf")},
+        {3: 100.1},
+        {3: 1e308},
+        {3: "1"},
+        {3: None},
+        {3: HostileObject()},
+        dict.fromkeys(range(10**6), 1.0),
+        EndlessMapping(),
+    ],
 }
 
 
@@ -96,7 +136,12 @@ SIMPLE = (
     | st.sampled_from([2**63, -(2**63) - 1, 10**400, 10**5000, 5e-324, -0.0, "half \ud83d", "\x00", 1j, object()])
     | st.sampled_from(OBJECTS)
 )  # fmt: skip
-HOSTILE = SIMPLE | st.lists(SIMPLE, max_size=20) | st.tuples(SIMPLE) | st.dictionaries(st.text(), SIMPLE, max_size=2)
+HOSTILE = (
+    SIMPLE
+    | st.lists(SIMPLE, max_size=20)
+    | st.tuples(SIMPLE)
+    | st.dictionaries(st.text() | st.integers(), SIMPLE, max_size=2)
+)
 """What a caller may give for anything."""
 
 ALL_WRONG = [(name, value) for name, values in WRONG.items() for value in values]
@@ -129,23 +174,29 @@ def test_values_of_array_libraries_and_none_become_plain_python():
     # Known elsewhere: verl #772.
     params = SamplingParams(
         temperature=Scalar(0.5), max_tokens=Scalar(4), ignore_eos=Scalar(True), top_p=Fraction(1, 2), seed=Scalar(7),
-        stop=None, stop_token_ids=(each for each in (Scalar(3), 4)),
+        stop=None, stop_token_ids=(each for each in (Scalar(3), 4)), min_tokens=Scalar(2), min_p=Scalar(0.25),
+        logit_bias=OrderedDict({Scalar(3): Scalar(1.5)}),
     )  # fmt: skip
-    assert params == SamplingParams(0.5, 4, True, top_p=0.5, seed=7, stop_token_ids=[3, 4])
-    assert {type(value) for value in msgspec.structs.asdict(params).values()} == {float, int, bool, list}
+    assert params == SamplingParams(
+        0.5, 4, True, top_p=0.5, seed=7, stop_token_ids=[3, 4], min_tokens=2, min_p=0.25, logit_bias={3: 1.5}
+    )
+    assert type(params.logit_bias) is dict
+    assert {type(value) for value in msgspec.structs.asdict(params).values()} == {float, int, bool, list, dict}
     assert msgspec.msgpack.decode(msgspec.msgpack.encode(params), type=SamplingParams) == params
 
 
 def test_a_copy_shares_nothing_and_what_the_caller_gave_may_change():
     # Known elsewhere: vLLM #2881.
-    stop, ids = ["a"], [5]
-    params = SamplingParams(stop=stop, stop_token_ids=ids)
+    stop, ids, bias = ["a"], [5], {7: 1.0}
+    params = SamplingParams(stop=stop, stop_token_ids=ids, logit_bias=bias)
     copied = params.copied()
     stop.append("b")
     ids.append(6)
+    bias[8] = 2.0
     params.stop.append("c")
+    params.logit_bias[9] = 3.0
     params.max_tokens = 1
-    assert copied == SamplingParams(stop=["a"], stop_token_ids=[5])
+    assert copied == SamplingParams(stop=["a"], stop_token_ids=[5], logit_bias={7: 1.0})
 
 
 @settings(derandomize=True, max_examples=200, deadline=None)
@@ -200,11 +251,27 @@ def test_every_field_has_its_wrong_values_here():
         SamplingParams(top_k=-1, top_p=1),
         SamplingParams(seed=2**63 - 1, max_tokens=2**63 - 1),
         SamplingParams(stop=["x"] * 16, stop_token_ids=[0]),
+        SamplingParams(max_tokens=9, min_tokens=9, min_p=1),
+        SamplingParams(min_p=5e-324, logit_bias={0: -100, 2**31 - 1: 100}),
+        SamplingParams(logit_bias=dict.fromkeys(range(1024), 0.5)),
+        SamplingParams(logit_bias={}),
+        SamplingParams(presence_penalty=-2, frequency_penalty=2, repetition_penalty=0.01),
+        SamplingParams(presence_penalty=2, frequency_penalty=-2, repetition_penalty=100),
     ],
     ids=repr,
 )
 def test_the_edges_of_each_range_are_allowed_and_cross_the_wire(params):
     assert msgspec.msgpack.decode(msgspec.msgpack.encode(params), type=SamplingParams) == params
+
+
+def test_a_token_that_a_model_does_not_have_is_named():
+    SamplingParams(stop_token_ids=[9], logit_bias={9: 1.0}).require_vocabulary(10)
+    for params, name in [
+        (SamplingParams(stop_token_ids=[3, 10]), "stop_token_ids"),
+        (SamplingParams(logit_bias={3: 1.0, 10: 1.0}), "logit_bias"),
+    ]:
+        with pytest.raises(InvalidRequest, match=rf"^{name}\[1\]: token 10 is outside the vocabulary \[0, 10\)"):
+            params.require_vocabulary(10)
 
 
 def test_the_wire_refuses_what_the_constructor_refuses():

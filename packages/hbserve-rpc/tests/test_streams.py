@@ -64,6 +64,58 @@ async def test_a_client_that_does_not_read_stops_the_server_at_its_credit(rpc, c
     assert [item.value async for item in stream] == list(range(1, 10_000))
 
 
+async def test_what_many_streams_bring_in_one_step_is_one_message_and_so_is_their_credit(
+    rpc, start, connect, monkeypatch
+):
+    num_streams, num_steps = 20, wire.CREDIT
+    steps = [asyncio.Event() for _ in range(num_steps)]
+
+    async def follow(ask):
+        for number, step in enumerate(steps):
+            await step.wait()
+            yield rpc.Ask(ask.value + number)
+
+    server = RpcServer()
+    server.serve_stream(rpc.STREAM, follow)
+    await start(server)
+    client = await connect(server.address)
+    sent = {"server": [], "client": []}
+    for name, side in (("server", server), ("client", client)):
+        note, send = sent[name], side._socket.send
+        monkeypatch.setattr(
+            side._socket, "send", lambda frames, note=note, send=send: (note.append(frames), send(frames))
+        )
+
+    async def collect(first):
+        return [item.value async for item in client.stream(rpc.STREAM, rpc.Ask(first))]
+
+    collecting = [asyncio.create_task(collect(1000 * i)) for i in range(num_streams)]
+    async with asyncio.timeout(20):
+        while len(next(iter(server._clients.values())).work if server._clients else ()) < num_streams:
+            await asyncio.sleep(0.001)
+        for number, step in enumerate(steps):
+            step.set()
+            while len([1 for frames in sent["server"] if b"Items" in frames[1]]) <= number:
+                await asyncio.sleep(0)
+        found = await asyncio.gather(*collecting)
+    assert found == [[1000 * i + number for number in range(num_steps)] for i in range(num_streams)]
+    items = [wire.decode_from_server(frames[1]) for frames in sent["server"] if b"Items" in frames[1]]
+    assert [len(each.items) for each in items] == [num_streams] * num_steps
+    credits = [wire.decode_from_client(frames[0]) for frames in sent["client"] if b"Credits" in frames[0]]
+    counts = [count for each in credits for count in each.counts]
+    assert {id_ for id_, _ in counts} == {id_ for each in items for id_, _, _ in each.items}
+    assert len(credits) < len(counts) / 2
+
+
+async def test_a_stream_without_credit_holds_up_no_other(rpc, counting):
+    client, _ = await counting()
+    unread = client.stream(rpc.STREAM, rpc.Ask(10_000))
+    await anext(unread)
+    async with asyncio.timeout(20):
+        assert [item.value async for item in client.stream(rpc.STREAM, rpc.Ask(1000))] == list(range(1000))
+    await unread.aclose()
+
+
 async def test_closing_a_stream_closes_the_servers_generator(rpc, counting):
     client, seen = await counting()
     async with client.stream(rpc.STREAM, rpc.Ask(10_000)) as stream:

@@ -11,15 +11,19 @@ import pytest
 
 from hbserve_rpc import InvalidRequest, RpcServer, SamplingParams
 from hbserve_rpc.messages import (
+    CONNECT,
     DECODE,
     DESCRIBE,
     GENERATE,
+    GRANT,
     PREFILL,
     STATS,
+    ConnectRequest,
     DecodeRequest,
     Empty,
     GenerateRequest,
     Granted,
+    GrantRequest,
     InstanceInfo,
     InstanceStats,
     InstanceStatus,
@@ -33,6 +37,7 @@ from hbserve_scheduler import CpuScheduler, EventStream, SchedulerConfig
 
 DEADLINE_S = 30.0
 VOCAB_SIZE = 1000
+NUM_BLOCKS, BLOCK_SIZE, MAX_NUM_SEQS = 1000, 16, 64
 MAX_PROMPT_LEN = 64
 
 
@@ -44,7 +49,8 @@ def token(index: int) -> int:
 class FakeInstance:
     """Token i of every answer is 100 + i. Each request passes named phases, where a test can hold it or fail it.
 
-    Phases: "grant" and "tokens" of a decode instance, "first" and "done" of a prefill instance, "tokens" of a hybrid.
+    Phases: "grant" and "tokens" of a decode instance, "first", "done" and "connect d0" of a prefill instance, "tokens"
+    of a hybrid one. A prefill instance that has begun before its grant waits for that between "first" and the token.
     """
 
     def __init__(self, role: Role, instance_id: str, journal: list[tuple[str, str]]) -> None:
@@ -53,6 +59,12 @@ class FakeInstance:
         self.journal = journal
         """(instance, what) in the order in which it happened, over all instances of the test."""
         self.requests: list[Any] = []
+        self.connected: list[bytes] = []
+        """Endpoints that it was asked to connect to, and did."""
+        self.granted: dict[str, asyncio.Future[bytes]] = {}
+        """By request, what a prefill instance waits for."""
+        self.free_blocks = 0
+        """That it reports. With 0 a scheduler reserves before it lets a prompt be computed."""
         self.open = 0
         """Streams that are under way."""
         self.hold: set[str] = set()
@@ -74,6 +86,9 @@ class FakeInstance:
         server = RpcServer(port=port, epoch=uuid.uuid4().hex)
         server.serve(DESCRIBE, self._describe)
         server.serve(STATS, self._stats)
+        if self.role == "prefill":
+            server.serve(CONNECT, self._connect)
+            server.serve_notification(GRANT, self._grant)
         for method, handler in ((DECODE, self._decode), (PREFILL, self._prefill), (GENERATE, self._generate)):
             server.serve_stream(method, handler)  # type: ignore[arg-type]
         return server
@@ -95,11 +110,30 @@ class FakeInstance:
     async def _describe(self, _: Empty) -> InstanceInfo:
         return InstanceInfo(
             self.instance_id, self.role, self.server.epoch, self.status, max_model_len=self.max_model_len,
-            max_prompt_len=MAX_PROMPT_LEN, vocab_size=VOCAB_SIZE, error=self.error,
+            max_prompt_len=MAX_PROMPT_LEN, vocab_size=VOCAB_SIZE, error=self.error, kv_endpoint=self.kv_endpoint,
+            num_blocks=NUM_BLOCKS, block_size=BLOCK_SIZE, max_num_seqs=MAX_NUM_SEQS,
         )  # fmt: skip
 
+    @property
+    def kv_endpoint(self) -> bytes:
+        return f"{self.instance_id}@{self.server.epoch}".encode() if self.role == "decode" else b""
+
+    async def _connect(self, request: ConnectRequest) -> Empty:
+        await self._phase(f"connect {request.kv_endpoint.decode().partition('@')[0]}")
+        self.connected.append(request.kv_endpoint)
+        return Empty()
+
     async def _stats(self, _: Empty) -> InstanceStats:
-        return InstanceStats(self.instance_id, self.role, self.status, self.server.epoch, active_requests=self.open)
+        return InstanceStats(
+            self.instance_id, self.role, self.status, self.server.epoch, active_requests=self.open,
+            free_blocks=self.free_blocks,
+        )  # fmt: skip
+
+    async def _grant(self, request: GrantRequest) -> None:
+        future = self.granted.get(request.request_id)
+        self.journal.append((self.instance_id, "granted" if future else "granted too late"))
+        if future is not None and not future.done():
+            future.set_result(request.grant)
 
     async def _phase(self, name: str) -> None:
         self.journal.append((self.instance_id, name))
@@ -148,14 +182,23 @@ class FakeInstance:
                     yield event
 
     async def _prefill(self, request: PrefillRequest) -> AsyncIterator[TokenEvent | TransferDone]:
+        granted = self.granted[request.request_id] = asyncio.get_running_loop().create_future()
+        if not request.grant_follows:
+            granted.set_result(request.grant)
         with self._stream(request):
-            await self._phase("first")
-            if "first" in self.silent:
-                return
-            yield self._event(request, len(request.output_token_ids))
-            await self._phase("done")
-            if request.grant:
-                yield TransferDone(num_bytes=1000, num_parts=1, time_s=0.5)
+            try:
+                await self._phase("first")
+                if "first" in self.silent:
+                    return
+                event = self._event(request, len(request.output_token_ids))
+                if event.finish_reason is None:
+                    await granted
+                yield event
+                await self._phase("done")
+                if await granted:
+                    yield TransferDone(num_bytes=1000, num_parts=1, time_s=0.5)
+            finally:
+                del self.granted[request.request_id]
 
     async def _generate(self, request: GenerateRequest) -> AsyncIterator[TokenEvent]:
         if self.role != "hybrid":
@@ -229,6 +272,11 @@ async def make_scheduler(assert_empty: Any, until: Any) -> AsyncIterator[Callabl
         await scheduler.start()
         if ready:
             await scheduler.wait_ready(DEADLINE_S)
+            handles = scheduler.fleet.handles.values()
+            decodes = [each.epoch for each in handles if each.role == "decode"]
+            wanted = set(decodes[: scheduler.config.max_warm_links])
+            # Not chosen by which link happened to be there first.
+            await until(lambda: all(each.links.keys() >= wanted for each in handles if each.role == "prefill"))
         return scheduler
 
     yield make

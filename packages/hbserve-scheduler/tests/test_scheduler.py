@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from hbserve_rpc import InvalidRequest, Overloaded, SamplingParams
-from hbserve_rpc.messages import GenerateRequest, RequestFinished, TokenEvent
+from hbserve_rpc.messages import GenerateRequest, LatencySummary, RequestFinished, TokenEvent
 from hbserve_scheduler import CpuScheduler, RequestFailed
 from hbserve_scheduler.request import ScheduledRequest
 
@@ -421,3 +421,49 @@ def test_the_times_of_a_request_are_of_its_submission_and_its_tokens(ask, monkey
     end = entry.events.get_nowait()
     # Three tokens come after the first, in six seconds.
     assert (end.queue_time_s, end.ttft_s, end.tpot_s, end.e2e_s) == (2, 3, 2, 9)
+
+
+@pytest.mark.parametrize(
+    ("events", "handoff_s"),
+    [
+        ([(1, [100]), (4, [101]), (9, [102])], 3),
+        ([(1, [100]), (4, [100, 101])], 3),
+        ([(1, [100]), (2, [100]), (4, [101])], 3),
+        ([(1, [100, 101]), (4, [102])], 0),
+        ([(1, [100])], None),
+        ([], None),
+    ],
+    ids=["one by one", "the first again with the second", "the first twice", "both at once", "no second", "none"],
+)
+@pytest.mark.parametrize("known", [0, 2])
+def test_the_handoff_is_from_the_first_token_that_a_client_gets_to_the_second(
+    ask, monkeypatch, events, handoff_s, known
+):
+    """Whether or not it has `known` tokens of an earlier attempt already."""
+    entry = ScheduledRequest(ask(output_token_ids=[100 + i for i in range(known)]))
+    for now_s, tokens in events:
+        monkeypatch.setattr("hbserve_scheduler.request.time", SimpleNamespace(monotonic=lambda now_s=now_s: now_s))
+        entry.deliver(TokenEvent(tokens[0] - 100 + known, [token + known for token in tokens]))
+    assert entry.handoff_s == handoff_s
+    entry.finish("length")
+    while not isinstance(end := entry.events.get_nowait(), RequestFinished):
+        pass
+    assert end.handoff_s == (handoff_s or 0)
+
+
+async def test_the_stats_sum_up_the_handoffs_of_those_requests_that_ended_last(
+    make_scheduler, pair, ask, collect, monkeypatch
+):
+    monkeypatch.setattr("hbserve_scheduler.cpu_scheduler.RECENT_REQUESTS", 200)
+    scheduler = await make_scheduler(*pair)
+    assert scheduler.stats().handoff == LatencySummary()
+    await collect(scheduler.submit(ask("one-token", max_tokens=1)))
+    assert scheduler.stats().handoff.count == 0
+    _, end = await collect(scheduler.submit(ask("two-tokens", max_tokens=2)))
+    assert end.handoff_s > 0
+    assert scheduler.stats().handoff == LatencySummary(1, end.handoff_s, end.handoff_s)
+    for i in range(1000):
+        entry = ScheduledRequest(ask(str(i)), first_token_s=0, second_token_s=i)
+        scheduler._totals["total"] += 1
+        scheduler._end(entry, "length")
+    assert scheduler.stats().handoff == LatencySummary(200, 899, 997)

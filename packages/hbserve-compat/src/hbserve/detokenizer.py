@@ -28,8 +28,13 @@ class Detokenizer:
     strings are looked for in the text with its special tokens, also where these are skipped: they may be such tokens.
     """
 
-    def __init__(self, tokenizer: Any, stop: Sequence[str] = (), *, skip_special_tokens: bool = True) -> None:
-        """`tokenizer` is None where there is none: all text is "" then, and there may be no stop strings."""
+    def __init__(
+        self, tokenizer: Any, stop: Sequence[str] = (), *, skip_special_tokens: bool = True, min_tokens: int = 0
+    ) -> None:
+        """`tokenizer` is None where there is none: all text is "" then, and there may be no stop strings.
+
+        min_tokens: in the text of the first so many tokens no stop string is looked for.
+        """
         decoder = None if tokenizer is None else _decoder_of(tokenizer)
         self._tokenizer = tokenizer
         """The decoder does not keep it alive."""
@@ -38,6 +43,7 @@ class Detokenizer:
         self._searched = decoder.text() if decoder is not None and stop and self._skipped else None
         """The text with special tokens, where it is another one."""
         self._stop = StopStrings(stop) if stop else None
+        self._min_tokens = min_tokens
         self._held: deque[tuple[int, str]] = deque()
         """Of tokens whose text may belong to a stop string: its length as it is searched, and what is to be shown."""
         self._num_held = 0
@@ -76,7 +82,7 @@ class Detokenizer:
         return new
 
     def _take(self, searched: str, shown: str) -> list[str]:
-        if self._stop is None:
+        if self._stop is None or len(self.token_ids) <= self._min_tokens:
             return [shown]
         self._held.append((len(searched), shown))
         self._num_held += len(searched)

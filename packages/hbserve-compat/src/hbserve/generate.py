@@ -101,14 +101,16 @@ def counted(reasons: list[str]) -> str:
 def summary(timings: list[Timings], num_tokens: int) -> str:
     """One line; with several requests, means of the times and sums of the rest."""
     ttft_ms = 1e3 * sum(each["ttft_s"] for each in timings) / len(timings)
+    handoffs_s = [each["handoff_s"] for each in timings if each["handoff_s"]] or [0.0]
+    handoff_ms = 1e3 * sum(handoffs_s) / len(handoffs_s)
     tpot_ms = 1e3 * sum(each["tpot_s"] for each in timings) / len(timings)
     num_bytes = sum(each["kv_bytes"] for each in timings)
     transfer_s = sum(each["kv_transfer_time_s"] for each in timings)
     rate = f"{num_bytes / transfer_s / 1e9:.2f} GB/s" if transfer_s else "-"
     mean = "mean " if len(timings) > 1 else ""
     return (
-        f"{mean}TTFT {ttft_ms:.0f} ms | {mean}TPOT {tpot_ms:.1f} ms | {num_tokens} tokens | "
-        f"KV moved {num_bytes / 2**20:.2f} MiB | transfer {transfer_s * 1e3:.1f} ms, {rate}"
+        f"{mean}TTFT {ttft_ms:.0f} ms | {mean}hand-off {handoff_ms:.1f} ms | {mean}TPOT {tpot_ms:.1f} ms | "
+        f"{num_tokens} tokens | KV moved {num_bytes / 2**20:.2f} MiB | transfer {transfer_s * 1e3:.1f} ms, {rate}"
     )
 
 

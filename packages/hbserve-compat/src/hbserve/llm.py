@@ -112,7 +112,8 @@ class LLM:
     def _add(self, call: _Call, token_ids: list[int], params: SamplingParams, place: int = 0) -> None:
         number = next(self._numbers)
         # As nano-vllm does, the text keeps special tokens.
-        request = _Request(number, Detokenizer(self._tokenizer, params.stop, skip_special_tokens=False), place)
+        text = Detokenizer(self._tokenizer, params.stop, skip_special_tokens=False, min_tokens=params.min_tokens)
+        request = _Request(number, text, place)
         call.requests[str(number)] = request  # first: whatever interrupts `add`, it is known that there may be one
         try:
             with naming(place, call.num_prompts):

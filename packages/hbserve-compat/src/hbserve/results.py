@@ -11,6 +11,8 @@ class Timings(TypedDict):
     queue_time_s: float
     ttft_s: float
     """Time to first token."""
+    handoff_s: float
+    """First token to second: how long the request stood still while it changed hands. 0 if there is no second."""
     tpot_s: float
     """Mean time per output token after the first."""
     e2e_s: float
@@ -50,6 +52,7 @@ def timings_of(end: RequestFinished) -> Timings:
     return Timings(
         queue_time_s=end.queue_time_s,
         ttft_s=end.ttft_s,
+        handoff_s=end.handoff_s,
         tpot_s=end.tpot_s,
         e2e_s=end.e2e_s,
         kv_bytes=end.kv_bytes,

@@ -50,7 +50,9 @@ class TextRequest:
     ) -> None:
         """Raises InvalidRequest or Overloaded if a scheduler in this process refuses."""
         self.request_id = request_id or uuid.uuid4().hex
-        self.detokenizer = Detokenizer(tokenizer, params.stop, skip_special_tokens=skip_special_tokens)
+        self.detokenizer = Detokenizer(
+            tokenizer, params.stop, skip_special_tokens=skip_special_tokens, min_tokens=params.min_tokens
+        )
         self._scheduler = scheduler
         self._events: Events = scheduler.submit(GenerateRequest(self.request_id, prompt, params))
 

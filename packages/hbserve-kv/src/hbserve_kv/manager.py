@@ -138,6 +138,26 @@ class KVTransferManager(KVTransferBase):
         """What a receiver that has lost this sender asks: see `receiving/quarantine.py`."""
         return Alive(self.epoch, self._peers.writing())
 
+    # ---- links ahead of transfers --------------------------------------------------------------------------------
+
+    @property
+    def endpoint(self) -> bytes:
+        """Where this rank receives, for a sender's `open_link`. Those of several ranks are joined by `join_grants`."""
+        return msgspec.msgpack.encode(Grant("", self.address, self.epoch, self.heads))
+
+    async def open_link(self, endpoint: bytes) -> None:
+        """Connect to a receiver ahead of the first transfer, which then pays for nothing that it needs only once.
+
+        Of a receiver under tensor parallelism, to the ranks that want heads of this one. Returns at once if they are
+        connected; makes no further attempt for a while after one has failed.
+
+        Raises:
+            FingerprintMismatch: the receiver's KV means something else.
+            TransferFailed: the receiver is not there, or was restarted.
+        """
+        receivers = [each for each in read_grants(endpoint) if self.heads.common(each.heads)]
+        await asyncio.gather(*(self._peers.connection(each.address, each.epoch) for each in receivers))
+
     # ---- blocks of the pool --------------------------------------------------------------------------------------
 
     def post_receive(self, transfer_id: str, block_ids: Sequence[int]) -> PostedReceive:

@@ -48,6 +48,8 @@ class RpcClient:
         self._last_heard_s = 0.0
         self._ids = itertools.count(1)
         self._waiting: dict[int, RpcStream[Any]] = {}
+        self._credits: list[tuple[int, int]] = []
+        """For the server, until this turn of the loop ends."""
         self._heart: asyncio.Task[None] | None = None
         # The same identity after a reconnect: a short break of the network costs nothing.
         options: dict[int, int | bytes] = {
@@ -148,6 +150,17 @@ class RpcClient:
     def send(self, envelope: wire.FromClient, body: bytes = b"") -> None:
         self._socket.send([wire.encode(envelope), body])
 
+    def give_credit(self, id_: int, count: int) -> None:
+        """Tell the server, with those of other streams that this turn of the loop brings."""
+        if not self._credits:
+            asyncio.get_running_loop().call_soon(self._send_credits)
+        self._credits.append((id_, count))
+
+    def _send_credits(self) -> None:
+        counts, self._credits = self._credits, []
+        if self._socket.is_open:
+            self.send(wire.Credits(next(self._ids), counts))
+
     def _hello(self) -> None:
         self.send(wire.Hello(wire.PROTOCOL_VERSION, self._timeout_s))
 
@@ -186,12 +199,18 @@ class RpcClient:
                 self._hello()
             case wire.Pong():
                 pass
-            case wire.Reply(id=id_) | wire.Item(id=id_) | wire.End(id=id_) | wire.Failed(id=id_):
-                pending = self._waiting.get(id_)
-                if pending is None or envelope.epoch != self._epoch:
-                    self.dropped_frames += 1
-                elif not pending.receive(envelope, body):
-                    self.send(wire.Close(id_))
+            case wire.Items(epoch=epoch, items=items):
+                for id_, number, item in items:
+                    if (pending := self._pending(id_, epoch)) and not pending.receive_item(number, item):
+                        self.send(wire.Close(id_))
+            case wire.Reply() | wire.End() | wire.Failed():
+                if pending := self._pending(envelope.id, envelope.epoch):
+                    pending.end(envelope, body)
+
+    def _pending(self, id_: int, epoch: str) -> "RpcStream[Any] | None":
+        pending = self._waiting.get(id_) if epoch == self._epoch else None
+        self.dropped_frames += pending is None
+        return pending
 
     async def _heartbeat(self) -> None:
         checked_s = time.monotonic()
@@ -232,27 +251,24 @@ class RpcStream(AsyncIterator[R], Generic[R]):
         self._num_received = 0
         self._num_taken = 0
 
-    def receive(self, envelope: wire.Reply | wire.Item | wire.End | wire.Failed, body: bytes) -> bool:
+    def receive_item(self, number: int, item: bytes | msgspec.Raw) -> bool:
         """Take what came. False: it ended the stream here, while the server goes on and must be told."""
-        match envelope:
-            case wire.Failed():
-                self.fail(wire.revive_error(envelope))
-            case wire.End():
-                self.fail(StopAsyncIteration())
-            case wire.Item(number=number) if number != self._num_received:
-                self.fail(PeerLost(f"{self._client.address} lost item {self._num_received} of {self.method}"))
-                return False
-            case _:
-                try:
-                    self._items.append(self._decoder.decode(body))
-                except msgspec.DecodeError as error:
-                    self.fail(ProtocolMismatch(f"{self._client.address} answered {self.method} with {error}"))
-                    return False
-                self._num_received += 1
-                self._arrived.set()
-                if isinstance(envelope, wire.Reply):
-                    self.fail(StopAsyncIteration())
+        if number != self._num_received:
+            self.fail(PeerLost(f"{self._client.address} lost item {self._num_received} of {self.method}"))
+            return False
+        try:
+            self._items.append(self._decoder.decode(item))
+        except msgspec.DecodeError as error:
+            self.fail(ProtocolMismatch(f"{self._client.address} answered {self.method} with {error}"))
+            return False
+        self._num_received += 1
+        self._arrived.set()
         return True
+
+    def end(self, envelope: wire.Reply | wire.End | wire.Failed, body: bytes) -> None:
+        if isinstance(envelope, wire.Reply):
+            self.receive_item(0, body)
+        self.fail(wire.revive_error(envelope) if isinstance(envelope, wire.Failed) else StopAsyncIteration())
 
     def fail(self, error: Exception) -> None:
         """End the stream after what has arrived already. The first cause is kept."""
@@ -272,7 +288,7 @@ class RpcStream(AsyncIterator[R], Generic[R]):
             await self._wait()
         self._num_taken += 1
         if self._num_taken % (wire.CREDIT // 2) == 0 and self._error is None:
-            self._client.send(wire.Credit(self.id, wire.CREDIT // 2))
+            self._client.give_credit(self.id, wire.CREDIT // 2)
         return self._items.popleft()
 
     async def _wait(self) -> None:

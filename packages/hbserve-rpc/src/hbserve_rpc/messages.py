@@ -4,7 +4,9 @@ Schema rules (peers may be of different versions): a new field has a default; a 
 
     client ──SCHEDULER_GENERATE──▶ scheduler ──DECODE──▶ decode instance     Granted, then TokenEvents
                                        └──────PREFILL──▶ prefill instance    TokenEvent (the first token), TransferDone
+                                       │     (GRANT)──▶                      if it began before there was a grant
                                        └─────GENERATE──▶ hybrid instance     TokenEvents
+    Ahead of requests:           scheduler ──CONNECT──▶ prefill instance    to a decode instance
 Closing a stream early is how a request is aborted, at every hop.
 """
 
@@ -12,7 +14,7 @@ from typing import Literal
 
 import msgspec
 
-from hbserve_rpc.methods import Method, StreamMethod
+from hbserve_rpc.methods import Method, Notification, StreamMethod
 from hbserve_rpc.sampling_params import SamplingParams
 
 Role = Literal["prefill", "decode", "hybrid"]
@@ -55,6 +57,10 @@ class PrefillRequest(msgspec.Struct, frozen=True, tag=True):
 
     An empty `grant` moves nothing: used when the first token is known to be the last. One that turns out to be the last
     (a stop token, say) ends the transfer in order, without the blocks that were not sent yet.
+
+    With `grant_follows` the grant comes by GRANT, and `grant` is empty until then. The first token is told when the
+    grant is there, and where that is after the prompt was computed, when the KV has moved: a request that waits does so
+    for its first token, not for its second.
     """
 
     request_id: str
@@ -63,6 +69,23 @@ class PrefillRequest(msgspec.Struct, frozen=True, tag=True):
     params: SamplingParams
     grant: bytes = b""
     output_token_ids: list[int] = []
+    grant_follows: bool = False
+
+
+class GrantRequest(msgspec.Struct, frozen=True, tag=True):
+    """The grant of a PrefillRequest that said that it follows. Of no effect if there is no such request (any more)."""
+
+    request_id: str
+    grant: bytes
+    """Empty if nothing is to be moved, because the decode instance has failed: then the first token is told as soon as
+    it is there."""
+
+
+class ConnectRequest(msgspec.Struct, frozen=True, tag=True):
+    """Connect to a decode instance, so that the first request of the pair need not wait for that."""
+
+    kv_endpoint: bytes
+    """As its InstanceInfo says it."""
 
 
 class AbortRequest(msgspec.Struct, frozen=True, tag=True):
@@ -126,6 +149,9 @@ class RequestFinished(msgspec.Struct, frozen=True, tag=True):
     """Mean time per output token after the first; 0 when there is only one."""
     e2e_s: float
     """Submitted to finished."""
+    handoff_s: float = 0.0
+    """First token to second: with prefill and decode apart, how long the request stood still while it changed hands. On
+    a hybrid instance a step. 0 when there is no second, or both came at once."""
     kv_bytes: int = 0
     kv_transfer_time_s: float = 0.0
     num_cached_tokens: int = 0
@@ -146,12 +172,16 @@ class InstanceInfo(msgspec.Struct, frozen=True, tag=True):
     """Where the model was loaded from."""
     max_model_len: int = 0
     """Most tokens of one sequence, prompt and output together."""
+    max_num_seqs: int = 0
+    """Most sequences in one step."""
     max_prompt_len: int = 0
     """Most prompt tokens that the instance can take."""
     vocab_size: int = 0
     block_size: int = 0
     num_blocks: int = 0
     kv_backend: str = ""
+    kv_endpoint: bytes = b""
+    """Where a decode instance receives KV. Opaque to the scheduler: made and read by hbserve_kv."""
     device: str = ""
     dtype: str = ""
     pid: int = 0
@@ -192,6 +222,15 @@ class InstanceStats(msgspec.Struct, frozen=True, tag=True):
     """Late, duplicate, unknown and stale-epoch transfer messages."""
 
 
+class LatencySummary(msgspec.Struct, frozen=True, tag=True):
+    """A latency over the requests that ended last."""
+
+    count: int = 0
+    """Requests that are in it."""
+    p50_s: float = 0.0
+    p99_s: float = 0.0
+
+
 class SchedulerStats(msgspec.Struct, frozen=True, tag=True):
     total_requests: int = 0
     completed_requests: int = 0
@@ -206,6 +245,8 @@ class SchedulerStats(msgspec.Struct, frozen=True, tag=True):
 
     Aborts and refusals are the caller's and do not count.
     """
+    handoff: LatencySummary = LatencySummary()
+    """See RequestFinished.handoff_s; of requests that had a second token."""
     instances: list[InstanceStats] = []
 
 
@@ -222,6 +263,8 @@ InstanceEvent = Granted | TokenEvent | TransferDone
 ClientEvent = TokenEvent | RequestFinished
 
 DESCRIBE: Method[Empty, InstanceInfo] = Method("instance.describe", Empty, InstanceInfo)
+CONNECT: Method[ConnectRequest, Empty] = Method("instance.connect", ConnectRequest, Empty)
+"""Answered when a transfer would find a link. Idempotent: at once, if there is one."""
 STATS: Method[Empty, InstanceStats] = Method("instance.stats", Empty, InstanceStats)
 GENERATE: StreamMethod[GenerateRequest, TokenEvent] = StreamMethod("instance.generate", GenerateRequest, TokenEvent)
 DECODE: StreamMethod[DecodeRequest, Granted | TokenEvent] = StreamMethod(
@@ -230,6 +273,7 @@ DECODE: StreamMethod[DecodeRequest, Granted | TokenEvent] = StreamMethod(
 PREFILL: StreamMethod[PrefillRequest, TokenEvent | TransferDone] = StreamMethod(
     "instance.prefill", PrefillRequest, TokenEvent | TransferDone
 )
+GRANT: Notification[GrantRequest] = Notification("instance.grant", GrantRequest)
 
 SCHEDULER_INFO: Method[Empty, ServiceInfo] = Method("scheduler.info", Empty, ServiceInfo)
 SCHEDULER_STATS: Method[Empty, SchedulerStats] = Method("scheduler.stats", Empty, SchedulerStats)

@@ -2,17 +2,31 @@
 
 import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from itertools import islice
 from numbers import Real
 
 import msgspec
 
 from hbserve_rpc.errors import InvalidRequest
-from hbserve_rpc.plain_values import LARGEST_INT, plain_bool, plain_int, plain_items, plain_scalar, plain_text, shown
+from hbserve_rpc.plain_values import (
+    LARGEST_INT,
+    LARGEST_TOKEN_ID,
+    plain_bool,
+    plain_int,
+    plain_items,
+    plain_scalar,
+    plain_text,
+    require_in_vocabulary,
+    shown,
+)
 
 MAX_STOP_STRINGS = 16
 MAX_STOP_TOKEN_IDS = 1024
 """Each generated token is looked for among them."""
+MAX_BIASED_TOKENS = 1024
+MOST_BIAS = 100.0
+"""As in the OpenAI API: enough to forbid a token, or to force it."""
 
 
 class SamplingParams(msgspec.Struct):
@@ -41,6 +55,21 @@ class SamplingParams(msgspec.Struct):
     """Strings that end the text; they are not part of it. Applied where text is made, by the client."""
     stop_token_ids: list[int] = []
     """Token ids that end the request, beside the model's own end-of-sequence ids."""
+    min_tokens: int = 0
+    """Of the first so many tokens none ends the request: what would is not drawn, and stop strings are not looked for.
+    It comes before max_tokens, and cannot be more."""
+    min_p: float = 0.0
+    """Sample among the tokens that are at least so many times as likely as the most likely one; 0 is off. Before top_k
+    and top_p."""
+    presence_penalty: float = 0.0
+    """Taken off the logit of each token that the output has already; from -2 to 2."""
+    frequency_penalty: float = 0.0
+    """Taken off the logit of each token that the output has already, as often as it is there; from -2 to 2."""
+    repetition_penalty: float = 1.0
+    """Divides the logit of each token that prompt or output has already; multiplies it if it is negative. From 0.01 to
+    100; 1 is off."""
+    logit_bias: dict[int, float] | None = None
+    """Added to the logits of these token ids, from -100 to 100; before everything else."""
 
     def __post_init__(self) -> None:
         self.validate()
@@ -63,6 +92,30 @@ class SamplingParams(msgspec.Struct):
         self.ignore_eos = plain_bool("ignore_eos", self.ignore_eos)
         self.stop = _plain_stop(self.stop)
         self.stop_token_ids = _plain_stop_token_ids(self.stop_token_ids)
+        self.min_tokens = plain_int("min_tokens", self.min_tokens, 0, self.max_tokens)
+        self.min_p = _plain_number("min_p", self.min_p, lambda v: 0 <= v <= 1, "a number from 0 to 1")
+        for name in ("presence_penalty", "frequency_penalty"):
+            value = _plain_number(name, getattr(self, name), lambda v: -2 <= v <= 2, "a number from -2 to 2")
+            setattr(self, name, value)
+        self.repetition_penalty = _plain_number(
+            "repetition_penalty", self.repetition_penalty, lambda v: 0.01 <= v <= 100, "a number from 0.01 to 100"
+        )
+        self.logit_bias = _plain_logit_bias(self.logit_bias)
+
+    def require_vocabulary(self, vocab_size: int) -> None:
+        """Raises InvalidRequest: names the first token id that a model with so many tokens does not have."""
+        require_in_vocabulary("stop_token_ids", self.stop_token_ids, vocab_size)
+        require_in_vocabulary("logit_bias", list(self.logit_bias or ()), vocab_size)
+
+    @property
+    def changes_logits(self) -> bool:
+        """Whether the next token is chosen by more than temperature, top_k and top_p."""
+        return bool(self.min_tokens or self.min_p or self.logit_bias or self.has_penalties)
+
+    @property
+    def has_penalties(self) -> bool:
+        """Whether the next token depends on which ones there are already."""
+        return bool(self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1)
 
     def copied(self) -> "SamplingParams":
         """Another one, checked, that shares nothing with this one: what is kept of a call."""
@@ -97,3 +150,21 @@ def _plain_stop_token_ids(value: object) -> list[int]:
     if len(ids) > MAX_STOP_TOKEN_IDS:
         raise InvalidRequest(f"stop_token_ids={shown(ids)}: expected {expected}, got {len(ids)}")
     return [plain_int("stop_token_ids", each, 0) for each in ids]
+
+
+def _plain_logit_bias(value: object) -> dict[int, float] | None:
+    expected = f"a dict of at most {MAX_BIASED_TOKENS} token ids with numbers from {-MOST_BIAS:g} to {MOST_BIAS:g}"
+    if value is None:
+        return None
+    if not isinstance(value, Mapping):
+        raise InvalidRequest(f"logit_bias={shown(value)}: expected {expected}")
+    items = list(islice(value.items(), MAX_BIASED_TOKENS + 1))  # it may be large, or never end
+    if len(items) > MAX_BIASED_TOKENS:
+        raise InvalidRequest(f"logit_bias: more than {MAX_BIASED_TOKENS} tokens; expected {expected}")
+    plain = {}
+    for key, bias in items:
+        token = plain_int("logit_bias", key, 0, LARGEST_TOKEN_ID)
+        plain[token] = _plain_number(
+            f"logit_bias[{token}]", bias, lambda v: -MOST_BIAS <= v <= MOST_BIAS, "a number from -100 to 100"
+        )
+    return plain or None

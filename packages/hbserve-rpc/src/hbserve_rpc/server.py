@@ -6,7 +6,7 @@ import errno
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -38,6 +38,16 @@ class _Client:
     heartbeat_timeout_s: float
     last_heard_s: float
     work: dict[int, _Work] = field(default_factory=dict)
+    items: list[tuple[int, int, msgspec.Raw]] = field(default_factory=list)
+    """Of its streams, until this turn of the loop ends."""
+    after_items: list[tuple[wire.FromServer, bytes]] = field(default_factory=list)
+    """What waits for these to be sent first: their streams' ends, for example."""
+
+    def give_credit(self, counts: Sequence[tuple[int, int]]) -> None:
+        for id_, count in counts:
+            if work := self.work.get(id_):
+                for _ in range(min(count, wire.CREDIT)):
+                    work.credit.release()
 
 
 class RpcServer:
@@ -128,7 +138,29 @@ class RpcServer:
             self._socket.close()
 
     def _send(self, identity: bytes, envelope: wire.FromServer, body: bytes = b"") -> None:
-        self._socket.send([identity, wire.encode(envelope), body])
+        client = self._clients.get(identity)
+        if client is not None and client.items:
+            client.after_items.append((envelope, body))
+        else:
+            self._socket.send([identity, wire.encode(envelope), body])
+
+    def _add_item(self, identity: bytes, id_: int, number: int, item: bytes) -> None:
+        """Send it with those of other streams that this turn of the loop brings."""
+        client = self._clients.get(identity)
+        if client is None:  # it was given up, and its streams are about to hear so
+            return
+        if not client.items:
+            asyncio.get_running_loop().call_soon(self._send_items, identity)
+        client.items.append((id_, number, msgspec.Raw(item)))
+
+    def _send_items(self, identity: bytes) -> None:
+        client = self._clients.get(identity)
+        if client is not None and self._socket.is_open:
+            items, client.items = client.items, []
+            self._socket.send([identity, wire.encode(wire.Items(self.epoch, items)), b""])
+            waiting, client.after_items = client.after_items, []
+            for envelope, body in waiting:
+                self._socket.send([identity, wire.encode(envelope), body])
 
     def _receive(self, frames: list[bytes]) -> None:
         try:
@@ -160,10 +192,8 @@ class RpcServer:
             case wire.Open(id=id_):
                 credit = asyncio.Semaphore(wire.CREDIT)
                 self._begin(identity, client, id_, self._run_stream(identity, envelope, body, credit), credit)
-            case wire.Credit(id=id_, count=count):
-                if work := client.work.get(id_):
-                    for _ in range(min(count, wire.CREDIT)):
-                        work.credit.release()
+            case wire.Credits(counts=counts):
+                client.give_credit(counts)
             case wire.Close(id=id_):
                 if work := client.work.get(id_):
                     work.task.cancel()
@@ -218,7 +248,7 @@ class RpcServer:
                 number = 0
                 async for item in items:
                     await credit.acquire()
-                    self._send(identity, wire.Item(self.epoch, open_.id, number), wire.encode(item))
+                    self._add_item(identity, open_.id, number, wire.encode(item))
                     number += 1
         except (Exception, asyncio.CancelledError) as error:  # as above
             self._fail(identity, open_.id, open_.method, error)

@@ -7,8 +7,9 @@
                                  ◀──────       Reply(id) + reply, or Failed(id, code, message)
       Notify(id, method) + request ────▶       nothing comes back
       Open(id, method) + request ──────▶
-                                 ◀──────       Item(id, number) + item, at most as many as the client gave credit for
-      Credit(id, count)          ──────▶
+                                 ◀──────       Items[(id, number, item) …]: of all streams, what one turn of the
+                                               server's loop brought; of each no more than it was given credit for
+      Credits[(id, count) …]     ──────▶       likewise
       Close(id)                  ──────▶       stop the call or stream; nothing more comes
                                  ◀──────       End(id), or Failed(id, code, message)
       Ping                       ──────▶
@@ -26,7 +27,7 @@ import msgspec
 
 from hbserve_rpc.errors import HBServeRpcError, InvalidRequest, LogitsNotFinite, Overloaded, RemoteError
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 5
 CREDIT = 64
 """Items that may be on their way in one stream."""
 
@@ -52,9 +53,11 @@ class Open(msgspec.Struct, frozen=True, tag=True):
     method: str
 
 
-class Credit(msgspec.Struct, frozen=True, tag=True):
+class Credits(msgspec.Struct, frozen=True, tag=True):
     id: int
-    count: int
+    """As of a Ping."""
+    counts: list[tuple[int, int]]
+    """(stream, items more)"""
 
 
 class Close(msgspec.Struct, frozen=True, tag=True):
@@ -91,11 +94,10 @@ class Reply(msgspec.Struct, frozen=True, tag=True):
     id: int
 
 
-class Item(msgspec.Struct, frozen=True, tag=True):
+class Items(msgspec.Struct, frozen=True, tag=True):
     epoch: str
-    id: int
-    number: int
-    """0, 1, 2 … within the stream: a gap is a lost frame."""
+    items: list[tuple[int, int, msgspec.Raw]]
+    """(stream, number within it, item). Numbers are 0, 1, 2 …: a gap is a lost frame."""
 
 
 class End(msgspec.Struct, frozen=True, tag=True):
@@ -110,8 +112,8 @@ class Failed(msgspec.Struct, frozen=True, tag=True):
     message: str
 
 
-FromClient = Hello | Call | Notify | Open | Credit | Close | Ping
-FromServer = Welcome | Refused | UnknownClient | Pong | Reply | Item | End | Failed
+FromClient = Hello | Call | Notify | Open | Credits | Close | Ping
+FromServer = Welcome | Refused | UnknownClient | Pong | Reply | Items | End | Failed
 
 encode = msgspec.msgpack.Encoder().encode
 decode_from_client: Any = msgspec.msgpack.Decoder(FromClient).decode

@@ -36,6 +36,7 @@ def admitted(request: GenerateRequest, infos: Sequence[InstanceInfo]) -> Generat
         size = min(info.vocab_size for info in infos)
         require_in_vocabulary("prompt", prompt, size)
         require_in_vocabulary("output_token_ids", output, size)
+        params.require_vocabulary(size)
     return GenerateRequest(request_id, prompt, params, output)
 
 

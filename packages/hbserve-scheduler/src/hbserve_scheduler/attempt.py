@@ -1,19 +1,21 @@
 """One try at a request, on one pair of instances or on one hybrid instance."""
 
 import asyncio
+import contextlib
 import uuid
 from collections.abc import Coroutine, Iterator
-from contextlib import contextmanager
 from typing import Any
 
-from hbserve_rpc import HBServeRpcError, PeerLost, RemoteError
+from hbserve_rpc import HBServeRpcError, InvalidRequest, PeerLost, RemoteError, RpcStream
 from hbserve_rpc.messages import (
     DECODE,
     GENERATE,
+    GRANT,
     PREFILL,
     DecodeRequest,
     GenerateRequest,
     Granted,
+    GrantRequest,
     PrefillRequest,
     TokenEvent,
     TransferDone,
@@ -34,6 +36,7 @@ class Attempt:
         self._placement = placement
         self._transfer_id = uuid.uuid4().hex
         self._request_id = f"{entry.request.request_id}.{self._transfer_id[:8]}"
+        self._decode_epoch = ""
         self._first_token = asyncio.Event()
         self._decoding = False
         """D has all it needs: it has sent tokens."""
@@ -76,20 +79,51 @@ class Attempt:
 
     async def _pair(self, prefill: InstanceHandle, decode: InstanceHandle) -> None:
         """Reserve on D, prefill on P, decode on D. If one leg fails the other is closed, and the cause raised."""
-        entry = self._entry
+        entry, self._decode_epoch = self._entry, decode.epoch
         request = DecodeRequest(
             self._request_id, self._transfer_id, entry.request.prompt_token_ids, entry.request.params, [*entry.output]
         )
         async with decode.client.stream(DECODE, request) as events:
-            with self._naming(decode):
-                granted = await anext(events, None)
-                if granted is None:
-                    raise RemoteError("ended the stream before its grant")
-                if not isinstance(granted, Granted):
-                    raise RemoteError(f"sent {type(granted).__name__} before its grant")
-            self._placement.granted()
-            entry.num_cached_tokens = granted.num_cached_tokens
-            await self._both(self._prefill(prefill, granted.grant), self._decode(decode, events))
+            if self._placement.may_begin:
+                # In this order: the instance must know of the request before it gets the grant.
+                await self._both(
+                    self._prefill(prefill, b"", grant_follows=True), self._grant_and_decode(prefill, decode, events)
+                )
+            else:
+                grant = await self._reserve(decode, events)
+                await self._both(self._prefill(prefill, grant), self._decode(decode, events))
+
+    async def _reserve(self, decode: InstanceHandle, events: RpcStream[Granted | TokenEvent]) -> bytes:
+        """Wait for room on D; returns the grant."""
+        with self._naming(decode):
+            granted = await anext(events, None)
+            if granted is None:
+                raise RemoteError("ended the stream before its grant")
+            if not isinstance(granted, Granted):
+                raise RemoteError(f"sent {type(granted).__name__} before its grant")
+        self._placement.granted()
+        self._entry.num_cached_tokens = granted.num_cached_tokens
+        return granted.grant
+
+    async def _grant_and_decode(
+        self, prefill: InstanceHandle, decode: InstanceHandle, events: RpcStream[Granted | TokenEvent]
+    ) -> None:
+        """D's leg where P computes already."""
+        try:
+            grant = await self._reserve(decode, events)
+        except InvalidRequest:
+            raise
+        except HBServeRpcError:
+            # What P computes is not lost: the client gets the first token, and the next attempt finds the rest in P's
+            # prefix cache, but for the last block.
+            with contextlib.suppress(PeerLost):
+                prefill.client.notify(GRANT, GrantRequest(self._request_id, b""))
+            await self._first_token.wait()  # or P's failure, which ends this leg
+            self._entry.computed_on = prefill.instance_id
+            raise
+        with self._naming(prefill):
+            prefill.client.notify(GRANT, GrantRequest(self._request_id, grant))
+        await self._decode(decode, events)
 
     async def _both(self, *legs: Coroutine[Any, Any, None]) -> None:
         """P's leg and D's. One of them may fail only because the other has ended, well or not, and be heard first."""
@@ -116,7 +150,7 @@ class Attempt:
             self._decided.set()
             raise
 
-    async def _prefill(self, instance: InstanceHandle, grant: bytes) -> None:
+    async def _prefill(self, instance: InstanceHandle, grant: bytes, *, grant_follows: bool = False) -> None:
         entry = self._entry
         request = PrefillRequest(
             self._request_id,
@@ -125,6 +159,7 @@ class Attempt:
             entry.request.params,
             grant,
             [*entry.output],
+            grant_follows,
         )
         with self._naming(instance):
             async with instance.client.stream(PREFILL, request) as events:
@@ -132,6 +167,7 @@ class Attempt:
                     if isinstance(event, TransferDone):
                         entry.kv_bytes += event.num_bytes
                         entry.kv_transfer_time_s += event.time_s
+                        instance.links[self._decode_epoch] = True
                         continue
                     entry.deliver(event)
                     self._first_token.set()
@@ -141,7 +177,7 @@ class Attempt:
                 raise RemoteError("ended the stream before the first token")
         self._placement.prefilled()
 
-    async def _decode(self, instance: InstanceHandle, events: Any) -> None:
+    async def _decode(self, instance: InstanceHandle, events: RpcStream[Granted | TokenEvent]) -> None:
         num_delivered = len(self._entry.output)
         with self._naming(instance):
             async for event in events:
@@ -156,13 +192,20 @@ class Attempt:
             self._expect_end()
         self._decided.set()
 
-    @contextmanager
+    def _doubt_link(self) -> None:
+        """Something has failed, perhaps because the instances are no longer connected: others are preferred for now."""
+        prefill = self._placement.prefill
+        if prefill is not None and prefill.links.get(self._decode_epoch):
+            del prefill.links[self._decode_epoch]
+
+    @contextlib.contextmanager
     def _naming(self, instance: InstanceHandle) -> Iterator[None]:
         """Errors say whose they are; a lost instance is not used again until it has answered."""
         try:
             yield
         except HBServeRpcError as error:
             self._entry.failed_on.add(instance.instance_id)
+            self._doubt_link()
             if isinstance(error, PeerLost):
                 instance.lost(str(error))
             raise type(error)(f"{instance.instance_id}: {error}") from error

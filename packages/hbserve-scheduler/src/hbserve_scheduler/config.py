@@ -113,6 +113,9 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     """Requests that may wait for room on one decode instance; others wait here, where their order can still change."""
     max_inflight_prefills: Annotated[int, POSITIVE] = 32
     """Prompts that may be with one prefill instance."""
+    max_warm_links: Annotated[int, NOT_NEGATIVE] = 8
+    """Links of one instance that are made before a request needs them: a prefill instance's to decode instances, a
+    decode instance's from prefill instances. 0: each is made by its first request."""
     max_inflight_requests: Annotated[int, POSITIVE] = 512
     """Requests that may be with one hybrid instance."""
 

@@ -3,11 +3,13 @@
 import asyncio
 import contextlib
 import logging
+import math
 import time
 from collections import deque
+from collections.abc import Collection
 
 from hbserve_rpc import HBServeRpcError, InvalidRequest, LogitsNotFinite, Overloaded
-from hbserve_rpc.messages import FinishReason, GenerateRequest, Role, SchedulerStats, ServiceInfo
+from hbserve_rpc.messages import FinishReason, GenerateRequest, LatencySummary, Role, SchedulerStats, ServiceInfo
 from hbserve_rpc.plain_values import plain_id
 from hbserve_scheduler.admission import Room, admitted
 from hbserve_scheduler.attempt import Attempt
@@ -21,6 +23,8 @@ from hbserve_scheduler.retries import Retries
 logger = logging.getLogger(__name__)
 
 TICK_S = 0.5
+RECENT_REQUESTS = 1024
+"""As many latencies are kept for `stats`."""
 
 
 class CpuScheduler:
@@ -44,6 +48,7 @@ class CpuScheduler:
         self._missing_since_s: float | None = None
         self._stopped = False
         self._totals = {"total": 0, "completed": 0, "failed": 0, "aborted": 0, "rejected": 0, "retries": 0}
+        self._handoffs: deque[float] = deque(maxlen=RECENT_REQUESTS)
 
     # ---- instances -----------------------------------------------------------------------------------------------
 
@@ -154,6 +159,8 @@ class CpuScheduler:
         if entry.ended:
             return
         self._totals["aborted" if reason == "abort" else "completed"] += 1
+        if entry.handoff_s is not None:
+            self._handoffs.append(entry.handoff_s)
         entry.finish(reason)
         if entry in self.waiting_requests:
             self.waiting_requests.remove(entry)
@@ -289,6 +296,7 @@ class CpuScheduler:
             waiting_requests=len(self.waiting_requests),
             running_requests=len(self.running_requests),
             success_rate=totals["completed"] / ended if ended else 1.0,
+            handoff=_summary(self._handoffs),
             instances=[handle.stats for handle in self.fleet.handles.values()],
         )
 
@@ -301,3 +309,12 @@ class CpuScheduler:
         lengths = [info.max_model_len for info in infos if info.max_model_len]
         ready = bool(self.fleet.handles) and all(handle.status == "ready" for handle in self.fleet.handles.values())
         return ServiceInfo(ready, self.model_path, min(lengths, default=0), infos)
+
+
+def _summary(latencies: Collection[float]) -> LatencySummary:
+    """Percentiles are latencies that occurred: the smallest that as large a part of all does not exceed."""
+    if not latencies:
+        return LatencySummary()
+    ordered = sorted(latencies)
+    p50_s, p99_s = (ordered[math.ceil(part * len(ordered)) - 1] for part in (0.5, 0.99))
+    return LatencySummary(len(ordered), p50_s, p99_s)

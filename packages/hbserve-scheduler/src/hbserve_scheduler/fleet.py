@@ -9,8 +9,9 @@ from hbserve_rpc.messages import InstanceInfo, Role
 from hbserve_scheduler.config import SchedulerConfig
 from hbserve_scheduler.errors import ConfigError, InstanceFailed, NotReady
 from hbserve_scheduler.instances import InstanceHandle
+from hbserve_scheduler.links import Links
 from hbserve_scheduler.placement import Placement
-from hbserve_scheduler.policies import POLICIES
+from hbserve_scheduler.policies import POLICIES, connected_first
 
 REFRESH_TIMEOUT_S = 2.0
 
@@ -22,6 +23,7 @@ class Fleet:
         self.handles: dict[str, InstanceHandle] = {}
         self._config = config
         self._on_change = on_change
+        self.links = Links(self.handles, config.max_warm_links)
         self._started = False
         self._choose = {
             "prefill": POLICIES[config.prefill_policy](),
@@ -32,7 +34,7 @@ class Fleet:
     async def add(self, instance_id: str, role: Role, address: str) -> None:
         if instance_id in self.handles:
             raise ConfigError(f"instance_id={instance_id!r}: is in use; each instance needs its own")
-        handle = InstanceHandle(instance_id, role, address, self._config, self._on_change)
+        handle = InstanceHandle(instance_id, role, address, self._config, self._on_change, self.links.look)
         self.handles[instance_id] = handle
         if self._started:
             await handle.start()
@@ -48,6 +50,7 @@ class Fleet:
             await handle.start()
 
     async def stop(self) -> None:
+        await self.links.close()
         for handle in self.handles.values():
             await handle.close()
 
@@ -96,14 +99,19 @@ class Fleet:
     def has_room(self) -> bool:
         return bool(self.available("hybrid")) or bool(self.available("prefill") and self.available("decode"))
 
-    def place(self, num_tokens: int, avoid: Collection[str] = ()) -> Placement | None:
+    def place(self, num_tokens: int, avoid: Collection[str] = (), computed_on: str = "") -> Placement | None:
         """Choose instances for a prompt and take the places there; None if there is no room.
 
-        Those to `avoid` are chosen only where there is no other.
+        Those to `avoid` are chosen only where there is no other. `computed_on`: a prefill instance that has the prompt
+        in its prefix cache, and is chosen if it has room.
         """
         prefills, decodes, hybrids = (self._others(role, avoid) for role in ("prefill", "decode", "hybrid"))
         if prefills and decodes:
-            return Placement(self._choose["prefill"](prefills), self._choose["decode"](decodes), num_tokens)
+            prefills = [each for each in prefills if each.instance_id == computed_on] or prefills
+            prefills = connected_first(prefills, lambda each: _best_link(each, decodes), num_tokens)
+            prefill = self._choose["prefill"](prefills)
+            decodes = connected_first(decodes, lambda each: prefill.links.get(each.epoch), num_tokens=1)
+            return Placement(prefill, self._choose["decode"](decodes), num_tokens)
         if hybrids:
             return Placement(None, self._choose["hybrid"](hybrids), num_tokens)
         return None
@@ -118,3 +126,9 @@ class Fleet:
         if not problems:
             problems = ["all are busy" if self.handles else "none were added"]
         return f"no instances for {self._config.instance_wait_s:g} s: " + "; ".join(problems)
+
+
+def _best_link(prefill: InstanceHandle, decodes: list[InstanceHandle]) -> bool | None:
+    """To one of these: True, None for not connected yet, False where it cannot be connected to any."""
+    links = [prefill.links.get(each.epoch) for each in decodes]
+    return True if True in links else None if None in links else False

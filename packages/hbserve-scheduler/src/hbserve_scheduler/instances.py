@@ -12,6 +12,8 @@ from hbserve_scheduler.outage import Outage
 
 logger = logging.getLogger(__name__)
 
+SPARE_PART = 10
+"""One block in so many stays free of requests that are not granted yet."""
 SAY_AFTER_S = 5.0
 """A call that has no answer yet, to an instance that is not reached, is a failure after so long."""
 
@@ -20,8 +22,15 @@ class InstanceHandle:
     """Dials one instance and polls it. A lost one is polled on: it may come back, in a new epoch."""
 
     def __init__(
-        self, instance_id: str, role: Role, address: str, config: SchedulerConfig, on_change: Callable[[], None]
+        self,
+        instance_id: str,
+        role: Role,
+        address: str,
+        config: SchedulerConfig,
+        on_change: Callable[[], None],
+        on_info: Callable[[], None],
     ) -> None:
+        """on_change: called when there may be more room than before; on_info: when `info` is another."""
         self.instance_id = instance_id
         self.role: Role = role
         self.address = address
@@ -34,7 +43,14 @@ class InstanceHandle:
         self.num_inflight = 0
         self.num_pending = 0
         """Requests that wait for room on a decode instance."""
+        self.num_given = self.tokens_given = 0
+        """Requests, and tokens of them, that have ever been given to a decode instance."""
+        self._given_at_report = 0, 0
+        self.links: dict[str, bool] = {}
+        """Of a prefill instance to decode instances, by their epoch: whether they are connected, or cannot be now.
+        See links.py."""
         self._config = config
+        self._on_info = on_info
         self.changed = on_change
         """To be called when there may be more room than before."""
         self._polling: asyncio.Task[None] | None = None
@@ -66,6 +82,11 @@ class InstanceHandle:
         return self.info.status if self.info is not None else "unreachable"
 
     @property
+    def epoch(self) -> str:
+        """Its life, while it is reached."""
+        return self.info.epoch if self.info is not None else ""
+
+    @property
     def stats(self) -> InstanceStats:
         """The last snapshot that it gave, under its present status."""
         last = self.last_stats
@@ -73,14 +94,27 @@ class InstanceHandle:
             return InstanceStats(self.instance_id, self.role, self.status)
         return last
 
+    def reports_room(self, num_tokens: int) -> bool:
+        """Whether its last report leaves room for one more request, beside those that it was given since, and spare
+        room for those to grow that it has."""
+        info, report = self.info, self.last_stats
+        if info is None or report is None or report.epoch != info.epoch or report.waiting_requests:
+            return False
+        num_requests = self.num_given - self._given_at_report[0] + 1
+        tokens = self.tokens_given - self._given_at_report[1] + num_tokens
+        num_blocks = tokens // max(1, info.block_size) + num_requests  # each has a last one that is not full
+        left = report.free_blocks - num_blocks
+        return left >= info.num_blocks // SPARE_PART and report.active_requests + num_requests <= info.max_num_seqs
+
     async def refresh(self) -> None:
         """Ask it for its state now. Raises what `RpcClient.call` raises."""
         timeout_s, client = self._config.heartbeat_timeout_s, self.client
         info = await client.call(DESCRIBE, Empty(), timeout_s=timeout_s)
+        given = self.num_given, self.tokens_given
         stats = await client.call(STATS, Empty(), timeout_s=timeout_s)
         if client is not self.client:  # dropped meanwhile: this is what the dead one said
             return
-        self.last_stats = stats
+        self.last_stats, self._given_at_report = stats, given
         if info.instance_id != self.instance_id or info.role != self.role:
             self.lost(
                 f"{self.address} is {info.role} instance {info.instance_id!r}, "
@@ -95,17 +129,23 @@ class InstanceHandle:
             why = f": {info.error}" if info.error else ""
             logger.info("%s at %s is %s%s", self.instance_id, self.address, info.status, why)
         self.problem = info.error or f"it is {info.status}"
-        changed, self.info = self.info != info, info
-        if changed:
-            self.changed()
+        if self.info != info:
+            self._set_info(info)
 
     def lost(self, why: str) -> None:
         """It cannot be used until it answers again."""
         if self.info is not None:
             logger.warning("%s at %s is lost: %s", self.instance_id, self.address, why)
             self._outage = Outage(time.monotonic(), was_said=True)
-        self.info, self.problem = None, why
+        self.problem = why
         self._complain()
+        self._set_info(None)
+
+    def _set_info(self, info: InstanceInfo | None) -> None:
+        if info is None or info.epoch != self.epoch:
+            self.links.clear()
+        self.info = info
+        self._on_info()
         self.changed()
 
     def _complain(self) -> None:

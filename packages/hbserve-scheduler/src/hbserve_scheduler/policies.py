@@ -5,6 +5,10 @@ from collections.abc import Callable, Sequence
 
 from hbserve_scheduler.instances import InstanceHandle
 
+SPARE_REQUESTS = 4
+"""As many requests more may be with an instance to which there is a link than with one to which there is none. Less
+work is worth more than a link, which is made once."""
+
 Choose = Callable[[Sequence[InstanceHandle]], InstanceHandle]
 
 
@@ -26,3 +30,22 @@ def least_loaded() -> Choose:
 
 
 POLICIES: dict[str, Callable[[], Choose]] = {"round_robin": round_robin, "least_loaded": least_loaded}
+
+
+def connected_first(
+    candidates: list[InstanceHandle], link: Callable[[InstanceHandle], bool | None], num_tokens: int
+) -> list[InstanceHandle]:
+    """Those of `candidates` that are best connected, by `link`: True, None for not yet, or False for not to be.
+
+    Those that are not connected yet are there too if they have so much less work that it pays to connect; `num_tokens`
+    is the work of one request.
+    """
+    by_link: dict[bool | None, list[InstanceHandle]] = {}
+    for candidate in candidates:
+        by_link.setdefault(link(candidate), []).append(candidate)
+    there, not_yet = by_link.get(True, []), by_link.get(None, [])
+    if there and not_yet:
+        spare = SPARE_REQUESTS * num_tokens
+        is_busy = min(each.load for each in there) > min(each.load for each in not_yet) + spare
+        return there + not_yet if is_busy else there
+    return there or not_yet or candidates

@@ -17,6 +17,7 @@ class ScheduledRequest:
     submitted_s: float = field(default_factory=time.monotonic)
     started_s: float | None = None
     first_token_s: float | None = None
+    second_token_s: float | None = None
     output: list[int] = field(default_factory=list)
     """Tokens that were delivered, over all attempts."""
     finish_reason: FinishReason | None = None
@@ -25,6 +26,8 @@ class ScheduledRequest:
     """The client's stream has its last item; nothing is added to it."""
     failed_on: set[str] = field(default_factory=set)
     """Instances on which an attempt failed: the next one avoids them, if there are others."""
+    computed_on: str = ""
+    """The prefill instance whose prefix cache has the prompt, because an attempt failed after it was computed."""
     events: asyncio.Queue[ClientEvent | Exception] = field(default_factory=asyncio.Queue)
     task: asyncio.Task[None] | None = None
     num_attempts: int = 0
@@ -58,12 +61,27 @@ class ScheduledRequest:
         if known < 0:
             raise RemoteError(f"tokens {len(self.output)} to {event.index - 1} are missing")
         tokens = event.token_ids[known:]
-        if tokens and self.first_token_s is None:
-            self.first_token_s = time.monotonic()
+        self._note_times(len(tokens))
         if tokens or event.finish_reason:
             self.finish_reason = event.finish_reason
             self.events.put_nowait(TokenEvent(len(self.output), tokens, event.finish_reason))
             self.output += tokens
+
+    def _note_times(self, num_new: int) -> None:
+        num_delivered = len(self.output) - len(self.request.output_token_ids)
+        if num_delivered < 2 and num_new:
+            now_s = time.monotonic()
+            if num_delivered == 0:
+                self.first_token_s = now_s
+            if num_delivered + num_new >= 2:
+                self.second_token_s = now_s
+
+    @property
+    def handoff_s(self) -> float | None:
+        """From the first token that was delivered to the second; None: there is no second."""
+        if self.first_token_s is None or self.second_token_s is None:
+            return None
+        return self.second_token_s - self.first_token_s
 
     def fail(self, error: Exception) -> None:
         self.ended = True
@@ -84,6 +102,7 @@ class ScheduledRequest:
                 ttft_s=first_s - self.submitted_s,
                 tpot_s=(now_s - first_s) / (num_output - 1) if num_output > 1 else 0.0,
                 e2e_s=now_s - self.submitted_s,
+                handoff_s=self.handoff_s or 0.0,
                 kv_bytes=self.kv_bytes,
                 kv_transfer_time_s=self.kv_transfer_time_s,
                 num_cached_tokens=self.num_cached_tokens,

@@ -35,14 +35,28 @@ class CudaDecoder:
             largest.sequences, largest.pieces, (config.num_heads, config.num_kv_heads, config.head_dim), device
         )
 
-    def decode(self, step: StepView, sampled: torch.Tensor, pool: torch.Tensor) -> None:
-        """A step of decodes only: a token for every row goes to `sampled`, int32."""
-        sample(self._logits(self._stream(step, sampled, pool)), step.samples[1:], sampled)
+    def decode(self, step: StepView, sampled: torch.Tensor, pool: torch.Tensor) -> torch.Tensor:
+        """A step of decodes only: a token for every row goes to `sampled`, int32. Returns what `hidden` does."""
+        stream = self._stream(step, sampled, pool)
+        sample(self._logits(stream), step.samples[1:], sampled)
+        return stream.rows
 
     def finish(self, step: StepView, hidden: torch.Tensor, sampled: torch.Tensor) -> None:
         """After `hidden`: a token for each of the step's samples goes to `sampled`."""
         stream = ResidualStream(hidden.index_select(0, step.samples[0]))
         sample(self._logits(stream), step.samples[1:], sampled)
+
+    def logits(self, step: StepView, hidden: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+        """(N, vocab_size): of some of the step's samples, places (N,) int64."""
+        rows = step.samples[0].index_select(0, places)
+        return self._logits(ResidualStream(hidden.index_select(0, rows)))
+
+    def draw(self, step: StepView, scores: torch.Tensor, places: torch.Tensor, sampled: torch.Tensor) -> torch.Tensor:
+        """Once more a token for some of the step's samples, places (N,) int64, from other logits (N, vocab_size)."""
+        tokens = torch.empty(len(places), dtype=torch.int32, device=scores.device)
+        sample(scores, step.samples[1:].index_select(1, places), tokens)
+        sampled.index_copy_(0, places, tokens)
+        return tokens
 
     def hidden(self, step: StepView, sampled: torch.Tensor, pool: torch.Tensor) -> torch.Tensor:
         """(T, E): what the last layer gives for every row. Writes the step's keys and values into the pool."""

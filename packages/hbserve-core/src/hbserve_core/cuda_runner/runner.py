@@ -2,7 +2,8 @@
 
     batch ─pack▶ pinned memory ─host_copy▶ device ─graph, or kernels▶ tokens ─host_copy▶ pinned memory ─wait▶ tokens
 
-A step's sampled tokens also stay on the device, where the next step's first kernel finds them.
+A step's sampled tokens also stay on the device, where the next step's first kernel finds them. Rows whose requests ask
+for more are sampled once more behind it, by hbserve_core/logits.
 Shapes: T rows of one step, E hidden_size. The pool: see model/kv_pool.py. A step in memory: see step_packer.py.
 """
 
@@ -25,6 +26,8 @@ from hbserve_core.cuda_runner.step_packer import SplitKV, StepPacker, StepShape,
 from hbserve_core.engine.runner import PendingStep, StepTokens
 from hbserve_core.engine.sequence import ScheduledChunk
 from hbserve_core.errors import RankFailed
+from hbserve_core.logits.rows import LogitsRow
+from hbserve_core.logits.special_rows import SpecialRows
 from hbserve_core.model.loaded_model import LoadedModel
 from hbserve_core.model.model_config import ModelConfig
 from hbserve_core.model.rank_group import RankGroup
@@ -62,6 +65,7 @@ class CudaRunner:
                 max(config.max_num_batched_tokens, config.max_num_seqs), config.max_num_seqs
             )
             self._decoder = CudaDecoder(model.rank_config, model.weights, self._largest, group)
+            self._special_rows = SpecialRows(model.model_config, self.device)
             self._sampled = torch.zeros(config.max_num_seqs, dtype=torch.int32, device=self.device)
             self._make_buffers()
             self.pool = scratch
@@ -104,7 +108,12 @@ class CudaRunner:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(self.device)
         before = torch.cuda.memory_allocated(self.device)
-        self._decoder.finish(StepView(self._on_device, shape), self._hidden(shape), self._sampled)
+        view, hidden = StepView(self._on_device, shape), self._hidden(shape)
+        self._decoder.finish(view, hidden, self._sampled)
+        # Compiled now too, so that the first request that needs it does not stop the others.
+        rows = self._special_rows.dummies(min(config.max_num_seqs, self._special_rows.most_rows))
+        self._special_rows.prepare(rows, self._sampled)
+        self._sample_special(view, hidden, rows)
         self._stream.synchronize()
         step = torch.cuda.max_memory_allocated(self.device) - before
         torch.cuda.empty_cache()
@@ -130,7 +139,11 @@ class CudaRunner:
         num_samples = len(step.places)
         with torch.inference_mode(), torch.cuda.stream(self._stream):
             host_copy(self._on_device[: step.used], host)
-            self._compute(step.shape, num_samples)
+            if step.special:
+                self._special_rows.prepare(step.special, self._sampled)
+            hidden = self._compute(step.shape, num_samples)
+            if step.special:
+                self._sample_special(StepView(self._on_device, step.shape), hidden, step.special)
             read_back = self._read_back[turn][:num_samples]
             host_copy(read_back, self._sampled)
             done = torch.cuda.Event()  # type: ignore[no-untyped-call]
@@ -142,24 +155,33 @@ class CudaRunner:
 
         return tokens
 
-    def _compute(self, shape: StepShape, num_samples: int) -> None:
-        if shape.tiles == 0:
-            if shape in self._graphs:
-                self._graphs.replay(shape)
-            else:
-                self._decode(shape)
-            return
-        hidden = self._graphs.replay(shape) if shape in self._graphs else self._hidden(shape)
+    def is_idle(self) -> bool:
+        return self._stream.query()
+
+    def _compute(self, shape: StepShape, num_samples: int) -> torch.Tensor:
+        """(T, E): what the last layer gives, until the next step. Tokens go to `_sampled`."""
+        work = self._hidden if shape.tiles else self._decode
+        hidden: torch.Tensor = self._graphs.replay(shape) if shape in self._graphs else work(shape)
+        if not shape.tiles:
+            return hidden
         if num_samples:
             view = StepView(self._on_device, shape)
             view.samples = view.samples[:, :num_samples]
             self._decoder.finish(view, hidden, self._sampled)
+        return hidden
+
+    def _sample_special(self, view: StepView, hidden: torch.Tensor, rows: Ids[LogitsRow]) -> None:
+        self._special_rows.sample(
+            rows,
+            lambda places: self._decoder.logits(view, hidden, places),
+            lambda scores, places, _: self._decoder.draw(view, scores, places, self._sampled),
+        )
 
     def _clear(self, shape: StepShape) -> None:
         StepView(self._on_device, shape).clear()
 
-    def _decode(self, shape: StepShape) -> None:
-        self._decoder.decode(StepView(self._on_device, shape), self._sampled, self.pool)
+    def _decode(self, shape: StepShape) -> torch.Tensor:
+        return self._decoder.decode(StepView(self._on_device, shape), self._sampled, self.pool)
 
     def _hidden(self, shape: StepShape) -> torch.Tensor:
         return self._decoder.hidden(StepView(self._on_device, shape), self._sampled, self.pool)

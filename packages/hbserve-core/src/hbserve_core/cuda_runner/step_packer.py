@@ -24,6 +24,7 @@ import numpy.typing as npt
 from hbserve_core.config import InstanceConfig
 from hbserve_core.engine.runner import StepTokens
 from hbserve_core.engine.sequence import HOTTEST, UNREAD, ScheduledChunk, Sequence
+from hbserve_core.logits.rows import LogitsRow
 
 _Integers = TypeVar("_Integers", int, npt.NDArray[np.int32])
 
@@ -198,6 +199,8 @@ class PackedStep:
     places: list[int | None]
     """For each token that is sampled, its chunk's place in the batch, or None if nobody wants it."""
     batch_size: int
+    special: list[LogitsRow]
+    """Those of `places` whose tokens are drawn once more, by hbserve_core/logits."""
 
     def tokens(self, sampled: Ids[int]) -> StepTokens:
         """Each chunk's next token, or None; `sampled` are the step's, one for each of `places`."""
@@ -241,9 +244,14 @@ class StepPacker:
         # A step of decodes samples every row, although a chunk of one token may stop short of its prompt's end.
         sampling = [i for i, chunk in enumerate(chunks) if chunk.samples or not shape.tiles]
         self._write_samples(view, chunks, sampling)
-        self._sources = {chunks[i].sequence: row for row, i in enumerate(sampling)}
         places = [order[i] if chunks[i].samples else None for i in sampling]
-        return PackedStep(shape, shape.fixed_size + tables_size, places, len(batch))
+        special = [
+            LogitsRow(row, chunks[i].sequence, self._sources.get(chunks[i].sequence, -1))
+            for row, i in enumerate(sampling)
+            if chunks[i].sequence.is_special and chunks[i].samples
+        ]
+        self._sources = {chunks[i].sequence: row for row, i in enumerate(sampling)}
+        return PackedStep(shape, shape.fixed_size + tables_size, places, len(batch), special)
 
     def _write_decodes(self, view: StepView, chunks: Ids[ScheduledChunk]) -> None:
         columns: list[tuple[int, int, int]] = []

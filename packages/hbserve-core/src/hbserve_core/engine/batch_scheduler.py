@@ -7,7 +7,7 @@ left, the newest sequence gives all of its blocks up and is computed again later
 
 from array import array
 from collections import Counter, deque
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 from hbserve_core.config import InstanceConfig
 from hbserve_core.engine.block_manager import BlockManager
@@ -126,7 +126,7 @@ class BatchScheduler:
             # At least the last known token is computed: the next one is sampled from it.
             prefix = self._find_prefix(sequence, sequence.num_tokens - 1)
             count = self._chunk_size(sequence.num_tokens - len(prefix) * self._blocks.block_size)
-            if count == 0 or not self._allocate(sequence, prefix):
+            if count == 0 or not self._allocate(sequence, prefix, self._blocks.allocate):
                 break
             sequence.num_computed_tokens = sequence.num_cached_tokens
             self.move(sequence, Phase.RUNNING)
@@ -138,25 +138,29 @@ class BatchScheduler:
         self._extend_digests(sequence)
         return self._blocks.find_prefix(sequence.block_digests[: num_tokens // self._blocks.block_size])
 
-    def _allocate(self, sequence: Sequence, prefix: list[int]) -> bool:
+    def _allocate(self, sequence: Sequence, prefix: list[int], allocate: Callable[[int], list[int]]) -> bool:
         """Give the sequence `prefix` and blocks for the rest of its known tokens, if that leaves some for growth."""
         wanted = self._blocks.num_blocks_for(sequence.num_tokens) - len(prefix)
         watermark = self._watermark if self.running or self.num_reserved else 0
         if self._blocks.num_free_besides(prefix) < wanted + watermark:
             return False
         self._blocks.share(prefix)
-        sequence.block_table = array("i", prefix + self._blocks.allocate(wanted))
+        sequence.block_table = array("i", prefix + allocate(wanted))
         sequence.num_cached_tokens = sequence.num_shared_tokens = len(prefix) * self._blocks.block_size
         self.num_cached_tokens += sequence.num_cached_tokens
         return True
 
     def grant(self) -> Sequence | None:
-        """Give the first of those that reserve blocks, whose content others will bring. None: there is no room now."""
+        """Give the first of those that reserve blocks, whose content others will bring. None: there is no room now.
+
+        A step in flight may still touch them for those who had them before: see `BlockManager.last_step`.
+        """
         # Preempted sequences come first: they were promised room before.
         if not self.reserving or self.waiting or len(self.running) + self.num_reserved >= self._config.max_num_seqs:
             return None
         sequence = self.reserving[0]
-        if not self._allocate(sequence, self._find_prefix(sequence, sequence.num_tokens)):
+        prefix = self._find_prefix(sequence, sequence.num_tokens)
+        if not self._allocate(sequence, prefix, self._blocks.allocate_idle):
             return None
         self.move(sequence, Phase.HELD)
         return sequence

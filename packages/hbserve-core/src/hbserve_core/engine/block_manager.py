@@ -4,12 +4,16 @@ A block is in exactly one of these states:
     held         reference count > 0: by one sequence, or by several that share a prefix
     free         reference count 0; it may still be cached, and is then found by its digest until it is given out
 A held block may be quarantined: its request has ended, but a failed transfer may still read it or write to it.
+
+A free block may still be read and written by steps that were launched before it was released, until these have ended.
+That is no harm to later steps, which are computed after them, but to others who write in no order with steps.
 """
 
 import hashlib
 from array import array
 from collections import Counter, OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain, islice, takewhile
 
 
 class BlockManager:
@@ -20,15 +24,19 @@ class BlockManager:
         self.block_size = block_size
         self._prefix_caching = prefix_caching
         self._references = [0] * num_blocks
-        # Given out from the front. Cached blocks come back to the end: the least recently used one is evicted first.
-        self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))
+        # Both in the order in which the blocks became free: of those cached, the least recently used is evicted first.
+        self._empty: OrderedDict[int, None] = OrderedDict.fromkeys(reversed(range(num_blocks)))
+        self._cached: OrderedDict[int, None] = OrderedDict()
+        self.last_launched = self.last_ended = 0
+        """Numbers of the last step that was launched, and of the last that has ended. Counted by whoever launches."""
+        self._last_steps = [0] * num_blocks
         self._quarantined: Counter[int] = Counter()
         self._block_of: dict[bytes, int] = {}
         self._digest_of: dict[int, bytes] = {}
 
     @property
     def num_free(self) -> int:
-        return len(self._free)
+        return len(self._empty) + len(self._cached)
 
     @property
     def num_quarantined(self) -> int:
@@ -40,19 +48,39 @@ class BlockManager:
     # ---- giving out and taking back ------------------------------------------------------------------------------
 
     def allocate(self, count: int) -> list[int]:
-        """Blocks with one reference each; what they cached is forgotten. The caller has seen that so many are free."""
+        """Blocks with one reference each, for steps; what they cached is forgotten. The caller has seen that so many
+        are free."""
+        return self._take(count, chain(reversed(self._empty), self._cached))
+
+    def allocate_idle(self, count: int) -> list[int]:
+        """The same for others than steps: first the blocks that no step in flight may touch, the oldest of those.
+        See `last_step`."""
+        idle = (takewhile(self._is_idle, free) for free in (self._empty, self._cached))
+        busy = (block_id for block_id in chain(self._empty, self._cached) if not self._is_idle(block_id))
+        return self._take(count, chain(*idle, busy))
+
+    def _take(self, count: int, free: Iterator[int]) -> list[int]:
         assert count <= self.num_free, f"{count} blocks wanted, {self.num_free} free"
-        block_ids = [self._free.popitem(last=False)[0] for _ in range(count)]
+        # In ascending order, for transfers: a run of neighbours moves as one piece.
+        block_ids = sorted(islice(free, count))
         for block_id in block_ids:
+            del (self._cached if block_id in self._digest_of else self._empty)[block_id]
             self._forget(block_id)
             self._references[block_id] = 1
         return block_ids
+
+    def _is_idle(self, block_id: int) -> bool:
+        return self._last_steps[block_id] <= self.last_ended
+
+    def last_step(self, block_ids: Sequence[int]) -> int:
+        """Number of the last launched step that may touch one of these blocks for who held them before."""
+        return max((self._last_steps[block_id] for block_id in block_ids), default=0)
 
     def share(self, block_ids: Sequence[int]) -> None:
         """One more reference to each block; `find_prefix` has found them."""
         for block_id in block_ids:
             if self._references[block_id] == 0:
-                del self._free[block_id]
+                del self._cached[block_id]
             self._references[block_id] += 1
 
     def release(self, block_ids: Sequence[int]) -> None:
@@ -61,9 +89,8 @@ class BlockManager:
             assert self._references[block_id] > 0, f"block {block_id} is released twice"
             self._references[block_id] -= 1
             if self._references[block_id] == 0:
-                self._free[block_id] = None
-                if block_id not in self._digest_of:
-                    self._free.move_to_end(block_id, last=False)
+                self._last_steps[block_id] = self.last_launched
+                (self._cached if block_id in self._digest_of else self._empty)[block_id] = None
 
     def quarantine(self, block_ids: Sequence[int]) -> None:
         """Take over the caller's references: the blocks stay out of use until `end_quarantine`.
@@ -119,9 +146,15 @@ class BlockManager:
         `holders`: how many references each block should have, those of quarantines not counted; 0 where absent.
         """
         for block_id, count in enumerate(self._references):
-            assert (count > 0) != (block_id in self._free), f"block {block_id}: {count} references, free or lost"
+            is_free = (block_id in self._empty) + (block_id in self._cached)
+            assert (count == 0) == is_free, f"block {block_id}: {count} references, {is_free} times free"
+            assert (block_id in self._cached) <= (block_id in self._digest_of), f"block {block_id} caches nothing"
             assert count >= self._quarantined[block_id], f"block {block_id} is quarantined and free"
             if holders is not None:
                 expected = holders.get(block_id, 0) + self._quarantined[block_id]
                 assert count == expected, f"block {block_id}: {count} references, {expected} holders"
         assert {digest: block for block, digest in self._digest_of.items()} == self._block_of
+        for free in (self._empty, self._cached):
+            steps = [self._last_steps[block_id] for block_id in free]
+            assert steps == sorted(steps), f"not in the order in which they became free: {list(free)}"
+            assert not steps or steps[-1] <= self.last_launched

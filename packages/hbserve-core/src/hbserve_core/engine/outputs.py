@@ -77,3 +77,7 @@ class EngineStats:
     host_time_s: float = 0.0
     """Time spent in steps other than waiting for the device: scheduling, preparing, launching, taking tokens in. With a
     runner that computes on the host, its computation too."""
+    num_late_steps: int = 0
+    """Steps that were launched to be just in time, and came after the one before them had ended."""
+    idle_time_s: float = 0.0
+    """How long the device had nothing to do because of that, at most."""

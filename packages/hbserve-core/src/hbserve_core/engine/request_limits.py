@@ -33,6 +33,7 @@ class RequestLimits:
         if not isinstance(params, SamplingParams):
             raise InvalidRequest(f"params={shown(params)}: expected SamplingParams")
         params = params.copied()
+        params.require_vocabulary(self._vocab_size)
         prompt_ids, output_ids = plain_token_ids("prompt", prompt), plain_token_ids("output_token_ids", output)
         if not prompt_ids:
             raise InvalidRequest("prompt: expected at least one token")

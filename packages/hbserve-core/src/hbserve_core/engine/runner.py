@@ -36,5 +36,8 @@ class Runner(Protocol):
     def launch(self, batch: Ids[ScheduledChunk]) -> PendingStep:
         """Begin to compute a step. What the chunks say is read before this returns."""
 
+    def is_idle(self) -> bool:
+        """Whether every launched step has been computed. Does not wait."""
+
     def close(self) -> None:
         """End the processes of other ranks, if there are any. Nothing is launched afterwards. May be called twice."""

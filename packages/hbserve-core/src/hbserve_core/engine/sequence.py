@@ -100,6 +100,11 @@ class Sequence:
     max_num_tokens: int = maxsize
     """Most tokens that it may have, its prompt included."""
     phase: Phase = Phase.NEW
+    is_special: bool = False
+    """Its next token is chosen by more than temperature, top-k and top-p: see hbserve_core/logits."""
+
+    def __post_init__(self) -> None:
+        self.is_special = self.params.changes_logits
 
     def enter(self, phase: Phase) -> None:
         """The next phase of its life."""

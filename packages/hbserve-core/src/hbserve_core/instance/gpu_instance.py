@@ -20,18 +20,22 @@ from hbserve_core.instance.engine_thread import EngineEvent, EngineThread
 from hbserve_core.instance.handover import Inbox, PrefillSend, wait_for_kv
 from hbserve_core.ranks.make_runner import make_runner
 from hbserve_core.transfers.instance_transfers import InstanceTransfers, JointReceive
-from hbserve_kv import Outcome, PostedReceive
+from hbserve_kv import FingerprintMismatch, Outcome, PostedReceive, TransferFailed
 from hbserve_rpc import InvalidRequest, Overloaded, RemoteError, RpcServer
 from hbserve_rpc.messages import (
+    CONNECT,
     DECODE,
     DESCRIBE,
     GENERATE,
+    GRANT,
     PREFILL,
     STATS,
+    ConnectRequest,
     DecodeRequest,
     Empty,
     GenerateRequest,
     Granted,
+    GrantRequest,
     InstanceInfo,
     InstanceStats,
     InstanceStatus,
@@ -42,6 +46,9 @@ from hbserve_rpc.messages import (
 
 logger = logging.getLogger(__name__)
 
+GRANT_PATIENCE_S = 1.0
+"""How long a computed prompt keeps its blocks while there is no grant for it yet. They may be what those wait for who
+have one, and whose decode instance has room again when these are done."""
 END_TIMEOUT_S = 2.0
 """How long `stop` waits for requests to give their blocks back; a dead or frozen peer could keep it longer."""
 
@@ -95,6 +102,8 @@ class GpuInstance:
             self._server.serve_stream(GENERATE, self._generate)
         elif self.config.role == "prefill":
             self._server.serve_stream(PREFILL, self._prefill)
+            self._server.serve_notification(GRANT, self._grant)
+            self._server.serve(CONNECT, self._connect)
         else:
             self._server.serve_stream(DECODE, self._decode)
         await self._server.start()
@@ -174,11 +183,14 @@ class GpuInstance:
 
     # ---- one request ---------------------------------------------------------------------------------------------
 
-    def _open(self, request_id: str) -> Inbox:
+    def _require_ready(self) -> None:
         if self.status == "failed":
             raise RemoteError(f"{self.config.instance_id} failed: {self.error}")
         if self.status != "ready":
             raise Overloaded(f"{self.config.instance_id} is not ready, it is {self.status}")
+
+    def _open(self, request_id: str) -> Inbox:
+        self._require_ready()
         if request_id in self._inboxes:
             raise InvalidRequest(f"request_id={request_id!r} is in use")
         self.num_requests += 1
@@ -236,22 +248,35 @@ class GpuInstance:
         inbox = self._open(request.request_id)
         sending = PrefillSend(self._require_transfers(), request, self.config.block_size, inbox)
         try:
-            await self._thread.call(
-                lambda engine: engine.add(
-                    request.request_id,
-                    request.prompt_token_ids,
-                    request.params,
-                    request.output_token_ids,
-                    prefill_only=True,
-                )
-            )
-            output = await sending.follow()
-            yield TokenEvent(output.index, output.token_ids, output.finish_reason)
-            if request.grant:
-                result = await sending.finish(output)
+            output = await self._compute_prompt(request, sending)
+            is_late = not sending.is_granted and output.finish_reason is None
+            if is_late and not await sending.wait_for_grant(GRANT_PATIENCE_S):
+                # Nobody knows of the token. The prefix cache keeps all blocks but the last one, as far as it can.
+                await self._thread.call(lambda engine: engine.release(request.request_id))
+                await sending.wait_for_grant(None)
+                output = await self._compute_prompt(request, sending)
+            first = TokenEvent(output.index, output.token_ids, output.finish_reason)
+            if not is_late:
+                yield first
+            result = await sending.finish(output)
+            if is_late:
+                yield first
+            if result is not None:
                 yield TransferDone(result.num_bytes, result.num_parts, result.time_s, output.num_cached_tokens)
         finally:
             self._end(self._end_prefill(request.request_id, sending))
+
+    async def _compute_prompt(self, request: PrefillRequest, sending: PrefillSend) -> StepOutput:
+        """Returns the output that has the first token."""
+        prompt, output = request.prompt_token_ids, request.output_token_ids
+        await self._thread.call(
+            lambda engine: engine.add(request.request_id, prompt, request.params, output, prefill_only=True)
+        )
+        return await sending.follow()
+
+    async def _grant(self, request: GrantRequest) -> None:
+        if inbox := self._inboxes.get(request.request_id):
+            inbox.put_nowait(request)
 
     async def _end_prefill(self, request_id: str, sending: PrefillSend) -> None:
         await self._last_call(lambda engine: engine.hold(request_id))
@@ -294,6 +319,15 @@ class GpuInstance:
             await posted.drained()
         await self._close(request_id)
 
+    async def _connect(self, request: ConnectRequest) -> Empty:
+        """Not before it is ready, which it is without its peers: whether one can be reached is between the two."""
+        self._require_ready()
+        try:
+            await self._require_transfers().open_link(request.kv_endpoint)
+        except (TransferFailed, FingerprintMismatch) as error:
+            raise RemoteError(str(error)) from error
+        return Empty()
+
     def _require_transfers(self) -> InstanceTransfers:
         assert self.transfers is not None, "a ready prefill or decode instance has them"
         return self.transfers
@@ -306,6 +340,7 @@ class GpuInstance:
         if engine is not None and runner is not None:
             known = {
                 "max_model_len": runner.model_config.max_model_len,
+                "max_num_seqs": config.max_num_seqs,
                 "max_prompt_len": engine.limits.max_prompt_len,
                 "vocab_size": runner.model_config.vocab_size,
                 "num_blocks": engine.blocks.num_blocks,
@@ -320,6 +355,7 @@ class GpuInstance:
             model=config.model_path,
             block_size=config.block_size,
             kv_backend=config.kv_transfer.backend if config.role != "hybrid" else "",
+            kv_endpoint=self.transfers.endpoint if self.transfers is not None and config.role == "decode" else b"",
             pid=os.getpid(),
             error=self.error,
             **known,

@@ -29,6 +29,8 @@ class _Chunk(msgspec.Struct, frozen=True, array_like=True):
     """int32"""
     params: SamplingParams | None
     """None: those of the step before."""
+    known_token_ids: list[int]
+    """With params that penalize tokens, all that the request has."""
 
 
 class StepWriter:
@@ -58,6 +60,7 @@ class StepWriter:
             new_token_ids,
             block_table,
             params,
+            sequence.token_ids if params is not None and params.has_penalties else [],
         )
 
 
@@ -79,7 +82,7 @@ class StepReader:
         if chunk.params is None:
             sequence = self._last[chunk.request_id]
         else:
-            sequence = Sequence(chunk.request_id, [], chunk.num_prompt_tokens, chunk.params)
+            sequence = Sequence(chunk.request_id, chunk.known_token_ids, chunk.num_prompt_tokens, chunk.params)
         tokens, end = sequence.token_ids, chunk.first + len(chunk.new_token_ids)
         tokens += repeat(_NOT_SENT, chunk.num_tokens - len(tokens))
         tokens[chunk.first : end] = chunk.new_token_ids

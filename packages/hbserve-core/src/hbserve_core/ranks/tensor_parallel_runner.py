@@ -44,6 +44,9 @@ class TensorParallelRunner:
 
         return tokens
 
+    def is_idle(self) -> bool:
+        return self._runner.is_idle()
+
     def close(self) -> None:
         self.workers.close()
         self._runner.close()

@@ -2,6 +2,8 @@
 
     batch ─prepare_step▶ T rows ─Decoder▶ logits (R, V) ─Sampler▶ R tokens ─▶ one, or None, for each chunk
 
+Rows whose requests ask for more are sampled once more, by hbserve_core/logits.
+
 Shapes: T rows of one step, R of them sampled, V vocab_size. The pool: see model/kv_pool.py.
 """
 
@@ -12,6 +14,9 @@ import torch
 from hbserve_core.config import InstanceConfig
 from hbserve_core.engine.runner import PendingStep, StepTokens
 from hbserve_core.engine.sequence import ScheduledChunk
+from hbserve_core.engine.sequence import Sequence as EngineSequence
+from hbserve_core.logits.rows import LogitsRow
+from hbserve_core.logits.special_rows import SpecialRows
 from hbserve_core.model.linear import fewest_rows
 from hbserve_core.model.loaded_model import LoadedModel
 from hbserve_core.model.rank_group import RankGroup
@@ -47,11 +52,15 @@ class ModelRunner:
         """(num_blocks, num_layers, 2, block_size, num_kv_heads, head_dim)"""
         self._attention = TorchAttention(self.pool, model.rank_config.num_heads)
         self._sampler = Sampler()
+        self._special_rows = SpecialRows(model.model_config, model.device)
         self._fewest_rows = fewest_rows(self.device)
 
     def launch(self, batch: Sequence[ScheduledChunk]) -> PendingStep:
         tokens = self.run(batch)
         return lambda: tokens
+
+    def is_idle(self) -> bool:
+        return True
 
     def close(self) -> None:
         """Nothing to end."""
@@ -63,11 +72,24 @@ class ModelRunner:
         with torch.inference_mode():
             step = prepare_step(batch, self.device, self._fewest_rows)
             logits = self._logits(step)
-            tokens = self._sampler.sample(logits, [batch[place].sequence for place in step.sampling_places])
+            tokens = self._sample(logits, [batch[place].sequence for place in step.sampling_places])
         result: StepTokens = [None] * len(batch)
         for place, token in zip(step.sampling_places, tokens, strict=True):
             result[place] = token
         return result
+
+    def _sample(self, logits: torch.Tensor, sequences: Sequence[EngineSequence]) -> list[int]:
+        chosen = self._sampler.choose(logits, sequences)
+
+        def draw(scores: torch.Tensor, places: torch.Tensor, rows: Sequence[LogitsRow]) -> torch.Tensor:
+            drawn = chosen[places] = self._sampler.choose(scores, [each.sequence for each in rows])
+            return drawn
+
+        if special := [LogitsRow(place, each) for place, each in enumerate(sequences) if each.is_special]:
+            self._special_rows.prepare(special, None)
+            self._special_rows.sample(special, logits.__getitem__, draw)
+        tokens: list[int] = chosen.tolist()
+        return tokens
 
     def _logits(self, step: StepInput) -> torch.Tensor:
         return self._decoder.logits(step, self._attention.plan(step.chunks))

@@ -35,6 +35,8 @@ class InstanceTransfers:
         Raises:
             BackendUnavailable: see `KVTransferManager`.
         """
+        self.endpoint = b""
+        """Where all ranks of the instance receive, for a sender's `open_link`; from `start` on."""
         addresses = runner.transfer_addresses
         self._manager = make_manager(config, runner, Shard(0, 1 + len(addresses)), epoch)
         self._others = [RemoteRank(rank, address, on_lost) for rank, address in enumerate(addresses, 1)]
@@ -44,10 +46,25 @@ class InstanceTransfers:
         ]
 
     async def start(self) -> None:
-        """Raises AddressInUse, BackendUnavailable."""
+        """Raises AddressInUse, BackendUnavailable, or TransferFailed if a rank is lost."""
         await self._manager.start()
         for rank in self._others:
             await rank.client.start()
+        try:
+            self.endpoint = join_grants([self._manager.endpoint, *[await rank.endpoint() for rank in self._others]])
+        except BaseException:
+            await self.close()
+            raise
+
+    async def open_link(self, endpoint: bytes) -> None:
+        """Connect each rank that sends to those ranks of a receiver that want heads of it, ahead of any transfer.
+
+        Raises:
+            FingerprintMismatch: the receiver's KV means something else.
+            TransferFailed: the receiver is not there, or was restarted; or a rank is lost.
+        """
+        opening = [self._manager.open_link(endpoint), *(rank.open_link(endpoint) for rank in self._other_senders)]
+        await asyncio.gather(*opening)
 
     async def post_receive(self, transfer_id: str, block_ids: Sequence[int]) -> "PostedReceive | JointReceive":
         """Expect one transfer into these blocks of every rank's pool; no blocks: only its commit.

@@ -8,6 +8,8 @@ rank 0                                              rank 1, 2, …
   PUSH(blocks), COMMIT(payload)    ────notify───▶   of a send
   CANCEL(reason)                   ────notify───▶   of either; Ended says what came of it
 
+  OPEN_LINK(endpoint)              ────call────▶    ahead of sends; ENDPOINT asks for the rank's own
+
 Closing a stream early cancels its transfer. What is said of a transfer that is not known (any more) is ignored.
 """
 
@@ -57,6 +59,12 @@ class Cancel(msgspec.Struct, frozen=True, tag=True):
     reason: str
 
 
+class Endpoint(msgspec.Struct, frozen=True, tag=True):
+    """See `KVTransferManager.endpoint`."""
+
+    endpoint: bytes
+
+
 class Figures(msgspec.Struct, frozen=True, tag=True):
     stats: TransferStats
 
@@ -66,6 +74,8 @@ SEND: StreamMethod[Send, Any] = StreamMethod("rank.send", Send, Begun | Ended)
 PUSH: Notification[Push] = Notification("rank.push", Push)
 COMMIT: Notification[Commit] = Notification("rank.commit", Commit)
 CANCEL: Notification[Cancel] = Notification("rank.cancel", Cancel)
+ENDPOINT: Method[Empty, Endpoint] = Method("rank.endpoint", Empty, Endpoint)
+OPEN_LINK: Method[Endpoint, Empty] = Method("rank.open_link", Endpoint, Empty)
 STATS: Method[Empty, Figures] = Method("rank.stats", Empty, Figures)
 CLOSE: Method[Empty, Empty] = Method("rank.close", Empty, Empty)
 """End every transfer, and tell the peers."""

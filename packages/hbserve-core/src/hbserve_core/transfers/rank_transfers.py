@@ -5,7 +5,7 @@ import contextlib
 import threading
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from concurrent.futures import Future
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -14,7 +14,7 @@ from hbserve_core.engine.runner import Runner
 from hbserve_core.errors import RankFailed
 from hbserve_core.model.shard import Shard
 from hbserve_core.transfers import rank_protocol as protocol
-from hbserve_core.transfers.rank_protocol import Begun, Cancel, Commit, Ended, Figures, Push, Receive, Send
+from hbserve_core.transfers.rank_protocol import Begun, Cancel, Commit, Ended, Endpoint, Figures, Push, Receive, Send
 from hbserve_kv import (
     FingerprintMismatch,
     KVTransferManager,
@@ -25,8 +25,20 @@ from hbserve_kv import (
     TransferResult,
     TransferStats,
 )
-from hbserve_rpc import HBServeRpcError, InvalidRequest, RemoteError, RpcClient, RpcServer, RpcStream, StreamMethod
+from hbserve_rpc import (
+    HBServeRpcError,
+    InvalidRequest,
+    Method,
+    RemoteError,
+    RpcClient,
+    RpcServer,
+    RpcStream,
+    StreamMethod,
+)
 from hbserve_rpc.messages import Empty
+
+Q = TypeVar("Q", bound=msgspec.Struct)
+R = TypeVar("R")
 
 RANK_STRIDE = 1 << 16
 """Between the numbers by which hbserve_kv knows the ranks of one instance: `kv_rank + rank * RANK_STRIDE`."""
@@ -34,6 +46,8 @@ SILENCE_S = 5.0
 """A rank that is silent for longer is lost. Its reports say so earlier, see ranks/worker_handle.py."""
 TIMEOUT_S = 10.0
 """For what a rank does at once."""
+LINK_TIMEOUT_S = 300.0
+"""For what has deadlines of its own there; a rank that is lost is noticed earlier."""
 
 
 def make_manager(config: InstanceConfig, runner: Runner, shard: Shard, epoch: str | None = None) -> KVTransferManager:
@@ -68,6 +82,8 @@ class RankServer:
         server.serve_notification(protocol.PUSH, self._push)
         server.serve_notification(protocol.COMMIT, self._commit)
         server.serve_notification(protocol.CANCEL, self._cancel)
+        server.serve(protocol.ENDPOINT, self._endpoint)
+        server.serve(protocol.OPEN_LINK, self._open_link)
         server.serve(protocol.STATS, self._stats)
         server.serve(protocol.CLOSE, self._close)
         await self._manager.start()
@@ -116,6 +132,16 @@ class RankServer:
         if transfer := self._transfers.get(request.transfer_id):
             await transfer.cancel(request.reason)
 
+    async def _endpoint(self, _: Empty) -> Endpoint:
+        return Endpoint(self._manager.endpoint)
+
+    async def _open_link(self, request: Endpoint) -> Empty:
+        try:
+            await self._manager.open_link(request.endpoint)
+        except (TransferFailed, FingerprintMismatch) as error:
+            raise InvalidRequest(str(error)) from error
+        return Empty()
+
     async def _stats(self, _: Empty) -> Figures:
         return Figures(self._manager.stats())
 
@@ -162,6 +188,23 @@ class RemoteRank:
     async def open_send(self, transfer_id: str, grant: bytes) -> "RemoteTransfer":
         """Raises TransferFailed: the rank cannot send, or is lost."""
         return await self._begin(transfer_id, protocol.SEND, Send(transfer_id, grant))
+
+    async def endpoint(self) -> bytes:
+        """Where the rank receives. Raises TransferFailed: it is lost."""
+        return (await self._ask(protocol.ENDPOINT, Empty(), TIMEOUT_S)).endpoint
+
+    async def open_link(self, endpoint: bytes) -> None:
+        """Raises TransferFailed: the rank cannot connect, or is lost."""
+        await self._ask(protocol.OPEN_LINK, Endpoint(endpoint), LINK_TIMEOUT_S)
+
+    async def _ask(self, method: Method[Q, R], request: Q, timeout_s: float) -> R:
+        try:
+            return await self.client.call(method, request, timeout_s=timeout_s)
+        except (InvalidRequest, RemoteError) as error:
+            raise TransferFailed(f"{self.name}: {error}") from error
+        except HBServeRpcError as error:
+            self.lost(error)
+            raise TransferFailed(f"{self.name} is lost") from error
 
     async def _begin(self, name: str, method: StreamMethod[Any, Any], request: msgspec.Struct) -> "RemoteTransfer":
         stream = self.client.stream(method, request)

@@ -2,7 +2,8 @@
 
 torch shares tensors too, but counts references across processes and keeps memory until the other side has given it
 back, which a killed peer never does. Here the owner only names its memory, and a peer maps and unmaps it.
-Functions: CUDA Driver API, "cuIpcGetMemHandle", "cuIpcOpenMemHandle_v2", "cuIpcCloseMemHandle", "cuMemGetAddressRange".
+Functions: CUDA Driver API, "cuIpcGetMemHandle", "cuIpcOpenMemHandle_v2", "cuIpcCloseMemHandle", "cuMemGetAddressRange",
+"cuMemcpyDtoDAsync".
 """
 
 import ctypes
@@ -40,6 +41,7 @@ def _driver() -> Any:
     driver = ctypes.CDLL("libcuda.so.1")
     driver.cuIpcOpenMemHandle_v2.argtypes = [ctypes.POINTER(ctypes.c_uint64), _Handle, ctypes.c_uint]
     driver.cuIpcGetMemHandle.argtypes = [ctypes.POINTER(_Handle), ctypes.c_uint64]
+    driver.cuMemcpyDtoDAsync_v2.argtypes = [ctypes.c_uint64, ctypes.c_uint64, ctypes.c_size_t, ctypes.c_void_p]
     driver.cuIpcCloseMemHandle.argtypes = [ctypes.c_uint64]
     driver.cuMemGetAddressRange_v2.argtypes = [
         ctypes.POINTER(ctypes.c_uint64),
@@ -116,6 +118,12 @@ def mapped(region: DeviceRegion, pid: int, device: torch.device) -> Iterator[tor
     finally:
         with torch.cuda.device(device):
             _check("cuIpcCloseMemHandle", _driver().cuIpcCloseMemHandle(base))
+
+
+def copy(target: int, source: int, num_bytes: int, stream: int) -> None:
+    """Queue a copy between addresses on a stream of the current device, by a copy engine. torch's own copy between two
+    GPUs takes the way that it finds by their numbers: PCI Express, where one of them is not this process's."""
+    _check("cuMemcpyDtoDAsync", _driver().cuMemcpyDtoDAsync_v2(target, source, num_bytes, stream))
 
 
 def _tensor_at(address: int, num_bytes: int, device: torch.device) -> torch.Tensor:

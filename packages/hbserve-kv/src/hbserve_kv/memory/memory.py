@@ -6,11 +6,13 @@ the shape (..., num_heads, head_dim), a HeadSlice takes the part (..., heads, he
 
 import os
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from typing import Literal
 
 import torch
 
 from hbserve_kv.errors import BufferTooLarge
+from hbserve_kv.memory.events import EventWatch
 from hbserve_kv.memory.heads import HeadRange, HeadSlice
 from hbserve_kv.memory.shared_memory import copy, shared_empty
 
@@ -37,6 +39,11 @@ class Memory:
         self.num_heads = heads.count if heads is not None else 1
         self.arena = _make_arena(buffer_size, self.block_bytes, pool.device)
         self._free = list(range(self.arena.shape[0] - 1, -1, -1))
+
+    @cached_property
+    def events(self) -> EventWatch:
+        """When blocks have been computed, or copied, on a device."""
+        return EventWatch()
 
     def rows(self, region: Region) -> torch.Tensor:
         return self.pool if region == "pool" else self.arena
@@ -130,6 +137,11 @@ def neighbours(rows: torch.Tensor, block_ids: Sequence[int]) -> torch.Tensor | N
     return None
 
 
+def _indices(block_ids: Sequence[int], device: torch.device) -> torch.Tensor:
+    """On the device, behind what its current stream does: the host waits for nothing."""
+    return torch.tensor(block_ids, pin_memory=device.type == "cuda").to(device, non_blocking=True)
+
+
 def gather(rows: torch.Tensor, block_ids: Sequence[int]) -> torch.Tensor:
     """The blocks as one contiguous tensor, (len(ids), …): a view if they are neighbours, else a copy."""
     view = neighbours(rows, block_ids)
@@ -143,7 +155,7 @@ def gather(rows: torch.Tensor, block_ids: Sequence[int]) -> torch.Tensor:
             place += count * size
         return blocks
     wide = _wide(rows)
-    return wide.index_select(0, torch.tensor(block_ids, device=rows.device)).view(torch.uint8)
+    return wide.index_select(0, _indices(block_ids, rows.device)).view(torch.uint8)
 
 
 def scatter(rows: torch.Tensor, block_ids: Sequence[int], blocks: torch.Tensor) -> None:
@@ -156,7 +168,7 @@ def scatter(rows: torch.Tensor, block_ids: Sequence[int], blocks: torch.Tensor) 
             place += count * size
         return
     wide_rows, wide_new = same_words(rows, new)
-    wide_rows.index_copy_(0, torch.tensor(block_ids, device=rows.device), wide_new)
+    wide_rows.index_copy_(0, _indices(block_ids, rows.device), wide_new)
 
 
 def pieces(

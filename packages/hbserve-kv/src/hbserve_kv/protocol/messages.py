@@ -3,6 +3,7 @@
 sender                                              receiver
   LINK(fingerprint, epoch, offers)  ───stream───▶   once per pair; open as long as both live
                                     ◀────────────   LinkReply(transport, description), then Cancelled(transfer id) …
+  TELL, ASK(name)                   ────call────▶   while both connect: what each needs of the other
   BEGIN(transfer id)                ────call────▶   answered by Accepted(blocks)
   PARTS(what comes next)            ───notify───▶   two-sided transports only: the receiver takes them in this order
   COMMIT(payload)                   ────call────▶   answered when all parts have landed and the receiver has taken it;
@@ -25,13 +26,14 @@ from hbserve_kv.memory.heads import HeadRange
 from hbserve_kv.memory.memory import Region
 from hbserve_rpc import Method, Notification, StreamMethod
 
-PROTOCOL_VERSION = 5
+PROTOCOL_VERSION = 6
 
 
 class Grant(msgspec.Struct, frozen=True, tag=True):
     """Made by the receiver, read by the sender; opaque to whoever carries it."""
 
     transfer_id: str
+    """ "" in an endpoint, which says where the receiver is and grants nothing."""
     address: str
     """`host:port` of the receiver's control server."""
     epoch: str
@@ -71,6 +73,19 @@ class LinkReply(msgspec.Struct, frozen=True, tag=True):
     description: bytes
     passed_over: dict[str, str]
     """Better offers, and why they were not taken."""
+
+
+class Told(msgspec.Struct, frozen=True, tag=True):
+    """A value of the link's rendezvous: see `hbserve_kv.transports.rendezvous`."""
+
+    link: str
+    name: str
+    value: bytes
+
+
+class Asked(msgspec.Struct, frozen=True, tag=True):
+    link: str
+    name: str
 
 
 class Cancelled(msgspec.Struct, frozen=True, tag=True):
@@ -149,6 +164,9 @@ class Nothing(msgspec.Struct, frozen=True, tag=True):
 
 
 LINK: StreamMethod[Handshake, Any] = StreamMethod("kv.link", Handshake, LinkReply | Cancelled)
+TELL: Method[Told, Nothing] = Method("kv.tell", Told, Nothing)
+ASK: Method[Asked, Told] = Method("kv.ask", Asked, Told)
+"""Is answered when either end has told it."""
 BEGIN: Method[Begin, Accepted] = Method("kv.begin", Begin, Accepted)
 PARTS: Notification[PartsAnnounced] = Notification("kv.parts", PartsAnnounced)
 COMMIT: Method[Commit, Nothing] = Method("kv.commit", Commit, Nothing)

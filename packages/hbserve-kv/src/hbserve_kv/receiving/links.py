@@ -16,9 +16,12 @@ from hbserve_kv.config import GOODBYE_TIMEOUT_S
 from hbserve_kv.protocol.handshake import Identity, check, choose_transport
 from hbserve_kv.protocol.messages import AnnouncedPart, Cancelled, Handshake, LinkReply, PartsAnnounced
 from hbserve_kv.receiving.transfer import IncomingLink, IncomingTransfer
-from hbserve_kv.transports.base import Link, Part, Transport, disconnect
+from hbserve_kv.transports.base import Deadline, Link, Part, Transport, disconnect
+from hbserve_kv.transports.rendezvous import HeldRendezvous
 
 logger = logging.getLogger(__name__)
+
+_Taking = tuple[IncomingTransfer, AnnouncedPart]
 
 
 class IncomingLinks:
@@ -37,6 +40,7 @@ class IncomingLinks:
         common = check(hello, self._me)
         transport, passed_over = choose_transport(hello, self._transports, self._me.rank)
         self._lose_earlier_lives(hello)
+        rendezvous = HeldRendezvous()
         link = Link(
             hello.link,
             is_sender=False,
@@ -45,8 +49,9 @@ class IncomingLinks:
             heads=common.slice_in(self._me.heads),
             peer_heads=common.slice_in(hello.heads),
             peer_num_heads=hello.heads.count,
+            rendezvous=rendezvous,
         )
-        made = IncomingLink(hello, link, transport, common)
+        made = IncomingLink(hello, link, transport, common, rendezvous)
         self.connected[link.key] = made
         if not transport.one_sided:
             # It connects from both ends at once, so the answer must not wait for it.
@@ -77,6 +82,7 @@ class IncomingLinks:
             return
         lost.is_connected = False
         lost.ended.set()
+        lost.rendezvous.end()
         for transfer in list(lost.transfers):
             transfer.fail(why)
             if not lost.transport.one_sided:
@@ -124,8 +130,9 @@ class IncomingLinks:
         return True
 
     async def _take_announced(self, link: IncomingLink) -> None:
-        """One task for each link, so that its parts are taken one after the other. Ends with the link."""
+        """One task for each link, so that its parts are taken in order. Ends with the link."""
         error = "the link was lost"
+        deadline: Deadline[_Taking] = Deadline(self._timeout_s, lambda late: self._late(link, *late))
         try:
             while link.is_connected and not link.broken:
                 if not link.announced:
@@ -133,10 +140,8 @@ class IncomingLinks:
                     await link.has_announced.wait()
                     continue
                 transfer, part = link.announced[0]
-                began_s = time.monotonic()
-                await self._accept(link, transfer, part)
+                await self._accept(link, transfer, part, deadline)
                 link.announced.popleft()
-                transfer.end_part(link.link.key, part, time.monotonic() - began_s)
         except Exception as failure:  # whatever a backend raised
             error = f"part {link.announced[0][1].index}: {type(failure).__name__}: {failure}"
         finally:
@@ -146,16 +151,39 @@ class IncomingLinks:
                 transfer, part = link.announced.popleft()
                 transfer.end_part(link.link.key, part, error=link.broken)
 
-    async def _accept(self, link: IncomingLink, transfer: IncomingTransfer, part: AnnouncedPart) -> None:
-        late = f"part {part.index} of transfer {transfer.transfer_id} did not come within {self._timeout_s:.3g} s"
-        deadline = asyncio.get_running_loop().call_later(self._timeout_s, self._break, link, late)
+    async def _accept(
+        self, link: IncomingLink, transfer: IncomingTransfer, part: AnnouncedPart, deadline: Deadline[_Taking]
+    ) -> None:
+        """Take a part, or leave it to a device: then it lands later."""
+        under_way = transfer, part
+        deadline.begin(under_way)
+        began_s, landing = time.monotonic(), None
+
+        def landed(done: asyncio.Future[float]) -> None:
+            deadline.end(under_way)
+            if (failure := done.exception()) is not None:
+                self._break(link, f"part {part.index}: {type(failure).__name__}: {failure}")
+            # A device that was told to stop says no more than that it has.
+            transfer.end_part(link.link.key, part, 0.0 if failure else done.result(), link.broken)
+
         try:
             assert link.connecting is not None
             await asyncio.shield(link.connecting)
             block_ids = transfer.block_ids[part.first : part.end]
-            await link.transport.accept(link.link, Part(transfer.transfer_id, part.index, transfer.region, block_ids))
+            landing = await link.transport.accept(
+                link.link, Part(transfer.transfer_id, part.index, transfer.region, block_ids)
+            )
         finally:
-            deadline.cancel()
+            if landing is None:
+                deadline.end(under_way)
+        if landing is None:
+            transfer.end_part(link.link.key, part, time.monotonic() - began_s)
+        else:
+            landing.add_done_callback(landed)
+
+    def _late(self, link: IncomingLink, transfer: IncomingTransfer, part: AnnouncedPart) -> None:
+        what = f"part {part.index} of transfer {transfer.transfer_id}"
+        self._break(link, f"{what} did not come within {self._timeout_s:.3g} s")
 
     def _break(self, link: IncomingLink, why: str) -> None:
         """End a link: its transfers fail, which tells the sender why, and then its stream ends."""

@@ -9,7 +9,7 @@ from hbserve_kv.memory.memory import Memory, Region
 from hbserve_kv.protocol import messages
 from hbserve_kv.protocol.checksum import link_checksums
 from hbserve_kv.protocol.handshake import Identity
-from hbserve_kv.protocol.messages import Abandon, Accepted, Begin, Commit, Nothing, PartsAnnounced
+from hbserve_kv.protocol.messages import Abandon, Accepted, Asked, Begin, Commit, Nothing, PartsAnnounced, Told
 from hbserve_kv.protocol.transfer_state import State
 from hbserve_kv.receiving.links import IncomingLinks
 from hbserve_kv.receiving.lookup_buffer import LookupBuffer
@@ -42,6 +42,8 @@ class Receiver:
 
     def serve_on(self, server: RpcServer) -> None:
         server.serve_stream(messages.LINK, self.links.serve)
+        server.serve(messages.TELL, self._tell)
+        server.serve(messages.ASK, self._ask)
         server.serve(messages.BEGIN, self._begin)
         server.serve_notification(messages.PARTS, self._parts)
         server.serve(messages.COMMIT, self._commit)
@@ -79,6 +81,15 @@ class Receiver:
             transfer.fail("the receiver was closed")
 
     # ---- handlers ------------------------------------------------------------------------------------------------
+
+    async def _tell(self, told: Told) -> Nothing:
+        link = self._link_of(told.link, f"{told.name} of a rendezvous")
+        await link.rendezvous.set(told.name, told.value)
+        return Nothing()
+
+    async def _ask(self, asked: Asked) -> Told:
+        link = self._link_of(asked.link, f"{asked.name} of a rendezvous")
+        return Told(asked.link, asked.name, await link.rendezvous.get(asked.name))
 
     async def _begin(self, begin: Begin) -> Accepted:
         link = self._link_of(begin.link, f"transfer {begin.transfer_id}")

@@ -15,6 +15,7 @@ from hbserve_kv.memory.memory import Region
 from hbserve_kv.protocol.messages import AnnouncedPart, Cancelled, Commit, Handshake
 from hbserve_kv.protocol.transfer_state import IncomingState, Outcome, State, TransferResult
 from hbserve_kv.transports.base import Link, Transport
+from hbserve_kv.transports.rendezvous import HeldRendezvous
 
 
 @dataclass(eq=False)
@@ -26,6 +27,7 @@ class IncomingLink:
     transport: Transport
     common_heads: HeadRange
     """Heads that this sender and this rank both hold."""
+    rendezvous: HeldRendezvous = field(default_factory=HeldRendezvous)
     is_connected: bool = True
     """The sender's heartbeats come."""
     notices: asyncio.Queue[Cancelled | None] = field(default_factory=asyncio.Queue)

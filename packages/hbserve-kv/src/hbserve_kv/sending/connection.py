@@ -5,7 +5,7 @@ import contextlib
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import msgspec
@@ -24,7 +24,7 @@ from hbserve_kv.protocol.messages import (
     PartsAnnounced,
 )
 from hbserve_kv.sending.state import Phase, SendState
-from hbserve_kv.transports.base import DrainUnknown, Link, Part, Transport, disconnect
+from hbserve_kv.transports.base import Deadline, DrainUnknown, Link, Part, Transport, disconnect
 from hbserve_rpc import HBServeRpcError, InvalidRequest, RpcClient, RpcStream
 
 logger = logging.getLogger(__name__)
@@ -55,7 +55,7 @@ class Leg:
         self.num_blocks_pushed = self.num_blocks_moved = 0
         self.time_s = 0.0
         """In which parts were moving."""
-        self._memory = memory
+        self.memory = memory
         self._checksums: dict[int, int] = {}
         self._has_changed = asyncio.Event()
         self._handing_over: asyncio.Timeout | None = None
@@ -155,14 +155,15 @@ class Leg:
         link = self.connection.link
         try:
             for part, what in parts:
-                numbers = await link.run(link_checksums, self._memory, link, part.region, part.block_ids, part.ready)
+                numbers = await link.run(link_checksums, self.memory, link, part.region, part.block_ids, part.ready)
                 self._checksums.update(zip(range(what.first, what.end), numbers, strict=True))
         except Exception as error:  # the device's, for example
             self.state.fail(f"checksum: {type(error).__name__}: {error}", self.number, error)
 
 
 class Connection:
-    """Lost once and never used again. The parts of all transfers to the peer go over it one after the other."""
+    """Lost once and never used again. The parts of all transfers to the peer are pushed over it one after the other, in
+    the order in which they become ready; those of one transfer in the order of its pushes."""
 
     def __init__(
         self,
@@ -185,9 +186,11 @@ class Connection:
         self.legs: dict[str, Leg] = {}
         """By transfer id, until the receiver knows how they ended."""
         self.turns: asyncio.Queue[Leg | None] = asyncio.Queue()
-        """Each leg that has parts, once; None after the loss."""
+        """Each leg that has a part which may be begun, once; None after the loss."""
         self.on_lost: Callable[[], None] = lambda: None
         self._stream = stream
+        self._under_way: Deadline[Part] = Deadline(2 * timeout_s, self._late)
+        self._has_moved = asyncio.Event()
         self._idle = asyncio.Event()
         self._listening = asyncio.create_task(self._listen())
         self._moving = asyncio.create_task(self._move_parts())
@@ -205,8 +208,39 @@ class Connection:
         except HBServeRpcError as error:
             self.lose(str(error))
 
+    def queue(self, leg: Leg) -> None:
+        """Give a leg that has parts a turn, as soon as the first of them may be begun: those of others do not wait."""
+        part, _ = leg.parts[0]
+        if self._may_begin(leg, part):
+            self.turns.put_nowait(leg)
+        else:
+            leg.memory.events.until(part.ready).add_done_callback(lambda happened: self._ready(leg, happened))
+
+    def _ready(self, leg: Leg, happened: asyncio.Future[float]) -> None:
+        if (error := happened.exception()) is not None:
+            leg.state.fail(f"its blocks were not computed: {type(error).__name__}: {error}", leg.number)
+        self.turns.put_nowait(leg)
+
+    def _may_begin(self, leg: Leg, part: Part) -> bool:
+        """Whether the part is ready; or else the device waits for that, and no checksum is wanted, for which the link's
+        thread would. What is not ready is not announced: the receiver would wait for it, and for nothing else."""
+        return (
+            part.ready is None
+            or (self.transport.waits_on_device and not leg.target.checksum)
+            or leg.memory.events.has_happened(part.ready)
+        )
+
+    def _next_parts(self, leg: Leg) -> list[tuple[Part, AnnouncedPart]]:
+        """Those of a leg whose turn it is that may be begun together; it gets another turn for the rest."""
+        parts, most = [leg.parts.popleft()], 1 if self.transport.one_sided else MAX_ANNOUNCED_PARTS
+        while leg.parts and len(parts) < most and self._may_begin(leg, leg.parts[0][0]):
+            parts.append(leg.parts.popleft())
+        if leg.parts:
+            self.queue(leg)
+        return parts
+
     async def _move_parts(self) -> None:
-        """Move what the legs have, in turn: each leg's parts in the order of their pushes.
+        """Push what the legs have, in turn: each leg's parts in the order of their pushes.
 
         Over a two-sided transport they are announced first, several in one message, and may land a little later than
         this says: see COMMIT. A part that may go on after it has failed loses the connection, and so does any if the
@@ -214,47 +248,69 @@ class Connection:
         """
         is_announced = not self.transport.one_sided
         while not self.lost and (leg := await self.turns.get()) is not None:
-            state, most = leg.state, MAX_ANNOUNCED_PARTS if is_announced else 1
-            parts = [leg.parts.popleft() for _ in range(min(most, len(leg.parts)))]
-            if leg.parts:
-                self.turns.put_nowait(leg)
+            parts = self._next_parts(leg)
             await leg.note_checksums(parts)
-            if not state.begin_parts(leg.number, len(parts)):
+            while is_announced and len(self._under_way) >= MAX_ANNOUNCED_PARTS:
+                self._has_moved.clear()
+                await self._has_moved.wait()
+            if not leg.state.begin_parts(leg.number, len(parts)):
                 continue
-            began_s = time.monotonic()
+            num_left = len(parts)
             try:
                 if is_announced:
                     what = PartsAnnounced(leg.begin.transfer_id, self.link.key, [what for _, what in parts])
                     self.client.notify(messages.PARTS, what)
                 for part, _ in parts:
-                    with self._deadline(part) if is_announced else contextlib.nullcontext():
-                        await self.transport.push(self.link, part)
+                    await self._push(leg, part)
+                    num_left -= 1
             except (Exception, asyncio.CancelledError) as error:  # whatever a backend raises; or the loss, see `lose`
-                may_go_on = isinstance(error, DrainUnknown)
                 if is_announced and not self.lost and isinstance(error, (OSError, RuntimeError)):
                     # Perhaps the receiver has ended what the part went over, and is about to say why.
                     await asyncio.wait([self._listening], timeout=CAUSE_PATIENCE_S)
-                if is_announced or may_go_on:
-                    self.lose(f"the link broke: {str(error) or type(error).__name__}")
-                cause = f"part {parts[0][0].index}: {type(error).__name__}: {error}"
-                state.end_parts(leg.number, len(parts), cause, may_go_on=may_go_on)
-            else:
-                leg.time_s += time.monotonic() - began_s
-                leg.num_blocks_moved += sum(len(part.block_ids) for part, _ in parts)
-                state.end_parts(leg.number, len(parts))
+                self._fail(leg, parts[-num_left][0], num_left, error)
 
-    @contextlib.contextmanager
-    def _deadline(self, part: Part) -> Iterator[None]:
-        """The receiver gives a part half of this time, and then says so."""
-        timeout_s = 2 * self.timeout_s
-        late = f"part {part.index} was not taken within {timeout_s:.3g} s"
-        handle = asyncio.get_running_loop().call_later(timeout_s, self.lose, late)
+    async def _push(self, leg: Leg, part: Part) -> None:
+        """Move a part, or leave it to a device: then it ends later."""
+        self._under_way.begin(part)
+        began_s, moving = time.monotonic(), None
         try:
-            yield
+            moving = await self.transport.push(self.link, part)
+            if moving is None and self.lost and not self.transport.one_sided:
+                raise ConnectionError(self.lost)  # the backend has ignored that it was cancelled
         finally:
-            handle.cancel()
-        if self.lost:  # and the backend has ignored that it was cancelled
-            raise ConnectionError(self.lost)
+            if moving is None:
+                self._under_way.end(part)
+        if moving is not None:
+            moving.add_done_callback(lambda moved: self._end(leg, part, moved))
+        else:
+            self._count(leg, part, time.monotonic() - began_s)
+
+    def _end(self, leg: Leg, part: Part, moved: asyncio.Future[float]) -> None:
+        self._under_way.end(part)
+        self._has_moved.set()
+        if (error := moved.exception()) is not None:
+            self._fail(leg, part, 1, error)
+        else:
+            self._count(leg, part, moved.result())
+
+    @staticmethod
+    def _count(leg: Leg, part: Part, time_s: float) -> None:
+        leg.time_s += time_s
+        leg.num_blocks_moved += len(part.block_ids)
+        leg.state.end_parts(leg.number, 1)
+
+    def _fail(self, leg: Leg, part: Part, num_parts: int, error: BaseException) -> None:
+        """`num_parts`: it, and those behind it that were announced with it."""
+        may_go_on = isinstance(error, DrainUnknown)
+        if may_go_on or not self.transport.one_sided:
+            self.lose(f"the link broke: {str(error) or type(error).__name__}")
+        cause = f"part {part.index}: {type(error).__name__}: {error}"
+        leg.state.end_parts(leg.number, num_parts, cause, may_go_on=may_go_on)
+
+    def _late(self, part: Part) -> None:
+        """The receiver gives a part half of this time, and then says so. What needs no receiver ends by itself."""
+        if not self.transport.one_sided:
+            self.lose(f"part {part.index} was not taken within {2 * self.timeout_s:.3g} s")
 
     async def abandon(self, transfer_id: str, reason: str, *, drained: bool, may_be_buffered: bool = False) -> None:
         """Tell the receiver that a transfer has failed. If it does not answer it will find out by itself."""

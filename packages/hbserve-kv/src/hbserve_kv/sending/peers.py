@@ -135,6 +135,22 @@ class Peers:
         await asyncio.gather(*closing, return_exceptions=True)
 
 
+class _RemoteRendezvous:
+    """The sender's: it asks the receiver."""
+
+    def __init__(self, client: RpcClient, link: str, timeout_s: float) -> None:
+        self._client = client
+        self._link = link
+        self._timeout_s = timeout_s
+
+    async def set(self, name: str, value: bytes) -> None:
+        await self._client.call(messages.TELL, messages.Told(self._link, name, value), timeout_s=self._timeout_s)
+
+    async def get(self, name: str) -> bytes:
+        asked = messages.Asked(self._link, name)
+        return (await self._client.call(messages.ASK, asked, timeout_s=self._timeout_s)).value
+
+
 async def connect(
     address: str, me: Identity, my_address: str, transports: Mapping[str, Transport], timeout_s: float
 ) -> Connection:
@@ -221,5 +237,6 @@ async def _shake_hands(
         heads=common.slice_in(me.heads),
         peer_heads=common.slice_in(reply.heads),
         peer_num_heads=reply.heads.count,
+        rendezvous=_RemoteRendezvous(client, hello.link, timeout_s),
     )
     return stream, reply, link

@@ -106,7 +106,7 @@ class SendTransfer:
         """Queue blocks: `block_ids[i]` goes to block `first + i` of those granted. Returns at once.
 
         On CUDA the blocks are read after the event `ready`, or without one after the work that is now queued on the
-        caller's current stream. Nothing, if the transfer has failed.
+        caller's current stream; other transfers do not wait for it. Nothing, if the transfer has failed.
 
         Raises:
             ValueError: more blocks than were granted, or one that this side does not have; or the transfer is
@@ -134,7 +134,7 @@ class SendTransfer:
                 leg.parts.append((part, AnnouncedPart(index, offset, len(ids))))
             leg.num_blocks_pushed += len(block_ids)
             if leg.parts and not is_waiting:
-                leg.connection.turns.put_nowait(leg)
+                leg.connection.queue(leg)
 
     async def commit(self, payload: bytes = b"") -> TransferResult:
         """Wait for all parts, then hand the transfer over with `payload`. COMPLETED: the receiver has acknowledged."""

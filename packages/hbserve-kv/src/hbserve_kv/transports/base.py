@@ -6,10 +6,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 from hbserve_kv.memory.heads import HeadSlice
 from hbserve_kv.memory.memory import Memory, Region
+from hbserve_kv.transports.rendezvous import HeldRendezvous, Rendezvous
 
 T = TypeVar("T")
 
@@ -36,6 +37,8 @@ class Link:
     """The same heads among those of the peer's blocks."""
     peer_num_heads: int = 1
     """Heads in the peer's blocks."""
+    rendezvous: Rendezvous = field(default_factory=HeldRendezvous)
+    """What the ends tell each other while they connect."""
     detail: str = ""
     """Set by `connect`: what really carries the bytes, for people to read."""
     executor: ThreadPoolExecutor = field(init=False)
@@ -77,19 +80,61 @@ class Part:
     target_region: Region = "pool"
     target_block_ids: list[int] = field(default_factory=list)
     ready: Any = None
-    """CUDA event after which the source blocks may be read; None on the CPU."""
+    """CUDA event after which the source blocks may be read; None on the CPU. It has happened when the part is pushed,
+    unless the transport `waits_on_device`."""
+
+
+Moving = asyncio.Future[float] | None
+"""A part that was handed to a device, which moves it by itself: done, with the seconds that took, when it has. None: it
+has moved."""
+
+
+class Deadline(Generic[T]):
+    """Of what is under way on a link, in order: `late` is called with the first of it when that has taken longer than
+    `timeout_s` since it began, or since what was before it has ended."""
+
+    def __init__(self, timeout_s: float, late: Callable[[T], None]) -> None:
+        self._timeout_s = timeout_s
+        self._late = late
+        self._under_way: list[T] = []
+        self._timer: asyncio.TimerHandle | None = None
+
+    def __len__(self) -> int:
+        return len(self._under_way)
+
+    def begin(self, part: T) -> None:
+        self._under_way.append(part)
+        if len(self) == 1:
+            self._restart()
+
+    def end(self, part: T) -> None:
+        was_first = part is self._under_way[0]
+        self._under_way.remove(part)
+        if was_first:
+            self._restart()
+
+    def _restart(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if self._under_way:
+            self._timer = asyncio.get_running_loop().call_later(self._timeout_s, self._late, self._under_way[0])
 
 
 class Transport(ABC):
     """Moves the blocks of parts over links. All methods run in the manager's event loop and must not block it.
 
-    A link's parts are moved one after the other, in the same order on both sides. If a part fails, and the transport
-    is two-sided or raised DrainUnknown, the link is disconnected and never used again.
+    A link's parts are pushed one after the other, in the same order on both sides, and those of one transfer in the
+    order in which they were queued. If a part fails, and the transport is two-sided or raised DrainUnknown, the link
+    is disconnected and never used again.
     """
 
     name: ClassVar[str]
     one_sided: ClassVar[bool]
     """True: `push` writes into the peer's memory without its help, and `accept` is never called."""
+    waits_on_device = False
+    """True, for one-sided transports only: `push` may be called before the part is ready. The device waits for that by
+    itself, and for one part's sake no other one's waits."""
     max_part_bytes = 64 << 20
     """A larger push is cut into parts: this bounds the staging memory of two-sided transports, and what still moves
     after a transfer was given up."""
@@ -115,8 +160,9 @@ class Transport(ABC):
         """Make the link usable. Called on the sender, and for two-sided transports on both sides at the same time."""
 
     @abstractmethod
-    async def push(self, link: Link, part: Part) -> None:
-        """Sender: move a part. Returns when its source blocks are no longer read; one-sided: and its bytes have landed.
+    async def push(self, link: Link, part: Part) -> Moving:
+        """Sender: move a part. It has moved when its source blocks are no longer read; one-sided: and its bytes have
+        landed. Returns then, or, if a device does it, when the next part may be pushed behind this one.
 
         Two-sided: is cancelled, and `disconnect` called, when the receiver does not take it.
 
@@ -124,8 +170,9 @@ class Transport(ABC):
             Exception: the part has failed, and nothing of it is read or lands any more. `DrainUnknown` if it may.
         """
 
-    async def accept(self, link: Link, part: Part) -> None:
-        """Receiver, two-sided only: take a part into `part.block_ids`. However it ends, nothing lands afterwards.
+    async def accept(self, link: Link, part: Part) -> Moving:
+        """Receiver, two-sided only: take a part into `part.block_ids`. However it ends, nothing lands afterwards. As
+        `push`, it may return before the part has landed.
 
         Is cancelled, and `disconnect` called, when nothing comes in time or the link is lost.
         """
@@ -145,7 +192,8 @@ class Transport(ABC):
 
     @abstractmethod
     async def disconnect(self, link: Link) -> None:
-        """Forget the link; what waits on it fails soon. Returns once nothing of it is read or written by this side.
+        """Forget the link; what waits on it fails soon, and what a device moves is over, whether or not it has come.
+        Returns once nothing of it is read or written by this side.
 
         May be called twice, and for a link that was never connected. May take long; callers wait in the background.
         """

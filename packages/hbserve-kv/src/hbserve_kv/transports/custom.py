@@ -34,8 +34,6 @@ class CustomTransport(Transport):
         await self._call("connect", link.peer_rank, link.peer_description)
 
     async def push(self, link: Link, part: Part) -> None:
-        if part.ready is not None:
-            await link.run(part.ready.synchronize)
         blocks = gather(self._memory.part(part.region, link.heads), part.block_ids).flatten(1)
         await self._call("send_kv_cache", _message_id(link, part), blocks, link.peer_rank)
 

@@ -1,11 +1,12 @@
 """Between processes of one host: the receiver's memory is mapped into the sender, which writes into it.
 
 CPU: anonymous shared memory (memory/shared_memory.py) and memmove. GPU: CUDA IPC (memory/cuda_ipc.py) and a
-kernel of the sender's GPU that writes into the receiver's, the same one or another, over NVLink if they have it. It
-runs in the link's own stream, which is ordered behind the computation by an event; no other stream waits or is waited
-for.
+kernel of the sender's GPU that writes into the receiver's, the same one or another, over NVLink if they have it. Each
+part has a stream to itself while it waits for the computation, by an event, and moves; no other stream waits or is
+waited for, nor does the host wait.
 """
 
+import asyncio
 import os
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -21,7 +22,7 @@ from hbserve_kv.memory import cuda_ipc, shared_memory
 from hbserve_kv.memory.cuda_ipc import DeviceRegion
 from hbserve_kv.memory.memory import REGIONS, Memory, Region, gather, head_view, pieces, scatter
 from hbserve_kv.memory.shared_memory import SharedRegion
-from hbserve_kv.transports.base import GPU_PART_BYTES, Link, Part, Transport
+from hbserve_kv.transports.base import GPU_PART_BYTES, Link, Moving, Part, Transport
 
 
 class _Description(msgspec.Struct, frozen=True):
@@ -34,16 +35,24 @@ class _Description(msgspec.Struct, frozen=True):
     device_regions: dict[str, DeviceRegion]
 
 
+PRIORITY = -1
+"""Of the streams that copy; less is more urgent. The computation's has 0: a copy does not wait until each processor has
+done all of a large product's tiles."""
+COPIES_BY_ENGINE = False
+"""Whole blocks by the GPU's copy engines, and not by a kernel, which takes processors from the computation."""
+
+
 @dataclass
 class _Target:
     """The peer's memory, mapped."""
 
     rows: dict[str, torch.Tensor]
     """By region, (num_blocks, block_bytes of the peer)."""
-    stream: Any = None
     copy_blocks: Any = None
     """On a GPU; see `hbserve_kv.memory.block_copy`."""
     mapped: ExitStack = field(default_factory=ExitStack)
+    moving: set[asyncio.Future[float]] = field(default_factory=set)
+    """Parts that the GPU moves."""
 
 
 class IpcTransport(Transport):
@@ -54,11 +63,12 @@ class IpcTransport(Transport):
         if not Path("/proc/self/fd").is_dir() or not shared_memory.is_available():
             raise BackendUnavailable("kv_transfer.backend='ipc' needs Linux")
         self._targets: dict[str, _Target] = {}
+        self._idle_streams: list[Any] = []
 
     async def start(self, memory: Memory) -> None:
         self._memory = memory
         if memory.device.type == "cuda":
-            self.max_part_bytes = GPU_PART_BYTES
+            self.max_part_bytes, self.waits_on_device = GPU_PART_BYTES, True
         regions: tuple[Region, ...] = tuple(region for region in REGIONS if memory.rows(region).numel())
         host_regions: dict[str, SharedRegion] = {}
         device_regions: dict[str, DeviceRegion] = {}
@@ -95,38 +105,58 @@ class IpcTransport(Transport):
         if not peer.gpu:
             flat = {name: shared_memory.map_region(peer.pid, region) for name, region in peer.host_regions.items()}
         else:
-            device, new_stream = self._memory.device, cast(Any, torch.cuda.Stream)
-            target.stream = new_stream(device)
+            device = self._memory.device
             if peer.pid == os.getpid() and peer.gpu != self._mine.gpu:
                 cuda_ipc.enable_access(device, cuda_ipc.device_of(peer.gpu))
             flat = {
                 name: target.mapped.enter_context(cuda_ipc.mapped(region, peer.pid, device))
                 for name, region in peer.device_regions.items()
             }
-            target.copy_blocks = self._compiled_copy(target, link, block_bytes)
+            target.copy_blocks = self._compiled_copy(link, block_bytes)
         target.rows = {name: memory.view(-1, block_bytes) for name, memory in flat.items()}
         return target
 
-    def _compiled_copy(self, target: _Target, link: Link, peer_block_bytes: int) -> Any:
+    def _compiled_copy(self, link: Link, peer_block_bytes: int) -> Any:
         """`copy_blocks`, compiled for blocks as this link has them, away from the data path."""
         from hbserve_kv.memory.block_copy import copy_blocks  # Triton is not there on every system that has no CUDA
 
-        memory = self._memory
-        with torch.cuda.stream(target.stream):
+        memory, stream = self._memory, self._stream()
+        with torch.cuda.stream(stream):
             mine, theirs = (
                 torch.zeros((1, size), dtype=torch.uint8, device=memory.device)
                 for size in (memory.block_bytes, peer_block_bytes)
             )
             mine = head_view(mine, link.heads, memory.num_heads, memory.head_bytes)
             copy_blocks(mine, [0], self._target_view(link, theirs), [0])
-            target.stream.synchronize()
+            stream.synchronize()
+        self._idle_streams.append(stream)
         return copy_blocks
 
-    async def push(self, link: Link, part: Part) -> None:
+    def _stream(self) -> Any:
+        """One in which nothing waits or moves. Called in threads of several links."""
+        try:
+            return self._idle_streams.pop()
+        except IndexError:
+            new_stream = cast(Any, torch.cuda.Stream)
+            return new_stream(self._memory.device, priority=PRIORITY)
+
+    async def push(self, link: Link, part: Part) -> Moving:
         if link.key not in self._targets:
             raise ConnectionError("the link is closed")
         target = self._targets[link.key]
-        await link.run(self._write_host if target.stream is None else self._write_device, target, link, part)
+        if not self.waits_on_device:
+            await link.run(self._write_host, target, link, part)
+            return None
+        stream, began, ended = await link.run(self._queue_copy, target, link, part)
+        moving = self._memory.events.until(ended, since=began)
+        target.moving.add(moving)
+
+        def moved(_: asyncio.Future[float]) -> None:
+            target.moving.discard(moving)
+            self._idle_streams.append(stream)
+
+        moving.add_done_callback(moved)
+        return moving
 
     def _write_host(self, target: _Target, link: Link, part: Part) -> None:
         source, rows = self._memory.rows(part.region), target.rows[part.target_region]
@@ -139,15 +169,25 @@ class IpcTransport(Transport):
         blocks = gather(self._memory.part(part.region, link.heads), part.block_ids).contiguous()
         scatter(self._target_view(link, rows), part.target_block_ids, blocks)
 
-    def _write_device(self, target: _Target, link: Link, part: Part) -> None:
+    def _queue_copy(self, target: _Target, link: Link, part: Part) -> tuple[Any, Any, Any]:
+        """Its stream, and events before and after it."""
         rows = target.rows[part.target_region]
         assert max(part.target_block_ids) < rows.shape[0]
-        with torch.cuda.stream(target.stream):
+        new_event, stream = cast(Any, torch.cuda.Event), self._stream()
+        began, ended = new_event(enable_timing=True), new_event(enable_timing=True)
+        with torch.cuda.stream(stream):
             if part.ready is not None:
-                target.stream.wait_event(part.ready)
-            mine, theirs = self._memory.part(part.region, link.heads), self._target_view(link, rows)
-            target.copy_blocks(mine, part.block_ids, theirs, part.target_block_ids)
-            target.stream.synchronize()
+                stream.wait_event(part.ready)
+            began.record()
+            if COPIES_BY_ENGINE and link.heads is None and link.peer_heads is None:
+                to, of = rows.data_ptr(), self._memory.rows(part.region).data_ptr()
+                for here, there, size in pieces(self._memory, None, None, 1, part.block_ids, part.target_block_ids):
+                    cuda_ipc.copy(to + there, of + here, size, stream.cuda_stream)
+            else:
+                mine, theirs = self._memory.part(part.region, link.heads), self._target_view(link, rows)
+                target.copy_blocks(mine, part.block_ids, theirs, part.target_block_ids)
+            ended.record()
+        return stream, began, ended
 
     def _target_view(self, link: Link, rows: torch.Tensor) -> torch.Tensor:
         return head_view(rows, link.peer_heads, link.peer_num_heads, self._memory.head_bytes)
@@ -156,6 +196,8 @@ class IpcTransport(Transport):
         target = self._targets.pop(link.key, None)
         await link.idle()
         if target is not None:
+            if target.moving:
+                await asyncio.wait(target.moving)
             target.rows.clear()
             await link.run(target.mapped.close)
 

@@ -1,10 +1,12 @@
 """torch.distributed, one two-rank process group per link: NCCL between GPUs, else Gloo.
 
-Groups are made directly on a store that the receiver hosts, not by init_process_group: there is no world whose
-membership is fixed, no global default group, and peers come and go. Rank 0 of a group is the sender.
+Groups are made directly on the link's rendezvous, not by init_process_group: there is no world whose membership is
+fixed, no global default group, no port of a store, and peers come and go. Rank 0 of a group is the sender.
 
 What a part goes through:  blocks ─gather─▶ one tensor ─send─▶ recv ─▶ one tensor ─scatter─▶ blocks
-On a GPU the messages of a part overlap: one is gathered and one scattered while others are sent.
+On a GPU the messages of a part overlap: one is gathered and one scattered while others are sent. Both sides only queue
+a part there, so the next one follows without the host. A part is not announced before its blocks are computed: what is
+sent over a group is in order, and what is received waits in a kernel, on processors that a decode step wants.
 On the CPU neighbouring blocks need neither, nor do large ones: see `_pieces`. All pieces of a part are on their way at
 once, and the last one is waited for first: to wake up for each would take the processor from Gloo's own thread.
 
@@ -18,7 +20,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from threading import Thread
 from typing import Any, TypeVar
@@ -26,11 +28,12 @@ from typing import Any, TypeVar
 import msgspec
 import torch
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.distributed_c10d import Store
 
 from hbserve_kv.errors import BackendUnavailable
 from hbserve_kv.memory.memory import Memory, gather, neighbours, runs, scatter
-from hbserve_kv.transports.base import GPU_PART_BYTES, Link, Part, Transport
+from hbserve_kv.transports.base import GPU_PART_BYTES, Link, Moving, Part, Transport
+from hbserve_kv.transports.rendezvous import LinkStore
 from hbserve_rpc.address import look_up
 
 T = TypeVar("T")
@@ -44,12 +47,9 @@ NCCL_MESSAGE_BYTES, STAGED_MESSAGE_BYTES = 128 << 20, 32 << 20
 host memory, through which Gloo's go, is slow to make."""
 MESSAGES_AT_ONCE = 1
 """And one more that is gathered or scattered: two messages are a link's staging memory."""
-TCPStore: Any = dist.TCPStore  # type: ignore[attr-defined]  # public, but not in the stubs' __all__
 
 
 class _Description(msgspec.Struct, frozen=True):
-    host: str
-    store_port: int
     device: str
     """"cpu", or the UUID of the GPU."""
     ip_version: int
@@ -58,13 +58,16 @@ class _Description(msgspec.Struct, frozen=True):
 @dataclass
 class _Group:
     process_group: Any
+    store: Store
     on_gpu: bool
     """The group moves GPU memory itself; otherwise GPU blocks are staged through host memory."""
     stream: Any
     """CUDA stream of the link's own, or None on the CPU."""
+    moving: set[asyncio.Future[float]] = field(default_factory=set)
+    """Parts that the GPU moves."""
 
 
-START_TIMEOUT = timedelta(seconds=60)
+_Way = Callable[[_Group, torch.Tensor, Part], None]
 
 
 class NcclTransport(Transport):
@@ -85,15 +88,13 @@ class NcclTransport(Transport):
             self._device = str(torch.cuda.get_device_properties(memory.device).uuid)
             self.max_part_bytes = GPU_PART_BYTES
         self._ip = await look_up(self._host)
-        # It connects to itself, with no peer to give up: on a busy machine that takes longer than `timeout_s` may be.
-        self._store = TCPStore(self._host, 0, is_master=True, wait_for_workers=False, timeout=START_TIMEOUT)
 
     def describe(self) -> bytes:
         return msgspec.msgpack.encode(self._mine)
 
     @property
     def _mine(self) -> _Description:
-        return _Description(self._host, self._store.port, self._device, 6 if ":" in self._ip else 4)
+        return _Description(self._device, 6 if ":" in self._ip else 4)
 
     def unreachable(self, description: bytes) -> str:
         theirs, mine = _decode(description).ip_version, self._mine.ip_version
@@ -102,15 +103,11 @@ class NcclTransport(Transport):
         )
 
     async def connect(self, link: Link) -> None:
-        self._groups[link.key] = await _abandonable(self._make_group, link)
+        store = LinkStore(link.rendezvous, self._timeout.total_seconds())
+        self._groups[link.key] = await _abandonable(self._make_group, link, store)
 
-    def _make_group(self, link: Link) -> _Group:
+    def _make_group(self, link: Link, store: Store) -> _Group:
         peer = _decode(link.peer_description)
-        receiver = peer if link.is_sender else self._mine
-        client = TCPStore(
-            receiver.host, receiver.store_port, is_master=False, wait_for_workers=False, timeout=self._timeout
-        )
-        store = PrefixStore(link.key, client)
         rank = SENDER if link.is_sender else RECEIVER
         on_gpu = self._device != "cpu" and peer.device != "cpu" and self._may_use_nccl(peer.device)
         new_stream: Any = torch.cuda.Stream
@@ -122,8 +119,8 @@ class NcclTransport(Transport):
                 with torch.cuda.stream(stream):
                     _connect_nccl(process_group, link.is_sender, self._memory.device)
                     stream.synchronize()
-                return _Group(process_group, True, stream)
-        return _Group(self._make_gloo(store, rank), False, stream)
+                return _Group(process_group, store, True, stream)
+        return _Group(self._make_gloo(store, rank), store, False, stream)
 
     def _may_use_nccl(self, peer_device: str) -> bool:
         """NCCL refuses two ranks on one GPU, unless it is of 2.30 or newer and told so."""
@@ -142,10 +139,29 @@ class NcclTransport(Transport):
         options._devices = [gloo.create_device(hostname=self._ip)]
         return gloo(store, rank, 2, options)
 
-    async def push(self, link: Link, part: Part) -> None:
+    async def push(self, link: Link, part: Part) -> Moving:
         group = self._group(link)
-        push = self._push_from_host if group.stream is None else self._push_from_gpu
-        await link.run(push, group, self._rows(link, part), part)
+        return await self._move(group, link, part, self._push_from_host, self._push_staged, self._push_from_gpu)
+
+    async def accept(self, link: Link, part: Part) -> Moving:
+        group = self._group(link)
+        return await self._move(group, link, part, self._accept_on_host, self._accept_staged, self._accept_on_gpu)
+
+    async def _move(self, group: _Group, link: Link, part: Part, on_host: _Way, staged: _Way, on_gpu: _Way) -> Moving:
+        """In the link's thread, which on a GPU only queues the part: so the next one follows without the host."""
+        rows = self._memory.part(part.region, link.heads)
+        if group.stream is None or not group.on_gpu:
+            await link.run(on_host if group.stream is None else staged, group, rows, part)
+            return None
+        try:
+            began, ended = await link.run(_queue, on_gpu, group, rows, part)
+        except asyncio.CancelledError:
+            await link.run(group.stream.synchronize)  # what was queued ends when `disconnect` aborts the group
+            raise
+        moving = self._memory.events.until(ended, since=began)
+        group.moving.add(moving)
+        moving.add_done_callback(group.moving.discard)
+        return moving
 
     def _push_from_host(self, group: _Group, rows: torch.Tensor, part: Part) -> None:
         sent = []
@@ -156,27 +172,29 @@ class NcclTransport(Transport):
             work.wait()
 
     def _push_from_gpu(self, group: _Group, rows: torch.Tensor, part: Part) -> None:
-        """A message is gathered while the one before it is sent."""
+        """Queue it: a message is gathered while the one before it is sent."""
+        moving: deque[tuple[Any, torch.Tensor]] = deque()
+        for start, end in _messages(group, rows, part.block_ids):
+            blocks = gather(rows, part.block_ids[start:end])
+            moving.append((group.process_group.send([blocks], RECEIVER, 0), blocks))
+            if len(moving) > MESSAGES_AT_ONCE:
+                moving.popleft()[0].wait()
+        while moving:
+            moving.popleft()[0].wait()
+
+    def _push_staged(self, group: _Group, rows: torch.Tensor, part: Part) -> None:
+        """Through pinned host memory."""
         moving: deque[tuple[Any, torch.Tensor]] = deque()
         with torch.cuda.stream(group.stream):
-            if part.ready is not None:
-                group.stream.wait_event(part.ready)
             for start, end in _messages(group, rows, part.block_ids):
                 blocks = gather(rows, part.block_ids[start:end])
-                if not group.on_gpu:
-                    blocks = _staging(rows, end - start, False).copy_(blocks, non_blocking=True)
-                    group.stream.synchronize()
-                moving.append((group.process_group.send([blocks], RECEIVER, 0), blocks))
+                staged = _staging(rows, end - start, False).copy_(blocks, non_blocking=True)
+                group.stream.synchronize()
+                moving.append((group.process_group.send([staged], RECEIVER, 0), staged))
                 if len(moving) > MESSAGES_AT_ONCE:
                     moving.popleft()[0].wait()
             while moving:
                 moving.popleft()[0].wait()
-            group.stream.synchronize()
-
-    async def accept(self, link: Link, part: Part) -> None:
-        group = self._group(link)
-        accept = self._accept_on_host if group.stream is None else self._accept_on_gpu
-        await link.run(accept, group, self._rows(link, part), part)
 
     def _accept_on_gpu(self, group: _Group, rows: torch.Tensor, part: Part) -> None:
         """A message is scattered while the next one comes. Blocks that are neighbours are received in place."""
@@ -188,17 +206,20 @@ class NcclTransport(Transport):
             if not is_there:
                 scatter(rows, block_ids, received.to(rows.device, non_blocking=True))
 
-        with torch.cuda.stream(group.stream):
-            for start, end in _messages(group, rows, part.block_ids):
-                block_ids = part.block_ids[start:end]
-                own = neighbours(rows, block_ids) if group.on_gpu else None
-                received = own if own is not None else _staging(rows, len(block_ids), group.on_gpu)
-                work = group.process_group.recv([received], SENDER, 0)
-                moving.append((work, received, block_ids, own is not None))
-                if len(moving) > MESSAGES_AT_ONCE:
-                    land()
-            while moving:
+        for start, end in _messages(group, rows, part.block_ids):
+            block_ids = part.block_ids[start:end]
+            own = neighbours(rows, block_ids) if group.on_gpu else None
+            received = own if own is not None else _staging(rows, len(block_ids), group.on_gpu)
+            work = group.process_group.recv([received], SENDER, 0)
+            moving.append((work, received, block_ids, own is not None))
+            if len(moving) > MESSAGES_AT_ONCE:
                 land()
+        while moving:
+            land()
+
+    def _accept_staged(self, group: _Group, rows: torch.Tensor, part: Part) -> None:
+        with torch.cuda.stream(group.stream):
+            self._accept_on_gpu(group, rows, part)
             group.stream.synchronize()
 
     def _accept_on_host(self, group: _Group, rows: torch.Tensor, part: Part) -> None:
@@ -221,20 +242,18 @@ class NcclTransport(Transport):
             raise ConnectionError("the link is closed")
         return self._groups[link.key]
 
-    def _rows(self, link: Link, part: Part) -> torch.Tensor:
-        return self._memory.part(part.region, link.heads)
-
     async def disconnect(self, link: Link) -> None:
         group = self._groups.pop(link.key, None)
         if group is not None:
             group.process_group.abort()
         await link.idle()
+        if group is not None and group.moving:
+            await asyncio.wait(group.moving)
 
     async def close(self) -> None:
         for group in self._groups.values():
             group.process_group.abort()
         self._groups.clear()
-        del self._store
 
 
 def _decode(description: bytes) -> _Description:
@@ -244,8 +263,7 @@ def _decode(description: bytes) -> _Description:
 async def _abandonable(blocking: Callable[..., T], *arguments: Any) -> T:
     """Run in a daemon thread of its own, which whoever is cancelled does not wait for.
 
-    A client of a store whose host is frozen waits until that goes on or is dead, whatever its timeout, and no call
-    ends that wait. It touches no block meanwhile.
+    Gloo and NCCL wait for a frozen peer until their timeout, and no call ends that wait. It touches no block meanwhile.
     """
     outcome: Future[T] = Future()
     outcome.set_running_or_notify_cancel()  # from now on it takes a result, whether or not anybody waits for it
@@ -295,6 +313,16 @@ def _pieces(block_bytes: int, target_block_ids: list[int]) -> Iterator[tuple[int
             start = end
     if start < end:
         yield start, end
+
+
+def _queue(way: _Way, group: _Group, rows: torch.Tensor, part: Part) -> tuple[Any, Any]:
+    """Events of the group's stream before and after a part."""
+    began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+    with torch.cuda.stream(group.stream):
+        began.record()
+        way(group, rows, part)
+        ended.record()
+    return began, ended
 
 
 def _connect_nccl(process_group: Any, is_sender: bool, device: torch.device) -> None:

@@ -228,8 +228,6 @@ class MooncakeTransport(Transport):
         raise ConnectionError("the link is closed")
 
     def _write(self, engine: Engine, link: Link, part: Part) -> None:
-        if part.ready is not None:
-            part.ready.synchronize()
         peer = _decode(link)
         assert max(part.target_block_ids) < peer.num_blocks[part.target_region]
         source, target = self._memory.rows(part.region).data_ptr(), peer.base[part.target_region]

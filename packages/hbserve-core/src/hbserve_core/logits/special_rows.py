@@ -1,0 +1,67 @@
+"""Special rows of a step: their logits are looked at, and changed, before a token is drawn from them.
+
+    hidden rows ─model's head─▶ logits ─LogitRules─▶ changed logits ─the runner's own sampling─▶ tokens
+
+Every step samples all of its rows as if none were special, which costs next to nothing. Then the logits of the special
+ones are computed again, and other tokens are drawn from them: so steps without such rows are what they always were, and
+steps with them begin as these do, with the same graphs.
+Shapes: N special rows of R, V vocab_size.
+"""
+
+from collections.abc import Callable, Iterator
+from collections.abc import Sequence as Ids
+
+import torch
+
+from hbserve_core.engine.sequence import Sequence
+from hbserve_core.logits.rows import LogitsRow, on_device
+from hbserve_core.logits.rules import LogitRules
+from hbserve_core.model.model_config import ModelConfig
+from hbserve_rpc import SamplingParams
+
+_MOST_ROWS, _MOST_NUMBERS = 256, 1 << 24
+"""Of float32 logits that are there at once: other rows wait for these."""
+_MOST_TOKENS = 1 << 22
+"""That are looked at for penalties at once."""
+
+LogitsOf = Callable[[torch.Tensor], torch.Tensor]
+"""From places among the step's R rows, (N,) int64, to their logits, (N, V)."""
+Draw = Callable[[torch.Tensor, torch.Tensor, Ids[LogitsRow]], torch.Tensor]
+"""From logits (N, V), places (N,) and rows to tokens (N,), which become those of the step too."""
+
+
+class SpecialRows:
+    """Samples them, without waiting for the device."""
+
+    def __init__(self, model: ModelConfig, device: torch.device) -> None:
+        self._device = device
+        self._rules = LogitRules(model.eos_token_ids, device)
+        self.most_rows = max(1, min(_MOST_ROWS, _MOST_NUMBERS // model.vocab_size))
+        """That are sampled at once."""
+
+    def prepare(self, rows: Ids[LogitsRow], sampled: torch.Tensor | None) -> None:
+        """Before a step: `sampled` has still the tokens of the one before, some of which nobody has read. None: all of
+        them were read."""
+        self._rules.prepare(rows, sampled)
+
+    def sample(self, rows: Ids[LogitsRow], logits_of: LogitsOf, draw: Draw) -> None:
+        """Give each row another token. After `prepare` with the same rows."""
+        for part in self._parts(rows):
+            places = on_device([each.place for each in part], torch.int64, self._device)
+            logits = logits_of(places)
+            # Rules are applied in place, but never to what somebody else may read.
+            scores = logits.to(torch.float32, copy=True)
+            self._rules.apply(scores, part)
+            draw(scores, places, part)
+
+    @staticmethod
+    def dummies(count: int) -> list[LogitsRow]:
+        """So many rows that ask for all there is: what can be measured before there are requests."""
+        params = SamplingParams(min_tokens=1, min_p=0.5, repetition_penalty=2, presence_penalty=1, logit_bias={0: 1.0})
+        return [LogitsRow(place, Sequence("", [0], 1, params)) for place in range(count)]
+
+    def _parts(self, rows: Ids[LogitsRow]) -> Iterator[Ids[LogitsRow]]:
+        penalized = [each.sequence.num_tokens for each in rows if each.sequence.params.has_penalties]
+        count = min(self.most_rows, max(1, _MOST_TOKENS // max(penalized, default=1)))
+        for first in range(0, len(rows), count):
+            yield rows[first : first + count]

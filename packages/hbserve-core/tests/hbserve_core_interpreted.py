@@ -1,0 +1,78 @@
+"""A runner of CUDA's steps without CUDA: its kernels run in Triton's interpreter."""
+
+import numpy as np
+import torch
+
+from hbserve_core import InstanceConfig
+from hbserve_core.cuda_runner.step_packer import SplitKV, StepPacker, StepView
+from hbserve_core.logits.special_rows import SpecialRows
+from hbserve_core.model.loaded_model import LoadedModel
+
+BLOCK = 8
+
+
+class InterpretedRunner:
+    """What CudaRunner does, at once and on the CPU. Steps may be padded as graphs pad them."""
+
+    def __init__(self, folder, overlaps=False, graphs=True, group=None, seed=None, **settings):
+        from hbserve_core.cuda_runner.decoder import CudaDecoder
+        from hbserve_core.cuda_runner.kernels.prefill_attention import new_tokens_per_tile
+
+        self.config = InstanceConfig(
+            model_path=str(folder), block_size=BLOCK, device="cpu", cuda_graph_enabled=graphs,
+            cuda_graph_max_seq_len=64, **({"num_blocks": 96} | settings),
+        )  # fmt: skip
+        model = LoadedModel(self.config, group)
+        self.model_config, self.device, self.overlaps = model.model_config, model.device, overlaps
+        self.dtype, self.fingerprint = model.dtype, model.fingerprint
+        self.pool = model.allocate_pool().fill_(float("nan"))
+        tile_tokens = new_tokens_per_tile(self.pool, model.rank_config.num_heads)
+        pieces = SplitKV(model.rank_config.num_kv_heads, 2)
+        self.packer = StepPacker(self.config, tile_tokens, pieces, group.seed if group else seed)
+        largest = self.packer.shapes.largest(self.config.max_num_batched_tokens, self.config.max_num_seqs)
+        self.decoder = CudaDecoder(model.rank_config, plain(model.weights), largest, group)
+        self.special_rows = SpecialRows(model.model_config, self.device)
+        self.sampled = torch.zeros(self.config.max_num_seqs, dtype=torch.int32)
+        self.memory = np.full(largest.fixed_size + self.config.max_num_seqs * 64, 12345, dtype=np.int32)
+        self.used_shapes = set()
+
+    def launch(self, batch):
+        step = self.packer.pack(batch, self.memory)
+        self.used_shapes.add(step.shape)
+        view = StepView(torch.from_numpy(self.memory[: step.used].copy()), step.shape)
+        num_samples = len(step.places)
+        with torch.inference_mode():
+            if step.special:
+                self.special_rows.prepare(step.special, self.sampled)
+            if step.shape.tiles:
+                hidden = self.decoder.hidden(view, self.sampled, self.pool)
+                view.samples = view.samples[:, :num_samples]
+                if num_samples:
+                    self.decoder.finish(view, hidden, self.sampled)
+            else:
+                hidden = self.decoder.decode(view, self.sampled, self.pool)
+            if step.special:
+                self.special_rows.sample(
+                    step.special,
+                    lambda places: self.decoder.logits(view, hidden, places),
+                    lambda scores, places, _: self.decoder.draw(view, scores, places, self.sampled),
+                )
+        tokens = step.tokens(self.sampled[:num_samples].tolist())
+        return lambda: tokens
+
+
+def plain(weights):
+    """The CPU's packed products, as kernels want to read them: plain ones."""
+    from dataclasses import replace
+
+    from hbserve_core.model.layers import Linear
+
+    def unpacked(linear):
+        weight = linear.weight.to_dense() if linear.weight.is_mkldnn else linear.weight
+        return Linear(weight, linear.bias)
+
+    layers = tuple(
+        replace(layer, **{name: unpacked(getattr(layer, name)) for name in ("qkv", "output", "gate_up", "down")})
+        for layer in weights.layers
+    )
+    return replace(weights, layers=layers, head=unpacked(weights.head))

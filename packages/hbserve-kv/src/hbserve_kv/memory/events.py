@@ -1,0 +1,79 @@
+"""CUDA events, and when they have happened, without waiting for one before another."""
+
+import asyncio
+import contextlib
+import threading
+import time
+from typing import Any
+
+INTERVAL_S = 1e-4
+"""Between two looks. The control messages of a transfer take ten times as long."""
+
+
+class EventWatch:
+    """Asks about events until they have happened: one thread for all, which is there while there are any.
+
+    Nobody waits inside CUDA for one event, because another may happen first: of two transfers to one peer, that whose
+    step ends later must not hold up the other.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._watched: list[tuple[Any, Any, asyncio.Future[float]]] = []
+        self._is_running = False
+
+    def until(self, event: Any, since: Any = None) -> asyncio.Future[float]:
+        """A future of the running loop, done when `event` has happened: seconds from the event `since` on, both of
+        which then have timing, else 0. Fails by what the device raises."""
+        future: asyncio.Future[float] = asyncio.get_running_loop().create_future()
+        if not self._has_settled(event, since, future):
+            with self._lock:
+                self._watched.append((event, since, future))
+                if not self._is_running:
+                    self._is_running = True
+                    threading.Thread(target=self._look, name="kv-events", daemon=True).start()
+        return future
+
+    @staticmethod
+    def has_happened(event: Any) -> bool:
+        """Whether it has; not if its device has failed, which `until` says."""
+        try:
+            return bool(event.query())
+        except RuntimeError:
+            return False
+
+    def _look(self) -> None:
+        while True:
+            time.sleep(INTERVAL_S)
+            with self._lock:
+                watched = list(self._watched)
+            settled = [each for each in watched if self._has_settled(*each)]
+            with self._lock:
+                for each in settled:
+                    self._watched.remove(each)
+                if not self._watched:
+                    self._is_running = False
+                    return
+
+    @staticmethod
+    def _has_settled(event: Any, since: Any, future: asyncio.Future[float]) -> bool:
+        error, time_s = None, 0.0
+        try:
+            if not event.query():
+                return False
+            if since is not None:
+                time_s = since.elapsed_time(event) / 1e3
+        except Exception as failure:
+            error = failure
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            future.get_loop().call_soon_threadsafe(_settle, future, time_s, error)
+        return True
+
+
+def _settle(future: asyncio.Future[float], time_s: float, error: Exception | None) -> None:
+    if future.done():  # whoever waited was cancelled
+        return
+    if error is not None:
+        future.set_exception(error)
+    else:
+        future.set_result(time_s)

@@ -1,0 +1,82 @@
+"""Links between prefill and decode instances, made ahead of the requests that would have to wait for them.
+
+A link is a fact of the two instances, and what is known of it here is a memory: CONNECT was answered, or a transfer has
+gone over it. Whether instances are ready has nothing to do with it. A pair that cannot be connected is asked again ever
+more rarely, and one that is connected now and then, because its link may break while nobody uses it.
+"""
+
+import asyncio
+import logging
+from collections import Counter
+from collections.abc import Mapping
+
+from hbserve_rpc import HBServeRpcError
+from hbserve_rpc.messages import CONNECT, ConnectRequest
+from hbserve_scheduler.instances import InstanceHandle
+from hbserve_scheduler.outage import Outage
+
+logger = logging.getLogger(__name__)
+
+CONNECT_TIMEOUT_S = 120.0
+"""Instances have deadlines of their own, `kv_transfer.timeout_s` for each way of connecting."""
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 30.0
+CHECK_S = 10.0
+
+
+class Links:
+    """Belongs to one event loop. Keeps at most `most` links of each instance."""
+
+    def __init__(self, handles: Mapping[str, InstanceHandle], most: int) -> None:
+        self._handles = handles
+        self._most = most
+        self._keeping: dict[tuple[str, str], asyncio.Task[None]] = {}
+        """By the epochs of both instances."""
+
+    def look(self) -> None:
+        """Keep links between those that are ready. To be called when an instance comes, goes, or is another life."""
+        ready = {handle.epoch: handle for handle in self._handles.values() if handle.status == "ready"}
+        for pair in [pair for pair in self._keeping if not ready.keys() >= set(pair)]:
+            self._keeping.pop(pair).cancel()
+        decodes = {
+            epoch: handle for epoch, handle in ready.items() if handle.info is not None and handle.info.kv_endpoint
+        }
+        degree = Counter(epoch for pair in self._keeping for epoch in pair)
+        for epoch, prefill in ready.items():
+            if prefill.role != "prefill":
+                continue
+            prefill.links = {peer: is_there for peer, is_there in prefill.links.items() if peer in decodes}
+            # Those with the fewest first, so that each gets some.
+            for peer in sorted(decodes, key=degree.__getitem__):
+                if degree[epoch] < self._most and degree[peer] < self._most and (epoch, peer) not in self._keeping:
+                    self._keeping[epoch, peer] = asyncio.create_task(self._keep(prefill, decodes[peer]))
+                    degree.update((epoch, peer))
+
+    async def close(self) -> None:
+        """End what is kept, and keep nothing from now on."""
+        tasks, self._most = list(self._keeping.values()), 0
+        self._keeping.clear()
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _keep(self, prefill: InstanceHandle, decode: InstanceHandle) -> None:
+        """For as long as both are in the life in which they were found."""
+        assert decode.info is not None, "it is ready"
+        epoch, request = decode.epoch, ConnectRequest(decode.info.kv_endpoint)
+        pause_s, outage, loop = FIRST_PAUSE_S, Outage(asyncio.get_running_loop().time()), asyncio.get_running_loop()
+        while True:
+            try:
+                await prefill.client.call(CONNECT, request, timeout_s=CONNECT_TIMEOUT_S)
+            except HBServeRpcError as error:
+                prefill.links[epoch] = False
+                if outage.is_due(loop.time()):
+                    names = prefill.instance_id, decode.instance_id
+                    logger.warning("%s cannot connect to %s, and tries on: %s", *names, error)
+                await asyncio.sleep(pause_s)
+                pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
+            else:
+                if outage.was_said:
+                    logger.warning("%s is connected to %s", prefill.instance_id, decode.instance_id)
+                prefill.links[epoch] = True
+                pause_s, outage = FIRST_PAUSE_S, Outage(loop.time())
+                await asyncio.sleep(CHECK_S)

@@ -1,0 +1,24 @@
+"""Benchmarks that whoever measures this system runs by hand: that they run at all, and say what they are to say."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
+
+
+@pytest.mark.parametrize("instances", [["--backend", "ipc"], ["--hybrid", "2"]], ids=["apart", "hybrid"])
+def test_the_handoff_is_measured_under_a_load_and_beside_hybrid_instances(small_model, instances):
+    command = [sys.executable, FOLDER / "pd_handoff.py", "--model", small_model("qwen3"), *instances]
+    load = ["--rate", "50", "--requests", "20", "--input", "40", "--output", "6", "--chunk-size", "16"]
+    done = subprocess.run([*map(str, command), *load], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "20 requests of 40 + 6 tokens in chunks of 16, 50 a second" in done.stdout
+    for line in ("time to first token", "first token to second", "between later tokens", "hand-off in steps"):
+        p50, p99 = map(float, re.search(rf"^{line}: .*p50 ([\d.]+).*p99 ([\d.]+)", done.stdout, re.MULTILINE).groups())
+        assert 0 <= p50 <= p99
+    moved = float(re.search(r"KV moved: ([\d.]+) MB", done.stdout)[1])
+    assert (moved > 0) == ("ipc" in instances)
