@@ -62,7 +62,8 @@ class ScheduledRequest:
             self.first_token_s = time.monotonic()
         if tokens or event.finish_reason:
             self.finish_reason = event.finish_reason
-            self.events.put_nowait(TokenEvent(len(self.output), tokens, event.finish_reason))
+            logprobs = event.logprobs[known:]
+            self.events.put_nowait(TokenEvent(len(self.output), tokens, event.finish_reason, logprobs))
             self.output += tokens
 
     def fail(self, error: Exception) -> None:

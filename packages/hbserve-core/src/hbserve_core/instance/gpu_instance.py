@@ -224,12 +224,13 @@ class GpuInstance:
         output: StepOutput | None = None
         while output is None or not output.is_last:
             output = await inbox.next()
-            index, tokens = output.index, output.token_ids
+            index, tokens, logprobs = output.index, output.token_ids, output.all_logprobs
             while not (output.is_last or inbox.empty()):
                 output = await inbox.next()
                 tokens += output.token_ids
+                logprobs += output.all_logprobs
             if tokens or output.finish_reason:
-                yield TokenEvent(index, tokens, output.finish_reason)
+                yield TokenEvent(index, tokens, output.finish_reason, logprobs)
             output.raise_error()
 
     async def _prefill(self, request: PrefillRequest) -> AsyncIterator[TokenEvent | TransferDone]:
@@ -246,7 +247,7 @@ class GpuInstance:
                 )
             )
             output = await sending.follow()
-            yield TokenEvent(output.index, output.token_ids, output.finish_reason)
+            yield TokenEvent(output.index, output.token_ids, output.finish_reason, output.all_logprobs)
             if request.grant:
                 result = await sending.finish(output)
                 yield TransferDone(result.num_bytes, result.num_parts, result.time_s, output.num_cached_tokens)
@@ -279,7 +280,7 @@ class GpuInstance:
             assert self.runner is not None, "a ready instance has it"
             handover = await wait_for_kv(posted, inbox, request, self.runner.model_config.vocab_size)
             if handover.finish_reason is not None:
-                yield TokenEvent(len(request.output_token_ids), [handover.first_token], handover.finish_reason)
+                yield handover.event(len(request.output_token_ids))
                 return
             await self._thread.call(lambda engine: engine.activate(request.request_id, handover.first_token))
             async for event in self._tokens(inbox):
