@@ -156,7 +156,9 @@ class FakeInstance:
     def _event(self, request: Any, index: int) -> TokenEvent:
         ends = "stop" if index == self.stop_at else "length" if index + 1 >= request.params.max_tokens else None
         first = max(0, index - 1) if self.repeats else index
-        return TokenEvent(first, [token(i) for i in range(first, index + 1)], ends)  # type: ignore[arg-type]
+        tokens = [token(i) for i in range(first, index + 1)]
+        logprobs = [] if request.params.logprobs is None else [{each: -float(each)} for each in tokens]
+        return TokenEvent(first, tokens, ends, logprobs)  # type: ignore[arg-type]
 
     async def _tokens(self, request: Any, index: int) -> AsyncIterator[TokenEvent]:
         while True:

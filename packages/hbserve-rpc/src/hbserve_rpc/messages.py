@@ -18,6 +18,9 @@ from hbserve_rpc.methods import Method, Notification, StreamMethod
 from hbserve_rpc.sampling_params import SamplingParams
 
 Role = Literal["prefill", "decode", "hybrid"]
+TokenLogprobs = dict[int, float]
+"""Of one place: the log-probabilities of the most likely tokens, in order, and of the one that is there: if it is none
+of those, it comes last."""
 FinishReason = Literal["stop", "length", "abort"]
 InstanceStatus = Literal["starting", "ready", "draining", "failed", "unreachable"]
 
@@ -122,6 +125,8 @@ class TokenEvent(msgspec.Struct, frozen=True, tag=True):
     token_ids: list[int]
     finish_reason: FinishReason | None = None
     """Set on the last event of the request, and only there."""
+    logprobs: list[TokenLogprobs] = []
+    """Of each of `token_ids`, if the request asks for them."""
 
 
 class TransferDone(msgspec.Struct, frozen=True, tag=True):

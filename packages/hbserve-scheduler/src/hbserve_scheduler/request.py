@@ -64,7 +64,8 @@ class ScheduledRequest:
         self._note_times(len(tokens))
         if tokens or event.finish_reason:
             self.finish_reason = event.finish_reason
-            self.events.put_nowait(TokenEvent(len(self.output), tokens, event.finish_reason))
+            logprobs = event.logprobs[known:]
+            self.events.put_nowait(TokenEvent(len(self.output), tokens, event.finish_reason, logprobs))
             self.output += tokens
 
     def _note_times(self, num_new: int) -> None:

@@ -9,7 +9,7 @@ from math import hypot
 
 import torch
 
-from hbserve_core.engine.runner import PendingStep, StepTokens
+from hbserve_core.engine.runner import PendingStep, StepResult
 from hbserve_core.engine.sequence import ScheduledChunk
 from hbserve_core.engine.step_times import StepWork
 from hbserve_core.model.model_config import ModelConfig
@@ -56,9 +56,9 @@ class SimulatedDevice:
         begin = max(self.now, self.free_at)
         end = self.free_at = begin + self._time_s(work)
         self.steps.append((begin, end, {chunk.sequence.request_id: chunk.num_new_tokens for chunk in batch}))
-        sampled: StepTokens = [5 if chunk.samples else None for chunk in batch]
+        sampled = StepResult([5 if chunk.samples else None for chunk in batch])
 
-        def tokens() -> StepTokens:
+        def tokens() -> StepResult:
             self.now = max(self.now, end)
             return sampled
 

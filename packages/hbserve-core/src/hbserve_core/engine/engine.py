@@ -16,7 +16,7 @@ from hbserve_core.engine.runner import PendingStep, Runner
 from hbserve_core.engine.sequence import NOT_FINITE, UNREAD, Phase, ScheduledChunk, Sequence
 from hbserve_core.engine.step_times import LaunchTimes, StepWork
 from hbserve_rpc import InvalidRequest, SamplingParams
-from hbserve_rpc.messages import FinishReason
+from hbserve_rpc.messages import FinishReason, TokenLogprobs
 from hbserve_rpc.plain_values import plain_bool
 
 _HAS_NO_OUTPUT = (Phase.HELD, Phase.QUARANTINED, Phase.ENDED)
@@ -220,17 +220,17 @@ class Engine:
         if step is None:
             return []
         waited_from = self._clock()
-        tokens = step.read()
+        result = step.read()
         begin, outputs = self._clock(), []
         self._launch_times.ended(waited_from, begin, next_host_time_s)
         self.blocks.last_ended = step.number
-        for (sequence, first, count), token in zip(step.chunks, tokens, strict=True):
+        for place, ((sequence, first, count), token) in enumerate(zip(step.chunks, result.tokens, strict=True)):
             if sequence.phase not in _HAS_NO_OUTPUT:
-                outputs.append(self._advance(sequence, first + count, token))
+                outputs.append(self._advance(sequence, first + count, token, result.logprobs.get(place)))
         self._host_time_s += self._clock() - begin
         return outputs
 
-    def _advance(self, sequence: Sequence, end: int, token: int | None) -> StepOutput:
+    def _advance(self, sequence: Sequence, end: int, token: int | None, logprobs: TokenLogprobs | None) -> StepOutput:
         """Take in what a step has computed of a sequence: its tokens up to `end`, and the next one if it sampled."""
         if token is not None:
             sequence.token_ids[end] = token
@@ -242,7 +242,7 @@ class Engine:
                 self._scheduler.share(sequence, end)
             self._num_generated += 1
             finish_reason = self._finish_reason(sequence, token)
-        output = self._output(sequence, token, index, finish_reason, end)
+        output = self._output(sequence, token, index, finish_reason, end, logprobs)
         if token is not None and sequence.prefill_only:
             self._scheduler.move(sequence, Phase.HELD)
         elif output.is_last:
@@ -250,7 +250,13 @@ class Engine:
         return output
 
     def _output(
-        self, sequence: Sequence, token: int | None, index: int, finish_reason: FinishReason | None, computed: int
+        self,
+        sequence: Sequence,
+        token: int | None,
+        index: int,
+        finish_reason: FinishReason | None,
+        computed: int,
+        logprobs: TokenLogprobs | None = None,
     ) -> StepOutput:
         # Each row of a step is its own: others go on.
         error = NO_LOGITS.format(index=index) if token == NOT_FINITE else None
@@ -262,6 +268,7 @@ class Engine:
             computed,
             sequence.num_cached_tokens,
             sequence.block_table.tolist() if sequence.prefill_only else [],
+            None if error else logprobs,
             error,
         )
 

@@ -236,12 +236,13 @@ class GpuInstance:
         output: StepOutput | None = None
         while output is None or not output.is_last:
             output = await inbox.next()
-            index, tokens = output.index, output.token_ids
+            index, tokens, logprobs = output.index, output.token_ids, output.all_logprobs
             while not (output.is_last or inbox.empty()):
                 output = await inbox.next()
                 tokens += output.token_ids
+                logprobs += output.all_logprobs
             if tokens or output.finish_reason:
-                yield TokenEvent(index, tokens, output.finish_reason)
+                yield TokenEvent(index, tokens, output.finish_reason, logprobs)
             output.raise_error()
 
     async def _prefill(self, request: PrefillRequest) -> AsyncIterator[TokenEvent | TransferDone]:
@@ -255,7 +256,7 @@ class GpuInstance:
                 await self._thread.call(lambda engine: engine.release(request.request_id))
                 await sending.wait_for_grant(None)
                 output = await self._compute_prompt(request, sending)
-            first = TokenEvent(output.index, output.token_ids, output.finish_reason)
+            first = TokenEvent(output.index, output.token_ids, output.finish_reason, output.all_logprobs)
             if not is_late:
                 yield first
             result = await sending.finish(output)
@@ -304,7 +305,7 @@ class GpuInstance:
             assert self.runner is not None, "a ready instance has it"
             handover = await wait_for_kv(posted, inbox, request, self.runner.model_config.vocab_size)
             if handover.finish_reason is not None:
-                yield TokenEvent(len(request.output_token_ids), [handover.first_token], handover.finish_reason)
+                yield handover.event(len(request.output_token_ids))
                 return
             await self._thread.call(lambda engine: engine.activate(request.request_id, handover.first_token))
             async for event in self._tokens(inbox):

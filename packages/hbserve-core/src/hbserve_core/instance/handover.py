@@ -9,7 +9,14 @@ from hbserve_core.engine.outputs import Reservation, StepOutput
 from hbserve_core.transfers.instance_transfers import InstanceTransfers, JointReceive, JointSend
 from hbserve_kv import Outcome, PostedReceive, SendTransfer, TransferResult
 from hbserve_rpc import RemoteError
-from hbserve_rpc.messages import DecodeRequest, FinishReason, GrantRequest, PrefillRequest
+from hbserve_rpc.messages import (
+    DecodeRequest,
+    FinishReason,
+    GrantRequest,
+    PrefillRequest,
+    TokenEvent,
+    TokenLogprobs,
+)
 
 
 class Handover(msgspec.Struct, frozen=True):
@@ -20,6 +27,12 @@ class Handover(msgspec.Struct, frozen=True):
     """Of the request before its first token. Their keys and values were sent, or were there already."""
     finish_reason: FinishReason | None = None
     """Set if the first token is the last one too: nobody needs the blocks, and those not sent yet are not sent."""
+    logprobs: list[TokenLogprobs] = []
+    """Of the first token, if the request asks for them: the client may hear of it from either side."""
+
+    def event(self, index: int) -> TokenEvent:
+        """The first token, as the prefill side says it; it is the request's output token `index`."""
+        return TokenEvent(index, [self.first_token], self.finish_reason, self.logprobs)
 
 
 class Inbox(asyncio.Queue[StepOutput | Reservation | TransferResult | GrantRequest | Exception]):
@@ -157,7 +170,7 @@ class PrefillSend:
         await asyncio.shield(self._opening)
         if self._transfer is None:
             raise self._error
-        handover = Handover(output.token_id, self._num_tokens, output.finish_reason)
+        handover = Handover(output.token_id, self._num_tokens, output.finish_reason, output.all_logprobs)
         self._is_committing = True
         result = await self._transfer.commit(msgspec.msgpack.encode(handover))
         if result.outcome is not Outcome.COMPLETED:
