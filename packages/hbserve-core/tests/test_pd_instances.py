@@ -352,7 +352,7 @@ async def test_the_last_blocks_are_on_their_way_before_anybody_hears_of_the_firs
     pushed: list[tuple[list[int], int]] = []
 
     async def open_send(transfer_id: str, grant: bytes) -> Any:
-        return SimpleNamespace(num_blocks=3, push=lambda block_ids, first: pushed.append((list(block_ids), first)))
+        return SimpleNamespace(num_blocks=3, push=lambda block_ids, first, _: pushed.append((list(block_ids), first)))
 
     inbox = Inbox()
     request = PrefillRequest("r", "t", [3] * (2 * BLOCK + 5), GREEDY, b"grant")
@@ -371,7 +371,7 @@ async def test_blocks_that_were_given_back_are_not_pushed_when_their_grant_comes
     pushed: list[tuple[list[int], int]] = []
 
     async def open_send(transfer_id: str, grant: bytes) -> Any:
-        return SimpleNamespace(num_blocks=1, push=lambda block_ids, first: pushed.append((list(block_ids), first)))
+        return SimpleNamespace(num_blocks=1, push=lambda block_ids, first, _: pushed.append((list(block_ids), first)))
 
     inbox = Inbox()
     request = PrefillRequest("r", "t", [3] * BLOCK, GREEDY, grant_follows=True)
