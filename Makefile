@@ -32,6 +32,9 @@ isolate:  ## each wheel alone in an empty environment
 lowest:  ## the lowest versions that the packages ask for, on another Python
 	.ci/lowest
 
+clients:  ## programs that people point at `hbserve serve`, in an environment of their own
+	UV_PROJECT_ENVIRONMENT=.venv-clients uv run --locked --group clients pytest -W default -n 2 tests/clients
+
 check: lint type isolate test  ## all of it but the lowest versions
 
-.PHONY: help sync fmt lint type test test-gpu isolate lowest check
+.PHONY: help sync fmt lint type test test-gpu isolate lowest clients check

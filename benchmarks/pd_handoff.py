@@ -114,6 +114,7 @@ def deployment(args: argparse.Namespace) -> PdDisaggConfig:
 
 async def measure(args: argparse.Namespace) -> None:
     async with DisaggregatedLLM(deployment(args)) as llm:
+        await until_connected(llm)
         first = await one(llm, args, "first")
         await asyncio.gather(*(one(llm, args, f"warm-up {i}") for i in range(WARM_UP_REQUESTS)))
         began_s = time.perf_counter()
@@ -122,6 +123,15 @@ async def measure(args: argparse.Namespace) -> None:
         else:
             runs = [await one(llm, args, seed) for seed in range(args.requests)]
         report(args, first, runs, time.perf_counter() - began_s)
+
+
+async def until_connected(llm: DisaggregatedLLM) -> None:
+    """Instances are ready without their links, which the first request would then wait for."""
+    handles = llm.scheduler.fleet.handles.values()
+    decodes = {each.epoch for each in handles if each.role == "decode"}
+    async with asyncio.timeout(60):
+        while not all(each.links.keys() >= decodes for each in handles if each.role == "prefill"):  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
 
 
 async def poisson(llm: DisaggregatedLLM, args: argparse.Namespace) -> list[Run]:

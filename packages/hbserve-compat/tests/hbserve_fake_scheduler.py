@@ -57,7 +57,20 @@ class FakeEvents:
         self._end()
         num_prompt = len(self._request.prompt_token_ids)
         yield RequestFinished(
-            self.aborted or reason, num_prompt, given, 0.001, 0.002, 0.003, 0.05, 4096, 0.004, 7, 1, "p0", "d0"
+            self.aborted or reason,
+            num_prompt,
+            given,
+            queue_time_s=0.001,
+            ttft_s=0.002,
+            tpot_s=0.003,
+            e2e_s=0.05,
+            handoff_s=0.004,
+            kv_bytes=4096,
+            kv_transfer_time_s=0.004,
+            num_cached_tokens=7,
+            num_attempts=1,
+            prefill_instance="p0",
+            decode_instance="d0",
         )
 
     def _end(self) -> None:

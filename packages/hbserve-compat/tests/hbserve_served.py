@@ -38,7 +38,8 @@ class Served:
         """The first group of a pattern that the log is to have, sooner or later."""
 
         def look() -> bool:
-            assert self.process.poll() is None, self.log.read_text()
+            status = self.process.poll()
+            assert status is None, f"ended with {status}: {self.log.read_text()}"
             return re.search(pattern, self.log.read_text()) is not None
 
         until(look)

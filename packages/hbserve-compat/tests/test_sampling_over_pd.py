@@ -15,7 +15,9 @@ ASKED = {
     "penalties": SamplingParams(0, **LONG, repetition_penalty=1.8, presence_penalty=1.0, frequency_penalty=0.7),
     "penalties of a drawn request": SamplingParams(0.8, **LONG, seed=3, repetition_penalty=3, min_p=0.05),
     "a bias and many tokens": SamplingParams(0, 9, logit_bias={2: 100.0, 7: 5.0}, min_tokens=4),
-    "one token": SamplingParams(0, 1, logit_bias={9: 100.0}),
+    "one token": SamplingParams(0, 1, logit_bias={9: 100.0}, logprobs=1),
+    "logprobs": SamplingParams(0, **LONG, logprobs=3),
+    "logprobs of the tokens alone": SamplingParams(0.9, **LONG, seed=1, logprobs=0),
 }
 
 
@@ -28,9 +30,30 @@ def in_one_process(small_model):
     return answers
 
 
+def check_same(logprobs, expected):
+    """Of the same tokens in the same order. What is summed in another order differs in the last digits."""
+    assert [list(each) for each in logprobs or ()] == [list(each) for each in expected or ()]
+    for found, other in zip(logprobs or (), expected or (), strict=True):
+        assert list(found.values()) == pytest.approx(list(other.values()), abs=1e-4)
+
+
+def test_logprobs_come_with_every_token_and_only_where_they_are_asked_for(in_one_process):
+    for name, params in ASKED.items():
+        for answer in in_one_process[name]:
+            if params.logprobs is None:
+                assert set(answer) == {"text", "token_ids"}
+                continue
+            assert len(answer["logprobs"]) == len(answer["token_ids"])
+            for token, each in zip(answer["token_ids"], answer["logprobs"], strict=True):
+                assert len(each) in (params.logprobs, params.logprobs + 1)
+                assert token in each
+                assert list(each.values())[: params.logprobs] == sorted(each.values(), reverse=True)[: params.logprobs]
+
+
 def test_what_is_asked_changes_the_answers(in_one_process):
     answers = {name: [each["token_ids"] for each in several] for name, several in in_one_process.items()}
-    assert all(answers["nothing"] != answers[name] for name in ASKED if name != "nothing")
+    assert answers["nothing"] == answers["logprobs"]
+    assert all(answers["nothing"] != answers[name] for name in ASKED if name not in ("nothing", "logprobs"))
     # The bias forces the end of the sequence, as soon as it may come.
     assert [ids[4:] for ids in answers["a bias and many tokens"]] == [[2]] * 3
     assert answers["one token"] == [[9]] * 3
@@ -40,6 +63,25 @@ async def test_answers_over_prefill_and_decode_instances_are_those_of_one_proces
     async with DisaggregatedLLM(PdDisaggConfig(small_model("qwen3"), **SIZES)) as llm:
         for name, params in ASKED.items():
             answers = await llm.generate(PROMPTS, params)
-            assert [each["token_ids"] for each in answers] == [each["token_ids"] for each in in_one_process[name]], name
+            for answer, expected in zip(answers, in_one_process[name], strict=True):
+                assert answer["token_ids"] == expected["token_ids"], name
+                check_same(answer["logprobs"], expected.get("logprobs"))
             if name == "nothing":  # what comes later is in the decode instance's prefix cache
                 assert all(each["kv_bytes"] > 0 for each in answers)
+
+
+async def test_streamed_logprobs_are_those_of_the_tokens_that_come_with_them(small_model):
+    """A stop string cuts both."""
+    async with DisaggregatedLLM(PdDisaggConfig(small_model("qwen3"), **SIZES)) as llm:
+        (whole,) = await llm.generate(PROMPTS[0], ASKED["logprobs"])
+        stop = llm.tokenizer.decode(whole["token_ids"][4:5])
+        params = SamplingParams(0, **LONG, logprobs=3, stop=stop)
+        deltas = [delta async for delta in llm.stream(PROMPTS[0], params)]
+        tokens = [token for delta in deltas for token in delta["token_ids"]]
+        logprobs = [each for delta in deltas for each in delta["logprobs"]]
+        assert len(tokens) <= 5
+        assert tokens == whole["token_ids"][: len(tokens)]
+        check_same(logprobs, whole["logprobs"][: len(tokens)])
+        assert (await llm.generate(PROMPTS[0], params))[0]["logprobs"] == logprobs
+        deltas = [delta async for delta in llm.stream(PROMPTS[0], ASKED["nothing"])]
+        assert all(delta["logprobs"] is None for delta in deltas)

@@ -18,6 +18,7 @@ from hbserve_served import Served, served, until
 from hbserve import LLM, SamplingParams
 from hbserve.demo_model import demo_model_path
 
+pytestmark = pytest.mark.warm
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
 NUM_TOKENS = 12
 NEUTRAL = {
@@ -114,6 +115,7 @@ def test_an_address_in_use_is_one_line_before_anything_starts(tmp_path):
     assert len(done.stderr.splitlines()) == 2
 
 
+@pytest.mark.cold
 def test_a_sign_of_life_comes_within_two_seconds(tmp_path):
     began = time.monotonic()
     command = [sys.executable, "-m", "hbserve", "serve", "--model", str(tmp_path / "nowhere"), "--port", "0"]

@@ -238,7 +238,7 @@ class Stepper:
                 sequence.block_table.append(self._free.pop())
             chunks.append(ScheduledChunk(sequence, num_new))
         samples = [chunk.samples for chunk in chunks]
-        tokens = self.runner.run(chunks)
+        tokens = self.runner.run(chunks).tokens
         assert [token is not None for token in tokens] == samples
         for chunk, token in zip(chunks, tokens, strict=True):
             chunk.sequence.num_computed_tokens += chunk.num_new_tokens

@@ -1,14 +1,19 @@
 """A runner of CUDA's steps without CUDA: its kernels run in Triton's interpreter."""
 
+from typing import Any
+
 import numpy as np
+import pytest
 import torch
 
-from hbserve_core import InstanceConfig
+from hbserve_core import InstanceConfig, ModelRunner
 from hbserve_core.cuda_runner.step_packer import SplitKV, StepPacker, StepView
-from hbserve_core.logits.special_rows import SpecialRows
+from hbserve_core.engine.runner import StepResult
+from hbserve_core.logits.special_rows import PendingLogprobs, SpecialRows
 from hbserve_core.model.loaded_model import LoadedModel
 
 BLOCK = 8
+SIZES: dict[str, Any] = {"max_num_seqs": 5, "max_num_batched_tokens": 40, "chunk_size": 16}
 
 
 class InterpretedRunner:
@@ -51,14 +56,15 @@ class InterpretedRunner:
                     self.decoder.finish(view, hidden, self.sampled)
             else:
                 hidden = self.decoder.decode(view, self.sampled, self.pool)
+            logprobs = PendingLogprobs()
             if step.special:
-                self.special_rows.sample(
+                logprobs = self.special_rows.sample(
                     step.special,
                     lambda places: self.decoder.logits(view, hidden, places),
                     lambda scores, places, _: self.decoder.draw(view, scores, places, self.sampled),
                 )
-        tokens = step.tokens(self.sampled[:num_samples].tolist())
-        return lambda: tokens
+        result = StepResult(step.tokens(self.sampled[:num_samples].tolist()), logprobs.read(step.places))
+        return lambda: result
 
 
 def plain(weights):
@@ -76,3 +82,12 @@ def plain(weights):
         for layer in weights.layers
     )
     return replace(weights, layers=layers, head=unpacked(weights.head))
+
+
+def make_runner(folder, kind, num_blocks=96):
+    """Of either kind, with small steps; "cuda kernels" overlaps its steps and pads them as graphs do."""
+    settings = SIZES | {"num_blocks": num_blocks}
+    if kind == "torch":
+        return ModelRunner(InstanceConfig(model_path=str(folder), block_size=8, device="cpu", **settings))
+    pytest.importorskip("triton", reason="torch has Triton on Linux only")
+    return InterpretedRunner(folder, overlaps=True, graphs=True, **settings)

@@ -19,6 +19,7 @@ from hbserve_core.bench.batch_sweep import (
     sweep_config,
 )
 from hbserve_core.bench.model_work import DecodeLimit, decode_limit
+from hbserve_core.engine.runner import StepResult
 from hbserve_core.errors import InvalidInstanceConfig
 from hbserve_core.model.model_config import load_model_config
 from hbserve_core.ranks.make_runner import make_runner
@@ -153,7 +154,7 @@ class ClockedRunner:
         self.now_s = 0.0
         self.num_decodes = 0
 
-    def launch(self, batch: Any) -> Callable[[], list[int | None]]:
+    def launch(self, batch: Any) -> Callable[[], StepResult]:
         if any(chunk.num_new_tokens > 1 for chunk in batch):
             time_s = 1.0
         else:
@@ -161,11 +162,11 @@ class ClockedRunner:
             time_s = 0.04 if self.num_decodes == 30 else 0.01
         result = [5 if chunk.samples else None for chunk in batch]
 
-        def tokens() -> list[int | None]:
+        def read() -> StepResult:
             self.now_s += time_s
-            return result
+            return StepResult(result)
 
-        return tokens
+        return read
 
 
 @pytest.mark.parametrize("overlaps", [False, True], ids=["computed at once", "overlapping"])

@@ -48,6 +48,19 @@ def test_greedy_tokens_equal_transformers_in_float32(model_folder, model_name, g
     assert engine.stats().num_cached_tokens > 0
 
 
+def test_the_device_is_idle_when_its_step_has_been_read_and_not_before_it_can_be(model_folder, prompt):
+    engine = make_engine(model_folder("qwen3"))
+    engine.add("r", prompt(20), SamplingParams(0, 3, ignore_eos=True))
+    assert engine.wait_s() == 0
+    engine.step()
+    while engine._runner.is_idle() is False:
+        pass
+    engine.release("r")
+    assert engine.wait_s() == 0, "the step has ended, and nothing else is to be launched"
+    engine.step()
+    assert engine.wait_s() is None
+
+
 def test_preempted_sequences_get_the_same_tokens(model_folder, greedy_tokens, prompt):
     engine = make_engine(model_folder("qwen3"), num_blocks=20)
     prompts = [prompt(30, salt) for salt in range(4)]

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from hbserve_core import Engine, InstanceConfig
+from hbserve_core.engine.runner import StepResult
 from hbserve_rpc import SamplingParams
 
 BLOCK = 4
@@ -22,7 +23,7 @@ class Runner:
 
     def launch(self, batch):
         tokens = [5 if chunk.samples else None for chunk in batch]
-        return lambda: tokens
+        return lambda: StepResult(tokens)
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
 from hbserve_core import Engine, InstanceConfig
+from hbserve_core.engine.runner import StepResult
 from hbserve_core.engine.sequence import NEXT_PHASES, NOT_FINITE, UNREAD, Phase, Sequence
 from hbserve_rpc import InvalidRequest, SamplingParams
 
@@ -63,14 +64,14 @@ class TokenRunner:
         found: list[int] = self.pool[list(block_table)].flatten()[:count].tolist()
         return found
 
-    def launch(self, batch: Any) -> Callable[[], list[int | None]]:
+    def launch(self, batch: Any) -> Callable[[], StepResult]:
         """Like a device that overlaps: steps in order, each as late as may be, with what was said at launch."""
         if self.last is not None:
             self.last.compute()
         self.last = TokenStep(self, batch, self.last)
         if not self.overlaps:
             self.last.compute()
-        return self.last.tokens
+        return self.last.read
 
 
 class TokenStep:
@@ -99,9 +100,10 @@ class TokenStep:
             self.result.append(next_token(known) if samples else None)
         self.before = None
 
-    def tokens(self) -> list[int | None]:
+    def read(self) -> StepResult:
         self.compute()
-        return self.result
+        assert self.result is not None
+        return StepResult(self.result)
 
 
 class RandomRequests(RuleBasedStateMachine):

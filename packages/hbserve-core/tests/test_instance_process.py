@@ -81,6 +81,17 @@ async def test_it_ends_when_told_to(launch, wait_for):
 
 
 @pytest.mark.warm
+def test_no_thread_of_an_instance_keeps_the_interpreter_for_as_long_as_a_step():
+    code = (
+        "import sys; from hbserve_core.instance import process\n"
+        "async def show(config): print(sys.getswitchinterval(), flush=True)\n"
+        "process._serve_launcher = show; process.main()"
+    )
+    line = json.dumps({"model_path": ""})
+    done = subprocess.run([sys.executable, "-c", code], input=line, capture_output=True, text=True, timeout=DEADLINE_S)
+    assert float(done.stdout) <= 0.0005, done.stderr
+
+
 def test_a_port_in_use_is_one_line(launch):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]

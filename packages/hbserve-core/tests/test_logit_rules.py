@@ -5,11 +5,10 @@ before the tokens of the one before it are read.
 """
 
 from collections import Counter
-from typing import Any
 
 import pytest
 import torch
-from hbserve_core_interpreted import InterpretedRunner
+from hbserve_core_interpreted import SIZES, InterpretedRunner, make_runner
 from transformers import (
     LogitsProcessorList,
     MinNewTokensLengthLogitsProcessor,
@@ -19,7 +18,7 @@ from transformers import (
     TemperatureLogitsWarper,
 )
 
-from hbserve_core import Engine, InstanceConfig, ModelRunner
+from hbserve_core import Engine, ModelRunner
 from hbserve_core.engine.sequence import NOT_FINITE, UNREAD, Sequence
 from hbserve_core.logits.rows import LogitsRow
 from hbserve_core.logits.rules import LogitRules
@@ -33,15 +32,6 @@ pytestmark = [
 ]
 CPU = torch.device("cpu")
 MODEL, EOS = "qwen3", 2
-SIZES: dict[str, Any] = {"max_num_seqs": 5, "max_num_batched_tokens": 40, "chunk_size": 16}
-
-
-def make_runner(folder, kind, num_blocks=96):
-    settings = SIZES | {"num_blocks": num_blocks}
-    if kind == "torch":
-        return ModelRunner(InstanceConfig(model_path=str(folder), block_size=8, device="cpu", **settings))
-    pytest.importorskip("triton", reason="torch has Triton on Linux only")
-    return InterpretedRunner(folder, overlaps=True, graphs=True, **settings)
 
 
 class PresenceAndFrequency:
@@ -406,7 +396,7 @@ def test_a_step_without_special_rows_runs_nothing_more(model_folder, prompt, mon
     assert usual["_best_of_row"] == 3
     assert "special" not in usual
     nothing = {"presence_penalty": 0, "frequency_penalty": 0.0, "repetition_penalty": 1, "logit_bias": {}}
-    assert launched(min_tokens=0, min_p=0.0, stop_token_ids=[300], **nothing) == usual
+    assert launched(logprobs=None, min_tokens=0, min_p=0.0, stop_token_ids=[300], **nothing) == usual
     more = launched(logit_bias={7: 1.0})
     assert more.pop("special") == 3
     # The same, and behind it the head and sampling once more: here the head is no kernel of ours, but its norm is.

@@ -3,13 +3,16 @@
 import asyncio
 import contextlib
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
 import pytest
 
 from hbserve_core import GpuInstance, InstanceConfig
+from hbserve_core.engine.outputs import StepOutput
+from hbserve_core.instance.handover import Inbox, PrefillSend
 from hbserve_kv import KVTransferConfig
 from hbserve_rpc import InvalidRequest, RemoteError, RpcClient, SamplingParams
 from hbserve_rpc.messages import (
@@ -17,12 +20,14 @@ from hbserve_rpc.messages import (
     DECODE,
     DESCRIBE,
     GENERATE,
+    GRANT,
     PREFILL,
     STATS,
     ConnectRequest,
     DecodeRequest,
     Empty,
     GenerateRequest,
+    GrantRequest,
     PrefillRequest,
     TokenEvent,
     TransferDone,
@@ -66,8 +71,18 @@ class Instance:
     def decode(self, name: str, ids: list[int], params: SamplingParams = GREEDY) -> Any:
         return self.client.stream(DECODE, DecodeRequest(name, f"t-{name}", ids, params), timeout_s=DEADLINE_S)
 
-    def prefill(self, name: str, ids: list[int], grant: bytes, params: SamplingParams = GREEDY) -> Any:
-        return self.client.stream(PREFILL, PrefillRequest(name, f"t-{name}", ids, params, grant), timeout_s=DEADLINE_S)
+    def prefill(
+        self, name: str, ids: list[int], grant: bytes, params: SamplingParams = GREEDY, output: Sequence[int] = ()
+    ) -> Any:
+        request = PrefillRequest(name, f"t-{name}", ids, params, grant, [*output])
+        return self.client.stream(PREFILL, request, timeout_s=DEADLINE_S)
+
+    def prefill_before_grant(self, name: str, ids: list[int], params: SamplingParams = GREEDY) -> Any:
+        request = PrefillRequest(name, f"t-{name}", ids, params, grant_follows=True)
+        return self.client.stream(PREFILL, request, timeout_s=DEADLINE_S)
+
+    def grant(self, name: str, grant: bytes) -> None:
+        self.client.notify(GRANT, GrantRequest(name, grant))
 
     async def hybrid(self, name: str, ids: list[int], params: SamplingParams = GREEDY) -> list[int]:
         events = self.client.stream(GENERATE, GenerateRequest(name, ids, params), timeout_s=DEADLINE_S)
@@ -329,3 +344,187 @@ async def test_kv_of_another_model_is_refused_by_name(start, prompt, model_folde
         with pytest.raises(RemoteError, match=r"(block_bytes_per_head|head_dim|model) is .* on rank 0 and .* on"):
             async for _ in p.prefill("r", prompt(20), granted.grant):
                 pass
+
+
+@pytest.mark.parametrize("finish_reason", [None, "stop"])
+async def test_the_last_blocks_are_on_their_way_before_anybody_hears_of_the_first_token(finish_reason):
+    """Or never, where nobody needs them any more."""
+    pushed: list[tuple[list[int], int]] = []
+
+    async def open_send(transfer_id: str, grant: bytes) -> Any:
+        return SimpleNamespace(num_blocks=3, push=lambda block_ids, first, _: pushed.append((list(block_ids), first)))
+
+    inbox = Inbox()
+    request = PrefillRequest("r", "t", [3] * (2 * BLOCK + 5), GREEDY, b"grant")
+    sending = PrefillSend(SimpleNamespace(open_send=open_send), request, BLOCK, inbox)
+    following = asyncio.create_task(sending.follow())
+    inbox.put_nowait(StepOutput("r", None, 0, num_computed_tokens=BLOCK, block_table=[4, 5, 6]))
+    await asyncio.sleep(0.01)
+    assert pushed == [([4], 0)]
+    inbox.put_nowait(StepOutput("r", 7, 0, finish_reason, 2 * BLOCK + 5, block_table=[4, 5, 6]))
+    assert (await following).token_id == 7
+    assert pushed[1:] == ([] if finish_reason else [([5, 6], 1)])
+
+
+async def test_blocks_that_were_given_back_are_not_pushed_when_their_grant_comes_at_last():
+    """They may be somebody else's by then."""
+    pushed: list[tuple[list[int], int]] = []
+
+    async def open_send(transfer_id: str, grant: bytes) -> Any:
+        return SimpleNamespace(num_blocks=1, push=lambda block_ids, first, _: pushed.append((list(block_ids), first)))
+
+    inbox = Inbox()
+    request = PrefillRequest("r", "t", [3] * BLOCK, GREEDY, grant_follows=True)
+    sending = PrefillSend(SimpleNamespace(open_send=open_send), request, BLOCK, inbox)
+    inbox.put_nowait(StepOutput("r", 7, 0, None, BLOCK, block_table=[4]))
+    await sending.follow()
+    assert not await sending.wait_for_grant(0.01)
+    inbox.put_nowait(GrantRequest("r", b"grant"))
+    assert await sending.wait_for_grant(None)
+    await asyncio.sleep(0.01)
+    assert pushed == []
+    inbox.put_nowait(StepOutput("r", 8, 0, None, BLOCK, block_table=[5]))
+    assert (await sending.follow()).token_id == 8
+    assert pushed == [([5], 0)]
+
+
+# ---- prompts that are computed before there is a grant for them --------------------------------------------------
+
+
+@pytest.fixture
+def set_patience(monkeypatch):
+    return lambda seconds: monkeypatch.setattr("hbserve_core.instance.gpu_instance.GRANT_PATIENCE_S", seconds)
+
+
+@pytest.mark.parametrize("length", [BLOCK, 2 * CHUNK + 5])
+@pytest.mark.parametrize("when", ["at once", "when it is computed", "when its blocks were given back"])
+async def test_a_prompt_that_is_computed_before_its_grant_has_the_same_tokens(
+    start, set_patience, prompt, greedy_tokens, when, length
+):
+    set_patience(0.05 if when == "when its blocks were given back" else DEADLINE_S)
+    p, d, ids = await start("prefill"), await start("decode"), prompt(length)
+    async with p.prefill_before_grant("r", ids) as prefilling, d.decode("r", ids) as decoding:
+        first = asyncio.ensure_future(anext(prefilling))
+        if when != "at once":
+            await until(lambda: _has(p, prefill_tokens=length), "computed")
+        if when == "when its blocks were given back":
+            await until(lambda: _has(p, free_blocks=200), "given back")
+        granted = await anext(decoding)
+        assert not first.done(), "the wait for a grant is one for the first token, and not for the second"
+        p.grant("r", granted.grant)
+        p.grant("r", b"the second one is of no effect")
+        event = await first
+        if when != "at once":
+            assert (await d.stats()).kv_bytes_received, "and neither is the transfer, where it could not go on beside"
+        (done,) = [each async for each in prefilling]
+        tokens = [token async for each in decoding for token in each.token_ids]
+    assert [*event.token_ids, *tokens] == greedy_tokens("qwen3", ids, MAX_TOKENS)
+    assert done.num_bytes == -(-length // BLOCK) * FULL_BYTES
+    computed_again = (await p.stats()).prefill_tokens - length
+    last_block = (length - 1) % BLOCK + 1
+    assert computed_again == (last_block if when == "when its blocks were given back" else 0)
+
+
+async def test_a_grant_of_nothing_tells_the_first_token_and_keeps_the_prompt_for_the_next_attempt(
+    start, prompt, greedy_tokens
+):
+    """At most the last block is computed again."""
+    p, d, ids = await start("prefill"), await start("decode"), prompt(2 * CHUNK + 5)
+    expected = greedy_tokens("qwen3", ids, MAX_TOKENS)
+    async with p.prefill_before_grant("refused", ids) as prefilling:
+        first = asyncio.ensure_future(anext(prefilling))
+        await until(lambda: _has(p, active_requests=1), "there")
+        p.grant("refused", b"")
+        assert (await first).token_ids == expected[:1]
+        assert [event async for event in prefilling] == []
+    assert (await p.stats()).kv_bytes_sent == 0
+    request = DecodeRequest("next", "t-next", ids, GREEDY, expected[:1])
+    async with d.client.stream(DECODE, request, timeout_s=DEADLINE_S) as decoding:
+        granted = await anext(decoding)
+        second, _ = [event async for event in p.prefill("next", ids, granted.grant, output=expected[:1])]
+        tokens = [token async for event in decoding for token in event.token_ids]
+    assert [*second.token_ids, *tokens] == expected[1:]
+    assert (await p.stats()).prefill_tokens == len(ids) + 5, "four blocks were there"
+
+
+async def test_a_token_that_is_the_last_one_waits_for_no_grant(start, prompt):
+    p, ids = await start("prefill"), prompt(20)
+    async with p.prefill_before_grant("r", ids, SamplingParams(0, 1)) as prefilling:
+        assert (await anext(prefilling)).finish_reason == "length"
+
+
+async def test_prompts_without_a_grant_do_not_keep_those_with_one_from_being_computed(
+    start, set_patience, prompt, greedy_tokens
+):
+    """Their decode instance might have no room until these have ended: neither would ever go on."""
+    set_patience(0.2)
+    p, d = await start("prefill", num_blocks=12), await start("decode")
+    early, granted = prompt(8 * BLOCK, salt=1), prompt(8 * BLOCK, salt=2)
+    async with p.prefill_before_grant("early", early) as prefilling:
+        first = asyncio.ensure_future(anext(prefilling))
+        await until(lambda: _has(p, prefill_tokens=len(early)), "computed")
+        tokens, _, _ = await apart(p, d, "granted", granted)
+        assert tokens == greedy_tokens("qwen3", granted, MAX_TOKENS)
+        async with d.decode("early", early) as decoding:
+            p.grant("early", (await anext(decoding)).grant)
+            tokens = (await first).token_ids + [token async for event in decoding for token in event.token_ids]
+        assert tokens == greedy_tokens("qwen3", early, MAX_TOKENS)
+
+
+@pytest.mark.parametrize("patience_s", [0.0, 0.05, DEADLINE_S])
+async def test_a_prompt_may_be_given_up_whenever_its_grant_is_waited_for_or_comes(
+    start, set_patience, prompt, patience_s
+):
+    """The fixture's end is the assertion: no block, transfer or request is left."""
+    set_patience(patience_s)
+    p, d, ids = await start("prefill"), await start("decode"), prompt(3 * CHUNK)
+
+    async def give_up(name: str, delay_s: float, is_granted: bool) -> None:
+        async with p.prefill_before_grant(name, ids) as prefilling, d.decode(name, ids) as decoding:
+            first = asyncio.ensure_future(anext(prefilling))
+            granted = await anext(decoding)
+            await asyncio.sleep(delay_s)
+            if is_granted:
+                p.grant(name, granted.grant)
+            await asyncio.sleep(delay_s / 4)
+            first.cancel()
+            await asyncio.gather(first, return_exceptions=True)
+
+    delays_s = [0.0, 0.002, 0.004, 0.008, 0.016, 0.03, 0.06, 0.12]
+    for is_granted in (False, True):
+        await asyncio.gather(*(give_up(f"{delay_s}{is_granted}", delay_s, is_granted) for delay_s in delays_s))
+    p.grant("nobody", b"there is no such request")
+    await until(p.is_empty, "empty")
+    assert p.server._server.failed_notifications == 0
+
+
+async def test_a_grant_of_a_decode_instance_that_has_died_fails_the_prefill_and_leaves_no_block(
+    start, set_patience, prompt, greedy_tokens
+):
+    set_patience(DEADLINE_S)
+    p, dying, ids = await start("prefill"), await start("decode", process=True), prompt(3 * CHUNK)
+    async with p.prefill_before_grant("r", ids) as prefilling, dying.decode("r", ids) as decoding:
+        first = asyncio.ensure_future(anext(prefilling))
+        await until(lambda: _has(p, prefill_tokens=len(ids)), "computed")
+        granted = await anext(decoding)
+        dying.process.kill()
+        await dying.process.wait()
+        p.grant("r", granted.grant)
+        with pytest.raises(RemoteError, match=r"KV transfer t-r failed: .*no connection to"):
+            await first
+    await until(p.is_empty, "empty")
+
+
+async def test_a_prefill_instance_that_dies_before_its_grant_leaves_no_block_of_the_decode_instance_reserved(
+    start, prompt
+):
+    dying, d, ids = await start("prefill", process=True), await start("decode"), prompt(3 * CHUNK)
+    async with dying.prefill_before_grant("r", ids) as prefilling, d.decode("r", ids) as decoding:
+        first = asyncio.ensure_future(anext(prefilling))
+        granted = await anext(decoding)
+        dying.process.kill()
+        await dying.process.wait()
+        dying.grant("r", granted.grant)
+        first.cancel()
+        await asyncio.gather(first, return_exceptions=True)
+    await until(d.is_empty, "empty")

@@ -176,7 +176,7 @@ async def test_when_one_rank_fails_the_others_are_cancelled_with_its_cause(whole
         send = await p.transfers.open_send("t", posted.grant)
         await d.servers[0]._transfers["t"].cancel("out of luck")
         received, sent = await asyncio.gather(posted.wait(), send.wait())
-        assert received.error == "out of luck"
+        assert received.error.endswith("out of luck"), "perhaps it comes by the sender"
         assert sent.error == "cancelled by the receiver: out of luck"
         assert {received.outcome, sent.outcome} == {Outcome.FAILED_DRAINED}
 

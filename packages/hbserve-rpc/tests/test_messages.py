@@ -33,6 +33,8 @@ def example_of(kind):
         return [example_of(typing.get_args(kind)[0])]
     if typing.get_origin(kind) is tuple:
         return tuple(map(example_of, typing.get_args(kind)))
+    if typing.get_origin(kind) is dict:
+        return {example_of(key): example_of(value) for key, value in [typing.get_args(kind)]}
     if inspect.isclass(kind) and issubclass(kind, msgspec.Struct):
         return filled(kind)
     return example_of(typing.get_args(kind)[0])  # an optional field

@@ -108,6 +108,7 @@ WRONG = {
     "presence_penalty": [HostileObject(), -2.1, 2.1, float("nan"), float("inf"), 10**400, "1", True, None],
     "frequency_penalty": [HostileObject(), -2.1, 2.1, float("nan"), float("-inf"), 10**5000, "1", True, None],
     "repetition_penalty": [HostileObject(), 0, -1, 0.009, 100.1, float("nan"), float("inf"), "1", True, None],
+    "logprobs": [HostileObject(), HostileInt(21), -1, 21, 2**63, 1.0, True, "3", float("nan")],
     "logit_bias": [
         HostileObject(),
         [(3, 1.0)],
@@ -181,7 +182,14 @@ def test_values_of_array_libraries_and_none_become_plain_python():
         0.5, 4, True, top_p=0.5, seed=7, stop_token_ids=[3, 4], min_tokens=2, min_p=0.25, logit_bias={3: 1.5}
     )
     assert type(params.logit_bias) is dict
-    assert {type(value) for value in msgspec.structs.asdict(params).values()} == {float, int, bool, list, dict}
+    assert {type(value) for value in msgspec.structs.asdict(params).values()} == {
+        float,
+        int,
+        bool,
+        list,
+        dict,
+        type(None),
+    }
     assert msgspec.msgpack.decode(msgspec.msgpack.encode(params), type=SamplingParams) == params
 
 
@@ -254,7 +262,8 @@ def test_every_field_has_its_wrong_values_here():
         SamplingParams(max_tokens=9, min_tokens=9, min_p=1),
         SamplingParams(min_p=5e-324, logit_bias={0: -100, 2**31 - 1: 100}),
         SamplingParams(logit_bias=dict.fromkeys(range(1024), 0.5)),
-        SamplingParams(logit_bias={}),
+        SamplingParams(logit_bias={}, logprobs=0),
+        SamplingParams(logprobs=20),
         SamplingParams(presence_penalty=-2, frequency_penalty=2, repetition_penalty=0.01),
         SamplingParams(presence_penalty=2, frequency_penalty=-2, repetition_penalty=100),
     ],

@@ -15,6 +15,7 @@ from hbserve_rpc.messages import (
     DECODE,
     DESCRIBE,
     GENERATE,
+    GRANT,
     PREFILL,
     STATS,
     ConnectRequest,
@@ -22,6 +23,7 @@ from hbserve_rpc.messages import (
     Empty,
     GenerateRequest,
     Granted,
+    GrantRequest,
     InstanceInfo,
     InstanceStats,
     InstanceStatus,
@@ -35,6 +37,7 @@ from hbserve_scheduler import CpuScheduler, EventStream, SchedulerConfig
 
 DEADLINE_S = 30.0
 VOCAB_SIZE = 1000
+NUM_BLOCKS, BLOCK_SIZE, MAX_NUM_SEQS = 1000, 16, 64
 MAX_PROMPT_LEN = 64
 
 
@@ -47,7 +50,7 @@ class FakeInstance:
     """Token i of every answer is 100 + i. Each request passes named phases, where a test can hold it or fail it.
 
     Phases: "grant" and "tokens" of a decode instance, "first", "done" and "connect d0" of a prefill instance, "tokens"
-    of a hybrid one.
+    of a hybrid one. A prefill instance that has begun before its grant waits for that between "first" and the token.
     """
 
     def __init__(self, role: Role, instance_id: str, journal: list[tuple[str, str]]) -> None:
@@ -58,6 +61,10 @@ class FakeInstance:
         self.requests: list[Any] = []
         self.connected: list[bytes] = []
         """Endpoints that it was asked to connect to, and did."""
+        self.granted: dict[str, asyncio.Future[bytes]] = {}
+        """By request, what a prefill instance waits for."""
+        self.free_blocks = 0
+        """That it reports. With 0 a scheduler reserves before it lets a prompt be computed."""
         self.open = 0
         """Streams that are under way."""
         self.hold: set[str] = set()
@@ -81,6 +88,7 @@ class FakeInstance:
         server.serve(STATS, self._stats)
         if self.role == "prefill":
             server.serve(CONNECT, self._connect)
+            server.serve_notification(GRANT, self._grant)
         for method, handler in ((DECODE, self._decode), (PREFILL, self._prefill), (GENERATE, self._generate)):
             server.serve_stream(method, handler)  # type: ignore[arg-type]
         return server
@@ -103,6 +111,7 @@ class FakeInstance:
         return InstanceInfo(
             self.instance_id, self.role, self.server.epoch, self.status, max_model_len=self.max_model_len,
             max_prompt_len=MAX_PROMPT_LEN, vocab_size=VOCAB_SIZE, error=self.error, kv_endpoint=self.kv_endpoint,
+            num_blocks=NUM_BLOCKS, block_size=BLOCK_SIZE, max_num_seqs=MAX_NUM_SEQS,
         )  # fmt: skip
 
     @property
@@ -115,7 +124,16 @@ class FakeInstance:
         return Empty()
 
     async def _stats(self, _: Empty) -> InstanceStats:
-        return InstanceStats(self.instance_id, self.role, self.status, self.server.epoch, active_requests=self.open)
+        return InstanceStats(
+            self.instance_id, self.role, self.status, self.server.epoch, active_requests=self.open,
+            free_blocks=self.free_blocks,
+        )  # fmt: skip
+
+    async def _grant(self, request: GrantRequest) -> None:
+        future = self.granted.get(request.request_id)
+        self.journal.append((self.instance_id, "granted" if future else "granted too late"))
+        if future is not None and not future.done():
+            future.set_result(request.grant)
 
     async def _phase(self, name: str) -> None:
         self.journal.append((self.instance_id, name))
@@ -138,7 +156,9 @@ class FakeInstance:
     def _event(self, request: Any, index: int) -> TokenEvent:
         ends = "stop" if index == self.stop_at else "length" if index + 1 >= request.params.max_tokens else None
         first = max(0, index - 1) if self.repeats else index
-        return TokenEvent(first, [token(i) for i in range(first, index + 1)], ends)  # type: ignore[arg-type]
+        tokens = [token(i) for i in range(first, index + 1)]
+        logprobs = [] if request.params.logprobs is None else [{each: -float(each)} for each in tokens]
+        return TokenEvent(first, tokens, ends, logprobs)  # type: ignore[arg-type]
 
     async def _tokens(self, request: Any, index: int) -> AsyncIterator[TokenEvent]:
         while True:
@@ -164,14 +184,23 @@ class FakeInstance:
                     yield event
 
     async def _prefill(self, request: PrefillRequest) -> AsyncIterator[TokenEvent | TransferDone]:
+        granted = self.granted[request.request_id] = asyncio.get_running_loop().create_future()
+        if not request.grant_follows:
+            granted.set_result(request.grant)
         with self._stream(request):
-            await self._phase("first")
-            if "first" in self.silent:
-                return
-            yield self._event(request, len(request.output_token_ids))
-            await self._phase("done")
-            if request.grant:
-                yield TransferDone(num_bytes=1000, num_parts=1, time_s=0.5)
+            try:
+                await self._phase("first")
+                if "first" in self.silent:
+                    return
+                event = self._event(request, len(request.output_token_ids))
+                if event.finish_reason is None:
+                    await granted
+                yield event
+                await self._phase("done")
+                if await granted:
+                    yield TransferDone(num_bytes=1000, num_parts=1, time_s=0.5)
+            finally:
+                del self.granted[request.request_id]
 
     async def _generate(self, request: GenerateRequest) -> AsyncIterator[TokenEvent]:
         if self.role != "hybrid":

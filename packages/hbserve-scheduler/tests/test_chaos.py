@@ -8,14 +8,17 @@ import pytest
 from hbserve_rpc import HBServeRpcError, InvalidRequest, Overloaded, RemoteError
 
 
+@pytest.mark.parametrize("free_blocks", [0, 1000], ids=["reserved first", "computed before the grant"])
 @pytest.mark.parametrize("seed", range(3))
 async def test_random_failures_aborts_and_restarts_leave_nothing_behind(
-    make_scheduler, make_instance, ask, collect, seed
+    make_scheduler, make_instance, ask, collect, seed, free_blocks
 ):
     """Each stream is right as far as it goes, which `collect` checks; the teardown checks that nothing is left."""
     chance = random.Random(seed)
     kinds = [("prefill", "p0"), ("prefill", "p1"), ("decode", "d0"), ("decode", "d1")]
     instances = [await make_instance(*kind) for kind in kinds]
+    for instance in instances:
+        instance.free_blocks = free_blocks
     scheduler = await make_scheduler(*instances, max_inflight_prefills=4, max_pending_reservations=2)
     ends: list[str] = []
 
@@ -47,9 +50,19 @@ async def test_random_failures_aborts_and_restarts_leave_nothing_behind(
             if chance.random() < 0.1:
                 await instance.restart()
             await scheduler.abort(f"r{chance.randrange(150)}")
+            if chance.random() < 0.3:  # nobody grants or computes for a moment, so that others meet requests there
+                phase, held = chance.choice(["grant", "first"]), chance.sample(instances, 2)
+                for instance in held:
+                    instance.hold.add(phase)
+                await asyncio.sleep(0.03)
+                for instance in held:
+                    instance.release()
 
     async with asyncio.timeout(50):
         results = await asyncio.gather(disturb(), *(one(i) for i in range(150)), return_exceptions=True)
     unexpected = [each for each in results if isinstance(each, Exception) and not isinstance(each, HBServeRpcError)]
     assert unexpected == []
     assert ends.count("length") > 50
+    early = sum(request.grant_follows for instance in instances[:2] for request in instance.requests)
+    assert early > 50 if free_blocks else early == 0
+    assert not any(instance.granted for instance in instances)

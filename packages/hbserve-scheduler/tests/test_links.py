@@ -124,6 +124,20 @@ async def test_a_restarted_instance_is_connected_again_and_its_earlier_life_forg
         await until(lambda name=name: scheduler.fleet.handles[name].links == dict.fromkeys(decodes, True))
     assert before not in {epoch for pair in scheduler.fleet.links._keeping for epoch in pair}
     assert len(scheduler.fleet.links._keeping) == 4
+    # Nobody asks for the life that has ended either.
+    await until(lambda: sum("_keep" in repr(task.get_coro()) for task in asyncio.all_tasks()) == 4)
+
+
+async def test_a_restarted_prefill_instance_is_not_taken_for_connected_as_it_was_before(make_scheduler, pair, until):
+    scheduler, (prefill, decode) = await make_scheduler(*pair), pair
+    handle, before = scheduler.fleet.handles["p0"], prefill.server.epoch
+    assert handle.links == {decode.server.epoch: True}
+    prefill.hold = {"connect d0"}
+    await prefill.restart()
+    await until(lambda: handle.epoch not in ("", before))
+    assert handle.links == {}
+    prefill.release()
+    await until(lambda: handle.links == {decode.server.epoch: True})
 
 
 async def test_an_instance_that_joins_is_connected_and_one_that_leaves_is_no_more(

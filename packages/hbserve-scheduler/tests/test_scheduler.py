@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from hbserve_rpc import InvalidRequest, Overloaded, SamplingParams
+from hbserve_rpc import InvalidRequest, Overloaded, RemoteError, SamplingParams
 from hbserve_rpc.messages import GenerateRequest, LatencySummary, RequestFinished, TokenEvent
 from hbserve_scheduler import CpuScheduler, RequestFailed
 from hbserve_scheduler.request import ScheduledRequest
@@ -68,6 +68,17 @@ async def test_tokens_that_come_twice_are_dropped_by_their_index(make_scheduler,
     tokens, end = await collect(scheduler.submit(ask()))
     assert tokens == [100, 101, 102, 103]
     assert end.num_output_tokens == 4
+
+
+async def test_logprobs_come_once_with_their_tokens_over_attempts(make_scheduler, pair):
+    pair[1].repeats = True
+    pair[1].fail["tokens"] = [RemoteError("at the second token")]
+    scheduler = await make_scheduler(*pair)
+    events = [each async for each in scheduler.submit(GenerateRequest("r", [7], SamplingParams(0, 4, logprobs=0)))]
+    assert events[-1].num_attempts == 2
+    assert [token for event in events[:-1] for token in event.token_ids] == [100, 101, 102, 103]
+    for event in events[:-1]:
+        assert event.logprobs == [{token: -float(token)} for token in event.token_ids]
 
 
 async def test_a_request_that_ends_with_its_first_token_closes_the_decode_stream(

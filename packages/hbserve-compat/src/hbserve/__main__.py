@@ -1,4 +1,4 @@
-"""The command line: `hbserve generate | serve | instance | scheduler | bench`.
+"""The command line: `hbserve generate | chat | serve | instance | scheduler | bench`.
 
 What a command needs is imported when it runs: the scheduler's process never sees torch.
 """
@@ -114,6 +114,23 @@ def serve(
     others = {"config", "model", "log_level"}
     server = {name: value for name, value in context.params.items() if name not in others and value not in (None, [])}
     _run(serve_all(ServeArgs(config, model, log_level.value, server)), log_level)
+
+
+@app.command()
+def chat(
+    url: Annotated[str | None, typer.Option(help="A server's; without it, one pair is started here.")] = None,
+    api_key: Annotated[str | None, typer.Option(help="For --url; or set HBSERVE_API_KEY.")] = None,
+    model: ModelOption = None,
+    config: Annotated[Path | None, typer.Option(help="YAML file of a deployment on this host.")] = None,
+    max_tokens: Annotated[int, typer.Option(help="Most tokens of each answer.")] = 512,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    log_level: LogLevelOption = LogLevel.WARNING,
+) -> None:
+    """Talk to a model. Ctrl-C stops an answer, and not the program."""
+    from hbserve.chat import ChatArgs
+    from hbserve.chat import chat as talk
+
+    _run(talk(ChatArgs(url, api_key, model, config, max_tokens, temperature, log_level.value)), log_level)
 
 
 @app.command()

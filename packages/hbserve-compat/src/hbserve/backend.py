@@ -2,11 +2,11 @@
 
 import contextlib
 import queue
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from hbserve_rpc import SamplingParams
-from hbserve_rpc.messages import FinishReason
+from hbserve_rpc.messages import FinishReason, TokenLogprobs
 
 
 @dataclass(frozen=True)
@@ -18,6 +18,8 @@ class Progress:
     finish_reason: FinishReason | None
     error: Exception | None = None
     """It failed."""
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    """Of each of `token_ids`, if the request asks for them."""
 
 
 News = queue.SimpleQueue[Progress]

@@ -21,6 +21,7 @@ from hbserve.progress import progress_bar
 from hbserve.prompts import Prompt, encode_all, naming, read_params, read_prompt, read_prompts
 from hbserve.tokenizer import load_tokenizer
 from hbserve_rpc import InvalidRequest, SamplingParams
+from hbserve_rpc.messages import TokenLogprobs
 
 
 @dataclass
@@ -29,6 +30,15 @@ class _Request:
     detokenizer: Detokenizer
     place: int
     """Among the prompts of its call."""
+    logprobs: list[TokenLogprobs] | None
+    """None: not asked for."""
+
+    def answer(self) -> dict[str, Any]:
+        token_ids = self.detokenizer.token_ids
+        found: dict[str, Any] = {"text": self.detokenizer.text, "token_ids": token_ids}
+        if self.logprobs is not None:
+            found["logprobs"] = self.logprobs[: len(token_ids)]  # there may be more, behind a stop string
+        return found
 
 
 @dataclass(eq=False)
@@ -113,7 +123,7 @@ class LLM:
         number = next(self._numbers)
         # As nano-vllm does, the text keeps special tokens.
         text = Detokenizer(self._tokenizer, params.stop, skip_special_tokens=False, min_tokens=params.min_tokens)
-        request = _Request(number, text, place)
+        request = _Request(number, text, place, None if params.logprobs is None else [])
         call.requests[str(number)] = request  # first: whatever interrupts `add`, it is known that there may be one
         try:
             with naming(place, call.num_prompts):
@@ -150,6 +160,8 @@ class LLM:
                 del call.requests[each.request_id]
                 call.errors.append((request.place, each.error or Ended()))
                 continue
+            if request.logprobs is not None:
+                request.logprobs += each.logprobs
             request.detokenizer.feed(each.token_ids, final=each.finish_reason is not None)
             if request.detokenizer.stopped and each.finish_reason is None:
                 self._running().end([each.request_id], "stop")
@@ -178,6 +190,9 @@ class LLM:
     ) -> list[dict[str, Any]]:
         """`[{"text": …, "token_ids": […]}]`, in the order of the prompts. The token ids include the end token.
 
+        With `SamplingParams.logprobs` there is a third key, "logprobs": of each token a dict of token ids and their
+        log-probabilities, as in vLLM, where the values have them in `.logprob`.
+
         Whatever it raises, nothing of this call goes on.
 
         Raises:
@@ -201,9 +216,7 @@ class LLM:
                     finished += ended
                     bar.set_postfix(rates.after(count))
                     bar.update(len(ended))
-        results = [(each.number, each.detokenizer) for each in finished]
-        results.sort(key=lambda each: each[0])
-        return [{"text": text.text, "token_ids": text.token_ids} for _, text in results]
+        return [each.answer() for each in sorted(finished, key=lambda each: each.number)]
 
     def _follow(
         self, todo: Sequence[tuple[list[int], SamplingParams]]

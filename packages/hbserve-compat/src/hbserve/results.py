@@ -2,7 +2,7 @@
 
 from typing import TypedDict
 
-from hbserve_rpc.messages import FinishReason, RequestFinished
+from hbserve_rpc.messages import FinishReason, RequestFinished, TokenLogprobs
 
 
 class Timings(TypedDict):
@@ -34,6 +34,9 @@ class GenerationResult(Timings):
     text: str
     token_ids: list[int]
     finish_reason: FinishReason
+    logprobs: list[TokenLogprobs] | None
+    """Of each of `token_ids`, a dict of token ids and their log-probabilities: the most likely ones, in order, and the
+    one that is there, which may be the last. None unless `SamplingParams.logprobs` asks for them."""
 
 
 class GenerationDelta(TypedDict):
@@ -44,6 +47,8 @@ class GenerationDelta(TypedDict):
     token_ids: list[int]
     finish_reason: FinishReason | None
     """Set in the last one only."""
+    logprobs: list[TokenLogprobs] | None
+    """As in GenerationResult, of the new `token_ids`."""
     timings: Timings | None
     """Set in the last one only."""
 

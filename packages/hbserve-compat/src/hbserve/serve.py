@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import os
+import signal
 import sys
 from collections.abc import Coroutine
 from dataclasses import dataclass, field
@@ -107,13 +108,14 @@ class _Deployment:
         self._deaths.append(f"{instance_id}: {why}")
         self._stop.set()
 
-    def _on_signal(self) -> None:
+    def _on_signal(self, number: int) -> None:
+        logger.info("ending: %s", signal.Signals(number).name)
         (self._at_once if self._stop.is_set() else self._stop).set()
 
     async def run(self) -> None:
         """Serve until it is signalled, or an instance has ended."""
         for number in own_process.ending_signals():
-            asyncio.get_running_loop().add_signal_handler(number, self._on_signal)
+            asyncio.get_running_loop().add_signal_handler(number, self._on_signal, number)
         try:
             await self._server.start()
             await _unless(self._stop, self._start())

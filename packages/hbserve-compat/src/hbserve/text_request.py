@@ -9,7 +9,7 @@ from hbserve.detokenizer import Detokenizer
 from hbserve.prompts import naming
 from hbserve.results import GenerationDelta, GenerationResult, timings_of
 from hbserve_rpc import RemoteError, SamplingParams
-from hbserve_rpc.messages import ClientEvent, FinishReason, GenerateRequest, RequestFinished
+from hbserve_rpc.messages import ClientEvent, FinishReason, GenerateRequest, RequestFinished, TokenLogprobs
 
 MOST_UNDER_WAY = 2048
 """Requests of one call, of those that wait elsewhere too."""
@@ -53,6 +53,8 @@ class TextRequest:
         self.detokenizer = Detokenizer(
             tokenizer, params.stop, skip_special_tokens=skip_special_tokens, min_tokens=params.min_tokens
         )
+        self._logprobs: list[TokenLogprobs] | None = None if params.logprobs is None else []
+        """Up to the last one that was given out, as the tokens."""
         self._scheduler = scheduler
         self._events: Events = scheduler.submit(GenerateRequest(self.request_id, prompt, params))
 
@@ -69,6 +71,7 @@ class TextRequest:
                         token_ids=[],
                         timings=timings_of(event),
                         finish_reason="stop" if text.stopped else event.finish_reason,
+                        logprobs=self._new_logprobs([]),
                     )
                 elif not text.stopped:
                     new_text = text.feed(event.token_ids)
@@ -77,10 +80,21 @@ class TextRequest:
                         # The engines know no text: tell them to stop. The last event then says how long all took.
                         await self._scheduler.abort(self.request_id, "stop")
                     yield GenerationDelta(
-                        request_id=self.request_id, text=new_text, token_ids=new_ids, finish_reason=None, timings=None
+                        request_id=self.request_id,
+                        text=new_text,
+                        token_ids=new_ids,
+                        finish_reason=None,
+                        logprobs=self._new_logprobs(event.logprobs[: len(new_ids)]),
+                        timings=None,
                     )
         finally:
             await self._events.aclose()
+
+    def _new_logprobs(self, new: list[TokenLogprobs]) -> list[TokenLogprobs] | None:
+        if self._logprobs is None:
+            return None
+        self._logprobs += new
+        return new
 
     async def result(self) -> GenerationResult:
         """The whole answer."""
@@ -92,6 +106,7 @@ class TextRequest:
                     text=self.detokenizer.text,
                     token_ids=self.detokenizer.token_ids,
                     finish_reason=delta["finish_reason"],
+                    logprobs=self._logprobs,
                 )
         raise RemoteError(f"request {self.request_id}: its stream ended without its end")
 

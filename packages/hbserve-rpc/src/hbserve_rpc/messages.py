@@ -4,6 +4,7 @@ Schema rules (peers may be of different versions): a new field has a default; a 
 
     client ──SCHEDULER_GENERATE──▶ scheduler ──DECODE──▶ decode instance     Granted, then TokenEvents
                                        └──────PREFILL──▶ prefill instance    TokenEvent (the first token), TransferDone
+                                       │     (GRANT)──▶                      if it began before there was a grant
                                        └─────GENERATE──▶ hybrid instance     TokenEvents
     Ahead of requests:           scheduler ──CONNECT──▶ prefill instance    to a decode instance
 Closing a stream early is how a request is aborted, at every hop.
@@ -13,10 +14,13 @@ from typing import Literal
 
 import msgspec
 
-from hbserve_rpc.methods import Method, StreamMethod
+from hbserve_rpc.methods import Method, Notification, StreamMethod
 from hbserve_rpc.sampling_params import SamplingParams
 
 Role = Literal["prefill", "decode", "hybrid"]
+TokenLogprobs = dict[int, float]
+"""Of one place: the log-probabilities of the most likely tokens, in order, and of the one that is there: if it is none
+of those, it comes last."""
 FinishReason = Literal["stop", "length", "abort"]
 InstanceStatus = Literal["starting", "ready", "draining", "failed", "unreachable"]
 
@@ -56,6 +60,10 @@ class PrefillRequest(msgspec.Struct, frozen=True, tag=True):
 
     An empty `grant` moves nothing: used when the first token is known to be the last. One that turns out to be the last
     (a stop token, say) ends the transfer in order, without the blocks that were not sent yet.
+
+    With `grant_follows` the grant comes by GRANT, and `grant` is empty until then. The first token is told when the
+    grant is there, and where that is after the prompt was computed, when the KV has moved: a request that waits does so
+    for its first token, not for its second.
     """
 
     request_id: str
@@ -64,6 +72,16 @@ class PrefillRequest(msgspec.Struct, frozen=True, tag=True):
     params: SamplingParams
     grant: bytes = b""
     output_token_ids: list[int] = []
+    grant_follows: bool = False
+
+
+class GrantRequest(msgspec.Struct, frozen=True, tag=True):
+    """The grant of a PrefillRequest that said that it follows. Of no effect if there is no such request (any more)."""
+
+    request_id: str
+    grant: bytes
+    """Empty if nothing is to be moved, because the decode instance has failed: then the first token is told as soon as
+    it is there."""
 
 
 class ConnectRequest(msgspec.Struct, frozen=True, tag=True):
@@ -107,6 +125,8 @@ class TokenEvent(msgspec.Struct, frozen=True, tag=True):
     token_ids: list[int]
     finish_reason: FinishReason | None = None
     """Set on the last event of the request, and only there."""
+    logprobs: list[TokenLogprobs] = []
+    """Of each of `token_ids`, if the request asks for them."""
 
 
 class TransferDone(msgspec.Struct, frozen=True, tag=True):
@@ -157,6 +177,8 @@ class InstanceInfo(msgspec.Struct, frozen=True, tag=True):
     """Where the model was loaded from."""
     max_model_len: int = 0
     """Most tokens of one sequence, prompt and output together."""
+    max_num_seqs: int = 0
+    """Most sequences in one step."""
     max_prompt_len: int = 0
     """Most prompt tokens that the instance can take."""
     vocab_size: int = 0
@@ -256,6 +278,7 @@ DECODE: StreamMethod[DecodeRequest, Granted | TokenEvent] = StreamMethod(
 PREFILL: StreamMethod[PrefillRequest, TokenEvent | TransferDone] = StreamMethod(
     "instance.prefill", PrefillRequest, TokenEvent | TransferDone
 )
+GRANT: Notification[GrantRequest] = Notification("instance.grant", GrantRequest)
 
 SCHEDULER_INFO: Method[Empty, ServiceInfo] = Method("scheduler.info", Empty, ServiceInfo)
 SCHEDULER_STATS: Method[Empty, SchedulerStats] = Method("scheduler.stats", Empty, SchedulerStats)

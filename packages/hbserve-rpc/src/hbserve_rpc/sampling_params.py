@@ -24,6 +24,8 @@ from hbserve_rpc.plain_values import (
 MAX_STOP_STRINGS = 16
 MAX_STOP_TOKEN_IDS = 1024
 """Each generated token is looked for among them."""
+MAX_LOGPROBS = 20
+"""As in the OpenAI API."""
 MAX_BIASED_TOKENS = 1024
 MOST_BIAS = 100.0
 """As in the OpenAI API: enough to forbid a token, or to force it."""
@@ -71,6 +73,10 @@ class SamplingParams(msgspec.Struct):
     logit_bias: dict[int, float] | None = None
     """Added to the logits of these token ids, from -100 to 100; before everything else."""
 
+    logprobs: int | None = None
+    """Give the log-probability of each output token, and of so many that were most likely there, up to 20; 0 is the
+    token alone, None is off."""
+
     def __post_init__(self) -> None:
         self.validate()
 
@@ -101,6 +107,8 @@ class SamplingParams(msgspec.Struct):
             "repetition_penalty", self.repetition_penalty, lambda v: 0.01 <= v <= 100, "a number from 0.01 to 100"
         )
         self.logit_bias = _plain_logit_bias(self.logit_bias)
+        if self.logprobs is not None:
+            self.logprobs = plain_int("logprobs", self.logprobs, 0, MAX_LOGPROBS)
 
     def require_vocabulary(self, vocab_size: int) -> None:
         """Raises InvalidRequest: names the first token id that a model with so many tokens does not have."""
@@ -108,9 +116,10 @@ class SamplingParams(msgspec.Struct):
         require_in_vocabulary("logit_bias", list(self.logit_bias or ()), vocab_size)
 
     @property
-    def changes_logits(self) -> bool:
-        """Whether the next token is chosen by more than temperature, top_k and top_p."""
-        return bool(self.min_tokens or self.min_p or self.logit_bias or self.has_penalties)
+    def needs_logits(self) -> bool:
+        """Whether more is asked for than the next token by temperature, top_k and top_p."""
+        changes = self.min_tokens or self.min_p or self.logit_bias or self.has_penalties
+        return bool(changes) or self.logprobs is not None
 
     @property
     def has_penalties(self) -> bool:

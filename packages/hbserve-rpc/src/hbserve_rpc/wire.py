@@ -27,7 +27,7 @@ import msgspec
 
 from hbserve_rpc.errors import HBServeRpcError, InvalidRequest, LogitsNotFinite, Overloaded, RemoteError
 
-PROTOCOL_VERSION = 4
+PROTOCOL_VERSION = 5
 CREDIT = 64
 """Items that may be on their way in one stream."""
 

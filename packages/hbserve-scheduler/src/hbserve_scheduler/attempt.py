@@ -1,19 +1,21 @@
 """One try at a request, on one pair of instances or on one hybrid instance."""
 
 import asyncio
+import contextlib
 import uuid
 from collections.abc import Coroutine, Iterator
-from contextlib import contextmanager
 from typing import Any
 
-from hbserve_rpc import HBServeRpcError, PeerLost, RemoteError
+from hbserve_rpc import HBServeRpcError, InvalidRequest, PeerLost, RemoteError, RpcStream
 from hbserve_rpc.messages import (
     DECODE,
     GENERATE,
+    GRANT,
     PREFILL,
     DecodeRequest,
     GenerateRequest,
     Granted,
+    GrantRequest,
     PrefillRequest,
     TokenEvent,
     TransferDone,
@@ -35,6 +37,7 @@ class Attempt:
         self._transfer_id = uuid.uuid4().hex
         self._request_id = f"{entry.request.request_id}.{self._transfer_id[:8]}"
         self._decode_epoch = ""
+        self._is_granted = False
         self._first_token = asyncio.Event()
         self._decoding = False
         """D has all it needs: it has sent tokens."""
@@ -82,22 +85,55 @@ class Attempt:
             self._request_id, self._transfer_id, entry.request.prompt_token_ids, entry.request.params, [*entry.output]
         )
         async with decode.client.stream(DECODE, request) as events:
-            with self._naming(decode):
-                granted = await anext(events, None)
-                if granted is None:
-                    raise RemoteError("ended the stream before its grant")
-                if not isinstance(granted, Granted):
-                    raise RemoteError(f"sent {type(granted).__name__} before its grant")
-            self._placement.granted()
-            entry.num_cached_tokens = granted.num_cached_tokens
-            await self._both(self._prefill(prefill, granted.grant), self._decode(decode, events))
+            if self._placement.may_begin:
+                # In this order: the instance must know of the request before it gets the grant.
+                await self._both(
+                    self._prefill(prefill, b"", grant_follows=True), self._grant_and_decode(prefill, decode, events)
+                )
+            else:
+                grant = await self._reserve(decode, events)
+                await self._both(self._prefill(prefill, grant), self._decode(decode, events))
+
+    async def _reserve(self, decode: InstanceHandle, events: RpcStream[Granted | TokenEvent]) -> bytes:
+        """Wait for room on D; returns the grant."""
+        with self._naming(decode):
+            granted = await anext(events, None)
+            if granted is None:
+                raise RemoteError("ended the stream before its grant")
+            if not isinstance(granted, Granted):
+                raise RemoteError(f"sent {type(granted).__name__} before its grant")
+        self._is_granted = True
+        self._placement.granted()
+        self._entry.num_cached_tokens = granted.num_cached_tokens
+        return granted.grant
+
+    async def _grant_and_decode(
+        self, prefill: InstanceHandle, decode: InstanceHandle, events: RpcStream[Granted | TokenEvent]
+    ) -> None:
+        """D's leg where P computes already."""
+        try:
+            grant = await self._reserve(decode, events)
+        except InvalidRequest:
+            raise
+        except HBServeRpcError:
+            # What P computes is not lost: the client gets the first token, and the next attempt finds the rest in P's
+            # prefix cache, but for the last block.
+            with contextlib.suppress(PeerLost):
+                prefill.client.notify(GRANT, GrantRequest(self._request_id, b""))
+            await self._first_token.wait()  # or P's failure, which ends this leg
+            self._entry.computed_on = prefill.instance_id
+            raise
+        with self._naming(prefill):
+            prefill.client.notify(GRANT, GrantRequest(self._request_id, grant))
+        await self._decode(decode, events)
 
     async def _both(self, *legs: Coroutine[Any, Any, None]) -> None:
         """P's leg and D's. One of them may fail only because the other has ended, well or not, and be heard first."""
         prefill, decode = tasks = [asyncio.create_task(self._deciding(leg)) for leg in legs]
         try:
             await self._decided.wait()
-            if self._first_token.is_set() or not prefill.done():  # else D knows no better
+            # Before the grant neither knows why the other has failed, nor does D before the first token why P has.
+            if self._is_granted and (self._first_token.is_set() or not prefill.done()):
                 await asyncio.wait(tasks, timeout=VERDICT_TIMEOUT_S)
             if self._entry.finish_reason is None and self._decoding and prefill.done():
                 # D has the KV, whatever became of P since.
@@ -117,7 +153,7 @@ class Attempt:
             self._decided.set()
             raise
 
-    async def _prefill(self, instance: InstanceHandle, grant: bytes) -> None:
+    async def _prefill(self, instance: InstanceHandle, grant: bytes, *, grant_follows: bool = False) -> None:
         entry = self._entry
         request = PrefillRequest(
             self._request_id,
@@ -126,6 +162,7 @@ class Attempt:
             entry.request.params,
             grant,
             [*entry.output],
+            grant_follows,
         )
         with self._naming(instance):
             async with instance.client.stream(PREFILL, request) as events:
@@ -143,7 +180,7 @@ class Attempt:
                 raise RemoteError("ended the stream before the first token")
         self._placement.prefilled()
 
-    async def _decode(self, instance: InstanceHandle, events: Any) -> None:
+    async def _decode(self, instance: InstanceHandle, events: RpcStream[Granted | TokenEvent]) -> None:
         num_delivered = len(self._entry.output)
         with self._naming(instance):
             async for event in events:
@@ -164,7 +201,7 @@ class Attempt:
         if prefill is not None and prefill.links.get(self._decode_epoch):
             del prefill.links[self._decode_epoch]
 
-    @contextmanager
+    @contextlib.contextmanager
     def _naming(self, instance: InstanceHandle) -> Iterator[None]:
         """Errors say whose they are; a lost instance is not used again until it has answered."""
         try:

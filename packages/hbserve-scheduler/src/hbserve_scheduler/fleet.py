@@ -99,14 +99,17 @@ class Fleet:
     def has_room(self) -> bool:
         return bool(self.available("hybrid")) or bool(self.available("prefill") and self.available("decode"))
 
-    def place(self, num_tokens: int, avoid: Collection[str] = ()) -> Placement | None:
+    def place(self, num_tokens: int, avoid: Collection[str] = (), computed_on: str = "") -> Placement | None:
         """Choose instances for a prompt and take the places there; None if there is no room.
 
-        Those to `avoid` are chosen only where there is no other.
+        Those to `avoid` are chosen only where there is no other. `computed_on`: a prefill instance that has the prompt
+        in its prefix cache, and is chosen if it has room.
         """
         prefills, decodes, hybrids = (self._others(role, avoid) for role in ("prefill", "decode", "hybrid"))
         if prefills and decodes:
-            prefills = connected_first(prefills, lambda each: _best_link(each, decodes), num_tokens)
+            prefills = [each for each in prefills if each.instance_id == computed_on] or prefills
+            epochs = {each.epoch for each in decodes}
+            prefills = connected_first(prefills, lambda each: _best_link(each, epochs), num_tokens)
             prefill = self._choose["prefill"](prefills)
             decodes = connected_first(decodes, lambda each: prefill.links.get(each.epoch), num_tokens=1)
             return Placement(prefill, self._choose["decode"](decodes), num_tokens)
@@ -126,7 +129,8 @@ class Fleet:
         return f"no instances for {self._config.instance_wait_s:g} s: " + "; ".join(problems)
 
 
-def _best_link(prefill: InstanceHandle, decodes: list[InstanceHandle]) -> bool | None:
-    """To one of these: True, None for not connected yet, False where it cannot be connected to any."""
-    links = [prefill.links.get(each.epoch) for each in decodes]
-    return True if True in links else None if None in links else False
+def _best_link(prefill: InstanceHandle, epochs: Collection[str]) -> bool | None:
+    """To a decode instance of these: True, None for not connected yet, False where it cannot be connected to any."""
+    if any(is_there and epoch in epochs for epoch, is_there in prefill.links.items()):
+        return True
+    return False if all(prefill.links.get(epoch) is False for epoch in epochs) else None

@@ -12,6 +12,8 @@ from hbserve_scheduler.outage import Outage
 
 logger = logging.getLogger(__name__)
 
+SPARE_PART = 10
+"""One block in so many stays free of requests that are not granted yet."""
 SAY_AFTER_S = 5.0
 """A call that has no answer yet, to an instance that is not reached, is a failure after so long."""
 
@@ -41,6 +43,9 @@ class InstanceHandle:
         self.num_inflight = 0
         self.num_pending = 0
         """Requests that wait for room on a decode instance."""
+        self.num_given = self.tokens_given = 0
+        """Requests, and tokens of them, that have ever been given to a decode instance."""
+        self._given_at_report = 0, 0
         self.links: dict[str, bool] = {}
         """Of a prefill instance to decode instances, by their epoch: whether they are connected, or cannot be now.
         See links.py."""
@@ -89,14 +94,27 @@ class InstanceHandle:
             return InstanceStats(self.instance_id, self.role, self.status)
         return last
 
+    def reports_room(self, num_tokens: int) -> bool:
+        """Whether its last report leaves room for one more request, beside those that it was given since, and spare
+        room for those to grow that it has."""
+        info, report = self.info, self.last_stats
+        if info is None or report is None or report.epoch != info.epoch or report.waiting_requests:
+            return False
+        num_requests = self.num_given - self._given_at_report[0] + 1
+        tokens = self.tokens_given - self._given_at_report[1] + num_tokens
+        num_blocks = tokens // max(1, info.block_size) + num_requests  # each has a last one that is not full
+        left = report.free_blocks - num_blocks
+        return left >= info.num_blocks // SPARE_PART and report.active_requests + num_requests <= info.max_num_seqs
+
     async def refresh(self) -> None:
         """Ask it for its state now. Raises what `RpcClient.call` raises."""
         timeout_s, client = self._config.heartbeat_timeout_s, self.client
         info = await client.call(DESCRIBE, Empty(), timeout_s=timeout_s)
+        given = self.num_given, self.tokens_given
         stats = await client.call(STATS, Empty(), timeout_s=timeout_s)
         if client is not self.client:  # dropped meanwhile: this is what the dead one said
             return
-        self.last_stats = stats
+        self.last_stats, self._given_at_report = stats, given
         if info.instance_id != self.instance_id or info.role != self.role:
             self.lost(
                 f"{self.address} is {info.role} instance {info.instance_id!r}, "

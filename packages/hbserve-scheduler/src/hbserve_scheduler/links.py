@@ -10,7 +10,7 @@ import logging
 from collections import Counter
 from collections.abc import Mapping
 
-from hbserve_rpc import HBServeRpcError
+from hbserve_rpc import HBServeRpcError, PeerLost
 from hbserve_rpc.messages import CONNECT, ConnectRequest
 from hbserve_scheduler.instances import InstanceHandle
 from hbserve_scheduler.outage import Outage
@@ -45,11 +45,11 @@ class Links:
             if prefill.role != "prefill":
                 continue
             prefill.links = {peer: is_there for peer, is_there in prefill.links.items() if peer in decodes}
+            free = [peer for peer in decodes if degree[peer] < self._most and (epoch, peer) not in self._keeping]
             # Those with the fewest first, so that each gets some.
-            for peer in sorted(decodes, key=degree.__getitem__):
-                if degree[epoch] < self._most and degree[peer] < self._most and (epoch, peer) not in self._keeping:
-                    self._keeping[epoch, peer] = asyncio.create_task(self._keep(prefill, decodes[peer]))
-                    degree.update((epoch, peer))
+            for peer in sorted(free, key=degree.__getitem__)[: max(0, self._most - degree[epoch])]:
+                self._keeping[epoch, peer] = asyncio.create_task(self._keep(prefill, decodes[peer]))
+                degree.update((epoch, peer))
 
     async def close(self) -> None:
         """End what is kept, and keep nothing from now on."""
@@ -69,7 +69,7 @@ class Links:
                 await prefill.client.call(CONNECT, request, timeout_s=CONNECT_TIMEOUT_S)
             except HBServeRpcError as error:
                 prefill.links[epoch] = False
-                if outage.is_due(loop.time()):
+                if not isinstance(error, PeerLost) and outage.is_due(loop.time()):
                     names = prefill.instance_id, decode.instance_id
                     logger.warning("%s cannot connect to %s, and tries on: %s", *names, error)
                 await asyncio.sleep(pause_s)

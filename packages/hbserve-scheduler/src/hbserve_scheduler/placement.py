@@ -9,11 +9,15 @@ class Placement:
     def __init__(self, prefill: InstanceHandle | None, decode: InstanceHandle, num_tokens: int) -> None:
         self.prefill = prefill
         self.decode = decode
+        self.may_begin = prefill is not None and decode.reports_room(num_tokens)
+        """The decode instance is expected to grant at once: the prompt may be computed before it has."""
         self._num_tokens = num_tokens
         self._pending = prefill is not None
         self._prefilling = prefill is not None
         self._decoding = True
         decode.load += 1
+        decode.num_given += 1
+        decode.tokens_given += num_tokens
         if prefill is not None:
             decode.num_pending += 1
             prefill.num_inflight += 1

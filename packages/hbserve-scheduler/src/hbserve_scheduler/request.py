@@ -26,6 +26,8 @@ class ScheduledRequest:
     """The client's stream has its last item; nothing is added to it."""
     failed_on: set[str] = field(default_factory=set)
     """Instances on which an attempt failed: the next one avoids them, if there are others."""
+    computed_on: str = ""
+    """The prefill instance whose prefix cache has the prompt, because an attempt failed after it was computed."""
     events: asyncio.Queue[ClientEvent | Exception] = field(default_factory=asyncio.Queue)
     task: asyncio.Task[None] | None = None
     num_attempts: int = 0
@@ -62,7 +64,8 @@ class ScheduledRequest:
         self._note_times(len(tokens))
         if tokens or event.finish_reason:
             self.finish_reason = event.finish_reason
-            self.events.put_nowait(TokenEvent(len(self.output), tokens, event.finish_reason))
+            logprobs = event.logprobs[known:]
+            self.events.put_nowait(TokenEvent(len(self.output), tokens, event.finish_reason, logprobs))
             self.output += tokens
 
     def _note_times(self, num_new: int) -> None:

@@ -12,13 +12,16 @@ from hbserve.server.answers import Answers
 from hbserve.server.api_error import ApiError
 from hbserve.server.chat_choices import ChatChoices
 from hbserve.server.chat_messages import plain_messages
+from hbserve.server.chat_tools import chat_tools
 from hbserve.server.completion_choices import CompletionChoices
-from hbserve.server.message_parts import PlainText
+from hbserve.server.message_parts import MessageParts
+from hbserve.server.reasoning import ReasoningSplit, thinking_has_begun
 from hbserve.server.rendering import Choices, Rendering
 from hbserve.server.request_body import converted, ignored_fields, ignored_header, read_object
 from hbserve.server.request_fields import ChatBody, CompletionBody, SamplingFields, require_served
 from hbserve.server.sampling import COMPLETION_MAX_TOKENS, num_choices, of_choice, sampling_params
 from hbserve.server.service import ServedModel, Service
+from hbserve.server.tool_calls import format_of
 from hbserve_rpc import SamplingParams
 
 B = TypeVar("B", bound=SamplingFields)
@@ -78,9 +81,19 @@ async def _chat(reply: Reply, service: Service, model: ServedModel, body: ChatBo
     settings = service.template_settings(body.chat_template_kwargs, body.add_generation_prompt)
     if body.reasoning_effort is not None:
         settings["reasoning_effort"] = body.reasoning_effort
-    prompt = await model.encoder.messages(plain_messages(body.messages), tools=body.tools, **settings)
+    tools = chat_tools(body, format_of(model.encoder.chat_template))
+    prompt = await model.encoder.messages(plain_messages(body.messages), tools=tools.offered, **settings)
+    has_begun = thinking_has_begun(model.encoder.chat_template, model.encoder.tokenizer, prompt)
+    if tools.beginning:
+        prompt = prompt + await model.encoder.text(tools.beginning, add_special_tokens=False)
     params = sampling_params(body, model.room_for(prompt))
-    choices = ChatChoices(prompt, n, PlainText, with_token_ids=bool(body.return_token_ids))
+
+    def make_parts() -> MessageParts:
+        if has_begun is None or tools.beginning:
+            return tools.reader()
+        return ReasoningSplit(tools.reader(), has_begun=has_begun, is_shown=body.include_reasoning is not False)
+
+    choices = ChatChoices(prompt, n, make_parts, with_token_ids=bool(body.return_token_ids))
     await _answer(reply, service, model, body, head, choices, [prompt], [params], n)
 
 

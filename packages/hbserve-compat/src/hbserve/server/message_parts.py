@@ -23,6 +23,28 @@ class PlainText:
         return reason
 
 
+class TagSearch:
+    """Looks for a tag in a text that comes in pieces."""
+
+    def __init__(self) -> None:
+        self._held = ""
+
+    def feed(self, text: str, tag: str, *, final: bool) -> tuple[str, str | None]:
+        """Text before the tag that is sure, and what follows the tag, if that has come.
+
+        What may be the tag's beginning is held until the next call, which may look for another one.
+        """
+        text, self._held = self._held + text, ""
+        before, found, after = text.partition(tag)
+        if found:
+            return before, after
+        if final:
+            return text, None
+        kept = next((size for size in range(min(len(tag) - 1, len(text)), 0, -1) if text.endswith(tag[:size])), 0)
+        self._held = text[len(text) - kept :]
+        return text[: len(text) - kept], None
+
+
 def merged(deltas: list[dict[str, Any]]) -> dict[str, Any]:
     """All deltas of an answer, as a whole message has them."""
     texts: dict[str, list[str]] = {"content": []}
@@ -42,7 +64,6 @@ def merged(deltas: list[dict[str, Any]]) -> dict[str, Any]:
 def _add_calls(calls: list[dict[str, Any]], deltas: list[dict[str, Any]]) -> None:
     for delta in deltas:
         if delta["index"] == len(calls):
-            function = dict(delta["function"])
-            calls.append({"id": delta["id"], "type": "function", "function": function})
+            calls.append({"id": delta["id"], "type": "function", "function": dict(delta["function"])})
         else:
             calls[delta["index"]]["function"]["arguments"] += delta["function"]["arguments"]

@@ -39,9 +39,6 @@ NOT_SERVED: dict[str, tuple[Any, ...]] = {
     "truncate_prompt_tokens": (),
     "add_special_tokens": (),
     "echo": (False,),
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
-    "parallel_tool_calls": (True, False),
     "functions": (),
     "function_call": ("none",),
     "modalities": (["text"],),
@@ -148,6 +145,7 @@ class ChatBody(SamplingFields, frozen=True, kw_only=True):
     add_generation_prompt: bool | None = None
     reasoning_effort: str | None = None
     """Handed to the chat template."""
+    include_reasoning: bool | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
     tools: list[dict[str, Any]] | None = None

@@ -23,11 +23,11 @@ from hbserve_core.cuda_runner.kernels.dependent_launch import num_processors
 from hbserve_core.cuda_runner.kernels.pointwise import host_copy
 from hbserve_core.cuda_runner.kernels.prefill_attention import new_tokens_per_tile
 from hbserve_core.cuda_runner.step_packer import SplitKV, StepPacker, StepShape, StepView
-from hbserve_core.engine.runner import PendingStep, StepTokens
+from hbserve_core.engine.runner import PendingStep, StepResult
 from hbserve_core.engine.sequence import ScheduledChunk
 from hbserve_core.errors import RankFailed
 from hbserve_core.logits.rows import LogitsRow
-from hbserve_core.logits.special_rows import SpecialRows
+from hbserve_core.logits.special_rows import PendingLogprobs, SpecialRows
 from hbserve_core.model.loaded_model import LoadedModel
 from hbserve_core.model.model_config import ModelConfig
 from hbserve_core.model.rank_group import RankGroup
@@ -129,9 +129,9 @@ class CudaRunner:
 
     # ---- steps ---------------------------------------------------------------------------------------------------
 
-    def run(self, batch: Ids[ScheduledChunk]) -> StepTokens:
+    def run(self, batch: Ids[ScheduledChunk]) -> StepResult:
         """Launch a step and wait for it."""
-        return self.launch(batch)() if batch else []
+        return self.launch(batch)() if batch else StepResult([])
 
     def launch(self, batch: Ids[ScheduledChunk]) -> PendingStep:
         turn = self._turn = 1 - self._turn
@@ -143,19 +143,23 @@ class CudaRunner:
             if step.special:
                 self._special_rows.prepare(step.special, self._sampled)
             hidden = self._compute(step.shape, num_samples)
+            logprobs = PendingLogprobs()
             if step.special:
-                self._sample_special(StepView(self._on_device, step.shape), hidden, step.special)
+                logprobs = self._sample_special(StepView(self._on_device, step.shape), hidden, step.special)
             read_back = self._read_back[turn][:num_samples]
             host_copy(read_back, self._sampled)
             done = torch.cuda.Event()  # type: ignore[no-untyped-call]
             done.record(self._stream)
         self.computed = done
 
-        def tokens() -> StepTokens:
+        def result() -> StepResult:
             done.synchronize()
-            return step.tokens(read_back.tolist())
+            return StepResult(step.tokens(read_back.tolist()), logprobs.read(step.places))
 
-        return tokens
+        return result
+
+    def is_idle(self) -> bool:
+        return self._stream.query()
 
     def _compute(self, shape: StepShape, num_samples: int) -> torch.Tensor:
         """(T, E): what the last layer gives, until the next step. Tokens go to `_sampled`."""
@@ -169,8 +173,8 @@ class CudaRunner:
             self._decoder.finish(view, hidden, self._sampled)
         return hidden
 
-    def _sample_special(self, view: StepView, hidden: torch.Tensor, rows: Ids[LogitsRow]) -> None:
-        self._special_rows.sample(
+    def _sample_special(self, view: StepView, hidden: torch.Tensor, rows: Ids[LogitsRow]) -> PendingLogprobs:
+        return self._special_rows.sample(
             rows,
             lambda places: self._decoder.logits(view, hidden, places),
             lambda scores, places, _: self._decoder.draw(view, scores, places, self._sampled),

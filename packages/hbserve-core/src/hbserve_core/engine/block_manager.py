@@ -61,7 +61,8 @@ class BlockManager:
 
     def _take(self, count: int, free: Iterator[int]) -> list[int]:
         assert count <= self.num_free, f"{count} blocks wanted, {self.num_free} free"
-        block_ids = sorted(islice(free, count))  # neighbours in memory are moved together
+        # In ascending order, for transfers: a run of neighbours moves as one piece.
+        block_ids = sorted(islice(free, count))
         for block_id in block_ids:
             del (self._cached if block_id in self._digest_of else self._empty)[block_id]
             self._forget(block_id)

@@ -14,8 +14,9 @@ from hbserve_core.engine.outputs import NO_LOGITS, EngineStats, Reservation, Ste
 from hbserve_core.engine.request_limits import RequestLimits
 from hbserve_core.engine.runner import PendingStep, Runner
 from hbserve_core.engine.sequence import NOT_FINITE, UNREAD, Phase, ScheduledChunk, Sequence
+from hbserve_core.engine.step_times import LaunchTimes, StepWork
 from hbserve_rpc import InvalidRequest, SamplingParams
-from hbserve_rpc.messages import FinishReason
+from hbserve_rpc.messages import FinishReason, TokenLogprobs
 from hbserve_rpc.plain_values import plain_bool
 
 _HAS_NO_OUTPUT = (Phase.HELD, Phase.QUARANTINED, Phase.ENDED)
@@ -29,6 +30,7 @@ class StepInFlight(NamedTuple):
     """Sequence, first computed token, number of computed tokens."""
     read: PendingStep
     number: int
+    launched_at: float
 
 
 class Engine:
@@ -36,6 +38,7 @@ class Engine:
 
     With a runner that overlaps, a step is scheduled and launched while the one before it is computed; then that one's
     tokens are read. So there is at most one step whose tokens are not read, and no sequence has more than one of them.
+    Who can wait for requests that the next step might take along asks `wait_s` how long.
 
     A request is added by one of
       `add`                    compute and generate all of it here;
@@ -44,9 +47,10 @@ class Engine:
                                KV arrives in the blocks, and `activate` lets it generate from the first token on.
     """
 
-    def __init__(self, config: InstanceConfig, runner: Runner) -> None:
+    def __init__(self, config: InstanceConfig, runner: Runner, clock: Callable[[], float] = perf_counter) -> None:
         self.config = config
         self._runner = runner
+        self._clock = clock
         self._model = runner.model_config
         self.blocks = BlockManager(runner.pool.shape[0], config.block_size, prefix_caching=config.prefix_caching)
         self.limits = RequestLimits(config, self._model.vocab_size, self._model.max_model_len, self.blocks.num_blocks)
@@ -54,6 +58,9 @@ class Engine:
         self._sequences: dict[str, Sequence] = {}
         """All whose id is in use, by it."""
         self._in_flight: StepInFlight | None = None
+        # The other ranks' hosts would have to be waited for too, and nobody knows how long these need.
+        several = config.tensor_parallel_size > 1
+        self._launch_times = LaunchTimes(clock, runner, always_at_once=several)
         self._granted: list[tuple[Reservation, int]] = []
         """Not reported yet, with the number of the last step that may touch the blocks."""
         self._num_generated = self._num_prefilled = 0
@@ -159,16 +166,23 @@ class Engine:
         """Whether `step` may do something. Reserved and held requests wait for others, not for steps."""
         return bool(self._scheduler.waiting or self._scheduler.running or self._in_flight or self._granted)
 
+    def wait_s(self) -> float | None:
+        """How long to wait for more requests before `step` is called, or this is asked again: 0 if it is time, None if
+        only others can bring something to do."""
+        if self._in_flight is None:
+            return 0.0 if self.has_work() and not self.stalled else None
+        return self._launch_times.wait_s(can_launch=bool(self._scheduler.running or self._scheduler.waiting))
+
     def step(self) -> list[StepOutput]:
         """Launch one batch, and read the tokens of the one before it; of the same, if the runner does not overlap."""
-        begin, preemptions = perf_counter(), self._scheduler.num_preemptions
+        begin, preemptions = self._clock(), self._scheduler.num_preemptions
         batch = self._scheduler.schedule()
         self._tell_cached_prefixes(batch)
         launched = self._launch(batch) if batch else None
         self._tell_launched(batch)
-        self._host_time_s += perf_counter() - begin
-        before = self._in_flight
-        outputs = self._read(before)
+        before, host_time_s = self._in_flight, self._clock() - begin
+        self._host_time_s += host_time_s
+        outputs = self._read(before, host_time_s if launched else None)
         self._begin(launched)
         if not self._runner.overlaps:
             outputs += self._read(self._in_flight)
@@ -182,13 +196,14 @@ class Engine:
         read = self._runner.launch(batch)
         self.blocks.last_launched += 1
         chunks = [(chunk.sequence, chunk.first, chunk.num_new_tokens) for chunk in batch]
-        return StepInFlight(chunks, read, self.blocks.last_launched)
+        return StepInFlight(chunks, read, self.blocks.last_launched, self._clock())
 
     def _begin(self, step: StepInFlight | None) -> None:
         """Count a launched step's tokens as computed, so that the next one can be scheduled before it has been."""
         self._in_flight = step
         if step is None:
             return
+        self._launch_times.began(StepWork.of(step.chunks), step.launched_at)
         for sequence, first, count in step.chunks:
             if sequence.phase is Phase.ENDED:
                 continue  # its last token was one that ends it, as has just been read
@@ -199,21 +214,23 @@ class Engine:
                 if sequence.prefill_only or sequence.is_full:
                     self._scheduler.move(sequence, Phase.ENDING)
 
-    def _read(self, step: StepInFlight | None) -> list[StepOutput]:
+    def _read(self, step: StepInFlight | None, next_host_time_s: float | None = None) -> list[StepOutput]:
         """Wait for a step and take in what it has computed."""
         self._in_flight = None
         if step is None:
             return []
-        tokens = step.read()
+        waited_from = self._clock()
+        result = step.read()
+        begin, outputs = self._clock(), []
+        self._launch_times.ended(waited_from, begin, next_host_time_s)
         self.blocks.last_ended = step.number
-        begin, outputs = perf_counter(), []
-        for (sequence, first, count), token in zip(step.chunks, tokens, strict=True):
+        for place, ((sequence, first, count), token) in enumerate(zip(step.chunks, result.tokens, strict=True)):
             if sequence.phase not in _HAS_NO_OUTPUT:
-                outputs.append(self._advance(sequence, first + count, token))
-        self._host_time_s += perf_counter() - begin
+                outputs.append(self._advance(sequence, first + count, token, result.logprobs.get(place)))
+        self._host_time_s += self._clock() - begin
         return outputs
 
-    def _advance(self, sequence: Sequence, end: int, token: int | None) -> StepOutput:
+    def _advance(self, sequence: Sequence, end: int, token: int | None, logprobs: TokenLogprobs | None) -> StepOutput:
         """Take in what a step has computed of a sequence: its tokens up to `end`, and the next one if it sampled."""
         if token is not None:
             sequence.token_ids[end] = token
@@ -225,7 +242,7 @@ class Engine:
                 self._scheduler.share(sequence, end)
             self._num_generated += 1
             finish_reason = self._finish_reason(sequence, token)
-        output = self._output(sequence, token, index, finish_reason, end)
+        output = self._output(sequence, token, index, finish_reason, end, logprobs)
         if token is not None and sequence.prefill_only:
             self._scheduler.move(sequence, Phase.HELD)
         elif output.is_last:
@@ -233,7 +250,13 @@ class Engine:
         return output
 
     def _output(
-        self, sequence: Sequence, token: int | None, index: int, finish_reason: FinishReason | None, computed: int
+        self,
+        sequence: Sequence,
+        token: int | None,
+        index: int,
+        finish_reason: FinishReason | None,
+        computed: int,
+        logprobs: TokenLogprobs | None = None,
     ) -> StepOutput:
         # Each row of a step is its own: others go on.
         error = NO_LOGITS.format(index=index) if token == NOT_FINITE else None
@@ -245,6 +268,7 @@ class Engine:
             computed,
             sequence.num_cached_tokens,
             sequence.block_table.tolist() if sequence.prefill_only else [],
+            None if error else logprobs,
             error,
         )
 
@@ -291,6 +315,8 @@ class Engine:
             num_preemptions=self._scheduler.num_preemptions,
             num_steps=self.blocks.last_launched,
             host_time_s=self._host_time_s,
+            num_late_steps=self._launch_times.num_late,
+            idle_time_s=self._launch_times.idle_time_s,
         )
 
     def check_integrity(self) -> None:

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hbserve_rpc import LogitsNotFinite
-from hbserve_rpc.messages import FinishReason
+from hbserve_rpc.messages import FinishReason, TokenLogprobs
 
 NO_LOGITS = (
     "the model's logits are not finite at output token {index}: its weights are broken, or float16 overflows where "
@@ -28,6 +28,8 @@ class StepOutput:
     block_table: list[int] = field(default_factory=list)
     """Of a prefill-only request, whose blocks stay as they are until `release`; else empty. The keys and values of its
     computed tokens are there: on a device too, no stream has to be waited for, unless `ready` says otherwise."""
+    logprobs: TokenLogprobs | None = None
+    """At the new token's place, if the request asks for them."""
     error: str | None = None
     """Why the request has ended, if it is not by a token: what it asks for cannot be computed."""
     ready: Any = None
@@ -47,6 +49,11 @@ class StepOutput:
     def token_ids(self) -> list[int]:
         """The new token, if there is one."""
         return [] if self.token_id is None else [self.token_id]
+
+    @property
+    def all_logprobs(self) -> list[TokenLogprobs]:
+        """Of `token_ids`, if the request asks for them."""
+        return [] if self.logprobs is None else [self.logprobs]
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,3 +87,7 @@ class EngineStats:
     host_time_s: float = 0.0
     """Time spent in steps other than waiting for the device: scheduling, preparing, launching, taking tokens in. With a
     runner that computes on the host, its computation too."""
+    num_late_steps: int = 0
+    """Steps that were launched to be just in time, and came after the one before them had ended."""
+    idle_time_s: float = 0.0
+    """How long the device had nothing to do because of that, at most."""

@@ -2,20 +2,31 @@
 
 from collections.abc import Callable
 from collections.abc import Sequence as Ids
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 
 from hbserve_core.engine.sequence import ScheduledChunk
 from hbserve_core.model.model_config import ModelConfig
+from hbserve_rpc.messages import TokenLogprobs
 
 StepTokens = list[int | None]
 """Each chunk's next token, or NOT_FINITE; None where the chunk does not reach the last known token."""
 
 
-PendingStep = Callable[[], StepTokens]
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What a step has given."""
+
+    tokens: StepTokens
+    logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)
+    """Of the tokens of chunks whose requests ask for them, by the chunk's place."""
+
+
+PendingStep = Callable[[], StepResult]
 """A step that was launched: the call, of which there is one, waits until the step has been computed, its keys and
-values included, and returns its tokens."""
+values included, and returns what it has given."""
 
 
 class Runner(Protocol):
@@ -39,6 +50,9 @@ class Runner(Protocol):
 
     def launch(self, batch: Ids[ScheduledChunk]) -> PendingStep:
         """Begin to compute a step. What the chunks say is read before this returns."""
+
+    def is_idle(self) -> bool:
+        """Whether every launched step has been computed. Does not wait."""
 
     def close(self) -> None:
         """End the processes of other ranks, if there are any. Nothing is launched afterwards. May be called twice."""

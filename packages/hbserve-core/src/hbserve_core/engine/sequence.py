@@ -101,10 +101,10 @@ class Sequence:
     """Most tokens that it may have, its prompt included."""
     phase: Phase = Phase.NEW
     is_special: bool = False
-    """Its next token is chosen by more than temperature, top-k and top-p: see hbserve_core/logits."""
+    """It asks for more than its next token by temperature, top-k and top-p: see hbserve_core/logits."""
 
     def __post_init__(self) -> None:
-        self.is_special = self.params.changes_logits
+        self.is_special = self.params.needs_logits
 
     def enter(self, phase: Phase) -> None:
         """The next phase of its life."""

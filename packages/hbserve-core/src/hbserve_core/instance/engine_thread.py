@@ -23,6 +23,8 @@ JOIN_TIMEOUT_S = 10.0
 class EngineThread:
     """Runs commands and steps in turn; sleeps while there is neither. Belongs to the event loop that ran `start`.
 
+    Commands also run while a step is computed, until the next one is to be launched: see `Engine.wait_s`.
+
     The listeners are called in the event loop. `on_events` gets what one step has brought, at once. `on_failure` is
     called once, when the engine cannot go on; by then every call has failed too.
     """
@@ -127,30 +129,36 @@ class EngineThread:
             self._tell(self._on_failure, error)
 
     def _serve(self, engine: Engine) -> None:
-        events: list[EngineEvent] = []
-        # What a step ends may be what others wait for, so nobody sleeps right after one that did something.
-        while self._run_commands(engine, wait=not events and (engine.stalled or not engine.has_work())):
-            # Grants are told before a step is waited for: somebody begins to compute a prompt by them.
-            granted = engine.poll_reservations()
-            self._tell_events(granted)
+        while self._run_commands(engine):
             outputs = engine.step()
-            self.stats = engine.stats()
-            self._tell_events(outputs)
-            events = [*granted, *outputs]
+            self._tell_events(engine, outputs)
 
-    def _tell_events(self, events: Sequence[EngineEvent]) -> None:
+    def _run_commands(self, engine: Engine) -> bool:
+        """Run what is queued, and what comes before the next step must be launched. False: stop."""
+        has_run = False
+        while True:
+            wait_s = engine.wait_s()
+            if wait_s is None and has_run:
+                return True  # what was run may have ended what others wait for
+            try:
+                command = self._commands.get(block=wait_s != 0, timeout=wait_s)
+            except queue.Empty:
+                if wait_s == 0:
+                    return True
+                continue
+            if command is None:
+                return False
+            command(engine)
+            has_run = True
+            # Grants are told while a step is computed: somebody begins to compute a prompt by them.
+            self._tell_events(engine, [])
+
+    def _tell_events(self, engine: Engine, outputs: Sequence[StepOutput]) -> None:
+        """What a step has brought, and what there is room for now."""
+        events = [*engine.poll_reservations(), *outputs]
+        self.stats = engine.stats()
         if events:
             self._tell(self._on_events, events)
-
-    def _run_commands(self, engine: Engine, wait: bool) -> bool:
-        """Run what is queued; first wait for something if need be. False: stop."""
-        try:
-            while (command := self._commands.get(block=wait)) is not None:
-                command(engine)
-                wait = False
-        except queue.Empty:
-            return True
-        return False
 
     def _tell(self, listener: Callable[..., None], *arguments: object) -> None:
         try:

@@ -27,6 +27,7 @@ from hbserve_rpc.messages import (
     DECODE,
     DESCRIBE,
     GENERATE,
+    GRANT,
     PREFILL,
     STATS,
     ConnectRequest,
@@ -34,6 +35,7 @@ from hbserve_rpc.messages import (
     Empty,
     GenerateRequest,
     Granted,
+    GrantRequest,
     InstanceInfo,
     InstanceStats,
     InstanceStatus,
@@ -44,6 +46,9 @@ from hbserve_rpc.messages import (
 
 logger = logging.getLogger(__name__)
 
+GRANT_PATIENCE_S = 1.0
+"""How long a computed prompt keeps its blocks while there is no grant for it yet. They may be what those wait for who
+have one, and whose decode instance has room again when these are done."""
 END_TIMEOUT_S = 2.0
 """How long `stop` waits for requests to give their blocks back; a dead or frozen peer could keep it longer."""
 
@@ -97,6 +102,7 @@ class GpuInstance:
             self._server.serve_stream(GENERATE, self._generate)
         elif self.config.role == "prefill":
             self._server.serve_stream(PREFILL, self._prefill)
+            self._server.serve_notification(GRANT, self._grant)
             self._server.serve(CONNECT, self._connect)
         else:
             self._server.serve_stream(DECODE, self._decode)
@@ -230,34 +236,48 @@ class GpuInstance:
         output: StepOutput | None = None
         while output is None or not output.is_last:
             output = await inbox.next()
-            index, tokens = output.index, output.token_ids
+            index, tokens, logprobs = output.index, output.token_ids, output.all_logprobs
             while not (output.is_last or inbox.empty()):
                 output = await inbox.next()
                 tokens += output.token_ids
+                logprobs += output.all_logprobs
             if tokens or output.finish_reason:
-                yield TokenEvent(index, tokens, output.finish_reason)
+                yield TokenEvent(index, tokens, output.finish_reason, logprobs)
             output.raise_error()
 
     async def _prefill(self, request: PrefillRequest) -> AsyncIterator[TokenEvent | TransferDone]:
         inbox = self._open(request.request_id)
         sending = PrefillSend(self._require_transfers(), request, self.config.block_size, inbox)
         try:
-            await self._thread.call(
-                lambda engine: engine.add(
-                    request.request_id,
-                    request.prompt_token_ids,
-                    request.params,
-                    request.output_token_ids,
-                    prefill_only=True,
-                )
-            )
-            output = await sending.follow()
-            yield TokenEvent(output.index, output.token_ids, output.finish_reason)
-            if request.grant:
-                result = await sending.finish(output)
+            output = await self._compute_prompt(request, sending)
+            is_late = not sending.is_granted and output.finish_reason is None
+            if is_late and not await sending.wait_for_grant(GRANT_PATIENCE_S):
+                # Nobody knows of the token. The prefix cache keeps all blocks but the last one, as far as it can.
+                await self._thread.call(lambda engine: engine.release(request.request_id))
+                await sending.wait_for_grant(None)
+                output = await self._compute_prompt(request, sending)
+            first = TokenEvent(output.index, output.token_ids, output.finish_reason, output.all_logprobs)
+            if not is_late:
+                yield first
+            result = await sending.finish(output)
+            if is_late:
+                yield first
+            if result is not None:
                 yield TransferDone(result.num_bytes, result.num_parts, result.time_s, output.num_cached_tokens)
         finally:
             self._end(self._end_prefill(request.request_id, sending))
+
+    async def _compute_prompt(self, request: PrefillRequest, sending: PrefillSend) -> StepOutput:
+        """Returns the output that has the first token."""
+        prompt, output = request.prompt_token_ids, request.output_token_ids
+        await self._thread.call(
+            lambda engine: engine.add(request.request_id, prompt, request.params, output, prefill_only=True)
+        )
+        return await sending.follow()
+
+    async def _grant(self, request: GrantRequest) -> None:
+        if inbox := self._inboxes.get(request.request_id):
+            inbox.put_nowait(request)
 
     async def _end_prefill(self, request_id: str, sending: PrefillSend) -> None:
         await self._last_call(lambda engine: engine.hold(request_id))
@@ -285,7 +305,7 @@ class GpuInstance:
             assert self.runner is not None, "a ready instance has it"
             handover = await wait_for_kv(posted, inbox, request, self.runner.model_config.vocab_size)
             if handover.finish_reason is not None:
-                yield TokenEvent(len(request.output_token_ids), [handover.first_token], handover.finish_reason)
+                yield handover.event(len(request.output_token_ids))
                 return
             await self._thread.call(lambda engine: engine.activate(request.request_id, handover.first_token))
             async for event in self._tokens(inbox):
@@ -321,6 +341,7 @@ class GpuInstance:
         if engine is not None and runner is not None:
             known = {
                 "max_model_len": runner.model_config.max_model_len,
+                "max_num_seqs": config.max_num_seqs,
                 "max_prompt_len": engine.limits.max_prompt_len,
                 "vocab_size": runner.model_config.vocab_size,
                 "num_blocks": engine.blocks.num_blocks,

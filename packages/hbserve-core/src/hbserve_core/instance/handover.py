@@ -9,7 +9,14 @@ from hbserve_core.engine.outputs import Reservation, StepOutput
 from hbserve_core.transfers.instance_transfers import InstanceTransfers, JointReceive, JointSend
 from hbserve_kv import Outcome, PostedReceive, SendTransfer, TransferResult
 from hbserve_rpc import RemoteError
-from hbserve_rpc.messages import DecodeRequest, FinishReason, PrefillRequest
+from hbserve_rpc.messages import (
+    DecodeRequest,
+    FinishReason,
+    GrantRequest,
+    PrefillRequest,
+    TokenEvent,
+    TokenLogprobs,
+)
 
 
 class Handover(msgspec.Struct, frozen=True):
@@ -20,10 +27,16 @@ class Handover(msgspec.Struct, frozen=True):
     """Of the request before its first token. Their keys and values were sent, or were there already."""
     finish_reason: FinishReason | None = None
     """Set if the first token is the last one too: nobody needs the blocks, and those not sent yet are not sent."""
+    logprobs: list[TokenLogprobs] = []
+    """Of the first token, if the request asks for them: the client may hear of it from either side."""
+
+    def event(self, index: int) -> TokenEvent:
+        """The first token, as the prefill side says it; it is the request's output token `index`."""
+        return TokenEvent(index, [self.first_token], self.finish_reason, self.logprobs)
 
 
-class Inbox(asyncio.Queue[StepOutput | Reservation | TransferResult | Exception]):
-    """What the engine, a transfer, or a failure says of one request."""
+class Inbox(asyncio.Queue[StepOutput | Reservation | TransferResult | GrantRequest | Exception]):
+    """What the engine, a transfer, the scheduler, or a failure says of one request."""
 
     async def next(self) -> Any:
         item = await self.get()
@@ -38,9 +51,12 @@ class PrefillSend:
     blocks of the prompt   [0 .... first)  held by the decode side already
                            [first .. pushed)  handed to the transfer
                            [pushed .. num_blocks)  not computed, or the transfer is not open yet
+
+    The grant may come after the computation has begun, or has ended.
     """
 
     def __init__(self, transfers: InstanceTransfers, request: PrefillRequest, block_size: int, inbox: Inbox) -> None:
+        self._transfers = transfers
         self._transfer_id = request.transfer_id
         self._block_size = block_size
         self._num_tokens = len(request.prompt_token_ids) + len(request.output_token_ids)
@@ -52,17 +68,28 @@ class PrefillSend:
         self._is_committing = False
         self._outcome: Outcome | None = None
         self._error = RemoteError(f"KV transfer {request.transfer_id} failed: it was given up")
-        # Connecting takes longer than a small prompt computes, so it goes on beside.
-        self._opening = asyncio.create_task(self._open(transfers, request.grant)) if request.grant else None
+        self._opening: asyncio.Task[None] | None = None
+        self.is_granted = False
+        """It is known what is to be moved, which may be nothing."""
+        if not request.grant_follows:
+            self._take(request.grant)
 
     @property
     def num_blocks(self) -> int:
         """Blocks that the transfer may read: those after the decode side's cached prefix."""
         return self._num_blocks - self._first
 
-    async def _open(self, transfers: InstanceTransfers, grant: bytes) -> None:
+    def _take(self, grant: bytes) -> None:
+        if self.is_granted:
+            return
+        self.is_granted = True
+        if grant:
+            # Connecting takes longer than a small prompt computes, so it goes on beside.
+            self._opening = asyncio.create_task(self._open(grant))
+
+    async def _open(self, grant: bytes) -> None:
         try:
-            transfer = await transfers.open_send(self._transfer_id, grant)
+            transfer = await self._transfers.open_send(self._transfer_id, grant)
         except Exception as error:  # whatever it is, the request fails by it
             self._fail(str(error))
             return
@@ -89,7 +116,10 @@ class PrefillSend:
             RemoteError: the transfer has failed.
         """
         while True:
-            output: StepOutput = await self._inbox.next()
+            output: StepOutput | GrantRequest = await self._inbox.next()
+            if isinstance(output, GrantRequest):
+                self._take(output.grant)
+                continue
             # A step that was launched is told of before the one that was launched before it.
             if self._output is None or output.num_computed_tokens >= self._output.num_computed_tokens:
                 self._output = output
@@ -97,6 +127,22 @@ class PrefillSend:
             self._push()
             if output.token_id is not None:
                 return output
+
+    async def wait_for_grant(self, timeout_s: float | None) -> bool:
+        """After `follow`. False: it is not there in time; then the blocks that were computed are not pushed any more.
+
+        Raises:
+            RemoteError: the transfer, or the engine, has failed.
+        """
+        try:
+            async with asyncio.timeout(timeout_s):
+                while not self.is_granted:
+                    item = await self._inbox.next()
+                    assert isinstance(item, GrantRequest), f"the engine is done with it, and yet there is {item}"
+                    self._take(item.grant)
+        except TimeoutError:
+            self._output = None
+        return self.is_granted
 
     def _push(self) -> None:
         """Blocks that are full; the last one of the prompt, which may never be, when all of it is computed. None if the
@@ -110,19 +156,21 @@ class PrefillSend:
             self._transfer.push(blocks, self._pushed - self._first, self._output.ready)
             self._pushed = end
 
-    async def finish(self, output: StepOutput) -> TransferResult:
+    async def finish(self, output: StepOutput) -> TransferResult | None:
         """Commit; also if the request ends at its first token, so that the decode side need not take the end for a
-        failure.
+        failure. None: nothing is to be moved.
 
         Raises:
             RemoteError: the transfer has failed.
         """
-        assert self._opening is not None
+        await self.wait_for_grant(None)
+        if self._opening is None:
+            return None
         assert output.token_id is not None
         await asyncio.shield(self._opening)
         if self._transfer is None:
             raise self._error
-        handover = Handover(output.token_id, self._num_tokens, output.finish_reason)
+        handover = Handover(output.token_id, self._num_tokens, output.finish_reason, output.all_logprobs)
         self._is_committing = True
         result = await self._transfer.commit(msgspec.msgpack.encode(handover))
         if result.outcome is not Outcome.COMPLETED:

@@ -27,6 +27,9 @@ from hbserve_rpc import own_process
 logger = logging.getLogger(__name__)
 
 FAILED_LINGER_S = 15.0
+SWITCH_INTERVAL_S = 0.0002
+"""How long a thread may keep the interpreter while another wants it. Python's 5 ms are as long as a step: the engine's
+thread, woken to launch the next one in time, would find the event loop at work, and the device would wait."""
 STOP_TIMEOUT_S = 20.0
 """What an orderly end may take; a frozen peer must not keep a process from ending."""
 
@@ -112,6 +115,7 @@ def main() -> int:
     logging.basicConfig(
         level=config.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr
     )
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
     status = 0
     try:
         asyncio.run(_serve_launcher(config))

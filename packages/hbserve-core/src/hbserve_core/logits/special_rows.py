@@ -1,6 +1,7 @@
 """Special rows of a step: their logits are looked at, and changed, before a token is drawn from them.
 
     hidden rows ─model's head─▶ logits ─LogitRules─▶ changed logits ─the runner's own sampling─▶ tokens
+                                   └────Logprobs─────────────────────────────────────────────────────▶ to the host
 
 Every step samples all of its rows as if none were special, which costs next to nothing. Then the logits of the special
 ones are computed again, and other tokens are drawn from them: so steps without such rows are what they always were, and
@@ -14,10 +15,12 @@ from collections.abc import Sequence as Ids
 import torch
 
 from hbserve_core.engine.sequence import Sequence
+from hbserve_core.logits.logprobs import Logprobs
 from hbserve_core.logits.rows import LogitsRow, on_device
 from hbserve_core.logits.rules import LogitRules
 from hbserve_core.model.model_config import ModelConfig
 from hbserve_rpc import SamplingParams
+from hbserve_rpc.messages import TokenLogprobs
 
 _MOST_ROWS, _MOST_NUMBERS = 256, 1 << 24
 """Of float32 logits that are there at once: other rows wait for these."""
@@ -28,6 +31,19 @@ LogitsOf = Callable[[torch.Tensor], torch.Tensor]
 """From places among the step's R rows, (N,) int64, to their logits, (N, V)."""
 Draw = Callable[[torch.Tensor, torch.Tensor, Ids[LogitsRow]], torch.Tensor]
 """From logits (N, V), places (N,) and rows to tokens (N,), which become those of the step too."""
+
+
+class PendingLogprobs(list[tuple[Ids[LogitsRow], Logprobs]]):
+    """Those of a step's special rows, on their way to the host."""
+
+    def read(self, chunks: Ids[int | None]) -> dict[int, TokenLogprobs]:
+        """When the step has been computed: by chunk. chunks: the places of those that the step's R rows belong to."""
+        found = {}
+        for rows, logprobs in self:
+            for row, each in zip(rows, logprobs.read(), strict=True):
+                if each is not None and (chunk := chunks[row.place]) is not None:
+                    found[chunk] = each
+        return found
 
 
 class SpecialRows:
@@ -44,20 +60,28 @@ class SpecialRows:
         them were read."""
         self._rules.prepare(rows, sampled)
 
-    def sample(self, rows: Ids[LogitsRow], logits_of: LogitsOf, draw: Draw) -> None:
+    def sample(self, rows: Ids[LogitsRow], logits_of: LogitsOf, draw: Draw) -> "PendingLogprobs":
         """Give each row another token. After `prepare` with the same rows."""
+        pending = []
         for part in self._parts(rows):
             places = on_device([each.place for each in part], torch.int64, self._device)
             logits = logits_of(places)
-            # Rules are applied in place, but never to what somebody else may read.
+            # Rules change the copy only: log-probabilities are those of the model.
             scores = logits.to(torch.float32, copy=True)
+            counts = [each.sequence.params.logprobs for each in part]
+            logprobs = None if counts == [None] * len(part) else Logprobs(scores, counts)
             self._rules.apply(scores, part)
-            draw(scores, places, part)
+            tokens = draw(scores, places, part)
+            if logprobs is not None:
+                pending.append((part, logprobs.send(logits, tokens)))
+        return PendingLogprobs(pending)
 
     @staticmethod
     def dummies(count: int) -> list[LogitsRow]:
         """So many rows that ask for all there is: what can be measured before there are requests."""
-        params = SamplingParams(min_tokens=1, min_p=0.5, repetition_penalty=2, presence_penalty=1, logit_bias={0: 1.0})
+        params = SamplingParams(
+            min_tokens=1, min_p=0.5, repetition_penalty=2, presence_penalty=1, logit_bias={0: 1.0}, logprobs=20
+        )
         return [LogitsRow(place, Sequence("", [0], 1, params)) for place in range(count)]
 
     def _parts(self, rows: Ids[LogitsRow]) -> Iterator[Ids[LogitsRow]]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence as Ids
 
-from hbserve_core.engine.runner import PendingStep, Runner, StepTokens
+from hbserve_core.engine.runner import PendingStep, Runner, StepResult
 from hbserve_core.engine.sequence import ScheduledChunk
 from hbserve_core.errors import RankFailed
 from hbserve_core.ranks.step_message import StepWriter
@@ -39,11 +39,14 @@ class TensorParallelRunner:
                 self.workers.fail_all(f"rank 0 has left a step unfinished: {type(error).__name__}: {error}")
                 raise
 
-        def tokens() -> StepTokens:
+        def result() -> StepResult:
             with self.workers.naming_the_lost_rank():
                 return pending()
 
-        return tokens
+        return result
+
+    def is_idle(self) -> bool:
+        return self._runner.is_idle()
 
     def close(self) -> None:
         self.workers.close()

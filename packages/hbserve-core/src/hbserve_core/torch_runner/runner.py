@@ -12,11 +12,11 @@ from collections.abc import Sequence
 import torch
 
 from hbserve_core.config import InstanceConfig
-from hbserve_core.engine.runner import PendingStep, StepTokens
+from hbserve_core.engine.runner import PendingStep, StepResult, StepTokens
 from hbserve_core.engine.sequence import ScheduledChunk
 from hbserve_core.engine.sequence import Sequence as EngineSequence
 from hbserve_core.logits.rows import LogitsRow
-from hbserve_core.logits.special_rows import SpecialRows
+from hbserve_core.logits.special_rows import PendingLogprobs, SpecialRows
 from hbserve_core.model.linear import fewest_rows
 from hbserve_core.model.loaded_model import LoadedModel
 from hbserve_core.model.rank_group import RankGroup
@@ -57,37 +57,42 @@ class ModelRunner:
         self._fewest_rows = fewest_rows(self.device)
 
     def launch(self, batch: Sequence[ScheduledChunk]) -> PendingStep:
-        tokens = self.run(batch)
-        return lambda: tokens
+        result = self.run(batch)
+        return lambda: result
+
+    def is_idle(self) -> bool:
+        return True
 
     def close(self) -> None:
         """Nothing to end."""
 
-    def run(self, batch: Sequence[ScheduledChunk]) -> StepTokens:
+    def run(self, batch: Sequence[ScheduledChunk]) -> StepResult:
         """Compute one step: write its keys and values into the pool, and sample."""
         if not batch:
-            return []
+            return StepResult([])
         with torch.inference_mode():
             step = prepare_step(batch, self.device, self._fewest_rows)
             logits = self._logits(step)
-            tokens = self._sample(logits, [batch[place].sequence for place in step.sampling_places])
-        result: StepTokens = [None] * len(batch)
-        for place, token in zip(step.sampling_places, tokens, strict=True):
-            result[place] = token
-        return result
+            sampled, logprobs = self._sample(logits, [batch[place].sequence for place in step.sampling_places])
+        tokens: StepTokens = [None] * len(batch)
+        for place, token in zip(step.sampling_places, sampled.tolist(), strict=True):
+            tokens[place] = token
+        return StepResult(tokens, logprobs.read(step.sampling_places))
 
-    def _sample(self, logits: torch.Tensor, sequences: Sequence[EngineSequence]) -> list[int]:
+    def _sample(
+        self, logits: torch.Tensor, sequences: Sequence[EngineSequence]
+    ) -> tuple[torch.Tensor, PendingLogprobs]:
         chosen = self._sampler.choose(logits, sequences)
 
         def draw(scores: torch.Tensor, places: torch.Tensor, rows: Sequence[LogitsRow]) -> torch.Tensor:
             drawn = chosen[places] = self._sampler.choose(scores, [each.sequence for each in rows])
             return drawn
 
-        if special := [LogitsRow(place, each) for place, each in enumerate(sequences) if each.is_special]:
-            self._special_rows.prepare(special, None)
-            self._special_rows.sample(special, logits.__getitem__, draw)
-        tokens: list[int] = chosen.tolist()
-        return tokens
+        special = [LogitsRow(place, each) for place, each in enumerate(sequences) if each.is_special]
+        if not special:
+            return chosen, PendingLogprobs()
+        self._special_rows.prepare(special, None)
+        return chosen, self._special_rows.sample(special, logits.__getitem__, draw)
 
     def _logits(self, step: StepInput) -> torch.Tensor:
         return self._decoder.logits(step, self._attention.plan(step.chunks))

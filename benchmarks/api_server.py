@@ -1,0 +1,169 @@
+"""The OpenAI server alone: one process of it, beside a mock engine that costs nothing, streamed to by many clients.
+
+    python benchmarks/api_server.py                     256 streams: tokens/s, and what the server adds to TTFT
+    python benchmarks/api_server.py --cores 0 1         the server on core 0, engine and clients on core 1
+
+The engine is a process that speaks the instances' RPC, and gives each request a token as soon as the last one is taken.
+"TTFT added": from writing a request to its first byte, where the engine takes no time; one client at a time, alone and
+then beside all the streams at 25 tokens/s each. The engine and the clients may be slower than the server: its processor
+time says what it alone could do.
+"""
+
+import argparse
+import asyncio
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+from hbserve_rpc import RpcServer
+from hbserve_rpc.messages import (
+    DESCRIBE,
+    GENERATE,
+    STATS,
+    Empty,
+    GenerateRequest,
+    InstanceInfo,
+    InstanceStats,
+    TokenEvent,
+)
+
+VOCAB_SIZE = 49152
+MAX_MODEL_LEN = 1 << 16
+
+
+async def serve_engine() -> None:
+    """A hybrid instance whose tokens cost nothing; `top_k` is how many ms each takes."""
+    server = RpcServer(epoch="bench")
+
+    async def describe(_: Empty) -> InstanceInfo:
+        return InstanceInfo(
+            "mock-0", "hybrid", "bench", "ready", max_model_len=MAX_MODEL_LEN, max_prompt_len=MAX_MODEL_LEN - 1,
+            vocab_size=VOCAB_SIZE, device="none", kv_backend="none",
+        )  # fmt: skip
+
+    async def stats(_: Empty) -> InstanceStats:
+        return InstanceStats("mock-0", "hybrid", "ready")
+
+    async def generate(request: GenerateRequest) -> AsyncIterator[TokenEvent]:
+        wait_s = max(0, request.params.top_k) / 1e3
+        for index in range(request.params.max_tokens):
+            await asyncio.sleep(wait_s)
+            last = index == request.params.max_tokens - 1
+            yield TokenEvent(index, [1000 + index % 20000], "length" if last else None)
+
+    server.serve(DESCRIBE, describe)
+    server.serve(STATS, stats)
+    server.serve_stream(GENERATE, generate)
+    await server.start()
+    print(server.address, flush=True)
+    await asyncio.Event().wait()
+
+
+async def serve_api(address: str) -> None:
+    """The front end of `hbserve serve`, on an instance that it has not started."""
+    from hbserve.demo_model import find_model_folder
+    from hbserve.server.front_end import FrontEnd
+    from hbserve.tokenizer import load_tokenizer
+    from hbserve_scheduler import CpuScheduler
+    from hbserve_scheduler.config import ServerSection
+
+    folder = await find_model_folder(None)
+    front_end, scheduler = FrontEnd(ServerSection(port=0)), CpuScheduler(model_path=str(folder))
+    await front_end.start()
+    await scheduler.start()
+    await scheduler.add_instance("mock-0", "hybrid", address)
+    await scheduler.wait_ready(60)
+    front_end.begin("demo", folder, scheduler, load_tokenizer(folder))
+    print(front_end.url, flush=True)
+    await asyncio.Event().wait()
+
+
+async def stream(port: int, max_tokens: int, ms_a_token: int) -> tuple[float, float, int]:
+    """One streamed completion: seconds to its first byte, to its end, and its events with text."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    fields = f'"max_tokens": {max_tokens}, "top_k": {ms_a_token}, "ignore_eos": true, "stream": true'
+    body = f'{{"prompt": "What is the capital of France?", {fields}}}'.encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n"
+    began_s = time.perf_counter()
+    writer.write(head.encode() + body)
+    content = await reader.read(1 << 16)
+    first_s = time.perf_counter() - began_s
+    assert content.startswith(b"HTTP/1.1 200"), content[:200]
+    num_events = content.count(b'"text"')
+    while part := await reader.read(1 << 18):
+        num_events += part.count(b'"text"')
+    writer.close()
+    return first_s, time.perf_counter() - began_s, num_events
+
+
+def cpu_s(pid: int) -> float:
+    """Processor time that a process has used."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+async def measure(pid: int, port: int, num_streams: int, num_tokens: int) -> None:
+    await asyncio.gather(*(stream(port, 8, 0) for _ in range(num_streams)))  # first uses
+    began_s, used_s = time.perf_counter(), cpu_s(pid)
+    ends = await asyncio.gather(*(stream(port, num_tokens, 0) for _ in range(num_streams)))
+    took_s, used_s = time.perf_counter() - began_s, cpu_s(pid) - used_s
+    total = num_streams * num_tokens
+    print(f"{num_streams} streams of {num_tokens} tokens: {total / took_s:,.0f} tokens/s", end="")
+    num_events = sum(events for *_, events in ends)
+    print(f", {total / used_s:,.0f} per second of the server's processor time ({num_events:,} events)")
+
+    async def idle() -> list[float]:
+        return [(await stream(port, 2, 0))[0] for _ in range(50)]
+
+    alone = statistics.median(await idle())
+    per_stream_ms = 40
+    background = [asyncio.create_task(stream(port, 200, per_stream_ms)) for _ in range(num_streams)]
+    await asyncio.sleep(1)
+    busy = statistics.median(await idle())
+    await asyncio.gather(*background)
+    rate = num_streams * 1000 / per_stream_ms
+    print(f"TTFT added at p50: alone {1e3 * alone:.2f} ms, beside {rate:,.0f} tokens/s {1e3 * busy:.2f} ms")
+
+
+def start(*arguments: str, core: int | None) -> tuple[subprocess.Popen[str], str]:
+    pin = ["taskset", "-c", str(core)] if core is not None else []
+    process = subprocess.Popen(
+        [*pin, sys.executable, __file__, *arguments], stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parent
+    )
+    assert process.stdout is not None
+    return process, process.stdout.readline().strip()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--streams", type=int, default=256)
+    parser.add_argument("--tokens", type=int, default=200)
+    parser.add_argument("--cores", type=int, nargs=2, metavar=("SERVER", "OTHERS"), help="cores to pin to")
+    parser.add_argument("--role", choices=["engine", "api"], help=argparse.SUPPRESS)
+    parser.add_argument("--address", default="", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.role == "engine":
+        asyncio.run(serve_engine())
+    elif arguments.role == "api":
+        asyncio.run(serve_api(arguments.address))
+    else:
+        server_core, other_core = arguments.cores or (None, None)
+        engine, address = start("--role", "engine", core=other_core)
+        api, url = start("--role", "api", "--address", address, core=server_core)
+        try:
+            if other_core is not None:
+                os.sched_setaffinity(0, {other_core})
+            port = int(url.rpartition(":")[2])
+            asyncio.run(measure(api.pid, port, arguments.streams, arguments.tokens))
+        finally:
+            for process in (api, engine):
+                process.kill()
+                process.wait()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,81 @@
+"""Tools of a chat request: which are offered, and whether one must be called."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from hbserve.server.api_error import ApiError
+from hbserve.server.message_parts import MessageParts, PlainText
+from hbserve.server.request_fields import ChatBody
+from hbserve.server.tool_calls import ARGUMENTS, BEGINNINGS, READERS, Format
+from hbserve_rpc.plain_values import plain_text, shown
+
+MOST_TOOLS = 256
+
+
+@dataclass(frozen=True)
+class ChatTools:
+    """Tools that the model is told of, and the beginning of its answer, if that is not its own choice."""
+
+    offered: list[dict[str, Any]] | None = None
+    format: Format | None = None
+    beginning: str = ""
+    most_calls: int | None = None
+
+    def reader(self) -> MessageParts:
+        """A reader of one answer, which has read its beginning."""
+        if self.format is None:
+            return PlainText()
+        reader = READERS[self.format](most_calls=self.most_calls)
+        if self.beginning:
+            reader.feed(self.beginning, final=False)
+        return reader
+
+
+def chat_tools(body: ChatBody, known: Format | None) -> ChatTools:
+    """What a request says of tools; `known` is the format of the model's calls, None if it knows none.
+
+    Raises:
+        ApiError: 400, names what is wrong.
+    """
+    choice = body.tool_choice
+    if not body.tools:
+        if choice not in (None, "none", "auto"):
+            raise ApiError(400, f"tool_choice={shown(choice)}: there are no tools", param="tool_choice")
+        return ChatTools()
+    names = _names(body.tools)
+    if choice == "none":
+        return ChatTools()
+    if known is None:
+        problem = "tools: the model's chat template knows none; give one with --chat-template"
+        raise ApiError(400, problem, param="tools")
+    most_calls = 1 if body.parallel_tool_calls is False else None
+    if choice in (None, "auto"):
+        return ChatTools(body.tools, known, most_calls=most_calls)
+    if choice == "required":
+        return ChatTools(body.tools, known, BEGINNINGS[known], most_calls)
+    name = _chosen(choice)
+    if name not in names:
+        raise ApiError(400, f"tool_choice={shown(choice)}: expected one of {shown(names)}", param="tool_choice")
+    return ChatTools(body.tools, known, BEGINNINGS[known] + name + ARGUMENTS[known], 1)
+
+
+def _names(tools: list[dict[str, Any]]) -> list[str]:
+    if len(tools) > MOST_TOOLS:
+        raise ApiError(400, f"tools: {len(tools)} of them; expected at most {MOST_TOOLS}", param="tools")
+    names = []
+    for place, tool in enumerate(tools):
+        function = tool.get("function")
+        if tool.get("type") != "function" or not isinstance(function, dict) or not function.get("name"):
+            problem = f"tools[{place}]={shown(tool)}: expected a function with a name"
+            raise ApiError(400, problem, param=f"tools[{place}]")
+        names.append(plain_text(f"tools[{place}].function.name", function["name"]))
+    return names
+
+
+def _chosen(choice: Any) -> str:
+    function = choice.get("function") if isinstance(choice, dict) and choice.get("type") == "function" else None
+    name = function.get("name") if isinstance(function, dict) else None
+    if not isinstance(name, str):
+        expected = "auto, none, required, or a function with a name"
+        raise ApiError(400, f"tool_choice={shown(choice)}: expected {expected}", param="tool_choice")
+    return name

@@ -1,0 +1,125 @@
+"""`hbserve chat`: a conversation by a URL, and with instances of its own."""
+
+import os
+import pty
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+import pytest
+from hbserve_fake_scheduler import FakeServer
+from hbserve_served import served
+
+from hbserve.chat import Conversation
+from hbserve.chat_client import ChatClient
+from hbserve.server.http_server import HttpServer
+from hbserve.tokenizer import load_tokenizer
+from hbserve_rpc import InvalidAddress, PeerLost, RemoteError
+
+COMMAND = [sys.executable, "-m", "hbserve", "chat"]
+
+
+@pytest.fixture
+async def server(small_model: Callable[[str], Path]) -> AsyncIterator[FakeServer]:
+    server = FakeServer(load_tokenizer(small_model("qwen3")), port=0, api_key="k")
+    server.answers("He", "llo")
+    http = HttpServer(server.service.settings, server.app)
+    await http.start()
+    server.url = http.url
+    yield server
+    await http.stop()
+
+
+async def texts(client: ChatClient) -> list[str]:
+    return [text async for text in client.answer([{"role": "user", "content": "hi"}]) if text]
+
+
+async def test_an_answer_comes_in_pieces_from_a_url_with_or_without_v1(server):
+    for url in (server.url, f"{server.url}/v1", f"{server.url}/v1/", server.url.removeprefix("http://")):
+        assert "".join(await texts(ChatClient(url, "k", max_tokens=9))) == "Hello"
+    ((prompt, params), *_) = server.scheduler.asked
+    assert (server.tokenizer.decode(prompt), params.max_tokens) == ("<user>hi", 9)
+
+
+async def test_what_a_server_refuses_and_what_is_no_server_is_told_in_its_words(server):
+    with pytest.raises(RemoteError, match="wrong API key"):
+        await texts(ChatClient(server.url, "other"))
+    with pytest.raises(RemoteError, match="max_tokens=-1"):
+        await texts(ChatClient(server.url, "k", max_tokens=-1))
+    server.scheduler.steps.append(RemoteError("d0 was lost"))
+    with pytest.raises(RemoteError, match="d0 was lost"):
+        await texts(ChatClient(server.url, "k"))
+    with socket.create_server(("127.0.0.1", 0)) as held:
+        address = f"http://127.0.0.1:{held.getsockname()[1]}"
+    with pytest.raises(PeerLost, match=r"no server at 127\.0\.0\.1:"):
+        await texts(ChatClient(address, None))
+    with pytest.raises(InvalidAddress, match=r"--url='ftp://a'"):
+        ChatClient("ftp://a", None)
+
+
+async def test_a_conversation_goes_with_each_question_and_ends_with_its_input(monkeypatch, capsys):
+    reading, writing = os.pipe()
+    os.write(writing, "one\n\nzwö".encode())
+    os.close(writing)
+    monkeypatch.setattr(sys, "stdin", os.fdopen(reading))
+    asked = []
+
+    async def answer(messages: list[dict[str, str]]) -> AsyncIterator[str]:
+        asked.append([each["content"] for each in messages])
+        yield "an"
+        yield "swer"
+
+    await Conversation(answer).run()
+    assert asked == [["one"], ["one", "answer", "zwö"]]
+    assert capsys.readouterr().out == "answer\nanswer\n\n"
+    sys.stdin.close()
+
+
+@pytest.mark.warm
+def test_without_a_url_it_starts_a_pair_and_talks_to_it(tmp_path, small_model):
+    model = shutil.copytree(small_model("qwen3"), tmp_path / "model")
+    (model / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
+    command = [*COMMAND, "--model", str(model), "--max-tokens", "3"]
+    done = subprocess.run(command, input="one\ntwo\n", capture_output=True, text=True, timeout=90)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) >= 2
+    command = [*COMMAND, "--url", "http://127.0.0.1:1", "--model", str(model)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=90)
+    assert (done.returncode, done.stderr) == (2, f"error: --model={model}: not with --url, where it is set\n")
+
+
+@pytest.mark.warm
+def test_ctrl_c_stops_an_answer_and_not_the_program_and_the_conversation_goes_on(tmp_path, small_model):
+    template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    with served(tmp_path, f"--chat-template={template}", model={"path": str(small_model("qwen3"))}) as server:
+        terminal, its_end = pty.openpty()
+        command = [*COMMAND, "--url", server.url, "--max-tokens", "400"]
+        process = subprocess.Popen(command, stdin=its_end, stdout=its_end, stderr=its_end, start_new_session=True)
+        os.close(its_end)
+        read_until(terminal, b"> ")
+        os.write(terminal, b"one\n")
+        read_until(terminal, b"one\r\n", more=1)
+        process.send_signal(signal.SIGINT)
+        read_until(terminal, b"> ")
+        server.until_empty()
+        os.write(terminal, b"two\n")
+        read_until(terminal, b"two\r\n", more=1)
+        process.send_signal(signal.SIGINT)
+        read_until(terminal, b"> ")
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=30) == 0
+        os.close(terminal)
+        server.until_empty()
+        assert server.metrics()["hbserve:requests_total"] == 2
+
+
+def read_until(terminal: int, end: bytes, *, more: int = 0) -> bytes:
+    """What comes up to these bytes, and so many after them."""
+    found = b""
+    while end not in found or len(found) < found.index(end) + len(end) + more:
+        found += os.read(terminal, 1 << 16)
+    return found

@@ -1,0 +1,208 @@
+"""Reasoning and tool calls in an answer's text, in whatever pieces that comes."""
+
+import json
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hbserve_fake_scheduler import FakeServer, chunks_of
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hbserve.server.message_parts import MessageParts, PlainText, merged
+from hbserve.server.reasoning import ReasoningSplit
+from hbserve.server.tool_calls import HermesCalls, LlamaCalls, format_of
+from hbserve.tokenizer import load_tokenizer
+
+WEATHER = '{"name": "weather", "arguments": {"city": "Paris {\\"x\\"}", "days": [1, 2]}}'
+ARGUMENTS = '{"city": "Paris {\\"x\\"}", "days": [1, 2]}'
+TIME = '{"name": "time", "arguments": {}}'
+
+
+def read(make: Callable[[], MessageParts], text: str, places: list[int] | None = None) -> tuple[Any, str | None]:
+    """The whole message of a text that is cut at these places, and how it ended."""
+    parts, deltas = make(), []
+    cuts = [0, *sorted(place % (len(text) + 1) for place in places or []), len(text)]
+    for begin, end in pairwise(cuts):
+        deltas += parts.feed(text[begin:end], final=False)
+    deltas += parts.feed("", final=True)
+    assert all(deltas), "a delta without anything"
+    message = merged(deltas)
+    calls = [(each["function"]["name"], each["function"]["arguments"]) for each in message.get("tool_calls", [])]
+    fields = {name: value for name, value in message.items() if name != "tool_calls"}
+    return (fields | {"calls": calls} if calls else fields), parts.reason("stop")
+
+
+def hermes(*calls: str) -> str:
+    return "\n".join(f"<tool_call>\n{call}\n</tool_call>" for call in calls)
+
+
+CASES: dict[str, tuple[Callable[[], MessageParts], str, dict[str, Any]]] = {
+    "text": (HermesCalls, "Hello <tool world\n", {"content": "Hello <tool world\n"}),
+    "a call": (HermesCalls, hermes(WEATHER), {"content": None, "calls": [("weather", ARGUMENTS)]}),
+    "text and two calls": (
+        HermesCalls,
+        "Let me see.\n\n" + hermes(WEATHER, TIME),
+        {"content": "Let me see.", "calls": [("weather", ARGUMENTS), ("time", "{}")]},
+    ),
+    "a call that is cut": (
+        HermesCalls, '<tool_call>\n{"name": "f", "arguments": {"a": 1', {"content": None, "calls": [("f", '{"a": 1')]},
+    ),
+    "a call in another order": (
+        HermesCalls, hermes('{"arguments": {"a": 1}, "name": "f"}'), {"content": None, "calls": [("f", '{"a":1}')]},
+    ),
+    "no call at all": (HermesCalls, hermes("nonsense"), {"content": "\nnonsense\n"}),
+    "one call of several": (
+        lambda: HermesCalls(most_calls=1), hermes(TIME, WEATHER), {"content": None, "calls": [("time", "{}")]},
+    ),
+    "Llama's call": (
+        LlamaCalls, ' {"name": "f", "parameters": {"a": "}"}}', {"content": None, "calls": [("f", '{"a": "}"}')]},
+    ),
+    "Llama's calls": (
+        LlamaCalls, f"{TIME}; {WEATHER}", {"content": None, "calls": [("time", "{}"), ("weather", ARGUMENTS)]},
+    ),
+    "Llama's text": (LlamaCalls, 'It is {"name": 5}.', {"content": 'It is {"name": 5}.'}),
+    "Llama's JSON": (LlamaCalls, '{"answer": 5}', {"content": '{"answer": 5}'}),
+    "reasoning": (
+        lambda: ReasoningSplit(PlainText(), has_begun=False),
+        "\n<think>\nI think <b>.\n</think>\n\nYes </think>.",
+        {"reasoning_content": "I think <b>.", "reasoning": "I think <b>.", "content": "Yes </think>."},
+    ),
+    "reasoning that the prompt began": (
+        lambda: ReasoningSplit(PlainText(), has_begun=True), "I\nthink</think>a",
+        {"reasoning_content": "I\nthink", "reasoning": "I\nthink", "content": "a"},
+    ),
+    "reasoning that is cut": (
+        lambda: ReasoningSplit(PlainText(), has_begun=False), "<think>I th",
+        {"reasoning_content": "I th", "reasoning": "I th", "content": ""},
+    ),
+    "no reasoning": (lambda: ReasoningSplit(PlainText(), has_begun=False), " <thin air", {"content": " <thin air"}),
+    "empty reasoning": (
+        lambda: ReasoningSplit(PlainText(), has_begun=False), "<think>\n\n</think>\n\na", {"content": "a"},
+    ),
+    "reasoning that is not wanted": (
+        lambda: ReasoningSplit(PlainText(), has_begun=False, is_shown=False), "<think>I</think>a", {"content": "a"},
+    ),
+    "reasoning and a call": (
+        lambda: ReasoningSplit(HermesCalls(), has_begun=False), f"<think>hm</think>\n{hermes(TIME)}",
+        {"reasoning_content": "hm", "reasoning": "hm", "content": None, "calls": [("time", "{}")]},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+@given(places=st.lists(st.integers(0, 200), max_size=12))
+def test_a_message_is_the_same_in_whatever_pieces_its_text_comes(case, places):
+    make, text, expected = CASES[case]
+    message, reason = read(make, text, places)
+    assert message == expected
+    assert reason == ("tool_calls" if "calls" in expected else "stop")
+    assert read(make, text, list(range(len(text)))) == (message, reason)
+
+
+@given(
+    st.lists(st.sampled_from(["<tool_call>", "</tool_call>", '{"name": "f", "arguments": ', "{", "}", '"', "a", "\\"]))
+)
+def test_whatever_a_model_writes_becomes_a_message(pieces):
+    for make in (HermesCalls, LlamaCalls, lambda: ReasoningSplit(HermesCalls(), has_begun=True)):
+        whole, _ = read(make, "".join(pieces))
+        cut, _ = read(make, "".join(pieces), list(range(len("".join(pieces)))))
+        assert whole == cut
+
+
+# ---- over HTTP ---------------------------------------------------------------------------------------------------
+
+TOOLS = [{"type": "function", "function": {"name": name, "parameters": {}}} for name in ("weather", "time")]
+MESSAGES = "{% for m in messages %}{{ m.content }}{% endfor %}"
+TEMPLATE = "{% for t in tools or [] %}{{ t.function.name }} {% endfor %}" + MESSAGES
+HERMES = TEMPLATE + "{# <tool_call> #}"
+
+
+def new_server(small_model: Callable[[str], Path], *texts: str, template: str = HERMES) -> FakeServer:
+    server = FakeServer(load_tokenizer(small_model("qwen3")), chat_template=template)
+    server.answers(*texts)
+    return server
+
+
+async def test_calls_are_streamed_with_their_arguments_as_these_come(small_model):
+    server = new_server(
+        small_model, "<tool_call>", '{"name": "weather", "arg', 'uments": {"a"', ": 5}}", "</tool_call>"
+    )
+    chunks = chunks_of(await server.chat(tools=TOOLS, stream=True))
+    calls = [call for chunk in chunks for call in chunk["choices"][0]["delta"].get("tool_calls", [])]
+    assert [call["function"].get("name") for call in calls] == ["weather", None, None]
+    assert [call["function"]["arguments"] for call in calls] == ["", '{"a"', ": 5}"]
+    assert (calls[0]["type"], {call["index"] for call in calls}) == ("function", {0})
+    assert chunks[-1]["choices"][0]["finish_reason"] == "tool_calls"
+    choice = (await server.chat(tools=TOOLS)).json()["choices"][0]
+    (call,) = choice["message"]["tool_calls"]
+    assert (choice["message"]["content"], choice["finish_reason"]) == (None, "tool_calls")
+    assert call["function"] == {"name": "weather", "arguments": '{"a": 5}'}
+    prompts = [server.tokenizer.decode(prompt) for prompt, _ in server.scheduler.asked]
+    assert prompts == ["weather time hi"] * 2
+
+
+async def test_of_tools_that_must_not_be_called_nothing_is_said(small_model):
+    server = new_server(small_model, hermes(TIME))
+    choice = (await server.chat(tools=TOOLS, tool_choice="none")).json()["choices"][0]
+    assert choice["message"]["content"] == hermes(TIME)
+    assert [server.tokenizer.decode(prompt) for prompt, _ in server.scheduler.asked] == ["hi"]
+
+
+@pytest.mark.parametrize(
+    ("choice", "beginning", "rest"),
+    [
+        ("required", '<tool_call>\n{"name": "', 'time", "arguments": {"a": 1}}\n</tool_call>'),
+        (
+            {"type": "function", "function": {"name": "time"}},
+            '<tool_call>\n{"name": "time", "arguments": ',
+            '{"a": 1}}\n</tool_call>' + hermes(WEATHER),
+        ),
+    ],
+)
+async def test_a_call_that_must_be_is_begun_for_the_model(small_model, choice, beginning, rest):
+    server = new_server(small_model, *rest)
+    answer = (await server.chat(tools=TOOLS, tool_choice=choice)).json()["choices"][0]
+    (call,) = answer["message"]["tool_calls"]
+    assert call["function"] == {"name": "time", "arguments": '{"a": 1}'}
+    ((prompt, _),) = server.scheduler.asked
+    assert server.tokenizer.decode(prompt) == f"weather time hi{beginning}"
+
+
+@pytest.mark.parametrize(
+    ("changes", "param"),
+    [
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"tools": TOOLS, "tool_choice": "sometimes"}, "tool_choice"),
+        ({"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "other"}}}, "tool_choice"),
+        ({"tools": [{"type": "retrieval"}]}, "tools[0]"),
+    ],
+)
+async def test_tools_that_cannot_be_are_a_400_that_names_them(small_model, changes, param):
+    response = await new_server(small_model, "a").chat(**changes)
+    assert (response.status_code, response.json()["error"]["param"]) == (400, param)
+
+
+async def test_a_model_whose_template_knows_no_tools_refuses_them(small_model):
+    server = new_server(small_model, "a", template="{{ messages }}")
+    response = await server.chat(tools=TOOLS)
+    assert (response.status_code, response.json()["error"]["param"]) == (400, "tools")
+    assert format_of('{{ tools }} "parameters"') == "llama3_json"
+
+
+async def test_reasoning_is_a_field_of_its_own_by_both_of_its_names(small_model):
+    template = MESSAGES + "{{ end }}{# </think> #}"
+    server = new_server(small_model, "<think>h", "m</think>", "yes", template=template)
+    message = (await server.chat()).json()["choices"][0]["message"]
+    assert message == {"role": "assistant", "content": "yes", "reasoning_content": "hm", "reasoning": "hm"}
+    server.answers("h", "m</think>", "yes")
+    begun = {"chat_template_kwargs": {"end": "<think>\n"}}
+    assert (await server.chat(**begun)).json()["choices"][0]["message"] == message
+    chunks = chunks_of(await server.chat(stream=True, **begun))
+    deltas = [chunk["choices"][0]["delta"] for chunk in chunks]
+    assert "".join(delta.get("reasoning", "") for delta in deltas) == "hm"
+    assert json.dumps(deltas).count('"yes"') == 1
+    hidden = await server.chat(include_reasoning=False, **begun)
+    assert hidden.json()["choices"][0]["message"] == {"role": "assistant", "content": "yes"}

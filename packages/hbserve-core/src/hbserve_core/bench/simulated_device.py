@@ -1,0 +1,71 @@
+"""A device that computes nothing, and takes as long as it is told: engines run on it by a clock of its own, at once.
+
+What an engine decides by time, which is when to launch and how much of a prompt, can so be looked at without a device,
+and without waiting for it.
+"""
+
+from collections.abc import Callable, Sequence
+from math import hypot
+
+import torch
+
+from hbserve_core.engine.runner import PendingStep, StepResult
+from hbserve_core.engine.sequence import ScheduledChunk
+from hbserve_core.engine.step_times import StepWork
+from hbserve_core.model.model_config import ModelConfig
+
+
+def h100_8b_time_s(work: StepWork) -> float:
+    """A step of an 8B model on an H100, in bfloat16, within some 15 % of what docs/performance.md has: products that
+    read all weights or are bound by operations, keys and values that are read, and attention's operations."""
+    return 1e-3 * hypot(5.3, 0.0245 * work.num_tokens) + 4.8e-8 * work.num_keys + 0.5e-9 * work.num_pairs
+
+
+class SimulatedDevice:
+    """A Runner with overlap. Steps are computed one after the other; each samples token 5."""
+
+    device, dtype = torch.device("cpu"), torch.float32
+    overlaps = True
+    transfer_addresses: Sequence[str] = ()
+
+    def __init__(
+        self,
+        model_config: ModelConfig,
+        num_blocks: int,
+        time_s: Callable[[StepWork], float],
+        host_time_s: Callable[[], float] = lambda: 0.0,
+    ) -> None:
+        """time_s: of a step on the device. host_time_s: what it takes to launch one."""
+        self.model_config = model_config
+        self.fingerprint: dict[str, str | int] = {}
+        self.pool = torch.zeros(num_blocks, 1)
+        self.now = 0.0
+        self.free_at = 0.0
+        """When all launched steps have been computed."""
+        self.steps: list[tuple[float, float, dict[str, int]]] = []
+        """Begin, end, and number of new tokens by request."""
+        self._time_s, self._host_time_s = time_s, host_time_s
+
+    def clock(self) -> float:
+        """What the engine takes for the time."""
+        return self.now
+
+    def launch(self, batch: Sequence[ScheduledChunk]) -> PendingStep:
+        self.now += self._host_time_s()
+        work = StepWork.of([(chunk.sequence, chunk.first, chunk.num_new_tokens) for chunk in batch])
+        begin = max(self.now, self.free_at)
+        end = self.free_at = begin + self._time_s(work)
+        self.steps.append((begin, end, {chunk.sequence.request_id: chunk.num_new_tokens for chunk in batch}))
+        sampled = StepResult([5 if chunk.samples else None for chunk in batch])
+
+        def tokens() -> StepResult:
+            self.now = max(self.now, end)
+            return sampled
+
+        return tokens
+
+    def is_idle(self) -> bool:
+        return self.now >= self.free_at
+
+    def close(self) -> None:
+        """Nothing to end."""

@@ -1,0 +1,184 @@
+"""Predictions of how long steps take, and of when the next one must be launched, both learned from steps as they end.
+
+    step k       ├───────────── computes ─────────────┤ predicted end
+    step k + 1     who arrives is in it ──▶ ├─ slack ─┤ scheduled, packed and launched
+                                            launch time
+
+The slack is what the host has needed, and what predictions were wrong by: the 99th percentile of both together, and a
+margin. A step that is short, or that nothing is known of, is followed at once instead: the next one is launched while
+it is computed, as early as can be.
+"""
+
+from collections import deque
+from collections.abc import Callable, Collection
+from typing import NamedTuple
+
+from hbserve_core.engine.runner import Runner
+
+LATE_FROM_S = 0.003
+"""Shorter steps are followed at once: who comes late waits little, and each wake of the host would be felt."""
+MARGIN_S = 0.0003
+POLL_S = 0.0005
+"""How long the host sleeps at a time while a step is computed: a step that ends early is noticed so much later."""
+TAIL_POLL_S = 0.0001
+"""The same around the predicted end of a step, where nothing else is launched behind it."""
+_SHORTEST_WAIT_S = 10e-6
+_WAITED_S = 20e-6
+"""Reading a step that has ended already takes less."""
+_FEWEST = 16
+"""So many steps are seen before a prediction is relied on."""
+_WINDOW = 200
+_RECENT = 0.03
+"""Weight of the last step among the recent ones."""
+
+
+class StepWork(NamedTuple):
+    """What decides a step's time, beside the weights' bytes, which every step reads."""
+
+    num_tokens: int
+    """New ones: operations of products."""
+    num_keys: int
+    """Of all sequences: bytes of KV that are read."""
+    num_pairs: int
+    """Of a query and a key, twice: operations of attention."""
+
+    @classmethod
+    def of(cls, chunks: Collection[tuple[object, int, int]]) -> "StepWork":
+        """Chunks: whatever they are of, first new token, number of new tokens."""
+        tokens = sum([count for _, _, count in chunks])
+        keys = tokens + sum([first for _, first, _ in chunks])
+        if tokens == len(chunks):  # decodes, of which every step has many
+            return cls(tokens, keys, 2 * keys - tokens)
+        return cls(tokens, keys, sum([count * (2 * first + count) for _, first, count in chunks]))
+
+
+class _Fit:
+    """Least squares of the times of steps with similar numbers of tokens, one after the other, and what these were
+    wrong by of late.
+
+    The time of products is the longer of that of the weights' bytes and that of operations, which no sum of terms is;
+    from one power of two of tokens to the next it nearly is.
+    """
+
+    def __init__(self, octave: int) -> None:
+        # The constant is believed first: what has never varied is taken to change little.
+        self._per_token = 0.1 / (1 << octave)
+        self._weights = [0.0] * 4
+        self._spread = [[100.0 * (row == column) for column in range(4)] for row in range(4)]
+        self._error = 0.0
+        self.count = 0
+
+    def predict_s(self, work: StepWork) -> float:
+        constant, token, key, pair = self._weights
+        products = constant + token * self._per_token * work.num_tokens
+        attention = 1e-6 * key * work.num_keys + 1e-9 * pair * work.num_pairs
+        return max(0.0, self._error + products + attention)
+
+    def learn(self, work: StepWork, time_s: float) -> None:
+        terms = [1.0, self._per_token * work.num_tokens, 1e-6 * work.num_keys, 1e-9 * work.num_pairs]
+        error = time_s - _product(self._weights, terms)
+        toward = [_product(row, terms) for row in self._spread]
+        size = 1 + _product(toward, terms)
+        self._weights = [weight + part * error / size for weight, part in zip(self._weights, toward, strict=True)]
+        self._spread = [
+            [entry - part * other / size for entry, other in zip(row, toward, strict=True)]
+            for row, part in zip(self._spread, toward, strict=True)
+        ]
+        self._error += _RECENT * (time_s - _product(self._weights, terms) - self._error)
+        self.count += 1
+
+
+def _product(one: list[float], other: list[float]) -> float:
+    return sum(a * b for a, b in zip(one, other, strict=True))
+
+
+class StepTimes:
+    """How long steps take, by their work."""
+
+    def __init__(self) -> None:
+        self._fits: dict[int, _Fit] = {}
+
+    def predict_s(self, work: StepWork) -> float | None:
+        """None: too few steps of similar size were seen."""
+        fit = self._fits.get(work.num_tokens.bit_length())
+        return fit.predict_s(work) if fit is not None and fit.count >= _FEWEST else None
+
+    def learn(self, work: StepWork, time_s: float) -> None:
+        octave = work.num_tokens.bit_length()
+        if (fit := self._fits.get(octave)) is None:
+            fit = self._fits[octave] = _Fit(octave)
+        fit.learn(work, time_s)
+
+
+class _Computing(NamedTuple):
+    """The step in flight."""
+
+    work: StepWork
+    begin: float
+    predicted_s: float | None
+
+
+class LaunchTimes:
+    """When to launch the next step. Times are the engine's clock, in seconds."""
+
+    def __init__(self, clock: Callable[[], float], runner: Runner, *, always_at_once: bool) -> None:
+        self.step_times = StepTimes()
+        self.num_late = 0
+        """Steps that came after the one before them had ended, because they had waited for their launch time."""
+        self.idle_time_s = 0.0
+        """How long the device had nothing to do then, at most."""
+        self._clock, self._runner, self._always_at_once = clock, runner, always_at_once
+        self._step: _Computing | None = None
+        self._last_end = 0.0
+        self._busy_at = 0.0
+        """The last time that the step was seen to be computed still, after having waited in vain for its end."""
+        self._needs: deque[float] = deque(maxlen=_WINDOW)
+        """Time from the launch, had it been at the right moment, to the predicted end of the step before."""
+        self._slack_s = 0.0
+        self._num_waited = 0
+
+    def wait_s(self, *, can_launch: bool) -> float:
+        """How long to wait for more requests until the next step is launched, or asked for again; 0: it is time.
+
+        can_launch: whether there may be something to launch already. If not, it is time when the step in flight has
+        ended.
+        """
+        step = self._step
+        assert step is not None
+        at_once = self._always_at_once or step.predicted_s is None or step.predicted_s < LATE_FROM_S
+        if can_launch and (at_once or len(self._needs) < _FEWEST):
+            return 0.0
+        now = self._clock()
+        left = step.begin + (step.predicted_s or 0.0) - now
+        left = left - self._slack_s if can_launch else max(left, TAIL_POLL_S)
+        if left < _SHORTEST_WAIT_S or self._runner.is_idle():
+            return 0.0
+        self._busy_at = now
+        return min(left, POLL_S)
+
+    def ended(self, waited_from: float, now: float, host_time_s: float | None) -> None:
+        """The step in flight has ended, and was waited for. host_time_s: what the launch of the next one took, if
+        there was one before that."""
+        step, self._step, self._last_end = self._step, None, now
+        if step is None:
+            return
+        if now - waited_from > _WAITED_S:
+            self._num_waited += 1
+            # Of short steps a few are enough, and their hosts have no time for more.
+            if step.predicted_s is None or step.predicted_s >= LATE_FROM_S or self._num_waited % 32 == 0:
+                self.step_times.learn(step.work, now - step.begin)
+            end = now
+        elif self._busy_at > step.begin:
+            end = self._busy_at
+            if host_time_s is not None:
+                self.num_late += 1
+                self.idle_time_s += waited_from - end
+        else:
+            return
+        if step.predicted_s is not None and step.predicted_s >= LATE_FROM_S and host_time_s is not None:
+            self._needs.append(host_time_s + step.begin + step.predicted_s - end)
+            self._slack_s = sorted(self._needs)[int(0.99 * len(self._needs))] + MARGIN_S
+
+    def began(self, work: StepWork, launched_at: float) -> None:
+        """A step is in flight, behind the one that has ended."""
+        self._step = _Computing(work, max(launched_at, self._last_end), self.step_times.predict_s(work))

@@ -1,0 +1,50 @@
+"""Log-probabilities of tokens: of one for each row, and of the most likely ones.
+
+They are those of the logits as the model gives them, in float32: before temperature, penalties and whatever else a
+request asks for, as in the OpenAI API and in vLLM.
+Shapes: N rows, V vocab_size, K most tokens that one of the rows asks for.
+"""
+
+import torch
+
+from hbserve_rpc.messages import TokenLogprobs
+
+
+class Logprobs:
+    """The most likely tokens of rows of logits; then, when a token of each row is known, what the host wants to know.
+
+    Nothing waits for the device: `read` is to be called when it has done all that was asked of it so far.
+    """
+
+    def __init__(self, logits: torch.Tensor, counts: list[int | None]) -> None:
+        """logits: (N, V) float32. counts: of most likely tokens of each row; None: nothing of the row is read."""
+        self._counts = counts
+        most = min(max((count or 0 for count in counts), default=0), logits.shape[1])
+        self._total = logits.logsumexp(-1, keepdim=True)
+        self._top = logits.topk(most)
+
+    def send(self, logits: torch.Tensor, tokens: torch.Tensor) -> "Logprobs":
+        """Send to the host what is known, with one token of each row. logits: (N, V) as they were; tokens: (N,)."""
+        tokens = tokens.long()[:, None]
+        # What was sampled may be no token: then nothing of its row is read.
+        chosen = logits.gather(1, tokens.clamp(min=0)).float()
+        self._values = _to_host(torch.cat((chosen, self._top.values), 1) - self._total)
+        self._ids = _to_host(torch.cat((tokens, self._top.indices), 1))
+        return self
+
+    def read(self) -> list[TokenLogprobs | None]:
+        """For each row, its most likely tokens, in order, and the token itself, which may be the last."""
+        rows = zip(self._counts, self._ids.tolist(), self._values.tolist(), strict=True)
+        return [None if count is None else _named(ids, values, count) for count, ids, values in rows]
+
+
+def _named(ids: list[int], values: list[float], count: int) -> TokenLogprobs:
+    named = dict(zip(ids[1 : count + 1], values[1 : count + 1], strict=True))
+    named.setdefault(ids[0], values[0])
+    return named
+
+
+def _to_host(values: torch.Tensor) -> torch.Tensor:
+    if values.device.type == "cpu":
+        return values
+    return torch.empty(values.shape, dtype=values.dtype, pin_memory=True).copy_(values, non_blocking=True)
