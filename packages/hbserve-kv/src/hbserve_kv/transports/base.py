@@ -15,8 +15,8 @@ from hbserve_kv.transports.rendezvous import HeldRendezvous, Rendezvous
 T = TypeVar("T")
 
 GPU_PART_BYTES = 1 << 30
-"""For `max_part_bytes` of transports that move GPU memory: to wait for the end of a part takes two changes of thread
-and a round of the device, in which more than 64 MiB could move."""
+"""For `max_part_bytes` of transports that move GPU memory: to queue a part and to hear of its end takes two changes of
+thread, in which more than 64 MiB could move."""
 
 COPY_PRIORITY = -1
 """Of CUDA streams that move blocks; less is more urgent, and the computation's have 0. So a kernel that copies gets the
