@@ -1,16 +1,19 @@
 """Parts whose blocks are not computed yet, and parts that a device moves by itself: neither holds up another one."""
 
 import asyncio
+import contextlib
 import threading
 
 import pytest
 import torch
 
 from hbserve_kv import Outcome
+from hbserve_kv.memory import shared_memory
 from hbserve_kv.memory.events import EventWatch
 from hbserve_kv.sending.connection import MAX_ANNOUNCED_PARTS
 from hbserve_kv.testing import CHECKS, LoopbackNetwork, run_check
 from hbserve_kv.testing.loopback import LoopbackTransport, TwoSidedLoopbackTransport
+from hbserve_kv.transports import ipc, nccl
 
 
 class Event:
@@ -395,6 +398,78 @@ async def test_an_event_watch_asks_about_all_at_once_and_stops_asking_when_all_h
     event = Event()
     event.happen()
     assert await watch.until(event, since=Event()) == pytest.approx(0.007)
+
+
+class RecordedEvent(Event):
+    """A CUDA event of a device that does everything at once."""
+
+    def __init__(self, enable_timing=False):
+        super().__init__()
+        self.record = self.happen
+
+
+class Stream:
+    cuda_stream = 0
+
+    def __init__(self, *_, **__): ...
+
+    def wait_event(self, event):
+        assert event.query()
+
+    def synchronize(self): ...
+
+
+@pytest.fixture
+def without_cuda(monkeypatch):
+    """What transports do on a GPU is done on the CPU, with events and streams that look like CUDA's."""
+    monkeypatch.setattr(torch.cuda, "Event", RecordedEvent)
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda _: contextlib.nullcontext())
+    make_group, map_memory = nccl.NcclTransport._make_group, ipc.IpcTransport._map
+
+    def make_gpu_group(transport, *arguments):
+        group = make_group(transport, *arguments)
+        group.on_gpu, group.stream = True, Stream()
+        return group
+
+    def map_gpu_memory(transport, link):
+        target = map_memory(transport, link)
+        target.copy_blocks = transport._compiled_copy(link, transport._memory.block_bytes)
+        return target
+
+    monkeypatch.setattr(nccl.NcclTransport, "_make_group", make_gpu_group)
+    monkeypatch.setattr(ipc.IpcTransport, "_map", map_gpu_memory)
+    monkeypatch.setattr(ipc.IpcTransport, "waits_on_device", True)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU the tests below show more")
+@pytest.mark.parametrize("way", ["nccl", "ipc, kernel", "ipc, copy engine"])
+async def test_what_is_queued_for_a_device_moves_every_block(way, managers, monkeypatch, without_cuda):
+    source, target = torch.rand(64, 2, 3, 64), torch.zeros(64, 2, 3, 64)
+    engine_copies = []
+
+    def copy(to, of, num_bytes, stream):
+        engine_copies.append(num_bytes)
+        shared_memory.copy(to, of, num_bytes)
+
+    monkeypatch.setattr("hbserve_kv.memory.cuda_ipc.copy", copy)
+    monkeypatch.setattr(ipc, "COPIES_BY_ENGINE", "engine" in way)
+    backend = way.partition(",")[0]
+    sender, receiver = await managers(0, backend, source), await managers(1, backend, target)
+    ready = RecordedEvent()
+    ready.record()
+    async with asyncio.timeout(20):
+        for name, given in [("first", [1, 7, 30, 31]), ("second", [12, 13, 14, 2])]:
+            posted = receiver.post_receive(name, [5, 6, 9, 1])
+            transfer = await sender.open_send(name, posted.grant)
+            transfer.push(given[:2], 0, ready)
+            transfer.push(given[2:], 2)
+            sent, received = await transfer.commit(), await posted.wait()
+            assert (sent.outcome, received.outcome) == (Outcome.COMPLETED, Outcome.COMPLETED)
+            assert (sent.time_s, received.time_s) == pytest.approx((0.014, 0.014)), "as the device measured it"
+            assert torch.equal(target[[5, 6, 9, 1]], source[given])
+    block = source[0].nbytes
+    assert engine_copies == ([block, block, block, block, 2 * block, block, block] if "engine" in way else [])
 
 
 @pytest.mark.gpu
