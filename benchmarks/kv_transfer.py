@@ -219,9 +219,9 @@ class Way:
 
 
 WAYS = (
-    Way("ipc, kernel, normal priority", "ipc", {"COPY_PRIORITY": 0}),
-    Way("ipc, kernel, high priority", "ipc", {}),
-    Way("ipc, copy engine", "ipc", {"COPIES_BY_ENGINE": 1}),
+    Way("ipc, kernel, normal priority", "ipc", {"COPY_PRIORITY": 0, "ENGINE_BLOCK_BYTES": 1 << 62}),
+    Way("ipc, kernel, high priority", "ipc", {"ENGINE_BLOCK_BYTES": 1 << 62}),
+    Way("ipc, copy engine", "ipc", {"ENGINE_BLOCK_BYTES": 0}),
     Way("nccl, normal priority, 32 CTAs", "nccl", {"COPY_PRIORITY": 0, "MOST_CTAS": 32}),
     Way("nccl, high priority, 32 CTAs", "nccl", {"MOST_CTAS": 32}),
     Way("nccl, high priority, 16 CTAs", "nccl", {"MOST_CTAS": 16}),

@@ -76,7 +76,7 @@ def _write_model(folder: Path, name: str) -> None:
 
     class_name, changes, shard_size = MODELS[name]
     config = getattr(transformers, class_name)(**(SMALL | changes))
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         for parameter_name, parameter in model.named_parameters():

@@ -453,7 +453,7 @@ async def test_what_is_queued_for_a_device_moves_every_block(way, managers, monk
         shared_memory.copy(to, of, num_bytes)
 
     monkeypatch.setattr("hbserve_kv.memory.cuda_ipc.copy", copy)
-    monkeypatch.setattr(ipc, "COPIES_BY_ENGINE", "engine" in way)
+    monkeypatch.setattr(ipc, "ENGINE_BLOCK_BYTES", 0 if "engine" in way else 1 << 62)
     backend = way.partition(",")[0]
     sender, receiver = await managers(0, backend, source), await managers(1, backend, target)
     ready = RecordedEvent()
@@ -477,7 +477,12 @@ async def test_what_is_queued_for_a_device_moves_every_block(way, managers, monk
 async def test_on_a_gpu_a_transfer_waits_for_its_step_and_another_does_not(backend, managers):
     source, target = torch.rand(64, 2, 3, 64, device="cuda"), torch.zeros(64, 2, 3, 64, device="cuda")
     sender, receiver = await managers(0, backend, source), await managers(1, backend, target)
-    await (await sender.open_send("connects", receiver.post_receive("connects", []).grant)).commit()
+    # CUDA loads a kernel when it is first wanted, and may wait for the device then.
+    source[10] = 4.0
+    first = await sender.open_send("loads", receiver.post_receive("loads", [40, 42, 50, 51]).grant)
+    for place, block_ids in enumerate(([30], [32], [34, 35])):
+        first.push(block_ids, place)
+    assert (await first.commit()).outcome is Outcome.COMPLETED
     (a, b), _ = await open_two(sender, receiver)
     step, event = torch.cuda.Stream(), torch.cuda.Event()
     with torch.cuda.stream(step):
@@ -500,5 +505,5 @@ async def test_on_a_gpu_a_transfer_waits_for_its_step_and_another_does_not(backe
 @pytest.mark.gpu
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
 async def test_copy_engines_conform(check, monkeypatch):
-    monkeypatch.setattr("hbserve_kv.transports.ipc.COPIES_BY_ENGINE", True)
+    monkeypatch.setattr("hbserve_kv.transports.ipc.ENGINE_BLOCK_BYTES", 0)
     await run_check(check, backend="ipc", device="cuda")

@@ -46,6 +46,7 @@ async def test_the_store_of_a_process_group_gives_up_after_its_timeout():
         await asyncio.to_thread(store.get, "nobody tells it")
     await asyncio.to_thread(store.set, "told", b"value")
     await asyncio.to_thread(store.wait, ["told"])
+    assert not store.check(["exception_dump"]), "what NCCL's watchdog looks for"
     assert await asyncio.to_thread(store.get, "told") == b"value"
 
 

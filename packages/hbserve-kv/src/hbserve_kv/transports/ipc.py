@@ -35,8 +35,10 @@ class _Description(msgspec.Struct, frozen=True):
     device_regions: dict[str, DeviceRegion]
 
 
-COPIES_BY_ENGINE = False
-"""Whole blocks by the GPU's copy engines, and not by a kernel, which takes processors from the computation."""
+ENGINE_BLOCK_BYTES = 512 << 10
+"""Whole blocks from this length on are copied by the GPU's copy engines, one call for each run of neighbours; others by
+a kernel, which is some faster alone and takes processors from the computation: beside the products of a prefill, a
+gigabyte costs these 2.7 ms by a kernel and 1.0 ms by an engine, at the same rate (docs/performance.md)."""
 
 
 @dataclass
@@ -176,7 +178,7 @@ class IpcTransport(Transport):
             if part.ready is not None:
                 stream.wait_event(part.ready)
             began.record()
-            if COPIES_BY_ENGINE and link.heads is None and link.peer_heads is None:
+            if self._memory.block_bytes >= ENGINE_BLOCK_BYTES and link.heads is None and link.peer_heads is None:
                 to, of = rows.data_ptr(), self._memory.rows(part.region).data_ptr()
                 for here, there, size in pieces(self._memory, None, None, 1, part.block_ids, part.target_block_ids):
                     cuda_ipc.copy(to + there, of + here, size, stream.cuda_stream)

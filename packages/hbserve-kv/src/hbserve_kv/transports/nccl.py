@@ -45,9 +45,10 @@ PACKED_BYTES, LONGEST_BYTES = 1 << 20, 16 << 20
 NCCL_MESSAGE_BYTES, STAGED_MESSAGE_BYTES = 128 << 20, 32 << 20
 """Of GPU memory. NCCL needs 0.07 ms for a message besides its bytes, in which 25 MB could move between two GPUs; pinned
 host memory, through which Gloo's go, is slow to make."""
-MOST_CTAS = 16
+MOST_CTAS = 32
 """Of NCCL's kernels: each takes a processor of the GPU from a prefill or decode step for as long as a message moves,
-and the receiver's also while it waits for one. Both sides must have the same."""
+and the receiver's also while it waits for one. Half as many move half as much, and a gigabyte costs the products of a
+prefill more, 5.0 ms and not 3.3 (docs/performance.md). Both sides must have the same."""
 MESSAGES_AT_ONCE = 1
 """And one more that is gathered or scattered: two messages are a link's staging memory."""
 
