@@ -110,7 +110,8 @@ def test_the_file_the_keywords_and_the_instance_have_the_same_settings_with_the_
             )
 
 
-NUMBERS = [name for name, field in ENGINE_FIELDS.items() if plain_type(field) in (int, int | None, float)]
+A_NUMBER = (int, int | None, int | Literal["auto"], float, float | None)
+NUMBERS = [name for name, field in ENGINE_FIELDS.items() if plain_type(field) in A_NUMBER]
 
 
 @pytest.mark.parametrize("name", NUMBERS)

@@ -4,7 +4,9 @@ import pytest
 
 from hbserve_core import BlockManager, InstanceConfig, InvalidInstanceConfig
 from hbserve_core.engine.batch_scheduler import BatchScheduler
+from hbserve_core.engine.chunk_sizes import ChunkSizes
 from hbserve_core.engine.sequence import NEXT_PHASES, Phase, Sequence
+from hbserve_core.engine.step_times import StepTimes
 from hbserve_rpc import SamplingParams
 
 BLOCK = 4
@@ -16,7 +18,8 @@ class Steps:
     def __init__(self, num_blocks: int, **settings: object) -> None:
         config = InstanceConfig(**{"model_path": "", "block_size": BLOCK, "chunk_size": 8, **settings})
         self.blocks = BlockManager(num_blocks, BLOCK)
-        self.scheduler = BatchScheduler(config, self.blocks)
+        self.step_times = StepTimes()
+        self.scheduler = BatchScheduler(config, self.blocks, ChunkSizes(config, self.step_times))
 
     def add(self, name: str, prompt: list[int], *, prefill_only: bool = False) -> Sequence:
         sequence = Sequence(name, list(prompt), len(prompt), SamplingParams(0, 1000), prefill_only=prefill_only)

@@ -124,11 +124,14 @@ class RandomRequests(RuleBasedStateMachine):
     @precondition(lambda self: self.engine is None)
     @rule(
         num_blocks=st.integers(4, 24), chunked=st.booleans(), caching=st.booleans(), num_seqs=st.integers(1, 6),
-        overlaps=st.booleans(),
+        overlaps=st.booleans(), chunk_size=st.sampled_from([5, "auto"]),
     )  # fmt: skip
-    def start(self, num_blocks: int, chunked: bool, caching: bool, num_seqs: int, overlaps: bool) -> None:
+    def start(
+        self, num_blocks: int, chunked: bool, caching: bool, num_seqs: int, overlaps: bool, chunk_size: Any
+    ) -> None:
         config = InstanceConfig(
-            model_path="", block_size=BLOCK, chunk_size=5, max_num_batched_tokens=16, max_chunk_prefill_tokens=12,
+            model_path="", block_size=BLOCK, chunk_size=chunk_size, max_num_batched_tokens=16,
+            max_chunk_prefill_tokens=12,
             chunked_prefill_enabled=chunked, prefix_caching=caching, max_num_seqs=num_seqs,
         )  # fmt: skip
         self.runner = TokenRunner(num_blocks, overlaps)

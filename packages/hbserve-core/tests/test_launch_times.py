@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from hbserve_core import Engine, InstanceConfig
-from hbserve_core.bench.simulated_device import SimulatedDevice, h100_8b_time_s
+from hbserve_core.bench.simulated_device import H100_8B, SimulatedDevice
 from hbserve_core.engine.outputs import Reservation
 from hbserve_core.engine.step_times import LATE_FROM_S, POLL_S, StepTimes, StepWork
 from hbserve_core.instance.engine_thread import EngineThread
@@ -26,7 +26,7 @@ WARM_UP = 40
 class Simulation:
     """Stands for the queue of commands, the event loop and the clock of one EngineThread."""
 
-    def __init__(self, time_s: Any = h100_8b_time_s, host_time_s: Any = lambda: HOST_S, **settings: Any) -> None:
+    def __init__(self, time_s: Any = H100_8B, host_time_s: Any = lambda: HOST_S, **settings: Any) -> None:
         model = SimpleNamespace(vocab_size=50, max_model_len=1 << 20, eos_token_ids=(0,))
         self.device = SimulatedDevice(model, 20_000, time_s, host_time_s)
         config = InstanceConfig(model_path="", prefix_caching=False, **({"max_num_batched_tokens": 8192} | settings))
@@ -150,7 +150,7 @@ def test_the_device_idles_less_than_a_hundredth_although_hosts_and_devices_vary(
     dice = random.Random(1)
 
     def time_s(work: StepWork) -> float:
-        return h100_8b_time_s(work) * dice.uniform(0.98, 1.02)
+        return H100_8B(work) * dice.uniform(0.98, 1.02)
 
     simulation = Simulation(time_s, lambda: dice.choice([0.0003, 0.0005, 0.0011]), chunk_size=512)
     arrival = 0.0
@@ -171,7 +171,7 @@ def test_the_device_idles_less_than_a_hundredth_although_hosts_and_devices_vary(
 def test_requests_join_the_next_step_with_few_exceptions_where_hosts_and_devices_vary():
     dice = random.Random(2)
     simulation = decoding(
-        time_s=lambda work: h100_8b_time_s(work) * dice.uniform(0.98, 1.02),
+        time_s=lambda work: H100_8B(work) * dice.uniform(0.98, 1.02),
         host_time_s=lambda: dice.choice([0.0003, 0.0005, 0.0011]),
     )
     arrivals = {f"new {i}": 0.5 + 0.0103 * i for i in range(100)}
@@ -234,13 +234,13 @@ def test_the_end_of_a_step_is_predicted_from_its_bytes_and_operations():
     assert times.predict_s(work()) is None
     for _ in range(1500):
         seen = work()
-        times.learn(seen, h100_8b_time_s(seen) * dice.uniform(0.99, 1.01))
+        times.learn(seen, H100_8B(seen) * dice.uniform(0.99, 1.01))
     errors = []
     for _ in range(300):
         asked = work()
         if times.predict_s(asked) is None:
             continue
-        errors.append(abs(times.predict_s(asked) / h100_8b_time_s(asked) - 1))
+        errors.append(abs(times.predict_s(asked) / H100_8B(asked) - 1))
     errors.sort()
     assert len(errors) > 250
     assert errors[len(errors) // 2] < 0.02

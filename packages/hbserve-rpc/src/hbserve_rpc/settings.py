@@ -12,7 +12,7 @@ import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import NoneType
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 import msgspec
 
@@ -70,8 +70,12 @@ class EngineSettings(msgspec.Struct, kw_only=True):
 
     chunked_prefill_enabled: Annotated[bool, In("chunked_prefill")] = True
     """Compute a prompt in several steps, together with the tokens of other requests."""
-    chunk_size: Annotated[int, In("chunked_prefill"), POSITIVE] = 512
-    """Most prompt tokens of one request in one step."""
+    chunk_size: Annotated[int | Literal["auto"], In("chunked_prefill"), POSITIVE] = 512
+    """Most prompt tokens of one request in one step. "auto" chooses by how long steps take, by a prompt's length and by
+    what else waits."""
+    itl_target_ms: Annotated[float | None, In("chunked_prefill"), Bounds(0.1)] = None
+    """With chunk_size "auto": a step with prompt tokens is to take no longer than this, for the sequences that decode
+    beside them. None: as long as suits prompts."""
     max_chunk_prefill_tokens: Annotated[int, In("chunked_prefill"), POSITIVE] = 4096
     """Most prompt tokens of all requests together in one step."""
 
@@ -118,20 +122,28 @@ class KVTransferSettings(msgspec.Struct, frozen=True, kw_only=True):
 
 def out_of_bounds(settings: msgspec.Struct) -> Iterator[tuple[str, object, Bounds]]:
     """Name, value and bounds of each field that has bounds and whose value is not allowed."""
-    for name, (bounds, optional) in _bounded_fields(type(settings)).items():
+    for name, (bounds, others) in _bounded_fields(type(settings)).items():
         value = getattr(settings, name)
-        if not bounds.allow(value) and not (optional and value is None):
+        if not bounds.allow(value) and value not in others:
             yield name, value, bounds
 
 
 @functools.cache
-def _bounded_fields(struct: type[msgspec.Struct]) -> dict[str, tuple[Bounds, bool]]:
-    """Bounds of each field that has some, and whether it may be None too."""
+def _bounded_fields(struct: type[msgspec.Struct]) -> dict[str, tuple[Bounds, tuple[object, ...]]]:
+    """Bounds of each field that has some, and what it may be besides numbers."""
     return {
-        field.name: (bounds, NoneType in get_args(get_args(field.type)[0]))
+        field.name: (bounds, tuple(_no_numbers(get_args(field.type)[0])))
         for field in msgspec.structs.fields(struct)
         for bounds in _metadata(field.type, Bounds)
     }
+
+
+def _no_numbers(kind: Any) -> Iterator[object]:
+    for choice in get_args(kind):
+        if choice is NoneType:
+            yield None
+        elif get_origin(choice) is Literal:
+            yield from get_args(choice)
 
 
 def _metadata(annotated: Any, kind: type[T]) -> list[T]:

@@ -218,7 +218,9 @@ def _explain(message: str, content: Any) -> str:
     for name, index in keys:
         value = value[name] if name else value[int(index)]
     allowed_values = _choices_at(path)
-    detail = f"expected one of {', '.join(allowed_values)}" if allowed_values else what[:1].lower() + what[1:]
+    or_number = "`int`, or " if int in getattr(_type_at(path) if path else None, "__args__", ()) else ""
+    one_of_them = f"expected {or_number}one of {', '.join(allowed_values)}"
+    detail = one_of_them if allowed_values else what[:1].lower() + what[1:]
     return f"{path or 'the file'}={shown(value)}: {detail}"
 
 
@@ -238,4 +240,7 @@ def _fields_at(path: str) -> list[str]:
 
 def _choices_at(path: str) -> list[str]:
     found = _type_at(path) if path else None
-    return [str(choice) for choice in getattr(found, "__args__", ()) if isinstance(choice, str)]
+    choices = getattr(found, "__args__", ())
+    # Of a number that may be a word instead, the words are one level deeper.
+    nested = [word for choice in choices for word in getattr(choice, "__args__", ())]
+    return [str(choice) for choice in (*choices, *nested) if isinstance(choice, str)]

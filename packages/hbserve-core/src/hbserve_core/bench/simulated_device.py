@@ -5,6 +5,7 @@ and without waiting for it.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from math import hypot
 
 import torch
@@ -15,10 +16,26 @@ from hbserve_core.engine.step_times import StepWork
 from hbserve_core.model.model_config import ModelConfig
 
 
-def h100_8b_time_s(work: StepWork) -> float:
-    """A step of an 8B model on an H100, in bfloat16, within some 15 % of what docs/performance.md has: products that
-    read all weights or are bound by operations, keys and values that are read, and attention's operations."""
-    return 1e-3 * hypot(5.3, 0.0245 * work.num_tokens) + 4.8e-8 * work.num_keys + 0.5e-9 * work.num_pairs
+@dataclass(frozen=True)
+class StepLaw:
+    """How long a device takes for a step: products that read all weights or are bound by operations, keys and values
+    that are read, attention's operations, and what no step goes without."""
+
+    weights_s: float
+    token_s: float
+    key_s: float
+    pair_s: float
+    least_s: float = 0.0
+
+    def __call__(self, work: StepWork) -> float:
+        products = hypot(self.weights_s, self.token_s * work.num_tokens)
+        return self.least_s + products + self.key_s * work.num_keys + self.pair_s * work.num_pairs
+
+
+H100_8B = StepLaw(weights_s=5.3e-3, token_s=24.5e-6, key_s=4.8e-8, pair_s=0.5e-9)
+"""Qwen3-8B's shape in bfloat16, within some 15 % of what docs/performance.md has."""
+H100_06B = StepLaw(weights_s=0.4e-3, token_s=2.0e-6, key_s=3.7e-8, pair_s=0.23e-9, least_s=1.2e-3)
+"""Qwen3-0.6B's shape, the same."""
 
 
 class SimulatedDevice:

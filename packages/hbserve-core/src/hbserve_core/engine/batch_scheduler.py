@@ -1,24 +1,28 @@
 """Choice of the tokens, of which sequences, that the next step computes.
 
-One token budget for everything: decodes first, then chunks of prompts that have begun, then new sequences. A sequence
-gets the blocks of all its known tokens when it is admitted; from then on it grows by a block at a time, and if none is
-left, the newest sequence gives all of its blocks up and is computed again later.
+One token budget for everything: decodes first, then chunks of prompts that have begun, then new sequences; with
+`chunk_size: auto` what is short comes before what is long, begun or new. A sequence gets the blocks of all its known
+tokens when it is admitted; from then on it grows by a block at a time, and if none is left, the newest sequence gives
+all of its blocks up and is computed again later.
 """
 
 from array import array
 from collections import Counter, deque
 from collections.abc import Callable, Collection
+from itertools import islice
 
 from hbserve_core.config import InstanceConfig
 from hbserve_core.engine.block_manager import BlockManager
+from hbserve_core.engine.chunk_sizes import MOST_OVERTAKERS, ChunkSizes
 from hbserve_core.engine.sequence import Phase, ScheduledChunk, Sequence
 
 
 class BatchScheduler:
     """The queues of one engine, one for each phase that counts. `move` is all that changes a phase or a queue."""
 
-    def __init__(self, config: InstanceConfig, blocks: BlockManager) -> None:
+    def __init__(self, config: InstanceConfig, blocks: BlockManager, chunk_sizes: ChunkSizes) -> None:
         self._config = config
+        self._chunk_sizes = chunk_sizes
         self._blocks = blocks
         self.waiting: deque[Sequence] = deque()
         self.running: deque[Sequence] = deque()
@@ -57,11 +61,16 @@ class BatchScheduler:
     def schedule(self) -> list[ScheduledChunk]:
         """The next step; empty if nothing can be computed now. Blocks for it are allocated."""
         self._budget = self._config.max_num_batched_tokens
-        self._prefill_budget = self._config.max_chunk_prefill_tokens
         preemptions = self.num_preemptions
         batch = self._decodes()
-        batch += self._chunks([sequence for sequence in self.running if sequence.num_uncomputed_tokens > 1])
-        if self.num_preemptions == preemptions:
+        may_admit = self.num_preemptions == preemptions
+        begun = [sequence for sequence in self.running if sequence.num_uncomputed_tokens > 1]
+        self._prefill_budget = self._chunk_sizes.of_step(batch, begun, self.waiting)
+        if self._chunk_sizes.is_adaptive:
+            batch += self._short_chunks(begun, may_admit)
+            begun = [sequence for sequence in begun if not self._is_short(sequence)]
+        batch += self._chunks(begun)
+        if may_admit:
             batch += self._admissions()
         return batch
 
@@ -104,16 +113,16 @@ class BatchScheduler:
     def _chunks(self, sequences: list[Sequence]) -> list[ScheduledChunk]:
         batch = []
         for sequence in sequences:
-            if count := self._chunk_size(sequence.num_uncomputed_tokens):
+            if count := self._chunk_size(sequence, sequence.num_uncomputed_tokens):
                 self._budget -= count
-                self._prefill_budget -= count
+                self._prefill_budget = max(0, self._prefill_budget - count)
                 batch.append(ScheduledChunk(sequence, count))
         return batch
 
-    def _chunk_size(self, wanted: int) -> int:
+    def _chunk_size(self, sequence: Sequence, wanted: int) -> int:
         """How many of `wanted` tokens this step may compute; without chunking, all of a prompt or nothing."""
         if self._config.chunked_prefill_enabled:
-            return min(wanted, self._config.chunk_size, self._budget, self._prefill_budget)
+            return self._chunk_sizes.of(sequence, wanted, self._prefill_budget, self._budget)
         if wanted <= self._config.max_num_batched_tokens:
             return wanted if wanted <= self._budget else 0
         # Longer than a prompt may be: what a preempted sequence computes again, its output included.
@@ -121,17 +130,50 @@ class BatchScheduler:
 
     def _admissions(self) -> list[ScheduledChunk]:
         batch: list[ScheduledChunk] = []
-        while self.waiting and len(self.running) + self.num_reserved < self._config.max_num_seqs:
-            sequence = self.waiting[0]
-            # At least the last known token is computed: the next one is sampled from it.
-            prefix = self._find_prefix(sequence, sequence.num_tokens - 1)
-            count = self._chunk_size(sequence.num_tokens - len(prefix) * self._blocks.block_size)
-            if count == 0 or not self._allocate(sequence, prefix, self._blocks.allocate):
-                break
-            sequence.num_computed_tokens = sequence.num_cached_tokens
-            self.move(sequence, Phase.RUNNING)
-            batch += self._chunks([sequence])
+        while self.waiting and (chunk := self._admit(self.waiting[0])):
+            batch += chunk
         return batch
+
+    def _is_short(self, sequence: Sequence) -> bool:
+        return self._chunk_sizes.is_short(sequence.num_uncomputed_tokens)
+
+    def _short_chunks(self, begun: list[Sequence], may_admit: bool) -> list[ScheduledChunk]:
+        """Of short prompts, the shortest first, and then of new ones. A long one that has begun keeps a share."""
+        short = [sequence for sequence in begun if self._is_short(sequence)]
+        kept = self._chunk_sizes.left_for_long(self._prefill_budget) if len(short) < len(begun) else 0
+        self._prefill_budget -= kept
+        batch = self._chunks(sorted(short, key=lambda sequence: sequence.num_uncomputed_tokens))
+        if may_admit:
+            batch += self._short_admissions()
+        self._prefill_budget += kept
+        return batch
+
+    def _short_admissions(self) -> list[ScheduledChunk]:
+        """New prompts that overtake longer ones, if there is room for the first of these too."""
+        batch: list[ScheduledChunk] = []
+        for sequence in list(islice(self.waiting, MOST_OVERTAKERS)):
+            if self._prefill_budget == 0:
+                break
+            if self._is_short(sequence):
+                first = self.waiting[0].num_tokens if sequence is not self.waiting[0] else 0
+                needed = self._blocks.num_blocks_for(first) + self._blocks.num_blocks_for(sequence.num_tokens)
+                if self._blocks.num_free < needed + self._watermark:
+                    break
+                batch += self._admit(sequence)
+        return batch
+
+    def _admit(self, sequence: Sequence) -> list[ScheduledChunk]:
+        """Its first chunk; none: there is no room."""
+        if len(self.running) + self.num_reserved >= self._config.max_num_seqs:
+            return []
+        # At least the last known token is computed: the next one is sampled from it.
+        prefix = self._find_prefix(sequence, sequence.num_tokens - 1)
+        count = self._chunk_size(sequence, sequence.num_tokens - len(prefix) * self._blocks.block_size)
+        if count == 0 or not self._allocate(sequence, prefix, self._blocks.allocate):
+            return []
+        sequence.num_computed_tokens = sequence.num_cached_tokens
+        self.move(sequence, Phase.RUNNING)
+        return self._chunks([sequence])
 
     def _find_prefix(self, sequence: Sequence, num_tokens: int) -> list[int]:
         """Cached blocks among those that `num_tokens` fill."""

@@ -10,6 +10,7 @@ from typing import NamedTuple
 from hbserve_core.config import InstanceConfig
 from hbserve_core.engine.batch_scheduler import BatchScheduler
 from hbserve_core.engine.block_manager import BlockManager
+from hbserve_core.engine.chunk_sizes import ChunkSizes
 from hbserve_core.engine.outputs import NO_LOGITS, EngineStats, Reservation, StepOutput
 from hbserve_core.engine.request_limits import RequestLimits
 from hbserve_core.engine.runner import PendingStep, Runner
@@ -31,6 +32,7 @@ class StepInFlight(NamedTuple):
     read: PendingStep
     number: int
     launched_at: float
+    """When it could begin; without overlap it did, and has been computed by now."""
 
 
 class Engine:
@@ -54,13 +56,13 @@ class Engine:
         self._model = runner.model_config
         self.blocks = BlockManager(runner.pool.shape[0], config.block_size, prefix_caching=config.prefix_caching)
         self.limits = RequestLimits(config, self._model.vocab_size, self._model.max_model_len, self.blocks.num_blocks)
-        self._scheduler = BatchScheduler(config, self.blocks)
-        self._sequences: dict[str, Sequence] = {}
-        """All whose id is in use, by it."""
-        self._in_flight: StepInFlight | None = None
         # The other ranks' hosts would have to be waited for too, and nobody knows how long these need.
         several = config.tensor_parallel_size > 1
         self._launch_times = LaunchTimes(clock, runner, always_at_once=several)
+        self._scheduler = BatchScheduler(config, self.blocks, ChunkSizes(config, self._launch_times.step_times))
+        self._sequences: dict[str, Sequence] = {}
+        """All whose id is in use, by it."""
+        self._in_flight: StepInFlight | None = None
         self._granted: list[tuple[Reservation, int]] = []
         """Not reported yet, with the number of the last step that may touch the blocks."""
         self._num_generated = self._num_prefilled = 0
@@ -193,10 +195,12 @@ class Engine:
         return outputs
 
     def _launch(self, batch: list[ScheduledChunk]) -> StepInFlight:
+        begin = self._clock()
         read = self._runner.launch(batch)
         self.blocks.last_launched += 1
         chunks = [(chunk.sequence, chunk.first, chunk.num_new_tokens) for chunk in batch]
-        return StepInFlight(chunks, read, self.blocks.last_launched, self._clock())
+        launched_at = self._clock() if self._runner.overlaps else begin
+        return StepInFlight(chunks, read, self.blocks.last_launched, launched_at)
 
     def _begin(self, step: StepInFlight | None) -> None:
         """Count a launched step's tokens as computed, so that the next one can be scheduled before it has been."""
@@ -219,7 +223,7 @@ class Engine:
         self._in_flight = None
         if step is None:
             return []
-        waited_from = self._clock()
+        waited_from = self._clock() if self._runner.overlaps else step.launched_at
         result = step.read()
         begin, outputs = self._clock(), []
         self._launch_times.ended(waited_from, begin, next_host_time_s)

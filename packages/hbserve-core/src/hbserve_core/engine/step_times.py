@@ -51,6 +51,14 @@ class StepWork(NamedTuple):
             return cls(tokens, keys, 2 * keys - tokens)
         return cls(tokens, keys, sum([count * (2 * first + count) for _, first, count in chunks]))
 
+    def with_chunk(self, first: int, count: int) -> "StepWork":
+        """The same, and `count` tokens of a prompt behind its first `first`."""
+        return StepWork(
+            self.num_tokens + count,
+            self.num_keys + first + count,
+            self.num_pairs + count * (2 * first + count),
+        )
+
 
 class _Fit:
     """Least squares of the times of steps with similar numbers of tokens, one after the other, and what these were
