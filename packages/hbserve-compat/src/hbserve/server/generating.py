@@ -42,7 +42,7 @@ async def _endpoint(request: Request, kind: type[B], answer: Any) -> Watched:
     content = await read_object(request, service.max_body_bytes)
     model = service.require_model()
     body = converted(content, kind)
-    require_served(body, request.url.path)
+    require_served(body, request.scope["path"].removeprefix(request.scope.get("root_path", "")))
     if body.stream_options is not None and not body.stream:
         raise ApiError(400, "stream_options: only with stream=true", param="stream_options")
     headers = ignored_header(ignored_fields(content, kind))
