@@ -80,6 +80,11 @@ def test_openai_raises_the_errors_that_it_has_for_what_is_refused(client):
 BODIES = {
     "a chat": ("/v1/chat/completions", {"messages": QUESTION, "n": 2, **GREEDY}),
     "a chat with token ids": ("/v1/chat/completions", {"messages": QUESTION, "return_token_ids": True, **GREEDY}),
+    "a chat with logprobs": (
+        "/v1/chat/completions",
+        {"messages": QUESTION, "logprobs": True, "top_logprobs": 3, **GREEDY},
+    ),
+    "a completion with logprobs": ("/v1/completions", {"prompt": "Once", "logprobs": 2, **GREEDY}),
     "a completion": ("/v1/completions", {"prompt": ["a", "b"], "n": 2, "echo": True, **GREEDY}),
 }
 

@@ -50,7 +50,7 @@ class FakeEvents:
             left = self._request.params.max_tokens - given
             if left <= len(step):
                 reason = "length"
-            yield TokenEvent(given, step[:left])
+            yield TokenEvent(given, step[:left], logprobs=self._logprobs(step[:left]))
             given += len(step[:left])
             if reason == "length":
                 break
@@ -72,6 +72,14 @@ class FakeEvents:
             prefill_instance="p0",
             decode_instance="d0",
         )
+
+    def _logprobs(self, token_ids: list[int]) -> list[dict[int, float]]:
+        """Tokens 3, 4 … are the most likely ones everywhere; the one that is there is impossible."""
+        count = self._request.params.logprobs
+        if count is None:
+            return []
+        most_likely = {3 + place: -1.0 - place for place in range(count)}
+        return [most_likely | {token_id: float("-inf")} for token_id in token_ids]
 
     def _end(self) -> None:
         self._scheduler.running.pop(self._request.request_id, None)

@@ -36,13 +36,14 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
 
 
 @pytest.fixture(scope="module")
-def expected() -> dict[str, str]:
+def expected() -> dict[str, Any]:
     """Greedy answers of an LLM in this process, to the question as a prompt and as a message."""
     with LLM(demo_model_path(), num_kvcache_blocks=64) as llm:
         chat = llm.tokenizer.apply_chat_template(QUESTION, add_generation_prompt=True, return_dict=False)
         prompts = [QUESTION[0]["content"], chat]
-        answers = llm.generate(prompts, SamplingParams(0, NUM_TOKENS), use_tqdm=False)
-    return {"/v1/completions": answers[0]["text"], "/v1/chat/completions": answers[1]["text"]}
+        answers = llm.generate(prompts, SamplingParams(0, NUM_TOKENS, logprobs=2), use_tqdm=False)
+    logprobs = [list(each.values())[:2] for each in answers[1]["logprobs"]]
+    return {"/v1/completions": answers[0]["text"], "/v1/chat/completions": answers[1]["text"], "logprobs": logprobs}
 
 
 def ask(server: Served, path: str, **body: Any) -> list[str]:
@@ -70,6 +71,17 @@ def test_greedy_text_is_that_of_an_llm_whole_and_streamed_once_and_four_times(se
     assert ask(server, path, stream=stream, **NEUTRAL) == [expected[path]]
     assert ask(server, path, stream=stream, n=4) == [expected[path]] * 4
     server.until_empty()
+
+
+def test_logprobs_over_http_are_those_of_an_llm(server, expected):
+    body = {"messages": QUESTION, "temperature": 0, "max_tokens": NUM_TOKENS, "logprobs": True, "top_logprobs": 2}
+    answer = httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=60).json()
+    entries = answer["choices"][0]["logprobs"]["content"]
+    found = [[each["logprob"] for each in entry["top_logprobs"]] for entry in entries]
+    assert len(found) == answer["usage"]["completion_tokens"]
+    for place, (each, there) in enumerate(zip(found, expected["logprobs"], strict=True)):
+        assert each == pytest.approx(there, abs=1e-4), place
+        assert entries[place]["logprob"] == each[0], "greedy: the most likely one"
 
 
 def test_clients_of_the_rpc_are_served_beside_those_of_http(server, expected):

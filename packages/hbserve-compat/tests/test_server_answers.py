@@ -98,10 +98,12 @@ async def test_the_length_of_an_answer_that_does_not_say_is_16_or_the_rest_of_th
 
 async def test_parameters_arrive_and_nulls_are_as_if_they_were_not_there(server):
     given = {"temperature": 0, "top_p": 0.5, "top_k": 3, "stop": "x", "stop_token_ids": [9], "ignore_eos": True}
+    given |= {"presence_penalty": 1, "frequency_penalty": 0.5, "repetition_penalty": 1.5, "logit_bias": {"5": 1.5}}
+    given |= {"min_p": 0.25, "min_tokens": 2}
     await server.complete(**given)
-    await server.complete(**dict.fromkeys(given), frequency_penalty=None, logprobs=None, seed=None, best_of=None)
+    await server.complete(**dict.fromkeys(given), logprobs=None, seed=None, best_of=None)
     (_, params), (_, neutral) = server.scheduler.asked
-    assert {name: getattr(params, name) for name in given} == given | {"stop": ["x"]}
+    assert {name: getattr(params, name) for name in given} == given | {"stop": ["x"], "logit_bias": {5: 1.5}}
     assert (neutral.temperature, neutral.stop, neutral.top_k, neutral.ignore_eos) == (1.0, [], -1, False)
 
 
@@ -126,6 +128,36 @@ async def test_token_ids_are_returned_when_they_are_asked_for(server):
     chunks = chunks_of(await server.chat(return_token_ids=True, stream=True))
     assert [id_ for chunk in chunks for each in chunk["choices"] for id_ in each["token_ids"]] == tokens
     assert len(chunks[0]["choices"][0]["prompt_token_ids"]) == len("<user>hi")
+
+
+async def test_logprobs_of_a_chat_are_entries_of_tokens_with_their_bytes(server):
+    server.answers("ö", "k")
+    choice = (await server.chat(logprobs=True, top_logprobs=2)).json()["choices"][0]
+    entries = choice["logprobs"]["content"]
+    assert [entry["bytes"] for entry in entries] == [[0xC3], [0xB6], [ord("k")]]
+    assert [entry["token"] for entry in entries] == ["\ufffd", "\ufffd", "k"]
+    assert {entry["logprob"] for entry in entries} == {-9999.0}, "JSON has no infinity"
+    likely = [each["logprob"] for each in entries[0]["top_logprobs"]]
+    assert likely == [-1.0, -2.0]
+    chunks = chunks_of(await server.chat(logprobs=True, top_logprobs=2, stream=True))
+    streamed = [each["choices"][0]["logprobs"] for each in chunks]
+    assert [entry for each in streamed if each for entry in each["content"]] == entries
+    alone = (await server.chat(logprobs=True)).json()["choices"][0]["logprobs"]["content"]
+    assert [entry["top_logprobs"] for entry in alone] == [[], [], []]
+
+
+async def test_logprobs_of_a_completion_are_four_lists_with_a_place_for_each_token(server):
+    server.answers("ab", "c")
+    found = (await server.complete(logprobs=1)).json()["choices"][0]["logprobs"]
+    assert (found["tokens"], found["text_offset"]) == (["a", "b", "c"], [0, 1, 2])
+    assert found["token_logprobs"] == [-9999.0] * 3
+    assert [set(each) for each in found["top_logprobs"]] == [{server.tokenizer.decode([3]), token} for token in "abc"]
+    streamed: dict[str, list] = {name: [] for name in found}
+    for chunk in chunks_of(await server.complete(logprobs=1, stream=True)):
+        for name, values in (chunk["choices"][0]["logprobs"] or {}).items():
+            streamed[name] += values
+    assert streamed == found
+    assert (await server.complete(logprobs=None)).json()["choices"][0]["logprobs"] is None
 
 
 async def test_echo_repeats_the_prompt_as_text(server):

@@ -83,7 +83,7 @@ def test_whatever_body_is_sent_is_answered_or_refused_by_name(small_model):
             runner.run(run())
 
         send()
-    assert min(statuses[200], statuses[400]) > 20, statuses
+    assert min(statuses[200], statuses[400]) >= 10, statuses
 
 
 LINE = st.sampled_from(

@@ -48,7 +48,8 @@ WRONG = {
     "another best_of": ({"best_of": 5}, "best_of", "best_of=5: is not served; expected null, 1, or n=1"),
     "options of no stream": ({"stream_options": {}}, "stream_options", "only with stream=true"),
     "an unknown format": ({"response_format": {"type": "json_object"}}, "response_format", "is not served"),
-    "a penalty": ({"frequency_penalty": 0.5}, "frequency_penalty", "0.5: is not served; expected null or 0.0"),
+    "a penalty": ({"frequency_penalty": 2.5}, "frequency_penalty", "frequency_penalty=2.5: expected a number"),
+    "a value that is not served": ({"length_penalty": 0.5}, "length_penalty", "is not served; expected null or 1.0"),
 }
 
 
@@ -76,6 +77,13 @@ async def test_a_field_that_is_not_served_may_have_its_neutral_values_only(serve
     }
     assert 400 in statuses
     assert statuses <= {200, 400}, "a field of the other endpoint is ignored"
+
+
+async def test_logprobs_are_bounded_and_those_of_prompts_are_refused(server):
+    assert error_of(await server.chat(logprobs=True, top_logprobs=21), 400)["param"] == "top_logprobs"
+    assert error_of(await server.chat(top_logprobs=2), 400)["param"] == "top_logprobs"
+    assert error_of(await server.complete(logprobs=21), 400)["param"] == "logprobs"
+    assert error_of(await server.complete(logprobs=1, echo=True), 400)["param"] == "logprobs"
 
 
 CHATS = {

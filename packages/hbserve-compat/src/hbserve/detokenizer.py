@@ -12,7 +12,8 @@ _decoders: "WeakKeyDictionary[Any, tuple[int, TokenDecoder]]" = WeakKeyDictionar
 """Of each tokenizer, while it lives: with its size then, since tokens may be added to it."""
 
 
-def _decoder_of(tokenizer: Any) -> TokenDecoder:
+def decoder_of(tokenizer: Any) -> TokenDecoder:
+    """Made once for each tokenizer."""
     size, decoder = _decoders.get(tokenizer, (None, None))
     if decoder is None or size != len(tokenizer):
         # Not the tokenizer itself: what a value holds, its key's weak reference does not let go.
@@ -35,7 +36,7 @@ class Detokenizer:
 
         min_tokens: in the text of the first so many tokens no stop string is looked for.
         """
-        decoder = None if tokenizer is None else _decoder_of(tokenizer)
+        decoder = None if tokenizer is None else decoder_of(tokenizer)
         self._tokenizer = tokenizer
         """The decoder does not keep it alive."""
         self._skipped = decoder.special_ids if decoder is not None and skip_special_tokens else frozenset()

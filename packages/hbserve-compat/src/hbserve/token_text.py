@@ -66,6 +66,10 @@ class TokenDecoder:
             found = self._bytes[token_id] = _bytes_of(self._tokenizer.convert_ids_to_tokens(token_id) or "")
         return found
 
+    def bytes_of(self, token_id: int) -> bytes:
+        """A token alone: it need not be a whole character."""
+        return self._bytes_of(token_id) if self._is_byte_level else self.decode([token_id]).encode()
+
     def decode(self, token_ids: list[int]) -> str:
         text: str = self._tokenizer.decode(token_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         return text

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from hbserve.results import GenerationDelta
+from hbserve.server.logprobs import TokenNames, of_chat
 from hbserve.server.message_parts import MessageParts, merged
 
 
@@ -14,8 +15,18 @@ class ChatChoices:
     chunk_name = "chat.completion.chunk"
 
     def __init__(
-        self, prompt: list[int], num_choices: int, make_parts: Callable[[], MessageParts], *, with_token_ids: bool
+        self,
+        names: TokenNames,
+        prompt: list[int],
+        num_choices: int,
+        make_parts: Callable[[], MessageParts],
+        *,
+        with_token_ids: bool,
+        num_top_logprobs: int,
     ) -> None:
+        self._names = names
+        self._num_top_logprobs = num_top_logprobs
+        self._logprobs: list[list[dict[str, Any]]] = [[] for _ in range(num_choices)]
         self._prompt = prompt
         self._with_token_ids = with_token_ids
         self._parts = [make_parts() for _ in range(num_choices)]
@@ -35,7 +46,11 @@ class ChatChoices:
         more: dict[str, Any] = {}
         if self._with_token_ids:
             self._token_ids[index] += delta["token_ids"]
-            more = {"token_ids": delta["token_ids"]}
+            more["token_ids"] = delta["token_ids"]
+        if delta["logprobs"]:
+            new = of_chat(self._names, delta["token_ids"], delta["logprobs"], self._num_top_logprobs)
+            self._logprobs[index] += new
+            more["logprobs"] = {"content": new}
         if not found and (reason or more):
             found = [{}]
         last = len(found) - 1
@@ -45,7 +60,10 @@ class ChatChoices:
         ]
 
     def whole(self, index: int) -> dict[str, Any]:
-        more = {"prompt_token_ids": self._prompt, "token_ids": self._token_ids[index]} if self._with_token_ids else {}
+        ids = {"prompt_token_ids": self._prompt, "token_ids": self._token_ids[index]}
+        more: dict[str, Any] = ids if self._with_token_ids else {}
+        if self._logprobs[index]:
+            more = {**more, "logprobs": {"content": self._logprobs[index]}}
         message = {"role": "assistant", **merged(self._deltas[index])}
         return {"index": index, "message": message, "logprobs": None, "finish_reason": self._reasons[index], **more}
 

@@ -14,6 +14,7 @@ from hbserve.server.chat_choices import ChatChoices
 from hbserve.server.chat_messages import plain_messages
 from hbserve.server.chat_tools import chat_tools
 from hbserve.server.completion_choices import CompletionChoices
+from hbserve.server.logprobs import TokenNames
 from hbserve.server.message_parts import MessageParts
 from hbserve.server.reasoning import ReasoningSplit, thinking_has_begun
 from hbserve.server.rendering import Choices, Rendering
@@ -41,7 +42,7 @@ async def _endpoint(request: Request, kind: type[B], answer: Any) -> Watched:
     content = await read_object(request, service.max_body_bytes)
     model = service.require_model()
     body = converted(content, kind)
-    require_served(body, request.url.path)
+    require_served(body, request.scope["path"].removeprefix(request.scope.get("root_path", "")))
     if body.stream_options is not None and not body.stream:
         raise ApiError(400, "stream_options: only with stream=true", param="stream_options")
     headers = ignored_header(ignored_fields(content, kind))
@@ -63,6 +64,7 @@ async def _complete(
     params = [sampling_params(body, COMPLETION_MAX_TOKENS)] * len(prompts)
     echoed = [_text_of(model, each, ids) if body.echo else "" for each, ids in zip(given, prompts, strict=True)]
     choices = CompletionChoices(
+        TokenNames(model.encoder.tokenizer),
         [each for each in prompts for _ in range(n)],
         [each for each in echoed for _ in range(n)],
         with_token_ids=bool(body.return_token_ids),
@@ -93,7 +95,14 @@ async def _chat(reply: Reply, service: Service, model: ServedModel, body: ChatBo
             return tools.reader()
         return ReasoningSplit(tools.reader(), has_begun=has_begun, is_shown=body.include_reasoning is not False)
 
-    choices = ChatChoices(prompt, n, make_parts, with_token_ids=bool(body.return_token_ids))
+    choices = ChatChoices(
+        TokenNames(model.encoder.tokenizer),
+        prompt,
+        n,
+        make_parts,
+        with_token_ids=bool(body.return_token_ids),
+        num_top_logprobs=body.top_logprobs or 0,
+    )
     await _answer(reply, service, model, body, head, choices, [prompt], [params], n)
 
 

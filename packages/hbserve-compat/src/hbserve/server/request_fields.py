@@ -14,14 +14,6 @@ from hbserve_rpc import SamplingParams
 from hbserve_rpc.plain_values import shown
 
 NOT_SERVED: dict[str, tuple[Any, ...]] = {
-    "presence_penalty": (0.0,),
-    "frequency_penalty": (0.0,),
-    "repetition_penalty": (1.0,),
-    "logit_bias": ({},),
-    "min_p": (0.0,),
-    "min_tokens": (0,),
-    "logprobs": (False,),
-    "top_logprobs": (0,),
     "prompt_logprobs": (),
     "include_stop_str_in_output": (False,),
     "response_format": ({"type": "text"},),
@@ -173,5 +165,5 @@ def require_served(body: SamplingFields, endpoint: str) -> None:
             raise ApiError(400, f"{name}={shown(value)}: is not served; expected {expected}", param=name)
 
 
-SAMPLED = [name for name in SamplingParams.__struct_fields__ if name not in NOT_SERVED]
-"""Fields of SamplingParams that requests may set under the same names."""
+SAMPLED = [name for name in SamplingParams.__struct_fields__ if name not in NOT_SERVED and name != "logprobs"]
+"""Fields of SamplingParams that requests may set under the same names. `logprobs` is another thing in each endpoint."""

@@ -1,8 +1,9 @@
 """From a body's fields to the SamplingParams of its choices."""
 
 from hbserve.server.api_error import ApiError
-from hbserve.server.request_fields import SAMPLED, ChatBody, SamplingFields
+from hbserve.server.request_fields import SAMPLED, ChatBody, CompletionBody, SamplingFields
 from hbserve_rpc import SamplingParams
+from hbserve_rpc.sampling_params import MAX_LOGPROBS
 
 MOST_CHOICES = 1024
 """Of one request: its prompts, times `n`."""
@@ -37,9 +38,29 @@ def sampling_params(body: SamplingFields, max_tokens: int) -> SamplingParams:
     given = {name: value for name in SAMPLED if (value := getattr(body, name, None)) is not None}
     wanted = _max_tokens(body)
     given["max_tokens"] = max_tokens if wanted is None else wanted
+    given["logprobs"] = _logprobs(body)
     if "seed" in given:  # OpenAI's may be negative
         given["seed"] %= SEEDS
     return SamplingParams(**given)
+
+
+def _logprobs(body: SamplingFields) -> int | None:
+    """How many tokens beside the chosen one; None: not even that. Raises ApiError."""
+    if isinstance(body, CompletionBody):
+        if body.logprobs is False or body.logprobs is None:
+            return None
+        if body.echo:
+            raise ApiError(400, "logprobs: with echo is not served: there are none of prompts", param="logprobs")
+        return int(body.logprobs)
+    assert isinstance(body, ChatBody)
+    if not body.logprobs:
+        if body.top_logprobs:
+            raise ApiError(400, f"top_logprobs={body.top_logprobs}: only with logprobs=true", param="top_logprobs")
+        return None
+    if body.top_logprobs is not None and not 0 <= body.top_logprobs <= MAX_LOGPROBS:
+        problem = f"top_logprobs={body.top_logprobs}: expected 0 to {MAX_LOGPROBS}"
+        raise ApiError(400, problem, param="top_logprobs")
+    return body.top_logprobs or 0
 
 
 def _max_tokens(body: SamplingFields) -> int | None:

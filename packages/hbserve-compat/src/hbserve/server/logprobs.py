@@ -1,0 +1,67 @@
+"""Log-probabilities of an answer's tokens, as OpenAI's two endpoints show them."""
+
+from itertools import islice
+from typing import Any
+
+from hbserve.detokenizer import decoder_of
+from hbserve_rpc.messages import TokenLogprobs
+
+LEAST = -9999.0
+"""In place of minus infinity, which JSON has not; OpenAI's own."""
+
+
+class TokenNames:
+    """Tokens as text and as bytes: of one alone, which need not be a whole character."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._decoder = None if tokenizer is None else decoder_of(tokenizer)
+
+    def bytes_of(self, token_id: int) -> bytes:
+        """Without a tokenizer, its number."""
+        return str(token_id).encode() if self._decoder is None else self._decoder.bytes_of(token_id)
+
+    def text_of(self, token_id: int) -> str:
+        return self.bytes_of(token_id).decode(errors="replace")
+
+
+def of_chat(names: TokenNames, token_ids: list[int], found: list[TokenLogprobs], num_top: int) -> list[dict[str, Any]]:
+    """`logprobs.content`: an entry for each token."""
+    return [
+        _entry(names, token_id, each[token_id])
+        | {"top_logprobs": [_entry(names, *pair) for pair in islice(each.items(), num_top)]}
+        for token_id, each in zip(token_ids, found, strict=True)
+    ]
+
+
+def _entry(names: TokenNames, token_id: int, logprob: float) -> dict[str, Any]:
+    spelt = names.bytes_of(token_id)
+    return {"token": spelt.decode(errors="replace"), "logprob": max(logprob, LEAST), "bytes": list(spelt)}
+
+
+class CompletionLogprobs:
+    """`logprobs` of a completion: four lists, with a place for each token."""
+
+    def __init__(self, names: TokenNames, offset: int) -> None:
+        """`offset`: characters before the first token."""
+        self._names = names
+        self._offset = offset
+        self.whole: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+
+    def add(self, token_ids: list[int], found: list[TokenLogprobs]) -> dict[str, list[Any]]:
+        """Of some more tokens; `whole` has them too then."""
+        texts = [self._names.text_of(token_id) for token_id in token_ids]
+        offsets = []
+        for text in texts:
+            offsets.append(self._offset)
+            self._offset += len(text)
+        new: dict[str, list[Any]] = {
+            "tokens": texts,
+            "token_logprobs": [max(each[token], LEAST) for token, each in zip(token_ids, found, strict=True)],
+            "top_logprobs": [
+                {self._names.text_of(token): max(logprob, LEAST) for token, logprob in each.items()} for each in found
+            ],
+            "text_offset": offsets,
+        }
+        for name, values in new.items():
+            self.whole[name] += values
+        return new

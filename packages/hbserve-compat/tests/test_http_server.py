@@ -1,0 +1,93 @@
+"""The sockets of the OpenAI server: a Unix domain's, one with TLS, one behind a proxy, and one that is taken."""
+
+import shutil
+import ssl
+import subprocess
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from hbserve_fake_scheduler import FakeServer
+
+from hbserve.server.http_server import HttpServer
+from hbserve.tokenizer import load_tokenizer
+from hbserve_rpc import AddressInUse
+from hbserve_scheduler import ConfigError
+from hbserve_scheduler.config import ServerSection
+
+
+@pytest.fixture
+def serve(small_model: Callable[[str], Path]) -> Callable[..., Any]:
+    @asynccontextmanager
+    async def serve(**settings: Any) -> AsyncIterator[HttpServer]:
+        server = FakeServer(load_tokenizer(small_model("qwen3")), **({"port": 0} | settings))
+        server.answers("a")
+        http = HttpServer(server.service.settings, server.app)
+        await http.start()
+        yield http
+        await http.stop()
+
+    return serve
+
+
+async def test_a_unix_socket_is_served_and_removed_and_one_that_nobody_serves_is_replaced(serve, tmp_path):
+    path = tmp_path / "socket"
+    async with serve(uds=str(path)):
+        with pytest.raises(AddressInUse, match="socket is in use"):
+            HttpServer(ServerSection(uds=str(path)), lambda *_: None)
+        async with httpx.AsyncClient(transport=httpx.AsyncHTTPTransport(uds=str(path))) as client:
+            assert (await client.get("http://here/health")).status_code == 200
+    assert not path.exists()
+    left = HttpServer(ServerSection(uds=str(path)), lambda *_: None)
+    left._socket.close()  # as if it had been killed
+    assert path.exists()
+    async with serve(uds=str(path)):
+        pass
+    path.write_text("a file of somebody's")
+    with pytest.raises(AddressInUse):
+        HttpServer(ServerSection(uds=str(path)), lambda *_: None)
+    assert path.read_text() == "a file of somebody's"
+
+
+@pytest.fixture
+def key_and_certificate(tmp_path: Path) -> tuple[str, str]:
+    """Of 127.0.0.1."""
+    if shutil.which("openssl") is None:
+        pytest.skip("needs openssl, to make a certificate")
+    key, certificate = str(tmp_path / "key.pem"), str(tmp_path / "cert.pem")
+    subject = ["-subj", "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1"]
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", *subject]
+    subprocess.run([*command, "-keyout", key, "-out", certificate], check=True, capture_output=True, timeout=60)
+    return key, certificate
+
+
+async def test_https_is_served_with_a_certificate_and_one_that_cannot_be_used_is_named(serve, key_and_certificate):
+    key, certificate = key_and_certificate
+    async with serve(ssl_keyfile=key, ssl_certfile=certificate) as http:
+        assert http.url.startswith("https://127.0.0.1:")
+        context = ssl.create_default_context(cafile=certificate)
+        async with httpx.AsyncClient(verify=context) as client:
+            assert (await client.get(f"{http.url}/health")).status_code == 200
+    with pytest.raises(ConfigError, match=r"^server\.ssl_certfile="):
+        HttpServer(ServerSection(port=0, ssl_keyfile=certificate, ssl_certfile=certificate), lambda *_: None)
+
+
+async def test_behind_a_proxy_everything_is_under_its_path(serve):
+    async with serve(root_path="/models/small", api_key="k") as http:
+        assert http.url.endswith("/models/small")
+        origin = http.url.removesuffix("/models/small")  # the proxy takes the path away
+        headers = {"Authorization": "Bearer k"}
+        async with httpx.AsyncClient(base_url=origin) as client:
+            assert (await client.get("/health")).status_code == 200
+            assert (await client.get("/v1/models")).status_code == 401
+            body = {"prompt": "hi ", "echo": True}
+            answer = await client.post("/v1/completions", json=body, headers=headers)
+    assert answer.json()["choices"][0]["text"] == "hi a"
+
+
+async def test_a_host_that_is_not_here_is_named():
+    with pytest.raises(ConfigError, match=r"^server\.host='192\.0\.2\.1': 192\.0\.2\.1:0 cannot be bound: "):
+        HttpServer(ServerSection(host="192.0.2.1", port=0), lambda *_: None)
