@@ -62,8 +62,9 @@ class ScheduledRequest:
             self.first_token_s = time.monotonic()
         if tokens or event.finish_reason:
             self.finish_reason = event.finish_reason
-            logprobs = event.logprobs[known:]
-            self.events.put_nowait(TokenEvent(len(self.output), tokens, event.finish_reason, logprobs))
+            first = len(self.output)
+            of_prompt = event.prompt_logprobs if first == 0 else []
+            self.events.put_nowait(TokenEvent(first, tokens, event.finish_reason, event.logprobs[known:], of_prompt))
             self.output += tokens
 
     def fail(self, error: Exception) -> None:

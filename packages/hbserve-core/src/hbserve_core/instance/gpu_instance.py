@@ -225,12 +225,14 @@ class GpuInstance:
         while output is None or not output.is_last:
             output = await inbox.next()
             index, tokens, logprobs = output.index, output.token_ids, output.all_logprobs
+            prompt_logprobs = output.prompt_logprobs
             while not (output.is_last or inbox.empty()):
                 output = await inbox.next()
                 tokens += output.token_ids
                 logprobs += output.all_logprobs
+                prompt_logprobs = prompt_logprobs or output.prompt_logprobs
             if tokens or output.finish_reason:
-                yield TokenEvent(index, tokens, output.finish_reason, logprobs)
+                yield TokenEvent(index, tokens, output.finish_reason, logprobs, prompt_logprobs)
             output.raise_error()
 
     async def _prefill(self, request: PrefillRequest) -> AsyncIterator[TokenEvent | TransferDone]:
@@ -247,7 +249,9 @@ class GpuInstance:
                 )
             )
             output = await sending.follow()
-            yield TokenEvent(output.index, output.token_ids, output.finish_reason, output.all_logprobs)
+            yield TokenEvent(
+                output.index, output.token_ids, output.finish_reason, output.all_logprobs, output.prompt_logprobs
+            )
             if request.grant:
                 result = await sending.finish(output)
                 yield TransferDone(result.num_bytes, result.num_parts, result.time_s, output.num_cached_tokens)
