@@ -52,7 +52,7 @@ MODEL = {
     "hidden_act": "silu",
 }
 FLOWS = {
-    "step": ("hbserve_core/engine/", "hbserve_core/torch_runner/", "hbserve_core/model/"),
+    "step": ("hbserve_core/engine/", "hbserve_core/torch_runner/", "hbserve_core/logits/", "hbserve_core/model/"),
     "transfer": (
         "hbserve_kv/",
         "hbserve_core/transfers/",

@@ -61,7 +61,8 @@ FLOWS = {
     ),
 }
 """A step on CUDA, with its kernels; the same on a CPU, in plain torch; a transfer over nccl, the first of a pair of
-instances; a request that meets no error. All with one rank."""
+instances; a request that meets no error. All with one rank, and of requests that ask for tokens alone: a step then runs
+nothing of hbserve_core/logits."""
 LOADING = files("hbserve_core/model: loaded_model model_config weights")
 """Called before a runner's first step."""
 MOST_FILES = {"cuda step": 23, "step": 18, "transfer": 24, "scheduling": 9}

@@ -17,6 +17,9 @@ ASKED = {
     "a bias and many tokens": SamplingParams(0, 9, logit_bias={2: 100.0, 7: 5.0}, min_tokens=4),
     "one token": SamplingParams(0, 1, logit_bias={9: 100.0}, logprobs=1),
     "logprobs": SamplingParams(0, **LONG, logprobs=3),
+    "the prompt's logprobs": SamplingParams(0, **LONG, prompt_logprobs=2, logprobs=1),
+    "the prompt's logprobs and one token": SamplingParams(0, 1, prompt_logprobs=0),
+    "the prompt's logprobs and its end": SamplingParams(0, 9, logit_bias={2: 100.0}, prompt_logprobs=1),
     "logprobs of the tokens alone": SamplingParams(0.9, **LONG, seed=1, logprobs=0),
 }
 
@@ -40,8 +43,9 @@ def check_same(logprobs, expected):
 def test_logprobs_come_with_every_token_and_only_where_they_are_asked_for(in_one_process):
     for name, params in ASKED.items():
         for answer in in_one_process[name]:
+            asked = {key for key in ("logprobs", "prompt_logprobs") if getattr(params, key) is not None}
+            assert set(answer) == {"text", "token_ids"} | asked
             if params.logprobs is None:
-                assert set(answer) == {"text", "token_ids"}
                 continue
             assert len(answer["logprobs"]) == len(answer["token_ids"])
             for token, each in zip(answer["token_ids"], answer["logprobs"], strict=True):
@@ -50,10 +54,20 @@ def test_logprobs_come_with_every_token_and_only_where_they_are_asked_for(in_one
                 assert list(each.values())[: params.logprobs] == sorted(each.values(), reverse=True)[: params.logprobs]
 
 
+def test_each_prompt_token_but_the_first_has_logprobs(in_one_process):
+    for name, params in ASKED.items():
+        if params.prompt_logprobs is None:
+            continue
+        for prompt, answer in zip(PROMPTS, in_one_process[name], strict=True):
+            first, *others = answer["prompt_logprobs"]
+            assert first is None
+            assert all(token in each for token, each in zip(prompt[1:], others, strict=True))
+
+
 def test_what_is_asked_changes_the_answers(in_one_process):
     answers = {name: [each["token_ids"] for each in several] for name, several in in_one_process.items()}
-    assert answers["nothing"] == answers["logprobs"]
-    assert all(answers["nothing"] != answers[name] for name in ASKED if name not in ("nothing", "logprobs"))
+    same = {"nothing", "logprobs", "the prompt's logprobs"}
+    assert all((answers["nothing"] == answers[name]) is (name in same) for name in ASKED)
     # The bias forces the end of the sequence, as soon as it may come.
     assert [ids[4:] for ids in answers["a bias and many tokens"]] == [[2]] * 3
     assert answers["one token"] == [[9]] * 3
@@ -66,6 +80,9 @@ async def test_answers_over_prefill_and_decode_instances_are_those_of_one_proces
             for answer, expected in zip(answers, in_one_process[name], strict=True):
                 assert answer["token_ids"] == expected["token_ids"], name
                 check_same(answer["logprobs"], expected.get("logprobs"))
+                of_prompt = answer["prompt_logprobs"], expected.get("prompt_logprobs")
+                assert [each and each[0] for each in of_prompt] == [None, None]
+                check_same(*(each and each[1:] for each in of_prompt))
             if name == "nothing":  # what comes later is in the decode instance's prefix cache
                 assert all(each["kv_bytes"] > 0 for each in answers)
 

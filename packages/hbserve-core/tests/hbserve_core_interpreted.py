@@ -9,6 +9,7 @@ import torch
 from hbserve_core import InstanceConfig, ModelRunner
 from hbserve_core.cuda_runner.step_packer import SplitKV, StepPacker, StepView
 from hbserve_core.engine.runner import StepResult
+from hbserve_core.logits.prompt_logprobs import score
 from hbserve_core.logits.special_rows import PendingLogprobs, SpecialRows
 from hbserve_core.model.loaded_model import LoadedModel
 
@@ -63,7 +64,8 @@ class InterpretedRunner:
                     lambda places: self.decoder.logits(view, hidden, places),
                     lambda scores, places, _: self.decoder.draw(view, scores, places, self.sampled),
                 )
-        result = StepResult(step.tokens(self.sampled[:num_samples].tolist()), logprobs.read(step.places))
+            scored = score(step.scored, lambda rows: self.decoder.logits_of_rows(hidden[rows]), 7, self.device)
+        result = StepResult(step.tokens(self.sampled[:num_samples].tolist()), logprobs.read(step.places), scored.read())
         return lambda: result
 
 
@@ -84,10 +86,11 @@ def plain(weights):
     return replace(weights, layers=layers, head=unpacked(weights.head))
 
 
-def make_runner(folder, kind, num_blocks=96):
+def make_runner(folder, kind, num_blocks=96, group=None, **settings):
     """Of either kind, with small steps; "cuda kernels" overlaps its steps and pads them as graphs do."""
-    settings = SIZES | {"num_blocks": num_blocks}
+    settings = SIZES | {"num_blocks": num_blocks} | settings
     if kind == "torch":
-        return ModelRunner(InstanceConfig(model_path=str(folder), block_size=8, device="cpu", **settings))
+        config = InstanceConfig(model_path=str(folder), block_size=BLOCK, device="cpu", **settings)
+        return ModelRunner(config, group)
     pytest.importorskip("triton", reason="torch has Triton on Linux only")
-    return InterpretedRunner(folder, overlaps=True, graphs=True, **settings)
+    return InterpretedRunner(folder, overlaps=True, graphs=group is None, group=group, **settings)

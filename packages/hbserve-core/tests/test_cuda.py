@@ -77,6 +77,45 @@ def test_a_seed_gives_the_same_tokens_in_any_batch(model_folder, prompt):
     assert len(set(alone)) > 3
 
 
+ASKED = {
+    "nothing": {},
+    "penalties": {"repetition_penalty": 1.7, "presence_penalty": 1.1, "frequency_penalty": 0.6},
+    "a bias and min_tokens": {"logit_bias": {2: 100.0, 7: 3.0}, "min_tokens": 5, "ignore_eos": False},
+    "logprobs": {"logprobs": 3, "prompt_logprobs": 2},
+    "logprobs and penalties": {"logprobs": 0, "repetition_penalty": 3.0},
+}
+
+
+@pytest.mark.parametrize("graphs", [True, False], ids=["graphs", "eager"])
+def test_what_is_asked_of_sampling_is_answered_as_on_the_cpu(model_folder, prompt, graphs):
+    """In overlapped steps, several kinds in one, some prompts in chunks; tests on the CPU have transformers beside."""
+
+    def outputs(engine):
+        found = {}
+        for name, asked in ASKED.items():
+            for length in LENGTHS:
+                params = SamplingParams(**({"temperature": 0, "max_tokens": 9, "ignore_eos": True} | asked))
+                engine.add(f"{name} {length}", prompt(length), params)
+        while engine.has_work():
+            for output in engine.step():
+                tokens, logprobs, of_prompt = found.setdefault(output.request_id, ([], [], []))
+                tokens += output.token_ids
+                logprobs += output.all_logprobs
+                of_prompt += output.prompt_logprobs
+            engine.check_integrity()
+        return found
+
+    ours = outputs(make_engine(model_folder("qwen3"), cuda_graph_enabled=graphs))
+    theirs = outputs(make_engine(model_folder("qwen3"), device="cpu"))
+    assert ours.keys() == theirs.keys()
+    for name, (tokens, *logprobs) in ours.items():
+        assert tokens == theirs[name][0], name
+        for found, expected in zip(logprobs, theirs[name][1:], strict=True):
+            assert [list(each) for each in found] == [list(each) for each in expected], name
+            for each, other in zip(found, expected, strict=True):
+                assert list(each.values()) == pytest.approx(list(other.values()), abs=1e-3)
+
+
 @pytest.fixture(scope="module")
 def wide_model(tmp_path_factory):
     """Layers of Qwen3-0.6B's sizes, few of them, as random as a model is before training."""

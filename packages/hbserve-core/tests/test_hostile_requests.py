@@ -83,6 +83,7 @@ FIELDS = {
     "frequency_penalty": st.floats(-2, 2) | VALUE,
     "repetition_penalty": st.sampled_from([0.01, 100]) | VALUE,
     "logprobs": st.integers(0, 20) | VALUE,
+    "prompt_logprobs": st.integers(0, 20) | VALUE,
     "logit_bias": st.dictionaries(st.integers(300, 321), st.floats(-101, 101), max_size=4) | VALUE,
 }
 PARAMS = st.fixed_dictionaries({}, optional=FIELDS).map(lambda fields: broken(**fields)) | VALUE

@@ -396,7 +396,9 @@ def test_a_step_without_special_rows_runs_nothing_more(model_folder, prompt, mon
     assert usual["_best_of_row"] == 3
     assert "special" not in usual
     nothing = {"presence_penalty": 0, "frequency_penalty": 0.0, "repetition_penalty": 1, "logit_bias": {}}
-    assert launched(logprobs=None, min_tokens=0, min_p=0.0, stop_token_ids=[300], **nothing) == usual
+    assert (
+        launched(logprobs=None, prompt_logprobs=None, min_tokens=0, min_p=0.0, stop_token_ids=[300], **nothing) == usual
+    )
     more = launched(logit_bias={7: 1.0})
     assert more.pop("special") == 3
     # The same, and behind it the head and sampling once more: here the head is no kernel of ours, but its norm is.

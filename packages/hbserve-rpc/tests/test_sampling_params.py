@@ -109,6 +109,7 @@ WRONG = {
     "frequency_penalty": [HostileObject(), -2.1, 2.1, float("nan"), float("-inf"), 10**5000, "1", True, None],
     "repetition_penalty": [HostileObject(), 0, -1, 0.009, 100.1, float("nan"), float("inf"), "1", True, None],
     "logprobs": [HostileObject(), HostileInt(21), -1, 21, 2**63, 1.0, True, "3", float("nan")],
+    "prompt_logprobs": [HostileObject(), HostileInt(21), -1, 21, 2**63, 1.0, False, "3", float("nan")],
     "logit_bias": [
         HostileObject(),
         [(3, 1.0)],
@@ -263,7 +264,8 @@ def test_every_field_has_its_wrong_values_here():
         SamplingParams(min_p=5e-324, logit_bias={0: -100, 2**31 - 1: 100}),
         SamplingParams(logit_bias=dict.fromkeys(range(1024), 0.5)),
         SamplingParams(logit_bias={}, logprobs=0),
-        SamplingParams(logprobs=20),
+        SamplingParams(logprobs=20, prompt_logprobs=20),
+        SamplingParams(prompt_logprobs=0),
         SamplingParams(presence_penalty=-2, frequency_penalty=2, repetition_penalty=0.01),
         SamplingParams(presence_penalty=2, frequency_penalty=-2, repetition_penalty=100),
     ],

@@ -158,7 +158,10 @@ class FakeInstance:
         first = max(0, index - 1) if self.repeats else index
         tokens = [token(i) for i in range(first, index + 1)]
         logprobs = [] if request.params.logprobs is None else [{each: -float(each)} for each in tokens]
-        return TokenEvent(first, tokens, ends, logprobs)  # type: ignore[arg-type]
+        # As real ones: a decode instance knows nothing of the prompt's.
+        knows_prompt = request.params.prompt_logprobs is not None and self.role != "decode" and first == 0
+        of_prompt = [{each: -1.0} for each in request.prompt_token_ids[1:]] if knows_prompt else []
+        return TokenEvent(first, tokens, ends, logprobs, of_prompt)  # type: ignore[arg-type]
 
     async def _tokens(self, request: Any, index: int) -> AsyncIterator[TokenEvent]:
         while True:

@@ -81,6 +81,30 @@ async def test_logprobs_come_once_with_their_tokens_over_attempts(make_scheduler
         assert event.logprobs == [{token: -float(token)} for token in event.token_ids]
 
 
+async def test_prompt_logprobs_come_once_over_attempts_and_with_the_first_token(make_scheduler, pair):
+    pair[1].fail["tokens"] = [RemoteError("at the second token")]
+    scheduler = await make_scheduler(*pair)
+    params = SamplingParams(0, 4, prompt_logprobs=0)
+    events = [each async for each in scheduler.submit(GenerateRequest("r", [7, 8, 9], params))]
+    assert events[-1].num_attempts == 2
+    first, *others = events[:-1]
+    assert (first.index, first.prompt_logprobs) == (0, [{8: -1.0}, {9: -1.0}])
+    assert not any(event.prompt_logprobs for event in others)
+
+
+async def test_prompt_logprobs_are_waited_for_where_decode_knows_the_last_token_first(make_scheduler, pair, until):
+    prefill, decode = pair
+    prefill.hold = {"first"}
+    prefill.stop_at = decode.stop_at = 0
+    scheduler = await make_scheduler(*pair)
+    events = scheduler.submit(GenerateRequest("r", [7, 8], SamplingParams(0, 4, prompt_logprobs=0)))
+    await until(lambda: (decode.instance_id, "closed") in decode.journal)
+    prefill.release()
+    found = [each async for each in events]
+    assert [each for event in found[:-1] for each in event.prompt_logprobs] == [{8: -1.0}]
+    assert [token for event in found[:-1] for token in event.token_ids] == [100]
+
+
 async def test_a_request_that_ends_with_its_first_token_closes_the_decode_stream(
     make_scheduler, pair, ask, collect, until
 ):

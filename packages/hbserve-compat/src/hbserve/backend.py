@@ -20,6 +20,8 @@ class Progress:
     """It failed."""
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     """Of each of `token_ids`, if the request asks for them."""
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    """With the first token, if the request asks for them: of each prompt token but the first."""
 
 
 News = queue.SimpleQueue[Progress]

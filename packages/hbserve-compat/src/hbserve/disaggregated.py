@@ -69,7 +69,7 @@ class DisaggregatedBackend:
                 if isinstance(event, RequestFinished):
                     news.put(Progress(request_id, [], event.finish_reason))
                 else:
-                    news.put(Progress(request_id, event.token_ids, None, logprobs=event.logprobs))
+                    news.put(Progress(request_id, event.token_ids, None, None, event.logprobs, event.prompt_logprobs))
         except Exception as error:  # belongs to whoever calls `step`
             news.put(Progress(request_id, [], None, error))
         finally:

@@ -64,7 +64,8 @@ class HybridBackend:
         for each in engine.step():
             whose = self._news.pop(each.request_id) if each.is_last else self._news[each.request_id]
             error = LogitsNotFinite(each.error) if each.error else None
-            whose.put(Progress(each.request_id, each.token_ids, each.finish_reason, error, each.all_logprobs))
+            logprobs = each.all_logprobs, each.prompt_logprobs
+            whose.put(Progress(each.request_id, each.token_ids, each.finish_reason, error, *logprobs))
         return engine.stats().num_prefill_tokens - before
 
     def end(self, request_ids: list[str], reason: FinishReason) -> None:

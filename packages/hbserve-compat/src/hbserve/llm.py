@@ -32,12 +32,16 @@ class _Request:
     """Among the prompts of its call."""
     logprobs: list[TokenLogprobs] | None
     """None: not asked for."""
+    prompt_logprobs: list[TokenLogprobs | None] | None
+    """The first token's are None, as in vLLM."""
 
     def answer(self) -> dict[str, Any]:
         token_ids = self.detokenizer.token_ids
         found: dict[str, Any] = {"text": self.detokenizer.text, "token_ids": token_ids}
         if self.logprobs is not None:
             found["logprobs"] = self.logprobs[: len(token_ids)]  # there may be more, behind a stop string
+        if self.prompt_logprobs is not None:
+            found["prompt_logprobs"] = self.prompt_logprobs
         return found
 
 
@@ -123,7 +127,10 @@ class LLM:
         number = next(self._numbers)
         # As nano-vllm does, the text keeps special tokens.
         text = Detokenizer(self._tokenizer, params.stop, skip_special_tokens=False, min_tokens=params.min_tokens)
-        request = _Request(number, text, place, None if params.logprobs is None else [])
+        logprobs, prompt_logprobs = params.logprobs, params.prompt_logprobs
+        request = _Request(
+            number, text, place, None if logprobs is None else [], None if prompt_logprobs is None else [None]
+        )
         call.requests[str(number)] = request  # first: whatever interrupts `add`, it is known that there may be one
         try:
             with naming(place, call.num_prompts):
@@ -162,6 +169,8 @@ class LLM:
                 continue
             if request.logprobs is not None:
                 request.logprobs += each.logprobs
+            if request.prompt_logprobs is not None:
+                request.prompt_logprobs += each.prompt_logprobs
             request.detokenizer.feed(each.token_ids, final=each.finish_reason is not None)
             if request.detokenizer.stopped and each.finish_reason is None:
                 self._running().end([each.request_id], "stop")
@@ -191,7 +200,8 @@ class LLM:
         """`[{"text": …, "token_ids": […]}]`, in the order of the prompts. The token ids include the end token.
 
         With `SamplingParams.logprobs` there is a third key, "logprobs": of each token a dict of token ids and their
-        log-probabilities, as in vLLM, where the values have them in `.logprob`.
+        log-probabilities, as in vLLM, where the values have them in `.logprob`. With `SamplingParams.prompt_logprobs`
+        there is "prompt_logprobs": the same of each prompt token, None of the first.
 
         Whatever it raises, nothing of this call goes on.
 

@@ -37,6 +37,8 @@ class GenerationResult(Timings):
     logprobs: list[TokenLogprobs] | None
     """Of each of `token_ids`, a dict of token ids and their log-probabilities: the most likely ones, in order, and the
     one that is there, which may be the last. None unless `SamplingParams.logprobs` asks for them."""
+    prompt_logprobs: list[TokenLogprobs | None] | None
+    """The same of each prompt token; of the first one it is None."""
 
 
 class GenerationDelta(TypedDict):
@@ -49,6 +51,8 @@ class GenerationDelta(TypedDict):
     """Set in the last one only."""
     logprobs: list[TokenLogprobs] | None
     """As in GenerationResult, of the new `token_ids`."""
+    prompt_logprobs: list[TokenLogprobs | None] | None
+    """As in GenerationResult, with the first token."""
     timings: Timings | None
     """Set in the last one only."""
 

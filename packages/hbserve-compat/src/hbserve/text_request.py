@@ -9,7 +9,7 @@ from hbserve.detokenizer import Detokenizer
 from hbserve.prompts import naming
 from hbserve.results import GenerationDelta, GenerationResult, timings_of
 from hbserve_rpc import RemoteError, SamplingParams
-from hbserve_rpc.messages import ClientEvent, FinishReason, GenerateRequest, RequestFinished, TokenLogprobs
+from hbserve_rpc.messages import ClientEvent, FinishReason, GenerateRequest, RequestFinished, TokenEvent, TokenLogprobs
 
 MOST_UNDER_WAY = 2048
 """Requests of one call, of those that wait elsewhere too."""
@@ -55,6 +55,8 @@ class TextRequest:
         )
         self._logprobs: list[TokenLogprobs] | None = None if params.logprobs is None else []
         """Up to the last one that was given out, as the tokens."""
+        self._prompt_logprobs: list[TokenLogprobs | None] | None = None
+        self._asks_of_prompt = params.prompt_logprobs is not None
         self._scheduler = scheduler
         self._events: Events = scheduler.submit(GenerateRequest(self.request_id, prompt, params))
 
@@ -72,6 +74,7 @@ class TextRequest:
                         timings=timings_of(event),
                         finish_reason="stop" if text.stopped else event.finish_reason,
                         logprobs=self._new_logprobs([]),
+                        prompt_logprobs=None,
                     )
                 elif not text.stopped:
                     new_text = text.feed(event.token_ids)
@@ -85,6 +88,7 @@ class TextRequest:
                         token_ids=new_ids,
                         finish_reason=None,
                         logprobs=self._new_logprobs(event.logprobs[: len(new_ids)]),
+                        prompt_logprobs=self._of_prompt(event),
                         timings=None,
                     )
         finally:
@@ -95,6 +99,13 @@ class TextRequest:
             return None
         self._logprobs += new
         return new
+
+    def _of_prompt(self, event: TokenEvent) -> list[TokenLogprobs | None] | None:
+        """With the first token, what is known of the prompt's, if that was asked for."""
+        if not self._asks_of_prompt or event.index > 0:
+            return None
+        self._prompt_logprobs = [None, *event.prompt_logprobs]
+        return self._prompt_logprobs
 
     async def result(self) -> GenerationResult:
         """The whole answer."""
@@ -107,6 +118,7 @@ class TextRequest:
                     token_ids=self.detokenizer.token_ids,
                     finish_reason=delta["finish_reason"],
                     logprobs=self._logprobs,
+                    prompt_logprobs=self._prompt_logprobs,
                 )
         raise RemoteError(f"request {self.request_id}: its stream ended without its end")
 

@@ -127,6 +127,8 @@ class TokenEvent(msgspec.Struct, frozen=True, tag=True):
     """Set on the last event of the request, and only there."""
     logprobs: list[TokenLogprobs] = []
     """Of each of `token_ids`, if the request asks for them."""
+    prompt_logprobs: list[TokenLogprobs] = []
+    """With output token 0, if the request asks for them: of each prompt token but the first."""
 
 
 class TransferDone(msgspec.Struct, frozen=True, tag=True):

@@ -76,6 +76,9 @@ class SamplingParams(msgspec.Struct):
     logprobs: int | None = None
     """Give the log-probability of each output token, and of so many that were most likely there, up to 20; 0 is the
     token alone, None is off."""
+    prompt_logprobs: int | None = None
+    """The same of each prompt token but the first. The prompt is computed for it even where its prefix is cached. Given
+    with the first output token: a request that has output already, from an earlier attempt, gets none."""
 
     def __post_init__(self) -> None:
         self.validate()
@@ -109,6 +112,8 @@ class SamplingParams(msgspec.Struct):
         self.logit_bias = _plain_logit_bias(self.logit_bias)
         if self.logprobs is not None:
             self.logprobs = plain_int("logprobs", self.logprobs, 0, MAX_LOGPROBS)
+        if self.prompt_logprobs is not None:
+            self.prompt_logprobs = plain_int("prompt_logprobs", self.prompt_logprobs, 0, MAX_LOGPROBS)
 
     def require_vocabulary(self, vocab_size: int) -> None:
         """Raises InvalidRequest: names the first token id that a model with so many tokens does not have."""

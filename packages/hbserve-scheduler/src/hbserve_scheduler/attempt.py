@@ -182,10 +182,12 @@ class Attempt:
 
     async def _decode(self, instance: InstanceHandle, events: RpcStream[Granted | TokenEvent]) -> None:
         num_delivered = len(self._entry.output)
+        # With its first token P sends these too, which D does not have.
+        expects_more = self._entry.request.params.prompt_logprobs is not None and num_delivered == 0
         with self._naming(instance):
             async for event in events:
                 if isinstance(event, TokenEvent):
-                    if event.index > num_delivered:
+                    if event.index > num_delivered or expects_more:
                         # P's token was sent before this one, but came another way.
                         await self._first_token.wait()
                     self._decoding = True

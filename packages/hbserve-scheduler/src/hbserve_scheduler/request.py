@@ -64,8 +64,9 @@ class ScheduledRequest:
         self._note_times(len(tokens))
         if tokens or event.finish_reason:
             self.finish_reason = event.finish_reason
-            logprobs = event.logprobs[known:]
-            self.events.put_nowait(TokenEvent(len(self.output), tokens, event.finish_reason, logprobs))
+            first = len(self.output)
+            of_prompt = event.prompt_logprobs if first == 0 else []
+            self.events.put_nowait(TokenEvent(first, tokens, event.finish_reason, event.logprobs[known:], of_prompt))
             self.output += tokens
 
     def _note_times(self, num_new: int) -> None:

@@ -43,6 +43,7 @@ class SimulatedDevice:
 
     device, dtype = torch.device("cpu"), torch.float32
     overlaps = True
+    computed = None
     transfer_addresses: Sequence[str] = ()
 
     def __init__(

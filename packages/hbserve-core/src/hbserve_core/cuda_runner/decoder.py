@@ -48,8 +48,11 @@ class CudaDecoder:
 
     def logits(self, step: StepView, hidden: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
         """(N, vocab_size): of some of the step's samples, places (N,) int64."""
-        rows = step.samples[0].index_select(0, places)
-        return self._logits(ResidualStream(hidden.index_select(0, rows)))
+        return self.logits_of_rows(hidden.index_select(0, step.samples[0].index_select(0, places)))
+
+    def logits_of_rows(self, hidden: torch.Tensor) -> torch.Tensor:
+        """(N, vocab_size): of rows (N, E) that the last layer gave."""
+        return self._logits(ResidualStream(hidden))
 
     def draw(self, step: StepView, scores: torch.Tensor, places: torch.Tensor, sampled: torch.Tensor) -> torch.Tensor:
         """Once more a token for some of the step's samples, places (N,) int64, from other logits (N, vocab_size)."""

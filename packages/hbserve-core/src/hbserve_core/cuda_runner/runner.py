@@ -26,6 +26,7 @@ from hbserve_core.cuda_runner.step_packer import SplitKV, StepPacker, StepShape,
 from hbserve_core.engine.runner import PendingStep, StepResult
 from hbserve_core.engine.sequence import ScheduledChunk
 from hbserve_core.errors import RankFailed
+from hbserve_core.logits.prompt_logprobs import PendingPromptLogprobs, ScoredRows, score
 from hbserve_core.logits.rows import LogitsRow
 from hbserve_core.logits.special_rows import PendingLogprobs, SpecialRows
 from hbserve_core.model.loaded_model import LoadedModel
@@ -115,6 +116,7 @@ class CudaRunner:
         rows = self._special_rows.dummies(min(config.max_num_seqs, self._special_rows.most_rows))
         self._special_rows.prepare(rows, self._sampled)
         self._sample_special(view, hidden, rows)
+        self._score(hidden, [ScoredRows(0, 0, [0] * min(shape.rows, self._special_rows.most_rows), 1)])
         self._stream.synchronize()
         step = torch.cuda.max_memory_allocated(self.device) - before
         torch.cuda.empty_cache()
@@ -146,6 +148,7 @@ class CudaRunner:
             logprobs = PendingLogprobs()
             if step.special:
                 logprobs = self._sample_special(StepView(self._on_device, step.shape), hidden, step.special)
+            scored = self._score(hidden, step.scored) if step.scored else PendingPromptLogprobs()
             read_back = self._read_back[turn][:num_samples]
             host_copy(read_back, self._sampled)
             done = torch.cuda.Event()  # type: ignore[no-untyped-call]
@@ -154,7 +157,8 @@ class CudaRunner:
 
         def result() -> StepResult:
             done.synchronize()
-            return StepResult(step.tokens(read_back.tolist()), logprobs.read(step.places))
+            tokens = step.tokens(read_back.tolist())
+            return StepResult(tokens, logprobs.read(step.places) if logprobs else {}, scored.read() if scored else {})
 
         return result
 
@@ -179,6 +183,10 @@ class CudaRunner:
             lambda places: self._decoder.logits(view, hidden, places),
             lambda scores, places, _: self._decoder.draw(view, scores, places, self._sampled),
         )
+
+    def _score(self, hidden: torch.Tensor, scored: Ids[ScoredRows]) -> PendingPromptLogprobs:
+        most_rows = self._special_rows.most_rows
+        return score(scored, lambda rows: self._decoder.logits_of_rows(hidden[rows]), most_rows, self.device)
 
     def _clear(self, shape: StepShape) -> None:
         StepView(self._on_device, shape).clear()

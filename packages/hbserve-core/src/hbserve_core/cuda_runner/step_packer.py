@@ -16,6 +16,7 @@ Sequences stand in the order of their rows: decodes, which are chunks of one tok
 import random
 from collections.abc import Sequence as Ids
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, TypeVar
 
 import numpy as np
@@ -24,6 +25,7 @@ import numpy.typing as npt
 from hbserve_core.config import InstanceConfig
 from hbserve_core.engine.runner import StepTokens
 from hbserve_core.engine.sequence import HOTTEST, UNREAD, ScheduledChunk, Sequence
+from hbserve_core.logits.prompt_logprobs import ScoredRows, scored_rows
 from hbserve_core.logits.rows import LogitsRow
 
 _Integers = TypeVar("_Integers", int, npt.NDArray[np.int32])
@@ -201,6 +203,8 @@ class PackedStep:
     batch_size: int
     special: list[LogitsRow]
     """Those of `places` whose tokens are drawn once more, by hbserve_core/logits."""
+    scored: list[ScoredRows]
+    """Rows that score tokens of prompts."""
 
     def tokens(self, sampled: Ids[int]) -> StepTokens:
         """Each chunk's next token, or None; `sampled` are the step's, one for each of `places`."""
@@ -209,6 +213,13 @@ class PackedStep:
             if place is not None:
                 result[place] = token
         return result
+
+
+def _scored(chunks: Ids[ScheduledChunk], places: Ids[int]) -> list[ScoredRows]:
+    """Of chunks in the order of their rows, whose places in the batch are these."""
+    firsts = accumulate((chunk.num_new_tokens for chunk in chunks), initial=0)
+    found = [scored_rows(*each) for each in zip(chunks, places, firsts, strict=False)]
+    return [each for each in found if each is not None]
 
 
 class StepPacker:
@@ -251,7 +262,9 @@ class StepPacker:
             if chunks[i].sequence.is_special and chunks[i].samples
         ]
         self._sources = {chunks[i].sequence: row for row, i in enumerate(sampling)}
-        return PackedStep(shape, shape.fixed_size + tables_size, places, len(batch), special)
+        # Nothing is looked for in a step of decodes that all give tokens, of which there are most.
+        scored = _scored(chunks, order) if shape.tiles or None in places else []
+        return PackedStep(shape, shape.fixed_size + tables_size, places, len(batch), special, scored)
 
     def _write_decodes(self, view: StepView, chunks: Ids[ScheduledChunk]) -> None:
         columns: list[tuple[int, int, int]] = []

@@ -166,8 +166,9 @@ class BatchScheduler:
         """Its first chunk; none: there is no room."""
         if len(self.running) + self.num_reserved >= self._config.max_num_seqs:
             return []
-        # At least the last known token is computed: the next one is sampled from it.
-        prefix = self._find_prefix(sequence, sequence.num_tokens - 1)
+        # At least the last known token is computed: the next one is sampled from it. And every one that scores the next
+        # one of the prompt: its keys and values say nothing of that.
+        prefix = self._find_prefix(sequence, sequence.num_tokens - 1) if sequence.is_scored else []
         count = self._chunk_size(sequence, sequence.num_tokens - len(prefix) * self._blocks.block_size)
         if count == 0 or not self._allocate(sequence, prefix, self._blocks.allocate):
             return []

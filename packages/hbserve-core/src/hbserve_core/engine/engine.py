@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Callable
 from collections.abc import Sequence as Ids
 from dataclasses import replace
+from sys import maxsize
 from time import perf_counter
 from typing import NamedTuple
 
@@ -95,7 +96,9 @@ class Engine:
 
     def reserve(self, request_id: str, prompt: Ids[int], params: SamplingParams, output: Ids[int] = ()) -> None:
         """Queue a request for room; see `poll_reservations`. Raises what `add` raises."""
-        self._scheduler.move(self._make_sequence(request_id, prompt, params, output), Phase.RESERVING)
+        sequence = self._make_sequence(request_id, prompt, params, output)
+        sequence.num_scored_tokens = maxsize  # by whoever computes the prompt
+        self._scheduler.move(sequence, Phase.RESERVING)
 
     def poll_reservations(self) -> list[Reservation]:
         """Reservations for which there is room now, in the order in which they were asked for.
@@ -230,6 +233,9 @@ class Engine:
         self.blocks.last_ended = step.number
         for place, ((sequence, first, count), token) in enumerate(zip(step.chunks, result.tokens, strict=True)):
             if sequence.phase not in _HAS_NO_OUTPUT:
+                scored = result.prompt_logprobs.get(place, [])
+                sequence.prompt_logprobs += scored
+                sequence.num_scored_tokens += len(scored)
                 outputs.append(self._advance(sequence, first + count, token, result.logprobs.get(place)))
         self._host_time_s += self._clock() - begin
         return outputs
@@ -273,6 +279,7 @@ class Engine:
             sequence.num_cached_tokens,
             sequence.block_table.tolist() if sequence.prefill_only else [],
             None if error else logprobs,
+            sequence.prompt_logprobs if token is not None and index == 0 else [],
             error,
         )
 

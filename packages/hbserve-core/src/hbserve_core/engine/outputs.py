@@ -30,6 +30,8 @@ class StepOutput:
     computed tokens are there: on a device too, no stream has to be waited for, unless `ready` says otherwise."""
     logprobs: TokenLogprobs | None = None
     """At the new token's place, if the request asks for them."""
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    """With output token 0, if the request asks for them: of each prompt token but the first."""
     error: str | None = None
     """Why the request has ended, if it is not by a token: what it asks for cannot be computed."""
     ready: Any = None

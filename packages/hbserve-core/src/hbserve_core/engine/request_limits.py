@@ -44,7 +44,10 @@ class RequestLimits:
             raise InvalidRequest(f"output_token_ids: {num_output} tokens are all of max_tokens={params.max_tokens}")
         self._check_length(num_prompt, num_prompt + num_output)
         most = min(num_prompt + params.max_tokens, self._max_model_len)
-        return Sequence(request_id, prompt_ids + output_ids, num_prompt, params, max_num_tokens=most)
+        sequence = Sequence(request_id, prompt_ids + output_ids, num_prompt, params, max_num_tokens=most)
+        if params.prompt_logprobs is not None and not output_ids:
+            sequence.num_scored_tokens = 1
+        return sequence
 
     def _check_length(self, num_prompt: int, num_known: int) -> None:
         if num_known >= self._max_model_len:

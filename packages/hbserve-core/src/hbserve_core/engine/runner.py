@@ -22,6 +22,8 @@ class StepResult:
     tokens: StepTokens
     logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)
     """Of the tokens of chunks whose requests ask for them, by the chunk's place."""
+    prompt_logprobs: dict[int, list[TokenLogprobs]] = field(default_factory=dict)
+    """Of the prompt tokens after `ScheduledChunk.scored_positions`, by the chunk's place."""
 
 
 PendingStep = Callable[[], StepResult]

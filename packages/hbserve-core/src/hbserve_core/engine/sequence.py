@@ -26,6 +26,7 @@ from enum import Enum
 from sys import maxsize
 
 from hbserve_rpc import SamplingParams
+from hbserve_rpc.messages import TokenLogprobs
 
 UNREAD = -1
 """Stands for a token that the device has, or will have, and the host has not read yet."""
@@ -99,6 +100,11 @@ class Sequence:
     """The sequence ends with its next token, and its blocks are sent away while it is computed."""
     max_num_tokens: int = maxsize
     """Most tokens that it may have, its prompt included."""
+    num_scored_tokens: int = maxsize
+    """Of its prompt, how many have their log-probabilities, or need none as the first token. Beyond all where none are
+    wanted."""
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    """Those that have come so far."""
     phase: Phase = Phase.NEW
     is_special: bool = False
     """It asks for more than its next token by temperature, top-k and top-p: see hbserve_core/logits."""
@@ -124,6 +130,11 @@ class Sequence:
     def num_read_tokens(self) -> int:
         """Tokens whose values are known here."""
         return len(self.token_ids) - (self.token_ids[-1] == UNREAD)
+
+    @property
+    def is_scored(self) -> bool:
+        """Whether no log-probability of its prompt is wanted any more."""
+        return self.num_scored_tokens >= self.num_prompt_tokens
 
     @property
     def num_uncomputed_tokens(self) -> int:
@@ -157,3 +168,10 @@ class ScheduledChunk:
     def samples(self) -> bool:
         """Whether the chunk ends with the last known token, so that the step yields a next one."""
         return self.sequence.num_computed_tokens + self.num_new_tokens == self.sequence.num_tokens
+
+    @property
+    def scored_positions(self) -> range:
+        """Of its tokens, those whose rows score the prompt token that comes next."""
+        sequence = self.sequence
+        end = min(self.first + self.num_new_tokens, sequence.num_prompt_tokens - 1)
+        return range(max(self.first, sequence.num_scored_tokens - 1), end)

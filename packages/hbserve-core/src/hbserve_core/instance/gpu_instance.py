@@ -237,12 +237,14 @@ class GpuInstance:
         while output is None or not output.is_last:
             output = await inbox.next()
             index, tokens, logprobs = output.index, output.token_ids, output.all_logprobs
+            prompt_logprobs = output.prompt_logprobs
             while not (output.is_last or inbox.empty()):
                 output = await inbox.next()
                 tokens += output.token_ids
                 logprobs += output.all_logprobs
+                prompt_logprobs = prompt_logprobs or output.prompt_logprobs
             if tokens or output.finish_reason:
-                yield TokenEvent(index, tokens, output.finish_reason, logprobs)
+                yield TokenEvent(index, tokens, output.finish_reason, logprobs, prompt_logprobs)
             output.raise_error()
 
     async def _prefill(self, request: PrefillRequest) -> AsyncIterator[TokenEvent | TransferDone]:
@@ -256,7 +258,9 @@ class GpuInstance:
                 await self._thread.call(lambda engine: engine.release(request.request_id))
                 await sending.wait_for_grant(None)
                 output = await self._compute_prompt(request, sending)
-            first = TokenEvent(output.index, output.token_ids, output.finish_reason, output.all_logprobs)
+            first = TokenEvent(
+                output.index, output.token_ids, output.finish_reason, output.all_logprobs, output.prompt_logprobs
+            )
             if not is_late:
                 yield first
             result = await sending.finish(output)

@@ -13,7 +13,6 @@ import msgspec
 from hbserve_core.engine.sequence import ScheduledChunk, Sequence
 from hbserve_rpc import SamplingParams
 
-_GREEDY = SamplingParams(temperature=0)
 _NOT_SENT = -3
 """At the places of tokens that no runner reads: their keys and values are in the pool, or they come later."""
 
@@ -29,6 +28,7 @@ class _Chunk(msgspec.Struct, frozen=True, array_like=True):
     """int32"""
     params: SamplingParams | None
     """None: those of the step before."""
+    num_scored_tokens: int
     known_token_ids: list[int]
     """With params that penalize tokens, all that the request has."""
 
@@ -49,7 +49,7 @@ class StepWriter:
 
     def _chunk(self, chunk: ScheduledChunk) -> _Chunk:
         sequence, first = chunk.sequence, chunk.first
-        params = None if sequence in self._last else sequence.params if self._draws else _GREEDY
+        params = None if sequence in self._last else sequence.params if self._draws else _greedy(sequence.params)
         new_token_ids = sequence.token_ids[first : first + chunk.num_new_tokens]
         block_table = sequence.block_table.tobytes()
         return _Chunk(
@@ -60,8 +60,14 @@ class StepWriter:
             new_token_ids,
             block_table,
             params,
+            sequence.num_scored_tokens,
             sequence.token_ids if params is not None and params.has_penalties else [],
         )
+
+
+def _greedy(params: SamplingParams) -> SamplingParams:
+    """What another rank has to know where it samples for nobody: of which rows all ranks make logits together."""
+    return SamplingParams(temperature=0, prompt_logprobs=params.prompt_logprobs)
 
 
 class StepReader:
@@ -87,5 +93,6 @@ class StepReader:
         tokens += repeat(_NOT_SENT, chunk.num_tokens - len(tokens))
         tokens[chunk.first : end] = chunk.new_token_ids
         sequence.num_computed_tokens = chunk.first
+        sequence.num_scored_tokens = chunk.num_scored_tokens
         sequence.block_table = array("i", chunk.block_table)
         return sequence

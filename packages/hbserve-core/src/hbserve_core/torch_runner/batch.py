@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from hbserve_core.engine.sequence import ScheduledChunk
+from hbserve_core.logits.prompt_logprobs import ScoredRows, scored_rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +23,8 @@ class StepInput:
     """(R,) int64: rows, among the T, whose hidden states give next tokens. None: the first R rows."""
     sampling_places: tuple[int, ...]
     """(R,): places of the sampling chunks in the batch as it was given."""
+    scored: tuple[ScoredRows, ...]
+    """Rows, among the T, that score tokens of prompts."""
 
 
 def prepare_step(batch: Sequence[ScheduledChunk], device: torch.device, fewest_rows: int = 1) -> StepInput:
@@ -34,10 +37,13 @@ def prepare_step(batch: Sequence[ScheduledChunk], device: torch.device, fewest_r
     positions: list[int] = []
     rows: list[int] = []
     places: list[int] = []
+    scored: list[ScoredRows] = []
     for place in order:
         chunk = batch[place]
         first = chunk.sequence.num_computed_tokens
         end = first + chunk.num_new_tokens
+        if chunk.scored_positions and (scores := scored_rows(chunk, place, len(token_ids))) is not None:
+            scored.append(scores)
         token_ids += chunk.sequence.token_ids[first:end]
         positions += range(first, end)
         if chunk.samples:
@@ -51,4 +57,5 @@ def prepare_step(batch: Sequence[ScheduledChunk], device: torch.device, fewest_r
         positions=torch.tensor(positions + padding, dtype=torch.int64, device=device),
         sampling_rows=None if all_sample else torch.tensor(rows, dtype=torch.int64, device=device),
         sampling_places=tuple(places),
+        scored=tuple(scored),
     )

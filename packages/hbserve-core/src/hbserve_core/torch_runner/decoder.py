@@ -31,18 +31,19 @@ class Decoder:
         self._group = group
         self._rope = Rope(config.rope, config.head_dim, weights.embedding.dtype, weights.embedding.device)
 
-    def logits(self, step: StepInput, attention: AttentionPlan) -> torch.Tensor:
-        """(R, vocab_size) in the engine's dtype, on every rank. Writes the step's keys and values into the pool."""
+    def hidden(self, step: StepInput, attention: AttentionPlan) -> torch.Tensor:
+        """(T, E): what the last layer gives. Writes the step's keys and values into the pool."""
         all_reduce = self._group.all_reduce
         hidden = all_reduce(self._embed(step.token_ids))
         angles = self._rope.angles(step.positions)
         for index, layer in enumerate(self._weights.layers):
             hidden = hidden + all_reduce(self._attention(index, layer, hidden, angles, attention))
             hidden = hidden + all_reduce(self._mlp(layer, hidden))
-        if step.sampling_rows is not None:
-            hidden = hidden.index_select(0, step.sampling_rows)
-        logits = self._weights.head(self._weights.norm(hidden))[: len(step.sampling_places)]
-        return self._group.gather_logits(logits, self._config.vocab_size)
+        return hidden
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """(R, vocab_size) of rows (R, E), in the engine's dtype, on every rank."""
+        return self._group.gather_logits(self._weights.head(self._weights.norm(hidden)), self._config.vocab_size)
 
     def _embed(self, token_ids: torch.Tensor) -> torch.Tensor:
         """(T, E); zeros for tokens that other ranks have."""

@@ -15,6 +15,7 @@ from hbserve_core.config import InstanceConfig
 from hbserve_core.engine.runner import PendingStep, StepResult, StepTokens
 from hbserve_core.engine.sequence import ScheduledChunk
 from hbserve_core.engine.sequence import Sequence as EngineSequence
+from hbserve_core.logits.prompt_logprobs import score
 from hbserve_core.logits.rows import LogitsRow
 from hbserve_core.logits.special_rows import PendingLogprobs, SpecialRows
 from hbserve_core.model.linear import fewest_rows
@@ -24,6 +25,7 @@ from hbserve_core.torch_runner.attention import TorchAttention
 from hbserve_core.torch_runner.batch import StepInput, prepare_step
 from hbserve_core.torch_runner.decoder import Decoder
 from hbserve_core.torch_runner.sampler import Sampler
+from hbserve_rpc.messages import TokenLogprobs
 
 
 class ModelRunner:
@@ -72,12 +74,14 @@ class ModelRunner:
             return StepResult([])
         with torch.inference_mode():
             step = prepare_step(batch, self.device, self._fewest_rows)
-            logits = self._logits(step)
+            hidden = self._decoder.hidden(step, self._attention.plan(step.chunks))
+            logits = self._logits(hidden, step)
             sampled, logprobs = self._sample(logits, [batch[place].sequence for place in step.sampling_places])
+            scored = self._score(hidden, step) if step.scored else {}
         tokens: StepTokens = [None] * len(batch)
         for place, token in zip(step.sampling_places, sampled.tolist(), strict=True):
             tokens[place] = token
-        return StepResult(tokens, logprobs.read(step.sampling_places))
+        return StepResult(tokens, logprobs.read(step.sampling_places) if logprobs else {}, scored)
 
     def _sample(
         self, logits: torch.Tensor, sequences: Sequence[EngineSequence]
@@ -94,5 +98,11 @@ class ModelRunner:
         self._special_rows.prepare(special, None)
         return chosen, self._special_rows.sample(special, logits.__getitem__, draw)
 
-    def _logits(self, step: StepInput) -> torch.Tensor:
-        return self._decoder.logits(step, self._attention.plan(step.chunks))
+    def _score(self, hidden: torch.Tensor, step: StepInput) -> dict[int, list[TokenLogprobs]]:
+        most_rows = self._special_rows.most_rows
+        return score(step.scored, lambda rows: self._decoder.logits(hidden[rows]), most_rows, self.device).read()
+
+    def _logits(self, hidden: torch.Tensor, step: StepInput) -> torch.Tensor:
+        """(R, vocab_size)"""
+        sampled = hidden if step.sampling_rows is None else hidden.index_select(0, step.sampling_rows)
+        return self._decoder.logits(sampled)[: len(step.sampling_places)]
