@@ -6,9 +6,11 @@
 A scheduler, a prefill and a decode instance run in this process, on the CPU, one rank each, with a small model whose
 weights are invented. One request is traced, from `submit` to its last event and until its blocks are back: by default
 the second of the pair, which finds a link; with --first the one that opens it, which the scheduler then does not have
-done ahead of it. Lambdas, comprehensions, imports and other packages are not counted, and the scheduler's heartbeats
-are too rare to be. Three parts of it are counted as flows too, by where the files are: see FLOWS. `--json` prints their
-files, which tests/test_flows.py compares with its lists.
+done ahead of it; with --connected the first one of a pair whose link the scheduler has had opened.
+
+Lambdas, comprehensions, imports and other packages are not counted, and the scheduler's heartbeats are too rare to be.
+Three parts of it are counted as flows too, by where the files are: see FLOWS. `--json` prints their files, which
+tests/test_flows.py compares with its lists.
 """
 
 import argparse
@@ -148,11 +150,13 @@ def make_instance(role: Role, kv_rank: int, folder: str, backend: str) -> GpuIns
     return GpuInstance(config)
 
 
-async def run(trace: Trace, folder: str, backend: str, is_first: bool) -> None:
+async def run(trace: Trace, folder: str, backend: str, which: str | None) -> None:
     asyncio.get_running_loop().set_task_factory(trace.make_task)
     instances = [make_instance("prefill", 0, folder, backend), make_instance("decode", 1, folder, backend)]
     config = SchedulerConfig(
-        heartbeat_interval_s=DEADLINE_S, heartbeat_timeout_s=10 * DEADLINE_S, max_warm_links=0 if is_first else 1
+        heartbeat_interval_s=DEADLINE_S,
+        heartbeat_timeout_s=10 * DEADLINE_S,
+        max_warm_links=0 if which == "first" else 1,
     )
     scheduler = CpuScheduler(config)
     try:
@@ -163,7 +167,10 @@ async def run(trace: Trace, folder: str, backend: str, is_first: bool) -> None:
                 await scheduler.add_instance(instance.config.instance_id, instance.config.role, instance.address)
             await scheduler.start()
             await scheduler.wait_ready(DEADLINE_S)
-            if not is_first:
+            prefill = scheduler.fleet.handles["prefill-0"]
+            while which == "connected" and not prefill.links:  # noqa: ASYNC110  a link tells nobody
+                await asyncio.sleep(0.01)
+            if which is None:
                 await answer(scheduler, instances, request("before", 1))
             trace.is_on = True
             await answer(scheduler, instances, request("traced", 5))
@@ -188,7 +195,13 @@ def report(trace: Trace, say: Callable[[str], None]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backend", default="nccl")
-    parser.add_argument("--first", action="store_true", help="trace the request that opens the link")
+    several = parser.add_mutually_exclusive_group()
+    several.add_argument(
+        "--first", dest="which", action="store_const", const="first", help="trace the request that opens the link"
+    )
+    several.add_argument(
+        "--connected", dest="which", action="store_const", const="connected", help="the first one after it was opened"
+    )
     parser.add_argument("--calls", action="store_true", help="print every function too, in the order of first calls")
     parser.add_argument("--json", action="store_true", help="print the flows' files, and nothing else")
     arguments = parser.parse_args()
@@ -196,7 +209,7 @@ def main() -> None:
     trace.install()
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "config.json").write_text(json.dumps(MODEL))
-        asyncio.run(run(trace, folder, arguments.backend, arguments.first))
+        asyncio.run(run(trace, folder, arguments.backend, arguments.which))
     if arguments.json:
         print(json.dumps({name: trace.files(*beginnings) for name, beginnings in FLOWS.items()}))
         return

@@ -70,7 +70,11 @@ MOST_FILES = {"cuda step": 23, "step": 18, "transfer": 24, "scheduling": 9}
 
 @pytest.fixture(scope="module")
 def traced() -> dict[str, list[str]]:
-    command = [sys.executable, ROOT / "benchmarks/trace_request.py", "--first", "--json"]
+    return trace("--first")
+
+
+def trace(which: str) -> dict[str, list[str]]:
+    command = [sys.executable, ROOT / "benchmarks/trace_request.py", which, "--json"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
@@ -95,6 +99,13 @@ def test_a_flow_has_no_more_files_than_its_bar(flow):
 def test_a_request_runs_through_the_listed_files_only(flow, traced):
     assert set(traced[flow]) <= FLOWS[flow]
     assert len(traced[flow]) > len(FLOWS[flow]) / 2, "the trace shows little"
+
+
+def test_the_first_request_of_a_pair_that_is_connected_has_nothing_to_do_with_connecting(traced):
+    assert "hbserve_kv/protocol/handshake.py" in traced["transfer"]
+    connected = trace("--connected")["transfer"]
+    assert len(connected) > len(FLOWS["transfer"]) / 2, "the trace shows little"
+    assert "hbserve_kv/protocol/handshake.py" not in connected
 
 
 def test_a_cuda_step_is_made_of_the_listed_files_only():

@@ -110,7 +110,8 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     heartbeat_interval_s: Annotated[float, Bounds(0.05)] = 1.0
     heartbeat_timeout_s: Annotated[float, Bounds(0.1)] = 10.0
     max_pending_reservations: Annotated[int, POSITIVE] = 8
-    """Requests that may wait for room on one decode instance; others wait here, where their order can still change."""
+    """Requests that may wait for room on one decode instance; others wait here, where their order can still change. No
+    more prompts are computed before it has granted."""
     max_inflight_prefills: Annotated[int, POSITIVE] = 32
     """Prompts that may be with one prefill instance."""
     max_warm_links: Annotated[int, NOT_NEGATIVE] = 8
