@@ -145,19 +145,48 @@ def run(*command: str | Path, **environment: str) -> str:
     return done.stdout
 
 
-def test_lm_eval_generates(server, tmp_path):
+def lm_eval(server: Served, folder: Path, name: str, *options: str | Path, **settings: str | Path) -> str:
     # Tasks name their files by the current folder, and the hub is not asked for anything.
     for file in (*HERE.glob("*.yaml"), *HERE.glob("*.jsonl")):
-        shutil.copy(file, tmp_path)
-    task = (tmp_path / "hbserve_gen.yaml").read_text().replace("questions.jsonl", str(tmp_path / "questions.jsonl"))
-    (tmp_path / "hbserve_gen.yaml").write_text(task)
-    arguments = f"model={NAME},base_url={server.url}/v1/completions,num_concurrent=2"
-    out = run(
-        sys.executable, "-m", "lm_eval", "run", "--model", "local-completions", "--model_args", arguments,
-        "--tasks", "hbserve_gen", "--include_path", tmp_path,
-        HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path), OPENAI_API_KEY="none",
+        shutil.copy(file, folder)
+    task = (folder / f"{name}.yaml").read_text().replace("questions.jsonl", str(folder / "questions.jsonl"))
+    (folder / f"{name}.yaml").write_text(task)
+    settings = {"model": NAME, "base_url": f"{server.url}/v1/completions", "num_concurrent": "2", **settings}
+    return run(
+        sys.executable, "-m", "lm_eval", "run", "--model", "local-completions", "--model_args",
+        ",".join(f"{key}={value}" for key, value in settings.items()), "--tasks", name, "--include_path", folder,
+        *options, HF_HUB_OFFLINE="1", HF_HOME=str(folder), OPENAI_API_KEY="none",
     )  # fmt: skip
-    assert "exact_match" in out
+
+
+def test_lm_eval_generates(server, tmp_path):
+    assert "exact_match" in lm_eval(server, tmp_path, "hbserve_gen")
+
+
+def test_lm_eval_has_the_log_likelihoods_of_transformers(server, tmp_path):
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from hbserve.demo_model import demo_model_path
+
+    folder = demo_model_path()
+    lm_eval(server, tmp_path, "hbserve_mc", "--log_samples", "--output_path", tmp_path / "out", tokenizer=folder)
+    (samples,) = (tmp_path / "out").rglob("samples_*.jsonl")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    num_compared = 0
+    for line in samples.read_text().splitlines():
+        sample = json.loads(line)
+        context = f"{sample['doc']['question']}\nAnswer:"
+        num_context = len(tokenizer(context).input_ids)
+        for choice, (found, _) in zip(sample["doc"]["choices"], sample["filtered_resps"], strict=True):
+            ids = torch.tensor([tokenizer(f"{context} {choice}").input_ids])
+            with torch.inference_mode():
+                logprobs = model(ids).logits[0, :-1].log_softmax(-1)
+            of_tokens = logprobs.gather(1, ids[0, 1:, None])[num_context - 1 :, 0]
+            assert float(found) == pytest.approx(float(of_tokens.sum()), abs=1e-4), (context, choice)
+            num_compared += 1
+    assert num_compared >= 4
 
 
 def test_inspect_evaluates(server, tmp_path):

@@ -50,7 +50,8 @@ class FakeEvents:
             left = self._request.params.max_tokens - given
             if left <= len(step):
                 reason = "length"
-            yield TokenEvent(given, step[:left], logprobs=self._logprobs(step[:left]))
+            of_prompt = self._prompt_logprobs() if given == 0 else []
+            yield TokenEvent(given, step[:left], logprobs=self._logprobs(step[:left]), prompt_logprobs=of_prompt)
             given += len(step[:left])
             if reason == "length":
                 break
@@ -80,6 +81,12 @@ class FakeEvents:
             return []
         most_likely = {3 + place: -1.0 - place for place in range(count)}
         return [most_likely | {token_id: float("-inf")} for token_id in token_ids]
+
+    def _prompt_logprobs(self) -> list[dict[int, float]]:
+        """Each token is as unlikely as its place says."""
+        if self._request.params.prompt_logprobs is None:
+            return []
+        return [{token: -1.0 - place} for place, token in enumerate(self._request.prompt_token_ids) if place]
 
     def _end(self) -> None:
         self._scheduler.running.pop(self._request.request_id, None)

@@ -41,9 +41,14 @@ def expected() -> dict[str, Any]:
     with LLM(demo_model_path(), num_kvcache_blocks=64) as llm:
         chat = llm.tokenizer.apply_chat_template(QUESTION, add_generation_prompt=True, return_dict=False)
         prompts = [QUESTION[0]["content"], chat]
-        answers = llm.generate(prompts, SamplingParams(0, NUM_TOKENS, logprobs=2), use_tqdm=False)
+        params = SamplingParams(0, NUM_TOKENS, logprobs=2, prompt_logprobs=2)
+        answers = llm.generate(prompts, params, use_tqdm=False)
     logprobs = [list(each.values())[:2] for each in answers[1]["logprobs"]]
-    return {"/v1/completions": answers[0]["text"], "/v1/chat/completions": answers[1]["text"], "logprobs": logprobs}
+    of_prompt = [list(each.values())[:2] for each in answers[0]["prompt_logprobs"][1:]]
+    return {
+        "/v1/completions": answers[0]["text"], "/v1/chat/completions": answers[1]["text"],
+        "logprobs": logprobs, "prompt_logprobs": of_prompt,
+    }  # fmt: skip
 
 
 def ask(server: Served, path: str, **body: Any) -> list[str]:
@@ -82,6 +87,21 @@ def test_logprobs_over_http_are_those_of_an_llm(server, expected):
     for place, (each, there) in enumerate(zip(found, expected["logprobs"], strict=True)):
         assert each == pytest.approx(there, abs=1e-4), place
         assert entries[place]["logprob"] == each[0], "greedy: the most likely one"
+
+
+@pytest.mark.parametrize("max_tokens", [0, 1, 16])
+def test_echo_with_logprobs_has_those_of_the_prompt_although_its_kv_moves(server, expected, max_tokens):
+    body = {"prompt": QUESTION[0]["content"], "temperature": 0, "echo": True, "logprobs": 2, "max_tokens": max_tokens}
+    answer = httpx.post(f"{server.url}/v1/completions", json=body, timeout=60).json()
+    found, usage = answer["choices"][0]["logprobs"]["top_logprobs"], answer["usage"]
+    assert found[0] is None
+    assert len(found) == usage["prompt_tokens"] + usage["completion_tokens"]
+    assert min(max_tokens, 1) <= usage["completion_tokens"] <= max_tokens
+    for place, there in enumerate(expected["prompt_logprobs"]):
+        likely = sorted(found[1 + place].values(), reverse=True)[:2]
+        assert likely == pytest.approx(there, abs=1e-4), place
+    if max_tokens == 16:
+        assert answer["metrics"]["kv_bytes"] > 0
 
 
 def test_clients_of_the_rpc_are_served_beside_those_of_http(server, expected):

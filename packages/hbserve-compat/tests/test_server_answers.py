@@ -160,6 +160,38 @@ async def test_logprobs_of_a_completion_are_four_lists_with_a_place_for_each_tok
     assert (await server.complete(logprobs=None)).json()["choices"][0]["logprobs"] is None
 
 
+@pytest.mark.parametrize("max_tokens", [0, 1, 16])
+async def test_echo_with_logprobs_begins_with_those_of_the_prompt(server, max_tokens):
+    body = {"prompt": "hi ", "echo": True, "logprobs": 1, "max_tokens": max_tokens}
+    answer = (await server.complete(**body)).json()
+    (choice,) = answer["choices"]
+    num_output = answer["usage"]["completion_tokens"]
+    assert (num_output > 0) == (max_tokens > 0)
+    assert choice["text"].startswith("hi ")
+    assert (choice["text"] == "hi ") == (max_tokens == 0)
+    found = choice["logprobs"]
+    assert found["tokens"][:3] == list("hi ")
+    assert found["token_logprobs"] == [None, -2.0, -3.0, *[-9999.0] * num_output]
+    assert found["top_logprobs"][:3] == [None, {"i": -2.0}, {" ": -3.0}]
+    assert {len(each) for each in found.values()} == {3 + num_output}
+    assert found["text_offset"][:3] == [0, 1, 2]
+    streamed = chunks_of(await server.complete(**body, stream=True))
+    assert text_of(streamed) == choice["text"]
+    joined = {name: [] for name in found}
+    for chunk in streamed:
+        for name, values in (chunk["choices"][0]["logprobs"] or {}).items():
+            joined[name] += values
+    assert joined == found
+
+
+async def test_prompt_logprobs_are_of_each_token_of_the_prompt(server):
+    answer = (await server.complete(prompt=["hi", "a"], prompt_logprobs=0)).json()
+    first, second = (choice["prompt_logprobs"] for choice in answer["choices"])
+    assert first == [None, {str(server.tokenizer.encode("i")[0]): {"logprob": -2.0, "decoded_token": "i"}}]
+    assert second == [None]
+    assert [choice["logprobs"] for choice in answer["choices"]] == [None, None]
+
+
 async def test_echo_repeats_the_prompt_as_text(server):
     answer = (await server.complete(prompt=["hi ", server.tokenizer.encode("ho ")], echo=True)).json()
     assert [choice["text"] for choice in answer["choices"]] == ["hi Hello wörld", "ho Hello wörld"]

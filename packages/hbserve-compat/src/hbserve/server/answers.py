@@ -27,7 +27,10 @@ class Answers:
         params: Sequence[SamplingParams],
         *,
         skip_special_tokens: bool = True,
+        only_prompt: bool = False,
     ) -> None:
+        """only_prompt: what is known of the prompts is wanted, and no token of an answer."""
+        self._only_prompt = only_prompt
         self._make = [
             partial(
                 TextRequest, model.scheduler, model.encoder.tokenizer, *each, skip_special_tokens=skip_special_tokens
@@ -67,6 +70,9 @@ class Answers:
             async for delta in request:
                 if delta["finish_reason"] == "abort":  # by nobody who asked for it
                     raise try_again("the server is ending", code="not_ready")
+                if self._only_prompt:
+                    delta["text"], delta["token_ids"], delta["logprobs"] = "", [], None
+                    delta["finish_reason"] = delta["finish_reason"] and "length"
                 self._news.append((number, delta))
                 self._changed.set()
         except Exception as error:  # of the engines; whoever waits for news is to have it

@@ -3,7 +3,9 @@
 from typing import Any
 
 from hbserve.results import GenerationDelta
-from hbserve.server.logprobs import CompletionLogprobs, TokenNames
+from hbserve.server.logprobs import CompletionLogprobs, TokenNames, of_prompt
+from hbserve.server.request_fields import CompletionBody
+from hbserve_rpc.messages import TokenLogprobs
 
 
 class CompletionChoices:
@@ -12,21 +14,28 @@ class CompletionChoices:
     object_name = "text_completion"
     chunk_name = "text_completion"
 
-    def __init__(self, names: TokenNames, prompts: list[list[int]], echoed: list[str], *, with_token_ids: bool) -> None:
+    def __init__(self, names: TokenNames, body: CompletionBody, prompts: list[list[int]], echoed: list[str]) -> None:
         """Of each choice its prompt, and what of that is repeated before the answer."""
-        self._logprobs = [CompletionLogprobs(names, len(text)) for text in echoed]
+        self._names = names
+        self._is_scored = bool(body.echo) and body.logprobs is not None and body.logprobs is not False
+        """The prompt is repeated with its log-probabilities, which come with the first token."""
+        self._shows_prompt_logprobs = body.prompt_logprobs is not None
+        with_token_ids = bool(body.return_token_ids)
+        self._logprobs = [CompletionLogprobs(names, 0 if self._is_scored else len(text)) for text in echoed]
         self._prompts = prompts
         self._echoed = echoed
         self._with_token_ids = with_token_ids
         self._texts = [[text] for text in echoed]
         self._token_ids: list[list[int]] = [[] for _ in prompts]
         self._reasons: list[str | None] = [None] * len(prompts)
+        self._prompt_logprobs: list[list[dict[str, Any] | None] | None] = [None] * len(prompts)
 
     def opening(self, index: int) -> list[dict[str, Any]]:
-        if not self._echoed[index] and not self._with_token_ids:
+        echoed = "" if self._is_scored else self._echoed[index]
+        if not echoed and not self._with_token_ids:
             return []
         ids = {"prompt_token_ids": self._prompts[index], "token_ids": []} if self._with_token_ids else {}
-        return [self._choice(index, self._echoed[index], None, ids)]
+        return [self._choice(index, echoed, None, ids)]
 
     def chunk(self, index: int, delta: GenerationDelta) -> list[dict[str, Any]]:
         text, reason = delta["text"], delta["finish_reason"]
@@ -36,8 +45,16 @@ class CompletionChoices:
         if self._with_token_ids:
             self._token_ids[index] += delta["token_ids"]
             more["token_ids"] = delta["token_ids"]
-        if delta["logprobs"]:
-            more["logprobs"] = self._logprobs[index].add(delta["token_ids"], delta["logprobs"])
+        scored: list[tuple[int, TokenLogprobs | None]] = []
+        if (of_its_prompt := delta["prompt_logprobs"]) is not None:
+            if self._shows_prompt_logprobs:
+                more["prompt_logprobs"] = self._prompt_logprobs[index] = of_prompt(self._names, of_its_prompt)
+            if self._is_scored:
+                scored += zip(self._prompts[index], of_its_prompt, strict=True)
+                text = self._echoed[index] + text
+        scored += zip(delta["token_ids"], delta["logprobs"] or [], strict=False)
+        if scored:
+            more["logprobs"] = self._logprobs[index].add([token for token, _ in scored], [found for _, found in scored])
         return [self._choice(index, text, reason, more)] if text or reason or more else []
 
     def whole(self, index: int) -> dict[str, Any]:
@@ -45,6 +62,8 @@ class CompletionChoices:
         more: dict[str, Any] = ids if self._with_token_ids else {}
         if self._logprobs[index].whole["tokens"]:
             more = {**more, "logprobs": self._logprobs[index].whole}
+        if self._shows_prompt_logprobs:
+            more = {**more, "prompt_logprobs": self._prompt_logprobs[index]}
         return self._choice(index, "".join(self._texts[index]), self._reasons[index], more)
 
     def _choice(self, index: int, text: str, reason: str | None, more: dict[str, Any]) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from hbserve.server.reasoning import ReasoningSplit, thinking_has_begun
 from hbserve.server.rendering import Choices, Rendering
 from hbserve.server.request_body import converted, ignored_fields, ignored_header, read_object
 from hbserve.server.request_fields import ChatBody, CompletionBody, SamplingFields, require_served
-from hbserve.server.sampling import COMPLETION_MAX_TOKENS, num_choices, of_choice, sampling_params
+from hbserve.server.sampling import COMPLETION_MAX_TOKENS, is_only_prompt, num_choices, of_choice, sampling_params
 from hbserve.server.service import ServedModel, Service
 from hbserve.server.tool_calls import format_of
 from hbserve_rpc import SamplingParams
@@ -65,9 +65,9 @@ async def _complete(
     echoed = [_text_of(model, each, ids) if body.echo else "" for each, ids in zip(given, prompts, strict=True)]
     choices = CompletionChoices(
         TokenNames(model.encoder.tokenizer),
+        body,
         [each for each in prompts for _ in range(n)],
         [each for each in echoed for _ in range(n)],
-        with_token_ids=bool(body.return_token_ids),
     )
     await _answer(reply, service, model, body, head, choices, prompts, params, n)
 
@@ -122,7 +122,8 @@ async def _answer(
     of_each = [of_choice(each, choice) for each in params for choice in range(n)]
     rendering = Rendering(choices, body, head, several)
     skip = body.skip_special_tokens is not False
-    async with Answers(model, several, of_each, skip_special_tokens=skip) as answers:
+    only_prompt = isinstance(body, CompletionBody) and is_only_prompt(body)
+    async with Answers(model, several, of_each, skip_special_tokens=skip, only_prompt=only_prompt) as answers:
         if body.stream:
             await reply.stream(answers, rendering, service.settings.first_byte_timeout_s)
         else:

@@ -1,5 +1,6 @@
 """Log-probabilities of an answer's tokens, as OpenAI's two endpoints show them."""
 
+from collections.abc import Sequence
 from itertools import islice
 from typing import Any
 
@@ -47,8 +48,8 @@ class CompletionLogprobs:
         self._offset = offset
         self.whole: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
 
-    def add(self, token_ids: list[int], found: list[TokenLogprobs]) -> dict[str, list[Any]]:
-        """Of some more tokens; `whole` has them too then."""
+    def add(self, token_ids: list[int], found: Sequence[TokenLogprobs | None]) -> dict[str, list[Any]]:
+        """Of some more tokens; `whole` has them too then. Nothing is known of a prompt's first one."""
         texts = [self._names.text_of(token_id) for token_id in token_ids]
         offsets = []
         for text in texts:
@@ -56,12 +57,31 @@ class CompletionLogprobs:
             self._offset += len(text)
         new: dict[str, list[Any]] = {
             "tokens": texts,
-            "token_logprobs": [max(each[token], LEAST) for token, each in zip(token_ids, found, strict=True)],
-            "top_logprobs": [
-                {self._names.text_of(token): max(logprob, LEAST) for token, logprob in each.items()} for each in found
+            "token_logprobs": [
+                None if each is None else max(each[token], LEAST) for token, each in zip(token_ids, found, strict=True)
             ],
+            "top_logprobs": [None if each is None else self._by_text(each) for each in found],
             "text_offset": offsets,
         }
         for name, values in new.items():
             self.whole[name] += values
         return new
+
+    def _by_text(self, logprobs: TokenLogprobs) -> dict[str, float]:
+        found: dict[str, float] = {}
+        for token_id, logprob in logprobs.items():  # the most likely first, which keeps the text that others have too
+            found.setdefault(self._names.text_of(token_id), max(logprob, LEAST))
+        return found
+
+
+def of_prompt(names: TokenNames, found: Sequence[TokenLogprobs | None]) -> list[dict[str, Any] | None]:
+    """`prompt_logprobs` as vLLM has it, but for ranks, which are known of those only that were asked for by rank."""
+    return [
+        None
+        if each is None
+        else {
+            str(token_id): {"logprob": max(logprob, LEAST), "decoded_token": names.text_of(token_id)}
+            for token_id, logprob in each.items()
+        }
+        for each in found
+    ]

@@ -44,7 +44,7 @@ NOT_SERVED: dict[str, tuple[Any, ...]] = {
     "prompt_embeds": (),
 }
 """Field: the values that it may have, beside null."""
-SERVED_BY_ENDPOINT = {"echo": "/v1/completions"}
+SERVED_BY_ENDPOINT = {"echo": "/v1/completions", "prompt_logprobs": "/v1/completions"}
 """Of NOT_SERVED, those that one endpoint does serve."""
 IGNORED = {
     "user": "nothing is kept of a user",

@@ -39,6 +39,9 @@ def sampling_params(body: SamplingFields, max_tokens: int) -> SamplingParams:
     wanted = _max_tokens(body)
     given["max_tokens"] = max_tokens if wanted is None else wanted
     given["logprobs"] = _logprobs(body)
+    if isinstance(body, CompletionBody):
+        given["prompt_logprobs"] = _prompt_logprobs(body, given["logprobs"])
+        given["max_tokens"] += is_only_prompt(body)  # the engines know no answer without a token
     if "seed" in given:  # OpenAI's may be negative
         given["seed"] %= SEEDS
     return SamplingParams(**given)
@@ -49,8 +52,6 @@ def _logprobs(body: SamplingFields) -> int | None:
     if isinstance(body, CompletionBody):
         if body.logprobs is False or body.logprobs is None:
             return None
-        if body.echo:
-            raise ApiError(400, "logprobs: with echo is not served: there are none of prompts", param="logprobs")
         return int(body.logprobs)
     assert isinstance(body, ChatBody)
     if not body.logprobs:
@@ -61,6 +62,17 @@ def _logprobs(body: SamplingFields) -> int | None:
         problem = f"top_logprobs={body.top_logprobs}: expected 0 to {MAX_LOGPROBS}"
         raise ApiError(400, problem, param="top_logprobs")
     return body.top_logprobs or 0
+
+
+def _prompt_logprobs(body: CompletionBody, logprobs: int | None) -> int | None:
+    """As many as are asked for themselves, or to be echoed with the prompt; whichever is more."""
+    wanted = [body.prompt_logprobs, logprobs if body.echo else None]
+    return max((each for each in wanted if each is not None), default=None)
+
+
+def is_only_prompt(body: CompletionBody) -> bool:
+    """Whether nothing is wanted but the prompt and what is known of it."""
+    return body.max_tokens == 0 and bool(body.echo)
 
 
 def _max_tokens(body: SamplingFields) -> int | None:
