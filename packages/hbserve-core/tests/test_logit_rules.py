@@ -165,7 +165,7 @@ def test_logits_that_are_not_finite_stay_so_under_every_rule(bad, params):
     logits = torch.zeros(1, 40)
     logits[0, EOS] = bad
     given = SamplingParams(**params)
-    assert Sampler().sample(apply(logits, given), [Sequence("r", [4, 5], 2, given)]) == [NOT_FINITE]
+    assert Sampler().sample(apply(logits, given), [Sequence("r", [4, 5], 2, given)]).tolist() == [NOT_FINITE]
 
 
 @pytest.mark.parametrize(

@@ -20,13 +20,13 @@ def request(num_output_tokens=0, **params):
 def draw(count, logits=LOGITS, **params):
     """Tokens of `count` requests that differ by their seed only."""
     sequences = [request(seed=seed, **params) for seed in range(count)]
-    return Counter(Sampler().sample(logits.expand(count, -1), sequences))
+    return Counter(Sampler().sample(logits.expand(count, -1), sequences).tolist())
 
 
 def test_temperature_zero_takes_the_most_likely_and_of_equals_the_first():
     logits = torch.tensor([[1.0, 5.0, 5.0], [2.0, 1.0, 0.0]])
-    assert Sampler().sample(logits, [request(temperature=0), request(temperature=0)]) == [1, 0]
-    assert Sampler().sample(logits.bfloat16(), [request(temperature=0), request(temperature=0)]) == [1, 0]
+    assert Sampler().sample(logits, [request(temperature=0), request(temperature=0)]).tolist() == [1, 0]
+    assert Sampler().sample(logits.bfloat16(), [request(temperature=0), request(temperature=0)]).tolist() == [1, 0]
 
 
 def test_frequencies_follow_the_probabilities():
@@ -90,9 +90,9 @@ def test_the_same_request_draws_the_same_token_in_any_batch_and_any_sampler():
         {"temperature": 2.0, "top_k": 50, "top_p": 0.9},
     ]
     sequences = [request(num_output_tokens=i // 3, seed=i, **kinds[i % len(kinds)]) for i in range(40)]
-    together = Sampler().sample(logits, sequences)
-    alone = [Sampler().sample(logits[i : i + 1], [sequences[i]])[0] for i in range(40)]
-    backwards = Sampler().sample(logits.flip(0), sequences[::-1])[::-1]
+    together = Sampler().sample(logits, sequences).tolist()
+    alone = [Sampler().sample(logits[i : i + 1], [sequences[i]]).tolist()[0] for i in range(40)]
+    backwards = Sampler().sample(logits.flip(0), sequences[::-1]).tolist()[::-1]
     assert together == alone == backwards
 
 
@@ -102,7 +102,10 @@ def test_the_draw_depends_on_seed_and_output_index_only():
     assert len(drawn) == 2500
     assert all(0 <= value < 1 for value in drawn)
     longer_prompt = Sequence("other", [9] * 30, 29, SamplingParams(seed=5))
-    assert Sampler().sample(LOGITS, [longer_prompt]) == Sampler().sample(LOGITS, [request(num_output_tokens=1, seed=5)])
+    assert (
+        Sampler().sample(LOGITS, [longer_prompt]).tolist()
+        == Sampler().sample(LOGITS, [request(num_output_tokens=1, seed=5)]).tolist()
+    )
 
 
 def test_uniform_numbers_of_neighbouring_seeds_and_indices_are_spread():
@@ -114,10 +117,10 @@ def test_uniform_numbers_of_neighbouring_seeds_and_indices_are_spread():
 def test_requests_without_a_seed_differ():
     sampler = Sampler()
     flat = torch.zeros(1, 50_000)
-    drawn = {tuple(sampler.sample(flat.expand(4, -1), [request() for _ in range(4)])) for _ in range(3)}
+    drawn = {tuple(sampler.sample(flat.expand(4, -1), [request() for _ in range(4)]).tolist()) for _ in range(3)}
     assert len(drawn) == 3
     assert all(len(set(tokens)) == 4 for tokens in drawn)
 
 
 def test_no_rows_no_tokens():
-    assert Sampler().sample(torch.empty(0, 300), []) == []
+    assert Sampler().sample(torch.empty(0, 300), []).tolist() == []

@@ -86,10 +86,10 @@ class ModelRunner:
     def _sample(
         self, logits: torch.Tensor, sequences: Sequence[EngineSequence]
     ) -> tuple[torch.Tensor, PendingLogprobs]:
-        chosen = self._sampler.choose(logits, sequences)
+        chosen = self._sampler.sample(logits, sequences)
 
         def draw(scores: torch.Tensor, places: torch.Tensor, rows: Sequence[LogitsRow]) -> torch.Tensor:
-            drawn = chosen[places] = self._sampler.choose(scores, [each.sequence for each in rows])
+            drawn = chosen[places] = self._sampler.sample(scores, [each.sequence for each in rows])
             return drawn
 
         special = [LogitsRow(place, each) for place, each in enumerate(sequences) if each.is_special]
