@@ -57,6 +57,10 @@ def penalties(num_prompt):
     return [RepetitionPenaltyLogitsProcessor(1.7), PresenceAndFrequency(num_prompt, 1.1, 0.6)]
 
 
+# Of what the two runners share, which the other tests have on both: kernels take half a minute for it, interpreted.
+WITHOUT_KERNELS = pytest.mark.parametrize("runner", ["torch"], indirect=True)
+
+
 @pytest.fixture(params=["torch", "cuda kernels"])
 def runner(request, model_folder):
     return make_runner(model_folder(MODEL), request.param)
@@ -287,6 +291,7 @@ def test_penalized_tokens_equal_those_of_the_processors_in_chunks_from_the_cache
     assert run(runner, requests[::-1]) == expected[::-1]
 
 
+@WITHOUT_KERNELS
 def test_tokens_of_an_earlier_attempt_are_penalized_as_if_they_had_been_computed_here(runner, oracle, prompt):
     given = prompt(5, salt=7)
     expected = oracle(given, 6, penalties(5), ())
@@ -299,9 +304,8 @@ def test_tokens_of_an_earlier_attempt_are_penalized_as_if_they_had_been_computed
         assert found == expected
 
 
-@pytest.mark.parametrize("kind", ["torch", "cuda kernels"])
-def test_penalties_go_on_after_a_preemption(model_folder, kind, oracle, prompt):
-    runner = make_runner(model_folder(MODEL), kind, num_blocks=6)
+def test_penalties_go_on_after_a_preemption(model_folder, oracle, prompt):
+    runner = make_runner(model_folder(MODEL), "torch", num_blocks=6)
     prompts = [prompt(length, salt=length) for length in (14, 10)]
     engine = Engine(runner.config, runner)
     for name, given in enumerate(prompts):
@@ -333,6 +337,7 @@ def test_ranks_that_overlap_penalize_the_same_tokens(model_folder, ranks_in_thre
     assert found == [oracle(given, 4, penalties(len(given)), ()) for given in prompts]
 
 
+@WITHOUT_KERNELS
 def test_min_p_draws_among_what_transformers_keeps(runner, reference_model, prompt):
     given, temperature, min_p = prompt(5), 5.0, 0.5
     with torch.inference_mode():
@@ -346,6 +351,7 @@ def test_min_p_draws_among_what_transformers_keeps(runner, reference_model, prom
     assert len(drawn) > 12
 
 
+@WITHOUT_KERNELS
 def test_a_seeded_request_draws_the_same_beside_special_ones(runner, prompt):
     request = (prompt(9), SamplingParams(0.9, 3, seed=5, ignore_eos=True))
     special = (prompt(9), SamplingParams(0.9, 3, seed=5, ignore_eos=True, logit_bias={300: 0.0}))
@@ -407,6 +413,7 @@ def test_a_step_without_special_rows_runs_nothing_more(model_folder, prompt, mon
     assert all(more[name] == 2 * usual[name] for name in ("_find_threshold", "_best_of_part", "_best_of_row"))
 
 
+@WITHOUT_KERNELS
 @pytest.mark.parametrize("params", [{"stop_token_ids": [5, 320]}, {"logit_bias": {5: 1.0, 320: 1.0}}])
 def test_a_token_outside_the_vocabulary_is_refused_by_its_place(runner, prompt, params):
     engine = Engine(runner.config, runner)

@@ -15,6 +15,10 @@ pytestmark = [
 MODEL = "qwen3"
 
 
+# Of what the two runners share, which the other tests have on both: kernels take half a minute for it, interpreted.
+WITHOUT_KERNELS = pytest.mark.parametrize("runner", ["torch"], indirect=True)
+
+
 @pytest.fixture(params=["torch", "cuda kernels"])
 def runner(request, model_folder):
     return make_runner(model_folder(MODEL), request.param)
@@ -117,6 +121,7 @@ def check_prompt(outputs, given, count, expected):
         check(found, token, count, row)
 
 
+@WITHOUT_KERNELS
 @pytest.mark.parametrize("beside", [False, True])
 def test_prompt_logprobs_equal_those_of_transformers_over_chunks_and_without_the_prefix_cache(
     runner, reference, prompt, beside
@@ -170,6 +175,7 @@ def test_a_preempted_prompt_is_scored_once(model_folder, kind, reference, prompt
     check_prompt(outputs[2], scored[0], 2, reference(scored[0]))
 
 
+@WITHOUT_KERNELS
 def test_a_request_with_output_or_whose_prompt_another_instance_computes_has_no_prompt_logprobs(runner, prompt):
     engine = Engine(runner.config, runner)
     params = SamplingParams(0, 4, ignore_eos=True, prompt_logprobs=2)
