@@ -33,7 +33,7 @@ lowest:  ## the lowest versions that the packages ask for, on another Python
 	.ci/lowest
 
 clients:  ## programs that people point at `hbserve serve`, in an environment of their own
-	UV_PROJECT_ENVIRONMENT=.venv-clients uv run --locked --group clients pytest -W default -n 2 tests/clients
+	UV_PROJECT_ENVIRONMENT=.venv-clients uv run --locked --group clients pytest -W default -n 2 --dist loadgroup tests/clients
 
 check: lint type isolate test  ## all of it but the lowest versions
 

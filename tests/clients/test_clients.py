@@ -29,7 +29,10 @@ GREEDY = {"max_tokens": 12, "temperature": 0}
 ANSWER = "The capital of France is Paris."
 
 
-@pytest.fixture(scope="module", params=["nccl", "mooncake"])
+# Each backend has its server, and a process of pytest for itself.
+@pytest.fixture(
+    scope="module", params=[pytest.param(each, marks=pytest.mark.xdist_group(each)) for each in ("nccl", "mooncake")]
+)
 def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     with served(tmp_path_factory.mktemp("served"), kv_transfer={"backend": request.param}) as server:
         assert server.url
