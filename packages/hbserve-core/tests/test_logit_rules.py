@@ -278,6 +278,7 @@ def test_tokens_equal_those_of_transformers_beside_requests_without_rules(runner
     assert run(runner, ended) == [usual[:2]]
 
 
+@WITHOUT_KERNELS
 def test_penalized_tokens_equal_those_of_the_processors_in_chunks_from_the_cache_and_beside_others(
     runner, oracle, greedy_tokens, prompt
 ):

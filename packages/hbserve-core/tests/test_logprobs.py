@@ -161,10 +161,9 @@ def test_asking_for_prompt_logprobs_changes_no_token_and_they_come_with_those_of
         check(found, token, 1, row)
 
 
-@pytest.mark.parametrize("kind", ["torch", "cuda kernels"])
-def test_a_preempted_prompt_is_scored_once(model_folder, kind, reference, prompt):
+def test_a_preempted_prompt_is_scored_once(model_folder, reference, prompt):
     """It gives its blocks up in the midst of its prompt: the others grow, and a chunk of it is computed beside."""
-    runner = make_runner(model_folder(MODEL), kind, num_blocks=13)
+    runner = make_runner(model_folder(MODEL), "torch", num_blocks=13)
     engine = Engine(runner.config, runner)
     growing = SamplingParams(0, 6, ignore_eos=True)
     scored = (prompt(60, salt=2), SamplingParams(0, 2, ignore_eos=True, prompt_logprobs=2))
