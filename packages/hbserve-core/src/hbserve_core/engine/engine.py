@@ -182,9 +182,10 @@ class Engine:
         """Launch one batch, and read the tokens of the one before it; of the same, if the runner does not overlap."""
         begin, preemptions = self._clock(), self._scheduler.num_preemptions
         batch = self._scheduler.schedule()
-        self._tell_cached_prefixes(batch)
+        sent = [chunk for chunk in batch if chunk.sequence.prefill_only]
+        self._tell_cached_prefixes(sent)
         launched = self._launch(batch) if batch else None
-        self._tell_launched(batch)
+        self._tell_launched(sent)
         before, host_time_s = self._in_flight, self._clock() - begin
         self._host_time_s += host_time_s
         outputs = self._read(before, host_time_s if launched else None)
@@ -231,11 +232,13 @@ class Engine:
         begin, outputs = self._clock(), []
         self._launch_times.ended(waited_from, begin, next_host_time_s)
         self.blocks.last_ended = step.number
-        for place, ((sequence, first, count), token) in enumerate(zip(step.chunks, result.tokens, strict=True)):
+        for place, scored in result.prompt_logprobs.items():
+            sequence = step.chunks[place][0]
             if sequence.phase not in _HAS_NO_OUTPUT:
-                scored = result.prompt_logprobs.get(place, [])
                 sequence.prompt_logprobs += scored
                 sequence.num_scored_tokens += len(scored)
+        for place, ((sequence, first, count), token) in enumerate(zip(step.chunks, result.tokens, strict=True)):
+            if sequence.phase not in _HAS_NO_OUTPUT:
                 outputs.append(self._advance(sequence, first + count, token, result.logprobs.get(place)))
         self._host_time_s += self._clock() - begin
         return outputs
@@ -283,20 +286,21 @@ class Engine:
             error,
         )
 
-    def _tell_cached_prefixes(self, batch: list[ScheduledChunk]) -> None:
-        for chunk in batch:
+    def _tell_cached_prefixes(self, sent: list[ScheduledChunk]) -> None:
+        """sent: chunks of sequences whose blocks go to another instance; here and below."""
+        for chunk in sent:
             sequence = chunk.sequence
-            begins_with_cached = chunk.first == sequence.num_cached_tokens > 0
-            if self.on_early_output is not None and sequence.prefill_only and begins_with_cached:
+            if self.on_early_output is not None and chunk.first == sequence.num_cached_tokens > 0:
                 index = sequence.num_output_tokens
                 self.on_early_output(self._output(sequence, None, index, None, sequence.num_computed_tokens))
 
-    def _tell_launched(self, batch: list[ScheduledChunk]) -> None:
-        for chunk in batch:
+    def _tell_launched(self, sent: list[ScheduledChunk]) -> None:
+        if self.on_early_output is None or self._runner.computed is None:
+            return
+        for chunk in sent:
             sequence, end = chunk.sequence, chunk.first + chunk.num_new_tokens
-            if self.on_early_output is not None and sequence.prefill_only and self._runner.computed is not None:
-                output = self._output(sequence, None, sequence.num_output_tokens, None, end)
-                self.on_early_output(replace(output, ready=self._runner.computed))
+            output = self._output(sequence, None, sequence.num_output_tokens, None, end)
+            self.on_early_output(replace(output, ready=self._runner.computed))
 
     def _finish_reason(self, sequence: Sequence, token: int) -> FinishReason | None:
         params = sequence.params

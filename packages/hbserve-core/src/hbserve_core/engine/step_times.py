@@ -76,14 +76,14 @@ class _Fit:
         self._error = 0.0
         self.count = 0
 
+    def _terms(self, work: StepWork) -> list[float]:
+        return [1.0, self._per_token * work.num_tokens, 1e-6 * work.num_keys, 1e-9 * work.num_pairs]
+
     def predict_s(self, work: StepWork) -> float:
-        constant, token, key, pair = self._weights
-        products = constant + token * self._per_token * work.num_tokens
-        attention = 1e-6 * key * work.num_keys + 1e-9 * pair * work.num_pairs
-        return max(0.0, self._error + products + attention)
+        return max(0.0, self._error + _product(self._weights, self._terms(work)))
 
     def learn(self, work: StepWork, time_s: float) -> None:
-        terms = [1.0, self._per_token * work.num_tokens, 1e-6 * work.num_keys, 1e-9 * work.num_pairs]
+        terms = self._terms(work)
         error = time_s - _product(self._weights, terms)
         toward = [_product(row, terms) for row in self._spread]
         size = 1 + _product(toward, terms)
