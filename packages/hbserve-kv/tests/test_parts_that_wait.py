@@ -137,6 +137,14 @@ async def open_two(sender, receiver, num_blocks=2):
     return [await sender.open_send(name, posted.grant) for name, posted in zip("ab", postings, strict=True)], postings
 
 
+async def push_both(a, b, event):
+    """Two parts of one transfer, the first of which waits for `event`, then one of another, which ends meanwhile."""
+    a.push([10], 0, event)
+    a.push([11], 1)
+    b.push([20, 21], 0)
+    assert (await b.commit()).outcome is Outcome.COMPLETED
+
+
 async def until(condition):
     async with asyncio.timeout(20):
         while not condition():
@@ -152,10 +160,7 @@ async def test_a_part_that_is_not_ready_holds_up_no_other_transfer_and_none_of_i
     (a, b), postings = await open_two(sender, receiver)
     event = Event()
     async with asyncio.timeout(20):
-        a.push([10], 0, event)
-        a.push([11], 1)
-        b.push([20, 21], 0)
-        assert (await b.commit()).outcome is Outcome.COMPLETED
+        await push_both(a, b, event)
         assert pushed == [("b", 0)]
         assert a.state.legs[0].num_begun == 0
         assert not target[:2].any()
@@ -230,10 +235,7 @@ async def test_a_device_that_waits_gets_parts_at_once_and_another_transfer_ends_
     (a, b), _ = await open_two(sender, receiver)
     event = Event()
     async with asyncio.timeout(20):
-        a.push([10], 0, event)
-        a.push([11], 1)
-        b.push([20, 21], 0)
-        assert (await b.commit()).outcome is Outcome.COMPLETED
+        await push_both(a, b, event)
         assert device.given == [("a", 0), ("b", 0), ("a", 1)], "in turn"
         assert not target[0].any()
         event.happen()
@@ -489,11 +491,8 @@ async def test_on_a_gpu_a_transfer_waits_for_its_step_and_another_does_not(backe
         torch.cuda._sleep(2_000_000_000)  # cycles: about a second
         source[10] = 5.0
         event.record()
-    a.push([10], 0, event)
-    a.push([11], 1)
-    b.push([20, 21], 0)
     async with asyncio.timeout(20):
-        assert (await b.commit()).outcome is Outcome.COMPLETED
+        await push_both(a, b, event)
         assert not event.query(), "the other one waits still"
         result = await a.commit()
     assert (result.outcome, result.num_parts) == (Outcome.COMPLETED, 2)

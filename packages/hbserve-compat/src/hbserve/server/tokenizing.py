@@ -1,6 +1,6 @@
 """/tokenize, /detokenize and /tokenizer_info: the model's tokenizer, for clients that have none."""
 
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 from starlette.requests import Request
@@ -9,7 +9,7 @@ from starlette.responses import Response
 from hbserve.server.api_error import ApiError
 from hbserve.server.chat_messages import plain_messages
 from hbserve.server.request_body import converted, ignored_fields, ignored_header, read_object
-from hbserve.server.service import Service
+from hbserve.server.service import ServedModel, Service
 from hbserve.tokenizer import require_tokenizer
 from hbserve_rpc.plain_values import plain_text, plain_token_ids
 
@@ -37,15 +37,24 @@ class DetokenizeBody(msgspec.Struct, frozen=True, kw_only=True):
     tokens: list[int]
 
 
-async def tokenize(request: Request) -> Response:
+B = TypeVar("B", TokenizeBody, DetokenizeBody)
+
+
+async def _read(request: Request, kind: type[B]) -> tuple[ServedModel, B, dict[str, str]]:
+    """The model, what it is asked, and headers of the answer."""
     service: Service = request.app.state.service
     content = await read_object(request, service.max_body_bytes)
-    model = service.require_model()
-    body = converted(content, TokenizeBody)
+    model, body = service.require_model(), converted(content, kind)
     model.name_for(body.model)
+    return model, body, ignored_header(ignored_fields(content, kind))
+
+
+async def tokenize(request: Request) -> Response:
+    model, body, headers = await _read(request, TokenizeBody)
     if (body.prompt is None) == (body.messages is None):
         raise ApiError(400, "prompt, messages: expected one of the two", param="prompt")
     if body.messages is not None:
+        service: Service = request.app.state.service
         settings = service.template_settings(body.chat_template_kwargs, body.add_generation_prompt)
         ids = await model.encoder.messages(plain_messages(body.messages), tools=body.tools, **settings)
     else:
@@ -54,19 +63,15 @@ async def tokenize(request: Request) -> Response:
     answer = {"count": len(ids), "max_model_len": model.max_model_len, "tokens": ids, "token_strs": None}
     if body.return_token_strs:
         answer["token_strs"] = model.encoder.tokenizer.convert_ids_to_tokens(ids)
-    return _json(answer, ignored_header(ignored_fields(content, TokenizeBody)))
+    return _json(answer, headers)
 
 
 async def detokenize(request: Request) -> Response:
-    service: Service = request.app.state.service
-    content = await read_object(request, service.max_body_bytes)
-    model = service.require_model()
-    body = converted(content, DetokenizeBody)
-    model.name_for(body.model)
+    model, body, headers = await _read(request, DetokenizeBody)
     require_tokenizer(model.encoder.tokenizer, "tokens")
     text = model.encoder.tokenizer.decode(plain_token_ids("tokens", body.tokens))
     # vLLM's name of it, and SGLang's.
-    return _json({"prompt": text, "text": text}, ignored_header(ignored_fields(content, DetokenizeBody)))
+    return _json({"prompt": text, "text": text}, headers)
 
 
 async def tokenizer_info(request: Request) -> Response:

@@ -18,7 +18,7 @@ import asyncio
 import logging
 import os
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -178,28 +178,21 @@ class NcclTransport(Transport):
 
     def _push_from_gpu(self, group: _Group, rows: torch.Tensor, part: Part) -> None:
         """Queue it: a message is gathered while the one before it is sent."""
-        moving: deque[tuple[Any, torch.Tensor]] = deque()
-        for start, end in _messages(group, rows, part.block_ids):
-            blocks = gather(rows, part.block_ids[start:end])
-            moving.append((group.process_group.send([blocks], RECEIVER, 0), blocks))
-            if len(moving) > MESSAGES_AT_ONCE:
-                moving.popleft()[0].wait()
-        while moving:
-            moving.popleft()[0].wait()
+        messages = _messages(group, rows, part.block_ids)
+        _send_in_turn(group, (gather(rows, part.block_ids[start:end]) for start, end in messages))
 
     def _push_staged(self, group: _Group, rows: torch.Tensor, part: Part) -> None:
         """Through pinned host memory."""
-        moving: deque[tuple[Any, torch.Tensor]] = deque()
-        with torch.cuda.stream(group.stream):
+
+        def staged() -> Iterator[torch.Tensor]:
             for start, end in _messages(group, rows, part.block_ids):
                 blocks = gather(rows, part.block_ids[start:end])
-                staged = _staging(rows, end - start, False).copy_(blocks, non_blocking=True)
+                message = _staging(rows, end - start, False).copy_(blocks, non_blocking=True)
                 group.stream.synchronize()
-                moving.append((group.process_group.send([staged], RECEIVER, 0), staged))
-                if len(moving) > MESSAGES_AT_ONCE:
-                    moving.popleft()[0].wait()
-            while moving:
-                moving.popleft()[0].wait()
+                yield message
+
+        with torch.cuda.stream(group.stream):
+            _send_in_turn(group, staged())
 
     def _accept_on_gpu(self, group: _Group, rows: torch.Tensor, part: Part) -> None:
         """A message is scattered while the next one comes. Blocks that are neighbours are received in place."""
@@ -341,6 +334,17 @@ def _messages(group: _Group, rows: torch.Tensor, block_ids: list[int]) -> Iterat
     """Positions [start, end) that are one message of GPU memory, the same on both sides."""
     step = max(1, (NCCL_MESSAGE_BYTES if group.on_gpu else STAGED_MESSAGE_BYTES) // rows[0].numel())
     return ((start, min(start + step, len(block_ids))) for start in range(0, len(block_ids), step))
+
+
+def _send_in_turn(group: _Group, messages: Iterable[torch.Tensor]) -> None:
+    """Make and send one after the other, with at most MESSAGES_AT_ONCE under way while the next is made."""
+    moving: deque[tuple[Any, torch.Tensor]] = deque()  # which must live until they are sent
+    for message in messages:
+        moving.append((group.process_group.send([message], RECEIVER, 0), message))
+        if len(moving) > MESSAGES_AT_ONCE:
+            moving.popleft()[0].wait()
+    while moving:
+        moving.popleft()[0].wait()
 
 
 def _staging(rows: torch.Tensor, num_blocks: int, on_gpu: bool) -> torch.Tensor:
