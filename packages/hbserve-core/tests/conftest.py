@@ -408,3 +408,11 @@ def one_kernel_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
             return call(self, *arguments, **keywords)
 
     monkeypatch.setattr(GridExecutor, "__call__", locked)
+
+
+@pytest.fixture(params=["torch", "cuda kernels"])
+def either_runner(request: pytest.FixtureRequest, model_folder: Callable[[str], Path]) -> Any:
+    """Of a small Qwen3: the CPU's runner, and CUDA's without CUDA."""
+    from hbserve_core_interpreted import make_runner
+
+    return make_runner(model_folder("qwen3"), request.param)

@@ -13,6 +13,8 @@ from hbserve_core.logits.prompt_logprobs import score
 from hbserve_core.logits.special_rows import PendingLogprobs, SpecialRows
 from hbserve_core.model.loaded_model import LoadedModel
 
+# Of what the two runners share, which other tests have on both: kernels take half a minute for it, interpreted.
+WITHOUT_KERNELS = pytest.mark.parametrize("either_runner", ["torch"], indirect=True)
 BLOCK = 8
 SIZES: dict[str, Any] = {"max_num_seqs": 5, "max_num_batched_tokens": 40, "chunk_size": 16}
 

@@ -8,7 +8,7 @@ from collections import Counter
 
 import pytest
 import torch
-from hbserve_core_interpreted import SIZES, InterpretedRunner, make_runner
+from hbserve_core_interpreted import SIZES, WITHOUT_KERNELS, InterpretedRunner, make_runner
 from transformers import (
     LogitsProcessorList,
     MinNewTokensLengthLogitsProcessor,
@@ -55,15 +55,6 @@ PENALTIES = {"repetition_penalty": 1.7, "presence_penalty": 1.1, "frequency_pena
 def penalties(num_prompt):
     """vLLM's order."""
     return [RepetitionPenaltyLogitsProcessor(1.7), PresenceAndFrequency(num_prompt, 1.1, 0.6)]
-
-
-# Of what the two runners share, which the other tests have on both: kernels take half a minute for it, interpreted.
-WITHOUT_KERNELS = pytest.mark.parametrize("runner", ["torch"], indirect=True)
-
-
-@pytest.fixture(params=["torch", "cuda kernels"])
-def runner(request, model_folder):
-    return make_runner(model_folder(MODEL), request.param)
 
 
 @pytest.fixture(scope="module")
@@ -254,7 +245,7 @@ def test_rules_that_were_put_on_the_device_are_not_those_of_the_next_rows():
     assert changed(other) == [{8: 4.0}]
 
 
-def test_tokens_equal_those_of_transformers_beside_requests_without_rules(runner, oracle, greedy_tokens, prompt):
+def test_tokens_equal_those_of_transformers_beside_requests_without_rules(either_runner, oracle, greedy_tokens, prompt):
     """Long prompts are computed in chunks; and the second engine finds them in the prefix cache."""
     plain, biased, ruled = prompt(37, salt=1), prompt(20, salt=2), prompt(3, salt=3)
     usual = greedy_tokens(MODEL, ruled, 4)
@@ -273,14 +264,14 @@ def test_tokens_equal_those_of_transformers_beside_requests_without_rules(runner
         (biased, greedy(4, logit_bias=bias)),
         (ruled, greedy(4, min_tokens=3, stop_token_ids=ends[:1])),
     ]
-    assert run(runner, requests) == expected
+    assert run(either_runner, requests) == expected
     ended = [(ruled, greedy(4, stop_token_ids=ends[:1]))]
-    assert run(runner, ended) == [usual[:2]]
+    assert run(either_runner, ended) == [usual[:2]]
 
 
 @WITHOUT_KERNELS
 def test_penalized_tokens_equal_those_of_the_processors_in_chunks_from_the_cache_and_beside_others(
-    runner, oracle, greedy_tokens, prompt
+    either_runner, oracle, greedy_tokens, prompt
 ):
     long, short, plain = prompt(37, salt=1), [*prompt(3, salt=2)] * 2, prompt(9, salt=3)
     requests = [(each, greedy(6, ignore_eos=True, **PENALTIES)) for each in (long, short)]
@@ -288,16 +279,16 @@ def test_penalized_tokens_equal_those_of_the_processors_in_chunks_from_the_cache
     expected = [oracle(each, 6, penalties(len(each)), ()) for each in (long, short)]
     assert expected != [greedy_tokens(MODEL, each, 6) for each in (long, short)], "the penalties change nothing"
     expected.append(greedy_tokens(MODEL, plain, 6))
-    assert run(runner, requests) == expected
-    assert run(runner, requests[::-1]) == expected[::-1]
+    assert run(either_runner, requests) == expected
+    assert run(either_runner, requests[::-1]) == expected[::-1]
 
 
 @WITHOUT_KERNELS
-def test_tokens_of_an_earlier_attempt_are_penalized_as_if_they_had_been_computed_here(runner, oracle, prompt):
+def test_tokens_of_an_earlier_attempt_are_penalized_as_if_they_had_been_computed_here(either_runner, oracle, prompt):
     given = prompt(5, salt=7)
     expected = oracle(given, 6, penalties(5), ())
     for count in (1, 4):
-        engine = Engine(runner.config, runner)
+        engine = Engine(either_runner.config, either_runner)
         engine.add("r", given, greedy(6, ignore_eos=True, **PENALTIES), expected[:count])
         found = expected[:count]
         while engine.has_work():
@@ -339,7 +330,7 @@ def test_ranks_that_overlap_penalize_the_same_tokens(model_folder, ranks_in_thre
 
 
 @WITHOUT_KERNELS
-def test_min_p_draws_among_what_transformers_keeps(runner, reference_model, prompt):
+def test_min_p_draws_among_what_transformers_keeps(either_runner, reference_model, prompt):
     given, temperature, min_p = prompt(5), 5.0, 0.5
     with torch.inference_mode():
         logits = reference_model(MODEL)(torch.tensor([given])).logits[:, -1]
@@ -347,21 +338,21 @@ def test_min_p_draws_among_what_transformers_keeps(runner, reference_model, prom
     kept = set(MinPLogitsWarper(min_p)(None, warm)[0].isfinite().nonzero()[:, 0].tolist())
     assert len(kept) == 18, "of 320: few enough to be drawn all, and many enough to be missed"
     params = [SamplingParams(temperature, 1, seed=seed, min_p=min_p) for seed in range(100)]
-    drawn = Counter(tokens[0] for tokens in run(runner, [(given, each) for each in params]))
+    drawn = Counter(tokens[0] for tokens in run(either_runner, [(given, each) for each in params]))
     assert set(drawn) <= kept
     assert len(drawn) > 12
 
 
 @WITHOUT_KERNELS
-def test_a_seeded_request_draws_the_same_beside_special_ones(runner, prompt):
+def test_a_seeded_request_draws_the_same_beside_special_ones(either_runner, prompt):
     request = (prompt(9), SamplingParams(0.9, 3, seed=5, ignore_eos=True))
     special = (prompt(9), SamplingParams(0.9, 3, seed=5, ignore_eos=True, logit_bias={300: 0.0}))
-    alone = run(runner, [request])
+    alone = run(either_runner, [request])
     # A bias of nothing makes a row special, and changes nothing.
-    assert run(runner, [special, request, special]) == alone * 3
+    assert run(either_runner, [special, request, special]) == alone * 3
 
 
-def test_many_special_rows_are_sampled_a_part_at_a_time(runner, oracle, prompt):
+def test_many_special_rows_are_sampled_a_part_at_a_time(either_runner, oracle, prompt):
     requests, expected = [], []
     for salt in range(5):
         bias = dict.fromkeys((salt + 60, salt + 61), 50.0)
@@ -369,9 +360,9 @@ def test_many_special_rows_are_sampled_a_part_at_a_time(runner, oracle, prompt):
         expected.append(
             oracle(prompt(4, salt), 2, [SequenceBiasLogitsProcessor({(t,): v for t, v in bias.items()})], ())
         )
-    special = runner._special_rows if isinstance(runner, ModelRunner) else runner.special_rows
+    special = either_runner._special_rows if isinstance(either_runner, ModelRunner) else either_runner.special_rows
     special.most_rows = 2
-    assert run(runner, requests) == expected
+    assert run(either_runner, requests) == expected
 
 
 def test_a_step_without_special_rows_runs_nothing_more(model_folder, prompt, monkeypatch):
@@ -416,8 +407,8 @@ def test_a_step_without_special_rows_runs_nothing_more(model_folder, prompt, mon
 
 @WITHOUT_KERNELS
 @pytest.mark.parametrize("params", [{"stop_token_ids": [5, 320]}, {"logit_bias": {5: 1.0, 320: 1.0}}])
-def test_a_token_outside_the_vocabulary_is_refused_by_its_place(runner, prompt, params):
-    engine = Engine(runner.config, runner)
+def test_a_token_outside_the_vocabulary_is_refused_by_its_place(either_runner, prompt, params):
+    engine = Engine(either_runner.config, either_runner)
     (name,) = params
     with pytest.raises(InvalidRequest, match=rf"^{name}\[1\]: token 320 is outside the vocabulary \[0, 320\)"):
         engine.add("r", prompt(5), SamplingParams(**params))

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hbserve_core_interpreted import make_runner
+from hbserve_core_interpreted import WITHOUT_KERNELS, make_runner
 
 from hbserve_core import Engine
 from hbserve_core.logits.logprobs import Logprobs
@@ -13,15 +13,6 @@ pytestmark = [
     pytest.mark.filterwarnings(f"ignore:{which} encountered:RuntimeWarning") for which in ("overflow", "invalid value")
 ]
 MODEL = "qwen3"
-
-
-# Of what the two runners share, which the other tests have on both: kernels take half a minute for it, interpreted.
-WITHOUT_KERNELS = pytest.mark.parametrize("runner", ["torch"], indirect=True)
-
-
-@pytest.fixture(params=["torch", "cuda kernels"])
-def runner(request, model_folder):
-    return make_runner(model_folder(MODEL), request.param)
 
 
 @pytest.fixture(scope="module")
@@ -69,11 +60,11 @@ ASKED = {
 }  # fmt: skip
 
 
-def test_logprobs_equal_those_of_transformers(runner, reference, prompt):
+def test_logprobs_equal_those_of_transformers(either_runner, reference, prompt):
     """Twice: the second time the long prompts are in the prefix cache."""
     prompts = [prompt(length, salt=length) for length in (1, 20, 37, 8, 17)]
     params = [SamplingParams(**each, max_tokens=4, ignore_eos=True) for each in ASKED.values()]
-    engine = Engine(runner.config, runner)
+    engine = Engine(either_runner.config, either_runner)
     for _ in range(2):
         outputs = run(engine, list(zip(prompts, params, strict=True)))
         for given, asked, several in zip(prompts, params, outputs, strict=True):
@@ -89,9 +80,9 @@ def test_logprobs_equal_those_of_transformers(runner, reference, prompt):
     assert engine.stats().num_cached_tokens > 0
 
 
-def test_asking_for_logprobs_changes_no_token(runner, prompt):
+def test_asking_for_logprobs_changes_no_token(either_runner, prompt):
     requests = [(prompt(9), SamplingParams(0.9, 4, seed=5, ignore_eos=True, logprobs=n)) for n in (None, 0, 5)]
-    engine = Engine(runner.config, runner)
+    engine = Engine(either_runner.config, either_runner)
     tokens = [[output.token_id for output in several if output.token_ids] for several in run(engine, requests)]
     assert tokens[0] == tokens[1] == tokens[2]
 
@@ -124,7 +115,7 @@ def check_prompt(outputs, given, count, expected):
 @WITHOUT_KERNELS
 @pytest.mark.parametrize("beside", [False, True])
 def test_prompt_logprobs_equal_those_of_transformers_over_chunks_and_without_the_prefix_cache(
-    runner, reference, prompt, beside
+    either_runner, reference, prompt, beside
 ):
     """Twice, and no prefix is read from the cache; the request beside them that asks for nothing reads it."""
     lengths = {1: 0, 2: 3, 16: 0, 17: 1, 33: 2, 50: 20}
@@ -134,7 +125,7 @@ def test_prompt_logprobs_equal_those_of_transformers_over_chunks_and_without_the
     ]
     if beside:
         requests.insert(2, (prompt(40), SamplingParams(0, 5, ignore_eos=True, logprobs=1)))
-    engine = Engine(runner.config, runner)
+    engine = Engine(either_runner.config, either_runner)
     for turn in range(2):
         for (given, params), outputs in zip(requests, run(engine, requests), strict=True):
             if params.prompt_logprobs is not None:
@@ -146,11 +137,11 @@ def test_prompt_logprobs_equal_those_of_transformers_over_chunks_and_without_the
 
 
 def test_asking_for_prompt_logprobs_changes_no_token_and_they_come_with_those_of_the_output(
-    runner, reference, prompt, greedy_tokens
+    either_runner, reference, prompt, greedy_tokens
 ):
     given = prompt(21)
     params = SamplingParams(0, 4, ignore_eos=True, prompt_logprobs=1, logprobs=1)
-    (outputs,) = run(Engine(runner.config, runner), [(given, params)])
+    (outputs,) = run(Engine(either_runner.config, either_runner), [(given, params)])
     tokens = [token for output in outputs for token in output.token_ids]
     assert tokens == greedy_tokens(MODEL, given, 4)
     expected = reference([*given, *tokens])
@@ -175,8 +166,8 @@ def test_a_preempted_prompt_is_scored_once(model_folder, reference, prompt):
 
 
 @WITHOUT_KERNELS
-def test_a_request_with_output_or_whose_prompt_another_instance_computes_has_no_prompt_logprobs(runner, prompt):
-    engine = Engine(runner.config, runner)
+def test_a_request_with_output_or_whose_prompt_another_instance_computes_has_no_prompt_logprobs(either_runner, prompt):
+    engine = Engine(either_runner.config, either_runner)
     params = SamplingParams(0, 4, ignore_eos=True, prompt_logprobs=2)
     engine.reserve("handed over", prompt(20, salt=1), params)
     assert engine.poll_reservations()
