@@ -20,6 +20,9 @@ ASKED = {
     "the prompt's logprobs": SamplingParams(0, **LONG, prompt_logprobs=2, logprobs=1),
     "the prompt's logprobs and one token": SamplingParams(0, 1, prompt_logprobs=0),
     "the prompt's logprobs and its end": SamplingParams(0, 9, logit_bias={2: 100.0}, prompt_logprobs=1),
+    "a grammar": SamplingParams(0.9, 20, seed=2, structured_outputs={"regex": "[a-h]{3}(-[0-9]{2}){3}"}),
+    "a grammar of one token": SamplingParams(0, 1, structured_outputs={"choice": ["a"]}),
+    "a grammar of nothing": SamplingParams(0, 4, structured_outputs={"choice": [""]}),
     "logprobs of the tokens alone": SamplingParams(0.9, **LONG, seed=1, logprobs=0),
 }
 

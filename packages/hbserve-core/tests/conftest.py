@@ -374,7 +374,7 @@ def beside_a_broken_request() -> Callable[..., tuple[dict[str, list[int]], dict[
         while engine.has_work():
             for output in engine.step():
                 tokens.setdefault(output.request_id, []).extend(output.token_ids)
-                errors |= {output.request_id: output.error} if output.error else {}
+                errors |= {output.request_id: str(output.error)} if output.error else {}
             engine.check_integrity()
         assert engine.blocks.num_free == engine.blocks.num_blocks
         return tokens, errors

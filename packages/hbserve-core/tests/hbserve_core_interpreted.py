@@ -10,7 +10,7 @@ from hbserve_core import InstanceConfig, ModelRunner
 from hbserve_core.cuda_runner.step_packer import SplitKV, StepPacker, StepView
 from hbserve_core.engine.runner import StepResult
 from hbserve_core.logits.prompt_logprobs import score
-from hbserve_core.logits.special_rows import PendingLogprobs, SpecialRows
+from hbserve_core.logits.special_rows import PendingLogprobs, SpecialRows, has_grammars
 from hbserve_core.model.loaded_model import LoadedModel
 
 # Of what the two runners share, which other tests have on both: kernels take half a minute for it, interpreted.
@@ -43,12 +43,14 @@ class InterpretedRunner:
         self.sampled = torch.zeros(self.config.max_num_seqs, dtype=torch.int32)
         self.memory = np.full(largest.fixed_size + self.config.max_num_seqs * 64, 12345, dtype=np.int32)
         self.used_shapes = set()
+        self.left = None
 
     def launch(self, batch):
         step = self.packer.pack(batch, self.memory)
         self.used_shapes.add(step.shape)
         view = StepView(torch.from_numpy(self.memory[: step.used].copy()), step.shape)
         num_samples = len(step.places)
+        sampled = torch.zeros(num_samples, dtype=torch.int32)
         with torch.inference_mode():
             if step.special:
                 self.special_rows.prepare(step.special, self.sampled)
@@ -59,16 +61,32 @@ class InterpretedRunner:
                     self.decoder.finish(view, hidden, self.sampled)
             else:
                 hidden = self.decoder.decode(view, self.sampled, self.pool)
-            logprobs = PendingLogprobs()
-            if step.special:
-                logprobs = self.special_rows.sample(
+            scored = score(step.scored, lambda rows: self.decoder.logits_of_rows(hidden[rows]), 7, self.device)
+        logprobs = PendingLogprobs()
+
+        def draw():
+            with torch.inference_mode():
+                found = self.special_rows.sample(
                     step.special,
                     lambda places: self.decoder.logits(view, hidden, places),
-                    lambda scores, places, _: self.decoder.draw(view, scores, places, self.sampled),
+                    lambda scores, places, part: self.decoder.draw(
+                        view, scores, places, self.sampled, is_told=has_grammars(part)
+                    ),
                 )
-            scored = score(step.scored, lambda rows: self.decoder.logits_of_rows(hidden[rows]), 7, self.device)
-        result = StepResult(step.tokens(self.sampled[:num_samples].tolist()), logprobs.read(step.places), scored.read())
-        return lambda: result
+            logprobs.extend(found)
+            sampled.copy_(self.sampled[:num_samples])
+
+        if step.special and not has_grammars(step.special):
+            draw()
+        elif step.special:
+            self.left = draw
+        sampled.copy_(self.sampled[:num_samples])
+        return lambda: StepResult(step.tokens(sampled.tolist()), logprobs.read(step.places), scored.read())
+
+    def draw(self):
+        left, self.left = self.left, None
+        if left is not None:
+            left()
 
 
 def plain(weights):

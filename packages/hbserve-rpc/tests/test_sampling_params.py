@@ -130,6 +130,18 @@ WRONG = {
         dict.fromkeys(range(10**6), 1.0),
         EndlessMapping(),
     ],
+    # More of them in test_structured_outputs.py.
+    "structured_outputs": [
+        HostileObject(),
+        "json",
+        {},
+        [("regex", "a")],
+        EndlessMapping(),
+        {"json": EndlessMapping()},
+        {"json": {HostileObject(): 1}},
+        {"choice": HostileObject()},
+        {"regex": HostileText("half \ud83d")},
+    ],
 }
 
 
@@ -151,7 +163,7 @@ ALL_WRONG = [(name, value) for name, values in WRONG.items() for value in values
 
 @pytest.mark.parametrize(("name", "value"), ALL_WRONG, ids=lambda value: shown(value)[:30])
 def test_a_value_out_of_its_range_is_named(name, value):
-    with pytest.raises(InvalidRequest, match=rf"^{name}(=|\[|:)") as caught:
+    with pytest.raises(InvalidRequest, match=rf"^{name}(=|\[|:|\.)") as caught:
         SamplingParams(**{name: value})
     assert isinstance(caught.value, ValueError)
 
@@ -244,7 +256,7 @@ def test_two_sampling_params_share_no_list():
 def test_a_wrong_value_is_refused_after_it_was_set_too(name):
     params = SamplingParams()
     setattr(params, name, WRONG[name][-1])
-    with pytest.raises(InvalidRequest, match=rf"^{name}(=|\[|:)"):
+    with pytest.raises(InvalidRequest, match=rf"^{name}(=|\[|:|\.)"):
         params.validate()
 
 

@@ -12,7 +12,8 @@ from hbserve.own_thread import Ended, OwnThread
 from hbserve.pd_disagg.config import PdDisaggConfig
 from hbserve_core import Engine, InstanceConfig, make_runner
 from hbserve_core.engine.runner import Runner
-from hbserve_rpc import InvalidRequest, LogitsNotFinite, SamplingParams
+from hbserve_core.grammars.matcher import Matcher
+from hbserve_rpc import InvalidRequest, SamplingParams
 from hbserve_rpc.messages import FinishReason
 
 NANO_VLLM_DEFAULTS = {"max_num_batched_tokens": 16384, "max_num_seqs": 512, "max_model_len": 4096, "chunk_size": 4096}
@@ -41,13 +42,18 @@ class HybridBackend:
         self._engine = Engine(config, self._runner)
 
     def check(self, token_ids: list[int], params: SamplingParams) -> None:
-        self._running().limits.sequence("check", token_ids, params)
+        engine = self._running()
+        engine.limits.sequence("check", token_ids, params)
+        engine.grammars.matcher(params)
 
     def add(self, request_id: str, token_ids: list[int], params: SamplingParams, news: News) -> None:
-        self._thread.call(lambda: self._add(request_id, token_ids, params, news))
+        matcher = self._running().grammars.matcher(params)
+        self._thread.call(lambda: self._add(request_id, token_ids, params, matcher, news))
 
-    def _add(self, request_id: str, token_ids: list[int], params: SamplingParams, news: News) -> None:
-        self._running().add(request_id, token_ids, params)
+    def _add(
+        self, request_id: str, token_ids: list[int], params: SamplingParams, matcher: Matcher | None, news: News
+    ) -> None:
+        self._running().add(request_id, token_ids, params, matcher=matcher)
         self._news[request_id] = news
 
     def step(self, news: News) -> tuple[list[Progress], int]:
@@ -63,9 +69,8 @@ class HybridBackend:
         before = engine.stats().num_prefill_tokens
         for each in engine.step():
             whose = self._news.pop(each.request_id) if each.is_last else self._news[each.request_id]
-            error = LogitsNotFinite(each.error) if each.error else None
             logprobs = each.all_logprobs, each.prompt_logprobs
-            whose.put(Progress(each.request_id, each.token_ids, each.finish_reason, error, *logprobs))
+            whose.put(Progress(each.request_id, each.token_ids, each.finish_reason, each.error, *logprobs))
         return engine.stats().num_prefill_tokens - before
 
     def end(self, request_ids: list[str], reason: FinishReason) -> None:

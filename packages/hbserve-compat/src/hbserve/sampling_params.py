@@ -1,5 +1,6 @@
-"""SamplingParams, which hbserve_rpc owns."""
+"""SamplingParams and what is in them, which hbserve_rpc owns."""
 
 from hbserve_rpc.sampling_params import SamplingParams as SamplingParams
+from hbserve_rpc.structured_outputs import StructuredOutputsParams as StructuredOutputsParams
 
-__all__ = ["SamplingParams"]
+__all__ = ["SamplingParams", "StructuredOutputsParams"]

@@ -17,6 +17,7 @@ from hbserve_rpc.errors import (
 from hbserve_rpc.methods import Method, Notification, StreamMethod
 from hbserve_rpc.sampling_params import SamplingParams
 from hbserve_rpc.server import RpcServer
+from hbserve_rpc.structured_outputs import StructuredOutputsParams
 
 __all__ = [
     "AddressInUse",
@@ -36,6 +37,7 @@ __all__ = [
     "RpcTimeout",
     "SamplingParams",
     "StreamMethod",
+    "StructuredOutputsParams",
     "canonical_host",
     "check_host",
     "check_peer_host",

@@ -20,6 +20,7 @@ from hbserve_rpc.plain_values import (
     require_in_vocabulary,
     shown,
 )
+from hbserve_rpc.structured_outputs import StructuredOutputsParams, plain_structured_outputs
 
 MAX_STOP_STRINGS = 16
 MAX_STOP_TOKEN_IDS = 1024
@@ -79,6 +80,10 @@ class SamplingParams(msgspec.Struct):
     prompt_logprobs: int | None = None
     """The same of each prompt token but the first. The prompt is computed for it even where its prefix is cached. Given
     with the first output token: a request that has output already, from an earlier attempt, gets none."""
+    structured_outputs: StructuredOutputsParams | None = None
+    """What the answer must be: JSON of a schema, for example. May be given as a dict of its fields. Where the answer is
+    complete it ends, whatever ignore_eos and min_tokens say; where it is not, max_tokens alone ends it, with
+    finish_reason "length". So there may be no stop strings and stop_token_ids beside it."""
 
     def __post_init__(self) -> None:
         self.validate()
@@ -114,6 +119,10 @@ class SamplingParams(msgspec.Struct):
             self.logprobs = plain_int("logprobs", self.logprobs, 0, MAX_LOGPROBS)
         if self.prompt_logprobs is not None:
             self.prompt_logprobs = plain_int("prompt_logprobs", self.prompt_logprobs, 0, MAX_LOGPROBS)
+        self.structured_outputs = plain_structured_outputs(self.structured_outputs)
+        for name in ("stop", "stop_token_ids"):
+            if self.structured_outputs is not None and (given := getattr(self, name)):
+                raise InvalidRequest(f"{name}={shown(given)}: not with structured_outputs, which say where it ends")
 
     def require_vocabulary(self, vocab_size: int) -> None:
         """Raises InvalidRequest: names the first token id that a model with so many tokens does not have."""
@@ -124,7 +133,7 @@ class SamplingParams(msgspec.Struct):
     def needs_logits(self) -> bool:
         """Whether more is asked for than the next token by temperature, top_k and top_p."""
         changes = self.min_tokens or self.min_p or self.logit_bias or self.has_penalties
-        return bool(changes) or self.logprobs is not None
+        return bool(changes) or self.logprobs is not None or self.structured_outputs is not None
 
     @property
     def has_penalties(self) -> bool:

@@ -65,6 +65,8 @@ def as_api_error(error: Exception) -> ApiError | None:
     if isinstance(error, InvalidRequest | BrokenTokenizer):
         found = re.match(r"\w+", str(error))
         name = found[0] if found else None
+        if "structured_outputs" in str(error):  # of an instance, which says its own name first
+            name = "structured_outputs"
         return ApiError(400, str(error), param="prompt" if name == "prompts" else name)
     if isinstance(error, Overloaded | NotReady):
         return try_again(str(error), getattr(error, "retry_after_s", None) or RETRY_AFTER_S)

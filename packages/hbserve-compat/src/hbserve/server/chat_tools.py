@@ -1,12 +1,16 @@
 """Tools of a chat request: which are offered, and whether one must be called."""
 
+import json
 from dataclasses import dataclass
 from typing import Any
+
+import msgspec
 
 from hbserve.server.api_error import ApiError
 from hbserve.server.message_parts import MessageParts, PlainText
 from hbserve.server.request_fields import ChatBody
 from hbserve.server.tool_calls import ARGUMENTS, BEGINNINGS, READERS, Format
+from hbserve_rpc import StructuredOutputsParams
 from hbserve_rpc.plain_values import plain_text, shown
 
 MOST_TOOLS = 256
@@ -20,6 +24,8 @@ class ChatTools:
     format: Format | None = None
     beginning: str = ""
     most_calls: int | None = None
+    grammar: StructuredOutputsParams | None = None
+    """What follows the beginning: one call, whose arguments are as the tool's schema says."""
 
     def reader(self) -> MessageParts:
         """A reader of one answer, which has read its beginning."""
@@ -51,12 +57,31 @@ def chat_tools(body: ChatBody, known: Format | None) -> ChatTools:
     most_calls = 1 if body.parallel_tool_calls is False else None
     if choice in (None, "auto"):
         return ChatTools(body.tools, known, most_calls=most_calls)
+    if body.structured_outputs is not None or (body.response_format or {}).get("type", "text") != "text":
+        raise ApiError(400, f"tool_choice={shown(choice)}: not with a format of the answer", param="tool_choice")
     if choice == "required":
-        return ChatTools(body.tools, known, BEGINNINGS[known], most_calls)
+        return ChatTools(body.tools, known, BEGINNINGS[known], most_calls, _grammar(body, known, names))
     name = _chosen(choice)
     if name not in names:
         raise ApiError(400, f"tool_choice={shown(choice)}: expected one of {shown(names)}", param="tool_choice")
-    return ChatTools(body.tools, known, BEGINNINGS[known] + name + ARGUMENTS[known], 1)
+    return ChatTools(body.tools, known, BEGINNINGS[known] + name + ARGUMENTS[known], 1, _grammar(body, known, [name]))
+
+
+def _grammar(body: ChatBody, known: Format, names: list[str]) -> StructuredOutputsParams | None:
+    """The rest of a call of one of these tools; of a single one, from its arguments on. None: it has another end."""
+    if body.stop or body.stop_token_ids:
+        return None
+    schemas = {tool["function"]["name"]: tool["function"].get("parameters") for tool in body.tools or []}
+    calls, rules = [], []
+    for place, name in enumerate(names):
+        schema = schemas[name] if isinstance(schemas[name], dict) else {"type": "object"}
+        # As far as the schema can be followed: what is not served of it is the tool's to check.
+        lenient = {**schema, "x-guidance": {"lenient": True, "whitespace_pattern": r"[ \n\r\t]{0,32}"}}
+        rules.append(f"arguments_{place}: %json {msgspec.json.encode(lenient).decode()}")
+        begun = f"{json.dumps(name, ensure_ascii=False)[1:-1]}{ARGUMENTS[known]}"
+        head = "" if isinstance(body.tool_choice, dict) else f"{json.dumps(begun, ensure_ascii=False)} "
+        calls.append(f'{head}arguments_{place} "}}"')
+    return StructuredOutputsParams(grammar="\n".join([f"start: {' | '.join(calls)}", *rules]))
 
 
 def _names(tools: list[dict[str, Any]]) -> list[str]:

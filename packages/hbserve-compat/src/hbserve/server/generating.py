@@ -16,12 +16,13 @@ from hbserve.server.chat_tools import chat_tools
 from hbserve.server.completion_choices import CompletionChoices
 from hbserve.server.logprobs import TokenNames
 from hbserve.server.message_parts import MessageParts
-from hbserve.server.reasoning import ReasoningSplit, thinking_has_begun
+from hbserve.server.reasoning import END, ReasoningSplit, thinking_has_begun
 from hbserve.server.rendering import Choices, Rendering
 from hbserve.server.request_body import converted, ignored_fields, ignored_header, read_object
 from hbserve.server.request_fields import ChatBody, CompletionBody, SamplingFields, require_served
 from hbserve.server.sampling import COMPLETION_MAX_TOKENS, is_only_prompt, num_choices, of_choice, sampling_params
 from hbserve.server.service import ServedModel, Service
+from hbserve.server.structured_outputs import structured_outputs
 from hbserve.server.tool_calls import format_of
 from hbserve_rpc import SamplingParams
 
@@ -86,12 +87,15 @@ async def _chat(reply: Reply, service: Service, model: ServedModel, body: ChatBo
     tools = chat_tools(body, format_of(model.encoder.chat_template))
     prompt = await model.encoder.messages(plain_messages(body.messages), tools=tools.offered, **settings)
     has_begun = thinking_has_begun(model.encoder.chat_template, model.encoder.tokenizer, prompt)
-    if tools.beginning:
-        prompt = prompt + await model.encoder.text(tools.beginning, add_special_tokens=False)
-    params = sampling_params(body, model.room_for(prompt))
+    is_structured = structured_outputs(body) is not None
+    # What follows a grammar from its beginning on has no reasoning before it.
+    beginning = tools.beginning or (f"\n{END}\n\n" if is_structured and has_begun else "")
+    if beginning:
+        prompt = prompt + await model.encoder.text(beginning, add_special_tokens=False)
+    params = sampling_params(body, model.room_for(prompt), tools.grammar)
 
     def make_parts() -> MessageParts:
-        if has_begun is None or tools.beginning:
+        if has_begun is None or tools.beginning or is_structured:
             return tools.reader()
         return ReasoningSplit(tools.reader(), has_begun=has_begun, is_shown=body.include_reasoning is not False)
 

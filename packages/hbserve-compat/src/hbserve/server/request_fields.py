@@ -16,8 +16,6 @@ from hbserve_rpc.plain_values import shown
 NOT_SERVED: dict[str, tuple[Any, ...]] = {
     "prompt_logprobs": (),
     "include_stop_str_in_output": (False,),
-    "response_format": ({"type": "text"},),
-    "structured_outputs": (),
     "guided_json": (),
     "guided_regex": (),
     "guided_choice": (),
@@ -100,6 +98,7 @@ class SamplingFields(msgspec.Struct, frozen=True, kw_only=True):
     include_stop_str_in_output: bool | None = None
     echo: bool | None = None
     response_format: Any = None
+    """OpenAI's way to say `structured_outputs`."""
     structured_outputs: Any = None
     guided_json: Any = None
     guided_regex: Any = None

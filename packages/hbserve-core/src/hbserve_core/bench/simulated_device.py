@@ -82,6 +82,9 @@ class SimulatedDevice:
 
         return tokens
 
+    def draw(self) -> None:
+        """Nothing to draw: no request has a grammar."""
+
     def is_idle(self) -> bool:
         return self.now >= self.free_at
 

@@ -54,10 +54,17 @@ class CudaDecoder:
         """(N, vocab_size): of rows (N, E) that the last layer gave."""
         return self._logits(ResidualStream(hidden))
 
-    def draw(self, step: StepView, scores: torch.Tensor, places: torch.Tensor, sampled: torch.Tensor) -> torch.Tensor:
-        """Once more a token for some of the step's samples, places (N,) int64, from other logits (N, vocab_size)."""
+    def draw(
+        self, step: StepView, scores: torch.Tensor, places: torch.Tensor, sampled: torch.Tensor, *, is_told: bool
+    ) -> torch.Tensor:
+        """Once more a token for some of the step's samples, places (N,) int64, from other logits (N, vocab_size).
+
+        is_told: rank 0 alone knows what may be drawn, and tells the other ranks what was.
+        """
         tokens = torch.empty(len(places), dtype=torch.int32, device=scores.device)
         sample(scores, step.samples[1:].index_select(1, places), tokens)
+        if is_told:
+            tokens = self._group.from_first(tokens)
         sampled.index_copy_(0, places, tokens)
         return tokens
 

@@ -28,7 +28,7 @@ from hbserve_core.engine.sequence import ScheduledChunk
 from hbserve_core.errors import RankFailed
 from hbserve_core.logits.prompt_logprobs import PendingPromptLogprobs, ScoredRows, score
 from hbserve_core.logits.rows import LogitsRow
-from hbserve_core.logits.special_rows import PendingLogprobs, SpecialRows
+from hbserve_core.logits.special_rows import PendingLogprobs, SpecialRows, has_grammars
 from hbserve_core.model.loaded_model import LoadedModel
 from hbserve_core.model.model_config import ModelConfig
 from hbserve_core.model.rank_group import RankGroup
@@ -86,6 +86,8 @@ class CudaRunner:
             self._stream.synchronize()
         self._turn = 0
         self.computed: Any = None
+        self._left: Callable[[], None] | None = None
+        """What `draw` is to do."""
 
     def _make_packer(self, pool: torch.Tensor, model: ModelConfig, seed: int | None) -> StepPacker:
         pieces = SplitKV(model.num_kv_heads, num_processors(self.device))
@@ -146,8 +148,8 @@ class CudaRunner:
                 self._special_rows.prepare(step.special, self._sampled)
             hidden = self._compute(step.shape, num_samples)
             logprobs = PendingLogprobs()
-            if step.special:
-                logprobs = self._sample_special(StepView(self._on_device, step.shape), hidden, step.special)
+            if step.special and not has_grammars(step.special):
+                logprobs += self._sample_special(StepView(self._on_device, step.shape), hidden, step.special)
             scored = self._score(hidden, step.scored) if step.scored else PendingPromptLogprobs()
             read_back = self._read_back[turn][:num_samples]
             host_copy(read_back, self._sampled)
@@ -155,12 +157,29 @@ class CudaRunner:
             done.record(self._stream)
         self.computed = done
 
+        def draw() -> None:
+            with torch.inference_mode(), torch.cuda.stream(self._stream):
+                logprobs.extend(self._sample_special(StepView(self._on_device, step.shape), hidden, step.special))
+                host_copy(read_back, self._sampled)
+                drawn.record(self._stream)
+
+        drawn = done
+        if step.special and has_grammars(step.special):
+            # `done` is when keys and values are there. The tokens come later.
+            drawn = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._left = draw
+
         def result() -> StepResult:
-            done.synchronize()
+            drawn.synchronize()
             tokens = step.tokens(read_back.tolist())
             return StepResult(tokens, logprobs.read(step.places) if logprobs else {}, scored.read() if scored else {})
 
         return result
+
+    def draw(self) -> None:
+        left, self._left = self._left, None
+        if left is not None:
+            left()
 
     def is_idle(self) -> bool:
         return self._stream.query()
@@ -181,7 +200,9 @@ class CudaRunner:
         return self._special_rows.sample(
             rows,
             lambda places: self._decoder.logits(view, hidden, places),
-            lambda scores, places, _: self._decoder.draw(view, scores, places, self._sampled),
+            lambda scores, places, part: self._decoder.draw(
+                view, scores, places, self._sampled, is_told=has_grammars(part)
+            ),
         )
 
     def _score(self, hidden: torch.Tensor, scored: Ids[ScoredRows]) -> PendingPromptLogprobs:

@@ -12,17 +12,22 @@ from hbserve_core.config import InstanceConfig
 from hbserve_core.engine.batch_scheduler import BatchScheduler
 from hbserve_core.engine.block_manager import BlockManager
 from hbserve_core.engine.chunk_sizes import ChunkSizes
-from hbserve_core.engine.outputs import NO_LOGITS, EngineStats, Reservation, StepOutput
+from hbserve_core.engine.outputs import EngineStats, Reservation, StepOutput, error_of
 from hbserve_core.engine.request_limits import RequestLimits
 from hbserve_core.engine.runner import PendingStep, Runner
-from hbserve_core.engine.sequence import NOT_FINITE, UNREAD, Phase, ScheduledChunk, Sequence
+from hbserve_core.engine.sequence import UNREAD, Phase, ScheduledChunk, Sequence
 from hbserve_core.engine.step_times import LaunchTimes, StepWork
-from hbserve_rpc import InvalidRequest, SamplingParams
+from hbserve_core.grammars.compiler import GrammarCompiler
+from hbserve_core.grammars.matcher import Matcher
+from hbserve_rpc import HBServeRpcError, InvalidRequest, SamplingParams
 from hbserve_rpc.messages import FinishReason, TokenLogprobs
 from hbserve_rpc.plain_values import plain_bool
 
 _HAS_NO_OUTPUT = (Phase.HELD, Phase.QUARANTINED, Phase.ENDED)
 """Somebody else has ended these since their step was launched."""
+MASK_PATIENCE_S = 0.01
+"""How long a step waits for the masks of its rows with grammars, of all together: usually they are there in a tenth of
+that. Later ones are for a later step."""
 
 
 class StepInFlight(NamedTuple):
@@ -34,6 +39,8 @@ class StepInFlight(NamedTuple):
     number: int
     launched_at: float
     """When it could begin; without overlap it did, and has been computed by now."""
+    late: list[int]
+    """Places of chunks whose masks did not come in time: their last token is computed once more, by the next step."""
 
 
 class Engine:
@@ -56,6 +63,8 @@ class Engine:
         self._clock = clock
         self._model = runner.model_config
         self.blocks = BlockManager(runner.pool.shape[0], config.block_size, prefix_caching=config.prefix_caching)
+        self.grammars = GrammarCompiler(config.model_path, self._model.vocab_size, self._model.eos_token_ids)
+        """Any thread may use it: what it makes is handed to `add` or `reserve`."""
         self.limits = RequestLimits(config, self._model.vocab_size, self._model.max_model_len, self.blocks.num_blocks)
         # The other ranks' hosts would have to be waited for too, and nobody knows how long these need.
         several = config.tensor_parallel_size > 1
@@ -63,6 +72,8 @@ class Engine:
         self._scheduler = BatchScheduler(config, self.blocks, ChunkSizes(config, self._launch_times.step_times))
         self._sequences: dict[str, Sequence] = {}
         """All whose id is in use, by it."""
+        self._num_matchers = 0
+        """Of those, how many have a grammar."""
         self._in_flight: StepInFlight | None = None
         self._granted: list[tuple[Reservation, int]] = []
         """Not reported yet, with the number of the last step that may touch the blocks."""
@@ -84,19 +95,29 @@ class Engine:
         output: Ids[int] = (),
         *,
         prefill_only: bool = False,
+        matcher: Matcher | None = None,
     ) -> None:
-        """Queue a request. `output` are tokens that it has already from an earlier attempt.
+        """Queue a request. `output` are tokens that it has already from an earlier attempt. matcher: what
+        `self.grammars` makes of params and output, where `params.structured_outputs` are given.
 
         Raises InvalidRequest: it could never run; says why.
         """
         prefill_only = plain_bool("prefill_only", prefill_only)
-        sequence = self._make_sequence(request_id, prompt, params, output)
+        sequence = self._make_sequence(request_id, prompt, params, output, matcher)
         sequence.prefill_only = prefill_only
         self._scheduler.move(sequence, Phase.WAITING)
 
-    def reserve(self, request_id: str, prompt: Ids[int], params: SamplingParams, output: Ids[int] = ()) -> None:
-        """Queue a request for room; see `poll_reservations`. Raises what `add` raises."""
-        sequence = self._make_sequence(request_id, prompt, params, output)
+    def reserve(
+        self,
+        request_id: str,
+        prompt: Ids[int],
+        params: SamplingParams,
+        output: Ids[int] = (),
+        *,
+        matcher: Matcher | None = None,
+    ) -> None:
+        """Queue a request for room; see `poll_reservations`. Arguments as of `add`, and raises what that raises."""
+        sequence = self._make_sequence(request_id, prompt, params, output, matcher)
         sequence.num_scored_tokens = maxsize  # by whoever computes the prompt
         self._scheduler.move(sequence, Phase.RESERVING)
 
@@ -122,6 +143,8 @@ class Engine:
         if sequence is not None and sequence.phase is Phase.HELD:
             sequence.num_computed_tokens = sequence.num_tokens
             sequence.token_ids.append(first_token)
+            if sequence.matcher is not None:
+                sequence.matcher.advance(first_token)
             self._scheduler.move(sequence, Phase.RUNNING)
 
     def hold(self, request_id: str) -> None:
@@ -154,14 +177,21 @@ class Engine:
         self._scheduler.move(sequence, Phase.ENDED)
         self._withdraw_grant(sequence)
         del self._sequences[sequence.request_id]
+        self._num_matchers -= sequence.matcher is not None
 
     def _withdraw_grant(self, sequence: Sequence) -> None:
         self._granted = [granted for granted in self._granted if granted[0].request_id != sequence.request_id]
 
-    def _make_sequence(self, request_id: str, prompt: Ids[int], params: SamplingParams, output: Ids[int]) -> Sequence:
+    def _make_sequence(
+        self, request_id: str, prompt: Ids[int], params: SamplingParams, output: Ids[int], matcher: Matcher | None
+    ) -> Sequence:
         sequence = self.limits.sequence(request_id, prompt, params, output)
         if sequence.request_id in self._sequences:
             raise InvalidRequest(f"request_id={request_id!r} is in use")
+        if (matcher is None) != (sequence.params.structured_outputs is None):
+            raise InvalidRequest("structured_outputs: need a matcher, which Engine.grammars makes; nothing else does")
+        sequence.matcher = matcher
+        self._num_matchers += matcher is not None
         self._sequences[sequence.request_id] = sequence
         return sequence
 
@@ -186,9 +216,13 @@ class Engine:
         self._tell_cached_prefixes(sent)
         launched = self._launch(batch) if batch else None
         self._tell_launched(sent)
+        # Those that `before` ends too: every rank draws what was launched.
+        has_grammars = self._num_matchers > 0
         before, host_time_s = self._in_flight, self._clock() - begin
         self._host_time_s += host_time_s
         outputs = self._read(before, host_time_s if launched else None)
+        if launched is not None and has_grammars:
+            self._draw(launched)
         self._begin(launched)
         if not self._runner.overlaps:
             outputs += self._read(self._in_flight)
@@ -204,7 +238,19 @@ class Engine:
         self.blocks.last_launched += 1
         chunks = [(chunk.sequence, chunk.first, chunk.num_new_tokens) for chunk in batch]
         launched_at = self._clock() if self._runner.overlaps else begin
-        return StepInFlight(chunks, read, self.blocks.last_launched, launched_at)
+        return StepInFlight(chunks, read, self.blocks.last_launched, launched_at, [])
+
+    def _draw(self, step: StepInFlight) -> None:
+        """Sample rows with grammars, whose tokens before have all been read now."""
+        until = perf_counter() + MASK_PATIENCE_S
+        for place, (sequence, first, count) in enumerate(step.chunks):
+            matcher = sequence.matcher
+            if matcher is None or first + count < sequence.num_tokens:
+                continue
+            if not matcher.is_ready(until - perf_counter()):
+                step.chunks[place] = sequence, first, count - 1
+                step.late.append(place)
+        self._runner.draw()
 
     def _begin(self, step: StepInFlight | None) -> None:
         """Count a launched step's tokens as computed, so that the next one can be scheduled before it has been."""
@@ -230,6 +276,8 @@ class Engine:
         waited_from = self._clock() if self._runner.overlaps else step.launched_at
         result = step.read()
         begin, outputs = self._clock(), []
+        for place in step.late:
+            result.tokens[place] = None
         self._launch_times.ended(waited_from, begin, next_host_time_s)
         self.blocks.last_ended = step.number
         for place, scored in result.prompt_logprobs.items():
@@ -249,13 +297,16 @@ class Engine:
             sequence.token_ids[end] = token
         index = end - sequence.num_prompt_tokens if token is not None else sequence.num_output_tokens
         finish_reason = None
-        if token is not None and token != NOT_FINITE:
+        error = None if token is None else error_of(sequence, token, index)
+        if token is not None and error is None:
             # A preempted one has given its blocks up.
             if sequence.block_table:
                 self._scheduler.share(sequence, end)
             self._num_generated += 1
             finish_reason = self._finish_reason(sequence, token)
-        output = self._output(sequence, token, index, finish_reason, end, logprobs)
+            if sequence.matcher is not None and finish_reason is None and not sequence.prefill_only:
+                sequence.matcher.advance(token)
+        output = self._output(sequence, token, index, finish_reason, end, logprobs, error)
         if token is not None and sequence.prefill_only:
             self._scheduler.move(sequence, Phase.HELD)
         elif output.is_last:
@@ -270,9 +321,8 @@ class Engine:
         finish_reason: FinishReason | None,
         computed: int,
         logprobs: TokenLogprobs | None = None,
+        error: HBServeRpcError | None = None,
     ) -> StepOutput:
-        # Each row of a step is its own: others go on.
-        error = NO_LOGITS.format(index=index) if token == NOT_FINITE else None
         return StepOutput(
             sequence.request_id,
             None if error else token,
@@ -304,7 +354,9 @@ class Engine:
 
     def _finish_reason(self, sequence: Sequence, token: int) -> FinishReason | None:
         params = sequence.params
-        if token in params.stop_token_ids or (not params.ignore_eos and token in self._model.eos_token_ids):
+        # Where there is a grammar, one that is ignored cannot be drawn, unless the answer is complete.
+        is_end = not params.ignore_eos or sequence.matcher is not None
+        if token in params.stop_token_ids or (is_end and token in self._model.eos_token_ids):
             return "stop"
         return "length" if sequence.is_full else None
 

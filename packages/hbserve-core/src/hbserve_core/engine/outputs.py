@@ -3,13 +3,21 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from hbserve_rpc import LogitsNotFinite
+from hbserve_core.engine.sequence import NOT_FINITE, Sequence
+from hbserve_rpc import HBServeRpcError, InvalidRequest, LogitsNotFinite
 from hbserve_rpc.messages import FinishReason, TokenLogprobs
 
 NO_LOGITS = (
     "the model's logits are not finite at output token {index}: its weights are broken, or float16 overflows where "
     "dtype='bfloat16' or 'float32' would not"
 )
+
+
+def error_of(sequence: Sequence, token: int, index: int) -> HBServeRpcError | None:
+    """Why a row has given no output token `index`, if `token` is none. Each row of a step is its own: others go on."""
+    if sequence.matcher is not None and sequence.matcher.error:
+        return InvalidRequest(sequence.matcher.error)
+    return LogitsNotFinite(NO_LOGITS.format(index=index)) if token == NOT_FINITE else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +40,7 @@ class StepOutput:
     """At the new token's place, if the request asks for them."""
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     """With output token 0, if the request asks for them: of each prompt token but the first."""
-    error: str | None = None
+    error: HBServeRpcError | None = None
     """Why the request has ended, if it is not by a token: what it asks for cannot be computed."""
     ready: Any = None
     """CUDA event after which keys and values are there: of a step that was launched, and has not been read."""
@@ -43,9 +51,9 @@ class StepOutput:
         return self.finish_reason is not None or self.error is not None
 
     def raise_error(self) -> None:
-        """Raises LogitsNotFinite if the request has ended so."""
+        """Raises LogitsNotFinite or InvalidRequest if the request has ended so."""
         if self.error is not None:
-            raise LogitsNotFinite(self.error)
+            raise self.error
 
     @property
     def token_ids(self) -> list[int]:

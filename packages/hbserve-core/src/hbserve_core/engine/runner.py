@@ -27,8 +27,8 @@ class StepResult:
 
 
 PendingStep = Callable[[], StepResult]
-"""A step that was launched: the call, of which there is one, waits until the step has been computed, its keys and
-values included, and returns what it has given."""
+"""A step that was launched, and drawn if it has rows with grammars: the call, of which there is one, waits until the
+step has been computed, its keys and values included, and returns what it has given."""
 
 
 class Runner(Protocol):
@@ -52,6 +52,10 @@ class Runner(Protocol):
 
     def launch(self, batch: Ids[ScheduledChunk]) -> PendingStep:
         """Begin to compute a step. What the chunks say is read before this returns."""
+
+    def draw(self) -> None:
+        """Sample those rows of the step launched last whose requests have grammars, if there are any: `launch` leaves
+        them out, because their masks follow from tokens that need not have been read by then. Now they have been."""
 
     def is_idle(self) -> bool:
         """Whether every launched step has been computed. Does not wait."""

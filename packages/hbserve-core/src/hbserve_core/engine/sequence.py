@@ -25,6 +25,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from sys import maxsize
 
+from hbserve_core.grammars.matcher import Matcher
 from hbserve_rpc import SamplingParams
 from hbserve_rpc.messages import TokenLogprobs
 
@@ -106,6 +107,8 @@ class Sequence:
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     """Those that have come so far."""
     phase: Phase = Phase.NEW
+    matcher: Matcher | None = None
+    """Of a request with a grammar: what its next token may be. Ranks other than 0 have none."""
     is_special: bool = False
     """It asks for more than its next token by temperature, top-k and top-p: see hbserve_core/logits."""
 

@@ -147,7 +147,9 @@ class GpuInstance:
 
     def _make_engine(self) -> Engine:
         self.runner = make_runner(self.config, on_failure=self._thread.fail)
-        return Engine(self.config, self.runner)
+        engine = Engine(self.config, self.runner)
+        engine.grammars.load()
+        return engine
 
     async def _load(self) -> None:
         try:
@@ -221,18 +223,25 @@ class GpuInstance:
     async def _generate(self, request: GenerateRequest) -> AsyncIterator[TokenEvent]:
         inbox = self._open(request.request_id)
         try:
-            await self._thread.call(
-                lambda engine: engine.add(
-                    request.request_id, request.prompt_token_ids, request.params, request.output_token_ids
-                )
-            )
+            await self._begin(request)
             async for event in self._tokens(inbox):
                 yield event
         finally:
             self._end(self._close(request.request_id))
 
+    async def _begin(self, request: GenerateRequest | PrefillRequest | DecodeRequest) -> None:
+        """Hand it to the engine, when its grammar has been compiled, if it has one."""
+        given = request.request_id, request.prompt_token_ids, request.params, request.output_token_ids
+        assert self.engine is not None, "a ready instance has it"
+        matcher = await self.engine.grammars.matcher_in_loop(request.params, request.output_token_ids)
+        if isinstance(request, DecodeRequest):
+            await self._thread.call(lambda engine: engine.reserve(*given, matcher=matcher))
+        else:
+            is_sent = isinstance(request, PrefillRequest)
+            await self._thread.call(lambda engine: engine.add(*given, prefill_only=is_sent, matcher=matcher))
+
     async def _tokens(self, inbox: Inbox) -> AsyncIterator[TokenEvent]:
-        """Events until the request ends; several steps' tokens in one if the client is slow. Raises LogitsNotFinite."""
+        """Events until the request ends; several steps' tokens in one if the client is slow. Raises what ended it."""
         output: StepOutput | None = None
         while output is None or not output.is_last:
             output = await inbox.next()
@@ -251,13 +260,15 @@ class GpuInstance:
         inbox = self._open(request.request_id)
         sending = PrefillSend(self._require_transfers(), request, self.config.block_size, inbox)
         try:
-            output = await self._compute_prompt(request, sending)
+            await self._begin(request)
+            output = await sending.follow()
             is_late = not sending.is_granted and output.finish_reason is None
             if is_late and not await sending.wait_for_grant(GRANT_PATIENCE_S):
                 # Nobody knows of the token. The prefix cache keeps all blocks but the last one, as far as it can.
                 await self._thread.call(lambda engine: engine.release(request.request_id))
                 await sending.wait_for_grant(None)
-                output = await self._compute_prompt(request, sending)
+                await self._begin(request)
+                output = await sending.follow()
             first = TokenEvent(
                 output.index, output.token_ids, output.finish_reason, output.all_logprobs, output.prompt_logprobs
             )
@@ -270,14 +281,6 @@ class GpuInstance:
                 yield TransferDone(result.num_bytes, result.num_parts, result.time_s, output.num_cached_tokens)
         finally:
             self._end(self._end_prefill(request.request_id, sending))
-
-    async def _compute_prompt(self, request: PrefillRequest, sending: PrefillSend) -> StepOutput:
-        """Returns the output that has the first token."""
-        prompt, output = request.prompt_token_ids, request.output_token_ids
-        await self._thread.call(
-            lambda engine: engine.add(request.request_id, prompt, request.params, output, prefill_only=True)
-        )
-        return await sending.follow()
 
     async def _grant(self, request: GrantRequest) -> None:
         if inbox := self._inboxes.get(request.request_id):
@@ -297,11 +300,7 @@ class GpuInstance:
         posted: PostedReceive | JointReceive | None = None
         num_blocks = 0
         try:
-            await self._thread.call(
-                lambda engine: engine.reserve(
-                    request.request_id, request.prompt_token_ids, request.params, request.output_token_ids
-                )
-            )
+            await self._begin(request)
             reservation = await inbox.next()
             num_blocks = len(reservation.block_ids)
             posted = await self._require_transfers().post_receive(request.transfer_id, reservation.block_ids)

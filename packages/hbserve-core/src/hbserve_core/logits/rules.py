@@ -1,7 +1,7 @@
-"""Rules that requests set for their logits: biases, tokens that must not come yet, penalties, min-p.
+"""Rules that requests set for their logits: biases, tokens that must not come yet, penalties, grammars, min-p.
 
-They are applied in the order of vLLM: biases and min_tokens, then penalties, then min_p. Logits that are not finite
-stay so: whoever draws from them says what that means.
+They are applied in the order of vLLM: biases and min_tokens, then penalties and grammars, then min_p. Logits that are
+not finite stay so: whoever draws from them says what that means.
 Shapes: N rows, V vocab_size.
 """
 
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from hbserve_core.engine.sequence import COLDEST, HOTTEST, Sequence
+from hbserve_core.logits.grammar_masks import GrammarMasks
 from hbserve_core.logits.penalties import Penalties
 from hbserve_core.logits.rows import LogitsRow, on_device
 from hbserve_rpc import SamplingParams
@@ -30,6 +31,7 @@ class LogitRules:
         self._additions: tuple[torch.Tensor, torch.Tensor] | None = None
         self._min_p: torch.Tensor | None = None
         self._penalties = Penalties(device)
+        self._grammar_masks = GrammarMasks(device)
 
     def prepare(self, rows: Ids[LogitsRow], sampled: torch.Tensor | None) -> None:
         """See `Penalties.prepare`: to be called once, for all of a step's rows, before they are sampled."""
@@ -48,6 +50,8 @@ class LogitRules:
             scores.view(-1).index_add_(0, places, values)
         if any(each.sequence.params.has_penalties for each in rows):
             self._penalties.apply(scores, rows)
+        if any(each.sequence.params.structured_outputs for each in rows):
+            self._grammar_masks.apply(scores, rows)
         if self._min_p is not None:
             scores.masked_fill_(scores < scores.amax(-1, keepdim=True) + self._min_p, _NEVER)
 
@@ -84,4 +88,6 @@ def _least_below(params: SamplingParams) -> float:
 
 
 def _may_not_end(sequence: Sequence) -> bool:
-    return sequence.num_output_tokens < sequence.params.min_tokens
+    params = sequence.params
+    # A grammar's mask says itself when an answer may not end, because it may have to.
+    return sequence.num_output_tokens < params.min_tokens and params.structured_outputs is None

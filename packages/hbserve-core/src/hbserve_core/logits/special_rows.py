@@ -5,7 +5,8 @@
 
 Every step samples all of its rows as if none were special, which costs next to nothing. Then the logits of the special
 ones are computed again, and other tokens are drawn from them: so steps without such rows are what they always were, and
-steps with them begin as these do, with the same graphs.
+steps with them begin as these do, with the same graphs. Where requests have grammars the rows are sampled later still,
+by the runner's `draw`: then their masks are there, which the host has made while the device computed the logits.
 Shapes: N special rows of R, V vocab_size.
 """
 
@@ -19,7 +20,7 @@ from hbserve_core.logits.logprobs import Logprobs
 from hbserve_core.logits.rows import LogitsRow, on_device
 from hbserve_core.logits.rules import LogitRules
 from hbserve_core.model.model_config import ModelConfig
-from hbserve_rpc import SamplingParams
+from hbserve_rpc import SamplingParams, StructuredOutputsParams
 from hbserve_rpc.messages import TokenLogprobs
 
 _MOST_ROWS, _MOST_NUMBERS = 256, 1 << 24
@@ -44,6 +45,11 @@ class PendingLogprobs(list[tuple[Ids[LogitsRow], Logprobs]]):
                 if each is not None and (chunk := chunks[row.place]) is not None:
                     found[chunk] = each
         return found
+
+
+def has_grammars(rows: Ids[LogitsRow]) -> bool:
+    """Whether some of a step's special rows are left for the runner's `draw`, and with them all."""
+    return any(each.sequence.params.structured_outputs is not None for each in rows)
 
 
 class SpecialRows:
@@ -80,7 +86,12 @@ class SpecialRows:
     def dummies(count: int) -> list[LogitsRow]:
         """So many rows that ask for all there is: what can be measured before there are requests."""
         params = SamplingParams(
-            min_tokens=1, min_p=0.5, repetition_penalty=2, presence_penalty=1, logit_bias={0: 1.0}, logprobs=20
+            min_p=0.5,
+            repetition_penalty=2,
+            presence_penalty=1,
+            logit_bias={0: 1.0},
+            logprobs=20,
+            structured_outputs=StructuredOutputsParams(json_object=True),
         )
         return [LogitsRow(place, Sequence("", [0], 1, params)) for place in range(count)]
 

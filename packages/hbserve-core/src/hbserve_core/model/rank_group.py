@@ -31,6 +31,10 @@ class RankGroup:
         """(R, V) contiguous, on every rank, from each rank's (R, V / P) in the order of ranks."""
         return logits
 
+    def from_first(self, values: torch.Tensor) -> torch.Tensor:
+        """Those of rank 0; the others' may be overwritten."""
+        return values
+
     def least(self, number: int) -> int:
         """The smallest of every rank's numbers."""
         return number

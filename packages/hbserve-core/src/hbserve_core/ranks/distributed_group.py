@@ -47,6 +47,8 @@ class DistributedRankGroup(RankGroup):
         self._minimum = dist.AllreduceOptions()
         self._minimum.reduceOp = dist.ReduceOp.MIN
         self._minimum.asyncOp = False
+        self._broadcast = dist.BroadcastOptions()  # from rank 0
+        self._broadcast.asyncOp = False
         self._gather = AllgatherOptions()
         self._gather.asyncOp = False
         self._process_group: Any = None
@@ -82,6 +84,10 @@ class DistributedRankGroup(RankGroup):
         flat = parts.view(self.shard.size * rows, columns)
         self._run(self._process_group._allgather_base, flat, logits.contiguous(), self._gather)
         return parts.transpose(0, 1).reshape(rows, self.shard.size * columns)[:, :vocab_size].contiguous()
+
+    def from_first(self, values: torch.Tensor) -> torch.Tensor:
+        self._run(self._process_group.broadcast, [values], self._broadcast)
+        return values
 
     def least(self, number: int) -> int:
         found = torch.tensor([number], dtype=torch.int64, device=self._device)

@@ -45,6 +45,10 @@ class TensorParallelRunner:
 
         return result
 
+    def draw(self) -> None:
+        with self.workers.naming_the_lost_rank():
+            self._runner.draw()
+
     def is_idle(self) -> bool:
         return self._runner.is_idle()
 

@@ -88,6 +88,7 @@ def follow(runner: Runner, messages: Iterable[bytes]) -> None:
     before: PendingStep | None = None
     for message in messages:
         launched = runner.launch(reader.read(message))
+        runner.draw()  # rank 0's tokens are waited for on the device
         if before is not None:
             before()
         before = launched

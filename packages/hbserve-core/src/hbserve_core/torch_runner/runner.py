@@ -7,17 +7,16 @@ Rows whose requests ask for more are sampled once more, by hbserve_core/logits.
 Shapes: T rows of one step, R of them sampled, V vocab_size. The pool: see model/kv_pool.py.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
 from hbserve_core.config import InstanceConfig
 from hbserve_core.engine.runner import PendingStep, StepResult, StepTokens
 from hbserve_core.engine.sequence import ScheduledChunk
-from hbserve_core.engine.sequence import Sequence as EngineSequence
 from hbserve_core.logits.prompt_logprobs import score
 from hbserve_core.logits.rows import LogitsRow
-from hbserve_core.logits.special_rows import PendingLogprobs, SpecialRows
+from hbserve_core.logits.special_rows import PendingLogprobs, SpecialRows, has_grammars
 from hbserve_core.model.linear import fewest_rows
 from hbserve_core.model.loaded_model import LoadedModel
 from hbserve_core.model.rank_group import RankGroup
@@ -57,10 +56,35 @@ class ModelRunner:
         self._sampler = Sampler()
         self._special_rows = SpecialRows(model.model_config, model.device)
         self._fewest_rows = fewest_rows(self.device)
+        self._left: Callable[[], None] | None = None
+        """What `draw` is to do."""
 
     def launch(self, batch: Sequence[ScheduledChunk]) -> PendingStep:
-        result = self.run(batch)
-        return lambda: result
+        """All is computed when it returns, but for rows that are left for `draw`."""
+        with torch.inference_mode():
+            step = prepare_step(batch, self.device, self._fewest_rows)
+            hidden = self._decoder.hidden(step, self._attention.plan(step.chunks))
+            logits = self._logits(hidden, step)
+            sequences = [batch[place].sequence for place in step.sampling_places]
+            sampled = self._sampler.sample(logits, sequences)
+            special = [LogitsRow(place, each) for place, each in enumerate(sequences) if each.is_special]
+            pending = PendingLogprobs()
+            if special:
+                pending = self._sample_special(special, logits, sampled)
+            scored = self._score(hidden, step) if step.scored else {}
+
+        def result() -> StepResult:
+            tokens: StepTokens = [None] * len(batch)
+            for place, token in zip(step.sampling_places, sampled.tolist(), strict=True):
+                tokens[place] = token
+            return StepResult(tokens, pending.read(step.sampling_places) if pending else {}, scored)
+
+        return result
+
+    def draw(self) -> None:
+        left, self._left = self._left, None
+        if left is not None:
+            left()
 
     def is_idle(self) -> bool:
         return True
@@ -72,31 +96,30 @@ class ModelRunner:
         """Compute one step: write its keys and values into the pool, and sample."""
         if not batch:
             return StepResult([])
-        with torch.inference_mode():
-            step = prepare_step(batch, self.device, self._fewest_rows)
-            hidden = self._decoder.hidden(step, self._attention.plan(step.chunks))
-            logits = self._logits(hidden, step)
-            sampled, logprobs = self._sample(logits, [batch[place].sequence for place in step.sampling_places])
-            scored = self._score(hidden, step) if step.scored else {}
-        tokens: StepTokens = [None] * len(batch)
-        for place, token in zip(step.sampling_places, sampled.tolist(), strict=True):
-            tokens[place] = token
-        return StepResult(tokens, logprobs.read(step.sampling_places) if logprobs else {}, scored)
+        pending = self.launch(batch)
+        self.draw()
+        return pending()
 
-    def _sample(
-        self, logits: torch.Tensor, sequences: Sequence[EngineSequence]
-    ) -> tuple[torch.Tensor, PendingLogprobs]:
-        chosen = self._sampler.sample(logits, sequences)
+    def _sample_special(
+        self, special: Sequence[LogitsRow], logits: torch.Tensor, sampled: torch.Tensor
+    ) -> PendingLogprobs:
+        """Other tokens for some rows go to `sampled`, now or in `draw`."""
+        pending = PendingLogprobs()
 
         def draw(scores: torch.Tensor, places: torch.Tensor, rows: Sequence[LogitsRow]) -> torch.Tensor:
-            drawn = chosen[places] = self._sampler.sample(scores, [each.sequence for each in rows])
+            drawn = sampled[places] = self._sampler.sample(scores, [each.sequence for each in rows])
             return drawn
 
-        special = [LogitsRow(place, each) for place, each in enumerate(sequences) if each.is_special]
-        if not special:
-            return chosen, PendingLogprobs()
+        def sample() -> None:
+            with torch.inference_mode():
+                pending.extend(self._special_rows.sample(special, logits.__getitem__, draw))
+
         self._special_rows.prepare(special, None)
-        return chosen, self._special_rows.sample(special, logits.__getitem__, draw)
+        if has_grammars(special):
+            self._left = sample
+        else:
+            sample()
+        return pending
 
     def _score(self, hidden: torch.Tensor, step: StepInput) -> dict[int, list[TokenLogprobs]]:
         most_rows = self._special_rows.most_rows

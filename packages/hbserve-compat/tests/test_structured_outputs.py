@@ -1,0 +1,229 @@
+"""Structured outputs, of LLM and of the OpenAI server, whose scheduler here does as it is told."""
+
+import json
+
+import jsonschema
+import pytest
+from hbserve_fake_scheduler import FakeServer
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+
+from hbserve import LLM, SamplingParams
+from hbserve.sampling_params import StructuredOutputsParams
+from hbserve.tokenizer import load_tokenizer
+from hbserve_core.grammars.compiler import GrammarCompiler
+from hbserve_rpc import InvalidRequest
+
+NUM_SCHEMAS = 500
+NAMES = st.text("abcdxyz_é ", min_size=1, max_size=4)
+LEAVES = st.one_of(
+    st.sampled_from([{"type": "null"}, {"type": "boolean"}, {"type": "string", "pattern": "^[a-c]{1,4}$"}]),
+    st.tuples(st.integers(-50, 50), st.integers(0, 200)).map(
+        lambda ends: {"type": "integer", "minimum": ends[0], "maximum": sum(ends)}
+    ),
+    st.tuples(st.integers(0, 3), st.integers(0, 3)).map(
+        lambda ends: {"type": "string", "minLength": ends[0], "maxLength": sum(ends)}
+    ),
+    st.lists(st.none() | st.booleans() | st.integers(-9, 99) | NAMES, min_size=1, max_size=3).map(
+        lambda values: {"enum": values}
+    ),
+    NAMES.map(lambda value: {"const": value}),
+)
+
+
+def _object(properties: dict, num_optional: int) -> dict:
+    required = list(properties)[: len(properties) - num_optional]
+    return {"type": "object", "properties": properties, "required": required, "additionalProperties": False}
+
+
+def _nested(inner: st.SearchStrategy) -> st.SearchStrategy:
+    return st.one_of(
+        st.builds(_object, st.dictionaries(NAMES, inner, max_size=2), st.integers(0, 1)),
+        st.builds(
+            lambda items, least, more: {"type": "array", "items": items, "minItems": least, "maxItems": least + more},
+            inner, st.integers(0, 1), st.integers(0, 1),
+        ),
+        st.lists(inner, min_size=1, max_size=2).map(lambda kinds: {"anyOf": kinds}),
+        inner.map(lambda schema: {"$defs": {"it": schema}, "type": "array", "items": {"$ref": "#/$defs/it"},
+                                  "maxItems": 2}),
+    )  # fmt: skip
+
+
+SCHEMAS = st.recursive(LEAVES, _nested, max_leaves=4).filter(lambda schema: json.dumps(schema).count("$defs") <= 2)
+
+
+def random_requests(count: int) -> list[tuple[dict, str]]:
+    """Schemas, and prompts: drawn first, so that all of them are answered together."""
+    found: list[tuple[dict, str]] = []
+
+    @settings(max_examples=count, derandomize=True, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
+    @given(SCHEMAS, st.text(min_size=1, max_size=20))
+    def draw(schema: dict, prompt: str) -> None:
+        found.append((schema, prompt))
+
+    draw()
+    return found[:count]
+
+
+@pytest.fixture(scope="module")
+def llm(small_model):
+    with LLM(small_model("qwen3"), num_kvcache_blocks=4000, kvcache_block_size=16, max_num_seqs=256) as llm:
+        yield llm
+
+
+def test_answers_to_random_prompts_parse_and_validate_against_random_schemas(llm):
+    requests = [(_root(schema), prompt) for schema, prompt in random_requests(NUM_SCHEMAS)]
+    assert len(requests) == NUM_SCHEMAS
+    # What a model writes at random ends rarely: these make lists, strings and numbers end.
+    closing = {llm.tokenizer.encode(each)[0]: 4.0 for each in '"]},'}
+    params = [
+        SamplingParams(1.0, 400, seed=seed, logit_bias=closing, structured_outputs={"json": schema})
+        for seed, (schema, _) in enumerate(requests)
+    ]
+    answers = llm.generate([prompt for _, prompt in requests], params, use_tqdm=False)
+    for (schema, _), answer in zip(requests, answers, strict=True):
+        text = answer["text"].removesuffix("</s>")
+        assert text != answer["text"], f"{schema}: {text} did not end"
+        jsonschema.validate(json.loads(text), schema, jsonschema.Draft202012Validator)
+
+
+def _root(schema: dict) -> dict:
+    """References lead to definitions at the root."""
+    definitions: dict[str, dict] = {}
+
+    def moved(part: object) -> object:
+        if isinstance(part, list):
+            return [moved(each) for each in part]
+        if not isinstance(part, dict):
+            return part
+        if "$defs" in part:
+            name = f"it{len(definitions)}"
+            definitions[name] = {}
+            definitions[name] = moved(part["$defs"]["it"])
+            return {"type": "array", "items": {"$ref": f"#/$defs/{name}"}, "maxItems": part["maxItems"]}
+        return {key: each if key in ("enum", "const") else moved(each) for key, each in part.items()}
+
+    found = moved(schema)
+    return {**found, "$defs": definitions} if definitions else found
+
+
+def test_a_schema_that_cannot_be_served_is_named_before_anything_runs(llm):
+    good = SamplingParams(0, 3)
+    bad = SamplingParams(0, 3, structured_outputs=StructuredOutputsParams(json={"not": {}}))
+    with pytest.raises(InvalidRequest, match=r'prompts\[1\]: structured_outputs\.json: Unimplemented keys: \["not"\]'):
+        llm.generate(["a", "b"], [good, bad])
+    with pytest.raises(InvalidRequest, match=r"structured_outputs\.json: Unimplemented"):
+        llm.add_request("a", bad)
+    assert llm.is_finished()
+    assert len(llm.generate(["a"], good)[0]["token_ids"]) <= 3
+
+
+# ---- the server --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def server(small_model):
+    server = FakeServer(load_tokenizer(small_model("qwen3")))
+    server.answers("{}")
+    return server
+
+
+SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}}
+
+
+@pytest.mark.parametrize(
+    ("body", "asked"),
+    [
+        ({"response_format": {"type": "text"}}, None),
+        ({"response_format": {"type": "json_object"}}, {"json_object": True}),
+        ({"response_format": {"type": "json_schema", "json_schema": {"name": "it", "strict": True, "schema": SCHEMA}}},
+         {"json": SCHEMA}),
+        ({"structured_outputs": {"json": SCHEMA, "regex": None}}, {"json": SCHEMA}),
+        ({"structured_outputs": {"json": json.dumps(SCHEMA)}}, {"json": json.dumps(SCHEMA)}),
+        ({"structured_outputs": {"regex": "a+"}}, {"regex": "a+"}),
+        ({"structured_outputs": {"choice": ["a", "b"]}}, {"choice": ["a", "b"]}),
+        ({"structured_outputs": {"grammar": 'start: "a"'}}, {"grammar": 'start: "a"'}),
+        ({"structured_outputs": {"json_object": True}, "response_format": {"type": "text"}}, {"json_object": True}),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("path", ["chat", "complete"])
+async def test_both_endpoints_hand_on_what_an_answer_must_be(server, path, body, asked):
+    response = await getattr(server, path)(**body)
+    assert response.status_code == 200, response.text
+    ((_, params),) = server.scheduler.asked
+    assert params.structured_outputs == (StructuredOutputsParams(**asked) if asked else None)
+
+
+@pytest.mark.parametrize(
+    ("body", "named"),
+    [
+        ({"response_format": {"type": "xml"}}, "response_format"),
+        ({"response_format": {}}, "response_format"),
+        ({"response_format": "json_object"}, "response_format"),
+        ({"response_format": {"type": "json_schema"}}, "response_format"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"name": "it"}}}, "response_format"),
+        ({"response_format": {"type": "json_object"}, "structured_outputs": {"regex": "a"}}, "response_format"),
+        ({"structured_outputs": {}}, "structured_outputs"),
+        ({"structured_outputs": {"json": SCHEMA, "regex": "a"}}, "structured_outputs"),
+        ({"structured_outputs": {"structural_tag": "x"}}, "structured_outputs"),
+        ({"structured_outputs": {"regex": "a" * 70_000}}, "structured_outputs"),
+        ({"structured_outputs": {"regex": "a"}, "stop": "b"}, "stop"),
+        ({"response_format": {"type": "json_object"}, "stop_token_ids": [3]}, "stop_token_ids"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("path", ["chat", "complete"])
+async def test_what_cannot_be_is_a_400_that_names_its_field(server, path, body, named):
+    response = await getattr(server, path)(**body)
+    assert response.status_code == 400, response.text
+    assert response.json()["error"]["param"] in (named, "structured_outputs")
+    assert not server.scheduler.asked
+
+
+async def test_what_an_instance_refuses_is_a_400_too(server):
+    server.scheduler.steps = [InvalidRequest("decode-0: structured_outputs.json: Unimplemented keys")]
+    for stream in (False, True):
+        response = await server.chat(structured_outputs={"json": SCHEMA}, stream=stream)
+        assert (response.status_code, response.json()["error"]["param"]) == (400, "structured_outputs")
+
+
+TOOLS = [
+    {"type": "function", "function": {"name": "look", "parameters": {**SCHEMA, "required": ["a"],
+                                                                     "additionalProperties": False, "not": {}}}},
+    {"type": "function", "function": {"name": 'q"é'}},
+]  # fmt: skip
+TOOL_TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{{ tools }}{{ '<tool_call>' }}"
+
+
+@pytest.mark.parametrize(
+    ("choice", "fits", "does_not_fit"),
+    [
+        ({"type": "function", "function": {"name": "look"}}, ['{"a": 5}}'], ['{"a": "5"}}', "{}}", 'look", "ar']),
+        ({"type": "function", "function": {"name": 'q"é'}}, ["{}}", '{"b": [1]}}'], ["[]}"]),
+        ("required", ['look", "arguments": {"a": 5}}', 'q\\"é", "arguments": {}}'], ['look", "arguments": {}}', "{}"]),
+    ],
+)  # fmt: skip
+async def test_a_call_that_must_be_made_follows_the_tools_schema(small_model, choice, fits, does_not_fit):
+    folder = small_model("qwen3")
+    tokenizer = load_tokenizer(folder)
+    server = FakeServer(tokenizer, chat_template=TOOL_TEMPLATE)
+    server.answers('{"a": 5}}')
+    response = await server.chat(tools=TOOLS, tool_choice=choice)
+    assert response.status_code == 200, response.text
+    ((_, params),) = server.scheduler.asked
+    grammars = GrammarCompiler(str(folder), 320, [2])
+    for text in fits:
+        matcher = grammars.matcher(params, tokenizer.encode(text))
+        assert matcher._matcher.is_accepting(), text
+    for text in does_not_fit:
+        with pytest.raises(InvalidRequest, match="do not follow"):
+            grammars.matcher(params, tokenizer.encode(text))
+
+
+async def test_a_call_that_may_be_made_or_has_another_end_is_not_held_to_a_schema(small_model):
+    server = FakeServer(load_tokenizer(small_model("qwen3")), chat_template=TOOL_TEMPLATE)
+    server.answers("hi")
+    for more in ({"tool_choice": "auto"}, {"tool_choice": "none"}, {"tool_choice": "required", "stop": "x"}):
+        assert (await server.chat(tools=TOOLS, **more)).status_code == 200
+    assert [params.structured_outputs for _, params in server.scheduler.asked] == [None] * 3
+    response = await server.chat(tools=TOOLS, tool_choice="required", response_format={"type": "json_object"})
+    assert (response.status_code, response.json()["error"]["param"]) == (400, "tool_choice")

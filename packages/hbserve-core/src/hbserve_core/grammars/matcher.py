@@ -1,0 +1,99 @@
+"""Place of one request's output in its grammar, and which tokens may come next.
+
+A token is taken in, and the mask of those that may follow it computed, in another thread: usually in 0.1 ms, but a
+schema can be made so that it takes half a second.
+Shapes: V vocab_size.
+"""
+
+from collections.abc import Sequence as Ids
+from concurrent.futures import Future
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from hbserve_core.grammars.workers import Workers
+from hbserve_rpc import InvalidRequest, SamplingParams
+
+Mask = npt.NDArray[np.int32]
+"""(ceil(V / 32),): bit i of word j says whether token 32 * j + i may come."""
+_SHOWN = 150
+
+
+class Matcher:
+    """Belongs to the engine's thread, as its request does. Where the grammar is complete and has no more to come, the
+    tokens that may come next are those that end a sequence."""
+
+    def __init__(self, matcher: Any, ends: Mask, params: SamplingParams, output: Ids[int], workers: Workers) -> None:
+        """Computes the first mask, so to be made in a thread that may take its time.
+
+        matcher: llguidance's, at the grammar's beginning; this one's from now on. ends: the mask of tokens that end a
+        sequence. output: the request's tokens so far. workers: where it goes on.
+
+        Raises:
+            InvalidRequest: the output does not follow the grammar, or what may follow it takes too long to say.
+        """
+        self._matcher = matcher
+        self._ends = ends
+        self._goes_on = params.ignore_eos
+        self._min_tokens = params.min_tokens
+        self._workers = workers
+        self._num_tokens = 0
+        self._computing: Future[None] | None = None
+        self._was_late = False
+        self.error = ""
+        """Why the request cannot go on: said by the first mask that cannot be computed."""
+        self.mask: Mask = np.zeros_like(ends)
+        """Of the next token, once it `is_ready`."""
+        self._address = self.mask.ctypes.data
+        if not matcher.consume_tokens(list(output)):
+            raise InvalidRequest(
+                f"output_token_ids: do not follow structured_outputs: {shortened(matcher.get_error())}"
+            )
+        self._num_tokens = len(output)
+        self._compute()
+        if self.error:
+            raise InvalidRequest(self.error)
+
+    def advance(self, token: int) -> None:
+        """Take in the next output token. Returns at once; not before the mask for that token `is_ready`."""
+        self._was_late = False
+        self._computing = self._workers.submit(lambda: self._take(token))
+
+    def is_ready(self, timeout_s: float = 0.0) -> bool:
+        """Whether the mask of the next token is there, in time. One that was late is not waited for again."""
+        if self._computing is None:
+            return True
+        try:
+            self._computing.result(0.0 if self._was_late else max(0.0, timeout_s))
+        except TimeoutError:
+            self._was_late = True
+            return False
+        self._computing = None
+        return True
+
+    def _take(self, token: int) -> None:
+        self._num_tokens += 1
+        if self._matcher.consume_token(token):
+            self._compute()
+        else:
+            self._fail()
+
+    def _compute(self) -> None:
+        self._matcher.unsafe_compute_mask_ptr(self._address, self.mask.nbytes)
+        if self._matcher.is_error():
+            self._fail()
+        elif self._goes_on or self._num_tokens < self._min_tokens:
+            others = self.mask & ~self._ends
+            if others.any():
+                self.mask[:] = others
+
+    def _fail(self) -> None:
+        why = shortened(self._matcher.get_error())
+        self.error = f"structured_outputs: output token {self._num_tokens} cannot be chosen: {why}"
+
+
+def shortened(error: str) -> str:
+    """An error of llguidance in one line: it may quote all of a grammar, between its kind and its reason."""
+    line = " ".join(error.removesuffix("<non-verbose/>").split())
+    return line if len(line) <= 2 * _SHOWN else f"{line[:_SHOWN]} … {line[-_SHOWN:]}"

@@ -1,0 +1,37 @@
+"""Masks of tokens that grammars allow, on logits.
+
+Shapes: N rows, V vocab_size, B bytes of a mask, at least V / 8.
+"""
+
+from collections.abc import Sequence as Ids
+
+import numpy as np
+import torch
+
+from hbserve_core.logits.rows import LogitsRow
+
+
+class GrammarMasks:
+    """Rules out what the requests of a step's rows may not continue with. To be used when their masks are there."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._bits = torch.tensor([1 << bit for bit in range(8)], dtype=torch.uint8, device=device)
+
+    def apply(self, scores: torch.Tensor, rows: Ids[LogitsRow]) -> None:
+        """Change logits (N, V) float32, a row for each of `rows`, in place."""
+        masks = torch.from_numpy(_masks(rows, -(-scores.shape[1] // 32)))
+        if scores.device.type == "cuda":
+            masks = masks.pin_memory().to(scores.device, non_blocking=True)
+        forbidden = (masks[:, :, None] & self._bits) == 0  # (N, B, 8)
+        scores.masked_fill_(forbidden.flatten(1)[:, : scores.shape[1]], float("-inf"))
+
+
+def _masks(rows: Ids[LogitsRow], width: int) -> "np.ndarray[tuple[int, int], np.dtype[np.uint8]]":
+    """(N, B): all bits of rows without a grammar, and of those whose mask is late, whose tokens nobody reads."""
+    masks = np.full((len(rows), width), -1, dtype=np.int32)
+    for mask, row in zip(masks, rows, strict=True):
+        matcher = row.sequence.matcher
+        if matcher is not None and matcher.is_ready():
+            # The tokenizer may have more tokens than the model.
+            mask[:] = matcher.mask[:width]
+    return masks.view(np.uint8)

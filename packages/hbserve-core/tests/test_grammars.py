@@ -1,0 +1,443 @@
+"""Answers follow their grammars: on both runners, beside other requests, whatever becomes of a request on its way.
+
+The model's tokens are bytes, so the oracle can spell out what may come next.
+"""
+
+import json
+import shutil
+import threading
+from collections.abc import Callable
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from hbserve_core_interpreted import make_runner
+
+from hbserve_core import Engine
+from hbserve_core.engine.runner import StepResult
+from hbserve_core.engine.sequence import UNREAD
+from hbserve_core.grammars import compiler
+from hbserve_core.grammars.compiler import GrammarCompiler
+from hbserve_rpc import InvalidRequest, Overloaded, SamplingParams
+
+# The interpreter's numbers warn where they wrap, which is what hashing wants, and where they are none.
+pytestmark = [
+    pytest.mark.filterwarnings(f"ignore:{which} encountered:RuntimeWarning") for which in ("overflow", "invalid value")
+]
+EOS, VOCAB_SIZE = 2, 320
+CHOICES = ["red", "green", "grey"]
+
+
+def byte_tokenizer() -> str:
+    """tokenizer.json of bytes, token 3 + i for the i-th of `BYTES`."""
+    vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2} | {symbol: 3 + place for place, symbol in enumerate(SYMBOLS)}
+    special = [{"id": i, "content": each, "special": True, "single_word": False, "lstrip": False, "rstrip": False,
+                "normalized": False} for i, each in enumerate(["<unk>", "<s>", "</s>"])]  # fmt: skip
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    return json.dumps(
+        {
+            "version": "1.0",
+            "added_tokens": special,
+            "pre_tokenizer": level,
+            "decoder": level,
+            "model": {"type": "BPE", "vocab": vocabulary, "merges": [], "unk_token": "<unk>"},
+        }
+    )
+
+
+def _symbols() -> dict[str, int]:
+    """GPT-2's characters for bytes."""
+    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in shown]
+    return {chr(byte): byte for byte in shown} | {chr(256 + place): byte for place, byte in enumerate(others)}
+
+
+SYMBOLS = _symbols()
+BYTES = list(SYMBOLS.values())
+
+
+def ids(text: str) -> list[int]:
+    return [3 + BYTES.index(byte) for byte in text.encode()]
+
+
+def text_of(tokens: list[int]) -> str:
+    return bytes(BYTES[token - 3] for token in tokens if token != EOS).decode()
+
+
+@pytest.fixture(scope="module")
+def folder(model_folder, tmp_path_factory):
+    """The small Qwen3, with a tokenizer."""
+    path = shutil.copytree(model_folder("qwen3"), tmp_path_factory.mktemp("grammars") / "qwen3")
+    (path / "tokenizer.json").write_text(byte_tokenizer())
+    return path
+
+
+class OverlappingRunner:
+    """The torch runner, as if it computed on a device: steps may be launched before the tokens of the one before are
+    read, which are UNREAD then."""
+
+    overlaps = True
+
+    def __init__(self, runner):
+        self._runner = runner
+        self._pending = lambda: StepResult([])
+        self._sequences = []
+
+    def __getattr__(self, name):
+        return getattr(self._runner, name)
+
+    def launch(self, batch):
+        tokens = dict(zip(self._sequences, self._pending().tokens, strict=True))
+        unread = [each.sequence for each in batch if each.sequence.token_ids[-1] == UNREAD]
+        for sequence in unread:
+            sequence.token_ids[-1] = tokens[sequence]
+        self._pending = self._runner.launch(batch)
+        self._sequences = [each.sequence for each in batch]
+        for sequence in unread:
+            sequence.token_ids[-1] = UNREAD
+        return self._pending
+
+
+@pytest.fixture(params=["in turn", "overlapping"])
+def either_runner(request, folder):
+    runner = make_runner(folder, "torch")
+    return OverlappingRunner(runner) if request.param == "overlapping" else runner
+
+
+@pytest.fixture
+def chosen(reference_model) -> Callable[..., list[int]]:
+    """Greedy tokens of transformers' model among what leads to one of some texts, and then an end."""
+
+    def generate(prompt: list[int], texts: list[str] = CHOICES) -> list[int]:
+        found: list[int] = []
+        answers = [[*ids(text), EOS] for text in texts]
+        while not found or found[-1] != EOS:
+            allowed = sorted({each[len(found)] for each in answers if each[: len(found)] == found})
+            with torch.inference_mode():
+                logits = reference_model("qwen3")(torch.tensor([prompt + found])).logits[0, -1]
+            found.append(allowed[int(logits[allowed].argmax())])
+        return found
+
+    return generate
+
+
+def add(engine, name, prompt, params, output=(), **more):
+    engine.add(name, prompt, params, output, matcher=engine.grammars.matcher(params, output), **more)
+
+
+def run_out(engine):
+    """Tokens and how each request ended."""
+    tokens, ends = {}, {}
+    while engine.has_work():
+        for output in engine.step():
+            tokens.setdefault(output.request_id, []).extend(output.token_ids)
+            if output.is_last:
+                ends[output.request_id] = output.finish_reason or str(output.error)
+        engine.check_integrity()
+    assert engine.blocks.num_free == engine.blocks.num_blocks
+    assert engine._num_matchers == 0
+    return tokens, ends
+
+
+def constrained(max_tokens=20, temperature=0.0, **more) -> SamplingParams:
+    more = {"structured_outputs": {"choice": CHOICES}} | more
+    return SamplingParams(temperature, max_tokens, **more)
+
+
+def test_answers_are_the_models_own_among_those_that_are_allowed_beside_others(
+    either_runner, chosen, greedy_tokens, prompt
+):
+    # Known elsewhere: vLLM #29379.
+    engine = Engine(either_runner.config, either_runner)
+    add(engine, "free", prompt(9), SamplingParams(0, 6, ignore_eos=True))
+    # The second is a prompt of several chunks, beside which the others are decoded.
+    for name, length in [("short", 5), ("long", 50)]:
+        add(engine, name, prompt(length, salt=length), constrained(logprobs=1))
+    tokens, ends = run_out(engine)
+    assert tokens["free"] == greedy_tokens("qwen3", prompt(9), 6)
+    assert tokens["short"] == chosen(prompt(5, salt=5))
+    assert tokens["long"] == chosen(prompt(50, salt=50))
+    assert ends == {"free": "length", "short": "stop", "long": "stop"}
+
+
+@pytest.mark.usefixtures("one_kernel_at_a_time")
+def test_ranks_that_overlap_follow_rank_0_which_alone_knows_the_grammar(
+    folder, ranks_in_threads, chosen, greedy_tokens, prompt
+):
+    pytest.importorskip("triton", reason="torch has Triton on Linux only")
+    ranks = ranks_in_threads(lambda group: make_runner(folder, "cuda kernels", group=group, tensor_parallel_size=2), 2)
+    engine = Engine(ranks.own.config, ranks.runner)
+    # The kernels are interpreted: a few tokens of one row, beside one of another request.
+    add(engine, "a", prompt(5), constrained(), ids("gre"))
+    add(engine, "free", prompt(4), SamplingParams(0, 2, ignore_eos=True))
+    tokens, _ = run_out(engine)
+    assert tokens["a"] == chosen(prompt(5) + ids("gre"), ["en", "y"])
+    assert tokens["free"] == greedy_tokens("qwen3", prompt(4), 2)
+
+
+def allowed_by(matcher):
+    return np.flatnonzero(np.unpackbits(matcher.mask.view(np.uint8), bitorder="little")).tolist()
+
+
+def test_every_token_that_ends_a_sequence_may_come_where_the_grammar_is_complete_and_none_before(folder):
+    # Known elsewhere: vLLM #42403.
+    grammars = GrammarCompiler(str(folder), VOCAB_SIZE, [EOS, 1, 0, VOCAB_SIZE])
+    assert allowed_by(grammars.matcher(constrained())) == sorted(ids("rg"))
+    assert allowed_by(grammars.matcher(constrained(), ids("red"))) == [0, 1, EOS]
+    may_go_on = grammars.matcher(constrained(structured_outputs={"regex": "a*"}))
+    assert allowed_by(may_go_on) == sorted([0, 1, EOS, *ids("a")])
+
+
+@pytest.fixture
+def engine(folder):
+    runner = make_runner(folder, "torch")
+    return Engine(runner.config, runner)
+
+
+def test_a_seed_draws_the_same_answer_from_any_place_in_it_on(engine, prompt):
+    """As after another attempt on another instance."""
+    params = constrained(temperature=5.0, seed=3, structured_outputs={"regex": "([a-d]{3} ){4}"})
+    add(engine, "whole", prompt(7), params)
+    whole = run_out(engine)[0]["whole"]
+    assert len(whole) == 17
+    for length in (1, 5, 16):
+        add(engine, str(length), prompt(7), params, whole[:length])
+    tokens, ends = run_out(engine)
+    assert set(ends.values()) == {"stop"}
+    assert {name: whole[: int(name)] + rest for name, rest in tokens.items()} == dict.fromkeys(tokens, whole)
+
+
+def test_a_request_that_was_handed_over_goes_on_behind_its_first_token(engine, chosen, prompt):
+    params = constrained()
+    engine.reserve("a", prompt(7), params, matcher=engine.grammars.matcher(params))
+    (granted,) = engine.poll_reservations()
+    # Its keys and values come from elsewhere; here from another request.
+    add(engine, "b", prompt(7), params, prefill_only=True)
+    (output,) = engine.step()
+    engine._runner.pool[granted.block_ids] = engine._runner.pool[output.block_table]
+    engine.activate("a", output.token_id)
+    engine.release("b")
+    assert [output.token_id, *run_out(engine)[0]["a"]] == chosen(prompt(7))
+
+
+def test_preempted_requests_go_on_where_they_were(folder, prompt):
+    params = constrained(40, temperature=3.0, seed=9, structured_outputs={"regex": "[a-z]{30}"})
+    found = []
+    for num_blocks in (96, 9):
+        runner = make_runner(folder, "torch", num_blocks=num_blocks)
+        engine = Engine(runner.config, runner)
+        for salt in range(3):
+            add(engine, str(salt), prompt(9, salt=salt), params)
+        found.append(run_out(engine))
+        assert (engine.stats().num_preemptions > 0) == (num_blocks == 9)
+    assert found[0] == found[1]
+    assert all(len(tokens) == 31 for tokens in found[0][0].values())
+
+
+def test_who_is_late_delays_nobody_and_gets_the_same_tokens(either_runner, chosen, greedy_tokens, prompt, monkeypatch):
+    engine = Engine(either_runner.config, either_runner)
+    add(engine, "late", prompt(5), constrained())
+    add(engine, "free", prompt(9), SamplingParams(0, 6, ignore_eos=True))
+    gate, tokens = threading.Event(), {"late": [], "free": []}
+    late = engine._sequences["late"].matcher
+    take = late._take
+    monkeypatch.setattr(late, "_take", lambda token: (gate.wait(60), take(token)))
+    while len(tokens["free"]) < 6:
+        for output in engine.step():
+            tokens[output.request_id] += output.token_ids
+            assert len(tokens["late"]) <= 1
+        engine.check_integrity()
+    gate.set()
+    rest, ends = run_out(engine)
+    assert tokens["free"] == greedy_tokens("qwen3", prompt(9), 6)
+    assert tokens["late"] + rest["late"] == chosen(prompt(5))
+    assert ends["late"] == "stop"
+
+
+@pytest.mark.parametrize(
+    ("more", "expected"),
+    [
+        ({}, (1, "stop")),
+        ({"min_tokens": 4}, (5, "stop")),
+        ({"ignore_eos": True}, (9, "stop")),
+        ({"min_tokens": 20}, (9, "stop")),
+        ({"ignore_eos": True, "max_tokens": 5}, (5, "length")),
+    ],
+)
+def test_an_answer_that_may_not_end_yet_goes_on_as_long_as_its_grammar_does(engine, prompt, more, expected):
+    """Without them it would end at once: that is what the bias is for."""
+    # Known elsewhere: vLLM #53665.
+    params = constrained(structured_outputs={"regex": "a{0,8}"}, logit_bias={EOS: 100.0}, **more)
+    add(engine, "a", prompt(5), params)
+    tokens, ends = run_out(engine)
+    assert (len(tokens["a"]), ends["a"]) == expected
+    assert text_of(tokens["a"]) == "a" * (expected[0] - (expected[1] == "stop"))
+
+
+def test_an_answer_that_is_cut_short_says_so(engine, prompt):
+    add(engine, "a", prompt(5), constrained(max_tokens=2))
+    assert run_out(engine)[1] == {"a": "length"}
+
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"ok": {"type": "boolean"}, "at": {"type": "array", "items": {"enum": [1, 22]}, "maxItems": 3}},
+    "required": ["ok", "at"],
+    "additionalProperties": False,
+}
+
+
+@pytest.mark.parametrize(
+    ("given", "fits"),
+    [
+        ({"json": SCHEMA}, lambda text: isinstance(json.loads(text)["ok"], bool)),
+        ({"json_object": True}, lambda text: isinstance(json.loads(text), dict)),
+        ({"regex": r"\d{2}-[xy]"}, lambda text: text[2] == "-" and text[3] in "xy" and text[:2].isdecimal()),
+        ({"choice": ["ä\"\n", "日本"]}, lambda text: text in ("ä\"\n", "日本")),
+        ({"choice": [""]}, lambda text: text == ""),
+        ({"grammar": 'start: "<" /[ab]/ ">"'}, lambda text: text in ("<a>", "<b>")),
+        ({"grammar": 'root ::= "a" [x-z] "b"'}, lambda text: text in ("axb", "ayb", "azb")),
+    ],
+    ids=["json", "json object", "regex", "choice", "nothing", "lark", "gbnf"],
+)  # fmt: skip
+def test_each_kind_of_grammar_is_followed(engine, prompt, given, fits):
+    closing = dict.fromkeys(ids('}]"'), 6.0)
+    for seed in range(3):
+        add(
+            engine, str(seed), prompt(5), constrained(400, 1.0, seed=seed, structured_outputs=given, logit_bias=closing)
+        )
+    tokens, ends = run_out(engine)
+    assert set(ends.values()) == {"stop"}
+    assert all(fits(text_of(each)) for each in tokens.values())
+
+
+def test_white_space_in_json_comes_to_an_end(engine, prompt):
+    # Known elsewhere: vLLM #4093, #13260, #38696.
+    space = dict.fromkeys(ids(" \n\t"), 100.0)
+    schema = {"properties": {"a": {"const": 1}}, "required": ["a"], "type": "object", "additionalProperties": False}
+    add(engine, "a", prompt(5), constrained(400, structured_outputs={"json": schema}, logit_bias=space))
+    tokens, ends = run_out(engine)
+    assert ends == {"a": "stop"}
+    assert json.loads(text_of(tokens["a"])) == {"a": 1}
+    assert len(tokens["a"]) > 40
+
+
+def chain(count: int, link: Callable[[str], object]) -> dict[str, object]:
+    """References one behind the other, nearly as many as a schema has room for."""
+    names = [f"_{number:x}" for number in range(count)]
+    made = {name: link(f"#/{other}") for name, other in pairwise(names)}
+    return made | {names[-1]: {"type": "null"}, "$ref": "#/_0"}
+
+
+LARK_CHAIN = "start: r0\n" + "".join(f"r{i}: r{i + 1}\n" for i in range(4500)) + 'r4500: "a"'
+HOSTILE = {
+    "not served": ({"json": {"not": {"type": "string"}}}, r'structured_outputs.json: Unimplemented keys: \["not"\]'),
+    "unsatisfiable": ({"json": {"$ref": "#"}}, "structured_outputs: output token 0 cannot be chosen"),
+    "no such rule": ({"grammar": "start: other"}, "structured_outputs.grammar: .*unknown name"),
+    "bad regex": ({"regex": "(a"}, "structured_outputs.regex: .*unclosed group"),
+    "look-around": ({"regex": "(?=a)b"}, "structured_outputs.regex: "),
+    "deep regex": ({"regex": "(" * 5000 + "a" + ")" * 5000}, "structured_outputs.regex: .*invalid regex"),
+    "deep lark": ({"grammar": "start: " + "(" * 9000 + '"a"' + ")" * 9000}, "grammar: .*too deeply nested"),
+    "exploding allOf": (
+        {"json": {"allOf": [{"anyOf": [{"type": "object", "properties": {f"p{i}_{j}": {"type": "string"}}}
+                                       for j in range(8)]} for i in range(8)]}},
+        "structured_outputs.json: schema too large",
+    ),
+    "many rows": ({"json": {"enum": [f"c{i} {i * 7919 % 1000003}" for i in range(3500)]}}, ""),
+    "chain of references": ({"json": chain(2300, lambda name: {"$ref": name})}, "json: Schema intersection stack"),
+    "chain of arrays": ({"json": chain(1700, lambda name: {"items": {"$ref": name}})}, ""),
+    "chain of rules": ({"grammar": LARK_CHAIN}, ""),
+    "huge counts": ({"json": {"type": "array", "items": {"type": "integer"}, "minItems": 10**9}}, ""),
+    "states": ({"regex": ".*a.{18}"}, ""),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_grammar_is_refused_in_short_words_or_followed_and_harms_nobody(engine, prompt, name):
+    # Known elsewhere: vLLM #17313, #43920.
+    given, error = HOSTILE[name]
+    params = constrained(5, structured_outputs=given)
+    if error:
+        with pytest.raises(InvalidRequest, match=error) as caught:
+            engine.grammars.matcher(params)
+        assert len(str(caught.value)) < 500
+    else:
+        add(engine, "a", prompt(5), params)
+    engine.add("b", prompt(5), SamplingParams(0, 3, ignore_eos=True))
+    assert run_out(engine)[1]["b"] == "length"
+
+
+def test_a_request_whose_masks_become_too_expensive_ends_with_an_error_and_the_others_go_on(
+    engine, prompt, monkeypatch
+):
+    monkeypatch.setitem(compiler._LIMITS, "step_lexer_fuel", 200)
+    params = constrained(
+        400, temperature=9.0, seed=1, structured_outputs={"regex": "[a-d]{3}(.*a.{9}|.*b.{8}|.*c.{7})z"}
+    )
+    add(engine, "a", prompt(5), params)
+    add(engine, "b", prompt(5), SamplingParams(0, 30, ignore_eos=True))
+    tokens, ends = run_out(engine)
+    assert 2 < len(tokens["a"]) < 400
+    assert ends["a"].startswith(f"structured_outputs: output token {len(tokens['a'])} cannot be chosen: ")
+    assert ends["b"] == "length"
+
+
+def test_what_takes_too_long_is_refused_and_what_waits_behind_it_may_come_again(folder, monkeypatch):
+    # Known elsewhere: vLLM #54003.
+    grammars = GrammarCompiler(str(folder), VOCAB_SIZE, [EOS])
+    gate = threading.Event()
+    compile_one = grammars._compile
+    monkeypatch.setattr(grammars, "_compile", lambda wanted: gate.wait(60) and compile_one(wanted))
+    monkeypatch.setattr(compiler, "COMPILE_TIMEOUT_S", 0.05)
+    errors = []
+    for text in "abc":  # one more than are compiled at once
+        with pytest.raises((InvalidRequest, Overloaded)) as caught:
+            grammars.matcher(constrained(structured_outputs={"regex": text}))
+        errors.append(str(caught.value))
+    assert errors == [
+        "structured_outputs.regex: takes more than 0.05 s to compile",
+        "structured_outputs.regex: takes more than 0.05 s to compile",
+        "structured_outputs: other grammars are being compiled",
+    ]
+    gate.set()
+    monkeypatch.setattr(compiler, "COMPILE_TIMEOUT_S", 60)
+    assert grammars.matcher(constrained(structured_outputs={"regex": "c"})) is not None
+
+
+def test_the_last_grammars_are_kept_and_no_others(folder, monkeypatch):
+    grammars = GrammarCompiler(str(folder), VOCAB_SIZE, [EOS])
+    compiled = []
+    compile_one = grammars._compile
+    monkeypatch.setattr(grammars, "_compile", lambda wanted: compiled.append(wanted.regex) or compile_one(wanted))
+    for text in ["a", "b", "a", *(f"c{i}" for i in range(compiler._MOST_KEPT - 1)), "a", "b"]:
+        grammars.matcher(constrained(structured_outputs={"regex": text}))
+    assert (compiled.count("a"), compiled.count("b")) == (1, 2)
+
+
+@pytest.mark.parametrize("content", [None, "no JSON", "{}", '["a"]'])
+def test_a_model_without_a_tokenizer_that_can_be_read_says_so_to_those_who_need_it(tmp_path, content):
+    if content is not None:
+        (tmp_path / "tokenizer.json").write_text(content)
+    grammars = GrammarCompiler(str(tmp_path), VOCAB_SIZE, [EOS])
+    grammars.load()
+    with pytest.raises(InvalidRequest, match=r"^structured_outputs: .*tokenizer\.json cannot be used for them"):
+        grammars.matcher(constrained())
+    assert grammars.matcher(SamplingParams()) is None
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_is_as_good(folder):
+    matcher = GrammarCompiler(str(folder), 200, [EOS]).matcher(constrained())
+    assert allowed_by(matcher) == sorted(ids("rg"))
+
+
+def test_output_that_does_not_follow_its_grammar_is_refused(engine):
+    with pytest.raises(InvalidRequest, match=r"^output_token_ids: do not follow structured_outputs"):
+        engine.grammars.matcher(constrained(), ids("x"))
+
+
+@pytest.mark.parametrize("enter", ["add", "reserve"])
+def test_no_request_runs_without_its_grammar(engine, prompt, enter):
+    with pytest.raises(InvalidRequest, match=r"structured_outputs: need a matcher, which Engine\.grammars makes"):
+        getattr(engine, enter)("a", prompt(5), constrained())
+    assert not engine.has_work()
