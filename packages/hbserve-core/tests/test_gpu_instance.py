@@ -146,7 +146,7 @@ async def test_a_step_that_fails_ends_every_request_with_its_error(role, model_f
         def fail(_: Any) -> Any:
             raise ArithmeticError("the card fell out")
 
-        instance.runner.run = fail
+        instance.runner.launch = fail
         with contextlib.suppress(EngineStopped):
             await instance._thread.call(lambda engine: engine.add("other", prompt(3), SamplingParams(0)))
         with pytest.raises(RemoteError, match="hybrid-0 failed: ArithmeticError: the card fell out"):

@@ -34,7 +34,7 @@ import signal, threading
 from hbserve_core import ModelRunner
 from hbserve_core.instance import process as instance_process
 from hbserve_kv import KVTransferManager
-may_go_on, steps, run = threading.Event(), [], ModelRunner.run
+may_go_on, steps, launch = threading.Event(), [], ModelRunner.launch
 is_accepted, open_send = threading.Event(), KVTransferManager.open_send
 signal.signal(signal.SIGUSR1, lambda *_: may_go_on.set())
 async def opening(self, transfer_id, grant):
@@ -47,8 +47,8 @@ def halting(self, batch):
     if len(steps) == 2:
         may_go_on.wait(60)
     steps.append(batch)
-    return run(self, batch)
-KVTransferManager.open_send, ModelRunner.run = opening, halting
+    return launch(self, batch)
+KVTransferManager.open_send, ModelRunner.launch = opening, halting
 instance_process.main()
 """
 

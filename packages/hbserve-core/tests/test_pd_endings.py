@@ -149,15 +149,15 @@ class Halt:
 
     def __init__(self, instance: Instance, after: int) -> None:
         self.reached, self._may_go_on = threading.Event(), threading.Event()
-        self._left, self._run = after, instance.server.runner.run
-        instance.server.runner.run = self._step
+        self._left, self._launch = after, instance.server.runner.launch
+        instance.server.runner.launch = self._step
 
     def _step(self, batch: Any) -> Any:
         if self._left == 0:
             self.reached.set()
             assert self._may_go_on.wait(DEADLINE_S)
         self._left -= 1
-        return self._run(batch)
+        return self._launch(batch)
 
     async def is_reached(self) -> bool:
         return self.reached.is_set()

@@ -1,8 +1,8 @@
-"""The runner that needs nothing but torch: the model, its pool and its sampler behind one call, `run(batch)`.
+"""The runner that needs nothing but torch: the model, its pool and its sampler behind one call, `launch(batch)`.
 
     batch ─prepare_step▶ T rows ─Decoder▶ logits (R, V) ─Sampler▶ R tokens ─▶ one, or None, for each chunk
 
-Rows whose requests ask for more are sampled once more, by hbserve_core/logits.
+Rows whose requests ask for more are sampled once more, by hbserve_core/logits; those with grammars in `draw`.
 
 Shapes: T rows of one step, R of them sampled, V vocab_size. The pool: see model/kv_pool.py.
 """
