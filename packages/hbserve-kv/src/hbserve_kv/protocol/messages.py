@@ -18,7 +18,7 @@ take ends the link. It says why by Cancelled, and ends the stream, so that the s
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 
@@ -27,6 +27,10 @@ from hbserve_kv.memory.memory import Region
 from hbserve_rpc import Method, Notification, StreamMethod
 
 PROTOCOL_VERSION = 6
+
+NotNegative = Annotated[int, msgspec.Meta(ge=0)]
+Seconds = Annotated[float, msgspec.Meta(ge=0, le=1e9)]
+"""NaN and infinity are none."""
 
 
 class Grant(msgspec.Struct, frozen=True, tag=True):
@@ -100,7 +104,7 @@ class Begin(msgspec.Struct, frozen=True, tag=True):
 
     transfer_id: str
     link: str
-    num_bytes: int | None = None
+    num_bytes: NotNegative | None = None
 
 
 class Accepted(msgspec.Struct, frozen=True, tag=True):
@@ -132,9 +136,10 @@ class PartsAnnounced(msgspec.Struct, frozen=True, tag=True):
 class Commit(msgspec.Struct, frozen=True, tag=True):
     transfer_id: str
     link: str
-    num_parts: int
-    num_bytes: int
-    time_s: float
+    num_parts: NotNegative
+    num_bytes: NotNegative
+    """Of a one-sided transport, they say how many blocks have been written."""
+    time_s: Seconds
     """In which parts were moving; of a two-sided transport the receiver measures that."""
     payload: bytes
     checksums: dict[int, int] = {}

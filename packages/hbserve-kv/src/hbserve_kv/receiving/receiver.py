@@ -49,11 +49,14 @@ class Receiver:
         server.serve(messages.COMMIT, self._commit)
         server.serve(messages.ABANDON, self._abandon)
 
-    def expect(self, transfer_id: str, region: Region, block_ids: list[int]) -> IncomingTransfer:
+    def expect(
+        self, transfer_id: str, region: Region, block_ids: list[int], *, may_be_partial: bool = False
+    ) -> IncomingTransfer:
         """Raises ValueError if the id is in use."""
         if transfer_id in self.transfers:
             raise ValueError(f"transfer_id={transfer_id!r} is in use")
-        transfer = IncomingTransfer(transfer_id, region, block_ids, self._me.heads.heads(), self.quarantine.watch)
+        heads, watch = self._me.heads.heads(), self.quarantine.watch
+        transfer = IncomingTransfer(transfer_id, region, block_ids, heads, watch, may_be_partial=may_be_partial)
         self.transfers[transfer_id] = transfer
         expiry = asyncio.get_running_loop().call_later(self._config.expiry_s, self._expire, transfer)
         transfer.result.add_done_callback(lambda _: expiry.cancel())
@@ -132,7 +135,8 @@ class Receiver:
             await asyncio.sleep(0)  # lets the link's stream say why, before this answer does
         if message.checksums and (error := await self._corruption(transfer, link, message)):
             transfer.fail(error)
-        if not transfer.commit(message):
+        block_bytes = self._memory.block_bytes // self._memory.num_heads * link.common_heads.count
+        if not transfer.commit(message, block_bytes):
             self._drop_message(f"{what} is late, was sent twice, or lacks parts: {transfer.cause}")
         return Nothing()
 

@@ -10,7 +10,8 @@ from typing import Any
 
 import msgspec
 
-from hbserve_kv.memory.memory import Memory
+from hbserve_kv.errors import TransferFailed
+from hbserve_kv.memory.memory import Memory, Region
 from hbserve_kv.protocol import messages
 from hbserve_kv.protocol.checksum import link_checksums
 from hbserve_kv.protocol.messages import (
@@ -53,6 +54,7 @@ class Leg:
         self.block_bytes = memory.block_bytes // memory.num_heads * (heads.count if heads else memory.num_heads)
         """Of one block, as much as goes over this link."""
         self.num_blocks_pushed = self.num_blocks_moved = 0
+        """Of those that were granted, and of those that were sent: one may be sent twice."""
         self.time_s = 0.0
         """In which parts were moving."""
         self.memory = memory
@@ -107,7 +109,11 @@ class Leg:
         connection = self.connection
         # The receiver waits for room in its lookup buffer for no longer than its own deadline.
         timeout_s = 2 * connection.timeout_s
-        self.target = await connection.client.call(messages.BEGIN, self.begin, timeout_s=timeout_s)
+        target = await connection.client.call(messages.BEGIN, self.begin, timeout_s=timeout_s)
+        region: Region = "pool" if self.begin.num_bytes is None else "arena"
+        if target.region != region or not all(block_id >= 0 for block_id in target.block_ids):
+            raise TransferFailed(f"{connection.client.address} accepts it into what it cannot have granted: {target}")
+        self.target = target
         self.state.accept(self.number, one_sided=connection.transport.one_sided)
 
     async def _commit(self) -> None:
