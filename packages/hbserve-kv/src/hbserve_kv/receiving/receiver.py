@@ -9,7 +9,17 @@ from hbserve_kv.memory.memory import Memory, Region
 from hbserve_kv.protocol import messages
 from hbserve_kv.protocol.checksum import link_checksums
 from hbserve_kv.protocol.handshake import Identity
-from hbserve_kv.protocol.messages import Abandon, Accepted, Asked, Begin, Commit, Nothing, PartsAnnounced, Told
+from hbserve_kv.protocol.messages import (
+    Abandon,
+    Accepted,
+    Asked,
+    Begin,
+    Commit,
+    Nothing,
+    PartsAnnounced,
+    Told,
+    UnknownLink,
+)
 from hbserve_kv.protocol.transfer_state import State
 from hbserve_kv.receiving.links import IncomingLinks
 from hbserve_kv.receiving.lookup_buffer import LookupBuffer
@@ -94,8 +104,11 @@ class Receiver:
         link = self._link_of(asked.link, f"{asked.name} of a rendezvous")
         return Told(asked.link, asked.name, await link.rendezvous.get(asked.name))
 
-    async def _begin(self, begin: Begin) -> Accepted:
-        link = self._link_of(begin.link, f"transfer {begin.transfer_id}")
+    async def _begin(self, begin: Begin) -> Accepted | UnknownLink:
+        link = self.links.connected.get(begin.link)
+        if link is None:
+            self.dropped_messages += 1
+            return UnknownLink()
         transfer = await self._find(begin, link)
         if not transfer.begin(link):
             if begin.num_bytes is not None and transfer.state is State.POSTED:

@@ -47,13 +47,16 @@ class SendTransfer:
         """One for each leg; they end when the receiver knows the end too."""
 
     async def _run_leg(self, number: int, address: str, epoch: str) -> None:
-        try:
-            connection = await self._peers.connection(address, epoch)
-        except Exception as error:
-            self.state.fail(str(error), number, error)
-            return
-        self._legs[number] = Leg(connection, number, self.state, self._begin, self._memory)
-        await self._legs[number].run()
+        for _ in range(2):  # with a connection that the receiver has ended already, once more over a new one
+            try:
+                connection = await self._peers.connection(address, epoch)
+            except Exception as error:
+                self.state.fail(str(error), number, error)
+                return
+            self._legs[number] = Leg(connection, number, self.state, self._begin, self._memory)
+            if await self._legs[number].run():
+                return
+        self.state.fail(f"{address} has ended the connection, and a new one too", number)
 
     def _publish(self) -> None:
         """Called by the state after each change."""
