@@ -299,6 +299,8 @@ async def test_requests_beyond_the_queue_are_refused_as_overload(make_scheduler,
     streams += [scheduler.submit(ask("r1")), scheduler.submit(ask("r2"))]
     with pytest.raises(Overloaded, match=r"2 requests are waiting, which is scheduler\.max_queue_size"):
         scheduler.submit(ask("r3"))
+    with pytest.raises(Overloaded):  # nobody looks at it while there is no room: to refuse must cost least
+        scheduler.submit(GenerateRequest("r4", [], ask().params))
     pair[0].release()
     await asyncio.gather(*map(collect, streams))
 

@@ -11,7 +11,7 @@ from collections.abc import Collection
 from hbserve_rpc import HBServeRpcError, InvalidRequest, LogitsNotFinite, Overloaded
 from hbserve_rpc.messages import FinishReason, GenerateRequest, LatencySummary, Role, SchedulerStats, ServiceInfo
 from hbserve_rpc.plain_values import plain_id
-from hbserve_scheduler.admission import Room, admitted
+from hbserve_scheduler.admission import Room, WaitingRequests, admitted
 from hbserve_scheduler.attempt import Attempt
 from hbserve_scheduler.config import SchedulerConfig
 from hbserve_scheduler.errors import RequestFailed
@@ -38,7 +38,7 @@ class CpuScheduler:
         self.config = config or SchedulerConfig()
         self.model_path = model_path
         """What `info` tells clients."""
-        self.waiting_requests: deque[ScheduledRequest] = deque()
+        self.waiting_requests = WaitingRequests()
         self.running_requests: dict[str, ScheduledRequest] = {}
         self._changed = asyncio.Event()
         self._room = Room()
@@ -102,8 +102,9 @@ class CpuScheduler:
         """
         self._require_running()
         try:
+            self._require_place()  # first: who has too much to do must not begin by looking closely at more
             request = self.check(request)
-            self._require_place(request.request_id)
+            self._require_new(request.request_id)
         except HBServeRpcError:
             self._totals["rejected"] += 1
             raise
@@ -115,15 +116,17 @@ class CpuScheduler:
 
     def check(self, request: GenerateRequest) -> GenerateRequest:
         """The request as `submit` would keep it, as far as can be known now. Raises InvalidRequest."""
-        return admitted(request, self.fleet.ready_infos())
+        return admitted(request, self.fleet.limiting_infos())
 
     def _require_running(self) -> None:
         if self._stopped:
             raise RequestFailed("the scheduler has been stopped")
 
-    def _require_place(self, request_id: str) -> None:
-        if request_id in {entry.request.request_id for entry in self.waiting_requests} | self.running_requests.keys():
+    def _require_new(self, request_id: str) -> None:
+        if self.waiting_requests.find(request_id) is not None or request_id in self.running_requests:
             raise InvalidRequest(f"request_id={request_id!r} is in use")
+
+    def _require_place(self) -> None:
         if len(self.waiting_requests) >= self.config.max_queue_size:
             raise Overloaded(f"{len(self.waiting_requests)} requests are waiting, which is scheduler.max_queue_size")
 
@@ -143,8 +146,7 @@ class CpuScheduler:
         With "stop" it counts as completed: the client has found a stop string, and has all that it wanted.
         """
         request_id = plain_id("request_id", request_id)
-        waiting = (entry for entry in self.waiting_requests if entry.request.request_id == request_id)
-        entry = self.running_requests.get(request_id) or next(waiting, None)
+        entry = self.running_requests.get(request_id) or self.waiting_requests.find(request_id)
         if entry is None or entry.ended or entry.finish_reason:
             return False
         self._end(entry, reason)
@@ -217,7 +219,8 @@ class CpuScheduler:
         if timeout_s is None:
             return
         now_s = time.monotonic()
-        for entry in [each for each in self.waiting_requests if now_s - each.submitted_s > timeout_s]:
+        while self.waiting_requests and now_s - self.waiting_requests[0].submitted_s > timeout_s:  # the oldest is first
+            entry = self.waiting_requests[0]
             self.waiting_requests.remove(entry)
             self._fail(entry, RequestFailed(f"not started within request_timeout_s={timeout_s}"))
 
