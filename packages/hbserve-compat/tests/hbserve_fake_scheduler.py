@@ -110,7 +110,7 @@ class FakeScheduler:
     def submit(self, request: GenerateRequest) -> FakeEvents:
         request = self.check(request)
         if len(self.running) >= self.most_running:
-            raise Overloaded("so many requests are waiting")
+            raise Overloaded("so many requests are waiting", 7.2)
         self.asked.append((request.prompt_token_ids, request.params))
         events = self.running[request.request_id] = FakeEvents(self, request)
         return events

@@ -10,8 +10,8 @@ import pytest_asyncio
 
 from hbserve.pd_disagg import LLM, DisaggregatedLLM, PdDisaggConfig
 from hbserve.sampling_params import SamplingParams
-from hbserve_rpc import LogitsNotFinite
-from hbserve_scheduler import InstanceFailed, RequestFailed
+from hbserve_rpc import LogitsNotFinite, Unavailable
+from hbserve_scheduler import InstanceFailed
 
 pytestmark = pytest.mark.warm
 
@@ -155,7 +155,7 @@ async def test_a_killed_decode_instance_fails_its_requests_by_name_and_keeps_nob
         stream = llm.stream("Hello", SamplingParams(temperature=0, max_tokens=400, ignore_eos=True))
         await anext(stream)
         os.kill(llm.scheduler.fleet.handles["decode-0"].info.pid, signal.SIGKILL)
-        with pytest.raises(RequestFailed, match=r"decode-0.*its process has ended \(signal SIGKILL, from"):
+        with pytest.raises(Unavailable, match=r"decode-0.*its process has ended \(signal SIGKILL, from"):
             async for _ in stream:
                 pass
     assert "did not end" not in caplog.text, "an instance that waits for a dead one is killed after 20 s"

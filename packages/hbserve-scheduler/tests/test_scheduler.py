@@ -1,14 +1,15 @@
 """What CpuScheduler asks of instances, in which order, and what its clients read."""
 
 import asyncio
+import time
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from hbserve_rpc import InvalidRequest, Overloaded, RemoteError, SamplingParams
+from hbserve_rpc import InvalidRequest, Overloaded, RemoteError, RequestTimeout, SamplingParams, Unavailable
 from hbserve_rpc.messages import GenerateRequest, LatencySummary, RequestFinished, TokenEvent
-from hbserve_scheduler import CpuScheduler, RequestFailed
+from hbserve_scheduler import CpuScheduler
 from hbserve_scheduler.request import ScheduledRequest
 
 # ---- the flow of one request -------------------------------------------------------------------------------------
@@ -297,8 +298,11 @@ async def test_requests_beyond_the_queue_are_refused_as_overload(make_scheduler,
     streams = [scheduler.submit(ask("r0"))]
     await until(lambda: pair[0].requests)
     streams += [scheduler.submit(ask("r1")), scheduler.submit(ask("r2"))]
-    with pytest.raises(Overloaded, match=r"2 requests are waiting, which is scheduler\.max_queue_size"):
-        scheduler.submit(ask("r3"))
+    for waited_s, after_s in ((0, 1), (16, 8), (1000, 60)):  # half of what the first one has waited, within bounds
+        scheduler.waiting_requests[0].submitted_s = time.monotonic() - waited_s
+        with pytest.raises(Overloaded, match=r"2 requests are waiting, which is scheduler\.max_queue_size") as refused:
+            scheduler.submit(ask("r3"))
+        assert refused.value.retry_after_s == pytest.approx(after_s, abs=2)
     pair[0].release()
     await asyncio.gather(*map(collect, streams))
 
@@ -400,7 +404,7 @@ async def test_a_request_ends_with_an_error_after_its_timeout(make_scheduler, pa
     # Known elsewhere: vLLM #35943, #55870, #46283, #53250, SGLang #10110, #31800, #10204, #11648, #6857.
     pair[1].hold = {"tokens"}
     scheduler = await make_scheduler(*pair, request_timeout_s=0.5)
-    with pytest.raises(RequestFailed, match=r"request_timeout_s=0\.5"):
+    with pytest.raises(RequestTimeout, match=r"request_timeout_s=0\.5"):
         await collect(scheduler.submit(ask()))
     assert scheduler.stats().failed_requests == 1
 
@@ -412,9 +416,9 @@ async def test_the_timeout_counts_the_time_in_the_queue(make_scheduler, pair, as
     await until(lambda: pair[0].requests)
     waiting = scheduler.submit(ask("waiting"))
     await until(lambda: running.done())
-    with pytest.raises(RequestFailed, match=r"request_timeout_s=2\.0"):
+    with pytest.raises(RequestTimeout, match=r"request_timeout_s=2\.0"):
         await collect(waiting)
-    with pytest.raises(RequestFailed, match=r"request_timeout_s=2\.0"):
+    with pytest.raises(RequestTimeout, match=r"request_timeout_s=2\.0"):
         await running
 
 
@@ -432,7 +436,7 @@ async def test_stop_ends_requests_and_leaves_no_task(make_scheduler, pair, journ
     for stream in streams:
         _, end = await collect(stream)
         assert isinstance(end, RequestFinished)
-    with pytest.raises(RequestFailed, match="stopped"):
+    with pytest.raises(Unavailable, match="stopped"):
         scheduler.submit(ask("late"))
 
 

@@ -259,8 +259,7 @@ class RpcServer:
         _reraise_if_stopped(error)
         if not isinstance(error, HBServeRpcError):
             logger.error("%s failed", method, exc_info=error)
-        code, message = wire.describe_error(error)
-        self._send(identity, wire.Failed(self.epoch, id_, code, message))
+        self._send(identity, wire.describe_error(self.epoch, id_, error))
 
     async def _drop_silent_clients(self) -> None:
         checked_s = time.monotonic()

@@ -8,7 +8,7 @@ import time
 from collections import deque
 from collections.abc import Collection
 
-from hbserve_rpc import HBServeRpcError, InvalidRequest, LogitsNotFinite, Overloaded
+from hbserve_rpc import HBServeRpcError, InvalidRequest, LogitsNotFinite, Overloaded, RequestTimeout, Unavailable
 from hbserve_rpc.messages import FinishReason, GenerateRequest, LatencySummary, Role, SchedulerStats, ServiceInfo
 from hbserve_rpc.plain_values import plain_id
 from hbserve_scheduler.admission import Room, admitted
@@ -23,6 +23,8 @@ from hbserve_scheduler.retries import Retries
 logger = logging.getLogger(__name__)
 
 TICK_S = 0.5
+SOONEST_RETRY_S, LATEST_RETRY_S = 1.0, 60.0
+"""Bounds of what is said to those for whom the queue has no room."""
 RECENT_REQUESTS = 1024
 """As many latencies are kept for `stats`."""
 
@@ -97,8 +99,8 @@ class CpuScheduler:
 
         Raises, at once:
             InvalidRequest: it can never run; says why.
-            Overloaded: the queue is full.
-            RequestFailed: the scheduler has been stopped.
+            Overloaded: the queue is full; has the time after which it may have room.
+            Unavailable: the scheduler has been stopped.
         """
         self._require_running()
         try:
@@ -119,19 +121,25 @@ class CpuScheduler:
 
     def _require_running(self) -> None:
         if self._stopped:
-            raise RequestFailed("the scheduler has been stopped")
+            raise Unavailable("the scheduler has been stopped")
 
     def _require_place(self, request_id: str) -> None:
         if request_id in {entry.request.request_id for entry in self.waiting_requests} | self.running_requests.keys():
             raise InvalidRequest(f"request_id={request_id!r} is in use")
         if len(self.waiting_requests) >= self.config.max_queue_size:
-            raise Overloaded(f"{len(self.waiting_requests)} requests are waiting, which is scheduler.max_queue_size")
+            problem = f"{len(self.waiting_requests)} requests are waiting, which is scheduler.max_queue_size"
+            raise Overloaded(problem, self._half_a_queue_s())
+
+    def _half_a_queue_s(self) -> float:
+        """About when half of a full queue will have begun: who came now would wait as long as the first one has."""
+        first_s = time.monotonic() - self.waiting_requests[0].submitted_s
+        return min(max(first_s / 2, SOONEST_RETRY_S), LATEST_RETRY_S)
 
     async def wait_for_room(self) -> None:
         """Wait until less than half of the queue is taken: for those who have many requests, and leave room to others.
 
         Raises:
-            RequestFailed: the scheduler has been stopped.
+            Unavailable: the scheduler has been stopped.
         """
         full = max(1, self.config.max_queue_size // 2)
         await self._room.wait_until(lambda: self._stopped or len(self.waiting_requests) < full)
@@ -219,7 +227,7 @@ class CpuScheduler:
         now_s = time.monotonic()
         for entry in [each for each in self.waiting_requests if now_s - each.submitted_s > timeout_s]:
             self.waiting_requests.remove(entry)
-            self._fail(entry, RequestFailed(f"not started within request_timeout_s={timeout_s}"))
+            self._fail(entry, RequestTimeout(f"not started within request_timeout_s={timeout_s}"))
 
     def _fail_hopeless(self) -> None:
         """Fail what waits when no instance that it needs has been there for too long."""
@@ -231,7 +239,7 @@ class CpuScheduler:
         elif now_s - self._missing_since_s > self.config.instance_wait_s:
             for entry in list(self.waiting_requests):
                 self.waiting_requests.remove(entry)
-                self._fail(entry, RequestFailed(self.fleet.why_nobody()))
+                self._fail(entry, Unavailable(self.fleet.why_nobody()))
 
     async def _follow(self, entry: ScheduledRequest, placement: Placement) -> None:
         timeout_s = self.config.request_timeout_s
@@ -242,7 +250,7 @@ class CpuScheduler:
         except HBServeRpcError as error:
             self._fail(entry, error)
         except TimeoutError:
-            self._fail(entry, RequestFailed(f"not finished within request_timeout_s={timeout_s}"))
+            self._fail(entry, RequestTimeout(f"not finished within request_timeout_s={timeout_s}"))
         except Exception as error:  # a mistake of this package: the client must hear of it all the same
             logger.exception("request %s failed", entry.request.request_id)
             self._fail(entry, RequestFailed(f"internal error: {error!r}"))
@@ -273,7 +281,7 @@ class CpuScheduler:
             self._totals["retries"] += 1
             next_placement = await self.retries.wait_for_place(entry, self.config.instance_wait_s)
             if next_placement is None:
-                raise RequestFailed("; ".join([*problems, self.fleet.why_nobody()]))
+                raise Unavailable("; ".join([*problems, self.fleet.why_nobody()]))
             placement = next_placement
 
     def _fail(self, entry: ScheduledRequest, error: Exception) -> None:
