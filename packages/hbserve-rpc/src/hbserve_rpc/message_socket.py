@@ -72,10 +72,21 @@ class MessageSocket:
         if self._end is not None:
             self._end()
 
-    def send(self, frames: Sequence[bytes]) -> None:
-        """Queue a message, without bound and without waiting. A ROUTER drops what is for nobody that it knows."""
-        self._socket.send_multipart(frames, zmq.NOBLOCK, copy=len(frames[-1]) < COPIED_BYTES)
-        self._look_again()
+    def send(self, frames: Sequence[bytes]) -> bool:
+        """Queue a message without waiting. False: the queue to its receiver is full, which it never is without SNDHWM.
+
+        A ROUTER drops what is for nobody that it knows.
+        """
+        try:
+            self._socket.send_multipart(frames, zmq.NOBLOCK, copy=len(frames[-1]) < COPIED_BYTES)
+        except zmq.Again:
+            return False
+        except zmq.ZMQError as error:  # said with ROUTER_MANDATORY only
+            if error.errno != zmq.EHOSTUNREACH:
+                raise
+        finally:
+            self._look_again()
+        return True
 
     def _look_again(self) -> None:
         """The descriptor tells of a message once, and any call, not only one that reads, takes that away."""
