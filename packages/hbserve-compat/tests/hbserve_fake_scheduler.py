@@ -51,6 +51,7 @@ class FakeEvents:
             if left <= len(step):
                 reason = "length"
             of_prompt = self._prompt_logprobs() if given == 0 else []
+            self._scheduler.num_given += len(step[:left])
             yield TokenEvent(given, step[:left], logprobs=self._logprobs(step[:left]), prompt_logprobs=of_prompt)
             given += len(step[:left])
             if reason == "length":
@@ -103,6 +104,8 @@ class FakeScheduler:
         self.steps: list[list[int] | Exception | asyncio.Event] = []
         self.running: dict[str, FakeEvents] = {}
         self.num_abandoned = 0
+        self.num_given = 0
+        """Tokens of all answers."""
         self.asked: list[tuple[list[int], SamplingParams]] = []
         self.most_running = 1000
         self.role = "hybrid"

@@ -307,6 +307,22 @@ async def test_requests_beyond_the_queue_are_refused_as_overload(make_scheduler,
     await asyncio.gather(*map(collect, streams))
 
 
+async def test_tokens_that_the_client_does_not_take_wait_as_one_event(make_scheduler, pair, ask, until):
+    scheduler = await make_scheduler(*pair)
+    params = SamplingParams(max_tokens=20, logprobs=1, prompt_logprobs=1)
+    events = scheduler.submit(GenerateRequest("r", [7] * 4, params))
+    first = await anext(events)
+    assert (first.index, first.token_ids[0]) == (0, 100)
+    await until(lambda: scheduler.stats().completed_requests)
+    rest = [each async for each in events]
+    assert len(rest) <= 2, "of the tokens one, and the end"
+    both = [first, *rest[:-1]]
+    assert [token for each in both for token in each.token_ids] == list(range(100, 120))
+    assert [place for each in both for place in each.logprobs] == [{token: -float(token)} for token in range(100, 120)]
+    assert both[-1].finish_reason == rest[-1].finish_reason == "length"
+    assert len(first.prompt_logprobs) == 3
+
+
 # ---- aborts ------------------------------------------------------------------------------------------------------
 
 PHASES = [("d0", "grant"), ("p0", "first"), ("p0", "done"), ("d0", "tokens")]
@@ -457,7 +473,7 @@ def test_the_times_of_a_request_are_of_its_submission_and_its_tokens(ask, monkey
     entry = ScheduledRequest(ask(), submitted_s=10, started_s=12, first_token_s=13, output=[100, 101, 102, 103])
     monkeypatch.setattr("hbserve_scheduler.request.time", SimpleNamespace(monotonic=lambda: 19.0))
     entry.finish("length")
-    end = entry.events.get_nowait()
+    end = entry.events.popleft()
     # Three tokens come after the first, in six seconds.
     assert (end.queue_time_s, end.ttft_s, end.tpot_s, end.e2e_s) == (2, 3, 2, 9)
 
@@ -485,7 +501,7 @@ def test_the_handoff_is_from_the_first_token_that_a_client_gets_to_the_second(
         entry.deliver(TokenEvent(tokens[0] - 100 + known, [token + known for token in tokens]))
     assert entry.handoff_s == handoff_s
     entry.finish("length")
-    while not isinstance(end := entry.events.get_nowait(), RequestFinished):
+    while not isinstance(end := entry.events.popleft(), RequestFinished):
         pass
     assert end.handoff_s == (handoff_s or 0)
 
