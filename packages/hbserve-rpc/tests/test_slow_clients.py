@@ -139,3 +139,31 @@ async def test_more_work_of_one_client_than_may_be_under_way_is_refused(start, c
     last = asyncio.create_task(other.call(BLOB, Blob(7), timeout_s=20))
     go_on.set()
     assert [reply.number for reply in await asyncio.gather(*calls, last)] == [0, 1, 2, 7]
+
+
+async def test_a_client_whose_connection_is_closed_ends_its_work_long_before_it_would_be_silent(start, connect):
+    ended = []
+
+    async def wait(request: Blob) -> Any:
+        try:
+            yield request
+            await asyncio.Event().wait()
+        finally:
+            ended.append(request.number)
+
+    rpc_server = RpcServer(drops_closed=True)
+    rpc_server.serve_stream(BLOBS, wait)
+    await start(rpc_server)
+    other = (await connect(rpc_server.address)).stream(BLOBS, Blob(2))
+    await anext(other)
+    with zmq.Context() as context, Deaf(context, rpc_server.address).socket as socket:  # silent after a minute
+        socket.send_multipart([wire.encode(wire.Open(1, BLOBS.name)), wire.encode(Blob(1))])
+        async with asyncio.timeout(20):
+            while len(rpc_server._clients) < 2 or not all(each.work for each in rpc_server._clients.values()):
+                await asyncio.sleep(0.01)
+        socket.close()
+        async with asyncio.timeout(20):
+            while not ended:
+                await asyncio.sleep(0.01)
+    assert ended == [1]
+    await other.aclose()

@@ -72,21 +72,21 @@ class MessageSocket:
         if self._end is not None:
             self._end()
 
-    def send(self, frames: Sequence[bytes]) -> bool:
-        """Queue a message without waiting. False: the queue to its receiver is full, which it never is without SNDHWM.
+    def send(self, frames: Sequence[bytes]) -> int:
+        """Queue a message without waiting. Returns 0, or why it was not queued.
 
-        A ROUTER drops what is for nobody that it knows.
+        EAGAIN: the queue to its receiver is full, which it never is without SNDHWM. EHOSTUNREACH: its receiver is not
+        connected, which only a ROUTER with ROUTER_MANDATORY says; others drop it.
         """
         try:
             self._socket.send_multipart(frames, zmq.NOBLOCK, copy=len(frames[-1]) < COPIED_BYTES)
-        except zmq.Again:
-            return False
-        except zmq.ZMQError as error:  # said with ROUTER_MANDATORY only
-            if error.errno != zmq.EHOSTUNREACH:
+        except zmq.ZMQError as error:
+            if error.errno not in (zmq.EAGAIN, zmq.EHOSTUNREACH):
                 raise
+            return error.errno
         finally:
             self._look_again()
-        return True
+        return 0
 
     def _look_again(self) -> None:
         """The descriptor tells of a message once, and any call, not only one that reads, takes that away."""

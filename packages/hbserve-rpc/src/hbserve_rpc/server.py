@@ -30,6 +30,8 @@ MOST_WAITING_BYTES = 16 << 20
 """Of replies, which cannot wait, beyond these: a client that has asked for more without reading them is given up."""
 MOST_WORK = 1 << 14
 """Calls, notifications and streams that may be under way for one client; more are refused as overload."""
+CLOSED_S = 0.2
+"""Who has lost a connection, and has not ended, connects again sooner."""
 RESEND_S = 0.002
 """Pause between two attempts to hand ZeroMQ what it did not take: nothing tells when it does."""
 
@@ -103,7 +105,7 @@ class _Client:
         if not self.socket.is_open:
             return
         frames = [self.identity, wire.encode(envelope), body]
-        if self.waiting or not self.socket.send(frames):
+        if self.waiting or self.socket.send(frames) == zmq.EAGAIN:
             if not self.waiting:
                 self.takes_more.clear()
                 asyncio.get_running_loop().call_later(RESEND_S, self._post_waiting)
@@ -111,7 +113,7 @@ class _Client:
             self.num_waiting_bytes += sum(map(len, frames))
 
     def _post_waiting(self) -> None:
-        while self.waiting and self.socket.is_open and self.socket.send(self.waiting[0]):
+        while self.waiting and self.socket.is_open and self.socket.send(self.waiting[0]) != zmq.EAGAIN:
             self.num_waiting_bytes -= sum(map(len, self.waiting.popleft()))
         if not self.waiting:
             self.takes_more.set()
@@ -132,9 +134,18 @@ class RpcServer:
     """
 
     def __init__(
-        self, host: str = "127.0.0.1", port: int = 0, *, epoch: str | None = None, heartbeat_timeout_s: float = 10.0
+        self,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        *,
+        epoch: str | None = None,
+        heartbeat_timeout_s: float = 10.0,
+        drops_closed: bool = False,
     ) -> None:
         """`host`: an IP address, without brackets, or a name, of which it serves on one address; 0.0.0.0 or :: is all.
+
+        drops_closed: a client whose connection has been closed for CLOSED_S, as that of a process that has ended is,
+        loses what is under way for it, as one that is silent does.
 
         Raises:
             InvalidAddress: (a ValueError) it is neither.
@@ -152,7 +163,8 @@ class RpcServer:
         self._notified: dict[str, tuple[Any, Callable[[Any], Any]]] = {}
         self._streams: dict[str, tuple[Any, Callable[[Any], AsyncIterator[Any]]]] = {}
         self._clients: dict[bytes, _Client] = {}
-        self._dropping: asyncio.Task[None] | None = None
+        self._drops_closed = drops_closed
+        self._dropping: list[asyncio.Task[None]] = []
         options: dict[int, int | bytes] = {zmq.ROUTER_HANDOVER: 1, zmq.ROUTER_MANDATORY: 1, zmq.SNDHWM: MOST_MESSAGES}
         self._socket = MessageSocket(zmq.ROUTER, options, self._receive)
 
@@ -185,7 +197,9 @@ class RpcServer:
         except OSError as error:
             raise OSError(error.errno, f"cannot serve on {self.address}: {error.strerror}") from error
         self._socket.open(lambda socket: self._bind(socket, host), {zmq.IPV6: ":" in host})
-        self._dropping = asyncio.create_task(self._drop_silent_clients())
+        self._dropping = [asyncio.create_task(self._drop_silent_clients())]
+        if self._drops_closed:
+            self._dropping.append(asyncio.create_task(self._drop_closed_clients()))
 
     def _bind(self, socket: "zmq.Socket[bytes]", host: str) -> None:
         try:
@@ -200,8 +214,8 @@ class RpcServer:
         """End every call, notification and stream, and leave no task or socket behind. May be called twice."""
         self._socket.stop_reading()
         running = [work.task for client in self._clients.values() for work in client.work.values()]
-        running += [self._dropping] if self._dropping is not None else []
-        self._dropping = None
+        running += self._dropping
+        self._dropping = []
         for task in running:
             task.cancel()
         try:
@@ -340,6 +354,21 @@ class RpcServer:
                 client.last_heard_s = min(now_s, client.last_heard_s + own_pause_s)
                 if now_s - client.last_heard_s > client.heartbeat_timeout_s:
                     self._give_up(identity, f"was silent for {now_s - client.last_heard_s:.1f} s")
+
+    async def _drop_closed_clients(self) -> None:
+        """ZeroMQ does not tell when a connection is closed, but nothing can be sent then."""
+        since_s: dict[bytes, float] = {}
+        while True:
+            await asyncio.sleep(CLOSED_S / 2)
+            now_s, before = time.monotonic(), since_s
+            since_s = {}
+            probe = wire.encode(wire.Pong(self.epoch))
+            for identity in [identity for identity, client in self._clients.items() if client.work]:
+                if self._socket.send([identity, probe, b""]) != zmq.EHOSTUNREACH:
+                    continue
+                since_s[identity] = before.get(identity, now_s)
+                if now_s - since_s[identity] >= CLOSED_S:
+                    self._give_up(identity, "has gone")
 
     def _give_up(self, identity: bytes, why: str) -> None:
         client = self._clients.pop(identity)

@@ -13,7 +13,7 @@
       Close(id)                  ──────▶       stop the call or stream; nothing more comes
                                  ◀──────       End(id), or Failed(id, code, message)
       Ping                       ──────▶
-                                 ◀──────       Pong
+                                 ◀──────       Pong; also unasked, to see whether the client is still connected
 Each envelope from the server has its epoch. A server that gets anything but a Hello from a client it does not know
 answers UnknownClient with the id of that message: it was restarted, and what the client asked up to that id is lost.
 What was asked later, after the Hello that an UnknownClient causes, is not.
