@@ -51,6 +51,7 @@ class FakeEvents:
             if left <= len(step):
                 reason = "length"
             of_prompt = self._prompt_logprobs() if given == 0 else []
+            self._scheduler.num_given += len(step[:left])
             yield TokenEvent(given, step[:left], logprobs=self._logprobs(step[:left]), prompt_logprobs=of_prompt)
             given += len(step[:left])
             if reason == "length":
@@ -103,6 +104,8 @@ class FakeScheduler:
         self.steps: list[list[int] | Exception | asyncio.Event] = []
         self.running: dict[str, FakeEvents] = {}
         self.num_abandoned = 0
+        self.num_given = 0
+        """Tokens of all answers."""
         self.asked: list[tuple[list[int], SamplingParams]] = []
         self.most_running = 1000
         self.role = "hybrid"
@@ -110,7 +113,7 @@ class FakeScheduler:
     def submit(self, request: GenerateRequest) -> FakeEvents:
         request = self.check(request)
         if len(self.running) >= self.most_running:
-            raise Overloaded("so many requests are waiting")
+            raise Overloaded("so many requests are waiting", 7.2)
         self.asked.append((request.prompt_token_ids, request.params))
         events = self.running[request.request_id] = FakeEvents(self, request)
         return events

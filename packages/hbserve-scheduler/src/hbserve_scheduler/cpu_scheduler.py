@@ -8,7 +8,7 @@ import time
 from collections import deque
 from collections.abc import Collection
 
-from hbserve_rpc import HBServeRpcError, InvalidRequest, LogitsNotFinite, Overloaded
+from hbserve_rpc import HBServeRpcError, InvalidRequest, LogitsNotFinite, Overloaded, RequestTimeout, Unavailable
 from hbserve_rpc.messages import FinishReason, GenerateRequest, LatencySummary, Role, SchedulerStats, ServiceInfo
 from hbserve_rpc.plain_values import plain_id
 from hbserve_scheduler.admission import Room, WaitingRequests, admitted
@@ -23,6 +23,8 @@ from hbserve_scheduler.retries import Retries
 logger = logging.getLogger(__name__)
 
 TICK_S = 0.5
+SOONEST_RETRY_S, LATEST_RETRY_S = 1.0, 60.0
+"""Bounds of what is said to those for whom the queue has no room."""
 RECENT_REQUESTS = 1024
 """As many latencies are kept for `stats`."""
 
@@ -97,8 +99,8 @@ class CpuScheduler:
 
         Raises, at once:
             InvalidRequest: it can never run; says why.
-            Overloaded: the queue is full.
-            RequestFailed: the scheduler has been stopped.
+            Overloaded: the queue is full; has the time after which it may have room.
+            Unavailable: the scheduler has been stopped.
         """
         self._require_running()
         try:
@@ -120,7 +122,7 @@ class CpuScheduler:
 
     def _require_running(self) -> None:
         if self._stopped:
-            raise RequestFailed("the scheduler has been stopped")
+            raise Unavailable("the scheduler has been stopped")
 
     def _require_new(self, request_id: str) -> None:
         if self.waiting_requests.find(request_id) is not None or request_id in self.running_requests:
@@ -128,13 +130,19 @@ class CpuScheduler:
 
     def _require_place(self) -> None:
         if len(self.waiting_requests) >= self.config.max_queue_size:
-            raise Overloaded(f"{len(self.waiting_requests)} requests are waiting, which is scheduler.max_queue_size")
+            problem = f"{len(self.waiting_requests)} requests are waiting, which is scheduler.max_queue_size"
+            raise Overloaded(problem, self._half_a_queue_s())
+
+    def _half_a_queue_s(self) -> float:
+        """About when half of a full queue will have begun: who came now would wait as long as the first one has."""
+        first_s = time.monotonic() - self.waiting_requests[0].submitted_s
+        return min(max(first_s / 2, SOONEST_RETRY_S), LATEST_RETRY_S)
 
     async def wait_for_room(self) -> None:
         """Wait until less than half of the queue is taken: for those who have many requests, and leave room to others.
 
         Raises:
-            RequestFailed: the scheduler has been stopped.
+            Unavailable: the scheduler has been stopped.
         """
         full = max(1, self.config.max_queue_size // 2)
         await self._room.wait_until(lambda: self._stopped or len(self.waiting_requests) < full)
@@ -222,7 +230,7 @@ class CpuScheduler:
         while self.waiting_requests and now_s - self.waiting_requests[0].submitted_s > timeout_s:  # the oldest is first
             entry = self.waiting_requests[0]
             self.waiting_requests.remove(entry)
-            self._fail(entry, RequestFailed(f"not started within request_timeout_s={timeout_s}"))
+            self._fail(entry, RequestTimeout(f"not started within request_timeout_s={timeout_s}"))
 
     def _fail_hopeless(self) -> None:
         """Fail what waits when no instance that it needs has been there for too long."""
@@ -234,7 +242,7 @@ class CpuScheduler:
         elif now_s - self._missing_since_s > self.config.instance_wait_s:
             for entry in list(self.waiting_requests):
                 self.waiting_requests.remove(entry)
-                self._fail(entry, RequestFailed(self.fleet.why_nobody()))
+                self._fail(entry, Unavailable(self.fleet.why_nobody()))
 
     async def _follow(self, entry: ScheduledRequest, placement: Placement) -> None:
         timeout_s = self.config.request_timeout_s
@@ -245,7 +253,7 @@ class CpuScheduler:
         except HBServeRpcError as error:
             self._fail(entry, error)
         except TimeoutError:
-            self._fail(entry, RequestFailed(f"not finished within request_timeout_s={timeout_s}"))
+            self._fail(entry, RequestTimeout(f"not finished within request_timeout_s={timeout_s}"))
         except Exception as error:  # a mistake of this package: the client must hear of it all the same
             logger.exception("request %s failed", entry.request.request_id)
             self._fail(entry, RequestFailed(f"internal error: {error!r}"))
@@ -276,7 +284,7 @@ class CpuScheduler:
             self._totals["retries"] += 1
             next_placement = await self.retries.wait_for_place(entry, self.config.instance_wait_s)
             if next_placement is None:
-                raise RequestFailed("; ".join([*problems, self.fleet.why_nobody()]))
+                raise Unavailable("; ".join([*problems, self.fleet.why_nobody()]))
             placement = next_placement
 
     def _fail(self, entry: ScheduledRequest, error: Exception) -> None:

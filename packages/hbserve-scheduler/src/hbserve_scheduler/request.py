@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 
@@ -28,7 +29,9 @@ class ScheduledRequest:
     """Instances on which an attempt failed: the next one avoids them, if there are others."""
     computed_on: str = ""
     """The prefill instance whose prefix cache has the prompt, because an attempt failed after it was computed."""
-    events: asyncio.Queue[ClientEvent | Exception] = field(default_factory=asyncio.Queue)
+    events: deque[ClientEvent | Exception] = field(default_factory=deque)
+    """That the client has not taken; of tokens there is one, in which all wait."""
+    has_event: asyncio.Event = field(default_factory=asyncio.Event)
     task: asyncio.Task[None] | None = None
     num_attempts: int = 0
     num_cached_tokens: int = 0
@@ -66,8 +69,24 @@ class ScheduledRequest:
             self.finish_reason = event.finish_reason
             first = len(self.output)
             of_prompt = event.prompt_logprobs if first == 0 else []
-            self.events.put_nowait(TokenEvent(first, tokens, event.finish_reason, event.logprobs[known:], of_prompt))
+            self._add_tokens(TokenEvent(first, tokens, event.finish_reason, event.logprobs[known:], of_prompt))
             self.output += tokens
+
+    def _add_tokens(self, new: TokenEvent) -> None:
+        if not self.events:
+            self._add(new)
+            return
+        waiting = self.events.pop()  # nothing else comes before the last token
+        assert isinstance(waiting, TokenEvent)
+        waiting.token_ids.extend(new.token_ids)
+        waiting.logprobs.extend(new.logprobs)
+        self._add(
+            TokenEvent(waiting.index, waiting.token_ids, new.finish_reason, waiting.logprobs, waiting.prompt_logprobs)
+        )
+
+    def _add(self, event: ClientEvent | Exception) -> None:
+        self.events.append(event)
+        self.has_event.set()
 
     def _note_times(self, num_new: int) -> None:
         num_delivered = len(self.output) - len(self.request.output_token_ids)
@@ -87,7 +106,7 @@ class ScheduledRequest:
 
     def fail(self, error: Exception) -> None:
         self.ended = True
-        self.events.put_nowait(error)
+        self._add(error)
 
     def finish(self, reason: FinishReason) -> None:
         self.ended = True
@@ -95,7 +114,7 @@ class ScheduledRequest:
         first_s = self.first_token_s or now_s
         num_output = len(self.output)
         self.finish_reason = reason
-        self.events.put_nowait(
+        self._add(
             RequestFinished(
                 reason,
                 self.num_prompt_tokens,
@@ -126,7 +145,11 @@ class EventStream(AsyncIterator[ClientEvent]):
     async def __anext__(self) -> ClientEvent:
         if self._ended:
             raise StopAsyncIteration
-        event = await self._entry.events.get()
+        entry = self._entry
+        while not entry.events:
+            entry.has_event.clear()
+            await entry.has_event.wait()
+        event = entry.events.popleft()
         if isinstance(event, Exception):
             self._ended = True
             raise event
