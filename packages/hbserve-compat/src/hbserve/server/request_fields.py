@@ -15,7 +15,6 @@ from hbserve_rpc.plain_values import shown
 
 NOT_SERVED: dict[str, tuple[Any, ...]] = {
     "prompt_logprobs": (),
-    "include_stop_str_in_output": (False,),
     "response_format": ({"type": "text"},),
     "structured_outputs": (),
     "guided_json": (),
