@@ -269,24 +269,23 @@ class _Signalled(BaseException):
 async def _until_signalled(job: Coroutine[Any, Any, None]) -> None:
     """A signal ends a command in order; another one, while it ends, at once. Commands that serve have handlers of their
     own."""
-    task, loop = asyncio.current_task(), asyncio.get_running_loop()
+    task = asyncio.current_task()
     assert task is not None
-    received: list[int] = []
+    received: list[signal.Signals] = []
 
-    def end(number: int) -> None:
+    def end(number: signal.Signals) -> None:
         if received:  # the event loop will have ended before its processes have, of which asyncio would complain
             logging.getLogger("asyncio").setLevel(logging.ERROR)
         received.append(number)
         task.cancel()
 
-    for number in own_process.ending_signals():
-        loop.add_signal_handler(number, end, number)
-    try:
-        await job
-    except asyncio.CancelledError:
-        if not received:
-            raise
-        raise _Signalled(received[0]) from None
+    with own_process.on_ending_signals(end):
+        try:
+            await job
+        except asyncio.CancelledError:
+            if not received:
+                raise
+            raise _Signalled(received[0]) from None
 
 
 def _is_explained(error: Exception) -> bool:

@@ -108,23 +108,22 @@ class _Deployment:
         self._deaths.append(f"{instance_id}: {why}")
         self._stop.set()
 
-    def _on_signal(self, number: int) -> None:
-        logger.info("ending: %s", signal.Signals(number).name)
+    def _on_signal(self, number: signal.Signals) -> None:
+        logger.info("ending: %s", number.name)
         (self._at_once if self._stop.is_set() else self._stop).set()
 
     async def run(self) -> None:
         """Serve until it is signalled, or an instance has ended."""
-        for number in own_process.ending_signals():
-            asyncio.get_running_loop().add_signal_handler(number, self._on_signal, number)
-        try:
-            await self._server.start()
-            await _unless(self._stop, self._start())
-            await self._stop.wait()
-            if self._front_end is not None and not self._deaths:
-                await _unless(self._at_once, self._front_end.drain())
-        finally:
-            await self._server.stop()
-            await self._instances.stop()
+        with own_process.on_ending_signals(self._on_signal):
+            try:
+                await self._server.start()
+                await _unless(self._stop, self._start())
+                await self._stop.wait()
+                if self._front_end is not None and not self._deaths:
+                    await _unless(self._at_once, self._front_end.drain())
+            finally:
+                await self._server.stop()
+                await self._instances.stop()
         if self._deaths:
             raise InstanceFailed(self._deaths[0])
 
