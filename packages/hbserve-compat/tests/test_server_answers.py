@@ -256,6 +256,7 @@ async def test_models_have_cards_by_each_of_their_names(small_model):
     assert (await server.client.get("/v1/models/a/b")).json() == listed[0]
     assert (await server.chat(model="c")).json()["model"] == "c"
     assert (await server.chat()).json()["model"] == "a/b"
+    assert (await server.post("/tokenize", model=listed[0]["root"], prompt="a")).status_code == 200
 
 
 async def test_texts_and_messages_become_tokens_and_tokens_text(server):
