@@ -24,6 +24,7 @@ NUM_TOKENS = 12
 NEUTRAL = {
     "presence_penalty": 0, "frequency_penalty": 0, "repetition_penalty": 1, "logit_bias": {}, "min_p": 0, "top_p": 1,
     "min_tokens": 0, "top_k": -1, "seed": None, "stop": [], "stop_token_ids": [], "ignore_eos": False, "n": 1,
+    "include_stop_str_in_output": False, "best_of": None, "logprobs": None, "stream_options": None,
 }  # fmt: skip
 
 
@@ -74,7 +75,7 @@ def ask(server: Served, path: str, **body: Any) -> list[str]:
 def test_greedy_text_is_that_of_an_llm_whole_and_streamed_once_and_four_times(server, expected, path, stream):
     assert ask(server, path, stream=stream) == [expected[path]]
     assert ask(server, path, stream=stream, **NEUTRAL) == [expected[path]]
-    assert ask(server, path, stream=stream, n=4) == [expected[path]] * 4
+    assert ask(server, path, stream=stream, **NEUTRAL | {"n": 4}) == [expected[path]] * 4
     server.until_empty()
 
 
