@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 
 from hbserve_rpc import RemoteError
 from hbserve_rpc.messages import ClientEvent, FinishReason, GenerateRequest, RequestFinished, TokenEvent
+from hbserve_scheduler.figures import Figures
+from hbserve_scheduler.records import AttemptRecord, RequestRecord
 
 
 @dataclass(eq=False)
@@ -14,10 +16,13 @@ class ScheduledRequest:
     """A request from `submit` to its end. Times are of `time.monotonic`."""
 
     request: GenerateRequest
+    figures: Figures = field(default_factory=Figures)
+    """Of all requests."""
     submitted_s: float = field(default_factory=time.monotonic)
-    started_s: float | None = None
     first_token_s: float | None = None
     second_token_s: float | None = None
+    last_tokens_s: float = 0.0
+    """When tokens were delivered last."""
     output: list[int] = field(default_factory=list)
     """Tokens that were delivered, over all attempts."""
     finish_reason: FinishReason | None = None
@@ -30,12 +35,10 @@ class ScheduledRequest:
     """The prefill instance whose prefix cache has the prompt, because an attempt failed after it was computed."""
     events: asyncio.Queue[ClientEvent | Exception] = field(default_factory=asyncio.Queue)
     task: asyncio.Task[None] | None = None
-    num_attempts: int = 0
+    attempts: list[AttemptRecord] = field(default_factory=list)
     num_cached_tokens: int = 0
     kv_bytes: int = 0
     kv_transfer_time_s: float = 0.0
-    prefill_instance: str = ""
-    decode_instance: str = ""
 
     def __post_init__(self) -> None:
         self.output += self.request.output_token_ids
@@ -61,7 +64,7 @@ class ScheduledRequest:
         if known < 0:
             raise RemoteError(f"tokens {len(self.output)} to {event.index - 1} are missing")
         tokens = event.token_ids[known:]
-        self._note_times(len(tokens))
+        self._note(len(tokens))
         if tokens or event.finish_reason:
             self.finish_reason = event.finish_reason
             first = len(self.output)
@@ -69,50 +72,54 @@ class ScheduledRequest:
             self.events.put_nowait(TokenEvent(first, tokens, event.finish_reason, event.logprobs[known:], of_prompt))
             self.output += tokens
 
-    def _note_times(self, num_new: int) -> None:
+    def _note(self, num_new: int) -> None:
+        if not num_new:
+            return
+        now_s = time.monotonic()
         num_delivered = len(self.output) - len(self.request.output_token_ids)
-        if num_delivered < 2 and num_new:
-            now_s = time.monotonic()
-            if num_delivered == 0:
-                self.first_token_s = now_s
-            if num_delivered + num_new >= 2:
-                self.second_token_s = now_s
+        if num_delivered == 0:
+            self.first_token_s = now_s
+            self.figures.prompt_tokens += self.num_prompt_tokens
+        else:
+            self.figures.between_tokens.observe(now_s - self.last_tokens_s)
+        if num_delivered < 2 <= num_delivered + num_new:
+            self.second_token_s = now_s
+        self.last_tokens_s = now_s
+        self.figures.output_tokens += num_new
 
-    @property
-    def handoff_s(self) -> float | None:
-        """From the first token that was delivered to the second; None: there is no second."""
-        if self.first_token_s is None or self.second_token_s is None:
-            return None
-        return self.second_token_s - self.first_token_s
+    def since_submit_s(self) -> float:
+        return time.monotonic() - self.submitted_s
+
+    def record(self, error: str = "") -> RequestRecord:
+        """What is kept of it. To be asked for when it has ended."""
+        e2e_s = self.since_submit_s()
+        return RequestRecord(
+            self.request.request_id,
+            time.time() - e2e_s,
+            self.num_prompt_tokens,
+            len(self.output),
+            self.num_cached_tokens,
+            self.kv_bytes,
+            self.kv_transfer_time_s,
+            self.attempts,
+            e2e_s,
+            self.finish_reason if not error else None,
+            None if self.first_token_s is None else self.first_token_s - self.submitted_s,
+            None if self.second_token_s is None else self.second_token_s - self.submitted_s,
+            error,
+        )
 
     def fail(self, error: Exception) -> None:
         self.ended = True
+        self.figures.add(self.record(str(error)))
         self.events.put_nowait(error)
 
     def finish(self, reason: FinishReason) -> None:
         self.ended = True
-        now_s = time.monotonic()
-        first_s = self.first_token_s or now_s
-        num_output = len(self.output)
         self.finish_reason = reason
-        self.events.put_nowait(
-            RequestFinished(
-                reason,
-                self.num_prompt_tokens,
-                num_output,
-                queue_time_s=(self.started_s or now_s) - self.submitted_s,
-                ttft_s=first_s - self.submitted_s,
-                tpot_s=(now_s - first_s) / (num_output - 1) if num_output > 1 else 0.0,
-                e2e_s=now_s - self.submitted_s,
-                handoff_s=self.handoff_s or 0.0,
-                kv_bytes=self.kv_bytes,
-                kv_transfer_time_s=self.kv_transfer_time_s,
-                num_cached_tokens=self.num_cached_tokens,
-                num_attempts=self.num_attempts,
-                prefill_instance=self.prefill_instance,
-                decode_instance=self.decode_instance,
-            )
-        )
+        record = self.record()
+        self.figures.add(record)
+        self.events.put_nowait(record.finished(reason))
 
 
 class EventStream(AsyncIterator[ClientEvent]):
