@@ -1,4 +1,4 @@
-"""What is kept of each request: where it was, when, and how it ended. Log lines, figures and traces are read from it.
+"""Records of requests: where each was, when, and how it ended. Log lines and figures are read from them.
 
     submit        place           grant        first token     second        last
       ├── queue ────┤── reserve ────┤               │              │            │
