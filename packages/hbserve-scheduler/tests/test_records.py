@@ -93,11 +93,26 @@ def test_messages_of_tokens_are_counted_by_the_time_between_them(ask, monkeypatc
     for now_s, index, tokens in [(1, 0, [5]), (1.004, 1, [6]), (1.03, 2, [7, 8, 9]), (1.031, 4, [9])]:
         monkeypatch.setattr("hbserve_scheduler.request.time", SimpleNamespace(monotonic=lambda now_s=now_s: now_s))
         entry.deliver(TokenEvent(index, tokens))
+    entry.count()
     found = {
         bound: n for bound, n in zip(figures.between_tokens.bounds, figures.between_tokens.counts, strict=False) if n
     }
     assert found == {0.005: 1, 0.05: 1}, "tokens that were there already are none"
     assert figures.output_tokens == 5
+
+
+async def test_tokens_are_in_the_figures_while_their_request_still_runs(make_scheduler, pair, ask, collect):
+    scheduler = await make_scheduler(*pair)
+    pair[1].hold = {"done"}
+    events = scheduler.submit(ask(max_tokens=4))
+    for _ in range(4):
+        await anext(events)
+    before = scheduler.stats()
+    assert (before.output_tokens, sum(before.histograms["inter_token_latency_seconds"].counts)) == (4, 3)
+    pair[1].release()
+    await collect(events)
+    after = scheduler.stats()
+    assert (after.output_tokens, sum(after.histograms["inter_token_latency_seconds"].counts)) == (4, 3)
 
 
 def test_snapshots_do_not_change_and_records_are_bounded():

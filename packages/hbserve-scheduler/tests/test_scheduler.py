@@ -1,6 +1,7 @@
 """What CpuScheduler asks of instances, in which order, and what its clients read."""
 
 import asyncio
+from array import array
 from types import SimpleNamespace
 from typing import Any
 
@@ -456,7 +457,7 @@ def clock(now_s: float) -> SimpleNamespace:
 
 
 def test_the_times_of_a_request_are_of_its_submission_and_its_tokens(ask, monkeypatch):
-    entry = ScheduledRequest(ask(), submitted_s=10, first_token_s=13, output=[100, 101, 102, 103])
+    entry = ScheduledRequest(ask(), submitted_s=10, arrivals=array("d", [13]), output=[100, 101, 102, 103])
     entry.attempts.append(AttemptRecord(2, "p0"))
     monkeypatch.setattr("hbserve_scheduler.request.time", clock(19))
     entry.finish("length")
@@ -506,5 +507,5 @@ async def test_the_stats_sum_up_the_handoffs_of_those_requests_that_ended_last(
     assert scheduler.stats().handoff == LatencySummary(1, end.handoff_s, end.handoff_s)
     for i in range(1000):
         scheduler.figures.num_submitted += 1
-        ScheduledRequest(ask(str(i)), scheduler.figures, first_token_s=0, second_token_s=i).finish("length")
+        ScheduledRequest(ask(str(i)), scheduler.figures, arrivals=array("d", [0, i])).finish("length")
     assert scheduler.stats().handoff == LatencySummary(200, 899, 997)

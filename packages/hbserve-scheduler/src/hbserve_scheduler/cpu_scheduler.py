@@ -275,6 +275,8 @@ class CpuScheduler:
     # ---- figures -------------------------------------------------------------------------------------------------
 
     def stats(self) -> SchedulerStats:
+        for entry in self.running_requests.values():
+            entry.count()
         return SchedulerStats(
             **self.figures.snapshot(),
             waiting_requests=len(self.waiting_requests),

@@ -2,8 +2,10 @@
 
 import asyncio
 import time
+from array import array
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
+from operator import sub
 
 from hbserve_rpc import RemoteError
 from hbserve_rpc.messages import ClientEvent, FinishReason, GenerateRequest, RequestFinished, TokenEvent
@@ -19,10 +21,10 @@ class ScheduledRequest:
     figures: Figures = field(default_factory=Figures)
     """Of all requests."""
     submitted_s: float = field(default_factory=time.monotonic)
-    first_token_s: float | None = None
-    second_token_s: float | None = None
-    last_tokens_s: float = 0.0
-    """When tokens were delivered last."""
+    arrivals: "array[float]" = field(default_factory=lambda: array("d"))
+    """When messages with new tokens came."""
+    num_first: int = 0
+    """Tokens of the first of them."""
     output: list[int] = field(default_factory=list)
     """Tokens that were delivered, over all attempts."""
     finish_reason: FinishReason | None = None
@@ -39,6 +41,8 @@ class ScheduledRequest:
     num_cached_tokens: int = 0
     kv_bytes: int = 0
     kv_transfer_time_s: float = 0.0
+    _num_counted: int = 0
+    _output_counted: int = 0
 
     def __post_init__(self) -> None:
         self.output += self.request.output_token_ids
@@ -64,34 +68,46 @@ class ScheduledRequest:
         if known < 0:
             raise RemoteError(f"tokens {len(self.output)} to {event.index - 1} are missing")
         tokens = event.token_ids[known:]
-        self._note(len(tokens))
         if tokens or event.finish_reason:
+            if tokens:
+                if not self.arrivals:
+                    self.num_first = len(tokens)
+                self.arrivals.append(time.monotonic())
             self.finish_reason = event.finish_reason
             first = len(self.output)
             of_prompt = event.prompt_logprobs if first == 0 else []
             self.events.put_nowait(TokenEvent(first, tokens, event.finish_reason, event.logprobs[known:], of_prompt))
             self.output += tokens
 
-    def _note(self, num_new: int) -> None:
-        if not num_new:
+    def count(self) -> None:
+        """Add what was delivered since the last time to the figures: not token by token, which would be felt."""
+        if not self.arrivals:
             return
-        now_s = time.monotonic()
-        num_delivered = len(self.output) - len(self.request.output_token_ids)
-        if num_delivered == 0:
-            self.first_token_s = now_s
+        if self._num_counted == 0:
             self.figures.prompt_tokens += self.num_prompt_tokens
-        else:
-            self.figures.between_tokens.observe(now_s - self.last_tokens_s)
-        if num_delivered < 2 <= num_delivered + num_new:
-            self.second_token_s = now_s
-        self.last_tokens_s = now_s
-        self.figures.output_tokens += num_new
+        since = self.arrivals[max(0, self._num_counted - 1) :]
+        self.figures.between_tokens.observe_all(map(sub, since[1:], since))
+        self._num_counted = len(self.arrivals)
+        num_output = len(self.output) - len(self.request.output_token_ids)
+        self.figures.output_tokens += num_output - self._output_counted
+        self._output_counted = num_output
+
+    @property
+    def first_token_s(self) -> float | None:
+        return self.arrivals[0] if self.arrivals else None
+
+    @property
+    def second_token_s(self) -> float | None:
+        if self.num_first > 1:
+            return self.arrivals[0]
+        return self.arrivals[1] if len(self.arrivals) > 1 else None
 
     def since_submit_s(self) -> float:
         return time.monotonic() - self.submitted_s
 
     def record(self, error: str = "") -> RequestRecord:
         """What is kept of it. To be asked for when it has ended."""
+        self.count()
         e2e_s = self.since_submit_s()
         return RequestRecord(
             self.request.request_id,
