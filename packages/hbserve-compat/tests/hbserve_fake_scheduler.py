@@ -23,6 +23,7 @@ from hbserve_rpc.messages import (
 )
 from hbserve_scheduler.admission import admitted
 from hbserve_scheduler.config import ServerSection
+from hbserve_scheduler.figures import Figures
 
 MAX_MODEL_LEN = 512
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{{ suffix }}"
@@ -123,6 +124,8 @@ class FakeScheduler:
         self.asked: list[tuple[list[int], SamplingParams]] = []
         self.most_running = 1000
         self.role = "hybrid"
+        self.figures = Figures()
+        """Of which nothing here writes: it is for tests."""
 
     def submit(self, request: GenerateRequest) -> FakeEvents:
         request = self.check(request)
@@ -151,7 +154,7 @@ class FakeScheduler:
 
     def stats(self) -> SchedulerStats:
         instance = InstanceStats("h0", self.role, "ready", num_blocks=9)  # type: ignore[arg-type]
-        return SchedulerStats(total_requests=5, instances=[instance])
+        return SchedulerStats(**self.figures.snapshot(), instances=[instance])
 
 
 class FakeServer:

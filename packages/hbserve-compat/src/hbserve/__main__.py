@@ -154,6 +154,18 @@ def scheduler(config: ConfigOption, log_level: LogLevelOption = LogLevel.INFO) -
     _run(serve_config(config), log_level)
 
 
+@app.command()
+def stats(
+    connect: Annotated[str, typer.Option(metavar="HOST:PORT", help="Where its scheduler's RPC is.")],
+    json: Annotated[bool, typer.Option("--json", help="All figures, for programs.")] = False,
+    log_level: LogLevelOption = LogLevel.WARNING,
+) -> None:
+    """Show the figures of a running deployment."""
+    from hbserve.stats import StatsArgs, show_stats
+
+    _run(show_stats(StatsArgs(connect, json)), log_level)
+
+
 bench = typer.Typer(help="Measure this machine.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
 

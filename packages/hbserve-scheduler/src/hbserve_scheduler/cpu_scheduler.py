@@ -3,18 +3,16 @@
 import asyncio
 import contextlib
 import logging
-import math
 import time
-from collections import deque
-from collections.abc import Collection
 
 from hbserve_rpc import HBServeRpcError, InvalidRequest, LogitsNotFinite, Overloaded, RequestTimeout, Unavailable
-from hbserve_rpc.messages import FinishReason, GenerateRequest, LatencySummary, Role, SchedulerStats, ServiceInfo
+from hbserve_rpc.messages import FinishReason, GenerateRequest, Role, SchedulerStats, ServiceInfo
 from hbserve_rpc.plain_values import plain_id
 from hbserve_scheduler.admission import Room, WaitingRequests, admitted
 from hbserve_scheduler.attempt import Attempt
 from hbserve_scheduler.config import SchedulerConfig
 from hbserve_scheduler.errors import RequestFailed
+from hbserve_scheduler.figures import Figures
 from hbserve_scheduler.fleet import Fleet
 from hbserve_scheduler.placement import Placement
 from hbserve_scheduler.request import EventStream, ScheduledRequest
@@ -25,8 +23,6 @@ logger = logging.getLogger(__name__)
 TICK_S = 0.5
 SOONEST_RETRY_S, LATEST_RETRY_S = 1.0, 60.0
 """Bounds of what is said to those for whom the queue has no room."""
-RECENT_REQUESTS = 1024
-"""As many latencies are kept for `stats`."""
 
 
 class CpuScheduler:
@@ -49,8 +45,7 @@ class CpuScheduler:
         self._scheduling: asyncio.Task[None] | None = None
         self._missing_since_s: float | None = None
         self._stopped = False
-        self._totals = {"total": 0, "completed": 0, "failed": 0, "aborted": 0, "rejected": 0, "retries": 0}
-        self._handoffs: deque[float] = deque(maxlen=RECENT_REQUESTS)
+        self.figures = Figures()
 
     # ---- instances -----------------------------------------------------------------------------------------------
 
@@ -108,10 +103,10 @@ class CpuScheduler:
             request = self.check(request)
             self._require_new(request.request_id)
         except HBServeRpcError:
-            self._totals["rejected"] += 1
+            self.figures.num_rejected += 1
             raise
-        self._totals["total"] += 1
-        entry = ScheduledRequest(request)
+        self.figures.num_submitted += 1
+        entry = ScheduledRequest(request, self.figures)
         self.waiting_requests.append(entry)
         self._changed.set()
         return EventStream(entry, self._abandon)
@@ -168,9 +163,6 @@ class CpuScheduler:
         """End a request before its instances do."""
         if entry.ended:
             return
-        self._totals["aborted" if reason == "abort" else "completed"] += 1
-        if entry.handoff_s is not None:
-            self._handoffs.append(entry.handoff_s)
         entry.finish(reason)
         if entry in self.waiting_requests:
             self.waiting_requests.remove(entry)
@@ -194,7 +186,6 @@ class CpuScheduler:
         if placement is None:
             raise Overloaded("start_request: there is no room; ask has_room() first")
         self.waiting_requests.remove(entry)
-        entry.started_s = time.monotonic()
         self.running_requests[entry.request.request_id] = entry
         entry.task = asyncio.create_task(self._follow(entry, placement))
         # A task that is cancelled before its first step runs none of its `finally` blocks.
@@ -266,7 +257,6 @@ class CpuScheduler:
     async def _attempts(self, entry: ScheduledRequest, placement: Placement) -> None:
         problems: list[str] = []
         while True:
-            entry.num_attempts += 1
             try:
                 await Attempt(entry, placement).run()
                 return
@@ -275,13 +265,14 @@ class CpuScheduler:
                     return
                 if isinstance(error, InvalidRequest | LogitsNotFinite):  # another instance would say the same
                     raise
-                problems.append(f"attempt {entry.num_attempts}: {error}")
+                problems.append(f"attempt {len(entry.attempts)}: {error}")
                 logger.warning("request %s: %s", entry.request.request_id, problems[-1])
-                if entry.num_attempts >= self.config.max_attempts:
+                self.figures.failed_attempts[type(error).__name__] += 1
+                if len(entry.attempts) >= self.config.max_attempts:
                     raise RequestFailed("; ".join(problems)) from error
             finally:
                 placement.end()
-            self._totals["retries"] += 1
+            self.figures.num_retries += 1
             next_placement = await self.retries.wait_for_place(entry, self.config.instance_wait_s)
             if next_placement is None:
                 raise Unavailable("; ".join([*problems, self.fleet.why_nobody()]))
@@ -289,25 +280,17 @@ class CpuScheduler:
 
     def _fail(self, entry: ScheduledRequest, error: Exception) -> None:
         if not entry.ended:
-            self._totals["failed"] += 1
             entry.fail(error)
 
     # ---- figures -------------------------------------------------------------------------------------------------
 
     def stats(self) -> SchedulerStats:
-        totals = self._totals
-        ended = totals["completed"] + totals["failed"]
+        for entry in self.running_requests.values():
+            entry.count()
         return SchedulerStats(
-            total_requests=totals["total"],
-            completed_requests=totals["completed"],
-            failed_requests=totals["failed"],
-            aborted_requests=totals["aborted"],
-            rejected_requests=totals["rejected"],
-            retries=totals["retries"],
+            **self.figures.snapshot(),
             waiting_requests=len(self.waiting_requests),
             running_requests=len(self.running_requests),
-            success_rate=totals["completed"] / ended if ended else 1.0,
-            handoff=_summary(self._handoffs),
             instances=[handle.stats for handle in self.fleet.handles.values()],
         )
 
@@ -320,12 +303,3 @@ class CpuScheduler:
         lengths = [info.max_model_len for info in infos if info.max_model_len]
         ready = bool(self.fleet.handles) and all(handle.status == "ready" for handle in self.fleet.handles.values())
         return ServiceInfo(ready, self.model_path, min(lengths, default=0), infos)
-
-
-def _summary(latencies: Collection[float]) -> LatencySummary:
-    """Percentiles are latencies that occurred: the smallest that as large a part of all does not exceed."""
-    if not latencies:
-        return LatencySummary()
-    ordered = sorted(latencies)
-    p50_s, p99_s = (ordered[math.ceil(part * len(ordered)) - 1] for part in (0.5, 0.99))
-    return LatencySummary(len(ordered), p50_s, p99_s)
