@@ -12,7 +12,9 @@ from hbserve_rpc.errors import (
     PeerLost,
     ProtocolMismatch,
     RemoteError,
+    RequestTimeout,
     RpcTimeout,
+    Unavailable,
 )
 from hbserve_rpc.methods import Method, Notification, StreamMethod
 from hbserve_rpc.sampling_params import SamplingParams
@@ -31,6 +33,7 @@ __all__ = [
     "PeerLost",
     "ProtocolMismatch",
     "RemoteError",
+    "RequestTimeout",
     "RpcClient",
     "RpcServer",
     "RpcStream",
@@ -38,6 +41,7 @@ __all__ = [
     "SamplingParams",
     "StreamMethod",
     "StructuredOutputsParams",
+    "Unavailable",
     "canonical_host",
     "check_host",
     "check_peer_host",
