@@ -53,6 +53,23 @@ def expected() -> dict[str, Any]:
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+def test_an_answer_follows_its_schema_and_what_cannot_be_followed_is_a_400(server: Served, path: str) -> None:
+    """Of a real tokenizer, whose tokens are words and more."""
+    cities = {"type": "object", "properties": {"capital": {"enum": ["Paris", "Rome"]}}, "required": ["capital"],
+              "additionalProperties": False}  # fmt: skip
+    for streamed in (False, True):
+        (text,) = ask(server, path, structured_outputs={"json": cities}, max_tokens=100, stream=streamed)
+        text = text.removesuffix("<|im_end|>").removesuffix("<|endoftext|>")
+        assert json.loads(text) in ({"capital": "Paris"}, {"capital": "Rome"})
+    asked = {"name": "it", "schema": {"not": {"type": "string"}}}
+    question = {"messages": QUESTION} if "chat" in path else {"prompt": "hi"}
+    body = question | {"response_format": {"type": "json_schema", "json_schema": asked}}
+    error = httpx.post(server.url + path, json=body, timeout=60)
+    assert (error.status_code, error.json()["error"]["param"]) == (400, "structured_outputs")
+    assert 'Unimplemented keys: ["not"]' in error.json()["error"]["message"]
+
+
 def ask(server: Served, path: str, **body: Any) -> list[str]:
     """The texts of a greedy answer's choices."""
     question = {"messages": QUESTION} if "chat" in path else {"prompt": QUESTION[0]["content"]}

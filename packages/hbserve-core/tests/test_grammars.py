@@ -14,7 +14,8 @@ import pytest
 import torch
 from hbserve_core_interpreted import make_runner
 
-from hbserve_core import Engine
+from hbserve_core import Engine, InstanceConfig
+from hbserve_core import make_runner as make_cuda_runner
 from hbserve_core.engine.runner import StepResult
 from hbserve_core.engine.sequence import UNREAD
 from hbserve_core.grammars import compiler
@@ -174,6 +175,24 @@ def test_ranks_that_overlap_follow_rank_0_which_alone_knows_the_grammar(
     tokens, _ = run_out(engine)
     assert tokens["a"] == chosen(prompt(5) + ids("gre"), ["en", "y"])
     assert tokens["free"] == greedy_tokens("qwen3", prompt(4), 2)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("graphs", [True, False], ids=["graphs", "eager"])
+def test_on_a_cuda_device_answers_are_the_models_own_among_those_that_are_allowed_too(
+    folder, chosen, greedy_tokens, prompt, graphs
+):
+    config = InstanceConfig(
+        model_path=str(folder), device="cuda", block_size=8, num_blocks=96, max_num_seqs=5, max_num_batched_tokens=40,
+        chunk_size=16, cuda_graph_enabled=graphs, cuda_graph_max_seq_len=64,
+    )  # fmt: skip
+    engine = Engine(config, make_cuda_runner(config))
+    add(engine, "free", prompt(9), SamplingParams(0, 6, ignore_eos=True))
+    for length in (5, 50):
+        add(engine, str(length), prompt(length, salt=length), constrained(logprobs=1))
+    tokens, _ = run_out(engine)
+    assert tokens["free"] == greedy_tokens("qwen3", prompt(9), 6)
+    assert {name: tokens[name] for name in ("5", "50")} == {str(n): chosen(prompt(n, salt=n)) for n in (5, 50)}
 
 
 def allowed_by(matcher):
