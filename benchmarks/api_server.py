@@ -67,17 +67,16 @@ async def serve_api(address: str) -> None:
     """The front end of `hbserve serve`, on an instance that it has not started."""
     from hbserve.demo_model import find_model_folder
     from hbserve.server.front_end import FrontEnd
-    from hbserve.tokenizer import load_tokenizer
-    from hbserve_scheduler import CpuScheduler
+    from hbserve_scheduler import CpuScheduler, SchedulerConfig, SchedulerServer
     from hbserve_scheduler.config import ServerSection
 
     folder = await find_model_folder(None)
-    front_end, scheduler = FrontEnd(ServerSection(port=0)), CpuScheduler(model_path=str(folder))
+    front_end = FrontEnd(ServerSection(port=0))
+    server = SchedulerServer(CpuScheduler(SchedulerConfig(port=0), model_path=str(folder)))
     await front_end.start()
-    await scheduler.start()
-    await scheduler.add_instance("mock-0", "hybrid", address)
-    await scheduler.wait_ready(60)
-    front_end.begin("demo", folder, scheduler, load_tokenizer(folder))
+    await server.start()
+    await server.scheduler.add_instance("mock-0", "hybrid", address)
+    await front_end.begin("demo", folder, server)
     print(front_end.url, flush=True)
     await asyncio.Event().wait()
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from hbserve import host_cores, launcher
+from hbserve import host_cores
 from hbserve.launcher import InstanceProcess, instance_environment, instance_settings
 from hbserve_scheduler import convert
 
@@ -116,7 +116,7 @@ async def test_what_an_instance_logs_is_read_although_there_is_no_stderr_to_show
     process = InstanceProcess(settings([{}, {}])[0], lambda *_: None)
     child = "import sys; sys.stderr.write(('x' * 99 + chr(10)) * 2000 + 'last' + chr(10))"
     process._process = await asyncio.create_subprocess_exec(sys.executable, "-c", child, stderr=asyncio.subprocess.PIPE)
-    monkeypatch.setattr(launcher.sys, "stderr", stderr)
+    monkeypatch.setattr(sys, "stderr", stderr)
     async with asyncio.timeout(30):
         await process._pass_stderr_on()
         assert await process._process.wait() == 0

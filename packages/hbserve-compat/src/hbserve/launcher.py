@@ -1,37 +1,23 @@
 """Instances as processes of this host: from a deployment's configuration to running programs, and to their end."""
 
 import asyncio
-import contextlib
-import json
-import logging
 import os
-import signal
-import sys
-import time
-import weakref
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
+from hbserve.child_process import ChildProcess, kill_children
 from hbserve.host_cores import num_cores
 from hbserve_rpc import canonical_host
 from hbserve_rpc.address import is_here
 from hbserve_rpc.settings import KVTransferSettings
-from hbserve_scheduler import DeploymentConfig, InstanceFailed, InstanceSection, parse_size
+from hbserve_scheduler import DeploymentConfig, InstanceSection, parse_size
 from hbserve_scheduler.config import KVTransferSection
 
-logger = logging.getLogger(__name__)
-
-START_TIMEOUT_S = 120.0
-"""Until a process has bound its address: it imports torch before."""
-STOP_TIMEOUT_S = 20.0
 QUIET_TORCH = ("TORCH_CPP_LOG_LEVEL", "ERROR")
 """Else it writes a trace of 30 lines for each peer that ends, of which the log says in words what matters."""
-KILL_TIMEOUT_S = 5.0
-"""As STOP_TIMEOUT_S, where no event loop is there to wait in."""
 
 
 def instance_settings(
@@ -92,158 +78,14 @@ def instance_environment(num_threads: int) -> dict[str, str]:
     return dict([QUIET_TORCH]) | os.environ | {"OMP_NUM_THREADS": str(num_threads)}
 
 
-class InstanceProcess:
+class InstanceProcess(ChildProcess):
     """One instance that this process has started, and ends."""
 
     def __init__(self, settings: dict[str, Any], on_death: Callable[[str, str], None]) -> None:
         self.instance_id: str = settings["instance_id"]
         self.role = settings["role"]
-        self.address = ""
-        self._settings = settings
-        self._on_death = on_death
-        self._last_lines: deque[str] = deque(maxlen=5)
-        self._process: asyncio.subprocess.Process | None = None
-        self._killing: weakref.finalize[Any, Any] | None = None
-        self._tasks: list[asyncio.Task[None]] = []
-        self._stopping = False
-
-    async def start(self) -> None:
-        """Start it and wait until its address is bound.
-
-        Raises:
-            InstanceFailed: it ended first, with its own words, or was too slow.
-        """
-        self._process = await asyncio.create_subprocess_exec(
-            # Not `-m` alone: a file of the caller's folder, random.py for example, would be imported as a library.
-            sys.executable,
-            "-P",
-            "-m",
-            "hbserve_core",
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.PIPE,
-            # A Ctrl-C is for us; we end the instances in order. They also end when their stdin does.
-            start_new_session=True,
-            env=instance_environment(self._settings["num_threads"]),
-        )
-        # If nobody stops it: the object is collected, its event loop has ended, or the interpreter ends.
-        self._killing = weakref.finalize(self, _end_unattended, self._process, os.getpid())
-        stdin, stdout = self._process.stdin, self._process.stdout
-        assert stdin is not None
-        assert stdout is not None
-        self._tasks.append(asyncio.create_task(self._pass_stderr_on()))
-        stdin.write(msgspec.json.encode(self._settings) + b"\n")
-        try:
-            async with asyncio.timeout(START_TIMEOUT_S):
-                line = await stdout.readline()
-        except TimeoutError:
-            raise InstanceFailed(f"{self.instance_id} has bound no address within {START_TIMEOUT_S:.0f} s") from None
-        if not line:
-            await self._process.wait()
-            await asyncio.gather(*self._tasks)
-            raise InstanceFailed(f"{self.instance_id} did not start: {self._why()}")
-        try:
-            self.address = json.loads(line)["address"]
-        except (ValueError, KeyError):
-            raise InstanceFailed(f"{self.instance_id} began with {line!r} instead of its address") from None
-        self._tasks.append(asyncio.create_task(self._watch()))
-
-    async def stop(self) -> None:
-        """End it: politely, then by force, at once if this is cancelled. Leaves nothing behind."""
-        self._stopping = True
-        if self._process is not None:
-            with contextlib.suppress(ProcessLookupError):
-                self._process.send_signal(signal.SIGTERM)
-            try:
-                async with asyncio.timeout(STOP_TIMEOUT_S):
-                    await self._process.wait()
-            except TimeoutError:
-                logger.warning("%s did not end within %.0f s; killed", self.instance_id, STOP_TIMEOUT_S)
-                self._process.kill()
-                await self._process.wait()
-            except BaseException:
-                with contextlib.suppress(ProcessLookupError):
-                    self._process.kill()
-                raise
-            if self._killing is not None:
-                self._killing.detach()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-
-    def kill(self) -> None:
-        """`stop` where its event loop does not run any more."""
-        if self._killing is not None:
-            self._killing()
-
-    @property
-    def pid(self) -> int | None:
-        """None: it was not started."""
-        return None if self._process is None else self._process.pid
-
-    async def _pass_stderr_on(self) -> None:
-        assert self._process is not None
-        assert self._process.stderr is not None
-        while True:
-            try:
-                line = await self._process.stderr.readline()
-            except ValueError:  # longer than the reader's limit; the instance must not block on a full pipe for it
-                continue
-            if not line:
-                return
-            text = line.decode(errors="replace").rstrip()
-            self._last_lines.append(text)
-            if text.startswith(f"{self.instance_id}: "):
-                continue  # why it ends, by hbserve_core.instance.process: whoever hears of the end hears that too
-            _tell(f"[{self.instance_id}] {text}\n")
-
-    async def _watch(self) -> None:
-        assert self._process is not None
-        await self._process.wait()
-        if not self._stopping:
-            await asyncio.gather(self._tasks[0])
-            self._on_death(self.instance_id, f"its process has ended ({self._why()})")
-
-    def _why(self) -> str:
-        assert self._process is not None
-        status = self._process.returncode or 0
-        if status == -signal.SIGKILL:  # it could say nothing itself: its last words are about something else
-            return "signal SIGKILL, from somebody or from the system when memory ran out"
-        how = f"signal {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
-        return f"{how}: {self._last_lines[-1]}" if self._last_lines else how
-
-
-def _tell(line: str) -> None:
-    # There may be no stderr, its reader may be gone, or it is an object of the caller's, perhaps closed by now. Reading
-    # goes on: an instance must not block on a full pipe.
-    with contextlib.suppress(Exception):
-        sys.stderr.write(line)
-
-
-def kill_children(pids: Sequence[int]) -> None:
-    """End child processes without an event loop. One that has ended, or is another process's child, is passed over."""
-    for number, timeout_s in ((signal.SIGTERM, KILL_TIMEOUT_S), (signal.SIGKILL, KILL_TIMEOUT_S)):
-        for pid in filter(_is_running, pids):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, number)
-        deadline_s = time.monotonic() + timeout_s
-        while any(map(_is_running, pids)) and time.monotonic() < deadline_s:
-            time.sleep(0.01)
-
-
-def _end_unattended(process: asyncio.subprocess.Process, parent: int) -> None:
-    if os.getpid() != parent:  # a fork, whose event loop shares its selector with that of the parent: touch nothing
-        return
-    kill_children([process.pid])
-    # asyncio cannot close the pipes by itself any more if its event loop has ended, and would say so.
-    with contextlib.suppress(RuntimeError):
-        process._transport.close()  # type: ignore[attr-defined]
-
-
-def _is_running(pid: int) -> bool:
-    """Whether it is a child of this process that has not ended. Whoever waits for its end is left to hear of it."""
-    try:
-        return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
-    except ChildProcessError:
-        return False
+        environment = instance_environment(settings["num_threads"])
+        super().__init__(self.instance_id, "hbserve_core", msgspec.json.encode(settings), environment, on_death)
 
 
 class LocalInstances:

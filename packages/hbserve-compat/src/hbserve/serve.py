@@ -1,11 +1,9 @@
 """`hbserve serve` and `hbserve instance`: a deployment's processes."""
 
-import asyncio
 import logging
 import os
 import signal
 import sys
-from collections.abc import Coroutine
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,9 +12,9 @@ import msgspec
 
 from hbserve import demo_model
 from hbserve.demo_model import find_model_folder
+from hbserve.ending import Ending, unless
 from hbserve.launcher import QUIET_TORCH, LocalInstances, instance_settings
 from hbserve.pd_disagg.config import PdDisaggConfig
-from hbserve.tokenizer import load_tokenizer
 from hbserve_rpc import own_process
 from hbserve_scheduler import (
     ConfigError,
@@ -33,9 +31,6 @@ if TYPE_CHECKING:  # it imports the web server's libraries, which nothing else n
     from hbserve.server.front_end import FrontEnd
 
 logger = logging.getLogger(__name__)
-
-READY_TIMEOUT_S = 600.0
-"""Until every instance has loaded its model."""
 
 
 @dataclass(frozen=True)
@@ -68,64 +63,60 @@ async def serve_all(args: ServeArgs) -> None:
     """
     config = args.deployment()
     sys.stderr.write(f"hbserve: starting {', '.join(each.instance_id for each in config.gpu_instances)}\n")
-    front_end = _front_end(config.server)
+    ending = Ending()
+    front_end = _front_end(config.server, args.log_level, ending)
     try:
         if front_end is not None:
             await front_end.start()
         folder = await find_model_folder(config.model.path)
-        await _Deployment(config, folder, front_end, args.log_level).run()
+        await _Deployment(config, folder, front_end, args.log_level, ending).run()
     finally:
         if front_end is not None:
             await front_end.stop()
 
 
-def _front_end(settings: ServerSection) -> "FrontEnd | None":
+def _front_end(settings: ServerSection, log_level: str, ending: Ending) -> "FrontEnd | None":
     if not settings.enabled:
         return None
     from hbserve.server.front_end import FrontEnd
+    from hbserve.server.front_ends import FrontEnds
 
-    return FrontEnd(settings)
+    return FrontEnd(settings) if settings.api_servers == 1 else FrontEnds(settings, log_level, ending.by_death)
 
 
 class _Deployment:
     """What `serve_all` runs, once the model's folder is there."""
 
-    def __init__(self, config: DeploymentConfig, folder: Path, front_end: "FrontEnd | None", log_level: str) -> None:
+    def __init__(
+        self, config: DeploymentConfig, folder: Path, front_end: "FrontEnd | None", log_level: str, ending: Ending
+    ) -> None:
         self._config = config
         self._folder = folder
         self._name = demo_model.NAME if config.model.path is None else folder.name
         self._front_end = front_end
         self._scheduler = CpuScheduler(config.scheduler, model_path=str(folder))
         self._server = SchedulerServer(self._scheduler)
-        self._instances = LocalInstances(config, folder, log_level=log_level, on_death=self._on_death)
-        self._stop = asyncio.Event()
-        """The first signal, or the end of an instance."""
-        self._at_once = asyncio.Event()
-        """A signal after that."""
-        self._deaths: list[str] = []
-
-    def _on_death(self, instance_id: str, why: str) -> None:
-        self._deaths.append(f"{instance_id}: {why}")
-        self._stop.set()
+        self._instances = LocalInstances(config, folder, log_level=log_level, on_death=ending.by_death)
+        self._ending = ending
 
     def _on_signal(self, number: signal.Signals) -> None:
         logger.info("ending: %s", number.name)
-        (self._at_once if self._stop.is_set() else self._stop).set()
+        self._ending.tell()
 
     async def run(self) -> None:
         """Serve until it is signalled, or an instance has ended."""
         with own_process.on_ending_signals(self._on_signal):
             try:
                 await self._server.start()
-                await _unless(self._stop, self._start())
-                await self._stop.wait()
-                if self._front_end is not None and not self._deaths:
-                    await _unless(self._at_once, self._front_end.drain())
+                await unless(self._ending.begun, self._start())
+                await self._ending.begun.wait()
+                if self._front_end is not None and not self._ending.deaths:
+                    await unless(self._ending.at_once, self._front_end.drain())
             finally:
                 await self._server.stop()
                 await self._instances.stop()
-        if self._deaths:
-            raise InstanceFailed(self._deaths[0])
+        if self._ending.deaths:
+            raise InstanceFailed(self._ending.deaths[0])
 
     async def _start(self) -> None:
         await self._instances.start()
@@ -133,10 +124,7 @@ class _Deployment:
             await self._scheduler.add_instance(process.instance_id, process.role, process.address)
         logger.info("serving %s on %s", self._folder, self._server.address)
         if self._front_end is not None:
-            # Importing transformers takes long, and heartbeats go on meanwhile.
-            tokenizer = await asyncio.to_thread(load_tokenizer, self._folder)
-            await self._scheduler.wait_ready(READY_TIMEOUT_S)
-            self._front_end.begin(self._name, self._folder, self._scheduler, tokenizer)
+            await self._front_end.begin(self._name, self._folder, self._server)
             sys.stderr.write(self._how_to_ask(self._front_end))
 
     def _how_to_ask(self, front_end: "FrontEnd") -> str:
@@ -150,23 +138,6 @@ class _Deployment:
             f"OpenAI's API at {url}/v1, model {front_end.model_name!r}; a page to chat at {url}/\n"
             f"curl {url}/v1/chat/completions -H 'Content-Type: application/json' -d '{question}'\n"
         )
-
-
-async def _unless(stop: asyncio.Event, job: Coroutine[Any, Any, None]) -> None:
-    """Run a job to its end, or until `stop`."""
-    tasks = [asyncio.create_task(job), asyncio.create_task(_wait(stop))]
-    try:
-        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        if tasks[0].done():
-            tasks[0].result()
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-
-
-async def _wait(stop: asyncio.Event) -> None:
-    await stop.wait()
 
 
 async def serve_instance(path: Path, instance_id: str, log_level: str) -> None:

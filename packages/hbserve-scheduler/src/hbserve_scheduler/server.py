@@ -19,15 +19,21 @@ from hbserve_rpc.messages import (
     ServiceInfo,
 )
 from hbserve_scheduler.cpu_scheduler import CpuScheduler
+from hbserve_scheduler.siblings import Siblings
 
 logger = logging.getLogger(__name__)
 
 
 class SchedulerServer:
-    """Starts and stops with its scheduler. A client that goes away aborts its requests."""
+    """Starts and stops with its scheduler. A client that goes away aborts its requests.
+
+    Its figures are those of its scheduler and of `siblings` together, and whoever aborts a request need not know which
+    of them has it.
+    """
 
     def __init__(self, scheduler: CpuScheduler) -> None:
         self.scheduler = scheduler
+        self.siblings = Siblings()
         self._server = RpcServer(scheduler.config.host, scheduler.config.port, drops_closed=True)
         self._server.serve(SCHEDULER_INFO, self._info)
         self._server.serve(SCHEDULER_STATS, self._stats)
@@ -45,6 +51,7 @@ class SchedulerServer:
 
     async def stop(self) -> None:
         await self._server.stop()
+        await self.siblings.close()
         await self.scheduler.stop()
 
     async def serve_until(self, stop: asyncio.Event) -> None:
@@ -59,12 +66,17 @@ class SchedulerServer:
     async def _info(self, _: Empty) -> ServiceInfo:
         return self.scheduler.info()
 
+    async def stats(self) -> SchedulerStats:
+        """Of the scheduler and its siblings, as of the instances' last heartbeats."""
+        return await self.siblings.total(self.scheduler.stats())
+
     async def _stats(self, _: Empty) -> SchedulerStats:
         await self.scheduler.refresh()
-        return self.scheduler.stats()
+        return await self.stats()
 
     async def _abort(self, request: AbortRequest) -> Aborted:
-        return Aborted(await self.scheduler.abort(request.request_id, request.reason))
+        asked = request.request_id, request.reason
+        return Aborted(await self.scheduler.abort(*asked) or await self.siblings.abort(*asked))
 
     async def _generate(self, request: GenerateRequest) -> AsyncIterator[ClientEvent]:
         events = self.scheduler.submit(request)

@@ -49,8 +49,8 @@ class _Uvicorn(uvicorn.Server):
 class HttpServer:
     """Serves an application from `start` to `stop`."""
 
-    def __init__(self, settings: ServerSection, app: ASGIApp) -> None:
-        """Binds the address.
+    def __init__(self, settings: ServerSection, app: ASGIApp, *, shares_port: bool = False) -> None:
+        """Binds the address; one that shares it with others, and so need not fear that it is taken, when it starts.
 
         Raises:
             AddressInUse: it belongs to another process.
@@ -59,7 +59,7 @@ class HttpServer:
         self._settings = settings
         self._app = app
         _check_certificate(settings)
-        self._socket = _bound(settings)
+        self._socket = None if shares_port else _bound(settings)
         self._server: _Uvicorn | None = None
         self._serving: asyncio.Task[None] | None = None
         self._watching: asyncio.Task[None] | None = None
@@ -70,13 +70,20 @@ class HttpServer:
         scheme = "http" if self._settings.ssl_certfile is None else "https"
         if self._settings.uds is not None:
             return f"{scheme}+unix://{self._settings.uds}"
-        host, port = self._socket.getsockname()[:2]
+        host, port = self.port_holder.getsockname()[:2]
         if is_wildcard(host):
             host = "::1" if ":" in host else "127.0.0.1"
         return f"{scheme}://{format_address(host, port)}{self._settings.root_path.rstrip('/')}"
 
+    @property
+    def port_holder(self) -> socket.socket:
+        """The socket that is bound, from the beginning or, where it shares the port, from `start` on."""
+        assert self._socket is not None
+        return self._socket
+
     async def start(self) -> None:
         """Accept connections from now on."""
+        self._socket = self._socket or _sharing(self._settings.host, self._settings.port)
         config = uvicorn.Config(
             self._app,
             loop="none",
@@ -88,6 +95,7 @@ class HttpServer:
             server_header=False,
             root_path=self._settings.root_path.rstrip("/"),
             timeout_keep_alive=KEEP_ALIVE_S,
+            backlog=BACKLOG,
             ssl_keyfile=self._settings.ssl_keyfile,
             ssl_certfile=self._settings.ssl_certfile,
         )
@@ -140,7 +148,8 @@ class HttpServer:
                 task.cancel()
             await asyncio.gather(*self._server.server_state.tasks, return_exceptions=True)
             await self._serving
-        self._socket.close()
+        if self._socket is not None:
+            self._socket.close()
         if self._settings.uds is not None:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(self._settings.uds)
@@ -168,6 +177,22 @@ def _bound(settings: ServerSection) -> socket.socket:
             problem = f"{address} is in use: give another server.port or --port, or 0 to let the system choose"
             raise AddressInUse(problem) from None
         raise ConfigError(f"server.host={settings.host!r}: {address} cannot be bound: {error.strerror}") from None
+
+
+def _sharing(host: str, port: int) -> socket.socket:
+    """One more socket of a port whose others share it too: the system gives each connection to one that listens."""
+    found = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    if found.family == socket.AF_INET6:
+        found.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+    found.bind((host, port))
+    return found
+
+
+def held_for_others(first: socket.socket) -> socket.socket:
+    """Hold the port of a socket that nobody else may have had, for those who share it. Nothing connects to this one."""
+    first.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    return _sharing(*first.getsockname()[:2])
 
 
 def _bound_to_path(path: Path) -> socket.socket:

@@ -51,7 +51,7 @@ async def show_metrics(request: Request) -> Response:
     model = service.model
     lines = ["# TYPE hbserve:up gauge", f"hbserve:up {int(model is not None and not service.draining)}"]
     if model is not None:
-        lines += _lines(model.scheduler.stats())
+        lines += _lines(await model.fetch_stats())
     return Response("\n".join([*lines, ""]), media_type=CONTENT_TYPE)
 
 
