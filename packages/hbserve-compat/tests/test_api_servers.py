@@ -2,22 +2,25 @@
 
 import asyncio
 import os
+import re
 import signal
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import httpx
 import msgspec
 import pytest
 from hbserve_served import PAIR, Served, served, until
 
+from hbserve import child_process
 from hbserve.server import front_ends
 from hbserve.server.front_end import FrontEnd
 from hbserve.server.front_ends import FrontEnds
 from hbserve_rpc import AddressInUse
-from hbserve_scheduler import ConfigError, CpuScheduler, InstanceFailed, SchedulerConfig, SchedulerServer, convert
+from hbserve_scheduler import ConfigError, CpuScheduler, SchedulerConfig, SchedulerServer, convert
 from hbserve_scheduler.config import ServerSection
 
 BODY = {"prompt": "Once", "max_tokens": 400, "ignore_eos": True, "stream": True}
@@ -86,7 +89,7 @@ def test_one_that_is_killed_is_started_again_while_the_others_serve_and_sigterm_
             stream.wait()
             assert stream.is_whole != stream.failed
         server.until_empty()  # what the dead one had, too
-        server.found(r"(SIGKILL.*it is started again in 0\.5 s)")
+        server.found(r"(api-server-.*SIGKILL.*restart 1 of at most 5 in a row, in 0\.5 s)")
         until(lambda: len(processes(server)) == 3)
         assert killed not in processes(server)
 
@@ -148,55 +151,50 @@ async def test_an_address_in_use_is_an_error_although_ports_are_shared_and_is_fr
     await again.stop()
 
 
-class FakeProcess:
-    """A process that ends whenever a test says so, and starts if it may."""
-
-    started: ClassVar[list["FakeProcess"]] = []
-    may_start = True
-
-    def __init__(self, name: str, *given: Any, **_: Any) -> None:
-        self.name = name
-        self.settings = msgspec.json.decode(given[1], type=front_ends.FrontEndSettings)
-        self.die = lambda: given[3](name, "it was killed")
-        self.address = "127.0.0.1:1"
-
-    async def start(self) -> None:
-        self.started.append(self)
-        if not self.may_start:
-            raise InstanceFailed(f"{self.name} did not start: mishap")
-
-    async def stop(self) -> None:
-        pass
+CHILD = """
+import pathlib, sys
+settings = sys.stdin.readline()
+if pathlib.Path(sys.argv[1]).exists():
+    sys.exit("mishap")
+print('{"address": "127.0.0.1:1"}', flush=True)
+sys.stderr.write(settings)
+sys.stdin.read()
+"""
+"""In place of a process of the server: one that serves nothing, and says what it was told."""
 
 
-async def test_one_that_ends_again_and_again_is_started_ever_later_and_at_last_no_more(monkeypatch, caplog):
-    monkeypatch.setattr(front_ends, "ChildProcess", FakeProcess)
-    monkeypatch.setattr(FakeProcess, "started", [])
-    monkeypatch.setattr(front_ends, "FIRST_PAUSE_S", 0.0001)
-    monkeypatch.setattr(front_ends, "LONGEST_PAUSE_S", 0.01)
+async def test_one_that_ends_again_and_again_is_given_up_and_the_server_ends_with_the_last(
+    monkeypatch, tmp_path, caplog, capsys
+):
+    broken, execute = tmp_path / "broken", asyncio.create_subprocess_exec
+
+    async def start_child(*_: str, **options: Any) -> asyncio.subprocess.Process:
+        return await execute(sys.executable, "-S", "-c", CHILD, str(broken), **options)
+
+    monkeypatch.setattr(child_process.asyncio, "create_subprocess_exec", start_child)
+    monkeypatch.setattr(child_process, "FIRST_RESTART_S", 0.0001)
     deaths: list[str] = []
-    found = FrontEnds(ServerSection(port=0, api_servers=2), "INFO", lambda name, why: deaths.append(f"{name}: {why}"))
-    server = SchedulerServer(CpuScheduler(SchedulerConfig(port=0, max_queue_size=9)))
+    front_end = FrontEnds(ServerSection(port=0, api_servers=2), "INFO", lambda *death: deaths.append(": ".join(death)))
+    server = SchedulerServer(CpuScheduler(SchedulerConfig(host="0.0.0.0", port=0, max_queue_size=9)))
     await server.start()
     await server.scheduler.add_instance("h0", "hybrid", "127.0.0.1:2")
-    monkeypatch.setattr(server.scheduler, "wait_ready", lambda _: asyncio.sleep(0))
-    await found.begin("small", Path("/models/small"), server)
-    first, second = FakeProcess.started
-    assert first.settings.instances == [("h0", "hybrid", "127.0.0.1:2")]
-    assert (first.settings.scheduler.max_queue_size, first.settings.parent) == (5, server.address)
-    FakeProcess.may_start = False
     try:
-        first.die()
-        await _until(lambda: "not started again" in caplog.text)
-        names = [each.name for each in FakeProcess.started[2:]]
-        assert names == [first.name] * front_ends.MOST_FAILURES
+        await front_end.begin("small", Path("/models/small"), server)
+        first, second = front_end._processes.processes
+        await _until(lambda: len(first._last_lines) == 1)
+        told = msgspec.json.decode(first._last_lines[0], type=front_ends.FrontEndSettings)
+        assert told.instances == [("h0", "hybrid", "127.0.0.1:2")]
+        assert (told.scheduler.max_queue_size, told.server.port) == (5, int(front_end.url.rpartition(":")[2]))
+        assert told.parent == f"127.0.0.1:{server.address.rpartition(':')[2]}"
+        broken.touch()
+        os.kill(first.pid, signal.SIGKILL)
+        await _until(lambda: f"{first.name}: " in caplog.text and "is given up" in caplog.text)
         assert not deaths, "the other one serves"
-        second.die()
+        os.kill(second.pid, signal.SIGKILL)
         await _until(lambda: bool(deaths))
-        assert deaths == [f"{second.name}: {second.name} did not start: mishap"]
+        assert re.fullmatch(f"{second.name}: .*mishap; it was started 5 times again, and is given up", deaths[0])
     finally:
-        FakeProcess.may_start = True
-        await found.stop()
+        await front_end.stop()
         await server.stop()
 
 

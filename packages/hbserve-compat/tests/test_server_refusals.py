@@ -11,7 +11,7 @@ import pytest
 from hbserve_fake_scheduler import FakeServer, chunks_of
 
 from hbserve.server.request_body import ignored_header
-from hbserve.server.request_fields import NOT_SERVED, SERVED_BY_ENDPOINT, ChatBody, CompletionBody
+from hbserve.server.request_fields import NOT_SERVED, ChatBody, CompletionBody
 from hbserve.tokenizer import load_tokenizer
 from hbserve_rpc import LogitsNotFinite, RequestTimeout, Unavailable
 from hbserve_scheduler import RequestFailed
@@ -66,14 +66,16 @@ async def test_a_wrong_value_is_a_400_that_names_its_field(server, case):
 @pytest.mark.parametrize("name", NOT_SERVED)
 async def test_a_field_that_is_not_served_may_have_its_neutral_values_only(server, name):
     for kind, post in ((CompletionBody, server.complete), (ChatBody, server.chat)):
-        if name not in kind.__struct_fields__ or (kind is CompletionBody and name in SERVED_BY_ENDPOINT):
+        if name not in kind.__struct_fields__ or name not in kind.not_served:
             continue
         for value in (None, *NOT_SERVED[name]):
             assert (await post(**{name: value})).status_code == 200, (name, value)
     body = next(value for value in (0.25, 3, "x", ["x"], [1], True, {"5": 1.0}) if value is not None)
     candidates = [body, 3, "x", ["x"], [7], True, {"5": 1.5}]
     statuses = {(await server.chat(**{name: value})).status_code for value in candidates} | {
-        (await server.complete(**{name: value})).status_code for value in candidates if name not in SERVED_BY_ENDPOINT
+        (await server.complete(**{name: value})).status_code
+        for value in candidates
+        if name in CompletionBody.not_served
     }
     assert 400 in statuses
     assert statuses <= {200, 400}, "a field of the other endpoint is ignored"

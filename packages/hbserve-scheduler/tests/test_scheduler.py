@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from array import array
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 from hbserve_rpc import InvalidRequest, Overloaded, RemoteError, RequestTimeout, SamplingParams, Unavailable
 from hbserve_rpc.messages import GenerateRequest, LatencySummary, RequestFinished, TokenEvent
 from hbserve_scheduler import CpuScheduler
+from hbserve_scheduler.records import AttemptRecord
 from hbserve_scheduler.request import ScheduledRequest
 
 # ---- the flow of one request -------------------------------------------------------------------------------------
@@ -303,6 +305,8 @@ async def test_requests_beyond_the_queue_are_refused_as_overload(make_scheduler,
         with pytest.raises(Overloaded, match=r"2 requests are waiting, which is scheduler\.max_queue_size") as refused:
             scheduler.submit(ask("r3"))
         assert refused.value.retry_after_s == pytest.approx(after_s, abs=2)
+    with pytest.raises(Overloaded):  # nobody looks at it while there is no room: to refuse must cost least
+        scheduler.submit(GenerateRequest("r4", [], ask().params))
     pair[0].release()
     await asyncio.gather(*map(collect, streams))
 
@@ -469,9 +473,15 @@ async def test_stop_after_the_last_token_aborts_nothing(make_scheduler, pair, as
     assert (stats.completed_requests, stats.aborted_requests) == (1, 0)
 
 
+def clock(now_s: float) -> SimpleNamespace:
+    """In place of the module `time`."""
+    return SimpleNamespace(monotonic=lambda: now_s, time=lambda: 1e9 + now_s)
+
+
 def test_the_times_of_a_request_are_of_its_submission_and_its_tokens(ask, monkeypatch):
-    entry = ScheduledRequest(ask(), submitted_s=10, started_s=12, first_token_s=13, output=[100, 101, 102, 103])
-    monkeypatch.setattr("hbserve_scheduler.request.time", SimpleNamespace(monotonic=lambda: 19.0))
+    entry = ScheduledRequest(ask(), submitted_s=10, arrivals=array("d", [13]), output=[100, 101, 102, 103])
+    entry.attempts.append(AttemptRecord(2, "p0"))
+    monkeypatch.setattr("hbserve_scheduler.request.time", clock(19))
     entry.finish("length")
     end = entry.events.popleft()
     # Three tokens come after the first, in six seconds.
@@ -497,9 +507,9 @@ def test_the_handoff_is_from_the_first_token_that_a_client_gets_to_the_second(
     """Whether or not it has `known` tokens of an earlier attempt already."""
     entry = ScheduledRequest(ask(output_token_ids=[100 + i for i in range(known)]))
     for now_s, tokens in events:
-        monkeypatch.setattr("hbserve_scheduler.request.time", SimpleNamespace(monotonic=lambda now_s=now_s: now_s))
+        monkeypatch.setattr("hbserve_scheduler.request.time", clock(now_s))
         entry.deliver(TokenEvent(tokens[0] - 100 + known, [token + known for token in tokens]))
-    assert entry.handoff_s == handoff_s
+    assert entry.record().handoff_s == handoff_s
     entry.finish("length")
     while not isinstance(end := entry.events.popleft(), RequestFinished):
         pass
@@ -509,7 +519,7 @@ def test_the_handoff_is_from_the_first_token_that_a_client_gets_to_the_second(
 async def test_the_stats_sum_up_the_handoffs_of_those_requests_that_ended_last(
     make_scheduler, pair, ask, collect, monkeypatch
 ):
-    monkeypatch.setattr("hbserve_scheduler.cpu_scheduler.RECENT_REQUESTS", 200)
+    monkeypatch.setattr("hbserve_scheduler.figures.RECENT_REQUESTS", 200)
     scheduler = await make_scheduler(*pair)
     assert scheduler.stats().handoff == LatencySummary()
     await collect(scheduler.submit(ask("one-token", max_tokens=1)))
@@ -518,7 +528,6 @@ async def test_the_stats_sum_up_the_handoffs_of_those_requests_that_ended_last(
     assert end.handoff_s > 0
     assert scheduler.stats().handoff == LatencySummary(1, end.handoff_s, end.handoff_s)
     for i in range(1000):
-        entry = ScheduledRequest(ask(str(i)), first_token_s=0, second_token_s=i)
-        scheduler._totals["total"] += 1
-        scheduler._end(entry, "length")
+        scheduler.figures.num_submitted += 1
+        ScheduledRequest(ask(str(i)), scheduler.figures, arrivals=array("d", [0, i])).finish("length")
     assert scheduler.stats().handoff == LatencySummary(200, 899, 997)

@@ -51,6 +51,8 @@ async def test_figures_are_those_of_all_and_instances_are_counted_once(family, a
     stats = await remote.fetch_stats()
     assert (stats.total_requests, stats.completed_requests, stats.success_rate) == (3, 3, 1.0)
     assert stats.handoff.count == 3
+    assert (stats.output_tokens, stats.ended_requests) == (12, {"length": 3})
+    assert {sum(each.counts) for name, each in stats.histograms.items() if name == "time_to_first_token_seconds"} == {3}
     assert [each.instance_id for each in stats.instances] == ["p0", "d0"]
 
 
@@ -62,6 +64,16 @@ async def test_an_abort_reaches_whichever_has_the_request(family, pair, ask, col
     assert not await remote.abort("of nobody")
     assert await remote.abort("of the child")
     assert (await collect(events))[1].finish_reason == "abort"
+
+
+async def test_the_death_of_an_instance_reaches_all_at_once(family, pair, until, assert_empty):
+    parent, child, _ = family
+    await pair[1].server.stop()
+    await parent.instance_died("d0", "its process ended")
+    await parent.instance_died("of nobody", "it never was")
+    handles = [each.scheduler.fleet.handles["d0"] for each in (parent, child)]
+    await until(lambda: [each.status for each in handles] == ["unreachable"] * 2)  # long before 20 s of silence
+    assert "its process ended" in handles[1].describe_problem()
 
 
 async def test_what_one_has_counted_stays_counted_when_it_has_ended_and_comes_again(family, serve, pair, ask, collect):

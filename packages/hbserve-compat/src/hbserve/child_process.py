@@ -10,8 +10,8 @@ import sys
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Generic, TypeVar
 
 from hbserve_scheduler import InstanceFailed
 
@@ -22,10 +22,37 @@ START_TIMEOUT_S = 120.0
 STOP_TIMEOUT_S = 20.0
 KILL_TIMEOUT_S = 5.0
 """As STOP_TIMEOUT_S, where no event loop is there to wait in."""
+MOST_RESTARTS = 5
+"""In a row, after lives shorter than STEADY_S each."""
+FIRST_RESTART_S, LONGEST_RESTART_S = 0.5, 30.0
+"""Pause before the first of them; each is twice as long as the one before."""
+STEADY_S = 60.0
+
+
+class Restarts:
+    """When a process that has died is started again: after ever longer pauses, and only so often in a row."""
+
+    def __init__(self) -> None:
+        self.number = 0
+        """In a row."""
+        self._began_s = time.monotonic()
+
+    def began(self) -> None:
+        """It has been started."""
+        self._began_s = time.monotonic()
+
+    def pause_s(self) -> float | None:
+        """Of the restart that is due now; None: it has died too often."""
+        if time.monotonic() - self._began_s >= STEADY_S:
+            self.number = 0
+        if self.number >= MOST_RESTARTS:
+            return None
+        self.number += 1
+        return float(min(FIRST_RESTART_S * 2 ** (self.number - 1), LONGEST_RESTART_S))
 
 
 class ChildProcess:
-    """A program of this workspace that this process has started, and ends.
+    """A program of this workspace that this process has started, and ends. May be started again after its death.
 
     It reads its settings from stdin, as one line of JSON, says in one on stdout at which address it serves, and ends by
     SIGTERM, or when stdin ends.
@@ -35,15 +62,16 @@ class ChildProcess:
         self,
         name: str,
         module: str,
-        settings: bytes,
+        settings: Callable[[], bytes],
         environment: Mapping[str, str],
         on_death: Callable[[str, str], None],
         *,
         start_timeout_s: float = START_TIMEOUT_S,
     ) -> None:
-        """`settings`: JSON, without a line break."""
+        """`settings`: JSON without a line break, asked for at each start."""
         self.name = name
         self.address = ""
+        self.restarts = Restarts()
         self._module = module
         self._settings = settings
         self._environment = environment
@@ -56,11 +84,15 @@ class ChildProcess:
         self._stopping = False
 
     async def start(self) -> None:
-        """Start it and wait until its address is bound.
+        """Start it and wait until it serves.
 
         Raises:
             InstanceFailed: it ended first, with its own words, or was too slow.
         """
+        self.restarts.began()
+        self._last_lines.clear()
+        if self._killing is not None:  # of its life before
+            self._killing.detach()
         self._process = await asyncio.create_subprocess_exec(
             # Not `-m` alone: a file of the caller's folder, random.py for example, would be imported as a library.
             sys.executable,
@@ -79,22 +111,28 @@ class ChildProcess:
         stdin, stdout = self._process.stdin, self._process.stdout
         assert stdin is not None
         assert stdout is not None
-        self._tasks.append(asyncio.create_task(self._pass_stderr_on()))
-        stdin.write(self._settings + b"\n")
+        self._tasks = [asyncio.create_task(self._pass_stderr_on())]
+        stdin.write(self._settings() + b"\n")
+        self.address = await self._read_address(stdout)
+        self._tasks.append(asyncio.create_task(self._watch()))
+
+    async def _read_address(self, stdout: asyncio.StreamReader) -> str:
+        assert self._process is not None
         try:
             async with asyncio.timeout(self._start_timeout_s):
                 line = await stdout.readline()
         except TimeoutError:
+            self._process.kill()
+            await self._process.wait()
             raise InstanceFailed(f"{self.name} does not serve within {self._start_timeout_s:.0f} s") from None
         if not line:
             await self._process.wait()
             await asyncio.gather(*self._tasks)
             raise InstanceFailed(f"{self.name} did not start: {self._why()}")
         try:
-            self.address = json.loads(line)["address"]
+            return str(json.loads(line)["address"])
         except (ValueError, KeyError):
             raise InstanceFailed(f"{self.name} began with {line!r} instead of its address") from None
-        self._tasks.append(asyncio.create_task(self._watch()))
 
     async def stop(self) -> None:
         """End it: politely, then by force, at once if this is cancelled. Leaves nothing behind."""
@@ -205,3 +243,81 @@ def _is_running(pid: int) -> bool:
         return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
     except ChildProcessError:
         return False
+
+
+P = TypeVar("P", bound=ChildProcess)
+
+
+class ChildProcesses(Generic[P]):
+    """All child processes of one kind. Those that die after `restart_the_dead` was called are started again."""
+
+    def __init__(
+        self, make: Iterable[Callable[[Callable[[str, str], None]], P]], on_death: Callable[[str, str], None]
+    ) -> None:
+        """`make`: makes each, of what it calls at its death.
+
+        on_death: called with the name of one that has died, and why; also if it is started again.
+        """
+        self.processes = [each(self._died) for each in make]
+        self._on_death = on_death
+        self._on_given_up: Callable[[str, str], None] | None = None
+        self._restarting: set[asyncio.Task[None]] = set()
+
+    def restart_the_dead(self, on_given_up: Callable[[str, str], None]) -> None:
+        """From now on. Not before all are ready for the first time: what keeps them from starting is told at once.
+
+        on_given_up: called, as `on_death`, when one dies again and again, and is not started any more.
+        """
+        self._on_given_up = on_given_up
+
+    def _died(self, name: str, why: str) -> None:
+        self._on_death(name, why)
+        if self._on_given_up is not None:
+            process = next(each for each in self.processes if each.name == name)
+            task = asyncio.create_task(self._restart(process, why, self._on_given_up))
+            self._restarting.add(task)
+            task.add_done_callback(self._restarting.discard)
+
+    async def _restart(self, process: P, why: str, on_given_up: Callable[[str, str], None]) -> None:
+        name = process.name
+        while (pause_s := process.restarts.pause_s()) is not None:
+            number = f"restart {process.restarts.number} of at most {MOST_RESTARTS} in a row"
+            logger.warning("%s: %s; %s, in %.1f s", name, why, number, pause_s)
+            await asyncio.sleep(pause_s)
+            try:
+                await process.start()
+            except InstanceFailed as error:
+                why = str(error)
+            else:
+                logger.warning("%s was started again", name)
+                return
+        on_given_up(name, f"{why}; it was started {MOST_RESTARTS} times again, and is given up")
+
+    async def start(self) -> None:
+        """Start all at once. Raises InstanceFailed; `stop` is to be called then too."""
+        results = await asyncio.gather(*(process.start() for process in self.processes), return_exceptions=True)
+        for result in results:
+            if isinstance(result, BaseException):
+                raise result
+
+    async def drain(self) -> None:
+        """Tell all to end, and wait until they have by themselves."""
+        await self._end_restarts()
+        await asyncio.gather(*(process.drain() for process in self.processes))
+
+    async def stop(self) -> None:
+        await self._end_restarts()
+        await asyncio.gather(*(process.stop() for process in self.processes))
+
+    async def _end_restarts(self) -> None:
+        self._on_given_up = None
+        restarting = list(self._restarting)
+        for task in restarting:
+            task.cancel()
+        await asyncio.gather(*restarting, return_exceptions=True)
+
+    def kill(self) -> None:
+        """`stop` where the event loop that started them does not run any more. Waits for their end."""
+        kill_children([process.pid for process in self.processes if process.pid is not None])
+        for process in self.processes:
+            process.kill()

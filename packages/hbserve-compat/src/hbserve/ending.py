@@ -41,3 +41,13 @@ async def unless(stop: asyncio.Event, job: Coroutine[Any, Any, None]) -> None:
 
 async def _wait(stop: asyncio.Event) -> None:
     await stop.wait()
+
+
+async def together(*jobs: Coroutine[Any, Any, None]) -> None:
+    """Run jobs at once. What the first one raises ends the others, and is raised."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            for job in jobs:
+                group.create_task(job)
+    except BaseExceptionGroup as several:
+        raise several.exceptions[0] from None

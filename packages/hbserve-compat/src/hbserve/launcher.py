@@ -1,17 +1,17 @@
 """Instances as processes of this host: from a deployment's configuration to running programs, and to their end."""
 
-import asyncio
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from hbserve.child_process import ChildProcess, kill_children
+from hbserve.child_process import ChildProcess, ChildProcesses
 from hbserve.host_cores import num_cores
 from hbserve_rpc import canonical_host
-from hbserve_rpc.address import is_here
+from hbserve_rpc.address import is_here, parse_address
 from hbserve_rpc.settings import KVTransferSettings
 from hbserve_scheduler import DeploymentConfig, InstanceSection, parse_size
 from hbserve_scheduler.config import KVTransferSection
@@ -84,33 +84,21 @@ class InstanceProcess(ChildProcess):
     def __init__(self, settings: dict[str, Any], on_death: Callable[[str, str], None]) -> None:
         self.instance_id: str = settings["instance_id"]
         self.role = settings["role"]
+        self._plain = settings
         environment = instance_environment(settings["num_threads"])
-        super().__init__(self.instance_id, "hbserve_core", msgspec.json.encode(settings), environment, on_death)
+        super().__init__(self.instance_id, "hbserve_core", self._as_json, environment, on_death)
+
+    def _as_json(self) -> bytes:
+        # The second time at the address that it had: whoever dials it finds another life there.
+        known = {"port": parse_address(self.address)[1]} if self.address else {}
+        return msgspec.json.encode(self._plain | known)
 
 
-class LocalInstances:
-    """All instances that one process has started."""
+class LocalInstances(ChildProcesses[InstanceProcess]):
+    """All instances of a deployment that one process has started."""
 
     def __init__(
         self, config: DeploymentConfig, model_folder: Path, *, log_level: str, on_death: Callable[[str, str], None]
     ) -> None:
-        self.processes = [
-            InstanceProcess(instance_settings(config, each, model_folder, log_level=log_level), on_death)
-            for each in config.gpu_instances
-        ]
-
-    async def start(self) -> None:
-        """Start all at once. Raises InstanceFailed; `stop` is to be called then too."""
-        results = await asyncio.gather(*(process.start() for process in self.processes), return_exceptions=True)
-        for result in results:
-            if isinstance(result, BaseException):
-                raise result
-
-    async def stop(self) -> None:
-        await asyncio.gather(*(process.stop() for process in self.processes))
-
-    def kill(self) -> None:
-        """`stop` where the event loop that started them does not run any more. Waits for their end."""
-        kill_children([process.pid for process in self.processes if process.pid is not None])
-        for process in self.processes:
-            process.kill()
+        settings = (instance_settings(config, each, model_folder, log_level=log_level) for each in config.gpu_instances)
+        super().__init__((partial(InstanceProcess, each) for each in settings), on_death)

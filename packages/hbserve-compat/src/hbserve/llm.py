@@ -126,7 +126,13 @@ class LLM:
     def _add(self, call: _Call, token_ids: list[int], params: SamplingParams, place: int = 0) -> None:
         number = next(self._numbers)
         # As nano-vllm does, the text keeps special tokens.
-        text = Detokenizer(self._tokenizer, params.stop, skip_special_tokens=False, min_tokens=params.min_tokens)
+        text = Detokenizer(
+            self._tokenizer,
+            params.stop,
+            skip_special_tokens=False,
+            min_tokens=params.min_tokens,
+            include_stop_str_in_output=params.include_stop_str_in_output,
+        )
         logprobs, prompt_logprobs = params.logprobs, params.prompt_logprobs
         request = _Request(
             number, text, place, None if logprobs is None else [], None if prompt_logprobs is None else [None]

@@ -1,5 +1,6 @@
 """`hbserve serve` and `hbserve instance`: a deployment's processes."""
 
+import asyncio
 import logging
 import os
 import signal
@@ -12,7 +13,7 @@ import msgspec
 
 from hbserve import demo_model
 from hbserve.demo_model import find_model_folder
-from hbserve.ending import Ending, unless
+from hbserve.ending import Ending, together, unless
 from hbserve.launcher import QUIET_TORCH, LocalInstances, instance_settings
 from hbserve.pd_disagg.config import PdDisaggConfig
 from hbserve_rpc import own_process
@@ -31,6 +32,9 @@ if TYPE_CHECKING:  # it imports the web server's libraries, which nothing else n
     from hbserve.server.front_end import FrontEnd
 
 logger = logging.getLogger(__name__)
+
+READY_TIMEOUT_S = 600.0
+"""Until every instance has loaded its model."""
 
 
 @dataclass(frozen=True)
@@ -96,15 +100,26 @@ class _Deployment:
         self._front_end = front_end
         self._scheduler = CpuScheduler(config.scheduler, model_path=str(folder))
         self._server = SchedulerServer(self._scheduler)
-        self._instances = LocalInstances(config, folder, log_level=log_level, on_death=ending.by_death)
+        self._instances = LocalInstances(config, folder, log_level=log_level, on_death=self._on_death)
         self._ending = ending
+        self._is_ready = False
+        self._background: set[asyncio.Task[None]] = set()
+
+    def _on_death(self, instance_id: str, why: str) -> None:
+        """It is started again, once all were ready: see `ChildProcesses`. Its requests go elsewhere meanwhile."""
+        if not self._is_ready:
+            self._ending.by_death(instance_id, why)
+            return
+        task = asyncio.create_task(self._server.instance_died(instance_id, why))
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
 
     def _on_signal(self, number: signal.Signals) -> None:
         logger.info("ending: %s", number.name)
         self._ending.tell()
 
     async def run(self) -> None:
-        """Serve until it is signalled, or an instance has ended."""
+        """Serve until it is signalled, or a process has ended and is not started again."""
         with own_process.on_ending_signals(self._on_signal):
             try:
                 await self._server.start()
@@ -123,8 +138,13 @@ class _Deployment:
         for process in self._instances.processes:
             await self._scheduler.add_instance(process.instance_id, process.role, process.address)
         logger.info("serving %s on %s", self._folder, self._server.address)
+        beginning = [self._scheduler.wait_ready(READY_TIMEOUT_S)]
         if self._front_end is not None:
-            await self._front_end.begin(self._name, self._folder, self._server)
+            beginning.append(self._front_end.begin(self._name, self._folder, self._server))
+        await together(*beginning)
+        self._is_ready = True
+        self._instances.restart_the_dead(self._ending.by_death)
+        if self._front_end is not None:
             sys.stderr.write(self._how_to_ask(self._front_end))
 
     def _how_to_ask(self, front_end: "FrontEnd") -> str:

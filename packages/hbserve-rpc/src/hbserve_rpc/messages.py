@@ -14,6 +14,7 @@ from typing import Literal
 
 import msgspec
 
+from hbserve_rpc.histogram import Histogram
 from hbserve_rpc.methods import Method, Notification, StreamMethod
 from hbserve_rpc.sampling_params import SamplingParams
 
@@ -95,6 +96,13 @@ class AbortRequest(msgspec.Struct, frozen=True, tag=True):
     request_id: str
     reason: FinishReason = "abort"
     """What the request's end will say: "stop" when the client has found a stop string."""
+
+
+class InstanceDied(msgspec.Struct, frozen=True, tag=True):
+    """Known by whoever has started it: nobody need wait for its heartbeats to fail."""
+
+    instance_id: str
+    why: str
 
 
 class Aborted(msgspec.Struct, frozen=True, tag=True):
@@ -254,6 +262,16 @@ class SchedulerStats(msgspec.Struct, frozen=True, tag=True):
     """
     handoff: LatencySummary = LatencySummary()
     """See RequestFinished.handoff_s; of requests that had a second token."""
+    prompt_tokens: int = 0
+    """Of requests whose first token was delivered."""
+    output_tokens: int = 0
+    """That were delivered."""
+    ended_requests: dict[str, int] = {}
+    """By finish reason, or "error"."""
+    failed_attempts: dict[str, int] = {}
+    """By the name of the error, of those that were tried again too."""
+    histograms: dict[str, Histogram] = {}
+    """By the name of the metric: in seconds, bytes or tokens, as it says."""
     instances: list[InstanceStats] = []
 
 
@@ -285,6 +303,7 @@ GRANT: Notification[GrantRequest] = Notification("instance.grant", GrantRequest)
 SCHEDULER_INFO: Method[Empty, ServiceInfo] = Method("scheduler.info", Empty, ServiceInfo)
 SCHEDULER_STATS: Method[Empty, SchedulerStats] = Method("scheduler.stats", Empty, SchedulerStats)
 SCHEDULER_ABORT: Method[AbortRequest, Aborted] = Method("scheduler.abort", AbortRequest, Aborted)
+SCHEDULER_INSTANCE_DIED: Notification[InstanceDied] = Notification("scheduler.instance_died", InstanceDied)
 SCHEDULER_GENERATE: StreamMethod[GenerateRequest, ClientEvent] = StreamMethod(
     "scheduler.generate", GenerateRequest, ClientEvent
 )

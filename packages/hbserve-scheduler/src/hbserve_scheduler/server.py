@@ -9,12 +9,14 @@ from hbserve_rpc.messages import (
     SCHEDULER_ABORT,
     SCHEDULER_GENERATE,
     SCHEDULER_INFO,
+    SCHEDULER_INSTANCE_DIED,
     SCHEDULER_STATS,
     Aborted,
     AbortRequest,
     ClientEvent,
     Empty,
     GenerateRequest,
+    InstanceDied,
     SchedulerStats,
     ServiceInfo,
 )
@@ -38,6 +40,7 @@ class SchedulerServer:
         self._server.serve(SCHEDULER_INFO, self._info)
         self._server.serve(SCHEDULER_STATS, self._stats)
         self._server.serve(SCHEDULER_ABORT, self._abort)
+        self._server.serve_notification(SCHEDULER_INSTANCE_DIED, self._instance_died)
         self._server.serve_stream(SCHEDULER_GENERATE, self._generate)
 
     @property
@@ -77,6 +80,15 @@ class SchedulerServer:
     async def _abort(self, request: AbortRequest) -> Aborted:
         asked = request.request_id, request.reason
         return Aborted(await self.scheduler.abort(*asked) or await self.siblings.abort(*asked))
+
+    async def instance_died(self, instance_id: str, why: str) -> None:
+        """As `CpuScheduler.instance_died`, for the siblings too. One that is not known is passed over."""
+        self.siblings.instance_died(instance_id, why)
+        if instance_id in self.scheduler.fleet.handles:
+            await self.scheduler.instance_died(instance_id, why)
+
+    async def _instance_died(self, news: InstanceDied) -> None:
+        await self.instance_died(news.instance_id, news.why)
 
     async def _generate(self, request: GenerateRequest) -> AsyncIterator[ClientEvent]:
         events = self.scheduler.submit(request)

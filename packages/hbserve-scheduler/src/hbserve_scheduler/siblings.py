@@ -1,8 +1,10 @@
-"""Other schedulers over the same instances, each in a process of its own: their figures are added, aborts reach all."""
+"""Other schedulers over the same instances, each in a process of its own: their figures are added, news reach all."""
 
 import asyncio
 import contextlib
 from collections.abc import Iterable
+from functools import reduce
+from typing import Any
 
 import msgspec
 
@@ -12,16 +14,8 @@ from hbserve_scheduler.remote import RemoteScheduler
 
 PATIENCE_S = 2.0
 """For an answer; the figures of one that gives none are those that it gave last."""
-SUMS = (
-    "total_requests",
-    "completed_requests",
-    "failed_requests",
-    "aborted_requests",
-    "rejected_requests",
-    "retries",
-    "waiting_requests",
-    "running_requests",
-)
+NO_SUMS = {"success_rate", "handoff", "instances"}
+"""Of the figures."""
 
 
 class Siblings:
@@ -65,6 +59,10 @@ class Siblings:
             if self._remotes.get(name) is remote:  # else it was removed meanwhile
                 self._last[name] = found
 
+    def instance_died(self, instance_id: str, why: str) -> None:
+        for remote in self._remotes.values():
+            remote.instance_died(instance_id, why)
+
     async def abort(self, request_id: str, reason: FinishReason) -> bool:
         """Whether one of them had this request."""
 
@@ -80,11 +78,19 @@ class Siblings:
 def total(all_stats: Iterable[SchedulerStats], *, now: SchedulerStats) -> SchedulerStats:
     """Sums, with the instances of `now`."""
     several = list(all_stats)
-    sums = {name: sum(getattr(each, name) for each in several) for name in SUMS}
+    names = [name for name in SchedulerStats.__struct_fields__ if name not in NO_SUMS]
+    sums = {name: reduce(_added, (getattr(each, name) for each in several)) for name in names}
     ended = sums["completed_requests"] + sums["failed_requests"]
     rate = sums["completed_requests"] / ended if ended else 1.0
     handoff = _both([each.handoff for each in several if each.handoff.count])
     return SchedulerStats(**sums, success_rate=rate, handoff=handoff, instances=now.instances)
+
+
+def _added(one: Any, other: Any) -> Any:
+    """Numbers, histograms, or dicts of them."""
+    if not isinstance(one, dict):
+        return one + other
+    return one | {key: one[key] + value if key in one else value for key, value in other.items()}
 
 
 def _both(latencies: list[LatencySummary]) -> LatencySummary:

@@ -118,6 +118,7 @@ class DisaggregatedLLM:
             if death.done():
                 raise InstanceFailed(death.result())
             ready.result()
+            instances.restart_the_dead(weakly(self._on_given_up))
         finally:
             for task in (ready, death):
                 task.cancel()
@@ -133,6 +134,9 @@ class DisaggregatedLLM:
         task = asyncio.create_task(self.scheduler.instance_died(instance_id, why))
         self._background.add(task)
         task.add_done_callback(self._background.discard)
+
+    def _on_given_up(self, instance_id: str, why: str) -> None:
+        logger.error("%s: %s", instance_id, why)
 
     async def stop(self) -> None:
         """End every request as aborted, and every process.

@@ -75,7 +75,7 @@ class Answers:
                     raise try_again("the server is ending", code="not_ready")
                 if self._only_prompt:
                     delta["text"], delta["token_ids"], delta["logprobs"] = "", [], None
-                    delta["finish_reason"] = delta["finish_reason"] and "length"
+                    delta["finish_reason"], delta["stop_reason"] = delta["finish_reason"] and "length", None
                 self._news.append((number, delta))
                 self._changed.set()
                 while len(self._news) >= MOST_NEWS:
