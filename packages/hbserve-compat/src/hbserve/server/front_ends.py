@@ -107,12 +107,12 @@ class FrontEnds(FrontEnd):
         names = [f"api-server-{number}" for number in range(self._settings.api_servers)]
         settings = {each: partial(self._settings_of, each, name, folder, server) for each in names}
         make = [partial(FrontEndProcess, each, settings[each], server.siblings) for each in names]
-        restarting: set[asyncio.Task[None]] = set()
+        removing: set[asyncio.Task[None]] = set()
 
         def forget(name: str, why: str) -> None:
             task = asyncio.create_task(server.siblings.remove(name))
-            restarting.add(task)
-            task.add_done_callback(restarting.discard)
+            removing.add(task)
+            task.add_done_callback(removing.discard)
 
         self._processes = ChildProcesses(make, forget)
         await self._processes.start()

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import uvicorn
 from starlette.types import ASGIApp
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from hbserve_rpc import AddressInUse, format_address
 from hbserve_rpc.address import is_wildcard
@@ -26,8 +27,36 @@ logging.getLogger("uvicorn").setLevel(logging.WARNING)  # of its own beginning a
 KEEP_ALIVE_S = 120
 """More than proxies have, so that it is they who close: else a request meets a connection that is being closed."""
 BACKLOG = 2048
+MOST_HEAD_BYTES = 1 << 20
+TOO_LARGE = b"HTTP/1.1 431 Request Header Fields Too Large\r\nconnection: close\r\ncontent-length: 0\r\n\r\n"
 STALL_TIMEOUT_S = 60.0
 """A client that reads nothing for so long, of what waits for it, loses its connection."""
+
+
+class _Protocol(HttpToolsProtocol):
+    """Bounds what httptools does not: the head of a request, and what may follow its body."""
+
+    num_unbounded = 0
+    """Bytes since anything of a request was complete, or of its body, which has a bound of its own."""
+
+    def data_received(self, data: bytes) -> None:
+        self.num_unbounded += len(data)
+        super().data_received(data)
+        if self.num_unbounded > MOST_HEAD_BYTES and not self.transport.is_closing():
+            self.transport.write(TOO_LARGE)
+            self.transport.close()
+
+    def on_headers_complete(self) -> None:
+        self.num_unbounded = 0
+        super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        self.num_unbounded = 0
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        self.num_unbounded = 0
+        super().on_message_complete()
 
 
 class _Uvicorn(uvicorn.Server):
@@ -87,7 +116,7 @@ class HttpServer:
         config = uvicorn.Config(
             self._app,
             loop="none",
-            http="httptools",
+            http=_Protocol,
             ws="none",
             lifespan="off",
             log_config=None,
