@@ -23,6 +23,7 @@ from hbserve_rpc.messages import (
 )
 from hbserve_scheduler.admission import admitted
 from hbserve_scheduler.config import ServerSection
+from hbserve_scheduler.figures import Figures
 
 MAX_MODEL_LEN = 512
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{{ suffix }}"
@@ -65,6 +66,7 @@ class FakeEvents:
             if left <= len(step):
                 reason = "length"
             of_prompt = self._prompt_logprobs() if given == 0 else []
+            self._scheduler.num_given += len(step[:left])
             yield TokenEvent(given, step[:left], logprobs=self._logprobs(step[:left]), prompt_logprobs=of_prompt)
             given += len(step[:left])
             if reason == "length":
@@ -117,14 +119,18 @@ class FakeScheduler:
         self.steps: list[list[int] | Exception | asyncio.Event] = []
         self.running: dict[str, FakeEvents] = {}
         self.num_abandoned = 0
+        self.num_given = 0
+        """Tokens of all answers."""
         self.asked: list[tuple[list[int], SamplingParams]] = []
         self.most_running = 1000
         self.role = "hybrid"
+        self.figures = Figures()
+        """Of which nothing here writes: it is for tests."""
 
     def submit(self, request: GenerateRequest) -> FakeEvents:
         request = self.check(request)
         if len(self.running) >= self.most_running:
-            raise Overloaded("so many requests are waiting")
+            raise Overloaded("so many requests are waiting", 7.2)
         self.asked.append((request.prompt_token_ids, request.params))
         events = self.running[request.request_id] = FakeEvents(self, request)
         return events
@@ -148,7 +154,7 @@ class FakeScheduler:
 
     def stats(self) -> SchedulerStats:
         instance = InstanceStats("h0", self.role, "ready", num_blocks=9)  # type: ignore[arg-type]
-        return SchedulerStats(total_requests=5, instances=[instance])
+        return SchedulerStats(**self.figures.snapshot(), instances=[instance])
 
 
 class FakeServer:

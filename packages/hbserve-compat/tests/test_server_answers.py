@@ -287,16 +287,6 @@ async def test_probes_answer_and_health_says_what_is_missing(server):
     assert (starting.status_code, starting.headers["retry-after"]) == (503, "1")
 
 
-async def test_metrics_are_text_that_prometheus_reads_also_when_only_the_head_is_asked_for(server):
-    text = (await server.client.get("/metrics")).text
-    assert 'hbserve:kv_blocks{instance_id="h0",role="hybrid"} 9' in text.splitlines()
-    assert "hbserve:requests_total 5" in text.splitlines()
-    names = [line.split()[2] for line in text.splitlines() if line.startswith("# TYPE")]
-    assert len(names) == len(set(names))
-    head = await server.client.head("/metrics")
-    assert (head.status_code, head.text) == (200, "")
-
-
 async def test_long_prompts_are_encoded_beside_the_event_loop(server):
     text = "long " * 5000
     longest = 0.0

@@ -13,7 +13,7 @@ from hbserve_fake_scheduler import FakeServer, chunks_of
 from hbserve.server.request_body import ignored_header
 from hbserve.server.request_fields import NOT_SERVED, ChatBody, CompletionBody
 from hbserve.tokenizer import load_tokenizer
-from hbserve_rpc import LogitsNotFinite
+from hbserve_rpc import LogitsNotFinite, RequestTimeout, Unavailable
 from hbserve_scheduler import RequestFailed
 
 
@@ -171,7 +171,7 @@ async def test_overload_is_a_503_with_a_time_after_which_to_try_again_and_nothin
     server.scheduler.steps = [asyncio.Event()]
     response = await server.complete(prompt=["a", "b", "c"])
     assert error_of(response, 503)["type"] == "overloaded_error"
-    assert response.headers["retry-after"] == "1"
+    assert response.headers["retry-after"] == "8", "the scheduler's 7.2 s"
     assert not server.scheduler.running
     assert server.scheduler.num_abandoned == 2
 
@@ -179,11 +179,20 @@ async def test_overload_is_a_503_with_a_time_after_which_to_try_again_and_nothin
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize(
     ("failure", "status"),
-    [(RequestFailed("attempt 1: p0 was lost"), 500), (LogitsNotFinite("NaN"), 500), (ZeroDivisionError(), 500)],
+    [
+        (RequestFailed("attempt 1: p0 was lost"), 500),
+        (LogitsNotFinite("NaN"), 500),
+        (ZeroDivisionError(), 500),
+        (RequestTimeout("not finished within request_timeout_s=1"), 504),
+        (Unavailable("no instances for 30 s"), 503),
+    ],
 )
 async def test_an_error_before_the_first_token_has_a_status_of_its_own_streamed_or_not(server, failure, status, stream):
     server.scheduler.steps = [failure]
-    error = error_of(await server.chat(stream=stream), status)
+    response = await server.chat(stream=stream)
+    error = error_of(response, status)
+    assert ("retry-after" in response.headers) == (status == 503)
+    assert error["type"] == {500: "server_error", 503: "overloaded_error", 504: "timeout_error"}[status]
     if not isinstance(failure, ZeroDivisionError):
         assert error["message"] == str(failure)
     assert not server.scheduler.running

@@ -166,7 +166,7 @@ async def answer_all(
         InvalidRequest: what only the instances could know. Names the prompt, if there are several.
         LogitsNotFinite: the model gives NaN or infinity for one. Names the prompt, if there are several.
         Overloaded: a scheduler elsewhere has no room.
-        RemoteError: one has failed.
+        RequestTimeout, Unavailable, RemoteError: one has failed.
     """
     under_way = asyncio.Semaphore(MOST_UNDER_WAY)
     requests: list[TextRequest] = []

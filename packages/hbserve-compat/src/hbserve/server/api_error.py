@@ -11,8 +11,7 @@ from starlette.responses import Response
 from starlette.types import Scope
 
 from hbserve.tokenizer import BrokenTokenizer
-from hbserve_rpc import HBServeRpcError, InvalidRequest, Overloaded
-from hbserve_scheduler import NotReady
+from hbserve_rpc import HBServeRpcError, InvalidRequest, Overloaded, RequestTimeout, Unavailable
 
 RETRY_AFTER_S = 1
 """Told to those who are refused for lack of room, unless the refusal has a time of its own."""
@@ -110,8 +109,12 @@ def as_api_error(error: Exception) -> ApiError | None:
         found = re.match(r"\w+", str(error))
         name = found[0] if found else None
         return ApiError(400, str(error), param="prompt" if name == "prompts" else name)
-    if isinstance(error, Overloaded | NotReady):
-        return try_again(str(error), getattr(error, "retry_after_s", None) or RETRY_AFTER_S)
+    if isinstance(error, Overloaded):
+        return try_again(str(error), error.retry_after_s)
+    if isinstance(error, Unavailable):
+        return try_again(str(error), code="not_ready")
+    if isinstance(error, RequestTimeout):
+        return ApiError(504, str(error), code="timeout")
     if isinstance(error, HBServeRpcError):
         return ApiError(500, str(error))
     return None
