@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from hbserve.server.api_error import renamed
 from hbserve.server.chat_messages import plain_messages
 from hbserve.server.chat_tools import chat_tools
 from hbserve.server.message_parts import MessageParts
@@ -40,7 +41,8 @@ async def chat_prompt(
     has_begun = thinking_has_begun(model.encoder.chat_template, model.encoder.tokenizer, prompt)
     if tools.beginning:
         prompt = prompt + await model.encoder.text(tools.beginning, add_special_tokens=False)
-    params = sampling_params(body, model.room_for(prompt))
+    with renamed({} if body.max_completion_tokens is None else {"max_tokens": "max_completion_tokens"}):
+        params = sampling_params(body, model.room_for(prompt))
 
     def make_parts() -> MessageParts:
         if has_begun is None or tools.beginning:
