@@ -56,20 +56,24 @@ class Served:
         return self.found(r"RPC at (\S+)")
 
     def metrics(self) -> dict[str, float]:
-        lines = [line.split() for line in httpx.get(f"{self.url}/metrics").text.splitlines() if line[0] != "#"]
-        return {name: float(value) for name, value in lines}
+        return figures_of(httpx.get(f"{self.url}/metrics").text)
 
     def until_empty(self) -> None:
         """Wait until no request runs and every block is free again."""
+        until(lambda: is_empty(self.metrics()))
 
-        def is_empty() -> bool:
-            found = self.metrics()
-            held = {name.partition("{")[2]: value for name, value in found.items() if "kv_blocks{" in name}
-            free = {name.partition("{")[2]: value for name, value in found.items() if "kv_blocks_free{" in name}
-            busy = sum(value for name, value in found.items() if re.search("_(running|waiting|active)_?", name))
-            return held == free and busy == 0
 
-        until(is_empty)
+def figures_of(metrics: str) -> dict[str, float]:
+    lines = [line.split() for line in metrics.splitlines() if line[0] != "#"]
+    return {name: float(value) for name, value in lines}
+
+
+def is_empty(figures: dict[str, float]) -> bool:
+    """Whether no request runs and every block is free."""
+    held = {name.partition("{")[2]: value for name, value in figures.items() if "kv_blocks{" in name}
+    free = {name.partition("{")[2]: value for name, value in figures.items() if "kv_blocks_free{" in name}
+    busy = sum(value for name, value in figures.items() if re.search("_(running|waiting|active)_?", name))
+    return held == free and busy == 0
 
 
 @contextmanager
