@@ -41,7 +41,7 @@ def expected(small_model):
 
 
 @pytest.mark.parametrize("backend", ["nccl", "mooncake"])
-async def test_a_killed_decode_instance_changes_no_answer(backend, small_model, expected):
+async def test_a_killed_decode_instance_changes_no_answer(backend, small_model, expected, until_empty):
     # Known elsewhere: SGLang #25388.
     if backend == "mooncake":
         pytest.importorskip(
@@ -54,16 +54,28 @@ async def test_a_killed_decode_instance_changes_no_answer(backend, small_model, 
     ]  # fmt: skip
     config = PdDisaggConfig(small_model("qwen3"), kv_transfer_backend=backend, gpu_instances=instances, **SIZES)
     async with DisaggregatedLLM(config) as llm:
-        pid = llm.scheduler.fleet.handles["decode-1"].info.pid
-        streams = [llm.stream(prompt, params) for prompt, params in zip(PROMPTS, PARAMS, strict=True)]
-        under_way = [[await anext(stream), await anext(stream), await anext(stream)] for stream in streams]
-        os.kill(pid, signal.SIGKILL)
+        for _ in range(5):  # on a busy machine an answer may be complete before its instance is killed
+            if await _answered_in_spite_of_a_kill(llm, expected):
+                return
+            await until_empty(llm)  # the instance that was killed is started again
+        pytest.fail("nobody was ever on the one that was killed")
 
-        async def rest(stream):
-            return [delta async for delta in stream]
 
-        ends = await asyncio.gather(*map(rest, streams))
-        deltas = [before + after for before, after in zip(under_way, ends, strict=True)]
-        assert [[token for delta in each for token in delta["token_ids"]] for each in deltas] == expected
-        assert {each[-1]["finish_reason"] for each in deltas} == {"stop"}
-        assert max(each[-1]["timings"]["num_attempts"] for each in deltas) > 1, "nobody was on the one that was killed"
+async def _answered_in_spite_of_a_kill(llm, expected):
+    """Whether an answer was tried again; what the answers must be is checked in any case."""
+    begun = [asyncio.Event() for _ in PROMPTS]
+
+    async def follow(prompt, params, has_begun):
+        deltas = []
+        async for delta in llm.stream(prompt, params):
+            deltas.append(delta)
+            has_begun.set()
+        return deltas
+
+    tasks = [asyncio.create_task(follow(*each)) for each in zip(PROMPTS, PARAMS, begun, strict=True)]
+    await asyncio.gather(*(each.wait() for each in begun))
+    os.kill(llm.scheduler.fleet.handles["decode-1"].info.pid, signal.SIGKILL)
+    deltas = await asyncio.gather(*tasks)
+    assert [[token for delta in each for token in delta["token_ids"]] for each in deltas] == expected
+    assert {each[-1]["finish_reason"] for each in deltas} == {"stop"}
+    return max(each[-1]["timings"]["num_attempts"] for each in deltas) > 1

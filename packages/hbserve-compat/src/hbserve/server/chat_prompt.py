@@ -1,17 +1,19 @@
-"""Prompt of a chat request, and readers of the answers to it: all that the ways to ask for a chat have in common."""
+"""Prompt of a chat, its parameters, and readers of the answers: all that the ways to ask for a chat have in common."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from hbserve.server.api_error import renamed
 from hbserve.server.chat_messages import plain_messages
 from hbserve.server.chat_tools import chat_tools
 from hbserve.server.message_parts import MessageParts
 from hbserve.server.reasoning import END, ReasoningSplit, thinking_has_begun
 from hbserve.server.request_fields import ChatBody
+from hbserve.server.sampling import sampling_params
 from hbserve.server.service import ServedModel, Service
 from hbserve.server.structured_outputs import structured_outputs
 from hbserve.server.tool_calls import format_of
-from hbserve_rpc import StructuredOutputsParams
+from hbserve_rpc import SamplingParams
 
 
 @dataclass(frozen=True)
@@ -19,10 +21,9 @@ class ChatPrompt:
     """What the model is given, and how what it writes is read."""
 
     token_ids: list[int]
+    params: SamplingParams
     make_parts: Callable[[], MessageParts]
     """A new reader, for one answer."""
-    grammar: StructuredOutputsParams | None
-    """What the answer is to follow, as far as tools say it."""
 
 
 async def chat_prompt(
@@ -44,10 +45,12 @@ async def chat_prompt(
     beginning = tools.beginning or (f"\n{END}\n\n" if is_structured and has_begun else "")
     if beginning:
         prompt = prompt + await model.encoder.text(beginning, add_special_tokens=False)
+    with renamed({} if body.max_completion_tokens is None else {"max_tokens": "max_completion_tokens"}):
+        params = sampling_params(body, model.room_for(prompt), tools.grammar)
 
     def make_parts() -> MessageParts:
         if has_begun is None or tools.beginning or is_structured:
             return tools.reader()
         return ReasoningSplit(tools.reader(), has_begun=has_begun, is_shown=body.include_reasoning is not False)
 
-    return ChatPrompt(prompt, make_parts, tools.grammar)
+    return ChatPrompt(prompt, params, make_parts)
