@@ -154,6 +154,18 @@ def scheduler(config: ConfigOption, log_level: LogLevelOption = LogLevel.INFO) -
     _run(serve_config(config), log_level)
 
 
+@app.command()
+def stats(
+    connect: Annotated[str, typer.Option(metavar="HOST:PORT", help="Where its scheduler's RPC is.")],
+    json: Annotated[bool, typer.Option("--json", help="All figures, for programs.")] = False,
+    log_level: LogLevelOption = LogLevel.WARNING,
+) -> None:
+    """Show the figures of a running deployment."""
+    from hbserve.stats import StatsArgs, show_stats
+
+    _run(show_stats(StatsArgs(connect, json)), log_level)
+
+
 bench = typer.Typer(help="Measure this machine.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
 
@@ -283,24 +295,23 @@ class _Signalled(BaseException):
 async def _until_signalled(job: Coroutine[Any, Any, None]) -> None:
     """A signal ends a command in order; another one, while it ends, at once. Commands that serve have handlers of their
     own."""
-    task, loop = asyncio.current_task(), asyncio.get_running_loop()
+    task = asyncio.current_task()
     assert task is not None
-    received: list[int] = []
+    received: list[signal.Signals] = []
 
-    def end(number: int) -> None:
+    def end(number: signal.Signals) -> None:
         if received:  # the event loop will have ended before its processes have, of which asyncio would complain
             logging.getLogger("asyncio").setLevel(logging.ERROR)
         received.append(number)
         task.cancel()
 
-    for number in own_process.ending_signals():
-        loop.add_signal_handler(number, end, number)
-    try:
-        await job
-    except asyncio.CancelledError:
-        if not received:
-            raise
-        raise _Signalled(received[0]) from None
+    with own_process.on_ending_signals(end):
+        try:
+            await job
+        except asyncio.CancelledError:
+            if not received:
+                raise
+            raise _Signalled(received[0]) from None
 
 
 def _is_explained(error: Exception) -> bool:

@@ -222,12 +222,25 @@ async def wait_for_kv(
         receiving.cancel()
     if result.outcome is not Outcome.COMPLETED:
         raise RemoteError(f"KV transfer failed: {result.error}")
-    handover = msgspec.msgpack.decode(result.payload, type=Handover)
+    try:
+        handover = msgspec.msgpack.decode(result.payload, type=Handover)
+    except msgspec.DecodeError as error:
+        raise RemoteError(f"KV transfer failed: what was committed with it is no handover: {error}") from error
+    if problem := _problem(handover, request, vocab_size, is_partial=result.is_partial):
+        raise RemoteError(f"KV transfer failed: {problem}")
+    return handover
+
+
+def _problem(handover: Handover, request: DecodeRequest, vocab_size: int, *, is_partial: bool) -> str:
+    """What the request cannot go on with; "" if it can. All of it is the word of another process."""
     num_tokens = len(request.prompt_token_ids) + len(request.output_token_ids)
     if handover.num_tokens != num_tokens:
-        raise RemoteError(f"KV transfer failed: it holds {handover.num_tokens} tokens, the request has {num_tokens}")
-    if not 0 <= handover.first_token < vocab_size:
-        raise RemoteError(
-            f"KV transfer failed: token {handover.first_token} is outside the vocabulary [0, {vocab_size})"
-        )
-    return handover
+        return f"it holds {handover.num_tokens} tokens, the request has {num_tokens}"
+    if is_partial and handover.finish_reason is None:
+        return "it was committed without all blocks that were granted"
+    named = {handover.first_token}.union(*handover.logprobs)
+    if wrong := [token for token in named if not 0 <= token < vocab_size]:
+        return f"token {wrong[0]} is outside the vocabulary [0, {vocab_size})"
+    if len(handover.logprobs) != (request.params.logprobs is not None):
+        return f"it has log-probabilities of {len(handover.logprobs)} tokens"
+    return ""
