@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import uuid
 from collections import defaultdict
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import pytest
@@ -90,7 +90,7 @@ class FakeInstance:
             server.serve(CONNECT, self._connect)
             server.serve_notification(GRANT, self._grant)
         for method, handler in ((DECODE, self._decode), (PREFILL, self._prefill), (GENERATE, self._generate)):
-            server.serve_stream(method, handler)  # type: ignore[arg-type]
+            server.serve_stream(method, handler)  # type: ignore[arg-type, misc]
         return server
 
     @property
@@ -163,7 +163,7 @@ class FakeInstance:
         of_prompt = [{each: -1.0} for each in request.prompt_token_ids[1:]] if knows_prompt else []
         return TokenEvent(first, tokens, ends, logprobs, of_prompt)  # type: ignore[arg-type]
 
-    async def _tokens(self, request: Any, index: int) -> AsyncIterator[TokenEvent]:
+    async def _tokens(self, request: Any, index: int) -> AsyncGenerator[TokenEvent]:
         while True:
             await self._phase("tokens")
             if "tokens" in self.silent:
