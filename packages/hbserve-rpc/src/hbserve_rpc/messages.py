@@ -98,6 +98,13 @@ class AbortRequest(msgspec.Struct, frozen=True, tag=True):
     """What the request's end will say: "stop" when the client has found a stop string."""
 
 
+class InstanceDied(msgspec.Struct, frozen=True, tag=True):
+    """Known by whoever has started it: nobody need wait for its heartbeats to fail."""
+
+    instance_id: str
+    why: str
+
+
 class Aborted(msgspec.Struct, frozen=True, tag=True):
     found: bool
     """False: no such request, or it had ended."""
@@ -296,6 +303,7 @@ GRANT: Notification[GrantRequest] = Notification("instance.grant", GrantRequest)
 SCHEDULER_INFO: Method[Empty, ServiceInfo] = Method("scheduler.info", Empty, ServiceInfo)
 SCHEDULER_STATS: Method[Empty, SchedulerStats] = Method("scheduler.stats", Empty, SchedulerStats)
 SCHEDULER_ABORT: Method[AbortRequest, Aborted] = Method("scheduler.abort", AbortRequest, Aborted)
+SCHEDULER_INSTANCE_DIED: Notification[InstanceDied] = Notification("scheduler.instance_died", InstanceDied)
 SCHEDULER_GENERATE: StreamMethod[GenerateRequest, ClientEvent] = StreamMethod(
     "scheduler.generate", GenerateRequest, ClientEvent
 )
