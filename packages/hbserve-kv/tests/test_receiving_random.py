@@ -31,8 +31,8 @@ class Wire(Transport):
     """Takes parts when the test says so, and takes the right to write from a sender when the test lets it."""
 
     def __init__(self, one_sided: bool) -> None:
-        self.name = "wire"  # type: ignore[misc]
-        self.one_sided = one_sided  # type: ignore[misc]
+        self.name = "wire"
+        self.one_sided = one_sided
         self.accepting: dict[str, list[asyncio.Future[None]]] = {}
         self.revocable: set[str] = set()
 
@@ -282,7 +282,7 @@ class World:
         for transfer in self.receiver.transfers.values():
             if transfer not in self.ends and not transfer.result.done():
                 self.ends[transfer] = 0
-                transfer.result.add_done_callback(lambda _, ended=transfer: self.ends.update([ended]))  # type: ignore[misc]
+                transfer.result.add_done_callback(lambda _, ended=transfer: self.ends.update([ended]))
 
     def call(self, method, message) -> None:
         self.calls.append(asyncio.create_task(self.handlers.call(method, message)))

@@ -90,7 +90,7 @@ class FakeInstance:
             server.serve(CONNECT, self._connect)
             server.serve_notification(GRANT, self._grant)
         for method, handler in ((DECODE, self._decode), (PREFILL, self._prefill), (GENERATE, self._generate)):
-            server.serve_stream(method, handler)  # type: ignore[arg-type, misc]
+            server.serve_stream(method, handler)  # type: ignore[arg-type]
         return server
 
     @property
