@@ -429,3 +429,14 @@ async def test_an_instance_cannot_be_added_twice(make_scheduler, pair):
     scheduler = await make_scheduler(*pair)
     with pytest.raises(ConfigError, match="instance_id='p0': is in use"):
         await scheduler.add_instance("p0", "prefill", pair[0].address)
+
+
+async def test_an_instance_that_has_ended_is_not_used_although_no_heartbeat_is_due(
+    make_scheduler, four, ask, collect, until
+):
+    scheduler = await make_scheduler(*four, heartbeat_interval_s=3600, heartbeat_timeout_s=3600)
+    gone = next(each for each in four if each.instance_id == "d0")
+    await gone.server.stop()
+    await until(lambda: scheduler.fleet.handles["d0"].status == "unreachable")
+    ends = [(await collect(scheduler.submit(ask(f"r{i}"))))[1] for i in range(3)]
+    assert [(end.decode_instance, end.num_attempts) for end in ends] == [("d1", 1)] * 3

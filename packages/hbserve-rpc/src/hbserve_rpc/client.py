@@ -7,7 +7,7 @@ import math
 import time
 import uuid
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from types import TracebackType
 from typing import Any, Generic, TypeVar
 
@@ -26,13 +26,18 @@ Q = TypeVar("Q", bound=msgspec.Struct)
 R = TypeVar("R")
 
 LOOK_UP_TIMEOUT_S = 2.0
+LOOK_INTERVAL_S, LOOK_TIMEOUT_S = 0.1, 1.0
+"""Of a server whose connection has ended."""
 
 
 class RpcClient:
     """One connection to the server at `address` (`host:port`). Belongs to the event loop that ran `start`.
 
-    The server may come later, or be restarted: the connection is made again by itself. Heartbeats run beside the calls;
-    a server that is silent for `heartbeat_timeout_s` loses every call and stream that waits for it.
+    The server may come later, or be restarted: the connection is made again by itself. Every call and stream that waits
+    for a server is lost when that says goodbye; when its connection has ended and its host says that nobody listens
+    there any more, or another life of it does; or, by heartbeats that run beside the calls, when it is silent for
+    `heartbeat_timeout_s`, as one that is frozen or cut off. A short break of the connection loses nothing. Who asks
+    after a loss waits for a server that comes.
     """
 
     def __init__(self, address: str, *, heartbeat_interval_s: float = 2.0, heartbeat_timeout_s: float = 10.0) -> None:
@@ -51,6 +56,11 @@ class RpcClient:
         self._credits: list[tuple[int, int]] = []
         """For the server, until this turn of the loop ends."""
         self._heart: asyncio.Task[None] | None = None
+        self._is_connected = False
+        self._looking: asyncio.Task[None] | None = None
+        """Whether the server is still there, since the connection has ended."""
+        self.on_lost: Callable[[str], None] = lambda why: None
+        """Called, whether anything waits for the server or not, when it is known to have ended."""
         # The same identity after a reconnect: a short break of the network costs nothing.
         options: dict[int, int | bytes] = {
             zmq.RECONNECT_IVL: 50,
@@ -67,6 +77,7 @@ class RpcClient:
         if self._closed:  # meanwhile
             return
         self._socket.open(lambda socket: socket.connect(f"tcp://{self.address}"), {zmq.IPV6: uses_ipv6})
+        self._socket.watch(self._connection_changed)
         self._hello()
         self._heart = asyncio.create_task(self._heartbeat())
 
@@ -83,11 +94,14 @@ class RpcClient:
         """Fail what is under way with PeerLost, and leave no task or socket behind. May be called twice."""
         self._closed = True
         self._socket.stop_reading()
-        heart, self._heart = self._heart, None
+        tasks = [task for task in (self._heart, self._looking) if task is not None]
+        self._heart = self._looking = None
+        if self._is_connected and self._socket.is_open:
+            self._socket.say_last([wire.encode(wire.Goodbye(id=next(self._ids))), b""])
         try:
-            if heart is not None:
-                heart.cancel()
-                await asyncio.gather(heart, return_exceptions=True)
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
         finally:
             # Also if whoever closes it is cancelled: a context that is collected with an open socket waits for ever.
             self._socket.close()
@@ -188,17 +202,13 @@ class RpcClient:
                     )
                 )
             case wire.Welcome(epoch=epoch):
-                if self._epoch not in (None, epoch):
-                    self._fail_all(PeerLost(f"{self.address} was restarted"))
-                self._epoch, self.name_problem = epoch, ""
+                self._welcomed(epoch)
             case wire.UnknownClient(epoch=epoch, id=last_lost):
-                # Also what a server says that gave us up as silent, for example because this process was frozen.
-                lost = PeerLost(f"{self.address} was restarted, or gave this client up as silent")
-                self._fail_all(lost, last_lost)
-                self._epoch = epoch
-                self._hello()
+                self._forgotten(epoch, last_lost)
             case wire.Pong():
                 pass
+            case wire.Goodbye(epoch=epoch) if epoch == self._epoch:
+                self._lose(f"{self.address} has ended in order, or is being restarted")
             case wire.Items(epoch=epoch, items=items):
                 for id_, number, item in items:
                     if (pending := self._pending(id_, epoch)) and not pending.receive_item(number, item):
@@ -206,6 +216,20 @@ class RpcClient:
             case wire.Reply() | wire.End() | wire.Failed():
                 if pending := self._pending(envelope.id, envelope.epoch):
                     pending.end(envelope, body)
+
+    def _forgotten(self, epoch: str, last_lost: int) -> None:
+        """Also what a server says that gave us up as silent, for example because this process was frozen."""
+        why = f"{self.address} was restarted, or gave this client up as silent"
+        self._fail_all(PeerLost(why), last_lost)
+        if self._epoch not in (None, epoch):
+            self.on_lost(why)
+        self._epoch = epoch
+        self._hello()
+
+    def _welcomed(self, epoch: str) -> None:
+        if self._epoch not in (None, epoch):
+            self._lose(f"{self.address} was restarted")
+        self._epoch, self.name_problem = epoch, ""
 
     def _pending(self, id_: int, epoch: str) -> "RpcStream[Any] | None":
         pending = self._waiting.get(id_) if epoch == self._epoch else None
@@ -227,6 +251,42 @@ class RpcClient:
                     silent = f"was silent for {silent_s:.1f} s during {pending.method}{self.name_problem}"
                     pending.fail(PeerLost(f"{self.address} {silent}"))
                     self.send(wire.Close(pending.id))  # a frozen server reads it when it goes on
+
+    def _connection_changed(self, is_there: bool) -> None:
+        """The connection is made, or has ended."""
+        was_lost = self._looking is not None
+        self._is_connected = is_there
+        if self._looking is not None:
+            self._looking.cancel()
+            self._looking = None
+        if not is_there:
+            self._looking = asyncio.create_task(self._look())
+        elif was_lost:
+            self._hello()  # the answer says whether it is the same life
+
+    async def _look(self) -> None:
+        """Since the connection has ended: find out whether the server has, or only the connection.
+
+        ZeroMQ tries to connect again, but does not say what the host answers.
+        """
+        while True:
+            try:
+                async with asyncio.timeout(LOOK_TIMEOUT_S):
+                    _, writer = await asyncio.open_connection(*parse_address(self.address))
+            except ConnectionRefusedError:
+                self._lose(f"{self.address} has ended or is being restarted: nobody listens there")
+                self._epoch = None
+                self._hello()  # before what is asked from now on, which waits for the next life
+                return
+            except (OSError, TimeoutError) as error:  # its network, perhaps for a moment: heartbeats decide
+                logger.debug("%s cannot be looked at: %s", self.address, error)
+            else:
+                writer.close()
+            await asyncio.sleep(LOOK_INTERVAL_S)
+
+    def _lose(self, why: str) -> None:
+        self._fail_all(PeerLost(why))
+        self.on_lost(why)
 
     def _fail_all(self, error: HBServeRpcError, last_id: float = math.inf) -> None:
         for pending in list(self._waiting.values()):

@@ -123,8 +123,13 @@ class RpcServer:
         self.port = int(socket.getsockopt_string(zmq.LAST_ENDPOINT).rpartition(":")[2])
 
     async def stop(self) -> None:
-        """End every call, notification and stream, and leave no task or socket behind. May be called twice."""
+        """End every call, notification and stream, and leave no task or socket behind. May be called twice.
+
+        Clients hear so at once.
+        """
         self._socket.stop_reading()
+        for identity in self._clients:
+            self._socket.say_last([identity, wire.encode(wire.Goodbye(epoch=self.epoch)), b""])
         running = [work.task for client in self._clients.values() for work in client.work.values()]
         running += [self._dropping] if self._dropping is not None else []
         self._dropping = None
@@ -194,6 +199,8 @@ class RpcServer:
                 self._begin(identity, client, id_, self._run_stream(identity, envelope, body, credit), credit)
             case wire.Credits(counts=counts):
                 client.give_credit(counts)
+            case wire.Goodbye():
+                self._forget(identity)
             case wire.Close(id=id_):
                 if work := client.work.get(id_):
                     work.task.cancel()
@@ -272,11 +279,14 @@ class RpcServer:
             for identity, client in list(self._clients.items()):
                 client.last_heard_s = min(now_s, client.last_heard_s + own_pause_s)
                 if now_s - client.last_heard_s > client.heartbeat_timeout_s:
-                    if client.work:  # one that left in order has none
+                    if client.work:
                         logger.info("a client was silent for %.1f s; its work ends", now_s - client.last_heard_s)
-                    for work in client.work.values():
-                        work.task.cancel()
-                    del self._clients[identity]
+                    self._forget(identity)
+
+    def _forget(self, identity: bytes) -> None:
+        """A client is gone: nobody wants what is under way for it."""
+        for work in self._clients.pop(identity).work.values():
+            work.task.cancel()
 
 
 def _reraise_if_stopped(error: BaseException) -> None:

@@ -14,6 +14,8 @@
                                  ◀──────       End(id), or Failed(id, code, message)
       Ping                       ──────▶
                                  ◀──────       Pong
+      Goodbye                    ──────▶       it ends in order: what it asked is not wanted any more
+                                 ◀──────       Goodbye: it ends in order, and what was asked of it is lost
 Each envelope from the server has its epoch. A server that gets anything but a Hello from a client it does not know
 answers UnknownClient with the id of that message: it was restarted, and what the client asked up to that id is lost.
 What was asked later, after the Hello that an UnknownClient causes, is not.
@@ -27,7 +29,7 @@ import msgspec
 
 from hbserve_rpc.errors import HBServeRpcError, InvalidRequest, LogitsNotFinite, Overloaded, RemoteError
 
-PROTOCOL_VERSION = 5
+PROTOCOL_VERSION = 6
 CREDIT = 64
 """Items that may be on their way in one stream."""
 
@@ -67,6 +69,15 @@ class Close(msgspec.Struct, frozen=True, tag=True):
 class Ping(msgspec.Struct, frozen=True, tag=True):
     id: int = 0
     """Drawn from the same count as those of calls, notifications and streams."""
+
+
+class Goodbye(msgspec.Struct, frozen=True, tag=True):
+    """Of either side. Who dies says none; its connection ends then, see `RpcClient`."""
+
+    epoch: str = ""
+    """The server's."""
+    id: int = 0
+    """The client's, as of a Ping."""
 
 
 class Welcome(msgspec.Struct, frozen=True, tag=True):
@@ -112,8 +123,8 @@ class Failed(msgspec.Struct, frozen=True, tag=True):
     message: str
 
 
-FromClient = Hello | Call | Notify | Open | Credits | Close | Ping
-FromServer = Welcome | Refused | UnknownClient | Pong | Reply | Items | End | Failed
+FromClient = Hello | Call | Notify | Open | Credits | Close | Ping | Goodbye
+FromServer = Welcome | Refused | UnknownClient | Pong | Reply | Items | End | Failed | Goodbye
 
 encode = msgspec.msgpack.Encoder().encode
 decode_from_client: Any = msgspec.msgpack.Decoder(FromClient).decode

@@ -60,11 +60,14 @@ class InstanceHandle:
         self.client = self._make_client()
 
     def _make_client(self) -> RpcClient:
-        return RpcClient(
+        client = RpcClient(
             self.address,
             heartbeat_interval_s=self._config.heartbeat_interval_s,
             heartbeat_timeout_s=self._config.heartbeat_timeout_s,
         )
+        # Whether anything waits for it or not: nobody else is to be sent there.
+        client.on_lost = lambda why: self.lost(why) if client is self.client else None
+        return client
 
     async def start(self) -> None:
         self._outage = Outage(time.monotonic())
