@@ -39,7 +39,7 @@ def patient(connect):
     async def start(address: str) -> tuple[Any, list[str]]:
         client = await connect(address, heartbeat_interval_s=NEVER_S, heartbeat_timeout_s=NEVER_S)
         losses: list[str] = []
-        client.on_lost = losses.append
+        client.on_lost = lambda lost: losses.append(f"{type(lost).__name__}: {lost}")
         return client, losses
 
     return start
@@ -63,7 +63,7 @@ async def test_a_server_that_ends_in_order_says_so_and_who_asks_later_waits_for_
             await call
         while len(losses) < 2:
             await asyncio.sleep(0.005)
-        assert "has ended in order" in losses[0]
+        assert losses[0] == f"PeerLost: {serving.server.address} has ended in order, or is being restarted"
         assert "nobody listens there" in losses[1]
         later = asyncio.create_task(client.call(rpc.CALL, rpc.Ask(8), timeout_s=60))
         again = Serving(rpc, serving.server.port)
@@ -93,7 +93,7 @@ async def test_a_server_that_was_killed_is_lost_although_nobody_says_so_and_noth
     async with asyncio.timeout(30):
         while not losses:
             await asyncio.sleep(0.005)
-    assert losses == [f"127.0.0.1:{port} has ended or is being restarted: nobody listens there"]
+    assert losses == [f"PeerDied: 127.0.0.1:{port} has ended or is being restarted: nobody listens there"]
 
 
 class Cable:
@@ -169,5 +169,5 @@ async def test_another_life_behind_the_same_address_is_noticed_when_it_is_reache
         cable.cut()
         with pytest.raises(PeerLost, match="was restarted"):
             await call
-        assert losses == [f"{cable.address} was restarted"]
+        assert losses == [f"PeerDied: {cable.address} was restarted"]
         await client.close()

@@ -16,7 +16,7 @@ import zmq
 
 from hbserve_rpc import wire
 from hbserve_rpc.address import look_up, parse_address
-from hbserve_rpc.errors import HBServeRpcError, PeerLost, ProtocolMismatch, RpcTimeout
+from hbserve_rpc.errors import HBServeRpcError, PeerDied, PeerLost, ProtocolMismatch, RpcTimeout
 from hbserve_rpc.message_socket import MessageSocket
 from hbserve_rpc.methods import Method, Notification, StreamMethod
 
@@ -59,7 +59,7 @@ class RpcClient:
         self._is_connected = False
         self._looking: asyncio.Task[None] | None = None
         """Whether the server is still there, since the connection has ended."""
-        self.on_lost: Callable[[str], None] = lambda why: None
+        self.on_lost: Callable[[PeerLost], None] = lambda why: None
         """Called, whether anything waits for the server or not, when it is known to have ended."""
         # The same identity after a reconnect: a short break of the network costs nothing.
         options: dict[int, int | bytes] = {
@@ -90,8 +90,9 @@ class RpcClient:
             self.name_problem = f"; the name {self._host!r} does not resolve: {error or 'no name server answers'}"
             return True
 
-    async def close(self, why: str = "this client was closed") -> None:
-        """Fail what is under way with PeerLost, and leave no task or socket behind. May be called twice."""
+    async def close(self, why: str = "this client was closed", *, error: type[PeerLost] = PeerLost) -> None:
+        """Fail what is under way with PeerLost, or with PeerDied as `error`, and leave no task or socket behind. May be
+        called twice."""
         self._closed = True
         self._socket.stop_reading()
         tasks = [task for task in (self._heart, self._looking) if task is not None]
@@ -105,7 +106,7 @@ class RpcClient:
         finally:
             # Also if whoever closes it is cancelled: a context that is collected with an open socket waits for ever.
             self._socket.close()
-            self._fail_all(PeerLost(f"{self.address}: {why}"))
+            self._fail_all(error(f"{self.address}: {why}"))
 
     async def __aenter__(self) -> "RpcClient":
         await self.start()
@@ -208,7 +209,7 @@ class RpcClient:
             case wire.Pong():
                 pass
             case wire.Goodbye(epoch=epoch) if epoch == self._epoch:
-                self._lose(f"{self.address} has ended in order, or is being restarted")
+                self._lose(PeerLost(f"{self.address} has ended in order, or is being restarted"))
             case wire.Items(epoch=epoch, items=items):
                 for id_, number, item in items:
                     if (pending := self._pending(id_, epoch)) and not pending.receive_item(number, item):
@@ -219,16 +220,18 @@ class RpcClient:
 
     def _forgotten(self, epoch: str, last_lost: int) -> None:
         """Also what a server says that gave us up as silent, for example because this process was frozen."""
-        why = f"{self.address} was restarted, or gave this client up as silent"
-        self._fail_all(PeerLost(why), last_lost)
-        if self._epoch not in (None, epoch):
-            self.on_lost(why)
+        is_another = self._epoch not in (None, epoch)
+        kind = PeerDied if is_another else PeerLost
+        lost = kind(f"{self.address} was restarted, or gave this client up as silent")
+        self._fail_all(lost, last_lost)
+        if is_another:
+            self.on_lost(lost)
         self._epoch = epoch
         self._hello()
 
     def _welcomed(self, epoch: str) -> None:
         if self._epoch not in (None, epoch):
-            self._lose(f"{self.address} was restarted")
+            self._lose(PeerDied(f"{self.address} was restarted"))
         self._epoch, self.name_problem = epoch, ""
 
     def _pending(self, id_: int, epoch: str) -> "RpcStream[Any] | None":
@@ -274,7 +277,7 @@ class RpcClient:
                 async with asyncio.timeout(LOOK_TIMEOUT_S):
                     _, writer = await asyncio.open_connection(*parse_address(self.address))
             except ConnectionRefusedError:
-                self._lose(f"{self.address} has ended or is being restarted: nobody listens there")
+                self._lose(PeerDied(f"{self.address} has ended or is being restarted: nobody listens there"))
                 self._epoch = None
                 self._hello()  # before what is asked from now on, which waits for the next life
                 return
@@ -284,9 +287,9 @@ class RpcClient:
                 writer.close()
             await asyncio.sleep(LOOK_INTERVAL_S)
 
-    def _lose(self, why: str) -> None:
-        self._fail_all(PeerLost(why))
-        self.on_lost(why)
+    def _lose(self, lost: PeerLost) -> None:
+        self._fail_all(lost)
+        self.on_lost(lost)
 
     def _fail_all(self, error: HBServeRpcError, last_id: float = math.inf) -> None:
         for pending in list(self._waiting.values()):

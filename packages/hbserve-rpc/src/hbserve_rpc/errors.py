@@ -5,11 +5,13 @@ HBServeRpcError
 ├── LogitsNotFinite (FloatingPointError) the model gives NaN or infinity for this request, on any instance
 ├── Overloaded                           refused for lack of room; later it may pass
 ├── RpcTimeout (TimeoutError)            no answer before the call's deadline
-├── PeerLost (ConnectionError)           the peer's heartbeats stopped, or it restarted during the call
+├── PeerLost (ConnectionError)           the peer's heartbeats stopped, or it ended in order during the call
+│   └── PeerDied                         its process has ended, and not in order
 ├── InvalidAddress (ValueError)          a host or address that cannot be; has what is expected instead
 ├── AddressInUse (OSError)               the address to serve on belongs to another process
 ├── ProtocolMismatch                     the peer speaks another protocol version
 └── RemoteError                          the peer's handler failed; its message is kept
+    └── EngineFailed                     the engine can compute nothing any more, for any request
 """
 
 from typing import ClassVar
@@ -42,6 +44,10 @@ class PeerLost(HBServeRpcError, ConnectionError):
     code = "peer_lost"
 
 
+class PeerDied(PeerLost):
+    pass
+
+
 class InvalidAddress(HBServeRpcError, ValueError):
     code = "invalid_address"
 
@@ -56,3 +62,7 @@ class ProtocolMismatch(HBServeRpcError):
 
 class RemoteError(HBServeRpcError):
     code = "internal"
+
+
+class EngineFailed(RemoteError):
+    code = "engine_failed"

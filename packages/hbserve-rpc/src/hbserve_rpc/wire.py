@@ -27,7 +27,7 @@ from typing import Any
 
 import msgspec
 
-from hbserve_rpc.errors import HBServeRpcError, InvalidRequest, LogitsNotFinite, Overloaded, RemoteError
+from hbserve_rpc.errors import EngineFailed, HBServeRpcError, InvalidRequest, LogitsNotFinite, Overloaded, RemoteError
 
 PROTOCOL_VERSION = 6
 CREDIT = 64
@@ -130,7 +130,7 @@ encode = msgspec.msgpack.Encoder().encode
 decode_from_client: Any = msgspec.msgpack.Decoder(FromClient).decode
 decode_from_server: Any = msgspec.msgpack.Decoder(FromServer).decode
 
-_CROSS_UNCHANGED = {error.code: error for error in (InvalidRequest, LogitsNotFinite, Overloaded)}
+_CROSS_UNCHANGED = {error.code: error for error in (EngineFailed, InvalidRequest, LogitsNotFinite, Overloaded)}
 
 
 def describe_error(error: BaseException) -> tuple[str, str]:

@@ -6,7 +6,7 @@ import uuid
 from collections.abc import Coroutine, Iterator
 from typing import Any
 
-from hbserve_rpc import HBServeRpcError, InvalidRequest, PeerLost, RemoteError, RpcStream
+from hbserve_rpc import EngineFailed, HBServeRpcError, InvalidRequest, PeerDied, PeerLost, RemoteError, RpcStream
 from hbserve_rpc.messages import (
     DECODE,
     GENERATE,
@@ -35,6 +35,8 @@ class Attempt:
         self._entry = entry
         self._placement = placement
         self._transfer_id = uuid.uuid4().hex
+        self._lives: list[tuple[InstanceHandle, str]] = []
+        """Instances that compute for it, in the life that they have."""
         self._request_id = f"{entry.request.request_id}.{self._transfer_id[:8]}"
         self._decode_epoch = ""
         self._is_granted = False
@@ -46,6 +48,16 @@ class Attempt:
 
     async def run(self) -> None:
         """Raises HBServeRpcError if it fails; what was delivered until then stays delivered."""
+        entry, place = self._entry, self._placement
+        self._lives = [(handle, handle.epoch) for handle in (place.prefill, place.decode) if handle is not None]
+        try:
+            await self._run()
+        except HBServeRpcError:
+            entry.was_on += self._lives
+            entry.num_tried = len(entry.output)
+            raise
+
+    async def _run(self) -> None:
         entry, place = self._entry, self._placement
         entry.prefill_instance = entry.decode_instance = place.decode.instance_id
         if place.prefill is None:
@@ -178,6 +190,7 @@ class Attempt:
                         self._decided.set()
             if not self._first_token.is_set():
                 raise RemoteError("ended the stream before the first token")
+        self._lives = [life for life in self._lives if life[0] is not instance]  # it has nothing of it any more
         self._placement.prefilled()
 
     async def _decode(self, instance: InstanceHandle, events: RpcStream[Granted | TokenEvent]) -> None:
@@ -211,6 +224,9 @@ class Attempt:
         except HBServeRpcError as error:
             self._entry.failed_on.add(instance.instance_id)
             self._doubt_link()
+            if isinstance(error, EngineFailed | PeerDied):
+                for epoch in [epoch for handle, epoch in self._lives if handle is instance]:
+                    instance.note_death(epoch)
             if isinstance(error, PeerLost):
                 instance.lost(str(error))
             raise type(error)(f"{instance.instance_id}: {error}") from error

@@ -23,6 +23,9 @@ from hbserve_scheduler.retries import Retries
 logger = logging.getLogger(__name__)
 
 TICK_S = 0.5
+MOST_DEATHS = 2
+"""Of instances that a request was on: one may have been killed, two tell of the request. See `Retries` for those that
+were there by chance."""
 RECENT_REQUESTS = 1024
 """As many latencies are kept for `stats`."""
 
@@ -269,6 +272,10 @@ class CpuScheduler:
                     raise
                 problems.append(f"attempt {entry.num_attempts}: {error}")
                 logger.warning("request %s: %s", entry.request.request_id, problems[-1])
+                if len(entry.deaths) >= MOST_DEATHS:
+                    died = " and ".join(entry.deaths)
+                    why = f"it was on {died} as they died, and is tried on no other: it may be what they died of"
+                    raise RequestFailed("; ".join([*problems, why])) from error
                 if entry.num_attempts >= self.config.max_attempts:
                     raise RequestFailed("; ".join(problems)) from error
             finally:
