@@ -530,3 +530,19 @@ async def test_few_of_those_that_were_on_a_dead_instance_are_tried_at_a_time(mak
             task.result().end()
         task.cancel()
     await asyncio.gather(*waiting.values(), return_exceptions=True)
+
+
+IMPOSSIBLE = {
+    "more than were asked for": TokenEvent(0, [5] * 5),
+    "before the first": TokenEvent(-1, [5]),
+    "no token": TokenEvent(0, [-1]),
+    "later ones": TokenEvent(2, [5]),
+}
+
+
+@pytest.mark.parametrize("case", IMPOSSIBLE)
+def test_tokens_that_a_request_cannot_have_are_an_error_of_the_instance(ask, case):
+    entry = ScheduledRequest(ask(max_tokens=4))
+    with pytest.raises(RemoteError, match=r"cannot have|are missing"):
+        entry.deliver(IMPOSSIBLE[case])
+    assert entry.output == []

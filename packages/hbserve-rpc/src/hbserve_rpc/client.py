@@ -17,7 +17,7 @@ import zmq
 from hbserve_rpc import wire
 from hbserve_rpc.address import look_up, parse_address
 from hbserve_rpc.errors import HBServeRpcError, PeerDied, PeerLost, ProtocolMismatch, RpcTimeout
-from hbserve_rpc.message_socket import MessageSocket
+from hbserve_rpc.message_socket import Complaints, MessageSocket
 from hbserve_rpc.methods import Method, Notification, StreamMethod
 
 logger = logging.getLogger(__name__)
@@ -44,6 +44,7 @@ class RpcClient:
         """Raises InvalidAddress, a ValueError."""
         self._host, _ = parse_address(address)
         self.address = address
+        self._complaints = Complaints(logger)
         self.dropped_frames = 0
         """Messages that were undecodable, of an earlier life of the server, or for a call that has ended."""
         self._interval_s = heartbeat_interval_s
@@ -66,6 +67,7 @@ class RpcClient:
             zmq.RECONNECT_IVL: 50,
             zmq.RECONNECT_IVL_MAX: 500,
             zmq.IDENTITY: uuid.uuid4().bytes,
+            zmq.MAXMSGSIZE: wire.MOST_FRAME_BYTES,
         }
         self._socket = MessageSocket(zmq.DEALER, options, self._receive)
         self.name_problem = ""  # until somebody answers, who then has the name
@@ -141,7 +143,7 @@ class RpcClient:
             PeerLost: this client is not started, or is closed.
         """
         self._require_open()
-        self.send(wire.Notify(next(self._ids), method.name), wire.encode(request))
+        self.send(wire.Notify(next(self._ids), method.name), wire.encode_body(request, method.name))
 
     def stream(self, method: StreamMethod[Q, R], request: Q, *, timeout_s: float | None = None) -> "RpcStream[R]":
         """Items as they come. Raises, while iterating, what `call` raises; `timeout_s` bounds the wait for each item.
@@ -158,7 +160,7 @@ class RpcClient:
 
     def _begin(self, pending: "RpcStream[Any]", envelope: wire.Call | wire.Open, request: msgspec.Struct) -> None:
         self._require_open()
-        body = wire.encode(request)
+        body = wire.encode_body(request, envelope.method)
         self._waiting[pending.id] = pending
         self.send(envelope, body)
 
@@ -177,7 +179,7 @@ class RpcClient:
             self.send(wire.Credits(next(self._ids), counts))
 
     def _hello(self) -> None:
-        self.send(wire.Hello(wire.PROTOCOL_VERSION, self._timeout_s))
+        self.send(wire.Hello(wire.PROTOCOL_VERSION, min(self._timeout_s, wire.LONGEST_SILENCE_S)))
 
     def forget(self, id_: int) -> bool:
         """Wait no longer for this id. Returns whether the server might still be working on it."""
@@ -189,7 +191,7 @@ class RpcClient:
             envelope = wire.decode_from_server(head)
         except (ValueError, msgspec.DecodeError):
             self.dropped_frames += 1
-            logger.warning("dropped a message from %s that is not of this protocol", self.address)
+            self._complaints.add("dropped a message from %s that is not of this protocol", self.address)
             return
         self._last_heard_s = time.monotonic()
         self._handle(envelope, body)

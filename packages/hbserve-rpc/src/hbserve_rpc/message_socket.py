@@ -4,6 +4,9 @@ pyzmq's own `zmq.asyncio` makes futures for both, and a turn of the loop for eac
 """
 
 import asyncio
+import logging
+import math
+import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -15,6 +18,8 @@ MESSAGES_PER_TURN = 64
 """Others of the event loop have their turn after so many."""
 COPIED_BYTES = 64 << 10
 """Longer bodies are handed to ZeroMQ as they are."""
+COMPLAINT_PAUSE_S = 10.0
+"""What anybody can send makes no more than a line in so long."""
 LAST_WORDS_MS = 50
 """How long the end of a socket waits at most for what was sent last to leave, over connections that are there."""
 
@@ -28,6 +33,7 @@ class MessageSocket:
     def __init__(
         self, kind: int, options: Mapping[int, int | bytes], on_message: Callable[[list[bytes]], None]
     ) -> None:
+        """Nothing bounds a frame that comes, unless `options` do, by MAXMSGSIZE."""
         self._kind = kind
         # Whoever sends may not wait, not beyond a deadline and not for a peer that is frozen: see `send`.
         self._options = {zmq.LINGER: 0, zmq.SNDHWM: 0, **options}
@@ -130,3 +136,21 @@ def _end(context: "zmq.Context[zmq.Socket[bytes]]", sockets: "Sequence[zmq.Socke
     for socket in sockets:
         socket.close()
     context.term()
+
+
+class Complaints:
+    """Lines in a log of what may happen as often as somebody likes: the first at once, then few, with their number."""
+
+    def __init__(self, logger: logging.Logger) -> None:
+        self._logger = logger
+        self._said_s = -math.inf
+        self._num_unsaid = 0
+
+    def add(self, text: str, *arguments: object) -> None:
+        now_s = time.monotonic()
+        if now_s - self._said_s < COMPLAINT_PAUSE_S:
+            self._num_unsaid += 1
+            return
+        more = f" ({self._num_unsaid} more such lines since the last one)" if self._num_unsaid else ""
+        self._said_s, self._num_unsaid = now_s, 0
+        self._logger.warning(text + more, *arguments)

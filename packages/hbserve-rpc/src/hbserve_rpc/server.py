@@ -16,10 +16,13 @@ import zmq
 from hbserve_rpc import wire
 from hbserve_rpc.address import check_host, format_address, look_up
 from hbserve_rpc.errors import AddressInUse, HBServeRpcError, InvalidRequest
-from hbserve_rpc.message_socket import MessageSocket
+from hbserve_rpc.message_socket import Complaints, MessageSocket
 from hbserve_rpc.methods import Method, Notification, StreamMethod
 
 logger = logging.getLogger(__name__)
+
+MOST_CLIENTS = 1 << 14
+"""That a server knows at a time; a client that goes without a word is known until it has been silent."""
 
 Q = TypeVar("Q", bound=msgspec.Struct)
 R = TypeVar("R")
@@ -69,6 +72,7 @@ class RpcServer:
         self.host = host
         self.port = port
         self.epoch = epoch or uuid.uuid4().hex
+        self._complaints = Complaints(logger)
         self.dropped_frames = 0
         """Messages that were undecodable, or from a client that is not known."""
         self.failed_notifications = 0
@@ -80,7 +84,8 @@ class RpcServer:
         self._clients: dict[bytes, _Client] = {}
         self._dropping: asyncio.Task[None] | None = None
         # What is queued for a client is bounded by the streams' credit.
-        self._socket = MessageSocket(zmq.ROUTER, {zmq.ROUTER_HANDOVER: 1}, self._receive)
+        options: dict[int, int | bytes] = {zmq.ROUTER_HANDOVER: 1, zmq.MAXMSGSIZE: wire.MOST_FRAME_BYTES}
+        self._socket = MessageSocket(zmq.ROUTER, options, self._receive)
 
     def serve(self, method: Method[Q, R], handler: Callable[[Q], Awaitable[R]]) -> None:
         """Answer `method` with what `handler` returns; its exception reaches the caller."""
@@ -173,7 +178,7 @@ class RpcServer:
             envelope = wire.decode_from_client(head)
         except (ValueError, msgspec.DecodeError):
             self.dropped_frames += 1
-            logger.warning("dropped a message of %d frames that is not of this protocol", len(frames))
+            self._complaints.add("dropped a message of %d frames that is not of this protocol", len(frames))
             return
         self._handle(identity, envelope, body)
 
@@ -209,6 +214,10 @@ class RpcServer:
         if hello.version != wire.PROTOCOL_VERSION:
             self._send(identity, wire.Refused(wire.PROTOCOL_VERSION, self.epoch))
             return
+        if identity not in self._clients and len(self._clients) >= MOST_CLIENTS:
+            self.dropped_frames += 1
+            self._complaints.add("refused a client: there are %d already", MOST_CLIENTS)
+            return
         if identity not in self._clients:
             self._clients[identity] = _Client(hello.heartbeat_timeout_s, time.monotonic())
         self._send(identity, wire.Welcome(wire.PROTOCOL_VERSION, self.epoch))
@@ -232,7 +241,7 @@ class RpcServer:
     async def _run_call(self, identity: bytes, call: wire.Call, body: bytes) -> None:
         try:
             handler, request = self._decode(self._handlers, call.method, body)
-            reply = wire.encode(await handler(request))
+            reply = wire.encode_body(await handler(request), f"the reply to {call.method}")
         except (Exception, asyncio.CancelledError) as error:  # the top of a handler: what it raised is the caller's
             self._fail(identity, call.id, call.method, error)
         else:
@@ -246,7 +255,10 @@ class RpcServer:
             _reraise_if_stopped(error)
             self.failed_notifications += 1
             refused = isinstance(error, HBServeRpcError)
-            logger.error("notification %s failed: %s", notify.method, error, exc_info=None if refused else error)
+            if refused:  # what any client can cause
+                self._complaints.add("notification %s failed: %s", notify.method, error)
+            else:
+                logger.error("notification %s failed", notify.method, exc_info=error)
 
     async def _run_stream(self, identity: bytes, open_: wire.Open, body: bytes, credit: asyncio.Semaphore) -> None:
         try:
@@ -255,7 +267,7 @@ class RpcServer:
                 number = 0
                 async for item in items:
                     await credit.acquire()
-                    self._add_item(identity, open_.id, number, wire.encode(item))
+                    self._add_item(identity, open_.id, number, wire.encode_body(item, f"an item of {open_.method}"))
                     number += 1
         except (Exception, asyncio.CancelledError) as error:  # as above
             self._fail(identity, open_.id, open_.method, error)

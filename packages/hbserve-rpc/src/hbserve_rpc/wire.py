@@ -23,7 +23,7 @@ What was asked later, after the Hello that an UnknownClient causes, is not.
 The handlers of one client's calls, notifications and streams begin in the order in which it sent them.
 """
 
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 
@@ -32,11 +32,16 @@ from hbserve_rpc.errors import EngineFailed, HBServeRpcError, InvalidRequest, Lo
 PROTOCOL_VERSION = 6
 CREDIT = 64
 """Items that may be on their way in one stream."""
+MOST_FRAME_BYTES = 64 << 20
+"""Who sends a longer one is disconnected before it is read. The log-probabilities of a prompt of 100,000 tokens are 30
+MB; keys and values go another way."""
+LONGEST_SILENCE_S = 3600.0
+"""That a client may ask to be allowed: what it has asked is kept for so long when it is gone."""
 
 
 class Hello(msgspec.Struct, frozen=True, tag=True):
     version: int
-    heartbeat_timeout_s: float
+    heartbeat_timeout_s: Annotated[float, msgspec.Meta(gt=0, le=LONGEST_SILENCE_S)]
     """The client's streams end when nothing came from it for so long."""
 
 
@@ -58,7 +63,7 @@ class Open(msgspec.Struct, frozen=True, tag=True):
 class Credits(msgspec.Struct, frozen=True, tag=True):
     id: int
     """As of a Ping."""
-    counts: list[tuple[int, int]]
+    counts: Annotated[list[tuple[int, int]], msgspec.Meta(max_length=1 << 16)]
     """(stream, items more)"""
 
 
@@ -138,6 +143,14 @@ def describe_error(error: BaseException) -> tuple[str, str]:
     if isinstance(error, HBServeRpcError):
         return error.code, _sendable(str(error))
     return RemoteError.code, _sendable(f"{type(error).__name__}: {error}")
+
+
+def encode_body(body: Any, what: str) -> bytes:
+    """Raises InvalidRequest: it is longer than what may be sent."""
+    encoded = encode(body)
+    if len(encoded) > MOST_FRAME_BYTES:
+        raise InvalidRequest(f"{what}: {len(encoded)} bytes; at most {MOST_FRAME_BYTES} can be sent")
+    return encoded
 
 
 def own_pause(before_s: float, now_s: float, slept_s: float) -> float:

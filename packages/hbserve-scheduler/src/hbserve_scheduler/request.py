@@ -78,6 +78,12 @@ class ScheduledRequest:
         if known < 0:
             raise RemoteError(f"tokens {len(self.output)} to {event.index - 1} are missing")
         tokens = event.token_ids[known:]
+        if (
+            event.index < 0
+            or len(self.output) + len(tokens) > self.request.params.max_tokens
+            or min(tokens, default=0) < 0
+        ):
+            raise RemoteError(f"{len(tokens)} tokens from {event.index} on, which the request cannot have")
         self._note_times(len(tokens))
         if tokens or event.finish_reason:
             self.finish_reason = event.finish_reason
