@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.warm
+
 FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
 
 

@@ -23,9 +23,24 @@ from hbserve_rpc.messages import (
 )
 from hbserve_scheduler.admission import admitted
 from hbserve_scheduler.config import ServerSection
+from hbserve_scheduler.figures import Figures
 
 MAX_MODEL_LEN = 512
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{{ suffix }}"
+
+
+TOOL_TEMPLATE = (
+    "{# tools: <tool_call>, and <think> </think> #}{{ tools | map(attribute='function.name') | join if tools }}"
+    "{{ reasoning_effort }}{% for m in messages %}<{{ m.role }}>{{ m.reasoning }}[{{ m.content }}]"
+    "{% for c in m.tool_calls %}{{ c.function.name }}({{ c.function.arguments.a }}){% endfor %}{% endfor %}"
+    "{{ enable_thinking }}"
+)
+"""Of a model that thinks and knows tools; a prompt shows all that it was made of."""
+THOUGHT_TEXT_AND_CALL = [
+    "<thi", "nk>\nhm", ", f", "</think>\n\nSo", " be it.", '\n<tool_call>{"name": "f", "arguments": {"a"',
+    ": 1}}</tool_call>",
+]  # fmt: skip
+"""Steps of an answer of such a model."""
 
 
 class FakeEvents:
@@ -51,6 +66,7 @@ class FakeEvents:
             if left <= len(step):
                 reason = "length"
             of_prompt = self._prompt_logprobs() if given == 0 else []
+            self._scheduler.num_given += len(step[:left])
             yield TokenEvent(given, step[:left], logprobs=self._logprobs(step[:left]), prompt_logprobs=of_prompt)
             given += len(step[:left])
             if reason == "length":
@@ -103,14 +119,18 @@ class FakeScheduler:
         self.steps: list[list[int] | Exception | asyncio.Event] = []
         self.running: dict[str, FakeEvents] = {}
         self.num_abandoned = 0
+        self.num_given = 0
+        """Tokens of all answers."""
         self.asked: list[tuple[list[int], SamplingParams]] = []
         self.most_running = 1000
         self.role = "hybrid"
+        self.figures = Figures()
+        """Of which nothing here writes: it is for tests."""
 
     def submit(self, request: GenerateRequest) -> FakeEvents:
         request = self.check(request)
         if len(self.running) >= self.most_running:
-            raise Overloaded("so many requests are waiting")
+            raise Overloaded("so many requests are waiting", 7.2)
         self.asked.append((request.prompt_token_ids, request.params))
         events = self.running[request.request_id] = FakeEvents(self, request)
         return events
@@ -134,7 +154,7 @@ class FakeScheduler:
 
     def stats(self) -> SchedulerStats:
         instance = InstanceStats("h0", self.role, "ready", num_blocks=9)  # type: ignore[arg-type]
-        return SchedulerStats(total_requests=5, instances=[instance])
+        return SchedulerStats(**self.figures.snapshot(), instances=[instance])
 
 
 class FakeServer:
@@ -159,6 +179,11 @@ class FakeServer:
     async def chat(self, **body: Any) -> httpx.Response:
         return await self.post("/v1/chat/completions", **{"messages": [{"role": "user", "content": "hi"}]} | body)
 
+    @property
+    def prompt(self) -> str:
+        """The last one that was asked."""
+        return str(self.tokenizer.decode(self.scheduler.asked[-1][0]))
+
     async def complete(self, **body: Any) -> httpx.Response:
         return await self.post("/v1/completions", **{"prompt": "hi"} | body)
 
@@ -170,3 +195,14 @@ def chunks_of(response: httpx.Response) -> list[Any]:
     assert (done, rest) == ("data: [DONE]", "")
     assert all(event.startswith("data: ") for event in events)
     return [json.loads(event.removeprefix("data: ")) for event in events]
+
+
+def named_events_of(response: httpx.Response) -> list[Any]:
+    """The JSON of each event of a stream whose events have their type's name, and which ends with its last event."""
+    assert response.headers["content-type"] == "text/event-stream; charset=utf-8"
+    *events, rest = response.text.split("\n\n")
+    assert rest == ""
+    pairs = [event.split("\n") for event in events]
+    found = [json.loads(data.removeprefix("data: ")) for _, data in pairs]
+    assert [name for name, _ in pairs] == [f"event: {each['type']}" for each in found]
+    return found

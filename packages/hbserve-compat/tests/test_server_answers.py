@@ -121,6 +121,26 @@ async def test_a_stop_string_over_several_tokens_ends_the_text_and_the_request(s
     assert (choice["message"]["content"], choice["finish_reason"]) == ("Hell", "stop")
 
 
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+async def test_choices_say_which_stop_string_or_token_ended_them_and_the_text_may_include_it(server, path):
+    last = server.scheduler.steps[-1][-1]
+    question = {"prompt": "hi", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 100}
+    for changes, text, reason in [
+        ({"stop": ["x", "o w"]}, "Hell", "o w"),
+        ({"stop": ["x", "o w"], "include_stop_str_in_output": True}, "Hello w", "o w"),
+        ({"stop": ["x"], "stop_token_ids": [1, last]}, "Hello wörld", last),
+        ({"stop": ["x"], "stop_token_ids": [1], "include_stop_str_in_output": True}, "Hello wörld", None),
+        ({"max_tokens": 3, "stop_token_ids": [server.scheduler.steps[0][-1]]}, "Hel", None),
+    ]:
+        choice = (await server.post(path, **question | changes)).json()["choices"][0]
+        assert (choice["message"]["content"] if "chat" in path else choice["text"]) == text
+        assert choice["stop_reason"] == reason
+        chunks = chunks_of(await server.post(path, **question | changes, stream=True))
+        assert text_of(chunks) == text
+        told = [each for chunk in chunks for each in chunk["choices"] if "stop_reason" in each]
+        assert [(each["finish_reason"], each["stop_reason"]) for each in told] == [(choice["finish_reason"], reason)]
+
+
 async def test_token_ids_are_returned_when_they_are_asked_for(server):
     tokens = [token for step in server.scheduler.steps for token in step]
     whole = (await server.complete(prompt=[5, 6], return_token_ids=True)).json()["choices"][0]
@@ -236,6 +256,7 @@ async def test_models_have_cards_by_each_of_their_names(small_model):
     assert (await server.client.get("/v1/models/a/b")).json() == listed[0]
     assert (await server.chat(model="c")).json()["model"] == "c"
     assert (await server.chat()).json()["model"] == "a/b"
+    assert (await server.post("/tokenize", model=listed[0]["root"], prompt="a")).status_code == 200
 
 
 async def test_texts_and_messages_become_tokens_and_tokens_text(server):
@@ -264,16 +285,6 @@ async def test_probes_answer_and_health_says_what_is_missing(server):
     assert (await server.client.get("/ping")).status_code == 200
     starting = await server.chat()
     assert (starting.status_code, starting.headers["retry-after"]) == (503, "1")
-
-
-async def test_metrics_are_text_that_prometheus_reads_also_when_only_the_head_is_asked_for(server):
-    text = (await server.client.get("/metrics")).text
-    assert 'hbserve:kv_blocks{instance_id="h0",role="hybrid"} 9' in text.splitlines()
-    assert "hbserve:requests_total 5" in text.splitlines()
-    names = [line.split()[2] for line in text.splitlines() if line.startswith("# TYPE")]
-    assert len(names) == len(set(names))
-    head = await server.client.head("/metrics")
-    assert (head.status_code, head.text) == (200, "")
 
 
 async def test_long_prompts_are_encoded_beside_the_event_loop(server):

@@ -126,7 +126,13 @@ class LLM:
     def _add(self, call: _Call, token_ids: list[int], params: SamplingParams, place: int = 0) -> None:
         number = next(self._numbers)
         # As nano-vllm does, the text keeps special tokens.
-        text = Detokenizer(self._tokenizer, params.stop, skip_special_tokens=False, min_tokens=params.min_tokens)
+        text = Detokenizer(
+            self._tokenizer,
+            params.stop,
+            skip_special_tokens=False,
+            min_tokens=params.min_tokens,
+            include_stop_str_in_output=params.include_stop_str_in_output,
+        )
         logprobs, prompt_logprobs = params.logprobs, params.prompt_logprobs
         request = _Request(
             number, text, place, None if logprobs is None else [], None if prompt_logprobs is None else [None]
@@ -146,8 +152,8 @@ class LLM:
         step that only decoded. It is about those that `add_request` has queued.
 
         Raises:
-            LogitsNotFinite, RequestFailed: a request failed, and has ended. It is raised once for each, when those that
-                finished in the same step have been returned: nothing of them is lost.
+            LogitsNotFinite, RequestFailed, Unavailable, RequestTimeout: a request failed, and has ended. It is raised
+                once for each, when those that finished in the same step have been returned: nothing of them is lost.
         """
         with self._stepping:
             finished, count = self._step(self._added)
@@ -209,7 +215,8 @@ class LLM:
             InvalidRequest: (a ValueError) a prompt or parameter can never run, or a wrong number of parameters; names
                 the prompt. None of the prompts is computed then.
             LogitsNotFinite: the model gives NaN or infinity for a prompt, which it names if there are several.
-            RequestFailed: every attempt at a prompt failed. In both cases the other prompts of this call are ended.
+            RequestFailed, Unavailable, RequestTimeout: every attempt at a prompt failed, it had no instance, or it took
+                too long. In all these cases the other prompts of this call are ended.
             RuntimeError: the LLM has ended, or is of another process.
         """
         plain = read_prompts(prompts)

@@ -34,6 +34,8 @@ class GenerationResult(Timings):
     text: str
     token_ids: list[int]
     finish_reason: FinishReason
+    stop_reason: str | int | None
+    """The stop string, or the one of `stop_token_ids`, that ended it; None if something else did."""
     logprobs: list[TokenLogprobs] | None
     """Of each of `token_ids`, a dict of token ids and their log-probabilities: the most likely ones, in order, and the
     one that is there, which may be the last. None unless `SamplingParams.logprobs` asks for them."""
@@ -49,6 +51,8 @@ class GenerationDelta(TypedDict):
     token_ids: list[int]
     finish_reason: FinishReason | None
     """Set in the last one only."""
+    stop_reason: str | int | None
+    """As in GenerationResult, in the last one."""
     logprobs: list[TokenLogprobs] | None
     """As in GenerationResult, of the new `token_ids`."""
     prompt_logprobs: list[TokenLogprobs | None] | None

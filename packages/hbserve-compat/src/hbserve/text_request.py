@@ -51,8 +51,13 @@ class TextRequest:
         """Raises InvalidRequest or Overloaded if a scheduler in this process refuses."""
         self.request_id = request_id or uuid.uuid4().hex
         self.detokenizer = Detokenizer(
-            tokenizer, params.stop, skip_special_tokens=skip_special_tokens, min_tokens=params.min_tokens
+            tokenizer,
+            params.stop,
+            skip_special_tokens=skip_special_tokens,
+            min_tokens=params.min_tokens,
+            include_stop_str_in_output=params.include_stop_str_in_output,
         )
+        self._stop_token_ids = frozenset(params.stop_token_ids)
         self._logprobs: list[TokenLogprobs] | None = None if params.logprobs is None else []
         """Up to the last one that was given out, as the tokens."""
         self._prompt_logprobs: list[TokenLogprobs | None] | None = None
@@ -73,6 +78,7 @@ class TextRequest:
                         token_ids=[],
                         timings=timings_of(event),
                         finish_reason="stop" if text.stopped else event.finish_reason,
+                        stop_reason=self._stop_reason(event),
                         logprobs=self._new_logprobs([]),
                         prompt_logprobs=None,
                     )
@@ -87,12 +93,20 @@ class TextRequest:
                         text=new_text,
                         token_ids=new_ids,
                         finish_reason=None,
+                        stop_reason=None,
                         logprobs=self._new_logprobs(event.logprobs[: len(new_ids)]),
                         prompt_logprobs=self._of_prompt(event),
                         timings=None,
                     )
         finally:
             await self._events.aclose()
+
+    def _stop_reason(self, end: RequestFinished) -> str | int | None:
+        """The stop string or token id of the request's own that ended it."""
+        text = self.detokenizer
+        if text.stopped or end.finish_reason != "stop":
+            return text.stop_string
+        return next((token_id for token_id in text.token_ids[-1:] if token_id in self._stop_token_ids), None)
 
     def _new_logprobs(self, new: list[TokenLogprobs]) -> list[TokenLogprobs] | None:
         if self._logprobs is None:
@@ -117,6 +131,7 @@ class TextRequest:
                     text=self.detokenizer.text,
                     token_ids=self.detokenizer.token_ids,
                     finish_reason=delta["finish_reason"],
+                    stop_reason=delta["stop_reason"],
                     logprobs=self._logprobs,
                     prompt_logprobs=self._prompt_logprobs,
                 )
@@ -151,7 +166,7 @@ async def answer_all(
         InvalidRequest: what only the instances could know. Names the prompt, if there are several.
         LogitsNotFinite: the model gives NaN or infinity for one. Names the prompt, if there are several.
         Overloaded: a scheduler elsewhere has no room.
-        RemoteError: one has failed.
+        RequestTimeout, Unavailable, RemoteError: one has failed.
     """
     under_way = asyncio.Semaphore(MOST_UNDER_WAY)
     requests: list[TextRequest] = []

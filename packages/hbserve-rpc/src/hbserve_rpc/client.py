@@ -67,7 +67,6 @@ class RpcClient:
             zmq.RECONNECT_IVL: 50,
             zmq.RECONNECT_IVL_MAX: 500,
             zmq.IDENTITY: uuid.uuid4().bytes,
-            zmq.MAXMSGSIZE: wire.MOST_FRAME_BYTES,
         }
         self._socket = MessageSocket(zmq.DEALER, options, self._receive)
         self.name_problem = ""  # until somebody answers, who then has the name
@@ -126,7 +125,7 @@ class RpcClient:
             RpcTimeout: no answer within `timeout_s`. The server is told to stop working on it.
             PeerLost: the server's heartbeats stopped, or it was restarted meanwhile.
             ProtocolMismatch: the server speaks another version.
-            InvalidRequest, Overloaded, RemoteError: what the handler raised.
+            InvalidRequest, Overloaded, RequestTimeout, Unavailable, RemoteError: what the handler raised.
         """
         pending: RpcStream[R] = RpcStream(self, next(self._ids), method.name, method.reply, timeout_s)
         async with pending:

@@ -3,7 +3,7 @@
 HBServeRpcError
 ├── InvalidRequest (ValueError)          the request is wrong; sending it again cannot help
 ├── LogitsNotFinite (FloatingPointError) the model gives NaN or infinity for this request, on any instance
-├── Overloaded                           refused for lack of room; later it may pass
+├── Overloaded                           refused for lack of room; after `retry_after_s` it may pass
 ├── RpcTimeout (TimeoutError)            no answer before the call's deadline
 ├── PeerLost (ConnectionError)           the peer's heartbeats stopped, or it ended in order during the call
 │   └── PeerDied                         its process has ended, and not in order
@@ -11,7 +11,9 @@ HBServeRpcError
 ├── AddressInUse (OSError)               the address to serve on belongs to another process
 ├── ProtocolMismatch                     the peer speaks another protocol version
 └── RemoteError                          the peer's handler failed; its message is kept
-    └── EngineFailed                     the engine can compute nothing any more, for any request
+    ├── EngineFailed                     the engine can compute nothing any more, for any request
+    ├── RequestTimeout (TimeoutError)    a request has not ended before the deadline that the deployment sets
+    └── Unavailable                      nobody is there who could serve it; later somebody may be
 """
 
 from typing import ClassVar
@@ -34,6 +36,11 @@ class LogitsNotFinite(HBServeRpcError, FloatingPointError):
 
 class Overloaded(HBServeRpcError):
     code = "overloaded"
+
+    def __init__(self, message: str, retry_after_s: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+        """It is of no use to try again sooner."""
 
 
 class RpcTimeout(HBServeRpcError, TimeoutError):
@@ -66,3 +73,11 @@ class RemoteError(HBServeRpcError):
 
 class EngineFailed(RemoteError):
     code = "engine_failed"
+
+
+class RequestTimeout(RemoteError, TimeoutError):
+    code = "request_timeout"
+
+
+class Unavailable(RemoteError):
+    code = "unavailable"

@@ -14,6 +14,8 @@ from typing import Any
 import zmq
 from zmq.utils.monitor import parse_monitor_message
 
+from hbserve_rpc import wire
+
 MESSAGES_PER_TURN = 64
 """Others of the event loop have their turn after so many."""
 COPIED_BYTES = 64 << 10
@@ -33,10 +35,9 @@ class MessageSocket:
     def __init__(
         self, kind: int, options: Mapping[int, int | bytes], on_message: Callable[[list[bytes]], None]
     ) -> None:
-        """Nothing bounds a frame that comes, unless `options` do, by MAXMSGSIZE."""
         self._kind = kind
         # Whoever sends may not wait, not beyond a deadline and not for a peer that is frozen: see `send`.
-        self._options = {zmq.LINGER: 0, zmq.SNDHWM: 0, **options}
+        self._options = {zmq.LINGER: 0, zmq.SNDHWM: 0, zmq.MAXMSGSIZE: wire.MOST_FRAME_BYTES, **options}
         self._on_message = on_message
         self._socket: zmq.Socket[bytes]
         self._monitor: zmq.Socket[bytes] | None = None
@@ -106,10 +107,21 @@ class MessageSocket:
         if self._end is not None:
             self._end()
 
-    def send(self, frames: Sequence[bytes]) -> None:
-        """Queue a message, without bound and without waiting. A ROUTER drops what is for nobody that it knows."""
-        self._socket.send_multipart(frames, zmq.NOBLOCK, copy=len(frames[-1]) < COPIED_BYTES)
-        self._look_again()
+    def send(self, frames: Sequence[bytes]) -> int:
+        """Queue a message without waiting. Returns 0, or why it was not queued.
+
+        EAGAIN: the queue to its receiver is full, which it never is without SNDHWM. EHOSTUNREACH: its receiver is not
+        connected, which only a ROUTER with ROUTER_MANDATORY says; others drop it.
+        """
+        try:
+            self._socket.send_multipart(frames, zmq.NOBLOCK, copy=len(frames[-1]) < COPIED_BYTES)
+        except zmq.ZMQError as error:
+            if error.errno not in (zmq.EAGAIN, zmq.EHOSTUNREACH):
+                raise
+            return error.errno
+        finally:
+            self._look_again()
+        return 0
 
     def _look_again(self) -> None:
         """The descriptor tells of a message once, and any call, not only one that reads, takes that away."""

@@ -3,18 +3,16 @@
 import asyncio
 import contextlib
 import logging
-import math
 import time
-from collections import deque
-from collections.abc import Collection
 
-from hbserve_rpc import HBServeRpcError, InvalidRequest, LogitsNotFinite, Overloaded
-from hbserve_rpc.messages import FinishReason, GenerateRequest, LatencySummary, Role, SchedulerStats, ServiceInfo
+from hbserve_rpc import HBServeRpcError, InvalidRequest, LogitsNotFinite, Overloaded, RequestTimeout, Unavailable
+from hbserve_rpc.messages import FinishReason, GenerateRequest, Role, SchedulerStats, ServiceInfo
 from hbserve_rpc.plain_values import plain_id
 from hbserve_scheduler.admission import Room, WaitingRequests, admitted
 from hbserve_scheduler.attempt import Attempt
 from hbserve_scheduler.config import SchedulerConfig
 from hbserve_scheduler.errors import RequestFailed
+from hbserve_scheduler.figures import Figures
 from hbserve_scheduler.fleet import Fleet
 from hbserve_scheduler.placement import Placement
 from hbserve_scheduler.request import EventStream, ScheduledRequest
@@ -26,8 +24,8 @@ TICK_S = 0.5
 MOST_DEATHS = 2
 """Of instances that a request was on: one may have been killed, two tell of the request. See `Retries` for those that
 were there by chance."""
-RECENT_REQUESTS = 1024
-"""As many latencies are kept for `stats`."""
+SOONEST_RETRY_S, LATEST_RETRY_S = 1.0, 60.0
+"""Bounds of what is said to those for whom the queue has no room."""
 
 
 class CpuScheduler:
@@ -50,8 +48,7 @@ class CpuScheduler:
         self._scheduling: asyncio.Task[None] | None = None
         self._missing_since_s: float | None = None
         self._stopped = False
-        self._totals = {"total": 0, "completed": 0, "failed": 0, "aborted": 0, "rejected": 0, "retries": 0}
-        self._handoffs: deque[float] = deque(maxlen=RECENT_REQUESTS)
+        self.figures = Figures()
 
     # ---- instances -----------------------------------------------------------------------------------------------
 
@@ -100,8 +97,8 @@ class CpuScheduler:
 
         Raises, at once:
             InvalidRequest: it can never run; says why.
-            Overloaded: the queue is full.
-            RequestFailed: the scheduler has been stopped.
+            Overloaded: the queue is full; has the time after which it may have room.
+            Unavailable: the scheduler has been stopped.
         """
         self._require_running()
         try:
@@ -109,10 +106,10 @@ class CpuScheduler:
             request = self.check(request)
             self._require_new(request.request_id)
         except HBServeRpcError:
-            self._totals["rejected"] += 1
+            self.figures.num_rejected += 1
             raise
-        self._totals["total"] += 1
-        entry = ScheduledRequest(request)
+        self.figures.num_submitted += 1
+        entry = ScheduledRequest(request, self.figures)
         self.waiting_requests.append(entry)
         self._changed.set()
         return EventStream(entry, self._abandon)
@@ -123,7 +120,7 @@ class CpuScheduler:
 
     def _require_running(self) -> None:
         if self._stopped:
-            raise RequestFailed("the scheduler has been stopped")
+            raise Unavailable("the scheduler has been stopped")
 
     def _require_new(self, request_id: str) -> None:
         if self.waiting_requests.find(request_id) is not None or request_id in self.running_requests:
@@ -131,13 +128,19 @@ class CpuScheduler:
 
     def _require_place(self) -> None:
         if len(self.waiting_requests) >= self.config.max_queue_size:
-            raise Overloaded(f"{len(self.waiting_requests)} requests are waiting, which is scheduler.max_queue_size")
+            problem = f"{len(self.waiting_requests)} requests are waiting, which is scheduler.max_queue_size"
+            raise Overloaded(problem, self._half_a_queue_s())
+
+    def _half_a_queue_s(self) -> float:
+        """About when half of a full queue will have begun: who came now would wait as long as the first one has."""
+        first_s = time.monotonic() - self.waiting_requests[0].submitted_s
+        return min(max(first_s / 2, SOONEST_RETRY_S), LATEST_RETRY_S)
 
     async def wait_for_room(self) -> None:
         """Wait until less than half of the queue is taken: for those who have many requests, and leave room to others.
 
         Raises:
-            RequestFailed: the scheduler has been stopped.
+            Unavailable: the scheduler has been stopped.
         """
         full = max(1, self.config.max_queue_size // 2)
         await self._room.wait_until(lambda: self._stopped or len(self.waiting_requests) < full)
@@ -163,9 +166,6 @@ class CpuScheduler:
         """End a request before its instances do."""
         if entry.ended:
             return
-        self._totals["aborted" if reason == "abort" else "completed"] += 1
-        if entry.handoff_s is not None:
-            self._handoffs.append(entry.handoff_s)
         entry.finish(reason)
         if entry in self.waiting_requests:
             self.waiting_requests.remove(entry)
@@ -189,7 +189,6 @@ class CpuScheduler:
         if placement is None:
             raise Overloaded("start_request: there is no room; ask has_room() first")
         self.waiting_requests.remove(entry)
-        entry.started_s = time.monotonic()
         self.running_requests[entry.request.request_id] = entry
         entry.task = asyncio.create_task(self._follow(entry, placement))
         # A task that is cancelled before its first step runs none of its `finally` blocks.
@@ -225,7 +224,7 @@ class CpuScheduler:
         while self.waiting_requests and now_s - self.waiting_requests[0].submitted_s > timeout_s:  # the oldest is first
             entry = self.waiting_requests[0]
             self.waiting_requests.remove(entry)
-            self._fail(entry, RequestFailed(f"not started within request_timeout_s={timeout_s}"))
+            self._fail(entry, RequestTimeout(f"not started within request_timeout_s={timeout_s}"))
 
     def _fail_hopeless(self) -> None:
         """Fail what waits when no instance that it needs has been there for too long."""
@@ -237,7 +236,7 @@ class CpuScheduler:
         elif now_s - self._missing_since_s > self.config.instance_wait_s:
             for entry in list(self.waiting_requests):
                 self.waiting_requests.remove(entry)
-                self._fail(entry, RequestFailed(self.fleet.why_nobody()))
+                self._fail(entry, Unavailable(self.fleet.why_nobody()))
 
     async def _follow(self, entry: ScheduledRequest, placement: Placement) -> None:
         timeout_s = self.config.request_timeout_s
@@ -248,7 +247,7 @@ class CpuScheduler:
         except HBServeRpcError as error:
             self._fail(entry, error)
         except TimeoutError:
-            self._fail(entry, RequestFailed(f"not finished within request_timeout_s={timeout_s}"))
+            self._fail(entry, RequestTimeout(f"not finished within request_timeout_s={timeout_s}"))
         except Exception as error:  # a mistake of this package: the client must hear of it all the same
             logger.exception("request %s failed", entry.request.request_id)
             self._fail(entry, RequestFailed(f"internal error: {error!r}"))
@@ -261,7 +260,6 @@ class CpuScheduler:
     async def _attempts(self, entry: ScheduledRequest, placement: Placement) -> None:
         problems: list[str] = []
         while True:
-            entry.num_attempts += 1
             try:
                 await Attempt(entry, placement).run()
                 return
@@ -270,43 +268,36 @@ class CpuScheduler:
                     return
                 if isinstance(error, InvalidRequest | LogitsNotFinite):  # another instance would say the same
                     raise
-                problems.append(f"attempt {entry.num_attempts}: {error}")
+                problems.append(f"attempt {len(entry.attempts)}: {error}")
                 logger.warning("request %s: %s", entry.request.request_id, problems[-1])
+                self.figures.failed_attempts[type(error).__name__] += 1
                 if len(entry.deaths) >= MOST_DEATHS:
                     died = " and ".join(entry.deaths)
                     why = f"it was on {died} as they died, and is tried on no other: it may be what they died of"
                     raise RequestFailed("; ".join([*problems, why])) from error
-                if entry.num_attempts >= self.config.max_attempts:
+                if len(entry.attempts) >= self.config.max_attempts:
                     raise RequestFailed("; ".join(problems)) from error
             finally:
                 placement.end()
-            self._totals["retries"] += 1
+            self.figures.num_retries += 1
             next_placement = await self.retries.wait_for_place(entry, self.config.instance_wait_s)
             if next_placement is None:
-                raise RequestFailed("; ".join([*problems, self.fleet.why_nobody()]))
+                raise Unavailable("; ".join([*problems, self.fleet.why_nobody()]))
             placement = next_placement
 
     def _fail(self, entry: ScheduledRequest, error: Exception) -> None:
         if not entry.ended:
-            self._totals["failed"] += 1
             entry.fail(error)
 
     # ---- figures -------------------------------------------------------------------------------------------------
 
     def stats(self) -> SchedulerStats:
-        totals = self._totals
-        ended = totals["completed"] + totals["failed"]
+        for entry in self.running_requests.values():
+            entry.count()
         return SchedulerStats(
-            total_requests=totals["total"],
-            completed_requests=totals["completed"],
-            failed_requests=totals["failed"],
-            aborted_requests=totals["aborted"],
-            rejected_requests=totals["rejected"],
-            retries=totals["retries"],
+            **self.figures.snapshot(),
             waiting_requests=len(self.waiting_requests),
             running_requests=len(self.running_requests),
-            success_rate=totals["completed"] / ended if ended else 1.0,
-            handoff=_summary(self._handoffs),
             instances=[handle.stats for handle in self.fleet.handles.values()],
         )
 
@@ -319,12 +310,3 @@ class CpuScheduler:
         lengths = [info.max_model_len for info in infos if info.max_model_len]
         ready = bool(self.fleet.handles) and all(handle.status == "ready" for handle in self.fleet.handles.values())
         return ServiceInfo(ready, self.model_path, min(lengths, default=0), infos)
-
-
-def _summary(latencies: Collection[float]) -> LatencySummary:
-    """Percentiles are latencies that occurred: the smallest that as large a part of all does not exceed."""
-    if not latencies:
-        return LatencySummary()
-    ordered = sorted(latencies)
-    p50_s, p99_s = (ordered[math.ceil(part * len(ordered)) - 1] for part in (0.5, 0.99))
-    return LatencySummary(len(ordered), p50_s, p99_s)

@@ -2,12 +2,17 @@
 
 import asyncio
 import time
+from array import array
+from collections import deque
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
+from operator import sub
 
 from hbserve_rpc import RemoteError
 from hbserve_rpc.messages import ClientEvent, FinishReason, GenerateRequest, RequestFinished, TokenEvent
+from hbserve_scheduler.figures import Figures
 from hbserve_scheduler.instances import InstanceHandle
+from hbserve_scheduler.records import AttemptRecord, RequestRecord
 
 
 @dataclass(eq=False)
@@ -15,10 +20,13 @@ class ScheduledRequest:
     """A request from `submit` to its end. Times are of `time.monotonic`."""
 
     request: GenerateRequest
+    figures: Figures = field(default_factory=Figures)
+    """Of all requests."""
     submitted_s: float = field(default_factory=time.monotonic)
-    started_s: float | None = None
-    first_token_s: float | None = None
-    second_token_s: float | None = None
+    arrivals: "array[float]" = field(default_factory=lambda: array("d"))
+    """When messages with new tokens came."""
+    num_first: int = 0
+    """Tokens of the first of them."""
     output: list[int] = field(default_factory=list)
     """Tokens that were delivered, over all attempts."""
     finish_reason: FinishReason | None = None
@@ -35,14 +43,16 @@ class ScheduledRequest:
     """Called once, at the next token."""
     computed_on: str = ""
     """The prefill instance whose prefix cache has the prompt, because an attempt failed after it was computed."""
-    events: asyncio.Queue[ClientEvent | Exception] = field(default_factory=asyncio.Queue)
+    events: deque[ClientEvent | Exception] = field(default_factory=deque)
+    """That the client has not taken; of tokens there is one, in which all wait."""
+    has_event: asyncio.Event = field(default_factory=asyncio.Event)
     task: asyncio.Task[None] | None = None
-    num_attempts: int = 0
+    attempts: list[AttemptRecord] = field(default_factory=list)
     num_cached_tokens: int = 0
     kv_bytes: int = 0
     kv_transfer_time_s: float = 0.0
-    prefill_instance: str = ""
-    decode_instance: str = ""
+    _num_counted: int = 0
+    _output_counted: int = 0
 
     def __post_init__(self) -> None:
         self.output += self.request.output_token_ids
@@ -84,61 +94,93 @@ class ScheduledRequest:
             or min(tokens, default=0) < 0
         ):
             raise RemoteError(f"{len(tokens)} tokens from {event.index} on, which the request cannot have")
-        self._note_times(len(tokens))
         if tokens or event.finish_reason:
+            if tokens:
+                if not self.arrivals:
+                    self.num_first = len(tokens)
+                self.arrivals.append(time.monotonic())
             self.finish_reason = event.finish_reason
             first = len(self.output)
             of_prompt = event.prompt_logprobs if first == 0 else []
-            self.events.put_nowait(TokenEvent(first, tokens, event.finish_reason, event.logprobs[known:], of_prompt))
+            self._add_tokens(TokenEvent(first, tokens, event.finish_reason, event.logprobs[known:], of_prompt))
             self.output += tokens
             if self.on_progress is not None:
                 on_progress, self.on_progress = self.on_progress, None
                 on_progress()
 
-    def _note_times(self, num_new: int) -> None:
-        num_delivered = len(self.output) - len(self.request.output_token_ids)
-        if num_delivered < 2 and num_new:
-            now_s = time.monotonic()
-            if num_delivered == 0:
-                self.first_token_s = now_s
-            if num_delivered + num_new >= 2:
-                self.second_token_s = now_s
+    def _add_tokens(self, new: TokenEvent) -> None:
+        if not self.events:
+            self._add(new)
+            return
+        waiting = self.events.pop()  # nothing else comes before the last token
+        assert isinstance(waiting, TokenEvent)
+        waiting.token_ids.extend(new.token_ids)
+        waiting.logprobs.extend(new.logprobs)
+        self._add(
+            TokenEvent(waiting.index, waiting.token_ids, new.finish_reason, waiting.logprobs, waiting.prompt_logprobs)
+        )
+
+    def _add(self, event: ClientEvent | Exception) -> None:
+        self.events.append(event)
+        self.has_event.set()
+
+    def count(self) -> None:
+        """Add what was delivered since the last time to the figures: not token by token, which would be felt."""
+        if not self.arrivals:
+            return
+        if self._num_counted == 0:
+            self.figures.prompt_tokens += self.num_prompt_tokens
+        since = self.arrivals[max(0, self._num_counted - 1) :]
+        self.figures.between_tokens.observe_all(map(sub, since[1:], since))
+        self._num_counted = len(self.arrivals)
+        num_output = len(self.output) - len(self.request.output_token_ids)
+        self.figures.output_tokens += num_output - self._output_counted
+        self._output_counted = num_output
 
     @property
-    def handoff_s(self) -> float | None:
-        """From the first token that was delivered to the second; None: there is no second."""
-        if self.first_token_s is None or self.second_token_s is None:
-            return None
-        return self.second_token_s - self.first_token_s
+    def first_token_s(self) -> float | None:
+        return self.arrivals[0] if self.arrivals else None
+
+    @property
+    def second_token_s(self) -> float | None:
+        if self.num_first > 1:
+            return self.arrivals[0]
+        return self.arrivals[1] if len(self.arrivals) > 1 else None
+
+    def since_submit_s(self) -> float:
+        return time.monotonic() - self.submitted_s
+
+    def record(self, error: str = "") -> RequestRecord:
+        """What is kept of it. To be asked for when it has ended."""
+        self.count()
+        e2e_s = self.since_submit_s()
+        return RequestRecord(
+            self.request.request_id,
+            time.time() - e2e_s,
+            self.num_prompt_tokens,
+            len(self.output),
+            self.num_cached_tokens,
+            self.kv_bytes,
+            self.kv_transfer_time_s,
+            self.attempts,
+            e2e_s,
+            self.finish_reason if not error else None,
+            None if self.first_token_s is None else self.first_token_s - self.submitted_s,
+            None if self.second_token_s is None else self.second_token_s - self.submitted_s,
+            error,
+        )
 
     def fail(self, error: Exception) -> None:
         self.ended = True
-        self.events.put_nowait(error)
+        self.figures.add(self.record(str(error)))
+        self._add(error)
 
     def finish(self, reason: FinishReason) -> None:
         self.ended = True
-        now_s = time.monotonic()
-        first_s = self.first_token_s or now_s
-        num_output = len(self.output)
         self.finish_reason = reason
-        self.events.put_nowait(
-            RequestFinished(
-                reason,
-                self.num_prompt_tokens,
-                num_output,
-                queue_time_s=(self.started_s or now_s) - self.submitted_s,
-                ttft_s=first_s - self.submitted_s,
-                tpot_s=(now_s - first_s) / (num_output - 1) if num_output > 1 else 0.0,
-                e2e_s=now_s - self.submitted_s,
-                handoff_s=self.handoff_s or 0.0,
-                kv_bytes=self.kv_bytes,
-                kv_transfer_time_s=self.kv_transfer_time_s,
-                num_cached_tokens=self.num_cached_tokens,
-                num_attempts=self.num_attempts,
-                prefill_instance=self.prefill_instance,
-                decode_instance=self.decode_instance,
-            )
-        )
+        record = self.record()
+        self.figures.add(record)
+        self._add(record.finished(reason))
 
 
 class EventStream(AsyncIterator[ClientEvent]):
@@ -152,7 +194,11 @@ class EventStream(AsyncIterator[ClientEvent]):
     async def __anext__(self) -> ClientEvent:
         if self._ended:
             raise StopAsyncIteration
-        event = await self._entry.events.get()
+        entry = self._entry
+        while not entry.events:
+            entry.has_event.clear()
+            await entry.has_event.wait()
+        event = entry.events.popleft()
         if isinstance(event, Exception):
             self._ended = True
             raise event

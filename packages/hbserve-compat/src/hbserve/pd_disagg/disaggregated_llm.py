@@ -210,7 +210,10 @@ class DisaggregatedLLM:
             InvalidRequest: (a ValueError) one of the prompts or parameters can never run, or a wrong number of
                 parameters. Names the prompt. None of this call's prompts is computed then.
             LogitsNotFinite: (a FloatingPointError) the model gives NaN or infinity for one of them. Names the prompt.
-            RequestFailed: every attempt at one of them failed. In both cases the others of this call are aborted.
+            RequestFailed: every attempt at one of them failed.
+            Unavailable: there was no instance for one of them in `instance_wait_s`.
+            RequestTimeout: one of them took longer than `request_timeout_s`. In all these cases the others of this call
+                are aborted.
             RuntimeError: it is not running, or in another event loop.
         """
         scheduler = self._require_own_loop()

@@ -12,6 +12,8 @@ from hbserve.server.service import ServedModel
 from hbserve.text_request import TextRequest
 from hbserve_rpc import SamplingParams
 
+MOST_NEWS = 256
+"""That wait for a client which does not read. Further tokens wait in the scheduler, together."""
 News = list[tuple[int, GenerationDelta]]
 """Number of the answer, and what is new of it."""
 
@@ -39,6 +41,7 @@ class Answers:
         ]
         self._news: News = []
         self._changed = asyncio.Event()
+        self._taken = asyncio.Event()
         self._error: Exception | None = None
         self._requests: list[TextRequest] = []
         self._pumps: list[asyncio.Task[None]] = []
@@ -72,9 +75,12 @@ class Answers:
                     raise try_again("the server is ending", code="not_ready")
                 if self._only_prompt:
                     delta["text"], delta["token_ids"], delta["logprobs"] = "", [], None
-                    delta["finish_reason"] = delta["finish_reason"] and "length"
+                    delta["finish_reason"], delta["stop_reason"] = delta["finish_reason"] and "length", None
                 self._news.append((number, delta))
                 self._changed.set()
+                while len(self._news) >= MOST_NEWS:
+                    self._taken.clear()
+                    await self._taken.wait()
         except Exception as error:  # of the engines; whoever waits for news is to have it
             self._error = self._error or error
         finally:
@@ -100,4 +106,5 @@ class Answers:
         if self._error is not None and not self._news:
             raise self._error
         found, self._news = self._news, []
+        self._taken.set()
         return found
