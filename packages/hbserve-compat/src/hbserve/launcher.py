@@ -185,6 +185,8 @@ class InstanceProcess:
         try:
             return str(json.loads(line)["address"])
         except (ValueError, KeyError):
+            self._process.kill()
+            await self._process.wait()
             raise InstanceFailed(f"{self.instance_id} began with {line!r} instead of its address") from None
 
     async def stop(self) -> None:
