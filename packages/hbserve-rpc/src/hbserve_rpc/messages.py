@@ -10,7 +10,7 @@ Schema rules (peers may be of different versions): a new field has a default; a 
 Closing a stream early is how a request is aborted, at every hop.
 """
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
 
@@ -18,6 +18,8 @@ from hbserve_rpc.histogram import Histogram
 from hbserve_rpc.methods import Method, Notification, StreamMethod
 from hbserve_rpc.sampling_params import SamplingParams
 
+TokenIds = Annotated[list[int], msgspec.Meta(max_length=1 << 22)]
+"""More than any model takes. A longer one is refused before it is decoded, which would take a second and a gigabyte."""
 Role = Literal["prefill", "decode", "hybrid"]
 TokenLogprobs = dict[int, float]
 """Of one place: the log-probabilities of the most likely tokens, in order, and of the one that is there: if it is none
@@ -41,9 +43,9 @@ class GenerateRequest(msgspec.Struct, frozen=True, tag=True):
     """
 
     request_id: str
-    prompt_token_ids: list[int]
+    prompt_token_ids: TokenIds
     params: SamplingParams
-    output_token_ids: list[int] = []
+    output_token_ids: TokenIds = []
 
 
 class DecodeRequest(msgspec.Struct, frozen=True, tag=True):
@@ -51,9 +53,9 @@ class DecodeRequest(msgspec.Struct, frozen=True, tag=True):
 
     request_id: str
     transfer_id: str
-    prompt_token_ids: list[int]
+    prompt_token_ids: TokenIds
     params: SamplingParams
-    output_token_ids: list[int] = []
+    output_token_ids: TokenIds = []
 
 
 class PrefillRequest(msgspec.Struct, frozen=True, tag=True):
@@ -69,10 +71,10 @@ class PrefillRequest(msgspec.Struct, frozen=True, tag=True):
 
     request_id: str
     transfer_id: str
-    prompt_token_ids: list[int]
+    prompt_token_ids: TokenIds
     params: SamplingParams
     grant: bytes = b""
-    output_token_ids: list[int] = []
+    output_token_ids: TokenIds = []
     grant_follows: bool = False
 
 
@@ -130,7 +132,7 @@ class TokenEvent(msgspec.Struct, frozen=True, tag=True):
 
     A receiver that already has these tokens drops them.
     """
-    token_ids: list[int]
+    token_ids: TokenIds
     finish_reason: FinishReason | None = None
     """Set on the last event of the request, and only there."""
     logprobs: list[TokenLogprobs] = []

@@ -6,7 +6,7 @@ import uuid
 from collections.abc import Coroutine, Iterator
 from typing import Any
 
-from hbserve_rpc import HBServeRpcError, InvalidRequest, PeerLost, RemoteError, RpcStream
+from hbserve_rpc import EngineFailed, HBServeRpcError, InvalidRequest, PeerDied, PeerLost, RemoteError, RpcStream
 from hbserve_rpc.messages import (
     DECODE,
     GENERATE,
@@ -38,6 +38,8 @@ class Attempt:
         self._record = AttemptRecord(entry.since_submit_s())
         entry.attempts.append(self._record)
         self._transfer_id = uuid.uuid4().hex
+        self._lives: list[tuple[InstanceHandle, str]] = []
+        """Instances that compute for it, in the life that they have."""
         self._request_id = f"{entry.request.request_id}.{self._transfer_id[:8]}"
         self._decode_epoch = ""
         self._is_granted = False
@@ -53,12 +55,15 @@ class Attempt:
             await self._run()
         except HBServeRpcError as error:
             self._record.error = str(error)
+            self._entry.was_on += self._lives
+            self._entry.num_tried = len(self._entry.output)
             raise
         finally:
             self._record.ended_s = self._entry.since_submit_s()
 
     async def _run(self) -> None:
         entry, place = self._entry, self._placement
+        self._lives = [(handle, handle.epoch) for handle in (place.prefill, place.decode) if handle is not None]
         self._record.decode_instance = place.decode.instance_id
         self._record.prefill_instance = (place.prefill or place.decode).instance_id
         if place.prefill is None:
@@ -196,6 +201,7 @@ class Attempt:
                         self._decided.set()
             if not self._first_token.is_set():
                 raise RemoteError("ended the stream before the first token")
+        self._lives = [life for life in self._lives if life[0] is not instance]  # it has nothing of it any more
         self._placement.prefilled()
 
     async def _decode(self, instance: InstanceHandle, events: RpcStream[Granted | TokenEvent]) -> None:
@@ -229,6 +235,9 @@ class Attempt:
         except HBServeRpcError as error:
             self._entry.failed_on.add(instance.instance_id)
             self._doubt_link()
+            if isinstance(error, EngineFailed | PeerDied):
+                for epoch in [epoch for handle, epoch in self._lives if handle is instance]:
+                    instance.note_death(epoch)
             if isinstance(error, PeerLost):
                 instance.lost(str(error))
             raise type(error)(f"{instance.instance_id}: {error}") from error

@@ -21,6 +21,9 @@ from hbserve_scheduler.retries import Retries
 logger = logging.getLogger(__name__)
 
 TICK_S = 0.5
+MOST_DEATHS = 2
+"""Of instances that a request was on: one may have been killed, two tell of the request. See `Retries` for those that
+were there by chance."""
 SOONEST_RETRY_S, LATEST_RETRY_S = 1.0, 60.0
 """Bounds of what is said to those for whom the queue has no room."""
 
@@ -268,6 +271,10 @@ class CpuScheduler:
                 problems.append(f"attempt {len(entry.attempts)}: {error}")
                 logger.warning("request %s: %s", entry.request.request_id, problems[-1])
                 self.figures.failed_attempts[type(error).__name__] += 1
+                if len(entry.deaths) >= MOST_DEATHS:
+                    died = " and ".join(entry.deaths)
+                    why = f"it was on {died} as they died, and is tried on no other: it may be what they died of"
+                    raise RequestFailed("; ".join([*problems, why])) from error
                 if len(entry.attempts) >= self.config.max_attempts:
                     raise RequestFailed("; ".join(problems)) from error
             finally:

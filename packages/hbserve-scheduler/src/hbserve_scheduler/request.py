@@ -11,6 +11,7 @@ from operator import sub
 from hbserve_rpc import RemoteError
 from hbserve_rpc.messages import ClientEvent, FinishReason, GenerateRequest, RequestFinished, TokenEvent
 from hbserve_scheduler.figures import Figures
+from hbserve_scheduler.instances import InstanceHandle
 from hbserve_scheduler.records import AttemptRecord, RequestRecord
 
 
@@ -34,6 +35,12 @@ class ScheduledRequest:
     """The client's stream has its last item; nothing is added to it."""
     failed_on: set[str] = field(default_factory=set)
     """Instances on which an attempt failed: the next one avoids them, if there are others."""
+    was_on: list[tuple[InstanceHandle, str]] = field(default_factory=list)
+    """Instances, in the life that they had, that have computed for it in attempts that failed."""
+    num_tried: int = 0
+    """Tokens that were delivered when the last attempt failed."""
+    on_progress: Callable[[], None] | None = None
+    """Called once, at the next token."""
     computed_on: str = ""
     """The prefill instance whose prefix cache has the prompt, because an attempt failed after it was computed."""
     events: deque[ClientEvent | Exception] = field(default_factory=deque)
@@ -59,6 +66,16 @@ class ScheduledRequest:
         """That are known: prompt, and output so far."""
         return self.num_prompt_tokens + len(self.output)
 
+    @property
+    def deaths(self) -> list[str]:
+        """The instances that it was on as they died: by it, or by something else."""
+        return [handle.instance_id for handle, epoch in self.was_on if epoch in handle.died]
+
+    @property
+    def is_suspect(self) -> bool:
+        """It was on an instance as that died, and has not got beyond the place where it was then."""
+        return not self.ended and len(self.output) == self.num_tried and bool(self.deaths)
+
     def deliver(self, event: TokenEvent) -> None:
         """Pass new tokens on; those that the client has already are dropped.
 
@@ -71,6 +88,12 @@ class ScheduledRequest:
         if known < 0:
             raise RemoteError(f"tokens {len(self.output)} to {event.index - 1} are missing")
         tokens = event.token_ids[known:]
+        if (
+            event.index < 0
+            or len(self.output) + len(tokens) > self.request.params.max_tokens
+            or min(tokens, default=0) < 0
+        ):
+            raise RemoteError(f"{len(tokens)} tokens from {event.index} on, which the request cannot have")
         if tokens or event.finish_reason:
             if tokens:
                 if not self.arrivals:
@@ -81,6 +104,9 @@ class ScheduledRequest:
             of_prompt = event.prompt_logprobs if first == 0 else []
             self._add_tokens(TokenEvent(first, tokens, event.finish_reason, event.logprobs[known:], of_prompt))
             self.output += tokens
+            if self.on_progress is not None:
+                on_progress, self.on_progress = self.on_progress, None
+                on_progress()
 
     def _add_tokens(self, new: TokenEvent) -> None:
         if not self.events:

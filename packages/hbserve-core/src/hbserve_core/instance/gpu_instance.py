@@ -21,7 +21,7 @@ from hbserve_core.instance.handover import Inbox, PrefillSend, wait_for_kv
 from hbserve_core.ranks.make_runner import make_runner
 from hbserve_core.transfers.instance_transfers import InstanceTransfers, JointReceive
 from hbserve_kv import FingerprintMismatch, Outcome, PostedReceive, TransferFailed
-from hbserve_rpc import InvalidRequest, Overloaded, RemoteError, RpcServer
+from hbserve_rpc import EngineFailed, InvalidRequest, Overloaded, RemoteError, RpcServer
 from hbserve_rpc.messages import (
     CONNECT,
     DECODE,
@@ -171,7 +171,7 @@ class GpuInstance:
         self.status, self.error = "failed", f"{type(error).__name__}: {error}"
         logger.error("%s: %s", self.config.instance_id, self.error)
         for inbox in self._inboxes.values():
-            inbox.put_nowait(RemoteError(f"{self.config.instance_id} failed: {self.error}"))
+            inbox.put_nowait(EngineFailed(f"{self.config.instance_id} failed: {self.error}"))
         if self.transfers is not None:
             self.transfers.lose_ranks()
         self._has_failed.set()
