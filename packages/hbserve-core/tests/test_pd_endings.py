@@ -11,7 +11,7 @@ import msgspec
 import pytest
 
 from hbserve_core import GpuInstance, InstanceConfig
-from hbserve_core.instance.handover import Handover, Inbox, wait_for_kv
+from hbserve_core.instance.handover import FirstToken, Handover, Inbox, wait_for_kv
 from hbserve_kv import KVTransferConfig, Outcome, TransferResult
 from hbserve_rpc import LogitsNotFinite, RemoteError, RpcClient, SamplingParams
 from hbserve_rpc.messages import (
@@ -297,9 +297,11 @@ async def test_chunks_that_were_sent_before_there_were_no_numbers_are_nobodys(st
 
 @pytest.mark.parametrize("token", [-2, -1, 320])
 async def test_a_first_token_that_is_none_is_refused_by_the_decode_side(token):
+    handover = Handover(40, [FirstToken(token)])
+
     class Committed:
         async def wait(self) -> TransferResult:
-            return TransferResult(Outcome.COMPLETED, msgspec.msgpack.encode(Handover(token, 40)), 1, 1, 0.0, "")
+            return TransferResult(Outcome.COMPLETED, msgspec.msgpack.encode(handover), 1, 1, 0.0, "")
 
     with pytest.raises(RemoteError, match=rf"token {token} is outside the vocabulary \[0, 320\)"):
         await wait_for_kv(Committed(), Inbox(), DecodeRequest("r", "t", [5] * 40, LONG), vocab_size=320)

@@ -27,7 +27,7 @@ import msgspec
 
 from hbserve_rpc.errors import HBServeRpcError, InvalidRequest, LogitsNotFinite, Overloaded, RemoteError
 
-PROTOCOL_VERSION = 5
+PROTOCOL_VERSION = 6
 CREDIT = 64
 """Items that may be on their way in one stream."""
 

@@ -99,7 +99,9 @@ class Fleet:
     def has_room(self) -> bool:
         return bool(self.available("hybrid")) or bool(self.available("prefill") and self.available("decode"))
 
-    def place(self, num_tokens: int, avoid: Collection[str] = (), computed_on: str = "") -> Placement | None:
+    def place(
+        self, num_tokens: int, avoid: Collection[str] = (), computed_on: str = "", num_choices: int = 1
+    ) -> Placement | None:
         """Choose instances for a prompt and take the places there; None if there is no room.
 
         Those to `avoid` are chosen only where there is no other. `computed_on`: a prefill instance that has the prompt
@@ -112,9 +114,9 @@ class Fleet:
             prefills = connected_first(prefills, lambda each: _best_link(each, epochs), num_tokens)
             prefill = self._choose["prefill"](prefills)
             decodes = connected_first(decodes, lambda each: prefill.links.get(each.epoch), num_tokens=1)
-            return Placement(prefill, self._choose["decode"](decodes), num_tokens)
+            return Placement(prefill, self._choose["decode"](decodes), num_tokens, num_choices)
         if hybrids:
-            return Placement(None, self._choose["hybrid"](hybrids), num_tokens)
+            return Placement(None, self._choose["hybrid"](hybrids), num_tokens, num_choices)
         return None
 
     def may_serve_soon(self) -> bool:

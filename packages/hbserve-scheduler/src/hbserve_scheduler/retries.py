@@ -22,7 +22,8 @@ class Retries:
         """Give places, first come first served. To be called when there may be room."""
         while self._waiting:
             entry, place = self._waiting[0]
-            placement = self._fleet.place(entry.num_tokens, entry.failed_on, entry.computed_on)
+            wanted = entry.num_tokens, entry.failed_on, entry.computed_on, entry.request.params.n
+            placement = self._fleet.place(*wanted)
             if placement is None:
                 return
             self._waiting.popleft()

@@ -64,7 +64,7 @@ class SchedulerServer:
         return self.scheduler.stats()
 
     async def _abort(self, request: AbortRequest) -> Aborted:
-        return Aborted(await self.scheduler.abort(request.request_id, request.reason))
+        return Aborted(await self.scheduler.abort(request.request_id, request.reason, request.choice))
 
     async def _generate(self, request: GenerateRequest) -> AsyncIterator[ClientEvent]:
         events = self.scheduler.submit(request)

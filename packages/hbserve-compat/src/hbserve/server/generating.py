@@ -20,7 +20,7 @@ from hbserve.server.reasoning import ReasoningSplit, thinking_has_begun
 from hbserve.server.rendering import Choices, Rendering
 from hbserve.server.request_body import converted, ignored_fields, ignored_header, read_object
 from hbserve.server.request_fields import ChatBody, CompletionBody, SamplingFields, require_served
-from hbserve.server.sampling import COMPLETION_MAX_TOKENS, is_only_prompt, num_choices, of_choice, sampling_params
+from hbserve.server.sampling import COMPLETION_MAX_TOKENS, is_only_prompt, num_choices, sampling_params
 from hbserve.server.service import ServedModel, Service
 from hbserve.server.tool_calls import format_of
 from hbserve_rpc import SamplingParams
@@ -119,7 +119,7 @@ async def _answer(
 ) -> None:
     """Answer each prompt `n` times, in chunks or whole."""
     several = [prompt for prompt in prompts for _ in range(n)]
-    of_each = [of_choice(each, choice) for each in params for choice in range(n)]
+    of_each = [each.of_choice(choice) for each in params for choice in range(n)]
     rendering = Rendering(choices, body, head, several)
     skip = body.skip_special_tokens is not False
     only_prompt = isinstance(body, CompletionBody) and is_only_prompt(body)
