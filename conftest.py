@@ -9,6 +9,7 @@ import random
 import signal
 import socket
 import subprocess
+import sys
 from collections.abc import Awaitable, Callable, Generator, Iterator, Mapping
 from functools import cache
 from pathlib import Path
@@ -21,6 +22,11 @@ from hbserve_testing.warm_starts import WarmStarts
 
 # Models here are too small for a second thread, which would only take the processor from other processes. Inherited.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# Where nothing may be kept of what is compiled, as in many containers, every process that a test starts compiles the
+# sources of torch and transformers anew, which takes longer than all else that it does. Here it may. Inherited.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 
 # Started in the background of a script, or by something that ignores SIGINT, pytest would ignore it too, and so would
 # every process that a test starts: tests of Ctrl-C would wait for nothing. So it is as if started from a terminal.

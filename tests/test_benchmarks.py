@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.warm
+
 FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
 
 
@@ -43,3 +45,13 @@ def test_the_kv_that_moves_beside_computation_is_counted_in_the_pool_of_the_othe
     )
     median, least = map(float, found.groups())
     assert 0 <= least <= median <= 1
+
+
+def test_the_scheduler_is_measured_at_several_numbers_of_waiting_requests_and_instances():
+    command = [sys.executable, FOLDER / "scheduler_cost.py", "--count", "20", "--waiting", "10", "50"]
+    small = ["--instances", "2", "20", "--prompts", "16"]
+    done = subprocess.run([*map(str, command), *small], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    costs = re.findall(r"(\d+) waiting: submit ([\d.]+) us, abort ([\d.]+) us, refuse ([\d.]+) us", done.stdout)
+    assert [waiting for waiting, *_ in costs] == ["10", "50"]
+    assert re.findall(r"(\d+) instances, prompts of 16: \d+ us a request", done.stdout) == ["2", "20"]

@@ -12,6 +12,8 @@ import pytest
 from hbserve import LLM, SamplingParams
 from hbserve.pd_disagg import DisaggregatedLLM, PdDisaggConfig
 
+pytestmark = pytest.mark.warm
+
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 DEADLINE_S = 180
 

@@ -57,7 +57,8 @@ FLOWS = {
         "hbserve_rpc: address client message_socket server wire",
     ),
     "scheduling": files(
-        "hbserve_scheduler: admission attempt cpu_scheduler fleet instances placement policies request retries"
+        "hbserve_scheduler: admission attempt cpu_scheduler figures fleet instances placement policies records "
+        "request retries"
     ),
 }
 """A step on CUDA, with its kernels; the same on a CPU, in plain torch; a transfer over nccl, the first of a pair of
@@ -65,7 +66,7 @@ instances; a request that meets no error. All with one rank, and of requests tha
 nothing of hbserve_core/logits."""
 LOADING = files("hbserve_core/model: loaded_model model_config weights")
 """Called before a runner's first step."""
-MOST_FILES = {"cuda step": 23, "step": 18, "transfer": 24, "scheduling": 9}
+MOST_FILES = {"cuda step": 23, "step": 18, "transfer": 24, "scheduling": 11}
 
 
 @pytest.fixture(scope="module")

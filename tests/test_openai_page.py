@@ -4,8 +4,11 @@ import json
 import re
 from pathlib import Path
 
+import pytest
+
+from hbserve.server import anthropic_fields, request_fields, responses_fields
 from hbserve.server.app import ROUTES
-from hbserve.server.request_fields import IGNORED, NOT_SERVED, SERVED_BY_ENDPOINT, ChatBody, CompletionBody
+from hbserve.server.request_fields import ChatBody, CompletionBody
 
 PAGE = (Path(__file__).resolve().parent.parent / "docs/openai-server.md").read_text()
 
@@ -20,29 +23,41 @@ def listed(title: str) -> dict[str, str]:
     return dict(re.findall(r"^- `(\w+)`: (.+)$", section(title), re.M))
 
 
+TRANSLATED = {
+    " by /v1/responses": (responses_fields, [responses_fields.ResponsesBody]),
+    " by /v1/messages": (anthropic_fields, [anthropic_fields.MessagesBody]),
+}
+TABLES = {"": (request_fields, [ChatBody, CompletionBody])} | TRANSLATED
+
+
 def test_the_page_lists_exactly_the_fields_that_are_served():
     both = listed("Fields of both endpoints")
     for kind, path in ((CompletionBody, "/v1/completions"), (ChatBody, "/v1/chat/completions")):
-        served = {name for name in kind.__struct_fields__ if name not in NOT_SERVED}
-        served |= {name for name, endpoint in SERVED_BY_ENDPOINT.items() if endpoint == path}
+        served = {name for name in kind.__struct_fields__ if name not in kind.not_served}
         own = listed(f"Fields of {path}")
         assert not both.keys() & own.keys()
         assert both.keys() | own.keys() == served
+    for title, (_, (kind,)) in TRANSLATED.items():
+        served = {name for name in kind.__struct_fields__ if name not in kind.not_served}
+        assert listed(f"Fields of{title.removeprefix(' by')}").keys() == served
 
 
-def test_the_page_lists_exactly_the_values_of_fields_that_are_not_served():
+@pytest.mark.parametrize("title", TABLES)
+def test_the_page_lists_exactly_the_values_of_fields_that_are_not_served(title):
+    table, kinds = TABLES[title]
     said = {
         name: [json.loads(value) for value in re.findall(r"`([^`]+)`", values)]
-        for name, values in listed("Refused").items()
+        for name, values in listed(f"Refused{title}").items()
     }
-    assert said == {name: list(values) for name, values in NOT_SERVED.items()}
-    known = {*ChatBody.__struct_fields__, *CompletionBody.__struct_fields__}
-    assert NOT_SERVED.keys() <= known
+    assert said == {name: list(values) for name, values in table.NOT_SERVED.items()}
+    assert table.NOT_SERVED.keys() <= {name for kind in kinds for name in kind.__struct_fields__}
 
 
-def test_the_page_lists_the_fields_that_clients_send_and_that_have_no_effect():
-    assert listed("Ignored") == IGNORED
-    assert not IGNORED.keys() & {*ChatBody.__struct_fields__, *CompletionBody.__struct_fields__}
+@pytest.mark.parametrize("title", TABLES)
+def test_the_page_lists_the_fields_that_clients_send_and_that_have_no_effect(title):
+    table, kinds = TABLES[title]
+    assert listed(f"Ignored{title}") == table.IGNORED
+    assert not table.IGNORED.keys() & {name for kind in kinds for name in kind.__struct_fields__}
 
 
 def test_the_page_lists_every_endpoint():

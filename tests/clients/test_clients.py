@@ -80,6 +80,39 @@ def test_openai_raises_the_errors_that_it_has_for_what_is_refused(client):
     assert refused.value.param == "guided_regex"
 
 
+def test_openai_makes_responses_whole_and_streamed(client):
+    settings = {"model": NAME, "input": QUESTION[0]["content"], "max_output_tokens": 12, "temperature": 0}
+    answer = client.responses.create(**settings)
+    assert (answer.output_text, answer.status) == (ANSWER, "completed")
+    with client.responses.stream(**settings) as stream:
+        assert "".join(event.delta for event in stream if event.type == "response.output_text.delta") == ANSWER
+        streamed = stream.get_final_response()
+    assert streamed.output_text == ANSWER
+    assert streamed.usage.input_tokens_details.cached_tokens > 0, "the same prompt was answered before"
+    with pytest.raises(openai.BadRequestError, match="previous_response_id") as refused:
+        client.responses.create(**settings, previous_response_id=answer.id)
+    assert refused.value.param == "previous_response_id"
+
+
+def test_anthropic_makes_messages_whole_and_streamed_and_counts_tokens(server):
+    anthropic = pytest.importorskip("anthropic")
+    # This client does not know the temperature any more; the API does.
+    settings = {"model": NAME, "messages": QUESTION, "max_tokens": 12, "extra_body": {"temperature": 0}}
+    with anthropic.Anthropic(base_url=server.url, api_key="none", max_retries=0) as client:
+        answer = client.messages.create(**settings)
+        assert (answer.content[0].text, answer.stop_reason) == (ANSWER, "end_turn")
+        with client.messages.stream(**settings) as stream:
+            assert "".join(stream.text_stream) == ANSWER
+            usage = stream.get_final_message().usage
+        assert usage.cache_read_input_tokens > 0, "the same prompt was answered before"
+        counted = client.messages.count_tokens(model=NAME, messages=QUESTION)
+        assert counted.input_tokens == usage.input_tokens + usage.cache_read_input_tokens
+        stopped = client.messages.create(**settings, stop_sequences=[" of"])
+        assert (stopped.content[0].text, stopped.stop_sequence) == ("The capital", " of")
+        with pytest.raises(anthropic.NotFoundError, match="does not exist"):
+            client.messages.create(**settings | {"model": "other"})
+
+
 BODIES = {
     "a chat": ("/v1/chat/completions", {"messages": QUESTION, "n": 2, **GREEDY}),
     "a chat with token ids": ("/v1/chat/completions", {"messages": QUESTION, "return_token_ids": True, **GREEDY}),

@@ -23,9 +23,24 @@ from hbserve_rpc.messages import (
 )
 from hbserve_scheduler.admission import admitted
 from hbserve_scheduler.config import ServerSection
+from hbserve_scheduler.figures import Figures
 
 MAX_MODEL_LEN = 512
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{{ suffix }}"
+
+
+TOOL_TEMPLATE = (
+    "{# tools: <tool_call>, and <think> </think> #}{{ tools | map(attribute='function.name') | join if tools }}"
+    "{{ reasoning_effort }}{% for m in messages %}<{{ m.role }}>{{ m.reasoning }}[{{ m.content }}]"
+    "{% for c in m.tool_calls %}{{ c.function.name }}({{ c.function.arguments.a }}){% endfor %}{% endfor %}"
+    "{{ enable_thinking }}"
+)
+"""Of a model that thinks and knows tools; a prompt shows all that it was made of."""
+THOUGHT_TEXT_AND_CALL = [
+    "<thi", "nk>\nhm", ", f", "</think>\n\nSo", " be it.", '\n<tool_call>{"name": "f", "arguments": {"a"',
+    ": 1}}</tool_call>",
+]  # fmt: skip
+"""Steps of an answer of such a model."""
 
 
 class FakeEvents:
@@ -35,6 +50,8 @@ class FakeEvents:
         self._scheduler = scheduler
         self._request = request
         self.aborted: FinishReason | None = None
+        self.ended: dict[int, FinishReason] = {}
+        """Choices that were aborted by themselves."""
 
     async def __aiter__(self) -> AsyncIterator[TokenEvent | RequestFinished]:
         given, reason = 0, "stop"
@@ -50,16 +67,25 @@ class FakeEvents:
             left = self._request.params.max_tokens - given
             if left <= len(step):
                 reason = "length"
-            of_prompt = self._prompt_logprobs() if given == 0 else []
-            yield TokenEvent(given, step[:left], logprobs=self._logprobs(step[:left]), prompt_logprobs=of_prompt)
+            for choice in range(self._request.params.n):
+                if choice not in self.ended:
+                    self._scheduler.num_given += len(step[:left])
+                    yield self._event(given, step[:left], choice)
             given += len(step[:left])
             if reason == "length":
                 break
         self._end()
-        num_prompt = len(self._request.prompt_token_ids)
-        yield RequestFinished(
-            self.aborted or reason,
-            num_prompt,
+        for choice in range(self._request.params.n):
+            yield self._finished(self.ended.get(choice, self.aborted or reason), given, choice)
+
+    def _event(self, index: int, tokens: list[int], choice: int) -> TokenEvent:
+        of_prompt = self._prompt_logprobs() if index == choice == 0 else []
+        return TokenEvent(index, [*tokens], None, self._logprobs(tokens), of_prompt, choice)
+
+    def _finished(self, reason: FinishReason, given: int, choice: int) -> RequestFinished:
+        return RequestFinished(
+            reason,
+            len(self._request.prompt_token_ids),
             given,
             queue_time_s=0.001,
             ttft_s=0.002,
@@ -72,6 +98,7 @@ class FakeEvents:
             num_attempts=1,
             prefill_instance="p0",
             decode_instance="d0",
+            choice=choice,
         )
 
     def _logprobs(self, token_ids: list[int]) -> list[dict[int, float]]:
@@ -103,14 +130,18 @@ class FakeScheduler:
         self.steps: list[list[int] | Exception | asyncio.Event] = []
         self.running: dict[str, FakeEvents] = {}
         self.num_abandoned = 0
+        self.num_given = 0
+        """Tokens of all answers."""
         self.asked: list[tuple[list[int], SamplingParams]] = []
         self.most_running = 1000
         self.role = "hybrid"
+        self.figures = Figures()
+        """Of which nothing here writes: it is for tests."""
 
     def submit(self, request: GenerateRequest) -> FakeEvents:
         request = self.check(request)
         if len(self.running) >= self.most_running:
-            raise Overloaded("so many requests are waiting")
+            raise Overloaded("so many requests are waiting", 7.2)
         self.asked.append((request.prompt_token_ids, request.params))
         events = self.running[request.request_id] = FakeEvents(self, request)
         return events
@@ -121,8 +152,10 @@ class FakeScheduler:
     async def wait_for_room(self) -> None:
         raise AssertionError("a server refuses; it does not wait")
 
-    async def abort(self, request_id: str, reason: FinishReason = "abort") -> bool:
-        if request_id in self.running:
+    async def abort(self, request_id: str, reason: FinishReason = "abort", choice: int | None = None) -> bool:
+        if request_id in self.running and choice is not None:
+            self.running[request_id].ended[choice] = reason
+        elif request_id in self.running:
             self.running[request_id].aborted = reason
         return request_id in self.running
 
@@ -134,7 +167,7 @@ class FakeScheduler:
 
     def stats(self) -> SchedulerStats:
         instance = InstanceStats("h0", self.role, "ready", num_blocks=9)  # type: ignore[arg-type]
-        return SchedulerStats(total_requests=5, instances=[instance])
+        return SchedulerStats(**self.figures.snapshot(), instances=[instance])
 
 
 class FakeServer:
@@ -159,6 +192,11 @@ class FakeServer:
     async def chat(self, **body: Any) -> httpx.Response:
         return await self.post("/v1/chat/completions", **{"messages": [{"role": "user", "content": "hi"}]} | body)
 
+    @property
+    def prompt(self) -> str:
+        """The last one that was asked."""
+        return str(self.tokenizer.decode(self.scheduler.asked[-1][0]))
+
     async def complete(self, **body: Any) -> httpx.Response:
         return await self.post("/v1/completions", **{"prompt": "hi"} | body)
 
@@ -170,3 +208,14 @@ def chunks_of(response: httpx.Response) -> list[Any]:
     assert (done, rest) == ("data: [DONE]", "")
     assert all(event.startswith("data: ") for event in events)
     return [json.loads(event.removeprefix("data: ")) for event in events]
+
+
+def named_events_of(response: httpx.Response) -> list[Any]:
+    """The JSON of each event of a stream whose events have their type's name, and which ends with its last event."""
+    assert response.headers["content-type"] == "text/event-stream; charset=utf-8"
+    *events, rest = response.text.split("\n\n")
+    assert rest == ""
+    pairs = [event.split("\n") for event in events]
+    found = [json.loads(data.removeprefix("data: ")) for _, data in pairs]
+    assert [name for name, _ in pairs] == [f"event: {each['type']}" for each in found]
+    return found

@@ -135,12 +135,18 @@ def test_text_in_pieces_ends_before_the_stop_string_that_is_complete_first(kind,
     detokenizer = Detokenizer(tokenizer, stops, skip_special_tokens=skip)
     text = "".join(in_pieces(detokenizer, ids, sizes))
     assert text == detokenizer.text
+    including = Detokenizer(tokenizer, stops, skip_special_tokens=skip, include_stop_str_in_output=True)
+    longer = "".join(in_pieces(including, ids, sizes))
+    assert longer == including.text
+    assert (including.stop_string, including.token_ids) == (detokenizer.stop_string, detokenizer.token_ids)
     ends = [(place + len(stop), place) for stop in stops if (place := searched.find(stop)) >= 0]
     assert detokenizer.stopped == bool(ends)
     if not ends:
-        assert text == tokenizer.decode(ids, skip_special_tokens=skip)
+        assert text == longer == tokenizer.decode(ids, skip_special_tokens=skip)
     elif not skip:
-        assert text == searched[: min(ends)[1]]
+        end, begin = min(ends)
+        assert (text, detokenizer.stop_string) == (searched[:begin], searched[begin:end])
+        assert longer == searched[:end]
 
 
 @settings(deadline=None, max_examples=300)
@@ -197,6 +203,20 @@ def test_only_what_may_become_a_stop_string_is_held_back():
     ids = token_ids(kind, ["s", "a", "b", "a", "b", "l", "o", "h", "e", "l", "l"])
     expected = ["s", "", "", "ab", "", "", "ablo", "", "", "", "", "hell"]
     assert in_pieces(detokenizer, ids, [1]) == expected
+
+
+def test_a_stop_string_that_belongs_to_the_text_holds_nothing_back():
+    kind = "Metaspace"
+    detokenizer = Detokenizer(tokenizer_of(kind), ["abel", "bel"], include_stop_str_in_output=True)
+    ids = token_ids(kind, ["a", "b", "a", "b", "e", "l", "l"])
+    assert in_pieces(detokenizer, ids, [1]) == ["a", "b", "a", "b", "e", "l", "", ""]
+    assert (detokenizer.stop_string, detokenizer.token_ids) == ("abel", ids[:6])
+
+
+def test_a_stop_string_that_is_a_skipped_token_is_not_shown_though_it_belongs_to_the_text():
+    ids = token_ids("byte level", ["h", "</s>", "o"])
+    detokenizer = Detokenizer(tokenizer_of("byte level"), ["</s>"], include_stop_str_in_output=True)
+    assert (detokenizer.feed(ids), detokenizer.stop_string) == ("h", "</s>")
 
 
 @pytest.mark.parametrize(("min_tokens", "expected"), [(0, 0), (1, 2), (2, 2), (3, 4), (4, 4), (5, 6), (9, 6)])
@@ -262,10 +282,11 @@ def test_stop_strings_are_found_where_they_are_first_complete_however_the_text_i
     whole = StopStrings(stops)
     after = whole.feed(text)
     ends = [(place + len(stop), place) for stop in stops if (place := text.find(stop)) >= 0]
-    assert whole.found == bool(ends)
     if ends:
         assert len(text) - after == min(ends)[1]
+        assert whole.found == text[min(ends)[1] : min(ends)[0]]
     else:
+        assert whole.found is None
         tails = [n for stop in stops for n in range(len(stop)) if text.endswith(stop[:n])]
         assert after == max(tails)
     piecewise = StopStrings(stops)

@@ -45,6 +45,11 @@ def case(small_model, tmp_path):
 CASES = {
     "the tokenizer's end token": (lambda case: {"ignore_eos": False}, 2, 2),
     "a stop string that is a special token": (lambda case: {"stop": [case.symbols[1]]}, 1, 2),
+    "a stop string that belongs to the text": (
+        lambda case: {"stop": [case.symbols[1]], "include_stop_str_in_output": True},
+        2,
+        2,
+    ),
     "a special token's id": (lambda case: {"stop_token_ids": [case.tokens[1]]}, 2, 2),
     "an id before the end token": (lambda case: {"stop_token_ids": [case.tokens[0]], "ignore_eos": False}, 1, 1),
     "a stop string before the end token": (lambda case: {"stop": ["never", "\ufffd"], "ignore_eos": False}, 0, 1),
@@ -61,11 +66,17 @@ def test_a_text_ends_where_it_does_in_one_process(case, name):
     assert answer["text"] == llm.tokenizer.decode(case.tokens[:num_shown])
 
 
+def reason_of(params):
+    """What ended it, as the parameters of CASES have it."""
+    return next(iter([*params.stop[-1:], *params.stop_token_ids]), None)
+
+
 async def test_a_text_ends_where_it_does_in_several_processes(case):
     params = [SamplingParams(0, 10, **({"ignore_eos": True} | changes(case))) for changes, _, _ in CASES.values()]
     async with DisaggregatedLLM(PdDisaggConfig(case.folder, **SIZES)) as llm:
         answers = await llm.generate([PROMPT] * len(params), params)
         decode = llm.tokenizer.decode
+        assert [answer["stop_reason"] for answer in answers] == [reason_of(each) for each in params]
         for answer, (_, num_shown, num_tokens) in zip(answers, CASES.values(), strict=True):
             assert answer["token_ids"] == case.tokens[:num_tokens]
             assert answer["text"] == decode(case.tokens[:num_shown], skip_special_tokens=True)

@@ -255,10 +255,22 @@ def test_a_model_folder_whose_name_is_no_text_is_refused_in_one_line(small_model
     assert line.startswith(b"error: model_path: character")
 
 
-def test_an_output_that_is_full_is_one_line(small_model):
+@pytest.mark.warm
+@pytest.mark.parametrize("prompts", [["Hello"], ["one", "two"]], ids=["streamed", "together"])
+def test_an_output_that_is_full_is_one_line(address, prompts):
     with Path("/dev/full").open("wb") as full:
-        arguments = [sys.executable, "-m", "hbserve", "generate", "Hello", "--model", str(small_model("qwen3"))]
+        arguments = [sys.executable, "-m", "hbserve", "generate", *prompts, "--connect", address]
         done = subprocess.run([*arguments, "--max-tokens=3"], stdout=full, stderr=subprocess.PIPE, timeout=90)
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1] == b"error: [Errno 28] No space left on device"
     assert b"Traceback" not in done.stderr
+
+
+@pytest.mark.warm
+def test_whoever_reads_an_answer_may_leave_and_nothing_is_said(address):
+    arguments = [sys.executable, "-m", "hbserve", "generate", "Hello", "--connect", address, "--max-tokens=400"]
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as client:
+        assert client.stdout.read(1)
+        client.stdout.close()
+        assert client.stderr.read() == b""
+    assert client.returncode == 141

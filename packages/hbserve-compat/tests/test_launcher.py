@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import signal
 import socket
 import sys
 from pathlib import Path
@@ -121,3 +122,131 @@ async def test_what_an_instance_logs_is_read_although_there_is_no_stderr_to_show
         await process._pass_stderr_on()
         assert await process._process.wait() == 0
     assert process._last_lines[-1] == "last"
+
+
+# ---- deaths ------------------------------------------------------------------------------------------------------
+
+CHILD = """
+import json, sys
+settings = json.loads(sys.stdin.readline())
+if settings["log_level"] == "CRITICAL" and settings["port"]:
+    sys.exit("it cannot be started again")
+print(json.dumps({"address": f"127.0.0.1:{settings['port'] or 4711}"}), flush=True)
+sys.stdin.read()
+"""
+"""In place of an instance: one that serves nothing."""
+
+
+class Local:
+    """Instances of this test, and what is said of them."""
+
+    def __init__(self, log_level: str = "INFO") -> None:
+        entry = {"instance_id": "d0", "instance_type": "hybrid"}
+        self.deaths: asyncio.Queue[tuple[str, str]] = asyncio.Queue()
+        self.given_up: asyncio.Queue[tuple[str, str]] = asyncio.Queue()
+        self.instances = launcher.LocalInstances(
+            convert({"gpu_instances": [entry]}), Path("/model"), log_level=log_level,
+            on_death=lambda *what: self.deaths.put_nowait(what),
+        )  # fmt: skip
+        (self.process,) = self.instances.processes
+
+    def restart_the_dead(self) -> None:
+        self.instances.restart_the_dead(lambda *what: self.given_up.put_nowait(what))
+
+    def kill(self) -> int:
+        pid = self.process.pid
+        os.kill(pid, signal.SIGKILL)
+        return pid
+
+
+@pytest.fixture
+async def local(monkeypatch):
+    execute = asyncio.create_subprocess_exec
+
+    async def start_child(*_: str, **options: Any) -> asyncio.subprocess.Process:
+        return await execute(sys.executable, "-c", CHILD, **options)
+
+    monkeypatch.setattr(launcher.asyncio, "create_subprocess_exec", start_child)
+    monkeypatch.setattr(launcher, "FIRST_RESTART_S", 0.001)
+    made: list[Local] = []
+
+    async def start(**settings: Any) -> Local:
+        made.append(Local(**settings))
+        await made[-1].instances.start()
+        return made[-1]
+
+    async with asyncio.timeout(60):
+        yield start
+        for each in made:
+            await each.instances.stop()
+    assert asyncio.all_tasks() == {asyncio.current_task()}
+
+
+async def until(condition: Any) -> None:
+    while not condition():
+        await asyncio.sleep(0.005)
+
+
+async def test_an_instance_that_dies_is_started_again_at_its_address_and_that_is_said(local, caplog):
+    here = await local()
+    here.restart_the_dead()
+    address, before = here.process.address, here.kill()
+    assert await here.deaths.get() == (
+        "d0", "its process has ended (signal SIGKILL, from somebody or from the system when memory ran out)"
+    )  # fmt: skip
+    await until(lambda: "d0 was started again" in caplog.text)
+    assert here.process.pid != before
+    assert here.process.address == address == "127.0.0.1:4711"
+    assert (
+        "signal SIGKILL, from somebody or from the system when memory ran out); restart 1 of at most 5" in caplog.text
+    )
+    here.kill()
+    await here.deaths.get()
+    await until(lambda: caplog.text.count("d0 was started again") == 2)
+    assert here.given_up.empty()
+
+
+async def test_an_instance_that_cannot_be_started_again_is_given_up_with_its_own_words(local):
+    here = await local(log_level="CRITICAL")
+    here.restart_the_dead()
+    here.kill()
+    await here.deaths.get()
+    name, why = await here.given_up.get()
+    assert name == "d0"
+    assert why == (
+        "d0 did not start: exit status 1: it cannot be started again; it was started 5 times again, and is given up"
+    )
+    assert here.deaths.empty(), "one death, of which there is no more to say"
+
+
+async def test_a_death_before_all_were_ready_is_told_and_no_more(local):
+    here = await local()
+    here.kill()
+    await here.deaths.get()
+    assert not here.instances._restarting
+
+
+async def test_an_end_in_the_pause_before_a_restart_starts_nothing(local, monkeypatch):
+    monkeypatch.setattr(launcher, "FIRST_RESTART_S", 3600.0)
+    here = await local()
+    here.restart_the_dead()
+    here.kill()
+    await here.deaths.get()
+    assert len(here.instances._restarting) == 1
+    await here.instances.stop()
+    assert not here.instances._restarting
+    assert here.given_up.empty()
+
+
+def test_restarts_are_ever_rarer_and_bounded_until_a_life_was_long(monkeypatch):
+    now_s = 100.0
+    monkeypatch.setattr(launcher.time, "monotonic", lambda: now_s)
+    restarts = launcher.Restarts()
+    for _ in range(2):
+        pauses_s = []
+        while (pause_s := restarts.pause_s()) is not None:
+            pauses_s.append(pause_s)
+            now_s += 10
+            restarts.began()
+        assert pauses_s == [0.5, 1.0, 2.0, 4.0, 8.0]
+        now_s += launcher.STEADY_S

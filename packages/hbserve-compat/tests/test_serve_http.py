@@ -1,6 +1,7 @@
 """`hbserve serve` over HTTP, with real instances behind it: the same text as from an LLM, and an end in order."""
 
 import json
+import re
 import signal
 import socket
 import subprocess
@@ -24,6 +25,7 @@ NUM_TOKENS = 12
 NEUTRAL = {
     "presence_penalty": 0, "frequency_penalty": 0, "repetition_penalty": 1, "logit_bias": {}, "min_p": 0, "top_p": 1,
     "min_tokens": 0, "top_k": -1, "seed": None, "stop": [], "stop_token_ids": [], "ignore_eos": False, "n": 1,
+    "include_stop_str_in_output": False, "best_of": None, "logprobs": None, "stream_options": None,
 }  # fmt: skip
 
 
@@ -74,7 +76,7 @@ def ask(server: Served, path: str, **body: Any) -> list[str]:
 def test_greedy_text_is_that_of_an_llm_whole_and_streamed_once_and_four_times(server, expected, path, stream):
     assert ask(server, path, stream=stream) == [expected[path]]
     assert ask(server, path, stream=stream, **NEUTRAL) == [expected[path]]
-    assert ask(server, path, stream=stream, n=4) == [expected[path]] * 4
+    assert ask(server, path, stream=stream, **NEUTRAL | {"n": 4}) == [expected[path]] * 4
     server.until_empty()
 
 
@@ -110,6 +112,26 @@ def test_clients_of_the_rpc_are_served_beside_those_of_http(server, expected):
     done = subprocess.run([*command, f"--max-tokens={NUM_TOKENS}"], capture_output=True, text=True, timeout=90)
     assert done.returncode == 0, done.stderr
     assert done.stdout == expected["/v1/chat/completions"].removesuffix("<|im_end|>") + "\n"
+
+
+def test_its_figures_are_shown_in_a_terminal_and_to_programs(server):
+    command = [sys.executable, "-m", "hbserve", "stats", "--connect", server.rpc_address]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=90)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert re.fullmatch(r"requests: 0 waiting, 0 running; \d+ completed, 0 failed, \d+ aborted, .*", lines[0])
+    assert any(re.fullmatch(r"TTFT: p50 <= [\d.]+ ms, p90 .* ms, p99 .*", line) for line in lines)
+    assert [line.split()[:3] for line in lines[-2:]] == [
+        ["prefill-0", "prefill", "ready"],
+        ["decode-0", "decode", "ready"],
+    ]
+    done = subprocess.run([*command, "--json"], capture_output=True, text=True, timeout=90)
+    found = json.loads(done.stdout)
+    assert found["output_tokens"] == server.metrics()["hbserve:generation_tokens_total"] > 0
+    assert found["histograms"]["e2e_request_latency_seconds"]["total"] > 0
+    assert server.log.read_text().count(" INFO hbserve_scheduler.figures: request ") == sum(
+        found["ended_requests"].values()
+    )
 
 
 def test_clients_that_go_away_while_their_answers_come_leave_nothing(server):

@@ -77,12 +77,39 @@ async def test_completions_take_text_ids_and_batches_of_both_and_answer_each_n_t
         assert (await server.complete(prompt=prompt)).json()["usage"]["prompt_tokens"] == expected
 
 
-async def test_choices_of_one_seed_differ_in_their_seeds_and_of_none_have_none(server):
+async def test_the_choices_of_a_prompt_are_one_request(server):
     await server.complete(n=3, seed=-1)
-    assert [params.seed for _, params in server.scheduler.asked] == [2**63 - 1, 0, 1]
-    server.scheduler.asked.clear()
     await server.chat(n=2)
-    assert [params.seed for _, params in server.scheduler.asked] == [None, None]
+    asked = [params for _, params in server.scheduler.asked]
+    assert [(params.n, params.seed) for params in asked] == [(3, 2**63 - 1), (2, None)]
+    # As the engines tell them apart.
+    assert [asked[0].of_choice(choice).seed for choice in range(3)] == [2**63 - 1, 0, 1]
+    assert [asked[1].of_choice(choice).seed for choice in range(2)] == [None, None]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_stop_string_ends_its_own_choice_alone(server, stream):
+    """All of them have it here, each with its own step: whoever is ended by itself gets no more."""
+    server.answers("Hello", " wörld", " and all")
+    answer = await server.complete(n=2, stop=" w", max_tokens=100, stream=stream, logprobs=0)
+    assert server.scheduler.running == {}
+    assert server.scheduler.num_given == 2 * len("Hello wörld".encode()), "none of the last step"
+    if stream:
+        texts = ["", ""]
+        for chunk in chunks_of(answer):
+            texts[chunk["choices"][0]["index"]] += chunk["choices"][0]["text"]
+        assert texts == ["Hello", "Hello"]
+    else:
+        choices = answer.json()["choices"]
+        assert [(each["text"], each["finish_reason"]) for each in choices] == [("Hello", "stop")] * 2
+
+
+async def test_what_is_known_of_a_prompt_is_told_with_each_of_its_choices(server):
+    answer = (await server.complete(prompt=[5, 6, 7], n=2, prompt_logprobs=0, echo=True, logprobs=0)).json()
+    first, second = (choice["prompt_logprobs"] for choice in answer["choices"])
+    assert first == second
+    assert [None if each is None else list(each) for each in first] == [None, ["6"], ["7"]]
+    assert len({tuple(choice["logprobs"]["tokens"]) for choice in answer["choices"]}) == 1
 
 
 async def test_the_length_of_an_answer_that_does_not_say_is_16_or_the_rest_of_the_context(server):
@@ -119,6 +146,26 @@ async def test_a_stop_string_over_several_tokens_ends_the_text_and_the_request(s
     server.scheduler.steps.append(asyncio.Event())  # who is not told to stop never does
     (choice,) = (await server.chat(stop=["o w"])).json()["choices"]
     assert (choice["message"]["content"], choice["finish_reason"]) == ("Hell", "stop")
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+async def test_choices_say_which_stop_string_or_token_ended_them_and_the_text_may_include_it(server, path):
+    last = server.scheduler.steps[-1][-1]
+    question = {"prompt": "hi", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 100}
+    for changes, text, reason in [
+        ({"stop": ["x", "o w"]}, "Hell", "o w"),
+        ({"stop": ["x", "o w"], "include_stop_str_in_output": True}, "Hello w", "o w"),
+        ({"stop": ["x"], "stop_token_ids": [1, last]}, "Hello wörld", last),
+        ({"stop": ["x"], "stop_token_ids": [1], "include_stop_str_in_output": True}, "Hello wörld", None),
+        ({"max_tokens": 3, "stop_token_ids": [server.scheduler.steps[0][-1]]}, "Hel", None),
+    ]:
+        choice = (await server.post(path, **question | changes)).json()["choices"][0]
+        assert (choice["message"]["content"] if "chat" in path else choice["text"]) == text
+        assert choice["stop_reason"] == reason
+        chunks = chunks_of(await server.post(path, **question | changes, stream=True))
+        assert text_of(chunks) == text
+        told = [each for chunk in chunks for each in chunk["choices"] if "stop_reason" in each]
+        assert [(each["finish_reason"], each["stop_reason"]) for each in told] == [(choice["finish_reason"], reason)]
 
 
 async def test_token_ids_are_returned_when_they_are_asked_for(server):
@@ -236,6 +283,7 @@ async def test_models_have_cards_by_each_of_their_names(small_model):
     assert (await server.client.get("/v1/models/a/b")).json() == listed[0]
     assert (await server.chat(model="c")).json()["model"] == "c"
     assert (await server.chat()).json()["model"] == "a/b"
+    assert (await server.post("/tokenize", model=listed[0]["root"], prompt="a")).status_code == 200
 
 
 async def test_texts_and_messages_become_tokens_and_tokens_text(server):
@@ -264,16 +312,6 @@ async def test_probes_answer_and_health_says_what_is_missing(server):
     assert (await server.client.get("/ping")).status_code == 200
     starting = await server.chat()
     assert (starting.status_code, starting.headers["retry-after"]) == (503, "1")
-
-
-async def test_metrics_are_text_that_prometheus_reads_also_when_only_the_head_is_asked_for(server):
-    text = (await server.client.get("/metrics")).text
-    assert 'hbserve:kv_blocks{instance_id="h0",role="hybrid"} 9' in text.splitlines()
-    assert "hbserve:requests_total 5" in text.splitlines()
-    names = [line.split()[2] for line in text.splitlines() if line.startswith("# TYPE")]
-    assert len(names) == len(set(names))
-    head = await server.client.head("/metrics")
-    assert (head.status_code, head.text) == (200, "")
 
 
 async def test_long_prompts_are_encoded_beside_the_event_loop(server):

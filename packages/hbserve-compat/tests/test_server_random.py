@@ -11,8 +11,10 @@ from hbserve_fake_scheduler import FakeServer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from hbserve.server.anthropic_fields import MessagesBody
 from hbserve.server.http_server import HttpServer
 from hbserve.server.request_fields import ChatBody, CompletionBody
+from hbserve.server.responses_fields import ResponsesBody
 from hbserve.tokenizer import load_tokenizer
 
 LEAF = (
@@ -24,26 +26,42 @@ VALUE = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
     max_leaves=5,
 )
+CONTENT = st.text(max_size=4) | VALUE | st.lists(st.deferred(lambda: PART), max_size=3)
 MESSAGE = st.fixed_dictionaries(
-    {"role": st.sampled_from(["user", "system", "tool", "boss"]), "content": st.text(max_size=4) | VALUE},
+    {"role": st.sampled_from(["user", "assistant", "tool", "boss"]), "content": CONTENT},
     optional={"tool_calls": VALUE, "reasoning": LEAF, "name": LEAF},
 )
+PART = st.fixed_dictionaries(
+    {
+        "type": st.sampled_from(
+            ["text", "input_text", "thinking", "tool_use", "tool_result", "function_call", "reasoning"]
+        )
+    },
+    optional={"text": LEAF, "content": VALUE, "input": VALUE, "name": LEAF, "arguments": LEAF, "role": st.just("user")},
+)
+KINDS = (ChatBody, CompletionBody, ResponsesBody, MessagesBody)
 CHANGES = st.dictionaries(
-    st.sampled_from([*ChatBody.__struct_fields__, *CompletionBody.__struct_fields__, "user", "a\r\nb"]),
+    st.sampled_from([*(name for kind in KINDS for name in kind.__struct_fields__), "user", "a\r\nb"]),
     VALUE,
     max_size=2,
 )
 GOOD = st.fixed_dictionaries(
     {"prompt": st.just("hi") | st.just([5, 6]), "stream": st.booleans(), "n": st.integers(1, 3)}
 )
-CHAT = st.fixed_dictionaries({"messages": st.lists(MESSAGE, min_size=1, max_size=2), "stream": st.booleans()})
+CHAT = st.fixed_dictionaries(
+    {"messages": st.lists(MESSAGE, min_size=1, max_size=2), "stream": st.booleans(), "max_tokens": st.just(9)}
+)
+RESPONSE = st.fixed_dictionaries(
+    {"input": st.text(max_size=4) | st.lists(MESSAGE | PART, max_size=3), "stream": st.booleans()}
+)
 BODY = (
     st.binary(max_size=30)
-    | st.tuples(GOOD | CHAT | VALUE.filter(lambda value: isinstance(value, dict)), CHANGES).map(
+    | st.tuples(GOOD | CHAT | RESPONSE | VALUE.filter(lambda value: isinstance(value, dict)), CHANGES).map(
         lambda both: json.dumps({**both[0], **both[1]}).encode()
     )
 )  # fmt: skip
-PATHS = st.sampled_from(["/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize", "/v1/models/%00"])
+GENERATING = ["/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/messages", "/v1/messages/count_tokens"]
+PATHS = st.sampled_from([*GENERATING, "/tokenize", "/detokenize", "/v1/models/%00"])
 many = settings(derandomize=True, max_examples=300, deadline=None, database=None, suppress_health_check=HealthCheck)
 
 
@@ -68,7 +86,8 @@ def test_whatever_body_is_sent_is_answered_or_refused_by_name(small_model):
         statuses[response.status_code] += 1
         if response.status_code != 200:
             assert response.status_code in (400, 404, 405, 413), response.text
-            assert set(response.json()["error"]) == {"message", "type", "param", "code"}
+            more = set() if path.startswith("/v1/messages") else {"param", "code"}
+            assert set(response.json()["error"]) == {"message", "type"} | more
             assert len(response.content) < 3000
         await until_empty(server, tasks)
 

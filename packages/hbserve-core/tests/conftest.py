@@ -1,6 +1,7 @@
 """Small random models of every supported kind, and transformers as the oracle of what they say."""
 
 import contextlib
+import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -390,6 +391,27 @@ def pytest_configure() -> None:
 
     if not torch.cuda.is_available():
         os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+@pytest.fixture(scope="session")
+def language_is_interpreted() -> Iterator[None]:
+    """Triton's interpreter gives the language its meaning once. It does so again for each launch, and for each function
+    that a kernel calls, which took a third of the time."""
+    import os
+    from types import SimpleNamespace
+
+    if os.environ.get("TRITON_INTERPRET") != "1" or importlib.util.find_spec("triton") is None:
+        yield
+        return
+    import triton.language
+    from triton.runtime import interpreter
+
+    seen_by_all = {"tl": triton.language, "core": triton.language.core}
+    scope = interpreter._patch_lang(SimpleNamespace(__globals__=seen_by_all))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter, "_patch_lang", lambda function: SimpleNamespace(restore=lambda: None))
+        yield
+    scope.restore()
 
 
 @pytest.fixture

@@ -15,6 +15,13 @@ from hbserve_core.model.loaded_model import LoadedModel
 
 # Of what the two runners share, which other tests have on both: kernels take half a minute for it, interpreted.
 WITHOUT_KERNELS = pytest.mark.parametrize("either_runner", ["torch"], indirect=True)
+# The interpreter's numbers warn where they wrap, which is what hashing wants, and where they are none.
+KERNELS = [
+    pytest.mark.usefixtures("language_is_interpreted"),
+    pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning"),
+    pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning"),
+]
+"""Marks of tests that run kernels."""
 BLOCK = 8
 SIZES: dict[str, Any] = {"max_num_seqs": 5, "max_num_batched_tokens": 40, "chunk_size": 16}
 

@@ -9,6 +9,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+from hbserve_core_interpreted import KERNELS
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -18,10 +19,7 @@ from hbserve_core.engine.sequence import NOT_FINITE, ScheduledChunk, Sequence
 from hbserve_core.torch_runner.sampler import Sampler
 from hbserve_rpc import SamplingParams
 
-# The interpreter's numbers warn where they wrap, which is what hashing wants, and where they are none.
-pytestmark = [
-    pytest.mark.filterwarnings(f"ignore:{which} encountered:RuntimeWarning") for which in ("overflow", "invalid value")
-]
+pytestmark = KERNELS
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 VOCABULARY = 50
 NAN, INF = float("nan"), float("inf")

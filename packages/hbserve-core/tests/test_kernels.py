@@ -4,16 +4,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from hbserve_core_interpreted import KERNELS
 
 from hbserve_core.cuda_runner.step_packer import TILE, SplitKV
 from hbserve_core.engine.sequence import NOT_FINITE
 from hbserve_core.model.rope import RopeConfig, angle_table
 
 pytest.importorskip("triton", reason="torch has Triton on Linux only")
-# The interpreter's numbers warn where they wrap, which is what hashing wants, and where they are none.
-pytestmark = [
-    pytest.mark.filterwarnings(f"ignore:{which} encountered:RuntimeWarning") for which in ("overflow", "invalid value")
-]
+pytestmark = KERNELS
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 BLOCK = 8
 LAYER, NUM_LAYERS = 1, 2

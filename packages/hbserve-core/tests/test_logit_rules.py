@@ -8,7 +8,7 @@ from collections import Counter
 
 import pytest
 import torch
-from hbserve_core_interpreted import SIZES, WITHOUT_KERNELS, InterpretedRunner, make_runner
+from hbserve_core_interpreted import KERNELS, SIZES, WITHOUT_KERNELS, InterpretedRunner, make_runner
 from transformers import (
     LogitsProcessorList,
     MinNewTokensLengthLogitsProcessor,
@@ -26,10 +26,7 @@ from hbserve_core.logits.special_rows import SpecialRows
 from hbserve_core.torch_runner.sampler import Sampler
 from hbserve_rpc import InvalidRequest, SamplingParams
 
-# The interpreter's numbers warn where they wrap, which is what hashing wants, and where they are none.
-pytestmark = [
-    pytest.mark.filterwarnings(f"ignore:{which} encountered:RuntimeWarning") for which in ("overflow", "invalid value")
-]
+pytestmark = KERNELS
 CPU = torch.device("cpu")
 MODEL, EOS = "qwen3", 2
 

@@ -2,16 +2,13 @@
 
 import pytest
 import torch
-from hbserve_core_interpreted import WITHOUT_KERNELS, make_runner
+from hbserve_core_interpreted import KERNELS, WITHOUT_KERNELS, make_runner
 
 from hbserve_core import Engine
 from hbserve_core.logits.logprobs import Logprobs
 from hbserve_rpc import SamplingParams
 
-# The interpreter's numbers warn where they wrap, which is what hashing wants, and where they are none.
-pytestmark = [
-    pytest.mark.filterwarnings(f"ignore:{which} encountered:RuntimeWarning") for which in ("overflow", "invalid value")
-]
+pytestmark = KERNELS
 MODEL = "qwen3"
 
 

@@ -11,7 +11,7 @@ import msgspec
 import pytest
 
 from hbserve_core import GpuInstance, InstanceConfig
-from hbserve_core.instance.handover import FirstToken, Handover, Inbox, wait_for_kv
+from hbserve_core.instance.handover import FirstToken, Handover, Inbox, PrefillSend, wait_for_kv
 from hbserve_kv import KVTransferConfig, Outcome, TransferResult
 from hbserve_rpc import LogitsNotFinite, RemoteError, RpcClient, SamplingParams
 from hbserve_rpc.messages import (
@@ -295,16 +295,55 @@ async def test_chunks_that_were_sent_before_there_were_no_numbers_are_nobodys(st
     assert len(tokens) == 1
 
 
-@pytest.mark.parametrize("token", [-2, -1, 320])
-async def test_a_first_token_that_is_none_is_refused_by_the_decode_side(token):
-    handover = Handover(40, [FirstToken(token)])
-
+def committed(payload: bytes, *, is_partial: bool = False) -> Any:
     class Committed:
         async def wait(self) -> TransferResult:
-            return TransferResult(Outcome.COMPLETED, msgspec.msgpack.encode(handover), 1, 1, 0.0, "")
+            return TransferResult(Outcome.COMPLETED, payload, 1, 1, 0.0, "", is_partial)
 
-    with pytest.raises(RemoteError, match=rf"token {token} is outside the vocabulary \[0, 320\)"):
-        await wait_for_kv(Committed(), Inbox(), DecodeRequest("r", "t", [5] * 40, LONG), vocab_size=320)
+    return Committed()
+
+
+def packed(num_tokens: int, *first: Any) -> bytes:
+    return msgspec.msgpack.encode(Handover(num_tokens, [FirstToken(*first)]))
+
+
+REFUSED = {
+    "token -2 is outside the vocabulary": packed(40, -2),
+    "token -7 is outside the vocabulary": packed(40, -7),
+    "token 320 is outside the vocabulary": packed(40, 320),
+    "token 1000000 is outside the vocabulary": packed(40, 10**6),
+    "token 999 is outside the vocabulary": packed(40, 5, None, [{999: -0.5}]),
+    "it holds 41 tokens, the request has 40": packed(41, 5),
+    "it has log-probabilities of 1 tokens": packed(40, 5, None, [{5: -0.5}]),
+    "it has 2 first tokens, the request n=1": msgspec.msgpack.encode(Handover(40, [FirstToken(5), FirstToken(6)])),
+    "what was committed with it is no handover": b"\xc1",
+}
+
+
+@pytest.mark.parametrize("why", REFUSED)
+async def test_a_handover_that_the_request_cannot_go_on_with_is_refused_by_the_decode_side(why):
+    request = DecodeRequest("r", "t", [5] * 40, LONG)
+    with pytest.raises(RemoteError, match=f"^KV transfer failed: {why}"):
+        await wait_for_kv(committed(REFUSED[why]), Inbox(), request, vocab_size=320)
+
+
+async def test_decode_goes_on_without_blocks_only_where_there_is_nothing_to_decode():
+    request = DecodeRequest("r", "t", [5] * 40, LONG)
+    with pytest.raises(RemoteError, match="without all blocks that were granted"):
+        await wait_for_kv(committed(packed(40, 5), is_partial=True), Inbox(), request, vocab_size=320)
+    handover = await wait_for_kv(committed(packed(40, 5, "stop"), is_partial=True), Inbox(), request, vocab_size=320)
+    assert not handover.has_more
+
+
+async def test_a_prefill_instance_that_commits_without_its_blocks_ends_that_request_alone(start, prompt, monkeypatch):
+    p, d = await start("prefill"), await start("decode")
+    with monkeypatch.context() as patched:
+        patched.setattr(PrefillSend, "_push", lambda self: None)
+        with pytest.raises(RemoteError, match="without all blocks that were granted"):
+            await apart(p, d, "hollow", prompt(40), LONG)
+    tokens, _ = await apart(p, d, "whole", prompt(40), SamplingParams(0, 4, ignore_eos=True))
+    assert len(tokens) == 4
+    assert {p.server.status, d.server.status} == {"ready"}
 
 
 # ---- by a client that leaves -------------------------------------------------------------------------------------

@@ -2,15 +2,12 @@
 them. Tokens equal those of transformers."""
 
 import pytest
-from hbserve_core_interpreted import InterpretedRunner
+from hbserve_core_interpreted import KERNELS, InterpretedRunner
 
 from hbserve_core import Engine
 
 pytest.importorskip("triton", reason="torch has Triton on Linux only")
-# The interpreter's numbers warn where they wrap, which is what hashing wants, and where they are none.
-pytestmark = [
-    pytest.mark.filterwarnings(f"ignore:{which} encountered:RuntimeWarning") for which in ("overflow", "invalid value")
-]
+pytestmark = KERNELS
 
 
 # Steps in turn and of exact shapes, as without graphs; and overlapped, padded ones.

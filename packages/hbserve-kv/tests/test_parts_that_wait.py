@@ -197,7 +197,7 @@ async def test_blocks_that_the_device_fails_to_compute_fail_their_transfer_alone
     async with asyncio.timeout(20):
         event.happen(RuntimeError("CUDA error: an illegal memory access was encountered"))
         result = await a.wait()
-        b.push([20], 0)
+        b.push([20, 21], 0)
         assert (await b.commit()).outcome is Outcome.COMPLETED
     assert result.outcome is Outcome.FAILED_DRAINED
     assert "its blocks were not computed: RuntimeError: CUDA error: an illegal" in result.error
@@ -212,6 +212,7 @@ async def test_a_transfer_that_is_given_up_before_its_part_is_ready_is_drained_a
         assert await a.abort("not wanted") is Outcome.FAILED_DRAINED
         assert (await postings[0].wait()).error == "not wanted"
         event.happen()
+        b.push([20, 21], 0)
         assert (await b.commit()).outcome is Outcome.COMPLETED
     assert a.state.legs[0].num_begun == 0
 
@@ -290,7 +291,7 @@ async def test_a_device_that_fails_in_a_part_fails_its_transfer_alone(managers):
 
     sender = await managers(0, "loopback", transport=Failing(network))
     receiver = await managers(1, "loopback", transport=network.transport())
-    (a, b), _ = await open_two(sender, receiver)
+    (a, b), _ = await open_two(sender, receiver, num_blocks=1)
     a.push([10], 0)
     b.push([20], 0)
     async with asyncio.timeout(20):

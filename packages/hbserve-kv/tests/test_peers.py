@@ -11,8 +11,10 @@ import torch
 
 from hbserve_kv import FingerprintMismatch, HeadRange, KVTransferConfig, KVTransferManager, Outcome, TransferFailed
 from hbserve_kv.protocol.checksum import checksums
+from hbserve_kv.protocol.messages import BEGIN, LINK, PROTOCOL_VERSION, Handshake, UnknownLink
 from hbserve_kv.sending.breaker import FIRST_PAUSE_S, LONGEST_PAUSE_S, Breaker
 from hbserve_kv.testing import Faults, LoopbackNetwork
+from hbserve_rpc import RpcClient
 
 NUM_PEERS = int(os.environ.get("HBSERVE_NUM_PEERS", "150"))
 
@@ -140,6 +142,90 @@ async def test_a_grant_of_an_earlier_life_does_not_disturb_the_connection_to_the
     with pytest.raises(TransferFailed, match="restarted since it granted"):
         await sender.open_send("t", old.grant)
     assert sender.links() == links
+
+
+async def forge_link(sender, receiver, epoch):
+    """Anybody's LINK that names the sender's address; open until the test leaves it."""
+    client = RpcClient(receiver.address)
+    await client.start()
+    offers = {name: transport.describe() for name, transport in sender._transports.items()}
+    hello = Handshake(PROTOCOL_VERSION, 0, epoch, sender.address, sender.fingerprint, sender.heads, offers, "forged")
+    stream = client.stream(LINK, hello)
+    await anext(stream)
+    return client
+
+
+async def test_a_forged_link_breaks_no_pair_and_disturbs_no_transfer(backend, managers):
+    """One that says to be another life of the sender."""
+    sender, receiver = await managers(0, backend), await managers(1, backend)
+    posted = receiver.post_receive("t", [1])
+    transfer = await sender.open_send("t", posted.grant)
+    ours, asked = set(receiver._receiver.links.connected), receiver._receiver.links._asking
+    client = await forge_link(sender, receiver, "another")
+    async with asyncio.timeout(20):
+        while asked:
+            await asyncio.sleep(0.001)
+        assert ours < set(receiver._receiver.links.connected)
+        transfer.push([1], 0)
+        assert (await transfer.commit()).outcome is Outcome.COMPLETED
+    await client.close()
+
+
+async def test_a_sender_whose_link_was_replaced_hears_so_and_connects_anew(backend, managers):
+    """Also by one that says to be the sender in this very life."""
+    sender, receiver = await managers(0, backend), await managers(1, backend)
+    await move(sender, receiver, "connects")
+    (old,) = sender._peers.connections.values()
+    client = await forge_link(sender, receiver, sender.epoch)
+    async with asyncio.timeout(20):
+        while not old.lost:
+            await asyncio.sleep(0.001)
+        assert old.lost == f"{receiver.address} closed the link"
+        sent, received = await move(sender, receiver, "t")
+    assert (sent.outcome, received.outcome) == (Outcome.COMPLETED, Outcome.COMPLETED)
+    await client.close()
+
+
+async def test_a_sender_that_hears_of_an_unknown_link_connects_anew_and_its_transfer_goes_on(backend, managers):
+    sender, receiver = await managers(0, backend), await managers(1, backend)
+    await move(sender, receiver, "connects")
+    (old,) = sender._peers.connections.values()
+    old._listening.cancel()  # it never hears that the receiver has ended the link
+    receiver._receiver.links._lose(next(iter(receiver._receiver.links.connected.values())), "forgotten")
+    async with asyncio.timeout(20):
+        sent, received = await move(sender, receiver, "t")
+    assert (sent.outcome, received.outcome) == (Outcome.COMPLETED, Outcome.COMPLETED)
+    assert old.lost == f"{receiver.address} does not know the link any more"
+
+
+async def test_who_does_not_know_the_new_link_either_fails_the_transfer(managers):
+    sender, receiver = await managers(0, "ipc"), await managers(1, "ipc")
+
+    async def never_knows(_):
+        return UnknownLink()
+
+    receiver._server.serve(BEGIN, never_knows)
+    posted = receiver.post_receive("t", [1])
+    async with asyncio.timeout(20):
+        with pytest.raises(TransferFailed, match="has ended the connection, and a new one too"):
+            await sender.open_send("t", posted.grant)
+    await posted.cancel("test over")
+
+
+async def test_a_sender_that_was_restarted_ends_the_link_of_its_earlier_life(managers):
+    sender, receiver = await managers(0, "ipc"), await managers(1, "ipc", timeout_s=60)
+    port = int(sender.address.rpartition(":")[2])
+    await move(sender, receiver, "connects")
+    (old,) = receiver._receiver.links.connected.values()
+    (connection,) = sender._peers.connections.values()
+    connection.client._socket.close()  # as a process that is killed leaves it: nobody says anything
+    connection.client._heart.cancel()
+    await sender._server.stop()
+    again = await managers(0, "ipc", port=port)
+    async with asyncio.timeout(20):
+        sent, _ = await move(again, receiver, "t")
+        await old.ended.wait()
+    assert sent.outcome is Outcome.COMPLETED
 
 
 async def test_a_corrupted_block_fails_its_transfer_by_its_checksum(managers):

@@ -1,14 +1,16 @@
 """What managers do with each other, whatever carries the bytes."""
 
 import asyncio
+import math
 
+import msgspec
 import pytest
 
 from hbserve_kv import AddressNotAvailable, FingerprintMismatch, Outcome, TransferFailed
-from hbserve_kv.protocol.messages import Abandon
+from hbserve_kv.protocol.messages import BEGIN, COMMIT, Abandon, Commit
 from hbserve_kv.testing import LoopbackNetwork
 from hbserve_kv.testing.loopback import LoopbackTransport
-from hbserve_rpc import RpcClient
+from hbserve_rpc import InvalidRequest, RpcClient
 
 
 @pytest.fixture
@@ -58,6 +60,81 @@ async def test_a_commit_that_lacks_blocks_is_not_accepted_as_complete(managers):
     result = await transfer.commit()
     assert result.outcome is Outcome.FAILED_DRAINED
     assert "parts" in (await posted.wait()).error
+
+
+@pytest.mark.parametrize("pushed", [[], [0], [0, 2], [1, 1, 0]])
+async def test_a_commit_counts_for_all_blocks_that_were_granted_or_fails(backend, managers, pushed):
+    # Known elsewhere: vLLM #20263.
+    sender, receiver = await managers(0, backend), await managers(1, backend)
+    posted = receiver.post_receive("t", [1, 2, 3])
+    transfer = await sender.open_send("t", posted.grant)
+    for place in pushed:
+        transfer.push([5 + place], place)
+    async with asyncio.timeout(20):
+        sent, received = await transfer.commit(), await posted.wait()
+    assert (sent.outcome, received.outcome) == (Outcome.FAILED_DRAINED, Outcome.FAILED_DRAINED)
+    assert received.error == f"committed with {len(set(pushed))} blocks of the 3 that were granted"
+
+
+@pytest.mark.parametrize("num_pushed", [0, 2, 3])
+async def test_who_can_do_with_fewer_blocks_hears_whether_all_have_come(backend, managers, num_pushed):
+    sender, receiver = await managers(0, backend), await managers(1, backend)
+    posted = receiver.post_receive("t", [1, 2, 3], may_be_partial=True)
+    transfer = await sender.open_send("t", posted.grant)
+    if num_pushed:
+        transfer.push(list(range(num_pushed)), 0)
+    async with asyncio.timeout(20):
+        sent, received = await transfer.commit(b"enough"), await posted.wait()
+    assert (sent.outcome, received.outcome, received.payload) == (Outcome.COMPLETED, Outcome.COMPLETED, b"enough")
+    assert received.is_partial is (num_pushed < 3)
+    assert received.num_bytes == sent.num_bytes
+
+
+FORGED = {
+    "parts that never came": lambda key: Commit("t", key, 10**12, 0, 0.0, b""),
+    "no part": lambda key: Commit("t", key, 0, 0, 0.0, b""),
+    "more than was granted": lambda key: Commit("t", key, 3, 1 << 62, 0.0, b""),
+    "less than nothing": lambda key: Commit("t", key, -1, -1, 0.0, b""),
+    "a time that is none": lambda key: Commit("t", key, 3, 0, float("nan"), b""),
+}
+
+
+@pytest.mark.parametrize("case", FORGED)
+async def test_a_commit_says_nothing_that_was_not_granted(backend, managers, case):
+    sender, receiver = await managers(0, backend), await managers(1, backend)
+    posted = receiver.post_receive("t", [1, 2, 3])
+    transfer = await sender.open_send("t", posted.grant)
+    (connection,) = sender._peers.connections.values()
+    async with asyncio.timeout(20):
+        with pytest.raises(InvalidRequest):
+            await connection.client.call(COMMIT, FORGED[case](connection.link.key), timeout_s=10)
+        await transfer.abort("test over")
+        received = await posted.wait()
+    assert received.outcome is Outcome.FAILED_DRAINED
+    assert math.isfinite(receiver.stats().busy_time_s)
+
+
+@pytest.mark.parametrize("wrong", [{"block_ids": [1, -2]}, {"region": "arena"}, {"block_ids": [1, 64]}])
+async def test_a_receiver_is_written_to_only_where_it_has_memory(managers, wrong):
+    """Also by its own word: what lies behind its pool is somebody else's."""
+    sender, receiver = await managers(0, "ipc"), await managers(1, "ipc")
+    posted = receiver.post_receive("t", [1, 2])
+    accepted = receiver._receiver._begin
+
+    async def begin(message):
+        return msgspec.structs.replace(await accepted(message), **wrong)
+
+    receiver._server.serve(BEGIN, begin)
+
+    async def send() -> None:
+        transfer = await sender.open_send("t", posted.grant)
+        transfer.push([5, 6], 0)
+        raise TransferFailed((await transfer.commit()).error)
+
+    async with asyncio.timeout(20):
+        with pytest.raises(TransferFailed, match=r"cannot have granted|has 64 blocks"):
+            await send()
+        assert (await posted.wait()).outcome is Outcome.FAILED_DRAINED
 
 
 async def test_a_fingerprint_mismatch_names_the_field_and_both_values(backend, managers):

@@ -14,9 +14,11 @@ from hbserve_rpc import (
     Overloaded,
     ProtocolMismatch,
     RemoteError,
+    RequestTimeout,
     RpcServer,
     RpcTimeout,
     SamplingParams,
+    Unavailable,
     wire,
 )
 from hbserve_rpc.messages import GENERATE, GenerateRequest
@@ -36,8 +38,13 @@ async def test_many_calls_at_once_get_their_own_replies(rpc, start, connect):
 
 
 @pytest.mark.parametrize(
-    "error", [InvalidRequest("x=3: expected 4"), LogitsNotFinite("token 3"), Overloaded("full")], ids=lambda e: e.code
-)
+    "error",
+    [
+        InvalidRequest("x=3: expected 4"), LogitsNotFinite("token 3"), Overloaded("full", 2.5), RequestTimeout("late"),
+        Unavailable("nobody"),
+    ],
+    ids=lambda e: e.code,
+)  # fmt: skip
 async def test_what_says_whether_to_try_again_crosses_as_itself(rpc, start, connect, error):
     async def refuse(ask):
         raise error
@@ -45,8 +52,16 @@ async def test_what_says_whether_to_try_again_crosses_as_itself(rpc, start, conn
     server = RpcServer()
     server.serve(rpc.CALL, refuse)
     await start(server)
-    with pytest.raises(type(error), match=str(error)):
+    with pytest.raises(type(error), match=str(error)) as caught:
         await (await connect(server.address)).call(rpc.CALL, rpc.Ask(), timeout_s=20)
+    assert vars(caught.value) == vars(error)
+
+
+@pytest.mark.parametrize(("said_s", "kept_s"), [(-1, 0), (float("nan"), 0), (float("inf"), 3600), (1e300, 3600)])
+def test_a_time_to_come_back_that_cannot_be_is_bounded(said_s, kept_s):
+    error = wire.revive_error(wire.Failed("epoch", 1, Overloaded.code, "full", said_s))
+    assert isinstance(error, Overloaded)
+    assert error.retry_after_s == kept_s
 
 
 async def test_any_other_error_crosses_as_a_remote_error_with_its_message(rpc, start, connect):

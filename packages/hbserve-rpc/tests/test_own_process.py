@@ -72,3 +72,39 @@ def test_signals_of_the_terminal_that_were_ignored_do_not_end_it_and_sigterm_alw
             signal.signal(number, signal.SIG_IGN)
 
     assert report(tmp_path, ignore)["ending"] == ["SIGTERM"]
+
+
+ENDING = """
+import asyncio, os, signal
+from hbserve_rpc import own_process
+
+own_process.end_at_once_by_ctrl_c()
+
+async def closed_late():
+    try:
+        await asyncio.Event().wait()
+    finally:
+        os.kill(os.getpid(), signal.SIGINT)
+        print("still there")
+
+async def serve():
+    closing = asyncio.create_task(closed_late())
+    told = asyncio.Queue()
+    with own_process.on_ending_signals(told.put_nowait):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+            os.kill(os.getpid(), number)
+            print((await told.get()).name, flush=True)
+
+asyncio.run(serve())
+"""
+
+
+def test_signals_are_told_while_it_serves_and_ctrl_c_is_no_traceback_while_the_loop_closes():
+    def default() -> None:
+        for number in (signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, signal.SIG_DFL)
+
+    command = [sys.executable, "-c", ENDING]
+    done = subprocess.run(command, preexec_fn=default, capture_output=True, text=True, timeout=DEADLINE_S, check=False)
+    assert done.stdout.split() == ["SIGINT", "SIGTERM", "SIGHUP", "SIGINT"]
+    assert (done.stderr, done.returncode) == ("", -signal.SIGINT)

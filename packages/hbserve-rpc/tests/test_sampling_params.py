@@ -85,6 +85,7 @@ WRONG = {
     ],
     "max_tokens": [HostileObject(), HostileInt(0), Decimal(8), 0, -1, 1.5, None, "8", 10**5000, 2**63],
     "ignore_eos": [1, "yes", None],
+    "include_stop_str_in_output": [0, "no", None],
     "top_k": [-2, 1.5, None],
     "top_p": [0, -1, 1.1, float("nan"), None],
     "seed": [-1, 2**63, 0.5, True, "1"],

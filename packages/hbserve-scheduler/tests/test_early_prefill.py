@@ -105,7 +105,7 @@ async def test_a_request_that_ends_with_its_first_token_waits_for_no_grant(
 
 
 def handle_of(info: dict[str, Any], report: dict[str, Any]) -> InstanceHandle:
-    handle = InstanceHandle("d0", "decode", "127.0.0.1:1", SchedulerConfig(), lambda: None, lambda: None)
+    handle = InstanceHandle("d0", "decode", "127.0.0.1:1", SchedulerConfig(), lambda _: None, lambda _: None)
     about = {"num_blocks": 100, "block_size": 16, "max_num_seqs": 8} | info
     handle.info = InstanceInfo("d0", "decode", "now", "ready", **about)
     handle.last_stats = InstanceStats(

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hbserve_rpc import InvalidRequest, RpcClient, SamplingParams, StreamMethod
+from hbserve_rpc import InvalidRequest, RpcClient, SamplingParams, StreamMethod, Unavailable
 from hbserve_rpc.messages import SCHEDULER_GENERATE, ClientEvent, GenerateRequest
-from hbserve_scheduler import RequestFailed, SchedulerServer
+from hbserve_scheduler import SchedulerServer
 
 AS_SENT: Any = StreamMethod(SCHEDULER_GENERATE.name, msgspec.Struct, ClientEvent)
 """As a client of another language, or of another version, may call it."""
@@ -103,6 +103,6 @@ async def test_who_waits_for_room_hears_of_the_end(make_scheduler, make_instance
     waiting = asyncio.create_task(scheduler.wait_for_room())
     await asyncio.sleep(0)
     await scheduler.stop()
-    with pytest.raises(RequestFailed, match="stopped"):
+    with pytest.raises(Unavailable, match="stopped"):
         await waiting
     await stream.aclose()

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from hbserve_rpc import InvalidRequest, LogitsNotFinite, Overloaded, RemoteError
+from hbserve_rpc import InvalidRequest, LogitsNotFinite, Overloaded, RemoteError, Unavailable
 from hbserve_scheduler import ConfigError, InstanceFailed, NotReady, RequestFailed
 from hbserve_scheduler.attempt import Attempt
 from hbserve_scheduler.request import ScheduledRequest
@@ -339,13 +339,13 @@ async def test_a_request_without_instances_ends_with_an_error_that_names_them(
     scheduler = await make_scheduler(*pair, instance_wait_s=0.5)
     await pair[1].server.stop()
     await scheduler.instance_died("d0", "its process ended")
-    with pytest.raises(RequestFailed, match=r"no instances for 0\.5 s: d0 \(decode\) at 127\.0\.0\.1:\d+: "):
+    with pytest.raises(Unavailable, match=r"no instances for 0\.5 s: d0 \(decode\) at 127\.0\.0\.1:\d+: "):
         await collect(scheduler.submit(ask()))
 
 
 async def test_a_request_without_any_instance_says_that_none_were_added(make_scheduler, ask, collect):
     scheduler = await make_scheduler(instance_wait_s=0.5)
-    with pytest.raises(RequestFailed, match="none were added"):
+    with pytest.raises(Unavailable, match="none were added"):
         await collect(scheduler.submit(ask()))
     assert not scheduler.info().ready
 
@@ -357,7 +357,7 @@ async def test_a_retry_that_finds_no_instance_tells_the_story(make_scheduler, pa
     await until(lambda: pair[0].requests)
     await pair[0].server.stop()
     await scheduler.instance_died("p0", "its process ended")
-    with pytest.raises(RequestFailed, match=r"attempt 1: p0: .*; no instances for 0\.5 s: p0 \(prefill\)"):
+    with pytest.raises(Unavailable, match=r"attempt 1: p0: .*; no instances for 0\.5 s: p0 \(prefill\)"):
         await collect(events)
 
 

@@ -1,14 +1,17 @@
 """What CpuScheduler asks of instances, in which order, and what its clients read."""
 
 import asyncio
+import time
+from array import array
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from hbserve_rpc import InvalidRequest, Overloaded, RemoteError, SamplingParams
+from hbserve_rpc import InvalidRequest, Overloaded, RemoteError, RequestTimeout, SamplingParams, Unavailable
 from hbserve_rpc.messages import GenerateRequest, LatencySummary, RequestFinished, TokenEvent
-from hbserve_scheduler import CpuScheduler, RequestFailed
+from hbserve_scheduler import CpuScheduler
+from hbserve_scheduler.records import AttemptRecord
 from hbserve_scheduler.request import ScheduledRequest
 
 # ---- the flow of one request -------------------------------------------------------------------------------------
@@ -297,10 +300,31 @@ async def test_requests_beyond_the_queue_are_refused_as_overload(make_scheduler,
     streams = [scheduler.submit(ask("r0"))]
     await until(lambda: pair[0].requests)
     streams += [scheduler.submit(ask("r1")), scheduler.submit(ask("r2"))]
-    with pytest.raises(Overloaded, match=r"2 requests are waiting, which is scheduler\.max_queue_size"):
-        scheduler.submit(ask("r3"))
+    for waited_s, after_s in ((0, 1), (16, 8), (1000, 60)):  # half of what the first one has waited, within bounds
+        scheduler.waiting_requests[0].submitted_s = time.monotonic() - waited_s
+        with pytest.raises(Overloaded, match=r"2 requests are waiting, which is scheduler\.max_queue_size") as refused:
+            scheduler.submit(ask("r3"))
+        assert refused.value.retry_after_s == pytest.approx(after_s, abs=2)
+    with pytest.raises(Overloaded):  # nobody looks at it while there is no room: to refuse must cost least
+        scheduler.submit(GenerateRequest("r4", [], ask().params))
     pair[0].release()
     await asyncio.gather(*map(collect, streams))
+
+
+async def test_tokens_that_the_client_does_not_take_wait_as_one_event(make_scheduler, pair, ask, until):
+    scheduler = await make_scheduler(*pair)
+    params = SamplingParams(max_tokens=20, logprobs=1, prompt_logprobs=1)
+    events = scheduler.submit(GenerateRequest("r", [7] * 4, params))
+    first = await anext(events)
+    assert (first.index, first.token_ids[0]) == (0, 100)
+    await until(lambda: scheduler.stats().completed_requests)
+    rest = [each async for each in events]
+    assert len(rest) <= 2, "of the tokens one, and the end"
+    both = [first, *rest[:-1]]
+    assert [token for each in both for token in each.token_ids] == list(range(100, 120))
+    assert [place for each in both for place in each.logprobs] == [{token: -float(token)} for token in range(100, 120)]
+    assert both[-1].finish_reason == rest[-1].finish_reason == "length"
+    assert len(first.prompt_logprobs) == 3
 
 
 # ---- aborts ------------------------------------------------------------------------------------------------------
@@ -400,7 +424,7 @@ async def test_a_request_ends_with_an_error_after_its_timeout(make_scheduler, pa
     # Known elsewhere: vLLM #35943, #55870, #46283, #53250, SGLang #10110, #31800, #10204, #11648, #6857.
     pair[1].hold = {"tokens"}
     scheduler = await make_scheduler(*pair, request_timeout_s=0.5)
-    with pytest.raises(RequestFailed, match=r"request_timeout_s=0\.5"):
+    with pytest.raises(RequestTimeout, match=r"request_timeout_s=0\.5"):
         await collect(scheduler.submit(ask()))
     assert scheduler.stats().failed_requests == 1
 
@@ -412,9 +436,9 @@ async def test_the_timeout_counts_the_time_in_the_queue(make_scheduler, pair, as
     await until(lambda: pair[0].requests)
     waiting = scheduler.submit(ask("waiting"))
     await until(lambda: running.done())
-    with pytest.raises(RequestFailed, match=r"request_timeout_s=2\.0"):
+    with pytest.raises(RequestTimeout, match=r"request_timeout_s=2\.0"):
         await collect(waiting)
-    with pytest.raises(RequestFailed, match=r"request_timeout_s=2\.0"):
+    with pytest.raises(RequestTimeout, match=r"request_timeout_s=2\.0"):
         await running
 
 
@@ -432,7 +456,7 @@ async def test_stop_ends_requests_and_leaves_no_task(make_scheduler, pair, journ
     for stream in streams:
         _, end = await collect(stream)
         assert isinstance(end, RequestFinished)
-    with pytest.raises(RequestFailed, match="stopped"):
+    with pytest.raises(Unavailable, match="stopped"):
         scheduler.submit(ask("late"))
 
 
@@ -449,11 +473,17 @@ async def test_stop_after_the_last_token_aborts_nothing(make_scheduler, pair, as
     assert (stats.completed_requests, stats.aborted_requests) == (1, 0)
 
 
+def clock(now_s: float) -> SimpleNamespace:
+    """In place of the module `time`."""
+    return SimpleNamespace(monotonic=lambda: now_s, time=lambda: 1e9 + now_s)
+
+
 def test_the_times_of_a_request_are_of_its_submission_and_its_tokens(ask, monkeypatch):
-    entry = ScheduledRequest(ask(), submitted_s=10, started_s=12, first_token_s=13, output=[100, 101, 102, 103])
-    monkeypatch.setattr("hbserve_scheduler.request.time", SimpleNamespace(monotonic=lambda: 19.0))
+    entry = ScheduledRequest(ask(), submitted_s=10, arrivals=array("d", [13]), output=[100, 101, 102, 103])
+    entry.attempts.append(AttemptRecord(2, "p0"))
+    monkeypatch.setattr("hbserve_scheduler.request.time", clock(19))
     entry.finish("length")
-    end = entry.events.get_nowait()
+    end = entry.events.popleft()
     # Three tokens come after the first, in six seconds.
     assert (end.queue_time_s, end.ttft_s, end.tpot_s, end.e2e_s) == (2, 3, 2, 9)
 
@@ -477,11 +507,11 @@ def test_the_handoff_is_from_the_first_token_that_a_client_gets_to_the_second(
     """Whether or not it has `known` tokens of an earlier attempt already."""
     entry = ScheduledRequest(ask(output_token_ids=[100 + i for i in range(known)]))
     for now_s, tokens in events:
-        monkeypatch.setattr("hbserve_scheduler.request.time", SimpleNamespace(monotonic=lambda now_s=now_s: now_s))
+        monkeypatch.setattr("hbserve_scheduler.request.time", clock(now_s))
         entry.deliver(TokenEvent(tokens[0] - 100 + known, [token + known for token in tokens]))
-    assert entry.handoff_s == handoff_s
+    assert entry.record().handoff_s == handoff_s
     entry.finish("length")
-    while not isinstance(end := entry.events.get_nowait(), RequestFinished):
+    while not isinstance(end := entry.events.popleft(), RequestFinished):
         pass
     assert end.handoff_s == (handoff_s or 0)
 
@@ -489,7 +519,7 @@ def test_the_handoff_is_from_the_first_token_that_a_client_gets_to_the_second(
 async def test_the_stats_sum_up_the_handoffs_of_those_requests_that_ended_last(
     make_scheduler, pair, ask, collect, monkeypatch
 ):
-    monkeypatch.setattr("hbserve_scheduler.cpu_scheduler.RECENT_REQUESTS", 200)
+    monkeypatch.setattr("hbserve_scheduler.figures.RECENT_REQUESTS", 200)
     scheduler = await make_scheduler(*pair)
     assert scheduler.stats().handoff == LatencySummary()
     await collect(scheduler.submit(ask("one-token", max_tokens=1)))
@@ -498,7 +528,6 @@ async def test_the_stats_sum_up_the_handoffs_of_those_requests_that_ended_last(
     assert end.handoff_s > 0
     assert scheduler.stats().handoff == LatencySummary(1, end.handoff_s, end.handoff_s)
     for i in range(1000):
-        entry = ScheduledRequest(ask(str(i)), first_token_s=0, second_token_s=i)
-        scheduler._totals["total"] += 1
-        scheduler._end(entry, "length")
+        scheduler.figures.num_submitted += 1
+        ScheduledRequest(ask(str(i)), scheduler.figures, arrivals=array("d", [0, i])).finish("length")
     assert scheduler.stats().handoff == LatencySummary(200, 899, 997)

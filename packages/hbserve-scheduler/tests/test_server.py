@@ -68,8 +68,10 @@ async def test_refusals_keep_their_class(serve, pair, ask, collect, until):
     await until(lambda: pair[0].requests)
     waiting = asyncio.create_task(collect(remote.submit(ask("r1"))))
     await until(lambda: server.scheduler.waiting_requests)
-    with pytest.raises(Overloaded, match="max_queue_size"):
+    server.scheduler.waiting_requests[0].submitted_s -= 40
+    with pytest.raises(Overloaded, match="max_queue_size") as refused:
         await anext(remote.submit(ask("r2")))
+    assert 20 <= refused.value.retry_after_s < 60, "half of the time that the first one has waited"
     pair[0].release()
     await running
     await waiting

@@ -10,6 +10,7 @@ import math
 import os
 import re
 import signal
+import sys
 from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager
 from enum import StrEnum
@@ -153,6 +154,18 @@ def scheduler(config: ConfigOption, log_level: LogLevelOption = LogLevel.INFO) -
     _run(serve_config(config), log_level)
 
 
+@app.command()
+def stats(
+    connect: Annotated[str, typer.Option(metavar="HOST:PORT", help="Where its scheduler's RPC is.")],
+    json: Annotated[bool, typer.Option("--json", help="All figures, for programs.")] = False,
+    log_level: LogLevelOption = LogLevel.WARNING,
+) -> None:
+    """Show the figures of a running deployment."""
+    from hbserve.stats import StatsArgs, show_stats
+
+    _run(show_stats(StatsArgs(connect, json)), log_level)
+
+
 bench = typer.Typer(help="Measure this machine.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
 
@@ -236,6 +249,8 @@ def _explaining(log_level: LogLevel) -> Iterator[None]:
     logging.basicConfig(level=log_level.value, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     try:
         yield
+        if sys.stdout is not None:
+            sys.stdout.flush()  # here, where it is explained why it cannot be written
     except KeyboardInterrupt:
         raise typer.Exit(128 + signal.SIGINT) from None
     except _Signalled as ended:
@@ -251,6 +266,17 @@ def _explaining(log_level: LogLevel) -> Iterator[None]:
             logging.getLogger(__name__).exception("unexpected error; please report it")
         typer.echo(f"error: {_one_line(str(error))}", err=True)
         raise typer.Exit(2 if isinstance(error, ValueError) else 1) from None
+    finally:
+        _forget_what_nobody_takes()
+
+
+def _forget_what_nobody_takes() -> None:
+    """Output that cannot be written: Python would try again when it ends, and say so in its own words."""
+    if sys.stdout is not None:
+        try:
+            sys.stdout.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _one_line(text: str) -> str:
@@ -269,24 +295,23 @@ class _Signalled(BaseException):
 async def _until_signalled(job: Coroutine[Any, Any, None]) -> None:
     """A signal ends a command in order; another one, while it ends, at once. Commands that serve have handlers of their
     own."""
-    task, loop = asyncio.current_task(), asyncio.get_running_loop()
+    task = asyncio.current_task()
     assert task is not None
-    received: list[int] = []
+    received: list[signal.Signals] = []
 
-    def end(number: int) -> None:
+    def end(number: signal.Signals) -> None:
         if received:  # the event loop will have ended before its processes have, of which asyncio would complain
             logging.getLogger("asyncio").setLevel(logging.ERROR)
         received.append(number)
         task.cancel()
 
-    for number in own_process.ending_signals():
-        loop.add_signal_handler(number, end, number)
-    try:
-        await job
-    except asyncio.CancelledError:
-        if not received:
-            raise
-        raise _Signalled(received[0]) from None
+    with own_process.on_ending_signals(end):
+        try:
+            await job
+        except asyncio.CancelledError:
+            if not received:
+                raise
+            raise _Signalled(received[0]) from None
 
 
 def _is_explained(error: Exception) -> bool:

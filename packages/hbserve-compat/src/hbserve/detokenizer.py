@@ -23,14 +23,20 @@ def decoder_of(tokenizer: Any) -> TokenDecoder:
 
 
 class Detokenizer:
-    """One request's text: what `tokenizer.decode` makes of its tokens, up to the first stop string.
+    """One request's text: what `tokenizer.decode` makes of its tokens, up to the first stop string, or with it.
 
     Text is given out as soon as it is sure: no half characters, and no beginning of what may become a stop string. Stop
     strings are looked for in the text with its special tokens, also where these are skipped: they may be such tokens.
     """
 
     def __init__(
-        self, tokenizer: Any, stop: Sequence[str] = (), *, skip_special_tokens: bool = True, min_tokens: int = 0
+        self,
+        tokenizer: Any,
+        stop: Sequence[str] = (),
+        *,
+        skip_special_tokens: bool = True,
+        min_tokens: int = 0,
+        include_stop_str_in_output: bool = False,
     ) -> None:
         """`tokenizer` is None where there is none: all text is "" then, and there may be no stop strings.
 
@@ -45,6 +51,7 @@ class Detokenizer:
         """The text with special tokens, where it is another one."""
         self._stop = StopStrings(stop) if stop else None
         self._min_tokens = min_tokens
+        self._includes_stop = include_stop_str_in_output
         self._held: deque[tuple[int, str]] = deque()
         """Of tokens whose text may belong to a stop string: its length as it is searched, and what is to be shown."""
         self._num_held = 0
@@ -56,7 +63,12 @@ class Detokenizer:
     @property
     def stopped(self) -> bool:
         """A stop string has come: no more text comes."""
-        return self._stop is not None and self._stop.found
+        return self.stop_string is not None
+
+    @property
+    def stop_string(self) -> str | None:
+        """The one that has come."""
+        return None if self._stop is None else self._stop.found
 
     @property
     def text(self) -> str:
@@ -87,7 +99,10 @@ class Detokenizer:
             return [shown]
         self._held.append((len(searched), shown))
         self._num_held += len(searched)
-        return self._release(self._num_held - self._stop.feed(searched))
+        num_behind = self._stop.feed(searched)
+        if self._includes_stop:  # nothing needs to wait for what it may become
+            num_behind -= num_behind if self._stop.found is None else len(self._stop.found)
+        return self._release(self._num_held - num_behind)
 
     def _release(self, num_searched: int) -> list[str]:
         """What is to be shown of the first so many characters of what is held. It is held no more."""

@@ -13,15 +13,13 @@ from typing import Any
 from hbserve.demo_model import find_model_folder
 from hbserve.progress import progress_bar
 from hbserve.prompts import read_prompts
+from hbserve.remote import remote_scheduler
 from hbserve.results import GenerationResult, Timings
 from hbserve.text_request import Scheduler, TextRequest, answer_all, check_all
 from hbserve.tokenizer import encode_message, load_tokenizer, require_tokenizer_of
-from hbserve_rpc import InvalidAddress, SamplingParams
-from hbserve_rpc.messages import FinishReason, ServiceInfo
-from hbserve_scheduler import ConfigError, RemoteScheduler, load_config
-
-FIND_SCHEDULER_S = 30.0
-TELL_AFTER_S = 3.0
+from hbserve_rpc import SamplingParams
+from hbserve_rpc.messages import FinishReason
+from hbserve_scheduler import ConfigError, load_config
 
 End = tuple[Timings, FinishReason]
 
@@ -52,7 +50,7 @@ async def generate_answers(args: GenerateArgs) -> None:
         prompts = [encode_message(tokenizer, text) for text in texts]
         if len(prompts) == 1:
             request = TextRequest(scheduler, tokenizer, prompts[0], params)
-            ends, lengths = [await _stream(request)], [len(request.detokenizer.token_ids)]
+            ends, lengths = [await _stream(request)], [len(request.choices[0].detokenizer.token_ids)]
         else:
             results = await _together(scheduler, tokenizer, prompts, params)
             for text, result in zip(texts, results, strict=True):
@@ -129,29 +127,12 @@ async def _started(args: GenerateArgs) -> AsyncIterator[tuple[Scheduler, Any]]:
         yield llm.scheduler, llm.tokenizer
 
 
-async def _find(scheduler: RemoteScheduler) -> ServiceInfo:
-    """It may be starting still, so that nobody answers is not yet an error; but the user hears what takes so long."""
-    notice = f"waiting for a scheduler at {scheduler.address}, up to {FIND_SCHEDULER_S:.0f} s\n"
-    telling = asyncio.get_running_loop().call_later(TELL_AFTER_S, sys.stderr.write, notice)
-    try:
-        return await scheduler.find(FIND_SCHEDULER_S)
-    finally:
-        telling.cancel()
-
-
 @asynccontextmanager
 async def _connected(args: GenerateArgs) -> AsyncIterator[tuple[Scheduler, Any]]:
     for name in ("config", "kv_transfer_backend"):
         if getattr(args, name) is not None:
             raise ConfigError(f"--{name.replace('_', '-')}={getattr(args, name)}: not with --connect, where it is set")
-    address = args.connect or ""
-    try:
-        scheduler = RemoteScheduler(address)
-    except InvalidAddress as error:
-        raise ConfigError(f"--connect={error}") from None
-    await scheduler.start()
-    try:
-        info = await _find(scheduler)
+    async with remote_scheduler(args.connect or "") as (scheduler, info):
         if not info.ready:
             sys.stderr.write(f"not all instances of the scheduler at {scheduler.address} are ready; its log says why\n")
         folder = args.model or Path(info.model_path)
@@ -163,5 +144,3 @@ async def _connected(args: GenerateArgs) -> AsyncIterator[tuple[Scheduler, Any]]
         require_tokenizer_of(folder)
         # Importing transformers can take longer than the scheduler waits for a heartbeat.
         yield scheduler, await asyncio.to_thread(load_tokenizer, folder)
-    finally:
-        await scheduler.stop()

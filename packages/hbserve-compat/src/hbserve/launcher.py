@@ -18,7 +18,7 @@ import msgspec
 
 from hbserve.host_cores import num_cores
 from hbserve_rpc import canonical_host
-from hbserve_rpc.address import is_here
+from hbserve_rpc.address import is_here, parse_address
 from hbserve_rpc.settings import KVTransferSettings
 from hbserve_scheduler import DeploymentConfig, InstanceFailed, InstanceSection, parse_size
 from hbserve_scheduler.config import KVTransferSection
@@ -32,6 +32,11 @@ QUIET_TORCH = ("TORCH_CPP_LOG_LEVEL", "ERROR")
 """Else it writes a trace of 30 lines for each peer that ends, of which the log says in words what matters."""
 KILL_TIMEOUT_S = 5.0
 """As STOP_TIMEOUT_S, where no event loop is there to wait in."""
+MOST_RESTARTS = 5
+"""In a row, after lives shorter than STEADY_S each."""
+FIRST_RESTART_S, LONGEST_RESTART_S = 0.5, 30.0
+"""Pause before the first of them; each is twice as long as the one before."""
+STEADY_S = 60.0
 
 
 def instance_settings(
@@ -92,13 +97,36 @@ def instance_environment(num_threads: int) -> dict[str, str]:
     return dict([QUIET_TORCH]) | os.environ | {"OMP_NUM_THREADS": str(num_threads)}
 
 
+class Restarts:
+    """When a process that has died is started again: after ever longer pauses, and only so often in a row."""
+
+    def __init__(self) -> None:
+        self.number = 0
+        """In a row."""
+        self._began_s = time.monotonic()
+
+    def began(self) -> None:
+        """It has been started."""
+        self._began_s = time.monotonic()
+
+    def pause_s(self) -> float | None:
+        """Of the restart that is due now; None: it has died too often."""
+        if time.monotonic() - self._began_s >= STEADY_S:
+            self.number = 0
+        if self.number >= MOST_RESTARTS:
+            return None
+        self.number += 1
+        return float(min(FIRST_RESTART_S * 2 ** (self.number - 1), LONGEST_RESTART_S))
+
+
 class InstanceProcess:
-    """One instance that this process has started, and ends."""
+    """One instance that this process has started, and ends. May be started again after its death."""
 
     def __init__(self, settings: dict[str, Any], on_death: Callable[[str, str], None]) -> None:
         self.instance_id: str = settings["instance_id"]
         self.role = settings["role"]
         self.address = ""
+        self.restarts = Restarts()
         self._settings = settings
         self._on_death = on_death
         self._last_lines: deque[str] = deque(maxlen=5)
@@ -108,11 +136,15 @@ class InstanceProcess:
         self._stopping = False
 
     async def start(self) -> None:
-        """Start it and wait until its address is bound.
+        """Start it and wait until its address is bound: the second time the same one, where it is known.
 
         Raises:
             InstanceFailed: it ended first, with its own words, or was too slow.
         """
+        self.restarts.began()
+        self._last_lines.clear()
+        if self._killing is not None:  # of its life before
+            self._killing.detach()
         self._process = await asyncio.create_subprocess_exec(
             # Not `-m` alone: a file of the caller's folder, random.py for example, would be imported as a library.
             sys.executable,
@@ -131,22 +163,29 @@ class InstanceProcess:
         stdin, stdout = self._process.stdin, self._process.stdout
         assert stdin is not None
         assert stdout is not None
-        self._tasks.append(asyncio.create_task(self._pass_stderr_on()))
+        self._tasks = [asyncio.create_task(self._pass_stderr_on())]
         stdin.write(msgspec.json.encode(self._settings) + b"\n")
+        self.address = await self._read_address(stdout)
+        self._settings |= {"port": parse_address(self.address)[1]}
+        self._tasks.append(asyncio.create_task(self._watch()))
+
+    async def _read_address(self, stdout: asyncio.StreamReader) -> str:
+        assert self._process is not None
         try:
             async with asyncio.timeout(START_TIMEOUT_S):
                 line = await stdout.readline()
         except TimeoutError:
+            self._process.kill()
+            await self._process.wait()
             raise InstanceFailed(f"{self.instance_id} has bound no address within {START_TIMEOUT_S:.0f} s") from None
         if not line:
             await self._process.wait()
             await asyncio.gather(*self._tasks)
             raise InstanceFailed(f"{self.instance_id} did not start: {self._why()}")
         try:
-            self.address = json.loads(line)["address"]
+            return str(json.loads(line)["address"])
         except (ValueError, KeyError):
             raise InstanceFailed(f"{self.instance_id} began with {line!r} instead of its address") from None
-        self._tasks.append(asyncio.create_task(self._watch()))
 
     async def stop(self) -> None:
         """End it: politely, then by force, at once if this is cancelled. Leaves nothing behind."""
@@ -247,15 +286,53 @@ def _is_running(pid: int) -> bool:
 
 
 class LocalInstances:
-    """All instances that one process has started."""
+    """All instances that one process has started.
+
+    Those that die after `restart_the_dead` was called are started again, at the address that they had: whoever dials
+    them finds another life there.
+    """
 
     def __init__(
         self, config: DeploymentConfig, model_folder: Path, *, log_level: str, on_death: Callable[[str, str], None]
     ) -> None:
+        """on_death: called with the id of an instance that has died, and why; also if it is started again."""
         self.processes = [
-            InstanceProcess(instance_settings(config, each, model_folder, log_level=log_level), on_death)
+            InstanceProcess(instance_settings(config, each, model_folder, log_level=log_level), self._died)
             for each in config.gpu_instances
         ]
+        self._on_death = on_death
+        self._on_given_up: Callable[[str, str], None] | None = None
+        self._restarting: set[asyncio.Task[None]] = set()
+
+    def restart_the_dead(self, on_given_up: Callable[[str, str], None]) -> None:
+        """From now on. Not before all are ready for the first time: what keeps a model from loading is told at once.
+
+        on_given_up: called, as `on_death`, when one dies again and again, and is not started any more.
+        """
+        self._on_given_up = on_given_up
+
+    def _died(self, instance_id: str, why: str) -> None:
+        self._on_death(instance_id, why)
+        if self._on_given_up is not None:
+            process = next(each for each in self.processes if each.instance_id == instance_id)
+            task = asyncio.create_task(self._restart(process, why, self._on_given_up))
+            self._restarting.add(task)
+            task.add_done_callback(self._restarting.discard)
+
+    async def _restart(self, process: InstanceProcess, why: str, on_given_up: Callable[[str, str], None]) -> None:
+        name = process.instance_id
+        while (pause_s := process.restarts.pause_s()) is not None:
+            number = f"restart {process.restarts.number} of at most {MOST_RESTARTS} in a row"
+            logger.warning("%s: %s; %s, in %.1f s", name, why, number, pause_s)
+            await asyncio.sleep(pause_s)
+            try:
+                await process.start()
+            except InstanceFailed as error:
+                why = str(error)
+            else:
+                logger.warning("%s was started again, and loads its model", name)
+                return
+        on_given_up(name, f"{why}; it was started {MOST_RESTARTS} times again, and is given up")
 
     async def start(self) -> None:
         """Start all at once. Raises InstanceFailed; `stop` is to be called then too."""
@@ -265,6 +342,11 @@ class LocalInstances:
                 raise result
 
     async def stop(self) -> None:
+        self._on_given_up = None
+        restarting = list(self._restarting)
+        for task in restarting:
+            task.cancel()
+        await asyncio.gather(*restarting, return_exceptions=True)
         await asyncio.gather(*(process.stop() for process in self.processes))
 
     def kill(self) -> None:

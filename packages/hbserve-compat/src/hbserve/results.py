@@ -1,6 +1,6 @@
 """Results of generating."""
 
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 from hbserve_rpc.messages import FinishReason, RequestFinished, TokenLogprobs
 
@@ -27,18 +27,27 @@ class Timings(TypedDict):
     decode_instance: str
 
 
-class GenerationResult(Timings):
+class Answer(Timings):
     """One whole answer."""
 
     request_id: str
     text: str
     token_ids: list[int]
     finish_reason: FinishReason
+    stop_reason: str | int | None
+    """The stop string, or the one of `stop_token_ids`, that ended it; None if something else did."""
     logprobs: list[TokenLogprobs] | None
     """Of each of `token_ids`, a dict of token ids and their log-probabilities: the most likely ones, in order, and the
     one that is there, which may be the last. None unless `SamplingParams.logprobs` asks for them."""
     prompt_logprobs: list[TokenLogprobs | None] | None
     """The same of each prompt token; of the first one it is None."""
+
+
+class GenerationResult(Answer):
+    """The answer to one prompt, or the first of several."""
+
+    outputs: NotRequired[list[Answer]]
+    """All of them, where `SamplingParams.n` is more than one. Their KV was moved once: each of them says so."""
 
 
 class GenerationDelta(TypedDict):
@@ -49,12 +58,16 @@ class GenerationDelta(TypedDict):
     token_ids: list[int]
     finish_reason: FinishReason | None
     """Set in the last one only."""
+    stop_reason: str | int | None
+    """As in GenerationResult, in the last one."""
     logprobs: list[TokenLogprobs] | None
     """As in GenerationResult, of the new `token_ids`."""
     prompt_logprobs: list[TokenLogprobs | None] | None
     """As in GenerationResult, with the first token."""
     timings: Timings | None
     """Set in the last one only."""
+    choice: NotRequired[int]
+    """Which of the answers it is of, where `SamplingParams.n` is more than one; each has a last one."""
 
 
 def timings_of(end: RequestFinished) -> Timings:

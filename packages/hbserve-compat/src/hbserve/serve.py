@@ -102,29 +102,40 @@ class _Deployment:
         """The first signal, or the end of an instance."""
         self._at_once = asyncio.Event()
         """A signal after that."""
+        self._is_ready = False
         self._deaths: list[str] = []
+        """Those that end it all."""
+        self._background: set[asyncio.Task[None]] = set()
 
     def _on_death(self, instance_id: str, why: str) -> None:
+        """It is started again, once all were ready: see `LocalInstances`. Its requests go elsewhere meanwhile."""
+        if not self._is_ready:
+            self._on_given_up(instance_id, why)
+            return
+        task = asyncio.create_task(self._scheduler.instance_died(instance_id, why))
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+
+    def _on_given_up(self, instance_id: str, why: str) -> None:
         self._deaths.append(f"{instance_id}: {why}")
         self._stop.set()
 
-    def _on_signal(self, number: int) -> None:
-        logger.info("ending: %s", signal.Signals(number).name)
+    def _on_signal(self, number: signal.Signals) -> None:
+        logger.info("ending: %s", number.name)
         (self._at_once if self._stop.is_set() else self._stop).set()
 
     async def run(self) -> None:
-        """Serve until it is signalled, or an instance has ended."""
-        for number in own_process.ending_signals():
-            asyncio.get_running_loop().add_signal_handler(number, self._on_signal, number)
-        try:
-            await self._server.start()
-            await _unless(self._stop, self._start())
-            await self._stop.wait()
-            if self._front_end is not None and not self._deaths:
-                await _unless(self._at_once, self._front_end.drain())
-        finally:
-            await self._server.stop()
-            await self._instances.stop()
+        """Serve until it is signalled, or an instance has ended and is not started again."""
+        with own_process.on_ending_signals(self._on_signal):
+            try:
+                await self._server.start()
+                await _unless(self._stop, self._start())
+                await self._stop.wait()
+                if self._front_end is not None and not self._deaths:
+                    await _unless(self._at_once, self._front_end.drain())
+            finally:
+                await self._server.stop()
+                await self._instances.stop()
         if self._deaths:
             raise InstanceFailed(self._deaths[0])
 
@@ -133,10 +144,12 @@ class _Deployment:
         for process in self._instances.processes:
             await self._scheduler.add_instance(process.instance_id, process.role, process.address)
         logger.info("serving %s on %s", self._folder, self._server.address)
+        # Importing transformers takes long, and heartbeats go on meanwhile.
+        tokenizer = await asyncio.to_thread(load_tokenizer, self._folder) if self._front_end is not None else None
+        await self._scheduler.wait_ready(READY_TIMEOUT_S)
+        self._is_ready = True
+        self._instances.restart_the_dead(self._on_given_up)
         if self._front_end is not None:
-            # Importing transformers takes long, and heartbeats go on meanwhile.
-            tokenizer = await asyncio.to_thread(load_tokenizer, self._folder)
-            await self._scheduler.wait_ready(READY_TIMEOUT_S)
             self._front_end.begin(self._name, self._folder, self._scheduler, tokenizer)
             sys.stderr.write(self._how_to_ask(self._front_end))
 

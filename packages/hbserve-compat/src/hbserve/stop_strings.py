@@ -14,7 +14,8 @@ class StopStrings:
         self._stops = [(stop, _borders(stop)) for stop in stops]
         self._matched = [0] * len(stops)
         """Of each stop string, how much of its beginning the text ends with."""
-        self.found = False
+        self.found: str | None = None
+        """The one that has come."""
 
     def feed(self, text: str) -> int:
         """Add a piece of text; not once one was found.
@@ -24,15 +25,15 @@ class StopStrings:
             many of them may become one.
         """
         for position, character in enumerate(text):
-            complete = 0
+            complete = ""
             for number, (stop, borders) in enumerate(self._stops):
                 matched = _longer(stop, borders, self._matched[number], character)
                 self._matched[number] = matched
-                if matched == len(stop):
-                    complete = max(complete, matched)
+                if matched == len(stop) > len(complete):
+                    complete = stop
             if complete:
-                self.found = True
-                return complete + len(text) - position - 1
+                self.found = complete
+                return len(complete) + len(text) - position - 1
         return max(self._matched, default=0)
 
 

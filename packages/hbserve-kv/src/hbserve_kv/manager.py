@@ -160,8 +160,13 @@ class KVTransferManager(KVTransferBase):
 
     # ---- blocks of the pool --------------------------------------------------------------------------------------
 
-    def post_receive(self, transfer_id: str, block_ids: Sequence[int]) -> PostedReceive:
+    def post_receive(
+        self, transfer_id: str, block_ids: Sequence[int], *, may_be_partial: bool = False
+    ) -> PostedReceive:
         """Expect one transfer into these blocks of the pool; no blocks: only its commit.
+
+        A commit by which fewer have come fails the transfer. With `may_be_partial` it does not, and the result says
+        so, in `TransferResult.is_partial`: whether those that lack are needed is for its reader to see.
 
         Raises:
             ValueError: the id is in use, or a block is outside the pool or there twice.
@@ -169,7 +174,7 @@ class KVTransferManager(KVTransferBase):
         num_blocks = self._memory.pool.shape[0]
         if len(set(block_ids)) != len(block_ids) or not all(0 <= block_id < num_blocks for block_id in block_ids):
             raise ValueError(f"block_ids={list(block_ids)}: expected different ones from 0 to {num_blocks - 1}")
-        transfer = self._receiver.expect(transfer_id, "pool", list(block_ids))
+        transfer = self._receiver.expect(transfer_id, "pool", list(block_ids), may_be_partial=may_be_partial)
         transfer.result.add_done_callback(lambda done: self._count_received(done.result()))
         grant = Grant(transfer_id, self.address, self.epoch, self.heads)
         return PostedReceive(transfer, msgspec.msgpack.encode(grant))

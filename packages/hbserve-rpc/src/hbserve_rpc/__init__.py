@@ -12,7 +12,9 @@ from hbserve_rpc.errors import (
     PeerLost,
     ProtocolMismatch,
     RemoteError,
+    RequestTimeout,
     RpcTimeout,
+    Unavailable,
 )
 from hbserve_rpc.methods import Method, Notification, StreamMethod
 from hbserve_rpc.sampling_params import SamplingParams
@@ -30,12 +32,14 @@ __all__ = [
     "PeerLost",
     "ProtocolMismatch",
     "RemoteError",
+    "RequestTimeout",
     "RpcClient",
     "RpcServer",
     "RpcStream",
     "RpcTimeout",
     "SamplingParams",
     "StreamMethod",
+    "Unavailable",
     "canonical_host",
     "check_host",
     "check_peer_host",

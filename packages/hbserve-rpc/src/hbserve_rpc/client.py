@@ -109,7 +109,7 @@ class RpcClient:
             RpcTimeout: no answer within `timeout_s`. The server is told to stop working on it.
             PeerLost: the server's heartbeats stopped, or it was restarted meanwhile.
             ProtocolMismatch: the server speaks another version.
-            InvalidRequest, Overloaded, RemoteError: what the handler raised.
+            InvalidRequest, Overloaded, RequestTimeout, Unavailable, RemoteError: what the handler raised.
         """
         pending: RpcStream[R] = RpcStream(self, next(self._ids), method.name, method.reply, timeout_s)
         async with pending:

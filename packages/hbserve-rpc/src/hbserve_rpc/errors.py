@@ -3,13 +3,15 @@
 HBServeRpcError
 ├── InvalidRequest (ValueError)          the request is wrong; sending it again cannot help
 ├── LogitsNotFinite (FloatingPointError) the model gives NaN or infinity for this request, on any instance
-├── Overloaded                           refused for lack of room; later it may pass
+├── Overloaded                           refused for lack of room; after `retry_after_s` it may pass
 ├── RpcTimeout (TimeoutError)            no answer before the call's deadline
 ├── PeerLost (ConnectionError)           the peer's heartbeats stopped, or it restarted during the call
 ├── InvalidAddress (ValueError)          a host or address that cannot be; has what is expected instead
 ├── AddressInUse (OSError)               the address to serve on belongs to another process
 ├── ProtocolMismatch                     the peer speaks another protocol version
 └── RemoteError                          the peer's handler failed; its message is kept
+    ├── RequestTimeout (TimeoutError)    a request has not ended before the deadline that the deployment sets
+    └── Unavailable                      nobody is there who could serve it; later somebody may be
 """
 
 from typing import ClassVar
@@ -32,6 +34,11 @@ class LogitsNotFinite(HBServeRpcError, FloatingPointError):
 
 class Overloaded(HBServeRpcError):
     code = "overloaded"
+
+    def __init__(self, message: str, retry_after_s: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+        """It is of no use to try again sooner."""
 
 
 class RpcTimeout(HBServeRpcError, TimeoutError):
@@ -56,3 +63,11 @@ class ProtocolMismatch(HBServeRpcError):
 
 class RemoteError(HBServeRpcError):
     code = "internal"
+
+
+class RequestTimeout(RemoteError, TimeoutError):
+    code = "request_timeout"
+
+
+class Unavailable(RemoteError):
+    code = "unavailable"

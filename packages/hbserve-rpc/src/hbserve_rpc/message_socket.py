@@ -72,10 +72,21 @@ class MessageSocket:
         if self._end is not None:
             self._end()
 
-    def send(self, frames: Sequence[bytes]) -> None:
-        """Queue a message, without bound and without waiting. A ROUTER drops what is for nobody that it knows."""
-        self._socket.send_multipart(frames, zmq.NOBLOCK, copy=len(frames[-1]) < COPIED_BYTES)
-        self._look_again()
+    def send(self, frames: Sequence[bytes]) -> int:
+        """Queue a message without waiting. Returns 0, or why it was not queued.
+
+        EAGAIN: the queue to its receiver is full, which it never is without SNDHWM. EHOSTUNREACH: its receiver is not
+        connected, which only a ROUTER with ROUTER_MANDATORY says; others drop it.
+        """
+        try:
+            self._socket.send_multipart(frames, zmq.NOBLOCK, copy=len(frames[-1]) < COPIED_BYTES)
+        except zmq.ZMQError as error:
+            if error.errno not in (zmq.EAGAIN, zmq.EHOSTUNREACH):
+                raise
+            return error.errno
+        finally:
+            self._look_again()
+        return 0
 
     def _look_again(self) -> None:
         """The descriptor tells of a message once, and any call, not only one that reads, takes that away."""

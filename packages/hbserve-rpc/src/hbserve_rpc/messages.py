@@ -15,6 +15,7 @@ from typing import Literal
 
 import msgspec
 
+from hbserve_rpc.histogram import Histogram
 from hbserve_rpc.methods import Method, Notification, StreamMethod
 from hbserve_rpc.sampling_params import SamplingParams
 
@@ -271,6 +272,16 @@ class SchedulerStats(msgspec.Struct, frozen=True, tag=True):
     """
     handoff: LatencySummary = LatencySummary()
     """See RequestFinished.handoff_s; of requests that had a second token."""
+    prompt_tokens: int = 0
+    """Of requests whose first token was delivered."""
+    output_tokens: int = 0
+    """That were delivered."""
+    ended_requests: dict[str, int] = {}
+    """By finish reason, or "error"."""
+    failed_attempts: dict[str, int] = {}
+    """By the name of the error, of those that were tried again too."""
+    histograms: dict[str, Histogram] = {}
+    """By the name of the metric: in seconds, bytes or tokens, as it says."""
     instances: list[InstanceStats] = []
 
 

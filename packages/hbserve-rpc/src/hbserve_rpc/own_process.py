@@ -7,11 +7,13 @@ descriptor is given to the next socket, into which a C library then writes its w
 ends anything; where SIGCHLD is ignored, nobody learns how a child has ended.
 """
 
+import asyncio
 import contextlib
 import os
 import resource
 import signal
 import sys
+from collections.abc import Callable, Iterator
 
 MOST_FILES = 65536
 """More are not asked for, whatever the system would give: some libraries go through all that are possible."""
@@ -31,6 +33,33 @@ def ending_signals() -> list[signal.Signals]:
     """The signals that end this process in order: not those of the terminal (Ctrl-C, and its closing) that whoever
     started it has had ignored, as `nohup` does, and a script for what it starts with `&`."""
     return [each for each in _ENDING if each is signal.SIGTERM or signal.getsignal(each) is not signal.SIG_IGN]
+
+
+def end_at_once_by_ctrl_c() -> None:
+    """Ctrl-C ends this process as SIGTERM does wherever neither is handled: without a traceback, at any moment."""
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+@contextlib.contextmanager
+def on_ending_signals(tell: Callable[[signal.Signals], object]) -> Iterator[None]:
+    """While this is entered, each signal that ends the process calls `tell` in the running event loop instead. Must run
+    in the main thread.
+
+    Afterwards they do what they did before. An event loop's own `remove_signal_handler` makes SIGINT a
+    KeyboardInterrupt, whatever it was before: a Ctrl-C while the loop closes would be a traceback.
+    """
+    loop = asyncio.get_running_loop()
+
+    def handle(number: int, _frame: object) -> None:
+        loop.call_soon_threadsafe(tell, signal.Signals(number))
+
+    before = {number: signal.signal(number, handle) for number in ending_signals()}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _open_standard_streams() -> None:

@@ -55,7 +55,8 @@ class SamplingParams(msgspec.Struct):
     seed: int | None = None
     """Same seed, prompt and parameters: same tokens, whatever else is in the batch."""
     stop: list[str] = []
-    """Strings that end the text; they are not part of it. Applied where text is made, by the client."""
+    """Strings that end the text; they are not part of it, unless `include_stop_str_in_output` says so. Applied where
+    text is made, by the client."""
     stop_token_ids: list[int] = []
     """Token ids that end the request, beside the model's own end-of-sequence ids."""
     min_tokens: int = 0
@@ -80,6 +81,8 @@ class SamplingParams(msgspec.Struct):
     prompt_logprobs: int | None = None
     """The same of each prompt token but the first. The prompt is computed for it even where its prefix is cached. Given
     with the first output token: a request that has output already, from an earlier attempt, gets none."""
+    include_stop_str_in_output: bool = False
+    """The text ends with the stop string, not before it."""
     n: int = 1
     """Answers to the prompt, which is computed once for all of them, up to 1024. With a seed, each of them has the next
     one: the first answer is that of n=1."""
@@ -103,6 +106,7 @@ class SamplingParams(msgspec.Struct):
         if self.seed is not None:
             self.seed = plain_int("seed", self.seed, 0)
         self.ignore_eos = plain_bool("ignore_eos", self.ignore_eos)
+        self.include_stop_str_in_output = plain_bool("include_stop_str_in_output", self.include_stop_str_in_output)
         self.stop = _plain_stop(self.stop)
         self.stop_token_ids = _plain_stop_token_ids(self.stop_token_ids)
         self.min_tokens = plain_int("min_tokens", self.min_tokens, 0, self.max_tokens)

@@ -6,6 +6,7 @@ import errno
 import logging
 import time
 import uuid
+from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -15,11 +16,24 @@ import zmq
 
 from hbserve_rpc import wire
 from hbserve_rpc.address import check_host, format_address, look_up
-from hbserve_rpc.errors import AddressInUse, HBServeRpcError, InvalidRequest
+from hbserve_rpc.errors import AddressInUse, HBServeRpcError, InvalidRequest, Overloaded
 from hbserve_rpc.message_socket import MessageSocket
 from hbserve_rpc.methods import Method, Notification, StreamMethod
 
 logger = logging.getLogger(__name__)
+
+MESSAGE_BYTES = 64 << 10
+"""Items of streams are sent in messages of about so much, or of one item."""
+MOST_MESSAGES = 64
+"""That ZeroMQ holds for a client which does not read them; its streams then wait."""
+MOST_WAITING_BYTES = 16 << 20
+"""Of replies, which cannot wait, beyond these: a client that has asked for more without reading them is given up."""
+MOST_WORK = 1 << 14
+"""Calls, notifications and streams that may be under way for one client; more are refused as overload."""
+CLOSED_S = 0.2
+"""Who has lost a connection, and has not ended, connects again sooner."""
+RESEND_S = 0.002
+"""Pause between two attempts to hand ZeroMQ what it did not take: nothing tells when it does."""
 
 Q = TypeVar("Q", bound=msgspec.Struct)
 R = TypeVar("R")
@@ -35,19 +49,81 @@ class _Work:
 
 @dataclass
 class _Client:
+    """What is under way for one client, and what is on its way to it.
+
+    ZeroMQ holds MOST_MESSAGES for it. While it takes no more, streams wait, and what else there is to say waits here.
+    """
+
+    socket: MessageSocket
+    identity: bytes
+    epoch: str
     heartbeat_timeout_s: float
     last_heard_s: float
     work: dict[int, _Work] = field(default_factory=dict)
     items: list[tuple[int, int, msgspec.Raw]] = field(default_factory=list)
-    """Of its streams, until this turn of the loop ends."""
+    """Of its streams, until this turn of the loop ends or they are a message's bytes."""
+    num_item_bytes: int = 0
     after_items: list[tuple[wire.FromServer, bytes]] = field(default_factory=list)
     """What waits for these to be sent first: their streams' ends, for example."""
+    waiting: deque[list[bytes]] = field(default_factory=deque)
+    """Messages that ZeroMQ does not take now."""
+    num_waiting_bytes: int = 0
+    takes_more: asyncio.Event = field(default_factory=asyncio.Event)
+    """To be waited for by streams, while there are `waiting` ones."""
 
     def give_credit(self, counts: Sequence[tuple[int, int]]) -> None:
         for id_, count in counts:
             if work := self.work.get(id_):
                 for _ in range(min(count, wire.CREDIT)):
                     work.credit.release()
+
+    def add_item(self, id_: int, number: int, item: bytes) -> None:
+        """Send it with those of other streams that this turn of the loop brings."""
+        if not self.items:
+            asyncio.get_running_loop().call_soon(self.send_items)
+        self.items.append((id_, number, msgspec.Raw(item)))
+        self.num_item_bytes += len(item)
+        if self.num_item_bytes >= MESSAGE_BYTES:
+            self.send_items()
+
+    def send_items(self) -> None:
+        if not self.items:
+            return
+        items, self.items, self.num_item_bytes = self.items, [], 0
+        self._post(wire.Items(self.epoch, items))
+        after, self.after_items = self.after_items, []
+        for envelope, body in after:
+            self._post(envelope, body)
+
+    def send(self, envelope: wire.FromServer, body: bytes) -> None:
+        if self.items:
+            self.after_items.append((envelope, body))
+        else:
+            self._post(envelope, body)
+
+    def _post(self, envelope: wire.FromServer, body: bytes = b"") -> None:
+        if not self.socket.is_open:
+            return
+        frames = [self.identity, wire.encode(envelope), body]
+        if self.waiting or self.socket.send(frames) == zmq.EAGAIN:
+            if not self.waiting:
+                self.takes_more.clear()
+                asyncio.get_running_loop().call_later(RESEND_S, self._post_waiting)
+            self.waiting.append(frames)
+            self.num_waiting_bytes += sum(map(len, frames))
+
+    def _post_waiting(self) -> None:
+        while self.waiting and self.socket.is_open and self.socket.send(self.waiting[0]) != zmq.EAGAIN:
+            self.num_waiting_bytes -= sum(map(len, self.waiting.popleft()))
+        if not self.waiting:
+            self.takes_more.set()
+        elif self.socket.is_open:
+            asyncio.get_running_loop().call_later(RESEND_S, self._post_waiting)
+
+    def give_up(self) -> None:
+        self.waiting.clear()
+        for work in self.work.values():
+            work.task.cancel()
 
 
 class RpcServer:
@@ -58,9 +134,18 @@ class RpcServer:
     """
 
     def __init__(
-        self, host: str = "127.0.0.1", port: int = 0, *, epoch: str | None = None, heartbeat_timeout_s: float = 10.0
+        self,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        *,
+        epoch: str | None = None,
+        heartbeat_timeout_s: float = 10.0,
+        drops_closed: bool = False,
     ) -> None:
         """`host`: an IP address, without brackets, or a name, of which it serves on one address; 0.0.0.0 or :: is all.
+
+        drops_closed: a client whose connection has been closed for CLOSED_S, as that of a process that has ended is,
+        loses what is under way for it, as one that is silent does.
 
         Raises:
             InvalidAddress: (a ValueError) it is neither.
@@ -78,9 +163,10 @@ class RpcServer:
         self._notified: dict[str, tuple[Any, Callable[[Any], Any]]] = {}
         self._streams: dict[str, tuple[Any, Callable[[Any], AsyncIterator[Any]]]] = {}
         self._clients: dict[bytes, _Client] = {}
-        self._dropping: asyncio.Task[None] | None = None
-        # What is queued for a client is bounded by the streams' credit.
-        self._socket = MessageSocket(zmq.ROUTER, {zmq.ROUTER_HANDOVER: 1}, self._receive)
+        self._drops_closed = drops_closed
+        self._dropping: list[asyncio.Task[None]] = []
+        options: dict[int, int | bytes] = {zmq.ROUTER_HANDOVER: 1, zmq.ROUTER_MANDATORY: 1, zmq.SNDHWM: MOST_MESSAGES}
+        self._socket = MessageSocket(zmq.ROUTER, options, self._receive)
 
     def serve(self, method: Method[Q, R], handler: Callable[[Q], Awaitable[R]]) -> None:
         """Answer `method` with what `handler` returns; its exception reaches the caller."""
@@ -111,7 +197,9 @@ class RpcServer:
         except OSError as error:
             raise OSError(error.errno, f"cannot serve on {self.address}: {error.strerror}") from error
         self._socket.open(lambda socket: self._bind(socket, host), {zmq.IPV6: ":" in host})
-        self._dropping = asyncio.create_task(self._drop_silent_clients())
+        self._dropping = [asyncio.create_task(self._drop_silent_clients())]
+        if self._drops_closed:
+            self._dropping.append(asyncio.create_task(self._drop_closed_clients()))
 
     def _bind(self, socket: "zmq.Socket[bytes]", host: str) -> None:
         try:
@@ -126,8 +214,8 @@ class RpcServer:
         """End every call, notification and stream, and leave no task or socket behind. May be called twice."""
         self._socket.stop_reading()
         running = [work.task for client in self._clients.values() for work in client.work.values()]
-        running += [self._dropping] if self._dropping is not None else []
-        self._dropping = None
+        running += self._dropping
+        self._dropping = []
         for task in running:
             task.cancel()
         try:
@@ -139,28 +227,12 @@ class RpcServer:
 
     def _send(self, identity: bytes, envelope: wire.FromServer, body: bytes = b"") -> None:
         client = self._clients.get(identity)
-        if client is not None and client.items:
-            client.after_items.append((envelope, body))
-        else:
+        if client is None:
             self._socket.send([identity, wire.encode(envelope), body])
-
-    def _add_item(self, identity: bytes, id_: int, number: int, item: bytes) -> None:
-        """Send it with those of other streams that this turn of the loop brings."""
-        client = self._clients.get(identity)
-        if client is None:  # it was given up, and its streams are about to hear so
             return
-        if not client.items:
-            asyncio.get_running_loop().call_soon(self._send_items, identity)
-        client.items.append((id_, number, msgspec.Raw(item)))
-
-    def _send_items(self, identity: bytes) -> None:
-        client = self._clients.get(identity)
-        if client is not None and self._socket.is_open:
-            items, client.items = client.items, []
-            self._socket.send([identity, wire.encode(wire.Items(self.epoch, items)), b""])
-            waiting, client.after_items = client.after_items, []
-            for envelope, body in waiting:
-                self._socket.send([identity, wire.encode(envelope), body])
+        client.send(envelope, body)
+        if client.num_waiting_bytes > MOST_WAITING_BYTES:
+            self._give_up(identity, f"has not read {client.num_waiting_bytes} bytes of answers")
 
     def _receive(self, frames: list[bytes]) -> None:
         try:
@@ -191,7 +263,7 @@ class RpcServer:
                 self._begin(identity, client, id_, self._run_notification(envelope, body))
             case wire.Open(id=id_):
                 credit = asyncio.Semaphore(wire.CREDIT)
-                self._begin(identity, client, id_, self._run_stream(identity, envelope, body, credit), credit)
+                self._begin(identity, client, id_, self._run_stream(client, envelope, body, credit), credit)
             case wire.Credits(counts=counts):
                 client.give_credit(counts)
             case wire.Close(id=id_):
@@ -203,12 +275,18 @@ class RpcServer:
             self._send(identity, wire.Refused(wire.PROTOCOL_VERSION, self.epoch))
             return
         if identity not in self._clients:
-            self._clients[identity] = _Client(hello.heartbeat_timeout_s, time.monotonic())
+            self._clients[identity] = _Client(
+                self._socket, identity, self.epoch, hello.heartbeat_timeout_s, time.monotonic()
+            )
         self._send(identity, wire.Welcome(wire.PROTOCOL_VERSION, self.epoch))
 
     def _begin(
         self, identity: bytes, client: _Client, id_: int, job: Any, credit: asyncio.Semaphore | None = None
     ) -> None:
+        if len(client.work) >= MOST_WORK:
+            job.close()
+            self._fail(identity, id_, "", Overloaded(f"{len(client.work)} calls and streams of one client"))
+            return
         task = asyncio.create_task(job)
         client.work[id_] = _Work(task, credit or asyncio.Semaphore(0))
         task.add_done_callback(lambda _: client.work.pop(id_, None))
@@ -241,14 +319,18 @@ class RpcServer:
             refused = isinstance(error, HBServeRpcError)
             logger.error("notification %s failed: %s", notify.method, error, exc_info=None if refused else error)
 
-    async def _run_stream(self, identity: bytes, open_: wire.Open, body: bytes, credit: asyncio.Semaphore) -> None:
+    async def _run_stream(self, client: _Client, open_: wire.Open, body: bytes, credit: asyncio.Semaphore) -> None:
+        identity = client.identity
         try:
             handler, request = self._decode(self._streams, open_.method, body)
             async with contextlib.aclosing(handler(request)) as items:
                 number = 0
                 async for item in items:
                     await credit.acquire()
-                    self._add_item(identity, open_.id, number, wire.encode(item))
+                    while client.waiting:
+                        await client.takes_more.wait()
+                    if self._clients.get(identity) is client:  # else it was given up, and is about to hear so
+                        client.add_item(open_.id, number, wire.encode(item))
                     number += 1
         except (Exception, asyncio.CancelledError) as error:  # as above
             self._fail(identity, open_.id, open_.method, error)
@@ -259,8 +341,7 @@ class RpcServer:
         _reraise_if_stopped(error)
         if not isinstance(error, HBServeRpcError):
             logger.error("%s failed", method, exc_info=error)
-        code, message = wire.describe_error(error)
-        self._send(identity, wire.Failed(self.epoch, id_, code, message))
+        self._send(identity, wire.describe_error(self.epoch, id_, error))
 
     async def _drop_silent_clients(self) -> None:
         checked_s = time.monotonic()
@@ -272,11 +353,28 @@ class RpcServer:
             for identity, client in list(self._clients.items()):
                 client.last_heard_s = min(now_s, client.last_heard_s + own_pause_s)
                 if now_s - client.last_heard_s > client.heartbeat_timeout_s:
-                    if client.work:  # one that left in order has none
-                        logger.info("a client was silent for %.1f s; its work ends", now_s - client.last_heard_s)
-                    for work in client.work.values():
-                        work.task.cancel()
-                    del self._clients[identity]
+                    self._give_up(identity, f"was silent for {now_s - client.last_heard_s:.1f} s")
+
+    async def _drop_closed_clients(self) -> None:
+        """ZeroMQ does not tell when a connection is closed, but nothing can be sent then."""
+        since_s: dict[bytes, float] = {}
+        while True:
+            await asyncio.sleep(CLOSED_S / 2)
+            now_s, before = time.monotonic(), since_s
+            since_s = {}
+            probe = wire.encode(wire.Pong(self.epoch))
+            for identity in [identity for identity, client in self._clients.items() if client.work]:
+                if self._socket.send([identity, probe, b""]) != zmq.EHOSTUNREACH:
+                    continue
+                since_s[identity] = before.get(identity, now_s)
+                if now_s - since_s[identity] >= CLOSED_S:
+                    self._give_up(identity, "has gone")
+
+    def _give_up(self, identity: bytes, why: str) -> None:
+        client = self._clients.pop(identity)
+        if client.work:  # one that left in order has none
+            logger.info("a client %s; its work ends", why)
+        client.give_up()
 
 
 def _reraise_if_stopped(error: BaseException) -> None:

@@ -13,7 +13,7 @@
       Close(id)                  ──────▶       stop the call or stream; nothing more comes
                                  ◀──────       End(id), or Failed(id, code, message)
       Ping                       ──────▶
-                                 ◀──────       Pong
+                                 ◀──────       Pong; also unasked, to see whether the client is still connected
 Each envelope from the server has its epoch. A server that gets anything but a Hello from a client it does not know
 answers UnknownClient with the id of that message: it was restarted, and what the client asked up to that id is lost.
 What was asked later, after the Hello that an UnknownClient causes, is not.
@@ -25,9 +25,17 @@ from typing import Any
 
 import msgspec
 
-from hbserve_rpc.errors import HBServeRpcError, InvalidRequest, LogitsNotFinite, Overloaded, RemoteError
+from hbserve_rpc.errors import (
+    HBServeRpcError,
+    InvalidRequest,
+    LogitsNotFinite,
+    Overloaded,
+    RemoteError,
+    RequestTimeout,
+    Unavailable,
+)
 
-PROTOCOL_VERSION = 6
+PROTOCOL_VERSION = 7
 CREDIT = 64
 """Items that may be on their way in one stream."""
 
@@ -110,6 +118,8 @@ class Failed(msgspec.Struct, frozen=True, tag=True):
     id: int
     code: str
     message: str
+    retry_after_s: float = 0.0
+    """Of an Overloaded."""
 
 
 FromClient = Hello | Call | Notify | Open | Credits | Close | Ping
@@ -119,14 +129,19 @@ encode = msgspec.msgpack.Encoder().encode
 decode_from_client: Any = msgspec.msgpack.Decoder(FromClient).decode
 decode_from_server: Any = msgspec.msgpack.Decoder(FromServer).decode
 
-_CROSS_UNCHANGED = {error.code: error for error in (InvalidRequest, LogitsNotFinite, Overloaded)}
+_CROSS_UNCHANGED: dict[str, type[HBServeRpcError]] = {
+    error.code: error for error in (InvalidRequest, LogitsNotFinite, RequestTimeout, Unavailable)
+}
+LONGEST_RETRY_S = 3600.0
+"""Whatever a peer says: longer ones are cut, and what is no time at all is none."""
 
 
-def describe_error(error: BaseException) -> tuple[str, str]:
-    """(code, message) of an error that a handler raised."""
-    if isinstance(error, HBServeRpcError):
-        return error.code, _sendable(str(error))
-    return RemoteError.code, _sendable(f"{type(error).__name__}: {error}")
+def describe_error(epoch: str, id_: int, error: BaseException) -> Failed:
+    """An error that a handler raised, for the caller of this id."""
+    if not isinstance(error, HBServeRpcError):
+        return Failed(epoch, id_, RemoteError.code, _sendable(f"{type(error).__name__}: {error}"))
+    after_s = error.retry_after_s if isinstance(error, Overloaded) else 0.0
+    return Failed(epoch, id_, error.code, _sendable(str(error)), after_s)
 
 
 def own_pause(before_s: float, now_s: float, slept_s: float) -> float:
@@ -147,4 +162,7 @@ def _sendable(text: str) -> str:
 def revive_error(failed: Failed) -> HBServeRpcError:
     """The caller's half of `describe_error`: what says whether to try again keeps its class, any other failure is a
     RemoteError."""
+    if failed.code == Overloaded.code:
+        after_s = failed.retry_after_s if failed.retry_after_s > 0 else 0.0
+        return Overloaded(failed.message, min(after_s, LONGEST_RETRY_S))
     return _CROSS_UNCHANGED.get(failed.code, RemoteError)(failed.message)

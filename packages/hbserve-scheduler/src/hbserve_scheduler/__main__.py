@@ -43,19 +43,18 @@ async def serve_config(path: str | Path) -> None:
     config = load_config(path)
     check_ports(config)
     stop = asyncio.Event()
-    for number in own_process.ending_signals():
-        asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    scheduler = CpuScheduler(config.scheduler, model_path=_told_to_clients(config.model.path))
-    for instance in config.gpu_instances:
-        await scheduler.add_instance(
-            instance.instance_id, instance.instance_type, format_address(instance.host, instance.port)
-        )
-    server = SchedulerServer(scheduler)
-    await server.serve_until(stop)
+    with own_process.on_ending_signals(lambda _: stop.set()):
+        scheduler = CpuScheduler(config.scheduler, model_path=_told_to_clients(config.model.path))
+        for instance in config.gpu_instances:
+            await scheduler.add_instance(
+                instance.instance_id, instance.instance_type, format_address(instance.host, instance.port)
+            )
+        await SchedulerServer(scheduler).serve_until(stop)
 
 
 def main() -> int:
     own_process.set_up()
+    own_process.end_at_once_by_ctrl_c()
     parser = argparse.ArgumentParser(prog="hbserve-scheduler", description="The CPU scheduler of HBServe.")
     parser.add_argument("--config", required=True, help="YAML file of the deployment")
     parser.add_argument(

@@ -1,11 +1,15 @@
-"""Admission of requests: a check that one can ever run, and a place to wait for room."""
+"""Admission of requests: a check that one can ever run, the requests that wait, and a place to wait for room."""
 
 import asyncio
-from collections.abc import Callable, Sequence
+import itertools
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from typing import overload
 
 from hbserve_rpc import InvalidRequest, SamplingParams
 from hbserve_rpc.messages import GenerateRequest, InstanceInfo
 from hbserve_rpc.plain_values import plain_id, plain_token_ids, require_in_vocabulary, shown
+from hbserve_scheduler.request import ScheduledRequest
 
 
 def admitted(request: GenerateRequest, infos: Sequence[InstanceInfo]) -> GenerateRequest:
@@ -38,6 +42,58 @@ def admitted(request: GenerateRequest, infos: Sequence[InstanceInfo]) -> Generat
         require_in_vocabulary("output_token_ids", output, size)
         params.require_vocabulary(size)
     return GenerateRequest(request_id, prompt, params, output)
+
+
+class WaitingRequests(Sequence[ScheduledRequest]):
+    """A sequence, oldest first, in which finding by id, removing and both ends take the same time however long it is.
+
+    Not a deque, in which to remove and to look an id up is to go through all of it: with 20,000 requests it was 5 ms.
+    """
+
+    def __init__(self) -> None:
+        # Linked, unlike a dict, whose beginning must be searched for once many have been removed there.
+        self._by_id: OrderedDict[str, ScheduledRequest] = OrderedDict()
+
+    def append(self, entry: ScheduledRequest) -> None:
+        assert entry.request.request_id not in self._by_id, "ids are checked at admission"
+        self._by_id[entry.request.request_id] = entry
+
+    def remove(self, entry: ScheduledRequest) -> None:
+        """Raises ValueError: it does not wait."""
+        if entry not in self:
+            raise ValueError(f"request {entry.request.request_id!r} does not wait")
+        del self._by_id[entry.request.request_id]
+
+    def find(self, request_id: str) -> ScheduledRequest | None:
+        return self._by_id.get(request_id)
+
+    def __contains__(self, entry: object) -> bool:
+        return isinstance(entry, ScheduledRequest) and self._by_id.get(entry.request.request_id) is entry
+
+    def __len__(self) -> int:
+        return len(self._by_id)
+
+    def __iter__(self) -> Iterator[ScheduledRequest]:
+        return iter(self._by_id.values())
+
+    def __reversed__(self) -> Iterator[ScheduledRequest]:
+        return reversed(self._by_id.values())
+
+    @overload
+    def __getitem__(self, place: int) -> ScheduledRequest: ...
+
+    @overload
+    def __getitem__(self, place: slice) -> list[ScheduledRequest]: ...
+
+    def __getitem__(self, place: int | slice) -> ScheduledRequest | list[ScheduledRequest]:
+        if isinstance(place, slice):
+            return list(self)[place]
+        from_end = place < 0
+        steps = -place - 1 if from_end else place
+        found = next(itertools.islice(reversed(self) if from_end else iter(self), steps, None), None)
+        if found is None:
+            raise IndexError(f"request {place} of {len(self)} that wait")
+        return found
 
 
 class Room:

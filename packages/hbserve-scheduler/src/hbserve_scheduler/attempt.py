@@ -24,6 +24,7 @@ from hbserve_rpc.messages import (
 )
 from hbserve_scheduler.instances import InstanceHandle
 from hbserve_scheduler.placement import Placement
+from hbserve_scheduler.records import AttemptRecord
 from hbserve_scheduler.request import ScheduledRequest
 
 VERDICT_TIMEOUT_S = 0.5
@@ -36,6 +37,8 @@ class Attempt:
     def __init__(self, entry: ScheduledRequest, placement: Placement) -> None:
         self._entry = entry
         self._placement = placement
+        self._record = AttemptRecord(entry.since_submit_s())
+        entry.attempts.append(self._record)
         self._transfer_id = uuid.uuid4().hex
         self._request_id = f"{entry.request.request_id}.{self._transfer_id[:8]}"
         self._decode_epoch = ""
@@ -48,15 +51,23 @@ class Attempt:
 
     async def run(self) -> None:
         """Raises HBServeRpcError if it fails; what was delivered until then stays delivered."""
+        try:
+            await self._run()
+        except HBServeRpcError as error:
+            self._record.error = str(error)
+            raise
+        finally:
+            self._record.ended_s = self._entry.since_submit_s()
+
+    async def _run(self) -> None:
         entry, place = self._entry, self._placement
-        entry.prefill_instance = entry.decode_instance = place.decode.instance_id
+        self._record.decode_instance = place.decode.instance_id
+        self._record.prefill_instance = (place.prefill or place.decode).instance_id
         if place.prefill is None:
             await self._hybrid(place.decode)
-            return
-        entry.prefill_instance = place.prefill.instance_id
-        if len(entry.output) + 1 >= entry.request.params.max_tokens:
+        elif len(entry.output) + 1 >= entry.request.params.max_tokens:
             # Its only token comes from P: there is nothing to decode.
-            entry.decode_instance = ""
+            self._record.decode_instance = ""
             self._placement.granted()
             await self._prefill(place.prefill, b"")
             with self._naming(place.prefill):
@@ -73,7 +84,7 @@ class Attempt:
             async with instance.client.stream(GENERATE, request) as events:
                 with self._ending_choices(instance):
                     async for event in events:
-                        entry.deliver(event)
+                        self._deliver(event)
                         if self._has_no_choice_left():
                             break
             self._expect_end()
@@ -98,6 +109,11 @@ class Attempt:
             yield
         finally:
             self._entry.on_choice_ended = None
+
+    def _deliver(self, event: TokenEvent) -> None:
+        self._entry.deliver(event)
+        if self._record.first_token_s is None and event.token_ids:
+            self._record.first_token_s = self._entry.since_submit_s()
 
     def _expect_end(self) -> None:
         """Raises RemoteError: the stream ended, but the request has not."""
@@ -129,6 +145,7 @@ class Attempt:
             if not isinstance(granted, Granted):
                 raise RemoteError(f"sent {type(granted).__name__} before its grant")
         self._is_granted = True
+        self._record.granted_s = self._entry.since_submit_s()
         self._placement.granted()
         self._entry.num_cached_tokens = granted.num_cached_tokens
         return granted.grant
@@ -196,9 +213,10 @@ class Attempt:
                     if isinstance(event, TransferDone):
                         entry.kv_bytes += event.num_bytes
                         entry.kv_transfer_time_s += event.time_s
+                        self._record.kv_moved_s = entry.since_submit_s()
                         instance.links[self._decode_epoch] = True
                         continue
-                    entry.deliver(event)
+                    self._deliver(event)
                     if event.choice == entry.request.params.n - 1:  # they come in order
                         self._first_token.set()
                     if entry.finish_reason is not None:
@@ -218,7 +236,7 @@ class Attempt:
                         # P's token was sent before this one, but came another way.
                         await self._first_token.wait()
                     self._decoding = True
-                    self._entry.deliver(event)
+                    self._deliver(event)
                     if self._has_no_choice_left():
                         break
             if self._entry.finish_reason is None:

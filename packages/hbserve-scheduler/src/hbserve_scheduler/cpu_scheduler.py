@@ -3,18 +3,17 @@
 import asyncio
 import contextlib
 import logging
-import math
 import time
-from collections import deque
 from collections.abc import Collection
 
-from hbserve_rpc import HBServeRpcError, InvalidRequest, LogitsNotFinite, Overloaded
-from hbserve_rpc.messages import FinishReason, GenerateRequest, LatencySummary, Role, SchedulerStats, ServiceInfo
+from hbserve_rpc import HBServeRpcError, InvalidRequest, LogitsNotFinite, Overloaded, RequestTimeout, Unavailable
+from hbserve_rpc.messages import FinishReason, GenerateRequest, Role, SchedulerStats, ServiceInfo
 from hbserve_rpc.plain_values import plain_id
-from hbserve_scheduler.admission import Room, admitted
+from hbserve_scheduler.admission import Room, WaitingRequests, admitted
 from hbserve_scheduler.attempt import Attempt
 from hbserve_scheduler.config import SchedulerConfig
 from hbserve_scheduler.errors import RequestFailed
+from hbserve_scheduler.figures import Figures
 from hbserve_scheduler.fleet import Fleet
 from hbserve_scheduler.placement import Placement
 from hbserve_scheduler.request import EventStream, ScheduledRequest
@@ -23,8 +22,8 @@ from hbserve_scheduler.retries import Retries
 logger = logging.getLogger(__name__)
 
 TICK_S = 0.5
-RECENT_REQUESTS = 1024
-"""As many latencies are kept for `stats`."""
+SOONEST_RETRY_S, LATEST_RETRY_S = 1.0, 60.0
+"""Bounds of what is said to those for whom the queue has no room."""
 
 
 class CpuScheduler:
@@ -38,7 +37,7 @@ class CpuScheduler:
         self.config = config or SchedulerConfig()
         self.model_path = model_path
         """What `info` tells clients."""
-        self.waiting_requests: deque[ScheduledRequest] = deque()
+        self.waiting_requests = WaitingRequests()
         self.running_requests: dict[str, ScheduledRequest] = {}
         self._changed = asyncio.Event()
         self._room = Room()
@@ -47,8 +46,7 @@ class CpuScheduler:
         self._scheduling: asyncio.Task[None] | None = None
         self._missing_since_s: float | None = None
         self._stopped = False
-        self._totals = {"total": 0, "completed": 0, "failed": 0, "aborted": 0, "rejected": 0, "retries": 0}
-        self._handoffs: deque[float] = deque(maxlen=RECENT_REQUESTS)
+        self.figures = Figures()
 
     # ---- instances -----------------------------------------------------------------------------------------------
 
@@ -97,41 +95,50 @@ class CpuScheduler:
 
         Raises, at once:
             InvalidRequest: it can never run; says why.
-            Overloaded: the queue is full.
-            RequestFailed: the scheduler has been stopped.
+            Overloaded: the queue is full; has the time after which it may have room.
+            Unavailable: the scheduler has been stopped.
         """
         self._require_running()
         try:
+            self._require_place()  # first: who has too much to do must not begin by looking closely at more
             request = self.check(request)
-            self._require_place(request.request_id)
+            self._require_new(request.request_id)
         except HBServeRpcError:
-            self._totals["rejected"] += 1
+            self.figures.num_rejected += 1
             raise
-        self._totals["total"] += 1
-        entry = ScheduledRequest(request)
+        self.figures.num_submitted += 1
+        entry = ScheduledRequest(request, self.figures)
         self.waiting_requests.append(entry)
         self._changed.set()
         return EventStream(entry, self._abandon)
 
     def check(self, request: GenerateRequest) -> GenerateRequest:
         """The request as `submit` would keep it, as far as can be known now. Raises InvalidRequest."""
-        return admitted(request, self.fleet.ready_infos())
+        return admitted(request, self.fleet.limiting_infos())
 
     def _require_running(self) -> None:
         if self._stopped:
-            raise RequestFailed("the scheduler has been stopped")
+            raise Unavailable("the scheduler has been stopped")
 
-    def _require_place(self, request_id: str) -> None:
-        if request_id in {entry.request.request_id for entry in self.waiting_requests} | self.running_requests.keys():
+    def _require_new(self, request_id: str) -> None:
+        if self.waiting_requests.find(request_id) is not None or request_id in self.running_requests:
             raise InvalidRequest(f"request_id={request_id!r} is in use")
+
+    def _require_place(self) -> None:
         if len(self.waiting_requests) >= self.config.max_queue_size:
-            raise Overloaded(f"{len(self.waiting_requests)} requests are waiting, which is scheduler.max_queue_size")
+            problem = f"{len(self.waiting_requests)} requests are waiting, which is scheduler.max_queue_size"
+            raise Overloaded(problem, self._half_a_queue_s())
+
+    def _half_a_queue_s(self) -> float:
+        """About when half of a full queue will have begun: who came now would wait as long as the first one has."""
+        first_s = time.monotonic() - self.waiting_requests[0].submitted_s
+        return min(max(first_s / 2, SOONEST_RETRY_S), LATEST_RETRY_S)
 
     async def wait_for_room(self) -> None:
         """Wait until less than half of the queue is taken: for those who have many requests, and leave room to others.
 
         Raises:
-            RequestFailed: the scheduler has been stopped.
+            Unavailable: the scheduler has been stopped.
         """
         full = max(1, self.config.max_queue_size // 2)
         await self._room.wait_until(lambda: self._stopped or len(self.waiting_requests) < full)
@@ -143,8 +150,7 @@ class CpuScheduler:
         With "stop" it counts as completed: the client has found a stop string, and has all that it wanted.
         """
         request_id = plain_id("request_id", request_id)
-        waiting = (entry for entry in self.waiting_requests if entry.request.request_id == request_id)
-        entry = self.running_requests.get(request_id) or next(waiting, None)
+        entry = self.running_requests.get(request_id) or self.waiting_requests.find(request_id)
         if entry is None or entry.ended or entry.finish_reason:
             return False
         if choice is not None and entry.choices:
@@ -163,9 +169,6 @@ class CpuScheduler:
         """End a request before its instances do."""
         if entry.ended:
             return
-        self._totals["aborted" if reason == "abort" else "completed"] += 1
-        if entry.handoff_s is not None:
-            self._handoffs.append(entry.handoff_s)
         entry.finish(reason)
         if entry in self.waiting_requests:
             self.waiting_requests.remove(entry)
@@ -189,7 +192,6 @@ class CpuScheduler:
         if placement is None:
             raise Overloaded("start_request: there is no room; ask has_room() first")
         self.waiting_requests.remove(entry)
-        entry.started_s = time.monotonic()
         self.running_requests[entry.request.request_id] = entry
         entry.task = asyncio.create_task(self._follow(entry, placement))
         # A task that is cancelled before its first step runs none of its `finally` blocks.
@@ -222,9 +224,10 @@ class CpuScheduler:
         if timeout_s is None:
             return
         now_s = time.monotonic()
-        for entry in [each for each in self.waiting_requests if now_s - each.submitted_s > timeout_s]:
+        while self.waiting_requests and now_s - self.waiting_requests[0].submitted_s > timeout_s:  # the oldest is first
+            entry = self.waiting_requests[0]
             self.waiting_requests.remove(entry)
-            self._fail(entry, RequestFailed(f"not started within request_timeout_s={timeout_s}"))
+            self._fail(entry, RequestTimeout(f"not started within request_timeout_s={timeout_s}"))
 
     def _fail_hopeless(self) -> None:
         """Fail what waits when no instance that it needs has been there for too long."""
@@ -236,7 +239,7 @@ class CpuScheduler:
         elif now_s - self._missing_since_s > self.config.instance_wait_s:
             for entry in list(self.waiting_requests):
                 self.waiting_requests.remove(entry)
-                self._fail(entry, RequestFailed(self.fleet.why_nobody()))
+                self._fail(entry, Unavailable(self.fleet.why_nobody()))
 
     async def _follow(self, entry: ScheduledRequest, placement: Placement) -> None:
         timeout_s = self.config.request_timeout_s
@@ -247,7 +250,7 @@ class CpuScheduler:
         except HBServeRpcError as error:
             self._fail(entry, error)
         except TimeoutError:
-            self._fail(entry, RequestFailed(f"not finished within request_timeout_s={timeout_s}"))
+            self._fail(entry, RequestTimeout(f"not finished within request_timeout_s={timeout_s}"))
         except Exception as error:  # a mistake of this package: the client must hear of it all the same
             logger.exception("request %s failed", entry.request.request_id)
             self._fail(entry, RequestFailed(f"internal error: {error!r}"))
@@ -261,7 +264,6 @@ class CpuScheduler:
         """before: what went wrong until now."""
         problems = list(before)
         while True:
-            entry.num_attempts += 1
             try:
                 await Attempt(entry, placement).run()
                 return
@@ -270,9 +272,10 @@ class CpuScheduler:
                     return
                 if isinstance(error, InvalidRequest | LogitsNotFinite):  # another instance would say the same
                     raise
-                problems.append(f"attempt {entry.num_attempts}: {error}")
+                problems.append(f"attempt {len(entry.attempts)}: {error}")
                 logger.warning("request %s: %s", entry.request.request_id, problems[-1])
-                if entry.num_attempts >= self.config.max_attempts:
+                self.figures.failed_attempts[type(error).__name__] += 1
+                if len(entry.attempts) >= self.config.max_attempts:
                     raise RequestFailed("; ".join(problems)) from error
             finally:
                 placement.end()
@@ -282,17 +285,21 @@ class CpuScheduler:
             placement = await self._next_placement(entry, problems)
 
     async def _next_placement(self, entry: ScheduledRequest, problems: Collection[str]) -> Placement:
-        self._totals["retries"] += 1
+        self.figures.num_retries += 1
         placement = await self.retries.wait_for_place(entry, self.config.instance_wait_s)
         if placement is None:
-            raise RequestFailed("; ".join([*problems, self.fleet.why_nobody()]))
+            raise Unavailable("; ".join([*problems, self.fleet.why_nobody()]))
         return placement
 
     async def _choices_apart(self, entry: ScheduledRequest, problems: Collection[str]) -> None:
         """Further attempts at each choice that has not ended, from where it was. One that fails ends the request."""
+        moved = entry.kv_bytes, entry.kv_transfer_time_s
 
         async def follow(choice: ScheduledRequest) -> None:
-            await self._attempts(choice, await self._next_placement(choice, problems), problems)
+            try:
+                await self._attempts(choice, await self._next_placement(choice, problems), problems)
+            finally:
+                entry.gather(choice, *moved)
             assert choice.finish_reason is not None, "an attempt ended without error, but the choice did not end"
             entry.finish_choice(choice, choice.finish_reason)
 
@@ -307,25 +314,17 @@ class CpuScheduler:
 
     def _fail(self, entry: ScheduledRequest, error: Exception) -> None:
         if not entry.ended:
-            self._totals["failed"] += 1
             entry.fail(error)
 
     # ---- figures -------------------------------------------------------------------------------------------------
 
     def stats(self) -> SchedulerStats:
-        totals = self._totals
-        ended = totals["completed"] + totals["failed"]
+        for entry in self.running_requests.values():
+            entry.count()
         return SchedulerStats(
-            total_requests=totals["total"],
-            completed_requests=totals["completed"],
-            failed_requests=totals["failed"],
-            aborted_requests=totals["aborted"],
-            rejected_requests=totals["rejected"],
-            retries=totals["retries"],
+            **self.figures.snapshot(),
             waiting_requests=len(self.waiting_requests),
             running_requests=len(self.running_requests),
-            success_rate=totals["completed"] / ended if ended else 1.0,
-            handoff=_summary(self._handoffs),
             instances=[handle.stats for handle in self.fleet.handles.values()],
         )
 
@@ -338,12 +337,3 @@ class CpuScheduler:
         lengths = [info.max_model_len for info in infos if info.max_model_len]
         ready = bool(self.fleet.handles) and all(handle.status == "ready" for handle in self.fleet.handles.values())
         return ServiceInfo(ready, self.model_path, min(lengths, default=0), infos)
-
-
-def _summary(latencies: Collection[float]) -> LatencySummary:
-    """Percentiles are latencies that occurred: the smallest that as large a part of all does not exceed."""
-    if not latencies:
-        return LatencySummary()
-    ordered = sorted(latencies)
-    p50_s, p99_s = (ordered[math.ceil(part * len(ordered)) - 1] for part in (0.5, 0.99))
-    return LatencySummary(len(ordered), p50_s, p99_s)

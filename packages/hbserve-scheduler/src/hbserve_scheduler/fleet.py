@@ -2,8 +2,10 @@
 
 import asyncio
 import contextlib
+import itertools
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
+from operator import attrgetter
 
 from hbserve_rpc.messages import InstanceInfo, Role
 from hbserve_scheduler.config import SchedulerConfig
@@ -11,7 +13,7 @@ from hbserve_scheduler.errors import ConfigError, InstanceFailed, NotReady
 from hbserve_scheduler.instances import InstanceHandle
 from hbserve_scheduler.links import Links
 from hbserve_scheduler.placement import Placement
-from hbserve_scheduler.policies import POLICIES, connected_first
+from hbserve_scheduler.policies import POLICIES, SPARE_REQUESTS, Available, connected_first
 
 REFRESH_TIMEOUT_S = 2.0
 
@@ -25,16 +27,24 @@ class Fleet:
         self._on_change = on_change
         self.links = Links(self.handles, config.max_warm_links)
         self._started = False
-        self._choose = {
-            "prefill": POLICIES[config.prefill_policy](),
-            "decode": POLICIES[config.decode_policy](),
-            "hybrid": POLICIES[config.decode_policy](),
+        prefill, decode = POLICIES[config.prefill_policy], POLICIES[config.decode_policy]
+        self._available: dict[Role, Available] = {
+            "prefill": Available(prefill, lambda each: each.num_inflight < config.max_inflight_prefills),
+            "decode": Available(decode, lambda each: each.num_pending < config.max_pending_reservations),
+            "hybrid": Available(decode, lambda each: each.load < config.max_inflight_requests),
         }
+        self._turns = itertools.count(1)
+        # What follows from all instances together is made again when one of them is another, not for each request.
+        self._decodes: dict[str, InstanceHandle] = {}
+        """Decode instances by epoch."""
+        self._limiting: list[InstanceInfo] | None = None
+        self._roles_there: set[Role] | None = None
 
     async def add(self, instance_id: str, role: Role, address: str) -> None:
         if instance_id in self.handles:
             raise ConfigError(f"instance_id={instance_id!r}: is in use; each instance needs its own")
-        handle = InstanceHandle(instance_id, role, address, self._config, self._on_change, self.links.look)
+        handle = InstanceHandle(instance_id, role, address, self._config, self._look, self._look_at_info)
+        handle.turn = next(self._turns)
         self.handles[instance_id] = handle
         if self._started:
             await handle.start()
@@ -42,6 +52,7 @@ class Fleet:
     async def remove(self, instance_id: str) -> None:
         handle = self.handles.pop(instance_id)
         handle.lost("it was removed")
+        self._available[handle.role].forget(handle)
         await handle.close()
 
     async def start(self) -> None:
@@ -54,8 +65,25 @@ class Fleet:
         for handle in self.handles.values():
             await handle.close()
 
-    def ready_infos(self) -> list[InstanceInfo]:
-        return [handle.info for handle in self.handles.values() if handle.status == "ready" and handle.info]
+    def limiting_infos(self) -> list[InstanceInfo]:
+        """Of the ready instances, those that take the shortest prompts and the fewest tokens: what no other refuses."""
+        if self._limiting is None:
+            ready = [handle.info for handle in self.handles.values() if handle.status == "ready" and handle.info]
+            bounds = (attrgetter("max_prompt_len"), attrgetter("vocab_size"))
+            self._limiting = [min(ready, key=bound) for bound in bounds] if ready else []
+        return self._limiting
+
+    def _look(self, handle: InstanceHandle) -> None:
+        """An instance has changed: there may be more room than before."""
+        self._available[handle.role].look(handle)
+        self._on_change()
+
+    def _look_at_info(self, handle: InstanceHandle) -> None:
+        """It is ready, or not any more, or another life."""
+        self._limiting = self._roles_there = None
+        self._decodes = {each.epoch: each for each in self.handles.values() if each.role == "decode" and each.info}
+        self._available[handle.role].look(handle)
+        self.links.look()
 
     async def refresh(self) -> None:
         """Ask every instance for its figures; one that does not answer soon keeps its last."""
@@ -76,28 +104,9 @@ class Fleet:
                 raise NotReady(f"not ready within {timeout_s:g} s: {problems}")
             await asyncio.sleep(0.05)
 
-    def available(self, role: Role) -> list[InstanceHandle]:
-        """Ready instances with room for one more request."""
-
-        def has_room(handle: InstanceHandle) -> bool:
-            if role == "prefill":
-                return handle.num_inflight < self._config.max_inflight_prefills
-            if role == "hybrid":
-                return handle.load < self._config.max_inflight_requests
-            return handle.num_pending < self._config.max_pending_reservations
-
-        return [
-            handle
-            for handle in self.handles.values()
-            if handle.role == role and handle.status == "ready" and has_room(handle)
-        ]
-
-    def _others(self, role: Role, avoid: Collection[str]) -> list[InstanceHandle]:
-        available = self.available(role)
-        return [handle for handle in available if handle.instance_id not in avoid] or available
-
     def has_room(self) -> bool:
-        return bool(self.available("hybrid")) or bool(self.available("prefill") and self.available("decode"))
+        there = self._available
+        return bool(there["hybrid"]) or bool(there["prefill"] and there["decode"])
 
     def place(
         self, num_tokens: int, avoid: Collection[str] = (), computed_on: str = "", num_choices: int = 1
@@ -107,28 +116,71 @@ class Fleet:
         Those to `avoid` are chosen only where there is no other. `computed_on`: a prefill instance that has the prompt
         in its prefix cache, and is chosen if it has room.
         """
-        prefills, decodes, hybrids = (self._others(role, avoid) for role in ("prefill", "decode", "hybrid"))
-        if prefills and decodes:
-            prefills = [each for each in prefills if each.instance_id == computed_on] or prefills
-            epochs = {each.epoch for each in decodes}
-            prefills = connected_first(prefills, lambda each: _best_link(each, epochs), num_tokens)
-            prefill = self._choose["prefill"](prefills)
-            decodes = connected_first(decodes, lambda each: prefill.links.get(each.epoch), num_tokens=1)
-            return Placement(prefill, self._choose["decode"](decodes), num_tokens, num_choices)
-        if hybrids:
-            return Placement(None, self._choose["hybrid"](hybrids), num_tokens, num_choices)
-        return None
+        there = self._available
+        prefill: InstanceHandle | None = None
+        if there["prefill"] and there["decode"]:
+            prefill = self._choose_prefill(num_tokens, avoid, computed_on)
+            decode = self._choose_decode(prefill, avoid)
+        elif there["hybrid"]:
+            decode = (
+                min(_others(there["hybrid"], avoid), key=there["hybrid"].policy) if avoid else there["hybrid"].first()
+            )
+        else:
+            return None
+        placement = Placement(prefill, decode, num_tokens, num_choices)
+        for handle in filter(None, (prefill, decode)):
+            handle.turn = next(self._turns)
+            self._available[handle.role].look(handle)
+        return placement
+
+    def _choose_prefill(self, num_tokens: int, avoid: Collection[str], computed_on: str) -> InstanceHandle:
+        available, decodes = self._available["prefill"], self._available["decode"]
+        if not avoid and self._is_linked(first := available.first()):
+            return first
+        candidates = _others(available, avoid)
+        candidates = [each for each in candidates if each.instance_id == computed_on] or candidates
+        epochs = {each.epoch for each in _others(decodes, avoid)}
+        candidates = connected_first(candidates, lambda each: _best_link(each, epochs), num_tokens)
+        return min(candidates, key=available.policy)
+
+    def _is_linked(self, prefill: InstanceHandle) -> bool:
+        """To a decode instance that has room."""
+        return any(
+            is_there and self._decodes.get(epoch) in self._available["decode"]
+            for epoch, is_there in prefill.links.items()
+        )
+
+    def _choose_decode(self, prefill: InstanceHandle, avoid: Collection[str]) -> InstanceHandle:
+        available = self._available["decode"]
+        if not avoid:
+            linked = [self._decodes.get(epoch) for epoch, is_there in prefill.links.items() if is_there]
+            there = [each for each in linked if each is not None and each in available]
+            if there and min(each.load for each in there) <= available.least_load() + SPARE_REQUESTS:
+                return min(there, key=available.policy)
+        candidates = connected_first(
+            _others(available, avoid), lambda each: prefill.links.get(each.epoch), num_tokens=1
+        )
+        return min(candidates, key=available.policy)
 
     def may_serve_soon(self) -> bool:
         """Whether each role that a request needs has an instance that is ready or loading its model."""
-        there = {handle.role for handle in self.handles.values() if handle.status in ("ready", "starting")}
-        return "hybrid" in there or {"prefill", "decode"} <= there
+        if self._roles_there is None:
+            self._roles_there = {
+                handle.role for handle in self.handles.values() if handle.status in ("ready", "starting")
+            }
+        return "hybrid" in self._roles_there or {"prefill", "decode"} <= self._roles_there
 
     def why_nobody(self) -> str:
         problems = [each.describe_problem() for each in self.handles.values() if each.status != "ready"]
         if not problems:
             problems = ["all are busy" if self.handles else "none were added"]
         return f"no instances for {self._config.instance_wait_s:g} s: " + "; ".join(problems)
+
+
+def _others(available: Iterable[InstanceHandle], avoid: Collection[str]) -> list[InstanceHandle]:
+    """All but those to avoid, unless there is no other."""
+    everyone = list(available)
+    return [each for each in everyone if each.instance_id not in avoid] or everyone
 
 
 def _best_link(prefill: InstanceHandle, epochs: Collection[str]) -> bool | None:

@@ -27,8 +27,8 @@ class InstanceHandle:
         role: Role,
         address: str,
         config: SchedulerConfig,
-        on_change: Callable[[], None],
-        on_info: Callable[[], None],
+        on_change: "Callable[[InstanceHandle], None]",
+        on_info: "Callable[[InstanceHandle], None]",
     ) -> None:
         """on_change: called when there may be more room than before; on_info: when `info` is another."""
         self.instance_id = instance_id
@@ -40,6 +40,8 @@ class InstanceHandle:
         """Why it is not ready."""
         self.load = 0
         """Work that is with it: prompt tokens for a prefill instance, requests for others, each choice of these."""
+        self.turn = 0
+        """Drawn anew by the fleet whenever it gets a request: the lower, the longer ago."""
         self.num_inflight = 0
         self.num_pending = 0
         """Requests that wait for room on a decode instance."""
@@ -51,8 +53,7 @@ class InstanceHandle:
         See links.py."""
         self._config = config
         self._on_info = on_info
-        self.changed = on_change
-        """To be called when there may be more room than before."""
+        self._on_change = on_change
         self._polling: asyncio.Task[None] | None = None
         self._outage: Outage | None = None
         """While it is not reached."""
@@ -145,8 +146,12 @@ class InstanceHandle:
         if info is None or info.epoch != self.epoch:
             self.links.clear()
         self.info = info
-        self._on_info()
+        self._on_info(self)
         self.changed()
+
+    def changed(self) -> None:
+        """To be called when there may be more room than before."""
+        self._on_change(self)
 
     def _complain(self) -> None:
         """Say that it is not reached, if that is due."""

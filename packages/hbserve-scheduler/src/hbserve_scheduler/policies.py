@@ -1,7 +1,7 @@
 """Policies that choose which of several instances takes the next request."""
 
-import itertools
-from collections.abc import Callable, Sequence
+import heapq
+from collections.abc import Callable, Iterator
 
 from hbserve_scheduler.instances import InstanceHandle
 
@@ -9,27 +9,74 @@ SPARE_REQUESTS = 4
 """As many requests more may be with an instance to which there is a link than with one to which there is none. Less
 work is worth more than a link, which is made once."""
 
-Choose = Callable[[Sequence[InstanceHandle]], InstanceHandle]
+SPARE_ENTRIES = 64
+"""A heap of so many entries more than it needs is not worth making again."""
+
+Policy = Callable[[InstanceHandle], tuple[int, ...]]
+"""The rank of an instance, of which the lowest takes the next request. No two have the same: each ends in its turn."""
 
 
-def round_robin() -> Choose:
+def round_robin(instance: InstanceHandle) -> tuple[int, ...]:
     """One after the other; those that cannot take a request now are passed over."""
-    turns = itertools.count()
-    return lambda candidates: candidates[next(turns) % len(candidates)]
+    return (instance.turn,)
 
 
-def least_loaded() -> Choose:
+def least_loaded(instance: InstanceHandle) -> tuple[int, ...]:
     """The one with the least work; among equals in turn, so that an idle deployment uses all of its instances."""
-    in_turn = round_robin()
-
-    def choose(candidates: Sequence[InstanceHandle]) -> InstanceHandle:
-        least = min(candidate.load for candidate in candidates)
-        return in_turn([candidate for candidate in candidates if candidate.load == least])
-
-    return choose
+    return instance.load, instance.turn
 
 
-POLICIES: dict[str, Callable[[], Choose]] = {"round_robin": round_robin, "least_loaded": least_loaded}
+POLICIES: dict[str, Policy] = {"round_robin": round_robin, "least_loaded": least_loaded}
+
+
+class Available:
+    """Looks at one instance when it has changed, not at all of them when a request comes: choosing must not take longer
+    the more there are."""
+
+    def __init__(self, policy: Policy, has_room: Callable[[InstanceHandle], bool]) -> None:
+        self.policy = policy
+        self._has_room = has_room
+        self._ranks: dict[InstanceHandle, tuple[int, ...]] = {}
+        """Of those that are available, their rank by the policy."""
+        self._heap: list[tuple[tuple[int, ...], InstanceHandle]] = []
+        """Every rank that one has had; those that it has no more are passed over. An instance comes last among equals,
+        and ranks are never equal, so that nobody compares instances."""
+
+    def look(self, handle: InstanceHandle) -> None:
+        """To be called when it is there, or gone, or its load is another."""
+        if handle.status != "ready" or not self._has_room(handle):
+            self._ranks.pop(handle, None)
+            return
+        rank = self.policy(handle)
+        if self._ranks.get(handle) != rank:
+            self._ranks[handle] = rank
+            heapq.heappush(self._heap, (rank, handle))
+            if len(self._heap) > 2 * len(self._ranks) + SPARE_ENTRIES:
+                self._heap = [(rank, handle) for handle, rank in self._ranks.items()]
+                heapq.heapify(self._heap)
+
+    def forget(self, handle: InstanceHandle) -> None:
+        """It was removed."""
+        self._ranks.pop(handle, None)
+
+    def first(self) -> InstanceHandle:
+        """By the policy. There must be one."""
+        while self._ranks.get(self._heap[0][1]) != self._heap[0][0]:
+            heapq.heappop(self._heap)
+        return self._heap[0][1]
+
+    def least_load(self) -> int:
+        """Of any of them. There must be one."""
+        return self.first().load if self.policy is least_loaded else min(each.load for each in self)
+
+    def __len__(self) -> int:
+        return len(self._ranks)
+
+    def __contains__(self, handle: object) -> bool:
+        return handle in self._ranks
+
+    def __iter__(self) -> Iterator[InstanceHandle]:
+        return iter(self._ranks)
 
 
 def connected_first(

@@ -7,18 +7,18 @@ by itself, as a request with output would.
 
 import asyncio
 import time
+from array import array
+from collections import deque
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
+from operator import sub
 
 import msgspec
 
 from hbserve_rpc import RemoteError
 from hbserve_rpc.messages import ClientEvent, FinishReason, GenerateRequest, RequestFinished, TokenEvent
-
-_IN_COMMON = (
-    "started_s", "num_attempts", "num_cached_tokens", "kv_bytes", "kv_transfer_time_s", "prefill_instance",
-    "decode_instance", "computed_on",
-)  # fmt: skip
+from hbserve_scheduler.figures import Figures
+from hbserve_scheduler.records import AttemptRecord, RequestRecord
 
 
 @dataclass(eq=False)
@@ -26,10 +26,13 @@ class ScheduledRequest:
     """A request from `submit` to its end. Times are of `time.monotonic`."""
 
     request: GenerateRequest
+    figures: Figures = field(default_factory=Figures)
+    """Of all requests."""
     submitted_s: float = field(default_factory=time.monotonic)
-    started_s: float | None = None
-    first_token_s: float | None = None
-    second_token_s: float | None = None
+    arrivals: "array[float]" = field(default_factory=lambda: array("d"))
+    """When messages with new tokens came."""
+    num_first: int = 0
+    """Tokens of the first of them."""
     output: list[int] = field(default_factory=list)
     """Tokens that were delivered, over all attempts."""
     finish_reason: FinishReason | None = None
@@ -40,30 +43,32 @@ class ScheduledRequest:
     """Instances on which an attempt failed: the next one avoids them, if there are others."""
     computed_on: str = ""
     """The prefill instance whose prefix cache has the prompt, because an attempt failed after it was computed."""
-    events: asyncio.Queue[ClientEvent | Exception] = field(default_factory=asyncio.Queue)
+    events: "deque[ClientEvent | Exception | ScheduledRequest]" = field(default_factory=deque)
+    """That the client has not taken; of tokens there is one, in which all wait. Or choices that have some."""
+    has_event: asyncio.Event = field(default_factory=asyncio.Event)
     task: asyncio.Task[None] | None = None
-    num_attempts: int = 0
+    attempts: list[AttemptRecord] = field(default_factory=list)
     num_cached_tokens: int = 0
     kv_bytes: int = 0
     kv_transfer_time_s: float = 0.0
-    prefill_instance: str = ""
-    decode_instance: str = ""
     choices: "list[ScheduledRequest]" = field(default_factory=list)
-    """Each as a request of its own, where there are several; they have their events in common."""
+    """Each as a request of its own, where there are several."""
     choice: int = 0
-    """Its place among them."""
+    """Its place among those of `parent`."""
+    parent: "ScheduledRequest | None" = field(default=None, repr=False)
     on_choice_ended: Callable[[int], None] | None = None
     """Told when one is ended from here, while an instance computes all of them."""
+    _num_counted: int = 0
+    _output_counted: int = 0
 
     def __post_init__(self) -> None:
         self.output += self.request.output_token_ids
-        if self.request.params.n > 1:
-            self.choices = [self._choice(number) for number in range(self.request.params.n)]
+        if (num_choices := self.request.params.n) > 1:
+            self.choices = [self._choice(number) for number in range(num_choices)]
 
     def _choice(self, number: int) -> "ScheduledRequest":
-        params = self.request.params.of_choice(number)
-        asked = msgspec.structs.replace(self.request, params=params)
-        return ScheduledRequest(asked, self.submitted_s, events=self.events, choice=number)
+        asked = msgspec.structs.replace(self.request, params=self.request.params.of_choice(number))
+        return ScheduledRequest(asked, self.figures, self.submitted_s, choice=number, parent=self)
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -89,14 +94,45 @@ class ScheduledRequest:
         if known < 0:
             raise RemoteError(f"tokens {len(self.output)} to {event.index - 1} are missing")
         tokens = event.token_ids[known:]
-        self._note_times(len(tokens))
         if tokens or event.finish_reason:
+            if tokens:
+                if not self.arrivals:
+                    self.num_first = len(tokens)
+                self.arrivals.append(time.monotonic())
             self.finish_reason = event.finish_reason
             first = len(self.output)
             of_prompt = event.prompt_logprobs if first == 0 else []
             logprobs = event.logprobs[known:]
-            self.events.put_nowait(TokenEvent(first, tokens, event.finish_reason, logprobs, of_prompt, self.choice))
+            self._add_tokens(TokenEvent(first, tokens, event.finish_reason, logprobs, of_prompt, self.choice))
             self.output += tokens
+
+    def _add_tokens(self, new: TokenEvent) -> None:
+        if not self.events:
+            self._add(new)
+            return
+        waiting = self.events[-1]  # nothing else comes before the last token
+        assert isinstance(waiting, TokenEvent)
+        waiting.token_ids.extend(new.token_ids)
+        waiting.logprobs.extend(new.logprobs)
+        self.events[-1] = msgspec.structs.replace(waiting, finish_reason=new.finish_reason)
+
+    def _add(self, event: "ClientEvent | Exception | ScheduledRequest") -> None:
+        self.events.append(event)
+        self.has_event.set()
+        if self.parent is not None and len(self.events) == 1:
+            self.parent._add(self)
+
+    def take(self) -> ClientEvent | Exception:
+        """The next of its events, which there is."""
+        event = self.events.popleft()
+        if not isinstance(event, ScheduledRequest):
+            return event
+        found = event.take()
+        if event.events:
+            self.events.append(event)
+        return found
+
+    # ---- several choices -----------------------------------------------------------------------------------------
 
     def _deliver_choice(self, event: TokenEvent) -> None:
         if not 0 <= event.choice < len(self.choices):
@@ -134,68 +170,94 @@ class ScheduledRequest:
 
     def hand_down(self, choice: "ScheduledRequest") -> None:
         """What has happened to all choices so far has happened to this one too."""
-        for name in _IN_COMMON:
-            setattr(choice, name, getattr(self, name))
-        choice.failed_on = set(self.failed_on)
+        choice.attempts, choice.failed_on = [*self.attempts], {*self.failed_on}
+        choice.computed_on, choice.num_cached_tokens = self.computed_on, self.num_cached_tokens
+        choice.kv_bytes, choice.kv_transfer_time_s = self.kv_bytes, self.kv_transfer_time_s
+
+    def gather(self, choice: "ScheduledRequest", kv_bytes: int, kv_transfer_time_s: float) -> None:
+        """What has happened to a choice since it went on by itself has happened to the request. Before, these were
+        handed down to it."""
+        self.attempts = max(self.attempts, choice.attempts, key=len)
+        self.kv_bytes += choice.kv_bytes - kv_bytes
+        self.kv_transfer_time_s += choice.kv_transfer_time_s - kv_transfer_time_s
 
     @property
     def has_parted(self) -> bool:
         """Whether its choices have tokens already: they have their prompt in common still, but no attempt any more."""
         return any(len(each.output) > len(self.output) for each in self.choices)
 
-    def _note_times(self, num_new: int) -> None:
-        num_delivered = len(self.output) - len(self.request.output_token_ids)
-        if num_delivered < 2 and num_new:
-            now_s = time.monotonic()
-            if num_delivered == 0:
-                self.first_token_s = now_s
-            if num_delivered + num_new >= 2:
-                self.second_token_s = now_s
+    # ---- figures -------------------------------------------------------------------------------------------------
+
+    def count(self) -> None:
+        """Add what was delivered since the last time to the figures: not token by token, which would be felt."""
+        for each in self.choices:
+            each.count()
+        if not self.arrivals:
+            return
+        if self._num_counted == 0 and self.choice == 0:
+            self.figures.prompt_tokens += self.num_prompt_tokens
+        since = self.arrivals[max(0, self._num_counted - 1) :]
+        self.figures.between_tokens.observe_all(map(sub, since[1:], since))
+        self._num_counted = len(self.arrivals)
+        num_output = len(self.output) - len(self.request.output_token_ids)
+        self.figures.output_tokens += num_output - self._output_counted
+        self._output_counted = num_output
 
     @property
-    def handoff_s(self) -> float | None:
-        """From the first token that was delivered to the second, of the first choice; None: there is no second."""
+    def first_token_s(self) -> float | None:
         if self.choices:
-            return self.choices[0].handoff_s
-        if self.first_token_s is None or self.second_token_s is None:
-            return None
-        return self.second_token_s - self.first_token_s
+            return self.choices[0].first_token_s
+        return self.arrivals[0] if self.arrivals else None
+
+    @property
+    def second_token_s(self) -> float | None:
+        if self.choices:
+            return self.choices[0].second_token_s
+        if self.num_first > 1:
+            return self.arrivals[0]
+        return self.arrivals[1] if len(self.arrivals) > 1 else None
+
+    def since_submit_s(self) -> float:
+        return time.monotonic() - self.submitted_s
+
+    def record(self, error: str = "") -> RequestRecord:
+        """What is kept of it. To be asked for when it has ended."""
+        self.count()
+        e2e_s = self.since_submit_s()
+        return RequestRecord(
+            self.request.request_id,
+            time.time() - e2e_s,
+            self.num_prompt_tokens,
+            sum(len(each.output) for each in self.choices or [self]),
+            self.num_cached_tokens,
+            self.kv_bytes,
+            self.kv_transfer_time_s,
+            self.attempts,
+            e2e_s,
+            self.finish_reason if not error else None,
+            None if self.first_token_s is None else self.first_token_s - self.submitted_s,
+            None if self.second_token_s is None else self.second_token_s - self.submitted_s,
+            error,
+            len(self.choices) or 1,
+        )
 
     def fail(self, error: Exception) -> None:
         for each in [self, *self.choices]:
             each.ended = True
-        self.events.put_nowait(error)
+        self.figures.add(self.record(str(error)))
+        self._add(error)
 
     def finish(self, reason: FinishReason) -> None:
         self.ended = True
-        if self.choices:
-            for each in self.choices:
-                if not each.ended:
-                    self._tell_end(each, each.finish_reason or reason)
-            return
-        now_s = time.monotonic()
-        first_s = self.first_token_s or now_s
-        num_output = len(self.output)
         self.finish_reason = reason
-        self.events.put_nowait(
-            RequestFinished(
-                reason,
-                self.num_prompt_tokens,
-                num_output,
-                queue_time_s=(self.started_s or now_s) - self.submitted_s,
-                ttft_s=first_s - self.submitted_s,
-                tpot_s=(now_s - first_s) / (num_output - 1) if num_output > 1 else 0.0,
-                e2e_s=now_s - self.submitted_s,
-                handoff_s=self.handoff_s or 0.0,
-                kv_bytes=self.kv_bytes,
-                kv_transfer_time_s=self.kv_transfer_time_s,
-                num_cached_tokens=self.num_cached_tokens,
-                num_attempts=self.num_attempts,
-                prefill_instance=self.prefill_instance,
-                decode_instance=self.decode_instance,
-                choice=self.choice,
-            )
-        )
+        for each in self.choices:
+            if not each.ended:
+                self._tell_end(each, each.finish_reason or reason)
+        record = self.record()
+        if self.parent is None:
+            self.figures.add(record)
+        if not self.choices:
+            self._add(record.finished(reason, self.choice))
 
 
 class EventStream(AsyncIterator[ClientEvent]):
@@ -211,7 +273,11 @@ class EventStream(AsyncIterator[ClientEvent]):
     async def __anext__(self) -> ClientEvent:
         if self._ended:
             raise StopAsyncIteration
-        event = await self._entry.events.get()
+        entry = self._entry
+        while not entry.events:
+            entry.has_event.clear()
+            await entry.has_event.wait()
+        event = entry.take()
         if isinstance(event, Exception):
             self._ended = True
             raise event

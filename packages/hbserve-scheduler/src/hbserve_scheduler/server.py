@@ -28,7 +28,7 @@ class SchedulerServer:
 
     def __init__(self, scheduler: CpuScheduler) -> None:
         self.scheduler = scheduler
-        self._server = RpcServer(scheduler.config.host, scheduler.config.port)
+        self._server = RpcServer(scheduler.config.host, scheduler.config.port, drops_closed=True)
         self._server.serve(SCHEDULER_INFO, self._info)
         self._server.serve(SCHEDULER_STATS, self._stats)
         self._server.serve(SCHEDULER_ABORT, self._abort)

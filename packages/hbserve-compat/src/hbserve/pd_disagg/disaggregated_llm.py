@@ -118,6 +118,7 @@ class DisaggregatedLLM:
             if death.done():
                 raise InstanceFailed(death.result())
             ready.result()
+            instances.restart_the_dead(weakly(self._on_given_up))
         finally:
             for task in (ready, death):
                 task.cancel()
@@ -133,6 +134,9 @@ class DisaggregatedLLM:
         task = asyncio.create_task(self.scheduler.instance_died(instance_id, why))
         self._background.add(task)
         task.add_done_callback(self._background.discard)
+
+    def _on_given_up(self, instance_id: str, why: str) -> None:
+        logger.error("%s: %s", instance_id, why)
 
     async def stop(self) -> None:
         """End every request as aborted, and every process.
@@ -206,7 +210,10 @@ class DisaggregatedLLM:
             InvalidRequest: (a ValueError) one of the prompts or parameters can never run, or a wrong number of
                 parameters. Names the prompt. None of this call's prompts is computed then.
             LogitsNotFinite: (a FloatingPointError) the model gives NaN or infinity for one of them. Names the prompt.
-            RequestFailed: every attempt at one of them failed. In both cases the others of this call are aborted.
+            RequestFailed: every attempt at one of them failed.
+            Unavailable: there was no instance for one of them in `instance_wait_s`.
+            RequestTimeout: one of them took longer than `request_timeout_s`. In all these cases the others of this call
+                are aborted.
             RuntimeError: it is not running, or in another event loop.
         """
         scheduler = self._require_own_loop()

@@ -3,13 +3,13 @@
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
+from typing import Any, Protocol
 
 import msgspec
 from starlette.types import Message, Receive, Scope, Send
 
-from hbserve.server.answers import Answers
+from hbserve.server.answers import Answers, News
 from hbserve.server.api_error import ApiError, as_api_error
-from hbserve.server.rendering import DONE, Rendering, event
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ class Watched:
         except Exception as error:
             if sent or (known := as_api_error(error)) is None:
                 raise
-            await known.response()(scope, receive, send)
+            await known.response(scope)(scope, receive, send)
         finally:
             job.cancel()
             watcher.cancel()
@@ -54,34 +54,60 @@ async def _gone(receive: Receive) -> None:
         pass
 
 
+class AnswerFormat(Protocol):
+    """One answer as its client reads it, in events or whole."""
+
+    def opening(self) -> bytes:
+        """Events that are sent with the status line."""
+
+    def chunks(self, news: News) -> bytes:
+        """Events of what is new."""
+
+    def closing(self) -> bytes:
+        """The last events of an answer that has come to its end."""
+
+    def failed(self, error: ApiError) -> bytes:
+        """The last events of one that has not."""
+
+    def take(self, news: News) -> None:
+        """As `chunks`, for who wants the whole answer at the end."""
+
+    def whole(self) -> dict[str, Any]:
+        """All of it."""
+
+
 class Reply:
     """One answer on its way to its client: the status line goes with the first bytes."""
 
-    def __init__(self, send: Send, headers: dict[str, str]) -> None:
+    def __init__(self, send: Send, headers: dict[str, str], first_byte_timeout_s: float) -> None:
+        """first_byte_timeout_s: after so long without a token a stream begins all the same."""
         self._send = send
+        self._first_byte_timeout_s = first_byte_timeout_s
         self._headers = [(name.encode(), value.encode()) for name, value in headers.items()]
 
-    async def whole(self, answers: Answers, rendering: Rendering) -> None:
-        """Raises what ends one of the answers."""
+    async def answer(self, answers: Answers, rendering: AnswerFormat, *, streamed: bool) -> None:
+        """Raises what ends one of the answers, unless a stream has begun: then it is an event of the stream."""
+        await (self._stream(answers, rendering) if streamed else self._whole(answers, rendering))
+
+    async def _whole(self, answers: Answers, rendering: AnswerFormat) -> None:
         while news := await answers.news():
             rendering.take(news)
         body = msgspec.json.encode(rendering.whole())
         await self._start([JSON, (b"content-length", str(len(body)).encode())])
         await self._part(body, more=False)
 
-    async def stream(self, answers: Answers, rendering: Rendering, first_byte_timeout_s: float) -> None:
-        """Raises what ends one of the answers before any has a token; what does so later is an event of the stream."""
-        begun = await answers.begun(first_byte_timeout_s)
-        first = rendering.chunks(await answers.news()) if begun else b""
+    async def _stream(self, answers: Answers, rendering: AnswerFormat) -> None:
+        begun = await answers.begun(self._first_byte_timeout_s)
+        first = await answers.news() if begun else []
         await self._start([EVENT_STREAM, *NO_BUFFERS])
-        await self._part(rendering.opening() + first)
+        await self._part(rendering.opening() + rendering.chunks(first))
         try:
             while news := await answers.news():
                 if chunks := rendering.chunks(news):
                     await self._part(chunks)
             last = rendering.closing()
         except Exception as error:
-            last = event(_told(error).body()) + DONE
+            last = rendering.failed(_told(error))
         await self._part(last, more=False)
 
     async def _start(self, headers: list[tuple[bytes, bytes]]) -> None:

@@ -12,13 +12,15 @@ from hbserve.server.service import ServedModel
 from hbserve.text_request import TextRequest
 from hbserve_rpc import SamplingParams
 
+MOST_NEWS = 256
+"""That wait for a client which does not read. Further tokens wait in the scheduler, together."""
 News = list[tuple[int, GenerationDelta]]
 """Number of the answer, and what is new of it."""
 
 
 class Answers:
-    """Answers to some prompts, one for each of `params`: an asynchronous context manager, which submits them, and at
-    its end aborts those that are still running."""
+    """Answers to some prompts, to each as many as its `params` say: an asynchronous context manager, which submits
+    them, and at its end aborts those that are still running."""
 
     def __init__(
         self,
@@ -39,6 +41,7 @@ class Answers:
         ]
         self._news: News = []
         self._changed = asyncio.Event()
+        self._taken = asyncio.Event()
         self._error: Exception | None = None
         self._requests: list[TextRequest] = []
         self._pumps: list[asyncio.Task[None]] = []
@@ -47,9 +50,12 @@ class Answers:
     async def __aenter__(self) -> Self:
         """Raises InvalidRequest or Overloaded, if the scheduler refuses one; then none goes on."""
         try:
-            for number, make in enumerate(self._make):
-                self._requests.append(make())
-                self._pumps.append(asyncio.create_task(self._pump(number, self._requests[-1])))
+            first = 0
+            for make in self._make:
+                request = make()
+                self._requests.append(request)
+                self._pumps.append(asyncio.create_task(self._pump(first, request)))
+                first += len(request.choices)
         except BaseException:
             await self._close()
             raise
@@ -65,16 +71,20 @@ class Answers:
         for request in self._requests:  # a task that is cancelled before its first step closes nothing itself
             await request.aclose()
 
-    async def _pump(self, number: int, request: TextRequest) -> None:
+    async def _pump(self, first: int, request: TextRequest) -> None:
+        """first: the number of the request's first answer."""
         try:
             async for delta in request:
                 if delta["finish_reason"] == "abort":  # by nobody who asked for it
                     raise try_again("the server is ending", code="not_ready")
                 if self._only_prompt:
                     delta["text"], delta["token_ids"], delta["logprobs"] = "", [], None
-                    delta["finish_reason"] = delta["finish_reason"] and "length"
-                self._news.append((number, delta))
+                    delta["finish_reason"], delta["stop_reason"] = delta["finish_reason"] and "length", None
+                self._news.append((first + delta.get("choice", 0), delta))
                 self._changed.set()
+                while len(self._news) >= MOST_NEWS:
+                    self._taken.clear()
+                    await self._taken.wait()
         except Exception as error:  # of the engines; whoever waits for news is to have it
             self._error = self._error or error
         finally:
@@ -100,4 +110,5 @@ class Answers:
         if self._error is not None and not self._news:
             raise self._error
         found, self._news = self._news, []
+        self._taken.set()
         return found

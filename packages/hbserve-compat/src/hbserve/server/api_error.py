@@ -1,15 +1,17 @@
-"""Errors as clients of OpenAI's API expect them: a status, and a JSON object that names what is wrong."""
+"""Errors as clients of OpenAI's or Anthropic's API expect them: a status, and a JSON object that says what is wrong."""
 
 import math
 import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import msgspec
 from starlette.responses import Response
+from starlette.types import Scope
 
 from hbserve.tokenizer import BrokenTokenizer
-from hbserve_rpc import HBServeRpcError, InvalidRequest, Overloaded
-from hbserve_scheduler import NotReady
+from hbserve_rpc import HBServeRpcError, InvalidRequest, Overloaded, RequestTimeout, Unavailable
 
 RETRY_AFTER_S = 1
 """Told to those who are refused for lack of room, unless the refusal has a time of its own."""
@@ -20,6 +22,16 @@ TYPES = {
     404: "not_found_error",
     405: "invalid_request_error",
     413: "invalid_request_error",
+    503: "overloaded_error",
+    504: "timeout_error",
+}
+ANTHROPIC_PATH = "/v1/messages"
+"""Answers below it are in the words of Anthropic's API."""
+ANTHROPIC_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
     503: "overloaded_error",
     504: "timeout_error",
 }
@@ -49,8 +61,39 @@ class ApiError(Exception):
         kind = TYPES.get(self.status, "server_error")
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
-    def response(self) -> Response:
-        return Response(msgspec.json.encode(self.body()), self.status, self.headers, "application/json")
+    def anthropic_body(self, request_id: str | None) -> dict[str, Any]:
+        kind = ANTHROPIC_TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "api_error")
+        return {"type": "error", "error": {"type": kind, "message": self.message}, "request_id": request_id}
+
+    def response(self, scope: Scope) -> Response:
+        """In the words of the API that a request's path belongs to."""
+        is_anthropic = path_of(scope).startswith(ANTHROPIC_PATH)
+        request_id = scope.get("state", {}).get("request_id")
+        body = self.anthropic_body(request_id) if is_anthropic else self.body()
+        return Response(msgspec.json.encode(body), self.status, self.headers, "application/json")
+
+
+def path_of(scope: Scope) -> str:
+    """A request's path, without the one that a proxy has us under."""
+    return str(scope["path"]).removeprefix(scope.get("root_path", ""))
+
+
+@contextmanager
+def renamed(names: Mapping[str, str]) -> Iterator[None]:
+    """Errors of a request that was translated name the fields that the client has sent.
+
+    Raises:
+        ApiError: in place of an error that names one of `names`.
+    """
+    try:
+        yield
+    except Exception as error:
+        known = as_api_error(error)
+        if known is None or known.param is None or known.param not in names:
+            raise
+        name = names[known.param]
+        message = name + known.message.removeprefix(known.param)
+        raise ApiError(known.status, message, param=name, code=known.code, headers=known.headers) from error
 
 
 def try_again(message: str, after_s: float = RETRY_AFTER_S, *, code: str = "overloaded") -> ApiError:
@@ -66,8 +109,12 @@ def as_api_error(error: Exception) -> ApiError | None:
         found = re.match(r"\w+", str(error))
         name = found[0] if found else None
         return ApiError(400, str(error), param="prompt" if name == "prompts" else name)
-    if isinstance(error, Overloaded | NotReady):
-        return try_again(str(error), getattr(error, "retry_after_s", None) or RETRY_AFTER_S)
+    if isinstance(error, Overloaded):
+        return try_again(str(error), error.retry_after_s)
+    if isinstance(error, Unavailable):
+        return try_again(str(error), code="not_ready")
+    if isinstance(error, RequestTimeout):
+        return ApiError(504, str(error), code="timeout")
     if isinstance(error, HBServeRpcError):
         return ApiError(500, str(error))
     return None

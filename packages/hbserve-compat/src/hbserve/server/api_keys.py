@@ -6,10 +6,11 @@ import logging
 import os
 from pathlib import Path
 
+from starlette.datastructures import Headers
 from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from hbserve.server.api_error import ApiError
+from hbserve.server.api_error import ApiError, path_of
 from hbserve_scheduler import ConfigError
 from hbserve_scheduler.config import ServerSection
 
@@ -72,19 +73,23 @@ class RequireApiKey:
         self._keys = keys
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and not self._is_open(scope):
-            kind, _, key = HTTPConnection(scope).headers.get("authorization", "").partition(" ")
-            if kind.lower() != "bearer" or not self._keys.accept(key.strip()):
-                refusal = ApiError(
-                    401,
-                    "wrong API key: expected the header `Authorization: Bearer KEY`",
-                    code="invalid_api_key",
-                    headers={"www-authenticate": "Bearer"},
-                )
-                await refusal.response()(scope, receive, send)
-                return
+        if scope["type"] == "http" and not self._may_ask(scope):
+            refusal = ApiError(
+                401,
+                "wrong API key: expected the header `Authorization: Bearer KEY`, or `x-api-key: KEY`",
+                code="invalid_api_key",
+                headers={"www-authenticate": "Bearer"},
+            )
+            await refusal.response(scope)(scope, receive, send)
+            return
         await self._app(scope, receive, send)
 
-    def _is_open(self, scope: Scope) -> bool:
-        path = scope["path"].removeprefix(scope.get("root_path", ""))
-        return path in OPEN_PATHS or scope["method"] == "OPTIONS"
+    def _may_ask(self, scope: Scope) -> bool:
+        is_open = path_of(scope) in OPEN_PATHS or scope["method"] == "OPTIONS"
+        return is_open or self._keys.accept(_key(HTTPConnection(scope).headers))
+
+
+def _key(headers: Headers) -> str:
+    """As OpenAI's clients send it, or Anthropic's; "", which is no key, if there is none."""
+    kind, _, key = headers.get("authorization", "").partition(" ")
+    return key.strip() if kind.lower() == "bearer" else headers.get("x-api-key", "").strip()

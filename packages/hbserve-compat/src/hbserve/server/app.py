@@ -10,6 +10,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import FileResponse, Response
 from starlette.routing import Route
 
+from hbserve.server.anthropic_messages import count_tokens, messages
 from hbserve.server.api_error import ApiError, as_api_error
 from hbserve.server.api_keys import ApiKeys, RequireApiKey
 from hbserve.server.generating import chat_completions, completions
@@ -19,6 +20,7 @@ from hbserve.server.openapi import show_openapi
 from hbserve.server.probes import health, ping, show_version
 from hbserve.server.request_body import IGNORED_HEADER
 from hbserve.server.request_log import REQUEST_ID, RequestLog
+from hbserve.server.responses import responses
 from hbserve.server.service import Service
 from hbserve.server.tokenizing import detokenize, tokenize, tokenizer_info
 from hbserve_rpc import HBServeRpcError
@@ -29,6 +31,9 @@ ROUTES = [
     Route("/v1/models/{model:path}", retrieve_model),
     Route("/v1/completions", completions, methods=["POST"]),
     Route("/v1/chat/completions", chat_completions, methods=["POST"]),
+    Route("/v1/responses", responses, methods=["POST"]),
+    Route("/v1/messages", messages, methods=["POST"]),
+    Route("/v1/messages/count_tokens", count_tokens, methods=["POST"]),
     Route("/tokenize", tokenize, methods=["POST"]),
     Route("/detokenize", detokenize, methods=["POST"]),
     Route("/tokenizer_info", tokenizer_info),
@@ -72,14 +77,14 @@ def make_app(service: Service) -> Starlette:
 async def _refuse(request: Request, error: Exception) -> Response:
     known = as_api_error(error)
     assert known is not None
-    return known.response()
+    return known.response(request.scope)
 
 
 async def _refuse_route(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     headers = dict(error.headers or {})
     problem = f"{request.method} {request.url.path[:256]}: {error.detail}; docs/openai-server.md has what there is"
-    return ApiError(error.status_code, problem, headers=headers).response()
+    return ApiError(error.status_code, problem, headers=headers).response(request.scope)
 
 
 async def _nobody_is_there(request: Request, error: Exception) -> Response:
@@ -89,4 +94,4 @@ async def _nobody_is_there(request: Request, error: Exception) -> Response:
 async def _fail(request: Request, error: Exception) -> Response:
     """A mistake of ours. Whoever runs the server finds it in the log, where uvicorn writes it."""
     headers = {REQUEST_ID: request.scope.get("state", {}).get("request_id", "")}
-    return ApiError(500, "internal error; the server's log has it", headers=headers).response()
+    return ApiError(500, "internal error; the server's log has it", headers=headers).response(request.scope)

@@ -33,6 +33,7 @@ class ChatChoices:
         self._deltas: list[list[dict[str, Any]]] = [[] for _ in range(num_choices)]
         self._token_ids: list[list[int]] = [[] for _ in range(num_choices)]
         self._reasons: list[str | None] = [None] * num_choices
+        self._stop_reasons: list[str | int | None] = [None] * num_choices
 
     def opening(self, index: int) -> list[dict[str, Any]]:
         more = {"prompt_token_ids": self._prompt, "token_ids": []} if self._with_token_ids else {}
@@ -44,6 +45,8 @@ class ChatChoices:
         self._deltas[index] += found
         self._reasons[index] = reason = parts.reason(delta["finish_reason"])
         more: dict[str, Any] = {}
+        if reason:
+            self._stop_reasons[index] = more["stop_reason"] = delta["stop_reason"]
         if self._with_token_ids:
             self._token_ids[index] += delta["token_ids"]
             more["token_ids"] = delta["token_ids"]
@@ -61,7 +64,7 @@ class ChatChoices:
 
     def whole(self, index: int) -> dict[str, Any]:
         ids = {"prompt_token_ids": self._prompt, "token_ids": self._token_ids[index]}
-        more: dict[str, Any] = ids if self._with_token_ids else {}
+        more: dict[str, Any] = {"stop_reason": self._stop_reasons[index]} | (ids if self._with_token_ids else {})
         if self._logprobs[index]:
             more = {**more, "logprobs": {"content": self._logprobs[index]}}
         message = {"role": "assistant", **merged(self._deltas[index])}

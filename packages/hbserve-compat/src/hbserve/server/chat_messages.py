@@ -1,5 +1,6 @@
 """Messages of a chat request, as chat templates take them."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -11,8 +12,8 @@ ROLES = {"system", "developer", "user", "assistant", "tool"}
 MOST_MESSAGES = 4096
 
 
-def plain_messages(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Messages with their content as one text, whatever form it had; the rest of each as it is.
+def plain_messages(messages: list[dict[str, Any]], paths: Sequence[str] | None = None) -> list[dict[str, Any]]:
+    """Messages with their content as one text, whatever form it had; the rest of each as it is. `paths` names them.
 
     Raises:
         ApiError: 400, names the message and its field.
@@ -21,7 +22,8 @@ def plain_messages(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     if not 0 < len(messages) <= MOST_MESSAGES:
         problem = f"messages: {len(messages)} of them; expected 1 to {MOST_MESSAGES}"
         raise ApiError(400, problem, param="messages")
-    return [_plain(f"messages[{place}]", message) for place, message in enumerate(messages)]
+    names = paths or [f"messages[{place}]" for place in range(len(messages))]
+    return [_plain(name, message) for name, message in zip(names, messages, strict=True)]
 
 
 def _plain(path: str, message: dict[str, Any]) -> dict[str, Any]:

@@ -28,6 +28,7 @@ class CompletionChoices:
         self._texts = [[text] for text in echoed]
         self._token_ids: list[list[int]] = [[] for _ in prompts]
         self._reasons: list[str | None] = [None] * len(prompts)
+        self._stop_reasons: list[str | int | None] = [None] * len(prompts)
         self._prompt_logprobs: list[list[dict[str, Any] | None] | None] = [None] * len(prompts)
 
     def opening(self, index: int) -> list[dict[str, Any]]:
@@ -42,6 +43,8 @@ class CompletionChoices:
         self._texts[index].append(text)
         self._reasons[index] = reason
         more: dict[str, Any] = {}
+        if reason:
+            self._stop_reasons[index] = more["stop_reason"] = delta["stop_reason"]
         if self._with_token_ids:
             self._token_ids[index] += delta["token_ids"]
             more["token_ids"] = delta["token_ids"]
@@ -59,7 +62,7 @@ class CompletionChoices:
 
     def whole(self, index: int) -> dict[str, Any]:
         ids = {"prompt_token_ids": self._prompts[index], "token_ids": self._token_ids[index]}
-        more: dict[str, Any] = ids if self._with_token_ids else {}
+        more: dict[str, Any] = {"stop_reason": self._stop_reasons[index]} | (ids if self._with_token_ids else {})
         if self._logprobs[index].whole["tokens"]:
             more = {**more, "logprobs": self._logprobs[index].whole}
         if self._shows_prompt_logprobs:

@@ -8,6 +8,7 @@ import os
 import socket
 import ssl
 import stat
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,11 +20,14 @@ from hbserve_rpc.address import is_wildcard
 from hbserve_scheduler import ConfigError
 from hbserve_scheduler.config import ServerSection
 
+logger = logging.getLogger(__name__)
 logging.getLogger("uvicorn").setLevel(logging.WARNING)  # of its own beginning and end we tell ourselves
 
 KEEP_ALIVE_S = 120
 """More than proxies have, so that it is they who close: else a request meets a connection that is being closed."""
 BACKLOG = 2048
+STALL_TIMEOUT_S = 60.0
+"""A client that reads nothing for so long, of what waits for it, loses its connection."""
 
 
 class _Uvicorn(uvicorn.Server):
@@ -58,6 +62,7 @@ class HttpServer:
         self._socket = _bound(settings)
         self._server: _Uvicorn | None = None
         self._serving: asyncio.Task[None] | None = None
+        self._watching: asyncio.Task[None] | None = None
 
     @property
     def url(self) -> str:
@@ -89,6 +94,25 @@ class HttpServer:
         self._server = _Uvicorn(config)
         self._serving = asyncio.create_task(self._server.serve(sockets=[self._socket]))
         await self._server.accepts.wait()
+        self._watching = asyncio.create_task(self._watch_stalled(self._server))
+
+    async def _watch_stalled(self, server: _Uvicorn) -> None:
+        """What waits for clients that do not read is bounded for each, but there may be ever more of them."""
+        since_s: dict[uvicorn.server.Protocols, tuple[int, float]] = {}
+        while True:
+            await asyncio.sleep(STALL_TIMEOUT_S / 4)
+            now_s, before = time.monotonic(), since_s
+            since_s = {}
+            for connection in list(server.server_state.connections):
+                num_bytes = connection.transport.get_write_buffer_size()
+                stands = before.get(connection, (0, now_s))
+                if num_bytes and num_bytes != stands[0]:
+                    stands = num_bytes, now_s
+                if num_bytes and now_s - stands[1] > STALL_TIMEOUT_S:
+                    logger.info("a client has read nothing for %.0f s; its connection ends", now_s - stands[1])
+                    connection.transport.abort()
+                elif num_bytes:
+                    since_s[connection] = stands
 
     @property
     def num_answering(self) -> int:
@@ -106,6 +130,9 @@ class HttpServer:
 
     async def stop(self) -> None:
         """End every answer and connection."""
+        if self._watching is not None:
+            self._watching.cancel()
+            await asyncio.gather(self._watching, return_exceptions=True)
         if self._server is not None and self._serving is not None:
             self._server.should_exit = True
             self._server.force_exit = True

@@ -1,78 +1,195 @@
-"""/metrics: the scheduler's and the instances' figures, in the text format of Prometheus."""
+"""/metrics: the scheduler's and the instances' figures for Prometheus.
 
-from collections.abc import Iterator
+Read from one snapshot at each scrape, so nothing is counted twice. `hbserve:` has all of them, under vLLM's suffixes
+where vLLM has the figure; `vllm:` repeats those with vLLM's labels, so that dashboards made for it show them too.
+Latencies are the scheduler's: what a client has felt, over prefill, KV and decode.
+"""
 
+from collections.abc import Iterator, Mapping
+from itertools import accumulate
+
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.registry import Collector
+from prometheus_client.utils import floatToGoString
 from starlette.requests import Request
 from starlette.responses import Response
 
-from hbserve.server.service import Service
-from hbserve_rpc.messages import InstanceStats, SchedulerStats
+from hbserve.server.service import ServedModel, Service
+from hbserve_rpc.histogram import Histogram
+from hbserve_rpc.messages import InstanceInfo, InstanceStats, SchedulerStats
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
-GAUGES_OF_SCHEDULER = {
-    "waiting_requests": "num_requests_waiting",
-    "running_requests": "num_requests_running",
+COUNTERS = {
+    "requests": "total_requests",
+    "requests_completed": "completed_requests",
+    "requests_failed": "failed_requests",
+    "requests_aborted": "aborted_requests",
+    "requests_rejected": "rejected_requests",
+    "request_retries": "retries",
 }
-COUNTERS_OF_SCHEDULER = {
-    "total_requests": "requests",
-    "completed_requests": "requests_completed",
-    "failed_requests": "requests_failed",
-    "aborted_requests": "requests_aborted",
-    "rejected_requests": "requests_rejected",
-    "retries": "request_retries",
+INSTANCE_GAUGES = {
+    "instance_active_requests": "active_requests",
+    "instance_waiting_requests": "waiting_requests",
+    "instance_running_requests": "running_requests",
+    "kv_blocks": "num_blocks",
+    "kv_blocks_free": "free_blocks",
+    "kv_blocks_quarantined": "quarantined_blocks",
+    "kv_transfers_active": "active_transfers",
+    "kv_lookup_buffer_bytes": "buffered_bytes",
 }
-GAUGES_OF_INSTANCE = {
-    "active_requests": "instance_active_requests",
-    "waiting_requests": "instance_waiting_requests",
-    "running_requests": "instance_running_requests",
-    "num_blocks": "kv_blocks",
-    "free_blocks": "kv_blocks_free",
-    "quarantined_blocks": "kv_blocks_quarantined",
-    "active_transfers": "kv_transfers_active",
-    "buffered_bytes": "kv_lookup_buffer_bytes",
-}
-COUNTERS_OF_INSTANCE = {
-    "total_requests": "instance_requests",
-    "generated_tokens": "generation_tokens",
-    "prefill_tokens": "prompt_tokens",
-    "cached_tokens": "prompt_tokens_cached",
-    "preemptions": "num_preemptions",
+INSTANCE_COUNTERS = {
+    "instance_requests": "total_requests",
+    "instance_generation_tokens": "generated_tokens",
+    "instance_prompt_tokens": "prefill_tokens",
+    "instance_prompt_tokens_cached": "cached_tokens",
+    "instance_preemptions": "preemptions",
     "kv_bytes_sent": "kv_bytes_sent",
     "kv_bytes_received": "kv_bytes_received",
-    "kv_transfer_time_s": "kv_transfer_seconds",
-    "failed_transfers": "kv_transfers_failed",
-    "dropped_messages": "kv_messages_dropped",
+    "kv_transfer_busy_seconds": "kv_transfer_time_s",
+    "kv_transfers_failed": "failed_transfers",
+    "kv_messages_dropped": "dropped_messages",
 }
-"""Field of the stats: name of its metric, less the prefix, and `_total` of a counter."""
+"""Name of the metric, without prefix and suffix: field of the stats."""
+OF_VLLM = ["model_name", "engine"]
+"""Labels that vLLM's dashboards choose by. A deployment is one engine; where a figure is of each instance, each is."""
 
 
 async def show_metrics(request: Request) -> Response:
     service: Service = request.app.state.service
-    model = service.model
-    lines = ["# TYPE hbserve:up gauge", f"hbserve:up {int(model is not None and not service.draining)}"]
-    if model is not None:
-        lines += _lines(model.scheduler.stats())
-    return Response("\n".join([*lines, ""]), media_type=CONTENT_TYPE)
+    registry = CollectorRegistry()
+    registry.register(_Snapshot(service))
+    return Response(generate_latest(registry), media_type=CONTENT_TYPE)
 
 
-def _lines(stats: SchedulerStats) -> Iterator[str]:
-    for names, kind in ((GAUGES_OF_SCHEDULER, "gauge"), (COUNTERS_OF_SCHEDULER, "counter")):
-        for field, name in names.items():
-            yield from _metric(name, kind, {"": getattr(stats, field)})
-    by_instance = {_labels(each): each for each in stats.instances}
-    yield from _metric("instance_up", "gauge", {of: each.status == "ready" for of, each in by_instance.items()})
-    for names, kind in ((GAUGES_OF_INSTANCE, "gauge"), (COUNTERS_OF_INSTANCE, "counter")):
-        for field, name in names.items():
-            yield from _metric(name, kind, {of: getattr(each, field) for of, each in by_instance.items()})
+class _Snapshot(Collector):
+    """What the service says of itself at one scrape."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+
+    def describe(self) -> list[Metric]:
+        return []  # the registry would collect once more to learn the names
+
+    def collect(self) -> Iterator[Metric]:
+        model = self._service.model
+        is_up = model is not None and not self._service.draining
+        yield GaugeMetricFamily("hbserve:up", "1 while new requests are taken.", value=int(is_up))
+        if model is not None:
+            stats = model.scheduler.stats()
+            yield from _of_requests(stats)
+            yield from _of_instances(stats.instances)
+            yield from _Aliases(model, stats).metrics()
 
 
-def _metric(name: str, kind: str, values: dict[str, float]) -> Iterator[str]:
-    full = f"hbserve:{name}_total" if kind == "counter" else f"hbserve:{name}"
-    yield f"# TYPE {full} {kind}"
-    for labels, value in values.items():
-        yield f"{full}{labels} {float(value):g}" if isinstance(value, float) else f"{full}{labels} {int(value)}"
+def _of_requests(stats: SchedulerStats) -> Iterator[Metric]:
+    yield GaugeMetricFamily("hbserve:num_requests_waiting", "Not given to an instance yet.", stats.waiting_requests)
+    yield GaugeMetricFamily("hbserve:num_requests_running", "With instances.", stats.running_requests)
+    for name, field in COUNTERS.items():
+        yield CounterMetricFamily(f"hbserve:{name}", f"Requests: {field}.", getattr(stats, field))
+    yield CounterMetricFamily("hbserve:prompt_tokens", "Of requests that have a first token.", stats.prompt_tokens)
+    yield CounterMetricFamily("hbserve:generation_tokens", "Tokens that were delivered.", stats.output_tokens)
+    yield _counters("hbserve:request_success", "Requests that have ended.", "finished_reason", stats.ended_requests)
+    yield _counters("hbserve:request_attempts_failed", "Also of retried ones.", "cause", stats.failed_attempts)
+    for name, histogram in stats.histograms.items():
+        yield _histogram(f"hbserve:{name}", histogram, {})
 
 
-def _labels(stats: InstanceStats) -> str:
-    quoted = stats.instance_id.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
-    return f'{{instance_id="{quoted}",role="{stats.role}"}}'
+def _of_instances(instances: list[InstanceStats]) -> Iterator[Metric]:
+    labels = ["instance_id", "role"]
+    up = GaugeMetricFamily("hbserve:instance_up", "1 while it is ready.", labels=labels)
+    for each in instances:
+        up.add_metric([each.instance_id, each.role], int(each.status == "ready"))
+    yield up
+    for kind, names in ((GaugeMetricFamily, INSTANCE_GAUGES), (CounterMetricFamily, INSTANCE_COUNTERS)):
+        for name, field in names.items():
+            family = kind(f"hbserve:{name}", f"Of each instance: {field}.", labels=labels)
+            for each in instances:
+                family.add_metric([each.instance_id, each.role], getattr(each, field))
+            yield family
+
+
+class _Aliases:
+    """The figures that vLLM has too, under its names (v1/metrics/loggers.py)."""
+
+    def __init__(self, model: ServedModel, stats: SchedulerStats) -> None:
+        self._name = model.names[0]
+        self._stats = stats
+        self._infos = {each.instance_id: each for each in model.scheduler.info().instances}
+
+    def metrics(self) -> Iterator[Metric]:
+        yield from self._gauges()
+        yield from self._counters()
+        for name, histogram in self._stats.histograms.items():
+            if not name.startswith(("kv_", "reservation_", "request_attempts")):
+                yield _histogram(f"vllm:{name}", histogram, self._labels(0))
+
+    def _labels(self, engine: int) -> dict[str, str]:
+        return {"model_name": self._name, "engine": str(engine)}
+
+    def _gauges(self) -> Iterator[Metric]:
+        stats = self._stats
+        yield self._with("num_requests_running", GaugeMetricFamily, {"": stats.running_requests})
+        yield self._with("num_requests_waiting", GaugeMetricFamily, {"": stats.waiting_requests})
+        waiting = {"capacity": stats.waiting_requests, "deferred": 0}
+        yield self._with("num_requests_waiting_by_reason", GaugeMetricFamily, waiting, "reason")
+        usage = GaugeMetricFamily("vllm:kv_cache_usage_perc", "Part of the KV blocks in use, 0 to 1.", labels=OF_VLLM)
+        sizes = ["block_size", "num_gpu_blocks"]
+        config = GaugeMetricFamily("vllm:cache_config_info", "Always 1.", labels=[*OF_VLLM, *sizes])
+        for i, each in enumerate(stats.instances):
+            labels = list(self._labels(i).values())
+            info = self._infos.get(each.instance_id, InstanceInfo(each.instance_id, each.role, "", each.status))
+            usage.add_metric(labels, 1 - each.free_blocks / each.num_blocks if each.num_blocks else 0.0)
+            config.add_metric([*labels, str(info.block_size), str(each.num_blocks)], 1)
+        yield usage
+        yield config
+
+    def _counters(self) -> Iterator[Metric]:
+        stats = self._stats
+        computed, cached, preemptions = (
+            sum(getattr(each, field) for each in stats.instances)
+            for field in ("prefill_tokens", "cached_tokens", "preemptions")
+        )
+        for name, value in {
+            "prompt_tokens": stats.prompt_tokens,
+            "prompt_tokens_cached": cached,
+            "generation_tokens": stats.output_tokens,
+            "prefix_cache_queries": computed + cached,
+            "prefix_cache_hits": cached,
+            "num_preemptions": preemptions,
+        }.items():
+            yield self._with(name, CounterMetricFamily, {"": value})
+        by_source = {"local_compute": computed, "local_cache_hit": cached}
+        yield self._with("prompt_tokens_by_source", CounterMetricFamily, by_source, "source")
+        # Whoever divides by all of them needs those at 0 too.
+        ended = {"stop": 0, "length": 0, "abort": 0, "error": 0} | stats.ended_requests
+        yield self._with("request_success", CounterMetricFamily, ended, "finished_reason")
+
+    def _with(
+        self,
+        name: str,
+        kind: type[GaugeMetricFamily] | type[CounterMetricFamily],
+        values: Mapping[str, float],
+        label: str | None = None,
+    ) -> Metric:
+        """`values` by what `label` says, or one value."""
+        labels = OF_VLLM if label is None else [*OF_VLLM, label]
+        family = kind(f"vllm:{name}", "As hbserve: has it, under vLLM's name.", labels=labels)
+        for of, value in values.items():
+            family.add_metric([*self._labels(0).values(), of][: len(labels)], value)
+        return family
+
+
+def _counters(name: str, documentation: str, label: str, values: dict[str, int]) -> Metric:
+    family = CounterMetricFamily(name, documentation, labels=[label])
+    for of, value in values.items():
+        family.add_metric([of], value)
+    return family
+
+
+def _histogram(name: str, histogram: Histogram, labels: dict[str, str]) -> Metric:
+    bounds = [*map(floatToGoString, histogram.bounds), "+Inf"]
+    buckets = list(zip(bounds, accumulate(map(float, histogram.counts)), strict=True))
+    family = HistogramMetricFamily(name, "Of requests that have all of their tokens.", labels=list(labels))
+    family.add_metric(list(labels.values()), buckets, histogram.total)
+    return family

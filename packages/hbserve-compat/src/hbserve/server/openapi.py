@@ -7,12 +7,17 @@ import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
-from hbserve.server.request_fields import NOT_SERVED, ChatBody, CompletionBody
+from hbserve.server.anthropic_fields import CountTokensBody, MessagesBody
+from hbserve.server.request_fields import ChatBody, CompletionBody
+from hbserve.server.responses_fields import ResponsesBody
 from hbserve.server.tokenizing import DetokenizeBody, TokenizeBody
 
 POSTED = {
     "/v1/chat/completions": ChatBody,
     "/v1/completions": CompletionBody,
+    "/v1/responses": ResponsesBody,
+    "/v1/messages": MessagesBody,
+    "/v1/messages/count_tokens": CountTokensBody,
     "/tokenize": TokenizeBody,
     "/detokenize": DetokenizeBody,
 }
@@ -21,10 +26,10 @@ ASKED = ["/v1/models", "/tokenizer_info", "/health", "/ping", "/version", "/metr
 
 def description() -> dict[str, Any]:
     bodies, components = msgspec.json.schema_components(POSTED.values(), ref_template="#/components/schemas/{name}")
-    for kind in (ChatBody, CompletionBody):
-        for name, field in components[kind.__name__]["properties"].items():
-            if name in NOT_SERVED:
-                field["description"] = f"Not served; may be null or one of {list(NOT_SERVED[name])}."
+    for kind in (ChatBody, CompletionBody, ResponsesBody, MessagesBody):
+        for name, values in kind.not_served.items():
+            if field := components[kind.__name__]["properties"].get(name):
+                field["description"] = f"Not served; may be null or one of {list(values)}."
     answered = {"200": {"description": "OK"}}
     paths: dict[str, Any] = {path: {"get": {"responses": answered}} for path in ASKED}
     for path, body in zip(POSTED, bodies, strict=True):

@@ -6,6 +6,7 @@ import msgspec
 
 from hbserve.results import GenerationDelta, Timings
 from hbserve.server.answers import News
+from hbserve.server.api_error import ApiError
 from hbserve.server.request_fields import SamplingFields
 
 DONE = b"data: [DONE]\n\n"
@@ -84,6 +85,9 @@ class Rendering:
             **self.metrics(),
         }
         return event(last) + DONE
+
+    def failed(self, error: ApiError) -> bytes:
+        return event(error.body()) + DONE
 
     # ---- whole ---------------------------------------------------------------------------------------------------
 

@@ -5,6 +5,7 @@ handed on under its own name as soon as it is not in NOT_SERVED: to serve it, de
 is ignored, and named in the answer's header. docs/openai-server.md lists them all; a test compares it with this file.
 """
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import msgspec
@@ -15,7 +16,6 @@ from hbserve_rpc.plain_values import shown
 
 NOT_SERVED: dict[str, tuple[Any, ...]] = {
     "prompt_logprobs": (),
-    "include_stop_str_in_output": (False,),
     "response_format": ({"type": "text"},),
     "structured_outputs": (),
     "guided_json": (),
@@ -44,8 +44,6 @@ NOT_SERVED: dict[str, tuple[Any, ...]] = {
     "prompt_embeds": (),
 }
 """Field: the values that it may have, beside null."""
-SERVED_BY_ENDPOINT = {"echo": "/v1/completions", "prompt_logprobs": "/v1/completions"}
-"""Of NOT_SERVED, those that one endpoint does serve."""
 IGNORED = {
     "user": "nothing is kept of a user",
     "metadata": "nothing is stored",
@@ -69,13 +67,22 @@ class StreamOptions(msgspec.Struct, frozen=True):
     """Each chunk has the usage so far."""
 
 
-class SamplingFields(msgspec.Struct, frozen=True, kw_only=True):
-    """Fields that both endpoints take. Null is as if it were not there."""
+class RequestBody(msgspec.Struct, frozen=True, kw_only=True):
+    """Body of a request for an answer. Null is as if it were not there."""
 
     id_prefix: ClassVar[str]
     """Of the ids of answers."""
+    not_served: ClassVar[Mapping[str, tuple[Any, ...]]]
+    """As NOT_SERVED has it."""
 
     model: str | None = None
+
+
+class SamplingFields(RequestBody, frozen=True, kw_only=True):
+    """Fields that both endpoints take."""
+
+    not_served: ClassVar[Mapping[str, tuple[Any, ...]]] = NOT_SERVED
+
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     n: int | None = None
@@ -118,7 +125,10 @@ class SamplingFields(msgspec.Struct, frozen=True, kw_only=True):
 class CompletionBody(SamplingFields, frozen=True, kw_only=True):
     """Body of /v1/completions."""
 
-    id_prefix: ClassVar[str] = "cmpl"
+    id_prefix: ClassVar[str] = "cmpl-"
+    not_served: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        name: values for name, values in NOT_SERVED.items() if name not in ("echo", "prompt_logprobs")
+    }
     prompt: str | list[Any]
     """Text, token ids, or a list of several of either."""
     logprobs: int | bool | None = None
@@ -129,7 +139,7 @@ class CompletionBody(SamplingFields, frozen=True, kw_only=True):
 class ChatBody(SamplingFields, frozen=True, kw_only=True):
     """Body of /v1/chat/completions."""
 
-    id_prefix: ClassVar[str] = "chatcmpl"
+    id_prefix: ClassVar[str] = "chatcmpl-"
     messages: list[dict[str, Any]]
     max_completion_tokens: int | None = None
     """`max_tokens` by its newer name, which is preferred."""
@@ -154,13 +164,11 @@ class ChatBody(SamplingFields, frozen=True, kw_only=True):
     continue_final_message: bool | None = None
 
 
-def require_served(body: SamplingFields, endpoint: str) -> None:
+def require_served(body: RequestBody) -> None:
     """Raises ApiError: 400, names a field whose value is not served, and what it may be."""
-    for name, allowed in NOT_SERVED.items():
+    for name, allowed in body.not_served.items():
         value = getattr(body, name, None)
-        if value is None or SERVED_BY_ENDPOINT.get(name) == endpoint:
-            continue
-        if not any(type(value) is type(each) and value == each for each in allowed):
+        if value is not None and not any(type(value) is type(each) and value == each for each in allowed):
             expected = " or ".join(["null", *(shown(each) for each in allowed)])
             raise ApiError(400, f"{name}={shown(value)}: is not served; expected {expected}", param=name)
 

@@ -1,4 +1,4 @@
-"""From a body's fields to the SamplingParams of its choices."""
+"""From a body's fields to the SamplingParams of its requests."""
 
 from hbserve.server.api_error import ApiError
 from hbserve.server.request_fields import SAMPLED, ChatBody, CompletionBody, SamplingFields

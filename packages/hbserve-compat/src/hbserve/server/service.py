@@ -46,12 +46,13 @@ class ServedModel:
     """Seconds since the epoch."""
 
     def name_for(self, wanted: str | None) -> str:
-        """The name that a request has given, or the first one for none.
+        """The name that a request has given, or the first one for none. The folder is a name too: /v1/models shows it
+        as the model's root, and `vllm bench serve` then asks for that.
 
         Raises:
             ApiError: 404, there is no such model.
         """
-        if wanted is None or wanted in self.names:
+        if wanted is None or wanted in (*self.names, self.folder):
             return wanted or self.names[0]
         problem = f"the model {shown(wanted)} does not exist; there is {', '.join(self.names)}"
         raise ApiError(404, problem, param="model", code="model_not_found")

@@ -69,7 +69,7 @@ class GpuInstance:
         self.runner: Runner | None = None
         self.transfers: InstanceTransfers | None = None
         self.num_requests = 0
-        self._server = RpcServer(config.host, config.port, epoch=self.epoch)
+        self._server = RpcServer(config.host, config.port, epoch=self.epoch, drops_closed=True)
         self._thread = EngineThread(self._make_engine, on_events=self._deliver, on_failure=self._fail)
         self._inboxes: dict[str, Inbox] = {}
         self._ends: set[asyncio.Task[None]] = set()

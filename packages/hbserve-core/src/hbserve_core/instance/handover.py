@@ -39,6 +39,11 @@ class Handover(msgspec.Struct, frozen=True):
     """One of each choice. If all are last ones, nobody needs the blocks, and those not sent yet are not sent."""
 
     @property
+    def has_more(self) -> bool:
+        """Whether there is anything to decode."""
+        return any(each.finish_reason is None for each in self.first_tokens)
+
+    @property
     def tokens_to_go_on(self) -> list[int | None]:
         """None for choices that have ended."""
         return [None if each.finish_reason is not None else each.token_id for each in self.first_tokens]
@@ -246,13 +251,28 @@ async def wait_for_kv(
         receiving.cancel()
     if result.outcome is not Outcome.COMPLETED:
         raise RemoteError(f"KV transfer failed: {result.error}")
-    handover = msgspec.msgpack.decode(result.payload, type=Handover)
+    try:
+        handover = msgspec.msgpack.decode(result.payload, type=Handover)
+    except msgspec.DecodeError as error:
+        raise RemoteError(f"KV transfer failed: what was committed with it is no handover: {error}") from error
+    if problem := _problem(handover, request, vocab_size, is_partial=result.is_partial):
+        raise RemoteError(f"KV transfer failed: {problem}")
+    return handover
+
+
+def _problem(handover: Handover, request: DecodeRequest, vocab_size: int, *, is_partial: bool) -> str:
+    """What the request cannot go on with; "" if it can. All of it is the word of another process."""
     num_tokens = len(request.prompt_token_ids) + len(request.output_token_ids)
     if handover.num_tokens != num_tokens:
-        raise RemoteError(f"KV transfer failed: it holds {handover.num_tokens} tokens, the request has {num_tokens}")
+        return f"it holds {handover.num_tokens} tokens, the request has {num_tokens}"
     if (num_first := len(handover.first_tokens)) != request.params.n:
-        raise RemoteError(f"KV transfer failed: it has {num_first} first tokens, the request n={request.params.n}")
-    for token in (each.token_id for each in handover.first_tokens):
-        if not 0 <= token < vocab_size:
-            raise RemoteError(f"KV transfer failed: token {token} is outside the vocabulary [0, {vocab_size})")
-    return handover
+        return f"it has {num_first} first tokens, the request n={request.params.n}"
+    if is_partial and handover.has_more:
+        return "it was committed without all blocks that were granted"
+    for each in handover.first_tokens:
+        named = {each.token_id}.union(*each.logprobs)
+        if wrong := [token for token in named if not 0 <= token < vocab_size]:
+            return f"token {wrong[0]} is outside the vocabulary [0, {vocab_size})"
+        if len(each.logprobs) != (request.params.logprobs is not None):
+            return f"it has log-probabilities of {len(each.logprobs)} tokens"
+    return ""

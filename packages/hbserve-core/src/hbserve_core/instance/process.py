@@ -45,26 +45,20 @@ async def run_instance(config: InstanceConfig, *, announce: bool = False, stop: 
         InstanceFailed: the model does not load, or the engine has failed; says why.
     """
     stop = stop or asyncio.Event()
-    loop = asyncio.get_running_loop()
-    numbers = own_process.ending_signals()
-    for number in numbers:
-        loop.add_signal_handler(number, stop.set)
     instance = GpuInstance(config)
-    try:
-        await instance.start()
-        if announce:
-            sys.stdout.write(json.dumps({"address": instance.address, "pid": os.getpid()}) + "\n")
-            sys.stdout.flush()
-        await _serve(instance, stop)
-    finally:
+    with own_process.on_ending_signals(lambda _: stop.set()):
         try:
-            async with asyncio.timeout(STOP_TIMEOUT_S):
-                await instance.stop()
-        except TimeoutError:
-            logger.warning("%s: did not end within %s s; ending anyway", config.instance_id, STOP_TIMEOUT_S)
-        finally:  # not before: a second Ctrl-C while it ends would be a traceback
-            for number in numbers:
-                loop.remove_signal_handler(number)
+            await instance.start()
+            if announce:
+                sys.stdout.write(json.dumps({"address": instance.address, "pid": os.getpid()}) + "\n")
+                sys.stdout.flush()
+            await _serve(instance, stop)
+        finally:  # a second Ctrl-C while it ends changes nothing
+            try:
+                async with asyncio.timeout(STOP_TIMEOUT_S):
+                    await instance.stop()
+            except TimeoutError:
+                logger.warning("%s: did not end within %s s; ending anyway", config.instance_id, STOP_TIMEOUT_S)
 
 
 async def _serve(instance: GpuInstance, stop: asyncio.Event) -> None:
@@ -107,6 +101,7 @@ def _read_config() -> InstanceConfig:
 def main() -> int:
     """Entry of `python -m hbserve_core`. Ends the process with the status that the module describes."""
     own_process.set_up()
+    own_process.end_at_once_by_ctrl_c()
     try:
         config = _read_config()
     except ValueError as error:

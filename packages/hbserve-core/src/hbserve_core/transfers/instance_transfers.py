@@ -67,17 +67,18 @@ class InstanceTransfers:
         await asyncio.gather(*opening)
 
     async def post_receive(self, transfer_id: str, block_ids: Sequence[int]) -> "PostedReceive | JointReceive":
-        """Expect one transfer into these blocks of every rank's pool; no blocks: only its commit.
+        """Expect one transfer into these blocks of every rank's pool; no blocks: only its commit. It may bring fewer,
+        for a request that its first token ends: see `TransferResult.is_partial`.
 
         Raises:
             ValueError: the id is in use, or a block is outside the pool or there twice.
             TransferFailed: a rank is lost.
         """
         if not self._others:
-            return self._manager.post_receive(transfer_id, block_ids)
+            return self._manager.post_receive(transfer_id, block_ids, may_be_partial=True)
 
         async def post() -> PostedReceive:
-            return self._manager.post_receive(transfer_id, block_ids)
+            return self._manager.post_receive(transfer_id, block_ids, may_be_partial=True)
 
         posting: list[Coroutine[Any, Any, _Receive]] = [
             post(),
@@ -182,6 +183,7 @@ def _joint_result(results: Sequence[TransferResult], cause: str) -> TransferResu
         sum(each.num_parts for each in results),
         max(each.time_s for each in results),
         cause,
+        any(each.is_partial for each in results),
     )
 
 

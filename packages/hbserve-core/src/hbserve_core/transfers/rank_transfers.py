@@ -91,7 +91,7 @@ class RankServer:
         return server.address
 
     async def _post(self, request: Receive) -> tuple[PostedReceive, Begun]:
-        posted = self._manager.post_receive(request.transfer_id, request.block_ids)
+        posted = self._manager.post_receive(request.transfer_id, request.block_ids, may_be_partial=True)
         return posted, Begun(grant=posted.grant)
 
     async def _open(self, request: Send) -> tuple[SendTransfer, Begun]:

@@ -4,7 +4,8 @@ sender                                              receiver
   LINK(fingerprint, epoch, offers)  ───stream───▶   once per pair; open as long as both live
                                     ◀────────────   LinkReply(transport, description), then Cancelled(transfer id) …
   TELL, ASK(name)                   ────call────▶   while both connect: what each needs of the other
-  BEGIN(transfer id)                ────call────▶   answered by Accepted(blocks)
+  BEGIN(transfer id)                ────call────▶   answered by Accepted(blocks); or UnknownLink, if that has ended and
+                                                    the sender has not heard so: it connects anew, and asks again
   PARTS(what comes next)            ───notify───▶   two-sided transports only: the receiver takes them in this order
   COMMIT(payload)                   ────call────▶   answered when all parts have landed and the receiver has taken it;
                                                     two-sided: asked when all are announced, not when they have moved
@@ -18,7 +19,7 @@ take ends the link. It says why by Cancelled, and ends the stream, so that the s
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 
@@ -26,7 +27,11 @@ from hbserve_kv.memory.heads import HeadRange
 from hbserve_kv.memory.memory import Region
 from hbserve_rpc import Method, Notification, StreamMethod
 
-PROTOCOL_VERSION = 6
+PROTOCOL_VERSION = 7
+
+NotNegative = Annotated[int, msgspec.Meta(ge=0)]
+Seconds = Annotated[float, msgspec.Meta(ge=0, le=1e9)]
+"""NaN and infinity are none."""
 
 
 class Grant(msgspec.Struct, frozen=True, tag=True):
@@ -100,7 +105,7 @@ class Begin(msgspec.Struct, frozen=True, tag=True):
 
     transfer_id: str
     link: str
-    num_bytes: int | None = None
+    num_bytes: NotNegative | None = None
 
 
 class Accepted(msgspec.Struct, frozen=True, tag=True):
@@ -110,6 +115,10 @@ class Accepted(msgspec.Struct, frozen=True, tag=True):
     block_ids: list[int]
     checksum: bool
     """The receiver wants a checksum of each block in the commit."""
+
+
+class UnknownLink(msgspec.Struct, frozen=True, tag=True):
+    """What was said goes over a link that the receiver does not have (any more)."""
 
 
 class AnnouncedPart(msgspec.Struct, frozen=True, array_like=True):
@@ -132,9 +141,10 @@ class PartsAnnounced(msgspec.Struct, frozen=True, tag=True):
 class Commit(msgspec.Struct, frozen=True, tag=True):
     transfer_id: str
     link: str
-    num_parts: int
-    num_bytes: int
-    time_s: float
+    num_parts: NotNegative
+    num_bytes: NotNegative
+    """Of a one-sided transport, they say how many blocks have been written."""
+    time_s: Seconds
     """In which parts were moving; of a two-sided transport the receiver measures that."""
     payload: bytes
     checksums: dict[int, int] = {}
@@ -167,7 +177,7 @@ LINK: StreamMethod[Handshake, Any] = StreamMethod("kv.link", Handshake, LinkRepl
 TELL: Method[Told, Nothing] = Method("kv.tell", Told, Nothing)
 ASK: Method[Asked, Told] = Method("kv.ask", Asked, Told)
 """Is answered when either end has told it."""
-BEGIN: Method[Begin, Accepted] = Method("kv.begin", Begin, Accepted)
+BEGIN: Method[Begin, Accepted | UnknownLink] = Method("kv.begin", Begin, Accepted | UnknownLink)
 PARTS: Notification[PartsAnnounced] = Notification("kv.parts", PartsAnnounced)
 COMMIT: Method[Commit, Nothing] = Method("kv.commit", Commit, Nothing)
 ABANDON: Method[Abandon, Nothing] = Method("kv.abandon", Abandon, Nothing)

@@ -51,6 +51,8 @@ class TransferResult:
     the longest."""
     error: str = ""
     """The first cause, unless the outcome is COMPLETED."""
+    is_partial: bool = False
+    """COMPLETED with fewer blocks than were granted; only of a receive that was posted with `may_be_partial`."""
 
 
 @dataclass
@@ -74,6 +76,10 @@ class SenderState:
 class IncomingState:
     heads: frozenset[int] = frozenset({0})
     """Heads that must come."""
+    num_blocks: int = 0
+    """Blocks that were granted: each sender must have brought its heads of all of them when it commits."""
+    may_be_partial: bool = False
+    """Or of fewer."""
     state: State = State.POSTED
     cause: str = ""
     senders: dict[str, SenderState] = field(default_factory=dict)
@@ -107,12 +113,16 @@ class IncomingState:
             sender.landed.add(part)
         self._drain()
 
-    def commit(self, link: str, num_parts: int) -> bool:
+    def commit(self, link: str, num_parts: int, num_blocks: int = 0) -> bool:
+        """`num_blocks`: of those that were granted, how many have come."""
         sender = self.senders.get(link)
         if self.state is not State.RECEIVING or sender is None or sender.committed:
             return False
-        if not sender.one_sided and sender.landed != set(range(num_parts)):
+        if not sender.one_sided and not _are_all(sender.landed, num_parts):
             self.fail(f"committed with {num_parts} parts, of which {len(sender.landed)} have landed")
+            return False
+        if num_blocks > self.num_blocks or (num_blocks < self.num_blocks and not self.may_be_partial):
+            self.fail(f"committed with {num_blocks} blocks of the {self.num_blocks} that were granted")
             return False
         sender.committed = True
         if self.heads == {head for each in self.senders.values() if each.committed for head in each.heads}:
@@ -162,3 +172,8 @@ class IncomingState:
         return {State.COMPLETED: Outcome.COMPLETED, State.UNKNOWN: Outcome.UNKNOWN}.get(
             self.state, Outcome.FAILED_DRAINED
         )
+
+
+def _are_all(parts: set[int], num_parts: int) -> bool:
+    """Whether they are 0, 1 … `num_parts` - 1. That number is a peer's word, and may be any."""
+    return len(parts) == num_parts and all(0 <= part < num_parts for part in parts)

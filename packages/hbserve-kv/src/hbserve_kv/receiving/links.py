@@ -15,6 +15,7 @@ from collections.abc import AsyncIterator, Mapping
 from hbserve_kv.config import GOODBYE_TIMEOUT_S
 from hbserve_kv.protocol.handshake import Identity, check, choose_transport
 from hbserve_kv.protocol.messages import AnnouncedPart, Cancelled, Handshake, LinkReply, PartsAnnounced
+from hbserve_kv.receiving.quarantine import has_ended
 from hbserve_kv.receiving.transfer import IncomingLink, IncomingTransfer
 from hbserve_kv.transports.base import Deadline, Link, Part, Transport, disconnect
 from hbserve_kv.transports.rendezvous import HeldRendezvous
@@ -34,12 +35,14 @@ class IncomingLinks:
         self._timeout_s = timeout_s
         self.connected: dict[str, IncomingLink] = {}
         self._dropping: set[asyncio.Task[None]] = set()
+        self._asking: dict[str, asyncio.Task[None]] = {}
+        """Whether a sender is still there, by link."""
 
     async def serve(self, hello: Handshake) -> AsyncIterator[LinkReply | Cancelled]:
         """Handler of LINK."""
         common = check(hello, self._me)
         transport, passed_over = choose_transport(hello, self._transports, self._me.rank)
-        self._lose_earlier_lives(hello)
+        self._replace(hello)
         rendezvous = HeldRendezvous()
         link = Link(
             hello.link,
@@ -72,10 +75,20 @@ class IncomingLinks:
             self._lose(link, why)
             link.notices.put_nowait(None)
 
-    def _lose_earlier_lives(self, hello: Handshake) -> None:
-        for old in list(self.connected.values()):
-            if old.hello.address == hello.address:
-                self._lose(old, "the sender was restarted" if old.hello.epoch != hello.epoch else "the link broke")
+    def _replace(self, hello: Handshake) -> None:
+        """A sender has one link. So what it had is over if this is the same life of it; who says to be another life, at
+        the same address, may be anybody: that address itself is asked."""
+        for old in [each for each in self.connected.values() if each.hello.address == hello.address]:
+            key = old.link.key
+            if (old.hello.rank, old.hello.epoch) == (hello.rank, hello.epoch):
+                self.end({key}, "the link broke")
+            elif key not in self._asking:
+                self._asking[key] = asyncio.create_task(self._end_if_over(old))
+                self._asking[key].add_done_callback(lambda _, key=key: self._asking.pop(key))  # type: ignore[misc]
+
+    async def _end_if_over(self, old: IncomingLink) -> None:
+        if await has_ended(old):
+            self.end({old.link.key}, "the sender was restarted")
 
     def _lose(self, lost: IncomingLink, why: str) -> None:
         if self.connected.pop(lost.link.key, None) is None:
@@ -111,7 +124,7 @@ class IncomingLinks:
 
     async def close(self) -> None:
         """After the server has stopped: wait until nothing is left of the links, and nothing is taken any more."""
-        await asyncio.gather(*self._dropping, return_exceptions=True)
+        await asyncio.gather(*self._asking.values(), *self._dropping, return_exceptions=True)
 
     # ---- announced parts -----------------------------------------------------------------------------------------
 

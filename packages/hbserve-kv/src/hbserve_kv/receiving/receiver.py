@@ -9,7 +9,17 @@ from hbserve_kv.memory.memory import Memory, Region
 from hbserve_kv.protocol import messages
 from hbserve_kv.protocol.checksum import link_checksums
 from hbserve_kv.protocol.handshake import Identity
-from hbserve_kv.protocol.messages import Abandon, Accepted, Asked, Begin, Commit, Nothing, PartsAnnounced, Told
+from hbserve_kv.protocol.messages import (
+    Abandon,
+    Accepted,
+    Asked,
+    Begin,
+    Commit,
+    Nothing,
+    PartsAnnounced,
+    Told,
+    UnknownLink,
+)
 from hbserve_kv.protocol.transfer_state import State
 from hbserve_kv.receiving.links import IncomingLinks
 from hbserve_kv.receiving.lookup_buffer import LookupBuffer
@@ -49,11 +59,14 @@ class Receiver:
         server.serve(messages.COMMIT, self._commit)
         server.serve(messages.ABANDON, self._abandon)
 
-    def expect(self, transfer_id: str, region: Region, block_ids: list[int]) -> IncomingTransfer:
+    def expect(
+        self, transfer_id: str, region: Region, block_ids: list[int], *, may_be_partial: bool = False
+    ) -> IncomingTransfer:
         """Raises ValueError if the id is in use."""
         if transfer_id in self.transfers:
             raise ValueError(f"transfer_id={transfer_id!r} is in use")
-        transfer = IncomingTransfer(transfer_id, region, block_ids, self._me.heads.heads(), self.quarantine.watch)
+        heads, watch = self._me.heads.heads(), self.quarantine.watch
+        transfer = IncomingTransfer(transfer_id, region, block_ids, heads, watch, may_be_partial=may_be_partial)
         self.transfers[transfer_id] = transfer
         expiry = asyncio.get_running_loop().call_later(self._config.expiry_s, self._expire, transfer)
         transfer.result.add_done_callback(lambda _: expiry.cancel())
@@ -91,8 +104,11 @@ class Receiver:
         link = self._link_of(asked.link, f"{asked.name} of a rendezvous")
         return Told(asked.link, asked.name, await link.rendezvous.get(asked.name))
 
-    async def _begin(self, begin: Begin) -> Accepted:
-        link = self._link_of(begin.link, f"transfer {begin.transfer_id}")
+    async def _begin(self, begin: Begin) -> Accepted | UnknownLink:
+        link = self.links.connected.get(begin.link)
+        if link is None:
+            self.dropped_messages += 1
+            return UnknownLink()
         transfer = await self._find(begin, link)
         if not transfer.begin(link):
             if begin.num_bytes is not None and transfer.state is State.POSTED:
@@ -132,7 +148,8 @@ class Receiver:
             await asyncio.sleep(0)  # lets the link's stream say why, before this answer does
         if message.checksums and (error := await self._corruption(transfer, link, message)):
             transfer.fail(error)
-        if not transfer.commit(message):
+        block_bytes = self._memory.block_bytes // self._memory.num_heads * link.common_heads.count
+        if not transfer.commit(message, block_bytes):
             self._drop_message(f"{what} is late, was sent twice, or lacks parts: {transfer.cause}")
         return Nothing()
 

@@ -55,6 +55,8 @@ class IncomingTransfer:
         block_ids: list[int],
         heads: Iterable[int],
         on_failed: "Callable[[IncomingTransfer], None]",
+        *,
+        may_be_partial: bool = False,
     ) -> None:
         """`heads`: those that must come. `on_failed` is called once, if it fails and something may still land."""
         self.transfer_id = transfer_id
@@ -65,10 +67,12 @@ class IncomingTransfer:
         self.result: asyncio.Future[TransferResult] = asyncio.get_running_loop().create_future()
         self.drained = asyncio.Event()
         """Nothing can land any more; or nobody will know, because the receiver was closed before."""
-        self._state = IncomingState(frozenset(heads))
+        self._state = IncomingState(frozenset(heads), len(block_ids), may_be_partial)
         self._on_failed = on_failed
         self._has_failed = False
         self._changed = asyncio.Event()
+        self._landed: dict[str, set[int]] = {}
+        """Places among `block_ids` of the blocks that were taken, by link; two-sided transports only."""
         self._taking_s: dict[str, float] = {}
         """Time during which parts were taken, by link; two-sided transports only."""
         self._committed: list[TransferResult] = []
@@ -110,6 +114,8 @@ class IncomingTransfer:
     def end_part(self, key: str, part: AnnouncedPart, took_s: float = 0.0, error: str = "") -> None:
         """A part has landed; or with an `error` it has failed, and nothing of it can land any more."""
         self._taking_s[key] = self._taking_s.get(key, 0.0) + took_s
+        if not error:
+            self._landed.setdefault(key, set()).update(range(part.first, part.end))
         self._state.end_part(key, part.index, error)
         self._publish()
 
@@ -118,14 +124,24 @@ class IncomingTransfer:
         while self._state.is_taking(key):
             await self._changed.wait()
 
-    def commit(self, message: Commit) -> bool:
-        """One sender has sent all its heads. False also if it has not: then the transfer has failed."""
+    def commit(self, message: Commit, block_bytes: int) -> bool:
+        """One sender has sent all its heads. False also if it has not: then the transfer has failed.
+
+        `block_bytes`: of one block, those heads. Whose transport is two-sided, what has landed is what counts; what
+        one-sided writes have brought is known by the sender's word alone, and its blocks' checksums.
+        """
         key = message.link
-        fits = self._state.commit(key, message.num_parts)
+        num_blocks = len(self._landed.get(key, ()))
+        if key in self.links and self.links[key].transport.one_sided:
+            num_blocks = message.num_bytes // block_bytes
+        fits = self._state.commit(key, message.num_parts, num_blocks)
         if fits:
             time_s = self._taking_s.get(key, message.time_s)
+            num_bytes, is_partial = num_blocks * block_bytes, num_blocks < len(self.block_ids)
             self._committed.append(
-                TransferResult(Outcome.COMPLETED, message.payload, message.num_bytes, message.num_parts, time_s)
+                TransferResult(
+                    Outcome.COMPLETED, message.payload, num_bytes, message.num_parts, time_s, is_partial=is_partial
+                )
             )
         self._publish()
         return fits
@@ -177,6 +193,7 @@ class IncomingTransfer:
             sum(each.num_bytes for each in self._committed),
             sum(each.num_parts for each in self._committed),
             max(each.time_s for each in self._committed),
+            is_partial=any(each.is_partial for each in self._committed),
         )
 
 

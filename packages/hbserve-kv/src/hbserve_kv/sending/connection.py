@@ -10,7 +10,8 @@ from typing import Any
 
 import msgspec
 
-from hbserve_kv.memory.memory import Memory
+from hbserve_kv.errors import TransferFailed
+from hbserve_kv.memory.memory import Memory, Region
 from hbserve_kv.protocol import messages
 from hbserve_kv.protocol.checksum import link_checksums
 from hbserve_kv.protocol.messages import (
@@ -22,6 +23,7 @@ from hbserve_kv.protocol.messages import (
     Commit,
     LinkReply,
     PartsAnnounced,
+    UnknownLink,
 )
 from hbserve_kv.sending.state import Phase, SendState
 from hbserve_kv.transports.base import Deadline, DrainUnknown, Link, Part, Transport, disconnect
@@ -35,6 +37,10 @@ DRAIN_PATIENCE_S = 2.0
 UNKNOWN."""
 CAUSE_PATIENCE_S = 0.2
 """How long a push that fails waits for the better cause, which comes over another connection."""
+
+
+class LinkUnknown(ConnectionError):
+    """The receiver has ended a connection that this side still has."""
 
 
 class Leg:
@@ -53,6 +59,7 @@ class Leg:
         self.block_bytes = memory.block_bytes // memory.num_heads * (heads.count if heads else memory.num_heads)
         """Of one block, as much as goes over this link."""
         self.num_blocks_pushed = self.num_blocks_moved = 0
+        """Of those that were granted, and of those that were sent: one may be sent twice."""
         self.time_s = 0.0
         """In which parts were moving."""
         self.memory = memory
@@ -72,17 +79,24 @@ class Leg:
             self._has_changed.clear()
             await self._has_changed.wait()
 
-    async def run(self) -> None:
-        """From BEGIN to the last word to the receiver."""
+    async def run(self) -> bool:
+        """From BEGIN to the last word to the receiver. False: that has ended the connection, which we had not heard of;
+        nothing has happened then."""
         legs, name = self.connection.legs, self.begin.transfer_id
         if name in legs:
             self.state.fail(f"one to {self.connection.client.address} is under way already")
-            return
+            return True
         legs[name] = self
-        # It may have failed while it was being connected: then the receiver hears so at once, not of a BEGIN first.
-        if self.state.failed or await self._hand_over():
-            await self._drain()
+        try:
+            # It may have failed while it was being connected: then the receiver hears so at once, not of a BEGIN first.
+            if self.state.failed or await self._hand_over():
+                await self._drain()
+        except LinkUnknown as error:
+            self.connection.forget(name)
+            self.connection.lose(str(error))
+            return False
         self.connection.forget(name)
+        return True
 
     async def _hand_over(self) -> bool:
         """BEGIN and, once all parts are on their way, COMMIT; cut short when the transfer fails. Returns whether the
@@ -96,6 +110,8 @@ class Leg:
                     await self._commit()
                 finally:
                     self._handing_over = None
+        except LinkUnknown:
+            raise
         except Exception as error:
             is_refused = state.phase is Phase.OPENING and isinstance(error, InvalidRequest)
             what = "commit: " if state.phase is Phase.COMMITTING else ""
@@ -107,7 +123,13 @@ class Leg:
         connection = self.connection
         # The receiver waits for room in its lookup buffer for no longer than its own deadline.
         timeout_s = 2 * connection.timeout_s
-        self.target = await connection.client.call(messages.BEGIN, self.begin, timeout_s=timeout_s)
+        target = await connection.client.call(messages.BEGIN, self.begin, timeout_s=timeout_s)
+        if isinstance(target, UnknownLink):
+            raise LinkUnknown(f"{connection.client.address} does not know the link any more")
+        region: Region = "pool" if self.begin.num_bytes is None else "arena"
+        if target.region != region or not all(block_id >= 0 for block_id in target.block_ids):
+            raise TransferFailed(f"{connection.client.address} accepts it into what it cannot have granted: {target}")
+        self.target = target
         self.state.accept(self.number, one_sided=connection.transport.one_sided)
 
     async def _commit(self) -> None:

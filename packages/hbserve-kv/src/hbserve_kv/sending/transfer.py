@@ -37,6 +37,8 @@ class SendTransfer:
         self._peers = peers
         self._legs: dict[int, Leg] = {}
         """Those that are connected."""
+        self._places: set[int] = set()
+        """Of the granted blocks, those that were pushed."""
         self._opened = asyncio.Event()
         self._drained = asyncio.Event()
         self.state = SendState(len(receivers), self._publish)
@@ -45,13 +47,16 @@ class SendTransfer:
         """One for each leg; they end when the receiver knows the end too."""
 
     async def _run_leg(self, number: int, address: str, epoch: str) -> None:
-        try:
-            connection = await self._peers.connection(address, epoch)
-        except Exception as error:
-            self.state.fail(str(error), number, error)
-            return
-        self._legs[number] = Leg(connection, number, self.state, self._begin, self._memory)
-        await self._legs[number].run()
+        for _ in range(2):  # with a connection that the receiver has ended already, once more over a new one
+            try:
+                connection = await self._peers.connection(address, epoch)
+            except Exception as error:
+                self.state.fail(str(error), number, error)
+                return
+            self._legs[number] = Leg(connection, number, self.state, self._begin, self._memory)
+            if await self._legs[number].run():
+                return
+        self.state.fail(f"{address} has ended the connection, and a new one too", number)
 
     def _publish(self) -> None:
         """Called by the state after each change."""
@@ -121,6 +126,7 @@ class SendTransfer:
         if ready is None and self._memory.device.type == "cuda":
             ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
             ready.record(torch.cuda.current_stream(self._memory.device))
+        self._places.update(range(first, first + len(block_ids)))
         for number, leg in self._legs.items():
             is_waiting = bool(leg.parts)
             step = max(1, leg.connection.transport.max_part_bytes // self._memory.block_bytes)
@@ -132,12 +138,13 @@ class SendTransfer:
                 target = leg.target.block_ids[offset : offset + len(ids)]
                 part = Part(self._begin.transfer_id, index, self._region, ids, leg.target.region, target, ready)
                 leg.parts.append((part, AnnouncedPart(index, offset, len(ids))))
-            leg.num_blocks_pushed += len(block_ids)
+            leg.num_blocks_pushed = len(self._places)
             if leg.parts and not is_waiting:
                 leg.connection.queue(leg)
 
     async def commit(self, payload: bytes = b"") -> TransferResult:
-        """Wait for all parts, then hand the transfer over with `payload`. COMPLETED: the receiver has acknowledged."""
+        """Wait for all parts, then hand the transfer over with `payload`. COMPLETED: the receiver has acknowledged,
+        which it does for all blocks that it has granted, and for fewer only if it was posted so."""
         self.state.commit(payload)
         return await self.wait()
 

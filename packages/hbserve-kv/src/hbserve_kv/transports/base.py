@@ -87,6 +87,11 @@ class Part:
     """CUDA event after which the source blocks may be read; None on the CPU. It has happened when the part is pushed,
     unless the transport `waits_on_device`."""
 
+    def require_targets_below(self, num_blocks: int) -> None:
+        """Raises ValueError: the peer has named a block that it does not have, and a write would go elsewhere."""
+        if max(self.target_block_ids) >= num_blocks:
+            raise ValueError(f"target_block_ids={self.target_block_ids}: the peer has {num_blocks} blocks")
+
 
 Moving = asyncio.Future[float] | None
 """A part that was handed to a device, which moves it by itself: done, with the seconds that took, when it has. None: it

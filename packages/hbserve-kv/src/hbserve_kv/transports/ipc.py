@@ -159,7 +159,7 @@ class IpcTransport(Transport):
 
     def _write_host(self, target: _Target, link: Link, part: Part) -> None:
         source, rows = self._memory.rows(part.region), target.rows[part.target_region]
-        assert max(part.target_block_ids) < rows.shape[0]
+        part.require_targets_below(rows.shape[0])
         if link.heads is None and link.peer_heads is None:
             moves = pieces(self._memory, None, None, 1, part.block_ids, part.target_block_ids)
             for mine, theirs, size in moves:
@@ -171,7 +171,7 @@ class IpcTransport(Transport):
     def _queue_copy(self, target: _Target, link: Link, part: Part) -> tuple[Any, Any, Any]:
         """Its stream, and events before and after it."""
         rows = target.rows[part.target_region]
-        assert max(part.target_block_ids) < rows.shape[0]
+        part.require_targets_below(rows.shape[0])
         new_event, stream = cast(Any, torch.cuda.Event), self._stream()
         began, ended = new_event(enable_timing=True), new_event(enable_timing=True)
         with torch.cuda.stream(stream):

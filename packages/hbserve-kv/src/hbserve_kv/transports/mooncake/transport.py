@@ -229,7 +229,7 @@ class MooncakeTransport(Transport):
 
     def _write(self, engine: Engine, link: Link, part: Part) -> None:
         peer = _decode(link)
-        assert max(part.target_block_ids) < peer.num_blocks[part.target_region]
+        part.require_targets_below(peer.num_blocks[part.target_region])
         source, target = self._memory.rows(part.region).data_ptr(), peer.base[part.target_region]
         moves = pieces(
             self._memory, link.heads, link.peer_heads, link.peer_num_heads, part.block_ids, part.target_block_ids

@@ -1,0 +1,180 @@
+"""Time of the scheduler itself: to take in, abort and refuse requests, and to bring one through.
+
+    python benchmarks/scheduler_cost.py
+
+Nothing else runs: instances are objects that answer at once, in the same event loop, so what is measured is the
+scheduler's own work and that of the event loop for it.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+from hbserve_rpc import Overloaded, SamplingParams
+from hbserve_rpc.messages import (
+    CONNECT,
+    DECODE,
+    DESCRIBE,
+    PREFILL,
+    Empty,
+    GenerateRequest,
+    Granted,
+    InstanceInfo,
+    InstanceStats,
+    Role,
+    TokenEvent,
+    TransferDone,
+)
+from hbserve_scheduler import CpuScheduler, SchedulerConfig, instances
+
+ROUNDS = 5
+"""Each figure is the best of so many, in processor time: what else runs makes it larger, nothing makes it smaller."""
+PARAMS = SamplingParams(0, 2, ignore_eos=True)
+
+
+class StubClient:
+    """In place of an RpcClient: an instance that answers at once."""
+
+    name_problem = ""
+
+    def __init__(self, address: str, **_: object) -> None:
+        self.role: Role = "prefill" if address.startswith("p") else "decode"
+        self.instance_id, _, _ = address.partition(":")
+
+    async def start(self) -> None: ...
+
+    async def close(self, why: str = "") -> None: ...
+
+    async def call(self, method: Any, request: Any, *, timeout_s: float) -> Any:
+        if method is CONNECT:
+            return Empty()
+        if method is DESCRIBE:
+            endpoint = b"here" if self.role == "decode" else b""
+            return InstanceInfo(
+                self.instance_id, self.role, self.instance_id, "ready", max_model_len=1 << 20, max_prompt_len=1 << 20,
+                vocab_size=1 << 17, num_blocks=1 << 20, block_size=16, max_num_seqs=1 << 10, kv_endpoint=endpoint,
+            )  # fmt: skip
+        return InstanceStats(self.instance_id, self.role, "ready", self.instance_id)
+
+    def stream(self, method: Any, request: Any) -> "StubStream":
+        return StubStream(PREFILL_EVENTS if method is PREFILL else DECODE_EVENTS if method is DECODE else [])
+
+
+PREFILL_EVENTS = [TokenEvent(0, [5]), TransferDone(0, 1, 0.0)]
+DECODE_EVENTS = [Granted(b"grant"), TokenEvent(1, [6], "length")]
+
+
+class StubStream(AsyncIterator[Any]):
+    def __init__(self, events: list[Any]) -> None:
+        self._events = iter(events)
+
+    async def __anext__(self) -> Any:
+        try:
+            return next(self._events)
+        except StopIteration:
+            raise StopAsyncIteration from None
+
+    async def __aenter__(self) -> "StubStream":
+        return self
+
+    async def __aexit__(self, *_: object) -> None: ...
+
+
+@contextlib.asynccontextmanager
+async def scheduling(num_instances: int, **settings: Any) -> AsyncIterator[CpuScheduler]:
+    """A scheduler of so many instances, half of them of each role, all connected; of none, nothing is started."""
+    scheduler = CpuScheduler(SchedulerConfig(heartbeat_interval_s=600, **settings))
+    for i in range(num_instances):
+        role: Role = "decode" if i % 2 else "prefill"
+        await scheduler.add_instance(f"{role[0]}{i}", role, f"{role[0]}{i}:1")
+    await scheduler.start()
+    await scheduler.wait_ready(60)
+    handles = scheduler.fleet.handles.values()
+    while not all(handle.links for handle in handles if handle.role == "prefill"):  # noqa: ASYNC110  no event says so
+        await asyncio.sleep(0.01)
+    try:
+        yield scheduler
+    finally:
+        await scheduler.stop()
+
+
+def new_requests(prefix: str, count: int, num_tokens: int = 16) -> list[GenerateRequest]:
+    return [GenerateRequest(f"{prefix}{i}", list(range(1, 1 + num_tokens)), PARAMS) for i in range(count)]
+
+
+def microseconds(job: Callable[[], object], count: int) -> float:
+    began_s = time.process_time()
+    job()
+    return (time.process_time() - began_s) / count * 1e6
+
+
+async def queue_cost(num_waiting: int, count: int) -> dict[str, float]:
+    """Microseconds to submit, to abort and to refuse one request while so many wait, for no instance is there."""
+    best = {"submit": 1e9, "abort": 1e9, "refuse": 1e9}
+    async with scheduling(0, max_queue_size=num_waiting + count) as scheduler:
+        streams = [scheduler.submit(request) for request in new_requests("before", num_waiting)]
+        for number in range(ROUNDS):
+            requests, refused = new_requests(f"{number}-", count), new_requests("more", count)
+            best["submit"] = min(
+                best["submit"], microseconds(lambda r=requests: streams.extend(map(scheduler.submit, r)), count)
+            )
+            best["refuse"] = min(best["refuse"], microseconds(lambda r=refused: refuse_all(scheduler, r), count))
+            began_s = time.process_time()
+            for request in reversed(requests):
+                await scheduler.abort(request.request_id)
+            best["abort"] = min(best["abort"], (time.process_time() - began_s) / count * 1e6)
+    return best
+
+
+def refuse_all(scheduler: CpuScheduler, requests: list[GenerateRequest]) -> None:
+    for request in requests:
+        try:
+            scheduler.submit(request)
+        except Overloaded:
+            continue
+        raise AssertionError("the queue is full, and takes another")
+
+
+async def request_cost(num_instances: int, num_tokens: int, count: int) -> float:
+    """Microseconds of one request from `submit` to its end."""
+    best = 1e9
+    async with scheduling(num_instances) as scheduler:
+        for number in range(ROUNDS):
+            requests = new_requests(f"{number}-", count, num_tokens)
+            began_s = time.process_time()
+            await asyncio.gather(*(drain(scheduler, request) for request in requests))
+            best = min(best, (time.process_time() - began_s) / count * 1e6)
+    return best
+
+
+async def drain(scheduler: CpuScheduler, request: GenerateRequest) -> None:
+    async for _ in scheduler.submit(request):
+        pass
+
+
+async def measure(waiting: list[int], fleets: list[int], prompts: list[int], count: int) -> None:
+    for num_waiting in waiting:
+        costs = await queue_cost(num_waiting, count)
+        print(f"{num_waiting:6} waiting: " + ", ".join(f"{what} {us:.1f} us" for what, us in costs.items()))
+    for num_tokens in prompts:
+        for num_instances in fleets:
+            cost_us = await request_cost(num_instances, num_tokens, count)
+            print(f"{num_instances:6} instances, prompts of {num_tokens}: {cost_us:.0f} us a request")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--waiting", type=int, nargs="+", default=[100, 4000, 20000])
+    parser.add_argument("--instances", type=int, nargs="+", default=[10, 100, 1000])
+    parser.add_argument("--prompts", type=int, nargs="+", default=[16, 1000])
+    parser.add_argument("--count", type=int, default=400, help="requests of each measurement")
+    arguments = parser.parse_args()
+    instances.RpcClient = StubClient  # type: ignore[assignment,misc]
+    asyncio.run(measure(arguments.waiting, arguments.instances, arguments.prompts, arguments.count))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,42 @@
+"""The scheduler of a running deployment, for the commands that take `--connect`."""
+
+import asyncio
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from hbserve_rpc import InvalidAddress
+from hbserve_rpc.messages import ServiceInfo
+from hbserve_scheduler import ConfigError, RemoteScheduler
+
+FIND_SCHEDULER_S = 30.0
+TELL_AFTER_S = 3.0
+
+
+@asynccontextmanager
+async def remote_scheduler(address: str) -> AsyncIterator[tuple[RemoteScheduler, ServiceInfo]]:
+    """Connected to for as long as it is entered.
+
+    Raises:
+        ConfigError: the address is none.
+        NotReady: nobody answers there in time.
+    """
+    try:
+        scheduler = RemoteScheduler(address)
+    except InvalidAddress as error:
+        raise ConfigError(f"--connect={error}") from None
+    await scheduler.start()
+    try:
+        yield scheduler, await _find(scheduler)
+    finally:
+        await scheduler.stop()
+
+
+async def _find(scheduler: RemoteScheduler) -> ServiceInfo:
+    """It may be starting still, so that nobody answers is not yet an error; but the user hears what takes so long."""
+    notice = f"waiting for a scheduler at {scheduler.address}, up to {FIND_SCHEDULER_S:.0f} s\n"
+    telling = asyncio.get_running_loop().call_later(TELL_AFTER_S, sys.stderr.write, notice)
+    try:
+        return await scheduler.find(FIND_SCHEDULER_S)
+    finally:
+        telling.cancel()

@@ -1,0 +1,99 @@
+"""Answer as blocks, one after the other, as newer APIs than chat completions have it: reasoning, text, and calls."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import msgspec
+
+from hbserve.results import GenerationDelta
+from hbserve.server.answers import News
+from hbserve.server.message_parts import MessageParts
+
+
+@dataclass
+class Block:
+    """One of them."""
+
+    kind: Literal["reasoning", "text", "call"]
+    index: int
+    call_id: str = ""
+    name: str = ""
+    """Of the tool that is called; the text is its arguments."""
+    pieces: list[str] = field(default_factory=list)
+
+    @property
+    def text(self) -> str:
+        return "".join(self.pieces)
+
+
+Change = tuple[Literal["begins", "grows", "ends"], Block, str]
+"""What happens to a block, and the text by which it grows."""
+
+
+class BlockFormat:
+    """Reads one answer into blocks, and counts it. A subclass says which events that makes."""
+
+    def __init__(self, head: dict[str, Any], prompt: list[int], parts: MessageParts) -> None:
+        self._head = head
+        self._parts = parts
+        self._num_prompt = len(prompt)
+        self._num_output = self._num_cached = self._num_reasoning = 0
+        self._blocks: list[Block] = []
+        self._reason: str | None = None
+        """How it ended, in the words of chat completions."""
+        self._stop_reason: str | int | None = None
+
+    def _events(self, change: Change) -> list[dict[str, Any]]:
+        raise NotImplementedError
+
+    def _sent(self, events: list[dict[str, Any]]) -> bytes:
+        named = [(each["type"].encode(), msgspec.json.encode(each)) for each in events]
+        return b"".join([b"event: " + name + b"\ndata: " + content + b"\n\n" for name, content in named])
+
+    def chunks(self, news: News) -> bytes:
+        """Events of what is new."""
+        changes = [change for _, delta in news for change in self._changes(delta)]
+        return self._sent([event for change in changes for event in self._events(change)])
+
+    def take(self, news: News) -> None:
+        """As `chunks`, for who wants the whole answer at the end."""
+        for _, delta in news:
+            for _ in self._changes(delta):
+                pass
+
+    def _changes(self, delta: GenerationDelta) -> Iterator[Change]:
+        reason = delta["finish_reason"]
+        for found in self._parts.feed(delta["text"], final=reason is not None):
+            for kind, text, call in _pieces(found):
+                if not self._blocks or self._blocks[-1].kind != kind or "id" in call:
+                    if self._blocks:
+                        yield "ends", self._blocks[-1], ""
+                    name = call["function"]["name"] if call else ""
+                    self._blocks.append(Block(kind, len(self._blocks), call.get("id", ""), name))
+                    yield "begins", self._blocks[-1], ""
+                if text:
+                    self._blocks[-1].pieces.append(text)
+                    yield "grows", self._blocks[-1], text
+        self._count(delta)
+        if reason is not None:
+            self._reason, self._stop_reason = self._parts.reason(reason), delta["stop_reason"]
+            if self._blocks:
+                yield "ends", self._blocks[-1], ""
+
+    def _count(self, delta: GenerationDelta) -> None:
+        self._num_output += len(delta["token_ids"])
+        if [block.kind for block in self._blocks] == ["reasoning"]:
+            self._num_reasoning = self._num_output
+        if delta["timings"] is not None:
+            self._num_cached = delta["timings"]["num_cached_tokens"]
+
+
+def _pieces(delta: dict[str, Any]) -> Iterator[tuple[Literal["reasoning", "text", "call"], str, dict[str, Any]]]:
+    """Of a chunk's delta, as a chat has it; the last is a call, which has an id where it begins."""
+    if "reasoning" in delta:
+        yield "reasoning", delta["reasoning"], {}
+    if "content" in delta:
+        yield "text", delta["content"], {}
+    for call in delta.get("tool_calls", []):
+        yield "call", call["function"]["arguments"], call

@@ -1,0 +1,174 @@
+"""/v1/responses: OpenAI's Responses API before a scheduler that answers as it is told."""
+
+import asyncio
+
+import pytest
+from hbserve_fake_scheduler import THOUGHT_TEXT_AND_CALL, TOOL_TEMPLATE, FakeServer, named_events_of
+
+from hbserve.server.responses_fields import NOT_SERVED
+from hbserve.tokenizer import load_tokenizer
+
+TOOL = {"type": "function", "name": "f", "parameters": {"type": "object"}, "strict": True}
+
+
+@pytest.fixture
+def server(small_model):
+    server = FakeServer(load_tokenizer(small_model("qwen3")), chat_template=TOOL_TEMPLATE)
+    server.answers(*THOUGHT_TEXT_AND_CALL)
+    return server
+
+
+async def ask(server, **body):
+    return await server.post("/v1/responses", **{"input": "hi"} | body)
+
+
+async def test_a_response_has_reasoning_text_and_calls_as_items(server):
+    answer = (await ask(server, tools=[TOOL], instructions="be brief", max_output_tokens=200)).json()
+    assert server.prompt == "f<system>[be brief]<user>[hi]"
+    assert (answer["object"], answer["status"], answer["model"]) == ("response", "completed", "small")
+    reasoning, message, call = answer["output"]
+    assert reasoning["content"] == [{"type": "reasoning_text", "text": "hm, f"}]
+    assert message["content"] == [{"type": "output_text", "text": "So be it.", "annotations": [], "logprobs": []}]
+    assert (call["name"], call["arguments"], call["call_id"][:5]) == ("f", '{"a": 1}', "call_")
+    assert {item["status"] for item in answer["output"]} == {"completed"}
+    assert (answer["tools"], answer["instructions"], answer["store"]) == ([TOOL], "be brief", False)
+    num_prompt, num_output = len(server.scheduler.asked[0][0]), sum(len(step) for step in server.scheduler.steps)
+    num_reasoning = answer["usage"]["output_tokens_details"]["reasoning_tokens"]
+    assert len("<think>hm, f") < num_reasoning < num_output
+    assert answer["usage"] == {
+        "input_tokens": num_prompt, "input_tokens_details": {"cached_tokens": 7, "cache_write_tokens": 0},
+        "output_tokens": num_output, "output_tokens_details": {"reasoning_tokens": num_reasoning},
+        "total_tokens": num_prompt + num_output,
+    }  # fmt: skip
+
+
+async def test_events_come_in_their_order_and_make_the_same_response(server):
+    events = named_events_of(await ask(server, tools=[TOOL], stream=True))
+    assert [each["sequence_number"] for each in events] == list(range(len(events)))
+    names = [each["type"].removeprefix("response.") for each in events]
+    assert (names[:2], names[-1]) == (["created", "in_progress"], "completed")
+    reasoning, text, call = (
+        list(dict.fromkeys(name for name, each in zip(names, events, strict=True) if each.get("output_index") == index))
+        for index in range(3)
+    )
+    assert reasoning == [
+        "output_item.added", "content_part.added", "reasoning_text.delta", "reasoning_text.done", "content_part.done",
+        "output_item.done",
+    ]  # fmt: skip
+    assert list(dict.fromkeys(text)) == [
+        each.replace("reasoning_text", "output_text") for each in dict.fromkeys(reasoning)
+    ]
+    assert call == [
+        "output_item.added", "function_call_arguments.delta", "function_call_arguments.done", "output_item.done",
+    ]  # fmt: skip
+    places = [each["output_index"] for each in events if "output_index" in each]
+    assert places == sorted(places)
+    whole = events[-1]["response"]
+    assert [item["type"] for item in whole["output"]] == ["reasoning", "message", "function_call"]
+    assert [each["item"] for each in events if each["type"] == "response.output_item.done"] == whole["output"]
+    for item, field in zip(whole["output"], ("reasoning_text", "output_text", "function_call_arguments"), strict=True):
+        grown = "".join(each["delta"] for each in events if each["type"] == f"response.{field}.delta")
+        assert grown == (item["arguments"] if "arguments" in item else item["content"][0]["text"])
+    assert events[0]["response"]["output"] == []
+    assert events[0]["response"]["status"] == "in_progress"
+
+
+async def test_an_answer_that_is_cut_is_incomplete(server):
+    whole = (await ask(server, max_output_tokens=45)).json()
+    assert (whole["status"], whole["incomplete_details"]) == ("incomplete", {"reason": "max_output_tokens"})
+    assert [item["status"] for item in whole["output"]] == ["completed", "incomplete"]
+    assert named_events_of(await ask(server, max_output_tokens=45, stream=True))[-1]["type"] == "response.incomplete"
+
+
+async def test_a_conversation_is_items_of_which_several_are_one_message(server):
+    items = [
+        {"role": "developer", "content": [{"type": "input_text", "text": each} for each in ("be ", "brief")]},
+        {"type": "message", "role": "user", "content": "hi"},
+        {"type": "reasoning", "id": "rs_1", "summary": [{"type": "summary_text", "text": "hm"}]},
+        {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "wait"}]},
+        {"type": "function_call", "call_id": "c1", "name": "f", "arguments": '{"a": 1}'},
+        {"type": "function_call", "call_id": "c2", "name": "g", "arguments": '{"a": 2}'},
+        {"type": "function_call_output", "call_id": "c1", "output": "3"},
+        {"type": "function_call_output", "call_id": "c2", "output": [{"type": "input_text", "text": "4"}]},
+        {"type": "reasoning", "content": [{"type": "reasoning_text", "text": "so"}], "summary": []},
+        {"type": "function_call", "call_id": "c3", "name": "f", "arguments": "no JSON"},
+        {"role": "assistant", "content": "good"},
+        {"role": "user", "content": "bye"},
+    ]  # fmt: skip
+    response = await ask(
+        server, input=items, reasoning={"effort": "low", "summary": "auto"}, include=["reasoning.encrypted_content"]
+    )
+    assert response.status_code == 200, response.text
+    assert server.prompt == (
+        "low<system>[be brief]<user>[hi]<assistant>hm[wait]f(1)g(2)<tool>[3]<tool>[4]<assistant>so[]f()"
+        "<assistant>[good]<user>[bye]"
+    )
+
+
+async def test_parameters_arrive_and_fields_without_effect_are_named(server):
+    response = await ask(server, temperature=0.5, top_p=0.25, max_output_tokens=9, metadata={"a": "b"}, odd=1)
+    params = server.scheduler.asked[0][1]
+    assert (params.temperature, params.top_p, params.max_tokens) == (0.5, 0.25, 9)
+    assert response.headers["x-hbserve-ignored"] == "metadata,odd"
+    assert (await ask(server, tools=[TOOL], tool_choice="none")).json()["output"][-1]["type"] == "message"
+    await ask(server, tools=[TOOL], tool_choice={"type": "function", "name": "f"})
+    assert server.prompt.endswith('<tool_call>\n{"name": "f", "arguments": ')
+
+
+NEUTRAL = {name: [None, *values] for name, values in NOT_SERVED.items()}
+WRONG = {"store": True, "background": True, "truncation": "auto", "top_logprobs": 2, "max_tool_calls": 1}
+
+
+@pytest.mark.parametrize("name", NOT_SERVED)
+async def test_a_field_that_is_not_served_may_have_its_neutral_values_only(server, name):
+    for value in NEUTRAL[name]:
+        assert (await ask(server, **{name: value})).status_code == 200
+    response = await ask(server, **{name: WRONG.get(name, "x")})
+    assert (response.status_code, response.json()["error"]["param"]) == (400, name)
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"input": []}, "input"),
+        ({"input": [{"role": "boss", "content": ""}]}, "input[0].role"),
+        ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input[0].content[0]"),
+        ({"input": [{"type": "item_reference", "id": "x"}]}, "input[0].type"),
+        ({"input": [{"role": "user", "content": 5}]}, "input[0].content"),
+        ({"tools": [{"type": "web_search"}]}, "tools[0]"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"max_output_tokens": 0}, "max_output_tokens"),
+        ({"include": ["file_search_call.results"]}, "include"),
+        ({"text": {"format": {"type": "odd"}}}, "text.format"),
+        ({"temperature": -1}, "temperature"),
+    ],
+)
+async def test_what_is_wrong_is_named_as_its_client_knows_it(server, body, param):
+    for stream in (False, True):
+        response = await ask(server, stream=stream, **body)
+        assert response.status_code == 400, response.text
+        error = response.json()["error"]
+        assert (error["param"], error["type"]) == (param, "invalid_request_error")
+        assert error["message"].startswith(param)
+    assert not server.scheduler.asked
+
+
+async def test_an_answer_that_fails_on_its_way_ends_with_an_event_that_says_so(server):
+    server.scheduler.steps[2:] = [RuntimeError("odd")]
+    last = named_events_of(await ask(server, stream=True))[-1]
+    assert (last["type"], last["response"]["status"]) == ("response.failed", "failed")
+    assert last["response"]["error"]["code"] == "server_error"
+    assert last["response"]["output"][-1]["status"] == "incomplete"
+
+
+async def test_a_client_that_goes_ends_its_request(server):
+    server.scheduler.steps.append(asyncio.Event())
+    asking = asyncio.create_task(ask(server, stream=True))
+    async with asyncio.timeout(20):
+        while not server.scheduler.running:
+            await asyncio.sleep(0.001)
+    asking.cancel()
+    await asyncio.gather(asking, return_exceptions=True)
+    async with asyncio.timeout(20):
+        while server.scheduler.running:
+            await asyncio.sleep(0.001)

@@ -1,0 +1,128 @@
+"""/metrics, as Prometheus reads it, and under the names that dashboards for vLLM have."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hbserve_fake_scheduler import FakeServer
+from prometheus_client.parser import text_string_to_metric_families
+
+from hbserve.tokenizer import load_tokenizer
+from hbserve_scheduler.records import AttemptRecord, RequestRecord
+
+ROOT = Path(__file__).resolve().parents[3]
+DASHBOARDS = {
+    "vllm:cache_config_info",
+    "vllm:e2e_request_latency_seconds_bucket",
+    "vllm:e2e_request_latency_seconds_count",
+    "vllm:e2e_request_latency_seconds_sum",
+    "vllm:generation_tokens_total",
+    "vllm:inter_token_latency_seconds_bucket",
+    "vllm:inter_token_latency_seconds_count",
+    "vllm:inter_token_latency_seconds_sum",
+    "vllm:kv_cache_usage_perc",
+    "vllm:num_preemptions_total",
+    "vllm:num_requests_running",
+    "vllm:num_requests_waiting",
+    "vllm:num_requests_waiting_by_reason",
+    "vllm:prefix_cache_hits_total",
+    "vllm:prefix_cache_queries_total",
+    "vllm:prompt_tokens_by_source_total",
+    "vllm:prompt_tokens_cached_total",
+    "vllm:prompt_tokens_total",
+    "vllm:request_decode_time_seconds_sum",
+    "vllm:request_generation_tokens_bucket",
+    "vllm:request_inference_time_seconds_sum",
+    "vllm:request_prefill_time_seconds_sum",
+    "vllm:request_prompt_tokens_bucket",
+    "vllm:request_queue_time_seconds_count",
+    "vllm:request_queue_time_seconds_sum",
+    "vllm:request_success_total",
+    "vllm:request_time_per_output_token_seconds_bucket",
+    "vllm:request_time_per_output_token_seconds_count",
+    "vllm:request_time_per_output_token_seconds_sum",
+    "vllm:time_to_first_token_seconds_bucket",
+    "vllm:time_to_first_token_seconds_count",
+    "vllm:time_to_first_token_seconds_sum",
+}
+"""Of vLLM's public Grafana dashboards, and of vllmstat 0.9.1, vllm-htop 0.5.0 and vllm-mon 0.1.0. Not there: what is
+gone from vLLM itself (num_requests_swapped, gpu_cache_usage_perc, avg_*_throughput_toks_per_s), speculative decoding,
+estimates of FLOPs and bytes, and iteration_tokens_total, which the engine does not count."""
+
+
+@pytest.fixture
+def server(small_model: Callable[[str], Path]) -> FakeServer:
+    return FakeServer(load_tokenizer(small_model("qwen3")))
+
+
+async def scrape(server: FakeServer) -> dict[str, float]:
+    """Value by sample, such as `name{label="value"}`, labels in the order of their names."""
+    text = (await server.client.get("/metrics")).text
+    found: dict[str, float] = {}
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            labels = ",".join(f'{name}="{value}"' for name, value in sorted(sample.labels.items()))
+            key = f"{sample.name}{{{labels}}}" if labels else sample.name
+            assert key not in found
+            found[key] = sample.value
+    return found
+
+
+async def test_figures_of_requests_and_instances_are_there_also_when_only_the_head_is_asked_for(server):
+    figures = server.scheduler.figures
+    figures.num_submitted, figures.prompt_tokens, figures.output_tokens = 3, 40, 7
+    figures.failed_attempts["PeerLost"] += 2
+    attempt = AttemptRecord(0.25, "p0", "d0", granted_s=0.75, first_token_s=1.25)
+    figures.add(RequestRecord("r", 0, 4, 3, 2, 4096, 0.03, [attempt], 3.25, "length", 1.25, 1.5))
+    figures.add(RequestRecord("s", 0, 4, 0, 0, 0, 0, [], 1, None, error="no instance"))
+    found = await scrape(server)
+    expected = {
+        "hbserve:up": 1,
+        "hbserve:requests_total": 3,
+        "hbserve:requests_failed_total": 1,
+        'hbserve:request_success_total{finished_reason="error"}': 1,
+        'hbserve:request_attempts_failed_total{cause="PeerLost"}': 2,
+        'hbserve:kv_blocks{instance_id="h0",role="hybrid"}': 9,
+        'hbserve:instance_up{instance_id="h0",role="hybrid"}': 1,
+        "hbserve:kv_handoff_exposed_seconds_sum": 0.25,
+        "hbserve:reservation_wait_seconds_sum": 0.5,
+        "hbserve:time_to_first_token_seconds_sum": 1.25,
+        'hbserve:time_to_first_token_seconds_bucket{le="1.0"}': 0,
+        'hbserve:time_to_first_token_seconds_bucket{le="2.5"}': 1,
+        'hbserve:time_to_first_token_seconds_bucket{le="+Inf"}': 1,
+        'vllm:request_time_per_output_token_seconds_sum{engine="0",model_name="small"}': 1,
+        'vllm:request_success_total{engine="0",finished_reason="stop",model_name="small"}': 0,
+        'vllm:prompt_tokens_total{engine="0",model_name="small"}': 40,
+        'vllm:kv_cache_usage_perc{engine="0",model_name="small"}': 1,
+    }
+    assert {name: found.get(name) for name in expected} == expected
+    head = await server.client.head("/metrics")
+    assert (head.status_code, head.text) == (200, "")
+
+
+async def test_every_name_that_dashboards_for_vllm_use_resolves_under_its_model(server):
+    found = await scrape(server)
+    for name in DASHBOARDS:
+        assert any(key.partition("{")[0] == name and 'model_name="small"' in key for key in found), name
+
+
+async def test_the_page_of_monitoring_names_every_metric_and_no_other(server):
+    text = (await server.client.get("/metrics")).text
+    # What is counted by a label that nothing has had so far has a name, and no sample.
+    served = set(re.findall("^# TYPE hbserve:([a-z0-9_]+) ", text, re.MULTILINE))
+    page = (ROOT / "docs/monitoring.md").read_text().partition("## `/metrics`")[2].partition("## Dashboards")[0]
+    assert served == set(re.findall("`([a-z0-9_]+)", page)) - {"hbserve", "instance_id", "role", "error"}
+
+
+async def test_before_the_model_is_there_and_while_the_server_ends_it_is_not_up(server):
+    server.service.draining = True
+    assert (await scrape(server))["hbserve:up"] == 0
+    server.service.model = None
+    assert await scrape(server) == {"hbserve:up": 0}
+
+
+async def test_names_of_others_are_quoted(server):
+    server.service.model.names[0] = 'sm"all\\\n'
+    found = await scrape(server)
+    assert any('model_name="sm"all\\\n"' in key for key in found), "as it was before it was quoted"

@@ -1,0 +1,84 @@
+"""Clients of the OpenAI server that do not read their answers: a bound on what waits for them, and on how long."""
+
+import asyncio
+import json
+import socket
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hbserve_fake_scheduler import FakeServer
+
+from hbserve.server import http_server
+from hbserve.server.answers import MOST_NEWS
+from hbserve.server.http_server import HttpServer
+from hbserve.tokenizer import load_tokenizer
+
+STEP, NUM_STEPS = "x" * 100, 4000
+
+
+class Asking:
+    """A server, and a streamed request to it of which nothing is read."""
+
+    def __init__(self, server: FakeServer, http: HttpServer, client: socket.socket) -> None:
+        self.server = server
+        self.http = http
+        self.client = client
+
+
+@pytest.fixture
+def asking(small_model: Callable[[str], Path]) -> Callable[[], Any]:
+    tokenizer = load_tokenizer(small_model("qwen3"))
+
+    @asynccontextmanager
+    async def asking() -> AsyncIterator[Asking]:
+        server = FakeServer(tokenizer, port=0)
+        server.answers(*[STEP] * NUM_STEPS)
+        http = HttpServer(server.service.settings, server.app)
+        http._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)  # those of its connections too
+        await http.start()
+        body = json.dumps({"prompt": "a", "max_tokens": len(STEP) * NUM_STEPS, "stream": True}).encode()
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n"
+        with socket.socket() as client:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            client.connect(http._socket.getsockname())
+            client.sendall(head.encode() + body)
+            client.setblocking(False)
+            yield Asking(server, http, client)
+        await http.stop()
+        assert not server.scheduler.running
+
+    return asking
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(30):
+        while not condition():
+            await asyncio.sleep(0.01)
+
+
+async def test_an_answer_that_nobody_reads_waits_where_it_is_bounded_and_loses_nothing_when_it_is_read(asking):
+    async with asking() as found:
+        scheduler, loop = found.server.scheduler, asyncio.get_running_loop()
+        await until(lambda: scheduler.num_given >= MOST_NEWS * len(STEP))
+        for _ in range(50):  # it could go on now, if nothing held it
+            await asyncio.sleep(0)
+        # What waits, what was taken and waits to be sent, and what the connection holds, twice in its buffers at most.
+        assert scheduler.num_given <= 4 * MOST_NEWS * len(STEP)
+        content = b""
+        while part := await loop.sock_recv(found.client, 1 << 20):
+            content += part
+        assert content.count(STEP.encode()) == NUM_STEPS
+        assert b"data: [DONE]" in content
+
+
+async def test_a_client_that_reads_nothing_for_long_loses_its_connection_and_its_answer_ends(asking, monkeypatch):
+    monkeypatch.setattr(http_server, "STALL_TIMEOUT_S", 0.2)
+    async with asking() as found:
+        await until(lambda: bool(found.server.scheduler.running))
+        await until(lambda: not found.server.scheduler.running)
+        assert found.server.scheduler.num_abandoned == 1
+        assert found.server.scheduler.num_given < NUM_STEPS * len(STEP)
+        await until(lambda: not found.http._server.server_state.connections)

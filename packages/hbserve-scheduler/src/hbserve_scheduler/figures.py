@@ -1,0 +1,204 @@
+"""Figures of one scheduler, over all of its requests: counters, and how long each part of them took."""
+
+import logging
+import math
+from collections import Counter, deque
+from collections.abc import Collection
+from typing import Any
+
+from hbserve_rpc.histogram import Histogram
+from hbserve_rpc.messages import LatencySummary
+from hbserve_scheduler.records import RequestRecord
+
+logger = logging.getLogger(__name__)
+
+MOST_RECORDS = 4096
+"""As many requests that have ended are remembered."""
+RECENT_REQUESTS = 1024
+"""As many latencies are in a LatencySummary."""
+SHORT_S = (
+    0.001,
+    0.0025,
+    0.005,
+    0.01,
+    0.025,
+    0.05,
+    0.075,
+    0.1,
+    0.15,
+    0.2,
+    0.3,
+    0.4,
+    0.5,
+    0.75,
+    1,
+    2.5,
+    5,
+    7.5,
+    10,
+    20,
+    40,
+    80,
+)
+FIRST_S = (
+    0.001,
+    0.0025,
+    0.005,
+    0.01,
+    0.02,
+    0.04,
+    0.06,
+    0.08,
+    0.1,
+    0.25,
+    0.5,
+    0.75,
+    1,
+    2.5,
+    5,
+    7.5,
+    10,
+    20,
+    40,
+    80,
+    160,
+    640,
+    2560,
+)
+LONG_S = (
+    0.005,
+    0.05,
+    0.1,
+    0.3,
+    0.5,
+    0.8,
+    1,
+    1.5,
+    2,
+    2.5,
+    5,
+    10,
+    15,
+    20,
+    30,
+    40,
+    50,
+    60,
+    120,
+    240,
+    480,
+    960,
+    1920,
+    7680,
+)
+TOKENS = tuple(float(digit * 10**power) for power in range(6) for digit in (1, 2, 5))
+BYTES = tuple(float(2**power) for power in range(12, 40, 2))
+"""Bounds of the histograms: vLLM's (v1/metrics/buckets.py), and some below them, where our tokens are."""
+BOUNDS = {
+    "time_to_first_token_seconds": FIRST_S,
+    "inter_token_latency_seconds": SHORT_S,
+    "request_time_per_output_token_seconds": SHORT_S,
+    "e2e_request_latency_seconds": LONG_S,
+    "request_queue_time_seconds": LONG_S,
+    "request_prefill_time_seconds": LONG_S,
+    "request_decode_time_seconds": LONG_S,
+    "request_inference_time_seconds": LONG_S,
+    "request_prompt_tokens": TOKENS,
+    "request_generation_tokens": TOKENS,
+    "request_attempts": (1.0, 2.0, 3.0, 5.0, 10.0),
+    "reservation_wait_seconds": FIRST_S,
+    "kv_handoff_exposed_seconds": FIRST_S,
+    "kv_transfer_seconds": FIRST_S,
+    "kv_transfer_request_bytes": BYTES,
+}
+
+
+class Figures:
+    """Grows by what happens to requests; read by `CpuScheduler.stats`."""
+
+    def __init__(self) -> None:
+        self.num_submitted = self.num_rejected = self.num_retries = 0
+        self.prompt_tokens = 0
+        """Of requests that have a first token."""
+        self.output_tokens = 0
+        self.ended = Counter[str]()
+        """Requests, by finish reason, or "error"."""
+        self.failed_attempts = Counter[str]()
+        self.histograms = {name: Histogram.over(bounds) for name, bounds in BOUNDS.items()}
+        self.between_tokens = self.histograms["inter_token_latency_seconds"]
+        self.records: deque[RequestRecord] = deque(maxlen=MOST_RECORDS)
+        """Requests that have ended, the last one at the end."""
+        self._handoffs: deque[float] = deque(maxlen=RECENT_REQUESTS)
+
+    def add(self, record: RequestRecord) -> None:
+        """A request has ended."""
+        self.records.append(record)
+        self.ended[record.finish_reason or "error"] += 1
+        if record.finish_reason is None:
+            logger.warning("%s", record.describe())
+        elif logger.isEnabledFor(logging.INFO):
+            logger.info("%s", record.describe())
+        if record.handoff_s is not None:
+            self._handoffs.append(record.handoff_s)
+        if record.finish_reason not in (None, "abort"):
+            for name, value in _values(record).items():
+                self.histograms[name].observe(value)
+
+    def snapshot(self) -> dict[str, Any]:
+        """Fields of SchedulerStats, which nothing changes any more."""
+        completed, failed = self.ended["stop"] + self.ended["length"], self.ended["error"]
+        return {
+            "total_requests": self.num_submitted,
+            "completed_requests": completed,
+            "failed_requests": failed,
+            "aborted_requests": self.ended["abort"],
+            "rejected_requests": self.num_rejected,
+            "retries": self.num_retries,
+            "success_rate": completed / (completed + failed) if completed + failed else 1.0,
+            "handoff": _summary(self._handoffs),
+            "prompt_tokens": self.prompt_tokens,
+            "output_tokens": self.output_tokens,
+            "ended_requests": dict(self.ended),
+            "failed_attempts": dict(self.failed_attempts),
+            "histograms": {
+                name: Histogram(each.bounds, list(each.counts), each.total) for name, each in self.histograms.items()
+            },
+        }
+
+
+def _values(record: RequestRecord) -> dict[str, float]:
+    """What a request that has all of its tokens adds to the histograms. Each is of what its client has felt; a request
+    that was aborted is in none: it would say how patient clients are."""
+    values = {
+        "e2e_request_latency_seconds": record.e2e_s,
+        "request_queue_time_seconds": record.queue_s,
+        "request_inference_time_seconds": record.e2e_s - record.queue_s,
+        "request_prompt_tokens": record.num_prompt_tokens,
+        "request_generation_tokens": record.num_output_tokens,
+        "request_attempts": len(record.attempts),
+    }
+    if record.first_token_s is not None and record.decode_s is not None:
+        values["time_to_first_token_seconds"] = record.first_token_s
+        values["request_prefill_time_seconds"] = record.first_token_s - record.queue_s
+        values["request_decode_time_seconds"] = record.decode_s
+        if record.tpot_s is not None:
+            values["request_time_per_output_token_seconds"] = record.tpot_s
+    if record.is_disaggregated:
+        last = record.attempts[-1]
+        if last.granted_s is not None:
+            values["reservation_wait_seconds"] = last.granted_s - last.began_s
+        if record.handoff_s is not None:
+            values["kv_handoff_exposed_seconds"] = record.handoff_s
+        if record.kv_bytes:
+            values["kv_transfer_seconds"] = record.kv_transfer_time_s
+            values["kv_transfer_request_bytes"] = record.kv_bytes
+    return values
+
+
+def _summary(latencies: Collection[float]) -> LatencySummary:
+    """Percentiles are latencies that occurred: the smallest that as large a part of all does not exceed."""
+    if not latencies:
+        return LatencySummary()
+    ordered = sorted(latencies)
+    p50_s, p99_s = (ordered[math.ceil(part * len(ordered)) - 1] for part in (0.5, 0.99))
+    return LatencySummary(len(ordered), p50_s, p99_s)

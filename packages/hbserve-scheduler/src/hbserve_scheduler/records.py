@@ -1,0 +1,140 @@
+"""Records of requests: where each was, when, and how it ended. Log lines and figures are read from them.
+
+    submit        place           grant        first token     second        last
+      ├── queue ────┤── reserve ────┤               │              │            │
+                    ├────────── prefill ────────────┤── hand-off ──┤            │
+                                                    ├────────── decode ─────────┤
+An attempt that fails is followed by the next one, from `place` on.
+"""
+
+import msgspec
+
+from hbserve_rpc.messages import FinishReason, RequestFinished
+
+
+class AttemptRecord(msgspec.Struct):
+    """One try at a request. Times are in seconds from `submit`, on the scheduler's clock; None: not reached."""
+
+    began_s: float
+    """It had its places."""
+    prefill_instance: str = ""
+    decode_instance: str = ""
+    """Empty if there was nothing to decode."""
+    granted_s: float | None = None
+    """The decode instance had room."""
+    first_token_s: float | None = None
+    """The first token of this attempt was there."""
+    kv_moved_s: float | None = None
+    """The prefill instance has said that all KV is there."""
+    ended_s: float | None = None
+    error: str = ""
+    """Why it failed."""
+
+
+class RequestRecord(msgspec.Struct, frozen=True):
+    """A request that has ended. Times as an attempt's."""
+
+    request_id: str
+    submitted_at: float
+    """Unix time, in seconds."""
+    num_prompt_tokens: int
+    num_output_tokens: int
+    num_cached_tokens: int
+    kv_bytes: int
+    kv_transfer_time_s: float
+    attempts: list[AttemptRecord]
+    e2e_s: float
+    finish_reason: FinishReason | None
+    """None: it has failed."""
+    first_token_s: float | None = None
+    second_token_s: float | None = None
+    error: str = ""
+    num_choices: int = 1
+    """Their tokens are all in `num_output_tokens`; other times than the end are of the first one."""
+
+    @property
+    def queue_s(self) -> float:
+        """Until it had its first places, or its end if it never had any."""
+        return self.attempts[0].began_s if self.attempts else self.e2e_s
+
+    @property
+    def handoff_s(self) -> float | None:
+        """See RequestFinished.handoff_s."""
+        if self.first_token_s is None or self.second_token_s is None:
+            return None
+        return self.second_token_s - self.first_token_s
+
+    @property
+    def decode_s(self) -> float | None:
+        """First token to the end."""
+        return None if self.first_token_s is None else self.e2e_s - self.first_token_s
+
+    @property
+    def tpot_s(self) -> float | None:
+        """See RequestFinished.tpot_s; None: there was one token at most."""
+        num_tokens = self.num_output_tokens / self.num_choices
+        return self.decode_s / (num_tokens - 1) if self.decode_s and num_tokens > 1 else None
+
+    @property
+    def is_disaggregated(self) -> bool:
+        """Whether its last attempt prefilled on one instance and decoded on another."""
+        return bool(self.attempts) and self.attempts[-1].decode_instance not in ("", self.attempts[-1].prefill_instance)
+
+    def finished(self, reason: FinishReason, choice: int = 0) -> RequestFinished:
+        """What its client hears of it, or of one choice."""
+        last = self.attempts[-1] if self.attempts else AttemptRecord(0.0)
+        return RequestFinished(
+            reason,
+            self.num_prompt_tokens,
+            self.num_output_tokens,
+            queue_time_s=self.queue_s,
+            ttft_s=self.e2e_s if self.first_token_s is None else self.first_token_s,
+            tpot_s=self.tpot_s or 0.0,
+            e2e_s=self.e2e_s,
+            handoff_s=self.handoff_s or 0.0,
+            kv_bytes=self.kv_bytes,
+            kv_transfer_time_s=self.kv_transfer_time_s,
+            num_cached_tokens=self.num_cached_tokens,
+            num_attempts=len(self.attempts),
+            prefill_instance=last.prefill_instance,
+            decode_instance=last.decode_instance,
+            choice=choice,
+        )
+
+    def describe(self) -> str:
+        """One line for the log: figures only, no text of anybody's but the error's."""
+        tokens = f"{self.num_prompt_tokens} + {self.num_output_tokens} tokens"
+        if self.num_choices > 1:
+            tokens += f" of {self.num_choices} choices"
+        if self.num_cached_tokens:
+            tokens += f" ({self.num_cached_tokens} cached)"
+        how = f"failed: {self.error}" if self.finish_reason is None else self.finish_reason
+        line = f"request {self.request_id}: {tokens}, {_ms(self.e2e_s)} ({', '.join(self._phases())})"
+        if self.attempts:
+            last = self.attempts[-1]
+            line += f", {last.prefill_instance}"
+            line += f" > {last.decode_instance}" if self.is_disaggregated else ""
+        failed = [f"attempt {i}: {each.error}" for i, each in enumerate(self.attempts, 1) if each.error]
+        if failed and self.finish_reason is not None:
+            how += f" after {'; '.join(failed)}"
+        return f"{line}: {how}"
+
+    def _phases(self) -> list[str]:
+        phases = [f"queue {_ms(self.queue_s)}"]
+        if self.attempts:
+            last = self.attempts[-1]
+            if self.is_disaggregated and last.granted_s is not None:
+                phases.append(f"reserve {_ms(last.granted_s - last.began_s)}")
+            if last.first_token_s is not None:
+                phases.append(f"prefill {_ms(last.first_token_s - last.began_s)}")
+        if self.kv_bytes:
+            phases.append(f"KV {self.kv_bytes / 2**20:.1f} MiB in {_ms(self.kv_transfer_time_s)}")
+        if self.handoff_s is not None:
+            phases.append(f"{'hand-off' if self.is_disaggregated else 'second token'} {_ms(self.handoff_s)}")
+        if self.decode_s is not None and self.num_output_tokens > 1:
+            phases.append(f"decode {_ms(self.decode_s)}")
+        return phases
+
+
+def _ms(time_s: float) -> str:
+    return f"{1e3 * time_s:.1f} ms" if time_s < 0.1 else f"{1e3 * time_s:.0f} ms"

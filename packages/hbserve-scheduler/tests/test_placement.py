@@ -1,0 +1,138 @@
+"""What waits and who takes it, kept so that neither takes longer the more there are: equal to a look at all of them."""
+
+import itertools
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hbserve_rpc import SamplingParams
+from hbserve_rpc.messages import GenerateRequest, InstanceInfo, Role
+from hbserve_scheduler import SchedulerConfig
+from hbserve_scheduler.admission import WaitingRequests
+from hbserve_scheduler.fleet import Fleet
+from hbserve_scheduler.instances import InstanceHandle
+from hbserve_scheduler.policies import POLICIES, SPARE_ENTRIES, Available
+from hbserve_scheduler.request import ScheduledRequest
+
+
+def entry(name: int) -> ScheduledRequest:
+    return ScheduledRequest(GenerateRequest(str(name), [1], SamplingParams(0, 4)))
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(removed=st.lists(st.tuples(st.booleans(), st.integers(0, 30)), max_size=40))
+def test_requests_wait_in_the_order_in_which_they_came_whichever_leave(removed):
+    waiting, model, names = WaitingRequests(), [], itertools.count()
+    for adds, place in removed:
+        if adds or not model:
+            model.append(entry(next(names)))
+            waiting.append(model[-1])
+        else:
+            waiting.remove(model.pop(place % len(model)))
+        assert list(waiting) == model
+        assert list(reversed(waiting)) == model[::-1]
+        assert [waiting[i] for i in range(-len(model), len(model))] == model + model
+        assert waiting[1:3] == model[1:3]
+        assert len(waiting) == len(model)
+        assert all(each in waiting and waiting.find(each.request.request_id) is each for each in model)
+    stranger = entry(0)
+    assert stranger not in waiting
+    with pytest.raises(ValueError, match="does not wait"):
+        waiting.remove(stranger)
+    with pytest.raises(IndexError):
+        waiting[len(model)]
+
+
+def ready_handle(role: Role, name: str, turn: int) -> InstanceHandle:
+    handle = InstanceHandle(name, role, "127.0.0.1:1", SchedulerConfig(), lambda _: None, lambda _: None)
+    handle.info = InstanceInfo(name, role, name, "ready")
+    handle.turn = turn
+    return handle
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(changes=st.lists(st.tuples(st.integers(0, 4), st.integers(0, 3), st.booleans()), max_size=120))
+def test_the_first_by_a_policy_is_the_one_that_a_look_at_all_of_them_finds(policy, changes):
+    handles = [ready_handle("prefill", f"p{i}", i) for i in range(5)]
+    available = Available(POLICIES[policy], lambda each: each.num_inflight < 3)
+    turns = itertools.count(10)
+    for number, load, is_given in changes:
+        handle = handles[number]
+        handle.load = handle.num_inflight = load
+        handle.turn = next(turns) if is_given else handle.turn
+        available.look(handle)
+        there = [each for each in handles if each in available]
+        assert set(available) == set(there)
+        assert all(each.num_inflight < 3 for each in there)
+        if there:
+            assert available.first() is min(there, key=POLICIES[policy])
+            assert available.least_load() == min(each.load for each in there)
+    assert len(available._heap) <= 2 * len(handles) + SPARE_ENTRIES + 1
+
+
+async def fleet_of(num_instances: int, **settings: Any) -> Fleet:
+    """Ready and connected; nothing is dialled."""
+    fleet = Fleet(SchedulerConfig(max_warm_links=0, **settings), lambda: None)
+    for i in range(num_instances):
+        role: Role = "decode" if i % 2 else "prefill"
+        await fleet.add(f"{role[0]}{i}", role, "127.0.0.1:1")
+    decodes = [handle.instance_id for handle in fleet.handles.values() if handle.role == "decode"]
+    for handle in fleet.handles.values():
+        info = InstanceInfo(
+            handle.instance_id, handle.role, handle.instance_id, "ready", max_prompt_len=9, vocab_size=9
+        )
+        handle._set_info(info)
+    for number, handle in enumerate(each for each in fleet.handles.values() if each.role == "prefill"):
+        handle.links = dict.fromkeys((decodes * 2)[number : number + 8], True)
+    return fleet
+
+
+async def test_a_place_is_found_without_a_look_at_every_instance(monkeypatch):
+    fleet, looked = await fleet_of(400), []
+    for available in fleet._available.values():
+        policy = available.policy
+        monkeypatch.setattr(available, "policy", lambda each, policy=policy: looked.append(each) or policy(each))
+        monkeypatch.setattr(available, "least_load", lambda: 0)
+    places = []
+    for _ in range(100):
+        assert fleet.has_room()
+        assert fleet.may_serve_soon()
+        assert len(fleet.limiting_infos()) == 2
+        places.append(fleet.place(5))
+    assert len(looked) < 100 * 15, "those to which a prefill instance is connected, and those that were chosen"
+    for chosen in zip(*[(place.prefill, place.decode) for place in places], strict=True):
+        assert len({each.instance_id for each in chosen}) == 100, "nobody has two while another has none"
+
+
+async def test_the_limits_of_requests_follow_the_instances_that_are_ready():
+    fleet = await fleet_of(4)
+    handle = fleet.handles["d1"]
+    handle._set_info(InstanceInfo("d1", "decode", "d1", "ready", max_prompt_len=5, vocab_size=7))
+    bounds = [(each.max_prompt_len, each.vocab_size) for each in fleet.limiting_infos()]
+    assert (min(length for length, _ in bounds), min(size for _, size in bounds)) == (5, 7)
+    handle.lost("it is gone")
+    assert {(each.max_prompt_len, each.vocab_size) for each in fleet.limiting_infos()} == {(9, 9)}
+    for each in list(fleet.handles):
+        await fleet.remove(each)
+    assert fleet.limiting_infos() == []
+    assert not fleet.has_room()
+    assert not fleet.may_serve_soon()
+
+
+async def test_busy_decode_instances_that_are_connected_give_way_to_one_that_is_not_yet():
+    fleet = await fleet_of(40, max_pending_reservations=100)
+    prefill = fleet.handles["p0"]
+    linked = [handle for handle in fleet.handles.values() if handle.instance_id in prefill.links]
+    for handle in linked:
+        handle.load = 5
+        handle.changed()
+    for handle in fleet.handles.values():
+        if handle.role == "prefill" and handle is not prefill:
+            handle.num_inflight = 1000
+            handle.changed()
+    chosen = fleet.place(5).decode
+    assert chosen not in linked
+    assert chosen.role == "decode"

@@ -1,0 +1,127 @@
+"""What is kept, counted and logged of a request that has ended."""
+
+import logging
+from types import SimpleNamespace
+
+import pytest
+
+from hbserve_rpc import RemoteError
+from hbserve_rpc.messages import TokenEvent
+from hbserve_scheduler import RequestFailed
+from hbserve_scheduler.figures import BOUNDS, MOST_RECORDS, Figures
+from hbserve_scheduler.records import AttemptRecord, RequestRecord
+from hbserve_scheduler.request import ScheduledRequest
+
+
+def counts(scheduler) -> dict[str, int]:
+    """How many values each histogram has."""
+    return {name: sum(each.counts) for name, each in scheduler.stats().histograms.items()}
+
+
+async def test_a_request_over_prefill_and_decode_leaves_its_times_in_order(make_scheduler, pair, ask, collect):
+    scheduler = await make_scheduler(*pair)
+    _, end = await collect(scheduler.submit(ask("r1", max_tokens=4)))
+    (record,) = scheduler.figures.records
+    (attempt,) = record.attempts
+    assert record.finished("length") == end
+    assert (record.request_id, record.finish_reason, record.num_output_tokens) == ("r1", "length", 4)
+    assert (attempt.prefill_instance, attempt.decode_instance, attempt.error) == ("p0", "d0", "")
+    assert 0 <= record.queue_s == attempt.began_s <= attempt.granted_s
+    assert attempt.began_s <= attempt.first_token_s <= attempt.kv_moved_s <= attempt.ended_s <= record.e2e_s
+    assert record.first_token_s <= record.second_token_s <= record.e2e_s
+    stats = scheduler.stats()
+    assert (stats.prompt_tokens, stats.output_tokens) == (len(ask().prompt_token_ids), 4)
+    assert stats.ended_requests == {"length": 1}
+    found = counts(scheduler)
+    assert found.pop("inter_token_latency_seconds") == 3
+    assert set(found.values()) == {1}, "every other one has one value"
+
+
+async def test_a_hybrid_instance_and_a_single_token_have_no_handoff(make_scheduler, make_instance, ask, collect):
+    scheduler = await make_scheduler(await make_instance("hybrid", "h0"))
+    await collect(scheduler.submit(ask(max_tokens=3)))
+    await collect(scheduler.submit(ask(max_tokens=1)))
+    found = counts(scheduler)
+    assert found["kv_handoff_exposed_seconds"] == found["reservation_wait_seconds"] == found["kv_transfer_seconds"] == 0
+    assert (found["time_to_first_token_seconds"], found["request_time_per_output_token_seconds"]) == (2, 1)
+    assert "h0 >" not in scheduler.figures.records[0].describe()
+
+
+async def test_what_is_told_of_a_request_is_its_figures_by_phase_and_its_retries(
+    make_scheduler, make_instance, ask, collect, caplog
+):
+    caplog.set_level(logging.INFO, "hbserve_scheduler.figures")
+    instances = [await make_instance(role, f"{role[0]}{i}") for role in ("prefill", "decode") for i in range(2)]
+    for prefill in instances[:2]:
+        prefill.fail["first"] = [RemoteError("out of luck")]
+    scheduler = await make_scheduler(*instances)
+    await collect(scheduler.submit(ask("r1")))
+    (line,) = [each.getMessage() for each in caplog.records if each.name == "hbserve_scheduler.figures"]
+    assert line.startswith("request r1: 4 + 4 tokens")
+    for phase in ("queue ", "reserve ", "prefill ", "KV 0.0 MiB in ", "hand-off ", "decode "):
+        assert phase in line
+    assert "length after attempt 1: p" in line
+    assert line.count("out of luck") == 2
+    assert scheduler.stats().failed_attempts == {"RemoteError": 2}
+    assert counts(scheduler)["request_attempts"] == 1
+
+
+async def test_a_failure_and_an_abort_are_counted_but_are_no_latencies(
+    make_scheduler, pair, ask, collect, caplog, until
+):
+    pair[0].fail["first"] = [RemoteError("out of luck")]
+    scheduler = await make_scheduler(*pair, max_attempts=1)
+    with pytest.raises(RequestFailed):
+        await collect(scheduler.submit(ask("bad")))
+    failed = scheduler.figures.records[-1]
+    assert (failed.finish_reason, failed.attempts[-1].error) == (None, "p0: out of luck")
+    assert "request bad" in caplog.text
+    assert "failed: attempt 1: p0: out of luck" in caplog.text
+    pair[1].hold = {"tokens"}
+    events = scheduler.submit(ask("left"))
+    await anext(events)
+    await events.aclose()
+    assert scheduler.figures.records[-1].finish_reason == "abort"
+    assert scheduler.stats().ended_requests == {"error": 1, "abort": 1}
+    assert set(counts(scheduler).values()) == {0}
+    pair[1].release()
+
+
+def test_messages_of_tokens_are_counted_by_the_time_between_them(ask, monkeypatch):
+    figures = Figures()
+    entry = ScheduledRequest(ask(), figures, submitted_s=0)
+    for now_s, index, tokens in [(1, 0, [5]), (1.004, 1, [6]), (1.03, 2, [7, 8, 9]), (1.031, 4, [9])]:
+        monkeypatch.setattr("hbserve_scheduler.request.time", SimpleNamespace(monotonic=lambda now_s=now_s: now_s))
+        entry.deliver(TokenEvent(index, tokens))
+    entry.count()
+    found = {
+        bound: n for bound, n in zip(figures.between_tokens.bounds, figures.between_tokens.counts, strict=False) if n
+    }
+    assert found == {0.005: 1, 0.05: 1}, "tokens that were there already are none"
+    assert figures.output_tokens == 5
+
+
+async def test_tokens_are_in_the_figures_while_their_request_still_runs(make_scheduler, pair, ask, collect):
+    scheduler = await make_scheduler(*pair)
+    pair[1].hold = {"done"}
+    events = scheduler.submit(ask(max_tokens=4))
+    while (await anext(events)).finish_reason is None:  # what comes faster than it is read comes together
+        pass
+    before = scheduler.stats()
+    assert (before.output_tokens, sum(before.histograms["inter_token_latency_seconds"].counts)) == (4, 3)
+    pair[1].release()
+    await collect(events)
+    after = scheduler.stats()
+    assert (after.output_tokens, sum(after.histograms["inter_token_latency_seconds"].counts)) == (4, 3)
+
+
+def test_snapshots_do_not_change_and_records_are_bounded():
+    figures = Figures()
+    before = figures.snapshot()
+    record = RequestRecord("r", 0, 4, 2, 0, 0, 0, [AttemptRecord(0.1, "h0", "h0")], 1, "stop", 0.2, 0.3)
+    for _ in range(MOST_RECORDS + 1):
+        figures.add(record)
+    assert len(figures.records) == MOST_RECORDS
+    assert not any(sum(each.counts) for each in before["histograms"].values())
+    assert sum(figures.snapshot()["histograms"]["e2e_request_latency_seconds"].counts) == MOST_RECORDS + 1
+    assert all(list(bounds) == sorted(set(bounds)) for bounds in BOUNDS.values())
