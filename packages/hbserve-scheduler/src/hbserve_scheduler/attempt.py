@@ -102,7 +102,7 @@ class Attempt:
                 instance.client.notify(END_CHOICE, EndChoice(self._request_id, choice))
 
         for each in self._entry.choices:
-            if each.ended:
+            if each.finish_reason is not None:
                 tell(each.choice)
         self._entry.on_choice_ended = tell
         try:
@@ -207,7 +207,7 @@ class Attempt:
             [*entry.output],
             grant_follows,
         )
-        with self._naming(instance):
+        with self._naming(instance), self._holding_ends():
             async with instance.client.stream(PREFILL, request) as events:
                 async for event in events:
                     if isinstance(event, TransferDone):
@@ -224,6 +224,16 @@ class Attempt:
             if not self._first_token.is_set():
                 raise RemoteError("ended the stream before the first token")
         self._placement.prefilled()
+
+    @contextlib.contextmanager
+    def _holding_ends(self) -> Iterator[None]:
+        self._entry.is_prefilling = True
+        try:
+            yield
+        finally:
+            self._entry.is_prefilling = False
+            if self._entry.finish_reason is None:
+                self._entry.tell_ends()
 
     async def _decode(self, instance: InstanceHandle, events: RpcStream[Granted | TokenEvent]) -> None:
         num_delivered = len(self._entry.output)

@@ -306,7 +306,7 @@ class CpuScheduler:
         try:
             async with asyncio.TaskGroup() as group:
                 for choice in entry.choices:
-                    if not choice.ended:
+                    if choice.finish_reason is None:
                         entry.hand_down(choice)
                         choice.task = group.create_task(follow(choice))
         except BaseExceptionGroup as several:

@@ -56,6 +56,8 @@ class ScheduledRequest:
     choice: int = 0
     """Its place among those of `parent`."""
     parent: "ScheduledRequest | None" = field(default=None, repr=False)
+    is_prefilling: bool = False
+    """What is known of the transfer is not complete: the ends of choices wait for that."""
     on_choice_ended: Callable[[int], None] | None = None
     """Told when one is ended from here, while an instance computes all of them."""
     _num_counted: int = 0
@@ -88,7 +90,7 @@ class ScheduledRequest:
         if self.choices:
             self._deliver_choice(event)
             return
-        if self.ended:
+        if self.ended or self.finish_reason is not None:
             return
         known = len(self.output) - event.index
         if known < 0:
@@ -143,23 +145,28 @@ class ScheduledRequest:
             self.finish_choice(choice, choice.finish_reason)
 
     def finish_choice(self, choice: "ScheduledRequest", reason: FinishReason) -> None:
-        """It has ended, well or not. The last one is told of when the request has ended too, as where it is alone."""
-        if all(each.ended for each in self.choices if each is not choice):
+        """It has ended, here or on its instance. The last one is told of when the request has ended too, as where it is
+        alone."""
+        choice.finish_reason = reason
+        if all(each.finish_reason is not None for each in self.choices):
             self.finish_reason = reason
-        elif not choice.ended:
-            self._tell_end(choice, reason)
+        elif not self.is_prefilling:
+            self.tell_ends()
 
-    def _tell_end(self, choice: "ScheduledRequest", reason: FinishReason) -> None:
-        if choice.task is None:
-            self.hand_down(choice)
-        choice.finish(reason)
+    def tell_ends(self) -> None:
+        """Of the choices that have ended."""
+        for choice in self.choices:
+            if choice.finish_reason is not None and not choice.ended:
+                if choice.task is None:
+                    self.hand_down(choice)
+                choice.finish(choice.finish_reason)
 
     def end_choice(self, number: int, reason: FinishReason) -> bool:
         """End one of several choices before its instances do. False: there is no such one, or it has ended."""
         if not 0 <= number < len(self.choices):
             return False
         choice = self.choices[number]
-        if choice.ended or choice.finish_reason is not None:
+        if choice.finish_reason is not None:
             return False
         self.finish_choice(choice, reason)
         if choice.task is not None:
@@ -251,8 +258,8 @@ class ScheduledRequest:
         self.ended = True
         self.finish_reason = reason
         for each in self.choices:
-            if not each.ended:
-                self._tell_end(each, each.finish_reason or reason)
+            each.finish_reason = each.finish_reason or reason
+        self.tell_ends()
         record = self.record()
         if self.parent is None:
             self.figures.add(record)

@@ -300,13 +300,13 @@ class GpuInstance:
             yield Granted(posted.grant, reservation.num_cached_tokens)
             assert self.runner is not None, "a ready instance has it"
             handover = await wait_for_kv(posted, inbox, request, self.runner.model_config.vocab_size)
-            first = handover.tokens_to_go_on
-            await self._thread.call(lambda engine: engine.activate(request.request_id, *first))
-            num_ended = first.count(None)
-            if num_ended == len(first):
+            if not handover.has_more:
                 for event in handover.events(len(request.output_token_ids)):
                     yield event
-            async for event in token_events(inbox, len(first) - num_ended):
+                return
+            first = handover.tokens_to_go_on
+            await self._thread.call(lambda engine: engine.activate(request.request_id, *first))
+            async for event in token_events(inbox, len(first) - first.count(None)):
                 yield event
         finally:
             self._end(self._end_decode(request.request_id, posted, num_blocks))

@@ -1,4 +1,4 @@
-"""What a client hears of the tokens of its request, as its engine's steps bring them."""
+"""Events of a request's tokens, as the steps of an engine bring these."""
 
 from collections.abc import AsyncIterator
 from collections.abc import Sequence as Ids
