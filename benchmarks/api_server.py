@@ -1,9 +1,12 @@
 """The OpenAI server alone: one process of it, beside a mock engine that costs nothing, streamed to by many clients.
 
-    python benchmarks/api_server.py                     256 streams: tokens/s, and what the server adds to TTFT
+    python benchmarks/api_server.py                     256 streams: as many tokens/s as are taken, and TTFT
+    python benchmarks/api_server.py --rate 25600        so many tokens/s are offered, in steps
     python benchmarks/api_server.py --cores 0 1         the server on core 0, engine and clients on core 1
 
 The engine is a process that speaks the instances' RPC, and gives each request a token as soon as the last one is taken.
+Where tokens come faster than the server sends them they wait together, and become fewer and larger events: both are
+said. Without --rate they do; offered at a rate that it keeps up with, each is an event of its own.
 "TTFT added": from writing a request to its first byte, where the engine takes no time; one client at a time, alone and
 then beside all the streams at 25 tokens/s each. The engine and the clients may be slower than the server: its processor
 time says what it alone could do.
@@ -67,17 +70,16 @@ async def serve_api(address: str) -> None:
     """The front end of `hbserve serve`, on an instance that it has not started."""
     from hbserve.demo_model import find_model_folder
     from hbserve.server.front_end import FrontEnd
-    from hbserve.tokenizer import load_tokenizer
-    from hbserve_scheduler import CpuScheduler
+    from hbserve_scheduler import CpuScheduler, SchedulerConfig, SchedulerServer
     from hbserve_scheduler.config import ServerSection
 
     folder = await find_model_folder(None)
-    front_end, scheduler = FrontEnd(ServerSection(port=0)), CpuScheduler(model_path=str(folder))
+    front_end = FrontEnd(ServerSection(port=0))
+    server = SchedulerServer(CpuScheduler(SchedulerConfig(port=0), model_path=str(folder)))
     await front_end.start()
-    await scheduler.start()
-    await scheduler.add_instance("mock-0", "hybrid", address)
-    await scheduler.wait_ready(60)
-    front_end.begin("demo", folder, scheduler, load_tokenizer(folder))
+    await server.start()
+    await server.scheduler.add_instance("mock-0", "hybrid", address)
+    await front_end.begin("demo", folder, server)
     print(front_end.url, flush=True)
     await asyncio.Event().wait()
 
@@ -106,15 +108,18 @@ def cpu_s(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-async def measure(pid: int, port: int, num_streams: int, num_tokens: int) -> None:
+async def measure(pid: int, port: int, num_streams: int, num_tokens: int, rate: float | None) -> None:
     await asyncio.gather(*(stream(port, 8, 0) for _ in range(num_streams)))  # first uses
+    ms_a_token = 0 if rate is None else max(1, round(1000 * num_streams / rate))
     began_s, used_s = time.perf_counter(), cpu_s(pid)
-    ends = await asyncio.gather(*(stream(port, num_tokens, 0) for _ in range(num_streams)))
+    ends = await asyncio.gather(*(stream(port, num_tokens, ms_a_token) for _ in range(num_streams)))
     took_s, used_s = time.perf_counter() - began_s, cpu_s(pid) - used_s
-    total = num_streams * num_tokens
-    print(f"{num_streams} streams of {num_tokens} tokens: {total / took_s:,.0f} tokens/s", end="")
-    num_events = sum(events for *_, events in ends)
-    print(f", {total / used_s:,.0f} per second of the server's processor time ({num_events:,} events)")
+    total, num_events = num_streams * num_tokens, sum(events for *_, events in ends)
+    print(
+        f"{num_streams} streams of {num_tokens} tokens: {total / took_s:,.0f} tokens/s, {used_s / took_s:.0%} of a core"
+    )
+    per_s = f"{total / used_s:,.0f} tokens and {num_events / used_s:,.0f} events"
+    print(f"for each second of the server's processor time {per_s} ({num_events:,} events in all)")
 
     async def idle() -> list[float]:
         return [(await stream(port, 2, 0))[0] for _ in range(50)]
@@ -142,6 +147,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--streams", type=int, default=256)
     parser.add_argument("--tokens", type=int, default=200)
+    parser.add_argument("--rate", type=float, help="tokens/s that are offered; without it, as many as are taken")
     parser.add_argument("--cores", type=int, nargs=2, metavar=("SERVER", "OTHERS"), help="cores to pin to")
     parser.add_argument("--role", choices=["engine", "api"], help=argparse.SUPPRESS)
     parser.add_argument("--address", default="", help=argparse.SUPPRESS)
@@ -158,7 +164,7 @@ def main() -> None:
             if other_core is not None:
                 os.sched_setaffinity(0, {other_core})
             port = int(url.rpartition(":")[2])
-            asyncio.run(measure(api.pid, port, arguments.streams, arguments.tokens))
+            asyncio.run(measure(api.pid, port, arguments.streams, arguments.tokens, arguments.rate))
         finally:
             for process in (api, engine):
                 process.kill()

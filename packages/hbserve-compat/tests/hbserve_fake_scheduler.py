@@ -165,6 +165,9 @@ class FakeScheduler:
         )
         return ServiceInfo(True, "/models/small", MAX_MODEL_LEN, [info])
 
+    async def fetch_stats(self) -> SchedulerStats:
+        return self.stats()
+
     def stats(self) -> SchedulerStats:
         instance = InstanceStats("h0", self.role, "ready", num_blocks=9)  # type: ignore[arg-type]
         return SchedulerStats(**self.figures.snapshot(), instances=[instance])
@@ -178,7 +181,7 @@ class FakeServer:
         self.tokenizer = tokenizer
         self.service = Service(ServerSection(**({"chat_template": TEMPLATE} | settings)))
         self.app = make_app(self.service)
-        self.service.begin("small", Path("/models/small"), self.scheduler, tokenizer)
+        self.service.begin("small", Path("/models/small"), self.scheduler, tokenizer, self.scheduler.fetch_stats)
         transport = httpx.ASGITransport(self.app, raise_app_exceptions=False)
         self.client = httpx.AsyncClient(transport=transport, base_url="http://test")
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from hbserve import host_cores, launcher
-from hbserve.launcher import InstanceProcess, instance_environment, instance_settings
+from hbserve import child_process, host_cores
+from hbserve.launcher import InstanceProcess, LocalInstances, instance_environment, instance_settings
 from hbserve_scheduler import convert
 
 
@@ -117,7 +117,7 @@ async def test_what_an_instance_logs_is_read_although_there_is_no_stderr_to_show
     process = InstanceProcess(settings([{}, {}])[0], lambda *_: None)
     child = "import sys; sys.stderr.write(('x' * 99 + chr(10)) * 2000 + 'last' + chr(10))"
     process._process = await asyncio.create_subprocess_exec(sys.executable, "-c", child, stderr=asyncio.subprocess.PIPE)
-    monkeypatch.setattr(launcher.sys, "stderr", stderr)
+    monkeypatch.setattr(child_process.sys, "stderr", stderr)
     async with asyncio.timeout(30):
         await process._pass_stderr_on()
         assert await process._process.wait() == 0
@@ -144,7 +144,7 @@ class Local:
         entry = {"instance_id": "d0", "instance_type": "hybrid"}
         self.deaths: asyncio.Queue[tuple[str, str]] = asyncio.Queue()
         self.given_up: asyncio.Queue[tuple[str, str]] = asyncio.Queue()
-        self.instances = launcher.LocalInstances(
+        self.instances = LocalInstances(
             convert({"gpu_instances": [entry]}), Path("/model"), log_level=log_level,
             on_death=lambda *what: self.deaths.put_nowait(what),
         )  # fmt: skip
@@ -166,8 +166,8 @@ async def local(monkeypatch):
     async def start_child(*_: str, **options: Any) -> asyncio.subprocess.Process:
         return await execute(sys.executable, "-c", CHILD, **options)
 
-    monkeypatch.setattr(launcher.asyncio, "create_subprocess_exec", start_child)
-    monkeypatch.setattr(launcher, "FIRST_RESTART_S", 0.001)
+    monkeypatch.setattr(child_process.asyncio, "create_subprocess_exec", start_child)
+    monkeypatch.setattr(child_process, "FIRST_RESTART_S", 0.001)
     made: list[Local] = []
 
     async def start(**settings: Any) -> Local:
@@ -227,7 +227,7 @@ async def test_a_death_before_all_were_ready_is_told_and_no_more(local):
 
 
 async def test_an_end_in_the_pause_before_a_restart_starts_nothing(local, monkeypatch):
-    monkeypatch.setattr(launcher, "FIRST_RESTART_S", 3600.0)
+    monkeypatch.setattr(child_process, "FIRST_RESTART_S", 3600.0)
     here = await local()
     here.restart_the_dead()
     here.kill()
@@ -240,8 +240,8 @@ async def test_an_end_in_the_pause_before_a_restart_starts_nothing(local, monkey
 
 def test_restarts_are_ever_rarer_and_bounded_until_a_life_was_long(monkeypatch):
     now_s = 100.0
-    monkeypatch.setattr(launcher.time, "monotonic", lambda: now_s)
-    restarts = launcher.Restarts()
+    monkeypatch.setattr(child_process.time, "monotonic", lambda: now_s)
+    restarts = child_process.Restarts()
     for _ in range(2):
         pauses_s = []
         while (pause_s := restarts.pause_s()) is not None:
@@ -249,4 +249,4 @@ def test_restarts_are_ever_rarer_and_bounded_until_a_life_was_long(monkeypatch):
             now_s += 10
             restarts.began()
         assert pauses_s == [0.5, 1.0, 2.0, 4.0, 8.0]
-        now_s += launcher.STEADY_S
+        now_s += child_process.STEADY_S

@@ -81,6 +81,12 @@ async def test_a_field_that_is_not_served_may_have_its_neutral_values_only(serve
     assert statuses <= {200, 400}, "a field of the other endpoint is ignored"
 
 
+async def test_the_most_tokens_of_a_chat_are_named_as_the_request_names_them(server):
+    for name in ("max_tokens", "max_completion_tokens"):
+        error = error_of(await server.chat(**{name: 0}), 400)
+        assert (error["param"], error["message"].partition("=")[0]) == (name, name)
+
+
 async def test_logprobs_are_bounded(server):
     assert error_of(await server.chat(logprobs=True, top_logprobs=21), 400)["param"] == "top_logprobs"
     assert error_of(await server.chat(top_logprobs=2), 400)["param"] == "top_logprobs"

@@ -1,6 +1,7 @@
-"""Clients of the OpenAI server that do not read their answers: a bound on what waits for them, and on how long."""
+"""Clients of the OpenAI server that do not read their answers, or do not end their requests, cost a bounded amount."""
 
 import asyncio
+import contextlib
 import json
 import socket
 from collections.abc import AsyncIterator, Callable
@@ -82,3 +83,26 @@ async def test_a_client_that_reads_nothing_for_long_loses_its_connection_and_its
         assert found.server.scheduler.num_abandoned == 1
         assert found.server.scheduler.num_given < NUM_STEPS * len(STEP)
         await until(lambda: not found.http._server.server_state.connections)
+
+
+HEADS = {
+    "one header without an end": b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nX-A: ",
+    "a path without an end": b"GET /",
+    "trailers without an end": b"POST /ping HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n0\r\nX-A: ",
+}
+
+
+@pytest.mark.parametrize("case", HEADS)
+async def test_a_request_that_does_not_end_is_cut_off(asking, case):
+    async with asking() as found:
+        reader, writer = await asyncio.open_connection(*found.http._socket.getsockname())
+        writer.write(HEADS[case])
+        num_sent = 0
+        with contextlib.suppress(ConnectionError):
+            while num_sent < 64 << 20 and not reader.at_eof():
+                writer.write(b"x" * (64 << 10))
+                num_sent += 64 << 10
+                await writer.drain()
+                await asyncio.sleep(0)
+        assert num_sent < 32 << 20, "the buffers of the connection hold some more than the bound"
+        writer.close()

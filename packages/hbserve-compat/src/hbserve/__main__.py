@@ -93,6 +93,7 @@ def serve(
     host: Annotated[str | None, typer.Option(help="Where the OpenAI server listens; 127.0.0.1.")] = None,
     port: Annotated[int | None, typer.Option(help="8000; 0 lets the system choose.")] = None,
     uds: Annotated[str | None, typer.Option(help="A Unix domain socket instead.")] = None,
+    api_servers: Annotated[int | None, typer.Option(help="Processes that serve the port; 1.")] = None,
     served_model_names: Annotated[
         list[str] | None, typer.Option("--served-model-name", help="May be repeated.")
     ] = None,

@@ -5,7 +5,6 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Coroutine
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,9 +13,9 @@ import msgspec
 
 from hbserve import demo_model
 from hbserve.demo_model import find_model_folder
+from hbserve.ending import Ending, together, unless
 from hbserve.launcher import QUIET_TORCH, LocalInstances, instance_settings
 from hbserve.pd_disagg.config import PdDisaggConfig
-from hbserve.tokenizer import load_tokenizer
 from hbserve_rpc import own_process
 from hbserve_scheduler import (
     ConfigError,
@@ -68,29 +67,33 @@ async def serve_all(args: ServeArgs) -> None:
     """
     config = args.deployment()
     sys.stderr.write(f"hbserve: starting {', '.join(each.instance_id for each in config.gpu_instances)}\n")
-    front_end = _front_end(config.server)
+    ending = Ending()
+    front_end = _front_end(config.server, args.log_level, ending)
     try:
         if front_end is not None:
             await front_end.start()
         folder = await find_model_folder(config.model.path)
-        await _Deployment(config, folder, front_end, args.log_level).run()
+        await _Deployment(config, folder, front_end, args.log_level, ending).run()
     finally:
         if front_end is not None:
             await front_end.stop()
 
 
-def _front_end(settings: ServerSection) -> "FrontEnd | None":
+def _front_end(settings: ServerSection, log_level: str, ending: Ending) -> "FrontEnd | None":
     if not settings.enabled:
         return None
     from hbserve.server.front_end import FrontEnd
+    from hbserve.server.front_ends import FrontEnds
 
-    return FrontEnd(settings)
+    return FrontEnd(settings) if settings.api_servers == 1 else FrontEnds(settings, log_level, ending.by_death)
 
 
 class _Deployment:
     """What `serve_all` runs, once the model's folder is there."""
 
-    def __init__(self, config: DeploymentConfig, folder: Path, front_end: "FrontEnd | None", log_level: str) -> None:
+    def __init__(
+        self, config: DeploymentConfig, folder: Path, front_end: "FrontEnd | None", log_level: str, ending: Ending
+    ) -> None:
         self._config = config
         self._folder = folder
         self._name = demo_model.NAME if config.model.path is None else folder.name
@@ -98,59 +101,50 @@ class _Deployment:
         self._scheduler = CpuScheduler(config.scheduler, model_path=str(folder))
         self._server = SchedulerServer(self._scheduler)
         self._instances = LocalInstances(config, folder, log_level=log_level, on_death=self._on_death)
-        self._stop = asyncio.Event()
-        """The first signal, or the end of an instance."""
-        self._at_once = asyncio.Event()
-        """A signal after that."""
+        self._ending = ending
         self._is_ready = False
-        self._deaths: list[str] = []
-        """Those that end it all."""
         self._background: set[asyncio.Task[None]] = set()
 
     def _on_death(self, instance_id: str, why: str) -> None:
-        """It is started again, once all were ready: see `LocalInstances`. Its requests go elsewhere meanwhile."""
+        """It is started again, once all were ready: see `ChildProcesses`. Its requests go elsewhere meanwhile."""
         if not self._is_ready:
-            self._on_given_up(instance_id, why)
+            self._ending.by_death(instance_id, why)
             return
-        task = asyncio.create_task(self._scheduler.instance_died(instance_id, why))
+        task = asyncio.create_task(self._server.instance_died(instance_id, why))
         self._background.add(task)
         task.add_done_callback(self._background.discard)
 
-    def _on_given_up(self, instance_id: str, why: str) -> None:
-        self._deaths.append(f"{instance_id}: {why}")
-        self._stop.set()
-
     def _on_signal(self, number: signal.Signals) -> None:
         logger.info("ending: %s", number.name)
-        (self._at_once if self._stop.is_set() else self._stop).set()
+        self._ending.tell()
 
     async def run(self) -> None:
-        """Serve until it is signalled, or an instance has ended and is not started again."""
+        """Serve until it is signalled, or a process has ended and is not started again."""
         with own_process.on_ending_signals(self._on_signal):
             try:
                 await self._server.start()
-                await _unless(self._stop, self._start())
-                await self._stop.wait()
-                if self._front_end is not None and not self._deaths:
-                    await _unless(self._at_once, self._front_end.drain())
+                await unless(self._ending.begun, self._start())
+                await self._ending.begun.wait()
+                if self._front_end is not None and not self._ending.deaths:
+                    await unless(self._ending.at_once, self._front_end.drain())
             finally:
                 await self._server.stop()
                 await self._instances.stop()
-        if self._deaths:
-            raise InstanceFailed(self._deaths[0])
+        if self._ending.deaths:
+            raise InstanceFailed(self._ending.deaths[0])
 
     async def _start(self) -> None:
         await self._instances.start()
         for process in self._instances.processes:
             await self._scheduler.add_instance(process.instance_id, process.role, process.address)
         logger.info("serving %s on %s", self._folder, self._server.address)
-        # Importing transformers takes long, and heartbeats go on meanwhile.
-        tokenizer = await asyncio.to_thread(load_tokenizer, self._folder) if self._front_end is not None else None
-        await self._scheduler.wait_ready(READY_TIMEOUT_S)
-        self._is_ready = True
-        self._instances.restart_the_dead(self._on_given_up)
+        beginning = [self._scheduler.wait_ready(READY_TIMEOUT_S)]
         if self._front_end is not None:
-            self._front_end.begin(self._name, self._folder, self._scheduler, tokenizer)
+            beginning.append(self._front_end.begin(self._name, self._folder, self._server))
+        await together(*beginning)
+        self._is_ready = True
+        self._instances.restart_the_dead(self._ending.by_death)
+        if self._front_end is not None:
             sys.stderr.write(self._how_to_ask(self._front_end))
 
     def _how_to_ask(self, front_end: "FrontEnd") -> str:
@@ -164,23 +158,6 @@ class _Deployment:
             f"OpenAI's API at {url}/v1, model {front_end.model_name!r}; a page to chat at {url}/\n"
             f"curl {url}/v1/chat/completions -H 'Content-Type: application/json' -d '{question}'\n"
         )
-
-
-async def _unless(stop: asyncio.Event, job: Coroutine[Any, Any, None]) -> None:
-    """Run a job to its end, or until `stop`."""
-    tasks = [asyncio.create_task(job), asyncio.create_task(_wait(stop))]
-    try:
-        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        if tasks[0].done():
-            tasks[0].result()
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-
-
-async def _wait(stop: asyncio.Event) -> None:
-    await stop.wait()
 
 
 async def serve_instance(path: Path, instance_id: str, log_level: str) -> None:

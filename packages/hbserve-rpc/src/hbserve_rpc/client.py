@@ -292,6 +292,9 @@ class RpcStream(AsyncIterator[R], Generic[R]):
         return self._items.popleft()
 
     async def _wait(self) -> None:
+        if self._timeout_s is None:  # for each token: without even an idle timer
+            await self._arrived.wait()
+            return
         try:
             async with asyncio.timeout(self._timeout_s):
                 await self._arrived.wait()

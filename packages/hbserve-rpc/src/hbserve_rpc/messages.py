@@ -109,6 +109,13 @@ class EndChoice(msgspec.Struct, frozen=True, tag=True):
     choice: int
 
 
+class InstanceDied(msgspec.Struct, frozen=True, tag=True):
+    """Known by whoever has started it: nobody need wait for its heartbeats to fail."""
+
+    instance_id: str
+    why: str
+
+
 class Aborted(msgspec.Struct, frozen=True, tag=True):
     found: bool
     """False: no such request, or it had ended."""
@@ -314,6 +321,7 @@ END_CHOICE: Notification[EndChoice] = Notification("instance.end_choice", EndCho
 SCHEDULER_INFO: Method[Empty, ServiceInfo] = Method("scheduler.info", Empty, ServiceInfo)
 SCHEDULER_STATS: Method[Empty, SchedulerStats] = Method("scheduler.stats", Empty, SchedulerStats)
 SCHEDULER_ABORT: Method[AbortRequest, Aborted] = Method("scheduler.abort", AbortRequest, Aborted)
+SCHEDULER_INSTANCE_DIED: Notification[InstanceDied] = Notification("scheduler.instance_died", InstanceDied)
 SCHEDULER_GENERATE: StreamMethod[GenerateRequest, ClientEvent] = StreamMethod(
     "scheduler.generate", GenerateRequest, ClientEvent
 )

@@ -120,6 +120,11 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     max_inflight_requests: Annotated[int, POSITIVE] = 512
     """Requests that may be with one hybrid instance."""
 
+    def shared_among(self, count: int) -> "SchedulerConfig":
+        """For each of so many schedulers of the same instances: all bounds together are about those of one."""
+        bounds = ("max_queue_size", "max_pending_reservations", "max_inflight_prefills", "max_inflight_requests")
+        return msgspec.structs.replace(self, **{name: -(-getattr(self, name) // count) for name in bounds})
+
 
 class ServerSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The OpenAI server of `hbserve serve`; docs/openai-server.md says what it serves."""
@@ -131,6 +136,8 @@ class ServerSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     """0 lets the OS choose."""
     uds: str | None = None
     """Path of a Unix domain socket, in place of `host` and `port`."""
+    api_servers: Annotated[int, Bounds(1, 64)] = 1
+    """Processes that serve this address, each with a scheduler of its own over the same instances."""
     root_path: str = ""
     """Path under which a proxy shows the server."""
     served_model_names: list[str] = []

@@ -8,12 +8,14 @@ from hbserve_rpc.messages import (
     SCHEDULER_ABORT,
     SCHEDULER_GENERATE,
     SCHEDULER_INFO,
+    SCHEDULER_INSTANCE_DIED,
     SCHEDULER_STATS,
     AbortRequest,
     ClientEvent,
     Empty,
     FinishReason,
     GenerateRequest,
+    InstanceDied,
     InstanceInfo,
     SchedulerStats,
     ServiceInfo,
@@ -78,6 +80,10 @@ class RemoteScheduler:
         request = AbortRequest(request_id, reason, choice)
         reply = await self._client.call(SCHEDULER_ABORT, request, timeout_s=CALL_TIMEOUT_S)
         return reply.found
+
+    def instance_died(self, instance_id: str, why: str) -> None:
+        """As `CpuScheduler.instance_died`; nothing says when it has heard."""
+        self._client.notify(SCHEDULER_INSTANCE_DIED, InstanceDied(instance_id, why))
 
     async def fetch_stats(self) -> SchedulerStats:
         return await self._client.call(SCHEDULER_STATS, Empty(), timeout_s=CALL_TIMEOUT_S)

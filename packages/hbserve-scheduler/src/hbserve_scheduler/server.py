@@ -9,29 +9,38 @@ from hbserve_rpc.messages import (
     SCHEDULER_ABORT,
     SCHEDULER_GENERATE,
     SCHEDULER_INFO,
+    SCHEDULER_INSTANCE_DIED,
     SCHEDULER_STATS,
     Aborted,
     AbortRequest,
     ClientEvent,
     Empty,
     GenerateRequest,
+    InstanceDied,
     SchedulerStats,
     ServiceInfo,
 )
 from hbserve_scheduler.cpu_scheduler import CpuScheduler
+from hbserve_scheduler.siblings import Siblings
 
 logger = logging.getLogger(__name__)
 
 
 class SchedulerServer:
-    """Starts and stops with its scheduler. A client that goes away aborts its requests."""
+    """Starts and stops with its scheduler. A client that goes away aborts its requests.
+
+    Its figures are those of its scheduler and of `siblings` together, and whoever aborts a request need not know which
+    of them has it.
+    """
 
     def __init__(self, scheduler: CpuScheduler) -> None:
         self.scheduler = scheduler
+        self.siblings = Siblings()
         self._server = RpcServer(scheduler.config.host, scheduler.config.port, drops_closed=True)
         self._server.serve(SCHEDULER_INFO, self._info)
         self._server.serve(SCHEDULER_STATS, self._stats)
         self._server.serve(SCHEDULER_ABORT, self._abort)
+        self._server.serve_notification(SCHEDULER_INSTANCE_DIED, self._instance_died)
         self._server.serve_stream(SCHEDULER_GENERATE, self._generate)
 
     @property
@@ -45,6 +54,7 @@ class SchedulerServer:
 
     async def stop(self) -> None:
         await self._server.stop()
+        await self.siblings.close()
         await self.scheduler.stop()
 
     async def serve_until(self, stop: asyncio.Event) -> None:
@@ -59,12 +69,26 @@ class SchedulerServer:
     async def _info(self, _: Empty) -> ServiceInfo:
         return self.scheduler.info()
 
+    async def stats(self) -> SchedulerStats:
+        """Of the scheduler and its siblings, as of the instances' last heartbeats."""
+        return await self.siblings.total(self.scheduler.stats())
+
     async def _stats(self, _: Empty) -> SchedulerStats:
         await self.scheduler.refresh()
-        return self.scheduler.stats()
+        return await self.stats()
 
     async def _abort(self, request: AbortRequest) -> Aborted:
-        return Aborted(await self.scheduler.abort(request.request_id, request.reason, request.choice))
+        asked = request.request_id, request.reason, request.choice
+        return Aborted(await self.scheduler.abort(*asked) or await self.siblings.abort(*asked))
+
+    async def instance_died(self, instance_id: str, why: str) -> None:
+        """As `CpuScheduler.instance_died`, for the siblings too. One that is not known is passed over."""
+        self.siblings.instance_died(instance_id, why)
+        if instance_id in self.scheduler.fleet.handles:
+            await self.scheduler.instance_died(instance_id, why)
+
+    async def _instance_died(self, news: InstanceDied) -> None:
+        await self.instance_died(news.instance_id, news.why)
 
     async def _generate(self, request: GenerateRequest) -> AsyncIterator[ClientEvent]:
         events = self.scheduler.submit(request)

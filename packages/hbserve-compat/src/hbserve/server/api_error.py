@@ -91,8 +91,9 @@ def renamed(names: Mapping[str, str]) -> Iterator[None]:
         known = as_api_error(error)
         if known is None or known.param is None or known.param not in names:
             raise
-        name = names[known.param]
-        message = name + known.message.removeprefix(known.param)
+        name, message = names[known.param], known.message
+        if message.startswith(known.param):
+            message = name + message.removeprefix(known.param)
         raise ApiError(known.status, message, param=name, code=known.code, headers=known.headers) from error
 
 

@@ -1,29 +1,36 @@
 """The OpenAI server of one deployment, from its socket to its end."""
 
+import asyncio
 import logging
+from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any
 
 from hbserve.server.app import make_app
 from hbserve.server.http_server import HttpServer
-from hbserve.server.service import Service, ServingScheduler
+from hbserve.server.service import Service
+from hbserve.tokenizer import load_tokenizer
+from hbserve_rpc.messages import SchedulerStats
+from hbserve_scheduler import SchedulerServer
 from hbserve_scheduler.config import ServerSection
 
 logger = logging.getLogger(__name__)
+
+READY_TIMEOUT_S = 600.0
+"""Until every instance has loaded its model."""
 
 
 class FrontEnd:
     """Answers 503 from `start` on, requests from `begin` on, and after `drain` only those that have begun."""
 
-    def __init__(self, settings: ServerSection) -> None:
-        """Binds the address.
+    def __init__(self, settings: ServerSection, *, shares_port: bool = False) -> None:
+        """Binds the address, unless it shares that with others.
 
         Raises:
             AddressInUse: it belongs to another process.
             ConfigError: a file that the settings name cannot be used, or the address cannot be bound.
         """
         self._service = Service(settings)
-        self._http = HttpServer(settings, make_app(self._service))
+        self._http = HttpServer(settings, make_app(self._service), shares_port=shares_port)
 
     @property
     def url(self) -> str:
@@ -37,9 +44,24 @@ class FrontEnd:
     async def start(self) -> None:
         await self._http.start()
 
-    def begin(self, name: str, folder: Path, scheduler: ServingScheduler, tokenizer: Any) -> None:
-        """Serve the model that is in a folder, by a scheduler whose instances are ready."""
-        self._service.begin(name, folder, scheduler, tokenizer)
+    async def begin(
+        self,
+        name: str,
+        folder: Path,
+        server: SchedulerServer,
+        fetch_stats: Callable[[], Awaitable[SchedulerStats]] | None = None,
+    ) -> None:
+        """Serve the model that is in a folder, by the scheduler of a server, when its instances are ready.
+
+        fetch_stats: figures of the deployment; without it those of the server are.
+
+        Raises:
+            BrokenTokenizer, InstanceFailed, NotReady.
+        """
+        # Importing transformers takes long, and heartbeats go on meanwhile.
+        tokenizer = await asyncio.to_thread(load_tokenizer, folder)
+        await server.scheduler.wait_ready(READY_TIMEOUT_S)
+        self._service.begin(name, folder, server.scheduler, tokenizer, fetch_stats or server.stats)
 
     async def drain(self) -> None:
         """Refuse requests, and wait until those that are answered have their answers, or `drain_timeout_s` are over."""

@@ -78,7 +78,6 @@ def _text_of(model: ServedModel, given: str | list[int], token_ids: list[int]) -
 async def _chat(reply: Reply, service: Service, model: ServedModel, body: ChatBody, head: dict[str, Any]) -> None:
     n = num_choices(body, 1)
     prompt = await chat_prompt(service, model, body)
-    params = sampling_params(body, model.room_for(prompt.token_ids))
     choices = ChatChoices(
         TokenNames(model.encoder.tokenizer),
         prompt.token_ids,
@@ -87,7 +86,7 @@ async def _chat(reply: Reply, service: Service, model: ServedModel, body: ChatBo
         with_token_ids=bool(body.return_token_ids),
         num_top_logprobs=body.top_logprobs or 0,
     )
-    await _answer(reply, service, model, body, head, choices, [prompt.token_ids], [params], n)
+    await _answer(reply, service, model, body, head, choices, [prompt.token_ids], [prompt.params], n)
 
 
 async def _answer(

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import uvicorn
 from starlette.types import ASGIApp
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from hbserve_rpc import AddressInUse, format_address
 from hbserve_rpc.address import is_wildcard
@@ -26,8 +27,36 @@ logging.getLogger("uvicorn").setLevel(logging.WARNING)  # of its own beginning a
 KEEP_ALIVE_S = 120
 """More than proxies have, so that it is they who close: else a request meets a connection that is being closed."""
 BACKLOG = 2048
+MOST_HEAD_BYTES = 1 << 20
+TOO_LARGE = b"HTTP/1.1 431 Request Header Fields Too Large\r\nconnection: close\r\ncontent-length: 0\r\n\r\n"
 STALL_TIMEOUT_S = 60.0
 """A client that reads nothing for so long, of what waits for it, loses its connection."""
+
+
+class _Protocol(HttpToolsProtocol):
+    """Bounds what httptools does not: the head of a request, and what may follow its body."""
+
+    num_unbounded = 0
+    """Bytes since anything of a request was complete, or of its body, which has a bound of its own."""
+
+    def data_received(self, data: bytes) -> None:
+        self.num_unbounded += len(data)
+        super().data_received(data)
+        if self.num_unbounded > MOST_HEAD_BYTES and not self.transport.is_closing():
+            self.transport.write(TOO_LARGE)
+            self.transport.close()
+
+    def on_headers_complete(self) -> None:
+        self.num_unbounded = 0
+        super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        self.num_unbounded = 0
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        self.num_unbounded = 0
+        super().on_message_complete()
 
 
 class _Uvicorn(uvicorn.Server):
@@ -49,8 +78,8 @@ class _Uvicorn(uvicorn.Server):
 class HttpServer:
     """Serves an application from `start` to `stop`."""
 
-    def __init__(self, settings: ServerSection, app: ASGIApp) -> None:
-        """Binds the address.
+    def __init__(self, settings: ServerSection, app: ASGIApp, *, shares_port: bool = False) -> None:
+        """Binds the address; one that shares it with others, and so need not fear that it is taken, when it starts.
 
         Raises:
             AddressInUse: it belongs to another process.
@@ -59,7 +88,7 @@ class HttpServer:
         self._settings = settings
         self._app = app
         _check_certificate(settings)
-        self._socket = _bound(settings)
+        self._socket = None if shares_port else _bound(settings)
         self._server: _Uvicorn | None = None
         self._serving: asyncio.Task[None] | None = None
         self._watching: asyncio.Task[None] | None = None
@@ -70,17 +99,24 @@ class HttpServer:
         scheme = "http" if self._settings.ssl_certfile is None else "https"
         if self._settings.uds is not None:
             return f"{scheme}+unix://{self._settings.uds}"
-        host, port = self._socket.getsockname()[:2]
+        host, port = self.port_holder.getsockname()[:2]
         if is_wildcard(host):
             host = "::1" if ":" in host else "127.0.0.1"
         return f"{scheme}://{format_address(host, port)}{self._settings.root_path.rstrip('/')}"
 
+    @property
+    def port_holder(self) -> socket.socket:
+        """The socket that is bound, from the beginning or, where it shares the port, from `start` on."""
+        assert self._socket is not None
+        return self._socket
+
     async def start(self) -> None:
         """Accept connections from now on."""
+        self._socket = self._socket or _sharing(self._settings.host, self._settings.port)
         config = uvicorn.Config(
             self._app,
             loop="none",
-            http="httptools",
+            http=_Protocol,
             ws="none",
             lifespan="off",
             log_config=None,
@@ -88,6 +124,7 @@ class HttpServer:
             server_header=False,
             root_path=self._settings.root_path.rstrip("/"),
             timeout_keep_alive=KEEP_ALIVE_S,
+            backlog=BACKLOG,
             ssl_keyfile=self._settings.ssl_keyfile,
             ssl_certfile=self._settings.ssl_certfile,
         )
@@ -140,7 +177,8 @@ class HttpServer:
                 task.cancel()
             await asyncio.gather(*self._server.server_state.tasks, return_exceptions=True)
             await self._serving
-        self._socket.close()
+        if self._socket is not None:
+            self._socket.close()
         if self._settings.uds is not None:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(self._settings.uds)
@@ -168,6 +206,22 @@ def _bound(settings: ServerSection) -> socket.socket:
             problem = f"{address} is in use: give another server.port or --port, or 0 to let the system choose"
             raise AddressInUse(problem) from None
         raise ConfigError(f"server.host={settings.host!r}: {address} cannot be bound: {error.strerror}") from None
+
+
+def _sharing(host: str, port: int) -> socket.socket:
+    """One more socket of a port whose others share it too: the system gives each connection to one that listens."""
+    found = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    if found.family == socket.AF_INET6:
+        found.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+    found.bind((host, port))
+    return found
+
+
+def held_for_others(first: socket.socket) -> socket.socket:
+    """Hold the port of a socket that nobody else may have had, for those who share it. Nothing connects to this one."""
+    first.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    return _sharing(*first.getsockname()[:2])
 
 
 def _bound_to_path(path: Path) -> socket.socket:

@@ -57,16 +57,18 @@ OF_VLLM = ["model_name", "engine"]
 
 async def show_metrics(request: Request) -> Response:
     service: Service = request.app.state.service
+    stats = None if service.model is None else await service.model.fetch_stats()
     registry = CollectorRegistry()
-    registry.register(_Snapshot(service))
+    registry.register(_Snapshot(service, stats))
     return Response(generate_latest(registry), media_type=CONTENT_TYPE)
 
 
 class _Snapshot(Collector):
     """What the service says of itself at one scrape."""
 
-    def __init__(self, service: Service) -> None:
+    def __init__(self, service: Service, stats: SchedulerStats | None) -> None:
         self._service = service
+        self._stats = stats
 
     def describe(self) -> list[Metric]:
         return []  # the registry would collect once more to learn the names
@@ -75,11 +77,10 @@ class _Snapshot(Collector):
         model = self._service.model
         is_up = model is not None and not self._service.draining
         yield GaugeMetricFamily("hbserve:up", "1 while new requests are taken.", value=int(is_up))
-        if model is not None:
-            stats = model.scheduler.stats()
-            yield from _of_requests(stats)
-            yield from _of_instances(stats.instances)
-            yield from _Aliases(model, stats).metrics()
+        if model is not None and self._stats is not None:
+            yield from _of_requests(self._stats)
+            yield from _of_instances(self._stats.instances)
+            yield from _Aliases(model, self._stats).metrics()
 
 
 def _of_requests(stats: SchedulerStats) -> Iterator[Metric]:

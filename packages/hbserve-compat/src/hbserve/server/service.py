@@ -1,6 +1,7 @@
 """State that all endpoints share: the settings, and what is served, once it is there."""
 
 import time
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -42,6 +43,8 @@ class ServedModel:
     folder: str
     scheduler: ServingScheduler
     encoder: Encoder
+    fetch_stats: Callable[[], Awaitable[SchedulerStats]]
+    """Of all schedulers of the deployment, of which `scheduler` may be one."""
     created: int
     """Seconds since the epoch."""
 
@@ -100,11 +103,18 @@ class Service:
         settings = self.settings.default_chat_template_kwargs | given
         return settings | {"add_generation_prompt": add_generation_prompt is not False}
 
-    def begin(self, name: str, folder: Path, scheduler: ServingScheduler, tokenizer: Any) -> None:
+    def begin(
+        self,
+        name: str,
+        folder: Path,
+        scheduler: ServingScheduler,
+        tokenizer: Any,
+        fetch_stats: Callable[[], Awaitable[SchedulerStats]],
+    ) -> None:
         """Serve a model from now on, under this name unless the settings have others."""
-        template = _template(self.settings.chat_template)
+        encoder = Encoder(tokenizer, _template(self.settings.chat_template))
         names = self.settings.served_model_names or [name]
-        self.model = ServedModel(names, str(folder), scheduler, Encoder(tokenizer, template), int(time.time()))
+        self.model = ServedModel(names, str(folder), scheduler, encoder, fetch_stats, int(time.time()))
 
     def close(self) -> None:
         if self.model is not None:

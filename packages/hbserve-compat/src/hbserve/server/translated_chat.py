@@ -10,7 +10,6 @@ from hbserve.server.api_error import ApiError, renamed
 from hbserve.server.chat_prompt import ChatPrompt, chat_prompt
 from hbserve.server.message_parts import MessageParts
 from hbserve.server.request_fields import ChatBody, require_served
-from hbserve.server.sampling import sampling_params
 from hbserve.server.service import ServedModel, Service
 from hbserve_rpc.plain_values import plain_text, shown
 
@@ -42,8 +41,7 @@ class TranslatedChat:
         prompt = await self.prompt(service, model)
         answer_format = make_format(prompt.token_ids, prompt.make_parts())
         with renamed(self.names):
-            params = sampling_params(self.body, model.room_for(prompt.token_ids))
-            async with Answers(model, [prompt.token_ids], [params]) as answers:
+            async with Answers(model, [prompt.token_ids], [prompt.params]) as answers:
                 await reply.answer(answers, answer_format, streamed=bool(self.body.stream))
 
 

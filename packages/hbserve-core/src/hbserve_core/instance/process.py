@@ -14,15 +14,14 @@ import json
 import logging
 import os
 import sys
-import threading
 
 import msgspec
 
 from hbserve_core.config import InstanceConfig
 from hbserve_core.errors import InstanceFailed
 from hbserve_core.instance.gpu_instance import GpuInstance
-from hbserve_core.parent_watch import when_parent_ends
 from hbserve_rpc import own_process
+from hbserve_rpc.parent_watch import when_launcher_ends
 
 logger = logging.getLogger(__name__)
 
@@ -76,17 +75,7 @@ async def _serve(instance: GpuInstance, stop: asyncio.Event) -> None:
 async def _serve_launcher(config: InstanceConfig) -> None:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
-
-    def end() -> None:
-        loop.call_soon_threadsafe(stop.set)
-
-    def watch() -> None:
-        sys.stdin.buffer.read()
-        end()
-
-    when_parent_ends(end)
-    # A daemon: nothing can wake it from its read, so the process must not wait for it.
-    threading.Thread(target=watch, name="launcher-watch", daemon=True).start()
+    when_launcher_ends(lambda: loop.call_soon_threadsafe(stop.set))
     await run_instance(config, announce=True, stop=stop)
 
 

@@ -20,12 +20,12 @@ from hbserve_core.engine.runner import PendingStep, Runner
 from hbserve_core.errors import HBServeCoreError, RankFailed
 from hbserve_core.model.loaded_model import choose_device
 from hbserve_core.model.shard import Shard
-from hbserve_core.parent_watch import when_parent_ends
 from hbserve_core.ranks.distributed_group import DistributedRankGroup, reach_store
 from hbserve_core.ranks.make_runner import make_rank_runner
 from hbserve_core.ranks.step_message import StepReader
 from hbserve_core.ranks.worker_protocol import END_TIMEOUT_S, REPORT_INTERVAL_S, RankReport, RankSettings
 from hbserve_rpc import own_process
+from hbserve_rpc.parent_watch import when_parent_ends
 
 logger = logging.getLogger(__name__)
 

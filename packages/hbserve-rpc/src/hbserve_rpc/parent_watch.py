@@ -5,6 +5,7 @@ The end of stdin says it too, but late where somebody else has its other end: wh
 
 import os
 import select
+import sys
 import threading
 from collections.abc import Callable
 
@@ -23,3 +24,15 @@ def when_parent_ends(call: Callable[[], object]) -> None:
         call()
 
     threading.Thread(target=wait, name="parent-watch", daemon=True).start()
+
+
+def when_launcher_ends(call: Callable[[], object]) -> None:
+    """The same, and also when stdin ends, which it does not before. The call may come twice."""
+
+    def wait() -> None:
+        sys.stdin.buffer.read()
+        call()
+
+    when_parent_ends(call)
+    # A daemon: nothing can wake it from its read, so the process must not wait for it.
+    threading.Thread(target=wait, name="launcher-watch", daemon=True).start()

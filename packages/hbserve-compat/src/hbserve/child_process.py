@@ -1,0 +1,323 @@
+"""A program of this workspace as a child process: its settings, its address, its words, its death and its end."""
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import signal
+import sys
+import time
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Generic, TypeVar
+
+from hbserve_scheduler import InstanceFailed
+
+logger = logging.getLogger(__name__)
+
+START_TIMEOUT_S = 120.0
+"""Until a process has bound its address: it imports torch before."""
+STOP_TIMEOUT_S = 20.0
+KILL_TIMEOUT_S = 5.0
+"""As STOP_TIMEOUT_S, where no event loop is there to wait in."""
+MOST_RESTARTS = 5
+"""In a row, after lives shorter than STEADY_S each."""
+FIRST_RESTART_S, LONGEST_RESTART_S = 0.5, 30.0
+"""Pause before the first of them; each is twice as long as the one before."""
+STEADY_S = 60.0
+
+
+class Restarts:
+    """When a process that has died is started again: after ever longer pauses, and only so often in a row."""
+
+    def __init__(self) -> None:
+        self.number = 0
+        """In a row."""
+        self._began_s = time.monotonic()
+
+    def began(self) -> None:
+        """It has been started."""
+        self._began_s = time.monotonic()
+
+    def pause_s(self) -> float | None:
+        """Of the restart that is due now; None: it has died too often."""
+        if time.monotonic() - self._began_s >= STEADY_S:
+            self.number = 0
+        if self.number >= MOST_RESTARTS:
+            return None
+        self.number += 1
+        return float(min(FIRST_RESTART_S * 2 ** (self.number - 1), LONGEST_RESTART_S))
+
+
+class ChildProcess:
+    """A program of this workspace that this process has started, and ends. May be started again after its death.
+
+    It reads its settings from stdin, as one line of JSON, says in one on stdout at which address it serves, and ends by
+    SIGTERM, or when stdin ends.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        module: str,
+        settings: Callable[[], bytes],
+        environment: Mapping[str, str],
+        on_death: Callable[[str, str], None],
+        *,
+        start_timeout_s: float = START_TIMEOUT_S,
+    ) -> None:
+        """`settings`: JSON without a line break, asked for at each start."""
+        self.name = name
+        self.address = ""
+        self.restarts = Restarts()
+        self._module = module
+        self._settings = settings
+        self._environment = environment
+        self._on_death = on_death
+        self._start_timeout_s = start_timeout_s
+        self._last_lines: deque[str] = deque(maxlen=5)
+        self._process: asyncio.subprocess.Process | None = None
+        self._killing: weakref.finalize[Any, Any] | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+        self._stopping = False
+
+    async def start(self) -> None:
+        """Start it and wait until it serves.
+
+        Raises:
+            InstanceFailed: it ended first, with its own words, or was too slow.
+        """
+        self.restarts.began()
+        self._last_lines.clear()
+        if self._killing is not None:  # of its life before
+            self._killing.detach()
+        self._process = await asyncio.create_subprocess_exec(
+            # Not `-m` alone: a file of the caller's folder, random.py for example, would be imported as a library.
+            sys.executable,
+            "-P",
+            "-m",
+            self._module,
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+            # A Ctrl-C is for us; we end the children in order. They also end when their stdin does.
+            start_new_session=True,
+            env=self._environment,
+        )
+        # If nobody stops it: the object is collected, its event loop has ended, or the interpreter ends.
+        self._killing = weakref.finalize(self, _end_unattended, self._process, os.getpid())
+        stdin, stdout = self._process.stdin, self._process.stdout
+        assert stdin is not None
+        assert stdout is not None
+        self._tasks = [asyncio.create_task(self._pass_stderr_on())]
+        stdin.write(self._settings() + b"\n")
+        self.address = await self._read_address(stdout)
+        self._tasks.append(asyncio.create_task(self._watch()))
+
+    async def _read_address(self, stdout: asyncio.StreamReader) -> str:
+        assert self._process is not None
+        try:
+            async with asyncio.timeout(self._start_timeout_s):
+                line = await stdout.readline()
+        except TimeoutError:
+            self._process.kill()
+            await self._process.wait()
+            raise InstanceFailed(f"{self.name} does not serve within {self._start_timeout_s:.0f} s") from None
+        if not line:
+            await self._process.wait()
+            await asyncio.gather(*self._tasks)
+            raise InstanceFailed(f"{self.name} did not start: {self._why()}")
+        try:
+            return str(json.loads(line)["address"])
+        except (ValueError, KeyError):
+            raise InstanceFailed(f"{self.name} began with {line!r} instead of its address") from None
+
+    async def stop(self) -> None:
+        """End it: politely, then by force, at once if this is cancelled. Leaves nothing behind."""
+        self._stopping = True
+        if self._process is not None:
+            assert self._process.stdin is not None
+            self._process.stdin.close()  # a second word for one that has heard SIGTERM before, and takes its time
+            self._tell_to_end(self._process)
+            try:
+                async with asyncio.timeout(STOP_TIMEOUT_S):
+                    await self._process.wait()
+            except TimeoutError:
+                logger.warning("%s did not end within %.0f s; killed", self.name, STOP_TIMEOUT_S)
+                self._process.kill()
+                await self._process.wait()
+            except BaseException:
+                with contextlib.suppress(ProcessLookupError):
+                    self._process.kill()
+                raise
+            if self._killing is not None:
+                self._killing.detach()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def drain(self) -> None:
+        """SIGTERM, and then time: wait until it has ended by itself."""
+        self._stopping = True
+        if self._process is not None:
+            self._tell_to_end(self._process)
+            await self._process.wait()
+
+    @staticmethod
+    def _tell_to_end(process: asyncio.subprocess.Process) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            process.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        """`stop` where its event loop does not run any more."""
+        if self._killing is not None:
+            self._killing()
+
+    @property
+    def pid(self) -> int | None:
+        """None: it was not started."""
+        return None if self._process is None else self._process.pid
+
+    async def _pass_stderr_on(self) -> None:
+        assert self._process is not None
+        assert self._process.stderr is not None
+        while True:
+            try:
+                line = await self._process.stderr.readline()
+            except ValueError:  # longer than the reader's limit; the child must not block on a full pipe for it
+                continue
+            if not line:
+                return
+            text = line.decode(errors="replace").rstrip()
+            self._last_lines.append(text)
+            if text.startswith(f"{self.name}: "):
+                continue  # why it ends, in its own words: whoever hears of the end hears that too
+            _tell(f"[{self.name}] {text}\n")
+
+    async def _watch(self) -> None:
+        assert self._process is not None
+        await self._process.wait()
+        if not self._stopping:
+            await asyncio.gather(self._tasks[0])
+            self._on_death(self.name, f"its process has ended ({self._why()})")
+
+    def _why(self) -> str:
+        assert self._process is not None
+        status = self._process.returncode or 0
+        if status == -signal.SIGKILL:  # it could say nothing itself: its last words are about something else
+            return "signal SIGKILL, from somebody or from the system when memory ran out"
+        how = f"signal {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
+        return f"{how}: {self._last_lines[-1]}" if self._last_lines else how
+
+
+def _tell(line: str) -> None:
+    # There may be no stderr, its reader may be gone, or it is an object of the caller's, perhaps closed by now. Reading
+    # goes on: a child must not block on a full pipe.
+    with contextlib.suppress(Exception):
+        sys.stderr.write(line)
+
+
+def kill_children(pids: Sequence[int]) -> None:
+    """End child processes without an event loop. One that has ended, or is another process's child, is passed over."""
+    for number, timeout_s in ((signal.SIGTERM, KILL_TIMEOUT_S), (signal.SIGKILL, KILL_TIMEOUT_S)):
+        for pid in filter(_is_running, pids):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+        deadline_s = time.monotonic() + timeout_s
+        while any(map(_is_running, pids)) and time.monotonic() < deadline_s:
+            time.sleep(0.01)
+
+
+def _end_unattended(process: asyncio.subprocess.Process, parent: int) -> None:
+    if os.getpid() != parent:  # a fork, whose event loop shares its selector with that of the parent: touch nothing
+        return
+    kill_children([process.pid])
+    # asyncio cannot close the pipes by itself any more if its event loop has ended, and would say so.
+    with contextlib.suppress(RuntimeError):
+        process._transport.close()  # type: ignore[attr-defined]
+
+
+def _is_running(pid: int) -> bool:
+    """Whether it is a child of this process that has not ended. Whoever waits for its end is left to hear of it."""
+    try:
+        return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
+    except ChildProcessError:
+        return False
+
+
+P = TypeVar("P", bound=ChildProcess)
+
+
+class ChildProcesses(Generic[P]):
+    """All child processes of one kind. Those that die after `restart_the_dead` was called are started again."""
+
+    def __init__(
+        self, make: Iterable[Callable[[Callable[[str, str], None]], P]], on_death: Callable[[str, str], None]
+    ) -> None:
+        """`make`: makes each, of what it calls at its death.
+
+        on_death: called with the name of one that has died, and why; also if it is started again.
+        """
+        self.processes = [each(self._died) for each in make]
+        self._on_death = on_death
+        self._on_given_up: Callable[[str, str], None] | None = None
+        self._restarting: set[asyncio.Task[None]] = set()
+
+    def restart_the_dead(self, on_given_up: Callable[[str, str], None]) -> None:
+        """From now on. Not before all are ready for the first time: what keeps them from starting is told at once.
+
+        on_given_up: called, as `on_death`, when one dies again and again, and is not started any more.
+        """
+        self._on_given_up = on_given_up
+
+    def _died(self, name: str, why: str) -> None:
+        self._on_death(name, why)
+        if self._on_given_up is not None:
+            process = next(each for each in self.processes if each.name == name)
+            task = asyncio.create_task(self._restart(process, why, self._on_given_up))
+            self._restarting.add(task)
+            task.add_done_callback(self._restarting.discard)
+
+    async def _restart(self, process: P, why: str, on_given_up: Callable[[str, str], None]) -> None:
+        name = process.name
+        while (pause_s := process.restarts.pause_s()) is not None:
+            number = f"restart {process.restarts.number} of at most {MOST_RESTARTS} in a row"
+            logger.warning("%s: %s; %s, in %.1f s", name, why, number, pause_s)
+            await asyncio.sleep(pause_s)
+            try:
+                await process.start()
+            except InstanceFailed as error:
+                why = str(error)
+            else:
+                logger.warning("%s was started again", name)
+                return
+        on_given_up(name, f"{why}; it was started {MOST_RESTARTS} times again, and is given up")
+
+    async def start(self) -> None:
+        """Start all at once. Raises InstanceFailed; `stop` is to be called then too."""
+        results = await asyncio.gather(*(process.start() for process in self.processes), return_exceptions=True)
+        for result in results:
+            if isinstance(result, BaseException):
+                raise result
+
+    async def drain(self) -> None:
+        """Tell all to end, and wait until they have by themselves."""
+        await self._end_restarts()
+        await asyncio.gather(*(process.drain() for process in self.processes))
+
+    async def stop(self) -> None:
+        await self._end_restarts()
+        await asyncio.gather(*(process.stop() for process in self.processes))
+
+    async def _end_restarts(self) -> None:
+        self._on_given_up = None
+        restarting = list(self._restarting)
+        for task in restarting:
+            task.cancel()
+        await asyncio.gather(*restarting, return_exceptions=True)
+
+    def kill(self) -> None:
+        """`stop` where the event loop that started them does not run any more. Waits for their end."""
+        kill_children([process.pid for process in self.processes if process.pid is not None])
+        for process in self.processes:
+            process.kill()

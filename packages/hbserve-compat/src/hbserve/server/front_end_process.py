@@ -1,0 +1,78 @@
+"""`python -m hbserve.server.front_end_process`: one of several processes of an OpenAI server, started by front_ends.py.
+
+FrontEndSettings come as one line of JSON on stdin; the answer is one line on stdout, with the address of its own RPC,
+when it serves. SIGTERM: requests that have begun are answered, within `drain_timeout_s`, and then it ends. A second
+one, or the end of stdin, which stays open until then, ends it at once. Exit status 0, or 1 with one line on stderr.
+"""
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+
+import msgspec
+
+from hbserve.ending import Ending, unless
+from hbserve.server.front_end import FrontEnd
+from hbserve.server.front_ends import FrontEndSettings
+from hbserve_rpc import HBServeRpcError, own_process
+from hbserve_rpc.parent_watch import when_launcher_ends
+from hbserve_scheduler import CpuScheduler, HBServeSchedulerError, RemoteScheduler, SchedulerServer
+
+
+async def _serve(settings: FrontEndSettings) -> None:
+    loop, ending = asyncio.get_running_loop(), Ending()
+    with own_process.on_ending_signals(lambda _: ending.tell()):
+        when_launcher_ends(lambda: loop.call_soon_threadsafe(ending.tell_at_once))
+        front_end = FrontEnd(settings.server, shares_port=True)
+        server = SchedulerServer(CpuScheduler(settings.scheduler, model_path=settings.model_folder))
+        parent = RemoteScheduler(settings.parent)
+        try:
+            await parent.start()
+            await server.start()
+            await unless(ending.begun, _begin(settings, front_end, server, parent))
+            await ending.begun.wait()
+            await unless(ending.at_once, front_end.drain())
+        finally:
+            await server.stop()
+            await front_end.stop()
+            await parent.stop()
+
+
+async def _begin(
+    settings: FrontEndSettings, front_end: FrontEnd, server: SchedulerServer, parent: RemoteScheduler
+) -> None:
+    for instance in settings.instances:
+        await server.scheduler.add_instance(*instance)
+    await front_end.begin(settings.model_name, Path(settings.model_folder), server, parent.fetch_stats)
+    await front_end.start()
+    sys.stdout.write(json.dumps({"address": server.address}) + "\n")
+    sys.stdout.flush()
+
+
+def main() -> None:
+    """Ends the process with the status that the module describes."""
+    own_process.set_up()
+    own_process.end_at_once_by_ctrl_c()
+    line = sys.stdin.buffer.readline()
+    status = 0
+    if line:  # else its parent has ended
+        settings = msgspec.json.decode(line, type=FrontEndSettings)
+        logging.basicConfig(level=settings.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+        try:
+            asyncio.run(_serve(settings))
+        except (OSError, ValueError, HBServeRpcError, HBServeSchedulerError) as error:
+            sys.stderr.write(f"{settings.name}: {error}\n")
+            status = 1
+    # The watching thread may still hold stdin's lock, on which an ordinary exit would wait.
+    logging.shutdown()
+    with contextlib.suppress(OSError):
+        sys.stderr.flush()
+    os._exit(status)
+
+
+if __name__ == "__main__":
+    main()

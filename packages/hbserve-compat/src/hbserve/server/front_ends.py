@@ -1,0 +1,162 @@
+"""The OpenAI server of one deployment as several processes, which share its port: see front_end_process.py.
+
+    this process: membership, queue bounds, figures of all           front_end_process, one of several
+    CpuScheduler, for clients of the RPC ◀── figures of all ─────── FrontEnd, CpuScheduler
+         └───────────── RPC ──────────▶ instances ◀────────── RPC ──────────┘
+         └─ figures, aborts ──────────────────────────────────▶ its SchedulerServer
+
+No token passes through this process. Each of the others chooses instances by what it has given them itself and by what
+they report; the reservation on a decode instance decides.
+"""
+
+import asyncio
+import logging
+import os
+from collections.abc import Awaitable, Callable
+from functools import partial
+from pathlib import Path
+
+import msgspec
+
+from hbserve.child_process import ChildProcess, ChildProcesses
+from hbserve.server.front_end import READY_TIMEOUT_S, FrontEnd
+from hbserve.server.http_server import held_for_others
+from hbserve_rpc import format_address
+from hbserve_rpc.address import is_wildcard
+from hbserve_rpc.messages import Role, SchedulerStats
+from hbserve_scheduler import SchedulerConfig, SchedulerServer
+from hbserve_scheduler.config import ServerSection
+from hbserve_scheduler.siblings import Siblings
+
+logger = logging.getLogger(__name__)
+
+MODULE = "hbserve.server.front_end_process"
+SLOWER_THAN_DRAIN_S = 5.0
+
+
+class FrontEndSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """One process of the OpenAI server, as it is told on stdin."""
+
+    name: str
+    server: ServerSection
+    scheduler: SchedulerConfig
+    model_name: str
+    model_folder: str
+    instances: list[tuple[str, Role, str]]
+    """Id, role and address."""
+    parent: str
+    """Address of the SchedulerServer that has the figures of all."""
+    log_level: str
+
+
+class FrontEndProcess(ChildProcess):
+    """One process of the OpenAI server, and a sibling of this process's scheduler as long as it serves."""
+
+    def __init__(
+        self, name: str, settings: Callable[[], bytes], siblings: Siblings, on_death: Callable[[str, str], None]
+    ) -> None:
+        super().__init__(name, MODULE, settings, os.environ, on_death, start_timeout_s=READY_TIMEOUT_S)
+        self._siblings = siblings
+
+    async def start(self) -> None:
+        """Raises InstanceFailed."""
+        await super().start()
+        await self._siblings.add(self.name, self.address)
+
+
+class FrontEnds(FrontEnd):
+    """Answers 503 itself until its processes serve. One that ends is started again; the others serve on."""
+
+    def __init__(self, settings: ServerSection, log_level: str, on_death: Callable[[str, str], None]) -> None:
+        """on_death: called with a name and a reason when no process is left that is started again.
+
+        Raises what FrontEnd raises.
+        """
+        super().__init__(settings)
+        first = self._http.port_holder
+        self._held = held_for_others(first)
+        self._settings = msgspec.structs.replace(settings, port=first.getsockname()[1])
+        self._log_level = log_level
+        self._on_death = on_death
+        self._url = self._http.url
+        self._name = ""
+        self._processes: ChildProcesses[FrontEndProcess] | None = None
+        self._num_left = settings.api_servers
+
+    @property
+    def url(self) -> str:
+        return self._url
+
+    @property
+    def model_name(self) -> str:
+        return (self._settings.served_model_names or [self._name])[0]
+
+    async def begin(
+        self,
+        name: str,
+        folder: Path,
+        server: SchedulerServer,
+        fetch_stats: Callable[[], Awaitable[SchedulerStats]] | None = None,
+    ) -> None:
+        """Start the processes, and wait until each serves.
+
+        Raises:
+            InstanceFailed: one did not start; has its reason.
+        """
+        self._name = name
+        names = [f"api-server-{number}" for number in range(self._settings.api_servers)]
+        settings = {each: partial(self._settings_of, each, name, folder, server) for each in names}
+        make = [partial(FrontEndProcess, each, settings[each], server.siblings) for each in names]
+        removing: set[asyncio.Task[None]] = set()
+
+        def forget(name: str, why: str) -> None:
+            task = asyncio.create_task(server.siblings.remove(name))
+            removing.add(task)
+            task.add_done_callback(removing.discard)
+
+        self._processes = ChildProcesses(make, forget)
+        await self._processes.start()
+        self._processes.restart_the_dead(self._on_given_up)
+        await self._http.stop()
+
+    def _on_given_up(self, name: str, why: str) -> None:
+        logger.error("%s: %s", name, why)
+        self._num_left -= 1
+        if not self._num_left:
+            self._on_death(name, why)
+
+    def _settings_of(self, own_name: str, name: str, folder: Path, server: SchedulerServer) -> bytes:
+        config = server.scheduler.config.shared_among(self._settings.api_servers)
+        host, port = config.host, int(server.address.rpartition(":")[2])
+        if is_wildcard(host):
+            host = "::1" if ":" in host else "127.0.0.1"
+        settings = FrontEndSettings(
+            name=own_name,
+            server=self._settings,
+            # Its own RPC is for this process.
+            scheduler=msgspec.structs.replace(config, host="127.0.0.1", port=0),
+            model_name=name,
+            model_folder=str(folder),
+            instances=[(each.instance_id, each.role, each.address) for each in server.scheduler.fleet.handles.values()],
+            parent=format_address(host, port),
+            log_level=self._log_level,
+        )
+        return msgspec.json.encode(settings)
+
+    async def drain(self) -> None:
+        """Have each process end when its answers have; cancelled, at once."""
+        if self._processes is None:
+            return
+        try:
+            async with asyncio.timeout(self._settings.drain_timeout_s + SLOWER_THAN_DRAIN_S):
+                await self._processes.drain()
+        except TimeoutError:
+            logger.warning("answers are still on their way after %g s", self._settings.drain_timeout_s)
+        finally:
+            await self._processes.stop()
+
+    async def stop(self) -> None:
+        if self._processes is not None:
+            await self._processes.stop()
+        await super().stop()
+        self._held.close()

@@ -1,0 +1,102 @@
+"""Other schedulers over the same instances, each in a process of its own: their figures are added, news reach all."""
+
+import asyncio
+import contextlib
+from collections.abc import Iterable
+from functools import reduce
+from typing import Any
+
+import msgspec
+
+from hbserve_rpc import HBServeRpcError
+from hbserve_rpc.messages import FinishReason, LatencySummary, SchedulerStats
+from hbserve_scheduler.remote import RemoteScheduler
+
+PATIENCE_S = 2.0
+"""For an answer; the figures of one that gives none are those that it gave last."""
+NO_SUMS = {"success_rate", "handoff", "instances"}
+"""Of the figures."""
+
+
+class Siblings:
+    """Come and go; what one has counted stays counted, so that sums never fall."""
+
+    def __init__(self) -> None:
+        self._remotes: dict[str, RemoteScheduler] = {}
+        """By name."""
+        self._last: dict[str, SchedulerStats] = {}
+        self._gone = SchedulerStats()
+
+    async def add(self, name: str, address: str) -> None:
+        """A SchedulerServer at `host:port`. One that has this name already is another life of it, and has ended."""
+        await self.remove(name)
+        remote = RemoteScheduler(address)
+        await remote.start()
+        self._remotes[name] = remote
+
+    async def remove(self, name: str) -> None:
+        """It has ended. One that is not there is passed over."""
+        remote, last = self._remotes.pop(name, None), self._last.pop(name, None)
+        if last is not None:
+            ended = msgspec.structs.replace(last, waiting_requests=0, running_requests=0)
+            self._gone = total([self._gone, ended], now=self._gone)
+        if remote is not None:
+            await remote.stop()
+
+    async def close(self) -> None:
+        for name in list(self._remotes):
+            await self.remove(name)
+
+    async def total(self, own: SchedulerStats) -> SchedulerStats:
+        """Figures of all: instances are those of `own`."""
+        await asyncio.gather(*(self._ask(name, remote) for name, remote in self._remotes.items()))
+        return total([own, self._gone, *self._last.values()], now=own)
+
+    async def _ask(self, name: str, remote: RemoteScheduler) -> None:
+        with contextlib.suppress(HBServeRpcError, TimeoutError):
+            async with asyncio.timeout(PATIENCE_S):
+                found = await remote.fetch_stats()
+            if self._remotes.get(name) is remote:  # else it was removed meanwhile
+                self._last[name] = found
+
+    def instance_died(self, instance_id: str, why: str) -> None:
+        for remote in self._remotes.values():
+            remote.instance_died(instance_id, why)
+
+    async def abort(self, request_id: str, reason: FinishReason, choice: int | None = None) -> bool:
+        """Whether one of them had this request."""
+
+        async def ask(remote: RemoteScheduler) -> bool:
+            with contextlib.suppress(HBServeRpcError, TimeoutError):
+                async with asyncio.timeout(PATIENCE_S):
+                    return await remote.abort(request_id, reason, choice)
+            return False
+
+        return any(await asyncio.gather(*map(ask, self._remotes.values())))
+
+
+def total(all_stats: Iterable[SchedulerStats], *, now: SchedulerStats) -> SchedulerStats:
+    """Sums, with the instances of `now`."""
+    several = list(all_stats)
+    names = [name for name in SchedulerStats.__struct_fields__ if name not in NO_SUMS]
+    sums = {name: reduce(_added, (getattr(each, name) for each in several)) for name in names}
+    ended = sums["completed_requests"] + sums["failed_requests"]
+    rate = sums["completed_requests"] / ended if ended else 1.0
+    handoff = _both([each.handoff for each in several if each.handoff.count])
+    return SchedulerStats(**sums, success_rate=rate, handoff=handoff, instances=now.instances)
+
+
+def _added(one: Any, other: Any) -> Any:
+    """Numbers, histograms, or dicts of them."""
+    if not isinstance(one, dict):
+        return one + other
+    return one | {key: one[key] + value if key in one else value for key, value in other.items()}
+
+
+def _both(latencies: list[LatencySummary]) -> LatencySummary:
+    """Of all together, as far as summaries say it: the mean of medians, and the worst 99th percentile."""
+    count = sum(each.count for each in latencies)
+    if not count:
+        return LatencySummary()
+    p50_s = sum(each.count * each.p50_s for each in latencies) / count
+    return LatencySummary(count, p50_s, max(each.p99_s for each in latencies))
