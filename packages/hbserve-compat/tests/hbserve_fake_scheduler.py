@@ -176,6 +176,9 @@ class FakeScheduler:
 class FakeServer:
     """The ASGI application in front of a FakeScheduler, and a client of it."""
 
+    url: str
+    """Of whoever serves it over HTTP."""
+
     def __init__(self, tokenizer: Any, **settings: Any) -> None:
         self.scheduler = FakeScheduler()
         self.tokenizer = tokenizer

@@ -33,6 +33,8 @@ from hbserve_rpc.messages import (
     TransferDone,
 )
 
+pytestmark = pytest.mark.warm
+
 BLOCK, CHUNK = 16, 32
 LENGTHS = [1, BLOCK - 1, BLOCK, BLOCK + 1, CHUNK - 1, CHUNK, CHUNK + 1, 4 * CHUNK + 5]
 FULL_BYTES = 2 * 2 * BLOCK * 2 * 16 * 4  # layers, keys and values, tokens, heads, head_dim, float32

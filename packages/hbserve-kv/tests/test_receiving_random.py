@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 from collections import Counter
+from typing import Any
 
 import pytest
 import torch
@@ -30,8 +31,8 @@ class Wire(Transport):
     """Takes parts when the test says so, and takes the right to write from a sender when the test lets it."""
 
     def __init__(self, one_sided: bool) -> None:
-        self.name = "wire"
-        self.one_sided = one_sided
+        self.name = "wire"  # type: ignore[misc]
+        self.one_sided = one_sided  # type: ignore[misc]
         self.accepting: dict[str, list[asyncio.Future[None]]] = {}
         self.revocable: set[str] = set()
 
@@ -268,7 +269,7 @@ class World:
         me = Identity(9, "mine", {}, HeadRange())
         self.receiver = Receiver(me, self.memory, {"wire": self.transport}, self.buffer, config)
         self.receiver.serve_on(self.handlers)
-        self.streams: dict[int, object] = {}
+        self.streams: dict[int, Any] = {}
         self.lives: Counter[int] = Counter()
         self.calls: list[asyncio.Task[None]] = []
         self.ends: Counter[IncomingTransfer] = Counter()
@@ -281,7 +282,7 @@ class World:
         for transfer in self.receiver.transfers.values():
             if transfer not in self.ends and not transfer.result.done():
                 self.ends[transfer] = 0
-                transfer.result.add_done_callback(lambda _, ended=transfer: self.ends.update([ended]))
+                transfer.result.add_done_callback(lambda _, ended=transfer: self.ends.update([ended]))  # type: ignore[misc]
 
     def call(self, method, message) -> None:
         self.calls.append(asyncio.create_task(self.handlers.call(method, message)))

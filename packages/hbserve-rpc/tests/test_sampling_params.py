@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from decimal import Decimal
 from fractions import Fraction
 from itertools import count
+from typing import Any
 
 import msgspec
 import pytest
@@ -66,7 +67,7 @@ class EndlessMapping(Mapping):
 
 OBJECTS = [HostileObject(), HostileInt(5), HostileFloat(0.5), HostileText("x"), Decimal("0.5"), Decimal("sNaN"), int]
 
-WRONG = {
+WRONG: dict[str, Any] = {
     "temperature": [
         HostileObject(),
         HostileFloat(0.5),

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import uuid
 from collections import defaultdict
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import pytest
@@ -102,7 +102,7 @@ class FakeInstance:
         else:
             server.serve_notification(END_CHOICE, self._end_choice)
         for method, handler in ((DECODE, self._decode), (PREFILL, self._prefill), (GENERATE, self._generate)):
-            server.serve_stream(method, handler)  # type: ignore[arg-type]
+            server.serve_stream(method, handler)  # type: ignore[arg-type, misc]
         return server
 
     @property
@@ -181,7 +181,7 @@ class FakeInstance:
         of_prompt = [{each: -1.0} for each in request.prompt_token_ids[1:]] if knows_prompt else []
         return TokenEvent(first, tokens, ends, logprobs, of_prompt, choice)  # type: ignore[arg-type]
 
-    async def _tokens(self, request: Any, index: int, choices: list[int]) -> AsyncIterator[TokenEvent]:
+    async def _tokens(self, request: Any, index: int, choices: list[int]) -> AsyncGenerator[TokenEvent]:
         while choices:
             await self._phase("tokens")
             if "tokens" in self.silent:
