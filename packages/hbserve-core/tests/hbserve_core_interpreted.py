@@ -71,10 +71,12 @@ class InterpretedRunner:
                 logprobs = self.special_rows.sample(
                     step.special,
                     lambda places: self.decoder.logits(view, hidden, places),
-                    lambda scores, places, _: self.decoder.draw(view, scores, places, self.sampled),
+                    lambda scores, places, rows: self.decoder.draw(view, scores, places, self.sampled, rows),
                 )
             scored = score(step.scored, lambda rows: self.decoder.logits_of_rows(hidden[rows]), 7, self.device)
-        result = StepResult(step.tokens(self.sampled[:num_samples].tolist()), logprobs.read(step.places), scored.read())
+        found, choices = logprobs.read(step.places)
+        tokens = step.tokens(self.sampled[:num_samples].tolist())
+        result = StepResult(tokens, found, scored.read(), choices)
         return lambda: result
 
 

@@ -29,6 +29,7 @@ MAX_LOGPROBS = 20
 MAX_BIASED_TOKENS = 1024
 MOST_BIAS = 100.0
 """As in the OpenAI API: enough to forbid a token, or to force it."""
+MAX_CHOICES = 1024
 
 
 class SamplingParams(msgspec.Struct):
@@ -82,6 +83,9 @@ class SamplingParams(msgspec.Struct):
     with the first output token: a request that has output already, from an earlier attempt, gets none."""
     include_stop_str_in_output: bool = False
     """The text ends with the stop string, not before it."""
+    n: int = 1
+    """Answers to the prompt, which is computed once for all of them, up to 1024. With a seed, each of them has the next
+    one: the first answer is that of n=1."""
 
     def __post_init__(self) -> None:
         self.validate()
@@ -118,6 +122,7 @@ class SamplingParams(msgspec.Struct):
             self.logprobs = plain_int("logprobs", self.logprobs, 0, MAX_LOGPROBS)
         if self.prompt_logprobs is not None:
             self.prompt_logprobs = plain_int("prompt_logprobs", self.prompt_logprobs, 0, MAX_LOGPROBS)
+        self.n = plain_int("n", self.n, 1, MAX_CHOICES)
 
     def require_vocabulary(self, vocab_size: int) -> None:
         """Raises InvalidRequest: names the first token id that a model with so many tokens does not have."""
@@ -138,6 +143,14 @@ class SamplingParams(msgspec.Struct):
     def copied(self) -> "SamplingParams":
         """Another one, checked, that shares nothing with this one: what is kept of a call."""
         return SamplingParams(*(getattr(self, name) for name in self.__struct_fields__))
+
+    def of_choice(self, choice: int) -> "SamplingParams":
+        """Those of one of the `n` answers, by itself. With one seed for all of them they would be the same."""
+        own = self.copied()
+        own.n = 1
+        if own.seed is not None:
+            own.seed = (own.seed + choice) % (LARGEST_INT + 1)
+        return own
 
 
 def _plain_number(name: str, value: object, allowed: Callable[[float], bool], expected: str) -> float:

@@ -38,7 +38,7 @@ from hbserve_rpc.errors import (
     Unavailable,
 )
 
-PROTOCOL_VERSION = 6
+PROTOCOL_VERSION = 7
 CREDIT = 64
 """Items that may be on their way in one stream."""
 MOST_FRAME_BYTES = 64 << 20

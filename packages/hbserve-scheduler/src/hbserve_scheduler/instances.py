@@ -40,7 +40,7 @@ class InstanceHandle:
         self.problem = "it has not answered yet"
         """Why it is not ready."""
         self.load = 0
-        """Work that is with it: prompt tokens for a prefill instance, requests for others."""
+        """Work that is with it: prompt tokens for a prefill instance, requests for others, each choice of these."""
         self.turn = 0
         """Drawn anew by the fleet whenever it gets a request: the lower, the longer ago."""
         self.num_inflight = 0
@@ -105,13 +105,13 @@ class InstanceHandle:
             return InstanceStats(self.instance_id, self.role, self.status)
         return last
 
-    def reports_room(self, num_tokens: int) -> bool:
+    def reports_room(self, num_tokens: int, num_choices: int = 1) -> bool:
         """Whether its last report leaves room for one more request, beside those that it was given since, and spare
-        room for those to grow that it has."""
+        room for those to grow that it has. Each choice of a request is one here, and they share their tokens."""
         info, report = self.info, self.last_stats
         if info is None or report is None or report.epoch != info.epoch or report.waiting_requests:
             return False
-        num_requests = self.num_given - self._given_at_report[0] + 1
+        num_requests = self.num_given - self._given_at_report[0] + num_choices
         tokens = self.tokens_given - self._given_at_report[1] + num_tokens
         num_blocks = tokens // max(1, info.block_size) + num_requests  # each has a last one that is not full
         left = report.free_blocks - num_blocks

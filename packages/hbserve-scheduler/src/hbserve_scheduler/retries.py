@@ -37,7 +37,8 @@ class Retries:
         for entry, place in list(self._waiting):
             if self._is_held_back(entry):
                 continue
-            placement = self._fleet.place(entry.num_tokens, entry.failed_on, entry.computed_on)
+            wanted = entry.num_tokens, entry.failed_on, entry.computed_on, entry.request.params.n
+            placement = self._fleet.place(*wanted)
             if placement is None:
                 return
             if entry.is_suspect:

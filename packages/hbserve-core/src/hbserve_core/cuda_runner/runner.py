@@ -158,7 +158,8 @@ class CudaRunner:
         def result() -> StepResult:
             done.synchronize()
             tokens = step.tokens(read_back.tolist())
-            return StepResult(tokens, logprobs.read(step.places) if logprobs else {}, scored.read() if scored else {})
+            found, choices = logprobs.read(step.places) if logprobs else ({}, {})
+            return StepResult(tokens, found, scored.read() if scored else {}, choices)
 
         return result
 
@@ -181,7 +182,7 @@ class CudaRunner:
         return self._special_rows.sample(
             rows,
             lambda places: self._decoder.logits(view, hidden, places),
-            lambda scores, places, _: self._decoder.draw(view, scores, places, self._sampled),
+            lambda scores, places, rows: self._decoder.draw(view, scores, places, self._sampled, rows),
         )
 
     def _score(self, hidden: torch.Tensor, scored: Ids[ScoredRows]) -> PendingPromptLogprobs:

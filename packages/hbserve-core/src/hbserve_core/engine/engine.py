@@ -1,12 +1,10 @@
 """The engine: requests in, tokens out, one step at a time."""
 
-from collections import Counter
 from collections.abc import Callable
 from collections.abc import Sequence as Ids
 from dataclasses import replace
 from sys import maxsize
 from time import perf_counter
-from typing import NamedTuple
 
 from hbserve_core.config import InstanceConfig
 from hbserve_core.engine.batch_scheduler import BatchScheduler
@@ -14,26 +12,15 @@ from hbserve_core.engine.block_manager import BlockManager
 from hbserve_core.engine.chunk_sizes import ChunkSizes
 from hbserve_core.engine.outputs import NO_LOGITS, EngineStats, Reservation, StepOutput
 from hbserve_core.engine.request_limits import RequestLimits
-from hbserve_core.engine.runner import PendingStep, Runner
+from hbserve_core.engine.runner import DrawnToken, Runner, StepInFlight
 from hbserve_core.engine.sequence import NOT_FINITE, UNREAD, Phase, ScheduledChunk, Sequence
 from hbserve_core.engine.step_times import LaunchTimes, StepWork
 from hbserve_rpc import InvalidRequest, SamplingParams
 from hbserve_rpc.messages import FinishReason, TokenLogprobs
 from hbserve_rpc.plain_values import plain_bool
 
-_HAS_NO_OUTPUT = (Phase.HELD, Phase.QUARANTINED, Phase.ENDED)
-"""Somebody else has ended these since their step was launched."""
-
-
-class StepInFlight(NamedTuple):
-    """A launched step, and what must be remembered of it until its tokens are read."""
-
-    chunks: list[tuple[Sequence, int, int]]
-    """Sequence, first computed token, number of computed tokens."""
-    read: PendingStep
-    number: int
-    launched_at: float
-    """When it could begin; without overlap it did, and has been computed by now."""
+_HAS_NO_OUTPUT = (Phase.HELD, Phase.QUARANTINED, Phase.FORKED, Phase.ENDED)
+"""Somebody else has ended these since their step was launched, or their choices have had their tokens."""
 
 
 class Engine:
@@ -48,6 +35,7 @@ class Engine:
       `add(prefill_only=True)` compute the prompt and the first token, or fail, then keep the blocks until `release`;
       `reserve`                somebody else computes the prompt; `poll_reservations` says when there is room, then its
                                KV arrives in the blocks, and `activate` lets it generate from the first token on.
+    With `SamplingParams.n` above 1, its prompt is computed, or comes, once. The outputs are those of its choices then.
     """
 
     def __init__(self, config: InstanceConfig, runner: Runner, clock: Callable[[], float] = perf_counter) -> None:
@@ -116,13 +104,25 @@ class Engine:
         self._granted = [each for each in self._granted if each[1] > ended]
         return safe
 
-    def activate(self, request_id: str, first_token: int) -> None:
-        """The KV of a reserved request is there: it goes on after `first_token`. Nothing happens if it has ended."""
+    def activate(self, request_id: str, *first_tokens: int | None) -> None:
+        """The KV of a reserved request is there: it goes on after its first token. Nothing happens if it has ended.
+
+        first_tokens: one for each choice, None for those that have ended with it.
+        """
         sequence = self._sequences.get(request_id)
-        if sequence is not None and sequence.phase is Phase.HELD:
-            sequence.num_computed_tokens = sequence.num_tokens
-            sequence.token_ids.append(first_token)
+        if sequence is None or sequence.phase is not Phase.HELD:
+            return
+        sequence.num_computed_tokens = sequence.num_tokens
+        if not sequence.choices:
+            sequence.token_ids += first_tokens  # type: ignore[arg-type]
             self._scheduler.move(sequence, Phase.RUNNING)
+            return
+        for choice, token in zip(sequence.choices, first_tokens, strict=True):
+            if token is not None:
+                choice.token_ids = [*sequence.token_ids, token]
+            elif choice.phase is Phase.NEW:
+                self._scheduler.move(choice, Phase.ENDED)
+        self._fork(sequence)
 
     def hold(self, request_id: str) -> None:
         """Compute no more of a request, but keep its blocks until `release` or `quarantine`."""
@@ -134,6 +134,13 @@ class Engine:
         """End a request in whatever phase it is; no transfer touches its blocks any more."""
         if (sequence := self._sequences.get(request_id)) is not None:
             self._end(sequence)
+
+    def release_choice(self, request_id: str, choice: int) -> None:
+        """End one of several choices, which need not have its first token yet; the others go on."""
+        parent = self._sequences.get(request_id)
+        for each in parent.choices if parent is not None else ():
+            if each.choice == choice and each.phase is not Phase.ENDED:
+                self._end(each)
 
     def quarantine(self, request_id: str, num_blocks: int) -> None:
         """End a held request. A failed transfer may still touch its last `num_blocks` blocks, until `release`."""
@@ -147,13 +154,20 @@ class Engine:
 
     def _end(self, sequence: Sequence) -> None:
         """Give a sequence's blocks back, and forget it."""
+        for choice in sequence.choices:
+            if choice.phase is not Phase.ENDED:
+                self._scheduler.release(choice)
+                self._scheduler.move(choice, Phase.ENDED)
         if sequence.phase is Phase.QUARANTINED:
             self.blocks.end_quarantine(sequence.block_table)
         else:
             self._scheduler.release(sequence)
         self._scheduler.move(sequence, Phase.ENDED)
-        self._withdraw_grant(sequence)
-        del self._sequences[sequence.request_id]
+        if (parent := sequence.parent) is None:
+            self._withdraw_grant(sequence)
+            del self._sequences[sequence.request_id]
+        elif parent.phase is Phase.FORKED and all(each.phase is Phase.ENDED for each in parent.choices):
+            self._end(parent)
 
     def _withdraw_grant(self, sequence: Sequence) -> None:
         self._granted = [granted for granted in self._granted if granted[0].request_id != sequence.request_id]
@@ -237,6 +251,10 @@ class Engine:
             if sequence.phase not in _HAS_NO_OUTPUT:
                 sequence.prompt_logprobs += scored
                 sequence.num_scored_tokens += len(scored)
+        for place, drawn in result.choices.items():
+            sequence, first, count = step.chunks[place]
+            if sequence.phase not in _HAS_NO_OUTPUT:
+                outputs += self._advance_choices(sequence, first + count, drawn)
         for place, ((sequence, first, count), token) in enumerate(zip(step.chunks, result.tokens, strict=True)):
             if sequence.phase not in _HAS_NO_OUTPUT:
                 outputs.append(self._advance(sequence, first + count, token, result.logprobs.get(place)))
@@ -262,6 +280,36 @@ class Engine:
             self._end(sequence)
         return output
 
+    def _advance_choices(self, parent: Sequence, end: int, drawn: Ids[DrawnToken]) -> list[StepOutput]:
+        """Take in the first tokens of several choices, which a step has drawn when it had computed their prompt."""
+        del parent.token_ids[end:]
+        if all(token != NOT_FINITE for token, _ in drawn):
+            self._scheduler.share(parent, end)
+        outputs: list[StepOutput] = []
+        for choice, (token, logprobs) in zip(parent.choices, drawn, strict=True):
+            if choice.phase is Phase.ENDED:
+                continue
+            self._num_generated += token != NOT_FINITE
+            choice.token_ids = [*parent.token_ids, token]
+            finish_reason = None if token == NOT_FINITE else self._finish_reason(choice, token)
+            output = self._output(parent, token, parent.num_output_tokens, finish_reason, end, logprobs)
+            of_prompt = [] if outputs else output.prompt_logprobs
+            outputs.append(replace(output, choice=choice.choice, prompt_logprobs=of_prompt))
+            if output.is_last:
+                self._scheduler.move(choice, Phase.ENDED)
+        if parent.prefill_only:
+            self._scheduler.move(parent, Phase.HELD)
+        else:
+            self._fork(parent)
+        return outputs
+
+    def _fork(self, parent: Sequence) -> None:
+        """Let the choices that have not ended go on."""
+        choices = [choice for choice in parent.choices if choice.phase is Phase.NEW]
+        self._scheduler.fork(parent, choices)
+        if not choices:
+            self._end(parent)
+
     def _output(
         self,
         sequence: Sequence,
@@ -284,6 +332,7 @@ class Engine:
             None if error else logprobs,
             sequence.prompt_logprobs if token is not None and index == 0 else [],
             error,
+            sequence.choice,
         )
 
     def _tell_cached_prefixes(self, sent: list[ScheduledChunk]) -> None:
@@ -337,11 +386,4 @@ class Engine:
     def check_integrity(self) -> None:
         """Raise AssertionError unless each block is held by exactly the requests that have it in their table, and each
         request is in the queue, and has the blocks, that its phase says."""
-        holders = Counter(
-            block_id
-            for sequence in self._sequences.values()
-            if sequence.phase is not Phase.QUARANTINED
-            for block_id in sequence.block_table
-        )
-        self.blocks.check_integrity(holders)
         self._scheduler.check_integrity(self._sequences.values())

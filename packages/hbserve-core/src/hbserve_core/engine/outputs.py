@@ -14,13 +14,13 @@ NO_LOGITS = (
 
 @dataclass(frozen=True, slots=True)
 class StepOutput:
-    """What one step did for one request."""
+    """What one step did for one request, or for one choice of it."""
 
     request_id: str
     token_id: int | None
     """The new token, or None: the step only computed a part of the prompt, or the request has ended without one."""
     index: int
-    """Place of that token, or without one of the next, among the request's output tokens."""
+    """Place of that token, or without one of the next, among the output tokens of the request, or of the choice."""
     finish_reason: FinishReason | None = None
     num_computed_tokens: int = 0
     num_cached_tokens: int = 0
@@ -34,12 +34,14 @@ class StepOutput:
     """With output token 0, if the request asks for them: of each prompt token but the first."""
     error: str | None = None
     """Why the request has ended, if it is not by a token: what it asks for cannot be computed."""
+    choice: int = 0
+    """Of `SamplingParams.n`. What has no token yet is of all."""
     ready: Any = None
     """CUDA event after which keys and values are there: of a step that was launched, and has not been read."""
 
     @property
     def is_last(self) -> bool:
-        """Whether the request has ended with it."""
+        """Whether the request, or the choice, has ended with it."""
         return self.finish_reason is not None or self.error is not None
 
     def raise_error(self) -> None:

@@ -3,16 +3,18 @@
 from collections.abc import Callable
 from collections.abc import Sequence as Ids
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from hbserve_core.engine.sequence import ScheduledChunk
+from hbserve_core.engine.sequence import ScheduledChunk, Sequence
 from hbserve_core.model.model_config import ModelConfig
 from hbserve_rpc.messages import TokenLogprobs
 
 StepTokens = list[int | None]
 """Each chunk's next token, or NOT_FINITE; None where the chunk does not reach the last known token."""
+DrawnToken = tuple[int, TokenLogprobs | None]
+"""A token, or NOT_FINITE, with its log-probabilities if they are asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,11 +26,25 @@ class StepResult:
     """Of the tokens of chunks whose requests ask for them, by the chunk's place."""
     prompt_logprobs: dict[int, list[TokenLogprobs]] = field(default_factory=dict)
     """Of the prompt tokens after `ScheduledChunk.scored_positions`, by the chunk's place."""
+    choices: dict[int, list[DrawnToken]] = field(default_factory=dict)
+    """Next tokens of chunks whose requests have several choices, one for each of these, by the chunk's place; its token
+    in `tokens` is nobody's then."""
 
 
 PendingStep = Callable[[], StepResult]
 """A step that was launched: the call, of which there is one, waits until the step has been computed, its keys and
 values included, and returns what it has given."""
+
+
+class StepInFlight(NamedTuple):
+    """A launched step, and what must be remembered of it until its tokens are read."""
+
+    chunks: list[tuple[Sequence, int, int]]
+    """Sequence, first computed token, number of computed tokens."""
+    read: PendingStep
+    number: int
+    launched_at: float
+    """When it could begin; without overlap it did, and has been computed by now."""
 
 
 class Runner(Protocol):

@@ -16,7 +16,7 @@ from hbserve_core.engine.runner import PendingStep, StepResult, StepTokens
 from hbserve_core.engine.sequence import ScheduledChunk
 from hbserve_core.engine.sequence import Sequence as EngineSequence
 from hbserve_core.logits.prompt_logprobs import score
-from hbserve_core.logits.rows import LogitsRow
+from hbserve_core.logits.rows import LogitsRow, special_rows
 from hbserve_core.logits.special_rows import PendingLogprobs, SpecialRows
 from hbserve_core.model.linear import fewest_rows
 from hbserve_core.model.loaded_model import LoadedModel
@@ -81,7 +81,8 @@ class ModelRunner:
         tokens: StepTokens = [None] * len(batch)
         for place, token in zip(step.sampling_places, sampled.tolist(), strict=True):
             tokens[place] = token
-        return StepResult(tokens, logprobs.read(step.sampling_places) if logprobs else {}, scored)
+        found, choices = logprobs.read(step.sampling_places) if logprobs else ({}, {})
+        return StepResult(tokens, found, scored, choices)
 
     def _sample(
         self, logits: torch.Tensor, sequences: Sequence[EngineSequence]
@@ -92,7 +93,7 @@ class ModelRunner:
             drawn = chosen[places] = self._sampler.sample(scores, [each.sequence for each in rows])
             return drawn
 
-        special = [LogitsRow(place, each) for place, each in enumerate(sequences) if each.is_special]
+        special = [row for place, each in enumerate(sequences) if each.is_special for row in special_rows(place, each)]
         if not special:
             return chosen, PendingLogprobs()
         self._special_rows.prepare(special, None)
