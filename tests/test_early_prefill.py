@@ -44,7 +44,7 @@ async def test_a_decode_instance_that_dies_before_it_grants_costs_the_last_block
         assert not answering.done(), "nobody grants"
         (request,) = llm.scheduler.running_requests.values()
         assert request.output == [], "and so the first token is not told"
-        used = request.decode_instance
+        used = request.attempts[-1].decode_instance
         (other,) = {"decode-0", "decode-1"} - {used}
         os.kill(pids[used], signal.SIGKILL)
         os.kill(pids[other], signal.SIGCONT)

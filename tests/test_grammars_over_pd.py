@@ -28,6 +28,8 @@ PARAMS = [
     SamplingParams(2.0, 400, seed=seed, structured_outputs=given)
     for seed, given in enumerate(3 * [{"json": SCHEMA}, {"regex": "([a-f]{9}-){12}"}])
 ]
+for several in PARAMS[2:4]:
+    several.n = 2
 
 
 @pytest.fixture(scope="module")
@@ -35,9 +37,10 @@ def expected(small_model):
     llm = LLM(small_model("qwen3"), num_kvcache_blocks=500, kvcache_block_size=16)
     results = llm.generate(PROMPTS, PARAMS, use_tqdm=False)
     llm.exit()
-    for result in results[::2]:
-        assert len(json.loads(result["text"].removesuffix("</s>"))["sizes"]) == 20
-    return [result["token_ids"] for result in results]
+    answers = [result.get("outputs", [result]) for result in results]
+    for answer in (each for of_one in answers[::2] for each in of_one):
+        assert len(json.loads(answer["text"].removesuffix("</s>"))["sizes"]) == 20
+    return [[answer["token_ids"] for answer in of_one] for of_one in answers]
 
 
 @pytest.mark.parametrize("backend", ["nccl", "mooncake"])
@@ -76,6 +79,13 @@ async def _answered_in_spite_of_a_kill(llm, expected):
     await asyncio.gather(*(each.wait() for each in begun))
     os.kill(llm.scheduler.fleet.handles["decode-1"].info.pid, signal.SIGKILL)
     deltas = await asyncio.gather(*tasks)
-    assert [[token for delta in each for token in delta["token_ids"]] for each in deltas] == expected
+    found = [
+        [tokens_of(each, choice) for choice in range(params.n)] for each, params in zip(deltas, PARAMS, strict=True)
+    ]
+    assert found == expected
     assert {each[-1]["finish_reason"] for each in deltas} == {"stop"}
     return max(each[-1]["timings"]["num_attempts"] for each in deltas) > 1
+
+
+def tokens_of(deltas, choice):
+    return [token for delta in deltas if delta.get("choice", 0) == choice for token in delta["token_ids"]]

@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import yaml
 
+pytestmark = pytest.mark.warm
+
 START_DEADLINE_S = 180
 LOAD = Path(__file__).parent / "hbserve_load.py"
 

@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -23,11 +24,11 @@ def listed(title: str) -> dict[str, str]:
     return dict(re.findall(r"^- `(\w+)`: (.+)$", section(title), re.M))
 
 
-TRANSLATED = {
+TRANSLATED: dict[str, Any] = {
     " by /v1/responses": (responses_fields, [responses_fields.ResponsesBody]),
     " by /v1/messages": (anthropic_fields, [anthropic_fields.MessagesBody]),
 }
-TABLES = {"": (request_fields, [ChatBody, CompletionBody])} | TRANSLATED
+TABLES: dict[str, Any] = {"": (request_fields, [ChatBody, CompletionBody])} | TRANSLATED
 
 
 def test_the_page_lists_exactly_the_fields_that_are_served():

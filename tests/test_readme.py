@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.warm
+
 README = (Path(__file__).resolve().parent.parent / "README.md").read_text()
 BLOCKS = [block for block in re.findall(r"```python\n(.*?)```", README, re.S) if "openai" not in block]
 """That of OpenAI's client runs in tests/clients, which have it."""

@@ -50,6 +50,8 @@ class FakeEvents:
         self._scheduler = scheduler
         self._request = request
         self.aborted: FinishReason | None = None
+        self.ended: dict[int, FinishReason] = {}
+        """Choices that were aborted by themselves."""
 
     async def __aiter__(self) -> AsyncIterator[TokenEvent | RequestFinished]:
         given, reason = 0, "stop"
@@ -65,17 +67,25 @@ class FakeEvents:
             left = self._request.params.max_tokens - given
             if left <= len(step):
                 reason = "length"
-            of_prompt = self._prompt_logprobs() if given == 0 else []
-            self._scheduler.num_given += len(step[:left])
-            yield TokenEvent(given, step[:left], logprobs=self._logprobs(step[:left]), prompt_logprobs=of_prompt)
+            for choice in range(self._request.params.n):
+                if choice not in self.ended:
+                    self._scheduler.num_given += len(step[:left])
+                    yield self._event(given, step[:left], choice)
             given += len(step[:left])
             if reason == "length":
                 break
         self._end()
-        num_prompt = len(self._request.prompt_token_ids)
-        yield RequestFinished(
-            self.aborted or reason,
-            num_prompt,
+        for choice in range(self._request.params.n):
+            yield self._finished(self.ended.get(choice, self.aborted or reason), given, choice)
+
+    def _event(self, index: int, tokens: list[int], choice: int) -> TokenEvent:
+        of_prompt = self._prompt_logprobs() if index == choice == 0 else []
+        return TokenEvent(index, [*tokens], None, self._logprobs(tokens), of_prompt, choice)
+
+    def _finished(self, reason: FinishReason, given: int, choice: int) -> RequestFinished:
+        return RequestFinished(
+            reason,
+            len(self._request.prompt_token_ids),
             given,
             queue_time_s=0.001,
             ttft_s=0.002,
@@ -88,6 +98,7 @@ class FakeEvents:
             num_attempts=1,
             prefill_instance="p0",
             decode_instance="d0",
+            choice=choice,
         )
 
     def _logprobs(self, token_ids: list[int]) -> list[dict[int, float]]:
@@ -141,8 +152,10 @@ class FakeScheduler:
     async def wait_for_room(self) -> None:
         raise AssertionError("a server refuses; it does not wait")
 
-    async def abort(self, request_id: str, reason: FinishReason = "abort") -> bool:
-        if request_id in self.running:
+    async def abort(self, request_id: str, reason: FinishReason = "abort", choice: int | None = None) -> bool:
+        if request_id in self.running and choice is not None:
+            self.running[request_id].ended[choice] = reason
+        elif request_id in self.running:
             self.running[request_id].aborted = reason
         return request_id in self.running
 
@@ -162,6 +175,9 @@ class FakeScheduler:
 
 class FakeServer:
     """The ASGI application in front of a FakeScheduler, and a client of it."""
+
+    url: str
+    """Of whoever serves it over HTTP."""
 
     def __init__(self, tokenizer: Any, **settings: Any) -> None:
         self.scheduler = FakeScheduler()

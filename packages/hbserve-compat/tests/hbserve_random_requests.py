@@ -1,6 +1,7 @@
 """Bodies, heads and payloads that clients of the OpenAI server might send, most of them wrong."""
 
 import json
+from typing import Any
 
 from hypothesis import strategies as st
 
@@ -22,7 +23,7 @@ MESSAGE = st.fixed_dictionaries(
     {"role": st.sampled_from(["user", "assistant", "tool", "boss"]), "content": CONTENT},
     optional={"tool_calls": VALUE, "reasoning": LEAF, "name": LEAF},
 )
-PART = st.fixed_dictionaries(
+PART: st.SearchStrategy[Any] = st.fixed_dictionaries(
     {
         "type": st.sampled_from(
             ["text", "input_text", "thinking", "tool_use", "tool_result", "function_call", "reasoning"]

@@ -7,6 +7,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -120,7 +121,7 @@ def test_ctrl_c_three_times_ends_all_without_a_traceback(tmp_path, small_model):
         streams = begin(url, 4)
         for count in (1, 2, 3):
             server.process.send_signal(signal.SIGINT)
-            until(lambda count=count: _count(server, "ending: SIGINT") >= min(count, 2))
+            until(partial(_has, server, "ending: SIGINT", min(count, 2)))
         server.process.wait(timeout=60)
         for stream in streams:
             stream.wait()
@@ -128,8 +129,8 @@ def test_ctrl_c_three_times_ends_all_without_a_traceback(tmp_path, small_model):
         assert "Traceback" not in server.log.read_text()
 
 
-def _count(server: Served, text: str) -> int:
-    return server.log.read_text().count(text)
+def _has(server: Served, text: str, count: int) -> bool:
+    return server.log.read_text().count(text) >= count
 
 
 def test_more_than_one_cannot_share_a_unix_socket():

@@ -162,19 +162,18 @@ def test_a_bad_prompt_in_the_middle_is_named_and_nothing_was_begun(llm, bad):
 
 @pytest.mark.parametrize("kind", ["apart"])
 def test_when_one_request_fails_the_others_of_its_call_end_and_those_of_other_calls_go_on(llm, monkeypatch):
-    follow = llm._backend._follow
+    follow, fails = llm._backend._follow, ""
 
     async def failing(request_id, events, news):
-        if request_id == failing.request_id:
+        if request_id == fails:
             await llm._backend._llm.scheduler.abort(request_id)
         await follow(request_id, events, news)
 
     monkeypatch.setattr(llm._backend, "_follow", failing)
-    failing.request_id = ""
     with ThreadPoolExecutor(1) as pool:
         other = pool.submit(llm.generate, ["a", "b"], LONG, False)
         until(lambda: len(llm._backend._tasks) == 2)
-        failing.request_id = str(int(max(llm._backend._tasks, key=int)) + 2)
+        fails = str(int(max(llm._backend._tasks, key=int)) + 2)
         with pytest.raises(RuntimeError, match="ended"):
             llm.generate(["c", "d", "e"], LONG, use_tqdm=False)
         assert [len(each["token_ids"]) for each in other.result(60)] == [400, 400]

@@ -13,10 +13,9 @@ from typing import Any
 
 import pytest
 import yaml
-from click.testing import Result
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 import hbserve.bench
 import hbserve.demo_model

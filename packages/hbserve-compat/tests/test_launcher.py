@@ -155,6 +155,7 @@ class Local:
 
     def kill(self) -> int:
         pid = self.process.pid
+        assert pid is not None
         os.kill(pid, signal.SIGKILL)
         return pid
 

@@ -77,12 +77,39 @@ async def test_completions_take_text_ids_and_batches_of_both_and_answer_each_n_t
         assert (await server.complete(prompt=prompt)).json()["usage"]["prompt_tokens"] == expected
 
 
-async def test_choices_of_one_seed_differ_in_their_seeds_and_of_none_have_none(server):
+async def test_the_choices_of_a_prompt_are_one_request(server):
     await server.complete(n=3, seed=-1)
-    assert [params.seed for _, params in server.scheduler.asked] == [2**63 - 1, 0, 1]
-    server.scheduler.asked.clear()
     await server.chat(n=2)
-    assert [params.seed for _, params in server.scheduler.asked] == [None, None]
+    asked = [params for _, params in server.scheduler.asked]
+    assert [(params.n, params.seed) for params in asked] == [(3, 2**63 - 1), (2, None)]
+    # As the engines tell them apart.
+    assert [asked[0].of_choice(choice).seed for choice in range(3)] == [2**63 - 1, 0, 1]
+    assert [asked[1].of_choice(choice).seed for choice in range(2)] == [None, None]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_stop_string_ends_its_own_choice_alone(server, stream):
+    """All of them have it here, each with its own step: whoever is ended by itself gets no more."""
+    server.answers("Hello", " wörld", " and all")
+    answer = await server.complete(n=2, stop=" w", max_tokens=100, stream=stream, logprobs=0)
+    assert server.scheduler.running == {}
+    assert server.scheduler.num_given == 2 * len("Hello wörld".encode()), "none of the last step"
+    if stream:
+        texts = ["", ""]
+        for chunk in chunks_of(answer):
+            texts[chunk["choices"][0]["index"]] += chunk["choices"][0]["text"]
+        assert texts == ["Hello", "Hello"]
+    else:
+        choices = answer.json()["choices"]
+        assert [(each["text"], each["finish_reason"]) for each in choices] == [("Hello", "stop")] * 2
+
+
+async def test_what_is_known_of_a_prompt_is_told_with_each_of_its_choices(server):
+    answer = (await server.complete(prompt=[5, 6, 7], n=2, prompt_logprobs=0, echo=True, logprobs=0)).json()
+    first, second = (choice["prompt_logprobs"] for choice in answer["choices"])
+    assert first == second
+    assert [None if each is None else list(each) for each in first] == [None, ["6"], ["7"]]
+    assert len({tuple(choice["logprobs"]["tokens"]) for choice in answer["choices"]}) == 1
 
 
 async def test_the_length_of_an_answer_that_does_not_say_is_16_or_the_rest_of_the_context(server):

@@ -1,6 +1,7 @@
 """Structured outputs, of LLM and of the OpenAI server, whose scheduler here does as it is told."""
 
 import json
+from typing import Any
 
 import jsonschema
 import pytest
@@ -91,7 +92,7 @@ def _root(schema: dict) -> dict:
     """References lead to definitions at the root."""
     definitions: dict[str, dict] = {}
 
-    def moved(part: object) -> object:
+    def moved(part: Any) -> Any:
         if isinstance(part, list):
             return [moved(each) for each in part]
         if not isinstance(part, dict):

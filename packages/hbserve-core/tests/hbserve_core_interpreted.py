@@ -10,7 +10,8 @@ from hbserve_core import InstanceConfig, ModelRunner
 from hbserve_core.cuda_runner.step_packer import SplitKV, StepPacker, StepView
 from hbserve_core.engine.runner import StepResult
 from hbserve_core.logits.prompt_logprobs import score
-from hbserve_core.logits.special_rows import PendingLogprobs, SpecialRows, has_grammars
+from hbserve_core.logits.rows import has_grammars
+from hbserve_core.logits.special_rows import PendingLogprobs, SpecialRows
 from hbserve_core.model.loaded_model import LoadedModel
 
 # Of what the two runners share, which other tests have on both: kernels take half a minute for it, interpreted.
@@ -76,9 +77,7 @@ class InterpretedRunner:
                 found = self.special_rows.sample(
                     step.special,
                     lambda places: self.decoder.logits(view, hidden, places),
-                    lambda scores, places, part: self.decoder.draw(
-                        view, scores, places, self.sampled, is_told=has_grammars(part)
-                    ),
+                    lambda scores, places, rows: self.decoder.draw(view, scores, places, self.sampled, rows),
                 )
             logprobs.extend(found)
             sampled.copy_(self.sampled[:num_samples])
@@ -88,7 +87,12 @@ class InterpretedRunner:
         elif step.special:
             self.left = draw
         sampled.copy_(self.sampled[:num_samples])
-        return lambda: StepResult(step.tokens(sampled.tolist()), logprobs.read(step.places), scored.read())
+
+        def result():
+            found, choices = logprobs.read(step.places)
+            return StepResult(step.tokens(sampled.tolist()), found, scored.read(), choices)
+
+        return result
 
     def draw(self):
         left, self.left = self.left, None

@@ -30,16 +30,21 @@ def add(engine: Engine, name: str, length: int, count: int = 1, **kind: Any) -> 
     engine.add(name, [1] * length, SamplingParams(0, count), **kind)
 
 
+def steps_of(engine: Any) -> Any:
+    """Of its simulated device: begin, end, and new tokens by request."""
+    return engine._runner.steps
+
+
 def run(engine: Engine) -> list[dict[str, int]]:
     """Steps until nothing is left: new tokens by request."""
-    first = len(engine._runner.steps)
+    first = len(steps_of(engine))
     while engine.has_work():
         for output in engine.step():
             if output.is_last or output.token_ids:
                 engine.hold(output.request_id)
                 engine.release(output.request_id)
     engine.check_integrity()
-    return [tokens for _, _, tokens in engine._runner.steps[first:]]
+    return [tokens for _, _, tokens in steps_of(engine)[first:]]
 
 
 def warmed(law: Any = H100_8B, **settings: Any) -> Engine:
@@ -150,7 +155,7 @@ def test_with_a_target_for_the_time_between_tokens_steps_take_no_longer():
     while any(not name.startswith("decodes") for name in engine._sequences):
         for output in engine.step():
             assert output.error is None
-        begin, end, tokens = engine._runner.steps[-1]
+        begin, end, tokens = steps_of(engine)[-1]
         durations.append((end - begin, sum(tokens.values())))
     known = durations[len(durations) // 2 :]
     assert max(time for time, _ in known) < 0.0165

@@ -77,6 +77,25 @@ def test_a_seed_gives_the_same_tokens_in_any_batch(model_folder, prompt):
     assert len(set(alone)) > 3
 
 
+@pytest.mark.parametrize("graphs", [True, False], ids=["graphs", "eager"])
+def test_each_choice_is_the_request_with_the_next_seed(model_folder, prompt, graphs):
+    """Prompts of one token are drawn from in steps of decodes, others in those of chunks; four of them at a time."""
+    engine = make_engine(model_folder("qwen3"), cuda_graph_enabled=graphs)
+    params = SamplingParams(temperature=1.5, seed=2**63 - 2, max_tokens=6, ignore_eos=True, n=4)
+    for name, length in enumerate(LENGTHS):
+        engine.add(str(name), prompt(length), params)
+    found = [[[] for _ in range(4)] for _ in LENGTHS]
+    while engine.has_work():
+        for output in engine.step():
+            found[int(output.request_id)][output.choice] += output.token_ids
+        engine.check_integrity()
+    assert engine.blocks.num_free == engine.blocks.num_blocks
+    prompts = [prompt(length) for length in LENGTHS]
+    for choice in range(4):
+        expected = generate(engine, prompts, 6, temperature=1.5, seed=params.of_choice(choice).seed)
+        assert [each[choice] for each in found] == expected
+
+
 ASKED = {
     "nothing": {},
     "penalties": {"repetition_penalty": 1.7, "presence_penalty": 1.1, "frequency_penalty": 0.6},
@@ -143,7 +162,7 @@ def test_the_first_bfloat16_token_that_differs_from_float32_was_nearly_as_likely
     exact = generate(Engine(exact_config, ModelRunner(exact_config)), prompts, 24)
     assert generate(make_engine(wide_model, dtype="float32", **WIDE), prompts, 24) == exact
     rounded = generate(make_engine(wide_model, dtype="bfloat16", **WIDE), prompts, 24)
-    reference = transformers.AutoModelForCausalLM.from_pretrained(wide_model, dtype=torch.float32).cuda().eval()
+    reference = transformers.AutoModelForCausalLM.from_pretrained(wide_model, dtype=torch.float32).cuda().eval()  # type: ignore[call-arg]
     for given, ours, theirs in zip(prompts, rounded, exact, strict=True):
         same = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b), None)
         if same is not None:

@@ -44,6 +44,11 @@ def next_token(token_ids: list[int]) -> int:
     return found % VOCABULARY if found % 37 else NOT_FINITE
 
 
+def first_tokens(token_ids: list[int], num_choices: int) -> list[int]:
+    """Of each choice another one; of some there is none."""
+    return [next_token([*token_ids, choice]) for choice in range(num_choices)]
+
+
 class TokenRunner:
     """A ModelRunner whose keys and values are `keys` of the tokens."""
 
@@ -80,16 +85,18 @@ class TokenStep:
         self.sequences = [chunk.sequence for chunk in batch]
         self.work = [
             (list(chunk.sequence.block_table), list(chunk.sequence.token_ids), chunk.first, chunk.num_new_tokens,
-             chunk.samples) for chunk in batch
+             chunk.samples, len(chunk.sequence.choices)) for chunk in batch
         ]  # fmt: skip
         self.before = before
         self.result: list[int | None] | None = None
+        self.choices: dict[int, Any] = {}
 
     def compute(self) -> None:
         if self.result is not None:
             return
         self.result = []
-        for sequence, (block_table, token_ids, first, count, samples) in zip(self.sequences, self.work, strict=True):
+        for place, (sequence, work) in enumerate(zip(self.sequences, self.work, strict=True)):
+            block_table, token_ids, first, count, samples, num_choices = work
             if token_ids[-1] == UNREAD:
                 # Only the step before can have sampled what nobody has read.
                 token_ids[-1] = self.before.result[self.before.sequences.index(sequence)]
@@ -98,12 +105,14 @@ class TokenStep:
             self.runner.write(block_table, first, known)
             assert self.runner.read(block_table, first + count) == keys(known), "somebody else's tokens"
             self.result.append(next_token(known) if samples else None)
+            if samples and num_choices:
+                self.choices[place] = [(token, None) for token in first_tokens(known, num_choices)]
         self.before = None
 
     def read(self) -> StepResult:
         self.compute()
         assert self.result is not None
-        return StepResult(self.result)
+        return StepResult(self.result, choices=self.choices)
 
 
 class RandomRequests(RuleBasedStateMachine):
@@ -111,7 +120,9 @@ class RandomRequests(RuleBasedStateMachine):
         super().__init__()
         self.engine: Engine | None = None
         self.prompts: dict[str, list[int]] = {}
-        self.generating: set[str] = set()
+        self.generating: dict[str, set[int]] = {}
+        """The choices of each that go on."""
+        self.num_choices: dict[str, int] = {}
         self.prefilling: set[str] = set()
         self.reported: dict[str, list[int]] = {}
         self.sent: dict[str, tuple[list[int], list[int]]] = {}
@@ -145,13 +156,15 @@ class RandomRequests(RuleBasedStateMachine):
         end=st.lists(st.integers(1, 2), min_size=1, max_size=4),
         output=st.lists(st.integers(1, 2), max_size=3),
         more_tokens=st.integers(1, 40),
+        n=st.sampled_from([1, 1, 2, 3, 8]),
     )
-    def submit(self, kind: str, begin: list[int], end: list[int], output: list[int], more_tokens: int) -> None:
+    def submit(self, kind: str, begin: list[int], end: list[int], output: list[int], more_tokens: int, n: int) -> None:
         self.count += 1
         prompt = begin + end
         request_id = f"{kind}-{self.count}"
         self.prompts[request_id] = prompt + output
-        params = SamplingParams(0, len(output) + more_tokens)
+        self.num_choices[request_id] = n
+        params = SamplingParams(0, len(output) + more_tokens, n=n)
         if self.engine.blocks.num_blocks_for(len(prompt) + len(output)) > self.engine.blocks.num_blocks:
             with pytest.raises(InvalidRequest, match="the pool has"):
                 self.engine.add(request_id, prompt, params, output)
@@ -160,7 +173,10 @@ class RandomRequests(RuleBasedStateMachine):
             self.reserving.add(request_id)
         else:
             self.engine.add(request_id, prompt, params, output, prefill_only=kind == "prefill")
-            (self.prefilling if kind == "prefill" else self.generating).add(request_id)
+            if kind == "prefill":
+                self.prefilling.add(request_id)
+            else:
+                self.generating[request_id] = set(range(n))
 
     @precondition(lambda self: self.engine is not None)
     @rule(count=st.sampled_from([1, 1, 1, 2, 3, 12]))
@@ -176,26 +192,47 @@ class RandomRequests(RuleBasedStateMachine):
             self.parked[reservation.request_id] = reservation
         for output in self.engine.step():
             assert output.token_id is None or (output.token_id != NOT_FINITE and output.error is None)
-            if output.request_id in self.prefilling:
+            if output.choice and output.request_id in self.sent:
+                assert output.block_table == self.reported[output.request_id]
+            elif output.request_id in self.prefilling:
                 # What was reported before may be on its way already.
                 known = self.reported.setdefault(output.request_id, list(output.block_table))
                 assert output.block_table == known
                 if output.token_id is not None or output.is_last:
                     self.prefilling.remove(output.request_id)
                     self.sent[output.request_id] = (output.block_table, self.prompts[output.request_id])
-            elif output.is_last:
-                self.generating.remove(output.request_id)
+            elif output.token_id is not None or output.is_last:
+                left = self.generating[output.request_id]
+                assert output.choice in left, "a choice that has ended"
+                if output.is_last:
+                    self.end_choice(output.request_id, output.choice)
+
+    def end_choice(self, request_id: str, choice: int) -> None:
+        self.generating[request_id].remove(choice)
+        if not self.generating[request_id]:
+            del self.generating[request_id]
+
+    @precondition(lambda self: self.generating)
+    @rule(data=st.data())
+    def abort_a_choice(self, data: st.DataObject) -> None:
+        """Before its first token too. The last one that is left ends the request, when that has been forked."""
+        request_id = data.draw(st.sampled_from(sorted(self.generating)))
+        choice = data.draw(st.sampled_from(sorted(self.generating[request_id])))
+        self.engine.release_choice(request_id, choice)
+        if self.num_choices[request_id] > 1:
+            self.end_choice(request_id, choice)
 
     @precondition(lambda self: self.generating)
     @rule(data=st.data(), num_reserved=st.sampled_from([0, 0, 1, 3]))
     def abort(self, data: st.DataObject, num_reserved: int) -> None:
         """Its blocks may be all that is left for those who reserve some, while a step still writes to them."""
         request_id = data.draw(st.sampled_from(sorted(self.generating)))
-        self.generating.remove(request_id)
+        del self.generating[request_id]
         self.engine.release(request_id)
         for number in range(num_reserved):
             reserving = f"reserve-{self.count}-{number}"
             self.prompts[reserving] = [1, 2] * 6
+            self.num_choices[reserving] = 1
             if self.engine.blocks.num_blocks >= 3:
                 self.engine.reserve(reserving, self.prompts[reserving], SamplingParams(0, 5))
                 self.reserving.add(reserving)
@@ -241,13 +278,17 @@ class RandomRequests(RuleBasedStateMachine):
         request_id = data.draw(st.sampled_from(sorted(self.parked)))
         reservation, prompt = self.parked.pop(request_id), self.prompts[request_id]
         if outcome == "completed":
-            first = reservation.num_cached_tokens
-            self.runner.write([-1] * (first // BLOCK) + reservation.block_ids, first, prompt)
-            if next_token(prompt) == NOT_FINITE:
+            cached = reservation.num_cached_tokens
+            self.runner.write([-1] * (cached // BLOCK) + reservation.block_ids, cached, prompt)
+            n = self.num_choices[request_id]
+            first = first_tokens(prompt, n) if n > 1 else [next_token(prompt)]
+            if NOT_FINITE in first:
                 self.engine.release(request_id)  # as the prefill side had no token, nothing is committed
                 return
-            self.engine.activate(request_id, next_token(prompt))
-            self.generating.add(request_id)
+            ends = [n > 1 and token % 3 == 0 for token in first]
+            self.engine.activate(request_id, *(None if end else token for end, token in zip(ends, first, strict=True)))
+            if not all(ends):
+                self.generating[request_id] = {choice for choice, end in enumerate(ends) if not end}
         elif outcome == "failed":
             self.engine.release(request_id)
         else:

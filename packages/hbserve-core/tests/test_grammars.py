@@ -172,8 +172,13 @@ def test_ranks_that_overlap_follow_rank_0_which_alone_knows_the_grammar(
     # The kernels are interpreted: a few tokens of one row, beside one of another request.
     add(engine, "a", prompt(5), constrained(), ids("gre"))
     add(engine, "free", prompt(4), SamplingParams(0, 2, ignore_eos=True))
+    several = constrained(temperature=5.0, seed=2, n=3, structured_outputs={"regex": "[a-z]"})
+    add(engine, "several", prompt(5), several)
     tokens, _ = run_out(engine)
     assert tokens["a"] == chosen(prompt(5) + ids("gre"), ["en", "y"])
+    *first, end_0, end_1, end_2 = tokens["several"]
+    assert all(text.islower() for text in text_of(first)), "each rank knows the token that rank 0 has drawn"
+    assert (end_0, end_1, end_2) == (EOS, EOS, EOS)
     assert tokens["free"] == greedy_tokens("qwen3", prompt(4), 2)
 
 
@@ -240,6 +245,89 @@ def test_a_request_that_was_handed_over_goes_on_behind_its_first_token(engine, c
     assert [output.token_id, *run_out(engine)[0]["a"]] == chosen(prompt(7))
 
 
+def by_choice(engine):
+    """Tokens of requests by id and choice."""
+    tokens = {}
+    while engine.has_work():
+        for output in engine.step():
+            tokens.setdefault((output.request_id, output.choice), []).extend(output.token_ids)
+        engine.check_integrity()
+    assert engine.blocks.num_free == engine.blocks.num_blocks
+    assert engine._num_matchers == 0
+    return tokens
+
+
+def of_each_alone(engine, params, prompt):
+    """What as many requests as there are choices get, by choice."""
+    for number in range(params.n):
+        add(engine, str(number), prompt, params.of_choice(number))
+    return {int(name): tokens for (name, _), tokens in by_choice(engine).items()}
+
+
+def several(**more):
+    closing = dict.fromkeys(ids('}]"'), 6.0)
+    return constrained(200, 2.0, seed=5, n=3, structured_outputs={"json": SCHEMA}, logit_bias=closing, **more)
+
+
+@pytest.mark.parametrize("length", [5, 9, 50])
+def test_each_of_several_choices_follows_the_grammar_by_itself(either_runner, prompt, length):
+    """Their first tokens have one mask. One of the lengths is a prompt of several chunks."""
+    engine, params = Engine(either_runner.config, either_runner), several()
+    expected = of_each_alone(engine, params, prompt(length))
+    add(engine, "all", prompt(length), params)
+    add(engine, "free", prompt(9), SamplingParams(0, 6, ignore_eos=True))
+    tokens = by_choice(engine)
+    assert len(tokens.pop(("free", 0))) == 6
+    assert {choice: found for (_, choice), found in tokens.items()} == expected
+    texts = [text_of(each) for each in expected.values()]
+    assert all(isinstance(json.loads(text)["ok"], bool) for text in texts)
+    assert len(set(texts)) == 3, "they are different places in the grammar"
+
+
+def test_several_choices_that_were_handed_over_go_on_behind_their_own_first_tokens(engine, prompt):
+    params = several(min_tokens=3)
+    params.structured_outputs = constrained(
+        structured_outputs={"regex": "a[a-d]{9}|b[e-h]{19}|c[i-l]{5}"}
+    ).structured_outputs
+    expected = of_each_alone(engine, params, prompt(7))
+    assert len({tokens[0] for tokens in expected.values()}) > 1
+    engine.reserve("a", prompt(7), params, matcher=engine.grammars.matcher(params))
+    (granted,) = engine.poll_reservations()
+    add(engine, "b", prompt(7), params, prefill_only=True)
+    outputs = engine.step()
+    engine._runner.pool[granted.block_ids] = engine._runner.pool[outputs[0].block_table]
+    first = [output.token_id for output in outputs]
+    engine.release("b")
+    # One of them has ended: its client has found out.
+    engine.activate("a", first[0], None, first[2])
+    tokens = by_choice(engine)
+    assert {choice: [first[choice], *found] for (_, choice), found in tokens.items()} == {
+        choice: expected[choice] for choice in (0, 2)
+    }
+
+
+def test_a_choice_whose_mask_is_late_delays_none_of_the_others(engine, prompt, monkeypatch):
+    params, gate = several(), threading.Event()
+    expected = of_each_alone(engine, params, prompt(9))
+    add(engine, "all", prompt(9), params)
+    tokens = {0: [], 1: [], 2: []}
+    for output in engine.step():
+        tokens[output.choice] += output.token_ids
+    assert [len(each) for each in tokens.values()] == [1, 1, 1]
+    late = engine._sequences["all"].choices[1].matcher
+    assert late.is_ready(60)
+    take = late._take
+    monkeypatch.setattr(late, "_take", lambda token: (gate.wait(60), take(token)))
+    while len(tokens[0]) < len(expected[0]) or len(tokens[2]) < len(expected[2]):
+        for output in engine.step():
+            tokens[output.choice] += output.token_ids
+    assert len(tokens[1]) == 2
+    gate.set()
+    for (_, choice), rest in by_choice(engine).items():
+        tokens[choice] += rest
+    assert tokens == expected
+
+
 def test_preempted_requests_go_on_where_they_were(folder, prompt):
     params = constrained(40, temperature=3.0, seed=9, structured_outputs={"regex": "[a-z]{30}"})
     found = []
@@ -256,7 +344,7 @@ def test_preempted_requests_go_on_where_they_were(folder, prompt):
 
 def test_who_is_late_delays_nobody_and_gets_the_same_tokens(either_runner, chosen, greedy_tokens, prompt, monkeypatch):
     engine = Engine(either_runner.config, either_runner)
-    add(engine, "late", prompt(5), constrained())
+    add(engine, "late", prompt(5), constrained(logprobs=0))
     add(engine, "free", prompt(9), SamplingParams(0, 6, ignore_eos=True))
     gate, tokens = threading.Event(), {"late": [], "free": []}
     late = engine._sequences["late"].matcher
@@ -265,6 +353,7 @@ def test_who_is_late_delays_nobody_and_gets_the_same_tokens(either_runner, chose
     while len(tokens["free"]) < 6:
         for output in engine.step():
             tokens[output.request_id] += output.token_ids
+            assert len(output.all_logprobs) == len(output.token_ids) * (output.request_id == "late")
             assert len(tokens["late"]) <= 1
         engine.check_integrity()
     gate.set()

@@ -242,7 +242,7 @@ def test_small_linear_with_norm_gate_bias_and_addition(shape, dtype):
     def multiply(x, weight, bias, norm=None, **how):
         return small_linear(x, weight, bias, norm=None if norm is None else (norm, EPS), **how)
 
-    _check_products(*shape, dtype, multiply)
+    _check_products(*shape, dtype, multiply)  # type: ignore[call-arg]
 
 
 @pytest.mark.parametrize("dtype", SKINNY_DTYPES, ids=str)
@@ -272,7 +272,7 @@ def test_skinny_linear_with_gate_bias_and_addition_whatever_the_splits(shape, sp
             return add_to
         return skinny_linear(x if norm is None else rms_norm(x, norm, EPS), weight, bias, **tiling, **how)
 
-    _check_products(*shape, dtype, multiply)
+    _check_products(*shape, dtype, multiply)  # type: ignore[call-arg]
     assert not workspace.arrived.any()
 
 

@@ -188,7 +188,7 @@ def test_requests_join_the_next_step_with_few_exceptions_where_hosts_and_devices
 
 def test_a_step_that_is_shorter_than_predicted_is_followed_when_its_end_is_seen():
     durations = [0.010] * WARM_UP + [0.004] + [0.010] * 400
-    simulation = decoding(time_s=lambda work: durations[len(simulation.device.steps)])
+    simulation: Simulation = decoding(time_s=lambda work: durations[len(simulation.device.steps)])
     simulation.run()
     idle_s = simulation.idle_s(WARM_UP, WARM_UP + 3)
     assert 0 < idle_s <= POLL_S + HOST_S + 1e-9

@@ -363,7 +363,7 @@ def test_many_special_rows_are_sampled_a_part_at_a_time(either_runner, oracle, p
 
 
 def test_a_step_without_special_rows_runs_nothing_more(model_folder, prompt, monkeypatch):
-    """Kernels are counted, and parameters that say nothing count as none."""
+    """Kernels of a prompt and of a decode are counted, and parameters that say nothing count as none."""
     from triton.runtime.interpreter import GridExecutor
 
     runner = make_runner(model_folder(MODEL), "cuda kernels")
@@ -383,19 +383,19 @@ def test_a_step_without_special_rows_runs_nothing_more(model_folder, prompt, mon
 
     def launched(**params):
         launches.clear()
-        run(runner, [(prompt(5), greedy(3, ignore_eos=True, **params))])
+        run(runner, [(prompt(5), greedy(2, ignore_eos=True, **params))])
         return Counter(launches)
 
     usual = launched()
-    assert usual["_embed"] == 3
-    assert usual["_best_of_row"] == 3
+    assert usual["_embed"] == 2
+    assert usual["_best_of_row"] == 2
     assert "special" not in usual
     nothing = {"presence_penalty": 0, "frequency_penalty": 0.0, "repetition_penalty": 1, "logit_bias": {}}
     assert (
         launched(logprobs=None, prompt_logprobs=None, min_tokens=0, min_p=0.0, stop_token_ids=[300], **nothing) == usual
     )
     more = launched(logit_bias={7: 1.0})
-    assert more.pop("special") == 3
+    assert more.pop("special") == 2
     # The same, and behind it the head and sampling once more: here the head is no kernel of ours, but its norm is.
     again = {"_rms_norm", "_small_linear", "_find_threshold", "_best_of_part", "_best_of_row"}
     assert {name for name in more if more[name] != usual[name]} <= again

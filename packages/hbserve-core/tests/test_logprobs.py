@@ -86,9 +86,9 @@ def test_asking_for_logprobs_changes_no_token(either_runner, prompt):
 
 def test_more_are_asked_for_than_there_are_tokens():
     logits = torch.randn(2, 5)
-    found = Logprobs(logits, [20, None]).send(logits, torch.tensor([3, 1])).read()
-    assert found[1] is None
-    check(found[0], 3, 5, logits[0].log_softmax(-1))
+    (token, found), other = Logprobs(logits, [20, None]).send(logits, torch.tensor([3, 1])).read()
+    assert (token, other) == (3, (1, None))
+    check(found, 3, 5, logits[0].log_softmax(-1))
 
 
 def test_of_a_row_without_numbers_no_logit_is_looked_for(broken_model, prompt):

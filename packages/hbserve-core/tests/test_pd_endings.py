@@ -11,7 +11,7 @@ import msgspec
 import pytest
 
 from hbserve_core import GpuInstance, InstanceConfig
-from hbserve_core.instance.handover import Handover, Inbox, PrefillSend, wait_for_kv
+from hbserve_core.instance.handover import FirstToken, Handover, Inbox, PrefillSend, wait_for_kv
 from hbserve_kv import KVTransferConfig, Outcome, TransferResult
 from hbserve_rpc import LogitsNotFinite, RemoteError, RpcClient, SamplingParams
 from hbserve_rpc.messages import (
@@ -303,18 +303,19 @@ def committed(payload: bytes, *, is_partial: bool = False) -> Any:
     return Committed()
 
 
-def packed(*handover: Any) -> bytes:
-    return msgspec.msgpack.encode(Handover(*handover))
+def packed(num_tokens: int, *first: Any) -> bytes:
+    return msgspec.msgpack.encode(Handover(num_tokens, [FirstToken(*first)]))
 
 
 REFUSED = {
-    "token -2 is outside the vocabulary": packed(-2, 40),
-    "token -7 is outside the vocabulary": packed(-7, 40),
-    "token 320 is outside the vocabulary": packed(320, 40),
-    "token 1000000 is outside the vocabulary": packed(10**6, 40),
-    "token 999 is outside the vocabulary": packed(5, 40, None, [{999: -0.5}]),
-    "it holds 41 tokens, the request has 40": packed(5, 41),
-    "it has log-probabilities of 1 tokens": packed(5, 40, None, [{5: -0.5}]),
+    "token -2 is outside the vocabulary": packed(40, -2),
+    "token -7 is outside the vocabulary": packed(40, -7),
+    "token 320 is outside the vocabulary": packed(40, 320),
+    "token 1000000 is outside the vocabulary": packed(40, 10**6),
+    "token 999 is outside the vocabulary": packed(40, 5, None, [{999: -0.5}]),
+    "it holds 41 tokens, the request has 40": packed(41, 5),
+    "it has log-probabilities of 1 tokens": packed(40, 5, None, [{5: -0.5}]),
+    "it has 2 first tokens, the request n=1": msgspec.msgpack.encode(Handover(40, [FirstToken(5), FirstToken(6)])),
     "what was committed with it is no handover": b"\xc1",
 }
 
@@ -329,9 +330,9 @@ async def test_a_handover_that_the_request_cannot_go_on_with_is_refused_by_the_d
 async def test_decode_goes_on_without_blocks_only_where_there_is_nothing_to_decode():
     request = DecodeRequest("r", "t", [5] * 40, LONG)
     with pytest.raises(RemoteError, match="without all blocks that were granted"):
-        await wait_for_kv(committed(packed(5, 40), is_partial=True), Inbox(), request, vocab_size=320)
-    handover = await wait_for_kv(committed(packed(5, 40, "stop"), is_partial=True), Inbox(), request, vocab_size=320)
-    assert handover.finish_reason == "stop"
+        await wait_for_kv(committed(packed(40, 5), is_partial=True), Inbox(), request, vocab_size=320)
+    handover = await wait_for_kv(committed(packed(40, 5, "stop"), is_partial=True), Inbox(), request, vocab_size=320)
+    assert not handover.has_more
 
 
 async def test_a_prefill_instance_that_commits_without_its_blocks_ends_that_request_alone(start, prompt, monkeypatch):

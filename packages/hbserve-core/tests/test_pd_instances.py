@@ -33,6 +33,8 @@ from hbserve_rpc.messages import (
     TransferDone,
 )
 
+pytestmark = pytest.mark.warm
+
 BLOCK, CHUNK = 16, 32
 LENGTHS = [1, BLOCK - 1, BLOCK, BLOCK + 1, CHUNK - 1, CHUNK, CHUNK + 1, 4 * CHUNK + 5]
 FULL_BYTES = 2 * 2 * BLOCK * 2 * 16 * 4  # layers, keys and values, tokens, heads, head_dim, float32
@@ -346,24 +348,26 @@ async def test_kv_of_another_model_is_refused_by_name(start, prompt, model_folde
                 pass
 
 
-@pytest.mark.parametrize("finish_reason", [None, "stop"])
-async def test_the_last_blocks_are_on_their_way_before_anybody_hears_of_the_first_token(finish_reason):
-    """Or never, where nobody needs them any more."""
+@pytest.mark.parametrize("reasons", [[None], ["stop"], ["stop", None], ["stop", "stop"]])
+async def test_the_last_blocks_are_on_their_way_before_anybody_hears_of_the_first_token(reasons):
+    """Or never, where nobody needs them any more, of all choices."""
     pushed: list[tuple[list[int], int]] = []
 
     async def open_send(transfer_id: str, grant: bytes) -> Any:
         return SimpleNamespace(num_blocks=3, push=lambda block_ids, first, _: pushed.append((list(block_ids), first)))
 
     inbox = Inbox()
-    request = PrefillRequest("r", "t", [3] * (2 * BLOCK + 5), GREEDY, b"grant")
+    params = SamplingParams(0, MAX_TOKENS, n=len(reasons))
+    request = PrefillRequest("r", "t", [3] * (2 * BLOCK + 5), params, b"grant")
     sending = PrefillSend(SimpleNamespace(open_send=open_send), request, BLOCK, inbox)
     following = asyncio.create_task(sending.follow())
     inbox.put_nowait(StepOutput("r", None, 0, num_computed_tokens=BLOCK, block_table=[4, 5, 6]))
     await asyncio.sleep(0.01)
     assert pushed == [([4], 0)]
-    inbox.put_nowait(StepOutput("r", 7, 0, finish_reason, 2 * BLOCK + 5, block_table=[4, 5, 6]))
-    assert (await following).token_id == 7
-    assert pushed[1:] == ([] if finish_reason else [([5, 6], 1)])
+    for choice, reason in enumerate(reasons):
+        inbox.put_nowait(StepOutput("r", 7 + choice, 0, reason, 2 * BLOCK + 5, block_table=[4, 5, 6], choice=choice))
+    assert [first.token_id for first in await following] == [7, 8][: len(reasons)]
+    assert pushed[1:] == ([([5, 6], 1)] if None in reasons else [])
 
 
 async def test_blocks_that_were_given_back_are_not_pushed_when_their_grant_comes_at_last():
@@ -384,7 +388,7 @@ async def test_blocks_that_were_given_back_are_not_pushed_when_their_grant_comes
     await asyncio.sleep(0.01)
     assert pushed == []
     inbox.put_nowait(StepOutput("r", 8, 0, None, BLOCK, block_table=[5]))
-    assert (await sending.follow()).token_id == 8
+    assert [first.token_id for first in await sending.follow()] == [8]
     assert pushed == [([5], 0)]
 
 

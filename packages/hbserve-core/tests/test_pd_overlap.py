@@ -127,7 +127,7 @@ async def test_the_last_blocks_are_pushed_before_the_first_token_is_told(is_late
     inbox.put_nowait(StepOutput("r", None, 0, num_computed_tokens=2 * BLOCK, block_table=[7, 8, 9]))
     inbox.put_nowait(StepOutput("r", 5, 0, finish_reason, num_computed_tokens=2 * BLOCK + 3, block_table=[7, 8, 9]))
     async with asyncio.timeout(DEADLINE_S):
-        output = await send.follow()
+        (output,) = await send.follow()
         if is_late:
             sending.may_open.set()
             await send.close()
@@ -171,7 +171,7 @@ async def test_blocks_are_pushed_when_their_step_is_launched_and_wait_for_it_on_
             await asyncio.sleep(0)
         inbox.put_nowait(output)
     async with asyncio.timeout(DEADLINE_S):
-        assert (await following).token_id == 5
+        assert [output.token_id for output in await following] == [5]
         sending.may_open.set()
         await send.close()
     assert [(*pushed, event) for pushed, event in zip(sending.pushed, sending.events, strict=True)] == expected

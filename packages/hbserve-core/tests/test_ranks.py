@@ -57,7 +57,7 @@ def run_out(engine: Engine) -> dict[str, list[int]]:
 @pytest.mark.cold
 def test_processes_give_the_tokens_of_one_and_none_is_left(model_folder, greedy_tokens, prompt):
     given = config(model_folder("qwen3"), block_size=8)
-    runner = make_runner(given)
+    runner: Any = make_runner(given)
     engine = Engine(given, runner)
     for i in range(4):
         engine.add(str(i), prompt(5 + 20 * i, salt=i), SamplingParams(0, 8, ignore_eos=True))
@@ -122,7 +122,7 @@ def test_after_a_step_that_was_interrupted_no_other_is_computed(model_folder, pr
         raise KeyboardInterrupt
 
     given = config(model_folder("qwen3"))
-    runner = make_runner(given)
+    runner: Any = make_runner(given)
     try:
         engine = Engine(given, runner)
         engine.add("r", prompt(3), SamplingParams(0, 8, ignore_eos=True))
@@ -215,7 +215,7 @@ def two_gpus(test: Any) -> Any:
 @pytest.mark.parametrize("graphs", [True, False], ids=["graphs", "eager"])
 def test_two_gpus_give_the_tokens_of_one(model_folder, greedy_tokens, prompt, graphs):
     given = config(model_folder("qwen3"), device="auto", gpu_id=0, cuda_graph_enabled=graphs, max_num_seqs=8)
-    runner = make_runner(given)
+    runner: Any = make_runner(given)
     try:
         engine = Engine(given, runner)
         for i in range(6):
@@ -232,7 +232,7 @@ def test_two_gpus_give_the_tokens_of_one(model_folder, greedy_tokens, prompt, gr
 def test_a_rank_that_is_lost_on_a_gpu_ends_the_step(model_folder, prompt, graphs, number):
     """The other device waits in a kernel for it, which the host must end."""
     given = config(model_folder("qwen3"), device="auto", gpu_id=0, cuda_graph_enabled=graphs, max_num_seqs=8)
-    runner = make_runner(given)
+    runner: Any = make_runner(given)
     try:
         engine = Engine(given, runner)
         engine.add("r", prompt(3), SamplingParams(0, 500, ignore_eos=True))

@@ -207,6 +207,20 @@ def test_an_id_that_comes_again_is_another_sequence():
     assert after.sequence is not before.sequence
 
 
+def test_choices_are_told_apart_and_those_of_a_prompt_are_made_again():
+    writer, reader = StepWriter(draws=True), StepReader()
+    parent = sequence("r", range(9), 9, 0, temperature=0.5, seed=7, n=3)
+    (told,) = reader.read(writer.write([ScheduledChunk(parent, 9)]))
+    assert [choice.params for choice in told.sequence.choices] == [choice.params for choice in parent.choices]
+    batch = []
+    for choice in parent.choices:
+        choice.token_ids, choice.num_computed_tokens = [*range(9), 20 + choice.choice], 9
+        batch.append(ScheduledChunk(choice, 1))
+    for _ in range(2):  # their parameters are told, and then known
+        read = reader.read(writer.write(batch))
+        assert [seen(chunk) for chunk in read] == [seen(chunk) for chunk in batch]
+
+
 def test_followers_that_are_told_every_token_do_not_draw():
     draws = random.Random(0).random()
     batch = [ScheduledChunk(sequence("r", range(5), 5, 0, temperature=draws), 5)]

@@ -12,7 +12,6 @@ They are forked from one server that has imported everything, so another process
 
 import asyncio
 import contextlib
-import ctypes
 import dataclasses
 import multiprocessing
 import multiprocessing.forkserver
@@ -40,6 +39,7 @@ from hbserve_kv.transports.ipc import IpcTransport
 from hbserve_kv.transports.mooncake.transport import MooncakeTransport
 from hbserve_kv.transports.nccl import NcclTransport
 from hbserve_rpc import RpcClient, RpcServer, RpcStream
+from hbserve_testing.namespaces import enter, set_namespace
 
 DEADLINE_S = 60.0
 BLOCK_WORDS = (256 << 10) // 8
@@ -240,21 +240,6 @@ class _Process:
         await self._posted[name].cancel("not wanted")
 
 
-def enter(namespace: str) -> int:
-    """Go to a network namespace, with this thread and those that it starts; returns a file of the one before."""
-    before = os.open("/proc/thread-self/ns/net", os.O_RDONLY)
-    _set_namespace(os.open(f"/var/run/netns/{namespace}", os.O_RDONLY))
-    return before
-
-
-def _set_namespace(file: int) -> None:
-    """As os.setns, which Python 3.11 does not have."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.setns(file, 0):
-        raise OSError(ctypes.get_errno(), "setns")
-    os.close(file)
-
-
 @contextlib.contextmanager
 def inside(namespace: str) -> Iterator[None]:
     """This thread in a network namespace. Processes of `Victim` are of the one outside, unless they are told."""
@@ -263,7 +248,7 @@ def inside(namespace: str) -> Iterator[None]:
     try:
         yield
     finally:
-        _set_namespace(before)
+        set_namespace(before)
 
 
 def main(control: Connection, rank: int, backend: str, point: str, timeout_s: float, expiry_s: float, where: str,

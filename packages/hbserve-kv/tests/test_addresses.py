@@ -148,3 +148,12 @@ def test_a_sender_that_could_not_be_asked_what_it_writes_is_refused(address):
     with pytest.raises(InvalidRequest, match=f"address='{address}': "):
         check(hello, me)
     assert check(msgspec.structs.replace(hello, address="[::1]:80"), me)
+
+
+async def test_a_grant_that_is_none_is_refused_as_one(managers):
+    sender = await managers(0, "ipc")
+    for junk in (b"", b"\xc1", b"junk", b"\x80"):
+        with pytest.raises(TransferFailed, match="a grant that is none"):
+            await sender.open_link(junk)
+        with pytest.raises(TransferFailed, match="a grant that is none"):
+            await sender.open_send("t", junk)

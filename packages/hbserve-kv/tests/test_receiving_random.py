@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 from collections import Counter
+from typing import Any
 
 import pytest
 import torch
@@ -268,7 +269,7 @@ class World:
         me = Identity(9, "mine", {}, HeadRange())
         self.receiver = Receiver(me, self.memory, {"wire": self.transport}, self.buffer, config)
         self.receiver.serve_on(self.handlers)
-        self.streams: dict[int, object] = {}
+        self.streams: dict[int, Any] = {}
         self.lives: Counter[int] = Counter()
         self.calls: list[asyncio.Task[None]] = []
         self.ends: Counter[IncomingTransfer] = Counter()

@@ -1,6 +1,8 @@
 """A method of each kind, and servers and clients that must leave nothing behind."""
 
 import asyncio
+import subprocess
+import sys
 from collections.abc import AsyncIterator, Callable
 from types import SimpleNamespace
 from typing import Any
@@ -52,3 +54,47 @@ def connect(start: Callable[..., Any]) -> Callable[..., Any]:
         return await start(RpcClient(address, **(defaults | settings)))
 
     return connect
+
+
+SERVER = """
+import asyncio, sys
+from hbserve_rpc import Method, RpcServer, StreamMethod
+import msgspec
+class Ask(msgspec.Struct, frozen=True, tag=True):
+    value: int = 0
+async def pid(ask):
+    import os
+    return Ask(os.getpid())
+async def forever(ask):
+    try:
+        yield ask
+        await asyncio.sleep(600)
+    finally:
+        print("closed", flush=True)
+async def main():
+    server = RpcServer(port=int(sys.argv[1]))
+    server.serve(Method("test.call", Ask, Ask), pid)
+    server.serve_stream(StreamMethod("test.stream", Ask, Ask), forever)
+    await server.start()
+    print(server.port, flush=True)
+    await asyncio.sleep(600)
+asyncio.run(main())
+"""
+
+
+@pytest.fixture
+def serve():
+    """Starts a server process on a port; returns it and the port."""
+    processes = []
+
+    def serve(port: int = 0) -> tuple[subprocess.Popen[str], int]:
+        command = [sys.executable, "-c", SERVER, str(port)]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        processes.append(process)
+        assert process.stdout is not None
+        return process, int(process.stdout.readline())
+
+    yield serve
+    for process in processes:
+        process.kill()
+        process.communicate(timeout=30)  # closes its pipe too

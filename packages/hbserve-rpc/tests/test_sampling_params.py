@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from decimal import Decimal
 from fractions import Fraction
 from itertools import count
+from typing import Any
 
 import msgspec
 import pytest
@@ -66,7 +67,7 @@ class EndlessMapping(Mapping):
 
 OBJECTS = [HostileObject(), HostileInt(5), HostileFloat(0.5), HostileText("x"), Decimal("0.5"), Decimal("sNaN"), int]
 
-WRONG = {
+WRONG: dict[str, Any] = {
     "temperature": [
         HostileObject(),
         HostileFloat(0.5),
@@ -111,6 +112,7 @@ WRONG = {
     "repetition_penalty": [HostileObject(), 0, -1, 0.009, 100.1, float("nan"), float("inf"), "1", True, None],
     "logprobs": [HostileObject(), HostileInt(21), -1, 21, 2**63, 1.0, True, "3", float("nan")],
     "prompt_logprobs": [HostileObject(), HostileInt(21), -1, 21, 2**63, 1.0, False, "3", float("nan")],
+    "n": [HostileObject(), HostileInt(0), 0, -1, 1025, 2**63, 1.0, True, "2", None, float("nan")],
     "logit_bias": [
         HostileObject(),
         [(3, 1.0)],
@@ -261,6 +263,15 @@ def test_a_wrong_value_is_refused_after_it_was_set_too(name):
         params.validate()
 
 
+def test_each_choice_has_the_next_seed_and_the_first_one_the_request_s_own():
+    params = SamplingParams(0.7, 9, stop=["a"], seed=2**63 - 2, n=4)
+    choices = [params.of_choice(number) for number in range(4)]
+    assert [each.seed for each in choices] == [2**63 - 2, 2**63 - 1, 0, 1]
+    assert choices[0] == SamplingParams(0.7, 9, stop=["a"], seed=2**63 - 2)
+    assert (params.n, params.seed) == (4, 2**63 - 2)
+    assert SamplingParams(n=2).of_choice(1) == SamplingParams()
+
+
 def test_every_field_has_its_wrong_values_here():
     assert set(WRONG) == set(SamplingParams.__struct_fields__)
 
@@ -277,7 +288,7 @@ def test_every_field_has_its_wrong_values_here():
         SamplingParams(min_p=5e-324, logit_bias={0: -100, 2**31 - 1: 100}),
         SamplingParams(logit_bias=dict.fromkeys(range(1024), 0.5)),
         SamplingParams(logit_bias={}, logprobs=0),
-        SamplingParams(logprobs=20, prompt_logprobs=20),
+        SamplingParams(logprobs=20, prompt_logprobs=20, n=1024),
         SamplingParams(prompt_logprobs=0),
         SamplingParams(presence_penalty=-2, frequency_penalty=2, repetition_penalty=0.01),
         SamplingParams(presence_penalty=2, frequency_penalty=-2, repetition_penalty=100),

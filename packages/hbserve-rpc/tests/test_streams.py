@@ -1,6 +1,7 @@
 """Streams: items in order, credit, and an end on both sides."""
 
 import asyncio
+from typing import Any
 
 import msgspec
 import pytest
@@ -13,7 +14,7 @@ def counting(rpc, start, connect):
     """A server that counts up to what it is asked, a client of it, and what the server noticed."""
 
     async def make():
-        seen = {"sent": 0, "closed": asyncio.Event()}
+        seen: dict[str, Any] = {"sent": 0, "closed": asyncio.Event()}
 
         async def count(ask):
             try:

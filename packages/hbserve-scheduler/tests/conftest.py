@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import uuid
 from collections import defaultdict
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import pytest
@@ -14,6 +14,7 @@ from hbserve_rpc.messages import (
     CONNECT,
     DECODE,
     DESCRIBE,
+    END_CHOICE,
     GENERATE,
     GRANT,
     PREFILL,
@@ -21,6 +22,7 @@ from hbserve_rpc.messages import (
     ConnectRequest,
     DecodeRequest,
     Empty,
+    EndChoice,
     GenerateRequest,
     Granted,
     GrantRequest,
@@ -46,6 +48,10 @@ def token(index: int) -> int:
     return 100 + index
 
 
+CHOICE = 200
+"""The tokens of each choice are so many above those of the one before."""
+
+
 class FakeInstance:
     """Token i of every answer is 100 + i. Each request passes named phases, where a test can hold it or fail it.
 
@@ -68,12 +74,16 @@ class FakeInstance:
         self.open = 0
         """Streams that are under way."""
         self.hold: set[str] = set()
-        self.fail: dict[str, list[Exception]] = defaultdict(list)
-        """The next requests that reach this phase fail so, one error each."""
+        self.fail: dict[str, list[Exception | None]] = defaultdict(list)
+        """The next requests that reach this phase fail so, one error each; with None, one does not."""
         self.silent: set[str] = set()
         """Phases at which a stream just ends, as no correct instance does."""
         self.stop_at: int | None = None
         """This token is an end-of-sequence token."""
+        self.choice_stops: dict[int, int] = {}
+        """The same of one choice."""
+        self.ended_choices: list[int] = []
+        """That it was told to end."""
         self.repeats = False
         """Sends each token again with the next one."""
         self.max_model_len = 128
@@ -89,6 +99,8 @@ class FakeInstance:
         if self.role == "prefill":
             server.serve(CONNECT, self._connect)
             server.serve_notification(GRANT, self._grant)
+        else:
+            server.serve_notification(END_CHOICE, self._end_choice)
         for method, handler in ((DECODE, self._decode), (PREFILL, self._prefill), (GENERATE, self._generate)):
             server.serve_stream(method, handler)  # type: ignore[arg-type]
         return server
@@ -135,10 +147,13 @@ class FakeInstance:
         if future is not None and not future.done():
             future.set_result(request.grant)
 
+    async def _end_choice(self, request: EndChoice) -> None:
+        self.ended_choices.append(request.choice)
+
     async def _phase(self, name: str) -> None:
         self.journal.append((self.instance_id, name))
-        if self.fail[name]:
-            raise self.fail[name].pop(0)
+        if self.fail[name] and (error := self.fail[name].pop(0)) is not None:
+            raise error
         if name in self.hold:
             self._released.clear()
             await self._released.wait()
@@ -153,25 +168,30 @@ class FakeInstance:
             self.open -= 1
             self.journal.append((self.instance_id, "closed"))
 
-    def _event(self, request: Any, index: int) -> TokenEvent:
-        ends = "stop" if index == self.stop_at else "length" if index + 1 >= request.params.max_tokens else None
+    def _event(self, request: Any, index: int, choice: int = 0) -> TokenEvent:
+        stops = index == self.stop_at or index == self.choice_stops.get(choice)
+        ends = "stop" if stops else "length" if index + 1 >= request.params.max_tokens else None
         first = max(0, index - 1) if self.repeats else index
-        tokens = [token(i) for i in range(first, index + 1)]
+        # A choice that goes on by itself is known by its seed.
+        tokens = [token(i) + CHOICE * (choice + (request.params.seed or 0)) for i in range(first, index + 1)]
         logprobs = [] if request.params.logprobs is None else [{each: -float(each)} for each in tokens]
         # As real ones: a decode instance knows nothing of the prompt's.
-        knows_prompt = request.params.prompt_logprobs is not None and self.role != "decode" and first == 0
+        asked = request.params.prompt_logprobs is not None
+        knows_prompt = asked and self.role != "decode" and first == 0 and choice == 0
         of_prompt = [{each: -1.0} for each in request.prompt_token_ids[1:]] if knows_prompt else []
-        return TokenEvent(first, tokens, ends, logprobs, of_prompt)  # type: ignore[arg-type]
+        return TokenEvent(first, tokens, ends, logprobs, of_prompt, choice)  # type: ignore[arg-type]
 
-    async def _tokens(self, request: Any, index: int) -> AsyncIterator[TokenEvent]:
-        while True:
+    async def _tokens(self, request: Any, index: int, choices: list[int]) -> AsyncGenerator[TokenEvent]:
+        while choices:
             await self._phase("tokens")
             if "tokens" in self.silent:
                 return
-            event = self._event(request, index)
-            yield event
-            if event.finish_reason:
-                return
+            events = [self._event(request, index, choice) for choice in choices if choice not in self.ended_choices]
+            for event in events:
+                yield event
+            if not events:  # it does not know that nothing more is wanted
+                await asyncio.Event().wait()
+            choices = [choice for choice in choices if choice not in {e.choice for e in events if e.finish_reason}]
             index += 1
 
     async def _decode(self, request: DecodeRequest) -> AsyncIterator[Granted | TokenEvent]:
@@ -181,8 +201,12 @@ class FakeInstance:
                 return
             yield Granted(f"{self.instance_id}:{request.transfer_id}".encode(), num_cached_tokens=1)
             first = len(request.output_token_ids)
-            ended = first == self.stop_at  # by P: this side hears of it, and has nothing to compute
-            async with contextlib.aclosing(self._tokens(request, first if ended else first + 1)) as events:
+            left = [
+                choice for choice in range(request.params.n) if not self._event(request, first, choice).finish_reason
+            ]
+            # By P all have ended: this side hears of it, and has nothing to compute.
+            choices = left or list(range(request.params.n))
+            async with contextlib.aclosing(self._tokens(request, first + bool(left), choices)) as events:
                 async for event in events:
                     yield event
 
@@ -195,10 +219,12 @@ class FakeInstance:
                 await self._phase("first")
                 if "first" in self.silent:
                     return
-                event = self._event(request, len(request.output_token_ids))
-                if event.finish_reason is None:
+                first = len(request.output_token_ids)
+                events = [self._event(request, first, choice) for choice in range(request.params.n)]
+                if any(event.finish_reason is None for event in events):
                     await granted
-                yield event
+                for event in events:
+                    yield event
                 await self._phase("done")
                 if await granted:
                     yield TransferDone(num_bytes=1000, num_parts=1, time_s=0.5)
@@ -209,7 +235,8 @@ class FakeInstance:
         if self.role != "hybrid":
             raise InvalidRequest(f"{self.instance_id} is not hybrid")
         with self._stream(request):
-            async with contextlib.aclosing(self._tokens(request, len(request.output_token_ids))) as events:
+            choices = list(range(request.params.n))
+            async with contextlib.aclosing(self._tokens(request, len(request.output_token_ids), choices)) as events:
                 async for event in events:
                     yield event
 

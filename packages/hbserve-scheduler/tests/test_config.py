@@ -168,7 +168,7 @@ def test_the_readme_names_every_key_and_no_other() -> None:
 
 def test_what_is_not_written_has_its_default() -> None:
     config = convert({"gpu_instances": PAIR})
-    assert (config.model.path, config.model.tensor_parallel_size) == (None, 1)
+    assert (config.model.path, config.model.tensor_parallel_size) == (None, 1)  # type: ignore[attr-defined]
     assert (config.kv_transfer.backend, config.kv_transfer.buffer_size) == ("nccl", 1 << 30)
     assert config.scheduler.request_timeout_s is None
     assert [each.instance_type for each in config.gpu_instances] == ["prefill", "decode"]

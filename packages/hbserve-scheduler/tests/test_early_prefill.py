@@ -132,6 +132,14 @@ def test_there_is_room_if_the_last_report_of_this_life_says_so_with_some_to_spar
     assert handle_of(info, report).reports_room(num_tokens) is has_room
 
 
+@pytest.mark.parametrize(("num_choices", "free", "active", "has_room"), [
+    (4, 18, 4, True), (4, 17, 0, False), (4, 90, 5, False),
+])  # fmt: skip
+def test_each_choice_takes_a_block_and_a_place_and_all_share_their_prompt(num_choices, free, active, has_room):
+    report = {"free_blocks": free, "active_requests": active}
+    assert handle_of({}, report).reports_room(64, num_choices) is has_room
+
+
 def test_there_is_no_room_without_a_report():
     handle = handle_of({}, {"free_blocks": 90})
     handle.last_stats = None

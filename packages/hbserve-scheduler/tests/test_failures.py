@@ -5,11 +5,12 @@ from typing import Any
 
 import pytest
 
-from hbserve_rpc import InvalidRequest, LogitsNotFinite, Overloaded, RemoteError, Unavailable
+from hbserve_rpc import EngineFailed, InvalidRequest, LogitsNotFinite, Overloaded, RemoteError, Unavailable
+from hbserve_rpc.messages import TokenEvent
 from hbserve_scheduler import ConfigError, InstanceFailed, NotReady, RequestFailed
 from hbserve_scheduler.attempt import Attempt
 from hbserve_scheduler.request import ScheduledRequest
-from hbserve_scheduler.retries import Retries
+from hbserve_scheduler.retries import MOST_SUSPECTS, Retries
 
 
 @pytest.fixture
@@ -429,3 +430,119 @@ async def test_an_instance_cannot_be_added_twice(make_scheduler, pair):
     scheduler = await make_scheduler(*pair)
     with pytest.raises(ConfigError, match="instance_id='p0': is in use"):
         await scheduler.add_instance("p0", "prefill", pair[0].address)
+
+
+async def test_an_instance_that_has_ended_is_not_used_although_no_heartbeat_is_due(
+    make_scheduler, four, ask, collect, until
+):
+    scheduler = await make_scheduler(*four, heartbeat_interval_s=3600, heartbeat_timeout_s=3600)
+    gone = next(each for each in four if each.instance_id == "d0")
+    await gone.server.stop()
+    await until(lambda: scheduler.fleet.handles["d0"].status == "unreachable")
+    ends = [(await collect(scheduler.submit(ask(f"r{i}"))))[1] for i in range(3)]
+    assert [(end.decode_instance, end.num_attempts) for end in ends] == [("d1", 1)] * 3
+
+
+# ---- requests that end instances ---------------------------------------------------------------------------------
+
+
+async def die(instance) -> None:
+    """As a process that is killed: it says no goodbye."""
+    instance.server._socket.say_last = lambda frames: None
+    await instance.server.stop()
+
+
+@pytest.mark.parametrize("how", ["its engine fails", "its process dies"])
+async def test_a_request_that_was_on_two_instances_as_they_died_is_tried_on_no_other(
+    make_scheduler, make_instance, ask, collect, how
+):
+    prefills = [await make_instance("prefill", f"p{i}") for i in range(4)]
+    dying: list[asyncio.Task[None]] = []
+    for instance in prefills:
+        if how == "its engine fails":
+            instance.fail["first"] = [EngineFailed(f"{instance.instance_id} failed: CUDA error")]
+        else:
+            phase = instance._phase
+
+            async def kill(name, instance=instance, phase=phase):
+                if name == "first":
+                    dying.append(asyncio.create_task(die(instance)))
+                    await asyncio.Event().wait()
+                await phase(name)
+
+            instance._phase = kill
+    scheduler = await make_scheduler(*prefills, await make_instance("decode", "d0"), max_attempts=9)
+    with pytest.raises(
+        RequestFailed, match=r"it was on (p\d) and (p\d) as they died, and is tried on no other"
+    ) as caught:
+        await collect(scheduler.submit(ask()))
+    assert sum(len(instance.requests) for instance in prefills) == 2
+    assert "attempt 2: p" in str(caught.value)
+    await asyncio.gather(*dying)
+
+
+async def test_instances_that_end_in_order_tell_nothing_of_the_requests_that_were_there(
+    make_scheduler, make_instance, ask, collect, until
+):
+    decodes = [await make_instance("decode", f"d{i}") for i in range(3)]
+    for instance in decodes:
+        instance.hold = {"tokens"}
+    scheduler = await make_scheduler(await make_instance("prefill", "p0"), *decodes, max_attempts=9)
+    answer = asyncio.create_task(collect(scheduler.submit(ask())))
+    for _ in range(2):
+        await until(lambda: any(each.open for each in decodes))
+        here = next(each for each in decodes if each.open)
+        await here.server.stop()
+        decodes.remove(here)
+    decodes[0].hold.clear()
+    assert (await answer)[1].num_attempts == 3
+
+
+async def test_few_of_those_that_were_on_a_dead_instance_are_tried_at_a_time(make_scheduler, pair, ask):
+    fleet = (await make_scheduler(*pair, max_pending_reservations=99)).fleet
+    retries, gone = Retries(fleet, lambda: None), fleet.handles["d0"]
+    gone.note_death("an earlier life")
+    suspects = [ScheduledRequest(ask(f"s{i}")) for i in range(MOST_SUSPECTS + 3)]
+    for entry in suspects:
+        entry.was_on = [(gone, "an earlier life")]
+    others = [ScheduledRequest(ask(f"o{i}")) for i in range(3)]
+    waiting = {
+        entry.request.request_id: asyncio.create_task(retries.wait_for_place(entry, 0.05))
+        for entry in [*suspects, *others]
+    }
+    await asyncio.sleep(0)
+
+    async def placed() -> int:
+        retries.place()
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        return sum(task.done() for task in waiting.values())
+
+    assert await placed() == MOST_SUSPECTS + 3, "those that were elsewhere wait for nobody"
+    assert await placed() == MOST_SUSPECTS + 3
+    await asyncio.wait(waiting.values(), timeout=0.2)
+    assert sum(task.done() for task in waiting.values()) == MOST_SUSPECTS + 3, "to be held back is not to lack a place"
+    suspects[0].deliver(TokenEvent(0, [5]))
+    suspects[1].fail(RequestFailed("it was aborted"))
+    assert await placed() == MOST_SUSPECTS + 5
+    for task in waiting.values():
+        if task.done():
+            task.result().end()
+        task.cancel()
+    await asyncio.gather(*waiting.values(), return_exceptions=True)
+
+
+IMPOSSIBLE = {
+    "more than were asked for": TokenEvent(0, [5] * 5),
+    "before the first": TokenEvent(-1, [5]),
+    "no token": TokenEvent(0, [-1]),
+    "later ones": TokenEvent(2, [5]),
+}
+
+
+@pytest.mark.parametrize("case", IMPOSSIBLE)
+def test_tokens_that_a_request_cannot_have_are_an_error_of_the_instance(ask, case):
+    entry = ScheduledRequest(ask(max_tokens=4))
+    with pytest.raises(RemoteError, match=r"cannot have|are missing"):
+        entry.deliver(IMPOSSIBLE[case])
+    assert entry.output == []

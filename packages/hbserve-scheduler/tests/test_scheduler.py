@@ -505,7 +505,7 @@ def test_the_handoff_is_from_the_first_token_that_a_client_gets_to_the_second(
     ask, monkeypatch, events, handoff_s, known
 ):
     """Whether or not it has `known` tokens of an earlier attempt already."""
-    entry = ScheduledRequest(ask(output_token_ids=[100 + i for i in range(known)]))
+    entry = ScheduledRequest(ask(max_tokens=9, output_token_ids=[100 + i for i in range(known)]))
     for now_s, tokens in events:
         monkeypatch.setattr("hbserve_scheduler.request.time", clock(now_s))
         entry.deliver(TokenEvent(tokens[0] - 100 + known, [token + known for token in tokens]))

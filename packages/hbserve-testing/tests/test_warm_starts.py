@@ -85,6 +85,20 @@ def test_what_a_fork_cannot_be_starts_cold(options):
         assert done.stdout == expected
 
 
+@pytest.mark.netns
+def test_a_program_of_another_network_is_there_and_what_it_starts_too(make_network):
+    namespace = make_network({"there": "10.78.0.1"}).namespace("there")
+    code = """
+import os, subprocess, sys
+code = "import os, sys; print(os.stat('/proc/self/ns/net').st_ino, 'torch' in sys.modules)"
+print(os.stat("/proc/self/ns/net").st_ino, subprocess.check_output([sys.executable, "-c", code], text=True), end="")
+"""
+    command = [sys.executable, "-c", code]
+    for before, file in ((["ip", "netns", "exec", namespace], f"/run/netns/{namespace}"), ([], "/proc/self/ns/net")):
+        there = os.stat(file).st_ino
+        assert subprocess.check_output([*before, *command], text=True, timeout=60) == f"{there} {there} True\n"
+
+
 @pytest.mark.cold
 def test_a_test_that_is_marked_cold_starts_cold():
     code = "import sys; print('torch' in sys.modules)"

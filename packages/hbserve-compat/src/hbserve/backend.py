@@ -11,7 +11,7 @@ from hbserve_rpc.messages import FinishReason, TokenLogprobs
 
 @dataclass(frozen=True)
 class Progress:
-    """What is new of one request."""
+    """What is new of one request, or of one of its choices."""
 
     request_id: str
     token_ids: list[int]
@@ -22,6 +22,7 @@ class Progress:
     """Of each of `token_ids`, if the request asks for them."""
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     """With the first token, if the request asks for them: of each prompt token but the first."""
+    choice: int = 0
 
 
 News = queue.SimpleQueue[Progress]
@@ -51,8 +52,9 @@ class Backend(Protocol):
     def step(self, news: News) -> tuple[list[Progress], int]:
         """Whatever is new for this caller, after one step if need be, and how many prompt tokens that computed."""
 
-    def end(self, request_ids: list[str], reason: FinishReason) -> None:
-        """Compute these no further: "stop" if all that was wanted is there. Those that have ended are passed over."""
+    def end(self, request_ids: list[str], reason: FinishReason, choice: int | None = None) -> None:
+        """Compute these, or one choice of each, no further: "stop" if all that was wanted is there. Those that have
+        ended are passed over."""
 
     def close(self) -> None:
         """End everything. May be called twice, and from several threads: each returns when it has ended."""

@@ -132,6 +132,8 @@ class ChildProcess:
         try:
             return str(json.loads(line)["address"])
         except (ValueError, KeyError):
+            self._process.kill()
+            await self._process.wait()
             raise InstanceFailed(f"{self.name} began with {line!r} instead of its address") from None
 
     async def stop(self) -> None:

@@ -67,9 +67,10 @@ class DisaggregatedBackend:
         try:
             async for event in events:
                 if isinstance(event, RequestFinished):
-                    news.put(Progress(request_id, [], event.finish_reason))
+                    news.put(Progress(request_id, [], event.finish_reason, choice=event.choice))
                 else:
-                    news.put(Progress(request_id, event.token_ids, None, None, event.logprobs, event.prompt_logprobs))
+                    more = event.logprobs, event.prompt_logprobs, event.choice
+                    news.put(Progress(request_id, event.token_ids, None, None, *more))
         except Exception as error:  # belongs to whoever calls `step`
             news.put(Progress(request_id, [], None, error))
         finally:
@@ -81,12 +82,12 @@ class DisaggregatedBackend:
         require_own_process(self._pid)
         return [news.get(), *drained(news)], 0
 
-    def end(self, request_ids: list[str], reason: FinishReason) -> None:
-        self._run(self._abort(request_ids, reason))
+    def end(self, request_ids: list[str], reason: FinishReason, choice: int | None = None) -> None:
+        self._run(self._abort(request_ids, reason, choice))
 
-    async def _abort(self, request_ids: list[str], reason: FinishReason) -> None:
+    async def _abort(self, request_ids: list[str], reason: FinishReason, choice: int | None) -> None:
         for request_id in request_ids:
-            await self._scheduler().abort(request_id, reason)
+            await self._scheduler().abort(request_id, reason, choice)
 
     def _scheduler(self) -> CpuScheduler:
         try:

@@ -50,7 +50,7 @@ async def generate_answers(args: GenerateArgs) -> None:
         prompts = [encode_message(tokenizer, text) for text in texts]
         if len(prompts) == 1:
             request = TextRequest(scheduler, tokenizer, prompts[0], params)
-            ends, lengths = [await _stream(request)], [len(request.detokenizer.token_ids)]
+            ends, lengths = [await _stream(request)], [len(request.choices[0].detokenizer.token_ids)]
         else:
             results = await _together(scheduler, tokenizer, prompts, params)
             for text, result in zip(texts, results, strict=True):

@@ -29,7 +29,8 @@ class HybridBackend:
         plain = instance_settings(config, config.gpu_instances[0], folder, log_level="WARNING")
         self._runner: Runner | None = None
         self._engine: Engine | None = None
-        self._news: dict[str, News] = {}
+        self._news: dict[str, tuple[News, set[int]]] = {}
+        """Of each request, with its choices that have not ended."""
         self._thread = OwnThread("hbserve-engine")
         try:
             self._thread.call(lambda: self._start(msgspec.convert(plain, InstanceConfig)))
@@ -54,7 +55,7 @@ class HybridBackend:
         self, request_id: str, token_ids: list[int], params: SamplingParams, matcher: Matcher | None, news: News
     ) -> None:
         self._running().add(request_id, token_ids, params, matcher=matcher)
-        self._news[request_id] = news
+        self._news[request_id] = news, set(range(params.n))
 
     def step(self, news: News) -> tuple[list[Progress], int]:
         num_prompt_tokens = self._thread.call(lambda: self._step(news))
@@ -68,18 +69,31 @@ class HybridBackend:
             raise InvalidRequest("step: there is no request; add_request() first")
         before = engine.stats().num_prefill_tokens
         for each in engine.step():
-            whose = self._news.pop(each.request_id) if each.is_last else self._news[each.request_id]
-            logprobs = each.all_logprobs, each.prompt_logprobs
-            whose.put(Progress(each.request_id, each.token_ids, each.finish_reason, each.error, *logprobs))
+            whose, _ = self._news[each.request_id]
+            if each.is_last:
+                self._forget(each.request_id, each.choice)
+            more = each.all_logprobs, each.prompt_logprobs, each.choice
+            whose.put(Progress(each.request_id, each.token_ids, each.finish_reason, each.error, *more))
         return engine.stats().num_prefill_tokens - before
 
-    def end(self, request_ids: list[str], reason: FinishReason) -> None:
-        self._thread.call(lambda: self._end(request_ids))
-
-    def _end(self, request_ids: list[str]) -> None:
-        for request_id in request_ids:
+    def _forget(self, request_id: str, choice: int) -> None:
+        """A choice has ended, and perhaps the request with it."""
+        _, choices = self._news.get(request_id, (None, set[int]()))
+        choices.discard(choice)
+        if not choices:
             self._news.pop(request_id, None)
-            self._running().release(request_id)
+
+    def end(self, request_ids: list[str], reason: FinishReason, choice: int | None = None) -> None:
+        self._thread.call(lambda: self._end(request_ids, choice))
+
+    def _end(self, request_ids: list[str], choice: int | None) -> None:
+        for request_id in request_ids:
+            if choice is None:
+                self._news.pop(request_id, None)
+                self._running().release(request_id)
+            else:
+                self._forget(request_id, choice)
+                self._running().release_choice(request_id, choice)
 
     def close(self) -> None:
         self._thread.end(self._close)

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from hbserve.backend import Backend, News
+from hbserve.backend import Backend, News, Progress
 from hbserve.demo_model import model_folder
 from hbserve.detokenizer import Detokenizer
 from hbserve.keywords import translated
@@ -25,23 +25,35 @@ from hbserve_rpc.messages import TokenLogprobs
 
 
 @dataclass
-class _Request:
-    number: int
+class _Choice:
     detokenizer: Detokenizer
-    place: int
-    """Among the prompts of its call."""
     logprobs: list[TokenLogprobs] | None
     """None: not asked for."""
-    prompt_logprobs: list[TokenLogprobs | None] | None
-    """The first token's are None, as in vLLM."""
+    has_ended: bool = False
 
     def answer(self) -> dict[str, Any]:
         token_ids = self.detokenizer.token_ids
         found: dict[str, Any] = {"text": self.detokenizer.text, "token_ids": token_ids}
         if self.logprobs is not None:
             found["logprobs"] = self.logprobs[: len(token_ids)]  # there may be more, behind a stop string
+        return found
+
+
+@dataclass
+class _Request:
+    number: int
+    choices: list[_Choice]
+    place: int
+    """Among the prompts of its call."""
+    prompt_logprobs: list[TokenLogprobs | None] | None
+    """The first token's are None, as in vLLM."""
+
+    def answer(self) -> dict[str, Any]:
+        found = self.choices[0].answer()
         if self.prompt_logprobs is not None:
             found["prompt_logprobs"] = self.prompt_logprobs
+        if len(self.choices) > 1:
+            found["outputs"] = [choice.answer() for choice in self.choices]
         return found
 
 
@@ -126,17 +138,17 @@ class LLM:
     def _add(self, call: _Call, token_ids: list[int], params: SamplingParams, place: int = 0) -> None:
         number = next(self._numbers)
         # As nano-vllm does, the text keeps special tokens.
-        text = Detokenizer(
-            self._tokenizer,
-            params.stop,
-            skip_special_tokens=False,
-            min_tokens=params.min_tokens,
-            include_stop_str_in_output=params.include_stop_str_in_output,
-        )
-        logprobs, prompt_logprobs = params.logprobs, params.prompt_logprobs
-        request = _Request(
-            number, text, place, None if logprobs is None else [], None if prompt_logprobs is None else [None]
-        )
+        choices = []
+        for _ in range(params.n):
+            text = Detokenizer(
+                self._tokenizer,
+                params.stop,
+                skip_special_tokens=False,
+                min_tokens=params.min_tokens,
+                include_stop_str_in_output=params.include_stop_str_in_output,
+            )
+            choices.append(_Choice(text, None if params.logprobs is None else []))
+        request = _Request(number, choices, place, None if params.prompt_logprobs is None else [None])
         call.requests[str(number)] = request  # first: whatever interrupts `add`, it is known that there may be one
         try:
             with naming(place, call.num_prompts):
@@ -157,7 +169,8 @@ class LLM:
         """
         with self._stepping:
             finished, count = self._step(self._added)
-        return [(request.number, request.detokenizer.token_ids) for request in finished], count
+        ended = [(request.number, each.detokenizer.token_ids) for request in finished for each in request.choices]
+        return ended, count
 
     def _step(self, call: _Call) -> tuple[list[_Request], int]:
         if not call.requests and not call.errors:
@@ -172,21 +185,33 @@ class LLM:
             if each.error is not None or each.finish_reason == "abort":
                 del call.requests[each.request_id]
                 call.errors.append((request.place, each.error or Ended()))
+                if len(request.choices) > 1:
+                    self._running().end([each.request_id], "abort")
                 continue
-            if request.logprobs is not None:
-                request.logprobs += each.logprobs
             if request.prompt_logprobs is not None:
                 request.prompt_logprobs += each.prompt_logprobs
-            request.detokenizer.feed(each.token_ids, final=each.finish_reason is not None)
-            if request.detokenizer.stopped and each.finish_reason is None:
-                self._running().end([each.request_id], "stop")
-            if request.detokenizer.stopped or each.finish_reason:
+            if self._take(request, each):
                 finished.append(call.requests.pop(each.request_id))
         if call.errors and not finished:
             place, error = call.errors.pop(0)
             with naming(place, call.num_prompts):
                 raise error
         return finished, num_prompt_tokens or -len(progress)
+
+    def _take(self, request: _Request, new: Progress) -> bool:
+        """Whether the request has ended with it, which is when each of its choices has."""
+        choice = request.choices[new.choice]
+        if choice.has_ended:  # at a stop string, and this came meanwhile
+            return False
+        if choice.logprobs is not None:
+            choice.logprobs += new.logprobs
+        text = choice.detokenizer
+        text.feed(new.token_ids, final=new.finish_reason is not None)
+        if text.stopped and new.finish_reason is None:
+            one = [new.choice] if len(request.choices) > 1 else []
+            self._running().end([new.request_id], "stop", *one)
+        choice.has_ended = text.stopped or new.finish_reason is not None
+        return all(each.has_ended for each in request.choices)
 
     def _step_rated(self, call: _Call) -> tuple[list[_Request], int]:
         """The same with minus the tokens that came, where none of a prompt were computed here."""
@@ -207,7 +232,8 @@ class LLM:
 
         With `SamplingParams.logprobs` there is a third key, "logprobs": of each token a dict of token ids and their
         log-probabilities, as in vLLM, where the values have them in `.logprob`. With `SamplingParams.prompt_logprobs`
-        there is "prompt_logprobs": the same of each prompt token, None of the first.
+        there is "prompt_logprobs": the same of each prompt token, None of the first. With `SamplingParams.n` there is
+        "outputs", which has all answers to the prompt, as in vLLM; what is beside it is the first of them.
 
         Whatever it raises, nothing of this call goes on.
 

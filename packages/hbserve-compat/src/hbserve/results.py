@@ -1,6 +1,6 @@
 """Results of generating."""
 
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 from hbserve_rpc.messages import FinishReason, RequestFinished, TokenLogprobs
 
@@ -27,7 +27,7 @@ class Timings(TypedDict):
     decode_instance: str
 
 
-class GenerationResult(Timings):
+class Answer(Timings):
     """One whole answer."""
 
     request_id: str
@@ -41,6 +41,13 @@ class GenerationResult(Timings):
     one that is there, which may be the last. None unless `SamplingParams.logprobs` asks for them."""
     prompt_logprobs: list[TokenLogprobs | None] | None
     """The same of each prompt token; of the first one it is None."""
+
+
+class GenerationResult(Answer):
+    """The answer to one prompt, or the first of several."""
+
+    outputs: NotRequired[list[Answer]]
+    """All of them, where `SamplingParams.n` is more than one. Their KV was moved once: each of them says so."""
 
 
 class GenerationDelta(TypedDict):
@@ -59,6 +66,8 @@ class GenerationDelta(TypedDict):
     """As in GenerationResult, with the first token."""
     timings: Timings | None
     """Set in the last one only."""
+    choice: NotRequired[int]
+    """Which of the answers it is of, where `SamplingParams.n` is more than one; each has a last one."""
 
 
 def timings_of(end: RequestFinished) -> Timings:

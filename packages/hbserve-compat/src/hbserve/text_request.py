@@ -3,11 +3,11 @@
 import asyncio
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from hbserve.detokenizer import Detokenizer
 from hbserve.prompts import naming
-from hbserve.results import GenerationDelta, GenerationResult, timings_of
+from hbserve.results import Answer, GenerationDelta, GenerationResult, timings_of
 from hbserve_rpc import RemoteError, SamplingParams
 from hbserve_rpc.messages import ClientEvent, FinishReason, GenerateRequest, RequestFinished, TokenEvent, TokenLogprobs
 
@@ -32,7 +32,69 @@ class Scheduler(Protocol):
 
     def submit(self, request: GenerateRequest) -> Any: ...
 
-    async def abort(self, request_id: str, reason: FinishReason = ...) -> bool: ...
+    async def abort(self, request_id: str, reason: FinishReason = ..., choice: int | None = ...) -> bool: ...
+
+
+class TextChoice:
+    """The text of one choice of a request, as its events come."""
+
+    def __init__(self, request_id: str, tokenizer: Any, params: SamplingParams, *, skip_special_tokens: bool) -> None:
+        self._request_id = request_id
+        self.detokenizer = Detokenizer(
+            tokenizer,
+            params.stop,
+            skip_special_tokens=skip_special_tokens,
+            min_tokens=params.min_tokens,
+            include_stop_str_in_output=params.include_stop_str_in_output,
+        )
+        self._stop_token_ids = frozenset(params.stop_token_ids)
+        self.logprobs: list[TokenLogprobs] | None = None if params.logprobs is None else []
+        """Up to the last one that was given out, as the tokens."""
+        self._num_given = 0
+
+    def feed(self, event: TokenEvent, prompt_logprobs: list[TokenLogprobs | None] | None) -> GenerationDelta:
+        """What its tokens bring, up to the one that completes a stop string."""
+        text = self.detokenizer
+        new_text = text.feed(event.token_ids)
+        new_ids, self._num_given = text.token_ids[self._num_given :], len(text.token_ids)
+        return GenerationDelta(
+            request_id=self._request_id,
+            text=new_text,
+            token_ids=new_ids,
+            finish_reason=None,
+            stop_reason=None,
+            logprobs=self._new_logprobs(event.logprobs[: len(new_ids)]),
+            prompt_logprobs=prompt_logprobs,
+            timings=None,
+        )
+
+    def end(self, event: RequestFinished) -> GenerationDelta:
+        """The last one, with all that was held back."""
+        text = self.detokenizer
+        last_text = text.feed([], final=True)
+        return GenerationDelta(
+            request_id=self._request_id,
+            text=last_text,
+            token_ids=[],
+            timings=timings_of(event),
+            finish_reason="stop" if text.stopped else event.finish_reason,
+            stop_reason=self._stop_reason(event),
+            logprobs=self._new_logprobs([]),
+            prompt_logprobs=None,
+        )
+
+    def _stop_reason(self, end: RequestFinished) -> str | int | None:
+        """The stop string or token id of the request's own that ended it."""
+        text = self.detokenizer
+        if text.stopped or end.finish_reason != "stop":
+            return text.stop_string
+        return next((token_id for token_id in text.token_ids[-1:] if token_id in self._stop_token_ids), None)
+
+    def _new_logprobs(self, new: list[TokenLogprobs]) -> list[TokenLogprobs] | None:
+        if self.logprobs is None:
+            return None
+        self.logprobs += new
+        return new
 
 
 class TextRequest:
@@ -50,16 +112,10 @@ class TextRequest:
     ) -> None:
         """Raises InvalidRequest or Overloaded if a scheduler in this process refuses."""
         self.request_id = request_id or uuid.uuid4().hex
-        self.detokenizer = Detokenizer(
-            tokenizer,
-            params.stop,
-            skip_special_tokens=skip_special_tokens,
-            min_tokens=params.min_tokens,
-            include_stop_str_in_output=params.include_stop_str_in_output,
-        )
-        self._stop_token_ids = frozenset(params.stop_token_ids)
-        self._logprobs: list[TokenLogprobs] | None = None if params.logprobs is None else []
-        """Up to the last one that was given out, as the tokens."""
+        self.choices = [
+            TextChoice(self.request_id, tokenizer, params, skip_special_tokens=skip_special_tokens)
+            for _ in range(params.n)
+        ]
         self._prompt_logprobs: list[TokenLogprobs | None] | None = None
         self._asks_of_prompt = params.prompt_logprobs is not None
         self._scheduler = scheduler
@@ -67,75 +123,56 @@ class TextRequest:
 
     async def __aiter__(self) -> AsyncGenerator[GenerationDelta, None]:
         """Raises what ended the request, if that is an error; leaving early aborts it."""
-        text, seen = self.detokenizer, 0
+        is_one = len(self.choices) == 1
         try:
             async for event in self._events:
+                choice = self.choices[event.choice]
                 if isinstance(event, RequestFinished):
-                    last_text = text.feed([], final=True)
-                    yield GenerationDelta(
-                        request_id=self.request_id,
-                        text=last_text,
-                        token_ids=[],
-                        timings=timings_of(event),
-                        finish_reason="stop" if text.stopped else event.finish_reason,
-                        stop_reason=self._stop_reason(event),
-                        logprobs=self._new_logprobs([]),
-                        prompt_logprobs=None,
-                    )
-                elif not text.stopped:
-                    new_text = text.feed(event.token_ids)
-                    new_ids, seen = text.token_ids[seen:], len(text.token_ids)
-                    if text.stopped:
+                    delta = choice.end(event)
+                elif choice.detokenizer.stopped:
+                    continue
+                else:
+                    delta = choice.feed(event, self._of_prompt(event))
+                    if choice.detokenizer.stopped:
                         # The engines know no text: tell them to stop. The last event then says how long all took.
-                        await self._scheduler.abort(self.request_id, "stop")
-                    yield GenerationDelta(
-                        request_id=self.request_id,
-                        text=new_text,
-                        token_ids=new_ids,
-                        finish_reason=None,
-                        stop_reason=None,
-                        logprobs=self._new_logprobs(event.logprobs[: len(new_ids)]),
-                        prompt_logprobs=self._of_prompt(event),
-                        timings=None,
-                    )
+                        await self._scheduler.abort(self.request_id, "stop", None if is_one else event.choice)
+                if not is_one:
+                    delta["choice"] = event.choice
+                yield delta
         finally:
             await self._events.aclose()
 
-    def _stop_reason(self, end: RequestFinished) -> str | int | None:
-        """The stop string or token id of the request's own that ended it."""
-        text = self.detokenizer
-        if text.stopped or end.finish_reason != "stop":
-            return text.stop_string
-        return next((token_id for token_id in text.token_ids[-1:] if token_id in self._stop_token_ids), None)
-
-    def _new_logprobs(self, new: list[TokenLogprobs]) -> list[TokenLogprobs] | None:
-        if self._logprobs is None:
-            return None
-        self._logprobs += new
-        return new
-
     def _of_prompt(self, event: TokenEvent) -> list[TokenLogprobs | None] | None:
-        """With the first token, what is known of the prompt's, if that was asked for."""
+        """With the first token, what is known of the prompt's, if that was asked for. Told once for all choices."""
         if not self._asks_of_prompt or event.index > 0:
             return None
-        self._prompt_logprobs = [None, *event.prompt_logprobs]
+        if event.prompt_logprobs or self._prompt_logprobs is None:
+            self._prompt_logprobs = [None, *event.prompt_logprobs]
         return self._prompt_logprobs
 
     async def result(self) -> GenerationResult:
-        """The whole answer."""
+        """The whole answer, or all of them."""
+        found: dict[int, Answer] = {}
         async for delta in self:
             if delta["timings"] is not None and delta["finish_reason"] is not None:
-                return GenerationResult(
+                number = delta.get("choice", 0)
+                choice = self.choices[number]
+                found[number] = Answer(
                     **delta["timings"],
                     request_id=self.request_id,
-                    text=self.detokenizer.text,
-                    token_ids=self.detokenizer.token_ids,
+                    text=choice.detokenizer.text,
+                    token_ids=choice.detokenizer.token_ids,
                     finish_reason=delta["finish_reason"],
                     stop_reason=delta["stop_reason"],
-                    logprobs=self._logprobs,
+                    logprobs=choice.logprobs,
                     prompt_logprobs=self._prompt_logprobs,
                 )
-        raise RemoteError(f"request {self.request_id}: its stream ended without its end")
+        if len(found) < len(self.choices):
+            raise RemoteError(f"request {self.request_id}: its stream ended without its end")
+        result = cast("GenerationResult", found[0].copy())
+        if len(found) > 1:
+            result["outputs"] = [found[number] for number in range(len(found))]
+        return result
 
     async def aclose(self) -> None:
         """Abort it, if it has not ended."""

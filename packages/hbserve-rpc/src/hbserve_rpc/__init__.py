@@ -4,11 +4,13 @@ from hbserve_rpc.address import canonical_host, check_host, check_peer_host, for
 from hbserve_rpc.client import RpcClient, RpcStream
 from hbserve_rpc.errors import (
     AddressInUse,
+    EngineFailed,
     HBServeRpcError,
     InvalidAddress,
     InvalidRequest,
     LogitsNotFinite,
     Overloaded,
+    PeerDied,
     PeerLost,
     ProtocolMismatch,
     RemoteError,
@@ -23,6 +25,7 @@ from hbserve_rpc.structured_outputs import StructuredOutputsParams
 
 __all__ = [
     "AddressInUse",
+    "EngineFailed",
     "HBServeRpcError",
     "InvalidAddress",
     "InvalidRequest",
@@ -30,6 +33,7 @@ __all__ = [
     "Method",
     "Notification",
     "Overloaded",
+    "PeerDied",
     "PeerLost",
     "ProtocolMismatch",
     "RemoteError",

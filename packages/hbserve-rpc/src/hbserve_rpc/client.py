@@ -7,7 +7,7 @@ import math
 import time
 import uuid
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from types import TracebackType
 from typing import Any, Generic, TypeVar
 
@@ -16,8 +16,8 @@ import zmq
 
 from hbserve_rpc import wire
 from hbserve_rpc.address import look_up, parse_address
-from hbserve_rpc.errors import HBServeRpcError, PeerLost, ProtocolMismatch, RpcTimeout
-from hbserve_rpc.message_socket import MessageSocket
+from hbserve_rpc.errors import HBServeRpcError, PeerDied, PeerLost, ProtocolMismatch, RpcTimeout
+from hbserve_rpc.message_socket import Complaints, MessageSocket
 from hbserve_rpc.methods import Method, Notification, StreamMethod
 
 logger = logging.getLogger(__name__)
@@ -26,19 +26,25 @@ Q = TypeVar("Q", bound=msgspec.Struct)
 R = TypeVar("R")
 
 LOOK_UP_TIMEOUT_S = 2.0
+LOOK_INTERVAL_S, LOOK_TIMEOUT_S = 0.1, 1.0
+"""Of a server whose connection has ended."""
 
 
 class RpcClient:
     """One connection to the server at `address` (`host:port`). Belongs to the event loop that ran `start`.
 
-    The server may come later, or be restarted: the connection is made again by itself. Heartbeats run beside the calls;
-    a server that is silent for `heartbeat_timeout_s` loses every call and stream that waits for it.
+    The server may come later, or be restarted: the connection is made again by itself. Every call and stream that waits
+    for a server is lost when that says goodbye; when its connection has ended and its host says that nobody listens
+    there any more, or another life of it does; or, by heartbeats that run beside the calls, when it is silent for
+    `heartbeat_timeout_s`, as one that is frozen or cut off. A short break of the connection loses nothing. Who asks
+    after a loss waits for a server that comes.
     """
 
     def __init__(self, address: str, *, heartbeat_interval_s: float = 2.0, heartbeat_timeout_s: float = 10.0) -> None:
         """Raises InvalidAddress, a ValueError."""
         self._host, _ = parse_address(address)
         self.address = address
+        self._complaints = Complaints(logger)
         self.dropped_frames = 0
         """Messages that were undecodable, of an earlier life of the server, or for a call that has ended."""
         self._interval_s = heartbeat_interval_s
@@ -51,6 +57,11 @@ class RpcClient:
         self._credits: list[tuple[int, int]] = []
         """For the server, until this turn of the loop ends."""
         self._heart: asyncio.Task[None] | None = None
+        self._is_connected = False
+        self._looking: asyncio.Task[None] | None = None
+        """Whether the server is still there, since the connection has ended."""
+        self.on_lost: Callable[[PeerLost], None] = lambda why: None
+        """Called, whether anything waits for the server or not, when it is known to have ended."""
         # The same identity after a reconnect: a short break of the network costs nothing.
         options: dict[int, int | bytes] = {
             zmq.RECONNECT_IVL: 50,
@@ -67,6 +78,7 @@ class RpcClient:
         if self._closed:  # meanwhile
             return
         self._socket.open(lambda socket: socket.connect(f"tcp://{self.address}"), {zmq.IPV6: uses_ipv6})
+        self._socket.watch(self._connection_changed)
         self._hello()
         self._heart = asyncio.create_task(self._heartbeat())
 
@@ -79,19 +91,23 @@ class RpcClient:
             self.name_problem = f"; the name {self._host!r} does not resolve: {error or 'no name server answers'}"
             return True
 
-    async def close(self, why: str = "this client was closed") -> None:
-        """Fail what is under way with PeerLost, and leave no task or socket behind. May be called twice."""
+    async def close(self, why: str = "this client was closed", *, error: type[PeerLost] = PeerLost) -> None:
+        """Fail what is under way with PeerLost, or with PeerDied as `error`, and leave no task or socket behind. May be
+        called twice."""
         self._closed = True
         self._socket.stop_reading()
-        heart, self._heart = self._heart, None
+        tasks = [task for task in (self._heart, self._looking) if task is not None]
+        self._heart = self._looking = None
+        if self._is_connected and self._socket.is_open:
+            self._socket.say_last([wire.encode(wire.Goodbye(id=next(self._ids))), b""])
         try:
-            if heart is not None:
-                heart.cancel()
-                await asyncio.gather(heart, return_exceptions=True)
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
         finally:
             # Also if whoever closes it is cancelled: a context that is collected with an open socket waits for ever.
             self._socket.close()
-            self._fail_all(PeerLost(f"{self.address}: {why}"))
+            self._fail_all(error(f"{self.address}: {why}"))
 
     async def __aenter__(self) -> "RpcClient":
         await self.start()
@@ -126,7 +142,7 @@ class RpcClient:
             PeerLost: this client is not started, or is closed.
         """
         self._require_open()
-        self.send(wire.Notify(next(self._ids), method.name), wire.encode(request))
+        self.send(wire.Notify(next(self._ids), method.name), wire.encode_body(request, method.name))
 
     def stream(self, method: StreamMethod[Q, R], request: Q, *, timeout_s: float | None = None) -> "RpcStream[R]":
         """Items as they come. Raises, while iterating, what `call` raises; `timeout_s` bounds the wait for each item.
@@ -143,7 +159,7 @@ class RpcClient:
 
     def _begin(self, pending: "RpcStream[Any]", envelope: wire.Call | wire.Open, request: msgspec.Struct) -> None:
         self._require_open()
-        body = wire.encode(request)
+        body = wire.encode_body(request, envelope.method)
         self._waiting[pending.id] = pending
         self.send(envelope, body)
 
@@ -162,7 +178,7 @@ class RpcClient:
             self.send(wire.Credits(next(self._ids), counts))
 
     def _hello(self) -> None:
-        self.send(wire.Hello(wire.PROTOCOL_VERSION, self._timeout_s))
+        self.send(wire.Hello(wire.PROTOCOL_VERSION, min(self._timeout_s, wire.LONGEST_SILENCE_S)))
 
     def forget(self, id_: int) -> bool:
         """Wait no longer for this id. Returns whether the server might still be working on it."""
@@ -174,7 +190,7 @@ class RpcClient:
             envelope = wire.decode_from_server(head)
         except (ValueError, msgspec.DecodeError):
             self.dropped_frames += 1
-            logger.warning("dropped a message from %s that is not of this protocol", self.address)
+            self._complaints.add("dropped a message from %s that is not of this protocol", self.address)
             return
         self._last_heard_s = time.monotonic()
         self._handle(envelope, body)
@@ -188,17 +204,13 @@ class RpcClient:
                     )
                 )
             case wire.Welcome(epoch=epoch):
-                if self._epoch not in (None, epoch):
-                    self._fail_all(PeerLost(f"{self.address} was restarted"))
-                self._epoch, self.name_problem = epoch, ""
+                self._welcomed(epoch)
             case wire.UnknownClient(epoch=epoch, id=last_lost):
-                # Also what a server says that gave us up as silent, for example because this process was frozen.
-                lost = PeerLost(f"{self.address} was restarted, or gave this client up as silent")
-                self._fail_all(lost, last_lost)
-                self._epoch = epoch
-                self._hello()
+                self._forgotten(epoch, last_lost)
             case wire.Pong():
                 pass
+            case wire.Goodbye(epoch=epoch) if epoch == self._epoch:
+                self._lose(PeerLost(f"{self.address} has ended in order, or is being restarted"))
             case wire.Items(epoch=epoch, items=items):
                 for id_, number, item in items:
                     if (pending := self._pending(id_, epoch)) and not pending.receive_item(number, item):
@@ -206,6 +218,22 @@ class RpcClient:
             case wire.Reply() | wire.End() | wire.Failed():
                 if pending := self._pending(envelope.id, envelope.epoch):
                     pending.end(envelope, body)
+
+    def _forgotten(self, epoch: str, last_lost: int) -> None:
+        """Also what a server says that gave us up as silent, for example because this process was frozen."""
+        is_another = self._epoch not in (None, epoch)
+        kind = PeerDied if is_another else PeerLost
+        lost = kind(f"{self.address} was restarted, or gave this client up as silent")
+        self._fail_all(lost, last_lost)
+        if is_another:
+            self.on_lost(lost)
+        self._epoch = epoch
+        self._hello()
+
+    def _welcomed(self, epoch: str) -> None:
+        if self._epoch not in (None, epoch):
+            self._lose(PeerDied(f"{self.address} was restarted"))
+        self._epoch, self.name_problem = epoch, ""
 
     def _pending(self, id_: int, epoch: str) -> "RpcStream[Any] | None":
         pending = self._waiting.get(id_) if epoch == self._epoch else None
@@ -227,6 +255,42 @@ class RpcClient:
                     silent = f"was silent for {silent_s:.1f} s during {pending.method}{self.name_problem}"
                     pending.fail(PeerLost(f"{self.address} {silent}"))
                     self.send(wire.Close(pending.id))  # a frozen server reads it when it goes on
+
+    def _connection_changed(self, is_there: bool) -> None:
+        """The connection is made, or has ended."""
+        was_lost = self._looking is not None
+        self._is_connected = is_there
+        if self._looking is not None:
+            self._looking.cancel()
+            self._looking = None
+        if not is_there:
+            self._looking = asyncio.create_task(self._look())
+        elif was_lost:
+            self._hello()  # the answer says whether it is the same life
+
+    async def _look(self) -> None:
+        """Since the connection has ended: find out whether the server has, or only the connection.
+
+        ZeroMQ tries to connect again, but does not say what the host answers.
+        """
+        while True:
+            try:
+                async with asyncio.timeout(LOOK_TIMEOUT_S):
+                    _, writer = await asyncio.open_connection(*parse_address(self.address))
+            except ConnectionRefusedError:
+                self._lose(PeerDied(f"{self.address} has ended or is being restarted: nobody listens there"))
+                self._epoch = None
+                self._hello()  # before what is asked from now on, which waits for the next life
+                return
+            except (OSError, TimeoutError) as error:  # its network, perhaps for a moment: heartbeats decide
+                logger.debug("%s cannot be looked at: %s", self.address, error)
+            else:
+                writer.close()
+            await asyncio.sleep(LOOK_INTERVAL_S)
+
+    def _lose(self, lost: PeerLost) -> None:
+        self._fail_all(lost)
+        self.on_lost(lost)
 
     def _fail_all(self, error: HBServeRpcError, last_id: float = math.inf) -> None:
         for pending in list(self._waiting.values()):

@@ -5,11 +5,13 @@ HBServeRpcError
 ├── LogitsNotFinite (FloatingPointError) the model gives NaN or infinity for this request, on any instance
 ├── Overloaded                           refused for lack of room; after `retry_after_s` it may pass
 ├── RpcTimeout (TimeoutError)            no answer before the call's deadline
-├── PeerLost (ConnectionError)           the peer's heartbeats stopped, or it restarted during the call
+├── PeerLost (ConnectionError)           the peer's heartbeats stopped, or it ended in order during the call
+│   └── PeerDied                         its process has ended, and not in order
 ├── InvalidAddress (ValueError)          a host or address that cannot be; has what is expected instead
 ├── AddressInUse (OSError)               the address to serve on belongs to another process
 ├── ProtocolMismatch                     the peer speaks another protocol version
 └── RemoteError                          the peer's handler failed; its message is kept
+    ├── EngineFailed                     the engine can compute nothing any more, for any request
     ├── RequestTimeout (TimeoutError)    a request has not ended before the deadline that the deployment sets
     └── Unavailable                      nobody is there who could serve it; later somebody may be
 """
@@ -49,6 +51,10 @@ class PeerLost(HBServeRpcError, ConnectionError):
     code = "peer_lost"
 
 
+class PeerDied(PeerLost):
+    pass
+
+
 class InvalidAddress(HBServeRpcError, ValueError):
     code = "invalid_address"
 
@@ -63,6 +69,10 @@ class ProtocolMismatch(HBServeRpcError):
 
 class RemoteError(HBServeRpcError):
     code = "internal"
+
+
+class EngineFailed(RemoteError):
+    code = "engine_failed"
 
 
 class RequestTimeout(RemoteError, TimeoutError):

@@ -6,11 +6,12 @@ Schema rules (peers may be of different versions): a new field has a default; a 
                                        └──────PREFILL──▶ prefill instance    TokenEvent (the first token), TransferDone
                                        │     (GRANT)──▶                      if it began before there was a grant
                                        └─────GENERATE──▶ hybrid instance     TokenEvents
+                                          (END_CHOICE)──▶ decode or hybrid    of several choices one needs no more
     Ahead of requests:           scheduler ──CONNECT──▶ prefill instance    to a decode instance
 Closing a stream early is how a request is aborted, at every hop.
 """
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
 
@@ -18,6 +19,8 @@ from hbserve_rpc.histogram import Histogram
 from hbserve_rpc.methods import Method, Notification, StreamMethod
 from hbserve_rpc.sampling_params import SamplingParams
 
+TokenIds = Annotated[list[int], msgspec.Meta(max_length=1 << 22)]
+"""More than any model takes. A longer one is refused before it is decoded, which would take a second and a gigabyte."""
 Role = Literal["prefill", "decode", "hybrid"]
 TokenLogprobs = dict[int, float]
 """Of one place: the log-probabilities of the most likely tokens, in order, and of the one that is there: if it is none
@@ -41,9 +44,9 @@ class GenerateRequest(msgspec.Struct, frozen=True, tag=True):
     """
 
     request_id: str
-    prompt_token_ids: list[int]
+    prompt_token_ids: TokenIds
     params: SamplingParams
-    output_token_ids: list[int] = []
+    output_token_ids: TokenIds = []
 
 
 class DecodeRequest(msgspec.Struct, frozen=True, tag=True):
@@ -51,9 +54,9 @@ class DecodeRequest(msgspec.Struct, frozen=True, tag=True):
 
     request_id: str
     transfer_id: str
-    prompt_token_ids: list[int]
+    prompt_token_ids: TokenIds
     params: SamplingParams
-    output_token_ids: list[int] = []
+    output_token_ids: TokenIds = []
 
 
 class PrefillRequest(msgspec.Struct, frozen=True, tag=True):
@@ -69,10 +72,10 @@ class PrefillRequest(msgspec.Struct, frozen=True, tag=True):
 
     request_id: str
     transfer_id: str
-    prompt_token_ids: list[int]
+    prompt_token_ids: TokenIds
     params: SamplingParams
     grant: bytes = b""
-    output_token_ids: list[int] = []
+    output_token_ids: TokenIds = []
     grant_follows: bool = False
 
 
@@ -96,6 +99,16 @@ class AbortRequest(msgspec.Struct, frozen=True, tag=True):
     request_id: str
     reason: FinishReason = "abort"
     """What the request's end will say: "stop" when the client has found a stop string."""
+    choice: int | None = None
+    """The one of its choices that ends; None: all of them."""
+
+
+class EndChoice(msgspec.Struct, frozen=True, tag=True):
+    """One of several choices is not wanted any more; the stream goes on with the others. Of no effect if there is no
+    such request, or none any more."""
+
+    request_id: str
+    choice: int
 
 
 class InstanceDied(msgspec.Struct, frozen=True, tag=True):
@@ -123,20 +136,23 @@ class Granted(msgspec.Struct, frozen=True, tag=True):
 
 
 class TokenEvent(msgspec.Struct, frozen=True, tag=True):
-    """New tokens of one request, from one engine step or several."""
+    """New tokens of one choice of a request, from one engine step or several."""
 
     index: int
-    """Place of `token_ids[0]` among the request's output tokens; 0 is the first.
+    """Place of `token_ids[0]` among the choice's output tokens; 0 is the first.
 
     A receiver that already has these tokens drops them.
     """
-    token_ids: list[int]
+    token_ids: TokenIds
     finish_reason: FinishReason | None = None
-    """Set on the last event of the request, and only there."""
+    """Set on the last event of the choice, and only there."""
     logprobs: list[TokenLogprobs] = []
     """Of each of `token_ids`, if the request asks for them."""
     prompt_logprobs: list[TokenLogprobs] = []
-    """With output token 0, if the request asks for them: of each prompt token but the first."""
+    """With output token 0, if the request asks for them: of each prompt token but the first. Of several choices, with
+    the first one."""
+    choice: int = 0
+    """Of `SamplingParams.n`."""
 
 
 class TransferDone(msgspec.Struct, frozen=True, tag=True):
@@ -151,7 +167,8 @@ class TransferDone(msgspec.Struct, frozen=True, tag=True):
 
 
 class RequestFinished(msgspec.Struct, frozen=True, tag=True):
-    """Last item of a client's stream. Times are in seconds, on the scheduler's clock."""
+    """Last item of a client's stream; of `SamplingParams.n` choices, each has one. Times are in seconds, on the
+    scheduler's clock."""
 
     finish_reason: FinishReason
     num_prompt_tokens: int
@@ -168,11 +185,13 @@ class RequestFinished(msgspec.Struct, frozen=True, tag=True):
     """First token to second: with prefill and decode apart, how long the request stood still while it changed hands. On
     a hybrid instance a step. 0 when there is no second, or both came at once."""
     kv_bytes: int = 0
+    """All that was moved of the request until then. Of several choices each says so, and it was moved once."""
     kv_transfer_time_s: float = 0.0
     num_cached_tokens: int = 0
     num_attempts: int = 1
     prefill_instance: str = ""
     decode_instance: str = ""
+    choice: int = 0
 
 
 class InstanceInfo(msgspec.Struct, frozen=True, tag=True):
@@ -299,6 +318,7 @@ PREFILL: StreamMethod[PrefillRequest, TokenEvent | TransferDone] = StreamMethod(
     "instance.prefill", PrefillRequest, TokenEvent | TransferDone
 )
 GRANT: Notification[GrantRequest] = Notification("instance.grant", GrantRequest)
+END_CHOICE: Notification[EndChoice] = Notification("instance.end_choice", EndChoice)
 
 SCHEDULER_INFO: Method[Empty, ServiceInfo] = Method("scheduler.info", Empty, ServiceInfo)
 SCHEDULER_STATS: Method[Empty, SchedulerStats] = Method("scheduler.stats", Empty, SchedulerStats)

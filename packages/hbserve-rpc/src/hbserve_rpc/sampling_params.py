@@ -30,6 +30,7 @@ MAX_LOGPROBS = 20
 MAX_BIASED_TOKENS = 1024
 MOST_BIAS = 100.0
 """As in the OpenAI API: enough to forbid a token, or to force it."""
+MAX_CHOICES = 1024
 
 
 class SamplingParams(msgspec.Struct):
@@ -87,6 +88,9 @@ class SamplingParams(msgspec.Struct):
     """What the answer must be: JSON of a schema, for example. May be given as a dict of its fields. Where the answer is
     complete it ends, whatever ignore_eos and min_tokens say; where it is not, max_tokens alone ends it, with
     finish_reason "length". So there may be no stop strings and stop_token_ids beside it."""
+    n: int = 1
+    """Answers to the prompt, which is computed once for all of them, up to 1024. With a seed, each of them has the next
+    one: the first answer is that of n=1."""
 
     def __post_init__(self) -> None:
         self.validate()
@@ -127,6 +131,7 @@ class SamplingParams(msgspec.Struct):
         for name in ("stop", "stop_token_ids"):
             if self.structured_outputs is not None and (given := getattr(self, name)):
                 raise InvalidRequest(f"{name}={shown(given)}: not with structured_outputs, which say where it ends")
+        self.n = plain_int("n", self.n, 1, MAX_CHOICES)
 
     def require_vocabulary(self, vocab_size: int) -> None:
         """Raises InvalidRequest: names the first token id that a model with so many tokens does not have."""
@@ -147,6 +152,14 @@ class SamplingParams(msgspec.Struct):
     def copied(self) -> "SamplingParams":
         """Another one, checked, that shares nothing with this one: what is kept of a call."""
         return SamplingParams(*(getattr(self, name) for name in self.__struct_fields__))
+
+    def of_choice(self, choice: int) -> "SamplingParams":
+        """Those of one of the `n` answers, by itself. With one seed for all of them they would be the same."""
+        own = self.copied()
+        own.n = 1
+        if own.seed is not None:
+            own.seed = (own.seed + choice) % (LARGEST_INT + 1)
+        return own
 
 
 def _plain_number(name: str, value: object, allowed: Callable[[float], bool], expected: str) -> float:

@@ -17,11 +17,13 @@ import zmq
 from hbserve_rpc import wire
 from hbserve_rpc.address import check_host, format_address, look_up
 from hbserve_rpc.errors import AddressInUse, HBServeRpcError, InvalidRequest, Overloaded
-from hbserve_rpc.message_socket import MessageSocket
+from hbserve_rpc.message_socket import Complaints, MessageSocket
 from hbserve_rpc.methods import Method, Notification, StreamMethod
 
 logger = logging.getLogger(__name__)
 
+MOST_CLIENTS = 1 << 14
+"""That a server knows at a time; a client that goes without a word is known until it has been silent."""
 MESSAGE_BYTES = 64 << 10
 """Items of streams are sent in messages of about so much, or of one item."""
 MOST_MESSAGES = 64
@@ -154,6 +156,7 @@ class RpcServer:
         self.host = host
         self.port = port
         self.epoch = epoch or uuid.uuid4().hex
+        self._complaints = Complaints(logger)
         self.dropped_frames = 0
         """Messages that were undecodable, or from a client that is not known."""
         self.failed_notifications = 0
@@ -211,8 +214,13 @@ class RpcServer:
         self.port = int(socket.getsockopt_string(zmq.LAST_ENDPOINT).rpartition(":")[2])
 
     async def stop(self) -> None:
-        """End every call, notification and stream, and leave no task or socket behind. May be called twice."""
+        """End every call, notification and stream, and leave no task or socket behind. May be called twice.
+
+        Clients hear so at once.
+        """
         self._socket.stop_reading()
+        for identity in self._clients:
+            self._socket.say_last([identity, wire.encode(wire.Goodbye(epoch=self.epoch)), b""])
         running = [work.task for client in self._clients.values() for work in client.work.values()]
         running += self._dropping
         self._dropping = []
@@ -240,7 +248,7 @@ class RpcServer:
             envelope = wire.decode_from_client(head)
         except (ValueError, msgspec.DecodeError):
             self.dropped_frames += 1
-            logger.warning("dropped a message of %d frames that is not of this protocol", len(frames))
+            self._complaints.add("dropped a message of %d frames that is not of this protocol", len(frames))
             return
         self._handle(identity, envelope, body)
 
@@ -266,6 +274,8 @@ class RpcServer:
                 self._begin(identity, client, id_, self._run_stream(client, envelope, body, credit), credit)
             case wire.Credits(counts=counts):
                 client.give_credit(counts)
+            case wire.Goodbye():
+                self._give_up(identity, "has ended")
             case wire.Close(id=id_):
                 if work := client.work.get(id_):
                     work.task.cancel()
@@ -273,6 +283,10 @@ class RpcServer:
     def _greet(self, identity: bytes, hello: wire.Hello) -> None:
         if hello.version != wire.PROTOCOL_VERSION:
             self._send(identity, wire.Refused(wire.PROTOCOL_VERSION, self.epoch))
+            return
+        if identity not in self._clients and len(self._clients) >= MOST_CLIENTS:
+            self.dropped_frames += 1
+            self._complaints.add("refused a client: there are %d already", MOST_CLIENTS)
             return
         if identity not in self._clients:
             self._clients[identity] = _Client(
@@ -303,7 +317,7 @@ class RpcServer:
     async def _run_call(self, identity: bytes, call: wire.Call, body: bytes) -> None:
         try:
             handler, request = self._decode(self._handlers, call.method, body)
-            reply = wire.encode(await handler(request))
+            reply = wire.encode_body(await handler(request), f"the reply to {call.method}")
         except (Exception, asyncio.CancelledError) as error:  # the top of a handler: what it raised is the caller's
             self._fail(identity, call.id, call.method, error)
         else:
@@ -316,8 +330,10 @@ class RpcServer:
         except (Exception, asyncio.CancelledError) as error:  # as above, but there is no caller
             _reraise_if_stopped(error)
             self.failed_notifications += 1
-            refused = isinstance(error, HBServeRpcError)
-            logger.error("notification %s failed: %s", notify.method, error, exc_info=None if refused else error)
+            if isinstance(error, HBServeRpcError):  # what any client can cause
+                self._complaints.add("notification %s failed: %s", notify.method, error)
+            else:
+                logger.error("notification %s failed", notify.method, exc_info=error)
 
     async def _run_stream(self, client: _Client, open_: wire.Open, body: bytes, credit: asyncio.Semaphore) -> None:
         identity = client.identity
@@ -330,7 +346,7 @@ class RpcServer:
                     while client.waiting:
                         await client.takes_more.wait()
                     if self._clients.get(identity) is client:  # else it was given up, and is about to hear so
-                        client.add_item(open_.id, number, wire.encode(item))
+                        client.add_item(open_.id, number, wire.encode_body(item, f"an item of {open_.method}"))
                     number += 1
         except (Exception, asyncio.CancelledError) as error:  # as above
             self._fail(identity, open_.id, open_.method, error)

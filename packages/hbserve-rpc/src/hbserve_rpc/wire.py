@@ -14,6 +14,8 @@
                                  ◀──────       End(id), or Failed(id, code, message)
       Ping                       ──────▶
                                  ◀──────       Pong; also unasked, to see whether the client is still connected
+      Goodbye                    ──────▶       it ends in order: what it asked is not wanted any more
+                                 ◀──────       Goodbye: it ends in order, and what was asked of it is lost
 Each envelope from the server has its epoch. A server that gets anything but a Hello from a client it does not know
 answers UnknownClient with the id of that message: it was restarted, and what the client asked up to that id is lost.
 What was asked later, after the Hello that an UnknownClient causes, is not.
@@ -21,11 +23,12 @@ What was asked later, after the Hello that an UnknownClient causes, is not.
 The handlers of one client's calls, notifications and streams begin in the order in which it sent them.
 """
 
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 
 from hbserve_rpc.errors import (
+    EngineFailed,
     HBServeRpcError,
     InvalidRequest,
     LogitsNotFinite,
@@ -38,11 +41,16 @@ from hbserve_rpc.errors import (
 PROTOCOL_VERSION = 7
 CREDIT = 64
 """Items that may be on their way in one stream."""
+MOST_FRAME_BYTES = 64 << 20
+"""Who sends a longer one is disconnected before it is read. The log-probabilities of a prompt of 100,000 tokens are 30
+MB; keys and values go another way."""
+LONGEST_SILENCE_S = 3600.0
+"""That a client may ask to be allowed: what it has asked is kept for so long when it is gone."""
 
 
 class Hello(msgspec.Struct, frozen=True, tag=True):
     version: int
-    heartbeat_timeout_s: float
+    heartbeat_timeout_s: Annotated[float, msgspec.Meta(gt=0, le=LONGEST_SILENCE_S)]
     """The client's streams end when nothing came from it for so long."""
 
 
@@ -64,7 +72,7 @@ class Open(msgspec.Struct, frozen=True, tag=True):
 class Credits(msgspec.Struct, frozen=True, tag=True):
     id: int
     """As of a Ping."""
-    counts: list[tuple[int, int]]
+    counts: Annotated[list[tuple[int, int]], msgspec.Meta(max_length=1 << 16)]
     """(stream, items more)"""
 
 
@@ -75,6 +83,15 @@ class Close(msgspec.Struct, frozen=True, tag=True):
 class Ping(msgspec.Struct, frozen=True, tag=True):
     id: int = 0
     """Drawn from the same count as those of calls, notifications and streams."""
+
+
+class Goodbye(msgspec.Struct, frozen=True, tag=True):
+    """Of either side. Who dies says none; its connection ends then, see `RpcClient`."""
+
+    epoch: str = ""
+    """The server's."""
+    id: int = 0
+    """The client's, as of a Ping."""
 
 
 class Welcome(msgspec.Struct, frozen=True, tag=True):
@@ -122,15 +139,15 @@ class Failed(msgspec.Struct, frozen=True, tag=True):
     """Of an Overloaded."""
 
 
-FromClient = Hello | Call | Notify | Open | Credits | Close | Ping
-FromServer = Welcome | Refused | UnknownClient | Pong | Reply | Items | End | Failed
+FromClient = Hello | Call | Notify | Open | Credits | Close | Ping | Goodbye
+FromServer = Welcome | Refused | UnknownClient | Pong | Reply | Items | End | Failed | Goodbye
 
 encode = msgspec.msgpack.Encoder().encode
 decode_from_client: Any = msgspec.msgpack.Decoder(FromClient).decode
 decode_from_server: Any = msgspec.msgpack.Decoder(FromServer).decode
 
 _CROSS_UNCHANGED: dict[str, type[HBServeRpcError]] = {
-    error.code: error for error in (InvalidRequest, LogitsNotFinite, RequestTimeout, Unavailable)
+    error.code: error for error in (EngineFailed, InvalidRequest, LogitsNotFinite, RequestTimeout, Unavailable)
 }
 LONGEST_RETRY_S = 3600.0
 """Whatever a peer says: longer ones are cut, and what is no time at all is none."""
@@ -142,6 +159,14 @@ def describe_error(epoch: str, id_: int, error: BaseException) -> Failed:
         return Failed(epoch, id_, RemoteError.code, _sendable(f"{type(error).__name__}: {error}"))
     after_s = error.retry_after_s if isinstance(error, Overloaded) else 0.0
     return Failed(epoch, id_, error.code, _sendable(str(error)), after_s)
+
+
+def encode_body(body: Any, what: str) -> bytes:
+    """Raises InvalidRequest: it is longer than what may be sent."""
+    encoded = encode(body)
+    if len(encoded) > MOST_FRAME_BYTES:
+        raise InvalidRequest(f"{what}: {len(encoded)} bytes; at most {MOST_FRAME_BYTES} can be sent")
+    return encoded
 
 
 def own_pause(before_s: float, now_s: float, slept_s: float) -> float:

@@ -6,13 +6,15 @@ import uuid
 from collections.abc import Coroutine, Iterator
 from typing import Any
 
-from hbserve_rpc import HBServeRpcError, InvalidRequest, PeerLost, RemoteError, RpcStream
+from hbserve_rpc import EngineFailed, HBServeRpcError, InvalidRequest, PeerDied, PeerLost, RemoteError, RpcStream
 from hbserve_rpc.messages import (
     DECODE,
+    END_CHOICE,
     GENERATE,
     GRANT,
     PREFILL,
     DecodeRequest,
+    EndChoice,
     GenerateRequest,
     Granted,
     GrantRequest,
@@ -38,6 +40,8 @@ class Attempt:
         self._record = AttemptRecord(entry.since_submit_s())
         entry.attempts.append(self._record)
         self._transfer_id = uuid.uuid4().hex
+        self._lives: list[tuple[InstanceHandle, str]] = []
+        """Instances that compute for it, in the life that they have."""
         self._request_id = f"{entry.request.request_id}.{self._transfer_id[:8]}"
         self._decode_epoch = ""
         self._is_granted = False
@@ -53,12 +57,15 @@ class Attempt:
             await self._run()
         except HBServeRpcError as error:
             self._record.error = str(error)
+            self._entry.was_on += self._lives
+            self._entry.num_tried = self._entry.num_delivered
             raise
         finally:
             self._record.ended_s = self._entry.since_submit_s()
 
     async def _run(self) -> None:
         entry, place = self._entry, self._placement
+        self._lives = [(handle, handle.epoch) for handle in (place.prefill, place.decode) if handle is not None]
         self._record.decode_instance = place.decode.instance_id
         self._record.prefill_instance = (place.prefill or place.decode).instance_id
         if place.prefill is None:
@@ -80,9 +87,33 @@ class Attempt:
         )
         with self._naming(instance):
             async with instance.client.stream(GENERATE, request) as events:
-                async for event in events:
-                    self._deliver(event)
+                with self._ending_choices(instance):
+                    async for event in events:
+                        self._deliver(event)
+                        if self._has_no_choice_left():
+                            break
             self._expect_end()
+
+    def _has_no_choice_left(self) -> bool:
+        """The instance may not know: it waits for those that were ended here."""
+        return bool(self._entry.choices) and self._entry.finish_reason is not None
+
+    @contextlib.contextmanager
+    def _ending_choices(self, instance: InstanceHandle) -> Iterator[None]:
+        """Tell an instance of choices that are not wanted any more, while it computes them."""
+
+        def tell(choice: int) -> None:
+            with contextlib.suppress(PeerLost):
+                instance.client.notify(END_CHOICE, EndChoice(self._request_id, choice))
+
+        for each in self._entry.choices:
+            if each.finish_reason is not None:
+                tell(each.choice)
+        self._entry.on_choice_ended = tell
+        try:
+            yield
+        finally:
+            self._entry.on_choice_ended = None
 
     def _deliver(self, event: TokenEvent) -> None:
         self._entry.deliver(event)
@@ -181,7 +212,7 @@ class Attempt:
             [*entry.output],
             grant_follows,
         )
-        with self._naming(instance):
+        with self._naming(instance), self._holding_ends():
             async with instance.client.stream(PREFILL, request) as events:
                 async for event in events:
                     if isinstance(event, TransferDone):
@@ -191,18 +222,30 @@ class Attempt:
                         instance.links[self._decode_epoch] = True
                         continue
                     self._deliver(event)
-                    self._first_token.set()
-                    if event.finish_reason is not None:
+                    if event.choice == entry.request.params.n - 1:  # they come in order
+                        self._first_token.set()
+                    if entry.finish_reason is not None:
                         self._decided.set()
             if not self._first_token.is_set():
                 raise RemoteError("ended the stream before the first token")
+        self._lives = [life for life in self._lives if life[0] is not instance]  # it has nothing of it any more
         self._placement.prefilled()
+
+    @contextlib.contextmanager
+    def _holding_ends(self) -> Iterator[None]:
+        self._entry.is_prefilling = True
+        try:
+            yield
+        finally:
+            self._entry.is_prefilling = False
+            if self._entry.finish_reason is None:
+                self._entry.tell_ends()
 
     async def _decode(self, instance: InstanceHandle, events: RpcStream[Granted | TokenEvent]) -> None:
         num_delivered = len(self._entry.output)
         # With its first token P sends these too, which D does not have.
         expects_more = self._entry.request.params.prompt_logprobs is not None and num_delivered == 0
-        with self._naming(instance):
+        with self._naming(instance), self._ending_choices(instance):
             async for event in events:
                 if isinstance(event, TokenEvent):
                     if event.index > num_delivered or expects_more:
@@ -210,6 +253,8 @@ class Attempt:
                         await self._first_token.wait()
                     self._decoding = True
                     self._deliver(event)
+                    if self._has_no_choice_left():
+                        break
             if self._entry.finish_reason is None:
                 await self._first_token.wait()
             self._expect_end()
@@ -229,6 +274,9 @@ class Attempt:
         except HBServeRpcError as error:
             self._entry.failed_on.add(instance.instance_id)
             self._doubt_link()
+            if isinstance(error, EngineFailed | PeerDied):
+                for epoch in [epoch for handle, epoch in self._lives if handle is instance]:
+                    instance.note_death(epoch)
             if isinstance(error, PeerLost):
                 instance.lost(str(error))
             raise type(error)(f"{instance.instance_id}: {error}") from error

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import logging
 import time
+from collections.abc import Collection
 
 from hbserve_rpc import HBServeRpcError, InvalidRequest, LogitsNotFinite, Overloaded, RequestTimeout, Unavailable
 from hbserve_rpc.messages import FinishReason, GenerateRequest, Role, SchedulerStats, ServiceInfo
@@ -21,6 +22,9 @@ from hbserve_scheduler.retries import Retries
 logger = logging.getLogger(__name__)
 
 TICK_S = 0.5
+MOST_DEATHS = 2
+"""Of instances that a request was on: one may have been killed, two tell of the request. See `Retries` for those that
+were there by chance."""
 SOONEST_RETRY_S, LATEST_RETRY_S = 1.0, 60.0
 """Bounds of what is said to those for whom the queue has no room."""
 
@@ -143,8 +147,8 @@ class CpuScheduler:
         await self._room.wait_until(lambda: self._stopped or len(self.waiting_requests) < full)
         self._require_running()
 
-    async def abort(self, request_id: str, reason: FinishReason = "abort") -> bool:
-        """End a request now; its stream ends with `reason`. False: no such request, or it has ended.
+    async def abort(self, request_id: str, reason: FinishReason = "abort", choice: int | None = None) -> bool:
+        """End a request now, or one of its choices, with `reason`. False: there is no such one, or it has ended.
 
         With "stop" it counts as completed: the client has found a stop string, and has all that it wanted.
         """
@@ -152,6 +156,11 @@ class CpuScheduler:
         entry = self.running_requests.get(request_id) or self.waiting_requests.find(request_id)
         if entry is None or entry.ended or entry.finish_reason:
             return False
+        if choice is not None and entry.choices:
+            if not entry.end_choice(choice, reason):
+                return False
+            if entry.finish_reason is None:  # others go on
+                return True
         self._end(entry, reason)
         return True
 
@@ -182,7 +191,7 @@ class CpuScheduler:
 
     def start_request(self, entry: ScheduledRequest) -> None:
         """Take one request out of `waiting_requests` and follow it to its end. Needs `has_room()`."""
-        placement = self.fleet.place(entry.num_tokens)
+        placement = self.fleet.place(entry.num_tokens, num_choices=entry.request.params.n)
         if placement is None:
             raise Overloaded("start_request: there is no room; ask has_room() first")
         self.waiting_requests.remove(entry)
@@ -254,8 +263,9 @@ class CpuScheduler:
         finally:
             self._give_back(entry, placement)
 
-    async def _attempts(self, entry: ScheduledRequest, placement: Placement) -> None:
-        problems: list[str] = []
+    async def _attempts(self, entry: ScheduledRequest, placement: Placement, before: Collection[str] = ()) -> None:
+        """before: what went wrong until now."""
+        problems = list(before)
         while True:
             try:
                 await Attempt(entry, placement).run()
@@ -268,15 +278,46 @@ class CpuScheduler:
                 problems.append(f"attempt {len(entry.attempts)}: {error}")
                 logger.warning("request %s: %s", entry.request.request_id, problems[-1])
                 self.figures.failed_attempts[type(error).__name__] += 1
+                if len(entry.deaths) >= MOST_DEATHS:
+                    died = " and ".join(entry.deaths)
+                    why = f"it was on {died} as they died, and is tried on no other: it may be what they died of"
+                    raise RequestFailed("; ".join([*problems, why])) from error
                 if len(entry.attempts) >= self.config.max_attempts:
                     raise RequestFailed("; ".join(problems)) from error
             finally:
                 placement.end()
-            self.figures.num_retries += 1
-            next_placement = await self.retries.wait_for_place(entry, self.config.instance_wait_s)
-            if next_placement is None:
-                raise Unavailable("; ".join([*problems, self.fleet.why_nobody()]))
-            placement = next_placement
+            if entry.has_parted:
+                await self._choices_apart(entry, problems)
+                return
+            placement = await self._next_placement(entry, problems)
+
+    async def _next_placement(self, entry: ScheduledRequest, problems: Collection[str]) -> Placement:
+        self.figures.num_retries += 1
+        placement = await self.retries.wait_for_place(entry, self.config.instance_wait_s)
+        if placement is None:
+            raise Unavailable("; ".join([*problems, self.fleet.why_nobody()]))
+        return placement
+
+    async def _choices_apart(self, entry: ScheduledRequest, problems: Collection[str]) -> None:
+        """Further attempts at each choice that has not ended, from where it was. One that fails ends the request."""
+        moved = entry.kv_bytes, entry.kv_transfer_time_s
+
+        async def follow(choice: ScheduledRequest) -> None:
+            try:
+                await self._attempts(choice, await self._next_placement(choice, problems), problems)
+            finally:
+                entry.gather(choice, *moved)
+            assert choice.finish_reason is not None, "an attempt ended without error, but the choice did not end"
+            entry.finish_choice(choice, choice.finish_reason)
+
+        try:
+            async with asyncio.TaskGroup() as group:
+                for choice in entry.choices:
+                    if choice.finish_reason is None:
+                        entry.hand_down(choice)
+                        choice.task = group.create_task(follow(choice))
+        except BaseExceptionGroup as several:
+            raise several.exceptions[0] from None
 
     def _fail(self, entry: ScheduledRequest, error: Exception) -> None:
         if not entry.ended:

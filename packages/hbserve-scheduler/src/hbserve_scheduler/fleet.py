@@ -108,7 +108,9 @@ class Fleet:
         there = self._available
         return bool(there["hybrid"]) or bool(there["prefill"] and there["decode"])
 
-    def place(self, num_tokens: int, avoid: Collection[str] = (), computed_on: str = "") -> Placement | None:
+    def place(
+        self, num_tokens: int, avoid: Collection[str] = (), computed_on: str = "", num_choices: int = 1
+    ) -> Placement | None:
         """Choose instances for a prompt and take the places there; None if there is no room.
 
         Those to `avoid` are chosen only where there is no other. `computed_on`: a prefill instance that has the prompt
@@ -125,7 +127,7 @@ class Fleet:
             )
         else:
             return None
-        placement = Placement(prefill, decode, num_tokens)
+        placement = Placement(prefill, decode, num_tokens, num_choices)
         for handle in filter(None, (prefill, decode)):
             handle.turn = next(self._turns)
             self._available[handle.role].look(handle)

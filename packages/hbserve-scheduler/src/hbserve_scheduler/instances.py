@@ -5,7 +5,7 @@ import logging
 import time
 from collections.abc import Callable
 
-from hbserve_rpc import HBServeRpcError, RpcClient
+from hbserve_rpc import HBServeRpcError, PeerDied, PeerLost, RpcClient
 from hbserve_rpc.messages import DESCRIBE, STATS, Empty, InstanceInfo, InstanceStats, InstanceStatus, Role
 from hbserve_scheduler.config import SchedulerConfig
 from hbserve_scheduler.outage import Outage
@@ -14,6 +14,7 @@ logger = logging.getLogger(__name__)
 
 SPARE_PART = 10
 """One block in so many stays free of requests that are not granted yet."""
+MOST_DEATHS_KEPT = 32
 SAY_AFTER_S = 5.0
 """A call that has no answer yet, to an instance that is not reached, is a failure after so long."""
 
@@ -39,7 +40,7 @@ class InstanceHandle:
         self.problem = "it has not answered yet"
         """Why it is not ready."""
         self.load = 0
-        """Work that is with it: prompt tokens for a prefill instance, requests for others."""
+        """Work that is with it: prompt tokens for a prefill instance, requests for others, each choice of these."""
         self.turn = 0
         """Drawn anew by the fleet whenever it gets a request: the lower, the longer ago."""
         self.num_inflight = 0
@@ -48,6 +49,8 @@ class InstanceHandle:
         self.num_given = self.tokens_given = 0
         """Requests, and tokens of them, that have ever been given to a decode instance."""
         self._given_at_report = 0, 0
+        self.died: dict[str, None] = {}
+        """Epochs of the lives that ended otherwise than in order, the last ones."""
         self.links: dict[str, bool] = {}
         """Of a prefill instance to decode instances, by their epoch: whether they are connected, or cannot be now.
         See links.py."""
@@ -60,11 +63,18 @@ class InstanceHandle:
         self.client = self._make_client()
 
     def _make_client(self) -> RpcClient:
-        return RpcClient(
+        client = RpcClient(
             self.address,
             heartbeat_interval_s=self._config.heartbeat_interval_s,
             heartbeat_timeout_s=self._config.heartbeat_timeout_s,
         )
+        # Whether anything waits for it or not: nobody else is to be sent there.
+        client.on_lost = lambda lost: self._client_lost(client, lost)
+        return client
+
+    def _client_lost(self, client: RpcClient, lost: PeerLost) -> None:
+        if client is self.client:
+            self.lost(str(lost), has_died=isinstance(lost, PeerDied))
 
     async def start(self) -> None:
         self._outage = Outage(time.monotonic())
@@ -95,13 +105,13 @@ class InstanceHandle:
             return InstanceStats(self.instance_id, self.role, self.status)
         return last
 
-    def reports_room(self, num_tokens: int) -> bool:
+    def reports_room(self, num_tokens: int, num_choices: int = 1) -> bool:
         """Whether its last report leaves room for one more request, beside those that it was given since, and spare
-        room for those to grow that it has."""
+        room for those to grow that it has. Each choice of a request is one here, and they share their tokens."""
         info, report = self.info, self.last_stats
         if info is None or report is None or report.epoch != info.epoch or report.waiting_requests:
             return False
-        num_requests = self.num_given - self._given_at_report[0] + 1
+        num_requests = self.num_given - self._given_at_report[0] + num_choices
         tokens = self.tokens_given - self._given_at_report[1] + num_tokens
         num_blocks = tokens // max(1, info.block_size) + num_requests  # each has a last one that is not full
         left = report.free_blocks - num_blocks
@@ -133,8 +143,10 @@ class InstanceHandle:
         if self.info != info:
             self._set_info(info)
 
-    def lost(self, why: str) -> None:
-        """It cannot be used until it answers again."""
+    def lost(self, why: str, *, has_died: bool = False) -> None:
+        """It cannot be used until it answers again. `has_died`: its process has ended, and not in order."""
+        if has_died:
+            self.note_death(self.epoch)
         if self.info is not None:
             logger.warning("%s at %s is lost: %s", self.instance_id, self.address, why)
             self._outage = Outage(time.monotonic(), was_said=True)
@@ -163,9 +175,16 @@ class InstanceHandle:
     async def drop(self, why: str) -> None:
         """It is known to be dead: fail what waits for it now, rather than when its heartbeats are missed."""
         old, self.client = self.client, self._make_client()
-        self.lost(why)
+        self.lost(why, has_died=True)
         await self.client.start()
-        await old.close(why)
+        await old.close(why, error=PeerDied)
+
+    def note_death(self, epoch: str) -> None:
+        """A life of it has ended by what it computed, or was killed: nobody can tell these apart from here."""
+        if epoch:
+            self.died[epoch] = None
+            while len(self.died) > MOST_DEATHS_KEPT:
+                del self.died[next(iter(self.died))]
 
     async def _poll(self) -> None:
         while True:

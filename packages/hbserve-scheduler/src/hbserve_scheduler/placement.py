@@ -6,17 +6,20 @@ from hbserve_scheduler.instances import InstanceHandle
 class Placement:
     """Taken when made. `prefill` is None on a hybrid instance, which is then `decode`."""
 
-    def __init__(self, prefill: InstanceHandle | None, decode: InstanceHandle, num_tokens: int) -> None:
+    def __init__(
+        self, prefill: InstanceHandle | None, decode: InstanceHandle, num_tokens: int, num_choices: int = 1
+    ) -> None:
         self.prefill = prefill
         self.decode = decode
-        self.may_begin = prefill is not None and decode.reports_room(num_tokens)
+        self.may_begin = prefill is not None and decode.reports_room(num_tokens, num_choices)
         """The decode instance is expected to grant at once: the prompt may be computed before it has."""
         self._num_tokens = num_tokens
+        self._num_choices = num_choices
         self._pending = prefill is not None
         self._prefilling = prefill is not None
         self._decoding = True
-        decode.load += 1
-        decode.num_given += 1
+        decode.load += num_choices
+        decode.num_given += num_choices
         decode.tokens_given += num_tokens
         if prefill is not None:
             decode.num_pending += 1
@@ -44,5 +47,5 @@ class Placement:
         self.prefilled()
         if self._decoding:
             self._decoding = False
-            self.decode.load -= 1
+            self.decode.load -= self._num_choices
             self.decode.changed()

@@ -49,6 +49,8 @@ class RequestRecord(msgspec.Struct, frozen=True):
     first_token_s: float | None = None
     second_token_s: float | None = None
     error: str = ""
+    num_choices: int = 1
+    """Their tokens are all in `num_output_tokens`; other times than the end are of the first one."""
 
     @property
     def queue_s(self) -> float:
@@ -70,15 +72,16 @@ class RequestRecord(msgspec.Struct, frozen=True):
     @property
     def tpot_s(self) -> float | None:
         """See RequestFinished.tpot_s; None: there was one token at most."""
-        return self.decode_s / (self.num_output_tokens - 1) if self.decode_s and self.num_output_tokens > 1 else None
+        num_tokens = self.num_output_tokens / self.num_choices
+        return self.decode_s / (num_tokens - 1) if self.decode_s and num_tokens > 1 else None
 
     @property
     def is_disaggregated(self) -> bool:
         """Whether its last attempt prefilled on one instance and decoded on another."""
         return bool(self.attempts) and self.attempts[-1].decode_instance not in ("", self.attempts[-1].prefill_instance)
 
-    def finished(self, reason: FinishReason) -> RequestFinished:
-        """What its client hears of it."""
+    def finished(self, reason: FinishReason, choice: int = 0) -> RequestFinished:
+        """What its client hears of it, or of one choice."""
         last = self.attempts[-1] if self.attempts else AttemptRecord(0.0)
         return RequestFinished(
             reason,
@@ -95,11 +98,14 @@ class RequestRecord(msgspec.Struct, frozen=True):
             num_attempts=len(self.attempts),
             prefill_instance=last.prefill_instance,
             decode_instance=last.decode_instance,
+            choice=choice,
         )
 
     def describe(self) -> str:
         """One line for the log: figures only, no text of anybody's but the error's."""
         tokens = f"{self.num_prompt_tokens} + {self.num_output_tokens} tokens"
+        if self.num_choices > 1:
+            tokens += f" of {self.num_choices} choices"
         if self.num_cached_tokens:
             tokens += f" ({self.num_cached_tokens} cached)"
         how = f"failed: {self.error}" if self.finish_reason is None else self.finish_reason

@@ -74,10 +74,11 @@ class RemoteScheduler:
     async def wait_for_room(self) -> None:
         """The queue is elsewhere, and says Overloaded itself."""
 
-    async def abort(self, request_id: str, reason: FinishReason = "abort") -> bool:
+    async def abort(self, request_id: str, reason: FinishReason = "abort", choice: int | None = None) -> bool:
         """As `CpuScheduler.abort`."""
         request_id = plain_id("request_id", request_id)
-        reply = await self._client.call(SCHEDULER_ABORT, AbortRequest(request_id, reason), timeout_s=CALL_TIMEOUT_S)
+        request = AbortRequest(request_id, reason, choice)
+        reply = await self._client.call(SCHEDULER_ABORT, request, timeout_s=CALL_TIMEOUT_S)
         return reply.found
 
     def instance_died(self, instance_id: str, why: str) -> None:

@@ -1,4 +1,9 @@
-"""One request in the scheduler: what was asked, what was delivered, and what the client reads."""
+"""One request in the scheduler: what was asked, what was delivered, and what the client reads.
+
+A request of several choices (`SamplingParams.n`) is attempted as a whole: it is placed once, and its prompt computed
+and moved once. What was delivered is each choice's own. When an attempt fails after that has begun, each choice goes on
+by itself, as a request with output would.
+"""
 
 import asyncio
 import time
@@ -8,9 +13,12 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from operator import sub
 
+import msgspec
+
 from hbserve_rpc import RemoteError
 from hbserve_rpc.messages import ClientEvent, FinishReason, GenerateRequest, RequestFinished, TokenEvent
 from hbserve_scheduler.figures import Figures
+from hbserve_scheduler.instances import InstanceHandle
 from hbserve_scheduler.records import AttemptRecord, RequestRecord
 
 
@@ -34,21 +42,42 @@ class ScheduledRequest:
     """The client's stream has its last item; nothing is added to it."""
     failed_on: set[str] = field(default_factory=set)
     """Instances on which an attempt failed: the next one avoids them, if there are others."""
+    was_on: list[tuple[InstanceHandle, str]] = field(default_factory=list)
+    """Instances, in the life that they had, that have computed for it in attempts that failed."""
+    num_tried: int = 0
+    """Tokens that were delivered when the last attempt failed."""
+    on_progress: Callable[[], None] | None = None
+    """Called once, at the next token."""
     computed_on: str = ""
     """The prefill instance whose prefix cache has the prompt, because an attempt failed after it was computed."""
-    events: deque[ClientEvent | Exception] = field(default_factory=deque)
-    """That the client has not taken; of tokens there is one, in which all wait."""
+    events: "deque[ClientEvent | Exception | ScheduledRequest]" = field(default_factory=deque)
+    """That the client has not taken; of tokens there is one, in which all wait. Or choices that have some."""
     has_event: asyncio.Event = field(default_factory=asyncio.Event)
     task: asyncio.Task[None] | None = None
     attempts: list[AttemptRecord] = field(default_factory=list)
     num_cached_tokens: int = 0
     kv_bytes: int = 0
     kv_transfer_time_s: float = 0.0
+    choices: "list[ScheduledRequest]" = field(default_factory=list)
+    """Each as a request of its own, where there are several."""
+    choice: int = 0
+    """Its place among those of `parent`."""
+    parent: "ScheduledRequest | None" = field(default=None, repr=False)
+    is_prefilling: bool = False
+    """What is known of the transfer is not complete: the ends of choices wait for that."""
+    on_choice_ended: Callable[[int], None] | None = None
+    """Told when one is ended from here, while an instance computes all of them."""
     _num_counted: int = 0
     _output_counted: int = 0
 
     def __post_init__(self) -> None:
         self.output += self.request.output_token_ids
+        if (num_choices := self.request.params.n) > 1:
+            self.choices = [self._choice(number) for number in range(num_choices)]
+
+    def _choice(self, number: int) -> "ScheduledRequest":
+        asked = msgspec.structs.replace(self.request, params=self.request.params.of_choice(number))
+        return ScheduledRequest(asked, self.figures, self.submitted_s, choice=number, parent=self)
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -59,18 +88,42 @@ class ScheduledRequest:
         """That are known: prompt, and output so far."""
         return self.num_prompt_tokens + len(self.output)
 
+    @property
+    def deaths(self) -> list[str]:
+        """The instances that it was on as they died: by it, or by something else."""
+        return [handle.instance_id for handle, epoch in self.was_on if epoch in handle.died]
+
+    @property
+    def num_delivered(self) -> int:
+        """Output tokens, of all choices together."""
+        return sum(len(each.output) for each in self.choices or [self])
+
+    @property
+    def is_suspect(self) -> bool:
+        """It was on an instance as that died, and has not got beyond the place where it was then."""
+        return not self.ended and self.num_delivered == self.num_tried and bool(self.deaths)
+
     def deliver(self, event: TokenEvent) -> None:
         """Pass new tokens on; those that the client has already are dropped.
 
         Raises:
             RemoteError: tokens are missing between those delivered and these.
         """
-        if self.ended:
+        if self.choices:
+            self._deliver_choice(event)
+            return
+        if self.ended or self.finish_reason is not None:
             return
         known = len(self.output) - event.index
         if known < 0:
             raise RemoteError(f"tokens {len(self.output)} to {event.index - 1} are missing")
         tokens = event.token_ids[known:]
+        if (
+            event.index < 0
+            or len(self.output) + len(tokens) > self.request.params.max_tokens
+            or min(tokens, default=0) < 0
+        ):
+            raise RemoteError(f"{len(tokens)} tokens from {event.index} on, which the request cannot have")
         if tokens or event.finish_reason:
             if tokens:
                 if not self.arrivals:
@@ -79,30 +132,112 @@ class ScheduledRequest:
             self.finish_reason = event.finish_reason
             first = len(self.output)
             of_prompt = event.prompt_logprobs if first == 0 else []
-            self._add_tokens(TokenEvent(first, tokens, event.finish_reason, event.logprobs[known:], of_prompt))
+            logprobs = event.logprobs[known:]
+            self._add_tokens(TokenEvent(first, tokens, event.finish_reason, logprobs, of_prompt, self.choice))
             self.output += tokens
+            self._tell_progress()
+
+    def _tell_progress(self) -> None:
+        if self.on_progress is not None:
+            on_progress, self.on_progress = self.on_progress, None
+            on_progress()
 
     def _add_tokens(self, new: TokenEvent) -> None:
         if not self.events:
             self._add(new)
             return
-        waiting = self.events.pop()  # nothing else comes before the last token
+        waiting = self.events[-1]  # nothing else comes before the last token
         assert isinstance(waiting, TokenEvent)
         waiting.token_ids.extend(new.token_ids)
         waiting.logprobs.extend(new.logprobs)
-        self._add(
-            TokenEvent(waiting.index, waiting.token_ids, new.finish_reason, waiting.logprobs, waiting.prompt_logprobs)
-        )
+        self.events[-1] = msgspec.structs.replace(waiting, finish_reason=new.finish_reason)
 
-    def _add(self, event: ClientEvent | Exception) -> None:
+    def _add(self, event: "ClientEvent | Exception | ScheduledRequest") -> None:
         self.events.append(event)
         self.has_event.set()
+        if self.parent is not None and len(self.events) == 1:
+            self.parent._add(self)
+
+    def take(self) -> ClientEvent | Exception:
+        """The next of its events, which there is."""
+        event = self.events.popleft()
+        if not isinstance(event, ScheduledRequest):
+            return event
+        found = event.take()
+        if event.events:
+            self.events.append(event)
+        return found
+
+    # ---- several choices -----------------------------------------------------------------------------------------
+
+    def _deliver_choice(self, event: TokenEvent) -> None:
+        if not 0 <= event.choice < len(self.choices):
+            raise RemoteError(f"a token of choice {event.choice} came, of {len(self.choices)}")
+        choice = self.choices[event.choice]
+        choice.deliver(event)
+        if event.token_ids:
+            self._tell_progress()
+        if choice.finish_reason is not None:
+            self.finish_choice(choice, choice.finish_reason)
+
+    def finish_choice(self, choice: "ScheduledRequest", reason: FinishReason) -> None:
+        """It has ended, here or on its instance. The last one is told of when the request has ended too, as where it is
+        alone."""
+        choice.finish_reason = reason
+        if all(each.finish_reason is not None for each in self.choices):
+            self.finish_reason = reason
+        elif not self.is_prefilling:
+            self.tell_ends()
+
+    def tell_ends(self) -> None:
+        """Of the choices that have ended."""
+        for choice in self.choices:
+            if choice.finish_reason is not None and not choice.ended:
+                if choice.task is None:
+                    self.hand_down(choice)
+                choice.finish(choice.finish_reason)
+
+    def end_choice(self, number: int, reason: FinishReason) -> bool:
+        """End one of several choices before its instances do. False: there is no such one, or it has ended."""
+        if not 0 <= number < len(self.choices):
+            return False
+        choice = self.choices[number]
+        if choice.finish_reason is not None:
+            return False
+        self.finish_choice(choice, reason)
+        if choice.task is not None:
+            choice.task.cancel()
+        elif self.on_choice_ended is not None:
+            self.on_choice_ended(number)
+        return True
+
+    def hand_down(self, choice: "ScheduledRequest") -> None:
+        """What has happened to all choices so far has happened to this one too."""
+        choice.attempts, choice.failed_on, choice.was_on = [*self.attempts], {*self.failed_on}, [*self.was_on]
+        choice.computed_on, choice.num_cached_tokens = self.computed_on, self.num_cached_tokens
+        choice.kv_bytes, choice.kv_transfer_time_s = self.kv_bytes, self.kv_transfer_time_s
+
+    def gather(self, choice: "ScheduledRequest", kv_bytes: int, kv_transfer_time_s: float) -> None:
+        """What has happened to a choice since it went on by itself has happened to the request. Before, these were
+        handed down to it."""
+        self.attempts = max(self.attempts, choice.attempts, key=len)
+        self.kv_bytes += choice.kv_bytes - kv_bytes
+        self.kv_transfer_time_s += choice.kv_transfer_time_s - kv_transfer_time_s
+
+    @property
+    def has_parted(self) -> bool:
+        """Whether its choices have tokens already: they have their prompt in common still, but no attempt any more."""
+        return any(len(each.output) > len(self.output) for each in self.choices)
+
+    # ---- figures -------------------------------------------------------------------------------------------------
 
     def count(self) -> None:
         """Add what was delivered since the last time to the figures: not token by token, which would be felt."""
+        for each in self.choices:
+            each.count()
         if not self.arrivals:
             return
-        if self._num_counted == 0:
+        if self._num_counted == 0 and self.choice == 0:
             self.figures.prompt_tokens += self.num_prompt_tokens
         since = self.arrivals[max(0, self._num_counted - 1) :]
         self.figures.between_tokens.observe_all(map(sub, since[1:], since))
@@ -113,10 +248,14 @@ class ScheduledRequest:
 
     @property
     def first_token_s(self) -> float | None:
+        if self.choices:
+            return self.choices[0].first_token_s
         return self.arrivals[0] if self.arrivals else None
 
     @property
     def second_token_s(self) -> float | None:
+        if self.choices:
+            return self.choices[0].second_token_s
         if self.num_first > 1:
             return self.arrivals[0]
         return self.arrivals[1] if len(self.arrivals) > 1 else None
@@ -132,7 +271,7 @@ class ScheduledRequest:
             self.request.request_id,
             time.time() - e2e_s,
             self.num_prompt_tokens,
-            len(self.output),
+            self.num_delivered,
             self.num_cached_tokens,
             self.kv_bytes,
             self.kv_transfer_time_s,
@@ -142,28 +281,37 @@ class ScheduledRequest:
             None if self.first_token_s is None else self.first_token_s - self.submitted_s,
             None if self.second_token_s is None else self.second_token_s - self.submitted_s,
             error,
+            len(self.choices) or 1,
         )
 
     def fail(self, error: Exception) -> None:
-        self.ended = True
+        for each in [self, *self.choices]:
+            each.ended = True
         self.figures.add(self.record(str(error)))
         self._add(error)
 
     def finish(self, reason: FinishReason) -> None:
         self.ended = True
         self.finish_reason = reason
+        for each in self.choices:
+            each.finish_reason = each.finish_reason or reason
+        self.tell_ends()
         record = self.record()
-        self.figures.add(record)
-        self._add(record.finished(reason))
+        if self.parent is None:
+            self.figures.add(record)
+        if not self.choices:
+            self._add(record.finished(reason, self.choice))
 
 
 class EventStream(AsyncIterator[ClientEvent]):
-    """TokenEvents, then one RequestFinished; or the error that ended the request. `aclose` before the end aborts it."""
+    """TokenEvents, then one RequestFinished, of each choice; or the error that ended the request. `aclose` before the
+    end aborts it."""
 
     def __init__(self, entry: ScheduledRequest, abandon: Callable[[ScheduledRequest], None]) -> None:
         self._entry = entry
         self._abandon = abandon
         self._ended = False
+        self._num_choices = entry.request.params.n
 
     async def __anext__(self) -> ClientEvent:
         if self._ended:
@@ -172,11 +320,12 @@ class EventStream(AsyncIterator[ClientEvent]):
         while not entry.events:
             entry.has_event.clear()
             await entry.has_event.wait()
-        event = entry.events.popleft()
+        event = entry.take()
         if isinstance(event, Exception):
             self._ended = True
             raise event
-        self._ended = isinstance(event, RequestFinished)
+        self._num_choices -= isinstance(event, RequestFinished)
+        self._ended = self._num_choices == 0
         return event
 
     async def aclose(self) -> None:

@@ -8,33 +8,58 @@ from hbserve_scheduler.fleet import Fleet
 from hbserve_scheduler.placement import Placement
 from hbserve_scheduler.request import ScheduledRequest
 
+MOST_SUSPECTS = 8
+"""At a time. If one of them is what an instance died of, the next instance dies too, and only so many are on it that
+were on the first: the scheduler gives these up. All others are tried as soon as those have got a token more."""
+
 
 class Retries:
+    """Gives places to requests whose attempt has failed, first come first served.
+
+    An instance that dies had many requests, of which one may have killed it. All of these are suspects until they have
+    got beyond the place where they were then, and few suspects are tried at a time, so that the next death tells few.
+    """
+
     def __init__(self, fleet: Fleet, on_change: Callable[[], None]) -> None:
         self._fleet = fleet
         self._on_change = on_change
         self._waiting: deque[tuple[ScheduledRequest, asyncio.Future[Placement]]] = deque()
+        self._on_trial: list[ScheduledRequest] = []
 
     def __len__(self) -> int:
         return len(self._waiting)
 
     def place(self) -> None:
-        """Give places, first come first served. To be called when there may be room."""
-        while self._waiting:
-            entry, place = self._waiting[0]
-            placement = self._fleet.place(entry.num_tokens, entry.failed_on, entry.computed_on)
+        """Give places, as far as there are some. To be called when there may be room."""
+        if not self._waiting:
+            return
+        self._on_trial = [entry for entry in self._on_trial if entry.is_suspect]
+        for entry, place in list(self._waiting):
+            if self._is_held_back(entry):
+                continue
+            wanted = entry.num_tokens, entry.failed_on, entry.computed_on, entry.request.params.n
+            placement = self._fleet.place(*wanted)
             if placement is None:
                 return
-            self._waiting.popleft()
+            if entry.is_suspect:
+                self._on_trial.append(entry)
+                entry.on_progress = self._on_change
+            self._waiting.remove((entry, place))
             place.set_result(placement)
+
+    def _is_held_back(self, entry: ScheduledRequest) -> bool:
+        return len(self._on_trial) >= MOST_SUSPECTS and entry.is_suspect
 
     async def wait_for_place(self, entry: ScheduledRequest, timeout_s: float) -> Placement | None:
         """A place away from the instances that failed, if there are others; None if there is none in time."""
+        if entry in self._on_trial:  # until its next place
+            self._on_trial.remove(entry)
         place: asyncio.Future[Placement] = asyncio.get_running_loop().create_future()
         self._waiting.append((entry, place))
         self._on_change()
         try:
-            await asyncio.wait([place], timeout=timeout_s)
+            while not (await asyncio.wait([place], timeout=timeout_s))[0] and self._is_held_back(entry):
+                pass  # nobody lacks: others are on trial, whose attempts have deadlines of their own
         except asyncio.CancelledError:
             if place.done():
                 place.result().end()

@@ -78,7 +78,7 @@ class SchedulerServer:
         return await self.stats()
 
     async def _abort(self, request: AbortRequest) -> Aborted:
-        asked = request.request_id, request.reason
+        asked = request.request_id, request.reason, request.choice
         return Aborted(await self.scheduler.abort(*asked) or await self.siblings.abort(*asked))
 
     async def instance_died(self, instance_id: str, why: str) -> None:

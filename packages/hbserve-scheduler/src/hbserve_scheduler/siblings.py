@@ -63,13 +63,13 @@ class Siblings:
         for remote in self._remotes.values():
             remote.instance_died(instance_id, why)
 
-    async def abort(self, request_id: str, reason: FinishReason) -> bool:
+    async def abort(self, request_id: str, reason: FinishReason, choice: int | None = None) -> bool:
         """Whether one of them had this request."""
 
         async def ask(remote: RemoteScheduler) -> bool:
             with contextlib.suppress(HBServeRpcError, TimeoutError):
                 async with asyncio.timeout(PATIENCE_S):
-                    return await remote.abort(request_id, reason)
+                    return await remote.abort(request_id, reason, choice)
             return False
 
         return any(await asyncio.gather(*map(ask, self._remotes.values())))

@@ -5,8 +5,8 @@
       └──────────── is its parent from then on, being the nearest subreaper ───────┘
 
 So a program is a child of whoever started it, as any other: Popen, asyncio, os.waitid, signals and pidfds know it by
-its pid. It has the folder, environment, streams and session that it was given, and each has a forkserver of its own,
-for what it starts itself. What an interpreter does when it starts is not tested so: that needs a cold one.
+its pid. It has the folder, environment, streams, session and network that it was given, and each has a forkserver of
+its own, for what it starts itself. What an interpreter does when it starts is not tested so: that needs a cold one.
 """
 
 import ctypes
@@ -24,6 +24,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NoReturn
+
+from hbserve_testing.namespaces import enter
 
 PRELOADED = (
     "torch",
@@ -49,6 +51,8 @@ class Program:
     folder: str
     environment: Mapping[str, str]
     new_session: bool
+    namespace: str
+    """Of the network; empty: that of whoever starts it."""
 
 
 def server_command(connection: int) -> list[str]:
@@ -95,6 +99,8 @@ def _become(program: Program, streams: list[int]) -> None:
     """Make a fork what a new process of this program would be."""
     if program.new_session:
         os.setsid()
+    if program.namespace:
+        enter(program.namespace)
     os.chdir(program.folder)
     os.environ.clear()
     os.environ.update(program.environment)

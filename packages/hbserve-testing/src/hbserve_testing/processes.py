@@ -1,5 +1,6 @@
 """Processes of this host, as /proc shows them."""
 
+import os
 from pathlib import Path
 
 from hbserve_testing.forkserver import TITLE
@@ -28,6 +29,12 @@ def children_of(pid: int) -> list[int]:
     """Those that live, but forkservers, which are none of a program's own."""
     found = [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()]
     return [each for each in found if _parent_of(each) == pid and alive(each) and command_of(each) != [TITLE]]
+
+
+def processor_time_s(pid: int) -> float:
+    """What it has computed until now, without its children: other than its age, no load changes it much."""
+    user, system = _stat(pid)[11:13]
+    return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
 
 
 def _parent_of(pid: int) -> int:

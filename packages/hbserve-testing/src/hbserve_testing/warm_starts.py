@@ -17,6 +17,8 @@ _PR_SET_CHILD_SUBREAPER = 36
 _PIPES = ("p2cread", "p2cwrite", "c2pread", "c2pwrite", "errread", "errwrite")
 _ONLY_COLD = ("executable", "preexec_fn", "pass_fds", "shell", "gid", "gids", "uid", "startupinfo")
 """What of Popen's arguments a forkserver does not do."""
+_ELSEWHERE = ["ip", "netns", "exec"]
+"""Before a namespace and a program: it needs no process in between that would run it."""
 _READ_AT_START = ("PYTHON", "LD_", "OMP_", "MKL_", "KMP_", "CUDA_", "TRITON_")
 """Beginnings of variables that an interpreter, or a library in it, reads once: who changes one gets a cold process.
 Not the number of threads, which torch is told."""
@@ -71,13 +73,15 @@ class WarmStarts:
         """None: only a cold start can be what is asked for."""
         if isinstance(given["args"], str | bytes | os.PathLike) or any(given[name] for name in _ONLY_COLD):
             return None
-        interpreter, *arguments = map(os.fsdecode, given["args"])
+        words = list(map(os.fsdecode, given["args"]))
+        namespace = words[3] if words[:3] == _ELSEWHERE else ""
+        interpreter, *arguments = words[4 if namespace else 0 :]
         what = next((each for each in arguments if each != "-P"), "-") if interpreter == sys.executable else "-"
         environment = dict(os.environ if given["env"] is None else given["env"])
         if (what[0] == "-" and what not in ("-m", "-c")) or _read_once(environment) != _read_once(self._environment):
             return None
         folder = os.path.abspath(os.fsdecode(given["cwd"] or "."))
-        return Program(arguments, folder, environment, given["start_new_session"])
+        return Program(arguments, folder, environment, given["start_new_session"], namespace)
 
     def _start(self, popen: Any, program: Program, given: Mapping[str, Any]) -> None:
         assert self._connection is not None

@@ -19,8 +19,8 @@ News = list[tuple[int, GenerationDelta]]
 
 
 class Answers:
-    """Answers to some prompts, one for each of `params`: an asynchronous context manager, which submits them, and at
-    its end aborts those that are still running."""
+    """Answers to some prompts, to each as many as its `params` say: an asynchronous context manager, which submits
+    them, and at its end aborts those that are still running."""
 
     def __init__(
         self,
@@ -50,9 +50,12 @@ class Answers:
     async def __aenter__(self) -> Self:
         """Raises InvalidRequest or Overloaded, if the scheduler refuses one; then none goes on."""
         try:
-            for number, make in enumerate(self._make):
-                self._requests.append(make())
-                self._pumps.append(asyncio.create_task(self._pump(number, self._requests[-1])))
+            first = 0
+            for make in self._make:
+                request = make()
+                self._requests.append(request)
+                self._pumps.append(asyncio.create_task(self._pump(first, request)))
+                first += len(request.choices)
         except BaseException:
             await self._close()
             raise
@@ -68,7 +71,8 @@ class Answers:
         for request in self._requests:  # a task that is cancelled before its first step closes nothing itself
             await request.aclose()
 
-    async def _pump(self, number: int, request: TextRequest) -> None:
+    async def _pump(self, first: int, request: TextRequest) -> None:
+        """first: the number of the request's first answer."""
         try:
             async for delta in request:
                 if delta["finish_reason"] == "abort":  # by nobody who asked for it
@@ -76,7 +80,7 @@ class Answers:
                 if self._only_prompt:
                     delta["text"], delta["token_ids"], delta["logprobs"] = "", [], None
                     delta["finish_reason"], delta["stop_reason"] = delta["finish_reason"] and "length", None
-                self._news.append((number, delta))
+                self._news.append((first + delta.get("choice", 0), delta))
                 self._changed.set()
                 while len(self._news) >= MOST_NEWS:
                     self._taken.clear()

@@ -18,7 +18,7 @@ from hbserve.server.logprobs import TokenNames
 from hbserve.server.rendering import Choices, Rendering
 from hbserve.server.request_body import converted, ignored_fields, ignored_header, read_object
 from hbserve.server.request_fields import ChatBody, CompletionBody, RequestBody, SamplingFields, require_served
-from hbserve.server.sampling import COMPLETION_MAX_TOKENS, is_only_prompt, num_choices, of_choice, sampling_params
+from hbserve.server.sampling import COMPLETION_MAX_TOKENS, is_only_prompt, num_choices, sampling_params
 from hbserve.server.service import ServedModel, Service
 from hbserve_rpc import SamplingParams
 
@@ -103,10 +103,8 @@ async def _answer(
     """Answer each prompt `n` times, in chunks or whole."""
     if body.stream_options is not None and not body.stream:
         raise ApiError(400, "stream_options: only with stream=true", param="stream_options")
-    several = [prompt for prompt in prompts for _ in range(n)]
-    of_each = [of_choice(each, choice) for each in params for choice in range(n)]
-    rendering = Rendering(choices, body, head, several)
+    rendering = Rendering(choices, body, head, [prompt for prompt in prompts for _ in range(n)])
     skip = body.skip_special_tokens is not False
     only_prompt = isinstance(body, CompletionBody) and is_only_prompt(body)
-    async with Answers(model, several, of_each, skip_special_tokens=skip, only_prompt=only_prompt) as answers:
+    async with Answers(model, prompts, params, skip_special_tokens=skip, only_prompt=only_prompt) as answers:
         await reply.answer(answers, rendering, streamed=bool(body.stream))

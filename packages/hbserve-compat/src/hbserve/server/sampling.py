@@ -1,4 +1,4 @@
-"""From a body's fields to the SamplingParams of its choices."""
+"""From a body's fields to the SamplingParams of its requests."""
 
 from hbserve.server.api_error import ApiError
 from hbserve.server.request_fields import SAMPLED, ChatBody, CompletionBody, SamplingFields
@@ -83,11 +83,3 @@ def is_only_prompt(body: CompletionBody) -> bool:
 def _max_tokens(body: SamplingFields) -> int | None:
     newer = body.max_completion_tokens if isinstance(body, ChatBody) else None
     return body.max_tokens if newer is None else newer
-
-
-def of_choice(params: SamplingParams, choice: int) -> SamplingParams:
-    """Parameters of one of several choices: with one seed for all they would be the same."""
-    copied = params.copied()
-    if copied.seed is not None:
-        copied.seed = (copied.seed + choice) % SEEDS
-    return copied

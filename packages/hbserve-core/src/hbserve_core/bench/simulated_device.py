@@ -75,6 +75,9 @@ class SimulatedDevice:
         end = self.free_at = begin + self._time_s(work)
         self.steps.append((begin, end, {chunk.sequence.request_id: chunk.num_new_tokens for chunk in batch}))
         sampled = StepResult([5 if chunk.samples else None for chunk in batch])
+        for place, chunk in enumerate(batch):
+            if chunk.samples and chunk.sequence.choices:
+                sampled.choices[place] = [(5, None)] * len(chunk.sequence.choices)
 
         def tokens() -> StepResult:
             self.now = max(self.now, end)

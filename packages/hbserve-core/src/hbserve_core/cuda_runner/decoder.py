@@ -4,6 +4,8 @@ A layer of up to 64 decodes is five launches (norms and gates are in the product
 Shapes: T rows of one step, R of them sampled, E hidden_size.
 """
 
+from collections.abc import Sequence as Ids
+
 import torch
 
 from hbserve_core.cuda_runner.kernels.decode_attention import DecodeWorkspace, decode_attention
@@ -11,7 +13,8 @@ from hbserve_core.cuda_runner.kernels.pointwise import embed
 from hbserve_core.cuda_runner.kernels.prefill_attention import prefill_attention, store_kv
 from hbserve_core.cuda_runner.kernels.sampling import sample
 from hbserve_core.cuda_runner.products import CudaProducts, ResidualStream
-from hbserve_core.cuda_runner.step_packer import StepShape, StepView
+from hbserve_core.cuda_runner.step_packer import StepShape, StepView, seed_halves
+from hbserve_core.logits.rows import LogitsRow, has_grammars, on_device
 from hbserve_core.model.layers import DecoderWeights, LayerWeights, Linear, RmsNorm
 from hbserve_core.model.model_config import ModelConfig
 from hbserve_core.model.rank_group import RankGroup
@@ -55,15 +58,26 @@ class CudaDecoder:
         return self._logits(ResidualStream(hidden))
 
     def draw(
-        self, step: StepView, scores: torch.Tensor, places: torch.Tensor, sampled: torch.Tensor, *, is_told: bool
+        self,
+        step: StepView,
+        scores: torch.Tensor,
+        places: torch.Tensor,
+        sampled: torch.Tensor,
+        rows: Ids[LogitsRow],
     ) -> torch.Tensor:
         """Once more a token for some of the step's samples, places (N,) int64, from other logits (N, vocab_size).
 
-        is_told: rank 0 alone knows what may be drawn, and tells the other ranks what was.
+        Where some have grammars, rank 0 alone knows what may be drawn, and tells the other ranks what was.
         """
         tokens = torch.empty(len(places), dtype=torch.int32, device=scores.device)
-        sample(scores, step.samples[1:].index_select(1, places), tokens)
-        if is_told:
+        drawn_by = step.samples[1:].index_select(1, places)
+        if of_choices := [place for place, row in enumerate(rows) if row.is_choice]:
+            # The step knows one seed of each place.
+            seeds = seed_halves([rows[place].sequence.params.seed or 0 for place in of_choices]).tolist()
+            own = on_device(of_choices, torch.int64, scores.device)
+            drawn_by[1:3].index_copy_(1, own, on_device(seeds, torch.int32, scores.device))
+        sample(scores, drawn_by, tokens)
+        if has_grammars(rows):
             tokens = self._group.from_first(tokens)
         sampled.index_copy_(0, places, tokens)
         return tokens

@@ -27,8 +27,8 @@ from hbserve_core.engine.runner import PendingStep, StepResult
 from hbserve_core.engine.sequence import ScheduledChunk
 from hbserve_core.errors import RankFailed
 from hbserve_core.logits.prompt_logprobs import PendingPromptLogprobs, ScoredRows, score
-from hbserve_core.logits.rows import LogitsRow
-from hbserve_core.logits.special_rows import PendingLogprobs, SpecialRows, has_grammars
+from hbserve_core.logits.rows import LogitsRow, has_grammars
+from hbserve_core.logits.special_rows import PendingLogprobs, SpecialRows
 from hbserve_core.model.loaded_model import LoadedModel
 from hbserve_core.model.model_config import ModelConfig
 from hbserve_core.model.rank_group import RankGroup
@@ -172,7 +172,8 @@ class CudaRunner:
         def result() -> StepResult:
             drawn.synchronize()
             tokens = step.tokens(read_back.tolist())
-            return StepResult(tokens, logprobs.read(step.places) if logprobs else {}, scored.read() if scored else {})
+            found, choices = logprobs.read(step.places) if logprobs else ({}, {})
+            return StepResult(tokens, found, scored.read() if scored else {}, choices)
 
         return result
 
@@ -200,9 +201,7 @@ class CudaRunner:
         return self._special_rows.sample(
             rows,
             lambda places: self._decoder.logits(view, hidden, places),
-            lambda scores, places, part: self._decoder.draw(
-                view, scores, places, self._sampled, is_told=has_grammars(part)
-            ),
+            lambda scores, places, rows: self._decoder.draw(view, scores, places, self._sampled, rows),
         )
 
     def _score(self, hidden: torch.Tensor, scored: Ids[ScoredRows]) -> PendingPromptLogprobs:

@@ -26,7 +26,7 @@ from hbserve_core.config import InstanceConfig
 from hbserve_core.engine.runner import StepTokens
 from hbserve_core.engine.sequence import HOTTEST, UNREAD, ScheduledChunk, Sequence
 from hbserve_core.logits.prompt_logprobs import ScoredRows, scored_rows
-from hbserve_core.logits.rows import LogitsRow
+from hbserve_core.logits.rows import LogitsRow, special_rows
 
 _Integers = TypeVar("_Integers", int, npt.NDArray[np.int32])
 
@@ -215,6 +215,13 @@ class PackedStep:
         return result
 
 
+def seed_halves(seeds: Ids[int]) -> npt.NDArray[np.int32]:
+    """(2, N): low and high half of each, as kernels/sampling.py reads them."""
+    whole = np.array([seed & 0xFFFFFFFFFFFFFFFF for seed in seeds], dtype=np.uint64)
+    halves = np.stack((whole & np.uint64(0xFFFFFFFF), whole >> np.uint64(32)))
+    return halves.astype(np.uint32).view(np.int32)
+
+
 def _scored(chunks: Ids[ScheduledChunk], places: Ids[int]) -> list[ScoredRows]:
     """Of chunks in the order of their rows, whose places in the batch are these."""
     firsts = accumulate((chunk.num_new_tokens for chunk in chunks), initial=0)
@@ -257,9 +264,10 @@ class StepPacker:
         self._write_samples(view, chunks, sampling)
         places = [order[i] if chunks[i].samples else None for i in sampling]
         special = [
-            LogitsRow(row, chunks[i].sequence, self._sources.get(chunks[i].sequence, -1))
+            found
             for row, i in enumerate(sampling)
             if chunks[i].sequence.is_special and chunks[i].samples
+            for found in special_rows(row, chunks[i].sequence, self._sources.get(chunks[i].sequence, -1))
         ]
         self._sources = {chunks[i].sequence: row for row, i in enumerate(sampling)}
         # Nothing is looked for in a step of decodes that all give tokens, of which there are most.
@@ -330,8 +338,6 @@ class StepPacker:
         last_rows = np.cumsum([chunk.num_new_tokens for chunk in chunks]) - 1
         samples[0] = last_rows[list(sampling)]
         samples[1] = np.array(temperatures, dtype=np.float32).view(np.int32)
-        halves = np.array([seed & 0xFFFFFFFFFFFFFFFF for seed in seeds], dtype=np.uint64)
-        samples[2] = (halves & np.uint64(0xFFFFFFFF)).astype(np.uint32).view(np.int32)
-        samples[3] = (halves >> np.uint64(32)).astype(np.uint32).view(np.int32)
+        samples[2:4] = seed_halves(seeds)
         samples[4], samples[5] = indices, np.minimum(top_k, 2**31 - 1)
         samples[6] = np.array(top_p, dtype=np.float32).view(np.int32)

@@ -9,7 +9,8 @@ all of its blocks up and is computed again later.
 from array import array
 from collections import Counter, deque
 from collections.abc import Callable, Collection
-from itertools import islice
+from collections.abc import Sequence as Ids
+from itertools import chain, islice
 
 from hbserve_core.config import InstanceConfig
 from hbserve_core.engine.block_manager import BlockManager
@@ -223,13 +224,44 @@ class BatchScheduler:
     def _extend_digests(self, sequence: Sequence) -> None:
         self._blocks.extend_digests(sequence.block_digests, sequence.token_ids, sequence.num_read_tokens)
 
+    def fork(self, parent: Sequence, choices: Ids[Sequence]) -> None:
+        """Let choices go on, each with one token more than the parent has computed.
+
+        They share its full blocks. The last one, if it is not full, goes to the first of them; the others compute again
+        what is in it, a few tokens, in blocks of their own. Who finds no room waits for it, as preempted ones do.
+        """
+        self.move(parent, Phase.FORKED)
+        num_tokens, late = parent.num_computed_tokens, list[Sequence]()
+        for choice in choices:
+            num_kept = num_tokens if choice is choices[0] else num_tokens - num_tokens % self._blocks.block_size
+            num_new_blocks = int(num_kept < num_tokens)
+            is_full = len(self.running) + self.num_reserved >= self._config.max_num_seqs
+            if is_full or self._blocks.num_free < num_new_blocks:
+                late.append(choice)
+                continue
+            kept = parent.block_table[: self._blocks.num_blocks_for(num_kept)]
+            self._blocks.share(kept)
+            choice.block_table = kept + array("i", self._blocks.allocate(num_new_blocks))
+            choice.block_digests = parent.block_digests.copy()
+            choice.num_computed_tokens = num_kept
+            choice.num_cached_tokens, choice.num_shared_tokens = parent.num_cached_tokens, parent.num_shared_tokens
+            self.move(choice, Phase.RUNNING)
+        for choice in reversed(late):
+            self.move(choice, Phase.WAITING)
+            self.waiting.rotate(1)
+        self.release(parent)
+
     def release(self, sequence: Sequence) -> None:
         self._blocks.release(sequence.block_table)
         sequence.block_table = array("i")
 
-    def check_integrity(self, sequences: Collection[Sequence]) -> None:
-        """Raise AssertionError unless each of an engine's sequences is in its phase's queue, and holds the blocks that
-        its phase says. Between steps only."""
+    def check_integrity(self, requests: Collection[Sequence]) -> None:
+        """Raise AssertionError unless each of an engine's sequences is in its phase's queue, and has the blocks that
+        its phase says, and each block is held by exactly those that have it. Between steps only."""
+        choices = [each for parent in requests for each in parent.choices]
+        sequences = [*requests, *(each for each in choices if each.phase not in (Phase.NEW, Phase.ENDED))]
+        holding = [sequence.block_table for sequence in sequences if sequence.phase is not Phase.QUARANTINED]
+        self._blocks.check_integrity(Counter(chain.from_iterable(holding)))
         for phase, queue in self._queues.items():
             expected = Counter(each for each in sequences if each.phase is phase)
             assert Counter(queue) == expected, f"{phase.name}: {queue}, not {list(expected)}"
@@ -237,7 +269,7 @@ class BatchScheduler:
         for sequence in sequences:
             num_blocks, phase = len(sequence.block_table), sequence.phase
             assert phase not in (Phase.NEW, Phase.ENDED), f"{sequence.request_id} is {phase.name}"
-            if phase in (Phase.WAITING, Phase.RESERVING):
+            if phase in (Phase.WAITING, Phase.RESERVING, Phase.FORKED):
                 assert num_blocks == 0, f"{sequence.request_id} is {phase.name}, with blocks {sequence.block_table}"
             elif phase in (Phase.RUNNING, Phase.ENDING):
                 needed = self._blocks.num_blocks_for(sequence.num_computed_tokens)

@@ -1,46 +1,28 @@
 """The engine: requests in, tokens out, one step at a time."""
 
-from collections import Counter
 from collections.abc import Callable
 from collections.abc import Sequence as Ids
 from dataclasses import replace
 from sys import maxsize
 from time import perf_counter
-from typing import NamedTuple
 
 from hbserve_core.config import InstanceConfig
 from hbserve_core.engine.batch_scheduler import BatchScheduler
 from hbserve_core.engine.block_manager import BlockManager
 from hbserve_core.engine.chunk_sizes import ChunkSizes
-from hbserve_core.engine.outputs import EngineStats, Reservation, StepOutput, error_of
+from hbserve_core.engine.outputs import EngineStats, Reservation, StepOutput, error_of, finish_reason_of, output_of
 from hbserve_core.engine.request_limits import RequestLimits
-from hbserve_core.engine.runner import PendingStep, Runner
-from hbserve_core.engine.sequence import UNREAD, Phase, ScheduledChunk, Sequence
+from hbserve_core.engine.runner import DrawnToken, Runner, StepInFlight
+from hbserve_core.engine.sequence import NOT_FINITE, UNREAD, Phase, ScheduledChunk, Sequence
 from hbserve_core.engine.step_times import LaunchTimes, StepWork
 from hbserve_core.grammars.compiler import GrammarCompiler
 from hbserve_core.grammars.matcher import Matcher
-from hbserve_rpc import HBServeRpcError, InvalidRequest, SamplingParams
-from hbserve_rpc.messages import FinishReason, TokenLogprobs
+from hbserve_rpc import InvalidRequest, SamplingParams
+from hbserve_rpc.messages import TokenLogprobs
 from hbserve_rpc.plain_values import plain_bool
 
-_HAS_NO_OUTPUT = (Phase.HELD, Phase.QUARANTINED, Phase.ENDED)
-"""Somebody else has ended these since their step was launched."""
-MASK_PATIENCE_S = 0.01
-"""How long a step waits for the masks of its rows with grammars, of all together: usually they are there in a tenth of
-that. Later ones are for a later step."""
-
-
-class StepInFlight(NamedTuple):
-    """A launched step, and what must be remembered of it until its tokens are read."""
-
-    chunks: list[tuple[Sequence, int, int]]
-    """Sequence, first computed token, number of computed tokens."""
-    read: PendingStep
-    number: int
-    launched_at: float
-    """When it could begin; without overlap it did, and has been computed by now."""
-    late: list[int]
-    """Places of chunks whose masks did not come in time: their last token is computed once more, by the next step."""
+_HAS_NO_OUTPUT = (Phase.HELD, Phase.QUARANTINED, Phase.FORKED, Phase.ENDED)
+"""Somebody else has ended these since their step was launched, or their choices have had their tokens."""
 
 
 class Engine:
@@ -55,6 +37,7 @@ class Engine:
       `add(prefill_only=True)` compute the prompt and the first token, or fail, then keep the blocks until `release`;
       `reserve`                somebody else computes the prompt; `poll_reservations` says when there is room, then its
                                KV arrives in the blocks, and `activate` lets it generate from the first token on.
+    With `SamplingParams.n` above 1, its prompt is computed, or comes, once. The outputs are those of its choices then.
     """
 
     def __init__(self, config: InstanceConfig, runner: Runner, clock: Callable[[], float] = perf_counter) -> None:
@@ -137,15 +120,27 @@ class Engine:
         self._granted = [each for each in self._granted if each[1] > ended]
         return safe
 
-    def activate(self, request_id: str, first_token: int) -> None:
-        """The KV of a reserved request is there: it goes on after `first_token`. Nothing happens if it has ended."""
+    def activate(self, request_id: str, *first_tokens: int | None) -> None:
+        """The KV of a reserved request is there: it goes on after its first token. Nothing happens if it has ended.
+
+        first_tokens: one for each choice, None for those that have ended with it.
+        """
         sequence = self._sequences.get(request_id)
-        if sequence is not None and sequence.phase is Phase.HELD:
-            sequence.num_computed_tokens = sequence.num_tokens
-            sequence.token_ids.append(first_token)
+        if sequence is None or sequence.phase is not Phase.HELD:
+            return
+        sequence.num_computed_tokens = sequence.num_tokens
+        if not sequence.choices:
+            sequence.token_ids += first_tokens  # type: ignore[arg-type]
             if sequence.matcher is not None:
-                sequence.matcher.advance(first_token)
+                sequence.matcher.advance(sequence.token_ids[-1])
             self._scheduler.move(sequence, Phase.RUNNING)
+            return
+        for choice, token in zip(sequence.choices, first_tokens, strict=True):
+            if token is not None:
+                choice.token_ids = [*sequence.token_ids, token]
+            elif choice.phase is Phase.NEW:
+                self._scheduler.move(choice, Phase.ENDED)
+        self._fork(sequence)
 
     def hold(self, request_id: str) -> None:
         """Compute no more of a request, but keep its blocks until `release` or `quarantine`."""
@@ -157,6 +152,13 @@ class Engine:
         """End a request in whatever phase it is; no transfer touches its blocks any more."""
         if (sequence := self._sequences.get(request_id)) is not None:
             self._end(sequence)
+
+    def release_choice(self, request_id: str, choice: int) -> None:
+        """End one of several choices, which need not have its first token yet; the others go on."""
+        parent = self._sequences.get(request_id)
+        for each in parent.choices if parent is not None else ():
+            if each.choice == choice and each.phase is not Phase.ENDED:
+                self._end(each)
 
     def quarantine(self, request_id: str, num_blocks: int) -> None:
         """End a held request. A failed transfer may still touch its last `num_blocks` blocks, until `release`."""
@@ -170,14 +172,21 @@ class Engine:
 
     def _end(self, sequence: Sequence) -> None:
         """Give a sequence's blocks back, and forget it."""
+        for choice in sequence.choices:
+            if choice.phase is not Phase.ENDED:
+                self._scheduler.release(choice)
+                self._scheduler.move(choice, Phase.ENDED)
         if sequence.phase is Phase.QUARANTINED:
             self.blocks.end_quarantine(sequence.block_table)
         else:
             self._scheduler.release(sequence)
         self._scheduler.move(sequence, Phase.ENDED)
-        self._withdraw_grant(sequence)
-        del self._sequences[sequence.request_id]
-        self._num_matchers -= sequence.matcher is not None
+        if (parent := sequence.parent) is None:
+            self._withdraw_grant(sequence)
+            del self._sequences[sequence.request_id]
+            self._num_matchers -= sequence.matcher is not None
+        elif parent.phase is Phase.FORKED and all(each.phase is Phase.ENDED for each in parent.choices):
+            self._end(parent)
 
     def _withdraw_grant(self, sequence: Sequence) -> None:
         self._granted = [granted for granted in self._granted if granted[0].request_id != sequence.request_id]
@@ -190,7 +199,8 @@ class Engine:
             raise InvalidRequest(f"request_id={request_id!r} is in use")
         if (matcher is None) != (sequence.params.structured_outputs is None):
             raise InvalidRequest("structured_outputs: need a matcher, which Engine.grammars makes; nothing else does")
-        sequence.matcher = matcher
+        for each in (sequence, *sequence.choices):  # the first token of all of them has the same mask
+            each.matcher = matcher
         self._num_matchers += matcher is not None
         self._sequences[sequence.request_id] = sequence
         return sequence
@@ -222,7 +232,8 @@ class Engine:
         self._host_time_s += host_time_s
         outputs = self._read(before, host_time_s if launched else None)
         if launched is not None and has_grammars:
-            self._draw(launched)
+            launched.wait_for_masks()
+            self._runner.draw()
         self._begin(launched)
         if not self._runner.overlaps:
             outputs += self._read(self._in_flight)
@@ -239,18 +250,6 @@ class Engine:
         chunks = [(chunk.sequence, chunk.first, chunk.num_new_tokens) for chunk in batch]
         launched_at = self._clock() if self._runner.overlaps else begin
         return StepInFlight(chunks, read, self.blocks.last_launched, launched_at, [])
-
-    def _draw(self, step: StepInFlight) -> None:
-        """Sample rows with grammars, whose tokens before have all been read now."""
-        until = perf_counter() + MASK_PATIENCE_S
-        for place, (sequence, first, count) in enumerate(step.chunks):
-            matcher = sequence.matcher
-            if matcher is None or first + count < sequence.num_tokens:
-                continue
-            if not matcher.is_ready(until - perf_counter()):
-                step.chunks[place] = sequence, first, count - 1
-                step.late.append(place)
-        self._runner.draw()
 
     def _begin(self, step: StepInFlight | None) -> None:
         """Count a launched step's tokens as computed, so that the next one can be scheduled before it has been."""
@@ -278,6 +277,7 @@ class Engine:
         begin, outputs = self._clock(), []
         for place in step.late:
             result.tokens[place] = None
+            result.logprobs.pop(place, None)
         self._launch_times.ended(waited_from, begin, next_host_time_s)
         self.blocks.last_ended = step.number
         for place, scored in result.prompt_logprobs.items():
@@ -285,6 +285,10 @@ class Engine:
             if sequence.phase not in _HAS_NO_OUTPUT:
                 sequence.prompt_logprobs += scored
                 sequence.num_scored_tokens += len(scored)
+        for place, drawn in result.choices.items():
+            sequence, first, count = step.chunks[place]
+            if sequence.phase not in _HAS_NO_OUTPUT:
+                outputs += self._advance_choices(sequence, first + count, drawn)
         for place, ((sequence, first, count), token) in enumerate(zip(step.chunks, result.tokens, strict=True)):
             if sequence.phase not in _HAS_NO_OUTPUT:
                 outputs.append(self._advance(sequence, first + count, token, result.logprobs.get(place)))
@@ -303,38 +307,49 @@ class Engine:
             if sequence.block_table:
                 self._scheduler.share(sequence, end)
             self._num_generated += 1
-            finish_reason = self._finish_reason(sequence, token)
+            finish_reason = finish_reason_of(sequence, token, self._model)
             if sequence.matcher is not None and finish_reason is None and not sequence.prefill_only:
                 sequence.matcher.advance(token)
-        output = self._output(sequence, token, index, finish_reason, end, logprobs, error)
+        output = output_of(sequence, token, index, finish_reason, end, logprobs, error)
         if token is not None and sequence.prefill_only:
             self._scheduler.move(sequence, Phase.HELD)
         elif output.is_last:
             self._end(sequence)
         return output
 
-    def _output(
-        self,
-        sequence: Sequence,
-        token: int | None,
-        index: int,
-        finish_reason: FinishReason | None,
-        computed: int,
-        logprobs: TokenLogprobs | None = None,
-        error: HBServeRpcError | None = None,
-    ) -> StepOutput:
-        return StepOutput(
-            sequence.request_id,
-            None if error else token,
-            index,
-            finish_reason,
-            computed,
-            sequence.num_cached_tokens,
-            sequence.block_table.tolist() if sequence.prefill_only else [],
-            None if error else logprobs,
-            sequence.prompt_logprobs if token is not None and index == 0 else [],
-            error,
-        )
+    def _advance_choices(self, parent: Sequence, end: int, drawn: Ids[DrawnToken]) -> list[StepOutput]:
+        """Take in the first tokens of several choices, which a step has drawn when it had computed their prompt."""
+        del parent.token_ids[end:]
+        if all(token != NOT_FINITE for token, _ in drawn):
+            self._scheduler.share(parent, end)
+        outputs: list[StepOutput] = []
+        for choice, (token, logprobs) in zip(parent.choices, drawn, strict=True):
+            if choice.phase is Phase.ENDED:
+                continue
+            index, choice.token_ids = parent.num_output_tokens, [*parent.token_ids, token]
+            error = error_of(choice, token, index)
+            self._num_generated += error is None
+            finish_reason = None if error else finish_reason_of(choice, token, self._model)
+            output = output_of(parent, token, index, finish_reason, end, logprobs, error)
+            of_prompt = [] if outputs else output.prompt_logprobs
+            outputs.append(replace(output, choice=choice.choice, prompt_logprobs=of_prompt))
+            if output.is_last:
+                self._scheduler.move(choice, Phase.ENDED)
+        if parent.prefill_only:
+            self._scheduler.move(parent, Phase.HELD)
+        else:
+            self._fork(parent)
+        return outputs
+
+    def _fork(self, parent: Sequence) -> None:
+        """Let the choices that have not ended go on, in a grammar each by itself from its first token on."""
+        choices = [choice for choice in parent.choices if choice.phase is Phase.NEW]
+        for choice in choices:
+            if parent.matcher is not None:
+                choice.matcher = parent.matcher.forked(choice.token_ids[-1])
+        self._scheduler.fork(parent, choices)
+        if not choices:
+            self._end(parent)
 
     def _tell_cached_prefixes(self, sent: list[ScheduledChunk]) -> None:
         """sent: chunks of sequences whose blocks go to another instance; here and below."""
@@ -342,29 +357,21 @@ class Engine:
             sequence = chunk.sequence
             if self.on_early_output is not None and chunk.first == sequence.num_cached_tokens > 0:
                 index = sequence.num_output_tokens
-                self.on_early_output(self._output(sequence, None, index, None, sequence.num_computed_tokens))
+                self.on_early_output(output_of(sequence, None, index, None, sequence.num_computed_tokens))
 
     def _tell_launched(self, sent: list[ScheduledChunk]) -> None:
         if self.on_early_output is None or self._runner.computed is None:
             return
         for chunk in sent:
             sequence, end = chunk.sequence, chunk.first + chunk.num_new_tokens
-            output = self._output(sequence, None, sequence.num_output_tokens, None, end)
+            output = output_of(sequence, None, sequence.num_output_tokens, None, end)
             self.on_early_output(replace(output, ready=self._runner.computed))
-
-    def _finish_reason(self, sequence: Sequence, token: int) -> FinishReason | None:
-        params = sequence.params
-        # Where there is a grammar, one that is ignored cannot be drawn, unless the answer is complete.
-        is_end = not params.ignore_eos or sequence.matcher is not None
-        if token in params.stop_token_ids or (is_end and token in self._model.eos_token_ids):
-            return "stop"
-        return "length" if sequence.is_full else None
 
     def _end_out_of_blocks(self) -> list[StepOutput]:
         outputs = []
         for sequence in list(self._scheduler.out_of_blocks):
             index, computed = sequence.num_output_tokens, sequence.num_computed_tokens
-            outputs.append(self._output(sequence, None, index, "length", computed))
+            outputs.append(output_of(sequence, None, index, "length", computed))
             self._end(sequence)
         return outputs
 
@@ -389,11 +396,4 @@ class Engine:
     def check_integrity(self) -> None:
         """Raise AssertionError unless each block is held by exactly the requests that have it in their table, and each
         request is in the queue, and has the blocks, that its phase says."""
-        holders = Counter(
-            block_id
-            for sequence in self._sequences.values()
-            if sequence.phase is not Phase.QUARANTINED
-            for block_id in sequence.block_table
-        )
-        self.blocks.check_integrity(holders)
         self._scheduler.check_integrity(self._sequences.values())

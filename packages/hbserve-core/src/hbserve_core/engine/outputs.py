@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hbserve_core.engine.sequence import NOT_FINITE, Sequence
+from hbserve_core.model.model_config import ModelConfig
 from hbserve_rpc import HBServeRpcError, InvalidRequest, LogitsNotFinite
 from hbserve_rpc.messages import FinishReason, TokenLogprobs
 
@@ -20,15 +21,25 @@ def error_of(sequence: Sequence, token: int, index: int) -> HBServeRpcError | No
     return LogitsNotFinite(NO_LOGITS.format(index=index)) if token == NOT_FINITE else None
 
 
+def finish_reason_of(sequence: Sequence, token: int, model: ModelConfig) -> FinishReason | None:
+    """Why an output token is the sequence's last one; None if it is not."""
+    params = sequence.params
+    # Where there is a grammar, one that is ignored cannot be drawn, unless the answer is complete.
+    is_end = not params.ignore_eos or sequence.matcher is not None
+    if token in params.stop_token_ids or (is_end and token in model.eos_token_ids):
+        return "stop"
+    return "length" if sequence.is_full else None
+
+
 @dataclass(frozen=True, slots=True)
 class StepOutput:
-    """What one step did for one request."""
+    """What one step did for one request, or for one choice of it."""
 
     request_id: str
     token_id: int | None
     """The new token, or None: the step only computed a part of the prompt, or the request has ended without one."""
     index: int
-    """Place of that token, or without one of the next, among the request's output tokens."""
+    """Place of that token, or without one of the next, among the output tokens of the request, or of the choice."""
     finish_reason: FinishReason | None = None
     num_computed_tokens: int = 0
     num_cached_tokens: int = 0
@@ -42,12 +53,14 @@ class StepOutput:
     """With output token 0, if the request asks for them: of each prompt token but the first."""
     error: HBServeRpcError | None = None
     """Why the request has ended, if it is not by a token: what it asks for cannot be computed."""
+    choice: int = 0
+    """Of `SamplingParams.n`. What has no token yet is of all."""
     ready: Any = None
     """CUDA event after which keys and values are there: of a step that was launched, and has not been read."""
 
     @property
     def is_last(self) -> bool:
-        """Whether the request has ended with it."""
+        """Whether the request, or the choice, has ended with it."""
         return self.finish_reason is not None or self.error is not None
 
     def raise_error(self) -> None:
@@ -64,6 +77,31 @@ class StepOutput:
     def all_logprobs(self) -> list[TokenLogprobs]:
         """Of `token_ids`, if the request asks for them."""
         return [] if self.logprobs is None else [self.logprobs]
+
+
+def output_of(
+    sequence: Sequence,
+    token: int | None,
+    index: int,
+    finish_reason: FinishReason | None,
+    computed: int,
+    logprobs: TokenLogprobs | None = None,
+    error: HBServeRpcError | None = None,
+) -> StepOutput:
+    """Of a sequence, when `computed` of its tokens have been computed."""
+    return StepOutput(
+        sequence.request_id,
+        None if error else token,
+        index,
+        finish_reason,
+        computed,
+        sequence.num_cached_tokens,
+        sequence.block_table.tolist() if sequence.prefill_only else [],
+        None if error else logprobs,
+        sequence.prompt_logprobs if token is not None and index == 0 else [],
+        error,
+        sequence.choice,
+    )
 
 
 @dataclass(frozen=True, slots=True)

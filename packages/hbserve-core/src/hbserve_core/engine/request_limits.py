@@ -1,6 +1,7 @@
 """Limits of what an engine can ever run. Other requests are refused at once, not when they get stuck."""
 
 from collections.abc import Sequence as Ids
+from random import SystemRandom
 
 from hbserve_core.config import InstanceConfig
 from hbserve_core.engine.sequence import Sequence
@@ -44,6 +45,8 @@ class RequestLimits:
             raise InvalidRequest(f"output_token_ids: {num_output} tokens are all of max_tokens={params.max_tokens}")
         self._check_length(num_prompt, num_prompt + num_output)
         most = min(num_prompt + params.max_tokens, self._max_model_len)
+        if params.n > 1 and params.seed is None:
+            params.seed = SystemRandom().getrandbits(63)  # choices are told apart by their seeds
         sequence = Sequence(request_id, prompt_ids + output_ids, num_prompt, params, max_num_tokens=most)
         if params.prompt_logprobs is not None and not output_ids:
             sequence.num_scored_tokens = 1

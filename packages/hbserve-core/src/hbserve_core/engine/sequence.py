@@ -18,6 +18,11 @@ The life of a sequence; `Sequence.enter` knows no other ways:
 
 `hold` leads to HELD from WAITING and ENDING too, and a prefill-only sequence goes there by itself once its token has
 been read. `release` leads to ENDED from everywhere, as does a token that ends the request.
+
+A request of several choices (`SamplingParams.n`) has a sequence for what they have in common, and one for each of them:
+
+    of the request:    as above, until its last logits, or its keys and values, are there ──▶ FORKED ─▶ ENDED
+    of each choice:    with its first token ──▶ RUNNING, or WAITING where there is no room ─▶ as above
 """
 
 from array import array
@@ -43,7 +48,7 @@ class Phase(Enum):
     """Where a sequence is in its life, which decides what may happen to its blocks."""
 
     NEW = "new"
-    """In no engine. The sequences that other ranks know of stay so."""
+    """In no engine. The sequences that other ranks know of stay so, and choices until they are forked."""
     WAITING = "waiting"
     """Without blocks, for room; or again, after it had to give its blocks up."""
     RUNNING = "running"
@@ -58,19 +63,22 @@ class Phase(Enum):
     """Not computed; a transfer reads its blocks, or writes to them."""
     QUARANTINED = "quarantined"
     """The request has ended, but a failed transfer may still touch these blocks."""
+    FORKED = "forked"
+    """Without blocks: its choices go on by themselves. It ends with the last of them."""
     ENDED = "ended"
     """Forgotten. The step in flight may still compute it, for nobody."""
 
 
 NEXT_PHASES = {
-    Phase.NEW: {Phase.WAITING, Phase.RESERVING},
+    Phase.NEW: {Phase.WAITING, Phase.RESERVING, Phase.RUNNING, Phase.ENDED},
     Phase.WAITING: {Phase.RUNNING, Phase.HELD, Phase.ENDED},
     Phase.RUNNING: {Phase.WAITING, Phase.ENDING, Phase.OUT_OF_BLOCKS, Phase.HELD, Phase.ENDED},
-    Phase.ENDING: {Phase.HELD, Phase.ENDED},
+    Phase.ENDING: {Phase.HELD, Phase.FORKED, Phase.ENDED},
     Phase.OUT_OF_BLOCKS: {Phase.ENDED},
     Phase.RESERVING: {Phase.HELD, Phase.ENDED},
-    Phase.HELD: {Phase.RUNNING, Phase.QUARANTINED, Phase.ENDED},
+    Phase.HELD: {Phase.RUNNING, Phase.FORKED, Phase.QUARANTINED, Phase.ENDED},
     Phase.QUARANTINED: {Phase.ENDED},
+    Phase.FORKED: {Phase.ENDED},
     Phase.ENDED: set[Phase](),
 }
 
@@ -81,7 +89,7 @@ def _no_blocks() -> "array[int]":
 
 @dataclass(eq=False, slots=True)
 class Sequence:
-    """Tokens and progress of one request. Owned by the engine's thread."""
+    """Tokens and progress of one request, or of one of its choices. Owned by the engine's thread."""
 
     request_id: str
     token_ids: list[int]
@@ -111,9 +119,23 @@ class Sequence:
     """Of a request with a grammar: what its next token may be. Ranks other than 0 have none."""
     is_special: bool = False
     """It asks for more than its next token by temperature, top-k and top-p: see hbserve_core/logits."""
+    choices: "list[Sequence]" = field(default_factory=list)
+    """Of `params.n`, where that is more than one: they have its tokens until each is forked with one more."""
+    choice: int = 0
+    """Its place among those of `parent`."""
+    parent: "Sequence | None" = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         self.is_special = self.params.needs_logits
+        if self.params.n > 1:
+            self.is_special = True
+            self.choices = [self._choice(number) for number in range(self.params.n)]
+            self.max_num_tokens = len(self.token_ids) + 1
+
+    def _choice(self, number: int) -> "Sequence":
+        found = Sequence(self.request_id, self.token_ids, self.num_prompt_tokens, self.params.of_choice(number))
+        found.max_num_tokens, found.choice, found.parent = self.max_num_tokens, number, self
+        return found
 
     def enter(self, phase: Phase) -> None:
         """The next phase of its life."""

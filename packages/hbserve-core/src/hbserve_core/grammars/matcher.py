@@ -7,6 +7,7 @@ Shapes: V vocab_size.
 
 from collections.abc import Sequence as Ids
 from concurrent.futures import Future
+from copy import copy
 from typing import Any
 
 import numpy as np
@@ -60,6 +61,15 @@ class Matcher:
         self._was_late = False
         self._computing = self._workers.submit(lambda: self._take(token))
 
+    def forked(self, token: int) -> "Matcher":
+        """Another one, which goes on from here with an output token of its own, in time as after `advance`. This one
+        `is_ready`, and must not be advanced any more."""
+        other = copy(self)
+        other.mask = np.zeros_like(self.mask)
+        other._address = other.mask.ctypes.data
+        other._computing = self._workers.submit(lambda: other._take_apart(token))
+        return other
+
     def is_ready(self, timeout_s: float = 0.0) -> bool:
         """Whether the mask of the next token is there, in time. One that was late is not waited for again."""
         if self._computing is None:
@@ -71,6 +81,10 @@ class Matcher:
             return False
         self._computing = None
         return True
+
+    def _take_apart(self, token: int) -> None:
+        self._matcher = self._matcher.deep_copy()
+        self._take(token)
 
     def _take(self, token: int) -> None:
         self._num_tokens += 1

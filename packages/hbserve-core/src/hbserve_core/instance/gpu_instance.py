@@ -13,19 +13,21 @@ from typing import Any
 
 from hbserve_core.config import InstanceConfig
 from hbserve_core.engine.engine import Engine
-from hbserve_core.engine.outputs import EngineStats, StepOutput
+from hbserve_core.engine.outputs import EngineStats
 from hbserve_core.engine.runner import Runner
 from hbserve_core.errors import EngineStopped, InstanceFailed
 from hbserve_core.instance.engine_thread import EngineEvent, EngineThread
 from hbserve_core.instance.handover import Inbox, PrefillSend, wait_for_kv
+from hbserve_core.instance.token_events import event_of, token_events
 from hbserve_core.ranks.make_runner import make_runner
 from hbserve_core.transfers.instance_transfers import InstanceTransfers, JointReceive
 from hbserve_kv import FingerprintMismatch, Outcome, PostedReceive, TransferFailed
-from hbserve_rpc import InvalidRequest, Overloaded, RemoteError, RpcServer
+from hbserve_rpc import EngineFailed, InvalidRequest, Overloaded, RemoteError, RpcServer
 from hbserve_rpc.messages import (
     CONNECT,
     DECODE,
     DESCRIBE,
+    END_CHOICE,
     GENERATE,
     GRANT,
     PREFILL,
@@ -33,6 +35,7 @@ from hbserve_rpc.messages import (
     ConnectRequest,
     DecodeRequest,
     Empty,
+    EndChoice,
     GenerateRequest,
     Granted,
     GrantRequest,
@@ -100,12 +103,14 @@ class GpuInstance:
         self._server.serve(STATS, self._stats)
         if self.config.role == "hybrid":
             self._server.serve_stream(GENERATE, self._generate)
+            self._server.serve_notification(END_CHOICE, self._end_choice)
         elif self.config.role == "prefill":
             self._server.serve_stream(PREFILL, self._prefill)
             self._server.serve_notification(GRANT, self._grant)
             self._server.serve(CONNECT, self._connect)
         else:
             self._server.serve_stream(DECODE, self._decode)
+            self._server.serve_notification(END_CHOICE, self._end_choice)
         await self._server.start()
         self._loading = asyncio.create_task(self._load())
 
@@ -173,7 +178,7 @@ class GpuInstance:
         self.status, self.error = "failed", f"{type(error).__name__}: {error}"
         logger.error("%s: %s", self.config.instance_id, self.error)
         for inbox in self._inboxes.values():
-            inbox.put_nowait(RemoteError(f"{self.config.instance_id} failed: {self.error}"))
+            inbox.put_nowait(EngineFailed(f"{self.config.instance_id} failed: {self.error}"))
         if self.transfers is not None:
             self.transfers.lose_ranks()
         self._has_failed.set()
@@ -224,7 +229,7 @@ class GpuInstance:
         inbox = self._open(request.request_id)
         try:
             await self._begin(request)
-            async for event in self._tokens(inbox):
+            async for event in token_events(inbox, request.params.n):
                 yield event
         finally:
             self._end(self._close(request.request_id))
@@ -240,45 +245,32 @@ class GpuInstance:
             is_sent = isinstance(request, PrefillRequest)
             await self._thread.call(lambda engine: engine.add(*given, prefill_only=is_sent, matcher=matcher))
 
-    async def _tokens(self, inbox: Inbox) -> AsyncIterator[TokenEvent]:
-        """Events until the request ends; several steps' tokens in one if the client is slow. Raises what ended it."""
-        output: StepOutput | None = None
-        while output is None or not output.is_last:
-            output = await inbox.next()
-            index, tokens, logprobs = output.index, output.token_ids, output.all_logprobs
-            prompt_logprobs = output.prompt_logprobs
-            while not (output.is_last or inbox.empty()):
-                output = await inbox.next()
-                tokens += output.token_ids
-                logprobs += output.all_logprobs
-                prompt_logprobs = prompt_logprobs or output.prompt_logprobs
-            if tokens or output.finish_reason:
-                yield TokenEvent(index, tokens, output.finish_reason, logprobs, prompt_logprobs)
-            output.raise_error()
+    async def _end_choice(self, request: EndChoice) -> None:
+        await self._last_call(lambda engine: engine.release_choice(request.request_id, request.choice))
 
     async def _prefill(self, request: PrefillRequest) -> AsyncIterator[TokenEvent | TransferDone]:
         inbox = self._open(request.request_id)
         sending = PrefillSend(self._require_transfers(), request, self.config.block_size, inbox)
         try:
             await self._begin(request)
-            output = await sending.follow()
-            is_late = not sending.is_granted and output.finish_reason is None
+            outputs = await sending.follow()
+            is_late = not sending.is_granted and any(each.finish_reason is None for each in outputs)
             if is_late and not await sending.wait_for_grant(GRANT_PATIENCE_S):
                 # Nobody knows of the token. The prefix cache keeps all blocks but the last one, as far as it can.
                 await self._thread.call(lambda engine: engine.release(request.request_id))
                 await sending.wait_for_grant(None)
                 await self._begin(request)
-                output = await sending.follow()
-            first = TokenEvent(
-                output.index, output.token_ids, output.finish_reason, output.all_logprobs, output.prompt_logprobs
-            )
+                outputs = await sending.follow()
+            first = [event_of([output]) for output in outputs]
             if not is_late:
-                yield first
-            result = await sending.finish(output)
+                for event in first:
+                    yield event
+            result = await sending.finish(outputs)
             if is_late:
-                yield first
+                for event in first:
+                    yield event
             if result is not None:
-                yield TransferDone(result.num_bytes, result.num_parts, result.time_s, output.num_cached_tokens)
+                yield TransferDone(result.num_bytes, result.num_parts, result.time_s, outputs[0].num_cached_tokens)
         finally:
             self._end(self._end_prefill(request.request_id, sending))
 
@@ -307,11 +299,13 @@ class GpuInstance:
             yield Granted(posted.grant, reservation.num_cached_tokens)
             assert self.runner is not None, "a ready instance has it"
             handover = await wait_for_kv(posted, inbox, request, self.runner.model_config.vocab_size)
-            if handover.finish_reason is not None:
-                yield handover.event(len(request.output_token_ids))
+            if not handover.has_more:
+                for event in handover.events(len(request.output_token_ids)):
+                    yield event
                 return
-            await self._thread.call(lambda engine: engine.activate(request.request_id, handover.first_token))
-            async for event in self._tokens(inbox):
+            first = handover.tokens_to_go_on
+            await self._thread.call(lambda engine: engine.activate(request.request_id, *first))
+            async for event in token_events(inbox, len(first) - first.count(None)):
                 yield event
         finally:
             self._end(self._end_decode(request.request_id, posted, num_blocks))

@@ -1,6 +1,7 @@
 """From prefill to decode: how the blocks of one request follow its computation, and what is said at the end."""
 
 import asyncio
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -19,20 +20,40 @@ from hbserve_rpc.messages import (
 )
 
 
+class FirstToken(msgspec.Struct, frozen=True):
+    """That of one choice."""
+
+    token_id: int
+    finish_reason: FinishReason | None = None
+    """Set if it is the last one too."""
+    logprobs: list[TokenLogprobs] = []
+    """Of it, if the request asks for them: the client may hear of it from either side."""
+
+
 class Handover(msgspec.Struct, frozen=True):
     """What the prefill side commits with its blocks."""
 
-    first_token: int
     num_tokens: int
     """Of the request before its first token. Their keys and values were sent, or were there already."""
-    finish_reason: FinishReason | None = None
-    """Set if the first token is the last one too: nobody needs the blocks, and those not sent yet are not sent."""
-    logprobs: list[TokenLogprobs] = []
-    """Of the first token, if the request asks for them: the client may hear of it from either side."""
+    first_tokens: list[FirstToken]
+    """One of each choice. If all are last ones, nobody needs the blocks, and those not sent yet are not sent."""
 
-    def event(self, index: int) -> TokenEvent:
-        """The first token, as the prefill side says it; it is the request's output token `index`."""
-        return TokenEvent(index, [self.first_token], self.finish_reason, self.logprobs)
+    @property
+    def has_more(self) -> bool:
+        """Whether there is anything to decode."""
+        return any(each.finish_reason is None for each in self.first_tokens)
+
+    @property
+    def tokens_to_go_on(self) -> list[int | None]:
+        """None for choices that have ended."""
+        return [None if each.finish_reason is not None else each.token_id for each in self.first_tokens]
+
+    def events(self, index: int) -> list[TokenEvent]:
+        """The first tokens, as the prefill side says them; each is its choice's output token `index`."""
+        return [
+            TokenEvent(index, [each.token_id], each.finish_reason, each.logprobs, choice=choice)
+            for choice, each in enumerate(self.first_tokens)
+        ]
 
 
 class Inbox(asyncio.Queue[StepOutput | Reservation | TransferResult | GrantRequest | Exception]):
@@ -61,8 +82,11 @@ class PrefillSend:
         self._block_size = block_size
         self._num_tokens = len(request.prompt_token_ids) + len(request.output_token_ids)
         self._num_blocks = -(-self._num_tokens // block_size)
+        self._num_choices = request.params.n
         self._first = self._pushed = 0
         self._output: StepOutput | None = None
+        self._has_ended = False
+        """Each choice has, with its first token."""
         self._inbox = inbox
         self._transfer: SendTransfer | JointSend | None = None
         self._is_committing = False
@@ -107,15 +131,16 @@ class PrefillSend:
         self._error = RemoteError(f"KV transfer {self._transfer_id} failed: {why}")
         self._inbox.put_nowait(self._error)
 
-    async def follow(self) -> StepOutput:
-        """Push the blocks that each step has filled or, with an event, will have; with the first token, whose output is
-        returned, all the rest: they move while it is told.
+    async def follow(self) -> list[StepOutput]:
+        """Push the blocks that each step has filled or, with an event, will have; with the first token, whose outputs
+        are returned, one of each choice, all the rest: they move while it is told.
 
         Raises:
             LogitsNotFinite: there is none.
             RemoteError: the transfer has failed.
         """
-        while True:
+        first: list[StepOutput] = []
+        while len(first) < self._num_choices:
             output: StepOutput | GrantRequest = await self._inbox.next()
             if isinstance(output, GrantRequest):
                 self._take(output.grant)
@@ -124,9 +149,12 @@ class PrefillSend:
             if self._output is None or output.num_computed_tokens >= self._output.num_computed_tokens:
                 self._output = output
             output.raise_error()
-            self._push()
             if output.token_id is not None:
-                return output
+                first.append(output)
+                self._has_ended = all(each.finish_reason is not None for each in first)
+            if len(first) in (0, self._num_choices):
+                self._push()
+        return first
 
     async def wait_for_grant(self, timeout_s: float | None) -> bool:
         """After `follow`. False: it is not there in time; then the blocks that were computed are not pushed any more.
@@ -147,7 +175,7 @@ class PrefillSend:
     def _push(self) -> None:
         """Blocks that are full; the last one of the prompt, which may never be, when all of it is computed. None if the
         request ends at its first token."""
-        if self._transfer is None or self._output is None or self._output.finish_reason is not None:
+        if self._transfer is None or self._output is None or self._has_ended:
             return
         computed = self._output.num_computed_tokens
         end = self._num_blocks if computed == self._num_tokens else computed // self._block_size
@@ -156,7 +184,7 @@ class PrefillSend:
             self._transfer.push(blocks, self._pushed - self._first, self._output.ready)
             self._pushed = end
 
-    async def finish(self, output: StepOutput) -> TransferResult | None:
+    async def finish(self, outputs: Sequence[StepOutput]) -> TransferResult | None:
         """Commit; also if the request ends at its first token, so that the decode side need not take the end for a
         failure. None: nothing is to be moved.
 
@@ -166,13 +194,14 @@ class PrefillSend:
         await self.wait_for_grant(None)
         if self._opening is None:
             return None
-        assert output.token_id is not None
         await asyncio.shield(self._opening)
         if self._transfer is None:
             raise self._error
-        handover = Handover(output.token_id, self._num_tokens, output.finish_reason, output.all_logprobs)
+        first = [
+            FirstToken(token, each.finish_reason, each.all_logprobs) for each in outputs for token in each.token_ids
+        ]
         self._is_committing = True
-        result = await self._transfer.commit(msgspec.msgpack.encode(handover))
+        result = await self._transfer.commit(msgspec.msgpack.encode(Handover(self._num_tokens, first)))
         if result.outcome is not Outcome.COMPLETED:
             raise RemoteError(f"KV transfer {self._transfer_id} failed: {result.error}")
         return result
@@ -209,7 +238,7 @@ async def _receive(posted: PostedReceive | JointReceive, inbox: Inbox) -> None:
 async def wait_for_kv(
     posted: PostedReceive | JointReceive, inbox: Inbox, request: DecodeRequest, vocab_size: int
 ) -> Handover:
-    """Wait until all blocks of a request are here, or none is needed: see `Handover.finish_reason`.
+    """Wait until all blocks of a request are here, or none is needed: see `Handover.first_tokens`.
 
     Raises:
         RemoteError: the transfer has failed, or brought something else than it should.
@@ -236,11 +265,14 @@ def _problem(handover: Handover, request: DecodeRequest, vocab_size: int, *, is_
     num_tokens = len(request.prompt_token_ids) + len(request.output_token_ids)
     if handover.num_tokens != num_tokens:
         return f"it holds {handover.num_tokens} tokens, the request has {num_tokens}"
-    if is_partial and handover.finish_reason is None:
+    if (num_first := len(handover.first_tokens)) != request.params.n:
+        return f"it has {num_first} first tokens, the request n={request.params.n}"
+    if is_partial and handover.has_more:
         return "it was committed without all blocks that were granted"
-    named = {handover.first_token}.union(*handover.logprobs)
-    if wrong := [token for token in named if not 0 <= token < vocab_size]:
-        return f"token {wrong[0]} is outside the vocabulary [0, {vocab_size})"
-    if len(handover.logprobs) != (request.params.logprobs is not None):
-        return f"it has log-probabilities of {len(handover.logprobs)} tokens"
+    for each in handover.first_tokens:
+        named = {each.token_id}.union(*each.logprobs)
+        if wrong := [token for token in named if not 0 <= token < vocab_size]:
+            return f"token {wrong[0]} is outside the vocabulary [0, {vocab_size})"
+        if len(each.logprobs) != (request.params.logprobs is not None):
+            return f"it has log-probabilities of {len(each.logprobs)} tokens"
     return ""

@@ -7,6 +7,7 @@ Shapes: N rows, V vocab_size, K most tokens that one of the rows asks for.
 
 import torch
 
+from hbserve_core.engine.runner import DrawnToken
 from hbserve_rpc.messages import TokenLogprobs
 
 
@@ -17,7 +18,7 @@ class Logprobs:
     """
 
     def __init__(self, logits: torch.Tensor, counts: list[int | None]) -> None:
-        """logits: (N, V) float32. counts: of most likely tokens of each row; None: nothing of the row is read."""
+        """logits: (N, V) float32. counts: of most likely tokens of each row; None: its token alone is read."""
         self._counts = counts
         most = min(max((count or 0 for count in counts), default=0), logits.shape[1])
         self._total = logits.logsumexp(-1, keepdim=True)
@@ -32,10 +33,10 @@ class Logprobs:
         self._ids = _to_host(torch.cat((tokens, self._top.indices), 1))
         return self
 
-    def read(self) -> list[TokenLogprobs | None]:
-        """For each row, its most likely tokens, in order, and the token itself, which may be the last."""
+    def read(self) -> list[DrawnToken]:
+        """For each row the token, and its most likely tokens, in order, with that token itself, perhaps as the last."""
         rows = zip(self._counts, self._ids.tolist(), self._values.tolist(), strict=True)
-        return [None if count is None else _named(ids, values, count) for count, ids, values in rows]
+        return [(ids[0], None if count is None else _named(ids, values, count)) for count, ids, values in rows]
 
 
 def _named(ids: list[int], values: list[float], count: int) -> TokenLogprobs:

@@ -44,7 +44,7 @@ class PendingPromptLogprobs(list[tuple[int, Logprobs]]):
         """When the step has been computed: by the chunk's place."""
         found: dict[int, list[TokenLogprobs]] = {}
         for place, logprobs in self:
-            found.setdefault(place, []).extend(each for each in logprobs.read() if each is not None)
+            found.setdefault(place, []).extend(each for _, each in logprobs.read() if each is not None)
         return found
 
 

@@ -15,6 +15,7 @@ from collections.abc import Sequence as Ids
 
 import torch
 
+from hbserve_core.engine.runner import DrawnToken
 from hbserve_core.engine.sequence import Sequence
 from hbserve_core.logits.logprobs import Logprobs
 from hbserve_core.logits.rows import LogitsRow, on_device
@@ -35,21 +36,24 @@ Draw = Callable[[torch.Tensor, torch.Tensor, Ids[LogitsRow]], torch.Tensor]
 
 
 class PendingLogprobs(list[tuple[Ids[LogitsRow], Logprobs]]):
-    """Those of a step's special rows, on their way to the host."""
+    """Those of a step's special rows, on their way to the host, with the tokens that they are of."""
 
-    def read(self, chunks: Ids[int | None]) -> dict[int, TokenLogprobs]:
-        """When the step has been computed: by chunk. chunks: the places of those that the step's R rows belong to."""
-        found = {}
+    def read(self, chunks: Ids[int | None]) -> tuple[dict[int, TokenLogprobs], dict[int, list[DrawnToken]]]:
+        """When the step has been computed: log-probabilities, and the tokens of those with several choices, by chunk.
+
+        chunks: the places of those that the step's R rows belong to.
+        """
+        found: dict[int, TokenLogprobs] = {}
+        choices: dict[int, list[DrawnToken]] = {}
         for rows, logprobs in self:
-            for row, each in zip(rows, logprobs.read(), strict=True):
-                if each is not None and (chunk := chunks[row.place]) is not None:
-                    found[chunk] = each
-        return found
-
-
-def has_grammars(rows: Ids[LogitsRow]) -> bool:
-    """Whether some of a step's special rows are left for the runner's `draw`, and with them all."""
-    return any(each.sequence.params.structured_outputs is not None for each in rows)
+            for row, drawn in zip(rows, logprobs.read(), strict=True):
+                if (chunk := chunks[row.place]) is None:
+                    continue
+                if row.is_choice:
+                    choices.setdefault(chunk, []).append(drawn)
+                elif drawn[1] is not None:
+                    found[chunk] = drawn[1]
+        return found, choices
 
 
 class SpecialRows:
@@ -67,7 +71,8 @@ class SpecialRows:
         self._rules.prepare(rows, sampled)
 
     def sample(self, rows: Ids[LogitsRow], logits_of: LogitsOf, draw: Draw) -> "PendingLogprobs":
-        """Give each row another token. After `prepare` with the same rows."""
+        """Give each row another token; of choices, which have a place in common, it has anyone's. After `prepare` with
+        the same rows."""
         pending = []
         for part in self._parts(rows):
             places = on_device([each.place for each in part], torch.int64, self._device)
@@ -75,7 +80,8 @@ class SpecialRows:
             # Rules change the copy only: log-probabilities are those of the model.
             scores = logits.to(torch.float32, copy=True)
             counts = [each.sequence.params.logprobs for each in part]
-            logprobs = None if counts == [None] * len(part) else Logprobs(scores, counts)
+            is_read = counts != [None] * len(part) or any(each.is_choice for each in part)
+            logprobs = Logprobs(scores, counts) if is_read else None
             self._rules.apply(scores, part)
             tokens = draw(scores, places, part)
             if logprobs is not None:

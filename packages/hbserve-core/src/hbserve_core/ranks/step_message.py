@@ -19,6 +19,7 @@ _NOT_SENT = -3
 
 class _Chunk(msgspec.Struct, frozen=True, array_like=True):
     request_id: str
+    choice: int
     num_prompt_tokens: int
     num_tokens: int
     first: int
@@ -54,6 +55,7 @@ class StepWriter:
         block_table = sequence.block_table.tobytes()
         return _Chunk(
             sequence.request_id,
+            sequence.choice,
             sequence.num_prompt_tokens,
             sequence.num_tokens,
             first,
@@ -75,18 +77,19 @@ class StepReader:
     last told as a whole."""
 
     def __init__(self) -> None:
-        self._last: dict[str, Sequence] = {}
+        self._last: dict[tuple[str, int], Sequence] = {}
+        """By request and choice."""
         self._decoder = msgspec.msgpack.Decoder(list[_Chunk])
 
     def read(self, message: bytes) -> list[ScheduledChunk]:
         said = self._decoder.decode(message)
         batch = [ScheduledChunk(self._sequence(chunk), len(chunk.new_token_ids)) for chunk in said]
-        self._last = {chunk.sequence.request_id: chunk.sequence for chunk in batch}
+        self._last = {(each.request_id, each.choice): chunk.sequence for each, chunk in zip(said, batch, strict=True)}
         return batch
 
     def _sequence(self, chunk: _Chunk) -> Sequence:
         if chunk.params is None:
-            sequence = self._last[chunk.request_id]
+            sequence = self._last[chunk.request_id, chunk.choice]
         else:
             sequence = Sequence(chunk.request_id, chunk.known_token_ids, chunk.num_prompt_tokens, chunk.params)
         tokens, end = sequence.token_ids, chunk.first + len(chunk.new_token_ids)

@@ -15,8 +15,8 @@ from hbserve_core.config import InstanceConfig
 from hbserve_core.engine.runner import PendingStep, StepResult, StepTokens
 from hbserve_core.engine.sequence import ScheduledChunk
 from hbserve_core.logits.prompt_logprobs import score
-from hbserve_core.logits.rows import LogitsRow
-from hbserve_core.logits.special_rows import PendingLogprobs, SpecialRows, has_grammars
+from hbserve_core.logits.rows import LogitsRow, has_grammars, special_rows
+from hbserve_core.logits.special_rows import PendingLogprobs, SpecialRows
 from hbserve_core.model.linear import fewest_rows
 from hbserve_core.model.loaded_model import LoadedModel
 from hbserve_core.model.rank_group import RankGroup
@@ -67,7 +67,8 @@ class ModelRunner:
             logits = self._logits(hidden, step)
             sequences = [batch[place].sequence for place in step.sampling_places]
             sampled = self._sampler.sample(logits, sequences)
-            special = [LogitsRow(place, each) for place, each in enumerate(sequences) if each.is_special]
+            asking = [(place, each) for place, each in enumerate(sequences) if each.is_special]
+            special = [row for place, each in asking for row in special_rows(place, each)]
             pending = PendingLogprobs()
             if special:
                 pending = self._sample_special(special, logits, sampled)
@@ -77,7 +78,8 @@ class ModelRunner:
             tokens: StepTokens = [None] * len(batch)
             for place, token in zip(step.sampling_places, sampled.tolist(), strict=True):
                 tokens[place] = token
-            return StepResult(tokens, pending.read(step.sampling_places) if pending else {}, scored)
+            found, choices = pending.read(step.sampling_places) if pending else ({}, {})
+            return StepResult(tokens, found, scored, choices)
 
         return result
 

@@ -23,6 +23,7 @@ from typing import Annotated, Any
 
 import msgspec
 
+from hbserve_kv.errors import TransferFailed
 from hbserve_kv.memory.heads import HeadRange
 from hbserve_kv.memory.memory import Region
 from hbserve_rpc import Method, Notification, StreamMethod
@@ -52,8 +53,15 @@ def join_grants(grants: Sequence[bytes]) -> bytes:
 
 
 def read_grants(grant: bytes) -> list[Grant]:
-    """Of one rank, or of several."""
-    found = msgspec.msgpack.decode(grant, type=Grant | list[Grant])
+    """Of one rank, or of several.
+
+    Raises:
+        TransferFailed: it is none.
+    """
+    try:
+        found = msgspec.msgpack.decode(grant, type=Grant | list[Grant])
+    except msgspec.DecodeError as error:
+        raise TransferFailed(f"a grant that is none: {error}") from error
     return found if isinstance(found, list) else [found]
 
 
@@ -135,7 +143,8 @@ class AnnouncedPart(msgspec.Struct, frozen=True, array_like=True):
 class PartsAnnounced(msgspec.Struct, frozen=True, tag=True):
     transfer_id: str
     link: str
-    parts: list[AnnouncedPart]
+    parts: Annotated[list[AnnouncedPart], msgspec.Meta(max_length=1 << 10)]
+    """A sender announces 16 at a time."""
 
 
 class Commit(msgspec.Struct, frozen=True, tag=True):
@@ -146,7 +155,7 @@ class Commit(msgspec.Struct, frozen=True, tag=True):
     """Of a one-sided transport, they say how many blocks have been written."""
     time_s: Seconds
     """In which parts were moving; of a two-sided transport the receiver measures that."""
-    payload: bytes
+    payload: Annotated[bytes, msgspec.Meta(max_length=1 << 20)]
     checksums: dict[int, int] = {}
     """By position among the granted blocks; see `hbserve_kv.protocol.checksum`."""
 

@@ -144,7 +144,8 @@ class SendTransfer:
 
     async def commit(self, payload: bytes = b"") -> TransferResult:
         """Wait for all parts, then hand the transfer over with `payload`. COMPLETED: the receiver has acknowledged,
-        which it does for all blocks that it has granted, and for fewer only if it was posted so."""
+        which it does for all blocks that it has granted, and for fewer only if it was posted so. The payload may have
+        1 MiB."""
         self.state.commit(payload)
         return await self.wait()
 
