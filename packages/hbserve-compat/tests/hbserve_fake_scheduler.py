@@ -21,6 +21,7 @@ from hbserve_rpc.messages import (
     ServiceInfo,
     TokenEvent,
 )
+from hbserve_rpc.records import RequestRecord
 from hbserve_scheduler.admission import admitted
 from hbserve_scheduler.config import ServerSection
 from hbserve_scheduler.figures import Figures
@@ -151,6 +152,9 @@ class FakeScheduler:
             "h0", "hybrid", "1", "ready", max_model_len=MAX_MODEL_LEN, max_prompt_len=MAX_MODEL_LEN - 1, vocab_size=320
         )
         return ServiceInfo(True, "/models/small", MAX_MODEL_LEN, [info])
+
+    def records(self, last_s: float, request_id: str = "") -> list[RequestRecord]:
+        return [each for each in self.figures.records if request_id in ("", each.request_id)]
 
     def stats(self) -> SchedulerStats:
         instance = InstanceStats("h0", self.role, "ready", num_blocks=9)  # type: ignore[arg-type]

@@ -10,8 +10,8 @@ from operator import sub
 
 from hbserve_rpc import RemoteError
 from hbserve_rpc.messages import ClientEvent, FinishReason, GenerateRequest, RequestFinished, TokenEvent
+from hbserve_rpc.records import AttemptRecord, RequestRecord
 from hbserve_scheduler.figures import Figures
-from hbserve_scheduler.records import AttemptRecord, RequestRecord
 
 
 @dataclass(eq=False)

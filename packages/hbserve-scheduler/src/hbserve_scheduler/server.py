@@ -18,6 +18,7 @@ from hbserve_rpc.messages import (
     SchedulerStats,
     ServiceInfo,
 )
+from hbserve_rpc.records import SCHEDULER_RECORDS, Records, RecordsRequest
 from hbserve_scheduler.cpu_scheduler import CpuScheduler
 
 logger = logging.getLogger(__name__)
@@ -31,6 +32,7 @@ class SchedulerServer:
         self._server = RpcServer(scheduler.config.host, scheduler.config.port, drops_closed=True)
         self._server.serve(SCHEDULER_INFO, self._info)
         self._server.serve(SCHEDULER_STATS, self._stats)
+        self._server.serve(SCHEDULER_RECORDS, self._records)
         self._server.serve(SCHEDULER_ABORT, self._abort)
         self._server.serve_stream(SCHEDULER_GENERATE, self._generate)
 
@@ -62,6 +64,9 @@ class SchedulerServer:
     async def _stats(self, _: Empty) -> SchedulerStats:
         await self.scheduler.refresh()
         return self.scheduler.stats()
+
+    async def _records(self, request: RecordsRequest) -> Records:
+        return Records(self.scheduler.records(request.last_s, request.request_id))
 
     async def _abort(self, request: AbortRequest) -> Aborted:
         return Aborted(await self.scheduler.abort(request.request_id, request.reason))

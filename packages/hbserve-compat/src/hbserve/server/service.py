@@ -10,6 +10,7 @@ from hbserve.server.encoder import Encoder
 from hbserve.text_request import Scheduler
 from hbserve_rpc.messages import SchedulerStats, ServiceInfo
 from hbserve_rpc.plain_values import shown
+from hbserve_rpc.records import RequestRecord
 from hbserve_scheduler import parse_size
 from hbserve_scheduler.config import ServerSection
 
@@ -32,6 +33,8 @@ class ServingScheduler(Scheduler, Protocol):
     def info(self) -> ServiceInfo: ...
 
     def stats(self) -> SchedulerStats: ...
+
+    def records(self, last_s: float, request_id: str = "") -> list[RequestRecord]: ...
 
 
 @dataclass(frozen=True)

@@ -263,11 +263,11 @@ class GpuInstance:
             )
             if not is_late:
                 yield first
-            result = await sending.finish(output)
+            done = await sending.finish(output)
             if is_late:
                 yield first
-            if result is not None:
-                yield TransferDone(result.num_bytes, result.num_parts, result.time_s, output.num_cached_tokens)
+            if done is not None:
+                yield done
         finally:
             self._end(self._end_prefill(request.request_id, sending))
 
