@@ -21,6 +21,7 @@ from hbserve_rpc.messages import (
     ServiceInfo,
     TokenEvent,
 )
+from hbserve_rpc.records import RequestRecord
 from hbserve_scheduler.admission import admitted
 from hbserve_scheduler.config import ServerSection
 from hbserve_scheduler.figures import Figures
@@ -168,6 +169,9 @@ class FakeScheduler:
     async def fetch_stats(self) -> SchedulerStats:
         return self.stats()
 
+    async def fetch_records(self, last_s: float, request_id: str = "") -> list[RequestRecord]:
+        return [each for each in self.figures.records if request_id in ("", each.request_id)]
+
     def stats(self) -> SchedulerStats:
         instance = InstanceStats("h0", self.role, "ready", num_blocks=9)  # type: ignore[arg-type]
         return SchedulerStats(**self.figures.snapshot(), instances=[instance])
@@ -184,7 +188,7 @@ class FakeServer:
         self.tokenizer = tokenizer
         self.service = Service(ServerSection(**({"chat_template": TEMPLATE} | settings)))
         self.app = make_app(self.service)
-        self.service.begin("small", Path("/models/small"), self.scheduler, tokenizer, self.scheduler.fetch_stats)
+        self.service.begin("small", Path("/models/small"), self.scheduler, tokenizer, self.scheduler)
         transport = httpx.ASGITransport(self.app, raise_app_exceptions=False)
         self.client = httpx.AsyncClient(transport=transport, base_url="http://test")
 

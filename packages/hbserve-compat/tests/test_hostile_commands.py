@@ -115,7 +115,7 @@ def nothing_starts(monkeypatch, small_model) -> None:
 
     monkeypatch.setattr(DisaggregatedLLM, "start", refuse)
     monkeypatch.setattr(SchedulerServer, "start", refuse)
-    monkeypatch.setattr(hbserve.serve, "_front_end", lambda _: None)
+    monkeypatch.setattr(hbserve.serve, "_front_end", lambda *_: None)
     monkeypatch.setattr(SchedulerServer, "serve_until", refuse)
     monkeypatch.setattr(hbserve_core, "run_instance", refuse)
     monkeypatch.setattr(hbserve.demo_model, "demo_model_path", lambda *_: small_model("qwen3"))

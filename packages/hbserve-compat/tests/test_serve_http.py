@@ -14,6 +14,7 @@ from typing import Any
 import httpx
 import pytest
 from hbserve_served import Served, served, until
+from hbserve_traces import check_trace, read_trace
 
 from hbserve import LLM, SamplingParams
 from hbserve.demo_model import demo_model_path
@@ -132,6 +133,27 @@ def test_its_figures_are_shown_in_a_terminal_and_to_programs(server):
     assert server.log.read_text().count(" INFO hbserve_scheduler.figures: request ") == sum(
         found["ended_requests"].values()
     )
+
+
+def test_its_last_requests_are_shown_as_a_timeline(server, tmp_path):
+    body = {"prompt": "word " * 300, "max_tokens": 5, "ignore_eos": True}
+    httpx.post(f"{server.url}/v1/completions", json=body, timeout=60)
+    slices = check_trace(read_trace(httpx.get(f"{server.url}/debug/trace?last_s=600").content))
+    last = max(slices["decode-0"], key=lambda each: each["ts"] if each["name"].startswith("decode ") else 0)
+    request_id = last["name"].removeprefix("decode ")
+    command = [sys.executable, "-m", "hbserve", "trace", "--connect", server.rpc_address, "-o", tmp_path / "t.json.gz"]
+    done = subprocess.run([*command, "--request", request_id], capture_output=True, text=True, timeout=90)
+    assert done.stderr == f"1 requests in {tmp_path / 't.json.gz'}; ui.perfetto.dev opens it\n"
+    alone = check_trace(read_trace((tmp_path / "t.json.gz").read_bytes()))
+    names = {process: [each["name"].split()[0] for each in found] for process, found in alone.items()}
+    assert names["decode-0"] == ["reserve", "wait", "decode"]
+    assert names["prefill-0"][0] == "prefill"
+    assert set(names["prefill-0"][1:]) == {"chunk"}
+    assert names["prefill-0 KV"][0] == "KV"
+    assert {each["name"].split()[-1] for each in alone["prefill-0 KV"][1:]} == {"blocks"}
+    done = subprocess.run([*command, "--request", "nobody's"], capture_output=True, text=True, timeout=90)
+    assert done.returncode == 2
+    assert "remembers no such request" in done.stderr
 
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])

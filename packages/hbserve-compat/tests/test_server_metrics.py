@@ -9,7 +9,7 @@ from hbserve_fake_scheduler import FakeServer
 from prometheus_client.parser import text_string_to_metric_families
 
 from hbserve.tokenizer import load_tokenizer
-from hbserve_scheduler.records import AttemptRecord, RequestRecord
+from hbserve_rpc.records import AttemptRecord, RequestRecord
 
 ROOT = Path(__file__).resolve().parents[3]
 DASHBOARDS = {
@@ -126,3 +126,9 @@ async def test_names_of_others_are_quoted(server):
     server.service.model.names[0] = 'sm"all\\\n'
     found = await scrape(server)
     assert any('model_name="sm"all\\\n"' in key for key in found), "as it was before it was quoted"
+
+
+@pytest.mark.parametrize("last_s", ["", "-1", "nan", "inf", "1e999", "soon"])
+async def test_a_timeline_of_no_time_is_refused_by_name(server, last_s):
+    response = await server.client.get("/debug/trace", params={"last_s": last_s})
+    assert (response.status_code, response.json()["error"]["param"]) == (400, "last_s")

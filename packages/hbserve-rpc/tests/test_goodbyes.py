@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from hbserve_rpc import PeerLost, RpcServer
+from hbserve_rpc import PeerLost, RpcServer, wire
 
 NEVER_S = 3600.0
 """Heartbeats say nothing in these tests."""
@@ -22,6 +22,10 @@ class Serving:
         self.ended = asyncio.Event()
         self.server = RpcServer(port=port, heartbeat_timeout_s=NEVER_S)
         self.server.serve(rpc.CALL, self._answer)
+
+    @staticmethod
+    async def answer_at_once(ask: Any) -> Any:
+        return ask
 
     async def _answer(self, ask: Any) -> Any:
         self.asked.set()
@@ -49,6 +53,8 @@ async def asking(rpc, client, serving) -> asyncio.Task[Any]:
     call = asyncio.create_task(client.call(rpc.CALL, rpc.Ask(7), timeout_s=60))
     async with asyncio.timeout(30):
         await serving.asked.wait()
+        while client._epoch is None:
+            await asyncio.sleep(0.001)
     return call
 
 
@@ -145,10 +151,10 @@ async def test_a_short_break_of_the_connection_to_the_same_life_loses_nothing(rp
         client, losses = await patient(cable.address)
         call = await asking(rpc, client, serving)
         cable.cut()
-        while client._is_connected or cable.num_made < 2:
+        while not serving.server._clients or cable.num_made < 2 or not client._is_connected:
             await asyncio.sleep(0.005)
-        while not client._is_connected:
-            await asyncio.sleep(0.005)
+        serving.server.serve(rpc.CALL, serving.answer_at_once)
+        await client.call(rpc.CALL, rpc.Ask(), timeout_s=20)  # the server knows of the new connection
         serving.go_on.set()
         assert (await call).value == 7
         assert losses == []
@@ -170,4 +176,30 @@ async def test_another_life_behind_the_same_address_is_noticed_when_it_is_reache
         with pytest.raises(PeerLost, match="was restarted"):
             await call
         assert losses == [f"PeerDied: {cable.address} was restarted"]
+        await client.close()
+
+
+async def test_what_a_life_has_heard_that_never_said_who_it_was_is_lost_with_its_connection(
+    rpc, start, patient, monkeypatch
+):
+    serving, send = Serving(rpc), RpcServer._send
+    monkeypatch.setattr(
+        serving.server,
+        "_send",
+        lambda to, envelope, *body: None if isinstance(envelope, wire.Welcome) else send(serving.server, to, envelope),
+    )
+    await serving.server.start()
+    async with Cable(serving.server.port) as cable, asyncio.timeout(30):
+        client, _ = await patient(cable.address)
+        call = asyncio.create_task(client.call(rpc.CALL, rpc.Ask(7), timeout_s=60))
+        await serving.asked.wait()
+        monkeypatch.setattr(serving.server._socket, "say_last", lambda frames: None)
+        await serving.server.stop()
+        again = Serving(rpc, serving.server.port)
+        await start(again.server)
+        cable.cut()
+        with pytest.raises(PeerLost, match="not connected for long enough to say who it is"):
+            await call
+        again.go_on.set()
+        assert (await client.call(rpc.CALL, rpc.Ask(8), timeout_s=20)).value == 8
         await client.close()

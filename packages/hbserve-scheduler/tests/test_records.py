@@ -7,9 +7,9 @@ import pytest
 
 from hbserve_rpc import RemoteError
 from hbserve_rpc.messages import TokenEvent
+from hbserve_rpc.records import AttemptRecord, RequestRecord
 from hbserve_scheduler import RequestFailed
 from hbserve_scheduler.figures import BOUNDS, MOST_RECORDS, Figures
-from hbserve_scheduler.records import AttemptRecord, RequestRecord
 from hbserve_scheduler.request import ScheduledRequest
 
 

@@ -10,8 +10,8 @@ import pytest
 
 from hbserve_rpc import InvalidRequest, Overloaded, RemoteError, RequestTimeout, SamplingParams, Unavailable
 from hbserve_rpc.messages import GenerateRequest, LatencySummary, RequestFinished, TokenEvent
+from hbserve_rpc.records import AttemptRecord
 from hbserve_scheduler import CpuScheduler
-from hbserve_scheduler.records import AttemptRecord
 from hbserve_scheduler.request import ScheduledRequest
 
 # ---- the flow of one request -------------------------------------------------------------------------------------

@@ -56,6 +56,16 @@ async def test_figures_are_those_of_all_and_instances_are_counted_once(family, a
     assert [each.instance_id for each in stats.instances] == ["p0", "d0"]
 
 
+async def test_requests_of_all_are_remembered_in_the_order_in_which_they_ended(family, ask, collect):
+    parent, child, remote = family
+    for server, name in ((child, "a"), (parent, "b"), (child, "c")):
+        await collect(server.scheduler.submit(ask(name)))
+    found = await remote.fetch_records(60)
+    assert [each.request_id for each in found] == ["a", "b", "c"]
+    assert [each.request_id for each in await remote.fetch_records(60, "c")] == ["c"]
+    assert await remote.fetch_records(0) == []
+
+
 async def test_an_abort_reaches_whichever_has_the_request(family, pair, ask, collect):
     _, child, remote = family
     pair[1].hold = {"tokens"}

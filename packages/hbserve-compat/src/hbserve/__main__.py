@@ -167,6 +167,22 @@ def stats(
     _run(show_stats(StatsArgs(connect, json)), log_level)
 
 
+@app.command()
+def trace(
+    connect: Annotated[str, typer.Option(metavar="HOST:PORT", help="Where its scheduler's RPC is.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Gzipped JSON, which Perfetto opens.")] = Path(
+        "trace.json.gz"
+    ),
+    request_id: Annotated[str, typer.Option("--request", metavar="ID", help="This request alone.")] = "",
+    last_s: Annotated[float, typer.Option("--last", metavar="SECONDS", help="How far back.")] = 3600.0,
+    log_level: LogLevelOption = LogLevel.WARNING,
+) -> None:
+    """Write a timeline of the requests of a running deployment."""
+    from hbserve.trace import TraceArgs, write_trace
+
+    _run(write_trace(TraceArgs(connect, request_id, last_s, output)), log_level)
+
+
 bench = typer.Typer(help="Measure this machine.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
 

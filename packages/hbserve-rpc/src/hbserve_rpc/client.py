@@ -58,6 +58,8 @@ class RpcClient:
         """For the server, until this turn of the loop ends."""
         self._heart: asyncio.Task[None] | None = None
         self._is_connected = False
+        self._last_doubtful = 0
+        """What was asked until this id may have been heard by a life of the server that never said which one it is."""
         self._looking: asyncio.Task[None] | None = None
         """Whether the server is still there, since the connection has ended."""
         self.on_lost: Callable[[PeerLost], None] = lambda why: None
@@ -259,6 +261,8 @@ class RpcClient:
     def _connection_changed(self, is_there: bool) -> None:
         """The connection is made, or has ended."""
         was_lost = self._looking is not None
+        if self._is_connected and not is_there and self._epoch is None:
+            self._last_doubtful = next(self._ids)
         self._is_connected = is_there
         if self._looking is not None:
             self._looking.cancel()
@@ -266,6 +270,9 @@ class RpcClient:
         if not is_there:
             self._looking = asyncio.create_task(self._look())
         elif was_lost:
+            if self._epoch is None:
+                lost = PeerLost(f"{self.address} was not connected for long enough to say who it is")
+                self._fail_all(lost, self._last_doubtful)
             self._hello()  # the answer says whether it is the same life
 
     async def _look(self) -> None:

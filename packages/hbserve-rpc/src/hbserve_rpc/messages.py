@@ -155,6 +155,14 @@ class TokenEvent(msgspec.Struct, frozen=True, tag=True):
     """Of `SamplingParams.n`."""
 
 
+class Milestone(msgspec.Struct, frozen=True, tag=True, array_like=True):
+    """How far something had come, some time before the message that tells of it was sent: clocks of two processes need
+    not agree, and what is added by the message's way is less than a round trip."""
+
+    age_s: float
+    count: int
+
+
 class TransferDone(msgspec.Struct, frozen=True, tag=True):
     """Last item of a prefill stream that moved KV."""
 
@@ -164,6 +172,10 @@ class TransferDone(msgspec.Struct, frozen=True, tag=True):
     """Time during which at least one part of this transfer was moving."""
     num_cached_tokens: int = 0
     """Prompt tokens that the prefill instance took from its prefix cache."""
+    computed: list[Milestone] = []
+    """Tokens of the prompt, after each chunk."""
+    pushed: list[Milestone] = []
+    """Blocks that were handed to the transfer, after each part."""
 
 
 class RequestFinished(msgspec.Struct, frozen=True, tag=True):

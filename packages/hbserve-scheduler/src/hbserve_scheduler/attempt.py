@@ -22,9 +22,9 @@ from hbserve_rpc.messages import (
     TokenEvent,
     TransferDone,
 )
+from hbserve_rpc.records import AttemptRecord
 from hbserve_scheduler.instances import InstanceHandle
 from hbserve_scheduler.placement import Placement
-from hbserve_scheduler.records import AttemptRecord
 from hbserve_scheduler.request import ScheduledRequest
 
 VERDICT_TIMEOUT_S = 0.5
@@ -218,7 +218,7 @@ class Attempt:
                     if isinstance(event, TransferDone):
                         entry.kv_bytes += event.num_bytes
                         entry.kv_transfer_time_s += event.time_s
-                        self._record.kv_moved_s = entry.since_submit_s()
+                        self._note_moved(event)
                         instance.links[self._decode_epoch] = True
                         continue
                     self._deliver(event)
@@ -240,6 +240,11 @@ class Attempt:
             self._entry.is_prefilling = False
             if self._entry.finish_reason is None:
                 self._entry.tell_ends()
+
+    def _note_moved(self, done: TransferDone) -> None:
+        now_s = self._record.kv_moved_s = self._entry.since_submit_s()
+        self._record.computed = [(now_s - each.age_s, each.count) for each in done.computed]
+        self._record.pushed = [(now_s - each.age_s, each.count) for each in done.pushed]
 
     async def _decode(self, instance: InstanceHandle, events: RpcStream[Granted | TokenEvent]) -> None:
         num_delivered = len(self._entry.output)

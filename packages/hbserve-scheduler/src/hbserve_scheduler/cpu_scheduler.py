@@ -5,10 +5,12 @@ import contextlib
 import logging
 import time
 from collections.abc import Collection
+from itertools import takewhile
 
 from hbserve_rpc import HBServeRpcError, InvalidRequest, LogitsNotFinite, Overloaded, RequestTimeout, Unavailable
 from hbserve_rpc.messages import FinishReason, GenerateRequest, Role, SchedulerStats, ServiceInfo
 from hbserve_rpc.plain_values import plain_id
+from hbserve_rpc.records import RequestRecord
 from hbserve_scheduler.admission import Room, WaitingRequests, admitted
 from hbserve_scheduler.attempt import Attempt
 from hbserve_scheduler.config import SchedulerConfig
@@ -334,6 +336,12 @@ class CpuScheduler:
             running_requests=len(self.running_requests),
             instances=[handle.stats for handle in self.fleet.handles.values()],
         )
+
+    def records(self, last_s: float, request_id: str = "") -> list[RequestRecord]:
+        """Requests that ended within the last `last_s` seconds, or one of these."""
+        since_s = time.time() - last_s
+        found = takewhile(lambda each: each.submitted_at + each.e2e_s >= since_s, reversed(self.figures.records))
+        return [each for each in found if request_id in ("", each.request_id)][::-1]
 
     async def refresh(self) -> None:
         """Ask every instance for its figures now, so that `stats` is not up to a heartbeat old."""

@@ -8,7 +8,7 @@ from typing import Any
 
 from hbserve_rpc.histogram import Histogram
 from hbserve_rpc.messages import LatencySummary
-from hbserve_scheduler.records import RequestRecord
+from hbserve_rpc.records import RequestRecord
 
 logger = logging.getLogger(__name__)
 

@@ -74,7 +74,9 @@ class InstanceHandle:
 
     def _client_lost(self, client: RpcClient, lost: PeerLost) -> None:
         if client is self.client:
-            self.lost(str(lost), has_died=isinstance(lost, PeerDied))
+            has_died = isinstance(lost, PeerDied)
+            # One that says goodbye was ended by somebody who knows: often by the Ctrl-C that ends this process too.
+            self.lost(str(lost), has_died=has_died, level=logging.WARNING if has_died else logging.INFO)
 
     async def start(self) -> None:
         self._outage = Outage(time.monotonic())
@@ -143,12 +145,12 @@ class InstanceHandle:
         if self.info != info:
             self._set_info(info)
 
-    def lost(self, why: str, *, has_died: bool = False) -> None:
+    def lost(self, why: str, *, has_died: bool = False, level: int = logging.WARNING) -> None:
         """It cannot be used until it answers again. `has_died`: its process has ended, and not in order."""
         if has_died:
             self.note_death(self.epoch)
         if self.info is not None:
-            logger.warning("%s at %s is lost: %s", self.instance_id, self.address, why)
+            logger.log(level, "%s at %s is lost: %s", self.instance_id, self.address, why)
             self._outage = Outage(time.monotonic(), was_said=True)
         self.problem = why
         self._complain()

@@ -21,6 +21,7 @@ from hbserve_rpc.messages import (
     ServiceInfo,
 )
 from hbserve_rpc.plain_values import plain_id
+from hbserve_rpc.records import SCHEDULER_RECORDS, RecordsRequest, RequestRecord
 from hbserve_scheduler.admission import admitted
 from hbserve_scheduler.errors import NotReady
 
@@ -87,3 +88,8 @@ class RemoteScheduler:
 
     async def fetch_stats(self) -> SchedulerStats:
         return await self._client.call(SCHEDULER_STATS, Empty(), timeout_s=CALL_TIMEOUT_S)
+
+    async def fetch_records(self, last_s: float, request_id: str = "") -> list[RequestRecord]:
+        """As `CpuScheduler.records`."""
+        request = RecordsRequest(last_s, request_id)
+        return (await self._client.call(SCHEDULER_RECORDS, request, timeout_s=CALL_TIMEOUT_S)).requests

@@ -17,9 +17,9 @@ import msgspec
 
 from hbserve_rpc import RemoteError
 from hbserve_rpc.messages import ClientEvent, FinishReason, GenerateRequest, RequestFinished, TokenEvent
+from hbserve_rpc.records import AttemptRecord, RequestRecord
 from hbserve_scheduler.figures import Figures
 from hbserve_scheduler.instances import InstanceHandle
-from hbserve_scheduler.records import AttemptRecord, RequestRecord
 
 
 @dataclass(eq=False)

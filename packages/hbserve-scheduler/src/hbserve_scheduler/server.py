@@ -20,6 +20,7 @@ from hbserve_rpc.messages import (
     SchedulerStats,
     ServiceInfo,
 )
+from hbserve_rpc.records import SCHEDULER_RECORDS, Records, RecordsRequest, RequestRecord
 from hbserve_scheduler.cpu_scheduler import CpuScheduler
 from hbserve_scheduler.siblings import Siblings
 
@@ -39,6 +40,7 @@ class SchedulerServer:
         self._server = RpcServer(scheduler.config.host, scheduler.config.port, drops_closed=True)
         self._server.serve(SCHEDULER_INFO, self._info)
         self._server.serve(SCHEDULER_STATS, self._stats)
+        self._server.serve(SCHEDULER_RECORDS, self._records)
         self._server.serve(SCHEDULER_ABORT, self._abort)
         self._server.serve_notification(SCHEDULER_INSTANCE_DIED, self._instance_died)
         self._server.serve_stream(SCHEDULER_GENERATE, self._generate)
@@ -69,13 +71,21 @@ class SchedulerServer:
     async def _info(self, _: Empty) -> ServiceInfo:
         return self.scheduler.info()
 
-    async def stats(self) -> SchedulerStats:
+    async def fetch_stats(self) -> SchedulerStats:
         """Of the scheduler and its siblings, as of the instances' last heartbeats."""
         return await self.siblings.total(self.scheduler.stats())
 
     async def _stats(self, _: Empty) -> SchedulerStats:
         await self.scheduler.refresh()
-        return await self.stats()
+        return await self.fetch_stats()
+
+    async def _records(self, request: RecordsRequest) -> Records:
+        return Records(await self.fetch_records(request.last_s, request.request_id))
+
+    async def fetch_records(self, last_s: float, request_id: str = "") -> list[RequestRecord]:
+        """As `CpuScheduler.records`, of the scheduler and its siblings, in the order in which they ended."""
+        own, others = self.scheduler.records(last_s, request_id), await self.siblings.records(last_s, request_id)
+        return sorted([*own, *others], key=lambda each: each.submitted_at + each.e2e_s)
 
     async def _abort(self, request: AbortRequest) -> Aborted:
         asked = request.request_id, request.reason, request.choice

@@ -10,6 +10,7 @@ import msgspec
 
 from hbserve_rpc import HBServeRpcError
 from hbserve_rpc.messages import FinishReason, LatencySummary, SchedulerStats
+from hbserve_rpc.records import RequestRecord
 from hbserve_scheduler.remote import RemoteScheduler
 
 PATIENCE_S = 2.0
@@ -58,6 +59,17 @@ class Siblings:
                 found = await remote.fetch_stats()
             if self._remotes.get(name) is remote:  # else it was removed meanwhile
                 self._last[name] = found
+
+    async def records(self, last_s: float, request_id: str) -> list[RequestRecord]:
+        """As `CpuScheduler.records`, of all; of one that gives no answer there are none."""
+
+        async def ask(remote: RemoteScheduler) -> list[RequestRecord]:
+            with contextlib.suppress(HBServeRpcError, TimeoutError):
+                async with asyncio.timeout(PATIENCE_S):
+                    return await remote.fetch_records(last_s, request_id)
+            return []
+
+        return [each for found in await asyncio.gather(*map(ask, self._remotes.values())) for each in found]
 
     def instance_died(self, instance_id: str, why: str) -> None:
         for remote in self._remotes.values():

@@ -13,6 +13,7 @@ from starlette.routing import Route
 from hbserve.server.anthropic_messages import count_tokens, messages
 from hbserve.server.api_error import ApiError, as_api_error
 from hbserve.server.api_keys import ApiKeys, RequireApiKey
+from hbserve.server.debugging import show_trace
 from hbserve.server.generating import chat_completions, completions
 from hbserve.server.metrics import show_metrics
 from hbserve.server.models import list_models, retrieve_model
@@ -41,6 +42,7 @@ ROUTES = [
     Route("/ping", ping, methods=["GET", "POST"]),
     Route("/version", show_version),
     Route("/metrics", show_metrics),
+    Route("/debug/trace", show_trace),
     Route("/openapi.json", show_openapi),
     Route("/", lambda _: FileResponse(CHAT_PAGE)),
 ]

@@ -2,14 +2,12 @@
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 from hbserve.server.app import make_app
 from hbserve.server.http_server import HttpServer
-from hbserve.server.service import Service
+from hbserve.server.service import Service, WholeDeployment
 from hbserve.tokenizer import load_tokenizer
-from hbserve_rpc.messages import SchedulerStats
 from hbserve_scheduler import SchedulerServer
 from hbserve_scheduler.config import ServerSection
 
@@ -49,11 +47,11 @@ class FrontEnd:
         name: str,
         folder: Path,
         server: SchedulerServer,
-        fetch_stats: Callable[[], Awaitable[SchedulerStats]] | None = None,
+        whole: WholeDeployment | None = None,
     ) -> None:
         """Serve the model that is in a folder, by the scheduler of a server, when its instances are ready.
 
-        fetch_stats: figures of the deployment; without it those of the server are.
+        whole: has the figures of the deployment; without it the server has.
 
         Raises:
             BrokenTokenizer, InstanceFailed, NotReady.
@@ -61,7 +59,7 @@ class FrontEnd:
         # Importing transformers takes long, and heartbeats go on meanwhile.
         tokenizer = await asyncio.to_thread(load_tokenizer, folder)
         await server.scheduler.wait_ready(READY_TIMEOUT_S)
-        self._service.begin(name, folder, server.scheduler, tokenizer, fetch_stats or server.stats)
+        self._service.begin(name, folder, server.scheduler, tokenizer, whole or server)
 
     async def drain(self) -> None:
         """Refuse requests, and wait until those that are answered have their answers, or `drain_timeout_s` are over."""

@@ -47,7 +47,7 @@ async def _begin(
 ) -> None:
     for instance in settings.instances:
         await server.scheduler.add_instance(*instance)
-    await front_end.begin(settings.model_name, Path(settings.model_folder), server, parent.fetch_stats)
+    await front_end.begin(settings.model_name, Path(settings.model_folder), server, parent)
     await front_end.start()
     sys.stdout.write(json.dumps({"address": server.address}) + "\n")
     sys.stdout.flush()

@@ -12,7 +12,7 @@ they report; the reservation on a decode instance decides.
 import asyncio
 import logging
 import os
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -21,9 +21,10 @@ import msgspec
 from hbserve.child_process import ChildProcess, ChildProcesses
 from hbserve.server.front_end import READY_TIMEOUT_S, FrontEnd
 from hbserve.server.http_server import held_for_others
+from hbserve.server.service import WholeDeployment
 from hbserve_rpc import format_address
 from hbserve_rpc.address import is_wildcard
-from hbserve_rpc.messages import Role, SchedulerStats
+from hbserve_rpc.messages import Role
 from hbserve_scheduler import SchedulerConfig, SchedulerServer
 from hbserve_scheduler.config import ServerSection
 from hbserve_scheduler.siblings import Siblings
@@ -96,7 +97,7 @@ class FrontEnds(FrontEnd):
         name: str,
         folder: Path,
         server: SchedulerServer,
-        fetch_stats: Callable[[], Awaitable[SchedulerStats]] | None = None,
+        whole: WholeDeployment | None = None,
     ) -> None:
         """Start the processes, and wait until each serves.
 

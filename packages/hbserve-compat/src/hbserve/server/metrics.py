@@ -57,7 +57,7 @@ OF_VLLM = ["model_name", "engine"]
 
 async def show_metrics(request: Request) -> Response:
     service: Service = request.app.state.service
-    stats = None if service.model is None else await service.model.fetch_stats()
+    stats = None if service.model is None else await service.model.whole.fetch_stats()
     registry = CollectorRegistry()
     registry.register(_Snapshot(service, stats))
     return Response(generate_latest(registry), media_type=CONTENT_TYPE)

@@ -1,7 +1,6 @@
 """State that all endpoints share: the settings, and what is served, once it is there."""
 
 import time
-from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -11,6 +10,7 @@ from hbserve.server.encoder import Encoder
 from hbserve.text_request import Scheduler
 from hbserve_rpc.messages import SchedulerStats, ServiceInfo
 from hbserve_rpc.plain_values import shown
+from hbserve_rpc.records import RequestRecord
 from hbserve_scheduler import parse_size
 from hbserve_scheduler.config import ServerSection
 
@@ -35,6 +35,14 @@ class ServingScheduler(Scheduler, Protocol):
     def stats(self) -> SchedulerStats: ...
 
 
+class WholeDeployment(Protocol):
+    """Whoever knows of the requests of all schedulers: SchedulerServer, or RemoteScheduler."""
+
+    async def fetch_stats(self) -> SchedulerStats: ...
+
+    async def fetch_records(self, last_s: float, request_id: str = "") -> list[RequestRecord]: ...
+
+
 @dataclass(frozen=True)
 class ServedModel:
     """What answers requests."""
@@ -43,7 +51,7 @@ class ServedModel:
     folder: str
     scheduler: ServingScheduler
     encoder: Encoder
-    fetch_stats: Callable[[], Awaitable[SchedulerStats]]
+    whole: WholeDeployment
     """Of all schedulers of the deployment, of which `scheduler` may be one."""
     created: int
     """Seconds since the epoch."""
@@ -109,12 +117,12 @@ class Service:
         folder: Path,
         scheduler: ServingScheduler,
         tokenizer: Any,
-        fetch_stats: Callable[[], Awaitable[SchedulerStats]],
+        whole: WholeDeployment,
     ) -> None:
         """Serve a model from now on, under this name unless the settings have others."""
         encoder = Encoder(tokenizer, _template(self.settings.chat_template))
         names = self.settings.served_model_names or [name]
-        self.model = ServedModel(names, str(folder), scheduler, encoder, fetch_stats, int(time.time()))
+        self.model = ServedModel(names, str(folder), scheduler, encoder, whole, int(time.time()))
 
     def close(self) -> None:
         if self.model is not None:

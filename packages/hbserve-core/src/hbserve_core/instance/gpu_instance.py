@@ -265,12 +265,12 @@ class GpuInstance:
             if not is_late:
                 for event in first:
                     yield event
-            result = await sending.finish(outputs)
+            done = await sending.finish(outputs)
             if is_late:
                 for event in first:
                     yield event
-            if result is not None:
-                yield TransferDone(result.num_bytes, result.num_parts, result.time_s, outputs[0].num_cached_tokens)
+            if done is not None:
+                yield done
         finally:
             self._end(self._end_prefill(request.request_id, sending))
 

@@ -1,6 +1,7 @@
 """From prefill to decode: how the blocks of one request follow its computation, and what is said at the end."""
 
 import asyncio
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,9 +15,11 @@ from hbserve_rpc.messages import (
     DecodeRequest,
     FinishReason,
     GrantRequest,
+    Milestone,
     PrefillRequest,
     TokenEvent,
     TokenLogprobs,
+    TransferDone,
 )
 
 
@@ -87,6 +90,8 @@ class PrefillSend:
         self._output: StepOutput | None = None
         self._has_ended = False
         """Each choice has, with its first token."""
+        self._computed_at: list[tuple[float, int]] = []
+        self._pushed_at: list[tuple[float, int]] = []
         self._inbox = inbox
         self._transfer: SendTransfer | JointSend | None = None
         self._is_committing = False
@@ -148,6 +153,7 @@ class PrefillSend:
             # A step that was launched is told of before the one that was launched before it.
             if self._output is None or output.num_computed_tokens >= self._output.num_computed_tokens:
                 self._output = output
+                self._computed_at.append((time.monotonic(), output.num_computed_tokens))
             output.raise_error()
             if output.token_id is not None:
                 first.append(output)
@@ -183,8 +189,9 @@ class PrefillSend:
             blocks = self._output.block_table[self._pushed : end]
             self._transfer.push(blocks, self._pushed - self._first, self._output.ready)
             self._pushed = end
+            self._pushed_at.append((time.monotonic(), end - self._first))
 
-    async def finish(self, outputs: Sequence[StepOutput]) -> TransferResult | None:
+    async def finish(self, outputs: Sequence[StepOutput]) -> TransferDone | None:
         """Commit; also if the request ends at its first token, so that the decode side need not take the end for a
         failure. None: nothing is to be moved.
 
@@ -204,7 +211,10 @@ class PrefillSend:
         result = await self._transfer.commit(msgspec.msgpack.encode(Handover(self._num_tokens, first)))
         if result.outcome is not Outcome.COMPLETED:
             raise RemoteError(f"KV transfer {self._transfer_id} failed: {result.error}")
-        return result
+        computed, pushed = map(_ages, (self._computed_at, self._pushed_at))
+        return TransferDone(
+            result.num_bytes, result.num_parts, result.time_s, outputs[0].num_cached_tokens, computed, pushed
+        )
 
     async def abort(self, reason: str) -> Outcome:
         """Stop, unless it has ended already or is about to. After anything but UNKNOWN no block is read any more.
@@ -229,6 +239,11 @@ class PrefillSend:
         """After `abort`: wait until a transfer that was being opened then has been ended too."""
         if self._opening is not None:
             await self._opening
+
+
+def _ages(milestones: list[tuple[float, int]]) -> list[Milestone]:
+    now_s = time.monotonic()
+    return [Milestone(now_s - at_s, count) for at_s, count in milestones]
 
 
 async def _receive(posted: PostedReceive | JointReceive, inbox: Inbox) -> None:

@@ -10,9 +10,10 @@ An attempt that fails is followed by the next one, from `place` on.
 import msgspec
 
 from hbserve_rpc.messages import FinishReason, RequestFinished
+from hbserve_rpc.methods import Method
 
 
-class AttemptRecord(msgspec.Struct):
+class AttemptRecord(msgspec.Struct, tag=True):
     """One try at a request. Times are in seconds from `submit`, on the scheduler's clock; None: not reached."""
 
     began_s: float
@@ -26,12 +27,17 @@ class AttemptRecord(msgspec.Struct):
     """The first token of this attempt was there."""
     kv_moved_s: float | None = None
     """The prefill instance has said that all KV is there."""
+    computed: list[tuple[float, int]] = []
+    """When the prefill instance had computed how many tokens of the prompt: one for each chunk. As late as the message
+    that told it was under way, at most; what moved no KV has none."""
+    pushed: list[tuple[float, int]] = []
+    """When it had handed over how many blocks: one for each part of the transfer."""
     ended_s: float | None = None
     error: str = ""
     """Why it failed."""
 
 
-class RequestRecord(msgspec.Struct, frozen=True):
+class RequestRecord(msgspec.Struct, frozen=True, tag=True):
     """A request that has ended. Times as an attempt's."""
 
     request_id: str
@@ -138,3 +144,19 @@ class RequestRecord(msgspec.Struct, frozen=True):
 
 def _ms(time_s: float) -> str:
     return f"{1e3 * time_s:.1f} ms" if time_s < 0.1 else f"{1e3 * time_s:.0f} ms"
+
+
+class RecordsRequest(msgspec.Struct, frozen=True, tag=True):
+    """Requests that ended within the last `last_s` seconds, and of these one alone if `request_id` says which."""
+
+    last_s: float
+    request_id: str = ""
+
+
+class Records(msgspec.Struct, frozen=True, tag=True):
+    """In the order in which they ended; the scheduler does not remember all."""
+
+    requests: list[RequestRecord]
+
+
+SCHEDULER_RECORDS: Method[RecordsRequest, Records] = Method("scheduler.records", RecordsRequest, Records)
