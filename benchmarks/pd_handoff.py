@@ -313,6 +313,8 @@ def percentile(values, part: float) -> float:
 
 
 def spread(values, *parts: float, scale: float = 1e3, unit: str = " ms") -> str:
+    if not values:
+        return "none: all tokens came at once"
     each = (f"p{100 * part:g} {scale * percentile(values, part):.2f}{unit}" for part in parts or (0.5, 0.9, 0.99))
     return ", ".join(each)
 

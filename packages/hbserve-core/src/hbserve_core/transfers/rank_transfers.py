@@ -29,6 +29,7 @@ from hbserve_rpc import (
     HBServeRpcError,
     InvalidRequest,
     Method,
+    PeerDied,
     RemoteError,
     RpcClient,
     RpcServer,
@@ -44,6 +45,8 @@ RANK_STRIDE = 1 << 16
 """Between the numbers by which hbserve_kv knows the ranks of one instance: `kv_rank + rank * RANK_STRIDE`."""
 SILENCE_S = 5.0
 """A rank that is silent for longer is lost. Its reports say so earlier, see ranks/worker_handle.py."""
+EXIT_STATUS_S = 1.0
+"""Until the end of a rank's process must be known here. Of several reasons the first one is told."""
 TIMEOUT_S = 10.0
 """For what a rank does at once."""
 LINK_TIMEOUT_S = 300.0
@@ -221,7 +224,11 @@ class RemoteRank:
 
     def lost(self, error: Exception) -> None:
         """It does not answer."""
-        self._on_lost(RankFailed(f"{self.name} does not answer: {error}"))
+        failed = RankFailed(f"{self.name} does not answer: {error}")
+        if isinstance(error, PeerDied):  # whoever has started its process hears of its end too, and how it ended
+            asyncio.get_running_loop().call_later(EXIT_STATUS_S, self._on_lost, failed)
+        else:
+            self._on_lost(failed)
 
     async def stats(self) -> TransferStats:
         """Of a rank that is lost, those that were last heard."""
