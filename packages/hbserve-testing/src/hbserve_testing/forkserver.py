@@ -12,6 +12,7 @@ its own, for what it starts itself. What an interpreter does when it starts is n
 import ctypes
 import gc
 import importlib
+import importlib.util
 import json
 import os
 import runpy
@@ -173,12 +174,19 @@ def _run(arguments: list[str]) -> None:
         runpy.run_path(what, run_name="__main__")
 
 
+def _preload() -> None:
+    """What is installed: in the environment of one package alone there are neither the others nor transformers."""
+    for module in PRELOADED:
+        if importlib.util.find_spec(module.partition(".")[0]):
+            importlib.import_module(module)
+    if importlib.util.find_spec("transformers"):  # an attribute, which imports what commands read tokenizers with
+        _ = importlib.import_module("transformers").PreTrainedTokenizerFast
+
+
 def main() -> NoReturn:
     """`python -m hbserve_testing.forkserver DESCRIPTOR TITLE`"""
     connection = socket.socket(fileno=int(sys.argv[1]))
-    for module in PRELOADED:
-        importlib.import_module(module)
-    _ = importlib.import_module("transformers").PreTrainedTokenizerFast  # imports what commands read tokenizers with
+    _preload()
     _set_title([TITLE])
     gc.collect()
     gc.freeze()  # or each fork would copy all pages that it looks through
