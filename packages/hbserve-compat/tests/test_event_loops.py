@@ -272,7 +272,7 @@ async def test_whatever_is_given_is_answered_or_refused_and_another_call_is_unaf
                 pass
         except InvalidRequest as error:
             refusals.append(str(error))
-    assert num_answered > 5
+    assert num_answered > 2
     assert len(refusals) > 50
     assert max(len(each.encode()) for each in refusals) < 800
     assert [len(each["token_ids"]) for each in await other] == [200, 200]

@@ -98,7 +98,7 @@ def test_whatever_prompts_and_options_are_given_are_answered_or_refused_in_one_l
             assert result.stdout
 
     generate()
-    assert min(num_answered, num_refused) > 10
+    assert min(num_answered, num_refused) > 2
 
 
 def flat(pairs: list[tuple[str, str]]) -> list[str]:
@@ -173,7 +173,7 @@ def test_whatever_is_in_a_configuration_file_is_begun_or_refused_in_one_line(tmp
     for content in AS_IT_IS:  # each of them, whatever was drawn
         path.write_text(content)
         invoke(["scheduler", "--config", str(path)], caplog)
-    assert min(num_begun, num_refused) > 5
+    assert min(num_begun, num_refused) > 2
 
 
 @pytest.mark.usefixtures("nothing_starts")
