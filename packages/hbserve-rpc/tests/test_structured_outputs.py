@@ -69,6 +69,7 @@ ENDLESS["items"] = ENDLESS
         ({"json": ENDLESS}, "json: is no JSON schema"),
         ({"json": '{"items":' * 30_000 + "{}" + "}" * 30_000}, "json: is longer than"),
         ({"json": '{"items":' * 5000 + "{}" + "}" * 5000}, "json: is no JSON schema"),
+        ({"json": '{"items":' * 260 + "{}" + "}" * 260}, "json: is no JSON schema: nested more than 256 deep"),
         ({"json": {"const": "x" * MAX_GRAMMAR_BYTES}}, f"json: is longer than {MAX_GRAMMAR_BYTES} bytes"),
         ({"json": {"const": "\ud800"}}, "json: character 10"),
         ({"regex": "é" * (MAX_GRAMMAR_BYTES // 2 + 1)}, "regex: is longer than"),

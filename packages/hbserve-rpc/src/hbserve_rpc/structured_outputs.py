@@ -12,6 +12,8 @@ from hbserve_rpc.plain_values import plain_bool, plain_items, plain_text, shown
 
 MAX_GRAMMAR_BYTES = 65536
 """UTF-8 bytes of a schema or whatever it is. How deep a compiler's recursion goes is bounded by it too."""
+MAX_SCHEMA_DEPTH = 256
+"""Of objects and lists within each other. Else Python's own limit decides, which differs between its versions."""
 MAX_CHOICES = 1024
 
 
@@ -79,7 +81,18 @@ def _plain_schema(name: str, value: object) -> str:
         raise InvalidRequest(f"{name}: is no JSON schema: {error}") from None
     if not isinstance(schema, dict):
         raise InvalidRequest(f"{name}={shown(text)}: expected a JSON schema, which is an object")
+    _require_shallow(name, schema)
     return text
+
+
+def _require_shallow(name: str, schema: dict[str, Any]) -> None:
+    level: list[Any] = [schema]
+    for _ in range(MAX_SCHEMA_DEPTH + 1):
+        inner = [each.values() if isinstance(each, dict) else each for each in level if isinstance(each, dict | list)]
+        level = [value for values in inner for value in values]
+        if not level:
+            return
+    raise InvalidRequest(f"{name}: is no JSON schema: nested more than {MAX_SCHEMA_DEPTH} deep")
 
 
 def _plain_bounded(name: str, value: object) -> str:
