@@ -9,7 +9,7 @@ from hbserve_rpc import RemoteError
 from hbserve_rpc.messages import TokenEvent
 from hbserve_rpc.records import AttemptRecord, RequestRecord
 from hbserve_scheduler import RequestFailed
-from hbserve_scheduler.figures import BOUNDS, MOST_RECORDS, Figures
+from hbserve_scheduler.figures import MOST_RECORDS, Figures
 from hbserve_scheduler.request import ScheduledRequest
 
 
@@ -124,4 +124,4 @@ def test_snapshots_do_not_change_and_records_are_bounded():
     assert len(figures.records) == MOST_RECORDS
     assert not any(sum(each.counts) for each in before["histograms"].values())
     assert sum(figures.snapshot()["histograms"]["e2e_request_latency_seconds"].counts) == MOST_RECORDS + 1
-    assert all(list(bounds) == sorted(set(bounds)) for bounds in BOUNDS.values())
+    assert all(each.bounds == sorted(set(each.bounds)) for each in figures.histograms.values())

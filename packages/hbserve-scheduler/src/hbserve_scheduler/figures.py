@@ -16,83 +16,11 @@ MOST_RECORDS = 4096
 """As many requests that have ended are remembered."""
 RECENT_REQUESTS = 1024
 """As many latencies are in a LatencySummary."""
-SHORT_S = (
-    0.001,
-    0.0025,
-    0.005,
-    0.01,
-    0.025,
-    0.05,
-    0.075,
-    0.1,
-    0.15,
-    0.2,
-    0.3,
-    0.4,
-    0.5,
-    0.75,
-    1,
-    2.5,
-    5,
-    7.5,
-    10,
-    20,
-    40,
-    80,
-)
-FIRST_S = (
-    0.001,
-    0.0025,
-    0.005,
-    0.01,
-    0.02,
-    0.04,
-    0.06,
-    0.08,
-    0.1,
-    0.25,
-    0.5,
-    0.75,
-    1,
-    2.5,
-    5,
-    7.5,
-    10,
-    20,
-    40,
-    80,
-    160,
-    640,
-    2560,
-)
-LONG_S = (
-    0.005,
-    0.05,
-    0.1,
-    0.3,
-    0.5,
-    0.8,
-    1,
-    1.5,
-    2,
-    2.5,
-    5,
-    10,
-    15,
-    20,
-    30,
-    40,
-    50,
-    60,
-    120,
-    240,
-    480,
-    960,
-    1920,
-    7680,
-)
-TOKENS = tuple(float(digit * 10**power) for power in range(6) for digit in (1, 2, 5))
-BYTES = tuple(float(2**power) for power in range(12, 40, 2))
+SHORT_S = "0.001 0.0025 0.005 0.01 0.025 0.05 0.075 0.1 0.15 0.2 0.3 0.4 0.5 0.75 1 2.5 5 7.5 10 20 40 80"
+FIRST_S = "0.001 0.0025 0.005 0.01 0.02 0.04 0.06 0.08 0.1 0.25 0.5 0.75 1 2.5 5 7.5 10 20 40 80 160 640 2560"
+LONG_S = "0.005 0.05 0.1 0.3 0.5 0.8 1 1.5 2 2.5 5 10 15 20 30 40 50 60 120 240 480 960 1920 7680"
+TOKENS = "1 2 5 10 20 50 100 200 500 1000 2000 5000 10000 20000 50000 100000 200000 500000"
+BYTES = " ".join(str(2**power) for power in range(12, 40, 2))
 """Bounds of the histograms: vLLM's (v1/metrics/buckets.py), and some below them, where our tokens are."""
 BOUNDS = {
     "time_to_first_token_seconds": FIRST_S,
@@ -105,7 +33,7 @@ BOUNDS = {
     "request_inference_time_seconds": LONG_S,
     "request_prompt_tokens": TOKENS,
     "request_generation_tokens": TOKENS,
-    "request_attempts": (1.0, 2.0, 3.0, 5.0, 10.0),
+    "request_attempts": "1 2 3 5 10",
     "reservation_wait_seconds": FIRST_S,
     "kv_handoff_exposed_seconds": FIRST_S,
     "kv_transfer_seconds": FIRST_S,
@@ -124,7 +52,7 @@ class Figures:
         self.ended = Counter[str]()
         """Requests, by finish reason, or "error"."""
         self.failed_attempts = Counter[str]()
-        self.histograms = {name: Histogram.over(bounds) for name, bounds in BOUNDS.items()}
+        self.histograms = {name: Histogram.over([*map(float, bounds.split())]) for name, bounds in BOUNDS.items()}
         self.between_tokens = self.histograms["inter_token_latency_seconds"]
         self.records: deque[RequestRecord] = deque(maxlen=MOST_RECORDS)
         """Requests that have ended, the last one at the end."""

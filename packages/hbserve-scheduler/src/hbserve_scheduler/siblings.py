@@ -2,9 +2,9 @@
 
 import asyncio
 import contextlib
-from collections.abc import Iterable
+from collections.abc import Coroutine, Iterable
 from functools import reduce
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -12,6 +12,8 @@ from hbserve_rpc import HBServeRpcError
 from hbserve_rpc.messages import FinishReason, LatencySummary, SchedulerStats
 from hbserve_rpc.records import RequestRecord
 from hbserve_scheduler.remote import RemoteScheduler
+
+T = TypeVar("T")
 
 PATIENCE_S = 2.0
 """For an answer; the figures of one that gives none are those that it gave last."""
@@ -54,22 +56,14 @@ class Siblings:
         return total([own, self._gone, *self._last.values()], now=own)
 
     async def _ask(self, name: str, remote: RemoteScheduler) -> None:
-        with contextlib.suppress(HBServeRpcError, TimeoutError):
-            async with asyncio.timeout(PATIENCE_S):
-                found = await remote.fetch_stats()
-            if self._remotes.get(name) is remote:  # else it was removed meanwhile
-                self._last[name] = found
+        found = await _in_time(remote.fetch_stats())
+        if found is not None and self._remotes.get(name) is remote:  # else it was removed meanwhile
+            self._last[name] = found
 
     async def records(self, last_s: float, request_id: str) -> list[RequestRecord]:
         """As `CpuScheduler.records`, of all; of one that gives no answer there are none."""
-
-        async def ask(remote: RemoteScheduler) -> list[RequestRecord]:
-            with contextlib.suppress(HBServeRpcError, TimeoutError):
-                async with asyncio.timeout(PATIENCE_S):
-                    return await remote.fetch_records(last_s, request_id)
-            return []
-
-        return [each for found in await asyncio.gather(*map(ask, self._remotes.values())) for each in found]
+        asking = [_in_time(remote.fetch_records(last_s, request_id)) for remote in self._remotes.values()]
+        return [each for found in await asyncio.gather(*asking) for each in found or []]
 
     def instance_died(self, instance_id: str, why: str) -> None:
         for remote in self._remotes.values():
@@ -77,14 +71,16 @@ class Siblings:
 
     async def abort(self, request_id: str, reason: FinishReason, choice: int | None = None) -> bool:
         """Whether one of them had this request."""
+        asking = [_in_time(remote.abort(request_id, reason, choice)) for remote in self._remotes.values()]
+        return any(await asyncio.gather(*asking))
 
-        async def ask(remote: RemoteScheduler) -> bool:
-            with contextlib.suppress(HBServeRpcError, TimeoutError):
-                async with asyncio.timeout(PATIENCE_S):
-                    return await remote.abort(request_id, reason, choice)
-            return False
 
-        return any(await asyncio.gather(*map(ask, self._remotes.values())))
+async def _in_time(asking: Coroutine[Any, Any, T]) -> T | None:
+    """What is answered; None: there was no answer."""
+    with contextlib.suppress(HBServeRpcError, TimeoutError):
+        async with asyncio.timeout(PATIENCE_S):
+            return await asking
+    return None
 
 
 def total(all_stats: Iterable[SchedulerStats], *, now: SchedulerStats) -> SchedulerStats:

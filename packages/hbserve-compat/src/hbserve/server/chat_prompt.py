@@ -37,16 +37,17 @@ async def chat_prompt(
     settings = service.template_settings(body.chat_template_kwargs, body.add_generation_prompt)
     if body.reasoning_effort is not None:
         settings["reasoning_effort"] = body.reasoning_effort
-    tools = chat_tools(body, format_of(model.encoder.chat_template))
+    grammar = structured_outputs(body)
+    is_structured = grammar is not None
+    tools = chat_tools(body, format_of(model.encoder.chat_template), is_structured=is_structured)
     prompt = await model.encoder.messages(plain_messages(body.messages, paths), tools=tools.offered, **settings)
     has_begun = thinking_has_begun(model.encoder.chat_template, model.encoder.tokenizer, prompt)
-    is_structured = structured_outputs(body) is not None
     # What follows a grammar from its first token on has no reasoning before it.
     beginning = tools.beginning or (f"\n{END}\n\n" if is_structured and has_begun else "")
     if beginning:
         prompt = prompt + await model.encoder.text(beginning, add_special_tokens=False)
     with renamed({} if body.max_completion_tokens is None else {"max_tokens": "max_completion_tokens"}):
-        params = sampling_params(body, model.room_for(prompt), tools.grammar)
+        params = sampling_params(body, model.room_for(prompt), grammar or tools.grammar)
 
     def make_parts() -> MessageParts:
         if has_begun is None or tools.beginning or is_structured:

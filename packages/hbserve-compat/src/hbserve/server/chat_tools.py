@@ -9,7 +9,6 @@ import msgspec
 from hbserve.server.api_error import ApiError
 from hbserve.server.message_parts import MessageParts, PlainText
 from hbserve.server.request_fields import ChatBody
-from hbserve.server.structured_outputs import structured_outputs
 from hbserve.server.tool_calls import ARGUMENTS, BEGINNINGS, READERS, Format
 from hbserve_rpc import StructuredOutputsParams
 from hbserve_rpc.plain_values import plain_text, shown
@@ -38,8 +37,10 @@ class ChatTools:
         return reader
 
 
-def chat_tools(body: ChatBody, known: Format | None) -> ChatTools:
+def chat_tools(body: ChatBody, known: Format | None, *, is_structured: bool) -> ChatTools:
     """What a request says of tools; `known` is the format of the model's calls, None if it knows none.
+
+    is_structured: the answer has a format of its own.
 
     Raises:
         ApiError: 400, names what is wrong.
@@ -58,7 +59,7 @@ def chat_tools(body: ChatBody, known: Format | None) -> ChatTools:
     most_calls = 1 if body.parallel_tool_calls is False else None
     if choice in (None, "auto"):
         return ChatTools(body.tools, known, most_calls=most_calls)
-    if structured_outputs(body) is not None:
+    if is_structured:
         raise ApiError(400, f"tool_choice={shown(choice)}: not with a format of the answer", param="tool_choice")
     if choice == "required":
         return ChatTools(body.tools, known, BEGINNINGS[known], most_calls, _grammar(body, known, names))

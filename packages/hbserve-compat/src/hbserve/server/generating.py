@@ -20,6 +20,7 @@ from hbserve.server.request_body import converted, ignored_fields, ignored_heade
 from hbserve.server.request_fields import ChatBody, CompletionBody, RequestBody, SamplingFields, require_served
 from hbserve.server.sampling import COMPLETION_MAX_TOKENS, is_only_prompt, num_choices, sampling_params
 from hbserve.server.service import ServedModel, Service
+from hbserve.server.structured_outputs import structured_outputs
 from hbserve_rpc import SamplingParams
 
 B = TypeVar("B", bound=RequestBody)
@@ -58,7 +59,7 @@ async def _complete(
     given = read_prompts(body.prompt)
     n = num_choices(body, len(given))
     prompts = [await model.encoder.text(each) if isinstance(each, str) else each for each in given]
-    params = [sampling_params(body, COMPLETION_MAX_TOKENS)] * len(prompts)
+    params = [sampling_params(body, COMPLETION_MAX_TOKENS, structured_outputs(body))] * len(prompts)
     echoed = [_text_of(model, each, ids) if body.echo else "" for each, ids in zip(given, prompts, strict=True)]
     choices = CompletionChoices(
         TokenNames(model.encoder.tokenizer),

@@ -2,7 +2,6 @@
 
 from hbserve.server.api_error import ApiError
 from hbserve.server.request_fields import SAMPLED, ChatBody, CompletionBody, SamplingFields
-from hbserve.server.structured_outputs import structured_outputs
 from hbserve_rpc import SamplingParams, StructuredOutputsParams
 from hbserve_rpc.sampling_params import MAX_LOGPROBS
 
@@ -30,11 +29,8 @@ def num_choices(body: SamplingFields, num_prompts: int) -> int:
     return n
 
 
-def sampling_params(
-    body: SamplingFields, max_tokens: int, grammar: StructuredOutputsParams | None = None
-) -> SamplingParams:
-    """Parameters of a request whose answer may have so many tokens unless it says otherwise, and which follows this
-    grammar if it names none itself.
+def sampling_params(body: SamplingFields, max_tokens: int, grammar: StructuredOutputsParams | None) -> SamplingParams:
+    """Parameters of a request whose answer may have so many tokens unless it says otherwise, and follows this grammar.
 
     Raises:
         InvalidRequest: a value out of its range; names the field.
@@ -43,7 +39,7 @@ def sampling_params(
     wanted = _max_tokens(body)
     given["max_tokens"] = max_tokens if wanted is None else wanted
     given["logprobs"] = _logprobs(body)
-    given["structured_outputs"] = structured_outputs(body) or grammar
+    given["structured_outputs"] = grammar
     if isinstance(body, CompletionBody):
         given["prompt_logprobs"] = _prompt_logprobs(body, given["logprobs"])
         given["max_tokens"] += is_only_prompt(body)  # the engines know no answer without a token
