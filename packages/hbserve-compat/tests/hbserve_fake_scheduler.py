@@ -10,6 +10,7 @@ import httpx
 
 from hbserve.server.app import make_app
 from hbserve.server.service import Service
+from hbserve.tokenizer import load_tokenizer
 from hbserve_rpc import Overloaded, SamplingParams
 from hbserve_rpc.messages import (
     FinishReason,
@@ -229,3 +230,10 @@ def named_events_of(response: httpx.Response) -> list[Any]:
     found = [json.loads(data.removeprefix("data: ")) for _, data in pairs]
     assert [name for name, _ in pairs] == [f"event: {each['type']}" for each in found]
     return found
+
+
+def server_that_thinks(small_model: Any) -> FakeServer:
+    """Its answers have reasoning, text and a call of a tool."""
+    server = FakeServer(load_tokenizer(small_model("qwen3")), chat_template=TOOL_TEMPLATE)
+    server.answers(*THOUGHT_TEXT_AND_CALL)
+    return server

@@ -3,19 +3,16 @@
 import asyncio
 
 import pytest
-from hbserve_fake_scheduler import THOUGHT_TEXT_AND_CALL, TOOL_TEMPLATE, FakeServer, named_events_of
+from hbserve_fake_scheduler import named_events_of, server_that_thinks
 
 from hbserve.server.responses_fields import NOT_SERVED
-from hbserve.tokenizer import load_tokenizer
 
 TOOL = {"type": "function", "name": "f", "parameters": {"type": "object"}, "strict": True}
 
 
 @pytest.fixture
 def server(small_model):
-    server = FakeServer(load_tokenizer(small_model("qwen3")), chat_template=TOOL_TEMPLATE)
-    server.answers(*THOUGHT_TEXT_AND_CALL)
-    return server
+    return server_that_thinks(small_model)
 
 
 async def ask(server, **body):

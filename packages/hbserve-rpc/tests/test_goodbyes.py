@@ -58,6 +58,15 @@ async def asking(rpc, client, serving) -> asyncio.Task[Any]:
     return call
 
 
+async def replaced(rpc, start, serving, monkeypatch) -> Serving:
+    """Another life in its place: it ends without a word."""
+    monkeypatch.setattr(serving.server._socket, "say_last", lambda frames: None)
+    await serving.server.stop()
+    again = Serving(rpc, serving.server.port)
+    await start(again.server)
+    return again
+
+
 async def test_a_server_that_ends_in_order_says_so_and_who_asks_later_waits_for_the_next_life(rpc, start, patient):
     serving = Serving(rpc)
     await serving.server.start()
@@ -168,10 +177,7 @@ async def test_another_life_behind_the_same_address_is_noticed_when_it_is_reache
     async with Cable(serving.server.port) as cable, asyncio.timeout(30):
         client, losses = await patient(cable.address)
         call = await asking(rpc, client, serving)
-        monkeypatch.setattr(serving.server._socket, "say_last", lambda frames: None)
-        await serving.server.stop()
-        again = Serving(rpc, serving.server.port)
-        await start(again.server)
+        await replaced(rpc, start, serving, monkeypatch)
         cable.cut()
         with pytest.raises(PeerLost, match="was restarted"):
             await call
@@ -193,10 +199,7 @@ async def test_what_a_life_has_heard_that_never_said_who_it_was_is_lost_with_its
         client, _ = await patient(cable.address)
         call = asyncio.create_task(client.call(rpc.CALL, rpc.Ask(7), timeout_s=60))
         await serving.asked.wait()
-        monkeypatch.setattr(serving.server._socket, "say_last", lambda frames: None)
-        await serving.server.stop()
-        again = Serving(rpc, serving.server.port)
-        await start(again.server)
+        again = await replaced(rpc, start, serving, monkeypatch)
         cable.cut()
         with pytest.raises(PeerLost, match="not connected for long enough to say who it is"):
             await call

@@ -16,15 +16,17 @@ from hbserve.server.request_body import converted, ignored_fields, ignored_heade
 from hbserve.server.request_fields import ChatBody
 from hbserve.server.service import ServedModel, Service
 from hbserve.server.translated_chat import (
+    ChatHistory,
     TranslatedChat,
     named_function,
     new_tool_call,
     offered_function,
     part_text,
     parts_of,
+    plain_role,
     text_of,
 )
-from hbserve_rpc.plain_values import plain_text, shown
+from hbserve_rpc.plain_values import plain_text
 
 NAMES = {
     "stop": "stop_sequences",
@@ -110,22 +112,11 @@ def _response_format(given: dict[str, Any]) -> dict[str, Any]:
     return {"type": "json_schema", "json_schema": {"name": "output", "schema": given.get("schema")}}
 
 
-class _History:
-    """Messages of a chat: one of a user may be several there, one for each result of a tool."""
-
-    def __init__(self) -> None:
-        self.messages: list[dict[str, Any]] = []
-        self.paths: list[str] = []
-
-    def add(self, path: str, role: str, **more: Any) -> None:
-        self.messages.append({"role": role, **more})
-        self.paths.append(path)
+class _History(ChatHistory):
+    """Out of messages, of which a user's may be several there, one for each result of a tool."""
 
     def add_message(self, path: str, message: dict[str, Any]) -> None:
-        role, content = message.get("role"), message.get("content")
-        if role not in ROLES:
-            problem = f"{path}.role={shown(role)}: expected one of {', '.join(ROLES)}"
-            raise ApiError(400, problem, param=f"{path}.role")
+        role, content = plain_role(path, message, ROLES), message.get("content")
         if not isinstance(content, list):
             self.add(path, role, content=text_of(f"{path}.content", content, TEXT))
         elif role == "assistant":

@@ -20,14 +20,19 @@ READY_TIMEOUT_S = 600.0
 class FrontEnd:
     """Answers 503 from `start` on, requests from `begin` on, and after `drain` only those that have begun."""
 
-    def __init__(self, settings: ServerSection, *, shares_port: bool = False) -> None:
+    def __init__(
+        self, settings: ServerSection, *, shares_port: bool = False, whole: WholeDeployment | None = None
+    ) -> None:
         """Binds the address, unless it shares that with others.
+
+        whole: has the figures of the deployment; without it the server that it begins with has.
 
         Raises:
             AddressInUse: it belongs to another process.
             ConfigError: a file that the settings name cannot be used, or the address cannot be bound.
         """
         self._service = Service(settings)
+        self._whole = whole
         self._http = HttpServer(settings, make_app(self._service), shares_port=shares_port)
 
     @property
@@ -42,16 +47,8 @@ class FrontEnd:
     async def start(self) -> None:
         await self._http.start()
 
-    async def begin(
-        self,
-        name: str,
-        folder: Path,
-        server: SchedulerServer,
-        whole: WholeDeployment | None = None,
-    ) -> None:
+    async def begin(self, name: str, folder: Path, server: SchedulerServer) -> None:
         """Serve the model that is in a folder, by the scheduler of a server, when its instances are ready.
-
-        whole: has the figures of the deployment; without it the server has.
 
         Raises:
             BrokenTokenizer, InstanceFailed, NotReady.
@@ -59,7 +56,7 @@ class FrontEnd:
         # Importing transformers takes long, and heartbeats go on meanwhile.
         tokenizer = await asyncio.to_thread(load_tokenizer, folder)
         await server.scheduler.wait_ready(READY_TIMEOUT_S)
-        self._service.begin(name, folder, server.scheduler, tokenizer, whole or server)
+        self._service.begin(name, folder, server.scheduler, tokenizer, self._whole or server)
 
     async def drain(self) -> None:
         """Refuse requests, and wait until those that are answered have their answers, or `drain_timeout_s` are over."""

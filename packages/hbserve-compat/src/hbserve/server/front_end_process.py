@@ -27,13 +27,13 @@ async def _serve(settings: FrontEndSettings) -> None:
     loop, ending = asyncio.get_running_loop(), Ending()
     with own_process.on_ending_signals(lambda _: ending.tell()):
         when_launcher_ends(lambda: loop.call_soon_threadsafe(ending.tell_at_once))
-        front_end = FrontEnd(settings.server, shares_port=True)
-        server = SchedulerServer(CpuScheduler(settings.scheduler, model_path=settings.model_folder))
         parent = RemoteScheduler(settings.parent)
+        front_end = FrontEnd(settings.server, shares_port=True, whole=parent)
+        server = SchedulerServer(CpuScheduler(settings.scheduler, model_path=settings.model_folder))
         try:
             await parent.start()
             await server.start()
-            await unless(ending.begun, _begin(settings, front_end, server, parent))
+            await unless(ending.begun, _begin(settings, front_end, server))
             await ending.begun.wait()
             await unless(ending.at_once, front_end.drain())
         finally:
@@ -42,12 +42,10 @@ async def _serve(settings: FrontEndSettings) -> None:
             await parent.stop()
 
 
-async def _begin(
-    settings: FrontEndSettings, front_end: FrontEnd, server: SchedulerServer, parent: RemoteScheduler
-) -> None:
+async def _begin(settings: FrontEndSettings, front_end: FrontEnd, server: SchedulerServer) -> None:
     for instance in settings.instances:
         await server.scheduler.add_instance(*instance)
-    await front_end.begin(settings.model_name, Path(settings.model_folder), server, parent)
+    await front_end.begin(settings.model_name, Path(settings.model_folder), server)
     await front_end.start()
     sys.stdout.write(json.dumps({"address": server.address}) + "\n")
     sys.stdout.flush()

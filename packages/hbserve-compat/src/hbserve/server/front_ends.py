@@ -21,7 +21,6 @@ import msgspec
 from hbserve.child_process import ChildProcess, ChildProcesses
 from hbserve.server.front_end import READY_TIMEOUT_S, FrontEnd
 from hbserve.server.http_server import held_for_others
-from hbserve.server.service import WholeDeployment
 from hbserve_rpc import format_address
 from hbserve_rpc.address import is_wildcard
 from hbserve_rpc.messages import Role
@@ -92,13 +91,7 @@ class FrontEnds(FrontEnd):
     def model_name(self) -> str:
         return (self._settings.served_model_names or [self._name])[0]
 
-    async def begin(
-        self,
-        name: str,
-        folder: Path,
-        server: SchedulerServer,
-        whole: WholeDeployment | None = None,
-    ) -> None:
+    async def begin(self, name: str, folder: Path, server: SchedulerServer) -> None:
         """Start the processes, and wait until each serves.
 
         Raises:

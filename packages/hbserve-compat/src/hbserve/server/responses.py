@@ -12,7 +12,15 @@ from hbserve.server.request_fields import ChatBody
 from hbserve.server.response_events import ResponseFormat
 from hbserve.server.responses_fields import INCLUDED, ResponsesBody, TextConfig
 from hbserve.server.service import ServedModel, Service
-from hbserve.server.translated_chat import TranslatedChat, named_function, new_tool_call, offered_function, text_of
+from hbserve.server.translated_chat import (
+    ChatHistory,
+    TranslatedChat,
+    named_function,
+    new_tool_call,
+    offered_function,
+    plain_role,
+    text_of,
+)
 from hbserve_rpc.plain_values import shown
 
 NAMES = {
@@ -77,17 +85,8 @@ def _response_format(text: TextConfig | None) -> dict[str, Any] | None:
     return {"type": "json_schema", "json_schema": {name: given[name] for name in given if name != "type"}}
 
 
-class _History:
-    """Messages of a chat, out of items, several of which may be one message of the assistant."""
-
-    def __init__(self) -> None:
-        self.messages: list[dict[str, Any]] = []
-        self.paths: list[str] = []
-
-    def add(self, path: str, role: str, content: str, **more: Any) -> dict[str, Any]:
-        self.messages.append({"role": role, "content": content, **more})
-        self.paths.append(path)
-        return self.messages[-1]
+class _History(ChatHistory):
+    """Out of items, several of which may be one message of the assistant."""
 
     def add_item(self, path: str, item: dict[str, Any]) -> None:
         kind = item.get("type") or "message"
@@ -109,10 +108,7 @@ class _History:
             raise ApiError(400, f"{path}.type={shown(kind)}: is not served; expected {expected}", param=f"{path}.type")
 
     def _add_message(self, path: str, item: dict[str, Any]) -> None:
-        role = item.get("role")
-        if role not in ROLES:
-            problem = f"{path}.role={shown(role)}: expected one of {', '.join(ROLES)}"
-            raise ApiError(400, problem, param=f"{path}.role")
+        role = plain_role(path, item, ROLES)
         text = text_of(f"{path}.content", item.get("content"), TEXT)
         if role == "assistant":
             self._answer(path)["content"] = text

@@ -45,6 +45,29 @@ class TranslatedChat:
                 await reply.answer(answers, answer_format, streamed=bool(self.body.stream))
 
 
+class ChatHistory:
+    """Messages of a chat, out of what another API has in their place. A subclass reads that."""
+
+    def __init__(self) -> None:
+        self.messages: list[dict[str, Any]] = []
+        self.paths: list[str] = []
+        """Of each message, where its client has it."""
+
+    def add(self, path: str, role: str, content: str, **more: Any) -> dict[str, Any]:
+        self.messages.append({"role": role, "content": content, **more})
+        self.paths.append(path)
+        return self.messages[-1]
+
+
+def plain_role(path: str, message: dict[str, Any], roles: tuple[str, ...]) -> str:
+    """Whose message it is. Raises ApiError: 400, nobody's of these."""
+    role = message.get("role")
+    if role not in roles:
+        problem = f"{path}.role={shown(role)}: expected one of {', '.join(roles)}"
+        raise ApiError(400, problem, param=f"{path}.role")
+    return str(role)
+
+
 def parts_of(path: str, content: Any) -> list[tuple[str, dict[str, Any], Any]]:
     """Of a list of parts, the path, the part and its type. Raises ApiError: it is no such list."""
     if not isinstance(content, list):
