@@ -16,7 +16,7 @@ from hbserve_kv.memory.memory import Memory
 from hbserve_kv.protocol import messages
 from hbserve_kv.protocol.handshake import Identity
 from hbserve_kv.protocol.messages import Abandon, AnnouncedPart, Begin, Commit, Handshake, PartsAnnounced
-from hbserve_kv.protocol.transfer_state import State
+from hbserve_kv.protocol.transfer_state import Phase
 from hbserve_kv.receiving.lookup_buffer import LookupBuffer
 from hbserve_kv.receiving.receiver import Receiver
 from hbserve_kv.receiving.transfer import IncomingLink, IncomingTransfer
@@ -425,7 +425,7 @@ async def test_a_sender_that_is_lost_while_it_waits_for_room_begins_nothing():
     await world.buffer.free(everything)
     async with asyncio.timeout(20):
         await asyncio.gather(*world.calls)
-    assert all(transfer.state is State.FAILED_DRAINED for transfer in world.receiver.transfers.values())
+    assert all(transfer.phase is Phase.FAILED_DRAINED for transfer in world.receiver.transfers.values())
     await world.end()
 
 

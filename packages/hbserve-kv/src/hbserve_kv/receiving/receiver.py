@@ -20,7 +20,7 @@ from hbserve_kv.protocol.messages import (
     Told,
     UnknownLink,
 )
-from hbserve_kv.protocol.transfer_state import State
+from hbserve_kv.protocol.transfer_state import Phase
 from hbserve_kv.receiving.links import IncomingLinks
 from hbserve_kv.receiving.lookup_buffer import LookupBuffer
 from hbserve_kv.receiving.quarantine import Quarantine
@@ -74,7 +74,7 @@ class Receiver:
         return transfer
 
     def _expire(self, transfer: IncomingTransfer) -> None:
-        if transfer.state is State.POSTED:
+        if transfer.phase is Phase.OPENING:
             transfer.fail(f"no sender began within {self._config.expiry_s} s")
 
     async def say_goodbye(self) -> None:
@@ -111,7 +111,7 @@ class Receiver:
             return UnknownLink()
         transfer = await self._find(begin, link)
         if not transfer.begin(link):
-            if begin.num_bytes is not None and transfer.state is State.POSTED:
+            if begin.num_bytes is not None and transfer.phase is Phase.OPENING:
                 transfer.fail("the sender was lost")  # its room in the buffer was made for this sender
             self._drop_message(f"transfer {begin.transfer_id} has begun or ended already")
         return Accepted(transfer.region, transfer.block_ids, self._config.checksum)

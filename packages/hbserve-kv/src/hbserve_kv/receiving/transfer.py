@@ -10,10 +10,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from hbserve_kv.errors import TransferFailed
-from hbserve_kv.memory.heads import HeadRange
-from hbserve_kv.memory.memory import Region
+from hbserve_kv.memory.memory import HeadRange, Region
 from hbserve_kv.protocol.messages import AnnouncedPart, Cancelled, Commit, Handshake
-from hbserve_kv.protocol.transfer_state import IncomingState, Outcome, State, TransferResult
+from hbserve_kv.protocol.transfer_state import IncomingState, Outcome, Phase, TransferResult
 from hbserve_kv.transports.base import Link, Transport
 from hbserve_kv.transports.rendezvous import HeldRendezvous
 
@@ -79,8 +78,8 @@ class IncomingTransfer:
         """One of each sender that has committed."""
 
     @property
-    def state(self) -> State:
-        return self._state.state
+    def phase(self) -> Phase:
+        return self._state.phase
 
     @property
     def cause(self) -> str:
@@ -168,16 +167,16 @@ class IncomingTransfer:
 
     def _publish(self) -> None:
         """Tell whoever waits what the state has become."""
-        state = self.state
-        if State.DRAINING <= state <= State.FAILED_DRAINED and not self._has_failed:
+        phase = self.phase
+        if self._state.failed and not self._has_failed:
             self._has_failed = True
             for link in self.links.values():
                 link.notices.put_nowait(Cancelled(self.transfer_id, self.cause))
-            if state is not State.FAILED_DRAINED:
+            if phase is not Phase.FAILED_DRAINED:
                 self._on_failed(self)
-        if state >= State.UNKNOWN and not self.result.done():
+        if self._state.ended and not self.result.done():
             self.result.set_result(self._result())
-        if state >= State.FAILED_DRAINED:
+        if phase >= Phase.FAILED_DRAINED:
             self.drained.set()
             for link in self.links.values():
                 link.transfers.discard(self)
@@ -185,7 +184,7 @@ class IncomingTransfer:
         self._changed.clear()
 
     def _result(self) -> TransferResult:
-        if self.state is not State.COMPLETED:
+        if self.phase is not Phase.COMPLETED:
             return TransferResult(self._state.outcome, error=self.cause)
         return TransferResult(
             Outcome.COMPLETED,
@@ -221,5 +220,5 @@ class PostedReceive:
             TransferFailed: the manager was closed before; nobody will know.
         """
         await self._transfer.drained.wait()
-        if self._transfer.state < State.FAILED_DRAINED:
+        if self._transfer.phase < Phase.FAILED_DRAINED:
             raise TransferFailed("the receiver was closed before its sender was known to have ended")
