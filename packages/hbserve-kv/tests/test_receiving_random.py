@@ -300,7 +300,7 @@ class World:
         )  # fmt: skip
         self.streams[sender] = self.handlers.of[messages.LINK.name](hello)
         await anext(self.streams[sender])
-        self.links.append(self.receiver.links.connected[self.key(sender)])
+        self.links.append(self.receiver.links[self.key(sender)])
 
     async def lose(self, sender: int) -> None:
         if sender in self.streams:
@@ -439,7 +439,7 @@ async def test_what_begins_while_the_receiver_closes_ends_with_it():
     assert transfer.result.result().outcome is Outcome.UNKNOWN
     assert transfer.drained.is_set()
     await world.lose(0)
-    await world.receiver.links.close()
+    await world.receiver.close()
 
 
 async def test_nothing_more_is_taken_over_a_link_that_is_broken():

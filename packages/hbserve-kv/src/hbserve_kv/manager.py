@@ -287,5 +287,5 @@ class KVTransferManager(KVTransferBase):
     def links(self) -> list[LinkInfo]:
         """What carries the bytes to and from each connected peer."""
         to = [(each.link, each.transport) for each in self._peers.connections.values()]
-        of = [(each.link, each.transport) for each in self._receiver.links.connected.values()]
+        of = [(each.link, each.transport) for each in self._receiver.links.values()]
         return [LinkInfo(link.peer_rank, link.is_sender, transport.name, link.detail) for link, transport in [*to, *of]]
