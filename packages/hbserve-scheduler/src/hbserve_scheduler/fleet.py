@@ -10,9 +10,8 @@ from operator import attrgetter
 from hbserve_rpc.messages import InstanceInfo, Role
 from hbserve_scheduler.config import SchedulerConfig
 from hbserve_scheduler.errors import ConfigError, InstanceFailed, NotReady
-from hbserve_scheduler.instances import InstanceHandle
+from hbserve_scheduler.instances import InstanceHandle, Placement
 from hbserve_scheduler.links import Links
-from hbserve_scheduler.placement import Placement
 from hbserve_scheduler.policies import POLICIES, SPARE_REQUESTS, Available, connected_first
 
 REFRESH_TIMEOUT_S = 2.0
