@@ -18,7 +18,7 @@ from hbserve_scheduler.request import ScheduledRequest
 
 
 def entry(name: int) -> ScheduledRequest:
-    return ScheduledRequest(GenerateRequest(str(name), [1], SamplingParams(0, 4)))
+    return ScheduledRequest(GenerateRequest(str(name), [1], SamplingParams(0, 4)), submitted_s=0)
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
