@@ -31,7 +31,7 @@ PROMPT = PromptShape(4)
 
 
 def entry(name: int) -> ScheduledRequest:
-    return ScheduledRequest(GenerateRequest(str(name), [1], SamplingParams(0, 4)))
+    return ScheduledRequest(GenerateRequest(str(name), [1], SamplingParams(0, 4)), submitted_s=0)
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)

@@ -3,14 +3,15 @@
 import asyncio
 import contextlib
 import itertools
-import time
 from collections.abc import Callable, Collection, Iterable
 from operator import attrgetter
 
+from hbserve_rpc import RpcClient
 from hbserve_rpc.messages import InstanceInfo, Role
 from hbserve_rpc.prompt_shape import PromptShape
 from hbserve_scheduler.config import SchedulerConfig
 from hbserve_scheduler.errors import ConfigError, InstanceFailed, NotReady
+from hbserve_scheduler.instance_client import ClientFactory
 from hbserve_scheduler.instances import InstanceHandle
 from hbserve_scheduler.links import Links
 from hbserve_scheduler.placement import Placement
@@ -22,10 +23,13 @@ REFRESH_TIMEOUT_S = 2.0
 class Fleet:
     """Instances come, go and come back; requests ask for places."""
 
-    def __init__(self, config: SchedulerConfig, on_change: Callable[[], None]) -> None:
+    def __init__(
+        self, config: SchedulerConfig, on_change: Callable[[], None], client_factory: ClientFactory = RpcClient
+    ) -> None:
         self.handles: dict[str, InstanceHandle] = {}
         self._config = config
         self._on_change = on_change
+        self._client_factory = client_factory
         self.links = Links(self.handles, config.max_warm_links)
         self._started = False
         prefill = make_policy("scheduler.prefill_policy", config.prefill_policy)
@@ -45,7 +49,9 @@ class Fleet:
     async def add(self, instance_id: str, role: Role, address: str) -> None:
         if instance_id in self.handles:
             raise ConfigError(f"instance_id={instance_id!r}: is in use; each instance needs its own")
-        handle = InstanceHandle(instance_id, role, address, self._config, self._look, self._look_at_info)
+        handle = InstanceHandle(
+            instance_id, role, address, self._config, self._look, self._look_at_info, self._client_factory
+        )
         handle.turn = next(self._turns)
         self.handles[instance_id] = handle
         if self._started:
@@ -96,12 +102,12 @@ class Fleet:
 
     async def wait_ready(self, timeout_s: float) -> None:
         """Raises InstanceFailed at once when one says so, NotReady after `timeout_s`."""
-        deadline_s = time.monotonic() + timeout_s
+        deadline_s = asyncio.get_running_loop().time() + timeout_s
         while missing := [handle for handle in self.handles.values() if handle.status != "ready"]:
             for handle in missing:
                 if handle.status == "failed":
                     raise InstanceFailed(handle.describe_problem())
-            if time.monotonic() > deadline_s:
+            if asyncio.get_running_loop().time() > deadline_s:
                 problems = "; ".join(handle.describe_problem() for handle in missing)
                 raise NotReady(f"not ready within {timeout_s:g} s: {problems}")
             await asyncio.sleep(0.05)
