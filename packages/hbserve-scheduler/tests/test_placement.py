@@ -30,20 +30,24 @@ from hbserve_scheduler.request import ScheduledRequest
 PROMPT = PromptShape(4)
 
 
-def entry(name: int) -> ScheduledRequest:
-    return ScheduledRequest(GenerateRequest(str(name), [1], SamplingParams(0, 4)), submitted_s=0)
+def entry(name: int, priority: int = 0) -> ScheduledRequest:
+    request = GenerateRequest(str(name), [1] * (name + 1), SamplingParams(0, 4, priority=priority))
+    return ScheduledRequest(request, submitted_s=0)
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
-@given(removed=st.lists(st.tuples(st.booleans(), st.integers(0, 30)), max_size=40))
-def test_requests_wait_in_the_order_in_which_they_came_whichever_leave(removed):
+@given(removed=st.lists(st.tuples(st.booleans(), st.integers(0, 30), st.integers(-1, 1)), max_size=40))
+def test_requests_wait_by_priority_and_then_in_the_order_in_which_they_came_whichever_leave(removed):
     waiting, model, names = WaitingRequests(), [], itertools.count()
-    for adds, place in removed:
+    for adds, place, priority in removed:
         if adds or not model:
-            model.append(entry(next(names)))
-            waiting.append(model[-1])
+            waiting.append(new := entry(next(names), priority))
+            model = sorted([*model, new], key=lambda each: each.request.params.priority)  # stable
         else:
             waiting.remove(model.pop(place % len(model)))
+        for bound in (-2, -1, 0, 1, 2):
+            before = [each.num_tokens for each in model if each.request.params.priority <= bound]
+            assert waiting.num_tokens_before(bound) == sum(before)
         assert list(waiting) == model
         assert list(reversed(waiting)) == model[::-1]
         assert [waiting[i] for i in range(-len(model), len(model))] == model + model
@@ -173,7 +177,7 @@ async def test_a_place_is_found_without_a_look_at_every_instance(monkeypatch):
     places = []
     for _ in range(100):
         assert fleet.has_room()
-        assert fleet.may_serve_soon()
+        assert fleet.may_serve()
         assert len(fleet.limiting_infos()) == 2
         places.append(fleet.place(5))
     assert len(looked) < 100 * 15, "those to which a prefill instance is connected, and those that were chosen"
@@ -193,7 +197,7 @@ async def test_the_limits_of_requests_follow_the_instances_that_are_ready():
         await fleet.remove(each)
     assert fleet.limiting_infos() == []
     assert not fleet.has_room()
-    assert not fleet.may_serve_soon()
+    assert not fleet.may_serve()
 
 
 async def test_busy_decode_instances_that_are_connected_give_way_to_one_that_is_not_yet():

@@ -8,7 +8,7 @@ from typing import Any, Protocol, cast
 from hbserve.detokenizer import Detokenizer
 from hbserve.prompts import naming
 from hbserve.results import Answer, GenerationDelta, GenerationResult, timings_of
-from hbserve_rpc import RemoteError, SamplingParams
+from hbserve_rpc import Overloaded, RemoteError, SamplingParams
 from hbserve_rpc.messages import ClientEvent, FinishReason, GenerateRequest, RequestFinished, TokenEvent, TokenLogprobs
 
 MOST_UNDER_WAY = 2048
@@ -28,7 +28,7 @@ class Scheduler(Protocol):
 
     def check(self, request: GenerateRequest) -> GenerateRequest: ...
 
-    async def wait_for_room(self) -> None: ...
+    async def wait_for_room(self, priority: int = ...) -> None: ...
 
     def submit(self, request: GenerateRequest) -> Any: ...
 
@@ -202,15 +202,26 @@ async def answer_all(
     Raises:
         InvalidRequest: what only the instances could know. Names the prompt, if there are several.
         LogitsNotFinite: the model gives NaN or infinity for one. Names the prompt, if there are several.
-        Overloaded: a scheduler elsewhere has no room.
         RequestTimeout, Unavailable, RemoteError: one has failed.
     """
     under_way = asyncio.Semaphore(MOST_UNDER_WAY)
-    requests: list[TextRequest] = []
+    requests: dict[int, TextRequest] = {}
+
+    async def begin(place: int) -> TextRequest:
+        await scheduler.wait_for_room(params[place].priority)
+        with naming(place, len(prompts)):
+            requests[place] = TextRequest(scheduler, tokenizer, prompts[place], params[place])
+        return requests[place]
 
     async def follow(place: int, request: TextRequest) -> GenerationResult:
         with naming(place, len(prompts)):
-            result = await request.result()
+            while True:
+                try:
+                    result = await request.result()
+                    break
+                except Overloaded as refused:  # by a scheduler elsewhere, before it has begun
+                    await asyncio.sleep(refused.retry_after_s)
+                    request = await begin(place)
         under_way.release()
         on_done()
         return result
@@ -218,16 +229,13 @@ async def answer_all(
     try:
         async with asyncio.TaskGroup() as group:
             tasks = []
-            for place, (prompt, each) in enumerate(zip(prompts, params, strict=True)):
+            for place in range(len(prompts)):
                 await under_way.acquire()
-                await scheduler.wait_for_room()
-                with naming(place, len(prompts)):
-                    requests.append(TextRequest(scheduler, tokenizer, prompt, each))
-                tasks.append(group.create_task(follow(place, requests[-1])))
+                tasks.append(group.create_task(follow(place, await begin(place))))
     except BaseExceptionGroup as several:
         raise several.exceptions[0] from None
     finally:
         # A task that is cancelled before its first step closes nothing itself.
-        for request in requests:
+        for request in requests.values():
             await request.aclose()
     return [task.result() for task in tasks]

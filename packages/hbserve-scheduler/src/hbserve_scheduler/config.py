@@ -103,6 +103,8 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     """Of hybrid instances too."""
     max_queue_size: Annotated[int, POSITIVE] = 4096
     """Requests beyond this are refused as overload."""
+    max_queue_time_s: Annotated[float, Bounds(0.01)] = 30.0
+    """As is a request that would wait longer, by the rate at which others were begun while some had to wait."""
     max_attempts: Annotated[int, POSITIVE] = 3
     request_timeout_s: Annotated[float | None, Bounds(0.001)] = None
     """A request ends with an error after so long; None is never."""

@@ -44,7 +44,7 @@ class Fleet:
         self._decodes: dict[str, InstanceHandle] = {}
         """Decode instances by epoch."""
         self._limiting: list[InstanceInfo] | None = None
-        self._roles_there: set[Role] | None = None
+        self._roles_there: dict[bool, bool] = {}
 
     async def add(self, instance_id: str, role: Role, address: str) -> None:
         if instance_id in self.handles:
@@ -88,7 +88,7 @@ class Fleet:
 
     def _look_at_info(self, handle: InstanceHandle) -> None:
         """It is ready, or not any more, or another life."""
-        self._limiting = self._roles_there = None
+        self._limiting, self._roles_there = None, {}
         self._decodes = {each.epoch: each for each in self.handles.values() if each.role == "decode" and each.info}
         self._available[handle.role].look(handle)
         self.links.look()
@@ -176,13 +176,13 @@ class Fleet:
         )
         return available.choose(prompt, candidates)
 
-    def may_serve_soon(self) -> bool:
-        """Whether each role that a request needs has an instance that is ready or loading its model."""
-        if self._roles_there is None:
-            self._roles_there = {
-                handle.role for handle in self.handles.values() if handle.status in ("ready", "starting")
-            }
-        return "hybrid" in self._roles_there or {"prefill", "decode"} <= self._roles_there
+    def may_serve(self, *, soon: bool = False) -> bool:
+        """Whether each role that a request needs has an instance that is ready; or, `soon`, is loading its model."""
+        if soon not in self._roles_there:
+            statuses = ("ready", "starting") if soon else ("ready",)
+            roles = {handle.role for handle in self.handles.values() if handle.status in statuses}
+            self._roles_there[soon] = "hybrid" in roles or {"prefill", "decode"} <= roles
+        return self._roles_there[soon]
 
     def why_nobody(self) -> str:
         problems = [each.describe_problem() for each in self.handles.values() if each.status != "ready"]

@@ -71,7 +71,7 @@ class RemoteScheduler:
         """As `CpuScheduler.check`, by what `find` heard last."""
         return admitted(request, self._infos)
 
-    async def wait_for_room(self) -> None:
+    async def wait_for_room(self, priority: int = 0) -> None:
         """The queue is elsewhere, and says Overloaded itself."""
 
     async def abort(self, request_id: str, reason: FinishReason = "abort", choice: int | None = None) -> bool:
