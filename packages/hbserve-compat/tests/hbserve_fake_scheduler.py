@@ -137,6 +137,7 @@ class FakeScheduler:
         self.asked: list[tuple[list[int], SamplingParams]] = []
         self.most_running = 1000
         self.role = "hybrid"
+        self.digest_block_size = 0
         self.figures = Figures()
         """Of which nothing here writes: it is for tests."""
 

@@ -362,7 +362,7 @@ async def test_who_wants_many_answers_is_not_refused_but_waits_and_gets_them_in_
     scheduler = FullAtFirst()
     scheduler.steps = server.scheduler.steps
     params = [SamplingParams(max_tokens=5 + number) for number in range(3)]
-    results = await answer_all(scheduler, server.tokenizer, [[7], [7, 8], [7, 8, 9]], params, lambda: None)
+    results = await answer_all(scheduler, server.tokenizer, [[7], [7, 8], [7, 8, 9]], params, [None] * 3, lambda: None)
     assert [len(each["token_ids"]) for each in results] == [5, 6, 7]
     assert scheduler.num_refusals == 0
     assert not scheduler.running

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from hbserve_rpc import Overloaded, RequestTimeout, SamplingParams
+from hbserve_rpc import InvalidRequest, Overloaded, RequestTimeout, SamplingParams
 from hbserve_rpc.messages import DESCRIBE, GenerateRequest, InstanceInfo, InstanceStats, TokenEvent
+from hbserve_rpc.prompt_shape import PromptShape
 from hbserve_scheduler import CpuScheduler, SchedulerConfig
 from hbserve_scheduler.admission import LEAST_S, MEMORY_S, BeginningRate
 from hbserve_scheduler.virtual_time import VirtualTimeLoop
@@ -196,6 +197,43 @@ def test_who_would_rather_wait_than_be_refused_waits_for_half_of_the_time_too():
     waits = in_virtual_time(job, max_queue_time_s=6, max_queue_size=40)
     assert max(waits) > 15, "nobody knew at first"
     assert max(waits[-20:]) <= 6, "others who come find the other half"
+
+
+# ---- prompts -----------------------------------------------------------------------------------------------------
+
+
+async def test_a_prompt_that_comes_with_its_shape_is_neither_looked_at_nor_copied(make_scheduler, pair, collect):
+    class Unseen(list):
+        def __iter__(self) -> Any:
+            raise AssertionError("it was looked at")
+
+        __contains__ = __getitem__ = __iter__  # type: ignore[assignment]
+
+    scheduler = await make_scheduler(*pair)
+    prompt = Unseen([7] * 40)
+    shaped = GenerateRequest("r", prompt, SamplingParams(max_tokens=2), shape=PromptShape(40, 7))
+    assert scheduler.check(shaped).prompt_token_ids is prompt
+    await collect(scheduler.submit(shaped))
+    assert {tuple(request.prompt_token_ids) for instance in pair for request in instance.requests} == {(7,) * 40}
+    assert scheduler.check(GenerateRequest("r", [7, 9], SamplingParams())).shape == PromptShape(2, 9)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "shape", "problem"),
+    [
+        ([7, 8], PromptShape(3, 8), "shape: it is of another prompt"),
+        ((7, 8), PromptShape(2, 8), "shape: it is of another prompt"),
+        ([7, 8], "shape", "shape: it is of another prompt"),
+        ([7, 1000], PromptShape(2, 1000), r"prompt\[1\]: token 1000 is outside the vocabulary"),
+        ([7] * 65, PromptShape(65, 7), "prompt: 65 tokens; the instances take at most 64"),
+    ],
+)
+async def test_a_shape_is_compared_with_what_there_is_and_with_what_instances_take(
+    make_scheduler, pair, prompt, shape, problem
+):
+    scheduler = await make_scheduler(*pair)
+    with pytest.raises(InvalidRequest, match=problem):
+        scheduler.submit(GenerateRequest("r", prompt, SamplingParams(max_tokens=2), shape=shape))
 
 
 # ---- deadlines ---------------------------------------------------------------------------------------------------

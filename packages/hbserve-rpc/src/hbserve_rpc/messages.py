@@ -17,6 +17,7 @@ import msgspec
 
 from hbserve_rpc.histogram import Histogram
 from hbserve_rpc.methods import Method, Notification, StreamMethod
+from hbserve_rpc.prompt_shape import PromptShape
 from hbserve_rpc.sampling_params import LONGEST_TIMEOUT_S, SamplingParams
 
 TokenIds = Annotated[list[int], msgspec.Meta(max_length=1 << 22)]
@@ -52,6 +53,8 @@ class GenerateRequest(msgspec.Struct, frozen=True, tag=True):
     output_token_ids: TokenIds = []
     left_s: LeftS = None
     """Of `params.timeout_s`, or of what the deployment allows. To a scheduler it says nothing: there it begins."""
+    shape: PromptShape | None = None
+    """Of the prompt, which need not be looked at again then, nor copied: who submits it leaves it as it is."""
 
 
 class DecodeRequest(msgspec.Struct, frozen=True, tag=True):
@@ -322,6 +325,8 @@ class ServiceInfo(msgspec.Struct, frozen=True, tag=True):
     model_path: str
     max_model_len: int = 0
     instances: list[InstanceInfo] = []
+    digest_block_size: int = 0
+    """Requests are to bring the digests of their prompts' blocks of so many tokens; 0: of none."""
 
 
 InstanceEvent = Granted | TokenEvent | TransferDone

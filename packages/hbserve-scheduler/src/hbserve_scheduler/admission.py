@@ -15,6 +15,7 @@ from typing import overload
 from hbserve_rpc import InvalidRequest, Overloaded, SamplingParams
 from hbserve_rpc.messages import GenerateRequest, InstanceInfo
 from hbserve_rpc.plain_values import plain_id, plain_token_ids, require_in_vocabulary, shown
+from hbserve_rpc.prompt_shape import PromptShape, shape_of
 from hbserve_scheduler.config import SchedulerConfig
 from hbserve_scheduler.request import ScheduledRequest
 
@@ -24,10 +25,11 @@ MEMORY_S, LEAST_S = 10.0, 2.0
 """Of the measured rate: it is that of about so much time, and is not known before."""
 
 
-def admitted(request: GenerateRequest, infos: Sequence[InstanceInfo]) -> GenerateRequest:
-    """The request, plain and shared with nobody, checked against the instances that are ready.
+def admitted(request: GenerateRequest, infos: Sequence[InstanceInfo], digest_block_size: int = 0) -> GenerateRequest:
+    """The request with its prompt's shape, plain and shared with nobody, checked against the instances that are ready.
 
-    While there are none, they check it themselves later.
+    While there are none, they check it themselves later. A prompt that comes with its shape is plain already, and
+    nobody changes it: it is neither looked at nor copied.
 
     Raises:
         InvalidRequest: says what is wrong, and what is allowed.
@@ -36,7 +38,12 @@ def admitted(request: GenerateRequest, infos: Sequence[InstanceInfo]) -> Generat
     if not isinstance(request.params, SamplingParams):
         raise InvalidRequest(f"params={shown(request.params)}: expected SamplingParams")
     params = request.params.copied()
-    prompt = plain_token_ids("prompt", request.prompt_token_ids)
+    prompt, shape = request.prompt_token_ids, request.shape
+    if shape is None:
+        prompt = plain_token_ids("prompt", prompt)
+        shape = shape_of(prompt, digest_block_size)
+    elif not isinstance(shape, PromptShape) or not isinstance(prompt, list) or shape.num_tokens != len(prompt):
+        raise InvalidRequest("shape: it is of another prompt")
     output = plain_token_ids("output_token_ids", request.output_token_ids)
     if not prompt:
         raise InvalidRequest("prompt: expected at least one token")
@@ -50,10 +57,11 @@ def admitted(request: GenerateRequest, infos: Sequence[InstanceInfo]) -> Generat
         raise InvalidRequest(f"prompt: {num_tokens} tokens; the instances take at most {longest}")
     if infos:
         size = min(info.vocab_size for info in infos)
-        require_in_vocabulary("prompt", prompt, size)
+        if shape.largest_id >= size:
+            require_in_vocabulary("prompt", prompt, size)
         require_in_vocabulary("output_token_ids", output, size)
         params.require_vocabulary(size)
-    return GenerateRequest(request_id, prompt, params, output)
+    return GenerateRequest(request_id, prompt, params, output, shape=shape)
 
 
 class WaitingRequests(Sequence[ScheduledRequest]):

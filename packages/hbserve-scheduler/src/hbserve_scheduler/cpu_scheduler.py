@@ -148,7 +148,12 @@ class CpuScheduler:
 
     def check(self, request: GenerateRequest) -> GenerateRequest:
         """The request as `submit` would keep it, as far as can be known now. Raises InvalidRequest."""
-        return admitted(request, self.fleet.limiting_infos())
+        return admitted(request, self.fleet.limiting_infos(), self.digest_block_size)
+
+    @property
+    def digest_block_size(self) -> int:
+        """Of the blocks whose digests a prompt's shape should have; 0: of none, because no policy asks for them."""
+        return self.fleet.digest_block_size
 
     def _require_running(self) -> None:
         if self._stopped:
@@ -215,7 +220,8 @@ class CpuScheduler:
 
     def start_request(self, entry: ScheduledRequest) -> None:
         """Take one request out of `waiting_requests` and follow it to its end. Needs `has_room()`."""
-        placement = self.fleet.place(entry.num_tokens, num_choices=entry.request.params.n)
+        wanted = entry.num_tokens, (), "", entry.request.params.n, entry.request.shape
+        placement = self.fleet.place(*wanted)
         if placement is None:
             raise Overloaded("start_request: there is no room; ask has_room() first")
         self.waiting_requests.remove(entry)
@@ -367,4 +373,4 @@ class CpuScheduler:
         infos = [handle.info for handle in self.fleet.handles.values() if handle.info is not None]
         lengths = [info.max_model_len for info in infos if info.max_model_len]
         ready = bool(self.fleet.handles) and all(handle.status == "ready" for handle in self.fleet.handles.values())
-        return ServiceInfo(ready, self.model_path, min(lengths, default=0), infos)
+        return ServiceInfo(ready, self.model_path, min(lengths, default=0), infos, self.digest_block_size)

@@ -73,6 +73,13 @@ class Fleet:
         for handle in self.handles.values():
             await handle.close()
 
+    @property
+    def digest_block_size(self) -> int:
+        """Tokens of the blocks whose digests policies ask for; 0: none does, or there is no instance."""
+        if not any(getattr(each.policy, "wants_digests", False) for each in self._available.values()):
+            return 0
+        return next((info.block_size for info in self.limiting_infos()), 0)
+
     def limiting_infos(self) -> list[InstanceInfo]:
         """Of the ready instances, those that take the shortest prompts and the fewest tokens: what no other refuses."""
         if self._limiting is None:

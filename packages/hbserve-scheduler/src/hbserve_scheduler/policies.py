@@ -33,7 +33,10 @@ SPARE_ENTRIES = 64
 
 
 class PlacementPolicy(Protocol):
-    """Chooses among the instances of one role. Each role of each scheduler has one of its own, in its event loop."""
+    """Chooses among the instances of one role. Each role of each scheduler has one of its own, in its event loop.
+
+    If it has `wants_digests = True`, prompts come with the digests of their blocks.
+    """
 
     def choose(self, candidates: Sequence[InstanceHandle], prompt: PromptShape) -> InstanceHandle:
         """One of `candidates`, which are never none: the instances that can take a request now, in no order.
