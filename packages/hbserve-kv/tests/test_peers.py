@@ -39,7 +39,7 @@ async def move(sender, receiver, name, blocks=(1,)):
 async def test_peers_that_came_and_went_leave_no_file_thread_task_or_shared_memory(managers):
     """HBSERVE_NUM_PEERS=1000 for the full number."""
     # Known elsewhere: SGLang #34450, #31922, Mooncake #2044.
-    receiver, before = await managers(0, "ipc"), None
+    receiver, before = await managers(0, "ipc"), held()
     for number in range(NUM_PEERS):
         peer = KVTransferManager(
             rank=1, pool=torch.zeros(64, 2, 3, 64), fingerprint={"model": "m"},

@@ -279,12 +279,12 @@ class Life:
         assert self.state.cause == self.first_cause
         assert self.state.failed == bool(self.first_cause)
         if phase >= Phase.FAILED_DRAINED:
-            assert not any(self.num_moving + self.goes_on), "blocks are the caller's again"
+            assert not any([*self.num_moving, *self.goes_on]), "blocks are the caller's again"
         if phase is Phase.COMPLETED:
             assert all(self.was_acknowledged)
             assert all(leg.num_begun == leg.num_pushed for leg in self.state.legs)
         if phase in (Phase.DRAINING, Phase.UNKNOWN):
-            assert any(self.num_moving + self.goes_on), "there is something to wait for"
+            assert any([*self.num_moving, *self.goes_on]), "there is something to wait for"
 
 
 @settings(max_examples=300, deadline=None, derandomize=False)
