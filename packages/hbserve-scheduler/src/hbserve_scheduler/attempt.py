@@ -24,8 +24,7 @@ from hbserve_rpc.messages import (
 )
 from hbserve_rpc.records import AttemptRecord
 from hbserve_scheduler.instance_client import InstanceStream
-from hbserve_scheduler.instances import InstanceHandle
-from hbserve_scheduler.placement import Placement
+from hbserve_scheduler.instances import InstanceHandle, Placement
 from hbserve_scheduler.request import ScheduledRequest
 
 VERDICT_TIMEOUT_S = 0.5

@@ -26,7 +26,7 @@ from hbserve_scheduler.errors import RequestFailed
 from hbserve_scheduler.figures import Figures
 from hbserve_scheduler.fleet import Fleet
 from hbserve_scheduler.instance_client import ClientFactory
-from hbserve_scheduler.placement import Placement
+from hbserve_scheduler.instances import Placement
 from hbserve_scheduler.request import EventStream, ScheduledRequest
 from hbserve_scheduler.retries import Retries
 

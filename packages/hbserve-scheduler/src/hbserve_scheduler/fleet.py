@@ -12,9 +12,8 @@ from hbserve_rpc.prompt_shape import PromptShape
 from hbserve_scheduler.config import SchedulerConfig
 from hbserve_scheduler.errors import ConfigError, InstanceFailed, NotReady
 from hbserve_scheduler.instance_client import ClientFactory
-from hbserve_scheduler.instances import InstanceHandle
+from hbserve_scheduler.instances import InstanceHandle, Placement
 from hbserve_scheduler.links import Links
-from hbserve_scheduler.placement import Placement
 from hbserve_scheduler.policies import SPARE_REQUESTS, Available, connected_first, make_policy
 
 REFRESH_TIMEOUT_S = 2.0

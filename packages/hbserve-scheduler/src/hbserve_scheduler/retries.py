@@ -5,7 +5,7 @@ from collections import deque
 from collections.abc import Callable
 
 from hbserve_scheduler.fleet import Fleet
-from hbserve_scheduler.placement import Placement
+from hbserve_scheduler.instances import Placement
 from hbserve_scheduler.request import ScheduledRequest
 
 MOST_SUSPECTS = 8
