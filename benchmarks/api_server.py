@@ -23,7 +23,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
-from hbserve_rpc import RpcServer
+from hbserve_rpc import RpcServer, own_process
 from hbserve_rpc.messages import (
     DESCRIBE,
     GENERATE,
@@ -84,6 +84,7 @@ async def serve_api(instances: dict[str, tuple[Role, str]], **settings: Any) -> 
     for instance_id, (role, address) in instances.items():
         await server.scheduler.add_instance(instance_id, role, address)
     await front_end.begin("demo", folder, server)
+    own_process.freeze_heap()  # as it does
     print(front_end.url, flush=True)
     await asyncio.Event().wait()
 

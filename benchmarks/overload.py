@@ -9,14 +9,15 @@ time that is set here and nothing is computed. Requests come by chance (Poisson)
     refused      from a request's first byte to the answer 503; what is allowed is 50 ms at p99
     TTFT         of those that are accepted, to the first token; allowed is max_queue_time_s and the prefill at p99.
                  "prefill" is as long as the prompts take that may be with a prefill instance, and one's own
-    normal       from the end of the load until requests, at half of what is sustained, have the TTFT of an idle
-                 deployment again; allowed is max_queue_time_s + 2 s
+    normal       from the end of the load until requests, one after the other, have the TTFT of an idle deployment
+                 again, twice that at most; allowed is max_queue_time_s + 2 s
 """
 
 import argparse
 import asyncio
 import math
 import random
+import statistics
 import subprocess
 import sys
 import time
@@ -53,6 +54,8 @@ STEP_S = 0.02
 """Of the decode instance, whatever is in it."""
 SUSTAINED_PER_S = PREFILL_TOKENS_PER_S / PROMPT_TOKENS
 PROMPT = "[" + ", ".join(str(1000 + i) for i in range(PROMPT_TOKENS)) + "]"
+RUN = 10
+"""Requests one after the other, at about half of the load that is sustained."""
 REFUSED_MS, NORMAL_S = 50.0, 2.0
 """What is allowed."""
 
@@ -143,30 +146,51 @@ async def ask(port: int) -> Answer:
     return Answer(began_s, int(content.split(maxsplit=2)[1]), first_s)
 
 
-async def load(port: int, per_s: float, seconds: float) -> list[Answer]:
+class OwnLag:
+    """How late this process itself came to what was due, at most: what is measured here may be so much too long."""
+
+    def __init__(self) -> None:
+        self.most_s = 0.0
+        self._task = asyncio.create_task(self._watch())
+
+    async def _watch(self) -> None:
+        while True:
+            before_s = time.perf_counter()
+            await asyncio.sleep(0.01)
+            self.most_s = max(self.most_s, time.perf_counter() - before_s - 0.01)
+
+    def end(self) -> float:
+        self._task.cancel()
+        return self.most_s
+
+
+async def load(port: int, per_s: float, seconds: float, idle_s: float) -> list[Answer]:
     """Answers to requests that come so often, in the order in which they came."""
-    asking, end_s = [], time.perf_counter() + seconds
+    lag, asking, end_s = OwnLag(), [], time.perf_counter() + seconds
     due_s = time.perf_counter()
     while (due_s := due_s + random.expovariate(per_s)) < end_s:
         await asyncio.sleep(max(0.0, due_s - time.perf_counter()))
         asking.append(asyncio.create_task(ask(port)))
     await asyncio.sleep(max(0.0, end_s - time.perf_counter()))
-    later = asyncio.create_task(normal_again(port, end_s))
+    print(f"this process was late by {1e3 * lag.end():.0f} ms at most")
+    later = asyncio.create_task(normal_again(port, end_s, idle_s))
     answers = await asyncio.gather(*asking)
     print(f"normal again: {await later:.1f} s after the end of the load")
     return answers
 
 
-async def normal_again(port: int, end_s: float) -> float:
-    """Seconds until the last request that waited was asked; at half of what is sustained."""
-    idle_s = 3 * PROMPT_TOKENS / PREFILL_TOKENS_PER_S
-    last_s, asked = end_s, []
-    while not asked or len(asked) < 20 or any(each.status != 200 or each.first_s > idle_s for each in asked[-20:]):
-        asked.append(await ask(port))
-        if asked[-1].status != 200 or asked[-1].first_s > idle_s:
-            last_s = asked[-1].began_s + (asked[-1].first_s if asked[-1].status == 200 else 0.0)
+async def normal_again(port: int, end_s: float, idle_s: float) -> float:
+    """Seconds until a run of requests begins of which half have twice the TTFT of an idle deployment, or less."""
+    asked: list[Answer] = []
+    while len(asked) < RUN or not _is_normal([each.first_s for each in asked[-RUN:]], idle_s):
+        answer = await ask(port)
+        asked = [*asked, answer] if answer.status == 200 else []
         await asyncio.sleep(2 / SUSTAINED_PER_S)
-    return last_s - end_s
+    return asked[-RUN].began_s - end_s
+
+
+def _is_normal(first_s: list[float], idle_s: float) -> bool:
+    return max(first_s[0], statistics.median(first_s)) <= 2 * idle_s
 
 
 def at(part: float, values: Sequence[float]) -> float:
@@ -175,9 +199,8 @@ def at(part: float, values: Sequence[float]) -> float:
 
 
 async def measure(port: int, times: float, seconds: float, max_queue_time_s: float) -> None:
-    for _ in range(5):
-        await ask(port)
-    answers = await load(port, times * SUSTAINED_PER_S, seconds)
+    idle_s = statistics.median([(await ask(port)).first_s for _ in range(RUN)])
+    answers = await load(port, times * SUSTAINED_PER_S, seconds, idle_s)
     refused = [each.first_s * 1e3 for each in answers if each.status == 503]
     accepted = [each.first_s for each in answers if each.status == 200]
     others = len(answers) - len(refused) - len(accepted)
