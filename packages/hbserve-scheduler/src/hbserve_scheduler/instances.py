@@ -81,7 +81,7 @@ class InstanceHandle:
     async def start(self) -> None:
         self._outage = Outage(time.monotonic())
         await self.client.start()
-        self.problem += self.client.name_problem
+        self.problem += self.client.problem
         self._polling = asyncio.create_task(self._poll())
 
     async def close(self) -> None:

@@ -17,7 +17,8 @@ from dataclasses import dataclass, field
 from hbserve_kv.protocol import messages
 from hbserve_kv.protocol.transfer_state import State
 from hbserve_kv.receiving.transfer import IncomingLink, IncomingTransfer
-from hbserve_rpc import HBServeRpcError, RpcClient, parse_address
+from hbserve_rpc import HBServeRpcError, RpcClient
+from hbserve_rpc.address import nobody_listens
 
 logger = logging.getLogger(__name__)
 
@@ -154,14 +155,8 @@ async def has_ended(lost: IncomingLink) -> bool:
     its host says that nothing listens there, or the process that does says that it is another life, or that it has
     ended the link.
     """
-    try:
-        async with asyncio.timeout(ANSWER_TIMEOUT_S):
-            _, writer = await asyncio.open_connection(*parse_address(lost.hello.address))
-    except ConnectionRefusedError:
+    if await nobody_listens(lost.hello.address, ANSWER_TIMEOUT_S):
         return True
-    except (OSError, TimeoutError):
-        return False
-    writer.close()
     try:
         async with RpcClient(lost.hello.address, heartbeat_timeout_s=ANSWER_TIMEOUT_S) as client:
             alive = await client.call(messages.ALIVE, messages.Nothing(), timeout_s=ANSWER_TIMEOUT_S)
