@@ -35,7 +35,7 @@ class Peer:
     @property
     def is_trusted(self) -> bool:
         """It has a key, or is a process of this host."""
-        return self.party is not None or is_own_address(self.address)
+        return self.party is not None or (self.address != "" and is_own_address(self.address))
 
 
 _calling: ContextVar[Peer] = ContextVar("calling")
