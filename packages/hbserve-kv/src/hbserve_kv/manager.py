@@ -73,14 +73,7 @@ class KVTransferManager(KVTransferBase):
         block_bytes = self._memory.block_bytes // self.heads.count
         self.fingerprint = {"block_bytes" if heads is None else "block_bytes_per_head": block_bytes, **fingerprint}
         self._transports = {each.name: each for each in ([transport] if transport else make_transports(config, rank))}
-        self._server = RpcServer(
-            config.host,
-            config.port,
-            epoch=self.epoch,
-            heartbeat_timeout_s=config.timeout_s,
-            keys=config.keys,
-            allows=["instance"],
-        )
+        self._server = _control_server(config, self.epoch)
         self._buffer = LookupBuffer(self._memory, timeout_s=config.timeout_s, expiry_s=config.expiry_s)
         me = Identity(rank, self.epoch, self.fingerprint, self.heads, name)
         self._receiver = Receiver(me, self._memory, self._transports, self._buffer, config)
@@ -300,3 +293,14 @@ class KVTransferManager(KVTransferBase):
         to = [(each.link, each.transport) for each in self._peers.connections.values()]
         of = [(each.link, each.transport) for each in self._receiver.links.values()]
         return [LinkInfo(link.peer_rank, link.is_sender, transport.name, link.detail) for link, transport in [*to, *of]]
+
+
+def _control_server(config: KVTransferConfig, epoch: str) -> RpcServer:
+    return RpcServer(
+        config.host,
+        config.port,
+        epoch=epoch,
+        heartbeat_timeout_s=config.timeout_s,
+        keys=config.keys,
+        allows=["instance"],
+    )

@@ -79,6 +79,12 @@ def is_wildcard(host: str) -> bool:
     return found is not None and found.is_unspecified
 
 
+def is_loopback(host: str) -> bool:
+    """Whether only processes of the same machine reach what listens there. Names are not looked up."""
+    found = _ip(host)
+    return found.is_loopback if found is not None else canonical_host(host) == "localhost"
+
+
 def canonical_host(host: str) -> str:
     """The same text for the same address, however it was written. Names are not looked up."""
     found = _ip(host)

@@ -166,8 +166,13 @@ def _path(folder: str | Path, party: Party) -> Path:
     return Path(folder).expanduser() / f"{party}.key"
 
 
+def has_curve() -> bool:
+    """Whether this ZeroMQ can use keys."""
+    return bool(zmq.has("curve"))
+
+
 def _require_curve() -> None:
-    if not zmq.has("curve"):
+    if not has_curve():
         raise KeysError(
             f"keys need CURVE, which this ZeroMQ ({zmq.zmq_version()}) was built without; the wheels of pyzmq have it: "
             "pip install --force-reinstall --only-binary pyzmq pyzmq"
