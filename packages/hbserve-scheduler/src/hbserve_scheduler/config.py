@@ -177,6 +177,10 @@ class DeploymentConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     engine: EngineSection = EngineSection()
     scheduler: SchedulerConfig = SchedulerConfig()
     server: ServerSection = ServerSection()
+    keys: str | None = None
+    """Folder that `hbserve keys` has made: processes know each other by the keys that are in it."""
+    allow_insecure: bool = False
+    """Without keys, listen also where others than this host reach it."""
 
     def engine_settings(self) -> EngineSettings:
         """Settings of the sections as every instance takes them."""
