@@ -21,8 +21,9 @@ import sys
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
-from hbserve_rpc import RpcServer
+from hbserve_rpc import RpcServer, own_process
 from hbserve_rpc.messages import (
     DESCRIBE,
     GENERATE,
@@ -31,6 +32,7 @@ from hbserve_rpc.messages import (
     GenerateRequest,
     InstanceInfo,
     InstanceStats,
+    Role,
     TokenEvent,
 )
 
@@ -66,8 +68,9 @@ async def serve_engine() -> None:
     await asyncio.Event().wait()
 
 
-async def serve_api(address: str) -> None:
-    """The front end of `hbserve serve`, on an instance that it has not started."""
+async def serve_api(instances: dict[str, tuple[Role, str]], **settings: Any) -> None:
+    """The front end of `hbserve serve`, on instances that it has not started: role and address by their ids. `settings`
+    are the scheduler's."""
     from hbserve.demo_model import find_model_folder
     from hbserve.server.front_end import FrontEnd
     from hbserve_scheduler import CpuScheduler, SchedulerConfig, SchedulerServer
@@ -75,11 +78,13 @@ async def serve_api(address: str) -> None:
 
     folder = await find_model_folder(None)
     front_end = FrontEnd(ServerSection(port=0))
-    server = SchedulerServer(CpuScheduler(SchedulerConfig(port=0), model_path=str(folder)))
+    server = SchedulerServer(CpuScheduler(SchedulerConfig(port=0, **settings), model_path=str(folder)))
     await front_end.start()
     await server.start()
-    await server.scheduler.add_instance("mock-0", "hybrid", address)
+    for instance_id, (role, address) in instances.items():
+        await server.scheduler.add_instance(instance_id, role, address)
     await front_end.begin("demo", folder, server)
+    own_process.freeze_heap()  # as it does
     print(front_end.url, flush=True)
     await asyncio.Event().wait()
 
@@ -159,7 +164,7 @@ def main() -> None:
     if arguments.role == "engine":
         asyncio.run(serve_engine())
     elif arguments.role == "api":
-        asyncio.run(serve_api(arguments.address))
+        asyncio.run(serve_api({"mock-0": ("hybrid", arguments.address)}))
     else:
         server_core, other_core = arguments.cores or (None, None)
         engine, address = start("--role", "engine", core=other_core)

@@ -101,6 +101,11 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     group `hbserve_scheduler.policies`, or `module:Class`."""
     decode_policy: str = "least_loaded"
     """Of hybrid instances too."""
+    local_prefill_tokens: Annotated[int, NOT_NEGATIVE] = 0
+    """A prompt of which fewer tokens than so many are not cached on a decode instance is computed there, and nothing is
+    moved. 0: none is."""
+    local_prefill_fallback: bool = True
+    """Where no prefill instance is left, nor being started, decode instances compute prompts. False: requests wait."""
     max_queue_size: Annotated[int, POSITIVE] = 4096
     """Requests beyond this are refused as overload."""
     max_queue_time_s: Annotated[float, Bounds(0.01)] = 30.0

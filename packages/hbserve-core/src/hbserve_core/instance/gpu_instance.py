@@ -17,13 +17,14 @@ from hbserve_core.engine.outputs import EngineStats
 from hbserve_core.engine.runner import Runner
 from hbserve_core.errors import EngineStopped, InstanceFailed
 from hbserve_core.instance.engine_thread import EngineEvent, EngineThread
-from hbserve_core.instance.handover import Inbox, PrefillSend, wait_for_kv
+from hbserve_core.instance.handover import GRANT_PATIENCE_S, Inbox, PrefillSend, wait_for_kv
 from hbserve_core.instance.token_events import event_of, token_events
 from hbserve_core.ranks.make_runner import make_runner
 from hbserve_core.transfers.instance_transfers import InstanceTransfers, JointReceive
 from hbserve_kv import FingerprintMismatch, Outcome, PostedReceive, TransferFailed
 from hbserve_rpc import EngineFailed, InvalidRequest, Overloaded, RemoteError, RpcServer
 from hbserve_rpc.messages import (
+    CACHED_PREFIXES,
     CONNECT,
     DECODE,
     DESCRIBE,
@@ -32,6 +33,8 @@ from hbserve_rpc.messages import (
     GRANT,
     PREFILL,
     STATS,
+    CachedPrefixes,
+    CachedPrefixesRequest,
     ConnectRequest,
     DecodeRequest,
     Empty,
@@ -49,9 +52,6 @@ from hbserve_rpc.messages import (
 
 logger = logging.getLogger(__name__)
 
-GRANT_PATIENCE_S = 1.0
-"""How long a computed prompt keeps its blocks while there is no grant for it yet. They may be what those wait for who
-have one, and whose decode instance has room again when these are done."""
 END_TIMEOUT_S = 2.0
 """How long `stop` waits for requests to give their blocks back; a dead or frozen peer could keep it longer."""
 
@@ -103,16 +103,16 @@ class GpuInstance:
             await asyncio.to_thread(self.config.kv_transfer.check_host)
         self._server.serve(DESCRIBE, self._describe)
         self._server.serve(STATS, self._stats)
-        if self.config.role == "hybrid":
-            self._server.serve_stream(GENERATE, self._generate)
-            self._server.serve_notification(END_CHOICE, self._end_choice)
-        elif self.config.role == "prefill":
+        self._server.serve(CACHED_PREFIXES, self._cached_prefixes)
+        if self.config.role == "prefill":
             self._server.serve_stream(PREFILL, self._prefill)
             self._server.serve_notification(GRANT, self._grant)
             self._server.serve(CONNECT, self._connect)
         else:
-            self._server.serve_stream(DECODE, self._decode)
+            self._server.serve_stream(GENERATE, self._generate)
             self._server.serve_notification(END_CHOICE, self._end_choice)
+        if self.config.role == "decode":
+            self._server.serve_stream(DECODE, self._decode)
         await self._server.start()
         self._loading = asyncio.create_task(self._load())
 
@@ -322,6 +322,10 @@ class GpuInstance:
             await posted.drained()
         await self._close(request_id)
 
+    async def _cached_prefixes(self, request: CachedPrefixesRequest) -> CachedPrefixes:
+        self._require_ready()
+        return await self._thread.call(lambda engine: CachedPrefixes(*engine.blocks.cached_digests(request.known)))
+
     async def _connect(self, request: ConnectRequest) -> Empty:
         """Not before it is ready, which it is without its peers: whether one can be reached is between the two."""
         self._require_ready()
@@ -361,6 +365,7 @@ class GpuInstance:
             kv_endpoint=self.transfers.endpoint if self.transfers is not None and config.role == "decode" else b"",
             pid=os.getpid(),
             error=self.error,
+            serves_generate=config.role != "prefill",
             **known,
         )
 
