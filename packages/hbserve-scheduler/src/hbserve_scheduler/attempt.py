@@ -24,8 +24,7 @@ from hbserve_rpc.messages import (
 )
 from hbserve_rpc.records import AttemptRecord
 from hbserve_scheduler.instance_client import InstanceStream
-from hbserve_scheduler.instances import InstanceHandle
-from hbserve_scheduler.placement import Placement
+from hbserve_scheduler.instances import InstanceHandle, Placement
 from hbserve_scheduler.request import ScheduledRequest
 
 VERDICT_TIMEOUT_S = 0.5
@@ -84,7 +83,11 @@ class Attempt:
     async def _hybrid(self, instance: InstanceHandle) -> None:
         entry = self._entry
         request = GenerateRequest(
-            self._request_id, entry.request.prompt_token_ids, entry.request.params, [*entry.output]
+            self._request_id,
+            entry.request.prompt_token_ids,
+            entry.request.params,
+            [*entry.output],
+            left_s=entry.left_s(),
         )
         with self._naming(instance):
             async with instance.client.stream(GENERATE, request) as events:
@@ -130,7 +133,12 @@ class Attempt:
         """Reserve on D, prefill on P, decode on D. If one leg fails the other is closed, and the cause raised."""
         entry, self._decode_epoch = self._entry, decode.epoch
         request = DecodeRequest(
-            self._request_id, self._transfer_id, entry.request.prompt_token_ids, entry.request.params, [*entry.output]
+            self._request_id,
+            self._transfer_id,
+            entry.request.prompt_token_ids,
+            entry.request.params,
+            [*entry.output],
+            left_s=entry.left_s(),
         )
         async with decode.client.stream(DECODE, request) as events:
             if self._placement.may_begin:
@@ -212,6 +220,7 @@ class Attempt:
             grant,
             [*entry.output],
             grant_follows,
+            left_s=entry.left_s(),
         )
         with self._naming(instance), self._holding_ends():
             async with instance.client.stream(PREFILL, request) as events:

@@ -35,6 +35,8 @@ class RemoteScheduler:
         """`heartbeat_timeout_s`: each side takes the other for lost after so much silence, and ends its requests."""
         self.address = address
         self._infos: list[InstanceInfo] = []
+        self.digest_block_size = 0
+        """As of CpuScheduler, by what `find` heard last."""
         self._client = RpcClient(
             address, heartbeat_interval_s=heartbeat_timeout_s / 5, heartbeat_timeout_s=heartbeat_timeout_s
         )
@@ -57,6 +59,7 @@ class RemoteScheduler:
             try:
                 info = await self._client.call(SCHEDULER_INFO, Empty(), timeout_s=min(left_s, CALL_TIMEOUT_S))
                 self._infos = [each for each in info.instances if each.status == "ready"]
+                self.digest_block_size = info.digest_block_size
                 return info
             except HBServeRpcError as error:
                 problem = str(error)
@@ -69,9 +72,9 @@ class RemoteScheduler:
 
     def check(self, request: GenerateRequest) -> GenerateRequest:
         """As `CpuScheduler.check`, by what `find` heard last."""
-        return admitted(request, self._infos)
+        return admitted(request, self._infos, self.digest_block_size)
 
-    async def wait_for_room(self) -> None:
+    async def wait_for_room(self, priority: int = 0) -> None:
         """The queue is elsewhere, and says Overloaded itself."""
 
     async def abort(self, request_id: str, reason: FinishReason = "abort", choice: int | None = None) -> bool:
