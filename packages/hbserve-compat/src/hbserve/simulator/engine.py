@@ -86,7 +86,7 @@ class ModelledEngine:
         self._ends: list[tuple[int, int, DecodeWork]] = []
         self._numbers = itertools.count()
         self._chunks: list[tuple[PromptWork, int]] = []
-        self._timer: asyncio.TimerHandle | None = None
+        self._timer: asyncio.Handle | None = None
         self._began_s = 0.0
         self._steps_under_way = 0
         self._has_died = False
@@ -123,8 +123,8 @@ class ModelledEngine:
         """Something has come: it is in the next step."""
         if self._has_died:
             return
-        if self._timer is None:
-            self._begin()
+        if self._timer is None:  # all that comes in this moment is in the step
+            self._timer = self._loop.call_soon(self._begin)
         elif self._steps_under_way > 1:
             self._cut_short()
 

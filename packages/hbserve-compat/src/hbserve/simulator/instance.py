@@ -227,9 +227,11 @@ class ModelledInstance:
         try:
             await computed.get()
             self._remember(request.request_id)
+            was_granted = granted.done()
             moves = await granted
             moved_s = pushing.push()
-            await self._pass(self.profile.message_s)
+            # Who waits for room waits for its first token, and not between that and the second.
+            await self._pass(self.profile.message_s if was_granted else max(0.0, moved_s - self._loop.time()))
             yield _tokens(first, 1, request.params.max_tokens)
             if moves and request.params.max_tokens > first + 1:
                 await self._pass(max(0.0, moved_s - self._loop.time()))

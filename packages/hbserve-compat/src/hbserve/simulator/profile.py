@@ -65,7 +65,7 @@ class StepLaw:
     def step_s(self, new_tokens: int, pairs: float, keys: int) -> float:
         """Of one step with so many tokens of prompts and decodes; pairs are of prompts, keys of decodes."""
         if pairs:
-            products = max(self._of_prompts.at(new_tokens), self._of_decodes.at(new_tokens))
+            products = self._of_prompts.at(new_tokens)
         else:
             products = self._few[new_tokens] if new_tokens < len(self._few) else self._of_decodes.at(new_tokens)
         return products + self.pair_s * pairs + self.key_s * keys

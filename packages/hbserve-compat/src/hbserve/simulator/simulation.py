@@ -19,6 +19,7 @@ from hbserve.simulator.profile import Profile
 from hbserve.simulator.workload import SimulatedRequest
 from hbserve_rpc import HBServeRpcError, SamplingParams
 from hbserve_rpc.messages import GenerateRequest, Role
+from hbserve_rpc.prompt_shape import PromptShape
 from hbserve_rpc.records import RequestRecord
 from hbserve_scheduler import CpuScheduler, SchedulerConfig
 from hbserve_scheduler.figures import Figures
@@ -134,18 +135,26 @@ class _Collecting(Figures):
             self.all_ended.set()
 
 
-class SimulatedScheduler(CpuScheduler):
-    """The scheduler, but that a prompt is its length: there are no tokens in it to be looked at."""
+class Tokens(list[int]):
+    """A prompt of which nothing is there but its length: a scheduler sees no more of one that comes with its shape."""
 
-    def check(self, request: GenerateRequest) -> GenerateRequest:
-        return request
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self._count = count
+
+    def __len__(self) -> int:
+        return self._count
 
 
 class Simulation:
     """One deployment in one event loop. Made and used inside it."""
 
-    def __init__(self, deployment: Deployment, *, keeps_decisions: bool = False) -> None:
+    def __init__(
+        self, deployment: Deployment, instances: Sequence[tuple[str, Role]], *, keeps_decisions: bool = False
+    ) -> None:
+        """instances: those of the deployment that this is about."""
         self.results = Results()
+        self._instances = instances
         self._deployment = deployment
         self._shapes: dict[str, Shape] = {}
         self._fabric = Fabric(self._shape_of, {})
@@ -154,9 +163,9 @@ class Simulation:
             name: Host(
                 functools.partial(ModelledInstance, name, role, deployment.profile, deployment.limits, self._fabric)
             )
-            for name, role in deployment.instances()
+            for name, role in instances
         }
-        self.scheduler = SimulatedScheduler(
+        self.scheduler = CpuScheduler(
             deployment.scheduler, client_factory=functools.partial(SimulatedClient, self._hosts)
         )
         self._figures = self.scheduler.figures = _Collecting(self.results, self._shapes)
@@ -167,7 +176,7 @@ class Simulation:
         return self._shapes.get(request_id.partition(".")[0], NO_SHAPE)
 
     async def start(self) -> None:
-        for name, role in self._deployment.instances():
+        for name, role in self._instances:
             await self.scheduler.add_instance(name, role, f"{name}:1")
         await self.scheduler.start()
         await self.scheduler.wait_ready(READY_TIMEOUT_S)
@@ -180,18 +189,20 @@ class Simulation:
         self._figures.left += 1
         self._figures.all_ended.clear()
         try:
-            prompt = range(request.input_len)
-            self.scheduler.submit(GenerateRequest(request_id, prompt, params))  # type: ignore[arg-type]  # has a length
+            shape = PromptShape(request.input_len)
+            self.scheduler.submit(GenerateRequest(request_id, Tokens(request.input_len), params, shape=shape))
         except HBServeRpcError as error:
             self.results.failed += 1
             self.results.errors[type(error).__name__] += 1
             del self._shapes[request_id]
             self._figures.ended_one()
 
-    async def run_faults(self, begin_s: float) -> None:
+    def plan_faults(self, begin_s: float) -> None:
         loop = asyncio.get_running_loop()
         for fault in self._deployment.faults:
-            host = self._hosts[fault.instance_id]
+            host = self._hosts.get(fault.instance_id)
+            if host is None:  # it is in another cell
+                continue
             loop.call_at(begin_s + fault.at_s, host.kill)
             if fault.down_s != float("inf"):
                 loop.call_at(begin_s + fault.at_s + fault.down_s, host.restart)
@@ -233,24 +244,13 @@ def simulate(
 async def _simulate(
     deployment: Deployment, requests: Iterable[SimulatedRequest], cells: int, keeps_decisions: bool
 ) -> Sequence[Results]:
-    simulations = [
-        Simulation(
-            Deployment(
-                deployment.profile,
-                deployment.roles[i::cells],
-                deployment.scheduler,
-                deployment.limits,
-                deployment.faults,
-            ),
-            keeps_decisions=keeps_decisions,
-        )
-        for i in range(cells)
-    ]
+    named = deployment.instances()
+    simulations = [Simulation(deployment, named[i::cells], keeps_decisions=keeps_decisions) for i in range(cells)]
     await asyncio.gather(*(each.start() for each in simulations))
     loop = asyncio.get_running_loop()
     begin_s = loop.time()
     for each in simulations:
-        await each.run_faults(begin_s)
+        each.plan_faults(begin_s)
     for request in requests:
         due_s = begin_s + request.at_s
         if due_s > loop.time():
