@@ -12,6 +12,7 @@ import typer
 
 from hbserve.bench_commands import bench
 from hbserve.command import LogLevel, LogLevelOption, run
+from hbserve.planning_commands import add_to
 from hbserve_rpc import own_process
 from hbserve_rpc.plain_values import shown
 
@@ -169,6 +170,7 @@ def trace(
 
 
 app.add_typer(bench, name="bench")
+add_to(app)
 
 
 def main() -> None:
