@@ -98,7 +98,7 @@ class _Deployment:
     ) -> None:
         self._config = config
         self._folder = folder
-        self._name = demo_model.NAME if config.model.path is None else folder.name
+        self._name = demo_model.model_name(config.model.path, folder)
         self._front_end = front_end
         keys = launch_keys(config)
         self._scheduler = CpuScheduler(config.scheduler, model_path=str(folder))
