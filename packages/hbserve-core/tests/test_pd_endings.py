@@ -154,7 +154,7 @@ class Halt:
     def __init__(self, instance: Instance, after: int) -> None:
         self.reached, self._may_go_on = threading.Event(), threading.Event()
         self._left, self._launch = after, instance.server.runner.launch
-        instance.server.runner.launch = self._step
+        instance.server.runner.launch = self._step  # type: ignore[method-assign]
 
     def _step(self, batch: Any) -> Any:
         if self._left == 0:

@@ -102,8 +102,9 @@ class FakeInstance:
             server.serve_notification(GRANT, self._grant)
         else:
             server.serve_notification(END_CHOICE, self._end_choice)
-        for method, handler in ((DECODE, self._decode), (PREFILL, self._prefill), (GENERATE, self._generate)):
-            server.serve_stream(method, handler)  # type: ignore[arg-type]
+        server.serve_stream(DECODE, self._decode)
+        server.serve_stream(PREFILL, self._prefill)
+        server.serve_stream(GENERATE, self._generate)
         return server
 
     @property

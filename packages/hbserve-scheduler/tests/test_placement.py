@@ -173,7 +173,12 @@ async def fleet_of(num_instances: int, **settings: Any) -> Fleet:
 async def test_a_place_is_found_without_a_look_at_every_instance(monkeypatch):
     fleet, looked = await fleet_of(400), []
     for available in fleet._available.values():
-        monkeypatch.setattr(available, "look", lambda each, look=available.look: looked.append(each) or look(each))
+
+        def noting(each, look=available.look):
+            looked.append(each)
+            return look(each)
+
+        monkeypatch.setattr(available, "look", noting)
         monkeypatch.setattr(Available, "__iter__", lambda _: pytest.fail("it looked at all of them"))
     places = []
     for _ in range(100):

@@ -67,6 +67,8 @@ class DecodeRequest(msgspec.Struct, frozen=True, tag=True):
     params: SamplingParams
     output_token_ids: TokenIds = []
     left_s: LeftS = None
+    prefill_instance: str = ""
+    """Id of the one whose KV is taken; "" is any."""
 
 
 class PrefillRequest(msgspec.Struct, frozen=True, tag=True):

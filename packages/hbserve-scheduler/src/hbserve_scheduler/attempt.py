@@ -142,6 +142,7 @@ class Attempt:
             entry.request.params,
             [*entry.output],
             left_s=entry.left_s(),
+            prefill_instance=prefill.instance_id,
         )
         async with decode.client.stream(DECODE, request) as events:
             if self._placement.may_begin:

@@ -4,7 +4,7 @@ Settings that every instance takes as they are come from `hbserve_rpc.settings`,
 """
 
 from collections.abc import Callable
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 
@@ -163,6 +163,8 @@ class ServerSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     """File of a Jinja template, or its text, in place of the model's."""
     default_chat_template_kwargs: dict[str, Any] = {}
     """What templates are given unless a request says otherwise."""
+    generation_config: Literal["auto", "none"] = "auto"
+    """Whether what a request does not say is as the model's generation_config.json has it."""
     first_byte_timeout_s: Annotated[float, Bounds(0.01)] = 30.0
     """The status line is sent with the first token; a streamed answer that has none for so long begins without it."""
     drain_timeout_s: Annotated[float, Bounds(0.0)] = 30.0
@@ -182,6 +184,10 @@ class DeploymentConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     engine: EngineSection = EngineSection()
     scheduler: SchedulerConfig = SchedulerConfig()
     server: ServerSection = ServerSection()
+    keys: str | None = None
+    """Folder that `hbserve keys` has made: processes know each other by the keys that are in it."""
+    allow_insecure: bool = False
+    """Without keys, listen also where others than this host reach it."""
 
     def engine_settings(self) -> EngineSettings:
         """Settings of the sections as every instance takes them."""

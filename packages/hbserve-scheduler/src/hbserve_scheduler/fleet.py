@@ -37,7 +37,7 @@ class Fleet:
         self.handles: dict[str, InstanceHandle] = {}
         self._config = config
         self._on_change = on_change
-        self._client_factory = client_factory
+        self.client_factory = client_factory
         self.links = Links(self.handles, config.max_warm_links)
         self._started = False
         self.prefixes = Prefixes()
@@ -67,7 +67,7 @@ class Fleet:
         if instance_id in self.handles:
             raise ConfigError(f"instance_id={instance_id!r}: is in use; each instance needs its own")
         handle = InstanceHandle(
-            instance_id, role, address, self._config, self._look, self._look_at_info, self._client_factory
+            instance_id, role, address, self._config, self._look, self._look_at_info, self.client_factory
         )
         handle.turn = next(self._turns)
         self.handles[instance_id] = handle

@@ -86,7 +86,7 @@ class InstanceHandle:
     async def start(self) -> None:
         self._outage = Outage(asyncio.get_running_loop().time())
         await self.client.start()
-        self.problem += self.client.name_problem
+        self.problem += self.client.problem
         self._polling = asyncio.create_task(self._poll())
 
     async def close(self) -> None:

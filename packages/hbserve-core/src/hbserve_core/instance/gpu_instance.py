@@ -69,7 +69,9 @@ class GpuInstance:
         self.runner: Runner | None = None
         self.transfers: InstanceTransfers | None = None
         self.num_requests = 0
-        self._server = RpcServer(config.host, config.port, epoch=self.epoch, drops_closed=True)
+        self._server = RpcServer(
+            config.host, config.port, epoch=self.epoch, drops_closed=True, keys=config.keys, allows=["scheduler"]
+        )
         self._thread = EngineThread(self._make_engine, on_events=self._deliver, on_failure=self._fail)
         self._inboxes: dict[str, Inbox] = {}
         self._ends: set[asyncio.Task[None]] = set()
@@ -297,16 +299,17 @@ class GpuInstance:
             await self._begin(request)
             reservation = await inbox.next()
             num_blocks = len(reservation.block_ids)
-            posted = await self._require_transfers().post_receive(request.transfer_id, reservation.block_ids)
+            receive = request.transfer_id, reservation.block_ids, request.prefill_instance
+            posted = await self._require_transfers().post_receive(*receive)
             yield Granted(posted.grant, reservation.num_cached_tokens)
             assert self.runner is not None, "a ready instance has it"
-            handover = await wait_for_kv(posted, inbox, request, self.runner.model_config.vocab_size)
+            handover, is_trusted = await wait_for_kv(posted, inbox, request, self.runner.model_config.vocab_size)
             if not handover.has_more:
                 for event in handover.events(len(request.output_token_ids)):
                     yield event
                 return
             first = handover.tokens_to_go_on
-            await self._thread.call(lambda engine: engine.activate(request.request_id, *first))
+            await self._thread.call(lambda engine: engine.activate(request.request_id, *first, is_shared=is_trusted))
             async for event in token_events(inbox, len(first) - first.count(None)):
                 yield event
         finally:
