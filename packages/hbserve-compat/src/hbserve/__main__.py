@@ -3,27 +3,34 @@
 What a command needs is imported when it runs: the scheduler's process never sees torch.
 """
 
-import asyncio
 import json
-import logging
 import math
 import os
 import re
-import signal
 import sys
-from collections.abc import Coroutine, Iterator
-from contextlib import contextmanager
 from enum import StrEnum
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from hbserve.explaining import explaining, forget_what_nobody_takes, one_line, run
 from hbserve_rpc import own_process
 from hbserve_rpc.plain_values import shown
 
 
-def _begin() -> None:
+def _say_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"hbserve {version('hbserve-compat')}")
+        raise typer.Exit
+
+
+def _begin(
+    is_version_wanted: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_say_version, help="Say which one this is.")
+    ] = False,
+) -> None:
     """Before every command: libraries ask for the current folder when they are imported, and fail without a word of
     what is wrong."""
     own_process.set_up()
@@ -52,18 +59,36 @@ class LogLevel(StrEnum):
     ERROR = "ERROR"
 
 
+ModelArgument = Annotated[
+    str | None, typer.Argument(metavar="MODEL", help="A Hugging Face model folder; without it, the demo model.")
+]
 ConfigOption = Annotated[Path, typer.Option("--config", help="YAML file of the deployment.")]
 ModelOption = Annotated[Path | None, typer.Option(help="A Hugging Face model folder; without it, the demo model.")]
+MaxTokensOption = Annotated[int, typer.Option(help="Most tokens of each answer.")]
+TemperatureOption = Annotated[float, typer.Option(help="0 is greedy.")]
+TopPOption = Annotated[float | None, typer.Option(help="Only the likeliest tokens, which make up this share; 1.")]
+SeedOption = Annotated[int | None, typer.Option(help="The same one gives the same answer.")]
+StopOption = Annotated[list[str] | None, typer.Option(help="Text that ends an answer. May be repeated.")]
+SystemOption = Annotated[str | None, typer.Option(help="The system message.")]
 LogLevelOption = Annotated[LogLevel, typer.Option("--log-level", case_sensitive=False)]
 
 
 @app.command()
 def generate(
-    prompts: Annotated[list[str], typer.Argument(help="One prompt is streamed; several are answered together.")],
+    context: typer.Context,
+    prompts: Annotated[
+        list[str] | None,
+        typer.Argument(help="One prompt is streamed; several are answered together. - is what stdin has."),
+    ] = None,
+    more_prompts: Annotated[list[str] | None, typer.Option("--prompt", "-p", help="The same, as an option.")] = None,
+    system: SystemOption = None,
     model: ModelOption = None,
     config: Annotated[Path | None, typer.Option(help="YAML file of a deployment on this host.")] = None,
-    max_tokens: Annotated[int, typer.Option(help="Most tokens of each answer.")] = 128,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    max_tokens: MaxTokensOption = 128,
+    temperature: TemperatureOption = 0.0,
+    top_p: TopPOption = None,
+    seed: SeedOption = None,
+    stop: StopOption = None,
     kv_transfer_backend: Annotated[str | None, typer.Option(help="nccl, mooncake, ipc, auto, or your own.")] = None,
     connect: Annotated[str | None, typer.Option(metavar="HOST:PORT", help="Use the scheduler that runs there.")] = None,
     log_level: LogLevelOption = LogLevel.WARNING,
@@ -71,8 +96,35 @@ def generate(
     """Answer prompts. Starts a scheduler, a prefill and a decode instance here, unless --connect is given."""
     from hbserve.generate import GenerateArgs, generate_answers
 
-    args = GenerateArgs(prompts, model, config, max_tokens, temperature, kv_transfer_backend, connect, log_level.value)
-    _run(generate_answers(args), log_level)
+    all_prompts = [_typed_or_read(each) for each in [*(prompts or []), *(more_prompts or [])]]
+    if not all_prompts:
+        raise typer.BadParameter("expected at least one, or - to read it from stdin", param_hint="PROMPTS")
+    args = GenerateArgs(
+        all_prompts, system, model, config, _sampling(context), kv_transfer_backend, connect, log_level.value
+    )
+    run(generate_answers(args), log_level)
+
+
+def _typed_or_read(prompt: str) -> str:
+    """Not in an event loop: a Ctrl-C ends the reading."""
+    if prompt != "-":
+        return prompt
+    text = "" if sys.stdin is None else sys.stdin.buffer.read().decode(errors="surrogateescape").removesuffix("\n")
+    if not text:
+        raise typer.BadParameter("'-': there is nothing in stdin", param_hint="PROMPTS")
+    return text
+
+
+def _sampling(context: typer.Context) -> dict[str, Any]:
+    """Keywords of SamplingParams that were given, or have a value here."""
+    names = ("max_tokens", "temperature", "top_p", "seed", "stop")
+    return {name: context.params[name] for name in names if context.params[name] not in (None, [], ())}
+
+
+def _one_model(argument: str | None, option: Path | None) -> Path | None:
+    if argument is not None and option is not None:
+        raise typer.BadParameter(f"{argument} and --model {option}: expected one of the two", param_hint="MODEL")
+    return option if argument is None else Path(argument)
 
 
 def _json_object(text: str) -> dict[str, Any]:
@@ -88,6 +140,7 @@ def _json_object(text: str) -> dict[str, Any]:
 @app.command()
 def serve(
     context: typer.Context,
+    named_model: ModelArgument = None,
     config: Annotated[Path | None, typer.Option(help="YAML file of the deployment; without it, one pair.")] = None,
     model: ModelOption = None,
     host: Annotated[str | None, typer.Option(help="Where the OpenAI server listens; 127.0.0.1.")] = None,
@@ -113,26 +166,33 @@ def serve(
     """Serve OpenAI's API, and run the scheduler and every instance of a deployment on this host."""
     from hbserve.serve import ServeArgs, serve_all
 
-    others = {"config", "model", "log_level"}
+    others = {"named_model", "config", "model", "log_level"}
     server = {name: value for name, value in context.params.items() if name not in others and value not in (None, [])}
-    _run(serve_all(ServeArgs(config, model, log_level.value, server)), log_level)
+    run(serve_all(ServeArgs(config, _one_model(named_model, model), log_level.value, server)), log_level)
 
 
 @app.command()
 def chat(
+    context: typer.Context,
+    named_model: ModelArgument = None,
     url: Annotated[str | None, typer.Option(help="A server's; without it, one pair is started here.")] = None,
     api_key: Annotated[str | None, typer.Option(help="For --url; or set HBSERVE_API_KEY.")] = None,
+    system: SystemOption = None,
     model: ModelOption = None,
     config: Annotated[Path | None, typer.Option(help="YAML file of a deployment on this host.")] = None,
-    max_tokens: Annotated[int, typer.Option(help="Most tokens of each answer.")] = 512,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    max_tokens: MaxTokensOption = 512,
+    temperature: TemperatureOption = 0.0,
+    top_p: TopPOption = None,
+    seed: SeedOption = None,
+    stop: StopOption = None,
     log_level: LogLevelOption = LogLevel.WARNING,
 ) -> None:
     """Talk to a model. Ctrl-C stops an answer, and not the program."""
     from hbserve.chat import ChatArgs
     from hbserve.chat import chat as talk
 
-    _run(talk(ChatArgs(url, api_key, model, config, max_tokens, temperature, log_level.value)), log_level)
+    chosen = _one_model(named_model, model)
+    run(talk(ChatArgs(url, api_key, system, chosen, config, _sampling(context), log_level.value)), log_level)
 
 
 @app.command()
@@ -144,7 +204,7 @@ def instance(
     """Run one instance of a deployment."""
     from hbserve.serve import serve_instance
 
-    _run(serve_instance(config, instance_id, log_level.value), log_level)
+    run(serve_instance(config, instance_id, log_level.value), log_level)
 
 
 @app.command()
@@ -152,7 +212,7 @@ def scheduler(config: ConfigOption, log_level: LogLevelOption = LogLevel.INFO) -
     """Run the scheduler of a deployment. Needs no torch."""
     from hbserve_scheduler.__main__ import serve_config
 
-    _run(serve_config(config), log_level)
+    run(serve_config(config), log_level)
 
 
 @app.command()
@@ -164,7 +224,7 @@ def stats(
     """Show the figures of a running deployment."""
     from hbserve.stats import StatsArgs, show_stats
 
-    _run(show_stats(StatsArgs(connect, json)), log_level)
+    run(show_stats(StatsArgs(connect, json)), log_level)
 
 
 @app.command()
@@ -180,7 +240,7 @@ def trace(
     """Write a timeline of the requests of a running deployment."""
     from hbserve.trace import TraceArgs, write_trace
 
-    _run(write_trace(TraceArgs(connect, request_id, last_s, output)), log_level)
+    run(write_trace(TraceArgs(connect, request_id, last_s, output)), log_level)
 
 
 bench = typer.Typer(help="Measure this machine.", no_args_is_help=True)
@@ -230,7 +290,7 @@ def engine(
     if scale is not None and not math.isfinite(scale):
         raise typer.BadParameter(f"{scale}: expected a number from 0 on", param_hint="--scale")
     chosen = EngineUnderTest(model, device, dtype.value, random_weights, tensor_parallel_size)
-    with _explaining(log_level):
+    with explaining(log_level):
         if sweep:
             sweep_engine(chosen, sizes, lengths, json)
         else:
@@ -255,89 +315,14 @@ def _numbers(option: str, text: str | None) -> tuple[int, ...] | None:
     return tuple(sorted({int(part) for part in parts}))
 
 
-def _run(job: Coroutine[Any, Any, None], log_level: LogLevel) -> None:
-    with _explaining(log_level):
-        asyncio.run(_until_signalled(job))
-
-
-@contextmanager
-def _explaining(log_level: LogLevel) -> Iterator[None]:
-    """Around the whole of a command. A problem that has a name is one line on stderr."""
-    logging.basicConfig(level=log_level.value, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    try:
-        yield
-        if sys.stdout is not None:
-            sys.stdout.flush()  # here, where it is explained why it cannot be written
-    except KeyboardInterrupt:
-        raise typer.Exit(128 + signal.SIGINT) from None
-    except _Signalled as ended:
-        for number in own_process.ending_signals():  # nothing is left to do but to end: no more of them is of use
-            signal.signal(number, signal.SIG_IGN)
-        raise typer.Exit(128 + ended.number) from None
-    except BrokenPipeError:  # whoever read our output has seen enough
-        raise typer.Exit(141) from None
-    except Exception as error:
-        if log_level is LogLevel.DEBUG:
-            raise
-        if not _is_explained(error):
-            logging.getLogger(__name__).exception("unexpected error; please report it")
-        typer.echo(f"error: {_one_line(str(error))}", err=True)
-        raise typer.Exit(2 if isinstance(error, ValueError) else 1) from None
-    finally:
-        _forget_what_nobody_takes()
-
-
-def _forget_what_nobody_takes() -> None:
-    """Output that cannot be written: Python would try again when it ends, and say so in its own words."""
-    if sys.stdout is not None:
-        try:
-            sys.stdout.flush()
-        except OSError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def _one_line(text: str) -> str:
-    """What others say may have several lines, and the names of files anything: a terminal must not obey it."""
-    joined = " ".join(text.split())
-    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in joined)
-
-
-class _Signalled(BaseException):
-    """A signal has ended the command."""
-
-    def __init__(self, number: int) -> None:
-        self.number = number
-
-
-async def _until_signalled(job: Coroutine[Any, Any, None]) -> None:
-    """A signal ends a command in order; another one, while it ends, at once. Commands that serve have handlers of their
-    own."""
-    task = asyncio.current_task()
-    assert task is not None
-    received: list[signal.Signals] = []
-
-    def end(number: signal.Signals) -> None:
-        if received:  # the event loop will have ended before its processes have, of which asyncio would complain
-            logging.getLogger("asyncio").setLevel(logging.ERROR)
-        received.append(number)
-        task.cancel()
-
-    with own_process.on_ending_signals(end):
-        try:
-            await job
-        except asyncio.CancelledError:
-            if not received:
-                raise
-            raise _Signalled(received[0]) from None
-
-
-def _is_explained(error: Exception) -> bool:
-    """Whether the message was written for users: errors of this project, and of the operating system."""
-    return isinstance(error, OSError) or type(error).__module__.startswith("hbserve")
-
-
 def main() -> None:
-    app()
+    try:
+        app()
+    except OSError as error:  # of output that cannot be written before a command runs: --help
+        typer.echo(f"error: {one_line(str(error))}", err=True)
+        raise SystemExit(1) from None
+    finally:
+        forget_what_nobody_takes()
 
 
 if __name__ == "__main__":

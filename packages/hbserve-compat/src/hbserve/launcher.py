@@ -19,6 +19,10 @@ from hbserve_scheduler.config import KVTransferSection
 QUIET_TORCH = ("TORCH_CPP_LOG_LEVEL", "ERROR")
 """Else it writes a trace of 30 lines for each peer that ends, of which the log says in words what matters."""
 
+WAIT_POLITELY = ("OMP_WAIT_POLICY", "PASSIVE")
+"""Else threads that wait for one of them spin, and take the core that it, or a neighbour, needs: beside one busy
+process two threads gave a third of the tokens."""
+
 
 def instance_settings(
     config: DeploymentConfig, instance: InstanceSection, model_folder: Path, *, log_level: str
@@ -50,6 +54,11 @@ def _same_machine(host: str, other: str) -> bool:
     return canonical_host(host) == canonical_host(other) or (is_here(host) and is_here(other))
 
 
+def tensor_parallel_sizes(config: DeploymentConfig) -> set[int]:
+    """Of all instances of a deployment."""
+    return {_num_ranks(config, each) for each in config.gpu_instances}
+
+
 def _num_ranks(config: DeploymentConfig, instance: InstanceSection) -> int:
     return instance.tensor_parallel_size or config.engine_settings().tensor_parallel_size
 
@@ -75,7 +84,7 @@ def _kv_settings(kv: KVTransferSection, instance: InstanceSection) -> dict[str, 
 
 def instance_environment(num_threads: int) -> dict[str, str]:
     """This process's, with the instance's threads, and torch's warnings only if they are asked for."""
-    return dict([QUIET_TORCH]) | os.environ | {"OMP_NUM_THREADS": str(num_threads)}
+    return dict([QUIET_TORCH, WAIT_POLITELY]) | os.environ | {"OMP_NUM_THREADS": str(num_threads)}
 
 
 class InstanceProcess(ChildProcess):

@@ -14,8 +14,9 @@ import msgspec
 from hbserve import demo_model
 from hbserve.demo_model import find_model_folder
 from hbserve.ending import Ending, together, unless
-from hbserve.launcher import QUIET_TORCH, LocalInstances, instance_settings
+from hbserve.launcher import QUIET_TORCH, LocalInstances, instance_settings, tensor_parallel_sizes
 from hbserve.pd_disagg.config import PdDisaggConfig
+from hbserve.servable import require_servable
 from hbserve_rpc import own_process
 from hbserve_scheduler import (
     ConfigError,
@@ -66,13 +67,14 @@ async def serve_all(args: ServeArgs) -> None:
         ConfigError, AddressInUse, InstanceFailed, NotReady, BrokenTokenizer.
     """
     config = args.deployment()
-    sys.stderr.write(f"hbserve: starting {', '.join(each.instance_id for each in config.gpu_instances)}\n")
     ending = Ending()
     front_end = _front_end(config.server, args.log_level, ending)
     try:
         if front_end is not None:
             await front_end.start()
         folder = await find_model_folder(config.model.path)
+        require_servable(folder, config.engine_settings().load_format, tensor_parallel_sizes(config))
+        sys.stderr.write(f"hbserve: starting {', '.join(each.instance_id for each in config.gpu_instances)}\n")
         await _Deployment(config, folder, front_end, args.log_level, ending).run()
     finally:
         if front_end is not None:

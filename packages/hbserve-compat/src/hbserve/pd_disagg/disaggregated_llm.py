@@ -14,12 +14,13 @@ from typing import Any, Self
 import msgspec
 
 from hbserve.demo_model import find_model_folder
-from hbserve.launcher import LocalInstances
+from hbserve.launcher import LocalInstances, tensor_parallel_sizes
 from hbserve.pd_disagg.config import PdDisaggConfig
 from hbserve.pd_disagg.ending import end_both, end_dropped, weakly
 from hbserve.progress import progress_bar
 from hbserve.prompts import PlainPrompt, Prompt, encode_all, read_params, read_prompt, read_prompts
 from hbserve.results import GenerationDelta, GenerationResult
+from hbserve.servable import require_servable
 from hbserve.text_request import TextRequest, answer_all, check_all
 from hbserve.tokenizer import load_tokenizer
 from hbserve_rpc import SamplingParams
@@ -89,6 +90,7 @@ class DisaggregatedLLM:
     async def _start(self) -> None:
         deployment = self.config.to_deployment()
         folder = await find_model_folder(self.config.model_path)
+        require_servable(folder, self.config.load_format, tensor_parallel_sizes(deployment))
         self._scheduler = self._scheduler_class(deployment.scheduler, model_path=str(folder))
         on_death = weakly(self._on_death)
         self._instances = LocalInstances(deployment, folder, log_level=self._log_level, on_death=on_death)

@@ -1,21 +1,31 @@
 """The configuration of a model, as its Hugging Face folder says it, read as plain JSON and checked.
 
 The three supported architectures are one decoder with a few switches: see `_ARCHITECTURES`.
+torch is not imported: whoever starts instances asks first whether they can serve the model, and must not wait for it.
 """
 
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from hbserve_core.errors import ModelFilesMissing, UnsupportedModel
 from hbserve_core.model.end_tokens import end_token_ids
-from hbserve_core.model.rope import RopeConfig, extended_length, read_rope_config
+from hbserve_core.model.rope_config import RopeConfig, extended_length, read_rope_config
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+if TYPE_CHECKING:
+    import torch
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def torch_dtype(name: str) -> "torch.dtype":
+    """torch's own dtype for one of DTYPES."""
+    import torch
+
+    found: torch.dtype = getattr(torch, name)
+    return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,8 +65,8 @@ class ModelConfig:
 
     path: Path
     architecture: str
-    dtype: torch.dtype
-    """Of the checkpoint."""
+    dtype_name: str
+    """Of the checkpoint, one of DTYPES."""
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -73,6 +83,11 @@ class ModelConfig:
     biases: Biases
     eos_token_ids: tuple[int, ...]
     """Each of them ends a sequence."""
+
+    @property
+    def dtype(self) -> "torch.dtype":
+        """Of the checkpoint."""
+        return torch_dtype(self.dtype_name)
 
 
 def load_model_config(path: str | Path) -> ModelConfig:
@@ -109,7 +124,7 @@ def _parse(folder: Path, architecture: str, raw: Mapping[str, Any], generation: 
     return ModelConfig(
         path=folder,
         architecture=architecture,
-        dtype=_checkpoint_dtype(folder, raw),
+        dtype_name=_checkpoint_dtype(folder, raw),
         vocab_size=raw["vocab_size"],
         hidden_size=raw["hidden_size"],
         intermediate_size=raw["intermediate_size"],
@@ -163,11 +178,11 @@ def _slides(raw: Mapping[str, Any]) -> bool:
     return bool(raw.get("max_window_layers", 0) < raw["num_hidden_layers"])
 
 
-def _checkpoint_dtype(folder: Path, raw: Mapping[str, Any]) -> torch.dtype:
+def _checkpoint_dtype(folder: Path, raw: Mapping[str, Any]) -> str:
     name = raw.get("dtype") or raw.get("torch_dtype") or "float32"
     if name not in DTYPES:
         raise UnsupportedModel(f"{folder}: dtype={name!r} is not supported; supported: {', '.join(DTYPES)}")
-    return DTYPES[name]
+    return str(name)
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:

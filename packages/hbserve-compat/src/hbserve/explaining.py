@@ -1,0 +1,97 @@
+"""Surroundings of every command: signals end it in order, and what goes wrong is one line on stderr."""
+
+import asyncio
+import logging
+import os
+import signal
+import sys
+from collections.abc import Coroutine, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import typer
+
+from hbserve_rpc import own_process
+
+
+def run(job: Coroutine[Any, Any, None], log_level: str) -> None:
+    with explaining(log_level):
+        asyncio.run(_until_signalled(job))
+
+
+@contextmanager
+def explaining(log_level: str) -> Iterator[None]:
+    """Around the whole of a command. A problem that has a name is one line on stderr."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # see `hbserve.entry`
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    logging.basicConfig(level=log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    try:
+        yield
+        if sys.stdout is not None:
+            sys.stdout.flush()  # here, where it is explained why it cannot be written
+    except KeyboardInterrupt:
+        raise typer.Exit(128 + signal.SIGINT) from None
+    except _Signalled as ended:
+        for number in own_process.ending_signals():  # nothing is left to do but to end: no more of them is of use
+            signal.signal(number, signal.SIG_IGN)
+        raise typer.Exit(128 + ended.number) from None
+    except BrokenPipeError:  # whoever read our output has seen enough
+        raise typer.Exit(141) from None
+    except Exception as error:
+        if log_level == "DEBUG":
+            raise
+        if not _is_explained(error):
+            logging.getLogger(__name__).exception("unexpected error; please report it")
+        typer.echo(f"error: {one_line(str(error))}", err=True)
+        raise typer.Exit(2 if isinstance(error, ValueError) else 1) from None
+    finally:
+        forget_what_nobody_takes()
+
+
+def forget_what_nobody_takes() -> None:
+    """Output that cannot be written: Python would try again when it ends, and say so in its own words."""
+    if sys.stdout is not None:
+        try:
+            sys.stdout.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def one_line(text: str) -> str:
+    """What others say may have several lines, and the names of files anything: a terminal must not obey it."""
+    joined = " ".join(text.split())
+    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in joined)
+
+
+class _Signalled(BaseException):
+    """A signal has ended the command."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+
+async def _until_signalled(job: Coroutine[Any, Any, None]) -> None:
+    """A signal ends a command in order; another one, while it ends, at once. Commands that serve have handlers of their
+    own."""
+    task = asyncio.current_task()
+    assert task is not None
+    received: list[signal.Signals] = []
+
+    def end(number: signal.Signals) -> None:
+        if received:  # the event loop will have ended before its processes have, of which asyncio would complain
+            logging.getLogger("asyncio").setLevel(logging.ERROR)
+        received.append(number)
+        task.cancel()
+
+    with own_process.on_ending_signals(end):
+        try:
+            await job
+        except asyncio.CancelledError:
+            if not received:
+                raise
+            raise _Signalled(received[0]) from None
+
+
+def _is_explained(error: Exception) -> bool:
+    """Whether the message was written for users: errors of this project, and of the operating system."""
+    return isinstance(error, OSError) or type(error).__module__.startswith("hbserve")
