@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
-from hbserve.explaining import explaining, forget_what_nobody_takes, one_line, run
+from hbserve.command import LogLevel, LogLevelOption, explaining, forget_what_nobody_takes, one_line, run
 from hbserve_rpc import own_process
 from hbserve_rpc.plain_values import shown
 
@@ -52,13 +52,6 @@ app = typer.Typer(
 )
 
 
-class LogLevel(StrEnum):
-    DEBUG = "DEBUG"
-    INFO = "INFO"
-    WARNING = "WARNING"
-    ERROR = "ERROR"
-
-
 ModelArgument = Annotated[
     str | None, typer.Argument(metavar="MODEL", help="A Hugging Face model folder; without it, the demo model.")
 ]
@@ -70,7 +63,6 @@ TopPOption = Annotated[float | None, typer.Option(help="Only the likeliest token
 SeedOption = Annotated[int | None, typer.Option(help="The same one gives the same answer.")]
 StopOption = Annotated[list[str] | None, typer.Option(help="Text that ends an answer. May be repeated.")]
 SystemOption = Annotated[str | None, typer.Option(help="The system message.")]
-LogLevelOption = Annotated[LogLevel, typer.Option("--log-level", case_sensitive=False)]
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""Surroundings of every command: signals end it in order, and what goes wrong is one line on stderr."""
+"""A command of the command line: how it is run, how it ends, and what it says of what went wrong."""
 
 import asyncio
 import logging
@@ -7,24 +7,35 @@ import signal
 import sys
 from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager
-from typing import Any
+from enum import StrEnum
+from typing import Annotated, Any
 
 import typer
 
 from hbserve_rpc import own_process
 
 
-def run(job: Coroutine[Any, Any, None], log_level: str) -> None:
+class LogLevel(StrEnum):
+    DEBUG = "DEBUG"
+    INFO = "INFO"
+    WARNING = "WARNING"
+    ERROR = "ERROR"
+
+
+LogLevelOption = Annotated[LogLevel, typer.Option("--log-level", case_sensitive=False)]
+
+
+def run(job: Coroutine[Any, Any, None], log_level: LogLevel) -> None:
     with explaining(log_level):
         asyncio.run(_until_signalled(job))
 
 
 @contextmanager
-def explaining(log_level: str) -> Iterator[None]:
+def explaining(log_level: LogLevel) -> Iterator[None]:
     """Around the whole of a command. A problem that has a name is one line on stderr."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # see `hbserve.entry`
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    logging.basicConfig(level=log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.basicConfig(level=log_level.value, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     try:
         yield
         if sys.stdout is not None:
@@ -38,7 +49,7 @@ def explaining(log_level: str) -> Iterator[None]:
     except BrokenPipeError:  # whoever read our output has seen enough
         raise typer.Exit(141) from None
     except Exception as error:
-        if log_level == "DEBUG":
+        if log_level is LogLevel.DEBUG:
             raise
         if not _is_explained(error):
             logging.getLogger(__name__).exception("unexpected error; please report it")
