@@ -208,6 +208,14 @@ def scheduler(config: ConfigOption, log_level: LogLevelOption = LogLevel.INFO) -
 
 
 @app.command()
+def check(config: ConfigOption, log_level: LogLevelOption = LogLevel.WARNING) -> None:
+    """Look at a deployment, and at this host, before anything starts: addresses, limits, clock, GPUs, NCCL's path."""
+    from hbserve.check.deployment import CheckArgs, check_deployment
+
+    run(check_deployment(CheckArgs(config)), log_level)
+
+
+@app.command()
 def stats(
     connect: Annotated[str, typer.Option(metavar="HOST:PORT", help="Where its scheduler's RPC is.")],
     json: Annotated[bool, typer.Option("--json", help="All figures, for programs.")] = False,

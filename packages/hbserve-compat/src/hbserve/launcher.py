@@ -37,7 +37,7 @@ def instance_settings(
         "instance_id": instance.instance_id,
         "role": instance.instance_type,
         "model_path": str(model_folder),
-        "tensor_parallel_size": _num_ranks(config, instance),
+        "tensor_parallel_size": num_ranks(config, instance),
         "gpu_id": instance.gpu_id,
         "num_local_instances": len(neighbours),
         "num_on_gpu": _most_on_one_gpu(config, neighbours, instance),
@@ -56,10 +56,16 @@ def _same_machine(host: str, other: str) -> bool:
 
 def tensor_parallel_sizes(config: DeploymentConfig) -> set[int]:
     """Of all instances of a deployment."""
-    return {_num_ranks(config, each) for each in config.gpu_instances}
+    return {num_ranks(config, each) for each in config.gpu_instances}
 
 
-def _num_ranks(config: DeploymentConfig, instance: InstanceSection) -> int:
+def local_instances(config: DeploymentConfig) -> list[InstanceSection]:
+    """Those of a deployment whose host is this machine. May ask a name server."""
+    return [each for each in config.gpu_instances if is_here(each.host)]
+
+
+def num_ranks(config: DeploymentConfig, instance: InstanceSection) -> int:
+    """Processes, and on CUDA GPUs, of one instance."""
     return instance.tensor_parallel_size or config.engine_settings().tensor_parallel_size
 
 
@@ -69,7 +75,7 @@ def _most_on_one_gpu(
     """Of this instance's GPUs, on the one where the most are; None if nobody has said which they are."""
 
     def gpus(each: InstanceSection) -> range:
-        return range(0) if each.gpu_id is None else range(each.gpu_id, each.gpu_id + _num_ranks(config, each))
+        return range(0) if each.gpu_id is None else range(each.gpu_id, each.gpu_id + num_ranks(config, each))
 
     return max((sum(gpu in gpus(each) for each in neighbours) for gpu in gpus(instance)), default=None)
 
