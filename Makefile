@@ -29,8 +29,9 @@ test:  ## every test that this machine can run
 test-gpu:  ## only the tests that need a CUDA device
 	uv run pytest -m gpu -n 0
 
-isolate:  ## each wheel alone in an empty environment
+isolate:  ## each wheel alone in an empty environment, and a release that is not published
 	uv run .ci/wheels_alone.py
+	uv run .ci/release.py --home https://example.org/hbserve
 
 lowest:  ## the lowest versions that the packages ask for, on another Python
 	.ci/lowest
