@@ -39,6 +39,9 @@ lowest:  ## the lowest versions that the packages ask for, on another Python
 clients:  ## programs that people point at `hbserve serve`, in an environment of their own
 	UV_PROJECT_ENVIRONMENT=.venv-clients uv run --locked --group clients pytest -W default -n 2 --dist loadgroup tests/clients
 
+ray:  ## `hbserve serve --ray`, on a cluster of two nodes on this host
+	UV_PROJECT_ENVIRONMENT=.venv-ray uv run --locked --group ray pytest -W default -n 0 tests/ray_cluster
+
 check: lint type isolate test  ## all of it but the lowest versions
 
-.PHONY: help sync fmt lint type test test-gpu isolate lowest clients check
+.PHONY: help sync fmt lint type test test-gpu isolate lowest clients ray check

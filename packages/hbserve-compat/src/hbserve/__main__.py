@@ -153,14 +153,18 @@ def serve(
     first_byte_timeout_s: Annotated[float | None, typer.Option("--first-byte-timeout", metavar="SECONDS")] = None,
     drain_timeout_s: Annotated[float | None, typer.Option("--drain-timeout", metavar="SECONDS")] = None,
     max_body_size: Annotated[str | None, typer.Option(help="Of a request, such as 16MiB.")] = None,
+    ray: Annotated[
+        str | None,
+        typer.Option(metavar="ADDRESS", help="Instances on the nodes of a Ray cluster; auto is this host's."),
+    ] = None,
     log_level: LogLevelOption = LogLevel.INFO,
 ) -> None:
     """Serve OpenAI's API, and run the scheduler and every instance of a deployment on this host."""
     from hbserve.serve import ServeArgs, serve_all
 
-    others = {"named_model", "config", "model", "log_level"}
+    others = {"named_model", "config", "model", "ray", "log_level"}
     server = {name: value for name, value in context.params.items() if name not in others and value not in (None, [])}
-    run(serve_all(ServeArgs(config, _one_model(named_model, model), log_level.value, server)), log_level)
+    run(serve_all(ServeArgs(config, _one_model(named_model, model), log_level.value, server, ray)), log_level)
 
 
 @app.command()

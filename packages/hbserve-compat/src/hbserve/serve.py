@@ -5,13 +5,17 @@ import logging
 import os
 import signal
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from hbserve import demo_model
+from hbserve.child_process import ChildProcesses
 from hbserve.demo_model import find_model_folder
 from hbserve.ending import Ending, together, unless
 from hbserve.launcher import QUIET_TORCH, LocalInstances, instance_settings, tensor_parallel_sizes
@@ -34,6 +38,9 @@ if TYPE_CHECKING:  # it imports the web server's libraries, which nothing else n
 
 logger = logging.getLogger(__name__)
 
+AnyInstance = Any
+"""Of this host or of a Ray cluster; `instance_id`, `role` and `address` are the same."""
+MakeInstances = Callable[..., ChildProcesses[AnyInstance]]
 READY_TIMEOUT_S = 600.0
 """Until every instance has loaded its model."""
 
@@ -47,6 +54,8 @@ class ServeArgs:
     log_level: str
     server: dict[str, Any] = field(default_factory=dict)
     """Keys of the section `server` that were given; they go before the file's."""
+    ray: str | None = None
+    """Address of the Ray cluster whose nodes run the instances; None is this host alone."""
 
     def deployment(self) -> DeploymentConfig:
         """Raises ConfigError."""
@@ -57,6 +66,11 @@ class ServeArgs:
         server = msgspec.structs.replace(config.server, **self.server)
         config = msgspec.structs.replace(config, server=server)
         check(config)
+        if self.ray is not None and config.server.api_servers > 1:
+            raise ConfigError(
+                f"server.api_servers={config.server.api_servers}: expected 1 with --ray: of an instance that is placed "
+                "on another node, and has another address then, one scheduler alone hears"
+            )
         return config
 
 
@@ -75,10 +89,27 @@ async def serve_all(args: ServeArgs) -> None:
         folder = await find_model_folder(config.model.path)
         require_servable(folder, config.engine_settings().load_format, tensor_parallel_sizes(config))
         sys.stderr.write(f"hbserve: starting {', '.join(each.instance_id for each in config.gpu_instances)}\n")
-        await _Deployment(config, folder, front_end, args.log_level, ending).run()
+        with _instances(config, folder, args) as instances:
+            await _Deployment(config, folder, front_end, instances, ending).run()
     finally:
         if front_end is not None:
             await front_end.stop()
+
+
+@contextmanager
+def _instances(config: DeploymentConfig, folder: Path, args: ServeArgs) -> Iterator[MakeInstances]:
+    """Makes the deployment's instances, of what is called at the death of one: on this host, or on a Ray cluster."""
+    if args.ray is None:
+        yield partial(LocalInstances, config, folder, log_level=args.log_level)
+        return
+    from hbserve.ray_cluster import cluster
+    from hbserve.ray_cluster.instances import RayInstances
+
+    cluster.connect(args.ray)
+    try:
+        yield partial(RayInstances, config, folder, log_level=args.log_level)
+    finally:
+        cluster.disconnect()
 
 
 def _front_end(settings: ServerSection, log_level: str, ending: Ending) -> "FrontEnd | None":
@@ -94,7 +125,12 @@ class _Deployment:
     """What `serve_all` runs, once the model's folder is there."""
 
     def __init__(
-        self, config: DeploymentConfig, folder: Path, front_end: "FrontEnd | None", log_level: str, ending: Ending
+        self,
+        config: DeploymentConfig,
+        folder: Path,
+        front_end: "FrontEnd | None",
+        make_instances: MakeInstances,
+        ending: Ending,
     ) -> None:
         self._config = config
         self._folder = folder
@@ -102,7 +138,7 @@ class _Deployment:
         self._front_end = front_end
         self._scheduler = CpuScheduler(config.scheduler, model_path=str(folder))
         self._server = SchedulerServer(self._scheduler)
-        self._instances = LocalInstances(config, folder, log_level=log_level, on_death=self._on_death)
+        self._instances = make_instances(on_death=self._on_death)
         self._ending = ending
         self._is_ready = False
         self._background: set[asyncio.Task[None]] = set()
@@ -115,6 +151,12 @@ class _Deployment:
         task = asyncio.create_task(self._server.instance_died(instance_id, why))
         self._background.add(task)
         task.add_done_callback(self._background.discard)
+
+    async def _dial_again(self, started: AnyInstance) -> None:
+        """One that was started again on another node has another address."""
+        if self._scheduler.fleet.handles[started.instance_id].address != started.address:
+            await self._scheduler.remove_instance(started.instance_id)
+            await self._scheduler.add_instance(started.instance_id, started.role, started.address)
 
     def _on_signal(self, number: signal.Signals) -> None:
         logger.info("ending: %s", number.name)
@@ -145,7 +187,7 @@ class _Deployment:
             beginning.append(self._front_end.begin(self._name, self._folder, self._server))
         await together(*beginning)
         self._is_ready = True
-        self._instances.restart_the_dead(self._ending.by_death)
+        self._instances.restart_the_dead(self._ending.by_death, self._dial_again)
         own_process.freeze_heap()
         if self._front_end is not None:
             sys.stderr.write(self._how_to_ask(self._front_end))
