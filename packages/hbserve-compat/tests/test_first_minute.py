@@ -113,7 +113,8 @@ def test_what_is_no_model_folder_is_refused_with_what_to_do(command, folder_with
     }
     for given, message in cases.items():
         refused = invoke(*command, given)
-        (line,) = refused.stderr.splitlines()
+        (line,) = refused.stderr.splitlines()[-1:]
+        assert refused.stderr.count("error") == 1
         assert (refused.exit_code, message in line) == (1, True), line
     (folder / "adapter_config.json").unlink()
     assert "is a GGUF file" in invoke(*command, str(folder)).stderr
@@ -128,10 +129,8 @@ def test_a_model_that_no_instance_could_serve_is_refused_once_and_without_torch(
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.stdout == "False\n"
-    assert done.stderr == (
-        f"error: {folder}: architecture MambaForCausalLM is not supported; "
-        "supported: Qwen3ForCausalLM, Qwen2ForCausalLM, LlamaForCausalLM\n"
-    )
+    _, error = done.stderr.splitlines()
+    assert error.startswith(f"error: {folder}: architecture MambaForCausalLM is not supported; supported: ")
 
 
 async def test_a_pair_whose_model_cannot_be_is_not_started(folder_with, monkeypatch):

@@ -1,14 +1,16 @@
 """A command of the command line: how it is run, how it ends, and what it says of what went wrong."""
 
 import asyncio
+import inspect
 import logging
 import os
 import signal
 import sys
-from collections.abc import Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
+from dataclasses import MISSING, fields
 from enum import StrEnum
-from typing import Annotated, Any
+from typing import Annotated, Any, get_type_hints
 
 import typer
 
@@ -23,6 +25,31 @@ class LogLevel(StrEnum):
 
 
 LogLevelOption = Annotated[LogLevel, typer.Option("--log-level", case_sensitive=False)]
+
+
+def taking(args: type[Any], job: Callable[..., None]) -> Callable[..., None]:
+    """A command whose options are the fields of `args`, a dataclass, and --log-level: `job(args, log_level)`. For
+    commands of more options than a signature has room for."""
+    hints = get_type_hints(args, include_extras=True)
+
+    def command(*, log_level: LogLevel, **values: Any) -> None:
+        job(args(**values), log_level)
+
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    parameters = [
+        inspect.Parameter(
+            field.name,
+            keyword,
+            default=inspect.Parameter.empty if field.default is MISSING else field.default,
+            annotation=hints[field.name],
+        )
+        for field in fields(args)
+    ]
+    of_log = inspect.Parameter("log_level", keyword, default=LogLevel.WARNING, annotation=LogLevelOption)
+    command.__signature__ = inspect.Signature([*parameters, of_log])  # type: ignore[attr-defined]  # for typer
+    command.__annotations__ = {each.name: each.annotation for each in [*parameters, of_log]}
+    command.__doc__ = job.__doc__
+    return command
 
 
 def run(job: Coroutine[Any, Any, None], log_level: LogLevel) -> None:

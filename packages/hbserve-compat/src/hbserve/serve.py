@@ -81,6 +81,7 @@ async def serve_all(args: ServeArgs) -> None:
         ConfigError, AddressInUse, InstanceFailed, NotReady, BrokenTokenizer.
     """
     config = args.deployment()
+    sys.stderr.write(f"hbserve: starting {', '.join(each.instance_id for each in config.gpu_instances)}\n")
     ending = Ending()
     front_end = _front_end(config.server, args.log_level, ending)
     try:
@@ -88,7 +89,6 @@ async def serve_all(args: ServeArgs) -> None:
             await front_end.start()
         folder = await find_model_folder(config.model.path)
         require_servable(folder, config.engine_settings().load_format, tensor_parallel_sizes(config))
-        sys.stderr.write(f"hbserve: starting {', '.join(each.instance_id for each in config.gpu_instances)}\n")
         with _instances(config, folder, args) as instances:
             await _Deployment(config, folder, front_end, instances, ending).run()
     finally:

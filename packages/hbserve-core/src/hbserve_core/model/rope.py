@@ -11,7 +11,20 @@ from hbserve_core.model.rope_config import RopeConfig
 
 
 def inverse_frequencies(config: RopeConfig, head_dim: int) -> torch.Tensor:
-    """Rotation per position of each pair of dimensions, float32 (D / 2,), on the CPU."""
+    """Rotation per position of each pair of dimensions, float32 (D / 2,), on the CPU; 0 of pairs that do not rotate."""
+    frequencies = torch.zeros(head_dim // 2, dtype=torch.float32, device="cpu")
+    if config.rope_type != "none":
+        rotated = num_rotated(config, head_dim)
+        frequencies[: rotated // 2] = _rotating(config, rotated)
+    return frequencies
+
+
+def num_rotated(config: RopeConfig, head_dim: int) -> int:
+    """How many of a head's dimensions are rotated."""
+    return int(head_dim * config.partial) // 2 * 2
+
+
+def _rotating(config: RopeConfig, head_dim: int) -> torch.Tensor:
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu") / head_dim
     frequencies = 1.0 / (config.theta**exponents)
     if config.rope_type == "linear":
@@ -20,7 +33,31 @@ def inverse_frequencies(config: RopeConfig, head_dim: int) -> torch.Tensor:
         return _llama3(config, frequencies)
     if config.rope_type == "yarn":
         return _yarn(config, frequencies)
+    if config.rope_type == "longrope":
+        return 1.0 / (torch.tensor(config.factors, device="cpu") * config.theta**exponents)
     return frequencies
+
+
+def _magnitudes(config: RopeConfig, head_dim: int) -> torch.Tensor:
+    """What each pair of dimensions is multiplied by, float32 (D / 2,), on the CPU."""
+    magnitudes = torch.ones(head_dim // 2, dtype=torch.float32, device="cpu")
+    magnitudes[: num_rotated(config, head_dim) // 2] = config.magnitude
+    return magnitudes
+
+
+def head_order(config: RopeConfig, head_dim: int) -> torch.Tensor | None:
+    """(D,) int64: the order in which rows of query and key projections are kept; None: as they are.
+
+    Dimension i is rotated with i + D / 2 here, in checkpoints with i + R / 2 if the first R of D dimensions are. Scores
+    do not depend on the order.
+    """
+    rotated = num_rotated(config, head_dim)
+    if rotated == head_dim:
+        return None
+    places = torch.arange(head_dim, device="cpu")
+    first, second = places[:rotated].chunk(2)
+    others, more = places[rotated:].chunk(2)
+    return torch.cat((first, others, second, more))
 
 
 def _llama3(config: RopeConfig, frequencies: torch.Tensor) -> torch.Tensor:
@@ -54,7 +91,8 @@ def angle_table(config: RopeConfig, head_dim: int, num_positions: int) -> torch.
     """(num_positions, D) float32, on the CPU: cosines of each pair's rotation, then sines, times the magnitude."""
     positions = torch.arange(num_positions, dtype=torch.float32, device="cpu")
     turns = positions[:, None] * inverse_frequencies(config, head_dim)
-    return torch.cat((turns.cos(), turns.sin()), dim=-1) * config.magnitude
+    magnitudes = _magnitudes(config, head_dim)
+    return torch.cat((turns.cos() * magnitudes, turns.sin() * magnitudes), dim=-1)
 
 
 class Rope:
@@ -63,13 +101,13 @@ class Rope:
     def __init__(self, config: RopeConfig, head_dim: int, dtype: torch.dtype, device: torch.device) -> None:
         self._frequencies = inverse_frequencies(config, head_dim).to(device)
         self._half = head_dim // 2
-        self._magnitude = config.magnitude
+        self._magnitudes = _magnitudes(config, head_dim).to(device)
         self._dtype = dtype
 
     def angles(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosines and signed sines of one step, (T, 1, D) each, from positions (T,): the same for every layer."""
         turns = positions[:, None].float() * self._frequencies
-        cos, sin = turns.cos() * self._magnitude, turns.sin() * self._magnitude
+        cos, sin = turns.cos() * self._magnitudes, turns.sin() * self._magnitudes
         return (
             torch.cat((cos, cos), dim=-1)[:, None].to(self._dtype),
             torch.cat((-sin, sin), dim=-1)[:, None].to(self._dtype),
