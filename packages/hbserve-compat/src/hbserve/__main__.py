@@ -6,6 +6,7 @@ What a command needs is imported when it runs: the scheduler's process never see
 import json
 import os
 import sys
+from enum import StrEnum
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
@@ -189,16 +190,27 @@ def chat(
     run(talk(ChatArgs(url, api_key, system, chosen, config, _sampling(context), log_level.value)), log_level)
 
 
+class InstanceType(StrEnum):
+    PREFILL = "prefill"
+    DECODE = "decode"
+    HYBRID = "hybrid"
+
+
 @app.command()
 def instance(
     config: ConfigOption,
-    instance_id: Annotated[str, typer.Option(help="Which of the file's gpu_instances.")],
+    instance_id: Annotated[str, typer.Option(help="Which of the file's gpu_instances, or of none: its name.")],
+    instance_type: Annotated[InstanceType | None, typer.Option(help="Needed if the file does not have it.")] = None,
+    host: Annotated[str | None, typer.Option(help="Where it serves, and where others reach it.")] = None,
+    port: Annotated[int | None, typer.Option(min=0, max=65535)] = None,
     log_level: LogLevelOption = LogLevel.INFO,
 ) -> None:
     """Run one instance of a deployment."""
-    from hbserve.serve import serve_instance
+    from hbserve.serve import InstanceArgs, serve_instance
 
-    run(serve_instance(config, instance_id, log_level.value), log_level)
+    own = {"instance_type": instance_type and instance_type.value, "host": host, "port": port}
+    given = {name: value for name, value in own.items() if value is not None}
+    run(serve_instance(InstanceArgs(config, instance_id, log_level.value, given)), log_level)
 
 
 @app.command()

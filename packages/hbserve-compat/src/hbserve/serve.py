@@ -18,15 +18,22 @@ from hbserve import demo_model
 from hbserve.child_process import ChildProcesses
 from hbserve.demo_model import find_model_folder
 from hbserve.ending import Ending, together, unless
-from hbserve.launcher import QUIET_TORCH, LocalInstances, instance_settings, tensor_parallel_sizes
+from hbserve.launcher import (
+    QUIET_TORCH,
+    WAIT_POLITELY,
+    LocalInstances,
+    instance_settings,
+    tensor_parallel_sizes,
+)
 from hbserve.pd_disagg.config import PdDisaggConfig
 from hbserve.servable import require_servable
-from hbserve_rpc import own_process
+from hbserve_rpc import InvalidAddress, check_peer_host, own_process
 from hbserve_scheduler import (
     ConfigError,
     CpuScheduler,
     DeploymentConfig,
     InstanceFailed,
+    InstanceSection,
     SchedulerServer,
     check,
     load_config,
@@ -205,7 +212,40 @@ class _Deployment:
         )
 
 
-async def serve_instance(path: Path, instance_id: str, log_level: str) -> None:
+@dataclass(frozen=True)
+class InstanceArgs:
+    """The command's arguments."""
+
+    config: Path
+    instance_id: str
+    log_level: str
+    given: dict[str, Any] = field(default_factory=dict)
+    """Keys of gpu_instances that were given; they go before the file's. With `instance_type` the file need not have the
+    instance at all: where instances are found by a name, each has its id and its address from whoever starts it."""
+
+    def deployment(self) -> tuple[DeploymentConfig, InstanceSection]:
+        """The file's, and the instance, which is one of it. Raises ConfigError."""
+        config = load_config(self.config)
+        in_file = {each.instance_id: each for each in config.gpu_instances}
+        if self.instance_id in in_file:
+            instance = msgspec.structs.replace(in_file[self.instance_id], **self.given)
+            instances = [instance if each.instance_id == self.instance_id else each for each in config.gpu_instances]
+        elif "instance_type" in self.given:
+            instance = InstanceSection(instance_id=self.instance_id, **self.given)
+            instances = [instance]  # alone: nothing is known of what else this host has
+        else:
+            names = ", ".join(in_file)
+            raise ConfigError(
+                f"--instance-id={self.instance_id!r}: {self.config} has {names}; give --instance-type too"
+            )
+        try:
+            check_peer_host(instance.host)
+        except InvalidAddress as error:
+            raise ConfigError(f"--host={error}") from None
+        return msgspec.structs.replace(config, gpu_instances=instances), instance
+
+
+async def serve_instance(args: InstanceArgs) -> None:
     """One instance, until SIGTERM, SIGINT or SIGHUP.
 
     Raises:
@@ -213,13 +253,10 @@ async def serve_instance(path: Path, instance_id: str, log_level: str) -> None:
         AddressInUse: its address is taken.
     """
     os.environ.setdefault(*QUIET_TORCH)  # torch reads it when it is imported
+    os.environ.setdefault(*WAIT_POLITELY)
     from hbserve_core import InstanceConfig, run_instance
 
-    config = load_config(path)
-    found = [each for each in config.gpu_instances if each.instance_id == instance_id]
-    if not found:
-        names = ", ".join(each.instance_id for each in config.gpu_instances)
-        raise ConfigError(f"--instance-id={instance_id!r}: {path} has {names}")
+    config, instance = args.deployment()
     folder = await find_model_folder(config.model.path)
-    settings = instance_settings(config, found[0], folder, log_level=log_level)
+    settings = instance_settings(config, instance, folder, log_level=args.log_level)
     await run_instance(msgspec.convert(settings, InstanceConfig))
