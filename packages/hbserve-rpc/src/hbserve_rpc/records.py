@@ -36,6 +36,13 @@ class AttemptRecord(msgspec.Struct, tag=True):
     error: str = ""
     """Why it failed."""
 
+    @property
+    def busy_instances(self) -> set[str]:
+        """Those that have it still, as far as the scheduler was told."""
+        if self.ended_s is not None:
+            return set()
+        return {self.decode_instance, self.prefill_instance if self.kv_moved_s is None else ""} - {""}
+
 
 class RequestRecord(msgspec.Struct, frozen=True, tag=True):
     """A request that has ended. Times as an attempt's."""

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import logging
 import time
+from collections import Counter
 from collections.abc import Collection
 from itertools import takewhile
 
@@ -333,9 +334,16 @@ class CpuScheduler:
         return SchedulerStats(
             **self.figures.snapshot(),
             waiting_requests=len(self.waiting_requests),
-            running_requests=len(self.running_requests),
+            # One that has ended may have to be cancelled on its instances still.
+            running_requests=sum(not each.ended for each in self.running_requests.values()),
             instances=[handle.stats for handle in self.fleet.handles.values()],
         )
+
+    def active_requests(self) -> Counter[str]:
+        """How many of this scheduler's requests each instance has: now, where its own figures are those of its last
+        heartbeat."""
+        running = [each for each in self.running_requests.values() if not each.ended]
+        return Counter(name for each in running for name in each.busy_instances)
 
     def records(self, last_s: float, request_id: str = "") -> list[RequestRecord]:
         """Requests that ended within the last `last_s` seconds, or one of these."""

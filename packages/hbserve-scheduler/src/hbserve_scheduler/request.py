@@ -260,6 +260,12 @@ class ScheduledRequest:
             return self.arrivals[0]
         return self.arrivals[1] if len(self.arrivals) > 1 else None
 
+    @property
+    def busy_instances(self) -> set[str]:
+        """Those that have it still, or one of its choices."""
+        last = [each.attempts[-1] for each in [self, *self.choices] if each.attempts and not each.ended]
+        return set().union(*(attempt.busy_instances for attempt in last))
+
     def since_submit_s(self) -> float:
         return time.monotonic() - self.submitted_s
 
