@@ -200,7 +200,11 @@ async def test_a_client_that_leaves_gives_its_blocks_back_and_the_same_id_may_co
             async with client.stream(GENERATE, request, timeout_s=DEADLINE_S) as events:
                 assert (await anext(events)).token_ids[:1] == greedy_tokens("qwen3", prompt(20, salt=salt), 1)
             await _until_empty(client)
-        assert (await client.call(STATS, Empty(), timeout_s=DEADLINE_S)).total_requests == 5
+        stats = await client.call(STATS, Empty(), timeout_s=DEADLINE_S)
+        assert stats.total_requests == 5
+        assert stats.cached_blocks == 5, "the full block of each prompt"
+        assert stats.iteration_tokens.total >= 5 * 20
+        assert stats.loop_lag is not None
 
 
 async def test_requests_side_by_side_get_their_own_tokens(model_folder, prompt, greedy_tokens):

@@ -29,6 +29,7 @@ from hbserve_rpc.messages import (
     InstanceInfo,
     InstanceStats,
     InstanceStatus,
+    Milestone,
     PrefillRequest,
     RequestFinished,
     Role,
@@ -227,7 +228,8 @@ class FakeInstance:
                     yield event
                 await self._phase("done")
                 if await granted:
-                    yield TransferDone(num_bytes=1000, num_parts=1, time_s=0.5)
+                    computed, pushed = [Milestone(0.3, len(request.prompt_token_ids))], [Milestone(0.5, 1)]
+                    yield TransferDone(1000, 1, 0.5, computed=computed, pushed=pushed)
             finally:
                 del self.granted[request.request_id]
 

@@ -15,6 +15,7 @@ from typing import Annotated, Literal
 
 import msgspec
 
+from hbserve_rpc.counts import HttpCounts, LinkCounts
 from hbserve_rpc.histogram import Histogram
 from hbserve_rpc.methods import Method, Notification, StreamMethod
 from hbserve_rpc.sampling_params import SamplingParams
@@ -249,6 +250,10 @@ class InstanceStats(msgspec.Struct, frozen=True, tag=True):
     num_blocks: int = 0
     free_blocks: int = 0
     """Blocks that nobody holds, those kept as prefix cache included."""
+    cached_blocks: int = 0
+    """Of the free ones, those kept as prefix cache."""
+    reserved_blocks: int = 0
+    """Of requests that wait for a transfer. One that several of them share counts for each."""
     quarantined_blocks: int = 0
     active_transfers: int = 0
     """Each pair of ranks counts, where instances have several."""
@@ -266,6 +271,10 @@ class InstanceStats(msgspec.Struct, frozen=True, tag=True):
     """As active_transfers."""
     dropped_messages: int = 0
     """Late, duplicate, unknown and stale-epoch transfer messages."""
+    iteration_tokens: Histogram | None = None
+    """Tokens computed in one step, of all steps so far."""
+    loop_lag: Histogram | None = None
+    """Seconds that its event loop was late. See loop_lag.py."""
 
 
 class LatencySummary(msgspec.Struct, frozen=True, tag=True):
@@ -303,6 +312,10 @@ class SchedulerStats(msgspec.Struct, frozen=True, tag=True):
     """By the name of the error, of those that were tried again too."""
     histograms: dict[str, Histogram] = {}
     """By the name of the metric: in seconds, bytes or tokens, as it says."""
+    links: dict[str, LinkCounts] = {}
+    """By "prefill > decode"."""
+    http: dict[str, HttpCounts] = {}
+    """Of the front ends, by method, path and status."""
     instances: list[InstanceStats] = []
 
 

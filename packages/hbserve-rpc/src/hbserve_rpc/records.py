@@ -37,6 +37,16 @@ class AttemptRecord(msgspec.Struct, tag=True):
     """Why it failed."""
 
     @property
+    def kv_overlap(self) -> float | None:
+        """Part of the transfer's time, from its first part to its end, in which the prompt was still being computed:
+        nobody waited for that. None: nothing was moved."""
+        if self.kv_moved_s is None or not self.pushed or not self.computed:
+            return None
+        began_s = self.pushed[0][0]
+        took_s = self.kv_moved_s - began_s
+        return min(max((self.computed[-1][0] - began_s) / took_s, 0.0), 1.0) if took_s > 0 else 1.0
+
+    @property
     def busy_instances(self) -> set[str]:
         """Those that have it still, as far as the scheduler was told."""
         if self.ended_s is not None:

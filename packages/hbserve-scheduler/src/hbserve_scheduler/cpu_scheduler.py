@@ -79,11 +79,13 @@ class CpuScheduler:
 
     async def start(self) -> None:
         await self.fleet.start()
+        self.figures.loop_lag.start()
         self._scheduling = asyncio.create_task(self._schedule())
 
     async def stop(self) -> None:
         """End every request, as aborted if it has not all of its tokens. Leaves no task or socket behind."""
         self._stopped = True
+        self.figures.loop_lag.stop()
         self._room.look_again()
         for entry in [*self.waiting_requests, *self.running_requests.values()]:
             self._end(entry, entry.finish_reason or "abort")
@@ -331,6 +333,10 @@ class CpuScheduler:
     def stats(self) -> SchedulerStats:
         for entry in self.running_requests.values():
             entry.count()
+        for each in self.figures.links.values():
+            each.is_up = None
+        for prefill, decode, is_up in self.fleet.linked():
+            self.figures.link(prefill.instance_id, decode.instance_id).is_up = is_up
         return SchedulerStats(
             **self.figures.snapshot(),
             waiting_requests=len(self.waiting_requests),

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import itertools
 import time
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
 from operator import attrgetter
 
 from hbserve_rpc.messages import InstanceInfo, Role
@@ -161,6 +161,13 @@ class Fleet:
             _others(available, avoid), lambda each: prefill.links.get(each.epoch), num_tokens=1
         )
         return min(candidates, key=available.policy)
+
+    def linked(self) -> Iterator[tuple[InstanceHandle, InstanceHandle, bool]]:
+        """Prefill and decode instances between which a link is kept, and whether it is there."""
+        for prefill in self.handles.values():
+            for epoch, is_there in prefill.links.items():
+                if (decode := self._decodes.get(epoch)) is not None:
+                    yield prefill, decode, is_there
 
     def may_serve_soon(self) -> bool:
         """Whether each role that a request needs has an instance that is ready or loading its model."""

@@ -51,7 +51,8 @@ ROUTES = [
 def make_app(service: Service) -> Starlette:
     """Raises ConfigError: the API keys cannot be read."""
     keys = ApiKeys(service.settings)
-    middleware = [Middleware(RequestLog)]
+    service.http.know(ROUTES)
+    middleware = [Middleware(RequestLog, figures=service.http)]
     if service.settings.cors_origins:
         middleware.append(
             Middleware(

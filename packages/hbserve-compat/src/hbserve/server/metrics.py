@@ -5,17 +5,17 @@ where vLLM has the figure; `vllm:` repeats those with vLLM's labels, so that das
 Latencies are the scheduler's: what a client has felt, over prefill, KV and decode.
 """
 
-from collections.abc import Iterator, Mapping
-from itertools import accumulate
+from collections.abc import Iterable, Iterator, Mapping
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
-from prometheus_client.utils import floatToGoString
 from starlette.requests import Request
 from starlette.responses import Response
 
+from hbserve.server.http_figures import buckets, http_metrics
 from hbserve.server.service import ServedModel, Service
+from hbserve_rpc.counts import LinkCounts
 from hbserve_rpc.histogram import Histogram
 from hbserve_rpc.messages import InstanceInfo, InstanceStats, SchedulerStats
 
@@ -51,6 +51,8 @@ INSTANCE_COUNTERS = {
     "kv_messages_dropped": "dropped_messages",
 }
 """Name of the metric, without prefix and suffix: field of the stats."""
+ONLY_OURS = ("kv_", "reservation_", "request_attempts", "event_loop_")
+"""Beginnings of the names of histograms that vLLM has not."""
 OF_VLLM = ["model_name", "engine"]
 """Labels that vLLM's dashboards choose by. A deployment is one engine; where a figure is of each instance, each is."""
 
@@ -80,7 +82,9 @@ class _Snapshot(Collector):
         if model is not None and self._stats is not None:
             yield from _of_requests(self._stats)
             yield from _of_instances(self._stats.instances)
+            yield from _of_links(self._stats.links.values())
             yield from _Aliases(model, self._stats).metrics()
+            yield from http_metrics(self._stats.http.values())
 
 
 def _of_requests(stats: SchedulerStats) -> Iterator[Metric]:
@@ -109,6 +113,48 @@ def _of_instances(instances: list[InstanceStats]) -> Iterator[Metric]:
                 family.add_metric([each.instance_id, each.role], getattr(each, field))
             yield family
 
+    tokens = HistogramMetricFamily("hbserve:iteration_tokens_total", "Tokens computed in one step.", labels=labels)
+    lag = HistogramMetricFamily("hbserve:instance_event_loop_lag_seconds", "How late it was.", labels=labels)
+    states = GaugeMetricFamily("hbserve:kv_blocks_by_state", "Their sum is kv_blocks.", labels=[*labels, "state"])
+    for each in instances:
+        for histograms, histogram in ((tokens, each.iteration_tokens), (lag, each.loop_lag)):
+            if histogram is not None:
+                histograms.add_metric([each.instance_id, each.role], *buckets(histogram))
+        for state, count in block_states(each).items():
+            states.add_metric([each.instance_id, each.role, state], count)
+    yield from (tokens, lag, states)
+
+
+def block_states(stats: InstanceStats) -> dict[str, int]:
+    """How many KV blocks of an instance are in which state; each is in one, but for those that are shared."""
+    held = stats.num_blocks - stats.free_blocks
+    reserved = min(stats.reserved_blocks, held - min(stats.quarantined_blocks, held))
+    return {
+        "free": stats.free_blocks - stats.cached_blocks,
+        "cached": stats.cached_blocks,
+        "active": max(0, held - reserved - stats.quarantined_blocks),
+        "reserved": reserved,
+        "quarantined": stats.quarantined_blocks,
+    }
+
+
+def _of_links(links: Iterable[LinkCounts]) -> Iterator[Metric]:
+    found, pair = list(links), ["prefill", "decode"]
+    up = GaugeMetricFamily("hbserve:link_up", "1 while both are connected; 0 while they cannot be.", labels=pair)
+    active = GaugeMetricFamily("hbserve:link_transfers_active", "Granted, and not all there.", labels=pair)
+    ended = CounterMetricFamily("hbserve:kv_transfers", "That have ended.", labels=[*pair, "outcome"])
+    moved = CounterMetricFamily("hbserve:kv_transfer_bytes", "Moved from one to the other.", labels=pair)
+    took = CounterMetricFamily("hbserve:kv_transfer_moving_seconds", "Added over transfers.", labels=pair)
+    for each in found:
+        names = [each.prefill, each.decode]
+        if each.is_up is not None:
+            up.add_metric(names, int(each.is_up))
+        for family, value in ((active, each.active), (moved, each.num_bytes), (took, each.time_s)):
+            family.add_metric(names, value)
+        for outcome, count in ({"completed": 0, "failed": 0} | each.outcomes).items():
+            ended.add_metric([*names, outcome], count)
+    yield from (up, active, ended, moved, took)
+
 
 class _Aliases:
     """The figures that vLLM has too, under its names (v1/metrics/loggers.py)."""
@@ -122,7 +168,7 @@ class _Aliases:
         yield from self._gauges()
         yield from self._counters()
         for name, histogram in self._stats.histograms.items():
-            if not name.startswith(("kv_", "reservation_", "request_attempts")):
+            if not name.startswith(ONLY_OURS):
                 yield _histogram(f"vllm:{name}", histogram, self._labels(0))
 
     def _labels(self, engine: int) -> dict[str, str]:
@@ -144,6 +190,11 @@ class _Aliases:
             config.add_metric([*labels, str(info.block_size), str(each.num_blocks)], 1)
         yield usage
         yield config
+        tokens = HistogramMetricFamily("vllm:iteration_tokens_total", "Tokens computed in one step.", labels=OF_VLLM)
+        for i, each in enumerate(stats.instances):
+            if each.iteration_tokens is not None:
+                tokens.add_metric(list(self._labels(i).values()), *buckets(each.iteration_tokens))
+        yield tokens
 
     def _counters(self) -> Iterator[Metric]:
         stats = self._stats
@@ -189,8 +240,6 @@ def _counters(name: str, documentation: str, label: str, values: dict[str, int])
 
 
 def _histogram(name: str, histogram: Histogram, labels: dict[str, str]) -> Metric:
-    bounds = [*map(floatToGoString, histogram.bounds), "+Inf"]
-    buckets = list(zip(bounds, accumulate(map(float, histogram.counts)), strict=True))
     family = HistogramMetricFamily(name, "Of requests that have all of their tokens.", labels=list(labels))
-    family.add_metric(list(labels.values()), buckets, histogram.total)
+    family.add_metric(list(labels.values()), *buckets(histogram))
     return family

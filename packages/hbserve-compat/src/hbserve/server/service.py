@@ -7,12 +7,14 @@ from typing import Any, Protocol
 
 from hbserve.server.api_error import ApiError, try_again
 from hbserve.server.encoder import Encoder
+from hbserve.server.http_figures import HttpFigures
 from hbserve.text_request import Scheduler
 from hbserve_rpc.messages import SchedulerStats, ServiceInfo
 from hbserve_rpc.plain_values import shown
 from hbserve_rpc.records import RequestRecord
 from hbserve_scheduler import parse_size
 from hbserve_scheduler.config import ServerSection
+from hbserve_scheduler.figures import Figures
 
 OF_TEMPLATES = {
     "messages",
@@ -29,6 +31,8 @@ OF_TEMPLATES = {
 
 class ServingScheduler(Scheduler, Protocol):
     """A scheduler in this process: CpuScheduler."""
+
+    figures: Figures
 
     def info(self) -> ServiceInfo: ...
 
@@ -87,6 +91,7 @@ class Service:
     problem: str = "the model is being loaded"
     """Why there is none, or is soon none."""
     draining: bool = False
+    http: HttpFigures = field(default_factory=HttpFigures)
     max_body_bytes: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -122,6 +127,7 @@ class Service:
         """Serve a model from now on, under this name unless the settings have others."""
         encoder = Encoder(tokenizer, _template(self.settings.chat_template))
         names = self.settings.served_model_names or [name]
+        scheduler.figures.http = self.http.counts
         self.model = ServedModel(names, str(folder), scheduler, encoder, whole, int(time.time()))
 
     def close(self) -> None:

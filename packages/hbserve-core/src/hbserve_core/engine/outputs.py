@@ -6,6 +6,7 @@ from typing import Any
 from hbserve_core.engine.sequence import NOT_FINITE, Sequence
 from hbserve_core.model.model_config import ModelConfig
 from hbserve_rpc import HBServeRpcError, InvalidRequest, LogitsNotFinite
+from hbserve_rpc.histogram import Histogram
 from hbserve_rpc.messages import FinishReason, TokenLogprobs
 
 NO_LOGITS = (
@@ -125,6 +126,10 @@ class EngineStats:
     num_blocks: int = 0
     num_free_blocks: int = 0
     """Blocks that nobody holds, those kept as prefix cache included."""
+    num_cached_blocks: int = 0
+    """Of the free ones, those kept as prefix cache."""
+    num_reserved_blocks: int = 0
+    """Of `num_reserved` requests; one that several of them share counts for each."""
     num_quarantined_blocks: int = 0
     num_generated_tokens: int = 0
     num_prefill_tokens: int = 0
@@ -139,3 +144,5 @@ class EngineStats:
     """Steps that were launched to be just in time, and came after the one before them had ended."""
     idle_time_s: float = 0.0
     """How long the device had nothing to do because of that, at most."""
+    iteration_tokens: Histogram | None = None
+    """Tokens of each step."""

@@ -18,11 +18,13 @@ from hbserve_core.engine.runner import Runner
 from hbserve_core.errors import EngineStopped, InstanceFailed
 from hbserve_core.instance.engine_thread import EngineEvent, EngineThread
 from hbserve_core.instance.handover import Inbox, PrefillSend, wait_for_kv
+from hbserve_core.instance.instance_stats import instance_stats
 from hbserve_core.instance.token_events import event_of, token_events
 from hbserve_core.ranks.make_runner import make_runner
 from hbserve_core.transfers.instance_transfers import InstanceTransfers, JointReceive
 from hbserve_kv import FingerprintMismatch, Outcome, PostedReceive, TransferFailed
 from hbserve_rpc import EngineFailed, InvalidRequest, Overloaded, RemoteError, RpcServer
+from hbserve_rpc.loop_lag import LoopLag
 from hbserve_rpc.messages import (
     CONNECT,
     DECODE,
@@ -71,6 +73,7 @@ class GpuInstance:
         self.num_requests = 0
         self._server = RpcServer(config.host, config.port, epoch=self.epoch, drops_closed=True)
         self._thread = EngineThread(self._make_engine, on_events=self._deliver, on_failure=self._fail)
+        self._loop_lag = LoopLag()
         self._inboxes: dict[str, Inbox] = {}
         self._ends: set[asyncio.Task[None]] = set()
         self._loading: asyncio.Task[None] | None = None
@@ -112,6 +115,7 @@ class GpuInstance:
             self._server.serve_stream(DECODE, self._decode)
             self._server.serve_notification(END_CHOICE, self._end_choice)
         await self._server.start()
+        self._loop_lag.start()
         self._loading = asyncio.create_task(self._load())
 
     async def wait_ready(self) -> None:
@@ -133,6 +137,7 @@ class GpuInstance:
     async def stop(self) -> None:
         """End every request, give every block back, leave no thread, socket or task behind. May be called twice."""
         self.status = "draining"
+        self._loop_lag.stop()
         await self._server.stop()
         ends = list(self._ends)
         if ends:
@@ -360,34 +365,14 @@ class GpuInstance:
         )
 
     async def _stats(self, _: Empty) -> InstanceStats:
-        transfers: dict[str, Any] = {}
-        if self.transfers is not None:
-            kv = await self.transfers.stats()
-            transfers = {
-                "active_transfers": kv.active_transfers,
-                "buffered_bytes": kv.buffered_bytes,
-                "kv_bytes_sent": kv.bytes_sent,
-                "kv_bytes_received": kv.bytes_received,
-                "kv_transfer_time_s": kv.busy_time_s,
-                "failed_transfers": kv.num_failed,
-                "dropped_messages": kv.dropped_messages,
-            }
-        config, engine = self.config, self.engine_stats
-        return InstanceStats(
-            config.instance_id,
-            config.role,
-            self.status,
-            self.epoch,
+        return instance_stats(
+            self.engine_stats,
+            None if self.transfers is None else await self.transfers.stats(),
+            instance_id=self.config.instance_id,
+            role=self.config.role,
+            status=self.status,
+            epoch=self.epoch,
             active_requests=self.num_active,
-            waiting_requests=engine.num_waiting,
-            running_requests=engine.num_running,
-            num_blocks=engine.num_blocks,
-            free_blocks=engine.num_free_blocks,
-            quarantined_blocks=engine.num_quarantined_blocks,
             total_requests=self.num_requests,
-            generated_tokens=engine.num_generated_tokens,
-            prefill_tokens=engine.num_prefill_tokens,
-            cached_tokens=engine.num_cached_tokens,
-            preemptions=engine.num_preemptions,
-            **transfers,
+            loop_lag=self._loop_lag.histogram,
         )
