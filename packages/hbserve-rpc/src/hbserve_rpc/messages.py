@@ -136,7 +136,7 @@ class Granted(msgspec.Struct, frozen=True, tag=True):
     """Tokens of the prompt whose KV the decode instance holds already; these are not moved."""
 
 
-class TokenEvent(msgspec.Struct, frozen=True, tag=True):
+class TokenEvent(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
     """New tokens of one choice of a request, from one engine step or several."""
 
     index: int
@@ -154,6 +154,8 @@ class TokenEvent(msgspec.Struct, frozen=True, tag=True):
     the first one."""
     choice: int = 0
     """Of `SamplingParams.n`."""
+    num_preemptions: int = 0
+    """How often it has given its blocks up to others on its instance so far, and was computed again."""
 
 
 class Milestone(msgspec.Struct, frozen=True, tag=True, array_like=True):
@@ -310,6 +312,10 @@ class SchedulerStats(msgspec.Struct, frozen=True, tag=True):
     """By finish reason, or "error"."""
     failed_attempts: dict[str, int] = {}
     """By the name of the error, of those that were tried again too."""
+    delay_s: dict[str, float] = {}
+    """Time that requests have waited for others, by cause: see RequestRecord.delays."""
+    delayed_requests: dict[str, int] = {}
+    """Those that were held up for much of their time, by the main cause."""
     histograms: dict[str, Histogram] = {}
     """By the name of the metric: in seconds, bytes or tokens, as it says."""
     links: dict[str, LinkCounts] = {}

@@ -4,13 +4,13 @@ import logging
 import math
 from collections import Counter, deque
 from collections.abc import Collection
-from typing import Any
+from typing import Any, get_args
 
 from hbserve_rpc.counts import HttpCounts, LinkCounts
 from hbserve_rpc.histogram import Histogram
 from hbserve_rpc.loop_lag import LoopLag
 from hbserve_rpc.messages import LatencySummary
-from hbserve_rpc.records import RequestRecord
+from hbserve_rpc.records import Delay, RequestRecord
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +57,9 @@ class Figures:
         self.failed_attempts = Counter[str]()
         self.histograms = {name: Histogram.over([*map(float, bounds.split())]) for name, bounds in BOUNDS.items()}
         self.between_tokens = self.histograms["inter_token_latency_seconds"]
+        self.delay_s: dict[str, float] = dict.fromkeys(get_args(Delay), 0.0)
+        self.delayed = Counter[str]()
+        """Requests by the main cause."""
         self.loop_lag = LoopLag()
         self.histograms["event_loop_lag_seconds"] = self.loop_lag.histogram
         self.links: dict[str, LinkCounts] = {}
@@ -74,6 +77,10 @@ class Figures:
             logger.warning("%s", record.describe())
         elif logger.isEnabledFor(logging.INFO):
             logger.info("%s", record.describe())
+        for cause, waited_s in record.delays.items():
+            self.delay_s[cause] += waited_s
+        if record.main_delay is not None:
+            self.delayed[record.main_delay] += 1
         if record.handoff_s is not None:
             self._handoffs.append(record.handoff_s)
         if record.finish_reason not in (None, "abort"):
@@ -103,6 +110,8 @@ class Figures:
             "output_tokens": self.output_tokens,
             "ended_requests": dict(self.ended),
             "failed_attempts": dict(self.failed_attempts),
+            "delay_s": dict(self.delay_s),
+            "delayed_requests": dict(self.delayed),
             "histograms": {name: each.copy() for name, each in self.histograms.items()},
             "links": {key: each.copy() for key, each in self.links.items()},
             "http": {key: each.copy() for key, each in self.http.items()},

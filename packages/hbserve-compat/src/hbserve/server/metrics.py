@@ -96,6 +96,9 @@ def _of_requests(stats: SchedulerStats) -> Iterator[Metric]:
     yield CounterMetricFamily("hbserve:generation_tokens", "Tokens that were delivered.", stats.output_tokens)
     yield _counters("hbserve:request_success", "Requests that have ended.", "finished_reason", stats.ended_requests)
     yield _counters("hbserve:request_attempts_failed", "Also of retried ones.", "cause", stats.failed_attempts)
+    waited = "Of requests that have ended, for others, by what they waited for."
+    yield _counters("hbserve:request_delay_seconds", waited, "cause", stats.delay_s)
+    yield _counters("hbserve:requests_delayed", "Held up for a quarter of their time.", "cause", stats.delayed_requests)
     for name, histogram in stats.histograms.items():
         yield _histogram(f"hbserve:{name}", histogram, {})
 
@@ -232,7 +235,7 @@ class _Aliases:
         return family
 
 
-def _counters(name: str, documentation: str, label: str, values: dict[str, int]) -> Metric:
+def _counters(name: str, documentation: str, label: str, values: Mapping[str, float]) -> Metric:
     family = CounterMetricFamily(name, documentation, labels=[label])
     for of, value in values.items():
         family.add_metric([of], value)

@@ -134,6 +134,7 @@ class BatchScheduler:
         self.waiting.rotate(1)  # it has been promised room before all others
         self.release(sequence)
         sequence.num_computed_tokens = 0
+        sequence.num_preemptions += 1
         self.num_preemptions += 1
 
     def _chunks(self, sequences: list[Sequence]) -> list[ScheduledChunk]:

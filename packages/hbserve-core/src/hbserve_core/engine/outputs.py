@@ -56,6 +56,8 @@ class StepOutput:
     """Why the request has ended, if it is not by a token: what it asks for cannot be computed."""
     choice: int = 0
     """Of `SamplingParams.n`. What has no token yet is of all."""
+    num_preemptions: int = 0
+    """So far."""
     ready: Any = None
     """CUDA event after which keys and values are there: of a step that was launched, and has not been read."""
 
@@ -102,6 +104,7 @@ def output_of(
         sequence.prompt_logprobs if token is not None and index == 0 else [],
         error,
         sequence.choice,
+        sequence.num_preemptions,
     )
 
 
