@@ -55,8 +55,14 @@ async def test_one_whose_decode_instance_has_no_room_for_long(make_scheduler, pa
 
 
 async def test_one_whose_kv_moves_over_a_slow_link(make_scheduler, pair, ask, collect, lines):
-    pair[0].hold = {"done"}
-    record = await slow(await make_scheduler(*pair), ask, collect, pair[0].release)
+    pair[0].hold = pair[1].hold = {"done", "tokens"}
+    pair[0].transfer_age_s = HELD_S
+
+    def release() -> None:
+        for each in pair:
+            each.release()
+
+    record = await slow(await make_scheduler(*pair), ask, collect, release)
     assert (record.main_delay, lines()) == ("transfer", "waited N ms for its KV from p0 to d0")
 
 
@@ -89,6 +95,8 @@ def test_a_wait_beside_which_the_prompt_is_computed_is_none():
     assert early.waits(9.0) == {"reservation": 0.5, "transfer": 0.5}
     late = AttemptRecord(1.0, "p", "d", granted_s=2.0, computed=[(3.0, 8)], kv_moved_s=2.5)
     assert late.waits(9.0) == {"reservation": 1.0, "transfer": 0.0}
+    told_late = AttemptRecord(0.0, "p", "d", granted_s=0.0, computed=[(1.0, 8)], kv_moved_s=3.0, decoding_s=1.25)
+    assert told_late.waits(9.0)["transfer"] == 0.25, "it was decoded already"
     never = AttemptRecord(1.0, "p", "d")
     assert never.waits(9.0) == {"reservation": 8.0}
 

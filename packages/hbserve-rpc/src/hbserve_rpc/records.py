@@ -34,7 +34,9 @@ class AttemptRecord(msgspec.Struct, tag=True):
     first_token_s: float | None = None
     """The first token of this attempt was there."""
     kv_moved_s: float | None = None
-    """The prefill instance has said that all KV is there."""
+    """The prefill instance has said that all KV is there. That comes by way of it, and may be late."""
+    decoding_s: float | None = None
+    """The first token of the decode instance was there, and so was the KV."""
     computed: list[tuple[float, int]] = []
     """When the prefill instance had computed how many tokens of the prompt: one for each chunk. As late as the message
     that told it was under way, at most; what moved no KV has none."""
@@ -50,10 +52,15 @@ class AttemptRecord(msgspec.Struct, tag=True):
         # The prompt may be computed before there is room, and nobody waits for that meanwhile.
         before = [at_s for at_s, _ in self.computed if at_s <= granted_s]
         found: dict[Delay, float] = {"reservation": max(0.0, granted_s - max([self.began_s, *before]))}
-        if self.kv_moved_s is not None:
-            computed_s = self.computed[-1][0] if self.computed else self.first_token_s or self.kv_moved_s
-            found["transfer"] = max(0.0, self.kv_moved_s - max(computed_s, granted_s))
+        if self.kv_there_s is not None:
+            computed_s = self.computed[-1][0] if self.computed else self.first_token_s or self.kv_there_s
+            found["transfer"] = max(0.0, self.kv_there_s - max(computed_s, granted_s))
         return found
+
+    @property
+    def kv_there_s(self) -> float | None:
+        """All KV was with the decode instance, at the latest."""
+        return min((at_s for at_s in (self.kv_moved_s, self.decoding_s) if at_s is not None), default=None)
 
     @property
     def kv_overlap(self) -> float | None:
@@ -184,11 +191,14 @@ class RequestRecord(msgspec.Struct, frozen=True, tag=True):
         failed = [f"attempt {i}: {each.error}" for i, each in enumerate(self.attempts, 1) if each.error]
         if failed and self.finish_reason is not None:
             how += f" after {'; '.join(failed)}"
-        held_up = self.main_delay
-        return f"{line}: {how}" + (f"; {self._held_up(held_up)}" if held_up else "")
+        return f"{line}: {how}" + (f"; {self.held_up}" if self.held_up else "")
 
-    def _held_up(self, cause: Delay) -> str:
-        last = self.attempts[-1] if self.attempts else AttemptRecord(0.0)
+    @property
+    def held_up(self) -> str:
+        """The main delay in words; "": there is none."""
+        cause, last = self.main_delay, self.attempts[-1] if self.attempts else AttemptRecord(0.0)
+        if cause is None:
+            return ""
         how_long = _ms(self.delays[cause])
         match cause:
             case "queue":

@@ -274,7 +274,8 @@ class Attempt:
                     if event.index > num_delivered or expects_more:
                         # P's token was sent before this one, but came another way.
                         await self._first_token.wait()
-                    self._decoding = True
+                    if not self._decoding:
+                        self._decoding, self._record.decoding_s = True, self._entry.since_submit_s()
                     self._deliver(event)
                     if self._has_no_choice_left():
                         break

@@ -19,7 +19,7 @@ COARSE_BOUNDS = [0.1, 0.5, 1.0]
 """Of each path: some of the others."""
 NO_PATH = "none"
 """Of requests to what is not there: the names that clients make up are no labels."""
-NOT_COUNTED = {"/metrics", "/health", "/ping", "/version"}
+NOT_COUNTED = {"/metrics", "/health", "/ping", "/version", "/debug/view"}
 """Asked by programs, again and again: as in vLLM they would hide what people ask."""
 
 

@@ -13,6 +13,7 @@ from prometheus_client.registry import Collector
 from starlette.requests import Request
 from starlette.responses import Response
 
+from hbserve.live_view import block_states
 from hbserve.server.http_figures import buckets, http_metrics
 from hbserve.server.service import ServedModel, Service
 from hbserve_rpc.counts import LinkCounts
@@ -126,19 +127,6 @@ def _of_instances(instances: list[InstanceStats]) -> Iterator[Metric]:
         for state, count in block_states(each).items():
             states.add_metric([each.instance_id, each.role, state], count)
     yield from (tokens, lag, states)
-
-
-def block_states(stats: InstanceStats) -> dict[str, int]:
-    """How many KV blocks of an instance are in which state; each is in one, but for those that are shared."""
-    held = stats.num_blocks - stats.free_blocks
-    reserved = min(stats.reserved_blocks, held - min(stats.quarantined_blocks, held))
-    return {
-        "free": stats.free_blocks - stats.cached_blocks,
-        "cached": stats.cached_blocks,
-        "active": max(0, held - reserved - stats.quarantined_blocks),
-        "reserved": reserved,
-        "quarantined": stats.quarantined_blocks,
-    }
 
 
 def _of_links(links: Iterable[LinkCounts]) -> Iterator[Metric]:

@@ -14,7 +14,7 @@ from hbserve.server.http_figures import HttpFigures
 
 logger = logging.getLogger(__name__)
 
-PROBED = {"/health", "/ping", "/metrics"}
+PROBED = {"/health", "/ping", "/metrics", "/debug/view"}
 """Asked again and again by programs."""
 REQUEST_ID = "x-request-id"
 CLIENT_GONE = 499
