@@ -28,7 +28,8 @@ from hbserve_rpc.messages import (
     TokenEvent,
     TransferDone,
 )
-from hbserve_scheduler import CpuScheduler, SchedulerConfig, instances
+from hbserve_rpc.prompt_shape import shape_of
+from hbserve_scheduler import CpuScheduler, SchedulerConfig
 
 ROUNDS = 5
 """Each figure is the best of so many, in processor time: what else runs makes it larger, nothing makes it smaller."""
@@ -86,7 +87,7 @@ class StubStream(AsyncIterator[Any]):
 @contextlib.asynccontextmanager
 async def scheduling(num_instances: int, **settings: Any) -> AsyncIterator[CpuScheduler]:
     """A scheduler of so many instances, half of them of each role, all connected; of none, nothing is started."""
-    scheduler = CpuScheduler(SchedulerConfig(heartbeat_interval_s=600, **settings))
+    scheduler = CpuScheduler(SchedulerConfig(heartbeat_interval_s=600, **settings), client_factory=StubClient)
     for i in range(num_instances):
         role: Role = "decode" if i % 2 else "prefill"
         await scheduler.add_instance(f"{role[0]}{i}", role, f"{role[0]}{i}:1")
@@ -102,7 +103,9 @@ async def scheduling(num_instances: int, **settings: Any) -> AsyncIterator[CpuSc
 
 
 def new_requests(prefix: str, count: int, num_tokens: int = 16) -> list[GenerateRequest]:
-    return [GenerateRequest(f"{prefix}{i}", list(range(1, 1 + num_tokens)), PARAMS) for i in range(count)]
+    """As entries submit them: with the shape of the prompt, which they have looked at."""
+    prompt = list(range(1, 1 + num_tokens))
+    return [GenerateRequest(f"{prefix}{i}", prompt, PARAMS, shape=shape_of(prompt)) for i in range(count)]
 
 
 def microseconds(job: Callable[[], object], count: int) -> float:
@@ -169,10 +172,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--waiting", type=int, nargs="+", default=[100, 4000, 20000])
     parser.add_argument("--instances", type=int, nargs="+", default=[10, 100, 1000])
-    parser.add_argument("--prompts", type=int, nargs="+", default=[16, 1000])
+    parser.add_argument("--prompts", type=int, nargs="+", default=[16, 1000, 16000])
     parser.add_argument("--count", type=int, default=400, help="requests of each measurement")
     arguments = parser.parse_args()
-    instances.RpcClient = StubClient  # type: ignore[assignment,misc]
     asyncio.run(measure(arguments.waiting, arguments.instances, arguments.prompts, arguments.count))
 
 

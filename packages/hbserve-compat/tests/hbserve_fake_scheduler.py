@@ -138,13 +138,13 @@ class FakeScheduler:
         self.asked: list[tuple[list[int], SamplingParams]] = []
         self.most_running = 1000
         self.role = "hybrid"
+        self.digest_block_size = 0
         self.figures = Figures()
         """Of which nothing here writes: it is for tests."""
 
     def submit(self, request: GenerateRequest) -> FakeEvents:
         request = self.check(request)
-        if len(self.running) >= self.most_running:
-            raise Overloaded("so many requests are waiting", 7.2)
+        self.require_room()
         self.asked.append((request.prompt_token_ids, request.params))
         events = self.running[request.request_id] = FakeEvents(self, request)
         return events
@@ -152,7 +152,11 @@ class FakeScheduler:
     def check(self, request: GenerateRequest) -> GenerateRequest:
         return admitted(request, self.info().instances)
 
-    async def wait_for_room(self) -> None:
+    def require_room(self, priority: int = 0) -> None:
+        if len(self.running) >= self.most_running:
+            raise Overloaded("so many requests are waiting", 7.2)
+
+    async def wait_for_room(self, priority: int = 0) -> None:
         raise AssertionError("a server refuses; it does not wait")
 
     async def abort(self, request_id: str, reason: FinishReason = "abort", choice: int | None = None) -> bool:

@@ -1,13 +1,17 @@
 """Answers of the OpenAI server: their shapes, whole and in chunks, before a scheduler that answers as it is told."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
-from hbserve_fake_scheduler import FakeServer, chunks_of
+from hbserve_fake_scheduler import FakeScheduler, FakeServer, chunks_of
 
+from hbserve.text_request import answer_all
 from hbserve.tokenizer import load_tokenizer
+from hbserve_rpc import Overloaded, SamplingParams
+from hbserve_rpc.messages import GenerateRequest
 
 TOKEN_OF_EOS = 2
 
@@ -330,3 +334,35 @@ async def test_long_prompts_are_encoded_beside_the_event_loop(server):
     beating.cancel()
     assert counted["count"] == len(text)
     assert server.service.require_model().encoder._thread._threads, "it was encoded here"
+
+
+class FullAtFirst(FakeScheduler):
+    """A scheduler elsewhere: it refuses where the stream is read, and has room a moment later."""
+
+    num_refusals = 3
+
+    async def wait_for_room(self, priority: int = 0) -> None: ...
+
+    def submit(self, request: GenerateRequest) -> Any:
+        if self.num_refusals and len(request.prompt_token_ids) == 2:
+            self.num_refusals -= 1
+            return Refusal()
+        return super().submit(request)
+
+
+class Refusal:
+    async def __aiter__(self) -> AsyncIterator[Any]:
+        raise Overloaded("full", 0.01)
+        yield
+
+    async def aclose(self) -> None: ...
+
+
+async def test_who_wants_many_answers_is_not_refused_but_waits_and_gets_them_in_order(server):
+    scheduler = FullAtFirst()
+    scheduler.steps = server.scheduler.steps
+    params = [SamplingParams(max_tokens=5 + number) for number in range(3)]
+    results = await answer_all(scheduler, server.tokenizer, [[7], [7, 8], [7, 8, 9]], params, [None] * 3, lambda: None)
+    assert [len(each["token_ids"]) for each in results] == [5, 6, 7]
+    assert scheduler.num_refusals == 0
+    assert not scheduler.running

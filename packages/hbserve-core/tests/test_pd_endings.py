@@ -13,7 +13,7 @@ import pytest
 from hbserve_core import GpuInstance, InstanceConfig
 from hbserve_core.instance.handover import FirstToken, Handover, Inbox, PrefillSend, wait_for_kv
 from hbserve_kv import KVTransferConfig, Outcome, TransferResult
-from hbserve_rpc import LogitsNotFinite, RemoteError, RpcClient, SamplingParams
+from hbserve_rpc import LogitsNotFinite, RemoteError, RequestTimeout, RpcClient, SamplingParams
 from hbserve_rpc.messages import (
     DECODE,
     GENERATE,
@@ -30,6 +30,7 @@ BLOCK, CHUNK = 16, 32
 DEADLINE_S = 60
 KV_TIMEOUT_S = 4
 LONG = SamplingParams(0, 400, ignore_eos=True)
+SHORT = SamplingParams(0, 3, ignore_eos=True)
 
 
 async def until(condition: Callable[[], Awaitable[bool]]) -> None:
@@ -412,3 +413,27 @@ async def test_a_client_that_leaves_while_its_prompt_is_computed_leaves_nothing(
     await until(p.is_empty)
     await until(d.is_empty)
     assert (await p.stats()).prefill_tokens <= 2 * CHUNK, "what nobody wants is not computed"
+
+
+async def test_an_instance_ends_a_request_at_its_deadline_by_itself_in_whatever_it_waits_for(start, prompt):
+    """Nobody closes a stream: the scheduler is frozen, or cut off."""
+    h, p, d = [await start(role) for role in ("hybrid", "prefill", "decode")]
+    ids = prompt(40)
+    computing = h.client.stream(GENERATE, GenerateRequest("c", ids, LONG, left_s=0.01), timeout_s=DEADLINE_S)
+    no_kv_comes = d.client.stream(DECODE, DecodeRequest("k", "t-k", ids, LONG, left_s=0.3), timeout_s=DEADLINE_S)
+    no_grant_comes = p.client.stream(
+        PREFILL, PrefillRequest("g", "t-g", ids, LONG, grant_follows=True, left_s=0.3), timeout_s=DEADLINE_S
+    )
+    for stream in (computing, no_kv_comes, no_grant_comes):
+        async with stream:
+            with pytest.raises(RequestTimeout, match="it was not done before its deadline"):
+                await asyncio.wait_for(read_to_the_end(stream), DEADLINE_S)
+    for instance in (h, p, d):
+        await until(instance.is_empty)
+    in_time = h.client.stream(GENERATE, GenerateRequest("i", ids, SHORT, left_s=DEADLINE_S), timeout_s=DEADLINE_S)
+    assert sum([len(event.token_ids) async for event in in_time]) == 3
+
+
+async def read_to_the_end(stream: Any) -> None:
+    async for _ in stream:
+        pass

@@ -35,6 +35,8 @@ CASES = [
     ("qwen3-wide-heads", 4),  # one KV head: all ranks have it
     ("qwen2-sharded", 2),
     ("llama-9-heads", 3),
+    ("phi3", 2),
+    ("olmo2", 4),  # norms over the heads of all ranks, of which two have the same key head
 ]
 
 

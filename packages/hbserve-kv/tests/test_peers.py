@@ -159,12 +159,12 @@ async def test_a_forged_link_breaks_no_pair_and_disturbs_no_transfer(backend, ma
     sender, receiver = await managers(0, backend), await managers(1, backend)
     posted = receiver.post_receive("t", [1])
     transfer = await sender.open_send("t", posted.grant)
-    ours, asked = set(receiver._receiver.links.connected), receiver._receiver.links._asking
+    ours, asked = set(receiver._receiver.links), receiver._receiver._asking
     client = await forge_link(sender, receiver, "another")
     async with asyncio.timeout(20):
         while asked:
             await asyncio.sleep(0.001)
-        assert ours < set(receiver._receiver.links.connected)
+        assert ours < set(receiver._receiver.links)
         transfer.push([1], 0)
         assert (await transfer.commit()).outcome is Outcome.COMPLETED
     await client.close()
@@ -190,7 +190,7 @@ async def test_a_sender_that_hears_of_an_unknown_link_connects_anew_and_its_tran
     await move(sender, receiver, "connects")
     (old,) = sender._peers.connections.values()
     old._listening.cancel()  # it never hears that the receiver has ended the link
-    receiver._receiver.links._lose(next(iter(receiver._receiver.links.connected.values())), "forgotten")
+    receiver._receiver._lose(next(iter(receiver._receiver.links.values())), "forgotten")
     async with asyncio.timeout(20):
         sent, received = await move(sender, receiver, "t")
     assert (sent.outcome, received.outcome) == (Outcome.COMPLETED, Outcome.COMPLETED)
@@ -215,7 +215,7 @@ async def test_a_sender_that_was_restarted_ends_the_link_of_its_earlier_life(man
     sender, receiver = await managers(0, "ipc"), await managers(1, "ipc", timeout_s=60)
     port = int(sender.address.rpartition(":")[2])
     await move(sender, receiver, "connects")
-    (old,) = receiver._receiver.links.connected.values()
+    (old,) = receiver._receiver.links.values()
     (connection,) = sender._peers.connections.values()
     connection.client._socket.close()  # as a process that is killed leaves it: nobody says anything
     connection.client._heart.cancel()

@@ -100,7 +100,7 @@ async def test_a_link_that_loses_its_engine_to_another_ones_end_is_made_again(ma
 
     for number, sender in enumerate(senders):
         assert await move(sender, f"t{number}") is Outcome.COMPLETED
-    assert await receiver._receiver.quarantine.revoke(next(iter(receiver._receiver.links.connected.values())))
+    assert await receiver._receiver.quarantine.revoke(next(iter(receiver._receiver.links.values())))
     async with asyncio.timeout(20):
         while any(sender.links() for sender in senders):
             await asyncio.sleep(0.01)

@@ -16,7 +16,7 @@ from hbserve_kv.memory.memory import Memory
 from hbserve_kv.protocol import messages
 from hbserve_kv.protocol.handshake import Identity
 from hbserve_kv.protocol.messages import Abandon, AnnouncedPart, Begin, Commit, Handshake, PartsAnnounced
-from hbserve_kv.protocol.transfer_state import State
+from hbserve_kv.protocol.transfer_state import Phase
 from hbserve_kv.receiving.lookup_buffer import LookupBuffer
 from hbserve_kv.receiving.receiver import Receiver
 from hbserve_kv.receiving.transfer import IncomingLink, IncomingTransfer
@@ -300,7 +300,7 @@ class World:
         )  # fmt: skip
         self.streams[sender] = self.handlers.of[messages.LINK.name](hello)
         await anext(self.streams[sender])
-        self.links.append(self.receiver.links.connected[self.key(sender)])
+        self.links.append(self.receiver.links[self.key(sender)])
 
     async def lose(self, sender: int) -> None:
         if sender in self.streams:
@@ -425,7 +425,7 @@ async def test_a_sender_that_is_lost_while_it_waits_for_room_begins_nothing():
     await world.buffer.free(everything)
     async with asyncio.timeout(20):
         await asyncio.gather(*world.calls)
-    assert all(transfer.state is State.FAILED_DRAINED for transfer in world.receiver.transfers.values())
+    assert all(transfer.phase is Phase.FAILED_DRAINED for transfer in world.receiver.transfers.values())
     await world.end()
 
 
@@ -439,7 +439,7 @@ async def test_what_begins_while_the_receiver_closes_ends_with_it():
     assert transfer.result.result().outcome is Outcome.UNKNOWN
     assert transfer.drained.is_set()
     await world.lose(0)
-    await world.receiver.links.close()
+    await world.receiver.close()
 
 
 async def test_nothing_more_is_taken_over_a_link_that_is_broken():

@@ -7,8 +7,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
-from hbserve_kv.protocol.transfer_state import Outcome
-from hbserve_kv.sending.state import Phase, SendState
+from hbserve_kv.protocol.transfer_state import Outcome, Phase, SendState
 
 
 def opened(num_legs: int = 1, *, one_sided: bool = False) -> SendState:
@@ -17,7 +16,7 @@ def opened(num_legs: int = 1, *, one_sided: bool = False) -> SendState:
     for leg in range(num_legs):
         assert not state.push(leg), "nothing goes before all receivers have accepted"
         assert state.accept(leg, one_sided=one_sided)
-    assert state.phase is Phase.SENDING
+    assert state.phase is Phase.MOVING
     return state
 
 
@@ -76,7 +75,7 @@ DOES_NOT_FIT: dict[str, Callable[[SendState], object]] = {
 def test_what_does_not_fit_changes_nothing(case):
     state = moving()
     assert not DOES_NOT_FIT[case](state)
-    assert state.phase is Phase.SENDING
+    assert state.phase is Phase.MOVING
     assert state.begin_parts(0, 1)
     state.end_parts(0, 2)
     assert state.commit()
@@ -171,8 +170,8 @@ def test_one_leg_that_fails_fails_the_transfer_although_another_is_acknowledged(
 # ---- random events ---------------------------------------------------------------------------------------------------
 
 FOLLOWS = {
-    Phase.OPENING: {Phase.SENDING, Phase.DRAINING},
-    Phase.SENDING: {Phase.COMMITTING, Phase.DRAINING},
+    Phase.OPENING: {Phase.MOVING, Phase.DRAINING},
+    Phase.MOVING: {Phase.COMMITTING, Phase.DRAINING},
     Phase.COMMITTING: {Phase.COMPLETED, Phase.DRAINING},
     Phase.DRAINING: {Phase.UNKNOWN, Phase.FAILED_DRAINED},
     Phase.UNKNOWN: {Phase.FAILED_DRAINED},
@@ -213,13 +212,13 @@ class RandomLife(RuleBasedStateMachine):
 
     @rule(number=LEG)
     def push(self, number):
-        assert self.state.push(self.leg(number)) == (self.state.phase is Phase.SENDING)
+        assert self.state.push(self.leg(number)) == (self.state.phase is Phase.MOVING)
 
     @rule(number=LEG, count=st.integers(1, 3))
     def begin(self, number, count):
         leg, before = self.leg(number), self.state.phase
         if self.state.begin_parts(leg, count):
-            assert before in (Phase.SENDING, Phase.COMMITTING)
+            assert before in (Phase.MOVING, Phase.COMMITTING)
             self.num_moving[leg] += count
 
     @rule(number=LEG, error=st.sampled_from(["", "", "", "broke"]), goes_on=st.booleans())

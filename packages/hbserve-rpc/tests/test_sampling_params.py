@@ -112,6 +112,8 @@ WRONG: dict[str, Any] = {
     "repetition_penalty": [HostileObject(), 0, -1, 0.009, 100.1, float("nan"), float("inf"), "1", True, None],
     "logprobs": [HostileObject(), HostileInt(21), -1, 21, 2**63, 1.0, True, "3", float("nan")],
     "prompt_logprobs": [HostileObject(), HostileInt(21), -1, 21, 2**63, 1.0, False, "3", float("nan")],
+    "priority": [HostileObject(), 2**31, -(2**31), 1.0, True, "2", None, float("nan")],
+    "timeout_s": [HostileObject(), HostileFloat(1), 0, -1.0, True, "1", float("nan"), float("inf"), 1e9],
     "n": [HostileObject(), HostileInt(0), 0, -1, 1025, 2**63, 1.0, True, "2", None, float("nan")],
     "logit_bias": [
         HostileObject(),

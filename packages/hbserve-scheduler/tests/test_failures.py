@@ -423,7 +423,7 @@ async def test_requests_wait_for_an_instance_that_loads_its_model_and_not_for_on
     pair[1].status = status
     scheduler = await make_scheduler(*pair, ready=False)
     await until(lambda: [each.status for each in scheduler.stats().instances] == ["ready", status])
-    assert scheduler.fleet.may_serve_soon() is may_serve
+    assert scheduler.fleet.may_serve(soon=True) is may_serve
 
 
 async def test_an_instance_cannot_be_added_twice(make_scheduler, pair):
@@ -541,7 +541,7 @@ IMPOSSIBLE = {
 
 
 @pytest.mark.parametrize("case", IMPOSSIBLE)
-def test_tokens_that_a_request_cannot_have_are_an_error_of_the_instance(ask, case):
+async def test_tokens_that_a_request_cannot_have_are_an_error_of_the_instance(ask, case):
     entry = ScheduledRequest(ask(max_tokens=4))
     with pytest.raises(RemoteError, match=r"cannot have|are missing"):
         entry.deliver(IMPOSSIBLE[case])

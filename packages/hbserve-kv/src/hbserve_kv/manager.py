@@ -12,8 +12,7 @@ import torch
 from hbserve_kv.base import KVTransferBase
 from hbserve_kv.config import GOODBYE_TIMEOUT_S, KVTransferConfig
 from hbserve_kv.errors import TransferFailed
-from hbserve_kv.memory.heads import HeadRange
-from hbserve_kv.memory.memory import Memory, gather
+from hbserve_kv.memory.memory import HeadRange, Memory, gather
 from hbserve_kv.protocol.handshake import Identity
 from hbserve_kv.protocol.messages import ALIVE, Alive, Begin, Grant, Nothing, read_grants
 from hbserve_kv.protocol.stats import LinkInfo, TransferStats
@@ -288,5 +287,5 @@ class KVTransferManager(KVTransferBase):
     def links(self) -> list[LinkInfo]:
         """What carries the bytes to and from each connected peer."""
         to = [(each.link, each.transport) for each in self._peers.connections.values()]
-        of = [(each.link, each.transport) for each in self._receiver.links.connected.values()]
+        of = [(each.link, each.transport) for each in self._receiver.links.values()]
         return [LinkInfo(link.peer_rank, link.is_sender, transport.name, link.detail) for link, transport in [*to, *of]]

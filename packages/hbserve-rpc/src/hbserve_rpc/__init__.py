@@ -1,7 +1,7 @@
 """Typed messages, and RPC over ZeroMQ."""
 
 from hbserve_rpc.address import canonical_host, check_host, check_peer_host, format_address, parse_address
-from hbserve_rpc.client import RpcClient, RpcStream
+from hbserve_rpc.client import RpcClient
 from hbserve_rpc.errors import (
     AddressInUse,
     EngineFailed,
@@ -19,6 +19,7 @@ from hbserve_rpc.errors import (
     Unavailable,
 )
 from hbserve_rpc.methods import Method, Notification, StreamMethod
+from hbserve_rpc.rpc_stream import RpcStream
 from hbserve_rpc.sampling_params import SamplingParams
 from hbserve_rpc.server import RpcServer
 from hbserve_rpc.structured_outputs import StructuredOutputsParams

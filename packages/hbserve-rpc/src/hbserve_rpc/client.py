@@ -6,19 +6,19 @@ import logging
 import math
 import time
 import uuid
-from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from types import TracebackType
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 import zmq
 
 from hbserve_rpc import wire
 from hbserve_rpc.address import look_up, parse_address
-from hbserve_rpc.errors import HBServeRpcError, PeerDied, PeerLost, ProtocolMismatch, RpcTimeout
-from hbserve_rpc.message_socket import Complaints, MessageSocket
+from hbserve_rpc.errors import HBServeRpcError, PeerDied, PeerLost, ProtocolMismatch
+from hbserve_rpc.message_socket import CLIENTS, Complaints, MessageSocket
 from hbserve_rpc.methods import Method, Notification, StreamMethod
+from hbserve_rpc.rpc_stream import RpcStream
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ class RpcClient:
             zmq.RECONNECT_IVL_MAX: 500,
             zmq.IDENTITY: uuid.uuid4().bytes,
         }
-        self._socket = MessageSocket(zmq.DEALER, options, self._receive)
+        self._socket = MessageSocket(zmq.DEALER, options, self._receive, CLIENTS)
         self.name_problem = ""  # until somebody answers, who then has the name
 
     async def start(self) -> None:
@@ -131,7 +131,7 @@ class RpcClient:
         """
         pending: RpcStream[R] = RpcStream(self, next(self._ids), method.name, method.reply, timeout_s)
         async with pending:
-            self._begin(pending, wire.Call(pending.id, method.name), request)
+            self.begin(pending, wire.Call(pending.id, method.name), request)
             return await anext(pending)
 
     def notify(self, method: Notification[Q], request: Q) -> None:
@@ -159,7 +159,7 @@ class RpcClient:
         if not self._socket.is_open:
             raise PeerLost(f"the client of {self.address} is not started")
 
-    def _begin(self, pending: "RpcStream[Any]", envelope: wire.Call | wire.Open, request: msgspec.Struct) -> None:
+    def begin(self, pending: "RpcStream[Any]", envelope: wire.Call | wire.Open, request: msgspec.Struct) -> None:
         self._require_open()
         body = wire.encode_body(request, envelope.method)
         self._waiting[pending.id] = pending
@@ -303,89 +303,3 @@ class RpcClient:
         for pending in list(self._waiting.values()):
             if pending.id <= last_id:
                 pending.fail(error)
-
-
-class RpcStream(AsyncIterator[R], Generic[R]):
-    """Items of one stream, in order; made by `RpcClient.stream`."""
-
-    def __init__(self, client: RpcClient, id_: int, method: str, item: Any, timeout_s: float | None) -> None:
-        self.id = id_
-        self.method = method
-        self.since_s = time.monotonic()
-        self.opening: tuple[wire.Open, msgspec.Struct] | None = None
-        self._client = client
-        self._decoder = msgspec.msgpack.Decoder(item)
-        self._timeout_s = timeout_s
-        self._items: deque[R] = deque()
-        self._error: Exception | None = None
-        self._arrived = asyncio.Event()
-        self._num_received = 0
-        self._num_taken = 0
-
-    def receive_item(self, number: int, item: bytes | msgspec.Raw) -> bool:
-        """Take what came. False: it ended the stream here, while the server goes on and must be told."""
-        if number != self._num_received:
-            self.fail(PeerLost(f"{self._client.address} lost item {self._num_received} of {self.method}"))
-            return False
-        try:
-            self._items.append(self._decoder.decode(item))
-        except msgspec.DecodeError as error:
-            self.fail(ProtocolMismatch(f"{self._client.address} answered {self.method} with {error}"))
-            return False
-        self._num_received += 1
-        self._arrived.set()
-        return True
-
-    def end(self, envelope: wire.Reply | wire.End | wire.Failed, body: bytes) -> None:
-        if isinstance(envelope, wire.Reply):
-            self.receive_item(0, body)
-        self.fail(wire.revive_error(envelope) if isinstance(envelope, wire.Failed) else StopAsyncIteration())
-
-    def fail(self, error: Exception) -> None:
-        """End the stream after what has arrived already. The first cause is kept."""
-        self._client.forget(self.id)
-        self._error = self._error or error
-        self._arrived.set()
-
-    async def __anext__(self) -> R:
-        if self.opening is not None:
-            envelope, request = self.opening
-            self.opening, self.since_s = None, time.monotonic()
-            self._client._begin(self, envelope, request)
-        while not self._items:
-            if self._error is not None:
-                raise self._error
-            self._arrived.clear()
-            await self._wait()
-        self._num_taken += 1
-        if self._num_taken % (wire.CREDIT // 2) == 0 and self._error is None:
-            self._client.give_credit(self.id, wire.CREDIT // 2)
-        return self._items.popleft()
-
-    async def _wait(self) -> None:
-        if self._timeout_s is None:  # for each token: without even an idle timer
-            await self._arrived.wait()
-            return
-        try:
-            async with asyncio.timeout(self._timeout_s):
-                await self._arrived.wait()
-        except TimeoutError:
-            await self.aclose()
-            silent = f"no answer to {self.method} within {self._timeout_s:.3g} s{self._client.name_problem}"
-            raise RpcTimeout(f"{self._client.address}: {silent}") from None
-
-    async def aclose(self) -> None:
-        """Want no more of it: the server stops. May be called twice, and after the end."""
-        self.opening = None
-        self._error = self._error or StopAsyncIteration()
-        self._items.clear()
-        if self._client.forget(self.id):
-            self._client.send(wire.Close(self.id))
-
-    async def __aenter__(self) -> "RpcStream[R]":
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self.aclose()

@@ -18,10 +18,14 @@ import msgspec
 from hbserve_rpc.counts import HttpCounts, LinkCounts
 from hbserve_rpc.histogram import Histogram
 from hbserve_rpc.methods import Method, Notification, StreamMethod
-from hbserve_rpc.sampling_params import SamplingParams
+from hbserve_rpc.prompt_shape import PromptShape
+from hbserve_rpc.sampling_params import LONGEST_TIMEOUT_S, SamplingParams
 
 TokenIds = Annotated[list[int], msgspec.Meta(max_length=1 << 22)]
 """More than any model takes. A longer one is refused before it is decoded, which would take a second and a gigabyte."""
+LeftS = Annotated[float, msgspec.Meta(ge=0, le=LONGEST_TIMEOUT_S)] | None
+"""Time until a request's deadline as the message was sent: clocks of two processes need not agree. The instance ends
+the request by itself then. None: there is none."""
 Role = Literal["prefill", "decode", "hybrid"]
 TokenLogprobs = dict[int, float]
 """Of one place: the log-probabilities of the most likely tokens, in order, and of the one that is there: if it is none
@@ -48,6 +52,10 @@ class GenerateRequest(msgspec.Struct, frozen=True, tag=True):
     prompt_token_ids: TokenIds
     params: SamplingParams
     output_token_ids: TokenIds = []
+    left_s: LeftS = None
+    """Of `params.timeout_s`, or of what the deployment allows. To a scheduler it says nothing: there it begins."""
+    shape: PromptShape | None = None
+    """Of the prompt, which need not be looked at again then, nor copied: who submits it leaves it as it is."""
 
 
 class DecodeRequest(msgspec.Struct, frozen=True, tag=True):
@@ -58,6 +66,7 @@ class DecodeRequest(msgspec.Struct, frozen=True, tag=True):
     prompt_token_ids: TokenIds
     params: SamplingParams
     output_token_ids: TokenIds = []
+    left_s: LeftS = None
 
 
 class PrefillRequest(msgspec.Struct, frozen=True, tag=True):
@@ -78,6 +87,7 @@ class PrefillRequest(msgspec.Struct, frozen=True, tag=True):
     grant: bytes = b""
     output_token_ids: TokenIds = []
     grant_follows: bool = False
+    left_s: LeftS = None
 
 
 class GrantRequest(msgspec.Struct, frozen=True, tag=True):
@@ -295,6 +305,8 @@ class SchedulerStats(msgspec.Struct, frozen=True, tag=True):
     aborted_requests: int = 0
     rejected_requests: int = 0
     waiting_requests: int = 0
+    waiting_tokens: int = 0
+    """Of prompts that wait in the scheduler."""
     running_requests: int = 0
     retries: int = 0
     success_rate: float = 1.0
@@ -332,6 +344,8 @@ class ServiceInfo(msgspec.Struct, frozen=True, tag=True):
     model_path: str
     max_model_len: int = 0
     instances: list[InstanceInfo] = []
+    digest_block_size: int = 0
+    """Requests are to bring the digests of their prompts' blocks of so many tokens; 0: of none."""
 
 
 InstanceEvent = Granted | TokenEvent | TransferDone

@@ -6,9 +6,7 @@ import errno
 import logging
 import time
 import uuid
-from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, TypeVar
 
 import msgspec
@@ -16,16 +14,15 @@ import zmq
 
 from hbserve_rpc import wire
 from hbserve_rpc.address import check_host, format_address, look_up
+from hbserve_rpc.connected_client import ConnectedClient, Work
 from hbserve_rpc.errors import AddressInUse, HBServeRpcError, InvalidRequest, Overloaded
-from hbserve_rpc.message_socket import Complaints, MessageSocket
+from hbserve_rpc.message_socket import Complaints, MessageSocket, SharedContext
 from hbserve_rpc.methods import Method, Notification, StreamMethod
 
 logger = logging.getLogger(__name__)
 
 MOST_CLIENTS = 1 << 14
 """That a server knows at a time; a client that goes without a word is known until it has been silent."""
-MESSAGE_BYTES = 64 << 10
-"""Items of streams are sent in messages of about so much, or of one item."""
 MOST_MESSAGES = 64
 """That ZeroMQ holds for a client which does not read them; its streams then wait."""
 MOST_WAITING_BYTES = 16 << 20
@@ -34,98 +31,9 @@ MOST_WORK = 1 << 14
 """Calls, notifications and streams that may be under way for one client; more are refused as overload."""
 CLOSED_S = 0.2
 """Who has lost a connection, and has not ended, connects again sooner."""
-RESEND_S = 0.002
-"""Pause between two attempts to hand ZeroMQ what it did not take: nothing tells when it does."""
 
 Q = TypeVar("Q", bound=msgspec.Struct)
 R = TypeVar("R")
-
-
-@dataclass
-class _Work:
-    """A call, notification or stream that is under way for one client."""
-
-    task: asyncio.Task[None]
-    credit: asyncio.Semaphore
-
-
-@dataclass
-class _Client:
-    """What is under way for one client, and what is on its way to it.
-
-    ZeroMQ holds MOST_MESSAGES for it. While it takes no more, streams wait, and what else there is to say waits here.
-    """
-
-    socket: MessageSocket
-    identity: bytes
-    epoch: str
-    heartbeat_timeout_s: float
-    last_heard_s: float
-    work: dict[int, _Work] = field(default_factory=dict)
-    items: list[tuple[int, int, msgspec.Raw]] = field(default_factory=list)
-    """Of its streams, until this turn of the loop ends or they are a message's bytes."""
-    num_item_bytes: int = 0
-    after_items: list[tuple[wire.FromServer, bytes]] = field(default_factory=list)
-    """What waits for these to be sent first: their streams' ends, for example."""
-    waiting: deque[list[bytes]] = field(default_factory=deque)
-    """Messages that ZeroMQ does not take now."""
-    num_waiting_bytes: int = 0
-    takes_more: asyncio.Event = field(default_factory=asyncio.Event)
-    """To be waited for by streams, while there are `waiting` ones."""
-
-    def give_credit(self, counts: Sequence[tuple[int, int]]) -> None:
-        for id_, count in counts:
-            if work := self.work.get(id_):
-                for _ in range(min(count, wire.CREDIT)):
-                    work.credit.release()
-
-    def add_item(self, id_: int, number: int, item: bytes) -> None:
-        """Send it with those of other streams that this turn of the loop brings."""
-        if not self.items:
-            asyncio.get_running_loop().call_soon(self.send_items)
-        self.items.append((id_, number, msgspec.Raw(item)))
-        self.num_item_bytes += len(item)
-        if self.num_item_bytes >= MESSAGE_BYTES:
-            self.send_items()
-
-    def send_items(self) -> None:
-        if not self.items:
-            return
-        items, self.items, self.num_item_bytes = self.items, [], 0
-        self._post(wire.Items(self.epoch, items))
-        after, self.after_items = self.after_items, []
-        for envelope, body in after:
-            self._post(envelope, body)
-
-    def send(self, envelope: wire.FromServer, body: bytes) -> None:
-        if self.items:
-            self.after_items.append((envelope, body))
-        else:
-            self._post(envelope, body)
-
-    def _post(self, envelope: wire.FromServer, body: bytes = b"") -> None:
-        if not self.socket.is_open:
-            return
-        frames = [self.identity, wire.encode(envelope), body]
-        if self.waiting or self.socket.send(frames) == zmq.EAGAIN:
-            if not self.waiting:
-                self.takes_more.clear()
-                asyncio.get_running_loop().call_later(RESEND_S, self._post_waiting)
-            self.waiting.append(frames)
-            self.num_waiting_bytes += sum(map(len, frames))
-
-    def _post_waiting(self) -> None:
-        while self.waiting and self.socket.is_open and self.socket.send(self.waiting[0]) != zmq.EAGAIN:
-            self.num_waiting_bytes -= sum(map(len, self.waiting.popleft()))
-        if not self.waiting:
-            self.takes_more.set()
-        elif self.socket.is_open:
-            asyncio.get_running_loop().call_later(RESEND_S, self._post_waiting)
-
-    def give_up(self) -> None:
-        self.waiting.clear()
-        for work in self.work.values():
-            work.task.cancel()
 
 
 class RpcServer:
@@ -165,11 +73,11 @@ class RpcServer:
         self._handlers: dict[str, tuple[Any, Callable[[Any], Any]]] = {}
         self._notified: dict[str, tuple[Any, Callable[[Any], Any]]] = {}
         self._streams: dict[str, tuple[Any, Callable[[Any], AsyncIterator[Any]]]] = {}
-        self._clients: dict[bytes, _Client] = {}
+        self._clients: dict[bytes, ConnectedClient] = {}
         self._drops_closed = drops_closed
         self._dropping: list[asyncio.Task[None]] = []
         options: dict[int, int | bytes] = {zmq.ROUTER_HANDOVER: 1, zmq.ROUTER_MANDATORY: 1, zmq.SNDHWM: MOST_MESSAGES}
-        self._socket = MessageSocket(zmq.ROUTER, options, self._receive)
+        self._socket = MessageSocket(zmq.ROUTER, options, self._receive, SharedContext())
 
     def serve(self, method: Method[Q, R], handler: Callable[[Q], Awaitable[R]]) -> None:
         """Answer `method` with what `handler` returns; its exception reaches the caller."""
@@ -289,20 +197,20 @@ class RpcServer:
             self._complaints.add("refused a client: there are %d already", MOST_CLIENTS)
             return
         if identity not in self._clients:
-            self._clients[identity] = _Client(
+            self._clients[identity] = ConnectedClient(
                 self._socket, identity, self.epoch, hello.heartbeat_timeout_s, time.monotonic()
             )
         self._send(identity, wire.Welcome(wire.PROTOCOL_VERSION, self.epoch))
 
     def _begin(
-        self, identity: bytes, client: _Client, id_: int, job: Any, credit: asyncio.Semaphore | None = None
+        self, identity: bytes, client: ConnectedClient, id_: int, job: Any, credit: asyncio.Semaphore | None = None
     ) -> None:
         if len(client.work) >= MOST_WORK:
             job.close()
             self._fail(identity, id_, "", Overloaded(f"{len(client.work)} calls and streams of one client"))
             return
         task = asyncio.create_task(job)
-        client.work[id_] = _Work(task, credit or asyncio.Semaphore(0))
+        client.work[id_] = Work(task, credit)
         task.add_done_callback(lambda _: client.work.pop(id_, None))
 
     def _decode(self, table: dict[str, tuple[Any, Any]], method: str, body: bytes) -> tuple[Any, Any]:
@@ -335,7 +243,9 @@ class RpcServer:
             else:
                 logger.error("notification %s failed", notify.method, exc_info=error)
 
-    async def _run_stream(self, client: _Client, open_: wire.Open, body: bytes, credit: asyncio.Semaphore) -> None:
+    async def _run_stream(
+        self, client: ConnectedClient, open_: wire.Open, body: bytes, credit: asyncio.Semaphore
+    ) -> None:
         identity = client.identity
         try:
             handler, request = self._decode(self._streams, open_.method, body)

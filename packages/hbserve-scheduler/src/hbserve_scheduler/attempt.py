@@ -6,7 +6,7 @@ import uuid
 from collections.abc import Coroutine, Iterator
 from typing import Any
 
-from hbserve_rpc import EngineFailed, HBServeRpcError, InvalidRequest, PeerDied, PeerLost, RemoteError, RpcStream
+from hbserve_rpc import EngineFailed, HBServeRpcError, InvalidRequest, PeerDied, PeerLost, RemoteError
 from hbserve_rpc.counts import LinkCounts
 from hbserve_rpc.messages import (
     DECODE,
@@ -24,8 +24,8 @@ from hbserve_rpc.messages import (
     TransferDone,
 )
 from hbserve_rpc.records import AttemptRecord
-from hbserve_scheduler.instances import InstanceHandle
-from hbserve_scheduler.placement import Placement
+from hbserve_scheduler.instance_client import InstanceStream
+from hbserve_scheduler.instances import InstanceHandle, Placement
 from hbserve_scheduler.request import ScheduledRequest
 
 VERDICT_TIMEOUT_S = 0.5
@@ -95,7 +95,11 @@ class Attempt:
     async def _hybrid(self, instance: InstanceHandle) -> None:
         entry = self._entry
         request = GenerateRequest(
-            self._request_id, entry.request.prompt_token_ids, entry.request.params, [*entry.output]
+            self._request_id,
+            entry.request.prompt_token_ids,
+            entry.request.params,
+            [*entry.output],
+            left_s=entry.left_s(),
         )
         with self._naming(instance):
             async with instance.client.stream(GENERATE, request) as events:
@@ -141,7 +145,12 @@ class Attempt:
         """Reserve on D, prefill on P, decode on D. If one leg fails the other is closed, and the cause raised."""
         entry, self._decode_epoch = self._entry, decode.epoch
         request = DecodeRequest(
-            self._request_id, self._transfer_id, entry.request.prompt_token_ids, entry.request.params, [*entry.output]
+            self._request_id,
+            self._transfer_id,
+            entry.request.prompt_token_ids,
+            entry.request.params,
+            [*entry.output],
+            left_s=entry.left_s(),
         )
         async with decode.client.stream(DECODE, request) as events:
             if self._placement.may_begin:
@@ -153,7 +162,7 @@ class Attempt:
                 grant = await self._reserve(decode, events)
                 await self._both(self._prefill(prefill, grant), self._decode(decode, events))
 
-    async def _reserve(self, decode: InstanceHandle, events: RpcStream[Granted | TokenEvent]) -> bytes:
+    async def _reserve(self, decode: InstanceHandle, events: InstanceStream[Granted | TokenEvent]) -> bytes:
         """Wait for room on D; returns the grant."""
         with self._naming(decode):
             granted = await anext(events, None)
@@ -170,7 +179,7 @@ class Attempt:
         return granted.grant
 
     async def _grant_and_decode(
-        self, prefill: InstanceHandle, decode: InstanceHandle, events: RpcStream[Granted | TokenEvent]
+        self, prefill: InstanceHandle, decode: InstanceHandle, events: InstanceStream[Granted | TokenEvent]
     ) -> None:
         """D's leg where P computes already."""
         try:
@@ -225,6 +234,7 @@ class Attempt:
             grant,
             [*entry.output],
             grant_follows,
+            left_s=entry.left_s(),
         )
         with self._naming(instance), self._holding_ends():
             async with instance.client.stream(PREFILL, request) as events:
@@ -264,7 +274,7 @@ class Attempt:
         self._record.computed = [(now_s - each.age_s, each.count) for each in done.computed]
         self._record.pushed = [(now_s - each.age_s, each.count) for each in done.pushed]
 
-    async def _decode(self, instance: InstanceHandle, events: RpcStream[Granted | TokenEvent]) -> None:
+    async def _decode(self, instance: InstanceHandle, events: InstanceStream[Granted | TokenEvent]) -> None:
         num_delivered = len(self._entry.output)
         # With its first token P sends these too, which D does not have.
         expects_more = self._entry.request.params.prompt_logprobs is not None and num_delivered == 0

@@ -3,17 +3,18 @@
 import asyncio
 import contextlib
 import itertools
-import time
 from collections.abc import Callable, Collection, Iterable, Iterator
 from operator import attrgetter
 
+from hbserve_rpc import RpcClient
 from hbserve_rpc.messages import InstanceInfo, Role
+from hbserve_rpc.prompt_shape import PromptShape
 from hbserve_scheduler.config import SchedulerConfig
 from hbserve_scheduler.errors import ConfigError, InstanceFailed, NotReady
-from hbserve_scheduler.instances import InstanceHandle
+from hbserve_scheduler.instance_client import ClientFactory
+from hbserve_scheduler.instances import InstanceHandle, Placement
 from hbserve_scheduler.links import Links
-from hbserve_scheduler.placement import Placement
-from hbserve_scheduler.policies import POLICIES, SPARE_REQUESTS, Available, connected_first
+from hbserve_scheduler.policies import SPARE_REQUESTS, Available, connected_first, make_policy
 
 REFRESH_TIMEOUT_S = 2.0
 
@@ -21,29 +22,35 @@ REFRESH_TIMEOUT_S = 2.0
 class Fleet:
     """Instances come, go and come back; requests ask for places."""
 
-    def __init__(self, config: SchedulerConfig, on_change: Callable[[], None]) -> None:
+    def __init__(
+        self, config: SchedulerConfig, on_change: Callable[[], None], client_factory: ClientFactory = RpcClient
+    ) -> None:
         self.handles: dict[str, InstanceHandle] = {}
         self._config = config
         self._on_change = on_change
+        self._client_factory = client_factory
         self.links = Links(self.handles, config.max_warm_links)
         self._started = False
-        prefill, decode = POLICIES[config.prefill_policy], POLICIES[config.decode_policy]
+        prefill = make_policy("scheduler.prefill_policy", config.prefill_policy)
+        decode, hybrid = (make_policy("scheduler.decode_policy", config.decode_policy) for _ in range(2))
         self._available: dict[Role, Available] = {
             "prefill": Available(prefill, lambda each: each.num_inflight < config.max_inflight_prefills),
             "decode": Available(decode, lambda each: each.num_pending < config.max_pending_reservations),
-            "hybrid": Available(decode, lambda each: each.load < config.max_inflight_requests),
+            "hybrid": Available(hybrid, lambda each: each.load < config.max_inflight_requests),
         }
         self._turns = itertools.count(1)
         # What follows from all instances together is made again when one of them is another, not for each request.
         self._decodes: dict[str, InstanceHandle] = {}
         """Decode instances by epoch."""
         self._limiting: list[InstanceInfo] | None = None
-        self._roles_there: set[Role] | None = None
+        self._roles_there: dict[bool, bool] = {}
 
     async def add(self, instance_id: str, role: Role, address: str) -> None:
         if instance_id in self.handles:
             raise ConfigError(f"instance_id={instance_id!r}: is in use; each instance needs its own")
-        handle = InstanceHandle(instance_id, role, address, self._config, self._look, self._look_at_info)
+        handle = InstanceHandle(
+            instance_id, role, address, self._config, self._look, self._look_at_info, self._client_factory
+        )
         handle.turn = next(self._turns)
         self.handles[instance_id] = handle
         if self._started:
@@ -65,6 +72,13 @@ class Fleet:
         for handle in self.handles.values():
             await handle.close()
 
+    @property
+    def digest_block_size(self) -> int:
+        """Tokens of the blocks whose digests policies ask for; 0: none does, or there is no instance."""
+        if not any(getattr(each.policy, "wants_digests", False) for each in self._available.values()):
+            return 0
+        return next((info.block_size for info in self.limiting_infos()), 0)
+
     def limiting_infos(self) -> list[InstanceInfo]:
         """Of the ready instances, those that take the shortest prompts and the fewest tokens: what no other refuses."""
         if self._limiting is None:
@@ -80,7 +94,7 @@ class Fleet:
 
     def _look_at_info(self, handle: InstanceHandle) -> None:
         """It is ready, or not any more, or another life."""
-        self._limiting = self._roles_there = None
+        self._limiting, self._roles_there = None, {}
         self._decodes = {each.epoch: each for each in self.handles.values() if each.role == "decode" and each.info}
         self._available[handle.role].look(handle)
         self.links.look()
@@ -94,12 +108,12 @@ class Fleet:
 
     async def wait_ready(self, timeout_s: float) -> None:
         """Raises InstanceFailed at once when one says so, NotReady after `timeout_s`."""
-        deadline_s = time.monotonic() + timeout_s
+        deadline_s = asyncio.get_running_loop().time() + timeout_s
         while missing := [handle for handle in self.handles.values() if handle.status != "ready"]:
             for handle in missing:
                 if handle.status == "failed":
                     raise InstanceFailed(handle.describe_problem())
-            if time.monotonic() > deadline_s:
+            if asyncio.get_running_loop().time() > deadline_s:
                 problems = "; ".join(handle.describe_problem() for handle in missing)
                 raise NotReady(f"not ready within {timeout_s:g} s: {problems}")
             await asyncio.sleep(0.05)
@@ -109,22 +123,26 @@ class Fleet:
         return bool(there["hybrid"]) or bool(there["prefill"] and there["decode"])
 
     def place(
-        self, num_tokens: int, avoid: Collection[str] = (), computed_on: str = "", num_choices: int = 1
+        self,
+        num_tokens: int,
+        avoid: Collection[str] = (),
+        computed_on: str = "",
+        num_choices: int = 1,
+        prompt: PromptShape | None = None,
     ) -> Placement | None:
         """Choose instances for a prompt and take the places there; None if there is no room.
 
         Those to `avoid` are chosen only where there is no other. `computed_on`: a prefill instance that has the prompt
-        in its prefix cache, and is chosen if it has room.
+        in its prefix cache, and is chosen if it has room. `prompt`: for policies that want to know more of it.
         """
         there = self._available
         prefill: InstanceHandle | None = None
+        shape = prompt or PromptShape(num_tokens)
         if there["prefill"] and there["decode"]:
-            prefill = self._choose_prefill(num_tokens, avoid, computed_on)
-            decode = self._choose_decode(prefill, avoid)
+            prefill = self._choose_prefill(num_tokens, avoid, computed_on, shape)
+            decode = self._choose_decode(prefill, avoid, shape)
         elif there["hybrid"]:
-            decode = (
-                min(_others(there["hybrid"], avoid), key=there["hybrid"].policy) if avoid else there["hybrid"].first()
-            )
+            decode = there["hybrid"].choose(shape, _others(there["hybrid"], avoid) if avoid else None)
         else:
             return None
         placement = Placement(prefill, decode, num_tokens, num_choices)
@@ -133,15 +151,17 @@ class Fleet:
             self._available[handle.role].look(handle)
         return placement
 
-    def _choose_prefill(self, num_tokens: int, avoid: Collection[str], computed_on: str) -> InstanceHandle:
+    def _choose_prefill(
+        self, num_tokens: int, avoid: Collection[str], computed_on: str, prompt: PromptShape
+    ) -> InstanceHandle:
         available, decodes = self._available["prefill"], self._available["decode"]
-        if not avoid and self._is_linked(first := available.first()):
+        if not avoid and self._is_linked(first := available.choose(prompt)):
             return first
         candidates = _others(available, avoid)
         candidates = [each for each in candidates if each.instance_id == computed_on] or candidates
         epochs = {each.epoch for each in _others(decodes, avoid)}
         candidates = connected_first(candidates, lambda each: _best_link(each, epochs), num_tokens)
-        return min(candidates, key=available.policy)
+        return available.choose(prompt, candidates)
 
     def _is_linked(self, prefill: InstanceHandle) -> bool:
         """To a decode instance that has room."""
@@ -150,17 +170,17 @@ class Fleet:
             for epoch, is_there in prefill.links.items()
         )
 
-    def _choose_decode(self, prefill: InstanceHandle, avoid: Collection[str]) -> InstanceHandle:
+    def _choose_decode(self, prefill: InstanceHandle, avoid: Collection[str], prompt: PromptShape) -> InstanceHandle:
         available = self._available["decode"]
         if not avoid:
             linked = [self._decodes.get(epoch) for epoch, is_there in prefill.links.items() if is_there]
             there = [each for each in linked if each is not None and each in available]
             if there and min(each.load for each in there) <= available.least_load() + SPARE_REQUESTS:
-                return min(there, key=available.policy)
+                return available.choose(prompt, there)
         candidates = connected_first(
             _others(available, avoid), lambda each: prefill.links.get(each.epoch), num_tokens=1
         )
-        return min(candidates, key=available.policy)
+        return available.choose(prompt, candidates)
 
     def linked(self) -> Iterator[tuple[InstanceHandle, InstanceHandle, bool]]:
         """Prefill and decode instances between which a link is kept, and whether it is there."""
@@ -169,13 +189,13 @@ class Fleet:
                 if (decode := self._decodes.get(epoch)) is not None:
                     yield prefill, decode, is_there
 
-    def may_serve_soon(self) -> bool:
-        """Whether each role that a request needs has an instance that is ready or loading its model."""
-        if self._roles_there is None:
-            self._roles_there = {
-                handle.role for handle in self.handles.values() if handle.status in ("ready", "starting")
-            }
-        return "hybrid" in self._roles_there or {"prefill", "decode"} <= self._roles_there
+    def may_serve(self, *, soon: bool = False) -> bool:
+        """Whether each role that a request needs has an instance that is ready; or, `soon`, is loading its model."""
+        if soon not in self._roles_there:
+            statuses = ("ready", "starting") if soon else ("ready",)
+            roles = {handle.role for handle in self.handles.values() if handle.status in statuses}
+            self._roles_there[soon] = "hybrid" in roles or {"prefill", "decode"} <= roles
+        return self._roles_there[soon]
 
     def why_nobody(self) -> str:
         problems = [each.describe_problem() for each in self.handles.values() if each.status != "ready"]

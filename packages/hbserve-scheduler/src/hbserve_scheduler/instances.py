@@ -1,13 +1,16 @@
-"""The scheduler's handle of one instance: a connection, and what is known of the other side."""
+"""The scheduler's handle of one instance, and the places that requests take there.
+
+A handle is a connection, and what is known of the other side.
+"""
 
 import asyncio
 import logging
-import time
 from collections.abc import Callable
 
 from hbserve_rpc import HBServeRpcError, PeerDied, PeerLost, RpcClient
 from hbserve_rpc.messages import DESCRIBE, STATS, Empty, InstanceInfo, InstanceStats, InstanceStatus, Role
 from hbserve_scheduler.config import SchedulerConfig
+from hbserve_scheduler.instance_client import ClientFactory, InstanceClient
 from hbserve_scheduler.outage import Outage
 
 logger = logging.getLogger(__name__)
@@ -30,6 +33,7 @@ class InstanceHandle:
         config: SchedulerConfig,
         on_change: "Callable[[InstanceHandle], None]",
         on_info: "Callable[[InstanceHandle], None]",
+        client_factory: ClientFactory = RpcClient,
     ) -> None:
         """on_change: called when there may be more room than before; on_info: when `info` is another."""
         self.instance_id = instance_id
@@ -57,13 +61,14 @@ class InstanceHandle:
         self._config = config
         self._on_info = on_info
         self._on_change = on_change
+        self._client_factory = client_factory
         self._polling: asyncio.Task[None] | None = None
         self._outage: Outage | None = None
         """While it is not reached."""
         self.client = self._make_client()
 
-    def _make_client(self) -> RpcClient:
-        client = RpcClient(
+    def _make_client(self) -> InstanceClient:
+        client = self._client_factory(
             self.address,
             heartbeat_interval_s=self._config.heartbeat_interval_s,
             heartbeat_timeout_s=self._config.heartbeat_timeout_s,
@@ -72,14 +77,14 @@ class InstanceHandle:
         client.on_lost = lambda lost: self._client_lost(client, lost)
         return client
 
-    def _client_lost(self, client: RpcClient, lost: PeerLost) -> None:
+    def _client_lost(self, client: InstanceClient, lost: PeerLost) -> None:
         if client is self.client:
             has_died = isinstance(lost, PeerDied)
             # One that says goodbye was ended by somebody who knows: often by the Ctrl-C that ends this process too.
             self.lost(str(lost), has_died=has_died, level=logging.WARNING if has_died else logging.INFO)
 
     async def start(self) -> None:
-        self._outage = Outage(time.monotonic())
+        self._outage = Outage(asyncio.get_running_loop().time())
         await self.client.start()
         self.problem += self.client.name_problem
         self._polling = asyncio.create_task(self._poll())
@@ -135,7 +140,7 @@ class InstanceHandle:
             )
             return
         if self._outage is not None and self._outage.was_said:
-            silent_s = time.monotonic() - self._outage.began_s
+            silent_s = asyncio.get_running_loop().time() - self._outage.began_s
             logger.warning("%s at %s is reached, after %.0f s", self.instance_id, self.address, silent_s)
         self._outage = None
         if self.info != info:
@@ -151,7 +156,7 @@ class InstanceHandle:
             self.note_death(self.epoch)
         if self.info is not None:
             logger.log(level, "%s at %s is lost: %s", self.instance_id, self.address, why)
-            self._outage = Outage(time.monotonic(), was_said=True)
+            self._outage = Outage(asyncio.get_running_loop().time(), was_said=True)
         self.problem = why
         self._complain()
         self._set_info(None)
@@ -169,7 +174,7 @@ class InstanceHandle:
 
     def _complain(self) -> None:
         """Say that it is not reached, if that is due."""
-        now_s = time.monotonic()
+        now_s = asyncio.get_running_loop().time()
         if self._outage is not None and self._outage.is_due(now_s):
             silent_s = now_s - self._outage.began_s
             logger.warning("not reached for %.0f s, and tried on: %s", silent_s, self.describe_problem())
@@ -203,3 +208,54 @@ class InstanceHandle:
 
     def describe_problem(self) -> str:
         return f"{self.instance_id} ({self.role}) at {self.address}: {self.problem}"
+
+
+class Placement:
+    """The places that one attempt has on its instances: taken when made, until it gives each back.
+
+    `prefill` is None on a hybrid instance, which is then `decode`.
+    """
+
+    def __init__(
+        self, prefill: InstanceHandle | None, decode: InstanceHandle, num_tokens: int, num_choices: int = 1
+    ) -> None:
+        self.prefill = prefill
+        self.decode = decode
+        self.may_begin = prefill is not None and decode.reports_room(num_tokens, num_choices)
+        """The decode instance is expected to grant at once: the prompt may be computed before it has."""
+        self._num_tokens = num_tokens
+        self._num_choices = num_choices
+        self._pending = prefill is not None
+        self._prefilling = prefill is not None
+        self._decoding = True
+        decode.load += num_choices
+        decode.num_given += num_choices
+        decode.tokens_given += num_tokens
+        if prefill is not None:
+            decode.num_pending += 1
+            prefill.num_inflight += 1
+            prefill.load += num_tokens
+
+    def granted(self) -> None:
+        """The decode instance has found room."""
+        if self._pending:
+            self._pending = False
+            self.decode.num_pending -= 1
+            self.decode.changed()
+
+    def prefilled(self) -> None:
+        """The prefill instance is done with the request."""
+        if self._prefilling and self.prefill is not None:
+            self._prefilling = False
+            self.prefill.num_inflight -= 1
+            self.prefill.load -= self._num_tokens
+            self.prefill.changed()
+
+    def end(self) -> None:
+        """Give back what is still taken."""
+        self.granted()
+        self.prefilled()
+        if self._decoding:
+            self._decoding = False
+            self.decode.load -= self._num_choices
+            self.decode.changed()

@@ -1,7 +1,6 @@
 """A scheduler in another process, used as if it were in this one."""
 
 import asyncio
-import time
 
 from hbserve_rpc import HBServeRpcError, RpcClient, RpcStream
 from hbserve_rpc.messages import (
@@ -36,6 +35,8 @@ class RemoteScheduler:
         """`heartbeat_timeout_s`: each side takes the other for lost after so much silence, and ends its requests."""
         self.address = address
         self._infos: list[InstanceInfo] = []
+        self.digest_block_size = 0
+        """As of CpuScheduler, by what `find` heard last."""
         self._client = RpcClient(
             address, heartbeat_interval_s=heartbeat_timeout_s / 5, heartbeat_timeout_s=heartbeat_timeout_s
         )
@@ -52,16 +53,17 @@ class RemoteScheduler:
         Raises:
             NotReady: not in time.
         """
-        deadline_s = time.monotonic() + timeout_s
+        deadline_s = asyncio.get_running_loop().time() + timeout_s
         problem = "no answer"
-        while (left_s := deadline_s - time.monotonic()) > 0:
+        while (left_s := deadline_s - asyncio.get_running_loop().time()) > 0:
             try:
                 info = await self._client.call(SCHEDULER_INFO, Empty(), timeout_s=min(left_s, CALL_TIMEOUT_S))
                 self._infos = [each for each in info.instances if each.status == "ready"]
+                self.digest_block_size = info.digest_block_size
                 return info
             except HBServeRpcError as error:
                 problem = str(error)
-                await asyncio.sleep(min(RETRY_S, max(0.0, deadline_s - time.monotonic())))
+                await asyncio.sleep(min(RETRY_S, max(0.0, deadline_s - asyncio.get_running_loop().time())))
         raise NotReady(f"no scheduler at {self.address} within {timeout_s:g} s: {problem}")
 
     def submit(self, request: GenerateRequest) -> RpcStream[ClientEvent]:
@@ -70,9 +72,9 @@ class RemoteScheduler:
 
     def check(self, request: GenerateRequest) -> GenerateRequest:
         """As `CpuScheduler.check`, by what `find` heard last."""
-        return admitted(request, self._infos)
+        return admitted(request, self._infos, self.digest_block_size)
 
-    async def wait_for_room(self) -> None:
+    async def wait_for_room(self, priority: int = 0) -> None:
         """The queue is elsewhere, and says Overloaded itself."""
 
     async def abort(self, request_id: str, reason: FinishReason = "abort", choice: int | None = None) -> bool:

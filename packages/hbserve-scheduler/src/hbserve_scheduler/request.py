@@ -6,6 +6,7 @@ by itself, as a request with output would.
 """
 
 import asyncio
+import math
 import time
 from array import array
 from collections import deque
@@ -24,12 +25,12 @@ from hbserve_scheduler.instances import InstanceHandle
 
 @dataclass(eq=False)
 class ScheduledRequest:
-    """A request from `submit` to its end. Times are of `time.monotonic`."""
+    """A request from `submit` to its end. Times are of its event loop, as all in the scheduler."""
 
     request: GenerateRequest
     figures: Figures = field(default_factory=Figures)
     """Of all requests."""
-    submitted_s: float = field(default_factory=time.monotonic)
+    submitted_s: float = field(default_factory=lambda: asyncio.get_running_loop().time())
     arrivals: "array[float]" = field(default_factory=lambda: array("d"))
     """When messages with new tokens came."""
     num_first: int = 0
@@ -68,6 +69,10 @@ class ScheduledRequest:
     """What is known of the transfer is not complete: the ends of choices wait for that."""
     on_choice_ended: Callable[[int], None] | None = None
     """Told when one is ended from here, while an instance computes all of them."""
+    deadline_s: float = math.inf
+    time_limit: str = ""
+    """The setting that has set the deadline, and its value."""
+    _timer: asyncio.TimerHandle | None = None
     _num_counted: int = 0
     _output_counted: int = 0
 
@@ -129,7 +134,7 @@ class ScheduledRequest:
             if tokens:
                 if not self.arrivals:
                     self.num_first = len(tokens)
-                self.arrivals.append(time.monotonic())
+                self.arrivals.append(asyncio.get_running_loop().time())
             if event.num_preemptions:
                 self.num_preemptions = event.num_preemptions
             self.finish_reason = event.finish_reason
@@ -278,7 +283,7 @@ class ScheduledRequest:
         return self.arrivals[longest - 1] - self.submitted_s, self.arrivals[longest] - self.submitted_s
 
     def since_submit_s(self) -> float:
-        return time.monotonic() - self.submitted_s
+        return asyncio.get_running_loop().time() - self.submitted_s
 
     def record(self, error: str = "") -> RequestRecord:
         """What is kept of it. To be asked for when it has ended."""
@@ -304,7 +309,30 @@ class ScheduledRequest:
             max(stalls, key=lambda stall: stall[1] - stall[0], default=None),
         )
 
+    def limit_time(self, most_s: float | None, on_end: "Callable[[ScheduledRequest], None]") -> None:
+        """Call `on_end` with it unless it has ended by `most_s` or its own `timeout_s` after it was submitted."""
+        limits = {"request_timeout_s": most_s, "timeout_s": self.request.params.timeout_s}
+        known = {name: limit_s for name, limit_s in limits.items() if limit_s is not None}
+        if not known:
+            return
+        name = min(known, key=known.__getitem__)
+        self.time_limit = f"{name}={known[name]}"
+        self.deadline_s = self.submitted_s + known[name]
+        self._timer = asyncio.get_running_loop().call_at(self.deadline_s, on_end, self)
+        for each in self.choices:
+            each.deadline_s = self.deadline_s
+
+    def left_s(self) -> float | None:
+        """Until its deadline; None: it has none."""
+        return None if self.deadline_s == math.inf else max(0.0, self.deadline_s - asyncio.get_running_loop().time())
+
+    def _end_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
     def fail(self, error: Exception) -> None:
+        self._end_timer()
         for each in [self, *self.choices]:
             each.ended = True
         self.figures.add(self.record(str(error)))
@@ -312,6 +340,7 @@ class ScheduledRequest:
 
     def finish(self, reason: FinishReason) -> None:
         self.ended = True
+        self._end_timer()
         self.finish_reason = reason
         for each in self.choices:
             each.finish_reason = each.finish_reason or reason

@@ -220,9 +220,9 @@ class DisaggregatedLLM:
         plain = read_prompts(prompts)
         params = read_params(sampling_params, len(plain))
         token_ids = await asyncio.to_thread(encode_all, self._tokenizer, plain, params)
-        check_all(scheduler, token_ids, params)
+        shapes = check_all(scheduler, token_ids, params)
         with progress_bar(len(plain), is_shown=use_tqdm) as bar:
-            return await answer_all(scheduler, self._tokenizer, token_ids, params, bar.update)
+            return await answer_all(scheduler, self._tokenizer, token_ids, params, shapes, bar.update)
 
     def stream(
         self, prompt: Prompt, sampling_params: SamplingParams | None = None, *, request_id: str | None = None

@@ -43,6 +43,8 @@ async def endpoint(request: Request, kind: type[B], answer: Answer[B]) -> Watche
     model = service.require_model()
     body = converted(content, kind)
     require_served(body)
+    # Before any work for it: with too many requests there, a refusal must not have to wait for theirs.
+    model.scheduler.require_room(getattr(body, "priority", None) or 0)
     headers = ignored_header(ignored_fields(content, kind))
     request_id, name = request.scope["state"]["request_id"], model.name_for(body.model)
     head = {"id": kind.id_prefix + request_id, "created": int(time.time()), "model": name}

@@ -9,11 +9,11 @@ A free block may still be read and written by steps that were launched before it
 That is no harm to later steps, which are computed after them, but to others who write in no order with steps.
 """
 
-import hashlib
-from array import array
 from collections import Counter, OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain, islice, takewhile
+
+from hbserve_rpc.prompt_shape import extend_digests
 
 
 class BlockManager:
@@ -113,14 +113,8 @@ class BlockManager:
 
     def extend_digests(self, digests: list[bytes], token_ids: Sequence[int], num_tokens: int) -> None:
         """Bring the digests of the full blocks of the first `num_tokens` tokens up to date. Digest i depends on blocks
-        0 to i.
-
-        128 bits of BLAKE2b: that two prefixes have the same one by chance does not happen.
-        """
-        for i in range(len(digests), num_tokens // self.block_size):
-            parent = digests[i - 1] if i else b""
-            tokens = array("q", token_ids[i * self.block_size : (i + 1) * self.block_size])
-            digests.append(hashlib.blake2b(parent + tokens.tobytes(), digest_size=16).digest())
+        0 to i: two prefixes do not have the same one."""
+        extend_digests(digests, token_ids, num_tokens, self.block_size)
 
     def find_prefix(self, digests: Sequence[bytes]) -> list[int]:
         """The blocks that hold the longest cached prefix. They may be given to somebody else until they are shared."""

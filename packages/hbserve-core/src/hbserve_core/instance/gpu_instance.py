@@ -201,12 +201,13 @@ class GpuInstance:
         if self.status != "ready":
             raise Overloaded(f"{self.config.instance_id} is not ready, it is {self.status}")
 
-    def _open(self, request_id: str) -> Inbox:
+    def _open(self, request: GenerateRequest | PrefillRequest | DecodeRequest) -> Inbox:
         self._require_ready()
+        request_id = request.request_id
         if request_id in self._inboxes:
             raise InvalidRequest(f"request_id={request_id!r} is in use")
         self.num_requests += 1
-        inbox = self._inboxes[request_id] = Inbox()
+        inbox = self._inboxes[request_id] = Inbox(request.left_s)
         return inbox
 
     def _end(self, job: Coroutine[Any, Any, None]) -> None:
@@ -228,10 +229,11 @@ class GpuInstance:
             await self._last_call(lambda engine: engine.release(request_id))
         finally:
             # Not earlier: what a step under way still says of this request is not for another one of this id.
-            self._inboxes.pop(request_id, None)
+            if inbox := self._inboxes.pop(request_id, None):
+                inbox.close()
 
     async def _generate(self, request: GenerateRequest) -> AsyncIterator[TokenEvent]:
-        inbox = self._open(request.request_id)
+        inbox = self._open(request)
         try:
             await self._begin(request)
             async for event in token_events(inbox, request.params.n):
@@ -254,7 +256,7 @@ class GpuInstance:
         await self._last_call(lambda engine: engine.release_choice(request.request_id, request.choice))
 
     async def _prefill(self, request: PrefillRequest) -> AsyncIterator[TokenEvent | TransferDone]:
-        inbox = self._open(request.request_id)
+        inbox = self._open(request)
         sending = PrefillSend(self._require_transfers(), request, self.config.block_size, inbox)
         try:
             await self._begin(request)
@@ -293,7 +295,7 @@ class GpuInstance:
         await sending.close()
 
     async def _decode(self, request: DecodeRequest) -> AsyncIterator[Granted | TokenEvent]:
-        inbox = self._open(request.request_id)
+        inbox = self._open(request)
         posted: PostedReceive | JointReceive | None = None
         num_blocks = 0
         try:

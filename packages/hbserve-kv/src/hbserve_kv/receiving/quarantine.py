@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from hbserve_kv.protocol import messages
-from hbserve_kv.protocol.transfer_state import State
+from hbserve_kv.protocol.transfer_state import Phase
 from hbserve_kv.receiving.transfer import IncomingLink, IncomingTransfer
 from hbserve_rpc import HBServeRpcError, RpcClient, parse_address
 
@@ -109,7 +109,7 @@ class Quarantine:
             # The deadline counts from when a sender stopped answering: a link is lost by that.
             if lost or (writing and is_late):
                 transfer.give_up()
-            if transfer.state is State.UNKNOWN and reminder.is_due(loop.time()):
+            if transfer.phase is Phase.UNKNOWN and reminder.is_due(loop.time()):
                 _warn(transfer, loop.time() - reminder.began_s)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(CHECK_INTERVAL_S):
