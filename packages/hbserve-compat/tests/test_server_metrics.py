@@ -131,7 +131,7 @@ async def test_the_page_of_monitoring_names_every_metric_and_no_other(server):
     text = (await server.client.get("/metrics")).text
     # What is counted by a label that nothing has had so far has a name, and no sample.
     served = set(re.findall("^# TYPE hbserve:([a-z0-9_]+) ", text, re.MULTILINE))
-    page = (ROOT / "docs/monitoring.md").read_text().partition("## `/metrics`")[2].partition("## Dashboards")[0]
+    page = (ROOT / "docs/monitoring.md").read_text().partition("## `/metrics`")[2].partition("\n## ")[0]
     assert served == set(re.findall("`([a-z0-9_]+)", page)) - NO_METRICS
 
 

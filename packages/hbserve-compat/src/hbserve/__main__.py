@@ -162,7 +162,7 @@ def top(
     """Watch a running deployment: instances, links, latencies, and the last requests."""
     from hbserve.top import TopArgs, show_top
 
-    _run(show_top(TopArgs(connect, once, json)), log_level)
+    run(show_top(TopArgs(connect, once, json)), log_level)
 
 
 @app.command()

@@ -12,6 +12,7 @@ from typing import Protocol
 import msgspec
 
 from hbserve_rpc.histogram import Histogram
+from hbserve_rpc.instance_metrics import block_states
 from hbserve_rpc.messages import InstanceStats, Role, SchedulerStats
 from hbserve_rpc.records import AttemptRecord, RequestRecord
 
@@ -176,19 +177,6 @@ class LiveView:
             self._seen[key] = None
             while len(self._seen) > 4096:  # as many as a scheduler has
                 del self._seen[next(iter(self._seen))]
-
-
-def block_states(stats: InstanceStats) -> dict[str, int]:
-    """How many KV blocks of an instance are in which state; each is in one, but for those that are shared."""
-    held = stats.num_blocks - stats.free_blocks
-    reserved = min(stats.reserved_blocks, held - min(stats.quarantined_blocks, held))
-    return {
-        "free": stats.free_blocks - stats.cached_blocks,
-        "cached": stats.cached_blocks,
-        "active": max(0, held - reserved - stats.quarantined_blocks),
-        "reserved": reserved,
-        "quarantined": stats.quarantined_blocks,
-    }
 
 
 def _instances(stats: SchedulerStats, before: SchedulerStats, took_s: float) -> Iterator[InstanceView]:

@@ -3,16 +3,14 @@
 At /metrics they are `http_*`, with the labels that prometheus-fastapi-instrumentator gives them in vLLM.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import accumulate
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily, Metric, SummaryMetricFamily
-from prometheus_client.utils import floatToGoString
 from starlette.routing import Route
 
 from hbserve_rpc.counts import HttpCounts
 from hbserve_rpc.histogram import Histogram
+from hbserve_rpc.metrics_text import Family
 
 BOUNDS = [0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1, 1.5, 2, 2.5, 3, 3.5, 4, 4.5, 5, 7.5, 10, 30, 60]
 COARSE_BOUNDS = [0.1, 0.5, 1.0]
@@ -51,31 +49,28 @@ class HttpFigures:
         found.response_bytes += sent
 
 
-def http_metrics(counts: Iterable[HttpCounts]) -> Iterator[Metric]:
+def http_metrics(counts: Iterable[HttpCounts]) -> Iterator[Family]:
     """What /metrics says of them."""
     found = list(counts)
-    requests = CounterMetricFamily("http_requests", "HTTP requests.", labels=["method", "status", "handler"])
+    requests = Family("http_requests", "counter", "HTTP requests.", ["method", "status", "handler"])
     for each in found:
-        requests.add_metric([each.method, each.status, each.path], sum(each.seconds.counts))
+        requests.add(sum(each.seconds.counts), each.method, each.status, each.path)
     yield requests
     sizes = {"request": "request_bytes", "response": "response_bytes"}
     for what, field in sizes.items():
-        family = SummaryMetricFamily(f"http_{what}_size_bytes", f"Of the {what}'s body.", labels=["handler"])
+        family = Family(f"http_{what}_size_bytes", "summary", f"Of the {what}'s body.", ["handler"])
         for path in sorted({each.path for each in found}):
             same = [each for each in found if each.path == path]
             count = sum(sum(each.seconds.counts) for each in same)
-            family.add_metric([path], count, sum(getattr(each, field) for each in same))
+            family.add_summary(count, sum(getattr(each, field) for each in same), path)
         yield family
-    name = "http_request_duration_highr_seconds"
-    all_of_them = HistogramMetricFamily(name, "Of all requests.", labels=[])
-    all_of_them.add_metric([], *buckets(_total(found)))
-    yield all_of_them
-    by_path = HistogramMetricFamily(
-        "http_request_duration_seconds", "By path and method.", labels=["method", "handler"]
-    )
+    of_all = Family("http_request_duration_highr_seconds", "histogram", "Of all requests.")
+    of_all.add_histogram(_total(found))
+    yield of_all
+    by_path = Family("http_request_duration_seconds", "histogram", "By path and method.", ["method", "handler"])
     for method, path in sorted({(each.method, each.path) for each in found}):
         same = [each for each in found if (each.method, each.path) == (method, path)]
-        by_path.add_metric([method, path], *buckets(_total(same), COARSE_BOUNDS))
+        by_path.add_histogram(_total(same), method, path, bounds=COARSE_BOUNDS)
     yield by_path
 
 
@@ -84,11 +79,3 @@ def _total(counts: list[HttpCounts]) -> Histogram:
     for each in counts:
         whole += each.seconds
     return whole
-
-
-def buckets(histogram: Histogram, bounds: Sequence[float] | None = None) -> tuple[list[tuple[str, float]], float]:
-    """As a family takes them: how many values are up to each of the histogram's bounds, or to some of these; and the
-    sum of the values."""
-    up_to = zip(histogram.bounds, accumulate(histogram.counts), strict=False)
-    found = [(str(floatToGoString(bound)), float(count)) for bound, count in up_to if bounds is None or bound in bounds]  # type: ignore[no-untyped-call]
-    return [*found, ("+Inf", float(sum(histogram.counts)))], histogram.total

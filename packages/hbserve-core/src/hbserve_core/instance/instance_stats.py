@@ -1,10 +1,14 @@
-"""An InstanceStats, from the figures of an instance's engine and of its transfers."""
+"""InstanceInfo and InstanceStats: what an instance is, and how it goes, from its engine and its transfers."""
 
+import os
 from typing import Any
 
+from hbserve_core.config import InstanceConfig
+from hbserve_core.engine.engine import Engine
 from hbserve_core.engine.outputs import EngineStats
+from hbserve_core.engine.runner import Runner
 from hbserve_kv import TransferStats
-from hbserve_rpc.messages import InstanceStats
+from hbserve_rpc.messages import InstanceInfo, InstanceStats
 
 
 def instance_stats(engine: EngineStats, transfers: TransferStats | None, **of_instance: Any) -> InstanceStats:
@@ -34,5 +38,32 @@ def instance_stats(engine: EngineStats, transfers: TransferStats | None, **of_in
         preemptions=engine.num_preemptions,
         iteration_tokens=engine.iteration_tokens,
         **moved,
+        **of_instance,
+    )
+
+
+def instance_info(
+    config: InstanceConfig, engine: Engine | None, runner: Runner | None, **of_instance: Any
+) -> InstanceInfo:
+    """of_instance: the fields that neither knows of, nor the configuration."""
+    known: dict[str, Any] = {}
+    if engine is not None and runner is not None:
+        known = {
+            "max_model_len": runner.model_config.max_model_len,
+            "max_num_seqs": config.max_num_seqs,
+            "max_prompt_len": engine.limits.max_prompt_len,
+            "vocab_size": runner.model_config.vocab_size,
+            "num_blocks": engine.blocks.num_blocks,
+            "device": str(runner.device),
+            "dtype": str(runner.dtype).removeprefix("torch."),
+        }
+    return InstanceInfo(
+        config.instance_id,
+        config.role,
+        model=config.model_path,
+        block_size=config.block_size,
+        kv_backend=config.kv_transfer.backend if config.role != "hybrid" else "",
+        pid=os.getpid(),
+        **known,
         **of_instance,
     )
