@@ -1,4 +1,4 @@
-"""The command line: `hbserve generate | chat | serve | instance | scheduler | bench`.
+"""The command line: `hbserve generate | chat | serve | instance | scheduler | stats | top | trace | bench`.
 
 What a command needs is imported when it runs: the scheduler's process never sees torch.
 """
@@ -239,6 +239,19 @@ def stats(
     from hbserve.stats import StatsArgs, show_stats
 
     run(show_stats(StatsArgs(connect, json)), log_level)
+
+
+@app.command()
+def top(
+    connect: Annotated[str, typer.Option(metavar="HOST:PORT", help="Where its scheduler's RPC is.")],
+    once: Annotated[bool, typer.Option("--once", help="Look for a second, print, and end.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="With --once: for programs.")] = False,
+    log_level: LogLevelOption = LogLevel.ERROR,
+) -> None:
+    """Watch a running deployment: instances, links, latencies, and the last requests."""
+    from hbserve.top import TopArgs, show_top
+
+    run(show_top(TopArgs(connect, once, json)), log_level)
 
 
 @app.command()

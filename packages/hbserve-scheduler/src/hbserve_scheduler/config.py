@@ -96,6 +96,8 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     host: str = "127.0.0.1"
     """Where it serves clients; 0.0.0.0 and :: are every address of its machine."""
     port: Annotated[int, PORT] = 5550
+    health_port: Annotated[int | None, PORT] = None
+    """HTTP port for /health, /ready and /metrics; 0 lets the OS choose, None is none."""
     prefill_policy: str = "least_loaded"
     """Which instance takes the next request: round_robin, least_loaded, power_of_two, the name of an entry point in the
     group `hbserve_scheduler.policies`, or `module:Class`."""

@@ -255,15 +255,28 @@ class DisaggregatedLLM:
     # ---- figures -------------------------------------------------------------------------------------------------
 
     def get_system_stats(self) -> dict[str, Any]:
-        """`{"cpu_scheduler": {...}, "gpu_instances": {instance_id: {...}}}`; instances as of their last heartbeat."""
+        """`{"cpu_scheduler": {...}, "gpu_instances": {instance_id: {...}}}`.
+
+        What the scheduler knows is of now, and so is which instance has how many requests (`active_requests`): right
+        after `generate` none has any of it. All else of instances is as of their last heartbeat.
+        """
+        stats, active = self._stats(), self.scheduler.active_requests()
+        for instance_id, each in stats["gpu_instances"].items():
+            each["active_requests"] = active[instance_id]
+            for within in ("running_requests", "waiting_requests"):
+                each[within] = min(each[within], active[instance_id])
+        return stats
+
+    async def refresh_system_stats(self) -> dict[str, Any]:
+        """The same as every instance says it when it is asked now. One may be busy for a moment longer than its
+        requests, whose ends it has told."""
+        await self._require_own_loop().refresh()
+        return self._stats()
+
+    def _stats(self) -> dict[str, Any]:
         stats: dict[str, Any] = msgspec.to_builtins(self.scheduler.stats())
         instances = {each["instance_id"]: each for each in stats.pop("instances")}
         return {"cpu_scheduler": stats, "gpu_instances": instances}
-
-    async def refresh_system_stats(self) -> dict[str, Any]:
-        """`get_system_stats`, after asking every instance."""
-        await self._require_own_loop().refresh()
-        return self.get_system_stats()
 
     @property
     def scheduler(self) -> CpuScheduler:
