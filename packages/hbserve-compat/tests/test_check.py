@@ -35,18 +35,22 @@ def of(subject: str, findings: Any) -> Finding:
 def test_every_address_of_a_file_is_looked_at():
     config = deployment(
         {"host": "10.0.0.1", "port": 5600}, {"port": 5601}, {"port": 5602}, kv_transfer={"port": 7000},
-        scheduler={"host": "::", "port": 5550}, server={"port": 8000},
+        scheduler={"host": "::", "port": 5550, "health_port": 5551}, server={"port": 8000}, engine={"health_port": 5680},
     )  # fmt: skip
     found = [(each.subject, each.host, each.port) for each in places(config)]
     assert found == [
         ("server", "127.0.0.1", 8000),
         ("scheduler", "::", 5550),
+        ("scheduler health", "::", 5551),
         ("p0", "10.0.0.1", 5600),
         ("p0 KV", "10.0.0.1", 7000),
+        ("p0 health", "10.0.0.1", 5680),
         ("d1", "127.0.0.1", 5601),
         ("d1 KV", "127.0.0.1", 7001),
+        ("d1 health", "127.0.0.1", 5681),
         ("d2", "127.0.0.1", 5602),
         ("d2 KV", "127.0.0.1", 7002),
+        ("d2 health", "127.0.0.1", 5682),
     ]
     beside = deployment(scheduler={"host": "192.0.2.77"}, server={"port": 8000})
     assert "server" not in {each.subject for each in places(beside)}, "it is beside the scheduler, on that host"

@@ -31,12 +31,16 @@ def places(config: DeploymentConfig) -> Iterator[Place]:
     if config.server.enabled and config.server.uds is None and _may_be_here(config.scheduler.host):
         yield Place("server", "server", config.server.host, config.server.port)
     yield Place("scheduler", "scheduler", config.scheduler.host, config.scheduler.port)
-    kv = config.kv_transfer
+    if config.scheduler.health_port is not None:
+        yield Place("scheduler health", "scheduler", config.scheduler.host, config.scheduler.health_port)
+    kv, health_port = config.kv_transfer, config.engine_settings().health_port
     for number, each in enumerate(config.gpu_instances):
         key = f"gpu_instances[{number}]"
         yield Place(each.instance_id, key, each.host, each.port)
         if each.instance_type != "hybrid" and kv.port:
             yield Place(f"{each.instance_id} KV", "kv_transfer", kv.ip or each.host, kv.port + each.kv_rank)
+        if health_port:
+            yield Place(f"{each.instance_id} health", "engine", each.host, health_port + each.kv_rank)
 
 
 async def check_network(config: DeploymentConfig) -> list[Finding]:
