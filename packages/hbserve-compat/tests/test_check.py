@@ -35,7 +35,8 @@ def of(subject: str, findings: Any) -> Finding:
 def test_every_address_of_a_file_is_looked_at():
     config = deployment(
         {"host": "10.0.0.1", "port": 5600}, {"port": 5601}, {"port": 5602}, kv_transfer={"port": 7000},
-        scheduler={"host": "::", "port": 5550, "health_port": 5551}, server={"port": 8000}, engine={"health_port": 5680},
+        scheduler={"host": "::", "port": 5550, "health_port": 5551}, server={"port": 8000},
+        engine={"health_port": 5680},
     )  # fmt: skip
     found = [(each.subject, each.host, each.port) for each in places(config)]
     assert found == [
