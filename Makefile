@@ -42,6 +42,9 @@ clients:  ## programs that people point at `hbserve serve`, in an environment of
 ray:  ## `hbserve serve --ray`, on a cluster of two nodes on this host
 	UV_PROJECT_ENVIRONMENT=.venv-ray uv run --locked --group ray pytest -W default -n 0 tests/ray_cluster
 
+site:  ## the site of the documentation, strictly
+	UV_PROJECT_ENVIRONMENT=.venv-site uv run --locked --only-group site .ci/site.py --home https://example.org/hbserve
+
 check: lint type isolate test  ## all of it but the lowest versions
 
-.PHONY: help sync fmt lint type test test-gpu isolate lowest clients ray check
+.PHONY: help sync fmt lint type test test-gpu isolate lowest clients ray site check
