@@ -23,6 +23,7 @@ from hbserve.launcher import (
     WAIT_POLITELY,
     LocalInstances,
     instance_settings,
+    launch_keys,
     tensor_parallel_sizes,
 )
 from hbserve.pd_disagg.config import PdDisaggConfig
@@ -39,6 +40,7 @@ from hbserve_scheduler import (
     load_config,
 )
 from hbserve_scheduler.config import ServerSection
+from hbserve_scheduler.security import deployment_keys, require_keys
 
 if TYPE_CHECKING:  # it imports the web server's libraries, which nothing else needs
     from hbserve.server.front_end import FrontEnd
@@ -85,9 +87,10 @@ async def serve_all(args: ServeArgs) -> None:
     """The OpenAI server, the scheduler and every instance, until SIGTERM, SIGINT or SIGHUP.
 
     Raises:
-        ConfigError, AddressInUse, InstanceFailed, NotReady, BrokenTokenizer.
+        ConfigError, KeysError, AddressInUse, InstanceFailed, NotReady, BrokenTokenizer.
     """
     config = args.deployment()
+    require_keys(config, launched=True)
     sys.stderr.write(f"hbserve: starting {', '.join(each.instance_id for each in config.gpu_instances)}\n")
     ending = Ending()
     front_end = _front_end(config.server, args.log_level, ending)
@@ -141,11 +144,14 @@ class _Deployment:
     ) -> None:
         self._config = config
         self._folder = folder
-        self._name = demo_model.NAME if config.model.path is None else folder.name
+        self._name = demo_model.model_name(config.model.path, folder)
         self._front_end = front_end
+        keys = launch_keys(config)
         self._scheduler = CpuScheduler(config.scheduler, model_path=str(folder))
-        self._server = SchedulerServer(self._scheduler)
-        self._instances = make_instances(on_death=self._on_death)
+        self._scheduler.use_keys(keys.get("scheduler"))
+        # Its clients know the deployment's keys, and no others.
+        self._server = SchedulerServer(self._scheduler, keys=keys["scheduler"] if config.keys is not None else None)
+        self._instances = make_instances(on_death=self._on_death, keys=keys.get("instance"))
         self._ending = ending
         self._is_ready = False
         self._background: set[asyncio.Task[None]] = set()
@@ -250,6 +256,7 @@ async def serve_instance(args: InstanceArgs) -> None:
 
     Raises:
         ConfigError: the file has no such instance, or is wrong.
+        KeysError: the keys that it names cannot be used.
         AddressInUse: its address is taken.
     """
     os.environ.setdefault(*QUIET_TORCH)  # torch reads it when it is imported
@@ -257,6 +264,8 @@ async def serve_instance(args: InstanceArgs) -> None:
     from hbserve_core import InstanceConfig, run_instance
 
     config, instance = args.deployment()
+    require_keys(config, launched=False)
+    keys = deployment_keys(config, "instance")
     folder = await find_model_folder(config.model.path)
-    settings = instance_settings(config, instance, folder, log_level=args.log_level)
+    settings = instance_settings(config, instance, folder, log_level=args.log_level, keys=keys)
     await run_instance(msgspec.convert(settings, InstanceConfig))

@@ -12,6 +12,7 @@ from hbserve.child_process import STOP_TIMEOUT_S, ChildProcesses, Restarts
 from hbserve.launcher import instance_settings, num_ranks
 from hbserve.ray_cluster.cluster import Place, bundle_of, pairs
 from hbserve.ray_cluster.instance_actor import InstanceActor
+from hbserve_rpc import Keys
 from hbserve_rpc.messages import Role
 from hbserve_scheduler import DeploymentConfig, InstanceFailed
 
@@ -105,7 +106,13 @@ class RayInstances(ChildProcesses[RayInstance]):
     """All instances of a deployment, each on a node that has room for it."""
 
     def __init__(
-        self, config: DeploymentConfig, model_folder: Path, *, log_level: str, on_death: Callable[[str, str], None]
+        self,
+        config: DeploymentConfig,
+        model_folder: Path,
+        *,
+        log_level: str,
+        on_death: Callable[[str, str], None],
+        keys: Keys | None = None,
     ) -> None:
         self._places: list[Place] = []
         make = []
@@ -116,7 +123,7 @@ class RayInstances(ChildProcesses[RayInstance]):
                 # Ray gives GPUs and cores to one of them alone.
                 alone = {"num_local_instances": 1, "num_on_gpu": 1}
                 alone["num_threads"] = config.engine_settings().num_threads or 1
-                settings = instance_settings(config, each, model_folder, log_level=log_level) | alone
+                settings = instance_settings(config, each, model_folder, log_level=log_level, keys=keys) | alone
                 make.append(partial(RayInstance, settings, place))
         super().__init__(make, on_death)
 

@@ -9,6 +9,7 @@ from hbserve.live_view import Deployment, Watched
 from hbserve.server.api_error import ApiError, try_again
 from hbserve.server.encoder import Encoder
 from hbserve.server.http_figures import HttpFigures
+from hbserve.server.sampling import model_defaults
 from hbserve.text_request import Scheduler
 from hbserve_rpc.messages import SchedulerStats, ServiceInfo
 from hbserve_rpc.plain_values import shown
@@ -55,6 +56,8 @@ class ServedModel:
     """The same, for those who look at the dashboard."""
     created: int
     """Seconds since the epoch."""
+    defaults: dict[str, Any]
+    """Of SamplingParams, where a request does not say."""
 
     def name_for(self, wanted: str | None) -> str:
         """The name that a request has given, or the first one for none. The folder is a name too: /v1/models shows it
@@ -124,7 +127,9 @@ class Service:
         encoder = Encoder(tokenizer, _template(self.settings.chat_template))
         names = self.settings.served_model_names or [name]
         scheduler.figures.http = self.http.counts
-        self.model = ServedModel(names, str(folder), scheduler, encoder, whole, Watched(whole), int(time.time()))
+        defaults = model_defaults(folder) if self.settings.generation_config == "auto" else {}
+        created = int(time.time())
+        self.model = ServedModel(names, str(folder), scheduler, encoder, whole, Watched(whole), created, defaults)
 
     def close(self) -> None:
         if self.model is not None:
