@@ -16,6 +16,7 @@ from typing import Annotated, Literal
 
 import msgspec
 
+from hbserve_rpc.counts import HttpCounts, LinkCounts
 from hbserve_rpc.histogram import Histogram
 from hbserve_rpc.methods import Method, Notification, StreamMethod
 from hbserve_rpc.prompt_shape import DIGEST_BYTES, MOST_REPORTED, PromptShape
@@ -162,7 +163,7 @@ class Granted(msgspec.Struct, frozen=True, tag=True):
     """Tokens of the prompt whose KV the decode instance holds already; these are not moved."""
 
 
-class TokenEvent(msgspec.Struct, frozen=True, tag=True):
+class TokenEvent(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
     """New tokens of one choice of a request, from one engine step or several."""
 
     index: int
@@ -180,6 +181,8 @@ class TokenEvent(msgspec.Struct, frozen=True, tag=True):
     the first one."""
     choice: int = 0
     """Of `SamplingParams.n`."""
+    num_preemptions: int = 0
+    """How often it has given its blocks up to others on its instance so far, and was computed again."""
 
 
 class Milestone(msgspec.Struct, frozen=True, tag=True, array_like=True):
@@ -278,6 +281,10 @@ class InstanceStats(msgspec.Struct, frozen=True, tag=True):
     num_blocks: int = 0
     free_blocks: int = 0
     """Blocks that nobody holds, those kept as prefix cache included."""
+    cached_blocks: int = 0
+    """Of the free ones, those kept as prefix cache."""
+    reserved_blocks: int = 0
+    """Of requests that wait for a transfer. One that several of them share counts for each."""
     quarantined_blocks: int = 0
     active_transfers: int = 0
     """Each pair of ranks counts, where instances have several."""
@@ -295,6 +302,10 @@ class InstanceStats(msgspec.Struct, frozen=True, tag=True):
     """As active_transfers."""
     dropped_messages: int = 0
     """Late, duplicate, unknown and stale-epoch transfer messages."""
+    iteration_tokens: Histogram | None = None
+    """Tokens computed in one step, of all steps so far."""
+    loop_lag: Histogram | None = None
+    """Seconds that its event loop was late. See loop_lag.py."""
 
 
 class LatencySummary(msgspec.Struct, frozen=True, tag=True):
@@ -334,8 +345,16 @@ class SchedulerStats(msgspec.Struct, frozen=True, tag=True):
     """By finish reason, or "error"."""
     failed_attempts: dict[str, int] = {}
     """By the name of the error, of those that were tried again too."""
+    delay_s: dict[str, float] = {}
+    """Time that requests have waited for others, by cause: see RequestRecord.delays."""
+    delayed_requests: dict[str, int] = {}
+    """Those that were held up for much of their time, by the main cause."""
     histograms: dict[str, Histogram] = {}
     """By the name of the metric: in seconds, bytes or tokens, as it says."""
+    links: dict[str, LinkCounts] = {}
+    """By "prefill > decode"."""
+    http: dict[str, HttpCounts] = {}
+    """Of the front ends, by method, path and status."""
     instances: list[InstanceStats] = []
 
 

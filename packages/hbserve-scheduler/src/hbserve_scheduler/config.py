@@ -96,6 +96,8 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     host: str = "127.0.0.1"
     """Where it serves clients; 0.0.0.0 and :: are every address of its machine."""
     port: Annotated[int, PORT] = 5550
+    health_port: Annotated[int | None, PORT] = None
+    """HTTP port for /health, /ready and /metrics; 0 lets the OS choose, None is none."""
     prefill_policy: str = "least_loaded"
     """Which instance takes the next request: round_robin, least_loaded, power_of_two, the name of an entry point in the
     group `hbserve_scheduler.policies`, or `module:Class`."""
@@ -173,6 +175,18 @@ class ServerSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     """Largest body of a request, in bytes or as a text like "16MiB"."""
 
 
+class RaySection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Where `hbserve serve --ray` places instances; docs/ray.md says how."""
+
+    place: Literal["any", "pair"] = "any"
+    """any: each instance on a node that has room for it; pair: the first prefill and the first decode instance on one
+    node, and so on."""
+    resources: dict[Role, dict[str, float]] = {}
+    """Of Ray's nodes, what each instance of a role takes beside its cores and GPUs."""
+    accelerator_type: dict[Role, str] = {}
+    """Kind of GPU for a role, as Ray calls it, such as H100."""
+
+
 class DeploymentConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A deployment: the whole YAML file."""
 
@@ -184,6 +198,7 @@ class DeploymentConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     engine: EngineSection = EngineSection()
     scheduler: SchedulerConfig = SchedulerConfig()
     server: ServerSection = ServerSection()
+    ray: RaySection = RaySection()
     keys: str | None = None
     """Folder that `hbserve keys` has made: processes know each other by the keys that are in it."""
     allow_insecure: bool = False

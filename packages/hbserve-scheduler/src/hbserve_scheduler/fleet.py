@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import itertools
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
 from itertools import islice
 from operator import attrgetter
 
@@ -241,6 +241,13 @@ class Fleet:
             _others(available, avoid), lambda each: prefill.links.get(each.epoch), num_tokens=1
         )
         return available.choose(prompt, candidates)
+
+    def linked(self) -> Iterator[tuple[InstanceHandle, InstanceHandle, bool]]:
+        """Prefill and decode instances between which a link is kept, and whether it is there."""
+        for prefill in self.handles.values():
+            for epoch, is_there in prefill.links.items():
+                if (decode := self._decodes.get(epoch)) is not None:
+                    yield prefill, decode, is_there
 
     def may_serve(self, *, soon: bool = False) -> bool:
         """Whether each role that a request needs has an instance that is ready; or, `soon`, is loading its model."""

@@ -35,6 +35,7 @@ class ScheduledRequest:
     """When messages with new tokens came."""
     num_first: int = 0
     """Tokens of the first of them."""
+    num_preemptions: int = 0
     output: list[int] = field(default_factory=list)
     """Tokens that were delivered, over all attempts."""
     finish_reason: FinishReason | None = None
@@ -132,6 +133,8 @@ class ScheduledRequest:
                 if not self.arrivals:
                     self.num_first = len(tokens)
                 self.arrivals.append(asyncio.get_running_loop().time())
+            if event.num_preemptions:
+                self.num_preemptions = event.num_preemptions
             self.finish_reason = event.finish_reason
             first = len(self.output)
             of_prompt = event.prompt_logprobs if first == 0 else []
@@ -264,13 +267,28 @@ class ScheduledRequest:
             return self.arrivals[0]
         return self.arrivals[1] if len(self.arrivals) > 1 else None
 
+    @property
+    def busy_instances(self) -> set[str]:
+        """Those that have it still, or one of its choices."""
+        last = [each.attempts[-1] for each in [self, *self.choices] if each.attempts and not each.ended]
+        return set().union(*(attempt.busy_instances for attempt in last))
+
+    @property
+    def _stalled(self) -> tuple[float, float] | None:
+        """See RequestRecord.stalled."""
+        if not self.num_preemptions or len(self.arrivals) < 2:
+            return None
+        longest = max(range(1, len(self.arrivals)), key=lambda i: self.arrivals[i] - self.arrivals[i - 1])
+        return self.arrivals[longest - 1] - self.submitted_s, self.arrivals[longest] - self.submitted_s
+
     def since_submit_s(self) -> float:
         return asyncio.get_running_loop().time() - self.submitted_s
 
     def record(self, error: str = "") -> RequestRecord:
         """What is kept of it. To be asked for when it has ended."""
         self.count()
-        e2e_s = self.since_submit_s()
+        e2e_s, parts = self.since_submit_s(), self.choices or [self]
+        stalls = [each._stalled for each in parts if each._stalled is not None]
         return RequestRecord(
             self.request.request_id,
             time.time() - e2e_s,
@@ -286,6 +304,8 @@ class ScheduledRequest:
             None if self.second_token_s is None else self.second_token_s - self.submitted_s,
             error,
             len(self.choices) or 1,
+            sum(each.num_preemptions for each in parts),
+            max(stalls, key=lambda stall: stall[1] - stall[0], default=None),
         )
 
     def limit_time(self, most_s: float | None, on_end: "Callable[[ScheduledRequest], None]") -> None:
