@@ -25,6 +25,7 @@ from hbserve_scheduler.policies import (
     make_policy,
     round_robin,
 )
+from hbserve_scheduler.prefixes import Prefixes
 from hbserve_scheduler.request import ScheduledRequest
 
 PROMPT = PromptShape(4)
@@ -134,7 +135,7 @@ def test_a_users_own_policy_is_found_by_its_place_and_sees_the_prompt(monkeypatc
     (tmp_path / "own_policy.py").write_text(own)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.path", [*sys.path])
-    assert all_available(make_policy("key", "own_policy:Last"), [1, 2]).choose(PROMPT).load == 2
+    assert all_available(make_policy("key", "own_policy:Last", Prefixes()), [1, 2]).choose(PROMPT).load == 2
     mine = all_available(LongPromptsLast(), [1, 2, 3])
     assert [mine.choose(PromptShape(length)).load for length in (5, 500)] == [1, 3]
     assert mine.choose(PromptShape(500), mine[:2]).load == 2, "and only what it may choose"
@@ -143,7 +144,7 @@ def test_a_users_own_policy_is_found_by_its_place_and_sees_the_prompt(monkeypatc
 @pytest.mark.parametrize("name", ["no_such_module:Class", "json:NoSuchClass", "json:dumps", "json:JSONEncoder", "rr"])
 def test_a_policy_that_is_none_is_refused_by_its_name(name):
     with pytest.raises(ConfigError, match=rf"scheduler\.prefill_policy='{name}'"):
-        make_policy("scheduler.prefill_policy", name)
+        make_policy("scheduler.prefill_policy", name, Prefixes())
 
 
 @pytest.mark.parametrize(("length", "problem"), [(5, "none of the candidates"), (500, "ZeroDivisionError")])
