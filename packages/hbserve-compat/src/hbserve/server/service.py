@@ -9,6 +9,7 @@ from hbserve.live_view import Deployment, Watched
 from hbserve.server.api_error import ApiError, try_again
 from hbserve.server.encoder import Encoder
 from hbserve.server.http_figures import HttpFigures
+from hbserve.server.spans import Spans
 from hbserve.text_request import Scheduler
 from hbserve_rpc.messages import SchedulerStats, ServiceInfo
 from hbserve_rpc.plain_values import shown
@@ -55,6 +56,7 @@ class ServedModel:
     """The same, for those who look at the dashboard."""
     created: int
     """Seconds since the epoch."""
+    spans: Spans | None = None
 
     def name_for(self, wanted: str | None) -> str:
         """The name that a request has given, or the first one for none. The folder is a name too: /v1/models shows it
@@ -88,6 +90,8 @@ class Service:
     """Why there is none, or is soon none."""
     draining: bool = False
     http: HttpFigures = field(default_factory=HttpFigures)
+    spans: Spans | None = None
+    """Of each request, for OpenTelemetry."""
     max_body_bytes: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -124,9 +128,14 @@ class Service:
         encoder = Encoder(tokenizer, _template(self.settings.chat_template))
         names = self.settings.served_model_names or [name]
         scheduler.figures.http = self.http.counts
-        self.model = ServedModel(names, str(folder), scheduler, encoder, whole, Watched(whole), int(time.time()))
+        created = int(time.time())
+        self.model = ServedModel(names, str(folder), scheduler, encoder, whole, Watched(whole), created, self.spans)
+        if self.spans is not None:
+            scheduler.figures.on_record = self.spans.ended
 
     def close(self) -> None:
+        if self.spans is not None:
+            self.spans.close()
         if self.model is not None:
             self.model.encoder.close()
 
