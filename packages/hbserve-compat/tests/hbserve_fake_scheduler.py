@@ -204,12 +204,12 @@ class FakeServer:
     url: str
     """Of whoever serves it over HTTP."""
 
-    def __init__(self, tokenizer: Any, **settings: Any) -> None:
+    def __init__(self, tokenizer: Any, folder: Path = Path("/models/small"), **settings: Any) -> None:
         self.scheduler = FakeScheduler()
         self.tokenizer = tokenizer
         self.service = Service(ServerSection(**({"chat_template": TEMPLATE} | settings)))
         self.app = make_app(self.service)
-        self.service.begin("small", Path("/models/small"), self.scheduler, tokenizer, self.scheduler)
+        self.service.begin("small", folder, self.scheduler, tokenizer, self.scheduler)
         transport = httpx.ASGITransport(self.app, raise_app_exceptions=False)
         self.client = httpx.AsyncClient(transport=transport, base_url="http://test")
 

@@ -159,7 +159,7 @@ async def test_a_step_that_fails_ends_every_request_with_its_error(role, model_f
         def fail(_: Any) -> Any:
             raise ArithmeticError("the card fell out")
 
-        instance.runner.launch = fail
+        instance.runner.launch = fail  # type: ignore[method-assign]
         with contextlib.suppress(EngineStopped):
             await instance._thread.call(lambda engine: engine.add("other", prompt(3), SamplingParams(0)))
         with pytest.raises(RemoteError, match="hybrid-0 failed: ArithmeticError: the card fell out"):
@@ -197,7 +197,7 @@ async def test_an_idle_engine_uses_no_processor_time(model_folder, prompt):
             steps += 1
             return step()
 
-        instance.engine.step = count
+        instance.engine.step = count  # type: ignore[method-assign]
         await instance._thread.call(lambda engine: None)
         await instance._thread.call(lambda engine: None)
         assert steps <= 4, "the engine steps when it is told something, and otherwise sleeps"

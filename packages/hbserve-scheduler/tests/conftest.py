@@ -91,6 +91,7 @@ class FakeInstance:
         """That it was told to end."""
         self.repeats = False
         """Sends each token again with the next one."""
+        self.serves_generate = role == "hybrid"
         self.max_model_len = 128
         self.status: InstanceStatus = "ready"
         self.error = ""
@@ -106,8 +107,9 @@ class FakeInstance:
             server.serve_notification(GRANT, self._grant)
         else:
             server.serve_notification(END_CHOICE, self._end_choice)
-        for method, handler in ((DECODE, self._decode), (PREFILL, self._prefill), (GENERATE, self._generate)):
-            server.serve_stream(method, handler)  # type: ignore[arg-type]
+        server.serve_stream(DECODE, self._decode)
+        server.serve_stream(PREFILL, self._prefill)
+        server.serve_stream(GENERATE, self._generate)
         return server
 
     @property
@@ -129,6 +131,7 @@ class FakeInstance:
             self.instance_id, self.role, self.server.epoch, self.status, max_model_len=self.max_model_len,
             max_prompt_len=MAX_PROMPT_LEN, vocab_size=VOCAB_SIZE, error=self.error, kv_endpoint=self.kv_endpoint,
             num_blocks=NUM_BLOCKS, block_size=BLOCK_SIZE, max_num_seqs=MAX_NUM_SEQS,
+            serves_generate=self.serves_generate,
         )  # fmt: skip
 
     @property
@@ -240,8 +243,8 @@ class FakeInstance:
                 del self.granted[request.request_id]
 
     async def _generate(self, request: GenerateRequest) -> AsyncIterator[TokenEvent]:
-        if self.role != "hybrid":
-            raise InvalidRequest(f"{self.instance_id} is not hybrid")
+        if not self.serves_generate:
+            raise InvalidRequest(f"{self.instance_id} computes no prompts")
         with self._stream(request):
             choices = list(range(request.params.n))
             async with contextlib.aclosing(self._tokens(request, len(request.output_token_ids), choices)) as events:

@@ -12,6 +12,7 @@ import typer
 
 from hbserve.bench_commands import bench
 from hbserve.command import LogLevel, LogLevelOption, run
+from hbserve.planning_commands import add_to
 from hbserve_rpc import own_process
 from hbserve_rpc.plain_values import shown
 
@@ -39,7 +40,10 @@ app = typer.Typer(
 
 
 ConfigOption = Annotated[Path, typer.Option("--config", help="YAML file of the deployment.")]
-ModelOption = Annotated[Path | None, typer.Option(help="A Hugging Face model folder; without it, the demo model.")]
+ModelOption = Annotated[
+    Path | None,
+    typer.Option(help="A Hugging Face model folder, or an id in the local cache; without it, the demo model."),
+]
 
 
 @app.command()
@@ -90,6 +94,7 @@ def serve(
     root_path: Annotated[str | None, typer.Option(help="Where a proxy shows the server.")] = None,
     chat_template: Annotated[str | None, typer.Option(help="A Jinja file, or its text.")] = None,
     default_chat_template_kwargs: Annotated[Any, typer.Option(metavar="JSON", parser=_json_object)] = None,
+    generation_config: Annotated[str | None, typer.Option(help="none: not the model's sampling defaults.")] = None,
     first_byte_timeout_s: Annotated[float | None, typer.Option("--first-byte-timeout", metavar="SECONDS")] = None,
     drain_timeout_s: Annotated[float | None, typer.Option("--drain-timeout", metavar="SECONDS")] = None,
     max_body_size: Annotated[str | None, typer.Option(help="Of a request, such as 16MiB.")] = None,
@@ -182,6 +187,7 @@ def trace(
 
 
 app.add_typer(bench, name="bench")
+add_to(app)
 
 
 def main() -> None:

@@ -14,7 +14,7 @@ import msgspec
 from hbserve import demo_model
 from hbserve.demo_model import find_model_folder
 from hbserve.ending import Ending, together, unless
-from hbserve.launcher import QUIET_TORCH, LocalInstances, instance_settings
+from hbserve.launcher import QUIET_TORCH, LocalInstances, instance_settings, launch_keys
 from hbserve.pd_disagg.config import PdDisaggConfig
 from hbserve_rpc import own_process
 from hbserve_scheduler import (
@@ -27,6 +27,7 @@ from hbserve_scheduler import (
     load_config,
 )
 from hbserve_scheduler.config import ServerSection
+from hbserve_scheduler.security import deployment_keys, require_keys
 
 if TYPE_CHECKING:  # it imports the web server's libraries, which nothing else needs
     from hbserve.server.front_end import FrontEnd
@@ -63,9 +64,10 @@ async def serve_all(args: ServeArgs) -> None:
     """The OpenAI server, the scheduler and every instance, until SIGTERM, SIGINT or SIGHUP.
 
     Raises:
-        ConfigError, AddressInUse, InstanceFailed, NotReady, BrokenTokenizer.
+        ConfigError, KeysError, AddressInUse, InstanceFailed, NotReady, BrokenTokenizer.
     """
     config = args.deployment()
+    require_keys(config, launched=True)
     sys.stderr.write(f"hbserve: starting {', '.join(each.instance_id for each in config.gpu_instances)}\n")
     ending = Ending()
     front_end = _front_end(config.server, args.log_level, ending)
@@ -96,11 +98,16 @@ class _Deployment:
     ) -> None:
         self._config = config
         self._folder = folder
-        self._name = demo_model.NAME if config.model.path is None else folder.name
+        self._name = demo_model.model_name(config.model.path, folder)
         self._front_end = front_end
+        keys = launch_keys(config)
         self._scheduler = CpuScheduler(config.scheduler, model_path=str(folder))
-        self._server = SchedulerServer(self._scheduler)
-        self._instances = LocalInstances(config, folder, log_level=log_level, on_death=self._on_death)
+        self._scheduler.use_keys(keys.get("scheduler"))
+        # Its clients know the deployment's keys, and no others.
+        self._server = SchedulerServer(self._scheduler, keys=keys["scheduler"] if config.keys is not None else None)
+        self._instances = LocalInstances(
+            config, folder, log_level=log_level, on_death=self._on_death, keys=keys.get("instance")
+        )
         self._ending = ending
         self._is_ready = False
         self._background: set[asyncio.Task[None]] = set()
@@ -166,6 +173,7 @@ async def serve_instance(path: Path, instance_id: str, log_level: str) -> None:
 
     Raises:
         ConfigError: the file has no such instance, or is wrong.
+        KeysError: the keys that it names cannot be used.
         AddressInUse: its address is taken.
     """
     os.environ.setdefault(*QUIET_TORCH)  # torch reads it when it is imported
@@ -176,6 +184,8 @@ async def serve_instance(path: Path, instance_id: str, log_level: str) -> None:
     if not found:
         names = ", ".join(each.instance_id for each in config.gpu_instances)
         raise ConfigError(f"--instance-id={instance_id!r}: {path} has {names}")
+    require_keys(config, launched=False)
+    keys = deployment_keys(config, "instance")
     folder = await find_model_folder(config.model.path)
-    settings = instance_settings(config, found[0], folder, log_level=log_level)
+    settings = instance_settings(config, found[0], folder, log_level=log_level, keys=keys)
     await run_instance(msgspec.convert(settings, InstanceConfig))

@@ -81,7 +81,8 @@ class Attempt:
         self._record.decode_instance = place.decode.instance_id
         self._record.prefill_instance = (place.prefill or place.decode).instance_id
         if place.prefill is None:
-            await self._hybrid(place.decode)
+            entry.figures.num_local_prefills += place.decode.role == "decode"
+            await self._alone(place.decode)
         elif len(entry.output) + 1 >= entry.request.params.max_tokens:
             # Its only token comes from P: there is nothing to decode.
             self._record.decode_instance = ""
@@ -92,7 +93,8 @@ class Attempt:
         else:
             await self._pair(place.prefill, place.decode)
 
-    async def _hybrid(self, instance: InstanceHandle) -> None:
+    async def _alone(self, instance: InstanceHandle) -> None:
+        """On a hybrid instance, or on a decode instance that computes the prompt itself."""
         entry = self._entry
         request = GenerateRequest(
             self._request_id,
@@ -106,6 +108,7 @@ class Attempt:
                 with self._ending_choices(instance):
                     async for event in events:
                         self._deliver(event)
+                        self._placement.granted()
                         if self._has_no_choice_left():
                             break
             self._expect_end()
@@ -151,6 +154,7 @@ class Attempt:
             entry.request.params,
             [*entry.output],
             left_s=entry.left_s(),
+            prefill_instance=prefill.instance_id,
         )
         async with decode.client.stream(DECODE, request) as events:
             if self._placement.may_begin:

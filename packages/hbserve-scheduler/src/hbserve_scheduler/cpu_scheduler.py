@@ -6,11 +6,13 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Collection
+from functools import partial
 from itertools import takewhile
 
 from hbserve_rpc import (
     HBServeRpcError,
     InvalidRequest,
+    Keys,
     LogitsNotFinite,
     Overloaded,
     RequestTimeout,
@@ -57,6 +59,8 @@ class CpuScheduler:
         self.config = config or SchedulerConfig()
         self.model_path = model_path
         """What `info` tells clients."""
+        self.keys: Keys | None = None
+        """With which instances are dialled."""
         self.waiting_requests = WaitingRequests()
         self.running_requests: dict[str, ScheduledRequest] = {}
         self._changed = asyncio.Event()
@@ -69,6 +73,11 @@ class CpuScheduler:
         self.figures = Figures()
 
     # ---- instances -----------------------------------------------------------------------------------------------
+
+    def use_keys(self, keys: Keys | None) -> None:
+        """A scheduler's, for the instances that are added from now on."""
+        self.keys = keys
+        self.fleet.client_factory = partial(RpcClient, keys=keys)
 
     async def add_instance(self, instance_id: str, role: Role, address: str) -> None:
         """Dial an instance at `host:port`. It need not be there yet."""

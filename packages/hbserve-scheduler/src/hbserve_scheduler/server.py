@@ -4,7 +4,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Iterable
 
-from hbserve_rpc import RpcServer
+from hbserve_rpc import InvalidRequest, Keys, RpcServer, calling_peer
 from hbserve_rpc.health_port import HealthPort
 from hbserve_rpc.messages import (
     SCHEDULER_ABORT,
@@ -37,10 +37,12 @@ class SchedulerServer:
     of them has it.
     """
 
-    def __init__(self, scheduler: CpuScheduler) -> None:
+    def __init__(self, scheduler: CpuScheduler, *, keys: Keys | None = None) -> None:
+        """keys: a scheduler's; then only who has keys is served, and siblings must have some."""
         self.scheduler = scheduler
-        self.siblings = Siblings()
-        self._server = RpcServer(scheduler.config.host, scheduler.config.port, drops_closed=True)
+        self.keys = keys
+        self.siblings = Siblings(keys)
+        self._server = RpcServer(scheduler.config.host, scheduler.config.port, drops_closed=True, keys=keys)
         self._server.serve(SCHEDULER_INFO, self._info)
         self._server.serve(SCHEDULER_STATS, self._stats)
         self._server.serve(SCHEDULER_RECORDS, self._records)
@@ -122,6 +124,8 @@ class SchedulerServer:
             await self.scheduler.instance_died(instance_id, why)
 
     async def _instance_died(self, news: InstanceDied) -> None:
+        if calling_peer().party == "client":
+            raise InvalidRequest("a client cannot know of the end of an instance")
         await self.instance_died(news.instance_id, news.why)
 
     async def _generate(self, request: GenerateRequest) -> AsyncIterator[ClientEvent]:

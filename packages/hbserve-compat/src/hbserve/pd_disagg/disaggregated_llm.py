@@ -14,7 +14,7 @@ from typing import Any, Self
 import msgspec
 
 from hbserve.demo_model import find_model_folder
-from hbserve.launcher import LocalInstances
+from hbserve.launcher import LocalInstances, launch_keys
 from hbserve.pd_disagg.config import PdDisaggConfig
 from hbserve.pd_disagg.ending import end_both, end_dropped, weakly
 from hbserve.progress import progress_bar
@@ -25,6 +25,7 @@ from hbserve.tokenizer import load_tokenizer
 from hbserve_rpc import SamplingParams
 from hbserve_rpc.plain_values import plain_id
 from hbserve_scheduler import CpuScheduler, InstanceFailed
+from hbserve_scheduler.security import require_keys
 
 logger = logging.getLogger(__name__)
 
@@ -88,10 +89,15 @@ class DisaggregatedLLM:
 
     async def _start(self) -> None:
         deployment = self.config.to_deployment()
+        require_keys(deployment, launched=True)
+        keys = launch_keys(deployment)
         folder = await find_model_folder(self.config.model_path)
         self._scheduler = self._scheduler_class(deployment.scheduler, model_path=str(folder))
         on_death = weakly(self._on_death)
-        self._instances = LocalInstances(deployment, folder, log_level=self._log_level, on_death=on_death)
+        self._scheduler.use_keys(keys.get("scheduler"))
+        self._instances = LocalInstances(
+            deployment, folder, log_level=self._log_level, on_death=on_death, keys=keys.get("instance")
+        )
         self._if_dropped = weakref.finalize(
             self, end_dropped, asyncio.get_running_loop(), os.getpid(), self._scheduler, self._instances
         )

@@ -9,6 +9,7 @@ from hbserve.live_view import Deployment, Watched
 from hbserve.server.api_error import ApiError, try_again
 from hbserve.server.encoder import Encoder
 from hbserve.server.http_figures import HttpFigures
+from hbserve.server.sampling import model_defaults
 from hbserve.server.spans import Spans
 from hbserve.text_request import Scheduler
 from hbserve_rpc.messages import SchedulerStats, ServiceInfo
@@ -56,6 +57,8 @@ class ServedModel:
     """The same, for those who look at the dashboard."""
     created: int
     """Seconds since the epoch."""
+    defaults: dict[str, Any]
+    """Of SamplingParams, where a request does not say."""
     spans: Spans | None = None
 
     def name_for(self, wanted: str | None) -> str:
@@ -128,10 +131,11 @@ class Service:
         encoder = Encoder(tokenizer, _template(self.settings.chat_template))
         names = self.settings.served_model_names or [name]
         scheduler.figures.http = self.http.counts
-        created = int(time.time())
-        self.model = ServedModel(names, str(folder), scheduler, encoder, whole, Watched(whole), created, self.spans)
         if self.spans is not None:
             scheduler.figures.on_record = self.spans.ended
+        defaults = model_defaults(folder) if self.settings.generation_config == "auto" else {}
+        others = Watched(whole), int(time.time()), defaults, self.spans
+        self.model = ServedModel(names, str(folder), scheduler, encoder, whole, *others)
 
     def close(self) -> None:
         if self.spans is not None:

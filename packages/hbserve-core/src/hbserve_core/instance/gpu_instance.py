@@ -16,7 +16,7 @@ from hbserve_core.engine.outputs import EngineStats
 from hbserve_core.engine.runner import Runner
 from hbserve_core.errors import EngineStopped, InstanceFailed
 from hbserve_core.instance.engine_thread import EngineEvent, EngineThread
-from hbserve_core.instance.handover import Inbox, PrefillSend, wait_for_kv
+from hbserve_core.instance.handover import GRANT_PATIENCE_S, Inbox, PrefillSend, wait_for_kv
 from hbserve_core.instance.instance_stats import instance_info, instance_stats
 from hbserve_core.instance.token_events import event_of, token_events
 from hbserve_core.ranks.make_runner import make_runner
@@ -27,6 +27,7 @@ from hbserve_rpc.health_port import HealthPort
 from hbserve_rpc.instance_metrics import instance_metrics
 from hbserve_rpc.loop_lag import LoopLag
 from hbserve_rpc.messages import (
+    CACHED_PREFIXES,
     CONNECT,
     DECODE,
     DESCRIBE,
@@ -35,6 +36,8 @@ from hbserve_rpc.messages import (
     GRANT,
     PREFILL,
     STATS,
+    CachedPrefixes,
+    CachedPrefixesRequest,
     ConnectRequest,
     DecodeRequest,
     Empty,
@@ -53,9 +56,6 @@ from hbserve_rpc.metrics_text import Family
 
 logger = logging.getLogger(__name__)
 
-GRANT_PATIENCE_S = 1.0
-"""How long a computed prompt keeps its blocks while there is no grant for it yet. They may be what those wait for who
-have one, and whose decode instance has room again when these are done."""
 END_TIMEOUT_S = 2.0
 """How long `stop` waits for requests to give their blocks back; a dead or frozen peer could keep it longer."""
 
@@ -73,7 +73,9 @@ class GpuInstance:
         self.runner: Runner | None = None
         self.transfers: InstanceTransfers | None = None
         self.num_requests = 0
-        self._server = RpcServer(config.host, config.port, epoch=self.epoch, drops_closed=True)
+        self._server = RpcServer(
+            config.host, config.port, epoch=self.epoch, drops_closed=True, keys=config.keys, allows=["scheduler"]
+        )
         self._thread = EngineThread(self._make_engine, on_events=self._deliver, on_failure=self._fail)
         self._loop_lag = LoopLag()
         self.health: HealthPort | None = None
@@ -115,16 +117,16 @@ class GpuInstance:
             await asyncio.to_thread(self.config.kv_transfer.check_host)
         self._server.serve(DESCRIBE, self._describe)
         self._server.serve(STATS, self._stats)
-        if self.config.role == "hybrid":
-            self._server.serve_stream(GENERATE, self._generate)
-            self._server.serve_notification(END_CHOICE, self._end_choice)
-        elif self.config.role == "prefill":
+        self._server.serve(CACHED_PREFIXES, self._cached_prefixes)
+        if self.config.role == "prefill":
             self._server.serve_stream(PREFILL, self._prefill)
             self._server.serve_notification(GRANT, self._grant)
             self._server.serve(CONNECT, self._connect)
         else:
-            self._server.serve_stream(DECODE, self._decode)
+            self._server.serve_stream(GENERATE, self._generate)
             self._server.serve_notification(END_CHOICE, self._end_choice)
+        if self.config.role == "decode":
+            self._server.serve_stream(DECODE, self._decode)
         await self._server.start()
         if self.health is not None:
             await self.health.start()
@@ -317,16 +319,17 @@ class GpuInstance:
             await self._begin(request)
             reservation = await inbox.next()
             num_blocks = len(reservation.block_ids)
-            posted = await self._require_transfers().post_receive(request.transfer_id, reservation.block_ids)
+            receive = request.transfer_id, reservation.block_ids, request.prefill_instance
+            posted = await self._require_transfers().post_receive(*receive)
             yield Granted(posted.grant, reservation.num_cached_tokens)
             assert self.runner is not None, "a ready instance has it"
-            handover = await wait_for_kv(posted, inbox, request, self.runner.model_config.vocab_size)
+            handover, is_trusted = await wait_for_kv(posted, inbox, request, self.runner.model_config.vocab_size)
             if not handover.has_more:
                 for event in handover.events(len(request.output_token_ids)):
                     yield event
                 return
             first = handover.tokens_to_go_on
-            await self._thread.call(lambda engine: engine.activate(request.request_id, *first))
+            await self._thread.call(lambda engine: engine.activate(request.request_id, *first, is_shared=is_trusted))
             async for event in token_events(inbox, len(first) - first.count(None)):
                 yield event
         finally:
@@ -338,6 +341,10 @@ class GpuInstance:
             await self._last_call(lambda engine: engine.quarantine(request_id, num_blocks))
             await posted.drained()
         await self._close(request_id)
+
+    async def _cached_prefixes(self, request: CachedPrefixesRequest) -> CachedPrefixes:
+        self._require_ready()
+        return await self._thread.call(lambda engine: CachedPrefixes(*engine.blocks.cached_digests(request.known)))
 
     async def _connect(self, request: ConnectRequest) -> Empty:
         """Not before it is ready, which it is without its peers: whether one can be reached is between the two."""
