@@ -175,6 +175,18 @@ class ServerSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     """Largest body of a request, in bytes or as a text like "16MiB"."""
 
 
+class RaySection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Where `hbserve serve --ray` places instances; docs/ray.md says how."""
+
+    place: Literal["any", "pair"] = "any"
+    """any: each instance on a node that has room for it; pair: the first prefill and the first decode instance on one
+    node, and so on."""
+    resources: dict[Role, dict[str, float]] = {}
+    """Of Ray's nodes, what each instance of a role takes beside its cores and GPUs."""
+    accelerator_type: dict[Role, str] = {}
+    """Kind of GPU for a role, as Ray calls it, such as H100."""
+
+
 class DeploymentConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A deployment: the whole YAML file."""
 
@@ -186,6 +198,7 @@ class DeploymentConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     engine: EngineSection = EngineSection()
     scheduler: SchedulerConfig = SchedulerConfig()
     server: ServerSection = ServerSection()
+    ray: RaySection = RaySection()
     keys: str | None = None
     """Folder that `hbserve keys` has made: processes know each other by the keys that are in it."""
     allow_insecure: bool = False

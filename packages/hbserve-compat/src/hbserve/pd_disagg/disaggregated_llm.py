@@ -14,12 +14,13 @@ from typing import Any, Self
 import msgspec
 
 from hbserve.demo_model import find_model_folder
-from hbserve.launcher import LocalInstances, launch_keys
+from hbserve.launcher import LocalInstances, launch_keys, tensor_parallel_sizes
 from hbserve.pd_disagg.config import PdDisaggConfig
 from hbserve.pd_disagg.ending import end_both, end_dropped, weakly
 from hbserve.progress import progress_bar
 from hbserve.prompts import PlainPrompt, Prompt, encode_all, read_params, read_prompt, read_prompts
 from hbserve.results import GenerationDelta, GenerationResult
+from hbserve.servable import require_servable
 from hbserve.text_request import TextRequest, answer_all, check_all
 from hbserve.tokenizer import load_tokenizer
 from hbserve_rpc import SamplingParams
@@ -92,6 +93,7 @@ class DisaggregatedLLM:
         require_keys(deployment, launched=True)
         keys = launch_keys(deployment)
         folder = await find_model_folder(self.config.model_path)
+        require_servable(folder, self.config.load_format, tensor_parallel_sizes(deployment))
         self._scheduler = self._scheduler_class(deployment.scheduler, model_path=str(folder))
         on_death = weakly(self._on_death)
         self._scheduler.use_keys(keys.get("scheduler"))

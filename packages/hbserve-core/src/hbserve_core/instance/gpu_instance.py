@@ -370,6 +370,7 @@ class GpuInstance:
             status=self.status,
             kv_endpoint=self.transfers.endpoint if self.transfers is not None and self.config.role == "decode" else b"",
             error=self.error,
+            serves_generate=self.config.role != "prefill",
         )
 
     async def _metrics(self) -> Iterable[Family]:

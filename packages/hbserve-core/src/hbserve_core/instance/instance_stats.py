@@ -63,7 +63,6 @@ def instance_info(
         model=config.model_path,
         block_size=config.block_size,
         kv_backend=config.kv_transfer.backend if config.role != "hybrid" else "",
-        serves_generate=config.role != "prefill",
         pid=os.getpid(),
         **known,
         **of_instance,
