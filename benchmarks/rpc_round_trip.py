@@ -13,9 +13,11 @@ wait in ZeroMQ.
 import argparse
 import asyncio
 import itertools
+import os
 import statistics
 import subprocess
 import sys
+import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from time import perf_counter
@@ -23,7 +25,8 @@ from time import perf_counter
 import msgspec
 import zmq
 
-from hbserve_rpc import Method, RpcClient, RpcServer
+from hbserve_rpc import Keys, Method, RpcClient, RpcServer, load_keys, make_keys
+from hbserve_rpc.keys import save_keys
 from hbserve_rpc.message_socket import SharedContext
 from hbserve_rpc.messages import Empty
 
@@ -39,11 +42,11 @@ class Envelope(msgspec.Struct, tag=True):
     method: str
 
 
-async def serve_rpc() -> None:
+async def serve_rpc(keys: Keys | None = None) -> None:
     async def answer(request: Empty) -> Empty:
         return request
 
-    server = RpcServer()
+    server = RpcServer(keys=keys)
     server.serve(CALL, answer)
     await server.start()
     print(server.address, flush=True)
@@ -51,9 +54,14 @@ async def serve_rpc() -> None:
 
 
 @asynccontextmanager
-async def call_rpc(address: str) -> AsyncIterator[Call]:
-    async with RpcClient(address) as client:
+async def call_rpc(address: str, keys: Keys | None = None) -> AsyncIterator[Call]:
+    async with RpcClient(address, keys=keys) as client:
         yield lambda: client.call(CALL, Empty(), timeout_s=10)
+
+
+def own_keys() -> Keys:
+    """The same in both processes."""
+    return load_keys(os.environ["BENCH_KEYS"], "instance")
 
 
 class Bare:
@@ -141,6 +149,7 @@ async def call_blocking(address: str) -> AsyncIterator[Call]:
 KINDS: dict[str, tuple[Callable[[], Awaitable[None]], Callable[[str], AbstractAsyncContextManager[Call]]]] = {
     "bare": (serve_bare, call_bare),
     "hbserve_rpc": (serve_rpc, call_rpc),
+    "keyed": (lambda: serve_rpc(own_keys()), lambda address: call_rpc(address, own_keys())),
     "limit": (serve_blocking, call_blocking),
 }
 
@@ -185,6 +194,9 @@ def main() -> None:
     if arguments.serve:
         asyncio.run(KINDS[arguments.serve][0]())
         return
+    folder = tempfile.TemporaryDirectory()
+    save_keys(make_keys(), folder.name)
+    os.environ["BENCH_KEYS"] = folder.name
     processes = {
         kind: subprocess.Popen([sys.executable, __file__, "--serve", kind], stdout=subprocess.PIPE, text=True)
         for kind in KINDS

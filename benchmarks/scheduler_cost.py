@@ -39,7 +39,7 @@ PARAMS = SamplingParams(0, 2, ignore_eos=True)
 class StubClient:
     """In place of an RpcClient: an instance that answers at once."""
 
-    name_problem = ""
+    problem = ""
 
     def __init__(self, address: str, **_: object) -> None:
         self.role: Role = "prefill" if address.startswith("p") else "decode"

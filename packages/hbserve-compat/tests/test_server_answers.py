@@ -141,7 +141,8 @@ async def test_parameters_arrive_and_nulls_are_as_if_they_were_not_there(server)
 
 
 async def test_what_clients_always_send_is_taken(server):
-    neutral = {"frequency_penalty": 0, "presence_penalty": 0, "repetition_penalty": 1.0, "best_of": 1, "n": 1}
+    penalties = {"frequency_penalty": 0, "presence_penalty": 0, "repetition_penalty": 1.0}
+    neutral: dict[str, Any] = penalties | {"best_of": 1, "n": 1}
     neutral |= {"logit_bias": {}, "min_p": 0, "min_tokens": 0, "response_format": {"type": "text"}}
     response = await server.complete(**neutral, echo=False, suffix=None, user="me")
     assert response.status_code == 200
@@ -158,13 +159,14 @@ async def test_a_stop_string_over_several_tokens_ends_the_text_and_the_request(s
 async def test_choices_say_which_stop_string_or_token_ended_them_and_the_text_may_include_it(server, path):
     last = server.scheduler.steps[-1][-1]
     question = {"prompt": "hi", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 100}
-    for changes, text, reason in [
+    cases: list[tuple[dict[str, Any], str, Any]] = [
         ({"stop": ["x", "o w"]}, "Hell", "o w"),
         ({"stop": ["x", "o w"], "include_stop_str_in_output": True}, "Hello w", "o w"),
         ({"stop": ["x"], "stop_token_ids": [1, last]}, "Hello wörld", last),
         ({"stop": ["x"], "stop_token_ids": [1], "include_stop_str_in_output": True}, "Hello wörld", None),
         ({"max_tokens": 3, "stop_token_ids": [server.scheduler.steps[0][-1]]}, "Hel", None),
-    ]:
+    ]
+    for changes, text, reason in cases:
         choice = (await server.post(path, **question | changes)).json()["choices"][0]
         assert (choice["message"]["content"] if "chat" in path else choice["text"]) == text
         assert choice["stop_reason"] == reason

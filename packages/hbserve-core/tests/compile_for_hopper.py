@@ -11,8 +11,10 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from functools import partial
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 import triton
@@ -174,7 +176,7 @@ def product(outputs, inputs, rows, dtype, reads_norm=False, adds=False, gated=Fa
     if choice.kernel == "small":
         small_linear(x, weight, norm=(norm, 1e-6) if reads_norm else None, add_to=target, gated=gated)
     elif choice.kernel == "skinny":
-        tiling = {"padded_rows": choice.padded_rows, "splits": choice.splits}
+        tiling: dict[str, Any] = {"padded_rows": choice.padded_rows, "splits": choice.splits}
         tiling["workspace"] = SkinnyWorkspace(PROCESSORS, 64, torch.device("meta"))
         if adds:
             add_skinny_linear(target, x, weight, next_norm=empty(outputs, dtype=dtype), **tiling)
@@ -206,7 +208,7 @@ def experts(rows, dtype=BF16):
     expert_mlps(empty(rows, 2048, dtype=dtype), empty(rows, 128, dtype=dtype), ints(rows), gate_up, down, routing)
 
 
-CASES = {
+CASES: dict[str, Callable[[], object]] = {
     "experts 1": partial(experts, 1),
     "experts 2048": partial(experts, 2048),
     "float32 experts": partial(experts, 8, F32),

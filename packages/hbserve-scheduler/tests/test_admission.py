@@ -22,7 +22,7 @@ RATE = 100.0
 class ModelledHybrid:
     """In place of an RpcClient: computes prompts one after the other, and says one token."""
 
-    name_problem = ""
+    problem = ""
 
     def __init__(self, address: str, **_: object) -> None:
         self.instance_id = address.partition(":")[0]

@@ -18,7 +18,7 @@ STEP_S = 10.0
 class ModelledHybrid:
     """In place of an RpcClient: a hybrid instance, which answers every 10 s of the loop's time."""
 
-    name_problem = ""
+    problem = ""
     is_dead = False
 
     def __init__(self, address: str, **_: object) -> None:

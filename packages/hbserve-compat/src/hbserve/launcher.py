@@ -1,7 +1,7 @@
 """Instances as processes of this host: from a deployment's configuration to running programs, and to their end."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,8 +10,9 @@ import msgspec
 
 from hbserve.child_process import ChildProcess, ChildProcesses
 from hbserve.host_cores import num_cores
-from hbserve_rpc import canonical_host
+from hbserve_rpc import Keys, canonical_host, load_keys, make_keys
 from hbserve_rpc.address import is_here, parse_address
+from hbserve_rpc.keys import Party, has_curve
 from hbserve_rpc.settings import KVTransferSettings
 from hbserve_scheduler import DeploymentConfig, InstanceSection, parse_size
 from hbserve_scheduler.config import KVTransferSection
@@ -19,9 +20,18 @@ from hbserve_scheduler.config import KVTransferSection
 QUIET_TORCH = ("TORCH_CPP_LOG_LEVEL", "ERROR")
 """Else it writes a trace of 30 lines for each peer that ends, of which the log says in words what matters."""
 
+WAIT_POLITELY = ("OMP_WAIT_POLICY", "PASSIVE")
+"""Else threads that wait for one of them spin, and take the core that it, or a neighbour, needs: beside one busy
+process two threads gave a third of the tokens."""
+
 
 def instance_settings(
-    config: DeploymentConfig, instance: InstanceSection, model_folder: Path, *, log_level: str
+    config: DeploymentConfig,
+    instance: InstanceSection,
+    model_folder: Path,
+    *,
+    log_level: str,
+    keys: Keys | None = None,
 ) -> dict[str, Any]:
     """One instance's InstanceConfig, as plain data: this module does not import the engine.
 
@@ -33,7 +43,7 @@ def instance_settings(
         "instance_id": instance.instance_id,
         "role": instance.instance_type,
         "model_path": str(model_folder),
-        "tensor_parallel_size": _num_ranks(config, instance),
+        "tensor_parallel_size": num_ranks(config, instance),
         "gpu_id": instance.gpu_id,
         "num_local_instances": len(neighbours),
         "num_on_gpu": _most_on_one_gpu(config, neighbours, instance),
@@ -42,15 +52,39 @@ def instance_settings(
         "port": instance.port,
         "kv_rank": instance.kv_rank,
         "kv_transfer": _kv_settings(config.kv_transfer, instance),
+        "keys": msgspec.to_builtins(keys),
         "log_level": log_level,
     }
+
+
+def launch_keys(config: DeploymentConfig) -> Mapping[Party, Keys]:
+    """Of a scheduler and the instances that it starts: the deployment's, or else some that nobody else ever has. None
+    where this ZeroMQ has no CURVE and nobody has asked for keys.
+
+    Raises:
+        KeysError: (a ValueError) a file of the deployment's keys cannot be used.
+    """
+    if config.keys is not None:
+        return {party: load_keys(config.keys, party) for party in ("scheduler", "instance")}
+    return make_keys() if has_curve() else {}
 
 
 def _same_machine(host: str, other: str) -> bool:
     return canonical_host(host) == canonical_host(other) or (is_here(host) and is_here(other))
 
 
-def _num_ranks(config: DeploymentConfig, instance: InstanceSection) -> int:
+def tensor_parallel_sizes(config: DeploymentConfig) -> set[int]:
+    """Of all instances of a deployment."""
+    return {num_ranks(config, each) for each in config.gpu_instances}
+
+
+def local_instances(config: DeploymentConfig) -> list[InstanceSection]:
+    """Those of a deployment whose host is this machine. May ask a name server."""
+    return [each for each in config.gpu_instances if is_here(each.host)]
+
+
+def num_ranks(config: DeploymentConfig, instance: InstanceSection) -> int:
+    """Processes, and on CUDA GPUs, of one instance."""
     return instance.tensor_parallel_size or config.engine_settings().tensor_parallel_size
 
 
@@ -60,7 +94,7 @@ def _most_on_one_gpu(
     """Of this instance's GPUs, on the one where the most are; None if nobody has said which they are."""
 
     def gpus(each: InstanceSection) -> range:
-        return range(0) if each.gpu_id is None else range(each.gpu_id, each.gpu_id + _num_ranks(config, each))
+        return range(0) if each.gpu_id is None else range(each.gpu_id, each.gpu_id + num_ranks(config, each))
 
     return max((sum(gpu in gpus(each) for each in neighbours) for gpu in gpus(instance)), default=None)
 
@@ -75,7 +109,7 @@ def _kv_settings(kv: KVTransferSection, instance: InstanceSection) -> dict[str, 
 
 def instance_environment(num_threads: int) -> dict[str, str]:
     """This process's, with the instance's threads, and torch's warnings only if they are asked for."""
-    return dict([QUIET_TORCH]) | os.environ | {"OMP_NUM_THREADS": str(num_threads)}
+    return dict([QUIET_TORCH, WAIT_POLITELY]) | os.environ | {"OMP_NUM_THREADS": str(num_threads)}
 
 
 class InstanceProcess(ChildProcess):
@@ -98,7 +132,16 @@ class LocalInstances(ChildProcesses[InstanceProcess]):
     """All instances of a deployment that one process has started."""
 
     def __init__(
-        self, config: DeploymentConfig, model_folder: Path, *, log_level: str, on_death: Callable[[str, str], None]
+        self,
+        config: DeploymentConfig,
+        model_folder: Path,
+        *,
+        log_level: str,
+        on_death: Callable[[str, str], None],
+        keys: Keys | None = None,
     ) -> None:
-        settings = (instance_settings(config, each, model_folder, log_level=log_level) for each in config.gpu_instances)
+        settings = (
+            instance_settings(config, each, model_folder, log_level=log_level, keys=keys)
+            for each in config.gpu_instances
+        )
         super().__init__((partial(InstanceProcess, each) for each in settings), on_death)

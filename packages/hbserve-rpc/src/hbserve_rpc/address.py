@@ -3,10 +3,13 @@
 import asyncio
 import errno
 import ipaddress
+import logging
 import re
 import socket
 
 from hbserve_rpc.errors import InvalidAddress
+
+logger = logging.getLogger(__name__)
 
 MAX_PORT = 65535
 LABEL = r"(?!-)[A-Za-z0-9_-]{1,63}(?<!-)"
@@ -76,6 +79,12 @@ def is_wildcard(host: str) -> bool:
     return found is not None and found.is_unspecified
 
 
+def is_loopback(host: str) -> bool:
+    """Whether only processes of the same machine reach what listens there. Names are not looked up."""
+    found = _ip(host)
+    return found.is_loopback if found is not None else canonical_host(host) == "localhost"
+
+
 def canonical_host(host: str) -> str:
     """The same text for the same address, however it was written. Names are not looked up."""
     found = _ip(host)
@@ -112,6 +121,20 @@ async def look_up(host: str) -> str:
     found = await asyncio.get_running_loop().getaddrinfo(host, 0, type=socket.SOCK_STREAM)
     found.sort(key=lambda each: each[0] != socket.AF_INET)
     return str(found[0][4][0])
+
+
+async def nobody_listens(address: str, timeout_s: float) -> bool:
+    """Whether its host says so. False: somebody does, or its network does not answer, perhaps for a moment."""
+    try:
+        async with asyncio.timeout(timeout_s):
+            _, writer = await asyncio.open_connection(*parse_address(address))
+    except ConnectionRefusedError:
+        return True
+    except (OSError, TimeoutError) as error:
+        logger.debug("%s cannot be looked at: %s", address, error)
+        return False
+    writer.close()
+    return False
 
 
 def _ip(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:

@@ -5,20 +5,20 @@ import itertools
 import logging
 import math
 import time
-import uuid
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any, TypeVar
 
 import msgspec
-import zmq
 
 from hbserve_rpc import wire
-from hbserve_rpc.address import look_up, parse_address
-from hbserve_rpc.errors import HBServeRpcError, PeerDied, PeerLost, ProtocolMismatch
-from hbserve_rpc.message_socket import CLIENTS, Complaints, MessageSocket
+from hbserve_rpc.address import look_up, nobody_listens, parse_address
+from hbserve_rpc.errors import HBServeRpcError, NotAllowed, PeerDied, PeerLost, ProtocolMismatch
+from hbserve_rpc.keys import Keys, Party
+from hbserve_rpc.message_socket import Complaints, MessageSocket
 from hbserve_rpc.methods import Method, Notification, StreamMethod
 from hbserve_rpc.rpc_stream import RpcStream
+from hbserve_rpc.server_connection import ServerConnection
 
 logger = logging.getLogger(__name__)
 
@@ -40,8 +40,20 @@ class RpcClient:
     after a loss waits for a server that comes.
     """
 
-    def __init__(self, address: str, *, heartbeat_interval_s: float = 2.0, heartbeat_timeout_s: float = 10.0) -> None:
-        """Raises InvalidAddress, a ValueError."""
+    def __init__(
+        self,
+        address: str,
+        *,
+        heartbeat_interval_s: float = 2.0,
+        heartbeat_timeout_s: float = 10.0,
+        keys: Keys | None = None,
+        server: Party = "instance",
+    ) -> None:
+        """keys: of this side; then only a `server` that has a key of that party is talked to.
+
+        Raises:
+            InvalidAddress: (a ValueError) it is none.
+        """
         self._host, _ = parse_address(address)
         self.address = address
         self._complaints = Complaints(logger)
@@ -57,21 +69,21 @@ class RpcClient:
         self._credits: list[tuple[int, int]] = []
         """For the server, until this turn of the loop ends."""
         self._heart: asyncio.Task[None] | None = None
-        self._is_connected = False
+        self._was_there, self._was_refused = False, ""
+        """The connection, and why not, when it last changed."""
         self._last_doubtful = 0
         """What was asked until this id may have been heard by a life of the server that never said which one it is."""
         self._looking: asyncio.Task[None] | None = None
         """Whether the server is still there, since the connection has ended."""
         self.on_lost: Callable[[PeerLost], None] = lambda why: None
         """Called, whether anything waits for the server or not, when it is known to have ended."""
-        # The same identity after a reconnect: a short break of the network costs nothing.
-        options: dict[int, int | bytes] = {
-            zmq.RECONNECT_IVL: 50,
-            zmq.RECONNECT_IVL_MAX: 500,
-            zmq.IDENTITY: uuid.uuid4().bytes,
-        }
-        self._socket = MessageSocket(zmq.DEALER, options, self._receive, CLIENTS)
-        self.name_problem = ""  # until somebody answers, who then has the name
+        self._connection = ServerConnection(address, keys, server, self._receive, self._connection_changed)
+        self.problem = ""
+        """Why nobody may be answering, as the end of a sentence; "" once somebody has answered."""
+
+    @property
+    def _socket(self) -> MessageSocket:
+        return self._connection.socket
 
     async def start(self) -> None:
         """Connect in the background, whether the server is there or not. Waits only to look a name up."""
@@ -79,8 +91,7 @@ class RpcClient:
         uses_ipv6 = await self._uses_ipv6()
         if self._closed:  # meanwhile
             return
-        self._socket.open(lambda socket: socket.connect(f"tcp://{self.address}"), {zmq.IPV6: uses_ipv6})
-        self._socket.watch(self._connection_changed)
+        self._connection.open(uses_ipv6=uses_ipv6)
         self._hello()
         self._heart = asyncio.create_task(self._heartbeat())
 
@@ -90,17 +101,17 @@ class RpcClient:
             async with asyncio.timeout(LOOK_UP_TIMEOUT_S):
                 return ":" in await look_up(self._host)
         except (OSError, TimeoutError) as error:  # nobody knows it yet: with IPv6, ZeroMQ would take either
-            self.name_problem = f"; the name {self._host!r} does not resolve: {error or 'no name server answers'}"
+            self.problem = f"; the name {self._host!r} does not resolve: {error or 'no name server answers'}"
             return True
 
     async def close(self, why: str = "this client was closed", *, error: type[PeerLost] = PeerLost) -> None:
         """Fail what is under way with PeerLost, or with PeerDied as `error`, and leave no task or socket behind. May be
         called twice."""
         self._closed = True
-        self._socket.stop_reading()
+        self._connection.stop()
         tasks = [task for task in (self._heart, self._looking) if task is not None]
         self._heart = self._looking = None
-        if self._is_connected and self._socket.is_open:
+        if self._connection.is_there and self._socket.is_open:
             self._socket.say_last([wire.encode(wire.Goodbye(id=next(self._ids))), b""])
         try:
             for task in tasks:
@@ -158,6 +169,8 @@ class RpcClient:
     def _require_open(self) -> None:
         if not self._socket.is_open:
             raise PeerLost(f"the client of {self.address} is not started")
+        if self._connection.refusal:
+            raise NotAllowed(f"{self.address} {self._connection.refusal}")
 
     def begin(self, pending: "RpcStream[Any]", envelope: wire.Call | wire.Open, request: msgspec.Struct) -> None:
         self._require_open()
@@ -166,7 +179,7 @@ class RpcClient:
         self.send(envelope, body)
 
     def send(self, envelope: wire.FromClient, body: bytes = b"") -> None:
-        self._socket.send([wire.encode(envelope), body])
+        self._connection.send([wire.encode(envelope), body])
 
     def give_credit(self, id_: int, count: int) -> None:
         """Tell the server, with those of other streams that this turn of the loop brings."""
@@ -235,7 +248,7 @@ class RpcClient:
     def _welcomed(self, epoch: str) -> None:
         if self._epoch not in (None, epoch):
             self._lose(PeerDied(f"{self.address} was restarted"))
-        self._epoch, self.name_problem = epoch, ""
+        self._epoch, self.problem = epoch, ""
 
     def _pending(self, id_: int, epoch: str) -> "RpcStream[Any] | None":
         pending = self._waiting.get(id_) if epoch == self._epoch else None
@@ -246,7 +259,8 @@ class RpcClient:
         checked_s = time.monotonic()
         while True:
             await asyncio.sleep(self._interval_s)
-            self.send(wire.Ping(next(self._ids)))
+            if self._connection.is_there:
+                self.send(wire.Ping(next(self._ids)))
             now_s = time.monotonic()
             own_pause_s = wire.own_pause(checked_s, now_s, self._interval_s)
             checked_s = now_s
@@ -254,46 +268,47 @@ class RpcClient:
                 pending.since_s = max(self._last_heard_s, pending.since_s) + own_pause_s
                 silent_s = now_s - pending.since_s
                 if silent_s > self._timeout_s:
-                    silent = f"was silent for {silent_s:.1f} s during {pending.method}{self.name_problem}"
+                    silent = f"was silent for {silent_s:.1f} s during {pending.method}{self.problem}"
                     pending.fail(PeerLost(f"{self.address} {silent}"))
                     self.send(wire.Close(pending.id))  # a frozen server reads it when it goes on
 
-    def _connection_changed(self, is_there: bool) -> None:
-        """The connection is made, or has ended."""
-        was_lost = self._looking is not None
-        if self._is_connected and not is_there and self._epoch is None:
-            self._last_doubtful = next(self._ids)
-        self._is_connected = is_there
-        if self._looking is not None:
-            self._looking.cancel()
-            self._looking = None
-        if not is_there:
-            self._looking = asyncio.create_task(self._look())
-        elif was_lost:
+    def _connection_changed(self) -> None:
+        is_there, refusal = self._connection.is_there, self._connection.refusal
+        was_there, was_refused = self._was_there, self._was_refused
+        self._was_there, self._was_refused = is_there, refusal
+        was_looking = self._looking is not None
+        self._stop_looking()
+        if refusal:
+            if refusal != was_refused:
+                self._lose(NotAllowed(f"{self.address} {refusal}"))
+        elif not is_there:
+            if was_there and self._epoch is None:
+                self._last_doubtful = next(self._ids)
+            if was_refused:
+                self._hello()  # it is tried again
+            else:
+                self._looking = asyncio.create_task(self._look())
+        elif was_looking:
             if self._epoch is None:
                 lost = PeerLost(f"{self.address} was not connected for long enough to say who it is")
                 self._fail_all(lost, self._last_doubtful)
             self._hello()  # the answer says whether it is the same life
+
+    def _stop_looking(self) -> None:
+        if self._looking is not None:
+            self._looking.cancel()
+            self._looking = None
 
     async def _look(self) -> None:
         """Since the connection has ended: find out whether the server has, or only the connection.
 
         ZeroMQ tries to connect again, but does not say what the host answers.
         """
-        while True:
-            try:
-                async with asyncio.timeout(LOOK_TIMEOUT_S):
-                    _, writer = await asyncio.open_connection(*parse_address(self.address))
-            except ConnectionRefusedError:
-                self._lose(PeerDied(f"{self.address} has ended or is being restarted: nobody listens there"))
-                self._epoch = None
-                self._hello()  # before what is asked from now on, which waits for the next life
-                return
-            except (OSError, TimeoutError) as error:  # its network, perhaps for a moment: heartbeats decide
-                logger.debug("%s cannot be looked at: %s", self.address, error)
-            else:
-                writer.close()
+        while not await nobody_listens(self.address, LOOK_TIMEOUT_S):  # noqa: ASYNC110  another host does not tell
             await asyncio.sleep(LOOK_INTERVAL_S)
+        self._lose(PeerDied(f"{self.address} has ended or is being restarted: nobody listens there"))
+        self._epoch = None
+        self._hello()  # before what is asked from now on, which waits for the next life
 
     def _lose(self, lost: PeerLost) -> None:
         self._fail_all(lost)

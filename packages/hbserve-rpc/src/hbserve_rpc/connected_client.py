@@ -2,19 +2,48 @@
 
 import asyncio
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass, field
+from typing import Any
 
 import msgspec
 import zmq
 
 from hbserve_rpc import wire
+from hbserve_rpc.address import is_own_address
+from hbserve_rpc.keys import Party
 from hbserve_rpc.message_socket import MessageSocket
 
 MESSAGE_BYTES = 64 << 10
 """Items of streams are sent in messages of about so much, or of one item."""
 RESEND_S = 0.002
 """Pause between two attempts to hand ZeroMQ what it did not take: nothing tells when it does."""
+
+
+@dataclass(frozen=True)
+class Peer:
+    """Whoever calls a handler, as far as its connection tells."""
+
+    connection: bytes
+    """The same in all calls of one client, and of no other."""
+    party: Party | None
+    """By its key; None where the server has no keys."""
+    address: str
+    """IP address."""
+
+    @property
+    def is_trusted(self) -> bool:
+        """It has a key, or is a process of this host."""
+        return self.party is not None or (self.address != "" and is_own_address(self.address))
+
+
+_calling: ContextVar[Peer] = ContextVar("calling")
+
+
+def calling_peer() -> Peer:
+    """Who has called the handler that runs. To be asked in it, or in a task that it has made."""
+    return _calling.get()
 
 
 @dataclass
@@ -34,7 +63,7 @@ class ConnectedClient:
     """
 
     socket: MessageSocket
-    identity: bytes
+    peer: Peer
     epoch: str
     heartbeat_timeout_s: float
     last_heard_s: float
@@ -49,6 +78,13 @@ class ConnectedClient:
     num_waiting_bytes: int = 0
     takes_more: asyncio.Event = field(default_factory=asyncio.Event)
     """To be waited for by streams, while there are `waiting` ones."""
+
+    def begin(self, id_: int, job: Coroutine[Any, Any, None], credit: asyncio.Semaphore | None) -> None:
+        """Run a handler for it."""
+        _calling.set(self.peer)
+        task = asyncio.create_task(job)
+        self.work[id_] = Work(task, credit)
+        task.add_done_callback(lambda _: self.work.pop(id_, None))
 
     def give_credit(self, counts: Sequence[tuple[int, int]]) -> None:
         for id_, count in counts:
@@ -84,7 +120,7 @@ class ConnectedClient:
     def _post(self, envelope: wire.FromServer, body: bytes = b"") -> None:
         if not self.socket.is_open:
             return
-        frames = [self.identity, wire.encode(envelope), body]
+        frames = [self.peer.connection, wire.encode(envelope), body]
         if self.waiting or self.socket.send(frames) == zmq.EAGAIN:
             if not self.waiting:
                 self.takes_more.clear()

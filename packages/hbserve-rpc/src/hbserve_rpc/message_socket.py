@@ -4,6 +4,7 @@ pyzmq's own `zmq.asyncio` makes futures for both, and a turn of the loop for eac
 """
 
 import asyncio
+import contextlib
 import logging
 import math
 import os
@@ -26,6 +27,13 @@ COMPLAINT_PAUSE_S = 10.0
 """What anybody can send makes no more than a line in so long."""
 LAST_WORDS_MS = 50
 """How long the end of a socket waits at most for what was sent last to leave, over connections that are there."""
+WATCHED = (
+    zmq.EVENT_HANDSHAKE_SUCCEEDED
+    | zmq.EVENT_DISCONNECTED
+    | zmq.EVENT_HANDSHAKE_FAILED_AUTH
+    | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+    | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+)
 _EVENTS, _POLLIN = int(zmq.EVENTS), int(zmq.POLLIN)
 _NOBLOCK, _MORE = int(zmq.NOBLOCK), int(zmq.NOBLOCK | zmq.SNDMORE)
 """Plain numbers: pyzmq's enumerations take longer than what is asked with them."""
@@ -122,18 +130,26 @@ class MessageSocket:
             self.close()
             raise
 
-    def watch(self, on_connection: Callable[[bool], None]) -> None:
-        """Tell whenever a connection is there, and whenever it has ended; of a socket that connects to one peer. After
-        `open`, in the same turn of the loop: nothing is missed then."""
-        self._monitor = self._socket.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED)
+    def watch(self, on_event: Callable[[int], None]) -> None:
+        """Tell WATCHED whenever one happens; of a socket that connects to one peer. After `open`, in the same turn of
+        the loop: nothing is missed then."""
+        self._monitor = self._socket.get_monitor_socket(WATCHED)
         self._sockets.append(self._monitor)
-        self._loop.add_reader(self._monitor.FD, self._read_events, on_connection)
-        self._loop.call_soon(self._read_events, on_connection)  # else the descriptor may never tell: see `_look_again`
+        self._loop.add_reader(self._monitor.FD, self._read_events, on_event)
+        self._loop.call_soon(self._read_events, on_event)  # else the descriptor may never tell: see `_look_again`
 
-    def _read_events(self, on_connection: Callable[[bool], None]) -> None:
+    def _read_events(self, on_event: Callable[[int], None]) -> None:
         while self._is_reading and self._monitor is not None and _has_message(self._monitor):
-            event = parse_monitor_message(self._monitor.recv_multipart(zmq.NOBLOCK))["event"]
-            on_connection(event == zmq.EVENT_HANDSHAKE_SUCCEEDED)
+            on_event(int(parse_monitor_message(self._monitor.recv_multipart(zmq.NOBLOCK))["event"]))
+
+    def connect_again(self, address: str, options: Mapping[int, int | bytes]) -> None:
+        """With further options, instead of a connection that cannot be made so. What was sent by that one is lost."""
+        with contextlib.suppress(zmq.ZMQError):  # ZeroMQ has given it up itself
+            self._socket.disconnect(address)
+        for option, value in options.items():
+            self._socket.setsockopt(option, value)
+        self._socket.connect(address)
+        self._look_again()
 
     def say_last(self, frames: Sequence[bytes]) -> None:
         """Send something before `close`, which waits a moment for it. Only to who is connected: no other hears it."""

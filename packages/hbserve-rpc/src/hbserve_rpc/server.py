@@ -6,7 +6,7 @@ import errno
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from typing import Any, TypeVar
 
 import msgspec
@@ -14,8 +14,10 @@ import zmq
 
 from hbserve_rpc import wire
 from hbserve_rpc.address import check_host, format_address, look_up
-from hbserve_rpc.connected_client import ConnectedClient, Work
+from hbserve_rpc.connected_client import ConnectedClient, Peer
+from hbserve_rpc.doorkeeper import Doorkeeper
 from hbserve_rpc.errors import AddressInUse, HBServeRpcError, InvalidRequest, Overloaded
+from hbserve_rpc.keys import PARTIES, Keys, Party
 from hbserve_rpc.message_socket import Complaints, MessageSocket, SharedContext
 from hbserve_rpc.methods import Method, Notification, StreamMethod
 
@@ -29,6 +31,17 @@ MOST_WAITING_BYTES = 16 << 20
 """Of replies, which cannot wait, beyond these: a client that has asked for more without reading them is given up."""
 MOST_WORK = 1 << 14
 """Calls, notifications and streams that may be under way for one client; more are refused as overload."""
+OPTIONS: dict[int, int | bytes] = {
+    zmq.ROUTER_HANDOVER: 1,
+    zmq.ROUTER_MANDATORY: 1,
+    zmq.SNDHWM: MOST_MESSAGES,
+    # Whoever connects and says nothing is hung up on, and so is a host that has vanished; 30 s, and never, are usual.
+    zmq.HANDSHAKE_IVL: 10_000,
+    zmq.TCP_KEEPALIVE: 1,
+    zmq.TCP_KEEPALIVE_IDLE: 60,
+    zmq.TCP_KEEPALIVE_INTVL: 20,
+    zmq.TCP_KEEPALIVE_CNT: 3,
+}
 CLOSED_S = 0.2
 """Who has lost a connection, and has not ended, connects again sooner."""
 
@@ -51,11 +64,16 @@ class RpcServer:
         epoch: str | None = None,
         heartbeat_timeout_s: float = 10.0,
         drops_closed: bool = False,
+        keys: Keys | None = None,
+        allows: Collection[Party] = PARTIES,
     ) -> None:
         """`host`: an IP address, without brackets, or a name, of which it serves on one address; 0.0.0.0 or :: is all.
 
         drops_closed: a client whose connection has been closed for CLOSED_S, as that of a process that has ended is,
         loses what is under way for it, as one that is silent does.
+
+        keys: with them every connection is encrypted, and only who has a key of one of the parties that it `allows` is
+        let in; `calling_peer` tells a handler which. Without, whoever reaches the address is.
 
         Raises:
             InvalidAddress: (a ValueError) it is neither.
@@ -76,8 +94,10 @@ class RpcServer:
         self._clients: dict[bytes, ConnectedClient] = {}
         self._drops_closed = drops_closed
         self._dropping: list[asyncio.Task[None]] = []
-        options: dict[int, int | bytes] = {zmq.ROUTER_HANDOVER: 1, zmq.ROUTER_MANDATORY: 1, zmq.SNDHWM: MOST_MESSAGES}
-        self._socket = MessageSocket(zmq.ROUTER, options, self._receive, SharedContext())
+        options = OPTIONS | (keys.server_options() if keys else {})
+        context = SharedContext()
+        self._doorkeeper = Doorkeeper(keys, allows, context) if keys else None
+        self._socket = MessageSocket(zmq.ROUTER, options, self._receive, context)
 
     def serve(self, method: Method[Q, R], handler: Callable[[Q], Awaitable[R]]) -> None:
         """Answer `method` with what `handler` returns; its exception reaches the caller."""
@@ -107,7 +127,13 @@ class RpcServer:
             host = await look_up(self.host)
         except OSError as error:
             raise OSError(error.errno, f"cannot serve on {self.address}: {error.strerror}") from error
-        self._socket.open(lambda socket: self._bind(socket, host), {zmq.IPV6: ":" in host})
+        if self._doorkeeper is not None:
+            self._doorkeeper.open()
+        try:
+            self._socket.open(lambda socket: self._bind(socket, host), {zmq.IPV6: ":" in host})
+        except BaseException:
+            self._close()
+            raise
         self._dropping = [asyncio.create_task(self._drop_silent_clients())]
         if self._drops_closed:
             self._dropping.append(asyncio.create_task(self._drop_closed_clients()))
@@ -139,7 +165,12 @@ class RpcServer:
         finally:
             # Also if whoever stops it is cancelled: a context that is collected with an open socket waits for ever.
             self._clients.clear()
-            self._socket.close()
+            self._close()
+
+    def _close(self) -> None:
+        if self._doorkeeper is not None:
+            self._doorkeeper.close()
+        self._socket.close()
 
     def _send(self, identity: bytes, envelope: wire.FromServer, body: bytes = b"") -> None:
         client = self._clients.get(identity)
@@ -197,8 +228,10 @@ class RpcServer:
             self._complaints.add("refused a client: there are %d already", MOST_CLIENTS)
             return
         if identity not in self._clients:
+            party: Any = self._socket.said_by_connection("User-Id") or None
+            peer = Peer(identity, party, self._socket.said_by_connection("Peer-Address"))
             self._clients[identity] = ConnectedClient(
-                self._socket, identity, self.epoch, hello.heartbeat_timeout_s, time.monotonic()
+                self._socket, peer, self.epoch, hello.heartbeat_timeout_s, time.monotonic()
             )
         self._send(identity, wire.Welcome(wire.PROTOCOL_VERSION, self.epoch))
 
@@ -209,9 +242,7 @@ class RpcServer:
             job.close()
             self._fail(identity, id_, "", Overloaded(f"{len(client.work)} calls and streams of one client"))
             return
-        task = asyncio.create_task(job)
-        client.work[id_] = Work(task, credit)
-        task.add_done_callback(lambda _: client.work.pop(id_, None))
+        client.begin(id_, job, credit)
 
     def _decode(self, table: dict[str, tuple[Any, Any]], method: str, body: bytes) -> tuple[Any, Any]:
         if method not in table:
@@ -246,7 +277,7 @@ class RpcServer:
     async def _run_stream(
         self, client: ConnectedClient, open_: wire.Open, body: bytes, credit: asyncio.Semaphore
     ) -> None:
-        identity = client.identity
+        identity = client.peer.connection
         try:
             handler, request = self._decode(self._streams, open_.method, body)
             async with contextlib.aclosing(handler(request)) as items:

@@ -4,12 +4,15 @@ import asyncio
 import contextlib
 import logging
 import time
+from collections import Counter
 from collections.abc import Collection
+from functools import partial
 from itertools import takewhile
 
 from hbserve_rpc import (
     HBServeRpcError,
     InvalidRequest,
+    Keys,
     LogitsNotFinite,
     Overloaded,
     RequestTimeout,
@@ -56,6 +59,8 @@ class CpuScheduler:
         self.config = config or SchedulerConfig()
         self.model_path = model_path
         """What `info` tells clients."""
+        self.keys: Keys | None = None
+        """With which instances are dialled."""
         self.waiting_requests = WaitingRequests()
         self.running_requests: dict[str, ScheduledRequest] = {}
         self._changed = asyncio.Event()
@@ -68,6 +73,11 @@ class CpuScheduler:
         self.figures = Figures()
 
     # ---- instances -----------------------------------------------------------------------------------------------
+
+    def use_keys(self, keys: Keys | None) -> None:
+        """A scheduler's, for the instances that are added from now on."""
+        self.keys = keys
+        self.fleet.client_factory = partial(RpcClient, keys=keys)
 
     async def add_instance(self, instance_id: str, role: Role, address: str) -> None:
         """Dial an instance at `host:port`. It need not be there yet."""
@@ -92,11 +102,13 @@ class CpuScheduler:
 
     async def start(self) -> None:
         await self.fleet.start()
+        self.figures.loop_lag.start()
         self._scheduling = asyncio.create_task(self._schedule())
 
     async def stop(self) -> None:
         """End every request, as aborted if it has not all of its tokens. Leaves no task or socket behind."""
         self._stopped = True
+        self.figures.loop_lag.stop()
         self._admission.look_again()
         for entry in [*self.waiting_requests, *self.running_requests.values()]:
             self._end(entry, entry.finish_reason or "abort")
@@ -351,13 +363,24 @@ class CpuScheduler:
     def stats(self) -> SchedulerStats:
         for entry in self.running_requests.values():
             entry.count()
+        for each in self.figures.links.values():
+            each.is_up = None
+        for prefill, decode, is_up in self.fleet.linked():
+            self.figures.link(prefill.instance_id, decode.instance_id).is_up = is_up
         return SchedulerStats(
             **self.figures.snapshot(),
             waiting_requests=len(self.waiting_requests),
             waiting_tokens=self.waiting_requests.num_tokens,
-            running_requests=len(self.running_requests),
+            # One that has ended may have to be cancelled on its instances still.
+            running_requests=sum(not each.ended for each in self.running_requests.values()),
             instances=[handle.stats for handle in self.fleet.handles.values()],
         )
+
+    def active_requests(self) -> Counter[str]:
+        """How many of this scheduler's requests each instance has: now, where its own figures are those of its last
+        heartbeat."""
+        running = [each for each in self.running_requests.values() if not each.ended]
+        return Counter(name for each in running for name in each.busy_instances)
 
     def records(self, last_s: float, request_id: str = "") -> list[RequestRecord]:
         """Requests that ended within the last `last_s` seconds, or one of these."""

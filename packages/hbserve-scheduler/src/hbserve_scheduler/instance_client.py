@@ -32,7 +32,7 @@ class InstanceClient(Protocol):
     """As RpcClient, whose contracts these are."""
 
     on_lost: Callable[[PeerLost], None]
-    name_problem: str
+    problem: str
 
     async def start(self) -> None: ...
 

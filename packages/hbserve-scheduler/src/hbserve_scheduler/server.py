@@ -2,9 +2,10 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 
-from hbserve_rpc import RpcServer
+from hbserve_rpc import InvalidRequest, Keys, RpcServer, calling_peer
+from hbserve_rpc.health_port import HealthPort
 from hbserve_rpc.messages import (
     SCHEDULER_ABORT,
     SCHEDULER_GENERATE,
@@ -20,8 +21,10 @@ from hbserve_rpc.messages import (
     SchedulerStats,
     ServiceInfo,
 )
+from hbserve_rpc.metrics_text import Family
 from hbserve_rpc.records import SCHEDULER_RECORDS, Records, RecordsRequest, RequestRecord
 from hbserve_scheduler.cpu_scheduler import CpuScheduler
+from hbserve_scheduler.metrics import deployment_metrics
 from hbserve_scheduler.siblings import Siblings
 
 logger = logging.getLogger(__name__)
@@ -34,16 +37,27 @@ class SchedulerServer:
     of them has it.
     """
 
-    def __init__(self, scheduler: CpuScheduler) -> None:
+    def __init__(self, scheduler: CpuScheduler, *, keys: Keys | None = None) -> None:
+        """keys: a scheduler's; then only who has keys is served, and siblings must have some."""
         self.scheduler = scheduler
-        self.siblings = Siblings()
-        self._server = RpcServer(scheduler.config.host, scheduler.config.port, drops_closed=True)
+        self.keys = keys
+        self.siblings = Siblings(keys)
+        self._server = RpcServer(scheduler.config.host, scheduler.config.port, drops_closed=True, keys=keys)
         self._server.serve(SCHEDULER_INFO, self._info)
         self._server.serve(SCHEDULER_STATS, self._stats)
         self._server.serve(SCHEDULER_RECORDS, self._records)
         self._server.serve(SCHEDULER_ABORT, self._abort)
         self._server.serve_notification(SCHEDULER_INSTANCE_DIED, self._instance_died)
         self._server.serve_stream(SCHEDULER_GENERATE, self._generate)
+        self.health: HealthPort | None = None
+        if scheduler.config.health_port is not None:
+            self.health = HealthPort(
+                scheduler.config.host,
+                scheduler.config.health_port,
+                why_dead=lambda: "",
+                why_not_ready=self._why_not_ready,
+                metrics=self._metrics,
+            )
 
     @property
     def address(self) -> str:
@@ -52,10 +66,14 @@ class SchedulerServer:
     async def start(self) -> None:
         """Raises AddressInUse."""
         await self._server.start()
+        if self.health is not None:
+            await self.health.start()
         await self.scheduler.start()
 
     async def stop(self) -> None:
         await self._server.stop()
+        if self.health is not None:
+            await self.health.stop()
         await self.siblings.close()
         await self.scheduler.stop()
 
@@ -74,6 +92,14 @@ class SchedulerServer:
     async def fetch_stats(self) -> SchedulerStats:
         """Of the scheduler and its siblings, as of the instances' last heartbeats."""
         return await self.siblings.total(self.scheduler.stats())
+
+    def _why_not_ready(self) -> str:
+        fleet = self.scheduler.fleet
+        missing = [each.describe_problem() for each in fleet.handles.values() if each.status != "ready"]
+        return "" if fleet.may_serve() else "; ".join(missing) or "there are no instances"
+
+    async def _metrics(self) -> Iterable[Family]:
+        return deployment_metrics(await self.fetch_stats())
 
     async def _stats(self, _: Empty) -> SchedulerStats:
         await self.scheduler.refresh()
@@ -98,6 +124,8 @@ class SchedulerServer:
             await self.scheduler.instance_died(instance_id, why)
 
     async def _instance_died(self, news: InstanceDied) -> None:
+        if calling_peer().party == "client":
+            raise InvalidRequest("a client cannot know of the end of an instance")
         await self.instance_died(news.instance_id, news.why)
 
     async def _generate(self, request: GenerateRequest) -> AsyncIterator[ClientEvent]:

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from hbserve_rpc import HBServeRpcError
+from hbserve_rpc import HBServeRpcError, Keys
 from hbserve_rpc.messages import FinishReason, LatencySummary, SchedulerStats
 from hbserve_rpc.records import RequestRecord
 from hbserve_scheduler.remote import RemoteScheduler
@@ -24,7 +24,8 @@ NO_SUMS = {"success_rate", "handoff", "instances"}
 class Siblings:
     """Come and go; what one has counted stays counted, so that sums never fall."""
 
-    def __init__(self) -> None:
+    def __init__(self, keys: Keys | None = None) -> None:
+        self._keys = keys
         self._remotes: dict[str, RemoteScheduler] = {}
         """By name."""
         self._last: dict[str, SchedulerStats] = {}
@@ -33,7 +34,7 @@ class Siblings:
     async def add(self, name: str, address: str) -> None:
         """A SchedulerServer at `host:port`. One that has this name already is another life of it, and has ended."""
         await self.remove(name)
-        remote = RemoteScheduler(address)
+        remote = RemoteScheduler(address, keys=self._keys)
         await remote.start()
         self._remotes[name] = remote
 
@@ -41,7 +42,8 @@ class Siblings:
         """It has ended. One that is not there is passed over."""
         remote, last = self._remotes.pop(name, None), self._last.pop(name, None)
         if last is not None:
-            ended = msgspec.structs.replace(last, waiting_requests=0, running_requests=0)
+            links = {key: msgspec.structs.replace(each, active=0) for key, each in last.links.items()}
+            ended = msgspec.structs.replace(last, waiting_requests=0, running_requests=0, links=links)
             self._gone = total([self._gone, ended], now=self._gone)
         if remote is not None:
             await remote.stop()

@@ -120,15 +120,15 @@ class Engine:
         self._granted = [each for each in self._granted if each[1] > ended]
         return safe
 
-    def activate(self, request_id: str, *first_tokens: int | None) -> None:
+    def activate(self, request_id: str, *first_tokens: int | None, is_shared: bool = True) -> None:
         """The KV of a reserved request is there: it goes on after its first token. Nothing happens if it has ended.
 
-        first_tokens: one for each choice, None for those that have ended with it.
+        first_tokens: one for each choice, None for those that have ended with it. is_shared: others may find its KV.
         """
         sequence = self._sequences.get(request_id)
         if sequence is None or sequence.phase is not Phase.HELD:
             return
-        sequence.num_computed_tokens = sequence.num_tokens
+        sequence.num_computed_tokens, sequence.is_shared = sequence.num_tokens, is_shared
         if not sequence.choices:
             sequence.token_ids += first_tokens  # type: ignore[arg-type]
             if sequence.matcher is not None:
@@ -377,16 +377,9 @@ class Engine:
 
     def stats(self) -> EngineStats:
         return EngineStats(
-            num_waiting=len(self._scheduler.waiting) + len(self._scheduler.reserving),
-            num_running=len(self._scheduler.running),
-            num_reserved=self._scheduler.num_reserved,
-            num_blocks=self.blocks.num_blocks,
-            num_free_blocks=self.blocks.num_free,
-            num_quarantined_blocks=self.blocks.num_quarantined,
+            **self._scheduler.stats(),
             num_generated_tokens=self._num_generated,
             num_prefill_tokens=self._num_prefilled,
-            num_cached_tokens=self._scheduler.num_cached_tokens,
-            num_preemptions=self._scheduler.num_preemptions,
             num_steps=self.blocks.last_launched,
             host_time_s=self._host_time_s,
             num_late_steps=self._launch_times.num_late,

@@ -22,6 +22,10 @@ from hbserve_rpc.messages import (
     TransferDone,
 )
 
+GRANT_PATIENCE_S = 1.0
+"""How long a computed prompt keeps its blocks while there is no grant for it yet. They may be what those wait for who
+have one, and whose decode instance has room again when these are done."""
+
 
 class FirstToken(msgspec.Struct, frozen=True):
     """That of one choice."""
@@ -266,8 +270,9 @@ async def _receive(posted: PostedReceive | JointReceive, inbox: Inbox) -> None:
 
 async def wait_for_kv(
     posted: PostedReceive | JointReceive, inbox: Inbox, request: DecodeRequest, vocab_size: int
-) -> Handover:
-    """Wait until all blocks of a request are here, or none is needed: see `Handover.first_tokens`.
+) -> tuple[Handover, bool]:
+    """Wait until all blocks of a request are here, or none is needed: see `Handover.first_tokens`. Also whether it is
+    known who has sent them: see `TransferResult.is_trusted`.
 
     Raises:
         RemoteError: the transfer has failed, or brought something else than it should.
@@ -286,7 +291,7 @@ async def wait_for_kv(
         raise RemoteError(f"KV transfer failed: what was committed with it is no handover: {error}") from error
     if problem := _problem(handover, request, vocab_size, is_partial=result.is_partial):
         raise RemoteError(f"KV transfer failed: {problem}")
-    return handover
+    return handover, result.is_trusted
 
 
 def _problem(handover: Handover, request: DecodeRequest, vocab_size: int, *, is_partial: bool) -> str:

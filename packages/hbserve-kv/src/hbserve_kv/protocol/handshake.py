@@ -20,6 +20,8 @@ class Identity:
     epoch: str
     fingerprint: dict[str, str | int]
     heads: HeadRange
+    name: str = ""
+    """Of the instance."""
 
 
 def check(hello: Handshake, me: Identity) -> HeadRange:

@@ -59,6 +59,9 @@ class TransferResult:
     """The first cause, unless the outcome is COMPLETED."""
     is_partial: bool = False
     """COMPLETED with fewer blocks than were granted; only of a receive that was posted with `may_be_partial`."""
+    is_trusted: bool = True
+    """Of a receive: each of its senders had a key, or is a process of this host. Else nobody knows who has sent what is
+    there: it is not for other requests."""
 
 
 @dataclass(eq=False)

@@ -31,7 +31,7 @@ from hbserve_kv.receiving.quarantine import Quarantine, has_ended
 from hbserve_kv.receiving.transfer import IncomingLink, IncomingTransfer
 from hbserve_kv.transports.base import Link, Transport
 from hbserve_kv.transports.rendezvous import HeldRendezvous
-from hbserve_rpc import InvalidRequest, RpcServer
+from hbserve_rpc import InvalidRequest, Peer, RpcServer, calling_peer
 
 
 class Receiver:
@@ -54,7 +54,7 @@ class Receiver:
         """By id, until they have a result. A failed one that is not drained yet is the quarantine's, too."""
         self.dropped_messages = 0
         self.links: dict[str, IncomingLink] = {}
-        self.quarantine = Quarantine(longest_s=config.expiry_s, on_revoked=self.end_links)
+        self.quarantine = Quarantine(longest_s=config.expiry_s, on_revoked=self.end_links, keys=config.keys)
         self._asking: dict[str, asyncio.Task[None]] = {}
         """Whether a sender is still there, by link."""
         self._dropping: set[asyncio.Task[None]] = set()
@@ -69,13 +69,21 @@ class Receiver:
         server.serve(messages.ABANDON, self._abandon)
 
     def expect(
-        self, transfer_id: str, region: Region, block_ids: list[int], *, may_be_partial: bool = False
+        self,
+        transfer_id: str,
+        region: Region,
+        block_ids: list[int],
+        *,
+        may_be_partial: bool = False,
+        sender: str = "",
     ) -> IncomingTransfer:
         """Raises ValueError if the id is in use."""
         if transfer_id in self.transfers:
             raise ValueError(f"transfer_id={transfer_id!r} is in use")
         heads, watch = self._me.heads.heads(), self.quarantine.watch
-        transfer = IncomingTransfer(transfer_id, region, block_ids, heads, watch, may_be_partial=may_be_partial)
+        transfer = IncomingTransfer(
+            transfer_id, region, block_ids, heads, watch, may_be_partial=may_be_partial, sender=sender
+        )
         self.transfers[transfer_id] = transfer
         expiry = asyncio.get_running_loop().call_later(self._config.expiry_s, self._expire, transfer)
         transfer.result.add_done_callback(lambda _: expiry.cancel())
@@ -111,9 +119,11 @@ class Receiver:
 
     async def serve_link(self, hello: Handshake) -> AsyncIterator[LinkReply | Cancelled]:
         """Handler of LINK, one for each sender as long as that is connected."""
-        me, common = self._me, check(hello, self._me)
+        me, common, peer = self._me, check(hello, self._me), calling_peer()
         transport, passed_over = choose_transport(hello, self._transports, me.rank)
-        self._replace(hello)
+        if hello.link in self.links:
+            raise InvalidRequest("there is a link of this name already")
+        self._replace(hello, peer)
         rendezvous = HeldRendezvous()
         link = Link(
             hello.link,
@@ -125,7 +135,7 @@ class Receiver:
             peer_num_heads=hello.heads.count,
             rendezvous=rendezvous,
         )
-        made = self.links[link.key] = IncomingLink(hello, link, transport, common, rendezvous)
+        made = self.links[link.key] = IncomingLink(hello, link, transport, common, peer, rendezvous)
         if not transport.one_sided:
             made.connect(self._config.timeout_s)  # from both ends at once, so the answer must not wait for it
         try:
@@ -143,19 +153,20 @@ class Receiver:
             self._lose(link, why)
             link.notices.put_nowait(None)
 
-    def _replace(self, hello: Handshake) -> None:
-        """A sender has one link. So what it had is over if this is the same life of it; who says to be another life, at
-        the same address, may be anybody: that address itself is asked."""
+    def _replace(self, hello: Handshake, peer: Peer) -> None:
+        """A sender has one link. So what it had is over if this is the same life of it, by name and host; who says to
+        be another life, at the same address, may be anybody: that address itself is asked."""
         for old in [each for each in self.links.values() if each.hello.address == hello.address]:
             key = old.link.key
-            if (old.hello.rank, old.hello.epoch) == (hello.rank, hello.epoch):
+            is_its_host = old.peer.address == peer.address
+            if is_its_host and (old.hello.rank, old.hello.epoch) == (hello.rank, hello.epoch):
                 self.end_links({key}, "the link broke")
             elif key not in self._asking:
                 self._asking[key] = asyncio.create_task(self._end_if_over(old))
                 self._asking[key].add_done_callback(lambda _, key=key: self._asking.pop(key))  # type: ignore[misc]
 
     async def _end_if_over(self, old: IncomingLink) -> None:
-        if await has_ended(old):
+        if await has_ended(old, self._config.keys):
             self.end_links({old.link.key}, "the sender was restarted")
 
     def _lose(self, lost: IncomingLink, why: str) -> None:
@@ -176,11 +187,12 @@ class Receiver:
         return Told(asked.link, asked.name, await link.rendezvous.get(asked.name))
 
     async def _begin(self, begin: Begin) -> Accepted | UnknownLink:
-        link = self.links.get(begin.link)
+        link = self._find_link(begin.link)
         if link is None:
             self.dropped_messages += 1
             return UnknownLink()
         transfer = await self._find(begin, link)
+        self._require_sender(transfer, link)
         if not transfer.begin(link):
             if begin.num_bytes is not None and transfer.phase is Phase.OPENING:
                 transfer.fail("the sender was lost")  # its room in the buffer was made for this sender
@@ -205,7 +217,7 @@ class Receiver:
 
     async def _parts(self, message: PartsAnnounced) -> None:
         """There is no pause in here: what the sender asks later finds these parts begun."""
-        link = self.links.get(message.link)
+        link = self._find_link(message.link)
         if link is None or not link.take(self.transfers.get(message.transfer_id), message):
             self.dropped_messages += 1
 
@@ -232,16 +244,15 @@ class Receiver:
         return f"checksum: blocks {wrong} of those granted are not as they were sent" if wrong else ""
 
     async def _abandon(self, message: Abandon) -> Nothing:
-        expected = self.transfers.get(message.transfer_id)
-        if expected is not None and message.link in expected.links:
-            transfer = expected
-        elif found := self.quarantine.find(message.transfer_id, message.link):
-            transfer = found
-        elif expected is not None and message.link in self.links:
+        expected, link = self.transfers.get(message.transfer_id), self._find_link(message.link)
+        begun = expected is not None and message.link in expected.links
+        transfer = expected if begun else self.quarantine.find(message.transfer_id, message.link)
+        if transfer is None and expected is not None and link is not None:
+            self._require_sender(expected, link)
             expected.fail(message.reason)  # this sender could not even begin, because another receiver had refused
             return Nothing()
-        else:
-            self._drop_message(f"abandon of transfer {message.transfer_id} is late")
+        if transfer is None or not _is_callers(transfer.links[message.link]):
+            self._drop_message(f"abandon of transfer {message.transfer_id} is late, or not of its sender")
         transfer.fail(message.reason)
         if message.drained and message.may_be_buffered:
             self.quarantine.drain_later(transfer, transfer.links[message.link])
@@ -251,11 +262,28 @@ class Receiver:
 
     # ---- helpers -------------------------------------------------------------------------------------------------
 
+    def _find_link(self, key: str) -> IncomingLink | None:
+        """None: there is none (any more), or it is not the caller's."""
+        link = self.links.get(key)
+        return link if link is not None and _is_callers(link) else None
+
     def _link_of(self, key: str, what: str) -> IncomingLink:
-        if key not in self.links:
-            self._drop_message(f"{what} is of an earlier life of this instance or of its sender")
-        return self.links[key]
+        link = self._find_link(key)
+        if link is None:
+            self._drop_message(f"{what} is of an earlier life of this instance or of its sender, or not of its sender")
+        return link
+
+    def _require_sender(self, transfer: IncomingTransfer, link: IncomingLink) -> None:
+        if transfer.sender not in ("", link.hello.name):
+            self._drop_message(
+                f"transfer {transfer.transfer_id} was granted to {transfer.sender!r}, and not to {link.hello.name!r}"
+            )
 
     def _drop_message(self, what: str) -> NoReturn:
         self.dropped_messages += 1
         raise InvalidRequest(what)
+
+
+def _is_callers(link: IncomingLink) -> bool:
+    """Whether what is handled came by the connection by which the link was made."""
+    return link.peer.connection == calling_peer().connection

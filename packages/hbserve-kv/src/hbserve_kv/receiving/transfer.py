@@ -22,6 +22,7 @@ from hbserve_kv.protocol.messages import AnnouncedPart, Cancelled, Commit, Hands
 from hbserve_kv.protocol.transfer_state import IncomingState, Outcome, Phase, TransferResult
 from hbserve_kv.transports.base import Deadline, Link, Part, Transport, disconnect
 from hbserve_kv.transports.rendezvous import HeldRendezvous
+from hbserve_rpc import Peer
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +38,8 @@ class IncomingLink:
     transport: Transport
     common_heads: HeadRange
     """Heads that this sender and this rank both hold."""
+    peer: Peer
+    """Whose connection it is."""
     rendezvous: HeldRendezvous = field(default_factory=HeldRendezvous)
     is_connected: bool = True
     """The sender's heartbeats come."""
@@ -169,8 +172,11 @@ class IncomingTransfer:
         on_failed: "Callable[[IncomingTransfer], None]",
         *,
         may_be_partial: bool = False,
+        sender: str = "",
     ) -> None:
-        """`heads`: those that must come. `on_failed` is called once, if it fails and something may still land."""
+        """`heads`: those that must come. `on_failed` is called once, if it fails and something may still land. `sender`
+        is the name of the only instance that may send it; "" is any."""
+        self.sender = sender
         self.transfer_id = transfer_id
         self.region: Region = region
         self.block_ids = block_ids
@@ -306,6 +312,7 @@ class IncomingTransfer:
             sum(each.num_parts for each in self._committed),
             max(each.time_s for each in self._committed),
             is_partial=any(each.is_partial for each in self._committed),
+            is_trusted=all(link.peer.is_trusted for link in self.links.values()),
         )
 
 
