@@ -54,7 +54,8 @@ class ScheduledRequest:
     """The prefill instance whose prefix cache has the prompt, because an attempt failed after it was computed."""
     events: "deque[ClientEvent | Exception | ScheduledRequest]" = field(default_factory=deque)
     """That the client has not taken; of tokens there is one, in which all wait. Or choices that have some."""
-    has_event: asyncio.Event = field(default_factory=asyncio.Event)
+    reader: "asyncio.Future[None] | None" = None
+    """Who waits for an event. Not an asyncio.Event, which for each token would take as long again."""
     task: asyncio.Task[None] | None = None
     attempts: list[AttemptRecord] = field(default_factory=list)
     num_cached_tokens: int = 0
@@ -124,11 +125,8 @@ class ScheduledRequest:
         if known < 0:
             raise RemoteError(f"tokens {len(self.output)} to {event.index - 1} are missing")
         tokens = event.token_ids[known:]
-        if (
-            event.index < 0
-            or len(self.output) + len(tokens) > self.request.params.max_tokens
-            or min(tokens, default=0) < 0
-        ):
+        has_room = len(self.output) + len(tokens) <= self.request.params.max_tokens
+        if event.index < 0 or not has_room or (tokens and min(tokens) < 0):
             raise RemoteError(f"{len(tokens)} tokens from {event.index} on, which the request cannot have")
         if tokens or event.finish_reason:
             if tokens:
@@ -162,7 +160,8 @@ class ScheduledRequest:
 
     def _add(self, event: "ClientEvent | Exception | ScheduledRequest") -> None:
         self.events.append(event)
-        self.has_event.set()
+        if self.reader is not None and not self.reader.done():
+            self.reader.set_result(None)
         if self.parent is not None and len(self.events) == 1:
             self.parent._add(self)
 
@@ -367,8 +366,8 @@ class EventStream(AsyncIterator[ClientEvent]):
             raise StopAsyncIteration
         entry = self._entry
         while not entry.events:
-            entry.has_event.clear()
-            await entry.has_event.wait()
+            entry.reader = asyncio.get_running_loop().create_future()
+            await entry.reader
         event = entry.take()
         if isinstance(event, Exception):
             self._ended = True
