@@ -107,7 +107,7 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     """A prompt of which fewer tokens than so many are not cached on a decode instance is computed there, and nothing is
     moved. 0: none is."""
     local_prefill_fallback: bool = True
-    """Where no prefill instance is left, nor being started, decode instances compute prompts. False: requests wait."""
+    """Where no prefill instance is ready, decode instances compute prompts. False: requests wait."""
     max_queue_size: Annotated[int, POSITIVE] = 4096
     """Requests beyond this are refused as overload."""
     max_queue_time_s: Annotated[float, Bounds(0.01)] = 30.0
