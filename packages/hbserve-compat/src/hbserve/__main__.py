@@ -170,7 +170,9 @@ def serve(
     from hbserve.serve import ServeArgs, serve_all
 
     others = {"named_model", "config", "model", "ray", "log_level"}
-    server = {name: value for name, value in context.params.items() if name not in others and value not in (None, [])}
+    server = {
+        name: value for name, value in context.params.items() if name not in others and value not in (None, [], ())
+    }
     run(serve_all(ServeArgs(config, _one_model(named_model, model), log_level.value, server, ray)), log_level)
 
 

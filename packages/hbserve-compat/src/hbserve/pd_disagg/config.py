@@ -39,8 +39,9 @@ class _Keywords(EngineSettings, kw_only=True):
     """Entries with the keys of the YAML section of the same name."""
     scheduler: dict[str, Any] = msgspec.field(default_factory=dict)
     """Keys of the YAML section `scheduler`."""
-    keys: str | None = DeploymentConfig.keys
-    allow_insecure: bool = DeploymentConfig.allow_insecure
+    keys: str | None = None
+    """Folder that `hbserve keys` has made. Without, instances that this process starts have keys of their own."""
+    allow_insecure: bool = False
 
 
 class PdDisaggConfig(_Keywords):
