@@ -11,7 +11,8 @@ from typing import Annotated, Any
 import typer
 
 from hbserve.bench_commands import bench
-from hbserve.command import LogLevel, LogLevelOption, run
+from hbserve.command import KeysOption, LogLevel, LogLevelOption, explaining, run
+from hbserve.keys_command import Rotation, write_keys
 from hbserve_rpc import own_process
 from hbserve_rpc.plain_values import shown
 
@@ -51,12 +52,15 @@ def generate(
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     kv_transfer_backend: Annotated[str | None, typer.Option(help="nccl, mooncake, ipc, auto, or your own.")] = None,
     connect: Annotated[str | None, typer.Option(metavar="HOST:PORT", help="Use the scheduler that runs there.")] = None,
+    keys: KeysOption = None,
     log_level: LogLevelOption = LogLevel.WARNING,
 ) -> None:
     """Answer prompts. Starts a scheduler, a prefill and a decode instance here, unless --connect is given."""
     from hbserve.generate import GenerateArgs, generate_answers
 
-    args = GenerateArgs(prompts, model, config, max_tokens, temperature, kv_transfer_backend, connect, log_level.value)
+    args = GenerateArgs(
+        prompts, model, config, max_tokens, temperature, kv_transfer_backend, connect, keys, log_level.value
+    )
     run(generate_answers(args), log_level)
 
 
@@ -141,20 +145,33 @@ def scheduler(config: ConfigOption, log_level: LogLevelOption = LogLevel.INFO) -
 
 
 @app.command()
+def keys(
+    folder: Annotated[Path, typer.Argument(help="Where the files are, or are to be.")],
+    rotate: Annotated[Rotation | None, typer.Option(help="A step to other keys, without a stop.")] = None,
+    log_level: LogLevelOption = LogLevel.WARNING,
+) -> None:
+    """Make the keys by which the processes of a deployment know each other, or change them."""
+    with explaining(log_level):
+        write_keys(folder, rotate)
+
+
+@app.command()
 def stats(
     connect: Annotated[str, typer.Option(metavar="HOST:PORT", help="Where its scheduler's RPC is.")],
+    keys: KeysOption = None,
     json: Annotated[bool, typer.Option("--json", help="All figures, for programs.")] = False,
     log_level: LogLevelOption = LogLevel.WARNING,
 ) -> None:
     """Show the figures of a running deployment."""
     from hbserve.stats import StatsArgs, show_stats
 
-    run(show_stats(StatsArgs(connect, json)), log_level)
+    run(show_stats(StatsArgs(connect, keys, json)), log_level)
 
 
 @app.command()
 def trace(
     connect: Annotated[str, typer.Option(metavar="HOST:PORT", help="Where its scheduler's RPC is.")],
+    keys: KeysOption = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="Gzipped JSON, which Perfetto opens.")] = Path(
         "trace.json.gz"
     ),
@@ -165,7 +182,7 @@ def trace(
     """Write a timeline of the requests of a running deployment."""
     from hbserve.trace import TraceArgs, write_trace
 
-    run(write_trace(TraceArgs(connect, request_id, last_s, output)), log_level)
+    run(write_trace(TraceArgs(connect, keys, request_id, last_s, output)), log_level)
 
 
 app.add_typer(bench, name="bench")

@@ -104,7 +104,8 @@ class _Deployment:
         self._scheduler = CpuScheduler(config.scheduler, model_path=str(folder))
         self._scheduler.use_keys(keys.get("scheduler"))
         # Its clients know the deployment's keys, and no others.
-        self._server = SchedulerServer(self._scheduler, keys=keys["scheduler"] if config.keys is not None else None)
+        of_clients = keys["scheduler"] if config.security.keys is not None else None
+        self._server = SchedulerServer(self._scheduler, keys=of_clients)
         self._instances = LocalInstances(
             config, folder, log_level=log_level, on_death=self._on_death, keys=keys.get("instance")
         )
