@@ -12,6 +12,7 @@ from hbserve.server.app import make_app
 from hbserve.server.service import Service
 from hbserve.tokenizer import load_tokenizer
 from hbserve_rpc import Overloaded, SamplingParams
+from hbserve_rpc.histogram import Histogram
 from hbserve_rpc.messages import (
     FinishReason,
     GenerateRequest,
@@ -178,7 +179,19 @@ class FakeScheduler:
         return [each for each in self.figures.records if request_id in ("", each.request_id)]
 
     def stats(self) -> SchedulerStats:
-        instance = InstanceStats("h0", self.role, "ready", num_blocks=9)  # type: ignore[arg-type]
+        tokens, lag = Histogram([1.0], [2, 3], 17), Histogram([0.1], [4, 0], 0.25)
+        instance = InstanceStats(
+            "h0",
+            self.role,  # type: ignore[arg-type]
+            "ready",
+            num_blocks=9,
+            free_blocks=4,
+            cached_blocks=1,
+            reserved_blocks=2,
+            quarantined_blocks=1,
+            iteration_tokens=tokens,
+            loop_lag=lag,
+        )
         return SchedulerStats(**self.figures.snapshot(), instances=[instance])
 
 
@@ -188,12 +201,12 @@ class FakeServer:
     url: str
     """Of whoever serves it over HTTP."""
 
-    def __init__(self, tokenizer: Any, **settings: Any) -> None:
+    def __init__(self, tokenizer: Any, folder: Path = Path("/models/small"), **settings: Any) -> None:
         self.scheduler = FakeScheduler()
         self.tokenizer = tokenizer
         self.service = Service(ServerSection(**({"chat_template": TEMPLATE} | settings)))
         self.app = make_app(self.service)
-        self.service.begin("small", Path("/models/small"), self.scheduler, tokenizer, self.scheduler)
+        self.service.begin("small", folder, self.scheduler, tokenizer, self.scheduler)
         transport = httpx.ASGITransport(self.app, raise_app_exceptions=False)
         self.client = httpx.AsyncClient(transport=transport, base_url="http://test")
 

@@ -209,8 +209,9 @@ async def test_nobody_there_is_said_with_the_time_that_was_waited():
     ("options", "problem"),
     [
         ({"goodput": ["itl:5"]}, "--goodput='itl'"),
-        ({"goodput": ["ttft"]}, "--goodput='ttft': expected NAME:VALUE"),
-        ({"goodput": ["ttft:x"]}, "expected numbers"),
+        ({"goodput": ["ttft"]}, "--goodput='ttft': expected METRIC:MS"),
+        ({"goodput": ["ttft:x"]}, "--goodput='ttft:x'"),
+        ({"metric_percentiles": "9,x"}, "expected numbers"),
         ({"metric_percentiles": "101"}, "from 0 to 100"),
         ({"percentile_metrics": "ttft,tpt"}, "--percentile-metrics='tpt'"),
         ({"extra_body": "[]"}, "expected a JSON object"),

@@ -1,10 +1,12 @@
 """PdDisaggConfig: documented fields and defaults; wrong values are named, at construction and at start."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from hbserve.pd_disagg import DisaggregatedLLM, KVTransferBackend, PdDisaggConfig
+from hbserve.serve import InstanceArgs
 from hbserve_scheduler import ConfigError, load_config
 
 CONFIG_FILE = Path(__file__).resolve().parents[3] / "configs" / "pd_disagg_config.yaml"
@@ -82,3 +84,20 @@ def test_a_configuration_file_and_its_flat_fields_say_the_same():
         pytest.skip("the repository's configs/ are not here: this is an installed package")
     deployment = load_config(CONFIG_FILE)
     assert PdDisaggConfig.from_deployment(deployment).to_deployment() == deployment
+
+
+def test_an_instance_may_be_told_who_and_where_it_is_also_if_the_file_does_not_have_it(config):
+    def told(instance_id: str, **given: Any) -> tuple[Any, Any]:
+        return InstanceArgs(config(), instance_id, "INFO", given).deployment()
+
+    deployment, own = told("decode-0", host="10.0.0.7", port=5600)
+    assert (own.instance_type, own.host, own.port, own.kv_rank) == ("decode", "10.0.0.7", 5600, 1)
+    assert deployment.gpu_instances[1] is own
+    assert len(deployment.gpu_instances) == 2
+    deployment, own = told("prefill-7", instance_type="prefill", host="10.0.0.8")
+    assert (own.instance_id, own.instance_type, own.host) == ("prefill-7", "prefill", "10.0.0.8")
+    assert deployment.gpu_instances == [own], "what else is on its host is not known"
+    with pytest.raises(ConfigError, match=r"has prefill-0, decode-0; give --instance-type too"):
+        told("prefill-7")
+    with pytest.raises(ConfigError, match=r"--host='0\.0\.0\.0': is every address of a machine"):
+        told("decode-0", host="0.0.0.0")

@@ -11,8 +11,10 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from functools import partial
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 import triton
@@ -174,7 +176,7 @@ def product(outputs, inputs, rows, dtype, reads_norm=False, adds=False, gated=Fa
     if choice.kernel == "small":
         small_linear(x, weight, norm=(norm, 1e-6) if reads_norm else None, add_to=target, gated=gated)
     elif choice.kernel == "skinny":
-        tiling = {"padded_rows": choice.padded_rows, "splits": choice.splits}
+        tiling: dict[str, Any] = {"padded_rows": choice.padded_rows, "splits": choice.splits}
         tiling["workspace"] = SkinnyWorkspace(PROCESSORS, 64, torch.device("meta"))
         if adds:
             add_skinny_linear(target, x, weight, next_norm=empty(outputs, dtype=dtype), **tiling)
@@ -197,7 +199,7 @@ def others(dtype):
     sample(empty(128, vocabulary, dtype=dtype), ints(6, 128), ints(128))
 
 
-CASES = {
+CASES: dict[str, Callable[[], object]] = {
     "two types": lambda: _of_two_types[(1,)](ints(1), 2),
     # Meta tensors count as being on 4 processors: up to 12 programs are few.
     "decode few Qwen3-0.6B": partial(decode, "Qwen3-0.6B", 1),

@@ -8,7 +8,8 @@ from hbserve_core_interpreted import KERNELS
 
 from hbserve_core.cuda_runner.step_packer import TILE, SplitKV
 from hbserve_core.engine.sequence import NOT_FINITE
-from hbserve_core.model.rope import RopeConfig, angle_table
+from hbserve_core.model.rope import angle_table
+from hbserve_core.model.rope_config import RopeConfig
 
 pytest.importorskip("triton", reason="torch has Triton on Linux only")
 pytestmark = KERNELS

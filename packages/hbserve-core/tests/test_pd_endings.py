@@ -15,16 +15,19 @@ from hbserve_core.instance.handover import FirstToken, Handover, Inbox, PrefillS
 from hbserve_kv import KVTransferConfig, Outcome, TransferResult
 from hbserve_rpc import LogitsNotFinite, RemoteError, RequestTimeout, RpcClient, SamplingParams
 from hbserve_rpc.messages import (
+    CACHED_PREFIXES,
     DECODE,
     GENERATE,
     PREFILL,
     STATS,
+    CachedPrefixesRequest,
     DecodeRequest,
     Empty,
     GenerateRequest,
     PrefillRequest,
     TransferDone,
 )
+from hbserve_rpc.prompt_shape import shape_of
 
 BLOCK, CHUNK = 16, 32
 DEADLINE_S = 60
@@ -151,7 +154,7 @@ class Halt:
     def __init__(self, instance: Instance, after: int) -> None:
         self.reached, self._may_go_on = threading.Event(), threading.Event()
         self._left, self._launch = after, instance.server.runner.launch
-        instance.server.runner.launch = self._step
+        instance.server.runner.launch = self._step  # type: ignore[method-assign]
 
     def _step(self, batch: Any) -> Any:
         if self._left == 0:
@@ -439,3 +442,17 @@ async def test_an_instance_ends_a_request_at_its_deadline_by_itself_in_whatever_
 async def read_to_the_end(stream: Any) -> None:
     async for _ in stream:
         pass
+
+
+async def test_a_decode_instance_computes_prompts_too_and_says_what_it_has_cached(start, prompt, greedy_tokens):
+    p, d = await start("prefill"), await start("decode")
+    ids, expected = prompt(40), greedy_tokens("qwen3", prompt(40), 3)
+    nothing = await d.client.call(CACHED_PREFIXES, CachedPrefixesRequest(), timeout_s=DEADLINE_S)
+    assert nothing.digests == b""
+    assert await d.hybrid("alone", ids, SHORT) == expected
+    held = await d.client.call(CACHED_PREFIXES, CachedPrefixesRequest(nothing.version), timeout_s=DEADLINE_S)
+    assert held.digests == b"".join(shape_of(ids, BLOCK).digests)
+    same = await d.client.call(CACHED_PREFIXES, CachedPrefixesRequest(held.version), timeout_s=DEADLINE_S)
+    assert (same.version, same.digests) == (held.version, None)
+    tokens, done = await apart(p, d, "apart", ids, SHORT)
+    assert (tokens, done.num_parts) == (expected, 1), "what it has computed is not sent again"

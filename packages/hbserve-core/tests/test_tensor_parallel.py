@@ -128,9 +128,12 @@ def test_every_rank_has_a_part_and_knows_which_model_it_is_of(model_folder, load
 def test_ranks_read_no_more_of_the_files_than_their_part(model_folder, monkeypatch):
     counts = []
     read = Checkpoint.read
-    monkeypatch.setattr(
-        Checkpoint, "read", lambda self, part, target: counts.append(target.numel()) or read(self, part, target)
-    )
+
+    def counted(self, part, target):
+        counts.append(target.numel())
+        return read(self, part, target)
+
+    monkeypatch.setattr(Checkpoint, "read", counted)
     loaded(model_folder("qwen3"), 0, 1)
     whole, counts[:] = sum(counts), []
     loaded(model_folder("qwen3"), 1, 2)
@@ -198,6 +201,26 @@ def test_a_message_says_all_that_a_runner_reads():
     assert [seen(chunk) for chunk in second] == [seen(chunk) for chunk in batch]
     same = [a.sequence is b.sequence for a, b in zip(first, second, strict=True)]
     assert same == [True, True], "a runner looks unread tokens up by their sequence"
+
+
+def test_blocks_that_are_known_are_not_said_again_and_others_in_their_place_are():
+    writer, reader = StepWriter(draws=True), StepReader()
+    told = sequence("a", range(40 * BLOCK), 40 * BLOCK, 39 * BLOCK, temperature=0.5)
+
+    def say(*block_ids):
+        told.block_table = array("i", block_ids)
+        message = writer.write([ScheduledChunk(told, 1)])
+        (chunk,) = reader.read(message)
+        assert list(chunk.sequence.block_table) == list(block_ids)
+        return len(message)
+
+    whole, again, grown = say(*range(40)), say(*range(40)), say(*range(41))
+    assert again + 40 * 4 <= whole
+    assert grown == again + 4
+    # Preempted, it has fewer, or others, and may have begun anew between two steps.
+    assert say(*range(100, 141)) > grown
+    say(*range(100, 120))
+    assert say(*range(100, 120)) == again
 
 
 def test_an_id_that_comes_again_is_another_sequence():

@@ -41,7 +41,12 @@ def test_logits_of_every_position_equal_the_reference(runner, model_name, steppe
     sequence = stepping.sequence(given)
     captured = []
     sample = runner._sampler.sample
-    runner._sampler.sample = lambda logits, sequences: captured.append(logits.clone()) or sample(logits, sequences)
+
+    def capture(logits, sequences):
+        captured.append(logits.clone())
+        return sample(logits, sequences)
+
+    runner._sampler.sample = capture
     for end in range(1, len(given) + 1):
         sequence.token_ids = given[:end]
         sequence.num_prompt_tokens = end

@@ -330,7 +330,9 @@ async def test_a_link_that_is_lost_at_the_moment_of_an_announcement_fails_its_pa
     async with asyncio.timeout(20):
         result = await posted.wait()
         assert (await transfer.abort("test over")) is Outcome.FAILED_DRAINED
+        await asyncio.gather(*transfer.tasks)
     assert (result.outcome, result.error) == (Outcome.FAILED_DRAINED, "the sender was lost")
+    assert receiver.stats().dropped_messages == 0, "who has ended a link is told nothing more of it"
 
 
 async def test_a_backend_that_ignores_that_nobody_takes_its_part_is_given_no_other_and_no_task_is_left(

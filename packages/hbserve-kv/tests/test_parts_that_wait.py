@@ -76,7 +76,7 @@ class WaitingDevice(LoopbackTransport):
             self._write(link, part, len(part.block_ids))
             return True
 
-        ended.query = query
+        ended.query = query  # type: ignore[method-assign]
         return self._memory.events.until(ended, since=Event())
 
 

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 from collections import Counter
+from functools import partial
 from typing import Any
 
 import pytest
@@ -30,9 +31,10 @@ EXPIRY_S = 3600.0
 class Wire(Transport):
     """Takes parts when the test says so, and takes the right to write from a sender when the test lets it."""
 
+    name = "wire"
+
     def __init__(self, one_sided: bool) -> None:
-        self.name = "wire"
-        self.one_sided = one_sided
+        self.one_sided = one_sided  # type: ignore[misc]  # a constant of the class for real ones
         self.accepting: dict[str, list[asyncio.Future[None]]] = {}
         self.revocable: set[str] = set()
 
@@ -250,7 +252,7 @@ class Handlers:
     """Stands in for an RpcServer: the test calls what a sender would."""
 
     def __init__(self) -> None:
-        self.of: dict[str, object] = {}
+        self.of: dict[str, Any] = {}
 
     def serve(self, method, handler) -> None:
         self.of[method.name] = handler
@@ -287,7 +289,10 @@ class World:
         for transfer in self.receiver.transfers.values():
             if transfer not in self.ends and not transfer.result.done():
                 self.ends[transfer] = 0
-                transfer.result.add_done_callback(lambda _, ended=transfer: self.ends.update([ended]))
+                transfer.result.add_done_callback(partial(self._ended, transfer))
+
+    def _ended(self, transfer: IncomingTransfer, _: object) -> None:
+        self.ends[transfer] += 1
 
     def call(self, method, message) -> None:
         connected_client._calling.set(peer_of(message.link))

@@ -29,6 +29,7 @@ from hbserve_rpc.messages import (
     InstanceInfo,
     InstanceStats,
     InstanceStatus,
+    Milestone,
     PrefillRequest,
     RequestFinished,
     Role,
@@ -82,10 +83,15 @@ class FakeInstance:
         """This token is an end-of-sequence token."""
         self.choice_stops: dict[int, int] = {}
         """The same of one choice."""
+        self.transfer_age_s = 0.3
+        """How long before the end of its transfer a prompt was computed, as it says."""
+        self.num_preemptions = 0
+        """That it tells with each token."""
         self.ended_choices: list[int] = []
         """That it was told to end."""
         self.repeats = False
         """Sends each token again with the next one."""
+        self.serves_generate = role == "hybrid"
         self.max_model_len = 128
         self.status: InstanceStatus = "ready"
         self.error = ""
@@ -101,8 +107,9 @@ class FakeInstance:
             server.serve_notification(GRANT, self._grant)
         else:
             server.serve_notification(END_CHOICE, self._end_choice)
-        for method, handler in ((DECODE, self._decode), (PREFILL, self._prefill), (GENERATE, self._generate)):
-            server.serve_stream(method, handler)  # type: ignore[arg-type]
+        server.serve_stream(DECODE, self._decode)
+        server.serve_stream(PREFILL, self._prefill)
+        server.serve_stream(GENERATE, self._generate)
         return server
 
     @property
@@ -124,6 +131,7 @@ class FakeInstance:
             self.instance_id, self.role, self.server.epoch, self.status, max_model_len=self.max_model_len,
             max_prompt_len=MAX_PROMPT_LEN, vocab_size=VOCAB_SIZE, error=self.error, kv_endpoint=self.kv_endpoint,
             num_blocks=NUM_BLOCKS, block_size=BLOCK_SIZE, max_num_seqs=MAX_NUM_SEQS,
+            serves_generate=self.serves_generate,
         )  # fmt: skip
 
     @property
@@ -179,7 +187,8 @@ class FakeInstance:
         asked = request.params.prompt_logprobs is not None
         knows_prompt = asked and self.role != "decode" and first == 0 and choice == 0
         of_prompt = [{each: -1.0} for each in request.prompt_token_ids[1:]] if knows_prompt else []
-        return TokenEvent(first, tokens, ends, logprobs, of_prompt, choice)  # type: ignore[arg-type]
+        counted = self.num_preemptions
+        return TokenEvent(first, tokens, ends, logprobs, of_prompt, choice, counted)  # type: ignore[arg-type]
 
     async def _tokens(self, request: Any, index: int, choices: list[int]) -> AsyncGenerator[TokenEvent]:
         while choices:
@@ -227,13 +236,15 @@ class FakeInstance:
                     yield event
                 await self._phase("done")
                 if await granted:
-                    yield TransferDone(num_bytes=1000, num_parts=1, time_s=0.5)
+                    age_s = self.transfer_age_s
+                    computed, pushed = [Milestone(age_s, len(request.prompt_token_ids))], [Milestone(2 * age_s, 1)]
+                    yield TransferDone(1000, 1, 0.5, computed=computed, pushed=pushed)
             finally:
                 del self.granted[request.request_id]
 
     async def _generate(self, request: GenerateRequest) -> AsyncIterator[TokenEvent]:
-        if self.role != "hybrid":
-            raise InvalidRequest(f"{self.instance_id} is not hybrid")
+        if not self.serves_generate:
+            raise InvalidRequest(f"{self.instance_id} computes no prompts")
         with self._stream(request):
             choices = list(range(request.params.n))
             async with contextlib.aclosing(self._tokens(request, len(request.output_token_ids), choices)) as events:

@@ -25,6 +25,7 @@ from hbserve_scheduler.policies import (
     make_policy,
     round_robin,
 )
+from hbserve_scheduler.prefixes import Prefixes
 from hbserve_scheduler.request import ScheduledRequest
 
 PROMPT = PromptShape(4)
@@ -134,7 +135,7 @@ def test_a_users_own_policy_is_found_by_its_place_and_sees_the_prompt(monkeypatc
     (tmp_path / "own_policy.py").write_text(own)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.path", [*sys.path])
-    assert all_available(make_policy("key", "own_policy:Last"), [1, 2]).choose(PROMPT).load == 2
+    assert all_available(make_policy("key", "own_policy:Last", Prefixes()), [1, 2]).choose(PROMPT).load == 2
     mine = all_available(LongPromptsLast(), [1, 2, 3])
     assert [mine.choose(PromptShape(length)).load for length in (5, 500)] == [1, 3]
     assert mine.choose(PromptShape(500), mine[:2]).load == 2, "and only what it may choose"
@@ -143,7 +144,7 @@ def test_a_users_own_policy_is_found_by_its_place_and_sees_the_prompt(monkeypatc
 @pytest.mark.parametrize("name", ["no_such_module:Class", "json:NoSuchClass", "json:dumps", "json:JSONEncoder", "rr"])
 def test_a_policy_that_is_none_is_refused_by_its_name(name):
     with pytest.raises(ConfigError, match=rf"scheduler\.prefill_policy='{name}'"):
-        make_policy("scheduler.prefill_policy", name)
+        make_policy("scheduler.prefill_policy", name, Prefixes())
 
 
 @pytest.mark.parametrize(("length", "problem"), [(5, "none of the candidates"), (500, "ZeroDivisionError")])
@@ -172,7 +173,12 @@ async def fleet_of(num_instances: int, **settings: Any) -> Fleet:
 async def test_a_place_is_found_without_a_look_at_every_instance(monkeypatch):
     fleet, looked = await fleet_of(400), []
     for available in fleet._available.values():
-        monkeypatch.setattr(available, "look", lambda each, look=available.look: looked.append(each) or look(each))
+
+        def noting(each, look=available.look):
+            looked.append(each)
+            return look(each)
+
+        monkeypatch.setattr(available, "look", noting)
         monkeypatch.setattr(Available, "__iter__", lambda _: pytest.fail("it looked at all of them"))
     places = []
     for _ in range(100):

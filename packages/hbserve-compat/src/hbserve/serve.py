@@ -5,23 +5,36 @@ import logging
 import os
 import signal
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from hbserve import demo_model
+from hbserve.child_process import ChildProcesses
 from hbserve.demo_model import find_model_folder
 from hbserve.ending import Ending, together, unless
-from hbserve.launcher import QUIET_TORCH, LocalInstances, instance_settings, launch_keys
+from hbserve.launcher import (
+    QUIET_TORCH,
+    WAIT_POLITELY,
+    LocalInstances,
+    instance_settings,
+    launch_keys,
+    tensor_parallel_sizes,
+)
 from hbserve.pd_disagg.config import PdDisaggConfig
-from hbserve_rpc import own_process
+from hbserve.servable import require_servable
+from hbserve_rpc import InvalidAddress, check_peer_host, own_process
 from hbserve_scheduler import (
     ConfigError,
     CpuScheduler,
     DeploymentConfig,
     InstanceFailed,
+    InstanceSection,
     SchedulerServer,
     check,
     load_config,
@@ -34,6 +47,9 @@ if TYPE_CHECKING:  # it imports the web server's libraries, which nothing else n
 
 logger = logging.getLogger(__name__)
 
+AnyInstance = Any
+"""Of this host or of a Ray cluster; `instance_id`, `role` and `address` are the same."""
+MakeInstances = Callable[..., ChildProcesses[AnyInstance]]
 READY_TIMEOUT_S = 600.0
 """Until every instance has loaded its model."""
 
@@ -47,6 +63,8 @@ class ServeArgs:
     log_level: str
     server: dict[str, Any] = field(default_factory=dict)
     """Keys of the section `server` that were given; they go before the file's."""
+    ray: str | None = None
+    """Address of the Ray cluster whose nodes run the instances; None is this host alone."""
 
     def deployment(self) -> DeploymentConfig:
         """Raises ConfigError."""
@@ -57,6 +75,11 @@ class ServeArgs:
         server = msgspec.structs.replace(config.server, **self.server)
         config = msgspec.structs.replace(config, server=server)
         check(config)
+        if self.ray is not None and config.server.api_servers > 1:
+            raise ConfigError(
+                f"server.api_servers={config.server.api_servers}: expected 1 with --ray: of an instance that is placed "
+                "on another node, and has another address then, one scheduler alone hears"
+            )
         return config
 
 
@@ -75,10 +98,28 @@ async def serve_all(args: ServeArgs) -> None:
         if front_end is not None:
             await front_end.start()
         folder = await find_model_folder(config.model.path)
-        await _Deployment(config, folder, front_end, args.log_level, ending).run()
+        require_servable(folder, config.engine_settings().load_format, tensor_parallel_sizes(config))
+        with _instances(config, folder, args) as instances:
+            await _Deployment(config, folder, front_end, instances, ending).run()
     finally:
         if front_end is not None:
             await front_end.stop()
+
+
+@contextmanager
+def _instances(config: DeploymentConfig, folder: Path, args: ServeArgs) -> Iterator[MakeInstances]:
+    """Makes the deployment's instances, of what is called at the death of one: on this host, or on a Ray cluster."""
+    if args.ray is None:
+        yield partial(LocalInstances, config, folder, log_level=args.log_level)
+        return
+    from hbserve.ray_cluster import cluster
+    from hbserve.ray_cluster.instances import RayInstances
+
+    cluster.connect(args.ray)
+    try:
+        yield partial(RayInstances, config, folder, log_level=args.log_level)
+    finally:
+        cluster.disconnect()
 
 
 def _front_end(settings: ServerSection, log_level: str, ending: Ending) -> "FrontEnd | None":
@@ -94,11 +135,16 @@ class _Deployment:
     """What `serve_all` runs, once the model's folder is there."""
 
     def __init__(
-        self, config: DeploymentConfig, folder: Path, front_end: "FrontEnd | None", log_level: str, ending: Ending
+        self,
+        config: DeploymentConfig,
+        folder: Path,
+        front_end: "FrontEnd | None",
+        make_instances: MakeInstances,
+        ending: Ending,
     ) -> None:
         self._config = config
         self._folder = folder
-        self._name = demo_model.NAME if config.model.path is None else folder.name
+        self._name = demo_model.model_name(config.model.path, folder)
         self._front_end = front_end
         keys = launch_keys(config)
         self._scheduler = CpuScheduler(config.scheduler, model_path=str(folder))
@@ -106,9 +152,7 @@ class _Deployment:
         # Its clients know the deployment's keys, and no others.
         of_clients = keys["scheduler"] if config.security.keys is not None else None
         self._server = SchedulerServer(self._scheduler, keys=of_clients)
-        self._instances = LocalInstances(
-            config, folder, log_level=log_level, on_death=self._on_death, keys=keys.get("instance")
-        )
+        self._instances = make_instances(on_death=self._on_death, keys=keys.get("instance"))
         self._ending = ending
         self._is_ready = False
         self._background: set[asyncio.Task[None]] = set()
@@ -121,6 +165,12 @@ class _Deployment:
         task = asyncio.create_task(self._server.instance_died(instance_id, why))
         self._background.add(task)
         task.add_done_callback(self._background.discard)
+
+    async def _dial_again(self, started: AnyInstance) -> None:
+        """One that was started again on another node has another address."""
+        if self._scheduler.fleet.handles[started.instance_id].address != started.address:
+            await self._scheduler.remove_instance(started.instance_id)
+            await self._scheduler.add_instance(started.instance_id, started.role, started.address)
 
     def _on_signal(self, number: signal.Signals) -> None:
         logger.info("ending: %s", number.name)
@@ -151,7 +201,7 @@ class _Deployment:
             beginning.append(self._front_end.begin(self._name, self._folder, self._server))
         await together(*beginning)
         self._is_ready = True
-        self._instances.restart_the_dead(self._ending.by_death)
+        self._instances.restart_the_dead(self._ending.by_death, self._dial_again)
         own_process.freeze_heap()
         if self._front_end is not None:
             sys.stderr.write(self._how_to_ask(self._front_end))
@@ -169,7 +219,40 @@ class _Deployment:
         )
 
 
-async def serve_instance(path: Path, instance_id: str, log_level: str) -> None:
+@dataclass(frozen=True)
+class InstanceArgs:
+    """The command's arguments."""
+
+    config: Path
+    instance_id: str
+    log_level: str
+    given: dict[str, Any] = field(default_factory=dict)
+    """Keys of gpu_instances that were given; they go before the file's. With `instance_type` the file need not have the
+    instance at all: where instances are found by a name, each has its id and its address from whoever starts it."""
+
+    def deployment(self) -> tuple[DeploymentConfig, InstanceSection]:
+        """The file's, and the instance, which is one of it. Raises ConfigError."""
+        config = load_config(self.config)
+        in_file = {each.instance_id: each for each in config.gpu_instances}
+        if self.instance_id in in_file:
+            instance = msgspec.structs.replace(in_file[self.instance_id], **self.given)
+            instances = [instance if each.instance_id == self.instance_id else each for each in config.gpu_instances]
+        elif "instance_type" in self.given:
+            instance = InstanceSection(instance_id=self.instance_id, **self.given)
+            instances = [instance]  # alone: nothing is known of what else this host has
+        else:
+            names = ", ".join(in_file)
+            raise ConfigError(
+                f"--instance-id={self.instance_id!r}: {self.config} has {names}; give --instance-type too"
+            )
+        try:
+            check_peer_host(instance.host)
+        except InvalidAddress as error:
+            raise ConfigError(f"--host={error}") from None
+        return msgspec.structs.replace(config, gpu_instances=instances), instance
+
+
+async def serve_instance(args: InstanceArgs) -> None:
     """One instance, until SIGTERM, SIGINT or SIGHUP.
 
     Raises:
@@ -178,15 +261,12 @@ async def serve_instance(path: Path, instance_id: str, log_level: str) -> None:
         AddressInUse: its address is taken.
     """
     os.environ.setdefault(*QUIET_TORCH)  # torch reads it when it is imported
+    os.environ.setdefault(*WAIT_POLITELY)
     from hbserve_core import InstanceConfig, run_instance
 
-    config = load_config(path)
-    found = [each for each in config.gpu_instances if each.instance_id == instance_id]
-    if not found:
-        names = ", ".join(each.instance_id for each in config.gpu_instances)
-        raise ConfigError(f"--instance-id={instance_id!r}: {path} has {names}")
+    config, instance = args.deployment()
     require_keys(config, launched=False)
     keys = deployment_keys(config, "instance")
     folder = await find_model_folder(config.model.path)
-    settings = instance_settings(config, found[0], folder, log_level=log_level, keys=keys)
+    settings = instance_settings(config, instance, folder, log_level=args.log_level, keys=keys)
     await run_instance(msgspec.convert(settings, InstanceConfig))

@@ -6,6 +6,7 @@ Schema rules (peers may be of different versions): a new field has a default; a 
                                        └──────PREFILL──▶ prefill instance    TokenEvent (the first token), TransferDone
                                        │     (GRANT)──▶                      if it began before there was a grant
                                        └─────GENERATE──▶ hybrid instance     TokenEvents
+                                       └─────GENERATE──▶ decode instance     the same, where it computes the prompt
                                           (END_CHOICE)──▶ decode or hybrid    of several choices one needs no more
     Ahead of requests:           scheduler ──CONNECT──▶ prefill instance    to a decode instance
 Closing a stream early is how a request is aborted, at every hop.
@@ -15,9 +16,10 @@ from typing import Annotated, Literal
 
 import msgspec
 
+from hbserve_rpc.counts import HttpCounts, LinkCounts
 from hbserve_rpc.histogram import Histogram
 from hbserve_rpc.methods import Method, Notification, StreamMethod
-from hbserve_rpc.prompt_shape import PromptShape
+from hbserve_rpc.prompt_shape import DIGEST_BYTES, MOST_REPORTED, PromptShape
 from hbserve_rpc.sampling_params import LONGEST_TIMEOUT_S, SamplingParams
 
 TokenIds = Annotated[list[int], msgspec.Meta(max_length=1 << 22)]
@@ -100,6 +102,20 @@ class GrantRequest(msgspec.Struct, frozen=True, tag=True):
     it is there."""
 
 
+class CachedPrefixesRequest(msgspec.Struct, frozen=True, tag=True):
+    """Which blocks of prompts are in the prefix cache?"""
+
+    known: int = -1
+    """The version that the client has."""
+
+
+class CachedPrefixes(msgspec.Struct, frozen=True, tag=True):
+    version: int
+    """Of this epoch."""
+    digests: Annotated[bytes, msgspec.Meta(max_length=DIGEST_BYTES * MOST_REPORTED)] | None = None
+    """DIGEST_BYTES of each block's, as of PromptShape; None: the client has this version."""
+
+
 class ConnectRequest(msgspec.Struct, frozen=True, tag=True):
     """Connect to a decode instance, so that the first request of the pair need not wait for that."""
 
@@ -147,7 +163,7 @@ class Granted(msgspec.Struct, frozen=True, tag=True):
     """Tokens of the prompt whose KV the decode instance holds already; these are not moved."""
 
 
-class TokenEvent(msgspec.Struct, frozen=True, tag=True):
+class TokenEvent(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
     """New tokens of one choice of a request, from one engine step or several."""
 
     index: int
@@ -165,6 +181,8 @@ class TokenEvent(msgspec.Struct, frozen=True, tag=True):
     the first one."""
     choice: int = 0
     """Of `SamplingParams.n`."""
+    num_preemptions: int = 0
+    """How often it has given its blocks up to others on its instance so far, and was computed again."""
 
 
 class Milestone(msgspec.Struct, frozen=True, tag=True, array_like=True):
@@ -245,6 +263,8 @@ class InstanceInfo(msgspec.Struct, frozen=True, tag=True):
     pid: int = 0
     error: str = ""
     """Why `status` is "failed"."""
+    serves_generate: bool = False
+    """A decode instance that computes prompts too, where there is nobody else for it."""
 
 
 class InstanceStats(msgspec.Struct, frozen=True, tag=True):
@@ -261,6 +281,10 @@ class InstanceStats(msgspec.Struct, frozen=True, tag=True):
     num_blocks: int = 0
     free_blocks: int = 0
     """Blocks that nobody holds, those kept as prefix cache included."""
+    cached_blocks: int = 0
+    """Of the free ones, those kept as prefix cache."""
+    reserved_blocks: int = 0
+    """Of requests that wait for a transfer. One that several of them share counts for each."""
     quarantined_blocks: int = 0
     active_transfers: int = 0
     """Each pair of ranks counts, where instances have several."""
@@ -278,6 +302,10 @@ class InstanceStats(msgspec.Struct, frozen=True, tag=True):
     """As active_transfers."""
     dropped_messages: int = 0
     """Late, duplicate, unknown and stale-epoch transfer messages."""
+    iteration_tokens: Histogram | None = None
+    """Tokens computed in one step, of all steps so far."""
+    loop_lag: Histogram | None = None
+    """Seconds that its event loop was late. See loop_lag.py."""
 
 
 class LatencySummary(msgspec.Struct, frozen=True, tag=True):
@@ -300,6 +328,8 @@ class SchedulerStats(msgspec.Struct, frozen=True, tag=True):
     """Of prompts that wait in the scheduler."""
     running_requests: int = 0
     retries: int = 0
+    local_prefills: int = 0
+    """Attempts in which a decode instance computed the prompt itself."""
     success_rate: float = 1.0
     """completed / (completed + failed), in [0, 1]; 1 while nothing has ended.
 
@@ -315,8 +345,16 @@ class SchedulerStats(msgspec.Struct, frozen=True, tag=True):
     """By finish reason, or "error"."""
     failed_attempts: dict[str, int] = {}
     """By the name of the error, of those that were tried again too."""
+    delay_s: dict[str, float] = {}
+    """Time that requests have waited for others, by cause: see RequestRecord.delays."""
+    delayed_requests: dict[str, int] = {}
+    """Those that were held up for much of their time, by the main cause."""
     histograms: dict[str, Histogram] = {}
     """By the name of the metric: in seconds, bytes or tokens, as it says."""
+    links: dict[str, LinkCounts] = {}
+    """By "prefill > decode"."""
+    http: dict[str, HttpCounts] = {}
+    """Of the front ends, by method, path and status."""
     instances: list[InstanceStats] = []
 
 
@@ -337,6 +375,9 @@ ClientEvent = TokenEvent | RequestFinished
 DESCRIBE: Method[Empty, InstanceInfo] = Method("instance.describe", Empty, InstanceInfo)
 CONNECT: Method[ConnectRequest, Empty] = Method("instance.connect", ConnectRequest, Empty)
 """Answered when a transfer would find a link. Idempotent: at once, if there is one."""
+CACHED_PREFIXES: Method[CachedPrefixesRequest, CachedPrefixes] = Method(
+    "instance.cached_prefixes", CachedPrefixesRequest, CachedPrefixes
+)
 STATS: Method[Empty, InstanceStats] = Method("instance.stats", Empty, InstanceStats)
 GENERATE: StreamMethod[GenerateRequest, TokenEvent] = StreamMethod("instance.generate", GenerateRequest, TokenEvent)
 DECODE: StreamMethod[DecodeRequest, Granted | TokenEvent] = StreamMethod(

@@ -14,6 +14,8 @@ import msgspec
 DIGEST_BYTES = 8
 """Of a block's digest, where it only says which instance may hold the block: that two are the same by chance costs the
 request a little time, once in a very long while."""
+MOST_REPORTED = 8192
+"""Digests that an instance reports: 64 KiB a second, while they change."""
 Digests = Annotated[list[Annotated[bytes, msgspec.Meta(max_length=DIGEST_BYTES)]], msgspec.Meta(max_length=1 << 18)]
 
 

@@ -99,6 +99,9 @@ class EngineSettings(msgspec.Struct, kw_only=True):
     """Most sequences in one step of an instance."""
     max_num_batched_tokens: Annotated[int, In("engine"), POSITIVE] = 2048
     """Most tokens in one step of an instance."""
+    health_port: Annotated[int | None, In("engine"), PORT] = None
+    """HTTP port for /health, /ready and /metrics: an instance with kv_rank r listens at it + r; 0 lets the OS choose,
+    and None is none."""
     prefix_caching: Annotated[bool, In("engine")] = True
     """Keep the KV of prompts that have ended, for others that begin in the same way."""
 

@@ -7,6 +7,7 @@ from collections.abc import Coroutine, Iterator
 from typing import Any
 
 from hbserve_rpc import EngineFailed, HBServeRpcError, InvalidRequest, PeerDied, PeerLost, RemoteError
+from hbserve_rpc.counts import LinkCounts
 from hbserve_rpc.messages import (
     DECODE,
     END_CHOICE,
@@ -40,6 +41,8 @@ class Attempt:
         self._record = AttemptRecord(entry.since_submit_s())
         entry.attempts.append(self._record)
         self._transfer_id = uuid.uuid4().hex
+        self._moving: LinkCounts | None = None
+        """The link of its transfer, from the grant to the transfer's end."""
         self._lives: list[tuple[InstanceHandle, str]] = []
         """Instances that compute for it, in the life that they have."""
         self._request_id = f"{entry.request.request_id}.{self._transfer_id[:8]}"
@@ -55,13 +58,22 @@ class Attempt:
         """Raises HBServeRpcError if it fails; what was delivered until then stays delivered."""
         try:
             await self._run()
+            self._end_transfer("completed")
         except HBServeRpcError as error:
+            self._end_transfer("failed")
             self._record.error = str(error)
             self._entry.was_on += self._lives
             self._entry.num_tried = self._entry.num_delivered
             raise
         finally:
+            self._end_transfer("aborted")
             self._record.ended_s = self._entry.since_submit_s()
+
+    def _end_transfer(self, outcome: str) -> None:
+        """Unless it has ended already."""
+        if self._moving is not None:
+            self._moving.end(outcome)
+            self._moving = None
 
     async def _run(self) -> None:
         entry, place = self._entry, self._placement
@@ -69,7 +81,8 @@ class Attempt:
         self._record.decode_instance = place.decode.instance_id
         self._record.prefill_instance = (place.prefill or place.decode).instance_id
         if place.prefill is None:
-            await self._hybrid(place.decode)
+            entry.figures.num_local_prefills += place.decode.role == "decode"
+            await self._alone(place.decode)
         elif len(entry.output) + 1 >= entry.request.params.max_tokens:
             # Its only token comes from P: there is nothing to decode.
             self._record.decode_instance = ""
@@ -80,7 +93,8 @@ class Attempt:
         else:
             await self._pair(place.prefill, place.decode)
 
-    async def _hybrid(self, instance: InstanceHandle) -> None:
+    async def _alone(self, instance: InstanceHandle) -> None:
+        """On a hybrid instance, or on a decode instance that computes the prompt itself."""
         entry = self._entry
         request = GenerateRequest(
             self._request_id,
@@ -94,6 +108,7 @@ class Attempt:
                 with self._ending_choices(instance):
                     async for event in events:
                         self._deliver(event)
+                        self._placement.granted()
                         if self._has_no_choice_left():
                             break
             self._expect_end()
@@ -161,6 +176,8 @@ class Attempt:
                 raise RemoteError(f"sent {type(granted).__name__} before its grant")
         self._is_granted = True
         self._record.granted_s = self._entry.since_submit_s()
+        self._moving = self._entry.figures.link(self._record.prefill_instance, self._record.decode_instance)
+        self._moving.active += 1
         self._placement.granted()
         self._entry.num_cached_tokens = granted.num_cached_tokens
         return granted.grant
@@ -253,6 +270,10 @@ class Attempt:
                 self._entry.tell_ends()
 
     def _note_moved(self, done: TransferDone) -> None:
+        if self._moving is not None:
+            self._moving.num_bytes += done.num_bytes
+            self._moving.time_s += done.time_s
+        self._end_transfer("completed")
         now_s = self._record.kv_moved_s = self._entry.since_submit_s()
         self._record.computed = [(now_s - each.age_s, each.count) for each in done.computed]
         self._record.pushed = [(now_s - each.age_s, each.count) for each in done.pushed]
@@ -267,7 +288,8 @@ class Attempt:
                     if event.index > num_delivered or expects_more:
                         # P's token was sent before this one, but came another way.
                         await self._first_token.wait()
-                    self._decoding = True
+                    if not self._decoding:
+                        self._decoding, self._record.decoding_s = True, self._entry.since_submit_s()
                     self._deliver(event)
                     if self._has_no_choice_left():
                         break

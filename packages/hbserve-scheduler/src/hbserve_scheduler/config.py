@@ -4,7 +4,7 @@ Settings that every instance takes as they are come from `hbserve_rpc.settings`,
 """
 
 from collections.abc import Callable
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 
@@ -96,11 +96,18 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     host: str = "127.0.0.1"
     """Where it serves clients; 0.0.0.0 and :: are every address of its machine."""
     port: Annotated[int, PORT] = 5550
+    health_port: Annotated[int | None, PORT] = None
+    """HTTP port for /health, /ready and /metrics; 0 lets the OS choose, None is none."""
     prefill_policy: str = "least_loaded"
     """Which instance takes the next request: round_robin, least_loaded, power_of_two, the name of an entry point in the
     group `hbserve_scheduler.policies`, or `module:Class`."""
     decode_policy: str = "least_loaded"
     """Of hybrid instances too."""
+    local_prefill_tokens: Annotated[int, NOT_NEGATIVE] = 0
+    """A prompt of which fewer tokens than so many are not cached on a decode instance is computed there, and nothing is
+    moved. 0: none is."""
+    local_prefill_fallback: bool = True
+    """Where no prefill instance is left, nor being started, decode instances compute prompts. False: requests wait."""
     max_queue_size: Annotated[int, POSITIVE] = 4096
     """Requests beyond this are refused as overload."""
     max_queue_time_s: Annotated[float, Bounds(0.01)] = 30.0
@@ -158,6 +165,8 @@ class ServerSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     """File of a Jinja template, or its text, in place of the model's."""
     default_chat_template_kwargs: dict[str, Any] = {}
     """What templates are given unless a request says otherwise."""
+    generation_config: Literal["auto", "none"] = "auto"
+    """Whether what a request does not say is as the model's generation_config.json has it."""
     first_byte_timeout_s: Annotated[float, Bounds(0.01)] = 30.0
     """The status line is sent with the first token; a streamed answer that has none for so long begins without it."""
     drain_timeout_s: Annotated[float, Bounds(0.0)] = 30.0
@@ -175,6 +184,18 @@ class SecuritySection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     """Without keys, listen also where others than this host reach it."""
 
 
+class RaySection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Where `hbserve serve --ray` places instances; docs/ray.md says how."""
+
+    place: Literal["any", "pair"] = "any"
+    """any: each instance on a node that has room for it; pair: the first prefill and the first decode instance on one
+    node, and so on."""
+    resources: dict[Role, dict[str, float]] = {}
+    """Of Ray's nodes, what each instance of a role takes beside its cores and GPUs."""
+    accelerator_type: dict[Role, str] = {}
+    """Kind of GPU for a role, as Ray calls it, such as H100."""
+
+
 class DeploymentConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A deployment: the whole YAML file."""
 
@@ -187,6 +208,7 @@ class DeploymentConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     scheduler: SchedulerConfig = SchedulerConfig()
     server: ServerSection = ServerSection()
     security: SecuritySection = SecuritySection()
+    ray: RaySection = RaySection()
 
     def engine_settings(self) -> EngineSettings:
         """Settings of the sections as every instance takes them."""

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import logging
 import time
+from collections import Counter
 from collections.abc import Collection
 from functools import partial
 from itertools import takewhile
@@ -101,11 +102,13 @@ class CpuScheduler:
 
     async def start(self) -> None:
         await self.fleet.start()
+        self.figures.loop_lag.start()
         self._scheduling = asyncio.create_task(self._schedule())
 
     async def stop(self) -> None:
         """End every request, as aborted if it has not all of its tokens. Leaves no task or socket behind."""
         self._stopped = True
+        self.figures.loop_lag.stop()
         self._admission.look_again()
         for entry in [*self.waiting_requests, *self.running_requests.values()]:
             self._end(entry, entry.finish_reason or "abort")
@@ -360,13 +363,24 @@ class CpuScheduler:
     def stats(self) -> SchedulerStats:
         for entry in self.running_requests.values():
             entry.count()
+        for each in self.figures.links.values():
+            each.is_up = None
+        for prefill, decode, is_up in self.fleet.linked():
+            self.figures.link(prefill.instance_id, decode.instance_id).is_up = is_up
         return SchedulerStats(
             **self.figures.snapshot(),
             waiting_requests=len(self.waiting_requests),
             waiting_tokens=self.waiting_requests.num_tokens,
-            running_requests=len(self.running_requests),
+            # One that has ended may have to be cancelled on its instances still.
+            running_requests=sum(not each.ended for each in self.running_requests.values()),
             instances=[handle.stats for handle in self.fleet.handles.values()],
         )
+
+    def active_requests(self) -> Counter[str]:
+        """How many of this scheduler's requests each instance has: now, where its own figures are those of its last
+        heartbeat."""
+        running = [each for each in self.running_requests.values() if not each.ended]
+        return Counter(name for each in running for name in each.busy_instances)
 
     def records(self, last_s: float, request_id: str = "") -> list[RequestRecord]:
         """Requests that ended within the last `last_s` seconds, or one of these."""

@@ -2,9 +2,10 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 
 from hbserve_rpc import InvalidRequest, Keys, RpcServer, calling_peer
+from hbserve_rpc.health_port import HealthPort
 from hbserve_rpc.messages import (
     SCHEDULER_ABORT,
     SCHEDULER_GENERATE,
@@ -20,8 +21,10 @@ from hbserve_rpc.messages import (
     SchedulerStats,
     ServiceInfo,
 )
+from hbserve_rpc.metrics_text import Family
 from hbserve_rpc.records import SCHEDULER_RECORDS, Records, RecordsRequest, RequestRecord
 from hbserve_scheduler.cpu_scheduler import CpuScheduler
+from hbserve_scheduler.metrics import deployment_metrics
 from hbserve_scheduler.siblings import Siblings
 
 logger = logging.getLogger(__name__)
@@ -46,6 +49,15 @@ class SchedulerServer:
         self._server.serve(SCHEDULER_ABORT, self._abort)
         self._server.serve_notification(SCHEDULER_INSTANCE_DIED, self._instance_died)
         self._server.serve_stream(SCHEDULER_GENERATE, self._generate)
+        self.health: HealthPort | None = None
+        if scheduler.config.health_port is not None:
+            self.health = HealthPort(
+                scheduler.config.host,
+                scheduler.config.health_port,
+                why_dead=lambda: "",
+                why_not_ready=self._why_not_ready,
+                metrics=self._metrics,
+            )
 
     @property
     def address(self) -> str:
@@ -54,10 +66,14 @@ class SchedulerServer:
     async def start(self) -> None:
         """Raises AddressInUse."""
         await self._server.start()
+        if self.health is not None:
+            await self.health.start()
         await self.scheduler.start()
 
     async def stop(self) -> None:
         await self._server.stop()
+        if self.health is not None:
+            await self.health.stop()
         await self.siblings.close()
         await self.scheduler.stop()
 
@@ -76,6 +92,14 @@ class SchedulerServer:
     async def fetch_stats(self) -> SchedulerStats:
         """Of the scheduler and its siblings, as of the instances' last heartbeats."""
         return await self.siblings.total(self.scheduler.stats())
+
+    def _why_not_ready(self) -> str:
+        fleet = self.scheduler.fleet
+        missing = [each.describe_problem() for each in fleet.handles.values() if each.status != "ready"]
+        return "" if fleet.may_serve() else "; ".join(missing) or "there are no instances"
+
+    async def _metrics(self) -> Iterable[Family]:
+        return deployment_metrics(await self.fetch_stats())
 
     async def _stats(self, _: Empty) -> SchedulerStats:
         await self.scheduler.refresh()

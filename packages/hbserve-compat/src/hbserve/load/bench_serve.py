@@ -19,7 +19,7 @@ from hbserve.load.asking import Outcome, ask
 from hbserve.load.generator import Load, send_load
 from hbserve.load.http_stream import HttpClient
 from hbserve.load.prompts import Prompt, Vocabulary
-from hbserve.load.report import METRICS, Wanted, complaint, details, figures, lines
+from hbserve.load.report import METRICS, Wanted, complaint, details, figures, goals_of, lines
 from hbserve.plotting import require_plotting
 from hbserve.progress import progress_bar
 from hbserve.tokenizer import load_tokenizer
@@ -73,16 +73,11 @@ def _pairs(option: str, values: list[str] | None, between: str) -> dict[str, str
 
 
 def _wanted(args: BenchServeArgs) -> Wanted:
-    goals = _pairs("--goodput", [*(args.goodput or []), *(args.more or [])], ":")
+    goals_s = goals_of([*(args.goodput or []), *(args.more or [])])
     try:
-        goals_s = {name: float(value) / 1e3 for name, value in goals.items()}
         percentiles = [float(each) for each in args.metric_percentiles.split(",")]
     except ValueError as error:
-        raise InvalidRequest(f"--goodput, --metric-percentiles: expected numbers: {error}") from None
-    if unknown := goals_s.keys() - {"ttft", "tpot", "e2el"}:
-        raise InvalidRequest(
-            f"--goodput={min(unknown)!r}: expected ttft, tpot or e2el, with milliseconds after a colon"
-        )
+        raise InvalidRequest(f"--metric-percentiles: expected numbers: {error}") from None
     if not all(0 <= each <= 100 for each in percentiles):
         raise InvalidRequest(f"--metric-percentiles={args.metric_percentiles!r}: expected numbers from 0 to 100")
     metrics = [each.strip() for each in args.percentile_metrics.split(",") if each.strip()]
@@ -182,7 +177,7 @@ def _times(args: BenchServeArgs, found: list[Prompt]) -> list[float]:
     )
 
 
-# ---- the server ----------------------------------------------------------------------------------------------------
+# ---- the server --------------------------------------------------------------------------------------------------
 
 
 async def _find_model(client: HttpClient, timeout_s: float) -> tuple[str, str]:
@@ -227,7 +222,7 @@ async def _send(client: HttpClient, args: BenchServeArgs, found: list[Prompt], b
         return await send_load(outcomes, send, times, max_concurrency=args.max_concurrency, on_end=on_end)
 
 
-# ---- what comes of it ----------------------------------------------------------------------------------------------
+# ---- what comes of it --------------------------------------------------------------------------------------------
 
 
 def _head(args: BenchServeArgs, model: str, folder: Path, count: int) -> dict[str, Any]:

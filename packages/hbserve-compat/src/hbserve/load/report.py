@@ -8,6 +8,7 @@ from typing import Any
 
 from hbserve.load.asking import Outcome
 from hbserve.load.generator import Load
+from hbserve_rpc import InvalidRequest
 
 METRICS = {
     "ttft": "TTFT",
@@ -44,6 +45,20 @@ class Wanted:
     goals_s: Mapping[str, float]
     """Of `--goodput`, by ttft, tpot and e2el: what a request may take."""
     has_concurrency_limit: bool = False
+
+
+def goals_of(texts: Iterable[str]) -> dict[str, float]:
+    """Seconds by ttft, tpot and e2el, of `METRIC:MS` each. Raises InvalidRequest."""
+    goals_s = {}
+    for text in texts:
+        metric, _, milliseconds = text.partition(":")
+        try:
+            goals_s[metric] = float(milliseconds) / 1e3
+        except ValueError:
+            raise InvalidRequest(f"--goodput={text!r}: expected METRIC:MS") from None
+        if metric not in ("ttft", "tpot", "e2el"):
+            raise InvalidRequest(f"--goodput={metric!r}: expected ttft, tpot or e2el")
+    return goals_s
 
 
 def percentile(values: Iterable[float], share: float) -> float:
@@ -116,7 +131,7 @@ def figures(load: Load, wanted: Wanted) -> dict[str, Any]:
     if wanted.goals_s:
         result |= _attainment(load, good, wanted.goals_s)
     for metric in [*wanted.metrics, *(["client_queue_time"] if wanted.has_concurrency_limit else [])]:
-        result |= _summary(metric, [1e3 * each for each in values_of(good, metric)], wanted.percentiles)
+        result |= summary(metric, [1e3 * each for each in values_of(good, metric)], wanted.percentiles)
     return result | _by_server(good)
 
 
@@ -137,7 +152,8 @@ def _attainment(load: Load, good: Sequence[Outcome], goals_s: Mapping[str, float
     return {"request_goodput": met / load.duration_s, "slo_attainment": met / sent, **shares}
 
 
-def _summary(metric: str, values_ms: Sequence[float], percentiles: Sequence[float]) -> dict[str, float]:
+def summary(metric: str, values_ms: Sequence[float], percentiles: Sequence[float]) -> dict[str, float]:
+    """Mean, median, spread and percentiles; zeros of none."""
     values = values_ms or [0.0]
     return {
         f"mean_{metric}_ms": statistics.fmean(values),

@@ -61,7 +61,7 @@ async def _complete(
     given = read_prompts(body.prompt)
     n = num_choices(body, len(given))
     prompts = [await model.encoder.text(each) if isinstance(each, str) else each for each in given]
-    params = [sampling_params(body, COMPLETION_MAX_TOKENS, structured_outputs(body))] * len(prompts)
+    params = [sampling_params(body, COMPLETION_MAX_TOKENS, structured_outputs(body), model.defaults)] * len(prompts)
     echoed = [_text_of(model, each, ids) if body.echo else "" for each, ids in zip(given, prompts, strict=True)]
     choices = CompletionChoices(
         TokenNames(model.encoder.tokenizer),

@@ -13,7 +13,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain, islice, takewhile
 
-from hbserve_rpc.prompt_shape import extend_digests
+from hbserve_rpc.prompt_shape import DIGEST_BYTES, MOST_REPORTED, extend_digests
 
 
 class BlockManager:
@@ -33,10 +33,17 @@ class BlockManager:
         self._quarantined: Counter[int] = Counter()
         self._block_of: dict[bytes, int] = {}
         self._digest_of: dict[int, bytes] = {}
+        self._num_changes = 0
+        """Of what is cached."""
 
     @property
     def num_free(self) -> int:
         return len(self._empty) + len(self._cached)
+
+    @property
+    def num_cached(self) -> int:
+        """Of the free ones, those kept as prefix cache."""
+        return len(self._cached)
 
     @property
     def num_quarantined(self) -> int:
@@ -129,10 +136,24 @@ class BlockManager:
         if self._prefix_caching and digest not in self._block_of and block_id not in self._digest_of:
             self._block_of[digest] = block_id
             self._digest_of[block_id] = digest
+            self._num_changes += 1
 
     def _forget(self, block_id: int) -> None:
         if (digest := self._digest_of.pop(block_id, None)) is not None:
             del self._block_of[digest]
+            self._num_changes += 1
+
+    def cached_digests(self, known: int = -1) -> tuple[int, bytes | None]:
+        """The first DIGEST_BYTES of what is cached, and a number of this state; None if that is `known`.
+
+        At most MOST_REPORTED: first of blocks that are held, then of those used last. Of a prefix that is not there as
+        a whole, the beginning is."""
+        if known == self._num_changes:
+            return known, None
+        held = [digest for block_id, digest in self._digest_of.items() if self._references[block_id]]
+        free = (self._digest_of[block_id] for block_id in reversed(self._cached))
+        digests = islice(chain(held, free), MOST_REPORTED)
+        return self._num_changes, b"".join(digest[:DIGEST_BYTES] for digest in digests)
 
     def check_integrity(self, holders: Mapping[int, int] | None = None) -> None:
         """Raise AssertionError unless every block is in exactly one state and the cache is consistent.

@@ -6,9 +6,8 @@ first message to its last block.
 
 import asyncio
 import logging
-import os
 import uuid
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequence
 from typing import Any
 
 from hbserve_core.config import InstanceConfig
@@ -17,13 +16,18 @@ from hbserve_core.engine.outputs import EngineStats
 from hbserve_core.engine.runner import Runner
 from hbserve_core.errors import EngineStopped, InstanceFailed
 from hbserve_core.instance.engine_thread import EngineEvent, EngineThread
-from hbserve_core.instance.handover import Inbox, PrefillSend, wait_for_kv
+from hbserve_core.instance.handover import GRANT_PATIENCE_S, Inbox, PrefillSend, wait_for_kv
+from hbserve_core.instance.instance_stats import instance_info, instance_stats
 from hbserve_core.instance.token_events import event_of, token_events
 from hbserve_core.ranks.make_runner import make_runner
 from hbserve_core.transfers.instance_transfers import InstanceTransfers, JointReceive
 from hbserve_kv import FingerprintMismatch, Outcome, PostedReceive, TransferFailed
 from hbserve_rpc import EngineFailed, InvalidRequest, Overloaded, RemoteError, RpcServer
+from hbserve_rpc.health_port import HealthPort
+from hbserve_rpc.instance_metrics import instance_metrics
+from hbserve_rpc.loop_lag import LoopLag
 from hbserve_rpc.messages import (
+    CACHED_PREFIXES,
     CONNECT,
     DECODE,
     DESCRIBE,
@@ -32,6 +36,8 @@ from hbserve_rpc.messages import (
     GRANT,
     PREFILL,
     STATS,
+    CachedPrefixes,
+    CachedPrefixesRequest,
     ConnectRequest,
     DecodeRequest,
     Empty,
@@ -46,12 +52,10 @@ from hbserve_rpc.messages import (
     TokenEvent,
     TransferDone,
 )
+from hbserve_rpc.metrics_text import Family
 
 logger = logging.getLogger(__name__)
 
-GRANT_PATIENCE_S = 1.0
-"""How long a computed prompt keeps its blocks while there is no grant for it yet. They may be what those wait for who
-have one, and whose decode instance has room again when these are done."""
 END_TIMEOUT_S = 2.0
 """How long `stop` waits for requests to give their blocks back; a dead or frozen peer could keep it longer."""
 
@@ -73,6 +77,16 @@ class GpuInstance:
             config.host, config.port, epoch=self.epoch, drops_closed=True, keys=config.keys, allows=["scheduler"]
         )
         self._thread = EngineThread(self._make_engine, on_events=self._deliver, on_failure=self._fail)
+        self._loop_lag = LoopLag()
+        self.health: HealthPort | None = None
+        if config.health_port is not None:
+            self.health = HealthPort(
+                config.host,
+                config.health_port + config.kv_rank if config.health_port else 0,
+                why_dead=lambda: self.error,
+                why_not_ready=lambda: "" if self.status == "ready" else f"{config.instance_id} is {self.status}",
+                metrics=self._metrics,
+            )
         self._inboxes: dict[str, Inbox] = {}
         self._ends: set[asyncio.Task[None]] = set()
         self._loading: asyncio.Task[None] | None = None
@@ -103,17 +117,20 @@ class GpuInstance:
             await asyncio.to_thread(self.config.kv_transfer.check_host)
         self._server.serve(DESCRIBE, self._describe)
         self._server.serve(STATS, self._stats)
-        if self.config.role == "hybrid":
-            self._server.serve_stream(GENERATE, self._generate)
-            self._server.serve_notification(END_CHOICE, self._end_choice)
-        elif self.config.role == "prefill":
+        self._server.serve(CACHED_PREFIXES, self._cached_prefixes)
+        if self.config.role == "prefill":
             self._server.serve_stream(PREFILL, self._prefill)
             self._server.serve_notification(GRANT, self._grant)
             self._server.serve(CONNECT, self._connect)
         else:
-            self._server.serve_stream(DECODE, self._decode)
+            self._server.serve_stream(GENERATE, self._generate)
             self._server.serve_notification(END_CHOICE, self._end_choice)
+        if self.config.role == "decode":
+            self._server.serve_stream(DECODE, self._decode)
         await self._server.start()
+        if self.health is not None:
+            await self.health.start()
+        self._loop_lag.start()
         self._loading = asyncio.create_task(self._load())
 
     async def wait_ready(self) -> None:
@@ -135,7 +152,10 @@ class GpuInstance:
     async def stop(self) -> None:
         """End every request, give every block back, leave no thread, socket or task behind. May be called twice."""
         self.status = "draining"
+        self._loop_lag.stop()
         await self._server.stop()
+        if self.health is not None:
+            await self.health.stop()
         ends = list(self._ends)
         if ends:
             await asyncio.wait(ends, timeout=END_TIMEOUT_S)
@@ -322,6 +342,10 @@ class GpuInstance:
             await posted.drained()
         await self._close(request_id)
 
+    async def _cached_prefixes(self, request: CachedPrefixesRequest) -> CachedPrefixes:
+        self._require_ready()
+        return await self._thread.call(lambda engine: CachedPrefixes(*engine.blocks.cached_digests(request.known)))
+
     async def _connect(self, request: ConnectRequest) -> Empty:
         """Not before it is ready, which it is without its peers: whether one can be reached is between the two."""
         self._require_ready()
@@ -338,61 +362,29 @@ class GpuInstance:
     # ---- what it says of itself ----------------------------------------------------------------------------------
 
     async def _describe(self, _: Empty) -> InstanceInfo:
-        config, engine, runner = self.config, self.engine, self.runner
-        known: dict[str, Any] = {}
-        if engine is not None and runner is not None:
-            known = {
-                "max_model_len": runner.model_config.max_model_len,
-                "max_num_seqs": config.max_num_seqs,
-                "max_prompt_len": engine.limits.max_prompt_len,
-                "vocab_size": runner.model_config.vocab_size,
-                "num_blocks": engine.blocks.num_blocks,
-                "device": str(runner.device),
-                "dtype": str(runner.dtype).removeprefix("torch."),
-            }
-        return InstanceInfo(
-            config.instance_id,
-            config.role,
-            self.epoch,
-            self.status,
-            model=config.model_path,
-            block_size=config.block_size,
-            kv_backend=config.kv_transfer.backend if config.role != "hybrid" else "",
-            kv_endpoint=self.transfers.endpoint if self.transfers is not None and config.role == "decode" else b"",
-            pid=os.getpid(),
+        return instance_info(
+            self.config,
+            self.engine,
+            self.runner,
+            epoch=self.epoch,
+            status=self.status,
+            kv_endpoint=self.transfers.endpoint if self.transfers is not None and self.config.role == "decode" else b"",
             error=self.error,
-            **known,
+            serves_generate=self.config.role != "prefill",
         )
 
+    async def _metrics(self) -> Iterable[Family]:
+        return instance_metrics([await self._stats(Empty())])
+
     async def _stats(self, _: Empty) -> InstanceStats:
-        transfers: dict[str, Any] = {}
-        if self.transfers is not None:
-            kv = await self.transfers.stats()
-            transfers = {
-                "active_transfers": kv.active_transfers,
-                "buffered_bytes": kv.buffered_bytes,
-                "kv_bytes_sent": kv.bytes_sent,
-                "kv_bytes_received": kv.bytes_received,
-                "kv_transfer_time_s": kv.busy_time_s,
-                "failed_transfers": kv.num_failed,
-                "dropped_messages": kv.dropped_messages,
-            }
-        config, engine = self.config, self.engine_stats
-        return InstanceStats(
-            config.instance_id,
-            config.role,
-            self.status,
-            self.epoch,
+        return instance_stats(
+            self.engine_stats,
+            None if self.transfers is None else await self.transfers.stats(),
+            instance_id=self.config.instance_id,
+            role=self.config.role,
+            status=self.status,
+            epoch=self.epoch,
             active_requests=self.num_active,
-            waiting_requests=engine.num_waiting,
-            running_requests=engine.num_running,
-            num_blocks=engine.num_blocks,
-            free_blocks=engine.num_free_blocks,
-            quarantined_blocks=engine.num_quarantined_blocks,
             total_requests=self.num_requests,
-            generated_tokens=engine.num_generated_tokens,
-            prefill_tokens=engine.num_prefill_tokens,
-            cached_tokens=engine.num_cached_tokens,
-            preemptions=engine.num_preemptions,
-            **transfers,
+            loop_lag=self._loop_lag.histogram,
         )

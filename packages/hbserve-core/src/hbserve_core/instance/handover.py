@@ -22,6 +22,10 @@ from hbserve_rpc.messages import (
     TransferDone,
 )
 
+GRANT_PATIENCE_S = 1.0
+"""How long a computed prompt keeps its blocks while there is no grant for it yet. They may be what those wait for who
+have one, and whose decode instance has room again when these are done."""
+
 
 class FirstToken(msgspec.Struct, frozen=True):
     """That of one choice."""

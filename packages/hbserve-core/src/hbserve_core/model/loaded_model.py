@@ -9,7 +9,7 @@ import torch
 from hbserve_core.config import InstanceConfig
 from hbserve_core.errors import InvalidInstanceConfig
 from hbserve_core.model.kv_pool import BlockShape, allocate_pool, block_shape, choose_num_blocks
-from hbserve_core.model.model_config import DTYPES, ModelConfig, load_model_config
+from hbserve_core.model.model_config import DTYPES, ModelConfig, load_model_config, torch_dtype
 from hbserve_core.model.rank_group import RankGroup
 from hbserve_core.model.shard import check_divisible
 from hbserve_core.model.weights import load_weights
@@ -129,7 +129,7 @@ def _dtype(config: InstanceConfig, model: ModelConfig) -> torch.dtype:
         return model.dtype
     if config.dtype not in DTYPES:
         raise InvalidInstanceConfig(f"dtype={config.dtype!r}: expected auto, {', '.join(DTYPES)}")
-    return DTYPES[config.dtype]
+    return torch_dtype(config.dtype)
 
 
 def _fingerprint(model: ModelConfig, weights_digest: str, block: BlockShape) -> dict[str, str | int]:

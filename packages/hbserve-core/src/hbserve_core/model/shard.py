@@ -7,10 +7,13 @@ output projection are split by tokens of the vocabulary.
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from hbserve_core.errors import InvalidInstanceConfig
 from hbserve_core.model.model_config import ModelConfig
-from hbserve_kv import HeadRange
+
+if TYPE_CHECKING:
+    from hbserve_kv import HeadRange
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +44,10 @@ class Shard:
         head = self.rank * num_kv_heads // self.size
         return slice(head * head_dim, (head + 1) * head_dim)
 
-    def kv_heads(self, num_kv_heads: int) -> HeadRange:
+    def kv_heads(self, num_kv_heads: int) -> "HeadRange":
         """The same as numbers of heads."""
+        from hbserve_kv import HeadRange  # with it comes torch, which `check_divisible` does without
+
         if num_kv_heads >= self.size:
             return HeadRange.of_rank(self.rank, self.size, num_kv_heads)
         return HeadRange(self.rank * num_kv_heads // self.size, 1, num_kv_heads)
