@@ -37,6 +37,7 @@ class GenerateArgs:
     """Keywords of SamplingParams."""
     kv_transfer_backend: str | None
     connect: str | None
+    keys: Path | None
     log_level: str
 
 
@@ -137,7 +138,7 @@ async def _connected(args: GenerateArgs) -> AsyncIterator[tuple[Scheduler, Any]]
     for name in ("config", "kv_transfer_backend"):
         if getattr(args, name) is not None:
             raise ConfigError(f"--{name.replace('_', '-')}={getattr(args, name)}: not with --connect, where it is set")
-    async with remote_scheduler(args.connect or "") as (scheduler, info):
+    async with remote_scheduler(args.connect or "", args.keys) as (scheduler, info):
         if not info.ready:
             sys.stderr.write(f"not all instances of the scheduler at {scheduler.address} are ready; its log says why\n")
         folder = args.model or Path(info.model_path)

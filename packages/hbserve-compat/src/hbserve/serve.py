@@ -151,7 +151,8 @@ class _Deployment:
         self._scheduler = CpuScheduler(config.scheduler, model_path=str(folder))
         self._scheduler.use_keys(keys.get("scheduler"))
         # Its clients know the deployment's keys, and no others.
-        self._server = SchedulerServer(self._scheduler, keys=keys["scheduler"] if config.keys is not None else None)
+        of_clients = keys["scheduler"] if config.security.keys is not None else None
+        self._server = SchedulerServer(self._scheduler, keys=of_clients)
         self._instances = make_instances(on_death=self._on_death, keys=keys.get("instance"))
         self._ending = ending
         self._is_ready = False

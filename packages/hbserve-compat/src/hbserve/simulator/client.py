@@ -47,7 +47,7 @@ class Host:
 class SimulatedClient:
     """An InstanceClient."""
 
-    name_problem = ""
+    problem = ""
 
     def __init__(self, hosts: Mapping[str, Host], address: str, **_: float) -> None:
         self._host = hosts[address.partition(":")[0]]

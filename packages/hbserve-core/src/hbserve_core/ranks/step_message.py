@@ -1,8 +1,8 @@
 """One step as rank 0 tells it to the other ranks, in msgpack: what a runner reads of each chunk, and no more.
 
 Both ends remember the sequences of the step before: their parameters, and the blocks that they had then, are not said
-again: a step of 256 decodes with 80 blocks each is 16 KB and not 98, which a pipe has no room for. And a runner finds the place of a token
-that the device has computed, and nobody has read, by the sequence it belongs to.
+again: a step of 256 decodes with 80 blocks each is 16 KB and not 98, for which a pipe has no room. And a runner finds
+the place of a token that the device has computed, and nobody has read, by the sequence it belongs to.
 """
 
 from array import array
