@@ -15,7 +15,9 @@ TELL_AFTER_S = 3.0
 
 
 @asynccontextmanager
-async def remote_scheduler(address: str, keys: Path | None = None) -> AsyncIterator[tuple[RemoteScheduler, ServiceInfo]]:
+async def remote_scheduler(
+    address: str, keys: Path | None = None
+) -> AsyncIterator[tuple[RemoteScheduler, ServiceInfo]]:
     """Connected to for as long as it is entered. `keys`: folder of a client's, where the scheduler has keys.
 
     Raises:

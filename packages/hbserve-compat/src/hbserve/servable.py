@@ -32,10 +32,9 @@ def _why_no_folder(given: Path, folder: Path) -> str:
     if folder.exists():
         return f"'{folder}' is a file: give the folder that it is in"
     if _HUB_NAME.fullmatch(str(given)):
-        name = given.name
         return (
-            f"model folder '{folder}' does not exist; if the model {given} of Hugging Face's hub is meant, download it "
-            f"first: hf download {given} --local-dir {name}, and give the folder {name}"
+            f"model folder '{folder}' does not exist, and {given} is not in the local cache of Hugging Face's hub: "
+            f"download it first (hf download {given}), or give the path of a Hugging Face folder"
         )
     return f"model folder '{folder}' does not exist: give the path of a Hugging Face folder"
 

@@ -107,7 +107,7 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     """A prompt of which fewer tokens than so many are not cached on a decode instance is computed there, and nothing is
     moved. 0: none is."""
     local_prefill_fallback: bool = True
-    """Where no prefill instance is left, nor being started, decode instances compute prompts. False: requests wait."""
+    """Where no prefill instance is ready, decode instances compute prompts. False: requests wait."""
     max_queue_size: Annotated[int, POSITIVE] = 4096
     """Requests beyond this are refused as overload."""
     max_queue_time_s: Annotated[float, Bounds(0.01)] = 30.0
@@ -175,6 +175,15 @@ class ServerSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     """Largest body of a request, in bytes or as a text like "16MiB"."""
 
 
+class SecuritySection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Who may reach the deployment's processes; the OpenAI server apart, which has API keys."""
+
+    keys: str | None = None
+    """Folder that `hbserve keys` has made: processes know each other by the keys that are in it."""
+    allow_insecure: bool = False
+    """Without keys, listen also where others than this host reach it."""
+
+
 class RaySection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Where `hbserve serve --ray` places instances; docs/ray.md says how."""
 
@@ -198,11 +207,8 @@ class DeploymentConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     engine: EngineSection = EngineSection()
     scheduler: SchedulerConfig = SchedulerConfig()
     server: ServerSection = ServerSection()
+    security: SecuritySection = SecuritySection()
     ray: RaySection = RaySection()
-    keys: str | None = None
-    """Folder that `hbserve keys` has made: processes know each other by the keys that are in it."""
-    allow_insecure: bool = False
-    """Without keys, listen also where others than this host reach it."""
 
     def engine_settings(self) -> EngineSettings:
         """Settings of the sections as every instance takes them."""

@@ -180,12 +180,13 @@ class Fleet:
         return placement
 
     def _has_no_prefill(self) -> bool:
-        """None is there nor on its way, and decode instances are to compute prompts in that case."""
+        """None is ready, and decode instances are to compute prompts in that case. One that is started again may load
+        its model for minutes."""
         if self._lacks_prefill is None:
             handles = self.handles.values()
             self._lacks_prefill = (
                 self._config.local_prefill_fallback
-                and not any(each.role == "prefill" and each.status in ("ready", "starting") for each in handles)
+                and not any(each.role == "prefill" and each.status == "ready" for each in handles)
                 and any(_computes_prompts(each) for each in handles)
             )
         return self._lacks_prefill
