@@ -3,12 +3,14 @@
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from hbserve_fake_scheduler import FakeServer
 from prometheus_client.parser import text_string_to_metric_families
 
 from hbserve.tokenizer import load_tokenizer
+from hbserve_rpc.messages import InstanceStatus
 from hbserve_rpc.records import AttemptRecord, RequestRecord
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -112,7 +114,8 @@ async def test_the_page_of_monitoring_names_every_metric_and_no_other(server):
     # What is counted by a label that nothing has had so far has a name, and no sample.
     served = set(re.findall("^# TYPE hbserve:([a-z0-9_]+) ", text, re.MULTILINE))
     page = (ROOT / "docs/monitoring.md").read_text().partition("## `/metrics`")[2].partition("## Dashboards")[0]
-    assert served == set(re.findall("`([a-z0-9_]+)", page)) - {"hbserve", "instance_id", "role", "error"}
+    others = {"hbserve", "instance_id", "role", "error", *get_args(InstanceStatus)}
+    assert served == set(re.findall("`([a-z0-9_]+)", page)) - others
 
 
 async def test_before_the_model_is_there_and_while_the_server_ends_it_is_not_up(server):

@@ -18,6 +18,7 @@ from hbserve_rpc.messages import (
     GENERATE,
     GRANT,
     PREFILL,
+    REPORTS,
     STATS,
     ConnectRequest,
     DecodeRequest,
@@ -27,9 +28,11 @@ from hbserve_rpc.messages import (
     Granted,
     GrantRequest,
     InstanceInfo,
+    InstanceReport,
     InstanceStats,
     InstanceStatus,
     PrefillRequest,
+    ReportsRequest,
     RequestFinished,
     Role,
     TokenEvent,
@@ -87,6 +90,8 @@ class FakeInstance:
         self.repeats = False
         """Sends each token again with the next one."""
         self.max_model_len = 128
+        self.others = 0, 0
+        """Requests of other schedulers, and tokens of them, that it reports."""
         self.status: InstanceStatus = "ready"
         self.error = ""
         self._released = asyncio.Event()
@@ -96,6 +101,7 @@ class FakeInstance:
         server = RpcServer(port=port, epoch=uuid.uuid4().hex)
         server.serve(DESCRIBE, self._describe)
         server.serve(STATS, self._stats)
+        server.serve_stream(REPORTS, self._reports)
         if self.role == "prefill":
             server.serve(CONNECT, self._connect)
             server.serve_notification(GRANT, self._grant)
@@ -140,6 +146,16 @@ class FakeInstance:
             self.instance_id, self.role, self.status, self.server.epoch, active_requests=self.open,
             free_blocks=self.free_blocks,
         )  # fmt: skip
+
+    async def _reports(self, request: ReportsRequest) -> AsyncIterator[InstanceInfo | InstanceReport]:
+        said: list[Any] = [None, None]
+        while True:
+            now = await self._describe(Empty()), InstanceReport(await self._stats(Empty()), *self.others)
+            for place, each in enumerate(now):
+                if each != said[place]:
+                    said[place] = each
+                    yield each
+            await asyncio.sleep(request.interval_s / 10)  # a test waits for each change
 
     async def _grant(self, request: GrantRequest) -> None:
         future = self.granted.get(request.request_id)

@@ -47,7 +47,7 @@ def test_requests_wait_in_the_order_in_which_they_came_whichever_leave(removed):
 
 def ready_handle(role: Role, name: str, turn: int) -> InstanceHandle:
     handle = InstanceHandle(name, role, "127.0.0.1:1", SchedulerConfig(), lambda _: None, lambda _: None)
-    handle.info = InstanceInfo(name, role, name, "ready")
+    handle._set_info(InstanceInfo(name, role, name, "ready"))
     handle.turn = turn
     return handle
 

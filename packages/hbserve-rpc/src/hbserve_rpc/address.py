@@ -3,12 +3,16 @@
 import asyncio
 import errno
 import ipaddress
+import logging
 import re
 import socket
 
 from hbserve_rpc.errors import InvalidAddress
 
+logger = logging.getLogger(__name__)
+
 MAX_PORT = 65535
+CONNECT_TIMEOUT_S = 1.0
 LABEL = r"(?!-)[A-Za-z0-9_-]{1,63}(?<!-)"
 LONGEST_NAME = 253
 
@@ -112,6 +116,20 @@ async def look_up(host: str) -> str:
     found = await asyncio.get_running_loop().getaddrinfo(host, 0, type=socket.SOCK_STREAM)
     found.sort(key=lambda each: each[0] != socket.AF_INET)
     return str(found[0][4][0])
+
+
+async def is_served(address: str) -> bool | None:
+    """Whether somebody listens at `host:port`, by what its host answers; None: it does not answer."""
+    try:
+        async with asyncio.timeout(CONNECT_TIMEOUT_S):
+            _, writer = await asyncio.open_connection(*parse_address(address))
+    except ConnectionRefusedError:
+        return False
+    except (OSError, TimeoutError) as error:
+        logger.debug("%s cannot be looked at: %s", address, error)
+        return None
+    writer.close()
+    return True
 
 
 def _ip(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:

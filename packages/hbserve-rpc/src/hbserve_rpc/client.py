@@ -15,7 +15,7 @@ import msgspec
 import zmq
 
 from hbserve_rpc import wire
-from hbserve_rpc.address import look_up, parse_address
+from hbserve_rpc.address import is_served, look_up, parse_address
 from hbserve_rpc.errors import HBServeRpcError, PeerDied, PeerLost, ProtocolMismatch, RpcTimeout
 from hbserve_rpc.message_socket import Complaints, MessageSocket
 from hbserve_rpc.methods import Method, Notification, StreamMethod
@@ -26,8 +26,10 @@ Q = TypeVar("Q", bound=msgspec.Struct)
 R = TypeVar("R")
 
 LOOK_UP_TIMEOUT_S = 2.0
-LOOK_INTERVAL_S, LOOK_TIMEOUT_S = 0.1, 1.0
+LOOK_INTERVAL_S = 0.1
 """Of a server whose connection has ended."""
+DOUBT_BEATS, DOUBT_PART = 2, 1 / 3
+"""In doubt is a server that was silent for so many heartbeats, and for this part of the timeout."""
 
 
 class RpcClient:
@@ -64,6 +66,11 @@ class RpcClient:
         """Whether the server is still there, since the connection has ended."""
         self.on_lost: Callable[[PeerLost], None] = lambda why: None
         """Called, whether anything waits for the server or not, when it is known to have ended."""
+        self._doubt_s = max(DOUBT_BEATS * heartbeat_interval_s, DOUBT_PART * heartbeat_timeout_s)
+        self._is_in_doubt = False
+        self.on_doubt: Callable[[str], None] = lambda why: None
+        """Called with a reason when a server is silent or its connection has ended, and with "" when it is heard
+        again, unless it was lost meanwhile."""
         # The same identity after a reconnect: a short break of the network costs nothing.
         options: dict[int, int | bytes] = {
             zmq.RECONNECT_IVL: 50,
@@ -180,7 +187,7 @@ class RpcClient:
             self.send(wire.Credits(next(self._ids), counts))
 
     def _hello(self) -> None:
-        self.send(wire.Hello(wire.PROTOCOL_VERSION, min(self._timeout_s, wire.LONGEST_SILENCE_S)))
+        self.send(wire.Hello(wire.PROTOCOL_VERSION, min(self._timeout_s, wire.LONGEST_SILENCE_S), wire.OLDEST_VERSION))
 
     def forget(self, id_: int) -> bool:
         """Wait no longer for this id. Returns whether the server might still be working on it."""
@@ -195,6 +202,8 @@ class RpcClient:
             self._complaints.add("dropped a message from %s that is not of this protocol", self.address)
             return
         self._last_heard_s = time.monotonic()
+        if self._is_in_doubt:
+            self._set_doubt("")
         self._handle(envelope, body)
 
     def _handle(self, envelope: wire.FromServer, body: bytes) -> None:
@@ -250,17 +259,27 @@ class RpcClient:
             now_s = time.monotonic()
             own_pause_s = wire.own_pause(checked_s, now_s, self._interval_s)
             checked_s = now_s
+            self._last_heard_s += own_pause_s
+            if self._epoch is not None and now_s - self._last_heard_s > self._doubt_s:
+                self._set_doubt(f"it was silent for {now_s - self._last_heard_s:.1f} s")
             for pending in list(self._waiting.values()):
-                pending.since_s = max(self._last_heard_s, pending.since_s) + own_pause_s
+                pending.since_s = max(self._last_heard_s, pending.since_s + own_pause_s)
                 silent_s = now_s - pending.since_s
                 if silent_s > self._timeout_s:
                     silent = f"was silent for {silent_s:.1f} s during {pending.method}{self.name_problem}"
                     pending.fail(PeerLost(f"{self.address} {silent}"))
                     self.send(wire.Close(pending.id))  # a frozen server reads it when it goes on
 
+    def _set_doubt(self, why: str) -> None:
+        if bool(why) != self._is_in_doubt:
+            self._is_in_doubt = bool(why)
+            self.on_doubt(why)
+
     def _connection_changed(self, is_there: bool) -> None:
         """The connection is made, or has ended."""
         was_lost = self._looking is not None
+        if not is_there and self._epoch is not None:
+            self._set_doubt("its connection has ended")
         if self._is_connected and not is_there and self._epoch is None:
             self._last_doubtful = next(self._ids)
         self._is_connected = is_there
@@ -276,26 +295,15 @@ class RpcClient:
             self._hello()  # the answer says whether it is the same life
 
     async def _look(self) -> None:
-        """Since the connection has ended: find out whether the server has, or only the connection.
-
-        ZeroMQ tries to connect again, but does not say what the host answers.
-        """
-        while True:
-            try:
-                async with asyncio.timeout(LOOK_TIMEOUT_S):
-                    _, writer = await asyncio.open_connection(*parse_address(self.address))
-            except ConnectionRefusedError:
-                self._lose(PeerDied(f"{self.address} has ended or is being restarted: nobody listens there"))
-                self._epoch = None
-                self._hello()  # before what is asked from now on, which waits for the next life
-                return
-            except (OSError, TimeoutError) as error:  # its network, perhaps for a moment: heartbeats decide
-                logger.debug("%s cannot be looked at: %s", self.address, error)
-            else:
-                writer.close()
+        """Find out whether the server has ended, or only its connection: ZeroMQ does not say what the host answers."""
+        while await is_served(self.address) is not False:  # noqa: ASYNC110  None: its network; heartbeats decide
             await asyncio.sleep(LOOK_INTERVAL_S)
+        self._lose(PeerDied(f"{self.address} has ended or is being restarted: nobody listens there"))
+        self._epoch = None
+        self._hello()  # before what is asked from now on, which waits for the next life
 
     def _lose(self, lost: PeerLost) -> None:
+        self._is_in_doubt = False
         self._fail_all(lost)
         self.on_lost(lost)
 

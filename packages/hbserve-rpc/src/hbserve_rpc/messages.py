@@ -8,6 +8,7 @@ Schema rules (peers may be of different versions): a new field has a default; a 
                                        └─────GENERATE──▶ hybrid instance     TokenEvents
                                           (END_CHOICE)──▶ decode or hybrid    of several choices one needs no more
     Ahead of requests:           scheduler ──CONNECT──▶ prefill instance    to a decode instance
+    As long as it is a member:   scheduler ──REPORTS──▶ instance            InstanceInfo, InstanceReports
 Closing a stream early is how a request is aborted, at every hop.
 """
 
@@ -26,7 +27,8 @@ TokenLogprobs = dict[int, float]
 """Of one place: the log-probabilities of the most likely tokens, in order, and of the one that is there: if it is none
 of those, it comes last."""
 FinishReason = Literal["stop", "length", "abort"]
-InstanceStatus = Literal["starting", "ready", "draining", "failed", "unreachable"]
+InstanceStatus = Literal["starting", "ready", "suspect", "draining", "failed", "lost"]
+"""hbserve_scheduler/health.py draws them. "suspect" and "lost" are what others say of an instance."""
 
 
 class Empty(msgspec.Struct, frozen=True, tag=True):
@@ -268,6 +270,24 @@ class InstanceStats(msgspec.Struct, frozen=True, tag=True):
     """Late, duplicate, unknown and stale-epoch transfer messages."""
 
 
+class ReportsRequest(msgspec.Struct, frozen=True, tag=True):
+    """Tell of every change, until the stream is closed."""
+
+    interval_s: Annotated[float, msgspec.Meta(ge=0.01, le=3600)] = 1.0
+    """Pause between two reports, at least; what `InstanceInfo` says is told at once."""
+
+
+class InstanceReport(msgspec.Struct, frozen=True, tag=True):
+    """What an instance says unasked to one client, when it is another than what it said last. Its number is that of the
+    stream's item: none is lost or comes twice."""
+
+    stats: InstanceStats
+    other_requests: int = 0
+    """Of its active requests, those of other clients: several schedulers may give it requests."""
+    other_tokens: int = 0
+    """Of those, the prompts and the output that came with them."""
+
+
 class LatencySummary(msgspec.Struct, frozen=True, tag=True):
     """A latency over the requests that ended last."""
 
@@ -286,6 +306,8 @@ class SchedulerStats(msgspec.Struct, frozen=True, tag=True):
     waiting_requests: int = 0
     running_requests: int = 0
     retries: int = 0
+    refusals: int = 0
+    """Places that an instance would not give, having enough to do by what other schedulers have given it."""
     success_rate: float = 1.0
     """completed / (completed + failed), in [0, 1]; 1 while nothing has ended.
 
@@ -322,6 +344,10 @@ DESCRIBE: Method[Empty, InstanceInfo] = Method("instance.describe", Empty, Insta
 CONNECT: Method[ConnectRequest, Empty] = Method("instance.connect", ConnectRequest, Empty)
 """Answered when a transfer would find a link. Idempotent: at once, if there is one."""
 STATS: Method[Empty, InstanceStats] = Method("instance.stats", Empty, InstanceStats)
+REPORTS: StreamMethod[ReportsRequest, InstanceInfo | InstanceReport] = StreamMethod(
+    "instance.reports", ReportsRequest, InstanceInfo | InstanceReport
+)
+"""First both; then whichever is another than before."""
 GENERATE: StreamMethod[GenerateRequest, TokenEvent] = StreamMethod("instance.generate", GenerateRequest, TokenEvent)
 DECODE: StreamMethod[DecodeRequest, Granted | TokenEvent] = StreamMethod(
     "instance.decode", DecodeRequest, Granted | TokenEvent

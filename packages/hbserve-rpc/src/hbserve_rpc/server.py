@@ -18,7 +18,7 @@ from hbserve_rpc import wire
 from hbserve_rpc.address import check_host, format_address, look_up
 from hbserve_rpc.errors import AddressInUse, HBServeRpcError, InvalidRequest, Overloaded
 from hbserve_rpc.message_socket import Complaints, MessageSocket
-from hbserve_rpc.methods import Method, Notification, StreamMethod
+from hbserve_rpc.methods import Method, Notification, StreamMethod, asking_client
 
 logger = logging.getLogger(__name__)
 
@@ -214,10 +214,8 @@ class RpcServer:
         self.port = int(socket.getsockopt_string(zmq.LAST_ENDPOINT).rpartition(":")[2])
 
     async def stop(self) -> None:
-        """End every call, notification and stream, and leave no task or socket behind. May be called twice.
-
-        Clients hear so at once.
-        """
+        """End every call, notification and stream, tell clients, and leave no task or socket behind. May be called
+        twice."""
         self._socket.stop_reading()
         for identity in self._clients:
             self._socket.say_last([identity, wire.encode(wire.Goodbye(epoch=self.epoch)), b""])
@@ -281,7 +279,7 @@ class RpcServer:
                     work.task.cancel()
 
     def _greet(self, identity: bytes, hello: wire.Hello) -> None:
-        if hello.version != wire.PROTOCOL_VERSION:
+        if not hello.is_understood():
             self._send(identity, wire.Refused(wire.PROTOCOL_VERSION, self.epoch))
             return
         if identity not in self._clients and len(self._clients) >= MOST_CLIENTS:
@@ -301,6 +299,7 @@ class RpcServer:
             job.close()
             self._fail(identity, id_, "", Overloaded(f"{len(client.work)} calls and streams of one client"))
             return
+        asking_client.set(identity)  # the task has a copy of this context
         task = asyncio.create_task(job)
         client.work[id_] = _Work(task, credit or asyncio.Semaphore(0))
         task.add_done_callback(lambda _: client.work.pop(id_, None))

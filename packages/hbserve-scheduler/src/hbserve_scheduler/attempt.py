@@ -6,7 +6,16 @@ import uuid
 from collections.abc import Coroutine, Iterator
 from typing import Any
 
-from hbserve_rpc import EngineFailed, HBServeRpcError, InvalidRequest, PeerDied, PeerLost, RemoteError, RpcStream
+from hbserve_rpc import (
+    EngineFailed,
+    HBServeRpcError,
+    InvalidRequest,
+    Overloaded,
+    PeerDied,
+    PeerLost,
+    RemoteError,
+    RpcStream,
+)
 from hbserve_rpc.messages import (
     DECODE,
     END_CHOICE,
@@ -57,7 +66,8 @@ class Attempt:
             await self._run()
         except HBServeRpcError as error:
             self._record.error = str(error)
-            self._entry.was_on += self._lives
+            if not isinstance(error, Overloaded):  # who refuses has not computed it
+                self._entry.was_on += self._lives
             self._entry.num_tried = self._entry.num_delivered
             raise
         finally:
@@ -276,6 +286,9 @@ class Attempt:
         """Errors say whose they are; a lost instance is not used again until it has answered."""
         try:
             yield
+        except Overloaded as error:
+            instance.refused()
+            raise Overloaded(f"{instance.instance_id}: {error}", error.retry_after_s) from error
         except HBServeRpcError as error:
             self._entry.failed_on.add(instance.instance_id)
             self._doubt_link()

@@ -275,17 +275,7 @@ class CpuScheduler:
             except HBServeRpcError as error:
                 if entry.finish_reason:  # all tokens are delivered; what failed afterwards changes nothing
                     return
-                if isinstance(error, InvalidRequest | LogitsNotFinite):  # another instance would say the same
-                    raise
-                problems.append(f"attempt {len(entry.attempts)}: {error}")
-                logger.warning("request %s: %s", entry.request.request_id, problems[-1])
-                self.figures.failed_attempts[type(error).__name__] += 1
-                if len(entry.deaths) >= MOST_DEATHS:
-                    died = " and ".join(entry.deaths)
-                    why = f"it was on {died} as they died, and is tried on no other: it may be what they died of"
-                    raise RequestFailed("; ".join([*problems, why])) from error
-                if len(entry.attempts) >= self.config.max_attempts:
-                    raise RequestFailed("; ".join(problems)) from error
+                self._judge(entry, error, problems)
             finally:
                 placement.end()
             if entry.has_parted:
@@ -293,8 +283,27 @@ class CpuScheduler:
                 return
             placement = await self._next_placement(entry, problems)
 
+    def _judge(self, entry: ScheduledRequest, error: HBServeRpcError, problems: list[str]) -> None:
+        """An attempt has failed. Raises what ends the request; else it is to get another place."""
+        if isinstance(error, InvalidRequest | LogitsNotFinite):  # another instance would say the same
+            raise error
+        if isinstance(error, Overloaded) and entry.attempts[-1].first_token_s is None:
+            logger.debug("request %s is to be placed again: %s", entry.request.request_id, error)
+            entry.attempts.pop()  # who refuses has not begun: that was none
+            self.figures.num_refusals += 1
+            return
+        problems.append(f"attempt {len(entry.attempts)}: {error}")
+        logger.warning("request %s: %s", entry.request.request_id, problems[-1])
+        self.figures.failed_attempts[type(error).__name__] += 1
+        if len(entry.deaths) >= MOST_DEATHS:
+            died = " and ".join(entry.deaths)
+            why = f"it was on {died} as they died, and is tried on no other: it may be what they died of"
+            raise RequestFailed("; ".join([*problems, why])) from error
+        if len(entry.attempts) >= self.config.max_attempts:
+            raise RequestFailed("; ".join(problems)) from error
+        self.figures.num_retries += not entry.has_parted  # else each choice goes on by itself
+
     async def _next_placement(self, entry: ScheduledRequest, problems: Collection[str]) -> Placement:
-        self.figures.num_retries += 1
         placement = await self.retries.wait_for_place(entry, self.config.instance_wait_s)
         if placement is None:
             raise Unavailable("; ".join([*problems, self.fleet.why_nobody()]))
@@ -305,6 +314,7 @@ class CpuScheduler:
         moved = entry.kv_bytes, entry.kv_transfer_time_s
 
         async def follow(choice: ScheduledRequest) -> None:
+            self.figures.num_retries += 1
             try:
                 await self._attempts(choice, await self._next_placement(choice, problems), problems)
             finally:

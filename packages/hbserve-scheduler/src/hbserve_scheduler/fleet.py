@@ -10,6 +10,7 @@ from operator import attrgetter
 from hbserve_rpc.messages import InstanceInfo, Role
 from hbserve_scheduler.config import SchedulerConfig
 from hbserve_scheduler.errors import ConfigError, InstanceFailed, NotReady
+from hbserve_scheduler.health import SERVING
 from hbserve_scheduler.instances import InstanceHandle
 from hbserve_scheduler.links import Links
 from hbserve_scheduler.placement import Placement
@@ -68,7 +69,7 @@ class Fleet:
     def limiting_infos(self) -> list[InstanceInfo]:
         """Of the ready instances, those that take the shortest prompts and the fewest tokens: what no other refuses."""
         if self._limiting is None:
-            ready = [handle.info for handle in self.handles.values() if handle.status == "ready" and handle.info]
+            ready = [handle.info for handle in self.handles.values() if handle.status in SERVING and handle.info]
             bounds = (attrgetter("max_prompt_len"), attrgetter("vocab_size"))
             self._limiting = [min(ready, key=bound) for bound in bounds] if ready else []
         return self._limiting
@@ -79,7 +80,7 @@ class Fleet:
         self._on_change()
 
     def _look_at_info(self, handle: InstanceHandle) -> None:
-        """It is ready, or not any more, or another life."""
+        """It is in another state, or another life."""
         self._limiting = self._roles_there = None
         self._decodes = {each.epoch: each for each in self.handles.values() if each.role == "decode" and each.info}
         self._available[handle.role].look(handle)
@@ -166,7 +167,7 @@ class Fleet:
         """Whether each role that a request needs has an instance that is ready or loading its model."""
         if self._roles_there is None:
             self._roles_there = {
-                handle.role for handle in self.handles.values() if handle.status in ("ready", "starting")
+                handle.role for handle in self.handles.values() if handle.status in (*SERVING, "starting")
             }
         return "hybrid" in self._roles_there or {"prefill", "decode"} <= self._roles_there
 

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 
 from hbserve_rpc import HBServeRpcError, PeerLost
 from hbserve_rpc.messages import CONNECT, ConnectRequest
+from hbserve_scheduler.health import SERVING
 from hbserve_scheduler.instances import InstanceHandle
 from hbserve_scheduler.outage import Outage
 
@@ -33,8 +34,8 @@ class Links:
         """By the epochs of both instances."""
 
     def look(self) -> None:
-        """Keep links between those that are ready. To be called when an instance comes, goes, or is another life."""
-        ready = {handle.epoch: handle for handle in self._handles.values() if handle.status == "ready"}
+        """Keep links between those that serve. To be called when an instance comes, goes, or is another life."""
+        ready = {handle.epoch: handle for handle in self._handles.values() if handle.status in SERVING}
         for pair in [pair for pair in self._keeping if not ready.keys() >= set(pair)]:
             self._keeping.pop(pair).cancel()
         decodes = {

@@ -44,7 +44,7 @@ class Available:
 
     def look(self, handle: InstanceHandle) -> None:
         """To be called when it is there, or gone, or its load is another."""
-        if handle.status != "ready" or not self._has_room(handle):
+        if handle.status != "ready" or handle.is_full or not self._has_room(handle):
             self._ranks.pop(handle, None)
             return
         rank = self.policy(handle)

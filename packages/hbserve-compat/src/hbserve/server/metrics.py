@@ -7,6 +7,7 @@ Latencies are the scheduler's: what a client has felt, over prefill, KV and deco
 
 from collections.abc import Iterator, Mapping
 from itertools import accumulate
+from typing import get_args
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
@@ -17,7 +18,7 @@ from starlette.responses import Response
 
 from hbserve.server.service import ServedModel, Service
 from hbserve_rpc.histogram import Histogram
-from hbserve_rpc.messages import InstanceInfo, InstanceStats, SchedulerStats
+from hbserve_rpc.messages import InstanceInfo, InstanceStats, InstanceStatus, SchedulerStats
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 COUNTERS = {
@@ -27,6 +28,7 @@ COUNTERS = {
     "requests_aborted": "aborted_requests",
     "requests_rejected": "rejected_requests",
     "request_retries": "retries",
+    "request_placements_refused": "refusals",
 }
 INSTANCE_GAUGES = {
     "instance_active_requests": "active_requests",
@@ -102,6 +104,11 @@ def _of_instances(instances: list[InstanceStats]) -> Iterator[Metric]:
     for each in instances:
         up.add_metric([each.instance_id, each.role], int(each.status == "ready"))
     yield up
+    state = GaugeMetricFamily("hbserve:instance_state", "1 for the state that it is in.", labels=[*labels, "state"])
+    for each in instances:
+        for name in get_args(InstanceStatus):
+            state.add_metric([each.instance_id, each.role, name], int(each.status == name))
+    yield state
     for kind, names in ((GaugeMetricFamily, INSTANCE_GAUGES), (CounterMetricFamily, INSTANCE_COUNTERS)):
         for name, field in names.items():
             family = kind(f"hbserve:{name}", f"Of each instance: {field}.", labels=labels)

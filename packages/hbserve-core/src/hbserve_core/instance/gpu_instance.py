@@ -6,7 +6,6 @@ first message to its last block.
 
 import asyncio
 import logging
-import os
 import uuid
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from typing import Any
@@ -18,6 +17,7 @@ from hbserve_core.engine.runner import Runner
 from hbserve_core.errors import EngineStopped, InstanceFailed
 from hbserve_core.instance.engine_thread import EngineEvent, EngineThread
 from hbserve_core.instance.handover import Inbox, PrefillSend, wait_for_kv
+from hbserve_core.instance.reports import Reports
 from hbserve_core.instance.token_events import event_of, token_events
 from hbserve_core.ranks.make_runner import make_runner
 from hbserve_core.transfers.instance_transfers import InstanceTransfers, JointReceive
@@ -31,6 +31,7 @@ from hbserve_rpc.messages import (
     GENERATE,
     GRANT,
     PREFILL,
+    REPORTS,
     STATS,
     ConnectRequest,
     DecodeRequest,
@@ -39,8 +40,6 @@ from hbserve_rpc.messages import (
     GenerateRequest,
     Granted,
     GrantRequest,
-    InstanceInfo,
-    InstanceStats,
     InstanceStatus,
     PrefillRequest,
     TokenEvent,
@@ -69,6 +68,7 @@ class GpuInstance:
         self.runner: Runner | None = None
         self.transfers: InstanceTransfers | None = None
         self.num_requests = 0
+        self.reports = Reports(self)
         self._server = RpcServer(config.host, config.port, epoch=self.epoch, drops_closed=True)
         self._thread = EngineThread(self._make_engine, on_events=self._deliver, on_failure=self._fail)
         self._inboxes: dict[str, Inbox] = {}
@@ -99,8 +99,9 @@ class GpuInstance:
         """
         if self.config.role != "hybrid":
             await asyncio.to_thread(self.config.kv_transfer.check_host)
-        self._server.serve(DESCRIBE, self._describe)
-        self._server.serve(STATS, self._stats)
+        self._server.serve(DESCRIBE, self.reports.describe)
+        self._server.serve(STATS, self.reports.stats)
+        self._server.serve_stream(REPORTS, self.reports.follow)
         if self.config.role == "hybrid":
             self._server.serve_stream(GENERATE, self._generate)
             self._server.serve_notification(END_CHOICE, self._end_choice)
@@ -170,6 +171,7 @@ class GpuInstance:
         self.engine = engine
         if self.status == "starting":
             self.status = "ready"
+            self.reports.tell()
             logger.info("%s: ready on %s", self.config.instance_id, self.address)
 
     def _fail(self, error: Exception) -> None:
@@ -181,6 +183,7 @@ class GpuInstance:
             inbox.put_nowait(EngineFailed(f"{self.config.instance_id} failed: {self.error}"))
         if self.transfers is not None:
             self.transfers.lose_ranks()
+        self.reports.tell()
         self._has_failed.set()
 
     def _deliver(self, events: Sequence[EngineEvent]) -> None:
@@ -196,12 +199,26 @@ class GpuInstance:
         if self.status != "ready":
             raise Overloaded(f"{self.config.instance_id} is not ready, it is {self.status}")
 
-    def _open(self, request_id: str) -> Inbox:
+    def _require_room_for(self, num_tokens: int) -> None:
+        """Several schedulers may have the same idea, each by a report that is a second old. What the pool cannot hold
+        would wait here, and another instance may have nothing to do.
+
+        Raises Overloaded.
+        """
         self._require_ready()
-        if request_id in self._inboxes:
-            raise InvalidRequest(f"request_id={request_id!r} is in use")
+        assert self.engine is not None, "it is ready"
+        most = self.engine.blocks.num_blocks * self.config.block_size
+        if (given := self.reports.num_tokens) and given + num_tokens > most:
+            has = f"{self.config.instance_id} has prompts of {given} tokens, and takes {most} at a time"
+            raise Overloaded(f"{has}; this one is {num_tokens}")
+
+    def _open(self, request: GenerateRequest | PrefillRequest | DecodeRequest) -> Inbox:
+        self._require_ready()
+        if request.request_id in self._inboxes:
+            raise InvalidRequest(f"request_id={request.request_id!r} is in use")
         self.num_requests += 1
-        inbox = self._inboxes[request_id] = Inbox()
+        self.reports.begin(request)
+        inbox = self._inboxes[request.request_id] = Inbox()
         return inbox
 
     def _end(self, job: Coroutine[Any, Any, None]) -> None:
@@ -224,9 +241,10 @@ class GpuInstance:
         finally:
             # Not earlier: what a step under way still says of this request is not for another one of this id.
             self._inboxes.pop(request_id, None)
+            self.reports.end(request_id)
 
     async def _generate(self, request: GenerateRequest) -> AsyncIterator[TokenEvent]:
-        inbox = self._open(request.request_id)
+        inbox = self._open(request)
         try:
             await self._begin(request)
             async for event in token_events(inbox, request.params.n):
@@ -249,7 +267,8 @@ class GpuInstance:
         await self._last_call(lambda engine: engine.release_choice(request.request_id, request.choice))
 
     async def _prefill(self, request: PrefillRequest) -> AsyncIterator[TokenEvent | TransferDone]:
-        inbox = self._open(request.request_id)
+        self._require_room_for(len(request.prompt_token_ids) + len(request.output_token_ids))
+        inbox = self._open(request)
         sending = PrefillSend(self._require_transfers(), request, self.config.block_size, inbox)
         try:
             await self._begin(request)
@@ -288,7 +307,7 @@ class GpuInstance:
         await sending.close()
 
     async def _decode(self, request: DecodeRequest) -> AsyncIterator[Granted | TokenEvent]:
-        inbox = self._open(request.request_id)
+        inbox = self._open(request)
         posted: PostedReceive | JointReceive | None = None
         num_blocks = 0
         try:
@@ -329,65 +348,3 @@ class GpuInstance:
     def _require_transfers(self) -> InstanceTransfers:
         assert self.transfers is not None, "a ready prefill or decode instance has them"
         return self.transfers
-
-    # ---- what it says of itself ----------------------------------------------------------------------------------
-
-    async def _describe(self, _: Empty) -> InstanceInfo:
-        config, engine, runner = self.config, self.engine, self.runner
-        known: dict[str, Any] = {}
-        if engine is not None and runner is not None:
-            known = {
-                "max_model_len": runner.model_config.max_model_len,
-                "max_num_seqs": config.max_num_seqs,
-                "max_prompt_len": engine.limits.max_prompt_len,
-                "vocab_size": runner.model_config.vocab_size,
-                "num_blocks": engine.blocks.num_blocks,
-                "device": str(runner.device),
-                "dtype": str(runner.dtype).removeprefix("torch."),
-            }
-        return InstanceInfo(
-            config.instance_id,
-            config.role,
-            self.epoch,
-            self.status,
-            model=config.model_path,
-            block_size=config.block_size,
-            kv_backend=config.kv_transfer.backend if config.role != "hybrid" else "",
-            kv_endpoint=self.transfers.endpoint if self.transfers is not None and config.role == "decode" else b"",
-            pid=os.getpid(),
-            error=self.error,
-            **known,
-        )
-
-    async def _stats(self, _: Empty) -> InstanceStats:
-        transfers: dict[str, Any] = {}
-        if self.transfers is not None:
-            kv = await self.transfers.stats()
-            transfers = {
-                "active_transfers": kv.active_transfers,
-                "buffered_bytes": kv.buffered_bytes,
-                "kv_bytes_sent": kv.bytes_sent,
-                "kv_bytes_received": kv.bytes_received,
-                "kv_transfer_time_s": kv.busy_time_s,
-                "failed_transfers": kv.num_failed,
-                "dropped_messages": kv.dropped_messages,
-            }
-        config, engine = self.config, self.engine_stats
-        return InstanceStats(
-            config.instance_id,
-            config.role,
-            self.status,
-            self.epoch,
-            active_requests=self.num_active,
-            waiting_requests=engine.num_waiting,
-            running_requests=engine.num_running,
-            num_blocks=engine.num_blocks,
-            free_blocks=engine.num_free_blocks,
-            quarantined_blocks=engine.num_quarantined_blocks,
-            total_requests=self.num_requests,
-            generated_tokens=engine.num_generated_tokens,
-            prefill_tokens=engine.num_prefill_tokens,
-            cached_tokens=engine.num_cached_tokens,
-            preemptions=engine.num_preemptions,
-            **transfers,
-        )

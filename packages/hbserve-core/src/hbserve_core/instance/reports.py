@@ -1,0 +1,152 @@
+"""Reports of an instance on itself: its description, its figures, and how much it was given by whom."""
+
+import asyncio
+import contextlib
+import os
+from collections.abc import AsyncGenerator
+from typing import Any, Protocol
+
+from hbserve_core.config import InstanceConfig
+from hbserve_core.engine.engine import Engine
+from hbserve_core.engine.outputs import EngineStats
+from hbserve_core.engine.runner import Runner
+from hbserve_core.transfers.instance_transfers import InstanceTransfers
+from hbserve_rpc.messages import (
+    DecodeRequest,
+    Empty,
+    GenerateRequest,
+    InstanceInfo,
+    InstanceReport,
+    InstanceStats,
+    InstanceStatus,
+    PrefillRequest,
+    ReportsRequest,
+)
+from hbserve_rpc.methods import asking_client
+
+
+class Reported(Protocol):
+    """What is looked at: a GpuInstance."""
+
+    config: InstanceConfig
+    epoch: str
+    status: InstanceStatus
+    error: str
+    engine: Engine | None
+    runner: Runner | None
+    transfers: InstanceTransfers | None
+    num_requests: int
+
+    @property
+    def num_active(self) -> int: ...
+
+    @property
+    def engine_stats(self) -> EngineStats: ...
+
+
+class Reports:
+    """Answers DESCRIBE, STATS and REPORTS of one instance. Belongs to its event loop."""
+
+    def __init__(self, instance: Reported) -> None:
+        self._instance = instance
+        self._given: dict[str, tuple[bytes, int, int]] = {}
+        """Requests by their ids: who gave it, how many choices it has, and how many tokens came with it."""
+        self._news = asyncio.Event()
+
+    def begin(self, request: GenerateRequest | PrefillRequest | DecodeRequest) -> None:
+        """A request has come from whoever asks now."""
+        num_tokens = len(request.prompt_token_ids) + len(request.output_token_ids)
+        self._given[request.request_id] = asking_client.get(), request.params.n, num_tokens
+
+    def end(self, request_id: str) -> None:
+        """It holds nothing any more."""
+        self._given.pop(request_id, None)
+
+    @property
+    def num_tokens(self) -> int:
+        """That came with the requests which it has."""
+        return sum(tokens for _, _, tokens in self._given.values())
+
+    def tell(self) -> None:
+        """Its status is another: whoever hears its reports hears so at once."""
+        self._news.set()
+        self._news = asyncio.Event()
+
+    async def follow(self, request: ReportsRequest) -> AsyncGenerator[InstanceInfo | InstanceReport]:
+        client = asking_client.get()
+        info: InstanceInfo | None = None
+        report: InstanceReport | None = None
+        while True:
+            news = self._news
+            if info != (info := await self.describe(Empty())):
+                yield info
+            others = [each for each in self._given.values() if each[0] != client]
+            sums = sum(each[1] for each in others), sum(each[2] for each in others)
+            if report != (report := InstanceReport(await self.stats(Empty()), *sums)):
+                yield report
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(request.interval_s):
+                    await news.wait()
+
+    async def describe(self, _: Empty) -> InstanceInfo:
+        instance = self._instance
+        config, engine, runner = instance.config, instance.engine, instance.runner
+        known: dict[str, Any] = {}
+        if engine is not None and runner is not None:
+            known = {
+                "max_model_len": runner.model_config.max_model_len,
+                "max_num_seqs": config.max_num_seqs,
+                "max_prompt_len": engine.limits.max_prompt_len,
+                "vocab_size": runner.model_config.vocab_size,
+                "num_blocks": engine.blocks.num_blocks,
+                "device": str(runner.device),
+                "dtype": str(runner.dtype).removeprefix("torch."),
+            }
+        transfers = instance.transfers
+        return InstanceInfo(
+            config.instance_id,
+            config.role,
+            instance.epoch,
+            instance.status,
+            model=config.model_path,
+            block_size=config.block_size,
+            kv_backend=config.kv_transfer.backend if config.role != "hybrid" else "",
+            kv_endpoint=transfers.endpoint if transfers is not None and config.role == "decode" else b"",
+            pid=os.getpid(),
+            error=instance.error,
+            **known,
+        )
+
+    async def stats(self, _: Empty) -> InstanceStats:
+        instance = self._instance
+        transfers: dict[str, Any] = {}
+        if instance.transfers is not None:
+            kv = await instance.transfers.stats()
+            transfers = {
+                "active_transfers": kv.active_transfers,
+                "buffered_bytes": kv.buffered_bytes,
+                "kv_bytes_sent": kv.bytes_sent,
+                "kv_bytes_received": kv.bytes_received,
+                "kv_transfer_time_s": kv.busy_time_s,
+                "failed_transfers": kv.num_failed,
+                "dropped_messages": kv.dropped_messages,
+            }
+        config, engine = instance.config, instance.engine_stats
+        return InstanceStats(
+            config.instance_id,
+            config.role,
+            instance.status,
+            instance.epoch,
+            active_requests=instance.num_active,
+            waiting_requests=engine.num_waiting,
+            running_requests=engine.num_running,
+            num_blocks=engine.num_blocks,
+            free_blocks=engine.num_free_blocks,
+            quarantined_blocks=engine.num_quarantined_blocks,
+            total_requests=instance.num_requests,
+            generated_tokens=engine.num_generated_tokens,
+            prefill_tokens=engine.num_prefill_tokens,
+            cached_tokens=engine.num_cached_tokens,
+            preemptions=engine.num_preemptions,
+            **transfers,
+        )
