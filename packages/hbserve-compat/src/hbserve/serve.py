@@ -144,6 +144,7 @@ class _Deployment:
         await together(*beginning)
         self._is_ready = True
         self._instances.restart_the_dead(self._ending.by_death)
+        own_process.freeze_heap()
         if self._front_end is not None:
             sys.stderr.write(self._how_to_ask(self._front_end))
 

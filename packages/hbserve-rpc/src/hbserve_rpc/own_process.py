@@ -9,6 +9,7 @@ ends anything; where SIGCHLD is ignored, nobody learns how a child has ended.
 
 import asyncio
 import contextlib
+import gc
 import os
 import resource
 import signal
@@ -39,6 +40,14 @@ def end_at_once_by_ctrl_c() -> None:
     """Ctrl-C ends this process as SIGTERM does wherever neither is handled: without a traceback, at any moment."""
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def freeze_heap() -> None:
+    """Let the garbage collector look at no object again that exists now: those of modules, mostly. To be called when
+    everything is loaded: a full collection through torch's objects stops all threads for a tenth of a second or two, in
+    the middle of a step or of an answer."""
+    gc.collect()
+    gc.freeze()
 
 
 @contextlib.contextmanager

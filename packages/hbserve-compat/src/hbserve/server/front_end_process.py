@@ -47,6 +47,7 @@ async def _begin(settings: FrontEndSettings, front_end: FrontEnd, server: Schedu
         await server.scheduler.add_instance(*instance)
     await front_end.begin(settings.model_name, Path(settings.model_folder), server)
     await front_end.start()
+    own_process.freeze_heap()
     sys.stdout.write(json.dumps({"address": server.address}) + "\n")
     sys.stdout.flush()
 

@@ -10,6 +10,7 @@ answers DESCRIBE with the reason for FAILED_LINGER_S more, so that whoever polls
 """
 
 import asyncio
+import contextlib
 import json
 import logging
 import os
@@ -44,6 +45,7 @@ async def run_instance(config: InstanceConfig, *, announce: bool = False, stop: 
         InstanceFailed: the model does not load, or the engine has failed; says why.
     """
     stop = stop or asyncio.Event()
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
     instance = GpuInstance(config)
     with own_process.on_ending_signals(lambda _: stop.set()):
         try:
@@ -62,14 +64,21 @@ async def run_instance(config: InstanceConfig, *, announce: bool = False, stop: 
 
 async def _serve(instance: GpuInstance, stop: asyncio.Event) -> None:
     stopping, failing = asyncio.create_task(stop.wait()), asyncio.create_task(instance.wait_failed())
+    freezing = asyncio.create_task(_freeze_when_ready(instance))
     try:
         await asyncio.wait([stopping, failing], return_when=asyncio.FIRST_COMPLETED)
         if failing.done():
             await asyncio.wait([stopping], timeout=FAILED_LINGER_S)
             raise InstanceFailed(failing.result())
     finally:
-        stopping.cancel()
-        failing.cancel()
+        for task in (stopping, failing, freezing):
+            task.cancel()
+
+
+async def _freeze_when_ready(instance: GpuInstance) -> None:
+    with contextlib.suppress(InstanceFailed):  # `wait_failed` says so too
+        await instance.wait_ready()
+        own_process.freeze_heap()
 
 
 async def _serve_launcher(config: InstanceConfig) -> None:
@@ -99,7 +108,6 @@ def main() -> int:
     logging.basicConfig(
         level=config.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr
     )
-    sys.setswitchinterval(SWITCH_INTERVAL_S)
     status = 0
     try:
         asyncio.run(_serve_launcher(config))

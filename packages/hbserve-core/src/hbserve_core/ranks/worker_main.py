@@ -116,6 +116,7 @@ def main() -> int:
         reporter.start()
         when_parent_ends(steps.end)
         runner = _make_runner(settings, reporter)
+        own_process.freeze_heap()
         reporter.say(RankReport("ready", transfer_address=_serve_transfers(settings, runner)))
         follow(runner, steps)
     except Exception as error:  # rank 0 tells it to whoever wants to know
