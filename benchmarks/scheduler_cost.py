@@ -29,7 +29,7 @@ from hbserve_rpc.messages import (
     TokenEvent,
     TransferDone,
 )
-from hbserve_scheduler import CpuScheduler, SchedulerConfig, instances
+from hbserve_scheduler import CpuScheduler, SchedulerConfig
 
 ROUNDS = 5
 """Each figure is the best of so many, in processor time: what else runs makes it larger, nothing makes it smaller."""
@@ -96,7 +96,7 @@ class StubStream(AsyncIterator[Any]):
 @contextlib.asynccontextmanager
 async def scheduling(num_instances: int, **settings: Any) -> AsyncIterator[CpuScheduler]:
     """A scheduler of so many instances, half of them of each role, all connected; of none, nothing is started."""
-    scheduler = CpuScheduler(SchedulerConfig(heartbeat_interval_s=600, **settings))
+    scheduler = CpuScheduler(SchedulerConfig(heartbeat_interval_s=600, **settings), client_factory=StubClient)
     for i in range(num_instances):
         role: Role = "decode" if i % 2 else "prefill"
         await scheduler.add_instance(f"{role[0]}{i}", role, f"{role[0]}{i}:1")
@@ -182,7 +182,6 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, nargs="+", default=[16, 1000])
     parser.add_argument("--count", type=int, default=400, help="requests of each measurement")
     arguments = parser.parse_args()
-    instances.RpcClient = StubClient  # type: ignore[assignment,misc]
     asyncio.run(measure(arguments.waiting, arguments.instances, arguments.prompts, arguments.count))
 
 

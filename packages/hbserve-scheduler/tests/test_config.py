@@ -38,7 +38,11 @@ WRONG: list[tuple[Any, list[str]]] = [
     # choices
     ({"gpu_instances": [PREFILL | {"instance_type": "prefil"}]}, ["gpu_instances[0].instance_type='prefil'", "hybrid"]),
     ({"model": {"dtype": "fp16"}}, ["model.dtype='fp16'", "auto, float32, bfloat16, float16"]),
-    ({"scheduler": {"decode_policy": "random"}}, ["scheduler.decode_policy='random'", "round_robin, least_loaded"]),
+    (
+        {"scheduler": {"decode_policy": "random"}},
+        ["scheduler.decode_policy='random'", "least_loaded, power_of_two"],
+    ),
+    ({"scheduler": {"prefill_policy": "a:b:c"}}, ["scheduler.prefill_policy='a:b:c'", "'module:Class' of your own"]),
     # ranges
     ({"model": {"tensor_parallel_size": 0}}, ["model.tensor_parallel_size=0", "at least 1"]),
     (

@@ -545,7 +545,7 @@ IMPOSSIBLE = {
 
 
 @pytest.mark.parametrize("case", IMPOSSIBLE)
-def test_tokens_that_a_request_cannot_have_are_an_error_of_the_instance(ask, case):
+async def test_tokens_that_a_request_cannot_have_are_an_error_of_the_instance(ask, case):
     entry = ScheduledRequest(ask(max_tokens=4))
     with pytest.raises(RemoteError, match=r"cannot have|are missing"):
         entry.deliver(IMPOSSIBLE[case])

@@ -1,6 +1,8 @@
 """What waits and who takes it, kept so that neither takes longer the more there are: equal to a look at all of them."""
 
 import itertools
+import sys
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -9,16 +11,27 @@ from hypothesis import strategies as st
 
 from hbserve_rpc import SamplingParams
 from hbserve_rpc.messages import GenerateRequest, InstanceInfo, Role
-from hbserve_scheduler import SchedulerConfig
+from hbserve_rpc.prompt_shape import PromptShape
+from hbserve_scheduler import ConfigError, SchedulerConfig
 from hbserve_scheduler.admission import WaitingRequests
 from hbserve_scheduler.fleet import Fleet
 from hbserve_scheduler.instances import InstanceHandle
-from hbserve_scheduler.policies import POLICIES, SPARE_ENTRIES, Available
+from hbserve_scheduler.policies import (
+    SPARE_ENTRIES,
+    Available,
+    LowestRank,
+    PowerOfTwo,
+    least_loaded,
+    make_policy,
+    round_robin,
+)
 from hbserve_scheduler.request import ScheduledRequest
+
+PROMPT = PromptShape(4)
 
 
 def entry(name: int) -> ScheduledRequest:
-    return ScheduledRequest(GenerateRequest(str(name), [1], SamplingParams(0, 4)))
+    return ScheduledRequest(GenerateRequest(str(name), [1], SamplingParams(0, 4)), submitted_s=0)
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
@@ -52,12 +65,12 @@ def ready_handle(role: Role, name: str, turn: int) -> InstanceHandle:
     return handle
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("rank", [round_robin, least_loaded])
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(changes=st.lists(st.tuples(st.integers(0, 4), st.integers(0, 3), st.booleans()), max_size=120))
-def test_the_first_by_a_policy_is_the_one_that_a_look_at_all_of_them_finds(policy, changes):
+def test_the_first_by_a_policy_is_the_one_that_a_look_at_all_of_them_finds(rank, changes):
     handles = [ready_handle("prefill", f"p{i}", i) for i in range(5)]
-    available = Available(POLICIES[policy], lambda each: each.num_inflight < 3)
+    available = Available(LowestRank(rank), lambda each: each.num_inflight < 3)
     turns = itertools.count(10)
     for number, load, is_given in changes:
         handle = handles[number]
@@ -68,9 +81,71 @@ def test_the_first_by_a_policy_is_the_one_that_a_look_at_all_of_them_finds(polic
         assert set(available) == set(there)
         assert all(each.num_inflight < 3 for each in there)
         if there:
-            assert available.first() is min(there, key=POLICIES[policy])
+            assert available.choose(PROMPT) is min(there, key=rank)
             assert available.least_load() == min(each.load for each in there)
-    assert len(available._heap) <= 2 * len(handles) + SPARE_ENTRIES + 1
+        assert all(available[i] in there for i in range(len(available)))
+    assert len(available._by_rank._heap) <= 2 * len(handles) + SPARE_ENTRIES + 1
+
+
+def all_available(policy: Any, loads: list[int]) -> Available:
+    available = Available(policy, lambda _: True)
+    for number, load in enumerate(loads):
+        handle = ready_handle("prefill", f"p{number}", number)
+        handle.load = load
+        available.look(handle)
+    return available
+
+
+def test_the_power_of_two_choices_takes_neither_the_busiest_nor_always_the_idlest():
+    loads = [5, 0, 3, 9, 1, 7]
+    available = all_available(PowerOfTwo(), loads)
+    chosen = Counter(available.choose(PROMPT).load for _ in range(600))
+    assert chosen[9] == 0, "of any two instances, the other one has less to do"
+    assert set(chosen) == {0, 1, 3, 5, 7}, "else all schedulers would take the same one until its next report"
+    assert chosen[0] == pytest.approx(200, abs=100), "one pair in three has the idlest one in it"
+
+
+def test_one_of_one_instance_and_the_idler_of_two_is_chosen():
+    assert all_available(PowerOfTwo(), [4]).choose(PROMPT).load == 4
+    two = all_available(PowerOfTwo(), [4, 3])
+    assert {two.choose(PROMPT).load for _ in range(50)} == {3}
+
+
+class LongPromptsLast:
+    """A policy of a user's own."""
+
+    def choose(self, candidates: Any, prompt: PromptShape) -> InstanceHandle:
+        return candidates[-1] if prompt.num_tokens > 100 else candidates[0]
+
+
+class Broken:
+    def choose(self, candidates: Any, prompt: PromptShape) -> InstanceHandle:
+        if prompt.num_tokens > 100:
+            raise ZeroDivisionError
+        return object()  # type: ignore[return-value]
+
+
+def test_a_users_own_policy_is_found_by_its_place_and_sees_the_prompt(monkeypatch, tmp_path):
+    own = "class Last:\n    def choose(self, candidates, prompt): return candidates[-1]\n"
+    (tmp_path / "own_policy.py").write_text(own)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", [*sys.path])
+    assert all_available(make_policy("key", "own_policy:Last"), [1, 2]).choose(PROMPT).load == 2
+    mine = all_available(LongPromptsLast(), [1, 2, 3])
+    assert [mine.choose(PromptShape(length)).load for length in (5, 500)] == [1, 3]
+    assert mine.choose(PromptShape(500), mine[:2]).load == 2, "and only what it may choose"
+
+
+@pytest.mark.parametrize("name", ["no_such_module:Class", "json:NoSuchClass", "json:dumps", "json:JSONEncoder", "rr"])
+def test_a_policy_that_is_none_is_refused_by_its_name(name):
+    with pytest.raises(ConfigError, match=rf"scheduler\.prefill_policy='{name}'"):
+        make_policy("scheduler.prefill_policy", name)
+
+
+@pytest.mark.parametrize(("length", "problem"), [(5, "none of the candidates"), (500, "ZeroDivisionError")])
+def test_a_policy_that_fails_stops_no_request(caplog, length, problem):
+    assert all_available(Broken(), [4, 3, 6]).choose(PromptShape(length)).load == 3
+    assert problem in caplog.text
 
 
 async def fleet_of(num_instances: int, **settings: Any) -> Fleet:
@@ -91,11 +166,10 @@ async def fleet_of(num_instances: int, **settings: Any) -> Fleet:
 
 
 async def test_a_place_is_found_without_a_look_at_every_instance(monkeypatch):
-    fleet, looked = await fleet_of(400), []
+    fleet, looked = await fleet_of(400, prefill_policy="least_loaded", decode_policy="least_loaded"), []
     for available in fleet._available.values():
-        policy = available.policy
-        monkeypatch.setattr(available, "policy", lambda each, policy=policy: looked.append(each) or policy(each))
-        monkeypatch.setattr(available, "least_load", lambda: 0)
+        monkeypatch.setattr(available, "look", lambda each, look=available.look: looked.append(each) or look(each))
+        monkeypatch.setattr(Available, "__iter__", lambda _: pytest.fail("it looked at all of them"))
     places = []
     for _ in range(100):
         assert fleet.has_room()

@@ -1,7 +1,7 @@
 """What is kept, counted and logged of a request that has ended."""
 
+import asyncio
 import logging
-from types import SimpleNamespace
 
 import pytest
 
@@ -87,12 +87,13 @@ async def test_a_failure_and_an_abort_are_counted_but_are_no_latencies(
     pair[1].release()
 
 
-def test_messages_of_tokens_are_counted_by_the_time_between_them(ask, monkeypatch):
+async def test_messages_of_tokens_are_counted_by_the_time_between_them(ask, monkeypatch):
     figures = Figures()
     entry = ScheduledRequest(ask(max_tokens=5), figures, submitted_s=0)
     for now_s, index, tokens in [(1, 0, [5]), (1.004, 1, [6]), (1.03, 2, [7, 8, 9]), (1.031, 4, [9])]:
-        monkeypatch.setattr("hbserve_scheduler.request.time", SimpleNamespace(monotonic=lambda now_s=now_s: now_s))
-        entry.deliver(TokenEvent(index, tokens))
+        with monkeypatch.context() as patch:
+            patch.setattr(asyncio.get_running_loop(), "time", lambda now_s=now_s: now_s)
+            entry.deliver(TokenEvent(index, tokens))
     entry.count()
     found = {
         bound: n for bound, n in zip(figures.between_tokens.bounds, figures.between_tokens.counts, strict=False) if n

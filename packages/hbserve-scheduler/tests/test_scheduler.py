@@ -1,9 +1,9 @@
 """What CpuScheduler asks of instances, in which order, and what its clients read."""
 
 import asyncio
-import time
+import contextlib
 from array import array
-from types import SimpleNamespace
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -301,7 +301,7 @@ async def test_requests_beyond_the_queue_are_refused_as_overload(make_scheduler,
     await until(lambda: pair[0].requests)
     streams += [scheduler.submit(ask("r1")), scheduler.submit(ask("r2"))]
     for waited_s, after_s in ((0, 1), (16, 8), (1000, 60)):  # half of what the first one has waited, within bounds
-        scheduler.waiting_requests[0].submitted_s = time.monotonic() - waited_s
+        scheduler.waiting_requests[0].submitted_s = asyncio.get_running_loop().time() - waited_s
         with pytest.raises(Overloaded, match=r"2 requests are waiting, which is scheduler\.max_queue_size") as refused:
             scheduler.submit(ask("r3"))
         assert refused.value.retry_after_s == pytest.approx(after_s, abs=2)
@@ -473,16 +473,20 @@ async def test_stop_after_the_last_token_aborts_nothing(make_scheduler, pair, as
     assert (stats.completed_requests, stats.aborted_requests) == (1, 0)
 
 
-def clock(now_s: float) -> SimpleNamespace:
-    """In place of the module `time`."""
-    return SimpleNamespace(monotonic=lambda: now_s, time=lambda: 1e9 + now_s)
+@contextlib.contextmanager
+def clock(now_s: float) -> Iterator[None]:
+    """The event loop's, of which all of the scheduler's times are, stands at `now_s`; nothing may be awaited then."""
+    loop = asyncio.get_running_loop()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "time", lambda: now_s)
+        yield
 
 
-def test_the_times_of_a_request_are_of_its_submission_and_its_tokens(ask, monkeypatch):
+async def test_the_times_of_a_request_are_of_its_submission_and_its_tokens(ask):
     entry = ScheduledRequest(ask(), submitted_s=10, arrivals=array("d", [13]), output=[100, 101, 102, 103])
     entry.attempts.append(AttemptRecord(2, "p0"))
-    monkeypatch.setattr("hbserve_scheduler.request.time", clock(19))
-    entry.finish("length")
+    with clock(19):
+        entry.finish("length")
     end = entry.events.popleft()
     # Three tokens come after the first, in six seconds.
     assert (end.queue_time_s, end.ttft_s, end.tpot_s, end.e2e_s) == (2, 3, 2, 9)
@@ -501,14 +505,12 @@ def test_the_times_of_a_request_are_of_its_submission_and_its_tokens(ask, monkey
     ids=["one by one", "the first again with the second", "the first twice", "both at once", "no second", "none"],
 )
 @pytest.mark.parametrize("known", [0, 2])
-def test_the_handoff_is_from_the_first_token_that_a_client_gets_to_the_second(
-    ask, monkeypatch, events, handoff_s, known
-):
+async def test_the_handoff_is_from_the_first_token_that_a_client_gets_to_the_second(ask, events, handoff_s, known):
     """Whether or not it has `known` tokens of an earlier attempt already."""
     entry = ScheduledRequest(ask(max_tokens=9, output_token_ids=[100 + i for i in range(known)]))
     for now_s, tokens in events:
-        monkeypatch.setattr("hbserve_scheduler.request.time", clock(now_s))
-        entry.deliver(TokenEvent(tokens[0] - 100 + known, [token + known for token in tokens]))
+        with clock(now_s):
+            entry.deliver(TokenEvent(tokens[0] - 100 + known, [token + known for token in tokens]))
     assert entry.record().handoff_s == handoff_s
     entry.finish("length")
     while not isinstance(end := entry.events.popleft(), RequestFinished):

@@ -6,16 +6,7 @@ import uuid
 from collections.abc import Coroutine, Iterator
 from typing import Any
 
-from hbserve_rpc import (
-    EngineFailed,
-    HBServeRpcError,
-    InvalidRequest,
-    Overloaded,
-    PeerDied,
-    PeerLost,
-    RemoteError,
-    RpcStream,
-)
+from hbserve_rpc import EngineFailed, HBServeRpcError, InvalidRequest, Overloaded, PeerDied, PeerLost, RemoteError
 from hbserve_rpc.messages import (
     DECODE,
     END_CHOICE,
@@ -32,6 +23,7 @@ from hbserve_rpc.messages import (
     TransferDone,
 )
 from hbserve_rpc.records import AttemptRecord
+from hbserve_scheduler.instance_client import InstanceStream
 from hbserve_scheduler.instances import InstanceHandle
 from hbserve_scheduler.placement import Placement
 from hbserve_scheduler.request import ScheduledRequest
@@ -151,7 +143,7 @@ class Attempt:
                 grant = await self._reserve(decode, events)
                 await self._both(self._prefill(prefill, grant), self._decode(decode, events))
 
-    async def _reserve(self, decode: InstanceHandle, events: RpcStream[Granted | TokenEvent]) -> bytes:
+    async def _reserve(self, decode: InstanceHandle, events: InstanceStream[Granted | TokenEvent]) -> bytes:
         """Wait for room on D; returns the grant."""
         with self._naming(decode):
             granted = await anext(events, None)
@@ -166,7 +158,7 @@ class Attempt:
         return granted.grant
 
     async def _grant_and_decode(
-        self, prefill: InstanceHandle, decode: InstanceHandle, events: RpcStream[Granted | TokenEvent]
+        self, prefill: InstanceHandle, decode: InstanceHandle, events: InstanceStream[Granted | TokenEvent]
     ) -> None:
         """D's leg where P computes already."""
         try:
@@ -256,7 +248,7 @@ class Attempt:
         self._record.computed = [(now_s - each.age_s, each.count) for each in done.computed]
         self._record.pushed = [(now_s - each.age_s, each.count) for each in done.pushed]
 
-    async def _decode(self, instance: InstanceHandle, events: RpcStream[Granted | TokenEvent]) -> None:
+    async def _decode(self, instance: InstanceHandle, events: InstanceStream[Granted | TokenEvent]) -> None:
         num_delivered = len(self._entry.output)
         # With its first token P sends these too, which D does not have.
         expects_more = self._entry.request.params.prompt_logprobs is not None and num_delivered == 0

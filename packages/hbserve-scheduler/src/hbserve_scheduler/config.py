@@ -4,7 +4,7 @@ Settings that every instance takes as they are come from `hbserve_rpc.settings`,
 """
 
 from collections.abc import Callable
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import msgspec
 
@@ -19,7 +19,6 @@ from hbserve_rpc.settings import (
     KVTransferSettings,
 )
 
-Policy = Literal["round_robin", "least_loaded"]
 S = TypeVar("S", bound=msgspec.Struct)
 
 
@@ -97,8 +96,10 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     host: str = "127.0.0.1"
     """Where it serves clients; 0.0.0.0 and :: are every address of its machine."""
     port: Annotated[int, PORT] = 5550
-    prefill_policy: Policy = "least_loaded"
-    decode_policy: Policy = "least_loaded"
+    prefill_policy: str = "power_of_two"
+    """Which instance takes the next request: round_robin, least_loaded, power_of_two, the name of an entry point in the
+    group `hbserve_scheduler.policies`, or `module:Class`."""
+    decode_policy: str = "power_of_two"
     """Of hybrid instances too."""
     max_queue_size: Annotated[int, POSITIVE] = 4096
     """Requests beyond this are refused as overload."""

@@ -13,6 +13,7 @@ from hbserve_rpc.plain_values import LARGEST_INT, plain_text, shown
 from hbserve_rpc.settings import PORT, out_of_bounds
 from hbserve_scheduler.config import DeploymentConfig, InstanceSection
 from hbserve_scheduler.errors import ConfigError
+from hbserve_scheduler.policies import check_policy
 
 UNITS = {"": 1, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 ONE_IP_VERSION = ("nccl", "mooncake")
@@ -46,6 +47,8 @@ def check(config: DeploymentConfig) -> None:
             f"scheduler.heartbeat_timeout_s={config.scheduler.heartbeat_timeout_s!r}: expected more than "
             f"scheduler.heartbeat_interval_s={config.scheduler.heartbeat_interval_s!r}, or every instance seems lost"
         )
+    for key in ("prefill_policy", "decode_policy"):
+        check_policy(f"scheduler.{key}", getattr(config.scheduler, key))
     parse_size("kv_transfer.buffer_size", config.kv_transfer.buffer_size)
     _check_server(config)
     _require_plain(config)

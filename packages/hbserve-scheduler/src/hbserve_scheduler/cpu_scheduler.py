@@ -7,7 +7,15 @@ import time
 from collections.abc import Collection
 from itertools import takewhile
 
-from hbserve_rpc import HBServeRpcError, InvalidRequest, LogitsNotFinite, Overloaded, RequestTimeout, Unavailable
+from hbserve_rpc import (
+    HBServeRpcError,
+    InvalidRequest,
+    LogitsNotFinite,
+    Overloaded,
+    RequestTimeout,
+    RpcClient,
+    Unavailable,
+)
 from hbserve_rpc.messages import FinishReason, GenerateRequest, Role, SchedulerStats, ServiceInfo
 from hbserve_rpc.plain_values import plain_id
 from hbserve_rpc.records import RequestRecord
@@ -17,6 +25,7 @@ from hbserve_scheduler.config import SchedulerConfig
 from hbserve_scheduler.errors import RequestFailed
 from hbserve_scheduler.figures import Figures
 from hbserve_scheduler.fleet import Fleet
+from hbserve_scheduler.instance_client import ClientFactory
 from hbserve_scheduler.placement import Placement
 from hbserve_scheduler.request import EventStream, ScheduledRequest
 from hbserve_scheduler.retries import Retries
@@ -32,13 +41,20 @@ SOONEST_RETRY_S, LATEST_RETRY_S = 1.0, 60.0
 
 
 class CpuScheduler:
-    """Lives in the event loop that ran `start`; no thread, no torch, no tokenizer.
+    """Lives in the event loop that ran `start`, whose time is its own; no thread, no torch, no tokenizer.
 
     To schedule differently, override `_schedule_waiting_requests`. Its tools are `waiting_requests`, `has_room()` and
     `start_request(entry)`.
     """
 
-    def __init__(self, config: SchedulerConfig | None = None, *, model_path: str = "") -> None:
+    def __init__(
+        self,
+        config: SchedulerConfig | None = None,
+        *,
+        model_path: str = "",
+        client_factory: ClientFactory = RpcClient,
+    ) -> None:
+        """client_factory: makes the connection to each instance; a simulator has its own."""
         self.config = config or SchedulerConfig()
         self.model_path = model_path
         """What `info` tells clients."""
@@ -46,7 +62,7 @@ class CpuScheduler:
         self.running_requests: dict[str, ScheduledRequest] = {}
         self._changed = asyncio.Event()
         self._room = Room()
-        self.fleet = Fleet(self.config, self._changed.set)
+        self.fleet = Fleet(self.config, self._changed.set, client_factory)
         self.retries = Retries(self.fleet, self._changed.set)
         self._scheduling: asyncio.Task[None] | None = None
         self._missing_since_s: float | None = None
@@ -136,7 +152,7 @@ class CpuScheduler:
 
     def _half_a_queue_s(self) -> float:
         """About when half of a full queue will have begun: who came now would wait as long as the first one has."""
-        first_s = time.monotonic() - self.waiting_requests[0].submitted_s
+        first_s = asyncio.get_running_loop().time() - self.waiting_requests[0].submitted_s
         return min(max(first_s / 2, SOONEST_RETRY_S), LATEST_RETRY_S)
 
     async def wait_for_room(self) -> None:
@@ -228,7 +244,7 @@ class CpuScheduler:
         timeout_s = self.config.request_timeout_s
         if timeout_s is None:
             return
-        now_s = time.monotonic()
+        now_s = asyncio.get_running_loop().time()
         while self.waiting_requests and now_s - self.waiting_requests[0].submitted_s > timeout_s:  # the oldest is first
             entry = self.waiting_requests[0]
             self.waiting_requests.remove(entry)
@@ -236,7 +252,7 @@ class CpuScheduler:
 
     def _fail_hopeless(self) -> None:
         """Fail what waits when no instance that it needs has been there for too long."""
-        now_s = time.monotonic()
+        now_s = asyncio.get_running_loop().time()
         if not self.waiting_requests or self.fleet.may_serve_soon():
             self._missing_since_s = None
         elif self._missing_since_s is None:
@@ -249,7 +265,7 @@ class CpuScheduler:
     async def _follow(self, entry: ScheduledRequest, placement: Placement) -> None:
         timeout_s = self.config.request_timeout_s
         try:
-            left_s = None if timeout_s is None else entry.submitted_s + timeout_s - time.monotonic()
+            left_s = None if timeout_s is None else entry.submitted_s + timeout_s - asyncio.get_running_loop().time()
             async with asyncio.timeout(left_s):
                 await self._attempts(entry, placement)
         except HBServeRpcError as error:

@@ -3,18 +3,20 @@
 import asyncio
 import contextlib
 import itertools
-import time
 from collections.abc import Callable, Collection, Iterable
 from operator import attrgetter
 
+from hbserve_rpc import RpcClient
 from hbserve_rpc.messages import InstanceInfo, Role
+from hbserve_rpc.prompt_shape import PromptShape
 from hbserve_scheduler.config import SchedulerConfig
 from hbserve_scheduler.errors import ConfigError, InstanceFailed, NotReady
 from hbserve_scheduler.health import SERVING
+from hbserve_scheduler.instance_client import ClientFactory
 from hbserve_scheduler.instances import InstanceHandle
 from hbserve_scheduler.links import Links
 from hbserve_scheduler.placement import Placement
-from hbserve_scheduler.policies import POLICIES, SPARE_REQUESTS, Available, connected_first
+from hbserve_scheduler.policies import SPARE_REQUESTS, Available, connected_first, make_policy
 
 REFRESH_TIMEOUT_S = 2.0
 
@@ -22,17 +24,21 @@ REFRESH_TIMEOUT_S = 2.0
 class Fleet:
     """Instances come, go and come back; requests ask for places."""
 
-    def __init__(self, config: SchedulerConfig, on_change: Callable[[], None]) -> None:
+    def __init__(
+        self, config: SchedulerConfig, on_change: Callable[[], None], client_factory: ClientFactory = RpcClient
+    ) -> None:
         self.handles: dict[str, InstanceHandle] = {}
         self._config = config
         self._on_change = on_change
+        self._client_factory = client_factory
         self.links = Links(self.handles, config.max_warm_links)
         self._started = False
-        prefill, decode = POLICIES[config.prefill_policy], POLICIES[config.decode_policy]
+        prefill = make_policy("scheduler.prefill_policy", config.prefill_policy)
+        decode, hybrid = (make_policy("scheduler.decode_policy", config.decode_policy) for _ in range(2))
         self._available: dict[Role, Available] = {
             "prefill": Available(prefill, lambda each: each.num_inflight < config.max_inflight_prefills),
             "decode": Available(decode, lambda each: each.num_pending < config.max_pending_reservations),
-            "hybrid": Available(decode, lambda each: each.load < config.max_inflight_requests),
+            "hybrid": Available(hybrid, lambda each: each.load < config.max_inflight_requests),
         }
         self._turns = itertools.count(1)
         # What follows from all instances together is made again when one of them is another, not for each request.
@@ -44,7 +50,9 @@ class Fleet:
     async def add(self, instance_id: str, role: Role, address: str) -> None:
         if instance_id in self.handles:
             raise ConfigError(f"instance_id={instance_id!r}: is in use; each instance needs its own")
-        handle = InstanceHandle(instance_id, role, address, self._config, self._look, self._look_at_info)
+        handle = InstanceHandle(
+            instance_id, role, address, self._config, self._look, self._look_at_info, self._client_factory
+        )
         handle.turn = next(self._turns)
         self.handles[instance_id] = handle
         if self._started:
@@ -95,12 +103,12 @@ class Fleet:
 
     async def wait_ready(self, timeout_s: float) -> None:
         """Raises InstanceFailed at once when one says so, NotReady after `timeout_s`."""
-        deadline_s = time.monotonic() + timeout_s
+        deadline_s = asyncio.get_running_loop().time() + timeout_s
         while missing := [handle for handle in self.handles.values() if handle.status != "ready"]:
             for handle in missing:
                 if handle.status == "failed":
                     raise InstanceFailed(handle.describe_problem())
-            if time.monotonic() > deadline_s:
+            if asyncio.get_running_loop().time() > deadline_s:
                 problems = "; ".join(handle.describe_problem() for handle in missing)
                 raise NotReady(f"not ready within {timeout_s:g} s: {problems}")
             await asyncio.sleep(0.05)
@@ -110,22 +118,26 @@ class Fleet:
         return bool(there["hybrid"]) or bool(there["prefill"] and there["decode"])
 
     def place(
-        self, num_tokens: int, avoid: Collection[str] = (), computed_on: str = "", num_choices: int = 1
+        self,
+        num_tokens: int,
+        avoid: Collection[str] = (),
+        computed_on: str = "",
+        num_choices: int = 1,
+        prompt: PromptShape | None = None,
     ) -> Placement | None:
         """Choose instances for a prompt and take the places there; None if there is no room.
 
         Those to `avoid` are chosen only where there is no other. `computed_on`: a prefill instance that has the prompt
-        in its prefix cache, and is chosen if it has room.
+        in its prefix cache, and is chosen if it has room. `prompt`: for policies that want to know more of it.
         """
         there = self._available
         prefill: InstanceHandle | None = None
+        shape = prompt or PromptShape(num_tokens)
         if there["prefill"] and there["decode"]:
-            prefill = self._choose_prefill(num_tokens, avoid, computed_on)
-            decode = self._choose_decode(prefill, avoid)
+            prefill = self._choose_prefill(num_tokens, avoid, computed_on, shape)
+            decode = self._choose_decode(prefill, avoid, shape)
         elif there["hybrid"]:
-            decode = (
-                min(_others(there["hybrid"], avoid), key=there["hybrid"].policy) if avoid else there["hybrid"].first()
-            )
+            decode = there["hybrid"].choose(shape, _others(there["hybrid"], avoid) if avoid else None)
         else:
             return None
         placement = Placement(prefill, decode, num_tokens, num_choices)
@@ -134,15 +146,17 @@ class Fleet:
             self._available[handle.role].look(handle)
         return placement
 
-    def _choose_prefill(self, num_tokens: int, avoid: Collection[str], computed_on: str) -> InstanceHandle:
+    def _choose_prefill(
+        self, num_tokens: int, avoid: Collection[str], computed_on: str, prompt: PromptShape
+    ) -> InstanceHandle:
         available, decodes = self._available["prefill"], self._available["decode"]
-        if not avoid and self._is_linked(first := available.first()):
+        if not avoid and self._is_linked(first := available.choose(prompt)):
             return first
         candidates = _others(available, avoid)
         candidates = [each for each in candidates if each.instance_id == computed_on] or candidates
         epochs = {each.epoch for each in _others(decodes, avoid)}
         candidates = connected_first(candidates, lambda each: _best_link(each, epochs), num_tokens)
-        return min(candidates, key=available.policy)
+        return available.choose(prompt, candidates)
 
     def _is_linked(self, prefill: InstanceHandle) -> bool:
         """To a decode instance that has room."""
@@ -151,17 +165,17 @@ class Fleet:
             for epoch, is_there in prefill.links.items()
         )
 
-    def _choose_decode(self, prefill: InstanceHandle, avoid: Collection[str]) -> InstanceHandle:
+    def _choose_decode(self, prefill: InstanceHandle, avoid: Collection[str], prompt: PromptShape) -> InstanceHandle:
         available = self._available["decode"]
         if not avoid:
             linked = [self._decodes.get(epoch) for epoch, is_there in prefill.links.items() if is_there]
             there = [each for each in linked if each is not None and each in available]
             if there and min(each.load for each in there) <= available.least_load() + SPARE_REQUESTS:
-                return min(there, key=available.policy)
+                return available.choose(prompt, there)
         candidates = connected_first(
             _others(available, avoid), lambda each: prefill.links.get(each.epoch), num_tokens=1
         )
-        return min(candidates, key=available.policy)
+        return available.choose(prompt, candidates)
 
     def may_serve_soon(self) -> bool:
         """Whether each role that a request needs has an instance that is ready or loading its model."""

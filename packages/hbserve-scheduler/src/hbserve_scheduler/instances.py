@@ -2,7 +2,6 @@
 
 import asyncio
 import logging
-import time
 from collections.abc import Callable
 
 import msgspec
@@ -21,6 +20,7 @@ from hbserve_rpc.messages import (
 )
 from hbserve_scheduler.config import SchedulerConfig
 from hbserve_scheduler.health import Health
+from hbserve_scheduler.instance_client import ClientFactory, InstanceClient
 from hbserve_scheduler.outage import Outage
 
 logger = logging.getLogger(__name__)
@@ -45,6 +45,7 @@ class InstanceHandle:
         config: SchedulerConfig,
         on_change: "Callable[[InstanceHandle], None]",
         on_info: "Callable[[InstanceHandle], None]",
+        client_factory: ClientFactory = RpcClient,
     ) -> None:
         """on_change: called when there may be more room than before; on_info: when `info` is another."""
         self.instance_id = instance_id
@@ -60,9 +61,8 @@ class InstanceHandle:
         """It has just refused a request."""
         self.turn = 0
         """Drawn anew by the fleet whenever it gets a request: the lower, the longer ago."""
-        self.num_inflight = 0
-        self.num_pending = 0
-        """Requests that wait for room on a decode instance."""
+        self.num_inflight = self.num_pending = 0
+        """Prompts that are with a prefill instance; requests that wait for room on a decode instance."""
         self.num_given = self.tokens_given = 0
         """Requests, and tokens of them, that have ever been given to a decode instance."""
         self._given_at_report = 0, 0
@@ -71,16 +71,15 @@ class InstanceHandle:
         self.links: dict[str, bool] = {}
         """Of a prefill instance to decode instances, by their epoch: whether they are connected, or cannot be now.
         See links.py."""
-        self._config = config
-        self._on_info = on_info
-        self._on_change = on_change
+        self._config, self._client_factory = config, client_factory
+        self._on_info, self._on_change = on_info, on_change
         self._following: asyncio.Task[None] | None = None
         self._outage: Outage | None = None
         """While it is not reached."""
         self.client = self._make_client()
 
-    def _make_client(self) -> RpcClient:
-        client = RpcClient(
+    def _make_client(self) -> InstanceClient:
+        client = self._client_factory(
             self.address,
             heartbeat_interval_s=self._config.heartbeat_interval_s,
             heartbeat_timeout_s=self._config.heartbeat_timeout_s,
@@ -90,18 +89,18 @@ class InstanceHandle:
         client.on_doubt = lambda why: self._client_in_doubt(client, why)
         return client
 
-    def _client_lost(self, client: RpcClient, lost: PeerLost) -> None:
+    def _client_lost(self, client: InstanceClient, lost: PeerLost) -> None:
         if client is self.client:
             has_died = isinstance(lost, PeerDied)
             # One that says goodbye was ended by somebody who knows: often by the Ctrl-C that ends this process too.
             self.lost(str(lost), has_died=has_died, level=logging.WARNING if has_died else logging.INFO)
 
-    def _client_in_doubt(self, client: RpcClient, why: str) -> None:
+    def _client_in_doubt(self, client: InstanceClient, why: str) -> None:
         if client is self.client:
             self._look(self.health.doubted(why))
 
     async def start(self) -> None:
-        self._outage = Outage(time.monotonic())
+        self._outage = Outage(asyncio.get_running_loop().time())
         await self.client.start()
         self.health.why += self.client.name_problem
         self._following = asyncio.create_task(self._follow())
@@ -182,7 +181,7 @@ class InstanceHandle:
             )
             return
         if self._outage is not None and self._outage.was_said:
-            silent_s = time.monotonic() - self._outage.began_s
+            silent_s = asyncio.get_running_loop().time() - self._outage.began_s
             logger.warning("%s at %s is reached, after %.0f s", self.instance_id, self.address, silent_s)
         self._outage = None
         self._set_info(info)
@@ -192,7 +191,7 @@ class InstanceHandle:
         if has_died:
             self.note_death(self.epoch)
         if self.info is not None:
-            self._outage = Outage(time.monotonic(), was_said=True)
+            self._outage = Outage(asyncio.get_running_loop().time(), was_said=True)
             self.load -= self._load_of_others
             self._load_of_others = 0
             self._set_info(None)
@@ -239,7 +238,7 @@ class InstanceHandle:
 
     def _complain(self) -> None:
         """Say that it is not reached, if that is due."""
-        now_s = time.monotonic()
+        now_s = asyncio.get_running_loop().time()
         if self._outage is not None and self._outage.is_due(now_s):
             silent_s = now_s - self._outage.began_s
             logger.warning("not reached for %.0f s, and tried on: %s", silent_s, self.describe_problem())

@@ -1,53 +1,140 @@
-"""Policies that choose which of several instances takes the next request."""
+"""Policies that choose which of several instances takes the next request.
+
+`prefill_policy` and `decode_policy` name one each. One of a user's own is a class with `choose`, as PlacementPolicy
+says it, that an entry point of the group `hbserve_scheduler.policies` or `module:Class` names.
+"""
 
 import heapq
-from collections.abc import Callable, Iterator
+import importlib
+import logging
+import random
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any, Protocol, overload
 
+from hbserve_rpc.plain_values import shown
+from hbserve_rpc.prompt_shape import PromptShape
+from hbserve_scheduler.errors import ConfigError
 from hbserve_scheduler.instances import InstanceHandle
 
+logger = logging.getLogger(__name__)
+
+ENTRY_POINT_GROUP = "hbserve_scheduler.policies"
 SPARE_REQUESTS = 4
 """As many requests more may be with an instance to which there is a link than with one to which there is none. Less
 work is worth more than a link, which is made once."""
-
+Rank = tuple[int, ...]
+"""The lowest comes first. No two instances have the same: each ends in its turn."""
 SPARE_ENTRIES = 64
 """A heap of so many entries more than it needs is not worth making again."""
 
-Policy = Callable[[InstanceHandle], tuple[int, ...]]
-"""The rank of an instance, of which the lowest takes the next request. No two have the same: each ends in its turn."""
+
+class PlacementPolicy(Protocol):
+    """Chooses among the instances of one role. Each role of each scheduler has one of its own, in its event loop."""
+
+    def choose(self, candidates: Sequence[InstanceHandle], prompt: PromptShape) -> InstanceHandle:
+        """One of `candidates`, which are never none: the instances that can take a request now, in no order.
+
+        Called for each request, so it must be fast. To look at all candidates takes longer the more instances there
+        are; `candidates[i]` does not.
+        """
 
 
-def round_robin(instance: InstanceHandle) -> tuple[int, ...]:
+def round_robin(instance: InstanceHandle) -> Rank:
     """One after the other; those that cannot take a request now are passed over."""
     return (instance.turn,)
 
 
-def least_loaded(instance: InstanceHandle) -> tuple[int, ...]:
+def least_loaded(instance: InstanceHandle) -> Rank:
     """The one with the least work; among equals in turn, so that an idle deployment uses all of its instances."""
     return instance.load, instance.turn
 
 
-POLICIES: dict[str, Policy] = {"round_robin": round_robin, "least_loaded": least_loaded}
+class LowestRank:
+    """Takes the instance with the lowest rank."""
+
+    def __init__(self, rank: Callable[[InstanceHandle], Rank]) -> None:
+        self.rank = rank
+
+    def choose(self, candidates: Sequence[InstanceHandle], prompt: PromptShape) -> InstanceHandle:
+        return candidates.first() if isinstance(candidates, Available) else min(candidates, key=self.rank)
 
 
-class Available:
-    """Looks at one instance when it has changed, not at all of them when a request comes: choosing must not take longer
-    the more there are."""
+class PowerOfTwo:
+    """Takes two instances by chance, and of these the one with less work.
 
-    def __init__(self, policy: Policy, has_room: Callable[[InstanceHandle], bool]) -> None:
-        self.policy = policy
-        self._has_room = has_room
-        self._ranks: dict[InstanceHandle, tuple[int, ...]] = {}
-        """Of those that are available, their rank by the policy."""
-        self._heap: list[tuple[tuple[int, ...], InstanceHandle]] = []
+    Several schedulers know of each other's requests only by reports, which are up to a second old. If each took the
+    least loaded one, all would take the same one until its next report.
+    """
+
+    def choose(self, candidates: Sequence[InstanceHandle], prompt: PromptShape) -> InstanceHandle:
+        first = int(random.random() * len(candidates))
+        step = 1 + int(random.random() * (len(candidates) - 1))
+        return min(candidates[first], candidates[(first + step) % len(candidates)], key=least_loaded)
+
+
+POLICIES: dict[str, Callable[[], PlacementPolicy]] = {
+    "round_robin": lambda: LowestRank(round_robin),
+    "least_loaded": lambda: LowestRank(least_loaded),
+    "power_of_two": PowerOfTwo,
+}
+
+
+def check_policy(key: str, name: str) -> None:
+    """Whether there may be one of this name; nothing of it is imported: whoever reads a configuration need not have it.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    there = [*POLICIES, *sorted(entry_points(group=ENTRY_POINT_GROUP).names)]
+    if name not in there and not re.fullmatch(r"[\w.]+:\w+", name):
+        raise ConfigError(f"{key}={shown(name)}: expected one of {', '.join(there)}, or 'module:Class' of your own")
+
+
+def make_policy(key: str, name: str) -> PlacementPolicy:
+    """The policy that a configuration's `key` names: one of ours, an entry point, or `module:Class`, whose module is
+    one that Python finds, or in the current folder.
+
+    Raises:
+        ConfigError: there is none of this name, or it is none.
+    """
+    if name in POLICIES:
+        return POLICIES[name]()
+    check_policy(key, name)
+    found = entry_points(group=ENTRY_POINT_GROUP)
+    try:
+        made = found[name].load()() if name in found.names else _find(name)()
+    except (ImportError, AttributeError, TypeError) as error:
+        raise ConfigError(f"{key}={name!r}: {error}") from error
+    if not callable(getattr(made, "choose", None)):
+        raise ConfigError(f"{key}={name!r}: expected a class with a method choose(candidates, prompt)")
+    policy: PlacementPolicy = made
+    return policy
+
+
+def _find(name: str) -> Any:
+    module, _, attribute = name.partition(":")
+    if not {here := str(Path.cwd()), ""} & set(sys.path):
+        sys.path.append(here)  # last, so that nothing in the current folder is taken for a library
+    return getattr(importlib.import_module(module), attribute)
+
+
+class Ranking:
+    """Looks at one instance when it has changed, so that asking takes no longer the more there are."""
+
+    def __init__(self, rank: Callable[[InstanceHandle], Rank]) -> None:
+        self._rank = rank
+        self._ranks: dict[InstanceHandle, Rank] = {}
+        self._heap: list[tuple[Rank, InstanceHandle]] = []
         """Every rank that one has had; those that it has no more are passed over. An instance comes last among equals,
         and ranks are never equal, so that nobody compares instances."""
 
     def look(self, handle: InstanceHandle) -> None:
-        """To be called when it is there, or gone, or its load is another."""
-        if handle.status != "ready" or handle.is_full or not self._has_room(handle):
-            self._ranks.pop(handle, None)
-            return
-        rank = self.policy(handle)
+        """To be called when it is there, or its rank may be another."""
+        rank = self._rank(handle)
         if self._ranks.get(handle) != rank:
             self._ranks[handle] = rank
             heapq.heappush(self._heap, (rank, handle))
@@ -56,27 +143,95 @@ class Available:
                 heapq.heapify(self._heap)
 
     def forget(self, handle: InstanceHandle) -> None:
-        """It was removed."""
         self._ranks.pop(handle, None)
 
     def first(self) -> InstanceHandle:
-        """By the policy. There must be one."""
+        """There must be one."""
         while self._ranks.get(self._heap[0][1]) != self._heap[0][0]:
             heapq.heappop(self._heap)
         return self._heap[0][1]
 
+
+class Available(Sequence[InstanceHandle]):
+    """The instances of one role that can take a request now.
+
+    Looks at one instance when it has changed, not at all of them when a request comes: choosing must not take longer
+    the more there are.
+    """
+
+    def __init__(self, policy: PlacementPolicy, has_room: Callable[[InstanceHandle], bool]) -> None:
+        self.policy = policy
+        self._has_room = has_room
+        self._members: list[InstanceHandle] = []
+        self._place_of: dict[InstanceHandle, int] = {}
+        self._by_load = Ranking(least_loaded)
+        self._by_rank = self._by_load
+        if isinstance(policy, LowestRank) and policy.rank is not least_loaded:
+            self._by_rank = Ranking(policy.rank)
+
+    def look(self, handle: InstanceHandle) -> None:
+        """To be called when it is there, or gone, or its load is another."""
+        if handle.status != "ready" or handle.is_full or not self._has_room(handle):
+            self.forget(handle)
+            return
+        if handle not in self._place_of:
+            self._place_of[handle] = len(self._members)
+            self._members.append(handle)
+        self._by_load.look(handle)
+        if self._by_rank is not self._by_load:
+            self._by_rank.look(handle)
+
+    def forget(self, handle: InstanceHandle) -> None:
+        """It was removed, or has no room."""
+        if (place := self._place_of.pop(handle, None)) is None:
+            return
+        last = self._members.pop()
+        if last is not handle:
+            self._members[place] = last
+            self._place_of[last] = place
+        self._by_load.forget(handle)
+        self._by_rank.forget(handle)
+
+    def first(self) -> InstanceHandle:
+        """The one with the lowest rank, by the policy's if it has one. There must be one."""
+        return self._by_rank.first()
+
     def least_load(self) -> int:
         """Of any of them. There must be one."""
-        return self.first().load if self.policy is least_loaded else min(each.load for each in self)
+        return self._by_load.first().load
+
+    def choose(self, prompt: PromptShape, among: Sequence[InstanceHandle] | None = None) -> InstanceHandle:
+        """By the policy, of all that are available or `among` some of them. There must be one."""
+        candidates = self if among is None else among
+        if isinstance(self.policy, LowestRank | PowerOfTwo):
+            return self.policy.choose(candidates, prompt)
+        try:
+            chosen = self.policy.choose(candidates, prompt)
+            if chosen in candidates:
+                return chosen
+            problem = f"it chose {chosen!r}, which is none of the candidates"
+        except Exception as error:  # a user's: requests must not stand still because of it
+            problem = repr(error)
+        logger.error("%s cannot choose, so the least loaded one is taken: %s", type(self.policy).__name__, problem)
+        return self._by_load.first() if among is None else min(among, key=least_loaded)
+
+    @overload
+    def __getitem__(self, place: int) -> InstanceHandle: ...
+
+    @overload
+    def __getitem__(self, place: slice) -> list[InstanceHandle]: ...
+
+    def __getitem__(self, place: int | slice) -> InstanceHandle | list[InstanceHandle]:
+        return self._members[place]
 
     def __len__(self) -> int:
-        return len(self._ranks)
+        return len(self._members)
 
     def __contains__(self, handle: object) -> bool:
-        return handle in self._ranks
+        return handle in self._place_of
 
     def __iter__(self) -> Iterator[InstanceHandle]:
-        return iter(self._ranks)
+        return iter(self._members)
 
 
 def connected_first(

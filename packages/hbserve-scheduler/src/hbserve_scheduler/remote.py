@@ -1,7 +1,6 @@
 """A scheduler in another process, used as if it were in this one."""
 
 import asyncio
-import time
 
 from hbserve_rpc import HBServeRpcError, RpcClient, RpcStream
 from hbserve_rpc.messages import (
@@ -52,16 +51,16 @@ class RemoteScheduler:
         Raises:
             NotReady: not in time.
         """
-        deadline_s = time.monotonic() + timeout_s
+        deadline_s = asyncio.get_running_loop().time() + timeout_s
         problem = "no answer"
-        while (left_s := deadline_s - time.monotonic()) > 0:
+        while (left_s := deadline_s - asyncio.get_running_loop().time()) > 0:
             try:
                 info = await self._client.call(SCHEDULER_INFO, Empty(), timeout_s=min(left_s, CALL_TIMEOUT_S))
                 self._infos = [each for each in info.instances if each.status == "ready"]
                 return info
             except HBServeRpcError as error:
                 problem = str(error)
-                await asyncio.sleep(min(RETRY_S, max(0.0, deadline_s - time.monotonic())))
+                await asyncio.sleep(min(RETRY_S, max(0.0, deadline_s - asyncio.get_running_loop().time())))
         raise NotReady(f"no scheduler at {self.address} within {timeout_s:g} s: {problem}")
 
     def submit(self, request: GenerateRequest) -> RpcStream[ClientEvent]:

@@ -24,12 +24,12 @@ from hbserve_scheduler.instances import InstanceHandle
 
 @dataclass(eq=False)
 class ScheduledRequest:
-    """A request from `submit` to its end. Times are of `time.monotonic`."""
+    """A request from `submit` to its end. Times are of its event loop, as all in the scheduler."""
 
     request: GenerateRequest
     figures: Figures = field(default_factory=Figures)
     """Of all requests."""
-    submitted_s: float = field(default_factory=time.monotonic)
+    submitted_s: float = field(default_factory=lambda: asyncio.get_running_loop().time())
     arrivals: "array[float]" = field(default_factory=lambda: array("d"))
     """When messages with new tokens came."""
     num_first: int = 0
@@ -128,7 +128,7 @@ class ScheduledRequest:
             if tokens:
                 if not self.arrivals:
                     self.num_first = len(tokens)
-                self.arrivals.append(time.monotonic())
+                self.arrivals.append(asyncio.get_running_loop().time())
             self.finish_reason = event.finish_reason
             first = len(self.output)
             of_prompt = event.prompt_logprobs if first == 0 else []
@@ -261,7 +261,7 @@ class ScheduledRequest:
         return self.arrivals[1] if len(self.arrivals) > 1 else None
 
     def since_submit_s(self) -> float:
-        return time.monotonic() - self.submitted_s
+        return asyncio.get_running_loop().time() - self.submitted_s
 
     def record(self, error: str = "") -> RequestRecord:
         """What is kept of it. To be asked for when it has ended."""

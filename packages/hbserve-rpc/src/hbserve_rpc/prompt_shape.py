@@ -1,0 +1,40 @@
+"""The shape of a prompt, which is all that a scheduler sees of it.
+
+To look at every token of a long prompt takes longer than all else that a scheduler does for a request. So that is done
+once, where the prompt enters, and beside an event loop if it is long; from there on its shape goes with it.
+"""
+
+import hashlib
+from array import array
+from collections.abc import Sequence
+
+import msgspec
+
+
+class PromptShape(msgspec.Struct, frozen=True):
+    """Of a list of token ids that is plain, and that nobody changes any more."""
+
+    num_tokens: int
+    largest_id: int = 0
+    digests: Sequence[bytes] = ()
+    """Of its full blocks, as `extend_digests` makes them, if somebody wants to know where it is cached."""
+
+
+def shape_of(token_ids: list[int], block_size: int = 0) -> PromptShape:
+    """The shape of token ids that are plain. With a `block_size`, with the digests of its blocks."""
+    digests: list[bytes] = []
+    if block_size:
+        extend_digests(digests, token_ids, len(token_ids), block_size)
+    return PromptShape(len(token_ids), max(token_ids, default=0), digests)
+
+
+def extend_digests(digests: list[bytes], token_ids: Sequence[int], num_tokens: int, block_size: int) -> None:
+    """Bring the digests of the full blocks of the first `num_tokens` tokens up to date. Digest i depends on blocks
+    0 to i.
+
+    128 bits of BLAKE2b: that two prefixes have the same one by chance does not happen.
+    """
+    for i in range(len(digests), num_tokens // block_size):
+        parent = digests[i - 1] if i else b""
+        tokens = array("q", token_ids[i * block_size : (i + 1) * block_size])
+        digests.append(hashlib.blake2b(parent + tokens.tobytes(), digest_size=16).digest())

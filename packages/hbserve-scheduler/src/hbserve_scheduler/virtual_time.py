@@ -1,0 +1,41 @@
+"""An event loop whose time jumps to the next timer: hours of a deployment in seconds, and the same in every run.
+
+    with asyncio.Runner(loop_factory=VirtualTimeLoop) as runner:
+        runner.run(simulate())
+
+All of the scheduler's times are of its loop, so that CpuScheduler runs in it as it is. What comes from outside, like an
+answer over a socket or from a thread, has no time there: nothing waits for it.
+"""
+
+import asyncio
+import selectors
+from typing import Any
+
+
+class VirtualTimeLoop(asyncio.SelectorEventLoop):
+    """Begins at 0 s. Work takes no time in it, only waiting does."""
+
+    def __init__(self) -> None:
+        self._selector = _JumpingSelector()
+        super().__init__(self._selector)
+
+    def time(self) -> float:
+        return self._selector.now_s
+
+
+class _JumpingSelector(selectors.DefaultSelector):
+    """Lets time pass instead of waiting."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now_s = 0.0
+
+    def select(self, timeout: float | None = None) -> Any:
+        """Raises RuntimeError: all wait for each other, and there is no timer that would end it."""
+        ready = super().select(0)  # signals come this way too
+        if ready:
+            return ready
+        if timeout is None:
+            raise RuntimeError("virtual time: everything waits, and nothing is left that could happen")
+        self.now_s += max(0.0, timeout)
+        return ready

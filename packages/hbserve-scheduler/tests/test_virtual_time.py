@@ -1,0 +1,152 @@
+"""The scheduler in a loop whose time jumps: the very same code, and no real time passes."""
+
+import asyncio
+import time
+from typing import Any
+
+import pytest
+
+from hbserve_rpc import PeerDied, PeerLost, RequestTimeout, SamplingParams, Unavailable
+from hbserve_rpc.messages import REPORTS, GenerateRequest, InstanceInfo, TokenEvent
+from hbserve_scheduler import CpuScheduler, NotReady, SchedulerConfig
+from hbserve_scheduler.virtual_time import VirtualTimeLoop
+
+STEP_S = 10.0
+"""Of a modelled instance: as long as some tests may take altogether."""
+
+
+class ModelledHybrid:
+    """In place of an RpcClient: a hybrid instance, which answers every 10 s of the loop's time."""
+
+    name_problem = ""
+    is_dead = False
+
+    def __init__(self, address: str, **_: object) -> None:
+        self.instance_id = address.partition(":")[0]
+        self.on_lost: Any = None
+        self.on_doubt: Any = None
+
+    async def start(self) -> None: ...
+
+    async def close(self, why: str = "", *, error: type[Exception] = PeerDied) -> None: ...
+
+    def notify(self, method: Any, request: Any) -> None: ...
+
+    def stream(self, method: Any, request: Any) -> "Answer | Reports":
+        return Reports(self) if method is REPORTS else Answer(request.params.max_tokens)
+
+
+class DeadHybrid(ModelledHybrid):
+    is_dead = True
+
+
+class Reports:
+    """What it is, and never anything else."""
+
+    def __init__(self, instance: ModelledHybrid) -> None:
+        self.instance = instance
+        self.has_said = False
+
+    def __aiter__(self) -> "Reports":
+        return self
+
+    async def __aenter__(self) -> "Reports":
+        return self
+
+    async def __aexit__(self, *_: object) -> None: ...
+
+    async def __anext__(self) -> InstanceInfo:
+        if self.instance.is_dead:
+            await asyncio.sleep(STEP_S)
+            raise PeerLost("it was silent")
+        if self.has_said:
+            await asyncio.Event().wait()
+        self.has_said = True
+        name = self.instance.instance_id
+        return InstanceInfo(name, "hybrid", "a life", "ready", max_prompt_len=1000, vocab_size=1000)
+
+
+class Answer:
+    def __init__(self, num_tokens: int) -> None:
+        self.left = list(range(num_tokens))[::-1]
+
+    def __aiter__(self) -> "Answer":
+        return self
+
+    async def __aenter__(self) -> "Answer":
+        return self
+
+    async def __aexit__(self, *_: object) -> None: ...
+
+    async def __anext__(self) -> TokenEvent:
+        if not self.left:
+            raise StopAsyncIteration
+        await asyncio.sleep(STEP_S)
+        index = self.left.pop()
+        return TokenEvent(index, [100 + index], None if self.left else "length")
+
+
+def in_virtual_time(job: Any) -> Any:
+    began_s = time.process_time()
+    with asyncio.Runner(loop_factory=VirtualTimeLoop) as runner:
+        result = runner.run(job)
+    assert time.process_time() - began_s < STEP_S, "the time of the loop has passed in this process"
+    return result
+
+
+async def started(client_factory: Any, **settings: Any) -> CpuScheduler:
+    scheduler = CpuScheduler(SchedulerConfig(**settings), client_factory=client_factory)
+    await scheduler.add_instance("h0", "hybrid", "h0:1")
+    await scheduler.start()
+    return scheduler
+
+
+def test_the_times_of_a_request_are_of_the_loop():
+    async def job() -> Any:
+        scheduler = await started(ModelledHybrid)
+        await scheduler.wait_ready(60)
+        await asyncio.sleep(500)
+        events = scheduler.submit(GenerateRequest("r", [1, 2], SamplingParams(0, 3)))
+        end = [event async for event in events][-1]
+        await scheduler.stop()
+        return end
+
+    end = in_virtual_time(job())
+    times = end.queue_time_s, end.ttft_s, end.tpot_s, end.handoff_s, end.e2e_s
+    assert times == pytest.approx((0, 10, 10, 10, 30), abs=1e-9)
+
+
+@pytest.mark.parametrize("allowed_s", [15.0, 100_000.0])
+def test_a_request_fails_when_its_time_is_over_by_the_loop(allowed_s):
+    async def job() -> float:
+        scheduler = await started(ModelledHybrid, request_timeout_s=allowed_s)
+        await scheduler.wait_ready(60)
+        loop = asyncio.get_running_loop()
+        began_s = loop.time()
+        with pytest.raises(RequestTimeout, match="not finished within"):
+            async for _ in scheduler.submit(GenerateRequest("r", [1], SamplingParams(0, 20_000))):
+                pass
+        await scheduler.stop()
+        return loop.time() - began_s
+
+    assert in_virtual_time(job()) == pytest.approx(allowed_s)
+
+
+def test_waits_for_instances_end_by_the_loop():
+    async def job() -> None:
+        scheduler = await started(DeadHybrid, instance_wait_s=3600)
+        loop = asyncio.get_running_loop()
+        with pytest.raises(NotReady, match="not ready within 7200 s"):
+            await scheduler.wait_ready(7200)
+        assert 7200 <= loop.time() < 7201
+        with pytest.raises(Unavailable, match="no instances for 3600 s"):
+            await anext(scheduler.submit(GenerateRequest("r", [1], SamplingParams(0, 2))))
+        assert 10_800 <= loop.time() < 10_802
+        await scheduler.stop()
+
+    in_virtual_time(job())
+
+
+def test_a_wait_that_nothing_can_end_is_an_error_and_no_standstill():
+    with pytest.raises(RuntimeError, match="nothing is left that could happen"):
+        in_virtual_time(asyncio.Event().wait())
