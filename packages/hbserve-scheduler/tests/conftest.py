@@ -310,15 +310,20 @@ async def make_scheduler(assert_empty: Any, until: Any) -> AsyncIterator[Callabl
     made: list[tuple[CpuScheduler, tuple[FakeInstance, ...]]] = []
 
     async def make(
-        *instances: FakeInstance, kind: type[CpuScheduler] = CpuScheduler, ready: bool = True, **options: Any
+        *instances: FakeInstance,
+        kind: type[CpuScheduler] = CpuScheduler,
+        starts: bool = True,
+        ready: bool = True,
+        **options: Any,
     ) -> CpuScheduler:
         timing = {"heartbeat_interval_s": 0.1, "heartbeat_timeout_s": 2.0, "port": 0}
         scheduler = kind(SchedulerConfig(**(timing | options)))
         made.append((scheduler, instances))
         for instance in instances:
             await scheduler.add_instance(instance.instance_id, instance.role, instance.address)
-        await scheduler.start()
-        if ready:
+        if starts:
+            await scheduler.start()
+        if starts and ready:
             await scheduler.wait_ready(DEADLINE_S)
             handles = scheduler.fleet.handles.values()
             decodes = [each.epoch for each in handles if each.role == "decode"]

@@ -155,6 +155,46 @@ def scheduler(config: ConfigOption, log_level: LogLevelOption = LogLevel.INFO) -
     _run(serve_config(config), log_level)
 
 
+ConnectOption = Annotated[str, typer.Option(metavar="HOST:PORT", help="Where its scheduler's RPC is.")]
+
+
+@app.command()
+def join(
+    address: Annotated[str, typer.Argument(metavar="HOST:PORT", help="Of an instance, which says itself what it is.")],
+    connect: ConnectOption,
+    log_level: LogLevelOption = LogLevel.WARNING,
+) -> None:
+    """Have a running deployment use an instance, also one that was told to drain or to leave."""
+    from hbserve import members
+
+    _run(members.join(connect, address), log_level)
+
+
+@app.command()
+def drain(
+    instance_id: Annotated[str, typer.Argument(metavar="ID")],
+    connect: ConnectOption,
+    leave: Annotated[bool, typer.Option("--leave", help="Forget it when it has nothing left.")] = False,
+    within_s: Annotated[
+        float | None,
+        typer.Option("--within", metavar="SECONDS", help="Then move what it has elsewhere; with --leave."),
+    ] = None,
+    log_level: LogLevelOption = LogLevel.WARNING,
+) -> None:
+    """Give an instance no new requests, and wait until it has finished those that it has."""
+    from hbserve import members
+
+    _run(members.drain(members.DrainArgs(connect, instance_id, leave, within_s)), log_level)
+
+
+@app.command()
+def reload(connect: ConnectOption, log_level: LogLevelOption = LogLevel.WARNING) -> None:
+    """Have a scheduler read its file again: instances that are new join, those that are gone leave."""
+    from hbserve import members
+
+    _run(members.reload(connect), log_level)
+
+
 @app.command()
 def stats(
     connect: Annotated[str, typer.Option(metavar="HOST:PORT", help="Where its scheduler's RPC is.")],

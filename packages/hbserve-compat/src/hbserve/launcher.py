@@ -27,7 +27,7 @@ def instance_settings(
 
     The instances of the same machine, whatever each `host` calls it, share its cores and its GPUs.
     """
-    neighbours = [each for each in config.gpu_instances if _same_machine(each.host, instance.host)]
+    neighbours = [each for each in config.named_instances if _same_machine(each.host, instance.host)]
     shared = config.engine_settings()
     return msgspec.structs.asdict(shared) | {
         "instance_id": instance.instance_id,
@@ -100,5 +100,7 @@ class LocalInstances(ChildProcesses[InstanceProcess]):
     def __init__(
         self, config: DeploymentConfig, model_folder: Path, *, log_level: str, on_death: Callable[[str, str], None]
     ) -> None:
-        settings = (instance_settings(config, each, model_folder, log_level=log_level) for each in config.gpu_instances)
+        settings = (
+            instance_settings(config, each, model_folder, log_level=log_level) for each in config.named_instances
+        )
         super().__init__((partial(InstanceProcess, each) for each in settings), on_death)

@@ -5,6 +5,7 @@ import logging
 import os
 import signal
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +28,7 @@ from hbserve_scheduler import (
     load_config,
 )
 from hbserve_scheduler.config import ServerSection
+from hbserve_scheduler.declared import DeclaredInstances
 
 if TYPE_CHECKING:  # it imports the web server's libraries, which nothing else needs
     from hbserve.server.front_end import FrontEnd
@@ -66,14 +68,15 @@ async def serve_all(args: ServeArgs) -> None:
         ConfigError, AddressInUse, InstanceFailed, NotReady, BrokenTokenizer.
     """
     config = args.deployment()
-    sys.stderr.write(f"hbserve: starting {', '.join(each.instance_id for each in config.gpu_instances)}\n")
+    sys.stderr.write(f"hbserve: starting {', '.join(each.instance_id for each in config.named_instances)}\n")
     ending = Ending()
     front_end = _front_end(config.server, args.log_level, ending)
     try:
         if front_end is not None:
             await front_end.start()
         folder = await find_model_folder(config.model.path)
-        await _Deployment(config, folder, front_end, args.log_level, ending).run()
+        reload = None if args.config is None else args.deployment
+        await _Deployment(config, folder, front_end, args.log_level, ending, reload).run()
     finally:
         if front_end is not None:
             await front_end.stop()
@@ -92,14 +95,22 @@ class _Deployment:
     """What `serve_all` runs, once the model's folder is there."""
 
     def __init__(
-        self, config: DeploymentConfig, folder: Path, front_end: "FrontEnd | None", log_level: str, ending: Ending
+        self,
+        config: DeploymentConfig,
+        folder: Path,
+        front_end: "FrontEnd | None",
+        log_level: str,
+        ending: Ending,
+        reload: Callable[[], DeploymentConfig] | None = None,
     ) -> None:
+        """reload: reads the file again."""
         self._config = config
         self._folder = folder
         self._name = demo_model.NAME if config.model.path is None else folder.name
         self._front_end = front_end
         self._scheduler = CpuScheduler(config.scheduler, model_path=str(folder))
         self._server = SchedulerServer(self._scheduler)
+        self._server.declared = DeclaredInstances(self._server.members, config, reload, starts_its_own=True)
         self._instances = LocalInstances(config, folder, log_level=log_level, on_death=self._on_death)
         self._ending = ending
         self._is_ready = False
@@ -151,11 +162,12 @@ class _Deployment:
     def _how_to_ask(self, front_end: "FrontEnd") -> str:
         """Three lines: what runs where, and how to ask it."""
         infos = self._scheduler.info().instances
-        places = ", ".join(f"{each.instance_id} on {each.device}" for each in infos)
+        places = ", ".join(f"{each.instance_id} on {each.device}" for each in infos) or "no instances yet"
+        kv = f"; KV over {infos[0].kv_backend}" if infos else ""
         url = front_end.url
         question = '{"messages": [{"role": "user", "content": "What is the capital of France?"}], "temperature": 0}'
         return (
-            f"{self._name}: {places}; KV over {infos[0].kv_backend}; RPC at {self._server.address}\n"
+            f"{self._name}: {places}{kv}; RPC at {self._server.address}\n"
             f"OpenAI's API at {url}/v1, model {front_end.model_name!r}; a page to chat at {url}/\n"
             f"curl {url}/v1/chat/completions -H 'Content-Type: application/json' -d '{question}'\n"
         )
@@ -172,9 +184,9 @@ async def serve_instance(path: Path, instance_id: str, log_level: str) -> None:
     from hbserve_core import InstanceConfig, run_instance
 
     config = load_config(path)
-    found = [each for each in config.gpu_instances if each.instance_id == instance_id]
+    found = [each for each in config.named_instances if each.instance_id == instance_id]
     if not found:
-        names = ", ".join(each.instance_id for each in config.gpu_instances)
+        names = ", ".join(each.instance_id for each in config.named_instances)
         raise ConfigError(f"--instance-id={instance_id!r}: {path} has {names}")
     folder = await find_model_folder(config.model.path)
     settings = instance_settings(config, found[0], folder, log_level=log_level)

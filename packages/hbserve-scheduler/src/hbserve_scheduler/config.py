@@ -75,8 +75,11 @@ class CudaGraphSection(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class InstanceSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    instance_id: str
+    instance_id: str = ""
+    """Its name; none with `discover`."""
     instance_type: Role
+    discover: str | None = None
+    """dns:NAME:PORT: all instances of this type that answer at an address of this name, with ids of their own."""
     gpu_id: Annotated[int | None, NOT_NEGATIVE] = None
     """CUDA device; None shares the devices out by rank."""
     host: str = "127.0.0.1"
@@ -175,6 +178,11 @@ class DeploymentConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     engine: EngineSection = EngineSection()
     scheduler: SchedulerConfig = SchedulerConfig()
     server: ServerSection = ServerSection()
+
+    @property
+    def named_instances(self) -> list[InstanceSection]:
+        """Those that the file has one by one."""
+        return [each for each in self.gpu_instances if each.discover is None]
 
     def engine_settings(self) -> EngineSettings:
         """Settings of the sections as every instance takes them."""

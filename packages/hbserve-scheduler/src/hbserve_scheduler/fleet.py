@@ -12,7 +12,7 @@ from hbserve_rpc.prompt_shape import PromptShape
 from hbserve_scheduler.config import SchedulerConfig
 from hbserve_scheduler.errors import ConfigError, InstanceFailed, NotReady
 from hbserve_scheduler.health import SERVING
-from hbserve_scheduler.instance_client import ClientFactory
+from hbserve_scheduler.instance_client import ClientFactory, InstanceClient
 from hbserve_scheduler.instances import InstanceHandle
 from hbserve_scheduler.links import Links
 from hbserve_scheduler.placement import Placement
@@ -31,6 +31,8 @@ class Fleet:
         self._config = config
         self._on_change = on_change
         self._client_factory = client_factory
+        self.on_members: Callable[[], None] = lambda: None
+        """Called when there is another one, one less, or one is drained."""
         self.links = Links(self.handles, config.max_warm_links)
         self._started = False
         prefill = make_policy("scheduler.prefill_policy", config.prefill_policy)
@@ -51,10 +53,11 @@ class Fleet:
         if instance_id in self.handles:
             raise ConfigError(f"instance_id={instance_id!r}: is in use; each instance needs its own")
         handle = InstanceHandle(
-            instance_id, role, address, self._config, self._look, self._look_at_info, self._client_factory
+            instance_id, role, address, self._config, self._look, self._look_at_info, self.make_client
         )
         handle.turn = next(self._turns)
         self.handles[instance_id] = handle
+        self.on_members()
         if self._started:
             await handle.start()
 
@@ -62,7 +65,24 @@ class Fleet:
         handle = self.handles.pop(instance_id)
         handle.lost("it was removed")
         self._available[handle.role].forget(handle)
+        self.on_members()
         await handle.close()
+
+    def drain(self, instance_id: str, epoch: str) -> None:
+        """Give it no new requests while it is in this life; with "", give it some again."""
+        handle = self.handles[instance_id]
+        if handle.health.drained != epoch:
+            handle.drain(epoch)
+            self.on_members()
+
+    def make_client(self, address: str) -> InstanceClient:
+        """A connection to an instance, which is not started."""
+        settings = self._config
+        return self._client_factory(
+            address,
+            heartbeat_interval_s=settings.heartbeat_interval_s,
+            heartbeat_timeout_s=settings.heartbeat_timeout_s,
+        )
 
     async def start(self) -> None:
         self._started = True

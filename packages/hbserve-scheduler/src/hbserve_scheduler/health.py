@@ -36,8 +36,8 @@ class Health:
         """It is in this state."""
         self._info: InstanceInfo | None = None
         self._doubt = ""
-        self._drained = ""
-        """The life that is to end."""
+        self.drained = ""
+        """The life that is to take no more."""
 
     def answers(self, info: InstanceInfo) -> bool:
         """It says what it is. Returns whether its state is another, as all of these do."""
@@ -55,14 +55,14 @@ class Health:
 
     def drain(self, epoch: str) -> bool:
         """This life is to take no requests any more; with "", it may again."""
-        self._drained = epoch
+        self.drained = epoch
         return self._look()
 
     def _look(self) -> bool:
         info = self._info
         if info is None:
             return False
-        if info.status == "ready" and self._drained == info.epoch:
+        if info.status == "ready" and self.drained == info.epoch:
             return self._become("draining", "it was told to drain")
         if info.status == "ready" and self._doubt:
             return self._become("suspect", self._doubt)

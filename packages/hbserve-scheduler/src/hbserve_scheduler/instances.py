@@ -20,7 +20,7 @@ from hbserve_rpc.messages import (
 )
 from hbserve_scheduler.config import SchedulerConfig
 from hbserve_scheduler.health import Health
-from hbserve_scheduler.instance_client import ClientFactory, InstanceClient
+from hbserve_scheduler.instance_client import InstanceClient
 from hbserve_scheduler.outage import Outage
 
 logger = logging.getLogger(__name__)
@@ -45,7 +45,7 @@ class InstanceHandle:
         config: SchedulerConfig,
         on_change: "Callable[[InstanceHandle], None]",
         on_info: "Callable[[InstanceHandle], None]",
-        client_factory: ClientFactory = RpcClient,
+        make_client: Callable[[str], InstanceClient] = RpcClient,
     ) -> None:
         """on_change: called when there may be more room than before; on_info: when `info` is another."""
         self.instance_id = instance_id
@@ -71,7 +71,7 @@ class InstanceHandle:
         self.links: dict[str, bool] = {}
         """Of a prefill instance to decode instances, by their epoch: whether they are connected, or cannot be now.
         See links.py."""
-        self._config, self._client_factory = config, client_factory
+        self._config, self._make = config, make_client
         self._on_info, self._on_change = on_info, on_change
         self._following: asyncio.Task[None] | None = None
         self._outage: Outage | None = None
@@ -79,11 +79,7 @@ class InstanceHandle:
         self.client = self._make_client()
 
     def _make_client(self) -> InstanceClient:
-        client = self._client_factory(
-            self.address,
-            heartbeat_interval_s=self._config.heartbeat_interval_s,
-            heartbeat_timeout_s=self._config.heartbeat_timeout_s,
-        )
+        client = self._make(self.address)
         # Whether anything waits for it or not: nobody else is to be sent there.
         client.on_lost = lambda lost: self._client_lost(client, lost)
         client.on_doubt = lambda why: self._client_in_doubt(client, why)

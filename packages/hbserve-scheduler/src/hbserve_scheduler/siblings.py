@@ -2,13 +2,14 @@
 
 import asyncio
 import contextlib
-from collections.abc import Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Iterable
 from functools import reduce
 from typing import Any, TypeVar
 
 import msgspec
 
 from hbserve_rpc import HBServeRpcError
+from hbserve_rpc.members import Member
 from hbserve_rpc.messages import FinishReason, LatencySummary, SchedulerStats
 from hbserve_rpc.records import RequestRecord
 from hbserve_scheduler.remote import RemoteScheduler
@@ -24,7 +25,9 @@ NO_SUMS = {"success_rate", "handoff", "instances"}
 class Siblings:
     """Come and go; what one has counted stays counted, so that sums never fall."""
 
-    def __init__(self) -> None:
+    def __init__(self, members: Callable[[], list[Member]]) -> None:
+        """members: the instances that all are to use."""
+        self._members = members
         self._remotes: dict[str, RemoteScheduler] = {}
         """By name."""
         self._last: dict[str, SchedulerStats] = {}
@@ -36,6 +39,7 @@ class Siblings:
         remote = RemoteScheduler(address)
         await remote.start()
         self._remotes[name] = remote
+        remote.tell_members(self._members())
 
     async def remove(self, name: str) -> None:
         """It has ended. One that is not there is passed over."""
@@ -64,6 +68,10 @@ class Siblings:
         """As `CpuScheduler.records`, of all; of one that gives no answer there are none."""
         asking = [_in_time(remote.fetch_records(last_s, request_id)) for remote in self._remotes.values()]
         return [each for found in await asyncio.gather(*asking) for each in found or []]
+
+    def tell_members(self) -> None:
+        for remote in self._remotes.values():
+            remote.tell_members(self._members())
 
     def instance_died(self, instance_id: str, why: str) -> None:
         for remote in self._remotes.values():
