@@ -131,6 +131,27 @@ async def test_another_instance_at_the_address_of_a_lost_one_takes_its_place(ser
     await until(lambda: statuses(server) == {"pod-1": "ready"})
 
 
+async def test_who_is_found_again_stays_or_comes_back(serve, names, make_instance, ask, collect, until):
+    pod, other = await make_instance("hybrid", "pod-0"), await make_instance("hybrid", "pod-1")
+    names["h", 7] = [pod.address, other.address]
+    server = await serve(HYBRID | {"discover": "dns:h:7"})
+    await until(lambda: statuses(server) == {"pod-0": "ready", "pod-1": "ready"})
+    pod.hold = other.hold = {"tokens"}
+    streams = [server.scheduler.submit(ask(f"{i}")) for i in range(2)]
+    await until(lambda: pod.requests and other.requests)
+    names["h", 7] = [other.address]
+    await until(lambda: statuses(server)["pod-0"] == "draining")
+    names["h", 7] = [pod.address, other.address]
+    await until(lambda: statuses(server)["pod-0"] == "ready")
+    for each in (pod, other):
+        each.release()
+    await asyncio.gather(*map(collect, streams))
+    names["h", 7] = [other.address]
+    await until(lambda: list(statuses(server)) == ["pod-1"])
+    names["h", 7] = [pod.address, other.address]
+    await until(lambda: statuses(server) == {"pod-1": "ready", "pod-0": "ready"})
+
+
 async def test_two_addresses_of_one_life_are_one_instance(serve, names, make_instance, until):
     pod = await make_instance("hybrid", "pod-0")
     again = f"localhost:{pod.server.port}"

@@ -128,4 +128,4 @@ class Discovery:
 
     def _see_off(self, instance_id: str) -> None:
         with contextlib.suppress(InvalidRequest):  # it has left otherwise
-            self._members.leave(instance_id)
+            self._members.leave(instance_id, for_good=False)  # it may be found again

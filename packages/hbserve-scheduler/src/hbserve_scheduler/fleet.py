@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import itertools
+import logging
 from collections.abc import Callable, Collection, Iterable
 from operator import attrgetter
 
@@ -63,7 +64,7 @@ class Fleet:
 
     async def remove(self, instance_id: str) -> None:
         handle = self.handles.pop(instance_id)
-        handle.lost("it was removed")
+        handle.lost("it was removed", level=logging.INFO)
         self._available[handle.role].forget(handle)
         self.on_members()
         await handle.close()

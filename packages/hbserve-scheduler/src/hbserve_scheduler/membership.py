@@ -59,7 +59,7 @@ class Membership:
     async def join(self, address: str, role: Role | None = None, *, again: bool = False) -> InstanceInfo:
         """Add the instance at `host:port`, by what it says of itself. One that is a member already stays so.
 
-        again: also a life that was told to drain or to leave, which takes requests then.
+        again: also a life that was told to drain or to leave for good, which takes requests then.
 
         Raises:
             InvalidRequest: it cannot be a member; says why.
@@ -85,7 +85,7 @@ class Membership:
         if known is None:
             await self._fleet.add(info.instance_id, info.role, address)
             logger.info("%s at %s joins", info.instance_id, address)
-        if again:
+        if again or (info.instance_id in self._leaving and info.epoch not in self._sent_away):
             self._call_back(info)
         return info
 
@@ -117,9 +117,11 @@ class Membership:
             raise InvalidRequest(f"instance_id={instance_id!r}: {handle.describe_problem()}")
         self._fleet.drain(instance_id, handle.epoch)
 
-    def leave(self, instance_id: str, within_s: float | None = None) -> None:
+    def leave(self, instance_id: str, within_s: float | None = None, *, for_good: bool = True) -> None:
         """Drain it, and remove it when it has nothing left of any scheduler; after `within_s`, whatever it has: that
         gets another attempt elsewhere. One that is not reached is removed at once.
+
+        for_good: this life does not come back by itself, because somebody has said so.
 
         Raises:
             InvalidRequest: there is no such instance.
@@ -129,7 +131,7 @@ class Membership:
         if (handle := self._fleet.handles.get(instance_id)) is None:
             self.drain(instance_id)  # which says what is wrong
             return
-        if handle.epoch:
+        if handle.epoch and for_good:
             self._sent_away[handle.epoch] = None
             while len(self._sent_away) > MOST_SENT_AWAY:
                 del self._sent_away[next(iter(self._sent_away))]
