@@ -195,3 +195,14 @@ async def test_reports_that_end_are_asked_for_again(make_scheduler, pair, until)
     prefill._reports = short
     await prefill.restart()
     await until(lambda: len(asked) == 3 and scheduler.fleet.handles["p0"].status == "ready")
+
+
+async def test_figures_of_all_do_not_wait_for_one_that_is_not_there(make_scheduler, pair, until, monkeypatch):
+    monkeypatch.setattr("hbserve_scheduler.fleet.REFRESH_TIMEOUT_S", 3600.0)
+    scheduler, (prefill, decode) = await make_scheduler(*pair, heartbeat_timeout_s=3600.0), pair
+    await decode.server.stop()
+    await until(lambda: scheduler.fleet.handles["d0"].status == "lost")
+    prefill.free_blocks = 77
+    async with asyncio.timeout(30):
+        await scheduler.refresh()
+    assert [each.free_blocks for each in scheduler.stats().instances] == [77, 0]

@@ -2,13 +2,13 @@
 
 import asyncio
 import time
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
-from hbserve_rpc import PeerDied, PeerLost, RequestTimeout, SamplingParams, Unavailable
-from hbserve_rpc.messages import REPORTS, GenerateRequest, InstanceInfo, TokenEvent
-from hbserve_scheduler import CpuScheduler, NotReady, SchedulerConfig
+from hbserve_rpc import PeerDied, PeerLost, RemoteError, RequestTimeout, SamplingParams, Unavailable
+from hbserve_rpc.messages import REPORTS, Empty, GenerateRequest, Granted, InstanceInfo, Role, TokenEvent
+from hbserve_scheduler import CpuScheduler, NotReady, RequestFailed, SchedulerConfig
 from hbserve_scheduler.virtual_time import VirtualTimeLoop
 
 STEP_S = 10.0
@@ -20,6 +20,7 @@ class ModelledHybrid:
 
     name_problem = ""
     is_dead = False
+    role: Role = "hybrid"
 
     def __init__(self, address: str, **_: object) -> None:
         self.instance_id = address.partition(":")[0]
@@ -63,7 +64,7 @@ class Reports:
             await asyncio.Event().wait()
         self.has_said = True
         name = self.instance.instance_id
-        return InstanceInfo(name, "hybrid", "a life", "ready", max_prompt_len=1000, vocab_size=1000)
+        return InstanceInfo(name, self.instance.role, name, "ready", max_prompt_len=1000, vocab_size=1000)
 
 
 class Answer:
@@ -145,6 +146,57 @@ def test_waits_for_instances_end_by_the_loop():
         await scheduler.stop()
 
     in_virtual_time(job())
+
+
+class ModelledLeg(ModelledHybrid):
+    """A prefill or decode instance. The first token comes, and then one of them fails and the other is silent."""
+
+    failing = ""
+    closed_s: ClassVar[dict[str, float]] = {}
+
+    def __init__(self, address: str, **more: object) -> None:
+        super().__init__(address, **more)
+        self.role = "prefill" if self.instance_id == "p0" else "decode"
+
+    async def call(self, method: Any, request: Any, *, timeout_s: float) -> Empty:
+        return Empty()
+
+    def stream(self, method: Any, request: Any) -> Any:
+        return Reports(self) if method is REPORTS else LegEvents(self)
+
+
+class LegEvents(Reports):
+    """Of a request; says when it was closed."""
+
+    async def __aexit__(self, *_: object) -> None:
+        ModelledLeg.closed_s[self.instance.instance_id] = asyncio.get_running_loop().time()
+
+    async def __anext__(self) -> Any:
+        if not self.has_said:
+            self.has_said = True
+            return TokenEvent(0, [100]) if self.instance.role == "prefill" else Granted(b"grant")
+        await asyncio.sleep(STEP_S if self.instance.instance_id == ModelledLeg.failing else 1e6)
+        raise RemoteError("out of luck")
+
+
+@pytest.mark.parametrize("failing", ["p0", "d0"])
+def test_when_one_leg_fails_the_other_is_cancelled_within_a_tenth_of_a_second(failing):
+    async def job() -> float:
+        ModelledLeg.failing = failing
+        scheduler = CpuScheduler(SchedulerConfig(max_attempts=1), client_factory=ModelledLeg)
+        for name, role in (("p0", "prefill"), ("d0", "decode")):
+            await scheduler.add_instance(name, role, f"{name}:1")
+        await scheduler.start()
+        await scheduler.wait_ready(60)
+        began_s = asyncio.get_running_loop().time()
+        with pytest.raises(RequestFailed, match=f"{failing}: out of luck"):
+            async for _ in scheduler.submit(GenerateRequest("r", [1], SamplingParams(0, 5))):
+                pass
+        await scheduler.stop()
+        other = "d0" if failing == "p0" else "p0"
+        return ModelledLeg.closed_s[other] - began_s - STEP_S
+
+    assert 0 <= in_virtual_time(job()) < 0.1
 
 
 def test_a_wait_that_nothing_can_end_is_an_error_and_no_standstill():

@@ -28,8 +28,8 @@ from hbserve_scheduler.instances import InstanceHandle
 from hbserve_scheduler.placement import Placement
 from hbserve_scheduler.request import ScheduledRequest
 
-VERDICT_TIMEOUT_S = 0.5
-"""How long the failure of one leg waits for what the other leg has to say."""
+VERDICT_TIMEOUT_S = 0.08
+"""How long the failure of one leg waits for what the other leg has to say. Then that is cancelled: within 0.1 s."""
 
 
 class Attempt:

@@ -116,11 +116,11 @@ class Fleet:
         self.links.look()
 
     async def refresh(self) -> None:
-        """Ask every instance for its figures; one that does not answer soon keeps its last."""
+        """Ask every instance that is heard for its figures; one that does not answer soon keeps its last."""
+        heard = [handle for handle in self.handles.values() if handle.status not in ("lost", "suspect")]
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(REFRESH_TIMEOUT_S):
-                handles = self.handles.values()
-                await asyncio.gather(*(handle.refresh() for handle in handles), return_exceptions=True)
+                await asyncio.gather(*(handle.refresh() for handle in heard), return_exceptions=True)
 
     async def wait_ready(self, timeout_s: float) -> None:
         """Raises InstanceFailed at once when one says so, NotReady after `timeout_s`."""
