@@ -1,11 +1,14 @@
 """PdDisaggConfig: documented fields and defaults; wrong values are named, at construction and at start."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from hbserve.launcher import instance_settings
 from hbserve.pd_disagg import DisaggregatedLLM, KVTransferBackend, PdDisaggConfig
-from hbserve_scheduler import ConfigError, load_config
+from hbserve.serve import InstanceArgs
+from hbserve_scheduler import ConfigError, convert, load_config
 
 CONFIG_FILE = Path(__file__).resolve().parents[3] / "configs" / "pd_disagg_config.yaml"
 DEFAULTS = {
@@ -82,3 +85,48 @@ def test_a_configuration_file_and_its_flat_fields_say_the_same():
         pytest.skip("the repository's configs/ are not here: this is an installed package")
     deployment = load_config(CONFIG_FILE)
     assert PdDisaggConfig.from_deployment(deployment).to_deployment() == deployment
+
+
+# ---- an instance that is started by hand -------------------------------------------------------------------------
+
+
+def instance_args(**given: Any) -> InstanceArgs:
+    defaults: dict[str, Any] = {"role": None, "host": None, "port": None, "schedulers": [], "log_level": "INFO"}
+    return InstanceArgs(Path("d.yaml"), **(defaults | given))
+
+
+FOUND_AND_NAMED = {
+    "gpu_instances": [
+        {"instance_id": "d0", "instance_type": "decode", "port": 7001},
+        {"instance_type": "prefill", "discover": "dns:p.example:7000"},
+    ]
+}
+
+
+def test_an_instance_that_the_file_does_not_name_is_what_its_arguments_say():
+    config = convert(FOUND_AND_NAMED)
+    named = instance_args(instance_id="d0").section(config)
+    assert named is config.gpu_instances[0]
+    pod = instance_args(instance_id="pod-7", role="prefill", host="10.0.0.7").section(config)
+    assert (pod.instance_id, pod.instance_type, pod.host, pod.port) == ("pod-7", "prefill", "10.0.0.7", 7000)
+    assert instance_args(instance_id="pod-7", role="prefill", port=0).section(config).port == 0
+    settings = instance_settings(config, pod, Path("/m"), log_level="INFO")
+    assert (settings["instance_id"], settings["num_local_instances"]) == ("pod-7", 1)
+
+
+@pytest.mark.parametrize(
+    ("given", "problem"),
+    [
+        ({"instance_id": "x"}, "--instance-id='x': d.yaml has d0; with --role it may be any other"),
+        ({"instance_id": "d0", "role": "decode"}, "--role=decode: expected none: d.yaml has 'd0' already"),
+        ({"instance_id": "d0", "port": 1}, "--host and --port: expected none without --role"),
+    ],
+)
+def test_an_instance_that_cannot_be_started_so_is_refused(given, problem):
+    with pytest.raises(ConfigError, match=problem):
+        instance_args(**given).section(convert(FOUND_AND_NAMED))
+
+
+def test_what_starts_all_of_its_instances_looks_none_up():
+    with pytest.raises(ConfigError, match=r"gpu_instances\[1\].discover='dns:p.example:7000': expected none"):
+        PdDisaggConfig("/m", gpu_instances=FOUND_AND_NAMED["gpu_instances"])

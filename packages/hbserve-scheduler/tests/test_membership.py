@@ -200,3 +200,25 @@ async def test_what_a_sibling_has_given_to_one_that_leaves_is_finished_first(
     pair[1].release()
     assert {(await collect(each))[1].num_attempts for each in streams} == {1}
     await until(lambda: list(child.scheduler.fleet.handles) == ["p0", "d1"])
+
+
+async def test_who_has_joined_by_itself_and_is_gone_is_forgotten_after_a_while(serve, pair, until, monkeypatch):
+    monkeypatch.setattr(membership, "FORGOTTEN_S", 0.05)
+    server, remote = await serve(pair[0])
+    await remote.join(pair[1].address, again=False)
+    handles = server.scheduler.fleet.handles
+    await until(lambda: handles["d0"].status == "ready")
+    looks = 0
+    watch = server.members._watch
+
+    def watched(instance_id: str) -> None:
+        nonlocal looks
+        looks += 1
+        watch(instance_id)
+
+    monkeypatch.setattr(server.members, "_watch", watched)
+    await until(lambda: looks > 1)
+    assert "d0" in handles, "it is there"
+    for each in pair:
+        await each.server.stop()
+    await until(lambda: list(handles) == ["p0"])

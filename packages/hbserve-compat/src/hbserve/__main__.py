@@ -52,6 +52,12 @@ class LogLevel(StrEnum):
     ERROR = "ERROR"
 
 
+class InstanceRole(StrEnum):
+    PREFILL = "prefill"
+    DECODE = "decode"
+    HYBRID = "hybrid"
+
+
 ConfigOption = Annotated[Path, typer.Option("--config", help="YAML file of the deployment.")]
 ModelOption = Annotated[Path | None, typer.Option(help="A Hugging Face model folder; without it, the demo model.")]
 LogLevelOption = Annotated[LogLevel, typer.Option("--log-level", case_sensitive=False)]
@@ -138,13 +144,21 @@ def chat(
 @app.command()
 def instance(
     config: ConfigOption,
-    instance_id: Annotated[str, typer.Option(help="Which of the file's gpu_instances.")],
+    instance_id: Annotated[str, typer.Option(help="Which of the file's gpu_instances; with --role, its own.")],
+    role: Annotated[InstanceRole | None, typer.Option(help="Of an instance that is not in the file.")] = None,
+    host: Annotated[str | None, typer.Option(help="With --role, where it is reached; 127.0.0.1.")] = None,
+    port: Annotated[int | None, typer.Option(help="With --role; 0 lets the system choose.")] = None,
+    register: Annotated[
+        list[str] | None, typer.Option(metavar="HOST:PORT", help="Of a scheduler that is to use it. May be repeated.")
+    ] = None,
     log_level: LogLevelOption = LogLevel.INFO,
 ) -> None:
     """Run one instance of a deployment."""
-    from hbserve.serve import serve_instance
+    from hbserve.serve import InstanceArgs, serve_instance
 
-    _run(serve_instance(config, instance_id, log_level.value), log_level)
+    chosen: Any = None if role is None else role.value
+    args = InstanceArgs(config, instance_id, chosen, host, port, register or [], log_level.value)
+    _run(serve_instance(args), log_level)
 
 
 @app.command()

@@ -27,7 +27,9 @@ def instance_settings(
 
     The instances of the same machine, whatever each `host` calls it, share its cores and its GPUs.
     """
-    neighbours = [each for each in config.named_instances if _same_machine(each.host, instance.host)]
+    named = config.named_instances
+    several = named if instance in named else [*named, instance]
+    neighbours = [each for each in several if _same_machine(each.host, instance.host)]
     shared = config.engine_settings()
     return msgspec.structs.asdict(shared) | {
         "instance_id": instance.instance_id,

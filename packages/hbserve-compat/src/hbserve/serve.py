@@ -18,6 +18,7 @@ from hbserve.ending import Ending, together, unless
 from hbserve.launcher import QUIET_TORCH, LocalInstances, instance_settings
 from hbserve.pd_disagg.config import PdDisaggConfig
 from hbserve_rpc import own_process
+from hbserve_rpc.messages import Role
 from hbserve_scheduler import (
     ConfigError,
     CpuScheduler,
@@ -27,8 +28,9 @@ from hbserve_scheduler import (
     check,
     load_config,
 )
-from hbserve_scheduler.config import ServerSection
+from hbserve_scheduler.config import InstanceSection, ServerSection
 from hbserve_scheduler.declared import DeclaredInstances
+from hbserve_scheduler.discovery import DnsName
 
 if TYPE_CHECKING:  # it imports the web server's libraries, which nothing else needs
     from hbserve.server.front_end import FrontEnd
@@ -173,21 +175,51 @@ class _Deployment:
         )
 
 
-async def serve_instance(path: Path, instance_id: str, log_level: str) -> None:
+@dataclass(frozen=True)
+class InstanceArgs:
+    """The command's arguments."""
+
+    config: Path
+    instance_id: str
+    role: Role | None
+    host: str | None
+    port: int | None
+    schedulers: list[str]
+    log_level: str
+
+    def section(self, config: DeploymentConfig) -> InstanceSection:
+        """The file's, or with `role` one that the file leaves to whoever starts instances. Raises ConfigError."""
+        found = [each for each in config.named_instances if each.instance_id == self.instance_id]
+        if self.role is None:
+            if not found:
+                names = ", ".join(each.instance_id for each in config.named_instances) or "no instance that has an id"
+                more = "; with --role it may be any other"
+                raise ConfigError(f"--instance-id={self.instance_id!r}: {self.config} has {names}{more}")
+            if self.host is not None or self.port is not None:
+                raise ConfigError("--host and --port: expected none without --role: the file has them")
+            return found[0]
+        if found:
+            raise ConfigError(f"--role={self.role}: expected none: {self.config} has {self.instance_id!r} already")
+        behind = [DnsName.of(each.discover).port for each in config.gpu_instances if each.discover is not None]
+        port = self.port if self.port is not None else next(iter(behind), 0)
+        return InstanceSection(
+            instance_id=self.instance_id, instance_type=self.role, host=self.host or "127.0.0.1", port=port
+        )
+
+
+async def serve_instance(args: InstanceArgs) -> None:
     """One instance, until SIGTERM, SIGINT or SIGHUP.
 
     Raises:
         ConfigError: the file has no such instance, or is wrong.
         AddressInUse: its address is taken.
+        InvalidInstanceConfig: an argument cannot be.
     """
     os.environ.setdefault(*QUIET_TORCH)  # torch reads it when it is imported
     from hbserve_core import InstanceConfig, run_instance
 
-    config = load_config(path)
-    found = [each for each in config.named_instances if each.instance_id == instance_id]
-    if not found:
-        names = ", ".join(each.instance_id for each in config.named_instances)
-        raise ConfigError(f"--instance-id={instance_id!r}: {path} has {names}")
+    config = load_config(args.config)
+    section = args.section(config)
     folder = await find_model_folder(config.model.path)
-    settings = instance_settings(config, found[0], folder, log_level=log_level)
-    await run_instance(msgspec.convert(settings, InstanceConfig))
+    settings = instance_settings(config, section, folder, log_level=args.log_level)
+    await run_instance(msgspec.convert(settings | {"schedulers": args.schedulers}, InstanceConfig))

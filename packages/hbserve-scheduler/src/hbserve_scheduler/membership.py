@@ -21,6 +21,8 @@ DESCRIBE_TIMEOUT_S = 5.0
 LOOK_S = 0.2
 """Pause between two looks at whether an instance that leaves has nothing left."""
 MOST_SENT_AWAY = 1024
+FORGOTTEN_S = 60.0
+"""Who has joined by itself, is lost and does not join again for so long is a member no more."""
 
 
 class Membership:
@@ -32,8 +34,11 @@ class Membership:
         self._sent_away: dict[str, None] = {}
         """Lives that were told to leave: they do not come back by themselves. The last ones."""
         self._setting = asyncio.Lock()
+        self._forgetting: dict[str, asyncio.TimerHandle] = {}
 
     async def close(self) -> None:
+        for timer in self._forgetting.values():
+            timer.cancel()
         leaving = list(self._leaving.values())
         for task in leaving:
             task.cancel()
@@ -87,7 +92,23 @@ class Membership:
             logger.info("%s at %s joins", info.instance_id, address)
         if again or (info.instance_id in self._leaving and info.epoch not in self._sent_away):
             self._call_back(info)
+        if not again:
+            self._watch(info.instance_id)
         return info
+
+    def _watch(self, instance_id: str) -> None:
+        """It has joined by itself, now: whoever does not any more, and is lost, has gone for good."""
+        if (before := self._forgetting.pop(instance_id, None)) is not None:
+            before.cancel()
+        loop = asyncio.get_running_loop()
+        self._forgetting[instance_id] = loop.call_later(FORGOTTEN_S, self._forget, instance_id)
+
+    def _forget(self, instance_id: str) -> None:
+        del self._forgetting[instance_id]
+        if self.has(instance_id):
+            self._watch(instance_id)
+        elif instance_id in self._fleet.handles:
+            self.leave(instance_id, for_good=False)  # which is at once
 
     async def _describe(self, address: str) -> InstanceInfo:
         client = self._fleet.make_client(address)
