@@ -85,20 +85,21 @@ def serve_instance() -> int:
 class Child:
     """A process that is started again, as whoever runs a deployment would have it."""
 
-    def __init__(self, name: str, command: list[str], settings: bytes = b"") -> None:
+    def __init__(self, name: str, log: Path, command: list[str], settings: bytes = b"") -> None:
         self.name = name
+        self.log = log
         self._command = command
         self._settings = settings
         self.process: asyncio.subprocess.Process | None = None
 
     async def start(self) -> None:
         pipe, nowhere = asyncio.subprocess.PIPE, asyncio.subprocess.DEVNULL
-        log = None if os.environ.get("CHAOS_LOG") else nowhere
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        self.process = await asyncio.create_subprocess_exec(
-            sys.executable, *self._command, stdin=pipe, stdout=nowhere, stderr=log, env=environment,
-            start_new_session=True,
-        )  # fmt: skip
+        with self.log.open("ab") as log:
+            self.process = await asyncio.create_subprocess_exec(
+                sys.executable, *self._command, stdin=pipe, stdout=nowhere, stderr=log, env=environment,
+                start_new_session=True,
+            )  # fmt: skip
         assert self.process.stdin is not None
         self.process.stdin.write(self._settings)
 
@@ -147,16 +148,23 @@ async def deployment(folder: Path) -> AsyncIterator[tuple[dict[str, Child], Remo
     path = folder / "chaos.yaml"
     path.write_text(yaml.safe_dump(content))
     config = load_config(path)
-    children = {"scheduler": Child("scheduler", ["-m", "hbserve_scheduler", "--config", str(path)])}
+    command = ["-m", "hbserve_scheduler", "--config", str(path)]
+    children = {"scheduler": Child("scheduler", folder / "scheduler.log", command)}
     for each in config.gpu_instances:
         settings = json.dumps(instance_settings(config, each, folder, log_level="WARNING")).encode() + b"\n"
-        children[each.instance_id] = Child(each.instance_id, [__file__, "--instance"], settings)
+        children[each.instance_id] = Child(
+            each.instance_id, folder / f"{each.instance_id}.log", [__file__, "--instance"], settings
+        )
     remote = RemoteScheduler(f"127.0.0.1:{port}")
     try:
         for child in children.values():
             await child.start()
         await remote.start()
         yield children, remote
+    except BaseException:
+        for child in children.values():
+            print(f"{child.name} at its end: {child.log.read_text()[-1500:]}", file=sys.stderr)
+        raise
     finally:
         await remote.stop()
         for child in children.values():
