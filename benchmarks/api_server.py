@@ -7,7 +7,7 @@
 The engine is a process that speaks the instances' RPC, and gives each request a token as soon as the last one is taken.
 Where tokens come faster than the server sends them they wait together, and become fewer and larger events: both are
 said. Without --rate they do; offered at a rate that it keeps up with, each is an event of its own.
-"TTFT added": from writing a request to its first byte, where the engine takes no time; one client at a time, alone and
+"TTFT added": from writing a request to its first token, where the engine takes no time; one client at a time, alone and
 then beside all the streams at 25 tokens/s each. The engine and the clients may be slower than the server: its processor
 time says what it alone could do.
 """
@@ -21,9 +21,11 @@ import sys
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
-from hbserve_rpc import RpcServer
-from hbserve_rpc.messages import GENERATE, REPORTS, GenerateRequest, InstanceInfo, ReportsRequest, TokenEvent
+from hbserve_rpc import RpcServer, own_process
+from hbserve_rpc.messages import GENERATE, GenerateRequest, InstanceInfo, Role, TokenEvent
+from hbserve_rpc.reports import REPORTS, ReportsRequest
 
 VOCAB_SIZE = 49152
 MAX_MODEL_LEN = 1 << 16
@@ -54,8 +56,9 @@ async def serve_engine() -> None:
     await asyncio.Event().wait()
 
 
-async def serve_api(address: str) -> None:
-    """The front end of `hbserve serve`, on an instance that it has not started."""
+async def serve_api(instances: dict[str, tuple[Role, str]], **settings: Any) -> None:
+    """The front end of `hbserve serve`, on instances that it has not started: role and address by their ids. `settings`
+    are the scheduler's."""
     from hbserve.demo_model import find_model_folder
     from hbserve.server.front_end import FrontEnd
     from hbserve_scheduler import CpuScheduler, SchedulerConfig, SchedulerServer
@@ -63,24 +66,30 @@ async def serve_api(address: str) -> None:
 
     folder = await find_model_folder(None)
     front_end = FrontEnd(ServerSection(port=0))
-    server = SchedulerServer(CpuScheduler(SchedulerConfig(port=0), model_path=str(folder)))
+    server = SchedulerServer(CpuScheduler(SchedulerConfig(port=0, **settings), model_path=str(folder)))
     await front_end.start()
     await server.start()
-    await server.scheduler.add_instance("mock-0", "hybrid", address)
+    for instance_id, (role, address) in instances.items():
+        await server.scheduler.add_instance(instance_id, role, address)
     await front_end.begin("demo", folder, server)
+    own_process.freeze_heap()  # as it does
     print(front_end.url, flush=True)
     await asyncio.Event().wait()
 
 
 async def stream(port: int, max_tokens: int, ms_a_token: int) -> tuple[float, float, int]:
-    """One streamed completion: seconds to its first byte, to its end, and its events with text."""
+    """One streamed completion: seconds to its first token, to its end, and its events with text."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     fields = f'"max_tokens": {max_tokens}, "top_k": {ms_a_token}, "ignore_eos": true, "stream": true'
     body = f'{{"prompt": "What is the capital of France?", {fields}}}'.encode()
     head = f"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n"
     began_s = time.perf_counter()
     writer.write(head.encode() + body)
-    content = await reader.read(1 << 16)
+    content = b""
+    while b'"text"' not in content:  # its head comes before it
+        part = await reader.read(1 << 16)
+        assert part, content[:200]
+        content += part
     first_s = time.perf_counter() - began_s
     assert content.startswith(b"HTTP/1.1 200"), content[:200]
     num_events = content.count(b'"text"')
@@ -143,7 +152,7 @@ def main() -> None:
     if arguments.role == "engine":
         asyncio.run(serve_engine())
     elif arguments.role == "api":
-        asyncio.run(serve_api(arguments.address))
+        asyncio.run(serve_api({"mock-0": ("hybrid", arguments.address)}))
     else:
         server_core, other_core = arguments.cores or (None, None)
         engine, address = start("--role", "engine", core=other_core)

@@ -35,7 +35,7 @@ from hbserve_core.cuda_runner.kernels.few_rows_linear import (
     skinny_linear,
     small_linear,
 )
-from hbserve_core.cuda_runner.kernels.pointwise import rms_norm, silu_mul
+from hbserve_core.cuda_runner.kernels.pointwise import gate_mul, rms_norm
 from hbserve_core.cuda_runner.products import Choice, Kind, choose
 from hbserve_core.errors import InvalidInstanceConfig
 from hbserve_core.model.layers import Linear
@@ -206,7 +206,7 @@ class Operands:
             linear.add_to(target, x)
             return target
         result = linear(rms_norm(x, self._norm, EPS) if self._product.reads_norm else x)
-        return silu_mul(result) if self._product.gated else result
+        return gate_mul(result) if self._product.gated else result
 
     def _skinny(self, x: torch.Tensor, target: torch.Tensor | None) -> Callable[[Linear], torch.Tensor]:
         product, padded = self._product, max(16, 1 << (len(x) - 1).bit_length())

@@ -6,7 +6,8 @@ Two prefill and two decode instances and a scheduler, each a process of its own,
 takes as long as it is told, so that the cores are not what is measured. Half of the requests are greedy, half sampled
 with a seed. Each must have exactly the tokens that it has undisturbed, each of them once, or one error. For each event:
 how soon the scheduler said that the instance is not ready any more, how requests ended, and the 99th percentile of
-those that were on other instances, beside that of the slice before anything happened. At the end nothing may be left.
+those that were on other instances from the beginning, beside that of the slice before anything happened. At the end
+nothing may be left.
 """
 
 import argparse
@@ -182,7 +183,7 @@ class Slice:
     errors: Counter[str] = field(default_factory=Counter)
     attempts: Counter[int] = field(default_factory=Counter)
     times: list[tuple[float, set[str]]] = field(default_factory=list)
-    """Of each request: how long it took, and where it was."""
+    """Of each request that was tried once: how long it took, and where it was."""
 
     def p99_ms(self, without: str = "") -> float:
         ordered = sorted(took_s for took_s, places in self.times if without not in places)
@@ -229,7 +230,8 @@ class Clients:
         expected = self.expected.setdefault(kind, tokens)
         into.ends["right" if tokens == expected else "WRONG: other tokens"] += 1
         into.attempts[end.num_attempts] += 1
-        into.times.append((time.monotonic() - began_s, {end.prefill_instance, end.decode_instance}))
+        if end.num_attempts == 1:
+            into.times.append((time.monotonic() - began_s, {end.prefill_instance, end.decode_instance}))
 
     async def run(self, count: int, into: Slice) -> None:
         left = count

@@ -18,17 +18,17 @@ from hbserve_rpc.messages import (
     CONNECT,
     DECODE,
     PREFILL,
-    REPORTS,
     Empty,
     GenerateRequest,
     Granted,
     InstanceInfo,
-    InstanceReport,
     InstanceStats,
     Role,
     TokenEvent,
     TransferDone,
 )
+from hbserve_rpc.prompt_shape import shape_of
+from hbserve_rpc.reports import REPORTS, InstanceReport
 from hbserve_scheduler import CpuScheduler, SchedulerConfig
 
 ROUNDS = 5
@@ -39,7 +39,7 @@ PARAMS = SamplingParams(0, 2, ignore_eos=True)
 class StubClient:
     """In place of an RpcClient: an instance that answers at once."""
 
-    name_problem = ""
+    problem = ""
 
     def __init__(self, address: str, **_: object) -> None:
         self.role: Role = "prefill" if address.startswith("p") else "decode"
@@ -112,7 +112,9 @@ async def scheduling(num_instances: int, **settings: Any) -> AsyncIterator[CpuSc
 
 
 def new_requests(prefix: str, count: int, num_tokens: int = 16) -> list[GenerateRequest]:
-    return [GenerateRequest(f"{prefix}{i}", list(range(1, 1 + num_tokens)), PARAMS) for i in range(count)]
+    """As entries submit them: with the shape of the prompt, which they have looked at."""
+    prompt = list(range(1, 1 + num_tokens))
+    return [GenerateRequest(f"{prefix}{i}", prompt, PARAMS, shape=shape_of(prompt)) for i in range(count)]
 
 
 def microseconds(job: Callable[[], object], count: int) -> float:
@@ -179,7 +181,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--waiting", type=int, nargs="+", default=[100, 4000, 20000])
     parser.add_argument("--instances", type=int, nargs="+", default=[10, 100, 1000])
-    parser.add_argument("--prompts", type=int, nargs="+", default=[16, 1000])
+    parser.add_argument("--prompts", type=int, nargs="+", default=[16, 1000, 16000])
     parser.add_argument("--count", type=int, default=400, help="requests of each measurement")
     arguments = parser.parse_args()
     asyncio.run(measure(arguments.waiting, arguments.instances, arguments.prompts, arguments.count))

@@ -49,15 +49,15 @@ FLOWS = {
         "hbserve_core/instance: handover",
         "hbserve_core/transfers: instance_transfers",
         "hbserve_kv: manager",
-        "hbserve_kv/memory: heads memory",
+        "hbserve_kv/memory: memory",
         "hbserve_kv/protocol: handshake messages transfer_state",
-        "hbserve_kv/receiving: links quarantine receiver transfer",
-        "hbserve_kv/sending: connection peers state transfer",
+        "hbserve_kv/receiving: receiver transfer",
+        "hbserve_kv/sending: connection peers transfer",
         "hbserve_kv/transports: base nccl rendezvous",
-        "hbserve_rpc: address client message_socket server wire",
+        "hbserve_rpc: address client connected_client message_socket rpc_stream server server_connection wire",
     ),
     "scheduling": files(
-        "hbserve_scheduler: admission attempt cpu_scheduler figures fleet instances placement policies request retries"
+        "hbserve_scheduler: admission attempt cpu_scheduler figures fleet instances policies request retries"
     ),
 }
 """A step on CUDA, with its kernels; the same on a CPU, in plain torch; a transfer over nccl, the first of a pair of
@@ -65,7 +65,7 @@ instances; a request that meets no error. All with one rank, and of requests tha
 nothing of hbserve_core/logits."""
 LOADING = files("hbserve_core/model: loaded_model model_config weights")
 """Called before a runner's first step."""
-MOST_FILES = {"cuda step": 23, "step": 18, "transfer": 24, "scheduling": 10}
+MOST_FILES = {"cuda step": 23, "step": 18, "transfer": 23, "scheduling": 9}
 
 
 @pytest.fixture(scope="module")

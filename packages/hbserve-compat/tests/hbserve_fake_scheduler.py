@@ -137,13 +137,13 @@ class FakeScheduler:
         self.asked: list[tuple[list[int], SamplingParams]] = []
         self.most_running = 1000
         self.role = "hybrid"
+        self.digest_block_size = 0
         self.figures = Figures()
         """Of which nothing here writes: it is for tests."""
 
     def submit(self, request: GenerateRequest) -> FakeEvents:
         request = self.check(request)
-        if len(self.running) >= self.most_running:
-            raise Overloaded("so many requests are waiting", 7.2)
+        self.require_room()
         self.asked.append((request.prompt_token_ids, request.params))
         events = self.running[request.request_id] = FakeEvents(self, request)
         return events
@@ -151,7 +151,11 @@ class FakeScheduler:
     def check(self, request: GenerateRequest) -> GenerateRequest:
         return admitted(request, self.info().instances)
 
-    async def wait_for_room(self) -> None:
+    def require_room(self, priority: int = 0) -> None:
+        if len(self.running) >= self.most_running:
+            raise Overloaded("so many requests are waiting", 7.2)
+
+    async def wait_for_room(self, priority: int = 0) -> None:
         raise AssertionError("a server refuses; it does not wait")
 
     async def abort(self, request_id: str, reason: FinishReason = "abort", choice: int | None = None) -> bool:
@@ -184,12 +188,12 @@ class FakeServer:
     url: str
     """Of whoever serves it over HTTP."""
 
-    def __init__(self, tokenizer: Any, **settings: Any) -> None:
+    def __init__(self, tokenizer: Any, folder: Path = Path("/models/small"), **settings: Any) -> None:
         self.scheduler = FakeScheduler()
         self.tokenizer = tokenizer
         self.service = Service(ServerSection(**({"chat_template": TEMPLATE} | settings)))
         self.app = make_app(self.service)
-        self.service.begin("small", Path("/models/small"), self.scheduler, tokenizer, self.scheduler)
+        self.service.begin("small", folder, self.scheduler, tokenizer, self.scheduler)
         transport = httpx.ASGITransport(self.app, raise_app_exceptions=False)
         self.client = httpx.AsyncClient(transport=transport, base_url="http://test")
 

@@ -13,7 +13,7 @@ LEAF = (
     st.none() | st.booleans() | st.integers() | st.integers(-2, 5) | st.floats(allow_nan=False, allow_infinity=False)
     | st.text(max_size=5) | st.sampled_from(["auto", "\x00", "x" * 600, 2**70, -(2**70), 1e308, "text", "user"])
 )  # fmt: skip
-VALUE = st.recursive(
+VALUE: st.SearchStrategy[Any] = st.recursive(
     LEAF,
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
     max_leaves=5,

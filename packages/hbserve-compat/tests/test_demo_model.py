@@ -135,3 +135,22 @@ def test_asked_for_the_capital_of_france_it_says_paris():
     (answer,) = llm.generate([prompt], SamplingParams(temperature=0, max_tokens=12), use_tqdm=False)
     llm.exit()
     assert "Paris." in answer["text"]
+
+
+def test_a_hub_id_is_the_folder_in_the_local_cache_and_the_models_name(tmp_path, monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.file_download.HF_HUB_CACHE", str(tmp_path), raising=False)
+    repository = tmp_path / "models--Qwen--Qwen3-0.6B"
+    snapshot = repository / "snapshots" / "0123abcd"
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").write_text("{}")
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0123abcd")
+    assert demo_model.model_folder("Qwen/Qwen3-0.6B") == snapshot
+    assert demo_model.model_name("Qwen/Qwen3-0.6B", snapshot) == "Qwen/Qwen3-0.6B"
+    assert demo_model.model_name(snapshot, snapshot) == "0123abcd"
+    for other in ("Qwen/Qwen3-8B", "/nowhere/a/b", "~/nowhere"):
+        with pytest.raises(FileNotFoundError, match="or the id of a model that `hf download` has fetched"):
+            demo_model.model_folder(other)

@@ -190,6 +190,8 @@ async def test_a_prompt_without_numbers_is_named_and_not_tried_again_and_the_oth
             llm.generate([5, 6, 7], coldest), return_exceptions=True,
         )  # fmt: skip
         assert isinstance(broken, LogitsNotFinite)
+        assert isinstance(sound, list)
+        assert isinstance(cold, list)
         assert str(broken).startswith("prompts[1]: prefill-0: the model's logits are not finite at output token 0: ")
         assert len(sound[0]["token_ids"]) == 6
         assert cold[0]["token_ids"] == sound[0]["token_ids"]

@@ -2,7 +2,9 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 
@@ -42,7 +44,7 @@ def case(small_model, tmp_path):
     return Case(folder, answer["token_ids"], symbols)
 
 
-CASES = {
+CASES: dict[str, tuple[Callable[[Case], dict[str, Any]], int, int]] = {
     "the tokenizer's end token": (lambda case: {"ignore_eos": False}, 2, 2),
     "a stop string that is a special token": (lambda case: {"stop": [case.symbols[1]]}, 1, 2),
     "a stop string that belongs to the text": (

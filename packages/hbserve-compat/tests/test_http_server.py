@@ -1,6 +1,7 @@
 """The sockets of the OpenAI server: a Unix domain's, one with TLS, one behind a proxy, and one that is taken."""
 
 import shutil
+import socket
 import ssl
 import subprocess
 from collections.abc import AsyncIterator, Callable
@@ -22,10 +23,10 @@ from hbserve_scheduler.config import ServerSection
 @pytest.fixture
 def serve(small_model: Callable[[str], Path]) -> Callable[..., Any]:
     @asynccontextmanager
-    async def serve(**settings: Any) -> AsyncIterator[HttpServer]:
+    async def serve(shares_port: bool = False, **settings: Any) -> AsyncIterator[HttpServer]:
         server = FakeServer(load_tokenizer(small_model("qwen3")), **({"port": 0} | settings))
         server.answers("a")
-        http = HttpServer(server.service.settings, server.app)
+        http = HttpServer(server.service.settings, server.app, shares_port=shares_port)
         await http.start()
         yield http
         await http.stop()
@@ -50,6 +51,16 @@ async def test_a_unix_socket_is_served_and_removed_and_one_that_nobody_serves_is
     with pytest.raises(AddressInUse):
         HttpServer(ServerSection(uds=str(path)), lambda *_: None)
     assert path.read_text() == "a file of somebody's"
+
+
+@pytest.mark.parametrize("shares_port", [False, True])
+async def test_what_is_written_is_sent_at_once(serve, shares_port):
+    """Nagle's algorithm would hold the first token of every other answer back for 40 ms."""
+    async with serve(shares_port=shares_port) as http, httpx.AsyncClient() as client:
+        await client.get(f"{http.url}/health")
+        (connection,) = http._server.server_state.connections
+        its_socket = connection.transport.get_extra_info("socket")
+        assert its_socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from hbserve import LLM, SamplingParams
-from hbserve_rpc import LogitsNotFinite
+from hbserve_rpc import InvalidRequest, LogitsNotFinite
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +37,13 @@ def test_one_sampling_params_per_prompt_and_a_wrong_number_is_an_error(llm):
     with pytest.raises(ValueError, match="1 for 2 prompts"):
         llm.generate(["a", "b"], [SamplingParams()], use_tqdm=False)
     assert llm.is_finished()
+
+
+@pytest.mark.parametrize("params", [{"priority": 1}, {"timeout_s": 5.0}])
+def test_what_needs_a_queue_is_refused_by_one_engine_and_not_dropped(llm, params):
+    (name,) = params
+    with pytest.raises(InvalidRequest, match=rf"{name}=.*: is for a deployment"):
+        llm.generate(["x"], SamplingParams(max_tokens=1, **params))
 
 
 def test_add_request_and_step_as_in_nano_vllm(llm):

@@ -100,6 +100,7 @@ async def test_streamed_logprobs_are_those_of_the_tokens_that_come_with_them(sma
         tokens = [token for delta in deltas for token in delta["token_ids"]]
         logprobs = [each for delta in deltas for each in delta["logprobs"]]
         assert len(tokens) <= 5
+        assert whole["logprobs"] is not None
         assert tokens == whole["token_ids"][: len(tokens)]
         check_same(logprobs, whole["logprobs"][: len(tokens)])
         assert (await llm.generate(PROMPTS[0], params))[0]["logprobs"] == logprobs

@@ -1,13 +1,19 @@
 """Answers of the OpenAI server: their shapes, whole and in chunks, before a scheduler that answers as it is told."""
 
 import asyncio
-from collections.abc import Callable
+import json
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
-from hbserve_fake_scheduler import FakeServer, chunks_of
+from hbserve_fake_scheduler import FakeScheduler, FakeServer, chunks_of
 
+from hbserve.server.sampling import model_defaults
+from hbserve.text_request import answer_all
 from hbserve.tokenizer import load_tokenizer
+from hbserve_rpc import Overloaded, SamplingParams
+from hbserve_rpc.messages import GenerateRequest
 
 TOKEN_OF_EOS = 2
 
@@ -135,7 +141,8 @@ async def test_parameters_arrive_and_nulls_are_as_if_they_were_not_there(server)
 
 
 async def test_what_clients_always_send_is_taken(server):
-    neutral = {"frequency_penalty": 0, "presence_penalty": 0, "repetition_penalty": 1.0, "best_of": 1, "n": 1}
+    penalties = {"frequency_penalty": 0, "presence_penalty": 0, "repetition_penalty": 1.0}
+    neutral: dict[str, Any] = penalties | {"best_of": 1, "n": 1}
     neutral |= {"logit_bias": {}, "min_p": 0, "min_tokens": 0, "response_format": {"type": "text"}}
     response = await server.complete(**neutral, echo=False, suffix=None, user="me")
     assert response.status_code == 200
@@ -152,13 +159,14 @@ async def test_a_stop_string_over_several_tokens_ends_the_text_and_the_request(s
 async def test_choices_say_which_stop_string_or_token_ended_them_and_the_text_may_include_it(server, path):
     last = server.scheduler.steps[-1][-1]
     question = {"prompt": "hi", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 100}
-    for changes, text, reason in [
+    cases: list[tuple[dict[str, Any], str, Any]] = [
         ({"stop": ["x", "o w"]}, "Hell", "o w"),
         ({"stop": ["x", "o w"], "include_stop_str_in_output": True}, "Hello w", "o w"),
         ({"stop": ["x"], "stop_token_ids": [1, last]}, "Hello wörld", last),
         ({"stop": ["x"], "stop_token_ids": [1], "include_stop_str_in_output": True}, "Hello wörld", None),
         ({"max_tokens": 3, "stop_token_ids": [server.scheduler.steps[0][-1]]}, "Hel", None),
-    ]:
+    ]
+    for changes, text, reason in cases:
         choice = (await server.post(path, **question | changes)).json()["choices"][0]
         assert (choice["message"]["content"] if "chat" in path else choice["text"]) == text
         assert choice["stop_reason"] == reason
@@ -330,3 +338,62 @@ async def test_long_prompts_are_encoded_beside_the_event_loop(server):
     beating.cancel()
     assert counted["count"] == len(text)
     assert server.service.require_model().encoder._thread._threads, "it was encoded here"
+
+
+GENERATION = {"temperature": 0.6, "top_k": 20, "max_new_tokens": 7, "do_sample": True, "eos_token_id": 2}
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"), [({}, (0.6, 20, 0.95, 7)), ({"generation_config": "none"}, (1.0, -1, 0.95, 16))]
+)
+async def test_what_a_request_does_not_say_is_the_models_own_unless_that_is_switched_off(
+    small_model, tmp_path, settings, expected
+):
+    (tmp_path / "generation_config.json").write_text(json.dumps(GENERATION))
+    server = FakeServer(load_tokenizer(small_model("qwen3")), tmp_path, **settings)
+    server.answers("Hel")
+    await server.complete(top_p=0.95)
+    params = server.scheduler.asked[-1][1]
+    assert (params.temperature, params.top_k, params.top_p, params.max_tokens) == expected
+    await server.complete(temperature=0, max_tokens=9)
+    params = server.scheduler.asked[-1][1]
+    assert (params.temperature, params.max_tokens) == (0, 9)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"temperature": "hot"}', '{"top_p": 7}'])
+def test_defaults_that_cannot_be_are_not_used_and_said(tmp_path, content, caplog):
+    (tmp_path / "generation_config.json").write_text(content)
+    assert model_defaults(tmp_path) == {}
+    assert "its sampling defaults are not used" in caplog.text
+
+
+class FullAtFirst(FakeScheduler):
+    """A scheduler elsewhere: it refuses where the stream is read, and has room a moment later."""
+
+    num_refusals = 3
+
+    async def wait_for_room(self, priority: int = 0) -> None: ...
+
+    def submit(self, request: GenerateRequest) -> Any:
+        if self.num_refusals and len(request.prompt_token_ids) == 2:
+            self.num_refusals -= 1
+            return Refusal()
+        return super().submit(request)
+
+
+class Refusal:
+    async def __aiter__(self) -> AsyncIterator[Any]:
+        raise Overloaded("full", 0.01)
+        yield
+
+    async def aclose(self) -> None: ...
+
+
+async def test_who_wants_many_answers_is_not_refused_but_waits_and_gets_them_in_order(server):
+    scheduler = FullAtFirst()
+    scheduler.steps = server.scheduler.steps
+    params = [SamplingParams(max_tokens=5 + number) for number in range(3)]
+    results = await answer_all(scheduler, server.tokenizer, [[7], [7, 8], [7, 8, 9]], params, [None] * 3, lambda: None)
+    assert [len(each["token_ids"]) for each in results] == [5, 6, 7]
+    assert scheduler.num_refusals == 0
+    assert not scheduler.running

@@ -182,6 +182,22 @@ async def test_overload_is_a_503_with_a_time_after_which_to_try_again_and_nothin
     assert server.scheduler.num_abandoned == 2
 
 
+async def test_who_is_refused_for_lack_of_room_does_not_wait_for_a_prompt_to_be_encoded(server, monkeypatch):
+    monkeypatch.setattr(server.service.model.encoder, "text", pytest.fail)
+    server.scheduler.most_running = 0
+    response = await server.complete(prompt="a" * 100_000)
+    assert error_of(response, 503)["message"] == "so many requests are waiting"
+
+
+async def test_priority_and_time_limit_of_a_request_are_handed_on(server):
+    server.answers("x")
+    await server.chat(priority=-3, timeout_s=2.5)
+    await server.complete(prompt="a", priority=7)
+    assert [(each.priority, each.timeout_s) for _, each in server.scheduler.asked] == [(-3, 2.5), (7, None)]
+    assert error_of(await server.chat(timeout_s=0), 400)["param"] == "timeout_s"
+    assert error_of(await server.chat(priority=2**40), 400)["param"] == "priority"
+
+
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize(
     ("failure", "status"),

@@ -11,8 +11,10 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from functools import partial
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 import triton
@@ -118,22 +120,28 @@ def attention_arguments(model, dtype, rows):
     return qkv, out, pool, 1, empty(4096, head_dim, dtype=F32), norm
 
 
-def decode(model, pieces, dtype=BF16):
+def decode(model, pieces, dtype=BF16, **scores):
     from hbserve_core.cuda_runner.kernels.decode_attention import DecodeWorkspace, decode_attention
 
     _, _, heads, key_heads, head_dim, *_ = MODELS[model]
     workspace = DecodeWorkspace(64, pieces, (heads, key_heads, head_dim), torch.device("meta"))
     paged = ints(64 * 256), ints(1), ints(6, pieces)
-    decode_attention(*attention_arguments(model, dtype, 64), *paged, workspace)  # type: ignore[call-arg]
+    decode_attention(*attention_arguments(model, dtype, 64), *paged, workspace, scores=made(scores))  # type: ignore[call-arg]
 
 
-def prefill(model, dtype=BF16):
+def made(scores):
+    from hbserve_core.cuda_runner.kernels.attention_parts import Scores
+
+    return Scores(0.1, **scores) if scores else None
+
+
+def prefill(model, dtype=BF16, **scores):
     from hbserve_core.cuda_runner.kernels.prefill_attention import prefill_attention, store_kv
 
     qkv, out, pool, layer, cos_sin, norm = attention_arguments(model, dtype, 2048)
     store_kv(qkv, ints(2048), ints(2048), cos_sin, norm, pool, layer)
     paged = ints(64 * 256), ints(1), ints(2, 48), ints(3, 32)
-    prefill_attention(qkv, out, pool, layer, cos_sin, norm, *paged)
+    prefill_attention(qkv, out, pool, layer, cos_sin, norm, *paged, scores=made(scores))
 
 
 def products(model, rows, *names, dtype=BF16):
@@ -168,7 +176,7 @@ def product(outputs, inputs, rows, dtype, reads_norm=False, adds=False, gated=Fa
     if choice.kernel == "small":
         small_linear(x, weight, norm=(norm, 1e-6) if reads_norm else None, add_to=target, gated=gated)
     elif choice.kernel == "skinny":
-        tiling = {"padded_rows": choice.padded_rows, "splits": choice.splits}
+        tiling: dict[str, Any] = {"padded_rows": choice.padded_rows, "splits": choice.splits}
         tiling["workspace"] = SkinnyWorkspace(PROCESSORS, 64, torch.device("meta"))
         if adds:
             add_skinny_linear(target, x, weight, next_norm=empty(outputs, dtype=dtype), **tiling)
@@ -179,18 +187,19 @@ def product(outputs, inputs, rows, dtype, reads_norm=False, adds=False, gated=Fa
 
 def others(dtype):
     """A step's beginning and end, and what stands beside products of cuBLAS."""
-    from hbserve_core.cuda_runner.kernels.pointwise import embed, host_copy, rms_norm, silu_mul
+    from hbserve_core.cuda_runner.kernels.pointwise import embed, gate_mul, host_copy, rms_norm
     from hbserve_core.cuda_runner.kernels.sampling import sample
 
     hidden, inner, *_, vocabulary, _, _ = MODELS["Qwen3-0.6B"]
     host_copy(ints(2048), ints(2048))
     embed(ints(128), ints(128), ints(128), empty(vocabulary, hidden, dtype=dtype))
     rms_norm(empty(128, hidden, dtype=dtype), empty(hidden, dtype=dtype), 1e-6)
-    silu_mul(empty(128, 2 * inner, dtype=dtype))
+    gate_mul(empty(128, 2 * inner, dtype=dtype))
+    gate_mul(empty(128, 2 * inner, dtype=dtype), gelu=True)
     sample(empty(128, vocabulary, dtype=dtype), ints(6, 128), ints(128))
 
 
-CASES = {
+CASES: dict[str, Callable[[], object]] = {
     "two types": lambda: _of_two_types[(1,)](ints(1), 2),
     # Meta tensors count as being on 4 processors: up to 12 programs are few.
     "decode few Qwen3-0.6B": partial(decode, "Qwen3-0.6B", 1),
@@ -201,6 +210,8 @@ CASES = {
     "prefill Qwen3-0.6B": partial(prefill, "Qwen3-0.6B"),
     "prefill SmolLM2-135M": partial(prefill, "SmolLM2-135M"),
     "float32 prefill": partial(prefill, "SmolLM2-135M", F32),
+    "window, cap: decode": partial(decode, "SmolLM2-135M", 5, window=1024, cap=50.0),
+    "window, cap: prefill": partial(prefill, "SmolLM2-135M", window=1024, cap=50.0),
     "products 1 Qwen3-0.6B": partial(products, "Qwen3-0.6B", 1, *LAYER, "head"),
     "products 4 Qwen3-0.6B": partial(products, "Qwen3-0.6B", 4, "output", "down"),
     "products 1 Qwen3-8B": partial(products, "Qwen3-8B", 1, *LAYER, "head"),

@@ -67,15 +67,79 @@ MODELS: dict[str, tuple[str, dict[str, Any], str]] = {
         {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}},
         "1GB",
     ),
+    "mistral": ("MistralConfig", {"sliding_window": None, "head_dim": 32}, "1GB"),
+    # Half of each head is rotated.
+    "phi3": (
+        "Phi3Config",
+        {"pad_token_id": 0, "rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+        "1GB",
+    ),
+    # Windows of no whole number of blocks, shorter than a chunk; prompts are up to 77 tokens.
+    "mistral-window": ("MistralConfig", {"sliding_window": 21, "num_key_value_heads": 1}, "1GB"),
+    "qwen2-last-layers-window": (
+        "Qwen2Config",
+        {"use_sliding_window": True, "sliding_window": 13, "max_window_layers": 1},
+        "1GB",
+    ),
+    "gemma2": (
+        "Gemma2Config",
+        {"head_dim": 32, "sliding_window": 13, "attn_logit_softcapping": 5.0, "final_logit_softcapping": 4.0}
+        | {"query_pre_attn_scalar": 24, "pad_token_id": 0},
+        "1GB",
+    ),
+    "gemma3": (
+        "Gemma3TextConfig",
+        {"head_dim": 32, "sliding_window": 13, "num_hidden_layers": 3, "sliding_window_pattern": 3, "pad_token_id": 0}
+        | {
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 4.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+            }
+        },
+        "1GB",
+    ),
+    "smollm3": ("SmolLM3Config", {"num_hidden_layers": 4, "pad_token_id": 0}, "1GB"),
+    "olmo2": ("Olmo2Config", {"pad_token_id": 0}, "1GB"),
+    "granite": (
+        "GraniteConfig",
+        {
+            "embedding_multiplier": 12.0,
+            "residual_multiplier": 0.22,
+            "logits_scaling": 8.0,
+            "attention_multiplier": 0.1,
+            "tie_word_embeddings": True,
+        },
+        "1GB",
+    ),
     "llama-biases": ("LlamaConfig", {"attention_bias": True, "mlp_bias": True}, "1GB"),
 }
+
+OTHERS: dict[str, tuple[str, dict[str, Any], str]] = {
+    # 64 positions of its own.
+    "phi3-longrope": (
+        "Phi3Config",
+        {
+            "pad_token_id": 0,
+            "original_max_position_embeddings": 64,
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 10000.0,
+                "partial_rotary_factor": 0.5,
+                "long_factor": [1.0, 1.5, 3.0, 8.0],
+                "short_factor": [1.0, 1.1, 1.2, 1.3],
+            },
+        },
+        "1GB",
+    ),
+}
+"""Those that not every test can have."""
 
 
 def _write_model(folder: Path, name: str) -> None:
     import torch
     import transformers
 
-    class_name, changes, shard_size = MODELS[name]
+    class_name, changes, shard_size = (MODELS | OTHERS)[name]
     config = getattr(transformers, class_name)(**(SMALL | changes))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

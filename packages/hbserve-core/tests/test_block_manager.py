@@ -51,6 +51,27 @@ def test_the_least_recently_used_prefix_is_evicted_first_and_its_tail_before_its
     blocks.check_integrity({})
 
 
+def test_what_is_cached_is_reported_once_for_each_state_first_what_is_held_and_last_used(monkeypatch):
+    def reported(blocks: BlockManager) -> list[bytes]:
+        _, found = blocks.cached_digests()
+        return [found[place : place + 8] for place in range(0, len(found), 8)]
+
+    blocks = BlockManager(12, BLOCK)
+    old, new, held = ([*range(start, start + 8)] for start in (0, 10, 20))
+    for tokens in (old, held, new):
+        ids = cached(blocks, tokens)
+        if tokens is held:
+            blocks.share(ids)
+    names = {tuple(tokens): [each[:8] for each in digests(blocks, tokens)] for tokens in (old, new, held)}
+    assert reported(blocks) == [*names[*held], *names[*new], *names[*old]], "and a head before its tail"
+    monkeypatch.setattr("hbserve_core.engine.block_manager.MOST_REPORTED", 5)
+    assert reported(blocks) == [*names[*held], *names[*new], names[*old][0]]
+    version, _ = blocks.cached_digests()
+    assert blocks.cached_digests(version) == (version, None)
+    blocks.release(blocks.allocate(8))  # evicts some
+    assert blocks.cached_digests(version)[0] != version
+
+
 def test_blocks_that_hold_nothing_are_used_before_cached_ones():
     blocks = BlockManager(4, BLOCK)
     kept = cached(blocks, [*range(8)])

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -96,7 +97,7 @@ def test_each_choice_is_the_request_with_the_next_seed(model_folder, prompt, gra
         assert [each[choice] for each in found] == expected
 
 
-ASKED = {
+ASKED: dict[str, dict[str, Any]] = {
     "nothing": {},
     "penalties": {"repetition_penalty": 1.7, "presence_penalty": 1.1, "frequency_penalty": 0.6},
     "a bias and min_tokens": {"logit_bias": {2: 100.0, 7: 3.0}, "min_tokens": 5, "ignore_eos": False},

@@ -1,6 +1,7 @@
 """Every file that names an end-of-sequence token is heeded; the tokenizer's own is the one that transformers finds."""
 
 import json
+from typing import Any
 
 import pytest
 
@@ -15,7 +16,7 @@ def write_tokenizer(folder, model="BPE"):
 
     tokens = ["<unk>", "<s>", "</s>", "a", "b"]
     if model == "Unigram":
-        kind = models.Unigram([(token, -float(i)) for i, token in enumerate(tokens)], unk_id=0)
+        kind: Any = models.Unigram([(token, -float(i)) for i, token in enumerate(tokens)], unk_id=0)
     else:
         kind = models.BPE({token: i for i, token in enumerate(tokens)}, [], unk_token="<unk>")
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(kind), eos_token="</s>", bos_token="<s>")

@@ -50,7 +50,7 @@ def run(engine: Engine) -> tuple[dict[str, list[int]], dict[str, str]]:
                 assert output.index == len(tokens.setdefault(output.request_id, []))
                 tokens[output.request_id].append(output.token_id)
             if output.is_last:
-                reasons[output.request_id] = output.finish_reason or (output.error and str(output.error))
+                reasons[output.request_id] = output.finish_reason or str(output.error)
         engine.check_integrity()
     return tokens, reasons
 

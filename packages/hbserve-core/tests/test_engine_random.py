@@ -88,7 +88,7 @@ class TokenStep:
              chunk.samples, len(chunk.sequence.choices)) for chunk in batch
         ]  # fmt: skip
         self.before = before
-        self.result: list[int | None] | None = None
+        self.result: list[int | None] | Any = None
         self.choices: dict[int, Any] = {}
 
     def compute(self) -> None:

@@ -19,15 +19,14 @@ from hbserve_rpc.messages import (
     DESCRIBE,
     GENERATE,
     PREFILL,
-    REPORTS,
     STATS,
     DecodeRequest,
     Empty,
     GenerateRequest,
     InstanceInfo,
     PrefillRequest,
-    ReportsRequest,
 )
+from hbserve_rpc.reports import REPORTS, ReportsRequest
 
 DEADLINE_S = 60
 
@@ -160,7 +159,7 @@ async def test_a_step_that_fails_ends_every_request_with_its_error(role, model_f
         def fail(_: Any) -> Any:
             raise ArithmeticError("the card fell out")
 
-        instance.runner.launch = fail
+        instance.runner.launch = fail  # type: ignore[method-assign]
         with contextlib.suppress(EngineStopped):
             await instance._thread.call(lambda engine: engine.add("other", prompt(3), SamplingParams(0)))
         with pytest.raises(RemoteError, match="hybrid-0 failed: ArithmeticError: the card fell out"):
@@ -198,7 +197,7 @@ async def test_an_idle_engine_uses_no_processor_time(model_folder, prompt):
             steps += 1
             return step()
 
-        instance.engine.step = count
+        instance.engine.step = count  # type: ignore[method-assign]
         await instance._thread.call(lambda engine: None)
         await instance._thread.call(lambda engine: None)
         assert steps <= 4, "the engine steps when it is told something, and otherwise sleeps"
@@ -298,7 +297,7 @@ async def test_an_instance_says_unasked_what_has_changed_and_to_each_client_what
 
 
 async def test_an_instance_of_which_nothing_changes_says_nothing(model_folder, monkeypatch):
-    async with serving(config(model_folder("qwen3"))) as (instance, _):
+    async with serving(config(model_folder("qwen3"))) as (instance, client):
         await instance.wait_ready()
         looks = itertools.count(1)
         last, stats = 0, instance.reports.stats
@@ -309,7 +308,7 @@ async def test_an_instance_of_which_nothing_changes_says_nothing(model_folder, m
             return await stats(request)
 
         monkeypatch.setattr(instance.reports, "stats", counted)
-        async with contextlib.aclosing(instance.reports.follow(ReportsRequest(0.01))) as reports:
+        async with client.stream(REPORTS, ReportsRequest(0.01), timeout_s=DEADLINE_S) as reports:
             said = [await anext(reports), await anext(reports)]
             assert said[1].stats == await stats(Empty())
             more = asyncio.create_task(anext(reports))

@@ -517,7 +517,12 @@ def test_the_last_grammars_are_kept_and_no_others(folder, monkeypatch):
     grammars = GrammarCompiler(str(folder), VOCAB_SIZE, [EOS])
     compiled = []
     compile_one = grammars._compile
-    monkeypatch.setattr(grammars, "_compile", lambda wanted: compiled.append(wanted.regex) or compile_one(wanted))
+
+    def counted(wanted):
+        compiled.append(wanted.regex)
+        return compile_one(wanted)
+
+    monkeypatch.setattr(grammars, "_compile", counted)
     for text in ["a", "b", "a", *(f"c{i}" for i in range(compiler._MOST_KEPT - 1)), "a", "b"]:
         grammars.matcher(constrained(structured_outputs={"regex": text}))
     assert (compiled.count("a"), compiled.count("b")) == (1, 2)

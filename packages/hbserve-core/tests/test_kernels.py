@@ -27,8 +27,9 @@ TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 class Paged:
     """Sequences with contexts in a pool full of NaN, and what attention over them must give."""
 
-    def __init__(self, heads, dtype, contexts, num_new, with_norm=True):
-        """num_new: how many of each context's tokens this step brings; of decodes 1."""
+    def __init__(self, heads, dtype, contexts, num_new, with_norm=True, scores=None):
+        """num_new: how many of each context's tokens this step brings; of decodes 1. scores: kernels' Scores."""
+        self.scores = scores
         self.num_heads, self.num_kv_heads, self.head_dim = heads
         self.contexts, self.num_new = contexts, num_new
         generator = torch.Generator().manual_seed(sum(contexts))
@@ -61,10 +62,21 @@ class Paged:
     def _expected(self, raw, angles):
         rotated = self._rotated(raw, angles).transpose(0, 1)
         values = self._values(raw).transpose(0, 1)
+        if self.scores is not None:
+            return self._expected_by(self.scores, rotated, values)
         out = F.scaled_dot_product_attention(
             rotated[: self.num_heads], rotated[self.num_heads :], values, is_causal=True, enable_gqa=True
         )
         return out.transpose(0, 1).flatten(1)
+
+    def _expected_by(self, scores, rotated, values):
+        group = self.num_heads // self.num_kv_heads
+        keys, values = rotated[self.num_heads :].repeat_interleave(group, 0), values.repeat_interleave(group, 0)
+        found = rotated[: self.num_heads] @ keys.transpose(1, 2) * scores.scale
+        found = scores.cap * (found / scores.cap).tanh() if scores.cap else found
+        distance = torch.arange(found.shape[1])[:, None] - torch.arange(found.shape[2])
+        hidden = (distance < 0) | (distance >= (scores.window or 1 << 30))
+        return (found.masked_fill(hidden, float("-inf")).softmax(-1) @ values).transpose(0, 1).flatten(1)
 
     def _fill_pool(self, dtype, angles):
         blocks = [-(-context // BLOCK) for context in self.contexts]
@@ -127,6 +139,38 @@ def test_decode_attention_over_contexts_of_one_and_of_several_pieces(heads, dtyp
     assert not workspace.arrived.any()
 
 
+# A window that ends within a tile, one shorter than a row's number of parts, and scores that a cap changes.
+SCORES = [(0.2, 70, 0.0), (0.2, 3, 2.0), (0.3, 0, 2.0)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("scores", SCORES, ids=str)
+def test_decode_attention_sees_its_window_by_capped_scores(scores, dtype):
+    from hbserve_core.cuda_runner.kernels.attention_parts import Scores
+    from hbserve_core.cuda_runner.kernels.decode_attention import DecodeWorkspace, decode_attention
+
+    contexts, heads = [1, 5 * TILE + 1, 2 * TILE], (4, 2, 16)
+    paged = Paged(heads, dtype, contexts, [1] * len(contexts), scores=Scores(*scores))
+    pieces = _int32(SplitKV(heads[1], 8 * heads[1]).cut(np.array(contexts, dtype=np.int32)))
+    assert pieces.shape[1] > len(contexts) + 3
+    workspace = DecodeWorkspace(len(contexts), pieces.shape[1], heads, DEVICE)
+    out = torch.full((len(contexts), heads[0] * heads[2]), float("nan"), dtype=dtype, device=DEVICE)
+    decode_attention(
+        paged.qkv, out, paged.pool, LAYER, paged.angles, paged.norm, paged.tables, paged.width,
+        pieces, workspace, scores=paged.scores,
+    )  # fmt: skip
+    paged.check(out, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("scores", SCORES, ids=str)
+def test_prefill_attention_sees_its_window_by_capped_scores(scores, dtype):
+    from hbserve_core.cuda_runner.kernels.attention_parts import Scores
+
+    paged = Paged((4, 2, 16), dtype, [150, 100, 2], [150, 9, 2], scores=Scores(*scores))
+    paged.check(prefill(paged, dtype)[:-3], dtype)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("heads", HEADS, ids=str)
 def test_prefill_attention_over_new_tokens_and_over_paged_context(heads, dtype):
@@ -179,7 +223,7 @@ def prefill(paged, dtype):
     )
     prefill_attention(
         qkv, out, paged.pool, LAYER, paged.angles, paged.norm, paged.tables, paged.width, _int32(tiles).T.contiguous(),
-        _int32([firsts, num_new, contexts]),
+        _int32([firsts, num_new, contexts]), scores=paged.scores,
     )  # fmt: skip
     return out
 
@@ -296,13 +340,14 @@ def test_a_norm_between_two_skinny_products_is_half_of_each(shape, dtype):
     assert (found.float() - expected).norm() < TOLERANCE[dtype] * expected.norm()
 
 
-def test_silu_mul_and_rms_norm():
-    from hbserve_core.cuda_runner.kernels.pointwise import rms_norm, silu_mul
+def test_gate_mul_and_rms_norm():
+    from hbserve_core.cuda_runner.kernels.pointwise import gate_mul, rms_norm
 
     torch.manual_seed(0)
     x, weight = torch.randn((5, 72), device=DEVICE), torch.randn(72, device=DEVICE)
     gate, up = x.chunk(2, dim=-1)
-    torch.testing.assert_close(silu_mul(x), F.silu(gate) * up)
+    torch.testing.assert_close(gate_mul(x), F.silu(gate) * up)
+    torch.testing.assert_close(gate_mul(x, gelu=True), F.gelu(gate, approximate="tanh") * up)
     torch.testing.assert_close(rms_norm(x, weight, EPS), F.rms_norm(x, (72,), weight, EPS))
 
 

@@ -35,8 +35,9 @@ class Simulation:
         self.told: list[tuple[float, Any]] = []
         self.on_told: Any = lambda event: None
         self._thread = EngineThread(lambda: self.engine, on_events=self._tell, on_failure=pytest.fail)
-        self._thread._commands = self
-        self._thread._loop = SimpleNamespace(call_soon_threadsafe=lambda listener, *args: listener(*args))
+        thread: Any = self._thread
+        thread._commands = self
+        thread._loop = SimpleNamespace(call_soon_threadsafe=lambda listener, *args: listener(*args))
 
     def _tell(self, events: Any) -> None:
         for event in events:
@@ -203,7 +204,7 @@ def test_a_lone_prefill_instance_launches_a_prompt_that_comes_while_it_waits_for
     for i in range(60):
         # Each comes in the last third of the step before, when that has been launched for long.
         simulation.add((0.7 + i) * step_s, str(i), 300, 8, prefill_only=True)
-    simulation.on_told = lambda event: event.token_ids and simulation.engine.release(event.request_id)
+    simulation.on_told = lambda event: simulation.engine.release(event.request_id) if event.token_ids else None
     simulation.run()
     assert [*range(60)] == [simulation.steps_of(str(i))[0] for i in range(60)]
     assert simulation.idle_s() < 1e-9
@@ -213,7 +214,7 @@ def test_the_tokens_of_a_lone_prompt_are_told_when_they_are_there():
     simulation = Simulation(lambda work: 0.0473)
     for i in range(30):
         simulation.add(0.1 * i, str(i), 300, 8, prefill_only=True)
-    simulation.on_told = lambda event: event.token_ids and simulation.engine.release(event.request_id)
+    simulation.on_told = lambda event: simulation.engine.release(event.request_id) if event.token_ids else None
     simulation.run()
     ends = [end for _, end, _ in simulation.device.steps]
     late = [told - end for (told, _), end in zip(simulation.told, ends, strict=True)]
@@ -238,9 +239,8 @@ def test_the_end_of_a_step_is_predicted_from_its_bytes_and_operations():
     errors = []
     for _ in range(300):
         asked = work()
-        if times.predict_s(asked) is None:
-            continue
-        errors.append(abs(times.predict_s(asked) / H100_8B(asked) - 1))
+        if (predicted_s := times.predict_s(asked)) is not None:
+            errors.append(abs(predicted_s / H100_8B(asked) - 1))
     errors.sort()
     assert len(errors) > 250
     assert errors[len(errors) // 2] < 0.02

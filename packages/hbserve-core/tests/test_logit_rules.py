@@ -5,6 +5,7 @@ before the tokens of the one before it are read.
 """
 
 from collections import Counter
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -199,10 +200,11 @@ def test_penalties_are_those_of_transformers_and_the_documented_formula(params):
                 each.token_ids[-1] = int(sampled[rows - i])
         for row, each in enumerate(sequences[:-1]):
             expected, known = logits[row : row + 1], torch.tensor([each.token_ids])
-            for processor in [
+            processors: list[Callable[..., torch.Tensor]] = [
                 RepetitionPenaltyLogitsProcessor(float(given.repetition_penalty)),
                 PresenceAndFrequency(each.num_prompt_tokens, given.presence_penalty, given.frequency_penalty),
-            ]:
+            ]
+            for processor in processors:
                 expected = processor(known, expected)
             torch.testing.assert_close(found[row], expected[0], rtol=1e-5, atol=1e-5)
         assert torch.equal(found[-1], logits[-1])

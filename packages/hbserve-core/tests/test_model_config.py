@@ -65,12 +65,28 @@ def test_a_config_without_architectures_is_refused_by_its_model_type(write):
         load_model_config(write(architectures=..., model_type="gpt2"))
 
 
+def test_a_config_without_architectures_is_known_by_its_model_type(write):
+    assert load_model_config(write(architectures=..., model_type="granite")).architecture == "GraniteForCausalLM"
+
+
+@pytest.mark.parametrize("name", ["MistralForCausalLM", "SmolLM3ForCausalLM"])
+def test_what_a_config_leaves_out_is_as_in_transformers(write, name):
+    import transformers
+
+    theirs = getattr(transformers, name.replace("ForCausalLM", "Config"))(hidden_size=64, num_attention_heads=16)
+    left_out = {"architectures": [name], "num_attention_heads": 16, "sliding_window": None}
+    ours = load_model_config(write(**left_out))
+    assert ours.num_kv_heads == theirs.num_key_value_heads
+    assert ours.tied_embeddings == theirs.tie_word_embeddings
+    assert ours.rope.theta == theirs.rope_parameters["rope_theta"]
+
+
 def test_a_missing_size_is_named(write):
     with pytest.raises(UnsupportedModel, match="'intermediate_size' is missing"):
         load_model_config(write(intermediate_size=...))
 
 
-@pytest.mark.parametrize("rope_type", ["longrope", "mrope", "proportional"])
+@pytest.mark.parametrize("rope_type", ["mrope", "proportional"])
 @pytest.mark.parametrize("key", ["rope_scaling", "rope_parameters"])
 def test_other_rope_types_are_refused_by_name(write, rope_type, key):
     with pytest.raises(UnsupportedModel, match=f"rope_type='{rope_type}' is not supported; supported: default"):
@@ -93,22 +109,30 @@ def test_a_scaling_that_cannot_be_is_refused_with_its_values(write, scaling, mes
         load_model_config(write(rope_scaling=scaling))
 
 
-SCALINGS = st.fixed_dictionaries(
-    {"rope_type": st.just("yarn"), "factor": st.sampled_from([None, 0.5, 1.0, 2, 4.0, 32])},
-    optional={
-        "original_max_position_embeddings": st.sampled_from([128, 512, 32768]),
-        "rope_theta": st.sampled_from([1e4, 1e6]),
-        "beta_fast": st.sampled_from([None, 4, 16]),
-        "beta_slow": st.sampled_from([0.5, 2]),
-        "attention_factor": st.just(1.25),
-        "mscale": st.just(0.7),
-        "mscale_all_dim": st.just(1.0),
-        "truncate": st.booleans(),
-    },
-) | st.fixed_dictionaries(
-    {"type": st.just("llama3"), "factor": st.sampled_from([2, 8.0])}
-    | {"low_freq_factor": st.just(1.0), "high_freq_factor": st.just(4.0)},
-    optional={"original_max_position_embeddings": st.sampled_from([128, 8192])},
+SCALINGS = (
+    st.fixed_dictionaries(
+        {"rope_type": st.just("yarn"), "factor": st.sampled_from([None, 0.5, 1.0, 2, 4.0, 32])},
+        optional={
+            "original_max_position_embeddings": st.sampled_from([128, 512, 32768]),
+            "rope_theta": st.sampled_from([1e4, 1e6]),
+            "beta_fast": st.sampled_from([None, 4, 16]),
+            "beta_slow": st.sampled_from([0.5, 2]),
+            "attention_factor": st.just(1.25),
+            "mscale": st.just(0.7),
+            "mscale_all_dim": st.just(1.0),
+            "truncate": st.booleans(),
+        },
+    )
+    | st.fixed_dictionaries(
+        {"rope_type": st.just("longrope"), "long_factor": st.just([1.0, 2.0, 3.5, 8.0] * 8)}
+        | {"short_factor": st.just([1.0] * 32), "original_max_position_embeddings": st.sampled_from([128, 512])},
+        optional={"attention_factor": st.just(1.25), "factor": st.sampled_from([None, 4.0])},
+    )
+    | st.fixed_dictionaries(
+        {"type": st.just("llama3"), "factor": st.sampled_from([2, 8.0])}
+        | {"low_freq_factor": st.just(1.0), "high_freq_factor": st.just(4.0)},
+        optional={"original_max_position_embeddings": st.sampled_from([128, 8192])},
+    )
 )
 
 
@@ -120,11 +144,13 @@ def test_frequencies_and_magnitude_are_those_of_transformers(tmp_path_factory, s
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     folder = tmp_path_factory.mktemp("rope")
+    for name in {"long_factor", "short_factor"} & scaling.keys():
+        scaling = scaling | {name: scaling[name][: head_dim // 2]}
     content = BASE | {"model_type": "llama", "head_dim": head_dim, "rope_theta": 5e5, key: scaling}
     (folder / "config.json").write_text(json.dumps(content))
     theirs = AutoConfig.from_pretrained(folder)
     frequencies, magnitude = ROPE_INIT_FUNCTIONS[theirs.rope_parameters["rope_type"]](theirs)
-    ours = load_model_config(folder).rope
+    ours = load_model_config(folder).rope.within(1)  # theirs, made without a length, is that of short sequences
     torch.testing.assert_close(inverse_frequencies(ours, head_dim), frequencies, rtol=1e-6, atol=0)
     assert ours.magnitude == pytest.approx(magnitude)
 
@@ -172,16 +198,35 @@ def test_frequencies_fall_with_the_dimension_and_the_factor(write, rope):
     torch.testing.assert_close(inverse_frequencies(config, 8), expected)
 
 
-def test_a_sliding_window_in_use_is_refused(write):
-    with pytest.raises(UnsupportedModel, match="sliding_window=128 is in use"):
-        load_model_config(write(use_sliding_window=True, sliding_window=128, max_window_layers=1))
-    with pytest.raises(UnsupportedModel, match="sliding_window=128 is in use"):
-        load_model_config(write(sliding_window=128, layer_types=["full_attention", "sliding_attention"]))
+@pytest.mark.parametrize(
+    ("changes", "windows"),
+    [
+        ({"sliding_window": 128, "layer_types": ["full_attention", "sliding_attention"]}, (0, 128)),
+        (
+            {"architectures": ["Qwen2ForCausalLM"], "use_sliding_window": True, "max_window_layers": 1}
+            | {"sliding_window": 128},
+            (0, 128),
+        ),
+        ({"architectures": ["MistralForCausalLM"], "sliding_window": 100, "num_key_value_heads": 2}, (100, 100)),
+        ({"architectures": ["MistralForCausalLM"], "sliding_window": None, "num_key_value_heads": 2}, (0, 0)),
+        ({"sliding_window": 128, "use_sliding_window": True, "max_window_layers": 0}, (0, 0)),  # Llama has none
+        ({"architectures": ["Gemma2ForCausalLM"], "sliding_window": 64}, (64, 0)),
+    ],
+)
+def test_each_layer_has_its_window(write, changes, windows):
+    assert load_model_config(write(**changes)).windows == windows
+
+
+def test_layers_of_another_kind_are_refused_by_name(write):
+    kinds = ["full_attention", "chunked_attention"]
+    with pytest.raises(UnsupportedModel, match="2 layer_types with chunked_attention: expected 2 of full_attention"):
+        load_model_config(write(sliding_window=128, layer_types=kinds))
 
 
 def test_a_sliding_window_that_no_layer_uses_is_harmless(write):
-    load_model_config(write(use_sliding_window=False, sliding_window=128))
-    load_model_config(write(use_sliding_window=True, sliding_window=128, max_window_layers=2))
+    qwen = {"architectures": ["Qwen2ForCausalLM"], "sliding_window": 128}
+    assert load_model_config(write(use_sliding_window=False, **qwen)).windows == (0, 0)
+    assert load_model_config(write(use_sliding_window=True, max_window_layers=2, **qwen)).windows == (0, 0)
 
 
 def test_quantised_weights_are_refused(write):
@@ -197,12 +242,13 @@ def test_end_of_sequence_ids_come_from_both_files(write):
 
 
 def test_biases_follow_the_architecture_and_its_config(write):
-    llama = load_model_config(write(attention_bias=True)).biases
-    assert (llama.qkv, llama.output, llama.mlp, llama.qk_norm) == (True, True, False, False)
-    qwen2 = load_model_config(write(architectures=["Qwen2ForCausalLM"])).biases
-    assert (qwen2.qkv, qwen2.output, qwen2.mlp, qwen2.qk_norm) == (True, False, False, False)
-    qwen3 = load_model_config(write(architectures=["Qwen3ForCausalLM"])).biases
-    assert (qwen3.qkv, qwen3.output, qwen3.mlp, qwen3.qk_norm) == (False, False, False, True)
+    def of(**changes):
+        found = load_model_config(write(**changes)).switches
+        return found.qkv_bias, found.output_bias, found.mlp_bias, found.qk_norm
+
+    assert of(attention_bias=True) == (True, True, False, "")
+    assert of(architectures=["Qwen2ForCausalLM"]) == (True, False, False, "")
+    assert of(architectures=["Qwen3ForCausalLM"]) == (False, False, False, "head")
 
 
 def test_head_dim_defaults_as_the_architecture_does(write):
@@ -214,5 +260,7 @@ def test_head_dim_defaults_as_the_architecture_does(write):
 @pytest.mark.parametrize("key", ["dtype", "torch_dtype"])
 def test_the_checkpoint_dtype_is_read_from_either_key(write, key):
     assert load_model_config(write(**{key: "bfloat16"})).dtype == torch.bfloat16
+    for spelling, dtype in {"torch.float16": torch.float16, "bf16": torch.bfloat16, "half": torch.float16}.items():
+        assert load_model_config(write(**{key: spelling})).dtype == dtype
     with pytest.raises(UnsupportedModel, match="dtype='int8' is not supported"):
         load_model_config(write(**{key: "int8"}))

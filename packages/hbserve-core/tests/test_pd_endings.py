@@ -13,23 +13,27 @@ import pytest
 from hbserve_core import GpuInstance, InstanceConfig
 from hbserve_core.instance.handover import FirstToken, Handover, Inbox, PrefillSend, wait_for_kv
 from hbserve_kv import KVTransferConfig, Outcome, TransferResult
-from hbserve_rpc import LogitsNotFinite, RemoteError, RpcClient, SamplingParams
+from hbserve_rpc import LogitsNotFinite, RemoteError, RequestTimeout, RpcClient, SamplingParams
 from hbserve_rpc.messages import (
+    CACHED_PREFIXES,
     DECODE,
     GENERATE,
     PREFILL,
     STATS,
+    CachedPrefixesRequest,
     DecodeRequest,
     Empty,
     GenerateRequest,
     PrefillRequest,
     TransferDone,
 )
+from hbserve_rpc.prompt_shape import shape_of
 
 BLOCK, CHUNK = 16, 32
 DEADLINE_S = 60
 KV_TIMEOUT_S = 4
 LONG = SamplingParams(0, 400, ignore_eos=True)
+SHORT = SamplingParams(0, 3, ignore_eos=True)
 
 
 async def until(condition: Callable[[], Awaitable[bool]]) -> None:
@@ -150,7 +154,7 @@ class Halt:
     def __init__(self, instance: Instance, after: int) -> None:
         self.reached, self._may_go_on = threading.Event(), threading.Event()
         self._left, self._launch = after, instance.server.runner.launch
-        instance.server.runner.launch = self._step
+        instance.server.runner.launch = self._step  # type: ignore[method-assign]
 
     def _step(self, batch: Any) -> Any:
         if self._left == 0:
@@ -434,3 +438,41 @@ async def test_a_client_that_leaves_while_its_prompt_is_computed_leaves_nothing(
     await until(p.is_empty)
     await until(d.is_empty)
     assert (await p.stats()).prefill_tokens <= 2 * CHUNK, "what nobody wants is not computed"
+
+
+async def test_an_instance_ends_a_request_at_its_deadline_by_itself_in_whatever_it_waits_for(start, prompt):
+    """Nobody closes a stream: the scheduler is frozen, or cut off."""
+    h, p, d = [await start(role) for role in ("hybrid", "prefill", "decode")]
+    ids = prompt(40)
+    computing = h.client.stream(GENERATE, GenerateRequest("c", ids, LONG, left_s=0.01), timeout_s=DEADLINE_S)
+    no_kv_comes = d.client.stream(DECODE, DecodeRequest("k", "t-k", ids, LONG, left_s=0.3), timeout_s=DEADLINE_S)
+    no_grant_comes = p.client.stream(
+        PREFILL, PrefillRequest("g", "t-g", ids, LONG, grant_follows=True, left_s=0.3), timeout_s=DEADLINE_S
+    )
+    for stream in (computing, no_kv_comes, no_grant_comes):
+        async with stream:
+            with pytest.raises(RequestTimeout, match="it was not done before its deadline"):
+                await asyncio.wait_for(read_to_the_end(stream), DEADLINE_S)
+    for instance in (h, p, d):
+        await until(instance.is_empty)
+    in_time = h.client.stream(GENERATE, GenerateRequest("i", ids, SHORT, left_s=DEADLINE_S), timeout_s=DEADLINE_S)
+    assert sum([len(event.token_ids) async for event in in_time]) == 3
+
+
+async def read_to_the_end(stream: Any) -> None:
+    async for _ in stream:
+        pass
+
+
+async def test_a_decode_instance_computes_prompts_too_and_says_what_it_has_cached(start, prompt, greedy_tokens):
+    p, d = await start("prefill"), await start("decode")
+    ids, expected = prompt(40), greedy_tokens("qwen3", prompt(40), 3)
+    nothing = await d.client.call(CACHED_PREFIXES, CachedPrefixesRequest(), timeout_s=DEADLINE_S)
+    assert nothing.digests == b""
+    assert await d.hybrid("alone", ids, SHORT) == expected
+    held = await d.client.call(CACHED_PREFIXES, CachedPrefixesRequest(nothing.version), timeout_s=DEADLINE_S)
+    assert held.digests == b"".join(shape_of(ids, BLOCK).digests)
+    same = await d.client.call(CACHED_PREFIXES, CachedPrefixesRequest(held.version), timeout_s=DEADLINE_S)
+    assert (same.version, same.digests) == (held.version, None)
+    tokens, done = await apart(p, d, "apart", ids, SHORT)
+    assert (tokens, done.num_parts) == (expected, 1), "what it has computed is not sent again"

@@ -1,6 +1,7 @@
 """What a CUDA step is told, without a GPU: shapes of graphs, block tables, and places of unread tokens."""
 
 from array import array
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -58,10 +59,17 @@ def test_decode_graphs_end_exactly_at_the_largest_batch(most):
 
 
 def test_prefill_graphs_end_at_the_longest_step_that_may_have_one():
-    assert prefill_buckets(300) == [32, 64, 128, 256, 300]
+    assert prefill_buckets(300) == [32, 64, 96, 128, 160, 192, 224, 256, 300]
     assert prefill_buckets(31) == []
+    for max_len in (1000, 2048, 8192):
+        buckets = prefill_buckets(max_len)
+        assert buckets[-1] == max_len
+        assert buckets == sorted(set(buckets))
+        # Of a prompt that is not short, less than a fifth is computed for nothing.
+        assert all(after < 1.25 * (before + 1) or after - before <= 32 for before, after in pairwise(buckets))
+        assert len(buckets) < 50
     shapes = GraphShapes(config(max_num_batched_tokens=128, cuda_graph_max_seq_len=300), TILE_TOKENS, PIECES)
-    assert [shape.rows for shape in shapes.prefills] == [32, 64, 128]
+    assert [shape.rows for shape in shapes.prefills] == [32, 64, 96, 128]
 
 
 def test_each_decode_step_has_a_graph_and_without_graphs_the_shape_that_fits_it():

@@ -41,9 +41,41 @@ def test_logits_of_every_position_equal_the_reference(runner, model_name, steppe
     sequence = stepping.sequence(given)
     captured = []
     sample = runner._sampler.sample
-    runner._sampler.sample = lambda logits, sequences: captured.append(logits.clone()) or sample(logits, sequences)
+
+    def capture(logits, sequences):
+        captured.append(logits.clone())
+        return sample(logits, sequences)
+
+    runner._sampler.sample = capture
     for end in range(1, len(given) + 1):
         sequence.token_ids = given[:end]
         sequence.num_prompt_tokens = end
         stepping.step([(sequence, 1)])
     torch.testing.assert_close(torch.cat(captured), expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(("max_model_len", "lengths"), [(64, (1, 24, 58)), (None, (65, 3 * CHUNK))])
+def test_longrope_is_that_of_the_longest_sequence_that_the_engine_takes(
+    model_folder, stepper, prompt, greedy_tokens, max_model_len, lengths
+):
+    """transformers changes it when a sequence gets longer than the original length, here 64."""
+    folder = str(model_folder("phi3-longrope"))
+    settings = {"block_size": BLOCK, "num_blocks": 64, "max_model_len": max_model_len}
+    runner = ModelRunner(InstanceConfig(model_path=folder, device="cpu", **settings))
+    for length in lengths:
+        stepping = stepper(runner)
+        sequence = stepping.sequence(prompt(length))
+        stepping.generate([sequence], 6, CHUNK)
+        assert sequence.output_token_ids == greedy_tokens("phi3-longrope", prompt(length), 6)
+
+
+def test_instances_with_other_frequencies_refuse_each_others_blocks(model_folder):
+    short, long = (
+        ModelRunner(
+            InstanceConfig(
+                model_path=str(model_folder("phi3-longrope")), num_blocks=8, max_model_len=limit, device="cpu"
+            )
+        )
+        for limit in (64, 65)
+    )
+    assert short.fingerprint["model"] != long.fingerprint["model"]

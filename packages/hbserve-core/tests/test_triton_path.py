@@ -12,7 +12,13 @@ pytestmark = KERNELS
 
 # Steps in turn and of exact shapes, as without graphs; and overlapped, padded ones.
 @pytest.mark.parametrize(
-    ("name", "graphs"), [("qwen3", True), ("llama-9-heads", False), ("qwen2", False), ("llama-biases", True)]
+    ("name", "graphs"),
+    [
+        ("qwen3", True),
+        ("llama-9-heads", False),
+        ("qwen2", False),
+        ("llama-biases", True),
+    ],
 )
 def test_greedy_tokens_equal_transformers(generate, model_folder, greedy_tokens, prompt, name, graphs):
     runner = InterpretedRunner(
@@ -25,6 +31,16 @@ def test_greedy_tokens_equal_transformers(generate, model_folder, greedy_tokens,
     assert engine.blocks.num_free == engine.blocks.num_blocks
     padded = {shape in (*runner.packer.shapes.decodes, *runner.packer.shapes.prefills) for shape in runner.used_shapes}
     assert padded == {graphs}
+
+
+@pytest.mark.parametrize("name", ["olmo2", "gemma2"])
+def test_greedy_tokens_of_other_families_equal_transformers(generate, model_folder, greedy_tokens, prompt, name):
+    """A prompt in two chunks, and a decode."""
+    runner = InterpretedRunner(
+        model_folder(name), False, False, max_num_seqs=1, max_num_batched_tokens=16, chunk_size=6
+    )
+    found = generate(Engine(runner.config, runner), {"r": prompt(9)}, 2)
+    assert found == {"r": greedy_tokens(name, prompt(9), 2)}
 
 
 @pytest.mark.parametrize("name", ["qwen3", "llama-biases"])

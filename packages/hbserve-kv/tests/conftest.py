@@ -26,7 +26,7 @@ def make_manager(rank: int, backend: str, pool: torch.Tensor | None = None, **se
     if pool is None:
         pool = torch.full((64, 2, 3, 64), -1.0)
     fingerprint = settings.pop("fingerprint", {"model": "m"})
-    own = {name: settings.pop(name) for name in ("heads", "transport") if name in settings}
+    own = {name: settings.pop(name) for name in ("heads", "transport", "name") if name in settings}
     config = KVTransferConfig(**{"backend": backend, "buffer_size": 1 << 20, "timeout_s": 10, **settings})
     return KVTransferManager(rank=rank, pool=pool, fingerprint=fingerprint, config=config, **own)
 

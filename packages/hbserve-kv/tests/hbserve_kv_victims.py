@@ -147,7 +147,7 @@ def _halting_connect(connect: Any, halt: Halt) -> Any:
 def install(halt: Halt) -> None:
     """Into the process that calls it, for its life."""
     for transport in (IpcTransport, MooncakeTransport, NcclTransport):
-        transport.connect = _halting_connect(transport.connect, halt)
+        transport.connect = _halting_connect(transport.connect, halt)  # type: ignore[method-assign]
     call, begin_stream = RpcClient.call, RpcStream.__anext__
     serve, serve_stream = RpcServer.serve, RpcServer.serve_stream
 
@@ -179,9 +179,9 @@ def install(halt: Halt) -> None:
 
         serve_stream(self, method, handle)
 
-    RpcClient.call, RpcStream.__anext__ = halting_call, halting_stream
-    RpcServer.serve, RpcServer.serve_stream = halting_serve, halting_serve_stream
-    Link.run = halting_run(lambda _: halt)
+    RpcClient.call, RpcStream.__anext__ = halting_call, halting_stream  # type: ignore[method-assign]
+    RpcServer.serve, RpcServer.serve_stream = halting_serve, halting_serve_stream  # type: ignore[method-assign]
+    Link.run = halting_run(lambda _: halt)  # type: ignore[method-assign]
 
 
 class _Process:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from hbserve_kv import AddressNotAvailable, BackendUnavailable, KVTransferConfig, Outcome, TransferFailed
-from hbserve_kv.memory.heads import HeadRange
+from hbserve_kv.memory.memory import HeadRange
 from hbserve_kv.protocol import messages
 from hbserve_kv.protocol.handshake import Identity, check
 from hbserve_kv.protocol.messages import Grant, Handshake
@@ -148,6 +148,23 @@ def test_a_sender_that_could_not_be_asked_what_it_writes_is_refused(address):
     with pytest.raises(InvalidRequest, match=f"address='{address}': "):
         check(hello, me)
     assert check(msgspec.structs.replace(hello, address="[::1]:80"), me)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "named"),
+    [
+        ("protocol_version", 0, f"protocol is 0 on rank 1 and {messages.PROTOCOL_VERSION} on rank 0"),
+        ("fingerprint", {"m": "other"}, "m is 'other' on rank 1 and 'm' on rank 0"),
+        ("fingerprint", {"m": "m", "more": 1}, "more is 1 on rank 1 and None on rank 0"),
+        ("heads", HeadRange(1, 1, 2), "num_kv_heads is 2 on rank 1 and 1 on rank 0"),
+    ],
+)
+def test_a_sender_whose_kv_means_something_else_is_refused_by_what_differs_first(field, value, named):
+    me = Identity(0, "e", {"m": "m"}, HeadRange())
+    hello = Handshake(messages.PROTOCOL_VERSION, 1, "f", "127.0.0.1:80", me.fingerprint, me.heads, {}, "l")
+    assert check(hello, me)
+    with pytest.raises(InvalidRequest, match=f"FingerprintMismatch: {named}"):
+        check(msgspec.structs.replace(hello, **{field: value}), me)
 
 
 async def test_a_grant_that_is_none_is_refused_as_one(managers):

@@ -8,6 +8,7 @@ import torch
 
 from hbserve_kv import Outcome, TransferFailed
 from hbserve_kv.protocol.messages import PARTS, AnnouncedPart, PartsAnnounced
+from hbserve_kv.receiving.transfer import IncomingLink
 from hbserve_kv.testing import LoopbackNetwork, is_empty
 from hbserve_kv.transports.base import Transport
 from hbserve_rpc import RpcClient, RpcServer, wire
@@ -236,7 +237,7 @@ async def test_over_gloo_too_a_part_that_the_receiver_cannot_take_ends_the_send(
 
 async def test_a_send_that_nobody_takes_and_nobody_speaks_of_ends_at_a_deadline_of_its_own(pair, monkeypatch):
     sender, receiver, _, _ = await pair(timeout_s=0.5)
-    monkeypatch.setattr(receiver._receiver.links, "take", lambda *_: True)
+    monkeypatch.setattr(IncomingLink, "take", lambda *_: True)
     posted = receiver.post_receive("t", [1])
     transfer = await sender.open_send("t", posted.grant)
     transfer.push([1], 0)
@@ -287,7 +288,7 @@ async def test_parts_that_do_not_fit_end_their_link_and_tell_the_sender_why(pair
     async with asyncio.timeout(20):
         while not transfer.state.legs[0].num_moved:
             await asyncio.sleep(0.01)
-    (link,) = receiver._receiver.links.connected
+    (link,) = receiver._receiver.links
     await announce(receiver, PartsAnnounced(name, link, [AnnouncedPart(2, 1, 1), part]))
     async with asyncio.timeout(20):
         result = await posted.wait()
@@ -322,14 +323,16 @@ async def test_a_link_that_is_lost_at_the_moment_of_an_announcement_fails_its_pa
     sender, receiver, _, _ = await pair()
     posted = receiver.post_receive("t", [1])
     transfer = await sender.open_send("t", posted.grant)
-    (link,) = receiver._receiver.links.connected.values()
+    (link,) = receiver._receiver.links.values()
     message = PartsAnnounced("t", link.link.key, [AnnouncedPart(0, 0, 1)])
-    assert receiver._receiver.links.take(link, receiver._receiver.transfers["t"], message)
-    receiver._receiver.links.end({link.link.key}, "the sender was lost")
+    assert link.take(receiver._receiver.transfers["t"], message)
+    receiver._receiver.end_links({link.link.key}, "the sender was lost")
     async with asyncio.timeout(20):
         result = await posted.wait()
         assert (await transfer.abort("test over")) is Outcome.FAILED_DRAINED
+        await asyncio.gather(*transfer.tasks)
     assert (result.outcome, result.error) == (Outcome.FAILED_DRAINED, "the sender was lost")
+    assert receiver.stats().dropped_messages == 0, "who has ended a link is told nothing more of it"
 
 
 async def test_a_backend_that_ignores_that_nobody_takes_its_part_is_given_no_other_and_no_task_is_left(

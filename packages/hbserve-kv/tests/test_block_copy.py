@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from hbserve_kv.memory.heads import HeadSlice
-from hbserve_kv.memory.memory import head_view
+from hbserve_kv.memory.memory import HeadSlice, head_view
 
 pytest.importorskip("triton", reason="torch has Triton on Linux only")
 from hbserve_kv.memory.block_copy import copy_blocks

@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from hbserve_kv import HeadRange, Outcome, Part, TransferFailed
-from hbserve_kv.memory.heads import HeadSlice
-from hbserve_kv.memory.memory import Memory, pieces
+from hbserve_kv.memory.memory import HeadSlice, Memory, pieces
 from hbserve_kv.protocol import messages
 from hbserve_kv.testing import Faults, LoopbackNetwork, LoopbackTransport
 from hbserve_rpc import InvalidRequest, RpcClient

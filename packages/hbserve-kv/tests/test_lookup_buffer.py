@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from hbserve_kv import BufferTooLarge, BufferTooSmall, KVTransferConfig, KVTransferManager, TransferTimeout
+from hbserve_kv.memory.memory import Memory
+from hbserve_kv.receiving.lookup_buffer import LookupBuffer
 
 
 @pytest.fixture
@@ -114,3 +116,16 @@ async def test_what_nobody_asks_for_expires_and_gives_its_room_back(pair, caplog
     assert "message forgotten was dropped: nobody asked for it within 1.0 s" in caplog.text
     assert torch.equal(await receiver.receive_kv_cache("second", 0), 2 * everything)
     assert receiver.stats().buffered_bytes == 0
+
+
+async def test_all_who_wait_for_room_get_it_when_one_gives_it_back():
+    memory = Memory(torch.zeros(1, 64, dtype=torch.uint8), 2 * 64)
+    buffer = LookupBuffer(memory, timeout_s=20, expiry_s=20)
+    everything = await buffer.place("large", 2 * 64)
+    waiting = [asyncio.create_task(buffer.place(name, 64)) for name in ("first", "second")]
+    for _ in range(3):
+        await asyncio.sleep(0)
+    await buffer.free(everything)
+    async with asyncio.timeout(10):
+        given = await asyncio.gather(*waiting)
+    assert sorted(block_id for block_ids in given for block_id in block_ids) == sorted(everything)

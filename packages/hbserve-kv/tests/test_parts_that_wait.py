@@ -10,6 +10,7 @@ import torch
 from hbserve_kv import Outcome
 from hbserve_kv.memory import shared_memory
 from hbserve_kv.memory.events import EventWatch
+from hbserve_kv.receiving.transfer import IncomingLink
 from hbserve_kv.sending.connection import MAX_ANNOUNCED_PARTS
 from hbserve_kv.testing import CHECKS, LoopbackNetwork, run_check
 from hbserve_kv.testing.loopback import LoopbackTransport, TwoSidedLoopbackTransport
@@ -75,7 +76,7 @@ class WaitingDevice(LoopbackTransport):
             self._write(link, part, len(part.block_ids))
             return True
 
-        ended.query = query
+        ended.query = query  # type: ignore[method-assign]
         return self._memory.events.until(ended, since=Event())
 
 
@@ -118,14 +119,14 @@ def spy_on_pushes(monkeypatch, sender):
     return pushed
 
 
-def spy_on_announcements(monkeypatch, receiver):
-    heard, take = [], receiver._receiver.links.take
+def spy_on_announcements(monkeypatch):
+    heard, take = [], IncomingLink.take
 
     def noting(link, transfer, message):
         heard.extend((message.transfer_id, part.index) for part in message.parts)
         return take(link, transfer, message)
 
-    monkeypatch.setattr(receiver._receiver.links, "take", noting)
+    monkeypatch.setattr(IncomingLink, "take", noting)
     return heard
 
 
@@ -156,7 +157,7 @@ async def test_a_part_that_is_not_ready_holds_up_no_other_transfer_and_none_of_i
 ):
     source, target = torch.rand(64, 2, 3, 64), torch.zeros(64, 2, 3, 64)
     sender, receiver = await managers(0, backend, source), await managers(1, backend, target)
-    pushed, heard = spy_on_pushes(monkeypatch, sender), spy_on_announcements(monkeypatch, receiver)
+    pushed, heard = spy_on_pushes(monkeypatch, sender), spy_on_announcements(monkeypatch)
     (a, b), postings = await open_two(sender, receiver)
     event = Event()
     async with asyncio.timeout(20):

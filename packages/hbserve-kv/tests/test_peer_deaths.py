@@ -7,6 +7,7 @@ the end, and meanwhile the healthy peer must not notice.
 
 import asyncio
 import signal
+from typing import Any
 
 import hbserve_kv_victims as victims
 import pytest
@@ -131,7 +132,7 @@ async def lose_a_receiver(rig: Rig, state: str, is_killed: bool, halts: dict[str
             has_reached.set()
             await goes_on.wait()
 
-    sending = victims.send(rig.manager, rig.pool, state, blocks, grant, abort=state == "begun", opened=opened)
+    sending: Any = victims.send(rig.manager, rig.pool, state, blocks, grant, abort=state == "begun", opened=opened)
     if state != "granted":
         sending = asyncio.create_task(sending)
         await (has_reached.wait() if survivor_halts or state == "begun" else victim.heard("reached"))

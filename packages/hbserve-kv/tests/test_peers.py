@@ -39,7 +39,7 @@ async def move(sender, receiver, name, blocks=(1,)):
 async def test_peers_that_came_and_went_leave_no_file_thread_task_or_shared_memory(managers):
     """HBSERVE_NUM_PEERS=1000 for the full number."""
     # Known elsewhere: SGLang #34450, #31922, Mooncake #2044.
-    receiver, before = await managers(0, "ipc"), None
+    receiver, before = await managers(0, "ipc"), held()
     for number in range(NUM_PEERS):
         peer = KVTransferManager(
             rank=1, pool=torch.zeros(64, 2, 3, 64), fingerprint={"model": "m"},
@@ -88,6 +88,21 @@ async def test_a_peer_that_was_not_there_is_reached_when_it_comes_and_meanwhile_
     again = await managers(1, "ipc", port=port)
     sent, _ = await move(sender, again, "t")
     assert sent.outcome is Outcome.COMPLETED, "its grant shows that it lives"
+
+
+async def test_a_peer_that_was_reached_is_not_blamed_for_what_it_failed_by_before(managers, free_ports, monkeypatch):
+    """The longest pauses are for those that fail again and again, without having been there in between."""
+    monkeypatch.setattr("hbserve_kv.sending.breaker.FIRST_PAUSE_S", 0.0)
+    sender, (port,) = await managers(0, "ipc", timeout_s=0.5), free_ports(1)
+    sender.add_peer(1, f"127.0.0.1:{port}")
+    for number in (1, 2):
+        with pytest.raises(TransferFailed, match="no connection to"):
+            await sender.send_kv_cache("t", torch.ones(4), 1)
+        assert [each.num_failures for each in sender._peers._breakers.values()] == [number]
+    receiver = await managers(1, "ipc", port=port)
+    await sender.send_kv_cache("t", torch.ones(4), 1)
+    assert torch.equal(await receiver.receive_kv_cache("t", 0), torch.ones(4))
+    assert sender._peers._breakers == {}
 
 
 async def test_a_link_that_was_opened_ahead_is_the_one_that_transfers_go_over(processes_backend, managers):
@@ -159,12 +174,12 @@ async def test_a_forged_link_breaks_no_pair_and_disturbs_no_transfer(backend, ma
     sender, receiver = await managers(0, backend), await managers(1, backend)
     posted = receiver.post_receive("t", [1])
     transfer = await sender.open_send("t", posted.grant)
-    ours, asked = set(receiver._receiver.links.connected), receiver._receiver.links._asking
+    ours, asked = set(receiver._receiver.links), receiver._receiver._asking
     client = await forge_link(sender, receiver, "another")
     async with asyncio.timeout(20):
         while asked:
             await asyncio.sleep(0.001)
-        assert ours < set(receiver._receiver.links.connected)
+        assert ours < set(receiver._receiver.links)
         transfer.push([1], 0)
         assert (await transfer.commit()).outcome is Outcome.COMPLETED
     await client.close()
@@ -190,7 +205,7 @@ async def test_a_sender_that_hears_of_an_unknown_link_connects_anew_and_its_tran
     await move(sender, receiver, "connects")
     (old,) = sender._peers.connections.values()
     old._listening.cancel()  # it never hears that the receiver has ended the link
-    receiver._receiver.links._lose(next(iter(receiver._receiver.links.connected.values())), "forgotten")
+    receiver._receiver._lose(next(iter(receiver._receiver.links.values())), "forgotten")
     async with asyncio.timeout(20):
         sent, received = await move(sender, receiver, "t")
     assert (sent.outcome, received.outcome) == (Outcome.COMPLETED, Outcome.COMPLETED)
@@ -215,7 +230,7 @@ async def test_a_sender_that_was_restarted_ends_the_link_of_its_earlier_life(man
     sender, receiver = await managers(0, "ipc"), await managers(1, "ipc", timeout_s=60)
     port = int(sender.address.rpartition(":")[2])
     await move(sender, receiver, "connects")
-    (old,) = receiver._receiver.links.connected.values()
+    (old,) = receiver._receiver.links.values()
     (connection,) = sender._peers.connections.values()
     connection.client._socket.close()  # as a process that is killed leaves it: nobody says anything
     connection.client._heart.cancel()
@@ -246,6 +261,18 @@ async def test_a_corrupted_block_fails_its_transfer_by_its_checksum(managers):
     assert "checksum: blocks [1]" in result.error
 
 
+async def test_checksums_of_blocks_that_were_not_granted_are_nobodys(managers):
+    network = LoopbackNetwork()
+    sender = await managers(0, "loopback", transport=network.transport())
+    receiver = await managers(1, "loopback", transport=network.transport(), checksum=True)
+    posted = receiver.post_receive("t", [1])
+    transfer = await sender.open_send("t", posted.grant)
+    transfer.push([4], 0)
+    transfer._legs[0]._checksums |= {-1: 7, 1: 7}
+    async with asyncio.timeout(20):
+        assert (await transfer.commit()).outcome is Outcome.COMPLETED
+
+
 @pytest.mark.parametrize("block_bytes", [16, 20])
 def test_a_checksum_sees_each_changed_byte_and_each_exchange(block_bytes):
     block = torch.randint(0, 256, (1, block_bytes), dtype=torch.uint8)
@@ -256,6 +283,17 @@ def test_a_checksum_sees_each_changed_byte_and_each_exchange(block_bytes):
         assert checksums(changed) != [before]
     halves = torch.cat([block[:, block_bytes // 2 :], block[:, : block_bytes // 2]], dim=1)
     assert checksums(halves) != [before]
+
+
+async def test_a_receive_whose_sender_has_begun_does_not_expire(managers):
+    sender, receiver = await managers(0, "ipc"), await managers(1, "ipc")
+    posted = receiver.post_receive("t", [1])
+    transfer = await sender.open_send("t", posted.grant)
+    receiver._receiver._expire(receiver._receiver.transfers["t"])
+    transfer.push([5], 0)
+    async with asyncio.timeout(20):
+        assert (await transfer.commit()).outcome is Outcome.COMPLETED
+        assert (await posted.wait()).outcome is Outcome.COMPLETED
 
 
 async def test_a_receive_whose_sender_never_begins_ends(managers):

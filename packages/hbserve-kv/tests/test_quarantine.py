@@ -12,13 +12,14 @@ from hbserve_kv.protocol.messages import Handshake
 from hbserve_kv.receiving.quarantine import FIRST_REMINDER_S, LONGEST_PAUSE_S, Quarantine, Reminder
 from hbserve_kv.receiving.transfer import IncomingLink, IncomingTransfer
 from hbserve_kv.testing import LoopbackNetwork
+from hbserve_rpc import Peer
 
 
 def fail_a_transfer(address: str, quarantine: Quarantine, *, is_connected: bool) -> IncomingTransfer:
     """Three blocks that were granted to a one-sided sender at `address`, which has not said that it writes no more."""
     hello = Handshake(2, 0, "epoch", address, {}, HeadRange(), {}, "link")
     link = Link("link", is_sender=False, peer_rank=0, peer_description=b"")
-    sender = IncomingLink(hello, link, LoopbackNetwork().transport(), HeadRange())
+    sender = IncomingLink(hello, link, LoopbackNetwork().transport(), HeadRange(), Peer(b"it", None, "127.0.0.1"))
     transfer = IncomingTransfer("t", "pool", [4, 5, 6], [0], quarantine.watch)
     assert transfer.begin(sender)
     sender.is_connected = is_connected
@@ -100,7 +101,7 @@ async def test_a_link_that_loses_its_engine_to_another_ones_end_is_made_again(ma
 
     for number, sender in enumerate(senders):
         assert await move(sender, f"t{number}") is Outcome.COMPLETED
-    assert await receiver._receiver.quarantine.revoke(next(iter(receiver._receiver.links.connected.values())))
+    assert await receiver._receiver.quarantine.revoke(next(iter(receiver._receiver.links.values())))
     async with asyncio.timeout(20):
         while any(sender.links() for sender in senders):
             await asyncio.sleep(0.01)

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 from collections import Counter
+from functools import partial
 from typing import Any
 
 import pytest
@@ -16,11 +17,11 @@ from hbserve_kv.memory.memory import Memory
 from hbserve_kv.protocol import messages
 from hbserve_kv.protocol.handshake import Identity
 from hbserve_kv.protocol.messages import Abandon, AnnouncedPart, Begin, Commit, Handshake, PartsAnnounced
-from hbserve_kv.protocol.transfer_state import State
+from hbserve_kv.protocol.transfer_state import Phase
 from hbserve_kv.receiving.lookup_buffer import LookupBuffer
 from hbserve_kv.receiving.receiver import Receiver
 from hbserve_kv.receiving.transfer import IncomingLink, IncomingTransfer
-from hbserve_rpc import InvalidRequest
+from hbserve_rpc import InvalidRequest, Peer, connected_client
 
 HEADS = 2
 NUM_BLOCKS = 4
@@ -30,9 +31,10 @@ EXPIRY_S = 3600.0
 class Wire(Transport):
     """Takes parts when the test says so, and takes the right to write from a sender when the test lets it."""
 
+    name = "wire"
+
     def __init__(self, one_sided: bool) -> None:
-        self.name = "wire"
-        self.one_sided = one_sided
+        self.one_sided = one_sided  # type: ignore[misc]  # a constant of the class for real ones
         self.accepting: dict[str, list[asyncio.Future[None]]] = {}
         self.revocable: set[str] = set()
 
@@ -67,7 +69,12 @@ def link_of(sender: int, heads: HeadRange, one_sided: bool) -> IncomingLink:
     key = f"link {sender}"
     hello = Handshake(messages.PROTOCOL_VERSION, sender, "epoch", "127.0.0.1:1", {}, heads, {}, key)
     link = Link(key, is_sender=False, peer_rank=sender, peer_description=b"")
-    return IncomingLink(hello, link, Wire(one_sided), heads)
+    return IncomingLink(hello, link, Wire(one_sided), heads, peer_of(key))
+
+
+def peer_of(key: str) -> Peer:
+    """Whose link is called so: "1, life 3" is one of sender 1."""
+    return Peer(key.partition(",")[0].encode(), None, "127.0.0.1")
 
 
 # ---- one transfer, event by event ----------------------------------------------------------------------------------
@@ -245,7 +252,7 @@ class Handlers:
     """Stands in for an RpcServer: the test calls what a sender would."""
 
     def __init__(self) -> None:
-        self.of: dict[str, object] = {}
+        self.of: dict[str, Any] = {}
 
     def serve(self, method, handler) -> None:
         self.of[method.name] = handler
@@ -282,9 +289,13 @@ class World:
         for transfer in self.receiver.transfers.values():
             if transfer not in self.ends and not transfer.result.done():
                 self.ends[transfer] = 0
-                transfer.result.add_done_callback(lambda _, ended=transfer: self.ends.update([ended]))
+                transfer.result.add_done_callback(partial(self._ended, transfer))
+
+    def _ended(self, transfer: IncomingTransfer, _: object) -> None:
+        self.ends[transfer] += 1
 
     def call(self, method, message) -> None:
+        connected_client._calling.set(peer_of(message.link))
         self.calls.append(asyncio.create_task(self.handlers.call(method, message)))
 
     def post(self, name: str) -> None:
@@ -298,9 +309,10 @@ class World:
             messages.PROTOCOL_VERSION, sender, "epoch", f"127.0.0.1:{1 + sender}", {}, HeadRange(), {"wire": b""},
             self.key(sender),
         )  # fmt: skip
+        connected_client._calling.set(peer_of(hello.link))
         self.streams[sender] = self.handlers.of[messages.LINK.name](hello)
         await anext(self.streams[sender])
-        self.links.append(self.receiver.links.connected[self.key(sender)])
+        self.links.append(self.receiver.links[self.key(sender)])
 
     async def lose(self, sender: int) -> None:
         if sender in self.streams:
@@ -408,7 +420,7 @@ def test_whatever_senders_say_in_any_order_each_transfer_ends_once_and_nothing_i
     monkeypatch.setattr("hbserve_kv.receiving.quarantine.CHECK_INTERVAL_S", 0.001)
     monkeypatch.setattr("hbserve_kv.receiving.quarantine.GRACE_S", 0.0)
 
-    async def never_answers(_):
+    async def never_answers(_, keys):
         return False
 
     monkeypatch.setattr("hbserve_kv.receiving.quarantine.has_ended", never_answers)
@@ -425,7 +437,7 @@ async def test_a_sender_that_is_lost_while_it_waits_for_room_begins_nothing():
     await world.buffer.free(everything)
     async with asyncio.timeout(20):
         await asyncio.gather(*world.calls)
-    assert all(transfer.state is State.FAILED_DRAINED for transfer in world.receiver.transfers.values())
+    assert all(transfer.phase is Phase.FAILED_DRAINED for transfer in world.receiver.transfers.values())
     await world.end()
 
 
@@ -439,7 +451,7 @@ async def test_what_begins_while_the_receiver_closes_ends_with_it():
     assert transfer.result.result().outcome is Outcome.UNKNOWN
     assert transfer.drained.is_set()
     await world.lose(0)
-    await world.receiver.links.close()
+    await world.receiver.close()
 
 
 async def test_nothing_more_is_taken_over_a_link_that_is_broken():

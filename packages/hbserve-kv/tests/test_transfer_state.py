@@ -2,7 +2,7 @@
 
 import pytest
 
-from hbserve_kv.protocol.transfer_state import IncomingState, Outcome, State
+from hbserve_kv.protocol.transfer_state import IncomingState, Outcome, Phase
 
 
 def begun(one_sided: bool = False) -> IncomingState:
@@ -43,7 +43,7 @@ def test_what_does_not_fit_changes_nothing(case):
     state.start_parts("e1", 0)
     state.end_part("e1", 0)
     assert not LATE[case](state)
-    assert state.state is State.RECEIVING
+    assert state.phase is Phase.MOVING
     assert state.commit("e1", 1)
 
 
@@ -55,13 +55,13 @@ def test_the_end_is_final_and_the_first_cause_is_kept(end):
     else:
         state.fail("first")
         state.sender_drained("e1")
-    before = (state.state, state.cause)
+    before = (state.phase, state.cause)
     state.fail("second")
     state.give_up()
     assert not state.begin("e1", one_sided=False)
     assert not state.start_parts("e1", 0)
     assert not state.commit("e1", 0)
-    assert (state.state, state.cause) == before
+    assert (state.phase, state.cause) == before
 
 
 def test_a_failed_transfer_is_drained_when_its_last_part_has_ended_and_its_sender_sends_no_more():
@@ -71,7 +71,7 @@ def test_a_failed_transfer_is_drained_when_its_last_part_has_ended_and_its_sende
     assert state.start_parts("e1", 1), "what the sender had begun to send is still taken"
     state.end_part("e1", 1)
     state.sender_drained("e1")
-    assert state.state is State.DRAINING
+    assert state.phase is Phase.DRAINING
     assert not state.start_parts("e1", 2)
     state.end_part("e1", 0, "aborted")
     assert (state.outcome, state.cause) == (Outcome.FAILED_DRAINED, "cancelled")
@@ -80,7 +80,7 @@ def test_a_failed_transfer_is_drained_when_its_last_part_has_ended_and_its_sende
 def test_a_transfer_that_is_not_drained_in_time_is_unknown_and_may_still_be_drained():
     state = begun(one_sided=True)
     state.fail("cancelled")
-    assert state.state is State.DRAINING
+    assert state.phase is Phase.DRAINING
     state.give_up()
     assert state.outcome is Outcome.UNKNOWN
     assert state.sender_drained("e1")
@@ -95,7 +95,7 @@ def test_several_senders_complete_a_transfer_together_each_with_its_own_heads():
     assert state.begin("e2", [2, 3], one_sided=True)
     assert state.commit("e1", 0)
     assert not state.commit("e1", 0)
-    assert state.state is State.RECEIVING
+    assert state.phase is Phase.MOVING
     assert state.commit("e2", 0)
     assert state.outcome is Outcome.COMPLETED
 

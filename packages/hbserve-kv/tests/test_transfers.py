@@ -62,6 +62,7 @@ async def test_a_commit_that_lacks_blocks_is_not_accepted_as_complete(managers):
     assert "parts" in (await posted.wait()).error
 
 
+@pytest.mark.parametrize("backend", ["nccl", "ipc"])
 @pytest.mark.parametrize("pushed", [[], [0], [0, 2], [1, 1, 0]])
 async def test_a_commit_counts_for_all_blocks_that_were_granted_or_fails(backend, managers, pushed):
     # Known elsewhere: vLLM #20263.

@@ -21,7 +21,7 @@ def test_all_names_exactly_the_public_names_that_are_there():
 def test_every_error_of_the_package_is_exported_and_documented():
     errors: set[type[Exception]] = {HBServeRpcError, *HBServeRpcError.__subclasses__()}
     assert {error.__name__ for error in errors} <= set(hbserve_rpc.__all__)
-    text = sys.modules[HBServeRpcError.__module__].__doc__
+    text = sys.modules[HBServeRpcError.__module__].__doc__ or ""
     assert all(error.__name__ in text for error in errors)
 
 

@@ -160,7 +160,7 @@ async def test_a_short_break_of_the_connection_to_the_same_life_loses_nothing(rp
         client, losses = await patient(cable.address)
         call = await asking(rpc, client, serving)
         cable.cut()
-        while not serving.server._clients or cable.num_made < 2 or not client._is_connected:
+        while not serving.server._clients or cable.num_made < 2 or not client._connection.is_there:
             await asyncio.sleep(0.005)
         serving.server.serve(rpc.CALL, serving.answer_at_once)
         await client.call(rpc.CALL, rpc.Ask(), timeout_s=20)  # the server knows of the new connection

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 import pytest
 import zmq
 
-from hbserve_rpc.message_socket import MESSAGES_PER_TURN, MessageSocket
+from hbserve_rpc.message_socket import MESSAGES_PER_TURN, MessageSocket, SharedContext
 
 NUM_MESSAGES = 10 * MESSAGES_PER_TURN
 
@@ -18,8 +18,8 @@ class Pair:
     def __init__(self) -> None:
         self.at_router: list[list[bytes]] = []
         self.at_dealer: list[list[bytes]] = []
-        self.router = MessageSocket(zmq.ROUTER, {}, self.at_router.append)
-        self.dealer = MessageSocket(zmq.DEALER, {zmq.IDENTITY: b"dealer"}, self.at_dealer.append)
+        self.router = MessageSocket(zmq.ROUTER, {}, self.at_router.append, SharedContext())
+        self.dealer = MessageSocket(zmq.DEALER, {zmq.IDENTITY: b"dealer"}, self.at_dealer.append, SharedContext())
         self.router.open(lambda socket: socket.bind("tcp://127.0.0.1:*"))
         address = self.router._socket.getsockopt(zmq.LAST_ENDPOINT)
         self.dealer.open(lambda socket: socket.connect(address))
@@ -99,7 +99,7 @@ async def test_a_peer_that_does_not_read_keeps_nobody_waiting(pair):
 
 async def test_it_is_closed_if_it_cannot_be_bound(pair):
     taken = pair.router._socket.getsockopt(zmq.LAST_ENDPOINT)
-    other = MessageSocket(zmq.ROUTER, {}, pair.at_router.append)
+    other = MessageSocket(zmq.ROUTER, {}, pair.at_router.append, SharedContext())
     with pytest.raises(zmq.ZMQError):
         other.open(lambda socket: socket.bind(taken))
     assert not other.is_open

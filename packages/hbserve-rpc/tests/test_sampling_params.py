@@ -112,6 +112,8 @@ WRONG: dict[str, Any] = {
     "repetition_penalty": [HostileObject(), 0, -1, 0.009, 100.1, float("nan"), float("inf"), "1", True, None],
     "logprobs": [HostileObject(), HostileInt(21), -1, 21, 2**63, 1.0, True, "3", float("nan")],
     "prompt_logprobs": [HostileObject(), HostileInt(21), -1, 21, 2**63, 1.0, False, "3", float("nan")],
+    "priority": [HostileObject(), 2**31, -(2**31), 1.0, True, "2", None, float("nan")],
+    "timeout_s": [HostileObject(), HostileFloat(1), 0, -1.0, True, "1", float("nan"), float("inf"), 1e9],
     "n": [HostileObject(), HostileInt(0), 0, -1, 1025, 2**63, 1.0, True, "2", None, float("nan")],
     "logit_bias": [
         HostileObject(),
@@ -192,7 +194,7 @@ def test_values_of_array_libraries_and_none_become_plain_python():
     params = SamplingParams(
         temperature=Scalar(0.5), max_tokens=Scalar(4), ignore_eos=Scalar(True), top_p=Fraction(1, 2), seed=Scalar(7),
         stop=None, stop_token_ids=(each for each in (Scalar(3), 4)), min_tokens=Scalar(2), min_p=Scalar(0.25),
-        logit_bias=OrderedDict({Scalar(3): Scalar(1.5)}),
+        logit_bias=OrderedDict[Any, Any]({Scalar(3): Scalar(1.5)}),
     )  # fmt: skip
     assert params == SamplingParams(
         0.5, 4, True, top_p=0.5, seed=7, stop_token_ids=[3, 4], min_tokens=2, min_p=0.25, logit_bias={3: 1.5}
@@ -218,6 +220,7 @@ def test_a_copy_shares_nothing_and_what_the_caller_gave_may_change():
     ids.append(6)
     bias[8] = 2.0
     params.stop.append("c")
+    assert params.logit_bias is not None
     params.logit_bias[9] = 3.0
     params.max_tokens = 1
     assert copied == SamplingParams(stop=["a"], stop_token_ids=[5], logit_bias={7: 1.0})

@@ -8,7 +8,7 @@ import msgspec
 import pytest
 import zmq
 
-from hbserve_rpc import Method, Overloaded, RpcServer, StreamMethod, server, wire
+from hbserve_rpc import Method, Overloaded, RpcServer, StreamMethod, connected_client, server, wire
 
 
 class Blob(msgspec.Struct, frozen=True, tag=True):
@@ -95,7 +95,7 @@ async def test_a_client_that_gives_credit_and_reads_nothing_stops_its_streams_at
     while len(ends) < 2:
         envelope, _ = await deaf.read()
         if isinstance(envelope, wire.Items):
-            assert len(envelope.items) <= 2 + server.MESSAGE_BYTES / BLOB_BYTES
+            assert len(envelope.items) <= 2 + connected_client.MESSAGE_BYTES / BLOB_BYTES
             for id_, number, _ in envelope.items:
                 numbers[id_].append(number)
         elif isinstance(envelope, wire.End):

@@ -27,7 +27,7 @@ def test_what_is_kept_is_a_copy_that_nothing_changes():
     assert params.structured_outputs == StructuredOutputsParams(json='{"type":"object"}')
     assert chosen.choice == ("a", "b")
     with pytest.raises(AttributeError):
-        chosen.choice = ("c",)
+        chosen.choice = ("c",)  # type: ignore[misc]
     assert params.copied() == params
 
 

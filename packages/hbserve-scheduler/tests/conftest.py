@@ -18,7 +18,6 @@ from hbserve_rpc.messages import (
     GENERATE,
     GRANT,
     PREFILL,
-    REPORTS,
     STATS,
     ConnectRequest,
     DecodeRequest,
@@ -28,16 +27,15 @@ from hbserve_rpc.messages import (
     Granted,
     GrantRequest,
     InstanceInfo,
-    InstanceReport,
     InstanceStats,
     InstanceStatus,
     PrefillRequest,
-    ReportsRequest,
     RequestFinished,
     Role,
     TokenEvent,
     TransferDone,
 )
+from hbserve_rpc.reports import REPORTS, InstanceReport, ReportsRequest
 from hbserve_scheduler import CpuScheduler, EventStream, SchedulerConfig
 
 DEADLINE_S = 30.0
@@ -89,6 +87,7 @@ class FakeInstance:
         """That it was told to end."""
         self.repeats = False
         """Sends each token again with the next one."""
+        self.serves_generate = role == "hybrid"
         self.max_model_len = 128
         self.others = 0, 0
         """Requests of other schedulers, and tokens of them, that it reports."""
@@ -107,8 +106,9 @@ class FakeInstance:
             server.serve_notification(GRANT, self._grant)
         else:
             server.serve_notification(END_CHOICE, self._end_choice)
-        for method, handler in ((DECODE, self._decode), (PREFILL, self._prefill), (GENERATE, self._generate)):
-            server.serve_stream(method, handler)  # type: ignore[arg-type]
+        server.serve_stream(DECODE, self._decode)
+        server.serve_stream(PREFILL, self._prefill)
+        server.serve_stream(GENERATE, self._generate)
         return server
 
     @property
@@ -130,6 +130,7 @@ class FakeInstance:
             self.instance_id, self.role, self.server.epoch, self.status, max_model_len=self.max_model_len,
             max_prompt_len=MAX_PROMPT_LEN, vocab_size=VOCAB_SIZE, error=self.error, kv_endpoint=self.kv_endpoint,
             num_blocks=NUM_BLOCKS, block_size=BLOCK_SIZE, max_num_seqs=MAX_NUM_SEQS,
+            serves_generate=self.serves_generate,
         )  # fmt: skip
 
     @property
@@ -248,8 +249,8 @@ class FakeInstance:
                 del self.granted[request.request_id]
 
     async def _generate(self, request: GenerateRequest) -> AsyncIterator[TokenEvent]:
-        if self.role != "hybrid":
-            raise InvalidRequest(f"{self.instance_id} is not hybrid")
+        if not self.serves_generate:
+            raise InvalidRequest(f"{self.instance_id} computes no prompts")
         with self._stream(request):
             choices = list(range(request.params.n))
             async with contextlib.aclosing(self._tokens(request, len(request.output_token_ids), choices)) as events:

@@ -142,6 +142,7 @@ NUMBERS = [
 
 @pytest.mark.parametrize(("section", "key"), NUMBERS)
 def test_every_number_has_a_range(section: str, key: str) -> None:
+    content: dict[str, Any]
     if section == "gpu_instances":
         content, path = {section: [PREFILL, DECODE | {key: -1}]}, rf"gpu_instances\[1\].{key}"
     else:
@@ -152,6 +153,7 @@ def test_every_number_has_a_range(section: str, key: str) -> None:
 
 @pytest.mark.parametrize("section", [field.name for field in msgspec.structs.fields(DeploymentConfig)])
 def test_no_section_takes_a_key_that_it_does_not_know(section: str) -> None:
+    content: dict[str, Any]
     if section == "gpu_instances":
         content, path = {section: [PREFILL, DECODE | {"zzz": 1}]}, r"gpu_instances\[1\]"
     else:

@@ -98,8 +98,14 @@ async def test_an_instance_that_is_known_to_be_dead_is_left_at_once(
     await until(lambda: prefills[0].requests or prefills[1].requests)
     dead, other = by_use(prefills)
     other.hold = set()
-    handle, said = scheduler.fleet.handles[dead.instance_id], []
-    monkeypatch.setattr(handle, "lost", lambda why, lost=handle.lost, **more: (said.append(why), lost(why, **more)))
+    handle, said = scheduler.fleet.handles[dead.instance_id], list[str]()
+    lost = handle.lost
+
+    def say(why: str, **more: Any) -> None:
+        said.append(why)
+        lost(why, **more)
+
+    monkeypatch.setattr(handle, "lost", say)
     await dead.server.stop()
     await scheduler.instance_died(dead.instance_id, "its process ended with code -9")
     tokens, end = await collect(events)
@@ -427,7 +433,7 @@ async def test_requests_wait_for_an_instance_that_loads_its_model_and_not_for_on
     pair[1].status = status
     scheduler = await make_scheduler(*pair, ready=False)
     await until(lambda: [each.status for each in scheduler.stats().instances] == ["ready", status])
-    assert scheduler.fleet.may_serve_soon() is may_serve
+    assert scheduler.fleet.may_serve(soon=True) is may_serve
 
 
 async def test_an_instance_cannot_be_added_twice(make_scheduler, pair):

@@ -98,7 +98,7 @@ async def test_where_all_are_silent_a_request_waits_for_one_that_is_heard_again(
     client = scheduler.fleet.handles["p0"].client
     client.on_doubt("its connection has ended")
     stream = scheduler.submit(ask())
-    assert scheduler.fleet.may_serve_soon()
+    assert scheduler.fleet.may_serve(soon=True)
     assert not scheduler.fleet.has_room()
     assert scheduler.check(ask("longer")).request_id == "longer", "what it can take is known"
     client.on_doubt("")

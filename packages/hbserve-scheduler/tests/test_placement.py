@@ -25,25 +25,30 @@ from hbserve_scheduler.policies import (
     make_policy,
     round_robin,
 )
+from hbserve_scheduler.prefixes import Prefixes
 from hbserve_scheduler.request import ScheduledRequest
 
 PROMPT = PromptShape(4)
 
 
-def entry(name: int) -> ScheduledRequest:
-    return ScheduledRequest(GenerateRequest(str(name), [1], SamplingParams(0, 4)), submitted_s=0)
+def entry(name: int, priority: int = 0) -> ScheduledRequest:
+    request = GenerateRequest(str(name), [1] * (name + 1), SamplingParams(0, 4, priority=priority))
+    return ScheduledRequest(request, submitted_s=0)
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
-@given(removed=st.lists(st.tuples(st.booleans(), st.integers(0, 30)), max_size=40))
-def test_requests_wait_in_the_order_in_which_they_came_whichever_leave(removed):
+@given(removed=st.lists(st.tuples(st.booleans(), st.integers(0, 30), st.integers(-1, 1)), max_size=40))
+def test_requests_wait_by_priority_and_then_in_the_order_in_which_they_came_whichever_leave(removed):
     waiting, model, names = WaitingRequests(), [], itertools.count()
-    for adds, place in removed:
+    for adds, place, priority in removed:
         if adds or not model:
-            model.append(entry(next(names)))
-            waiting.append(model[-1])
+            waiting.append(new := entry(next(names), priority))
+            model = sorted([*model, new], key=lambda each: each.request.params.priority)  # stable
         else:
             waiting.remove(model.pop(place % len(model)))
+        for bound in (-2, -1, 0, 1, 2):
+            before = [each.num_tokens for each in model if each.request.params.priority <= bound]
+            assert waiting.num_tokens_before(bound) == sum(before)
         assert list(waiting) == model
         assert list(reversed(waiting)) == model[::-1]
         assert [waiting[i] for i in range(-len(model), len(model))] == model + model
@@ -130,7 +135,7 @@ def test_a_users_own_policy_is_found_by_its_place_and_sees_the_prompt(monkeypatc
     (tmp_path / "own_policy.py").write_text(own)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.path", [*sys.path])
-    assert all_available(make_policy("key", "own_policy:Last"), [1, 2]).choose(PROMPT).load == 2
+    assert all_available(make_policy("key", "own_policy:Last", Prefixes()), [1, 2]).choose(PROMPT).load == 2
     mine = all_available(LongPromptsLast(), [1, 2, 3])
     assert [mine.choose(PromptShape(length)).load for length in (5, 500)] == [1, 3]
     assert mine.choose(PromptShape(500), mine[:2]).load == 2, "and only what it may choose"
@@ -139,7 +144,7 @@ def test_a_users_own_policy_is_found_by_its_place_and_sees_the_prompt(monkeypatc
 @pytest.mark.parametrize("name", ["no_such_module:Class", "json:NoSuchClass", "json:dumps", "json:JSONEncoder", "rr"])
 def test_a_policy_that_is_none_is_refused_by_its_name(name):
     with pytest.raises(ConfigError, match=rf"scheduler\.prefill_policy='{name}'"):
-        make_policy("scheduler.prefill_policy", name)
+        make_policy("scheduler.prefill_policy", name, Prefixes())
 
 
 @pytest.mark.parametrize(("length", "problem"), [(5, "none of the candidates"), (500, "ZeroDivisionError")])
@@ -168,12 +173,17 @@ async def fleet_of(num_instances: int, **settings: Any) -> Fleet:
 async def test_a_place_is_found_without_a_look_at_every_instance(monkeypatch):
     fleet, looked = await fleet_of(400, prefill_policy="least_loaded", decode_policy="least_loaded"), []
     for available in fleet._available.values():
-        monkeypatch.setattr(available, "look", lambda each, look=available.look: looked.append(each) or look(each))
+
+        def noting(each, look=available.look):
+            looked.append(each)
+            return look(each)
+
+        monkeypatch.setattr(available, "look", noting)
         monkeypatch.setattr(Available, "__iter__", lambda _: pytest.fail("it looked at all of them"))
     places = []
     for _ in range(100):
         assert fleet.has_room()
-        assert fleet.may_serve_soon()
+        assert fleet.may_serve()
         assert len(fleet.limiting_infos()) == 2
         places.append(fleet.place(5))
     assert len(looked) < 100 * 15, "those to which a prefill instance is connected, and those that were chosen"
@@ -193,7 +203,7 @@ async def test_the_limits_of_requests_follow_the_instances_that_are_ready():
         await fleet.remove(each)
     assert fleet.limiting_infos() == []
     assert not fleet.has_room()
-    assert not fleet.may_serve_soon()
+    assert not fleet.may_serve()
 
 
 async def test_busy_decode_instances_that_are_connected_give_way_to_one_that_is_not_yet():

@@ -82,7 +82,12 @@ async def test_the_death_of_an_instance_reaches_all_at_once(family, pair, until,
     heard = []
     for handle in handles:  # what else they hear of the end of the instance may come before or after
         drop = handle.drop
-        monkeypatch.setattr(handle, "drop", lambda why, drop=drop: (heard.append(why), drop(why))[1])
+
+        def noting(why, drop=drop):
+            heard.append(why)
+            return drop(why)
+
+        monkeypatch.setattr(handle, "drop", noting)
     await pair[1].server.stop()
     await parent.instance_died("d0", "its process ended")
     await parent.instance_died("of nobody", "it never was")

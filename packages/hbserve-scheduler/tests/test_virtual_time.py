@@ -5,9 +5,11 @@ import time
 from typing import Any, ClassVar
 
 import pytest
+from hbserve_modelled_reports import Reports
 
 from hbserve_rpc import PeerDied, PeerLost, RemoteError, RequestTimeout, SamplingParams, Unavailable
-from hbserve_rpc.messages import REPORTS, Empty, GenerateRequest, Granted, InstanceInfo, Role, TokenEvent
+from hbserve_rpc.messages import Empty, GenerateRequest, Granted, InstanceInfo, Role, TokenEvent
+from hbserve_rpc.reports import REPORTS
 from hbserve_scheduler import CpuScheduler, NotReady, RequestFailed, SchedulerConfig
 from hbserve_scheduler.virtual_time import VirtualTimeLoop
 
@@ -18,7 +20,7 @@ STEP_S = 10.0
 class ModelledHybrid:
     """In place of an RpcClient: a hybrid instance, which answers every 10 s of the loop's time."""
 
-    name_problem = ""
+    problem = ""
     is_dead = False
     role: Role = "hybrid"
 
@@ -33,38 +35,27 @@ class ModelledHybrid:
 
     def notify(self, method: Any, request: Any) -> None: ...
 
-    def stream(self, method: Any, request: Any) -> "Answer | Reports":
-        return Reports(self) if method is REPORTS else Answer(request.params.max_tokens)
+    def stream(self, method: Any, request: Any) -> "Answer | ReportsOf":
+        return ReportsOf(self) if method is REPORTS else Answer(request.params.max_tokens)
 
 
 class DeadHybrid(ModelledHybrid):
     is_dead = True
 
 
-class Reports:
-    """What it is, and never anything else."""
+class ReportsOf(Reports):
+    """A dead one is silent."""
 
     def __init__(self, instance: ModelledHybrid) -> None:
+        name, role = instance.instance_id, instance.role
+        super().__init__(InstanceInfo(name, role, name, "ready", max_prompt_len=1000, vocab_size=1000))
         self.instance = instance
-        self.has_said = False
 
-    def __aiter__(self) -> "Reports":
-        return self
-
-    async def __aenter__(self) -> "Reports":
-        return self
-
-    async def __aexit__(self, *_: object) -> None: ...
-
-    async def __anext__(self) -> InstanceInfo:
+    async def __anext__(self) -> Any:
         if self.instance.is_dead:
             await asyncio.sleep(STEP_S)
             raise PeerLost("it was silent")
-        if self.has_said:
-            await asyncio.Event().wait()
-        self.has_said = True
-        name = self.instance.instance_id
-        return InstanceInfo(name, self.instance.role, name, "ready", max_prompt_len=1000, vocab_size=1000)
+        return await super().__anext__()
 
 
 class Answer:
@@ -162,10 +153,10 @@ class ModelledLeg(ModelledHybrid):
         return Empty()
 
     def stream(self, method: Any, request: Any) -> Any:
-        return Reports(self) if method is REPORTS else LegEvents(self)
+        return ReportsOf(self) if method is REPORTS else LegEvents(self)
 
 
-class LegEvents(Reports):
+class LegEvents(ReportsOf):
     """Of a request; says when it was closed."""
 
     async def __aexit__(self, *_: object) -> None:

@@ -121,7 +121,8 @@ def write_main(gguf_file: Path, scratch: Path, folder: Path) -> None:
 
 
 def model_folder(path: str | os.PathLike[str] | None) -> Path:
-    """The folder of a model, the demo model's for None.
+    """The folder of a model, the demo model's for None. A hub id such as Qwen/Qwen3-0.6B is looked for in the local
+    cache of huggingface_hub.
 
     Raises:
         FileNotFoundError: there is no such folder.
@@ -129,9 +130,33 @@ def model_folder(path: str | os.PathLike[str] | None) -> Path:
     if path is None:
         return demo_model_path()
     folder = Path(path).expanduser().absolute()  # whatever becomes the current folder later, here or in a client
-    if not folder.is_dir():
-        raise FileNotFoundError(f"model folder '{folder}' does not exist: give the path of a Hugging Face folder")
-    return folder
+    if folder.is_dir():
+        return folder
+    cached = _in_hub_cache(str(path))
+    if cached is None:
+        raise FileNotFoundError(
+            f"model folder '{folder}' does not exist: give the path of a Hugging Face folder, or the id of a model "
+            "that `hf download` has fetched"
+        )
+    return cached
+
+
+def _in_hub_cache(name: str) -> Path | None:
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        found = try_to_load_from_cache(name, "config.json")
+    except HFValidationError:  # no id of the hub: a path
+        return None
+    return Path(found).parent if isinstance(found, str) else None
+
+
+def model_name(path: str | os.PathLike[str] | None, folder: Path) -> str:
+    """What a server calls the model at `path`, which is in `folder`."""
+    if path is None:
+        return NAME
+    return folder.name if Path(path).expanduser().is_dir() else str(path)
 
 
 async def find_model_folder(path: str | os.PathLike[str] | None) -> Path:

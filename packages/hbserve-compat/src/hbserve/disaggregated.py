@@ -59,7 +59,7 @@ class DisaggregatedBackend:
         self._run(self._submit(GenerateRequest(request_id, token_ids, params), news))
 
     async def _submit(self, request: GenerateRequest, news: News) -> None:
-        await self._scheduler().wait_for_room()
+        await self._scheduler().wait_for_room(request.params.priority)
         events = self._scheduler().submit(request)
         self._tasks[request.request_id] = asyncio.create_task(self._follow(request.request_id, events, news))
 

@@ -78,9 +78,9 @@ async def _together(
     scheduler: Scheduler, tokenizer: Any, prompts: list[list[int]], params: SamplingParams
 ) -> list[GenerationResult]:
     each = [params] * len(prompts)
-    check_all(scheduler, prompts, each)
+    shapes = check_all(scheduler, prompts, each)
     with progress_bar(len(prompts)) as bar:
-        return await answer_all(scheduler, tokenizer, prompts, each, bar.update)
+        return await answer_all(scheduler, tokenizer, prompts, each, shapes, bar.update)
 
 
 def why_ended(reason: FinishReason, num_tokens: int, max_tokens: int) -> str:

@@ -43,6 +43,10 @@ class HybridBackend:
         self._engine = Engine(config, self._runner)
 
     def check(self, token_ids: list[int], params: SamplingParams) -> None:
+        for name in ("priority", "timeout_s"):
+            if given := getattr(params, name):
+                problem = "is for a deployment; one engine steps when it is asked to, and has no queue in front of it"
+                raise InvalidRequest(f"{name}={given}: {problem}")
         engine = self._running()
         engine.limits.sequence("check", token_ids, params)
         engine.grammars.matcher(params)

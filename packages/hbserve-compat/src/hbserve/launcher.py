@@ -1,7 +1,7 @@
 """Instances as processes of this host: from a deployment's configuration to running programs, and to their end."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,8 +10,9 @@ import msgspec
 
 from hbserve.child_process import ChildProcess, ChildProcesses
 from hbserve.host_cores import num_cores
-from hbserve_rpc import canonical_host
+from hbserve_rpc import Keys, canonical_host, load_keys, make_keys
 from hbserve_rpc.address import is_here, parse_address
+from hbserve_rpc.keys import Party, has_curve
 from hbserve_rpc.settings import KVTransferSettings
 from hbserve_scheduler import DeploymentConfig, InstanceSection, parse_size
 from hbserve_scheduler.config import KVTransferSection
@@ -21,7 +22,12 @@ QUIET_TORCH = ("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 
 def instance_settings(
-    config: DeploymentConfig, instance: InstanceSection, model_folder: Path, *, log_level: str
+    config: DeploymentConfig,
+    instance: InstanceSection,
+    model_folder: Path,
+    *,
+    log_level: str,
+    keys: Keys | None = None,
 ) -> dict[str, Any]:
     """One instance's InstanceConfig, as plain data: this module does not import the engine.
 
@@ -44,8 +50,21 @@ def instance_settings(
         "port": instance.port,
         "kv_rank": instance.kv_rank,
         "kv_transfer": _kv_settings(config.kv_transfer, instance),
+        "keys": msgspec.to_builtins(keys),
         "log_level": log_level,
     }
+
+
+def launch_keys(config: DeploymentConfig) -> Mapping[Party, Keys]:
+    """Of a scheduler and the instances that it starts: the deployment's, or else some that nobody else ever has. None
+    where this ZeroMQ has no CURVE and nobody has asked for keys.
+
+    Raises:
+        KeysError: (a ValueError) a file of the deployment's keys cannot be used.
+    """
+    if config.keys is not None:
+        return {party: load_keys(config.keys, party) for party in ("scheduler", "instance")}
+    return make_keys() if has_curve() else {}
 
 
 def _same_machine(host: str, other: str) -> bool:
@@ -100,9 +119,16 @@ class LocalInstances(ChildProcesses[InstanceProcess]):
     """All instances of a deployment that one process has started."""
 
     def __init__(
-        self, config: DeploymentConfig, model_folder: Path, *, log_level: str, on_death: Callable[[str, str], None]
+        self,
+        config: DeploymentConfig,
+        model_folder: Path,
+        *,
+        log_level: str,
+        on_death: Callable[[str, str], None],
+        keys: Keys | None = None,
     ) -> None:
         settings = (
-            instance_settings(config, each, model_folder, log_level=log_level) for each in config.named_instances
+            instance_settings(config, each, model_folder, log_level=log_level, keys=keys)
+            for each in config.named_instances
         )
         super().__init__((partial(InstanceProcess, each) for each in settings), on_death)

@@ -4,8 +4,9 @@ import asyncio
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 
-from hbserve_rpc import InvalidAddress
+from hbserve_rpc import InvalidAddress, load_keys
 from hbserve_rpc.messages import ServiceInfo
 from hbserve_scheduler import ConfigError, RemoteScheduler
 
@@ -14,15 +15,19 @@ TELL_AFTER_S = 3.0
 
 
 @asynccontextmanager
-async def remote_scheduler(address: str) -> AsyncIterator[tuple[RemoteScheduler, ServiceInfo]]:
-    """Connected to for as long as it is entered.
+async def remote_scheduler(
+    address: str, keys: Path | None = None
+) -> AsyncIterator[tuple[RemoteScheduler, ServiceInfo]]:
+    """Connected to for as long as it is entered. `keys`: folder of a client's, where the scheduler has keys.
 
     Raises:
         ConfigError: the address is none.
-        NotReady: nobody answers there in time.
+        KeysError: (a ValueError) the keys cannot be used.
+        NotReady: nobody answers there in time, or does not let this side in.
     """
+    known = load_keys(keys, "client") if keys is not None else None
     try:
-        scheduler = RemoteScheduler(address)
+        scheduler = RemoteScheduler(address, keys=known)
     except InvalidAddress as error:
         raise ConfigError(f"--connect={error}") from None
     await scheduler.start()

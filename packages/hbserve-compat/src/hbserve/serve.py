@@ -15,7 +15,7 @@ import msgspec
 from hbserve import demo_model
 from hbserve.demo_model import find_model_folder
 from hbserve.ending import Ending, together, unless
-from hbserve.launcher import QUIET_TORCH, LocalInstances, instance_settings
+from hbserve.launcher import QUIET_TORCH, LocalInstances, instance_settings, launch_keys
 from hbserve.pd_disagg.config import PdDisaggConfig
 from hbserve_rpc import own_process
 from hbserve_rpc.messages import Role
@@ -31,6 +31,7 @@ from hbserve_scheduler import (
 from hbserve_scheduler.config import InstanceSection, ServerSection
 from hbserve_scheduler.declared import DeclaredInstances
 from hbserve_scheduler.discovery import DnsName
+from hbserve_scheduler.security import deployment_keys, require_keys
 
 if TYPE_CHECKING:  # it imports the web server's libraries, which nothing else needs
     from hbserve.server.front_end import FrontEnd
@@ -67,9 +68,10 @@ async def serve_all(args: ServeArgs) -> None:
     """The OpenAI server, the scheduler and every instance, until SIGTERM, SIGINT or SIGHUP.
 
     Raises:
-        ConfigError, AddressInUse, InstanceFailed, NotReady, BrokenTokenizer.
+        ConfigError, KeysError, AddressInUse, InstanceFailed, NotReady, BrokenTokenizer.
     """
     config = args.deployment()
+    require_keys(config, launched=True)
     sys.stderr.write(f"hbserve: starting {', '.join(each.instance_id for each in config.named_instances)}\n")
     ending = Ending()
     front_end = _front_end(config.server, args.log_level, ending)
@@ -108,12 +110,17 @@ class _Deployment:
         """reload: reads the file again."""
         self._config = config
         self._folder = folder
-        self._name = demo_model.NAME if config.model.path is None else folder.name
+        self._name = demo_model.model_name(config.model.path, folder)
         self._front_end = front_end
+        keys = launch_keys(config)
         self._scheduler = CpuScheduler(config.scheduler, model_path=str(folder))
-        self._server = SchedulerServer(self._scheduler)
+        self._scheduler.use_keys(keys.get("scheduler"))
+        # Its clients know the deployment's keys, and no others.
+        self._server = SchedulerServer(self._scheduler, keys=keys["scheduler"] if config.keys is not None else None)
         self._server.declared = DeclaredInstances(self._server.members, config, reload, starts_its_own=True)
-        self._instances = LocalInstances(config, folder, log_level=log_level, on_death=self._on_death)
+        self._instances = LocalInstances(
+            config, folder, log_level=log_level, on_death=self._on_death, keys=keys.get("instance")
+        )
         self._ending = ending
         self._is_ready = False
         self._background: set[asyncio.Task[None]] = set()
@@ -212,6 +219,7 @@ async def serve_instance(args: InstanceArgs) -> None:
 
     Raises:
         ConfigError: the file has no such instance, or is wrong.
+        KeysError: the keys that it names cannot be used.
         AddressInUse: its address is taken.
         InvalidInstanceConfig: an argument cannot be.
     """
@@ -220,6 +228,8 @@ async def serve_instance(args: InstanceArgs) -> None:
 
     config = load_config(args.config)
     section = args.section(config)
+    require_keys(config, launched=False)
+    keys = deployment_keys(config, "instance")
     folder = await find_model_folder(config.model.path)
-    settings = instance_settings(config, section, folder, log_level=args.log_level)
+    settings = instance_settings(config, section, folder, log_level=args.log_level, keys=keys)
     await run_instance(msgspec.convert(settings | {"schedulers": args.schedulers}, InstanceConfig))

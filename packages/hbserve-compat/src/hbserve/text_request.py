@@ -2,14 +2,15 @@
 
 import asyncio
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any, Protocol, cast
 
 from hbserve.detokenizer import Detokenizer
 from hbserve.prompts import naming
 from hbserve.results import Answer, GenerationDelta, GenerationResult, timings_of
-from hbserve_rpc import RemoteError, SamplingParams
+from hbserve_rpc import Overloaded, RemoteError, SamplingParams
 from hbserve_rpc.messages import ClientEvent, FinishReason, GenerateRequest, RequestFinished, TokenEvent, TokenLogprobs
+from hbserve_rpc.prompt_shape import PromptShape
 
 MOST_UNDER_WAY = 2048
 """Requests of one call, of those that wait elsewhere too."""
@@ -26,9 +27,12 @@ class Events(Protocol):
 class Scheduler(Protocol):
     """CpuScheduler, or RemoteScheduler."""
 
+    @property
+    def digest_block_size(self) -> int: ...
+
     def check(self, request: GenerateRequest) -> GenerateRequest: ...
 
-    async def wait_for_room(self) -> None: ...
+    async def wait_for_room(self, priority: int = ...) -> None: ...
 
     def submit(self, request: GenerateRequest) -> Any: ...
 
@@ -107,10 +111,14 @@ class TextRequest:
         prompt: list[int],
         params: SamplingParams,
         *,
+        shape: PromptShape | None = None,
         request_id: str | None = None,
         skip_special_tokens: bool = True,
     ) -> None:
-        """Raises InvalidRequest or Overloaded if a scheduler in this process refuses."""
+        """`shape`: of the prompt, if that has been looked at already.
+
+        Raises InvalidRequest or Overloaded if a scheduler in this process refuses.
+        """
         self.request_id = request_id or uuid.uuid4().hex
         self.choices = [
             TextChoice(self.request_id, tokenizer, params, skip_special_tokens=skip_special_tokens)
@@ -119,7 +127,7 @@ class TextRequest:
         self._prompt_logprobs: list[TokenLogprobs | None] | None = None
         self._asks_of_prompt = params.prompt_logprobs is not None
         self._scheduler = scheduler
-        self._events: Events = scheduler.submit(GenerateRequest(self.request_id, prompt, params))
+        self._events: Events = scheduler.submit(GenerateRequest(self.request_id, prompt, params, shape=shape))
 
     async def __aiter__(self) -> AsyncGenerator[GenerationDelta, None]:
         """Raises what ended the request, if that is an error; leaving early aborts it."""
@@ -179,15 +187,30 @@ class TextRequest:
         await self._events.aclose()
 
 
-def check_all(scheduler: Scheduler, prompts: Sequence[list[int]], params: Sequence[SamplingParams]) -> None:
-    """Before any is begun, whether all can run, as far as the scheduler knows it beforehand.
+def check_all(
+    scheduler: Scheduler, prompts: Sequence[list[int]], params: Sequence[SamplingParams]
+) -> list[PromptShape | None]:
+    """Before any is begun, whether all can run, as far as the scheduler knows it beforehand. Returns what it has seen.
 
     Raises:
         InvalidRequest: one can never run. Names the prompt, if there are several.
     """
+    shapes = []
     for place, (prompt, each) in enumerate(zip(prompts, params, strict=True)):
         with naming(place, len(prompts)):
-            scheduler.check(GenerateRequest("check", prompt, each))
+            shapes.append(scheduler.check(GenerateRequest("check", prompt, each)).shape)
+    return shapes
+
+
+async def _patient_result(request: TextRequest, again: Callable[[], Awaitable[TextRequest]]) -> GenerationResult:
+    """Its result. If a scheduler elsewhere refuses it, which is before it has begun, it is submitted `again` when there
+    may be room."""
+    while True:
+        try:
+            return await request.result()
+        except Overloaded as refused:
+            await asyncio.sleep(refused.retry_after_s)
+            request = await again()
 
 
 async def answer_all(
@@ -195,22 +218,30 @@ async def answer_all(
     tokenizer: Any,
     prompts: Sequence[list[int]],
     params: Sequence[SamplingParams],
+    shapes: Sequence[PromptShape | None],
     on_done: Callable[[], object],
 ) -> list[GenerationResult]:
     """All results, in order; requests are submitted as the queue drains. Whatever it raises, none of them goes on.
 
+    `shapes`: what `check_all` returns, so that no prompt is looked at twice.
+
     Raises:
         InvalidRequest: what only the instances could know. Names the prompt, if there are several.
         LogitsNotFinite: the model gives NaN or infinity for one. Names the prompt, if there are several.
-        Overloaded: a scheduler elsewhere has no room.
         RequestTimeout, Unavailable, RemoteError: one has failed.
     """
     under_way = asyncio.Semaphore(MOST_UNDER_WAY)
-    requests: list[TextRequest] = []
+    requests: dict[int, TextRequest] = {}
+
+    async def begin(place: int) -> TextRequest:
+        await scheduler.wait_for_room(params[place].priority)
+        with naming(place, len(prompts)):
+            requests[place] = TextRequest(scheduler, tokenizer, prompts[place], params[place], shape=shapes[place])
+        return requests[place]
 
     async def follow(place: int, request: TextRequest) -> GenerationResult:
         with naming(place, len(prompts)):
-            result = await request.result()
+            result = await _patient_result(request, lambda: begin(place))
         under_way.release()
         on_done()
         return result
@@ -218,16 +249,13 @@ async def answer_all(
     try:
         async with asyncio.TaskGroup() as group:
             tasks = []
-            for place, (prompt, each) in enumerate(zip(prompts, params, strict=True)):
+            for place in range(len(prompts)):
                 await under_way.acquire()
-                await scheduler.wait_for_room()
-                with naming(place, len(prompts)):
-                    requests.append(TextRequest(scheduler, tokenizer, prompt, each))
-                tasks.append(group.create_task(follow(place, requests[-1])))
+                tasks.append(group.create_task(follow(place, await begin(place))))
     except BaseExceptionGroup as several:
         raise several.exceptions[0] from None
     finally:
         # A task that is cancelled before its first step closes nothing itself.
-        for request in requests:
+        for request in requests.values():
             await request.aclose()
     return [task.result() for task in tasks]

@@ -6,7 +6,7 @@ import msgspec
 
 from hbserve_core.errors import InvalidInstanceConfig
 from hbserve_kv.config import KVTransferConfig
-from hbserve_rpc import InvalidAddress, check_peer_host, parse_address
+from hbserve_rpc import InvalidAddress, Keys, check_peer_host, parse_address
 from hbserve_rpc.messages import Role
 from hbserve_rpc.settings import NOT_NEGATIVE, PORT, EngineSettings, out_of_bounds
 
@@ -42,6 +42,8 @@ class InstanceConfig(  # type: ignore[misc]  # EngineSettings are not frozen, be
     """`host:port` of those that it registers itself with, once it serves."""
     kv_rank: Annotated[int, NOT_NEGATIVE] = 0
     kv_transfer: KVTransferConfig = msgspec.field(default_factory=KVTransferConfig)
+    keys: Keys | None = None
+    """An instance's, for all that it serves and dials. Only schedulers with keys then reach its RPC."""
     log_level: str = "INFO"
 
     def __post_init__(self) -> None:

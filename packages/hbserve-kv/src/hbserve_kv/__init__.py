@@ -18,12 +18,12 @@ from hbserve_kv.errors import (
     TransferFailed,
     TransferTimeout,
 )
-from hbserve_kv.memory.heads import HeadRange
 from hbserve_kv.protocol.stats import LinkInfo, TransferStats
 from hbserve_kv.protocol.transfer_state import Outcome, TransferResult
 
 if TYPE_CHECKING:
     from hbserve_kv.manager import KVTransferManager
+    from hbserve_kv.memory.memory import HeadRange
     from hbserve_kv.memory.shared_memory import shared_empty
     from hbserve_kv.protocol.messages import join_grants
     from hbserve_kv.receiving.transfer import PostedReceive
@@ -61,6 +61,7 @@ __all__ = [
 
 _NEED_TORCH = {
     "DrainUnknown": "transports.base",
+    "HeadRange": "memory.memory",
     "KVTransferManager": "manager",
     "Link": "transports.base",
     "OutgoingTransfer": "sending.transfer",

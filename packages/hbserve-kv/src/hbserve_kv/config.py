@@ -4,7 +4,7 @@ import socket
 from enum import StrEnum
 
 from hbserve_kv.errors import AddressNotAvailable
-from hbserve_rpc import InvalidAddress, check_peer_host
+from hbserve_rpc import InvalidAddress, Keys, check_peer_host
 from hbserve_rpc.address import is_own_address
 from hbserve_rpc.settings import KVTransferSettings
 
@@ -32,6 +32,9 @@ class KVTransferConfig(KVTransferSettings, frozen=True, kw_only=True):
     """Address that the control server binds, and that peers are told: an IP address without brackets, or a name."""
     port: int = 0
     """Port of the control server; 0 lets the OS choose."""
+    keys: Keys | None = None
+    """Of an instance: then the control server lets in only instances that have keys too. Without, anybody who reaches
+    it."""
     expiry_s: float = 120.0
     """What nobody comes for in this time is given up: an unexpected transfer that was not asked for is dropped from the
     lookup buffer, and a posted receive fails whose sender never began."""

@@ -12,8 +12,7 @@ import torch
 from hbserve_kv.base import KVTransferBase
 from hbserve_kv.config import GOODBYE_TIMEOUT_S, KVTransferConfig
 from hbserve_kv.errors import TransferFailed
-from hbserve_kv.memory.heads import HeadRange
-from hbserve_kv.memory.memory import Memory, gather
+from hbserve_kv.memory.memory import HeadRange, Memory, gather
 from hbserve_kv.protocol.handshake import Identity
 from hbserve_kv.protocol.messages import ALIVE, Alive, Begin, Grant, Nothing, read_grants
 from hbserve_kv.protocol.stats import LinkInfo, TransferStats
@@ -53,12 +52,13 @@ class KVTransferManager(KVTransferBase):
         epoch: str | None = None,
         heads: HeadRange | None = None,
         transport: Transport | None = None,
+        name: str = "",
     ) -> None:
         """`pool`: (num_blocks, …), contiguous, on the CPU or a CUDA device; one block is `pool[i]`.
 
         `fingerprint` says what the bytes mean; both sides must have the same. `heads`: under tensor parallelism, the KV
         heads that this rank's pool (num_blocks, …, heads.count, head_dim) holds. `transport` replaces the one that
-        `config.backend` names.
+        `config.backend` names. `name` is what receivers may grant transfers to.
 
         Raises:
             BackendUnavailable: the configured backend, or a library of it, is missing.
@@ -73,13 +73,13 @@ class KVTransferManager(KVTransferBase):
         block_bytes = self._memory.block_bytes // self.heads.count
         self.fingerprint = {"block_bytes" if heads is None else "block_bytes_per_head": block_bytes, **fingerprint}
         self._transports = {each.name: each for each in ([transport] if transport else make_transports(config, rank))}
-        self._server = RpcServer(config.host, config.port, epoch=self.epoch, heartbeat_timeout_s=config.timeout_s)
+        self._server = _control_server(config, self.epoch)
         self._buffer = LookupBuffer(self._memory, timeout_s=config.timeout_s, expiry_s=config.expiry_s)
-        me = Identity(rank, self.epoch, self.fingerprint, self.heads)
+        me = Identity(rank, self.epoch, self.fingerprint, self.heads, name)
         self._receiver = Receiver(me, self._memory, self._transports, self._buffer, config)
         self._receiver.serve_on(self._server)
         self._server.serve(ALIVE, self._alive)
-        self._peers = Peers(me, lambda: self.address, self._transports, config.timeout_s)
+        self._peers = Peers(me, lambda: self.address, self._transports, config.timeout_s, config.keys)
         self._addresses: dict[int, str] = {}
         self._outgoing: set[SendTransfer] = set()
         """Until their receivers know how they ended."""
@@ -161,9 +161,10 @@ class KVTransferManager(KVTransferBase):
     # ---- blocks of the pool --------------------------------------------------------------------------------------
 
     def post_receive(
-        self, transfer_id: str, block_ids: Sequence[int], *, may_be_partial: bool = False
+        self, transfer_id: str, block_ids: Sequence[int], *, may_be_partial: bool = False, sender: str = ""
     ) -> PostedReceive:
-        """Expect one transfer into these blocks of the pool; no blocks: only its commit.
+        """Expect one transfer into these blocks of the pool; no blocks: only its commit. `sender`: the name of the only
+        instance that may send it.
 
         A commit by which fewer have come fails the transfer. With `may_be_partial` it does not, and the result says
         so, in `TransferResult.is_partial`: whether those that lack are needed is for its reader to see.
@@ -174,7 +175,9 @@ class KVTransferManager(KVTransferBase):
         num_blocks = self._memory.pool.shape[0]
         if len(set(block_ids)) != len(block_ids) or not all(0 <= block_id < num_blocks for block_id in block_ids):
             raise ValueError(f"block_ids={list(block_ids)}: expected different ones from 0 to {num_blocks - 1}")
-        transfer = self._receiver.expect(transfer_id, "pool", list(block_ids), may_be_partial=may_be_partial)
+        transfer = self._receiver.expect(
+            transfer_id, "pool", list(block_ids), may_be_partial=may_be_partial, sender=sender
+        )
         transfer.result.add_done_callback(lambda done: self._count_received(done.result()))
         grant = Grant(transfer_id, self.address, self.epoch, self.heads)
         return PostedReceive(transfer, msgspec.msgpack.encode(grant))
@@ -288,5 +291,16 @@ class KVTransferManager(KVTransferBase):
     def links(self) -> list[LinkInfo]:
         """What carries the bytes to and from each connected peer."""
         to = [(each.link, each.transport) for each in self._peers.connections.values()]
-        of = [(each.link, each.transport) for each in self._receiver.links.connected.values()]
+        of = [(each.link, each.transport) for each in self._receiver.links.values()]
         return [LinkInfo(link.peer_rank, link.is_sender, transport.name, link.detail) for link, transport in [*to, *of]]
+
+
+def _control_server(config: KVTransferConfig, epoch: str) -> RpcServer:
+    return RpcServer(
+        config.host,
+        config.port,
+        epoch=epoch,
+        heartbeat_timeout_s=config.timeout_s,
+        keys=config.keys,
+        allows=["instance"],
+    )

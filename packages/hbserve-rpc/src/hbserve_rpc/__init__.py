@@ -1,14 +1,17 @@
 """Typed messages, and RPC over ZeroMQ."""
 
 from hbserve_rpc.address import canonical_host, check_host, check_peer_host, format_address, parse_address
-from hbserve_rpc.client import RpcClient, RpcStream
+from hbserve_rpc.client import RpcClient
+from hbserve_rpc.connected_client import Peer, calling_peer
 from hbserve_rpc.errors import (
     AddressInUse,
     EngineFailed,
     HBServeRpcError,
     InvalidAddress,
     InvalidRequest,
+    KeysError,
     LogitsNotFinite,
+    NotAllowed,
     Overloaded,
     PeerDied,
     PeerLost,
@@ -18,7 +21,9 @@ from hbserve_rpc.errors import (
     RpcTimeout,
     Unavailable,
 )
+from hbserve_rpc.keys import Keys, load_keys, make_keys
 from hbserve_rpc.methods import Method, Notification, StreamMethod
+from hbserve_rpc.rpc_stream import RpcStream
 from hbserve_rpc.sampling_params import SamplingParams
 from hbserve_rpc.server import RpcServer
 from hbserve_rpc.structured_outputs import StructuredOutputsParams
@@ -29,10 +34,14 @@ __all__ = [
     "HBServeRpcError",
     "InvalidAddress",
     "InvalidRequest",
+    "Keys",
+    "KeysError",
     "LogitsNotFinite",
     "Method",
+    "NotAllowed",
     "Notification",
     "Overloaded",
+    "Peer",
     "PeerDied",
     "PeerLost",
     "ProtocolMismatch",
@@ -46,9 +55,12 @@ __all__ = [
     "StreamMethod",
     "StructuredOutputsParams",
     "Unavailable",
+    "calling_peer",
     "canonical_host",
     "check_host",
     "check_peer_host",
     "format_address",
+    "load_keys",
+    "make_keys",
     "parse_address",
 ]

@@ -12,7 +12,6 @@ from hbserve_rpc.errors import InvalidAddress
 logger = logging.getLogger(__name__)
 
 MAX_PORT = 65535
-CONNECT_TIMEOUT_S = 1.0
 LABEL = r"(?!-)[A-Za-z0-9_-]{1,63}(?<!-)"
 LONGEST_NAME = 253
 
@@ -80,6 +79,12 @@ def is_wildcard(host: str) -> bool:
     return found is not None and found.is_unspecified
 
 
+def is_loopback(host: str) -> bool:
+    """Whether only processes of the same machine reach what listens there. Names are not looked up."""
+    found = _ip(host)
+    return found.is_loopback if found is not None else canonical_host(host) == "localhost"
+
+
 def canonical_host(host: str) -> str:
     """The same text for the same address, however it was written. Names are not looked up."""
     found = _ip(host)
@@ -118,18 +123,18 @@ async def look_up(host: str) -> str:
     return str(found[0][4][0])
 
 
-async def is_served(address: str) -> bool | None:
-    """Whether somebody listens at `host:port`, by what its host answers; None: it does not answer."""
+async def nobody_listens(address: str, timeout_s: float) -> bool:
+    """Whether its host says so. False: somebody does, or its network does not answer, perhaps for a moment."""
     try:
-        async with asyncio.timeout(CONNECT_TIMEOUT_S):
+        async with asyncio.timeout(timeout_s):
             _, writer = await asyncio.open_connection(*parse_address(address))
     except ConnectionRefusedError:
-        return False
+        return True
     except (OSError, TimeoutError) as error:
         logger.debug("%s cannot be looked at: %s", address, error)
-        return None
+        return False
     writer.close()
-    return True
+    return False
 
 
 def _ip(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:

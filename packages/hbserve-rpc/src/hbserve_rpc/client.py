@@ -5,20 +5,20 @@ import itertools
 import logging
 import math
 import time
-import uuid
-from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from types import TracebackType
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 
 import msgspec
-import zmq
 
 from hbserve_rpc import wire
-from hbserve_rpc.address import is_served, look_up, parse_address
-from hbserve_rpc.errors import HBServeRpcError, PeerDied, PeerLost, ProtocolMismatch, RpcTimeout
+from hbserve_rpc.address import look_up, nobody_listens, parse_address
+from hbserve_rpc.errors import HBServeRpcError, NotAllowed, PeerDied, PeerLost, ProtocolMismatch
+from hbserve_rpc.keys import Keys, Party
 from hbserve_rpc.message_socket import Complaints, MessageSocket
 from hbserve_rpc.methods import Method, Notification, StreamMethod
+from hbserve_rpc.rpc_stream import RpcStream
+from hbserve_rpc.server_connection import ServerConnection
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +26,7 @@ Q = TypeVar("Q", bound=msgspec.Struct)
 R = TypeVar("R")
 
 LOOK_UP_TIMEOUT_S = 2.0
-LOOK_INTERVAL_S = 0.1
+LOOK_INTERVAL_S, LOOK_TIMEOUT_S = 0.1, 1.0
 """Of a server whose connection has ended."""
 DOUBT_BEATS, DOUBT_PART = 2, 1 / 3
 """In doubt is a server that was silent for so many heartbeats, and for this part of the timeout."""
@@ -42,15 +42,26 @@ class RpcClient:
     after a loss waits for a server that comes.
     """
 
-    def __init__(self, address: str, *, heartbeat_interval_s: float = 2.0, heartbeat_timeout_s: float = 10.0) -> None:
-        """Raises InvalidAddress, a ValueError."""
+    def __init__(
+        self,
+        address: str,
+        *,
+        heartbeat_interval_s: float = 2.0,
+        heartbeat_timeout_s: float = 10.0,
+        keys: Keys | None = None,
+        server: Party = "instance",
+    ) -> None:
+        """keys: of this side; then only a `server` that has a key of that party is talked to.
+
+        Raises:
+            InvalidAddress: (a ValueError) it is none.
+        """
         self._host, _ = parse_address(address)
         self.address = address
         self._complaints = Complaints(logger)
         self.dropped_frames = 0
         """Messages that were undecodable, of an earlier life of the server, or for a call that has ended."""
-        self._interval_s = heartbeat_interval_s
-        self._timeout_s = heartbeat_timeout_s
+        self._interval_s, self._timeout_s = heartbeat_interval_s, heartbeat_timeout_s
         self._closed = False
         self._epoch: str | None = None
         self._last_heard_s = 0.0
@@ -59,7 +70,8 @@ class RpcClient:
         self._credits: list[tuple[int, int]] = []
         """For the server, until this turn of the loop ends."""
         self._heart: asyncio.Task[None] | None = None
-        self._is_connected = False
+        self._was_there, self._was_refused = False, ""
+        """The connection, and why not, when it last changed."""
         self._last_doubtful = 0
         """What was asked until this id may have been heard by a life of the server that never said which one it is."""
         self._looking: asyncio.Task[None] | None = None
@@ -71,14 +83,13 @@ class RpcClient:
         self.on_doubt: Callable[[str], None] = lambda why: None
         """Called with a reason when a server is silent or its connection has ended, and with "" when it is heard
         again, unless it was lost meanwhile."""
-        # The same identity after a reconnect: a short break of the network costs nothing.
-        options: dict[int, int | bytes] = {
-            zmq.RECONNECT_IVL: 50,
-            zmq.RECONNECT_IVL_MAX: 500,
-            zmq.IDENTITY: uuid.uuid4().bytes,
-        }
-        self._socket = MessageSocket(zmq.DEALER, options, self._receive)
-        self.name_problem = ""  # until somebody answers, who then has the name
+        self._connection = ServerConnection(address, keys, server, self._receive, self._connection_changed)
+        self.problem = ""
+        """Why nobody may be answering, as the end of a sentence; "" once somebody has answered."""
+
+    @property
+    def _socket(self) -> MessageSocket:
+        return self._connection.socket
 
     async def start(self) -> None:
         """Connect in the background, whether the server is there or not. Waits only to look a name up."""
@@ -86,8 +97,7 @@ class RpcClient:
         uses_ipv6 = await self._uses_ipv6()
         if self._closed:  # meanwhile
             return
-        self._socket.open(lambda socket: socket.connect(f"tcp://{self.address}"), {zmq.IPV6: uses_ipv6})
-        self._socket.watch(self._connection_changed)
+        self._connection.open(uses_ipv6=uses_ipv6)
         self._hello()
         self._heart = asyncio.create_task(self._heartbeat())
 
@@ -97,17 +107,17 @@ class RpcClient:
             async with asyncio.timeout(LOOK_UP_TIMEOUT_S):
                 return ":" in await look_up(self._host)
         except (OSError, TimeoutError) as error:  # nobody knows it yet: with IPv6, ZeroMQ would take either
-            self.name_problem = f"; the name {self._host!r} does not resolve: {error or 'no name server answers'}"
+            self.problem = f"; the name {self._host!r} does not resolve: {error or 'no name server answers'}"
             return True
 
     async def close(self, why: str = "this client was closed", *, error: type[PeerLost] = PeerLost) -> None:
         """Fail what is under way with PeerLost, or with PeerDied as `error`, and leave no task or socket behind. May be
         called twice."""
         self._closed = True
-        self._socket.stop_reading()
+        self._connection.stop()
         tasks = [task for task in (self._heart, self._looking) if task is not None]
         self._heart = self._looking = None
-        if self._is_connected and self._socket.is_open:
+        if self._connection.is_there and self._socket.is_open:
             self._socket.say_last([wire.encode(wire.Goodbye(id=next(self._ids))), b""])
         try:
             for task in tasks:
@@ -138,7 +148,7 @@ class RpcClient:
         """
         pending: RpcStream[R] = RpcStream(self, next(self._ids), method.name, method.reply, timeout_s)
         async with pending:
-            self._begin(pending, wire.Call(pending.id, method.name), request)
+            self.begin(pending, wire.Call(pending.id, method.name), request)
             return await anext(pending)
 
     def notify(self, method: Notification[Q], request: Q) -> None:
@@ -165,15 +175,17 @@ class RpcClient:
     def _require_open(self) -> None:
         if not self._socket.is_open:
             raise PeerLost(f"the client of {self.address} is not started")
+        if self._connection.refusal:
+            raise NotAllowed(f"{self.address} {self._connection.refusal}")
 
-    def _begin(self, pending: "RpcStream[Any]", envelope: wire.Call | wire.Open, request: msgspec.Struct) -> None:
+    def begin(self, pending: "RpcStream[Any]", envelope: wire.Call | wire.Open, request: msgspec.Struct) -> None:
         self._require_open()
         body = wire.encode_body(request, envelope.method)
         self._waiting[pending.id] = pending
         self.send(envelope, body)
 
     def send(self, envelope: wire.FromClient, body: bytes = b"") -> None:
-        self._socket.send([wire.encode(envelope), body])
+        self._connection.send([wire.encode(envelope), body])
 
     def give_credit(self, id_: int, count: int) -> None:
         """Tell the server, with those of other streams that this turn of the loop brings."""
@@ -244,7 +256,7 @@ class RpcClient:
     def _welcomed(self, epoch: str) -> None:
         if self._epoch not in (None, epoch):
             self._lose(PeerDied(f"{self.address} was restarted"))
-        self._epoch, self.name_problem = epoch, ""
+        self._epoch, self.problem = epoch, ""
 
     def _pending(self, id_: int, epoch: str) -> "RpcStream[Any] | None":
         pending = self._waiting.get(id_) if epoch == self._epoch else None
@@ -255,7 +267,8 @@ class RpcClient:
         checked_s = time.monotonic()
         while True:
             await asyncio.sleep(self._interval_s)
-            self.send(wire.Ping(next(self._ids)))
+            if self._connection.is_there:
+                self.send(wire.Ping(next(self._ids)))
             now_s = time.monotonic()
             own_pause_s = wire.own_pause(checked_s, now_s, self._interval_s)
             checked_s = now_s
@@ -266,7 +279,7 @@ class RpcClient:
                 pending.since_s = max(self._last_heard_s, pending.since_s + own_pause_s)
                 silent_s = now_s - pending.since_s
                 if silent_s > self._timeout_s:
-                    silent = f"was silent for {silent_s:.1f} s during {pending.method}{self.name_problem}"
+                    silent = f"was silent for {silent_s:.1f} s during {pending.method}{self.problem}"
                     pending.fail(PeerLost(f"{self.address} {silent}"))
                     self.send(wire.Close(pending.id))  # a frozen server reads it when it goes on
 
@@ -275,28 +288,41 @@ class RpcClient:
             self._is_in_doubt = bool(why)
             self.on_doubt(why)
 
-    def _connection_changed(self, is_there: bool) -> None:
-        """The connection is made, or has ended."""
-        was_lost = self._looking is not None
+    def _connection_changed(self) -> None:
+        is_there, refusal = self._connection.is_there, self._connection.refusal
+        was_there, was_refused = self._was_there, self._was_refused
         if not is_there and self._epoch is not None:
             self._set_doubt("its connection has ended")
-        if self._is_connected and not is_there and self._epoch is None:
-            self._last_doubtful = next(self._ids)
-        self._is_connected = is_there
-        if self._looking is not None:
-            self._looking.cancel()
-            self._looking = None
-        if not is_there:
-            self._looking = asyncio.create_task(self._look())
-        elif was_lost:
+        self._was_there, self._was_refused = is_there, refusal
+        was_looking = self._looking is not None
+        self._stop_looking()
+        if refusal:
+            if refusal != was_refused:
+                self._lose(NotAllowed(f"{self.address} {refusal}"))
+        elif not is_there:
+            if was_there and self._epoch is None:
+                self._last_doubtful = next(self._ids)
+            if was_refused:
+                self._hello()  # it is tried again
+            else:
+                self._looking = asyncio.create_task(self._look())
+        elif was_looking:
             if self._epoch is None:
                 lost = PeerLost(f"{self.address} was not connected for long enough to say who it is")
                 self._fail_all(lost, self._last_doubtful)
             self._hello()  # the answer says whether it is the same life
 
+    def _stop_looking(self) -> None:
+        if self._looking is not None:
+            self._looking.cancel()
+            self._looking = None
+
     async def _look(self) -> None:
-        """Find out whether the server has ended, or only its connection: ZeroMQ does not say what the host answers."""
-        while await is_served(self.address) is not False:  # noqa: ASYNC110  None: its network; heartbeats decide
+        """Since the connection has ended: find out whether the server has, or only the connection.
+
+        ZeroMQ tries to connect again, but does not say what the host answers.
+        """
+        while not await nobody_listens(self.address, LOOK_TIMEOUT_S):  # noqa: ASYNC110  another host does not tell
             await asyncio.sleep(LOOK_INTERVAL_S)
         self._lose(PeerDied(f"{self.address} has ended or is being restarted: nobody listens there"))
         self._epoch = None
@@ -311,89 +337,3 @@ class RpcClient:
         for pending in list(self._waiting.values()):
             if pending.id <= last_id:
                 pending.fail(error)
-
-
-class RpcStream(AsyncIterator[R], Generic[R]):
-    """Items of one stream, in order; made by `RpcClient.stream`."""
-
-    def __init__(self, client: RpcClient, id_: int, method: str, item: Any, timeout_s: float | None) -> None:
-        self.id = id_
-        self.method = method
-        self.since_s = time.monotonic()
-        self.opening: tuple[wire.Open, msgspec.Struct] | None = None
-        self._client = client
-        self._decoder = msgspec.msgpack.Decoder(item)
-        self._timeout_s = timeout_s
-        self._items: deque[R] = deque()
-        self._error: Exception | None = None
-        self._arrived = asyncio.Event()
-        self._num_received = 0
-        self._num_taken = 0
-
-    def receive_item(self, number: int, item: bytes | msgspec.Raw) -> bool:
-        """Take what came. False: it ended the stream here, while the server goes on and must be told."""
-        if number != self._num_received:
-            self.fail(PeerLost(f"{self._client.address} lost item {self._num_received} of {self.method}"))
-            return False
-        try:
-            self._items.append(self._decoder.decode(item))
-        except msgspec.DecodeError as error:
-            self.fail(ProtocolMismatch(f"{self._client.address} answered {self.method} with {error}"))
-            return False
-        self._num_received += 1
-        self._arrived.set()
-        return True
-
-    def end(self, envelope: wire.Reply | wire.End | wire.Failed, body: bytes) -> None:
-        if isinstance(envelope, wire.Reply):
-            self.receive_item(0, body)
-        self.fail(wire.revive_error(envelope) if isinstance(envelope, wire.Failed) else StopAsyncIteration())
-
-    def fail(self, error: Exception) -> None:
-        """End the stream after what has arrived already. The first cause is kept."""
-        self._client.forget(self.id)
-        self._error = self._error or error
-        self._arrived.set()
-
-    async def __anext__(self) -> R:
-        if self.opening is not None:
-            envelope, request = self.opening
-            self.opening, self.since_s = None, time.monotonic()
-            self._client._begin(self, envelope, request)
-        while not self._items:
-            if self._error is not None:
-                raise self._error
-            self._arrived.clear()
-            await self._wait()
-        self._num_taken += 1
-        if self._num_taken % (wire.CREDIT // 2) == 0 and self._error is None:
-            self._client.give_credit(self.id, wire.CREDIT // 2)
-        return self._items.popleft()
-
-    async def _wait(self) -> None:
-        if self._timeout_s is None:  # for each token: without even an idle timer
-            await self._arrived.wait()
-            return
-        try:
-            async with asyncio.timeout(self._timeout_s):
-                await self._arrived.wait()
-        except TimeoutError:
-            await self.aclose()
-            silent = f"no answer to {self.method} within {self._timeout_s:.3g} s{self._client.name_problem}"
-            raise RpcTimeout(f"{self._client.address}: {silent}") from None
-
-    async def aclose(self) -> None:
-        """Want no more of it: the server stops. May be called twice, and after the end."""
-        self.opening = None
-        self._error = self._error or StopAsyncIteration()
-        self._items.clear()
-        if self._client.forget(self.id):
-            self._client.send(wire.Close(self.id))
-
-    async def __aenter__(self) -> "RpcStream[R]":
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self.aclose()

@@ -6,9 +6,11 @@ HBServeRpcError
 ├── Overloaded                           refused for lack of room; after `retry_after_s` it may pass
 ├── RpcTimeout (TimeoutError)            no answer before the call's deadline
 ├── PeerLost (ConnectionError)           the peer's heartbeats stopped, or it ended in order during the call
-│   └── PeerDied                         its process has ended, and not in order
+│   ├── PeerDied                         its process has ended, and not in order
+│   └── NotAllowed                       it does not let this side in: one has no keys, or others than the other knows
 ├── InvalidAddress (ValueError)          a host or address that cannot be; has what is expected instead
 ├── AddressInUse (OSError)               the address to serve on belongs to another process
+├── KeysError (ValueError)               keys that cannot be used; has the file, or what lacks
 ├── ProtocolMismatch                     the peer speaks another protocol version
 └── RemoteError                          the peer's handler failed; its message is kept
     ├── EngineFailed                     the engine can compute nothing any more, for any request
@@ -53,6 +55,14 @@ class PeerLost(HBServeRpcError, ConnectionError):
 
 class PeerDied(PeerLost):
     pass
+
+
+class NotAllowed(PeerLost):
+    code = "not_allowed"
+
+
+class KeysError(HBServeRpcError, ValueError):
+    code = "keys"
 
 
 class InvalidAddress(HBServeRpcError, ValueError):

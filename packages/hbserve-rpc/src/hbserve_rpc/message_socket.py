@@ -4,8 +4,11 @@ pyzmq's own `zmq.asyncio` makes futures for both, and a turn of the loop for eac
 """
 
 import asyncio
+import contextlib
 import logging
 import math
+import os
+import threading
 import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -24,21 +27,76 @@ COMPLAINT_PAUSE_S = 10.0
 """What anybody can send makes no more than a line in so long."""
 LAST_WORDS_MS = 50
 """How long the end of a socket waits at most for what was sent last to leave, over connections that are there."""
+WATCHED = (
+    zmq.EVENT_HANDSHAKE_SUCCEEDED
+    | zmq.EVENT_DISCONNECTED
+    | zmq.EVENT_HANDSHAKE_FAILED_AUTH
+    | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+    | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+)
+_EVENTS, _POLLIN = int(zmq.EVENTS), int(zmq.POLLIN)
+_NOBLOCK, _MORE = int(zmq.NOBLOCK), int(zmq.NOBLOCK | zmq.SNDMORE)
+"""Plain numbers: pyzmq's enumerations take longer than what is asked with them."""
+
+
+class SharedContext:
+    """A ZeroMQ context, and its two threads, for as long as somebody has sockets in it. May be used by any thread.
+
+    All clients of a process are in one, so that a thousand of them need no more threads than one does. A server has one
+    of its own: within it is asked who may connect, see `doorkeeper.py`.
+    """
+
+    def __init__(self) -> None:
+        # A socket that nobody closed is collected in whatever thread, perhaps in the middle of `enter`.
+        self._lock = threading.RLock()
+        self._users: set[object] = set()
+        self._context: zmq.Context[zmq.Socket[bytes]] | None = None
+        self._pid = 0
+
+    def enter(self, user: object) -> "zmq.Context[zmq.Socket[bytes]]":
+        with self._lock:
+            if self._pid != os.getpid():  # a fork has none of the threads, and its parent's context is not its to end
+                self._users, self._context, self._pid = set(), None, os.getpid()
+            self._users.add(user)
+            if self._context is None:
+                self._context = zmq.Context()
+                self._context.set(zmq.MAX_SOCKETS, self._context.get(zmq.SOCKET_LIMIT))  # 1023 are the default
+            return self._context
+
+    def leave(self, user: object) -> None:
+        """Once its sockets are closed. The last to leave waits for what was said last."""
+        with self._lock:
+            self._users.discard(user)
+            if self._users or self._context is None or self._pid != os.getpid():
+                return
+            context, self._context = self._context, None
+        context.term()
+
+
+CLIENTS = SharedContext()
+"""Of this process."""
 
 
 class MessageSocket:
-    """One socket with a context, and so a thread for its I/O, of its own. Belongs to the loop that ran `open`."""
+    """One socket. Belongs to the loop that ran `open`."""
 
     _sockets: "list[zmq.Socket[bytes]]"
     """It, and its monitor: all must be closed before the context ends."""
 
     def __init__(
-        self, kind: int, options: Mapping[int, int | bytes], on_message: Callable[[list[bytes]], None]
+        self,
+        kind: int,
+        options: Mapping[int, int | bytes],
+        on_message: Callable[[list[bytes]], None],
+        context: SharedContext,
     ) -> None:
         self._kind = kind
         # Whoever sends may not wait, not beyond a deadline and not for a peer that is frozen: see `send`.
         self._options = {zmq.LINGER: 0, zmq.SNDHWM: 0, zmq.MAXMSGSIZE: wire.MOST_FRAME_BYTES, **options}
         self._on_message = on_message
+        self._context = context
+        self._first: zmq.Frame
+        """Of the message that is being handed over."""
         self._socket: zmq.Socket[bytes]
         self._monitor: zmq.Socket[bytes] | None = None
         self._end: weakref.finalize[..., MessageSocket] | None = None
@@ -55,14 +113,14 @@ class MessageSocket:
     ) -> None:
         """`attach` connects or binds it, with further options; what that raises closes it again."""
         self._loop = asyncio.get_running_loop()
-        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self._socket = context.socket(self._kind)
-        # Also for one that is collected unclosed, as after a test that failed: Python may then end the context before
-        # the socket, and that waits for the socket for ever, in whatever thread it was.
-        self._sockets = [self._socket]
-        self._end = weakref.finalize(self, _end, context, self._sockets)
+        user, self._sockets = object(), []
+        # Also for one that is collected unclosed, as after a test that failed: a context that ends waits for its
+        # sockets, for ever.
+        self._end = weakref.finalize(self, _end, self._context, user, self._sockets)
         self._end.atexit = False
         try:
+            self._socket = self._context.enter(user).socket(self._kind)
+            self._sockets.append(self._socket)
             for option, value in (self._options | dict(options or {})).items():
                 self._socket.setsockopt(option, value)
             attach(self._socket)
@@ -72,18 +130,26 @@ class MessageSocket:
             self.close()
             raise
 
-    def watch(self, on_connection: Callable[[bool], None]) -> None:
-        """Tell whenever a connection is there, and whenever it has ended; of a socket that connects to one peer. After
-        `open`, in the same turn of the loop: nothing is missed then."""
-        self._monitor = self._socket.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED)
+    def watch(self, on_event: Callable[[int], None]) -> None:
+        """Tell WATCHED whenever one happens; of a socket that connects to one peer. After `open`, in the same turn of
+        the loop: nothing is missed then."""
+        self._monitor = self._socket.get_monitor_socket(WATCHED)
         self._sockets.append(self._monitor)
-        self._loop.add_reader(self._monitor.FD, self._read_events, on_connection)
-        self._loop.call_soon(self._read_events, on_connection)  # else the descriptor may never tell: see `_look_again`
+        self._loop.add_reader(self._monitor.FD, self._read_events, on_event)
+        self._loop.call_soon(self._read_events, on_event)  # else the descriptor may never tell: see `_look_again`
 
-    def _read_events(self, on_connection: Callable[[bool], None]) -> None:
+    def _read_events(self, on_event: Callable[[int], None]) -> None:
         while self._is_reading and self._monitor is not None and _has_message(self._monitor):
-            event = parse_monitor_message(self._monitor.recv_multipart(zmq.NOBLOCK))["event"]
-            on_connection(event == zmq.EVENT_HANDSHAKE_SUCCEEDED)
+            on_event(int(parse_monitor_message(self._monitor.recv_multipart(zmq.NOBLOCK))["event"]))
+
+    def connect_again(self, address: str, options: Mapping[int, int | bytes]) -> None:
+        """With further options, instead of a connection that cannot be made so. What was sent by that one is lost."""
+        with contextlib.suppress(zmq.ZMQError):  # ZeroMQ has given it up itself
+            self._socket.disconnect(address)
+        for option, value in options.items():
+            self._socket.setsockopt(option, value)
+        self._socket.connect(address)
+        self._look_again()
 
     def say_last(self, frames: Sequence[bytes]) -> None:
         """Send something before `close`, which waits a moment for it. Only to who is connected: no other hears it."""
@@ -114,7 +180,9 @@ class MessageSocket:
         connected, which only a ROUTER with ROUTER_MANDATORY says; others drop it.
         """
         try:
-            self._socket.send_multipart(frames, zmq.NOBLOCK, copy=len(frames[-1]) < COPIED_BYTES)
+            for frame in frames[:-1]:
+                self._socket.send(frame, _MORE)
+            self._socket.send(frames[-1], _NOBLOCK, copy=len(frames[-1]) < COPIED_BYTES)
         except zmq.ZMQError as error:
             if error.errno not in (zmq.EAGAIN, zmq.EHOSTUNREACH):
                 raise
@@ -134,20 +202,37 @@ class MessageSocket:
             for _ in range(MESSAGES_PER_TURN):
                 if not self._is_reading or not _has_message(self._socket):
                     return
-                self._on_message(self._socket.recv_multipart(zmq.NOBLOCK))
+                self._on_message(self._receive())
         finally:
             self._look_again()
 
+    def _receive(self) -> list[bytes]:
+        """One message. Not by `recv_multipart`, which asks the socket after each frame whether there is another."""
+        self._first = frame = self._socket.recv(_NOBLOCK, copy=False)
+        frames = [frame.bytes]
+        while frame.more:
+            frame = self._socket.recv(_NOBLOCK, copy=False)
+            frames.append(frame.bytes)
+        return frames
+
+    def said_by_connection(self, what: str) -> str:
+        """What ZeroMQ knows of the connection by which the message came that is being handed over: "Peer-Address", or
+        "User-Id", which is what the doorkeeper called it. "" if nothing."""
+        try:
+            return str(self._first.get(what))
+        except zmq.ZMQError:
+            return ""
+
 
 def _has_message(socket: "zmq.Socket[bytes]") -> bool:
-    events: Any = socket.EVENTS  # an int, which the stubs do not say
-    return bool(events & zmq.POLLIN)
+    events: Any = socket.getsockopt(_EVENTS)  # an int, which the stubs do not say
+    return bool(events & _POLLIN)
 
 
-def _end(context: "zmq.Context[zmq.Socket[bytes]]", sockets: "Sequence[zmq.Socket[bytes]]") -> None:
+def _end(context: SharedContext, user: object, sockets: "Sequence[zmq.Socket[bytes]]") -> None:
     for socket in sockets:
         socket.close()
-    context.term()
+    context.leave(user)
 
 
 class Complaints:

@@ -6,6 +6,7 @@ Schema rules (peers may be of different versions): a new field has a default; a 
                                        └──────PREFILL──▶ prefill instance    TokenEvent (the first token), TransferDone
                                        │     (GRANT)──▶                      if it began before there was a grant
                                        └─────GENERATE──▶ hybrid instance     TokenEvents
+                                       └─────GENERATE──▶ decode instance     the same, where it computes the prompt
                                           (END_CHOICE)──▶ decode or hybrid    of several choices one needs no more
     Ahead of requests:           scheduler ──CONNECT──▶ prefill instance    to a decode instance
     As long as it is a member:   scheduler ──REPORTS──▶ instance            InstanceInfo, InstanceReports
@@ -18,10 +19,14 @@ import msgspec
 
 from hbserve_rpc.histogram import Histogram
 from hbserve_rpc.methods import Method, Notification, StreamMethod
-from hbserve_rpc.sampling_params import SamplingParams
+from hbserve_rpc.prompt_shape import DIGEST_BYTES, MOST_REPORTED, PromptShape
+from hbserve_rpc.sampling_params import LONGEST_TIMEOUT_S, SamplingParams
 
 TokenIds = Annotated[list[int], msgspec.Meta(max_length=1 << 22)]
 """More than any model takes. A longer one is refused before it is decoded, which would take a second and a gigabyte."""
+LeftS = Annotated[float, msgspec.Meta(ge=0, le=LONGEST_TIMEOUT_S)] | None
+"""Time until a request's deadline as the message was sent: clocks of two processes need not agree. The instance ends
+the request by itself then. None: there is none."""
 Role = Literal["prefill", "decode", "hybrid"]
 TokenLogprobs = dict[int, float]
 """Of one place: the log-probabilities of the most likely tokens, in order, and of the one that is there: if it is none
@@ -49,6 +54,10 @@ class GenerateRequest(msgspec.Struct, frozen=True, tag=True):
     prompt_token_ids: TokenIds
     params: SamplingParams
     output_token_ids: TokenIds = []
+    left_s: LeftS = None
+    """Of `params.timeout_s`, or of what the deployment allows. To a scheduler it says nothing: there it begins."""
+    shape: PromptShape | None = None
+    """Of the prompt, which need not be looked at again then, nor copied: who submits it leaves it as it is."""
 
 
 class DecodeRequest(msgspec.Struct, frozen=True, tag=True):
@@ -59,6 +68,9 @@ class DecodeRequest(msgspec.Struct, frozen=True, tag=True):
     prompt_token_ids: TokenIds
     params: SamplingParams
     output_token_ids: TokenIds = []
+    left_s: LeftS = None
+    prefill_instance: str = ""
+    """Id of the one whose KV is taken; "" is any."""
 
 
 class PrefillRequest(msgspec.Struct, frozen=True, tag=True):
@@ -79,6 +91,7 @@ class PrefillRequest(msgspec.Struct, frozen=True, tag=True):
     grant: bytes = b""
     output_token_ids: TokenIds = []
     grant_follows: bool = False
+    left_s: LeftS = None
 
 
 class GrantRequest(msgspec.Struct, frozen=True, tag=True):
@@ -88,6 +101,20 @@ class GrantRequest(msgspec.Struct, frozen=True, tag=True):
     grant: bytes
     """Empty if nothing is to be moved, because the decode instance has failed: then the first token is told as soon as
     it is there."""
+
+
+class CachedPrefixesRequest(msgspec.Struct, frozen=True, tag=True):
+    """Which blocks of prompts are in the prefix cache?"""
+
+    known: int = -1
+    """The version that the client has."""
+
+
+class CachedPrefixes(msgspec.Struct, frozen=True, tag=True):
+    version: int
+    """Of this epoch."""
+    digests: Annotated[bytes, msgspec.Meta(max_length=DIGEST_BYTES * MOST_REPORTED)] | None = None
+    """DIGEST_BYTES of each block's, as of PromptShape; None: the client has this version."""
 
 
 class ConnectRequest(msgspec.Struct, frozen=True, tag=True):
@@ -235,6 +262,8 @@ class InstanceInfo(msgspec.Struct, frozen=True, tag=True):
     pid: int = 0
     error: str = ""
     """Why `status` is "failed"."""
+    serves_generate: bool = False
+    """A decode instance that computes prompts too, where there is nobody else for it."""
 
 
 class InstanceStats(msgspec.Struct, frozen=True, tag=True):
@@ -270,24 +299,6 @@ class InstanceStats(msgspec.Struct, frozen=True, tag=True):
     """Late, duplicate, unknown and stale-epoch transfer messages."""
 
 
-class ReportsRequest(msgspec.Struct, frozen=True, tag=True):
-    """Tell of every change, until the stream is closed."""
-
-    interval_s: Annotated[float, msgspec.Meta(ge=0.01, le=3600)] = 1.0
-    """Pause between two reports, at least; what `InstanceInfo` says is told at once."""
-
-
-class InstanceReport(msgspec.Struct, frozen=True, tag=True):
-    """What an instance says unasked to one client, when it is another than what it said last. Its number is that of the
-    stream's item: none is lost or comes twice."""
-
-    stats: InstanceStats
-    other_requests: int = 0
-    """Of its active requests, those of other clients: several schedulers may give it requests."""
-    other_tokens: int = 0
-    """Of those, the prompts and the output that came with them."""
-
-
 class LatencySummary(msgspec.Struct, frozen=True, tag=True):
     """A latency over the requests that ended last."""
 
@@ -304,10 +315,14 @@ class SchedulerStats(msgspec.Struct, frozen=True, tag=True):
     aborted_requests: int = 0
     rejected_requests: int = 0
     waiting_requests: int = 0
+    waiting_tokens: int = 0
+    """Of prompts that wait in the scheduler."""
     running_requests: int = 0
     retries: int = 0
     refusals: int = 0
     """Places that an instance would not give, having enough to do by what other schedulers have given it."""
+    local_prefills: int = 0
+    """Attempts in which a decode instance computed the prompt itself."""
     success_rate: float = 1.0
     """completed / (completed + failed), in [0, 1]; 1 while nothing has ended.
 
@@ -335,6 +350,8 @@ class ServiceInfo(msgspec.Struct, frozen=True, tag=True):
     model_path: str
     max_model_len: int = 0
     instances: list[InstanceInfo] = []
+    digest_block_size: int = 0
+    """Requests are to bring the digests of their prompts' blocks of so many tokens; 0: of none."""
 
 
 InstanceEvent = Granted | TokenEvent | TransferDone
@@ -343,11 +360,10 @@ ClientEvent = TokenEvent | RequestFinished
 DESCRIBE: Method[Empty, InstanceInfo] = Method("instance.describe", Empty, InstanceInfo)
 CONNECT: Method[ConnectRequest, Empty] = Method("instance.connect", ConnectRequest, Empty)
 """Answered when a transfer would find a link. Idempotent: at once, if there is one."""
-STATS: Method[Empty, InstanceStats] = Method("instance.stats", Empty, InstanceStats)
-REPORTS: StreamMethod[ReportsRequest, InstanceInfo | InstanceReport] = StreamMethod(
-    "instance.reports", ReportsRequest, InstanceInfo | InstanceReport
+CACHED_PREFIXES: Method[CachedPrefixesRequest, CachedPrefixes] = Method(
+    "instance.cached_prefixes", CachedPrefixesRequest, CachedPrefixes
 )
-"""First both; then whichever is another than before."""
+STATS: Method[Empty, InstanceStats] = Method("instance.stats", Empty, InstanceStats)
 GENERATE: StreamMethod[GenerateRequest, TokenEvent] = StreamMethod("instance.generate", GenerateRequest, TokenEvent)
 DECODE: StreamMethod[DecodeRequest, Granted | TokenEvent] = StreamMethod(
     "instance.decode", DecodeRequest, Granted | TokenEvent

@@ -1,6 +1,5 @@
 """A remote procedure is declared once, and both sides use that declaration."""
 
-from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -8,9 +7,6 @@ import msgspec
 
 Request = TypeVar("Request", bound=msgspec.Struct)
 Reply = TypeVar("Reply")
-
-asking_client: ContextVar[bytes] = ContextVar("asking_client", default=b"")
-"""Within a handler, who asks: the same bytes for all that one RpcClient asks."""
 
 
 @dataclass(frozen=True)

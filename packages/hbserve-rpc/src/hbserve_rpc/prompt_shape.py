@@ -7,17 +7,25 @@ once, where the prompt enters, and beside an event loop if it is long; from ther
 import hashlib
 from array import array
 from collections.abc import Sequence
+from typing import Annotated
 
 import msgspec
 
+DIGEST_BYTES = 8
+"""Of a block's digest, where it only says which instance may hold the block: that two are the same by chance costs the
+request a little time, once in a very long while."""
+MOST_REPORTED = 8192
+"""Digests that an instance reports: 64 KiB a second, while they change."""
+Digests = Annotated[list[Annotated[bytes, msgspec.Meta(max_length=DIGEST_BYTES)]], msgspec.Meta(max_length=1 << 18)]
+
 
 class PromptShape(msgspec.Struct, frozen=True):
-    """Of a list of token ids that is plain, and that nobody changes any more."""
+    """Of a list of token ids that is plain, and that nobody changes any more. Who computes them checks them again."""
 
     num_tokens: int
     largest_id: int = 0
-    digests: Sequence[bytes] = ()
-    """Of its full blocks, as `extend_digests` makes them, if somebody wants to know where it is cached."""
+    digests: Digests = []
+    """The first DIGEST_BYTES of each full block's, if somebody wants to know where it is cached."""
 
 
 def shape_of(token_ids: list[int], block_size: int = 0) -> PromptShape:
@@ -25,7 +33,7 @@ def shape_of(token_ids: list[int], block_size: int = 0) -> PromptShape:
     digests: list[bytes] = []
     if block_size:
         extend_digests(digests, token_ids, len(token_ids), block_size)
-    return PromptShape(len(token_ids), max(token_ids, default=0), digests)
+    return PromptShape(len(token_ids), max(token_ids, default=0), [digest[:DIGEST_BYTES] for digest in digests])
 
 
 def extend_digests(digests: list[bytes], token_ids: Sequence[int], num_tokens: int, block_size: int) -> None:

@@ -31,6 +31,8 @@ MAX_BIASED_TOKENS = 1024
 MOST_BIAS = 100.0
 """As in the OpenAI API: enough to forbid a token, or to force it."""
 MAX_CHOICES = 1024
+MOST_PRIORITY = 2**31 - 1
+LONGEST_TIMEOUT_S = 365 * 86400.0
 
 
 class SamplingParams(msgspec.Struct):
@@ -91,6 +93,12 @@ class SamplingParams(msgspec.Struct):
     n: int = 1
     """Answers to the prompt, which is computed once for all of them, up to 1024. With a seed, each of them has the next
     one: the first answer is that of n=1."""
+    priority: int = 0
+    """Where requests have to wait, those with lower ones are begun first, as in vLLM. What comes later and is lower
+    goes ahead, so that the others wait longer."""
+    timeout_s: float | None = None
+    """The request ends with an error (RequestTimeout) so long after it was submitted; None: only as the deployment
+    says."""
 
     def __post_init__(self) -> None:
         self.validate()
@@ -132,6 +140,11 @@ class SamplingParams(msgspec.Struct):
             if self.structured_outputs is not None and (given := getattr(self, name)):
                 raise InvalidRequest(f"{name}={shown(given)}: not with structured_outputs, which say where it ends")
         self.n = plain_int("n", self.n, 1, MAX_CHOICES)
+        self.priority = plain_int("priority", self.priority, -MOST_PRIORITY, MOST_PRIORITY)
+        if self.timeout_s is not None:
+            self.timeout_s = _plain_number(
+                "timeout_s", self.timeout_s, lambda v: 0 < v <= LONGEST_TIMEOUT_S, "seconds, up to a year, or None"
+            )
 
     def require_vocabulary(self, vocab_size: int) -> None:
         """Raises InvalidRequest: names the first token id that a model with so many tokens does not have."""

@@ -6,9 +6,7 @@ import errno
 import logging
 import time
 import uuid
-from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from typing import Any, TypeVar
 
 import msgspec
@@ -16,116 +14,39 @@ import zmq
 
 from hbserve_rpc import wire
 from hbserve_rpc.address import check_host, format_address, look_up
+from hbserve_rpc.connected_client import ConnectedClient, Peer
+from hbserve_rpc.doorkeeper import Doorkeeper
 from hbserve_rpc.errors import AddressInUse, HBServeRpcError, InvalidRequest, Overloaded
-from hbserve_rpc.message_socket import Complaints, MessageSocket
-from hbserve_rpc.methods import Method, Notification, StreamMethod, asking_client
+from hbserve_rpc.keys import PARTIES, Keys, Party
+from hbserve_rpc.message_socket import Complaints, MessageSocket, SharedContext
+from hbserve_rpc.methods import Method, Notification, StreamMethod
 
 logger = logging.getLogger(__name__)
 
 MOST_CLIENTS = 1 << 14
 """That a server knows at a time; a client that goes without a word is known until it has been silent."""
-MESSAGE_BYTES = 64 << 10
-"""Items of streams are sent in messages of about so much, or of one item."""
 MOST_MESSAGES = 64
 """That ZeroMQ holds for a client which does not read them; its streams then wait."""
 MOST_WAITING_BYTES = 16 << 20
 """Of replies, which cannot wait, beyond these: a client that has asked for more without reading them is given up."""
 MOST_WORK = 1 << 14
 """Calls, notifications and streams that may be under way for one client; more are refused as overload."""
+OPTIONS: dict[int, int | bytes] = {
+    zmq.ROUTER_HANDOVER: 1,
+    zmq.ROUTER_MANDATORY: 1,
+    zmq.SNDHWM: MOST_MESSAGES,
+    # Whoever connects and says nothing is hung up on, and so is a host that has vanished; 30 s, and never, are usual.
+    zmq.HANDSHAKE_IVL: 10_000,
+    zmq.TCP_KEEPALIVE: 1,
+    zmq.TCP_KEEPALIVE_IDLE: 60,
+    zmq.TCP_KEEPALIVE_INTVL: 20,
+    zmq.TCP_KEEPALIVE_CNT: 3,
+}
 CLOSED_S = 0.2
 """Who has lost a connection, and has not ended, connects again sooner."""
-RESEND_S = 0.002
-"""Pause between two attempts to hand ZeroMQ what it did not take: nothing tells when it does."""
 
 Q = TypeVar("Q", bound=msgspec.Struct)
 R = TypeVar("R")
-
-
-@dataclass
-class _Work:
-    """A call, notification or stream that is under way for one client."""
-
-    task: asyncio.Task[None]
-    credit: asyncio.Semaphore
-
-
-@dataclass
-class _Client:
-    """What is under way for one client, and what is on its way to it.
-
-    ZeroMQ holds MOST_MESSAGES for it. While it takes no more, streams wait, and what else there is to say waits here.
-    """
-
-    socket: MessageSocket
-    identity: bytes
-    epoch: str
-    heartbeat_timeout_s: float
-    last_heard_s: float
-    work: dict[int, _Work] = field(default_factory=dict)
-    items: list[tuple[int, int, msgspec.Raw]] = field(default_factory=list)
-    """Of its streams, until this turn of the loop ends or they are a message's bytes."""
-    num_item_bytes: int = 0
-    after_items: list[tuple[wire.FromServer, bytes]] = field(default_factory=list)
-    """What waits for these to be sent first: their streams' ends, for example."""
-    waiting: deque[list[bytes]] = field(default_factory=deque)
-    """Messages that ZeroMQ does not take now."""
-    num_waiting_bytes: int = 0
-    takes_more: asyncio.Event = field(default_factory=asyncio.Event)
-    """To be waited for by streams, while there are `waiting` ones."""
-
-    def give_credit(self, counts: Sequence[tuple[int, int]]) -> None:
-        for id_, count in counts:
-            if work := self.work.get(id_):
-                for _ in range(min(count, wire.CREDIT)):
-                    work.credit.release()
-
-    def add_item(self, id_: int, number: int, item: bytes) -> None:
-        """Send it with those of other streams that this turn of the loop brings."""
-        if not self.items:
-            asyncio.get_running_loop().call_soon(self.send_items)
-        self.items.append((id_, number, msgspec.Raw(item)))
-        self.num_item_bytes += len(item)
-        if self.num_item_bytes >= MESSAGE_BYTES:
-            self.send_items()
-
-    def send_items(self) -> None:
-        if not self.items:
-            return
-        items, self.items, self.num_item_bytes = self.items, [], 0
-        self._post(wire.Items(self.epoch, items))
-        after, self.after_items = self.after_items, []
-        for envelope, body in after:
-            self._post(envelope, body)
-
-    def send(self, envelope: wire.FromServer, body: bytes) -> None:
-        if self.items:
-            self.after_items.append((envelope, body))
-        else:
-            self._post(envelope, body)
-
-    def _post(self, envelope: wire.FromServer, body: bytes = b"") -> None:
-        if not self.socket.is_open:
-            return
-        frames = [self.identity, wire.encode(envelope), body]
-        if self.waiting or self.socket.send(frames) == zmq.EAGAIN:
-            if not self.waiting:
-                self.takes_more.clear()
-                asyncio.get_running_loop().call_later(RESEND_S, self._post_waiting)
-            self.waiting.append(frames)
-            self.num_waiting_bytes += sum(map(len, frames))
-
-    def _post_waiting(self) -> None:
-        while self.waiting and self.socket.is_open and self.socket.send(self.waiting[0]) != zmq.EAGAIN:
-            self.num_waiting_bytes -= sum(map(len, self.waiting.popleft()))
-        if not self.waiting:
-            self.takes_more.set()
-        elif self.socket.is_open:
-            asyncio.get_running_loop().call_later(RESEND_S, self._post_waiting)
-
-    def give_up(self) -> None:
-        self.waiting.clear()
-        for work in self.work.values():
-            work.task.cancel()
 
 
 class RpcServer:
@@ -143,11 +64,16 @@ class RpcServer:
         epoch: str | None = None,
         heartbeat_timeout_s: float = 10.0,
         drops_closed: bool = False,
+        keys: Keys | None = None,
+        allows: Collection[Party] = PARTIES,
     ) -> None:
         """`host`: an IP address, without brackets, or a name, of which it serves on one address; 0.0.0.0 or :: is all.
 
         drops_closed: a client whose connection has been closed for CLOSED_S, as that of a process that has ended is,
         loses what is under way for it, as one that is silent does.
+
+        keys: with them every connection is encrypted, and only who has a key of one of the parties that it `allows` is
+        let in; `calling_peer` tells a handler which. Without, whoever reaches the address is.
 
         Raises:
             InvalidAddress: (a ValueError) it is neither.
@@ -165,11 +91,13 @@ class RpcServer:
         self._handlers: dict[str, tuple[Any, Callable[[Any], Any]]] = {}
         self._notified: dict[str, tuple[Any, Callable[[Any], Any]]] = {}
         self._streams: dict[str, tuple[Any, Callable[[Any], AsyncIterator[Any]]]] = {}
-        self._clients: dict[bytes, _Client] = {}
+        self._clients: dict[bytes, ConnectedClient] = {}
         self._drops_closed = drops_closed
         self._dropping: list[asyncio.Task[None]] = []
-        options: dict[int, int | bytes] = {zmq.ROUTER_HANDOVER: 1, zmq.ROUTER_MANDATORY: 1, zmq.SNDHWM: MOST_MESSAGES}
-        self._socket = MessageSocket(zmq.ROUTER, options, self._receive)
+        options = OPTIONS | (keys.server_options() if keys else {})
+        context = SharedContext()
+        self._doorkeeper = Doorkeeper(keys, allows, context) if keys else None
+        self._socket = MessageSocket(zmq.ROUTER, options, self._receive, context)
 
     def serve(self, method: Method[Q, R], handler: Callable[[Q], Awaitable[R]]) -> None:
         """Answer `method` with what `handler` returns; its exception reaches the caller."""
@@ -199,7 +127,13 @@ class RpcServer:
             host = await look_up(self.host)
         except OSError as error:
             raise OSError(error.errno, f"cannot serve on {self.address}: {error.strerror}") from error
-        self._socket.open(lambda socket: self._bind(socket, host), {zmq.IPV6: ":" in host})
+        if self._doorkeeper is not None:
+            self._doorkeeper.open()
+        try:
+            self._socket.open(lambda socket: self._bind(socket, host), {zmq.IPV6: ":" in host})
+        except BaseException:
+            self._close()
+            raise
         self._dropping = [asyncio.create_task(self._drop_silent_clients())]
         if self._drops_closed:
             self._dropping.append(asyncio.create_task(self._drop_closed_clients()))
@@ -229,7 +163,12 @@ class RpcServer:
         finally:
             # Also if whoever stops it is cancelled: a context that is collected with an open socket waits for ever.
             self._clients.clear()
-            self._socket.close()
+            self._close()
+
+    def _close(self) -> None:
+        if self._doorkeeper is not None:
+            self._doorkeeper.close()
+        self._socket.close()
 
     def _send(self, identity: bytes, envelope: wire.FromServer, body: bytes = b"") -> None:
         client = self._clients.get(identity)
@@ -287,22 +226,21 @@ class RpcServer:
             self._complaints.add("refused a client: there are %d already", MOST_CLIENTS)
             return
         if identity not in self._clients:
-            self._clients[identity] = _Client(
-                self._socket, identity, self.epoch, hello.heartbeat_timeout_s, time.monotonic()
+            party: Any = self._socket.said_by_connection("User-Id") or None
+            peer = Peer(identity, party, self._socket.said_by_connection("Peer-Address"))
+            self._clients[identity] = ConnectedClient(
+                self._socket, peer, self.epoch, hello.heartbeat_timeout_s, time.monotonic()
             )
         self._send(identity, wire.Welcome(wire.PROTOCOL_VERSION, self.epoch))
 
     def _begin(
-        self, identity: bytes, client: _Client, id_: int, job: Any, credit: asyncio.Semaphore | None = None
+        self, identity: bytes, client: ConnectedClient, id_: int, job: Any, credit: asyncio.Semaphore | None = None
     ) -> None:
         if len(client.work) >= MOST_WORK:
             job.close()
             self._fail(identity, id_, "", Overloaded(f"{len(client.work)} calls and streams of one client"))
             return
-        asking_client.set(identity)  # the task has a copy of this context
-        task = asyncio.create_task(job)
-        client.work[id_] = _Work(task, credit or asyncio.Semaphore(0))
-        task.add_done_callback(lambda _: client.work.pop(id_, None))
+        client.begin(id_, job, credit)
 
     def _decode(self, table: dict[str, tuple[Any, Any]], method: str, body: bytes) -> tuple[Any, Any]:
         if method not in table:
@@ -334,8 +272,10 @@ class RpcServer:
             else:
                 logger.error("notification %s failed", notify.method, exc_info=error)
 
-    async def _run_stream(self, client: _Client, open_: wire.Open, body: bytes, credit: asyncio.Semaphore) -> None:
-        identity = client.identity
+    async def _run_stream(
+        self, client: ConnectedClient, open_: wire.Open, body: bytes, credit: asyncio.Semaphore
+    ) -> None:
+        identity = client.peer.connection
         try:
             handler, request = self._decode(self._streams, open_.method, body)
             async with contextlib.aclosing(handler(request)) as items:

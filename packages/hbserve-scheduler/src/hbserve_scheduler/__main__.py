@@ -6,12 +6,13 @@ import logging
 import sys
 from pathlib import Path
 
-from hbserve_rpc import own_process
+from hbserve_rpc import KeysError, own_process
 from hbserve_scheduler.config import DeploymentConfig
 from hbserve_scheduler.config_file import load_config
 from hbserve_scheduler.cpu_scheduler import CpuScheduler
 from hbserve_scheduler.declared import DeclaredInstances
 from hbserve_scheduler.errors import ConfigError
+from hbserve_scheduler.security import deployment_keys, require_keys
 from hbserve_scheduler.server import SchedulerServer
 
 
@@ -45,12 +46,17 @@ async def serve_config(path: str | Path) -> None:
 
     Raises:
         ConfigError: the file is wrong.
+        KeysError: the keys that it names cannot be used.
         AddressInUse: scheduler.host and scheduler.port are taken.
     """
     config = _load(path)
+    require_keys(config, launched=False)
+    keys = deployment_keys(config, "scheduler")
     stop = asyncio.Event()
     with own_process.on_ending_signals(lambda _: stop.set()):
-        server = SchedulerServer(CpuScheduler(config.scheduler, model_path=_told_to_clients(config.model.path)))
+        scheduler = CpuScheduler(config.scheduler, model_path=_told_to_clients(config.model.path))
+        scheduler.use_keys(keys)
+        server = SchedulerServer(scheduler, keys=keys)
         server.declared = DeclaredInstances(server.members, config, lambda: _load(path))
         await server.serve_until(stop)
 
@@ -67,9 +73,9 @@ def main() -> int:
     logging.basicConfig(level=arguments.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     try:
         asyncio.run(serve_config(arguments.config))
-    except (ConfigError, OSError) as error:
+    except (ConfigError, KeysError, OSError) as error:
         sys.stderr.write(f"{error}\n")
-        return 2 if isinstance(error, ConfigError) else 1
+        return 1 if isinstance(error, OSError) else 2
     return 0
 
 

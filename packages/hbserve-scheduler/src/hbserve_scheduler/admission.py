@@ -1,21 +1,35 @@
-"""Admission of requests: a check that one can ever run, the requests that wait, and a place to wait for room."""
+"""Admission of requests: a check that one can ever run, the requests that wait, and the bounds of these.
+
+The queue is bounded by `max_queue_size` requests, and by time: a request is refused if those before it are more than
+what is begun in `max_queue_time_s`, at the rate that is measured. Until there is one, their number alone counts.
+"""
 
 import asyncio
 import itertools
+import math
+from bisect import bisect_left, insort
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from typing import overload
 
-from hbserve_rpc import InvalidRequest, SamplingParams
+from hbserve_rpc import InvalidRequest, Overloaded, SamplingParams
 from hbserve_rpc.messages import GenerateRequest, InstanceInfo
 from hbserve_rpc.plain_values import plain_id, plain_token_ids, require_in_vocabulary, shown
+from hbserve_rpc.prompt_shape import PromptShape, shape_of
+from hbserve_scheduler.config import SchedulerConfig
 from hbserve_scheduler.request import ScheduledRequest
 
+SOONEST_RETRY_S, LATEST_RETRY_S = 1.0, 60.0
+"""Bounds of what is said to those for whom the queue has no room."""
+MEMORY_S, LEAST_S = 10.0, 2.0
+"""Of the measured rate: it is that of about so much time, and is not known before."""
 
-def admitted(request: GenerateRequest, infos: Sequence[InstanceInfo]) -> GenerateRequest:
-    """The request, plain and shared with nobody, checked against the instances that are ready.
 
-    While there are none, they check it themselves later.
+def admitted(request: GenerateRequest, infos: Sequence[InstanceInfo], digest_block_size: int = 0) -> GenerateRequest:
+    """The request with its prompt's shape, plain and shared with nobody, checked against the instances that are ready.
+
+    While there are none, they check it themselves later. A prompt that comes with its shape is plain already, and
+    nobody changes it: it is neither looked at nor copied.
 
     Raises:
         InvalidRequest: says what is wrong, and what is allowed.
@@ -24,7 +38,12 @@ def admitted(request: GenerateRequest, infos: Sequence[InstanceInfo]) -> Generat
     if not isinstance(request.params, SamplingParams):
         raise InvalidRequest(f"params={shown(request.params)}: expected SamplingParams")
     params = request.params.copied()
-    prompt = plain_token_ids("prompt", request.prompt_token_ids)
+    prompt, shape = request.prompt_token_ids, request.shape
+    if shape is None:
+        prompt = plain_token_ids("prompt", prompt)
+        shape = shape_of(prompt, digest_block_size)
+    elif not isinstance(shape, PromptShape) or not isinstance(prompt, list) or shape.num_tokens != len(prompt):
+        raise InvalidRequest("shape: it is of another prompt")
     output = plain_token_ids("output_token_ids", request.output_token_ids)
     if not prompt:
         raise InvalidRequest("prompt: expected at least one token")
@@ -38,34 +57,61 @@ def admitted(request: GenerateRequest, infos: Sequence[InstanceInfo]) -> Generat
         raise InvalidRequest(f"prompt: {num_tokens} tokens; the instances take at most {longest}")
     if infos:
         size = min(info.vocab_size for info in infos)
-        require_in_vocabulary("prompt", prompt, size)
+        if shape.largest_id >= size:
+            require_in_vocabulary("prompt", prompt, size)
         require_in_vocabulary("output_token_ids", output, size)
         params.require_vocabulary(size)
-    return GenerateRequest(request_id, prompt, params, output)
+    return GenerateRequest(request_id, prompt, params, output, shape=shape)
 
 
 class WaitingRequests(Sequence[ScheduledRequest]):
-    """A sequence, oldest first, in which finding by id, removing and both ends take the same time however long it is.
+    """A sequence, those of the lowest `SamplingParams.priority` first and the oldest of these, in which finding by id,
+    removing and both ends take the same time however long it is.
 
     Not a deque, in which to remove and to look an id up is to go through all of it: with 20,000 requests it was 5 ms.
     """
 
     def __init__(self) -> None:
-        # Linked, unlike a dict, whose beginning must be searched for once many have been removed there.
-        self._by_id: OrderedDict[str, ScheduledRequest] = OrderedDict()
+        self._by_id: dict[str, ScheduledRequest] = {}
+        self._levels: dict[int, OrderedDict[str, ScheduledRequest]] = {}
+        """By priority. Linked, unlike a dict, whose beginning must be searched for once many have been removed
+        there."""
+        self._priorities: list[int] = []
+        """Of those that have some, in order."""
+        self._tokens: dict[int, int] = {}
+        self.num_tokens = 0
 
     def append(self, entry: ScheduledRequest) -> None:
+        """Behind all of its priority."""
         assert entry.request.request_id not in self._by_id, "ids are checked at admission"
-        self._by_id[entry.request.request_id] = entry
+        priority = entry.request.params.priority
+        if priority not in self._levels:
+            self._levels[priority], self._tokens[priority] = OrderedDict(), 0
+            insort(self._priorities, priority)
+        self._by_id[entry.request.request_id] = self._levels[priority][entry.request.request_id] = entry
+        self._tokens[priority] += entry.num_tokens
+        self.num_tokens += entry.num_tokens
 
     def remove(self, entry: ScheduledRequest) -> None:
         """Raises ValueError: it does not wait."""
         if entry not in self:
             raise ValueError(f"request {entry.request.request_id!r} does not wait")
-        del self._by_id[entry.request.request_id]
+        priority = entry.request.params.priority
+        del self._by_id[entry.request.request_id], self._levels[priority][entry.request.request_id]
+        self._tokens[priority] -= entry.num_tokens
+        self.num_tokens -= entry.num_tokens
+        if not self._levels[priority]:
+            del self._levels[priority], self._tokens[priority]
+            self._priorities.pop(bisect_left(self._priorities, priority))
 
     def find(self, request_id: str) -> ScheduledRequest | None:
         return self._by_id.get(request_id)
+
+    def num_tokens_before(self, priority: int) -> int:
+        """Tokens of those that would come before a new one of this priority."""
+        if not self._priorities or priority >= self._priorities[-1]:
+            return self.num_tokens
+        return sum(count for each, count in self._tokens.items() if each <= priority)
 
     def __contains__(self, entry: object) -> bool:
         return isinstance(entry, ScheduledRequest) and self._by_id.get(entry.request.request_id) is entry
@@ -74,10 +120,12 @@ class WaitingRequests(Sequence[ScheduledRequest]):
         return len(self._by_id)
 
     def __iter__(self) -> Iterator[ScheduledRequest]:
-        return iter(self._by_id.values())
+        for priority in self._priorities:
+            yield from self._levels[priority].values()
 
     def __reversed__(self) -> Iterator[ScheduledRequest]:
-        return reversed(self._by_id.values())
+        for priority in reversed(self._priorities):
+            yield from reversed(self._levels[priority].values())
 
     @overload
     def __getitem__(self, place: int) -> ScheduledRequest: ...
@@ -96,13 +144,89 @@ class WaitingRequests(Sequence[ScheduledRequest]):
         return found
 
 
-class Room:
-    """Where those wait who would rather wait than be refused. Belongs to one event loop."""
+class BeginningRate:
+    """Tokens a second of the requests that are begun while others have to wait: how fast a queue gets shorter.
+
+    In all other time it would be the rate at which requests come. What was seen is forgotten, by half in about 7 s in
+    which requests wait.
+    """
 
     def __init__(self) -> None:
+        self._tokens = self._seconds = 0.0
+        self._waiting_since_s: float | None = None
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        """None: nobody has to wait, or nobody knows yet."""
+        return self._tokens / self._seconds if self._seconds >= LEAST_S and self._waiting_since_s is not None else None
+
+    def look(self, now_s: float, *, some_wait: bool) -> None:
+        """To be called when nothing more can be begun now; `some_wait`: for room."""
+        if self._waiting_since_s is not None and now_s > self._waiting_since_s:
+            passed_s = now_s - self._waiting_since_s
+            kept = math.exp(-passed_s / MEMORY_S)
+            self._tokens *= kept
+            self._seconds = self._seconds * kept + MEMORY_S * (1 - kept)
+        self._waiting_since_s = now_s if some_wait else None
+
+    def begun(self, num_tokens: int) -> None:
+        if self._waiting_since_s is not None:  # else it had not to wait, and nobody before it
+            self._tokens += num_tokens
+
+
+class Admission:
+    """Whether there is room for one more request, and a place to wait for it. Belongs to one event loop."""
+
+    def __init__(self, config: SchedulerConfig, waiting: WaitingRequests) -> None:
+        self._config = config
+        self._waiting = waiting
+        self._rate = BeginningRate()
         self._changed = asyncio.Event()
 
+    def look(self, now_s: float, *, is_served: bool) -> None:
+        """To be called when nothing more can be begun now. `is_served`: there are instances that serve requests."""
+        if is_served:
+            self._rate.look(now_s, some_wait=bool(self._waiting))
+        else:  # those that come may be others, and what is begun while there are none says nothing of them
+            self._rate = BeginningRate()
+        self.look_again()
+
+    def begun(self, entry: ScheduledRequest) -> None:
+        self._rate.begun(entry.num_tokens)
+
+    def _queue_time_s(self, priority: int) -> float | None:
+        """How long a new request would wait; None: not at all, or nobody knows yet."""
+        num_tokens, rate = self._waiting.num_tokens_before(priority), self._rate.tokens_per_s
+        if num_tokens == 0 or rate is None:
+            return None
+        return num_tokens / rate if rate > 0 else math.inf
+
+    def require_room(self, priority: int) -> None:
+        """Raises Overloaded: the queue is full for a new request of this priority; has the time to come back."""
+        num_waiting, queue_time_s = len(self._waiting), self._queue_time_s(priority)
+        most_s = self._config.max_queue_time_s
+        if num_waiting >= self._config.max_queue_size:
+            problem = f"{num_waiting} requests are waiting, which is scheduler.max_queue_size"
+        elif queue_time_s is not None and queue_time_s > most_s:
+            problem = f"the requests that wait have {self._waiting.num_tokens_before(priority)} tokens, of which "
+            problem += f"{self._rate.tokens_per_s or 0:.0f} a second are begun: scheduler.max_queue_time_s={most_s:g}"
+        else:
+            return
+        raise Overloaded(problem, self._half_a_queue_s(queue_time_s))
+
+    def _half_a_queue_s(self, queue_time_s: float | None) -> float:
+        """About when half of a full queue will have begun."""
+        if queue_time_s is None:  # who came now would wait as long as the first one has
+            queue_time_s = asyncio.get_running_loop().time() - self._waiting[0].submitted_s
+        return min(max(queue_time_s / 2, SOONEST_RETRY_S), LATEST_RETRY_S)
+
+    def is_half_full(self, priority: int) -> bool:
+        """For those who have many requests, and leave room to others."""
+        too_many = len(self._waiting) >= max(1, self._config.max_queue_size // 2)
+        return too_many or (self._queue_time_s(priority) or 0.0) > self._config.max_queue_time_s / 2
+
     async def wait_until(self, there_is: Callable[[], bool]) -> None:
+        """Wait for what may be so whenever `look_again` is called."""
         while not there_is():
             self._changed.clear()
             await self._changed.wait()

@@ -24,8 +24,7 @@ from hbserve_rpc.messages import (
 )
 from hbserve_rpc.records import AttemptRecord
 from hbserve_scheduler.instance_client import InstanceStream
-from hbserve_scheduler.instances import InstanceHandle
-from hbserve_scheduler.placement import Placement
+from hbserve_scheduler.instances import InstanceHandle, Placement
 from hbserve_scheduler.request import ScheduledRequest
 
 VERDICT_TIMEOUT_S = 0.08
@@ -71,7 +70,8 @@ class Attempt:
         self._record.decode_instance = place.decode.instance_id
         self._record.prefill_instance = (place.prefill or place.decode).instance_id
         if place.prefill is None:
-            await self._hybrid(place.decode)
+            entry.figures.num_local_prefills += place.decode.role == "decode"
+            await self._alone(place.decode)
         elif len(entry.output) + 1 >= entry.request.params.max_tokens:
             # Its only token comes from P: there is nothing to decode.
             self._record.decode_instance = ""
@@ -82,16 +82,22 @@ class Attempt:
         else:
             await self._pair(place.prefill, place.decode)
 
-    async def _hybrid(self, instance: InstanceHandle) -> None:
+    async def _alone(self, instance: InstanceHandle) -> None:
+        """On a hybrid instance, or on a decode instance that computes the prompt itself."""
         entry = self._entry
         request = GenerateRequest(
-            self._request_id, entry.request.prompt_token_ids, entry.request.params, [*entry.output]
+            self._request_id,
+            entry.request.prompt_token_ids,
+            entry.request.params,
+            [*entry.output],
+            left_s=entry.left_s(),
         )
         with self._naming(instance):
             async with instance.client.stream(GENERATE, request) as events:
                 with self._ending_choices(instance):
                     async for event in events:
                         self._deliver(event)
+                        self._placement.granted()
                         if self._has_no_choice_left():
                             break
             self._expect_end()
@@ -131,7 +137,13 @@ class Attempt:
         """Reserve on D, prefill on P, decode on D. If one leg fails the other is closed, and the cause raised."""
         entry, self._decode_epoch = self._entry, decode.epoch
         request = DecodeRequest(
-            self._request_id, self._transfer_id, entry.request.prompt_token_ids, entry.request.params, [*entry.output]
+            self._request_id,
+            self._transfer_id,
+            entry.request.prompt_token_ids,
+            entry.request.params,
+            [*entry.output],
+            left_s=entry.left_s(),
+            prefill_instance=prefill.instance_id,
         )
         async with decode.client.stream(DECODE, request) as events:
             if self._placement.may_begin:
@@ -213,6 +225,7 @@ class Attempt:
             grant,
             [*entry.output],
             grant_follows,
+            left_s=entry.left_s(),
         )
         with self._naming(instance), self._holding_ends():
             async with instance.client.stream(PREFILL, request) as events:

@@ -4,7 +4,7 @@ Settings that every instance takes as they are come from `hbserve_rpc.settings`,
 """
 
 from collections.abc import Callable
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 
@@ -104,8 +104,15 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     group `hbserve_scheduler.policies`, or `module:Class`."""
     decode_policy: str = "power_of_two"
     """Of hybrid instances too."""
+    local_prefill_tokens: Annotated[int, NOT_NEGATIVE] = 0
+    """A prompt of which fewer tokens than so many are not cached on a decode instance is computed there, and nothing is
+    moved. 0: none is."""
+    local_prefill_fallback: bool = True
+    """Where no prefill instance is left, nor being started, decode instances compute prompts. False: requests wait."""
     max_queue_size: Annotated[int, POSITIVE] = 4096
     """Requests beyond this are refused as overload."""
+    max_queue_time_s: Annotated[float, Bounds(0.01)] = 30.0
+    """As is a request that would wait longer, by the rate at which others were begun while some had to wait."""
     max_attempts: Annotated[int, POSITIVE] = 3
     request_timeout_s: Annotated[float | None, Bounds(0.001)] = None
     """A request ends with an error after so long; None is never."""
@@ -159,6 +166,8 @@ class ServerSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     """File of a Jinja template, or its text, in place of the model's."""
     default_chat_template_kwargs: dict[str, Any] = {}
     """What templates are given unless a request says otherwise."""
+    generation_config: Literal["auto", "none"] = "auto"
+    """Whether what a request does not say is as the model's generation_config.json has it."""
     first_byte_timeout_s: Annotated[float, Bounds(0.01)] = 30.0
     """The status line is sent with the first token; a streamed answer that has none for so long begins without it."""
     drain_timeout_s: Annotated[float, Bounds(0.0)] = 30.0
@@ -178,6 +187,10 @@ class DeploymentConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     engine: EngineSection = EngineSection()
     scheduler: SchedulerConfig = SchedulerConfig()
     server: ServerSection = ServerSection()
+    keys: str | None = None
+    """Folder that `hbserve keys` has made: processes know each other by the keys that are in it."""
+    allow_insecure: bool = False
+    """Without keys, listen also where others than this host reach it."""
 
     @property
     def named_instances(self) -> list[InstanceSection]:

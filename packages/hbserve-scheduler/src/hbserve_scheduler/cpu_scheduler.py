@@ -5,11 +5,13 @@ import contextlib
 import logging
 import time
 from collections.abc import Collection
+from functools import partial
 from itertools import takewhile
 
 from hbserve_rpc import (
     HBServeRpcError,
     InvalidRequest,
+    Keys,
     LogitsNotFinite,
     Overloaded,
     RequestTimeout,
@@ -19,14 +21,14 @@ from hbserve_rpc import (
 from hbserve_rpc.messages import FinishReason, GenerateRequest, Role, SchedulerStats, ServiceInfo
 from hbserve_rpc.plain_values import plain_id
 from hbserve_rpc.records import RequestRecord
-from hbserve_scheduler.admission import Room, WaitingRequests, admitted
+from hbserve_scheduler.admission import Admission, WaitingRequests, admitted
 from hbserve_scheduler.attempt import Attempt
 from hbserve_scheduler.config import SchedulerConfig
 from hbserve_scheduler.errors import RequestFailed
 from hbserve_scheduler.figures import Figures
 from hbserve_scheduler.fleet import Fleet
 from hbserve_scheduler.instance_client import ClientFactory
-from hbserve_scheduler.placement import Placement
+from hbserve_scheduler.instances import Placement
 from hbserve_scheduler.request import EventStream, ScheduledRequest
 from hbserve_scheduler.retries import Retries
 
@@ -36,8 +38,6 @@ TICK_S = 0.5
 MOST_DEATHS = 2
 """Of instances that a request was on: one may have been killed, two tell of the request. See `Retries` for those that
 were there by chance."""
-SOONEST_RETRY_S, LATEST_RETRY_S = 1.0, 60.0
-"""Bounds of what is said to those for whom the queue has no room."""
 
 
 class CpuScheduler:
@@ -58,10 +58,12 @@ class CpuScheduler:
         self.config = config or SchedulerConfig()
         self.model_path = model_path
         """What `info` tells clients."""
+        self.keys: Keys | None = None
+        """With which instances are dialled."""
         self.waiting_requests = WaitingRequests()
         self.running_requests: dict[str, ScheduledRequest] = {}
         self._changed = asyncio.Event()
-        self._room = Room()
+        self._admission = Admission(self.config, self.waiting_requests)
         self.fleet = Fleet(self.config, self._changed.set, client_factory)
         self.retries = Retries(self.fleet, self._changed.set)
         self._scheduling: asyncio.Task[None] | None = None
@@ -70,6 +72,11 @@ class CpuScheduler:
         self.figures = Figures()
 
     # ---- instances -----------------------------------------------------------------------------------------------
+
+    def use_keys(self, keys: Keys | None) -> None:
+        """A scheduler's, for the instances that are added from now on."""
+        self.keys = keys
+        self.fleet.client_factory = partial(RpcClient, keys=keys)
 
     async def add_instance(self, instance_id: str, role: Role, address: str) -> None:
         """Dial an instance at `host:port`. It need not be there yet."""
@@ -99,7 +106,7 @@ class CpuScheduler:
     async def stop(self) -> None:
         """End every request, as aborted if it has not all of its tokens. Leaves no task or socket behind."""
         self._stopped = True
-        self._room.look_again()
+        self._admission.look_again()
         for entry in [*self.waiting_requests, *self.running_requests.values()]:
             self._end(entry, entry.finish_reason or "abort")
         tasks = [entry.task for entry in self.running_requests.values() if entry.task is not None]
@@ -119,9 +126,9 @@ class CpuScheduler:
             Overloaded: the queue is full; has the time after which it may have room.
             Unavailable: the scheduler has been stopped.
         """
-        self._require_running()
+        # First: who has too much to do must not begin by looking closely at more.
+        self.require_room(getattr(request.params, "priority", 0))
         try:
-            self._require_place()  # first: who has too much to do must not begin by looking closely at more
             request = self.check(request)
             self._require_new(request.request_id)
         except HBServeRpcError:
@@ -129,13 +136,33 @@ class CpuScheduler:
             raise
         self.figures.num_submitted += 1
         entry = ScheduledRequest(request, self.figures)
+        entry.limit_time(self.config.request_timeout_s, self._out_of_time)
         self.waiting_requests.append(entry)
         self._changed.set()
         return EventStream(entry, self._abandon)
 
+    def require_room(self, priority: int = 0) -> None:
+        """Whether `submit` would take a request now: to be asked before something is done for one.
+
+        Raises:
+            Overloaded: the queue is full; has the time after which it may have room. It counts as refused.
+            Unavailable: the scheduler has been stopped.
+        """
+        self._require_running()
+        try:
+            self._admission.require_room(priority)
+        except Overloaded:
+            self.figures.num_rejected += 1
+            raise
+
     def check(self, request: GenerateRequest) -> GenerateRequest:
         """The request as `submit` would keep it, as far as can be known now. Raises InvalidRequest."""
-        return admitted(request, self.fleet.limiting_infos())
+        return admitted(request, self.fleet.limiting_infos(), self.digest_block_size)
+
+    @property
+    def digest_block_size(self) -> int:
+        """Of the blocks whose digests a prompt's shape should have; 0: of none, because no policy asks for them."""
+        return self.fleet.digest_block_size
 
     def _require_running(self) -> None:
         if self._stopped:
@@ -145,24 +172,13 @@ class CpuScheduler:
         if self.waiting_requests.find(request_id) is not None or request_id in self.running_requests:
             raise InvalidRequest(f"request_id={request_id!r} is in use")
 
-    def _require_place(self) -> None:
-        if len(self.waiting_requests) >= self.config.max_queue_size:
-            problem = f"{len(self.waiting_requests)} requests are waiting, which is scheduler.max_queue_size"
-            raise Overloaded(problem, self._half_a_queue_s())
-
-    def _half_a_queue_s(self) -> float:
-        """About when half of a full queue will have begun: who came now would wait as long as the first one has."""
-        first_s = asyncio.get_running_loop().time() - self.waiting_requests[0].submitted_s
-        return min(max(first_s / 2, SOONEST_RETRY_S), LATEST_RETRY_S)
-
-    async def wait_for_room(self) -> None:
+    async def wait_for_room(self, priority: int = 0) -> None:
         """Wait until less than half of the queue is taken: for those who have many requests, and leave room to others.
 
         Raises:
             Unavailable: the scheduler has been stopped.
         """
-        full = max(1, self.config.max_queue_size // 2)
-        await self._room.wait_until(lambda: self._stopped or len(self.waiting_requests) < full)
+        await self._admission.wait_until(lambda: self._stopped or not self._admission.is_half_full(priority))
         self._require_running()
 
     async def abort(self, request_id: str, reason: FinishReason = "abort", choice: int | None = None) -> bool:
@@ -191,6 +207,10 @@ class CpuScheduler:
         if entry.ended:
             return
         entry.finish(reason)
+        self._drop(entry)
+
+    def _drop(self, entry: ScheduledRequest) -> None:
+        """It has ended, and nothing more is to be done for it."""
         if entry in self.waiting_requests:
             self.waiting_requests.remove(entry)
         elif entry.task is not None:
@@ -209,10 +229,12 @@ class CpuScheduler:
 
     def start_request(self, entry: ScheduledRequest) -> None:
         """Take one request out of `waiting_requests` and follow it to its end. Needs `has_room()`."""
-        placement = self.fleet.place(entry.num_tokens, num_choices=entry.request.params.n)
+        wanted = entry.num_tokens, (), "", entry.request.params.n, entry.request.shape
+        placement = self.fleet.place(*wanted)
         if placement is None:
             raise Overloaded("start_request: there is no room; ask has_room() first")
         self.waiting_requests.remove(entry)
+        self._admission.begun(entry)
         self.running_requests[entry.request.request_id] = entry
         entry.task = asyncio.create_task(self._follow(entry, placement))
         # A task that is cancelled before its first step runs none of its `finally` blocks.
@@ -237,23 +259,20 @@ class CpuScheduler:
                 logger.exception("_schedule_waiting_requests failed; scheduling first come, first served instead")
                 await CpuScheduler._schedule_waiting_requests(self)
             self._fail_hopeless()
-            self._fail_late()
-            self._room.look_again()
+            self._admission.look(asyncio.get_running_loop().time(), is_served=self.fleet.may_serve())
 
-    def _fail_late(self) -> None:
-        timeout_s = self.config.request_timeout_s
-        if timeout_s is None:
+    def _out_of_time(self, entry: ScheduledRequest) -> None:
+        if entry.finish_reason is not None:  # it has all of its tokens: only its instances are not done
+            self._end(entry, entry.finish_reason)
             return
-        now_s = asyncio.get_running_loop().time()
-        while self.waiting_requests and now_s - self.waiting_requests[0].submitted_s > timeout_s:  # the oldest is first
-            entry = self.waiting_requests[0]
-            self.waiting_requests.remove(entry)
-            self._fail(entry, RequestTimeout(f"not started within request_timeout_s={timeout_s}"))
+        state = "started" if entry in self.waiting_requests else "finished"
+        self._fail(entry, RequestTimeout(f"not {state} within {entry.time_limit}"))
+        self._drop(entry)
 
     def _fail_hopeless(self) -> None:
         """Fail what waits when no instance that it needs has been there for too long."""
         now_s = asyncio.get_running_loop().time()
-        if not self.waiting_requests or self.fleet.may_serve_soon():
+        if not self.waiting_requests or self.fleet.may_serve(soon=True):
             self._missing_since_s = None
         elif self._missing_since_s is None:
             self._missing_since_s = now_s
@@ -263,15 +282,10 @@ class CpuScheduler:
                 self._fail(entry, Unavailable(self.fleet.why_nobody()))
 
     async def _follow(self, entry: ScheduledRequest, placement: Placement) -> None:
-        timeout_s = self.config.request_timeout_s
         try:
-            left_s = None if timeout_s is None else entry.submitted_s + timeout_s - asyncio.get_running_loop().time()
-            async with asyncio.timeout(left_s):
-                await self._attempts(entry, placement)
+            await self._attempts(entry, placement)
         except HBServeRpcError as error:
             self._fail(entry, error)
-        except TimeoutError:
-            self._fail(entry, RequestTimeout(f"not finished within request_timeout_s={timeout_s}"))
         except Exception as error:  # a mistake of this package: the client must hear of it all the same
             logger.exception("request %s failed", entry.request.request_id)
             self._fail(entry, RequestFailed(f"internal error: {error!r}"))
@@ -301,7 +315,7 @@ class CpuScheduler:
 
     def _judge(self, entry: ScheduledRequest, error: HBServeRpcError, problems: list[str]) -> None:
         """An attempt has failed. Raises what ends the request; else it is to get another place."""
-        if isinstance(error, InvalidRequest | LogitsNotFinite):  # another instance would say the same
+        if isinstance(error, InvalidRequest | LogitsNotFinite | RequestTimeout):  # another instance would say the same
             raise error
         if isinstance(error, Overloaded) and entry.attempts[-1].first_token_s is None:
             logger.debug("request %s is to be placed again: %s", entry.request.request_id, error)
@@ -359,6 +373,7 @@ class CpuScheduler:
         return SchedulerStats(
             **self.figures.snapshot(),
             waiting_requests=len(self.waiting_requests),
+            waiting_tokens=self.waiting_requests.num_tokens,
             running_requests=len(self.running_requests),
             instances=[handle.stats for handle in self.fleet.handles.values()],
         )
@@ -377,4 +392,4 @@ class CpuScheduler:
         infos = [handle.info for handle in self.fleet.handles.values() if handle.info is not None]
         lengths = [info.max_model_len for info in infos if info.max_model_len]
         ready = bool(self.fleet.handles) and all(handle.status == "ready" for handle in self.fleet.handles.values())
-        return ServiceInfo(ready, self.model_path, min(lengths, default=0), infos)
+        return ServiceInfo(ready, self.model_path, min(lengths, default=0), infos, self.digest_block_size)

@@ -5,6 +5,7 @@ import contextlib
 import itertools
 import logging
 from collections.abc import Callable, Collection, Iterable
+from itertools import islice
 from operator import attrgetter
 
 from hbserve_rpc import RpcClient
@@ -14,10 +15,17 @@ from hbserve_scheduler.config import SchedulerConfig
 from hbserve_scheduler.errors import ConfigError, InstanceFailed, NotReady
 from hbserve_scheduler.health import SERVING
 from hbserve_scheduler.instance_client import ClientFactory, InstanceClient
-from hbserve_scheduler.instances import InstanceHandle
+from hbserve_scheduler.instances import InstanceHandle, Placement
 from hbserve_scheduler.links import Links
-from hbserve_scheduler.placement import Placement
-from hbserve_scheduler.policies import SPARE_REQUESTS, Available, connected_first, make_policy
+from hbserve_scheduler.policies import (
+    MOST_COMPARED,
+    SPARE_REQUESTS,
+    Available,
+    connected_first,
+    least_loaded,
+    make_policy,
+)
+from hbserve_scheduler.prefixes import Prefixes
 
 REFRESH_TIMEOUT_S = 2.0
 
@@ -31,24 +39,33 @@ class Fleet:
         self.handles: dict[str, InstanceHandle] = {}
         self._config = config
         self._on_change = on_change
-        self._client_factory = client_factory
+        self.client_factory = client_factory
         self.on_members: Callable[[], None] = lambda: None
         """Called when there is another one, one less, or one is drained."""
         self.links = Links(self.handles, config.max_warm_links)
         self._started = False
-        prefill = make_policy("scheduler.prefill_policy", config.prefill_policy)
-        decode, hybrid = (make_policy("scheduler.decode_policy", config.decode_policy) for _ in range(2))
+        self.prefixes = Prefixes()
+        prefill = make_policy("scheduler.prefill_policy", config.prefill_policy, self.prefixes)
+        decode, hybrid = (make_policy("scheduler.decode_policy", config.decode_policy, self.prefixes) for _ in range(2))
         self._available: dict[Role, Available] = {
             "prefill": Available(prefill, lambda each: each.num_inflight < config.max_inflight_prefills),
             "decode": Available(decode, lambda each: each.num_pending < config.max_pending_reservations),
             "hybrid": Available(hybrid, lambda each: each.load < config.max_inflight_requests),
         }
+        self._roles_asked = {
+            role for role, each in self._available.items() if getattr(each.policy, "wants_digests", False)
+        }
+        """Of those it is good to know what they have cached."""
+        if config.local_prefill_tokens:
+            self._roles_asked.add("decode")
+        self._asking: asyncio.Task[None] | None = None
         self._turns = itertools.count(1)
         # What follows from all instances together is made again when one of them is another, not for each request.
         self._decodes: dict[str, InstanceHandle] = {}
         """Decode instances by epoch."""
         self._limiting: list[InstanceInfo] | None = None
-        self._roles_there: set[Role] | None = None
+        self._roles_there: dict[bool, bool] = {}
+        self._lacks_prefill: bool | None = None
 
     async def add(self, instance_id: str, role: Role, address: str) -> None:
         if instance_id in self.handles:
@@ -79,7 +96,7 @@ class Fleet:
     def make_client(self, address: str) -> InstanceClient:
         """A connection to an instance, which is not started."""
         settings = self._config
-        return self._client_factory(
+        return self.client_factory(
             address,
             heartbeat_interval_s=settings.heartbeat_interval_s,
             heartbeat_timeout_s=settings.heartbeat_timeout_s,
@@ -89,11 +106,25 @@ class Fleet:
         self._started = True
         for handle in self.handles.values():
             await handle.start()
+        if self._roles_asked:
+            asking = self.prefixes.keep(self._handles_asked, self._config.heartbeat_interval_s)
+            self._asking = asyncio.create_task(asking)
+
+    def _handles_asked(self) -> list[InstanceHandle]:
+        return [handle for handle in self.handles.values() if handle.role in self._roles_asked]
 
     async def stop(self) -> None:
         await self.links.close()
+        if self._asking is not None:
+            self._asking.cancel()
+            await asyncio.gather(self._asking, return_exceptions=True)
         for handle in self.handles.values():
             await handle.close()
+
+    @property
+    def digest_block_size(self) -> int:
+        """Tokens of the blocks whose digests policies ask for; 0: none does, or there is no instance."""
+        return next((info.block_size for info in self.limiting_infos()), 0) if self._roles_asked else 0
 
     def limiting_infos(self) -> list[InstanceInfo]:
         """Of the ready instances, those that take the shortest prompts and the fewest tokens: what no other refuses."""
@@ -110,7 +141,7 @@ class Fleet:
 
     def _look_at_info(self, handle: InstanceHandle) -> None:
         """It is in another state, or another life."""
-        self._limiting = self._roles_there = None
+        self._limiting, self._roles_there, self._lacks_prefill = None, {}, None
         self._decodes = {each.epoch: each for each in self.handles.values() if each.role == "decode" and each.info}
         self._available[handle.role].look(handle)
         self.links.look()
@@ -136,7 +167,7 @@ class Fleet:
 
     def has_room(self) -> bool:
         there = self._available
-        return bool(there["hybrid"]) or bool(there["prefill"] and there["decode"])
+        return bool(there["hybrid"] or (there["decode"] and (there["prefill"] or self._has_no_prefill())))
 
     def place(
         self,
@@ -154,7 +185,10 @@ class Fleet:
         there = self._available
         prefill: InstanceHandle | None = None
         shape = prompt or PromptShape(num_tokens)
-        if there["prefill"] and there["decode"]:
+        local = self._choose_local(num_tokens, avoid, shape)
+        if local is not None:
+            decode = local
+        elif there["prefill"] and there["decode"]:
             prefill = self._choose_prefill(num_tokens, avoid, computed_on, shape)
             decode = self._choose_decode(prefill, avoid, shape)
         elif there["hybrid"]:
@@ -166,6 +200,38 @@ class Fleet:
             handle.turn = next(self._turns)
             self._available[handle.role].look(handle)
         return placement
+
+    def _has_no_prefill(self) -> bool:
+        """None is there nor on its way, and decode instances are to compute prompts in that case."""
+        if self._lacks_prefill is None:
+            handles = self.handles.values()
+            self._lacks_prefill = (
+                self._config.local_prefill_fallback
+                and not any(each.role == "prefill" and each.status in ("ready", "starting") for each in handles)
+                and any(_computes_prompts(each) for each in handles)
+            )
+        return self._lacks_prefill
+
+    def _choose_local(self, num_tokens: int, avoid: Collection[str], prompt: PromptShape) -> InstanceHandle | None:
+        """A decode instance that is to compute the prompt itself: little of it is not in its cache, or there is nobody
+        else. None: none is."""
+        available, most = self._available["decode"], self._config.local_prefill_tokens
+        if not available:
+            return None
+        if self._has_no_prefill():
+            able = [each for each in _others(available, avoid) if _computes_prompts(each)]
+            return available.choose(prompt, able) if able else None
+        if num_tokens < most:
+            chosen = available.choose(prompt, _others(available, avoid) if avoid else None)
+            return chosen if _computes_prompts(chosen) else None
+        if not most or not prompt.digests or avoid:
+            return None
+        num_blocks, holders = self.prefixes.longest(prompt.digests, available)
+        if num_tokens - num_blocks * self.digest_block_size >= most:
+            return None
+        holder = min(islice(holders, MOST_COMPARED), key=least_loaded)
+        is_busy = holder.load > available.least_load() + SPARE_REQUESTS
+        return holder if _computes_prompts(holder) and not is_busy else None
 
     def _choose_prefill(
         self, num_tokens: int, avoid: Collection[str], computed_on: str, prompt: PromptShape
@@ -198,19 +264,24 @@ class Fleet:
         )
         return available.choose(prompt, candidates)
 
-    def may_serve_soon(self) -> bool:
-        """Whether each role that a request needs has an instance that is ready or loading its model."""
-        if self._roles_there is None:
-            self._roles_there = {
-                handle.role for handle in self.handles.values() if handle.status in (*SERVING, "starting")
-            }
-        return "hybrid" in self._roles_there or {"prefill", "decode"} <= self._roles_there
+    def may_serve(self, *, soon: bool = False) -> bool:
+        """Whether each role that a request needs has an instance that serves; or, `soon`, is loading its model."""
+        if soon not in self._roles_there:
+            statuses = (*SERVING, "starting") if soon else SERVING
+            roles = {handle.role for handle in self.handles.values() if handle.status in statuses}
+            able = "hybrid" in roles or {"prefill", "decode"} <= roles
+            self._roles_there[soon] = able or ("decode" in roles and self._has_no_prefill())
+        return self._roles_there[soon]
 
     def why_nobody(self) -> str:
         problems = [each.describe_problem() for each in self.handles.values() if each.status != "ready"]
         if not problems:
             problems = ["all are busy" if self.handles else "none were added"]
         return f"no instances for {self._config.instance_wait_s:g} s: " + "; ".join(problems)
+
+
+def _computes_prompts(decode: InstanceHandle) -> bool:
+    return decode.role == "decode" and decode.info is not None and decode.info.serves_generate
 
 
 def _others(available: Iterable[InstanceHandle], avoid: Collection[str]) -> list[InstanceHandle]:

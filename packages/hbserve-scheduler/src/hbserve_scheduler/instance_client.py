@@ -33,7 +33,7 @@ class InstanceClient(Protocol):
 
     on_lost: Callable[[PeerLost], None]
     on_doubt: Callable[[str], None]
-    name_problem: str
+    problem: str
 
     async def start(self) -> None: ...
 

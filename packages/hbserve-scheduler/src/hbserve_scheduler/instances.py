@@ -1,4 +1,7 @@
-"""The scheduler's handle of one instance: a connection, and what is known of the other side."""
+"""The scheduler's handle of one instance, and the places that requests take there.
+
+A handle is a connection, and what is known of the other side.
+"""
 
 import asyncio
 import logging
@@ -7,17 +10,8 @@ from collections.abc import Callable
 import msgspec
 
 from hbserve_rpc import HBServeRpcError, PeerDied, PeerLost, RpcClient
-from hbserve_rpc.messages import (
-    REPORTS,
-    STATS,
-    Empty,
-    InstanceInfo,
-    InstanceReport,
-    InstanceStats,
-    InstanceStatus,
-    ReportsRequest,
-    Role,
-)
+from hbserve_rpc.messages import STATS, Empty, InstanceInfo, InstanceStats, InstanceStatus, Role
+from hbserve_rpc.reports import REPORTS, InstanceReport, ReportsRequest
 from hbserve_scheduler.config import SchedulerConfig
 from hbserve_scheduler.health import Health
 from hbserve_scheduler.instance_client import InstanceClient
@@ -98,7 +92,7 @@ class InstanceHandle:
     async def start(self) -> None:
         self._outage = Outage(asyncio.get_running_loop().time())
         await self.client.start()
-        self.health.why += self.client.name_problem
+        self.health.why += self.client.problem
         self._following = asyncio.create_task(self._follow())
 
     async def close(self) -> None:
@@ -256,3 +250,54 @@ class InstanceHandle:
     def describe_problem(self) -> str:
         problem = self.health.why or f"it is {self.status}"
         return f"{self.instance_id} ({self.role}) at {self.address}: {problem}"
+
+
+class Placement:
+    """The places that one attempt has on its instances: taken when made, until it gives each back.
+
+    `prefill` is None on a hybrid instance, which is then `decode`.
+    """
+
+    def __init__(
+        self, prefill: InstanceHandle | None, decode: InstanceHandle, num_tokens: int, num_choices: int = 1
+    ) -> None:
+        self.prefill = prefill
+        self.decode = decode
+        self.may_begin = prefill is not None and decode.reports_room(num_tokens, num_choices)
+        """The decode instance is expected to grant at once: the prompt may be computed before it has."""
+        self._num_tokens = num_tokens
+        self._num_choices = num_choices
+        self._pending = prefill is not None or decode.role == "decode"
+        self._prefilling = prefill is not None
+        self._decoding = True
+        decode.load += num_choices
+        decode.num_given += num_choices
+        decode.tokens_given += num_tokens
+        decode.num_pending += self._pending
+        if prefill is not None:
+            prefill.num_inflight += 1
+            prefill.load += num_tokens
+
+    def granted(self) -> None:
+        """The decode instance has found room; or, where it computes the prompt itself, has done so."""
+        if self._pending:
+            self._pending = False
+            self.decode.num_pending -= 1
+            self.decode.changed()
+
+    def prefilled(self) -> None:
+        """The prefill instance is done with the request."""
+        if self._prefilling and self.prefill is not None:
+            self._prefilling = False
+            self.prefill.num_inflight -= 1
+            self.prefill.load -= self._num_tokens
+            self.prefill.changed()
+
+    def end(self) -> None:
+        """Give back what is still taken."""
+        self.granted()
+        self.prefilled()
+        if self._decoding:
+            self._decoding = False
+            self.decode.load -= self._num_choices
+            self.decode.changed()

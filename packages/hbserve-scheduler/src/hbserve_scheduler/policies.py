@@ -12,6 +12,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import entry_points
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol, overload
 
@@ -19,6 +20,7 @@ from hbserve_rpc.plain_values import shown
 from hbserve_rpc.prompt_shape import PromptShape
 from hbserve_scheduler.errors import ConfigError
 from hbserve_scheduler.instances import InstanceHandle
+from hbserve_scheduler.prefixes import Prefixes
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +28,8 @@ ENTRY_POINT_GROUP = "hbserve_scheduler.policies"
 SPARE_REQUESTS = 4
 """As many requests more may be with an instance to which there is a link than with one to which there is none. Less
 work is worth more than a link, which is made once."""
+MOST_COMPARED = 32
+"""Of the instances that hold the same prefix. Where more do, nearly all hold it, and no choice is a bad one."""
 Rank = tuple[int, ...]
 """The lowest comes first. No two instances have the same: each ends in its turn."""
 SPARE_ENTRIES = 64
@@ -33,7 +37,10 @@ SPARE_ENTRIES = 64
 
 
 class PlacementPolicy(Protocol):
-    """Chooses among the instances of one role. Each role of each scheduler has one of its own, in its event loop."""
+    """Chooses among the instances of one role. Each role of each scheduler has one of its own, in its event loop.
+
+    If it has `wants_digests = True`, prompts come with the digests of their blocks.
+    """
 
     def choose(self, candidates: Sequence[InstanceHandle], prompt: PromptShape) -> InstanceHandle:
         """One of `candidates`, which are never none: the instances that can take a request now, in no order.
@@ -76,10 +83,36 @@ class PowerOfTwo:
         return min(candidates[first], candidates[(first + step) % len(candidates)], key=least_loaded)
 
 
-POLICIES: dict[str, Callable[[], PlacementPolicy]] = {
-    "round_robin": lambda: LowestRank(round_robin),
-    "least_loaded": lambda: LowestRank(least_loaded),
-    "power_of_two": PowerOfTwo,
+class PrefixAware:
+    """Takes an instance that holds the longest part of the prompt in its prefix cache, unless it has too much to do;
+    else one of two, as PowerOfTwo.
+
+    Too much is more than that other one has and the prompt's cached part together, of a prefill instance: the request
+    would wait longer than it saves. Of others, whose load is counted in requests, it is SPARE_REQUESTS more.
+    """
+
+    wants_digests = True
+
+    def __init__(self, prefixes: Prefixes) -> None:
+        self._prefixes = prefixes
+        self._else = PowerOfTwo()
+
+    def choose(self, candidates: Sequence[InstanceHandle], prompt: PromptShape) -> InstanceHandle:
+        other = self._else.choose(candidates, prompt)
+        num_blocks, holders = self._prefixes.longest(prompt.digests, candidates)
+        if num_blocks == 0 or self._prefixes.num_cached(prompt.digests, other) >= num_blocks:
+            return other
+        holder = min(islice(holders, MOST_COMPARED), key=least_loaded)
+        saved = prompt.num_tokens * num_blocks // len(prompt.digests)
+        spare = saved if holder.role == "prefill" else SPARE_REQUESTS
+        return holder if holder.load <= other.load + spare else other
+
+
+POLICIES: dict[str, Callable[[Prefixes], PlacementPolicy]] = {
+    "round_robin": lambda _: LowestRank(round_robin),
+    "least_loaded": lambda _: LowestRank(least_loaded),
+    "power_of_two": lambda _: PowerOfTwo(),
+    "prefix_aware": PrefixAware,
 }
 
 
@@ -94,7 +127,7 @@ def check_policy(key: str, name: str) -> None:
         raise ConfigError(f"{key}={shown(name)}: expected one of {', '.join(there)}, or 'module:Class' of your own")
 
 
-def make_policy(key: str, name: str) -> PlacementPolicy:
+def make_policy(key: str, name: str, prefixes: Prefixes) -> PlacementPolicy:
     """The policy that a configuration's `key` names: one of ours, an entry point, or `module:Class`, whose module is
     one that Python finds, or in the current folder.
 
@@ -102,7 +135,7 @@ def make_policy(key: str, name: str) -> PlacementPolicy:
         ConfigError: there is none of this name, or it is none.
     """
     if name in POLICIES:
-        return POLICIES[name]()
+        return POLICIES[name](prefixes)
     check_policy(key, name)
     found = entry_points(group=ENTRY_POINT_GROUP)
     try:
@@ -203,7 +236,7 @@ class Available(Sequence[InstanceHandle]):
     def choose(self, prompt: PromptShape, among: Sequence[InstanceHandle] | None = None) -> InstanceHandle:
         """By the policy, of all that are available or `among` some of them. There must be one."""
         candidates = self if among is None else among
-        if isinstance(self.policy, LowestRank | PowerOfTwo):
+        if isinstance(self.policy, LowestRank | PowerOfTwo | PrefixAware):
             return self.policy.choose(candidates, prompt)
         try:
             chosen = self.policy.choose(candidates, prompt)

@@ -2,7 +2,7 @@
 
 import asyncio
 
-from hbserve_rpc import HBServeRpcError, RpcClient, RpcStream
+from hbserve_rpc import HBServeRpcError, Keys, NotAllowed, RpcClient, RpcStream
 from hbserve_rpc.members import (
     SCHEDULER_DRAIN,
     SCHEDULER_JOIN,
@@ -43,12 +43,19 @@ RETRY_S = 0.1
 class RemoteScheduler:
     """Client of a SchedulerServer at `host:port`."""
 
-    def __init__(self, address: str, *, heartbeat_timeout_s: float = 10.0) -> None:
-        """`heartbeat_timeout_s`: each side takes the other for lost after so much silence, and ends its requests."""
+    def __init__(self, address: str, *, heartbeat_timeout_s: float = 10.0, keys: Keys | None = None) -> None:
+        """`heartbeat_timeout_s`: each side takes the other for lost after so much silence, and ends its requests.
+        `keys`: a client's, or a scheduler's, where the other has keys."""
         self.address = address
         self._infos: list[InstanceInfo] = []
+        self.digest_block_size = 0
+        """As of CpuScheduler, by what `find` heard last."""
         self._client = RpcClient(
-            address, heartbeat_interval_s=heartbeat_timeout_s / 5, heartbeat_timeout_s=heartbeat_timeout_s
+            address,
+            heartbeat_interval_s=heartbeat_timeout_s / 5,
+            heartbeat_timeout_s=heartbeat_timeout_s,
+            keys=keys,
+            server="scheduler",
         )
 
     async def start(self) -> None:
@@ -61,7 +68,7 @@ class RemoteScheduler:
         """Wait until the scheduler answers. Requests wait there for instances that are not ready yet.
 
         Raises:
-            NotReady: not in time.
+            NotReady: not in time; at once, if the scheduler does not let this side in.
         """
         deadline_s = asyncio.get_running_loop().time() + timeout_s
         problem = "no answer"
@@ -69,7 +76,10 @@ class RemoteScheduler:
             try:
                 info = await self._client.call(SCHEDULER_INFO, Empty(), timeout_s=min(left_s, CALL_TIMEOUT_S))
                 self._infos = [each for each in info.instances if each.status == "ready"]
+                self.digest_block_size = info.digest_block_size
                 return info
+            except NotAllowed as error:
+                raise NotReady(str(error)) from error
             except HBServeRpcError as error:
                 problem = str(error)
                 await asyncio.sleep(min(RETRY_S, max(0.0, deadline_s - asyncio.get_running_loop().time())))
@@ -81,9 +91,9 @@ class RemoteScheduler:
 
     def check(self, request: GenerateRequest) -> GenerateRequest:
         """As `CpuScheduler.check`, by what `find` heard last."""
-        return admitted(request, self._infos)
+        return admitted(request, self._infos, self.digest_block_size)
 
-    async def wait_for_room(self) -> None:
+    async def wait_for_room(self, priority: int = 0) -> None:
         """The queue is elsewhere, and says Overloaded itself."""
 
     async def abort(self, request_id: str, reason: FinishReason = "abort", choice: int | None = None) -> bool:

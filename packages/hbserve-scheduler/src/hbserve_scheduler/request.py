@@ -6,6 +6,7 @@ by itself, as a request with output would.
 """
 
 import asyncio
+import math
 import time
 from array import array
 from collections import deque
@@ -67,6 +68,10 @@ class ScheduledRequest:
     """What is known of the transfer is not complete: the ends of choices wait for that."""
     on_choice_ended: Callable[[int], None] | None = None
     """Told when one is ended from here, while an instance computes all of them."""
+    deadline_s: float = math.inf
+    time_limit: str = ""
+    """The setting that has set the deadline, and its value."""
+    _timer: asyncio.TimerHandle | None = None
     _num_counted: int = 0
     _output_counted: int = 0
 
@@ -284,7 +289,30 @@ class ScheduledRequest:
             len(self.choices) or 1,
         )
 
+    def limit_time(self, most_s: float | None, on_end: "Callable[[ScheduledRequest], None]") -> None:
+        """Call `on_end` with it unless it has ended by `most_s` or its own `timeout_s` after it was submitted."""
+        limits = {"request_timeout_s": most_s, "timeout_s": self.request.params.timeout_s}
+        known = {name: limit_s for name, limit_s in limits.items() if limit_s is not None}
+        if not known:
+            return
+        name = min(known, key=known.__getitem__)
+        self.time_limit = f"{name}={known[name]}"
+        self.deadline_s = self.submitted_s + known[name]
+        self._timer = asyncio.get_running_loop().call_at(self.deadline_s, on_end, self)
+        for each in self.choices:
+            each.deadline_s = self.deadline_s
+
+    def left_s(self) -> float | None:
+        """Until its deadline; None: it has none."""
+        return None if self.deadline_s == math.inf else max(0.0, self.deadline_s - asyncio.get_running_loop().time())
+
+    def _end_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
     def fail(self, error: Exception) -> None:
+        self._end_timer()
         for each in [self, *self.choices]:
             each.ended = True
         self.figures.add(self.record(str(error)))
@@ -292,6 +320,7 @@ class ScheduledRequest:
 
     def finish(self, reason: FinishReason) -> None:
         self.ended = True
+        self._end_timer()
         self.finish_reason = reason
         for each in self.choices:
             each.finish_reason = each.finish_reason or reason

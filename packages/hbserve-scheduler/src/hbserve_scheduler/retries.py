@@ -5,7 +5,7 @@ from collections import deque
 from collections.abc import Callable
 
 from hbserve_scheduler.fleet import Fleet
-from hbserve_scheduler.placement import Placement
+from hbserve_scheduler.instances import Placement
 from hbserve_scheduler.request import ScheduledRequest
 
 MOST_SUSPECTS = 8
@@ -37,7 +37,7 @@ class Retries:
         for entry, place in list(self._waiting):
             if self._is_held_back(entry):
                 continue
-            wanted = entry.num_tokens, entry.failed_on, entry.computed_on, entry.request.params.n
+            wanted = entry.num_tokens, entry.failed_on, entry.computed_on, entry.request.params.n, entry.request.shape
             placement = self._fleet.place(*wanted)
             if placement is None:
                 return

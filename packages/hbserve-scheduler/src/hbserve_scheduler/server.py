@@ -4,7 +4,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator
 
-from hbserve_rpc import InvalidRequest, RpcServer
+from hbserve_rpc import InvalidRequest, Keys, RpcServer, calling_peer
 from hbserve_rpc.members import (
     SCHEDULER_DRAIN,
     SCHEDULER_JOIN,
@@ -47,14 +47,16 @@ class SchedulerServer:
     of them has it.
     """
 
-    def __init__(self, scheduler: CpuScheduler) -> None:
+    def __init__(self, scheduler: CpuScheduler, *, keys: Keys | None = None) -> None:
+        """keys: a scheduler's; then only who has keys is served, and siblings must have some."""
         self.scheduler = scheduler
+        self.keys = keys
         self.members = Membership(scheduler.fleet)
         self.declared: DeclaredInstances | None = None
         """From its file, if whoever starts it has one; to be set before `start`."""
-        self.siblings = Siblings(self.members.members)
+        self.siblings = Siblings(self.members.members, keys)
         scheduler.fleet.on_members = self.siblings.tell_members
-        self._server = RpcServer(scheduler.config.host, scheduler.config.port, drops_closed=True)
+        self._server = RpcServer(scheduler.config.host, scheduler.config.port, drops_closed=True, keys=keys)
         self._server.serve(SCHEDULER_INFO, self._info)
         self._server.serve(SCHEDULER_STATS, self._stats)
         self._server.serve(SCHEDULER_RECORDS, self._records)
@@ -139,9 +141,13 @@ class SchedulerServer:
         return await self.declared.reload()
 
     async def _members(self, news: Members) -> None:
+        if calling_peer().party not in (None, "scheduler"):
+            raise InvalidRequest("another scheduler alone may say which instances there are")
         await self.members.set_members(news.members)
 
     async def _instance_died(self, news: InstanceDied) -> None:
+        if calling_peer().party == "client":
+            raise InvalidRequest("a client cannot know of the end of an instance")
         await self.instance_died(news.instance_id, news.why)
 
     async def _generate(self, request: GenerateRequest) -> AsyncIterator[ClientEvent]:

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from hbserve_rpc import HBServeRpcError
+from hbserve_rpc import HBServeRpcError, Keys
 from hbserve_rpc.members import Member
 from hbserve_rpc.messages import FinishReason, LatencySummary, SchedulerStats
 from hbserve_rpc.records import RequestRecord
@@ -25,9 +25,10 @@ NO_SUMS = {"success_rate", "handoff", "instances"}
 class Siblings:
     """Come and go; what one has counted stays counted, so that sums never fall."""
 
-    def __init__(self, members: Callable[[], list[Member]]) -> None:
+    def __init__(self, members: Callable[[], list[Member]], keys: Keys | None = None) -> None:
         """members: the instances that all are to use."""
         self._members = members
+        self._keys = keys
         self._remotes: dict[str, RemoteScheduler] = {}
         """By name."""
         self._last: dict[str, SchedulerStats] = {}
@@ -36,7 +37,7 @@ class Siblings:
     async def add(self, name: str, address: str) -> None:
         """A SchedulerServer at `host:port`. One that has this name already is another life of it, and has ended."""
         await self.remove(name)
-        remote = RemoteScheduler(address)
+        remote = RemoteScheduler(address, keys=self._keys)
         await remote.start()
         self._remotes[name] = remote
         remote.tell_members(self._members())

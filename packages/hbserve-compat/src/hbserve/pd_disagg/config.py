@@ -39,6 +39,8 @@ class _Keywords(EngineSettings, kw_only=True):
     """Entries with the keys of the YAML section of the same name."""
     scheduler: dict[str, Any] = msgspec.field(default_factory=dict)
     """Keys of the YAML section `scheduler`."""
+    keys: str | None = None
+    allow_insecure: bool = False
 
 
 class PdDisaggConfig(_Keywords):
@@ -58,7 +60,7 @@ class PdDisaggConfig(_Keywords):
 
     def to_deployment(self) -> DeploymentConfig:
         """The same as a checked DeploymentConfig. Raises ConfigError."""
-        content: dict[str, Any] = {"scheduler": self.scheduler}
+        content: dict[str, Any] = {"scheduler": self.scheduler} | {name: getattr(self, name) for name in OF_NO_SECTION}
         for name, (section, key) in PATHS.items():
             content.setdefault(section, {})[key] = getattr(self, name)
         content["model"]["path"] = None if self.model_path is None else str(self.model_path)
@@ -85,6 +87,7 @@ class PdDisaggConfig(_Keywords):
     def from_deployment(cls, config: DeploymentConfig) -> "PdDisaggConfig":
         """The flat fields of a configuration file; see `hbserve_scheduler.load_config`."""
         values = {name: getattr(getattr(config, section), key) for name, (section, key) in PATHS.items()}
+        values |= {name: getattr(config, name) for name in OF_NO_SECTION}
         return cls(**values, gpu_instances=config.gpu_instances, scheduler=msgspec.to_builtins(config.scheduler))
 
 
@@ -95,6 +98,8 @@ PATHS = {
     **ENGINE_KEYS,
 }
 """Field of PdDisaggConfig: its section of the YAML file, and its key there."""
+OF_NO_SECTION = ("keys", "allow_insecure")
+"""Fields that have their names in the YAML file too, outside all sections."""
 
 
 def _in_field_names(message: str) -> str:

@@ -14,7 +14,7 @@ from typing import Any, Self
 import msgspec
 
 from hbserve.demo_model import find_model_folder
-from hbserve.launcher import LocalInstances
+from hbserve.launcher import LocalInstances, launch_keys
 from hbserve.pd_disagg.config import PdDisaggConfig
 from hbserve.pd_disagg.ending import end_both, end_dropped, weakly
 from hbserve.progress import progress_bar
@@ -25,6 +25,7 @@ from hbserve.tokenizer import load_tokenizer
 from hbserve_rpc import SamplingParams
 from hbserve_rpc.plain_values import plain_id
 from hbserve_scheduler import CpuScheduler, InstanceFailed
+from hbserve_scheduler.security import require_keys
 
 logger = logging.getLogger(__name__)
 
@@ -88,10 +89,15 @@ class DisaggregatedLLM:
 
     async def _start(self) -> None:
         deployment = self.config.to_deployment()
+        require_keys(deployment, launched=True)
+        keys = launch_keys(deployment)
         folder = await find_model_folder(self.config.model_path)
         self._scheduler = self._scheduler_class(deployment.scheduler, model_path=str(folder))
         on_death = weakly(self._on_death)
-        self._instances = LocalInstances(deployment, folder, log_level=self._log_level, on_death=on_death)
+        self._scheduler.use_keys(keys.get("scheduler"))
+        self._instances = LocalInstances(
+            deployment, folder, log_level=self._log_level, on_death=on_death, keys=keys.get("instance")
+        )
         self._if_dropped = weakref.finalize(
             self, end_dropped, asyncio.get_running_loop(), os.getpid(), self._scheduler, self._instances
         )
@@ -220,9 +226,9 @@ class DisaggregatedLLM:
         plain = read_prompts(prompts)
         params = read_params(sampling_params, len(plain))
         token_ids = await asyncio.to_thread(encode_all, self._tokenizer, plain, params)
-        check_all(scheduler, token_ids, params)
+        shapes = check_all(scheduler, token_ids, params)
         with progress_bar(len(plain), is_shown=use_tqdm) as bar:
-            return await answer_all(scheduler, self._tokenizer, token_ids, params, bar.update)
+            return await answer_all(scheduler, self._tokenizer, token_ids, params, shapes, bar.update)
 
     def stream(
         self, prompt: Prompt, sampling_params: SamplingParams | None = None, *, request_id: str | None = None

@@ -33,12 +33,11 @@ class Answers:
     ) -> None:
         """only_prompt: what is known of the prompts is wanted, and no token of an answer."""
         self._only_prompt = only_prompt
-        self._make = [
-            partial(
-                TextRequest, model.scheduler, model.encoder.tokenizer, *each, skip_special_tokens=skip_special_tokens
-            )
-            for each in zip(prompts, params, strict=True)
-        ]
+        self._model = model
+        self._wanted = list(zip(prompts, params, strict=True))
+        self._make = partial(
+            TextRequest, model.scheduler, model.encoder.tokenizer, skip_special_tokens=skip_special_tokens
+        )
         self._news: News = []
         self._changed = asyncio.Event()
         self._taken = asyncio.Event()
@@ -51,8 +50,9 @@ class Answers:
         """Raises InvalidRequest or Overloaded, if the scheduler refuses one; then none goes on."""
         try:
             first = 0
-            for make in self._make:
-                request = make()
+            for prompt, params in self._wanted:
+                shape = await self._model.encoder.shape(prompt, self._model.scheduler.digest_block_size)
+                request = self._make(prompt, params, shape=shape)
                 self._requests.append(request)
                 self._pumps.append(asyncio.create_task(self._pump(first, request)))
                 first += len(request.choices)

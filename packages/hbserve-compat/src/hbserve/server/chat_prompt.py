@@ -47,7 +47,7 @@ async def chat_prompt(
     if beginning:
         prompt = prompt + await model.encoder.text(beginning, add_special_tokens=False)
     with renamed({} if body.max_completion_tokens is None else {"max_tokens": "max_completion_tokens"}):
-        params = sampling_params(body, model.room_for(prompt), grammar or tools.grammar)
+        params = sampling_params(body, model.room_for(prompt), grammar or tools.grammar, model.defaults)
 
     def make_parts() -> MessageParts:
         if has_begun is None or tools.beginning or is_structured:

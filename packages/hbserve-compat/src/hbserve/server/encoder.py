@@ -4,12 +4,15 @@ import asyncio
 import copy
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeVar
 
 from hbserve.tokenizer import encode, encode_messages
+from hbserve_rpc.prompt_shape import PromptShape, shape_of
+
+T = TypeVar("T")
 
 SHORT = 4096
-"""Characters that are encoded sooner than a thread would begin."""
+"""Characters, or tokens, that are encoded sooner than a thread would begin."""
 
 
 class Encoder:
@@ -36,7 +39,11 @@ class Encoder:
             lambda tokenizer: encode_messages(tokenizer, messages, chat_template=self.chat_template, **settings),
         )
 
-    async def _call(self, length: int, job: Callable[[Any], list[int]]) -> list[int]:
+    async def shape(self, token_ids: list[int], block_size: int) -> PromptShape:
+        """See `shape_of`: to look at a long prompt takes a while too."""
+        return await self._call(len(token_ids), lambda _: shape_of(token_ids, block_size))
+
+    async def _call(self, length: int, job: Callable[[Any], T]) -> T:
         if length <= SHORT:
             return job(self.tokenizer)
         loop = asyncio.get_running_loop()

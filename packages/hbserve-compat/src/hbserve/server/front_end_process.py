@@ -24,12 +24,14 @@ from hbserve_scheduler import CpuScheduler, HBServeSchedulerError, RemoteSchedul
 
 
 async def _serve(settings: FrontEndSettings) -> None:
+    keys = settings.keys if settings.parent_has_keys else None
     loop, ending = asyncio.get_running_loop(), Ending()
     with own_process.on_ending_signals(lambda _: ending.tell()):
         when_launcher_ends(lambda: loop.call_soon_threadsafe(ending.tell_at_once))
-        parent = RemoteScheduler(settings.parent)
+        parent = RemoteScheduler(settings.parent, keys=keys)
         front_end = FrontEnd(settings.server, shares_port=True, whole=parent)
-        server = SchedulerServer(CpuScheduler(settings.scheduler, model_path=settings.model_folder))
+        server = SchedulerServer(CpuScheduler(settings.scheduler, model_path=settings.model_folder), keys=keys)
+        server.scheduler.use_keys(settings.keys)
         try:
             await parent.start()
             await server.start()

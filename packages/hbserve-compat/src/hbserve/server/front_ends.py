@@ -21,7 +21,7 @@ import msgspec
 from hbserve.child_process import ChildProcess, ChildProcesses
 from hbserve.server.front_end import READY_TIMEOUT_S, FrontEnd
 from hbserve.server.http_server import held_for_others
-from hbserve_rpc import format_address
+from hbserve_rpc import Keys, format_address
 from hbserve_rpc.address import is_wildcard
 from hbserve_rpc.messages import Role
 from hbserve_scheduler import SchedulerConfig, SchedulerServer
@@ -44,8 +44,12 @@ class FrontEndSettings(msgspec.Struct, frozen=True, kw_only=True):
     model_folder: str
     instances: list[tuple[str, Role, str]]
     """Id, role and address."""
+    keys: Keys | None
+    """A scheduler's, for the instances."""
     parent: str
     """Address of the SchedulerServer that has the figures of all."""
+    parent_has_keys: bool
+    """It serves only who has keys, and asks this process with its own."""
     log_level: str
 
 
@@ -132,6 +136,8 @@ class FrontEnds(FrontEnd):
             model_name=name,
             model_folder=str(folder),
             instances=[(each.instance_id, each.role, each.address) for each in server.scheduler.fleet.handles.values()],
+            keys=server.scheduler.keys,
+            parent_has_keys=server.keys is not None,
             parent=format_address(host, port),
             log_level=self._log_level,
         )

@@ -43,6 +43,8 @@ async def endpoint(request: Request, kind: type[B], answer: Answer[B]) -> Watche
     model = service.require_model()
     body = converted(content, kind)
     require_served(body)
+    # Before any work for it: with too many requests there, a refusal must not have to wait for theirs.
+    model.scheduler.require_room(getattr(body, "priority", None) or 0)
     headers = ignored_header(ignored_fields(content, kind))
     request_id, name = request.scope["state"]["request_id"], model.name_for(body.model)
     head = {"id": kind.id_prefix + request_id, "created": int(time.time()), "model": name}
@@ -59,7 +61,7 @@ async def _complete(
     given = read_prompts(body.prompt)
     n = num_choices(body, len(given))
     prompts = [await model.encoder.text(each) if isinstance(each, str) else each for each in given]
-    params = [sampling_params(body, COMPLETION_MAX_TOKENS, structured_outputs(body))] * len(prompts)
+    params = [sampling_params(body, COMPLETION_MAX_TOKENS, structured_outputs(body), model.defaults)] * len(prompts)
     echoed = [_text_of(model, each, ids) if body.echo else "" for each, ids in zip(given, prompts, strict=True)]
     choices = CompletionChoices(
         TokenNames(model.encoder.tokenizer),

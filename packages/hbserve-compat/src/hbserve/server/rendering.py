@@ -133,6 +133,7 @@ class Rendering:
                 "queue_time_ms": 1e3 * times["queue_time_s"],
                 "mean_itl_ms": 1e3 * times["tpot_s"],
                 "tokens_per_second": (self._num_output - 1) / generation_s if generation_s > 0 else None,
+                "handoff_ms": 1e3 * times["handoff_s"],
                 "kv_transfer_time_ms": 1e3 * times["kv_transfer_time_s"],
                 "kv_bytes": times["kv_bytes"],
                 "prefill_instance": times["prefill_instance"],

@@ -50,7 +50,6 @@ IGNORED = {
     "safety_identifier": "nothing is kept of a user",
     "prompt_cache_key": "prefixes are found by their tokens",
     "verbosity": "templates know nothing of it",
-    "priority": "first come, first served",
     "request_id": "the header X-Request-Id is for that",
 }
 """Fields that clients are known to send, and that have no effect here; so has any other that is in no list."""
@@ -103,6 +102,8 @@ class SamplingFields(RequestBody, frozen=True, kw_only=True):
     min_tokens: int | None = None
     prompt_logprobs: int | None = None
     include_stop_str_in_output: bool | None = None
+    priority: int | None = None
+    timeout_s: float | None = None
     echo: bool | None = None
     response_format: Any = None
     """OpenAI's way to say `structured_outputs`."""

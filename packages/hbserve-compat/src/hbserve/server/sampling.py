@@ -1,15 +1,32 @@
-"""From a body's fields to the SamplingParams of its requests."""
+"""From a body's fields, and the model's own defaults, to the SamplingParams of its requests."""
+
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 from hbserve.server.api_error import ApiError
 from hbserve.server.request_fields import SAMPLED, ChatBody, CompletionBody, SamplingFields
-from hbserve_rpc import SamplingParams, StructuredOutputsParams
+from hbserve_rpc import InvalidRequest, SamplingParams, StructuredOutputsParams
 from hbserve_rpc.sampling_params import MAX_LOGPROBS
+
+logger = logging.getLogger(__name__)
 
 MOST_CHOICES = 1024
 """Of one request: its prompts, times `n`."""
 COMPLETION_MAX_TOKENS = 16
 """As in OpenAI's API, where a completion does not say."""
 SEEDS = 2**63
+FROM_THE_MODEL = {
+    "temperature": "temperature",
+    "top_k": "top_k",
+    "top_p": "top_p",
+    "min_p": "min_p",
+    "repetition_penalty": "repetition_penalty",
+    "max_new_tokens": "max_tokens",
+}
+"""What generation_config.json may have, and what it is called here; those that vLLM takes from there too."""
 
 
 def num_choices(body: SamplingFields, num_prompts: int) -> int:
@@ -29,7 +46,29 @@ def num_choices(body: SamplingFields, num_prompts: int) -> int:
     return n
 
 
-def sampling_params(body: SamplingFields, max_tokens: int, grammar: StructuredOutputsParams | None) -> SamplingParams:
+def model_defaults(folder: Path) -> dict[str, Any]:
+    """Parameters that the model's generation_config.json has, for requests that do not say; none if it is unusable."""
+    try:
+        content = json.loads((folder / "generation_config.json").read_text(encoding="utf-8"))
+        found = {name: content[given] for given, name in FROM_THE_MODEL.items() if content.get(given) is not None}
+        SamplingParams(**found)
+    except FileNotFoundError:
+        return {}
+    except (ValueError, AttributeError, TypeError, InvalidRequest) as error:
+        logger.warning("%s/generation_config.json: its sampling defaults are not used: %s", folder, error)
+        return {}
+    if found:
+        said = ", ".join(f"{name}={value}" for name, value in found.items())
+        logger.info("what requests do not say is the model's own: %s; server.generation_config: none ends that", said)
+    return found
+
+
+def sampling_params(
+    body: SamplingFields,
+    max_tokens: int,
+    grammar: StructuredOutputsParams | None,
+    defaults: Mapping[str, Any],
+) -> SamplingParams:
     """Parameters of a request whose answer may have so many tokens unless it says otherwise, and follows this grammar.
 
     Raises:
@@ -37,7 +76,9 @@ def sampling_params(body: SamplingFields, max_tokens: int, grammar: StructuredOu
     """
     given = {name: value for name in SAMPLED if (value := getattr(body, name, None)) is not None}
     wanted = _max_tokens(body)
-    given["max_tokens"] = max_tokens if wanted is None else wanted
+    given = {**defaults, **given, "max_tokens": min(max_tokens, defaults.get("max_tokens", max_tokens))}
+    if wanted is not None:
+        given["max_tokens"] = wanted
     given["logprobs"] = _logprobs(body)
     given["structured_outputs"] = grammar
     if isinstance(body, CompletionBody):

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 from hbserve.server.api_error import ApiError, try_again
 from hbserve.server.encoder import Encoder
+from hbserve.server.sampling import model_defaults
 from hbserve.text_request import Scheduler
 from hbserve_rpc.messages import SchedulerStats, ServiceInfo
 from hbserve_rpc.plain_values import shown
@@ -29,6 +30,8 @@ OF_TEMPLATES = {
 
 class ServingScheduler(Scheduler, Protocol):
     """A scheduler in this process: CpuScheduler."""
+
+    def require_room(self, priority: int = ...) -> None: ...
 
     def info(self) -> ServiceInfo: ...
 
@@ -55,6 +58,8 @@ class ServedModel:
     """Of all schedulers of the deployment, of which `scheduler` may be one."""
     created: int
     """Seconds since the epoch."""
+    defaults: dict[str, Any]
+    """Of SamplingParams, where a request does not say."""
 
     def name_for(self, wanted: str | None) -> str:
         """The name that a request has given, or the first one for none. The folder is a name too: /v1/models shows it
@@ -122,7 +127,8 @@ class Service:
         """Serve a model from now on, under this name unless the settings have others."""
         encoder = Encoder(tokenizer, _template(self.settings.chat_template))
         names = self.settings.served_model_names or [name]
-        self.model = ServedModel(names, str(folder), scheduler, encoder, whole, int(time.time()))
+        defaults = model_defaults(folder) if self.settings.generation_config == "auto" else {}
+        self.model = ServedModel(names, str(folder), scheduler, encoder, whole, int(time.time()), defaults)
 
     def close(self) -> None:
         if self.model is not None:

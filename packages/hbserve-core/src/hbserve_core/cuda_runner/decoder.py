@@ -8,14 +8,22 @@ from collections.abc import Sequence as Ids
 
 import torch
 
+from hbserve_core.cuda_runner.kernels.attention_parts import Scores
 from hbserve_core.cuda_runner.kernels.decode_attention import DecodeWorkspace, decode_attention
 from hbserve_core.cuda_runner.kernels.pointwise import embed
 from hbserve_core.cuda_runner.kernels.prefill_attention import prefill_attention, store_kv
 from hbserve_core.cuda_runner.kernels.sampling import sample
-from hbserve_core.cuda_runner.products import CudaProducts, ResidualStream
+from hbserve_core.cuda_runner.products import CudaProducts, ResidualStream, normed
 from hbserve_core.cuda_runner.step_packer import StepShape, StepView, seed_halves
 from hbserve_core.logits.rows import LogitsRow, has_grammars, on_device
-from hbserve_core.model.layers import DecoderWeights, LayerWeights, Linear, RmsNorm
+from hbserve_core.model.layers import (
+    DecoderWeights,
+    LayerWeights,
+    Linear,
+    ProjectionNorm,
+    RmsNorm,
+    capped_logits,
+)
 from hbserve_core.model.model_config import ModelConfig
 from hbserve_core.model.rank_group import RankGroup
 from hbserve_core.model.rope import angle_table
@@ -32,8 +40,12 @@ class CudaDecoder:
         self._group = group or RankGroup()
         self._weights = weights
         device = weights.embedding.device
-        self._products = CudaProducts(device)
-        self._angles = angle_table(config.rope, config.head_dim, config.max_model_len).to(device)
+        self._products = CudaProducts(device, config.switches.activation == "gelu")
+        ropes = config.layer_ropes()
+        tables = {each: angle_table(each, config.head_dim, config.max_model_len).to(device) for each in ropes}
+        self._angles = [tables[each] for each in ropes]
+        cap = config.switches.attention_cap
+        self._scores = [Scores(config.attention_scale, window, cap) for window in config.windows]
         self._workspace = DecodeWorkspace(
             largest.sequences, largest.pieces, (config.num_heads, config.num_kv_heads, config.head_dim), device
         )
@@ -93,18 +105,29 @@ class CudaDecoder:
         norms_after = [*(layer.attention_norm for layer in weights.layers[1:]), weights.norm]
         for index, (layer, norm_after) in enumerate(zip(weights.layers, norms_after, strict=True)):
             qkv = self._products.of_normed(stream, layer.attention_norm, layer.qkv)
-            self._add(self._attend(index, layer, qkv, step, pool), layer.output, stream, layer.mlp_norm)
-            self._add(self._products.gated(stream, layer.mlp_norm, layer.gate_up), layer.down, stream, norm_after)
+            attended = self._attend(index, layer, qkv, step, pool)
+            self._add(attended, layer.output, stream, layer.attention_out_norm, layer.mlp_norm)
+            gated = self._products.gated(stream, layer.mlp_norm, layer.gate_up)
+            self._add(gated, layer.down, stream, layer.mlp_out_norm, norm_after)
         return stream
 
     def _logits(self, stream: ResidualStream) -> torch.Tensor:
         """(R, vocab_size) of rows (R, E)."""
         logits = self._products.of_normed(stream, self._weights.norm, self._weights.head)
-        return self._group.gather_logits(logits, self._config.vocab_size)
+        return capped_logits(self._group.gather_logits(logits, self._config.vocab_size), self._config)
 
-    def _add(self, inputs: torch.Tensor, linear: Linear, stream: ResidualStream, next_norm: RmsNorm) -> None:
-        """Add a product to the stream; of several ranks, the sum of theirs."""
-        if self._group.shard.size > 1:
+    def _add(
+        self,
+        inputs: torch.Tensor,
+        linear: Linear,
+        stream: ResidualStream,
+        norm: RmsNorm | None,
+        next_norm: RmsNorm | None,
+    ) -> None:
+        """Add a product to the stream, normed if there is a norm for it; of several ranks, the sum of theirs."""
+        if norm is not None:
+            stream.rows += normed(self._group.all_reduce(self._products.of(inputs, linear)), norm)
+        elif self._group.shard.size > 1:
             stream.rows += self._group.all_reduce(self._products.of(inputs, linear))
         else:
             self._products.add_to(stream, inputs, linear, next_norm)
@@ -114,12 +137,18 @@ class CudaDecoder:
     ) -> torch.Tensor:
         """(T, N * D) of projected rows (T, (N + 2 K) * D), whose keys may be normed and rotated in place."""
         config = self._config
-        norm = None if layer.qk_norm is None else (layer.qk_norm.weight, layer.qk_norm.eps)
-        rotation = self._angles, norm
+        norm = (layer.qk_norm.weight, layer.qk_norm.eps) if isinstance(layer.qk_norm, RmsNorm) else None
+        if isinstance(layer.qk_norm, ProjectionNorm):
+            layer.qk_norm.apply(qkv.view(len(qkv), -1, config.head_dim), self._group)
+        rotation, scores = (self._angles[index], norm), self._scores[index]
         out = torch.empty((len(qkv), config.num_heads * config.head_dim), dtype=qkv.dtype, device=qkv.device)
         if step.shape.tiles:
             store_kv(qkv, step.tokens[2], step.tokens[3], *rotation, pool, index)
-            prefill_attention(qkv, out, pool, index, *rotation, step.tables, step.width, step.tiles, step.sequences)
+            prefill_attention(
+                qkv, out, pool, index, *rotation, step.tables, step.width, step.tiles, step.sequences, scores=scores
+            )
         if step.shape.pieces:
-            decode_attention(qkv, out, pool, index, *rotation, step.tables, step.width, step.pieces, self._workspace)
+            decode_attention(
+                qkv, out, pool, index, *rotation, step.tables, step.width, step.pieces, self._workspace, scores=scores
+            )
         return out

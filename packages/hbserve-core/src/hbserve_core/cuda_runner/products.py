@@ -26,7 +26,7 @@ from hbserve_core.cuda_runner.kernels.few_rows_linear import (
     skinny_linear,
     small_linear,
 )
-from hbserve_core.cuda_runner.kernels.pointwise import rms_norm, silu_mul
+from hbserve_core.cuda_runner.kernels.pointwise import gate_mul, rms_norm
 from hbserve_core.model.layers import Linear, RmsNorm
 
 _MOST_SPLIT_ROWS, _MOST_SKINNY_ROWS = 64, 128
@@ -86,38 +86,42 @@ class ResidualStream:
     scaled: ScaledRows | None = None
     """If the last addition has begun the next norm already, what it left."""
 
-    def normed_by(self, norm: RmsNorm) -> torch.Tensor | ScaledRows:
+    def normed_by(self, norm: RmsNorm | None) -> torch.Tensor | ScaledRows:
         """The rows normed, or as the last addition has left them for this norm."""
-        return _normed(self.rows, norm) if self.scaled is None else self.scaled
+        return normed(self.rows, norm) if self.scaled is None else self.scaled
 
 
 class CudaProducts:
     """Products with the weights of one model, or of one rank's part of it. Waits for nothing."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, gelu: bool = False) -> None:
+        """gelu: what gates go through, in place of silu."""
+        self._gelu = gelu
         self._num_processors = num_processors(device)
         self._workspace = SkinnyWorkspace(self._num_processors, _MOST_SPLIT_ROWS, device)
 
-    def of_normed(self, stream: ResidualStream, norm: RmsNorm, linear: Linear) -> torch.Tensor:
+    def of_normed(self, stream: ResidualStream, norm: RmsNorm | None, linear: Linear) -> torch.Tensor:
         """(M, O) of the stream's rows, which are normed first."""
         choice = self._choose(stream.rows, linear, "normed")
         if choice.kernel == "small":
-            return small_linear(stream.rows, linear.weight, linear.bias, norm=(norm.weight, norm.eps))
+            return small_linear(stream.rows, linear.weight, linear.bias, norm=_of_kernels(norm))
         if choice.kernel == "skinny":
             return self._skinny(choice, stream.normed_by(norm), norm, linear)
-        return linear(_normed(stream.rows, norm))
+        return linear(normed(stream.rows, norm))
 
-    def gated(self, stream: ResidualStream, norm: RmsNorm, linear: Linear) -> torch.Tensor:
-        """silu(gate) * up, (M, O), of the stream's rows, which are normed first; the weight is (2 O, E), gates then
-        ups."""
+    def gated(self, stream: ResidualStream, norm: RmsNorm | None, linear: Linear) -> torch.Tensor:
+        """silu(gate) * up, or gelu(gate) * up, (M, O), of the stream's rows, which are normed first; the weight is
+        (2 O, E), gates then ups."""
         choice = self._choose(stream.rows, linear, "gated")
         if choice.kernel == "small":
-            return small_linear(stream.rows, linear.weight, linear.bias, norm=(norm.weight, norm.eps), gated=True)
+            return small_linear(
+                stream.rows, linear.weight, linear.bias, norm=_of_kernels(norm), gated=True, gelu=self._gelu
+            )
         if choice.kernel == "skinny":
             return self._skinny(choice, stream.normed_by(norm), norm, linear, gated=True)
-        return silu_mul(linear(_normed(stream.rows, norm)))
+        return gate_mul(linear(normed(stream.rows, norm)), self._gelu)
 
-    def add_to(self, stream: ResidualStream, inputs: torch.Tensor, linear: Linear, next_norm: RmsNorm) -> None:
+    def add_to(self, stream: ResidualStream, inputs: torch.Tensor, linear: Linear, next_norm: RmsNorm | None) -> None:
         """Add the product of rows (M, I) to the stream in place, rounded once. next_norm: what is next done with it."""
         choice = self._choose(inputs, linear, "plain")
         stream.scaled = None
@@ -127,7 +131,7 @@ class CudaProducts:
             linear.add_to(stream.rows, inputs)
         else:
             # Rows that are not yet divided by their rms could be beyond what float16 holds.
-            weights = None if stream.rows.dtype == torch.float16 else next_norm.weight
+            weights = None if next_norm is None or stream.rows.dtype == torch.float16 else next_norm.weight
             stream.scaled = add_skinny_linear(
                 stream.rows,
                 inputs,
@@ -169,8 +173,13 @@ class CudaProducts:
             workspace=self._workspace,
             eps=norm.eps if norm else 0.0,
             gated=gated,
+            gelu=self._gelu,
         )
 
 
-def _normed(rows: torch.Tensor, norm: RmsNorm) -> torch.Tensor:
-    return rms_norm(rows, norm.weight, norm.eps)
+def normed(rows: torch.Tensor, norm: RmsNorm | None) -> torch.Tensor:
+    return rows if norm is None else rms_norm(rows, norm.weight, norm.eps)
+
+
+def _of_kernels(norm: RmsNorm | None) -> tuple[torch.Tensor, float] | None:
+    return None if norm is None else (norm.weight, norm.eps)

@@ -31,7 +31,7 @@ from hbserve_core.logits.rows import LogitsRow, special_rows
 _Integers = TypeVar("_Integers", int, npt.NDArray[np.int32])
 
 _ALIGNMENT = 4
-_SMALLEST_PREFILL = 32
+_SMALLEST_PREFILL, _LARGEST_PREFILL_STEP = 32, 128
 TILE = 64
 """A piece of a decode's context is a multiple of so many tokens."""
 _MOST_PARTS = 64
@@ -145,12 +145,16 @@ def decode_buckets(max_num_seqs: int) -> list[int]:
 
 
 def prefill_buckets(max_len: int) -> list[int]:
-    """Numbers of rows of the graphs for steps with prompt chunks, ascending, up to `max_len`."""
-    sizes = []
-    size = _SMALLEST_PREFILL
+    """Numbers of rows of the graphs for steps with prompt chunks, ascending, up to `max_len`.
+
+    They are four in an octave, and between 512 and 2048 one each 128 rows, which a large product computes at a time:
+    a step is padded to the next one, and what is computed for nothing takes as long as a prompt's own tokens.
+    """
+    sizes, size = [], _SMALLEST_PREFILL
     while size < max_len:
         sizes.append(size)
-        size *= 2
+        octave = 1 << (size.bit_length() - 1)
+        size += max(_SMALLEST_PREFILL, min(octave // 4, _LARGEST_PREFILL_STEP), octave // 8)
     return [*sizes, max_len] if max_len >= _SMALLEST_PREFILL else []
 
 

@@ -191,6 +191,7 @@ class BatchScheduler:
         self._blocks.share(prefix)
         sequence.block_table = array("i", prefix + allocate(wanted))
         sequence.num_cached_tokens = sequence.num_shared_tokens = len(prefix) * self._blocks.block_size
+        sequence.is_shared = True  # what it had is gone, and is computed here
         self.num_cached_tokens += sequence.num_cached_tokens
         return True
 
@@ -216,7 +217,7 @@ class BatchScheduler:
         """
         first, last = sequence.num_shared_tokens // self._blocks.block_size, end // self._blocks.block_size
         sequence.num_shared_tokens = end
-        if last > first:
+        if last > first and sequence.is_shared:
             self._extend_digests(sequence)
             for i in range(first, last):
                 self._blocks.cache(sequence.block_table[i], sequence.block_digests[i])
@@ -245,6 +246,7 @@ class BatchScheduler:
             choice.block_digests = parent.block_digests.copy()
             choice.num_computed_tokens = num_kept
             choice.num_cached_tokens, choice.num_shared_tokens = parent.num_cached_tokens, parent.num_shared_tokens
+            choice.is_shared = parent.is_shared
             self.move(choice, Phase.RUNNING)
         for choice in reversed(late):
             self.move(choice, Phase.WAITING)

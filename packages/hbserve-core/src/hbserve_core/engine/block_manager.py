@@ -9,11 +9,11 @@ A free block may still be read and written by steps that were launched before it
 That is no harm to later steps, which are computed after them, but to others who write in no order with steps.
 """
 
-import hashlib
-from array import array
 from collections import Counter, OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain, islice, takewhile
+
+from hbserve_rpc.prompt_shape import DIGEST_BYTES, MOST_REPORTED, extend_digests
 
 
 class BlockManager:
@@ -33,6 +33,8 @@ class BlockManager:
         self._quarantined: Counter[int] = Counter()
         self._block_of: dict[bytes, int] = {}
         self._digest_of: dict[int, bytes] = {}
+        self._num_changes = 0
+        """Of what is cached."""
 
     @property
     def num_free(self) -> int:
@@ -108,14 +110,8 @@ class BlockManager:
 
     def extend_digests(self, digests: list[bytes], token_ids: Sequence[int], num_tokens: int) -> None:
         """Bring the digests of the full blocks of the first `num_tokens` tokens up to date. Digest i depends on blocks
-        0 to i.
-
-        128 bits of BLAKE2b: that two prefixes have the same one by chance does not happen.
-        """
-        for i in range(len(digests), num_tokens // self.block_size):
-            parent = digests[i - 1] if i else b""
-            tokens = array("q", token_ids[i * self.block_size : (i + 1) * self.block_size])
-            digests.append(hashlib.blake2b(parent + tokens.tobytes(), digest_size=16).digest())
+        0 to i: two prefixes do not have the same one."""
+        extend_digests(digests, token_ids, num_tokens, self.block_size)
 
     def find_prefix(self, digests: Sequence[bytes]) -> list[int]:
         """The blocks that hold the longest cached prefix. They may be given to somebody else until they are shared."""
@@ -135,10 +131,24 @@ class BlockManager:
         if self._prefix_caching and digest not in self._block_of and block_id not in self._digest_of:
             self._block_of[digest] = block_id
             self._digest_of[block_id] = digest
+            self._num_changes += 1
 
     def _forget(self, block_id: int) -> None:
         if (digest := self._digest_of.pop(block_id, None)) is not None:
             del self._block_of[digest]
+            self._num_changes += 1
+
+    def cached_digests(self, known: int = -1) -> tuple[int, bytes | None]:
+        """The first DIGEST_BYTES of what is cached, and a number of this state; None if that is `known`.
+
+        At most MOST_REPORTED: first of blocks that are held, then of those used last. Of a prefix that is not there as
+        a whole, the beginning is."""
+        if known == self._num_changes:
+            return known, None
+        held = [digest for block_id, digest in self._digest_of.items() if self._references[block_id]]
+        free = (self._digest_of[block_id] for block_id in reversed(self._cached))
+        digests = islice(chain(held, free), MOST_REPORTED)
+        return self._num_changes, b"".join(digest[:DIGEST_BYTES] for digest in digests)
 
     def check_integrity(self, holders: Mapping[int, int] | None = None) -> None:
         """Raise AssertionError unless every block is in exactly one state and the cache is consistent.

@@ -120,15 +120,15 @@ class Engine:
         self._granted = [each for each in self._granted if each[1] > ended]
         return safe
 
-    def activate(self, request_id: str, *first_tokens: int | None) -> None:
+    def activate(self, request_id: str, *first_tokens: int | None, is_shared: bool = True) -> None:
         """The KV of a reserved request is there: it goes on after its first token. Nothing happens if it has ended.
 
-        first_tokens: one for each choice, None for those that have ended with it.
+        first_tokens: one for each choice, None for those that have ended with it. is_shared: others may find its KV.
         """
         sequence = self._sequences.get(request_id)
         if sequence is None or sequence.phase is not Phase.HELD:
             return
-        sequence.num_computed_tokens = sequence.num_tokens
+        sequence.num_computed_tokens, sequence.is_shared = sequence.num_tokens, is_shared
         if not sequence.choices:
             sequence.token_ids += first_tokens  # type: ignore[arg-type]
             if sequence.matcher is not None:

@@ -105,6 +105,8 @@ class Sequence:
     """Of those computed, how many the prefix cache gave when the sequence last got its blocks."""
     num_shared_tokens: int = 0
     """Of those computed, how many are in blocks that others may find, if these are full."""
+    is_shared: bool = True
+    """Others may find its blocks. Not while it has keys and values of which nobody knows who computed them."""
     prefill_only: bool = False
     """The sequence ends with its next token, and its blocks are sent away while it is computed."""
     max_num_tokens: int = maxsize

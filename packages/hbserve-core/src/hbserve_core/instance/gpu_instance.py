@@ -16,7 +16,7 @@ from hbserve_core.engine.outputs import EngineStats
 from hbserve_core.engine.runner import Runner
 from hbserve_core.errors import EngineStopped, InstanceFailed
 from hbserve_core.instance.engine_thread import EngineEvent, EngineThread
-from hbserve_core.instance.handover import Inbox, PrefillSend, wait_for_kv
+from hbserve_core.instance.handover import GRANT_PATIENCE_S, Inbox, PrefillSend, wait_for_kv
 from hbserve_core.instance.reports import Reports
 from hbserve_core.instance.token_events import event_of, token_events
 from hbserve_core.ranks.make_runner import make_runner
@@ -24,6 +24,7 @@ from hbserve_core.transfers.instance_transfers import InstanceTransfers, JointRe
 from hbserve_kv import FingerprintMismatch, Outcome, PostedReceive, TransferFailed
 from hbserve_rpc import EngineFailed, InvalidRequest, Overloaded, RemoteError, RpcServer
 from hbserve_rpc.messages import (
+    CACHED_PREFIXES,
     CONNECT,
     DECODE,
     DESCRIBE,
@@ -31,8 +32,9 @@ from hbserve_rpc.messages import (
     GENERATE,
     GRANT,
     PREFILL,
-    REPORTS,
     STATS,
+    CachedPrefixes,
+    CachedPrefixesRequest,
     ConnectRequest,
     DecodeRequest,
     Empty,
@@ -45,12 +47,10 @@ from hbserve_rpc.messages import (
     TokenEvent,
     TransferDone,
 )
+from hbserve_rpc.reports import REPORTS
 
 logger = logging.getLogger(__name__)
 
-GRANT_PATIENCE_S = 1.0
-"""How long a computed prompt keeps its blocks while there is no grant for it yet. They may be what those wait for who
-have one, and whose decode instance has room again when these are done."""
 END_TIMEOUT_S = 2.0
 """How long `stop` waits for requests to give their blocks back; a dead or frozen peer could keep it longer."""
 
@@ -69,7 +69,9 @@ class GpuInstance:
         self.transfers: InstanceTransfers | None = None
         self.num_requests = 0
         self.reports = Reports(self)
-        self._server = RpcServer(config.host, config.port, epoch=self.epoch, drops_closed=True)
+        self._server = RpcServer(
+            config.host, config.port, epoch=self.epoch, drops_closed=True, keys=config.keys, allows=["scheduler"]
+        )
         self._thread = EngineThread(self._make_engine, on_events=self._deliver, on_failure=self._fail)
         self._inboxes: dict[str, Inbox] = {}
         self._ends: set[asyncio.Task[None]] = set()
@@ -102,16 +104,16 @@ class GpuInstance:
         self._server.serve(DESCRIBE, self.reports.describe)
         self._server.serve(STATS, self.reports.stats)
         self._server.serve_stream(REPORTS, self.reports.follow)
-        if self.config.role == "hybrid":
-            self._server.serve_stream(GENERATE, self._generate)
-            self._server.serve_notification(END_CHOICE, self._end_choice)
-        elif self.config.role == "prefill":
+        self._server.serve(CACHED_PREFIXES, self._cached_prefixes)
+        if self.config.role == "prefill":
             self._server.serve_stream(PREFILL, self._prefill)
             self._server.serve_notification(GRANT, self._grant)
             self._server.serve(CONNECT, self._connect)
         else:
-            self._server.serve_stream(DECODE, self._decode)
+            self._server.serve_stream(GENERATE, self._generate)
             self._server.serve_notification(END_CHOICE, self._end_choice)
+        if self.config.role == "decode":
+            self._server.serve_stream(DECODE, self._decode)
         await self._server.start()
         self._loading = asyncio.create_task(self._load())
 
@@ -218,7 +220,7 @@ class GpuInstance:
             raise InvalidRequest(f"request_id={request.request_id!r} is in use")
         self.num_requests += 1
         self.reports.begin(request)
-        inbox = self._inboxes[request.request_id] = Inbox()
+        inbox = self._inboxes[request.request_id] = Inbox(request.left_s)
         return inbox
 
     def _end(self, job: Coroutine[Any, Any, None]) -> None:
@@ -240,7 +242,8 @@ class GpuInstance:
             await self._last_call(lambda engine: engine.release(request_id))
         finally:
             # Not earlier: what a step under way still says of this request is not for another one of this id.
-            self._inboxes.pop(request_id, None)
+            if inbox := self._inboxes.pop(request_id, None):
+                inbox.close()
             self.reports.end(request_id)
 
     async def _generate(self, request: GenerateRequest) -> AsyncIterator[TokenEvent]:
@@ -314,16 +317,17 @@ class GpuInstance:
             await self._begin(request)
             reservation = await inbox.next()
             num_blocks = len(reservation.block_ids)
-            posted = await self._require_transfers().post_receive(request.transfer_id, reservation.block_ids)
+            receive = request.transfer_id, reservation.block_ids, request.prefill_instance
+            posted = await self._require_transfers().post_receive(*receive)
             yield Granted(posted.grant, reservation.num_cached_tokens)
             assert self.runner is not None, "a ready instance has it"
-            handover = await wait_for_kv(posted, inbox, request, self.runner.model_config.vocab_size)
+            handover, is_trusted = await wait_for_kv(posted, inbox, request, self.runner.model_config.vocab_size)
             if not handover.has_more:
                 for event in handover.events(len(request.output_token_ids)):
                     yield event
                 return
             first = handover.tokens_to_go_on
-            await self._thread.call(lambda engine: engine.activate(request.request_id, *first))
+            await self._thread.call(lambda engine: engine.activate(request.request_id, *first, is_shared=is_trusted))
             async for event in token_events(inbox, len(first) - first.count(None)):
                 yield event
         finally:
@@ -335,6 +339,10 @@ class GpuInstance:
             await self._last_call(lambda engine: engine.quarantine(request_id, num_blocks))
             await posted.drained()
         await self._close(request_id)
+
+    async def _cached_prefixes(self, request: CachedPrefixesRequest) -> CachedPrefixes:
+        self._require_ready()
+        return await self._thread.call(lambda engine: CachedPrefixes(*engine.blocks.cached_digests(request.known)))
 
     async def _connect(self, request: ConnectRequest) -> Empty:
         """Not before it is ready, which it is without its peers: whether one can be reached is between the two."""

@@ -10,7 +10,7 @@ import msgspec
 from hbserve_core.engine.outputs import Reservation, StepOutput
 from hbserve_core.transfers.instance_transfers import InstanceTransfers, JointReceive, JointSend
 from hbserve_kv import Outcome, PostedReceive, SendTransfer, TransferResult
-from hbserve_rpc import RemoteError
+from hbserve_rpc import RemoteError, RequestTimeout
 from hbserve_rpc.messages import (
     DecodeRequest,
     FinishReason,
@@ -21,6 +21,10 @@ from hbserve_rpc.messages import (
     TokenLogprobs,
     TransferDone,
 )
+
+GRANT_PATIENCE_S = 1.0
+"""How long a computed prompt keeps its blocks while there is no grant for it yet. They may be what those wait for who
+have one, and whose decode instance has room again when these are done."""
 
 
 class FirstToken(msgspec.Struct, frozen=True):
@@ -60,7 +64,19 @@ class Handover(msgspec.Struct, frozen=True):
 
 
 class Inbox(asyncio.Queue[StepOutput | Reservation | TransferResult | GrantRequest | Exception]):
-    """What the engine, a transfer, the scheduler, or a failure says of one request."""
+    """What the engine, a transfer, the scheduler, a failure or its deadline says of one request."""
+
+    def __init__(self, left_s: float | None = None) -> None:
+        """left_s: the request ends so much later, by itself: whoever asked for it may be frozen, or cut off."""
+        super().__init__()
+        self._deadline: asyncio.TimerHandle | None = None
+        if left_s is not None:
+            late = RequestTimeout("it was not done before its deadline")
+            self._deadline = asyncio.get_running_loop().call_later(left_s, self.put_nowait, late)
+
+    def close(self) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
 
     async def next(self) -> Any:
         item = await self.get()
@@ -166,15 +182,17 @@ class PrefillSend:
         """After `follow`. False: it is not there in time; then the blocks that were computed are not pushed any more.
 
         Raises:
-            RemoteError: the transfer, or the engine, has failed.
+            RemoteError: the transfer, or the engine, has failed, or the request's deadline has passed.
         """
         try:
-            async with asyncio.timeout(timeout_s):
+            async with asyncio.timeout(timeout_s) as patience:
                 while not self.is_granted:
                     item = await self._inbox.next()
                     assert isinstance(item, GrantRequest), f"the engine is done with it, and yet there is {item}"
                     self._take(item.grant)
         except TimeoutError:
+            if not patience.expired():  # the request's own deadline
+                raise
             self._output = None
         return self.is_granted
 
@@ -252,8 +270,9 @@ async def _receive(posted: PostedReceive | JointReceive, inbox: Inbox) -> None:
 
 async def wait_for_kv(
     posted: PostedReceive | JointReceive, inbox: Inbox, request: DecodeRequest, vocab_size: int
-) -> Handover:
-    """Wait until all blocks of a request are here, or none is needed: see `Handover.first_tokens`.
+) -> tuple[Handover, bool]:
+    """Wait until all blocks of a request are here, or none is needed: see `Handover.first_tokens`. Also whether it is
+    known who has sent them: see `TransferResult.is_trusted`.
 
     Raises:
         RemoteError: the transfer has failed, or brought something else than it should.
@@ -272,7 +291,7 @@ async def wait_for_kv(
         raise RemoteError(f"KV transfer failed: what was committed with it is no handover: {error}") from error
     if problem := _problem(handover, request, vocab_size, is_partial=result.is_partial):
         raise RemoteError(f"KV transfer failed: {problem}")
-    return handover
+    return handover, result.is_trusted
 
 
 def _problem(handover: Handover, request: DecodeRequest, vocab_size: int, *, is_partial: bool) -> str:

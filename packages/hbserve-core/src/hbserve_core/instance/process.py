@@ -68,7 +68,8 @@ async def run_instance(config: InstanceConfig, *, announce: bool = False, stop: 
 @contextlib.asynccontextmanager
 async def _registered(instance: GpuInstance) -> AsyncIterator[None]:
     config = instance.config
-    registering = asyncio.create_task(keep_registered(config.instance_id, instance.address, config.schedulers))
+    whom = config.instance_id, instance.address
+    registering = asyncio.create_task(keep_registered(*whom, config.schedulers, config.keys))
     try:
         yield
     finally:

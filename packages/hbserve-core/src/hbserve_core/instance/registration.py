@@ -4,7 +4,7 @@ import asyncio
 import logging
 from collections.abc import Sequence
 
-from hbserve_rpc import HBServeRpcError, RpcClient
+from hbserve_rpc import HBServeRpcError, Keys, RpcClient
 from hbserve_rpc.members import SCHEDULER_JOIN, JoinRequest
 
 logger = logging.getLogger(__name__)
@@ -14,17 +14,17 @@ INTERVAL_S = 5.0
 TIMEOUT_S = 10.0
 
 
-async def keep_registered(instance_id: str, address: str, schedulers: Sequence[str]) -> None:
+async def keep_registered(instance_id: str, address: str, schedulers: Sequence[str], keys: Keys | None = None) -> None:
     """Have each scheduler at these `host:port` use the instance at `address`, until this is cancelled. One that cannot
     be told is told again; what it says against it is in the log, once."""
     async with asyncio.TaskGroup() as group:
         for scheduler in schedulers:
-            group.create_task(_keep(instance_id, address, scheduler))
+            group.create_task(_keep(instance_id, address, scheduler, keys))
 
 
-async def _keep(instance_id: str, address: str, scheduler: str) -> None:
+async def _keep(instance_id: str, address: str, scheduler: str, keys: Keys | None) -> None:
     last = ""
-    async with RpcClient(scheduler) as client:
+    async with RpcClient(scheduler, keys=keys, server="scheduler") as client:
         while True:
             try:
                 await client.call(SCHEDULER_JOIN, JoinRequest(address), timeout_s=TIMEOUT_S)

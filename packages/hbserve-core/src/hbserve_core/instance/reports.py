@@ -11,18 +11,17 @@ from hbserve_core.engine.engine import Engine
 from hbserve_core.engine.outputs import EngineStats
 from hbserve_core.engine.runner import Runner
 from hbserve_core.transfers.instance_transfers import InstanceTransfers
+from hbserve_rpc import calling_peer
 from hbserve_rpc.messages import (
     DecodeRequest,
     Empty,
     GenerateRequest,
     InstanceInfo,
-    InstanceReport,
     InstanceStats,
     InstanceStatus,
     PrefillRequest,
-    ReportsRequest,
 )
-from hbserve_rpc.methods import asking_client
+from hbserve_rpc.reports import InstanceReport, ReportsRequest
 
 
 class Reported(Protocol):
@@ -56,7 +55,7 @@ class Reports:
     def begin(self, request: GenerateRequest | PrefillRequest | DecodeRequest) -> None:
         """A request has come from whoever asks now."""
         num_tokens = len(request.prompt_token_ids) + len(request.output_token_ids)
-        self._given[request.request_id] = asking_client.get(), request.params.n, num_tokens
+        self._given[request.request_id] = calling_peer().connection, request.params.n, num_tokens
 
     def end(self, request_id: str) -> None:
         """It holds nothing any more."""
@@ -73,7 +72,7 @@ class Reports:
         self._news = asyncio.Event()
 
     async def follow(self, request: ReportsRequest) -> AsyncGenerator[InstanceInfo | InstanceReport]:
-        client = asking_client.get()
+        client = calling_peer().connection
         info: InstanceInfo | None = None
         report: InstanceReport | None = None
         while True:
@@ -114,6 +113,7 @@ class Reports:
             kv_endpoint=transfers.endpoint if transfers is not None and config.role == "decode" else b"",
             pid=os.getpid(),
             error=instance.error,
+            serves_generate=config.role != "prefill",
             **known,
         )
 

@@ -12,6 +12,9 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from hbserve_core.model.model_config import ModelConfig
+from hbserve_core.model.rank_group import RankGroup
+
 
 class Linear:
     """x W^T + b, with W as checkpoints have it."""
@@ -52,21 +55,49 @@ class RmsNorm:
         return (inputs * scale).to(inputs.dtype).mul_(self.weight)
 
 
+class ProjectionNorm:
+    """RMS norms over all query heads together, and over all key heads, those of other ranks included (OLMo 2)."""
+
+    def __init__(self, weight: torch.Tensor, eps: float, num_heads: int, sizes: tuple[int, int]) -> None:
+        """weight: (H, D), of this rank's query heads, then its key heads. num_heads: of its query heads. sizes: numbers
+        of all ranks' query heads, and of their key heads, counting what several ranks have as often."""
+        self._weight = weight
+        self._eps = eps
+        self._counts = (num_heads, len(weight) - num_heads)
+        self._sizes = sizes
+
+    def apply(self, heads: torch.Tensor, group: RankGroup) -> None:
+        """Norm the rotated ones among heads (T, H or more, D) in place. The means are taken in float32."""
+        normed = heads[:, : sum(self._counts)]
+        squares = normed.float().square().sum(-1)
+        sums = [part.sum(-1) for part in torch.split(squares, list(self._counts), dim=1)]
+        of_all = group.all_reduce(torch.stack(sums, dim=1)).unbind(1)
+        means = [
+            total[:, None].expand(-1, n) / size
+            for total, n, size in zip(of_all, self._counts, self._sizes, strict=True)
+        ]
+        scales = torch.cat(means, dim=1).add_(self._eps).rsqrt_()[:, :, None]
+        normed.copy_((normed * scales).to(heads.dtype) * self._weight)
+
+
 @dataclass(frozen=True, slots=True)
 class LayerWeights:
-    """One layer: attention, then a gated MLP, each behind a norm and added to its input."""
+    """One layer: attention, then a gated MLP, each added to its input; most have norms before both."""
 
-    attention_norm: RmsNorm
+    attention_norm: RmsNorm | None
     qkv: Linear
     """Outputs: query heads, then key heads, then value heads; each rank has some of each kind."""
-    qk_norm: RmsNorm | None
+    qk_norm: RmsNorm | ProjectionNorm | None
     """Of query and key heads together: its weight has one row per head."""
     output: Linear
     """Its results, and those of `down`, are to be summed over the ranks. Rank 0 alone has their biases."""
-    mlp_norm: RmsNorm
+    mlp_norm: RmsNorm | None
     gate_up: Linear
     """Outputs: gate, then up."""
     down: Linear
+    attention_out_norm: RmsNorm | None = None
+    """Of the sum over the ranks, before it is added."""
+    mlp_out_norm: RmsNorm | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,3 +114,9 @@ class DecoderWeights:
     """To the tokens of the embedding's rows; from the embedding's own weights where they are tied."""
     digest: str
     """Equal for equal weights, on every rank."""
+
+
+def capped_logits(logits: torch.Tensor, config: ModelConfig) -> torch.Tensor:
+    """The same, in place, but not beyond the model's cap, if it has one."""
+    cap = config.switches.logits_cap
+    return logits.div_(cap).tanh_().mul_(cap) if cap else logits

@@ -81,7 +81,7 @@ def _with_limit(model: ModelConfig, config: InstanceConfig) -> ModelConfig:
         raise InvalidInstanceConfig(
             f"max_model_len={limit}: expected 1 to {model.max_model_len}, the model's own limit"
         )
-    return replace(model, max_model_len=limit)
+    return replace(model, max_model_len=limit, rope=model.rope.within(limit))
 
 
 def choose_device(config: InstanceConfig, rank: int = 0) -> torch.device:
@@ -134,7 +134,7 @@ def _dtype(config: InstanceConfig, model: ModelConfig) -> torch.dtype:
 
 def _fingerprint(model: ModelConfig, weights_digest: str, block: BlockShape) -> dict[str, str | int]:
     # The same weights with other rotation angles are another model.
-    described = f"{model.architecture} {model.rope} {model.rms_norm_eps} {weights_digest}"
+    described = f"{model.architecture} {model.switches} {model.rope} {model.rms_norm_eps} {weights_digest}"
     return {
         "model": hashlib.sha256(described.encode()).hexdigest()[:32],
         "dtype": str(block.dtype).removeprefix("torch."),

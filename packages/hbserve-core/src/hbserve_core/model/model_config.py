@@ -1,10 +1,10 @@
 """The configuration of a model, as its Hugging Face folder says it, read as plain JSON and checked.
 
-The three supported architectures are one decoder with a few switches: see `_ARCHITECTURES`.
+What architectures differ by is in architectures.py.
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,40 +12,17 @@ from typing import Any
 import torch
 
 from hbserve_core.errors import ModelFilesMissing, UnsupportedModel
+from hbserve_core.model.architectures import ARCHITECTURES, Switches, find_architecture
 from hbserve_core.model.end_tokens import end_token_ids
-from hbserve_core.model.rope import RopeConfig, extended_length, read_rope_config
+from hbserve_core.model.rope import RopeConfig, extended_length, read_rope_configs
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-@dataclass(frozen=True, slots=True)
-class Biases:
-    """Which linear layers add a bias, and whether each query and key head is normalised."""
-
-    qkv: bool
-    output: bool
-    mlp: bool
-    qk_norm: bool
-
-
-def _qwen3(raw: Mapping[str, Any]) -> Biases:
-    attention = bool(raw.get("attention_bias", False))
-    return Biases(qkv=attention, output=attention, mlp=False, qk_norm=True)
-
-
-def _qwen2(raw: Mapping[str, Any]) -> Biases:
-    return Biases(qkv=True, output=False, mlp=False, qk_norm=False)
-
-
-def _llama(raw: Mapping[str, Any]) -> Biases:
-    attention = bool(raw.get("attention_bias", False))
-    return Biases(qkv=attention, output=attention, mlp=bool(raw.get("mlp_bias", False)), qk_norm=False)
-
-
-_ARCHITECTURES: dict[str, Callable[[Mapping[str, Any]], Biases]] = {
-    "Qwen3ForCausalLM": _qwen3,
-    "Qwen2ForCausalLM": _qwen2,
-    "LlamaForCausalLM": _llama,
+_SPELLINGS = {
+    "float": "float32",
+    "fp32": "float32",
+    "half": "float16",
+    "fp16": "float16",
+    "bf16": "bfloat16",
 }
 
 
@@ -66,13 +43,32 @@ class ModelConfig:
     head_dim: int
     rms_norm_eps: float
     rope: RopeConfig
+    """Of the layers that rotate; see `layer_ropes`."""
+    local_rope: RopeConfig | None
+    """Of the sliding layers, if theirs is another one."""
+    sliding_layers: tuple[int, ...]
+    """Layers that were trained with a window of the context only."""
+    windows: tuple[int, ...]
+    """Of each layer: the last positions that a token sees, its own included; 0: all that a sequence can have."""
     max_model_len: int
     """Most tokens of a sequence."""
     tied_embeddings: bool
     """The output projection is the embedding table."""
-    biases: Biases
+    switches: Switches
+    attention_scale: float
+    """Multiplies the scores."""
     eos_token_ids: tuple[int, ...]
     """Each of them ends a sequence."""
+
+    def layer_ropes(self) -> list[RopeConfig]:
+        """One for each layer."""
+        ropes = [self.rope] * self.num_layers
+        if self.local_rope is not None:
+            for layer in self.sliding_layers:
+                ropes[layer] = self.local_rope
+        for layer in self.switches.plain_layers:
+            ropes[layer] = self.rope.without_rotation()
+        return ropes
 
 
 def load_model_config(path: str | Path) -> ModelConfig:
@@ -90,7 +86,8 @@ def load_model_config(path: str | Path) -> ModelConfig:
     if raw is None:
         found = ", ".join(sorted(entry.name for entry in folder.iterdir())[:8]) or "nothing"
         raise ModelFilesMissing(f"model folder {str(folder)!r} has no config.json (it has: {found})")
-    architecture = _architecture(folder, raw)
+    architecture = find_architecture(folder, raw)
+    raw = {**ARCHITECTURES[architecture].defaults, **raw}
     try:
         return _parse(folder, architecture, raw, _read_json(folder / "generation_config.json") or {})
     except KeyError as error:
@@ -105,7 +102,14 @@ def _parse(folder: Path, architecture: str, raw: Mapping[str, Any], generation: 
         raise UnsupportedModel(
             f"{folder}: num_attention_heads={num_heads} is not a multiple of num_key_value_heads={num_kv_heads}"
         )
-    rope = read_rope_config(folder, raw)
+    head_dim = raw.get("head_dim") or raw["hidden_size"] // num_heads
+    switches = ARCHITECTURES[architecture].switches(raw)
+    rope, local_rope = read_rope_configs(folder, raw)
+    max_model_len = raw["max_position_embeddings"]
+    if local_rope is None:  # with one, the configuration has the length that the other one extends the model to
+        max_model_len = extended_length(rope, max_model_len)
+    sliding = _sliding_layers(folder, raw, switches)
+    window = raw["sliding_window"] if sliding and raw["sliding_window"] < max_model_len else 0
     return ModelConfig(
         path=folder,
         architecture=architecture,
@@ -116,57 +120,55 @@ def _parse(folder: Path, architecture: str, raw: Mapping[str, Any], generation: 
         num_layers=raw["num_hidden_layers"],
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
-        head_dim=raw.get("head_dim") or _default_head_dim(architecture, raw),
+        head_dim=head_dim,
         rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
-        rope=rope,
-        max_model_len=extended_length(rope, raw["max_position_embeddings"]),
+        rope=rope.within(max_model_len),
+        local_rope=local_rope,
+        sliding_layers=sliding,
+        windows=tuple(window if i in sliding else 0 for i in range(raw["num_hidden_layers"])),
+        max_model_len=max_model_len,
         tied_embeddings=bool(raw.get("tie_word_embeddings", False)),
-        biases=_ARCHITECTURES[architecture](raw),
+        switches=switches,
+        attention_scale=switches.attention_multiplier or head_dim**-0.5,
         eos_token_ids=end_token_ids(folder, raw, generation),
     )
 
 
-def _default_head_dim(architecture: str, raw: Mapping[str, Any]) -> int:
-    """Qwen3's own default is 128 whatever the hidden size; the others divide the hidden size among the heads."""
-    if architecture == "Qwen3ForCausalLM":
-        return 128
-    return int(raw["hidden_size"] // raw["num_attention_heads"])
-
-
-def _architecture(folder: Path, raw: Mapping[str, Any]) -> str:
-    names = raw.get("architectures") or []
-    for name in names:
-        if name in _ARCHITECTURES:
-            return str(name)
-    found = ", ".join(map(str, names)) or f"none named (model_type={raw.get('model_type')!r})"
-    raise UnsupportedModel(f"{folder}: architecture {found} is not supported; supported: {', '.join(_ARCHITECTURES)}")
-
-
 def _refuse_what_is_not_built(folder: Path, raw: Mapping[str, Any]) -> None:
-    activation = raw.get("hidden_act", "silu")
-    if activation != "silu":
-        raise UnsupportedModel(f"{folder}: hidden_act={activation!r} is not supported; supported: 'silu'")
+    activation = raw.get("hidden_activation") or raw.get("hidden_act") or "silu"
+    expected = "gelu_pytorch_tanh" if "hidden_activation" in raw else "silu"
+    if activation != expected:
+        raise UnsupportedModel(f"{folder}: hidden_act={activation!r} is not supported; supported: {expected!r}")
+    if raw.get("use_bidirectional_attention"):
+        raise UnsupportedModel(f"{folder}: use_bidirectional_attention=true is not supported; it needs another mask")
     if raw.get("quantization_config"):
         method = raw["quantization_config"].get("quant_method", "unknown")
         raise UnsupportedModel(f"{folder}: quantization_config ({method}) is not supported; use unquantised weights")
-    if _slides(raw):
-        raise UnsupportedModel(f"{folder}: sliding_window={raw.get('sliding_window')} is in use, and not supported")
 
 
-def _slides(raw: Mapping[str, Any]) -> bool:
-    """Whether any layer looks at a window of the context only. Many configs carry a window that they do not use."""
-    if "layer_types" in raw and raw["layer_types"] is not None:
-        return any(layer_type != "full_attention" for layer_type in raw["layer_types"])
-    if not raw.get("use_sliding_window", False) or raw.get("sliding_window") is None:
-        return False
-    # Qwen: layers from max_window_layers on have the window.
-    return bool(raw.get("max_window_layers", 0) < raw["num_hidden_layers"])
+def _sliding_layers(folder: Path, raw: Mapping[str, Any], switches: Switches) -> tuple[int, ...]:
+    """Layers that look at a window of the context only. Many configs carry a window that they do not use."""
+    count, kinds = raw["num_hidden_layers"], raw.get("layer_types")
+    given = [] if kinds is None else list(kinds)
+    unknown = sorted(set(given) - {"full_attention", "sliding_attention"})
+    if unknown or (kinds is not None and len(given) != count):
+        raise UnsupportedModel(
+            f"{folder}: {len(given)} layer_types with {', '.join(unknown) or 'no unknown one'}: expected {count} of "
+            "full_attention and sliding_attention; others need attention that this engine does not have"
+        )
+    if raw.get("sliding_window") is None or not raw.get("use_sliding_window", True):
+        return ()
+    if kinds is None:
+        return switches.windowed_layers
+    return tuple(i for i, kind in enumerate(given) if kind == "sliding_attention")
 
 
 def _checkpoint_dtype(folder: Path, raw: Mapping[str, Any]) -> torch.dtype:
-    name = raw.get("dtype") or raw.get("torch_dtype") or "float32"
+    given = raw.get("dtype") or raw.get("torch_dtype") or "float32"
+    name = str(given).removeprefix("torch.")
+    name = _SPELLINGS.get(name, name)
     if name not in DTYPES:
-        raise UnsupportedModel(f"{folder}: dtype={name!r} is not supported; supported: {', '.join(DTYPES)}")
+        raise UnsupportedModel(f"{folder}: dtype={given!r} is not supported; supported: {', '.join(DTYPES)}")
     return DTYPES[name]
 
 

@@ -5,7 +5,7 @@ Shapes: T tokens of one step, H heads, D head_dim.
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,13 @@ import torch
 
 from hbserve_core.errors import UnsupportedModel
 
-_SUPPORTED = ("default", "linear", "llama3", "yarn", "dynamic")
-_OWN_LENGTH = ("llama3", "yarn")
+_SUPPORTED = ("default", "linear", "llama3", "yarn", "dynamic", "longrope")
+_OWN_LENGTH = ("llama3", "yarn", "longrope")
 """Types with parameters of their own for the length before it was extended."""
+
+
+_OTHER_NAMES = {"su": "longrope"}
+"""Of older files."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +27,9 @@ class RopeConfig:
     """Base and scaling of the rotation angles.
 
     "dynamic" changes its frequencies when a sequence gets longer than the model's own limit: within it, which is as far
-    as this engine goes, it is "default".
+    as this engine goes, it is "default". "longrope" does too, beyond its original length. Keys that are cached cannot
+    follow, so all sequences have the frequencies of the longest that the engine takes, as in vLLM: see `within`.
+    "none" rotates nothing.
     """
 
     rope_type: str
@@ -34,7 +40,7 @@ class RopeConfig:
     high_freq_factor: float = 4.0
     """Of "llama3"."""
     original_max_position_embeddings: int = 0
-    """Of "llama3" and "yarn"."""
+    """Of "llama3", "yarn" and "longrope"."""
     beta_fast: float = 32.0
     """Of "yarn": pairs that turn more often than this within the original length keep their frequencies."""
     beta_slow: float = 1.0
@@ -42,7 +48,35 @@ class RopeConfig:
     truncate: bool = True
     """Of "yarn": the bounds between these pairs are rounded to whole ones."""
     magnitude: float = 1.0
-    """Multiplies rotated queries and keys; only "yarn" has another than 1."""
+    """Multiplies what is rotated of queries and keys; only "yarn" and "longrope" have another than 1."""
+    factors: tuple[float, ...] = ()
+    """Of "longrope": what each pair is slowed down by."""
+    short_factors: tuple[float, ...] = ()
+    """Of "longrope": the same where no sequence is longer than the original length."""
+    partial: float = 1.0
+    """Share of a head's dimensions that are rotated: the first ones. See `head_order`."""
+
+    def without_rotation(self) -> "RopeConfig":
+        return RopeConfig("none", self.theta)
+
+    def within(self, max_model_len: int) -> "RopeConfig":
+        """For an engine whose sequences are no longer than this."""
+        is_short = self.rope_type == "longrope" and max_model_len <= self.original_max_position_embeddings
+        return replace(self, factors=self.short_factors) if is_short else self
+
+
+def read_rope_configs(folder: Path, raw: Mapping[str, Any]) -> tuple[RopeConfig, RopeConfig | None]:
+    """Of a model's layers, and of those with a window, if theirs is another one (Gemma 3). Raises what
+    `read_rope_config` raises."""
+    own = raw.get("rope_parameters") or {}
+    if "full_attention" in own and "sliding_attention" in own:
+        both = (
+            read_rope_config(folder, {**raw, "rope_parameters": own[f"{kind}_attention"]})
+            for kind in ("full", "sliding")
+        )
+        return next(both), next(both)
+    local = raw.get("rope_local_base_freq")
+    return read_rope_config(folder, raw), None if local is None else RopeConfig("default", float(local))
 
 
 def read_rope_config(folder: Path, raw: Mapping[str, Any]) -> RopeConfig:
@@ -59,18 +93,20 @@ def read_rope_config(folder: Path, raw: Mapping[str, Any]) -> RopeConfig:
     own = raw.get("rope_parameters") or {}
     parameters = raw.get("rope_scaling") or own
     rope_type = parameters.get("rope_type") or parameters.get("type") or "default"
+    rope_type = _OTHER_NAMES.get(rope_type, rope_type)
     if rope_type not in _SUPPORTED or any(isinstance(value, Mapping) for value in parameters.values()):
         raise UnsupportedModel(
             f"{folder}: rope_type={rope_type!r} is not supported; supported: {', '.join(_SUPPORTED)}, for all layers"
         )
     partial = parameters.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1.0))
-    if partial not in (None, 1.0):
-        raise UnsupportedModel(f"{folder}: partial_rotary_factor={partial} is not supported; supported: 1.0")
+    partial = 1.0 if partial is None else float(partial)
+    if not 0 < partial <= 1:
+        raise UnsupportedModel(f"{folder}: partial_rotary_factor={partial} cannot be: expected above 0, at most 1")
     theta = float(parameters.get("rope_theta") or raw.get("rope_theta") or own.get("rope_theta") or 10000.0)
     if rope_type == "default":
-        return RopeConfig(rope_type, theta)
+        return RopeConfig(rope_type, theta, partial=partial)
     try:
-        return _read_scaling(rope_type, theta, parameters, raw)
+        return replace(_read_scaling(rope_type, theta, parameters, raw), partial=partial)
     except (TypeError, ValueError) as error:
         raise UnsupportedModel(f"{folder}: rope scaling {dict(parameters)} cannot be: {error}") from error
 
@@ -80,7 +116,7 @@ def _read_scaling(rope_type: str, theta: float, parameters: Mapping[str, Any], r
     if rope_type in _OWN_LENGTH:
         given = raw.get("original_max_position_embeddings") or parameters.get("original_max_position_embeddings")
         original = int(given or raw["max_position_embeddings"])
-    if rope_type == "yarn" and parameters.get("factor") is None:
+    if rope_type in ("yarn", "longrope") and parameters.get("factor") is None:
         factor = raw["max_position_embeddings"] / original
     else:
         factor = float(parameters["factor"])
@@ -88,6 +124,8 @@ def _read_scaling(rope_type: str, theta: float, parameters: Mapping[str, Any], r
         raise ValueError(f"factor={factor}, rope_theta={theta}: expected numbers above 0 and 1")
     if rope_type == "yarn":
         return _read_yarn(theta, factor, original, parameters)
+    if rope_type == "longrope":
+        return _read_longrope(theta, factor, original, parameters)
     if rope_type == "llama3":
         low, high = (float(parameters[name]) for name in ("low_freq_factor", "high_freq_factor"))
         return RopeConfig(rope_type, theta, factor, low, high, original)
@@ -115,6 +153,24 @@ def _read_yarn(theta: float, factor: float, original: int, parameters: Mapping[s
     )
 
 
+def _read_longrope(theta: float, factor: float, original: int, parameters: Mapping[str, Any]) -> RopeConfig:
+    long, short = (tuple(map(float, parameters[f"{name}_factor"])) for name in ("long", "short"))
+    if len(long) != len(short) or not all(0 < each < math.inf for each in long + short):
+        raise ValueError(f"{len(long)} long and {len(short)} short factors: expected equally many, above 0")
+    magnitude = parameters.get("attention_factor")
+    if magnitude is None:
+        magnitude = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
+    return RopeConfig(
+        "longrope",
+        theta,
+        factor,
+        original_max_position_embeddings=original,
+        magnitude=float(magnitude),
+        factors=long,
+        short_factors=short,
+    )
+
+
 def _yarn_magnitude(factor: float, mscale: float = 1.0) -> float:
     return 0.1 * mscale * math.log(max(factor, 1.0)) + 1.0
 
@@ -130,7 +186,20 @@ def extended_length(config: RopeConfig, max_position_embeddings: int) -> int:
 
 
 def inverse_frequencies(config: RopeConfig, head_dim: int) -> torch.Tensor:
-    """Rotation per position of each pair of dimensions, float32 (D / 2,), on the CPU."""
+    """Rotation per position of each pair of dimensions, float32 (D / 2,), on the CPU; 0 of pairs that do not rotate."""
+    frequencies = torch.zeros(head_dim // 2, dtype=torch.float32, device="cpu")
+    if config.rope_type != "none":
+        rotated = num_rotated(config, head_dim)
+        frequencies[: rotated // 2] = _rotating(config, rotated)
+    return frequencies
+
+
+def num_rotated(config: RopeConfig, head_dim: int) -> int:
+    """How many of a head's dimensions are rotated."""
+    return int(head_dim * config.partial) // 2 * 2
+
+
+def _rotating(config: RopeConfig, head_dim: int) -> torch.Tensor:
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu") / head_dim
     frequencies = 1.0 / (config.theta**exponents)
     if config.rope_type == "linear":
@@ -139,7 +208,31 @@ def inverse_frequencies(config: RopeConfig, head_dim: int) -> torch.Tensor:
         return _llama3(config, frequencies)
     if config.rope_type == "yarn":
         return _yarn(config, frequencies)
+    if config.rope_type == "longrope":
+        return 1.0 / (torch.tensor(config.factors, device="cpu") * config.theta**exponents)
     return frequencies
+
+
+def _magnitudes(config: RopeConfig, head_dim: int) -> torch.Tensor:
+    """What each pair of dimensions is multiplied by, float32 (D / 2,), on the CPU."""
+    magnitudes = torch.ones(head_dim // 2, dtype=torch.float32, device="cpu")
+    magnitudes[: num_rotated(config, head_dim) // 2] = config.magnitude
+    return magnitudes
+
+
+def head_order(config: RopeConfig, head_dim: int) -> torch.Tensor | None:
+    """(D,) int64: the order in which rows of query and key projections are kept; None: as they are.
+
+    Dimension i is rotated with i + D / 2 here, in checkpoints with i + R / 2 if the first R of D dimensions are. Scores
+    do not depend on the order.
+    """
+    rotated = num_rotated(config, head_dim)
+    if rotated == head_dim:
+        return None
+    places = torch.arange(head_dim, device="cpu")
+    first, second = places[:rotated].chunk(2)
+    others, more = places[rotated:].chunk(2)
+    return torch.cat((first, others, second, more))
 
 
 def _llama3(config: RopeConfig, frequencies: torch.Tensor) -> torch.Tensor:
@@ -173,7 +266,8 @@ def angle_table(config: RopeConfig, head_dim: int, num_positions: int) -> torch.
     """(num_positions, D) float32, on the CPU: cosines of each pair's rotation, then sines, times the magnitude."""
     positions = torch.arange(num_positions, dtype=torch.float32, device="cpu")
     turns = positions[:, None] * inverse_frequencies(config, head_dim)
-    return torch.cat((turns.cos(), turns.sin()), dim=-1) * config.magnitude
+    magnitudes = _magnitudes(config, head_dim)
+    return torch.cat((turns.cos() * magnitudes, turns.sin() * magnitudes), dim=-1)
 
 
 class Rope:
@@ -182,13 +276,13 @@ class Rope:
     def __init__(self, config: RopeConfig, head_dim: int, dtype: torch.dtype, device: torch.device) -> None:
         self._frequencies = inverse_frequencies(config, head_dim).to(device)
         self._half = head_dim // 2
-        self._magnitude = config.magnitude
+        self._magnitudes = _magnitudes(config, head_dim).to(device)
         self._dtype = dtype
 
     def angles(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosines and signed sines of one step, (T, 1, D) each, from positions (T,): the same for every layer."""
         turns = positions[:, None].float() * self._frequencies
-        cos, sin = turns.cos() * self._magnitude, turns.sin() * self._magnitude
+        cos, sin = turns.cos() * self._magnitudes, turns.sin() * self._magnitudes
         return (
             torch.cat((cos, cos), dim=-1)[:, None].to(self._dtype),
             torch.cat((-sin, sin), dim=-1)[:, None].to(self._dtype),

@@ -19,9 +19,10 @@ from hbserve_core.errors import InvalidInstanceConfig
 from hbserve_core.model.checkpoint.checkpoint import Checkpoint, with_stored_head
 from hbserve_core.model.checkpoint.dummy_checkpoint import DummyCheckpoint
 from hbserve_core.model.checkpoint.tensor_source import TensorPart, TensorSource, weights_digest
-from hbserve_core.model.layers import DecoderWeights, LayerWeights, Linear, RmsNorm
+from hbserve_core.model.layers import DecoderWeights, LayerWeights, Linear, ProjectionNorm, RmsNorm
 from hbserve_core.model.linear import make_linear
 from hbserve_core.model.model_config import ModelConfig
+from hbserve_core.model.rope import head_order
 from hbserve_core.model.shard import Shard
 
 logger = logging.getLogger(__name__)
@@ -71,23 +72,40 @@ def checkpoint_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 def _layer_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     hidden, inner = config.hidden_size, config.intermediate_size
     query, key = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    switches = config.switches
     linears = [
-        ("self_attn.q_proj", query, hidden, config.biases.qkv),
-        ("self_attn.k_proj", key, hidden, config.biases.qkv),
-        ("self_attn.v_proj", key, hidden, config.biases.qkv),
-        ("self_attn.o_proj", hidden, query, config.biases.output),
-        ("mlp.gate_proj", inner, hidden, config.biases.mlp),
-        ("mlp.up_proj", inner, hidden, config.biases.mlp),
-        ("mlp.down_proj", hidden, inner, config.biases.mlp),
+        *(("self_attn", name, sum(rows), hidden, switches.qkv_bias) for name, rows in _qkv_tensors(config).items()),
+        ("self_attn", "o_proj", hidden, query, switches.output_bias),
+        *(("mlp", name, sum(rows), hidden, switches.mlp_bias) for name, rows in _gate_up_tensors(config).items()),
+        ("mlp", "down_proj", hidden, inner, switches.mlp_bias),
     ]
     shapes: dict[str, tuple[int, ...]] = {}
-    for name, outputs, inputs, has_bias in linears:
-        shapes[f"{name}.weight"] = (outputs, inputs)
+    for block, name, outputs, inputs, has_bias in linears:
+        shapes[f"{block}.{name}.weight"] = (outputs, inputs)
         if has_bias:
-            shapes[f"{name}.bias"] = (outputs,)
-    if config.biases.qk_norm:
-        shapes |= {f"self_attn.{name}.weight": (config.head_dim,) for name in ("q_norm", "k_norm")}
-    return shapes | {f"{name}.weight": (hidden,) for name in ("input_layernorm", "post_attention_layernorm")}
+            shapes[f"{block}.{name}.bias"] = (outputs,)
+    if switches.qk_norm:
+        sizes = (query, key) if switches.qk_norm == "projection" else (config.head_dim, config.head_dim)
+        shapes |= {f"self_attn.{name}.weight": (size,) for name, size in zip(("q_norm", "k_norm"), sizes, strict=True)}
+    return shapes | {f"{name}.weight": (hidden,) for name in switches.norms.names()}
+
+
+Rows = tuple[int, ...]
+"""Numbers of rows of the projections that one tensor of the checkpoint has below each other."""
+
+
+def _qkv_tensors(config: ModelConfig) -> dict[str, Rows]:
+    query, key = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    if config.switches.is_fused:
+        return {"qkv_proj": (query, key, key)}
+    return {"q_proj": (query,), "k_proj": (key,), "v_proj": (key,)}
+
+
+def _gate_up_tensors(config: ModelConfig) -> dict[str, Rows]:
+    inner = config.intermediate_size
+    return (
+        {"gate_up_proj": (inner, inner)} if config.switches.is_fused else {"gate_proj": (inner,), "up_proj": (inner,)}
+    )
 
 
 class _Loader:
@@ -105,11 +123,18 @@ class _Loader:
         self._heads = shard.part(config.num_heads, config.head_dim)
         self._kv_heads = shard.kv_part(config.num_kv_heads, config.head_dim)
         self._inner = shard.part(config.intermediate_size)
+        self._head_order = head_order(config.rope, config.head_dim)
+        self._qkv_order = self._order_of_qkv()
+        # The stream of all layers is divided by what multiplies each addition to it, which norms undo.
+        self._embedding_multiplier = config.switches.embedding_multiplier / config.switches.residual_multiplier
+        self._stream_eps = config.rms_norm_eps / config.switches.residual_multiplier**2
         self.num_bytes = 0
         """Of what has been loaded."""
 
     def decoder(self) -> DecoderWeights:
         embedding = self._vocabulary("model.embed_tokens.weight")
+        if self._embedding_multiplier != 1.0:
+            embedding *= self._embedding_multiplier
         # Without a terminal there is no bar.
         layers = tqdm(range(self._config.num_layers), desc="weights of layers", disable=None, leave=False)
         return DecoderWeights(
@@ -117,10 +142,30 @@ class _Loader:
             first_token=self._shard.rank * len(embedding),
             layers=tuple(map(self._layer, layers)),
             head=make_linear(embedding if self._config.tied_embeddings else self._vocabulary("lm_head.weight")),
-            norm=self._norm("model.norm.weight"),
+            norm=self._last_norm(),
             # Last: by now the files are in the system's page cache.
             digest=weights_digest(self._source, self._shapes),
         )
+
+    def _last_norm(self) -> RmsNorm:
+        switches = self._config.switches
+        divisor = switches.logits_divisor * (self._embedding_multiplier if self._config.tied_embeddings else 1.0)
+        weight = self._norm_weight("model.norm.weight")
+        return RmsNorm(weight if divisor == 1.0 else weight.float() / divisor, self._stream_eps)
+
+    def _norm_weight(self, name: str) -> torch.Tensor:
+        weight = self._whole(name)
+        return weight.float() + 1 if self._config.switches.norms_from_one else weight
+
+    def _order_of_qkv(self) -> torch.Tensor | None:
+        """Rows of the fused projection in the order in which they are kept; None: as they are."""
+        if self._head_order is None:
+            return None
+        local, head_dim = self._shard.config(self._config), self._config.head_dim
+        places = torch.arange((local.num_heads + 2 * local.num_kv_heads) * head_dim, device="cpu").view(-1, head_dim)
+        num_rotated = local.num_heads + local.num_kv_heads
+        places[:num_rotated] = places[:num_rotated, self._head_order]
+        return places.flatten().to(self._device)
 
     def _fuse(self, parts: Sequence[TensorPart], num_rows: int | None = None) -> torch.Tensor:
         """Parts of tensors one below the other, and zeros up to `num_rows`."""
@@ -143,9 +188,24 @@ class _Loader:
         first = self._shard.rank * num_tokens
         return self._fuse([TensorPart(name, rows=slice(first, first + num_tokens))], num_tokens)
 
-    def _split_by_outputs(self, prefix: str, parts: Mapping[str, slice], has_bias: bool) -> Linear:
+    def _split_by_outputs(
+        self,
+        prefix: str,
+        tensors: Mapping[str, Rows],
+        parts: Sequence[slice],
+        has_bias: bool,
+        order: torch.Tensor | None = None,
+    ) -> Linear:
+        """parts: of the rows of each projection in `tensors`. order: of the outputs that come out, if not theirs."""
+        firsts = [(name, sum(rows[:i])) for name, rows in tensors.items() for i in range(len(rows))]
+
         def fused(kind: str) -> torch.Tensor:
-            return self._fuse([TensorPart(f"{prefix}.{name}_proj.{kind}", rows=part) for name, part in parts.items()])
+            names = [
+                TensorPart(f"{prefix}.{name}.{kind}", rows=slice(first + part.start, first + part.stop))
+                for (name, first), part in zip(firsts, parts, strict=True)
+            ]
+            rows = self._fuse(names)
+            return rows if order is None else rows[order]
 
         return make_linear(fused("weight"), fused("bias") if has_bias else None)
 
@@ -155,24 +215,35 @@ class _Loader:
         return make_linear(weight, bias)
 
     def _layer(self, index: int) -> LayerWeights:
-        prefix, biases = f"model.layers.{index}", self._config.biases
+        prefix, switches, norms = f"model.layers.{index}", self._config.switches, self._config.switches.norms
         attention, mlp = f"{prefix}.self_attn", f"{prefix}.mlp"
-        qkv = {"q": self._heads, "k": self._kv_heads, "v": self._kv_heads}
+        qkv, inner = (self._heads, self._kv_heads, self._kv_heads), (self._inner, self._inner)
         return LayerWeights(
-            attention_norm=self._norm(f"{prefix}.input_layernorm.weight"),
-            qkv=self._split_by_outputs(attention, qkv, biases.qkv),
-            qk_norm=self._qk_norm(attention) if biases.qk_norm else None,
-            output=self._split_by_inputs(f"{attention}.o", self._heads, biases.output),
-            mlp_norm=self._norm(f"{prefix}.post_attention_layernorm.weight"),
-            gate_up=self._split_by_outputs(mlp, {"gate": self._inner, "up": self._inner}, biases.mlp),
-            down=self._split_by_inputs(f"{mlp}.down", self._inner, biases.mlp),
+            attention_norm=self._layer_norm(prefix, norms.before_attention, self._stream_eps),
+            qkv=self._split_by_outputs(attention, _qkv_tensors(self._config), qkv, switches.qkv_bias, self._qkv_order),
+            qk_norm=self._qk_norm(attention),
+            output=self._split_by_inputs(f"{attention}.o", self._heads, switches.output_bias),
+            attention_out_norm=self._layer_norm(prefix, norms.after_attention, self._config.rms_norm_eps),
+            mlp_norm=self._layer_norm(prefix, norms.before_mlp, self._stream_eps),
+            gate_up=self._split_by_outputs(mlp, _gate_up_tensors(self._config), inner, switches.mlp_bias),
+            down=self._split_by_inputs(f"{mlp}.down", self._inner, switches.mlp_bias),
+            mlp_out_norm=self._layer_norm(prefix, norms.after_mlp, self._config.rms_norm_eps),
         )
 
-    def _norm(self, name: str) -> RmsNorm:
-        return RmsNorm(self._whole(name), self._config.rms_norm_eps)
+    def _layer_norm(self, prefix: str, name: str | None, eps: float) -> RmsNorm | None:
+        return None if name is None else RmsNorm(self._norm_weight(f"{prefix}.{name}.weight"), eps)
 
-    def _qk_norm(self, attention: str) -> RmsNorm:
-        query, key = (self._whole(f"{attention}.{name}.weight") for name in ("q_norm", "k_norm"))
-        local = self._shard.config(self._config)
-        weight = torch.cat((query.expand(local.num_heads, -1), key.expand(local.num_kv_heads, -1)))
-        return RmsNorm(weight, self._config.rms_norm_eps)
+    def _qk_norm(self, attention: str) -> RmsNorm | ProjectionNorm | None:
+        config, shard = self._config, self._shard
+        names = [f"{attention}.{name}.weight" for name in ("q_norm", "k_norm")]
+        local, head_dim = shard.config(config), config.head_dim
+        if not config.switches.qk_norm:
+            return None
+        if config.switches.qk_norm == "head":
+            query, key = (self._norm_weight(name) for name in names)
+            weight = torch.cat((query.expand(local.num_heads, -1), key.expand(local.num_kv_heads, -1)))
+            return RmsNorm(weight if self._head_order is None else weight[:, self._head_order], config.rms_norm_eps)
+        parts = [TensorPart(name, rows=part) for name, part in zip(names, (self._heads, self._kv_heads), strict=True)]
+        weight = self._fuse(parts).view(-1, head_dim)
+        sizes = local.num_heads * shard.size * head_dim, local.num_kv_heads * shard.size * head_dim
+        return ProjectionNorm(weight, config.rms_norm_eps, local.num_heads, sizes)

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from hbserve_core.engine.sequence import ScheduledChunk
+from hbserve_core.model.model_config import ModelConfig
 
 # Sequences of different context share one call as long as padding does not make it this much larger, and their
 # gathered keys and values stay this small. Splitting costs nothing above 1 MiB.
@@ -28,9 +29,10 @@ class TorchAttention:
     products.
     """
 
-    def __init__(self, pool: torch.Tensor, num_heads: int) -> None:
+    def __init__(self, pool: torch.Tensor, model: ModelConfig) -> None:
+        """model: sizes of this rank's part."""
         self._pool = pool
-        self._num_heads = num_heads
+        self._model = model
         self._workspace = torch.empty(0, dtype=pool.dtype, device=pool.device)
 
     def plan(self, chunks: Sequence[ScheduledChunk]) -> "AttentionPlan":
@@ -45,7 +47,7 @@ class TorchAttention:
         elements = max(group.num_sequences * group.num_blocks for group in groups) * block_elements
         if self._workspace.numel() < elements:
             self._workspace = torch.empty(elements, dtype=self._pool.dtype, device=self._pool.device)
-        return AttentionPlan(self._pool, self._num_heads, self._workspace, chunks, groups)
+        return AttentionPlan(self._pool, self._model, self._workspace, chunks, groups)
 
     def _clear_unwritten_slots(self, chunks: Sequence[ScheduledChunk]) -> None:
         """Clear what a step leaves unwritten of the blocks that it begins: of each sequence at most the last one."""
@@ -113,13 +115,13 @@ class AttentionPlan:
     def __init__(
         self,
         pool: torch.Tensor,
-        num_heads: int,
+        model: ModelConfig,
         workspace: torch.Tensor,
         chunks: Sequence[ScheduledChunk],
         groups: Sequence[_Group],
     ) -> None:
         num_blocks, num_layers, _, block_size, num_kv_heads, head_dim = pool.shape
-        self._num_heads = num_heads
+        self._num_heads = model.num_heads
         self._num_kv_heads = num_kv_heads
         self._token_rows = pool.view(num_blocks * num_layers * 2 * block_size, num_kv_heads * head_dim)
         self._num_tokens = sum(chunk.num_new_tokens for chunk in chunks)
@@ -127,7 +129,8 @@ class AttentionPlan:
         # (num_layers, 2, T): rows of the new keys and of the new values, layer by layer.
         offsets = torch.arange(num_layers * 2, device="cpu").view(num_layers, 2, 1) * block_size
         self._new_rows = (slots + offsets).to(pool.device)
-        self._groups = [_GroupPlan(pool, num_heads, workspace, group) for group in groups]
+        self._windows = model.windows
+        self._groups = [_GroupPlan(pool, model, workspace, group) for group in groups]
 
     def attend(self, layer: int, heads: torch.Tensor, out: torch.Tensor) -> None:
         """Write the new keys and values of `layer` into the pool, then attend.
@@ -140,7 +143,7 @@ class AttentionPlan:
         self._token_rows.index_copy_(0, key_rows, heads[: self._num_tokens, first_key:first_value].flatten(1))
         self._token_rows.index_copy_(0, value_rows, heads[: self._num_tokens, first_value:].flatten(1))
         for group in self._groups:
-            group.attend(layer, heads, out)
+            group.attend(layer, self._windows[layer], heads, out)
 
 
 def _slots(chunks: Sequence[ScheduledChunk], num_layers: int, block_size: int) -> np.ndarray:
@@ -161,10 +164,11 @@ def _slots(chunks: Sequence[ScheduledChunk], num_layers: int, block_size: int) -
 class _GroupPlan:
     """One group's blocks, mask and place in the step's tokens."""
 
-    def __init__(self, pool: torch.Tensor, num_heads: int, workspace: torch.Tensor, group: _Group) -> None:
+    def __init__(self, pool: torch.Tensor, model: ModelConfig, workspace: torch.Tensor, group: _Group) -> None:
         num_blocks, num_layers, _, block_size, num_kv_heads, head_dim = pool.shape
         self._group = group
-        self._heads = (num_kv_heads, num_heads // num_kv_heads, head_dim)
+        self._heads = (num_kv_heads, model.num_heads // num_kv_heads, head_dim)
+        self._scale = model.attention_scale
         self._end = group.first_token + group.num_sequences * group.num_new_tokens
         self._block_rows = pool.view(num_blocks * num_layers * 2, -1)
         padded = [table + [table[0]] * (group.num_blocks - len(table)) for table in group.block_tables]
@@ -178,22 +182,27 @@ class _GroupPlan:
         self._equal = len(set(group.contexts)) == 1
         used = group.contexts[0] if self._equal else shape[2]
         self._keys, self._values = self._gathered.view(shape)[:, :, :used].transpose(2, 3)
-        self._is_causal = self._equal and 1 < group.num_new_tokens == used
-        self._mask = None if self._is_causal else self._make_mask(used, pool)
+        self._cap = model.switches.attention_cap
+        self._masks = {window: self._make_mask(used, window, pool) for window in set(model.windows)}
 
-    def _make_mask(self, used: int, pool: torch.Tensor) -> torch.Tensor | None:
-        """(S or 1, 1, Q, C), added to the scores: a new token sees the context up to itself."""
+    def _make_mask(self, used: int, window: int, pool: torch.Tensor) -> torch.Tensor | None:
+        """(S or 1, 1, Q, C), added to the scores: a new token sees the context up to itself, or the last `window`
+        tokens of it. None: nothing is hidden, or the scores are causal."""
         num_new = self._group.num_new_tokens
-        if self._equal and num_new == 1:
+        all_in_window = not 0 < window < used
+        if self._equal and all_in_window and num_new in (1, 0 if self._cap else used):
             return None
         device = pool.device
         contexts = torch.tensor(self._group.contexts[:1] if self._equal else self._group.contexts, device=device)
         last = contexts[:, None] - num_new + torch.arange(num_new, device=device)
-        hidden = torch.arange(used, device=device) > last[:, :, None]
+        positions = torch.arange(used, device=device)
+        hidden = positions > last[:, :, None]
+        if window:
+            hidden |= positions <= last[:, :, None] - window
         mask = torch.zeros(hidden.shape, dtype=pool.dtype, device=device)
         return mask.masked_fill_(hidden, float("-inf"))[:, None]
 
-    def attend(self, layer: int, heads: torch.Tensor, out: torch.Tensor) -> None:
+    def attend(self, layer: int, window: int, heads: torch.Tensor, out: torch.Tensor) -> None:
         torch.index_select(self._block_rows, 0, self._rows[layer], out=self._gathered)
         num_kv_heads, num_queries, head_dim = self._heads
         num_sequences, num_new = self._group.num_sequences, self._group.num_new_tokens
@@ -202,11 +211,28 @@ class _GroupPlan:
         if num_new == 1:
             # The queries that share a key head stand in for the query tokens that there are not.
             packed = query.view(num_sequences, num_kv_heads, num_queries, head_dim)
-            result = F.scaled_dot_product_attention(packed, self._keys, self._values, self._mask)
-            out[rows].view(packed.shape).copy_(result)
+            out[rows].view(packed.shape).copy_(self._weigh(packed, self._masks[window]))
             return
         split = query.view(num_sequences, num_new, -1, head_dim).transpose(1, 2)
-        result = F.scaled_dot_product_attention(
-            split, self._keys, self._values, self._mask, is_causal=self._is_causal, enable_gqa=True
-        )
+        result = self._weigh(split, self._masks[window])
         out[rows].view(num_sequences, num_new, -1, head_dim).copy_(result.transpose(1, 2))
+
+    def _weigh(self, query: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        """(S, H, Q, D) of queries (S, H, Q, D), whose H heads share the K key heads equally."""
+        keys, values = self._keys, self._values
+        if not self._cap:
+            is_causal = mask is None and self._group.num_new_tokens > 1
+            return F.scaled_dot_product_attention(
+                query,
+                keys,
+                values,
+                mask,
+                is_causal=is_causal,
+                scale=self._scale,
+                enable_gqa=query.shape[1] != keys.shape[1],
+            )
+        shared = query.shape[1] // keys.shape[1]
+        scores = query @ keys.repeat_interleave(shared, 1).transpose(2, 3) * (self._scale / self._cap)
+        scores = scores.tanh_() * self._cap
+        weights = F.softmax(scores if mask is None else scores + mask, dim=-1, dtype=torch.float32)
+        return torch.matmul(weights.to(query.dtype), values.repeat_interleave(shared, 1))

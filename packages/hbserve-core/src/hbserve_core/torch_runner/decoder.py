@@ -1,13 +1,13 @@
 """The decoder: embedding, layers of attention and gated MLP, norm, output projection.
 
-Qwen3, Qwen2 and Llama differ by which biases and norms their weights have, and by nothing else.
+What architectures differ by (model/architectures.py) is in the weights, most of it where they are loaded.
 Shapes: T rows of one step (tokens, and padding after them), R of them sampled, E hidden_size, D head_dim.
 """
 
 import torch
 import torch.nn.functional as F
 
-from hbserve_core.model.layers import DecoderWeights, LayerWeights
+from hbserve_core.model.layers import DecoderWeights, LayerWeights, ProjectionNorm, RmsNorm, capped_logits
 from hbserve_core.model.model_config import ModelConfig
 from hbserve_core.model.rank_group import RankGroup
 from hbserve_core.model.rope import Rope
@@ -29,21 +29,25 @@ class Decoder:
         self._config = config
         self._weights = weights
         self._group = group
-        self._rope = Rope(config.rope, config.head_dim, weights.embedding.dtype, weights.embedding.device)
+        dtype, device = weights.embedding.dtype, weights.embedding.device
+        self._layer_ropes = config.layer_ropes()
+        self._ropes = {each: Rope(each, config.head_dim, dtype, device) for each in self._layer_ropes}
 
     def hidden(self, step: StepInput, attention: AttentionPlan) -> torch.Tensor:
         """(T, E): what the last layer gives. Writes the step's keys and values into the pool."""
         all_reduce = self._group.all_reduce
         hidden = all_reduce(self._embed(step.token_ids))
-        angles = self._rope.angles(step.positions)
-        for index, layer in enumerate(self._weights.layers):
-            hidden = hidden + all_reduce(self._attention(index, layer, hidden, angles, attention))
-            hidden = hidden + all_reduce(self._mlp(layer, hidden))
+        angles = {config: rope.angles(step.positions) for config, rope in self._ropes.items()}
+        for index, (layer, rope) in enumerate(zip(self._weights.layers, self._layer_ropes, strict=True)):
+            attended = all_reduce(self._attention(index, layer, hidden, angles[rope], attention))
+            hidden = hidden + _normed(attended, layer.attention_out_norm)
+            hidden = hidden + _normed(all_reduce(self._mlp(layer, hidden)), layer.mlp_out_norm)
         return hidden
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """(R, vocab_size) of rows (R, E), in the engine's dtype, on every rank."""
-        return self._group.gather_logits(self._weights.head(self._weights.norm(hidden)), self._config.vocab_size)
+        logits = self._weights.head(self._weights.norm(hidden))
+        return capped_logits(self._group.gather_logits(logits, self._config.vocab_size), self._config)
 
     def _embed(self, token_ids: torch.Tensor) -> torch.Tensor:
         """(T, E); zeros for tokens that other ranks have."""
@@ -58,11 +62,14 @@ class Decoder:
         self, index: int, layer: LayerWeights, hidden: torch.Tensor, angles: Angles, attention: AttentionPlan
     ) -> torch.Tensor:
         config = self._config
-        projected = layer.qkv(layer.attention_norm(hidden))
+        projected = layer.qkv(_normed(hidden, layer.attention_norm))
         heads = projected.view(len(hidden), -1, config.head_dim)
-        rotated = heads[:, : config.num_heads + config.num_kv_heads]
-        queries_and_keys = layer.qk_norm(rotated) if layer.qk_norm else rotated
-        self._rope.rotate(queries_and_keys, angles, out=rotated)
+        queries_and_keys = rotated = heads[:, : config.num_heads + config.num_kv_heads]
+        if isinstance(layer.qk_norm, ProjectionNorm):
+            layer.qk_norm.apply(heads, self._group)
+        elif layer.qk_norm:
+            queries_and_keys = layer.qk_norm(rotated)
+        self._ropes[self._layer_ropes[index]].rotate(queries_and_keys, angles, out=rotated)
         out = hidden.new_zeros(len(hidden), config.num_heads * config.head_dim)
         attention.attend(index, heads, out)
         return layer.output(out)
@@ -70,5 +77,10 @@ class Decoder:
     def _mlp(self, layer: LayerWeights, hidden: torch.Tensor) -> torch.Tensor:
         if hidden.device.type == "cpu" and len(hidden) > _MLP_ROWS:
             return torch.cat([self._mlp(layer, part) for part in torch.split(hidden, _MLP_ROWS)])
-        gate, up = layer.gate_up(layer.mlp_norm(hidden)).chunk(2, dim=-1)
-        return layer.down(F.silu(gate) * up)
+        gate, up = layer.gate_up(_normed(hidden, layer.mlp_norm)).chunk(2, dim=-1)
+        activated = F.silu(gate) if self._config.switches.activation == "silu" else F.gelu(gate, approximate="tanh")
+        return layer.down(activated * up)
+
+
+def _normed(rows: torch.Tensor, norm: RmsNorm | None) -> torch.Tensor:
+    return rows if norm is None else norm(rows)

@@ -39,7 +39,7 @@ class InstanceTransfers:
         """Where all ranks of the instance receive, for a sender's `open_link`; from `start` on."""
         addresses = runner.transfer_addresses
         self._manager = make_manager(config, runner, Shard(0, 1 + len(addresses)), epoch)
-        self._others = [RemoteRank(rank, address, on_lost) for rank, address in enumerate(addresses, 1)]
+        self._others = [RemoteRank(rank, address, on_lost, config.keys) for rank, address in enumerate(addresses, 1)]
         num_kv_heads, size = runner.model_config.num_kv_heads, 1 + len(addresses)
         self._other_senders = [
             each for rank, each in enumerate(self._others, 1) if Shard(rank, size).is_first_with_kv_heads(num_kv_heads)
@@ -66,7 +66,9 @@ class InstanceTransfers:
         opening = [self._manager.open_link(endpoint), *(rank.open_link(endpoint) for rank in self._other_senders)]
         await asyncio.gather(*opening)
 
-    async def post_receive(self, transfer_id: str, block_ids: Sequence[int]) -> "PostedReceive | JointReceive":
+    async def post_receive(
+        self, transfer_id: str, block_ids: Sequence[int], sender: str = ""
+    ) -> "PostedReceive | JointReceive":
         """Expect one transfer into these blocks of every rank's pool; no blocks: only its commit. It may bring fewer,
         for a request that its first token ends: see `TransferResult.is_partial`.
 
@@ -74,15 +76,15 @@ class InstanceTransfers:
             ValueError: the id is in use, or a block is outside the pool or there twice.
             TransferFailed: a rank is lost.
         """
-        if not self._others:
-            return self._manager.post_receive(transfer_id, block_ids, may_be_partial=True)
 
         async def post() -> PostedReceive:
-            return self._manager.post_receive(transfer_id, block_ids, may_be_partial=True)
+            return self._manager.post_receive(transfer_id, block_ids, may_be_partial=True, sender=sender)
 
+        if not self._others:
+            return await post()
         posting: list[Coroutine[Any, Any, _Receive]] = [
             post(),
-            *(rank.post_receive(transfer_id, block_ids) for rank in self._others),
+            *(rank.post_receive(transfer_id, block_ids, sender) for rank in self._others),
         ]
         return JointReceive(await _all_or_none(posting))
 
@@ -184,6 +186,7 @@ def _joint_result(results: Sequence[TransferResult], cause: str) -> TransferResu
         max(each.time_s for each in results),
         cause,
         any(each.is_partial for each in results),
+        all(each.is_trusted for each in results),
     )
 
 

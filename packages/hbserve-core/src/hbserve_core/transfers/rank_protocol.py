@@ -25,6 +25,8 @@ from hbserve_rpc.messages import Empty
 class Receive(msgspec.Struct, frozen=True, tag=True):
     transfer_id: str
     block_ids: list[int]
+    sender: str = ""
+    """Of `KVTransferManager.post_receive`."""
 
 
 class Send(msgspec.Struct, frozen=True, tag=True):

@@ -28,6 +28,7 @@ from hbserve_kv import (
 from hbserve_rpc import (
     HBServeRpcError,
     InvalidRequest,
+    Keys,
     Method,
     PeerDied,
     RemoteError,
@@ -55,7 +56,7 @@ LINK_TIMEOUT_S = 300.0
 
 def make_manager(config: InstanceConfig, runner: Runner, shard: Shard, epoch: str | None = None) -> KVTransferManager:
     """Of this process's rank. Raises BackendUnavailable."""
-    settings = config.kv_transfer
+    settings = msgspec.structs.replace(config.kv_transfer, keys=config.keys)
     if shard.rank:  # the next ports are those of other instances
         settings = msgspec.structs.replace(settings, port=0)
     return KVTransferManager(
@@ -65,6 +66,7 @@ def make_manager(config: InstanceConfig, runner: Runner, shard: Shard, epoch: st
         config=settings,
         epoch=epoch,
         heads=shard.kv_heads(runner.model_config.num_kv_heads),
+        name=config.instance_id,
     )
 
 
@@ -73,7 +75,7 @@ class RankServer:
 
     def __init__(self, manager: KVTransferManager) -> None:
         self._manager = manager
-        self._server = RpcServer("127.0.0.1", 0)
+        self._server = RpcServer("127.0.0.1", 0, keys=manager.config.keys, allows=["instance"])
         self._transfers: dict[str, PostedReceive | SendTransfer] = {}
         self._cancelling: set[asyncio.Task[Outcome]] = set()
 
@@ -94,7 +96,9 @@ class RankServer:
         return server.address
 
     async def _post(self, request: Receive) -> tuple[PostedReceive, Begun]:
-        posted = self._manager.post_receive(request.transfer_id, request.block_ids, may_be_partial=True)
+        posted = self._manager.post_receive(
+            request.transfer_id, request.block_ids, may_be_partial=True, sender=request.sender
+        )
         return posted, Begun(grant=posted.grant)
 
     async def _open(self, request: Send) -> tuple[SendTransfer, Begun]:
@@ -176,17 +180,17 @@ def serve_transfers(config: InstanceConfig, runner: Runner, shard: Shard) -> str
 class RemoteRank:
     """Transfers of another rank, whose process serves them at `address`, as rank 0 has them."""
 
-    def __init__(self, rank: int, address: str, on_lost: Callable[[Exception], None]) -> None:
+    def __init__(self, rank: int, address: str, on_lost: Callable[[Exception], None], keys: Keys | None = None) -> None:
         """on_lost: called when the rank does not answer; the instance must end then."""
         self.name = f"rank {rank}"
-        self.client = RpcClient(address, heartbeat_interval_s=1.0, heartbeat_timeout_s=SILENCE_S)
+        self.client = RpcClient(address, heartbeat_interval_s=1.0, heartbeat_timeout_s=SILENCE_S, keys=keys)
         self._on_lost = on_lost
         self._losing: asyncio.Task[None] | None = None
         self._stats = TransferStats()
 
-    async def post_receive(self, transfer_id: str, block_ids: Sequence[int]) -> "RemoteTransfer":
+    async def post_receive(self, transfer_id: str, block_ids: Sequence[int], sender: str = "") -> "RemoteTransfer":
         """Raises TransferFailed: the rank refuses, or is lost."""
-        return await self._begin(transfer_id, protocol.RECEIVE, Receive(transfer_id, list(block_ids)))
+        return await self._begin(transfer_id, protocol.RECEIVE, Receive(transfer_id, list(block_ids), sender))
 
     async def open_send(self, transfer_id: str, grant: bytes) -> "RemoteTransfer":
         """Raises TransferFailed: the rank cannot send, or is lost."""

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from hbserve_kv.memory.events import on_stream
 from hbserve_kv.memory.memory import Memory, Region, gather
 from hbserve_kv.transports.base import Link
 
@@ -45,7 +46,7 @@ def link_checksums(
         return checksums(gather(rows, block_ids))
     new_stream: Any = torch.cuda.Stream
     stream = new_stream(memory.device)
-    with torch.cuda.stream(stream):
+    with on_stream(stream):
         if ready is not None:
             stream.wait_event(ready)
         return checksums(gather(rows, block_ids))

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from hbserve_kv.errors import FingerprintMismatch
-from hbserve_kv.memory.heads import HeadRange
+from hbserve_kv.memory.memory import HeadRange
 from hbserve_kv.protocol import messages
 from hbserve_kv.protocol.messages import Handshake
 from hbserve_kv.transports.base import Transport
@@ -20,6 +20,8 @@ class Identity:
     epoch: str
     fingerprint: dict[str, str | int]
     heads: HeadRange
+    name: str = ""
+    """Of the instance."""
 
 
 def check(hello: Handshake, me: Identity) -> HeadRange:

@@ -14,6 +14,9 @@ sender                                              receiver
 `link` names one life of both sides: the sender draws it, the receiver learns it with the sender's epoch and forgets it
 when the stream ends. So a message of an earlier life, of either side, names a link that nobody knows.
 
+All that is said of a link must come by the connection by which LINK came: whoever else names it is told nothing, and
+changes nothing.
+
 What was announced is sent, and what is sent over a two-sided transport must be taken: a part that the receiver cannot
 take ends the link. It says why by Cancelled, and ends the stream, so that the sender ends a send that nobody takes.
 """
@@ -24,8 +27,7 @@ from typing import Annotated, Any
 import msgspec
 
 from hbserve_kv.errors import TransferFailed
-from hbserve_kv.memory.heads import HeadRange
-from hbserve_kv.memory.memory import Region
+from hbserve_kv.memory.memory import HeadRange, Region
 from hbserve_rpc import Method, Notification, StreamMethod
 
 PROTOCOL_VERSION = 7
@@ -75,6 +77,8 @@ class Handshake(msgspec.Struct, frozen=True, tag=True):
     offers: dict[str, bytes]
     """Transports that the sender can use, best first, each with its `describe()`."""
     link: str
+    name: str = ""
+    """Of the sender's instance. A transfer may be granted to one by name: `KVTransferManager.post_receive`."""
 
 
 class LinkReply(msgspec.Struct, frozen=True, tag=True):

@@ -1,29 +1,35 @@
-"""The life of one incoming transfer, without any I/O.
+"""The life of one transfer, at its receiver and at its sender, without any I/O.
 
-    POSTED ──begin──▶ RECEIVING ──commit──▶ COMPLETED
-       │                  │
-       └──────fail────────┴──▶ DRAINING ──nothing can land any more──▶ FAILED_DRAINED
-                                   └──────its deadline passed──────▶ UNKNOWN ──(as above)──▶ FAILED_DRAINED
+    OPENING ──begin, accept──▶ MOVING ──commit──▶ (COMMITTING ──acknowledge──▶) COMPLETED
+       │                         │                      │
+       └────────── fail ─────────┴──────────────────────┴──▶ DRAINING ──no block is in use any more──▶ FAILED_DRAINED
+                                                                └──patience is over──▶ UNKNOWN ──(as above)──▶ ″
 
-COMPLETED and FAILED_DRAINED are final. The first cause of a failure is kept. Anything that does not fit the state
-(late, duplicate, of another sender) changes nothing and returns False, for the caller to count.
+COMMITTING is of the sender, until every receiver has acknowledged. COMPLETED and FAILED_DRAINED are final: only then
+are the blocks free, or there. The first cause of a failure is kept. Anything that does not fit the phase (late,
+duplicate, of another sender) changes nothing and returns False, for the caller to count.
 
-Under tensor parallelism several senders bring different heads of the same blocks. Each begins and commits for itself;
-the transfer is COMPLETED when all heads have been committed. A sender is named by its link, which no other life has.
+Under tensor parallelism a receiver has several senders, which bring different heads of the same blocks. Each begins
+and commits for itself; the transfer is COMPLETED when all heads have been committed. A sender is named by its link,
+which no other life has. A sender has a leg to each rank of the receiver, whose progress is three integers: parts
+pushed, begun (announced, or handed to the transport) and moved. One leg that fails fails the transfer, unless its
+receiver has acknowledged it.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from enum import Enum, IntEnum
 
 
-class State(IntEnum):
-    POSTED = 0
-    RECEIVING = 1
-    DRAINING = 2
-    UNKNOWN = 3
-    FAILED_DRAINED = 4
-    COMPLETED = 5
+class Phase(IntEnum):
+    OPENING = 0
+    """No sender has begun; or not every receiver has accepted."""
+    MOVING = 1
+    COMMITTING = 2
+    DRAINING = 3
+    UNKNOWN = 4
+    FAILED_DRAINED = 5
+    COMPLETED = 6
 
 
 class Outcome(Enum):
@@ -53,6 +59,33 @@ class TransferResult:
     """The first cause, unless the outcome is COMPLETED."""
     is_partial: bool = False
     """COMPLETED with fewer blocks than were granted; only of a receive that was posted with `may_be_partial`."""
+    is_trusted: bool = True
+    """Of a receive: each of its senders had a key, or is a process of this host. Else nobody knows who has sent what is
+    there: it is not for other requests."""
+
+
+@dataclass(eq=False)
+class TransferState:
+    """What both sides have in common."""
+
+    phase: Phase = field(default=Phase.OPENING, init=False)
+    cause: str = field(default="", init=False)
+    """Why it has failed; "" if it has not."""
+
+    @property
+    def failed(self) -> bool:
+        return Phase.DRAINING <= self.phase <= Phase.FAILED_DRAINED
+
+    @property
+    def ended(self) -> bool:
+        return self.phase >= Phase.UNKNOWN
+
+    @property
+    def outcome(self) -> Outcome:
+        assert self.ended, self.phase
+        return {Phase.COMPLETED: Outcome.COMPLETED, Phase.UNKNOWN: Outcome.UNKNOWN}.get(
+            self.phase, Outcome.FAILED_DRAINED
+        )
 
 
 @dataclass
@@ -73,30 +106,30 @@ class SenderState:
 
 
 @dataclass
-class IncomingState:
+class IncomingState(TransferState):
+    """A transfer at its receiver."""
+
     heads: frozenset[int] = frozenset({0})
     """Heads that must come."""
     num_blocks: int = 0
     """Blocks that were granted: each sender must have brought its heads of all of them when it commits."""
     may_be_partial: bool = False
     """Or of fewer."""
-    state: State = State.POSTED
-    cause: str = ""
     senders: dict[str, SenderState] = field(default_factory=dict)
 
     def begin(self, link: str, heads: Iterable[int] = (0,), *, one_sided: bool) -> bool:
         brought = frozenset(heads)
         taken = {head for sender in self.senders.values() for head in sender.heads}
-        if self.state > State.RECEIVING or link in self.senders or brought & taken or not brought <= self.heads:
+        if self.phase > Phase.MOVING or link in self.senders or brought & taken or not brought <= self.heads:
             return False
-        self.state = State.RECEIVING
+        self.phase = Phase.MOVING
         self.senders[link] = SenderState(brought, one_sided)
         return True
 
     def start_parts(self, link: str, *parts: int) -> bool:
         """All or none. Also while draining: what the sender had begun to send is taken, so that both sides agree."""
         sender = self.senders.get(link)
-        if sender is None or sender.committed or sender.drained or self.state not in (State.RECEIVING, State.DRAINING):
+        if sender is None or sender.committed or sender.drained or self.phase not in (Phase.MOVING, Phase.DRAINING):
             return False
         if len(set(parts) - sender.landed - sender.in_flight) < len(parts):
             return False
@@ -116,7 +149,7 @@ class IncomingState:
     def commit(self, link: str, num_parts: int, num_blocks: int = 0) -> bool:
         """`num_blocks`: of those that were granted, how many have come."""
         sender = self.senders.get(link)
-        if self.state is not State.RECEIVING or sender is None or sender.committed:
+        if self.phase is not Phase.MOVING or sender is None or sender.committed:
             return False
         if not sender.one_sided and not _are_all(sender.landed, num_parts):
             self.fail(f"committed with {num_parts} parts, of which {len(sender.landed)} have landed")
@@ -126,18 +159,18 @@ class IncomingState:
             return False
         sender.committed = True
         if self.heads == {head for each in self.senders.values() if each.committed for head in each.heads}:
-            self.state = State.COMPLETED
+            self.phase = Phase.COMPLETED
         return True
 
     def fail(self, cause: str) -> None:
-        if self.state in (State.POSTED, State.RECEIVING):
-            self.state, self.cause = State.DRAINING, cause
+        if self.phase in (Phase.OPENING, Phase.MOVING):
+            self.phase, self.cause = Phase.DRAINING, cause
             self._drain()
 
     def sender_drained(self, link: str) -> bool:
         """The sender says that it sends no more; or its loss shows it, or its death if it is one-sided."""
         sender = self.senders.get(link)
-        if self.state in (State.COMPLETED, State.FAILED_DRAINED) or sender is None:
+        if self.phase in (Phase.COMPLETED, Phase.FAILED_DRAINED) or sender is None:
             return False
         sender.drained = True
         self._drain()
@@ -145,13 +178,13 @@ class IncomingState:
 
     def give_up(self) -> None:
         """The deadline for draining has passed."""
-        if self.state is State.DRAINING:
-            self.state = State.UNKNOWN
+        if self.phase is Phase.DRAINING:
+            self.phase = Phase.UNKNOWN
 
     def _drain(self) -> None:
         quiet = all(sender.is_quiet for sender in self.senders.values())
-        if self.state in (State.DRAINING, State.UNKNOWN) and quiet:
-            self.state = State.FAILED_DRAINED
+        if self.phase in (Phase.DRAINING, Phase.UNKNOWN) and quiet:
+            self.phase = Phase.FAILED_DRAINED
 
     def is_taking(self, link: str) -> bool:
         """Parts that were started over this link are under way."""
@@ -162,18 +195,133 @@ class IncomingState:
         """Links of the senders that may still write."""
         return [link for link, sender in self.senders.items() if not sender.is_quiet]
 
-    @property
-    def ended(self) -> bool:
-        return self.state >= State.UNKNOWN
-
-    @property
-    def outcome(self) -> Outcome:
-        assert self.ended, self.state
-        return {State.COMPLETED: Outcome.COMPLETED, State.UNKNOWN: Outcome.UNKNOWN}.get(
-            self.state, Outcome.FAILED_DRAINED
-        )
-
 
 def _are_all(parts: set[int], num_parts: int) -> bool:
     """Whether they are 0, 1 … `num_parts` - 1. That number is a peer's word, and may be any."""
     return len(parts) == num_parts and all(0 <= part < num_parts for part in parts)
+
+
+@dataclass
+class LegState:
+    one_sided: bool = False
+    """Its receiver learns from the commit alone that parts have landed."""
+    accepted: bool = False
+    num_pushed: int = 0
+    num_begun: int = 0
+    num_moved: int = 0
+    num_moving: int = 0
+    """Parts that were begun and have not ended yet."""
+    has_stray: bool = False
+    """A part that has failed may go on."""
+    closed: bool = False
+    """Its connection is: nothing is read for it any more, whatever the transport says later."""
+    acknowledged: bool = False
+
+    @property
+    def is_quiet(self) -> bool:
+        return self.closed or not (self.num_moving or self.has_stray)
+
+    @property
+    def may_commit(self) -> bool:
+        """The receiver of a two-sided transport knows when the parts have landed that were announced to it."""
+        return self.num_pushed == (self.num_moved if self.one_sided else self.num_begun)
+
+
+class SendState(TransferState):
+    """A transfer at its sender."""
+
+    def __init__(self, num_legs: int = 1, on_change: Callable[[], None] = lambda: None) -> None:
+        """on_change: called after what somebody may wait for, which the parts that move before the commit are not."""
+        super().__init__()
+        self.legs = [LegState() for _ in range(num_legs)]
+        self.error: Exception | None = None
+        """The exception that the cause comes from, if it was one."""
+        self.payload = b""
+        self._on_change = on_change
+
+    def accept(self, leg: int, *, one_sided: bool) -> bool:
+        """The receiver has accepted this leg."""
+        mine = self.legs[leg]
+        if self.phase is not Phase.OPENING or mine.accepted:
+            return False
+        mine.accepted, mine.one_sided = True, one_sided
+        if all(each.accepted for each in self.legs):
+            self.phase = Phase.MOVING
+            self._on_change()
+        return True
+
+    def push(self, leg: int) -> bool:
+        """One part more."""
+        if self.phase is not Phase.MOVING:
+            return False
+        self.legs[leg].num_pushed += 1
+        return True
+
+    def commit(self, payload: bytes = b"") -> bool:
+        """No more parts are pushed."""
+        if self.phase is not Phase.MOVING:
+            return False
+        self.phase, self.payload = Phase.COMMITTING, payload
+        return self._changed()
+
+    def begin_parts(self, leg: int, num_parts: int) -> bool:
+        """Parts go to the transport now, so their blocks may be read. False: they must not."""
+        mine = self.legs[leg]
+        is_open = self.phase in (Phase.MOVING, Phase.COMMITTING) and not (mine.closed or mine.acknowledged)
+        if not is_open or mine.num_begun + num_parts > mine.num_pushed:
+            return False
+        mine.num_begun += num_parts
+        mine.num_moving += num_parts
+        return self._changed()
+
+    def end_parts(self, leg: int, num_parts: int, error: str = "", *, may_go_on: bool = False) -> None:
+        """Parts that were begun have moved or, with an error, have failed; then they may go on until `close`."""
+        mine = self.legs[leg]
+        mine.num_moving -= num_parts
+        if error:
+            mine.has_stray = mine.has_stray or may_go_on
+            self.fail(error, leg)
+        else:
+            mine.num_moved += num_parts
+        self._changed()
+
+    def may_commit(self, leg: int) -> bool:
+        """Whether the receiver should be asked to acknowledge this leg."""
+        return self.phase is Phase.COMMITTING and self.legs[leg].may_commit
+
+    def acknowledge(self, leg: int) -> bool:
+        """The receiver has all of this leg, whatever happens to its connection now."""
+        if not self.may_commit(leg) or self.legs[leg].acknowledged:
+            return False
+        self.legs[leg].acknowledged = True
+        return self._changed()
+
+    def fail(self, cause: str, leg: int | None = None, error: Exception | None = None) -> bool:
+        """`leg`: the one by which the transfer fails."""
+        given = self.legs if leg is None else [self.legs[leg]]
+        if self.failed or all(each.acknowledged for each in given):
+            return False
+        self.phase, self.cause, self.error = Phase.DRAINING, cause, error
+        return self._changed()
+
+    def close(self, leg: int) -> None:
+        """Nothing is read for this leg any more, not even for a part that has failed or has not ended."""
+        self.legs[leg].closed = True
+        self._changed()
+
+    def give_up(self) -> bool:
+        """Patience with what is still under way is over."""
+        if self.phase is not Phase.DRAINING:
+            return False
+        self.phase = Phase.UNKNOWN
+        return self._changed()
+
+    def _changed(self) -> bool:
+        if all(leg.is_quiet for leg in self.legs):
+            if self.phase is Phase.COMMITTING and all(leg.acknowledged for leg in self.legs):
+                self.phase = Phase.COMPLETED
+            elif self.phase in (Phase.DRAINING, Phase.UNKNOWN):
+                self.phase = Phase.FAILED_DRAINED
+        if self.phase is not Phase.MOVING:
+            self._on_change()
+        return True

@@ -15,9 +15,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from hbserve_kv.protocol import messages
-from hbserve_kv.protocol.transfer_state import State
+from hbserve_kv.protocol.transfer_state import Phase
 from hbserve_kv.receiving.transfer import IncomingLink, IncomingTransfer
-from hbserve_rpc import HBServeRpcError, RpcClient, parse_address
+from hbserve_rpc import HBServeRpcError, Keys, RpcClient
+from hbserve_rpc.address import nobody_listens
 
 logger = logging.getLogger(__name__)
 
@@ -47,10 +48,13 @@ class Reminder:
 class Quarantine:
     """Watches failed transfers until they are drained."""
 
-    def __init__(self, *, longest_s: float, on_revoked: Callable[[set[str], str], None]) -> None:
+    def __init__(
+        self, *, longest_s: float, on_revoked: Callable[[set[str], str], None], keys: Keys | None = None
+    ) -> None:
         """`longest_s`: how long a sender that answers may take to end what it was writing. `on_revoked` is called with
         the keys of links over which nothing lands any more, and why."""
         self._longest_s = longest_s
+        self._keys = keys
         self._on_revoked = on_revoked
         self._watching: dict[IncomingTransfer, asyncio.Task[None]] = {}
         self._draining: set[asyncio.Task[None]] = set()
@@ -109,7 +113,7 @@ class Quarantine:
             # The deadline counts from when a sender stopped answering: a link is lost by that.
             if lost or (writing and is_late):
                 transfer.give_up()
-            if transfer.state is State.UNKNOWN and reminder.is_due(loop.time()):
+            if transfer.phase is Phase.UNKNOWN and reminder.is_due(loop.time()):
                 _warn(transfer, loop.time() - reminder.began_s)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(CHECK_INTERVAL_S):
@@ -127,7 +131,7 @@ class Quarantine:
 
     async def _ask(self, link: IncomingLink) -> bool:
         # A task of its own: a client that is cancelled while it closes would leave its socket behind.
-        asking = asyncio.create_task(has_ended(link))
+        asking = asyncio.create_task(has_ended(link, self._keys))
         self._asking.add(asking)
         asking.add_done_callback(self._asking.discard)
         if not await asyncio.shield(asking):
@@ -148,22 +152,16 @@ def _warn(transfer: IncomingTransfer, since_s: float) -> None:
     )
 
 
-async def has_ended(lost: IncomingLink) -> bool:
+async def has_ended(lost: IncomingLink, keys: Keys | None) -> bool:
     """Whether nobody writes over this link any more. A frozen process may, so only these are answers:
 
     its host says that nothing listens there, or the process that does says that it is another life, or that it has
     ended the link.
     """
-    try:
-        async with asyncio.timeout(ANSWER_TIMEOUT_S):
-            _, writer = await asyncio.open_connection(*parse_address(lost.hello.address))
-    except ConnectionRefusedError:
+    if await nobody_listens(lost.hello.address, ANSWER_TIMEOUT_S):
         return True
-    except (OSError, TimeoutError):
-        return False
-    writer.close()
     try:
-        async with RpcClient(lost.hello.address, heartbeat_timeout_s=ANSWER_TIMEOUT_S) as client:
+        async with RpcClient(lost.hello.address, heartbeat_timeout_s=ANSWER_TIMEOUT_S, keys=keys) as client:
             alive = await client.call(messages.ALIVE, messages.Nothing(), timeout_s=ANSWER_TIMEOUT_S)
     except HBServeRpcError as error:
         logger.debug("%s does not say what it writes: %s", lost.hello.address, error)

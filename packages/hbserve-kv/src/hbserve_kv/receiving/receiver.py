@@ -1,36 +1,41 @@
-"""The receiving half of a KVTransferManager: the handlers of its control server, and the transfers they work on."""
+"""The receiving half of a KVTransferManager: the handlers of its control server, and the links and transfers they work
+on."""
 
 import asyncio
-from collections.abc import Mapping
+import contextlib
+from collections.abc import AsyncIterator, Mapping
 from typing import NoReturn
 
-from hbserve_kv.config import KVTransferConfig
+from hbserve_kv.config import GOODBYE_TIMEOUT_S, KVTransferConfig
 from hbserve_kv.memory.memory import Memory, Region
 from hbserve_kv.protocol import messages
 from hbserve_kv.protocol.checksum import link_checksums
-from hbserve_kv.protocol.handshake import Identity
+from hbserve_kv.protocol.handshake import Identity, check, choose_transport
 from hbserve_kv.protocol.messages import (
     Abandon,
     Accepted,
     Asked,
     Begin,
+    Cancelled,
     Commit,
+    Handshake,
+    LinkReply,
     Nothing,
     PartsAnnounced,
     Told,
     UnknownLink,
 )
-from hbserve_kv.protocol.transfer_state import State
-from hbserve_kv.receiving.links import IncomingLinks
+from hbserve_kv.protocol.transfer_state import Phase
 from hbserve_kv.receiving.lookup_buffer import LookupBuffer
-from hbserve_kv.receiving.quarantine import Quarantine
+from hbserve_kv.receiving.quarantine import Quarantine, has_ended
 from hbserve_kv.receiving.transfer import IncomingLink, IncomingTransfer
-from hbserve_kv.transports.base import Transport
-from hbserve_rpc import InvalidRequest, RpcServer
+from hbserve_kv.transports.base import Link, Transport
+from hbserve_kv.transports.rendezvous import HeldRendezvous
+from hbserve_rpc import InvalidRequest, Peer, RpcServer, calling_peer
 
 
 class Receiver:
-    """Handlers of the control server, and the transfers they work on."""
+    """Handlers of the control server, and what they work on: links, while they are connected, and transfers."""
 
     def __init__(
         self,
@@ -41,17 +46,21 @@ class Receiver:
         config: KVTransferConfig,
     ) -> None:
         self._me = me
+        self._transports = transports
         self._memory = memory
         self._buffer = buffer
         self._config = config
         self.transfers: dict[str, IncomingTransfer] = {}
         """By id, until they have a result. A failed one that is not drained yet is the quarantine's, too."""
         self.dropped_messages = 0
-        self.links = IncomingLinks(me, transports, config.timeout_s)
-        self.quarantine = Quarantine(longest_s=config.expiry_s, on_revoked=self.links.end)
+        self.links: dict[str, IncomingLink] = {}
+        self.quarantine = Quarantine(longest_s=config.expiry_s, on_revoked=self.end_links, keys=config.keys)
+        self._asking: dict[str, asyncio.Task[None]] = {}
+        """Whether a sender is still there, by link."""
+        self._dropping: set[asyncio.Task[None]] = set()
 
     def serve_on(self, server: RpcServer) -> None:
-        server.serve_stream(messages.LINK, self.links.serve)
+        server.serve_stream(messages.LINK, self.serve_link)
         server.serve(messages.TELL, self._tell)
         server.serve(messages.ASK, self._ask)
         server.serve(messages.BEGIN, self._begin)
@@ -60,13 +69,21 @@ class Receiver:
         server.serve(messages.ABANDON, self._abandon)
 
     def expect(
-        self, transfer_id: str, region: Region, block_ids: list[int], *, may_be_partial: bool = False
+        self,
+        transfer_id: str,
+        region: Region,
+        block_ids: list[int],
+        *,
+        may_be_partial: bool = False,
+        sender: str = "",
     ) -> IncomingTransfer:
         """Raises ValueError if the id is in use."""
         if transfer_id in self.transfers:
             raise ValueError(f"transfer_id={transfer_id!r} is in use")
         heads, watch = self._me.heads.heads(), self.quarantine.watch
-        transfer = IncomingTransfer(transfer_id, region, block_ids, heads, watch, may_be_partial=may_be_partial)
+        transfer = IncomingTransfer(
+            transfer_id, region, block_ids, heads, watch, may_be_partial=may_be_partial, sender=sender
+        )
         self.transfers[transfer_id] = transfer
         expiry = asyncio.get_running_loop().call_later(self._config.expiry_s, self._expire, transfer)
         transfer.result.add_done_callback(lambda _: expiry.cancel())
@@ -74,24 +91,89 @@ class Receiver:
         return transfer
 
     def _expire(self, transfer: IncomingTransfer) -> None:
-        if transfer.state is State.POSTED:
+        if transfer.phase is Phase.OPENING:
             transfer.fail(f"no sender began within {self._config.expiry_s} s")
 
     async def say_goodbye(self) -> None:
         """End every transfer and every link, and let the senders know. Before the server stops."""
         self._fail_all()
-        await self.links.say_goodbye()
+        links = list(self.links.values())
+        for link in links:
+            link.notices.put_nowait(None)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(GOODBYE_TIMEOUT_S):
+                await asyncio.gather(*(link.ended.wait() for link in links))
 
     async def close(self) -> None:
         """Leave nothing behind. After the server has stopped."""
         self._fail_all()  # a message may have begun to arrive meanwhile
         await self.quarantine.close()
         await self._buffer.close()
-        await self.links.close()
+        await asyncio.gather(*self._asking.values(), *self._dropping, return_exceptions=True)
 
     def _fail_all(self) -> None:
         for transfer in list(self.transfers.values()):
             transfer.fail("the receiver was closed")
+
+    # ---- links ---------------------------------------------------------------------------------------------------
+
+    async def serve_link(self, hello: Handshake) -> AsyncIterator[LinkReply | Cancelled]:
+        """Handler of LINK, one for each sender as long as that is connected."""
+        me, common, peer = self._me, check(hello, self._me), calling_peer()
+        transport, passed_over = choose_transport(hello, self._transports, me.rank)
+        if hello.link in self.links:
+            raise InvalidRequest("there is a link of this name already")
+        self._replace(hello, peer)
+        rendezvous = HeldRendezvous()
+        link = Link(
+            hello.link,
+            is_sender=False,
+            peer_rank=hello.rank,
+            peer_description=hello.offers[transport.name],
+            heads=common.slice_in(me.heads),
+            peer_heads=common.slice_in(hello.heads),
+            peer_num_heads=hello.heads.count,
+            rendezvous=rendezvous,
+        )
+        made = self.links[link.key] = IncomingLink(hello, link, transport, common, peer, rendezvous)
+        if not transport.one_sided:
+            made.connect(self._config.timeout_s)  # from both ends at once, so the answer must not wait for it
+        try:
+            description = await transport.admit(link)
+            yield LinkReply(me.rank, me.epoch, me.heads, transport.name, description, passed_over)
+            while (notice := await made.notices.get()) is not None:
+                yield notice
+        finally:
+            self._lose(made, "the sender was lost")
+
+    def end_links(self, keys: set[str], why: str) -> None:
+        """Nothing comes over these links any more: the senders that are still there hear it, and make new ones."""
+        for key in keys & self.links.keys():
+            link = self.links[key]
+            self._lose(link, why)
+            link.notices.put_nowait(None)
+
+    def _replace(self, hello: Handshake, peer: Peer) -> None:
+        """A sender has one link. So what it had is over if this is the same life of it, by name and host; who says to
+        be another life, at the same address, may be anybody: that address itself is asked."""
+        for old in [each for each in self.links.values() if each.hello.address == hello.address]:
+            key = old.link.key
+            is_its_host = old.peer.address == peer.address
+            if is_its_host and (old.hello.rank, old.hello.epoch) == (hello.rank, hello.epoch):
+                self.end_links({key}, "the link broke")
+            elif key not in self._asking:
+                self._asking[key] = asyncio.create_task(self._end_if_over(old))
+                self._asking[key].add_done_callback(lambda _, key=key: self._asking.pop(key))  # type: ignore[misc]
+
+    async def _end_if_over(self, old: IncomingLink) -> None:
+        if await has_ended(old, self._config.keys):
+            self.end_links({old.link.key}, "the sender was restarted")
+
+    def _lose(self, lost: IncomingLink, why: str) -> None:
+        if self.links.pop(lost.link.key, None) is not None:
+            dropping = lost.lose(why)
+            self._dropping.add(dropping)
+            dropping.add_done_callback(self._dropping.discard)
 
     # ---- handlers ------------------------------------------------------------------------------------------------
 
@@ -105,13 +187,14 @@ class Receiver:
         return Told(asked.link, asked.name, await link.rendezvous.get(asked.name))
 
     async def _begin(self, begin: Begin) -> Accepted | UnknownLink:
-        link = self.links.connected.get(begin.link)
+        link = self._find_link(begin.link)
         if link is None:
             self.dropped_messages += 1
             return UnknownLink()
         transfer = await self._find(begin, link)
+        self._require_sender(transfer, link)
         if not transfer.begin(link):
-            if begin.num_bytes is not None and transfer.state is State.POSTED:
+            if begin.num_bytes is not None and transfer.phase is Phase.OPENING:
                 transfer.fail("the sender was lost")  # its room in the buffer was made for this sender
             self._drop_message(f"transfer {begin.transfer_id} has begun or ended already")
         return Accepted(transfer.region, transfer.block_ids, self._config.checksum)
@@ -134,8 +217,8 @@ class Receiver:
 
     async def _parts(self, message: PartsAnnounced) -> None:
         """There is no pause in here: what the sender asks later finds these parts begun."""
-        link = self.links.connected.get(message.link)
-        if link is None or not self.links.take(link, self.transfers.get(message.transfer_id), message):
+        link = self._find_link(message.link)
+        if link is None or not link.take(self.transfers.get(message.transfer_id), message):
             self.dropped_messages += 1
 
     async def _commit(self, message: Commit) -> Nothing:
@@ -161,16 +244,15 @@ class Receiver:
         return f"checksum: blocks {wrong} of those granted are not as they were sent" if wrong else ""
 
     async def _abandon(self, message: Abandon) -> Nothing:
-        expected = self.transfers.get(message.transfer_id)
-        if expected is not None and message.link in expected.links:
-            transfer = expected
-        elif found := self.quarantine.find(message.transfer_id, message.link):
-            transfer = found
-        elif expected is not None and message.link in self.links.connected:
+        expected, link = self.transfers.get(message.transfer_id), self._find_link(message.link)
+        begun = expected is not None and message.link in expected.links
+        transfer = expected if begun else self.quarantine.find(message.transfer_id, message.link)
+        if transfer is None and expected is not None and link is not None:
+            self._require_sender(expected, link)
             expected.fail(message.reason)  # this sender could not even begin, because another receiver had refused
             return Nothing()
-        else:
-            self._drop_message(f"abandon of transfer {message.transfer_id} is late")
+        if transfer is None or not _is_callers(transfer.links[message.link]):
+            self._drop_message(f"abandon of transfer {message.transfer_id} is late, or not of its sender")
         transfer.fail(message.reason)
         if message.drained and message.may_be_buffered:
             self.quarantine.drain_later(transfer, transfer.links[message.link])
@@ -180,11 +262,28 @@ class Receiver:
 
     # ---- helpers -------------------------------------------------------------------------------------------------
 
+    def _find_link(self, key: str) -> IncomingLink | None:
+        """None: there is none (any more), or it is not the caller's."""
+        link = self.links.get(key)
+        return link if link is not None and _is_callers(link) else None
+
     def _link_of(self, key: str, what: str) -> IncomingLink:
-        if key not in self.links.connected:
-            self._drop_message(f"{what} is of an earlier life of this instance or of its sender")
-        return self.links.connected[key]
+        link = self._find_link(key)
+        if link is None:
+            self._drop_message(f"{what} is of an earlier life of this instance or of its sender, or not of its sender")
+        return link
+
+    def _require_sender(self, transfer: IncomingTransfer, link: IncomingLink) -> None:
+        if transfer.sender not in ("", link.hello.name):
+            self._drop_message(
+                f"transfer {transfer.transfer_id} was granted to {transfer.sender!r}, and not to {link.hello.name!r}"
+            )
 
     def _drop_message(self, what: str) -> NoReturn:
         self.dropped_messages += 1
         raise InvalidRequest(what)
+
+
+def _is_callers(link: IncomingLink) -> bool:
+    """Whether what is handled came by the connection by which the link was made."""
+    return link.peer.connection == calling_peer().connection

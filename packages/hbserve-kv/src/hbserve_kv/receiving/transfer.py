@@ -2,20 +2,31 @@
 
 An IncomingTransfer owns its state, and each of its methods that changes the state publishes what it has become:
 `result` when it has ended, `drained` when nothing can land any more, and when it fails its senders hear why.
+
+Over a two-sided transport each link's parts are taken in the order in which they were announced. What was announced is
+on its way, and the next part would be taken in its place. So a part that is not taken ends its link: the two sides no
+longer agree on what goes over it. The sender hears why, then that the link has ended, and ends the send that nobody
+takes.
 """
 
 import asyncio
+import logging
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from hbserve_kv.errors import TransferFailed
-from hbserve_kv.memory.heads import HeadRange
-from hbserve_kv.memory.memory import Region
-from hbserve_kv.protocol.messages import AnnouncedPart, Cancelled, Commit, Handshake
-from hbserve_kv.protocol.transfer_state import IncomingState, Outcome, State, TransferResult
-from hbserve_kv.transports.base import Link, Transport
+from hbserve_kv.memory.memory import HeadRange, Region
+from hbserve_kv.protocol.messages import AnnouncedPart, Cancelled, Commit, Handshake, PartsAnnounced
+from hbserve_kv.protocol.transfer_state import IncomingState, Outcome, Phase, TransferResult
+from hbserve_kv.transports.base import Deadline, Link, Part, Transport, disconnect
 from hbserve_kv.transports.rendezvous import HeldRendezvous
+from hbserve_rpc import Peer
+
+logger = logging.getLogger(__name__)
+
+_Taking = tuple["IncomingTransfer", AnnouncedPart]
 
 
 @dataclass(eq=False)
@@ -27,6 +38,8 @@ class IncomingLink:
     transport: Transport
     common_heads: HeadRange
     """Heads that this sender and this rank both hold."""
+    peer: Peer
+    """Whose connection it is."""
     rendezvous: HeldRendezvous = field(default_factory=HeldRendezvous)
     is_connected: bool = True
     """The sender's heartbeats come."""
@@ -44,6 +57,108 @@ class IncomingLink:
     broken: str = ""
     """Why nothing more is taken, although the sender may not have heard it yet; "" while parts are taken."""
 
+    def connect(self, timeout_s: float) -> None:
+        """Two-sided transports only: connect, from both ends at once, and take what is announced from now on. A part
+        may take `timeout_s` from its turn on."""
+        self.connecting = asyncio.create_task(self.transport.connect(self.link))
+        self.taking = asyncio.create_task(self._take_announced(timeout_s))
+
+    def take(self, transfer: "IncomingTransfer | None", message: PartsAnnounced) -> bool:
+        """Queue parts of `transfer`, None if there is no such one (any more). False: they are not taken."""
+        if self.broken:
+            return False
+        late = f"a part of transfer {message.transfer_id} is late"
+        error = late if transfer is None else transfer.start_parts(message.link, message.parts)
+        if transfer is None or error:
+            self.notices.put_nowait(Cancelled(message.transfer_id, error))
+            self._break(error)
+            return False
+        self.announced.extend((transfer, part) for part in message.parts)
+        self.has_announced.set()
+        return True
+
+    async def _take_announced(self, timeout_s: float) -> None:
+        """One task, so that parts are taken in order. Ends with the link."""
+        error = "the link was lost"
+        deadline: Deadline[_Taking] = Deadline(timeout_s, lambda late: self._late(timeout_s, *late))
+        try:
+            while self.is_connected and not self.broken:
+                if not self.announced:
+                    self.has_announced.clear()
+                    await self.has_announced.wait()
+                    continue
+                await self._accept(*self.announced[0], deadline)
+                self.announced.popleft()
+        except Exception as failure:  # whatever a backend raised
+            error = f"part {self.announced[0][1].index}: {type(failure).__name__}: {failure}"
+        finally:
+            # Nothing of the parts that were not taken can land any more: they have failed.
+            self._break(error)
+            while self.announced:
+                transfer, part = self.announced.popleft()
+                transfer.end_part(self.link.key, part, error=self.broken)
+
+    async def _accept(self, transfer: "IncomingTransfer", part: AnnouncedPart, deadline: "Deadline[_Taking]") -> None:
+        """Take a part, or leave it to a device: then it lands later."""
+        under_way = transfer, part
+        deadline.begin(under_way)
+        began_s, landing = time.monotonic(), None
+
+        def landed(done: asyncio.Future[float]) -> None:
+            deadline.end(under_way)
+            if (failure := done.exception()) is not None:
+                self._break(f"part {part.index}: {type(failure).__name__}: {failure}")
+            # A device that was told to stop says no more than that it has.
+            transfer.end_part(self.link.key, part, 0.0 if failure else done.result(), self.broken)
+
+        try:
+            assert self.connecting is not None
+            await asyncio.shield(self.connecting)
+            block_ids = transfer.block_ids[part.first : part.end]
+            what = Part(transfer.transfer_id, part.index, transfer.region, block_ids)
+            landing = await self.transport.accept(self.link, what)
+        finally:
+            if landing is None:
+                deadline.end(under_way)
+        if landing is None:
+            transfer.end_part(self.link.key, part, time.monotonic() - began_s)
+        else:
+            landing.add_done_callback(landed)
+
+    def _late(self, timeout_s: float, transfer: "IncomingTransfer", part: AnnouncedPart) -> None:
+        self._break(f"part {part.index} of transfer {transfer.transfer_id} did not come within {timeout_s:.3g} s")
+
+    def _break(self, why: str) -> None:
+        """End it from this side: its transfers fail, which tells the sender why, and then its stream ends."""
+        if self.broken:
+            return
+        self.broken = why
+        if self.is_connected:
+            logger.warning("the link from rank %d broke: %s", self.hello.rank, why)
+        for transfer in list(self.transfers):
+            transfer.fail(why)
+        self.notices.put_nowait(None)
+
+    def lose(self, why: str) -> asyncio.Task[None]:
+        """It has ended: nothing comes over it any more. Returns what ends with the last of it."""
+        self.is_connected = False
+        self.ended.set()
+        self.rendezvous.end()
+        for transfer in list(self.transfers):
+            transfer.fail(why)
+            if not self.transport.one_sided:
+                transfer.sender_drained(self.link.key)
+        for task in filter(None, (self.connecting, self.taking)):
+            task.cancel()
+        return asyncio.create_task(self._drop())
+
+    async def _drop(self) -> None:
+        if self.connecting is not None:
+            await asyncio.gather(self.connecting, return_exceptions=True)
+        await disconnect(self.transport, self.link)
+        if self.taking is not None:
+            await asyncio.gather(self.taking, return_exceptions=True)
+
 
 class IncomingTransfer:
     """One transfer that is expected or under way, until nothing of it can land any more."""
@@ -57,8 +172,11 @@ class IncomingTransfer:
         on_failed: "Callable[[IncomingTransfer], None]",
         *,
         may_be_partial: bool = False,
+        sender: str = "",
     ) -> None:
-        """`heads`: those that must come. `on_failed` is called once, if it fails and something may still land."""
+        """`heads`: those that must come. `on_failed` is called once, if it fails and something may still land. `sender`
+        is the name of the only instance that may send it; "" is any."""
+        self.sender = sender
         self.transfer_id = transfer_id
         self.region: Region = region
         self.block_ids = block_ids
@@ -79,8 +197,8 @@ class IncomingTransfer:
         """One of each sender that has committed."""
 
     @property
-    def state(self) -> State:
-        return self._state.state
+    def phase(self) -> Phase:
+        return self._state.phase
 
     @property
     def cause(self) -> str:
@@ -168,16 +286,16 @@ class IncomingTransfer:
 
     def _publish(self) -> None:
         """Tell whoever waits what the state has become."""
-        state = self.state
-        if State.DRAINING <= state <= State.FAILED_DRAINED and not self._has_failed:
+        phase = self.phase
+        if self._state.failed and not self._has_failed:
             self._has_failed = True
             for link in self.links.values():
                 link.notices.put_nowait(Cancelled(self.transfer_id, self.cause))
-            if state is not State.FAILED_DRAINED:
+            if phase is not Phase.FAILED_DRAINED:
                 self._on_failed(self)
-        if state >= State.UNKNOWN and not self.result.done():
+        if self._state.ended and not self.result.done():
             self.result.set_result(self._result())
-        if state >= State.FAILED_DRAINED:
+        if phase >= Phase.FAILED_DRAINED:
             self.drained.set()
             for link in self.links.values():
                 link.transfers.discard(self)
@@ -185,7 +303,7 @@ class IncomingTransfer:
         self._changed.clear()
 
     def _result(self) -> TransferResult:
-        if self.state is not State.COMPLETED:
+        if self.phase is not Phase.COMPLETED:
             return TransferResult(self._state.outcome, error=self.cause)
         return TransferResult(
             Outcome.COMPLETED,
@@ -194,6 +312,7 @@ class IncomingTransfer:
             sum(each.num_parts for each in self._committed),
             max(each.time_s for each in self._committed),
             is_partial=any(each.is_partial for each in self._committed),
+            is_trusted=all(link.peer.is_trusted for link in self.links.values()),
         )
 
 
@@ -221,5 +340,5 @@ class PostedReceive:
             TransferFailed: the manager was closed before; nobody will know.
         """
         await self._transfer.drained.wait()
-        if self._transfer.state < State.FAILED_DRAINED:
+        if self._transfer.phase < Phase.FAILED_DRAINED:
             raise TransferFailed("the receiver was closed before its sender was known to have ended")

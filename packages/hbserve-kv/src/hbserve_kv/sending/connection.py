@@ -25,7 +25,7 @@ from hbserve_kv.protocol.messages import (
     PartsAnnounced,
     UnknownLink,
 )
-from hbserve_kv.sending.state import Phase, SendState
+from hbserve_kv.protocol.transfer_state import Phase, SendState
 from hbserve_kv.transports.base import Deadline, DrainUnknown, Link, Part, Transport, disconnect
 from hbserve_rpc import HBServeRpcError, InvalidRequest, RpcClient, RpcStream
 

@@ -15,7 +15,7 @@ from hbserve_kv.protocol.messages import Handshake, LinkReply
 from hbserve_kv.sending.breaker import Breaker
 from hbserve_kv.sending.connection import Connection
 from hbserve_kv.transports.base import Link, Transport, disconnect
-from hbserve_rpc import HBServeRpcError, InvalidAddress, RpcClient, RpcStream
+from hbserve_rpc import HBServeRpcError, InvalidAddress, Keys, RpcClient, RpcStream
 
 logger = logging.getLogger(__name__)
 
@@ -24,9 +24,15 @@ class Peers:
     """One connection per peer that is there; nothing of those that are gone, but when to try them again."""
 
     def __init__(
-        self, me: Identity, my_address: Callable[[], str], transports: Mapping[str, Transport], timeout_s: float
+        self,
+        me: Identity,
+        my_address: Callable[[], str],
+        transports: Mapping[str, Transport],
+        timeout_s: float,
+        keys: Keys | None = None,
     ) -> None:
         self._me = me
+        self._keys = keys
         self._my_address = my_address
         self._transports = transports
         self._timeout_s = timeout_s
@@ -88,7 +94,7 @@ class Peers:
 
     async def _attempt(self, address: str, epoch: str) -> Connection:
         try:
-            made = await connect(address, self._me, self._my_address(), self._transports, self._timeout_s)
+            made = await connect(address, self._me, self._my_address(), self._transports, self._timeout_s, self._keys)
         except FingerprintMismatch:
             raise  # it answers, so there is nothing to wait for
         except TransferFailed as error:
@@ -152,7 +158,12 @@ class _RemoteRendezvous:
 
 
 async def connect(
-    address: str, me: Identity, my_address: str, transports: Mapping[str, Transport], timeout_s: float
+    address: str,
+    me: Identity,
+    my_address: str,
+    transports: Mapping[str, Transport],
+    timeout_s: float,
+    keys: Keys | None,
 ) -> Connection:
     """Connect by the best transport of both sides. If that fails when it is tried, the next best is.
 
@@ -162,7 +173,7 @@ async def connect(
     """
     offers = dict(transports)
     while True:
-        client = _client(address, timeout_s)
+        client = _client(address, timeout_s, keys)
         await client.start()
         try:
             stream, reply, link = await _shake_hands(client, me, my_address, offers, timeout_s)
@@ -182,9 +193,11 @@ async def connect(
         logger.warning("no connection to %s by %s, next is %s: %s", address, transport.name, next(iter(offers)), error)
 
 
-def _client(address: str, timeout_s: float) -> RpcClient:
+def _client(address: str, timeout_s: float, keys: Keys | None) -> RpcClient:
     try:
-        return RpcClient(address, heartbeat_interval_s=min(2.0, timeout_s / 4), heartbeat_timeout_s=timeout_s)
+        return RpcClient(
+            address, heartbeat_interval_s=min(2.0, timeout_s / 4), heartbeat_timeout_s=timeout_s, keys=keys
+        )
     except InvalidAddress as error:  # it came in a grant
         raise TransferFailed(f"no connection to {error}") from error
 
@@ -216,6 +229,7 @@ async def _shake_hands(
         me.heads,
         {name: transport.describe() for name, transport in offers.items()},
         uuid.uuid4().hex,
+        me.name,
     )
     stream = client.stream(messages.LINK, hello)
     try:

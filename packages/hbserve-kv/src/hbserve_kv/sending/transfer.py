@@ -10,10 +10,9 @@ import torch
 from hbserve_kv.errors import FingerprintMismatch, TransferFailed
 from hbserve_kv.memory.memory import Memory, Region
 from hbserve_kv.protocol.messages import AnnouncedPart, Begin
-from hbserve_kv.protocol.transfer_state import Outcome, TransferResult
+from hbserve_kv.protocol.transfer_state import Outcome, Phase, SendState, TransferResult
 from hbserve_kv.sending.connection import Leg
 from hbserve_kv.sending.peers import Peers
-from hbserve_kv.sending.state import Phase, SendState
 from hbserve_kv.transports.base import Part
 
 logger = logging.getLogger(__name__)

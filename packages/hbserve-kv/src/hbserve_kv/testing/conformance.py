@@ -18,7 +18,7 @@ from collections.abc import Awaitable, Callable
 import torch
 
 from hbserve_kv.errors import TransferFailed
-from hbserve_kv.memory.heads import HeadRange
+from hbserve_kv.memory.memory import HeadRange
 from hbserve_kv.protocol.transfer_state import Outcome
 from hbserve_kv.testing.rig import NUM_BLOCKS, NUM_HEADS, Rig, send
 from hbserve_kv.transports.base import Transport
@@ -143,7 +143,7 @@ async def a_sender_whose_right_to_write_was_revoked_writes_no_more(rig: Rig) -> 
     sender, receiver = await rig.pair(source, target)
     posted = receiver.post_receive("t", [1, 2, 3])
     transfer = await sender.open_send("t", posted.grant)
-    (link,) = receiver._receiver.links.connected.values()
+    (link,) = receiver._receiver.links.values()
     is_revoked = await receiver._receiver.quarantine.revoke(link)
     transfer.push([5, 6, 7], 0)
     sent, received = await transfer.commit(), await posted.wait()

@@ -8,8 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Generic, TypeVar
 
-from hbserve_kv.memory.heads import HeadSlice
-from hbserve_kv.memory.memory import Memory, Region
+from hbserve_kv.memory.memory import HeadSlice, Memory, Region
 from hbserve_kv.transports.rendezvous import HeldRendezvous, Rendezvous
 
 T = TypeVar("T")

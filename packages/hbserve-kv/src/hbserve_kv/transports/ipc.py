@@ -20,6 +20,7 @@ import torch
 from hbserve_kv.errors import BackendUnavailable
 from hbserve_kv.memory import cuda_ipc, shared_memory
 from hbserve_kv.memory.cuda_ipc import DeviceRegion
+from hbserve_kv.memory.events import on_stream
 from hbserve_kv.memory.memory import REGIONS, Memory, Region, gather, head_view, pieces, scatter
 from hbserve_kv.memory.shared_memory import SharedRegion
 from hbserve_kv.transports.base import COPY_PRIORITY, GPU_PART_BYTES, Link, Moving, Part, Transport
@@ -120,7 +121,7 @@ class IpcTransport(Transport):
         from hbserve_kv.memory.block_copy import copy_blocks  # Triton is not there on every system that has no CUDA
 
         memory, stream = self._memory, self._stream()
-        with torch.cuda.stream(stream):
+        with on_stream(stream):
             mine, theirs = (
                 torch.zeros((1, size), dtype=torch.uint8, device=memory.device)
                 for size in (memory.block_bytes, peer_block_bytes)
@@ -174,7 +175,7 @@ class IpcTransport(Transport):
         part.require_targets_below(rows.shape[0])
         new_event, stream = cast(Any, torch.cuda.Event), self._stream()
         began, ended = new_event(enable_timing=True), new_event(enable_timing=True)
-        with torch.cuda.stream(stream):
+        with on_stream(stream):
             if part.ready is not None:
                 stream.wait_event(part.ready)
             began.record()

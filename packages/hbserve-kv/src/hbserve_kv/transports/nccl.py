@@ -31,6 +31,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import Store
 
 from hbserve_kv.errors import BackendUnavailable
+from hbserve_kv.memory.events import on_stream
 from hbserve_kv.memory.memory import Memory, gather, neighbours, runs, scatter
 from hbserve_kv.transports.base import COPY_PRIORITY, GPU_PART_BYTES, Link, Moving, Part, Transport
 from hbserve_kv.transports.rendezvous import LinkStore
@@ -118,12 +119,11 @@ class NcclTransport(Transport):
         stream: Any = new_stream(self._memory.device, priority=COPY_PRIORITY) if self._device != "cpu" else None
         link.detail = "NCCL" if on_gpu else "Gloo"
         if on_gpu:
-            with torch.cuda.device(self._memory.device):
+            with on_stream(stream):
                 group = _Group(self._make_nccl(store, rank), store, True, stream)
-                with torch.cuda.stream(stream):
-                    _warm_up_nccl(group, self._memory.part("pool", link.heads), link.is_sender)
-                    stream.synchronize()
-                return group
+                _warm_up_nccl(group, self._memory.part("pool", link.heads), link.is_sender)
+                stream.synchronize()
+            return group
         return _Group(self._make_gloo(store, rank), store, False, stream)
 
     def _may_use_nccl(self, peer_device: str) -> bool:
@@ -191,7 +191,7 @@ class NcclTransport(Transport):
                 group.stream.synchronize()
                 yield message
 
-        with torch.cuda.stream(group.stream):
+        with on_stream(group.stream):
             _send_in_turn(group, staged())
 
     def _accept_on_gpu(self, group: _Group, rows: torch.Tensor, part: Part) -> None:
@@ -216,7 +216,7 @@ class NcclTransport(Transport):
             land()
 
     def _accept_staged(self, group: _Group, rows: torch.Tensor, part: Part) -> None:
-        with torch.cuda.stream(group.stream):
+        with on_stream(group.stream):
             self._accept_on_gpu(group, rows, part)
             group.stream.synchronize()
 
@@ -316,7 +316,7 @@ def _pieces(block_bytes: int, target_block_ids: list[int]) -> Iterator[tuple[int
 def _queue(way: _Way, group: _Group, rows: torch.Tensor, part: Part) -> tuple[Any, Any]:
     """Events of the group's stream before and after a part."""
     began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-    with torch.cuda.stream(group.stream):
+    with on_stream(group.stream):
         began.record()
         way(group, rows, part)
         ended.record()

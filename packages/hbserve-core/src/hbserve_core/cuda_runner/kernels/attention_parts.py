@@ -5,11 +5,27 @@ row of queries, a state that is the same however its context is cut into tiles (
 Shapes: R rows, one head each, C tokens of context, D head_dim, padded to a power of two with zeros, K key heads.
 """
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
 LOG2_E = 1.4426950408889634
 """Scores are multiplied by it, so that weights are powers of two, which are faster."""
+_LOWEST = tl.constexpr(-1e30)
+"""Above -inf, so that differences from it are numbers, and below every score."""
+
+
+class Scores(NamedTuple):
+    """What makes weights of queries and keys."""
+
+    scale: float
+    """Multiplies the scores."""
+    window: int = 0
+    """The last positions that a token sees, its own included; 0: all."""
+    cap: float = 0.0
+    """Scores s become cap * tanh(s / cap); 0: they stay."""
+
 
 # ---- heads -----------------------------------------------------------------------------------------------------------
 
@@ -75,18 +91,35 @@ def nothing_seen(ROWS: tl.constexpr, PADDED_D: tl.constexpr):
 
 
 @triton.jit
-def attend(state, query, key, value, visible, scale, MASKED: tl.constexpr):
+def capped(scores, CAP: tl.constexpr):
+    """CAP * tanh(scores / CAP)."""
+    # Of large scores the exponential is inf, and of small ones 0: the limits are right.
+    return CAP * (1.0 - 2.0 / (tl.exp(scores * (2.0 / CAP)) + 1.0))
+
+
+@triton.jit
+def attend(
+    state, query, key, value, visible, scale, MASKED: tl.constexpr, MAY_BE_BLIND: tl.constexpr, CAP: tl.constexpr
+):
     """One more tile of context for each row of `query` (R, D).
 
     state: highest score so far (R,), sum of the weights relative to it (R,), weighted values (R, D). key, value:
-    (C, D). visible: (R, C) or broadcast to it; each row has seen something already, or sees something now.
+    (C, D). visible: (R, C) or broadcast to it; each row has seen something already, or sees something now, unless
+    MAY_BE_BLIND.
     """
     highest, total, weighted = state
     scores = tl.dot(query, tl.trans(key), input_precision="ieee")
+    if CAP > 0.0:
+        scores = capped(scores * scale, CAP)
+        factor = 1.0
+    else:
+        factor = scale
     if MASKED:
         scores = tl.where(visible, scores, float("-inf"))
-    new_highest = tl.maximum(highest, tl.max(scores, 1) * scale)
-    weights = tl.exp2(scores * scale - new_highest[:, None])
+    new_highest = tl.maximum(highest, tl.max(scores, 1) * factor)
+    if MAY_BE_BLIND:
+        new_highest = tl.maximum(new_highest, _LOWEST)
+    weights = tl.exp2(scores * factor - new_highest[:, None])
     faded = tl.exp2(highest - new_highest)
     weighted = weighted * faded[:, None]
     weighted = tl.dot(weights.to(value.dtype), value, weighted, input_precision="ieee")
@@ -105,16 +138,20 @@ def paged(table, positions, inside, block_stride, D: tl.constexpr, PADDED_D: tl.
 
 @triton.jit
 def attend_paged(
-    state, query, keys, table, first, last, block_stride, scale,
+    state, query, keys, table, first, last, oldest, block_stride, scale,
     K: tl.constexpr, D: tl.constexpr, PADDED_D: tl.constexpr, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr,
-    STAGES: tl.constexpr,
+    STAGES: tl.constexpr, BY_ROW: tl.constexpr, CAP: tl.constexpr,
 ):  # fmt: skip
-    """Positions [first, last) of a sequence, all visible, from the pool. keys: of its layer and this head, block 0."""
+    """Positions [first, last) of a sequence from the pool. keys: of its layer and this head, block 0. All are visible,
+    or, if BY_ROW, to row r those from oldest[r] (R, 1) on."""
     for start in tl.range(first, last, TILE, num_stages=STAGES):
         positions = start + tl.arange(0, TILE)
         inside = positions < last
         place, read = paged(table, positions, inside, block_stride, D, PADDED_D, K * D, BLOCK_SIZE)
         key = tl.load(keys + place, mask=read, other=0.0)
         value = tl.load(keys + BLOCK_SIZE * K * D + place, mask=read, other=0.0)
-        state = attend(state, query, key, value, inside[None, :], scale, True)
+        visible = inside[None, :]
+        if BY_ROW:
+            visible &= positions[None, :] >= oldest
+        state = attend(state, query, key, value, visible, scale, True, BY_ROW, CAP)
     return state

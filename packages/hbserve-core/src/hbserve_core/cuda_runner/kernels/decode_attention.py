@@ -14,8 +14,10 @@ import triton.language as tl
 
 from hbserve_core.cuda_runner.kernels.attention_parts import (
     LOG2_E,
+    Scores,
     attend,
     attend_paged,
+    capped,
     load_angles,
     load_halves,
     nothing_seen,
@@ -31,12 +33,20 @@ _JOINED_AT_ONCE = 4096
 
 
 @triton.jit
-def _piece(pieces, stride):
-    """Row, part, number of parts, first and last position of the pool, position of the new token."""
+def _piece(pieces, stride, WINDOW: tl.constexpr):
+    """Row, part, number of parts, first and last position of the pool, position of the new token.
+
+    With a window the parts share what is in it equally; some may have nothing.
+    """
     row, part, num_parts = tl.load(pieces), tl.load(pieces + stride), tl.load(pieces + 2 * stride)
     first, last, position = tl.load(pieces + 3 * stride), tl.load(pieces + 4 * stride), tl.load(pieces + 5 * stride)
     # Of pieces that are none only the row is written: the rest is whatever an earlier step has left there.
     none = row < 0
+    if WINDOW > 0:
+        oldest = tl.maximum(position + 1 - WINDOW, 0)
+        share = tl.cdiv(position - oldest, tl.where(none, 1, num_parts))
+        first = oldest + part * share
+        last = tl.minimum(first + share, position)
     return row, part, num_parts, tl.where(none, 0, first), tl.where(none, 0, last), tl.where(none, 0, position)
 
 
@@ -76,9 +86,11 @@ def _store_new_token(
 
 
 @triton.jit
-def _seen_itself(query, key, value, scale, PACK: tl.constexpr, PADDED_D: tl.constexpr):
+def _seen_itself(query, key, value, scale, PACK: tl.constexpr, PADDED_D: tl.constexpr, CAP: tl.constexpr):
     """The state of queries that have seen their own token only. key, value: (1, PADDED_D)."""
     score = tl.sum(query.to(tl.float32) * key.to(tl.float32), 1) * scale
+    if CAP > 0.0:
+        score = capped(score, CAP)
     return score, tl.full((PACK,), 1.0, tl.float32), tl.broadcast_to(value.to(tl.float32), (PACK, PADDED_D))
 
 
@@ -114,10 +126,13 @@ def _join(
 def _leave(
     state, parts, logs, arrived, out_row, piece, part, num_parts, head,
     N: tl.constexpr, K: tl.constexpr, D: tl.constexpr, PADDED_D: tl.constexpr, PACK: tl.constexpr,
-    PADDED_G: tl.constexpr, AT_ONCE: tl.constexpr,
+    PADDED_G: tl.constexpr, AT_ONCE: tl.constexpr, MAY_BE_BLIND: tl.constexpr,
 ):  # fmt: skip
     """Leave what one of several pieces has found; the last program of the row and head to come joins them."""
     highest, total, weighted = state
+    if MAY_BE_BLIND:
+        # What has seen nothing weighs nothing: its highest score is below all others.
+        total = tl.where(total > 0.0, total, 1.0)
     packed, d = tl.arange(0, PACK), tl.arange(0, PADDED_D)
     used = (packed < N // K)[:, None]
     here = piece.to(tl.int64) * N + (head * (N // K) + packed)[:, None]
@@ -136,11 +151,11 @@ def _decode(
     qkv, out, parts, logs, arrived, pool, cos_sin, norm_weight, eps, tables, width, pieces, piece_stride, scale,
     block_stride, layer_offset, N: tl.constexpr, K: tl.constexpr, D: tl.constexpr, PADDED_D: tl.constexpr,
     PACK: tl.constexpr, PADDED_G: tl.constexpr, AT_ONCE: tl.constexpr, BLOCK_SIZE: tl.constexpr, STEP: tl.constexpr,
-    STAGES: tl.constexpr, HAS_NORM: tl.constexpr,
+    STAGES: tl.constexpr, HAS_NORM: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr,
 ):  # fmt: skip
     head, piece = tl.program_id(0), tl.program_id(1)
     # What the host has written, and blocks of earlier steps, are there before the kernel in front has ended.
-    row, part, num_parts, first, last, position = _piece(pieces + piece, piece_stride)
+    row, part, num_parts, first, last, position = _piece(pieces + piece, piece_stride, WINDOW)
     keys, table = pool + layer_offset + head * D, tables + row.to(tl.int64) * tl.load(width)
     tile = _first_tile(keys, table, first, last, block_stride, D, PADDED_D, K, BLOCK_SIZE, STEP)
     packed, d, zero = tl.arange(0, PACK), tl.arange(0, PADDED_D)[None, :], tl.zeros((1, 1), tl.int32)
@@ -159,18 +174,17 @@ def _decode(
     if part == num_parts - 1:
         key = rotated(key_halves, norms[1], angles, eps, D, HAS_NORM)
         _store_new_token(key, value, keys, table, position, block_stride, D, K, PADDED_D, BLOCK_SIZE)
-        state = _seen_itself(query, key, value, scale, PACK, PADDED_D)
+        state = _seen_itself(query, key, value, scale, PACK, PADDED_D, CAP)
     else:
         state = nothing_seen(PACK, PADDED_D)
-    state = attend(state, query, tile[0], tile[1], tile[2], scale, True)
-    state = attend_paged(
-        state, query, keys, table, first + STEP, last, block_stride, scale, K, D, PADDED_D, BLOCK_SIZE, STEP, STAGES
-    )
+    state = attend(state, query, tile[0], tile[1], tile[2], scale, True, WINDOW > 0, CAP)
+    state = attend_paged(state, query, keys, table, first + STEP, last, 0, block_stride, scale,
+                         K, D, PADDED_D, BLOCK_SIZE, STEP, STAGES, False, CAP)  # fmt: skip
     if num_parts == 1:
         tl.store(out_row + heads * D + d, state[2] / state[1][:, None], mask=used & (d < D))
     else:
         _leave(state, parts, logs, arrived + row * K + head, out_row, piece, part, num_parts, head,
-               N, K, D, PADDED_D, PACK, PADDED_G, AT_ONCE)  # fmt: skip
+               N, K, D, PADDED_D, PACK, PADDED_G, AT_ONCE, WINDOW > 0)  # fmt: skip
 
 
 class DecodeWorkspace:
@@ -210,25 +224,28 @@ def decode_attention(
     width: torch.Tensor,
     pieces: torch.Tensor,
     workspace: DecodeWorkspace,
+    *,
+    scores: Scores | None = None,
 ) -> None:
     """Store the new tokens of the rows that `pieces` name, and attend from them to their contexts.
 
     qkv: (>=R, (N + 2 K) * D), neither normed nor rotated. out: (>=R, N * D), written. cos_sin, norm, pool: see
     `store_kv`. tables: (R * width,) int32, block numbers. width: one int32, on the device. pieces: (6, P) int32, see
     `SplitKV.cut`; those of row -1 are none. Of these, and of the pool's earlier tokens, nothing may be written by
-    a kernel of the same step.
+    a kernel of the same step. scores: None: divided by sqrt(D).
     """
     _, _, _, block_size, num_kv_heads, head_dim = pool.shape
     num_heads = out.shape[1] // head_dim
     padded = max(16, triton.next_power_of_2(head_dim))
     group = triton.next_power_of_2(num_heads // num_kv_heads)
     weight, eps = norm or (cos_sin, 0.0)
+    scale, window, cap = scores or Scores(head_dim**-0.5)
     is_few = num_kv_heads * pieces.shape[1] <= workspace.few_programs
     step, stages, num_warps = _tiling(pool.dtype.itemsize, padded, group, is_few)
     _decode[(num_kv_heads, pieces.shape[1])](
         qkv, out, workspace.parts, workspace.logs, workspace.arrived, pool, cos_sin, weight, eps, tables, width,
-        pieces, pieces.stride(0), head_dim**-0.5 * LOG2_E, pool.stride(0), layer * pool.stride(1),
+        pieces, pieces.stride(0), scale * LOG2_E, pool.stride(0), layer * pool.stride(1),
         N=num_heads, K=num_kv_heads, D=head_dim, PADDED_D=padded, PACK=max(16, group), PADDED_G=group,
         AT_ONCE=max(2, _JOINED_AT_ONCE // (group * padded)), BLOCK_SIZE=block_size, STEP=step, STAGES=stages,
-        HAS_NORM=norm is not None, num_warps=num_warps, **LAUNCH,
+        HAS_NORM=norm is not None, WINDOW=window, CAP=cap * LOG2_E, num_warps=num_warps, **LAUNCH,
     )  # fmt: skip

@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 
 from hbserve_core.cuda_runner.kernels.dependent_launch import LAUNCH, begin, prefetch
+from hbserve_core.cuda_runner.kernels.pointwise import activated
 
 _STEP_BYTES = 8192
 """Of a weight row, and so of `given`, M times as many numbers: all of both stays in registers."""
@@ -67,7 +68,7 @@ def _product(given, block):
 def _small_linear(
     x, weight, bias, norm, out, eps, M: tl.constexpr, INPUTS: tl.constexpr, COUNT: tl.constexpr,
     STEP: tl.constexpr, OUTPUTS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_NORM: tl.constexpr, ADDS: tl.constexpr,
-    GATED: tl.constexpr,
+    GATED: tl.constexpr, GELU: tl.constexpr,
 ):  # fmt: skip
     outputs = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
     rows = tl.minimum(outputs, COUNT - 1)
@@ -96,7 +97,7 @@ def _small_linear(
             up *= scale
         if HAS_BIAS:
             up += tl.load(bias + COUNT + rows).to(tl.float32)[None, :]
-        result = result / (1.0 + tl.exp(-result)) * up
+        result = activated(result, GELU) * up
     place = out + tl.arange(0, M)[:, None] * COUNT + outputs[None, :]
     inside = (outputs < COUNT)[None, :]
     if ADDS:
@@ -112,13 +113,14 @@ def small_linear(
     norm: tuple[torch.Tensor, float] | None = None,
     add_to: torch.Tensor | None = None,
     gated: bool = False,
+    gelu: bool = False,
     dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
     """x (M, I) times weight (O, I) transposed, plus bias (O,).
 
     norm: RMS norm of x first, weights (I,) and eps. add_to: (M, O), to which the result is added in place, and which
-    is returned. gated: the weight is (2 O, I), gate rows then up rows; the result is silu(gate) * up. dtype: of the
-    result.
+    is returned. gated: the weight is (2 O, I), gate rows then up rows; the result is silu(gate) * up, or with `gelu`
+    gelu(gate) * up. dtype: of the result.
     """
     rows, size = x.shape
     outputs = len(weight) // 2 if gated else len(weight)
@@ -132,7 +134,7 @@ def small_linear(
     _small_linear[(triton.cdiv(outputs, per_program),)](
         x, weight, weight if bias is None else bias, norm_weight, out, eps,
         M=rows, INPUTS=size, COUNT=outputs, STEP=step, OUTPUTS=per_program, HAS_BIAS=bias is not None,
-        HAS_NORM=norm is not None, ADDS=add_to is not None, GATED=gated, num_warps=4, **LAUNCH,
+        HAS_NORM=norm is not None, ADDS=add_to is not None, GATED=gated, GELU=gelu, num_warps=4, **LAUNCH,
     )  # fmt: skip
     return out
 
@@ -143,7 +145,8 @@ def small_linear(
 @triton.jit
 def _finish(
     result, bias, out, next_norm, scaled, squares, tile, num_rows, num_outputs, ROWS: tl.constexpr,
-    OUTPUTS: tl.constexpr, GATED: tl.constexpr, HAS_BIAS: tl.constexpr, ADDS: tl.constexpr, SCALES: tl.constexpr,
+    OUTPUTS: tl.constexpr, GATED: tl.constexpr, GELU: tl.constexpr, HAS_BIAS: tl.constexpr, ADDS: tl.constexpr,
+    SCALES: tl.constexpr,
 ):  # fmt: skip
     """Write a whole tile (OUTPUTS, ROWS) of products."""
     COUNT: tl.constexpr = OUTPUTS // 2 if GATED else OUTPUTS
@@ -156,7 +159,7 @@ def _finish(
     if HAS_BIAS:
         result += tl.load(bias + clamped).to(tl.float32)[:, None]
     if GATED:
-        result = result / (1.0 + tl.exp(-result)) * up
+        result = activated(result, GELU) * up
     m = tl.arange(0, ROWS)
     place = m[None, :] * num_outputs + outputs[:, None]
     inside = (outputs < num_outputs)[:, None] & (m < num_rows)[None, :]
@@ -213,8 +216,8 @@ def _sum_of_splits(result, parts, arrived, split, SPLITS: tl.constexpr, OUTPUTS:
 def _skinny_linear(
     x, weight, bias, out, given_squares, eps, next_norm, scaled, squares, parts, arrived, num_rows, num_inputs,
     num_outputs, span, ROWS: tl.constexpr, OUTPUTS: tl.constexpr, STEP: tl.constexpr, AHEAD: tl.constexpr,
-    SPLITS: tl.constexpr, STAGES: tl.constexpr, GATED: tl.constexpr, HAS_BIAS: tl.constexpr, ADDS: tl.constexpr,
-    SCALES: tl.constexpr, TILES: tl.constexpr, PADDED_TILES: tl.constexpr,
+    SPLITS: tl.constexpr, STAGES: tl.constexpr, GATED: tl.constexpr, GELU: tl.constexpr, HAS_BIAS: tl.constexpr,
+    ADDS: tl.constexpr, SCALES: tl.constexpr, TILES: tl.constexpr, PADDED_TILES: tl.constexpr,
 ):  # fmt: skip
     tile, split, m = tl.program_id(0), tl.program_id(1), tl.arange(0, ROWS)
     first = split * span
@@ -239,8 +242,8 @@ def _skinny_linear(
         is_whole, result = _sum_of_splits(result, own, arrived + tile, split, SPLITS, OUTPUTS, ROWS)
     if is_whole:
         _finish(
-            result, bias, out, next_norm, scaled, squares, tile, num_rows, num_outputs, ROWS, OUTPUTS, GATED, HAS_BIAS,
-            ADDS, SCALES,
+            result, bias, out, next_norm, scaled, squares, tile, num_rows, num_outputs, ROWS, OUTPUTS, GATED, GELU,
+            HAS_BIAS, ADDS, SCALES,
         )  # fmt: skip
 
 
@@ -279,17 +282,18 @@ def skinny_linear(
     workspace: SkinnyWorkspace,
     eps: float = 0.0,
     gated: bool = False,
+    gelu: bool = False,
 ) -> torch.Tensor:
     """x (M, I) times weight (O, I) transposed, plus bias (O,), summed in float32: (M, O).
 
     x: if scaled, the rest of the norm is done here, with its `eps`. padded_rows: 16, 32, 64 or 128, at least M, the
     same for all of M rows. splits: of the inputs. gated: the weight is (2 O, I), gate rows then up rows; the result
-    is silu(gate) * up.
+    is silu(gate) * up, or with `gelu` gelu(gate) * up.
     """
     rows, squares = (x.scaled, x.squares) if isinstance(x, ScaledRows) else (x, None)
     outputs = len(weight) // 2 if gated else len(weight)
     out = torch.empty((len(rows), outputs), dtype=rows.dtype, device=rows.device)
-    _launch(rows, weight, bias, out, padded_rows, splits, workspace, squares=squares, eps=eps, gated=gated)
+    _launch(rows, weight, bias, out, padded_rows, splits, workspace, squares=squares, eps=eps, gated=gated, gelu=gelu)
     return out
 
 
@@ -320,7 +324,7 @@ def add_skinny_linear(
 def _launch(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor, padded_rows: int, splits: int,
     workspace: SkinnyWorkspace, *, squares: torch.Tensor | None = None, eps: float = 0.0, gated: bool = False,
-    adds: bool = False, next_norm: torch.Tensor | None = None, result: ScaledRows | None = None,
+    gelu: bool = False, adds: bool = False, next_norm: torch.Tensor | None = None, result: ScaledRows | None = None,
 ) -> None:  # fmt: skip
     rows, inputs = x.shape
     step, stages = _TILINGS[padded_rows]
@@ -331,6 +335,6 @@ def _launch(
         x, weight, weight if bias is None else bias, out, workspace.parts if squares is None else squares, eps,
         x if next_norm is None else next_norm, scaled, new_squares, workspace.parts, workspace.arrived, rows, inputs,
         out.shape[1], span, ROWS=padded_rows, OUTPUTS=TILE_OUTPUTS, STEP=step, AHEAD=_AHEAD, SPLITS=splits,
-        STAGES=stages, GATED=gated, HAS_BIAS=bias is not None, ADDS=adds, SCALES=result is not None, TILES=tiles,
-        PADDED_TILES=triton.next_power_of_2(max(1, tiles)), num_warps=4, **LAUNCH,
+        STAGES=stages, GATED=gated, GELU=gelu, HAS_BIAS=bias is not None, ADDS=adds, SCALES=result is not None,
+        TILES=tiles, PADDED_TILES=triton.next_power_of_2(max(1, tiles)), num_warps=4, **LAUNCH,
     )  # fmt: skip

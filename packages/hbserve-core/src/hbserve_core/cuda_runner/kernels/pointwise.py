@@ -5,7 +5,7 @@ They are a step's beginning and end, and what stands between products of cuBLAS:
     host_copy    a step's numbers to the device, and sampled tokens back
     embed        token ids, some of them known to the device only, to rows of the embedding table
     rms_norm     rows to normed rows
-    silu_mul     gate and up to silu(gate) * up
+    gate_mul     gate and up to silu(gate) * up
 Shapes: T rows of one step, E hidden_size, F intermediate_size, V vocab_size, C numbers to copy.
 """
 
@@ -96,22 +96,29 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 
 
 @triton.jit
-def _silu_mul(gate_up, out, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+def activated(gate, GELU: tl.constexpr):
+    """silu(gate), or gelu(gate) by its approximation with a tanh, which is a sigmoid too. gate: float32."""
+    slope = gate
+    if GELU:
+        slope = 1.5957691216057308 * gate * (1.0 + 0.044715 * gate * gate)
+    return gate / (1.0 + tl.exp(-slope))
+
+
+@triton.jit
+def _gate_mul(gate_up, out, SIZE: tl.constexpr, BLOCK: tl.constexpr, GELU: tl.constexpr):
     begin()
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < SIZE
     gate = tl.load(gate_up + row * 2 * SIZE + columns, mask=inside, other=0.0)
     up = tl.load(gate_up + row * 2 * SIZE + SIZE + columns, mask=inside, other=0.0)
-    exact = gate.to(tl.float32)
-    activated = (exact / (1.0 + tl.exp(-exact))).to(gate.dtype)
-    tl.store(out + row * SIZE + columns, activated * up, mask=inside)
+    tl.store(out + row * SIZE + columns, activated(gate.to(tl.float32), GELU).to(gate.dtype) * up, mask=inside)
 
 
-def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
-    """(T, 2 F), gate then up, to (T, F)."""
+def gate_mul(gate_up: torch.Tensor, gelu: bool = False) -> torch.Tensor:
+    """(T, 2 F), gate then up, to (T, F): silu(gate) * up, or gelu(gate) * up."""
     rows, size = gate_up.shape[0], gate_up.shape[1] // 2
     out = torch.empty((rows, size), dtype=gate_up.dtype, device=gate_up.device)
     block = min(1024, triton.next_power_of_2(size))
-    _silu_mul[(rows, triton.cdiv(size, block))](gate_up, out, size, block, num_warps=4, **LAUNCH)
+    _gate_mul[(rows, triton.cdiv(size, block))](gate_up, out, size, block, gelu, num_warps=4, **LAUNCH)
     return out

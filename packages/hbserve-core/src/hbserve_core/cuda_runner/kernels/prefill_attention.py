@@ -17,7 +17,14 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from hbserve_core.cuda_runner.kernels.attention_parts import LOG2_E, attend, attend_paged, load_rotated, nothing_seen
+from hbserve_core.cuda_runner.kernels.attention_parts import (
+    LOG2_E,
+    Scores,
+    attend,
+    attend_paged,
+    load_rotated,
+    nothing_seen,
+)
 from hbserve_core.cuda_runner.kernels.dependent_launch import LAUNCH, begin
 
 
@@ -81,9 +88,10 @@ def store_kv(
 @triton.jit
 def _attend_new(
     state, query, rows_of_step, first_row, key_column, value_column, first, last, new, scale,
-    TILE: tl.constexpr, STAGES: tl.constexpr, MASKED: tl.constexpr,
+    TILE: tl.constexpr, STAGES: tl.constexpr, MASKED: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr,
 ):  # fmt: skip
-    """The step's own tokens [first, last) of a sequence; row r sees those up to `new[r]`, or without a mask all.
+    """The step's own tokens [first, last) of a sequence; row r sees those up to `new[r]`, the last WINDOW of them if
+    there is one, or without a mask all.
 
     Tiles may reach into the next head, where numbers meet zeros of the query, and into the next sequence or padding.
     What is there is not visible, and may be anything: as a value it becomes 0, because 0 times a NaN is one.
@@ -95,8 +103,21 @@ def _attend_new(
         if MASKED:
             value = tl.where((tokens < last)[:, None], value, 0.0).to(value.dtype)
         visible = tokens[None, :] <= new[:, None]
-        state = attend(state, query, key, value, visible, scale, MASKED)
+        if WINDOW > 0:
+            visible &= tokens[None, :] > new[:, None] - WINDOW
+        state = attend(state, query, key, value, visible, scale, MASKED, WINDOW > 0, CAP)
     return state
+
+
+@triton.jit
+def _seen_by_all(before, first_new, TILE: tl.constexpr, WINDOW: tl.constexpr):
+    """Of a tile of new tokens: the first position of the pool that a row of it sees, and how many whole tiles' new
+    tokens all rows see; with a window, how many none sees."""
+    first, whole = 0, first_new // TILE * TILE
+    if WINDOW > 0:
+        first = tl.maximum(before + first_new + 1 - WINDOW, 0)
+        whole = tl.maximum(first_new + 1 - WINDOW, 0) // TILE * TILE
+    return first, whole
 
 
 @triton.jit(do_not_specialize=["tile_stride", "sequence_stride"])
@@ -104,7 +125,8 @@ def _prefill(
     qkv, rows_of_step, out, pool, cos_sin, norm_weight, eps, tables, width, tiles, tile_stride, sequences,
     sequence_stride, scale, block_stride, layer_offset,
     N: tl.constexpr, K: tl.constexpr, D: tl.constexpr, PADDED_D: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    ROWS: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr, HAS_NORM: tl.constexpr,
+    ROWS: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr, HAS_NORM: tl.constexpr, WINDOW: tl.constexpr,
+    CAP: tl.constexpr,
 ):  # fmt: skip
     begin()
     sequence = tl.load(tiles + tl.program_id(0))
@@ -124,16 +146,18 @@ def _prefill(
     row, heads = (first_row + new).to(tl.int64)[:, None], (head * G + r % G)[:, None]
     given, angles = qkv + row * ((N + 2 * K) * D) + heads * D, cos_sin + (before + new).to(tl.int64)[:, None] * D
     query = load_rotated(given, shown, norm_weight + heads * D, angles, eps, D, PADDED_D, HAS_NORM)
-    state = nothing_seen(ROWS, PADDED_D)
     keys, table = pool + layer_offset + head * D, tables + sequence.to(tl.int64) * tl.load(width)
-    state = attend_paged(
-        state, query, keys, table, 0, before, block_stride, scale, K, D, PADDED_D, BLOCK_SIZE, TILE, STAGES
-    )
-    # New tokens [0, whole) are seen by every row.
-    whole, last = first_new // TILE * TILE, tl.minimum(first_new + ROWS // G, num_new)
+    first, whole = _seen_by_all(before, first_new, TILE, WINDOW)
+    oldest = (before + new + 1 - WINDOW)[:, None]
+    state = attend_paged(nothing_seen(ROWS, PADDED_D), query, keys, table, first, before, oldest, block_stride, scale,
+                         K, D, PADDED_D, BLOCK_SIZE, TILE, STAGES, WINDOW > 0, CAP)  # fmt: skip
+    last = tl.minimum(first_new + ROWS // G, num_new)
     key, value = (N + head) * D, (N + K + head) * D
-    state = _attend_new(state, query, rows_of_step, first_row, key, value, 0, whole, new, scale, TILE, STAGES, False)
-    state = _attend_new(state, query, rows_of_step, first_row, key, value, whole, last, new, scale, TILE, STAGES, True)
+    if WINDOW == 0:
+        state = _attend_new(state, query, rows_of_step, first_row, key, value, 0, whole, new, scale,
+                            TILE, STAGES, False, 0, CAP)  # fmt: skip
+    state = _attend_new(state, query, rows_of_step, first_row, key, value, whole, last, new, scale,
+                        TILE, STAGES, True, WINDOW, CAP)  # fmt: skip
     _, total, weighted = state
     result = (weighted / total[:, None]).to(out.dtype.element_ty)
     tl.store(out + row * (N * D) + heads * D + d[None, :], result, mask=shown & (d < D)[None, :])
@@ -160,12 +184,15 @@ def prefill_attention(
     width: torch.Tensor,
     tiles: torch.Tensor,
     sequences: torch.Tensor,
+    *,
+    scores: Scores | None = None,
 ) -> None:
     """Attend from the new tokens of several sequences to their contexts, new tokens included, which `store_kv` wrote.
 
     qkv: (T, (N + 2 K) * D), keys rotated, queries not yet. out: (T, N * D), written. cos_sin, norm, pool: see
     `store_kv`. tables: (sequences * width,) int32. width: one int32 on the device. tiles: (2, programs) int32, sequence
     (-1: none) and first new token. sequences: (3, sequences) int32, first row in the step, new tokens, context.
+    scores: None: divided by sqrt(D).
     """
     _, _, _, block_size, num_kv_heads, head_dim = pool.shape
     num_heads = out.shape[1] // head_dim
@@ -175,11 +202,12 @@ def prefill_attention(
     tile = 64 if narrow else 32
     padded = max(16, triton.next_power_of_2(head_dim))
     weight, eps = norm or (cos_sin, 0.0)
+    scale, window, cap = scores or Scores(head_dim**-0.5)
     # With at most 128 registers a thread, two programs share a processor: one's softmax hides in the other's products.
     options: dict[str, Any] = {"num_warps": 8, "maxnreg": 128} if rows == 128 else {"num_warps": 4}
     _prefill[(tiles.shape[1], num_kv_heads)](
         qkv, TensorDescriptor.from_tensor(qkv, [tile, padded]), out, pool, cos_sin, weight, eps, tables, width, tiles,
-        tiles.stride(0), sequences, sequences.stride(0), head_dim**-0.5 * LOG2_E, pool.stride(0),
+        tiles.stride(0), sequences, sequences.stride(0), scale * LOG2_E, pool.stride(0),
         layer * pool.stride(1), N=num_heads, K=num_kv_heads, D=head_dim, PADDED_D=padded, BLOCK_SIZE=block_size,
-        ROWS=rows, TILE=tile, STAGES=2, HAS_NORM=norm is not None, **options, **LAUNCH,
+        ROWS=rows, TILE=tile, STAGES=2, HAS_NORM=norm is not None, WINDOW=window, CAP=cap * LOG2_E, **options, **LAUNCH,
     )  # fmt: skip

@@ -1,0 +1,253 @@
+"""Twice the load that a deployment sustains, over HTTP with default settings: who is refused, how soon, and who waits.
+
+    python benchmarks/overload.py                       60 s at twice the load
+    python benchmarks/overload.py --load 4 --seconds 30 --max-queue-time 10
+
+The front end of `hbserve serve` is a process; a prefill and a decode instance are another one, in which steps take the
+time that is set here and nothing is computed. Requests come by chance (Poisson), whether others are answered or not.
+
+    refused      from a request's first byte to the answer 503; what is allowed is 50 ms at p99
+    TTFT         of those that are accepted, to the first token; allowed is max_queue_time_s and the prefill at p99.
+                 "prefill" is as long as the prompts take that may be with a prefill instance, and one's own
+    normal       from the end of the load until requests, one after the other, have the TTFT of an idle deployment
+                 again, twice that at most; allowed is max_queue_time_s + 2 s
+"""
+
+import argparse
+import asyncio
+import math
+import random
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+
+from api_server import MAX_MODEL_LEN, VOCAB_SIZE, serve_api
+
+from hbserve_rpc import RpcServer
+from hbserve_rpc.messages import (
+    CONNECT,
+    DECODE,
+    GRANT,
+    PREFILL,
+    ConnectRequest,
+    DecodeRequest,
+    Empty,
+    Granted,
+    GrantRequest,
+    InstanceInfo,
+    InstanceStats,
+    PrefillRequest,
+    Role,
+    TokenEvent,
+    TransferDone,
+)
+from hbserve_rpc.reports import REPORTS, InstanceReport, ReportsRequest
+from hbserve_scheduler import SchedulerConfig
+
+PROMPT_TOKENS, OUTPUT_TOKENS = 1000, 16
+PREFILL_TOKENS_PER_S = 20_000.0
+STEP_S = 0.02
+"""Of the decode instance, whatever is in it."""
+SUSTAINED_PER_S = PREFILL_TOKENS_PER_S / PROMPT_TOKENS
+PROMPT = "[" + ", ".join(str(1000 + i) for i in range(PROMPT_TOKENS)) + "]"
+RUN = 10
+"""Requests one after the other, at about half of the load that is sustained."""
+REFUSED_MS, NORMAL_S = 50.0, 2.0
+"""What is allowed."""
+
+
+class Instances:
+    """A prefill and a decode instance without an engine."""
+
+    def __init__(self) -> None:
+        self._free_at_s = 0.0
+        """When all prompts that are here will have been computed."""
+
+    async def start(self) -> list[str]:
+        addresses = []
+        for role in ("prefill", "decode"):
+            server = RpcServer(epoch=role)
+            self._describe(server, role)  # type: ignore[arg-type]
+            if role == "prefill":
+                server.serve_stream(PREFILL, self._prefill)
+                server.serve(CONNECT, self._connect)
+                server.serve_notification(GRANT, self._grant)
+            else:
+                server.serve_stream(DECODE, self._decode)
+            await server.start()
+            addresses.append(server.address)
+        return addresses
+
+    def _describe(self, server: RpcServer, role: Role) -> None:
+        async def reports(_: ReportsRequest) -> AsyncIterator[InstanceInfo | InstanceReport]:
+            yield InstanceInfo(
+                f"{role}-0", role, role, "ready", max_model_len=MAX_MODEL_LEN, max_prompt_len=MAX_MODEL_LEN - 1,
+                vocab_size=VOCAB_SIZE, block_size=16, num_blocks=1 << 20, max_num_seqs=1 << 10,
+                kv_endpoint=b"here" if role == "decode" else b"",
+            )  # fmt: skip
+            stats = InstanceStats(f"{role}-0", role, "ready", role, num_blocks=1 << 20, free_blocks=1 << 20)
+            yield InstanceReport(stats)
+            await asyncio.Event().wait()
+
+        server.serve_stream(REPORTS, reports)
+
+    async def _grant(self, _: GrantRequest) -> None: ...
+
+    async def _connect(self, _: ConnectRequest) -> Empty:
+        return Empty()
+
+    async def _prefill(self, request: PrefillRequest) -> AsyncIterator[TokenEvent | TransferDone]:
+        now_s = asyncio.get_running_loop().time()
+        self._free_at_s = max(now_s, self._free_at_s) + len(request.prompt_token_ids) / PREFILL_TOKENS_PER_S
+        await asyncio.sleep(self._free_at_s - now_s)
+        yield TokenEvent(0, [1000])
+        yield TransferDone(1, 1, 0.0)
+
+    async def _decode(self, request: DecodeRequest) -> AsyncIterator[Granted | TokenEvent]:
+        yield Granted(b"grant")
+        for index in range(1, request.params.max_tokens):
+            await asyncio.sleep(STEP_S)
+            yield TokenEvent(index, [1000 + index], "length" if index + 1 == request.params.max_tokens else None)
+
+
+async def serve_instances() -> None:
+    print(*await Instances().start(), flush=True)
+    await asyncio.Event().wait()
+
+
+@dataclass
+class Answer:
+    began_s: float
+    status: int
+    first_s: float
+    """To the first token, or to the refusal."""
+
+
+async def ask(port: int) -> Answer:
+    began_s = time.perf_counter()
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    body = f'{{"prompt": {PROMPT}, "max_tokens": {OUTPUT_TOKENS}, "ignore_eos": true, "stream": true}}'.encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n"
+    writer.write(head.encode() + body)
+    content = b""
+    while b'"text"' not in content and b'"error"' not in content:
+        part = await reader.read(1 << 16)
+        assert part, content
+        content += part
+    first_s = time.perf_counter() - began_s
+    while await reader.read(1 << 16):
+        pass
+    writer.close()
+    return Answer(began_s, int(content.split(maxsplit=2)[1]), first_s)
+
+
+class OwnLag:
+    """How late this process itself came to what was due, at most: what is measured here may be so much too long."""
+
+    def __init__(self) -> None:
+        self.most_s = 0.0
+        self._task = asyncio.create_task(self._watch())
+
+    async def _watch(self) -> None:
+        while True:
+            before_s = time.perf_counter()
+            await asyncio.sleep(0.01)
+            self.most_s = max(self.most_s, time.perf_counter() - before_s - 0.01)
+
+    def end(self) -> float:
+        self._task.cancel()
+        return self.most_s
+
+
+async def load(port: int, per_s: float, seconds: float, idle_s: float) -> list[Answer]:
+    """Answers to requests that come so often, in the order in which they came."""
+    lag, asking, end_s = OwnLag(), [], time.perf_counter() + seconds
+    due_s = time.perf_counter()
+    while (due_s := due_s + random.expovariate(per_s)) < end_s:
+        await asyncio.sleep(max(0.0, due_s - time.perf_counter()))
+        asking.append(asyncio.create_task(ask(port)))
+    await asyncio.sleep(max(0.0, end_s - time.perf_counter()))
+    print(f"this process was late by {1e3 * lag.end():.0f} ms at most")
+    later = asyncio.create_task(normal_again(port, end_s, idle_s))
+    answers = await asyncio.gather(*asking)
+    print(f"normal again: {await later:.1f} s after the end of the load")
+    return answers
+
+
+async def normal_again(port: int, end_s: float, idle_s: float) -> float:
+    """Seconds until a run of requests begins of which half have twice the TTFT of an idle deployment, or less."""
+    asked: list[Answer] = []
+    while len(asked) < RUN or not _is_normal([each.first_s for each in asked[-RUN:]], idle_s):
+        answer = await ask(port)
+        asked = [*asked, answer] if answer.status == 200 else []
+        await asyncio.sleep(2 / SUSTAINED_PER_S)
+    return asked[-RUN].began_s - end_s
+
+
+def _is_normal(first_s: list[float], idle_s: float) -> bool:
+    return max(first_s[0], statistics.median(first_s)) <= 2 * idle_s
+
+
+def at(part: float, values: Sequence[float]) -> float:
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, math.ceil(part * len(ordered)) - 1)] if ordered else 0.0
+
+
+async def measure(port: int, times: float, seconds: float, max_queue_time_s: float) -> None:
+    idle_s = statistics.median([(await ask(port)).first_s for _ in range(RUN)])
+    answers = await load(port, times * SUSTAINED_PER_S, seconds, idle_s)
+    refused = [each.first_s * 1e3 for each in answers if each.status == 503]
+    accepted = [each.first_s for each in answers if each.status == 200]
+    others = len(answers) - len(refused) - len(accepted)
+    prefill_s = (SchedulerConfig().max_inflight_prefills + 1) / SUSTAINED_PER_S
+    print(
+        f"{len(answers)} requests in {seconds:g} s, {times:g} times the load: {len(accepted)} accepted, "
+        f"{len(refused)} refused, {others} others\n"
+        f"refused in: p50 {at(0.5, refused):.1f} ms, p99 {at(0.99, refused):.1f} ms (bar {REFUSED_MS:g})\n"
+        f"TTFT of the accepted: p50 {at(0.5, accepted):.2f} s, p99 {at(0.99, accepted):.2f} s, "
+        f"most {max(accepted):.2f} s (bar {max_queue_time_s:g} + {prefill_s:.2f})\n"
+        f"bar of normal again: {max_queue_time_s + NORMAL_S:g} s"
+    )
+
+
+def start(*arguments: str) -> tuple[subprocess.Popen[str], list[str]]:
+    process = subprocess.Popen([sys.executable, __file__, *arguments], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    return process, process.stdout.readline().split()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--load", type=float, default=2.0, help="times what is sustained")
+    parser.add_argument("--seconds", type=float, default=60.0)
+    parser.add_argument("--max-queue-time", type=float, default=SchedulerConfig().max_queue_time_s)
+    parser.add_argument("--role", choices=["instances", "api"], help=argparse.SUPPRESS)
+    parser.add_argument("--addresses", nargs=2, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.role == "instances":
+        asyncio.run(serve_instances())
+    elif arguments.role == "api":
+        prefill, decode = arguments.addresses
+        instances: dict[str, tuple[Role, str]] = {"prefill-0": ("prefill", prefill), "decode-0": ("decode", decode)}
+        asyncio.run(serve_api(instances, max_queue_time_s=arguments.max_queue_time))
+    else:
+        processes = []
+        try:
+            instances, addresses = start("--role", "instances")
+            processes.append(instances)
+            longest = str(arguments.max_queue_time)
+            api, (url,) = start("--role", "api", "--addresses", *addresses, "--max-queue-time", longest)
+            processes.append(api)
+            port = int(url.rpartition(":")[2])
+            asyncio.run(measure(port, arguments.load, arguments.seconds, arguments.max_queue_time))
+        finally:
+            for process in processes:
+                process.kill()
+                process.wait()
+
+
+if __name__ == "__main__":
+    main()

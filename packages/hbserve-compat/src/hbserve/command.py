@@ -1,0 +1,133 @@
+"""A command of the command line: how it is run, how it ends, and what it says of what went wrong."""
+
+import asyncio
+import inspect
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager
+from dataclasses import MISSING, fields
+from enum import StrEnum
+from typing import Annotated, Any, get_type_hints
+
+import typer
+
+from hbserve_rpc import own_process
+
+
+class LogLevel(StrEnum):
+    DEBUG = "DEBUG"
+    INFO = "INFO"
+    WARNING = "WARNING"
+    ERROR = "ERROR"
+
+
+LogLevelOption = Annotated[LogLevel, typer.Option("--log-level", case_sensitive=False)]
+
+
+def taking(args: type[Any], job: Callable[..., None]) -> Callable[..., None]:
+    """A command whose options are the fields of `args`, a dataclass, and --log-level: `job(args, log_level)`. For
+    commands of more options than a signature has room for."""
+    hints = get_type_hints(args, include_extras=True)
+
+    def command(*, log_level: LogLevel, **values: Any) -> None:
+        job(args(**values), log_level)
+
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    parameters = [
+        inspect.Parameter(
+            field.name,
+            keyword,
+            default=inspect.Parameter.empty if field.default is MISSING else field.default,
+            annotation=hints[field.name],
+        )
+        for field in fields(args)
+    ]
+    of_log = inspect.Parameter("log_level", keyword, default=LogLevel.WARNING, annotation=LogLevelOption)
+    command.__signature__ = inspect.Signature([*parameters, of_log])  # type: ignore[attr-defined]  # for typer
+    command.__annotations__ = {each.name: each.annotation for each in [*parameters, of_log]}
+    command.__doc__ = job.__doc__
+    return command
+
+
+def run(job: Coroutine[Any, Any, None], log_level: LogLevel) -> None:
+    with explaining(log_level):
+        asyncio.run(_until_signalled(job))
+
+
+@contextmanager
+def explaining(log_level: LogLevel) -> Iterator[None]:
+    """Around the whole of a command. A problem that has a name is one line on stderr."""
+    logging.basicConfig(level=log_level.value, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    try:
+        yield
+        if sys.stdout is not None:
+            sys.stdout.flush()  # here, where it is explained why it cannot be written
+    except KeyboardInterrupt:
+        raise typer.Exit(128 + signal.SIGINT) from None
+    except _Signalled as ended:
+        for number in own_process.ending_signals():  # nothing is left to do but to end: no more of them is of use
+            signal.signal(number, signal.SIG_IGN)
+        raise typer.Exit(128 + ended.number) from None
+    except BrokenPipeError:  # whoever read our output has seen enough
+        raise typer.Exit(141) from None
+    except Exception as error:
+        if log_level is LogLevel.DEBUG:
+            raise
+        if not _is_explained(error):
+            logging.getLogger(__name__).exception("unexpected error; please report it")
+        typer.echo(f"error: {_one_line(str(error))}", err=True)
+        raise typer.Exit(2 if isinstance(error, ValueError) else 1) from None
+    finally:
+        _forget_what_nobody_takes()
+
+
+def _forget_what_nobody_takes() -> None:
+    """Output that cannot be written: Python would try again when it ends, and say so in its own words."""
+    if sys.stdout is not None:
+        try:
+            sys.stdout.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _one_line(text: str) -> str:
+    """What others say may have several lines, and the names of files anything: a terminal must not obey it."""
+    joined = " ".join(text.split())
+    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in joined)
+
+
+class _Signalled(BaseException):
+    """A signal has ended the command."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+
+async def _until_signalled(job: Coroutine[Any, Any, None]) -> None:
+    """A signal ends a command in order; another one, while it ends, at once. Commands that serve have handlers of their
+    own."""
+    task = asyncio.current_task()
+    assert task is not None
+    received: list[signal.Signals] = []
+
+    def end(number: signal.Signals) -> None:
+        if received:  # the event loop will have ended before its processes have, of which asyncio would complain
+            logging.getLogger("asyncio").setLevel(logging.ERROR)
+        received.append(number)
+        task.cancel()
+
+    with own_process.on_ending_signals(end):
+        try:
+            await job
+        except asyncio.CancelledError:
+            if not received:
+                raise
+            raise _Signalled(received[0]) from None
+
+
+def _is_explained(error: Exception) -> bool:
+    """Whether the message was written for users: errors of this project, and of the operating system."""
+    return isinstance(error, OSError) or type(error).__module__.startswith("hbserve")

@@ -1,0 +1,50 @@
+"""Times at which the requests of a load are to be sent, in seconds from its begin."""
+
+import itertools
+import math
+import random
+from typing import Literal
+
+Ramp = Literal["linear", "exponential"]
+
+
+def arrival_times(
+    count: int,
+    rate: float,
+    *,
+    burstiness: float = 1.0,
+    ramp: Ramp | None = None,
+    ramp_rates: tuple[float, float] = (0.0, 0.0),
+    seed: int = 0,
+) -> list[float]:
+    """As `vllm bench serve` has them: gaps of a gamma distribution whose shape is `burstiness`.
+
+    1 is a Poisson process, less is burstier, and infinite is one after the other. Without a ramp all are stretched so
+    that the last one comes at `count / rate`; an infinite rate is all at once.
+    """
+    rng = random.Random(seed)
+    rates = [_rate_at(i / max(count - 1, 1), rate, ramp, ramp_rates) for i in range(count)]
+    times = list(itertools.accumulate(_gap(rng, each, burstiness) for each in rates))
+    if ramp is None and times and times[-1] > 0:
+        stretch = count / rate / times[-1]
+        times = [each * stretch for each in times]
+    return times
+
+
+def _rate_at(progress: float, rate: float, ramp: Ramp | None, ramp_rates: tuple[float, float]) -> float:
+    begin, end = ramp_rates
+    match ramp:
+        case "linear":
+            return begin + (end - begin) * progress
+        case "exponential":
+            return begin * float((end / begin) ** progress)
+        case None:
+            return rate
+
+
+def _gap(rng: random.Random, rate: float, burstiness: float) -> float:
+    if math.isinf(rate):
+        return 0.0
+    if math.isinf(burstiness):
+        return 1 / rate
+    return rng.gammavariate(burstiness, 1 / (rate * burstiness))

@@ -1,0 +1,140 @@
+"""One request of a load: what is asked of a server of OpenAI's API, and when what came back."""
+
+import time
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+import msgspec
+
+from hbserve.load.http_stream import HttpClient
+from hbserve_rpc import HBServeRpcError
+
+
+@dataclass
+class Outcome:
+    """Of one request. Times are in seconds, of `time.perf_counter`; `arrivals` are of events that have text."""
+
+    prompt_len: int
+    planned_s: float = 0.0
+    """When it was due."""
+    start_s: float = 0.0
+    ready_s: float = 0.0
+    """When it might be sent: it may have waited for `--max-concurrency` since it was due."""
+    arrivals: list[float] = field(default_factory=list)
+    text: str = ""
+    output_tokens: int = 0
+    latency_s: float = 0.0
+    error: str = ""
+    server: dict[str, Any] = field(default_factory=dict)
+    """Figures of the server's own, in `metrics` of the last event: HBServe and vLLM have them."""
+
+    @property
+    def is_ok(self) -> bool:
+        return not self.error
+
+    @property
+    def ttft_s(self) -> float:
+        return self.arrivals[0] - self.start_s if self.arrivals else 0.0
+
+    @property
+    def itls_s(self) -> list[float]:
+        return [after - before for before, after in pairwise(self.arrivals)]
+
+    @property
+    def tpot_s(self) -> float | None:
+        """Mean time per output token after the first; None: there is no second."""
+        return (self.latency_s - self.ttft_s) / (self.output_tokens - 1) if self.output_tokens > 1 else None
+
+    @property
+    def queue_s(self) -> float:
+        """For how long it was held back here, by `--max-concurrency`."""
+        return self.start_s - self.ready_s
+
+
+class _Delta(msgspec.Struct):
+    content: str | None = None
+    reasoning: str | None = None
+    reasoning_content: str | None = None
+
+
+class _Choice(msgspec.Struct):
+    text: str | None = None
+    delta: _Delta | None = None
+
+    def said(self) -> str:
+        if self.delta is None:
+            return self.text or ""
+        return self.delta.content or self.delta.reasoning or self.delta.reasoning_content or ""
+
+
+class _Usage(msgspec.Struct):
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+
+
+class _Event(msgspec.Struct):
+    choices: list[_Choice] = []
+    usage: _Usage | None = None
+    metrics: dict[str, Any] | None = None
+    error: Any = None
+
+
+_DECODER = msgspec.json.Decoder(_Event)
+
+
+class Answering:
+    """Reads the events of one answer, for `outcome`."""
+
+    def __init__(self, outcome: Outcome) -> None:
+        self._outcome = outcome
+        self._held = b""
+        self._texts: list[str] = []
+        self._last_s = 0.0
+
+    def feed(self, data: bytes) -> None:
+        """A piece of the body, which has just come."""
+        now_s = self._last_s = time.perf_counter()
+        *lines, self._held = (self._held + data).split(b"\n")
+        for line in lines:
+            if line.startswith(b"data:") and not line.startswith(b"data: [DONE]"):
+                self._take(_DECODER.decode(line[5:]), now_s)
+
+    def _take(self, event: _Event, now_s: float) -> None:
+        outcome = self._outcome
+        if event.error:
+            outcome.error = str(event.error)
+        if event.usage is not None:
+            outcome.output_tokens = event.usage.completion_tokens
+            outcome.prompt_len = event.usage.prompt_tokens or outcome.prompt_len
+        if event.metrics:
+            outcome.server = event.metrics
+        said = [choice.said() for choice in event.choices]
+        # A token may be half a character, or special: an event with a choice is one all the same, in /v1/completions.
+        if any(said) or any(choice.text is not None for choice in event.choices):
+            outcome.arrivals.append(now_s)
+            self._texts += said
+
+    def end(self) -> None:
+        """There is no more of it."""
+        outcome = self._outcome
+        outcome.text = "".join(self._texts)
+        if not outcome.arrivals and not outcome.error:
+            outcome.error = "the answer has ended without a token"
+        last_s = outcome.arrivals[-1] if outcome.arrivals else self._last_s
+        outcome.latency_s = last_s - outcome.start_s
+
+
+async def ask(client: HttpClient, path: str, body: dict[str, Any], outcome: Outcome, request_id: str = "") -> None:
+    """Ask once. What goes wrong is in the outcome."""
+    answering = Answering(outcome)
+    encoded = msgspec.json.encode(body)
+    outcome.start_s = time.perf_counter()
+    try:
+        status, text = await client.request("POST", path, encoded, answering.feed, request_id)
+    except (HBServeRpcError, OSError, msgspec.DecodeError) as error:
+        outcome.error = f"{type(error).__name__}: {error}"
+    else:
+        if status != 200:
+            outcome.error = f"HTTP {status}: {text[:300].decode(errors='replace')}"
+    answering.end()

@@ -1,0 +1,264 @@
+"""`hbserve bench serve`: a load on a server of OpenAI's API, and what its clients felt."""
+
+import asyncio
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from hbserve.load import arrivals, prompts
+from hbserve.load.args import BenchServeArgs, Dataset
+from hbserve.load.asking import Outcome, ask
+from hbserve.load.generator import Load, send_load
+from hbserve.load.http_stream import HttpClient
+from hbserve.load.prompts import Prompt, Vocabulary
+from hbserve.load.report import METRICS, Wanted, complaint, details, figures, goals_of, lines
+from hbserve.plotting import require_plotting
+from hbserve.progress import progress_bar
+from hbserve.tokenizer import load_tokenizer
+from hbserve_rpc import InvalidRequest, PeerLost, RemoteError, RequestTimeout
+
+RETRY_S = 1.0
+USUAL_COUNT = 1000
+SAMPLING = ("temperature", "top_p", "top_k", "min_p", "frequency_penalty", "presence_penalty", "repetition_penalty")
+
+
+async def bench_serve(args: BenchServeArgs) -> dict[str, Any]:
+    """Send a load, print its report, and write what files are wanted; returns what is in the JSON file.
+
+    Raises:
+        InvalidRequest: options that cannot be, or a dataset that cannot be read.
+        RequestTimeout: no server in time.
+        RemoteError: the server answers the first request with an error.
+    """
+    wanted, body, headers = _wanted(args), _body(args), _headers(args)
+    if args.plot is not None:
+        require_plotting()
+    client = HttpClient(args.url, headers, verify=not args.insecure)
+    try:
+        model, root = await _find_model(client, args.ready_check_timeout_sec)
+        body = {"model": args.served_model_name or args.model or model, **body}
+        folder = args.tokenizer or Path(root)
+        found, tokenizer = _prompts(args, folder)
+        bodies = [_request(args, each, tokenizer, body) for each in found]
+        await _warm_up(client, args, bodies[: max(1, args.num_warmups)])
+        load = await _send(client, args, found, bodies)
+    finally:
+        client.close()
+    result = _head(args, body["model"], folder, len(found)) | figures(load, wanted)
+    sys.stdout.writelines(f"{line}\n" for line in lines(result, wanted))
+    for each in list(dict.fromkeys(each.error for each in load.outcomes if each.error))[:10]:
+        sys.stderr.write(f"error: {each}\n")
+    if problem := complaint(load):
+        sys.stderr.write(f"warning: {problem}: these figures are about it as much as about the server\n")
+    _write(args, result, load, wanted)
+    return result
+
+
+# ---- what is asked -----------------------------------------------------------------------------------------------
+
+
+def _pairs(option: str, values: list[str] | None, between: str) -> dict[str, str]:
+    for each in values or []:
+        if between not in each:
+            raise InvalidRequest(f"{option}={each!r}: expected NAME{between}VALUE")
+    return dict(each.split(between, 1) for each in values or [])
+
+
+def _wanted(args: BenchServeArgs) -> Wanted:
+    goals_s = goals_of([*(args.goodput or []), *(args.more or [])])
+    try:
+        percentiles = [float(each) for each in args.metric_percentiles.split(",")]
+    except ValueError as error:
+        raise InvalidRequest(f"--metric-percentiles: expected numbers: {error}") from None
+    if not all(0 <= each <= 100 for each in percentiles):
+        raise InvalidRequest(f"--metric-percentiles={args.metric_percentiles!r}: expected numbers from 0 to 100")
+    metrics = [each.strip() for each in args.percentile_metrics.split(",") if each.strip()]
+    if unknown := set(metrics) - METRICS.keys():
+        raise InvalidRequest(f"--percentile-metrics={min(unknown)!r}: expected some of {', '.join(METRICS)}")
+    return Wanted(metrics, percentiles, goals_s, args.max_concurrency is not None)
+
+
+def _headers(args: BenchServeArgs) -> dict[str, str]:
+    key = os.environ.get("OPENAI_API_KEY") or os.environ.get("HBSERVE_API_KEY")
+    return ({"Authorization": f"Bearer {key}"} if key else {}) | _pairs("--header", args.header, "=")
+
+
+def _body(args: BenchServeArgs) -> dict[str, Any]:
+    """Of every request."""
+    try:
+        extra = json.loads(args.extra_body or "{}")
+    except ValueError as error:
+        raise InvalidRequest(f"--extra-body={args.extra_body!r}: expected a JSON object: {error}") from None
+    if not isinstance(extra, dict):
+        raise InvalidRequest(f"--extra-body={args.extra_body!r}: expected a JSON object")
+    sampling = {name: value for name in SAMPLING if (value := getattr(args, name)) is not None}
+    ignoring = {"ignore_eos": True} if args.ignore_eos else {}
+    return {"stream": True, "stream_options": {"include_usage": True}, **sampling, **ignoring, **extra}
+
+
+def _prompts(args: BenchServeArgs, folder: Path) -> tuple[list[Prompt], Any]:
+    tokenizer = load_tokenizer(folder) if folder.is_dir() else None
+    if tokenizer is None:
+        raise InvalidRequest(
+            f"--tokenizer: prompts are made of tokens, and {str(folder)!r} is no folder of a tokenizer"
+        )
+    vocabulary, count, seed = Vocabulary.of(tokenizer), args.num_prompts or USUAL_COUNT, args.seed
+    match args.dataset_name:
+        case Dataset.RANDOM:
+            lengths = args.input_len or args.random_input_len, args.output_len or args.random_output_len
+            spread, prefix = args.random_range_ratio, args.random_prefix_len
+            found = prompts.random_prompts(vocabulary, count, *lengths, spread=spread, prefix_len=prefix, seed=seed)
+        case Dataset.PREFIX_REPETITION:
+            found = prompts.prefix_repetition(
+                vocabulary,
+                count,
+                prefix_len=args.prefix_repetition_prefix_len,
+                suffix_len=args.input_len or args.prefix_repetition_suffix_len,
+                num_prefixes=args.prefix_repetition_num_prefixes,
+                output_len=args.output_len or args.prefix_repetition_output_len,
+                seed=seed,
+            )
+        case _:
+            found = _prompts_of_file(args, tokenizer, vocabulary)
+    return found, tokenizer
+
+
+def _prompts_of_file(args: BenchServeArgs, tokenizer: Any, vocabulary: Vocabulary) -> list[Prompt]:
+    path, count = args.dataset_path, args.num_prompts or USUAL_COUNT
+    if path is None:
+        raise InvalidRequest(f"--dataset-path: --dataset-name {args.dataset_name.value} needs a file")
+    if args.dataset_name is Dataset.SHAREGPT:
+        output_len = args.output_len or args.sharegpt_output_len
+        return prompts.sharegpt(path, tokenizer, count, output_len=output_len, seed=args.seed)
+    if args.dataset_name is Dataset.BURSTGPT:
+        return prompts.burstgpt(path, vocabulary, count, seed=args.seed)
+    is_mooncake = args.dataset_name is Dataset.MOONCAKE
+    block_size = args.timed_trace_chunk_hash_size or (prompts.MOONCAKE_BLOCK if is_mooncake else 16)
+    unit_s = args.timed_trace_sec_multiplier or (1e-3 if is_mooncake else 1.0)
+    return prompts.timed_trace(path, vocabulary, args.num_prompts, block_size=block_size, unit_s=unit_s)
+
+
+def _request(args: BenchServeArgs, prompt: Prompt, tokenizer: Any, body: dict[str, Any]) -> dict[str, Any]:
+    if not args.is_chat:
+        return {**body, "prompt": prompt.token_ids, "max_tokens": prompt.output_len}
+    messages = [{"role": "user", "content": tokenizer.decode(prompt.token_ids)}]
+    return {**body, "messages": messages, "max_completion_tokens": prompt.output_len}
+
+
+def _times(args: BenchServeArgs, found: list[Prompt]) -> list[float]:
+    is_trace = args.dataset_name in (Dataset.MOONCAKE, Dataset.TIMED_TRACE)
+    if is_trace if args.self_timed is None else args.self_timed:
+        times = [each.at_s for each in found if each.at_s is not None]
+        if len(times) != len(found):
+            raise InvalidRequest(
+                f"--self-timed: --dataset-name {args.dataset_name.value} does not say when requests came"
+            )
+        return times
+    ramp_rates = args.ramp_up_start_rps or 0.0, args.ramp_up_end_rps or 0.0
+    if args.ramp_up_strategy is not None and min(ramp_rates) <= 0:
+        raise InvalidRequest("--ramp-up-strategy: needs --ramp-up-start-rps and --ramp-up-end-rps, above 0")
+    if args.request_rate <= 0:
+        raise InvalidRequest(f"--request-rate={args.request_rate:g}: expected more than 0")
+    return arrivals.arrival_times(
+        len(found),
+        args.request_rate,
+        burstiness=args.burstiness,
+        ramp=args.ramp_up_strategy and args.ramp_up_strategy.value,  # type: ignore[arg-type]  # a Literal of the same
+        ramp_rates=ramp_rates,
+        seed=args.seed,
+    )
+
+
+# ---- the server --------------------------------------------------------------------------------------------------
+
+
+async def _find_model(client: HttpClient, timeout_s: float) -> tuple[str, str]:
+    """Name and folder of the first model, when the server answers. Raises RequestTimeout, RemoteError."""
+    deadline_s = time.monotonic() + timeout_s
+    while True:
+        try:
+            status, text = await client.request("GET", "/v1/models")
+        except PeerLost as error:
+            if time.monotonic() > deadline_s:
+                raise RequestTimeout(f"no server within {timeout_s:g} s: {error}") from None
+            await asyncio.sleep(RETRY_S)
+            continue
+        if status == 503 and time.monotonic() < deadline_s:  # it is loading
+            await asyncio.sleep(RETRY_S)
+            continue
+        if status != 200:
+            raise RemoteError(f"GET /v1/models: HTTP {status}: {text[:300].decode(errors='replace')}")
+        first = msgspec.json.decode(text)["data"][0]
+        return first["id"], first.get("root") or first["id"]
+
+
+async def _warm_up(client: HttpClient, args: BenchServeArgs, bodies: list[dict[str, Any]]) -> None:
+    """Raises RemoteError: it is answered with an error, which all of the load would be."""
+    for body in bodies:
+        outcome = Outcome(0)
+        await ask(client, args.path, body, outcome)
+        if outcome.error:
+            raise RemoteError(f"the first request: {outcome.error}")
+
+
+async def _send(client: HttpClient, args: BenchServeArgs, found: list[Prompt], bodies: list[dict[str, Any]]) -> Load:
+    outcomes = [Outcome(len(each.token_ids)) for each in found]
+    times = _times(args, found)
+    with progress_bar(len(found), is_shown=not args.disable_tqdm, title="Requests") as bar:
+
+        async def send(i: int) -> None:
+            request_id = f"{args.request_id_prefix}{i}"
+            await ask(client, args.path, bodies[i], outcomes[i], request_id)
+
+        on_end: Callable[[], object] = bar.update
+        return await send_load(outcomes, send, times, max_concurrency=args.max_concurrency, on_end=on_end)
+
+
+# ---- what comes of it --------------------------------------------------------------------------------------------
+
+
+def _head(args: BenchServeArgs, model: str, folder: Path, count: int) -> dict[str, Any]:
+    head: dict[str, Any] = {
+        "date": datetime.now().strftime("%Y%m%d-%H%M%S"),
+        "endpoint_type": args.backend.value,
+        "backend": args.backend.value,
+        "label": args.label,
+        "model_id": model,
+        "tokenizer_id": str(folder),
+        "num_prompts": count,
+        **_pairs("--metadata", args.metadata, "="),
+        "request_rate": "inf" if math.isinf(args.request_rate) else args.request_rate,
+        "burstiness": args.burstiness,
+        "max_concurrency": args.max_concurrency,
+    }
+    if args.ramp_up_strategy is not None:
+        head["ramp_up_strategy"] = args.ramp_up_strategy.value
+        head |= {"ramp_up_start_rps": args.ramp_up_start_rps, "ramp_up_end_rps": args.ramp_up_end_rps}
+    return head
+
+
+def _write(args: BenchServeArgs, result: dict[str, Any], load: Load, wanted: Wanted) -> None:
+    if args.save_detailed:
+        result |= details(load)
+    if args.save_result or args.append_result:
+        concurrency = f"-concurrency{args.max_concurrency}" if args.max_concurrency else ""
+        model = Path(result["model_id"]).name
+        usual = f"{args.label or args.backend.value}-{args.request_rate}qps{concurrency}-{model}-{result['date']}.json"
+        folder = args.result_dir or Path()
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / (args.result_filename or usual)).open("a" if args.append_result else "w") as file:
+            json.dump(result, file)
+            file.write("\n")
+    if args.plot is not None:
+        from hbserve.load.plots import plot_load
+
+        title = f"{result['model_id']}: {result['completed']} requests, {result['output_throughput']:.0f} tok/s"
+        plot_load(args.plot, load, wanted.goals_s, title)

@@ -1,0 +1,104 @@
+"""The load itself: requests sent when they are due, whatever became of those before, and a watch over whoever sends."""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from hbserve.load.asking import Outcome
+
+LAG_INTERVAL_S = 0.02
+MOST_CPU_SHARE = 0.9
+MOST_LAG_S, MOST_LAG_SHARE = 0.002, 0.1
+"""Beyond these this process is what is measured: it computes all the time, or a timer in a hundred fires so late, which
+is also so large a part of what is measured."""
+
+
+@dataclass
+class Watch:
+    """How busy this process is while it sends a load, which is a part of every figure."""
+
+    lags_s: list[float] = field(default_factory=list)
+    """Of timers, how late each has fired."""
+    send_lags_s: list[float] = field(default_factory=list)
+    """Of requests that nothing held back, how late each was sent."""
+    cpu_share: float = 0.0
+
+    @contextlib.asynccontextmanager
+    async def watching(self) -> AsyncIterator[None]:
+        began_s, began_cpu_s = time.perf_counter(), time.process_time()
+        ticking = asyncio.create_task(self._tick())
+        try:
+            yield
+        finally:
+            ticking.cancel()
+            took_s = time.perf_counter() - began_s
+            self.cpu_share = (time.process_time() - began_cpu_s) / took_s if took_s else 0.0
+
+    async def _tick(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            due_s = loop.time() + LAG_INTERVAL_S
+            await asyncio.sleep(LAG_INTERVAL_S)
+            self.lags_s.append(max(0.0, loop.time() - due_s))
+
+    def lag_p99_s(self) -> float:
+        lags = sorted([*self.lags_s, *self.send_lags_s])
+        return lags[int(0.99 * (len(lags) - 1))] if lags else 0.0
+
+    def complaint(self, shortest_s: float) -> str:
+        """Why the figures are about this process rather than about the server; empty if they are not.
+
+        `shortest_s`: of the times that are measured, what is usual of the shortest.
+        """
+        if self.cpu_share > MOST_CPU_SHARE:
+            return f"this client computes {self.cpu_share:.0%} of the time"
+        if self.lag_p99_s() > max(MOST_LAG_S, MOST_LAG_SHARE * shortest_s):
+            late_ms, of_ms = 1e3 * self.lag_p99_s(), 1e3 * shortest_s
+            return f"this client is {late_ms:.1f} ms late in one case of a hundred, where {of_ms:.1f} ms are measured"
+        return ""
+
+
+@dataclass(frozen=True)
+class Load:
+    """What was sent, and what became of it."""
+
+    outcomes: list[Outcome]
+    duration_s: float
+    watch: Watch
+
+
+async def send_load(
+    outcomes: Sequence[Outcome],
+    send: Callable[[int], Coroutine[Any, Any, None]],
+    times_s: Sequence[float],
+    *,
+    max_concurrency: int | None,
+    on_end: Callable[[], object],
+) -> Load:
+    """Send request `i` by `send(i)` at `times_s[i]`, at most so many at once, and wait for all.
+
+    `send` fills `outcomes[i]`, and raises nothing.
+    """
+    places = asyncio.Semaphore(max_concurrency) if max_concurrency else contextlib.nullcontext()
+    watch = Watch()
+
+    async def one(i: int) -> None:
+        outcomes[i].ready_s = time.perf_counter()
+        watch.send_lags_s.append(max(0.0, outcomes[i].ready_s - outcomes[i].planned_s))
+        async with places:
+            await send(i)
+        on_end()
+
+    async with watch.watching():
+        began_s = time.perf_counter()
+        async with asyncio.TaskGroup() as group:
+            for i, at_s in enumerate(times_s):
+                outcomes[i].planned_s = began_s + at_s
+                # One that is due has its turn before the next is made: else all of a burst would wait for the last.
+                await asyncio.sleep(max(0.0, outcomes[i].planned_s - time.perf_counter()))
+                group.create_task(one(i))
+        duration_s = time.perf_counter() - began_s
+    return Load(list(outcomes), duration_s, watch)

@@ -1,0 +1,157 @@
+"""HTTP/1.1 POSTs over connections that are kept, whose answers are told piece by piece.
+
+Of a load generator its own time is part of each figure. So bytes go from the socket into a parser in C, and each piece
+of a body is told in the turn of the loop in which it came: no task wakes up for it.
+"""
+
+import asyncio
+import ssl
+from collections.abc import Callable
+from typing import Any
+from urllib.parse import urlsplit
+
+import httptools
+
+from hbserve_rpc import InvalidAddress, PeerLost
+
+CONNECT_TIMEOUT_S = 30.0
+
+
+class HttpClient:
+    """Connections to one server, at most as many as there are requests at a time."""
+
+    def __init__(self, base_url: str, headers: dict[str, str], *, verify: bool = True) -> None:
+        """Raises InvalidAddress."""
+        parts = urlsplit(base_url if "://" in base_url else f"http://{base_url}")
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise InvalidAddress(f"--base-url={base_url!r}: expected http://HOST:PORT")
+        self._ssl: ssl.SSLContext | None = None
+        if parts.scheme == "https":
+            self._ssl = ssl.create_default_context() if verify else ssl._create_unverified_context()
+        self._address = parts.hostname, parts.port or (443 if self._ssl else 80)
+        self.prefix = parts.path.rstrip("/")
+        """Of every path."""
+        lines = {"Host": parts.netloc.rpartition("@")[2], "Content-Type": "application/json", **headers}
+        self._head = "".join(f"{name}: {value}\r\n" for name, value in lines.items())
+        self._idle: list[_Connection] = []
+
+    async def request(
+        self,
+        method: str,
+        path: str,
+        body: bytes = b"",
+        on_data: Callable[[bytes], None] | None = None,
+        request_id: str = "",
+    ) -> tuple[int, bytes]:
+        """Status and body; of a body that is told to `on_data`, as it comes, nothing is kept. It is told only where the
+        status is 200.
+
+        Raises:
+            PeerLost: no connection, or it has ended before the answer.
+        """
+        head = f"{method} {self.prefix}{path} HTTP/1.1\r\n{self._head}Content-Length: {len(body)}\r\n"
+        head += f"X-Request-Id: {request_id}\r\n\r\n" if request_id else "\r\n"
+        while self._idle:
+            connection = self._idle.pop()
+            if connection.is_open:
+                break
+        else:
+            connection = await self._connect()
+        try:
+            answer = await connection.ask(head.encode() + body, on_data)
+        except BaseException:
+            connection.close()
+            raise
+        if connection.is_open:
+            self._idle.append(connection)
+        return answer
+
+    async def _connect(self) -> "_Connection":
+        loop = asyncio.get_running_loop()
+        try:
+            async with asyncio.timeout(CONNECT_TIMEOUT_S):
+                _, connection = await loop.create_connection(_Connection, *self._address, ssl=self._ssl)
+        except (OSError, TimeoutError) as error:
+            host, port = self._address
+            raise PeerLost(f"no server at {host}:{port}: {error or 'no answer'}") from None
+        return connection
+
+    def close(self) -> None:
+        for connection in self._idle:
+            connection.close()
+        self._idle.clear()
+
+
+class _Connection(asyncio.Protocol):
+    """One request at a time."""
+
+    def __init__(self) -> None:
+        self._transport: asyncio.Transport | None = None
+        self._parser: Any = None
+        self._answer: asyncio.Future[tuple[int, bytes]] | None = None
+        self._on_data: Callable[[bytes], None] | None = None
+        self._body: list[bytes] = []
+        self._keep_alive = True
+
+    @property
+    def is_open(self) -> bool:
+        return self._transport is not None and not self._transport.is_closing()
+
+    async def ask(self, request: bytes, on_data: Callable[[bytes], None] | None) -> tuple[int, bytes]:
+        assert self._transport is not None
+        assert self._answer is None, "one request at a time"
+        self._parser = httptools.HttpResponseParser(self)
+        self._on_data, self._body = on_data, []
+        self._answer = asyncio.get_running_loop().create_future()
+        self._transport.write(request)
+        try:
+            return await self._answer
+        finally:
+            self._answer = None
+
+    def close(self) -> None:
+        if self._transport is not None:
+            self._transport.abort()
+
+    # ---- the event loop's --------------------------------------------------------------------------------------------
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self._transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        if self._answer is None:  # nobody has asked
+            self.close()
+            return
+        try:
+            self._parser.feed_data(data)
+        except (httptools.HttpParserError, httptools.HttpParserCallbackError) as error:
+            self._fail(error.__context__ or error)
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self._fail(PeerLost(f"the connection has ended before the answer: {error or 'closed by the server'}"))
+
+    def _fail(self, error: BaseException) -> None:
+        if self._answer is not None and not self._answer.done():
+            known = error if isinstance(error, Exception) else RuntimeError(repr(error))
+            if isinstance(known, httptools.HttpParserError):
+                known = PeerLost(f"what is there speaks no HTTP: {known}")
+            self._answer.set_exception(known)
+        self.close()
+
+    # ---- the parser's ------------------------------------------------------------------------------------------------
+
+    def on_headers_complete(self) -> None:
+        self._keep_alive = self._parser.should_keep_alive()
+
+    def on_body(self, body: bytes) -> None:
+        if self._on_data is not None and self._parser.get_status_code() == 200:
+            self._on_data(body)
+        else:
+            self._body.append(body)
+
+    def on_message_complete(self) -> None:
+        if not self._keep_alive and self._transport is not None:
+            self._transport.close()
+        if self._answer is not None and not self._answer.done():
+            self._answer.set_result((self._parser.get_status_code(), b"".join(self._body)))

@@ -1,0 +1,172 @@
+"""`hbserve simulate` and `hbserve plan`."""
+
+import json
+import re
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+from typer import Option
+
+from hbserve.load.prompts import MOONCAKE_BLOCK
+from hbserve.load.report import goals_of
+from hbserve.plotting import require_plotting
+from hbserve.simulator import plan_report, report, workload
+from hbserve.simulator.engine import EngineLimits
+from hbserve.simulator.plan import Question, make_plan
+from hbserve.simulator.profile import load_profile, own_profiles
+from hbserve.simulator.simulation import Deployment, Fault, roles_of, simulate
+from hbserve.simulator.workload import SimulatedRequest
+from hbserve_rpc import InvalidRequest
+from hbserve_scheduler import SchedulerConfig, load_config
+
+POLLED_A_SECOND = 200
+"""Instances whose figures are asked for in a second, of a large deployment: each has to wait longer for its turn."""
+ProfileOption = Annotated[str, Option(metavar="NAME|FILE", help=f"One of {', '.join(own_profiles())}, or a file.")]
+Count = Annotated[int, Option(min=0)]
+Length = Annotated[int, Option(min=1)]
+
+
+@dataclass(frozen=True)
+class SimulateArgs:
+    """The command's arguments."""
+
+    profile: ProfileOption = "h100-qwen3-8b"
+    prefill: Annotated[int, Option(min=0, help="Instances; with none of any kind, one pair.")] = 0
+    decode: Count = 0
+    hybrid: Count = 0
+    cells: Annotated[int, Option(min=1, help="Deployments that share nothing; sessions are hashed to them.")] = 1
+    config: Annotated[Path | None, Option(help="A deployment's file, for its scheduler and its chunk sizes.")] = None
+    num_requests: Annotated[int, Option(min=1)] = 1000
+    rate: Annotated[float, Option(min=0.001, help="Requests a second.")] = 4.0
+    burstiness: Annotated[float, Option(min=0.001, help="1 is a Poisson process, less is burstier.")] = 1.0
+    input_len: Length = 1024
+    output_len: Length = 128
+    spread: Annotated[float, Option(min=0, max=3, help="Of lengths: of their logarithm.")] = 0.0
+    conversations: Annotated[bool, Option("--conversations", help="Prompts of Mooncake's conversation shape.")] = False
+    trace: Annotated[Path | None, Option(help="A timed trace, of Mooncake's format.")] = None
+    speed: Annotated[float, Option(min=0.001, help="Of the trace, by its own.")] = 1.0
+    repeat: Annotated[int, Option(min=1, help="The trace, so many times, with other prompts.")] = 1
+    fault: Annotated[
+        list[str] | None, Option(metavar="INSTANCE@SECONDS[+DOWN]", help="Kill it then, and start it again after DOWN.")
+    ] = None
+    goodput: Annotated[list[str] | None, Option(metavar="METRIC:MS", help="ttft, tpot or e2el; may be repeated.")] = (
+        None
+    )
+    json: Annotated[Path | None, Option(help="A file for all figures.")] = None
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class PlanArgs:
+    """The command's arguments."""
+
+    input_len: Annotated[int, Option(min=1, help="Prompt tokens of a request.")]
+    output_len: Annotated[int, Option(min=1, help="Tokens of an answer.")]
+    rate: Annotated[float, Option(min=0.001, help="Requests a second.")]
+    ttft_ms: Annotated[float, Option(min=0.1, help="To be kept by the first token.")]
+    tpot_ms: Annotated[float, Option(min=0.1, help="To be kept by the mean time of each further token.")]
+    itl_ms: Annotated[
+        float | None, Option(min=0.1, help="To be kept by 99 of 100 times between two tokens; none by default.")
+    ] = None
+    profile: ProfileOption = "h100-qwen3-8b"
+    attainment: Annotated[float, Option(min=0.01, max=1, help="The part of all requests that is to keep both.")] = 0.9
+    spread: Annotated[float, Option(min=0, max=3, help="Of lengths: of their logarithm.")] = 0.0
+    chunk_size: Annotated[int, Option(min=1, help="Of prompts; hybrids are also tried with sizes for the goal.")] = 512
+    most_instances: Annotated[int, Option(min=1, max=512)] = 64
+    plot: Annotated[Path | None, Option(help="Write a picture: .png or .svg.")] = None
+    seed: int = 0
+
+
+def run_simulation(args: SimulateArgs) -> None:
+    """Raises InvalidRequest, ConfigError."""
+    deployment, goals_s = _deployment(args), goals_of(args.goodput or [])
+    began_s = time.process_time()
+    results = simulate(deployment, _requests(args), cells=args.cells)
+    found = report.figures(results, goals_s)
+    sys.stdout.writelines(f"{line}\n" for line in report.lines(found))
+    sys.stderr.write(f"simulated in {time.process_time() - began_s:.1f} s of processor time\n")
+    if args.json is not None:
+        args.json.write_text(json.dumps(found) + "\n", encoding="utf-8")
+
+
+def _deployment(args: SimulateArgs) -> Deployment:
+    config = load_config(args.config) if args.config is not None else None
+    scheduler = config.scheduler if config is not None else SchedulerConfig()
+    limits = EngineLimits()
+    if config is not None:
+        settings = config.engine_settings()
+        limits = EngineLimits(
+            None if settings.chunk_size == "auto" else settings.chunk_size,
+            settings.itl_target_ms,
+            settings.max_chunk_prefill_tokens,
+            settings.max_num_batched_tokens,
+            settings.max_num_seqs,
+        )
+    counts = args.prefill, args.decode, args.hybrid
+    if not any(counts):
+        counts = (1, 1, 0)
+    if bool(counts[0]) != bool(counts[1]):
+        raise InvalidRequest(f"--prefill={counts[0]} --decode={counts[1]}: expected some of both, or of neither")
+    if min(filter(None, counts)) < args.cells:
+        raise InvalidRequest(f"--cells={args.cells}: each needs an instance of each role")
+    roles = roles_of(*counts)
+    interval_s = max(scheduler.heartbeat_interval_s, len(roles) / args.cells / POLLED_A_SECOND)
+    scheduler = msgspec.structs.replace(scheduler, heartbeat_interval_s=interval_s)
+    deployment = Deployment(load_profile(args.profile), roles, scheduler, limits, _faults(args))
+    names = {name for name, _ in deployment.instances()}
+    for fault in deployment.faults:
+        if fault.instance_id not in names:
+            raise InvalidRequest(f"--fault={fault.instance_id!r}: expected one of {', '.join(sorted(names)[:8])} …")
+    return deployment
+
+
+def _faults(args: SimulateArgs) -> tuple[Fault, ...]:
+    faults = []
+    for each in args.fault or []:
+        found = re.fullmatch(r"(.+)@([\d.]+)(?:\+([\d.]+))?", each)
+        if found is None:
+            raise InvalidRequest(f"--fault={each!r}: expected INSTANCE@SECONDS or INSTANCE@SECONDS+DOWN")
+        faults.append(Fault(found[1], float(found[2]), float(found[3] or "inf")))
+    return tuple(faults)
+
+
+def _requests(args: SimulateArgs) -> Iterator[SimulatedRequest]:
+    if args.trace is not None:
+        return workload.trace(args.trace, block_size=MOONCAKE_BLOCK, unit_s=1e-3, speed=args.speed, repeat=args.repeat)
+    if args.conversations:
+        return workload.conversations(args.num_requests, args.rate, seed=args.seed)
+    lengths = args.input_len, args.output_len
+    return workload.poisson(
+        args.num_requests, args.rate, *lengths, burstiness=args.burstiness, spread=args.spread, seed=args.seed
+    )
+
+
+def run_plan(args: PlanArgs) -> None:
+    """Raises InvalidRequest, PlottingUnavailable."""
+    if args.plot is not None:
+        require_plotting()
+    plan = make_plan(
+        Question(
+            load_profile(args.profile),
+            args.input_len,
+            args.output_len,
+            args.rate,
+            args.ttft_ms / 1e3,
+            args.tpot_ms / 1e3,
+            args.itl_ms and args.itl_ms / 1e3,
+            args.attainment,
+            args.spread,
+            args.chunk_size,
+            args.most_instances,
+            args.seed,
+        )
+    )
+    sys.stdout.writelines(f"{line}\n" for line in plan_report.lines(plan))
+    if args.plot is not None:
+        plan_report.plot_plan(plan, args.plot)
+        sys.stdout.write(f"The picture is {args.plot}.\n")

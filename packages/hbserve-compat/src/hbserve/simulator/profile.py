@@ -1,0 +1,145 @@
+"""Profiles of instances: what was measured of one, in a small JSON file, and how long steps take by that.
+
+A step is taken to be its products, which read all weights or are bound by operations, whichever takes longer; its
+attention, for each pair of a new token and one before it; and the keys and values that its decodes read:
+
+    time = products(new tokens) + pair_s * pairs + key_s * keys of decodes
+
+`products` is a line through what was measured, from decode steps of few rows to prompts of thousands of tokens.
+"""
+
+import statistics
+from bisect import bisect_left
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+
+import msgspec
+
+from hbserve_rpc import InvalidRequest
+
+OWN = resources.files("hbserve.simulator") / "profiles"
+"""Those that come with this package."""
+LONG_PROMPT = 4
+"""Prompts of at least a part in so many of the longest that was measured tell what attention costs."""
+
+
+class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Of one instance. Times are in seconds."""
+
+    name: str
+    source: str
+    """Where and how it was measured, or what was assumed."""
+    device: str
+    tensor_parallel_size: int = 1
+    kv_bytes_per_token: int
+    kv_tokens: int
+    """That the instance's pool has room for."""
+    prefill: list[tuple[int, float]]
+    """Tokens of a prompt that is computed alone, and the time until its token."""
+    decode: list[tuple[int, int, float]]
+    """Sequences in a decode step, tokens of each, and the time of the step."""
+    transfer: list[tuple[int, float]]
+    """Bytes that move from an instance to another, and how long that takes."""
+    handoff_s: float
+    """That a hand-off takes beside moving bytes and waiting for a step: messages on the way."""
+    message_s: float
+    """One way of a message between scheduler and instance."""
+
+
+class StepLaw:
+    """How long things take, by a profile."""
+
+    def __init__(self, profile: Profile) -> None:
+        self.pair_s = _pair_s(profile.prefill)
+        self.key_s = _key_s(profile.decode)
+        decodes = _decode_products(profile, self.key_s)
+        widest = max(decodes)
+        prompts = {tokens: max(0.0, time_s - self.pair_s * tokens**2 / 2) for tokens, time_s in profile.prefill}
+        longer = {tokens: time_s for tokens, time_s in prompts.items() if tokens > widest}
+        self._of_decodes = Line([*(decodes | longer).items()])
+        self._of_prompts = Line([*prompts.items()])
+        self._few = [self._of_decodes.at(num_tokens) for num_tokens in range(widest + 1)]
+        self._transfer = Line(profile.transfer)
+
+    def step_s(self, new_tokens: int, pairs: float, keys: int) -> float:
+        """Of one step with so many tokens of prompts and decodes; pairs are of prompts, keys of decodes."""
+        if pairs:
+            products = self._of_prompts.at(new_tokens)
+        else:
+            products = self._few[new_tokens] if new_tokens < len(self._few) else self._of_decodes.at(new_tokens)
+        return products + self.pair_s * pairs + self.key_s * keys
+
+    def decode_steps_s(self, count: int, batch: int, keys: int) -> float:
+        """Of `count` steps of the same sequences, which have `keys` tokens together before the first."""
+        return count * self.step_s(batch, 0, keys) + self.key_s * batch * count * (count - 1) / 2
+
+    def transfer_s(self, num_bytes: int) -> float:
+        return self._transfer.at(num_bytes)
+
+
+class Line:
+    """A line through points, beyond the last of which it goes on as between the last two. Never falls."""
+
+    def __init__(self, points: Sequence[tuple[int, float]]) -> None:
+        ordered = sorted(points)
+        self._xs = [x for x, _ in ordered]
+        self._ys: list[float] = []
+        for _, y in ordered:
+            self._ys.append(max(y, *self._ys[-1:]) if self._ys else y)
+
+    def at(self, x: int) -> float:
+        xs, ys = self._xs, self._ys
+        if x <= xs[0] or len(xs) == 1:
+            return ys[0]
+        i = min(bisect_left(xs, x), len(xs) - 1)
+        return ys[i - 1] + (ys[i] - ys[i - 1]) * (x - xs[i - 1]) / (xs[i] - xs[i - 1])
+
+
+def _pair_s(prefill: Sequence[tuple[int, float]]) -> float:
+    """Of long prompts, by how much a token takes longer the longer they are."""
+    longest = max(tokens for tokens, _ in prefill)
+    rows = [(tokens / 2, time_s / tokens) for tokens, time_s in prefill if tokens >= longest / LONG_PROMPT]
+    return max(0.0, statistics.linear_regression(*zip(*rows, strict=True)).slope) if len(rows) > 1 else 0.0
+
+
+def _key_s(decode: Sequence[tuple[int, int, float]]) -> float:
+    """Of steps with as many sequences, by how much those with more tokens take longer; long steps count most."""
+    shortest = {batch: (context, step_s) for batch, context, step_s in sorted(decode, reverse=True)}
+    more = [(batch * (context - shortest[batch][0]), step_s - shortest[batch][1]) for batch, context, step_s in decode]
+    squares = sum(keys * keys for keys, _ in more)
+    return max(0.0, sum(keys * time_s for keys, time_s in more) / squares) if squares else 0.0
+
+
+def _decode_products(profile: Profile, key_s: float) -> dict[int, float]:
+    """By the number of sequences, what steps of the shortest contexts say."""
+    return {
+        batch: max(0.0, step_s - key_s * batch * context)
+        for batch, context, step_s in sorted(profile.decode, reverse=True)
+    }
+
+
+def own_profiles() -> list[str]:
+    """Names of the profiles that come with this package."""
+    return sorted(each.name.removesuffix(".json") for each in OWN.iterdir() if each.name.endswith(".json"))
+
+
+def load_profile(name: str) -> Profile:
+    """A profile of this package by its name, or of a file.
+
+    Raises:
+        InvalidRequest: there is none, or it cannot be read; says why.
+    """
+    own = OWN / f"{name}.json"
+    file = Path(name)
+    if not own.is_file() and not file.is_file():
+        names = ", ".join(own_profiles())
+        raise InvalidRequest(f"--profile={name!r}: expected a file, or one of {names}")
+    try:
+        profile = msgspec.json.decode(own.read_bytes() if own.is_file() else file.read_bytes(), type=Profile)
+    except msgspec.DecodeError as error:
+        raise InvalidRequest(f"--profile={name!r}: {error}") from None
+    for field in ("prefill", "decode", "transfer"):
+        if not getattr(profile, field):
+            raise InvalidRequest(f"--profile={name!r}: {field} has no rows")
+    return profile

@@ -1,0 +1,264 @@
+"""A simulation: CpuScheduler as it is, in virtual time, over modelled instances; what became of each request.
+
+for each request, when it comes:  CpuScheduler.submit ──▶ its own decisions ──▶ SimulatedClient ──▶ ModelledInstance
+"""
+
+import asyncio
+import functools
+import gc
+import itertools
+from array import array
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from hbserve.simulator.client import Host, SimulatedClient
+from hbserve.simulator.engine import EngineLimits
+from hbserve.simulator.instance import Fabric, ModelledInstance, Shape
+from hbserve.simulator.profile import Profile
+from hbserve.simulator.workload import SimulatedRequest
+from hbserve_rpc import HBServeRpcError, SamplingParams
+from hbserve_rpc.messages import GenerateRequest, Role
+from hbserve_rpc.prompt_shape import PromptShape
+from hbserve_rpc.records import RequestRecord
+from hbserve_scheduler import CpuScheduler, SchedulerConfig
+from hbserve_scheduler.figures import Figures
+from hbserve_scheduler.virtual_time import VirtualTimeLoop
+
+READY_TIMEOUT_S = 3600.0
+WARM_UP_S = 30.0
+"""Until the links of all pairs are made."""
+NO_SHAPE = Shape()
+
+
+@dataclass(frozen=True)
+class Fault:
+    """An instance that is killed, and started again after a while, or never."""
+
+    instance_id: str
+    at_s: float
+    down_s: float = float("inf")
+
+
+def roles_of(prefill: int, decode: int, hybrid: int = 0) -> tuple[Role, ...]:
+    """Of so many instances of each."""
+    counts: dict[Role, int] = {"prefill": prefill, "decode": decode, "hybrid": hybrid}
+    return tuple(role for role, count in counts.items() for _ in range(count))
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """What is simulated."""
+
+    profile: Profile
+    roles: tuple[Role, ...]
+    scheduler: SchedulerConfig = SchedulerConfig()  # noqa: RUF009  frozen
+    limits: EngineLimits = EngineLimits()  # noqa: RUF009  frozen
+    faults: tuple[Fault, ...] = ()
+
+    def instances(self) -> list[tuple[str, Role]]:
+        """Names and roles, as prefill-0, decode-0 and so on."""
+        counts: Counter[str] = Counter()
+        named: list[tuple[str, Role]] = []
+        for role in self.roles:
+            named.append((f"{role}-{counts[role]}", role))
+            counts[role] += 1
+        return named
+
+
+@dataclass
+class Results:
+    """What became of the requests, in the order in which they ended. Times are in seconds."""
+
+    duration_s: float = 0.0
+    """From the first request to the last one's end."""
+    ttfts_s: "array[float]" = field(default_factory=lambda: array("d"))
+    tpots_s: "array[float]" = field(default_factory=lambda: array("d"))
+    """Of each request; 0 with one token."""
+    e2els_s: "array[float]" = field(default_factory=lambda: array("d"))
+    handoffs_s: "array[float]" = field(default_factory=lambda: array("d"))
+    """Of requests that have a second token."""
+    input_tokens: int = 0
+    output_tokens: int = 0
+    failed: int = 0
+    tried_again: int = 0
+    errors: Counter[str] = field(default_factory=Counter)
+    gaps_s: Counter[float] = field(default_factory=Counter)
+    """Times between two tokens, and how many of each."""
+    busy: dict[str, float] = field(default_factory=dict)
+    """Of each instance, the part of the time in which it computes."""
+    prefix_tokens: int = 0
+    asked_tokens: int = 0
+    """Prompt tokens that prefix caches had, of those that were asked for."""
+    decisions: list[tuple[float, str, str, str]] = field(default_factory=list)
+    """When each attempt was placed, of which request, on which prefill and decode instance; only if that is wanted."""
+
+
+class _Collecting(Figures):
+    """The scheduler's figures, which also keep what a simulation is about."""
+
+    def __init__(self, results: Results, shapes: dict[str, Shape]) -> None:
+        super().__init__()
+        self._results = results
+        self._shapes = shapes
+        self.left = 0
+        self.all_ended = asyncio.Event()
+        self.decisions: list[tuple[float, str, str, str]] | None = None
+
+    def add(self, record: RequestRecord) -> None:
+        super().add(record)
+        results = self._results
+        self._shapes.pop(record.request_id, None)
+        if self.decisions is not None:
+            at_s = asyncio.get_running_loop().time() - record.e2e_s
+            for each in record.attempts:
+                self.decisions.append(
+                    (at_s + each.began_s, record.request_id, each.prefill_instance, each.decode_instance)
+                )
+        if record.finish_reason is None or record.first_token_s is None:
+            results.failed += 1
+            results.errors[record.error.partition(":")[0]] += 1
+        else:
+            results.ttfts_s.append(record.first_token_s)
+            results.tpots_s.append(record.tpot_s or 0.0)
+            results.e2els_s.append(record.e2e_s)
+            if record.handoff_s is not None:
+                results.handoffs_s.append(record.handoff_s)
+            results.input_tokens += record.num_prompt_tokens
+            results.output_tokens += record.num_output_tokens
+            results.tried_again += len(record.attempts) > 1
+        self.ended_one()
+
+    def ended_one(self) -> None:
+        self.left -= 1
+        if self.left == 0:
+            self.all_ended.set()
+
+
+class Tokens(list[int]):
+    """A prompt of which nothing is there but its length: a scheduler sees no more of one that comes with its shape."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self._count = count
+
+    def __len__(self) -> int:
+        return self._count
+
+
+class Simulation:
+    """One deployment in one event loop. Made and used inside it."""
+
+    def __init__(
+        self, deployment: Deployment, instances: Sequence[tuple[str, Role]], *, keeps_decisions: bool = False
+    ) -> None:
+        """instances: those of the deployment that this is about."""
+        self.results = Results()
+        self._instances = instances
+        self._deployment = deployment
+        self._shapes: dict[str, Shape] = {}
+        self._fabric = Fabric(self._shape_of, {})
+        self._ids = itertools.count()
+        self._hosts = {
+            name: Host(
+                functools.partial(ModelledInstance, name, role, deployment.profile, deployment.limits, self._fabric)
+            )
+            for name, role in instances
+        }
+        self.scheduler = CpuScheduler(
+            deployment.scheduler, client_factory=functools.partial(SimulatedClient, self._hosts)
+        )
+        self._figures = self.scheduler.figures = _Collecting(self.results, self._shapes)
+        if keeps_decisions:
+            self._figures.decisions = self.results.decisions
+
+    def _shape_of(self, request_id: str) -> Shape:
+        return self._shapes.get(request_id.partition(".")[0], NO_SHAPE)
+
+    async def start(self) -> None:
+        for name, role in self._instances:
+            await self.scheduler.add_instance(name, role, f"{name}:1")
+        await self.scheduler.start()
+        await self.scheduler.wait_ready(READY_TIMEOUT_S)
+        await asyncio.sleep(WARM_UP_S)
+
+    def submit(self, request: SimulatedRequest) -> None:
+        request_id = f"r{next(self._ids)}"
+        self._shapes[request_id] = request.shape
+        params = _params(request.output_len)
+        self._figures.left += 1
+        self._figures.all_ended.clear()
+        try:
+            shape = PromptShape(request.input_len)
+            self.scheduler.submit(GenerateRequest(request_id, Tokens(request.input_len), params, shape=shape))
+        except HBServeRpcError as error:
+            self.results.failed += 1
+            self.results.errors[type(error).__name__] += 1
+            del self._shapes[request_id]
+            self._figures.ended_one()
+
+    def plan_faults(self, begin_s: float) -> None:
+        loop = asyncio.get_running_loop()
+        for fault in self._deployment.faults:
+            host = self._hosts.get(fault.instance_id)
+            if host is None:  # it is in another cell
+                continue
+            loop.call_at(begin_s + fault.at_s, host.kill)
+            if fault.down_s != float("inf"):
+                loop.call_at(begin_s + fault.at_s + fault.down_s, host.restart)
+
+    async def finish(self, begin_s: float) -> Results:
+        """Wait until all requests have ended; count up what instances did."""
+        if self._figures.left:
+            await self._figures.all_ended.wait()
+        results = self.results
+        results.duration_s = asyncio.get_running_loop().time() - begin_s
+        for name, host in self._hosts.items():
+            results.busy[name] = sum(life.engine.figures.busy_s for life in host.lives) / results.duration_s
+            for life in host.lives:
+                results.gaps_s.update(life.engine.figures.gaps_s)
+        results.prefix_tokens, results.asked_tokens = self._fabric.prefix_tokens, self._fabric.asked_tokens
+        await self.scheduler.stop()
+        return results
+
+
+@functools.lru_cache(maxsize=1 << 14)
+def _params(output_len: int) -> SamplingParams:
+    return SamplingParams(0.0, output_len, ignore_eos=True)
+
+
+def simulate(
+    deployment: Deployment, requests: Iterable[SimulatedRequest], *, cells: int = 1, keeps_decisions: bool = False
+) -> Sequence[Results]:
+    """Of each cell its results. Each cell is a deployment of its own, chosen by a request's session; the instances of
+    `deployment` are those of all cells together.
+    """
+    gc.freeze()  # what is there already need not be looked at again and again
+    try:
+        with asyncio.Runner(loop_factory=VirtualTimeLoop) as runner:
+            return runner.run(_simulate(deployment, requests, cells, keeps_decisions))
+    finally:
+        gc.unfreeze()
+
+
+async def _simulate(
+    deployment: Deployment, requests: Iterable[SimulatedRequest], cells: int, keeps_decisions: bool
+) -> Sequence[Results]:
+    named = deployment.instances()
+    simulations = [Simulation(deployment, named[i::cells], keeps_decisions=keeps_decisions) for i in range(cells)]
+    await asyncio.gather(*(each.start() for each in simulations))
+    loop = asyncio.get_running_loop()
+    begin_s = loop.time()
+    for each in simulations:
+        each.plan_faults(begin_s)
+    for request in requests:
+        due_s = begin_s + request.at_s
+        if due_s > loop.time():
+            await asyncio.sleep(due_s - loop.time())
+        simulations[cell_of(request.session, cells)].submit(request)
+    return [await each.finish(begin_s) for each in simulations]
+
+
+def cell_of(session: int, cells: int) -> int:
+    """As a load balancer chooses by a hash: the same session, the same cell."""
+    return (session * 0x9E3779B97F4A7C15 & (1 << 64) - 1) * cells >> 64

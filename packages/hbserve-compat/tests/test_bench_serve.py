@@ -1,0 +1,448 @@
+"""`hbserve bench serve`: what it sends, when, and which figures come of what was answered."""
+
+import asyncio
+import contextlib
+import json
+import math
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hbserve_fake_scheduler import FakeServer
+from typer.testing import CliRunner
+
+from hbserve.__main__ import app
+from hbserve.load import prompts
+from hbserve.load.args import Backend, BenchServeArgs, Dataset
+from hbserve.load.arrivals import arrival_times
+from hbserve.load.asking import Answering, Outcome
+from hbserve.load.bench_serve import bench_serve
+from hbserve.load.generator import Load, Watch
+from hbserve.load.http_stream import HttpClient
+from hbserve.load.report import Wanted, figures, percentile
+from hbserve.server.http_server import HttpServer
+from hbserve.tokenizer import load_tokenizer
+from hbserve_rpc import InvalidRequest, PeerLost, RemoteError, RequestTimeout
+
+VLLM_KEYS = """
+date endpoint_type backend label model_id tokenizer_id num_prompts request_rate burstiness max_concurrency duration
+completed failed total_input_tokens total_output_tokens request_throughput request_goodput output_throughput
+total_token_throughput max_output_tokens_per_s max_concurrent_requests mean_ttft_ms median_ttft_ms std_ttft_ms
+p99_ttft_ms mean_tpot_ms median_tpot_ms std_tpot_ms p99_tpot_ms mean_itl_ms median_itl_ms std_itl_ms p99_itl_ms
+input_lens output_lens ttfts itls latencies start_times queue_times generated_texts errors server_queue_times
+server_ttfts
+"""
+"""Of the JSON file of vLLM 0.33, with --save-detailed."""
+
+
+# ---- a server of which every byte is known ------------------------------------------------------------------------
+
+
+def event(text: str | None = None, **more: Any) -> bytes:
+    choices = [] if text is None else [{"index": 0, "text": text}]
+    return b"data: " + json.dumps({"choices": choices, **more}).encode() + b"\n\n"
+
+
+class Scripted:
+    """Answers each request with the parts of `answers`, in turn, over connections that it keeps.
+
+    A float is a pause, an exception breaks the connection, an integer at the begin is another status than 200.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.answers: list[list[Any]] = []
+        self.asked: list[dict[str, Any]] = []
+        self.heads: list[str] = []
+        self.connections: list[tuple[asyncio.StreamWriter, asyncio.Task[None] | None]] = []
+        self.running = self.most_running = 0
+
+    @contextlib.asynccontextmanager
+    async def serving(self) -> AsyncIterator[str]:
+        server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
+        try:
+            yield "http://{}:{}".format(*server.sockets[0].getsockname())
+        finally:
+            server.close()
+            for writer, _ in self.connections:
+                writer.transport.abort()
+            await asyncio.gather(*(task for _, task in self.connections if task is not None))
+            await server.wait_closed()
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.connections.append((writer, asyncio.current_task()))
+        with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
+            while True:
+                head = (await reader.readuntil(b"\r\n\r\n")).decode()
+                length = int(head.lower().partition("content-length: ")[2].split("\r\n")[0] or 0)
+                await self._answer(head, await reader.readexactly(length), writer)
+
+    async def _answer(self, head: str, body: bytes, writer: asyncio.StreamWriter) -> None:
+        if head.startswith("GET /v1/models"):
+            models = json.dumps({"data": [{"id": "m", "root": str(self.folder)}]}).encode()
+            writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (len(models), models))
+            return
+        self.heads.append(head)
+        self.asked.append(json.loads(body))
+        self.running += 1
+        self.most_running = max(self.most_running, self.running)
+        try:
+            parts = self.answers[(len(self.asked) - 1) % len(self.answers)]
+            if isinstance(parts[0], int):
+                writer.write(b"HTTP/1.1 %d Oh\r\nContent-Length: %d\r\n\r\n%b" % (parts[0], len(parts[1]), parts[1]))
+                return
+            writer.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
+            for part in parts:
+                if isinstance(part, Exception):
+                    writer.transport.abort()
+                    raise ConnectionError
+                if isinstance(part, float):
+                    await asyncio.sleep(part)
+                else:
+                    writer.write(b"%x\r\n%b\r\n" % (len(part), part))
+            writer.write(b"0\r\n\r\n")
+        finally:
+            self.running -= 1
+
+
+ANSWER = [
+    event("a"),
+    event("b"),
+    event("", metrics={"queue_time_ms": 7, "time_to_first_token_ms": 20, "handoff_ms": 4, "kv_bytes": 100,
+                       "prefill_instance": "p0", "decode_instance": "d0", "num_attempts": 1}),
+    event(usage={"prompt_tokens": 5, "completion_tokens": 3}),
+    b"data: [DONE]\n\n",
+]  # fmt: skip
+
+
+@pytest.fixture
+def scripted(small_model: Callable[[str], Path]) -> Scripted:
+    server = Scripted(small_model("qwen3"))
+    server.answers = [ANSWER]
+    return server
+
+
+async def bench(server: Scripted, **options: Any) -> dict[str, Any]:
+    settings = {"num_prompts": 4, "random_input_len": 5, "random_output_len": 3, "disable_tqdm": True} | options
+    async with server.serving() as url:
+        return await bench_serve(BenchServeArgs(base_url=url, **settings))
+
+
+async def test_the_file_has_the_keys_of_vllm_and_those_of_prefill_and_decode_apart(scripted, tmp_path, capsys):
+    options = {"save_result": True, "save_detailed": True, "goodput": ["ttft:60000"], "more": ["tpot:60000"]}
+    await bench(scripted, result_dir=tmp_path / "new", result_filename="r.json", metadata=["host=a=b"], **options)
+    result = json.loads((tmp_path / "new/r.json").read_text())
+    assert result.keys() >= set(VLLM_KEYS.split())
+    assert (result["completed"], result["failed"], result["host"], result["model_id"]) == (4, 0, "a=b", "m")
+    assert (result["total_input_tokens"], result["total_output_tokens"]) == (20, 12), "as the server counts them"
+    assert result["slo_attainment"] == result["ttft_attainment"] == 1
+    assert result["request_goodput"] == pytest.approx(4 / result["duration"])
+    assert (result["server_queue_times"], result["server_ttfts"]) == ([0.007] * 4, [0.02] * 4)
+    assert (result["median_handoff_ms"], result["kv_bytes"]) == (4, 400)
+    assert result["requests_by_instances"] == {"p0 > d0": 4}
+    assert result["generated_texts"] == ["ab"] * 4
+    assert "Successful requests:                     4" in capsys.readouterr().out
+
+
+async def test_what_is_asked_is_what_the_options_say(scripted):
+    await bench(scripted, ignore_eos=True, temperature=0.0, extra_body='{"n": 1}', header=["X-A=b"])
+    for asked in scripted.asked:
+        assert len(asked["prompt"]) == 5
+        assert {**asked, "prompt": 0} == {
+            "model": "m", "prompt": 0, "max_tokens": 3, "stream": True, "stream_options": {"include_usage": True},
+            "ignore_eos": True, "temperature": 0.0, "n": 1,
+        }  # fmt: skip
+    assert all("X-A: b\r\n" in head for head in scripted.heads)
+    assert "X-Request-Id: bench-3\r\n" in "".join(scripted.heads)
+
+
+async def test_chats_are_asked_with_text_and_their_deltas_are_read(scripted):
+    delta = [{"delta": {"role": "assistant", "content": ""}}], [{"delta": {"content": "x"}}], [{"delta": {}}]
+    scripted.answers = [[b"data: " + json.dumps({"choices": each}).encode() + b"\n\n" for each in delta]]
+    result = await bench(scripted, backend=Backend.OPENAI_CHAT, save_detailed=True)
+    assert "POST /v1/chat/completions" in scripted.heads[0]
+    assert isinstance(scripted.asked[0]["messages"][0]["content"], str)
+    assert scripted.asked[0]["max_completion_tokens"] == 3
+    assert result["generated_texts"] == ["x"] * 4
+    assert result["itls"] == [[]] * 4, "what says only whose turn it is is no token"
+
+
+async def test_no_more_requests_run_than_are_allowed_and_their_wait_is_not_the_server_s(scripted):
+    scripted.answers = [[event("a"), 0.02, *ANSWER[1:]]]
+    result = await bench(scripted, num_prompts=12, max_concurrency=3)
+    assert scripted.most_running == 3
+    assert len(scripted.connections) <= 4, "connections are kept"
+    assert result["p99_client_queue_time_ms"] > 2 * 20, "the last ones have waited for three others"
+    assert result["median_e2el_ms"] < result["p99_client_queue_time_ms"]
+
+
+async def test_what_fails_is_counted_and_said_and_is_in_no_latency(scripted, capsys):
+    broken = [event("a"), OSError()]
+    refused = [429, b'{"error": "later"}']
+    told = [event("a"), b'data: {"error": {"message": "it died"}}\n\n']
+    scripted.answers = [ANSWER, broken, refused, told, [b"data: {no JSON\n\n"], [b": a comment\n\n", *ANSWER]]
+    result = await bench(scripted, num_prompts=5, max_concurrency=1, save_detailed=True)  # after the first, alone
+    assert (result["completed"], result["failed"]) == (1, 4)
+    errors = capsys.readouterr().err
+    for said in ("the connection has ended", "HTTP 429", "it died", "JSON"):
+        assert said in errors
+    assert result["output_lens"] == [0, 0, 0, 0, 3]
+
+
+async def test_a_server_that_refuses_the_first_request_is_an_error_before_the_load(scripted):
+    scripted.answers = [[400, b"no such model"]]
+    with pytest.raises(RemoteError, match="the first request: HTTP 400: no such model"):
+        await bench(scripted)
+    assert len(scripted.asked) == 1
+
+
+async def test_nobody_there_is_said_with_the_time_that_was_waited():
+    with pytest.raises(RequestTimeout, match="no server within 0 s"):
+        await bench_serve(BenchServeArgs(base_url="http://127.0.0.1:1"))
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ({"goodput": ["itl:5"]}, "--goodput='itl'"),
+        ({"goodput": ["ttft"]}, "--goodput='ttft': expected METRIC:MS"),
+        ({"goodput": ["ttft:x"]}, "--goodput='ttft:x'"),
+        ({"metric_percentiles": "9,x"}, "expected numbers"),
+        ({"metric_percentiles": "101"}, "from 0 to 100"),
+        ({"percentile_metrics": "ttft,tpt"}, "--percentile-metrics='tpt'"),
+        ({"extra_body": "[]"}, "expected a JSON object"),
+        ({"header": ["a"]}, "--header='a'"),
+        ({"request_rate": 0.0}, "--request-rate=0"),
+        ({"dataset_name": Dataset.SHAREGPT}, "--dataset-path"),
+        ({"self_timed": True}, "does not say when requests came"),
+        ({"tokenizer": Path("/nowhere")}, "'/nowhere' is no folder of a tokenizer"),
+    ],
+)
+async def test_options_that_cannot_be_are_refused_by_name(scripted, options, problem):
+    with pytest.raises(InvalidRequest, match=problem):
+        await bench(scripted, **options)
+
+
+async def test_the_server_of_this_project_tells_the_handoff_of_each_request(small_model):
+    fake = FakeServer(load_tokenizer(small_model("qwen3")), port=0)
+    fake.answers("a", "b", "c")
+    http = HttpServer(fake.service.settings, fake.app)
+    await http.start()
+    try:
+        result = await bench_serve(
+            BenchServeArgs(base_url=http.url, tokenizer=small_model("qwen3"), num_prompts=3, random_input_len=8,
+                           random_output_len=3, disable_tqdm=True)
+        )  # fmt: skip
+    finally:
+        await http.stop()
+    assert (result["completed"], result["total_output_tokens"]) == (3, 9)
+    assert result["median_handoff_ms"] == pytest.approx(4)
+    assert result["requests_by_instances"] == {"p0 > d0": 3}
+
+
+# ---- what comes over the socket ------------------------------------------------------------------------------------
+
+
+def test_an_answer_that_comes_in_pieces_of_any_size_is_the_same():
+    whole = b"".join(ANSWER).replace(b"\n\n", b"\r\n\r\n")
+    for size in (1, 7, len(whole)):
+        outcome = Outcome(0)
+        answering = Answering(outcome)
+        for begin in range(0, len(whole), size):
+            answering.feed(whole[begin : begin + size])
+        answering.end()
+        assert (outcome.text, outcome.output_tokens, outcome.prompt_len, outcome.error) == ("ab", 3, 5, "")
+        assert len(outcome.arrivals) == 3
+
+
+async def test_what_speaks_no_http_and_an_answer_cut_off_are_errors():
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        line = await reader.readline()
+        writer.write(b"hello\r\n\r\n" if b"/hello" in line else b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nab")
+        writer.close()
+
+    async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
+        client = HttpClient(f"127.0.0.1:{server.sockets[0].getsockname()[1]}", {})
+        with pytest.raises(PeerLost, match="speaks no HTTP"):
+            await client.request("GET", "/hello")
+        with pytest.raises(PeerLost, match="has ended before the answer"):
+            await client.request("GET", "/cut-off")
+        client.close()
+
+
+# ---- when ----------------------------------------------------------------------------------------------------------
+
+
+def test_requests_come_at_the_rate_that_was_asked_for():
+    assert arrival_times(4, math.inf) == [0, 0, 0, 0]
+    assert arrival_times(4, 2, burstiness=math.inf) == pytest.approx([0.5, 1, 1.5, 2])
+    for burstiness in (0.3, 1, 5):
+        times = arrival_times(2000, 10, burstiness=burstiness, seed=1)
+        assert times == sorted(times)
+        assert times[-1] == pytest.approx(200)
+        gaps = [after - before for before, after in pairwise(times)]
+        variance = sum((gap - 0.1) ** 2 for gap in gaps) / len(gaps)
+        assert variance * 100 == pytest.approx(1 / burstiness, rel=0.2), "of a gamma distribution of this shape"
+
+
+@pytest.mark.parametrize(("ramp", "middle"), [("linear", 5.5), ("exponential", math.sqrt(10))])
+def test_a_ramp_leads_from_one_rate_to_the_other(ramp, middle):
+    times = arrival_times(201, 0, burstiness=math.inf, ramp=ramp, ramp_rates=(1, 10))
+    gaps = [times[0], *(after - before for before, after in pairwise(times))]
+    assert [1 / gaps[0], 1 / gaps[100], 1 / gaps[200]] == pytest.approx([1, middle, 10])
+
+
+# ---- what is asked for ---------------------------------------------------------------------------------------------
+
+VOCABULARY = prompts.Vocabulary(tuple(range(10, 1000)))
+
+
+def test_the_same_seed_gives_the_same_prompts_in_every_process():
+    code = (
+        "from hbserve.load.prompts import *; v = Vocabulary(tuple(range(10, 1000)));"
+        "print(random_prompts(v, 2, 3, 2, spread=0.0, prefix_len=2, seed=4),"
+        "prefix_repetition(v, 2, prefix_len=2, suffix_len=1, num_prefixes=1, output_len=2, seed=4))"
+    )
+    found = {subprocess.check_output([sys.executable, "-c", code], env={"PYTHONHASHSEED": each}) for each in "12"}
+    assert len(found) == 1
+
+
+def test_random_prompts_share_their_prefix_and_are_as_long_as_wanted():
+    made = prompts.random_prompts(VOCABULARY, 300, 100, 20, spread=0.5, prefix_len=7, seed=0)
+    assert len({tuple(each.token_ids[:7]) for each in made}) == 1
+    assert {len(each.token_ids) - 7 for each in made} <= set(range(50, 151))
+    assert min(each.output_len for each in made) < 13 < 27 < max(each.output_len for each in made)
+    assert {
+        len(each.token_ids) for each in prompts.random_prompts(VOCABULARY, 5, 9, 1, spread=0, prefix_len=0, seed=0)
+    } == {9}
+
+
+def test_prefixes_repeat():
+    made = prompts.prefix_repetition(VOCABULARY, 20, prefix_len=8, suffix_len=3, num_prefixes=4, output_len=2, seed=0)
+    assert len({tuple(each.token_ids[:8]) for each in made}) == 4
+    assert len({tuple(each.token_ids) for each in made}) == 20
+
+
+def test_equal_blocks_of_a_mooncake_trace_are_equal_tokens_and_times_are_milliseconds(tmp_path):
+    lines = [
+        {"timestamp": 27000, "input_length": 1100, "output_length": 5, "hash_ids": [0, 1, 2]},
+        {"timestamp": 28500, "input_length": 600, "output_length": 0, "hash_ids": [0, 9]},
+        {"timestamp": 30000, "input_length": 3, "output_length": 1, "hash_ids": []},
+    ]
+    path = tmp_path / "trace.jsonl"
+    path.write_text("\n".join(map(json.dumps, lines)))
+    one, other, third = prompts.timed_trace(path, VOCABULARY, None, block_size=512, unit_s=1e-3)
+    assert [one.at_s, other.at_s, third.at_s] == [0, 1.5, 3]
+    assert [len(each.token_ids) for each in (one, other, third)] == [1100, 600, 3]
+    assert one.token_ids[:512] == other.token_ids[:512]
+    assert one.token_ids[512:600] != other.token_ids[512:]
+    assert other.output_len == 1, "a request asks for a token at least"
+    assert len(prompts.timed_trace(path, VOCABULARY, 2, block_size=512, unit_s=1e-3)) == 2
+    path.write_text('{"timestamp": 1, "input_length": 3, "output_length": 1}\n{"timestamp": 2}')
+    with pytest.raises(InvalidRequest, match=r"trace\.jsonl:2: not a line of a timed trace"):
+        prompts.timed_trace(path, VOCABULARY, None, block_size=512, unit_s=1)
+
+
+def test_sharegpt_s_conversations_have_the_lengths_of_their_turns(small_model, tmp_path):
+    tokenizer = load_tokenizer(small_model("qwen3"))
+    turns = [["question", "an answer"], ["x" * 3000, "too long"], ["hi", "y"], ["no answer"], ["another", "x" * 40]]
+    path = tmp_path / "sharegpt.json"
+    path.write_text(json.dumps([{"conversations": [{"value": each} for each in entry]} for entry in turns]))
+    made = prompts.sharegpt(path, tokenizer, 6, output_len=None, seed=0)
+    assert {tokenizer.decode(each.token_ids) for each in made} == {"question", "another"}
+    assert {each.output_len for each in made} == {9, 40}
+    path.write_text("[1]")
+    with pytest.raises(InvalidRequest, match="not ShareGPT's format"):
+        prompts.sharegpt(path, tokenizer, 6, output_len=None, seed=0)
+
+
+def test_burstgpt_s_requests_are_those_to_gpt_4_that_were_answered(tmp_path):
+    path = tmp_path / "burst.csv"
+    rows = ["5,ChatGPT,9,9", "45,GPT-4,100,20", "47,GPT-4,50,0", "50.5,GPT-4,30,3"]
+    path.write_text("\n".join(["Timestamp,Model,Request tokens,Response tokens", *rows]))
+    made = prompts.burstgpt(path, VOCABULARY, 10, seed=0)
+    assert [(len(each.token_ids), each.output_len, each.at_s) for each in made] == [(100, 20, 0), (30, 3, 5.5)]
+    path.write_text("a,b\n1,2")
+    with pytest.raises(InvalidRequest, match="not BurstGPT's columns"):
+        prompts.burstgpt(path, VOCABULARY, 10, seed=0)
+
+
+# ---- figures -------------------------------------------------------------------------------------------------------
+
+
+def outcome(ttft_s: float, gaps_s: list[float], tokens: int, error: str = "") -> Outcome:
+    arrivals = [100 + ttft_s]
+    for gap in gaps_s:
+        arrivals.append(arrivals[-1] + gap)
+    return Outcome(10, start_s=100, arrivals=arrivals, output_tokens=tokens, latency_s=arrivals[-1] - 100, error=error)
+
+
+def test_goodput_counts_requests_that_keep_all_goals_and_failures_keep_none():
+    outcomes = [
+        outcome(0.1, [0.01, 0.01], 3),
+        outcome(0.3, [0.01, 0.01], 3),  # late
+        outcome(0.1, [0.5, 0.5], 3),  # slow
+        outcome(0.1, [], 1),  # one token takes no time per token
+        outcome(0.1, [0.01], 2, error="it died"),
+    ]
+    wanted = Wanted(["ttft", "tpot", "itl", "e2el"], [50, 99.5], {"ttft": 0.2, "tpot": 0.1})
+    result = figures(Load(outcomes, 2.0, Watch()), wanted)
+    assert (result["completed"], result["failed"], result["request_goodput"]) == (4, 1, 1.0)
+    assert (result["slo_attainment"], result["ttft_attainment"], result["tpot_attainment"]) == (0.4, 0.6, 0.6)
+    assert result["mean_ttft_ms"] == pytest.approx(150)
+    assert result["median_tpot_ms"] == pytest.approx(10), "of those that have a second token"
+    assert result["p50_itl_ms"] == pytest.approx(10)
+    assert "p99.5_e2el_ms" in result
+    assert result["max_concurrent_requests"] == 4
+    assert result["output_throughput"] == 5.0
+
+
+def test_percentiles_lie_between_values_as_numpy_has_them():
+    numpy = pytest.importorskip("numpy")
+    values = [5.0, 1.0, 2.5, 9.0, 4.0]
+    for share in (0, 12.5, 50, 90, 99, 100):
+        assert percentile(values, share) == pytest.approx(float(numpy.percentile(values, share)))
+    assert percentile([], 50) == 0
+
+
+def test_a_client_that_is_busy_or_late_says_that_the_figures_are_its_own():
+    late = Watch(lags_s=[0.0] * 90 + [0.03] * 10)
+    assert "30.0 ms late" in late.complaint(0.1)
+    assert late.complaint(1.0) == "", "beside a second it does not matter"
+    assert "95%" in Watch(cpu_share=0.95).complaint(1.0)
+    assert Watch(lags_s=[0.001] * 100, cpu_share=0.5).complaint(0.001) == "", "a timer is never exact"
+
+
+def test_the_picture_is_of_the_kind_that_its_name_says(tmp_path):
+    plots = pytest.importorskip("hbserve.load.plots")
+    load = Load([outcome(0.1, [0.01, 0.02], 3), outcome(0.2, [], 1), outcome(0.1, [], 1, error="no")], 2.0, Watch())
+    for name, begin in {"a.svg": b"<?xml", "a.png": b"\x89PNG"}.items():
+        plots.plot_load(tmp_path / name, load, {"ttft": 0.15}, "a load")
+        assert (tmp_path / name).read_bytes().startswith(begin)
+
+
+def test_vllm_s_options_are_taken_on_the_command_line(monkeypatch):
+    taken: list[BenchServeArgs] = []
+
+    async def take(args: BenchServeArgs) -> None:
+        taken.append(args)
+
+    monkeypatch.setattr("hbserve.load.bench_serve.bench_serve", take)
+    line = (
+        "bench serve --backend openai-chat --base-url http://h:1/v1 --endpoint /v1/chat/completions --request-rate 2.5 "
+        "--goodput ttft:1000 tpot:100 --max-concurrency 4 --ignore-eos --dataset-name prefix_repetition --self-timed "
+        "--ramp-up-strategy linear --ramp-up-start-rps 1 --ramp-up-end-rps 5 --save-result"
+    )
+    result = CliRunner().invoke(app, line.split())
+    assert result.exit_code == 0, result.output
+    (args,) = taken
+    assert (args.url, args.path, args.is_chat) == ("http://h:1", "/v1/chat/completions", True)
+    assert [*args.goodput, *args.more] == ["ttft:1000", "tpot:100"]
+    assert (args.request_rate, args.max_concurrency, args.ramp_up_start_rps) == (2.5, 4, 1)
+    assert args.self_timed
+    assert args.ignore_eos
+    assert CliRunner().invoke(app, ["bench", "serve", "--num-prompts", "0"]).exit_code == 2

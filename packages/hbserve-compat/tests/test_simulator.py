@@ -1,0 +1,470 @@
+"""The simulator: the decisions of the real clock, times that follow from a profile, faults, prefixes and plans."""
+
+import asyncio
+import json
+from collections import Counter
+from itertools import pairwise
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from typer.testing import CliRunner
+
+from hbserve.__main__ import app
+from hbserve.simulator.engine import DecodeWork, EngineLimits, ModelledEngine, PromptWork
+from hbserve.simulator.instance import Fabric, ModelledInstance, Shape
+from hbserve.simulator.plan import Question, make_plan
+from hbserve.simulator.prefix_cache import PrefixCache
+from hbserve.simulator.profile import Line, Profile, StepLaw, load_profile, own_profiles
+from hbserve.simulator.simulation import Deployment, Fault, cell_of, roles_of, simulate
+from hbserve.simulator.workload import SimulatedRequest, conversations, poisson, trace
+from hbserve_rpc import InvalidRequest, RpcServer, SamplingParams
+from hbserve_rpc.messages import CONNECT, DECODE, DESCRIBE, GENERATE, GRANT, PREFILL, STATS, GenerateRequest
+from hbserve_rpc.reports import REPORTS
+from hbserve_scheduler import CpuScheduler, SchedulerConfig
+from hbserve_scheduler.virtual_time import VirtualTimeLoop
+
+MESSAGE_S, HANDOFF_S = 0.0001, 0.001
+
+
+def profile(**more: Any) -> Profile:
+    """A token of a prompt takes a millisecond, a decode step ten, and a megabyte one."""
+    values = {
+        "name": "round numbers", "source": "made up", "device": "none",
+        "kv_bytes_per_token": 1000, "kv_tokens": 100_000,
+        "prefill": [(1, 0.001), (1000, 1.0)], "decode": [(1, 10, 0.01), (256, 10, 0.01)],
+        "transfer": [(0, 0.0), (1_000_000, 0.001)], "handoff_s": HANDOFF_S, "message_s": MESSAGE_S,
+    }  # fmt: skip
+    return Profile(**(values | more))
+
+
+WHOLE = EngineLimits(chunk_size=2048)
+"""Prompts are computed at once."""
+
+
+# ---- the same decisions --------------------------------------------------------------------------------------------
+
+LENGTHS = [300, 200, 100, 700, 150, 420, 80, 640, 330, 510, 90, 260]
+POLICIES = {"prefill_policy": "least_loaded", "decode_policy": "least_loaded"}  # nothing is drawn by chance
+SETTINGS = SchedulerConfig(max_inflight_prefills=1, heartbeat_interval_s=5, **POLICIES)
+
+
+async def decided_on_the_real_clock(slower: float) -> list[tuple[str, str]]:
+    """By a scheduler that dials its instances, over sockets."""
+    fast = profile(prefill=[(1, 0.0002 * slower), (1000, 0.2 * slower)])
+    fabric = Fabric(lambda _: Shape(), {})
+    servers, scheduler = [], CpuScheduler(SETTINGS)
+    for name, role in Deployment(fast, roles_of(3, 2)).instances():
+        instance = ModelledInstance(name, role, fast, WHOLE, fabric)
+        server = RpcServer(epoch=instance.epoch)
+        for method, handler in ((DESCRIBE, instance.describe), (STATS, instance.stats), (CONNECT, instance.connect)):
+            server.serve(method, handler)
+        for method, handler in ((DECODE, instance.decode), (PREFILL, instance.prefill), (GENERATE, instance.generate)):
+            server.serve_stream(method, handler)
+        server.serve_stream(REPORTS, instance.reports)
+        server.serve_notification(GRANT, instance.grant)
+        await server.start()
+        servers.append(server)
+        await scheduler.add_instance(name, role, server.address)
+    await scheduler.start()
+    await scheduler.wait_ready(30)
+    handles = scheduler.fleet.handles.values()
+    async with asyncio.timeout(30):
+        while any(len(each.links) < 2 for each in handles if each.role == "prefill"):
+            await asyncio.sleep(0.01)
+    requests = [GenerateRequest(f"r{i}", [7] * n, SamplingParams(0, 4)) for i, n in enumerate(LENGTHS)]
+    streams = [scheduler.submit(each) for each in requests]
+    for stream in streams:
+        async for _ in stream:
+            pass
+    await scheduler.stop()
+    for server in servers:
+        await server.stop()
+    return decided((each.request_id, each.attempts) for each in scheduler.figures.records)
+
+
+def decided(ended: Any) -> list[tuple[str, str]]:
+    """Where each request was placed. They are placed in the order in which they came."""
+    placed = {request_id: (each.prefill_instance, each.decode_instance) for request_id, (each,) in ended}
+    return [placed[f"r{i}"] for i in range(len(LENGTHS))]
+
+
+async def test_a_scenario_has_the_same_decisions_on_the_real_clock_and_in_the_simulator():
+    requests = [SimulatedRequest(0.0, length, 4) for length in LENGTHS]
+
+    def simulated() -> list[tuple[str, str]]:
+        deployment = Deployment(profile(), roles_of(3, 2), SETTINGS, WHOLE)
+        (results,) = simulate(deployment, requests, keeps_decisions=True)
+        placed = {request_id: where for _, request_id, *where in results.decisions}
+        return [tuple(placed[f"r{i}"]) for i in range(len(LENGTHS))]
+
+    expected = await asyncio.to_thread(simulated)  # its loop is another
+    assert len(set(expected)) > 4, "a scenario in which there is something to decide"
+    for slower in (1, 4, 10):  # what another process takes from this one must be little beside what is modelled
+        if (found := await decided_on_the_real_clock(slower)) == expected:
+            return
+    assert found == expected
+
+
+def test_the_same_simulation_has_the_same_results():
+    def run() -> Any:
+        (results,) = simulate(
+            Deployment(profile(), roles_of(2, 2, 1), limits=WHOLE, faults=(Fault("decode-0", 2, 1),)),
+            poisson(60, 4, 100, 20, spread=0.5, seed=3),
+            keeps_decisions=True,
+        )
+        return results
+
+    one, other = run(), run()
+    assert one == other
+    assert len(one.ttfts_s) == 60
+
+
+# ---- times ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_request_that_is_alone_takes_what_its_parts_take():
+    (apart,) = simulate(Deployment(profile(), roles_of(1, 1), limits=WHOLE), [SimulatedRequest(0, 500, 11)])
+    assert apart.ttfts_s[0] == pytest.approx(0.5 + MESSAGE_S)
+    # 500 kB, the messages of a hand-off, a step, and the way of its token; the first token's way was the same.
+    assert apart.handoffs_s[0] == pytest.approx(0.0005 + HANDOFF_S + 0.01)
+    assert apart.e2els_s[0] == pytest.approx(0.5 + MESSAGE_S + 0.0005 + HANDOFF_S + 10 * 0.01)
+    (hybrid,) = simulate(Deployment(profile(), roles_of(0, 0, 1), limits=WHOLE), [SimulatedRequest(0, 500, 11)])
+    assert hybrid.handoffs_s[0] == pytest.approx(0.01)
+    assert hybrid.e2els_s[0] == pytest.approx(0.5 + 10 * 0.01 + 3 * MESSAGE_S)
+    (single,) = simulate(Deployment(profile(), roles_of(1, 1), limits=WHOLE), [SimulatedRequest(0, 500, 1)])
+    assert single.e2els_s[0] == pytest.approx(0.5 + MESSAGE_S), "who wants one token needs no decode instance"
+
+
+def test_kv_moves_while_the_next_chunk_is_computed():
+    chunks = EngineLimits(chunk_size=100)
+    slow = profile(transfer=[(0, 0.0), (1_000_000, 0.5)])
+    (results,) = simulate(Deployment(slow, roles_of(1, 1), limits=chunks), [SimulatedRequest(0, 1000, 3)])
+    assert results.handoffs_s[0] == pytest.approx(0.05 + HANDOFF_S + 0.01), "only the last chunk is left to be moved"
+
+
+def test_who_finds_no_room_on_the_decode_side_waits_for_it():
+    small = profile(kv_tokens=1000)
+    requests = [SimulatedRequest(0, 600, 100), SimulatedRequest(0.7, 600, 100)]
+    (results,) = simulate(Deployment(small, roles_of(1, 1), limits=WHOLE), requests)
+    first_ends_s = 0.6 + 99 * 0.01
+    assert list(results.ttfts_s) == pytest.approx([0.6, first_ends_s - 0.7 + 0.6], abs=0.01)
+
+
+class Reference:
+    """Decode steps one by one: what an engine that jumps over them must agree with."""
+
+    def __init__(self, law: StepLaw, works: list[tuple[float, int, int]]) -> None:
+        now, left = 0.0, sorted(enumerate(works), key=lambda each: each[1][0])
+        running: dict[int, list[int]] = {}
+        self.firsts: dict[int, float] = {}
+        self.ends: dict[int, float] = {}
+        while left or running:
+            if not running and left[0][1][0] > now:
+                now = left[0][1][0]
+            while left and left[0][1][0] <= now:
+                number, (_, context, tokens) = left.pop(0)
+                running[number] = [context, tokens]
+            now += law.step_s(len(running), 0, sum(context for context, _ in running.values()))
+            for number, each in list(running.items()):
+                each[0] += 1
+                each[1] -= 1
+                self.firsts.setdefault(number, now)
+                if each[1] == 0:
+                    self.ends[number] = now
+                    del running[number]
+
+
+@settings(max_examples=15, deadline=None, derandomize=True)
+@given(
+    works=st.lists(
+        st.tuples(st.integers(0, 2000).map(lambda n: n / 997), st.integers(1, 500), st.integers(1, 40)),
+        min_size=1,
+        max_size=12,
+    )
+)
+def test_steps_that_are_jumped_over_are_those_one_by_one(works):
+    law = StepLaw(profile(decode=[(1, 10, 0.01), (16, 10, 0.03), (1, 5000, 0.05), (16, 5000, 0.6)]))
+    firsts: dict[int, float] = {}
+    ends: dict[int, float] = {}
+    gaps = Counter[float]()
+
+    async def run() -> None:
+        loop = asyncio.get_running_loop()
+        engine = ModelledEngine(law, EngineLimits())
+
+        def add(number: int, context: int, tokens: int) -> None:
+            engine.add_decode(
+                DecodeWork(
+                    context,
+                    tokens,
+                    lambda: firsts.setdefault(number, loop.time()),
+                    lambda: ends.update({number: loop.time()}),
+                )
+            )
+
+        for number, (at_s, context, tokens) in enumerate(works):
+            loop.call_at(at_s, add, number, context, tokens)
+        await asyncio.sleep(1000)
+        assert (engine.batch, engine.keys) == (0, 0)
+        gaps.update(engine.figures.gaps_s)
+
+    with asyncio.Runner(loop_factory=VirtualTimeLoop) as runner:
+        runner.run(run())
+    expected = Reference(law, works)
+    assert ends == pytest.approx(expected.ends, abs=1e-6)
+    for number, (_, _, tokens) in enumerate(works):
+        if tokens > 1:
+            assert firsts[number] == pytest.approx(expected.firsts[number], abs=1e-6)
+    assert gaps.total() == sum(tokens for _, _, tokens in works)
+
+
+def test_work_that_is_aborted_leaves_nothing_in_the_engine():
+    async def run() -> None:
+        engine = ModelledEngine(StepLaw(profile()), EngineLimits(chunk_size=10))
+        ended: list[str] = []
+
+        def decode(name: str) -> DecodeWork:
+            return DecodeWork(100, 50, lambda: None, lambda: ended.append(name))
+
+        kept, gone, joining = decode("kept"), decode("gone"), decode("joining")
+        prompt = PromptWork(100, 0, None, lambda: ended.append("prompt"))
+        engine.add_decode(kept)
+        engine.add_decode(gone)
+        await asyncio.sleep(0.105)
+        engine.remove(gone)
+        engine.remove(gone)
+        engine.add_decode(joining)
+        engine.remove(joining)
+        engine.add_prompt(prompt)
+        await asyncio.sleep(0.015)
+        engine.remove(prompt)
+        await asyncio.sleep(10)
+        assert ended == ["kept"]
+        assert (engine.batch, engine.keys, len(engine.prompts)) == (0, 0, 0)
+
+    with asyncio.Runner(loop_factory=VirtualTimeLoop) as runner:
+        runner.run(run())
+
+
+def test_a_step_with_a_target_has_so_much_of_a_prompt_as_keeps_it():
+    async def run() -> ModelledEngine:
+        engine = ModelledEngine(StepLaw(profile()), EngineLimits(chunk_size=None, itl_target_ms=200))
+        engine.add_decode(DecodeWork(10, 100, lambda: None, lambda: None))
+        await asyncio.sleep(0.05)
+        engine.add_prompt(PromptWork(1000, 0, None, lambda: None))
+        await asyncio.sleep(100)
+        return engine
+
+    with asyncio.Runner(loop_factory=VirtualTimeLoop) as runner:
+        engine = runner.run(run())
+    assert max(engine.figures.gaps_s) == pytest.approx(0.2, abs=0.002)
+    assert engine.figures.prompt_tokens == 1000
+
+
+# ---- faults, prefixes, cells ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["prefill-0", "decode-0", "hybrid-0"])
+def test_requests_of_an_instance_that_is_killed_are_tried_again_elsewhere(name, caplog):
+    hybrids = name.startswith("hybrid")
+    deployment = Deployment(
+        profile(), roles_of(0, 0, 2) if hybrids else roles_of(2, 2), limits=WHOLE, faults=(Fault(name, 3.0, 5.0),)
+    )
+    (results,) = simulate(deployment, poisson(80, 5, 100, 30))
+    assert (len(results.ttfts_s), results.failed) == (80, 0)
+    assert results.tried_again > 0
+    assert results.output_tokens == 80 * 30
+    assert f"{name} at {name}:1 is lost: it was killed" in caplog.text
+    assert results.busy[name] > 0
+
+
+def test_requests_that_no_instance_is_left_for_fail():
+    scheduler = SchedulerConfig(instance_wait_s=5)
+    deployment = Deployment(profile(), roles_of(1, 1), scheduler, WHOLE, (Fault("decode-0", 1.0),))
+    (results,) = simulate(deployment, poisson(20, 5, 100, 30))
+    assert results.failed > 10
+    assert results.failed + len(results.ttfts_s) == 20
+
+
+def test_a_prefix_that_was_computed_is_not_computed_again():
+    shape = Shape((1, 2, 3), 100)
+    requests = [
+        SimulatedRequest(0, 350, 2, shape),
+        SimulatedRequest(5, 350, 2, shape),
+        SimulatedRequest(9, 300, 2, shape),
+    ]
+    (results,) = simulate(Deployment(profile(), roles_of(1, 1), limits=WHOLE), requests)
+    assert sorted(results.ttfts_s) == pytest.approx([0.001, 0.05, 0.35], abs=0.001)
+    assert (results.prefix_tokens, results.asked_tokens) == (300 + 299, 1000)
+
+
+def test_the_block_that_was_not_used_for_longest_is_forgotten_with_its_end_first():
+    cache = PrefixCache(4)
+    cache.add((1, 2, 3))
+    cache.add((1, 9))
+    assert (cache.find((1, 2, 3)), cache.find((1, 9))) == (3, 2)
+    cache.add((7,))
+    assert (cache.find((1, 2, 3)), cache.find((7,))) == (2, 1)
+
+
+def test_turns_of_a_conversation_begin_with_all_that_was_said():
+    by_session: dict[int, list[SimulatedRequest]] = {}
+    for each in conversations(3000, 2.0, seed=1):
+        by_session.setdefault(each.session, []).append(each)
+    several = [turns for turns in by_session.values() if len(turns) > 1]
+    assert len(several) > 100
+    for turns in several:
+        for before, after in pairwise(turns):
+            assert after.shape.hash_ids[: len(before.shape.hash_ids)] == before.shape.hash_ids
+            assert after.input_len > before.input_len + before.output_len
+            assert len(after.shape.hash_ids) == after.input_len // 512
+    ids = Counter(hash_id for turns in by_session.values() for hash_id in turns[-1].shape.hash_ids)
+    assert set(ids.values()) == {1}, "no two conversations say the same"
+
+
+def test_a_trace_is_repeated_faster_and_with_other_prompts(tmp_path):
+    path = tmp_path / "trace.jsonl"
+    lines = [{"timestamp": at, "input_length": 1100, "output_length": 5, "hash_ids": [1, 2, 3]} for at in (0, 8000)]
+    path.write_text("\n".join(map(json.dumps, lines)))
+    made = list(trace(path, block_size=512, unit_s=1e-3, speed=4, repeat=2))
+    assert [each.at_s for each in made] == [0, 2, 2, 4]
+    assert [len(each.shape.hash_ids) for each in made] == [2] * 4, "the last block is not full"
+    assert made[0].shape == made[1].shape
+    assert not set(made[0].shape.hash_ids) & set(made[2].shape.hash_ids)
+
+
+def test_cells_share_the_load_by_session_and_nothing_else():
+    counts = Counter(cell_of(session, 10) for session in range(20_000))
+    assert set(counts) == set(range(10))
+    assert max(counts.values()) < 1.1 * min(counts.values())
+    results = simulate(Deployment(profile(), roles_of(4, 4), limits=WHOLE), poisson(100, 10, 50, 10), cells=2)
+    assert [len(each.busy) for each in results] == [4, 4]
+    assert sum(len(each.ttfts_s) for each in results) == 100
+    assert min(len(each.ttfts_s) for each in results) > 30
+
+
+# ---- profiles ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", own_profiles())
+def test_a_profile_of_this_package_says_what_was_measured(name):
+    found = load_profile(name)
+    law = StepLaw(found)
+    for tokens, time_s in found.prefill:
+        assert law.step_s(tokens, tokens * tokens / 2, 0) == pytest.approx(time_s, rel=0.02)
+    for batch, context, step_s in found.decode:
+        assert law.step_s(batch, 0, batch * context) == pytest.approx(step_s, rel=0.15)
+
+
+def test_a_line_goes_through_its_points_and_never_falls():
+    line = Line([(10, 1.0), (20, 3.0), (30, 2.0), (40, 5.0)])
+    assert [line.at(x) for x in (1, 10, 15, 20, 30, 40, 60)] == [1, 1, 2, 3, 3, 5, 9]
+
+
+def test_what_is_no_profile_is_refused_by_name(tmp_path):
+    with pytest.raises(InvalidRequest, match="h100-qwen3-8b"):
+        load_profile("h100")
+    path = tmp_path / "p.json"
+    path.write_text("{}")
+    with pytest.raises(InvalidRequest, match="missing required field"):
+        load_profile(str(path))
+    path.write_bytes(msgspec.json.encode(profile(decode=[])))
+    with pytest.raises(InvalidRequest, match="decode has no rows"):
+        load_profile(str(path))
+
+
+# ---- plans ---------------------------------------------------------------------------------------------------------
+
+
+def question(**more: Any) -> Question:
+    cheap = profile(
+        prefill=[(1, 0.006), (128, 0.008), (512, 0.013), (2048, 0.05), (8192, 0.2)],
+        decode=[(1, 500, 0.006), (64, 500, 0.008), (256, 500, 0.015), (64, 4000, 0.018)],
+        transfer=[(1, 0.0), (1_000_000_000, 0.005)], kv_tokens=400_000,
+    )  # fmt: skip
+    return Question(
+        **({"profile": cheap, "input_len": 2000, "output_len": 20, "rate": 30, "ttft_s": 0.5, "tpot_s": 0.015} | more)
+    )
+
+
+@pytest.fixture
+def short_simulations(monkeypatch):
+    monkeypatch.setattr("hbserve.simulator.plan.FEWEST_REQUESTS", 100)
+    monkeypatch.setattr("hbserve.simulator.plan.SIMULATED_S", 4.0)
+    monkeypatch.setattr("hbserve.simulator.plan_report.SHARES", (0.5, 1.0))
+
+
+def test_a_plan_is_the_fewest_instances_that_keep_the_goals(short_simulations):
+    plan = make_plan(question())
+    assert plan.best is not None
+    assert plan.apart is not None
+    assert plan.apart.is_enough
+    assert plan.apart.layout.prefill >= 2, "30 prompts of 50 ms a second are more than one computes"
+    smaller = [each for each in plan.trials if each.layout.count < plan.best.layout.count]
+    assert not any(each.is_enough for each in smaller)
+
+
+def test_one_hybrid_instance_that_is_enough_is_not_to_be_split(short_simulations):
+    plan = make_plan(question(rate=0.5))
+    assert plan.best is plan.together
+    assert plan.best.layout.hybrid == 1
+
+
+@pytest.mark.parametrize(
+    ("goals", "problem"),
+    [
+        ({"ttft_s": 0.01}, "--ttft-ms=10: a prompt of 2000 tokens alone takes 49 ms"),
+        ({"tpot_s": 0.001}, "--tpot-ms=1: a decode step of one sequence takes"),
+        ({"input_len": 500_000}, "--input-len: 500020 tokens; the profile's pool has 400000"),
+    ],
+)
+def test_goals_that_nothing_can_keep_are_refused_with_the_reason(goals, problem):
+    with pytest.raises(InvalidRequest, match=problem):
+        make_plan(question(**goals))
+
+
+def invoke(*arguments: object) -> Any:
+    return CliRunner().invoke(app, [*map(str, arguments)])
+
+
+def test_plan_answers_on_the_command_line_with_a_table_and_a_picture(tmp_path, short_simulations):
+    pytest.importorskip("matplotlib")
+    file, picture = tmp_path / "p.json", tmp_path / "plan.png"
+    file.write_bytes(msgspec.json.encode(question().profile))
+    load = ["--input-len", 2000, "--output-len", 5, "--rate", 5, "--ttft-ms", 500, "--tpot-ms", 30]
+    result = invoke("plan", "--profile", file, *load, "--plot", picture)
+    assert result.exit_code == 0, result.output
+    assert "Do not disaggregate: 1 prefill + 1 decode would need 2 GPUs." in result.output
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_simulate_prints_its_figures_and_writes_all_of_them(tmp_path):
+    file = tmp_path / "r.json"
+    options = ["--prefill", 2, "--decode", 2, "--cells", 2, "--rate", 5, "--num-requests", 40, "--goodput", "ttft:300"]
+    result = invoke("simulate", *options, "--fault", "decode-1@2+1", "--json", file)
+    assert result.exit_code == 0, result.output
+    assert "40 requests in" in result.output
+    found = json.loads(file.read_text())
+    assert (found["completed"], found["failed"], len(found["cells"])) == (40, 0, 2)
+    assert 0 < found["p50_itl_ms"] < found["p50_ttft_ms"] < found["p50_e2el_ms"]
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        (["--prefill", 1], "--prefill=1 --decode=0"),
+        (["--cells", 2], "--cells=2"),
+        (["--fault", "decode-7@1"], "--fault='decode-7'"),
+        (["--fault", "decode-0"], "--fault='decode-0': expected INSTANCE@SECONDS"),
+        (["--goodput", "itl:3"], "--goodput='itl'"),
+        (["--profile", "x"], "--profile='x'"),
+        (["--trace", "/nowhere"], "/nowhere"),
+    ],
+)
+def test_simulations_that_cannot_be_are_refused_in_one_line(options, problem):
+    result = invoke("simulate", *options)
+    assert result.exit_code in (1, 2)
+    assert problem in result.stderr.splitlines()[-1]

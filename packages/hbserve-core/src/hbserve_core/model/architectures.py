@@ -1,0 +1,211 @@
+"""The supported architectures, and the switches of the one decoder by which they differ, sizes apart.
+
+What a config.json leaves out has its architecture's default, as transformers has it.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from hbserve_core.errors import UnsupportedModel
+
+
+@dataclass(frozen=True, slots=True)
+class LayerNorms:
+    """Names of a layer's norms in a checkpoint, by their places; None: there is none."""
+
+    before_attention: str | None = "input_layernorm"
+    after_attention: str | None = None
+    """Of attention's result, before it is added to what it was computed from."""
+    before_mlp: str | None = "post_attention_layernorm"
+    after_mlp: str | None = None
+
+    def names(self) -> list[str]:
+        every = self.before_attention, self.after_attention, self.before_mlp, self.after_mlp
+        return [name for name in every if name is not None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Switches:
+    """Everything that a model is not Llama in. The defaults are Llama's."""
+
+    qkv_bias: bool = False
+    output_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: Literal["", "head", "projection"] = ""
+    """Whether queries and keys are normed: each head by itself, or all query heads, and all key heads, together."""
+    is_fused: bool = False
+    """In the checkpoint, q, k and v are one tensor, and so are gate and up."""
+    norms: LayerNorms = field(default_factory=LayerNorms)
+    embedding_multiplier: float = 1.0
+    residual_multiplier: float = 1.0
+    """Of what attention and MLP add."""
+    logits_divisor: float = 1.0
+    attention_multiplier: float | None = None
+    """Of the scores; None: 1 / sqrt(head_dim)."""
+    plain_layers: tuple[int, ...] = ()
+    """Layers that rotate nothing (NoPE)."""
+    windowed_layers: tuple[int, ...] = ()
+    """Layers that see the last `sliding_window` positions only, if there is such a window."""
+    activation: Literal["silu", "gelu"] = "silu"
+    """Of gates; "gelu" by its approximation with a tanh."""
+    norms_from_one: bool = False
+    """Norms have 1 more than the weights that the checkpoint has for them."""
+    attention_cap: float = 0.0
+    """Scores s become cap * tanh(s / cap); 0: they stay."""
+    logits_cap: float = 0.0
+
+
+def _qwen3(raw: Mapping[str, Any]) -> Switches:
+    attention = bool(raw.get("attention_bias", False))
+    return Switches(qkv_bias=attention, output_bias=attention, qk_norm="head", windowed_layers=_last_layers(raw))
+
+
+def _qwen2(raw: Mapping[str, Any]) -> Switches:
+    return Switches(qkv_bias=True, windowed_layers=_last_layers(raw))
+
+
+def _last_layers(raw: Mapping[str, Any]) -> tuple[int, ...]:
+    """Qwen's layers with a window are those from max_window_layers on, if they are in use."""
+    count = raw["num_hidden_layers"]
+    return tuple(range(raw["max_window_layers"], count)) if raw["use_sliding_window"] else ()
+
+
+def _llama(raw: Mapping[str, Any]) -> Switches:
+    return Switches(**_biases(raw))
+
+
+def _mistral(raw: Mapping[str, Any]) -> Switches:
+    return Switches(windowed_layers=tuple(range(raw["num_hidden_layers"])))
+
+
+def _phi3(raw: Mapping[str, Any]) -> Switches:
+    return Switches(is_fused=True, windowed_layers=tuple(range(raw["num_hidden_layers"])))
+
+
+def _smollm3(raw: Mapping[str, Any]) -> Switches:
+    count = raw["num_hidden_layers"]
+    rotates = raw.get("no_rope_layers")  # the name says the opposite of what is in it
+    if rotates is None:
+        interval = raw["no_rope_layer_interval"]
+        rotates = [(index + 1) % interval for index in range(count)]
+    plain = tuple(i for i in range(count) if not rotates[i])
+    return Switches(plain_layers=plain, windowed_layers=plain if raw["use_sliding_window"] else (), **_biases(raw))
+
+
+def _olmo2(raw: Mapping[str, Any]) -> Switches:
+    norms = LayerNorms(None, "post_attention_layernorm", None, "post_feedforward_layernorm")
+    return Switches(qk_norm="projection", norms=norms, **_biases(raw, of_mlp=False))
+
+
+def _granite(raw: Mapping[str, Any]) -> Switches:
+    return Switches(
+        embedding_multiplier=float(raw.get("embedding_multiplier", 1.0)),
+        residual_multiplier=float(raw.get("residual_multiplier", 1.0)),
+        logits_divisor=float(raw.get("logits_scaling", 1.0)),
+        attention_multiplier=float(raw.get("attention_multiplier", 1.0)),
+        **_biases(raw),
+    )
+
+
+def _gemma2(raw: Mapping[str, Any]) -> Switches:
+    return _gemma(raw, every=2)
+
+
+def _gemma3(raw: Mapping[str, Any]) -> Switches:
+    return replace(_gemma(raw, every=raw["sliding_window_pattern"]), qk_norm="head")
+
+
+def _gemma(raw: Mapping[str, Any], every: int) -> Switches:
+    """every: how far layers that see all are from each other."""
+    return Switches(
+        norms=LayerNorms(
+            "input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"
+        ),
+        norms_from_one=True,
+        activation="gelu",
+        embedding_multiplier=float(raw["hidden_size"]) ** 0.5,
+        attention_multiplier=float(raw["query_pre_attn_scalar"]) ** -0.5,
+        attention_cap=float(raw["attn_logit_softcapping"] or 0),
+        logits_cap=float(raw["final_logit_softcapping"] or 0),
+        windowed_layers=tuple(i for i in range(raw["num_hidden_layers"]) if (i + 1) % every),
+        **_biases(raw, of_mlp=False),
+    )
+
+
+def _biases(raw: Mapping[str, Any], of_mlp: bool = True) -> dict[str, Any]:
+    attention = bool(raw.get("attention_bias", False))
+    mlp = of_mlp and bool(raw.get("mlp_bias", False))
+    return {"qkv_bias": attention, "output_bias": attention, "mlp_bias": mlp}
+
+
+@dataclass(frozen=True, slots=True)
+class Architecture:
+    """By its name in `architectures` of a config.json."""
+
+    model_type: str
+    """What names it where `architectures` does not."""
+    switches: Callable[[Mapping[str, Any]], Switches]
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+
+
+_QWEN = {"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28}
+_GEMMA: dict[str, Any] = {
+    "hidden_activation": "gelu_pytorch_tanh",
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "tie_word_embeddings": True,
+    "query_pre_attn_scalar": 256,
+    "sliding_window": 4096,
+}
+ARCHITECTURES: dict[str, Architecture] = {
+    # Qwen3's head size is 128 whatever the hidden size; the others' is the hidden size divided among the heads.
+    "Qwen3ForCausalLM": Architecture("qwen3", _qwen3, {"head_dim": 128, **_QWEN}),
+    "Qwen2ForCausalLM": Architecture("qwen2", _qwen2, _QWEN),
+    "LlamaForCausalLM": Architecture("llama", _llama),
+    "MistralForCausalLM": Architecture("mistral", _mistral, {"num_key_value_heads": 8, "sliding_window": 4096}),
+    "Phi3ForCausalLM": Architecture(
+        "phi3", _phi3, {"rms_norm_eps": 1e-5, "original_max_position_embeddings": 4096, "sliding_window": None}
+    ),
+    "SmolLM3ForCausalLM": Architecture(
+        "smollm3",
+        _smollm3,
+        {
+            "num_key_value_heads": 4,
+            "rope_theta": 2e6,
+            "no_rope_layer_interval": 4,
+            "tie_word_embeddings": True,
+            "use_sliding_window": False,
+            "sliding_window": None,
+        },
+    ),
+    "Olmo2ForCausalLM": Architecture("olmo2", _olmo2, {"rms_norm_eps": 1e-5}),
+    "GraniteForCausalLM": Architecture("granite", _granite),
+    "Gemma2ForCausalLM": Architecture(
+        "gemma2", _gemma2, _GEMMA | {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
+    ),
+    "Gemma3ForCausalLM": Architecture(
+        "gemma3_text",
+        _gemma3,
+        _GEMMA
+        | {"attn_logit_softcapping": None, "final_logit_softcapping": None, "sliding_window_pattern": 6}
+        | {"rope_theta": 1e6, "rope_local_base_freq": 1e4},
+    ),
+}
+
+
+def find_architecture(folder: Path, raw: Mapping[str, Any]) -> str:
+    """The supported one among `architectures`, or, where there are none, the one of `model_type`.
+
+    Raises:
+        UnsupportedModel: there is none; says which there are.
+    """
+    names = raw.get("architectures") or []
+    if not names:
+        names = [name for name, each in ARCHITECTURES.items() if each.model_type == raw.get("model_type")]
+    for name in names:
+        if name in ARCHITECTURES:
+            return str(name)
+    found = ", ".join(map(str, names)) or f"none named (model_type={raw.get('model_type')!r})"
+    raise UnsupportedModel(f"{folder}: architecture {found} is not supported; supported: {', '.join(ARCHITECTURES)}")

@@ -1,0 +1,142 @@
+"""One client as its server knows it: its work, and what is on its way to it."""
+
+import asyncio
+from collections import deque
+from collections.abc import Coroutine, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+import zmq
+
+from hbserve_rpc import wire
+from hbserve_rpc.address import is_own_address
+from hbserve_rpc.keys import Party
+from hbserve_rpc.message_socket import MessageSocket
+
+MESSAGE_BYTES = 64 << 10
+"""Items of streams are sent in messages of about so much, or of one item."""
+RESEND_S = 0.002
+"""Pause between two attempts to hand ZeroMQ what it did not take: nothing tells when it does."""
+
+
+@dataclass(frozen=True)
+class Peer:
+    """Whoever calls a handler, as far as its connection tells."""
+
+    connection: bytes
+    """The same in all calls of one client, and of no other."""
+    party: Party | None
+    """By its key; None where the server has no keys."""
+    address: str
+    """IP address."""
+
+    @property
+    def is_trusted(self) -> bool:
+        """It has a key, or is a process of this host."""
+        return self.party is not None or (self.address != "" and is_own_address(self.address))
+
+
+_calling: ContextVar[Peer] = ContextVar("calling")
+
+
+def calling_peer() -> Peer:
+    """Who has called the handler that runs. To be asked in it, or in a task that it has made."""
+    return _calling.get()
+
+
+@dataclass
+class Work:
+    """A call, notification or stream that is under way for one client."""
+
+    task: asyncio.Task[None]
+    credit: asyncio.Semaphore | None
+    """Of a stream."""
+
+
+@dataclass
+class ConnectedClient:
+    """What is under way for one client, and what is on its way to it.
+
+    ZeroMQ holds MOST_MESSAGES for it. While it takes no more, streams wait, and what else there is to say waits here.
+    """
+
+    socket: MessageSocket
+    peer: Peer
+    epoch: str
+    heartbeat_timeout_s: float
+    last_heard_s: float
+    work: dict[int, Work] = field(default_factory=dict)
+    items: list[tuple[int, int, msgspec.Raw]] = field(default_factory=list)
+    """Of its streams, until this turn of the loop ends or they are a message's bytes."""
+    num_item_bytes: int = 0
+    after_items: list[tuple[wire.FromServer, bytes]] = field(default_factory=list)
+    """What waits for these to be sent first: their streams' ends, for example."""
+    waiting: deque[list[bytes]] = field(default_factory=deque)
+    """Messages that ZeroMQ does not take now."""
+    num_waiting_bytes: int = 0
+    takes_more: asyncio.Event = field(default_factory=asyncio.Event)
+    """To be waited for by streams, while there are `waiting` ones."""
+
+    def begin(self, id_: int, job: Coroutine[Any, Any, None], credit: asyncio.Semaphore | None) -> None:
+        """Run a handler for it."""
+        _calling.set(self.peer)
+        task = asyncio.create_task(job)
+        self.work[id_] = Work(task, credit)
+        task.add_done_callback(lambda _: self.work.pop(id_, None))
+
+    def give_credit(self, counts: Sequence[tuple[int, int]]) -> None:
+        for id_, count in counts:
+            work = self.work.get(id_)
+            if work is not None and work.credit is not None:
+                for _ in range(min(count, wire.CREDIT)):
+                    work.credit.release()
+
+    def add_item(self, id_: int, number: int, item: bytes) -> None:
+        """Send it with those of other streams that this turn of the loop brings."""
+        if not self.items:
+            asyncio.get_running_loop().call_soon(self.send_items)
+        self.items.append((id_, number, msgspec.Raw(item)))
+        self.num_item_bytes += len(item)
+        if self.num_item_bytes >= MESSAGE_BYTES:
+            self.send_items()
+
+    def send_items(self) -> None:
+        if not self.items:
+            return
+        items, self.items, self.num_item_bytes = self.items, [], 0
+        self._post(wire.Items(self.epoch, items))
+        after, self.after_items = self.after_items, []
+        for envelope, body in after:
+            self._post(envelope, body)
+
+    def send(self, envelope: wire.FromServer, body: bytes) -> None:
+        if self.items:
+            self.after_items.append((envelope, body))
+        else:
+            self._post(envelope, body)
+
+    def _post(self, envelope: wire.FromServer, body: bytes = b"") -> None:
+        if not self.socket.is_open:
+            return
+        frames = [self.peer.connection, wire.encode(envelope), body]
+        if self.waiting or self.socket.send(frames) == zmq.EAGAIN:
+            if not self.waiting:
+                self.takes_more.clear()
+                asyncio.get_running_loop().call_later(RESEND_S, self._post_waiting)
+            self.waiting.append(frames)
+            self.num_waiting_bytes += sum(map(len, frames))
+
+    def _post_waiting(self) -> None:
+        while self.waiting and self.socket.is_open and self.socket.send(self.waiting[0]) != zmq.EAGAIN:
+            self.num_waiting_bytes -= sum(map(len, self.waiting.popleft()))
+        if not self.waiting:
+            self.takes_more.set()
+        elif self.socket.is_open:
+            asyncio.get_running_loop().call_later(RESEND_S, self._post_waiting)
+
+    def give_up(self) -> None:
+        self.waiting.clear()
+        for work in self.work.values():
+            work.task.cancel()

@@ -1,0 +1,130 @@
+"""Items of a stream as a client waits for them; a call is a stream of one."""
+
+import asyncio
+import functools
+import time
+from collections import deque
+from collections.abc import AsyncIterator
+from types import TracebackType
+from typing import Any, Generic, Protocol, TypeVar
+
+import msgspec
+
+from hbserve_rpc import wire
+from hbserve_rpc.errors import PeerLost, ProtocolMismatch, RpcTimeout
+
+R = TypeVar("R")
+
+
+class Client(Protocol):
+    """RpcClient, as far as its streams need it."""
+
+    address: str
+    problem: str
+
+    def begin(self, pending: "RpcStream[Any]", envelope: wire.Call | wire.Open, request: msgspec.Struct) -> None: ...
+
+    def send(self, envelope: wire.FromClient) -> None: ...
+
+    def give_credit(self, id_: int, count: int) -> None: ...
+
+    def forget(self, id_: int) -> bool: ...
+
+
+@functools.cache
+def _decoder(item: Any) -> msgspec.msgpack.Decoder[Any]:
+    return msgspec.msgpack.Decoder(item)
+
+
+class RpcStream(AsyncIterator[R], Generic[R]):
+    """Items of one stream, in order; made by `RpcClient.stream`."""
+
+    def __init__(self, client: Client, id_: int, method: str, item: Any, timeout_s: float | None) -> None:
+        self.id = id_
+        self.method = method
+        self.since_s = time.monotonic()
+        self.opening: tuple[wire.Open, msgspec.Struct] | None = None
+        self._client = client
+        self._decoder = _decoder(item)
+        self._timeout_s = timeout_s
+        self._items: deque[R] = deque()
+        self._error: Exception | None = None
+        self._arrived = asyncio.Event()
+        self._num_received = 0
+        self._num_taken = 0
+
+    def receive_item(self, number: int, item: bytes | msgspec.Raw) -> bool:
+        """Take what came. False: it ended the stream here, while the server goes on and must be told."""
+        if number != self._num_received:
+            self.fail(PeerLost(f"{self._client.address} lost item {self._num_received} of {self.method}"))
+            return False
+        try:
+            self._items.append(self._decoder.decode(item))
+        except msgspec.DecodeError as error:
+            self.fail(ProtocolMismatch(f"{self._client.address} answered {self.method} with {error}"))
+            return False
+        self._num_received += 1
+        self._arrived.set()
+        return True
+
+    def end(self, envelope: wire.Reply | wire.End | wire.Failed, body: bytes) -> None:
+        if isinstance(envelope, wire.Reply):
+            self.receive_item(0, body)
+        self.fail(wire.revive_error(envelope) if isinstance(envelope, wire.Failed) else StopAsyncIteration())
+
+    def fail(self, error: Exception) -> None:
+        """End the stream after what has arrived already. The first cause is kept."""
+        self._client.forget(self.id)
+        self._error = self._error or error
+        self._arrived.set()
+
+    async def __anext__(self) -> R:
+        if self.opening is not None:
+            envelope, request = self.opening
+            self.opening, self.since_s = None, time.monotonic()
+            self._client.begin(self, envelope, request)
+        while not self._items:
+            if self._error is not None:
+                raise self._error
+            self._arrived.clear()
+            await self._wait()
+        self._num_taken += 1
+        if self._num_taken % (wire.CREDIT // 2) == 0 and self._error is None:
+            self._client.give_credit(self.id, wire.CREDIT // 2)
+        return self._items.popleft()
+
+    async def _wait(self) -> None:
+        if self._timeout_s is None:  # for each token: without even an idle timer
+            await self._arrived.wait()
+            return
+        late = asyncio.get_running_loop().call_later(self._timeout_s, self._is_late)
+        try:
+            await self._arrived.wait()
+        finally:
+            late.cancel()
+
+    def _is_late(self) -> None:
+        if self._items or self._error is not None:  # it came in the same turn of the loop
+            return
+        silent = f"no answer to {self.method} within {self._timeout_s:.3g} s{self._client.problem}"
+        self._close(RpcTimeout(f"{self._client.address}: {silent}"))
+        self._arrived.set()
+
+    async def aclose(self) -> None:
+        """Want no more of it: the server stops. May be called twice, and after the end."""
+        self._close(StopAsyncIteration())
+
+    def _close(self, why: Exception) -> None:
+        self.opening = None
+        self._error = self._error or why
+        self._items.clear()
+        if self._client.forget(self.id):
+            self._client.send(wire.Close(self.id))
+
+    async def __aenter__(self) -> "RpcStream[R]":
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.aclose()

@@ -1,0 +1,123 @@
+"""The connection of a client to its server: made, made again, refused, and tried with another key."""
+
+import asyncio
+import uuid
+from collections import deque
+from collections.abc import Callable, Sequence
+
+import zmq
+
+from hbserve_rpc.keys import Keys, Party
+from hbserve_rpc.message_socket import CLIENTS, MessageSocket
+
+AGAIN_S = 0.2
+"""Pause before another key is tried, or a server that has refused this side."""
+MOST_HUNG_UP = 3
+"""Handshakes that a server may end, for each key that it may have, until that is taken for a refusal."""
+
+
+class ServerConnection:
+    """Connects again by itself, for as long as it is open. Belongs to the loop that ran `open`.
+
+    What is sent before there is a connection waits for it. A short break of the network costs nothing.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        keys: Keys | None,
+        server: Party,
+        on_message: Callable[[list[bytes]], None],
+        on_change: Callable[[], None],
+    ) -> None:
+        """on_change: called when `is_there` or `refusal` has changed, and once more while it is not there."""
+        self._endpoint = f"tcp://{address}"
+        self._keys = keys
+        self._server_keys = deque(keys.public_keys[server] if keys else ())
+        """The first one is tried. Of two, a server may have either."""
+        self._on_change = on_change
+        options: dict[int, int | bytes] = {
+            zmq.RECONNECT_IVL: 50,
+            zmq.RECONNECT_IVL_MAX: 500,
+            zmq.IDENTITY: uuid.uuid4().bytes,  # the same after a reconnect
+        }
+        self.socket = MessageSocket(zmq.DEALER, options, on_message, CLIENTS)
+        self.is_there = False
+        self.refusal = ""
+        """Why the server does not let this side in; "" while it is not known to."""
+        self._unheard: list[Sequence[bytes]] = []
+        """Sent while it is not there, if there is another key to try: what was sent with the first is lost."""
+        self._num_hung_up = 0
+        """Handshakes in a row that the server has ended."""
+        self._again: asyncio.TimerHandle | None = None
+
+    def open(self, *, uses_ipv6: bool) -> None:
+        options = {zmq.IPV6: int(uses_ipv6)} | self._key_options()
+        self.socket.open(lambda socket: socket.connect(self._endpoint), options)
+        self.socket.watch(self._happened)
+
+    def send(self, frames: Sequence[bytes]) -> None:
+        if not self.is_there and len(self._server_keys) > 1:
+            self._unheard.append(frames)
+        self.socket.send(frames)
+
+    def stop(self) -> None:
+        """Hear of nothing more, and try nothing more."""
+        self.socket.stop_reading()
+        self._try_no_more()
+
+    def _key_options(self) -> dict[int, int | bytes]:
+        return self._keys.client_options(self._server_keys[0]) if self._keys else {}
+
+    def _happened(self, event: int) -> None:
+        match event:
+            case zmq.EVENT_HANDSHAKE_SUCCEEDED:
+                self._num_hung_up, self._unheard = 0, []
+                self._try_no_more()
+                self._set(is_there=True)
+            case zmq.EVENT_DISCONNECTED:
+                self._set(is_there=False, refusal=self.refusal)
+            case zmq.EVENT_HANDSHAKE_FAILED_AUTH:
+                self._refused("it accepts connections by keys, and this side's is none of those")
+            case zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL if self._keys:
+                self._refused("it has no keys, as this side has, or is no server of HBServe")
+            case zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL:
+                self._refused("it accepts connections by keys, and this side has none; or it is no server of HBServe")
+            case zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL:
+                self._hung_up()
+
+    def _set(self, *, is_there: bool, refusal: str = "") -> None:
+        self.is_there, self.refusal = is_there, refusal
+        self._on_change()
+
+    def _hung_up(self) -> None:
+        """In the middle of a handshake: the server has ended, or does so with who knows another key of it, or none."""
+        self._num_hung_up += 1
+        if self._num_hung_up >= MOST_HUNG_UP * max(1, len(self._server_keys)):
+            self._refused("it ends each handshake, as one does that has another key than this side knows, or needs one")
+        elif len(self._server_keys) > 1 and self._again is None:
+            self._again = asyncio.get_running_loop().call_later(AGAIN_S, self._try_next_key)
+
+    def _refused(self, why: str) -> None:
+        """Try again: the server may be restarted with other keys. ZeroMQ itself does not."""
+        self._num_hung_up = 0
+        self._try_no_more()
+        self._again = asyncio.get_running_loop().call_later(AGAIN_S, self._try_again)
+        self._set(is_there=False, refusal=f"does not let this side in: {why}")
+
+    def _try_no_more(self) -> None:
+        if self._again is not None:
+            self._again.cancel()
+            self._again = None
+
+    def _try_again(self) -> None:
+        self._again, self._unheard = None, []
+        self.socket.connect_again(self._endpoint, {})
+        self._set(is_there=False)
+
+    def _try_next_key(self) -> None:
+        self._again = None
+        self._server_keys.rotate(-1)
+        self.socket.connect_again(self._endpoint, self._key_options())
+        for frames in self._unheard:
+            self.socket.send(frames)

@@ -1,0 +1,81 @@
+"""Prefixes of prompts that instances have cached, as they report it, the other way round: who holds which."""
+
+import asyncio
+import contextlib
+from collections.abc import Callable, Collection, Iterator, Sequence
+
+from hbserve_rpc import HBServeRpcError
+from hbserve_rpc.messages import CACHED_PREFIXES, CachedPrefixesRequest
+from hbserve_rpc.prompt_shape import DIGEST_BYTES
+from hbserve_scheduler.instances import InstanceHandle
+
+ASK_TIMEOUT_S = 5.0
+
+
+class Prefixes:
+    """Belongs to one event loop. What it knows is as old as the pause between two questions: a request that was sent
+    by it may find less, and is computed all the same."""
+
+    def __init__(self) -> None:
+        self._holders: dict[bytes, set[InstanceHandle]] = {}
+        self._held: dict[InstanceHandle, set[bytes]] = {}
+        self._versions: dict[InstanceHandle, tuple[str, int]] = {}
+        """Epoch, and the version of what it holds."""
+
+    def num_cached(self, digests: Sequence[bytes], handle: InstanceHandle) -> int:
+        """Leading blocks that an instance holds."""
+        held: Collection[bytes] = self._held.get(handle, ())
+        return _first_false(len(digests), lambda place: digests[place] in held)
+
+    def longest(
+        self, digests: Sequence[bytes], among: Collection[InstanceHandle]
+    ) -> tuple[int, Iterator[InstanceHandle]]:
+        """Blocks of the longest prefix that one `among` these holds, and who holds it."""
+
+        def holders(place: int) -> Iterator[InstanceHandle]:
+            return (each for each in self._holders.get(digests[place], ()) if each in among)
+
+        num_blocks = _first_false(len(digests), lambda place: any(True for _ in holders(place)))
+        return num_blocks, holders(num_blocks - 1) if num_blocks else iter(())
+
+    def set(self, handle: InstanceHandle, held: Collection[bytes]) -> None:
+        """What an instance holds; nothing, if it is not there any more."""
+        before, now = self._held.pop(handle, set()), set(held)
+        for digest in before - now:
+            self._holders[digest].discard(handle)
+            if not self._holders[digest]:
+                del self._holders[digest]
+        for digest in now - before:
+            self._holders.setdefault(digest, set()).add(handle)
+        if now:
+            self._held[handle] = now
+
+    async def keep(self, handles: Callable[[], Collection[InstanceHandle]], interval_s: float) -> None:
+        """Ask those `handles` that are ready, again and again."""
+        while True:
+            ready = {handle for handle in handles() if handle.status == "ready"}
+            for gone in self._versions.keys() - ready:
+                del self._versions[gone]
+                self.set(gone, ())
+            await asyncio.gather(*map(self._ask, ready))
+            await asyncio.sleep(interval_s)
+
+    async def _ask(self, handle: InstanceHandle) -> None:
+        epoch, version = self._versions.get(handle, ("", -1))
+        request = CachedPrefixesRequest(version if epoch == handle.epoch else -1)
+        epoch = handle.epoch
+        with contextlib.suppress(HBServeRpcError):  # it is lost, or of a version that does not know this
+            reply = await handle.client.call(CACHED_PREFIXES, request, timeout_s=ASK_TIMEOUT_S)
+            if reply.digests is not None and handle.epoch == epoch:
+                places = range(0, len(reply.digests), DIGEST_BYTES)
+                self.set(handle, [reply.digests[place : place + DIGEST_BYTES] for place in places])
+                self._versions[handle] = epoch, reply.version
+
+
+def _first_false(count: int, is_true: Callable[[int], bool]) -> int:
+    """Of 0 to `count`, by halving: who holds a block of a prompt holds those before it too."""
+    low, high = 0, count
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (middle + 1, high) if is_true(middle) else (low, middle)
+    return low
