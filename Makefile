@@ -29,8 +29,9 @@ test:  ## every test that this machine can run
 test-gpu:  ## only the tests that need a CUDA device
 	uv run pytest -m gpu -n 0
 
-isolate:  ## each wheel alone in an empty environment
+isolate:  ## each wheel alone in an empty environment, and a release that is not published
 	uv run .ci/wheels_alone.py
+	uv run .ci/release.py --home https://example.org/hbserve
 
 lowest:  ## the lowest versions that the packages ask for, on another Python
 	.ci/lowest
@@ -38,6 +39,12 @@ lowest:  ## the lowest versions that the packages ask for, on another Python
 clients:  ## programs that people point at `hbserve serve`, in an environment of their own
 	UV_PROJECT_ENVIRONMENT=.venv-clients uv run --locked --group clients pytest -W default -n 2 --dist loadgroup tests/clients
 
+ray:  ## `hbserve serve --ray`, on a cluster of two nodes on this host
+	UV_PROJECT_ENVIRONMENT=.venv-ray uv run --locked --group ray pytest -W default -n 0 tests/ray_cluster
+
+site:  ## the site of the documentation, strictly
+	UV_PROJECT_ENVIRONMENT=.venv-site uv run --locked --only-group site .ci/site.py --home https://example.org/hbserve
+
 check: lint type isolate test  ## all of it but the lowest versions
 
-.PHONY: help sync fmt lint type test test-gpu isolate lowest clients check
+.PHONY: help sync fmt lint type test test-gpu isolate lowest clients ray site check

@@ -24,6 +24,8 @@ PAIR = [
     {"instance_id": "d", "instance_type": "decode", "kv_rank": 1},
 ]
 ENGINE_FIELDS = {field.name: field for field in msgspec.structs.fields(EngineSettings)}
+OF_NO_KEYWORD = ("gpu_instances", "scheduler", "server", "ray")
+"""Sections of what is no setting of an instance."""
 SIZES = ("buffer_size", "max_body_size")
 KV_FIELDS = {field.name: field for field in msgspec.structs.fields(KVTransferSettings)}
 
@@ -92,9 +94,7 @@ def test_a_setting_of_kv_transfers_arrives_in_each_instance_from_the_file_and_fr
 
 def test_the_file_the_keywords_and_the_instance_have_the_same_settings_with_the_same_types_and_defaults():
     in_file = {(section, key) for section, keys in sections().items() for key in keys}
-    assert set(PATHS.values()) == {
-        place for place in in_file if place[0] not in ("gpu_instances", "scheduler", "server")
-    }
+    assert set(PATHS.values()) == {place for place in in_file if place[0] not in OF_NO_KEYWORD}
     keywords = {field.name: field for field in msgspec.structs.fields(PdDisaggConfig)}
     assert set(keywords) == {*PATHS, "gpu_instances", "scheduler"}
     instance = {field.name: field for field in msgspec.structs.fields(InstanceConfig)}
@@ -206,7 +206,7 @@ def test_a_documented_key_has_the_default_and_the_keyword_that_the_page_says(sec
         said = documented()[section][key]
         default, path = said["default"], f"{section}.{key}"
         assert said["meaning"], path
-        if section not in ("gpu_instances", "scheduler", "server"):
+        if section not in OF_NO_KEYWORD:
             assert PATHS[said["keyword"].strip("`")] == (section, key)
         if default == "required":
             assert (field.default, field.default_factory) == (msgspec.NODEFAULT, msgspec.NODEFAULT), path

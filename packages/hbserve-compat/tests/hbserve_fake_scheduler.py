@@ -12,6 +12,7 @@ from hbserve.server.app import make_app
 from hbserve.server.service import Service
 from hbserve.tokenizer import load_tokenizer
 from hbserve_rpc import Overloaded, SamplingParams
+from hbserve_rpc.histogram import Histogram
 from hbserve_rpc.messages import (
     FinishReason,
     GenerateRequest,
@@ -178,7 +179,19 @@ class FakeScheduler:
         return [each for each in self.figures.records if request_id in ("", each.request_id)]
 
     def stats(self) -> SchedulerStats:
-        instance = InstanceStats("h0", self.role, "ready", num_blocks=9)  # type: ignore[arg-type]
+        tokens, lag = Histogram([1.0], [2, 3], 17), Histogram([0.1], [4, 0], 0.25)
+        instance = InstanceStats(
+            "h0",
+            self.role,  # type: ignore[arg-type]
+            "ready",
+            num_blocks=9,
+            free_blocks=4,
+            cached_blocks=1,
+            reserved_blocks=2,
+            quarantined_blocks=1,
+            iteration_tokens=tokens,
+            loop_lag=lag,
+        )
         return SchedulerStats(**self.figures.snapshot(), instances=[instance])
 
 

@@ -8,7 +8,7 @@ import pytest
 from hbserve.launcher import instance_settings
 from hbserve.pd_disagg import DisaggregatedLLM, KVTransferBackend, PdDisaggConfig
 from hbserve.serve import InstanceArgs
-from hbserve_scheduler import ConfigError, convert, load_config
+from hbserve_scheduler import ConfigError, load_config
 
 CONFIG_FILE = Path(__file__).resolve().parents[3] / "configs" / "pd_disagg_config.yaml"
 DEFAULTS = {
@@ -87,46 +87,37 @@ def test_a_configuration_file_and_its_flat_fields_say_the_same():
     assert PdDisaggConfig.from_deployment(deployment).to_deployment() == deployment
 
 
-# ---- an instance that is started by hand -------------------------------------------------------------------------
+def test_an_instance_may_be_told_who_and_where_it_is_also_if_the_file_does_not_have_it(config):
+    def told(instance_id: str, **given: Any) -> tuple[Any, Any]:
+        return InstanceArgs(config(), instance_id, "INFO", given).deployment()
+
+    deployment, own = told("decode-0", host="10.0.0.7", port=5600)
+    assert (own.instance_type, own.host, own.port, own.kv_rank) == ("decode", "10.0.0.7", 5600, 1)
+    assert deployment.gpu_instances[1] is own
+    assert len(deployment.gpu_instances) == 2
+    deployment, own = told("prefill-7", instance_type="prefill", host="10.0.0.8")
+    assert (own.instance_id, own.instance_type, own.host) == ("prefill-7", "prefill", "10.0.0.8")
+    assert deployment.gpu_instances == [own], "what else is on its host is not known"
+    with pytest.raises(ConfigError, match=r"has prefill-0, decode-0; give --instance-type too"):
+        told("prefill-7")
+    with pytest.raises(ConfigError, match=r"--host='0\.0\.0\.0': is every address of a machine"):
+        told("decode-0", host="0.0.0.0")
 
 
-def instance_args(**given: Any) -> InstanceArgs:
-    defaults: dict[str, Any] = {"role": None, "host": None, "port": None, "schedulers": [], "log_level": "INFO"}
-    return InstanceArgs(Path("d.yaml"), **(defaults | given))
-
-
-FOUND_AND_NAMED = {
-    "gpu_instances": [
-        {"instance_id": "d0", "instance_type": "decode", "port": 7001},
-        {"instance_type": "prefill", "discover": "dns:p.example:7000"},
-    ]
-}
-
-
-def test_an_instance_that_the_file_does_not_name_is_what_its_arguments_say():
-    config = convert(FOUND_AND_NAMED)
-    named = instance_args(instance_id="d0").section(config)
-    assert named is config.gpu_instances[0]
-    pod = instance_args(instance_id="pod-7", role="prefill", host="10.0.0.7").section(config)
-    assert (pod.instance_id, pod.instance_type, pod.host, pod.port) == ("pod-7", "prefill", "10.0.0.7", 7000)
-    assert instance_args(instance_id="pod-7", role="prefill", port=0).section(config).port == 0
-    settings = instance_settings(config, pod, Path("/m"), log_level="INFO")
-    assert (settings["instance_id"], settings["num_local_instances"]) == ("pod-7", 1)
-
-
-@pytest.mark.parametrize(
-    ("given", "problem"),
-    [
-        ({"instance_id": "x"}, "--instance-id='x': d.yaml has d0; with --role it may be any other"),
-        ({"instance_id": "d0", "role": "decode"}, "--role=decode: expected none: d.yaml has 'd0' already"),
-        ({"instance_id": "d0", "port": 1}, "--host and --port: expected none without --role"),
-    ],
-)
-def test_an_instance_that_cannot_be_started_so_is_refused(given, problem):
-    with pytest.raises(ConfigError, match=problem):
-        instance_args(**given).section(convert(FOUND_AND_NAMED))
+def test_an_instance_that_is_found_by_a_name_serves_at_the_port_of_that(tmp_path):
+    path = tmp_path / "d.yaml"
+    path.write_text(
+        "gpu_instances: [{instance_id: d0, instance_type: decode, port: 7001}, "
+        "{instance_type: prefill, discover: 'dns:p.example:7000'}]\n"
+    )
+    for given, port in (({}, 7000), ({"port": 0}, 0)):
+        args = InstanceArgs(path, "pod-7", "INFO", {"instance_type": "prefill", "host": "10.0.0.7"} | given)
+        deployment, own = args.deployment()
+        assert (own.instance_id, own.host, own.port) == ("pod-7", "10.0.0.7", port)
+        assert instance_settings(deployment, own, Path("/m"), log_level="INFO")["num_local_instances"] == 1
 
 
 def test_what_starts_all_of_its_instances_looks_none_up():
-    with pytest.raises(ConfigError, match=r"gpu_instances\[1\].discover='dns:p.example:7000': expected none"):
-        PdDisaggConfig("/m", gpu_instances=FOUND_AND_NAMED["gpu_instances"])
+    discovered = {"instance_type": "hybrid", "discover": "dns:p.example:7000"}
+    with pytest.raises(ConfigError, match=r"gpu_instances\[0\].discover='dns:p.example:7000': expected none"):
+        PdDisaggConfig("/m", gpu_instances=[discovered])

@@ -152,5 +152,5 @@ def test_a_hub_id_is_the_folder_in_the_local_cache_and_the_models_name(tmp_path,
     assert demo_model.model_name("Qwen/Qwen3-0.6B", snapshot) == "Qwen/Qwen3-0.6B"
     assert demo_model.model_name(snapshot, snapshot) == "0123abcd"
     for other in ("Qwen/Qwen3-8B", "/nowhere/a/b", "~/nowhere"):
-        with pytest.raises(FileNotFoundError, match="or the id of a model that `hf download` has fetched"):
+        with pytest.raises(FileNotFoundError, match="give the path of a Hugging Face folder"):
             demo_model.model_folder(other)

@@ -5,6 +5,7 @@ import os
 import signal
 from collections.abc import AsyncIterator
 
+import msgspec
 import pytest
 import pytest_asyncio
 
@@ -61,6 +62,24 @@ async def test_a_stream_is_the_answer_in_pieces(llm):
     assert [token for delta in deltas for token in delta["token_ids"]] == whole["token_ids"]
     assert [delta["finish_reason"] for delta in deltas] == [None] * (len(deltas) - 1) + ["length"]
     assert deltas[-1]["timings"] is not None
+
+
+@in_its_loop
+async def test_figures_right_after_an_answer_count_it_and_show_nobody_busy_with_it(llm):
+    params = SamplingParams(temperature=0, max_tokens=60, ignore_eos=True)
+    before = llm.get_system_stats()
+    (whole,) = await llm.generate("Hello", params)
+    await llm.generate(
+        "Hello", SamplingParams(temperature=0, max_tokens=60, ignore_eos=True, stop=[whole["text"][8:10]])
+    )
+    for handle in llm.scheduler.fleet.handles.values():  # as they said it while it ran
+        handle.last_stats = msgspec.structs.replace(handle.stats, active_requests=2, running_requests=1)
+    after = llm.get_system_stats()
+    for each in after["gpu_instances"].values():
+        assert (each["active_requests"], each["running_requests"], each["status"]) == (0, 0, "ready")
+    scheduler = after["cpu_scheduler"]
+    assert scheduler["completed_requests"] == before["cpu_scheduler"]["completed_requests"] + 2
+    assert scheduler["running_requests"] == 0, "one was ended here, and its instances may not have heard of it"
 
 
 @in_its_loop

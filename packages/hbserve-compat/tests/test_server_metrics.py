@@ -20,6 +20,7 @@ DASHBOARDS = {
     "vllm:e2e_request_latency_seconds_count",
     "vllm:e2e_request_latency_seconds_sum",
     "vllm:generation_tokens_total",
+    "vllm:iteration_tokens_total_bucket",
     "vllm:inter_token_latency_seconds_bucket",
     "vllm:inter_token_latency_seconds_count",
     "vllm:inter_token_latency_seconds_sum",
@@ -50,7 +51,21 @@ DASHBOARDS = {
 }
 """Of vLLM's public Grafana dashboards, and of vllmstat 0.9.1, vllm-htop 0.5.0 and vllm-mon 0.1.0. Not there: what is
 gone from vLLM itself (num_requests_swapped, gpu_cache_usage_perc, avg_*_throughput_toks_per_s), speculative decoding,
-estimates of FLOPs and bytes, and iteration_tokens_total, which the engine does not count."""
+and estimates of FLOPs and bytes."""
+
+
+NO_METRICS = {
+    "hbserve",
+    "instance_id",
+    "role",
+    "error",
+    "prefill",
+    "decode",
+    "rate",
+    "cause",
+    *get_args(InstanceStatus),
+}
+"""What the page has in code beside metrics."""
 
 
 @pytest.fixture
@@ -78,6 +93,9 @@ async def test_figures_of_requests_and_instances_are_there_also_when_only_the_he
     attempt = AttemptRecord(0.25, "p0", "d0", granted_s=0.75, first_token_s=1.25)
     figures.add(RequestRecord("r", 0, 4, 3, 2, 4096, 0.03, [attempt], 3.25, "length", 1.25, 1.5))
     figures.add(RequestRecord("s", 0, 4, 0, 0, 0, 0, [], 1, None, error="no instance"))
+    link = figures.link("p0", "d0")
+    link.is_up, link.active, link.num_bytes, link.time_s = True, 3, 4096, 0.5
+    link.end("completed")
     found = await scrape(server)
     expected = {
         "hbserve:up": 1,
@@ -96,8 +114,20 @@ async def test_figures_of_requests_and_instances_are_there_also_when_only_the_he
         'vllm:request_time_per_output_token_seconds_sum{engine="0",model_name="small"}': 1,
         'vllm:request_success_total{engine="0",finished_reason="stop",model_name="small"}': 0,
         'vllm:prompt_tokens_total{engine="0",model_name="small"}': 40,
-        'vllm:kv_cache_usage_perc{engine="0",model_name="small"}': 1,
+        'vllm:kv_cache_usage_perc{engine="0",model_name="small"}': 1 - 4 / 9,
+        'hbserve:iteration_tokens_total_sum{instance_id="h0",role="hybrid"}': 17,
+        'vllm:iteration_tokens_total_bucket{engine="0",le="1.0",model_name="small"}': 2,
+        'hbserve:instance_event_loop_lag_seconds_count{instance_id="h0",role="hybrid"}': 4,
+        'hbserve:link_up{decode="d0",prefill="p0"}': 1,
+        'hbserve:link_transfers_active{decode="d0",prefill="p0"}': 2,
+        'hbserve:kv_transfers_total{decode="d0",outcome="completed",prefill="p0"}': 1,
+        'hbserve:kv_transfers_total{decode="d0",outcome="failed",prefill="p0"}': 0,
+        'hbserve:kv_transfer_bytes_total{decode="d0",prefill="p0"}': 4096,
+        'hbserve:kv_transfer_moving_seconds_total{decode="d0",prefill="p0"}': 0.5,
     }
+    states = {"free": 3, "cached": 1, "active": 2, "reserved": 2, "quarantined": 1}
+    of = "hbserve:kv_blocks_by_state"
+    expected |= {f'{of}{{instance_id="h0",role="hybrid",state="{state}"}}': n for state, n in states.items()}
     assert {name: found.get(name) for name in expected} == expected
     head = await server.client.head("/metrics")
     assert (head.status_code, head.text) == (200, "")
@@ -113,9 +143,38 @@ async def test_the_page_of_monitoring_names_every_metric_and_no_other(server):
     text = (await server.client.get("/metrics")).text
     # What is counted by a label that nothing has had so far has a name, and no sample.
     served = set(re.findall("^# TYPE hbserve:([a-z0-9_]+) ", text, re.MULTILINE))
-    page = (ROOT / "docs/monitoring.md").read_text().partition("## `/metrics`")[2].partition("## Dashboards")[0]
-    others = {"hbserve", "instance_id", "role", "error", *get_args(InstanceStatus)}
-    assert served == set(re.findall("`([a-z0-9_]+)", page)) - others
+    page = (ROOT / "docs/monitoring.md").read_text().partition("## `/metrics`")[2].partition("\n## ")[0]
+    assert served == set(re.findall("`([a-z0-9_]+)", page)) - NO_METRICS
+
+
+async def test_http_requests_are_counted_as_vllm_counts_them(server):
+    server.answers("ab", "c")
+    body = {"prompt": "hi", "max_tokens": 2}
+    answer = await server.complete(**body)
+    streamed = await server.complete(**body, stream=True)
+    assert (await server.client.get("/v1/models/small")).status_code == 200
+    assert (await server.client.get("/v1/models/other/one")).status_code == 404
+    for path in ("/x", "/y"):
+        assert (await server.client.get(path)).status_code == 404
+    await server.client.get("/health")
+    found = await scrape(server)
+    requests = {key: value for key, value in found.items() if key.startswith("http_requests_total")}
+    of = "http_requests_total"
+    assert requests == {
+        f'{of}{{handler="/v1/completions",method="POST",status="2xx"}}': 2,
+        f'{of}{{handler="/v1/models/{{model:path}}",method="GET",status="2xx"}}': 1,
+        f'{of}{{handler="/v1/models/{{model:path}}",method="GET",status="4xx"}}': 1,
+        f'{of}{{handler="none",method="GET",status="4xx"}}': 2,
+    }
+    at = '{handler="/v1/completions"}'
+    assert found[f"http_response_size_bytes_sum{at}"] == len(answer.content) + len(streamed.content)
+    sent = sum(int(each.request.headers["content-length"]) for each in (answer, streamed))
+    assert found[f"http_request_size_bytes_sum{at}"] == sent
+    assert found[f"http_request_size_bytes_count{at}"] == 2
+    of_all = "http_request_duration_highr_seconds"
+    assert found[f'{of_all}_bucket{{le="+Inf"}}'] == found[f"{of_all}_count"] == 6
+    by_path = 'http_request_duration_seconds_bucket{handler="/v1/completions",le="%s",method="POST"}'
+    assert found[by_path % "1.0"] <= found[by_path % "+Inf"] == 2
 
 
 async def test_before_the_model_is_there_and_while_the_server_ends_it_is_not_up(server):

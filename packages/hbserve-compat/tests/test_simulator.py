@@ -20,6 +20,7 @@ from hbserve.simulator.prefix_cache import PrefixCache
 from hbserve.simulator.profile import Line, Profile, StepLaw, load_profile, own_profiles
 from hbserve.simulator.simulation import Deployment, Fault, cell_of, roles_of, simulate
 from hbserve.simulator.workload import SimulatedRequest, conversations, poisson, trace
+from hbserve_core.bench.device_limits import DeviceLimits
 from hbserve_rpc import InvalidRequest, RpcServer, SamplingParams
 from hbserve_rpc.messages import CONNECT, DECODE, DESCRIBE, GENERATE, GRANT, PREFILL, STATS, GenerateRequest
 from hbserve_rpc.reports import REPORTS
@@ -468,3 +469,23 @@ def test_simulations_that_cannot_be_are_refused_in_one_line(options, problem):
     result = invoke("simulate", *options)
     assert result.exit_code in (1, 2)
     assert problem in result.stderr.splitlines()[-1]
+
+
+@pytest.mark.warm
+def test_profile_measures_an_instance_into_a_file_that_simulations_read(small_model, tmp_path, monkeypatch):
+    monkeypatch.setattr("hbserve_core.bench.batch_sweep.measure_limits", lambda *_: DeviceLimits(1e9, 1e9, 1e9))
+    monkeypatch.setattr("hbserve_core.bench.batch_sweep._NUM_STEPS", 4)
+    file = tmp_path / "new" / "small.json"
+    sizes = ["--prompt-lens", "8,32", "--batch-sizes", "1,2", "--contexts", "16,100000", "--megabytes", "1"]
+    result = invoke("profile", "--model", small_model("qwen3"), "-o", file, *sizes)
+    assert result.exit_code == 0, result.output
+    found = load_profile(str(file))
+    assert [tokens for tokens, _ in found.prefill] == [8, 32]
+    assert [(batch, context) for batch, context, _ in found.decode] == [(1, 16), (2, 16)]
+    assert "1 x 100000 skipped" in result.stderr
+    assert min(found.handoff_s, found.message_s, found.kv_bytes_per_token, found.kv_tokens) > 0
+    assert all(time_s > 0 for _, time_s in found.prefill + found.transfer)
+    (results,) = simulate(Deployment(found, roles_of(1, 1)), poisson(20, 5, 20, 5))
+    assert len(results.ttfts_s) == 20
+    for option in ("--prompt-lens", "--batch-sizes", "--contexts", "--megabytes"):
+        assert f"{option}='1,x'" in invoke("profile", "-o", file, "--model", small_model("qwen3"), option, "1,x").stderr

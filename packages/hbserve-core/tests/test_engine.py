@@ -110,8 +110,17 @@ def test_preemption_in_a_small_pool_changes_no_token(make_engine, prompt, greedy
         ids = prompt(20 + i, salt=i)
         expected[str(i)] = greedy_tokens("qwen3", ids, 40)
         engine.add(str(i), ids, greedy(40))
+    told: dict[str, int] = {}
+    step = engine.step
+
+    def noting():
+        outputs = step()
+        told.update({output.request_id: output.num_preemptions for output in outputs})
+        return outputs
+
+    engine.step = noting
     assert run(engine)[0] == expected
-    assert engine.stats().num_preemptions > 0
+    assert engine.stats().num_preemptions == sum(told.values()) > 0
 
 
 def test_a_sequence_that_fills_the_pool_alone_ends_with_length(make_engine, prompt):
@@ -222,8 +231,14 @@ def test_a_prefill_only_request_holds_its_blocks_until_released(make_engine, pro
     assert [output.num_computed_tokens for output in progress] == [32, 64, 70]
     assert progress[-1].token_id == greedy_tokens("qwen3", prompt(70), 1)[0]
     engine.hold("r")
-    assert engine.stats().num_free_blocks == 300 - 5, "an end of the request does not take blocks from a transfer"
+    stats = engine.stats()
+    assert stats.num_free_blocks == 300 - 5, "an end of the request does not take blocks from a transfer"
+    assert (stats.num_reserved_blocks, stats.num_cached_blocks) == (5, 0)
     engine.release("r")
+    assert (engine.stats().num_reserved_blocks, engine.stats().num_cached_blocks) == (0, 4)
+    assert stats.iteration_tokens.total == 32 + 32 + 6
+    counted = dict(zip(stats.iteration_tokens.bounds, stats.iteration_tokens.counts, strict=False))
+    assert {bound: count for bound, count in counted.items() if count} == {8: 1, 32: 2}
 
 
 def test_a_cached_prefix_is_reported_before_the_rest_is_computed(make_engine, prompt):

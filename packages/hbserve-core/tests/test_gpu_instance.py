@@ -59,7 +59,17 @@ async def test_an_instance_is_starting_then_ready_and_refuses_requests_until_the
     may_load = threading.Event()
     make_engine = GpuInstance._make_engine
     monkeypatch.setattr(GpuInstance, "_make_engine", lambda self: may_load.wait(DEADLINE_S) and make_engine(self))
-    async with serving(config(model_folder("qwen3"))) as (instance, client):
+    async with serving(config(model_folder("qwen3"), health_port=0)) as (instance, client):
+
+        async def probe(path: str) -> str:
+            reader, writer = await asyncio.open_connection(*instance.health.address.split(":"))
+            writer.write(f"GET {path} HTTP/1.1\r\n\r\n".encode())
+            found = (await reader.read()).decode()
+            writer.close()
+            return found
+
+        assert (await probe("/health")).startswith("HTTP/1.1 200 ")
+        assert (await probe("/ready")).endswith("hybrid-0 is starting\n")
         info = await client.call(DESCRIBE, Empty(), timeout_s=DEADLINE_S)
         assert (info.status, info.epoch, info.num_blocks) == ("starting", instance.epoch, 0)
         with pytest.raises(Overloaded, match="hybrid-0 is not ready, it is starting"):
@@ -69,6 +79,9 @@ async def test_an_instance_is_starting_then_ready_and_refuses_requests_until_the
         info = await client.call(DESCRIBE, Empty(), timeout_s=DEADLINE_S)
         assert (info.status, info.num_blocks, info.max_prompt_len, info.vocab_size) == ("ready", 50, 511, 320)
         assert len(await generate(client, "r", prompt(3), ignore_eos=True)) == 4
+        assert (await probe("/ready")).startswith("HTTP/1.1 200 ")
+        of = 'instance_id="hybrid-0",role="hybrid"'
+        assert f"hbserve:instance_generation_tokens_total{{{of}}} 4\n" in await probe("/metrics")
 
 
 async def test_an_instance_may_be_stopped_before_and_while_it_loads(model_folder):
@@ -213,7 +226,11 @@ async def test_a_client_that_leaves_gives_its_blocks_back_and_the_same_id_may_co
             async with client.stream(GENERATE, request, timeout_s=DEADLINE_S) as events:
                 assert (await anext(events)).token_ids[:1] == greedy_tokens("qwen3", prompt(20, salt=salt), 1)
             await _until_empty(client)
-        assert (await client.call(STATS, Empty(), timeout_s=DEADLINE_S)).total_requests == 5
+        stats = await client.call(STATS, Empty(), timeout_s=DEADLINE_S)
+        assert stats.total_requests == 5
+        assert stats.cached_blocks == 5, "the full block of each prompt"
+        assert stats.iteration_tokens.total >= 5 * 20
+        assert stats.loop_lag is not None
 
 
 async def test_requests_side_by_side_get_their_own_tokens(model_folder, prompt, greedy_tokens):

@@ -129,3 +129,10 @@ async def test_all_who_wait_for_room_get_it_when_one_gives_it_back():
     async with asyncio.timeout(10):
         given = await asyncio.gather(*waiting)
     assert sorted(block_id for block_ids in given for block_id in block_ids) == sorted(everything)
+
+
+async def test_a_manager_that_is_closed_has_given_the_buffers_memory_back(pair):
+    sender, receiver = await pair()
+    await sender.send_kv_cache("r", torch.ones(4), 1)
+    await receiver.close()
+    assert receiver._memory.arena.numel() == receiver.stats().buffered_bytes == 0

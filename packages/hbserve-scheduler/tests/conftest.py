@@ -29,6 +29,7 @@ from hbserve_rpc.messages import (
     InstanceInfo,
     InstanceStats,
     InstanceStatus,
+    Milestone,
     PrefillRequest,
     RequestFinished,
     Role,
@@ -83,6 +84,10 @@ class FakeInstance:
         """This token is an end-of-sequence token."""
         self.choice_stops: dict[int, int] = {}
         """The same of one choice."""
+        self.transfer_age_s = 0.3
+        """How long before the end of its transfer a prompt was computed, as it says."""
+        self.num_preemptions = 0
+        """That it tells with each token."""
         self.ended_choices: list[int] = []
         """That it was told to end."""
         self.repeats = False
@@ -196,7 +201,8 @@ class FakeInstance:
         asked = request.params.prompt_logprobs is not None
         knows_prompt = asked and self.role != "decode" and first == 0 and choice == 0
         of_prompt = [{each: -1.0} for each in request.prompt_token_ids[1:]] if knows_prompt else []
-        return TokenEvent(first, tokens, ends, logprobs, of_prompt, choice)  # type: ignore[arg-type]
+        counted = self.num_preemptions
+        return TokenEvent(first, tokens, ends, logprobs, of_prompt, choice, counted)  # type: ignore[arg-type]
 
     async def _tokens(self, request: Any, index: int, choices: list[int]) -> AsyncGenerator[TokenEvent]:
         while choices:
@@ -244,7 +250,9 @@ class FakeInstance:
                     yield event
                 await self._phase("done")
                 if await granted:
-                    yield TransferDone(num_bytes=1000, num_parts=1, time_s=0.5)
+                    age_s = self.transfer_age_s
+                    computed, pushed = [Milestone(age_s, len(request.prompt_token_ids))], [Milestone(2 * age_s, 1)]
+                    yield TransferDone(1000, 1, 0.5, computed=computed, pushed=pushed)
             finally:
                 del self.granted[request.request_id]
 

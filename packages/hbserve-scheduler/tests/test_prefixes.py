@@ -142,7 +142,8 @@ class Answering:
 def test_instances_are_asked_again_and_again_and_say_only_what_is_new():
     async def job() -> None:
         prefixes, one = Prefixes(), handle("i0")
-        one.client = client = Answering()
+        client = Answering()
+        one.client = client  # type: ignore[assignment]
         keeping = asyncio.create_task(prefixes.keep(lambda: [one], 1.0))
         await asyncio.sleep(2.5)
         assert client.asked == [-1, 3, 3]

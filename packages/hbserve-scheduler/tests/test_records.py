@@ -34,6 +34,7 @@ async def test_a_request_over_prefill_and_decode_leaves_its_times_in_order(make_
     assert stats.ended_requests == {"length": 1}
     found = counts(scheduler)
     assert found.pop("inter_token_latency_seconds") == 3
+    del found["event_loop_lag_seconds"]
     assert set(found.values()) == {1}, "every other one has one value"
 
 
@@ -83,7 +84,7 @@ async def test_a_failure_and_an_abort_are_counted_but_are_no_latencies(
     await events.aclose()
     assert scheduler.figures.records[-1].finish_reason == "abort"
     assert scheduler.stats().ended_requests == {"error": 1, "abort": 1}
-    assert set(counts(scheduler).values()) == {0}
+    assert set((counts(scheduler) | {"event_loop_lag_seconds": 0}).values()) == {0}
     pair[1].release()
 
 
@@ -126,3 +127,50 @@ def test_snapshots_do_not_change_and_records_are_bounded():
     assert not any(sum(each.counts) for each in before["histograms"].values())
     assert sum(figures.snapshot()["histograms"]["e2e_request_latency_seconds"].counts) == MOST_RECORDS + 1
     assert all(each.bounds == sorted(set(each.bounds)) for each in figures.histograms.values())
+
+
+async def test_transfers_are_counted_by_the_pair_and_by_how_they_ended(make_scheduler, pair, ask, collect, until):
+    prefill, decode = pair
+    scheduler = await make_scheduler(*pair, max_attempts=1)
+
+    def link():
+        (found,) = scheduler.stats().links.values()
+        return found
+
+    assert (link().prefill, link().decode, link().is_up, link().outcomes) == ("p0", "d0", True, {})
+    prefill.hold = {"done"}
+    events = scheduler.submit(ask())
+    await anext(events)
+    await until(lambda: link().active == 1)
+    prefill.release()
+    await collect(events)
+    assert (link().active, link().outcomes, link().num_bytes, link().time_s) == (0, {"completed": 1}, 1000, 0.5)
+    prefill.fail["done"] = [RemoteError("the cable")]
+    decode.hold = {"tokens"}
+    with pytest.raises(RequestFailed):
+        await collect(scheduler.submit(ask()))
+    assert (link().active, link().outcomes) == (0, {"completed": 1, "failed": 1})
+    decode.release()
+    prefill.hold = {"done"}
+    left = scheduler.submit(ask())
+    await anext(left)
+    await until(lambda: link().active == 1)
+    await left.aclose()
+    await until(lambda: link().active == 0)
+    assert link().outcomes == {"completed": 1, "failed": 1, "aborted": 1}
+    prefill.release()
+    await decode.server.stop()
+    await until(lambda: link().is_up is None)
+    await decode.restart()
+
+
+def test_the_overlap_of_a_transfer_is_the_part_of_its_time_in_which_its_prompt_was_computed():
+    attempt = AttemptRecord(0.0, "p", "d", computed=[(1.0, 8), (2.0, 16)], pushed=[(1.0, 4), (2.0, 8)], kv_moved_s=3.0)
+    assert attempt.kv_overlap == 0.5
+    assert AttemptRecord(0.0, "p", "d", computed=[(1.0, 8)], pushed=[(1.0, 4)], kv_moved_s=3.0).kv_overlap == 0
+    assert AttemptRecord(0.0, "p", "d", computed=[(4.0, 8)], pushed=[(1.0, 4)], kv_moved_s=3.0).kv_overlap == 1
+    assert AttemptRecord(0.0, "p", "d", kv_moved_s=3.0).kv_overlap is None
+    record = RequestRecord("r", 0, 16, 2, 0, 99, 1.0, [attempt], 4.0, "length", 2.0, 3.5)
+    figures = Figures()
+    figures.add(record)
+    assert figures.histograms["kv_transfer_overlap_ratio"].total == 0.5

@@ -533,3 +533,25 @@ async def test_the_stats_sum_up_the_handoffs_of_those_requests_that_ended_last(
         scheduler.figures.num_submitted += 1
         ScheduledRequest(ask(str(i)), scheduler.figures, arrivals=array("d", [0, i])).finish("length")
     assert scheduler.stats().handoff == LatencySummary(200, 899, 997)
+
+
+async def test_which_instance_has_how_many_requests_is_known_without_asking(make_scheduler, pair, ask, collect):
+    prefill, decode = pair
+    scheduler = await make_scheduler(*pair, heartbeat_interval_s=60.0, heartbeat_timeout_s=120.0)
+    prefill.hold, decode.hold = {"done"}, {"tokens"}
+    events = scheduler.submit(ask("r", max_tokens=3))
+    await anext(events)
+    await scheduler.refresh()
+    assert scheduler.active_requests() == {"p0": 1, "d0": 1}
+    prefill.release()
+    decode.release()
+    await collect(events)
+    assert scheduler.active_requests() == {}
+    assert scheduler.stats().instances[1].active_requests == 1, "which is what it said last"
+    decode.hold = {"tokens"}
+    stopped = scheduler.submit(ask("s", max_tokens=3))
+    await anext(stopped)
+    assert scheduler.active_requests()["d0"] == 1
+    assert await scheduler.abort("s", "stop")
+    assert (scheduler.active_requests(), scheduler.stats().running_requests) == ({}, 0)
+    decode.release()

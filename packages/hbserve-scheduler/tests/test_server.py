@@ -173,3 +173,27 @@ async def test_a_server_that_stops_ends_the_streams_of_its_clients(serve, pair, 
         async with asyncio.timeout(30):
             await anext(events)
     await client.stop()
+
+
+async def test_probes_of_a_scheduler_are_answered_over_http_if_it_has_a_port_for_them(serve, make_instance, until):
+    prefill, decode = await make_instance("prefill", "p0"), await make_instance("decode", "d0")
+    server, _ = await serve(prefill, decode, health_port=0)
+
+    async def ask(path: str) -> str:
+        reader, writer = await asyncio.open_connection(*server.health.address.split(":"))
+        writer.write(f"GET {path} HTTP/1.1\r\n\r\n".encode())
+        found = (await reader.read()).decode()
+        writer.close()
+        return found
+
+    assert (await ask("/health")).startswith("HTTP/1.1 200 ")
+    assert (await ask("/ready")).startswith("HTTP/1.1 200 ")
+    assert 'hbserve:instance_up{instance_id="d0",role="decode"} 1\n' in await ask("/metrics")
+    decode.status = "failed"
+    await until(lambda: server.scheduler.fleet.handles["d0"].status == "failed")
+    found = await ask("/ready")
+    assert found.startswith("HTTP/1.1 503 ")
+    assert "d0 (decode)" in found
+    assert (await ask("/health")).startswith("HTTP/1.1 200 "), "to end it would help nobody"
+    decode.status = "ready"
+    await until(lambda: server.scheduler.fleet.may_serve())

@@ -1,24 +1,36 @@
-"""The command line: `hbserve generate | chat | serve | instance | scheduler | bench`.
+"""The command line: `hbserve generate | chat | serve | instance | scheduler | stats | top | trace | bench`.
 
 What a command needs is imported when it runs: the scheduler's process never sees torch.
 """
 
 import json
 import os
+import sys
 from enum import StrEnum
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from hbserve.bench_commands import bench
-from hbserve.command import LogLevel, LogLevelOption, run
+from hbserve.command import LogLevel, LogLevelOption, forget_what_nobody_takes, one_line, run
 from hbserve.planning_commands import add_to
 from hbserve_rpc import own_process
 from hbserve_rpc.plain_values import shown
 
 
-def _begin() -> None:
+def _say_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"hbserve {version('hbserve-compat')}")
+        raise typer.Exit
+
+
+def _begin(
+    is_version_wanted: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_say_version, help="Say which one this is.")
+    ] = False,
+) -> None:
     """Before every command: libraries ask for the current folder when they are imported, and fail without a word of
     what is wrong."""
     own_process.set_up()
@@ -40,26 +52,41 @@ app = typer.Typer(
 )
 
 
-class InstanceRole(StrEnum):
-    PREFILL = "prefill"
-    DECODE = "decode"
-    HYBRID = "hybrid"
-
-
+ModelArgument = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="MODEL", help="A Hugging Face model folder, or an id in the local cache; without it, the demo model."
+    ),
+]
 ConfigOption = Annotated[Path, typer.Option("--config", help="YAML file of the deployment.")]
 ModelOption = Annotated[
     Path | None,
     typer.Option(help="A Hugging Face model folder, or an id in the local cache; without it, the demo model."),
 ]
+MaxTokensOption = Annotated[int, typer.Option(help="Most tokens of each answer.")]
+TemperatureOption = Annotated[float, typer.Option(help="0 is greedy.")]
+TopPOption = Annotated[float | None, typer.Option(help="Only the likeliest tokens, which make up this share; 1.")]
+SeedOption = Annotated[int | None, typer.Option(help="The same one gives the same answer.")]
+StopOption = Annotated[list[str] | None, typer.Option(help="Text that ends an answer. May be repeated.")]
+SystemOption = Annotated[str | None, typer.Option(help="The system message.")]
 
 
 @app.command()
 def generate(
-    prompts: Annotated[list[str], typer.Argument(help="One prompt is streamed; several are answered together.")],
+    context: typer.Context,
+    prompts: Annotated[
+        list[str] | None,
+        typer.Argument(help="One prompt is streamed; several are answered together. - is what stdin has."),
+    ] = None,
+    more_prompts: Annotated[list[str] | None, typer.Option("--prompt", "-p", help="The same, as an option.")] = None,
+    system: SystemOption = None,
     model: ModelOption = None,
     config: Annotated[Path | None, typer.Option(help="YAML file of a deployment on this host.")] = None,
-    max_tokens: Annotated[int, typer.Option(help="Most tokens of each answer.")] = 128,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    max_tokens: MaxTokensOption = 128,
+    temperature: TemperatureOption = 0.0,
+    top_p: TopPOption = None,
+    seed: SeedOption = None,
+    stop: StopOption = None,
     kv_transfer_backend: Annotated[str | None, typer.Option(help="nccl, mooncake, ipc, auto, or your own.")] = None,
     connect: Annotated[str | None, typer.Option(metavar="HOST:PORT", help="Use the scheduler that runs there.")] = None,
     log_level: LogLevelOption = LogLevel.WARNING,
@@ -67,8 +94,35 @@ def generate(
     """Answer prompts. Starts a scheduler, a prefill and a decode instance here, unless --connect is given."""
     from hbserve.generate import GenerateArgs, generate_answers
 
-    args = GenerateArgs(prompts, model, config, max_tokens, temperature, kv_transfer_backend, connect, log_level.value)
+    all_prompts = [_typed_or_read(each) for each in [*(prompts or []), *(more_prompts or [])]]
+    if not all_prompts:
+        raise typer.BadParameter("expected at least one, or - to read it from stdin", param_hint="PROMPTS")
+    args = GenerateArgs(
+        all_prompts, system, model, config, _sampling(context), kv_transfer_backend, connect, log_level.value
+    )
     run(generate_answers(args), log_level)
+
+
+def _typed_or_read(prompt: str) -> str:
+    """Not in an event loop: a Ctrl-C ends the reading."""
+    if prompt != "-":
+        return prompt
+    text = "" if sys.stdin is None else sys.stdin.buffer.read().decode(errors="surrogateescape").removesuffix("\n")
+    if not text:
+        raise typer.BadParameter("'-': there is nothing in stdin", param_hint="PROMPTS")
+    return text
+
+
+def _sampling(context: typer.Context) -> dict[str, Any]:
+    """Keywords of SamplingParams that were given, or have a value here."""
+    names = ("max_tokens", "temperature", "top_p", "seed", "stop")
+    return {name: context.params[name] for name in names if context.params[name] not in (None, [], ())}
+
+
+def _one_model(argument: str | None, option: Path | None) -> Path | None:
+    if argument is not None and option is not None:
+        raise typer.BadParameter(f"{argument} and --model {option}: expected one of the two", param_hint="MODEL")
+    return option if argument is None else Path(argument)
 
 
 def _json_object(text: str) -> dict[str, Any]:
@@ -84,6 +138,7 @@ def _json_object(text: str) -> dict[str, Any]:
 @app.command()
 def serve(
     context: typer.Context,
+    named_model: ModelArgument = None,
     config: Annotated[Path | None, typer.Option(help="YAML file of the deployment; without it, one pair.")] = None,
     model: ModelOption = None,
     host: Annotated[str | None, typer.Option(help="Where the OpenAI server listens; 127.0.0.1.")] = None,
@@ -105,40 +160,59 @@ def serve(
     first_byte_timeout_s: Annotated[float | None, typer.Option("--first-byte-timeout", metavar="SECONDS")] = None,
     drain_timeout_s: Annotated[float | None, typer.Option("--drain-timeout", metavar="SECONDS")] = None,
     max_body_size: Annotated[str | None, typer.Option(help="Of a request, such as 16MiB.")] = None,
+    ray: Annotated[
+        str | None,
+        typer.Option(metavar="ADDRESS", help="Instances on the nodes of a Ray cluster; auto is this host's."),
+    ] = None,
     log_level: LogLevelOption = LogLevel.INFO,
 ) -> None:
     """Serve OpenAI's API, and run the scheduler and every instance of a deployment on this host."""
     from hbserve.serve import ServeArgs, serve_all
 
-    others = {"config", "model", "log_level"}
-    server = {name: value for name, value in context.params.items() if name not in others and value not in (None, [])}
-    run(serve_all(ServeArgs(config, model, log_level.value, server)), log_level)
+    others = {"named_model", "config", "model", "ray", "log_level"}
+    server = {
+        name: value for name, value in context.params.items() if name not in others and value not in (None, [], ())
+    }
+    run(serve_all(ServeArgs(config, _one_model(named_model, model), log_level.value, server, ray)), log_level)
 
 
 @app.command()
 def chat(
+    context: typer.Context,
+    named_model: ModelArgument = None,
     url: Annotated[str | None, typer.Option(help="A server's; without it, one pair is started here.")] = None,
     api_key: Annotated[str | None, typer.Option(help="For --url; or set HBSERVE_API_KEY.")] = None,
+    system: SystemOption = None,
     model: ModelOption = None,
     config: Annotated[Path | None, typer.Option(help="YAML file of a deployment on this host.")] = None,
-    max_tokens: Annotated[int, typer.Option(help="Most tokens of each answer.")] = 512,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    max_tokens: MaxTokensOption = 512,
+    temperature: TemperatureOption = 0.0,
+    top_p: TopPOption = None,
+    seed: SeedOption = None,
+    stop: StopOption = None,
     log_level: LogLevelOption = LogLevel.WARNING,
 ) -> None:
     """Talk to a model. Ctrl-C stops an answer, and not the program."""
     from hbserve.chat import ChatArgs
     from hbserve.chat import chat as talk
 
-    run(talk(ChatArgs(url, api_key, model, config, max_tokens, temperature, log_level.value)), log_level)
+    chosen = _one_model(named_model, model)
+    run(talk(ChatArgs(url, api_key, system, chosen, config, _sampling(context), log_level.value)), log_level)
+
+
+class InstanceType(StrEnum):
+    PREFILL = "prefill"
+    DECODE = "decode"
+    HYBRID = "hybrid"
 
 
 @app.command()
 def instance(
     config: ConfigOption,
-    instance_id: Annotated[str, typer.Option(help="Which of the file's gpu_instances; with --role, its own.")],
-    role: Annotated[InstanceRole | None, typer.Option(help="Of an instance that is not in the file.")] = None,
-    host: Annotated[str | None, typer.Option(help="With --role, where it is reached; 127.0.0.1.")] = None,
-    port: Annotated[int | None, typer.Option(help="With --role; 0 lets the system choose.")] = None,
+    instance_id: Annotated[str, typer.Option(help="Which of the file's gpu_instances, or of none: its name.")],
+    instance_type: Annotated[InstanceType | None, typer.Option(help="Needed if the file does not have it.")] = None,
+    host: Annotated[str | None, typer.Option(help="Where it serves, and where others reach it.")] = None,
+    port: Annotated[int | None, typer.Option(min=0, max=65535)] = None,
     register: Annotated[
         list[str] | None, typer.Option(metavar="HOST:PORT", help="Of a scheduler that is to use it. May be repeated.")
     ] = None,
@@ -147,9 +221,9 @@ def instance(
     """Run one instance of a deployment."""
     from hbserve.serve import InstanceArgs, serve_instance
 
-    chosen: Any = None if role is None else role.value
-    args = InstanceArgs(config, instance_id, chosen, host, port, register or [], log_level.value)
-    run(serve_instance(args), log_level)
+    own = {"instance_type": instance_type and instance_type.value, "host": host, "port": port}
+    given = {name: value for name, value in own.items() if value is not None}
+    run(serve_instance(InstanceArgs(config, instance_id, log_level.value, given, register or [])), log_level)
 
 
 @app.command()
@@ -201,6 +275,14 @@ def reload(connect: ConnectOption, log_level: LogLevelOption = LogLevel.WARNING)
 
 
 @app.command()
+def check(config: ConfigOption, log_level: LogLevelOption = LogLevel.WARNING) -> None:
+    """Look at a deployment, and at this host, before anything starts: addresses, limits, clock, GPUs, NCCL's path."""
+    from hbserve.check.deployment import CheckArgs, check_deployment
+
+    run(check_deployment(CheckArgs(config)), log_level)
+
+
+@app.command()
 def stats(
     connect: Annotated[str, typer.Option(metavar="HOST:PORT", help="Where its scheduler's RPC is.")],
     json: Annotated[bool, typer.Option("--json", help="All figures, for programs.")] = False,
@@ -210,6 +292,19 @@ def stats(
     from hbserve.stats import StatsArgs, show_stats
 
     run(show_stats(StatsArgs(connect, json)), log_level)
+
+
+@app.command()
+def top(
+    connect: Annotated[str, typer.Option(metavar="HOST:PORT", help="Where its scheduler's RPC is.")],
+    once: Annotated[bool, typer.Option("--once", help="Look for a second, print, and end.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="With --once: for programs.")] = False,
+    log_level: LogLevelOption = LogLevel.ERROR,
+) -> None:
+    """Watch a running deployment: instances, links, latencies, and the last requests."""
+    from hbserve.top import TopArgs, show_top
+
+    run(show_top(TopArgs(connect, once, json)), log_level)
 
 
 @app.command()
@@ -233,7 +328,13 @@ add_to(app)
 
 
 def main() -> None:
-    app()
+    try:
+        app()
+    except OSError as error:  # of output that cannot be written before a command runs: --help
+        typer.echo(f"error: {one_line(str(error))}", err=True)
+        raise SystemExit(1) from None
+    finally:
+        forget_what_nobody_takes()
 
 
 if __name__ == "__main__":

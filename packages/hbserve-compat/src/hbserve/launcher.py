@@ -20,6 +20,10 @@ from hbserve_scheduler.config import KVTransferSection
 QUIET_TORCH = ("TORCH_CPP_LOG_LEVEL", "ERROR")
 """Else it writes a trace of 30 lines for each peer that ends, of which the log says in words what matters."""
 
+WAIT_POLITELY = ("OMP_WAIT_POLICY", "PASSIVE")
+"""Else threads that wait for one of them spin, and take the core that it, or a neighbour, needs: beside one busy
+process two threads gave a third of the tokens."""
+
 
 def instance_settings(
     config: DeploymentConfig,
@@ -41,7 +45,7 @@ def instance_settings(
         "instance_id": instance.instance_id,
         "role": instance.instance_type,
         "model_path": str(model_folder),
-        "tensor_parallel_size": _num_ranks(config, instance),
+        "tensor_parallel_size": num_ranks(config, instance),
         "gpu_id": instance.gpu_id,
         "num_local_instances": len(neighbours),
         "num_on_gpu": _most_on_one_gpu(config, neighbours, instance),
@@ -71,7 +75,18 @@ def _same_machine(host: str, other: str) -> bool:
     return canonical_host(host) == canonical_host(other) or (is_here(host) and is_here(other))
 
 
-def _num_ranks(config: DeploymentConfig, instance: InstanceSection) -> int:
+def tensor_parallel_sizes(config: DeploymentConfig) -> set[int]:
+    """Of all instances of a deployment."""
+    return {num_ranks(config, each) for each in config.gpu_instances}
+
+
+def local_instances(config: DeploymentConfig) -> list[InstanceSection]:
+    """Those of a deployment whose host is this machine. May ask a name server."""
+    return [each for each in config.gpu_instances if is_here(each.host)]
+
+
+def num_ranks(config: DeploymentConfig, instance: InstanceSection) -> int:
+    """Processes, and on CUDA GPUs, of one instance."""
     return instance.tensor_parallel_size or config.engine_settings().tensor_parallel_size
 
 
@@ -81,7 +96,7 @@ def _most_on_one_gpu(
     """Of this instance's GPUs, on the one where the most are; None if nobody has said which they are."""
 
     def gpus(each: InstanceSection) -> range:
-        return range(0) if each.gpu_id is None else range(each.gpu_id, each.gpu_id + _num_ranks(config, each))
+        return range(0) if each.gpu_id is None else range(each.gpu_id, each.gpu_id + num_ranks(config, each))
 
     return max((sum(gpu in gpus(each) for each in neighbours) for gpu in gpus(instance)), default=None)
 
@@ -96,7 +111,7 @@ def _kv_settings(kv: KVTransferSection, instance: InstanceSection) -> dict[str, 
 
 def instance_environment(num_threads: int) -> dict[str, str]:
     """This process's, with the instance's threads, and torch's warnings only if they are asked for."""
-    return dict([QUIET_TORCH]) | os.environ | {"OMP_NUM_THREADS": str(num_threads)}
+    return dict([QUIET_TORCH, WAIT_POLITELY]) | os.environ | {"OMP_NUM_THREADS": str(num_threads)}
 
 
 class InstanceProcess(ChildProcess):

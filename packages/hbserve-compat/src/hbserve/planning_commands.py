@@ -1,4 +1,4 @@
-"""The commands `hbserve simulate` and `hbserve plan`: deployments that are not there yet."""
+"""The commands `hbserve profile`, `simulate` and `plan`: deployments that are not there yet."""
 
 import contextlib
 import logging
@@ -7,7 +7,15 @@ from collections.abc import Iterator
 import typer
 
 from hbserve.command import LogLevel, explaining, taking
-from hbserve.simulator.commands import PlanArgs, SimulateArgs, run_plan, run_simulation
+from hbserve.simulator.commands import PlanArgs, ProfileArgs, SimulateArgs, run_plan, run_simulation
+
+
+def _profile(args: ProfileArgs, log_level: LogLevel) -> None:
+    """Measure one instance: prompts, decode steps and transfers, into a small file for `simulate` and `plan`."""
+    from hbserve.simulator.measuring import measure_profile
+
+    with explaining(log_level):
+        measure_profile(args)
 
 
 def _simulate(args: SimulateArgs, log_level: LogLevel) -> None:
@@ -37,5 +45,6 @@ def _quiet_schedulers(log_level: LogLevel) -> Iterator[None]:
 
 def add_to(app: typer.Typer) -> None:
     """Add them to the command line."""
+    app.command("profile")(taking(ProfileArgs, _profile))
     app.command("simulate")(taking(SimulateArgs, _simulate))
     app.command("plan")(taking(PlanArgs, _plan))

@@ -5,30 +5,41 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from hbserve import demo_model
+from hbserve.child_process import ChildProcesses
 from hbserve.demo_model import find_model_folder
 from hbserve.ending import Ending, together, unless
-from hbserve.launcher import QUIET_TORCH, LocalInstances, instance_settings, launch_keys
+from hbserve.launcher import (
+    QUIET_TORCH,
+    WAIT_POLITELY,
+    LocalInstances,
+    instance_settings,
+    launch_keys,
+    tensor_parallel_sizes,
+)
 from hbserve.pd_disagg.config import PdDisaggConfig
-from hbserve_rpc import own_process
-from hbserve_rpc.messages import Role
+from hbserve.servable import require_servable
+from hbserve_rpc import InvalidAddress, check_peer_host, own_process
 from hbserve_scheduler import (
     ConfigError,
     CpuScheduler,
     DeploymentConfig,
     InstanceFailed,
+    InstanceSection,
     SchedulerServer,
     check,
     load_config,
 )
-from hbserve_scheduler.config import InstanceSection, ServerSection
+from hbserve_scheduler.config import ServerSection
 from hbserve_scheduler.declared import DeclaredInstances
 from hbserve_scheduler.discovery import DnsName
 from hbserve_scheduler.security import deployment_keys, require_keys
@@ -38,6 +49,9 @@ if TYPE_CHECKING:  # it imports the web server's libraries, which nothing else n
 
 logger = logging.getLogger(__name__)
 
+AnyInstance = Any
+"""Of this host or of a Ray cluster; `instance_id`, `role` and `address` are the same."""
+MakeInstances = Callable[..., ChildProcesses[AnyInstance]]
 READY_TIMEOUT_S = 600.0
 """Until every instance has loaded its model."""
 
@@ -51,6 +65,8 @@ class ServeArgs:
     log_level: str
     server: dict[str, Any] = field(default_factory=dict)
     """Keys of the section `server` that were given; they go before the file's."""
+    ray: str | None = None
+    """Address of the Ray cluster whose nodes run the instances; None is this host alone."""
 
     def deployment(self) -> DeploymentConfig:
         """Raises ConfigError."""
@@ -61,6 +77,11 @@ class ServeArgs:
         server = msgspec.structs.replace(config.server, **self.server)
         config = msgspec.structs.replace(config, server=server)
         check(config)
+        if self.ray is not None and config.server.api_servers > 1:
+            raise ConfigError(
+                f"server.api_servers={config.server.api_servers}: expected 1 with --ray: of an instance that is placed "
+                "on another node, and has another address then, one scheduler alone hears"
+            )
         return config
 
 
@@ -79,11 +100,29 @@ async def serve_all(args: ServeArgs) -> None:
         if front_end is not None:
             await front_end.start()
         folder = await find_model_folder(config.model.path)
-        reload = None if args.config is None else args.deployment
-        await _Deployment(config, folder, front_end, args.log_level, ending, reload).run()
+        require_servable(folder, config.engine_settings().load_format, tensor_parallel_sizes(config))
+        with _instances(config, folder, args) as instances:
+            reload = None if args.config is None else args.deployment
+            await _Deployment(config, folder, front_end, instances, ending, reload).run()
     finally:
         if front_end is not None:
             await front_end.stop()
+
+
+@contextmanager
+def _instances(config: DeploymentConfig, folder: Path, args: ServeArgs) -> Iterator[MakeInstances]:
+    """Makes the deployment's instances, of what is called at the death of one: on this host, or on a Ray cluster."""
+    if args.ray is None:
+        yield partial(LocalInstances, config, folder, log_level=args.log_level)
+        return
+    from hbserve.ray_cluster import cluster
+    from hbserve.ray_cluster.instances import RayInstances
+
+    cluster.connect(args.ray)
+    try:
+        yield partial(RayInstances, config, folder, log_level=args.log_level)
+    finally:
+        cluster.disconnect()
 
 
 def _front_end(settings: ServerSection, log_level: str, ending: Ending) -> "FrontEnd | None":
@@ -103,9 +142,9 @@ class _Deployment:
         config: DeploymentConfig,
         folder: Path,
         front_end: "FrontEnd | None",
-        log_level: str,
+        make_instances: MakeInstances,
         ending: Ending,
-        reload: Callable[[], DeploymentConfig] | None = None,
+        reload: Callable[[], DeploymentConfig] | None,
     ) -> None:
         """reload: reads the file again."""
         self._config = config
@@ -118,9 +157,7 @@ class _Deployment:
         # Its clients know the deployment's keys, and no others.
         self._server = SchedulerServer(self._scheduler, keys=keys["scheduler"] if config.keys is not None else None)
         self._server.declared = DeclaredInstances(self._server.members, config, reload, starts_its_own=True)
-        self._instances = LocalInstances(
-            config, folder, log_level=log_level, on_death=self._on_death, keys=keys.get("instance")
-        )
+        self._instances = make_instances(on_death=self._on_death, keys=keys.get("instance"))
         self._ending = ending
         self._is_ready = False
         self._background: set[asyncio.Task[None]] = set()
@@ -133,6 +170,12 @@ class _Deployment:
         task = asyncio.create_task(self._server.instance_died(instance_id, why))
         self._background.add(task)
         task.add_done_callback(self._background.discard)
+
+    async def _dial_again(self, started: AnyInstance) -> None:
+        """One that was started again on another node has another address."""
+        if self._scheduler.fleet.handles[started.instance_id].address != started.address:
+            await self._scheduler.remove_instance(started.instance_id)
+            await self._scheduler.add_instance(started.instance_id, started.role, started.address)
 
     def _on_signal(self, number: signal.Signals) -> None:
         logger.info("ending: %s", number.name)
@@ -163,7 +206,7 @@ class _Deployment:
             beginning.append(self._front_end.begin(self._name, self._folder, self._server))
         await together(*beginning)
         self._is_ready = True
-        self._instances.restart_the_dead(self._ending.by_death)
+        self._instances.restart_the_dead(self._ending.by_death, self._dial_again)
         own_process.freeze_heap()
         if self._front_end is not None:
             sys.stderr.write(self._how_to_ask(self._front_end))
@@ -188,30 +231,36 @@ class InstanceArgs:
 
     config: Path
     instance_id: str
-    role: Role | None
-    host: str | None
-    port: int | None
-    schedulers: list[str]
     log_level: str
+    given: dict[str, Any] = field(default_factory=dict)
+    """Keys of gpu_instances that were given; they go before the file's. With `instance_type` the file need not have the
+    instance at all: where instances are found by a name, each has its id and its address from whoever starts it."""
+    schedulers: list[str] = field(default_factory=list)
+    """Addresses of those that it registers itself with."""
 
-    def section(self, config: DeploymentConfig) -> InstanceSection:
-        """The file's, or with `role` one that the file leaves to whoever starts instances. Raises ConfigError."""
-        found = [each for each in config.named_instances if each.instance_id == self.instance_id]
-        if self.role is None:
-            if not found:
-                names = ", ".join(each.instance_id for each in config.named_instances) or "no instance that has an id"
-                more = "; with --role it may be any other"
-                raise ConfigError(f"--instance-id={self.instance_id!r}: {self.config} has {names}{more}")
-            if self.host is not None or self.port is not None:
-                raise ConfigError("--host and --port: expected none without --role: the file has them")
-            return found[0]
-        if found:
-            raise ConfigError(f"--role={self.role}: expected none: {self.config} has {self.instance_id!r} already")
-        behind = [DnsName.of(each.discover).port for each in config.gpu_instances if each.discover is not None]
-        port = self.port if self.port is not None else next(iter(behind), 0)
-        return InstanceSection(
-            instance_id=self.instance_id, instance_type=self.role, host=self.host or "127.0.0.1", port=port
-        )
+    def deployment(self) -> tuple[DeploymentConfig, InstanceSection]:
+        """The file's, and the instance, which is one of it. Raises ConfigError."""
+        config = load_config(self.config)
+        in_file = {each.instance_id: each for each in config.named_instances}
+        if self.instance_id in in_file:
+            instance = msgspec.structs.replace(in_file[self.instance_id], **self.given)
+            instances = [instance if each.instance_id == self.instance_id else each for each in config.gpu_instances]
+        elif "instance_type" in self.given:
+            role = self.given["instance_type"]
+            found = [each.discover for each in config.gpu_instances if each.discover and each.instance_type == role]
+            known = {"port": DnsName.of(found[0]).port} if found else {}
+            instance = InstanceSection(instance_id=self.instance_id, **(known | self.given))
+            instances = [instance]  # alone: nothing is known of what else this host has
+        else:
+            names = ", ".join(in_file) or "none that has an id"
+            raise ConfigError(
+                f"--instance-id={self.instance_id!r}: {self.config} has {names}; give --instance-type too"
+            )
+        try:
+            check_peer_host(instance.host)
+        except InvalidAddress as error:
+            raise ConfigError(f"--host={error}") from None
+        return msgspec.structs.replace(config, gpu_instances=instances), instance
 
 
 async def serve_instance(args: InstanceArgs) -> None:
@@ -221,15 +270,14 @@ async def serve_instance(args: InstanceArgs) -> None:
         ConfigError: the file has no such instance, or is wrong.
         KeysError: the keys that it names cannot be used.
         AddressInUse: its address is taken.
-        InvalidInstanceConfig: an argument cannot be.
     """
     os.environ.setdefault(*QUIET_TORCH)  # torch reads it when it is imported
+    os.environ.setdefault(*WAIT_POLITELY)
     from hbserve_core import InstanceConfig, run_instance
 
-    config = load_config(args.config)
-    section = args.section(config)
+    config, instance = args.deployment()
     require_keys(config, launched=False)
     keys = deployment_keys(config, "instance")
     folder = await find_model_folder(config.model.path)
-    settings = instance_settings(config, section, folder, log_level=args.log_level, keys=keys)
+    settings = instance_settings(config, instance, folder, log_level=args.log_level, keys=keys)
     await run_instance(msgspec.convert(settings | {"schedulers": args.schedulers}, InstanceConfig))

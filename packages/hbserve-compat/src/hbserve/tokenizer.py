@@ -78,16 +78,18 @@ def encode(tokenizer: Any, text: str, *, add_special_tokens: bool = True) -> lis
     return ids
 
 
-def encode_message(tokenizer: Any, text: str) -> list[int]:
-    """Token ids of the text as a user's message, if the model has a chat template; else of the text as a prompt.
+def encode_message(tokenizer: Any, text: str, system: str | None = None) -> list[int]:
+    """Token ids of the text as a user's message, after a system message if there is one; if the model has no chat
+    template and nothing needs one, of the text as a prompt.
 
     Raises:
         InvalidRequest: (a ValueError) it is not Unicode text, or the template refuses it, or cannot be read; says why.
     """
     text = plain_text("prompt", text)
-    if not getattr(tokenizer, "chat_template", None):
+    if system is None and not getattr(tokenizer, "chat_template", None):
         return encode(tokenizer, text)
-    return encode_messages(tokenizer, [{"role": "user", "content": text}], name="prompt")
+    before = [] if system is None else [{"role": "system", "content": plain_text("system", system)}]
+    return encode_messages(tokenizer, [*before, {"role": "user", "content": text}], name="prompt")
 
 
 def encode_messages(

@@ -1,9 +1,12 @@
-"""The engine of HBServe: models, a paged KV pool, batching, and GpuInstance."""
+"""The engine of HBServe: models, a paged KV pool, batching, and GpuInstance.
+
+torch is imported with the first name that needs it: who only asks whether a model can be served does not wait for it.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from hbserve_core.config import InstanceConfig
-from hbserve_core.engine.block_manager import BlockManager
-from hbserve_core.engine.engine import Engine
-from hbserve_core.engine.outputs import EngineStats, Reservation, StepOutput
 from hbserve_core.errors import (
     EngineStopped,
     HBServeCoreError,
@@ -15,10 +18,15 @@ from hbserve_core.errors import (
     UnsupportedModel,
     WeightsMismatch,
 )
-from hbserve_core.instance.gpu_instance import GpuInstance
-from hbserve_core.instance.process import run_instance
-from hbserve_core.ranks.make_runner import make_runner
-from hbserve_core.torch_runner.runner import ModelRunner
+
+if TYPE_CHECKING:
+    from hbserve_core.engine.block_manager import BlockManager
+    from hbserve_core.engine.engine import Engine
+    from hbserve_core.engine.outputs import EngineStats, Reservation, StepOutput
+    from hbserve_core.instance.gpu_instance import GpuInstance
+    from hbserve_core.instance.process import run_instance
+    from hbserve_core.ranks.make_runner import make_runner
+    from hbserve_core.torch_runner.runner import ModelRunner
 
 __all__ = [
     "BlockManager",
@@ -41,3 +49,27 @@ __all__ = [
     "make_runner",
     "run_instance",
 ]
+
+_NEED_TORCH = {
+    "BlockManager": "engine.block_manager",
+    "Engine": "engine.engine",
+    "EngineStats": "engine.outputs",
+    "GpuInstance": "instance.gpu_instance",
+    "ModelRunner": "torch_runner.runner",
+    "Reservation": "engine.outputs",
+    "StepOutput": "engine.outputs",
+    "make_runner": "ranks.make_runner",
+    "run_instance": "instance.process",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Called for names that are not here yet (PEP 562)."""
+    if name not in _NEED_TORCH:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = found = getattr(import_module(f"{__name__}.{_NEED_TORCH[name]}"), name)
+    return found
+
+
+def __dir__() -> list[str]:
+    return __all__

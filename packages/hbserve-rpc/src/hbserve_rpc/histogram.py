@@ -35,6 +35,10 @@ class Histogram(msgspec.Struct, tag=True):
         self.counts[-1] += len(ordered) - below
         self.total += sum(ordered)
 
+    def copy(self) -> "Histogram":
+        """As it is now."""
+        return Histogram(self.bounds, list(self.counts), self.total)
+
     def __add__(self, other: "Histogram") -> "Histogram":
         """Of both. Raises ValueError: their bounds differ."""
         if self.bounds != other.bounds:

@@ -9,7 +9,6 @@ Schema rules (peers may be of different versions): a new field has a default; a 
                                        └─────GENERATE──▶ decode instance     the same, where it computes the prompt
                                           (END_CHOICE)──▶ decode or hybrid    of several choices one needs no more
     Ahead of requests:           scheduler ──CONNECT──▶ prefill instance    to a decode instance
-    As long as it is a member:   scheduler ──REPORTS──▶ instance            InstanceInfo, InstanceReports
 Closing a stream early is how a request is aborted, at every hop.
 """
 
@@ -17,6 +16,7 @@ from typing import Annotated, Literal
 
 import msgspec
 
+from hbserve_rpc.counts import HttpCounts, LinkCounts
 from hbserve_rpc.histogram import Histogram
 from hbserve_rpc.methods import Method, Notification, StreamMethod
 from hbserve_rpc.prompt_shape import DIGEST_BYTES, MOST_REPORTED, PromptShape
@@ -32,8 +32,7 @@ TokenLogprobs = dict[int, float]
 """Of one place: the log-probabilities of the most likely tokens, in order, and of the one that is there: if it is none
 of those, it comes last."""
 FinishReason = Literal["stop", "length", "abort"]
-InstanceStatus = Literal["starting", "ready", "suspect", "draining", "failed", "lost"]
-"""hbserve_scheduler/health.py draws them. "suspect" and "lost" are what others say of an instance."""
+InstanceStatus = Literal["starting", "ready", "suspect", "draining", "failed", "lost"]  # suspect, lost: others say so
 
 
 class Empty(msgspec.Struct, frozen=True, tag=True):
@@ -164,7 +163,7 @@ class Granted(msgspec.Struct, frozen=True, tag=True):
     """Tokens of the prompt whose KV the decode instance holds already; these are not moved."""
 
 
-class TokenEvent(msgspec.Struct, frozen=True, tag=True):
+class TokenEvent(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
     """New tokens of one choice of a request, from one engine step or several."""
 
     index: int
@@ -182,6 +181,8 @@ class TokenEvent(msgspec.Struct, frozen=True, tag=True):
     the first one."""
     choice: int = 0
     """Of `SamplingParams.n`."""
+    num_preemptions: int = 0
+    """How often it has given its blocks up to others on its instance so far, and was computed again."""
 
 
 class Milestone(msgspec.Struct, frozen=True, tag=True, array_like=True):
@@ -280,6 +281,10 @@ class InstanceStats(msgspec.Struct, frozen=True, tag=True):
     num_blocks: int = 0
     free_blocks: int = 0
     """Blocks that nobody holds, those kept as prefix cache included."""
+    cached_blocks: int = 0
+    """Of the free ones, those kept as prefix cache."""
+    reserved_blocks: int = 0
+    """Of requests that wait for a transfer. One that several of them share counts for each."""
     quarantined_blocks: int = 0
     active_transfers: int = 0
     """Each pair of ranks counts, where instances have several."""
@@ -297,6 +302,10 @@ class InstanceStats(msgspec.Struct, frozen=True, tag=True):
     """As active_transfers."""
     dropped_messages: int = 0
     """Late, duplicate, unknown and stale-epoch transfer messages."""
+    iteration_tokens: Histogram | None = None
+    """Tokens computed in one step, of all steps so far."""
+    loop_lag: Histogram | None = None
+    """Seconds that its event loop was late. See loop_lag.py."""
 
 
 class LatencySummary(msgspec.Struct, frozen=True, tag=True):
@@ -320,7 +329,7 @@ class SchedulerStats(msgspec.Struct, frozen=True, tag=True):
     running_requests: int = 0
     retries: int = 0
     refusals: int = 0
-    """Places that an instance would not give, having enough to do by what other schedulers have given it."""
+    """Places that an instance would not give, having enough to do."""
     local_prefills: int = 0
     """Attempts in which a decode instance computed the prompt itself."""
     success_rate: float = 1.0
@@ -338,8 +347,16 @@ class SchedulerStats(msgspec.Struct, frozen=True, tag=True):
     """By finish reason, or "error"."""
     failed_attempts: dict[str, int] = {}
     """By the name of the error, of those that were tried again too."""
+    delay_s: dict[str, float] = {}
+    """Time that requests have waited for others, by cause: see RequestRecord.delays."""
+    delayed_requests: dict[str, int] = {}
+    """Those that were held up for much of their time, by the main cause."""
     histograms: dict[str, Histogram] = {}
     """By the name of the metric: in seconds, bytes or tokens, as it says."""
+    links: dict[str, LinkCounts] = {}
+    """By "prefill > decode"."""
+    http: dict[str, HttpCounts] = {}
+    """Of the front ends, by method, path and status."""
     instances: list[InstanceStats] = []
 
 

@@ -7,10 +7,18 @@
 An attempt that fails is followed by the next one, from `place` on.
 """
 
+from typing import Literal
+
 import msgspec
 
 from hbserve_rpc.messages import FinishReason, RequestFinished
 from hbserve_rpc.methods import Method
+
+Delay = Literal["queue", "reservation", "transfer", "preemption", "retry"]
+"""What a request may wait for beside its own computation: a place, room on the decode instance, its KV after the prompt
+was computed, blocks that it had to give up, and another attempt."""
+MUCH = 0.25
+"""Part of its time for which a request is held up by something that is to be named."""
 
 
 class AttemptRecord(msgspec.Struct, tag=True):
@@ -26,7 +34,9 @@ class AttemptRecord(msgspec.Struct, tag=True):
     first_token_s: float | None = None
     """The first token of this attempt was there."""
     kv_moved_s: float | None = None
-    """The prefill instance has said that all KV is there."""
+    """The prefill instance has said that all KV is there. That comes by way of it, and may be late."""
+    decoding_s: float | None = None
+    """The first token of the decode instance was there, and so was the KV."""
     computed: list[tuple[float, int]] = []
     """When the prefill instance had computed how many tokens of the prompt: one for each chunk. As late as the message
     that told it was under way, at most; what moved no KV has none."""
@@ -35,6 +45,39 @@ class AttemptRecord(msgspec.Struct, tag=True):
     ended_s: float | None = None
     error: str = ""
     """Why it failed."""
+
+    def waits(self, end_s: float) -> "dict[Delay, float]":
+        """For the decode instance's room and then for the KV; `end_s` is when the request ended."""
+        granted_s = end_s if self.granted_s is None else self.granted_s
+        # The prompt may be computed before there is room, and nobody waits for that meanwhile.
+        before = [at_s for at_s, _ in self.computed if at_s <= granted_s]
+        found: dict[Delay, float] = {"reservation": max(0.0, granted_s - max([self.began_s, *before]))}
+        if self.kv_there_s is not None:
+            computed_s = self.computed[-1][0] if self.computed else self.first_token_s or self.kv_there_s
+            found["transfer"] = max(0.0, self.kv_there_s - max(computed_s, granted_s))
+        return found
+
+    @property
+    def kv_there_s(self) -> float | None:
+        """All KV was with the decode instance, at the latest."""
+        return min((at_s for at_s in (self.kv_moved_s, self.decoding_s) if at_s is not None), default=None)
+
+    @property
+    def kv_overlap(self) -> float | None:
+        """Part of the transfer's time, from its first part to its end, in which the prompt was still being computed:
+        nobody waited for that. None: nothing was moved."""
+        if self.kv_moved_s is None or not self.pushed or not self.computed:
+            return None
+        began_s = self.pushed[0][0]
+        took_s = self.kv_moved_s - began_s
+        return min(max((self.computed[-1][0] - began_s) / took_s, 0.0), 1.0) if took_s > 0 else 1.0
+
+    @property
+    def busy_instances(self) -> set[str]:
+        """Those that have it still, as far as the scheduler was told."""
+        if self.ended_s is not None:
+            return set()
+        return {self.decode_instance, self.prefill_instance if self.kv_moved_s is None else ""} - {""}
 
 
 class RequestRecord(msgspec.Struct, frozen=True, tag=True):
@@ -57,6 +100,10 @@ class RequestRecord(msgspec.Struct, frozen=True, tag=True):
     error: str = ""
     num_choices: int = 1
     """Their tokens are all in `num_output_tokens`; other times than the end are of the first one."""
+    num_preemptions: int = 0
+    """Of all choices: see TokenEvent."""
+    stalled: tuple[float, float] | None = None
+    """Of one that was preempted, the longest time between two messages with tokens: from, and to."""
 
     @property
     def queue_s(self) -> float:
@@ -80,6 +127,27 @@ class RequestRecord(msgspec.Struct, frozen=True, tag=True):
         """See RequestFinished.tpot_s; None: there was one token at most."""
         num_tokens = self.num_output_tokens / self.num_choices
         return self.decode_s / (num_tokens - 1) if self.decode_s and num_tokens > 1 else None
+
+    @property
+    def delays(self) -> dict[Delay, float]:
+        """Seconds that it waited, by cause."""
+        found: dict[Delay, float] = {"queue": self.queue_s}
+        if self.attempts:
+            last = self.attempts[-1]
+            if len(self.attempts) > 1:
+                found["retry"] = last.began_s - self.queue_s
+            if self.is_disaggregated:
+                found |= last.waits(self.e2e_s)
+        if self.stalled is not None:
+            found["preemption"] = self.stalled[1] - self.stalled[0]
+        return found
+
+    @property
+    def main_delay(self) -> Delay | None:
+        """The longest of them, if the request was held up by it for much of its time."""
+        delays = self.delays
+        cause = max(delays, key=delays.__getitem__)
+        return cause if delays[cause] > MUCH * self.e2e_s else None
 
     @property
     def is_disaggregated(self) -> bool:
@@ -123,7 +191,27 @@ class RequestRecord(msgspec.Struct, frozen=True, tag=True):
         failed = [f"attempt {i}: {each.error}" for i, each in enumerate(self.attempts, 1) if each.error]
         if failed and self.finish_reason is not None:
             how += f" after {'; '.join(failed)}"
-        return f"{line}: {how}"
+        return f"{line}: {how}" + (f"; {self.held_up}" if self.held_up else "")
+
+    @property
+    def held_up(self) -> str:
+        """The main delay in words; "": there is none."""
+        cause, last = self.main_delay, self.attempts[-1] if self.attempts else AttemptRecord(0.0)
+        if cause is None:
+            return ""
+        how_long = _ms(self.delays[cause])
+        match cause:
+            case "queue":
+                return f"waited {how_long} in the queue"
+            case "reservation":
+                return f"waited {how_long} for room on {last.decode_instance}"
+            case "transfer":
+                return f"waited {how_long} for its KV from {last.prefill_instance} to {last.decode_instance}"
+            case "preemption":
+                times = "once" if self.num_preemptions == 1 else f"{self.num_preemptions} times"
+                return f"preempted {times}, and stood still for {how_long}"
+            case "retry":
+                return f"lost {how_long} by attempts that failed"
 
     def _phases(self) -> list[str]:
         phases = [f"queue {_ms(self.queue_s)}"]

@@ -49,7 +49,8 @@ class RpcStream(AsyncIterator[R], Generic[R]):
         self._timeout_s = timeout_s
         self._items: deque[R] = deque()
         self._error: Exception | None = None
-        self._arrived = asyncio.Event()
+        self._reader: asyncio.Future[None] | None = None
+        """Whoever waits for an item or the end. Not an Event, which for each token would take as long again."""
         self._num_received = 0
         self._num_taken = 0
 
@@ -64,7 +65,7 @@ class RpcStream(AsyncIterator[R], Generic[R]):
             self.fail(ProtocolMismatch(f"{self._client.address} answered {self.method} with {error}"))
             return False
         self._num_received += 1
-        self._arrived.set()
+        self._wake()
         return True
 
     def end(self, envelope: wire.Reply | wire.End | wire.Failed, body: bytes) -> None:
@@ -76,7 +77,11 @@ class RpcStream(AsyncIterator[R], Generic[R]):
         """End the stream after what has arrived already. The first cause is kept."""
         self._client.forget(self.id)
         self._error = self._error or error
-        self._arrived.set()
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._reader is not None and not self._reader.done():
+            self._reader.set_result(None)
 
     async def __anext__(self) -> R:
         if self.opening is not None:
@@ -86,20 +91,20 @@ class RpcStream(AsyncIterator[R], Generic[R]):
         while not self._items:
             if self._error is not None:
                 raise self._error
-            self._arrived.clear()
-            await self._wait()
+            self._reader = asyncio.get_running_loop().create_future()
+            if self._timeout_s is None:  # for each token: without even an idle timer
+                await self._reader
+            else:
+                await self._wait(self._reader, self._timeout_s)
         self._num_taken += 1
         if self._num_taken % (wire.CREDIT // 2) == 0 and self._error is None:
             self._client.give_credit(self.id, wire.CREDIT // 2)
         return self._items.popleft()
 
-    async def _wait(self) -> None:
-        if self._timeout_s is None:  # for each token: without even an idle timer
-            await self._arrived.wait()
-            return
-        late = asyncio.get_running_loop().call_later(self._timeout_s, self._is_late)
+    async def _wait(self, reader: "asyncio.Future[None]", timeout_s: float) -> None:
+        late = asyncio.get_running_loop().call_later(timeout_s, self._is_late)
         try:
-            await self._arrived.wait()
+            await reader
         finally:
             late.cancel()
 
@@ -108,7 +113,7 @@ class RpcStream(AsyncIterator[R], Generic[R]):
             return
         silent = f"no answer to {self.method} within {self._timeout_s:.3g} s{self._client.problem}"
         self._close(RpcTimeout(f"{self._client.address}: {silent}"))
-        self._arrived.set()
+        self._wake()
 
     async def aclose(self) -> None:
         """Want no more of it: the server stops. May be called twice, and after the end."""

@@ -60,6 +60,8 @@ class EngineSettings(msgspec.Struct, kw_only=True):
     tensor_parallel_size: Annotated[int, In("model"), POSITIVE] = 1
     """Ranks that the model is split among: one process each, on neighbouring GPUs of a host, or on the CPU. The model's
     heads and MLP must be divisible by it. An instance of a deployment may say another number itself."""
+    expert_parallel: Annotated[bool, In("model")] = False
+    """Each rank has some of a model's experts whole. Otherwise it has its part of every expert."""
     dtype: Annotated[Literal["auto", "float32", "bfloat16", "float16"], In("model")] = "auto"
     """"auto" takes the checkpoint's."""
     max_model_len: Annotated[int | None, In("model"), POSITIVE] = None
@@ -99,6 +101,9 @@ class EngineSettings(msgspec.Struct, kw_only=True):
     """Most sequences in one step of an instance."""
     max_num_batched_tokens: Annotated[int, In("engine"), POSITIVE] = 2048
     """Most tokens in one step of an instance."""
+    health_port: Annotated[int | None, In("engine"), PORT] = None
+    """HTTP port for /health, /ready and /metrics: an instance with kv_rank r listens at it + r; 0 lets the OS choose,
+    and None is none."""
     prefix_caching: Annotated[bool, In("engine")] = True
     """Keep the KV of prompts that have ended, for others that begin in the same way."""
 

@@ -7,6 +7,7 @@ from collections.abc import Coroutine, Iterator
 from typing import Any
 
 from hbserve_rpc import EngineFailed, HBServeRpcError, InvalidRequest, Overloaded, PeerDied, PeerLost, RemoteError
+from hbserve_rpc.counts import LinkCounts
 from hbserve_rpc.messages import (
     DECODE,
     END_CHOICE,
@@ -40,6 +41,8 @@ class Attempt:
         self._record = AttemptRecord(entry.since_submit_s())
         entry.attempts.append(self._record)
         self._transfer_id = uuid.uuid4().hex
+        self._moving: LinkCounts | None = None
+        """The link of its transfer, from the grant to the transfer's end."""
         self._lives: list[tuple[InstanceHandle, str]] = []
         """Instances that compute for it, in the life that they have."""
         self._request_id = f"{entry.request.request_id}.{self._transfer_id[:8]}"
@@ -55,14 +58,23 @@ class Attempt:
         """Raises HBServeRpcError if it fails; what was delivered until then stays delivered."""
         try:
             await self._run()
+            self._end_transfer("completed")
         except HBServeRpcError as error:
+            self._end_transfer("failed")
             self._record.error = str(error)
             if not isinstance(error, Overloaded):  # who refuses has not computed it
                 self._entry.was_on += self._lives
             self._entry.num_tried = self._entry.num_delivered
             raise
         finally:
+            self._end_transfer("aborted")
             self._record.ended_s = self._entry.since_submit_s()
+
+    def _end_transfer(self, outcome: str) -> None:
+        """Unless it has ended already."""
+        if self._moving is not None:
+            self._moving.end(outcome)
+            self._moving = None
 
     async def _run(self) -> None:
         entry, place = self._entry, self._placement
@@ -165,6 +177,8 @@ class Attempt:
                 raise RemoteError(f"sent {type(granted).__name__} before its grant")
         self._is_granted = True
         self._record.granted_s = self._entry.since_submit_s()
+        self._moving = self._entry.figures.link(self._record.prefill_instance, self._record.decode_instance)
+        self._moving.active += 1
         self._placement.granted()
         self._entry.num_cached_tokens = granted.num_cached_tokens
         return granted.grant
@@ -257,6 +271,10 @@ class Attempt:
                 self._entry.tell_ends()
 
     def _note_moved(self, done: TransferDone) -> None:
+        if self._moving is not None:
+            self._moving.num_bytes += done.num_bytes
+            self._moving.time_s += done.time_s
+        self._end_transfer("completed")
         now_s = self._record.kv_moved_s = self._entry.since_submit_s()
         self._record.computed = [(now_s - each.age_s, each.count) for each in done.computed]
         self._record.pushed = [(now_s - each.age_s, each.count) for each in done.pushed]
@@ -271,7 +289,8 @@ class Attempt:
                     if event.index > num_delivered or expects_more:
                         # P's token was sent before this one, but came another way.
                         await self._first_token.wait()
-                    self._decoding = True
+                    if not self._decoding:
+                        self._decoding, self._record.decoding_s = True, self._entry.since_submit_s()
                     self._deliver(event)
                     if self._has_no_choice_left():
                         break

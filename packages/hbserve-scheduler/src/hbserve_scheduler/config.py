@@ -99,6 +99,8 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     host: str = "127.0.0.1"
     """Where it serves clients; 0.0.0.0 and :: are every address of its machine."""
     port: Annotated[int, PORT] = 5550
+    health_port: Annotated[int | None, PORT] = None
+    """HTTP port for /health, /ready and /metrics; 0 lets the OS choose, None is none."""
     prefill_policy: str = "power_of_two"
     """Which instance takes the next request: round_robin, least_loaded, power_of_two, the name of an entry point in the
     group `hbserve_scheduler.policies`, or `module:Class`."""
@@ -108,7 +110,7 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     """A prompt of which fewer tokens than so many are not cached on a decode instance is computed there, and nothing is
     moved. 0: none is."""
     local_prefill_fallback: bool = True
-    """Where no prefill instance is left, nor being started, decode instances compute prompts. False: requests wait."""
+    """Where no prefill instance is ready, decode instances compute prompts. False: requests wait."""
     max_queue_size: Annotated[int, POSITIVE] = 4096
     """Requests beyond this are refused as overload."""
     max_queue_time_s: Annotated[float, Bounds(0.01)] = 30.0
@@ -176,6 +178,18 @@ class ServerSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     """Largest body of a request, in bytes or as a text like "16MiB"."""
 
 
+class RaySection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Where `hbserve serve --ray` places instances; docs/ray.md says how."""
+
+    place: Literal["any", "pair"] = "any"
+    """any: each instance on a node that has room for it; pair: the first prefill and the first decode instance on one
+    node, and so on."""
+    resources: dict[Role, dict[str, float]] = {}
+    """Of Ray's nodes, what each instance of a role takes beside its cores and GPUs."""
+    accelerator_type: dict[Role, str] = {}
+    """Kind of GPU for a role, as Ray calls it, such as H100."""
+
+
 class DeploymentConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A deployment: the whole YAML file."""
 
@@ -187,6 +201,7 @@ class DeploymentConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     engine: EngineSection = EngineSection()
     scheduler: SchedulerConfig = SchedulerConfig()
     server: ServerSection = ServerSection()
+    ray: RaySection = RaySection()
     keys: str | None = None
     """Folder that `hbserve keys` has made: processes know each other by the keys that are in it."""
     allow_insecure: bool = False

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import logging
 import time
+from collections import Counter
 from collections.abc import Collection
 from functools import partial
 from itertools import takewhile
@@ -12,7 +13,6 @@ from hbserve_rpc import (
     HBServeRpcError,
     InvalidRequest,
     Keys,
-    LogitsNotFinite,
     Overloaded,
     RequestTimeout,
     RpcClient,
@@ -30,14 +30,11 @@ from hbserve_scheduler.fleet import Fleet
 from hbserve_scheduler.instance_client import ClientFactory
 from hbserve_scheduler.instances import Placement
 from hbserve_scheduler.request import EventStream, ScheduledRequest
-from hbserve_scheduler.retries import Retries
+from hbserve_scheduler.retries import Retries, require_another_attempt
 
 logger = logging.getLogger(__name__)
 
 TICK_S = 0.5
-MOST_DEATHS = 2
-"""Of instances that a request was on: one may have been killed, two tell of the request. See `Retries` for those that
-were there by chance."""
 
 
 class CpuScheduler:
@@ -101,11 +98,13 @@ class CpuScheduler:
 
     async def start(self) -> None:
         await self.fleet.start()
+        self.figures.loop_lag.start()
         self._scheduling = asyncio.create_task(self._schedule())
 
     async def stop(self) -> None:
         """End every request, as aborted if it has not all of its tokens. Leaves no task or socket behind."""
         self._stopped = True
+        self.figures.loop_lag.stop()
         self._admission.look_again()
         for entry in [*self.waiting_requests, *self.running_requests.values()]:
             self._end(entry, entry.finish_reason or "abort")
@@ -305,33 +304,13 @@ class CpuScheduler:
             except HBServeRpcError as error:
                 if entry.finish_reason:  # all tokens are delivered; what failed afterwards changes nothing
                     return
-                self._judge(entry, error, problems)
+                require_another_attempt(entry, error, problems, self.config.max_attempts)
             finally:
                 placement.end()
             if entry.has_parted:
                 await self._choices_apart(entry, problems)
                 return
             placement = await self._next_placement(entry, problems)
-
-    def _judge(self, entry: ScheduledRequest, error: HBServeRpcError, problems: list[str]) -> None:
-        """An attempt has failed. Raises what ends the request; else it is to get another place."""
-        if isinstance(error, InvalidRequest | LogitsNotFinite | RequestTimeout):  # another instance would say the same
-            raise error
-        if isinstance(error, Overloaded) and entry.attempts[-1].first_token_s is None:
-            logger.debug("request %s is to be placed again: %s", entry.request.request_id, error)
-            entry.attempts.pop()  # who refuses has not begun: that was none
-            self.figures.num_refusals += 1
-            return
-        problems.append(f"attempt {len(entry.attempts)}: {error}")
-        logger.warning("request %s: %s", entry.request.request_id, problems[-1])
-        self.figures.failed_attempts[type(error).__name__] += 1
-        if len(entry.deaths) >= MOST_DEATHS:
-            died = " and ".join(entry.deaths)
-            why = f"it was on {died} as they died, and is tried on no other: it may be what they died of"
-            raise RequestFailed("; ".join([*problems, why])) from error
-        if len(entry.attempts) >= self.config.max_attempts:
-            raise RequestFailed("; ".join(problems)) from error
-        self.figures.num_retries += not entry.has_parted  # else each choice goes on by itself
 
     async def _next_placement(self, entry: ScheduledRequest, problems: Collection[str]) -> Placement:
         placement = await self.retries.wait_for_place(entry, self.config.instance_wait_s)
@@ -370,13 +349,24 @@ class CpuScheduler:
     def stats(self) -> SchedulerStats:
         for entry in self.running_requests.values():
             entry.count()
+        for each in self.figures.links.values():
+            each.is_up = None
+        for prefill, decode, is_up in self.fleet.linked():
+            self.figures.link(prefill.instance_id, decode.instance_id).is_up = is_up
         return SchedulerStats(
             **self.figures.snapshot(),
             waiting_requests=len(self.waiting_requests),
             waiting_tokens=self.waiting_requests.num_tokens,
-            running_requests=len(self.running_requests),
+            # One that has ended may have to be cancelled on its instances still.
+            running_requests=sum(not each.ended for each in self.running_requests.values()),
             instances=[handle.stats for handle in self.fleet.handles.values()],
         )
+
+    def active_requests(self) -> Counter[str]:
+        """How many of this scheduler's requests each instance has: now, where its own figures are those of its last
+        heartbeat."""
+        running = [each for each in self.running_requests.values() if not each.ended]
+        return Counter(name for each in running for name in each.busy_instances)
 
     def records(self, last_s: float, request_id: str = "") -> list[RequestRecord]:
         """Requests that ended within the last `last_s` seconds, or one of these."""

@@ -4,11 +4,13 @@ import logging
 import math
 from collections import Counter, deque
 from collections.abc import Collection
-from typing import Any
+from typing import Any, get_args
 
+from hbserve_rpc.counts import HttpCounts, LinkCounts
 from hbserve_rpc.histogram import Histogram
+from hbserve_rpc.loop_lag import LoopLag
 from hbserve_rpc.messages import LatencySummary
-from hbserve_rpc.records import RequestRecord
+from hbserve_rpc.records import Delay, RequestRecord
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +40,7 @@ BOUNDS = {
     "kv_handoff_exposed_seconds": FIRST_S,
     "kv_transfer_seconds": FIRST_S,
     "kv_transfer_request_bytes": BYTES,
+    "kv_transfer_overlap_ratio": "0 0.1 0.2 0.3 0.4 0.5 0.6 0.7 0.8 0.9 0.95 1",
 }
 
 
@@ -54,6 +57,14 @@ class Figures:
         self.failed_attempts = Counter[str]()
         self.histograms = {name: Histogram.over([*map(float, bounds.split())]) for name, bounds in BOUNDS.items()}
         self.between_tokens = self.histograms["inter_token_latency_seconds"]
+        self.delay_s: dict[str, float] = dict.fromkeys(get_args(Delay), 0.0)
+        self.delayed = Counter[str]()
+        """Requests by the main cause."""
+        self.loop_lag = LoopLag()
+        self.histograms["event_loop_lag_seconds"] = self.loop_lag.histogram
+        self.links: dict[str, LinkCounts] = {}
+        self.http: dict[str, HttpCounts] = {}
+        """Of whoever serves this scheduler over HTTP, who counts it."""
         self.records: deque[RequestRecord] = deque(maxlen=MOST_RECORDS)
         """Requests that have ended, the last one at the end."""
         self._handoffs: deque[float] = deque(maxlen=RECENT_REQUESTS)
@@ -66,11 +77,22 @@ class Figures:
             logger.warning("%s", record.describe())
         elif logger.isEnabledFor(logging.INFO):
             logger.info("%s", record.describe())
+        for cause, waited_s in record.delays.items():
+            self.delay_s[cause] += waited_s
+        if record.main_delay is not None:
+            self.delayed[record.main_delay] += 1
         if record.handoff_s is not None:
             self._handoffs.append(record.handoff_s)
         if record.finish_reason not in (None, "abort"):
             for name, value in _values(record).items():
                 self.histograms[name].observe(value)
+
+    def link(self, prefill: str, decode: str) -> LinkCounts:
+        """Between these two instances, in whatever lives."""
+        key = f"{prefill} > {decode}"
+        if key not in self.links:
+            self.links[key] = LinkCounts(prefill, decode)
+        return self.links[key]
 
     def snapshot(self) -> dict[str, Any]:
         """Fields of SchedulerStats, which nothing changes any more."""
@@ -90,9 +112,11 @@ class Figures:
             "output_tokens": self.output_tokens,
             "ended_requests": dict(self.ended),
             "failed_attempts": dict(self.failed_attempts),
-            "histograms": {
-                name: Histogram(each.bounds, list(each.counts), each.total) for name, each in self.histograms.items()
-            },
+            "delay_s": dict(self.delay_s),
+            "delayed_requests": dict(self.delayed),
+            "histograms": {name: each.copy() for name, each in self.histograms.items()},
+            "links": {key: each.copy() for key, each in self.links.items()},
+            "http": {key: each.copy() for key, each in self.http.items()},
         }
 
 
@@ -122,6 +146,8 @@ def _values(record: RequestRecord) -> dict[str, float]:
         if record.kv_bytes:
             values["kv_transfer_seconds"] = record.kv_transfer_time_s
             values["kv_transfer_request_bytes"] = record.kv_bytes
+        if last.kv_overlap is not None:
+            values["kv_transfer_overlap_ratio"] = last.kv_overlap
     return values
 
 

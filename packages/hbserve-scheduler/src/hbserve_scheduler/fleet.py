@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import itertools
 import logging
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
 from itertools import islice
 from operator import attrgetter
 
@@ -202,12 +202,13 @@ class Fleet:
         return placement
 
     def _has_no_prefill(self) -> bool:
-        """None is there nor on its way, and decode instances are to compute prompts in that case."""
+        """None is ready, and decode instances are to compute prompts in that case. One that is started again may load
+        its model for minutes."""
         if self._lacks_prefill is None:
             handles = self.handles.values()
             self._lacks_prefill = (
                 self._config.local_prefill_fallback
-                and not any(each.role == "prefill" and each.status in ("ready", "starting") for each in handles)
+                and not any(each.role == "prefill" and each.status == "ready" for each in handles)
                 and any(_computes_prompts(each) for each in handles)
             )
         return self._lacks_prefill
@@ -263,6 +264,13 @@ class Fleet:
             _others(available, avoid), lambda each: prefill.links.get(each.epoch), num_tokens=1
         )
         return available.choose(prompt, candidates)
+
+    def linked(self) -> Iterator[tuple[InstanceHandle, InstanceHandle, bool]]:
+        """Prefill and decode instances between which a link is kept, and whether it is there."""
+        for prefill in self.handles.values():
+            for epoch, is_there in prefill.links.items():
+                if (decode := self._decodes.get(epoch)) is not None:
+                    yield prefill, decode, is_there
 
     def may_serve(self, *, soon: bool = False) -> bool:
         """Whether each role that a request needs has an instance that serves; or, `soon`, is loading its model."""

@@ -35,6 +35,7 @@ class ScheduledRequest:
     """When messages with new tokens came."""
     num_first: int = 0
     """Tokens of the first of them."""
+    num_preemptions: int = 0
     output: list[int] = field(default_factory=list)
     """Tokens that were delivered, over all attempts."""
     finish_reason: FinishReason | None = None
@@ -53,7 +54,8 @@ class ScheduledRequest:
     """The prefill instance whose prefix cache has the prompt, because an attempt failed after it was computed."""
     events: "deque[ClientEvent | Exception | ScheduledRequest]" = field(default_factory=deque)
     """That the client has not taken; of tokens there is one, in which all wait. Or choices that have some."""
-    has_event: asyncio.Event = field(default_factory=asyncio.Event)
+    reader: "asyncio.Future[None] | None" = None
+    """Who waits for an event. Not an asyncio.Event, which for each token would take as long again."""
     task: asyncio.Task[None] | None = None
     attempts: list[AttemptRecord] = field(default_factory=list)
     num_cached_tokens: int = 0
@@ -123,17 +125,16 @@ class ScheduledRequest:
         if known < 0:
             raise RemoteError(f"tokens {len(self.output)} to {event.index - 1} are missing")
         tokens = event.token_ids[known:]
-        if (
-            event.index < 0
-            or len(self.output) + len(tokens) > self.request.params.max_tokens
-            or min(tokens, default=0) < 0
-        ):
+        has_room = len(self.output) + len(tokens) <= self.request.params.max_tokens
+        if event.index < 0 or not has_room or (tokens and min(tokens) < 0):
             raise RemoteError(f"{len(tokens)} tokens from {event.index} on, which the request cannot have")
         if tokens or event.finish_reason:
             if tokens:
                 if not self.arrivals:
                     self.num_first = len(tokens)
                 self.arrivals.append(asyncio.get_running_loop().time())
+            if event.num_preemptions:
+                self.num_preemptions = event.num_preemptions
             self.finish_reason = event.finish_reason
             first = len(self.output)
             of_prompt = event.prompt_logprobs if first == 0 else []
@@ -159,7 +160,8 @@ class ScheduledRequest:
 
     def _add(self, event: "ClientEvent | Exception | ScheduledRequest") -> None:
         self.events.append(event)
-        self.has_event.set()
+        if self.reader is not None and not self.reader.done():
+            self.reader.set_result(None)
         if self.parent is not None and len(self.events) == 1:
             self.parent._add(self)
 
@@ -265,13 +267,28 @@ class ScheduledRequest:
             return self.arrivals[0]
         return self.arrivals[1] if len(self.arrivals) > 1 else None
 
+    @property
+    def busy_instances(self) -> set[str]:
+        """Those that have it still, or one of its choices."""
+        last = [each.attempts[-1] for each in [self, *self.choices] if each.attempts and not each.ended]
+        return set().union(*(attempt.busy_instances for attempt in last))
+
+    @property
+    def _stalled(self) -> tuple[float, float] | None:
+        """See RequestRecord.stalled."""
+        if not self.num_preemptions or len(self.arrivals) < 2:
+            return None
+        longest = max(range(1, len(self.arrivals)), key=lambda i: self.arrivals[i] - self.arrivals[i - 1])
+        return self.arrivals[longest - 1] - self.submitted_s, self.arrivals[longest] - self.submitted_s
+
     def since_submit_s(self) -> float:
         return asyncio.get_running_loop().time() - self.submitted_s
 
     def record(self, error: str = "") -> RequestRecord:
         """What is kept of it. To be asked for when it has ended."""
         self.count()
-        e2e_s = self.since_submit_s()
+        e2e_s, parts = self.since_submit_s(), self.choices or [self]
+        stalls = [each._stalled for each in parts if each._stalled is not None]
         return RequestRecord(
             self.request.request_id,
             time.time() - e2e_s,
@@ -287,6 +304,8 @@ class ScheduledRequest:
             None if self.second_token_s is None else self.second_token_s - self.submitted_s,
             error,
             len(self.choices) or 1,
+            sum(each.num_preemptions for each in parts),
+            max(stalls, key=lambda stall: stall[1] - stall[0], default=None),
         )
 
     def limit_time(self, most_s: float | None, on_end: "Callable[[ScheduledRequest], None]") -> None:
@@ -347,8 +366,8 @@ class EventStream(AsyncIterator[ClientEvent]):
             raise StopAsyncIteration
         entry = self._entry
         while not entry.events:
-            entry.has_event.clear()
-            await entry.has_event.wait()
+            entry.reader = asyncio.get_running_loop().create_future()
+            await entry.reader
         event = entry.take()
         if isinstance(event, Exception):
             self._ended = True

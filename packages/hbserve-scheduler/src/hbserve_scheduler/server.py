@@ -2,9 +2,10 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 
 from hbserve_rpc import InvalidRequest, Keys, RpcServer, calling_peer
+from hbserve_rpc.health_port import HealthPort
 from hbserve_rpc.members import (
     SCHEDULER_DRAIN,
     SCHEDULER_JOIN,
@@ -31,10 +32,12 @@ from hbserve_rpc.messages import (
     SchedulerStats,
     ServiceInfo,
 )
+from hbserve_rpc.metrics_text import Family
 from hbserve_rpc.records import SCHEDULER_RECORDS, Records, RecordsRequest, RequestRecord
 from hbserve_scheduler.cpu_scheduler import CpuScheduler
 from hbserve_scheduler.declared import DeclaredInstances
 from hbserve_scheduler.membership import Membership
+from hbserve_scheduler.metrics import deployment_metrics
 from hbserve_scheduler.siblings import Siblings
 
 logger = logging.getLogger(__name__)
@@ -67,6 +70,15 @@ class SchedulerServer:
         self._server.serve_notification(SCHEDULER_MEMBERS, self._members)
         self._server.serve_notification(SCHEDULER_INSTANCE_DIED, self._instance_died)
         self._server.serve_stream(SCHEDULER_GENERATE, self._generate)
+        self.health: HealthPort | None = None
+        if scheduler.config.health_port is not None:
+            self.health = HealthPort(
+                scheduler.config.host,
+                scheduler.config.health_port,
+                why_dead=lambda: "",
+                why_not_ready=self._why_not_ready,
+                metrics=self._metrics,
+            )
 
     @property
     def address(self) -> str:
@@ -75,6 +87,8 @@ class SchedulerServer:
     async def start(self) -> None:
         """Raises AddressInUse."""
         await self._server.start()
+        if self.health is not None:
+            await self.health.start()
         await self.scheduler.start()
         if self.declared is not None:
             await self.declared.start()
@@ -84,6 +98,8 @@ class SchedulerServer:
         if self.declared is not None:
             await self.declared.close()
         await self.members.close()
+        if self.health is not None:
+            await self.health.stop()
         await self.siblings.close()
         await self.scheduler.stop()
 
@@ -102,6 +118,14 @@ class SchedulerServer:
     async def fetch_stats(self) -> SchedulerStats:
         """Of the scheduler and its siblings, as of the instances' last heartbeats."""
         return await self.siblings.total(self.scheduler.stats())
+
+    def _why_not_ready(self) -> str:
+        fleet = self.scheduler.fleet
+        missing = [each.describe_problem() for each in fleet.handles.values() if each.status != "ready"]
+        return "" if fleet.may_serve() else "; ".join(missing) or "there are no instances"
+
+    async def _metrics(self) -> Iterable[Family]:
+        return deployment_metrics(await self.fetch_stats())
 
     async def _stats(self, _: Empty) -> SchedulerStats:
         await self.scheduler.refresh()

@@ -46,7 +46,8 @@ class Siblings:
         """It has ended. One that is not there is passed over."""
         remote, last = self._remotes.pop(name, None), self._last.pop(name, None)
         if last is not None:
-            ended = msgspec.structs.replace(last, waiting_requests=0, running_requests=0)
+            links = {key: msgspec.structs.replace(each, active=0) for key, each in last.links.items()}
+            ended = msgspec.structs.replace(last, waiting_requests=0, running_requests=0, links=links)
             self._gone = total([self._gone, ended], now=self._gone)
         if remote is not None:
             await remote.stop()

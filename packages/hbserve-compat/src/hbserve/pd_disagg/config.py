@@ -40,6 +40,7 @@ class _Keywords(EngineSettings, kw_only=True):
     scheduler: dict[str, Any] = msgspec.field(default_factory=dict)
     """Keys of the YAML section `scheduler`."""
     keys: str | None = None
+    """Folder that `hbserve keys` has made. Without, instances that this process starts have keys of their own."""
     allow_insecure: bool = False
 
 

@@ -14,12 +14,13 @@ from typing import Any, Self
 import msgspec
 
 from hbserve.demo_model import find_model_folder
-from hbserve.launcher import LocalInstances, launch_keys
+from hbserve.launcher import LocalInstances, launch_keys, tensor_parallel_sizes
 from hbserve.pd_disagg.config import PdDisaggConfig
 from hbserve.pd_disagg.ending import end_both, end_dropped, weakly
 from hbserve.progress import progress_bar
 from hbserve.prompts import PlainPrompt, Prompt, encode_all, read_params, read_prompt, read_prompts
 from hbserve.results import GenerationDelta, GenerationResult
+from hbserve.servable import require_servable
 from hbserve.text_request import TextRequest, answer_all, check_all
 from hbserve.tokenizer import load_tokenizer
 from hbserve_rpc import SamplingParams
@@ -92,6 +93,7 @@ class DisaggregatedLLM:
         require_keys(deployment, launched=True)
         keys = launch_keys(deployment)
         folder = await find_model_folder(self.config.model_path)
+        require_servable(folder, self.config.load_format, tensor_parallel_sizes(deployment))
         self._scheduler = self._scheduler_class(deployment.scheduler, model_path=str(folder))
         on_death = weakly(self._on_death)
         self._scheduler.use_keys(keys.get("scheduler"))
@@ -259,15 +261,28 @@ class DisaggregatedLLM:
     # ---- figures -------------------------------------------------------------------------------------------------
 
     def get_system_stats(self) -> dict[str, Any]:
-        """`{"cpu_scheduler": {...}, "gpu_instances": {instance_id: {...}}}`; instances as of their last heartbeat."""
+        """`{"cpu_scheduler": {...}, "gpu_instances": {instance_id: {...}}}`.
+
+        What the scheduler knows is of now, and so is which instance has how many requests (`active_requests`): right
+        after `generate` none has any of it. All else of instances is as of their last heartbeat.
+        """
+        stats, active = self._stats(), self.scheduler.active_requests()
+        for instance_id, each in stats["gpu_instances"].items():
+            each["active_requests"] = active[instance_id]
+            for within in ("running_requests", "waiting_requests"):
+                each[within] = min(each[within], active[instance_id])
+        return stats
+
+    async def refresh_system_stats(self) -> dict[str, Any]:
+        """The same as every instance says it when it is asked now. One may be busy for a moment longer than its
+        requests, whose ends it has told."""
+        await self._require_own_loop().refresh()
+        return self._stats()
+
+    def _stats(self) -> dict[str, Any]:
         stats: dict[str, Any] = msgspec.to_builtins(self.scheduler.stats())
         instances = {each["instance_id"]: each for each in stats.pop("instances")}
         return {"cpu_scheduler": stats, "gpu_instances": instances}
-
-    async def refresh_system_stats(self) -> dict[str, Any]:
-        """`get_system_stats`, after asking every instance."""
-        await self._require_own_loop().refresh()
-        return self.get_system_stats()
 
     @property
     def scheduler(self) -> CpuScheduler:

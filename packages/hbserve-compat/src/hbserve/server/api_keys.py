@@ -17,7 +17,7 @@ from hbserve_scheduler.config import ServerSection
 logger = logging.getLogger(__name__)
 
 VARIABLE = "HBSERVE_API_KEY"
-OPEN_PATHS = {"/", "/health", "/ping", "/version", "/metrics", "/openapi.json"}
+OPEN_PATHS = {"/", "/health", "/ping", "/version", "/metrics", "/openapi.json", "/dashboard"}
 """For probes and for people who look: none of them computes."""
 
 

@@ -13,7 +13,7 @@ from starlette.routing import Route
 from hbserve.server.anthropic_messages import count_tokens, messages
 from hbserve.server.api_error import ApiError, as_api_error
 from hbserve.server.api_keys import ApiKeys, RequireApiKey
-from hbserve.server.debugging import show_trace
+from hbserve.server.debugging import show_trace, show_view
 from hbserve.server.generating import chat_completions, completions
 from hbserve.server.metrics import show_metrics
 from hbserve.server.models import list_models, retrieve_model
@@ -27,6 +27,7 @@ from hbserve.server.tokenizing import detokenize, tokenize, tokenizer_info
 from hbserve_rpc import HBServeRpcError
 
 CHAT_PAGE = Path(__file__).parent / "chat_page.html"
+DASHBOARD = Path(__file__).parent / "dashboard.html"
 ROUTES = [
     Route("/v1/models", list_models),
     Route("/v1/models/{model:path}", retrieve_model),
@@ -43,6 +44,8 @@ ROUTES = [
     Route("/version", show_version),
     Route("/metrics", show_metrics),
     Route("/debug/trace", show_trace),
+    Route("/debug/view", show_view),
+    Route("/dashboard", lambda _: FileResponse(DASHBOARD)),
     Route("/openapi.json", show_openapi),
     Route("/", lambda _: FileResponse(CHAT_PAGE)),
 ]
@@ -51,7 +54,8 @@ ROUTES = [
 def make_app(service: Service) -> Starlette:
     """Raises ConfigError: the API keys cannot be read."""
     keys = ApiKeys(service.settings)
-    middleware = [Middleware(RequestLog)]
+    service.http.know(ROUTES)
+    middleware = [Middleware(RequestLog, figures=service.http)]
     if service.settings.cors_origins:
         middleware.append(
             Middleware(

@@ -1,8 +1,9 @@
-"""/debug/trace: the requests of the last while as a timeline."""
+"""/debug/trace: the requests of the last while as a timeline. /debug/view: what /dashboard shows, as JSON."""
 
 import asyncio
 import math
 
+import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -29,3 +30,10 @@ async def show_trace(request: Request) -> Response:
     trace = await asyncio.to_thread(render_trace, records)
     headers = {"Content-Disposition": 'attachment; filename="trace.json.gz"'}
     return Response(trace, media_type="application/gzip", headers=headers)
+
+
+async def show_view(request: Request) -> Response:
+    """One look; see hbserve/live_view.py."""
+    service: Service = request.app.state.service
+    view = await service.require_model().watched.look()
+    return Response(msgspec.json.encode(view), media_type="application/json", headers={"Cache-Control": "no-store"})

@@ -4,9 +4,10 @@ import asyncio
 import logging
 from pathlib import Path
 
+from hbserve.live_view import Deployment
 from hbserve.server.app import make_app
 from hbserve.server.http_server import HttpServer
-from hbserve.server.service import Service, WholeDeployment
+from hbserve.server.service import Service
 from hbserve.tokenizer import load_tokenizer
 from hbserve_scheduler import SchedulerServer
 from hbserve_scheduler.config import ServerSection
@@ -20,9 +21,7 @@ READY_TIMEOUT_S = 600.0
 class FrontEnd:
     """Answers 503 from `start` on, requests from `begin` on, and after `drain` only those that have begun."""
 
-    def __init__(
-        self, settings: ServerSection, *, shares_port: bool = False, whole: WholeDeployment | None = None
-    ) -> None:
+    def __init__(self, settings: ServerSection, *, shares_port: bool = False, whole: Deployment | None = None) -> None:
         """Binds the address, unless it shares that with others.
 
         whole: has the figures of the deployment; without it the server that it begins with has.

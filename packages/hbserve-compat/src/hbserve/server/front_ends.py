@@ -132,7 +132,7 @@ class FrontEnds(FrontEnd):
             name=own_name,
             server=self._settings,
             # Its own RPC is for this process.
-            scheduler=msgspec.structs.replace(config, host="127.0.0.1", port=0),
+            scheduler=msgspec.structs.replace(config, host="127.0.0.1", port=0, health_port=None),
             model_name=name,
             model_folder=str(folder),
             instances=[(each.instance_id, each.role, each.address) for each in server.scheduler.fleet.handles.values()],

@@ -10,9 +10,11 @@ from starlette.datastructures import MutableHeaders
 from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from hbserve.server.http_figures import HttpFigures
+
 logger = logging.getLogger(__name__)
 
-PROBED = {"/health", "/ping", "/metrics"}
+PROBED = {"/health", "/ping", "/metrics", "/debug/view"}
 """Asked again and again by programs."""
 REQUEST_ID = "x-request-id"
 CLIENT_GONE = 499
@@ -22,34 +24,42 @@ CLIENT_GONE = 499
 class RequestLog:
     """ASGI middleware. `scope["state"]["request_id"]` is the client's own X-Request-Id, or a new one."""
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, figures: HttpFigures) -> None:
         self._app = app
+        self._figures = figures
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        given = HTTPConnection(scope).headers.get(REQUEST_ID, "")
+        headers = HTTPConnection(scope).headers
+        given, length = headers.get(REQUEST_ID, ""), headers.get("content-length", "")
         request_id = given if re.fullmatch(r"[!-~]{1,128}", given) else uuid.uuid4().hex
         scope.setdefault("state", {})["request_id"] = request_id
-        status, began_s = CLIENT_GONE, time.monotonic()
+        status, num_sent, began_s = CLIENT_GONE, 0, time.monotonic()
 
         async def noting(message: Message) -> None:
-            nonlocal status
+            nonlocal status, num_sent
             if message["type"] == "http.response.start":
                 status = message["status"]
                 MutableHeaders(scope=message)[REQUEST_ID] = request_id
+            else:
+                num_sent += len(message.get("body", b""))
             await send(message)
 
         try:
             await self._app(scope, receive, noting)
         finally:
-            took_ms = 1e3 * (time.monotonic() - began_s)
+            took_s = time.monotonic() - began_s
+            received = int(length) if length.isdecimal() else 0
+            self._figures.add(scope["method"], scope.get("endpoint"), status, took_s, received, num_sent)
             # A path without its query, as it was sent: quoted, so that it is one line whatever it says.
             path = scope.get("raw_path", b"").decode("ascii", "backslashreplace")[:256]
             client = _client(scope.get("client"))
             level = logging.DEBUG if path in PROBED and status == 200 else logging.INFO
-            logger.log(level, "%s %s %s %d %.0f ms id=%s", client, scope["method"], path, status, took_ms, request_id)
+            logger.log(
+                level, "%s %s %s %d %.0f ms id=%s", client, scope["method"], path, status, 1e3 * took_s, request_id
+            )
 
 
 def _client(address: Any) -> str:

@@ -5,15 +5,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from hbserve.live_view import Deployment, Watched
 from hbserve.server.api_error import ApiError, try_again
 from hbserve.server.encoder import Encoder
+from hbserve.server.http_figures import HttpFigures
 from hbserve.server.sampling import model_defaults
 from hbserve.text_request import Scheduler
 from hbserve_rpc.messages import SchedulerStats, ServiceInfo
 from hbserve_rpc.plain_values import shown
-from hbserve_rpc.records import RequestRecord
 from hbserve_scheduler import parse_size
 from hbserve_scheduler.config import ServerSection
+from hbserve_scheduler.figures import Figures
 
 OF_TEMPLATES = {
     "messages",
@@ -31,19 +33,13 @@ OF_TEMPLATES = {
 class ServingScheduler(Scheduler, Protocol):
     """A scheduler in this process: CpuScheduler."""
 
+    figures: Figures
+
     def require_room(self, priority: int = ...) -> None: ...
 
     def info(self) -> ServiceInfo: ...
 
     def stats(self) -> SchedulerStats: ...
-
-
-class WholeDeployment(Protocol):
-    """Whoever knows of the requests of all schedulers: SchedulerServer, or RemoteScheduler."""
-
-    async def fetch_stats(self) -> SchedulerStats: ...
-
-    async def fetch_records(self, last_s: float, request_id: str = "") -> list[RequestRecord]: ...
 
 
 @dataclass(frozen=True)
@@ -54,8 +50,10 @@ class ServedModel:
     folder: str
     scheduler: ServingScheduler
     encoder: Encoder
-    whole: WholeDeployment
+    whole: Deployment
     """Of all schedulers of the deployment, of which `scheduler` may be one."""
+    watched: Watched
+    """The same, for those who look at the dashboard."""
     created: int
     """Seconds since the epoch."""
     defaults: dict[str, Any]
@@ -92,6 +90,7 @@ class Service:
     problem: str = "the model is being loaded"
     """Why there is none, or is soon none."""
     draining: bool = False
+    http: HttpFigures = field(default_factory=HttpFigures)
     max_body_bytes: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -122,13 +121,15 @@ class Service:
         folder: Path,
         scheduler: ServingScheduler,
         tokenizer: Any,
-        whole: WholeDeployment,
+        whole: Deployment,
     ) -> None:
         """Serve a model from now on, under this name unless the settings have others."""
         encoder = Encoder(tokenizer, _template(self.settings.chat_template))
         names = self.settings.served_model_names or [name]
+        scheduler.figures.http = self.http.counts
         defaults = model_defaults(folder) if self.settings.generation_config == "auto" else {}
-        self.model = ServedModel(names, str(folder), scheduler, encoder, whole, int(time.time()), defaults)
+        created = int(time.time())
+        self.model = ServedModel(names, str(folder), scheduler, encoder, whole, Watched(whole), created, defaults)
 
     def close(self) -> None:
         if self.model is not None:

@@ -1,4 +1,4 @@
-"""`hbserve simulate` and `hbserve plan`."""
+"""Arguments of `hbserve profile`, `simulate` and `plan`, and the last two of these commands."""
 
 import json
 import re
@@ -29,6 +29,24 @@ POLLED_A_SECOND = 200
 ProfileOption = Annotated[str, Option(metavar="NAME|FILE", help=f"One of {', '.join(own_profiles())}, or a file.")]
 Count = Annotated[int, Option(min=0)]
 Length = Annotated[int, Option(min=1)]
+
+
+@dataclass(frozen=True)
+class ProfileArgs:
+    """The command's arguments."""
+
+    output: Annotated[Path, Option("--output", "-o", help="The profile, a JSON file.")]
+    model: Annotated[Path | None, Option(help="A Hugging Face model folder; without it, the demo model.")] = None
+    name: Annotated[str | None, Option(help="Of the profile; the model's and the device's by default.")] = None
+    device: Annotated[str, Option(help="auto, cpu or cuda:N.")] = "auto"
+    dtype: Annotated[str, Option(help="auto is the model's own.")] = "auto"
+    random_weights: Annotated[bool, Option("--random-weights", help="Read only the model's config.json.")] = False
+    tensor_parallel_size: Annotated[int, Option(min=1)] = 1
+    prompt_lens: Annotated[str | None, Option(metavar="16,64,…", help="Up to 16384 on a GPU, to 256 elsewhere.")] = None
+    batch_sizes: Annotated[str | None, Option(metavar="1,2,…", help="Up to 256 on a GPU, up to 16 elsewhere.")] = None
+    contexts: Annotated[str | None, Option(metavar="512,…", help="512 and 8192 on a GPU, 64 and 256 elsewhere.")] = None
+    kv_transfer_backend: Annotated[str, Option(help="nccl, mooncake, ipc or auto.")] = "auto"
+    megabytes: Annotated[str, Option(metavar="1,16,…", help="Of transfers.")] = "1,16,64,256"
 
 
 @dataclass(frozen=True)

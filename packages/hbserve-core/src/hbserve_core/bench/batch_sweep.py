@@ -190,6 +190,31 @@ class BatchSweep:
         limit = decode_limit(self._runner.model_config, self._runner.dtype, batch, mean_context, self.limits)
         return SweepRow(context, batch, statistics.median(times), max(times), limit)
 
+    def prompt_s(self, num_tokens: int, rounds: int = 3) -> float:
+        """From a prompt that is alone to its token: the median of some rounds, after one that warms up."""
+        times: list[float] = []
+        for _ in range(rounds + 1):
+            self._count += 1
+            prompt = self._random.choices(range(self._runner.model_config.vocab_size), k=num_tokens)
+            began_s = perf_counter()
+            self._engine.add(str(self._count), prompt, SamplingParams(0.6, 1, ignore_eos=True))
+            while self._engine.has_work():
+                for output in self._engine.step():
+                    output.raise_error()
+            times.append(perf_counter() - began_s)
+        return statistics.median(times[1:])
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Of all ranks together."""
+        block, ranks = self._runner.pool[0], self._config.tensor_parallel_size
+        return block.numel() * block.element_size() // self._engine.blocks.block_size * ranks
+
+    @property
+    def kv_tokens(self) -> int:
+        """That the pool has room for."""
+        return self._engine.blocks.num_blocks * self._engine.blocks.block_size
+
     def _add(self, batch: int, context: int) -> list[str]:
         vocabulary = range(self._runner.model_config.vocab_size)
         names = []

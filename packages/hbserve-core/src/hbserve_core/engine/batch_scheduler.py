@@ -11,11 +11,16 @@ from collections import Counter, deque
 from collections.abc import Callable, Collection
 from collections.abc import Sequence as Ids
 from itertools import chain, islice
+from typing import Any
 
 from hbserve_core.config import InstanceConfig
 from hbserve_core.engine.block_manager import BlockManager
 from hbserve_core.engine.chunk_sizes import MOST_OVERTAKERS, ChunkSizes
 from hbserve_core.engine.sequence import Phase, ScheduledChunk, Sequence
+from hbserve_rpc.histogram import Histogram
+
+STEP_TOKENS = [1.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0, 2048.0, 4096.0, 8192.0, 16384.0]
+"""Bounds of the histogram of tokens in a step: vLLM's."""
 
 
 class BatchScheduler:
@@ -40,6 +45,8 @@ class BatchScheduler:
             Phase.HELD: self._held,
             Phase.ENDING: self._ending,
         }
+        self.iteration_tokens = Histogram.over(STEP_TOKENS)
+        """Tokens of each step."""
         self.num_preemptions = 0
         self.num_cached_tokens = 0
         self._watermark = max(1, blocks.num_blocks // 100)
@@ -49,6 +56,22 @@ class BatchScheduler:
         """Sequences that nothing is computed of, and whose blocks come back when something has ended: a transfer, or
         the step in flight. The held ones may also join `running`."""
         return len(self._held) + len(self._ending)
+
+    def stats(self) -> dict[str, Any]:
+        """Those fields of EngineStats that are of queues and blocks."""
+        return {
+            "num_waiting": len(self.waiting) + len(self.reserving),
+            "num_running": len(self.running),
+            "num_reserved": self.num_reserved,
+            "num_blocks": self._blocks.num_blocks,
+            "num_free_blocks": self._blocks.num_free,
+            "num_cached_blocks": self._blocks.num_cached,
+            "num_reserved_blocks": sum(len(sequence.block_table) for sequence in [*self._held, *self._ending]),
+            "num_quarantined_blocks": self._blocks.num_quarantined,
+            "num_cached_tokens": self.num_cached_tokens,
+            "num_preemptions": self.num_preemptions,
+            "iteration_tokens": self.iteration_tokens.copy(),
+        }
 
     def move(self, sequence: Sequence, phase: Phase) -> None:
         """From its phase and queue to another phase, and to the end of that one's queue. Its blocks stay its own."""
@@ -73,6 +96,8 @@ class BatchScheduler:
         batch += self._chunks(begun)
         if may_admit:
             batch += self._admissions()
+        if batch:
+            self.iteration_tokens.observe(self._config.max_num_batched_tokens - self._budget)
         return batch
 
     def _decodes(self) -> list[ScheduledChunk]:
@@ -109,6 +134,7 @@ class BatchScheduler:
         self.waiting.rotate(1)  # it has been promised room before all others
         self.release(sequence)
         sequence.num_computed_tokens = 0
+        sequence.num_preemptions += 1
         self.num_preemptions += 1
 
     def _chunks(self, sequences: list[Sequence]) -> list[ScheduledChunk]:

@@ -41,6 +41,11 @@ class BlockManager:
         return len(self._empty) + len(self._cached)
 
     @property
+    def num_cached(self) -> int:
+        """Of the free ones, those kept as prefix cache."""
+        return len(self._cached)
+
+    @property
     def num_quarantined(self) -> int:
         return len(self._quarantined)
 

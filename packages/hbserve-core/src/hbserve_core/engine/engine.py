@@ -377,16 +377,9 @@ class Engine:
 
     def stats(self) -> EngineStats:
         return EngineStats(
-            num_waiting=len(self._scheduler.waiting) + len(self._scheduler.reserving),
-            num_running=len(self._scheduler.running),
-            num_reserved=self._scheduler.num_reserved,
-            num_blocks=self.blocks.num_blocks,
-            num_free_blocks=self.blocks.num_free,
-            num_quarantined_blocks=self.blocks.num_quarantined,
+            **self._scheduler.stats(),
             num_generated_tokens=self._num_generated,
             num_prefill_tokens=self._num_prefilled,
-            num_cached_tokens=self._scheduler.num_cached_tokens,
-            num_preemptions=self._scheduler.num_preemptions,
             num_steps=self.blocks.last_launched,
             host_time_s=self._host_time_s,
             num_late_steps=self._launch_times.num_late,

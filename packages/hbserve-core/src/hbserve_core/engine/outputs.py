@@ -6,6 +6,7 @@ from typing import Any
 from hbserve_core.engine.sequence import NOT_FINITE, Sequence
 from hbserve_core.model.model_config import ModelConfig
 from hbserve_rpc import HBServeRpcError, InvalidRequest, LogitsNotFinite
+from hbserve_rpc.histogram import Histogram
 from hbserve_rpc.messages import FinishReason, TokenLogprobs
 
 NO_LOGITS = (
@@ -55,6 +56,8 @@ class StepOutput:
     """Why the request has ended, if it is not by a token: what it asks for cannot be computed."""
     choice: int = 0
     """Of `SamplingParams.n`. What has no token yet is of all."""
+    num_preemptions: int = 0
+    """So far."""
     ready: Any = None
     """CUDA event after which keys and values are there: of a step that was launched, and has not been read."""
 
@@ -101,6 +104,7 @@ def output_of(
         sequence.prompt_logprobs if token is not None and index == 0 else [],
         error,
         sequence.choice,
+        sequence.num_preemptions,
     )
 
 
@@ -125,6 +129,10 @@ class EngineStats:
     num_blocks: int = 0
     num_free_blocks: int = 0
     """Blocks that nobody holds, those kept as prefix cache included."""
+    num_cached_blocks: int = 0
+    """Of the free ones, those kept as prefix cache."""
+    num_reserved_blocks: int = 0
+    """Of `num_reserved` requests; one that several of them share counts for each."""
     num_quarantined_blocks: int = 0
     num_generated_tokens: int = 0
     num_prefill_tokens: int = 0
@@ -139,3 +147,5 @@ class EngineStats:
     """Steps that were launched to be just in time, and came after the one before them had ended."""
     idle_time_s: float = 0.0
     """How long the device had nothing to do because of that, at most."""
+    iteration_tokens: Histogram | None = None
+    """Tokens of each step."""

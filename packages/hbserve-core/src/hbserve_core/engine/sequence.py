@@ -116,6 +116,7 @@ class Sequence:
     wanted."""
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     """Those that have come so far."""
+    num_preemptions: int = 0
     phase: Phase = Phase.NEW
     matcher: Matcher | None = None
     """Of a request with a grammar: what its next token may be. Ranks other than 0 have none."""

@@ -7,7 +7,7 @@ first message to its last block.
 import asyncio
 import logging
 import uuid
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequence
 from typing import Any
 
 from hbserve_core.config import InstanceConfig
@@ -23,6 +23,9 @@ from hbserve_core.ranks.make_runner import make_runner
 from hbserve_core.transfers.instance_transfers import InstanceTransfers, JointReceive
 from hbserve_kv import FingerprintMismatch, Outcome, PostedReceive, TransferFailed
 from hbserve_rpc import EngineFailed, InvalidRequest, Overloaded, RemoteError, RpcServer
+from hbserve_rpc.health_port import HealthPort
+from hbserve_rpc.instance_metrics import instance_metrics
+from hbserve_rpc.loop_lag import LoopLag
 from hbserve_rpc.messages import (
     CACHED_PREFIXES,
     CONNECT,
@@ -47,6 +50,7 @@ from hbserve_rpc.messages import (
     TokenEvent,
     TransferDone,
 )
+from hbserve_rpc.metrics_text import Family
 from hbserve_rpc.reports import REPORTS
 
 logger = logging.getLogger(__name__)
@@ -73,6 +77,16 @@ class GpuInstance:
             config.host, config.port, epoch=self.epoch, drops_closed=True, keys=config.keys, allows=["scheduler"]
         )
         self._thread = EngineThread(self._make_engine, on_events=self._deliver, on_failure=self._fail)
+        self.loop_lag = LoopLag()
+        self.health: HealthPort | None = None
+        if config.health_port is not None:
+            self.health = HealthPort(
+                config.host,
+                config.health_port + config.kv_rank if config.health_port else 0,
+                why_dead=lambda: self.error,
+                why_not_ready=lambda: "" if self.status == "ready" else f"{config.instance_id} is {self.status}",
+                metrics=self._metrics,
+            )
         self._inboxes: dict[str, Inbox] = {}
         self._ends: set[asyncio.Task[None]] = set()
         self._loading: asyncio.Task[None] | None = None
@@ -115,6 +129,9 @@ class GpuInstance:
         if self.config.role == "decode":
             self._server.serve_stream(DECODE, self._decode)
         await self._server.start()
+        if self.health is not None:
+            await self.health.start()
+        self.loop_lag.start()
         self._loading = asyncio.create_task(self._load())
 
     async def wait_ready(self) -> None:
@@ -136,7 +153,10 @@ class GpuInstance:
     async def stop(self) -> None:
         """End every request, give every block back, leave no thread, socket or task behind. May be called twice."""
         self.status = "draining"
+        self.loop_lag.stop()
         await self._server.stop()
+        if self.health is not None:
+            await self.health.stop()
         ends = list(self._ends)
         if ends:
             await asyncio.wait(ends, timeout=END_TIMEOUT_S)
@@ -356,3 +376,6 @@ class GpuInstance:
     def _require_transfers(self) -> InstanceTransfers:
         assert self.transfers is not None, "a ready prefill or decode instance has them"
         return self.transfers
+
+    async def _metrics(self) -> Iterable[Family]:
+        return instance_metrics([await self.reports.stats(Empty())])

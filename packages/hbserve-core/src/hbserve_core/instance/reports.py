@@ -2,16 +2,19 @@
 
 import asyncio
 import contextlib
-import os
 from collections.abc import AsyncGenerator
-from typing import Any, Protocol
+from typing import Protocol
+
+import msgspec
 
 from hbserve_core.config import InstanceConfig
 from hbserve_core.engine.engine import Engine
 from hbserve_core.engine.outputs import EngineStats
 from hbserve_core.engine.runner import Runner
+from hbserve_core.instance.instance_stats import instance_info, instance_stats
 from hbserve_core.transfers.instance_transfers import InstanceTransfers
 from hbserve_rpc import calling_peer
+from hbserve_rpc.loop_lag import LoopLag
 from hbserve_rpc.messages import (
     DecodeRequest,
     Empty,
@@ -35,6 +38,7 @@ class Reported(Protocol):
     runner: Runner | None
     transfers: InstanceTransfers | None
     num_requests: int
+    loop_lag: LoopLag
 
     @property
     def num_active(self) -> int: ...
@@ -74,79 +78,45 @@ class Reports:
     async def follow(self, request: ReportsRequest) -> AsyncGenerator[InstanceInfo | InstanceReport]:
         client = calling_peer().connection
         info: InstanceInfo | None = None
-        report: InstanceReport | None = None
+        told: tuple[InstanceStats, tuple[int, int]] | None = None
         while True:
             news = self._news
             if info != (info := await self.describe(Empty())):
                 yield info
             others = [each for each in self._given.values() if each[0] != client]
             sums = sum(each[1] for each in others), sum(each[2] for each in others)
-            if report != (report := InstanceReport(await self.stats(Empty()), *sums)):
-                yield report
+            stats = await self.stats(Empty())
+            # It is late by something in every second, which is no news by itself.
+            if told != (told := (msgspec.structs.replace(stats, loop_lag=None), sums)):
+                yield InstanceReport(stats, *sums)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(request.interval_s):
                     await news.wait()
 
     async def describe(self, _: Empty) -> InstanceInfo:
         instance = self._instance
-        config, engine, runner = instance.config, instance.engine, instance.runner
-        known: dict[str, Any] = {}
-        if engine is not None and runner is not None:
-            known = {
-                "max_model_len": runner.model_config.max_model_len,
-                "max_num_seqs": config.max_num_seqs,
-                "max_prompt_len": engine.limits.max_prompt_len,
-                "vocab_size": runner.model_config.vocab_size,
-                "num_blocks": engine.blocks.num_blocks,
-                "device": str(runner.device),
-                "dtype": str(runner.dtype).removeprefix("torch."),
-            }
-        transfers = instance.transfers
-        return InstanceInfo(
-            config.instance_id,
-            config.role,
-            instance.epoch,
-            instance.status,
-            model=config.model_path,
-            block_size=config.block_size,
-            kv_backend=config.kv_transfer.backend if config.role != "hybrid" else "",
-            kv_endpoint=transfers.endpoint if transfers is not None and config.role == "decode" else b"",
-            pid=os.getpid(),
+        receives = instance.transfers is not None and instance.config.role == "decode"
+        return instance_info(
+            instance.config,
+            instance.engine,
+            instance.runner,
+            epoch=instance.epoch,
+            status=instance.status,
+            kv_endpoint=instance.transfers.endpoint if instance.transfers is not None and receives else b"",
             error=instance.error,
-            serves_generate=config.role != "prefill",
-            **known,
+            serves_generate=instance.config.role != "prefill",
         )
 
     async def stats(self, _: Empty) -> InstanceStats:
         instance = self._instance
-        transfers: dict[str, Any] = {}
-        if instance.transfers is not None:
-            kv = await instance.transfers.stats()
-            transfers = {
-                "active_transfers": kv.active_transfers,
-                "buffered_bytes": kv.buffered_bytes,
-                "kv_bytes_sent": kv.bytes_sent,
-                "kv_bytes_received": kv.bytes_received,
-                "kv_transfer_time_s": kv.busy_time_s,
-                "failed_transfers": kv.num_failed,
-                "dropped_messages": kv.dropped_messages,
-            }
-        config, engine = instance.config, instance.engine_stats
-        return InstanceStats(
-            config.instance_id,
-            config.role,
-            instance.status,
-            instance.epoch,
+        return instance_stats(
+            instance.engine_stats,
+            None if instance.transfers is None else await instance.transfers.stats(),
+            instance_id=instance.config.instance_id,
+            role=instance.config.role,
+            status=instance.status,
+            epoch=instance.epoch,
             active_requests=instance.num_active,
-            waiting_requests=engine.num_waiting,
-            running_requests=engine.num_running,
-            num_blocks=engine.num_blocks,
-            free_blocks=engine.num_free_blocks,
-            quarantined_blocks=engine.num_quarantined_blocks,
             total_requests=instance.num_requests,
-            generated_tokens=engine.num_generated_tokens,
-            prefill_tokens=engine.num_prefill_tokens,
-            cached_tokens=engine.num_cached_tokens,
-            preemptions=engine.num_preemptions,
-            **transfers,
+            loop_lag=instance.loop_lag.histogram,
         )

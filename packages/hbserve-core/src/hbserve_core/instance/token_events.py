@@ -37,4 +37,5 @@ def event_of(outputs: Ids[StepOutput]) -> TokenEvent:
         [logprobs for each in outputs for logprobs in each.all_logprobs],
         next((each.prompt_logprobs for each in outputs if each.prompt_logprobs), []),
         first.choice,
+        last.num_preemptions,
     )

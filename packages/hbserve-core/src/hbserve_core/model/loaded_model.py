@@ -9,7 +9,7 @@ import torch
 from hbserve_core.config import InstanceConfig
 from hbserve_core.errors import InvalidInstanceConfig
 from hbserve_core.model.kv_pool import BlockShape, allocate_pool, block_shape, choose_num_blocks
-from hbserve_core.model.model_config import DTYPES, ModelConfig, load_model_config
+from hbserve_core.model.model_config import DTYPES, ModelConfig, load_model_config, torch_dtype
 from hbserve_core.model.rank_group import RankGroup
 from hbserve_core.model.shard import check_divisible
 from hbserve_core.model.weights import load_weights
@@ -34,7 +34,7 @@ class LoadedModel:
                 f"tensor_parallel_size={config.tensor_parallel_size}: this runner was made for {shard.size} rank; "
                 "make_runner() starts the others"
             )
-        self.model_config = _with_limit(load_model_config(config.model_path), config)
+        self.model_config = _with_limit(configured_model(config), config)
         check_divisible(self.model_config, shard.size)
         self.rank_config = shard.config(self.model_config)
         """Sizes of this rank's part."""
@@ -71,6 +71,15 @@ class LoadedModel:
             num_blocks * block.block_bytes / 2**30,
         )
         return pool
+
+
+def configured_model(config: InstanceConfig) -> ModelConfig:
+    """The model of an instance, split among ranks as that says. Raises what `load_model_config` raises."""
+    model = load_model_config(config.model_path)
+    if model.switches.experts is None:
+        return model
+    experts = replace(model.switches.experts, whole_on_ranks=config.expert_parallel)
+    return replace(model, switches=replace(model.switches, experts=experts))
 
 
 def _with_limit(model: ModelConfig, config: InstanceConfig) -> ModelConfig:
@@ -129,12 +138,13 @@ def _dtype(config: InstanceConfig, model: ModelConfig) -> torch.dtype:
         return model.dtype
     if config.dtype not in DTYPES:
         raise InvalidInstanceConfig(f"dtype={config.dtype!r}: expected auto, {', '.join(DTYPES)}")
-    return DTYPES[config.dtype]
+    return torch_dtype(config.dtype)
 
 
 def _fingerprint(model: ModelConfig, weights_digest: str, block: BlockShape) -> dict[str, str | int]:
     # The same weights with other rotation angles are another model.
-    described = f"{model.architecture} {model.switches} {model.rope} {model.rms_norm_eps} {weights_digest}"
+    switches = replace(model.switches, experts=None)  # how ranks share experts is their own affair
+    described = f"{model.architecture} {switches} {model.rope} {model.rms_norm_eps} {weights_digest}"
     return {
         "model": hashlib.sha256(described.encode()).hexdigest()[:32],
         "dtype": str(block.dtype).removeprefix("torch."),

@@ -1,22 +1,24 @@
 """The configuration of a model, as its Hugging Face folder says it, read as plain JSON and checked.
 
 What architectures differ by is in architectures.py.
+torch is not imported: whoever starts instances asks first whether they can serve the model, and must not wait for it.
 """
 
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from hbserve_core.errors import ModelFilesMissing, UnsupportedModel
 from hbserve_core.model.architectures import ARCHITECTURES, Switches, find_architecture
 from hbserve_core.model.end_tokens import end_token_ids
-from hbserve_core.model.rope import RopeConfig, extended_length, read_rope_configs
+from hbserve_core.model.rope_config import RopeConfig, extended_length, read_rope_configs
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+if TYPE_CHECKING:
+    import torch
+
+DTYPES = ("float32", "bfloat16", "float16")
 _SPELLINGS = {
     "float": "float32",
     "fp32": "float32",
@@ -26,14 +28,22 @@ _SPELLINGS = {
 }
 
 
+def torch_dtype(name: str) -> "torch.dtype":
+    """torch's own dtype for one of DTYPES."""
+    import torch
+
+    found: torch.dtype = getattr(torch, name)
+    return found
+
+
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
     """Sizes and switches of one model."""
 
     path: Path
     architecture: str
-    dtype: torch.dtype
-    """Of the checkpoint."""
+    dtype_name: str
+    """Of the checkpoint, one of DTYPES."""
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -59,6 +69,11 @@ class ModelConfig:
     """Multiplies the scores."""
     eos_token_ids: tuple[int, ...]
     """Each of them ends a sequence."""
+
+    @property
+    def dtype(self) -> "torch.dtype":
+        """Of the checkpoint."""
+        return torch_dtype(self.dtype_name)
 
     def layer_ropes(self) -> list[RopeConfig]:
         """One for each layer."""
@@ -113,7 +128,7 @@ def _parse(folder: Path, architecture: str, raw: Mapping[str, Any], generation: 
     return ModelConfig(
         path=folder,
         architecture=architecture,
-        dtype=_checkpoint_dtype(folder, raw),
+        dtype_name=_checkpoint_dtype(folder, raw),
         vocab_size=raw["vocab_size"],
         hidden_size=raw["hidden_size"],
         intermediate_size=raw["intermediate_size"],
@@ -163,13 +178,13 @@ def _sliding_layers(folder: Path, raw: Mapping[str, Any], switches: Switches) ->
     return tuple(i for i, kind in enumerate(given) if kind == "sliding_attention")
 
 
-def _checkpoint_dtype(folder: Path, raw: Mapping[str, Any]) -> torch.dtype:
+def _checkpoint_dtype(folder: Path, raw: Mapping[str, Any]) -> str:
     given = raw.get("dtype") or raw.get("torch_dtype") or "float32"
     name = str(given).removeprefix("torch.")
     name = _SPELLINGS.get(name, name)
     if name not in DTYPES:
         raise UnsupportedModel(f"{folder}: dtype={given!r} is not supported; supported: {', '.join(DTYPES)}")
-    return DTYPES[name]
+    return name
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:

@@ -1,7 +1,8 @@
 """One step as rank 0 tells it to the other ranks, in msgpack: what a runner reads of each chunk, and no more.
 
-Both ends remember the sequences of the step before: the parameters of those are not said again, and a runner finds the
-place of a token that the device has computed, and nobody has read, by the sequence it belongs to.
+Both ends remember the sequences of the step before: their parameters, and the blocks that they had then, are not said
+again: a step of 256 decodes with 80 blocks each is 16 KB and not 98, for which a pipe has no room. And a runner finds
+the place of a token that the device has computed, and nobody has read, by the sequence it belongs to.
 """
 
 from array import array
@@ -13,6 +14,7 @@ import msgspec
 from hbserve_core.engine.sequence import ScheduledChunk, Sequence
 from hbserve_rpc import SamplingParams
 
+_BLOCK_BYTES = array("i").itemsize
 _NOT_SENT = -3
 """At the places of tokens that no runner reads: their keys and values are in the pool, or they come later."""
 
@@ -25,8 +27,10 @@ class _Chunk(msgspec.Struct, frozen=True, array_like=True):
     first: int
     new_token_ids: list[int]
     """Tokens [first, first + num_new_tokens); UNREAD is one of them at most."""
-    block_table: bytes
-    """int32"""
+    num_known_blocks: int
+    """So many of the step before it still has, at the beginning of its table."""
+    new_blocks: bytes
+    """The rest of its table: int32."""
     params: SamplingParams | None
     """None: those of the step before."""
     num_scored_tokens: int
@@ -40,19 +44,23 @@ class StepWriter:
     def __init__(self, draws: bool) -> None:
         """draws: whether the others must sample as rank 0 does. They need not where rank 0 tells them every token."""
         self._draws = draws
-        self._last: set[Sequence] = set()
+        self._last: dict[Sequence, bytes] = {}
+        """Their block tables."""
         self._encoder = msgspec.msgpack.Encoder()
 
     def write(self, batch: Ids[ScheduledChunk]) -> bytes:
-        message = self._encoder.encode([self._chunk(chunk) for chunk in batch])
-        self._last = {chunk.sequence for chunk in batch}
+        tables = [chunk.sequence.block_table.tobytes() for chunk in batch]
+        message = self._encoder.encode([self._chunk(*each) for each in zip(batch, tables, strict=True)])
+        self._last = {chunk.sequence: table for chunk, table in zip(batch, tables, strict=True)}
         return message
 
-    def _chunk(self, chunk: ScheduledChunk) -> _Chunk:
+    def _chunk(self, chunk: ScheduledChunk, table: bytes) -> _Chunk:
         sequence, first = chunk.sequence, chunk.first
         params = None if sequence in self._last else sequence.params if self._draws else _greedy(sequence.params)
         new_token_ids = sequence.token_ids[first : first + chunk.num_new_tokens]
-        block_table = sequence.block_table.tobytes()
+        known = self._last.get(sequence, b"")
+        if not table.startswith(known):  # it was preempted, and has others now
+            known = b""
         return _Chunk(
             sequence.request_id,
             sequence.choice,
@@ -60,7 +68,8 @@ class StepWriter:
             sequence.num_tokens,
             first,
             new_token_ids,
-            block_table,
+            len(known) // _BLOCK_BYTES,
+            table[len(known) :],
             params,
             sequence.num_scored_tokens,
             sequence.token_ids if params is not None and params.has_penalties else [],
@@ -97,5 +106,6 @@ class StepReader:
         tokens[chunk.first : end] = chunk.new_token_ids
         sequence.num_computed_tokens = chunk.first
         sequence.num_scored_tokens = chunk.num_scored_tokens
-        sequence.block_table = array("i", chunk.block_table)
+        del sequence.block_table[chunk.num_known_blocks :]
+        sequence.block_table.frombytes(chunk.new_blocks)
         return sequence

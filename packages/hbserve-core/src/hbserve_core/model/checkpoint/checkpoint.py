@@ -1,25 +1,22 @@
 """The safetensors files of a model folder."""
 
 import contextlib
-import json
 import logging
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from hbserve_core.errors import ModelFilesMissing, WeightsMismatch
+from hbserve_core.errors import WeightsMismatch
 from hbserve_core.model.checkpoint.safetensors_file import DTYPES, SafetensorsFile, StoredTensor
 from hbserve_core.model.checkpoint.staged_reader import StagedReader
 from hbserve_core.model.checkpoint.tensor_source import Shapes, TensorPart, row_pieces, sampled_places
+from hbserve_core.model.checkpoint.weight_files import weight_files
 from hbserve_core.model.model_config import ModelConfig
 
 logger = logging.getLogger(__name__)
 
-_INDEX = "model.safetensors.index.json"
-_SINGLE = "model.safetensors"
 _PREFIX = "model."
 _EMBEDDING, _HEAD = f"{_PREFIX}embed_tokens.weight", "lm_head.weight"
 _PIECE_BYTES = 16 << 20
@@ -98,7 +95,7 @@ def _stored_tensors(folder: Path) -> Iterator[dict[str, StoredTensor]]:
     lack the prefix."""
     stored: dict[str, StoredTensor] = {}
     with contextlib.ExitStack() as opened:
-        for path in _weight_files(folder):
+        for path in weight_files(folder):
             file = SafetensorsFile(path)
             opened.callback(file.close)
             stored |= file.tensors
@@ -124,30 +121,3 @@ def _rows(stored: StoredTensor, piece: slice) -> torch.Tensor:
 def _may_be_ignored(name: str, config: ModelConfig) -> bool:
     """Tied models may store the table twice; old exports store the RoPE frequencies, which follow from the config."""
     return name.endswith("rotary_emb.inv_freq") or (name == _HEAD and config.tied_embeddings)
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    index = folder / _INDEX
-    if (folder / _SINGLE).exists():
-        # As transformers has it: an index beside it is of an older export.
-        names = [_SINGLE]
-    elif index.exists():
-        names = _shard_names(index)
-    else:
-        found = ", ".join(sorted(entry.name for entry in folder.iterdir())[:12])
-        raise ModelFilesMissing(
-            f"model folder {str(folder)!r} has neither {_SINGLE} nor {_INDEX} (it has: {found}); "
-            "other weight formats must be saved as safetensors first, or load_format='dummy' chosen"
-        )
-    missing = [name for name in names if not (folder / name).exists()]
-    if missing:
-        raise ModelFilesMissing(f"model folder {str(folder)!r} lacks {', '.join(missing)}, which {_INDEX} names")
-    return [folder / name for name in names]
-
-
-def _shard_names(index: Path) -> list[str]:
-    try:
-        content: Any = json.loads(index.read_text(encoding="utf-8"))
-        return sorted(set(content["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise WeightsMismatch(f"{index} has no readable weight_map: {error}") from error

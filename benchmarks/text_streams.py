@@ -1,0 +1,151 @@
+"""Text of many streams in one client process: its scheduler, its connection to an instance, and its detokenizers.
+
+    python benchmarks/text_streams.py                   256 streams of the demo model's tokenizer
+    python benchmarks/text_streams.py --streams 16 256 --profile
+
+The instance is another process, which computes nothing: at each step it gives every stream a token, as an engine does,
+when the client has asked for the step. So none wait for each other, and each is an event of its own. Said are tokens
+for each second of the client's processor time, which on one core is its limit, and which other work on the machine
+makes smaller, if at all.
+"""
+
+import argparse
+import asyncio
+import cProfile
+import pstats
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+from api_server import MAX_MODEL_LEN, VOCAB_SIZE
+
+from hbserve.demo_model import find_model_folder
+from hbserve.text_request import TextRequest
+from hbserve.tokenizer import load_tokenizer
+from hbserve_rpc import Method, RpcClient, RpcServer, SamplingParams
+from hbserve_rpc.messages import (
+    DESCRIBE,
+    GENERATE,
+    STATS,
+    Empty,
+    GenerateRequest,
+    InstanceInfo,
+    InstanceStats,
+    TokenEvent,
+)
+from hbserve_scheduler import CpuScheduler, SchedulerConfig
+
+STEP: Method[TokenEvent, Empty] = Method("bench.step", TokenEvent, Empty)
+TEXT = (
+    """Prefill computes keys and values of a prompt, decode adds one token after the other. Äpfel, naïve Größen, 你好,
+and numbers like 3.14159 or 2,718 are in it too: def main() -> None: print("streams", len(streams))\n"""
+    * 40
+)
+ROUNDS = 3
+"""The best of so many."""
+
+
+async def serve() -> None:
+    has_stepped = asyncio.Event()
+    tokens = load_tokenizer(await find_model_folder(None)).encode(TEXT)
+
+    async def generate(request: GenerateRequest) -> AsyncIterator[TokenEvent]:
+        first = len(request.prompt_token_ids)  # each stream is somewhere else in the text
+        for index in range(request.params.max_tokens):
+            await has_stepped.wait()
+            is_last = index + 1 == request.params.max_tokens
+            yield TokenEvent(index, [tokens[(first + index) % len(tokens)]], "length" if is_last else None)
+
+    async def step(_: TokenEvent) -> Empty:
+        nonlocal has_stepped
+        stepped, has_stepped = has_stepped, asyncio.Event()
+        stepped.set()
+        for _ in range(3):  # as many turns as the loop needs for everything that this causes
+            await asyncio.sleep(0)
+        return Empty()
+
+    async def describe(_: Empty) -> InstanceInfo:
+        return InstanceInfo(
+            "mock-0", "hybrid", server.epoch, "ready", max_model_len=MAX_MODEL_LEN, max_prompt_len=MAX_MODEL_LEN - 1,
+            vocab_size=VOCAB_SIZE,
+        )  # fmt: skip
+
+    async def stats(_: Empty) -> InstanceStats:
+        return InstanceStats("mock-0", "hybrid", "ready")
+
+    server = RpcServer()
+    server.serve(DESCRIBE, describe)
+    server.serve(STATS, stats)
+    server.serve(STEP, step)
+    server.serve_stream(GENERATE, generate)
+    await server.start()
+    print(server.address, flush=True)
+    await asyncio.Event().wait()
+
+
+async def measure(address: str, tokenizer: Any, num_streams: int, num_tokens: int) -> float:
+    """Tokens for each second of processor time."""
+    scheduler = CpuScheduler(SchedulerConfig(heartbeat_interval_s=60, heartbeat_timeout_s=600))
+    await scheduler.add_instance("mock-0", "hybrid", address)
+    await scheduler.start()
+    await scheduler.wait_ready(60)
+    num_given = 0
+
+    async def take(number: int) -> str:
+        nonlocal num_given
+        params = SamplingParams(0, num_tokens, ignore_eos=True)
+        texts = []
+        async for delta in TextRequest(scheduler, tokenizer, list(range(1, 2 + number)), params):
+            num_given += len(delta["token_ids"])
+            texts.append(delta["text"])
+        return "".join(texts)
+
+    async with RpcClient(address) as client:
+        taking = [asyncio.create_task(take(number)) for number in range(num_streams)]
+        while len(scheduler.running_requests) < num_streams:  # noqa: ASYNC110  nothing tells
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.2)  # until their streams are open
+        began_s = time.process_time()
+        for step in range(num_tokens):
+            await client.call(STEP, TokenEvent(0, []), timeout_s=60)
+            while num_given < num_streams * (step + 1):  # noqa: ASYNC110  the others have their turn
+                await asyncio.sleep(0)
+        used_s = time.process_time() - began_s
+        texts = await asyncio.gather(*taking)
+    await scheduler.stop()
+    assert all(len(text) > num_tokens for text in texts)
+    return num_streams * num_tokens / used_s
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--streams", type=int, nargs="+", default=[256])
+    parser.add_argument("--tokens", type=int, default=200)
+    parser.add_argument("--profile", action="store_true", help="functions by their own time; much slower")
+    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.serve:
+        asyncio.run(serve())
+        return
+    tokenizer = load_tokenizer(asyncio.run(find_model_folder(None)))
+    process = subprocess.Popen([sys.executable, __file__, "--serve"], stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        address = process.stdout.readline().strip()
+        for num_streams in arguments.streams:
+            if arguments.profile:
+                profile = cProfile.Profile()
+                profile.runcall(asyncio.run, measure(address, tokenizer, num_streams, arguments.tokens))
+                pstats.Stats(profile).sort_stats("tottime").print_stats(25)
+                continue
+            best = max(asyncio.run(measure(address, tokenizer, num_streams, arguments.tokens)) for _ in range(ROUNDS))
+            print(f"{num_streams:6} streams: {best:,.0f} tokens/s of a core, {1e6 / best:.1f} us a token")
+    finally:
+        process.kill()
+        process.wait()
+
+
+if __name__ == "__main__":
+    main()

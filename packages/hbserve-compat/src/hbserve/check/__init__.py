@@ -1,0 +1,1 @@
+"""Looking at a deployment and at this host before anything starts: `hbserve check`."""

@@ -1,0 +1,12 @@
+"""Entry of the command `hbserve`: so small that a Ctrl-C is no traceback even while the rest is imported."""
+
+import signal
+
+
+def main() -> None:
+    """Run the command line. Until a command runs, which ends in order, Ctrl-C ends the process as SIGTERM does."""
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    from hbserve.__main__ import main as run_command_line
+
+    run_command_line()

@@ -1,0 +1,127 @@
+"""A Ray cluster, as a deployment needs it: a connection, and places on nodes."""
+
+import asyncio
+import logging
+import os
+import signal
+from typing import Any
+
+from hbserve_rpc.messages import Role
+from hbserve_scheduler import ConfigError, DeploymentConfig, InstanceSection
+
+logger = logging.getLogger(__name__)
+
+TELL_AFTER_S = 5.0
+"""A place that cannot be had yet is told then, and ever more rarely: an autoscaler may take minutes to add a node."""
+STRATEGY = "STRICT_PACK"
+"""What shares a place is on one node: a pair, and the GPUs of an instance's ranks."""
+Bundle = dict[str, float]
+
+
+def connect(address: str) -> None:
+    """Join a cluster that runs: `auto` is the one that this host belongs to. `local` starts one of this host alone.
+
+    Raises:
+        ConfigError: Ray is not installed, or nobody is there.
+    """
+    # Nodes have what this one has installed. In a program of `uv run` Ray would else carry the current folder to each,
+    # and make an environment there.
+    os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+    try:
+        import ray
+    except ImportError:
+        raise ConfigError("--ray needs Ray: pip install 'hbserve-compat[ray]'") from None
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        ray.init(address=address, logging_level=logging.WARNING, log_to_driver=True)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise ConfigError(f"--ray={address}: {' '.join(str(error).split())}") from None
+    finally:
+        signal.signal(signal.SIGTERM, before)  # Ray has its own, which ends this process at once
+
+
+def disconnect() -> None:
+    """Leave the cluster. What is still running there of this process ends."""
+    import ray
+
+    ray.shutdown()
+
+
+def bundle_of(config: DeploymentConfig, instance: InstanceSection, num_ranks: int) -> Bundle:
+    """What one instance takes of its node. GPUs only where the configuration, or the cluster, has any."""
+    role, settings = instance.instance_type, config.engine_settings()
+    bundle: Bundle = {"CPU": float(settings.num_threads or 1), **config.ray.resources.get(role, {})}
+    if settings.device != "cpu" and (settings.device != "auto" or _has_gpus()):
+        bundle["GPU"] = float(num_ranks)
+    if role in config.ray.accelerator_type:
+        bundle[f"accelerator_type:{config.ray.accelerator_type[role]}"] = 0.001  # as Ray's own option of that name
+    return bundle
+
+
+def _has_gpus() -> bool:
+    import ray
+
+    return bool(ray.cluster_resources().get("GPU"))
+
+
+class Place:
+    """Room for some instances on one node: a placement group. When its node is lost, Ray finds another one."""
+
+    def __init__(self, bundles: dict[str, Bundle]) -> None:
+        """`bundles`: by the name of the instance that takes it."""
+        from ray.util.placement_group import placement_group
+
+        self._names = list(bundles)
+        self._bundles = bundles
+        self._group: Any = placement_group(list(bundles.values()), STRATEGY)
+
+    def options(self, name: str) -> dict[str, Any]:
+        """Of the actor that has this bundle."""
+        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+        bundle = dict(self._bundles[name])
+        return {
+            "num_cpus": bundle.pop("CPU"),
+            "num_gpus": bundle.pop("GPU", 0.0),
+            "resources": bundle,
+            "scheduling_strategy": PlacementGroupSchedulingStrategy(
+                self._group, placement_group_bundle_index=self._names.index(name)
+            ),
+        }
+
+    async def wait(self, name: str) -> None:
+        """Until there is room for it. How long that takes is not known here: an autoscaler may have to add a node."""
+        ready, pause_s = self._group.ready(), TELL_AFTER_S
+        while True:
+            done, _ = await asyncio.wait([asyncio.ensure_future(_of(ready))], timeout=pause_s)
+            if done:
+                done.pop().result()
+                return
+            logger.warning("%s: no node has room for %s yet; waiting", name, self._bundles[name])
+            pause_s *= 2
+
+    def give_back(self) -> None:
+        """What still runs there ends."""
+        from ray.util.placement_group import remove_placement_group
+
+        remove_placement_group(self._group)
+
+
+async def _of(reference: Any) -> Any:
+    return await reference
+
+
+def pairs(instances: list[InstanceSection], place: str) -> list[list[InstanceSection]]:
+    """Instances that are to be on one node: each alone, or the first prefill and the first decode instance, and so on.
+
+    Those of a role that has more than the other are alone.
+    """
+    if place == "any":
+        return [[each] for each in instances]
+    by_role: dict[Role, list[InstanceSection]] = {"prefill": [], "decode": [], "hybrid": []}
+    for each in instances:
+        by_role[each.instance_type].append(each)
+    prefill, decode = by_role["prefill"], by_role["decode"]
+    both = min(len(prefill), len(decode))
+    together = [[*pair] for pair in zip(prefill, decode, strict=False)]
+    return together + [[each] for each in prefill[both:] + decode[both:] + by_role["hybrid"]]

@@ -1,0 +1,134 @@
+"""Instances of a deployment on a Ray cluster: started, watched, and started again where they fit."""
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from hbserve.child_process import STOP_TIMEOUT_S, ChildProcesses, Restarts
+from hbserve.launcher import instance_settings, num_ranks
+from hbserve.ray_cluster.cluster import Place, bundle_of, pairs
+from hbserve.ray_cluster.instance_actor import InstanceActor
+from hbserve_rpc import Keys
+from hbserve_rpc.messages import Role
+from hbserve_scheduler import DeploymentConfig, InstanceFailed
+
+logger = logging.getLogger(__name__)
+
+
+class RayInstance:
+    """One instance on some node. Each life has an actor of its own, which Ray does not restart: `ChildProcesses` does,
+    as it does with processes of this host."""
+
+    pid = None
+    """Of another host's process nothing can be told by a number."""
+
+    def __init__(self, settings: dict[str, Any], place: Place, on_death: Callable[[str, str], None]) -> None:
+        self.name = self.instance_id = str(settings["instance_id"])
+        self.role: Role = settings["role"]
+        self.address = ""
+        self.restarts = Restarts()
+        self._settings = settings
+        self._place = place
+        self._on_death = on_death
+        self._actor: Any = None
+        self._watching: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Wait for room, start it there, and wait until it serves.
+
+        Raises:
+            InstanceFailed: it ended first, or its node was lost meanwhile.
+        """
+        import ray
+        from ray.exceptions import RayError
+
+        self._end_actor()
+        self.restarts.began()
+        try:
+            await self._place.wait(self.name)
+            self._actor = ray.remote(InstanceActor).options(**self._place.options(self.name)).remote(self._settings)
+            self.address = await self._actor.start.remote()
+        except RayError as error:
+            self._end_actor()
+            cause = getattr(error, "cause", None)
+            raise InstanceFailed(str(cause) if isinstance(cause, InstanceFailed) else _in_words(error)) from None
+        self._watching = asyncio.create_task(self._watch())
+
+    async def _watch(self) -> None:
+        from ray.exceptions import RayError
+
+        try:
+            why = await self._actor.death.remote()
+        except RayError as error:
+            why = _in_words(error)
+        self._end_actor()
+        self._on_death(self.name, why)
+
+    async def drain(self) -> None:
+        await self.stop()
+
+    async def stop(self) -> None:
+        """End it: in order, and by force if that takes too long, or its node does not answer."""
+        if self._watching is not None:
+            self._watching.cancel()
+            await asyncio.gather(self._watching, return_exceptions=True)
+        if self._actor is None:
+            return
+        from ray.exceptions import RayError
+
+        with contextlib.suppress(RayError, TimeoutError):
+            async with asyncio.timeout(STOP_TIMEOUT_S):
+                await self._actor.stop.remote()
+        self._end_actor()
+
+    def _end_actor(self) -> None:
+        if self._actor is not None:
+            import ray
+
+            ray.kill(self._actor)
+            self._actor = None
+
+    def kill(self) -> None:
+        self._end_actor()
+
+
+def _in_words(error: Exception) -> str:
+    """Ray's messages have several lines, with the ids of nodes and workers; the first one says what matters."""
+    first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    return f"its Ray actor has ended ({type(error).__name__}: {first})"
+
+
+class RayInstances(ChildProcesses[RayInstance]):
+    """All instances of a deployment, each on a node that has room for it."""
+
+    def __init__(
+        self,
+        config: DeploymentConfig,
+        model_folder: Path,
+        *,
+        log_level: str,
+        on_death: Callable[[str, str], None],
+        keys: Keys | None = None,
+    ) -> None:
+        self._places: list[Place] = []
+        make = []
+        for group in pairs(config.gpu_instances, config.ray.place):
+            place = Place({each.instance_id: bundle_of(config, each, num_ranks(config, each)) for each in group})
+            self._places.append(place)
+            for each in group:
+                # Ray gives GPUs and cores to one of them alone.
+                alone = {"num_local_instances": 1, "num_on_gpu": 1}
+                alone["num_threads"] = config.engine_settings().num_threads or 1
+                settings = instance_settings(config, each, model_folder, log_level=log_level, keys=keys) | alone
+                make.append(partial(RayInstance, settings, place))
+        super().__init__(make, on_death)
+
+    async def stop(self) -> None:
+        await super().stop()
+        for place in self._places:
+            place.give_back()
+        self._places.clear()

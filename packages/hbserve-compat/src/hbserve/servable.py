@@ -1,0 +1,75 @@
+"""Refusal of models that cannot be served, before anything starts and without torch, with what to do instead."""
+
+import json
+import re
+from pathlib import Path
+
+from hbserve_rpc.plain_values import shown
+
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+def model_folder_at(given: Path) -> Path:
+    """The folder that was given, as a path that does not depend on the current folder.
+
+    Raises:
+        FileNotFoundError: there is none, or it is known to hold something else; says what to do.
+    """
+    folder = given.expanduser().absolute()
+    if not folder.is_dir():
+        raise FileNotFoundError(_why_no_folder(given, folder))
+    if not (folder / "config.json").exists():
+        if (folder / "adapter_config.json").exists():
+            raise FileNotFoundError(_about_lora(folder))
+        if found := sorted(folder.glob("*.gguf")):
+            raise FileNotFoundError(_about_gguf(found[0]))
+    return folder
+
+
+def _why_no_folder(given: Path, folder: Path) -> str:
+    if folder.suffix == ".gguf":
+        return _about_gguf(folder)
+    if folder.exists():
+        return f"'{folder}' is a file: give the folder that it is in"
+    if _HUB_NAME.fullmatch(str(given)):
+        return (
+            f"model folder '{folder}' does not exist, and {given} is not in the local cache of Hugging Face's hub: "
+            f"download it first (hf download {given}), or give the path of a Hugging Face folder"
+        )
+    return f"model folder '{folder}' does not exist: give the path of a Hugging Face folder"
+
+
+def require_servable(folder: Path, load_format: str, tensor_parallel_sizes: set[int]) -> None:
+    """What every instance would find out by itself, some seconds later.
+
+    Raises:
+        ModelFilesMissing, UnsupportedModel, WeightsMismatch, InvalidInstanceConfig: says what is wrong, and what to do.
+    """
+    from hbserve_core.model.checkpoint.weight_files import weight_files
+    from hbserve_core.model.model_config import load_model_config
+    from hbserve_core.model.shard import check_divisible
+
+    model = load_model_config(folder)
+    for size in sorted(tensor_parallel_sizes):
+        check_divisible(model, size)
+    if load_format != "dummy":
+        weight_files(folder)
+
+
+def _about_gguf(file: Path) -> str:
+    return (
+        f"'{file}' is a GGUF file, which is not served: give a folder with safetensors, such as the original model's "
+        "from Hugging Face's hub (hf download), or what transformers makes of the file "
+        "(from_pretrained(FOLDER, gguf_file=NAME), then save_pretrained)"
+    )
+
+
+def _about_lora(folder: Path) -> str:
+    try:
+        base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (OSError, ValueError, KeyError, TypeError):
+        base = "a model that it does not name"
+    return (
+        f"'{folder}' is a LoRA adapter of {shown(base)}, and adapters are not served: merge it into that model "
+        "(peft: merge_and_unload(), then save_pretrained), and give the folder of the result"
+    )

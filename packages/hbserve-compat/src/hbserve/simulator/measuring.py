@@ -1,0 +1,146 @@
+"""`hbserve profile`: one instance is measured, and what was measured is a file that simulations read."""
+
+import asyncio
+import statistics
+import sys
+from collections.abc import Sequence
+from datetime import date
+from time import perf_counter
+from typing import NamedTuple
+
+import msgspec
+
+from hbserve.bench import EngineUnderTest
+from hbserve.demo_model import model_folder
+from hbserve.progress import progress_bar
+from hbserve.simulator.commands import ProfileArgs
+from hbserve.simulator.profile import Profile
+from hbserve_core.bench.batch_sweep import BatchSweep, SweepPlan, sweep_config
+from hbserve_core.ranks.make_runner import make_runner
+from hbserve_kv import bench as kv_bench
+from hbserve_rpc import InvalidRequest, RpcClient, RpcServer
+from hbserve_rpc.messages import DESCRIBE, Empty, InstanceInfo
+
+BLOCK_BYTES = 1 << 20
+ROUNDS = 5
+NUM_CALLS = 200
+DEADLINE_S = 30.0
+
+
+class Usual(NamedTuple):
+    """What is measured unless the command says otherwise."""
+
+    prompt_lens: str
+    batch_sizes: str
+    contexts: str
+
+
+ON_A_GPU = Usual("128,256,512,1024,2048,4096,8192,16384", "1,2,4,8,16,17,32,64,65,128,256", "512,8192")
+ON_A_CPU = Usual("16,64,256", "1,4,16", "64,256")
+
+
+def measure_profile(args: ProfileArgs) -> None:
+    """Measure, and write the file.
+
+    Raises InvalidRequest, what `InstanceConfig` and `make_runner` raise, and OSError.
+    """
+    folder = model_folder(args.model)
+    engine = EngineUnderTest(args.model, args.device, args.dtype, args.random_weights, args.tensor_parallel_size)
+    usual = ON_A_GPU if engine.is_on_a_gpu(folder) else ON_A_CPU
+    prompts = _numbers("--prompt-lens", args.prompt_lens or usual.prompt_lens)
+    batches = _numbers("--batch-sizes", args.batch_sizes or usual.batch_sizes)
+    contexts = _numbers("--contexts", args.contexts or usual.contexts)
+    sizes = _numbers("--megabytes", args.megabytes)
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    config = sweep_config(str(folder), SweepPlan(batches, tuple(sorted({*contexts, *prompts}))), **engine.settings())
+    runner = make_runner(config)
+    try:
+        sweep = BatchSweep(config, runner)
+        prefill, decode = _steps(sweep, prompts, batches, contexts)
+        device, per_token, kv_tokens = runner.device, sweep.kv_bytes_per_token, sweep.kv_tokens
+    finally:
+        runner.close()
+    moving, beside_s = asyncio.run(_transfers(args.kv_transfer_backend, device.type, sizes))
+    profile = Profile(
+        name=args.name or f"{folder.name} on {device}",
+        source=f"hbserve profile, {date.today()}: {folder.name}, {runner.dtype}",
+        device=str(device),
+        tensor_parallel_size=args.tensor_parallel_size,
+        kv_bytes_per_token=per_token,
+        kv_tokens=kv_tokens,
+        prefill=prefill,
+        decode=decode,
+        transfer=moving,
+        handoff_s=beside_s,
+        message_s=asyncio.run(_message_s()),
+    )
+    args.output.write_bytes(msgspec.json.format(msgspec.json.encode(profile)) + b"\n")
+    sys.stdout.write(f"{args.output}: {len(prefill)} prompts, {len(decode)} decode steps, {len(moving)} transfers\n")
+
+
+def _numbers(option: str, text: str) -> tuple[int, ...]:
+    """Ascending, without repetitions. Raises InvalidRequest."""
+    try:
+        found = tuple(sorted({int(each) for each in text.split(",")}))
+    except ValueError:
+        found = ()
+    if not found or found[0] < 1:
+        raise InvalidRequest(f"{option}={text!r}: expected numbers from 1 on, with commas between")
+    return found
+
+
+def _steps(
+    sweep: BatchSweep, prompts: Sequence[int], batches: Sequence[int], contexts: Sequence[int]
+) -> tuple[list[tuple[int, float]], list[tuple[int, int, float]]]:
+    """Prompts and decode steps; what the model or the pool has no room for is said and passed over."""
+    prefill: list[tuple[int, float]] = []
+    decode: list[tuple[int, int, float]] = []
+    with progress_bar(len(prompts) + len(batches) * len(contexts), title="Measuring") as bar:
+        for length in prompts:
+            if (obstacle := sweep.obstacle(1, length)) is not None:
+                bar.write(f"prompt of {length} skipped: {obstacle}", file=sys.stderr)
+            else:
+                prefill.append((length, sweep.prompt_s(length)))
+            bar.update()
+        for context in contexts:
+            for batch in batches:
+                if (obstacle := sweep.obstacle(batch, context)) is not None:
+                    bar.write(f"{batch} x {context} skipped: {obstacle}", file=sys.stderr)
+                else:
+                    decode.append((batch, context, sweep.measure(batch, context).step_s))
+                bar.update()
+    if not prefill or not decode:
+        raise InvalidRequest("--prompt-lens, --batch-sizes, --contexts: nothing fits this model and its pool")
+    return prefill, decode
+
+
+async def _transfers(backend: str, device: str, megabytes: Sequence[int]) -> tuple[list[tuple[int, float]], float]:
+    """Time in which bytes move, by bytes; and what a transfer takes beside that, in seconds."""
+    moving, beside = [], []
+    for size in megabytes:
+        settings = kv_bench.Settings(backend, device, num_blocks=2 * size, block_bytes=BLOCK_BYTES)
+        found, _ = await kv_bench.measure(settings, size * BLOCK_BYTES, scattered=True, num_rounds=ROUNDS)
+        moving.append((size * BLOCK_BYTES, statistics.median(each.moving_s for each in found)))
+        beside.append(statistics.median(each.time_s - each.moving_s for each in found))
+    return moving, statistics.median(beside)
+
+
+async def _message_s() -> float:
+    """Half of a call's time, with both sides in this process: what a message takes at least."""
+    server = RpcServer()
+
+    async def describe(_: Empty) -> InstanceInfo:
+        return InstanceInfo("i0", "hybrid", server.epoch, "ready")
+
+    server.serve(DESCRIBE, describe)
+    await server.start()
+    try:
+        async with RpcClient(server.address) as client:
+            times = []
+            for _ in range(NUM_CALLS):
+                began_s = perf_counter()
+                await client.call(DESCRIBE, Empty(), timeout_s=DEADLINE_S)
+                times.append(perf_counter() - began_s)
+    finally:
+        await server.stop()
+    return statistics.median(times) / 2

@@ -1,0 +1,60 @@
+"""`hbserve serve --ray` without a cluster: what each instance takes of a node, and what is refused."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hbserve.ray_cluster import cluster
+from hbserve.ray_cluster.cluster import bundle_of, connect, pairs
+from hbserve.serve import ServeArgs
+from hbserve_scheduler import ConfigError, DeploymentConfig, convert
+
+
+def deployment(num_prefill: int = 1, num_decode: int = 1, **sections: Any) -> DeploymentConfig:
+    roles = ["prefill"] * num_prefill + ["decode"] * num_decode
+    entries = [
+        {"instance_id": f"{role[0]}{rank}", "instance_type": role, "kv_rank": rank} for rank, role in enumerate(roles)
+    ]
+    return convert({"gpu_instances": entries, **sections})
+
+
+@pytest.mark.parametrize(
+    ("numbers", "place", "groups"),
+    [
+        ((1, 1), "any", ["p0", "d1"]),
+        ((1, 1), "pair", ["p0 d1"]),
+        ((2, 3), "pair", ["p0 d2", "p1 d3", "d4"]),
+        ((2, 1), "pair", ["p0 d2", "p1"]),
+    ],
+)
+def test_instances_that_are_to_be_on_one_node_share_a_place(numbers, place, groups):
+    config = deployment(*numbers)
+    found = [" ".join(each.instance_id for each in group) for group in pairs(config.gpu_instances, place)]
+    assert found == groups
+
+
+def test_an_instance_takes_cores_gpus_and_what_its_role_wants_of_a_node(monkeypatch):
+    ray = {"resources": {"decode": {"big": 2}}, "accelerator_type": {"prefill": "H100"}}
+    config = deployment(ray=ray, engine={"num_threads": 3})
+    prefill, decode = config.gpu_instances
+    monkeypatch.setattr(cluster, "_has_gpus", lambda: True)
+    assert bundle_of(config, prefill, 2) == {"CPU": 3.0, "GPU": 2.0, "accelerator_type:H100": 0.001}
+    assert bundle_of(config, decode, 1) == {"CPU": 3.0, "GPU": 1.0, "big": 2}
+    monkeypatch.setattr(cluster, "_has_gpus", lambda: False)
+    assert "GPU" not in bundle_of(config, decode, 1)
+    asked_for = deployment(engine={"device": "cuda"})
+    assert bundle_of(asked_for, decode, 1) == {"CPU": 1.0, "GPU": 1.0}, "an autoscaler has to add such a node first"
+
+
+def test_without_ray_it_is_said_how_to_install_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(ConfigError, match=r"--ray needs Ray: pip install 'hbserve-compat\[ray\]'"):
+        connect("auto")
+
+
+def test_several_front_ends_are_refused_over_a_cluster():
+    args = ServeArgs(None, Path("/model"), "INFO", {"api_servers": 2}, ray="auto")
+    with pytest.raises(ConfigError, match=r"server\.api_servers=2: expected 1 with --ray"):
+        args.deployment()

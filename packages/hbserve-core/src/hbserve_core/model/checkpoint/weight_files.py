@@ -1,0 +1,43 @@
+"""Files of a model folder that hold its weights."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from hbserve_core.errors import ModelFilesMissing, WeightsMismatch
+
+_INDEX = "model.safetensors.index.json"
+_SINGLE = "model.safetensors"
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Paths of the files that hold a model's weights.
+
+    Raises:
+        ModelFilesMissing: there are none, or a shard that the index names is not there.
+        WeightsMismatch: the index cannot be read.
+    """
+    index = folder / _INDEX
+    if (folder / _SINGLE).exists():
+        # As transformers has it: an index beside it is of an older export.
+        names = [_SINGLE]
+    elif index.exists():
+        names = _shard_names(index)
+    else:
+        found = ", ".join(sorted(entry.name for entry in folder.iterdir())[:12])
+        raise ModelFilesMissing(
+            f"model folder {str(folder)!r} has neither {_SINGLE} nor {_INDEX} (it has: {found}); "
+            "other weight formats must be saved as safetensors first, or load_format='dummy' chosen"
+        )
+    missing = [name for name in names if not (folder / name).exists()]
+    if missing:
+        raise ModelFilesMissing(f"model folder {str(folder)!r} lacks {', '.join(missing)}, which {_INDEX} names")
+    return [folder / name for name in names]
+
+
+def _shard_names(index: Path) -> list[str]:
+    try:
+        content: Any = json.loads(index.read_text(encoding="utf-8"))
+        return sorted(set(content["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise WeightsMismatch(f"{index} has no readable weight_map: {error}") from error

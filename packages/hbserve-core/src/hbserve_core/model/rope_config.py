@@ -1,0 +1,182 @@
+"""Configuration of rotary position embeddings, as a model's config.json has it. Without torch: whoever only asks
+whether a model can be served does not wait for it.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from hbserve_core.errors import UnsupportedModel
+
+_SUPPORTED = ("default", "linear", "llama3", "yarn", "dynamic", "longrope")
+_OWN_LENGTH = ("llama3", "yarn", "longrope")
+"""Types with parameters of their own for the length before it was extended."""
+
+
+_OTHER_NAMES = {"su": "longrope"}
+"""Of older files."""
+
+
+@dataclass(frozen=True, slots=True)
+class RopeConfig:
+    """Base and scaling of the rotation angles.
+
+    "dynamic" changes its frequencies when a sequence gets longer than the model's own limit: within it, which is as far
+    as this engine goes, it is "default". "longrope" does too, beyond its original length. Keys that are cached cannot
+    follow, so all sequences have the frequencies of the longest that the engine takes, as in vLLM: see `within`.
+    "none" rotates nothing.
+    """
+
+    rope_type: str
+    theta: float
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    """Of "llama3"."""
+    high_freq_factor: float = 4.0
+    """Of "llama3"."""
+    original_max_position_embeddings: int = 0
+    """Of "llama3", "yarn" and "longrope"."""
+    beta_fast: float = 32.0
+    """Of "yarn": pairs that turn more often than this within the original length keep their frequencies."""
+    beta_slow: float = 1.0
+    """Of "yarn": pairs that turn less often are slowed down by the whole factor."""
+    truncate: bool = True
+    """Of "yarn": the bounds between these pairs are rounded to whole ones."""
+    magnitude: float = 1.0
+    """Multiplies what is rotated of queries and keys; only "yarn" and "longrope" have another than 1."""
+    factors: tuple[float, ...] = ()
+    """Of "longrope": what each pair is slowed down by."""
+    short_factors: tuple[float, ...] = ()
+    """Of "longrope": the same where no sequence is longer than the original length."""
+    partial: float = 1.0
+    """Share of a head's dimensions that are rotated: the first ones. See `head_order`."""
+
+    def without_rotation(self) -> "RopeConfig":
+        return RopeConfig("none", self.theta)
+
+    def within(self, max_model_len: int) -> "RopeConfig":
+        """For an engine whose sequences are no longer than this."""
+        is_short = self.rope_type == "longrope" and max_model_len <= self.original_max_position_embeddings
+        return replace(self, factors=self.short_factors) if is_short else self
+
+
+def read_rope_configs(folder: Path, raw: Mapping[str, Any]) -> tuple[RopeConfig, RopeConfig | None]:
+    """Of a model's layers, and of those with a window, if theirs is another one (Gemma 3). Raises what
+    `read_rope_config` raises."""
+    own = raw.get("rope_parameters") or {}
+    if "full_attention" in own and "sliding_attention" in own:
+        both = (
+            read_rope_config(folder, {**raw, "rope_parameters": own[f"{kind}_attention"]})
+            for kind in ("full", "sliding")
+        )
+        return next(both), next(both)
+    local = raw.get("rope_local_base_freq")
+    return read_rope_config(folder, raw), None if local is None else RopeConfig("default", float(local))
+
+
+def read_rope_config(folder: Path, raw: Mapping[str, Any]) -> RopeConfig:
+    """From a config.json, with the keys of transformers 4 (rope_theta, rope_scaling) or 5 (rope_parameters).
+
+    As in transformers, rope_scaling counts where both are given: model cards say what to put there. The base is then
+    the one that the file has, if rope_scaling has none.
+
+    Raises:
+        UnsupportedModel: a RoPE type, or a partly rotated head, that this engine does not have; or a parameter that
+            cannot be.
+        KeyError: the named scaling parameter is missing.
+    """
+    own = raw.get("rope_parameters") or {}
+    parameters = raw.get("rope_scaling") or own
+    rope_type = parameters.get("rope_type") or parameters.get("type") or "default"
+    rope_type = _OTHER_NAMES.get(rope_type, rope_type)
+    if rope_type not in _SUPPORTED or any(isinstance(value, Mapping) for value in parameters.values()):
+        raise UnsupportedModel(
+            f"{folder}: rope_type={rope_type!r} is not supported; supported: {', '.join(_SUPPORTED)}, for all layers"
+        )
+    partial = parameters.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1.0))
+    partial = 1.0 if partial is None else float(partial)
+    if not 0 < partial <= 1:
+        raise UnsupportedModel(f"{folder}: partial_rotary_factor={partial} cannot be: expected above 0, at most 1")
+    theta = float(parameters.get("rope_theta") or raw.get("rope_theta") or own.get("rope_theta") or 10000.0)
+    if rope_type == "default":
+        return RopeConfig(rope_type, theta, partial=partial)
+    try:
+        return replace(_read_scaling(rope_type, theta, parameters, raw), partial=partial)
+    except (TypeError, ValueError) as error:
+        raise UnsupportedModel(f"{folder}: rope scaling {dict(parameters)} cannot be: {error}") from error
+
+
+def _read_scaling(rope_type: str, theta: float, parameters: Mapping[str, Any], raw: Mapping[str, Any]) -> RopeConfig:
+    original = 0
+    if rope_type in _OWN_LENGTH:
+        given = raw.get("original_max_position_embeddings") or parameters.get("original_max_position_embeddings")
+        original = int(given or raw["max_position_embeddings"])
+    if rope_type in ("yarn", "longrope") and parameters.get("factor") is None:
+        factor = raw["max_position_embeddings"] / original
+    else:
+        factor = float(parameters["factor"])
+    if not 0 < factor < math.inf or not 1 < theta < math.inf:
+        raise ValueError(f"factor={factor}, rope_theta={theta}: expected numbers above 0 and 1")
+    if rope_type == "yarn":
+        return _read_yarn(theta, factor, original, parameters)
+    if rope_type == "longrope":
+        return _read_longrope(theta, factor, original, parameters)
+    if rope_type == "llama3":
+        low, high = (float(parameters[name]) for name in ("low_freq_factor", "high_freq_factor"))
+        return RopeConfig(rope_type, theta, factor, low, high, original)
+    return RopeConfig(rope_type, theta, factor)
+
+
+def _read_yarn(theta: float, factor: float, original: int, parameters: Mapping[str, Any]) -> RopeConfig:
+    magnitude = parameters.get("attention_factor")
+    if magnitude is None:
+        mscale, all_dims = (parameters.get(name) for name in ("mscale", "mscale_all_dim"))
+        magnitude = (
+            _yarn_magnitude(factor, mscale) / _yarn_magnitude(factor, all_dims)
+            if mscale and all_dims
+            else _yarn_magnitude(factor)
+        )
+    return RopeConfig(
+        "yarn",
+        theta,
+        factor,
+        original_max_position_embeddings=original,
+        magnitude=float(magnitude),
+        beta_fast=float(parameters.get("beta_fast") or 32),
+        beta_slow=float(parameters.get("beta_slow") or 1),
+        truncate=bool(parameters.get("truncate", True)),
+    )
+
+
+def _read_longrope(theta: float, factor: float, original: int, parameters: Mapping[str, Any]) -> RopeConfig:
+    long, short = (tuple(map(float, parameters[f"{name}_factor"])) for name in ("long", "short"))
+    if len(long) != len(short) or not all(0 < each < math.inf for each in long + short):
+        raise ValueError(f"{len(long)} long and {len(short)} short factors: expected equally many, above 0")
+    magnitude = parameters.get("attention_factor")
+    if magnitude is None:
+        magnitude = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
+    return RopeConfig(
+        "longrope",
+        theta,
+        factor,
+        original_max_position_embeddings=original,
+        magnitude=float(magnitude),
+        factors=long,
+        short_factors=short,
+    )
+
+
+def _yarn_magnitude(factor: float, mscale: float = 1.0) -> float:
+    return 0.1 * mscale * math.log(max(factor, 1.0)) + 1.0
+
+
+def extended_length(config: RopeConfig, max_position_embeddings: int) -> int:
+    """Most tokens of a sequence: what the scaling extends the model to, as vLLM has it.
+
+    For "llama3" max_position_embeddings says so itself. For "yarn" it may be of before the scaling or of after it: what
+    counts is the original length.
+    """
+    own = config.original_max_position_embeddings if config.rope_type == "yarn" else max_position_embeddings
+    return int(own * max(config.factor, 1.0)) if config.rope_type in ("yarn", "linear") else max_position_embeddings

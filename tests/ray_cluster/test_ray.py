@@ -1,0 +1,144 @@
+"""`hbserve serve --ray` on a cluster of two nodes: answers over HTTP, while actors and nodes are lost."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import yaml
+
+ray = pytest.importorskip("ray", reason="Ray is not installed: make ray")
+
+DEADLINE_S = 60
+NODE = {"object_store_memory": 80 << 20, "include_dashboard": False}
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Any]:
+    """Two nodes with one core each: two instances are on different ones."""
+    from ray.cluster_utils import Cluster
+
+    found = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, **NODE})
+    found.second = found.add_node(num_cpus=1, **NODE)
+    yield found
+    found.shutdown()
+
+
+class Served:
+    """`hbserve serve --ray`, and what it has said."""
+
+    def __init__(self, process: "subprocess.Popen[str]") -> None:
+        self.process = process
+        self.lines: list[str] = []
+        self.reading = threading.Thread(target=self._read)
+        self.reading.start()
+
+    def _read(self) -> None:
+        assert self.process.stderr is not None
+        self.lines.extend(self.process.stderr)
+
+    def wait_for(self, text: str, number: int = 1) -> list[str]:
+        """Until so many lines have it."""
+        deadline = time.monotonic() + DEADLINE_S
+        while len(found := [line for line in list(self.lines) if text in line]) < number:
+            assert time.monotonic() < deadline, "".join(self.lines)
+            assert self.process.poll() is None, "".join(self.lines)
+            time.sleep(0.05)
+        return found
+
+    @property
+    def url(self) -> str:
+        (line,) = self.wait_for("OpenAI's API at ")
+        return line.split()[3].rstrip(",")
+
+    def answer(self) -> dict[str, Any]:
+        """Greedy, so each is the same. Waits while instances are placed anew."""
+        body = {"prompt": "Where?", "max_tokens": 24, "temperature": 0, "ignore_eos": True, "return_token_ids": True}
+        done = httpx.post(f"{self.url}/completions", json=body, timeout=DEADLINE_S)
+        assert done.status_code == 200, done.text
+        return dict(done.json())
+
+
+@pytest.fixture
+def served(cluster: Any, small_model: Any, tmp_path: Path) -> Iterator[Served]:
+    content = {
+        "model": {"path": str(small_model("qwen3"))},
+        "engine": {"num_blocks": 64, "device": "cpu"},
+        "scheduler": {"port": 0, "instance_wait_s": DEADLINE_S},
+        "server": {"port": 0},
+        "gpu_instances": [
+            {"instance_id": "prefill-0", "instance_type": "prefill", "kv_rank": 0},
+            {"instance_id": "decode-0", "instance_type": "decode", "kv_rank": 1},
+        ],
+    }
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump(content))
+    command = [sys.executable, "-m", "hbserve", "serve", "--config", str(config), "--ray", cluster.address]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        found = Served(process)
+        try:
+            yield found
+        finally:
+            process.terminate()
+            found.reading.join(DEADLINE_S)
+
+
+def instance_processes() -> list[int]:
+    """Of this user's processes, those that an actor of this test has started."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            command = (folder / "cmdline").read_bytes().split(b"\0")
+            parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+            title = Path(f"/proc/{parent}/cmdline").read_bytes()
+            if b"hbserve_core" in command and title.startswith(b"ray::InstanceActor"):
+                found.append(int(folder.name))
+    return found
+
+
+def test_answers_go_on_while_an_instance_an_actor_and_a_node_are_lost(cluster, served):
+    first = served.answer()
+    usage = json.dumps(first["usage"])
+    assert first["usage"]["completion_tokens"] == 24, usage
+    tokens = first["choices"][0]["token_ids"]
+    pids = instance_processes()
+    assert len(pids) == 2
+
+    os.kill(pids[0], signal.SIGKILL)  # an instance's own process: its actor says so
+    served.wait_for("its process has ended (signal SIGKILL")
+    assert served.answer()["choices"][0]["token_ids"] == tokens
+
+    actor = int(Path(f"/proc/{pids[1]}/stat").read_text().rpartition(")")[2].split()[1])
+    os.kill(actor, signal.SIGKILL)  # its instance hears that from its stdin
+    served.wait_for("its Ray actor has ended (ActorDiedError")
+    assert served.answer()["choices"][0]["token_ids"] == tokens
+
+    cluster.add_node(num_cpus=1, **NODE)
+    cluster.remove_node(cluster.second)
+    served.wait_for("its Ray actor has ended (", 2)
+    assert served.answer()["choices"][0]["token_ids"] == tokens
+    assert len(served.wait_for("was started again", 3)) == 3
+
+    served.process.terminate()
+    assert served.process.wait(DEADLINE_S) == 0
+    assert instance_processes() == []
+
+
+def test_nothing_is_left_when_the_driver_is_killed(served):
+    served.wait_for("OpenAI's API at ")
+    assert len(instance_processes()) == 2
+    served.process.kill()
+    served.process.wait()
+    deadline = time.monotonic() + DEADLINE_S
+    while instance_processes():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
