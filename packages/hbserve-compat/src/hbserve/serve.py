@@ -28,6 +28,7 @@ from hbserve.launcher import (
 )
 from hbserve.pd_disagg.config import PdDisaggConfig
 from hbserve.servable import require_servable
+from hbserve.start_notice import missing, telling
 from hbserve_rpc import InvalidAddress, check_peer_host, own_process
 from hbserve_scheduler import (
     ConfigError,
@@ -192,6 +193,10 @@ class _Deployment:
             raise InstanceFailed(self._ending.deaths[0])
 
     async def _start(self) -> None:
+        async with telling(lambda: missing(self._instances.processes, self._scheduler), logger.info):
+            await self._start_all()
+
+    async def _start_all(self) -> None:
         await self._instances.start()
         for process in self._instances.processes:
             await self._scheduler.add_instance(process.instance_id, process.role, process.address)
