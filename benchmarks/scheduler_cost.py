@@ -91,9 +91,11 @@ class StubStream(AsyncIterator[Any]):
 
 
 @contextlib.asynccontextmanager
-async def scheduling(num_instances: int, **settings: Any) -> AsyncIterator[CpuScheduler]:
+async def scheduling(
+    num_instances: int, client: type[StubClient] = StubClient, **settings: Any
+) -> AsyncIterator[CpuScheduler]:
     """A scheduler of so many instances, half of them of each role, all connected; of none, nothing is started."""
-    scheduler = CpuScheduler(SchedulerConfig(heartbeat_interval_s=600, **settings), client_factory=StubClient)
+    scheduler = CpuScheduler(SchedulerConfig(heartbeat_interval_s=600, **settings), client_factory=client)
     for i in range(num_instances):
         role: Role = "decode" if i % 2 else "prefill"
         await scheduler.add_instance(f"{role[0]}{i}", role, f"{role[0]}{i}:1")

@@ -105,7 +105,7 @@ async def test_an_instance_whose_blocks_wait_for_a_lost_sender_ends_without_an_e
         await instance.wait_ready()
         closed, close = asyncio.Event(), instance.transfers.close
 
-        async def post_receive(transfer_id: str, block_ids: list[int]) -> LostSender:
+        async def post_receive(transfer_id: str, block_ids: list[int], sender: str) -> LostSender:
             return LostSender(closed)
 
         async def close_later() -> None:

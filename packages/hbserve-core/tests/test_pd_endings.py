@@ -335,8 +335,10 @@ async def test_decode_goes_on_without_blocks_only_where_there_is_nothing_to_deco
     request = DecodeRequest("r", "t", [5] * 40, LONG)
     with pytest.raises(RemoteError, match="without all blocks that were granted"):
         await wait_for_kv(committed(packed(40, 5), is_partial=True), Inbox(), request, vocab_size=320)
-    handover = await wait_for_kv(committed(packed(40, 5, "stop"), is_partial=True), Inbox(), request, vocab_size=320)
+    done = committed(packed(40, 5, "stop"), is_partial=True)
+    handover, is_trusted = await wait_for_kv(done, Inbox(), request, vocab_size=320)
     assert not handover.has_more
+    assert is_trusted
 
 
 async def test_a_prefill_instance_that_commits_without_its_blocks_ends_that_request_alone(start, prompt, monkeypatch):

@@ -64,8 +64,8 @@ def launch_keys(config: DeploymentConfig) -> Mapping[Party, Keys]:
     Raises:
         KeysError: (a ValueError) a file of the deployment's keys cannot be used.
     """
-    if config.keys is not None:
-        return {party: load_keys(config.keys, party) for party in ("scheduler", "instance")}
+    if config.security.keys is not None:
+        return {party: load_keys(config.security.keys, party) for party in ("scheduler", "instance")}
     return make_keys() if has_curve() else {}
 
 

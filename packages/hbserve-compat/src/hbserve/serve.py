@@ -28,6 +28,7 @@ from hbserve.launcher import (
 )
 from hbserve.pd_disagg.config import PdDisaggConfig
 from hbserve.servable import require_servable
+from hbserve.start_notice import missing, telling
 from hbserve_rpc import InvalidAddress, check_peer_host, own_process
 from hbserve_scheduler import (
     ConfigError,
@@ -150,7 +151,8 @@ class _Deployment:
         self._scheduler = CpuScheduler(config.scheduler, model_path=str(folder))
         self._scheduler.use_keys(keys.get("scheduler"))
         # Its clients know the deployment's keys, and no others.
-        self._server = SchedulerServer(self._scheduler, keys=keys["scheduler"] if config.keys is not None else None)
+        of_clients = keys["scheduler"] if config.security.keys is not None else None
+        self._server = SchedulerServer(self._scheduler, keys=of_clients)
         self._instances = make_instances(on_death=self._on_death, keys=keys.get("instance"))
         self._ending = ending
         self._is_ready = False
@@ -191,6 +193,10 @@ class _Deployment:
             raise InstanceFailed(self._ending.deaths[0])
 
     async def _start(self) -> None:
+        async with telling(lambda: missing(self._instances.processes, self._scheduler), logger.info):
+            await self._start_all()
+
+    async def _start_all(self) -> None:
         await self._instances.start()
         for process in self._instances.processes:
             await self._scheduler.add_instance(process.instance_id, process.role, process.address)

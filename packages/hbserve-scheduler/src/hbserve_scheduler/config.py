@@ -175,6 +175,15 @@ class ServerSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     """Largest body of a request, in bytes or as a text like "16MiB"."""
 
 
+class SecuritySection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Who may reach the deployment's processes; the OpenAI server apart, which has API keys."""
+
+    keys: str | None = None
+    """Folder that `hbserve keys` has made: processes know each other by the keys that are in it."""
+    allow_insecure: bool = False
+    """Without keys, listen also where others than this host reach it."""
+
+
 class RaySection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Where `hbserve serve --ray` places instances; docs/ray.md says how."""
 
@@ -198,11 +207,8 @@ class DeploymentConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     engine: EngineSection = EngineSection()
     scheduler: SchedulerConfig = SchedulerConfig()
     server: ServerSection = ServerSection()
+    security: SecuritySection = SecuritySection()
     ray: RaySection = RaySection()
-    keys: str | None = None
-    """Folder that `hbserve keys` has made: processes know each other by the keys that are in it."""
-    allow_insecure: bool = False
-    """Without keys, listen also where others than this host reach it."""
 
     def engine_settings(self) -> EngineSettings:
         """Settings of the sections as every instance takes them."""

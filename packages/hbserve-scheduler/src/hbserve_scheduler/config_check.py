@@ -91,7 +91,7 @@ def _sections(config: DeploymentConfig) -> Iterator[tuple[str, msgspec.Struct]]:
         section = getattr(config, name)
         if isinstance(section, msgspec.Struct):
             yield name, section
-        elif isinstance(section, list):
+        else:
             yield from ((f"{name}[{i}]", each) for i, each in enumerate(section))
 
 

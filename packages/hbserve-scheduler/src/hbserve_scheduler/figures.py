@@ -3,7 +3,7 @@
 import logging
 import math
 from collections import Counter, deque
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any, get_args
 
 from hbserve_rpc.counts import HttpCounts, LinkCounts
@@ -67,11 +67,15 @@ class Figures:
         """Of whoever serves this scheduler over HTTP, who counts it."""
         self.records: deque[RequestRecord] = deque(maxlen=MOST_RECORDS)
         """Requests that have ended, the last one at the end."""
+        self.on_record: Callable[[RequestRecord], None] | None = None
+        """Told of each request that has ended."""
         self._handoffs: deque[float] = deque(maxlen=RECENT_REQUESTS)
 
     def add(self, record: RequestRecord) -> None:
         """A request has ended."""
         self.records.append(record)
+        if self.on_record is not None:
+            self.on_record(record)
         self.ended[record.finish_reason or "error"] += 1
         if record.finish_reason is None:
             logger.warning("%s", record.describe())
