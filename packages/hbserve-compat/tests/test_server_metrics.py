@@ -52,7 +52,7 @@ gone from vLLM itself (num_requests_swapped, gpu_cache_usage_perc, avg_*_through
 and estimates of FLOPs and bytes."""
 
 
-NO_METRICS = {"hbserve", "instance_id", "role", "error", "prefill", "decode", "rate", "cause"}
+NO_METRICS = {"hbserve", "instance_id", "role", "error", "prefill", "decode", "rate", "cause", "local_prefill_tokens"}
 """What the page has in code beside metrics."""
 
 
