@@ -236,17 +236,19 @@ async def test_over_gloo_too_a_part_that_the_receiver_cannot_take_ends_the_send(
 
 
 async def test_a_send_that_nobody_takes_and_nobody_speaks_of_ends_at_a_deadline_of_its_own(pair, monkeypatch):
-    sender, receiver, _, _ = await pair(timeout_s=0.5)
+    sender, receiver, _, _ = await pair()
     monkeypatch.setattr(IncomingLink, "take", lambda *_: True)
     posted = receiver.post_receive("t", [1])
     transfer = await sender.open_send("t", posted.grant)
+    (connection,) = sender._peers.connections.values()
+    connection._under_way._timeout_s = 0.2  # heartbeats, which have the same deadline, must not miss it
     transfer.push([1], 0)
     async with asyncio.timeout(20):
         while sender.stats().active_transfers:
             await asyncio.sleep(0.01)
         sent, received = await transfer.commit(), await posted.wait()
     assert (sent.outcome, received.outcome) == (Outcome.FAILED_DRAINED, Outcome.FAILED_DRAINED)
-    assert "part 0 was not taken within 1 s" in sent.error
+    assert "part 0 was not taken within 20 s" in sent.error
 
 
 async def announce(sender, receiver, message):
