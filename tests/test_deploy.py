@@ -179,7 +179,7 @@ def test_the_containers_of_compose_run_commands_that_there_are():
         assert f":{file.engine_settings().health_port}/health" in compose["services"][role]["healthcheck"]["test"][1]
     dockerfile = (DEPLOY / "docker/Dockerfile").read_text()
     entry, arguments = (
-        yaml.safe_load(re.search(rf"^{word} (.*)$", dockerfile, re.M)[1]) for word in ("ENTRYPOINT", "CMD")
+        yaml.safe_load(*re.findall(rf"^{word} (.*)$", dockerfile, re.M)) for word in ("ENTRYPOINT", "CMD")
     )
     assert entry == ["hbserve"]
     assert parsed(arguments)["host"] == "0.0.0.0"
