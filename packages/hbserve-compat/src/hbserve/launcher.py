@@ -82,7 +82,7 @@ def tensor_parallel_sizes(config: DeploymentConfig) -> set[int]:
 
 def local_instances(config: DeploymentConfig) -> list[InstanceSection]:
     """Those of a deployment whose host is this machine. May ask a name server."""
-    return [each for each in config.gpu_instances if is_here(each.host)]
+    return [each for each in config.named_instances if is_here(each.host)]
 
 
 def num_ranks(config: DeploymentConfig, instance: InstanceSection) -> int:
