@@ -15,10 +15,11 @@ from typing import Any
 
 from hbserve_rpc import Overloaded, SamplingParams
 from hbserve_rpc.messages import (
+    CACHED_PREFIXES,
     CONNECT,
     DECODE,
-    DESCRIBE,
     PREFILL,
+    CachedPrefixes,
     Empty,
     GenerateRequest,
     Granted,
@@ -29,10 +30,12 @@ from hbserve_rpc.messages import (
     TransferDone,
 )
 from hbserve_rpc.prompt_shape import shape_of
+from hbserve_rpc.reports import REPORTS, InstanceReport
 from hbserve_scheduler import CpuScheduler, SchedulerConfig
 
 ROUNDS = 5
 """Each figure is the best of so many, in processor time: what else runs makes it larger, nothing makes it smaller."""
+BLOCK_SIZE = 16
 PARAMS = SamplingParams(0, 2, ignore_eos=True)
 
 
@@ -52,15 +55,24 @@ class StubClient:
     async def call(self, method: Any, request: Any, *, timeout_s: float) -> Any:
         if method is CONNECT:
             return Empty()
-        if method is DESCRIBE:
-            endpoint = b"here" if self.role == "decode" else b""
-            return InstanceInfo(
-                self.instance_id, self.role, self.instance_id, "ready", max_model_len=1 << 20, max_prompt_len=1 << 20,
-                vocab_size=1 << 17, num_blocks=1 << 20, block_size=16, max_num_seqs=1 << 10, kv_endpoint=endpoint,
-            )  # fmt: skip
+        if method is CACHED_PREFIXES:  # what `request_cost` has set stays
+            return CachedPrefixes(0)
+        return self._stats()
+
+    def _info(self) -> InstanceInfo:
+        endpoint = b"here" if self.role == "decode" else b""
+        return InstanceInfo(
+            self.instance_id, self.role, self.instance_id, "ready", max_model_len=1 << 20, max_prompt_len=1 << 20,
+            vocab_size=1 << 17, num_blocks=1 << 20, block_size=BLOCK_SIZE, max_num_seqs=1 << 10,
+            kv_endpoint=endpoint,
+        )  # fmt: skip
+
+    def _stats(self) -> InstanceStats:
         return InstanceStats(self.instance_id, self.role, "ready", self.instance_id)
 
     def stream(self, method: Any, request: Any) -> "StubStream":
+        if method is REPORTS:
+            return StubStream([self._info(), InstanceReport(self._stats())], ends=False)
         return StubStream(PREFILL_EVENTS if method is PREFILL else DECODE_EVENTS if method is DECODE else [])
 
 
@@ -69,13 +81,16 @@ DECODE_EVENTS = [Granted(b"grant"), TokenEvent(1, [6], "length")]
 
 
 class StubStream(AsyncIterator[Any]):
-    def __init__(self, events: list[Any]) -> None:
+    def __init__(self, events: list[Any], *, ends: bool = True) -> None:
         self._events = iter(events)
+        self._ends = ends
 
     async def __anext__(self) -> Any:
         try:
             return next(self._events)
         except StopIteration:
+            if not self._ends:
+                await asyncio.Event().wait()
             raise StopAsyncIteration from None
 
     async def __aenter__(self) -> "StubStream":
@@ -85,9 +100,11 @@ class StubStream(AsyncIterator[Any]):
 
 
 @contextlib.asynccontextmanager
-async def scheduling(num_instances: int, **settings: Any) -> AsyncIterator[CpuScheduler]:
+async def scheduling(
+    num_instances: int, client: type[StubClient] = StubClient, **settings: Any
+) -> AsyncIterator[CpuScheduler]:
     """A scheduler of so many instances, half of them of each role, all connected; of none, nothing is started."""
-    scheduler = CpuScheduler(SchedulerConfig(heartbeat_interval_s=600, **settings), client_factory=StubClient)
+    scheduler = CpuScheduler(SchedulerConfig(heartbeat_interval_s=600, **settings), client_factory=client)
     for i in range(num_instances):
         role: Role = "decode" if i % 2 else "prefill"
         await scheduler.add_instance(f"{role[0]}{i}", role, f"{role[0]}{i}:1")
@@ -102,10 +119,11 @@ async def scheduling(num_instances: int, **settings: Any) -> AsyncIterator[CpuSc
         await scheduler.stop()
 
 
-def new_requests(prefix: str, count: int, num_tokens: int = 16) -> list[GenerateRequest]:
+def new_requests(prefix: str, count: int, num_tokens: int = 16, block_size: int = 0) -> list[GenerateRequest]:
     """As entries submit them: with the shape of the prompt, which they have looked at."""
     prompt = list(range(1, 1 + num_tokens))
-    return [GenerateRequest(f"{prefix}{i}", prompt, PARAMS, shape=shape_of(prompt)) for i in range(count)]
+    shape = shape_of(prompt, block_size)
+    return [GenerateRequest(f"{prefix}{i}", prompt, PARAMS, shape=shape) for i in range(count)]
 
 
 def microseconds(job: Callable[[], object], count: int) -> float:
@@ -141,12 +159,14 @@ def refuse_all(scheduler: CpuScheduler, requests: list[GenerateRequest]) -> None
         raise AssertionError("the queue is full, and takes another")
 
 
-async def request_cost(num_instances: int, num_tokens: int, count: int) -> float:
+async def request_cost(num_instances: int, num_tokens: int, count: int, policy: str) -> float:
     """Microseconds of one request from `submit` to its end."""
     best = 1e9
-    async with scheduling(num_instances) as scheduler:
+    async with scheduling(num_instances, prefill_policy=policy, decode_policy=policy) as scheduler:
+        for handle in scheduler.fleet.handles.values():  # all have the half of every prompt: the most that can be found
+            scheduler.fleet.prefixes.set(handle, shape_of([*range(1, 1 + num_tokens // 2)], BLOCK_SIZE).digests)
         for number in range(ROUNDS):
-            requests = new_requests(f"{number}-", count, num_tokens)
+            requests = new_requests(f"{number}-", count, num_tokens, scheduler.digest_block_size)
             began_s = time.process_time()
             await asyncio.gather(*(drain(scheduler, request) for request in requests))
             best = min(best, (time.process_time() - began_s) / count * 1e6)
@@ -158,13 +178,13 @@ async def drain(scheduler: CpuScheduler, request: GenerateRequest) -> None:
         pass
 
 
-async def measure(waiting: list[int], fleets: list[int], prompts: list[int], count: int) -> None:
+async def measure(waiting: list[int], fleets: list[int], prompts: list[int], count: int, policy: str) -> None:
     for num_waiting in waiting:
         costs = await queue_cost(num_waiting, count)
         print(f"{num_waiting:6} waiting: " + ", ".join(f"{what} {us:.1f} us" for what, us in costs.items()))
     for num_tokens in prompts:
         for num_instances in fleets:
-            cost_us = await request_cost(num_instances, num_tokens, count)
+            cost_us = await request_cost(num_instances, num_tokens, count, policy)
             print(f"{num_instances:6} instances, prompts of {num_tokens}: {cost_us:.0f} us a request")
 
 
@@ -173,9 +193,10 @@ def main() -> None:
     parser.add_argument("--waiting", type=int, nargs="+", default=[100, 4000, 20000])
     parser.add_argument("--instances", type=int, nargs="+", default=[10, 100, 1000])
     parser.add_argument("--prompts", type=int, nargs="+", default=[16, 1000, 16000])
+    parser.add_argument("--policy", default=SchedulerConfig().prefill_policy, help="of both roles")
     parser.add_argument("--count", type=int, default=400, help="requests of each measurement")
     arguments = parser.parse_args()
-    asyncio.run(measure(arguments.waiting, arguments.instances, arguments.prompts, arguments.count))
+    asyncio.run(measure(arguments.waiting, arguments.instances, arguments.prompts, arguments.count, arguments.policy))
 
 
 if __name__ == "__main__":

@@ -17,10 +17,12 @@ from typer.testing import CliRunner
 
 from hbserve.__main__ import app
 from hbserve.load import prompts
-from hbserve.load.args import Backend, BenchServeArgs, Dataset
+from hbserve.load.args import Backend, BenchServeArgs, CompareArgs, Dataset
 from hbserve.load.arrivals import arrival_times
 from hbserve.load.asking import Answering, Outcome
 from hbserve.load.bench_serve import bench_serve
+from hbserve.load.compare import Measured, Server, compare
+from hbserve.load.compare import lines as compared
 from hbserve.load.generator import Load, Watch
 from hbserve.load.http_stream import HttpClient
 from hbserve.load.report import Wanted, figures, percentile
@@ -446,3 +448,88 @@ def test_vllm_s_options_are_taken_on_the_command_line(monkeypatch):
     assert args.self_timed
     assert args.ignore_eos
     assert CliRunner().invoke(app, ["bench", "serve", "--num-prompts", "0"]).exit_code == 2
+
+
+# ---- bench compare -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def two_layouts(scripted, monkeypatch):
+    """In place of `hbserve serve`: those apart answer only the first request, before each load of four."""
+    served: list[list[str]] = []
+
+    @contextlib.asynccontextmanager
+    async def serving(_: Any, roles: list[str]) -> AsyncIterator[Server]:
+        served.append(roles)
+        scripted.answers = [ANSWER] if "hybrid" in roles else [ANSWER, *[[500, b"no"]] * 4]
+        scripted.asked.clear()
+        process = await asyncio.create_subprocess_exec("sleep", "60")
+        async with scripted.serving() as url:
+            server = Server(url, process)
+            try:
+                yield server
+            finally:
+                await server.end()
+
+    monkeypatch.setattr("hbserve.load.compare.serving", serving)
+    return served
+
+
+async def test_the_layout_that_keeps_its_goals_for_more_requests_is_the_one_to_take(two_layouts, tmp_path, capsys):
+    file, picture = tmp_path / "r.json", tmp_path / "c.svg"
+    await compare(
+        CompareArgs(
+            goodput=["e2el:60000"],
+            rates="20,10",
+            instances=3,
+            num_prompts=4,
+            input_len=5,
+            output_len=3,
+            json=file,
+            plot=picture,
+        )
+    )
+    assert two_layouts == [["hybrid"] * 3, ["prefill", "decode", "decode"]]
+    printed = capsys.readouterr().out
+    assert "Take 3 hybrid: " in printed
+    assert "where 1 prefill + 2 decode has 0.00." in printed
+    rows = json.loads(file.read_text())
+    assert [(row["layout"], row["request_rate"]) for row in rows] == [
+        ("3 hybrid", 10), ("3 hybrid", 20), ("1 prefill + 2 decode", 10), ("1 prefill + 2 decode", 20),
+    ]  # fmt: skip
+    assert picture.read_bytes().startswith(b"<?xml")
+
+
+@pytest.mark.parametrize(
+    ("apart", "advice"), [(10.2, "Take 2 hybrid: both"), (12, "Take 1 + 1: 12.00"), (0, "Take 2 h")]
+)
+def test_layouts_that_are_as_good_are_decided_by_what_is_simpler(apart, advice):
+    figures = {
+        "slo_attainment": 1, "p90_ttft_ms": 1, "p90_tpot_ms": 1, "p99_itl_ms": 1, "client_is_bottleneck": False
+    }  # fmt: skip
+    found = [
+        Measured("2 hybrid", 10, figures | {"request_goodput": 10}),
+        Measured("1 + 1", 10, figures | {"request_goodput": apart}),
+    ]
+    assert any(line.startswith(advice) for line in compared(found))
+    nothing = [Measured(each.layout, 1, each.figures | {"request_goodput": 0}) for each in found]
+    assert any(line.startswith("Neither keeps its goals") for line in compared(nothing))
+
+
+async def test_a_server_that_ends_by_itself_ends_the_comparison():
+    process = await asyncio.create_subprocess_exec("sh", "-c", "exit 3")
+    server = Server("http://127.0.0.1:1", process)
+    with pytest.raises(RuntimeError, match="has ended by itself, with status 3"):
+        await server.during(asyncio.sleep(60))
+    await server.end()
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [({"rates": "1,0"}, "--rates='1,0'"), ({"rates": "x"}, "--rates='x'"), ({"prefill": 2}, "--prefill=2"),
+     ({"goodput": ["x:1"]}, "--goodput='x'")],
+)  # fmt: skip
+async def test_a_comparison_that_cannot_be_is_refused(two_layouts, options, problem):
+    with pytest.raises(InvalidRequest, match=problem):
+        await compare(CompareArgs(**({"goodput": ["ttft:1"], "rates": "1"} | options)))
+    assert not two_layouts

@@ -14,6 +14,7 @@ from hbserve.check import network, this_host
 from hbserve.check.finding import Finding
 from hbserve.check.network import check_network, own_address, places
 from hbserve.check.this_host import Gpu, check_host
+from hbserve_rpc.keys import make_keys, save_keys
 from hbserve_scheduler import DeploymentConfig, convert
 
 
@@ -153,16 +154,31 @@ def check(config: Path) -> tuple[int, list[str], str]:
     return done.exit_code, done.stdout.splitlines(), done.stderr
 
 
+def test_keys_are_there_or_it_is_said_who_could_do_without(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(this_host, "list_gpus", list)
+    folder = tmp_path / "keys"
+    status, lines, _ = check(config(security={"keys": str(folder)}))
+    assert (status, lines[1].startswith("FAIL  keys ")) == (1, True)
+    assert f"there is no such file; `hbserve keys {folder}` makes it" in lines[1]
+    save_keys(make_keys(), folder)
+    assert check(config(security={"keys": str(folder)}))[1][1].endswith(f"{folder}: of scheduler and instance")
+    open_to_all = config(scheduler={"port": 0, "host": "0.0.0.0"})
+    assert check(open_to_all)[1][1].startswith(
+        "note  keys           none: whoever reaches the addresses of scheduler may"
+    )
+
+
 def test_a_deployment_that_will_work_is_status_0_and_one_that_will_not_names_what(config, monkeypatch):
     monkeypatch.setattr(this_host, "list_gpus", list)
     status, lines, error = check(config())
     assert (status, error) == (0, "")
     assert "prefill-0, decode-0; on this host prefill-0, decode-0" in lines[0]
-    assert lines[1].startswith("ok    model ")
+    assert lines[1].endswith("none; this host alone reaches the deployment")
+    assert lines[2].startswith("ok    model ")
     status, lines, error = check(config(model={"path": "/nowhere"}))
     assert (status, error) == (1, "error: this will not work: model\n")
-    assert lines[1].startswith("FAIL  model ")
-    assert "'/nowhere' does not exist" in lines[1]
+    assert lines[2].startswith("FAIL  model ")
+    assert "'/nowhere' does not exist" in lines[2]
     status, lines, error = check(config(modle={}))
     assert (status, lines) == (2, [])
     assert "modle: unknown key" in error

@@ -86,6 +86,13 @@ def test_how_to_sample_may_be_said_and_what_is_not_said_is_left_to_the_server(be
         assert begun.pop().sampling.keys() == {"max_tokens", "temperature"}
 
 
+def test_what_is_not_said_of_the_server_is_as_the_file_has_it(begun, config):
+    path = config(server={"served_model_names": ["a", "b"], "cors_origins": ["*"], "port": 0})
+    assert invoke("serve", "--config", str(path), "--port", "7").exit_code == 0
+    server = begun.pop().deployment().server
+    assert (server.served_model_names, server.cors_origins, server.port) == (["a", "b"], ["*"], 7)
+
+
 @pytest.fixture
 def folder_with(tmp_path: Path) -> Callable[..., Path]:
     """Makes a folder of files, from their contents as JSON."""
@@ -104,11 +111,13 @@ COMMANDS = [["serve"], ["chat"], ["generate", "hi", "--model"]]
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
 def test_what_is_no_model_folder_is_refused_with_what_to_do(command, folder_with, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("huggingface_hub.file_download.HF_HUB_CACHE", str(tmp_path / "cache"), raising=False)
     folder = folder_with(adapter_config__json={"base_model_name_or_path": "Qwen/Qwen3-0.6B"}, x__gguf={})
     cases = {
-        "Qwen/Qwen3-0.6B": "download it first: hf download Qwen/Qwen3-0.6B --local-dir Qwen3-0.6B, and give",
+        "Qwen/Qwen3-0.6B": "of Hugging Face's hub: download it first (hf download Qwen/Qwen3-0.6B), or give",
         "no/such/folder": "does not exist: give the path of a Hugging Face folder",
-        str(folder / "x.gguf"): "x.gguf' is a GGUF file, which is not served: give a folder with safetensors",
+        str(folder / "x.gguf"): "x.gguf' is no GGUF file: it does not begin with GGUF",
         str(folder): "is a LoRA adapter of 'Qwen/Qwen3-0.6B', and adapters are not served: merge it",
     }
     for given, message in cases.items():
@@ -117,7 +126,9 @@ def test_what_is_no_model_folder_is_refused_with_what_to_do(command, folder_with
         assert refused.stderr.count("error") == 1
         assert (refused.exit_code, message in line) == (1, True), line
     (folder / "adapter_config.json").unlink()
-    assert "is a GGUF file" in invoke(*command, str(folder)).stderr
+    assert (
+        "is a GGUF file beside no config.json: give the path of the file itself" in invoke(*command, str(folder)).stderr
+    )
 
 
 def test_a_model_that_no_instance_could_serve_is_refused_once_and_without_torch(folder_with):

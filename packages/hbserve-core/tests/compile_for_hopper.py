@@ -199,7 +199,19 @@ def others(dtype):
     sample(empty(128, vocabulary, dtype=dtype), ints(6, 128), ints(128))
 
 
+def experts(rows, dtype=BF16):
+    """Qwen3-30B-A3B's."""
+    from hbserve_core.cuda_runner.kernels.experts import Routing, expert_mlps
+
+    gate_up, down = empty(128, 2 * 768, 2048, dtype=dtype), empty(128, 2048, 768, dtype=dtype)
+    routing = Routing(128, 8, True)
+    expert_mlps(empty(rows, 2048, dtype=dtype), empty(rows, 128, dtype=dtype), ints(rows), gate_up, down, routing)
+
+
 CASES: dict[str, Callable[[], object]] = {
+    "experts 1": partial(experts, 1),
+    "experts 2048": partial(experts, 2048),
+    "float32 experts": partial(experts, 8, F32),
     "two types": lambda: _of_two_types[(1,)](ints(1), 2),
     # Meta tensors count as being on 4 processors: up to 12 programs are few.
     "decode few Qwen3-0.6B": partial(decode, "Qwen3-0.6B", 1),

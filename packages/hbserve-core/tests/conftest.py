@@ -98,6 +98,20 @@ MODELS: dict[str, tuple[str, dict[str, Any], str]] = {
         },
         "1GB",
     ),
+    # The second layer is an ordinary one.
+    "qwen3-moe": (
+        "Qwen3MoeConfig",
+        {
+            "head_dim": 16,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 16,
+            "mlp_only_layers": [1],
+        }
+        | {"norm_topk_prob": True},
+        "1GB",
+    ),
+    "mixtral": ("MixtralConfig", {"num_local_experts": 4, "sliding_window": 21}, "1GB"),
     "smollm3": ("SmolLM3Config", {"num_hidden_layers": 4, "pad_token_id": 0}, "1GB"),
     "olmo2": ("Olmo2Config", {"pad_token_id": 0}, "1GB"),
     "granite": (

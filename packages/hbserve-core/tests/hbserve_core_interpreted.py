@@ -107,11 +107,17 @@ def plain(weights):
     from hbserve_core.model.layers import Linear
 
     def unpacked(linear):
+        if linear is None:
+            return None
         weight = linear.weight.to_dense() if linear.weight.is_mkldnn else linear.weight
         return Linear(weight, linear.bias)
 
     layers = tuple(
-        replace(layer, **{name: unpacked(getattr(layer, name)) for name in ("qkv", "output", "gate_up", "down")})
+        replace(
+            layer,
+            **{name: unpacked(getattr(layer, name)) for name in ("qkv", "output", "gate_up", "down")},
+            experts=layer.experts and replace(layer.experts, router=unpacked(layer.experts.router)),
+        )
         for layer in weights.layers
     )
     return replace(weights, layers=layers, head=unpacked(weights.head))

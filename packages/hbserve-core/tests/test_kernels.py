@@ -352,6 +352,38 @@ def test_gate_mul_and_rms_norm():
     torch.testing.assert_close(rms_norm(x, weight, EPS), F.rms_norm(x, (72,), weight, EPS))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("num_rows", "experts", "first"), [(1, 8, 0), (5, 8, 0), (40, 3, 0), (70, 5, 3)], ids=lambda each: str(each)
+)
+def test_each_row_goes_to_its_experts_and_those_of_other_ranks_and_padding_to_none(num_rows, experts, first, dtype):
+    """Of 8 experts; more rows than one tile of an expert takes, and fewer than there are experts."""
+    from hbserve_core.cuda_runner.kernels.experts import Routing, expert_mlps
+
+    torch.manual_seed(0)
+    size, inner, k = 48, 24, 3
+    rows, logits, gate_up, down = (
+        torch.randn(*shape, device=DEVICE).to(dtype)
+        for shape in ((num_rows, size), (num_rows, 8), (experts, 2 * inner, size), (experts, size, inner))
+    )
+    slots = torch.zeros(num_rows, dtype=torch.int32, device=DEVICE)
+    slots[num_rows // 2 + 1 :: 3] = -1
+    shares, chosen = logits.float().softmax(-1).topk(k, dim=-1)
+    for renormalises in (True, False):
+        before = torch.randn(num_rows, size, device=DEVICE).to(dtype)
+        expected = before.float().clone()
+        weights = shares / shares.sum(-1, keepdim=True) if renormalises else shares
+        for row in (slots != -1).nonzero().flatten().tolist():
+            for share, expert in zip(weights[row], (chosen[row] - first).tolist(), strict=True):
+                if 0 <= expert < experts:
+                    gate, up = (gate_up[expert].float() @ rows[row].float()).chunk(2)
+                    expected[row] += share * (down[expert].float() @ (F.silu(gate) * up))
+        routing = Routing(8, k, renormalises, first)
+        added = expert_mlps(rows, logits, slots, gate_up, down, routing, add_to=before)
+        assert added is before
+        assert (added.float() - expected).norm() < TOLERANCE[dtype] * expected.norm()
+
+
 class Choices:
     """Rows of what sampling is told: temperature, seed halves, index, top_k, top_p."""
 

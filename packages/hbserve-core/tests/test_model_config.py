@@ -229,9 +229,23 @@ def test_a_sliding_window_that_no_layer_uses_is_harmless(write):
     assert load_model_config(write(use_sliding_window=True, max_window_layers=2, **qwen)).windows == (0, 0)
 
 
-def test_quantised_weights_are_refused(write):
-    with pytest.raises(UnsupportedModel, match=r"quantization_config .awq. is not supported"):
-        load_model_config(write(quantization_config={"quant_method": "awq"}))
+@pytest.mark.parametrize(
+    "quantization",
+    [
+        {"quant_method": "awq"},
+        {"quant_method": "fp8", "fmt": "e5m2"},
+        {
+            "quant_method": "compressed-tensors",
+            "config_groups": {"group_0": {"weights": {"num_bits": 4, "type": "int"}}},
+        },
+    ],
+)
+def test_weights_that_need_other_products_are_refused(write, quantization):
+    method = quantization["quant_method"]
+    with pytest.raises(
+        UnsupportedModel, match=rf"quantization_config .{method}. is not supported; supported: fp8, and"
+    ):
+        load_model_config(write(quantization_config=quantization))
 
 
 def test_end_of_sequence_ids_come_from_both_files(write):

@@ -22,7 +22,7 @@ def model(model_folder):
 def qwen3_8b(model):
     return replace(
         model, vocab_size=151936, hidden_size=4096, intermediate_size=12288, num_layers=36, num_heads=32,
-        num_kv_heads=8, head_dim=128, tied_embeddings=False,
+        num_kv_heads=8, head_dim=128, tied_embeddings=False, windows=(0,) * 36,
     )  # fmt: skip
 
 
@@ -77,3 +77,13 @@ def test_limits_of_several_steps_add_up_and_a_share_says_of_what():
     limit = DecodeLimit(0.003, 0.004, 1e9, 2e9) + DecodeLimit(0.005, 0.006, 3e9, 4e9) + NO_WORK
     assert limit == DecodeLimit(0.008, 0.01, 4e9, 6e9)
     assert limit.share_of(0.01) == "share 0.80 (1.00 of a copy's)"
+
+
+def test_experts_are_read_as_far_as_a_batch_touches_them_and_windows_as_far_as_they_reach(model_folder):
+    model = load_model_config(str(model_folder("mixtral")))  # 4 experts, 2 for each token, a window of 21
+    expert, others = 3 * 64 * 96, 2 * (2 * 64 * 64 + 2 * 32 * 64) + 320 * 64
+    one, many = (decode_limit(model, torch.float32, batch, 100, LIMITS) for batch in (1, 1000))
+    keys = 2 * 2 * 2 * 16 * 21
+    assert one.read_bytes == pytest.approx(4 * (2 * 2 * expert + others + keys))
+    assert many.read_bytes == pytest.approx(4 * (2 * 4 * expert + others + 1000 * keys))
+    assert num_layer_weights(model) == 2 * 2 * expert + others - 320 * 64

@@ -14,7 +14,7 @@ import torch
 from hbserve_core import Engine, InstanceConfig, InvalidInstanceConfig, ModelRunner
 from hbserve_core.engine.sequence import UNREAD, ScheduledChunk, Sequence
 from hbserve_core.model.checkpoint.checkpoint import Checkpoint
-from hbserve_core.model.loaded_model import LoadedModel
+from hbserve_core.model.loaded_model import LoadedModel, configured_model
 from hbserve_core.model.model_config import load_model_config
 from hbserve_core.model.rank_group import RankGroup
 from hbserve_core.model.shard import Shard, check_divisible
@@ -36,6 +36,7 @@ CASES = [
     ("qwen2-sharded", 2),
     ("llama-9-heads", 3),
     ("phi3", 2),
+    ("qwen3-moe", 2),
     ("olmo2", 4),  # norms over the heads of all ranks, of which two have the same key head
 ]
 
@@ -49,6 +50,23 @@ def test_greedy_tokens_equal_transformers(generate, model_folder, ranks_in_threa
     assert found == {key: greedy_tokens(name, ids, 8) for key, ids in prompts.items()}
     heads = ranks.own.model_config.num_kv_heads
     assert ranks.runner.pool.shape[4] == max(1, heads // size)
+
+
+def test_ranks_that_have_whole_experts_give_the_tokens_of_transformers(
+    generate, model_folder, ranks_in_threads, greedy_tokens, prompt
+):
+    given = config(model_folder("qwen3-moe"), tensor_parallel_size=2, expert_parallel=True)
+    ranks = ranks_in_threads(lambda group: ModelRunner(given, group), 2)
+    prompts = {str(i): prompt(length, salt=i) for i, length in enumerate(LENGTHS[:4])}
+    found = generate(Engine(given, ranks.runner), prompts, 8)
+    assert found == {key: greedy_tokens("qwen3-moe", ids, 8) for key, ids in prompts.items()}
+
+
+def test_experts_that_cannot_be_split_are_named(model_folder):
+    with pytest.raises(InvalidInstanceConfig, match=r"num_experts=4 is not a multiple of it, and expert_parallel=true"):
+        check_divisible(configured_model(config(model_folder("mixtral"), expert_parallel=True)), 8)
+    with pytest.raises(InvalidInstanceConfig, match=r"intermediate_size=96 of experts is not a multiple of it"):
+        check_divisible(configured_model(config(model_folder("mixtral"))), 5)
 
 
 def test_the_steps_of_preempted_and_cached_requests_are_followed_too(generate, model_folder, ranks_in_threads, prompt):

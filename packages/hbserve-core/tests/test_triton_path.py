@@ -33,7 +33,7 @@ def test_greedy_tokens_equal_transformers(generate, model_folder, greedy_tokens,
     assert padded == {graphs}
 
 
-@pytest.mark.parametrize("name", ["olmo2", "gemma2"])
+@pytest.mark.parametrize("name", ["olmo2", "gemma2", "qwen3-moe"])
 def test_greedy_tokens_of_other_families_equal_transformers(generate, model_folder, greedy_tokens, prompt, name):
     """A prompt in two chunks, and a decode."""
     runner = InterpretedRunner(

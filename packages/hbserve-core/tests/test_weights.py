@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import json
 import os
 import shutil
 import threading
@@ -365,3 +366,88 @@ def test_weights_are_the_same_on_every_rank_count(model_folder, monkeypatch, loa
         assert torch.equal(torch.cat([part.down.weight for part in parts], dim=1), expected.down.weight)
         gates = [part.gate_up.weight.chunk(2)[0] for part in parts]
         assert torch.equal(torch.cat(gates), expected.gate_up.weight.chunk(2)[0])
+
+
+def quantised(folder, block, as_compressed_tensors):
+    """Make the projections in a folder 8-bit floats; returns all weights as they are meant. block: None: by row."""
+    tensors = load_file(folder / "model.safetensors")
+    meant, stored = dict(tensors), dict(tensors)
+    for name, weight in tensors.items():
+        if "_proj" not in name:
+            continue
+        rows, columns = weight.shape
+        down, across = block or (1, columns)
+        padded = torch.nn.functional.pad(weight, (0, -columns % across, 0, -rows % down))
+        blocks = padded.view(padded.shape[0] // down, down, padded.shape[1] // across, across)
+        scales = blocks.abs().amax((1, 3)) / 448
+        narrow = (blocks / scales[:, None, :, None]).to(torch.float8_e4m3fn)
+        meant[name] = (narrow.float() * scales[:, None, :, None]).view(padded.shape)[:rows, :columns].clone()
+        stored[name] = narrow.float().view(padded.shape)[:rows, :columns].to(torch.float8_e4m3fn).contiguous()
+        stored[f"{name}_scale" if as_compressed_tensors else f"{name}_scale_inv"] = scales
+    save_file(stored, folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = (
+        {"quant_method": "compressed-tensors", "config_groups": {"g": {"weights": {"num_bits": 8, "type": "float"}}}}
+        if as_compressed_tensors
+        else {"quant_method": "fp8", "weight_block_size": block, "activation_scheme": "dynamic"}
+    )
+    (folder / "config.json").write_text(json.dumps(config))
+    return meant
+
+
+@pytest.mark.parametrize(
+    ("name", "block", "as_compressed_tensors"), [("qwen3-moe", [24, 40], False), ("llama", None, True)]
+)
+def test_8_bit_weights_are_widened_by_their_scales_whole_and_in_parts_and_said_once(
+    copy_of, tmp_path, name, block, as_compressed_tensors, caplog
+):
+    folder = copy_of(name)
+    plain = shutil.copytree(folder, tmp_path / "plain")
+    save_file(quantised(folder, block, as_compressed_tensors), plain / "model.safetensors", {"format": "pt"})
+    for rank in range(2):
+        shard = Shard(rank, 2)
+        loaded, expected = (
+            load_weights(load_model_config(each), "safetensors", torch.float32, CPU, shard) for each in (folder, plain)
+        )
+        assert loaded.digest != expected.digest
+        for ours, theirs in zip(loaded.layers, expected.layers, strict=True):
+            for part in ("qkv", "output", "gate_up", "down"):
+                mine, other = getattr(ours, part), getattr(theirs, part)
+                if mine is not None:
+                    assert torch.equal(mine.weight.to_dense(), other.weight.to_dense())
+            if ours.experts:
+                assert torch.equal(ours.experts.gate_up, theirs.experts.gate_up)
+                assert torch.equal(ours.experts.down, theirs.experts.down)
+    assert caplog.text.count("weights are 8-bit floats") == 2, "once for each rank that has loaded them"
+
+
+def test_8_bit_weights_give_the_tokens_of_transformers_which_widens_them_too(copy_of, prompt, stepper):
+    folder = copy_of("llama")
+    quantised(folder, [32, 32], False)
+    widened = transformers.FineGrainedFP8Config(weight_block_size=(32, 32), dequantize=True)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, quantization_config=widened
+    ).eval()
+    given = torch.tensor([prompt(30)])
+    expected = theirs.generate(given, attention_mask=torch.ones_like(given), do_sample=False, max_new_tokens=6,
+                               min_new_tokens=6, eos_token_id=None, pad_token_id=0)  # fmt: skip
+    stepping = stepper(ModelRunner(InstanceConfig(model_path=str(folder), num_blocks=16, device="cpu")))
+    sequence = stepping.sequence(prompt(30))
+    stepping.generate([sequence], 6)
+    assert sequence.output_token_ids == expected[0, 30:].tolist()
+
+
+def test_scales_that_are_missing_or_of_other_blocks_are_named(copy_of):
+    folder = copy_of("llama")
+    quantised(folder, [32, 32], False)
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"]["weight_block_size"] = [16, 16]
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(
+        WeightsMismatch, match=r"q_proj.weight of shape .64, 64. has scales of shape .2, 2., for blocks"
+    ):
+        load(folder)
+    tensors = load_file(folder / "model.safetensors")
+    save_file({k: v for k, v in tensors.items() if "scale" not in k}, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(WeightsMismatch, match=r"q_proj.weight has dtype F8_E4M3 and no scales"):
+        load(folder)

@@ -8,7 +8,7 @@ import torch
 
 from hbserve_kv import Outcome
 from hbserve_kv.transports import nccl
-from hbserve_kv.transports.nccl import PACKED_BYTES, _pieces
+from hbserve_kv.transports.nccl import LONGEST_BYTES, PACKED_BYTES, _pieces
 from hbserve_kv.transports.own_sockets import _own_sockets
 from hbserve_rpc.address import is_own_address
 
@@ -20,6 +20,11 @@ def test_a_large_block_is_a_message_of_its_own_whatever_its_neighbours_are():
 def test_of_small_blocks_a_long_run_is_a_message_and_the_rest_is_packed():
     quarter = PACKED_BYTES // 4
     assert list(_pieces(quarter, [9, 7, 20, 21, 22, 23, 24, 3, 1])) == [(0, 2), (2, 7), (7, 9)]
+
+
+def test_no_message_is_longer_than_the_longest():
+    quarter, most = PACKED_BYTES // 4, LONGEST_BYTES // (PACKED_BYTES // 4)
+    assert list(_pieces(quarter, list(range(2 * most + 2)))) == [(0, most), (most, 2 * most), (2 * most, 2 * most + 2)]
 
 
 @pytest.mark.parametrize("block_bytes", [PACKED_BYTES // 16, PACKED_BYTES // 2, PACKED_BYTES, 2 * PACKED_BYTES + 4096])

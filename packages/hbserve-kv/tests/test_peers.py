@@ -6,6 +6,7 @@ import os
 import threading
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 
@@ -183,6 +184,32 @@ async def test_a_forged_link_breaks_no_pair_and_disturbs_no_transfer(backend, ma
         transfer.push([1], 0)
         assert (await transfer.commit()).outcome is Outcome.COMPLETED
     await client.close()
+
+
+async def test_an_address_is_asked_once_at_a_time_however_often_a_link_is_forged(managers, monkeypatch):
+    sender, receiver = await managers(0, "ipc"), await managers(1, "ipc")
+    await move(sender, receiver, "connects")
+    (link,) = receiver._receiver.links.values()
+    questions, may_answer = [], asyncio.Event()
+
+    async def has_ended(asked, keys):
+        questions.append(asked)
+        return not await may_answer.wait()
+
+    monkeypatch.setattr("hbserve_kv.receiving.receiver.has_ended", has_ended)
+    for _ in range(3):
+        receiver._receiver._replace(msgspec.structs.replace(link.hello, epoch="another"), link.peer)
+        await asyncio.sleep(0)
+    asked_meanwhile = list(questions)
+    may_answer.set()
+    async with asyncio.timeout(20):
+        while receiver._receiver._asking:
+            await asyncio.sleep(0)
+    receiver._receiver._replace(msgspec.structs.replace(link.hello, epoch="another"), link.peer)
+    await asyncio.sleep(0)
+    assert asked_meanwhile == [link]
+    assert questions == [link, link]
+    assert list(receiver._receiver.links.values()) == [link]
 
 
 async def test_a_sender_whose_link_was_replaced_hears_so_and_connects_anew(backend, managers):

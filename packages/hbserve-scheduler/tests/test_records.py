@@ -174,3 +174,20 @@ def test_the_overlap_of_a_transfer_is_the_part_of_its_time_in_which_its_prompt_w
     figures = Figures()
     figures.add(record)
     assert figures.histograms["kv_transfer_overlap_ratio"].total == 0.5
+
+
+async def test_at_debug_a_request_says_where_it_is_phase_by_phase(make_scheduler, pair, ask, collect, caplog):
+    caplog.set_level(logging.DEBUG, "hbserve_scheduler.attempt")
+    scheduler = await make_scheduler(*pair)
+    await collect(scheduler.submit(ask("r1")))
+    said = [each.getMessage() for each in caplog.records if each.name == "hbserve_scheduler.attempt"]
+    assert all(line.startswith("request r1, attempt 1, ") for line in said)
+    phases = [line.partition(" ms: ")[2] for line in said]
+    assert phases[0] == "placed on p0 and d0"
+    assert {
+        "room on d0, 1 tokens cached",
+        "first token",
+        "decodes",
+        "1000 bytes of KV moved in 1 parts, 500.0 ms",
+    } < set(phases)
+    assert len(phases) == 5

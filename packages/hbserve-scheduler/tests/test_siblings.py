@@ -92,7 +92,7 @@ async def test_the_death_of_an_instance_reaches_all_at_once(family, pair, until,
     await parent.instance_died("d0", "its process ended")
     await parent.instance_died("of nobody", "it never was")
     await until(lambda: heard == ["its process ended"] * 2)
-    await until(lambda: [each.status for each in handles] == ["unreachable"] * 2)  # long before 20 s of silence
+    await until(lambda: [each.status for each in handles] == ["lost"] * 2)  # long before 20 s of silence
 
 
 async def test_what_one_has_counted_stays_counted_when_it_has_ended_and_comes_again(family, serve, pair, ask, collect):

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from hbserve.command import LogLevel, LogLevelOption, explaining, run, taking
-from hbserve.load.args import BenchServeArgs
+from hbserve.load.args import BenchServeArgs, CompareArgs
 from hbserve_rpc.plain_values import shown
 
 bench = typer.Typer(help="Measure this machine, or a server.", no_args_is_help=True)
@@ -94,3 +94,13 @@ def _serve(args: BenchServeArgs, log_level: LogLevel) -> None:
 
 
 bench.command("serve")(taking(BenchServeArgs, _serve))
+
+
+def _compare(args: CompareArgs, log_level: LogLevel) -> None:
+    """Compare hybrid instances with prefill and decode apart, on the same devices, and say which to take."""
+    from hbserve.load.compare import compare
+
+    run(compare(args), log_level)
+
+
+bench.command("compare")(taking(CompareArgs, _compare))

@@ -37,7 +37,9 @@ def instance_settings(
 
     The instances of the same machine, whatever each `host` calls it, share its cores and its GPUs.
     """
-    neighbours = [each for each in config.gpu_instances if _same_machine(each.host, instance.host)]
+    named = config.named_instances
+    several = named if instance in named else [*named, instance]
+    neighbours = [each for each in several if _same_machine(each.host, instance.host)]
     shared = config.engine_settings()
     return msgspec.structs.asdict(shared) | {
         "instance_id": instance.instance_id,
@@ -80,7 +82,7 @@ def tensor_parallel_sizes(config: DeploymentConfig) -> set[int]:
 
 def local_instances(config: DeploymentConfig) -> list[InstanceSection]:
     """Those of a deployment whose host is this machine. May ask a name server."""
-    return [each for each in config.gpu_instances if is_here(each.host)]
+    return [each for each in config.named_instances if is_here(each.host)]
 
 
 def num_ranks(config: DeploymentConfig, instance: InstanceSection) -> int:
@@ -142,6 +144,6 @@ class LocalInstances(ChildProcesses[InstanceProcess]):
     ) -> None:
         settings = (
             instance_settings(config, each, model_folder, log_level=log_level, keys=keys)
-            for each in config.gpu_instances
+            for each in config.named_instances
         )
         super().__init__((partial(InstanceProcess, each) for each in settings), on_death)

@@ -60,6 +60,8 @@ class EngineSettings(msgspec.Struct, kw_only=True):
     tensor_parallel_size: Annotated[int, In("model"), POSITIVE] = 1
     """Ranks that the model is split among: one process each, on neighbouring GPUs of a host, or on the CPU. The model's
     heads and MLP must be divisible by it. An instance of a deployment may say another number itself."""
+    expert_parallel: Annotated[bool, In("model")] = False
+    """Each rank has some of a model's experts whole. Otherwise it has its part of every expert."""
     dtype: Annotated[Literal["auto", "float32", "bfloat16", "float16"], In("model")] = "auto"
     """"auto" takes the checkpoint's."""
     max_model_len: Annotated[int | None, In("model"), POSITIVE] = None

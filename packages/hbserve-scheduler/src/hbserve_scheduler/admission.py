@@ -152,13 +152,16 @@ class BeginningRate:
     """
 
     def __init__(self) -> None:
-        self._tokens = self._seconds = 0.0
+        self._tokens = self._seconds = self._last = 0.0
         self._waiting_since_s: float | None = None
 
     @property
     def tokens_per_s(self) -> float | None:
         """None: nobody has to wait, or nobody knows yet."""
-        return self._tokens / self._seconds if self._seconds >= LEAST_S and self._waiting_since_s is not None else None
+        if self._seconds < LEAST_S or self._waiting_since_s is None:
+            return None
+        # Of the last one the half: it was begun at once, and no other is until it has made room.
+        return max(0.0, self._tokens - self._last / 2) / self._seconds
 
     def look(self, now_s: float, *, some_wait: bool) -> None:
         """To be called when nothing more can be begun now; `some_wait`: for room."""
@@ -172,6 +175,7 @@ class BeginningRate:
     def begun(self, num_tokens: int) -> None:
         if self._waiting_since_s is not None:  # else it had not to wait, and nobody before it
             self._tokens += num_tokens
+            self._last = num_tokens
 
 
 class Admission:

@@ -14,6 +14,8 @@ COUNTERS = {
     "requests_aborted": "aborted_requests",
     "requests_rejected": "rejected_requests",
     "request_retries": "retries",
+    "request_placements_refused": "refusals",
+    "local_prefills": "local_prefills",
 }
 """Name of the metric, without prefix and suffix: field of the stats."""
 
@@ -26,6 +28,7 @@ def deployment_metrics(stats: SchedulerStats) -> Iterator[Family]:
 
 def _of_requests(stats: SchedulerStats) -> Iterator[Family]:
     yield _single("num_requests_waiting", "gauge", "Not given to an instance yet.", stats.waiting_requests)
+    yield _single("num_tokens_waiting", "gauge", "Of the prompts of these.", stats.waiting_tokens)
     yield _single("num_requests_running", "gauge", "With instances.", stats.running_requests)
     for name, field in COUNTERS.items():
         yield _single(name, "counter", f"Requests: {field}.", getattr(stats, field))

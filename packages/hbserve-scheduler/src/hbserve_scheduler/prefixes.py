@@ -33,7 +33,9 @@ class Prefixes:
         """Blocks of the longest prefix that one `among` these holds, and who holds it."""
 
         def holders(place: int) -> Iterator[InstanceHandle]:
-            return (each for each in self._holders.get(digests[place], ()) if each in among)
+            known = self._holders.get(digests[place], set())
+            fewer, others = (among, known) if len(among) < len(known) else (known, among)
+            return (each for each in fewer if each in others)
 
         num_blocks = _first_false(len(digests), lambda place: any(True for _ in holders(place)))
         return num_blocks, holders(num_blocks - 1) if num_blocks else iter(())

@@ -5,12 +5,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hbserve.check.finding import Finding, table
-from hbserve.check.network import check_network
+from hbserve.check.network import check_network, places
 from hbserve.check.this_host import check_host
 from hbserve.demo_model import find_model_folder
 from hbserve.launcher import local_instances, tensor_parallel_sizes
 from hbserve.servable import require_servable
 from hbserve.tokenizer import require_tokenizer_of
+from hbserve_rpc import KeysError, load_keys
+from hbserve_rpc.address import is_here, is_loopback
+from hbserve_rpc.keys import Party
 from hbserve_scheduler import DeploymentConfig, load_config
 
 
@@ -33,9 +36,10 @@ async def check_deployment(args: CheckArgs) -> None:
         CheckFailed: something of it will not work; the lines say what.
     """
     config = load_config(args.config)
-    names = ", ".join(each.instance_id for each in config.gpu_instances)
+    names = ", ".join(each.discover or each.instance_id for each in config.gpu_instances)
     here = ", ".join(each.instance_id for each in local_instances(config)) or "none of them"
     findings = [Finding("ok", "configuration", f"{args.config}: {names}; on this host {here}")]
+    findings.append(_check_keys(config))
     findings += await _check_model(config)
     findings += await check_network(config)
     findings += check_host(config)
@@ -43,6 +47,26 @@ async def check_deployment(args: CheckArgs) -> None:
     failed = [each.subject for each in findings if each.verdict == "FAIL"]
     if failed:
         raise CheckFailed(f"this will not work: {', '.join(dict.fromkeys(failed))}")
+
+
+def _check_keys(config: DeploymentConfig) -> Finding:
+    """Whether processes of this host can use the keys, or who could use the deployment where there are none."""
+    if config.security.keys is not None:
+        parties: list[Party] = ["scheduler"] if is_here(config.scheduler.host) else []
+        parties += ["instance"] if local_instances(config) else []
+        try:
+            for party in parties:
+                load_keys(config.security.keys, party)
+        except KeysError as error:
+            return Finding("FAIL", "keys", str(error))
+        return Finding(
+            "ok", "keys", f"{config.security.keys}: of {' and '.join(parties) or 'none that is needed here'}"
+        )
+    reached = [place.subject for place in places(config) if place.key != "server" and not is_loopback(place.host)]
+    if not reached:
+        return Finding("ok", "keys", "none; this host alone reaches the deployment")
+    text = f"none: whoever reaches the addresses of {', '.join(reached)} may use them; `hbserve keys FOLDER` makes keys"
+    return Finding("ok" if config.security.allow_insecure else "note", "keys", text)
 
 
 async def _check_model(config: DeploymentConfig) -> list[Finding]:

@@ -1,4 +1,4 @@
-"""Options of `hbserve bench serve`: the names, defaults and meanings of `vllm bench serve`, so that scripts go on."""
+"""Options of `hbserve bench serve`, with the names, defaults and meanings of vLLM's; and of `hbserve bench compare`."""
 
 from dataclasses import dataclass
 from enum import StrEnum
@@ -36,7 +36,7 @@ Count = Annotated[int, Option(min=0)]
 
 @dataclass(frozen=True)
 class BenchServeArgs:
-    """The command's arguments."""
+    """Of `hbserve bench serve`."""
 
     more: Annotated[list[str] | None, Argument(metavar="[METRIC:MS]...", help="Further values of --goodput.")] = None
     backend: Annotated[Backend, Option(help="openai is /v1/completions, openai-chat /v1/chat/completions.")] = (
@@ -122,3 +122,24 @@ class BenchServeArgs:
     @property
     def path(self) -> str:
         return self.endpoint or ("/v1/chat/completions" if self.is_chat else "/v1/completions")
+
+
+@dataclass(frozen=True)
+class CompareArgs:
+    """Of `hbserve bench compare`."""
+
+    goodput: Annotated[list[str], Option(metavar="METRIC:MS", help="ttft, tpot or e2el; may be repeated.")]
+    rates: Annotated[str, Option(metavar="1,2,4,…", help="Requests a second.")]
+    config: Annotated[Path | None, Option(help="A deployment's file, for all but its instances.")] = None
+    model: Annotated[Path | None, Option(help="A Hugging Face model folder; without it, the demo model.")] = None
+    instances: Annotated[int, Option(min=2, help="Of each layout, each on a device of its own.")] = 2
+    prefill: Annotated[int | None, Option(min=1, help="Of these, where they are apart; half by default.")] = None
+    input_len: Annotated[int, Option(min=1)] = 1024
+    output_len: Annotated[int, Option(min=1)] = 128
+    num_prompts: Annotated[int, Option(min=1, help="Of each load.")] = 200
+    ready_timeout_s: Annotated[float, Option("--ready-timeout", metavar="SECONDS", help="Until a layout serves.")] = (
+        600.0
+    )
+    plot: Annotated[Path | None, Option(help="Write a picture: .svg or .png.")] = None
+    json: Annotated[Path | None, Option(help="A file for all figures.")] = None
+    seed: int = 0

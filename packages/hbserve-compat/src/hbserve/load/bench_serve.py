@@ -27,11 +27,28 @@ from hbserve_rpc import InvalidRequest, PeerLost, RemoteError, RequestTimeout
 
 RETRY_S = 1.0
 USUAL_COUNT = 1000
+MOST_ERRORS = 10
+"""Of different words, that are said."""
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "frequency_penalty", "presence_penalty", "repetition_penalty")
 
 
 async def bench_serve(args: BenchServeArgs) -> dict[str, Any]:
     """Send a load, print its report, and write what files are wanted; returns what is in the JSON file.
+
+    Raises what `measure` raises.
+    """
+    result, load, wanted = await measure(args)
+    sys.stdout.writelines(f"{line}\n" for line in lines(result, wanted))
+    for each in list(dict.fromkeys(each.error for each in load.outcomes if each.error))[:MOST_ERRORS]:
+        sys.stderr.write(f"error: {each}\n")
+    if problem := complaint(load):
+        sys.stderr.write(f"warning: {problem}: these figures are about it as much as about the server\n")
+    _write(args, result, load, wanted)
+    return result
+
+
+async def measure(args: BenchServeArgs) -> tuple[dict[str, Any], Load, Wanted]:
+    """Send a load; returns its figures, what became of each request, and what was asked for.
 
     Raises:
         InvalidRequest: options that cannot be, or a dataset that cannot be read.
@@ -52,14 +69,7 @@ async def bench_serve(args: BenchServeArgs) -> dict[str, Any]:
         load = await _send(client, args, found, bodies)
     finally:
         client.close()
-    result = _head(args, body["model"], folder, len(found)) | figures(load, wanted)
-    sys.stdout.writelines(f"{line}\n" for line in lines(result, wanted))
-    for each in list(dict.fromkeys(each.error for each in load.outcomes if each.error))[:10]:
-        sys.stderr.write(f"error: {each}\n")
-    if problem := complaint(load):
-        sys.stderr.write(f"warning: {problem}: these figures are about it as much as about the server\n")
-    _write(args, result, load, wanted)
-    return result
+    return _head(args, body["model"], folder, len(found)) | figures(load, wanted), load, wanted
 
 
 # ---- what is asked -----------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from hbserve_core.bench.device_limits import DeviceLimits
+from hbserve_core.model.architectures import Experts
 from hbserve_core.model.model_config import ModelConfig
 
 
@@ -59,23 +60,40 @@ def decode_limit(
 
 def decode_work(model: ModelConfig, dtype: torch.dtype, batch: int, context: float) -> list[Work]:
     """What has to be done one after the other in such a step: in each layer four products and attention, then the head.
-    Parameters as in `decode_limit`."""
+    Parameters as in `decode_limit`. Of a mixture of experts, as many are read as so many sequences touch on average,
+    each of which is as likely to go to one as to another."""
 
     def product(num_weights: int) -> Work:
         return Work(num_weights * dtype.itemsize, 2.0 * batch * num_weights)
 
-    num_keys = batch * context
-    attention = Work(
-        read_bytes=2 * model.num_kv_heads * model.head_dim * num_keys * dtype.itemsize,
-        flops=4 * model.num_heads * model.head_dim * num_keys,
-    )
-    layer = [*map(product, layer_products(model).values()), attention]
-    return layer * model.num_layers + [product(model.vocab_size * model.hidden_size)]
+    def attention(num_keys: float) -> Work:
+        return Work(
+            read_bytes=2 * model.num_kv_heads * model.head_dim * num_keys * dtype.itemsize,
+            flops=4 * model.num_heads * model.head_dim * num_keys,
+        )
+
+    work: list[Work] = []
+    for index in range(model.num_layers):
+        # Every window is full: those of a context's first tokens are not.
+        keys = min(context, model.windows[index] or context)
+        experts, products = _experts_of(model, index), layer_products(model, index)
+        mlp = [product(products["gate_up"]), product(products["down"])]
+        if experts is not None:
+            touched = experts.count * (1 - (1 - experts.per_token / experts.count) ** batch)
+            mlp = [Work(each.read_bytes * touched, each.flops * experts.per_token) for each in mlp]
+        work += [product(products["qkv"]), product(products["output"]), *mlp, attention(batch * keys)]
+    return [*work, product(model.vocab_size * model.hidden_size)]
 
 
-def layer_products(model: ModelConfig) -> dict[str, int]:
-    """Number of weights in each of a layer's projections."""
-    hidden, inner = model.hidden_size, model.intermediate_size
+def _experts_of(model: ModelConfig, layer: int) -> Experts | None:
+    experts = model.switches.experts
+    return experts if experts is not None and layer in experts.layers else None
+
+
+def layer_products(model: ModelConfig, layer: int = 0) -> dict[str, int]:
+    """Number of weights in each of a layer's projections, of one expert where there are several."""
+    hidden, experts = model.hidden_size, _experts_of(model, layer)
+    inner = experts.intermediate_size if experts else model.intermediate_size
     heads, kv_heads = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
     return {
         "qkv": hidden * (heads + 2 * kv_heads),
@@ -86,8 +104,13 @@ def layer_products(model: ModelConfig) -> dict[str, int]:
 
 
 def num_layer_weights(model: ModelConfig) -> int:
-    """Numbers in the projections of all layers."""
-    return model.num_layers * sum(layer_products(model).values())
+    """Numbers in the projections of all layers that a token goes through."""
+    total = 0
+    for layer in range(model.num_layers):
+        products, experts = layer_products(model, layer), _experts_of(model, layer)
+        used = experts.per_token if experts else 1
+        total += products["qkv"] + products["output"] + used * (products["gate_up"] + products["down"])
+    return total
 
 
 def prefill_flops(model: ModelConfig, lengths: list[int]) -> float:

@@ -10,6 +10,7 @@ import torch
 
 from hbserve_core.cuda_runner.kernels.attention_parts import Scores
 from hbserve_core.cuda_runner.kernels.decode_attention import DecodeWorkspace, decode_attention
+from hbserve_core.cuda_runner.kernels.experts import Routing, expert_mlps
 from hbserve_core.cuda_runner.kernels.pointwise import embed
 from hbserve_core.cuda_runner.kernels.prefill_attention import prefill_attention, store_kv
 from hbserve_core.cuda_runner.kernels.sampling import sample
@@ -18,6 +19,7 @@ from hbserve_core.cuda_runner.step_packer import StepShape, StepView, seed_halve
 from hbserve_core.logits.rows import LogitsRow, has_grammars, on_device
 from hbserve_core.model.layers import (
     DecoderWeights,
+    ExpertWeights,
     LayerWeights,
     Linear,
     ProjectionNorm,
@@ -106,10 +108,32 @@ class CudaDecoder:
         for index, (layer, norm_after) in enumerate(zip(weights.layers, norms_after, strict=True)):
             qkv = self._products.of_normed(stream, layer.attention_norm, layer.qkv)
             attended = self._attend(index, layer, qkv, step, pool)
+            if layer.experts is not None:
+                self._add(attended, layer.output, stream, layer.attention_out_norm, None)
+                self._add_experts(normed(stream.rows, layer.mlp_norm), layer.experts, step, stream)
+                continue
+            assert layer.gate_up is not None
+            assert layer.down is not None
             self._add(attended, layer.output, stream, layer.attention_out_norm, layer.mlp_norm)
             gated = self._products.gated(stream, layer.mlp_norm, layer.gate_up)
             self._add(gated, layer.down, stream, layer.mlp_out_norm, norm_after)
         return stream
+
+    def _add_experts(self, rows: torch.Tensor, weights: ExpertWeights, step: StepView, stream: ResidualStream) -> None:
+        """Add what the experts of normed rows give."""
+        experts, is_alone = self._config.switches.experts, self._group.shard.size == 1
+        assert experts is not None
+        result = expert_mlps(
+            rows,
+            self._products.of(rows, weights.router),
+            step.tokens[3],
+            weights.gate_up,
+            weights.down,
+            Routing(experts.count, experts.per_token, experts.renormalises, weights.first),
+            add_to=stream.rows if is_alone else None,
+        )
+        if not is_alone:
+            stream.rows += self._group.all_reduce(result)
 
     def _logits(self, stream: ResidualStream) -> torch.Tensor:
         """(R, vocab_size) of rows (R, E)."""

@@ -26,6 +26,24 @@ class LayerNorms:
         return [name for name in every if name is not None]
 
 
+@dataclass(frozen=True, slots=True)
+class Experts:
+    """A mixture of experts in place of some layers' MLP."""
+
+    count: int
+    per_token: int
+    intermediate_size: int
+    """Of one expert; of one rank's part of it, if ranks have parts of all experts."""
+    renormalises: bool
+    """Weights of a token's experts are made to add up to 1."""
+    layers: tuple[int, ...]
+    block: str = "mlp"
+    """Name of the whole in a checkpoint."""
+    projections: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
+    whole_on_ranks: bool = False
+    """Each rank has some of the experts whole, and not a part of each."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Switches:
     """Everything that a model is not Llama in. The defaults are Llama's."""
@@ -55,6 +73,7 @@ class Switches:
     attention_cap: float = 0.0
     """Scores s become cap * tanh(s / cap); 0: they stay."""
     logits_cap: float = 0.0
+    experts: Experts | None = None
 
 
 def _qwen3(raw: Mapping[str, Any]) -> Switches:
@@ -134,6 +153,31 @@ def _gemma(raw: Mapping[str, Any], every: int) -> Switches:
     )
 
 
+def _qwen3_moe(raw: Mapping[str, Any]) -> Switches:
+    dense, step = raw["mlp_only_layers"] or (), raw["decoder_sparse_step"]
+    experts = Experts(
+        count=raw.get("num_experts") or raw["num_local_experts"],
+        per_token=raw["num_experts_per_tok"],
+        intermediate_size=raw["moe_intermediate_size"],
+        renormalises=bool(raw["norm_topk_prob"]),
+        layers=tuple(i for i in range(raw["num_hidden_layers"]) if i not in dense and (i + 1) % step == 0),
+    )
+    return replace(_qwen3(raw), experts=experts)
+
+
+def _mixtral(raw: Mapping[str, Any]) -> Switches:
+    experts = Experts(
+        count=raw["num_local_experts"],
+        per_token=raw["num_experts_per_tok"],
+        intermediate_size=raw["intermediate_size"],
+        renormalises=True,
+        layers=tuple(range(raw["num_hidden_layers"])),
+        block="block_sparse_moe",
+        projections=("w1", "w3", "w2"),
+    )
+    return replace(_mistral(raw), experts=experts)
+
+
 def _biases(raw: Mapping[str, Any], of_mlp: bool = True) -> dict[str, Any]:
     attention = bool(raw.get("attention_bias", False))
     mlp = of_mlp and bool(raw.get("mlp_bias", False))
@@ -182,6 +226,17 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     "Olmo2ForCausalLM": Architecture("olmo2", _olmo2, {"rms_norm_eps": 1e-5}),
     "GraniteForCausalLM": Architecture("granite", _granite),
+    "Qwen3MoeForCausalLM": Architecture(
+        "qwen3_moe",
+        _qwen3_moe,
+        {"num_key_value_heads": 4, "mlp_only_layers": None, "decoder_sparse_step": 1, "norm_topk_prob": False, **_QWEN},
+    ),
+    "MixtralForCausalLM": Architecture(
+        "mixtral",
+        _mixtral,
+        {"num_key_value_heads": 8, "rms_norm_eps": 1e-5, "rope_theta": 1e6, "sliding_window": None}
+        | {"num_experts_per_tok": 2, "num_local_experts": 8},
+    ),
     "Gemma2ForCausalLM": Architecture(
         "gemma2", _gemma2, _GEMMA | {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
     ),

@@ -92,12 +92,28 @@ class LayerWeights:
     output: Linear
     """Its results, and those of `down`, are to be summed over the ranks. Rank 0 alone has their biases."""
     mlp_norm: RmsNorm | None
-    gate_up: Linear
-    """Outputs: gate, then up."""
-    down: Linear
+    gate_up: Linear | None
+    """Outputs: gate, then up. None, as `down`, where there are experts."""
+    down: Linear | None
     attention_out_norm: RmsNorm | None = None
     """Of the sum over the ranks, before it is added."""
     mlp_out_norm: RmsNorm | None = None
+    experts: "ExpertWeights | None" = None
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertWeights:
+    """A mixture of experts: X MLPs of this rank, each of all of a model's tokens that are routed to it. Their results
+    are to be summed over the ranks."""
+
+    router: Linear
+    """To the experts of all ranks."""
+    gate_up: torch.Tensor
+    """(X, 2 F, E): gates, then ups."""
+    down: torch.Tensor
+    """(X, E, F)"""
+    first: int
+    """The number of the first one among those of all ranks."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,7 +34,7 @@ class LoadedModel:
                 f"tensor_parallel_size={config.tensor_parallel_size}: this runner was made for {shard.size} rank; "
                 "make_runner() starts the others"
             )
-        self.model_config = _with_limit(load_model_config(config.model_path), config)
+        self.model_config = _with_limit(configured_model(config), config)
         check_divisible(self.model_config, shard.size)
         self.rank_config = shard.config(self.model_config)
         """Sizes of this rank's part."""
@@ -71,6 +71,15 @@ class LoadedModel:
             num_blocks * block.block_bytes / 2**30,
         )
         return pool
+
+
+def configured_model(config: InstanceConfig) -> ModelConfig:
+    """The model of an instance, split among ranks as that says. Raises what `load_model_config` raises."""
+    model = load_model_config(config.model_path)
+    if model.switches.experts is None:
+        return model
+    experts = replace(model.switches.experts, whole_on_ranks=config.expert_parallel)
+    return replace(model, switches=replace(model.switches, experts=experts))
 
 
 def _with_limit(model: ModelConfig, config: InstanceConfig) -> ModelConfig:
@@ -134,7 +143,8 @@ def _dtype(config: InstanceConfig, model: ModelConfig) -> torch.dtype:
 
 def _fingerprint(model: ModelConfig, weights_digest: str, block: BlockShape) -> dict[str, str | int]:
     # The same weights with other rotation angles are another model.
-    described = f"{model.architecture} {model.switches} {model.rope} {model.rms_norm_eps} {weights_digest}"
+    switches = replace(model.switches, experts=None)  # how ranks share experts is their own affair
+    described = f"{model.architecture} {switches} {model.rope} {model.rms_norm_eps} {weights_digest}"
     return {
         "model": hashlib.sha256(described.encode()).hexdigest()[:32],
         "dtype": str(block.dtype).removeprefix("torch."),

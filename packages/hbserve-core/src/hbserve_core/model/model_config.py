@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from hbserve_core.errors import ModelFilesMissing, UnsupportedModel
 from hbserve_core.model.architectures import ARCHITECTURES, Switches, find_architecture
 from hbserve_core.model.end_tokens import end_token_ids
+from hbserve_core.model.quantization import scale_block
 from hbserve_core.model.rope_config import RopeConfig, extended_length, read_rope_configs
 
 if TYPE_CHECKING:
@@ -67,6 +68,8 @@ class ModelConfig:
     switches: Switches
     attention_scale: float
     """Multiplies the scores."""
+    scale_block: tuple[int, int] | None
+    """Of 8-bit weights; None: they are not quantised. See `quantization.scale_block`."""
     eos_token_ids: tuple[int, ...]
     """Each of them ends a sequence."""
 
@@ -145,6 +148,7 @@ def _parse(folder: Path, architecture: str, raw: Mapping[str, Any], generation: 
         tied_embeddings=bool(raw.get("tie_word_embeddings", False)),
         switches=switches,
         attention_scale=switches.attention_multiplier or head_dim**-0.5,
+        scale_block=scale_block(folder, raw),
         eos_token_ids=end_token_ids(folder, raw, generation),
     )
 
@@ -156,9 +160,6 @@ def _refuse_what_is_not_built(folder: Path, raw: Mapping[str, Any]) -> None:
         raise UnsupportedModel(f"{folder}: hidden_act={activation!r} is not supported; supported: {expected!r}")
     if raw.get("use_bidirectional_attention"):
         raise UnsupportedModel(f"{folder}: use_bidirectional_attention=true is not supported; it needs another mask")
-    if raw.get("quantization_config"):
-        method = raw["quantization_config"].get("quant_method", "unknown")
-        raise UnsupportedModel(f"{folder}: quantization_config ({method}) is not supported; use unquantised weights")
 
 
 def _sliding_layers(folder: Path, raw: Mapping[str, Any], switches: Switches) -> tuple[int, ...]:

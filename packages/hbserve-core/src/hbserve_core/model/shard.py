@@ -25,8 +25,12 @@ class Shard:
 
     def config(self, model: ModelConfig) -> ModelConfig:
         """The model's sizes as this rank's layers have them. The vocabulary's stays whole: logits are gathered."""
+        experts = model.switches.experts
+        if experts is not None and not experts.whole_on_ranks:
+            experts = replace(experts, intermediate_size=experts.intermediate_size // self.size)
         return replace(
             model,
+            switches=replace(model.switches, experts=experts),
             num_heads=model.num_heads // self.size,
             num_kv_heads=max(1, model.num_kv_heads // self.size),
             intermediate_size=model.intermediate_size // self.size,
@@ -77,5 +81,10 @@ def _obstacles(model: ModelConfig, size: int) -> Iterator[str]:
         yield f"num_attention_heads={model.num_heads} is not a multiple of it"
     if model.num_kv_heads % size and size % model.num_kv_heads:
         yield f"num_key_value_heads={model.num_kv_heads} is neither a multiple nor a divisor of it"
-    if model.intermediate_size % size:
+    experts = model.switches.experts
+    if (experts is None or len(experts.layers) < model.num_layers) and model.intermediate_size % size:
         yield f"intermediate_size={model.intermediate_size} is not a multiple of it"
+    if experts is not None and experts.whole_on_ranks and experts.count % size:
+        yield f"num_experts={experts.count} is not a multiple of it, and expert_parallel=true"
+    if experts is not None and not experts.whole_on_ranks and experts.intermediate_size % size:
+        yield f"intermediate_size={experts.intermediate_size} of experts is not a multiple of it"

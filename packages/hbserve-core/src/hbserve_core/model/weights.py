@@ -16,10 +16,18 @@ import torch
 from tqdm import tqdm
 
 from hbserve_core.errors import InvalidInstanceConfig
+from hbserve_core.model.architectures import Experts
 from hbserve_core.model.checkpoint.checkpoint import Checkpoint, with_stored_head
 from hbserve_core.model.checkpoint.dummy_checkpoint import DummyCheckpoint
 from hbserve_core.model.checkpoint.tensor_source import TensorPart, TensorSource, weights_digest
-from hbserve_core.model.layers import DecoderWeights, LayerWeights, Linear, ProjectionNorm, RmsNorm
+from hbserve_core.model.layers import (
+    DecoderWeights,
+    ExpertWeights,
+    LayerWeights,
+    Linear,
+    ProjectionNorm,
+    RmsNorm,
+)
 from hbserve_core.model.linear import make_linear
 from hbserve_core.model.model_config import ModelConfig
 from hbserve_core.model.rope import head_order
@@ -62,24 +70,28 @@ def checkpoint_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     hidden = config.hidden_size
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config.vocab_size, hidden)}
     for index in range(config.num_layers):
-        shapes |= {f"model.layers.{index}.{name}": shape for name, shape in _layer_shapes(config).items()}
+        shapes |= {f"model.layers.{index}.{name}": shape for name, shape in _layer_shapes(config, index).items()}
     shapes["model.norm.weight"] = (hidden,)
     if not config.tied_embeddings:
         shapes["lm_head.weight"] = (config.vocab_size, hidden)
     return shapes
 
 
-def _layer_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+def _layer_shapes(config: ModelConfig, index: int) -> dict[str, tuple[int, ...]]:
     hidden, inner = config.hidden_size, config.intermediate_size
     query, key = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     switches = config.switches
     linears = [
         *(("self_attn", name, sum(rows), hidden, switches.qkv_bias) for name, rows in _qkv_tensors(config).items()),
         ("self_attn", "o_proj", hidden, query, switches.output_bias),
-        *(("mlp", name, sum(rows), hidden, switches.mlp_bias) for name, rows in _gate_up_tensors(config).items()),
-        ("mlp", "down_proj", hidden, inner, switches.mlp_bias),
     ]
     shapes: dict[str, tuple[int, ...]] = {}
+    if switches.experts is not None and index in switches.experts.layers:
+        shapes |= _expert_shapes(switches.experts, hidden)
+    else:
+        gate_up = _gate_up_tensors(config).items()
+        linears += [("mlp", name, sum(rows), hidden, switches.mlp_bias) for name, rows in gate_up]
+        linears.append(("mlp", "down_proj", hidden, inner, switches.mlp_bias))
     for block, name, outputs, inputs, has_bias in linears:
         shapes[f"{block}.{name}.weight"] = (outputs, inputs)
         if has_bias:
@@ -88,6 +100,17 @@ def _layer_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         sizes = (query, key) if switches.qk_norm == "projection" else (config.head_dim, config.head_dim)
         shapes |= {f"self_attn.{name}.weight": (size,) for name, size in zip(("q_norm", "k_norm"), sizes, strict=True)}
     return shapes | {f"{name}.weight": (hidden,) for name in switches.norms.names()}
+
+
+def _expert_shapes(experts: Experts, hidden: int) -> dict[str, tuple[int, ...]]:
+    shapes: dict[str, tuple[int, ...]] = {f"{experts.block}.gate.weight": (experts.count, hidden)}
+    gate, up, down = experts.projections
+    for i in range(experts.count):
+        shapes |= {
+            f"{experts.block}.experts.{i}.{name}.weight": (experts.intermediate_size, hidden) for name in (gate, up)
+        }
+        shapes[f"{experts.block}.experts.{i}.{down}.weight"] = (hidden, experts.intermediate_size)
+    return shapes
 
 
 Rows = tuple[int, ...]
@@ -171,14 +194,23 @@ class _Loader:
         """Parts of tensors one below the other, and zeros up to `num_rows`."""
         shapes = [part.shape(self._shapes[part.name]) for part in parts]
         rows = num_rows or sum(shape[0] for shape in shapes)
-        fused = torch.empty((rows, *shapes[0][1:]), dtype=self._dtype, device=self._device)
-        self.num_bytes += fused.nbytes
-        first = 0
-        for part, shape in zip(parts, shapes, strict=True):
-            self._source.read(part, fused[first : first + shape[0]])
-            first += shape[0]
-        fused[first:].zero_()
+        fused = self._empty(rows, *shapes[0][1:])
+        self._read(parts, fused)
+        fused[sum(shape[0] for shape in shapes) :].zero_()
         return fused
+
+    def _empty(self, *shape: int) -> torch.Tensor:
+        made = torch.empty(shape, dtype=self._dtype, device=self._device)
+        self.num_bytes += made.nbytes
+        return made
+
+    def _read(self, parts: Sequence[TensorPart], target: torch.Tensor) -> None:
+        """One below the other."""
+        first = 0
+        for part in parts:
+            last = first + part.shape(self._shapes[part.name])[0]
+            self._source.read(part, target[first:last])
+            first = last
 
     def _whole(self, name: str) -> torch.Tensor:
         return self._fuse([TensorPart(name)])
@@ -216,8 +248,9 @@ class _Loader:
 
     def _layer(self, index: int) -> LayerWeights:
         prefix, switches, norms = f"model.layers.{index}", self._config.switches, self._config.switches.norms
-        attention, mlp = f"{prefix}.self_attn", f"{prefix}.mlp"
-        qkv, inner = (self._heads, self._kv_heads, self._kv_heads), (self._inner, self._inner)
+        attention, qkv = f"{prefix}.self_attn", (self._heads, self._kv_heads, self._kv_heads)
+        experts = self._experts(prefix, index)
+        gate_up, down = (None, None) if experts else self._mlp(f"{prefix}.mlp")
         return LayerWeights(
             attention_norm=self._layer_norm(prefix, norms.before_attention, self._stream_eps),
             qkv=self._split_by_outputs(attention, _qkv_tensors(self._config), qkv, switches.qkv_bias, self._qkv_order),
@@ -225,10 +258,35 @@ class _Loader:
             output=self._split_by_inputs(f"{attention}.o", self._heads, switches.output_bias),
             attention_out_norm=self._layer_norm(prefix, norms.after_attention, self._config.rms_norm_eps),
             mlp_norm=self._layer_norm(prefix, norms.before_mlp, self._stream_eps),
-            gate_up=self._split_by_outputs(mlp, _gate_up_tensors(self._config), inner, switches.mlp_bias),
-            down=self._split_by_inputs(f"{mlp}.down", self._inner, switches.mlp_bias),
+            gate_up=gate_up,
+            down=down,
+            experts=experts,
             mlp_out_norm=self._layer_norm(prefix, norms.after_mlp, self._config.rms_norm_eps),
         )
+
+    def _mlp(self, mlp: str) -> tuple[Linear, Linear]:
+        inner, has_bias = (self._inner, self._inner), self._config.switches.mlp_bias
+        gate_up = self._split_by_outputs(mlp, _gate_up_tensors(self._config), inner, has_bias)
+        return gate_up, self._split_by_inputs(f"{mlp}.down", self._inner, has_bias)
+
+    def _experts(self, prefix: str, index: int) -> ExpertWeights | None:
+        experts, shard = self._config.switches.experts, self._shard
+        if experts is None or index not in experts.layers:
+            return None
+        inner, own = slice(0, experts.intermediate_size), range(experts.count)
+        if experts.whole_on_ranks:
+            own = own[shard.part(experts.count)]
+        else:
+            inner = shard.part(experts.intermediate_size)
+        size = inner.stop - inner.start
+        gate_up = self._empty(len(own), 2 * size, self._config.hidden_size)
+        down = self._empty(len(own), self._config.hidden_size, size)
+        for place, expert in enumerate(own):
+            names = [f"{prefix}.{experts.block}.experts.{expert}.{each}.weight" for each in experts.projections]
+            self._read([TensorPart(name, rows=inner) for name in names[:2]], gate_up[place])
+            self._read([TensorPart(names[2], columns=inner)], down[place])
+        router = make_linear(self._whole(f"{prefix}.{experts.block}.gate.weight"))
+        return ExpertWeights(router, gate_up, down, own.start)
 
     def _layer_norm(self, prefix: str, name: str | None, eps: float) -> RmsNorm | None:
         return None if name is None else RmsNorm(self._norm_weight(f"{prefix}.{name}.weight"), eps)

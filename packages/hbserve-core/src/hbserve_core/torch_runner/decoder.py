@@ -7,7 +7,14 @@ Shapes: T rows of one step (tokens, and padding after them), R of them sampled, 
 import torch
 import torch.nn.functional as F
 
-from hbserve_core.model.layers import DecoderWeights, LayerWeights, ProjectionNorm, RmsNorm, capped_logits
+from hbserve_core.model.layers import (
+    DecoderWeights,
+    ExpertWeights,
+    LayerWeights,
+    ProjectionNorm,
+    RmsNorm,
+    capped_logits,
+)
 from hbserve_core.model.model_config import ModelConfig
 from hbserve_core.model.rank_group import RankGroup
 from hbserve_core.model.rope import Rope
@@ -77,9 +84,34 @@ class Decoder:
     def _mlp(self, layer: LayerWeights, hidden: torch.Tensor) -> torch.Tensor:
         if hidden.device.type == "cpu" and len(hidden) > _MLP_ROWS:
             return torch.cat([self._mlp(layer, part) for part in torch.split(hidden, _MLP_ROWS)])
-        gate, up = layer.gate_up(_normed(hidden, layer.mlp_norm)).chunk(2, dim=-1)
+        rows = _normed(hidden, layer.mlp_norm)
+        if layer.experts is not None:
+            return self._experts(layer.experts, rows)
+        assert layer.gate_up is not None
+        assert layer.down is not None
+        return layer.down(self._gated(layer.gate_up(rows)))
+
+    def _gated(self, gate_up: torch.Tensor) -> torch.Tensor:
+        gate, up = gate_up.chunk(2, dim=-1)
         activated = F.silu(gate) if self._config.switches.activation == "silu" else F.gelu(gate, approximate="tanh")
-        return layer.down(activated * up)
+        return activated * up
+
+    def _experts(self, weights: ExpertWeights, rows: torch.Tensor) -> torch.Tensor:
+        """(T, E): each row's experts, those that this rank has, one expert after the other."""
+        experts = self._config.switches.experts
+        assert experts is not None
+        shares, chosen = weights.router(rows).float().softmax(-1).topk(experts.per_token, dim=-1)
+        if experts.renormalises:
+            shares = shares / shares.sum(-1, keepdim=True)
+        out = torch.zeros_like(rows)
+        for expert in torch.unique(chosen).tolist():
+            place = expert - weights.first
+            if 0 <= place < len(weights.gate_up):
+                own, rank = (chosen == expert).nonzero(as_tuple=True)
+                inside = self._gated(F.linear(rows[own], weights.gate_up[place]))
+                result = F.linear(inside, weights.down[place]) * shares[own, rank, None]
+                out.index_add_(0, own, result.to(out.dtype))
+        return out
 
 
 def _normed(rows: torch.Tensor, norm: RmsNorm | None) -> torch.Tensor:

@@ -13,6 +13,7 @@ from hbserve_core.model.checkpoint.safetensors_file import DTYPES, SafetensorsFi
 from hbserve_core.model.checkpoint.staged_reader import StagedReader
 from hbserve_core.model.checkpoint.tensor_source import Shapes, TensorPart, row_pieces, sampled_places
 from hbserve_core.model.checkpoint.weight_files import weight_files
+from hbserve_core.model.checkpoint.weight_scales import find_scales, is_scale
 from hbserve_core.model.model_config import ModelConfig
 
 logger = logging.getLogger(__name__)
@@ -38,30 +39,52 @@ class Checkpoint:
             if config.tied_embeddings and _EMBEDDING not in self._stored and _HEAD in self._stored:
                 # One tensor under either name: safetensors' save_model keeps the name that comes first in the alphabet.
                 self._stored[_EMBEDDING] = self._stored.pop(_HEAD)
-            self._check(config, shapes)
+            self._scales, problems = find_scales(self._stored, config.scale_block) if config.scale_block else ({}, [])
+            self._check(config, shapes, problems)
+            if self._scales:
+                logger.warning(
+                    "%s: %d weights are 8-bit floats; they are kept and multiplied in 16 bits or more, which takes the "
+                    "memory of weights that are not quantised",
+                    config.path,
+                    len(self._scales),
+                )
             self._reader = StagedReader(device)
             opened.callback(self._reader.close)
             self._opened = opened.pop_all()
 
     def read(self, part: TensorPart, target: torch.Tensor) -> None:
         stored = self._stored[part.name]
-        self._reader.read(stored, *part.ranges(stored.shape), target)
+        rows, columns = part.ranges(stored.shape)
+        scales = self._scales.get(part.name)
+        if scales is None:
+            self._reader.read(stored, rows, columns, target)
+            return
+        for piece in row_pieces(len(rows), len(columns) * 4, _PIECE_BYTES):
+            narrow = torch.empty(target[piece].shape, dtype=torch.float8_e4m3fn, device=target.device)
+            self._reader.read(stored, rows[piece], columns, narrow)
+            target[piece].copy_(narrow.float().mul_(scales.of(rows[piece], columns, target.device)))
 
     def sample(self, name: str) -> torch.Tensor:
         stored = self._stored[name]
-        return stored.pick(sampled_places(stored.shape)).float()
+        sampled, scales = stored.pick(sampled_places(stored.shape)).float(), self._scales.get(name)
+        # Equal numbers with other scales are other weights.
+        return (
+            sampled
+            if scales is None
+            else torch.cat((sampled, scales.values.flatten()[:: 1 + scales.values.numel() // 64]))
+        )
 
     def close(self) -> None:
         self._opened.close()
 
-    def _check(self, config: ModelConfig, shapes: Shapes) -> None:
+    def _check(self, config: ModelConfig, shapes: Shapes, problems: list[str]) -> None:
         unexpected = [name for name in self._stored if name not in shapes and not _may_be_ignored(name, config)]
-        problems = [f"missing: {name}" for name in shapes if name not in self._stored]
+        problems = [*problems, *(f"missing: {name}" for name in shapes if name not in self._stored)]
         problems += [f"unexpected: {name}" for name in unexpected]
         for name, stored in self._stored.items():
             if name in shapes and stored.shape != shapes[name]:
                 problems.append(f"{name} has shape {stored.shape}, config.json asks for {shapes[name]}")
-            if name in shapes and stored.dtype not in DTYPES:
+            if name in shapes and stored.dtype not in DTYPES and name not in self._scales:
                 problems.append(f"{name} has dtype {stored.dtype}, expected one of {', '.join(DTYPES)}")
         if problems:
             more = f" … and {len(problems) - 12} more" if len(problems) > 12 else ""
@@ -120,4 +143,5 @@ def _rows(stored: StoredTensor, piece: slice) -> torch.Tensor:
 
 def _may_be_ignored(name: str, config: ModelConfig) -> bool:
     """Tied models may store the table twice; old exports store the RoPE frequencies, which follow from the config."""
-    return name.endswith("rotary_emb.inv_freq") or (name == _HEAD and config.tied_embeddings)
+    is_known = name.endswith("rotary_emb.inv_freq") or (name == _HEAD and config.tied_embeddings)
+    return is_known or (config.scale_block is not None and is_scale(name))

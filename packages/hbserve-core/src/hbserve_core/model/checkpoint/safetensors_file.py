@@ -17,6 +17,8 @@ from hbserve_core.errors import WeightsMismatch
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """What weights may be stored as, by the names that the format has for it."""
+STORED_DTYPES = DTYPES | {"F8_E4M3": torch.float8_e4m3fn}
+"""The same, and what they may be stored as if they have scales."""
 
 
 class StoredTensor(NamedTuple):
@@ -30,7 +32,7 @@ class StoredTensor(NamedTuple):
 
     def read(self, rows: range, columns: range, buffer: memoryview) -> None:
         """Fill `buffer` with these columns of these rows; a vector is a matrix with one column. Any thread may call."""
-        itemsize = DTYPES[self.dtype].itemsize
+        itemsize = STORED_DTYPES[self.dtype].itemsize
         row_bytes, width = prod(self.shape[1:]) * itemsize, len(columns) * itemsize
         first = self.offset + rows.start * row_bytes + columns.start * itemsize
         if width == row_bytes:
@@ -41,7 +43,7 @@ class StoredTensor(NamedTuple):
 
     def pick(self, places: range) -> torch.Tensor:
         """The numbers at these places of the flattened tensor, on the CPU."""
-        picked = torch.empty(len(places), dtype=DTYPES[self.dtype], device="cpu")
+        picked = torch.empty(len(places), dtype=STORED_DTYPES[self.dtype], device="cpu")
         itemsize, buffer = picked.itemsize, picked.view(torch.uint8).numpy().data
         for number, place in enumerate(places):
             self.file.read(self.offset + place * itemsize, buffer[number * itemsize : (number + 1) * itemsize])

@@ -10,7 +10,7 @@ from queue import SimpleQueue
 
 import torch
 
-from hbserve_core.model.checkpoint.safetensors_file import DTYPES, StoredTensor
+from hbserve_core.model.checkpoint.safetensors_file import STORED_DTYPES, StoredTensor
 from hbserve_core.model.checkpoint.tensor_source import row_pieces
 
 _Read = tuple[StoredTensor, range, range, torch.Tensor]
@@ -43,7 +43,7 @@ class StagedReader:
         Raises:
             WeightsMismatch: the file has become shorter.
         """
-        dtype = DTYPES[stored.dtype]
+        dtype = STORED_DTYPES[stored.dtype]
         matrix, row_bytes = target.view(len(rows), len(columns)), len(columns) * dtype.itemsize
         assert row_bytes <= _PIECE_BYTES
         pieces = row_pieces(len(rows), row_bytes, _PIECE_BYTES)
@@ -68,7 +68,7 @@ class StagedReader:
 
     @torch.inference_mode()
     def _read_staged(self, stored: StoredTensor, rows: range, columns: range, target: torch.Tensor) -> None:
-        dtype = DTYPES[stored.dtype]
+        dtype = STORED_DTYPES[stored.dtype]
         buffer = self._free.get()
         try:
             staged = buffer[: target.numel() * dtype.itemsize]

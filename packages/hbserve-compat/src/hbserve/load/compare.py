@@ -1,0 +1,200 @@
+"""`hbserve bench compare`: the same devices as hybrid instances, and as prefill and decode apart, under equal loads."""
+
+import asyncio
+import contextlib
+import json
+import signal
+import socket
+import sys
+import tempfile
+from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+
+from hbserve.load.args import BenchServeArgs, CompareArgs
+from hbserve.load.bench_serve import measure
+from hbserve.load.report import goals_of
+from hbserve.plotting import figure_of, require_plotting
+from hbserve_rpc import InvalidRequest
+from hbserve_scheduler import DeploymentConfig, load_config
+
+T = TypeVar("T")
+
+STOP_TIMEOUT_S = 60.0
+MUCH_MORE = 1.05
+"""Goodput that is less apart than this says nothing."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One layout under one load."""
+
+    layout: str
+    rate: float
+    figures: dict[str, Any]
+
+    @property
+    def goodput(self) -> float:
+        return float(self.figures["request_goodput"])
+
+
+async def compare(args: CompareArgs) -> None:
+    """Measure, print a table and which layout to take, and write what is wanted.
+
+    Raises InvalidRequest, ConfigError, what `bench_serve` raises, and RuntimeError if a server ends by itself.
+    """
+    goals_of(args.goodput)
+    rates = _rates(args.rates)
+    if args.plot is not None:
+        require_plotting()
+    base = load_config(args.config) if args.config is not None else DeploymentConfig()
+    if args.model is not None:
+        base = msgspec.structs.replace(base, model=msgspec.structs.replace(base.model, path=str(args.model.absolute())))
+    found: list[Measured] = []
+    for name, roles in _layouts(args).items():
+        async with serving(base, roles) as server:
+            for rate in rates:
+                sys.stderr.write(f"{name}, {rate:g} requests a second\n")
+                found.append(Measured(name, rate, await server.during(_load(args, server.url, rate))))
+    sys.stdout.writelines(f"{line}\n" for line in lines(found))
+    if args.json is not None:
+        args.json.write_text(json.dumps([{"layout": each.layout, **each.figures} for each in found]) + "\n")
+    if args.plot is not None:
+        _plot(args.plot, found)
+
+
+def _rates(text: str) -> list[float]:
+    try:
+        rates = sorted({float(each) for each in text.split(",")})
+    except ValueError:
+        rates = []
+    if not rates or not 0 < rates[0] <= rates[-1] < float("inf"):
+        raise InvalidRequest(f"--rates={text!r}: expected numbers above 0, with commas between")
+    return rates
+
+
+def _layouts(args: CompareArgs) -> dict[str, list[str]]:
+    prefill = args.prefill or args.instances // 2
+    if prefill >= args.instances:
+        raise InvalidRequest(f"--prefill={prefill}: expected less than --instances={args.instances}")
+    decode = args.instances - prefill
+    return {
+        f"{args.instances} hybrid": ["hybrid"] * args.instances,
+        f"{prefill} prefill + {decode} decode": ["prefill"] * prefill + ["decode"] * decode,
+    }
+
+
+@contextlib.asynccontextmanager
+async def serving(base: DeploymentConfig, roles: Sequence[str]) -> AsyncIterator["Server"]:
+    """`hbserve serve` with such instances, and with all else as `base` says. It may not be ready yet."""
+    config = msgspec.to_builtins(base)
+    config["gpu_instances"] = [
+        {"instance_id": f"{role}-{rank}", "instance_type": role, "kv_rank": rank} for rank, role in enumerate(roles)
+    ]
+    port = _free_port()
+    config["server"] |= {"port": port, "host": "127.0.0.1", "uds": None, "enabled": True}
+    config["scheduler"] |= {"port": 0}
+    with tempfile.TemporaryDirectory(prefix="hbserve-compare-") as folder:
+        file = Path(folder) / "layout.yaml"
+        file.write_text(json.dumps(config), encoding="utf-8")  # JSON is YAML
+        command = ("-P", "-m", "hbserve", "serve", "--config", str(file), "--log-level", "WARNING")
+        process = await asyncio.create_subprocess_exec(sys.executable, *command, stdout=asyncio.subprocess.DEVNULL)
+        server = Server(f"http://127.0.0.1:{port}", process)
+        try:
+            yield server
+        finally:
+            await server.end()
+
+
+class Server:
+    """A process that serves, until it is ended."""
+
+    def __init__(self, url: str, process: asyncio.subprocess.Process) -> None:
+        self.url = url
+        self._process = process
+        self._ended = asyncio.create_task(process.wait())
+
+    async def during(self, job: Coroutine[Any, Any, T]) -> T:
+        """What the job returns. Raises RuntimeError if the process ends before it."""
+        task = asyncio.create_task(job)
+        try:
+            await asyncio.wait([task, self._ended], return_when=asyncio.FIRST_COMPLETED)
+            if not task.done():
+                raise RuntimeError(f"hbserve serve has ended by itself, with status {self._process.returncode}")
+            return task.result()
+        finally:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+    async def end(self) -> None:
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            if not self._ended.done():
+                self._process.send_signal(number)
+                await asyncio.wait([self._ended], timeout=STOP_TIMEOUT_S)
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port: int = server.getsockname()[1]
+        return port
+
+
+async def _load(args: CompareArgs, url: str, rate: float) -> dict[str, Any]:
+    load = BenchServeArgs(
+        base_url=url,
+        num_prompts=args.num_prompts,
+        random_input_len=args.input_len,
+        random_output_len=args.output_len,
+        request_rate=rate,
+        ignore_eos=True,
+        goodput=args.goodput,
+        metric_percentiles="50,90,99",
+        ready_check_timeout_sec=args.ready_timeout_s,
+        seed=args.seed,
+    )
+    result, _, _ = await measure(load)
+    return result
+
+
+def lines(found: Sequence[Measured]) -> Iterator[str]:
+    """A table, and which layout to take."""
+    yield f"{'req/s':>7}  {'layout':24}{'goodput':>9}{'attained':>10}{'TTFT p90':>11}{'TPOT p90':>11}{'ITL p99':>11}"
+    for each in sorted(found, key=lambda each: each.rate):
+        figures = each.figures
+        yield (
+            f"{each.rate:7g}  {each.layout:24}{each.goodput:9.2f}{figures['slo_attainment']:10.1%}"
+            f"{figures['p90_ttft_ms']:8.0f} ms{figures['p90_tpot_ms']:8.1f} ms{figures['p99_itl_ms']:8.1f} ms"
+        )
+    yield ""
+    yield _advice(found)
+    if any(each.figures["client_is_bottleneck"] for each in found):
+        yield "The load generator was itself too slow in some of these: see client_lag_p99_ms with --json."
+
+
+def _advice(found: Sequence[Measured]) -> str:
+    best: dict[str, float] = {}
+    for each in found:
+        best[each.layout] = max(best.get(each.layout, 0.0), each.goodput)
+    (winner, most), (other, less) = sorted(best.items(), key=lambda each: -each[1])
+    if most == 0:
+        return "Neither keeps its goals at any of these rates: lower them, or relax the goals."
+    if most < MUCH_MORE * less:
+        simpler = next(layout for layout in best if "hybrid" in layout)
+        return f"Take {simpler}: both reach {most:.2f} requests a second within their goals, and these are simpler."
+    return f"Take {winner}: {most:.2f} requests a second within their goals, where {other} has {less:.2f}."
+
+
+def _plot(path: Path, found: Sequence[Measured]) -> None:
+    with figure_of(path, 1, 1, "Goodput of the same devices") as ((axes,),):
+        for layout in dict.fromkeys(each.layout for each in found):
+            of_layout = [each for each in found if each.layout == layout]
+            axes.plot([each.rate for each in of_layout], [each.goodput for each in of_layout], "o-", label=layout)
+        rates = sorted({each.rate for each in found})
+        axes.plot(rates, rates, ":", color="gray", label="all of them")
+        axes.set_xlabel("requests a second that were sent")
+        axes.set_ylabel("requests a second within their goals")
+        axes.grid(alpha=0.3)
+        axes.legend()

@@ -1,0 +1,249 @@
+"""A mixture of experts: each row goes to a few of many MLPs, and their results are summed by weight.
+
+    logits ─route▶ experts and weights of each row ─assign▶ rows by expert, in tiles ─gate_up▶ ─down▶ ─combine▶ rows
+
+A pair is a row and one of the experts that it goes to. `assign` puts pairs of an expert next to each other, each
+expert's from a new tile on, so that a program reads one expert's weights only and all of a tile's rows share them.
+In which order an expert's pairs stand differs from run to run; no number depends on it. All of it is queued without
+the host: a launch has as many programs as tiles there can be, and those without one end at once.
+Pairs of experts that other ranks have, and of padding, are in no tile.
+Shapes: T rows, E hidden_size, X experts, K of them for each row, P = T * K pairs, F intermediate_size of an expert.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from hbserve_core.cuda_runner.kernels.dependent_launch import LAUNCH, begin, num_processors
+from hbserve_core.cuda_runner.kernels.pointwise import activated
+
+_CHUNK = 512
+"""Pairs that `assign` takes at once."""
+
+
+@triton.jit
+def _route(
+    logits, slots, experts, weights, X: tl.constexpr, PADDED_X: tl.constexpr, K: tl.constexpr, PADDED_K: tl.constexpr,
+    RENORMALISES: tl.constexpr,
+):  # fmt: skip
+    begin()
+    row, x, k = tl.program_id(0), tl.arange(0, PADDED_X), tl.arange(0, PADDED_K)
+    given = tl.load(logits + row.to(tl.int64) * X + x, mask=x < X, other=float("-inf")).to(tl.float32)
+    shares = tl.exp(given - tl.max(given, 0))
+    total = tl.sum(shares, 0)
+    chosen, found = tl.zeros((PADDED_K,), tl.int32), tl.zeros((PADDED_K,), tl.float32)
+    for each in tl.static_range(K):
+        share, place = tl.max(shares, 0, return_indices=True, return_indices_tie_break_left=True)
+        # Of rows whose numbers are none, any expert will do: the weight below is none either.
+        place = tl.minimum(tl.maximum(place, 0), X - 1)
+        chosen, found = tl.where(k == each, place, chosen), tl.where(k == each, share, found)
+        shares = tl.where(x == place, -1.0, shares)
+    found = found / (tl.sum(found, 0) if RENORMALISES else total) + (total - total)
+    is_padding = tl.load(slots + row) == -1
+    tl.store(weights + row * K + k, found, mask=k < K)
+    tl.store(experts + row * K + k, tl.where(is_padding, -1, chosen), mask=k < K)
+
+
+@triton.jit(do_not_specialize=["num_pairs", "num_places", "first"])
+def _assign(experts, places, ends, pairs, num_pairs, num_places, first, X: tl.constexpr, PADDED_X: tl.constexpr,
+            ROWS: tl.constexpr, CHUNK: tl.constexpr):  # fmt: skip
+    # places: (X,), counts first, then where each expert's next pair goes. One program does all of it.
+    begin()
+    x, c = tl.arange(0, PADDED_X), tl.arange(0, CHUNK)
+    tl.store(places + x, tl.zeros((PADDED_X,), tl.int32), mask=x < X)
+    for start in range(0, num_places, CHUNK):
+        tl.store(pairs + start + c, tl.full((CHUNK,), -1, tl.int32), mask=start + c < num_places)
+    tl.debug_barrier()
+    for start in range(0, num_pairs, CHUNK):
+        expert = tl.load(experts + start + c, mask=start + c < num_pairs, other=-1)
+        expert = tl.where(expert >= 0, expert - first, -1)
+        tl.atomic_add(places + expert, 1, mask=(expert >= 0) & (expert < X))
+    tl.debug_barrier()
+    # Past the first-level cache, which knows nothing of atomic additions.
+    tiles = tl.cdiv(tl.load(places + x, mask=x < X, other=0, cache_modifier=".cg"), ROWS)
+    end = tl.cumsum(tiles, 0)
+    tl.store(ends + x, end, mask=x < X)
+    tl.debug_barrier()
+    tl.store(places + x, (end - tiles) * ROWS, mask=x < X)
+    tl.debug_barrier()
+    for start in range(0, num_pairs, CHUNK):
+        expert = tl.load(experts + start + c, mask=start + c < num_pairs, other=-1)
+        expert = tl.where(expert >= 0, expert - first, -1)
+        is_own = (expert >= 0) & (expert < X)
+        place = tl.atomic_add(places + expert, 1, mask=is_own)
+        tl.store(pairs + place, start + c, mask=is_own)
+
+
+@triton.jit
+def _expert_of(ends, tile, X: tl.constexpr, PADDED_X: tl.constexpr):
+    """The expert whose pairs are in a tile; X if there are none."""
+    x = tl.arange(0, PADDED_X)
+    end = tl.load(ends + x, mask=x < X, other=2**31 - 1)
+    return tl.minimum(tl.sum((end <= tile).to(tl.int32), 0), X)
+
+
+@triton.jit
+def _expert_gate_up(
+    rows, weight, pairs, ends, out, num_inputs, num_outputs, X: tl.constexpr, PADDED_X: tl.constexpr, K: tl.constexpr,
+    ROWS: tl.constexpr, OUTPUTS: tl.constexpr, STEP: tl.constexpr, STAGES: tl.constexpr, GELU: tl.constexpr,
+):  # fmt: skip
+    begin()
+    expert = _expert_of(ends, tl.program_id(0), X, PADDED_X)
+    if expert >= X:
+        return
+    pair = tl.load(pairs + tl.program_id(0) * ROWS + tl.arange(0, ROWS))
+    used, outputs = pair >= 0, tl.program_id(1) * OUTPUTS + tl.arange(0, OUTPUTS)
+    clamped = tl.minimum(outputs, num_outputs - 1).to(tl.int64)
+    gates = weight + (expert.to(tl.int64) * (2 * num_outputs) + clamped)[:, None] * num_inputs
+    ups = gates + num_outputs * num_inputs
+    rows += (tl.maximum(pair, 0) // K).to(tl.int64)[:, None] * num_inputs
+    gate = tl.zeros((OUTPUTS, ROWS), tl.float32)
+    up = tl.zeros((OUTPUTS, ROWS), tl.float32)
+    for start in tl.range(0, num_inputs, STEP, num_stages=STAGES):
+        columns = (start + tl.arange(0, STEP))[None, :]
+        inside = columns < num_inputs
+        given = tl.trans(tl.load(rows + columns, mask=used[:, None] & inside, other=0.0))
+        gate = tl.dot(tl.load(gates + columns, mask=inside, other=0.0), given, gate, input_precision="ieee")
+        up = tl.dot(tl.load(ups + columns, mask=inside, other=0.0), given, up, input_precision="ieee")
+    result = (activated(gate, GELU) * up).to(out.dtype.element_ty)
+    place = pair.to(tl.int64)[None, :] * num_outputs + outputs[:, None]
+    tl.store(out + place, result, mask=used[None, :] & (outputs < num_outputs)[:, None])
+
+
+@triton.jit
+def _expert_down(
+    rows, weight, pairs, ends, shares, out, num_inputs, num_outputs, X: tl.constexpr, PADDED_X: tl.constexpr,
+    ROWS: tl.constexpr, OUTPUTS: tl.constexpr, STEP: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    begin()
+    expert = _expert_of(ends, tl.program_id(0), X, PADDED_X)
+    if expert >= X:
+        return
+    pair = tl.load(pairs + tl.program_id(0) * ROWS + tl.arange(0, ROWS))
+    used, outputs = pair >= 0, tl.program_id(1) * OUTPUTS + tl.arange(0, OUTPUTS)
+    clamped = tl.minimum(outputs, num_outputs - 1).to(tl.int64)
+    weights = weight + (expert.to(tl.int64) * num_outputs + clamped)[:, None] * num_inputs
+    rows += tl.maximum(pair, 0).to(tl.int64)[:, None] * num_inputs
+    result = tl.zeros((OUTPUTS, ROWS), tl.float32)
+    for start in tl.range(0, num_inputs, STEP, num_stages=STAGES):
+        columns = (start + tl.arange(0, STEP))[None, :]
+        inside = columns < num_inputs
+        given = tl.load(rows + columns, mask=used[:, None] & inside, other=0.0)
+        block = tl.load(weights + columns, mask=inside, other=0.0)
+        result = tl.dot(block, tl.trans(given), result, input_precision="ieee")
+    result *= tl.load(shares + pair, mask=used, other=0.0)[None, :]
+    place = pair.to(tl.int64)[None, :] * num_outputs + outputs[:, None]
+    tl.store(out + place, result, mask=used[None, :] & (outputs < num_outputs)[:, None])
+
+
+@triton.jit(do_not_specialize=["first"])
+def _combine(
+    parts, experts, out, first, SIZE: tl.constexpr, X: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr,
+    ADDS: tl.constexpr,
+):  # fmt: skip
+    begin()
+    row, columns = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < SIZE
+    total = tl.zeros((BLOCK,), tl.float32)
+    if ADDS:
+        total += tl.load(out + row * SIZE + columns, mask=inside, other=0.0).to(tl.float32)
+    for each in tl.static_range(K):
+        expert = tl.load(experts + row * K + each)
+        own_size = tl.where((expert >= first) & (expert < first + X), SIZE, 0)
+        total += tl.load(parts + (row * K + each) * SIZE + columns, mask=columns < own_size, other=0.0)
+    tl.store(out + row * SIZE + columns, total.to(out.dtype.element_ty), mask=inside)
+
+
+@dataclass(frozen=True, slots=True)
+class Routing:
+    """What is known of a model's experts beside their weights."""
+
+    num_experts: int
+    """Of all ranks."""
+    per_row: int
+    renormalises: bool
+    """Weights of a row's experts are made to add up to 1."""
+    first: int = 0
+    """The first expert of this rank."""
+
+
+def num_tiles(num_pairs: int, num_experts: int, rows: int) -> int:
+    """Tiles of so many rows that pairs can need, however they are shared among experts."""
+    return num_pairs // rows + min(num_pairs, num_experts)
+
+
+def _rows_of_tile(num_pairs: int, num_experts: int) -> int:
+    """Of a few more rows than an expert has on average, so that most have one tile."""
+    return min(64, max(16, 1 << (2 * num_pairs // num_experts).bit_length()))
+
+
+def expert_mlps(
+    rows: torch.Tensor,
+    logits: torch.Tensor,
+    slots: torch.Tensor,
+    gate_up: torch.Tensor,
+    down: torch.Tensor,
+    routing: Routing,
+    *,
+    gelu: bool = False,
+    add_to: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """(T, E) of rows (T, E): what this rank's experts give for them; the sum over ranks is the model's.
+
+    logits: (T, all experts), of the router. slots: (T,) int32, -1 of padding, see `store_kv`. gate_up: (X, 2 F, E),
+    gates then ups. down: (X, E, F). add_to: (T, E), to which the result is added in place, and which is returned.
+    """
+    num_rows, size = rows.shape
+    count, k = len(gate_up), routing.per_row
+    num_pairs, padded = num_rows * k, triton.next_power_of_2(count)
+    experts = torch.empty((num_rows, k), dtype=torch.int32, device=rows.device)
+    shares = torch.empty((num_rows, k), dtype=torch.float32, device=rows.device)
+    _route[(num_rows,)](
+        logits, slots, experts, shares, routing.num_experts, triton.next_power_of_2(routing.num_experts), k,
+        triton.next_power_of_2(k), routing.renormalises, num_warps=1, **LAUNCH,
+    )  # fmt: skip
+    tile_rows = _rows_of_tile(num_pairs, count)
+    tiles = num_tiles(num_pairs, count, tile_rows)
+    places, ends = torch.empty((2, max(4, padded)), dtype=torch.int32, device=rows.device)
+    pairs = torch.empty(tiles * tile_rows, dtype=torch.int32, device=rows.device)
+    _assign[(1,)](
+        experts, places, ends, pairs, num_pairs, len(pairs), routing.first, count, padded, tile_rows, _CHUNK,
+        num_warps=8, **LAUNCH,
+    )  # fmt: skip
+    parts = _products(rows, gate_up, down, (pairs, ends, shares), (tiles, tile_rows), k, gelu)
+    out = torch.empty_like(rows) if add_to is None else add_to
+    block = min(1024, triton.next_power_of_2(size))
+    _combine[(num_rows, triton.cdiv(size, block))](
+        parts, experts, out, routing.first, size, count, k, block, add_to is not None, num_warps=4, **LAUNCH
+    )
+    return out
+
+
+def _products(
+    rows: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor,
+    assigned: tuple[torch.Tensor, torch.Tensor, torch.Tensor], tiles: tuple[int, int], k: int, gelu: bool,
+) -> torch.Tensor:  # fmt: skip
+    """(P, E) float32, each times its share; of pairs that are in no tile, nothing that has been written.
+
+    assigned: pairs, ends and shares. tiles: how many, and rows of each.
+    """
+    pairs, ends, shares = assigned
+    num_tiles, tile_rows = tiles
+    count, inner, size = len(gate_up), gate_up.shape[1] // 2, rows.shape[1]
+    inside = torch.empty((shares.numel(), inner), dtype=rows.dtype, device=rows.device)
+    parts = torch.empty((shares.numel(), size), dtype=torch.float32, device=rows.device)
+    tiling = {
+        "X": count, "PADDED_X": triton.next_power_of_2(count), "ROWS": tile_rows, "STAGES": 4, "num_warps": 4,
+        "STEP": 64 if rows.dtype.itemsize == 2 else 32,
+    }  # fmt: skip
+    fewest = 2 * num_processors(rows.device)
+    for_gates, for_sums = (32 if num_tiles * triton.cdiv(each, 64) < fewest else 64 for each in (inner, size))
+    _expert_gate_up[(num_tiles, triton.cdiv(inner, for_gates))](
+        rows, gate_up, pairs, ends, inside, size, inner, K=k, OUTPUTS=for_gates, GELU=gelu, **tiling, **LAUNCH
+    )
+    _expert_down[(num_tiles, triton.cdiv(size, for_sums))](
+        inside, down, pairs, ends, shares, parts, inner, size, OUTPUTS=for_sums, **tiling, **LAUNCH
+    )
+    return parts

@@ -1,0 +1,67 @@
+"""Scales of 8-bit weights in a checkpoint: for a whole tensor, for each of its rows, or for each of its blocks."""
+
+from collections.abc import Mapping
+from math import prod
+from typing import NamedTuple
+
+import torch
+
+from hbserve_core.model.checkpoint.safetensors_file import DTYPES, StoredTensor
+
+FP8 = "F8_E4M3"
+_SUFFIXES = ("_scale_inv", "_scale")
+"""Of a weight's name, to that of its scales. They multiply, whatever the first one says."""
+_OTHERS = (".input_scale", ".output_scale", ".k_scale", ".v_scale", ".q_scale")
+"""Scales of what is not stored: here it stays in 16 bits."""
+
+
+class WeightScales(NamedTuple):
+    """Of one weight matrix."""
+
+    values: torch.Tensor
+    """(block rows, block columns), float32, on the CPU."""
+    block: tuple[int, int]
+    """Rows and columns of the weight that share one; the last block may be smaller."""
+
+    def of(self, rows: range, columns: range, device: torch.device) -> torch.Tensor:
+        """(rows, columns), of that part of the weight."""
+        down, across = (
+            torch.arange(each.start, each.stop, device="cpu") // size
+            for each, size in zip((rows, columns), self.block, strict=True)
+        )
+        return self.values[down][:, across].to(device)
+
+
+def is_scale(name: str) -> bool:
+    return name.endswith((".weight_scale_inv", ".weight_scale", *_OTHERS))
+
+
+def find_scales(
+    stored: Mapping[str, StoredTensor], block: tuple[int, int]
+) -> tuple[dict[str, WeightScales], list[str]]:
+    """Scales by the names of their 8-bit weights, and in words what is wrong with them."""
+    found, problems = {}, []
+    for name, weight in stored.items():
+        if weight.dtype != FP8:
+            continue
+        scales = next((stored[name + suffix] for suffix in _SUFFIXES if name + suffix in stored), None)
+        if scales is None or scales.dtype not in DTYPES:
+            problems.append(f"{name} has dtype {FP8} and no scales in floats of 16 bits or more")
+            continue
+        own = _block_of(weight.shape, scales.shape, block)
+        if own is None:
+            problems.append(f"{name} of shape {weight.shape} has scales of shape {scales.shape}, for blocks of {block}")
+            continue
+        values = scales.pick(range(prod(scales.shape))).float()
+        found[name] = WeightScales(values.view(-(-weight.shape[0] // own[0]), -1), own)
+    return found, problems
+
+
+def _block_of(weight: tuple[int, ...], scales: tuple[int, ...], block: tuple[int, int]) -> tuple[int, int] | None:
+    rows, columns = weight
+    if prod(scales) == 1:
+        return rows, columns
+    if scales in ((rows,), (rows, 1)):
+        return 1, columns
+    by_blocks = (-(-rows // block[0]), -(-columns // block[1]))
+    return block if scales == by_blocks else None

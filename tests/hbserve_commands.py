@@ -1,0 +1,56 @@
+"""The command line's own parser, for commands that are written down somewhere: each must be one that it takes."""
+
+import shlex
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from hbserve.__main__ import app
+
+
+def parsed(arguments: Sequence[str]) -> dict[str, Any]:
+    """Parameters of the command that these arguments of `hbserve` give. Runs nothing.
+
+    Raises what the parser does: SystemExit, or its own error, of an option or a command that there is not.
+    """
+    command: Any = typer.main.get_command(app)
+    context: Any = None
+    rest = list(arguments)
+    while hasattr(command, "commands"):
+        context = command.make_context(command.name, rest, parent=context)
+        name, command, rest = command.resolve_command(context, [*context._protected_args, *context.args])
+        context.invoked_subcommand = name
+    with command.make_context(command.name, rest, parent=context) as own:
+        return dict(own.params)
+
+
+def commands_of(document: Path) -> Iterator[list[str]]:
+    """Arguments of each `hbserve` in the shell blocks of a Markdown file, whatever starts it."""
+    in_block, held = False, ""
+    for line in document.read_text(encoding="utf-8").splitlines():
+        if line.startswith("```"):
+            in_block = line.startswith(("```bash", "```sh", "```console"))
+        elif in_block:
+            held += line.removesuffix("\\") + " "
+            if not line.endswith("\\"):
+                yield from _hbserve_in(held)
+                held = ""
+
+
+_BEFORE = {"uv", "run", "--no-sync", "exec"}
+"""What may stand before `hbserve` where it is the program, beside settings of the environment."""
+
+
+def _hbserve_in(line: str) -> Iterator[list[str]]:
+    segment: list[str] = []
+    for word in [*shlex.split(line.replace("…", "..."), comments=True), ";"]:
+        if word not in ("&&", "||", ";", "|", "&"):
+            segment.append(word)
+            continue
+        before = [each for each in segment if each in _BEFORE or "=" in each]
+        program, arguments = segment[len(before) :][:1], segment[len(before) + 1 :]
+        if segment[: len(before)] == before and program and Path(program[0]).name == "hbserve":
+            yield arguments
+        segment = []
