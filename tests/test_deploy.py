@@ -5,6 +5,7 @@ import re
 import shlex
 import subprocess
 import sys
+import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +22,7 @@ from hbserve_scheduler.figures import BOUNDS
 
 DEPLOY = Path(__file__).resolve().parent.parent / "deploy"
 K8S_VERSION = "1.34"
+START_DEADLINE_S = 180
 HEALTH_PATHS = {"/health", "/ready", "/metrics"}
 """Of hbserve_rpc.health_port."""
 OF_OTHERS = {
@@ -241,9 +243,7 @@ def test_the_commands_of_the_pods_serve_as_plain_processes(small_model, tmp_path
 
 
 def wait_until_ready(url: str, processes: "list[subprocess.Popen[str]]") -> None:
-    import time
-
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + START_DEADLINE_S
     while True:
         try:
             with urllib.request.urlopen(url, timeout=10):
