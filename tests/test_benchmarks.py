@@ -55,3 +55,10 @@ def test_the_scheduler_is_measured_at_several_numbers_of_waiting_requests_and_in
     costs = re.findall(r"(\d+) waiting: submit ([\d.]+) us, abort ([\d.]+) us, refuse ([\d.]+) us", done.stdout)
     assert [waiting for waiting, *_ in costs] == ["10", "50"]
     assert re.findall(r"(\d+) instances, prompts of 16: \d+ us a request", done.stdout) == ["2", "20"]
+
+
+def test_the_time_of_a_simulation_is_said_with_its_figures():
+    command = [sys.executable, FOLDER / "simulate_scale.py", "--instances", "8", "--requests", "40", "--cells", "1", "2"]
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert re.findall(r"^8 instances in (\d) cells, 40 requests: \d+ s", done.stdout, re.MULTILINE) == ["1", "2"]

@@ -63,6 +63,7 @@ NO_METRICS = {
     "decode",
     "rate",
     "cause",
+    "local_prefill_tokens",
     *get_args(InstanceStatus),
 }
 """What the page has in code beside metrics."""
