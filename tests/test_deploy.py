@@ -180,9 +180,8 @@ def test_the_containers_of_compose_run_commands_that_there_are():
         assert f"dns:{role}:{command['port']}" in {each.discover for each in file.gpu_instances}
         assert f":{file.engine_settings().health_port}/health" in compose["services"][role]["healthcheck"]["test"][1]
     dockerfile = (DEPLOY / "docker/Dockerfile").read_text()
-    entry, arguments = (
-        yaml.safe_load(re.search(rf"^{word} (.*)$", dockerfile, re.M)[1]) for word in ("ENTRYPOINT", "CMD")
-    )
+    found = dict(re.findall(r"^(ENTRYPOINT|CMD) (.*)$", dockerfile, re.MULTILINE))
+    entry, arguments = (yaml.safe_load(found[word]) for word in ("ENTRYPOINT", "CMD"))
     assert entry == ["hbserve"]
     assert parsed(arguments)["host"] == "0.0.0.0"
 
