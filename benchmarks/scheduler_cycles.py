@@ -31,6 +31,7 @@ from hbserve_rpc.messages import (
     InstanceStats,
     TokenEvent,
 )
+from hbserve_rpc.reports import REPORTS, InstanceReport, ReportsRequest
 from hbserve_scheduler import CpuScheduler, HBServeSchedulerError, RemoteScheduler, SchedulerConfig, SchedulerServer
 
 MOST_GROWTH_MIB, MOST_FILES = 8.0, 8
@@ -63,6 +64,11 @@ async def serve() -> None:
     async def stats(_: Empty) -> InstanceStats:
         return InstanceStats("h", "hybrid", "ready", instance.epoch, num_blocks=4096, free_blocks=4096)
 
+    async def reports(_: ReportsRequest) -> AsyncIterator[InstanceInfo | InstanceReport]:
+        yield await describe(Empty())
+        yield InstanceReport(await stats(Empty()))
+        await asyncio.Event().wait()
+
     async def generate(request: GenerateRequest) -> AsyncIterator[TokenEvent]:
         for index in range(request.params.max_tokens):
             yield TokenEvent(index, [5], "length" if index == request.params.max_tokens - 1 else None)
@@ -79,6 +85,7 @@ async def serve() -> None:
     instance.serve(DESCRIBE, describe)
     instance.serve(STATS, stats)
     instance.serve(STATE, state)
+    instance.serve_stream(REPORTS, reports)
     instance.serve_stream(GENERATE, generate)
     await instance.start()
     scheduler = CpuScheduler(SchedulerConfig(port=0))
@@ -113,7 +120,7 @@ async def cycle(scheduler: RemoteScheduler, number: int, dice: random.Random) ->
 
 async def vanish(address: str, number: int) -> None:
     """A client that is there, has asked, and is gone without a word."""
-    scheduler = RemoteScheduler(address)
+    scheduler = RemoteScheduler(address, heartbeat_timeout_s=1.0)
     await scheduler.start()
     events = scheduler.submit(GenerateRequest(f"v{number}", PROMPT, SamplingParams(max_tokens=50, ignore_eos=True)))
     with contextlib.suppress(HBServeRpcError):
@@ -122,11 +129,12 @@ async def vanish(address: str, number: int) -> None:
     await scheduler.stop()
 
 
-async def settled(watching: RpcClient) -> State:
-    """When nobody asks any more and the last of those that vanished has been noticed."""
+async def settled(watching: RpcClient, most_tasks: float) -> State:
+    """When nobody asks any more, the last of those that vanished has been noticed, and what ended has been cleared
+    away; or it is not in time."""
     for _ in range(100):
         state = await watching.call(STATE, Empty(), timeout_s=60)
-        if not state.requests and state.clients <= 1:
+        if not state.requests and state.clients <= 1 and state.tasks <= most_tasks:
             break
         await asyncio.sleep(0.2)
     return state
@@ -149,7 +157,8 @@ async def run(addresses: list[str], cycles: int, disconnects: int) -> bool:
             for start in range(vanishing.start, vanishing.stop, AT_ONCE):
                 some = range(start, min(start + AT_ONCE, vanishing.stop))
                 await asyncio.gather(*(vanish(addresses[0], number) for number in some))
-            states.append(await settled(watching))
+            most_tasks = states[0].tasks + MOST_FILES if states else 2 * MOST_FILES
+            states.append(await settled(watching, most_tasks))
             last = states[-1]
             print(f"{last.mib:12.1f} {last.files:6d} {last.threads:8d} {last.tasks:6d} {last.requests:9d}", flush=True)
     await scheduler.stop()
