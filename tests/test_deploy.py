@@ -5,6 +5,7 @@ import re
 import shlex
 import subprocess
 import sys
+import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +22,7 @@ from hbserve_scheduler.figures import BOUNDS
 
 DEPLOY = Path(__file__).resolve().parent.parent / "deploy"
 K8S_VERSION = "1.34"
+START_DEADLINE_S = 180
 HEALTH_PATHS = {"/health", "/ready", "/metrics"}
 """Of hbserve_rpc.health_port."""
 OF_OTHERS = {
@@ -178,9 +180,8 @@ def test_the_containers_of_compose_run_commands_that_there_are():
         assert f"dns:{role}:{command['port']}" in {each.discover for each in file.gpu_instances}
         assert f":{file.engine_settings().health_port}/health" in compose["services"][role]["healthcheck"]["test"][1]
     dockerfile = (DEPLOY / "docker/Dockerfile").read_text()
-    entry, arguments = (
-        yaml.safe_load(re.search(rf"^{word} (.*)$", dockerfile, re.M)[1]) for word in ("ENTRYPOINT", "CMD")
-    )
+    found = dict(re.findall(r"^(ENTRYPOINT|CMD) (.*)$", dockerfile, re.MULTILINE))
+    entry, arguments = (yaml.safe_load(found[word]) for word in ("ENTRYPOINT", "CMD"))
     assert entry == ["hbserve"]
     assert parsed(arguments)["host"] == "0.0.0.0"
 
@@ -241,9 +242,7 @@ def test_the_commands_of_the_pods_serve_as_plain_processes(small_model, tmp_path
 
 
 def wait_until_ready(url: str, processes: "list[subprocess.Popen[str]]") -> None:
-    import time
-
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + START_DEADLINE_S
     while True:
         try:
             with urllib.request.urlopen(url, timeout=10):

@@ -61,13 +61,15 @@ def instance_settings(
 
 def launch_keys(config: DeploymentConfig) -> Mapping[Party, Keys]:
     """Of a scheduler and the instances that it starts: the deployment's, or else some that nobody else ever has. None
-    where this ZeroMQ has no CURVE and nobody has asked for keys.
+    where this ZeroMQ has no CURVE and nobody has asked for keys, and for instances that others start.
 
     Raises:
         KeysError: (a ValueError) a file of the deployment's keys cannot be used.
     """
     if config.security.keys is not None:
         return {party: load_keys(config.security.keys, party) for party in ("scheduler", "instance")}
+    if any(each.discover for each in config.gpu_instances):  # whoever has started them knows no keys that are made here
+        return {}
     return make_keys() if has_curve() else {}
 
 
