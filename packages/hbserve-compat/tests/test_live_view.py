@@ -142,12 +142,18 @@ class ShownSource:
         self.looks = 0
         self.records = [record("[bold]one", PAIR)]
         self.error: Exception | None = None
+        self.drained: list[str] = []
 
     async def look(self) -> View:
         self.looks += 1
         if self.error is not None:
             raise self.error
         return a_view(*self.records)
+
+    async def drain(self, instance_id: str) -> None:
+        if instance_id in self.drained:
+            raise PeerLost("gone")
+        self.drained.append(instance_id)
 
     async def trace(self) -> bytes:
         return render_trace(self.records)
@@ -186,6 +192,23 @@ async def test_the_application_shows_a_deployment_pauses_says_that_nobody_answer
         assert any("[bold]one" in str(event.get("name")) for event in events)
         await pilot.press("q")
     assert app.return_code == 0
+
+
+async def test_the_application_drains_the_instance_that_is_chosen_or_none(tmp_path):
+    source = ShownSource()
+    app = TopApp(source, interval_s=3600, folder=tmp_path)
+    async with app.run_test(size=(140, 50)) as pilot:
+        await pilot.pause()
+        await pilot.press("d", "escape")
+        await pilot.pause()
+        assert source.drained == []
+        await pilot.press("d", "down", "enter")
+        await pilot.pause()
+        assert source.drained == ["d\x1b0"]
+        await pilot.press("d", "down", "enter")
+        await pilot.pause()
+        assert any("is not drained: gone" in each.message for each in app._notifications)
+        assert app.is_running
 
 
 async def test_one_look_is_printed_for_people_and_for_programs(capsys, monkeypatch):

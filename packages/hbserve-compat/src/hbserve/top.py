@@ -36,6 +36,10 @@ class WatchedRemote(Watched):
         self.address = scheduler.address
         self._scheduler = scheduler
 
+    async def drain(self, instance_id: str) -> None:
+        """Give it no new requests; it answers those that it has. Raises what the scheduler says."""
+        await self._scheduler.drain(instance_id)
+
     async def trace(self) -> bytes:
         """The timeline of the last TRACE_S seconds, as `hbserve trace` writes it."""
         return await asyncio.to_thread(render_trace, await self._scheduler.fetch_records(TRACE_S))

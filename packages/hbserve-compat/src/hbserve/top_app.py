@@ -8,7 +8,8 @@ from typing import ClassVar, Protocol
 from textual.app import App, ComposeResult
 from textual.containers import VerticalScroll
 from textual.content import Content
-from textual.widgets import Footer, Static
+from textual.screen import ModalScreen
+from textual.widgets import Footer, OptionList, Static
 
 from hbserve.live_text import (
     MARKS,
@@ -16,6 +17,7 @@ from hbserve.live_text import (
     instance_table,
     link_matrix,
     overview,
+    plain,
     request_end,
     request_title,
     sparkline,
@@ -45,14 +47,43 @@ class Source(Protocol):
 
     async def look(self) -> View: ...
 
+    async def drain(self, instance_id: str) -> None: ...
+
     async def trace(self) -> bytes: ...
+
+
+class Choice(ModalScreen[str | None]):
+    """Asks which instance is to be drained; Escape is none."""
+
+    BINDINGS: ClassVar = [("escape", "dismiss(None)", "None")]
+    CSS = """
+    Choice { align: center middle; }
+    Choice OptionList { width: 50; height: auto; max-height: 20; border: round $accent; }
+    """
+
+    def __init__(self, instance_ids: list[str]) -> None:
+        super().__init__()
+        self._instance_ids = instance_ids
+
+    def compose(self) -> ComposeResult:
+        options = OptionList(*(Content(f"drain {plain(each)}") for each in self._instance_ids))
+        options.border_title = "gets no new requests"
+        yield options
+
+    def on_option_list_option_selected(self, chosen: OptionList.OptionSelected) -> None:
+        self.dismiss(self._instance_ids[chosen.option_index])
 
 
 class TopApp(App[None]):
     """One screen, renewed every second. Ends by q."""
 
     TITLE = "hbserve top"
-    BINDINGS: ClassVar = [("q", "quit", "Quit"), ("p", "pause", "Pause"), ("t", "save_trace", "Save a trace")]
+    BINDINGS: ClassVar = [
+        ("q", "quit", "Quit"),
+        ("p", "pause", "Pause"),
+        ("t", "save_trace", "Save a trace"),
+        ("d", "drain", "Drain"),
+    ]
     CSS = """
     Static { margin: 0 1 1 1; width: auto; }
     #overview { text-style: bold; }
@@ -66,6 +97,7 @@ class TopApp(App[None]):
         self._interval_s = interval_s
         self._folder = folder or Path()
         self._is_paused = False
+        self._instance_ids: list[str] = []
         self._history: dict[str, deque[float | None]] = {}
 
     def compose(self) -> ComposeResult:
@@ -93,6 +125,7 @@ class TopApp(App[None]):
         self._show(view)
 
     def _show(self, view: View) -> None:
+        self._instance_ids = [each.instance_id for each in view.instances]
         self.query_one("#overview", Static).update(Content(overview(view)))
         self.query_one("#sparks", Static).update(self._sparks(view))
         self.query_one("#instances", Static).update(Content(instance_table(view)))
@@ -117,6 +150,20 @@ class TopApp(App[None]):
     def action_pause(self) -> None:
         self._is_paused = not self._is_paused
         self.notify("paused: p goes on" if self._is_paused else "goes on")
+
+    def action_drain(self) -> None:
+        self.push_screen(Choice(self._instance_ids), self._drain)
+
+    async def _drain(self, instance_id: str | None) -> None:
+        if instance_id is None:
+            return
+        try:
+            await self._source.drain(instance_id)
+        except (HBServeRpcError, TimeoutError) as error:
+            self.notify(f"{instance_id} is not drained: {error}", severity="error", markup=False)
+            return
+        self.notify(f"{instance_id} gets no new requests", markup=False)
+        await self.look()
 
     async def action_save_trace(self) -> None:
         path = self._folder / f"trace-{time.strftime('%Y%m%d-%H%M%S')}.json.gz"
