@@ -74,6 +74,13 @@ def _write_small_model(folder: Path, architecture: str) -> None:
         "qwen3": lambda: transformers.Qwen3Config(**SMALL, tie_word_embeddings=True),
         "qwen2": lambda: transformers.Qwen2Config(**{k: v for k, v in SMALL.items() if k != "head_dim"}),
         "llama": lambda: transformers.LlamaConfig(**SMALL),
+        # A window that ends within a block, on one layer; experts on both.
+        "gemma3": lambda: transformers.Gemma3TextConfig(
+            **SMALL, sliding_window=21, sliding_window_pattern=2, query_pre_attn_scalar=16, pad_token_id=0
+        ),
+        "qwen3-moe": lambda: transformers.Qwen3MoeConfig(
+            **SMALL, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, norm_topk_prob=True
+        ),
     }
     config = configurations[architecture]()
     torch.manual_seed(0)
@@ -88,7 +95,8 @@ def _write_small_model(folder: Path, architecture: str) -> None:
 
 @pytest.fixture(scope="session")
 def small_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Folder of a random float32 model by architecture: qwen3, qwen2 or llama. Token 2 ends a sequence."""
+    """Folder of a random float32 model by architecture: qwen3, qwen2, llama, gemma3 or qwen3-moe. Token 2 ends a
+    sequence."""
 
     @cache
     def folder(architecture: str) -> Path:

@@ -83,8 +83,8 @@ def token_ids(results: list[dict]) -> list[list[int]]:
 # What a backend moves is blocks, whatever the model: each carries one small model at least, and a two-sided and a
 # one-sided one carry the real one.
 PAIRS = [
-    *(("nccl", name) for name in ["smollm2", "qwen3", "qwen2", "llama"]),
-    *(("mooncake", name) for name in ["smollm2", "qwen3"]),
+    *(("nccl", name) for name in ["smollm2", "qwen3", "gemma3", "qwen3-moe"]),
+    *(("mooncake", name) for name in ["smollm2", "gemma3"]),
     ("ipc", "llama"),
     ("auto", "qwen2"),
 ]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from hbserve import LLM, SamplingParams, demo_model
+from hbserve import LLM, SamplingParams, conversion, demo_model
 from hbserve.pd_disagg import DisaggregatedLLM, PdDisaggConfig
 from hbserve.tokenizer import encode_message
 
@@ -24,7 +24,8 @@ needs_package = pytest.mark.skipif(
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(demo_model, "user_cache_path", lambda name: tmp_path / name)
+    for module in (demo_model, conversion):
+        monkeypatch.setattr(module, "user_cache_path", lambda name: tmp_path / name)
     return tmp_path / "hbserve"
 
 
@@ -33,17 +34,17 @@ def convert_by(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     """Replaces what takes so long. The code knows `gguf_file` and `folder`, where the model is to be written."""
 
     def set_code(code: str) -> None:
-        script = f"import sys, time; from hbserve import demo_model; from pathlib import Path\n{code}"
-        script += "\ndemo_model._write_model = write; demo_model.write_main(*map(Path, sys.argv[1:]))"
+        script = f"import sys, time; from hbserve import conversion; from pathlib import Path\n{code}"
+        script += "\nconversion._write_model = write; conversion.write_main(*map(Path, sys.argv[1:4]), sys.argv[4])"
         monkeypatch.setattr(
-            demo_model, "_writer_command", lambda *paths: [sys.executable, "-c", script, *map(str, paths)]
+            conversion, "_writer_command", lambda *paths: [sys.executable, "-c", script, *map(str, paths)]
         )
 
     return set_code
 
 
-WORKS = "def write(gguf_file, folder): (folder / 'config.json').write_text('{}')"
-NEVER_ENDS = "def write(gguf_file, folder): (folder / 'half').write_text('written'); time.sleep(600)"
+WORKS = "def write(gguf_file, folder, dtype): (folder / 'config.json').write_text('{}')"
+NEVER_ENDS = "def write(gguf_file, folder, dtype): (folder / 'half').write_text('written'); time.sleep(600)"
 
 
 def wait_for_half_a_model(cache: Path) -> None:
@@ -86,7 +87,7 @@ async def test_a_cancelled_start_does_not_wait_for_the_conversion(cache, convert
 
 @needs_package
 def test_a_failed_conversion_says_why_and_leaves_nothing(cache, convert_by):
-    convert_by("def write(gguf_file, folder): raise OSError('No space left on device')")
+    convert_by("def write(gguf_file, folder, dtype): raise OSError('No space left on device')")
     with pytest.raises(
         demo_model.DemoModelUnavailable, match=r"converted: OSError: No space left on device; .*--model"
     ):
@@ -107,7 +108,7 @@ def test_who_waits_for_a_conversion_is_told_once_what_goes_on_and_where(cache, c
 @needs_package
 def test_two_conversions_at_once_end_with_one_whole_folder(cache, convert_by):
     convert_by(
-        "def write(gguf_file, folder):\n"
+        "def write(gguf_file, folder, dtype):\n"
         "    (folder / 'config.json').write_text('{}')\n"
         "    while len(list(folder.parent.glob('*/config.json'))) < 2: time.sleep(0.01)"
     )
@@ -154,3 +155,23 @@ def test_a_hub_id_is_the_folder_in_the_local_cache_and_the_models_name(tmp_path,
     for other in ("Qwen/Qwen3-8B", "/nowhere/a/b", "~/nowhere"):
         with pytest.raises(FileNotFoundError, match="give the path of a Hugging Face folder"):
             demo_model.model_folder(other)
+
+
+def test_a_gguf_file_is_converted_once_and_again_when_it_has_changed(cache, convert_by, tmp_path, capsys):
+    file = tmp_path / "small-Q4_0.gguf"
+    file.write_bytes(b"GGUF and more")
+    convert_by("def write(gguf_file, folder, dtype): (folder / 'config.json').write_text(dtype)")
+    folder = demo_model.model_folder(file)
+    assert (folder / "config.json").read_text() == "bfloat16"
+    assert folder.parent == cache
+    assert demo_model.model_folder(str(file)) == folder
+    assert capsys.readouterr().err.count("Converting small-Q4_0, once") == 1
+    assert demo_model.model_name(file, folder) == "small-Q4_0"
+    file.write_bytes(b"GGUF and something else")
+    assert demo_model.model_folder(file) != folder
+    convert_by(
+        "def write(gguf_file, folder, dtype): raise ValueError('GGUF model with architecture x is not supported')"
+    )
+    file.write_bytes(b"GGUF of something new")
+    with pytest.raises(conversion.ConversionFailed, match=r"cannot be converted: ValueError: GGUF model with archit"):
+        demo_model.model_folder(file)

@@ -117,7 +117,7 @@ def test_what_is_no_model_folder_is_refused_with_what_to_do(command, folder_with
     cases = {
         "Qwen/Qwen3-0.6B": "of Hugging Face's hub: download it first (hf download Qwen/Qwen3-0.6B), or give",
         "no/such/folder": "does not exist: give the path of a Hugging Face folder",
-        str(folder / "x.gguf"): "x.gguf' is a GGUF file, which is not served: give a folder with safetensors",
+        str(folder / "x.gguf"): "x.gguf' is no GGUF file: it does not begin with GGUF",
         str(folder): "is a LoRA adapter of 'Qwen/Qwen3-0.6B', and adapters are not served: merge it",
     }
     for given, message in cases.items():
@@ -126,7 +126,9 @@ def test_what_is_no_model_folder_is_refused_with_what_to_do(command, folder_with
         assert refused.stderr.count("error") == 1
         assert (refused.exit_code, message in line) == (1, True), line
     (folder / "adapter_config.json").unlink()
-    assert "is a GGUF file" in invoke(*command, str(folder)).stderr
+    assert (
+        "is a GGUF file beside no config.json: give the path of the file itself" in invoke(*command, str(folder)).stderr
+    )
 
 
 def test_a_model_that_no_instance_could_serve_is_refused_once_and_without_torch(folder_with):

@@ -195,16 +195,16 @@ async def test_one_look_is_printed_for_people_and_for_programs(capsys, monkeypat
     try:
         now = msgspec.structs.replace(record("one", PAIR), submitted_at=time.time())
         server.scheduler.figures.add(now)
-        await show_top(TopArgs(server.address, once=True, json=False))
+        await show_top(TopArgs(server.address, None, once=True, json=False))
         assert "p0 > d0: length" in capsys.readouterr().out
-        await show_top(TopArgs(server.address, once=True, json=True))
+        await show_top(TopArgs(server.address, None, once=True, json=True))
         view = msgspec.json.decode(capsys.readouterr().out, type=View)
         assert (view.completed, view.requests[0].request_id) == (1, "one")
         monkeypatch.setitem(sys.modules, "textual.app", None)
         monkeypatch.delitem(sys.modules, "hbserve.top_app")
         with pytest.raises(ConfigError, match=r"pip install hbserve-compat\[top\]"):
-            await show_top(TopArgs(server.address, once=False, json=False))
+            await show_top(TopArgs(server.address, None, once=False, json=False))
         with pytest.raises(ConfigError, match="--json is of --once"):
-            await show_top(TopArgs(server.address, once=False, json=True))
+            await show_top(TopArgs(server.address, None, once=False, json=True))
     finally:
         await server.stop()

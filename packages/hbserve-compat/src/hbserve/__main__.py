@@ -215,6 +215,9 @@ def instance(
     instance_type: Annotated[InstanceType | None, typer.Option(help="Needed if the file does not have it.")] = None,
     host: Annotated[str | None, typer.Option(help="Where it serves, and where others reach it.")] = None,
     port: Annotated[int | None, typer.Option(min=0, max=65535)] = None,
+    register: Annotated[
+        list[str] | None, typer.Option(metavar="HOST:PORT", help="Of a scheduler that is to use it. May be repeated.")
+    ] = None,
     log_level: LogLevelOption = LogLevel.INFO,
 ) -> None:
     """Run one instance of a deployment."""
@@ -222,7 +225,7 @@ def instance(
 
     own = {"instance_type": instance_type and instance_type.value, "host": host, "port": port}
     given = {name: value for name, value in own.items() if value is not None}
-    run(serve_instance(InstanceArgs(config, instance_id, log_level.value, given)), log_level)
+    run(serve_instance(InstanceArgs(config, instance_id, log_level.value, given, register or [])), log_level)
 
 
 @app.command()
@@ -231,6 +234,48 @@ def scheduler(config: ConfigOption, log_level: LogLevelOption = LogLevel.INFO) -
     from hbserve_scheduler.__main__ import serve_config
 
     run(serve_config(config), log_level)
+
+
+ConnectOption = Annotated[str, typer.Option(metavar="HOST:PORT", help="Where its scheduler's RPC is.")]
+
+
+@app.command()
+def join(
+    address: Annotated[str, typer.Argument(metavar="HOST:PORT", help="Of an instance, which says itself what it is.")],
+    connect: ConnectOption,
+    keys: KeysOption = None,
+    log_level: LogLevelOption = LogLevel.WARNING,
+) -> None:
+    """Have a running deployment use an instance, also one that was told to drain or to leave."""
+    from hbserve import members
+
+    run(members.join(connect, keys, address), log_level)
+
+
+@app.command()
+def drain(
+    instance_id: Annotated[str, typer.Argument(metavar="ID")],
+    connect: ConnectOption,
+    keys: KeysOption = None,
+    leave: Annotated[bool, typer.Option("--leave", help="Forget it when it has nothing left.")] = False,
+    within_s: Annotated[
+        float | None,
+        typer.Option("--within", metavar="SECONDS", help="Then move what it has elsewhere; with --leave."),
+    ] = None,
+    log_level: LogLevelOption = LogLevel.WARNING,
+) -> None:
+    """Give an instance no new requests, and wait until it has finished those that it has."""
+    from hbserve import members
+
+    run(members.drain(members.DrainArgs(connect, keys, instance_id, leave, within_s)), log_level)
+
+
+@app.command()
+def reload(connect: ConnectOption, keys: KeysOption = None, log_level: LogLevelOption = LogLevel.WARNING) -> None:
+    """Have a scheduler read its file again: instances that are new join, those that are gone leave."""
+    from hbserve import members
+
+    run(members.reload(connect, keys), log_level)
 
 
 @app.command()

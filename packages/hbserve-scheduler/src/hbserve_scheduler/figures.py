@@ -48,7 +48,7 @@ class Figures:
     """Grows by what happens to requests; read by `CpuScheduler.stats`."""
 
     def __init__(self) -> None:
-        self.num_submitted = self.num_rejected = self.num_retries = self.num_local_prefills = 0
+        self.num_submitted = self.num_rejected = self.num_retries = self.num_refusals = self.num_local_prefills = 0
         self.prompt_tokens = 0
         """Of requests that have a first token."""
         self.output_tokens = 0
@@ -108,6 +108,7 @@ class Figures:
             "aborted_requests": self.ended["abort"],
             "rejected_requests": self.num_rejected,
             "retries": self.num_retries,
+            "refusals": self.num_refusals,
             "local_prefills": self.num_local_prefills,
             "success_rate": completed / (completed + failed) if completed + failed else 1.0,
             "handoff": _summary(self._handoffs),

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 
 from hbserve_rpc import HBServeRpcError, PeerLost
 from hbserve_rpc.messages import CONNECT, ConnectRequest
+from hbserve_scheduler.health import SERVING
 from hbserve_scheduler.instances import InstanceHandle
 from hbserve_scheduler.outage import Outage
 
@@ -34,7 +35,7 @@ class Links:
         self._is_to_look = False
 
     def look(self) -> None:
-        """Keep links between those that are ready. To be called when an instance comes, goes, or is another life.
+        """Keep links between those that serve. To be called when an instance comes, goes, or is another life.
 
         All that change in one turn of the loop are looked at together, at its end: to look at all pairs once for each
         of a thousand instances that are ready at the same time took 20 s.
@@ -45,7 +46,7 @@ class Links:
 
     def _look(self) -> None:
         self._is_to_look = False
-        ready = {handle.epoch: handle for handle in self._handles.values() if handle.status == "ready"}
+        ready = {handle.epoch: handle for handle in self._handles.values() if handle.status in SERVING}
         for pair in [pair for pair in self._keeping if not ready.keys() >= set(pair)]:
             self._keeping.pop(pair).cancel()
         decodes = {

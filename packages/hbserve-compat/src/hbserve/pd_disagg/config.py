@@ -73,9 +73,16 @@ class PdDisaggConfig(_Keywords):
             else several
         )
         try:
-            return convert(content)
+            config = convert(content)
         except ConfigError as error:
             raise ConfigError(_in_field_names(str(error))) from None
+        for i, each in enumerate(config.gpu_instances):
+            if each.discover is not None:
+                problem = (
+                    "expected none here, where all instances are started; `hbserve serve` and `scheduler` look it up"
+                )
+                raise ConfigError(f"gpu_instances[{i}].discover={each.discover!r}: {problem}")
+        return config
 
     @classmethod
     def from_deployment(cls, config: DeploymentConfig) -> "PdDisaggConfig":

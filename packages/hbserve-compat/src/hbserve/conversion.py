@@ -1,0 +1,117 @@
+"""GGUF files as Hugging Face folders, which transformers makes of them, once, in the user's cache directory.
+
+A process of its own converts, which a Ctrl-C ends at once. The folder appears under its name only when it is whole, so
+neither an interruption nor two processes at once can leave a broken one behind.
+"""
+
+import contextlib
+import importlib.util
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+from pathlib import Path
+from typing import Any
+
+from platformdirs import user_cache_path
+
+CONVERSION = "2"
+"""To be raised when the conversion changes: a folder of another one is not used."""
+POLL_S = 0.5
+_MAGIC = b"GGUF"
+
+
+class ConversionFailed(OSError):
+    """A GGUF file that cannot be read, or the package that reads it is not there; says what to do."""
+
+
+def converted(file: Path, given_up: threading.Event | None = None) -> Path:
+    """The folder of what is in a GGUF file, in 16 bits; converts it first if need be, unless that is `given_up`.
+
+    A file of the same name that is another one, or has changed, has a folder of its own.
+
+    Raises:
+        ConversionFailed: a package is missing, and how to install it; or why the conversion failed.
+    """
+    with file.open("rb") as opened:
+        if opened.read(len(_MAGIC)) != _MAGIC:
+            raise ConversionFailed(f"'{file}' is no GGUF file: it does not begin with {_MAGIC.decode()}")
+    for module in ("gguf", "accelerate"):
+        if importlib.util.find_spec(module) is None:
+            raise ConversionFailed(f"'{file}' needs the package {module} to be read: pip install gguf accelerate")
+    status = file.stat()
+    folder = user_cache_path("hbserve") / f"{file.stem}-{status.st_size}-{status.st_mtime_ns}-{CONVERSION}"
+    convert(file, folder, "bfloat16", "minutes, if it is large", given_up or threading.Event())
+    return folder
+
+
+def convert(file: Path, folder: Path, dtype: str, duration: str, given_up: threading.Event) -> None:
+    """Make the folder, unless it is there.
+
+    Raises:
+        ConversionFailed: why.
+    """
+    if folder.exists():
+        return
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    sys.stderr.write(f"Converting {file.stem}, once, to {folder.parent}: {duration}\n")
+    with tempfile.TemporaryDirectory(
+        prefix=f".{folder.name}-", dir=folder.parent, ignore_cleanup_errors=True
+    ) as scratch:
+        writer = subprocess.Popen(
+            _writer_command(file, Path(scratch), folder, dtype),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",
+            # A Ctrl-C is for us, and we end it. If we are killed, it ends its work: the folder is whole, or not there.
+            start_new_session=True,
+        )
+        try:
+            complaint = _wait(writer, given_up)
+        finally:
+            writer.kill()
+            writer.communicate()
+    if writer.returncode != 0 and not given_up.is_set():
+        last = complaint.strip().splitlines()[-1:] or [f"exit status {writer.returncode}"]
+        raise ConversionFailed(f"'{file}' cannot be converted: {last[0]}; or give the path of a Hugging Face folder")
+
+
+def _writer_command(file: Path, scratch: Path, folder: Path, dtype: str) -> list[str]:
+    return [sys.executable, "-P", "-m", "hbserve.conversion", str(file), str(scratch), str(folder), dtype]
+
+
+def _wait(writer: "subprocess.Popen[str]", given_up: threading.Event) -> str:
+    """Wait until it ends or is given up; returns what it wrote to stderr."""
+    while not given_up.is_set():
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return writer.communicate(timeout=POLL_S)[1]
+    return ""
+
+
+def _write_model(file: Path, folder: Path, dtype: str) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    source = {"gguf_file": file.name, "local_files_only": True}
+    model: Any = AutoModelForCausalLM.from_pretrained(file.parent, dtype=dtype, **source)
+    # The weights are plain numbers now; without this the folder would claim to be quantized.
+    del model.config.quantization_config
+    model.hf_quantizer = None
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(file.parent, **source).save_pretrained(folder)
+
+
+def write_main(file: Path, scratch: Path, folder: Path, dtype: str) -> None:
+    """What the writing process does. `scratch` becomes `folder`, or goes."""
+    try:
+        _write_model(file, scratch, dtype)
+        with contextlib.suppress(OSError):  # another process was faster: its folder is as good
+            scratch.rename(folder)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    write_main(Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), sys.argv[4])
