@@ -75,17 +75,8 @@ def test_requests_that_are_left_and_clients_that_vanish_leave_nothing_at_the_sch
 
 
 def test_the_time_of_a_simulation_is_said_with_its_figures():
-    command = [
-        sys.executable,
-        FOLDER / "simulate_scale.py",
-        "--instances",
-        "8",
-        "--requests",
-        "40",
-        "--cells",
-        "1",
-        "2",
-    ]
+    load = ["--instances", "8", "--requests", "40", "--cells", "1", "2"]
+    command = [sys.executable, FOLDER / "simulate_scale.py", *load]
     done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert re.findall(r"^8 instances in (\d) cells, 40 requests: \d+ s", done.stdout, re.MULTILINE) == ["1", "2"]
