@@ -21,9 +21,9 @@ STARTS = {"README.md": "index.md", "README.zh-CN.md": "zh/index.md"}
 
 
 def place_of(path: Path) -> str | None:
-    """Where a file of the repository is in the site; None: it is no page."""
-    if path.parent == Path("docs") and path.suffix == ".md":
-        return path.name
+    """Where a file of the repository is in the site; None: it is not there."""
+    if path.is_relative_to("docs"):
+        return path.relative_to("docs").as_posix()
     return STARTS.get(path.as_posix())
 
 
@@ -45,11 +45,14 @@ def page(source: Path, home: str) -> str:
 
 def write_pages(home: str) -> None:
     shutil.rmtree(SITE, ignore_errors=True)
-    sources = [*(ROOT / "docs").glob("*.md"), *(ROOT / name for name in STARTS)]
+    sources = [*(each for each in (ROOT / "docs").rglob("*") if each.is_file()), *(ROOT / name for name in STARTS)]
     for source in (each.relative_to(ROOT) for each in sources):
         target = SITE / "docs" / (place_of(source) or "")
         target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(page(source, home), encoding="utf-8")
+        if source.suffix == ".md":
+            target.write_text(page(source, home), encoding="utf-8")
+        else:  # a picture
+            shutil.copyfile(ROOT / source, target)
 
 
 def main() -> None:

@@ -24,17 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from hbserve_rpc import RpcServer, own_process
-from hbserve_rpc.messages import (
-    DESCRIBE,
-    GENERATE,
-    STATS,
-    Empty,
-    GenerateRequest,
-    InstanceInfo,
-    InstanceStats,
-    Role,
-    TokenEvent,
-)
+from hbserve_rpc.messages import GENERATE, GenerateRequest, InstanceInfo, Role, TokenEvent
+from hbserve_rpc.reports import REPORTS, ReportsRequest
 
 VOCAB_SIZE = 49152
 MAX_MODEL_LEN = 1 << 16
@@ -44,14 +35,12 @@ async def serve_engine() -> None:
     """A hybrid instance whose tokens cost nothing; `top_k` is how many ms each takes."""
     server = RpcServer(epoch="bench")
 
-    async def describe(_: Empty) -> InstanceInfo:
-        return InstanceInfo(
+    async def reports(_: ReportsRequest) -> AsyncIterator[InstanceInfo]:
+        yield InstanceInfo(
             "mock-0", "hybrid", "bench", "ready", max_model_len=MAX_MODEL_LEN, max_prompt_len=MAX_MODEL_LEN - 1,
             vocab_size=VOCAB_SIZE, device="none", kv_backend="none",
         )  # fmt: skip
-
-    async def stats(_: Empty) -> InstanceStats:
-        return InstanceStats("mock-0", "hybrid", "ready")
+        await asyncio.Event().wait()
 
     async def generate(request: GenerateRequest) -> AsyncIterator[TokenEvent]:
         wait_s = max(0, request.params.top_k) / 1e3
@@ -60,8 +49,7 @@ async def serve_engine() -> None:
             last = index == request.params.max_tokens - 1
             yield TokenEvent(index, [1000 + index % 20000], "length" if last else None)
 
-    server.serve(DESCRIBE, describe)
-    server.serve(STATS, stats)
+    server.serve_stream(REPORTS, reports)
     server.serve_stream(GENERATE, generate)
     await server.start()
     print(server.address, flush=True)

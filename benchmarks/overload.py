@@ -30,10 +30,8 @@ from hbserve_rpc import RpcServer
 from hbserve_rpc.messages import (
     CONNECT,
     DECODE,
-    DESCRIBE,
     GRANT,
     PREFILL,
-    STATS,
     ConnectRequest,
     DecodeRequest,
     Empty,
@@ -46,6 +44,7 @@ from hbserve_rpc.messages import (
     TokenEvent,
     TransferDone,
 )
+from hbserve_rpc.reports import REPORTS, InstanceReport, ReportsRequest
 from hbserve_scheduler import SchedulerConfig
 
 PROMPT_TOKENS, OUTPUT_TOKENS = 1000, 16
@@ -83,18 +82,17 @@ class Instances:
         return addresses
 
     def _describe(self, server: RpcServer, role: Role) -> None:
-        async def describe(_: Empty) -> InstanceInfo:
-            return InstanceInfo(
+        async def reports(_: ReportsRequest) -> AsyncIterator[InstanceInfo | InstanceReport]:
+            yield InstanceInfo(
                 f"{role}-0", role, role, "ready", max_model_len=MAX_MODEL_LEN, max_prompt_len=MAX_MODEL_LEN - 1,
                 vocab_size=VOCAB_SIZE, block_size=16, num_blocks=1 << 20, max_num_seqs=1 << 10,
                 kv_endpoint=b"here" if role == "decode" else b"",
             )  # fmt: skip
+            stats = InstanceStats(f"{role}-0", role, "ready", role, num_blocks=1 << 20, free_blocks=1 << 20)
+            yield InstanceReport(stats)
+            await asyncio.Event().wait()
 
-        async def stats(_: Empty) -> InstanceStats:
-            return InstanceStats(f"{role}-0", role, "ready", role, num_blocks=1 << 20, free_blocks=1 << 20)
-
-        server.serve(DESCRIBE, describe)
-        server.serve(STATS, stats)
+        server.serve_stream(REPORTS, reports)
 
     async def _grant(self, _: GrantRequest) -> None: ...
 

@@ -18,7 +18,6 @@ from hbserve_rpc.messages import (
     CACHED_PREFIXES,
     CONNECT,
     DECODE,
-    DESCRIBE,
     PREFILL,
     CachedPrefixes,
     Empty,
@@ -31,6 +30,7 @@ from hbserve_rpc.messages import (
     TransferDone,
 )
 from hbserve_rpc.prompt_shape import shape_of
+from hbserve_rpc.reports import REPORTS, InstanceReport
 from hbserve_scheduler import CpuScheduler, SchedulerConfig
 
 ROUNDS = 5
@@ -55,18 +55,24 @@ class StubClient:
     async def call(self, method: Any, request: Any, *, timeout_s: float) -> Any:
         if method is CONNECT:
             return Empty()
-        if method is DESCRIBE:
-            endpoint = b"here" if self.role == "decode" else b""
-            return InstanceInfo(
-                self.instance_id, self.role, self.instance_id, "ready", max_model_len=1 << 20, max_prompt_len=1 << 20,
-                vocab_size=1 << 17, num_blocks=1 << 20, block_size=BLOCK_SIZE, max_num_seqs=1 << 10,
-                kv_endpoint=endpoint,
-            )  # fmt: skip
         if method is CACHED_PREFIXES:  # what `request_cost` has set stays
             return CachedPrefixes(0)
+        return self._stats()
+
+    def _info(self) -> InstanceInfo:
+        endpoint = b"here" if self.role == "decode" else b""
+        return InstanceInfo(
+            self.instance_id, self.role, self.instance_id, "ready", max_model_len=1 << 20, max_prompt_len=1 << 20,
+            vocab_size=1 << 17, num_blocks=1 << 20, block_size=BLOCK_SIZE, max_num_seqs=1 << 10,
+            kv_endpoint=endpoint,
+        )  # fmt: skip
+
+    def _stats(self) -> InstanceStats:
         return InstanceStats(self.instance_id, self.role, "ready", self.instance_id)
 
     def stream(self, method: Any, request: Any) -> "StubStream":
+        if method is REPORTS:
+            return StubStream([self._info(), InstanceReport(self._stats())], ends=False)
         return StubStream(PREFILL_EVENTS if method is PREFILL else DECODE_EVENTS if method is DECODE else [])
 
 
@@ -75,13 +81,16 @@ DECODE_EVENTS = [Granted(b"grant"), TokenEvent(1, [6], "length")]
 
 
 class StubStream(AsyncIterator[Any]):
-    def __init__(self, events: list[Any]) -> None:
+    def __init__(self, events: list[Any], *, ends: bool = True) -> None:
         self._events = iter(events)
+        self._ends = ends
 
     async def __anext__(self) -> Any:
         try:
             return next(self._events)
         except StopIteration:
+            if not self._ends:
+                await asyncio.Event().wait()
             raise StopAsyncIteration from None
 
     async def __aenter__(self) -> "StubStream":
@@ -91,9 +100,11 @@ class StubStream(AsyncIterator[Any]):
 
 
 @contextlib.asynccontextmanager
-async def scheduling(num_instances: int, **settings: Any) -> AsyncIterator[CpuScheduler]:
+async def scheduling(
+    num_instances: int, client: type[StubClient] = StubClient, **settings: Any
+) -> AsyncIterator[CpuScheduler]:
     """A scheduler of so many instances, half of them of each role, all connected; of none, nothing is started."""
-    scheduler = CpuScheduler(SchedulerConfig(heartbeat_interval_s=600, **settings), client_factory=StubClient)
+    scheduler = CpuScheduler(SchedulerConfig(heartbeat_interval_s=600, **settings), client_factory=client)
     for i in range(num_instances):
         role: Role = "decode" if i % 2 else "prefill"
         await scheduler.add_instance(f"{role[0]}{i}", role, f"{role[0]}{i}:1")

@@ -96,6 +96,8 @@ def deploy(
 
     def deploy(instances: list[str], at: str = "127.0.0.1", **scheduler: Any) -> Deployment:
         ports = free_ports(1 + len(instances))
+        # Else a decode instance that is ready first computes the prompt, and nothing is moved.
+        scheduler = {"local_prefill_fallback": False} | scheduler
         made.append(Deployment(tmp_path, small_model("qwen3"), instances, ports, at, **scheduler))
         return made[-1]
 
@@ -134,20 +136,23 @@ def test_everything_works_over_ipv6_and_the_scheduler_may_listen_on_every_addres
     assert answers[0] == answers[1] != ""
 
 
-def test_a_killed_instance_is_named_and_its_restart_serves_again(deploy):
+@pytest.mark.parametrize("fallback", [False, True])
+def test_a_killed_instance_is_named_or_done_without_and_its_restart_serves_again(deploy, fallback):
     # Known elsewhere: vLLM #58063, #49238, SGLang #28596, #27039, #9926.
-    deployment = deploy(["prefill-0", "decode-0"], instance_wait_s=3)
+    deployment = deploy(["prefill-0", "decode-0"], instance_wait_s=3, local_prefill_fallback=fallback)
     for name in ["scheduler", "prefill-0", "decode-0"]:
         deployment.start(name)
     deployment.generate_until_it_works()
-    for victim in ["prefill-0", "decode-0"]:
-        deployment.kill(victim)
-        answer = deployment.generate("two", "--max-tokens", "4")
-        assert answer.returncode != 0
-        assert victim in answer.stderr, answer.stderr
-
-        deployment.start(victim)
-        deployment.generate_until_it_works()
+    victim = "prefill-0" if fallback else "decode-0"
+    deployment.kill(victim)
+    answer = deployment.generate("two", "--max-tokens", "4")
+    if fallback:
+        assert "KV moved 0.00 MiB" in answer.stderr, answer.stderr
+        return
+    assert answer.returncode != 0
+    assert victim in answer.stderr, answer.stderr
+    deployment.start(victim)
+    deployment.generate_until_it_works()
 
 
 def test_one_of_two_decode_instances_killed_in_mid_stream_is_not_noticed_by_the_client(deploy):

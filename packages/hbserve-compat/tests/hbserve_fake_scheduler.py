@@ -136,6 +136,8 @@ class FakeScheduler:
         self.num_given = 0
         """Tokens of all answers."""
         self.asked: list[tuple[list[int], SamplingParams]] = []
+        self.request_ids: list[str] = []
+        """Of all that it was asked."""
         self.most_running = 1000
         self.role = "hybrid"
         self.digest_block_size = 0
@@ -146,6 +148,7 @@ class FakeScheduler:
         request = self.check(request)
         self.require_room()
         self.asked.append((request.prompt_token_ids, request.params))
+        self.request_ids.append(request.request_id)
         events = self.running[request.request_id] = FakeEvents(self, request)
         return events
 

@@ -157,11 +157,11 @@ def check(config: Path) -> tuple[int, list[str], str]:
 def test_keys_are_there_or_it_is_said_who_could_do_without(config, tmp_path, monkeypatch):
     monkeypatch.setattr(this_host, "list_gpus", list)
     folder = tmp_path / "keys"
-    status, lines, _ = check(config(keys=str(folder)))
+    status, lines, _ = check(config(security={"keys": str(folder)}))
     assert (status, lines[1].startswith("FAIL  keys ")) == (1, True)
     assert f"there is no such file; `hbserve keys {folder}` makes it" in lines[1]
     save_keys(make_keys(), folder)
-    assert check(config(keys=str(folder)))[1][1].endswith(f"{folder}: of scheduler and instance")
+    assert check(config(security={"keys": str(folder)}))[1][1].endswith(f"{folder}: of scheduler and instance")
     open_to_all = config(scheduler={"port": 0, "host": "0.0.0.0"})
     assert check(open_to_all)[1][1].startswith(
         "note  keys           none: whoever reaches the addresses of scheduler may"

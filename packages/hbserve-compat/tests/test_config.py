@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from hbserve.launcher import instance_settings
 from hbserve.pd_disagg import DisaggregatedLLM, KVTransferBackend, PdDisaggConfig
 from hbserve.serve import InstanceArgs
 from hbserve_scheduler import ConfigError, load_config
@@ -101,3 +102,22 @@ def test_an_instance_may_be_told_who_and_where_it_is_also_if_the_file_does_not_h
         told("prefill-7")
     with pytest.raises(ConfigError, match=r"--host='0\.0\.0\.0': is every address of a machine"):
         told("decode-0", host="0.0.0.0")
+
+
+def test_an_instance_that_is_found_by_a_name_serves_at_the_port_of_that(tmp_path):
+    path = tmp_path / "d.yaml"
+    path.write_text(
+        "gpu_instances: [{instance_id: d0, instance_type: decode, port: 7001}, "
+        "{instance_type: prefill, discover: 'dns:p.example:7000'}]\n"
+    )
+    for given, port in (({}, 7000), ({"port": 0}, 0)):
+        args = InstanceArgs(path, "pod-7", "INFO", {"instance_type": "prefill", "host": "10.0.0.7"} | given)
+        deployment, own = args.deployment()
+        assert (own.instance_id, own.host, own.port) == ("pod-7", "10.0.0.7", port)
+        assert instance_settings(deployment, own, Path("/m"), log_level="INFO")["num_local_instances"] == 1
+
+
+def test_what_starts_all_of_its_instances_looks_none_up():
+    discovered = {"instance_type": "hybrid", "discover": "dns:p.example:7000"}
+    with pytest.raises(ConfigError, match=r"gpu_instances\[0\].discover='dns:p.example:7000': expected none"):
+        PdDisaggConfig("/m", gpu_instances=[discovered])

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from hbserve import child_process, host_cores
-from hbserve.launcher import InstanceProcess, LocalInstances, instance_environment, instance_settings
+from hbserve.launcher import InstanceProcess, LocalInstances, instance_environment, instance_settings, launch_keys
 from hbserve_scheduler import convert
 
 
@@ -251,3 +251,13 @@ def test_restarts_are_ever_rarer_and_bounded_until_a_life_was_long(monkeypatch):
             restarts.began()
         assert pauses_s == [0.5, 1.0, 2.0, 4.0, 8.0]
         now_s += child_process.STEADY_S
+
+
+def test_no_keys_are_made_up_where_instances_are_found_that_others_have_started():
+    pair = [
+        {"instance_id": "p", "instance_type": "prefill"},
+        {"instance_id": "d", "instance_type": "decode", "kv_rank": 1},
+    ]
+    found = [{"instance_type": role, "discover": f"dns:{role}.example:5600"} for role in ("prefill", "decode")]
+    assert launch_keys(convert({"gpu_instances": pair})).keys() == {"scheduler", "instance", "client"}
+    assert launch_keys(convert({"gpu_instances": found})) == {}

@@ -3,12 +3,14 @@
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from hbserve_fake_scheduler import FakeServer
 from prometheus_client.parser import text_string_to_metric_families
 
 from hbserve.tokenizer import load_tokenizer
+from hbserve_rpc.messages import InstanceStatus
 from hbserve_rpc.records import AttemptRecord, RequestRecord
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -52,7 +54,18 @@ gone from vLLM itself (num_requests_swapped, gpu_cache_usage_perc, avg_*_through
 and estimates of FLOPs and bytes."""
 
 
-NO_METRICS = {"hbserve", "instance_id", "role", "error", "prefill", "decode", "rate", "cause"}
+NO_METRICS = {
+    "hbserve",
+    "instance_id",
+    "role",
+    "error",
+    "prefill",
+    "decode",
+    "rate",
+    "cause",
+    "local_prefill_tokens",
+    *get_args(InstanceStatus),
+}
 """What the page has in code beside metrics."""
 
 

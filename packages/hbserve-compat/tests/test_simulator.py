@@ -23,6 +23,7 @@ from hbserve.simulator.workload import SimulatedRequest, conversations, poisson,
 from hbserve_core.bench.device_limits import DeviceLimits
 from hbserve_rpc import InvalidRequest, RpcServer, SamplingParams
 from hbserve_rpc.messages import CONNECT, DECODE, DESCRIBE, GENERATE, GRANT, PREFILL, STATS, GenerateRequest
+from hbserve_rpc.reports import REPORTS
 from hbserve_scheduler import CpuScheduler, SchedulerConfig
 from hbserve_scheduler.virtual_time import VirtualTimeLoop
 
@@ -47,7 +48,8 @@ WHOLE = EngineLimits(chunk_size=2048)
 # ---- the same decisions --------------------------------------------------------------------------------------------
 
 LENGTHS = [300, 200, 100, 700, 150, 420, 80, 640, 330, 510, 90, 260]
-SETTINGS = SchedulerConfig(max_inflight_prefills=1, heartbeat_interval_s=5)
+POLICIES = {"prefill_policy": "least_loaded", "decode_policy": "least_loaded"}  # nothing is drawn by chance
+SETTINGS = SchedulerConfig(max_inflight_prefills=1, heartbeat_interval_s=5, **POLICIES)
 
 
 async def decided_on_the_real_clock(slower: float) -> list[tuple[str, str]]:
@@ -58,10 +60,13 @@ async def decided_on_the_real_clock(slower: float) -> list[tuple[str, str]]:
     for name, role in Deployment(fast, roles_of(3, 2)).instances():
         instance = ModelledInstance(name, role, fast, WHOLE, fabric)
         server = RpcServer(epoch=instance.epoch)
-        for method, handler in ((DESCRIBE, instance.describe), (STATS, instance.stats), (CONNECT, instance.connect)):
-            server.serve(method, handler)
-        for method, handler in ((DECODE, instance.decode), (PREFILL, instance.prefill), (GENERATE, instance.generate)):
-            server.serve_stream(method, handler)
+        server.serve(DESCRIBE, instance.describe)
+        server.serve(STATS, instance.stats)
+        server.serve(CONNECT, instance.connect)
+        server.serve_stream(DECODE, instance.decode)
+        server.serve_stream(PREFILL, instance.prefill)
+        server.serve_stream(GENERATE, instance.generate)
+        server.serve_stream(REPORTS, instance.reports)
         server.serve_notification(GRANT, instance.grant)
         await server.start()
         servers.append(server)

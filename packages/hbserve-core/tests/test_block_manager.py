@@ -54,6 +54,7 @@ def test_the_least_recently_used_prefix_is_evicted_first_and_its_tail_before_its
 def test_what_is_cached_is_reported_once_for_each_state_first_what_is_held_and_last_used(monkeypatch):
     def reported(blocks: BlockManager) -> list[bytes]:
         _, found = blocks.cached_digests()
+        assert found is not None
         return [found[place : place + 8] for place in range(0, len(found), 8)]
 
     blocks = BlockManager(12, BLOCK)

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import gc
+import itertools
 import threading
 from collections.abc import AsyncIterator
 from typing import Any
@@ -13,7 +14,19 @@ from hbserve_core import EngineStopped, GpuInstance, InstanceConfig, InstanceFai
 from hbserve_core.instance.engine_thread import EngineThread
 from hbserve_kv import Outcome, TransferFailed
 from hbserve_rpc import AddressInUse, LogitsNotFinite, Overloaded, RemoteError, RpcClient, SamplingParams
-from hbserve_rpc.messages import DECODE, DESCRIBE, GENERATE, STATS, DecodeRequest, Empty, GenerateRequest
+from hbserve_rpc.messages import (
+    DECODE,
+    DESCRIBE,
+    GENERATE,
+    PREFILL,
+    STATS,
+    DecodeRequest,
+    Empty,
+    GenerateRequest,
+    InstanceInfo,
+    PrefillRequest,
+)
+from hbserve_rpc.reports import REPORTS, ReportsRequest
 
 DEADLINE_S = 60
 
@@ -105,7 +118,7 @@ async def test_an_instance_whose_blocks_wait_for_a_lost_sender_ends_without_an_e
         await instance.wait_ready()
         closed, close = asyncio.Event(), instance.transfers.close
 
-        async def post_receive(transfer_id: str, block_ids: list[int]) -> LostSender:
+        async def post_receive(transfer_id: str, block_ids: list[int], sender: str) -> LostSender:
             return LostSender(closed)
 
         async def close_later() -> None:
@@ -262,3 +275,93 @@ async def _until_empty(client: RpcClient) -> None:
             if stats.active_requests == 0 and stats.free_blocks == stats.num_blocks:
                 return
             await asyncio.sleep(0.01)
+
+
+async def test_an_instance_says_unasked_what_has_changed_and_to_each_client_what_others_gave_it(
+    model_folder, prompt, monkeypatch
+):
+    may_load = threading.Event()
+    make_engine = GpuInstance._make_engine
+    monkeypatch.setattr(GpuInstance, "_make_engine", lambda self: may_load.wait(DEADLINE_S) and make_engine(self))
+    async with (
+        serving(config(model_folder("qwen3"))) as (instance, client),
+        RpcClient(instance.address) as other,
+        client.stream(REPORTS, ReportsRequest(3600), timeout_s=DEADLINE_S) as told_at_once,
+        client.stream(REPORTS, ReportsRequest(0.01), timeout_s=DEADLINE_S) as own,
+        other.stream(REPORTS, ReportsRequest(0.01), timeout_s=DEADLINE_S) as foreign,
+    ):
+        assert (await anext(told_at_once)).status == "starting"
+        assert (await anext(told_at_once)).stats.status == "starting"
+        may_load.set()
+        info, report = await anext(told_at_once), await anext(told_at_once)
+        assert isinstance(info, InstanceInfo)
+        assert (info.status, info.num_blocks, report.stats.free_blocks) == ("ready", 50, 50)
+
+        async def reported(reports: Any, requests: int, others: tuple[int, int]) -> None:
+            async for each in reports:
+                if isinstance(each, InstanceInfo) or each.stats.active_requests != requests:
+                    continue
+                if (each.other_requests, each.other_tokens) == others:
+                    return
+
+        request = GenerateRequest("r", prompt(20), SamplingParams(0, 400, ignore_eos=True, n=2))
+        async with client.stream(GENERATE, request, timeout_s=DEADLINE_S) as events:
+            await anext(events)
+            await reported(own, 1, (0, 0))
+            await reported(foreign, 1, (2, 20))
+        await reported(own, 0, (0, 0))
+        await reported(foreign, 0, (0, 0))
+
+
+async def test_an_instance_of_which_nothing_changes_says_nothing(model_folder, monkeypatch):
+    async with serving(config(model_folder("qwen3"))) as (instance, client):
+        await instance.wait_ready()
+        looks = itertools.count(1)
+        last, stats = 0, instance.reports.stats
+
+        async def counted(request: Empty) -> Any:
+            nonlocal last
+            last = next(looks)
+            return await stats(request)
+
+        monkeypatch.setattr(instance.reports, "stats", counted)
+        async with client.stream(REPORTS, ReportsRequest(0.01), timeout_s=DEADLINE_S) as reports:
+            said = [await anext(reports), await anext(reports)]
+            assert said[1].stats == await stats(Empty())
+            more = asyncio.create_task(anext(reports))
+            async with asyncio.timeout(DEADLINE_S):
+                while last < 10:
+                    await asyncio.sleep(0.001)
+            assert not more.done()
+            more.cancel()
+            await asyncio.gather(more, return_exceptions=True)
+
+
+async def test_a_prefill_instance_takes_no_more_prompts_than_its_pool_holds_and_any_when_it_has_none(
+    model_folder, prompt
+):
+    async with serving(config(model_folder("qwen3"), role="prefill", num_blocks=8)) as (instance, client):
+        await instance.wait_ready()
+
+        def prefill(name: str, length: int) -> Any:
+            request = PrefillRequest(name, name, prompt(length), SamplingParams(0, 2), grant_follows=True)
+            return client.stream(PREFILL, request, timeout_s=DEADLINE_S)
+
+        async def refused(name: str, length: int) -> None:
+            with pytest.raises(Overloaded, match=r"hybrid-0 has prompts of 100 tokens, and takes 128 at a time"):
+                await anext(prefill(name, length))
+
+        async with prefill("large", 100) as large:
+            waiting = asyncio.create_task(anext(large))
+            async with asyncio.timeout(DEADLINE_S):
+                while instance.num_active < 1:
+                    await asyncio.sleep(0.001)
+            await refused("too much", 29)
+            assert instance.num_active == 1
+        waiting.cancel()
+        async with asyncio.timeout(DEADLINE_S):
+            while instance.num_active:
+                await asyncio.sleep(0.001)
+        request = PrefillRequest("now", "now", prompt(29), SamplingParams(0, 1))
+        async with client.stream(PREFILL, request, timeout_s=DEADLINE_S) as events:
+            assert len((await anext(events)).token_ids) == 1

@@ -232,6 +232,28 @@ async def test_a_seeded_request_draws_the_tokens_that_it_draws_on_a_hybrid(start
     assert len(set(drawn)) > 1, "or the seed does nothing"
 
 
+@pytest.mark.parametrize("num_known", [1, 5])
+async def test_a_seeded_request_that_is_tried_again_draws_what_it_would_have_drawn(start, prompt, num_known):
+    p, d, h = await start("prefill"), await start("decode"), await start("hybrid")
+    ids = prompt(CHUNK + 1)
+    params = SamplingParams(1.0, 12, ignore_eos=True, seed=7, top_k=50, top_p=0.95)
+    whole = await h.hybrid("undisturbed", ids, params)
+    known, rest = whole[:num_known], whole[num_known:]
+    again = GenerateRequest("again", ids, params, known)
+    events = h.client.stream(GENERATE, again, timeout_s=DEADLINE_S)
+    assert [token async for event in events for token in event.token_ids] == rest
+    request = DecodeRequest("apart", "t-apart", ids, params, known)
+    async with d.client.stream(DECODE, request, timeout_s=DEADLINE_S) as decoding:
+        grant = (await anext(decoding)).grant
+        prefill = PrefillRequest("apart", "t-apart", ids, params, grant, known)
+        async with p.client.stream(PREFILL, prefill, timeout_s=DEADLINE_S) as prefilling:
+            first = await anext(prefilling)
+            assert (first.index, first.token_ids) == (num_known, rest[:1])
+            assert [token async for event in decoding for token in event.token_ids] == rest[1:]
+            async for _ in prefilling:
+                pass
+
+
 async def test_the_transfer_says_how_much_of_the_prompt_was_cached_on_the_prefill_side(start, prompt):
     p, d = await start("prefill"), await start("decode", prefix_caching=False)
     params = SamplingParams(0, 3, ignore_eos=True)
@@ -335,8 +357,10 @@ async def test_decode_goes_on_without_blocks_only_where_there_is_nothing_to_deco
     request = DecodeRequest("r", "t", [5] * 40, LONG)
     with pytest.raises(RemoteError, match="without all blocks that were granted"):
         await wait_for_kv(committed(packed(40, 5), is_partial=True), Inbox(), request, vocab_size=320)
-    handover = await wait_for_kv(committed(packed(40, 5, "stop"), is_partial=True), Inbox(), request, vocab_size=320)
+    done = committed(packed(40, 5, "stop"), is_partial=True)
+    handover, is_trusted = await wait_for_kv(done, Inbox(), request, vocab_size=320)
     assert not handover.has_more
+    assert is_trusted
 
 
 async def test_a_prefill_instance_that_commits_without_its_blocks_ends_that_request_alone(start, prompt, monkeypatch):

@@ -249,13 +249,27 @@ async def test_a_send_that_nobody_takes_and_nobody_speaks_of_ends_at_a_deadline_
     assert "part 0 was not taken within 1 s" in sent.error
 
 
-async def announce(receiver, message):
-    """As a sender of any life may; returns when the receiver has handled it."""
+async def announce(sender, receiver, message):
+    """By the connection of their link, which nobody else speaks for; returns when the receiver has handled it."""
     before = receiver.stats().dropped_messages
-    async with RpcClient(receiver.address) as client, asyncio.timeout(20):
-        client.notify(PARTS, message)
+    sender._peers.connections[receiver.address].client.notify(PARTS, message)
+    async with asyncio.timeout(20):
         while receiver.stats().dropped_messages == before:
             await asyncio.sleep(0.01)
+
+
+async def test_nobody_announces_parts_of_anothers_link(pair):
+    sender, receiver, source, target = await pair()
+    posted = receiver.post_receive("t", [1])
+    transfer = await sender.open_send("t", posted.grant)
+    (link,) = receiver._receiver.links
+    async with RpcClient(receiver.address) as client, asyncio.timeout(20):
+        client.notify(PARTS, PartsAnnounced("t", link, [AnnouncedPart(0, 0, 1)]))
+        while receiver.stats().dropped_messages == 0:
+            await asyncio.sleep(0.01)
+        transfer.push([5], 0)
+        assert (await transfer.commit()).outcome is Outcome.COMPLETED
+    assert torch.equal(target[1], source[5])
 
 
 async def test_parts_of_a_link_that_nobody_knows_are_counted_and_change_nothing(pair):
@@ -263,7 +277,7 @@ async def test_parts_of_a_link_that_nobody_knows_are_counted_and_change_nothing(
     posted = receiver.post_receive("t", [1])
     transfer = await sender.open_send("t", posted.grant)
     links = sender.links()
-    await announce(receiver, PartsAnnounced("t", "an earlier life", [AnnouncedPart(0, 0, 1)]))
+    await announce(sender, receiver, PartsAnnounced("t", "an earlier life", [AnnouncedPart(0, 0, 1)]))
     assert receiver.stats().dropped_messages == 1
     assert sender.links() == links
     transfer.push([5], 0)
@@ -289,7 +303,7 @@ async def test_parts_that_do_not_fit_end_their_link_and_tell_the_sender_why(pair
         while not transfer.state.legs[0].num_moved:
             await asyncio.sleep(0.01)
     (link,) = receiver._receiver.links
-    await announce(receiver, PartsAnnounced(name, link, [AnnouncedPart(2, 1, 1), part]))
+    await announce(sender, receiver, PartsAnnounced(name, link, [AnnouncedPart(2, 1, 1), part]))
     async with asyncio.timeout(20):
         result = await posted.wait()
         sent = await transfer.commit()
@@ -329,7 +343,7 @@ async def test_a_link_that_is_lost_at_the_moment_of_an_announcement_fails_its_pa
     receiver._receiver.end_links({link.link.key}, "the sender was lost")
     async with asyncio.timeout(20):
         result = await posted.wait()
-        assert (await transfer.abort("test over")) is Outcome.FAILED_DRAINED
+        assert (await transfer.wait()).outcome is Outcome.FAILED_DRAINED, "it hears that the link has ended"
         await asyncio.gather(*transfer.tasks)
     assert (result.outcome, result.error) == (Outcome.FAILED_DRAINED, "the sender was lost")
     assert receiver.stats().dropped_messages == 0, "who has ended a link is told nothing more of it"

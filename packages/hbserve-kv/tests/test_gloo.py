@@ -1,6 +1,7 @@
 """How parts are cut into messages of Gloo, and that every cut brings each block to its place."""
 
 import random
+import socket
 
 import pytest
 import torch
@@ -8,6 +9,8 @@ import torch
 from hbserve_kv import Outcome
 from hbserve_kv.transports import nccl
 from hbserve_kv.transports.nccl import LONGEST_BYTES, PACKED_BYTES, _pieces
+from hbserve_kv.transports.own_sockets import _own_sockets
+from hbserve_rpc.address import is_own_address
 
 
 def test_a_large_block_is_a_message_of_its_own_whatever_its_neighbours_are():
@@ -46,3 +49,35 @@ async def test_blocks_of_every_size_and_order_arrive_as_they_were(managers, monk
     expected = torch.zeros_like(source)
     expected[wanted] = source[given]
     assert torch.equal(target, expected)
+
+
+def listening(host: str) -> set[int]:
+    """Ports of this process at an address."""
+    return {
+        found.getsockname()[1]
+        for _, found in _own_sockets()
+        if found.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN) and found.getsockname()[0] == host
+    }
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+async def test_what_gloo_listens_at_takes_no_connection_once_its_link_is_there_and_the_link_goes_on(managers, host):
+    """It would keep each for as long as the link lives: a thousand of them were a thousand files."""
+    if not is_own_address(host):
+        pytest.skip("this machine has no IPv6")
+    sender, receiver = [await managers(rank, "nccl", host=host) for rank in range(2)]
+    before = listening(host)
+    await sender.open_link(receiver.endpoint)
+    of_gloo = listening(host) - before
+    assert len(of_gloo) == 2
+    for port in of_gloo:
+        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as stranger:
+            stranger.settimeout(0.1)
+            with pytest.raises(TimeoutError):
+                stranger.connect((host, port))
+    for port in before:  # and others do
+        socket.create_connection((host, port), 20).close()
+    posted = receiver.post_receive("t", [1, 2])
+    transfer = await sender.open_send("t", posted.grant)
+    transfer.push([3, 4], 0)
+    assert (await transfer.commit()).outcome is Outcome.COMPLETED

@@ -22,8 +22,8 @@ from hbserve_kv.transports.base import DrainUnknown, Link, Part
 pytest.importorskip("mooncake.engine", reason="Mooncake or its libraries are missing", exc_type=ImportError)
 
 from hbserve_kv.transports.mooncake import engines as mooncake_engines
-from hbserve_kv.transports.mooncake.own_sockets import _own_sockets
 from hbserve_kv.transports.mooncake.transport import Description, MooncakeTransport
+from hbserve_kv.transports.own_sockets import _own_sockets
 
 NUM_BLOCKS, BLOCK_BYTES = 4, 8 << 20
 PEER = """

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from hbserve_kv.transports.mooncake.own_sockets import hang_up, look_every
+from hbserve_kv.transports.own_sockets import hang_up, look_every
 
 
 @pytest.mark.parametrize(

@@ -413,7 +413,7 @@ class RecordedEvent(Event):
 
 
 class Stream:
-    cuda_stream = 0
+    cuda_stream, device = 0, "cuda:0"
 
     def __init__(self, *_, **__): ...
 
@@ -429,6 +429,7 @@ def without_cuda(monkeypatch):
     monkeypatch.setattr(torch.cuda, "Event", RecordedEvent)
     monkeypatch.setattr(torch.cuda, "Stream", Stream)
     monkeypatch.setattr(torch.cuda, "stream", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
     make_group, map_memory = nccl.NcclTransport._make_group, ipc.IpcTransport._map
 
     def make_gpu_group(transport, *arguments):

@@ -192,20 +192,20 @@ async def test_an_address_is_asked_once_at_a_time_however_often_a_link_is_forged
     (link,) = receiver._receiver.links.values()
     questions, may_answer = [], asyncio.Event()
 
-    async def has_ended(asked):
+    async def has_ended(asked, keys):
         questions.append(asked)
         return not await may_answer.wait()
 
     monkeypatch.setattr("hbserve_kv.receiving.receiver.has_ended", has_ended)
     for _ in range(3):
-        receiver._receiver._replace(msgspec.structs.replace(link.hello, epoch="another"))
+        receiver._receiver._replace(msgspec.structs.replace(link.hello, epoch="another"), link.peer)
         await asyncio.sleep(0)
     asked_meanwhile = list(questions)
     may_answer.set()
     async with asyncio.timeout(20):
         while receiver._receiver._asking:
             await asyncio.sleep(0)
-    receiver._receiver._replace(msgspec.structs.replace(link.hello, epoch="another"))
+    receiver._receiver._replace(msgspec.structs.replace(link.hello, epoch="another"), link.peer)
     await asyncio.sleep(0)
     assert asked_meanwhile == [link]
     assert questions == [link, link]

@@ -218,15 +218,35 @@ async def test_another_protocol_version_is_named_with_both(rpc, start, connect, 
         await pending
 
 
-async def test_a_client_of_another_version_is_refused(start):
+NOW, OLDEST = wire.PROTOCOL_VERSION, wire.OLDEST_VERSION
+
+
+@pytest.mark.parametrize(
+    ("version", "oldest", "is_welcome"),
+    [
+        (NOW, OLDEST, True),
+        (NOW + 1, NOW, True),
+        (NOW + 1, NOW + 1, False),
+        (99, 0, False),
+        (OLDEST - 1, OLDEST - 1, False),
+        (OLDEST - 1, 0, False),
+    ],
+)
+async def test_a_client_is_welcome_if_both_sides_have_a_version_in_common(start, version, oldest, is_welcome):
     server = await start(RpcServer())
     with zmq.asyncio.Context() as context, context.socket(zmq.DEALER) as socket:
         socket.linger = 0
         socket.connect(f"tcp://{server.address}")
-        await socket.send_multipart([wire.encode(wire.Hello(99, 10.0)), b""])
+        await socket.send_multipart([wire.encode(wire.Hello(version, 10.0, oldest)), b""])
         async with asyncio.timeout(20):
             head, _ = await socket.recv_multipart()
-    assert wire.decode_from_server(head) == wire.Refused(wire.PROTOCOL_VERSION, server.epoch)
+    answer = wire.Welcome if is_welcome else wire.Refused
+    assert wire.decode_from_server(head) == answer(wire.PROTOCOL_VERSION, server.epoch)
+
+
+def test_what_a_newer_peer_says_beyond_what_is_known_here_is_passed_over():
+    newer = {"type": "Welcome", "version": NOW + 1, "epoch": "e", "new": [1]}
+    assert wire.decode_from_server(wire.encode(newer)) == wire.Welcome(NOW + 1, "e")
 
 
 async def test_bad_sampling_parameters_on_the_wire_come_back_as_an_invalid_request(start, connect):

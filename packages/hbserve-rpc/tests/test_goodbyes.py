@@ -206,3 +206,38 @@ async def test_what_a_life_has_heard_that_never_said_who_it_was_is_lost_with_its
         again.go_on.set()
         assert (await client.call(rpc.CALL, rpc.Ask(8), timeout_s=20)).value == 8
         await client.close()
+
+
+async def test_a_silent_server_is_in_doubt_until_it_is_heard_again(rpc, start, connect, monkeypatch):
+    server = await start(RpcServer(heartbeat_timeout_s=NEVER_S))
+    doubts: asyncio.Queue[str] = asyncio.Queue()
+    client = await connect(server.address, heartbeat_interval_s=0.02, heartbeat_timeout_s=NEVER_S)
+    client._doubt_s = 0.1
+    client.on_doubt = doubts.put_nowait
+    handle = server._handle
+    async with asyncio.timeout(30):
+        while client._epoch is None:
+            await asyncio.sleep(0.001)
+        monkeypatch.setattr(server, "_handle", lambda *_: None)
+        assert (await doubts.get()).startswith("it was silent for")
+        monkeypatch.setattr(server, "_handle", handle)
+        assert await doubts.get() == ""
+
+
+async def test_a_server_whose_connection_has_ended_is_in_doubt_until_the_same_life_is_connected_again(
+    rpc, start, patient
+):
+    serving = Serving(rpc)
+    await start(serving.server)
+    async with Cable(serving.server.port) as cable:
+        client, losses = await patient(cable.address)
+        doubts: asyncio.Queue[str] = asyncio.Queue()
+        client.on_doubt = doubts.put_nowait
+        call = await asking(rpc, client, serving)
+        async with asyncio.timeout(30):
+            cable.cut()
+            assert await doubts.get() == "its connection has ended"
+            assert await doubts.get() == ""
+            serving.go_on.set()
+            await call
+    assert losses == []

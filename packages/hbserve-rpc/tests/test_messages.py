@@ -68,7 +68,7 @@ def test_a_field_that_a_newer_peer_added_is_ignored():
 
 def test_method_names_are_unique_and_say_who_serves_them():
     names = [method.name for method in METHODS]
-    assert len(set(names)) == len(names) == 10
+    assert len(set(names)) == len(names) == 11
     assert all(name.startswith(("instance.", "scheduler.")) for name in names)
 
 

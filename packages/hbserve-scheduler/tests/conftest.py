@@ -36,6 +36,7 @@ from hbserve_rpc.messages import (
     TokenEvent,
     TransferDone,
 )
+from hbserve_rpc.reports import REPORTS, InstanceReport, ReportsRequest
 from hbserve_scheduler import CpuScheduler, EventStream, SchedulerConfig
 
 DEADLINE_S = 30.0
@@ -93,6 +94,8 @@ class FakeInstance:
         """Sends each token again with the next one."""
         self.serves_generate = role == "hybrid"
         self.max_model_len = 128
+        self.others = 0, 0
+        """Requests of other schedulers, and tokens of them, that it reports."""
         self.status: InstanceStatus = "ready"
         self.error = ""
         self._released = asyncio.Event()
@@ -102,6 +105,7 @@ class FakeInstance:
         server = RpcServer(port=port, epoch=uuid.uuid4().hex)
         server.serve(DESCRIBE, self._describe)
         server.serve(STATS, self._stats)
+        server.serve_stream(REPORTS, self._reports)
         if self.role == "prefill":
             server.serve(CONNECT, self._connect)
             server.serve_notification(GRANT, self._grant)
@@ -148,6 +152,16 @@ class FakeInstance:
             self.instance_id, self.role, self.status, self.server.epoch, active_requests=self.open,
             free_blocks=self.free_blocks,
         )  # fmt: skip
+
+    async def _reports(self, request: ReportsRequest) -> AsyncIterator[InstanceInfo | InstanceReport]:
+        said: list[Any] = [None, None]
+        while True:
+            now = await self._describe(Empty()), InstanceReport(await self._stats(Empty()), *self.others)
+            for place, each in enumerate(now):
+                if each != said[place]:
+                    said[place] = each
+                    yield each
+            await asyncio.sleep(request.interval_s / 10)  # a test waits for each change
 
     async def _grant(self, request: GrantRequest) -> None:
         future = self.granted.get(request.request_id)
@@ -305,15 +319,20 @@ async def make_scheduler(assert_empty: Any, until: Any) -> AsyncIterator[Callabl
     made: list[tuple[CpuScheduler, tuple[FakeInstance, ...]]] = []
 
     async def make(
-        *instances: FakeInstance, kind: type[CpuScheduler] = CpuScheduler, ready: bool = True, **options: Any
+        *instances: FakeInstance,
+        kind: type[CpuScheduler] = CpuScheduler,
+        starts: bool = True,
+        ready: bool = True,
+        **options: Any,
     ) -> CpuScheduler:
         timing = {"heartbeat_interval_s": 0.1, "heartbeat_timeout_s": 2.0, "port": 0}
         scheduler = kind(SchedulerConfig(**(timing | options)))
         made.append((scheduler, instances))
         for instance in instances:
             await scheduler.add_instance(instance.instance_id, instance.role, instance.address)
-        await scheduler.start()
-        if ready:
+        if starts:
+            await scheduler.start()
+        if starts and ready:
             await scheduler.wait_ready(DEADLINE_S)
             handles = scheduler.fleet.handles.values()
             decodes = [each.epoch for each in handles if each.role == "decode"]

@@ -7,10 +7,12 @@ from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import pytest
+from hbserve_modelled_reports import Reports
 
 from hbserve_rpc import InvalidRequest, Overloaded, RequestTimeout, SamplingParams
-from hbserve_rpc.messages import DESCRIBE, GenerateRequest, InstanceInfo, InstanceStats, TokenEvent
+from hbserve_rpc.messages import GenerateRequest, InstanceInfo, TokenEvent
 from hbserve_rpc.prompt_shape import PromptShape
+from hbserve_rpc.reports import REPORTS
 from hbserve_scheduler import CpuScheduler, SchedulerConfig
 from hbserve_scheduler.admission import LEAST_S, MEMORY_S, BeginningRate
 from hbserve_scheduler.virtual_time import VirtualTimeLoop
@@ -27,20 +29,19 @@ class ModelledHybrid:
     def __init__(self, address: str, **_: object) -> None:
         self.instance_id = address.partition(":")[0]
         self.on_lost: Any = None
+        self.on_doubt: Any = None
         self.turn = asyncio.Lock()
 
     async def start(self) -> None: ...
 
     async def close(self, why: str = "", **_: object) -> None: ...
 
-    async def call(self, method: Any, request: Any, *, timeout_s: float) -> Any:
-        if method is DESCRIBE:
-            return InstanceInfo(self.instance_id, "hybrid", "life", "ready", max_prompt_len=10**6, vocab_size=1000)
-        return InstanceStats(self.instance_id, "hybrid", "ready", "life")
-
     def notify(self, method: Any, request: Any) -> None: ...
 
-    def stream(self, method: Any, request: GenerateRequest) -> "Answer":
+    def stream(self, method: Any, request: Any) -> "Answer | Reports":
+        if method is REPORTS:
+            name = self.instance_id
+            return Reports(InstanceInfo(name, "hybrid", "life", "ready", max_prompt_len=10**6, vocab_size=1000))
         return Answer(self, len(request.prompt_token_ids))
 
 

@@ -34,7 +34,7 @@ WRONG: list[tuple[Any, list[str]]] = [
     ({"gpu_instances": {}}, ["gpu_instances={}", "array"]),
     ({"gpu_instances": [7]}, ["gpu_instances[0]=7", "object"]),
     ({"gpu_instances": [PREFILL, DECODE | {"port": "x"}]}, ["gpu_instances[1].port='x'", "int"]),
-    ({"gpu_instances": [{"instance_type": "prefill"}]}, ["gpu_instances[0].instance_id: missing"]),
+    ({"gpu_instances": [{"instance_type": "prefill"}]}, ["gpu_instances[0].instance_id='': expected a name"]),
     # choices
     ({"gpu_instances": [PREFILL | {"instance_type": "prefil"}]}, ["gpu_instances[0].instance_type='prefil'", "hybrid"]),
     ({"model": {"dtype": "fp16"}}, ["model.dtype='fp16'", "auto, float32, bfloat16, float16"]),

@@ -65,7 +65,7 @@ def test_requests_wait_by_priority_and_then_in_the_order_in_which_they_came_whic
 
 def ready_handle(role: Role, name: str, turn: int) -> InstanceHandle:
     handle = InstanceHandle(name, role, "127.0.0.1:1", SchedulerConfig(), lambda _: None, lambda _: None)
-    handle.info = InstanceInfo(name, role, name, "ready")
+    handle._set_info(InstanceInfo(name, role, name, "ready"))
     handle.turn = turn
     return handle
 
@@ -171,7 +171,7 @@ async def fleet_of(num_instances: int, **settings: Any) -> Fleet:
 
 
 async def test_a_place_is_found_without_a_look_at_every_instance(monkeypatch):
-    fleet, looked = await fleet_of(400), []
+    fleet, looked = await fleet_of(400, prefill_policy="least_loaded", decode_policy="least_loaded"), []
     for available in fleet._available.values():
 
         def noting(each, look=available.look):

@@ -20,7 +20,7 @@ PROMPT = list(range(100, 140))
 
 def handle(name: str, role: Any = "prefill", load: int = 0) -> InstanceHandle:
     made = InstanceHandle(name, role, "127.0.0.1:1", SchedulerConfig(), lambda _: None, lambda _: None)
-    made.info = InstanceInfo(name, role, name, "ready", block_size=BLOCK)
+    made._set_info(InstanceInfo(name, role, name, "ready", block_size=BLOCK))
     made.load, made.turn = load, int(name[1:])
     return made
 
@@ -155,11 +155,11 @@ def test_instances_are_asked_again_and_again_and_say_only_what_is_new():
         await asyncio.sleep(1)
         assert prefixes.num_cached(digests(40), one) == 2, "it may come back"
         client.error = None
-        one.info = InstanceInfo("i0", "prefill", "another life", "ready", block_size=BLOCK)
+        one._set_info(InstanceInfo("i0", "prefill", "another life", "ready", block_size=BLOCK))
         await asyncio.sleep(1)
         assert client.asked[-1] == -1, "what its former life has said is not known of this one"
         client.error = PeerLost("gone")
-        one.info = None
+        one.lost("gone")
         await asyncio.sleep(1)
         assert prefixes.num_cached(digests(40), one) == 0
         keeping.cancel()

@@ -19,6 +19,7 @@ def counts(scheduler) -> dict[str, int]:
 
 
 async def test_a_request_over_prefill_and_decode_leaves_its_times_in_order(make_scheduler, pair, ask, collect):
+    # Known elsewhere: vLLM #29474, #33289.
     scheduler = await make_scheduler(*pair)
     _, end = await collect(scheduler.submit(ask("r1", max_tokens=4)))
     (record,) = scheduler.figures.records
@@ -130,6 +131,7 @@ def test_snapshots_do_not_change_and_records_are_bounded():
 
 
 async def test_transfers_are_counted_by_the_pair_and_by_how_they_ended(make_scheduler, pair, ask, collect, until):
+    # Known elsewhere: SGLang #16832, #7944.
     prefill, decode = pair
     scheduler = await make_scheduler(*pair, max_attempts=1)
 
@@ -174,3 +176,20 @@ def test_the_overlap_of_a_transfer_is_the_part_of_its_time_in_which_its_prompt_w
     figures = Figures()
     figures.add(record)
     assert figures.histograms["kv_transfer_overlap_ratio"].total == 0.5
+
+
+async def test_at_debug_a_request_says_where_it_is_phase_by_phase(make_scheduler, pair, ask, collect, caplog):
+    caplog.set_level(logging.DEBUG, "hbserve_scheduler.attempt")
+    scheduler = await make_scheduler(*pair)
+    await collect(scheduler.submit(ask("r1")))
+    said = [each.getMessage() for each in caplog.records if each.name == "hbserve_scheduler.attempt"]
+    assert all(line.startswith("request r1, attempt 1, ") for line in said)
+    phases = [line.partition(" ms: ")[2] for line in said]
+    assert phases[0] == "placed on p0 and d0"
+    assert {
+        "room on d0, 1 tokens cached",
+        "first token",
+        "decodes",
+        "1000 bytes of KV moved in 1 parts, 500.0 ms",
+    } < set(phases)
+    assert len(phases) == 5

@@ -2,13 +2,15 @@
 
 import asyncio
 import time
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
+from hbserve_modelled_reports import Reports
 
-from hbserve_rpc import PeerDied, RequestTimeout, RpcTimeout, SamplingParams, Unavailable
-from hbserve_rpc.messages import DESCRIBE, Empty, GenerateRequest, InstanceInfo, InstanceStats, TokenEvent
-from hbserve_scheduler import CpuScheduler, NotReady, SchedulerConfig
+from hbserve_rpc import PeerDied, PeerLost, RemoteError, RequestTimeout, SamplingParams, Unavailable
+from hbserve_rpc.messages import Empty, GenerateRequest, Granted, InstanceInfo, Role, TokenEvent
+from hbserve_rpc.reports import REPORTS
+from hbserve_scheduler import CpuScheduler, NotReady, RequestFailed, SchedulerConfig
 from hbserve_scheduler.virtual_time import VirtualTimeLoop
 
 STEP_S = 10.0
@@ -20,32 +22,40 @@ class ModelledHybrid:
 
     problem = ""
     is_dead = False
+    role: Role = "hybrid"
 
     def __init__(self, address: str, **_: object) -> None:
         self.instance_id = address.partition(":")[0]
         self.on_lost: Any = None
+        self.on_doubt: Any = None
 
     async def start(self) -> None: ...
 
     async def close(self, why: str = "", *, error: type[Exception] = PeerDied) -> None: ...
 
-    async def call(self, method: Any, request: Any, *, timeout_s: float) -> Any:
-        if self.is_dead:
-            await asyncio.sleep(timeout_s)
-            raise RpcTimeout("no answer")
-        if method is DESCRIBE:
-            return InstanceInfo(self.instance_id, "hybrid", "a life", "ready", max_prompt_len=1000, vocab_size=1000)
-        assert isinstance(request, Empty)
-        return InstanceStats(self.instance_id, "hybrid", "ready", "a life")
-
     def notify(self, method: Any, request: Any) -> None: ...
 
-    def stream(self, method: Any, request: GenerateRequest) -> "Answer":
-        return Answer(request.params.max_tokens)
+    def stream(self, method: Any, request: Any) -> "Answer | ReportsOf":
+        return ReportsOf(self) if method is REPORTS else Answer(request.params.max_tokens)
 
 
 class DeadHybrid(ModelledHybrid):
     is_dead = True
+
+
+class ReportsOf(Reports):
+    """A dead one is silent."""
+
+    def __init__(self, instance: ModelledHybrid) -> None:
+        name, role = instance.instance_id, instance.role
+        super().__init__(InstanceInfo(name, role, name, "ready", max_prompt_len=1000, vocab_size=1000))
+        self.instance = instance
+
+    async def __anext__(self) -> Any:
+        if self.instance.is_dead:
+            await asyncio.sleep(STEP_S)
+            raise PeerLost("it was silent")
+        return await super().__anext__()
 
 
 class Answer:
@@ -127,6 +137,57 @@ def test_waits_for_instances_end_by_the_loop():
         await scheduler.stop()
 
     in_virtual_time(job())
+
+
+class ModelledLeg(ModelledHybrid):
+    """A prefill or decode instance. The first token comes, and then one of them fails and the other is silent."""
+
+    failing = ""
+    closed_s: ClassVar[dict[str, float]] = {}
+
+    def __init__(self, address: str, **more: object) -> None:
+        super().__init__(address, **more)
+        self.role = "prefill" if self.instance_id == "p0" else "decode"
+
+    async def call(self, method: Any, request: Any, *, timeout_s: float) -> Empty:
+        return Empty()
+
+    def stream(self, method: Any, request: Any) -> Any:
+        return ReportsOf(self) if method is REPORTS else LegEvents(self)
+
+
+class LegEvents(ReportsOf):
+    """Of a request; says when it was closed."""
+
+    async def __aexit__(self, *_: object) -> None:
+        ModelledLeg.closed_s[self.instance.instance_id] = asyncio.get_running_loop().time()
+
+    async def __anext__(self) -> Any:
+        if not self.has_said:
+            self.has_said = True
+            return TokenEvent(0, [100]) if self.instance.role == "prefill" else Granted(b"grant")
+        await asyncio.sleep(STEP_S if self.instance.instance_id == ModelledLeg.failing else 1e6)
+        raise RemoteError("out of luck")
+
+
+@pytest.mark.parametrize("failing", ["p0", "d0"])
+def test_when_one_leg_fails_the_other_is_cancelled_within_a_tenth_of_a_second(failing):
+    async def job() -> float:
+        ModelledLeg.failing = failing
+        scheduler = CpuScheduler(SchedulerConfig(max_attempts=1), client_factory=ModelledLeg)
+        for name, role in (("p0", "prefill"), ("d0", "decode")):
+            await scheduler.add_instance(name, role, f"{name}:1")
+        await scheduler.start()
+        await scheduler.wait_ready(60)
+        began_s = asyncio.get_running_loop().time()
+        with pytest.raises(RequestFailed, match=f"{failing}: out of luck"):
+            async for _ in scheduler.submit(GenerateRequest("r", [1], SamplingParams(0, 5))):
+                pass
+        await scheduler.stop()
+        other = "d0" if failing == "p0" else "p0"
+        return ModelledLeg.closed_s[other] - began_s - STEP_S
+
+    assert 0 <= in_virtual_time(job()) < 0.1
 
 
 def test_a_wait_that_nothing_can_end_is_an_error_and_no_standstill():

@@ -14,7 +14,8 @@ from typing import Annotated, Any
 import typer
 
 from hbserve.bench_commands import bench
-from hbserve.command import LogLevel, LogLevelOption, forget_what_nobody_takes, one_line, run
+from hbserve.command import KeysOption, LogLevel, LogLevelOption, explaining, forget_what_nobody_takes, one_line, run
+from hbserve.keys_command import Rotation, write_keys
 from hbserve.planning_commands import add_to
 from hbserve_rpc import own_process
 from hbserve_rpc.plain_values import shown
@@ -89,6 +90,7 @@ def generate(
     stop: StopOption = None,
     kv_transfer_backend: Annotated[str | None, typer.Option(help="nccl, mooncake, ipc, auto, or your own.")] = None,
     connect: Annotated[str | None, typer.Option(metavar="HOST:PORT", help="Use the scheduler that runs there.")] = None,
+    keys: KeysOption = None,
     log_level: LogLevelOption = LogLevel.WARNING,
 ) -> None:
     """Answer prompts. Starts a scheduler, a prefill and a decode instance here, unless --connect is given."""
@@ -98,7 +100,7 @@ def generate(
     if not all_prompts:
         raise typer.BadParameter("expected at least one, or - to read it from stdin", param_hint="PROMPTS")
     args = GenerateArgs(
-        all_prompts, system, model, config, _sampling(context), kv_transfer_backend, connect, log_level.value
+        all_prompts, system, model, config, _sampling(context), kv_transfer_backend, connect, keys, log_level.value
     )
     run(generate_answers(args), log_level)
 
@@ -213,6 +215,9 @@ def instance(
     instance_type: Annotated[InstanceType | None, typer.Option(help="Needed if the file does not have it.")] = None,
     host: Annotated[str | None, typer.Option(help="Where it serves, and where others reach it.")] = None,
     port: Annotated[int | None, typer.Option(min=0, max=65535)] = None,
+    register: Annotated[
+        list[str] | None, typer.Option(metavar="HOST:PORT", help="Of a scheduler that is to use it. May be repeated.")
+    ] = None,
     log_level: LogLevelOption = LogLevel.INFO,
 ) -> None:
     """Run one instance of a deployment."""
@@ -220,7 +225,7 @@ def instance(
 
     own = {"instance_type": instance_type and instance_type.value, "host": host, "port": port}
     given = {name: value for name, value in own.items() if value is not None}
-    run(serve_instance(InstanceArgs(config, instance_id, log_level.value, given)), log_level)
+    run(serve_instance(InstanceArgs(config, instance_id, log_level.value, given, register or [])), log_level)
 
 
 @app.command()
@@ -229,6 +234,59 @@ def scheduler(config: ConfigOption, log_level: LogLevelOption = LogLevel.INFO) -
     from hbserve_scheduler.__main__ import serve_config
 
     run(serve_config(config), log_level)
+
+
+ConnectOption = Annotated[str, typer.Option(metavar="HOST:PORT", help="Where its scheduler's RPC is.")]
+
+
+@app.command()
+def join(
+    address: Annotated[str, typer.Argument(metavar="HOST:PORT", help="Of an instance, which says itself what it is.")],
+    connect: ConnectOption,
+    keys: KeysOption = None,
+    log_level: LogLevelOption = LogLevel.WARNING,
+) -> None:
+    """Have a running deployment use an instance, also one that was told to drain or to leave."""
+    from hbserve import members
+
+    run(members.join(connect, keys, address), log_level)
+
+
+@app.command()
+def drain(
+    instance_id: Annotated[str, typer.Argument(metavar="ID")],
+    connect: ConnectOption,
+    keys: KeysOption = None,
+    leave: Annotated[bool, typer.Option("--leave", help="Forget it when it has nothing left.")] = False,
+    within_s: Annotated[
+        float | None,
+        typer.Option("--within", metavar="SECONDS", help="Then move what it has elsewhere; with --leave."),
+    ] = None,
+    log_level: LogLevelOption = LogLevel.WARNING,
+) -> None:
+    """Give an instance no new requests, and wait until it has finished those that it has."""
+    from hbserve import members
+
+    run(members.drain(members.DrainArgs(connect, keys, instance_id, leave, within_s)), log_level)
+
+
+@app.command()
+def reload(connect: ConnectOption, keys: KeysOption = None, log_level: LogLevelOption = LogLevel.WARNING) -> None:
+    """Have a scheduler read its file again: instances that are new join, those that are gone leave."""
+    from hbserve import members
+
+    run(members.reload(connect, keys), log_level)
+
+
+@app.command()
+def keys(
+    folder: Annotated[Path, typer.Argument(help="Where the files are, or are to be.")],
+    rotate: Annotated[Rotation | None, typer.Option(help="A step to other keys, without a stop.")] = None,
+    log_level: LogLevelOption = LogLevel.WARNING,
+) -> None:
+    """Make the keys by which the processes of a deployment know each other, or change them."""
+    with explaining(log_level):
+        write_keys(folder, rotate)
 
 
 @app.command()
@@ -242,18 +300,20 @@ def check(config: ConfigOption, log_level: LogLevelOption = LogLevel.WARNING) ->
 @app.command()
 def stats(
     connect: Annotated[str, typer.Option(metavar="HOST:PORT", help="Where its scheduler's RPC is.")],
+    keys: KeysOption = None,
     json: Annotated[bool, typer.Option("--json", help="All figures, for programs.")] = False,
     log_level: LogLevelOption = LogLevel.WARNING,
 ) -> None:
     """Show the figures of a running deployment."""
     from hbserve.stats import StatsArgs, show_stats
 
-    run(show_stats(StatsArgs(connect, json)), log_level)
+    run(show_stats(StatsArgs(connect, keys, json)), log_level)
 
 
 @app.command()
 def top(
     connect: Annotated[str, typer.Option(metavar="HOST:PORT", help="Where its scheduler's RPC is.")],
+    keys: KeysOption = None,
     once: Annotated[bool, typer.Option("--once", help="Look for a second, print, and end.")] = False,
     json: Annotated[bool, typer.Option("--json", help="With --once: for programs.")] = False,
     log_level: LogLevelOption = LogLevel.ERROR,
@@ -261,12 +321,13 @@ def top(
     """Watch a running deployment: instances, links, latencies, and the last requests."""
     from hbserve.top import TopArgs, show_top
 
-    run(show_top(TopArgs(connect, once, json)), log_level)
+    run(show_top(TopArgs(connect, keys, once, json)), log_level)
 
 
 @app.command()
 def trace(
     connect: Annotated[str, typer.Option(metavar="HOST:PORT", help="Where its scheduler's RPC is.")],
+    keys: KeysOption = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="Gzipped JSON, which Perfetto opens.")] = Path(
         "trace.json.gz"
     ),
@@ -277,7 +338,7 @@ def trace(
     """Write a timeline of the requests of a running deployment."""
     from hbserve.trace import TraceArgs, write_trace
 
-    run(write_trace(TraceArgs(connect, request_id, last_s, output)), log_level)
+    run(write_trace(TraceArgs(connect, keys, request_id, last_s, output)), log_level)
 
 
 app.add_typer(bench, name="bench")

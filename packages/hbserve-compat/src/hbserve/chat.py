@@ -12,6 +12,7 @@ from typing import Any, TextIO
 
 from hbserve.chat_client import ChatClient
 from hbserve.demo_model import find_model_folder
+from hbserve.start_notice import telling_at_terminal
 from hbserve.text_request import TextRequest
 from hbserve.tokenizer import encode_messages, require_tokenizer_of
 from hbserve_rpc import SamplingParams
@@ -61,7 +62,9 @@ async def _starting(args: ChatArgs, stack: AsyncExitStack) -> Answer:
     config.model_path = await find_model_folder(args.model or config.model_path)
     require_tokenizer_of(config.model_path)
     sys.stderr.write("hbserve: starting a prefill and a decode instance\n")
-    llm = await stack.enter_async_context(DisaggregatedLLM(config, log_level=args.log_level))
+    llm = DisaggregatedLLM(config, log_level=args.log_level)
+    async with telling_at_terminal(llm.waiting_for):
+        await stack.enter_async_context(llm)
 
     async def answer(messages: list[Message]) -> AsyncIterator[str]:
         prompt = encode_messages(llm.tokenizer, messages)

@@ -5,6 +5,7 @@ import contextlib
 import json
 import logging
 import os
+import re
 import signal
 import sys
 import time
@@ -27,6 +28,15 @@ MOST_RESTARTS = 5
 FIRST_RESTART_S, LONGEST_RESTART_S = 0.5, 30.0
 """Pause before the first of them; each is twice as long as the one before."""
 STEADY_S = 60.0
+LOG_LINE = re.compile(r"\d{4}-\d\d-\d\d [\d:,]+ (DEBUG|INFO|WARNING|ERROR|CRITICAL) ([\w.]+): (.*)", re.DOTALL)
+"""As every process of this workspace writes it when it is alone."""
+
+
+def level_of_application() -> str:
+    """Name of the level that it has set for this package: the next one below, if it is none of the usual."""
+    level = logging.getLogger("hbserve").getEffectiveLevel()
+    known = ("CRITICAL", "ERROR", "WARNING", "INFO", "DEBUG")
+    return next((name for name in known if logging.getLevelNamesMapping()[name] <= level), "DEBUG")
 
 
 class Restarts:
@@ -194,6 +204,16 @@ class ChildProcess:
             self._last_lines.append(text)
             if text.startswith(f"{self.name}: "):
                 continue  # why it ends, in its own words: whoever hears of the end hears that too
+            self._tell(text)
+
+    def _tell(self, text: str) -> None:
+        """A line of its log goes through the logging of this process, which has a format and levels of its own. What is
+        none, a traceback for example, goes to stderr as it is."""
+        if (found := LOG_LINE.fullmatch(text)) is not None:
+            level, name, message = found.groups()
+            message = message.removeprefix(f"{self.name}: ")  # which is said once
+            logging.getLogger(name).log(logging.getLevelNamesMapping()[level], "[%s] %s", self.name, message)
+        else:
             _tell(f"[{self.name}] {text}\n")
 
     async def _watch(self) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from dataclasses import MISSING, fields
 from enum import StrEnum
+from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
 import typer
@@ -25,6 +26,10 @@ class LogLevel(StrEnum):
 
 
 LogLevelOption = Annotated[LogLevel, typer.Option("--log-level", case_sensitive=False)]
+KeysOption = Annotated[
+    Path | None,
+    typer.Option("--keys", envvar="HBSERVE_KEYS", help="Folder of client.key, where the scheduler has keys."),
+]
 
 
 def taking(args: type[Any], job: Callable[..., None]) -> Callable[..., None]:

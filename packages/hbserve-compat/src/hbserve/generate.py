@@ -5,7 +5,7 @@ import io
 import sys
 from collections import Counter
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from hbserve.progress import progress_bar
 from hbserve.prompts import read_prompts
 from hbserve.remote import remote_scheduler
 from hbserve.results import GenerationResult, Timings
+from hbserve.start_notice import telling_at_terminal
 from hbserve.text_request import Scheduler, TextRequest, answer_all, check_all
 from hbserve.tokenizer import encode_message, load_tokenizer, require_tokenizer_of
 from hbserve_rpc import SamplingParams
@@ -36,6 +37,7 @@ class GenerateArgs:
     """Keywords of SamplingParams."""
     kv_transfer_backend: str | None
     connect: str | None
+    keys: Path | None
     log_level: str
 
 
@@ -124,7 +126,10 @@ async def _started(args: GenerateArgs) -> AsyncIterator[tuple[Scheduler, Any]]:
         config.kv_transfer_backend = args.kv_transfer_backend
     config.model_path = await find_model_folder(config.model_path)
     require_tokenizer_of(config.model_path)
-    async with DisaggregatedLLM(config, log_level=args.log_level) as llm:
+    llm = DisaggregatedLLM(config, log_level=args.log_level)
+    async with AsyncExitStack() as stack:
+        async with telling_at_terminal(llm.waiting_for):
+            await stack.enter_async_context(llm)
         yield llm.scheduler, llm.tokenizer
 
 
@@ -133,7 +138,7 @@ async def _connected(args: GenerateArgs) -> AsyncIterator[tuple[Scheduler, Any]]
     for name in ("config", "kv_transfer_backend"):
         if getattr(args, name) is not None:
             raise ConfigError(f"--{name.replace('_', '-')}={getattr(args, name)}: not with --connect, where it is set")
-    async with remote_scheduler(args.connect or "") as (scheduler, info):
+    async with remote_scheduler(args.connect or "", args.keys) as (scheduler, info):
         if not info.ready:
             sys.stderr.write(f"not all instances of the scheduler at {scheduler.address} are ready; its log says why\n")
         folder = args.model or Path(info.model_path)

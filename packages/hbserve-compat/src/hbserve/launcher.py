@@ -37,7 +37,9 @@ def instance_settings(
 
     The instances of the same machine, whatever each `host` calls it, share its cores and its GPUs.
     """
-    neighbours = [each for each in config.gpu_instances if _same_machine(each.host, instance.host)]
+    named = config.named_instances
+    several = named if instance in named else [*named, instance]
+    neighbours = [each for each in several if _same_machine(each.host, instance.host)]
     shared = config.engine_settings()
     return msgspec.structs.asdict(shared) | {
         "instance_id": instance.instance_id,
@@ -59,13 +61,15 @@ def instance_settings(
 
 def launch_keys(config: DeploymentConfig) -> Mapping[Party, Keys]:
     """Of a scheduler and the instances that it starts: the deployment's, or else some that nobody else ever has. None
-    where this ZeroMQ has no CURVE and nobody has asked for keys.
+    where this ZeroMQ has no CURVE and nobody has asked for keys, and for instances that others start.
 
     Raises:
         KeysError: (a ValueError) a file of the deployment's keys cannot be used.
     """
-    if config.keys is not None:
-        return {party: load_keys(config.keys, party) for party in ("scheduler", "instance")}
+    if config.security.keys is not None:
+        return {party: load_keys(config.security.keys, party) for party in ("scheduler", "instance")}
+    if any(each.discover for each in config.gpu_instances):  # whoever has started them knows no keys that are made here
+        return {}
     return make_keys() if has_curve() else {}
 
 
@@ -80,7 +84,7 @@ def tensor_parallel_sizes(config: DeploymentConfig) -> set[int]:
 
 def local_instances(config: DeploymentConfig) -> list[InstanceSection]:
     """Those of a deployment whose host is this machine. May ask a name server."""
-    return [each for each in config.gpu_instances if is_here(each.host)]
+    return [each for each in config.named_instances if is_here(each.host)]
 
 
 def num_ranks(config: DeploymentConfig, instance: InstanceSection) -> int:
@@ -142,6 +146,6 @@ class LocalInstances(ChildProcesses[InstanceProcess]):
     ) -> None:
         settings = (
             instance_settings(config, each, model_folder, log_level=log_level, keys=keys)
-            for each in config.gpu_instances
+            for each in config.named_instances
         )
         super().__init__((partial(InstanceProcess, each) for each in settings), on_death)

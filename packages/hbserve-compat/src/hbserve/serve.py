@@ -28,6 +28,7 @@ from hbserve.launcher import (
 )
 from hbserve.pd_disagg.config import PdDisaggConfig
 from hbserve.servable import require_servable
+from hbserve.start_notice import missing, telling
 from hbserve_rpc import InvalidAddress, check_peer_host, own_process
 from hbserve_scheduler import (
     ConfigError,
@@ -40,6 +41,8 @@ from hbserve_scheduler import (
     load_config,
 )
 from hbserve_scheduler.config import ServerSection
+from hbserve_scheduler.declared import DeclaredInstances
+from hbserve_scheduler.discovery import DnsName
 from hbserve_scheduler.security import deployment_keys, require_keys
 
 if TYPE_CHECKING:  # it imports the web server's libraries, which nothing else needs
@@ -91,7 +94,7 @@ async def serve_all(args: ServeArgs) -> None:
     """
     config = args.deployment()
     require_keys(config, launched=True)
-    sys.stderr.write(f"hbserve: starting {', '.join(each.instance_id for each in config.gpu_instances)}\n")
+    sys.stderr.write(f"hbserve: starting {', '.join(each.instance_id for each in config.named_instances)}\n")
     ending = Ending()
     front_end = _front_end(config.server, args.log_level, ending)
     try:
@@ -100,7 +103,8 @@ async def serve_all(args: ServeArgs) -> None:
         folder = await find_model_folder(config.model.path)
         require_servable(folder, config.engine_settings().load_format, tensor_parallel_sizes(config))
         with _instances(config, folder, args) as instances:
-            await _Deployment(config, folder, front_end, instances, ending).run()
+            reload = None if args.config is None else args.deployment
+            await _Deployment(config, folder, front_end, instances, ending, reload).run()
     finally:
         if front_end is not None:
             await front_end.stop()
@@ -141,7 +145,9 @@ class _Deployment:
         front_end: "FrontEnd | None",
         make_instances: MakeInstances,
         ending: Ending,
+        reload: Callable[[], DeploymentConfig] | None,
     ) -> None:
+        """reload: reads the file again."""
         self._config = config
         self._folder = folder
         self._name = demo_model.model_name(config.model.path, folder)
@@ -150,7 +156,9 @@ class _Deployment:
         self._scheduler = CpuScheduler(config.scheduler, model_path=str(folder))
         self._scheduler.use_keys(keys.get("scheduler"))
         # Its clients know the deployment's keys, and no others.
-        self._server = SchedulerServer(self._scheduler, keys=keys["scheduler"] if config.keys is not None else None)
+        of_clients = keys["scheduler"] if config.security.keys is not None else None
+        self._server = SchedulerServer(self._scheduler, keys=of_clients)
+        self._server.declared = DeclaredInstances(self._server.members, config, reload, starts_its_own=True)
         self._instances = make_instances(on_death=self._on_death, keys=keys.get("instance"))
         self._ending = ending
         self._is_ready = False
@@ -191,6 +199,10 @@ class _Deployment:
             raise InstanceFailed(self._ending.deaths[0])
 
     async def _start(self) -> None:
+        async with telling(lambda: missing(self._instances.processes, self._scheduler), logger.info):
+            await self._start_all()
+
+    async def _start_all(self) -> None:
         await self._instances.start()
         for process in self._instances.processes:
             await self._scheduler.add_instance(process.instance_id, process.role, process.address)
@@ -208,11 +220,12 @@ class _Deployment:
     def _how_to_ask(self, front_end: "FrontEnd") -> str:
         """Three lines: what runs where, and how to ask it."""
         infos = self._scheduler.info().instances
-        places = ", ".join(f"{each.instance_id} on {each.device}" for each in infos)
+        places = ", ".join(f"{each.instance_id} on {each.device}" for each in infos) or "no instances yet"
+        kv = f"; KV over {infos[0].kv_backend}" if infos else ""
         url = front_end.url
         question = '{"messages": [{"role": "user", "content": "What is the capital of France?"}], "temperature": 0}'
         return (
-            f"{self._name}: {places}; KV over {infos[0].kv_backend}; RPC at {self._server.address}\n"
+            f"{self._name}: {places}{kv}; RPC at {self._server.address}\n"
             f"OpenAI's API at {url}/v1, model {front_end.model_name!r}; a page to chat at {url}/\n"
             f"curl {url}/v1/chat/completions -H 'Content-Type: application/json' -d '{question}'\n"
         )
@@ -228,19 +241,24 @@ class InstanceArgs:
     given: dict[str, Any] = field(default_factory=dict)
     """Keys of gpu_instances that were given; they go before the file's. With `instance_type` the file need not have the
     instance at all: where instances are found by a name, each has its id and its address from whoever starts it."""
+    schedulers: list[str] = field(default_factory=list)
+    """Addresses of those that it registers itself with."""
 
     def deployment(self) -> tuple[DeploymentConfig, InstanceSection]:
         """The file's, and the instance, which is one of it. Raises ConfigError."""
         config = load_config(self.config)
-        in_file = {each.instance_id: each for each in config.gpu_instances}
+        in_file = {each.instance_id: each for each in config.named_instances}
         if self.instance_id in in_file:
             instance = msgspec.structs.replace(in_file[self.instance_id], **self.given)
             instances = [instance if each.instance_id == self.instance_id else each for each in config.gpu_instances]
         elif "instance_type" in self.given:
-            instance = InstanceSection(instance_id=self.instance_id, **self.given)
+            role = self.given["instance_type"]
+            found = [each.discover for each in config.gpu_instances if each.discover and each.instance_type == role]
+            known = {"port": DnsName.of(found[0]).port} if found else {}
+            instance = InstanceSection(instance_id=self.instance_id, **(known | self.given))
             instances = [instance]  # alone: nothing is known of what else this host has
         else:
-            names = ", ".join(in_file)
+            names = ", ".join(in_file) or "none that has an id"
             raise ConfigError(
                 f"--instance-id={self.instance_id!r}: {self.config} has {names}; give --instance-type too"
             )
@@ -268,4 +286,4 @@ async def serve_instance(args: InstanceArgs) -> None:
     keys = deployment_keys(config, "instance")
     folder = await find_model_folder(config.model.path)
     settings = instance_settings(config, instance, folder, log_level=args.log_level, keys=keys)
-    await run_instance(msgspec.convert(settings, InstanceConfig))
+    await run_instance(msgspec.convert(settings | {"schedulers": args.schedulers}, InstanceConfig))

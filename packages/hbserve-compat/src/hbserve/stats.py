@@ -4,6 +4,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import accumulate
+from pathlib import Path
 
 import msgspec
 
@@ -26,12 +27,13 @@ class StatsArgs:
     """The command's arguments."""
 
     connect: str
+    keys: Path | None
     json: bool
 
 
 async def show_stats(args: StatsArgs) -> None:
     """Raises ConfigError, NotReady, and what the scheduler says."""
-    async with remote_scheduler(args.connect) as (scheduler, _):
+    async with remote_scheduler(args.connect, args.keys) as (scheduler, _):
         stats = await scheduler.fetch_stats()
     lines = [msgspec.json.format(msgspec.json.encode(stats)).decode()] if args.json else _lines(stats)
     sys.stdout.writelines(f"{line}\n" for line in lines)

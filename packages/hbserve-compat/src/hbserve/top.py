@@ -3,6 +3,7 @@
 import asyncio
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import msgspec
 
@@ -22,6 +23,7 @@ class TopArgs:
     """The command's arguments."""
 
     connect: str
+    keys: Path | None
     once: bool
     json: bool
 
@@ -43,7 +45,7 @@ async def show_top(args: TopArgs) -> None:
     """Raises ConfigError, NotReady, and what the scheduler says."""
     if args.json and not args.once:
         raise ConfigError("--json is of --once: the live view is for people")
-    async with remote_scheduler(args.connect) as (scheduler, _):
+    async with remote_scheduler(args.connect, args.keys) as (scheduler, _):
         watched = WatchedRemote(scheduler)
         if not args.once:
             await _live(watched)

@@ -50,6 +50,7 @@ class TraceArgs:
     """The command's arguments."""
 
     connect: str
+    keys: Path | None
     request_id: str
     last_s: float
     path: Path
@@ -57,7 +58,7 @@ class TraceArgs:
 
 async def write_trace(args: TraceArgs) -> None:
     """`hbserve trace`. Raises ConfigError, NotReady, OSError, and what the scheduler says."""
-    async with remote_scheduler(args.connect) as (scheduler, _):
+    async with remote_scheduler(args.connect, args.keys) as (scheduler, _):
         records = await scheduler.fetch_records(args.last_s, args.request_id)
     if args.request_id and not records:
         raise ConfigError(f"--request={args.request_id!r}: the scheduler remembers no such request of the last while")

@@ -6,7 +6,7 @@ import msgspec
 
 from hbserve_core.errors import InvalidInstanceConfig
 from hbserve_kv.config import KVTransferConfig
-from hbserve_rpc import InvalidAddress, Keys, check_peer_host
+from hbserve_rpc import InvalidAddress, Keys, check_peer_host, parse_address
 from hbserve_rpc.messages import Role
 from hbserve_rpc.settings import NOT_NEGATIVE, PORT, EngineSettings, out_of_bounds
 
@@ -38,6 +38,8 @@ class InstanceConfig(  # type: ignore[misc]  # EngineSettings are not frozen, be
     """Where its RPC server listens and is dialled: an IP address without brackets, or a name; no wildcard."""
     port: Annotated[int, PORT] = 0
     """Port of the instance's RPC server; 0 lets the OS choose."""
+    schedulers: tuple[str, ...] = ()
+    """`host:port` of those that it registers itself with, once it serves."""
     kv_rank: Annotated[int, NOT_NEGATIVE] = 0
     kv_transfer: KVTransferConfig = msgspec.field(default_factory=KVTransferConfig)
     keys: Keys | None = None
@@ -52,5 +54,10 @@ class InstanceConfig(  # type: ignore[misc]  # EngineSettings are not frozen, be
             check_peer_host(self.host)
         except InvalidAddress as error:
             raise InvalidInstanceConfig(f"host={error}") from None
+        try:
+            for scheduler in self.schedulers:
+                parse_address(scheduler)
+        except InvalidAddress as error:
+            raise InvalidInstanceConfig(f"schedulers: {error}") from None
         if self.log_level not in LOG_LEVELS:
             raise InvalidInstanceConfig(f"log_level={self.log_level!r}: expected one of {', '.join(LOG_LEVELS)}")

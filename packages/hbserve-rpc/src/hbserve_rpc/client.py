@@ -28,6 +28,8 @@ R = TypeVar("R")
 LOOK_UP_TIMEOUT_S = 2.0
 LOOK_INTERVAL_S, LOOK_TIMEOUT_S = 0.1, 1.0
 """Of a server whose connection has ended."""
+DOUBT_BEATS, DOUBT_PART = 2, 1 / 3
+"""In doubt is a server that was silent for so many heartbeats, and for this part of the timeout."""
 
 
 class RpcClient:
@@ -59,8 +61,7 @@ class RpcClient:
         self._complaints = Complaints(logger)
         self.dropped_frames = 0
         """Messages that were undecodable, of an earlier life of the server, or for a call that has ended."""
-        self._interval_s = heartbeat_interval_s
-        self._timeout_s = heartbeat_timeout_s
+        self._interval_s, self._timeout_s = heartbeat_interval_s, heartbeat_timeout_s
         self._closed = False
         self._epoch: str | None = None
         self._last_heard_s = 0.0
@@ -77,6 +78,11 @@ class RpcClient:
         """Whether the server is still there, since the connection has ended."""
         self.on_lost: Callable[[PeerLost], None] = lambda why: None
         """Called, whether anything waits for the server or not, when it is known to have ended."""
+        self._doubt_s = max(DOUBT_BEATS * heartbeat_interval_s, DOUBT_PART * heartbeat_timeout_s)
+        self._is_in_doubt = False
+        self.on_doubt: Callable[[str], None] = lambda why: None
+        """Called with a reason when a server is silent or its connection has ended, and with "" when it is heard
+        again, unless it was lost meanwhile."""
         self._connection = ServerConnection(address, keys, server, self._receive, self._connection_changed)
         self.problem = ""
         """Why nobody may be answering, as the end of a sentence; "" once somebody has answered."""
@@ -193,7 +199,7 @@ class RpcClient:
             self.send(wire.Credits(next(self._ids), counts))
 
     def _hello(self) -> None:
-        self.send(wire.Hello(wire.PROTOCOL_VERSION, min(self._timeout_s, wire.LONGEST_SILENCE_S)))
+        self.send(wire.Hello(wire.PROTOCOL_VERSION, min(self._timeout_s, wire.LONGEST_SILENCE_S), wire.OLDEST_VERSION))
 
     def forget(self, id_: int) -> bool:
         """Wait no longer for this id. Returns whether the server might still be working on it."""
@@ -208,6 +214,8 @@ class RpcClient:
             self._complaints.add("dropped a message from %s that is not of this protocol", self.address)
             return
         self._last_heard_s = time.monotonic()
+        if self._is_in_doubt:
+            self._set_doubt("")
         self._handle(envelope, body)
 
     def _handle(self, envelope: wire.FromServer, body: bytes) -> None:
@@ -264,17 +272,27 @@ class RpcClient:
             now_s = time.monotonic()
             own_pause_s = wire.own_pause(checked_s, now_s, self._interval_s)
             checked_s = now_s
+            self._last_heard_s += own_pause_s
+            if self._epoch is not None and now_s - self._last_heard_s > self._doubt_s:
+                self._set_doubt(f"it was silent for {now_s - self._last_heard_s:.1f} s")
             for pending in list(self._waiting.values()):
-                pending.since_s = max(self._last_heard_s, pending.since_s) + own_pause_s
+                pending.since_s = max(self._last_heard_s, pending.since_s + own_pause_s)
                 silent_s = now_s - pending.since_s
                 if silent_s > self._timeout_s:
                     silent = f"was silent for {silent_s:.1f} s during {pending.method}{self.problem}"
                     pending.fail(PeerLost(f"{self.address} {silent}"))
                     self.send(wire.Close(pending.id))  # a frozen server reads it when it goes on
 
+    def _set_doubt(self, why: str) -> None:
+        if bool(why) != self._is_in_doubt:
+            self._is_in_doubt = bool(why)
+            self.on_doubt(why)
+
     def _connection_changed(self) -> None:
         is_there, refusal = self._connection.is_there, self._connection.refusal
         was_there, was_refused = self._was_there, self._was_refused
+        if not is_there and self._epoch is not None:
+            self._set_doubt("its connection has ended")
         self._was_there, self._was_refused = is_there, refusal
         was_looking = self._looking is not None
         self._stop_looking()
@@ -311,6 +329,7 @@ class RpcClient:
         self._hello()  # before what is asked from now on, which waits for the next life
 
     def _lose(self, lost: PeerLost) -> None:
+        self._is_in_doubt = False
         self._fail_all(lost)
         self.on_lost(lost)
 

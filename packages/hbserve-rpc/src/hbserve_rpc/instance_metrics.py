@@ -1,8 +1,9 @@
 """Metrics of instances, of their stats: an instance tells its own, and a scheduler or a server those of all."""
 
 from collections.abc import Iterator, Sequence
+from typing import get_args
 
-from hbserve_rpc.messages import InstanceStats
+from hbserve_rpc.messages import InstanceStats, InstanceStatus
 from hbserve_rpc.metrics_text import Family
 
 LABELS = ["instance_id", "role"]
@@ -33,18 +34,21 @@ COUNTERS = {
 
 def instance_metrics(instances: Sequence[InstanceStats]) -> Iterator[Family]:
     up = Family("hbserve:instance_up", "gauge", "1 while it is ready.", LABELS)
+    is_in = Family("hbserve:instance_state", "gauge", "1 for the state that it is in.", [*LABELS, "state"])
     tokens = Family("hbserve:iteration_tokens_total", "histogram", "Tokens computed in one step.", LABELS)
     lag = Family("hbserve:instance_event_loop_lag_seconds", "histogram", "How late it was.", LABELS)
     states = Family("hbserve:kv_blocks_by_state", "gauge", "Their sum is kv_blocks.", [*LABELS, "state"])
     for each in instances:
         of = each.instance_id, each.role
         up.add(int(each.status == "ready"), *of)
+        for status in get_args(InstanceStatus):
+            is_in.add(int(each.status == status), *of, status)
         for family, histogram in ((tokens, each.iteration_tokens), (lag, each.loop_lag)):
             if histogram is not None:
                 family.add_histogram(histogram, *of)
         for state, count in block_states(each).items():
             states.add(count, *of, state)
-    yield from (up, tokens, lag, states)
+    yield from (up, is_in, tokens, lag, states)
     for name, field in GAUGES.items():
         family = Family(f"hbserve:{name}", "gauge", f"Of each instance: {field}.", LABELS)
         for each in instances:

@@ -32,7 +32,7 @@ TokenLogprobs = dict[int, float]
 """Of one place: the log-probabilities of the most likely tokens, in order, and of the one that is there: if it is none
 of those, it comes last."""
 FinishReason = Literal["stop", "length", "abort"]
-InstanceStatus = Literal["starting", "ready", "draining", "failed", "unreachable"]
+InstanceStatus = Literal["starting", "ready", "suspect", "draining", "failed", "lost"]  # suspect, lost: others say so
 
 
 class Empty(msgspec.Struct, frozen=True, tag=True):
@@ -328,6 +328,8 @@ class SchedulerStats(msgspec.Struct, frozen=True, tag=True):
     """Of prompts that wait in the scheduler."""
     running_requests: int = 0
     retries: int = 0
+    refusals: int = 0
+    """Places that an instance would not give, having enough to do."""
     local_prefills: int = 0
     """Attempts in which a decode instance computed the prompt itself."""
     success_rate: float = 1.0

@@ -148,10 +148,8 @@ class RpcServer:
         self.port = int(socket.getsockopt_string(zmq.LAST_ENDPOINT).rpartition(":")[2])
 
     async def stop(self) -> None:
-        """End every call, notification and stream, and leave no task or socket behind. May be called twice.
-
-        Clients hear so at once.
-        """
+        """End every call, notification and stream, tell clients, and leave no task or socket behind. May be called
+        twice."""
         self._socket.stop_reading()
         for identity in self._clients:
             self._socket.say_last([identity, wire.encode(wire.Goodbye(epoch=self.epoch)), b""])
@@ -220,7 +218,7 @@ class RpcServer:
                     work.task.cancel()
 
     def _greet(self, identity: bytes, hello: wire.Hello) -> None:
-        if hello.version != wire.PROTOCOL_VERSION:
+        if not hello.is_understood():
             self._send(identity, wire.Refused(wire.PROTOCOL_VERSION, self.epoch))
             return
         if identity not in self._clients and len(self._clients) >= MOST_CLIENTS:

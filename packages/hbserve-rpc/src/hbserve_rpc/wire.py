@@ -1,7 +1,7 @@
 """Frames between an RpcClient and an RpcServer: an envelope and a body, one ZeroMQ frame each.
 
     client                                     server
-      Hello(version)             ──────▶
+      Hello(version, oldest)     ──────▶
                                  ◀──────       Welcome(version, epoch), or Refused(version)
       Call(id, method) + request ──────▶
                                  ◀──────       Reply(id) + reply, or Failed(id, code, message)
@@ -38,7 +38,10 @@ from hbserve_rpc.errors import (
     Unavailable,
 )
 
-PROTOCOL_VERSION = 7
+PROTOCOL_VERSION = 8
+OLDEST_VERSION = 8
+"""Of those that this side speaks. A release speaks the last one's too, so that a deployment can be replaced process by
+process; nothing has been released yet."""
 CREDIT = 64
 """Items that may be on their way in one stream."""
 MOST_FRAME_BYTES = 64 << 20
@@ -52,6 +55,12 @@ class Hello(msgspec.Struct, frozen=True, tag=True):
     version: int
     heartbeat_timeout_s: Annotated[float, msgspec.Meta(gt=0, le=LONGEST_SILENCE_S)]
     """The client's streams end when nothing came from it for so long."""
+    oldest: int = 0
+    """That the client speaks; 0: only `version`. The server is welcome to any between these, for it may be the older
+    side: what differs is then left to fields that have defaults, and to methods that are not served."""
+
+    def is_understood(self) -> bool:
+        return self.version >= OLDEST_VERSION and (self.oldest or self.version) <= PROTOCOL_VERSION
 
 
 class Call(msgspec.Struct, frozen=True, tag=True):

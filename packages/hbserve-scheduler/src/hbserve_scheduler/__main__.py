@@ -6,10 +6,11 @@ import logging
 import sys
 from pathlib import Path
 
-from hbserve_rpc import KeysError, format_address, own_process
+from hbserve_rpc import KeysError, own_process
 from hbserve_scheduler.config import DeploymentConfig
 from hbserve_scheduler.config_file import load_config
 from hbserve_scheduler.cpu_scheduler import CpuScheduler
+from hbserve_scheduler.declared import DeclaredInstances
 from hbserve_scheduler.errors import ConfigError
 from hbserve_scheduler.security import deployment_keys, require_keys
 from hbserve_scheduler.server import SchedulerServer
@@ -22,7 +23,7 @@ def check_ports(config: DeploymentConfig) -> None:
         ConfigError: an instance lets the OS choose its port.
     """
     for i, instance in enumerate(config.gpu_instances):
-        if instance.port == 0:
+        if instance.port == 0 and instance.discover is None:
             raise ConfigError(
                 f"gpu_instances[{i}].port=0: expected 1 to 65535, because the scheduler is a process of its own and "
                 "must know where to dial"
@@ -34,6 +35,12 @@ def _told_to_clients(model_path: str | None) -> str:
     return str(Path(model_path).absolute()) if model_path and not model_path.startswith("~") else model_path or ""
 
 
+def _load(path: str | Path) -> DeploymentConfig:
+    config = load_config(path)
+    check_ports(config)
+    return config
+
+
 async def serve_config(path: str | Path) -> None:
     """Schedule what a configuration file describes, until SIGTERM, SIGINT or SIGHUP.
 
@@ -42,19 +49,16 @@ async def serve_config(path: str | Path) -> None:
         KeysError: the keys that it names cannot be used.
         AddressInUse: scheduler.host and scheduler.port are taken.
     """
-    config = load_config(path)
-    check_ports(config)
+    config = _load(path)
     require_keys(config, launched=False)
     keys = deployment_keys(config, "scheduler")
     stop = asyncio.Event()
     with own_process.on_ending_signals(lambda _: stop.set()):
         scheduler = CpuScheduler(config.scheduler, model_path=_told_to_clients(config.model.path))
         scheduler.use_keys(keys)
-        for instance in config.gpu_instances:
-            await scheduler.add_instance(
-                instance.instance_id, instance.instance_type, format_address(instance.host, instance.port)
-            )
-        await SchedulerServer(scheduler, keys=keys).serve_until(stop)
+        server = SchedulerServer(scheduler, keys=keys)
+        server.declared = DeclaredInstances(server.members, config, lambda: _load(path))
+        await server.serve_until(stop)
 
 
 def main() -> int:

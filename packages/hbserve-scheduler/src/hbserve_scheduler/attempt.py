@@ -2,11 +2,12 @@
 
 import asyncio
 import contextlib
+import logging
 import uuid
 from collections.abc import Coroutine, Iterator
 from typing import Any
 
-from hbserve_rpc import EngineFailed, HBServeRpcError, InvalidRequest, PeerDied, PeerLost, RemoteError
+from hbserve_rpc import EngineFailed, HBServeRpcError, InvalidRequest, Overloaded, PeerDied, PeerLost, RemoteError
 from hbserve_rpc.counts import LinkCounts
 from hbserve_rpc.messages import (
     DECODE,
@@ -28,8 +29,10 @@ from hbserve_scheduler.instance_client import InstanceStream
 from hbserve_scheduler.instances import InstanceHandle, Placement
 from hbserve_scheduler.request import ScheduledRequest
 
-VERDICT_TIMEOUT_S = 0.5
-"""How long the failure of one leg waits for what the other leg has to say."""
+logger = logging.getLogger(__name__)
+
+VERDICT_TIMEOUT_S = 0.08
+"""How long the failure of one leg waits for what the other leg has to say. Then that is cancelled: within 0.1 s."""
 
 
 class Attempt:
@@ -62,12 +65,20 @@ class Attempt:
         except HBServeRpcError as error:
             self._end_transfer("failed")
             self._record.error = str(error)
-            self._entry.was_on += self._lives
+            self._debug("failed: %s", error)
+            if not isinstance(error, Overloaded):  # who refuses has not computed it
+                self._entry.was_on += self._lives
             self._entry.num_tried = self._entry.num_delivered
             raise
         finally:
             self._end_transfer("aborted")
             self._record.ended_s = self._entry.since_submit_s()
+
+    def _debug(self, what: str, *details: object) -> None:
+        """By phase: where a request is that has not ended."""
+        if logger.isEnabledFor(logging.DEBUG):
+            at = self._entry.request.request_id, len(self._entry.attempts), 1e3 * self._entry.since_submit_s()
+            logger.debug(f"request %s, attempt %d, %.1f ms: {what}", *at, *details)
 
     def _end_transfer(self, outcome: str) -> None:
         """Unless it has ended already."""
@@ -80,6 +91,7 @@ class Attempt:
         self._lives = [(handle, handle.epoch) for handle in (place.prefill, place.decode) if handle is not None]
         self._record.decode_instance = place.decode.instance_id
         self._record.prefill_instance = (place.prefill or place.decode).instance_id
+        self._debug("placed on %s and %s", self._record.prefill_instance, self._record.decode_instance)
         if place.prefill is None:
             entry.figures.num_local_prefills += place.decode.role == "decode"
             await self._alone(place.decode)
@@ -138,6 +150,7 @@ class Attempt:
         self._entry.deliver(event)
         if self._record.first_token_s is None and event.token_ids:
             self._record.first_token_s = self._entry.since_submit_s()
+            self._debug("first token")
 
     def _expect_end(self) -> None:
         """Raises RemoteError: the stream ended, but the request has not."""
@@ -178,6 +191,7 @@ class Attempt:
         self._record.granted_s = self._entry.since_submit_s()
         self._moving = self._entry.figures.link(self._record.prefill_instance, self._record.decode_instance)
         self._moving.active += 1
+        self._debug("room on %s, %d tokens cached", self._record.decode_instance, granted.num_cached_tokens)
         self._placement.granted()
         self._entry.num_cached_tokens = granted.num_cached_tokens
         return granted.grant
@@ -275,6 +289,7 @@ class Attempt:
             self._moving.time_s += done.time_s
         self._end_transfer("completed")
         now_s = self._record.kv_moved_s = self._entry.since_submit_s()
+        self._debug("%d bytes of KV moved in %d parts, %.1f ms", done.num_bytes, done.num_parts, 1e3 * done.time_s)
         self._record.computed = [(now_s - each.age_s, each.count) for each in done.computed]
         self._record.pushed = [(now_s - each.age_s, each.count) for each in done.pushed]
 
@@ -290,6 +305,7 @@ class Attempt:
                         await self._first_token.wait()
                     if not self._decoding:
                         self._decoding, self._record.decoding_s = True, self._entry.since_submit_s()
+                        self._debug("decodes")
                     self._deliver(event)
                     if self._has_no_choice_left():
                         break
@@ -309,6 +325,9 @@ class Attempt:
         """Errors say whose they are; a lost instance is not used again until it has answered."""
         try:
             yield
+        except Overloaded as error:
+            instance.refused()
+            raise Overloaded(f"{instance.instance_id}: {error}", error.retry_after_s) from error
         except HBServeRpcError as error:
             self._entry.failed_on.add(instance.instance_id)
             self._doubt_link()

@@ -75,8 +75,11 @@ class CudaGraphSection(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class InstanceSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    instance_id: str
+    instance_id: str = ""
+    """Its name; none with `discover`."""
     instance_type: Role
+    discover: str | None = None
+    """dns:NAME:PORT: all instances of this type that answer at an address of this name, with ids of their own."""
     gpu_id: Annotated[int | None, NOT_NEGATIVE] = None
     """CUDA device; None shares the devices out by rank."""
     host: str = "127.0.0.1"
@@ -98,10 +101,10 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     port: Annotated[int, PORT] = 5550
     health_port: Annotated[int | None, PORT] = None
     """HTTP port for /health, /ready and /metrics; 0 lets the OS choose, None is none."""
-    prefill_policy: str = "least_loaded"
+    prefill_policy: str = "power_of_two"
     """Which instance takes the next request: round_robin, least_loaded, power_of_two, the name of an entry point in the
     group `hbserve_scheduler.policies`, or `module:Class`."""
-    decode_policy: str = "least_loaded"
+    decode_policy: str = "power_of_two"
     """Of hybrid instances too."""
     local_prefill_tokens: Annotated[int, NOT_NEGATIVE] = 0
     """A prompt of which fewer tokens than so many are not cached on a decode instance is computed there, and nothing is
@@ -175,6 +178,15 @@ class ServerSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     """Largest body of a request, in bytes or as a text like "16MiB"."""
 
 
+class SecuritySection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Who may reach the deployment's processes; the OpenAI server apart, which has API keys."""
+
+    keys: str | None = None
+    """Folder that `hbserve keys` has made: processes know each other by the keys that are in it."""
+    allow_insecure: bool = False
+    """Without keys, listen also where others than this host reach it."""
+
+
 class RaySection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Where `hbserve serve --ray` places instances; docs/ray.md says how."""
 
@@ -198,11 +210,13 @@ class DeploymentConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     engine: EngineSection = EngineSection()
     scheduler: SchedulerConfig = SchedulerConfig()
     server: ServerSection = ServerSection()
+    security: SecuritySection = SecuritySection()
     ray: RaySection = RaySection()
-    keys: str | None = None
-    """Folder that `hbserve keys` has made: processes know each other by the keys that are in it."""
-    allow_insecure: bool = False
-    """Without keys, listen also where others than this host reach it."""
+
+    @property
+    def named_instances(self) -> list[InstanceSection]:
+        """Those that the file has one by one."""
+        return [each for each in self.gpu_instances if each.discover is None]
 
     def engine_settings(self) -> EngineSettings:
         """Settings of the sections as every instance takes them."""

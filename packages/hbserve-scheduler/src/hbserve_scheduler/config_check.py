@@ -12,6 +12,7 @@ from hbserve_rpc import InvalidAddress, InvalidRequest, canonical_host, check_ho
 from hbserve_rpc.plain_values import LARGEST_INT, plain_text, shown
 from hbserve_rpc.settings import PORT, out_of_bounds
 from hbserve_scheduler.config import DeploymentConfig, InstanceSection
+from hbserve_scheduler.discovery import DnsName
 from hbserve_scheduler.errors import ConfigError
 from hbserve_scheduler.policies import check_policy
 
@@ -91,7 +92,7 @@ def _sections(config: DeploymentConfig) -> Iterator[tuple[str, msgspec.Struct]]:
         section = getattr(config, name)
         if isinstance(section, msgspec.Struct):
             yield name, section
-        elif isinstance(section, list):
+        else:
             yield from ((f"{name}[{i}]", each) for i, each in enumerate(section))
 
 
@@ -124,12 +125,15 @@ def _check_ip_versions(config: DeploymentConfig) -> None:
 
 def _check_instances(instances: Sequence[InstanceSection]) -> None:
     for i, instance in enumerate(instances):
+        if instance.discover is not None:
+            _check_discovered(f"gpu_instances[{i}]", instance)
+            continue
         if not instance.instance_id:
             raise ConfigError(f"gpu_instances[{i}].instance_id='': expected a name")
         for j, other in enumerate(instances[:i]):
             for key in ("instance_id", "kv_rank", "port"):
                 value = getattr(instance, key)
-                same = value == getattr(other, key)
+                same = other.discover is None and value == getattr(other, key)
                 if key == "port":
                     same = same and value != 0 and canonical_host(instance.host) == canonical_host(other.host)
                 if same:
@@ -143,6 +147,18 @@ def _check_instances(instances: Sequence[InstanceSection]) -> None:
                 f"gpu_instances={[instance.instance_id for instance in instances]}: there is no {role} instance; "
                 "expected at least one prefill and one decode instance, or hybrid ones only"
             )
+
+
+def _check_discovered(path: str, instance: InstanceSection) -> None:
+    """Whoever is found says itself what it is."""
+    try:
+        DnsName.of(instance.discover or "")
+    except ConfigError as error:
+        raise ConfigError(f"{path}.discover={error}") from None
+    alone = InstanceSection(instance_type=instance.instance_type, discover=instance.discover)
+    for name in instance.__struct_fields__:
+        if (value := getattr(instance, name)) != getattr(alone, name):
+            raise ConfigError(f"{path}.{name}={shown(value)}: expected none with discover: who is found has its own")
 
 
 def _check_scheduler_port(config: DeploymentConfig) -> None:
@@ -175,6 +191,8 @@ def _check_kv_ports(config: DeploymentConfig) -> None:
         return
     scheduler = config.scheduler
     for i, instance in enumerate(config.gpu_instances):
+        if instance.discover is not None:
+            continue
         kv_port = config.kv_transfer.port + instance.kv_rank
         if not PORT.allow(kv_port):
             raise ConfigError(f"gpu_instances[{i}].kv_rank={instance.kv_rank}: kv_transfer.port + kv_rank is {kv_port}")

@@ -13,7 +13,6 @@ from hbserve_rpc import (
     HBServeRpcError,
     InvalidRequest,
     Keys,
-    LogitsNotFinite,
     Overloaded,
     RequestTimeout,
     RpcClient,
@@ -31,14 +30,11 @@ from hbserve_scheduler.fleet import Fleet
 from hbserve_scheduler.instance_client import ClientFactory
 from hbserve_scheduler.instances import Placement
 from hbserve_scheduler.request import EventStream, ScheduledRequest
-from hbserve_scheduler.retries import Retries
+from hbserve_scheduler.retries import Retries, require_another_attempt
 
 logger = logging.getLogger(__name__)
 
 TICK_S = 0.5
-MOST_DEATHS = 2
-"""Of instances that a request was on: one may have been killed, two tell of the request. See `Retries` for those that
-were there by chance."""
 
 
 class CpuScheduler:
@@ -308,17 +304,7 @@ class CpuScheduler:
             except HBServeRpcError as error:
                 if entry.finish_reason:  # all tokens are delivered; what failed afterwards changes nothing
                     return
-                if isinstance(error, InvalidRequest | LogitsNotFinite | RequestTimeout):
-                    raise  # another instance would say the same
-                problems.append(f"attempt {len(entry.attempts)}: {error}")
-                logger.warning("request %s: %s", entry.request.request_id, problems[-1])
-                self.figures.failed_attempts[type(error).__name__] += 1
-                if len(entry.deaths) >= MOST_DEATHS:
-                    died = " and ".join(entry.deaths)
-                    why = f"it was on {died} as they died, and is tried on no other: it may be what they died of"
-                    raise RequestFailed("; ".join([*problems, why])) from error
-                if len(entry.attempts) >= self.config.max_attempts:
-                    raise RequestFailed("; ".join(problems)) from error
+                require_another_attempt(entry, error, problems, self.config.max_attempts)
             finally:
                 placement.end()
             if entry.has_parted:
@@ -327,7 +313,6 @@ class CpuScheduler:
             placement = await self._next_placement(entry, problems)
 
     async def _next_placement(self, entry: ScheduledRequest, problems: Collection[str]) -> Placement:
-        self.figures.num_retries += 1
         placement = await self.retries.wait_for_place(entry, self.config.instance_wait_s)
         if placement is None:
             raise Unavailable("; ".join([*problems, self.fleet.why_nobody()]))
@@ -338,6 +323,7 @@ class CpuScheduler:
         moved = entry.kv_bytes, entry.kv_transfer_time_s
 
         async def follow(choice: ScheduledRequest) -> None:
+            self.figures.num_retries += 1
             try:
                 await self._attempts(choice, await self._next_placement(choice, problems), problems)
             finally:

@@ -3,7 +3,7 @@
 import logging
 import math
 from collections import Counter, deque
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any, get_args
 
 from hbserve_rpc.counts import HttpCounts, LinkCounts
@@ -48,7 +48,7 @@ class Figures:
     """Grows by what happens to requests; read by `CpuScheduler.stats`."""
 
     def __init__(self) -> None:
-        self.num_submitted = self.num_rejected = self.num_retries = self.num_local_prefills = 0
+        self.num_submitted = self.num_rejected = self.num_retries = self.num_refusals = self.num_local_prefills = 0
         self.prompt_tokens = 0
         """Of requests that have a first token."""
         self.output_tokens = 0
@@ -67,11 +67,15 @@ class Figures:
         """Of whoever serves this scheduler over HTTP, who counts it."""
         self.records: deque[RequestRecord] = deque(maxlen=MOST_RECORDS)
         """Requests that have ended, the last one at the end."""
+        self.on_record: Callable[[RequestRecord], None] | None = None
+        """Told of each request that has ended."""
         self._handoffs: deque[float] = deque(maxlen=RECENT_REQUESTS)
 
     def add(self, record: RequestRecord) -> None:
         """A request has ended."""
         self.records.append(record)
+        if self.on_record is not None:
+            self.on_record(record)
         self.ended[record.finish_reason or "error"] += 1
         if record.finish_reason is None:
             logger.warning("%s", record.describe())
@@ -104,6 +108,7 @@ class Figures:
             "aborted_requests": self.ended["abort"],
             "rejected_requests": self.num_rejected,
             "retries": self.num_retries,
+            "refusals": self.num_refusals,
             "local_prefills": self.num_local_prefills,
             "success_rate": completed / (completed + failed) if completed + failed else 1.0,
             "handoff": _summary(self._handoffs),

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import itertools
+import logging
 from collections.abc import Callable, Collection, Iterable, Iterator
 from itertools import islice
 from operator import attrgetter
@@ -12,7 +13,8 @@ from hbserve_rpc.messages import InstanceInfo, Role
 from hbserve_rpc.prompt_shape import PromptShape
 from hbserve_scheduler.config import SchedulerConfig
 from hbserve_scheduler.errors import ConfigError, InstanceFailed, NotReady
-from hbserve_scheduler.instance_client import ClientFactory
+from hbserve_scheduler.health import SERVING
+from hbserve_scheduler.instance_client import ClientFactory, InstanceClient
 from hbserve_scheduler.instances import InstanceHandle, Placement
 from hbserve_scheduler.links import Links
 from hbserve_scheduler.policies import (
@@ -38,6 +40,8 @@ class Fleet:
         self._config = config
         self._on_change = on_change
         self.client_factory = client_factory
+        self.on_members: Callable[[], None] = lambda: None
+        """Called when there is another one, one less, or one is drained."""
         self.links = Links(self.handles, config.max_warm_links)
         self._started = False
         self.prefixes = Prefixes()
@@ -67,18 +71,36 @@ class Fleet:
         if instance_id in self.handles:
             raise ConfigError(f"instance_id={instance_id!r}: is in use; each instance needs its own")
         handle = InstanceHandle(
-            instance_id, role, address, self._config, self._look, self._look_at_info, self.client_factory
+            instance_id, role, address, self._config, self._look, self._look_at_info, self.make_client
         )
         handle.turn = next(self._turns)
         self.handles[instance_id] = handle
+        self.on_members()
         if self._started:
             await handle.start()
 
     async def remove(self, instance_id: str) -> None:
         handle = self.handles.pop(instance_id)
-        handle.lost("it was removed")
+        handle.lost("it was removed", level=logging.INFO)
         self._available[handle.role].forget(handle)
+        self.on_members()
         await handle.close()
+
+    def drain(self, instance_id: str, epoch: str) -> None:
+        """Give it no new requests while it is in this life; with "", give it some again."""
+        handle = self.handles[instance_id]
+        if handle.health.drained != epoch:
+            handle.drain(epoch)
+            self.on_members()
+
+    def make_client(self, address: str) -> InstanceClient:
+        """A connection to an instance, which is not started."""
+        settings = self._config
+        return self.client_factory(
+            address,
+            heartbeat_interval_s=settings.heartbeat_interval_s,
+            heartbeat_timeout_s=settings.heartbeat_timeout_s,
+        )
 
     async def start(self) -> None:
         self._started = True
@@ -107,7 +129,7 @@ class Fleet:
     def limiting_infos(self) -> list[InstanceInfo]:
         """Of the ready instances, those that take the shortest prompts and the fewest tokens: what no other refuses."""
         if self._limiting is None:
-            ready = [handle.info for handle in self.handles.values() if handle.status == "ready" and handle.info]
+            ready = [handle.info for handle in self.handles.values() if handle.status in SERVING and handle.info]
             bounds = (attrgetter("max_prompt_len"), attrgetter("vocab_size"))
             self._limiting = [min(ready, key=bound) for bound in bounds] if ready else []
         return self._limiting
@@ -118,18 +140,18 @@ class Fleet:
         self._on_change()
 
     def _look_at_info(self, handle: InstanceHandle) -> None:
-        """It is ready, or not any more, or another life."""
+        """It is in another state, or another life."""
         self._limiting, self._roles_there, self._lacks_prefill = None, {}, None
         self._decodes = {each.epoch: each for each in self.handles.values() if each.role == "decode" and each.info}
         self._available[handle.role].look(handle)
         self.links.look()
 
     async def refresh(self) -> None:
-        """Ask every instance for its figures; one that does not answer soon keeps its last."""
+        """Ask every instance that is heard for its figures; one that does not answer soon keeps its last."""
+        heard = [handle for handle in self.handles.values() if handle.status not in ("lost", "suspect")]
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(REFRESH_TIMEOUT_S):
-                handles = self.handles.values()
-                await asyncio.gather(*(handle.refresh() for handle in handles), return_exceptions=True)
+                await asyncio.gather(*(handle.refresh() for handle in heard), return_exceptions=True)
 
     async def wait_ready(self, timeout_s: float) -> None:
         """Raises InstanceFailed at once when one says so, NotReady after `timeout_s`."""
@@ -251,9 +273,9 @@ class Fleet:
                     yield prefill, decode, is_there
 
     def may_serve(self, *, soon: bool = False) -> bool:
-        """Whether each role that a request needs has an instance that is ready; or, `soon`, is loading its model."""
+        """Whether each role that a request needs has an instance that serves; or, `soon`, is loading its model."""
         if soon not in self._roles_there:
-            statuses = ("ready", "starting") if soon else ("ready",)
+            statuses = (*SERVING, "starting") if soon else SERVING
             roles = {handle.role for handle in self.handles.values() if handle.status in statuses}
             able = "hybrid" in roles or {"prefill", "decode"} <= roles
             self._roles_there[soon] = able or ("decode" in roles and self._has_no_prefill())

@@ -32,6 +32,7 @@ class InstanceClient(Protocol):
     """As RpcClient, whose contracts these are."""
 
     on_lost: Callable[[PeerLost], None]
+    on_doubt: Callable[[str], None]
     problem: str
 
     async def start(self) -> None: ...

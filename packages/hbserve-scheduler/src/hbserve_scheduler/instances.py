@@ -7,10 +7,14 @@ import asyncio
 import logging
 from collections.abc import Callable
 
+import msgspec
+
 from hbserve_rpc import HBServeRpcError, PeerDied, PeerLost, RpcClient
-from hbserve_rpc.messages import DESCRIBE, STATS, Empty, InstanceInfo, InstanceStats, InstanceStatus, Role
+from hbserve_rpc.messages import STATS, Empty, InstanceInfo, InstanceStats, InstanceStatus, Role
+from hbserve_rpc.reports import REPORTS, InstanceReport, ReportsRequest
 from hbserve_scheduler.config import SchedulerConfig
-from hbserve_scheduler.instance_client import ClientFactory, InstanceClient
+from hbserve_scheduler.health import Health
+from hbserve_scheduler.instance_client import InstanceClient
 from hbserve_scheduler.outage import Outage
 
 logger = logging.getLogger(__name__)
@@ -18,12 +22,14 @@ logger = logging.getLogger(__name__)
 SPARE_PART = 10
 """One block in so many stays free of requests that are not granted yet."""
 MOST_DEATHS_KEPT = 32
+REFUSED_S = 0.1
+"""Who has refused a request has enough to do for so long."""
 SAY_AFTER_S = 5.0
 """A call that has no answer yet, to an instance that is not reached, is a failure after so long."""
 
 
 class InstanceHandle:
-    """Dials one instance and polls it. A lost one is polled on: it may come back, in a new epoch."""
+    """Dials one instance and hears its reports. A lost one is dialled on: it may come back, in a new epoch."""
 
     def __init__(
         self,
@@ -33,7 +39,7 @@ class InstanceHandle:
         config: SchedulerConfig,
         on_change: "Callable[[InstanceHandle], None]",
         on_info: "Callable[[InstanceHandle], None]",
-        client_factory: ClientFactory = RpcClient,
+        make_client: Callable[[str], InstanceClient] = RpcClient,
     ) -> None:
         """on_change: called when there may be more room than before; on_info: when `info` is another."""
         self.instance_id = instance_id
@@ -41,15 +47,16 @@ class InstanceHandle:
         self.address = address
         self.info: InstanceInfo | None = None
         self.last_stats: InstanceStats | None = None
-        self.problem = "it has not answered yet"
-        """Why it is not ready."""
-        self.load = 0
-        """Work that is with it: prompt tokens for a prefill instance, requests for others, each choice of these."""
+        self.health = Health()
+        self.load = self._load_of_others = 0
+        """Work that is with it: prompt tokens for a prefill instance, requests for others, each choice of these. Those
+        of other schedulers are in it, as of the last report."""
+        self.is_full = False
+        """It has just refused a request."""
         self.turn = 0
         """Drawn anew by the fleet whenever it gets a request: the lower, the longer ago."""
-        self.num_inflight = 0
-        self.num_pending = 0
-        """Requests that wait for room on a decode instance."""
+        self.num_inflight = self.num_pending = 0
+        """Prompts that are with a prefill instance; requests that wait for room on a decode instance."""
         self.num_given = self.tokens_given = 0
         """Requests, and tokens of them, that have ever been given to a decode instance."""
         self._given_at_report = 0, 0
@@ -58,23 +65,18 @@ class InstanceHandle:
         self.links: dict[str, bool] = {}
         """Of a prefill instance to decode instances, by their epoch: whether they are connected, or cannot be now.
         See links.py."""
-        self._config = config
-        self._on_info = on_info
-        self._on_change = on_change
-        self._client_factory = client_factory
-        self._polling: asyncio.Task[None] | None = None
+        self._config, self._make = config, make_client
+        self._on_info, self._on_change = on_info, on_change
+        self._following: asyncio.Task[None] | None = None
         self._outage: Outage | None = None
         """While it is not reached."""
         self.client = self._make_client()
 
     def _make_client(self) -> InstanceClient:
-        client = self._client_factory(
-            self.address,
-            heartbeat_interval_s=self._config.heartbeat_interval_s,
-            heartbeat_timeout_s=self._config.heartbeat_timeout_s,
-        )
+        client = self._make(self.address)
         # Whether anything waits for it or not: nobody else is to be sent there.
         client.on_lost = lambda lost: self._client_lost(client, lost)
+        client.on_doubt = lambda why: self._client_in_doubt(client, why)
         return client
 
     def _client_lost(self, client: InstanceClient, lost: PeerLost) -> None:
@@ -83,21 +85,26 @@ class InstanceHandle:
             # One that says goodbye was ended by somebody who knows: often by the Ctrl-C that ends this process too.
             self.lost(str(lost), has_died=has_died, level=logging.WARNING if has_died else logging.INFO)
 
+    def _client_in_doubt(self, client: InstanceClient, why: str) -> None:
+        if client is self.client:
+            self._look(self.health.doubted(why))
+
     async def start(self) -> None:
         self._outage = Outage(asyncio.get_running_loop().time())
         await self.client.start()
-        self.problem += self.client.problem
-        self._polling = asyncio.create_task(self._poll())
+        self.health.why += self.client.problem
+        self._following = asyncio.create_task(self._follow())
 
     async def close(self) -> None:
-        if self._polling is not None:
-            self._polling.cancel()
-            await asyncio.gather(self._polling, return_exceptions=True)
+        following, self._following = self._following, None
+        if following is not None:
+            following.cancel()
+            await asyncio.gather(following, return_exceptions=True)
         await self.client.close()
 
     @property
     def status(self) -> InstanceStatus:
-        return self.info.status if self.info is not None else "unreachable"
+        return self.health.state
 
     @property
     def epoch(self) -> str:
@@ -110,7 +117,7 @@ class InstanceHandle:
         last = self.last_stats
         if last is None or self.info is None:
             return InstanceStats(self.instance_id, self.role, self.status)
-        return last
+        return msgspec.structs.replace(last, status=self.status)
 
     def reports_room(self, num_tokens: int, num_choices: int = 1) -> bool:
         """Whether its last report leaves room for one more request, beside those that it was given since, and spare
@@ -125,14 +132,38 @@ class InstanceHandle:
         return left >= info.num_blocks // SPARE_PART and report.active_requests + num_requests <= info.max_num_seqs
 
     async def refresh(self) -> None:
-        """Ask it for its state now. Raises what `RpcClient.call` raises."""
-        timeout_s, client = self._config.heartbeat_timeout_s, self.client
-        info = await client.call(DESCRIBE, Empty(), timeout_s=timeout_s)
-        given = self.num_given, self.tokens_given
-        stats = await client.call(STATS, Empty(), timeout_s=timeout_s)
-        if client is not self.client:  # dropped meanwhile: this is what the dead one said
+        """Ask it for its figures now. Raises what `RpcClient.call` raises."""
+        given, client = (self.num_given, self.tokens_given), self.client
+        stats = await client.call(STATS, Empty(), timeout_s=self._config.heartbeat_timeout_s)
+        if client is self.client:  # else it was dropped meanwhile: this is what the dead one said
+            self.last_stats, self._given_at_report = stats, given
+
+    async def _follow(self, pause_s: float = 0.0) -> None:
+        """Hear what it says of itself, as soon as it is there, and until it is lost."""
+        await asyncio.sleep(pause_s)
+        complaint = asyncio.get_running_loop().call_later(SAY_AFTER_S, self._complain)
+        try:
+            async with self.client.stream(REPORTS, ReportsRequest(self._config.heartbeat_interval_s)) as reports:
+                async for report in reports:
+                    complaint.cancel()
+                    self._take(report)
+            self.lost("it has ended its reports")
+        except HBServeRpcError as error:
+            self.lost(str(error))
+        finally:
+            complaint.cancel()
+
+    def _take(self, report: InstanceInfo | InstanceReport) -> None:
+        if isinstance(report, InstanceInfo):
+            self._take_info(report)
             return
-        self.last_stats, self._given_at_report = stats, given
+        self.last_stats, self._given_at_report = report.stats, (self.num_given, self.tokens_given)
+        others = report.other_tokens if self.role == "prefill" else report.other_requests
+        self.load += others - self._load_of_others
+        self._load_of_others = others
+        self.changed()
+
+    def _take_info(self, info: InstanceInfo) -> None:
         if info.instance_id != self.instance_id or info.role != self.role:
             self.lost(
                 f"{self.address} is {info.role} instance {info.instance_id!r}, "
@@ -143,29 +174,52 @@ class InstanceHandle:
             silent_s = asyncio.get_running_loop().time() - self._outage.began_s
             logger.warning("%s at %s is reached, after %.0f s", self.instance_id, self.address, silent_s)
         self._outage = None
-        if self.info != info:
-            why = f": {info.error}" if info.error else ""
-            logger.info("%s at %s is %s%s", self.instance_id, self.address, info.status, why)
-        self.problem = info.error or f"it is {info.status}"
-        if self.info != info:
-            self._set_info(info)
+        self._set_info(info)
 
     def lost(self, why: str, *, has_died: bool = False, level: int = logging.WARNING) -> None:
         """It cannot be used until it answers again. `has_died`: its process has ended, and not in order."""
         if has_died:
             self.note_death(self.epoch)
         if self.info is not None:
-            logger.log(level, "%s at %s is lost: %s", self.instance_id, self.address, why)
             self._outage = Outage(asyncio.get_running_loop().time(), was_said=True)
-        self.problem = why
+            self.load -= self._load_of_others
+            self._load_of_others = 0
+            self._set_info(None)
+        self._look(self.health.lost(why), level=level)
         self._complain()
-        self._set_info(None)
+        if self._following is not None:  # whoever said so, it is to say anew what it is
+            self._following.cancel()
+            self._following = asyncio.create_task(self._follow(self._config.heartbeat_interval_s))
 
     def _set_info(self, info: InstanceInfo | None) -> None:
         if info is None or info.epoch != self.epoch:
             self.links.clear()
-        self.info = info
-        self._on_info(self)
+        is_another, self.info = info != self.info, info
+        if info is not None:
+            self._look(self.health.answers(info), is_another=is_another)
+
+    def drain(self, epoch: str) -> None:
+        """Give it no new requests while it is in this life; with "", give it some again."""
+        self._look(self.health.drain(epoch))
+
+    def _look(self, has_changed: bool, *, is_another: bool = False, level: int = logging.INFO) -> None:
+        """Its state, or what it says of itself, may have changed."""
+        if has_changed:
+            why = f": {self.health.why}" if self.health.why else ""
+            logger.log(level, "%s at %s is %s%s", self.instance_id, self.address, self.status, why)
+        if has_changed or is_another:
+            self._on_info(self)
+            self.changed()
+
+    def refused(self) -> None:
+        """It has more to do than its last report says, given by other schedulers: nothing more goes there for now."""
+        if not self.is_full:
+            self.is_full = True
+            asyncio.get_running_loop().call_later(REFUSED_S, self._may_be_asked)
+            self._on_change(self)
+
+    def _may_be_asked(self) -> None:
+        self.is_full = False
         self.changed()
 
     def changed(self) -> None:
@@ -193,21 +247,9 @@ class InstanceHandle:
             while len(self.died) > MOST_DEATHS_KEPT:
                 del self.died[next(iter(self.died))]
 
-    async def _poll(self) -> None:
-        while True:
-            client = self.client
-            complaint = asyncio.get_running_loop().call_later(SAY_AFTER_S, self._complain)
-            try:
-                await self.refresh()
-            except HBServeRpcError as error:
-                if client is self.client:
-                    self.lost(str(error))
-            finally:
-                complaint.cancel()
-            await asyncio.sleep(self._config.heartbeat_interval_s)
-
     def describe_problem(self) -> str:
-        return f"{self.instance_id} ({self.role}) at {self.address}: {self.problem}"
+        problem = self.health.why or f"it is {self.status}"
+        return f"{self.instance_id} ({self.role}) at {self.address}: {problem}"
 
 
 class Placement:

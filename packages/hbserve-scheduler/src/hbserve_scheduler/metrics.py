@@ -14,6 +14,7 @@ COUNTERS = {
     "requests_aborted": "aborted_requests",
     "requests_rejected": "rejected_requests",
     "request_retries": "retries",
+    "request_placements_refused": "refusals",
     "local_prefills": "local_prefills",
 }
 """Name of the metric, without prefix and suffix: field of the stats."""

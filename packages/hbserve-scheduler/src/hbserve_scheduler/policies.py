@@ -204,7 +204,7 @@ class Available(Sequence[InstanceHandle]):
 
     def look(self, handle: InstanceHandle) -> None:
         """To be called when it is there, or gone, or its load is another."""
-        if handle.status != "ready" or not self._has_room(handle):
+        if handle.status != "ready" or handle.is_full or not self._has_room(handle):
             self.forget(handle)
             return
         if handle not in self._place_of:

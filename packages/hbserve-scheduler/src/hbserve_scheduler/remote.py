@@ -3,6 +3,17 @@
 import asyncio
 
 from hbserve_rpc import HBServeRpcError, Keys, NotAllowed, RpcClient, RpcStream
+from hbserve_rpc.members import (
+    SCHEDULER_DRAIN,
+    SCHEDULER_JOIN,
+    SCHEDULER_MEMBERS,
+    SCHEDULER_RELOAD,
+    DrainRequest,
+    JoinRequest,
+    Member,
+    Members,
+    Reloaded,
+)
 from hbserve_rpc.messages import (
     SCHEDULER_ABORT,
     SCHEDULER_GENERATE,
@@ -16,6 +27,7 @@ from hbserve_rpc.messages import (
     GenerateRequest,
     InstanceDied,
     InstanceInfo,
+    Role,
     SchedulerStats,
     ServiceInfo,
 )
@@ -94,6 +106,23 @@ class RemoteScheduler:
     def instance_died(self, instance_id: str, why: str) -> None:
         """As `CpuScheduler.instance_died`; nothing says when it has heard."""
         self._client.notify(SCHEDULER_INSTANCE_DIED, InstanceDied(instance_id, why))
+
+    async def join(self, address: str, role: Role | None = None, *, again: bool = True) -> InstanceInfo:
+        """Have the instance at `host:port` used, as `Membership.join` says."""
+        return await self._client.call(SCHEDULER_JOIN, JoinRequest(address, role, again), timeout_s=CALL_TIMEOUT_S)
+
+    async def drain(self, instance_id: str, *, leaves: bool = False, within_s: float | None = None) -> None:
+        """Have an instance get no new requests, and leave when it has none, as `Membership` says."""
+        request = DrainRequest(instance_id, leaves, within_s)
+        await self._client.call(SCHEDULER_DRAIN, request, timeout_s=CALL_TIMEOUT_S)
+
+    async def reload(self) -> Reloaded:
+        """Have the deployment's file read again."""
+        return await self._client.call(SCHEDULER_RELOAD, Empty(), timeout_s=CALL_TIMEOUT_S)
+
+    def tell_members(self, members: list[Member]) -> None:
+        """Have a sibling use these instances and no others; nothing says when it has heard."""
+        self._client.notify(SCHEDULER_MEMBERS, Members(members))
 
     async def fetch_stats(self) -> SchedulerStats:
         return await self._client.call(SCHEDULER_STATS, Empty(), timeout_s=CALL_TIMEOUT_S)

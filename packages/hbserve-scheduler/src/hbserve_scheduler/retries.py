@@ -1,13 +1,21 @@
 """Requests between two attempts. They come before those that wait, which would otherwise take every free place."""
 
 import asyncio
+import logging
 from collections import deque
 from collections.abc import Callable
 
+from hbserve_rpc import HBServeRpcError, InvalidRequest, LogitsNotFinite, Overloaded, RequestTimeout
+from hbserve_scheduler.errors import RequestFailed
 from hbserve_scheduler.fleet import Fleet
 from hbserve_scheduler.instances import Placement
 from hbserve_scheduler.request import ScheduledRequest
 
+logger = logging.getLogger(__name__)
+
+MOST_DEATHS = 2
+"""Of instances that a request was on: one may have been killed, two tell of the request. See `Retries` for those that
+were there by chance."""
 MOST_SUSPECTS = 8
 """At a time. If one of them is what an instance died of, the next instance dies too, and only so many are on it that
 were on the first: the scheduler gives these up. All others are tried as soon as those have got a token more."""
@@ -68,3 +76,27 @@ class Retries:
             if not place.done():
                 self._waiting.remove((entry, place))
         return place.result() if place.done() else None
+
+
+def require_another_attempt(entry: ScheduledRequest, error: HBServeRpcError, problems: list[str], most: int) -> None:
+    """The last attempt has failed; it is added to `problems`, unless it was none. `most` may be made.
+
+    Raises what ends the request: another attempt would not help, or would do harm.
+    """
+    if isinstance(error, InvalidRequest | LogitsNotFinite | RequestTimeout):  # another instance would say the same
+        raise error
+    if isinstance(error, Overloaded) and entry.attempts[-1].first_token_s is None:
+        logger.debug("request %s is to be placed again: %s", entry.request.request_id, error)
+        entry.attempts.pop()  # who refuses has not begun: that was none
+        entry.figures.num_refusals += 1
+        return
+    problems.append(f"attempt {len(entry.attempts)}: {error}")
+    logger.warning("request %s: %s", entry.request.request_id, problems[-1])
+    entry.figures.failed_attempts[type(error).__name__] += 1
+    if len(entry.deaths) >= MOST_DEATHS:
+        died = " and ".join(entry.deaths)
+        why = f"it was on {died} as they died, and is tried on no other: it may be what they died of"
+        raise RequestFailed("; ".join([*problems, why])) from error
+    if len(entry.attempts) >= most:
+        raise RequestFailed("; ".join(problems)) from error
+    entry.figures.num_retries += not entry.has_parted  # else each choice goes on by itself

@@ -1,4 +1,4 @@
-"""Who may reach a deployment: its keys, and what is to be said where it has none."""
+"""Keys of a deployment, and what is to be said where it has none and strangers reach it."""
 
 import logging
 from collections.abc import Iterator
@@ -22,7 +22,7 @@ def deployment_keys(config: DeploymentConfig, party: Party) -> Keys | None:
     Raises:
         KeysError: (a ValueError) its file cannot be used.
     """
-    return load_keys(config.keys, party) if config.keys is not None else None
+    return load_keys(config.security.keys, party) if config.security.keys is not None else None
 
 
 def require_keys(config: DeploymentConfig, *, launched: bool) -> None:
@@ -33,15 +33,15 @@ def require_keys(config: DeploymentConfig, *, launched: bool) -> None:
     Raises:
         ConfigError: names the address, and what cures it.
     """
-    if config.keys is not None or config.allow_insecure:
+    if config.security.keys is not None or config.security.allow_insecure:
         return
     open_to_all = [f"{path}={host!r}" for path, host in _hosts(config, launched) if not is_loopback(host)]
     if not open_to_all:
         return
     text = (
         f"{open_to_all[0]}: without keys anybody who reaches this address may use it, and read and change what is said "
-        "there; `hbserve keys FOLDER` makes keys, and `keys: FOLDER` in the file uses them; `allow_insecure: true` is "
-        "for a network of its own"
+        "there; `hbserve keys FOLDER` makes keys, and `security: {keys: FOLDER}` in the file uses them; "
+        "`security: {allow_insecure: true}` is for a network of its own"
     )
     if _own_version() >= REFUSED_FROM:
         raise ConfigError(text)

@@ -6,6 +6,16 @@ from collections.abc import AsyncIterator, Iterable
 
 from hbserve_rpc import InvalidRequest, Keys, RpcServer, calling_peer
 from hbserve_rpc.health_port import HealthPort
+from hbserve_rpc.members import (
+    SCHEDULER_DRAIN,
+    SCHEDULER_JOIN,
+    SCHEDULER_MEMBERS,
+    SCHEDULER_RELOAD,
+    DrainRequest,
+    JoinRequest,
+    Members,
+    Reloaded,
+)
 from hbserve_rpc.messages import (
     SCHEDULER_ABORT,
     SCHEDULER_GENERATE,
@@ -18,12 +28,15 @@ from hbserve_rpc.messages import (
     Empty,
     GenerateRequest,
     InstanceDied,
+    InstanceInfo,
     SchedulerStats,
     ServiceInfo,
 )
 from hbserve_rpc.metrics_text import Family
 from hbserve_rpc.records import SCHEDULER_RECORDS, Records, RecordsRequest, RequestRecord
 from hbserve_scheduler.cpu_scheduler import CpuScheduler
+from hbserve_scheduler.declared import DeclaredInstances
+from hbserve_scheduler.membership import Membership
 from hbserve_scheduler.metrics import deployment_metrics
 from hbserve_scheduler.siblings import Siblings
 
@@ -41,12 +54,20 @@ class SchedulerServer:
         """keys: a scheduler's; then only who has keys is served, and siblings must have some."""
         self.scheduler = scheduler
         self.keys = keys
-        self.siblings = Siblings(keys)
+        self.members = Membership(scheduler.fleet)
+        self.declared: DeclaredInstances | None = None
+        """From its file, if whoever starts it has one; to be set before `start`."""
+        self.siblings = Siblings(self.members.members, keys)
+        scheduler.fleet.on_members = self.siblings.tell_members
         self._server = RpcServer(scheduler.config.host, scheduler.config.port, drops_closed=True, keys=keys)
         self._server.serve(SCHEDULER_INFO, self._info)
         self._server.serve(SCHEDULER_STATS, self._stats)
         self._server.serve(SCHEDULER_RECORDS, self._records)
         self._server.serve(SCHEDULER_ABORT, self._abort)
+        self._server.serve(SCHEDULER_JOIN, self._join)
+        self._server.serve(SCHEDULER_DRAIN, self._drain)
+        self._server.serve(SCHEDULER_RELOAD, self._reload)
+        self._server.serve_notification(SCHEDULER_MEMBERS, self._members)
         self._server.serve_notification(SCHEDULER_INSTANCE_DIED, self._instance_died)
         self._server.serve_stream(SCHEDULER_GENERATE, self._generate)
         self.health: HealthPort | None = None
@@ -69,9 +90,14 @@ class SchedulerServer:
         if self.health is not None:
             await self.health.start()
         await self.scheduler.start()
+        if self.declared is not None:
+            await self.declared.start()
 
     async def stop(self) -> None:
         await self._server.stop()
+        if self.declared is not None:
+            await self.declared.close()
+        await self.members.close()
         if self.health is not None:
             await self.health.stop()
         await self.siblings.close()
@@ -122,6 +148,26 @@ class SchedulerServer:
         self.siblings.instance_died(instance_id, why)
         if instance_id in self.scheduler.fleet.handles:
             await self.scheduler.instance_died(instance_id, why)
+
+    async def _join(self, request: JoinRequest) -> InstanceInfo:
+        return await self.members.join(request.address, request.role, again=request.again)
+
+    async def _drain(self, request: DrainRequest) -> Empty:
+        if request.leaves:
+            self.members.leave(request.instance_id, request.within_s)
+        else:
+            self.members.drain(request.instance_id)
+        return Empty()
+
+    async def _reload(self, _: Empty) -> Reloaded:
+        if self.declared is None:
+            raise InvalidRequest("this scheduler has no file: whoever has started it told it its instances")
+        return await self.declared.reload()
+
+    async def _members(self, news: Members) -> None:
+        if calling_peer().party not in (None, "scheduler"):
+            raise InvalidRequest("another scheduler alone may say which instances there are")
+        await self.members.set_members(news.members)
 
     async def _instance_died(self, news: InstanceDied) -> None:
         if calling_peer().party == "client":

@@ -2,13 +2,14 @@
 
 import asyncio
 import contextlib
-from collections.abc import Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Iterable
 from functools import reduce
 from typing import Any, TypeVar
 
 import msgspec
 
 from hbserve_rpc import HBServeRpcError, Keys
+from hbserve_rpc.members import Member
 from hbserve_rpc.messages import FinishReason, LatencySummary, SchedulerStats
 from hbserve_rpc.records import RequestRecord
 from hbserve_scheduler.remote import RemoteScheduler
@@ -24,7 +25,9 @@ NO_SUMS = {"success_rate", "handoff", "instances"}
 class Siblings:
     """Come and go; what one has counted stays counted, so that sums never fall."""
 
-    def __init__(self, keys: Keys | None = None) -> None:
+    def __init__(self, members: Callable[[], list[Member]], keys: Keys | None = None) -> None:
+        """members: the instances that all are to use."""
+        self._members = members
         self._keys = keys
         self._remotes: dict[str, RemoteScheduler] = {}
         """By name."""
@@ -37,6 +40,7 @@ class Siblings:
         remote = RemoteScheduler(address, keys=self._keys)
         await remote.start()
         self._remotes[name] = remote
+        remote.tell_members(self._members())
 
     async def remove(self, name: str) -> None:
         """It has ended. One that is not there is passed over."""
@@ -66,6 +70,10 @@ class Siblings:
         """As `CpuScheduler.records`, of all; of one that gives no answer there are none."""
         asking = [_in_time(remote.fetch_records(last_s, request_id)) for remote in self._remotes.values()]
         return [each for found in await asyncio.gather(*asking) for each in found or []]
+
+    def tell_members(self) -> None:
+        for remote in self._remotes.values():
+            remote.tell_members(self._members())
 
     def instance_died(self, instance_id: str, why: str) -> None:
         for remote in self._remotes.values():

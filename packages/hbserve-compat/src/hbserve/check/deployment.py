@@ -36,7 +36,7 @@ async def check_deployment(args: CheckArgs) -> None:
         CheckFailed: something of it will not work; the lines say what.
     """
     config = load_config(args.config)
-    names = ", ".join(each.instance_id for each in config.gpu_instances)
+    names = ", ".join(each.discover or each.instance_id for each in config.gpu_instances)
     here = ", ".join(each.instance_id for each in local_instances(config)) or "none of them"
     findings = [Finding("ok", "configuration", f"{args.config}: {names}; on this host {here}")]
     findings.append(_check_keys(config))
@@ -51,20 +51,22 @@ async def check_deployment(args: CheckArgs) -> None:
 
 def _check_keys(config: DeploymentConfig) -> Finding:
     """Whether processes of this host can use the keys, or who could use the deployment where there are none."""
-    if config.keys is not None:
+    if config.security.keys is not None:
         parties: list[Party] = ["scheduler"] if is_here(config.scheduler.host) else []
         parties += ["instance"] if local_instances(config) else []
         try:
             for party in parties:
-                load_keys(config.keys, party)
+                load_keys(config.security.keys, party)
         except KeysError as error:
             return Finding("FAIL", "keys", str(error))
-        return Finding("ok", "keys", f"{config.keys}: of {' and '.join(parties) or 'none that is needed here'}")
+        return Finding(
+            "ok", "keys", f"{config.security.keys}: of {' and '.join(parties) or 'none that is needed here'}"
+        )
     reached = [place.subject for place in places(config) if place.key != "server" and not is_loopback(place.host)]
     if not reached:
         return Finding("ok", "keys", "none; this host alone reaches the deployment")
     text = f"none: whoever reaches the addresses of {', '.join(reached)} may use them; `hbserve keys FOLDER` makes keys"
-    return Finding("ok" if config.allow_insecure else "note", "keys", text)
+    return Finding("ok" if config.security.allow_insecure else "note", "keys", text)
 
 
 async def _check_model(config: DeploymentConfig) -> list[Finding]:

@@ -35,6 +35,8 @@ def places(config: DeploymentConfig) -> Iterator[Place]:
         yield Place("scheduler health", "scheduler", config.scheduler.host, config.scheduler.health_port)
     kv, health_port = config.kv_transfer, config.engine_settings().health_port
     for number, each in enumerate(config.gpu_instances):
+        if each.discover is not None:
+            continue  # whoever is found there says where it is
         key = f"gpu_instances[{number}]"
         yield Place(each.instance_id, key, each.host, each.port)
         if each.instance_type != "hybrid" and kv.port:

@@ -11,7 +11,7 @@ from hbserve_kv.config import KVTransferBackend
 from hbserve_rpc.messages import Role
 from hbserve_rpc.settings import ENGINE_KEYS, EngineSettings
 from hbserve_scheduler import ConfigError, DeploymentConfig, InstanceSection, convert
-from hbserve_scheduler.config import KVTransferSection
+from hbserve_scheduler.config import KVTransferSection, SecuritySection
 
 ROLES: tuple[Role, ...] = ("prefill", "decode")
 _KV = KVTransferSection()
@@ -61,7 +61,7 @@ class PdDisaggConfig(_Keywords):
 
     def to_deployment(self) -> DeploymentConfig:
         """The same as a checked DeploymentConfig. Raises ConfigError."""
-        content: dict[str, Any] = {"scheduler": self.scheduler} | {name: getattr(self, name) for name in OF_NO_SECTION}
+        content: dict[str, Any] = {"scheduler": self.scheduler}
         for name, (section, key) in PATHS.items():
             content.setdefault(section, {})[key] = getattr(self, name)
         content["model"]["path"] = None if self.model_path is None else str(self.model_path)
@@ -73,15 +73,21 @@ class PdDisaggConfig(_Keywords):
             else several
         )
         try:
-            return convert(content)
+            config = convert(content)
         except ConfigError as error:
             raise ConfigError(_in_field_names(str(error))) from None
+        for i, each in enumerate(config.gpu_instances):
+            if each.discover is not None:
+                problem = (
+                    "expected none here, where all instances are started; `hbserve serve` and `scheduler` look it up"
+                )
+                raise ConfigError(f"gpu_instances[{i}].discover={each.discover!r}: {problem}")
+        return config
 
     @classmethod
     def from_deployment(cls, config: DeploymentConfig) -> "PdDisaggConfig":
         """The flat fields of a configuration file; see `hbserve_scheduler.load_config`."""
         values = {name: getattr(getattr(config, section), key) for name, (section, key) in PATHS.items()}
-        values |= {name: getattr(config, name) for name in OF_NO_SECTION}
         return cls(**values, gpu_instances=config.gpu_instances, scheduler=msgspec.to_builtins(config.scheduler))
 
 
@@ -89,11 +95,10 @@ PATHS = {
     "model_path": ("model", "path"),
     "kv_transfer_backend": ("kv_transfer", "backend"),
     **{f"kv_{key}": ("kv_transfer", key) for key in KVTransferSection.__struct_fields__ if key != "backend"},
+    **{key: ("security", key) for key in SecuritySection.__struct_fields__},
     **ENGINE_KEYS,
 }
 """Field of PdDisaggConfig: its section of the YAML file, and its key there."""
-OF_NO_SECTION = ("keys", "allow_insecure")
-"""Fields that have their names in the YAML file too, outside all sections."""
 
 
 def _in_field_names(message: str) -> str:

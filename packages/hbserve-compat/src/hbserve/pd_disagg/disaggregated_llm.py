@@ -13,6 +13,7 @@ from typing import Any, Self
 
 import msgspec
 
+from hbserve.child_process import level_of_application
 from hbserve.demo_model import find_model_folder
 from hbserve.launcher import LocalInstances, launch_keys, tensor_parallel_sizes
 from hbserve.pd_disagg.config import PdDisaggConfig
@@ -21,6 +22,7 @@ from hbserve.progress import progress_bar
 from hbserve.prompts import PlainPrompt, Prompt, encode_all, read_params, read_prompt, read_prompts
 from hbserve.results import GenerationDelta, GenerationResult
 from hbserve.servable import require_servable
+from hbserve.start_notice import missing, telling
 from hbserve.text_request import TextRequest, answer_all, check_all
 from hbserve.tokenizer import load_tokenizer
 from hbserve_rpc import SamplingParams
@@ -41,11 +43,12 @@ class DisaggregatedLLM:
     `stop`: by its event loop if that runs, else at once. A call that has not returned refers to it, and what `stream`
     returned does until it ends or is dropped itself; `scheduler` does not.
 
-    `scheduler` is CpuScheduler, or a subclass of it that schedules differently.
+    `scheduler` is CpuScheduler, or a subclass of it that schedules differently. `log_level` is that of the instances;
+    None: the application's. What they log goes through the application's logging, with their name.
     """
 
     def __init__(
-        self, config: PdDisaggConfig, scheduler: type[CpuScheduler] = CpuScheduler, *, log_level: str = "WARNING"
+        self, config: PdDisaggConfig, scheduler: type[CpuScheduler] = CpuScheduler, *, log_level: str | None = None
     ) -> None:
         self.config = config
         self.tokenizer: Any = None
@@ -53,7 +56,7 @@ class DisaggregatedLLM:
         the model's folder has none: then it serves token ids, and every text is ""."""
         self._tokenizer: Any = None
         self._scheduler_class = scheduler
-        self._log_level = log_level
+        self._log_level = log_level or level_of_application()
         self._scheduler: CpuScheduler | None = None
         self._instances: LocalInstances | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -107,7 +110,7 @@ class DisaggregatedLLM:
         self._if_dropped.atexit = False
         try:
             # A group: when one of the two fails, the other is ended before anything is stopped.
-            async with asyncio.TaskGroup() as group:
+            async with telling(self.waiting_for, logger.info), asyncio.TaskGroup() as group:
                 group.create_task(self._start_instances())
                 group.create_task(self._load_tokenizer(folder))
         except BaseExceptionGroup as several:
@@ -135,6 +138,10 @@ class DisaggregatedLLM:
     async def _load_tokenizer(self, folder: Path) -> None:
         self._tokenizer = await asyncio.to_thread(load_tokenizer, folder)
         self.tokenizer = copy.deepcopy(self._tokenizer)
+
+    def waiting_for(self) -> list[str]:
+        """What `start` waits for: each process that starts, or each instance that is not ready, with its reason."""
+        return [] if self._instances is None else missing(self._instances.processes, self.scheduler)
 
     def _on_death(self, instance_id: str, why: str) -> None:
         logger.error("%s: %s", instance_id, why)

@@ -8,7 +8,9 @@ from typing import Self
 
 from hbserve.results import GenerationDelta
 from hbserve.server.api_error import try_again
+from hbserve.server.request_log import HTTP_REQUEST
 from hbserve.server.service import ServedModel
+from hbserve.server.spans import Asked
 from hbserve.text_request import TextRequest
 from hbserve_rpc import SamplingParams
 
@@ -49,10 +51,12 @@ class Answers:
     async def __aenter__(self) -> Self:
         """Raises InvalidRequest or Overloaded, if the scheduler refuses one; then none goes on."""
         try:
-            first = 0
-            for prompt, params in self._wanted:
+            first, http = 0, HTTP_REQUEST.get()
+            for number, (prompt, params) in enumerate(self._wanted):
                 shape = await self._model.encoder.shape(prompt, self._model.scheduler.digest_block_size)
-                request = self._make(prompt, params, shape=shape)
+                request = self._make(prompt, params, shape=shape, request_id=http.name(number))
+                if self._model.spans is not None:
+                    self._model.spans.began(request.request_id, Asked(http, self._model.names[0], params))
                 self._requests.append(request)
                 self._pumps.append(asyncio.create_task(self._pump(first, request)))
                 first += len(request.choices)

@@ -8,6 +8,7 @@ from hbserve.live_view import Deployment
 from hbserve.server.app import make_app
 from hbserve.server.http_server import HttpServer
 from hbserve.server.service import Service
+from hbserve.server.spans import spans_from_environment
 from hbserve.tokenizer import load_tokenizer
 from hbserve_scheduler import SchedulerServer
 from hbserve_scheduler.config import ServerSection
@@ -39,6 +40,13 @@ class FrontEnd:
         return self._http.url
 
     @property
+    def _http_address(self) -> tuple[str, int] | None:
+        """None: it is a Unix domain socket."""
+        settings = self._service.settings
+        port = settings.port or (0 if settings.uds is not None else self._http.port_holder.getsockname()[1])
+        return None if settings.uds is not None else (settings.host, port)
+
+    @property
     def model_name(self) -> str:
         """Raises ApiError: it has not begun."""
         return self._service.require_model().names[0]
@@ -50,8 +58,9 @@ class FrontEnd:
         """Serve the model that is in a folder, by the scheduler of a server, when its instances are ready.
 
         Raises:
-            BrokenTokenizer, InstanceFailed, NotReady.
+            BrokenTokenizer, ConfigError, InstanceFailed, NotReady.
         """
+        self._service.spans = spans_from_environment(self._http_address)
         # Importing transformers takes long, and heartbeats go on meanwhile.
         tokenizer = await asyncio.to_thread(load_tokenizer, folder)
         await server.scheduler.wait_ready(READY_TIMEOUT_S)

@@ -4,6 +4,8 @@ import logging
 import re
 import time
 import uuid
+from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any
 
 from starlette.datastructures import MutableHeaders
@@ -21,6 +23,32 @@ CLIENT_GONE = 499
 """Status in the log of a request whose client has gone before its answer had one, as nginx has it."""
 
 
+@dataclass(frozen=True)
+class HttpRequest:
+    """The request that is being answered."""
+
+    request_id: str
+    is_own: bool
+    """Its id is the client's, who may give it to another one too."""
+    path: str
+    trace_context: dict[str, str]
+    """W3C headers: the span of the caller that it belongs to, if there is one."""
+
+    @property
+    def operation(self) -> str:
+        """As OpenTelemetry's GenAI conventions name it."""
+        return "text_completion" if self.path == "/v1/completions" else "chat"
+
+    def name(self, number: int) -> str:
+        """Id of its prompt with this number in the scheduler, its log and its records: no other one has it."""
+        unique = f"{self.request_id}-{uuid.uuid4().hex[:8]}" if self.is_own else self.request_id
+        return f"{unique}-{number}" if number else unique
+
+
+HTTP_REQUEST: ContextVar[HttpRequest] = ContextVar("HTTP_REQUEST")
+"""Of the task that answers it, and of those that it starts."""
+
+
 class RequestLog:
     """ASGI middleware. `scope["state"]["request_id"]` is the client's own X-Request-Id, or a new one."""
 
@@ -34,7 +62,10 @@ class RequestLog:
             return
         headers = HTTPConnection(scope).headers
         given, length = headers.get(REQUEST_ID, ""), headers.get("content-length", "")
-        request_id = given if re.fullmatch(r"[!-~]{1,128}", given) else uuid.uuid4().hex
+        is_own = re.fullmatch(r"[!-~]{1,128}", given) is not None
+        request_id = given if is_own else uuid.uuid4().hex
+        trace_context = {name: headers.get(name, "") for name in ("traceparent", "tracestate")}
+        HTTP_REQUEST.set(HttpRequest(request_id, is_own, scope["path"], trace_context))
         scope.setdefault("state", {})["request_id"] = request_id
         status, num_sent, began_s = CLIENT_GONE, 0, time.monotonic()
 

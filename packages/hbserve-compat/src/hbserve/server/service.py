@@ -10,6 +10,7 @@ from hbserve.server.api_error import ApiError, try_again
 from hbserve.server.encoder import Encoder
 from hbserve.server.http_figures import HttpFigures
 from hbserve.server.sampling import model_defaults
+from hbserve.server.spans import Spans
 from hbserve.text_request import Scheduler
 from hbserve_rpc.messages import SchedulerStats, ServiceInfo
 from hbserve_rpc.plain_values import shown
@@ -58,6 +59,7 @@ class ServedModel:
     """Seconds since the epoch."""
     defaults: dict[str, Any]
     """Of SamplingParams, where a request does not say."""
+    spans: Spans | None = None
 
     def name_for(self, wanted: str | None) -> str:
         """The name that a request has given, or the first one for none. The folder is a name too: /v1/models shows it
@@ -91,6 +93,8 @@ class Service:
     """Why there is none, or is soon none."""
     draining: bool = False
     http: HttpFigures = field(default_factory=HttpFigures)
+    spans: Spans | None = None
+    """Of each request, for OpenTelemetry."""
     max_body_bytes: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -127,11 +131,15 @@ class Service:
         encoder = Encoder(tokenizer, _template(self.settings.chat_template))
         names = self.settings.served_model_names or [name]
         scheduler.figures.http = self.http.counts
+        if self.spans is not None:
+            scheduler.figures.on_record = self.spans.ended
         defaults = model_defaults(folder) if self.settings.generation_config == "auto" else {}
-        created = int(time.time())
-        self.model = ServedModel(names, str(folder), scheduler, encoder, whole, Watched(whole), created, defaults)
+        others = Watched(whole), int(time.time()), defaults, self.spans
+        self.model = ServedModel(names, str(folder), scheduler, encoder, whole, *others)
 
     def close(self) -> None:
+        if self.spans is not None:
+            self.spans.close()
         if self.model is not None:
             self.model.encoder.close()
 

@@ -7,9 +7,10 @@ from typing import Any
 from hbserve.simulator.instance import ModelledInstance
 from hbserve_rpc import PeerDied, PeerLost, RpcTimeout
 from hbserve_rpc.messages import CONNECT, DECODE, DESCRIBE, END_CHOICE, GENERATE, GRANT, PREFILL, STATS
+from hbserve_rpc.reports import REPORTS
 
 CALLS = {DESCRIBE.name: "describe", STATS.name: "stats", CONNECT.name: "connect"}
-STREAMS = {DECODE.name: "decode", PREFILL.name: "prefill", GENERATE.name: "generate"}
+STREAMS = {DECODE.name: "decode", PREFILL.name: "prefill", GENERATE.name: "generate", REPORTS.name: "reports"}
 
 
 class Host:
@@ -53,6 +54,7 @@ class SimulatedClient:
         self._host = hosts[address.partition(":")[0]]
         self._open: dict[SimulatedStream, None] = {}
         self.on_lost: Callable[[PeerLost], None] = lambda why: None
+        self.on_doubt: Callable[[str], None] = lambda why: None
 
     async def start(self) -> None:
         self._host.clients.add(self)

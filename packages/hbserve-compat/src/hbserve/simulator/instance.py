@@ -28,6 +28,7 @@ from hbserve_rpc.messages import (
     TokenEvent,
     TransferDone,
 )
+from hbserve_rpc.reports import InstanceReport, ReportsRequest
 
 T = TypeVar("T")
 
@@ -152,6 +153,15 @@ class ModelledInstance:
             future.set_result(bool(request.grant))
 
     # ---- streams -----------------------------------------------------------------------------------------------------
+
+    async def reports(self, request: ReportsRequest) -> AsyncIterator[InstanceInfo | InstanceReport]:
+        """What it is, and its figures whenever they are others."""
+        yield await self.describe(Empty())
+        report: InstanceReport | None = None
+        while True:
+            if report != (report := InstanceReport(await self.stats(Empty()))):
+                yield report
+            await asyncio.sleep(request.interval_s)
 
     async def generate(self, request: GenerateRequest) -> AsyncIterator[TokenEvent]:
         """Both phases here."""

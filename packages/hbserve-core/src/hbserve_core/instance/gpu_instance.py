@@ -17,7 +17,7 @@ from hbserve_core.engine.runner import Runner
 from hbserve_core.errors import EngineStopped, InstanceFailed
 from hbserve_core.instance.engine_thread import EngineEvent, EngineThread
 from hbserve_core.instance.handover import GRANT_PATIENCE_S, Inbox, PrefillSend, wait_for_kv
-from hbserve_core.instance.instance_stats import instance_info, instance_stats
+from hbserve_core.instance.reports import Reports
 from hbserve_core.instance.token_events import event_of, token_events
 from hbserve_core.ranks.make_runner import make_runner
 from hbserve_core.transfers.instance_transfers import InstanceTransfers, JointReceive
@@ -45,14 +45,13 @@ from hbserve_rpc.messages import (
     GenerateRequest,
     Granted,
     GrantRequest,
-    InstanceInfo,
-    InstanceStats,
     InstanceStatus,
     PrefillRequest,
     TokenEvent,
     TransferDone,
 )
 from hbserve_rpc.metrics_text import Family
+from hbserve_rpc.reports import REPORTS
 
 logger = logging.getLogger(__name__)
 
@@ -73,11 +72,12 @@ class GpuInstance:
         self.runner: Runner | None = None
         self.transfers: InstanceTransfers | None = None
         self.num_requests = 0
+        self.reports = Reports(self)
         self._server = RpcServer(
             config.host, config.port, epoch=self.epoch, drops_closed=True, keys=config.keys, allows=["scheduler"]
         )
         self._thread = EngineThread(self._make_engine, on_events=self._deliver, on_failure=self._fail)
-        self._loop_lag = LoopLag()
+        self.loop_lag = LoopLag()
         self.health: HealthPort | None = None
         if config.health_port is not None:
             self.health = HealthPort(
@@ -115,8 +115,9 @@ class GpuInstance:
         """
         if self.config.role != "hybrid":
             await asyncio.to_thread(self.config.kv_transfer.check_host)
-        self._server.serve(DESCRIBE, self._describe)
-        self._server.serve(STATS, self._stats)
+        self._server.serve(DESCRIBE, self.reports.describe)
+        self._server.serve(STATS, self.reports.stats)
+        self._server.serve_stream(REPORTS, self.reports.follow)
         self._server.serve(CACHED_PREFIXES, self._cached_prefixes)
         if self.config.role == "prefill":
             self._server.serve_stream(PREFILL, self._prefill)
@@ -130,7 +131,7 @@ class GpuInstance:
         await self._server.start()
         if self.health is not None:
             await self.health.start()
-        self._loop_lag.start()
+        self.loop_lag.start()
         self._loading = asyncio.create_task(self._load())
 
     async def wait_ready(self) -> None:
@@ -152,7 +153,7 @@ class GpuInstance:
     async def stop(self) -> None:
         """End every request, give every block back, leave no thread, socket or task behind. May be called twice."""
         self.status = "draining"
-        self._loop_lag.stop()
+        self.loop_lag.stop()
         await self._server.stop()
         if self.health is not None:
             await self.health.stop()
@@ -192,6 +193,7 @@ class GpuInstance:
         self.engine = engine
         if self.status == "starting":
             self.status = "ready"
+            self.reports.tell()
             logger.info("%s: ready on %s", self.config.instance_id, self.address)
 
     def _fail(self, error: Exception) -> None:
@@ -203,6 +205,7 @@ class GpuInstance:
             inbox.put_nowait(EngineFailed(f"{self.config.instance_id} failed: {self.error}"))
         if self.transfers is not None:
             self.transfers.lose_ranks()
+        self.reports.tell()
         self._has_failed.set()
 
     def _deliver(self, events: Sequence[EngineEvent]) -> None:
@@ -218,13 +221,26 @@ class GpuInstance:
         if self.status != "ready":
             raise Overloaded(f"{self.config.instance_id} is not ready, it is {self.status}")
 
+    def _require_room_for(self, num_tokens: int) -> None:
+        """Several schedulers may have the same idea, each by a report that is a second old. What the pool cannot hold
+        would wait here, and another instance may have nothing to do.
+
+        Raises Overloaded.
+        """
+        self._require_ready()
+        assert self.engine is not None, "it is ready"
+        most = self.engine.blocks.num_blocks * self.config.block_size
+        if (given := self.reports.num_tokens) and given + num_tokens > most:
+            has = f"{self.config.instance_id} has prompts of {given} tokens, and takes {most} at a time"
+            raise Overloaded(f"{has}; this one is {num_tokens}")
+
     def _open(self, request: GenerateRequest | PrefillRequest | DecodeRequest) -> Inbox:
         self._require_ready()
-        request_id = request.request_id
-        if request_id in self._inboxes:
-            raise InvalidRequest(f"request_id={request_id!r} is in use")
+        if request.request_id in self._inboxes:
+            raise InvalidRequest(f"request_id={request.request_id!r} is in use")
         self.num_requests += 1
-        inbox = self._inboxes[request_id] = Inbox(request.left_s)
+        self.reports.begin(request)
+        inbox = self._inboxes[request.request_id] = Inbox(request.left_s)
         return inbox
 
     def _end(self, job: Coroutine[Any, Any, None]) -> None:
@@ -248,6 +264,7 @@ class GpuInstance:
             # Not earlier: what a step under way still says of this request is not for another one of this id.
             if inbox := self._inboxes.pop(request_id, None):
                 inbox.close()
+            self.reports.end(request_id)
 
     async def _generate(self, request: GenerateRequest) -> AsyncIterator[TokenEvent]:
         inbox = self._open(request)
@@ -273,6 +290,7 @@ class GpuInstance:
         await self._last_call(lambda engine: engine.release_choice(request.request_id, request.choice))
 
     async def _prefill(self, request: PrefillRequest) -> AsyncIterator[TokenEvent | TransferDone]:
+        self._require_room_for(len(request.prompt_token_ids) + len(request.output_token_ids))
         inbox = self._open(request)
         sending = PrefillSend(self._require_transfers(), request, self.config.block_size, inbox)
         try:
@@ -359,32 +377,5 @@ class GpuInstance:
         assert self.transfers is not None, "a ready prefill or decode instance has them"
         return self.transfers
 
-    # ---- what it says of itself ----------------------------------------------------------------------------------
-
-    async def _describe(self, _: Empty) -> InstanceInfo:
-        return instance_info(
-            self.config,
-            self.engine,
-            self.runner,
-            epoch=self.epoch,
-            status=self.status,
-            kv_endpoint=self.transfers.endpoint if self.transfers is not None and self.config.role == "decode" else b"",
-            error=self.error,
-            serves_generate=self.config.role != "prefill",
-        )
-
     async def _metrics(self) -> Iterable[Family]:
-        return instance_metrics([await self._stats(Empty())])
-
-    async def _stats(self, _: Empty) -> InstanceStats:
-        return instance_stats(
-            self.engine_stats,
-            None if self.transfers is None else await self.transfers.stats(),
-            instance_id=self.config.instance_id,
-            role=self.config.role,
-            status=self.status,
-            epoch=self.epoch,
-            active_requests=self.num_active,
-            total_requests=self.num_requests,
-            loop_lag=self._loop_lag.histogram,
-        )
+        return instance_metrics([await self.reports.stats(Empty())])

@@ -15,12 +15,14 @@ import json
 import logging
 import os
 import sys
+from collections.abc import AsyncIterator
 
 import msgspec
 
 from hbserve_core.config import InstanceConfig
 from hbserve_core.errors import InstanceFailed
 from hbserve_core.instance.gpu_instance import GpuInstance
+from hbserve_core.instance.registration import keep_registered
 from hbserve_rpc import own_process
 from hbserve_rpc.parent_watch import when_launcher_ends
 
@@ -53,13 +55,26 @@ async def run_instance(config: InstanceConfig, *, announce: bool = False, stop: 
             if announce:
                 sys.stdout.write(json.dumps({"address": instance.address, "pid": os.getpid()}) + "\n")
                 sys.stdout.flush()
-            await _serve(instance, stop)
+            async with _registered(instance):
+                await _serve(instance, stop)
         finally:  # a second Ctrl-C while it ends changes nothing
             try:
                 async with asyncio.timeout(STOP_TIMEOUT_S):
                     await instance.stop()
             except TimeoutError:
                 logger.warning("%s: did not end within %s s; ending anyway", config.instance_id, STOP_TIMEOUT_S)
+
+
+@contextlib.asynccontextmanager
+async def _registered(instance: GpuInstance) -> AsyncIterator[None]:
+    config = instance.config
+    whom = config.instance_id, instance.address
+    registering = asyncio.create_task(keep_registered(*whom, config.schedulers, config.keys))
+    try:
+        yield
+    finally:
+        registering.cancel()
+        await asyncio.gather(registering, return_exceptions=True)
 
 
 async def _serve(instance: GpuInstance, stop: asyncio.Event) -> None:

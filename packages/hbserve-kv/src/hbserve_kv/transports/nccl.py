@@ -34,6 +34,7 @@ from hbserve_kv.errors import BackendUnavailable
 from hbserve_kv.memory.events import on_stream
 from hbserve_kv.memory.memory import Memory, gather, neighbours, runs, scatter
 from hbserve_kv.transports.base import COPY_PRIORITY, GPU_PART_BYTES, Link, Moving, Part, Transport
+from hbserve_kv.transports.own_sockets import let_nobody_in
 from hbserve_kv.transports.rendezvous import LinkStore
 from hbserve_rpc.address import look_up
 
@@ -111,7 +112,7 @@ class NcclTransport(Transport):
         store = LinkStore(link.rendezvous, self._timeout.total_seconds())
         self._groups[link.key] = await _abandonable(self._make_group, link, store)
 
-    def _make_group(self, link: Link, store: Store) -> _Group:
+    def _make_group(self, link: Link, store: LinkStore) -> _Group:
         peer = _decode(link.peer_description)
         rank = SENDER if link.is_sender else RECEIVER
         on_gpu = self._device != "cpu" and peer.device != "cpu" and self._may_use_nccl(peer.device)
@@ -136,13 +137,16 @@ class NcclTransport(Transport):
         options.config.min_ctas, options.config.max_ctas = 1, MOST_CTAS
         return dist.ProcessGroupNCCL(store, rank, 2, options)
 
-    def _make_gloo(self, store: Store, rank: int) -> Any:
+    def _make_gloo(self, store: LinkStore, rank: int) -> Any:
         gloo: Any = dist.ProcessGroupGloo
         options = gloo._Options()
         options._timeout = self._timeout
         # Gloo would guess an interface from the host's name, which on many hosts is a loopback address.
         options._devices = [gloo.create_device(hostname=self._ip)]
-        return gloo(store, rank, 2, options)
+        made = gloo(store, rank, 2, options)
+        # It listens on, and keeps every connection that a stranger makes, as long as the group lives.
+        let_nobody_in(store.published)
+        return made
 
     async def push(self, link: Link, part: Part) -> Moving:
         group = self._group(link)

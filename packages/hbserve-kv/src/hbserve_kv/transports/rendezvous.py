@@ -74,8 +74,11 @@ class LinkStore(Store):
         self._rendezvous = rendezvous
         self._timeout_s = timeout_s
         self._loop = asyncio.get_running_loop()
+        self.published: list[bytes] = []
+        """What this side has set."""
 
     def set(self, name: str, value: bytes) -> None:  # type: ignore[override]  # the stubs say str, torch gives bytes
+        self.published.append(bytes(value))
         self._run(self._rendezvous.set(name, bytes(value)), self._timeout_s)
 
     def get(self, name: str) -> bytes:

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from hbserve_kv.transports.base import Link
-from hbserve_kv.transports.mooncake.own_sockets import look_every
+from hbserve_kv.transports.own_sockets import look_every
 from hbserve_rpc import format_address
 
 logger = logging.getLogger(__name__)

@@ -27,7 +27,6 @@ from hbserve_kv.errors import BackendUnavailable
 from hbserve_kv.memory.memory import REGIONS, Memory, Region, pieces
 from hbserve_kv.transports.base import DrainUnknown, Link, Part, Transport
 from hbserve_kv.transports.mooncake.engines import MOST_RECEIVING_ON_TCP, Engine, MooncakeEngines, end
-from hbserve_kv.transports.mooncake.own_sockets import hang_up
 from hbserve_kv.transports.mooncake.setup import (
     CONFIG_VARIABLE,
     choose_ip_version,
@@ -36,6 +35,7 @@ from hbserve_kv.transports.mooncake.setup import (
     require_cuda_wheel,
     why_no_rdma,
 )
+from hbserve_kv.transports.own_sockets import hang_up
 from hbserve_rpc import format_address, parse_address
 
 logger = logging.getLogger(__name__)

@@ -4,12 +4,16 @@ Linux: /proc/self/fd has the sockets, /proc/thread-self/net the connections of t
 """
 
 import contextlib
+import ctypes
 import ipaddress
 import os
 import socket
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+
+SO_ATTACH_FILTER, BPF_RETURN = 26, 0x06
+"""Of Linux; Python has no names for them."""
 
 
 def _own_sockets() -> Iterator[tuple[str, socket.socket]]:
@@ -60,3 +64,24 @@ def look_every(port: int, interval_s: float) -> None:
     for _, found in _own_sockets():
         if found.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN) and found.getsockname()[1] == port:
             found.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", int(seconds), int(rest_s * 1e6)))
+
+
+def let_nobody_in(published: Iterable[bytes]) -> None:
+    """Drop whatever comes to where this process listens at an address that is in one of these values, as C has it.
+
+    Connections that are there stay. By a filter of the socket: who closes or shuts down a listening socket has the
+    library's thread fail that waits on it.
+    """
+    program = ctypes.create_string_buffer(struct.pack("@HBBI", BPF_RETURN, 0, 0, 0))  # one instruction: keep 0 bytes
+    for _, found in _own_sockets():
+        is_of_ip = found.family in (socket.AF_INET, socket.AF_INET6)
+        is_listening = is_of_ip and found.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+        if is_listening and any(_as_in_c(found) in value for value in published):
+            found.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, struct.pack("@HP", 1, ctypes.addressof(program)))
+
+
+def _as_in_c(listening: socket.socket) -> bytes:
+    """What sockaddr_in and sockaddr_in6 have of its address after the family."""
+    host, port, *_ = listening.getsockname()
+    between = bytes(4) if listening.family == socket.AF_INET6 else b""  # flow information
+    return struct.pack("!H", port) + between + socket.inet_pton(listening.family, host.partition("%")[0])

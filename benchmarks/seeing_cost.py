@@ -1,0 +1,115 @@
+"""Cost of records, figures and the log line of each request: by token, by request, and for 256 streams.
+
+    python benchmarks/seeing_cost.py
+
+The streams go through a scheduler whose instances answer at once (see scheduler_cost.py), with all of it on and with
+none of it, in turn: the ratio is of the scheduler's own processor time, which is a small part of a server's.
+"""
+
+import asyncio
+import contextlib
+import io
+import logging
+import statistics
+import time
+from collections.abc import Iterator
+from typing import Any
+from unittest.mock import patch
+
+from scheduler_cost import StubClient, StubStream, scheduling
+
+from hbserve.server.http_figures import HttpFigures
+from hbserve_rpc import SamplingParams
+from hbserve_rpc.messages import DECODE, PREFILL, GenerateRequest, Granted, TokenEvent, TransferDone
+from hbserve_rpc.prompt_shape import shape_of
+from hbserve_scheduler.figures import Figures
+from hbserve_scheduler.request import ScheduledRequest
+
+NUM_TOKENS, NUM_STREAMS, NUM_PAIRS, ROUNDS = 128, 256, 15, 7
+PARAMS = SamplingParams(0, NUM_TOKENS, ignore_eos=True)
+PROMPT = list(range(1, 65))
+
+
+class Streaming(StubClient):
+    """Instances that answer with NUM_TOKENS tokens, one message each."""
+
+    def stream(self, method: Any, request: Any) -> StubStream:
+        if method is PREFILL:
+            return StubStream([TokenEvent(0, [5]), TransferDone(4096, 1, 0.001)])
+        assert method is DECODE
+        tokens = [TokenEvent(i, [6], "length" if i + 1 == NUM_TOKENS else None) for i in range(1, NUM_TOKENS)]
+        return StubStream([Granted(b"grant"), *tokens])
+
+
+def request(name: str) -> GenerateRequest:
+    return GenerateRequest(name, PROMPT, PARAMS, shape=shape_of(PROMPT))
+
+
+@contextlib.contextmanager
+def unseen() -> Iterator[None]:
+    """Nothing is counted, recorded or logged; what clients hear of their own times stays."""
+    with (
+        patch.object(Figures, "add", lambda self, record: None),
+        patch.object(ScheduledRequest, "count", lambda self: None),
+    ):
+        yield
+
+
+async def answer_all(scheduler: Any, number: int) -> float:
+    """Processor time of NUM_STREAMS streams at once."""
+
+    async def read(events: Any) -> None:
+        async for _ in events:
+            pass
+
+    began_s = time.process_time()
+    await asyncio.gather(*(read(scheduler.submit(request(f"{number}-{i}"))) for i in range(NUM_STREAMS)))
+    return time.process_time() - began_s
+
+
+async def of_streams() -> float:
+    """Median of the ratios of neighbours: with all of it, by without."""
+    ratios = []
+    async with scheduling(4, Streaming, max_inflight_prefills=1024, max_pending_reservations=1024) as scheduler:
+        await answer_all(scheduler, -1)
+        for number in range(NUM_PAIRS):
+            seen_s = await answer_all(scheduler, 2 * number)
+            with unseen():
+                unseen_s = await answer_all(scheduler, 2 * number + 1)
+            ratios.append(seen_s / unseen_s)
+    return statistics.median(ratios)
+
+
+async def by_token_and_request() -> tuple[float, float]:
+    """Microseconds: what each token adds to the figures, and what the end of a request adds beside its tokens."""
+    by_token = by_request = 1e9
+    http = HttpFigures()
+    for _ in range(ROUNDS):
+        figures = Figures()
+        entries = [ScheduledRequest(request(str(i)), figures) for i in range(200)]
+        for entry in entries:
+            for i in range(NUM_TOKENS):
+                entry.deliver(TokenEvent(i, [6], "length" if i + 1 == NUM_TOKENS else None))
+        began_s = time.process_time()
+        for entry in entries:
+            entry.count()
+        counted_s = time.process_time()
+        for entry in entries:
+            figures.add(entry.record())
+            http.add("POST", None, 200, 0.5, 100, 1000)
+        ended_s = time.process_time()
+        by_token = min(by_token, (counted_s - began_s) / len(entries) / NUM_TOKENS * 1e6)
+        by_request = min(by_request, (ended_s - counted_s) / len(entries) * 1e6)
+    return by_token, by_request
+
+
+async def main() -> None:
+    logging.basicConfig(level=logging.INFO, handlers=[logging.StreamHandler(io.StringIO())])
+    logging.getLogger("hbserve_scheduler.instances").setLevel(logging.WARNING)
+    by_token, by_request = await by_token_and_request()
+    print(f"a token {by_token:.3f} us, a request {by_request:.1f} us, its line at INFO written")
+    print(f"{NUM_STREAMS} streams of {NUM_TOKENS} tokens: scheduler {await of_streams():.4f} times as long")
+
+
+if __name__ == "__main__":
+    asyncio.run(main())

@@ -1,0 +1,61 @@
+"""`hbserve join`, `hbserve drain` and `hbserve reload`: who belongs to a running deployment."""
+
+import asyncio
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from hbserve.remote import remote_scheduler
+from hbserve_scheduler import RemoteScheduler
+
+LOOK_S = 0.5
+
+
+@dataclass(frozen=True)
+class DrainArgs:
+    """The command's arguments."""
+
+    connect: str
+    keys: Path | None
+    instance_id: str
+    leaves: bool
+    within_s: float | None
+
+
+async def join(connect: str, keys: Path | None, address: str) -> None:
+    """Raises ConfigError, NotReady, and what the scheduler says."""
+    async with remote_scheduler(connect, keys) as (scheduler, _):
+        info = await scheduler.join(address)
+    sys.stdout.write(f"{info.instance_id} ({info.role}) at {address} takes requests; it is {info.status}\n")
+
+
+async def drain(args: DrainArgs) -> None:
+    """Wait until the instance has nothing left. Raises ConfigError, NotReady, and what the scheduler says."""
+    async with remote_scheduler(args.connect, args.keys) as (scheduler, _):
+        leaves = args.leaves or args.within_s is not None
+        await scheduler.drain(args.instance_id, leaves=leaves, within_s=args.within_s)
+        last = -1
+        while (num_left := await _requests_of(scheduler, args.instance_id)) is not None and (num_left or leaves):
+            if num_left != last:
+                last = num_left
+                sys.stderr.write(f"{args.instance_id} has {num_left} requests left\n")
+            await asyncio.sleep(LOOK_S)
+    how = "has left" if num_left is None else "is drained"
+    sys.stdout.write(f"{args.instance_id} {how}: it may be stopped\n")
+
+
+async def _requests_of(scheduler: RemoteScheduler, instance_id: str) -> int | None:
+    """That it has of all schedulers; None: it is no member, or does not answer."""
+    for each in (await scheduler.fetch_stats()).instances:
+        if each.instance_id == instance_id and each.status != "lost":
+            return each.active_requests
+    return None
+
+
+async def reload(connect: str, keys: Path | None) -> None:
+    """Raises ConfigError, NotReady, and what the scheduler says."""
+    async with remote_scheduler(connect, keys) as (scheduler, _):
+        found = await scheduler.reload()
+    changes = {"joining": found.joining, "leaving": found.leaving, "changed, for the next start": found.for_a_restart}
+    told = "; ".join(f"{name}: {', '.join(several)}" for name, several in changes.items() if several)
+    sys.stdout.write(f"{told or 'nothing has changed'}\n")

@@ -1,0 +1,37 @@
+"""Registration of an instance with schedulers: it says where it is, now and then, for as long as it is there."""
+
+import asyncio
+import logging
+from collections.abc import Sequence
+
+from hbserve_rpc import HBServeRpcError, Keys, RpcClient
+from hbserve_rpc.members import SCHEDULER_JOIN, JoinRequest
+
+logger = logging.getLogger(__name__)
+
+INTERVAL_S = 5.0
+"""Also how long a scheduler that was started again knows nothing of it."""
+TIMEOUT_S = 10.0
+
+
+async def keep_registered(instance_id: str, address: str, schedulers: Sequence[str], keys: Keys | None = None) -> None:
+    """Have each scheduler at these `host:port` use the instance at `address`, until this is cancelled. One that cannot
+    be told is told again; what it says against it is in the log, once."""
+    async with asyncio.TaskGroup() as group:
+        for scheduler in schedulers:
+            group.create_task(_keep(instance_id, address, scheduler, keys))
+
+
+async def _keep(instance_id: str, address: str, scheduler: str, keys: Keys | None) -> None:
+    last = ""
+    async with RpcClient(scheduler, keys=keys, server="scheduler") as client:
+        while True:
+            try:
+                await client.call(SCHEDULER_JOIN, JoinRequest(address), timeout_s=TIMEOUT_S)
+                now = f"{instance_id} is registered with the scheduler at {scheduler}"
+            except HBServeRpcError as error:
+                now = f"{instance_id} cannot be registered, and tries on: {error}"
+            if now != last:
+                logger.info("%s", now)
+                last = now
+            await asyncio.sleep(INTERVAL_S)

@@ -1,0 +1,131 @@
+"""Discovery of instances behind a name: whoever is found there joins, and whoever is found no more leaves.
+
+    gpu_instances: [{instance_type: prefill, discover: "dns:prefill.example:5555"}]
+
+A name has as many addresses as there are instances, all of the same port; a headless service of Kubernetes is one. What
+each of them is, it says itself. Only an answer without an address removes its instance: that nobody answers, or that
+the name has no address at all, says nothing of instances.
+"""
+
+import asyncio
+import contextlib
+import logging
+import re
+import socket
+from dataclasses import dataclass
+
+from hbserve_rpc import HBServeRpcError, InvalidAddress, InvalidRequest, check_host, format_address
+from hbserve_rpc.messages import Role
+from hbserve_rpc.settings import PORT
+from hbserve_scheduler.errors import ConfigError
+from hbserve_scheduler.membership import Membership
+from hbserve_scheduler.outage import Outage
+
+logger = logging.getLogger(__name__)
+
+INTERVAL_S = 5.0
+TIMEOUT_S = 5.0
+"""Of one look-up."""
+
+
+@dataclass(frozen=True)
+class DnsName:
+    """A name with the port of all instances behind it."""
+
+    host: str
+    port: int
+
+    @classmethod
+    def of(cls, text: str) -> "DnsName":
+        """Raises ConfigError, which begins with the value."""
+        match = re.fullmatch(r"dns:([^:]+):([0-9]{1,5})", text)
+        if match is None or not (int(match[2]) >= 1 and PORT.allow(int(match[2]))):
+            raise ConfigError(f"{text!r}: expected dns:NAME:PORT, with a port from 1 to 65535")
+        try:
+            check_host(match[1])
+        except InvalidAddress as error:
+            raise ConfigError(f"{text!r}: its name is {error}") from None
+        return cls(match[1], int(match[2]))
+
+    async def addresses(self) -> set[str]:
+        """As `host:port`. Raises OSError. Asks in a thread of the event loop's."""
+        loop = asyncio.get_running_loop()
+        found = await loop.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)
+        return {format_address(str(place[0]), self.port) for *_, place in found}
+
+
+class Discovery:
+    """Looks one name up every INTERVAL_S, from `start` to `close`."""
+
+    def __init__(self, members: Membership, role: Role, name: DnsName) -> None:
+        self.role = role
+        self.name = name
+        self._members = members
+        self._ids: dict[str, str] = {}
+        """Of those that have joined, by their addresses; an instance may have several."""
+        self._failing = Outage(0.0)
+        self._refused: dict[str, str] = {}
+        """Why those that were found could not join; each reason is said once."""
+        self._following: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        self._following = asyncio.create_task(self._follow())
+
+    async def close(self) -> None:
+        """Look no more. Who has joined stays."""
+        if self._following is not None:
+            self._following.cancel()
+            await asyncio.gather(self._following, return_exceptions=True)
+
+    def leave(self) -> list[str]:
+        """Have all leave that have joined; returns who they are."""
+        left = sorted(set(self._ids.values()))
+        self._ids.clear()
+        for instance_id in left:
+            self._see_off(instance_id)
+        return left
+
+    async def _follow(self) -> None:
+        while True:
+            await self._look()
+            await asyncio.sleep(INTERVAL_S)
+
+    async def _look(self) -> None:
+        now_s = asyncio.get_running_loop().time()
+        try:
+            async with asyncio.timeout(TIMEOUT_S):
+                found = await self.name.addresses()
+        except (OSError, TimeoutError) as error:
+            if self._failing.is_due(now_s):
+                why = str(error) or "no name server answers"
+                logger.warning(
+                    "%s cannot be looked up, and is tried on; nobody leaves for that: %s", self.name.host, why
+                )
+            return
+        self._failing = Outage(now_s)
+        self._refused = {address: why for address, why in self._refused.items() if address in found}
+        for address in self._ids.keys() - found:
+            instance_id = self._ids.pop(address)
+            if instance_id not in self._ids.values():
+                self._see_off(instance_id)
+        new = [address for address in found if not self._members.has(self._ids.get(address, ""))]
+        await asyncio.gather(*map(self._join, sorted(new)))
+
+    async def _join(self, address: str) -> None:
+        """Also one that is known and not reached: another one may have its address by now."""
+        before = self._ids.get(address)
+        try:
+            info = await self._members.join(address, self.role)
+        except HBServeRpcError as error:
+            if self._refused.get(address) != (why := str(error)):
+                logger.warning("%s, of %s, does not join, and is asked on: %s", address, self.name.host, why)
+            self._refused[address] = why
+            return
+        self._ids[address] = info.instance_id
+        self._refused.pop(address, None)
+        if before not in (None, info.instance_id):
+            self._see_off(str(before))
+
+    def _see_off(self, instance_id: str) -> None:
+        with contextlib.suppress(InvalidRequest):  # it has left otherwise
+            self._members.leave(instance_id, for_good=False)  # it may be found again

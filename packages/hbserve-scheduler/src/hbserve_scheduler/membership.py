@@ -1,0 +1,200 @@
+"""Membership of a running deployment: instances join it, are drained, and leave.
+
+Whoever is asked to do so (a command, an instance that registers itself, a name that is looked up, the file that is read
+again) does it here; siblings, which are other schedulers of the same instances, are told the whole list each time.
+"""
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Sequence
+
+from hbserve_rpc import HBServeRpcError, InvalidAddress, InvalidRequest, parse_address
+from hbserve_rpc.members import Member
+from hbserve_rpc.messages import DESCRIBE, Empty, InstanceInfo, Role
+from hbserve_scheduler.fleet import Fleet
+from hbserve_scheduler.instances import InstanceHandle
+
+logger = logging.getLogger(__name__)
+
+DESCRIBE_TIMEOUT_S = 5.0
+LOOK_S = 0.2
+"""Pause between two looks at whether an instance that leaves has nothing left."""
+MOST_SENT_AWAY = 1024
+FORGOTTEN_S = 60.0
+"""Who has joined by itself, is lost and does not join again for so long is a member no more."""
+
+
+class Membership:
+    """Belongs to the event loop of its scheduler."""
+
+    def __init__(self, fleet: Fleet) -> None:
+        self._fleet = fleet
+        self._leaving: dict[str, asyncio.Task[None]] = {}
+        self._sent_away: dict[str, None] = {}
+        """Lives that were told to leave: they do not come back by themselves. The last ones."""
+        self._setting = asyncio.Lock()
+        self._forgetting: dict[str, asyncio.TimerHandle] = {}
+
+    async def close(self) -> None:
+        for timer in self._forgetting.values():
+            timer.cancel()
+        leaving = list(self._leaving.values())
+        for task in leaving:
+            task.cancel()
+        await asyncio.gather(*leaving, return_exceptions=True)
+
+    def has(self, instance_id: str) -> bool:
+        """Whether it is a member that is reached, or has been a moment ago."""
+        handle = self._fleet.handles.get(instance_id)
+        return handle is not None and handle.status != "lost"
+
+    async def add(self, member: Member) -> None:
+        """Use it as soon as it is there. One of this id stays what it is."""
+        if member.instance_id not in self._fleet.handles:
+            await self._fleet.add(member.instance_id, member.role, member.address)
+
+    async def remove(self, instance_id: str) -> None:
+        """At once: its requests get another attempt elsewhere. One that is not there is passed over."""
+        if instance_id in self._fleet.handles:
+            await self._fleet.remove(instance_id)
+
+    # ---- asked for by somebody who decides -----------------------------------------------------------------------
+
+    async def join(self, address: str, role: Role | None = None, *, again: bool = False) -> InstanceInfo:
+        """Add the instance at `host:port`, by what it says of itself. One that is a member already stays so.
+
+        again: also a life that was told to drain or to leave for good, which takes requests then.
+
+        Raises:
+            InvalidRequest: it cannot be a member; says why.
+            HBServeRpcError: nobody answers there.
+        """
+        try:
+            parse_address(address)
+        except InvalidAddress as error:
+            raise InvalidRequest(f"address: {error}") from error
+        info = await self._describe(address)
+        if info.epoch in self._sent_away and not again:
+            raise InvalidRequest(f"{info.instance_id} at {address} was told to leave; whoever told it may call it back")
+        if role not in (None, info.role):
+            raise InvalidRequest(f"{info.instance_id} at {address}: it is a {info.role} instance, expected {role}")
+        known = self._fleet.handles.get(info.instance_id)
+        if known is not None and known.address != address:
+            if known.epoch == info.epoch:  # another address of the same life
+                return info
+            if known.status != "lost":
+                raise InvalidRequest(f"{info.instance_id} at {address}: {known.address} has this id, and is there")
+            await self._fleet.remove(info.instance_id)
+            known = None
+        if known is None:
+            await self._fleet.add(info.instance_id, info.role, address)
+            logger.info("%s at %s joins", info.instance_id, address)
+        if again or (info.instance_id in self._leaving and info.epoch not in self._sent_away):
+            self._call_back(info)
+        if not again:
+            self._watch(info.instance_id)
+        return info
+
+    def _watch(self, instance_id: str) -> None:
+        """It has joined by itself, now: whoever does not any more, and is lost, has gone for good."""
+        if (before := self._forgetting.pop(instance_id, None)) is not None:
+            before.cancel()
+        loop = asyncio.get_running_loop()
+        self._forgetting[instance_id] = loop.call_later(FORGOTTEN_S, self._forget, instance_id)
+
+    def _forget(self, instance_id: str) -> None:
+        del self._forgetting[instance_id]
+        if self.has(instance_id):
+            self._watch(instance_id)
+        elif instance_id in self._fleet.handles:
+            self.leave(instance_id, for_good=False)  # which is at once
+
+    async def _describe(self, address: str) -> InstanceInfo:
+        client = self._fleet.make_client(address)
+        try:
+            await client.start()
+            return await client.call(DESCRIBE, Empty(), timeout_s=DESCRIBE_TIMEOUT_S)
+        finally:
+            await client.close()
+
+    def _call_back(self, info: InstanceInfo) -> None:
+        self._sent_away.pop(info.epoch, None)
+        if (leaving := self._leaving.pop(info.instance_id, None)) is not None:
+            leaving.cancel()
+        self._fleet.drain(info.instance_id, "")
+
+    def drain(self, instance_id: str) -> None:
+        """Give this life of it no new requests; those that it has go on. Its next life takes some again.
+
+        Raises:
+            InvalidRequest: there is no such instance, or nobody answers there.
+        """
+        handle = self._fleet.handles.get(instance_id)
+        if handle is None:
+            there = ", ".join(self._fleet.handles) or "none"
+            raise InvalidRequest(f"instance_id={instance_id!r}: no instance has it; there are: {there}")
+        if not handle.epoch:
+            raise InvalidRequest(f"instance_id={instance_id!r}: {handle.describe_problem()}")
+        self._fleet.drain(instance_id, handle.epoch)
+
+    def leave(self, instance_id: str, within_s: float | None = None, *, for_good: bool = True) -> None:
+        """Drain it, and remove it when it has nothing left of any scheduler; after `within_s`, whatever it has: that
+        gets another attempt elsewhere. One that is not reached is removed at once.
+
+        for_good: this life does not come back by itself, because somebody has said so.
+
+        Raises:
+            InvalidRequest: there is no such instance.
+        """
+        with contextlib.suppress(InvalidRequest):
+            self.drain(instance_id)
+        if (handle := self._fleet.handles.get(instance_id)) is None:
+            self.drain(instance_id)  # which says what is wrong
+            return
+        if handle.epoch and for_good:
+            self._sent_away[handle.epoch] = None
+            while len(self._sent_away) > MOST_SENT_AWAY:
+                del self._sent_away[next(iter(self._sent_away))]
+        if (before := self._leaving.get(instance_id)) is not None:
+            before.cancel()
+        self._leaving[instance_id] = asyncio.create_task(self._see_off(instance_id, within_s))
+
+    async def _see_off(self, instance_id: str, within_s: float | None) -> None:
+        handle = self._fleet.handles[instance_id]
+        with contextlib.suppress(TimeoutError, HBServeRpcError):
+            async with asyncio.timeout(within_s):
+                num_empty = 0
+                while num_empty < 2:  # a sibling may have given it something just before it heard of this
+                    num_empty = 0 if await self._has_something(handle) else num_empty + 1
+                    await asyncio.sleep(LOOK_S)
+        del self._leaving[instance_id]
+        if self._fleet.handles.get(instance_id) is handle:
+            await self._fleet.remove(instance_id)
+            logger.info("%s has left", instance_id)
+
+    async def _has_something(self, handle: InstanceHandle) -> bool:
+        if not handle.epoch:
+            return False
+        await handle.refresh()
+        return handle.last_stats is not None and handle.last_stats.active_requests > 0
+
+    # ---- siblings ------------------------------------------------------------------------------------------------
+
+    def members(self) -> list[Member]:
+        return [
+            Member(each.instance_id, each.role, each.address, each.health.drained)
+            for each in self._fleet.handles.values()
+        ]
+
+    async def set_members(self, members: Sequence[Member]) -> None:
+        """Have these and no others, as the scheduler that knows says it."""
+        async with self._setting:
+            wanted = {each.instance_id: each for each in members}
+            for instance_id, handle in list(self._fleet.handles.items()):
+                each = wanted.get(instance_id)
+                if each is None or (each.role, each.address) != (handle.role, handle.address):
+                    await self._fleet.remove(instance_id)
+            for each in members:
+                await self.add(each)
+                self._fleet.drain(each.instance_id, each.drained)

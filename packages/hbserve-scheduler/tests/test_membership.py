@@ -1,0 +1,224 @@
+"""Instances join a running scheduler, are drained, and leave it; all schedulers of the same instances hear so."""
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from hbserve_rpc import InvalidRequest, RemoteError
+from hbserve_scheduler import RemoteScheduler, SchedulerServer, membership
+
+
+@pytest.fixture(autouse=True)
+def soon(monkeypatch):
+    monkeypatch.setattr(membership, "LOOK_S", 0.01)
+    monkeypatch.setattr(membership, "DESCRIBE_TIMEOUT_S", 0.3)
+
+
+@pytest.fixture
+async def serve(make_scheduler, until):
+    """Makes a SchedulerServer of instances, and a client of it."""
+    made: list[Any] = []
+
+    async def make(*instances: Any, **options: Any) -> tuple[SchedulerServer, RemoteScheduler]:
+        scheduler = await make_scheduler(*instances, starts=False, **options)
+        server = SchedulerServer(scheduler)
+        await server.start()
+        remote = RemoteScheduler(server.address)
+        await remote.start()
+        made.append((server, remote))
+        await scheduler.wait_ready(30)
+        return server, remote
+
+    yield make
+    for server, remote in made:
+        await until(lambda server=server: not server.scheduler.running_requests)
+        await remote.stop()
+        await server.stop()
+
+
+async def test_an_instance_joins_by_its_address_and_says_itself_what_it_is(
+    serve, make_instance, pair, ask, collect, until
+):
+    server, remote = await serve(pair[0])
+    info = await remote.join(pair[1].address)
+    assert (info.instance_id, info.role, info.epoch) == ("d0", "decode", pair[1].server.epoch)
+    assert (await collect(remote.submit(ask())))[1].decode_instance == "d0"
+    assert (await remote.join(pair[1].address)).instance_id == "d0", "once more changes nothing"
+    assert [each.instance_id for each in server.members.members()] == ["p0", "d0"]
+
+
+async def test_what_cannot_join_is_told_to_whoever_asks(serve, make_instance, pair, free_ports):
+    _, remote = await serve(*pair)
+    with pytest.raises(InvalidRequest, match=r"address: 'nowhere': expected HOST:PORT"):
+        await remote.join("nowhere")
+    with pytest.raises(RemoteError, match=r"127.0.0.1:\d+: no answer to instance.describe within 0.3 s"):
+        await remote.join(f"127.0.0.1:{free_ports(1)[0]}")
+    other = await make_instance("prefill", "p0")
+    with pytest.raises(InvalidRequest, match=f"p0 at {other.address}: {pair[0].address} has this id, and is there"):
+        await remote.join(other.address)
+    with pytest.raises(InvalidRequest, match="instance_id='p9': no instance has it; there are: p0, d0"):
+        await remote.drain("p9")
+    with pytest.raises(InvalidRequest, match="instance_id='p9'"):
+        await remote.drain("p9", leaves=True)
+
+
+async def test_one_that_comes_back_at_another_address_takes_the_place_of_the_one_that_was_lost(
+    serve, make_instance, pair, ask, collect, until
+):
+    server, remote = await serve(*pair)
+    await pair[0].server.stop()
+    await until(lambda: server.scheduler.fleet.handles["p0"].status == "lost")
+    other = await make_instance("prefill", "p0")
+    await remote.join(other.address)
+    await collect(remote.submit(ask()))
+    assert len(other.requests) == 1
+
+
+async def test_a_drained_instance_finishes_what_it_has_and_gets_nothing_new_until_its_next_life(
+    serve, make_instance, pair, ask, collect, until
+):
+    other = await make_instance("decode", "d1")
+    server, remote = await serve(*pair, other)
+    handles = server.scheduler.fleet.handles
+    drained = pair[1]
+    drained.hold = other.hold = {"tokens"}
+    streams = [server.scheduler.submit(ask(f"before-{i}")) for i in range(2)]
+    await until(lambda: drained.requests and other.requests)
+    await remote.drain("d0")
+    assert handles["d0"].status == "draining"
+    other.release()
+    for number in range(3):
+        assert (await collect(remote.submit(ask(f"{number}"))))[1].decode_instance == "d1"
+    drained.release()
+    assert {(await collect(each))[1].num_attempts for each in streams} == {1}
+    assert len(drained.requests) == 1
+    await remote.drain("d1")
+    waiting = remote.submit(ask("waits"))
+    first = asyncio.create_task(collect(waiting))
+    await until(lambda: server.scheduler.waiting_requests)
+    await drained.restart()
+    assert (await first)[1].decode_instance == "d0"
+
+
+async def test_one_that_leaves_is_forgotten_when_it_has_nothing_left_and_comes_back_only_if_it_is_called(
+    serve, make_instance, pair, ask, collect, until
+):
+    other = await make_instance("decode", "d1")
+    server, remote = await serve(*pair, other)
+    handles = server.scheduler.fleet.handles
+    pair[1].hold = other.hold = {"tokens"}
+    streams = [server.scheduler.submit(ask(f"{i}")) for i in range(2)]
+    await until(lambda: pair[1].requests and other.requests)
+    await remote.drain("d0", leaves=True)
+    other.release()
+    await remote.fetch_stats()
+    assert "d0" in handles
+    pair[1].release()
+    assert {(await collect(each))[1].num_attempts for each in streams} == {1}
+    await until(lambda: "d0" not in handles)
+    with pytest.raises(InvalidRequest, match=r"d0 at .* was told to leave"):
+        await remote.join(pair[1].address, again=False)
+    await remote.join(pair[1].address)
+    await until(lambda: handles["d0"].status == "ready")
+
+
+async def test_who_is_called_back_while_it_leaves_stays(serve, pair, ask, collect, until):
+    server, remote = await serve(*pair)
+    pair[1].hold = {"tokens"}
+    stream = server.scheduler.submit(ask())
+    await until(lambda: pair[1].requests)
+    await remote.drain("d0", leaves=True)
+    await remote.join(pair[1].address)
+    assert server.scheduler.fleet.handles["d0"].status == "ready"
+    pair[1].release()
+    await collect(stream)
+    await until(lambda: not server.members._leaving)
+    assert "d0" in server.scheduler.fleet.handles
+
+
+async def test_what_one_that_leaves_has_not_finished_in_time_goes_on_elsewhere(
+    serve, make_instance, pair, ask, collect, until
+):
+    other = await make_instance("decode", "d1")
+    server, remote = await serve(*pair, other)
+    pair[1].hold = {"tokens"}
+    streams = [server.scheduler.submit(ask(f"{i}")) for i in range(2)]
+    await until(lambda: pair[1].requests)
+    await remote.drain("d0", leaves=True)
+    await remote.drain("d0", leaves=True, within_s=0)
+    ends = [(await collect(each))[1] for each in streams]
+    assert {each.decode_instance for each in ends} == {"d1"}
+    assert sorted(each.num_attempts for each in ends) == [1, 2]
+
+
+async def test_one_that_is_not_reached_leaves_at_once(serve, pair, until):
+    server, remote = await serve(*pair)
+    await pair[1].server.stop()
+    await until(lambda: server.scheduler.fleet.handles["d0"].status == "lost")
+    with pytest.raises(InvalidRequest, match="instance_id='d0': d0 \\(decode\\) at"):
+        await remote.drain("d0")
+    await remote.drain("d0", leaves=True)
+    await until(lambda: list(server.scheduler.fleet.handles) == ["p0"])
+
+
+async def test_siblings_use_the_same_instances_whenever_one_joins_drains_or_leaves(serve, make_instance, pair, until):
+    parent, remote = await serve(*pair)
+    child, _ = await serve()
+    handles = child.scheduler.fleet.handles
+    await parent.siblings.add("child", child.address)
+    await until(lambda: [each.status for each in handles.values()] == ["ready", "ready"])
+    late = await make_instance("decode", "d1")
+    await remote.join(late.address)
+    await until(lambda: "d1" in handles and handles["d1"].status == "ready")
+    await remote.drain("p0")
+    await until(lambda: handles["p0"].status == "draining")
+    another, _ = await serve()
+    await parent.siblings.add("another", another.address)
+    await until(lambda: len(another.scheduler.fleet.handles) == 3)
+    await until(lambda: another.scheduler.fleet.handles["p0"].status == "draining")
+    await remote.join(pair[0].address)
+    await until(lambda: handles["p0"].status == "ready")
+    await remote.drain("d1", leaves=True)
+    await until(lambda: list(handles) == list(another.scheduler.fleet.handles) == ["p0", "d0"])
+
+
+async def test_what_a_sibling_has_given_to_one_that_leaves_is_finished_first(
+    serve, make_instance, pair, ask, collect, until
+):
+    other = await make_instance("decode", "d1")
+    parent, remote = await serve(*pair, other)
+    child, _ = await serve(*pair, other)
+    await parent.siblings.add("child", child.address)
+    pair[1].hold = {"tokens"}
+    streams = [child.scheduler.submit(ask(f"{i}")) for i in range(2)]
+    await until(lambda: pair[1].requests)
+    await remote.drain("d0", leaves=True)
+    await until(lambda: child.scheduler.fleet.handles["d0"].status == "draining")
+    await remote.fetch_stats()
+    assert "d0" in parent.scheduler.fleet.handles
+    pair[1].release()
+    assert {(await collect(each))[1].num_attempts for each in streams} == {1}
+    await until(lambda: list(child.scheduler.fleet.handles) == ["p0", "d1"])
+
+
+async def test_who_has_joined_by_itself_and_is_gone_is_forgotten_after_a_while(serve, pair, until, monkeypatch):
+    monkeypatch.setattr(membership, "FORGOTTEN_S", 0.05)
+    server, remote = await serve(pair[0])
+    await remote.join(pair[1].address, again=False)
+    handles = server.scheduler.fleet.handles
+    await until(lambda: handles["d0"].status == "ready")
+    looks = 0
+    watch = server.members._watch
+
+    def watched(instance_id: str) -> None:
+        nonlocal looks
+        looks += 1
+        watch(instance_id)
+
+    monkeypatch.setattr(server.members, "_watch", watched)
+    await until(lambda: looks > 1)
+    assert "d0" in handles, "it is there"
+    for each in pair:
+        await each.server.stop()
+    await until(lambda: list(handles) == ["p0"])
