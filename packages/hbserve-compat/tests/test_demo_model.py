@@ -35,7 +35,7 @@ def convert_by(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
 
     def set_code(code: str) -> None:
         script = f"import sys, time; from hbserve import conversion; from pathlib import Path\n{code}"
-        script += "\nconversion._write_model = write; conversion.write_main(*map(Path, sys.argv[1:4]), sys.argv[4])"
+        script += "\nconversion._write_model = write; conversion.write_main(*map(Path, sys.argv[1:]))"
         monkeypatch.setattr(
             conversion, "_writer_command", lambda *paths: [sys.executable, "-c", script, *map(str, paths)]
         )
@@ -43,8 +43,8 @@ def convert_by(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     return set_code
 
 
-WORKS = "def write(gguf_file, folder, dtype): (folder / 'config.json').write_text('{}')"
-NEVER_ENDS = "def write(gguf_file, folder, dtype): (folder / 'half').write_text('written'); time.sleep(600)"
+WORKS = "def write(gguf_file, folder): (folder / 'config.json').write_text('{}')"
+NEVER_ENDS = "def write(gguf_file, folder): (folder / 'half').write_text('written'); time.sleep(600)"
 
 
 def wait_for_half_a_model(cache: Path) -> None:
@@ -87,7 +87,7 @@ async def test_a_cancelled_start_does_not_wait_for_the_conversion(cache, convert
 
 @needs_package
 def test_a_failed_conversion_says_why_and_leaves_nothing(cache, convert_by):
-    convert_by("def write(gguf_file, folder, dtype): raise OSError('No space left on device')")
+    convert_by("def write(gguf_file, folder): raise OSError('No space left on device')")
     with pytest.raises(
         demo_model.DemoModelUnavailable, match=r"converted: OSError: No space left on device; .*--model"
     ):
@@ -108,7 +108,7 @@ def test_who_waits_for_a_conversion_is_told_once_what_goes_on_and_where(cache, c
 @needs_package
 def test_two_conversions_at_once_end_with_one_whole_folder(cache, convert_by):
     convert_by(
-        "def write(gguf_file, folder, dtype):\n"
+        "def write(gguf_file, folder):\n"
         "    (folder / 'config.json').write_text('{}')\n"
         "    while len(list(folder.parent.glob('*/config.json'))) < 2: time.sleep(0.01)"
     )
@@ -160,18 +160,16 @@ def test_a_hub_id_is_the_folder_in_the_local_cache_and_the_models_name(tmp_path,
 def test_a_gguf_file_is_converted_once_and_again_when_it_has_changed(cache, convert_by, tmp_path, capsys):
     file = tmp_path / "small-Q4_0.gguf"
     file.write_bytes(b"GGUF and more")
-    convert_by("def write(gguf_file, folder, dtype): (folder / 'config.json').write_text(dtype)")
+    convert_by("def write(gguf_file, folder): (folder / 'config.json').write_text('float32')")
     folder = demo_model.model_folder(file)
-    assert (folder / "config.json").read_text() == "bfloat16"
+    assert (folder / "config.json").read_text() == "float32"
     assert folder.parent == cache
     assert demo_model.model_folder(str(file)) == folder
     assert capsys.readouterr().err.count("Converting small-Q4_0, once") == 1
     assert demo_model.model_name(file, folder) == "small-Q4_0"
     file.write_bytes(b"GGUF and something else")
     assert demo_model.model_folder(file) != folder
-    convert_by(
-        "def write(gguf_file, folder, dtype): raise ValueError('GGUF model with architecture x is not supported')"
-    )
+    convert_by("def write(gguf_file, folder): raise ValueError('GGUF model with architecture x is not supported')")
     file.write_bytes(b"GGUF of something new")
     with pytest.raises(conversion.ConversionFailed, match=r"cannot be converted: ValueError: GGUF model with archit"):
         demo_model.model_folder(file)

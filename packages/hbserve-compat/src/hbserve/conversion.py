@@ -27,7 +27,7 @@ class ConversionFailed(OSError):
 
 
 def converted(file: Path, given_up: threading.Event | None = None) -> Path:
-    """The folder of what is in a GGUF file, in 16 bits; converts it first if need be, unless that is `given_up`.
+    """The folder of what is in a GGUF file, in float32; converts it first if need be, unless that is `given_up`.
 
     A file of the same name that is another one, or has changed, has a folder of its own.
 
@@ -42,11 +42,11 @@ def converted(file: Path, given_up: threading.Event | None = None) -> Path:
             raise ConversionFailed(f"'{file}' needs the package {module} to be read: pip install gguf accelerate")
     status = file.stat()
     folder = user_cache_path("hbserve") / f"{file.stem}-{status.st_size}-{status.st_mtime_ns}-{CONVERSION}"
-    convert(file, folder, "bfloat16", "minutes, if it is large", given_up or threading.Event())
+    convert(file, folder, "minutes, if it is large", given_up or threading.Event())
     return folder
 
 
-def convert(file: Path, folder: Path, dtype: str, duration: str, given_up: threading.Event) -> None:
+def convert(file: Path, folder: Path, duration: str, given_up: threading.Event) -> None:
     """Make the folder, unless it is there.
 
     Raises:
@@ -60,7 +60,7 @@ def convert(file: Path, folder: Path, dtype: str, duration: str, given_up: threa
         prefix=f".{folder.name}-", dir=folder.parent, ignore_cleanup_errors=True
     ) as scratch:
         writer = subprocess.Popen(
-            _writer_command(file, Path(scratch), folder, dtype),
+            _writer_command(file, Path(scratch), folder),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
@@ -79,8 +79,8 @@ def convert(file: Path, folder: Path, dtype: str, duration: str, given_up: threa
         raise ConversionFailed(f"'{file}' cannot be converted: {last[0]}; or give the path of a Hugging Face folder")
 
 
-def _writer_command(file: Path, scratch: Path, folder: Path, dtype: str) -> list[str]:
-    return [sys.executable, "-P", "-m", "hbserve.conversion", str(file), str(scratch), str(folder), dtype]
+def _writer_command(file: Path, scratch: Path, folder: Path) -> list[str]:
+    return [sys.executable, "-P", "-m", "hbserve.conversion", str(file), str(scratch), str(folder)]
 
 
 def _wait(writer: "subprocess.Popen[str]", given_up: threading.Event) -> str:
@@ -91,11 +91,11 @@ def _wait(writer: "subprocess.Popen[str]", given_up: threading.Event) -> str:
     return ""
 
 
-def _write_model(file: Path, folder: Path, dtype: str) -> None:
+def _write_model(file: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     source = {"gguf_file": file.name, "local_files_only": True}
-    model: Any = AutoModelForCausalLM.from_pretrained(file.parent, dtype=dtype, **source)
+    model: Any = AutoModelForCausalLM.from_pretrained(file.parent, dtype="float32", **source)
     # The weights are plain numbers now; without this the folder would claim to be quantized.
     del model.config.quantization_config
     model.hf_quantizer = None
@@ -103,10 +103,10 @@ def _write_model(file: Path, folder: Path, dtype: str) -> None:
     AutoTokenizer.from_pretrained(file.parent, **source).save_pretrained(folder)
 
 
-def write_main(file: Path, scratch: Path, folder: Path, dtype: str) -> None:
+def write_main(file: Path, scratch: Path, folder: Path) -> None:
     """What the writing process does. `scratch` becomes `folder`, or goes."""
     try:
-        _write_model(file, scratch, dtype)
+        _write_model(file, scratch)
         with contextlib.suppress(OSError):  # another process was faster: its folder is as good
             scratch.rename(folder)
     finally:
@@ -114,4 +114,4 @@ def write_main(file: Path, scratch: Path, folder: Path, dtype: str) -> None:
 
 
 if __name__ == "__main__":
-    write_main(Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), sys.argv[4])
+    write_main(*map(Path, sys.argv[1:]))

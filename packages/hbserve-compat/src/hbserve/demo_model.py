@@ -34,7 +34,7 @@ def demo_model_path(given_up: threading.Event | None = None) -> Path:
     gguf_file = _find_gguf()
     folder = user_cache_path("hbserve") / f"{NAME}-{version(PACKAGE)}-{CONVERSION}"
     try:
-        convert(gguf_file, folder, "float32", f"about {USUAL_TIME_S} s", given_up or threading.Event())
+        convert(gguf_file, folder, f"about {USUAL_TIME_S} s", given_up or threading.Event())
     except ConversionFailed as error:
         raise DemoModelUnavailable(f"the demo model: {error}, as --model PATH") from None
     return folder
