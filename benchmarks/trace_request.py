@@ -53,13 +53,17 @@ MODEL = {
     "eos_token_id": 2,
     "hidden_act": "silu",
 }
+CONNECTIONS = (
+    "address", "client", "connected_client", "message_socket", "methods", "rpc_stream", "server", "server_connection",
+    "wire",
+)  # fmt: skip
 FLOWS = {
     "step": ("hbserve_core/engine/", "hbserve_core/torch_runner/", "hbserve_core/logits/", "hbserve_core/model/"),
     "transfer": (
         "hbserve_kv/",
         "hbserve_core/transfers/",
         "hbserve_core/instance/handover.py",
-        *(f"hbserve_rpc/{name}.py" for name in ("address", "client", "message_socket", "methods", "server", "wire")),
+        *(f"hbserve_rpc/{name}.py" for name in CONNECTIONS),
     ),
     "scheduling": ("hbserve_scheduler/",),
 }

@@ -40,7 +40,7 @@ from hbserve_rpc.messages import (
 MOST_P99_MS, MOST_GROWTH_MIB, MOST_FILES = 100.0, 48.0, 40
 NUM_BLOCKS, BLOCK_BYTES = 64, 4096
 OVERSIZED = 300 << 20
-CONNECT_TIMEOUT_S = 0.05
+CONNECT_TIMEOUT_S = 0.02
 """Where nobody is let in, nobody says so."""
 Frames = list[bytes]
 
@@ -164,8 +164,9 @@ def hostile(dice: random.Random, sound: list[Frames]) -> Frames:
     return frames
 
 
-def flood(ports: list[int], count: int, seed: int) -> None:
-    """Messages by turns to each port, over connections that are made anew now and then."""
+def flood(ports: list[int], count: int, seed: int, *, patience_ms: int = 2000) -> None:
+    """Messages by turns to each port, over connections that are made anew now and then. patience_ms: 0 where nobody is
+    let in, and so nothing leaves."""
     dice, sound = random.Random(seed), corpus()
     context = zmq.Context()
     sockets: dict[int, zmq.Socket[bytes]] = {}
@@ -175,7 +176,7 @@ def flood(ports: list[int], count: int, seed: int) -> None:
             if port in sockets:
                 sockets[port].close(linger=0)
             sockets[port] = context.socket(zmq.DEALER)
-            sockets[port].setsockopt(zmq.SNDTIMEO, 2000)  # to who lets nobody in, nothing can be sent
+            sockets[port].setsockopt(zmq.SNDTIMEO, patience_ms)
             sockets[port].connect(f"tcp://127.0.0.1:{port}")
             with contextlib.suppress(zmq.Again):
                 sockets[port].send_multipart([wire.encode(wire.Hello(wire.PROTOCOL_VERSION, 5.0)), b""])
@@ -184,7 +185,7 @@ def flood(ports: list[int], count: int, seed: int) -> None:
         with contextlib.suppress(zmq.Again):
             while number % 50 == 0:
                 sockets[port].recv_multipart(zmq.NOBLOCK)
-    context.destroy(linger=1000)
+    context.destroy(linger=patience_ms // 2)
 
 
 def raw_frames(dice: random.Random) -> bytes:
@@ -208,10 +209,8 @@ def knock(ports: list[int], count: int, seed: int) -> None:
     """Connections that say something of `raw_frames`, and go."""
     dice = random.Random(seed)
     for number in range(count):
-        with (
-            contextlib.suppress(OSError),
-            socket.create_connection(("127.0.0.1", ports[number % len(ports)]), 5) as one,
-        ):
+        address = "127.0.0.1", ports[number % len(ports)]
+        with contextlib.suppress(OSError), socket.create_connection(address, CONNECT_TIMEOUT_S) as one:
             one.sendall(raw_frames(dice))
             if number % 3 == 0:
                 one.settimeout(0.05)
@@ -309,14 +308,15 @@ def attack(victim: Victim, arguments: argparse.Namespace) -> bool:
     pid = victim.process.pid
     ports = listening(pid)
     assert set(victim.ours) <= set(ports)
-    flood(victim.ours, 500, 0)  # so that what is made at the first such message is there
+    patience_ms = 0 if arguments.keyed else 2000
+    flood(victim.ours, 500, 0, patience_ms=patience_ms)  # so that what is made at the first such message is there
     knock(ports, 50, 0)
     before, began_s, transfers = state(pid), time.monotonic(), victim.transfers()
     rounds = 4
     with half_open(ports, arguments.half_open) as sockets:
         for number in range(rounds):
             drip(sockets, number)
-            flood(victim.ours, arguments.frames // rounds, number + 1)
+            flood(victim.ours, arguments.frames // rounds, number + 1, patience_ms=patience_ms)
             knock(ports, arguments.frames // rounds // 100, number + 1)
             drip(sockets, rounds + number)
     deadline_s = time.monotonic() + 30
@@ -333,7 +333,7 @@ def attack(victim: Victim, arguments: argparse.Namespace) -> bool:
     names = zip(("MiB", "files", "threads"), before, after, strict=True)
     print("; ".join(f"{name}: {old:.0f} before, {new:.0f} after" for name, old, new in names))
     grown = [new - old for old, new in zip(before, after, strict=True)]
-    is_well = p99_ms < MOST_P99_MS and grown[0] < MOST_GROWTH_MIB and grown[1] <= MOST_FILES and done > 0
+    is_well = p99_ms < arguments.p99_ms and grown[0] < MOST_GROWTH_MIB and grown[1] <= MOST_FILES and done > 0
     print("well" if is_well else "NOT as it must be")
     return is_well
 
@@ -344,6 +344,7 @@ def main() -> None:
     parser.add_argument("--half-open", type=int, default=1000)
     parser.add_argument("--backend", default="nccl")
     parser.add_argument("--keyed", action="store_true")
+    parser.add_argument("--p99-ms", type=float, default=MOST_P99_MS, help="Of the good client, at most.")
     parser.add_argument("--serve", help=argparse.SUPPRESS)
     parser.add_argument("--ask", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()

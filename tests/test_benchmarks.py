@@ -57,6 +57,23 @@ def test_the_scheduler_is_measured_at_several_numbers_of_waiting_requests_and_in
     assert re.findall(r"(\d+) instances, prompts of 16: \d+ us a request", done.stdout) == ["2", "20"]
 
 
+def test_hostile_frames_on_every_port_end_nothing_and_leave_nothing():
+    """How long a good client waits beside them is for whoever has the machine alone."""
+    command = [sys.executable, FOLDER / "wires.py", "--frames", "2000", "--half-open", "30", "--p99-ms", "60000"]
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=250)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert int(re.search(r"^transfers: (\d+), each with what was sent$", done.stdout, re.MULTILINE)[1]) > 0
+
+
+def test_requests_that_are_left_and_clients_that_vanish_leave_nothing_at_the_scheduler():
+    command = [sys.executable, FOLDER / "scheduler_cycles.py", "--cycles", "600", "--disconnects", "30"]
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=250)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = re.findall(r"^ +[\d.]+ +\d+ +\d+ +(\d+) +(\d+)$", done.stdout, re.MULTILINE)
+    assert len(rows) == 6
+    assert {requests for _, requests in rows} == {"0"}
+
+
 def test_the_time_of_a_simulation_is_said_with_its_figures():
     command = [
         sys.executable,

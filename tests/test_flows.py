@@ -53,7 +53,7 @@ FLOWS = {
         "hbserve_kv/protocol: handshake messages transfer_state",
         "hbserve_kv/receiving: receiver transfer",
         "hbserve_kv/sending: connection peers transfer",
-        "hbserve_kv/transports: base nccl rendezvous",
+        "hbserve_kv/transports: base nccl own_sockets rendezvous",
         "hbserve_rpc: address client connected_client message_socket rpc_stream server server_connection wire",
     ),
     "scheduling": files(
@@ -65,7 +65,7 @@ instances; a request that meets no error. All with one rank, and of requests tha
 nothing of hbserve_core/logits."""
 LOADING = files("hbserve_core/model: loaded_model model_config weights")
 """Called before a runner's first step."""
-MOST_FILES = {"cuda step": 24, "step": 18, "transfer": 23, "scheduling": 9}
+MOST_FILES = {"cuda step": 24, "step": 18, "transfer": 24, "scheduling": 9}
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ from hbserve_core import GpuInstance, InstanceConfig
 from hbserve_kv import KVTransferConfig
 from hbserve_kv.protocol import messages as kv_messages
 from hbserve_rpc import NotAllowed, RpcClient, SamplingParams, make_keys
+from hbserve_rpc.keys import Party
 from hbserve_rpc.messages import (
     DESCRIBE,
     SCHEDULER_INFO,
@@ -107,7 +108,8 @@ async def test_a_stranger_is_served_at_no_port_and_each_party_only_at_its_own(sm
 async def test_a_client_cannot_say_that_an_instance_has_died(small_model):
     async with deployment(small_model("qwen3")) as made, asyncio.timeout(60):
         told = InstanceDied("decode-0", "says a client")
-        for party, is_believed in (("client", False), ("scheduler", True)):
+        parties: list[tuple[Party, bool]] = [("client", False), ("scheduler", True)]
+        for party, is_believed in parties:
             epoch = made.scheduler.fleet.handles["decode-0"].client
             async with RpcClient(made.server.address, keys=KEYS[party], server="scheduler") as client:
                 client.notify(SCHEDULER_INSTANCE_DIED, told)

@@ -60,10 +60,12 @@ async def decided_on_the_real_clock(slower: float) -> list[tuple[str, str]]:
     for name, role in Deployment(fast, roles_of(3, 2)).instances():
         instance = ModelledInstance(name, role, fast, WHOLE, fabric)
         server = RpcServer(epoch=instance.epoch)
-        for method, handler in ((DESCRIBE, instance.describe), (STATS, instance.stats), (CONNECT, instance.connect)):
-            server.serve(method, handler)
-        for method, handler in ((DECODE, instance.decode), (PREFILL, instance.prefill), (GENERATE, instance.generate)):
-            server.serve_stream(method, handler)
+        server.serve(DESCRIBE, instance.describe)
+        server.serve(STATS, instance.stats)
+        server.serve(CONNECT, instance.connect)
+        server.serve_stream(DECODE, instance.decode)
+        server.serve_stream(PREFILL, instance.prefill)
+        server.serve_stream(GENERATE, instance.generate)
         server.serve_stream(REPORTS, instance.reports)
         server.serve_notification(GRANT, instance.grant)
         await server.start()

@@ -52,6 +52,7 @@ asyncio.run(main())
 
 
 @pytest.mark.ipv6
+@pytest.mark.warm
 @pytest.mark.parametrize("host", ["::1", "127.0.0.1"])
 def test_mooncake_moves_kv_between_addresses_of_either_version(host, request):
     # Known elsewhere: Mooncake #470. A process of its own, because Mooncake chooses one version when it is imported.

@@ -9,7 +9,7 @@ import pytest
 import zmq
 
 from hbserve_rpc import RpcClient
-from hbserve_rpc.message_socket import CLIENTS, SharedContext
+from hbserve_rpc.message_socket import CLIENTS, MessageSocket, SharedContext
 
 NUM_CLIENTS = 40
 
@@ -82,3 +82,17 @@ asyncio.run(main())
 @pytest.mark.parametrize("some", ["kept", "collected"])
 def test_clients_that_were_never_closed_do_not_keep_their_process(some):
     subprocess.run([sys.executable, "-c", END, some], check=True, timeout=60)
+
+
+async def test_a_client_is_watched_by_a_name_that_no_client_before_it_has_left():
+    """ZeroMQ ends sockets a moment after they are closed. pyzmq names what it watches one with by its file number,
+    which the next one has by then."""
+    context, user = SharedContext(), object()
+    socket = MessageSocket(zmq.DEALER, {}, lambda frames: None, context)
+    socket.open(lambda socket: socket.connect("tcp://127.0.0.1:9"))
+    ending = context.enter(user).socket(zmq.PAIR)
+    ending.bind(f"inproc://monitor.s-{socket._socket.FD}")
+    socket.watch(lambda event: None)
+    ending.close()
+    socket.close()
+    context.leave(user)

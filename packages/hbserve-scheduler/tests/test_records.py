@@ -19,6 +19,7 @@ def counts(scheduler) -> dict[str, int]:
 
 
 async def test_a_request_over_prefill_and_decode_leaves_its_times_in_order(make_scheduler, pair, ask, collect):
+    # Known elsewhere: vLLM #29474, #33289.
     scheduler = await make_scheduler(*pair)
     _, end = await collect(scheduler.submit(ask("r1", max_tokens=4)))
     (record,) = scheduler.figures.records
@@ -130,6 +131,7 @@ def test_snapshots_do_not_change_and_records_are_bounded():
 
 
 async def test_transfers_are_counted_by_the_pair_and_by_how_they_ended(make_scheduler, pair, ask, collect, until):
+    # Known elsewhere: SGLang #16832, #7944.
     prefill, decode = pair
     scheduler = await make_scheduler(*pair, max_attempts=1)
 

@@ -54,6 +54,9 @@ async def test_figures_are_those_of_all_and_instances_are_counted_once(family, a
     assert (stats.output_tokens, stats.ended_requests) == (12, {"length": 3})
     assert {sum(each.counts) for name, each in stats.histograms.items() if name == "time_to_first_token_seconds"} == {3}
     assert [each.instance_id for each in stats.instances] == ["p0", "d0"]
+    (link,) = stats.links.values()
+    assert (link.outcomes, link.num_bytes, link.active) == ({"completed": 3}, 3000, 0)
+    assert stats.delay_s.keys() == {"queue", "reservation", "transfer", "preemption", "retry"}
 
 
 async def test_requests_of_all_are_remembered_in_the_order_in_which_they_ended(family, ask, collect):

@@ -243,18 +243,20 @@ ConnectOption = Annotated[str, typer.Option(metavar="HOST:PORT", help="Where its
 def join(
     address: Annotated[str, typer.Argument(metavar="HOST:PORT", help="Of an instance, which says itself what it is.")],
     connect: ConnectOption,
+    keys: KeysOption = None,
     log_level: LogLevelOption = LogLevel.WARNING,
 ) -> None:
     """Have a running deployment use an instance, also one that was told to drain or to leave."""
     from hbserve import members
 
-    run(members.join(connect, address), log_level)
+    run(members.join(connect, keys, address), log_level)
 
 
 @app.command()
 def drain(
     instance_id: Annotated[str, typer.Argument(metavar="ID")],
     connect: ConnectOption,
+    keys: KeysOption = None,
     leave: Annotated[bool, typer.Option("--leave", help="Forget it when it has nothing left.")] = False,
     within_s: Annotated[
         float | None,
@@ -265,15 +267,15 @@ def drain(
     """Give an instance no new requests, and wait until it has finished those that it has."""
     from hbserve import members
 
-    run(members.drain(members.DrainArgs(connect, instance_id, leave, within_s)), log_level)
+    run(members.drain(members.DrainArgs(connect, keys, instance_id, leave, within_s)), log_level)
 
 
 @app.command()
-def reload(connect: ConnectOption, log_level: LogLevelOption = LogLevel.WARNING) -> None:
+def reload(connect: ConnectOption, keys: KeysOption = None, log_level: LogLevelOption = LogLevel.WARNING) -> None:
     """Have a scheduler read its file again: instances that are new join, those that are gone leave."""
     from hbserve import members
 
-    run(members.reload(connect), log_level)
+    run(members.reload(connect, keys), log_level)
 
 
 @app.command()

@@ -60,15 +60,17 @@ def sparkline(values: Sequence[float | None], width: int) -> str:
     return "".join(marks).rjust(width)
 
 
-def milliseconds(value_s: float | None) -> str:
-    return "-" if value_s is None else f"{1e3 * value_s:.3g} ms"
+def duration(value_s: float | None) -> str:
+    if value_s is None:
+        return "-"
+    return f"{1e3 * value_s:.3g} ms" if value_s < 1 else f"{value_s:.3g} s"
 
 
 def request_title(request: RequestView) -> str:
     tokens = f"{request.num_prompt_tokens} + {request.num_output_tokens}"
     name = plain(request.request_id)
     name = name if len(name) <= ID_WIDTH else name[: ID_WIDTH - 1] + "…"
-    return f"{name:{ID_WIDTH}} {tokens:>13} {milliseconds(request.e2e_s):>9}"
+    return f"{name:{ID_WIDTH}} {tokens:>13} {duration(request.e2e_s):>9}"
 
 
 def request_end(request: RequestView) -> str:
@@ -98,7 +100,7 @@ def text_of(view: View) -> str:
 
 def _both(view: View, name: str) -> str:
     found = view.latencies[name]
-    return f"p50 {milliseconds(found.p50_s)}, p95 {milliseconds(found.p95_s)}"
+    return f"p50 {duration(found.p50_s)}, p95 {duration(found.p95_s)}"
 
 
 def _aligned(rows: Iterable[Sequence[str]]) -> list[str]:

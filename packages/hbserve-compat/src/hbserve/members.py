@@ -3,6 +3,7 @@
 import asyncio
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 from hbserve.remote import remote_scheduler
 from hbserve_scheduler import RemoteScheduler
@@ -15,21 +16,22 @@ class DrainArgs:
     """The command's arguments."""
 
     connect: str
+    keys: Path | None
     instance_id: str
     leaves: bool
     within_s: float | None
 
 
-async def join(connect: str, address: str) -> None:
+async def join(connect: str, keys: Path | None, address: str) -> None:
     """Raises ConfigError, NotReady, and what the scheduler says."""
-    async with remote_scheduler(connect) as (scheduler, _):
+    async with remote_scheduler(connect, keys) as (scheduler, _):
         info = await scheduler.join(address)
     sys.stdout.write(f"{info.instance_id} ({info.role}) at {address} takes requests; it is {info.status}\n")
 
 
 async def drain(args: DrainArgs) -> None:
     """Wait until the instance has nothing left. Raises ConfigError, NotReady, and what the scheduler says."""
-    async with remote_scheduler(args.connect) as (scheduler, _):
+    async with remote_scheduler(args.connect, args.keys) as (scheduler, _):
         leaves = args.leaves or args.within_s is not None
         await scheduler.drain(args.instance_id, leaves=leaves, within_s=args.within_s)
         last = -1
@@ -50,9 +52,9 @@ async def _requests_of(scheduler: RemoteScheduler, instance_id: str) -> int | No
     return None
 
 
-async def reload(connect: str) -> None:
+async def reload(connect: str, keys: Path | None) -> None:
     """Raises ConfigError, NotReady, and what the scheduler says."""
-    async with remote_scheduler(connect) as (scheduler, _):
+    async with remote_scheduler(connect, keys) as (scheduler, _):
         found = await scheduler.reload()
     changes = {"joining": found.joining, "leaving": found.leaving, "changed, for the next start": found.for_a_restart}
     told = "; ".join(f"{name}: {', '.join(several)}" for name, several in changes.items() if several)

@@ -12,9 +12,9 @@ from textual.widgets import Footer, Static
 
 from hbserve.live_text import (
     MARKS,
+    duration,
     instance_table,
     link_matrix,
-    milliseconds,
     overview,
     request_end,
     request_title,
@@ -106,7 +106,7 @@ class TopApp(App[None]):
         ]
         for name, title in (("ttft", "TTFT p95"), ("itl", "ITL p95"), ("handoff", "hand-off p95")):
             value_s = view.latencies[name].p95_s
-            now.append((title, value_s, milliseconds(value_s)))
+            now.append((title, value_s, duration(value_s)))
         lines = []
         for title, value, shown in now:
             history = self._history.setdefault(title, deque(maxlen=HISTORY))

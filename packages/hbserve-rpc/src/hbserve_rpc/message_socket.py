@@ -5,6 +5,7 @@ pyzmq's own `zmq.asyncio` makes futures for both, and a turn of the loop for eac
 
 import asyncio
 import contextlib
+import itertools
 import logging
 import math
 import os
@@ -34,6 +35,7 @@ WATCHED = (
     | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
     | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
 )
+_NUMBERS = itertools.count()
 _EVENTS, _POLLIN = int(zmq.EVENTS), int(zmq.POLLIN)
 _NOBLOCK, _MORE = int(zmq.NOBLOCK), int(zmq.NOBLOCK | zmq.SNDMORE)
 """Plain numbers: pyzmq's enumerations take longer than what is asked with them."""
@@ -133,7 +135,8 @@ class MessageSocket:
     def watch(self, on_event: Callable[[int], None]) -> None:
         """Tell WATCHED whenever one happens; of a socket that connects to one peer. After `open`, in the same turn of
         the loop: nothing is missed then."""
-        self._monitor = self._socket.get_monitor_socket(WATCHED)
+        # By a name of its own: pyzmq's has the socket's file number, which was another's until a moment ago.
+        self._monitor = self._socket.get_monitor_socket(WATCHED, f"inproc://monitor.{next(_NUMBERS)}")
         self._sockets.append(self._monitor)
         self._loop.add_reader(self._monitor.FD, self._read_events, on_event)
         self._loop.call_soon(self._read_events, on_event)  # else the descriptor may never tell: see `_look_again`

@@ -112,7 +112,7 @@ class NcclTransport(Transport):
         store = LinkStore(link.rendezvous, self._timeout.total_seconds())
         self._groups[link.key] = await _abandonable(self._make_group, link, store)
 
-    def _make_group(self, link: Link, store: Store) -> _Group:
+    def _make_group(self, link: Link, store: LinkStore) -> _Group:
         peer = _decode(link.peer_description)
         rank = SENDER if link.is_sender else RECEIVER
         on_gpu = self._device != "cpu" and peer.device != "cpu" and self._may_use_nccl(peer.device)
