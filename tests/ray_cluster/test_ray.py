@@ -18,7 +18,8 @@ import yaml
 
 ray = pytest.importorskip("ray", reason="Ray is not installed: make ray")
 
-DEADLINE_S = 60
+DEADLINE_S = 120
+AGAIN = "was started again"
 NODE = {"object_store_memory": 80 << 20, "include_dashboard": False}
 
 
@@ -115,18 +116,20 @@ def test_answers_go_on_while_an_instance_an_actor_and_a_node_are_lost(cluster, s
 
     os.kill(pids[0], signal.SIGKILL)  # an instance's own process: its actor says so
     served.wait_for("its process has ended (signal SIGKILL")
+    served.wait_for(AGAIN)
     assert served.answer()["choices"][0]["token_ids"] == tokens
 
     actor = int(Path(f"/proc/{pids[1]}/stat").read_text().rpartition(")")[2].split()[1])
     os.kill(actor, signal.SIGKILL)  # its instance hears that from its stdin
     served.wait_for("its Ray actor has ended (ActorDiedError")
+    served.wait_for(AGAIN, 2)
     assert served.answer()["choices"][0]["token_ids"] == tokens
 
     cluster.add_node(num_cpus=1, **NODE)
     cluster.remove_node(cluster.second)
     served.wait_for("its Ray actor has ended (", 2)
+    served.wait_for(AGAIN, 3)
     assert served.answer()["choices"][0]["token_ids"] == tokens
-    assert len(served.wait_for("was started again", 3)) == 3
 
     served.process.terminate()
     assert served.process.wait(DEADLINE_S) == 0
