@@ -228,7 +228,7 @@ async def test_a_client_that_leaves_gives_its_blocks_back_and_the_same_id_may_co
             await _until_empty(client)
         stats = await client.call(STATS, Empty(), timeout_s=DEADLINE_S)
         assert stats.total_requests == 5
-        assert stats.cached_blocks == 5, "the full block of each prompt"
+        assert stats.cached_blocks >= 5, "the full block of each prompt, and what was answered until its client left"
         assert stats.iteration_tokens.total >= 5 * 20
         assert stats.loop_lag is not None
 
