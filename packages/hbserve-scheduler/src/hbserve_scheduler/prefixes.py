@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from hbserve_rpc import HBServeRpcError
 from hbserve_rpc.messages import CACHED_PREFIXES, CachedPrefixesRequest
 from hbserve_rpc.prompt_shape import DIGEST_BYTES
+from hbserve_scheduler.health import SERVING
 from hbserve_scheduler.instances import InstanceHandle
 
 ASK_TIMEOUT_S = 5.0
@@ -55,11 +56,11 @@ class Prefixes:
     async def keep(self, handles: Callable[[], Collection[InstanceHandle]], interval_s: float) -> None:
         """Ask those `handles` that are ready, again and again."""
         while True:
-            ready = {handle for handle in handles() if handle.status == "ready"}
-            for gone in self._versions.keys() - ready:
+            serving = [handle for handle in handles() if handle.status in SERVING]
+            for gone in self._versions.keys() - set(serving):
                 del self._versions[gone]
                 self.set(gone, ())
-            await asyncio.gather(*map(self._ask, ready))
+            await asyncio.gather(*(self._ask(handle) for handle in serving if handle.status == "ready"))
             await asyncio.sleep(interval_s)
 
     async def _ask(self, handle: InstanceHandle) -> None:
