@@ -74,6 +74,8 @@ def test_two_hosts_answer_by_the_commands_at_the_top_of_their_file(two_hosts, sm
     def on(at: str, command: str) -> list[str]:
         return [*two_hosts[at][1], sys.executable, "-m", "hbserve", *shlex.split(command)]
 
+    assert "`hbserve keys keys` makes them" in text
+    assert subprocess.run([sys.executable, "-m", "hbserve", "keys", "keys"], cwd=tmp_path, timeout=60).returncode == 0
     *servers, client = commands
     assert [command.split()[0] for _, command in commands] == ["scheduler", "instance", "instance", "generate"]
     with (tmp_path / "log").open("w") as log:

@@ -86,7 +86,7 @@ from hbserve_core.instance import process
 
 class Instance:
     def __init__(self, config):
-        self.address = ""
+        self.config, self.address = config, ""
 
     async def start(self): ...
     async def wait_ready(self): ...

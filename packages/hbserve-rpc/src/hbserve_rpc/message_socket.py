@@ -234,6 +234,9 @@ def _has_message(socket: "zmq.Socket[bytes]") -> bool:
 
 def _end(context: SharedContext, user: object, sockets: "Sequence[zmq.Socket[bytes]]") -> None:
     for socket in sockets:
+        # Or the end of its connection may be told to a monitor that is closed, and ZeroMQ's thread waits for one that
+        # takes it: the same thread for all that are in the context.
+        socket.disable_monitor()
         socket.close()
     context.leave(user)
 

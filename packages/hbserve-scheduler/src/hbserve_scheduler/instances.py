@@ -187,7 +187,8 @@ class InstanceHandle:
             self._set_info(None)
         self._look(self.health.lost(why), level=level)
         self._complain()
-        if self._following is not None:  # whoever said so, it is to say anew what it is
+        # Whoever said so, it is to say anew what it is; but not where the event loop has ended what followed it.
+        if self._following is not None and not self._following.done():
             self._following.cancel()
             self._following = asyncio.create_task(self._follow(self._config.heartbeat_interval_s))
 

@@ -20,8 +20,9 @@ _ONLY_COLD = ("executable", "preexec_fn", "pass_fds", "shell", "gid", "gids", "u
 _ELSEWHERE = ["ip", "netns", "exec"]
 """Before a namespace and a program: it needs no process in between that would run it."""
 _READ_AT_START = ("PYTHON", "LD_", "OMP_", "MKL_", "KMP_", "CUDA_", "TRITON_")
-"""Beginnings of variables that an interpreter, or a library in it, reads once: who changes one gets a cold process.
-Not the number of threads, which torch is told."""
+"""Beginnings of variables that an interpreter, or a library in it, reads once: who changes one gets a cold process."""
+_MAY_DIFFER = (NUM_THREADS, "OMP_WAIT_POLICY")
+"""torch is told the number of threads; and a fork has none yet that could wait in one way or another."""
 
 
 class WarmStarts:
@@ -111,5 +112,7 @@ def _set_subreaper(is_one: bool) -> None:
 
 def _read_once(environment: Mapping[str, str]) -> dict[str, str]:
     return {
-        name: value for name, value in environment.items() if name.startswith(_READ_AT_START) and name != NUM_THREADS
+        name: value
+        for name, value in environment.items()
+        if name.startswith(_READ_AT_START) and name not in _MAY_DIFFER
     }

@@ -290,7 +290,8 @@ class GpuInstance:
         await self._last_call(lambda engine: engine.release_choice(request.request_id, request.choice))
 
     async def _prefill(self, request: PrefillRequest) -> AsyncIterator[TokenEvent | TransferDone]:
-        self._require_room_for(len(request.prompt_token_ids) + len(request.output_token_ids))
+        if request.grant_follows:  # a decode instance keeps no blocks for it yet, for which others wait there
+            self._require_room_for(len(request.prompt_token_ids) + len(request.output_token_ids))
         inbox = self._open(request)
         sending = PrefillSend(self._require_transfers(), request, self.config.block_size, inbox)
         try:
