@@ -327,8 +327,8 @@ async def test_a_prefill_instance_killed_in_mid_transfer_leaves_no_block_behind(
 
 async def test_a_wrong_role_a_bad_prompt_and_an_id_in_use_are_refused(start, prompt):
     d = await start("decode")
-    with pytest.raises(InvalidRequest, match=r"does not serve 'instance.generate'; it serves .*instance.decode"):
-        await d.hybrid("r", prompt(3))
+    with pytest.raises(InvalidRequest, match=r"does not serve 'instance.prefill'; it serves .*instance.decode"):
+        await anext(d.prefill("r", prompt(3), b""))
     with pytest.raises(InvalidRequest, match="token 999 is outside the vocabulary"):
         await anext(d.decode("r", [999]))
     async with d.decode("s", prompt(3)) as decoding:
