@@ -370,7 +370,8 @@ def test_weights_are_the_same_on_every_rank_count(model_folder, monkeypatch, loa
 
 def quantised(folder, block, as_compressed_tensors):
     """Make the projections in a folder 8-bit floats; returns all weights as they are meant. block: None: by row."""
-    tensors = load_file(folder / "model.safetensors")
+    # Copies: what was loaded may be the file itself, which is written over.
+    tensors = {name: each.clone() for name, each in load_file(folder / "model.safetensors").items()}
     meant, stored = dict(tensors), dict(tensors)
     for name, weight in tensors.items():
         if "_proj" not in name:
