@@ -69,17 +69,18 @@ async def test_a_frame_that_is_too_long_is_not_read_and_others_go_on(rpc, start,
     server.serve(rpc.CALL, answer)
     await start(server)
     client = await connect(server.address)
+    assert (await client.call(rpc.CALL, rpc.Ask(3), timeout_s=20)).value == 3
     with zmq.Context() as context, context.socket(zmq.DEALER) as socket:
         socket.setsockopt(zmq.LINGER, 0)
         socket.connect(f"tcp://{server.address}")
         monitor = socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
         socket.send_multipart([HELLO, b""])
-        await until(lambda: len(server._clients) == 1)
+        await until(lambda: len(server._clients) == 2)
         socket.send_multipart([wire.encode(wire.Call(1, rpc.CALL.name)), bytes((1 << 20) + 1)])
         await until(lambda: monitor.poll(0))
         monitor.close()
     assert (await client.call(rpc.CALL, rpc.Ask(7), timeout_s=20)).value == 7
-    assert len(asked) == 1
+    assert len(asked) == 2
     assert server.dropped_frames == 0
 
 
