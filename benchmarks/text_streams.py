@@ -25,16 +25,8 @@ from hbserve.demo_model import find_model_folder
 from hbserve.text_request import TextRequest
 from hbserve.tokenizer import load_tokenizer
 from hbserve_rpc import Method, RpcClient, RpcServer, SamplingParams
-from hbserve_rpc.messages import (
-    DESCRIBE,
-    GENERATE,
-    STATS,
-    Empty,
-    GenerateRequest,
-    InstanceInfo,
-    InstanceStats,
-    TokenEvent,
-)
+from hbserve_rpc.messages import GENERATE, Empty, GenerateRequest, InstanceInfo, TokenEvent
+from hbserve_rpc.reports import REPORTS, ReportsRequest
 from hbserve_scheduler import CpuScheduler, SchedulerConfig
 
 STEP: Method[TokenEvent, Empty] = Method("bench.step", TokenEvent, Empty)
@@ -66,19 +58,16 @@ async def serve() -> None:
             await asyncio.sleep(0)
         return Empty()
 
-    async def describe(_: Empty) -> InstanceInfo:
-        return InstanceInfo(
+    async def reports(_: ReportsRequest) -> AsyncIterator[InstanceInfo]:
+        yield InstanceInfo(
             "mock-0", "hybrid", server.epoch, "ready", max_model_len=MAX_MODEL_LEN, max_prompt_len=MAX_MODEL_LEN - 1,
             vocab_size=VOCAB_SIZE,
         )  # fmt: skip
-
-    async def stats(_: Empty) -> InstanceStats:
-        return InstanceStats("mock-0", "hybrid", "ready")
+        await asyncio.Event().wait()
 
     server = RpcServer()
-    server.serve(DESCRIBE, describe)
-    server.serve(STATS, stats)
     server.serve(STEP, step)
+    server.serve_stream(REPORTS, reports)
     server.serve_stream(GENERATE, generate)
     await server.start()
     print(server.address, flush=True)
