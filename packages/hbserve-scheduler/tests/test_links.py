@@ -219,5 +219,5 @@ def test_those_that_are_connected_come_first_then_those_that_are_not_yet():
     assert chosen((False, 7), (False, 0)) == [(False, 7), (False, 0)]
     most = 10 * SPARE_REQUESTS
     assert chosen((True, most), (None, 0), (False, 0)) == [(True, most)]
-    assert chosen((True, most + 1), (None, 0), (False, 0)) == [(True, most + 1), (None, 0)]
+    assert chosen((True, most + 1), (None, 0), (None, 1), (False, 0)) == [(None, 0)], "only where it pays"
     assert chosen((True, most + 1), (False, 0)) == [(True, most + 1)], "there is nothing to be gained"

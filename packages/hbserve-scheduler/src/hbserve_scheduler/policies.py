@@ -272,15 +272,14 @@ def connected_first(
 ) -> list[InstanceHandle]:
     """Those of `candidates` that are best connected, by `link`: True, None for not yet, or False for not to be.
 
-    Those that are not connected yet are there too if they have so much less work that it pays to connect; `num_tokens`
-    is the work of one request.
+    Instead of them those that are not connected yet and have so much less work than any of them that it pays to
+    connect; `num_tokens` is the work of one request.
     """
     by_link: dict[bool | None, list[InstanceHandle]] = {}
     for candidate in candidates:
         by_link.setdefault(link(candidate), []).append(candidate)
     there, not_yet = by_link.get(True, []), by_link.get(None, [])
     if there and not_yet:
-        spare = SPARE_REQUESTS * num_tokens
-        is_busy = min(each.load for each in there) > min(each.load for each in not_yet) + spare
-        return there + not_yet if is_busy else there
+        worth_it = min(each.load for each in there) - SPARE_REQUESTS * num_tokens
+        return [each for each in not_yet if each.load < worth_it] or there
     return there or not_yet or candidates
