@@ -27,11 +27,11 @@ from typing import Annotated, Any
 import msgspec
 
 from hbserve_kv.errors import TransferFailed
-from hbserve_kv.memory.layout import HeadRange
+from hbserve_kv.memory.layout import HeadRange, Layout
 from hbserve_kv.memory.memory import Region
 from hbserve_rpc import Method, Notification, StreamMethod
 
-PROTOCOL_VERSION = 7
+PROTOCOL_VERSION = 8
 
 NotNegative = Annotated[int, msgspec.Meta(ge=0)]
 Seconds = Annotated[float, msgspec.Meta(ge=0, le=1e9)]
@@ -75,6 +75,8 @@ class Handshake(msgspec.Struct, frozen=True, tag=True):
     address: str
     fingerprint: dict[str, str | int]
     heads: HeadRange
+    layout: Layout
+    """Of the sender's pool. What both sides have of it in common follows from both layouts, as `sides` says."""
     offers: dict[str, bytes]
     """Transports that the sender can use, best first, each with its `describe()`."""
     link: str
@@ -86,6 +88,7 @@ class LinkReply(msgspec.Struct, frozen=True, tag=True):
     rank: int
     epoch: str
     heads: HeadRange
+    layout: Layout
     transport: str
     """The first of the offers that the receiver can use too."""
     description: bytes
@@ -94,7 +97,7 @@ class LinkReply(msgspec.Struct, frozen=True, tag=True):
 
 
 class Told(msgspec.Struct, frozen=True, tag=True):
-    """A value of the link's rendezvous: see `hbserve_kv.transports.rendezvous`."""
+    """A value of the link's rendezvous: see `hbserve_kv.transports.base.Rendezvous`."""
 
     link: str
     name: str
@@ -137,8 +140,11 @@ class UnknownLink(msgspec.Struct, frozen=True, tag=True):
 class AnnouncedPart(msgspec.Struct, frozen=True, array_like=True):
     index: int
     first: int
-    """Blocks [first, first + num_blocks) of those that were granted."""
+    """Blocks [first, first + num_blocks) of those that were granted; where those of one side are larger, units of them:
+    see `hbserve_kv.memory.layout`."""
     num_blocks: int
+    layers: tuple[NotNegative, NotNegative] | None = None
+    """Only layers [first, end)."""
 
     @property
     def end(self) -> int:
