@@ -193,7 +193,7 @@ async def test_what_was_agreed_is_told_and_what_cannot_be_bridged_is_refused_by_
     (link,) = receiver.links()
     assert "of 4 here and 8 there" in link.detail
     for sizes, named in [
-        ({"layers": 2}, "num_layers is 3 on rank 0 and 2 on rank 2"),
+        ({"layers": 2}, "num_layers is 3 on rank 0"),
         ({"tokens": 3}, "block_size is 8"),
     ]:
         other = await managers(2, "ipc", Pool(*LAYOUTS["layer-major"], **sizes).pool)
@@ -202,7 +202,7 @@ async def test_what_was_agreed_is_told_and_what_cannot_be_bridged_is_refused_by_
 
 
 async def test_memory_that_has_no_name_is_refused_by_ipc_and_served_by_the_next_backend(managers, caplog):
-    """An anonymous mapping stands for a GPU's expandable segments, and for what an engine gives back while it sleeps."""
+    """An anonymous mapping stands for expandable segments of a GPU, and for memory that engines give back to sleep."""
     pools = [PoolLayout(mmap.mmap(-1, 1 << 16), "blocks") for _ in range(2)]
     with pytest.raises(BackendUnavailable, match="not in shared memory"):
         await managers(0, "ipc", pools[0])
