@@ -9,12 +9,11 @@ from time import perf_counter
 from hbserve_core.config import InstanceConfig
 from hbserve_core.engine.batch_scheduler import BatchScheduler
 from hbserve_core.engine.block_manager import BlockManager
-from hbserve_core.engine.chunk_sizes import ChunkSizes
 from hbserve_core.engine.outputs import EngineStats, Reservation, StepOutput, error_of, finish_reason_of, output_of
 from hbserve_core.engine.request_limits import RequestLimits
 from hbserve_core.engine.runner import DrawnToken, Runner, StepInFlight
 from hbserve_core.engine.sequence import NOT_FINITE, UNREAD, Phase, ScheduledChunk, Sequence
-from hbserve_core.engine.step_times import LaunchTimes, StepWork
+from hbserve_core.engine.step_times import ChunkSizes, LaunchTimes, StepWork
 from hbserve_core.grammars.compiler import GrammarCompiler
 from hbserve_core.grammars.matcher import Matcher
 from hbserve_rpc import InvalidRequest, SamplingParams
