@@ -8,7 +8,7 @@ import torch
 
 from hbserve_core import InstanceConfig, ModelRunner
 from hbserve_core.cuda_runner.step_packer import SplitKV, StepPacker, StepView
-from hbserve_core.engine.runner import StepResult
+from hbserve_core.engine.step import StepResult
 from hbserve_core.logits.prompt_logprobs import score
 from hbserve_core.logits.rows import has_grammars
 from hbserve_core.logits.special_rows import PendingLogprobs, SpecialRows

@@ -19,7 +19,7 @@ from hbserve_core.bench.batch_sweep import (
     sweep_config,
 )
 from hbserve_core.bench.model_work import DecodeLimit, decode_limit
-from hbserve_core.engine.runner import StepResult
+from hbserve_core.engine.step import StepResult
 from hbserve_core.errors import InvalidInstanceConfig
 from hbserve_core.model.model_config import load_model_config
 from hbserve_core.ranks.make_runner import make_runner

@@ -16,8 +16,8 @@ from hbserve_core_interpreted import make_runner
 
 from hbserve_core import Engine, InstanceConfig
 from hbserve_core import make_runner as make_cuda_runner
-from hbserve_core.engine.runner import StepResult
 from hbserve_core.engine.sequence import UNREAD
+from hbserve_core.engine.step import StepResult
 from hbserve_core.grammars import compiler
 from hbserve_core.grammars.compiler import GrammarCompiler
 from hbserve_rpc import InvalidRequest, Overloaded, SamplingParams

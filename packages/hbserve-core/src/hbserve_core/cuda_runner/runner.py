@@ -23,8 +23,8 @@ from hbserve_core.cuda_runner.kernels.dependent_launch import num_processors
 from hbserve_core.cuda_runner.kernels.pointwise import host_copy
 from hbserve_core.cuda_runner.kernels.prefill_attention import new_tokens_per_tile
 from hbserve_core.cuda_runner.step_packer import SplitKV, StepPacker, StepShape, StepView
-from hbserve_core.engine.runner import PendingStep, StepResult
 from hbserve_core.engine.sequence import ScheduledChunk
+from hbserve_core.engine.step import PendingStep, StepResult
 from hbserve_core.errors import RankFailed
 from hbserve_core.logits.prompt_logprobs import PendingPromptLogprobs, ScoredRows, score
 from hbserve_core.logits.rows import LogitsRow, has_grammars

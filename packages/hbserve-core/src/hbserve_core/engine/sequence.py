@@ -26,13 +26,14 @@ A request of several choices (`SamplingParams.n`) has a sequence for what they h
 """
 
 from array import array
+from collections.abc import Container
 from dataclasses import dataclass, field
 from enum import Enum
 from sys import maxsize
 
 from hbserve_core.grammars.matcher import Matcher
 from hbserve_rpc import SamplingParams
-from hbserve_rpc.messages import TokenLogprobs
+from hbserve_rpc.messages import FinishReason, TokenLogprobs
 
 UNREAD = -1
 """Stands for a token that the device has, or will have, and the host has not read yet."""
@@ -144,6 +145,14 @@ class Sequence:
         """The next phase of its life."""
         assert phase in NEXT_PHASES[self.phase], f"{self.request_id}: {self.phase.name} cannot become {phase.name}"
         self.phase = phase
+
+    def finish_reason(self, token: int, eos_token_ids: Container[int]) -> FinishReason | None:
+        """Why an output token is its last one; None if it is not."""
+        # Where there is a grammar, one that is ignored cannot be drawn, unless the answer is complete.
+        is_end = not self.params.ignore_eos or self.matcher is not None
+        if token in self.params.stop_token_ids or (is_end and token in eos_token_ids):
+            return "stop"
+        return "length" if self.is_full else None
 
     @property
     def is_full(self) -> bool:

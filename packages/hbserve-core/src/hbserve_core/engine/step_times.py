@@ -22,8 +22,8 @@ from itertools import islice
 from typing import NamedTuple
 
 from hbserve_core.config import InstanceConfig
-from hbserve_core.engine.runner import Runner
 from hbserve_core.engine.sequence import ScheduledChunk, Sequence
+from hbserve_core.engine.step import Runner
 
 STEP_S = 0.010
 FEWEST_TOKENS = 1024

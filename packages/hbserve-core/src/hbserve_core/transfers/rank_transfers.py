@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from hbserve_core.config import InstanceConfig
-from hbserve_core.engine.runner import Runner
+from hbserve_core.engine.step import Runner
 from hbserve_core.errors import RankFailed
 from hbserve_core.model.shard import Shard
 from hbserve_core.transfers import rank_protocol as protocol
