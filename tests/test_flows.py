@@ -26,8 +26,8 @@ def files(*folders: str) -> set[str]:
     return found
 
 
-ENGINE = "hbserve_core/engine: batch_scheduler block_manager engine request_limits sequence step step_times"
-LAYERS = "hbserve_core/model: layers rank_group rope"
+ENGINE = "hbserve_core/engine: batch_scheduler block_manager engine sequence step step_times"
+LAYERS = "hbserve_core/model: layers rank_group"
 FLOWS = {
     "cuda step": files(
         ENGINE,
@@ -39,7 +39,7 @@ FLOWS = {
     "step": files(
         ENGINE,
         LAYERS,
-        "hbserve_core/model: linear",
+        "hbserve_core/model: linear rope",
         "hbserve_core/torch_runner: attention batch decoder runner sampler",
     ),
     "transfer": files(
@@ -62,7 +62,7 @@ instances; a request that meets no error. All with one rank, and of requests tha
 nothing of hbserve_core/logits."""
 LOADING = files("hbserve_core/model: loaded_model model_config weights")
 """Called before a runner's first step."""
-MOST_FILES = {"cuda step": 22, "step": 16, "transfer": 24, "scheduling": 9}
+MOST_FILES = {"cuda step": 20, "step": 15, "transfer": 24, "scheduling": 9}
 
 
 @pytest.fixture(scope="module")

@@ -65,7 +65,7 @@ class CudaRunner:
             self._largest = self._shapes.largest(
                 max(config.max_num_batched_tokens, config.max_num_seqs), config.max_num_seqs
             )
-            self._decoder = CudaDecoder(model.rank_config, model.weights, self._largest, group)
+            self._decoder = CudaDecoder(model, self._largest, group)
             self._special_rows = SpecialRows(model.model_config, self.device)
             self._sampled = torch.zeros(config.max_num_seqs, dtype=torch.int32, device=self.device)
             self._make_buffers()

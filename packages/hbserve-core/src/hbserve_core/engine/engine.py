@@ -9,8 +9,7 @@ from time import perf_counter
 from hbserve_core.config import InstanceConfig
 from hbserve_core.engine.batch_scheduler import BatchScheduler
 from hbserve_core.engine.block_manager import BlockManager
-from hbserve_core.engine.request_limits import RequestLimits
-from hbserve_core.engine.sequence import NOT_FINITE, UNREAD, Phase, ScheduledChunk, Sequence
+from hbserve_core.engine.sequence import NOT_FINITE, UNREAD, Phase, RequestLimits, ScheduledChunk, Sequence
 from hbserve_core.engine.step import DrawnToken, EngineStats, Reservation, Runner, StepInFlight, StepOutput, error_of
 from hbserve_core.engine.step_times import ChunkSizes, LaunchTimes, StepWork
 from hbserve_core.grammars.compiler import GrammarCompiler
