@@ -316,7 +316,7 @@ class GpuInstance:
         finally:
             self._end(self._end_prefill(request.request_id, sending))
 
-    async def _grant(self, request: GrantRequest) -> None:
+    def _grant(self, request: GrantRequest) -> None:
         if inbox := self._inboxes.get(request.request_id):
             inbox.put_nowait(request)
 

@@ -127,7 +127,7 @@ class RankServer:
                 self._cancelling.add(task)
                 task.add_done_callback(self._cancelling.discard)
 
-    async def _push(self, request: Push) -> None:
+    def _push(self, request: Push) -> None:
         if isinstance(send := self._transfers.get(request.transfer_id), SendTransfer):
             send.push(request.block_ids, request.first)
 
