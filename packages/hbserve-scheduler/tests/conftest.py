@@ -61,7 +61,10 @@ class FakeInstance:
     of a hybrid one. A prefill instance that has begun before its grant waits for that between "first" and the token.
     """
 
-    def __init__(self, role: Role, instance_id: str, journal: list[tuple[str, str]]) -> None:
+    def __init__(
+        self, role: Role, instance_id: str, journal: list[tuple[str, str]], host: str = "127.0.0.1", port: int = 0
+    ) -> None:
+        self.host = host
         self.role: Role = role
         self.instance_id = instance_id
         self.journal = journal
@@ -99,10 +102,10 @@ class FakeInstance:
         self.status: InstanceStatus = "ready"
         self.error = ""
         self._released = asyncio.Event()
-        self.server = self._make_server(0)
+        self.server = self._make_server(port)
 
     def _make_server(self, port: int) -> RpcServer:
-        server = RpcServer(port=port, epoch=uuid.uuid4().hex)
+        server = RpcServer(self.host, port, epoch=uuid.uuid4().hex)
         server.serve(DESCRIBE, self._describe)
         server.serve(STATS, self._stats)
         server.serve_stream(REPORTS, self._reports)
