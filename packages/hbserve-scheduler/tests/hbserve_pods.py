@@ -3,7 +3,8 @@
     python hbserve_pods.py NAME HOST PORT POD_HOST...
 
 The name server is at HOST. Each line of stdin is what it says of NAME from then on: addresses, or an error such as
-NXDOMAIN; each is answered by a line on stdout. Other names there are none.
+NXDOMAIN; each is answered by a line on stdout, when the name has been looked up a few times since. There are no other
+names.
 """
 
 import asyncio
@@ -16,6 +17,7 @@ from conftest import FakeInstance
 NO_ERROR, ERRORS = 0, {"SERVFAIL": 2, "NXDOMAIN": 3}
 A, IN = 1, 1
 HEADER = struct.Struct(">6H")
+A_FEW = 5
 AUTHORITATIVE = 0x8400
 
 
@@ -25,6 +27,9 @@ class NameServer(asyncio.DatagramProtocol):
     def __init__(self, name: str) -> None:
         self._name = name
         self.says: list[str] = []
+        self.num_asked = 0
+        self.asked = asyncio.Event()
+        """Set at each question for its addresses."""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = transport
@@ -34,6 +39,9 @@ class NameServer(asyncio.DatagramProtocol):
         name, end = self._read_name(data)
         (kind,) = struct.unpack_from(">H", data, end)
         code, found = NO_ERROR, []
+        if name == self._name and kind == A:
+            self.num_asked += 1
+            self.asked.set()
         if name != self._name or not self.says:
             code = ERRORS["NXDOMAIN"]
         elif self.says[0] in ERRORS:
@@ -63,7 +71,10 @@ async def main(name: str, host: str, port: int, pod_hosts: list[str]) -> None:
     sys.stdout.write("ready\n")
     sys.stdout.flush()
     while line := await asyncio.to_thread(sys.stdin.readline):
-        server.says = line.split()
+        server.says, server.num_asked = line.split(), 0
+        while server.num_asked < A_FEW:
+            server.asked.clear()
+            await server.asked.wait()
         sys.stdout.write("said\n")
         sys.stdout.flush()
     for each in pods:
