@@ -37,6 +37,7 @@ from hbserve_rpc.messages import (
     TransferDone,
 )
 from hbserve_rpc.reports import REPORTS, InstanceReport, ReportsRequest
+from hbserve_rpc.trace_context import TRACEPARENT
 from hbserve_scheduler import CpuScheduler, EventStream, SchedulerConfig
 
 DEADLINE_S = 30.0
@@ -70,6 +71,8 @@ class FakeInstance:
         self.journal = journal
         """(instance, what) in the order in which it happened, over all instances of the test."""
         self.requests: list[Any] = []
+        self.traces: list[str] = []
+        """To which they belong."""
         self.connected: list[bytes] = []
         """Endpoints that it was asked to connect to, and did."""
         self.granted: dict[str, asyncio.Future[bytes]] = {}
@@ -186,6 +189,7 @@ class FakeInstance:
     @contextlib.contextmanager
     def _stream(self, request: Any) -> Any:
         self.requests.append(request)
+        self.traces.append(TRACEPARENT.get())
         self.open += 1
         try:
             yield
