@@ -156,6 +156,17 @@ async def test_a_receiver_that_wants_it_no_more_frees_the_senders_blocks(pair, m
         assert (await offer.wait()).outcome is Outcome.FAILED_DRAINED
 
 
+async def test_what_is_withdrawn_in_the_moment_in_which_it_is_fetched_ends_too(pair):
+    sender, receiver, _, _ = pair
+    offer = offered(sender)
+    posted = receiver.post_receive("t", [1, 2, 3])
+    assert offer.fetch(posted.grant, 0)
+    offer.withdraw("the client went away")
+    async with asyncio.timeout(20):
+        assert (await offer.wait()).error == "the client went away"
+    assert await posted.cancel("test over") is Outcome.FAILED_DRAINED
+
+
 async def test_an_offer_is_for_one_receiver_and_is_fetched_once(pair):
     sender, receiver, _, _ = pair
     offer = offered(sender)

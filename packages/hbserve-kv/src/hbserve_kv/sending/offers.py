@@ -130,14 +130,15 @@ class Offer:
             return False
         self._first = first
         self.sending = asyncio.create_task(self._send(grant))
+        self.sending.add_done_callback(self._sent)
         self._set_deadline()
         return True
 
     async def _send(self, grant: bytes) -> None:
         try:
             transfer = self._transfer = await self._open(self.transfer_id, grant)
-        except (TransferFailed, FingerprintMismatch, asyncio.CancelledError) as error:
-            self._end(TransferResult(Outcome.FAILED_DRAINED, error=self._withdrawn or str(error)))
+        except (TransferFailed, FingerprintMismatch) as error:
+            self._end(TransferResult(Outcome.FAILED_DRAINED, error=str(error)))
             return
         for piece in self._pushed:
             self._forward(*piece)
@@ -149,6 +150,10 @@ class Offer:
         if result.outcome is Outcome.UNKNOWN:
             await transfer.drained()
             self._drained.set()
+
+    def _sent(self, sending: asyncio.Task[None]) -> None:
+        if sending.cancelled():  # perhaps before it could begin
+            self._end(TransferResult(Outcome.FAILED_DRAINED, error=self._withdrawn))
 
     def _forward(self, place: int, block_ids: list[int], ready: Any) -> None:
         """Those of the blocks that the receiver wants."""
@@ -224,7 +229,8 @@ class Offers:
 
     async def closed(self) -> None:
         """After `close`, and when no connection is left: wait until nothing is read any more."""
-        await asyncio.gather(*(each.sending for each in self.offers.values() if each.sending), *self._sending)
+        sending = [each.sending for each in self.offers.values() if each.sending]
+        await asyncio.gather(*sending, *self._sending, return_exceptions=True)
 
     async def serve_keep(self, keep: Keep) -> AsyncIterator[Nothing]:
         """Handler of KEEP, one for each receiver as long as it wants the transfer."""
