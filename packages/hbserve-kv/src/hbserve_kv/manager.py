@@ -236,7 +236,8 @@ class KVTransferManager(KVTransferBase):
     def claim(self, transfer_id: str, address: str, epoch: str = "") -> Claim:
         """Want what the manager at `address` offers under this id, and have it kept there until it is fetched.
 
-        With an `epoch` it must be offered now, by that life of the manager; without, it may be offered later.
+        With an `epoch` it must be offered by that life of the manager, now or in a moment; without, it may be any time
+        up to the manager's `expiry_s` until it is.
         """
         claim = Claim(transfer_id, address, epoch, self._senders, self.post_receive)
         self._claims.add(claim)

@@ -186,7 +186,7 @@ class Keep(msgspec.Struct, frozen=True, tag=True):
 
     transfer_id: str
     epoch: str = ""
-    """Of the sender that has offered it; "" if it may be offered later."""
+    """Of the sender that has offered it; "" if it may be offered much later, by any life."""
 
 
 class Fetch(msgspec.Struct, frozen=True, tag=True):

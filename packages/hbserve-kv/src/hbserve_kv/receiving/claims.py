@@ -154,9 +154,15 @@ class Claim:
         self.task.add_done_callback(lambda _: patience.cancel())
 
     def release(self) -> None:
-        """Want it no more: the sender hears so, and has its blocks back. Ends a fetch that is under way."""
-        self.task.cancel()
+        """Want it no more: the sender hears so, also if it has to offer it yet, and has its blocks back. Ends a fetch
+        that is under way."""
+        if self._posted is not None:
+            self._posted.fail("it was released")
+        if self._kept.done():
+            self.task.cancel()
+        else:
+            self._kept.add_done_callback(lambda _: self.task.cancel())
 
     async def close(self) -> None:
-        self.release()
+        self.task.cancel()
         await asyncio.gather(self.task, *([self._fetching] if self._fetching else []), return_exceptions=True)

@@ -20,6 +20,8 @@ from hbserve_rpc import InvalidRequest, RpcServer, calling_peer
 
 MOST_ENDED = 1 << 12
 """Offers that have ended and are known by name, for who comes too late to hear why."""
+LATE_S = 10.0
+"""An engine may tell others of a transfer a moment before it is offered here."""
 
 _Open = Callable[[str, bytes], Awaitable[SendTransfer]]
 
@@ -84,11 +86,13 @@ class Offer:
             self._set_deadline()
 
     def restart(self) -> bool:
-        """Forget what was pushed, to push other blocks from the first one on. False: it is being fetched already."""
-        if self.sending is None:
-            self._pushed.clear()
-            self._num_blocks = 0
-        return self.sending is None
+        """Forget what was pushed, to push other blocks from the first one on. False: it is being fetched already, is
+        committed, or has ended."""
+        if self.sending is not None or self._payload.done() or self.result.done():
+            return False
+        self._pushed.clear()
+        self._num_blocks = 0
+        return True
 
     def withdraw(self, reason: str) -> None:
         """Offer it no more. Returns at once; `wait` says how it ended."""
@@ -251,17 +255,17 @@ class Offers:
             self._drop(f"transfer {name} was offered by an earlier life of this instance")
         if name in self.offers:
             return self.offers[name]
-        if keep.epoch or name in self._ended or name in self._awaited:
-            unknown = "another receiver waits for it" if name in self._awaited else "it never was here"
-            why = self._ended.get(name, unknown)
+        if name in self._ended or name in self._awaited:
+            why = self._ended.get(name, "another receiver waits for it")
             self._drop(f"transfer {name} is not offered: {why}")
         awaited: asyncio.Future[Offer] = asyncio.get_running_loop().create_future()
         self._awaited[name] = awaited
+        patience_s = min(LATE_S, self._expiry_s) if keep.epoch else self._expiry_s
         try:
-            async with asyncio.timeout(self._expiry_s):
+            async with asyncio.timeout(patience_s):
                 return await awaited
         except TimeoutError:
-            raise InvalidRequest(f"transfer {name} was not offered within {self._expiry_s:.3g} s") from None
+            raise InvalidRequest(f"transfer {name} was not offered within {patience_s:.3g} s") from None
         finally:
             del self._awaited[name]
 
