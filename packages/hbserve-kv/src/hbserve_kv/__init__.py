@@ -26,7 +26,9 @@ if TYPE_CHECKING:
     from hbserve_kv.memory.memory import HeadRange
     from hbserve_kv.memory.shared_memory import shared_empty
     from hbserve_kv.protocol.messages import join_grants
+    from hbserve_kv.receiving.claims import Claim
     from hbserve_kv.receiving.transfer import PostedReceive
+    from hbserve_kv.sending.offers import Offer
     from hbserve_kv.sending.transfer import OutgoingTransfer, SendTransfer
     from hbserve_kv.transports.base import DrainUnknown, Link, Part, Transport
 
@@ -35,6 +37,7 @@ __all__ = [
     "BackendUnavailable",
     "BufferTooLarge",
     "BufferTooSmall",
+    "Claim",
     "DrainUnknown",
     "FingerprintMismatch",
     "HBServeKVError",
@@ -45,6 +48,7 @@ __all__ = [
     "KVTransferManager",
     "Link",
     "LinkInfo",
+    "Offer",
     "Outcome",
     "OutgoingTransfer",
     "Part",
@@ -60,10 +64,12 @@ __all__ = [
 ]
 
 _NEED_TORCH = {
+    "Claim": "receiving.claims",
     "DrainUnknown": "transports.base",
     "HeadRange": "memory.memory",
     "KVTransferManager": "manager",
     "Link": "transports.base",
+    "Offer": "sending.offers",
     "OutgoingTransfer": "sending.transfer",
     "Part": "transports.base",
     "PostedReceive": "receiving.transfer",
