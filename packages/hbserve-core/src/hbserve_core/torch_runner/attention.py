@@ -33,6 +33,7 @@ class TorchAttention:
         """model: sizes of this rank's part."""
         self._pool = pool
         self._model = model
+        self._reach = model.reach
         self._workspace = torch.empty(0, dtype=pool.dtype, device=pool.device)
 
     def plan(self, chunks: Sequence[ScheduledChunk]) -> "AttentionPlan":
@@ -43,7 +44,7 @@ class TorchAttention:
         self._clear_unwritten_slots(chunks)
         block_elements = self._pool[0, 0].numel()
         most_blocks = _MOST_GATHERED_BYTES // (block_elements * self._pool.dtype.itemsize)
-        groups = list(_groups(chunks, self._pool.shape[3], self._model.reach, most_blocks))
+        groups = list(_groups(chunks, self._pool.shape[3], self._reach, most_blocks))
         elements = max(group.num_sequences * group.num_blocks for group in groups) * block_elements
         if self._workspace.numel() < elements:
             self._workspace = torch.empty(elements, dtype=self._pool.dtype, device=self._pool.device)
