@@ -27,7 +27,9 @@ if TYPE_CHECKING:
     from hbserve_kv.memory.pool_layout import PoolLayout
     from hbserve_kv.memory.shared_memory import shared_empty
     from hbserve_kv.protocol.messages import join_grants
+    from hbserve_kv.receiving.claims import Claim
     from hbserve_kv.receiving.transfer import PostedReceive
+    from hbserve_kv.sending.offers import Offer
     from hbserve_kv.sending.transfer import OutgoingTransfer, SendTransfer
     from hbserve_kv.transports.base import DrainUnknown, Link, Part, Transport
 
@@ -36,6 +38,7 @@ __all__ = [
     "BackendUnavailable",
     "BufferTooLarge",
     "BufferTooSmall",
+    "Claim",
     "DrainUnknown",
     "FingerprintMismatch",
     "HBServeKVError",
@@ -46,6 +49,7 @@ __all__ = [
     "KVTransferManager",
     "Link",
     "LinkInfo",
+    "Offer",
     "Outcome",
     "OutgoingTransfer",
     "Part",
@@ -62,10 +66,12 @@ __all__ = [
 ]
 
 _NEED_TORCH = {
+    "Claim": "receiving.claims",
     "DrainUnknown": "transports.base",
     "HeadRange": "memory.layout",
     "KVTransferManager": "manager",
     "Link": "transports.base",
+    "Offer": "sending.offers",
     "OutgoingTransfer": "sending.transfer",
     "Part": "transports.base",
     "PoolLayout": "memory.pool_layout",

@@ -214,8 +214,8 @@ class Receiver:
         self._buffer.keep(transfer)
         return transfer
 
-    async def _parts(self, message: PartsAnnounced) -> None:
-        """There is no pause in here: what the sender asks later finds these parts begun."""
+    def _parts(self, message: PartsAnnounced) -> None:
+        """No coroutine, which could pause: what the sender asks later finds these parts begun."""
         link = self._find_link(message.link)
         if link is None or not link.take(self.transfers.get(message.transfer_id), message):
             self.dropped_messages += 1

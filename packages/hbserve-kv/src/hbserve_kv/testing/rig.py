@@ -105,9 +105,9 @@ class Rig:
 
 
 def is_empty(manager: KVTransferManager) -> bool:
-    """No transfer, no bytes in the lookup buffer, no quarantine."""
+    """No transfer, no offer, no bytes in the lookup buffer, no quarantine."""
     stats = manager.stats()
-    return (stats.active_transfers, stats.buffered_bytes, stats.num_quarantined) == (0, 0, 0)
+    return (stats.active_transfers, stats.num_offers, stats.buffered_bytes, stats.num_quarantined) == (0, 0, 0, 0)
 
 
 async def send(
