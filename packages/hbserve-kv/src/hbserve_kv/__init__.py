@@ -23,7 +23,8 @@ from hbserve_kv.protocol.transfer_state import Outcome, TransferResult
 
 if TYPE_CHECKING:
     from hbserve_kv.manager import KVTransferManager
-    from hbserve_kv.memory.memory import HeadRange
+    from hbserve_kv.memory.layout import HeadRange
+    from hbserve_kv.memory.pool_layout import PoolLayout
     from hbserve_kv.memory.shared_memory import shared_empty
     from hbserve_kv.protocol.messages import join_grants
     from hbserve_kv.receiving.claims import Claim
@@ -52,6 +53,7 @@ __all__ = [
     "Outcome",
     "OutgoingTransfer",
     "Part",
+    "PoolLayout",
     "PostedReceive",
     "SendTransfer",
     "TransferFailed",
@@ -66,12 +68,13 @@ __all__ = [
 _NEED_TORCH = {
     "Claim": "receiving.claims",
     "DrainUnknown": "transports.base",
-    "HeadRange": "memory.memory",
+    "HeadRange": "memory.layout",
     "KVTransferManager": "manager",
     "Link": "transports.base",
     "Offer": "sending.offers",
     "OutgoingTransfer": "sending.transfer",
     "Part": "transports.base",
+    "PoolLayout": "memory.pool_layout",
     "PostedReceive": "receiving.transfer",
     "SendTransfer": "sending.transfer",
     "Transport": "transports.base",

@@ -12,7 +12,8 @@ import torch
 from hbserve_kv.base import KVTransferBase
 from hbserve_kv.config import GOODBYE_TIMEOUT_S, KVTransferConfig
 from hbserve_kv.errors import TransferFailed
-from hbserve_kv.memory.memory import HeadRange, Memory, gather
+from hbserve_kv.memory.layout import HeadRange
+from hbserve_kv.memory.memory import Memory, gather
 from hbserve_kv.protocol.handshake import Identity
 from hbserve_kv.protocol.messages import ALIVE, Alive, Begin, Grant, Nothing, read_grants
 from hbserve_kv.protocol.stats import LinkInfo, TransferStats

@@ -34,7 +34,8 @@ from typing import Annotated, Any
 import msgspec
 
 from hbserve_kv.errors import TransferFailed
-from hbserve_kv.memory.memory import HeadRange, Region
+from hbserve_kv.memory.layout import HeadRange
+from hbserve_kv.memory.memory import Region
 from hbserve_rpc import Method, Notification, StreamMethod
 
 PROTOCOL_VERSION = 8

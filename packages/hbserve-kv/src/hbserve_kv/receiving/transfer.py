@@ -17,7 +17,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from hbserve_kv.errors import TransferFailed
-from hbserve_kv.memory.memory import HeadRange, Region
+from hbserve_kv.memory.layout import HeadRange
+from hbserve_kv.memory.memory import Region
 from hbserve_kv.protocol.messages import AnnouncedPart, Cancelled, Commit, Handshake, PartsAnnounced
 from hbserve_kv.protocol.transfer_state import IncomingState, Outcome, Phase, TransferResult
 from hbserve_kv.transports.base import Deadline, Link, Part, Transport, disconnect

@@ -18,7 +18,7 @@ from collections.abc import Awaitable, Callable
 import torch
 
 from hbserve_kv.errors import TransferFailed
-from hbserve_kv.memory.memory import HeadRange
+from hbserve_kv.memory.layout import HeadRange
 from hbserve_kv.protocol.transfer_state import Outcome
 from hbserve_kv.testing.rig import NUM_BLOCKS, NUM_HEADS, Rig, send
 from hbserve_kv.transports.base import Transport

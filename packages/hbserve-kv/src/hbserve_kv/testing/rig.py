@@ -8,7 +8,7 @@ import torch
 
 from hbserve_kv.config import KVTransferConfig
 from hbserve_kv.manager import KVTransferManager
-from hbserve_kv.memory.memory import HeadRange
+from hbserve_kv.memory.layout import HeadRange
 from hbserve_kv.protocol.transfer_state import Outcome
 from hbserve_kv.receiving.transfer import PostedReceive
 from hbserve_kv.transports.base import Transport
