@@ -440,7 +440,7 @@ def without_cuda(monkeypatch):
 
     def map_gpu_memory(transport, link):
         target = map_memory(transport, link)
-        target.copy_blocks = transport._compiled_copy(link, transport._memory.block_bytes)
+        target.copy_pieces = transport._compiled_copy(link, target)
         return target
 
     monkeypatch.setattr(nccl.NcclTransport, "_make_group", make_gpu_group)
