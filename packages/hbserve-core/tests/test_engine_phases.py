@@ -15,7 +15,7 @@ BLOCK = 4
 class Runner:
     """Samples token 5, one step behind."""
 
-    model_config = SimpleNamespace(vocab_size=50, max_model_len=60, eos_token_ids=(0,))
+    model_config = SimpleNamespace(vocab_size=50, max_model_len=60, reach=0, eos_token_ids=(0,))
     overlaps = True
 
     def __init__(self):

@@ -21,6 +21,7 @@ from hbserve_rpc.errors import AddressInUse, HBServeRpcError, InvalidRequest, Ov
 from hbserve_rpc.keys import PARTIES, Keys, Party
 from hbserve_rpc.message_socket import Complaints, MessageSocket, SharedContext
 from hbserve_rpc.methods import Method, Notification, StreamMethod
+from hbserve_rpc.trace_context import TRACEPARENT
 
 logger = logging.getLogger(__name__)
 
@@ -298,6 +299,7 @@ class RpcServer:
         self, client: ConnectedClient, open_: wire.Open, body: bytes, credit: asyncio.Semaphore
     ) -> None:
         identity = client.peer.connection
+        TRACEPARENT.set(open_.traceparent)  # of this task, and of those that the handler makes
         try:
             handler, request = self._decode(self._streams, open_.method, body)
             async with contextlib.aclosing(handler(request)) as items:

@@ -1,5 +1,6 @@
 """The engine: requests in, tokens out, one step at a time."""
 
+from array import array
 from collections.abc import Callable
 from collections.abc import Sequence as Ids
 from dataclasses import replace
@@ -8,7 +9,7 @@ from time import perf_counter
 
 from hbserve_core.config import InstanceConfig
 from hbserve_core.engine.batch_scheduler import BatchScheduler
-from hbserve_core.engine.block_manager import BlockManager
+from hbserve_core.engine.block_manager import NO_BLOCK, BlockManager
 from hbserve_core.engine.sequence import NOT_FINITE, UNREAD, Phase, RequestLimits, ScheduledChunk, Sequence
 from hbserve_core.engine.step import DrawnToken, EngineStats, Reservation, Runner, StepInFlight, StepOutput, error_of
 from hbserve_core.engine.step_times import ChunkSizes, LaunchTimes, StepWork
@@ -42,7 +43,8 @@ class Engine:
         self._runner = runner
         self._clock = clock
         self._model = runner.model_config
-        self.blocks = BlockManager(runner.pool.shape[0], config.block_size, prefix_caching=config.prefix_caching)
+        pool_of = runner.pool.shape[0], config.block_size
+        self.blocks = BlockManager(*pool_of, prefix_caching=config.prefix_caching, window=self._model.reach)
         self.grammars = GrammarCompiler(config.model_path, self._model.vocab_size, self._model.eos_token_ids)
         """Any thread may use it: what it makes is handed to `add` or `reserve`."""
         self.limits = RequestLimits(config, self._model.vocab_size, self._model.max_model_len, self.blocks.num_blocks)
@@ -108,7 +110,7 @@ class Engine:
         use one of them for who had it before; most are granted at once, because they get blocks that none may.
         """
         while (sequence := self._scheduler.grant()) is not None:
-            first = sequence.num_cached_tokens // self.config.block_size
+            first = sequence.num_shared_tokens // self.config.block_size
             block_ids = sequence.block_table[first:].tolist()
             granted = Reservation(sequence.request_id, block_ids, sequence.num_cached_tokens)
             self._granted.append((granted, self.blocks.last_step(block_ids)))
@@ -162,9 +164,10 @@ class Engine:
         sequence = self._sequences[request_id]
         self._scheduler.move(sequence, Phase.QUARANTINED)
         self._withdraw_grant(sequence)
-        kept = len(sequence.block_table) - num_blocks
-        self.blocks.release(sequence.block_table[:kept])
-        sequence.block_table = sequence.block_table[kept:]
+        held = array("i", [each for each in sequence.block_table if each != NO_BLOCK])
+        kept = max(0, len(held) - num_blocks)
+        self.blocks.release(held[:kept])
+        sequence.block_table = held[kept:]
         self.blocks.quarantine(sequence.block_table)
 
     def _end(self, sequence: Sequence) -> None:

@@ -103,11 +103,13 @@ class Sequence:
     params: SamplingParams
     num_computed_tokens: int = 0
     block_table: "array[int]" = field(default_factory=_no_blocks)
-    """Block i holds tokens [i * block_size, (i + 1) * block_size). An array, which numpy copies without a loop."""
+    """Block i holds tokens [i * block_size, (i + 1) * block_size); NO_BLOCK where no layer sees them any more. An
+    array, which numpy copies without a loop."""
     block_digests: list[bytes] = field(default_factory=list)
     """Of the full blocks, as far as they were needed; see BlockManager."""
     num_cached_tokens: int = 0
-    """Of those computed, how many the prefix cache gave when the sequence last got its blocks."""
+    """Of those computed, how many the prefix cache gave when the sequence last got its blocks; those before them, which
+    no layer sees, are counted too."""
     num_shared_tokens: int = 0
     """Of those computed, how many are in blocks that others may find, if these are full."""
     is_shared: bool = True
@@ -194,7 +196,8 @@ class Sequence:
 class ScheduledChunk:
     """What one step computes of one sequence: tokens [num_computed_tokens, num_computed_tokens + num_new_tokens).
 
-    `sequence.block_table` covers them. The runner reads the sequence and changes nothing.
+    `sequence.block_table` covers them. The runner reads the sequence and changes nothing, and of its blocks those only
+    that the model's windows reach.
     """
 
     sequence: Sequence

@@ -197,7 +197,8 @@ class Reservation:
 
     request_id: str
     block_ids: list[int]
-    """Blocks of the tokens that are not cached here, in order."""
+    """Blocks of the tokens that are to be brought, in order: the last ones of the request's, without those that are
+    cached here, or that no layer will see."""
     num_cached_tokens: int
 
 

@@ -51,6 +51,7 @@ from hbserve_rpc.messages import (
 )
 from hbserve_rpc.metrics_text import Family
 from hbserve_rpc.reports import REPORTS
+from hbserve_rpc.trace_context import TRACEPARENT
 
 logger = logging.getLogger(__name__)
 
@@ -238,6 +239,7 @@ class GpuInstance:
         if request.request_id in self._inboxes:
             raise InvalidRequest(f"request_id={request.request_id!r} is in use")
         self.num_requests += 1
+        logger.debug("%s: %s, trace %s", request.request_id, type(request).__name__, TRACEPARENT.get() or "none")
         self.reports.begin(request)
         inbox = self._inboxes[request.request_id] = Inbox(request.left_s)
         return inbox

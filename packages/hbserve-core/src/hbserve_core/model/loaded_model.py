@@ -152,7 +152,8 @@ def _dtype(config: InstanceConfig, model: ModelConfig) -> torch.dtype:
 def _fingerprint(model: ModelConfig, weights_digest: str, block: BlockShape) -> dict[str, str | int]:
     # The same weights with other rotation angles are another model.
     switches = replace(model.switches, experts=None)  # how ranks share experts is their own affair
-    described = f"{model.architecture} {switches} {model.rope} {model.rms_norm_eps} {weights_digest}"
+    # Windows say which blocks are sent.
+    described = f"{model.architecture} {switches} {model.windows} {model.rope} {model.rms_norm_eps} {weights_digest}"
     return {
         "model": hashlib.sha256(described.encode()).hexdigest()[:32],
         "dtype": str(block.dtype).removeprefix("torch."),
