@@ -126,7 +126,7 @@ def decode(model, pieces, dtype=BF16, **scores):
     _, _, heads, key_heads, head_dim, *_ = MODELS[model]
     workspace = DecodeWorkspace(64, pieces, (heads, key_heads, head_dim), torch.device("meta"))
     paged = ints(64 * 256), ints(1), ints(6, pieces)
-    decode_attention(*attention_arguments(model, dtype, 64), *paged, workspace, scores=made(scores))  # type: ignore[call-arg]
+    decode_attention(*attention_arguments(model, dtype, 64), *paged, workspace, scores=made(scores))  # type: ignore[call-arg, misc]
 
 
 def made(scores):

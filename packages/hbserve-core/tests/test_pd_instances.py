@@ -11,7 +11,7 @@ import msgspec
 import pytest
 
 from hbserve_core import GpuInstance, InstanceConfig
-from hbserve_core.engine.outputs import StepOutput
+from hbserve_core.engine.step import StepOutput
 from hbserve_core.instance.handover import Inbox, PrefillSend
 from hbserve_kv import KVTransferConfig
 from hbserve_rpc import InvalidRequest, RemoteError, RpcClient, SamplingParams
@@ -185,6 +185,31 @@ async def test_tokens_apart_are_those_of_hybrid_and_transformers(start, backend,
     many = [prompt(LENGTHS[i % 8], salt=200 + i) for i in range(32)]
     results = await asyncio.gather(*(apart(p, d, f"many-{i}", ids) for i, ids in enumerate(many)))
     assert [tokens for tokens, _, _ in results] == [greedy_tokens("qwen3", ids, MAX_TOKENS) for ids in many]
+
+
+@pytest.mark.parametrize("backend", ["nccl", "ipc"])
+async def test_blocks_that_no_layer_will_see_are_not_sent(start, backend, prompt, model_folder, greedy_tokens):
+    """All layers have a window of 21 tokens: two blocks in front of the last full one, and what is behind it."""
+    settings = {"backend": backend, "model_path": str(model_folder("mistral-window"))}
+    p, d = await start("prefill", **settings), await start("decode", **settings)
+    ids = prompt(4 * CHUNK + 5)
+    for name, num_cached, num_blocks in (("cold", 0, 3), ("cached", 4 * CHUNK, 1)):
+        tokens, found, done = await apart(p, d, name, ids)
+        assert (tokens, found) == (greedy_tokens("mistral-window", ids, MAX_TOKENS), num_cached)
+        assert done.num_bytes == num_blocks * FULL_BYTES // 2, "one KV head, not two"
+
+
+async def test_a_grant_of_blocks_that_no_layer_sees_fails_the_prefill():
+    async def open_send(transfer_id: str, grant: bytes) -> Any:
+        return SimpleNamespace(num_blocks=3)
+
+    inbox = Inbox()
+    request = PrefillRequest("r", "t", [3] * (2 * BLOCK + 5), GREEDY, b"grant")
+    sending = PrefillSend(SimpleNamespace(open_send=open_send), request, BLOCK, inbox)
+    await asyncio.sleep(0.01)
+    inbox.put_nowait(StepOutput("r", None, 0, num_computed_tokens=2 * BLOCK, block_table=[-1, 5, 6]))
+    with pytest.raises(RemoteError, match="no layer of the model sees any more"):
+        await sending.follow()
 
 
 @pytest.mark.parametrize(("backend", "p_ranks", "d_ranks"), [("nccl", 1, 2), ("ipc", 4, 2)])

@@ -119,7 +119,7 @@ async def test_what_many_streams_bring_in_one_step_is_one_message_and_so_is_thei
     server.serve_stream(rpc.STREAM, follow)
     await start(server)
     client = await connect(server.address)
-    sent = {"server": [], "client": []}
+    sent: dict[str, list[Any]] = {"server": [], "client": []}
     for name, side in (("server", server), ("client", client)):
         note, send = sent[name], side._socket.send
         monkeypatch.setattr(
@@ -201,7 +201,7 @@ class Other(msgspec.Struct, frozen=True, tag=True):
 
 async def test_an_item_of_another_type_ends_the_stream_on_both_sides(rpc, counting):
     client, seen = await counting()
-    other = StreamMethod(rpc.STREAM.name, rpc.Ask, Other)
+    other: StreamMethod[Any, Any] = StreamMethod(rpc.STREAM.name, rpc.Ask, Other)
     with pytest.raises(ProtocolMismatch, match=r"test\.stream with"):
         await anext(client.stream(other, rpc.Ask(10_000)))
     async with asyncio.timeout(20):

@@ -162,7 +162,8 @@ class FakeInstance:
     async def _reports(self, request: ReportsRequest) -> AsyncIterator[InstanceInfo | InstanceReport]:
         said: list[Any] = [None, None]
         while True:
-            now = await self._describe(Empty()), InstanceReport(await self._stats(Empty()), *self.others)
+            report = InstanceReport(await self._stats(Empty()), *self.others)
+            now: tuple[InstanceInfo | InstanceReport, ...] = (await self._describe(Empty()), report)
             for place, each in enumerate(now):
                 if each != said[place]:
                     said[place] = each

@@ -226,7 +226,8 @@ class _Deployment:
         """Three lines: what runs where, and how to ask it."""
         infos = self._scheduler.info().instances
         places = ", ".join(f"{each.instance_id} on {each.device}" for each in infos) or "no instances yet"
-        kv = f"; KV over {infos[0].kv_backend}" if infos else ""
+        backend = next((each.kv_backend for each in infos if each.kv_backend), "")  # hybrid instances have none
+        kv = f"; KV over {backend}" if backend else ""
         url = front_end.url
         question = '{"messages": [{"role": "user", "content": "What is the capital of France?"}], "temperature": 0}'
         return (

@@ -12,8 +12,7 @@ from typing import Any
 
 from hbserve_core.config import InstanceConfig
 from hbserve_core.engine.engine import Engine
-from hbserve_core.engine.outputs import EngineStats
-from hbserve_core.engine.runner import Runner
+from hbserve_core.engine.step import EngineStats, Runner
 from hbserve_core.errors import EngineStopped, InstanceFailed
 from hbserve_core.instance.engine_thread import EngineEvent, EngineThread
 from hbserve_core.instance.handover import GRANT_PATIENCE_S, Inbox, PrefillSend, wait_for_kv
@@ -319,7 +318,7 @@ class GpuInstance:
         finally:
             self._end(self._end_prefill(request.request_id, sending))
 
-    async def _grant(self, request: GrantRequest) -> None:
+    def _grant(self, request: GrantRequest) -> None:
         if inbox := self._inboxes.get(request.request_id):
             inbox.put_nowait(request)
 

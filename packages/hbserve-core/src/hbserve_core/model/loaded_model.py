@@ -11,6 +11,7 @@ from hbserve_core.errors import InvalidInstanceConfig
 from hbserve_core.model.kv_pool import BlockShape, allocate_pool, block_shape, choose_num_blocks
 from hbserve_core.model.model_config import DTYPES, ModelConfig, load_model_config, torch_dtype
 from hbserve_core.model.rank_group import RankGroup
+from hbserve_core.model.rope import angle_table
 from hbserve_core.model.shard import check_divisible
 from hbserve_core.model.weights import load_weights
 
@@ -71,6 +72,13 @@ class LoadedModel:
             num_blocks * block.block_bytes / 2**30,
         )
         return pool
+
+    def angle_tables(self) -> list[torch.Tensor]:
+        """Each layer's cosines and sines of all positions, on the device; see `rope.angle_table`. Layers share them."""
+        config = self.rank_config
+        ropes = config.layer_ropes()
+        tables = {each: angle_table(each, config.head_dim, config.max_model_len).to(self.device) for each in ropes}
+        return [tables[each] for each in ropes]
 
 
 def configured_model(config: InstanceConfig) -> ModelConfig:
@@ -144,7 +152,8 @@ def _dtype(config: InstanceConfig, model: ModelConfig) -> torch.dtype:
 def _fingerprint(model: ModelConfig, weights_digest: str, block: BlockShape) -> dict[str, str | int]:
     # The same weights with other rotation angles are another model.
     switches = replace(model.switches, experts=None)  # how ranks share experts is their own affair
-    described = f"{model.architecture} {switches} {model.rope} {model.rms_norm_eps} {weights_digest}"
+    # Windows say which blocks are sent.
+    described = f"{model.architecture} {switches} {model.windows} {model.rope} {model.rms_norm_eps} {weights_digest}"
     return {
         "model": hashlib.sha256(described.encode()).hexdigest()[:32],
         "dtype": str(block.dtype).removeprefix("torch."),

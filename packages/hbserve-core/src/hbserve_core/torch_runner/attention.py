@@ -43,7 +43,7 @@ class TorchAttention:
         self._clear_unwritten_slots(chunks)
         block_elements = self._pool[0, 0].numel()
         most_blocks = _MOST_GATHERED_BYTES // (block_elements * self._pool.dtype.itemsize)
-        groups = list(_groups(chunks, self._pool.shape[3], most_blocks))
+        groups = list(_groups(chunks, self._pool.shape[3], self._model.reach, most_blocks))
         elements = max(group.num_sequences * group.num_blocks for group in groups) * block_elements
         if self._workspace.numel() < elements:
             self._workspace = torch.empty(elements, dtype=self._pool.dtype, device=self._pool.device)
@@ -67,9 +67,9 @@ class _Group:
     """Row of the group's first token among the step's tokens."""
     num_new_tokens: int
     contexts: list[int]
-    """Context tokens of each sequence, the new ones included."""
+    """Context tokens of each sequence, the new ones included, from the first block that a layer sees."""
     block_tables: list[list[int]]
-    """Of each sequence, the blocks of its context."""
+    """Of each sequence, the blocks of that context."""
     num_blocks: int
     """Blocks of the longest context; the others are padded to it with their own first block."""
 
@@ -78,27 +78,39 @@ class _Group:
         return len(self.contexts)
 
 
-def _groups(chunks: Sequence[ScheduledChunk], block_size: int, most_blocks: int) -> Iterator[_Group]:
+def _groups(chunks: Sequence[ScheduledChunk], block_size: int, reach: int, most_blocks: int) -> Iterator[_Group]:
     first_token = 0
     for num_new, same in groupby(chunks, key=lambda chunk: chunk.num_new_tokens):
-        for members in _split(same, block_size, most_blocks):
-            contexts = [member.sequence.num_computed_tokens + num_new for member in members]
+        for members in _split(same, block_size, reach, most_blocks):
+            firsts = [_first_block(member, block_size, reach) for member in members]
+            contexts = [
+                member.sequence.num_computed_tokens + num_new - first * block_size
+                for member, first in zip(members, firsts, strict=True)
+            ]
             num_blocks = -(-max(contexts) // block_size)
             # Tables go on beyond the context: their last blocks are not written yet, and may hold anything.
             tables = [
-                list(member.sequence.block_table[: -(-context // block_size)])
-                for member, context in zip(members, contexts, strict=True)
+                list(member.sequence.block_table[first : first - (-context // block_size)])
+                for member, first, context in zip(members, firsts, contexts, strict=True)
             ]
             yield _Group(first_token, num_new, contexts, tables, num_blocks)
             first_token += num_new * len(members)
 
 
-def _split(chunks: Iterable[ScheduledChunk], block_size: int, most_blocks: int) -> Iterator[list[ScheduledChunk]]:
+def _first_block(chunk: ScheduledChunk, block_size: int, reach: int) -> int:
+    """The first one that a layer sees from the chunk's first token."""
+    return max(0, chunk.first + 1 - reach) // block_size if reach else 0
+
+
+def _split(
+    chunks: Iterable[ScheduledChunk], block_size: int, reach: int, most_blocks: int
+) -> Iterator[list[ScheduledChunk]]:
     """Cut a run of chunks, in order, so that each piece, padded to its longest, is small and mostly not padding."""
     piece: list[ScheduledChunk] = []
     longest = total = 0
     for chunk in chunks:
-        blocks = -(-(chunk.sequence.num_computed_tokens + chunk.num_new_tokens) // block_size)
+        end = chunk.first + chunk.num_new_tokens
+        blocks = -(-end // block_size) - _first_block(chunk, block_size, reach)
         padded = max(longest, blocks) * (len(piece) + 1)
         # A few blocks of padding cost less than another call.
         if piece and (padded > most_blocks or padded > _MOST_PADDING * (total + blocks) + 8):
