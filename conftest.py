@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -111,8 +112,6 @@ def small_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pat
 @pytest.fixture(scope="session")
 def model_with_a_nan(small_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of the llama model, but token 100 is a NaN to it: what follows that has no logits."""
-    import shutil
-
     from safetensors.torch import load_file, save_file
 
     folder = shutil.copytree(small_model("llama"), tmp_path_factory.mktemp("nan") / "llama")
@@ -150,6 +149,7 @@ class Network:
 
     def __init__(self, addresses: Mapping[str, str], stack: contextlib.ExitStack) -> None:
         self._prefix = f"hb{os.getpid()}"
+        self._stack = stack
         self._ports = {host: f"port{number}" for number, host in enumerate(addresses)}
         for host in ("switch", *addresses):
             _ip("netns", "add", self.namespace(host))
@@ -168,6 +168,26 @@ class Network:
 
     def namespace(self, host: str) -> str:
         return f"{self._prefix}-{host}"
+
+    def add_address(self, host: str, address: str) -> None:
+        _ip("-n", self.namespace(host), "addr", "add", f"{address}/24", "dev", "eth0")
+
+    def resolve_names(self, host: str, lines: str) -> None:
+        """What `ip netns exec` starts on this host has these lines as its /etc/resolv.conf; the test is skipped where
+        that cannot be."""
+        folder = Path("/etc/netns") / self.namespace(host)
+        try:
+            folder.mkdir(parents=True)
+        except OSError as error:
+            pytest.skip(f"no resolv.conf of a namespace's own here: {error}")
+        self._stack.callback(self._forget_names, folder)
+        (folder / "resolv.conf").write_text(lines)
+
+    @staticmethod
+    def _forget_names(folder: Path) -> None:
+        shutil.rmtree(folder)
+        with contextlib.suppress(OSError):  # of others too
+            folder.parent.rmdir()
 
     def cut(self, host: str) -> None:
         """What it sends and what is sent to it is lost from now on, and nobody is told."""

@@ -106,7 +106,7 @@ async def ask(port: int, keys: dict[str, Keys]) -> None:
 
 def corpus() -> list[Frames]:
     """Messages as they should be, of every kind and method, for each port."""
-    from hbserve_kv.memory.memory import HeadRange
+    from hbserve_kv.memory.layout import HeadRange
     from hbserve_kv.protocol import messages as kv
 
     request = GenerateRequest("r", [1, 2, 3], SamplingParams(max_tokens=3))

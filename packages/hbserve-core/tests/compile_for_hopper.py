@@ -127,7 +127,7 @@ def decode(model, pieces, dtype=BF16, narrow=False, **scores):
     workspace = DecodeWorkspace(64, pieces, (heads, key_heads, head_dim), torch.device("meta"))
     paged = ints(64 * 256), ints(1), ints(6, pieces)
     arguments = *attention_arguments(model, dtype, 64, narrow), *paged, workspace
-    decode_attention(*arguments, scores=made(scores))  # type: ignore[call-arg]
+    decode_attention(*arguments, scores=made(scores))  # type: ignore[call-arg, misc]
 
 
 def made(scores):

@@ -70,7 +70,7 @@ def test_the_pool_holds_keys_and_values_rounded_by_their_scales(model_folder, sc
 def test_tokens_do_not_depend_on_chunks_neighbours_caches_and_preemptions(model_folder, prompt, name):
     """A token sees what the pool holds of its own chunk too."""
     prompts = {str(length): prompt(length, salt=length) for length in (1, 20, 50)}
-    expected = {}
+    expected: dict[str, list[int]] = {}
     for key, ids in prompts.items():
         alone = engine_of(torch_runner(model_folder(name), chunk_size=64))
         alone.add(key, ids, greedy(8))
@@ -86,7 +86,7 @@ def test_tokens_do_not_depend_on_chunks_neighbours_caches_and_preemptions(model_
 
 
 def run(engine):
-    tokens = {}
+    tokens: dict[str, list[int]] = {}
     while engine.has_work():
         for output in engine.step():
             tokens.setdefault(output.request_id, []).extend(output.token_ids)

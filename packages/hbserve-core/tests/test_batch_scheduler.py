@@ -4,9 +4,8 @@ import pytest
 
 from hbserve_core import BlockManager, InstanceConfig, InvalidInstanceConfig
 from hbserve_core.engine.batch_scheduler import BatchScheduler
-from hbserve_core.engine.chunk_sizes import ChunkSizes
 from hbserve_core.engine.sequence import NEXT_PHASES, Phase, Sequence
-from hbserve_core.engine.step_times import StepTimes
+from hbserve_core.engine.step_times import ChunkSizes, StepTimes
 from hbserve_rpc import SamplingParams
 
 BLOCK = 4

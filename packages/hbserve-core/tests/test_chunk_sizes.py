@@ -10,8 +10,15 @@ import pytest
 
 from hbserve_core import Engine, InstanceConfig
 from hbserve_core.bench.simulated_device import H100_06B, H100_8B, SimulatedDevice
-from hbserve_core.engine.chunk_sizes import FEWEST_BESIDE_DECODES, FEWEST_TOKENS, SHORT_TOKENS, STEP_S, ChunkSizes
-from hbserve_core.engine.step_times import StepTimes, StepWork
+from hbserve_core.engine.step_times import (
+    FEWEST_BESIDE_DECODES,
+    FEWEST_TOKENS,
+    SHORT_TOKENS,
+    STEP_S,
+    ChunkSizes,
+    StepTimes,
+    StepWork,
+)
 from hbserve_rpc import SamplingParams
 
 SIZES = ["512", "1024", "2048", "4096", "8192"]

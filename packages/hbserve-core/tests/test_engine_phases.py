@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hbserve_core import Engine, InstanceConfig
-from hbserve_core.engine.runner import StepResult
+from hbserve_core.engine.step import StepResult
 from hbserve_rpc import SamplingParams
 
 BLOCK = 4

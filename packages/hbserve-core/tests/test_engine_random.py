@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
 from hbserve_core import Engine, InstanceConfig
-from hbserve_core.engine.runner import StepResult
 from hbserve_core.engine.sequence import NEXT_PHASES, NOT_FINITE, UNREAD, Phase, Sequence
+from hbserve_core.engine.step import StepResult
 from hbserve_rpc import InvalidRequest, SamplingParams
 
 BLOCK = 4

@@ -13,7 +13,7 @@ import pytest
 
 from hbserve_core import Engine, InstanceConfig
 from hbserve_core.bench.simulated_device import H100_8B, SimulatedDevice
-from hbserve_core.engine.outputs import Reservation
+from hbserve_core.engine.step import Reservation
 from hbserve_core.engine.step_times import LATE_FROM_S, POLL_S, StepTimes, StepWork
 from hbserve_core.instance.engine_thread import EngineThread
 from hbserve_rpc import SamplingParams

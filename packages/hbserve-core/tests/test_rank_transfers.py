@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import logging
 from types import SimpleNamespace
+from typing import Any
 
 import msgspec
 import pytest
@@ -280,7 +281,7 @@ async def remote():
         for rank, transport in enumerate([stray, network.transport()])
     ]  # fmt: skip
     await sender.start()
-    server, lost = RankServer(receiver), []
+    server, lost = RankServer(receiver), list[Any]()
     rank = RemoteRank(1, await server.start(), lost.append)
     await rank.client.start()
     yield SimpleNamespace(sender=sender, receiver=receiver, rank=rank, lost=lost, end=stray.end)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from hbserve_kv import AddressNotAvailable, BackendUnavailable, KVTransferConfig, Outcome, TransferFailed
-from hbserve_kv.memory.memory import HeadRange
+from hbserve_kv.memory.layout import HeadRange
 from hbserve_kv.protocol import messages
 from hbserve_kv.protocol.handshake import Identity, check
 from hbserve_kv.protocol.messages import Grant, Handshake

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import threading
+from typing import Any
 
 import pytest
 import torch
@@ -120,7 +121,7 @@ def spy_on_pushes(monkeypatch, sender):
 
 
 def spy_on_announcements(monkeypatch):
-    heard, take = [], IncomingLink.take
+    heard, take = list[Any](), IncomingLink.take
 
     def noting(link, transfer, message):
         heard.extend((message.transfer_id, part.index) for part in message.parts)

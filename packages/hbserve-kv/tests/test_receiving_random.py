@@ -257,7 +257,13 @@ class Handlers:
     def serve(self, method, handler) -> None:
         self.of[method.name] = handler
 
-    serve_notification = serve_stream = serve
+    serve_stream = serve
+
+    def serve_notification(self, method, handler) -> None:
+        async def take(message) -> None:
+            handler(message)
+
+        self.of[method.name] = take
 
     async def call(self, method, message) -> None:
         with contextlib.suppress(InvalidRequest, TransferTimeout):  # it does not fit, or there is no room for it

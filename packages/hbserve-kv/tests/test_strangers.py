@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator
+from typing import Any
 
 import msgspec
 import pytest
@@ -10,7 +11,7 @@ import pytest
 from hbserve_kv import Outcome, TransferFailed
 from hbserve_kv.protocol import messages
 from hbserve_kv.protocol.messages import Abandon, Asked, Begin, Commit, Handshake, PartsAnnounced, Told, UnknownLink
-from hbserve_rpc import InvalidRequest, NotAllowed, RpcClient, connected_client, make_keys
+from hbserve_rpc import InvalidRequest, Method, NotAllowed, RpcClient, connected_client, make_keys
 
 KEYS = make_keys()
 BACKENDS = ["ipc", "nccl"]
@@ -71,12 +72,13 @@ async def test_what_is_said_of_a_link_by_another_connection_changes_nothing(pair
     async with connected(receiver, "instance") as client:
         assert await client.call(messages.BEGIN, Begin("t", link), timeout_s=30) == UnknownLink()
         client.notify(messages.PARTS, PartsAnnounced("t", link, [messages.AnnouncedPart(0, 0, 1)]))
-        for method, message in (
+        forged: list[tuple[Method[Any, Any], Any]] = [
             (messages.COMMIT, Commit("t", link, 0, 2 * 1536, 0.0, b"forged")),
             (messages.ABANDON, Abandon("t", link, "forged", drained=True)),
             (messages.TELL, Told(link, "name", b"forged")),
             (messages.ASK, Asked(link, "name")),
-        ):
+        ]
+        for method, message in forged:
             with pytest.raises(InvalidRequest, match=r"late|not of its sender"):
                 await client.call(method, message, timeout_s=30)
         hello = receiver._receiver.links[link].hello

@@ -88,11 +88,15 @@ async def test_a_client_is_watched_by_a_name_that_no_client_before_it_has_left()
     """ZeroMQ ends sockets a moment after they are closed. pyzmq names what it watches one with by its file number,
     which the next one has by then."""
     context, user = SharedContext(), object()
-    socket = MessageSocket(zmq.DEALER, {}, lambda frames: None, context)
-    socket.open(lambda socket: socket.connect("tcp://127.0.0.1:9"))
     ending = context.enter(user).socket(zmq.PAIR)
-    ending.bind(f"inproc://monitor.s-{socket._socket.FD}")
-    socket.watch(lambda event: None)
+
+    class AfterAnother(MessageSocket):
+        def _watch(self, on_event):
+            ending.bind(f"inproc://monitor.s-{self._socket.FD}")
+            super()._watch(on_event)
+
+    socket = AfterAnother(zmq.DEALER, {}, lambda frames: None, context)
+    socket.open(lambda socket: socket.connect("tcp://127.0.0.1:9"), on_event=lambda event: None)
     ending.close()
     socket.close()
     context.leave(user)

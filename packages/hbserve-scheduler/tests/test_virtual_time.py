@@ -1,6 +1,7 @@
 """The scheduler in a loop whose time jumps: the very same code, and no real time passes."""
 
 import asyncio
+import signal
 import time
 from typing import Any, ClassVar
 
@@ -193,3 +194,45 @@ def test_when_one_leg_fails_the_other_is_cancelled_within_a_tenth_of_a_second(fa
 def test_a_wait_that_nothing_can_end_is_an_error_and_no_standstill():
     with pytest.raises(RuntimeError, match="nothing is left that could happen"):
         in_virtual_time(asyncio.Event().wait())
+
+
+def test_callbacks_come_by_time_and_then_in_the_order_in_which_they_were_asked_for():
+    async def job() -> list[tuple[str, float]]:
+        loop, ran = asyncio.get_running_loop(), []
+
+        def note(name: str) -> None:
+            ran.append((name, loop.time()))
+
+        loop.call_later(2, note, "late")
+        loop.call_at(1, note, "first")
+        loop.call_at(1, note, "second")
+        loop.call_at(1, note, "never").cancel()
+        loop.call_at(-5, note, "past")
+        loop.call_soon(note, "soon")
+        await asyncio.sleep(3)
+        return ran
+
+    assert in_virtual_time(job()) == [("past", 0), ("soon", 0), ("first", 1), ("second", 1), ("late", 2)]
+
+
+def test_a_callback_that_fails_is_told_and_stops_no_other():
+    async def job() -> tuple[list[Any], bool]:
+        loop, told, others = asyncio.get_running_loop(), [], asyncio.Event()
+        loop.set_exception_handler(lambda _, context: told.append(context["exception"]))
+        loop.call_later(1, [].pop)
+        loop.call_later(1, others.set)
+        await asyncio.sleep(2)
+        return told, others.is_set()
+
+    told, went_on = in_virtual_time(job())
+    assert [type(each) for each in told] == [IndexError]
+    assert went_on
+
+
+def test_an_interrupt_ends_a_simulation():
+    async def job() -> None:
+        asyncio.get_running_loop().call_later(1, signal.raise_signal, signal.SIGINT)
+        await asyncio.sleep(1000)
+
+    with pytest.raises(KeyboardInterrupt):
+        in_virtual_time(job())

@@ -12,14 +12,17 @@ import torch
 from hbserve_kv.base import KVTransferBase
 from hbserve_kv.config import GOODBYE_TIMEOUT_S, KVTransferConfig
 from hbserve_kv.errors import TransferFailed
-from hbserve_kv.memory.memory import HeadRange, Memory, gather
+from hbserve_kv.memory.layout import HeadRange
+from hbserve_kv.memory.memory import Memory, gather
 from hbserve_kv.protocol.handshake import Identity
 from hbserve_kv.protocol.messages import ALIVE, Alive, Begin, Grant, Nothing, read_grants
 from hbserve_kv.protocol.stats import LinkInfo, TransferStats
 from hbserve_kv.protocol.transfer_state import Outcome, TransferResult
+from hbserve_kv.receiving.claims import Claim, Senders
 from hbserve_kv.receiving.lookup_buffer import LookupBuffer
 from hbserve_kv.receiving.receiver import Receiver
 from hbserve_kv.receiving.transfer import PostedReceive
+from hbserve_kv.sending.offers import Offer, Offers
 from hbserve_kv.sending.peers import Peers
 from hbserve_kv.sending.transfer import SendTransfer
 from hbserve_kv.transports.base import Transport
@@ -80,6 +83,10 @@ class KVTransferManager(KVTransferBase):
         self._receiver.serve_on(self._server)
         self._server.serve(ALIVE, self._alive)
         self._peers = Peers(me, lambda: self.address, self._transports, config.timeout_s, config.keys)
+        self._offers = Offers(self.epoch, self.open_send, self._memory.pool.shape[0], config.expiry_s)
+        self._offers.serve_on(self._server)
+        self._senders = Senders(config.timeout_s, config.keys)
+        self._claims: set[Claim] = set()
         self._addresses: dict[int, str] = {}
         self._outgoing: set[SendTransfer] = set()
         """Until their receivers know how they ended."""
@@ -114,6 +121,9 @@ class KVTransferManager(KVTransferBase):
         if self._closed:
             return
         self._closed = True
+        self._offers.close()
+        await asyncio.gather(*(claim.close() for claim in self._claims))
+        await self._senders.close()
         outgoing = list(self._outgoing)
         for transfer in outgoing:
             transfer.state.fail("the sender was closed")
@@ -121,7 +131,7 @@ class KVTransferManager(KVTransferBase):
             await asyncio.wait([transfer.result for transfer in outgoing], timeout=GOODBYE_TIMEOUT_S)
         # Those that still wait for an answer of their peer do so no longer than there is a connection to it.
         await self._peers.close()
-        await asyncio.gather(*(task for transfer in outgoing for task in transfer.tasks))
+        await asyncio.gather(*(task for transfer in outgoing for task in transfer.tasks), self._offers.closed())
         await self._receiver.say_goodbye()
         await self._server.stop()
         await self._receiver.close()
@@ -211,6 +221,30 @@ class KVTransferManager(KVTransferBase):
         transfer.result.add_done_callback(lambda done: self._count_sent(done.result()))
         return transfer
 
+    # ---- blocks that the receiver fetches ------------------------------------------------------------------------
+
+    def offer(self, transfer_id: str, *, lease_s: float = 30.0) -> Offer:
+        """Offer a transfer whose receiver is not known yet: `push` its blocks, and `commit`.
+
+        It waits `lease_s` for a receiver after the commit, and `config.expiry_s` for one that keeps it to have room.
+        What it waits with is the engine's to give to that one: the id, `address` and `epoch`.
+
+        Raises:
+            ValueError: the id is in use.
+        """
+        return self._offers.make(transfer_id, lease_s)
+
+    def claim(self, transfer_id: str, address: str, epoch: str = "") -> Claim:
+        """Want what the manager at `address` offers under this id, and have it kept there until it is fetched.
+
+        With an `epoch` it must be offered by that life of the manager, now or in a moment; without, it may be any time
+        up to the manager's `expiry_s` until it is.
+        """
+        claim = Claim(transfer_id, address, epoch, self._senders, self.post_receive)
+        self._claims.add(claim)
+        claim.task.add_done_callback(lambda _: self._claims.discard(claim))
+        return claim
+
     # ---- whole tensors -------------------------------------------------------------------------------------------
 
     def add_peer(self, rank: int, address: str) -> None:
@@ -278,6 +312,7 @@ class KVTransferManager(KVTransferBase):
     def stats(self) -> TransferStats:
         return TransferStats(
             active_transfers=len(self._receiver.transfers) + sum(not each.result.done() for each in self._outgoing),
+            num_offers=len(self._offers.offers),
             buffered_bytes=self._memory.buffered_bytes,
             num_quarantined=len(self._receiver.quarantine),
             quarantined_blocks=self._receiver.quarantine.num_blocks,
@@ -285,7 +320,7 @@ class KVTransferManager(KVTransferBase):
             bytes_sent=self._sent,
             bytes_received=self._received,
             busy_time_s=self._busy_time_s,
-            dropped_messages=self._receiver.dropped_messages,
+            dropped_messages=self._receiver.dropped_messages + self._offers.dropped_messages,
         )
 
     def links(self) -> list[LinkInfo]:

@@ -111,9 +111,15 @@ class MessageSocket:
         return self._end is not None and self._end.alive
 
     def open(
-        self, attach: Callable[["zmq.Socket[bytes]"], object], options: Mapping[int, int | bytes] | None = None
+        self,
+        attach: Callable[["zmq.Socket[bytes]"], object],
+        options: Mapping[int, int | bytes] | None = None,
+        on_event: Callable[[int], None] | None = None,
     ) -> None:
-        """`attach` connects or binds it, with further options; what that raises closes it again."""
+        """`attach` connects or binds it, with further options; what that raises closes it again.
+
+        on_event: told WATCHED whenever one happens; of a socket that connects to one peer.
+        """
         self._loop = asyncio.get_running_loop()
         user, self._sockets = object(), []
         # Also for one that is collected unclosed, as after a test that failed: a context that ends waits for its
@@ -125,6 +131,8 @@ class MessageSocket:
             self._sockets.append(self._socket)
             for option, value in (self._options | dict(options or {})).items():
                 self._socket.setsockopt(option, value)
+            if on_event is not None:
+                self._watch(on_event)
             attach(self._socket)
             self._loop.add_reader(self._socket.FD, self._read)
             self._is_reading = True
@@ -132,9 +140,8 @@ class MessageSocket:
             self.close()
             raise
 
-    def watch(self, on_event: Callable[[int], None]) -> None:
-        """Tell WATCHED whenever one happens; of a socket that connects to one peer. After `open`, in the same turn of
-        the loop: nothing is missed then."""
+    def _watch(self, on_event: Callable[[int], None]) -> None:
+        """Before it connects: ZeroMQ's own thread does that meanwhile, and a refusal is told once and tried no more."""
         # By a name of its own: pyzmq's has the socket's file number, which was another's until a moment ago.
         self._monitor = self._socket.get_monitor_socket(WATCHED, f"inproc://monitor.{next(_NUMBERS)}")
         self._sockets.append(self._monitor)

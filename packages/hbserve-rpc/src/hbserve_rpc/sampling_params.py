@@ -176,6 +176,8 @@ class SamplingParams(msgspec.Struct):
 
 
 def _plain_number(name: str, value: object, allowed: Callable[[float], bool], expected: str) -> float:
+    if type(value) is float and allowed(value):  # nearly always, and several times for each request
+        return value
     value = plain_scalar(value)
     if isinstance(value, int) and int.__gt__(value, LARGEST_INT):  # a subclass may compare otherwise, or raise
         expected += f", as a float or an integer up to {LARGEST_INT}"

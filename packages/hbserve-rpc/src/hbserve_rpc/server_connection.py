@@ -39,7 +39,7 @@ class ServerConnection:
         options: dict[int, int | bytes] = {
             zmq.RECONNECT_IVL: 50,
             zmq.RECONNECT_IVL_MAX: 500,
-            zmq.IDENTITY: uuid.uuid4().bytes,  # the same after a reconnect
+            zmq.IDENTITY: uuid.uuid4().bytes,  # the same after a reconnect by ZeroMQ
         }
         self.socket = MessageSocket(zmq.DEALER, options, on_message, CLIENTS)
         self.is_there = False
@@ -53,8 +53,7 @@ class ServerConnection:
 
     def open(self, *, uses_ipv6: bool) -> None:
         options = {zmq.IPV6: int(uses_ipv6)} | self._key_options()
-        self.socket.open(lambda socket: socket.connect(self._endpoint), options)
-        self.socket.watch(self._happened)
+        self.socket.open(lambda socket: socket.connect(self._endpoint), options, self._happened)
 
     def send(self, frames: Sequence[bytes]) -> None:
         if not self.is_there and len(self._server_keys) > 1:
@@ -112,12 +111,17 @@ class ServerConnection:
 
     def _try_again(self) -> None:
         self._again, self._unheard = None, []
-        self.socket.connect_again(self._endpoint, {})
+        self._connect_again()
         self._set(is_there=False)
 
     def _try_next_key(self) -> None:
         self._again = None
         self._server_keys.rotate(-1)
-        self.socket.connect_again(self._endpoint, self._key_options())
+        self._connect_again()
         for frames in self._unheard:
             self.socket.send(frames)
+
+    def _connect_again(self) -> None:
+        """By another identity. The connection before may have been in a handshake; the server may let that in after
+        this one, would take it for this one come again, and read this one no more, which stays open."""
+        self.socket.connect_again(self._endpoint, {zmq.IDENTITY: uuid.uuid4().bytes} | self._key_options())

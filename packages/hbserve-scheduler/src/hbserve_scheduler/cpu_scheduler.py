@@ -1,7 +1,6 @@
 """CpuScheduler: takes requests in, chooses instances, and follows every request to its end."""
 
 import asyncio
-import contextlib
 import logging
 import time
 from collections import Counter
@@ -21,6 +20,7 @@ from hbserve_rpc import (
 from hbserve_rpc.messages import FinishReason, GenerateRequest, Role, SchedulerStats, ServiceInfo
 from hbserve_rpc.plain_values import plain_id
 from hbserve_rpc.records import RequestRecord
+from hbserve_rpc.trace_context import TRACEPARENT
 from hbserve_scheduler.admission import Admission, WaitingRequests, admitted
 from hbserve_scheduler.attempt import Attempt
 from hbserve_scheduler.config import SchedulerConfig
@@ -246,10 +246,11 @@ class CpuScheduler:
         self._changed.set()
 
     async def _schedule(self) -> None:
+        loop = asyncio.get_running_loop()
         while True:
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(TICK_S):
-                    await self._changed.wait()
+            tick = loop.call_later(TICK_S, self._changed.set)
+            await self._changed.wait()
+            tick.cancel()
             self._changed.clear()
             self.retries.place()
             try:
@@ -258,7 +259,7 @@ class CpuScheduler:
                 logger.exception("_schedule_waiting_requests failed; scheduling first come, first served instead")
                 await CpuScheduler._schedule_waiting_requests(self)
             self._fail_hopeless()
-            self._admission.look(asyncio.get_running_loop().time(), is_served=self.fleet.may_serve())
+            self._admission.look(loop.time(), is_served=self.fleet.may_serve())
 
     def _out_of_time(self, entry: ScheduledRequest) -> None:
         if entry.finish_reason is not None:  # it has all of its tokens: only its instances are not done
@@ -281,6 +282,7 @@ class CpuScheduler:
                 self._fail(entry, Unavailable(self.fleet.why_nobody()))
 
     async def _follow(self, entry: ScheduledRequest, placement: Placement) -> None:
+        TRACEPARENT.set(entry.traceparent)  # of this task
         try:
             await self._attempts(entry, placement)
         except HBServeRpcError as error:

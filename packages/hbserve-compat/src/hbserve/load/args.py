@@ -132,8 +132,10 @@ class CompareArgs:
     rates: Annotated[str, Option(metavar="1,2,4,…", help="Requests a second.")]
     config: Annotated[Path | None, Option(help="A deployment's file, for all but its instances.")] = None
     model: Annotated[Path | None, Option(help="A Hugging Face model folder; without it, the demo model.")] = None
-    instances: Annotated[int, Option(min=2, help="Of each layout, each on a device of its own.")] = 2
-    prefill: Annotated[int | None, Option(min=1, help="Of these, where they are apart; half by default.")] = None
+    layouts: Annotated[
+        str,
+        Option(metavar="4H,1P3D,2P2D,…", help="How many hybrid, or prefill and decode instances; a device for each."),
+    ] = "2H,1P1D"
     input_len: Annotated[int, Option(min=1)] = 1024
     output_len: Annotated[int, Option(min=1)] = 128
     num_prompts: Annotated[int, Option(min=1, help="Of each load.")] = 200

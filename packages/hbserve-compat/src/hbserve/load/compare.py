@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import re
 import signal
 import socket
 import sys
@@ -19,10 +20,13 @@ from hbserve.load.bench_serve import measure
 from hbserve.load.report import goals_of
 from hbserve.plotting import figure_of, require_plotting
 from hbserve_rpc import InvalidRequest
+from hbserve_rpc.plain_values import shown
 from hbserve_scheduler import DeploymentConfig, load_config
 
 T = TypeVar("T")
 
+ROLES = {"P": "prefill", "D": "decode", "H": "hybrid"}
+HYBRID = "H"
 STOP_TIMEOUT_S = 60.0
 MUCH_MORE = 1.05
 """Goodput that is less apart than this says nothing."""
@@ -47,14 +51,14 @@ async def compare(args: CompareArgs) -> None:
     Raises InvalidRequest, ConfigError, what `bench_serve` raises, and RuntimeError if a server ends by itself.
     """
     goals_of(args.goodput)
-    rates = _rates(args.rates)
+    rates, layouts = _rates(args.rates), _layouts(args.layouts)
     if args.plot is not None:
         require_plotting()
     base = load_config(args.config) if args.config is not None else DeploymentConfig()
     if args.model is not None:
         base = msgspec.structs.replace(base, model=msgspec.structs.replace(base.model, path=str(args.model.absolute())))
     found: list[Measured] = []
-    for name, roles in _layouts(args).items():
+    for name, roles in layouts.items():
         async with serving(base, roles) as server:
             for rate in rates:
                 sys.stderr.write(f"{name}, {rate:g} requests a second\n")
@@ -76,15 +80,19 @@ def _rates(text: str) -> list[float]:
     return rates
 
 
-def _layouts(args: CompareArgs) -> dict[str, list[str]]:
-    prefill = args.prefill or args.instances // 2
-    if prefill >= args.instances:
-        raise InvalidRequest(f"--prefill={prefill}: expected less than --instances={args.instances}")
-    decode = args.instances - prefill
-    return {
-        f"{args.instances} hybrid": ["hybrid"] * args.instances,
-        f"{prefill} prefill + {decode} decode": ["prefill"] * prefill + ["decode"] * decode,
-    }
+def _layouts(text: str) -> dict[str, list[str]]:
+    """Roles by layout. All have as many devices: else a comparison says nothing."""
+    layouts: dict[str, list[str]] = {}
+    for name in text.upper().split(","):
+        counts = {letter: int(count) for count, letter in re.findall(r"(\d+)([PDH])", name)}
+        roles = [role for letter, role in ROLES.items() for _ in range(counts.get(letter, 0))]
+        is_whole = "".join(f"{count}{letter}" for letter, count in counts.items()) == name
+        if not is_whole or not roles or ("prefill" in roles) != ("decode" in roles):
+            raise InvalidRequest(f"--layouts={shown(text)}: expected such as 2H,1P1D; not {shown(name)}")
+        layouts[name] = roles
+    if len({len(roles) for roles in layouts.values()}) != 1:
+        raise InvalidRequest(f"--layouts={shown(text)}: expected layouts of as many instances each")
+    return layouts
 
 
 @contextlib.asynccontextmanager
@@ -161,11 +169,11 @@ async def _load(args: CompareArgs, url: str, rate: float) -> dict[str, Any]:
 
 def lines(found: Sequence[Measured]) -> Iterator[str]:
     """A table, and which layout to take."""
-    yield f"{'req/s':>7}  {'layout':24}{'goodput':>9}{'attained':>10}{'TTFT p90':>11}{'TPOT p90':>11}{'ITL p99':>11}"
+    yield f"{'req/s':>7}  {'layout':12}{'goodput':>9}{'attained':>10}{'TTFT p90':>11}{'TPOT p90':>11}{'ITL p99':>11}"
     for each in sorted(found, key=lambda each: each.rate):
         figures = each.figures
         yield (
-            f"{each.rate:7g}  {each.layout:24}{each.goodput:9.2f}{figures['slo_attainment']:10.1%}"
+            f"{each.rate:7g}  {each.layout:12}{each.goodput:9.2f}{figures['slo_attainment']:10.1%}"
             f"{figures['p90_ttft_ms']:8.0f} ms{figures['p90_tpot_ms']:8.1f} ms{figures['p99_itl_ms']:8.1f} ms"
         )
     yield ""
@@ -178,13 +186,17 @@ def _advice(found: Sequence[Measured]) -> str:
     best: dict[str, float] = {}
     for each in found:
         best[each.layout] = max(best.get(each.layout, 0.0), each.goodput)
-    (winner, most), (other, less) = sorted(best.items(), key=lambda each: -each[1])
+    winner, most = max(best.items(), key=lambda each: each[1])
     if most == 0:
-        return "Neither keeps its goals at any of these rates: lower them, or relax the goals."
-    if most < MUCH_MORE * less:
-        simpler = next(layout for layout in best if "hybrid" in layout)
-        return f"Take {simpler}: both reach {most:.2f} requests a second within their goals, and these are simpler."
-    return f"Take {winner}: {most:.2f} requests a second within their goals, where {other} has {less:.2f}."
+        return "None keeps its goals at any of these rates: lower them, or relax the goals."
+    simple = {layout: goodput for layout, goodput in best.items() if HYBRID in layout}
+    if winner not in simple and simple and most < MUCH_MORE * max(simple.values()):
+        winner, as_good = max(simple, key=lambda layout: simple[layout]), winner
+        return f"Take {winner}: it reaches {simple[winner]:.2f} requests a second within its goals and is simpler; " + (
+            f"{as_good} reaches {most:.2f}."
+        )
+    others = ", ".join(f"{layout} {goodput:.2f}" for layout, goodput in best.items() if layout != winner)
+    return f"Take {winner}: {most:.2f} requests a second within its goals" + (f"; {others}." if others else ".")
 
 
 def _plot(path: Path, found: Sequence[Measured]) -> None:

@@ -24,7 +24,7 @@ from hbserve_core.bench.model_work import DecodeLimit, decode_limit
 from hbserve_core.bench.workloads import Sizes, bench_config
 from hbserve_core.config import InstanceConfig
 from hbserve_core.engine.engine import Engine
-from hbserve_core.engine.runner import Runner
+from hbserve_core.engine.step import Runner
 from hbserve_core.errors import InvalidInstanceConfig
 from hbserve_core.model.model_config import load_model_config
 from hbserve_core.ranks.make_runner import make_runner

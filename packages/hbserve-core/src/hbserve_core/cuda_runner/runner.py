@@ -23,8 +23,8 @@ from hbserve_core.cuda_runner.kernels.dependent_launch import num_processors
 from hbserve_core.cuda_runner.kernels.pointwise import host_copy
 from hbserve_core.cuda_runner.kernels.prefill_attention import new_tokens_per_tile
 from hbserve_core.cuda_runner.step_packer import SplitKV, StepPacker, StepShape, StepView
-from hbserve_core.engine.runner import PendingStep, StepResult
 from hbserve_core.engine.sequence import ScheduledChunk
+from hbserve_core.engine.step import PendingStep, StepResult
 from hbserve_core.errors import RankFailed
 from hbserve_core.logits.prompt_logprobs import PendingPromptLogprobs, ScoredRows, score
 from hbserve_core.logits.rows import LogitsRow, has_grammars
@@ -65,7 +65,7 @@ class CudaRunner:
             self._largest = self._shapes.largest(
                 max(config.max_num_batched_tokens, config.max_num_seqs), config.max_num_seqs
             )
-            self._decoder = CudaDecoder(model.rank_config, model.weights, self._largest, group)
+            self._decoder = CudaDecoder(model, self._largest, group)
             self._special_rows = SpecialRows(model.model_config, self.device)
             self._sampled = torch.zeros(config.max_num_seqs, dtype=torch.int32, device=self.device)
             self._make_buffers()

@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 
 from hbserve_core.engine.block_manager import NO_BLOCK
-from hbserve_core.engine.outputs import Reservation, StepOutput
+from hbserve_core.engine.step import Reservation, StepOutput
 from hbserve_core.transfers.instance_transfers import InstanceTransfers, JointReceive, JointSend
 from hbserve_kv import Outcome, PostedReceive, SendTransfer, TransferResult
 from hbserve_rpc import RemoteError, RequestTimeout

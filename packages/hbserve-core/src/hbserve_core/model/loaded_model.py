@@ -12,6 +12,7 @@ from hbserve_core.model.kv_pool import BlockShape, allocate_pool, block_shape, c
 from hbserve_core.model.layers import DecoderWeights
 from hbserve_core.model.model_config import DTYPES, ModelConfig, load_model_config, torch_dtype
 from hbserve_core.model.rank_group import RankGroup
+from hbserve_core.model.rope import angle_table
 from hbserve_core.model.shard import check_divisible
 from hbserve_core.model.weights import load_weights
 
@@ -74,6 +75,13 @@ class LoadedModel:
             num_blocks * block.block_bytes / 2**30,
         )
         return pool
+
+    def angle_tables(self) -> list[torch.Tensor]:
+        """Each layer's cosines and sines of all positions, on the device; see `rope.angle_table`. Layers share them."""
+        config = self.rank_config
+        ropes = config.layer_ropes()
+        tables = {each: angle_table(each, config.head_dim, config.max_model_len).to(self.device) for each in ropes}
+        return [tables[each] for each in ropes]
 
 
 def configured_model(config: InstanceConfig) -> ModelConfig:

@@ -12,8 +12,8 @@ from collections.abc import Callable, Sequence
 import torch
 
 from hbserve_core.config import InstanceConfig
-from hbserve_core.engine.runner import PendingStep, StepResult, StepTokens
 from hbserve_core.engine.sequence import ScheduledChunk
+from hbserve_core.engine.step import PendingStep, StepResult, StepTokens
 from hbserve_core.logits.prompt_logprobs import score
 from hbserve_core.logits.rows import LogitsRow, has_grammars, special_rows
 from hbserve_core.logits.special_rows import PendingLogprobs, SpecialRows

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from hbserve_kv.errors import FingerprintMismatch
-from hbserve_kv.memory.memory import HeadRange
+from hbserve_kv.memory.layout import HeadRange
 from hbserve_kv.protocol import messages
 from hbserve_kv.protocol.messages import Handshake
 from hbserve_kv.transports.base import Transport

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Mapping
 from typing import NoReturn
 
 from hbserve_kv.config import GOODBYE_TIMEOUT_S, KVTransferConfig
-from hbserve_kv.memory.memory import Memory, Region
+from hbserve_kv.memory.memory import HeadSlice, Memory, Region
 from hbserve_kv.protocol import messages
 from hbserve_kv.protocol.checksum import link_checksums
 from hbserve_kv.protocol.handshake import Identity, check, choose_transport
@@ -130,8 +130,8 @@ class Receiver:
             is_sender=False,
             peer_rank=hello.rank,
             peer_description=hello.offers[transport.name],
-            heads=common.slice_in(me.heads),
-            peer_heads=common.slice_in(hello.heads),
+            heads=HeadSlice.of(common, me.heads),
+            peer_heads=HeadSlice.of(common, hello.heads),
             peer_num_heads=hello.heads.count,
             rendezvous=rendezvous,
         )
@@ -215,8 +215,8 @@ class Receiver:
         self._buffer.keep(transfer)
         return transfer
 
-    async def _parts(self, message: PartsAnnounced) -> None:
-        """There is no pause in here: what the sender asks later finds these parts begun."""
+    def _parts(self, message: PartsAnnounced) -> None:
+        """No coroutine, which could pause: what the sender asks later finds these parts begun."""
         link = self._find_link(message.link)
         if link is None or not link.take(self.transfers.get(message.transfer_id), message):
             self.dropped_messages += 1

@@ -17,7 +17,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from hbserve_kv.errors import TransferFailed
-from hbserve_kv.memory.memory import HeadRange, Region
+from hbserve_kv.memory.layout import HeadRange
+from hbserve_kv.memory.memory import Region
 from hbserve_kv.protocol.messages import AnnouncedPart, Cancelled, Commit, Handshake, PartsAnnounced
 from hbserve_kv.protocol.transfer_state import IncomingState, Outcome, Phase, TransferResult
 from hbserve_kv.transports.base import Deadline, Link, Part, Transport, disconnect
@@ -328,9 +329,17 @@ class PostedReceive:
         """How it ended. Unless the outcome is UNKNOWN, the blocks are the caller's again."""
         return await asyncio.shield(self._transfer.result)
 
+    def fail(self, reason: str) -> None:
+        """Want it no more. Returns at once. Nothing, if it has ended."""
+        self._transfer.fail(reason)
+
+    def when_ended(self, call: Callable[[TransferResult], None]) -> None:
+        """`call` with how it ended, from the event loop."""
+        self._transfer.result.add_done_callback(lambda done: call(done.result()))
+
     async def cancel(self, reason: str) -> Outcome:
         """Want it no more. Returns once nothing can land any more, or UNKNOWN at the deadline."""
-        self._transfer.fail(reason)
+        self.fail(reason)
         return (await self.wait()).outcome
 
     async def drained(self) -> None:

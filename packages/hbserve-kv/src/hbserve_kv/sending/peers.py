@@ -9,6 +9,7 @@ from typing import Any
 
 from hbserve_kv.config import GOODBYE_TIMEOUT_S
 from hbserve_kv.errors import FingerprintMismatch, TransferFailed
+from hbserve_kv.memory.memory import HeadSlice
 from hbserve_kv.protocol import messages
 from hbserve_kv.protocol.handshake import Identity
 from hbserve_kv.protocol.messages import Handshake, LinkReply
@@ -248,8 +249,8 @@ async def _shake_hands(
         is_sender=True,
         peer_rank=reply.rank,
         peer_description=reply.description,
-        heads=common.slice_in(me.heads),
-        peer_heads=common.slice_in(reply.heads),
+        heads=HeadSlice.of(common, me.heads),
+        peer_heads=HeadSlice.of(common, reply.heads),
         peer_num_heads=reply.heads.count,
         rendezvous=_RemoteRendezvous(client, hello.link, timeout_s),
     )

@@ -18,7 +18,7 @@ from collections.abc import Awaitable, Callable
 import torch
 
 from hbserve_kv.errors import TransferFailed
-from hbserve_kv.memory.memory import HeadRange
+from hbserve_kv.memory.layout import HeadRange
 from hbserve_kv.protocol.transfer_state import Outcome
 from hbserve_kv.testing.rig import NUM_BLOCKS, NUM_HEADS, Rig, send
 from hbserve_kv.transports.base import Transport
@@ -184,6 +184,28 @@ async def a_receiver_that_was_restarted_gets_nothing_of_its_earlier_life(rig: Ri
     assert torch.equal(new, expected)
 
 
+async def a_receiver_fetches_what_was_offered_before_or_will_be(rig: Rig) -> None:
+    source, target = rig.patterned(), rig.pool()
+    sender, receiver = await rig.pair(source, target)
+    offer = sender.offer("early")
+    offer.push([7, 1])
+    offer.push([30, 9])
+    offer.commit(b"early")
+    early = receiver.claim("early", sender.address, sender.epoch).fetch([5, 6, 2], first=1)
+    late = receiver.claim("late", sender.address).fetch([40, 50])
+    result = await early.wait()
+    assert (result.outcome, result.payload) == (Outcome.COMPLETED, b"early"), result.error
+    offer = sender.offer("late")
+    for block in (20, 21):
+        offer.push([block])
+    offer.commit()
+    for outcome in (await late.wait(), await offer.wait()):
+        assert outcome.outcome is Outcome.COMPLETED, outcome.error
+    expected = rig.pool()
+    expected[[5, 6, 2, 40, 50]] = source[[1, 30, 9, 20, 21]]
+    assert torch.equal(target, expected)
+
+
 async def whole_tensors_come_in_any_order(rig: Rig) -> None:
     sender, receiver = await rig.pair(rig.pool(), rig.pool())
     sender.add_peer(1, receiver.address)
@@ -269,6 +291,7 @@ CHECKS: list[Check] = [
     a_cancelled_receive_ends_the_send_and_not_the_link,
     a_sender_whose_right_to_write_was_revoked_writes_no_more,
     a_receiver_that_was_restarted_gets_nothing_of_its_earlier_life,
+    a_receiver_fetches_what_was_offered_before_or_will_be,
     whole_tensors_come_in_any_order,
     a_checksum_accepts_what_was_sent,
     ranks_with_other_heads_get_their_slices,

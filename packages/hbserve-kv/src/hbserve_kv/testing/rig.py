@@ -8,7 +8,7 @@ import torch
 
 from hbserve_kv.config import KVTransferConfig
 from hbserve_kv.manager import KVTransferManager
-from hbserve_kv.memory.memory import HeadRange
+from hbserve_kv.memory.layout import HeadRange
 from hbserve_kv.protocol.transfer_state import Outcome
 from hbserve_kv.receiving.transfer import PostedReceive
 from hbserve_kv.transports.base import Transport
@@ -69,9 +69,9 @@ class Rig:
 
 
 def is_empty(manager: KVTransferManager) -> bool:
-    """No transfer, no bytes in the lookup buffer, no quarantine."""
+    """No transfer, no offer, no bytes in the lookup buffer, no quarantine."""
     stats = manager.stats()
-    return (stats.active_transfers, stats.buffered_bytes, stats.num_quarantined) == (0, 0, 0)
+    return (stats.active_transfers, stats.num_offers, stats.buffered_bytes, stats.num_quarantined) == (0, 0, 0, 0)
 
 
 async def send(
