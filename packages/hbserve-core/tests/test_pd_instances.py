@@ -140,6 +140,23 @@ async def test_blocks_that_no_layer_will_see_are_not_sent(start, backend, prompt
         assert done.num_bytes == num_blocks * FULL_BYTES // 2, "one KV head, not two"
 
 
+@pytest.mark.parametrize("backend", ["nccl", "ipc"])
+async def test_8_bit_kv_moves_as_it_is_and_only_to_a_pool_of_the_same(start, backend, prompt):
+    settings = {"backend": backend, "kv_cache_dtype": "fp8"}
+    p, d, h = await start("prefill", **settings), await start("decode", **settings), await start("hybrid", **settings)
+    ids = prompt(4 * CHUNK + 5)
+    expected = await h.hybrid("r", ids)
+    for name, num_blocks in (("cold", 4 * CHUNK // BLOCK + 1), ("cached", 1)):
+        tokens, _, done = await apart(p, d, name, ids)
+        assert (tokens, done.num_bytes) == (expected, num_blocks * FULL_BYTES // 4)
+    wide = await start("decode", backend=backend)
+    async with wide.decode("w", ids) as decoding:
+        granted = await anext(decoding)
+        with pytest.raises(RemoteError, match=r"(block_bytes_per_head|dtype) is .* on rank"):
+            async for _ in p.prefill("w", ids, granted.grant):
+                pass
+
+
 async def test_a_grant_of_blocks_that_no_layer_sees_fails_the_prefill():
     async def open_send(transfer_id: str, grant: bytes) -> Any:
         return SimpleNamespace(num_blocks=3)
