@@ -95,24 +95,33 @@ def install(tp_rank: int = 0) -> None:
 
 def kv_caches(shape: str, num_blocks: int) -> dict[str, torch.Tensor]:
     """A tensor for each layer, full of -1. Shapes: those of vllm_pool.py."""
+    content = (num_blocks, NUM_HEADS, BLOCK_SIZE, 2 * HEAD_DIM)
     sizes = {
         "blocks first": (num_blocks, 2, BLOCK_SIZE, NUM_HEADS, HEAD_DIM),
         "keys and values first": (2, num_blocks, BLOCK_SIZE, NUM_HEADS, HEAD_DIM),
-        "blocks outermost": (num_blocks, NUM_HEADS, BLOCK_SIZE, 2 * HEAD_DIM),
+        "smaller blocks of the kernels": (2 * num_blocks, 2, BLOCK_SIZE // 2, NUM_HEADS, HEAD_DIM),
+        "layers outermost": content,
+        "blocks outermost": content,
         "latents": (num_blocks, BLOCK_SIZE, HEAD_DIM),
     }[shape]
     names = [f"model.layers.{layer}.attn" for layer in range(NUM_LAYERS)]
     if shape == "blocks outermost":  # BLHNC of 0.33: views of one buffer
         whole = torch.full((num_blocks, NUM_LAYERS, *sizes[1:]), -1.0)
         return {name: whole[:, layer] for layer, name in enumerate(names)}
+    if shape == "layers outermost":  # LBNHC of 0.33: tokens before heads, in memory
+        whole = torch.full((NUM_LAYERS, num_blocks, BLOCK_SIZE, NUM_HEADS, 2 * HEAD_DIM), -1.0).transpose(2, 3)
+        return {name: whole[layer] for layer, name in enumerate(names)}
     return {name: torch.full(sizes, -1.0) for name in names}
 
 
-def of_block(shape: str, cache: torch.Tensor, block_id: int) -> torch.Tensor:
-    """A view (tokens, everything else) of one block of one layer."""
-    block = cache[:, block_id] if shape == "keys and values first" else cache[block_id]
-    dim = {"blocks outermost": 1, "latents": 0}.get(shape, 1)
-    return block.movedim(dim, 0)
+def of_place(shape: str, cache: torch.Tensor, block_id: int, token: int) -> torch.Tensor:
+    """A view of what one layer has of one token."""
+    if shape == "keys and values first":
+        return cache[:, block_id, token]
+    if shape == "smaller blocks of the kernels":
+        half = BLOCK_SIZE // 2
+        return cache[2 * block_id + token // half, :, token % half]
+    return cache[block_id, token] if shape == "latents" else cache[block_id, :, token]
 
 
 def numbers(tokens: list[int]) -> list[float]:
@@ -318,18 +327,17 @@ class Engine:
         values = numbers(request.prompt_token_ids)
         for place in range(request.num_computed_tokens - count, request.num_computed_tokens):
             for layer, cache in enumerate(self.caches.values()):
-                block = of_block(self.shape, cache, request.block_ids[place // BLOCK_SIZE])
-                block[place % BLOCK_SIZE] = values[place] + layer
+                block_id = request.block_ids[place // BLOCK_SIZE]
+                of_place(self.shape, cache, block_id, place % BLOCK_SIZE).fill_(values[place] + layer)
 
     def _is_right(self, request: Request) -> bool:
         """As the attention of the next token would see it."""
-        return all(
-            bool(
-                (of_block(self.shape, cache, request.block_ids[i // BLOCK_SIZE])[i % BLOCK_SIZE] == value + layer).all()
-            )
-            for i, value in enumerate(numbers(request.prompt_token_ids))
-            for layer, cache in enumerate(self.caches.values())
-        )
+        for place, value in enumerate(numbers(request.prompt_token_ids)):
+            for layer, cache in enumerate(self.caches.values()):
+                block_id = request.block_ids[place // BLOCK_SIZE]
+                if not (of_place(self.shape, cache, block_id, place % BLOCK_SIZE) == value + layer).all():
+                    return False
+        return True
 
     def _update(self, scheduled: Any, sent: set[str], received: set[str], invalid: set[int]) -> None:
         for request in list(self.waiting):

@@ -67,9 +67,19 @@ def prefilled(prefill, name="p", tokens=PROMPT):
 LENGTHS = [1, 2, 3, 4, 5, 7, 8, 9, 12, 13, 16, 17, 18, 40]
 
 
-@pytest.mark.parametrize("version", ["0.24", "0.33"])
-def test_prefill_then_decode_gives_every_prompt_its_own_kv(engines, version):
-    prefill, decode = engines(version=version, num_blocks=128), engines(version=version, num_blocks=128)
+@pytest.mark.parametrize(
+    ("version", "shape"),
+    [
+        ("0.24", "blocks first"),
+        ("0.24", "keys and values first"),
+        ("0.33", "blocks outermost"),
+        ("0.33", "layers outermost"),
+        ("0.24", "latents"),
+        ("0.24", "smaller blocks of the kernels"),
+    ],
+)
+def test_prefill_then_decode_gives_every_prompt_its_own_kv(engines, version, shape):
+    prefill, decode = (engines(version=version, shape=shape, num_blocks=128) for _ in range(2))
     prompts = {f"r{n}": [(n * i + n) % 50 for i in range(n)] for n in LENGTHS}
     for name, tokens in prompts.items():
         decode.add(name, tokens, prefilled(prefill, name, tokens))
@@ -78,6 +88,26 @@ def test_prefill_then_decode_gives_every_prompt_its_own_kv(engines, version):
     num_fetched = sum(n > 1 for n in LENGTHS)
     assert len(decode.figures["transfer_duration"]) == num_fetched
     assert "num_failed_transfers" not in decode.figures
+
+
+def test_layouts_of_the_two_sides_may_differ_where_they_can_be_bridged(engines):
+    # Known elsewhere: vLLM #42895.
+    prefill, decode = engines(shape="blocks outermost"), engines(shape="layers outermost")
+    decode.add("d", PROMPT, prefilled(prefill))
+    until(lambda: "d" in decode.results, prefill, decode)
+    assert decode.results["d"][0::2] == ("FINISHED_LENGTH_CAPPED", True)
+    other = engines(shape="keys and values first")
+    other.add("d", PROMPT, prefilled(prefill, "q"))
+    until(lambda: "d" in other.results, prefill, other)
+    assert other.results["d"][0] == "FINISHED_ERROR", "keys and values apart, and together, are not the same bytes"
+
+
+@pytest.mark.parametrize("shape", [(7, 3, 4, 2, 8), (3, 2, 4, 2, 8), (16, 4), (16, 3, 4, 2, 8)])
+def test_a_kv_cache_of_a_shape_that_nobody_knows_is_refused(shape):
+    from hbserve_kv.integrations.vllm_pool import axes_of
+
+    with pytest.raises(ValueError, match="does not know its dimensions"):
+        axes_of(shape, 16)
 
 
 @pytest.mark.parametrize("version", ["0.24", "0.33"])

@@ -89,7 +89,7 @@ class KVTransferManager(KVTransferBase):
         self._receiver.serve_on(self._server)
         self._server.serve(ALIVE, self._alive)
         self._peers = Peers(me, lambda: self.address, self._transports, config.timeout_s, config.keys)
-        self._offers = Offers(self.epoch, self.open_send, self._memory.pool.shape[0], config.expiry_s)
+        self._offers = Offers(self.epoch, self.open_send, self._memory.layout.num_blocks, config.expiry_s)
         self._offers.serve_on(self._server)
         self._senders = Senders(config.timeout_s, config.keys)
         self._claims: set[Claim] = set()

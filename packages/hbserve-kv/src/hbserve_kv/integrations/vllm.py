@@ -133,14 +133,14 @@ class HBServeConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     # ---- the worker's side ---------------------------------------------------------------------------------------
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
-        pool, axes, pieces = pool_of(kv_caches, self._kv_cache.num_blocks)
+        pool, pieces = pool_of(kv_caches, self._kv_cache.num_blocks)
         device = next(iter(kv_caches.values())).device
         rank = get_tensor_model_parallel_rank()
         config = self._extra.config(rank)
         self._worker = WorkerSide(
             rank,
             pool,
-            _fingerprint(self._config, axes, pieces),
+            _fingerprint(self._config, pool.axes, pieces),
             config,
             pieces_of_block=pieces,
             lease_s=self._extra.lease_s,
