@@ -98,7 +98,7 @@ def install() -> None:
             vars(sys.modules[name]).update(values)
 
 
-def kv_caches(shape: str, num_blocks: int) -> dict[str, torch.Tensor]:
+def kv_caches(shape: str, num_blocks: int, device: str = "cpu") -> dict[str, torch.Tensor]:
     """A tensor for each layer, full of -1. Shapes: those of vllm_pool.py."""
     content = (num_blocks, NUM_HEADS, BLOCK_SIZE, 2 * HEAD_DIM)
     sizes = {
@@ -111,12 +111,13 @@ def kv_caches(shape: str, num_blocks: int) -> dict[str, torch.Tensor]:
     }[shape]
     names = [f"model.layers.{layer}.attn" for layer in range(NUM_LAYERS)]
     if shape == "blocks outermost":  # BLHNC of 0.33: views of one buffer
-        whole = torch.full((num_blocks, NUM_LAYERS, *sizes[1:]), -1.0)
+        whole = torch.full((num_blocks, NUM_LAYERS, *sizes[1:]), -1.0, device=device)
         return {name: whole[:, layer] for layer, name in enumerate(names)}
     if shape == "layers outermost":  # LBNHC of 0.33: tokens before heads, in memory
-        whole = torch.full((NUM_LAYERS, num_blocks, BLOCK_SIZE, NUM_HEADS, 2 * HEAD_DIM), -1.0).transpose(2, 3)
+        whole = torch.full((NUM_LAYERS, num_blocks, BLOCK_SIZE, NUM_HEADS, 2 * HEAD_DIM), -1.0, device=device)
+        whole = whole.transpose(2, 3)
         return {name: whole[layer] for layer, name in enumerate(names)}
-    return {name: torch.full(sizes, -1.0) for name in names}
+    return {name: torch.full(sizes, -1.0, device=device) for name in names}
 
 
 def of_place(shape: str, cache: torch.Tensor, block_id: int, token: int) -> torch.Tensor:
@@ -167,7 +168,7 @@ class Rank:
         """What its connector tells the scheduler's."""
         global _making_rank
         _making_rank, self.number = rank, rank
-        self.caches = kv_caches(self.engine.shape, self.engine.num_blocks)
+        self.caches = kv_caches(self.engine.shape, self.engine.num_blocks, self.engine.device)
         self.connector.register_kv_caches(self.caches)
         return pickle.loads(pickle.dumps(self.connector.get_handshake_metadata()))
 
@@ -222,10 +223,11 @@ class Engine:
 
     def __init__(
         self, *, version: str = "0.24", shape: str = "blocks outermost", num_blocks: int = 32, policy: str = "fail",
-        tp_size: int = 1, extra: dict[str, Any] | None = None,
+        tp_size: int = 1, device: str = "cpu", extra: dict[str, Any] | None = None,
     ) -> None:  # fmt: skip
         from hbserve_kv.integrations.vllm import HBServeConnector, KVConnectorRole
 
+        self.device = device
         self.version, self.shape, self.num_blocks, self.policy = version, shape, num_blocks, policy
         config = SimpleNamespace(
             parallel_config=SimpleNamespace(tensor_parallel_size=tp_size, pipeline_parallel_size=1),

@@ -119,6 +119,18 @@ def test_a_routers_port_is_rank_0s_and_the_others_follow():
     assert not side.scheduled(output)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["ipc", "nccl"])
+@pytest.mark.parametrize("shape", ["blocks first", "keys and values first", "blocks outermost", "layers outermost"])
+def test_on_a_gpu_blocks_are_sent_when_their_step_has_computed_them(engines, backend, shape):
+    prefill, decode = (engines(shape=shape, device="cuda", extra={"backend": backend}) for _ in range(2))
+    for number in range(10):
+        prefill.add(f"p{number}", PROMPT, PREFILL | {"transfer_id": f"t{number}"})
+        decode.add(f"d{number}", PROMPT, leg(prefill, f"t{number}"))
+        until(lambda number=number: f"d{number}" in decode.results, prefill, decode)
+        assert decode.results[f"d{number}"][0::2] == ("FINISHED_LENGTH_CAPPED", True)
+
+
 def test_layouts_of_the_two_sides_may_differ_where_they_can_be_bridged(engines):
     # Known elsewhere: vLLM #42895.
     prefill, decode = engines(shape="blocks outermost"), engines(shape="layers outermost")

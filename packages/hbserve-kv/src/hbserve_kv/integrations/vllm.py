@@ -144,7 +144,7 @@ class HBServeConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             config,
             pieces_of_block=pieces,
             lease_s=self._extra.lease_s,
-            make_event=_recorder(device),
+            device=device,
         )
         logger.info("HBServeConnector: rank %d is reached at %s", rank, self._worker.manager.address)
 
@@ -237,14 +237,3 @@ def _fingerprint(config: Any, axes: str, pieces: int) -> dict[str, str | int]:
         "tp_size": config.parallel_config.tensor_parallel_size,
         "keys_and_values": "apart" if "kv" in axes.split() else "together",
     }
-
-
-def _recorder(device: torch.device) -> Any:
-    """Makes events after what the calling thread has queued on its current stream."""
-
-    def record() -> Any:
-        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        event.record(torch.cuda.current_stream(device))
-        return event
-
-    return record if device.type == "cuda" else lambda: None
