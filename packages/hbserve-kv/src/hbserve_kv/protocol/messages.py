@@ -38,7 +38,7 @@ from hbserve_kv.memory.layout import HeadRange, Layout
 from hbserve_kv.memory.memory import Region
 from hbserve_rpc import Method, Notification, StreamMethod
 
-PROTOCOL_VERSION = 8
+PROTOCOL_VERSION = 9
 
 NotNegative = Annotated[int, msgspec.Meta(ge=0)]
 Seconds = Annotated[float, msgspec.Meta(ge=0, le=1e9)]
