@@ -221,8 +221,13 @@ async def test_priority_and_time_limit_of_a_request_are_handed_on(server):
     server.answers("x")
     await server.chat(priority=-3, timeout_s=2.5)
     await server.complete(prompt="a", priority=7)
-    assert [(each.priority, each.timeout_s) for _, each in server.scheduler.asked] == [(-3, 2.5), (7, None)]
+    await server.post("/v1/responses", input="a", priority=-3, timeout_s=2.5)
+    messages = [{"role": "user", "content": "a"}]
+    await server.post("/v1/messages", messages=messages, max_tokens=2, priority=-3, timeout_s=2.5)
+    own = [(each.priority, each.timeout_s) for _, each in server.scheduler.asked]
+    assert own == [(-3, 2.5), (7, None), (-3, 2.5), (-3, 2.5)]
     assert error_of(await server.chat(timeout_s=0), 400)["param"] == "timeout_s"
+    assert error_of(await server.post("/v1/responses", input="a", timeout_s=0), 400)["param"] == "timeout_s"
     assert error_of(await server.chat(priority=2**40), 400)["param"] == "priority"
 
 
