@@ -6,7 +6,7 @@ torch is not imported: whoever starts instances asks first whether they can serv
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ from hbserve_core.model.architectures import ARCHITECTURES, Switches, find_archi
 from hbserve_core.model.end_tokens import end_token_ids
 from hbserve_core.model.quantization import scale_block
 from hbserve_core.model.rope_config import RopeConfig, extended_length, read_rope_configs
+from hbserve_rpc.settings import EngineSettings
 
 if TYPE_CHECKING:
     import torch
@@ -101,6 +102,7 @@ def load_model_config(path: str | Path) -> ModelConfig:
         ModelFilesMissing: no such folder, or no config.json in it.
         UnsupportedModel: an architecture, activation, RoPE type or sliding window that this engine does not have,
             or a config.json that lacks a size.
+        BrokenTokenizer: a tokenizer's files cannot be read.
     """
     folder = Path(path).expanduser()
     if not folder.is_dir():
@@ -115,6 +117,15 @@ def load_model_config(path: str | Path) -> ModelConfig:
         return _parse(folder, architecture, raw, _read_json(folder / "generation_config.json") or {})
     except KeyError as error:
         raise UnsupportedModel(f"{folder / 'config.json'}: {error.args[0]!r} is missing") from error
+
+
+def configured_model(path: str | Path, settings: EngineSettings) -> ModelConfig:
+    """The model of instances, split among ranks as their settings say. Raises what `load_model_config` raises."""
+    model = load_model_config(path)
+    if model.switches.experts is None:
+        return model
+    experts = replace(model.switches.experts, whole_on_ranks=settings.expert_parallel)
+    return replace(model, switches=replace(model.switches, experts=experts))
 
 
 def _parse(folder: Path, architecture: str, raw: Mapping[str, Any], generation: Mapping[str, Any]) -> ModelConfig:
