@@ -42,8 +42,8 @@ def require_servable(folder: Path, settings: EngineSettings, tensor_parallel_siz
     """What every instance would find out by itself, some seconds later. settings: of all of them.
 
     Raises:
-        ModelFilesMissing, UnsupportedModel, BrokenTokenizer, WeightsMismatch, InvalidInstanceConfig: says what is wrong,
-            and what to do.
+        ModelFilesMissing, UnsupportedModel, BrokenTokenizer, WeightsMismatch, InvalidInstanceConfig: says what is
+            wrong, and what to do.
     """
     from hbserve_core.model.checkpoint.weight_files import weight_files
     from hbserve_core.model.model_config import configured_model

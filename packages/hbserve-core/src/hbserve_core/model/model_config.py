@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from hbserve_core.errors import ModelFilesMissing, UnsupportedModel
 from hbserve_core.model.architectures import ARCHITECTURES, Switches, find_architecture
 from hbserve_core.model.end_tokens import end_token_ids
-from hbserve_core.model.quantization import scale_block
+from hbserve_core.model.quantization import Packing, packing, scale_block
 from hbserve_core.model.rope_config import RopeConfig, extended_length, read_rope_configs
 from hbserve_rpc.settings import EngineSettings
 
@@ -73,6 +73,8 @@ class ModelConfig:
     """Of 8-bit weights; None: they are not quantised. See `quantization.scale_block`."""
     eos_token_ids: tuple[int, ...]
     """Each of them ends a sequence."""
+    packing: Packing | None = None
+    """Of 4-bit weights."""
 
     @property
     def reach(self) -> int:
@@ -166,6 +168,7 @@ def _parse(folder: Path, architecture: str, raw: Mapping[str, Any], generation: 
         attention_scale=switches.attention_multiplier or head_dim**-0.5,
         scale_block=scale_block(folder, raw),
         eos_token_ids=end_token_ids(folder, raw, generation),
+        packing=packing(folder, raw),
     )
 
 
