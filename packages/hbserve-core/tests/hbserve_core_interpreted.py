@@ -42,7 +42,8 @@ class InterpretedRunner:
         self.model_config, self.device, self.overlaps = model.model_config, model.device, overlaps
         self.dtype, self.fingerprint = model.dtype, model.fingerprint
         self.pool = model.allocate_pool().fill_(float("nan"))
-        tile_tokens = new_tokens_per_tile(self.pool, model.rank_config.num_heads)
+        sizes = model.rank_config
+        tile_tokens = new_tokens_per_tile(self.dtype, (sizes.num_heads, sizes.num_kv_heads, sizes.head_dim))
         pieces = SplitKV(model.rank_config.num_kv_heads, 2)
         self.packer = StepPacker(self.config, tile_tokens, pieces, group.seed if group else seed)
         largest = self.packer.shapes.largest(self.config.max_num_batched_tokens, self.config.max_num_seqs)

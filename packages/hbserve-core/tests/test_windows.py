@@ -36,7 +36,8 @@ def make_engine(model_folder):
 
 def run(engine):
     """Tokens by request, and the most blocks that were held after a step. What nobody holds is made unusable."""
-    tokens, most = {}, 0
+    tokens: dict[str, list[int]] = {}
+    most = 0
     while engine.has_work():
         for output in engine.step():
             tokens.setdefault(output.request_id, []).extend(output.token_ids)

@@ -258,8 +258,7 @@ def test_what_cannot_be_fetched_is_computed_where_it_is_decoded(engines, params,
 
 def test_figures_are_in_vllms_form(engines):
     # Known elsewhere: vLLM #43828.
-    from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-
+    prometheus = pytest.importorskip("prometheus_client", reason="it comes with vLLM, not with hbserve-kv")
     from hbserve_kv.integrations.vllm import HBServeConnector
 
     prefill, decode = engines(), engines()
@@ -267,12 +266,13 @@ def test_figures_are_in_vllms_form(engines):
     until(lambda: "d" in decode.results, prefill, decode)
     stats = HBServeConnector.build_kv_connector_stats(decode.figures)
     assert (stats.reduce()["Num successful transfers"], stats.is_empty()) == (1, False)
-    registry = CollectorRegistry()
-    kinds = {kind: lambda kind=kind, **given: kind(registry=registry, **given) for kind in (Counter, Gauge, Histogram)}
+    registry = prometheus.CollectorRegistry()
+    metrics = (prometheus.Counter, prometheus.Gauge, prometheus.Histogram)
+    kinds = {kind: lambda kind=kind, **given: kind(registry=registry, **given) for kind in metrics}
     config = SimpleNamespace(kv_transfer_config=None)
     prom = HBServeConnector.build_prom_metrics(config, kinds, ["engine"], {0: ["0"]})
     prom.observe(stats.data | {"num_failed_transfers": [1, 1]}, 0)
-    text = generate_latest(registry).decode()
+    text = prometheus.generate_latest(registry).decode()
     assert 'vllm:hbserve_num_failed_transfers_total{engine="0"} 2.0' in text
     assert 'vllm:hbserve_bytes_transferred_count{engine="0"} 1.0' in text
     stats.reset()

@@ -187,7 +187,8 @@ class BatchSweep:
         times = [end - begin for begin, end in pairwise(ends[_NUM_WARM:])]
         # A request's n-th token is sampled after its prompt and n tokens.
         mean_context = context + statistics.mean(generated[_NUM_WARM + 1 :])
-        limit = decode_limit(self._runner.model_config, self._runner.dtype, batch, mean_context, self.limits)
+        model, dtype, in_pool = self._runner.model_config, self._runner.dtype, self._runner.pool.dtype
+        limit = decode_limit(model, dtype, batch, mean_context, self.limits, in_pool)
         return SweepRow(context, batch, statistics.median(times), max(times), limit)
 
     def prompt_s(self, num_tokens: int, rounds: int = 3) -> float:

@@ -41,7 +41,11 @@ class CudaDecoder:
         self._angles = model.angle_tables()
         self._products = CudaProducts(model.device, config.switches.activation == "gelu")
         cap = config.switches.attention_cap
-        self._scores = [Scores(config.attention_scale, window, cap) for window in config.windows]
+        scales = [layer.kv_scales for layer in model.weights.layers]
+        self._scores = [
+            Scores(config.attention_scale, window, cap, *of_layer)
+            for window, of_layer in zip(config.windows, scales, strict=True)
+        ]
         self._workspace = DecodeWorkspace(
             largest.sequences, largest.pieces, (config.num_heads, config.num_kv_heads, config.head_dim), model.device
         )
@@ -161,7 +165,7 @@ class CudaDecoder:
         rotation, scores = (self._angles[index], norm), self._scores[index]
         out = torch.empty((len(qkv), config.num_heads * config.head_dim), dtype=qkv.dtype, device=qkv.device)
         if step.shape.tiles:
-            store_kv(qkv, step.tokens[2], step.tokens[3], *rotation, pool, index)
+            store_kv(qkv, step.tokens[2], step.tokens[3], *rotation, pool, index, scores=scores)
             prefill_attention(
                 qkv, out, pool, index, *rotation, step.tables, step.width, step.tiles, step.sequences, scores=scores
             )

@@ -52,7 +52,8 @@ class ModelRunner:
         self._decoder = Decoder(model.rank_config, model.weights, group)
         self.pool = model.allocate_pool()
         """(num_blocks, num_layers, 2, block_size, num_kv_heads, head_dim)"""
-        self._attention = TorchAttention(self.pool, model.rank_config)
+        scales = [layer.kv_scales for layer in model.weights.layers]
+        self._attention = TorchAttention(self.pool, model.rank_config, self.dtype, scales)
         self._sampler = Sampler()
         self._special_rows = SpecialRows(model.model_config, model.device)
         self._fewest_rows = fewest_rows(self.device)
