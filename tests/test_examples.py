@@ -2,11 +2,14 @@
 
 import os
 import re
+import runpy
 import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import httpx
 import pytest
 
 from hbserve import LLM, SamplingParams
@@ -62,6 +65,21 @@ def test_layers_of_plain_memory_move_as_they_are_computed_without_torch(backend,
     assert "sent 49152 bytes: COMPLETED" in out
     assert "[[7, 8, 3], [17, 18, 13], [27, 28, 23], [37, 38, 33]]: COMPLETED" in out
     assert "received 'first token: 42' and " in out
+
+
+async def test_the_server_answers_mounted_in_an_application_of_ones_own(small_model):
+    """What examples/ray_serve.py hands to Ray Serve; that itself was tried by hand: docs/ray.md."""
+    example: dict[str, Any] = runpy.run_path(str(EXAMPLES / "ray_serve.py"))
+    application = example["application"](small_model("qwen3"))
+    async with (
+        application.router.lifespan_context(application),
+        httpx.AsyncClient(transport=httpx.ASGITransport(application), base_url="http://mounted") as client,
+    ):
+        body = {"prompt": "Where?", "max_tokens": 8, "ignore_eos": True}
+        answer = (await client.post("/v1/completions", json=body)).json()
+        assert answer["usage"]["completion_tokens"] == 8
+        assert answer["metrics"]["kv_bytes"] > 0, "prefill and decode are apart"
+        assert "hbserve:prompt_tokens_total" in (await client.get("/metrics")).text
 
 
 @pytest.fixture
