@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -111,8 +112,6 @@ def small_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pat
 @pytest.fixture(scope="session")
 def model_with_a_nan(small_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of the llama model, but token 100 is a NaN to it: what follows that has no logits."""
-    import shutil
-
     from safetensors.torch import load_file, save_file
 
     folder = shutil.copytree(small_model("llama"), tmp_path_factory.mktemp("nan") / "llama")
@@ -142,7 +141,11 @@ def free_ports() -> Callable[[int], list[int]]:
 
 
 def _ip(*arguments: str) -> None:
-    subprocess.run(["ip", *arguments], check=True, capture_output=True, text=True, timeout=30)
+    _run("ip", *arguments)
+
+
+def _run(*command: str) -> None:
+    subprocess.run(command, check=True, capture_output=True, text=True, timeout=30)
 
 
 class Network:
@@ -150,6 +153,7 @@ class Network:
 
     def __init__(self, addresses: Mapping[str, str], stack: contextlib.ExitStack) -> None:
         self._prefix = f"hb{os.getpid()}"
+        self._stack = stack
         self._ports = {host: f"port{number}" for number, host in enumerate(addresses)}
         for host in ("switch", *addresses):
             _ip("netns", "add", self.namespace(host))
@@ -168,6 +172,36 @@ class Network:
 
     def namespace(self, host: str) -> str:
         return f"{self._prefix}-{host}"
+
+    def add_address(self, host: str, address: str) -> None:
+        _ip("-n", self.namespace(host), "addr", "add", f"{address}/24", "dev", "eth0")
+
+    def resolve_names(self, host: str, lines: str) -> None:
+        """What `ip netns exec` starts on this host has these lines as its /etc/resolv.conf; the test is skipped where
+        that cannot be."""
+        folder = Path("/etc/netns") / self.namespace(host)
+        try:
+            folder.mkdir(parents=True)
+        except OSError as error:
+            pytest.skip(f"no resolv.conf of a namespace's own here: {error}")
+        self._stack.callback(self._forget_names, folder)
+        (folder / "resolv.conf").write_text(lines)
+
+    @staticmethod
+    def _forget_names(folder: Path) -> None:
+        shutil.rmtree(folder)
+        with contextlib.suppress(OSError):  # of others too
+            folder.parent.rmdir()
+
+    def slow_down(self, host: str, kbit_per_s: int) -> None:
+        """What is sent to it comes no faster than this; the test is skipped where that cannot be."""
+        place = ("-n", self.namespace("switch"), "qdisc", "replace", "dev", self._ports[host], "root")
+        try:
+            _run("tc", *place, "tbf", "rate", f"{kbit_per_s}kbit", "burst", "4kb", "latency", "30s")
+        except FileNotFoundError:
+            pytest.skip("the `tc` command is missing (apt-get install iproute2)")
+        except subprocess.CalledProcessError as error:
+            pytest.skip(f"no link can be slowed down here: {error.stderr.strip()}")
 
     def cut(self, host: str) -> None:
         """What it sends and what is sent to it is lost from now on, and nobody is told."""

@@ -16,31 +16,20 @@ import argparse
 import asyncio
 import os
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
-from hbserve_rpc import RpcServer, own_process
-from hbserve_rpc.messages import GENERATE, GenerateRequest, InstanceInfo, Role, TokenEvent
-from hbserve_rpc.reports import REPORTS, ReportsRequest
+from mock_instances import LIMITS, mock_instance, serve_until_killed, started
 
-VOCAB_SIZE = 49152
-MAX_MODEL_LEN = 1 << 16
+from hbserve_rpc import own_process
+from hbserve_rpc.messages import GENERATE, GenerateRequest, Role, TokenEvent
 
 
 async def serve_engine() -> None:
     """A hybrid instance whose tokens cost nothing; `top_k` is how many ms each takes."""
-    server = RpcServer(epoch="bench")
-
-    async def reports(_: ReportsRequest) -> AsyncIterator[InstanceInfo]:
-        yield InstanceInfo(
-            "mock-0", "hybrid", "bench", "ready", max_model_len=MAX_MODEL_LEN, max_prompt_len=MAX_MODEL_LEN - 1,
-            vocab_size=VOCAB_SIZE, device="none", kv_backend="none",
-        )  # fmt: skip
-        await asyncio.Event().wait()
+    server = mock_instance("mock-0", "hybrid", device="none", kv_backend="none", **LIMITS)
 
     async def generate(request: GenerateRequest) -> AsyncIterator[TokenEvent]:
         wait_s = max(0, request.params.top_k) / 1e3
@@ -49,11 +38,8 @@ async def serve_engine() -> None:
             last = index == request.params.max_tokens - 1
             yield TokenEvent(index, [1000 + index % 20000], "length" if last else None)
 
-    server.serve_stream(REPORTS, reports)
     server.serve_stream(GENERATE, generate)
-    await server.start()
-    print(server.address, flush=True)
-    await asyncio.Event().wait()
+    await serve_until_killed(server)
 
 
 async def serve_api(instances: dict[str, tuple[Role, str]], **settings: Any) -> None:
@@ -131,15 +117,6 @@ async def measure(pid: int, port: int, num_streams: int, num_tokens: int, rate: 
     print(f"TTFT added at p50: alone {1e3 * alone:.2f} ms, beside {rate:,.0f} tokens/s {1e3 * busy:.2f} ms")
 
 
-def start(*arguments: str, core: int | None) -> tuple[subprocess.Popen[str], str]:
-    pin = ["taskset", "-c", str(core)] if core is not None else []
-    process = subprocess.Popen(
-        [*pin, sys.executable, __file__, *arguments], stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parent
-    )
-    assert process.stdout is not None
-    return process, process.stdout.readline().strip()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--streams", type=int, default=256)
@@ -155,17 +132,14 @@ def main() -> None:
         asyncio.run(serve_api({"mock-0": ("hybrid", arguments.address)}))
     else:
         server_core, other_core = arguments.cores or (None, None)
-        engine, address = start("--role", "engine", core=other_core)
-        api, url = start("--role", "api", "--address", address, core=server_core)
-        try:
+        with (
+            started(__file__, "--role", "engine", core=other_core) as (_, (address,)),
+            started(__file__, "--role", "api", "--address", address, core=server_core) as (pid, (url,)),
+        ):
             if other_core is not None:
                 os.sched_setaffinity(0, {other_core})
             port = int(url.rpartition(":")[2])
-            asyncio.run(measure(api.pid, port, arguments.streams, arguments.tokens, arguments.rate))
-        finally:
-            for process in (api, engine):
-                process.kill()
-                process.wait()
+            asyncio.run(measure(pid, port, arguments.streams, arguments.tokens, arguments.rate))
 
 
 if __name__ == "__main__":

@@ -78,7 +78,7 @@ def serve(args: argparse.Namespace, size: int | str, work: list[tuple[float, int
         engine, clock, sleep = Engine(config, runner), time.perf_counter, time.sleep
     else:
         law = H100_8B if args.simulated == "8b" else H100_06B
-        model: Any = SimpleNamespace(vocab_size=1000, max_model_len=1 << 30, eos_token_ids=())
+        model: Any = SimpleNamespace(vocab_size=1000, max_model_len=1 << 30, reach=0, eos_token_ids=())
         runner = device = SimulatedDevice(model, 1 << 16, law, lambda: 0.0005)
         engine, clock = Engine(config, runner, device.clock), device.clock
 

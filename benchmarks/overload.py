@@ -18,13 +18,12 @@ import asyncio
 import math
 import random
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 
-from api_server import MAX_MODEL_LEN, VOCAB_SIZE, serve_api
+from api_server import serve_api
+from mock_instances import LIMITS, mock_instance, serve_until_killed, started
 
 from hbserve_rpc import RpcServer
 from hbserve_rpc.messages import (
@@ -37,14 +36,11 @@ from hbserve_rpc.messages import (
     Empty,
     Granted,
     GrantRequest,
-    InstanceInfo,
-    InstanceStats,
     PrefillRequest,
     Role,
     TokenEvent,
     TransferDone,
 )
-from hbserve_rpc.reports import REPORTS, InstanceReport, ReportsRequest
 from hbserve_scheduler import SchedulerConfig
 
 PROMPT_TOKENS, OUTPUT_TOKENS = 1000, 16
@@ -66,35 +62,18 @@ class Instances:
         self._free_at_s = 0.0
         """When all prompts that are here will have been computed."""
 
-    async def start(self) -> list[str]:
-        addresses = []
-        for role in ("prefill", "decode"):
-            server = RpcServer(epoch=role)
-            self._describe(server, role)  # type: ignore[arg-type]
-            if role == "prefill":
-                server.serve_stream(PREFILL, self._prefill)
-                server.serve(CONNECT, self._connect)
-                server.serve_notification(GRANT, self._grant)
-            else:
-                server.serve_stream(DECODE, self._decode)
-            await server.start()
-            addresses.append(server.address)
-        return addresses
+    def servers(self) -> list[RpcServer]:
+        """Of both."""
+        sizes = {"block_size": 16, "num_blocks": 1 << 20, "max_num_seqs": 1 << 10}
+        prefill = mock_instance("prefill-0", "prefill", **LIMITS, **sizes)
+        prefill.serve_stream(PREFILL, self._prefill)
+        prefill.serve(CONNECT, self._connect)
+        prefill.serve_notification(GRANT, self._grant)
+        decode = mock_instance("decode-0", "decode", kv_endpoint=b"here", **LIMITS, **sizes)
+        decode.serve_stream(DECODE, self._decode)
+        return [prefill, decode]
 
-    def _describe(self, server: RpcServer, role: Role) -> None:
-        async def reports(_: ReportsRequest) -> AsyncIterator[InstanceInfo | InstanceReport]:
-            yield InstanceInfo(
-                f"{role}-0", role, role, "ready", max_model_len=MAX_MODEL_LEN, max_prompt_len=MAX_MODEL_LEN - 1,
-                vocab_size=VOCAB_SIZE, block_size=16, num_blocks=1 << 20, max_num_seqs=1 << 10,
-                kv_endpoint=b"here" if role == "decode" else b"",
-            )  # fmt: skip
-            stats = InstanceStats(f"{role}-0", role, "ready", role, num_blocks=1 << 20, free_blocks=1 << 20)
-            yield InstanceReport(stats)
-            await asyncio.Event().wait()
-
-        server.serve_stream(REPORTS, reports)
-
-    async def _grant(self, _: GrantRequest) -> None: ...
+    def _grant(self, _: GrantRequest) -> None: ...
 
     async def _connect(self, _: ConnectRequest) -> Empty:
         return Empty()
@@ -111,11 +90,6 @@ class Instances:
         for index in range(1, request.params.max_tokens):
             await asyncio.sleep(STEP_S)
             yield TokenEvent(index, [1000 + index], "length" if index + 1 == request.params.max_tokens else None)
-
-
-async def serve_instances() -> None:
-    print(*await Instances().start(), flush=True)
-    await asyncio.Event().wait()
 
 
 @dataclass
@@ -213,12 +187,6 @@ async def measure(port: int, times: float, seconds: float, max_queue_time_s: flo
     )
 
 
-def start(*arguments: str) -> tuple[subprocess.Popen[str], list[str]]:
-    process = subprocess.Popen([sys.executable, __file__, *arguments], stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    return process, process.stdout.readline().split()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--load", type=float, default=2.0, help="times what is sustained")
@@ -228,25 +196,19 @@ def main() -> None:
     parser.add_argument("--addresses", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.role == "instances":
-        asyncio.run(serve_instances())
+        asyncio.run(serve_until_killed(*Instances().servers()))
     elif arguments.role == "api":
         prefill, decode = arguments.addresses
         instances: dict[str, tuple[Role, str]] = {"prefill-0": ("prefill", prefill), "decode-0": ("decode", decode)}
         asyncio.run(serve_api(instances, max_queue_time_s=arguments.max_queue_time))
     else:
-        processes = []
-        try:
-            instances, addresses = start("--role", "instances")
-            processes.append(instances)
-            longest = str(arguments.max_queue_time)
-            api, (url,) = start("--role", "api", "--addresses", *addresses, "--max-queue-time", longest)
-            processes.append(api)
+        longest = str(arguments.max_queue_time)
+        with (
+            started(__file__, "--role", "instances") as (_, addresses),
+            started(__file__, "--role", "api", "--addresses", *addresses, "--max-queue-time", longest) as (_, (url,)),
+        ):
             port = int(url.rpartition(":")[2])
             asyncio.run(measure(port, arguments.load, arguments.seconds, arguments.max_queue_time))
-        finally:
-            for process in processes:
-                process.kill()
-                process.wait()
 
 
 if __name__ == "__main__":

@@ -10,37 +10,27 @@ idle instances.
 import argparse
 import asyncio
 import os
-import subprocess
-import sys
 import time
 from collections.abc import AsyncIterator
 
-from hbserve_rpc import RpcClient, RpcServer, StreamMethod, own_process
-from hbserve_rpc.messages import DESCRIBE, STATS, Empty, InstanceInfo, InstanceStats
+from mock_instances import mock_instance, serve_until_killed, started
+
+from hbserve_rpc import RpcClient, StreamMethod, own_process
+from hbserve_rpc.messages import DESCRIBE, STATS, Empty, InstanceStats
 
 REPORTS: StreamMethod[Empty, InstanceStats] = StreamMethod("bench.reports", Empty, InstanceStats)
 INTERVAL_S = 1.0
 
 
 async def serve() -> None:
-    async def describe(_: Empty) -> InstanceInfo:
-        return InstanceInfo("decode-0", "decode", "epoch", "ready")
-
-    async def stats(_: Empty) -> InstanceStats:
-        return InstanceStats("decode-0", "decode", "ready")
-
     async def report(_: Empty) -> AsyncIterator[InstanceStats]:
         while True:
             yield InstanceStats("decode-0", "decode", "ready")
             await asyncio.sleep(INTERVAL_S)
 
-    server = RpcServer()
-    server.serve(DESCRIBE, describe)
-    server.serve(STATS, stats)
+    server = mock_instance("decode-0", "decode")
     server.serve_stream(REPORTS, report)
-    await server.start()
-    print(server.address, flush=True)
-    await asyncio.Event().wait()
+    await serve_until_killed(server)
 
 
 async def idle(client: RpcClient) -> None:
@@ -90,16 +80,10 @@ def main() -> None:
     if arguments.serve:
         asyncio.run(serve())
         return
-    process = subprocess.Popen([sys.executable, __file__, "--serve"], stdout=subprocess.PIPE, text=True)
-    try:
-        assert process.stdout is not None
-        address = process.stdout.readline().strip()
+    with started(__file__, "--serve") as (_, (address,)):
         print(f"{arguments.count} peers   % of a core   files for each  threads")
         for kind in KINDS:
             print(asyncio.run(measure(kind, address, arguments.count, arguments.seconds)))
-    finally:
-        process.kill()
-        process.communicate()
 
 
 if __name__ == "__main__":

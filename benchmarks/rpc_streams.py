@@ -9,12 +9,11 @@ tell.
 
 import argparse
 import asyncio
-import subprocess
-import sys
 import time
 from collections.abc import AsyncIterator
 
 import zmq
+from mock_instances import serve_until_killed, started
 
 from hbserve_rpc import Method, RpcClient, RpcServer, StreamMethod
 from hbserve_rpc.messages import Empty, TokenEvent
@@ -52,9 +51,7 @@ async def serve() -> None:
     server = RpcServer()
     server.serve_stream(TOKENS, tokens)
     server.serve(STEP, step)
-    await server.start()
-    print(server.address, flush=True)
-    await asyncio.Event().wait()
+    await serve_until_killed(server)
 
 
 async def measure(address: str, num_streams: int, num_steps: int) -> tuple[float, float]:
@@ -100,13 +97,8 @@ def main() -> None:
         return
     print("streams   server, tokens/s of a core   client, tokens/s of a core   limit")
     for num_streams in arguments.streams:
-        process = subprocess.Popen([sys.executable, __file__, "--serve"], stdout=subprocess.PIPE, text=True)
-        try:
-            assert process.stdout is not None
-            server, client = asyncio.run(measure(process.stdout.readline().strip(), num_streams, arguments.steps))
-        finally:
-            process.kill()
-            process.communicate()
+        with started(__file__, "--serve") as (_, (address,)):
+            server, client = asyncio.run(measure(address, num_streams, arguments.steps))
         print(f"{num_streams:7d} {server:28,.0f} {client:28,.0f} {limit(num_streams, arguments.steps):12,.0f}")
 
 

@@ -13,25 +13,15 @@ import contextlib
 import logging
 import os
 import random
-import subprocess
 import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import msgspec
+from mock_instances import mock_instance, started
 
-from hbserve_rpc import HBServeRpcError, Method, RpcClient, RpcServer, SamplingParams, own_process
-from hbserve_rpc.messages import (
-    DESCRIBE,
-    GENERATE,
-    STATS,
-    Empty,
-    GenerateRequest,
-    InstanceInfo,
-    InstanceStats,
-    TokenEvent,
-)
-from hbserve_rpc.reports import REPORTS, InstanceReport, ReportsRequest
+from hbserve_rpc import HBServeRpcError, Method, RpcClient, SamplingParams, own_process
+from hbserve_rpc.messages import GENERATE, Empty, GenerateRequest, TokenEvent
 from hbserve_scheduler import CpuScheduler, HBServeSchedulerError, RemoteScheduler, SchedulerConfig, SchedulerServer
 
 MOST_GROWTH_MIB, MOST_FILES = 8.0, 8
@@ -57,18 +47,6 @@ def rss_mib() -> float:
 
 
 async def serve() -> None:
-    async def describe(_: Empty) -> InstanceInfo:
-        sizes = {"max_model_len": 4096, "max_num_seqs": 256, "max_prompt_len": 4096, "vocab_size": 1000}
-        return InstanceInfo("h", "hybrid", instance.epoch, "ready", block_size=16, num_blocks=4096, **sizes)
-
-    async def stats(_: Empty) -> InstanceStats:
-        return InstanceStats("h", "hybrid", "ready", instance.epoch, num_blocks=4096, free_blocks=4096)
-
-    async def reports(_: ReportsRequest) -> AsyncIterator[InstanceInfo | InstanceReport]:
-        yield await describe(Empty())
-        yield InstanceReport(await stats(Empty()))
-        await asyncio.Event().wait()
-
     async def generate(request: GenerateRequest) -> AsyncIterator[TokenEvent]:
         for index in range(request.params.max_tokens):
             yield TokenEvent(index, [5], "length" if index == request.params.max_tokens - 1 else None)
@@ -81,11 +59,9 @@ async def serve() -> None:
         clients = len(server._server._clients)
         return State(mib, files, threads, len(asyncio.all_tasks()), requests, clients)
 
-    instance = RpcServer(drops_closed=True)
-    instance.serve(DESCRIBE, describe)
-    instance.serve(STATS, stats)
+    sizes = {"max_model_len": 4096, "max_num_seqs": 256, "max_prompt_len": 4096, "vocab_size": 1000}
+    instance = mock_instance("h", "hybrid", drops_closed=True, block_size=16, num_blocks=4096, **sizes)
     instance.serve(STATE, state)
-    instance.serve_stream(REPORTS, reports)
     instance.serve_stream(GENERATE, generate)
     await instance.start()
     scheduler = CpuScheduler(SchedulerConfig(port=0))
@@ -184,14 +160,8 @@ def main() -> None:
         logging.disable(logging.WARNING)  # a line for each request that fails, as most of these do
         asyncio.run(serve())
         return
-    process = subprocess.Popen([sys.executable, __file__, "--serve"], stdout=subprocess.PIPE, text=True)
-    try:
-        assert process.stdout is not None
-        addresses = process.stdout.readline().split()
+    with started(__file__, "--serve") as (_, addresses):
         is_well = asyncio.run(run(addresses, arguments.cycles, arguments.disconnects))
-    finally:
-        process.kill()
-        process.communicate()
     sys.exit(0 if is_well else 1)
 
 

@@ -13,20 +13,17 @@ import argparse
 import asyncio
 import cProfile
 import pstats
-import subprocess
-import sys
 import time
 from collections.abc import AsyncIterator
 from typing import Any
 
-from api_server import MAX_MODEL_LEN, VOCAB_SIZE
+from mock_instances import LIMITS, mock_instance, serve_until_killed, started
 
 from hbserve.demo_model import find_model_folder
 from hbserve.text_request import TextRequest
 from hbserve.tokenizer import load_tokenizer
-from hbserve_rpc import Method, RpcClient, RpcServer, SamplingParams
-from hbserve_rpc.messages import GENERATE, Empty, GenerateRequest, InstanceInfo, TokenEvent
-from hbserve_rpc.reports import REPORTS, ReportsRequest
+from hbserve_rpc import Method, RpcClient, SamplingParams
+from hbserve_rpc.messages import GENERATE, Empty, GenerateRequest, TokenEvent
 from hbserve_scheduler import CpuScheduler, SchedulerConfig
 
 STEP: Method[TokenEvent, Empty] = Method("bench.step", TokenEvent, Empty)
@@ -58,20 +55,10 @@ async def serve() -> None:
             await asyncio.sleep(0)
         return Empty()
 
-    async def reports(_: ReportsRequest) -> AsyncIterator[InstanceInfo]:
-        yield InstanceInfo(
-            "mock-0", "hybrid", server.epoch, "ready", max_model_len=MAX_MODEL_LEN, max_prompt_len=MAX_MODEL_LEN - 1,
-            vocab_size=VOCAB_SIZE,
-        )  # fmt: skip
-        await asyncio.Event().wait()
-
-    server = RpcServer()
+    server = mock_instance("mock-0", "hybrid", **LIMITS)
     server.serve(STEP, step)
-    server.serve_stream(REPORTS, reports)
     server.serve_stream(GENERATE, generate)
-    await server.start()
-    print(server.address, flush=True)
-    await asyncio.Event().wait()
+    await serve_until_killed(server)
 
 
 async def measure(address: str, tokenizer: Any, num_streams: int, num_tokens: int) -> float:
@@ -119,10 +106,7 @@ def main() -> None:
         asyncio.run(serve())
         return
     tokenizer = load_tokenizer(asyncio.run(find_model_folder(None)))
-    process = subprocess.Popen([sys.executable, __file__, "--serve"], stdout=subprocess.PIPE, text=True)
-    try:
-        assert process.stdout is not None
-        address = process.stdout.readline().strip()
+    with started(__file__, "--serve") as (_, (address,)):
         for num_streams in arguments.streams:
             if arguments.profile:
                 profile = cProfile.Profile()
@@ -131,9 +115,6 @@ def main() -> None:
                 continue
             best = max(asyncio.run(measure(address, tokenizer, num_streams, arguments.tokens)) for _ in range(ROUNDS))
             print(f"{num_streams:6} streams: {best:,.0f} tokens/s of a core, {1e6 / best:.1f} us a token")
-    finally:
-        process.kill()
-        process.wait()
 
 
 if __name__ == "__main__":

@@ -69,10 +69,10 @@ class Served:
         return dict(done.json())
 
 
-@pytest.fixture
-def served(cluster: Any, small_model: Any, tmp_path: Path) -> Iterator[Served]:
+@contextlib.contextmanager
+def serving(cluster: Any, model: Path, folder: Path) -> Iterator[Served]:
     content = {
-        "model": {"path": str(small_model("qwen3"))},
+        "model": {"path": str(model)},
         "engine": {"num_blocks": 64, "device": "cpu"},
         "scheduler": {"port": 0, "instance_wait_s": DEADLINE_S},
         "server": {"port": 0},
@@ -81,7 +81,7 @@ def served(cluster: Any, small_model: Any, tmp_path: Path) -> Iterator[Served]:
             {"instance_id": "decode-0", "instance_type": "decode", "kv_rank": 1},
         ],
     }
-    config = tmp_path / "config.yaml"
+    config = folder / "config.yaml"
     config.write_text(yaml.safe_dump(content))
     command = [sys.executable, "-m", "hbserve", "serve", "--config", str(config), "--ray", cluster.address]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
@@ -91,6 +91,19 @@ def served(cluster: Any, small_model: Any, tmp_path: Path) -> Iterator[Served]:
         finally:
             process.terminate()
             found.reading.join(DEADLINE_S)
+
+
+@pytest.fixture(scope="module")
+def served(cluster: Any, small_model: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """One for all tests but the last."""
+    with serving(cluster, small_model("qwen3"), tmp_path_factory.mktemp("served")) as found:
+        yield found
+
+
+def scale(served: Served, number: str) -> "subprocess.Popen[str]":
+    (line,) = [each for each in served.lines if "RPC at " in each]
+    command = [sys.executable, "-m", "hbserve", "scale", number, "--connect", line.split("RPC at ")[1].strip()]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
 
 
 def instance_processes() -> list[int]:
@@ -104,6 +117,38 @@ def instance_processes() -> list[int]:
             if b"hbserve_core" in command and title.startswith(b"ray::InstanceActor"):
                 found.append(int(folder.name))
     return found
+
+
+def test_decode_instances_are_one_then_three_then_one_under_load_and_a_lack_of_room_is_said(cluster, served):
+    tokens = served.answer()["choices"][0]["token_ids"]
+    answers: list[dict[str, Any]] = []
+    ended = threading.Event()
+
+    def ask_on() -> None:
+        while not ended.is_set():
+            answers.append(served.answer())
+
+    asking = [threading.Thread(target=ask_on) for _ in range(2)]
+    try:
+        for each in asking:
+            each.start()
+        scaling = scale(served, "decode=3")
+        served.wait_for("no node has room for {'CPU': 1.0} yet; waiting", 2)
+        cluster.add_node(num_cpus=2, **NODE)  # as an autoscaler would
+        said, _ = scaling.communicate(timeout=DEADLINE_S)
+        assert {"decode-1 takes requests", "decode-2 takes requests", "prefill=1 decode=3"} <= set(said.splitlines())
+        assert "no node has room for {'CPU': 1.0} yet; waiting" in said
+        assert len(instance_processes()) == 4
+        said, _ = scale(served, "decode=1").communicate(timeout=DEADLINE_S)
+        assert {"decode-1 has left", "decode-2 has left", "prefill=1 decode=1"} <= set(said.splitlines())
+        assert len(instance_processes()) == 2
+    finally:
+        ended.set()
+        for each in asking:
+            each.join()
+    assert len(answers) > 2
+    assert all(each["choices"][0]["token_ids"] == tokens for each in answers)
+    assert {each["metrics"]["num_attempts"] for each in answers} == {1}
 
 
 def test_answers_go_on_while_an_instance_an_actor_and_a_node_are_lost(cluster, served):
@@ -136,11 +181,12 @@ def test_answers_go_on_while_an_instance_an_actor_and_a_node_are_lost(cluster, s
     assert instance_processes() == []
 
 
-def test_nothing_is_left_when_the_driver_is_killed(served):
-    served.wait_for("OpenAI's API at ")
-    assert len(instance_processes()) == 2
-    served.process.kill()
-    served.process.wait()
+def test_nothing_is_left_when_the_driver_is_killed(cluster, small_model, tmp_path):
+    with serving(cluster, small_model("qwen3"), tmp_path) as served:
+        served.wait_for("OpenAI's API at ")
+        assert len(instance_processes()) == 2
+        served.process.kill()
+        served.process.wait()
     deadline = time.monotonic() + DEADLINE_S
     while instance_processes():
         assert time.monotonic() < deadline

@@ -24,6 +24,7 @@ from hbserve_rpc.messages import (
     TokenEvent,
 )
 from hbserve_rpc.records import RequestRecord
+from hbserve_rpc.trace_context import TRACEPARENT
 from hbserve_scheduler.admission import admitted
 from hbserve_scheduler.config import ServerSection
 from hbserve_scheduler.figures import Figures
@@ -138,6 +139,8 @@ class FakeScheduler:
         self.asked: list[tuple[tuple[int, ...], SamplingParams]] = []
         self.request_ids: list[str] = []
         """Of all that it was asked."""
+        self.traces: list[str] = []
+        """The same: the `traceparent` of each."""
         self.most_running = 1000
         self.role = "hybrid"
         self.digest_block_size = 0
@@ -149,6 +152,7 @@ class FakeScheduler:
         self.require_room()
         self.asked.append((request.prompt_token_ids, request.params))
         self.request_ids.append(request.request_id)
+        self.traces.append(TRACEPARENT.get())
         events = self.running[request.request_id] = FakeEvents(self, request)
         return events
 

@@ -23,13 +23,13 @@ def check_trace(trace: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
             assert each["dur"] >= 0
             lanes[each["pid"], each["tid"]].append(each)
     for slices in lanes.values():
-        open_until = []
+        open_until: list[float] = []
         for each in sorted(slices, key=lambda each: (each["ts"], -each["dur"])):
             while open_until and open_until[-1] <= each["ts"]:
                 open_until.pop()
             assert not open_until or each["ts"] + each["dur"] <= open_until[-1], each
             open_until.append(each["ts"] + each["dur"])
-    flows = defaultdict(dict)
+    flows: defaultdict[Any, dict[str, Any]] = defaultdict(dict)
     for each in events:
         if each["ph"] in ("s", "f"):
             assert flows[each["id"]].setdefault(each["ph"], each) is each
@@ -39,7 +39,7 @@ def check_trace(trace: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
         assert ends["s"]["ts"] <= ends["f"]["ts"]
     last = {each["pid"]: each["args"]["requests"] for each in events if each["ph"] == "C"}
     assert set(last.values()) <= {0}
-    by_process = defaultdict(list)
+    by_process: defaultdict[Any, list[Any]] = defaultdict(list)
     for (pid, _), slices in lanes.items():
         by_process[names[pid]] += slices
     return by_process

@@ -163,8 +163,9 @@ async def test_what_is_asked_is_what_the_options_say(scripted):
 
 
 async def test_chats_are_asked_with_text_and_their_deltas_are_read(scripted):
-    delta = [{"delta": {"role": "assistant", "content": ""}}], [{"delta": {"content": "x"}}], [{"delta": {}}]
-    scripted.answers = [[b"data: " + json.dumps({"choices": each}).encode() + b"\n\n" for each in delta]]
+    deltas: list[dict[str, str]] = [{"role": "assistant", "content": ""}, {"content": "x"}, {}]
+    bodies = [json.dumps({"choices": [{"delta": each}]}) for each in deltas]
+    scripted.answers = [[f"data: {body}\n\n".encode() for body in bodies]]
     result = await bench(scripted, backend=Backend.OPENAI_CHAT, save_detailed=True)
     assert "POST /v1/chat/completions" in scripted.heads[0]
     assert isinstance(scripted.asked[0]["messages"][0]["content"], str)
@@ -443,7 +444,7 @@ def test_vllm_s_options_are_taken_on_the_command_line(monkeypatch):
     assert result.exit_code == 0, result.output
     (args,) = taken
     assert (args.url, args.path, args.is_chat) == ("http://h:1", "/v1/chat/completions", True)
-    assert [*args.goodput, *args.more] == ["ttft:1000", "tpot:100"]
+    assert (args.goodput, args.more) == (["ttft:1000"], ["tpot:100"])
     assert (args.request_rate, args.max_concurrency, args.ramp_up_start_rps) == (2.5, 4, 1)
     assert args.self_timed
     assert args.ignore_eos

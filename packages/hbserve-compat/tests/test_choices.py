@@ -125,7 +125,8 @@ async def test_one_answer_is_stopped_by_its_text_and_the_others_go_on_after_a_de
         expected, texts = ids(whole["outputs"]), [each["text"] for each in whole["outputs"]]
         beginnings = (texts[1][i : i + 3] for i in range(12))
         params.stop = [next(text for text in beginnings if text not in texts[0] and text not in texts[2])]
-        found, reasons, killed = {0: [], 1: [], 2: []}, {}, ""
+        found: dict[int, list[int]] = {0: [], 1: [], 2: []}
+        reasons, killed = {}, ""
         async with contextlib.aclosing(llm.stream(PROMPTS[1], params, request_id="r")) as deltas:
             async for delta in deltas:
                 found[delta["choice"]] += delta["token_ids"]

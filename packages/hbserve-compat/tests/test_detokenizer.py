@@ -101,7 +101,7 @@ def token_ids(kind, tokens):
 
 def in_pieces(detokenizer, ids, sizes):
     """Texts of tokens that come so many at once, again and again, and of the end."""
-    texts, first = [], 0
+    texts, first = list[str](), 0
     while first < len(ids):
         size = sizes[len(texts) % len(sizes)]
         texts.append(detokenizer.feed(ids[first : first + size]))

@@ -85,7 +85,7 @@ async def test_figures_right_after_an_answer_count_it_and_show_nobody_busy_with_
 @in_its_loop
 async def test_abort_ends_a_stream_with_its_reason(llm):
     # Known elsewhere: SGLang #18701, #36926, #33507, vLLM #50425.
-    reasons = []
+    reasons: list[str | None] = []
     async for delta in llm.stream(
         "Hello", SamplingParams(temperature=0, max_tokens=400, ignore_eos=True), request_id="r"
     ):

@@ -145,7 +145,7 @@ def expected(small_model) -> list[list[int]]:
 
 def run(llm: LLM) -> tuple[list[list[int]], list[str]]:
     """Tokens by number, and errors, until all requests are told of."""
-    tokens, errors = {}, []
+    tokens, errors = dict[int, list[int]](), []
     while not llm.is_finished():
         try:
             tokens |= dict(llm.step()[0])

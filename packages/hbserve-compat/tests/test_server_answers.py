@@ -232,7 +232,7 @@ async def test_echo_with_logprobs_begins_with_those_of_the_prompt(server, max_to
     assert found["text_offset"][:3] == [0, 1, 2]
     streamed = chunks_of(await server.complete(**body, stream=True))
     assert text_of(streamed) == choice["text"]
-    joined = {name: [] for name in found}
+    joined: dict[str, list[Any]] = {name: [] for name in found}
     for chunk in streamed:
         for name, values in (chunk["choices"][0]["logprobs"] or {}).items():
             joined[name] += values

@@ -97,7 +97,7 @@ def decided(ended: Any) -> list[tuple[str, str]]:
 async def test_a_scenario_has_the_same_decisions_on_the_real_clock_and_in_the_simulator():
     requests = [SimulatedRequest(0.0, length, 4) for length in LENGTHS]
 
-    def simulated() -> list[tuple[str, str]]:
+    def simulated() -> list[tuple[str, ...]]:
         deployment = Deployment(profile(), roles_of(3, 2), SETTINGS, WHOLE)
         (results,) = simulate(deployment, requests, keeps_decisions=True)
         placed = {request_id: where for _, request_id, *where in results.decisions}

@@ -1,6 +1,7 @@
 """Spans of requests, as a collector of OpenTelemetry gets them."""
 
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,8 @@ class Collector:
         """The last request has ended so; its id."""
         known = {"finish_reason": "length", "first_token_s": 1.25, "second_token_s": 2.0} | others
         request_id = self.server.scheduler.request_ids[-1]
-        record = RequestRecord(request_id, 1000.0, 16, 9, 4, 4096, 0.5, list(attempts), 3.0, **known)
+        self.submitted_at = time.time()
+        record = RequestRecord(request_id, self.submitted_at, 16, 9, 4, 4096, 0.5, list(attempts), 3.0, **known)
         self.server.scheduler.figures.add(record)
         return request_id
 
@@ -72,7 +74,9 @@ async def test_a_request_is_a_span_of_its_caller_with_its_phases_beside_each_oth
     assert (root.kind, f"{root.context.trace_id:032x}", f"{root.parent.span_id:016x}") == (
         SpanKind.SERVER, TRACE_ID, PARENT_ID,
     )  # fmt: skip
-    assert (root.start_time, root.end_time) == (1000 * 10**9, 1003 * 10**9)
+    began_ns = int(collector.submitted_at * 1e9)
+    assert root.start_time <= began_ns
+    assert root.end_time == began_ns + 3 * 10**9
     expected = {
         "gen_ai.operation.name": "chat",
         "gen_ai.request.model": "small",
@@ -98,7 +102,7 @@ async def test_a_request_is_a_span_of_its_caller_with_its_phases_beside_each_oth
     assert spans["hbserve.prefill"][0].attributes["error.type"] == "p0: gone"
     assert [event.attributes["hbserve.tokens"] for event in spans["hbserve.prefill"][1].events] == [8, 16]
     (moved,) = spans["hbserve.kv_transfer"]
-    assert (moved.start_time - root.start_time, moved.end_time - root.start_time) == (10**9, 175 * 10**7)
+    assert (moved.start_time - began_ns, moved.end_time - began_ns) == (10**9, 175 * 10**7)
     assert (moved.attributes["hbserve.kv.bytes"], moved.attributes["hbserve.kv.overlap"]) == (4096, 1 / 3)
 
 
@@ -113,6 +117,34 @@ async def test_a_failure_is_an_error_a_bad_caller_is_none_and_what_is_not_sample
     (root,) = spans["text_completion small"]
     assert (root.parent, root.status.status_code, root.attributes["error.type"]) == (None, StatusCode.ERROR, "no room")
     assert "hbserve.decode" not in spans
+
+
+async def test_the_span_of_a_request_is_sent_on_and_told_to_its_client(collector):
+    scheduler, client = collector.server.scheduler, collector.server.client
+    headers = {"traceparent": f"00-{TRACE_ID}-{PARENT_ID}-01"}
+    answer = await client.post("/v1/completions", json={"prompt": ["a", "b"]}, headers=headers)
+    for _ in range(2):
+        collector.end(LAST)
+        scheduler.request_ids.pop()
+    sent_on = [scheduler.traces.pop() for _ in range(2)]
+    roots = collector.spans_by_name()["text_completion small"]
+    assert sent_on == [f"00-{TRACE_ID}-{each.context.span_id:016x}-01" for each in roots]
+    assert answer.headers["traceresponse"] == sent_on[1], "that of the first prompt"
+
+
+async def test_the_callers_own_is_sent_on_where_no_spans_are_made_and_what_is_none_is_not(small_model):
+    server = FakeServer(load_tokenizer(small_model("qwen3")))
+    given = f"00-{TRACE_ID}-{PARENT_ID}-01"
+    for header, sent_on in ((given, given), (given + "-more", ""), ("00-zz-1", "")):
+        answer = await server.client.post("/v1/completions", json={"prompt": "x"}, headers={"traceparent": header})
+        assert server.scheduler.traces[-1] == sent_on
+        assert "traceresponse" not in answer.headers
+
+
+async def test_of_a_request_that_is_refused_no_span_is_kept(collector):
+    answer = await collector.server.client.post("/v1/completions", json={"prompt": [999_999]})
+    assert answer.status_code == 400
+    assert not collector.spans._asked
 
 
 async def test_ids_in_the_scheduler_are_unique_also_where_clients_repeat_theirs(collector):

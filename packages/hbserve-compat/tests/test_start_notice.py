@@ -35,7 +35,10 @@ async def test_a_start_that_is_quick_says_nothing():
 
 
 async def test_what_is_missing_is_processes_first_and_then_models():
-    processes: list[Any] = [SimpleNamespace(name="p0", address=""), SimpleNamespace(name="d0", address="127.0.0.1:1")]
+    processes: list[Any] = [
+        SimpleNamespace(name=name, address=address, waits_for="its process starts")
+        for name, address in (("p0", ""), ("d0", "127.0.0.1:1"))
+    ]
     scheduler = CpuScheduler(SchedulerConfig())
     assert missing(processes, scheduler) == ["p0: its process starts"]
     processes[0].address = "127.0.0.1:9"

@@ -22,7 +22,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 
-BF16, F32 = torch.bfloat16, torch.float32
+BF16, F32, FP8 = torch.bfloat16, torch.float32, torch.float8_e4m3fn
 PROCESSORS = 132
 BLOCK_SIZE = 16
 LAYER = ("qkv", "output", "gate_up", "down")
@@ -110,23 +110,24 @@ def _of_two_types(out, count):
 # ---- launches --------------------------------------------------------------------------------------------------------
 
 
-def attention_arguments(model, dtype, rows):
-    """qkv, out, pool, layer, cos_sin and norm, of so many rows."""
+def attention_arguments(model, dtype, rows, narrow):
+    """qkv, out, pool, layer, cos_sin and norm, of so many rows. narrow: the pool is of 8-bit floats."""
     _, _, heads, key_heads, head_dim, _, layers, has_norm = MODELS[model]
     qkv = empty(rows, (heads + 2 * key_heads) * head_dim, dtype=dtype)
     out = empty(rows, heads * head_dim, dtype=dtype)
-    pool = empty(64, layers, 2, BLOCK_SIZE, key_heads, head_dim, dtype=dtype)
+    pool = empty(64, layers, 2, BLOCK_SIZE, key_heads, head_dim, dtype=FP8 if narrow else dtype)
     norm = (empty(heads + key_heads, head_dim, dtype=dtype), 1e-6) if has_norm else None
     return qkv, out, pool, 1, empty(4096, head_dim, dtype=F32), norm
 
 
-def decode(model, pieces, dtype=BF16, **scores):
+def decode(model, pieces, dtype=BF16, narrow=False, **scores):
     from hbserve_core.cuda_runner.kernels.decode_attention import DecodeWorkspace, decode_attention
 
     _, _, heads, key_heads, head_dim, *_ = MODELS[model]
     workspace = DecodeWorkspace(64, pieces, (heads, key_heads, head_dim), torch.device("meta"))
     paged = ints(64 * 256), ints(1), ints(6, pieces)
-    decode_attention(*attention_arguments(model, dtype, 64), *paged, workspace, scores=made(scores))  # type: ignore[call-arg]
+    arguments = *attention_arguments(model, dtype, 64, narrow), *paged, workspace
+    decode_attention(*arguments, scores=made(scores))  # type: ignore[call-arg, misc]
 
 
 def made(scores):
@@ -135,11 +136,11 @@ def made(scores):
     return Scores(0.1, **scores) if scores else None
 
 
-def prefill(model, dtype=BF16, **scores):
+def prefill(model, dtype=BF16, narrow=False, **scores):
     from hbserve_core.cuda_runner.kernels.prefill_attention import prefill_attention, store_kv
 
-    qkv, out, pool, layer, cos_sin, norm = attention_arguments(model, dtype, 2048)
-    store_kv(qkv, ints(2048), ints(2048), cos_sin, norm, pool, layer)
+    qkv, out, pool, layer, cos_sin, norm = attention_arguments(model, dtype, 2048, narrow)
+    store_kv(qkv, ints(2048), ints(2048), cos_sin, norm, pool, layer, scores=made(scores))
     paged = ints(64 * 256), ints(1), ints(2, 48), ints(3, 32)
     prefill_attention(qkv, out, pool, layer, cos_sin, norm, *paged, scores=made(scores))
 
@@ -219,6 +220,9 @@ CASES: dict[str, Callable[[], object]] = {
     "decode many Qwen3-8B": partial(decode, "Qwen3-8B", 2),
     "decode few SmolLM2-135M": partial(decode, "SmolLM2-135M", 1),
     "float32 decode": partial(decode, "SmolLM2-135M", 5, F32),
+    "8-bit KV: decode few": partial(decode, "Qwen3-0.6B", 1, narrow=True, key_scale=0.5),
+    "8-bit KV: decode many": partial(decode, "Qwen3-8B", 2, narrow=True, key_scale=0.5),
+    "8-bit KV: prefill": partial(prefill, "Qwen3-8B", narrow=True, value_scale=0.5),
     "prefill Qwen3-0.6B": partial(prefill, "Qwen3-0.6B"),
     "prefill SmolLM2-135M": partial(prefill, "SmolLM2-135M"),
     "float32 prefill": partial(prefill, "SmolLM2-135M", F32),

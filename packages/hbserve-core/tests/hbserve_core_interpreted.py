@@ -8,7 +8,7 @@ import torch
 
 from hbserve_core import InstanceConfig, ModelRunner
 from hbserve_core.cuda_runner.step_packer import SplitKV, StepPacker, StepView
-from hbserve_core.engine.runner import StepResult
+from hbserve_core.engine.step import StepResult
 from hbserve_core.logits.prompt_logprobs import score
 from hbserve_core.logits.rows import has_grammars
 from hbserve_core.logits.special_rows import PendingLogprobs, SpecialRows
@@ -42,11 +42,13 @@ class InterpretedRunner:
         self.model_config, self.device, self.overlaps = model.model_config, model.device, overlaps
         self.dtype, self.fingerprint = model.dtype, model.fingerprint
         self.pool = model.allocate_pool().fill_(float("nan"))
-        tile_tokens = new_tokens_per_tile(self.pool, model.rank_config.num_heads)
+        sizes = model.rank_config
+        tile_tokens = new_tokens_per_tile(self.dtype, (sizes.num_heads, sizes.num_kv_heads, sizes.head_dim))
         pieces = SplitKV(model.rank_config.num_kv_heads, 2)
         self.packer = StepPacker(self.config, tile_tokens, pieces, group.seed if group else seed)
         largest = self.packer.shapes.largest(self.config.max_num_batched_tokens, self.config.max_num_seqs)
-        self.decoder = CudaDecoder(model.rank_config, plain(model.weights), largest, group)
+        model.weights = plain(model.weights)
+        self.decoder = CudaDecoder(model, largest, group)
         self.special_rows = SpecialRows(model.model_config, self.device)
         self.sampled = torch.zeros(self.config.max_num_seqs, dtype=torch.int32)
         self.memory = np.full(largest.fixed_size + self.config.max_num_seqs * 64, 12345, dtype=np.int32)

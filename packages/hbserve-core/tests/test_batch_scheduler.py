@@ -4,9 +4,8 @@ import pytest
 
 from hbserve_core import BlockManager, InstanceConfig, InvalidInstanceConfig
 from hbserve_core.engine.batch_scheduler import BatchScheduler
-from hbserve_core.engine.chunk_sizes import ChunkSizes
 from hbserve_core.engine.sequence import NEXT_PHASES, Phase, Sequence
-from hbserve_core.engine.step_times import StepTimes
+from hbserve_core.engine.step_times import ChunkSizes, StepTimes
 from hbserve_rpc import SamplingParams
 
 BLOCK = 4
@@ -81,7 +80,7 @@ def test_of_those_that_wait_the_lowest_priority_comes_first_and_the_oldest_of_th
     steps = Steps(100, max_num_seqs=1)
     for name, priority in (("a", 3), ("b", 0), ("c", -2), ("d", 0), ("e", -2)):
         steps.add(name, [1] * 3, priority=priority)
-    order = []
+    order: list[str] = []
     while steps.scheduler.waiting:
         order += steps.step()
         steps.scheduler.move(steps.scheduler.running[0], Phase.ENDED)

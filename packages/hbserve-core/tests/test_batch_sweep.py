@@ -19,7 +19,7 @@ from hbserve_core.bench.batch_sweep import (
     sweep_config,
 )
 from hbserve_core.bench.model_work import DecodeLimit, decode_limit
-from hbserve_core.engine.runner import StepResult
+from hbserve_core.engine.step import StepResult
 from hbserve_core.errors import InvalidInstanceConfig
 from hbserve_core.model.model_config import load_model_config
 from hbserve_core.ranks.make_runner import make_runner
@@ -95,7 +95,7 @@ def test_steps_are_chosen_as_for_an_instance_of_usual_size_even_if_few_sequences
 
 
 def test_a_sweep_says_its_rows_and_what_did_not_fit(model_folder):
-    plan, lines, kept = SweepPlan((1, 2, 5), (20, 100, 500)), [], []
+    plan, lines, kept = SweepPlan((1, 2, 5), (20, 100, 500)), list[str](), list[Any]()
     # A sequence has up to 20 + 56, or 100 + 56 tokens: 5, and 10 blocks of 16.
     config = sweep_config(str(model_folder("qwen3")), plan, device="cpu", num_blocks=25)
     run_sweep(config, plan, lines.append, kept.append)
@@ -110,13 +110,13 @@ def test_a_sweep_says_its_rows_and_what_did_not_fit(model_folder):
 
 
 def test_a_sweep_in_which_nothing_fits_does_not_say_that_there_are_no_cliffs(model_folder):
-    plan, lines = SweepPlan((1,), (500,)), []
+    plan, lines = SweepPlan((1,), (500,)), list[str]()
     run_sweep(sweep_config(str(model_folder("qwen3")), plan, device="cpu"), plan, lines.append, lambda row: None)
     assert lines[-1] == "cliffs: nothing was measured"
 
 
 def test_a_model_without_numbers_has_no_speed(numberless_model):
-    plan, kept = SweepPlan((2,), (20,)), []
+    plan, kept = SweepPlan((2,), (20,)), list[Any]()
     config = sweep_config(str(numberless_model), plan, device="cpu")
     with pytest.raises(LogitsNotFinite, match="not finite at output token 0: its weights are broken"):
         run_sweep(config, plan, lambda line: None, kept.append)

@@ -25,7 +25,7 @@ def run(engine, requests):
     """Outputs with tokens of requests (prompt, parameters) that are computed together, by request and choice."""
     for name, (prompt, params) in enumerate(requests):
         engine.add(str(name), prompt, params)
-    found = [[[] for _ in range(params.n)] for _, params in requests]
+    found: list[list[list[int]]] = [[[] for _ in range(params.n)] for _, params in requests]
     while engine.has_work():
         for output in engine.step():
             if output.token_ids:
@@ -138,7 +138,7 @@ def test_one_choice_is_ended_before_and_after_the_fork_and_the_others_go_on(eith
     asked = SamplingParams(3.0, 6, ignore_eos=True, seed=11, n=3)
     (expected,) = run(engine, [(prompt(12), asked)])
     engine.add("0", prompt(12), asked)
-    found = {0: [], 1: [], 2: []}
+    found: dict[int, list[int]] = {0: [], 1: [], 2: []}
     for _ in range(num_steps):
         for output in engine.step():
             found[output.choice] += output.token_ids

@@ -10,8 +10,15 @@ import pytest
 
 from hbserve_core import Engine, InstanceConfig
 from hbserve_core.bench.simulated_device import H100_06B, H100_8B, SimulatedDevice
-from hbserve_core.engine.chunk_sizes import FEWEST_BESIDE_DECODES, FEWEST_TOKENS, SHORT_TOKENS, STEP_S, ChunkSizes
-from hbserve_core.engine.step_times import StepTimes, StepWork
+from hbserve_core.engine.step_times import (
+    FEWEST_BESIDE_DECODES,
+    FEWEST_TOKENS,
+    SHORT_TOKENS,
+    STEP_S,
+    ChunkSizes,
+    StepTimes,
+    StepWork,
+)
 from hbserve_rpc import SamplingParams
 
 SIZES = ["512", "1024", "2048", "4096", "8192"]
@@ -19,7 +26,7 @@ BENCHMARK = Path(__file__).resolve().parents[3] / "benchmarks/chunk_sizes.py"
 
 
 def make_engine(law: Any = H100_8B, num_blocks: int = 6000, **settings: Any) -> Engine:
-    model = SimpleNamespace(vocab_size=50, max_model_len=1 << 20, eos_token_ids=())
+    model = SimpleNamespace(vocab_size=50, max_model_len=1 << 20, reach=0, eos_token_ids=())
     device = SimulatedDevice(model, num_blocks, law)
     chosen = {"chunk_size": "auto", "max_num_batched_tokens": 8192, "max_chunk_prefill_tokens": 8192}
     config = InstanceConfig(model_path="", prefix_caching=False, **(chosen | settings))

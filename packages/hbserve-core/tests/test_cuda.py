@@ -28,7 +28,7 @@ def generate(engine, prompts, count, **params):
     chosen = {"temperature": 0, "ignore_eos": True} | params
     for name, prompt in enumerate(prompts):
         engine.add(str(name), prompt, SamplingParams(max_tokens=count, **chosen))
-    found = [[] for _ in prompts]
+    found: list[list[int]] = [[] for _ in prompts]
     while engine.has_work():
         for output in engine.step():
             found[int(output.request_id)] += output.token_ids
@@ -85,7 +85,7 @@ def test_each_choice_is_the_request_with_the_next_seed(model_folder, prompt, gra
     params = SamplingParams(temperature=1.5, seed=2**63 - 2, max_tokens=6, ignore_eos=True, n=4)
     for name, length in enumerate(LENGTHS):
         engine.add(str(name), prompt(length), params)
-    found = [[[] for _ in range(4)] for _ in LENGTHS]
+    found: list[list[list[int]]] = [[[] for _ in range(4)] for _ in LENGTHS]
     while engine.has_work():
         for output in engine.step():
             found[int(output.request_id)][output.choice] += output.token_ids
@@ -111,7 +111,7 @@ def test_what_is_asked_of_sampling_is_answered_as_on_the_cpu(model_folder, promp
     """In overlapped steps, several kinds in one, some prompts in chunks; tests on the CPU have transformers beside."""
 
     def outputs(engine):
-        found = {}
+        found: dict[str, Any] = {}
         for name, asked in ASKED.items():
             for length in LENGTHS:
                 params = SamplingParams(**({"temperature": 0, "max_tokens": 9, "ignore_eos": True} | asked))

@@ -257,7 +257,7 @@ def test_a_cached_prefix_is_reported_before_the_rest_is_computed(make_engine, pr
 
 
 def test_a_launched_chunk_is_reported_with_its_event_before_anything_is_read(make_engine, prompt, monkeypatch):
-    engine, reported, launched = make_engine(), [], []
+    engine, reported, launched = make_engine(), [], list[Any]()
     runner = engine._runner
     launch = runner.launch
 

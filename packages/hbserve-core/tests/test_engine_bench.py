@@ -1,6 +1,7 @@
 """The engine's benchmark runs, and says what was reached."""
 
 import re
+from typing import Any
 
 import pytest
 
@@ -12,7 +13,7 @@ from hbserve_rpc import LogitsNotFinite
 
 def test_all_workloads_run_and_say_what_they_reached(model_folder):
     sizes = Sizes().scaled(1 / 256)
-    lines = []
+    lines: list[str] = []
     run_bench(bench_config(str(model_folder("qwen3")), sizes, device="cpu"), sizes, WORKLOADS, lines.append)
     number = r"[\d.e+-]+"
     limits = f"reads {number} GB/s, copies {number} GB/s \\(read and written\\), products {number} TFLOP/s"
@@ -23,7 +24,7 @@ def test_all_workloads_run_and_say_what_they_reached(model_folder):
 
 
 def test_a_model_without_numbers_has_no_speed_and_its_runner_is_closed(numberless_model, monkeypatch):
-    sizes, lines, closed = Sizes().scaled(1 / 256), [], []
+    sizes, lines, closed = Sizes().scaled(1 / 256), list[str](), list[Any]()
 
     def runner_that_tells(config):
         runner = make_runner(config)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hbserve_core import Engine, InstanceConfig
-from hbserve_core.engine.runner import StepResult
+from hbserve_core.engine.step import StepResult
 from hbserve_rpc import SamplingParams
 
 BLOCK = 4
@@ -15,7 +15,7 @@ BLOCK = 4
 class Runner:
     """Samples token 5, one step behind."""
 
-    model_config = SimpleNamespace(vocab_size=50, max_model_len=60, eos_token_ids=(0,))
+    model_config = SimpleNamespace(vocab_size=50, max_model_len=60, reach=0, eos_token_ids=(0,))
     overlaps = True
 
     def __init__(self):

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
 from hbserve_core import Engine, InstanceConfig
-from hbserve_core.engine.runner import StepResult
 from hbserve_core.engine.sequence import NEXT_PHASES, NOT_FINITE, UNREAD, Phase, Sequence
+from hbserve_core.engine.step import StepResult
 from hbserve_rpc import InvalidRequest, SamplingParams
 
 BLOCK = 4
@@ -52,9 +52,12 @@ def first_tokens(token_ids: list[int], num_choices: int) -> list[int]:
 class TokenRunner:
     """A ModelRunner whose keys and values are `keys` of the tokens."""
 
-    model_config: Any = SimpleNamespace(vocab_size=VOCABULARY, max_model_len=60, eos_token_ids=(0,))
-
-    def __init__(self, num_blocks: int, overlaps: bool) -> None:
+    def __init__(self, num_blocks: int, overlaps: bool, window: int) -> None:
+        """window: the last tokens that one sees, itself included; 0: all."""
+        self.model_config: Any = SimpleNamespace(
+            vocab_size=VOCABULARY, max_model_len=60, reach=window, eos_token_ids=(0,)
+        )
+        self.window = window
         self.pool = torch.full((num_blocks, BLOCK), -1)
         self.overlaps = overlaps
         self.last: TokenStep | None = None
@@ -63,11 +66,17 @@ class TokenRunner:
     def write(self, block_table: list[int], first: int, token_ids: list[int]) -> None:
         """Fill in tokens [first, all); block_table[0] is the block of token 0."""
         for place, key in list(enumerate(keys(token_ids)))[first:]:
+            assert block_table[place // BLOCK] >= 0
             self.pool[block_table[place // BLOCK], place % BLOCK] = key
 
-    def read(self, block_table: list[int], count: int) -> list[int]:
-        found: list[int] = self.pool[list(block_table)].flatten()[:count].tolist()
-        return found
+    def check(self, block_table: list[int], first: int, token_ids: list[int], why: str) -> None:
+        """All that token `first` and those behind it see of these tokens is there."""
+        oldest = max(0, first + 1 - self.window) if self.window else 0
+        seen = block_table[oldest // BLOCK : -(-len(token_ids) // BLOCK)]
+        assert min(seen, default=0) >= 0, why
+        found = self.pool[seen].flatten().tolist()
+        begin = oldest // BLOCK * BLOCK
+        assert found[oldest - begin : len(token_ids) - begin] == keys(token_ids)[oldest:], why
 
     def launch(self, batch: Any) -> Callable[[], StepResult]:
         """Like a device that overlaps: steps in order, each as late as may be, with what was said at launch."""
@@ -103,7 +112,7 @@ class TokenStep:
                 self.runner.num_unread += 1
             known = token_ids[: first + count]
             self.runner.write(block_table, first, known)
-            assert self.runner.read(block_table, first + count) == keys(known), "somebody else's tokens"
+            self.runner.check(block_table, first, known, "somebody else's tokens")
             self.result.append(next_token(known) if samples else None)
             if samples and num_choices:
                 self.choices[place] = [(token, None) for token in first_tokens(known, num_choices)]
@@ -135,17 +144,17 @@ class RandomRequests(RuleBasedStateMachine):
     @precondition(lambda self: self.engine is None)
     @rule(
         num_blocks=st.integers(4, 24), chunked=st.booleans(), caching=st.booleans(), num_seqs=st.integers(1, 6),
-        overlaps=st.booleans(), chunk_size=st.sampled_from([5, "auto"]),
+        overlaps=st.booleans(), chunk_size=st.sampled_from([5, "auto"]), window=st.sampled_from([0, 0, 1, 3, 4, 6, 11]),
     )  # fmt: skip
     def start(
-        self, num_blocks: int, chunked: bool, caching: bool, num_seqs: int, overlaps: bool, chunk_size: Any
+        self, num_blocks: int, chunked: bool, caching: bool, num_seqs: int, overlaps: bool, chunk_size: Any, window: int
     ) -> None:
         config = InstanceConfig(
             model_path="", block_size=BLOCK, chunk_size=chunk_size, max_num_batched_tokens=16,
             max_chunk_prefill_tokens=12,
             chunked_prefill_enabled=chunked, prefix_caching=caching, max_num_seqs=num_seqs,
         )  # fmt: skip
-        self.runner = TokenRunner(num_blocks, overlaps)
+        self.runner = TokenRunner(num_blocks, overlaps, window)
         self.engine = Engine(config, self.runner)
 
     @precondition(lambda self: self.engine is not None)
@@ -263,10 +272,10 @@ class RandomRequests(RuleBasedStateMachine):
         request_id = data.draw(st.sampled_from(sorted(self.sent)))
         block_table, prompt = self.sent.pop(request_id)
         if block_table:
-            assert self.runner.read(block_table, len(prompt)) == keys(prompt), "sent blocks were overwritten"
+            self.runner.check(block_table, len(prompt) // BLOCK * BLOCK, prompt, "sent blocks were overwritten")
         if unknown and block_table:
             # Of these blocks some may be shared with requests that go on.
-            read = block_table[max(0, len(block_table) - num_read) :]
+            read = [block for block in block_table[max(0, len(block_table) - num_read) :] if block >= 0]
             self.engine.quarantine(request_id, len(read))
             self.quarantined[request_id] = (read, self.runner.pool[read].clone())
         else:
@@ -278,8 +287,8 @@ class RandomRequests(RuleBasedStateMachine):
         request_id = data.draw(st.sampled_from(sorted(self.parked)))
         reservation, prompt = self.parked.pop(request_id), self.prompts[request_id]
         if outcome == "completed":
-            cached = reservation.num_cached_tokens
-            self.runner.write([-1] * (cached // BLOCK) + reservation.block_ids, cached, prompt)
+            not_sent = -(-len(prompt) // BLOCK) - len(reservation.block_ids)
+            self.runner.write([-1] * not_sent + reservation.block_ids, not_sent * BLOCK, prompt)
             n = self.num_choices[request_id]
             first = first_tokens(prompt, n) if n > 1 else [next_token(prompt)]
             if NOT_FINITE in first:

@@ -8,6 +8,7 @@ import shutil
 import threading
 from collections.abc import Callable
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,8 +17,8 @@ from hbserve_core_interpreted import make_runner
 
 from hbserve_core import Engine, InstanceConfig
 from hbserve_core import make_runner as make_cuda_runner
-from hbserve_core.engine.runner import StepResult
 from hbserve_core.engine.sequence import UNREAD
+from hbserve_core.engine.step import StepResult
 from hbserve_core.grammars import compiler
 from hbserve_core.grammars.compiler import GrammarCompiler
 from hbserve_rpc import InvalidRequest, Overloaded, SamplingParams
@@ -129,7 +130,7 @@ def add(engine, name, prompt, params, output=(), **more):
 
 def run_out(engine):
     """Tokens and how each request ended."""
-    tokens, ends = {}, {}
+    tokens, ends = dict[str, list[int]](), {}
     while engine.has_work():
         for output in engine.step():
             tokens.setdefault(output.request_id, []).extend(output.token_ids)
@@ -247,7 +248,7 @@ def test_a_request_that_was_handed_over_goes_on_behind_its_first_token(engine, c
 
 def by_choice(engine):
     """Tokens of requests by id and choice."""
-    tokens = {}
+    tokens: dict[Any, list[int]] = {}
     while engine.has_work():
         for output in engine.step():
             tokens.setdefault((output.request_id, output.choice), []).extend(output.token_ids)
@@ -310,7 +311,7 @@ def test_a_choice_whose_mask_is_late_delays_none_of_the_others(engine, prompt, m
     params, gate = several(), threading.Event()
     expected = of_each_alone(engine, params, prompt(9))
     add(engine, "all", prompt(9), params)
-    tokens = {0: [], 1: [], 2: []}
+    tokens: dict[int, list[int]] = {0: [], 1: [], 2: []}
     for output in engine.step():
         tokens[output.choice] += output.token_ids
     assert [len(each) for each in tokens.values()] == [1, 1, 1]
@@ -346,7 +347,8 @@ def test_who_is_late_delays_nobody_and_gets_the_same_tokens(either_runner, chose
     engine = Engine(either_runner.config, either_runner)
     add(engine, "late", prompt(5), constrained(logprobs=0))
     add(engine, "free", prompt(9), SamplingParams(0, 6, ignore_eos=True))
-    gate, tokens = threading.Event(), {"late": [], "free": []}
+    gate = threading.Event()
+    tokens: dict[str, list[int]] = {"late": [], "free": []}
     late = engine._sequences["late"].matcher
     take = late._take
     monkeypatch.setattr(late, "_take", lambda token: (gate.wait(60), take(token)))

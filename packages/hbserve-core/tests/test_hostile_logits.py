@@ -85,7 +85,7 @@ def hostile_rows(monkeypatch):
     def make(sample, first=0):
         """Where Triton's interpreter needs 0.1 s for a row, a fifth of them, from `first` on."""
         generator = torch.Generator().manual_seed(0)
-        rows, params = [], []
+        rows, params = [], list[SamplingParams]()
         for i, temperature in enumerate(TEMPERATURES):
             for j, change in enumerate([*FINITE, *BROKEN]):
                 row = 4 * torch.randn(VOCABULARY, generator=generator)

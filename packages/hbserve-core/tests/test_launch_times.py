@@ -13,7 +13,7 @@ import pytest
 
 from hbserve_core import Engine, InstanceConfig
 from hbserve_core.bench.simulated_device import H100_8B, SimulatedDevice
-from hbserve_core.engine.outputs import Reservation
+from hbserve_core.engine.step import Reservation
 from hbserve_core.engine.step_times import LATE_FROM_S, POLL_S, StepTimes, StepWork
 from hbserve_core.instance.engine_thread import EngineThread
 from hbserve_rpc import SamplingParams
@@ -27,7 +27,7 @@ class Simulation:
     """Stands for the queue of commands, the event loop and the clock of one EngineThread."""
 
     def __init__(self, time_s: Any = H100_8B, host_time_s: Any = lambda: HOST_S, **settings: Any) -> None:
-        model = SimpleNamespace(vocab_size=50, max_model_len=1 << 20, eos_token_ids=(0,))
+        model = SimpleNamespace(vocab_size=50, max_model_len=1 << 20, reach=0, eos_token_ids=(0,))
         self.device = SimulatedDevice(model, 20_000, time_s, host_time_s)
         config = InstanceConfig(model_path="", prefix_caching=False, **({"max_num_batched_tokens": 8192} | settings))
         self.engine = Engine(config, self.device, self.device.clock)

@@ -78,7 +78,7 @@ def run(runner, requests):
     engine = Engine(runner.config, runner)
     for name, (prompt, params) in enumerate(requests):
         engine.add(str(name), prompt, params)
-    found = [[] for _ in requests]
+    found: list[list[int]] = [[] for _ in requests]
     while engine.has_work():
         for output in engine.step():
             assert output.error is None
@@ -301,7 +301,7 @@ def test_penalties_go_on_after_a_preemption(model_folder, oracle, prompt):
     engine = Engine(runner.config, runner)
     for name, given in enumerate(prompts):
         engine.add(str(name), given, greedy(14, ignore_eos=True, **PENALTIES))
-    found = [[], []]
+    found: list[list[int]] = [[], []]
     while engine.has_work():
         for output in engine.step():
             found[int(output.request_id)] += output.token_ids
@@ -319,7 +319,7 @@ def test_ranks_that_overlap_penalize_the_same_tokens(model_folder, ranks_in_thre
     prompts = [prompt(length, salt=length) for length in (20, 4)]
     params = greedy(4, ignore_eos=True, **PENALTIES)
     engine = Engine(ranks.own.config, ranks.runner)
-    found = [[], []]
+    found: list[list[int]] = [[], []]
     for name, given in enumerate(prompts):
         engine.add(str(name), given, params)
     while engine.has_work():

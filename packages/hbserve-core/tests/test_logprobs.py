@@ -1,5 +1,7 @@
 """Log-probabilities are those of transformers, whatever else a request asks for and whatever is computed beside."""
 
+from typing import Any
+
 import pytest
 import torch
 from hbserve_core_interpreted import KERNELS, WITHOUT_KERNELS, make_runner
@@ -37,7 +39,7 @@ def run(engine, requests):
     """Outputs of requests (prompt, parameters) that are computed together, by place."""
     for name, (prompt, params) in enumerate(requests):
         engine.add(str(name), prompt, params)
-    found = [[] for _ in requests]
+    found: list[list[Any]] = [[] for _ in requests]
     while engine.has_work():
         for output in engine.step():
             found[int(output.request_id)].append(output)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from hbserve_core import GpuInstance, InstanceConfig
-from hbserve_core.engine.outputs import StepOutput
+from hbserve_core.engine.step import StepOutput
 from hbserve_core.instance.handover import Inbox, PrefillSend
 from hbserve_kv import KVTransferConfig
 from hbserve_rpc import RpcClient, SamplingParams

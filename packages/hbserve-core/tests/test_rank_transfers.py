@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import logging
 from types import SimpleNamespace
+from typing import Any
 
 import msgspec
 import pytest
@@ -28,6 +29,7 @@ from hbserve_kv import (
 )
 from hbserve_kv.testing import LoopbackNetwork, is_empty
 from hbserve_kv.testing.loopback import LoopbackTransport
+from hbserve_testing.waits import until
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -39,12 +41,6 @@ DEADLINE_S = 30
 async def _no_task_is_left():
     yield
     assert asyncio.all_tasks() == {asyncio.current_task()}
-
-
-async def until(condition):
-    async with asyncio.timeout(DEADLINE_S):
-        while not condition():
-            await asyncio.sleep(0.01)
 
 
 class Instance:
@@ -280,7 +276,7 @@ async def remote():
         for rank, transport in enumerate([stray, network.transport()])
     ]  # fmt: skip
     await sender.start()
-    server, lost = RankServer(receiver), []
+    server, lost = RankServer(receiver), list[Any]()
     rank = RemoteRank(1, await server.start(), lost.append)
     await rank.client.start()
     yield SimpleNamespace(sender=sender, receiver=receiver, rank=rank, lost=lost, end=stray.end)

@@ -217,7 +217,7 @@ def test_what_is_read_is_what_the_files_hold(model_folder, monkeypatch, name, pi
     monkeypatch.setattr("hbserve_core.model.checkpoint.staged_reader._PIECE_BYTES", piece_bytes)
     config = load_model_config(model_folder(name))
     shapes = checkpoint_shapes(config)
-    tensors = {}
+    tensors: dict[str, torch.Tensor] = {}
     for file in Path(config.path).glob("*.safetensors"):
         tensors |= load_file(file)
     with contextlib.closing(Checkpoint(config, shapes, CPU)) as checkpoint:

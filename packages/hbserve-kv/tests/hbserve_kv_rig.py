@@ -130,7 +130,7 @@ class Rig:
 
 async def while_healthy_ones_go_on(transfer, jobs):
     """Run the jobs, and all the time one transfer to a healthy peer after the other."""
-    times_s, is_over = [], asyncio.Event()
+    times_s, is_over = list[float](), asyncio.Event()
 
     async def go_on():
         for number in itertools.count():

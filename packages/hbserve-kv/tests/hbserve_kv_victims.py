@@ -212,6 +212,7 @@ class _Process:
         self._pool = make_pool(1)
         self._manager = make_manager(rank, backend, self._pool, timeout_s, expiry_s, host)
         await self._manager.start()
+        self._say("address", self._manager.address)
         threading.Thread(target=self._listen, args=[asyncio.get_running_loop()], daemon=True).start()
         while (command := await self._commands.get())[0] != "close":
             self._tasks.append(asyncio.create_task(getattr(self, command[0])(*command[1:])))
@@ -235,6 +236,33 @@ class _Process:
         is_right = result.outcome is not Outcome.COMPLETED or torch.equal(self._pool[BACKWARDS], pattern(name))
         self._pool.fill_(IS_FREE)
         self._say("ended", result.outcome.name if is_right else "corrupt")
+
+    async def offer(self, name: str, lease_s: float) -> None:
+        self._pool[BACKWARDS] = pattern(name)
+        offer = self._manager.offer(name, lease_s=lease_s)
+        offer.push(BACKWARDS)
+        offer.commit()
+        self._say("offered", self._manager.epoch)
+        await self._until_over(offer)
+
+    async def claim(self, name: str, address: str, epoch: str, is_fetched: bool) -> None:
+        claim = self._manager.claim(name, address, epoch)
+        if not is_fetched:
+            self._say("kept", await claim.kept())
+            await claim.task
+            self._say("ended", "left")
+            return
+        posted = claim.fetch(BACKWARDS)
+        self._posted[name] = posted
+        await self._until_over(posted)
+
+    async def _until_over(self, each: Any) -> None:
+        result = await each.wait()
+        if result.outcome is Outcome.UNKNOWN:
+            self._say("unknown")
+            await each.drained()
+        self._pool.fill_(IS_FREE)
+        self._say("ended", result.outcome.name)
 
     async def cancel(self, name: str) -> None:
         await self._posted[name].cancel("not wanted")

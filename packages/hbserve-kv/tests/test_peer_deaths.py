@@ -164,7 +164,7 @@ async def thaw_receiver(victim: Victim, state: str) -> None:
 async def test_a_receiver_that_is_killed_or_frozen_in_any_state_ends_the_send_and_not_those_to_others(
     rig, is_killed, monkeypatch
 ):
-    healthy, blocks, halts = rig.start(""), rig.new_blocks(), {}
+    healthy, blocks, halts = rig.start(""), rig.new_blocks(), dict[Any, Any]()
     monkeypatch.setattr(Link, "run", victims.halting_run(lambda part: halts.get(part.transfer_id) if part else None))
 
     async def transfer(name: str) -> None:

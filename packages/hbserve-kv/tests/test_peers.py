@@ -164,7 +164,8 @@ async def forge_link(sender, receiver, epoch):
     client = RpcClient(receiver.address)
     await client.start()
     offers = {name: transport.describe() for name, transport in sender._transports.items()}
-    hello = Handshake(PROTOCOL_VERSION, 0, epoch, sender.address, sender.fingerprint, sender.heads, offers, "forged")
+    mine = sender.address, sender.fingerprint, sender.heads, sender._memory.layout
+    hello = Handshake(PROTOCOL_VERSION, 0, epoch, *mine, offers, "forged")
     stream = client.stream(LINK, hello)
     await anext(stream)
     return client
@@ -358,9 +359,7 @@ async def test_heads_that_nobody_has_in_common_are_refused_with_both_ranges(mana
 
 async def test_auto_falls_back_when_the_better_transport_fails_in_practice(managers, monkeypatch, caplog):
     sender, receiver = await managers(0, "auto"), await managers(1, "auto")
-    monkeypatch.setattr(
-        "hbserve_kv.memory.shared_memory.map_region", lambda *_: (_ for _ in ()).throw(OSError("denied"))
-    )
+    monkeypatch.setattr("hbserve_kv.transports.ipc.Mapping", lambda *_: (_ for _ in ()).throw(OSError("denied")))
     sent, _ = await move(sender, receiver, "t")
     assert sent.outcome is Outcome.COMPLETED
     assert sender.links()[0].transport == "nccl"

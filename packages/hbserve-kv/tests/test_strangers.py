@@ -3,14 +3,16 @@
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator
+from typing import Any
 
 import msgspec
 import pytest
+from hbserve_kv_layouts import layout_of
 
 from hbserve_kv import Outcome, TransferFailed
 from hbserve_kv.protocol import messages
 from hbserve_kv.protocol.messages import Abandon, Asked, Begin, Commit, Handshake, PartsAnnounced, Told, UnknownLink
-from hbserve_rpc import InvalidRequest, NotAllowed, RpcClient, connected_client, make_keys
+from hbserve_rpc import InvalidRequest, Method, NotAllowed, RpcClient, connected_client, make_keys
 
 KEYS = make_keys()
 BACKENDS = ["ipc", "nccl"]
@@ -71,12 +73,13 @@ async def test_what_is_said_of_a_link_by_another_connection_changes_nothing(pair
     async with connected(receiver, "instance") as client:
         assert await client.call(messages.BEGIN, Begin("t", link), timeout_s=30) == UnknownLink()
         client.notify(messages.PARTS, PartsAnnounced("t", link, [messages.AnnouncedPart(0, 0, 1)]))
-        for method, message in (
+        forged: list[tuple[Method[Any, Any], Any]] = [
             (messages.COMMIT, Commit("t", link, 0, 2 * 1536, 0.0, b"forged")),
             (messages.ABANDON, Abandon("t", link, "forged", drained=True)),
             (messages.TELL, Told(link, "name", b"forged")),
             (messages.ASK, Asked(link, "name")),
-        ):
+        ]
+        for method, message in forged:
             with pytest.raises(InvalidRequest, match=r"late|not of its sender"):
                 await client.call(method, message, timeout_s=30)
         hello = receiver._receiver.links[link].hello
@@ -146,7 +149,7 @@ async def test_what_comes_is_trusted_if_its_sender_has_a_key_or_is_of_this_host(
 
 def test_a_handshake_of_a_sender_that_has_no_name_is_read():
     """Of an older version."""
-    hello = Handshake(7, 0, "e", "127.0.0.1:1", {}, messages.HeadRange(), {}, "l")
+    hello = Handshake(9, 0, "e", "127.0.0.1:1", {}, messages.HeadRange(), layout_of(), {}, "l")
     plain = msgspec.to_builtins(hello)
     del plain["name"]
     assert msgspec.convert(plain, Handshake) == hello

@@ -8,6 +8,7 @@ import pytest
 
 from hbserve_rpc import Method, SamplingParams, StreamMethod, messages, wire
 from hbserve_rpc.messages import GenerateRequest
+from hbserve_rpc.trace_context import Traceparent
 
 
 def structs_of(module):
@@ -20,6 +21,7 @@ METHODS = [each for each in vars(messages).values() if isinstance(each, (Method,
 EXAMPLES = {
     str: "text", int: 3, float: 0.25, bool: True, bytes: b"\x00\xff", SamplingParams: SamplingParams(0.5, 7),
     msgspec.Raw: msgspec.Raw(msgspec.msgpack.encode({"any": [1]})),
+    Traceparent: f"00-{'a' * 32}-{'b' * 16}-01",
 }  # fmt: skip
 
 
@@ -41,7 +43,7 @@ def example_of(kind):
 
 
 def filled(struct):
-    kinds = typing.get_type_hints(struct)
+    kinds = typing.get_type_hints(struct, include_extras=True)
     return struct(**{name: example_of(kinds[name]) for name in struct.__struct_fields__})
 
 

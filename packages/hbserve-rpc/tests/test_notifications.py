@@ -5,22 +5,26 @@ import asyncio
 import msgspec
 import pytest
 
-from hbserve_rpc import InvalidRequest, Notification, PeerLost, RpcClient, RpcServer
+from hbserve_rpc import InvalidRequest, Notification, PeerLost, RpcClient, RpcServer, calling_peer, wire
 
 
-@pytest.fixture
-def telling(rpc, start, connect):
-    """A server that writes down what it is told and asked, and a client of it."""
+@pytest.fixture(params=["task", "function"])
+def telling(request, rpc, start, connect):
+    """A server that writes down what it is told and asked, and a client of it. Its handler of notifications is either
+    kind."""
 
     async def make():
         heard = []
 
-        async def tell(ask):
+        def tell_now(ask):
             heard.append(("told", ask.value))
             if ask.value == 13:
                 raise KeyError("unlucky")
             if ask.value == 14:
                 raise InvalidRequest("no")
+
+        async def tell(ask):
+            tell_now(ask)
 
         async def call(ask):
             heard.append(("called", ask.value))
@@ -31,7 +35,7 @@ def telling(rpc, start, connect):
             yield ask
 
         server = RpcServer()
-        server.serve_notification(rpc.TELL, tell)
+        server.serve_notification(rpc.TELL, tell if request.param == "task" else tell_now)
         server.serve(rpc.CALL, call)
         server.serve_stream(rpc.STREAM, stream)
         await start(server)
@@ -119,6 +123,35 @@ async def test_stopping_the_server_ends_what_a_notification_started(rpc, start, 
         await server.stop()
         await stopped.wait()
     assert server.failed_notifications == 0
+
+
+async def test_a_plain_handler_knows_its_caller_and_is_not_called_for_a_client_that_has_left(rpc, start, connect):
+    callers, heard = [], []
+
+    def tell(ask):
+        heard.append(ask.value)
+        callers.append(calling_peer().connection)
+
+    async def name(ask):
+        callers.append(calling_peer().connection)
+        return ask
+
+    server = RpcServer()
+    server.serve_notification(rpc.TELL, tell)
+    server.serve(rpc.CALL, name)
+    await start(server)
+    one, other = [await connect(server.address) for _ in range(2)]
+    for client in (one, other):
+        client.notify(rpc.TELL, rpc.Ask(1))
+        await client.call(rpc.CALL, rpc.Ask(), timeout_s=20)
+    assert callers[0] == callers[1] != callers[2] == callers[3]
+    known = next(iter(server._clients.values()))
+    notify = wire.Notify(7, rpc.TELL.name)
+    server._handle(known.peer.connection, notify, msgspec.msgpack.encode(rpc.Ask(2)))
+    server._handle(known.peer.connection, wire.Goodbye(), b"")
+    await asyncio.sleep(0)
+    await other.call(rpc.CALL, rpc.Ask(), timeout_s=20)
+    assert heard == [1, 1]
 
 
 async def test_a_client_that_is_not_started_or_is_closed_says_so(rpc, start):

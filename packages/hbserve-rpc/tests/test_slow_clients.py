@@ -17,8 +17,8 @@ class Blob(msgspec.Struct, frozen=True, tag=True):
 
 
 BLOB_BYTES, NUM_BLOBS = 32 << 10, 600
-BLOBS = StreamMethod("test.blobs", Blob, Blob)
-BLOB = Method("test.blob", Blob, Blob)
+BLOBS: StreamMethod[Blob, Blob] = StreamMethod("test.blobs", Blob, Blob)
+BLOB: Method[Blob, Blob] = Method("test.blob", Blob, Blob)
 MOST_BYTES = 16 << 20
 """ZeroMQ's queue is 4 MiB; the system's buffers of a connection are some more."""
 
@@ -91,7 +91,7 @@ async def test_a_client_that_gives_credit_and_reads_nothing_stops_its_streams_at
     other = await connect(rpc_server.address)
     assert (await other.call(BLOB, Blob(5), timeout_s=20)).number == 5
     numbers: dict[int, list[int]] = {1: [], 2: []}
-    ends = []
+    ends: list[Any] = []
     while len(ends) < 2:
         envelope, _ = await deaf.read()
         if isinstance(envelope, wire.Items):

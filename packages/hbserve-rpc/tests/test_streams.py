@@ -7,6 +7,7 @@ import msgspec
 import pytest
 
 from hbserve_rpc import ProtocolMismatch, RemoteError, RpcServer, RpcTimeout, StreamMethod, wire
+from hbserve_rpc.trace_context import TRACEPARENT, in_trace
 
 
 @pytest.fixture
@@ -39,6 +40,44 @@ async def test_items_arrive_in_order_and_the_stream_ends(rpc, counting):
     for length in (0, 1, wire.CREDIT - 1, wire.CREDIT, 10 * wire.CREDIT + 1):
         items = [item.value async for item in client.stream(rpc.STREAM, rpc.Ask(length))]
         assert items == list(range(length))
+
+
+async def test_a_stream_belongs_to_the_trace_of_whoever_asks_for_it_and_so_does_what_its_handler_asks(
+    rpc, start, connect
+):
+    seen = []
+
+    async def last(_):
+        seen.append(TRACEPARENT.get())
+        yield rpc.Ask(0)
+
+    behind = RpcServer()
+    behind.serve_stream(rpc.STREAM, last)
+    await start(behind)
+    onward = await connect(behind.address)
+
+    async def first(ask):
+        async for item in onward.stream(rpc.STREAM, ask):
+            yield item
+
+    server = RpcServer()
+    server.serve_stream(rpc.STREAM, first)
+    await start(server)
+    client = await connect(server.address)
+    traces = [f"00-{'0af7651916cd43dd' * 2}-b7ad6b716920333{number}-01" for number in range(2)]
+    for trace in (*traces, "none of them", ""):
+        with in_trace(trace):
+            stream = client.stream(rpc.STREAM, rpc.Ask(1))
+        assert [item async for item in stream] == [rpc.Ask(0)]
+    assert seen == [*traces, "", ""]
+
+
+def test_who_sends_what_is_no_traceparent_is_not_understood():
+    known = wire.Open(1, "test.stream", f"00-{'a' * 32}-{'b' * 16}-01")
+    assert wire.decode_from_client(wire.encode(known)) == known
+    for wrong in ("\n", "x", known.traceparent + "\n", known.traceparent * 2):
+        with pytest.raises(msgspec.ValidationError, match=r"\$\.traceparent"):
+            wire.decode_from_client(wire.encode(wire.Open(1, "test.stream", wrong)))
 
 
 async def test_an_error_comes_after_the_items_before_it(rpc, counting):
@@ -80,7 +119,7 @@ async def test_what_many_streams_bring_in_one_step_is_one_message_and_so_is_thei
     server.serve_stream(rpc.STREAM, follow)
     await start(server)
     client = await connect(server.address)
-    sent = {"server": [], "client": []}
+    sent: dict[str, list[Any]] = {"server": [], "client": []}
     for name, side in (("server", server), ("client", client)):
         note, send = sent[name], side._socket.send
         monkeypatch.setattr(
@@ -162,7 +201,7 @@ class Other(msgspec.Struct, frozen=True, tag=True):
 
 async def test_an_item_of_another_type_ends_the_stream_on_both_sides(rpc, counting):
     client, seen = await counting()
-    other = StreamMethod(rpc.STREAM.name, rpc.Ask, Other)
+    other: StreamMethod[Any, Any] = StreamMethod(rpc.STREAM.name, rpc.Ask, Other)
     with pytest.raises(ProtocolMismatch, match=r"test\.stream with"):
         await anext(client.stream(other, rpc.Ask(10_000)))
     async with asyncio.timeout(20):

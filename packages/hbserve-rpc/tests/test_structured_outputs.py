@@ -2,6 +2,7 @@
 
 import json
 import math
+from typing import Any
 
 import msgspec
 import pytest
@@ -43,7 +44,7 @@ def test_it_crosses_the_wire_as_it_is(given):
 
 
 def nested(depth):
-    schema = {}
+    schema: dict[str, Any] = {}
     for _ in range(depth):
         schema = {"items": schema}
     return schema

@@ -5,6 +5,7 @@ import contextlib
 import uuid
 from collections import defaultdict
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -37,7 +38,9 @@ from hbserve_rpc.messages import (
     TransferDone,
 )
 from hbserve_rpc.reports import REPORTS, InstanceReport, ReportsRequest
+from hbserve_rpc.trace_context import TRACEPARENT
 from hbserve_scheduler import CpuScheduler, EventStream, SchedulerConfig
+from hbserve_testing import waits
 
 DEADLINE_S = 30.0
 VOCAB_SIZE = 1000
@@ -61,12 +64,17 @@ class FakeInstance:
     of a hybrid one. A prefill instance that has begun before its grant waits for that between "first" and the token.
     """
 
-    def __init__(self, role: Role, instance_id: str, journal: list[tuple[str, str]]) -> None:
+    def __init__(
+        self, role: Role, instance_id: str, journal: list[tuple[str, str]], host: str = "127.0.0.1", port: int = 0
+    ) -> None:
+        self.host = host
         self.role: Role = role
         self.instance_id = instance_id
         self.journal = journal
         """(instance, what) in the order in which it happened, over all instances of the test."""
         self.requests: list[Any] = []
+        self.traces: list[str] = []
+        """To which they belong."""
         self.connected: list[bytes] = []
         """Endpoints that it was asked to connect to, and did."""
         self.granted: dict[str, asyncio.Future[bytes]] = {}
@@ -99,10 +107,10 @@ class FakeInstance:
         self.status: InstanceStatus = "ready"
         self.error = ""
         self._released = asyncio.Event()
-        self.server = self._make_server(0)
+        self.server = self._make_server(port)
 
     def _make_server(self, port: int) -> RpcServer:
-        server = RpcServer(port=port, epoch=uuid.uuid4().hex)
+        server = RpcServer(self.host, port, epoch=uuid.uuid4().hex)
         server.serve(DESCRIBE, self._describe)
         server.serve(STATS, self._stats)
         server.serve_stream(REPORTS, self._reports)
@@ -156,7 +164,8 @@ class FakeInstance:
     async def _reports(self, request: ReportsRequest) -> AsyncIterator[InstanceInfo | InstanceReport]:
         said: list[Any] = [None, None]
         while True:
-            now = await self._describe(Empty()), InstanceReport(await self._stats(Empty()), *self.others)
+            report = InstanceReport(await self._stats(Empty()), *self.others)
+            now: tuple[InstanceInfo | InstanceReport, ...] = (await self._describe(Empty()), report)
             for place, each in enumerate(now):
                 if each != said[place]:
                     said[place] = each
@@ -183,6 +192,7 @@ class FakeInstance:
     @contextlib.contextmanager
     def _stream(self, request: Any) -> Any:
         self.requests.append(request)
+        self.traces.append(TRACEPARENT.get())
         self.open += 1
         try:
             yield
@@ -288,12 +298,7 @@ async def make_instance(journal: list[tuple[str, str]]) -> AsyncIterator[Callabl
 
 @pytest.fixture
 def until() -> Callable[[Callable[[], Any]], Awaitable[None]]:
-    async def wait(condition: Callable[[], Any]) -> None:
-        async with asyncio.timeout(DEADLINE_S):
-            while not condition():
-                await asyncio.sleep(0.01)
-
-    return wait
+    return partial(waits.until, deadline_s=DEADLINE_S)
 
 
 @pytest.fixture

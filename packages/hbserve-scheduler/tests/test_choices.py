@@ -2,6 +2,7 @@
 
 import asyncio
 from collections import defaultdict
+from typing import Any
 
 import pytest
 
@@ -27,7 +28,7 @@ def expected(choice, count, first=0):
 async def by_choice(events, seen=()):
     """Tokens and end of each, after what was seen of them; no token is missing, doubled, out of order or of one that
     has ended."""
-    tokens, ends = defaultdict(list), {}
+    tokens, ends = defaultdict[int, list[int]](list), {}
     async with asyncio.timeout(DEADLINE_S):
         for event in [*seen, *[event async for event in events]]:
             assert event.choice not in ends
@@ -48,7 +49,7 @@ async def test_a_prompt_is_computed_and_moved_once_for_all_choices(make_schedule
     await until(lambda: scheduler.fleet.handles["d0"].reports_room(4, 3) is early)
     decode.hold.add("tokens")
     events = scheduler.submit(ask())
-    seen = []
+    seen: list[Any] = []
     while not any(isinstance(event, RequestFinished) for event in seen):
         seen.append(await anext(events))
     assert seen[-1].choice == 2, "it need not wait for the others"

@@ -39,7 +39,7 @@ def entry(name: int, priority: int = 0) -> ScheduledRequest:
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(removed=st.lists(st.tuples(st.booleans(), st.integers(0, 30), st.integers(-1, 1)), max_size=40))
 def test_requests_wait_by_priority_and_then_in_the_order_in_which_they_came_whichever_leave(removed):
-    waiting, model, names = WaitingRequests(), [], itertools.count()
+    waiting, model, names = WaitingRequests(), list[Any](), itertools.count()
     for adds, place, priority in removed:
         if adds or not model:
             waiting.append(new := entry(next(names), priority))

@@ -128,7 +128,7 @@ class Answering:
     """In place of an instance's RpcClient."""
 
     def __init__(self) -> None:
-        self.held, self.version, self.asked = digests(40), 3, []
+        self.held, self.version, self.asked = digests(40), 3, list[Any]()
         self.error: Exception | None = None
 
     async def call(self, method: Any, request: CachedPrefixesRequest, *, timeout_s: float) -> CachedPrefixes:

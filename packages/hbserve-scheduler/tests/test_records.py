@@ -8,6 +8,7 @@ import pytest
 from hbserve_rpc import RemoteError
 from hbserve_rpc.messages import TokenEvent
 from hbserve_rpc.records import AttemptRecord, RequestRecord
+from hbserve_rpc.trace_context import in_trace
 from hbserve_scheduler import RequestFailed
 from hbserve_scheduler.figures import MOST_RECORDS, Figures
 from hbserve_scheduler.request import ScheduledRequest
@@ -37,6 +38,28 @@ async def test_a_request_over_prefill_and_decode_leaves_its_times_in_order(make_
     assert found.pop("inter_token_latency_seconds") == 3
     del found["event_loop_lag_seconds"]
     assert set(found.values()) == {1}, "every other one has one value"
+
+
+async def test_the_trace_of_a_request_goes_with_each_of_its_attempts_and_into_what_is_told_of_it(
+    make_scheduler, pair, ask, collect, caplog
+):
+    caplog.set_level(logging.INFO, "hbserve_scheduler.figures")
+    scheduler = await make_scheduler(*pair)
+    pair[0].fail["first"] = [RemoteError("out of luck")]
+    trace = f"00-{'0af7651916cd43dd' * 2}-b7ad6b7169203331-01"
+    with in_trace(trace):
+        traced = scheduler.submit(ask("traced"))
+    other = scheduler.submit(ask("other"))
+    await asyncio.gather(collect(traced), collect(other))
+    for each in pair:
+        found = list(zip([request.request_id for request in each.requests], each.traces, strict=True))
+        assert {trace for request_id, trace in found if request_id.startswith("traced")} == {trace}
+        assert {trace for request_id, trace in found if request_id.startswith("other")} == {""}
+    assert len(pair[0].requests) == 3
+    assert {each.request_id: each.traceparent for each in scheduler.figures.records} == {"traced": trace, "other": ""}
+    lines = {line.split()[1]: line for line in caplog.messages}
+    assert lines["traced:"].endswith(f"; trace {trace.split('-')[1]}")
+    assert "trace" not in lines["other:"].removeprefix("request other:")
 
 
 async def test_a_hybrid_instance_and_a_single_token_have_no_handoff(make_scheduler, make_instance, ask, collect):

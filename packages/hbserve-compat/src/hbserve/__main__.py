@@ -1,4 +1,4 @@
-"""The command line: `hbserve generate | chat | serve | instance | scheduler | stats | top | trace | bench`.
+"""The command line: `hbserve generate | chat | serve | instance | scheduler | scale | stats | top | trace | bench`.
 
 What a command needs is imported when it runs: the scheduler's process never sees torch.
 """
@@ -268,6 +268,21 @@ def drain(
     from hbserve import members
 
     run(members.drain(members.DrainArgs(connect, keys, instance_id, leave, within_s)), log_level)
+
+
+@app.command()
+def scale(
+    wanted: Annotated[list[str], typer.Argument(metavar="ROLE=NUMBER...", help="Such as prefill=3 decode=2.")],
+    connect: Annotated[
+        str | None, typer.Option(metavar="HOST:PORT", help="Where its scheduler's RPC is; 127.0.0.1:5550.")
+    ] = None,
+    keys: KeysOption = None,
+    log_level: LogLevelOption = LogLevel.WARNING,
+) -> None:
+    """Have so many instances of a role behind `hbserve serve`: adds some, or drains and ends some."""
+    from hbserve import members
+
+    run(members.scale(connect, keys, wanted), log_level)
 
 
 @app.command()

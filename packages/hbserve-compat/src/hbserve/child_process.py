@@ -43,6 +43,8 @@ class Restarts:
     """When a process that has died is started again: after ever longer pauses, and only so often in a row."""
 
     def __init__(self) -> None:
+        self.are_wanted = True
+        """False: its death is told, and it is not started again."""
         self.number = 0
         """In a row."""
         self._began_s = time.monotonic()
@@ -67,6 +69,8 @@ class ChildProcess:
     It reads its settings from stdin, as one line of JSON, says in one on stdout at which address it serves, and ends by
     SIGTERM, or when stdin ends.
     """
+
+    waits_for = "its process starts"
 
     def __init__(
         self,
@@ -271,7 +275,11 @@ class Startable(Protocol):
     """A process that was started here, or on another host, as ChildProcesses sees it. ChildProcess describes each."""
 
     name: str
+    address: str
+    """Empty until it has been started."""
     restarts: Restarts
+    waits_for: str
+    """What a start waits for that has not ended."""
 
     @property
     def pid(self) -> int | None: ...
@@ -299,10 +307,11 @@ class ChildProcesses(Generic[P]):
         on_death: called with the name of one that has died, and why; also if it is started again.
         """
         self.processes = [each(self._died) for each in make]
+        """May be started and stopped one by one: see `remove`."""
         self._on_death = on_death
         self._on_given_up: Callable[[str, str], None] | None = None
         self._on_restart: Callable[[P], Awaitable[None]] | None = None
-        self._restarting: set[asyncio.Task[None]] = set()
+        self._restarting: dict[str, asyncio.Task[None]] = {}
 
     def restart_the_dead(
         self,
@@ -319,11 +328,10 @@ class ChildProcesses(Generic[P]):
 
     def _died(self, name: str, why: str) -> None:
         self._on_death(name, why)
-        if self._on_given_up is not None:
-            process = next(each for each in self.processes if each.name == name)
-            task = asyncio.create_task(self._restart(process, why, self._on_given_up))
-            self._restarting.add(task)
-            task.add_done_callback(self._restarting.discard)
+        process = next(each for each in self.processes if each.name == name)
+        if self._on_given_up is not None and process.restarts.are_wanted:
+            self._restarting[name] = task = asyncio.create_task(self._restart(process, why, self._on_given_up))
+            task.add_done_callback(lambda _: self._restarting.pop(name, None))
 
     async def _restart(self, process: P, why: str, on_given_up: Callable[[str, str], None]) -> None:
         name = process.name
@@ -351,16 +359,28 @@ class ChildProcesses(Generic[P]):
 
     async def drain(self) -> None:
         """Tell all to end, and wait until they have by themselves."""
-        await self._end_restarts()
+        self._on_given_up = None
+        await self._end_restarts(list(self._restarting))
         await asyncio.gather(*(process.drain() for process in self.processes))
 
     async def stop(self) -> None:
-        await self._end_restarts()
+        self._on_given_up = None
+        await self._end_restarts(list(self._restarting))
         await asyncio.gather(*(process.stop() for process in self.processes))
 
-    async def _end_restarts(self) -> None:
-        self._on_given_up = None
-        restarting = list(self._restarting)
+    async def let_go(self, process: P) -> None:
+        """Start it no more, whether it has died already or will."""
+        process.restarts.are_wanted = False
+        await self._end_restarts([process.name])
+
+    async def remove(self, process: P) -> None:
+        """Stop it, and forget it."""
+        await self.let_go(process)
+        await process.stop()
+        self.processes.remove(process)
+
+    async def _end_restarts(self, names: Iterable[str]) -> None:
+        restarting = [self._restarting[name] for name in names if name in self._restarting]
         for task in restarting:
             task.cancel()
         await asyncio.gather(*restarting, return_exceptions=True)

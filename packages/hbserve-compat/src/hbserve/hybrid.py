@@ -11,7 +11,7 @@ from hbserve.launcher import instance_settings
 from hbserve.own_thread import Ended, OwnThread
 from hbserve.pd_disagg.config import PdDisaggConfig
 from hbserve_core import Engine, InstanceConfig, make_runner
-from hbserve_core.engine.runner import Runner
+from hbserve_core.engine.step import Runner
 from hbserve_core.grammars.matcher import Matcher
 from hbserve_rpc import InvalidRequest, SamplingParams
 from hbserve_rpc.messages import FinishReason

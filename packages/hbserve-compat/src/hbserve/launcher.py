@@ -1,18 +1,20 @@
 """Instances as processes of this host: from a deployment's configuration to running programs, and to their end."""
 
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import msgspec
 
-from hbserve.child_process import ChildProcess, ChildProcesses
+from hbserve.child_process import ChildProcess, ChildProcesses, Startable
 from hbserve.host_cores import num_cores
 from hbserve_rpc import Keys, canonical_host, load_keys, make_keys
 from hbserve_rpc.address import is_here, parse_address
 from hbserve_rpc.keys import Party, has_curve
+from hbserve_rpc.messages import Role
 from hbserve_rpc.settings import KVTransferSettings
 from hbserve_scheduler import DeploymentConfig, InstanceSection, parse_size
 from hbserve_scheduler.config import KVTransferSection
@@ -132,7 +134,17 @@ class InstanceProcess(ChildProcess):
         return msgspec.json.encode(self._plain | known)
 
 
-class LocalInstances(ChildProcesses[InstanceProcess]):
+class AnInstance(Startable, Protocol):
+    """An instance that was started here, or on another host."""
+
+    instance_id: str
+    role: Role
+
+
+A = TypeVar("A", bound=AnInstance)
+
+
+class Instances(ChildProcesses[A], ABC):
     """All instances of a deployment that one process has started."""
 
     def __init__(
@@ -144,8 +156,23 @@ class LocalInstances(ChildProcesses[InstanceProcess]):
         on_death: Callable[[str, str], None],
         keys: Keys | None = None,
     ) -> None:
-        settings = (
-            instance_settings(config, each, model_folder, log_level=log_level, keys=keys)
-            for each in config.named_instances
-        )
-        super().__init__((partial(InstanceProcess, each) for each in settings), on_death)
+        super().__init__((), on_death)
+        self._settings = partial(instance_settings, model_folder=model_folder, log_level=log_level, keys=keys)
+        for each in config.named_instances:
+            self.add(config, each)
+
+    def add(self, config: DeploymentConfig, instance: InstanceSection) -> A:
+        """Make one of a deployment's instances, and do not start it yet."""
+        made = self._make(config, instance)
+        self.processes.append(made)
+        return made
+
+    @abstractmethod
+    def _make(self, config: DeploymentConfig, instance: InstanceSection) -> A: ...
+
+
+class LocalInstances(Instances[InstanceProcess]):
+    """Instances as processes of this host."""
+
+    def _make(self, config: DeploymentConfig, instance: InstanceSection) -> InstanceProcess:
+        return InstanceProcess(self._settings(config, instance), self._died)

@@ -1,12 +1,16 @@
-"""`hbserve join`, `hbserve drain` and `hbserve reload`: who belongs to a running deployment."""
+"""`hbserve join`, `hbserve drain`, `hbserve scale` and `hbserve reload`: who belongs to a running deployment."""
 
 import asyncio
+import re
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 from hbserve.remote import remote_scheduler
-from hbserve_scheduler import RemoteScheduler
+from hbserve_rpc.messages import Role
+from hbserve_scheduler import ConfigError, RemoteScheduler, SchedulerConfig
 
 LOOK_S = 0.5
 
@@ -50,6 +54,30 @@ async def _requests_of(scheduler: RemoteScheduler, instance_id: str) -> int | No
         if each.instance_id == instance_id and each.status != "lost":
             return each.active_requests
     return None
+
+
+async def scale(connect: str | None, keys: Path | None, wanted: Sequence[str]) -> None:
+    """`wanted`: words as prefill=3. Raises ConfigError, NotReady, and what the scheduler says."""
+    numbers = numbers_by_role(wanted)
+    address = connect or f"127.0.0.1:{SchedulerConfig().port}"
+    async with remote_scheduler(address, keys) as (scheduler, _), scheduler.scale(numbers) as news:
+        async for each in news:
+            sys.stdout.write(f"{each.text}\n")
+            sys.stdout.flush()
+
+
+def numbers_by_role(words: Sequence[str]) -> dict[Role, int]:
+    """Raises ConfigError."""
+    found: dict[Role, int] = {}
+    for word in words:
+        match = re.fullmatch(r"(prefill|decode|hybrid)=([0-9]{1,4})", word)
+        if match is None:
+            raise ConfigError(f"{word!r}: expected ROLE=NUMBER, of prefill, decode or hybrid; for example decode=3")
+        role = cast("Role", match[1])
+        if role in found:
+            raise ConfigError(f"{word!r}: the number of {role} instances was given before")
+        found[role] = int(match[2])
+    return found
 
 
 async def reload(connect: str, keys: Path | None) -> None:

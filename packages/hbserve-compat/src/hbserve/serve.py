@@ -15,18 +15,20 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from hbserve import demo_model
-from hbserve.child_process import ChildProcesses
 from hbserve.demo_model import find_model_folder
 from hbserve.ending import Ending, together, unless
 from hbserve.launcher import (
     QUIET_TORCH,
     WAIT_POLITELY,
+    AnInstance,
+    Instances,
     LocalInstances,
     instance_settings,
     launch_keys,
     tensor_parallel_sizes,
 )
 from hbserve.pd_disagg.config import PdDisaggConfig
+from hbserve.scaling import Scaling
 from hbserve.servable import require_servable
 from hbserve.start_notice import missing, telling
 from hbserve_rpc import InvalidAddress, check_peer_host, own_process
@@ -50,9 +52,7 @@ if TYPE_CHECKING:  # it imports the web server's libraries, which nothing else n
 
 logger = logging.getLogger(__name__)
 
-AnyInstance = Any
-"""Of this host or of a Ray cluster; `instance_id`, `role` and `address` are the same."""
-MakeInstances = Callable[..., ChildProcesses[AnyInstance]]
+MakeInstances = Callable[..., Instances[Any]]
 READY_TIMEOUT_S = 600.0
 """Until every instance has loaded its model."""
 
@@ -160,6 +160,7 @@ class _Deployment:
         self._server = SchedulerServer(self._scheduler, keys=of_clients)
         self._server.declared = DeclaredInstances(self._server.members, config, reload, starts_its_own=True)
         self._instances = make_instances(on_death=self._on_death, keys=keys.get("instance"))
+        self._scaling = Scaling(config, self._server, self._instances)
         self._ending = ending
         self._is_ready = False
         self._background: set[asyncio.Task[None]] = set()
@@ -169,13 +170,15 @@ class _Deployment:
         if not self._is_ready:
             self._ending.by_death(instance_id, why)
             return
+        self._scaling.died(instance_id, why)
         task = asyncio.create_task(self._server.instance_died(instance_id, why))
         self._background.add(task)
         task.add_done_callback(self._background.discard)
 
-    async def _dial_again(self, started: AnyInstance) -> None:
+    async def _dial_again(self, started: AnInstance) -> None:
         """One that was started again on another node has another address."""
-        if self._scheduler.fleet.handles[started.instance_id].address != started.address:
+        handle = self._scheduler.fleet.handles.get(started.instance_id)
+        if handle is not None and handle.address != started.address:
             await self._scheduler.remove_instance(started.instance_id)
             await self._scheduler.add_instance(started.instance_id, started.role, started.address)
 
@@ -193,6 +196,7 @@ class _Deployment:
                 if self._front_end is not None and not self._ending.deaths:
                     await unless(self._ending.at_once, self._front_end.drain())
             finally:
+                await self._scaling.close()
                 await self._server.stop()
                 await self._instances.stop()
         if self._ending.deaths:
@@ -213,6 +217,7 @@ class _Deployment:
         await together(*beginning)
         self._is_ready = True
         self._instances.restart_the_dead(self._ending.by_death, self._dial_again)
+        self._server.scale = self._scaling.scale
         own_process.freeze_heap()
         if self._front_end is not None:
             sys.stderr.write(self._how_to_ask(self._front_end))
@@ -221,7 +226,8 @@ class _Deployment:
         """Three lines: what runs where, and how to ask it."""
         infos = self._scheduler.info().instances
         places = ", ".join(f"{each.instance_id} on {each.device}" for each in infos) or "no instances yet"
-        kv = f"; KV over {infos[0].kv_backend}" if infos else ""
+        backend = next((each.kv_backend for each in infos if each.kv_backend), "")  # hybrid instances have none
+        kv = f"; KV over {backend}" if backend else ""
         url = front_end.url
         question = '{"messages": [{"role": "user", "content": "What is the capital of France?"}], "temperature": 0}'
         return (

@@ -5,16 +5,16 @@ import sys
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 
-from hbserve.child_process import ChildProcess
+from hbserve.child_process import Startable
 from hbserve_scheduler import CpuScheduler
 
 FIRST_S, LOOK_S, AGAIN_S = 2.0, 0.5, 10.0
 """The first notice; between two looks; and a notice that is the same as the last is given again after so long."""
 
 
-def missing(processes: Iterable[ChildProcess], scheduler: CpuScheduler) -> list[str]:
+def missing(processes: Iterable[Startable], scheduler: CpuScheduler) -> list[str]:
     """What a start waits for: processes that import what they need, then models that are loaded."""
-    starting = [f"{each.name}: its process starts" for each in processes if not each.address]
+    starting = [f"{each.name}: {each.waits_for}" for each in processes if not each.address]
     handles = scheduler.fleet.handles.values()
     return starting or [each.describe_problem() for each in handles if each.status != "ready"]
 

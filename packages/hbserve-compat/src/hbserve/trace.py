@@ -136,6 +136,7 @@ class _Drawing:
             "prompt tokens": record.num_prompt_tokens,
             "output tokens": record.num_output_tokens,
             "cached tokens": record.num_cached_tokens,
+            **({"traceparent": record.traceparent} if record.traceparent else {}),
             "end": record.finish_reason or f"failed: {record.error}",
         }
         began_s = self._at(0)

@@ -22,7 +22,7 @@ from hbserve_core.errors import (
 if TYPE_CHECKING:
     from hbserve_core.engine.block_manager import BlockManager
     from hbserve_core.engine.engine import Engine
-    from hbserve_core.engine.outputs import EngineStats, Reservation, StepOutput
+    from hbserve_core.engine.step import EngineStats, Reservation, StepOutput
     from hbserve_core.instance.gpu_instance import GpuInstance
     from hbserve_core.instance.process import run_instance
     from hbserve_core.ranks.make_runner import make_runner
@@ -53,11 +53,11 @@ __all__ = [
 _NEED_TORCH = {
     "BlockManager": "engine.block_manager",
     "Engine": "engine.engine",
-    "EngineStats": "engine.outputs",
+    "EngineStats": "engine.step",
     "GpuInstance": "instance.gpu_instance",
     "ModelRunner": "torch_runner.runner",
-    "Reservation": "engine.outputs",
-    "StepOutput": "engine.outputs",
+    "Reservation": "engine.step",
+    "StepOutput": "engine.step",
     "make_runner": "ranks.make_runner",
     "run_instance": "instance.process",
 }

@@ -23,10 +23,13 @@ from hbserve_kv.protocol.transfer_state import Outcome, TransferResult
 
 if TYPE_CHECKING:
     from hbserve_kv.manager import KVTransferManager
-    from hbserve_kv.memory.memory import HeadRange
+    from hbserve_kv.memory.layout import HeadRange
+    from hbserve_kv.memory.pool_layout import PoolLayout
     from hbserve_kv.memory.shared_memory import shared_empty
     from hbserve_kv.protocol.messages import join_grants
+    from hbserve_kv.receiving.claims import Claim
     from hbserve_kv.receiving.transfer import PostedReceive
+    from hbserve_kv.sending.offers import Offer
     from hbserve_kv.sending.transfer import OutgoingTransfer, SendTransfer
     from hbserve_kv.transports.base import DrainUnknown, Link, Part, Transport
 
@@ -35,6 +38,7 @@ __all__ = [
     "BackendUnavailable",
     "BufferTooLarge",
     "BufferTooSmall",
+    "Claim",
     "DrainUnknown",
     "FingerprintMismatch",
     "HBServeKVError",
@@ -45,9 +49,11 @@ __all__ = [
     "KVTransferManager",
     "Link",
     "LinkInfo",
+    "Offer",
     "Outcome",
     "OutgoingTransfer",
     "Part",
+    "PoolLayout",
     "PostedReceive",
     "SendTransfer",
     "TransferFailed",
@@ -60,12 +66,15 @@ __all__ = [
 ]
 
 _NEED_TORCH = {
+    "Claim": "receiving.claims",
     "DrainUnknown": "transports.base",
-    "HeadRange": "memory.memory",
+    "HeadRange": "memory.layout",
     "KVTransferManager": "manager",
     "Link": "transports.base",
+    "Offer": "sending.offers",
     "OutgoingTransfer": "sending.transfer",
     "Part": "transports.base",
+    "PoolLayout": "memory.pool_layout",
     "PostedReceive": "receiving.transfer",
     "SendTransfer": "sending.transfer",
     "Transport": "transports.base",

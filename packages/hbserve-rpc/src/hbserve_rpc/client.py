@@ -19,6 +19,7 @@ from hbserve_rpc.message_socket import Complaints, MessageSocket
 from hbserve_rpc.methods import Method, Notification, StreamMethod
 from hbserve_rpc.rpc_stream import RpcStream
 from hbserve_rpc.server_connection import ServerConnection
+from hbserve_rpc.trace_context import TRACEPARENT
 
 logger = logging.getLogger(__name__)
 
@@ -169,7 +170,7 @@ class RpcClient:
         Leave it with `aclose()` or as an async context manager, so that the server stops.
         """
         stream: RpcStream[R] = RpcStream(self, next(self._ids), method.name, method.item, timeout_s)
-        stream.opening = (wire.Open(stream.id, method.name), request)
+        stream.opening = (wire.Open(stream.id, method.name, TRACEPARENT.get()), request)
         return stream
 
     def _require_open(self) -> None:

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections import deque
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
@@ -85,6 +85,11 @@ class ConnectedClient:
         task = asyncio.create_task(job)
         self.work[id_] = Work(task, credit)
         task.add_done_callback(lambda _: self.work.pop(id_, None))
+
+    def call_soon(self, job: Callable[[], None]) -> None:
+        """Run a handler that waits for nothing, in its turn among those that `begin` has been given."""
+        _calling.set(self.peer)
+        asyncio.get_running_loop().call_soon(job)
 
     def give_credit(self, counts: Sequence[tuple[int, int]]) -> None:
         for id_, count in counts:

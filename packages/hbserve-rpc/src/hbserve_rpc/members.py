@@ -1,11 +1,12 @@
-"""The structs and methods by which instances join a running deployment, are drained and leave it."""
+"""The structs and methods by which instances join a running deployment, are drained and leave it, and by which it is
+scaled."""
 
 from typing import Annotated
 
 import msgspec
 
 from hbserve_rpc.messages import Empty, InstanceInfo, Role
-from hbserve_rpc.methods import Method, Notification
+from hbserve_rpc.methods import Method, Notification, StreamMethod
 
 
 class JoinRequest(msgspec.Struct, frozen=True, tag=True):
@@ -26,6 +27,18 @@ class DrainRequest(msgspec.Struct, frozen=True, tag=True):
     """Forget it when it has nothing left."""
     within_s: Annotated[float, msgspec.Meta(ge=0, le=86400)] | None = None
     """After so long, what it has gets another attempt elsewhere, and it is forgotten."""
+
+
+class ScaleRequest(msgspec.Struct, frozen=True, tag=True):
+    """Have so many instances of these roles, of those that the deployment has started itself."""
+
+    wanted: dict[Role, Annotated[int, msgspec.Meta(ge=0, le=65536)]]
+
+
+class ScaleNews(msgspec.Struct, frozen=True, tag=True):
+    """A line for whoever has asked: what has been done, or what is waited for."""
+
+    text: str
 
 
 class Member(msgspec.Struct, frozen=True, tag=True):
@@ -56,5 +69,7 @@ class Reloaded(msgspec.Struct, frozen=True, tag=True):
 SCHEDULER_JOIN: Method[JoinRequest, InstanceInfo] = Method("scheduler.join", JoinRequest, InstanceInfo)
 SCHEDULER_DRAIN: Method[DrainRequest, Empty] = Method("scheduler.drain", DrainRequest, Empty)
 """Answered when it is begun; the figures show when the instance has nothing left."""
+SCHEDULER_SCALE: StreamMethod[ScaleRequest, ScaleNews] = StreamMethod("scheduler.scale", ScaleRequest, ScaleNews)
+"""Ends when it is done. It goes on if the stream is closed."""
 SCHEDULER_RELOAD: Method[Empty, Reloaded] = Method("scheduler.reload", Empty, Reloaded)
 SCHEDULER_MEMBERS: Notification[Members] = Notification("scheduler.members", Members)

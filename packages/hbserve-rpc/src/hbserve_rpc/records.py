@@ -104,6 +104,8 @@ class RequestRecord(msgspec.Struct, frozen=True, tag=True):
     """Of all choices: see TokenEvent."""
     stalled: tuple[float, float] | None = None
     """Of one that was preempted, the longest time between two messages with tokens: from, and to."""
+    traceparent: str = ""
+    """The trace that it belongs to, and the span in it that has asked; "": none."""
 
     @property
     def queue_s(self) -> float:
@@ -191,7 +193,9 @@ class RequestRecord(msgspec.Struct, frozen=True, tag=True):
         failed = [f"attempt {i}: {each.error}" for i, each in enumerate(self.attempts, 1) if each.error]
         if failed and self.finish_reason is not None:
             how += f" after {'; '.join(failed)}"
-        return f"{line}: {how}" + (f"; {self.held_up}" if self.held_up else "")
+        if self.held_up:
+            how += f"; {self.held_up}"
+        return f"{line}: {how}" + (f"; trace {self.traceparent.split('-')[1]}" if self.traceparent else "")
 
     @property
     def held_up(self) -> str:

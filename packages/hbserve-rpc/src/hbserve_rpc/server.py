@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import errno
+import inspect
 import logging
 import time
 import uuid
@@ -20,6 +21,7 @@ from hbserve_rpc.errors import AddressInUse, HBServeRpcError, InvalidRequest, Ov
 from hbserve_rpc.keys import PARTIES, Keys, Party
 from hbserve_rpc.message_socket import Complaints, MessageSocket, SharedContext
 from hbserve_rpc.methods import Method, Notification, StreamMethod
+from hbserve_rpc.trace_context import TRACEPARENT
 
 logger = logging.getLogger(__name__)
 
@@ -52,8 +54,8 @@ R = TypeVar("R")
 class RpcServer:
     """Serves methods on one address. Belongs to the event loop that ran `start`.
 
-    Handlers run as tasks of that loop. A stream's handler is an async generator; it is closed (its `finally` blocks
-    run) when the client closes the stream, or was silent for its heartbeat timeout.
+    Handlers run as tasks of that loop, or in it, if they are plain functions. A stream's handler is an async generator;
+    it is closed (its `finally` blocks run) when the client closes the stream, or was silent for its heartbeat timeout.
     """
 
     def __init__(
@@ -90,6 +92,8 @@ class RpcServer:
         self._check_interval_s = min(1.0, heartbeat_timeout_s / 4)
         self._handlers: dict[str, tuple[Any, Callable[[Any], Any]]] = {}
         self._notified: dict[str, tuple[Any, Callable[[Any], Any]]] = {}
+        self._waiting: set[str] = set()
+        """Notifications whose handlers may wait, and so are tasks."""
         self._streams: dict[str, tuple[Any, Callable[[Any], AsyncIterator[Any]]]] = {}
         self._clients: dict[bytes, ConnectedClient] = {}
         self._drops_closed = drops_closed
@@ -103,9 +107,12 @@ class RpcServer:
         """Answer `method` with what `handler` returns; its exception reaches the caller."""
         self._handlers[method.name] = (msgspec.msgpack.Decoder(method.request), handler)
 
-    def serve_notification(self, method: Notification[Q], handler: Callable[[Q], Awaitable[None]]) -> None:
-        """Run `handler` for each; what it raises is logged and counted, because nobody waits for it."""
+    def serve_notification(self, method: Notification[Q], handler: Callable[[Q], Awaitable[None] | None]) -> None:
+        """Call `handler` for each: in its turn, or in a task, if it is a coroutine function. What it raises is logged
+        and counted, because nobody waits for it."""
         self._notified[method.name] = (msgspec.msgpack.Decoder(method.request), handler)
+        if inspect.iscoroutinefunction(handler):
+            self._waiting.add(method.name)
 
     def serve_stream(self, method: StreamMethod[Q, R], handler: Callable[[Q], AsyncIterator[R]]) -> None:
         """Answer `method` with the items of the async generator that `handler` returns."""
@@ -205,7 +212,10 @@ class RpcServer:
             case wire.Call(id=id_):
                 self._begin(identity, client, id_, self._run_call(identity, envelope, body))
             case wire.Notify(id=id_):
-                self._begin(identity, client, id_, self._run_notification(envelope, body))
+                if envelope.method in self._waiting:
+                    self._begin(identity, client, id_, self._run_notification(envelope, body))
+                else:
+                    client.call_soon(lambda: self._take_notification(client, envelope, body))
             case wire.Open(id=id_):
                 credit = asyncio.Semaphore(wire.CREDIT)
                 self._begin(identity, client, id_, self._run_stream(client, envelope, body, credit), credit)
@@ -266,16 +276,30 @@ class RpcServer:
             await handler(request)
         except (Exception, asyncio.CancelledError) as error:  # as above, but there is no caller
             _reraise_if_stopped(error)
-            self.failed_notifications += 1
-            if isinstance(error, HBServeRpcError):  # what any client can cause
-                self._complaints.add("notification %s failed: %s", notify.method, error)
-            else:
-                logger.error("notification %s failed", notify.method, exc_info=error)
+            self._note_failed(notify.method, error)
+
+    def _take_notification(self, client: ConnectedClient, notify: wire.Notify, body: bytes) -> None:
+        """The same without a task. A client that was given up meanwhile has nothing more to say."""
+        if self._clients.get(client.peer.connection) is not client:
+            return
+        try:
+            handler, request = self._decode(self._notified, notify.method, body)
+            handler(request)
+        except Exception as error:  # as above
+            self._note_failed(notify.method, error)
+
+    def _note_failed(self, method: str, error: BaseException) -> None:
+        self.failed_notifications += 1
+        if isinstance(error, HBServeRpcError):  # what any client can cause
+            self._complaints.add("notification %s failed: %s", method, error)
+        else:
+            logger.error("notification %s failed", method, exc_info=error)
 
     async def _run_stream(
         self, client: ConnectedClient, open_: wire.Open, body: bytes, credit: asyncio.Semaphore
     ) -> None:
         identity = client.peer.connection
+        TRACEPARENT.set(open_.traceparent)  # of this task, and of those that the handler makes
         try:
             handler, request = self._decode(self._streams, open_.method, body)
             async with contextlib.aclosing(handler(request)) as items:

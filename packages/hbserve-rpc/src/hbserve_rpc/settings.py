@@ -93,6 +93,9 @@ class EngineSettings(msgspec.Struct, kw_only=True):
     share their host's cores, and an engine alone leaves torch's choice."""
     block_size: Annotated[int, In("engine"), POSITIVE] = 16
     """Tokens per KV block."""
+    kv_cache_dtype: Annotated[Literal["auto", "fp8"], In("engine")] = "auto"
+    """"auto" keeps keys and values in the model's dtype; "fp8" in 8-bit floats (e4m3), by the scales that a checkpoint
+    has for them, or 1. Instances that send KV to each other must have the same."""
     num_blocks: Annotated[int | None, In("engine"), POSITIVE] = None
     """KV blocks in each instance's pool; None sizes the pool from free memory."""
     gpu_memory_utilization: Annotated[float, In("engine"), Bounds(0.01, 1)] = 0.9

@@ -6,7 +6,7 @@
       Call(id, method) + request ──────▶
                                  ◀──────       Reply(id) + reply, or Failed(id, code, message)
       Notify(id, method) + request ────▶       nothing comes back
-      Open(id, method) + request ──────▶
+      Open(id, method, trace) + request ─▶
                                  ◀──────       Items[(id, number, item) …]: of all streams, what one turn of the
                                                server's loop brought; of each no more than it was given credit for
       Credits[(id, count) …]     ──────▶       likewise
@@ -37,6 +37,7 @@ from hbserve_rpc.errors import (
     RequestTimeout,
     Unavailable,
 )
+from hbserve_rpc.trace_context import Traceparent
 
 PROTOCOL_VERSION = 8
 OLDEST_VERSION = 8
@@ -76,6 +77,8 @@ class Notify(msgspec.Struct, frozen=True, tag=True):
 class Open(msgspec.Struct, frozen=True, tag=True):
     id: int
     method: str
+    traceparent: Traceparent = ""
+    """The trace that it belongs to."""
 
 
 class Credits(msgspec.Struct, frozen=True, tag=True):

@@ -20,6 +20,7 @@ from hbserve_rpc import (
 from hbserve_rpc.messages import FinishReason, GenerateRequest, Role, SchedulerStats, ServiceInfo
 from hbserve_rpc.plain_values import plain_id
 from hbserve_rpc.records import RequestRecord
+from hbserve_rpc.trace_context import TRACEPARENT
 from hbserve_scheduler.admission import Admission, WaitingRequests, admitted
 from hbserve_scheduler.attempt import Attempt
 from hbserve_scheduler.config import SchedulerConfig
@@ -281,6 +282,7 @@ class CpuScheduler:
                 self._fail(entry, Unavailable(self.fleet.why_nobody()))
 
     async def _follow(self, entry: ScheduledRequest, placement: Placement) -> None:
+        TRACEPARENT.set(entry.traceparent)  # of this task
         try:
             await self._attempts(entry, placement)
         except HBServeRpcError as error:

@@ -153,10 +153,14 @@ class Fleet:
             async with asyncio.timeout(REFRESH_TIMEOUT_S):
                 await asyncio.gather(*(handle.refresh() for handle in heard), return_exceptions=True)
 
-    async def wait_ready(self, timeout_s: float) -> None:
-        """Raises InstanceFailed at once when one says so, NotReady after `timeout_s`."""
+    async def wait_ready(self, timeout_s: float, only: str | None = None) -> None:
+        """Of all, or of `only` one. Raises InstanceFailed at once when one says so, NotReady after `timeout_s`."""
         deadline_s = asyncio.get_running_loop().time() + timeout_s
-        while missing := [handle for handle in self.handles.values() if handle.status != "ready"]:
+        while missing := [
+            handle
+            for handle in self.handles.values()
+            if handle.status != "ready" and only in (None, handle.instance_id)
+        ]:
             for handle in missing:
                 if handle.status == "failed":
                     raise InstanceFailed(handle.describe_problem())

@@ -130,13 +130,18 @@ class Membership:
         Raises:
             InvalidRequest: there is no such instance, or nobody answers there.
         """
+        handle = self._require(instance_id)
+        if not handle.epoch:
+            raise InvalidRequest(f"instance_id={instance_id!r}: {handle.describe_problem()}")
+        self._fleet.drain(instance_id, handle.epoch)
+
+    def _require(self, instance_id: str) -> InstanceHandle:
+        """Raises InvalidRequest: there is no such instance."""
         handle = self._fleet.handles.get(instance_id)
         if handle is None:
             there = ", ".join(self._fleet.handles) or "none"
             raise InvalidRequest(f"instance_id={instance_id!r}: no instance has it; there are: {there}")
-        if not handle.epoch:
-            raise InvalidRequest(f"instance_id={instance_id!r}: {handle.describe_problem()}")
-        self._fleet.drain(instance_id, handle.epoch)
+        return handle
 
     def leave(self, instance_id: str, within_s: float | None = None, *, for_good: bool = True) -> None:
         """Drain it, and remove it when it has nothing left of any scheduler; after `within_s`, whatever it has: that
@@ -147,11 +152,9 @@ class Membership:
         Raises:
             InvalidRequest: there is no such instance.
         """
-        with contextlib.suppress(InvalidRequest):
-            self.drain(instance_id)
-        if (handle := self._fleet.handles.get(instance_id)) is None:
-            self.drain(instance_id)  # which says what is wrong
-            return
+        handle = self._require(instance_id)
+        if handle.epoch:
+            self._fleet.drain(instance_id, handle.epoch)
         if handle.epoch and for_good:
             self._sent_away[handle.epoch] = None
             while len(self._sent_away) > MOST_SENT_AWAY:
@@ -159,6 +162,12 @@ class Membership:
         if (before := self._leaving.get(instance_id)) is not None:
             before.cancel()
         self._leaving[instance_id] = asyncio.create_task(self._see_off(instance_id, within_s))
+
+    async def until_left(self, instance_id: str) -> bool:
+        """Wait until one that was told to leave has left. False: it was called back meanwhile."""
+        while (leaving := self._leaving.get(instance_id)) is not None:
+            await asyncio.wait([leaving])
+        return instance_id not in self._fleet.handles
 
     async def _see_off(self, instance_id: str, within_s: float | None) -> None:
         handle = self._fleet.handles[instance_id]

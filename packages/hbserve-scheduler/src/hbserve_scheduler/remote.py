@@ -1,6 +1,7 @@
 """A scheduler in another process, used as if it were in this one."""
 
 import asyncio
+from collections.abc import Mapping
 
 from hbserve_rpc import HBServeRpcError, Keys, NotAllowed, RpcClient, RpcStream
 from hbserve_rpc.members import (
@@ -8,11 +9,14 @@ from hbserve_rpc.members import (
     SCHEDULER_JOIN,
     SCHEDULER_MEMBERS,
     SCHEDULER_RELOAD,
+    SCHEDULER_SCALE,
     DrainRequest,
     JoinRequest,
     Member,
     Members,
     Reloaded,
+    ScaleNews,
+    ScaleRequest,
 )
 from hbserve_rpc.messages import (
     SCHEDULER_ABORT,
@@ -115,6 +119,15 @@ class RemoteScheduler:
         """Have an instance get no new requests, and leave when it has none, as `Membership` says."""
         request = DrainRequest(instance_id, leaves, within_s)
         await self._client.call(SCHEDULER_DRAIN, request, timeout_s=CALL_TIMEOUT_S)
+
+    def scale(self, wanted: Mapping[Role, int]) -> RpcStream[ScaleNews]:
+        """Have so many instances of these roles, of those that the deployment has started; ends when it is done.
+
+        Raises, while iterating:
+            InvalidRequest: there cannot be so many, or this scheduler starts none; says why.
+            RemoteError: one has not started; has its reason.
+        """
+        return self._client.stream(SCHEDULER_SCALE, ScaleRequest(dict(wanted)))
 
     async def reload(self) -> Reloaded:
         """Have the deployment's file read again."""

@@ -19,6 +19,7 @@ import msgspec
 from hbserve_rpc import RemoteError
 from hbserve_rpc.messages import ClientEvent, FinishReason, GenerateRequest, RequestFinished, TokenEvent
 from hbserve_rpc.records import AttemptRecord, RequestRecord
+from hbserve_rpc.trace_context import TRACEPARENT
 from hbserve_scheduler.figures import Figures
 from hbserve_scheduler.instances import InstanceHandle
 
@@ -73,6 +74,8 @@ class ScheduledRequest:
     deadline_s: float = math.inf
     time_limit: str = ""
     """The setting that has set the deadline, and its value."""
+    traceparent: str = field(default_factory=TRACEPARENT.get)
+    """Of whoever has submitted it."""
     _timer: asyncio.TimerHandle | None = None
     _num_counted: int = 0
     _output_counted: int = 0
@@ -306,6 +309,7 @@ class ScheduledRequest:
             len(self.choices) or 1,
             sum(each.num_preemptions for each in parts),
             max(stalls, key=lambda stall: stall[1] - stall[0], default=None),
+            self.traceparent,
         )
 
     def limit_time(self, most_s: float | None, on_end: "Callable[[ScheduledRequest], None]") -> None:

@@ -1,8 +1,9 @@
 """A CpuScheduler behind RPC, for clients in other processes."""
 
 import asyncio
+import contextlib
 import logging
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Mapping
 
 from hbserve_rpc import InvalidRequest, Keys, RpcServer, calling_peer
 from hbserve_rpc.health_port import HealthPort
@@ -11,10 +12,13 @@ from hbserve_rpc.members import (
     SCHEDULER_JOIN,
     SCHEDULER_MEMBERS,
     SCHEDULER_RELOAD,
+    SCHEDULER_SCALE,
     DrainRequest,
     JoinRequest,
     Members,
     Reloaded,
+    ScaleNews,
+    ScaleRequest,
 )
 from hbserve_rpc.messages import (
     SCHEDULER_ABORT,
@@ -29,6 +33,7 @@ from hbserve_rpc.messages import (
     GenerateRequest,
     InstanceDied,
     InstanceInfo,
+    Role,
     SchedulerStats,
     ServiceInfo,
 )
@@ -57,6 +62,8 @@ class SchedulerServer:
         self.members = Membership(scheduler.fleet)
         self.declared: DeclaredInstances | None = None
         """From its file, if whoever starts it has one; to be set before `start`."""
+        self.scale: Callable[[Mapping[Role, int]], AsyncGenerator[str, None]] | None = None
+        """Of whoever starts instances beside it: has so many of these roles, and yields lines of what it does."""
         self.siblings = Siblings(self.members.members, keys)
         scheduler.fleet.on_members = self.siblings.tell_members
         self._server = RpcServer(scheduler.config.host, scheduler.config.port, drops_closed=True, keys=keys)
@@ -70,6 +77,7 @@ class SchedulerServer:
         self._server.serve_notification(SCHEDULER_MEMBERS, self._members)
         self._server.serve_notification(SCHEDULER_INSTANCE_DIED, self._instance_died)
         self._server.serve_stream(SCHEDULER_GENERATE, self._generate)
+        self._server.serve_stream(SCHEDULER_SCALE, self._scale)
         self.health: HealthPort | None = None
         if scheduler.config.health_port is not None:
             self.health = HealthPort(
@@ -158,6 +166,16 @@ class SchedulerServer:
         else:
             self.members.drain(request.instance_id)
         return Empty()
+
+    async def _scale(self, request: ScaleRequest) -> AsyncIterator[ScaleNews]:
+        if self.scale is None:
+            raise InvalidRequest(
+                "this scheduler starts no instances, or is still starting: `hbserve instance --register` adds one, "
+                "`hbserve drain --leave` sees one off"
+            )
+        async with contextlib.aclosing(self.scale(request.wanted)) as lines:
+            async for text in lines:
+                yield ScaleNews(text)
 
     async def _reload(self, _: Empty) -> Reloaded:
         if self.declared is None:

@@ -4,8 +4,10 @@ import asyncio
 import logging
 import os
 import signal
+from collections.abc import AsyncIterator
 from typing import Any
 
+from hbserve.launcher import num_ranks
 from hbserve_rpc.messages import Role
 from hbserve_scheduler import ConfigError, DeploymentConfig, InstanceSection
 
@@ -71,6 +73,8 @@ class Place:
         """`bundles`: by the name of the instance that takes it."""
         from ray.util.placement_group import placement_group
 
+        self.taken: set[str] = set()
+        """Of these names, those whose instances are there."""
         self._names = list(bundles)
         self._bundles = bundles
         self._group: Any = placement_group(list(bundles.values()), STRATEGY)
@@ -89,16 +93,21 @@ class Place:
             ),
         }
 
-    async def wait(self, name: str) -> None:
-        """Until there is room for it. How long that takes is not known here: an autoscaler may have to add a node."""
-        ready, pause_s = self._group.ready(), TELL_AFTER_S
-        while True:
-            done, _ = await asyncio.wait([asyncio.ensure_future(_of(ready))], timeout=pause_s)
-            if done:
-                done.pop().result()
-                return
-            logger.warning("%s: no node has room for %s yet; waiting", name, self._bundles[name])
-            pause_s *= 2
+    async def wait(self, name: str) -> AsyncIterator[str]:
+        """Until there is room for it. How long that takes is not known here: an autoscaler may have to add a node.
+        Yields what is to be told meanwhile, ever more rarely."""
+        ready, pause_s = asyncio.ensure_future(_of(self._group.ready())), TELL_AFTER_S
+        try:
+            while not (await asyncio.wait([ready], timeout=pause_s))[0]:
+                yield f"no node has room for {self._bundles[name]} yet; waiting"
+                pause_s *= 2
+            ready.result()
+        finally:
+            ready.cancel()
+
+    def has_room_for(self, name: str) -> bool:
+        """Whether it was made for an instance of this name, and none is there."""
+        return name in self._bundles and name not in self.taken
 
     def give_back(self) -> None:
         """What still runs there ends."""
@@ -109,6 +118,34 @@ class Place:
 
 async def _of(reference: Any) -> Any:
     return await reference
+
+
+class Places:
+    """Room for all instances of a deployment. Those that are to be on one node have one place."""
+
+    def __init__(self) -> None:
+        self._places: list[Place] = []
+
+    def take(self, config: DeploymentConfig, instance: InstanceSection) -> Place:
+        """The place for one of the deployment's instances: with that of another one, or its own."""
+        name = instance.instance_id
+        place = next((each for each in self._places if each.has_room_for(name)), None)
+        if place is None:
+            there = {each for place in self._places for each in place.taken}
+            (group,) = [each for each in pairs(config.named_instances, config.ray.place) if instance in each]
+            new = [each for each in group if each.instance_id not in there]
+            place = Place({each.instance_id: bundle_of(config, each, num_ranks(config, each)) for each in new})
+            self._places.append(place)
+        place.taken.add(name)
+        return place
+
+    def give_back(self, name: str) -> None:
+        """Of an instance that is no more. The room of a place is free when the last one has gone."""
+        for place in [each for each in self._places if name in each.taken]:
+            place.taken.remove(name)
+            if not place.taken:
+                self._places.remove(place)
+                place.give_back()
 
 
 def pairs(instances: list[InstanceSection], place: str) -> list[list[InstanceSection]]:

@@ -4,17 +4,15 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Callable
-from functools import partial
-from pathlib import Path
+from functools import cached_property
 from typing import Any
 
-from hbserve.child_process import STOP_TIMEOUT_S, ChildProcesses, Restarts
-from hbserve.launcher import instance_settings, num_ranks
-from hbserve.ray_cluster.cluster import Place, bundle_of, pairs
+from hbserve.child_process import STOP_TIMEOUT_S, Restarts
+from hbserve.launcher import Instances
+from hbserve.ray_cluster.cluster import Place, Places
 from hbserve.ray_cluster.instance_actor import InstanceActor
-from hbserve_rpc import Keys
 from hbserve_rpc.messages import Role
-from hbserve_scheduler import DeploymentConfig, InstanceFailed
+from hbserve_scheduler import DeploymentConfig, InstanceFailed, InstanceSection
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +28,7 @@ class RayInstance:
         self.name = self.instance_id = str(settings["instance_id"])
         self.role: Role = settings["role"]
         self.address = ""
+        self.waits_for = "Ray looks for a node"
         self.restarts = Restarts()
         self._settings = settings
         self._place = place
@@ -49,7 +48,10 @@ class RayInstance:
         self._end_actor()
         self.restarts.began()
         try:
-            await self._place.wait(self.name)
+            async for notice in self._place.wait(self.name):
+                self.waits_for = notice
+                logger.warning("%s: %s", self.name, notice)
+            self.waits_for = "its process starts"
             self._actor = ray.remote(InstanceActor).options(**self._place.options(self.name)).remote(self._settings)
             self.address = await self._actor.start.remote()
         except RayError as error:
@@ -102,33 +104,23 @@ def _in_words(error: Exception) -> str:
     return f"its Ray actor has ended ({type(error).__name__}: {first})"
 
 
-class RayInstances(ChildProcesses[RayInstance]):
-    """All instances of a deployment, each on a node that has room for it."""
+class RayInstances(Instances[RayInstance]):
+    """Instances on the nodes of a cluster, each where there is room for it."""
 
-    def __init__(
-        self,
-        config: DeploymentConfig,
-        model_folder: Path,
-        *,
-        log_level: str,
-        on_death: Callable[[str, str], None],
-        keys: Keys | None = None,
-    ) -> None:
-        self._places: list[Place] = []
-        make = []
-        for group in pairs(config.gpu_instances, config.ray.place):
-            place = Place({each.instance_id: bundle_of(config, each, num_ranks(config, each)) for each in group})
-            self._places.append(place)
-            for each in group:
-                # Ray gives GPUs and cores to one of them alone.
-                alone = {"num_local_instances": 1, "num_on_gpu": 1}
-                alone["num_threads"] = config.engine_settings().num_threads or 1
-                settings = instance_settings(config, each, model_folder, log_level=log_level, keys=keys) | alone
-                make.append(partial(RayInstance, settings, place))
-        super().__init__(make, on_death)
+    @cached_property
+    def _places(self) -> Places:
+        return Places()
+
+    def _make(self, config: DeploymentConfig, instance: InstanceSection) -> RayInstance:
+        # Ray gives GPUs and cores to one of them alone.
+        alone = {"num_local_instances": 1, "num_on_gpu": 1, "num_threads": config.engine_settings().num_threads or 1}
+        return RayInstance(self._settings(config, instance) | alone, self._places.take(config, instance), self._died)
+
+    async def remove(self, process: RayInstance) -> None:
+        await super().remove(process)
+        self._places.give_back(process.name)
 
     async def stop(self) -> None:
         await super().stop()
-        for place in self._places:
-            place.give_back()
-        self._places.clear()
+        for process in self.processes:
+            self._places.give_back(process.name)

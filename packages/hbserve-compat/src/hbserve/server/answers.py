@@ -8,11 +8,13 @@ from typing import Self
 
 from hbserve.results import GenerationDelta
 from hbserve.server.api_error import try_again
-from hbserve.server.request_log import HTTP_REQUEST
+from hbserve.server.request_log import HTTP_REQUEST, HttpRequest
 from hbserve.server.service import ServedModel
 from hbserve.server.spans import Asked
 from hbserve.text_request import TextRequest
 from hbserve_rpc import SamplingParams
+from hbserve_rpc.prompt_shape import PromptShape
+from hbserve_rpc.trace_context import in_trace
 
 MOST_NEWS = 256
 """That wait for a client which does not read. Further tokens wait in the scheduler, together."""
@@ -54,9 +56,7 @@ class Answers:
             first, http = 0, HTTP_REQUEST.get()
             for number, (prompt, params) in enumerate(self._wanted):
                 shape = await self._model.encoder.shape(prompt, self._model.scheduler.digest_block_size)
-                request = self._make(prompt, params, shape=shape, request_id=http.name(number))
-                if self._model.spans is not None:
-                    self._model.spans.began(request.request_id, Asked(http, self._model.names[0], params))
+                request = self._begin(http, number, prompt, params, shape)
                 self._requests.append(request)
                 self._pumps.append(asyncio.create_task(self._pump(first, request)))
                 first += len(request.choices)
@@ -67,6 +67,23 @@ class Answers:
 
     async def __aexit__(self, *_: object) -> None:
         await self._close()
+
+    def _begin(
+        self, http: HttpRequest, number: int, prompt: tuple[int, ...], params: SamplingParams, shape: PromptShape | None
+    ) -> TextRequest:
+        """Submit it, in the trace of the client, or in one of its own if spans are made of it."""
+        spans, request_id = self._model.spans, http.name(number)
+        traceparent = http.trace_context["traceparent"]
+        if spans is not None:
+            traceparent = spans.began(request_id, Asked(http, self._model.names[0], params))
+            http.trace_response = http.trace_response or traceparent
+        try:
+            with in_trace(traceparent):
+                return self._make(prompt, params, shape=shape, request_id=request_id)
+        except BaseException:
+            if spans is not None:
+                spans.refused(request_id)
+            raise
 
     async def _close(self) -> None:
         for pump in self._pumps:

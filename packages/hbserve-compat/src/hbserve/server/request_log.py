@@ -19,11 +19,13 @@ logger = logging.getLogger(__name__)
 PROBED = {"/health", "/ping", "/metrics", "/debug/view"}
 """Asked again and again by programs."""
 REQUEST_ID = "x-request-id"
+TRACE_RESPONSE = "traceresponse"
+"""Of W3C's drafts, and of OpenTelemetry: the span that has answered."""
 CLIENT_GONE = 499
 """Status in the log of a request whose client has gone before its answer had one, as nginx has it."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class HttpRequest:
     """The request that is being answered."""
 
@@ -33,6 +35,8 @@ class HttpRequest:
     path: str
     trace_context: dict[str, str]
     """W3C headers: the span of the caller that it belongs to, if there is one."""
+    trace_response: str = ""
+    """The span that is made of it, as the client hears it; of several prompts the first one's."""
 
     @property
     def operation(self) -> str:
@@ -65,7 +69,8 @@ class RequestLog:
         is_own = re.fullmatch(r"[!-~]{1,128}", given) is not None
         request_id = given if is_own else uuid.uuid4().hex
         trace_context = {name: headers.get(name, "") for name in ("traceparent", "tracestate")}
-        HTTP_REQUEST.set(HttpRequest(request_id, is_own, scope["path"], trace_context))
+        http = HttpRequest(request_id, is_own, scope["path"], trace_context)
+        HTTP_REQUEST.set(http)
         scope.setdefault("state", {})["request_id"] = request_id
         status, num_sent, began_s = CLIENT_GONE, 0, time.monotonic()
 
@@ -73,7 +78,10 @@ class RequestLog:
             nonlocal status, num_sent
             if message["type"] == "http.response.start":
                 status = message["status"]
-                MutableHeaders(scope=message)[REQUEST_ID] = request_id
+                headers_sent = MutableHeaders(scope=message)
+                headers_sent[REQUEST_ID] = request_id
+                if http.trace_response:
+                    headers_sent[TRACE_RESPONSE] = http.trace_response
             else:
                 num_sent += len(message.get("body", b""))
             await send(message)

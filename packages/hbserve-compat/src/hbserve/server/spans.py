@@ -52,21 +52,37 @@ class Spans:
         self._provider = provider
         self._tracer = provider.get_tracer("hbserve")
         self._address = address
-        self._asked: dict[str, Asked] = {}
-        self._ended: queue.SimpleQueue[tuple[Asked, RequestRecord] | None] = queue.SimpleQueue()
+        self._asked: dict[str, tuple[Asked, Any]] = {}
+        """With their spans, which go on."""
+        self._ended: queue.SimpleQueue[tuple[Asked, Any, RequestRecord] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="spans", daemon=True)
         self._thread.start()
 
-    def began(self, request_id: str, asked: Asked) -> None:
-        self._asked[request_id] = asked
+    def began(self, request_id: str, asked: Asked) -> str:
+        """Returns its `traceparent`, for whatever is asked on its behalf: its span begins now, and knows no more yet
+        than whose child it is."""
+        carrier = {name: value for name, value in asked.http.trace_context.items() if value}
+        span = self._tracer.start_span(
+            f"{asked.http.operation} {asked.model}",
+            context=self._propagator.extract(carrier),
+            kind=self._trace.SpanKind.SERVER,
+        )
+        self._asked[request_id] = asked, span
         if len(self._asked) > MOST_ASKED:
             del self._asked[next(iter(self._asked))]
+        sent_on: dict[str, str] = {}
+        self._propagator.inject(sent_on, self._trace.set_span_in_context(span))
+        return sent_on.get("traceparent", "")
+
+    def refused(self, request_id: str) -> None:
+        """It was not taken in: no span is made of it."""
+        self._asked.pop(request_id, None)
 
     def ended(self, record: RequestRecord) -> None:
         """One that did not begin here is passed over."""
-        asked = self._asked.pop(record.request_id, None)
-        if asked is not None:
-            self._ended.put((asked, record))
+        begun = self._asked.pop(record.request_id, None)
+        if begun is not None:
+            self._ended.put((*begun, record))
 
     def close(self) -> None:
         """Send what there is, for as long as a collector that answers takes."""
@@ -79,21 +95,13 @@ class Spans:
             try:
                 self._make(*one)
             except Exception:  # of a library that is not ours: requests go on
-                logger.exception("no spans of request %s", one[1].request_id)
+                logger.exception("no spans of request %s", one[-1].request_id)
 
-    def _make(self, asked: Asked, record: RequestRecord) -> None:
-        carrier = {name: value for name, value in asked.http.trace_context.items() if value}
+    def _make(self, asked: Asked, root: Any, record: RequestRecord) -> None:
         began_ns = int(record.submitted_at * 1e9)
-        attributes = _attributes(asked, record)
+        root.set_attributes(_attributes(asked, record))
         if self._address is not None:
-            attributes |= {"server.address": self._address[0], "server.port": self._address[1]}
-        root = self._tracer.start_span(
-            f"{asked.http.operation} {asked.model}",
-            context=self._propagator.extract(carrier),
-            kind=self._trace.SpanKind.SERVER,
-            attributes=attributes,
-            start_time=began_ns,
-        )
+            root.set_attributes({"server.address": self._address[0], "server.port": self._address[1]})
         if record.finish_reason is None:
             root.set_status(self._trace.StatusCode.ERROR, record.error)
         inside = self._trace.set_span_in_context(root)

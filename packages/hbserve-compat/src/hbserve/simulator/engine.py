@@ -16,7 +16,7 @@ from hbserve.simulator.profile import StepLaw
 FEWEST_TOKENS = 1024
 STEPS_OF_BACKLOG = 8
 FEWEST_BESIDE_DECODES = 64
-"""As hbserve_core/engine/chunk_sizes.py has them, for chunk_size "auto"."""
+"""As hbserve_core/engine/step_times.py has them, for chunk_size "auto"."""
 
 
 @dataclass(frozen=True)

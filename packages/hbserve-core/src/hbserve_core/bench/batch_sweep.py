@@ -24,7 +24,7 @@ from hbserve_core.bench.model_work import DecodeLimit, decode_limit
 from hbserve_core.bench.workloads import Sizes, bench_config
 from hbserve_core.config import InstanceConfig
 from hbserve_core.engine.engine import Engine
-from hbserve_core.engine.runner import Runner
+from hbserve_core.engine.step import Runner
 from hbserve_core.errors import InvalidInstanceConfig
 from hbserve_core.model.model_config import load_model_config
 from hbserve_core.ranks.make_runner import make_runner
@@ -187,7 +187,8 @@ class BatchSweep:
         times = [end - begin for begin, end in pairwise(ends[_NUM_WARM:])]
         # A request's n-th token is sampled after its prompt and n tokens.
         mean_context = context + statistics.mean(generated[_NUM_WARM + 1 :])
-        limit = decode_limit(self._runner.model_config, self._runner.dtype, batch, mean_context, self.limits)
+        model, dtype, in_pool = self._runner.model_config, self._runner.dtype, self._runner.pool.dtype
+        limit = decode_limit(model, dtype, batch, mean_context, self.limits, in_pool)
         return SweepRow(context, batch, statistics.median(times), max(times), limit)
 
     def prompt_s(self, num_tokens: int, rounds: int = 3) -> float:

@@ -45,20 +45,28 @@ NO_WORK = DecodeLimit(0.0, 0.0, 0.0, 0.0)
 
 
 def decode_limit(
-    model: ModelConfig, dtype: torch.dtype, batch: int, context: float, limits: DeviceLimits
+    model: ModelConfig,
+    dtype: torch.dtype,
+    batch: int,
+    context: float,
+    limits: DeviceLimits,
+    kv_dtype: torch.dtype | None = None,
 ) -> DecodeLimit:
     """Of one step that gives `batch` sequences a token each, after `context` tokens on average.
 
+    kv_dtype: of keys and values in the pool; None: the model's.
     Left out, as next to nothing: rows of the embedding, activations, norms, the new tokens' keys and values, sampling,
     and what ranks tell each other. What several ranks each have is read once.
     """
-    parts = decode_work(model, dtype, batch, context)
+    parts = decode_work(model, dtype, batch, context, kv_dtype)
     read_bytes, flops = sum(part.read_bytes for part in parts), sum(part.flops for part in parts)
     limit_s = sum(part.time_s(limits) for part in parts)
     return DecodeLimit(limit_s, read_bytes / limits.copy_bytes_per_s, read_bytes, flops)
 
 
-def decode_work(model: ModelConfig, dtype: torch.dtype, batch: int, context: float) -> list[Work]:
+def decode_work(
+    model: ModelConfig, dtype: torch.dtype, batch: int, context: float, kv_dtype: torch.dtype | None = None
+) -> list[Work]:
     """What has to be done one after the other in such a step: in each layer four products and attention, then the head.
     Parameters as in `decode_limit`. Of a mixture of experts, as many are read as so many sequences touch on average,
     each of which is as likely to go to one as to another."""
@@ -68,7 +76,7 @@ def decode_work(model: ModelConfig, dtype: torch.dtype, batch: int, context: flo
 
     def attention(num_keys: float) -> Work:
         return Work(
-            read_bytes=2 * model.num_kv_heads * model.head_dim * num_keys * dtype.itemsize,
+            read_bytes=2 * model.num_kv_heads * model.head_dim * num_keys * (kv_dtype or dtype).itemsize,
             flops=4 * model.num_heads * model.head_dim * num_keys,
         )
 

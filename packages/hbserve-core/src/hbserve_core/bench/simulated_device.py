@@ -10,8 +10,8 @@ from math import hypot
 
 import torch
 
-from hbserve_core.engine.runner import PendingStep, StepResult
 from hbserve_core.engine.sequence import ScheduledChunk
+from hbserve_core.engine.step import PendingStep, StepResult
 from hbserve_core.engine.step_times import StepWork
 from hbserve_core.model.model_config import ModelConfig
 

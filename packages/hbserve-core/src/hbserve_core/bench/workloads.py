@@ -152,7 +152,8 @@ class EngineBench:
         model, dtype, limit = self._runner.model_config, self._runner.dtype, NO_WORK
         for step in range(1, max(count for _, count in requests)):
             contexts = [len(prompt) + step for prompt, count in requests if count > step]
-            limit += decode_limit(model, dtype, len(contexts), sum(contexts) / len(contexts), self.limits)
+            mean = sum(contexts) / len(contexts)
+            limit += decode_limit(model, dtype, len(contexts), mean, self.limits, self._runner.pool.dtype)
         return limit
 
 

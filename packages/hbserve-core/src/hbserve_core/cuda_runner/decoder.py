@@ -18,7 +18,6 @@ from hbserve_core.cuda_runner.products import CudaProducts, ResidualStream, norm
 from hbserve_core.cuda_runner.step_packer import StepShape, StepView, seed_halves
 from hbserve_core.logits.rows import LogitsRow, has_grammars, on_device
 from hbserve_core.model.layers import (
-    DecoderWeights,
     ExpertWeights,
     LayerWeights,
     Linear,
@@ -26,30 +25,29 @@ from hbserve_core.model.layers import (
     RmsNorm,
     capped_logits,
 )
-from hbserve_core.model.model_config import ModelConfig
+from hbserve_core.model.loaded_model import LoadedModel
 from hbserve_core.model.rank_group import RankGroup
-from hbserve_core.model.rope import angle_table
 
 
 class CudaDecoder:
     """A causal language model over a paged pool. Reads steps that are on the device, and waits for nothing."""
 
-    def __init__(
-        self, config: ModelConfig, weights: DecoderWeights, largest: StepShape, group: RankGroup | None = None
-    ) -> None:
-        """config: sizes of this rank's part. largest: what every step fits into."""
+    def __init__(self, model: LoadedModel, largest: StepShape, group: RankGroup | None = None) -> None:
+        """largest: what every step fits into."""
+        config = model.rank_config
         self._config = config
         self._group = group or RankGroup()
-        self._weights = weights
-        device = weights.embedding.device
-        self._products = CudaProducts(device, config.switches.activation == "gelu")
-        ropes = config.layer_ropes()
-        tables = {each: angle_table(each, config.head_dim, config.max_model_len).to(device) for each in ropes}
-        self._angles = [tables[each] for each in ropes]
+        self._weights = model.weights
+        self._angles = model.angle_tables()
+        self._products = CudaProducts(model.device, config.switches.activation == "gelu")
         cap = config.switches.attention_cap
-        self._scores = [Scores(config.attention_scale, window, cap) for window in config.windows]
+        scales = [layer.kv_scales for layer in model.weights.layers]
+        self._scores = [
+            Scores(config.attention_scale, window, cap, *of_layer)
+            for window, of_layer in zip(config.windows, scales, strict=True)
+        ]
         self._workspace = DecodeWorkspace(
-            largest.sequences, largest.pieces, (config.num_heads, config.num_kv_heads, config.head_dim), device
+            largest.sequences, largest.pieces, (config.num_heads, config.num_kv_heads, config.head_dim), model.device
         )
 
     def decode(self, step: StepView, sampled: torch.Tensor, pool: torch.Tensor) -> torch.Tensor:
@@ -167,7 +165,7 @@ class CudaDecoder:
         rotation, scores = (self._angles[index], norm), self._scores[index]
         out = torch.empty((len(qkv), config.num_heads * config.head_dim), dtype=qkv.dtype, device=qkv.device)
         if step.shape.tiles:
-            store_kv(qkv, step.tokens[2], step.tokens[3], *rotation, pool, index)
+            store_kv(qkv, step.tokens[2], step.tokens[3], *rotation, pool, index, scores=scores)
             prefill_attention(
                 qkv, out, pool, index, *rotation, step.tables, step.width, step.tiles, step.sequences, scores=scores
             )

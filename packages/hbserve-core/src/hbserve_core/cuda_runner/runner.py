@@ -23,8 +23,8 @@ from hbserve_core.cuda_runner.kernels.dependent_launch import num_processors
 from hbserve_core.cuda_runner.kernels.pointwise import host_copy
 from hbserve_core.cuda_runner.kernels.prefill_attention import new_tokens_per_tile
 from hbserve_core.cuda_runner.step_packer import SplitKV, StepPacker, StepShape, StepView
-from hbserve_core.engine.runner import PendingStep, StepResult
 from hbserve_core.engine.sequence import ScheduledChunk
+from hbserve_core.engine.step import PendingStep, StepResult
 from hbserve_core.errors import RankFailed
 from hbserve_core.logits.prompt_logprobs import PendingPromptLogprobs, ScoredRows, score
 from hbserve_core.logits.rows import LogitsRow, has_grammars
@@ -59,13 +59,13 @@ class CudaRunner:
         torch.cuda.set_device(self.device)
         self._stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
         with torch.inference_mode(), torch.cuda.stream(self._stream):
-            scratch = torch.empty((1, *model.block.shape), dtype=self.dtype, device=self.device)
-            self._packer = self._make_packer(scratch, model.rank_config, group.seed)
+            scratch = torch.empty((1, *model.block.shape), dtype=model.block.dtype, device=self.device)
+            self._packer = self._make_packer(model.rank_config, group.seed)
             self._shapes = self._packer.shapes
             self._largest = self._shapes.largest(
                 max(config.max_num_batched_tokens, config.max_num_seqs), config.max_num_seqs
             )
-            self._decoder = CudaDecoder(model.rank_config, model.weights, self._largest, group)
+            self._decoder = CudaDecoder(model, self._largest, group)
             self._special_rows = SpecialRows(model.model_config, self.device)
             self._sampled = torch.zeros(config.max_num_seqs, dtype=torch.int32, device=self.device)
             self._make_buffers()
@@ -89,9 +89,10 @@ class CudaRunner:
         self._left: Callable[[], None] | None = None
         """What `draw` is to do."""
 
-    def _make_packer(self, pool: torch.Tensor, model: ModelConfig, seed: int | None) -> StepPacker:
+    def _make_packer(self, model: ModelConfig, seed: int | None) -> StepPacker:
         pieces = SplitKV(model.num_kv_heads, num_processors(self.device))
-        return StepPacker(self.config, new_tokens_per_tile(pool, model.num_heads), pieces, seed)
+        heads = model.num_heads, model.num_kv_heads, model.head_dim
+        return StepPacker(self.config, new_tokens_per_tile(self.dtype, heads), pieces, seed)
 
     def _make_buffers(self) -> None:
         """Memory for the largest step there can be, on the device, and twice on the host: while the device still reads

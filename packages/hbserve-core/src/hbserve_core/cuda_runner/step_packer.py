@@ -23,8 +23,8 @@ import numpy as np
 import numpy.typing as npt
 
 from hbserve_core.config import InstanceConfig
-from hbserve_core.engine.runner import StepTokens
 from hbserve_core.engine.sequence import HOTTEST, UNREAD, ScheduledChunk, Sequence
+from hbserve_core.engine.step import StepTokens
 from hbserve_core.logits.prompt_logprobs import ScoredRows, scored_rows
 from hbserve_core.logits.rows import LogitsRow, special_rows
 

@@ -5,6 +5,10 @@ One token budget for everything: decodes first, then chunks of prompts that have
 blocks, the lowest `SamplingParams.priority` comes first; what runs keeps its place. A sequence gets the blocks of all
 its known tokens when it is admitted; from then on it grows by a block at a time, and if none is left, the newest
 sequence gives all of its blocks up and is computed again later.
+
+Blocks that no layer sees any more go back when a token has been sampled: until then its prompt may be cached as a
+whole, and until the end while they are sent. A sequence never has more tokens than the pool has room for, seen or not:
+it could not be computed again.
 """
 
 from array import array
@@ -15,9 +19,9 @@ from itertools import chain, islice
 from typing import Any
 
 from hbserve_core.config import InstanceConfig
-from hbserve_core.engine.block_manager import BlockManager
-from hbserve_core.engine.chunk_sizes import MOST_OVERTAKERS, ChunkSizes
+from hbserve_core.engine.block_manager import NO_BLOCK, BlockManager
 from hbserve_core.engine.sequence import Phase, ScheduledChunk, Sequence
+from hbserve_core.engine.step_times import MOST_OVERTAKERS, ChunkSizes
 from hbserve_rpc.histogram import Histogram
 
 STEP_TOKENS = [1.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0, 2048.0, 4096.0, 8192.0, 16384.0]
@@ -77,7 +81,7 @@ class BatchScheduler:
             "num_blocks": self._blocks.num_blocks,
             "num_free_blocks": self._blocks.num_free,
             "num_cached_blocks": self._blocks.num_cached,
-            "num_reserved_blocks": sum(len(sequence.block_table) for sequence in [*self._held, *self._ending]),
+            "num_reserved_blocks": sum(_num_held(sequence) for sequence in [*self._held, *self._ending]),
             "num_quarantined_blocks": self._blocks.num_quarantined,
             "num_cached_tokens": self.num_cached_tokens,
             "num_preemptions": self.num_preemptions,
@@ -129,10 +133,11 @@ class BatchScheduler:
         """Make room for the sequence's next token. False: it was itself preempted, or cannot go on at all."""
         if len(sequence.block_table) * self._blocks.block_size >= sequence.num_tokens:
             return True
-        while self._blocks.num_free == 0:
-            # Who holds the whole pool could never be admitted again; who is alone has nobody to wait for.
+        is_longest = len(sequence.block_table) == self._blocks.num_blocks
+        while self._blocks.num_free == 0 or is_longest:
+            # Who needs the whole pool could never be admitted again; who is alone has nobody to wait for.
             alone = len(self.running) == 1 and self.num_reserved == 0
-            if alone or len(sequence.block_table) == self._blocks.num_blocks:
+            if alone or is_longest:
                 self.move(sequence, Phase.OUT_OF_BLOCKS)
                 return False
             # The blocks of a prefill-only sequence are being sent. `sequence` itself is not one: those never grow.
@@ -208,18 +213,19 @@ class BatchScheduler:
             return []
         # At least the last known token is computed: the next one is sampled from it. And every one that scores the next
         # one of the prompt: its keys and values say nothing of that.
-        prefix = self._find_prefix(sequence, sequence.num_tokens - 1) if sequence.is_scored else []
+        may_skip = sequence.num_tokens - 1 if sequence.is_scored else 0
+        prefix = self._blocks.find_prefix(self._digests(sequence, may_skip))
         count = self._chunk_size(sequence, sequence.num_tokens - len(prefix) * self._blocks.block_size)
         if count == 0 or not self._allocate(sequence, prefix, self._blocks.allocate):
             return []
-        sequence.num_computed_tokens = sequence.num_cached_tokens
+        sequence.num_computed_tokens = sequence.num_shared_tokens
         self.move(sequence, Phase.RUNNING)
         return self._chunks([sequence])
 
-    def _find_prefix(self, sequence: Sequence, num_tokens: int) -> list[int]:
-        """Cached blocks among those that `num_tokens` fill."""
+    def _digests(self, sequence: Sequence, num_tokens: int) -> list[bytes]:
+        """Of the blocks that `num_tokens` fill."""
         self._extend_digests(sequence)
-        return self._blocks.find_prefix(sequence.block_digests[: num_tokens // self._blocks.block_size])
+        return sequence.block_digests[: num_tokens // self._blocks.block_size]
 
     def _allocate(self, sequence: Sequence, prefix: list[int], allocate: Callable[[int], list[int]]) -> bool:
         """Give the sequence `prefix` and blocks for the rest of its known tokens, if that leaves some for growth."""
@@ -229,7 +235,8 @@ class BatchScheduler:
             return False
         self._blocks.share(prefix)
         sequence.block_table = array("i", prefix + allocate(wanted))
-        sequence.num_cached_tokens = sequence.num_shared_tokens = len(prefix) * self._blocks.block_size
+        sequence.num_shared_tokens = len(prefix) * self._blocks.block_size
+        sequence.num_cached_tokens = sequence.num_shared_tokens if prefix and prefix[-1] != NO_BLOCK else 0
         sequence.is_shared = True  # what it had is gone, and is computed here
         self.num_cached_tokens += sequence.num_cached_tokens
         return True
@@ -243,7 +250,9 @@ class BatchScheduler:
         if not self.reserving or self.waiting or len(self.running) + self.num_reserved >= self._config.max_num_seqs:
             return None
         sequence = self.reserving[0]
-        prefix = self._find_prefix(sequence, sequence.num_tokens)
+        # All that is seen from the last block on that is full: of several choices, some begin there.
+        full = sequence.num_tokens // self._blocks.block_size * self._blocks.block_size
+        prefix = self._blocks.find_part(self._digests(sequence, full), self._blocks.first_seen(full))
         if not self._allocate(sequence, prefix, self._blocks.allocate_idle):
             return None
         self.move(sequence, Phase.HELD)
@@ -260,6 +269,20 @@ class BatchScheduler:
             self._extend_digests(sequence)
             for i in range(first, last):
                 self._blocks.cache(sequence.block_table[i], sequence.block_digests[i])
+        if not (sequence.prefill_only or sequence.choices):  # whose blocks others will read
+            self._free_unseen(sequence)
+
+    def _free_unseen(self, sequence: Sequence) -> None:
+        """Give back the blocks that no step which is launched from now on sees."""
+        table = sequence.block_table
+        # Of steps that were launched, some tokens are not shared yet.
+        last = self._blocks.first_seen(min(sequence.num_computed_tokens, sequence.num_shared_tokens))
+        first = last
+        while first and table[first - 1] != NO_BLOCK:
+            first -= 1
+        if first < last:
+            self._blocks.release(table[first:last])
+            table[first:last] = array("i", [NO_BLOCK]) * (last - first)
 
     def _extend_digests(self, sequence: Sequence) -> None:
         self._blocks.extend_digests(sequence.block_digests, sequence.token_ids, sequence.num_read_tokens)
@@ -301,7 +324,9 @@ class BatchScheduler:
         choices = [each for parent in requests for each in parent.choices]
         sequences = [*requests, *(each for each in choices if each.phase not in (Phase.NEW, Phase.ENDED))]
         holding = [sequence.block_table for sequence in sequences if sequence.phase is not Phase.QUARANTINED]
-        self._blocks.check_integrity(Counter(chain.from_iterable(holding)))
+        holders = Counter(chain.from_iterable(holding))
+        del holders[NO_BLOCK]
+        self._blocks.check_integrity(holders)
         for phase, queue in self._queues.items():
             expected = Counter(each for each in sequences if each.phase is phase)
             assert Counter(queue) == expected, f"{phase.name}: {queue}, not {list(expected)}"
@@ -314,5 +339,11 @@ class BatchScheduler:
             elif phase in (Phase.RUNNING, Phase.ENDING):
                 needed = self._blocks.num_blocks_for(sequence.num_computed_tokens)
                 assert num_blocks >= needed, f"{sequence.request_id} is {phase.name}: {num_blocks} of {needed} blocks"
+                seen = sequence.block_table[self._blocks.first_seen(sequence.num_computed_tokens) :]
+                assert NO_BLOCK not in seen, f"{sequence.request_id} is {phase.name}, and sees {sequence.block_table}"
         quarantined = {block for each in sequences if each.phase is Phase.QUARANTINED for block in each.block_table}
         assert len(quarantined) == self._blocks.num_quarantined
+
+
+def _num_held(sequence: Sequence) -> int:
+    return len(sequence.block_table) - sequence.block_table.count(NO_BLOCK)

@@ -7,6 +7,9 @@ A held block may be quarantined: its request has ended, but a failed transfer ma
 
 A free block may still be read and written by steps that were launched before it was released, until these have ended.
 That is no harm to later steps, which are computed after them, but to others who write in no order with steps.
+
+With a window, which all layers of the model have, tokens see the last positions only. Blocks behind them are nobody's:
+a block table has NO_BLOCK in their place, and so has a cached prefix, of which the end is enough.
 """
 
 from collections import Counter, OrderedDict
@@ -15,13 +18,18 @@ from itertools import chain, islice, takewhile
 
 from hbserve_rpc.prompt_shape import DIGEST_BYTES, MOST_REPORTED, extend_digests
 
+NO_BLOCK = -1
+"""In a list of a sequence's blocks: one that no layer can see any more. Taken by all that shares or releases."""
+
 
 class BlockManager:
     """Hands out blocks by number; knows nothing of tensors. Not thread-safe."""
 
-    def __init__(self, num_blocks: int, block_size: int, *, prefix_caching: bool = True) -> None:
+    def __init__(self, num_blocks: int, block_size: int, *, prefix_caching: bool = True, window: int = 0) -> None:
+        """window: the last positions that any layer sees, a token's own included; 0: all."""
         self.num_blocks = num_blocks
         self.block_size = block_size
+        self._window = window
         self._prefix_caching = prefix_caching
         self._references = [0] * num_blocks
         # Both in the order in which the blocks became free: of those cached, the least recently used is evicted first.
@@ -51,6 +59,10 @@ class BlockManager:
 
     def num_blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)
+
+    def first_seen(self, num_tokens: int) -> int:
+        """The first block that tokens which come after so many see."""
+        return max(0, num_tokens + 1 - self._window) // self.block_size if self._window else 0
 
     # ---- giving out and taking back ------------------------------------------------------------------------------
 
@@ -86,6 +98,8 @@ class BlockManager:
     def share(self, block_ids: Sequence[int]) -> None:
         """One more reference to each block; `find_prefix` has found them."""
         for block_id in block_ids:
+            if block_id == NO_BLOCK:
+                continue
             if self._references[block_id] == 0:
                 del self._cached[block_id]
             self._references[block_id] += 1
@@ -93,6 +107,8 @@ class BlockManager:
     def release(self, block_ids: Sequence[int]) -> None:
         """One reference less. Blocks without any are free; of those cached, the last of the list is evicted first."""
         for block_id in reversed(block_ids):
+            if block_id == NO_BLOCK:
+                continue
             assert self._references[block_id] > 0, f"block {block_id} is released twice"
             self._references[block_id] -= 1
             if self._references[block_id] == 0:
@@ -119,9 +135,25 @@ class BlockManager:
         extend_digests(digests, token_ids, num_tokens, self.block_size)
 
     def find_prefix(self, digests: Sequence[bytes]) -> list[int]:
-        """The blocks that hold the longest cached prefix. They may be given to somebody else until they are shared."""
+        """The blocks that hold the longest cached prefix from which one can go on: with a window, of its end only, and
+        NO_BLOCK before. They may be given to somebody else until they are shared."""
         found: list[int] = []
-        for digest in digests:
+        num_found = num_in_a_row = 0
+        for count, digest in enumerate(digests, 1):
+            block_id = self._block_of.get(digest, NO_BLOCK)
+            if block_id == NO_BLOCK and not self._window:
+                break
+            found.append(block_id)
+            num_in_a_row = 0 if block_id == NO_BLOCK else num_in_a_row + 1
+            if num_in_a_row >= count - self.first_seen(count * self.block_size):
+                num_found = count
+        unseen = self.first_seen(num_found * self.block_size)
+        return [NO_BLOCK] * unseen + found[unseen:num_found]
+
+    def find_part(self, digests: Sequence[bytes], first: int) -> list[int]:
+        """NO_BLOCK up to block `first`, and from there on as many blocks as are cached without a gap."""
+        found = [NO_BLOCK] * first
+        for digest in digests[first:]:
             if (block_id := self._block_of.get(digest)) is None:
                 break
             found.append(block_id)
@@ -129,7 +161,7 @@ class BlockManager:
 
     def num_free_besides(self, block_ids: Sequence[int]) -> int:
         """Free blocks, if those were shared first."""
-        return self.num_free - sum(self._references[block_id] == 0 for block_id in block_ids)
+        return self.num_free - sum(id_ != NO_BLOCK and self._references[id_] == 0 for id_ in block_ids)
 
     def cache(self, block_id: int, digest: bytes) -> None:
         """The block's keys and values are there, all of them: others may find it."""

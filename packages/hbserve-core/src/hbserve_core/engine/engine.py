@@ -1,5 +1,6 @@
 """The engine: requests in, tokens out, one step at a time."""
 
+from array import array
 from collections.abc import Callable
 from collections.abc import Sequence as Ids
 from dataclasses import replace
@@ -8,13 +9,10 @@ from time import perf_counter
 
 from hbserve_core.config import InstanceConfig
 from hbserve_core.engine.batch_scheduler import BatchScheduler
-from hbserve_core.engine.block_manager import BlockManager
-from hbserve_core.engine.chunk_sizes import ChunkSizes
-from hbserve_core.engine.outputs import EngineStats, Reservation, StepOutput, error_of, finish_reason_of, output_of
-from hbserve_core.engine.request_limits import RequestLimits
-from hbserve_core.engine.runner import DrawnToken, Runner, StepInFlight
-from hbserve_core.engine.sequence import NOT_FINITE, UNREAD, Phase, ScheduledChunk, Sequence
-from hbserve_core.engine.step_times import LaunchTimes, StepWork
+from hbserve_core.engine.block_manager import NO_BLOCK, BlockManager
+from hbserve_core.engine.sequence import NOT_FINITE, UNREAD, Phase, RequestLimits, ScheduledChunk, Sequence
+from hbserve_core.engine.step import DrawnToken, EngineStats, Reservation, Runner, StepInFlight, StepOutput, error_of
+from hbserve_core.engine.step_times import ChunkSizes, LaunchTimes, StepWork
 from hbserve_core.grammars.compiler import GrammarCompiler
 from hbserve_core.grammars.matcher import Matcher
 from hbserve_rpc import InvalidRequest, SamplingParams
@@ -45,7 +43,8 @@ class Engine:
         self._runner = runner
         self._clock = clock
         self._model = runner.model_config
-        self.blocks = BlockManager(runner.pool.shape[0], config.block_size, prefix_caching=config.prefix_caching)
+        pool_of = runner.pool.shape[0], config.block_size
+        self.blocks = BlockManager(*pool_of, prefix_caching=config.prefix_caching, window=self._model.reach)
         self.grammars = GrammarCompiler(config.model_path, self._model.vocab_size, self._model.eos_token_ids)
         """Any thread may use it: what it makes is handed to `add` or `reserve`."""
         self.limits = RequestLimits(config, self._model.vocab_size, self._model.max_model_len, self.blocks.num_blocks)
@@ -111,7 +110,7 @@ class Engine:
         use one of them for who had it before; most are granted at once, because they get blocks that none may.
         """
         while (sequence := self._scheduler.grant()) is not None:
-            first = sequence.num_cached_tokens // self.config.block_size
+            first = sequence.num_shared_tokens // self.config.block_size
             block_ids = sequence.block_table[first:].tolist()
             granted = Reservation(sequence.request_id, block_ids, sequence.num_cached_tokens)
             self._granted.append((granted, self.blocks.last_step(block_ids)))
@@ -165,9 +164,10 @@ class Engine:
         sequence = self._sequences[request_id]
         self._scheduler.move(sequence, Phase.QUARANTINED)
         self._withdraw_grant(sequence)
-        kept = len(sequence.block_table) - num_blocks
-        self.blocks.release(sequence.block_table[:kept])
-        sequence.block_table = sequence.block_table[kept:]
+        held = array("i", [each for each in sequence.block_table if each != NO_BLOCK])
+        kept = max(0, len(held) - num_blocks)
+        self.blocks.release(held[:kept])
+        sequence.block_table = held[kept:]
         self.blocks.quarantine(sequence.block_table)
 
     def _end(self, sequence: Sequence) -> None:
@@ -307,10 +307,10 @@ class Engine:
             if sequence.block_table:
                 self._scheduler.share(sequence, end)
             self._num_generated += 1
-            finish_reason = finish_reason_of(sequence, token, self._model)
+            finish_reason = sequence.finish_reason(token, self._model.eos_token_ids)
             if sequence.matcher is not None and finish_reason is None and not sequence.prefill_only:
                 sequence.matcher.advance(token)
-        output = output_of(sequence, token, index, finish_reason, end, logprobs, error)
+        output = StepOutput.of(sequence, token, index, finish_reason, end, logprobs, error)
         if token is not None and sequence.prefill_only:
             self._scheduler.move(sequence, Phase.HELD)
         elif output.is_last:
@@ -329,8 +329,8 @@ class Engine:
             index, choice.token_ids = parent.num_output_tokens, [*parent.token_ids, token]
             error = error_of(choice, token, index)
             self._num_generated += error is None
-            finish_reason = None if error else finish_reason_of(choice, token, self._model)
-            output = output_of(parent, token, index, finish_reason, end, logprobs, error)
+            finish_reason = None if error else choice.finish_reason(token, self._model.eos_token_ids)
+            output = StepOutput.of(parent, token, index, finish_reason, end, logprobs, error)
             of_prompt = [] if outputs else output.prompt_logprobs
             outputs.append(replace(output, choice=choice.choice, prompt_logprobs=of_prompt))
             if output.is_last:
@@ -357,21 +357,21 @@ class Engine:
             sequence = chunk.sequence
             if self.on_early_output is not None and chunk.first == sequence.num_cached_tokens > 0:
                 index = sequence.num_output_tokens
-                self.on_early_output(output_of(sequence, None, index, None, sequence.num_computed_tokens))
+                self.on_early_output(StepOutput.of(sequence, None, index, None, sequence.num_computed_tokens))
 
     def _tell_launched(self, sent: list[ScheduledChunk]) -> None:
         if self.on_early_output is None or self._runner.computed is None:
             return
         for chunk in sent:
             sequence, end = chunk.sequence, chunk.first + chunk.num_new_tokens
-            output = output_of(sequence, None, sequence.num_output_tokens, None, end)
+            output = StepOutput.of(sequence, None, sequence.num_output_tokens, None, end)
             self.on_early_output(replace(output, ready=self._runner.computed))
 
     def _end_out_of_blocks(self) -> list[StepOutput]:
         outputs = []
         for sequence in list(self._scheduler.out_of_blocks):
             index, computed = sequence.num_output_tokens, sequence.num_computed_tokens
-            outputs.append(output_of(sequence, None, index, "length", computed))
+            outputs.append(StepOutput.of(sequence, None, index, "length", computed))
             self._end(sequence)
         return outputs
 

@@ -1,4 +1,4 @@
-"""One request inside an engine, as three integers, and what one step computes of it.
+"""One request inside an engine, as three integers, what one step computes of it, and what it may ask for at all.
 
     token_ids   [0 .......... num_prompt_tokens ............ num_tokens)
     KV in pool  [0 ....... num_computed_tokens)
@@ -26,13 +26,18 @@ A request of several choices (`SamplingParams.n`) has a sequence for what they h
 """
 
 from array import array
+from collections.abc import Container
+from collections.abc import Sequence as Ids
 from dataclasses import dataclass, field
 from enum import Enum
+from random import SystemRandom
 from sys import maxsize
 
+from hbserve_core.config import InstanceConfig
 from hbserve_core.grammars.matcher import Matcher
-from hbserve_rpc import SamplingParams
-from hbserve_rpc.messages import TokenLogprobs
+from hbserve_rpc import InvalidRequest, SamplingParams
+from hbserve_rpc.messages import FinishReason, TokenLogprobs
+from hbserve_rpc.plain_values import plain_id, plain_token_ids, require_in_vocabulary, shown
 
 UNREAD = -1
 """Stands for a token that the device has, or will have, and the host has not read yet."""
@@ -98,11 +103,13 @@ class Sequence:
     params: SamplingParams
     num_computed_tokens: int = 0
     block_table: "array[int]" = field(default_factory=_no_blocks)
-    """Block i holds tokens [i * block_size, (i + 1) * block_size). An array, which numpy copies without a loop."""
+    """Block i holds tokens [i * block_size, (i + 1) * block_size); NO_BLOCK where no layer sees them any more. An
+    array, which numpy copies without a loop."""
     block_digests: list[bytes] = field(default_factory=list)
     """Of the full blocks, as far as they were needed; see BlockManager."""
     num_cached_tokens: int = 0
-    """Of those computed, how many the prefix cache gave when the sequence last got its blocks."""
+    """Of those computed, how many the prefix cache gave when the sequence last got its blocks; those before them, which
+    no layer sees, are counted too."""
     num_shared_tokens: int = 0
     """Of those computed, how many are in blocks that others may find, if these are full."""
     is_shared: bool = True
@@ -145,6 +152,14 @@ class Sequence:
         assert phase in NEXT_PHASES[self.phase], f"{self.request_id}: {self.phase.name} cannot become {phase.name}"
         self.phase = phase
 
+    def finish_reason(self, token: int, eos_token_ids: Container[int]) -> FinishReason | None:
+        """Why an output token is its last one; None if it is not."""
+        # Where there is a grammar, one that is ignored cannot be drawn, unless the answer is complete.
+        is_end = not self.params.ignore_eos or self.matcher is not None
+        if token in self.params.stop_token_ids or (is_end and token in eos_token_ids):
+            return "stop"
+        return "length" if self.is_full else None
+
     @property
     def is_full(self) -> bool:
         """Whether it has as many tokens as it may have."""
@@ -181,7 +196,8 @@ class Sequence:
 class ScheduledChunk:
     """What one step computes of one sequence: tokens [num_computed_tokens, num_computed_tokens + num_new_tokens).
 
-    `sequence.block_table` covers them. The runner reads the sequence and changes nothing.
+    `sequence.block_table` covers them. The runner reads the sequence and changes nothing, and of its blocks those only
+    that the model's windows reach.
     """
 
     sequence: Sequence
@@ -203,3 +219,62 @@ class ScheduledChunk:
         sequence = self.sequence
         end = min(self.first + self.num_new_tokens, sequence.num_prompt_tokens - 1)
         return range(max(self.first, sequence.num_scored_tokens - 1), end)
+
+
+class RequestLimits:
+    """What an engine can ever run: limits of its model, its pool and its configuration. Other requests are refused at
+    once, not when they get stuck."""
+
+    def __init__(self, config: InstanceConfig, vocab_size: int, max_model_len: int, num_blocks: int) -> None:
+        self._config = config
+        self._vocab_size = vocab_size
+        self._max_model_len = max_model_len
+        self._num_blocks = num_blocks
+
+    @property
+    def max_prompt_len(self) -> int:
+        """Most tokens that a prompt may have."""
+        longest = min(self._max_model_len - 1, self._num_blocks * self._config.block_size)
+        return longest if self._config.chunked_prefill_enabled else min(longest, self._config.max_num_batched_tokens)
+
+    def sequence(self, request_id: str, prompt: Ids[int], params: SamplingParams, output: Ids[int] = ()) -> Sequence:
+        """A request that can run, plain and shared with nobody. `output` are tokens that it has already.
+
+        Raises:
+            InvalidRequest: names what is wrong, the value and the limit.
+        """
+        request_id = plain_id("request_id", request_id)
+        if not isinstance(params, SamplingParams):
+            raise InvalidRequest(f"params={shown(params)}: expected SamplingParams")
+        params = params.copied()
+        params.require_vocabulary(self._vocab_size)
+        prompt_ids, output_ids = plain_token_ids("prompt", prompt), plain_token_ids("output_token_ids", output)
+        if not prompt_ids:
+            raise InvalidRequest("prompt: expected at least one token")
+        require_in_vocabulary("prompt", prompt_ids, self._vocab_size)
+        require_in_vocabulary("output_token_ids", output_ids, self._vocab_size)
+        num_prompt, num_output = len(prompt_ids), len(output_ids)
+        if num_output >= params.max_tokens:
+            raise InvalidRequest(f"output_token_ids: {num_output} tokens are all of max_tokens={params.max_tokens}")
+        self._check_length(num_prompt, num_prompt + num_output)
+        most = min(num_prompt + params.max_tokens, self._max_model_len)
+        if params.n > 1 and params.seed is None:
+            params.seed = SystemRandom().getrandbits(63)  # choices are told apart by their seeds
+        sequence = Sequence(request_id, prompt_ids + output_ids, num_prompt, params, max_num_tokens=most)
+        if params.prompt_logprobs is not None and not output_ids:
+            sequence.num_scored_tokens = 1
+        return sequence
+
+    def _check_length(self, num_prompt: int, num_known: int) -> None:
+        if num_known >= self._max_model_len:
+            raise InvalidRequest(
+                f"prompt: {num_known} tokens leave no room for another; max_model_len is {self._max_model_len}"
+            )
+        needed = -(-num_known // self._config.block_size)
+        if needed > self._num_blocks:
+            raise InvalidRequest(f"prompt: {num_known} tokens need {needed} blocks, the pool has {self._num_blocks}")
+        budget = self._config.max_num_batched_tokens
+        if not self._config.chunked_prefill_enabled and num_prompt > budget:
+            raise InvalidRequest(
+                f"prompt: {num_prompt} tokens do not fit max_num_batched_tokens={budget} while chunked prefill is off"
+            )

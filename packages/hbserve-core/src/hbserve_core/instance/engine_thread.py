@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from hbserve_core.engine.engine import Engine
-from hbserve_core.engine.outputs import EngineStats, Reservation, StepOutput
+from hbserve_core.engine.step import EngineStats, Reservation, StepOutput
 from hbserve_core.errors import EngineStopped
 
 logger = logging.getLogger(__name__)

@@ -12,8 +12,7 @@ from typing import Any
 
 from hbserve_core.config import InstanceConfig
 from hbserve_core.engine.engine import Engine
-from hbserve_core.engine.outputs import EngineStats
-from hbserve_core.engine.runner import Runner
+from hbserve_core.engine.step import EngineStats, Runner
 from hbserve_core.errors import EngineStopped, InstanceFailed
 from hbserve_core.instance.engine_thread import EngineEvent, EngineThread
 from hbserve_core.instance.handover import GRANT_PATIENCE_S, Inbox, PrefillSend, wait_for_kv
@@ -52,6 +51,7 @@ from hbserve_rpc.messages import (
 )
 from hbserve_rpc.metrics_text import Family
 from hbserve_rpc.reports import REPORTS
+from hbserve_rpc.trace_context import TRACEPARENT
 
 logger = logging.getLogger(__name__)
 
@@ -239,6 +239,7 @@ class GpuInstance:
         if request.request_id in self._inboxes:
             raise InvalidRequest(f"request_id={request.request_id!r} is in use")
         self.num_requests += 1
+        logger.debug("%s: %s, trace %s", request.request_id, type(request).__name__, TRACEPARENT.get() or "none")
         self.reports.begin(request)
         inbox = self._inboxes[request.request_id] = Inbox(request.left_s)
         return inbox
@@ -317,7 +318,7 @@ class GpuInstance:
         finally:
             self._end(self._end_prefill(request.request_id, sending))
 
-    async def _grant(self, request: GrantRequest) -> None:
+    def _grant(self, request: GrantRequest) -> None:
         if inbox := self._inboxes.get(request.request_id):
             inbox.put_nowait(request)
 

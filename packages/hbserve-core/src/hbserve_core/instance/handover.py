@@ -7,7 +7,8 @@ from typing import Any
 
 import msgspec
 
-from hbserve_core.engine.outputs import Reservation, StepOutput
+from hbserve_core.engine.block_manager import NO_BLOCK
+from hbserve_core.engine.step import Reservation, StepOutput
 from hbserve_core.transfers.instance_transfers import InstanceTransfers, JointReceive, JointSend
 from hbserve_kv import Outcome, PostedReceive, SendTransfer, TransferResult
 from hbserve_rpc import RemoteError, RequestTimeout
@@ -205,6 +206,9 @@ class PrefillSend:
         end = self._num_blocks if computed == self._num_tokens else computed // self._block_size
         if end > self._pushed:
             blocks = self._output.block_table[self._pushed : end]
+            if NO_BLOCK in blocks:
+                self._fail("blocks were granted that no layer of the model sees any more")
+                return
             self._transfer.push(blocks, self._pushed - self._first, self._output.ready)
             self._pushed = end
             self._pushed_at.append((time.monotonic(), end - self._first))

@@ -5,8 +5,7 @@ from typing import Any
 
 from hbserve_core.config import InstanceConfig
 from hbserve_core.engine.engine import Engine
-from hbserve_core.engine.outputs import EngineStats
-from hbserve_core.engine.runner import Runner
+from hbserve_core.engine.step import EngineStats, Runner
 from hbserve_kv import TransferStats
 from hbserve_rpc.messages import InstanceInfo, InstanceStats
 

@@ -9,8 +9,7 @@ import msgspec
 
 from hbserve_core.config import InstanceConfig
 from hbserve_core.engine.engine import Engine
-from hbserve_core.engine.outputs import EngineStats
-from hbserve_core.engine.runner import Runner
+from hbserve_core.engine.step import EngineStats, Runner
 from hbserve_core.instance.instance_stats import instance_info, instance_stats
 from hbserve_core.transfers.instance_transfers import InstanceTransfers
 from hbserve_rpc import calling_peer

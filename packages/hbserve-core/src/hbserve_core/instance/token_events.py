@@ -3,7 +3,7 @@
 from collections.abc import AsyncIterator
 from collections.abc import Sequence as Ids
 
-from hbserve_core.engine.outputs import StepOutput
+from hbserve_core.engine.step import StepOutput
 from hbserve_core.instance.handover import Inbox
 from hbserve_rpc.messages import TokenEvent
 

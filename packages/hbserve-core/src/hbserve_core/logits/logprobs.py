@@ -7,7 +7,7 @@ Shapes: N rows, V vocab_size, K most tokens that one of the rows asks for.
 
 import torch
 
-from hbserve_core.engine.runner import DrawnToken
+from hbserve_core.engine.step import DrawnToken
 from hbserve_rpc.messages import TokenLogprobs
 
 

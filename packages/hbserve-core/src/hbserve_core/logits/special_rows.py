@@ -15,8 +15,8 @@ from collections.abc import Sequence as Ids
 
 import torch
 
-from hbserve_core.engine.runner import DrawnToken
 from hbserve_core.engine.sequence import Sequence
+from hbserve_core.engine.step import DrawnToken
 from hbserve_core.logits.logprobs import Logprobs
 from hbserve_core.logits.rows import LogitsRow, on_device
 from hbserve_core.logits.rules import LogitRules

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from hbserve_core.config import InstanceConfig
-from hbserve_core.errors import NotEnoughMemory
+from hbserve_core.errors import InvalidInstanceConfig, NotEnoughMemory
 from hbserve_core.model.model_config import ModelConfig
 from hbserve_kv import shared_empty
 
@@ -19,6 +19,8 @@ _CPU_SHARE = 8
 _CPU_MOST_BYTES = 4 << 30
 # What a process takes of a GPU before its first tensor, with some room for libraries' workspaces.
 _CUDA_CONTEXT_BYTES = 1 << 30
+_CUDA_WITH_FP8 = (8, 9)
+"""Compute capability."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +40,23 @@ class BlockShape:
     @property
     def block_bytes(self) -> int:
         return prod(self.shape) * self.dtype.itemsize
+
+
+def kv_dtype(config: InstanceConfig, dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """Of keys and values in the pool, where the model's is `dtype`.
+
+    Raises:
+        InvalidInstanceConfig: the device does not have it.
+    """
+    if config.kv_cache_dtype == "auto":
+        return dtype
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < _CUDA_WITH_FP8:
+        name, (major, minor) = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
+        raise InvalidInstanceConfig(
+            f"kv_cache_dtype='fp8': {name} has compute capability {major}.{minor}, and 8-bit floats need "
+            f"{'.'.join(map(str, _CUDA_WITH_FP8))}; leave it at 'auto'"
+        )
+    return torch.float8_e4m3fn
 
 
 def block_shape(config: InstanceConfig, model: ModelConfig, dtype: torch.dtype) -> BlockShape:

@@ -99,6 +99,8 @@ class LayerWeights:
     """Of the sum over the ranks, before it is added."""
     mlp_out_norm: RmsNorm | None = None
     experts: "ExpertWeights | None" = None
+    kv_scales: tuple[float, float] = (1.0, 1.0)
+    """What keys, and values, are divided by in a pool of 8-bit floats."""
 
 
 @dataclass(frozen=True, slots=True)

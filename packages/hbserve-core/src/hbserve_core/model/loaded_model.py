@@ -8,9 +8,11 @@ import torch
 
 from hbserve_core.config import InstanceConfig
 from hbserve_core.errors import InvalidInstanceConfig
-from hbserve_core.model.kv_pool import BlockShape, allocate_pool, block_shape, choose_num_blocks
+from hbserve_core.model.kv_pool import BlockShape, allocate_pool, block_shape, choose_num_blocks, kv_dtype
+from hbserve_core.model.layers import DecoderWeights
 from hbserve_core.model.model_config import DTYPES, ModelConfig, load_model_config, torch_dtype
 from hbserve_core.model.rank_group import RankGroup
+from hbserve_core.model.rope import angle_table
 from hbserve_core.model.shard import check_divisible
 from hbserve_core.model.weights import load_weights
 
@@ -42,9 +44,11 @@ class LoadedModel:
         self.dtype = _dtype(config, self.model_config)
         if config.num_threads:
             torch.set_num_threads(config.num_threads)
-        self.weights = load_weights(self.model_config, config.load_format, self.dtype, self.device, shard)
-        self.block = block_shape(config, self.rank_config, self.dtype)
-        self.fingerprint = _fingerprint(self.model_config, self.weights.digest, self.block)
+        in_pool = kv_dtype(config, self.dtype, self.device)
+        given = self.model_config, config.load_format, self.dtype, self.device, shard
+        self.weights = load_weights(*given, with_kv_scales=in_pool != self.dtype)
+        self.block = block_shape(config, self.rank_config, in_pool)
+        self.fingerprint = _fingerprint(self.model_config, self.weights, self.block)
         """What two instances must share to read each other's blocks."""
 
     def allocate_pool(self, reserved_bytes: int = 0) -> torch.Tensor:
@@ -71,6 +75,13 @@ class LoadedModel:
             num_blocks * block.block_bytes / 2**30,
         )
         return pool
+
+    def angle_tables(self) -> list[torch.Tensor]:
+        """Each layer's cosines and sines of all positions, on the device; see `rope.angle_table`. Layers share them."""
+        config = self.rank_config
+        ropes = config.layer_ropes()
+        tables = {each: angle_table(each, config.head_dim, config.max_model_len).to(self.device) for each in ropes}
+        return [tables[each] for each in ropes]
 
 
 def configured_model(config: InstanceConfig) -> ModelConfig:
@@ -141,11 +152,16 @@ def _dtype(config: InstanceConfig, model: ModelConfig) -> torch.dtype:
     return torch_dtype(config.dtype)
 
 
-def _fingerprint(model: ModelConfig, weights_digest: str, block: BlockShape) -> dict[str, str | int]:
+def _fingerprint(model: ModelConfig, weights: DecoderWeights, block: BlockShape) -> dict[str, str | int]:
     # The same weights with other rotation angles are another model.
     switches = replace(model.switches, experts=None)  # how ranks share experts is their own affair
-    described = f"{model.architecture} {switches} {model.rope} {model.rms_norm_eps} {weights_digest}"
-    return {
+    # Windows say which blocks are sent.
+    described = f"{model.architecture} {switches} {model.windows} {model.rope} {model.rms_norm_eps} {weights.digest}"
+    scales: dict[str, str | int] = {}
+    if block.dtype == torch.float8_e4m3fn:
+        every = [layer.kv_scales for layer in weights.layers]
+        scales["kv_scales"] = hashlib.sha256(repr(every).encode()).hexdigest()[:16] if set(every) != {(1.0, 1.0)} else 1
+    return scales | {
         "model": hashlib.sha256(described.encode()).hexdigest()[:32],
         "dtype": str(block.dtype).removeprefix("torch."),
         "num_layers": block.num_layers,

@@ -74,6 +74,11 @@ class ModelConfig:
     """Each of them ends a sequence."""
 
     @property
+    def reach(self) -> int:
+        """The last positions that any layer sees, a token's own included; 0: all."""
+        return max(self.windows) if all(self.windows) else 0
+
+    @property
     def dtype(self) -> "torch.dtype":
         """Of the checkpoint."""
         return torch_dtype(self.dtype_name)

@@ -24,6 +24,8 @@ def scale_block(folder: Path, raw: Mapping[str, Any]) -> tuple[int, int] | None:
         return _block(folder, given.get("weight_block_size"))
     if method == "compressed-tensors":
         groups = [group["weights"] for group in given.get("config_groups", {}).values() if group.get("weights")]
+        if not groups and given.get("kv_cache_scheme"):  # of which the scales are read, whatever it says
+            return None
         if groups and all(each.get("num_bits") == 8 and each.get("type") == "float" for each in groups):
             return _block(
                 folder, next((each["block_structure"] for each in groups if each.get("block_structure")), None)

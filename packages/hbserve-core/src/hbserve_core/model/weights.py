@@ -37,9 +37,16 @@ logger = logging.getLogger(__name__)
 
 
 def load_weights(
-    config: ModelConfig, load_format: str, dtype: torch.dtype, device: torch.device, shard: Shard | None = None
+    config: ModelConfig,
+    load_format: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    shard: Shard | None = None,
+    *,
+    with_kv_scales: bool = False,
 ) -> DecoderWeights:
     """Read, or for load_format "dummy" invent, a rank's part of the weights. `config` is of the whole model.
+    with_kv_scales: for a pool of 8-bit floats.
 
     All of them are there when it returns, for any stream.
 
@@ -56,7 +63,7 @@ def load_weights(
     source: TensorSource
     source = DummyCheckpoint(shapes) if load_format == "dummy" else Checkpoint(config, shapes, device)
     with contextlib.closing(source):
-        loader = _Loader(config, shard or Shard(), source, dtype, device)
+        loader = _Loader(config, shard or Shard(), source, dtype, device, with_kv_scales)
         weights = loader.decoder()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -135,7 +142,13 @@ class _Loader:
     """Fetches tensors by name, takes the rank's part, fuses them, and brings them to the engine's dtype and device."""
 
     def __init__(
-        self, config: ModelConfig, shard: Shard, source: TensorSource, dtype: torch.dtype, device: torch.device
+        self,
+        config: ModelConfig,
+        shard: Shard,
+        source: TensorSource,
+        dtype: torch.dtype,
+        device: torch.device,
+        with_kv_scales: bool,
     ) -> None:
         self._config = config
         self._shard = shard
@@ -143,6 +156,7 @@ class _Loader:
         self._shapes = checkpoint_shapes(config)
         self._dtype = dtype
         self._device = device
+        self._with_kv_scales = with_kv_scales
         self._heads = shard.part(config.num_heads, config.head_dim)
         self._kv_heads = shard.kv_part(config.num_kv_heads, config.head_dim)
         self._inner = shard.part(config.intermediate_size)
@@ -261,8 +275,14 @@ class _Loader:
             gate_up=gate_up,
             down=down,
             experts=experts,
+            kv_scales=self._kv_scales(attention),
             mlp_out_norm=self._layer_norm(prefix, norms.after_mlp, self._config.rms_norm_eps),
         )
+
+    def _kv_scales(self, attention: str) -> tuple[float, float]:
+        if not self._with_kv_scales:
+            return 1.0, 1.0
+        return self._source.kv_scale(attention, "k"), self._source.kv_scale(attention, "v")
 
     def _mlp(self, mlp: str) -> tuple[Linear, Linear]:
         inner, has_bias = (self._inner, self._inner), self._config.switches.mlp_bias

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 
 from hbserve_core.config import InstanceConfig
-from hbserve_core.engine.runner import Runner
+from hbserve_core.engine.step import Runner
 from hbserve_core.errors import InvalidInstanceConfig
 from hbserve_core.model.loaded_model import choose_device, configured_model
 from hbserve_core.model.rank_group import RankGroup

@@ -59,7 +59,7 @@ class StepWriter:
         params = None if sequence in self._last else sequence.params if self._draws else _greedy(sequence.params)
         new_token_ids = sequence.token_ids[first : first + chunk.num_new_tokens]
         known = self._last.get(sequence, b"")
-        if not table.startswith(known):  # it was preempted, and has others now
+        if not table.startswith(known):  # it was preempted and has others now, or some are not seen any more
             known = b""
         return _Chunk(
             sequence.request_id,

@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence as Ids
 
-from hbserve_core.engine.runner import PendingStep, Runner, StepResult
 from hbserve_core.engine.sequence import ScheduledChunk
+from hbserve_core.engine.step import PendingStep, Runner, StepResult
 from hbserve_core.errors import RankFailed
 from hbserve_core.ranks.step_message import StepWriter
 from hbserve_core.ranks.workers import Workers

@@ -16,7 +16,7 @@ from typing import BinaryIO
 
 import msgspec
 
-from hbserve_core.engine.runner import PendingStep, Runner
+from hbserve_core.engine.step import PendingStep, Runner
 from hbserve_core.errors import HBServeCoreError, RankFailed
 from hbserve_core.model.loaded_model import choose_device
 from hbserve_core.model.shard import Shard

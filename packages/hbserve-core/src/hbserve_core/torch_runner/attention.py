@@ -29,11 +29,19 @@ class TorchAttention:
     products.
     """
 
-    def __init__(self, pool: torch.Tensor, model: ModelConfig) -> None:
-        """model: sizes of this rank's part."""
-        self._pool = pool
+    def __init__(
+        self, pool: torch.Tensor, model: ModelConfig, dtype: torch.dtype, kv_scales: Sequence[tuple[float, float]]
+    ) -> None:
+        """model: sizes of this rank's part. dtype: of queries. kv_scales: see `LayerWeights`."""
+        self._is_narrow = pool.dtype != dtype
+        # torch gathers and scatters 8-bit floats as bytes only.
+        self._pool = pool.view(torch.uint8) if self._is_narrow else pool
         self._model = model
-        self._workspace = torch.empty(0, dtype=pool.dtype, device=pool.device)
+        self._reach = model.reach
+        self._kv_scales = kv_scales
+        self._workspace = torch.empty(0, dtype=self._pool.dtype, device=pool.device)
+        self._wide = torch.empty(0, dtype=dtype, device=pool.device)
+        """Of 8-bit floats, those of the workspace in the dtype of queries."""
 
     def plan(self, chunks: Sequence[ScheduledChunk]) -> "AttentionPlan":
         """For a step that computes `chunks`, whose tokens stand one after the other in this order.
@@ -43,11 +51,12 @@ class TorchAttention:
         self._clear_unwritten_slots(chunks)
         block_elements = self._pool[0, 0].numel()
         most_blocks = _MOST_GATHERED_BYTES // (block_elements * self._pool.dtype.itemsize)
-        groups = list(_groups(chunks, self._pool.shape[3], most_blocks))
+        groups = list(_groups(chunks, self._pool.shape[3], self._reach, most_blocks))
         elements = max(group.num_sequences * group.num_blocks for group in groups) * block_elements
         if self._workspace.numel() < elements:
             self._workspace = torch.empty(elements, dtype=self._pool.dtype, device=self._pool.device)
-        return AttentionPlan(self._pool, self._model, self._workspace, chunks, groups)
+            self._wide = self._wide.new_empty(elements) if self._is_narrow else self._workspace
+        return AttentionPlan(self._pool, self._model, (self._workspace, self._wide), self._kv_scales, chunks, groups)
 
     def _clear_unwritten_slots(self, chunks: Sequence[ScheduledChunk]) -> None:
         """Clear what a step leaves unwritten of the blocks that it begins: of each sequence at most the last one."""
@@ -67,9 +76,9 @@ class _Group:
     """Row of the group's first token among the step's tokens."""
     num_new_tokens: int
     contexts: list[int]
-    """Context tokens of each sequence, the new ones included."""
+    """Context tokens of each sequence, the new ones included, from the first block that a layer sees."""
     block_tables: list[list[int]]
-    """Of each sequence, the blocks of its context."""
+    """Of each sequence, the blocks of that context."""
     num_blocks: int
     """Blocks of the longest context; the others are padded to it with their own first block."""
 
@@ -78,27 +87,39 @@ class _Group:
         return len(self.contexts)
 
 
-def _groups(chunks: Sequence[ScheduledChunk], block_size: int, most_blocks: int) -> Iterator[_Group]:
+def _groups(chunks: Sequence[ScheduledChunk], block_size: int, reach: int, most_blocks: int) -> Iterator[_Group]:
     first_token = 0
     for num_new, same in groupby(chunks, key=lambda chunk: chunk.num_new_tokens):
-        for members in _split(same, block_size, most_blocks):
-            contexts = [member.sequence.num_computed_tokens + num_new for member in members]
+        for members in _split(same, block_size, reach, most_blocks):
+            firsts = [_first_block(member, block_size, reach) for member in members]
+            contexts = [
+                member.sequence.num_computed_tokens + num_new - first * block_size
+                for member, first in zip(members, firsts, strict=True)
+            ]
             num_blocks = -(-max(contexts) // block_size)
             # Tables go on beyond the context: their last blocks are not written yet, and may hold anything.
             tables = [
-                list(member.sequence.block_table[: -(-context // block_size)])
-                for member, context in zip(members, contexts, strict=True)
+                list(member.sequence.block_table[first : first - (-context // block_size)])
+                for member, first, context in zip(members, firsts, contexts, strict=True)
             ]
             yield _Group(first_token, num_new, contexts, tables, num_blocks)
             first_token += num_new * len(members)
 
 
-def _split(chunks: Iterable[ScheduledChunk], block_size: int, most_blocks: int) -> Iterator[list[ScheduledChunk]]:
+def _first_block(chunk: ScheduledChunk, block_size: int, reach: int) -> int:
+    """The first one that a layer sees from the chunk's first token."""
+    return max(0, chunk.first + 1 - reach) // block_size if reach else 0
+
+
+def _split(
+    chunks: Iterable[ScheduledChunk], block_size: int, reach: int, most_blocks: int
+) -> Iterator[list[ScheduledChunk]]:
     """Cut a run of chunks, in order, so that each piece, padded to its longest, is small and mostly not padding."""
     piece: list[ScheduledChunk] = []
     longest = total = 0
     for chunk in chunks:
-        blocks = -(-(chunk.sequence.num_computed_tokens + chunk.num_new_tokens) // block_size)
+        end = chunk.first + chunk.num_new_tokens
+        blocks = -(-end // block_size) - _first_block(chunk, block_size, reach)
         padded = max(longest, blocks) * (len(piece) + 1)
         # A few blocks of padding cost less than another call.
         if piece and (padded > most_blocks or padded > _MOST_PADDING * (total + blocks) + 8):
@@ -116,7 +137,8 @@ class AttentionPlan:
         self,
         pool: torch.Tensor,
         model: ModelConfig,
-        workspace: torch.Tensor,
+        workspaces: tuple[torch.Tensor, torch.Tensor],
+        kv_scales: Sequence[tuple[float, float]],
         chunks: Sequence[ScheduledChunk],
         groups: Sequence[_Group],
     ) -> None:
@@ -130,7 +152,9 @@ class AttentionPlan:
         offsets = torch.arange(num_layers * 2, device="cpu").view(num_layers, 2, 1) * block_size
         self._new_rows = (slots + offsets).to(pool.device)
         self._windows = model.windows
-        self._groups = [_GroupPlan(pool, model, workspace, group) for group in groups]
+        self._kv_scales = kv_scales
+        self._is_narrow = pool.dtype == torch.uint8
+        self._groups = [_GroupPlan(pool, model, workspaces, group) for group in groups]
 
     def attend(self, layer: int, heads: torch.Tensor, out: torch.Tensor) -> None:
         """Write the new keys and values of `layer` into the pool, then attend.
@@ -139,11 +163,17 @@ class AttentionPlan:
         step's tokens are padding: they are neither read nor written.
         """
         first_key, first_value = self._num_heads, self._num_heads + self._num_kv_heads
-        key_rows, value_rows = self._new_rows[layer]
-        self._token_rows.index_copy_(0, key_rows, heads[: self._num_tokens, first_key:first_value].flatten(1))
-        self._token_rows.index_copy_(0, value_rows, heads[: self._num_tokens, first_value:].flatten(1))
+        keys, values = heads[: self._num_tokens, first_key:first_value], heads[: self._num_tokens, first_value:]
+        for rows, new, scale in zip(self._new_rows[layer], (keys, values), self._kv_scales[layer], strict=True):
+            stored = narrowed(new.flatten(1), scale).view(torch.uint8) if self._is_narrow else new.flatten(1)
+            self._token_rows.index_copy_(0, rows, stored)
         for group in self._groups:
-            group.attend(layer, self._windows[layer], heads, out)
+            group.attend(layer, self._windows[layer], heads, out, self._kv_scales[layer])
+
+
+def narrowed(numbers: torch.Tensor, scale: float) -> torch.Tensor:
+    """8-bit floats (e4m3), of numbers divided by a scale; what is beyond their range becomes the largest of them."""
+    return (numbers.float() * (1 / scale)).clamp_(-448.0, 448.0).to(torch.float8_e4m3fn)
 
 
 def _slots(chunks: Sequence[ScheduledChunk], num_layers: int, block_size: int) -> np.ndarray:
@@ -164,7 +194,9 @@ def _slots(chunks: Sequence[ScheduledChunk], num_layers: int, block_size: int) -
 class _GroupPlan:
     """One group's blocks, mask and place in the step's tokens."""
 
-    def __init__(self, pool: torch.Tensor, model: ModelConfig, workspace: torch.Tensor, group: _Group) -> None:
+    def __init__(
+        self, pool: torch.Tensor, model: ModelConfig, workspaces: tuple[torch.Tensor, torch.Tensor], group: _Group
+    ) -> None:
         num_blocks, num_layers, _, block_size, num_kv_heads, head_dim = pool.shape
         self._group = group
         self._heads = (num_kv_heads, model.num_heads // num_kv_heads, head_dim)
@@ -176,34 +208,40 @@ class _GroupPlan:
         # (num_layers, 2 * S * blocks): rows of all keys, then of all values.
         offsets = torch.arange(num_layers * 2, device="cpu").view(num_layers * 2, 1)
         self._rows = (in_layer_0 + offsets).view(num_layers, -1).to(pool.device)
-        self._gathered = workspace[: self._rows.shape[1] * self._block_rows.shape[1]].view(self._rows.shape[1], -1)
+        size = self._rows.shape[1] * self._block_rows.shape[1]
+        self._gathered, self._wide = (each[:size].view(self._rows.shape[1], -1) for each in workspaces)
         shape = (2, group.num_sequences, group.num_blocks * block_size, num_kv_heads, head_dim)
         # Equally long contexts are cut to their length; others are masked.
         self._equal = len(set(group.contexts)) == 1
         used = group.contexts[0] if self._equal else shape[2]
-        self._keys, self._values = self._gathered.view(shape)[:, :, :used].transpose(2, 3)
+        self._keys, self._values = self._wide.view(shape)[:, :, :used].transpose(2, 3)
         self._cap = model.switches.attention_cap
-        self._masks = {window: self._make_mask(used, window, pool) for window in set(model.windows)}
+        self._masks = {window: self._make_mask(used, window) for window in set(model.windows)}
 
-    def _make_mask(self, used: int, window: int, pool: torch.Tensor) -> torch.Tensor | None:
+    def _make_mask(self, used: int, window: int) -> torch.Tensor | None:
         """(S or 1, 1, Q, C), added to the scores: a new token sees the context up to itself, or the last `window`
         tokens of it. None: nothing is hidden, or the scores are causal."""
         num_new = self._group.num_new_tokens
         all_in_window = not 0 < window < used
         if self._equal and all_in_window and num_new in (1, 0 if self._cap else used):
             return None
-        device = pool.device
+        device = self._wide.device
         contexts = torch.tensor(self._group.contexts[:1] if self._equal else self._group.contexts, device=device)
         last = contexts[:, None] - num_new + torch.arange(num_new, device=device)
         positions = torch.arange(used, device=device)
         hidden = positions > last[:, :, None]
         if window:
             hidden |= positions <= last[:, :, None] - window
-        mask = torch.zeros(hidden.shape, dtype=pool.dtype, device=device)
+        mask = torch.zeros(hidden.shape, dtype=self._wide.dtype, device=device)
         return mask.masked_fill_(hidden, float("-inf"))[:, None]
 
-    def attend(self, layer: int, window: int, heads: torch.Tensor, out: torch.Tensor) -> None:
+    def attend(
+        self, layer: int, window: int, heads: torch.Tensor, out: torch.Tensor, kv_scales: tuple[float, float]
+    ) -> None:
         torch.index_select(self._block_rows, 0, self._rows[layer], out=self._gathered)
+        key_scale, value_scale = kv_scales
+        if self._wide.dtype != self._gathered.dtype:
+            self._wide.copy_(self._gathered.view(torch.float8_e4m3fn))
         num_kv_heads, num_queries, head_dim = self._heads
         num_sequences, num_new = self._group.num_sequences, self._group.num_new_tokens
         rows = slice(self._group.first_token, self._end)
@@ -211,14 +249,16 @@ class _GroupPlan:
         if num_new == 1:
             # The queries that share a key head stand in for the query tokens that there are not.
             packed = query.view(num_sequences, num_kv_heads, num_queries, head_dim)
-            out[rows].view(packed.shape).copy_(self._weigh(packed, self._masks[window]))
-            return
-        split = query.view(num_sequences, num_new, -1, head_dim).transpose(1, 2)
-        result = self._weigh(split, self._masks[window])
-        out[rows].view(num_sequences, num_new, -1, head_dim).copy_(result.transpose(1, 2))
+            out[rows].view(packed.shape).copy_(self._weigh(packed, self._masks[window], self._scale * key_scale))
+        else:
+            split = query.view(num_sequences, num_new, -1, head_dim).transpose(1, 2)
+            result = self._weigh(split, self._masks[window], self._scale * key_scale)
+            out[rows].view(num_sequences, num_new, -1, head_dim).copy_(result.transpose(1, 2))
+        if value_scale != 1.0:
+            out[rows] *= value_scale
 
-    def _weigh(self, query: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-        """(S, H, Q, D) of queries (S, H, Q, D), whose H heads share the K key heads equally."""
+    def _weigh(self, query: torch.Tensor, mask: torch.Tensor | None, scale: float) -> torch.Tensor:
+        """(S, H, Q, D) of queries (S, H, Q, D), whose H heads share the K key heads equally. scale: of the scores."""
         keys, values = self._keys, self._values
         if not self._cap:
             is_causal = mask is None and self._group.num_new_tokens > 1
@@ -228,11 +268,11 @@ class _GroupPlan:
                 values,
                 mask,
                 is_causal=is_causal,
-                scale=self._scale,
+                scale=scale,
                 enable_gqa=query.shape[1] != keys.shape[1],
             )
         shared = query.shape[1] // keys.shape[1]
-        scores = query @ keys.repeat_interleave(shared, 1).transpose(2, 3) * (self._scale / self._cap)
+        scores = query @ keys.repeat_interleave(shared, 1).transpose(2, 3) * (scale / self._cap)
         scores = scores.tanh_() * self._cap
         weights = F.softmax(scores if mask is None else scores + mask, dim=-1, dtype=torch.float32)
         return torch.matmul(weights.to(query.dtype), values.repeat_interleave(shared, 1))

@@ -12,8 +12,8 @@ from collections.abc import Callable, Sequence
 import torch
 
 from hbserve_core.config import InstanceConfig
-from hbserve_core.engine.runner import PendingStep, StepResult, StepTokens
 from hbserve_core.engine.sequence import ScheduledChunk
+from hbserve_core.engine.step import PendingStep, StepResult, StepTokens
 from hbserve_core.logits.prompt_logprobs import score
 from hbserve_core.logits.rows import LogitsRow, has_grammars, special_rows
 from hbserve_core.logits.special_rows import PendingLogprobs, SpecialRows
@@ -52,7 +52,8 @@ class ModelRunner:
         self._decoder = Decoder(model.rank_config, model.weights, group)
         self.pool = model.allocate_pool()
         """(num_blocks, num_layers, 2, block_size, num_kv_heads, head_dim)"""
-        self._attention = TorchAttention(self.pool, model.rank_config)
+        scales = [layer.kv_scales for layer in model.weights.layers]
+        self._attention = TorchAttention(self.pool, model.rank_config, self.dtype, scales)
         self._sampler = Sampler()
         self._special_rows = SpecialRows(model.model_config, model.device)
         self._fewest_rows = fewest_rows(self.device)

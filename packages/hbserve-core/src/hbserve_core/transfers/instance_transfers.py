@@ -13,7 +13,7 @@ from dataclasses import astuple
 from typing import Any, TypeVar
 
 from hbserve_core.config import InstanceConfig
-from hbserve_core.engine.runner import Runner
+from hbserve_core.engine.step import Runner
 from hbserve_core.model.shard import Shard
 from hbserve_core.transfers.rank_transfers import RemoteRank, RemoteTransfer, make_manager
 from hbserve_kv import Outcome, PostedReceive, SendTransfer, TransferResult, TransferStats, join_grants

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from hbserve_core.config import InstanceConfig
-from hbserve_core.engine.runner import Runner
+from hbserve_core.engine.step import Runner
 from hbserve_core.errors import RankFailed
 from hbserve_core.model.shard import Shard
 from hbserve_core.transfers import rank_protocol as protocol
@@ -127,7 +127,7 @@ class RankServer:
                 self._cancelling.add(task)
                 task.add_done_callback(self._cancelling.discard)
 
-    async def _push(self, request: Push) -> None:
+    def _push(self, request: Push) -> None:
         if isinstance(send := self._transfers.get(request.transfer_id), SendTransfer):
             send.push(request.block_ids, request.first)
 

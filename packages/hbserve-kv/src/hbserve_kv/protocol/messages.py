@@ -11,6 +11,13 @@ sender                                              receiver
                                                     two-sided: asked when all are announced, not when they have moved
   ABANDON(reason, drained)          ────call────▶   instead of COMMIT; or of BEGIN, if another rank has refused
 
+Where the blocks are there before the receiver has room for them, it comes for them (`hbserve_kv.sending.offers`):
+
+                                    ◀───stream───   KEEP(transfer id): once it wants them; answered by Nothing when they
+                                                    are offered, and open until the transfer has ended on both sides
+                                    ◀────call────   FETCH(transfer id, grant, first): once it has room; LINK … COMMIT
+                                                    follow as above
+
 `link` names one life of both sides: the sender draws it, the receiver learns it with the sender's epoch and forgets it
 when the stream ends. So a message of an earlier life, of either side, names a link that nobody knows.
 
@@ -27,10 +34,11 @@ from typing import Annotated, Any
 import msgspec
 
 from hbserve_kv.errors import TransferFailed
-from hbserve_kv.memory.memory import HeadRange, Region
+from hbserve_kv.memory.layout import HeadRange, Layout
+from hbserve_kv.memory.memory import Region
 from hbserve_rpc import Method, Notification, StreamMethod
 
-PROTOCOL_VERSION = 7
+PROTOCOL_VERSION = 9
 
 NotNegative = Annotated[int, msgspec.Meta(ge=0)]
 Seconds = Annotated[float, msgspec.Meta(ge=0, le=1e9)]
@@ -74,6 +82,8 @@ class Handshake(msgspec.Struct, frozen=True, tag=True):
     address: str
     fingerprint: dict[str, str | int]
     heads: HeadRange
+    layout: Layout
+    """Of the sender's pool. What both sides have of it in common follows from both layouts, as `sides` says."""
     offers: dict[str, bytes]
     """Transports that the sender can use, best first, each with its `describe()`."""
     link: str
@@ -85,6 +95,7 @@ class LinkReply(msgspec.Struct, frozen=True, tag=True):
     rank: int
     epoch: str
     heads: HeadRange
+    layout: Layout
     transport: str
     """The first of the offers that the receiver can use too."""
     description: bytes
@@ -93,7 +104,7 @@ class LinkReply(msgspec.Struct, frozen=True, tag=True):
 
 
 class Told(msgspec.Struct, frozen=True, tag=True):
-    """A value of the link's rendezvous: see `hbserve_kv.transports.rendezvous`."""
+    """A value of the link's rendezvous: see `hbserve_kv.transports.base.Rendezvous`."""
 
     link: str
     name: str
@@ -136,8 +147,11 @@ class UnknownLink(msgspec.Struct, frozen=True, tag=True):
 class AnnouncedPart(msgspec.Struct, frozen=True, array_like=True):
     index: int
     first: int
-    """Blocks [first, first + num_blocks) of those that were granted."""
+    """Blocks [first, first + num_blocks) of those that were granted; where those of one side are larger, units of them:
+    see `hbserve_kv.memory.layout`."""
     num_blocks: int
+    layers: tuple[NotNegative, NotNegative] | None = None
+    """Only layers [first, end)."""
 
     @property
     def end(self) -> int:
@@ -174,6 +188,23 @@ class Abandon(msgspec.Struct, frozen=True, tag=True):
     """What the sender's system has taken already may still arrive for a moment."""
 
 
+class Keep(msgspec.Struct, frozen=True, tag=True):
+    """The receiver wants what is offered, or will be. Ends with the stream that it opens."""
+
+    transfer_id: str
+    epoch: str = ""
+    """Of the sender that has offered it; "" if it may be offered much later, by any life."""
+
+
+class Fetch(msgspec.Struct, frozen=True, tag=True):
+    """Of who keeps it: where the blocks go."""
+
+    transfer_id: str
+    grant: bytes
+    first: NotNegative = 0
+    """Place of the first wanted block among those that are offered. What is before it the receiver has."""
+
+
 class Alive(msgspec.Struct, frozen=True, tag=True):
     """What an instance says of itself as a sender."""
 
@@ -194,4 +225,6 @@ BEGIN: Method[Begin, Accepted | UnknownLink] = Method("kv.begin", Begin, Accepte
 PARTS: Notification[PartsAnnounced] = Notification("kv.parts", PartsAnnounced)
 COMMIT: Method[Commit, Nothing] = Method("kv.commit", Commit, Nothing)
 ABANDON: Method[Abandon, Nothing] = Method("kv.abandon", Abandon, Nothing)
+KEEP: StreamMethod[Keep, Any] = StreamMethod("kv.keep", Keep, Nothing)
+FETCH: Method[Fetch, Nothing] = Method("kv.fetch", Fetch, Nothing)
 ALIVE: Method[Nothing, Alive] = Method("kv.alive", Nothing, Alive)

@@ -8,6 +8,8 @@ class TransferStats:
     """Gauges are of now, counters from the start."""
 
     active_transfers: int = 0
+    num_offers: int = 0
+    """Transfers that wait for a receiver to fetch them, or are being fetched."""
     buffered_bytes: int = 0
     num_quarantined: int = 0
     """Failed transfers that are not drained yet."""

@@ -2,6 +2,9 @@
 
 Heads are normed, if the model does that, and rotated by their positions, as they are read. Attention keeps, for each
 row of queries, a state that is the same however its context is cut into tiles (online softmax; flash attention).
+A pool of 8-bit floats (NARROW) holds keys and values divided by their scales, and all that is attended to is so, the
+step's own tokens too: a token's numbers do not depend on whether it sees another one in the pool. Scores are multiplied
+by the scale of keys, and results by that of values.
 Shapes: R rows, one head each, C tokens of context, D head_dim, padded to a power of two with zeros, K key heads.
 """
 
@@ -25,6 +28,9 @@ class Scores(NamedTuple):
     """The last positions that a token sees, its own included; 0: all."""
     cap: float = 0.0
     """Scores s become cap * tanh(s / cap); 0: they stay."""
+    key_scale: float = 1.0
+    """What keys in a pool of 8-bit floats are to be multiplied by."""
+    value_scale: float = 1.0
 
 
 # ---- heads -----------------------------------------------------------------------------------------------------------
@@ -80,6 +86,24 @@ def load_rotated(heads, used, weights, angles, eps, D: tl.constexpr, PADDED_D: t
     return rotated(halves, norm, load_angles(angles, used, D, PADDED_D), eps, D, HAS_NORM)
 
 
+@triton.jit
+def as_stored(x, inverse, NARROW: tl.constexpr):
+    """If NARROW, 8-bit floats (e4m3), of x times the inverse of a scale: what is beyond their range becomes the largest
+    of them, and NaN stays NaN. Else x."""
+    if NARROW:
+        inside = tl.clamp(x.to(tl.float32) * inverse, -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL)
+        x = inside.to(tl.float8e4nv)
+    return x
+
+
+@triton.jit
+def as_given(weighted, scale, NARROW: tl.constexpr):
+    """If NARROW, what values of a scale weigh to, times that scale. Else the same."""
+    if NARROW:
+        weighted = weighted * scale
+    return weighted
+
+
 # ---- context ---------------------------------------------------------------------------------------------------------
 
 
@@ -104,11 +128,11 @@ def attend(
     """One more tile of context for each row of `query` (R, D).
 
     state: highest score so far (R,), sum of the weights relative to it (R,), weighted values (R, D). key, value:
-    (C, D). visible: (R, C) or broadcast to it; each row has seen something already, or sees something now, unless
-    MAY_BE_BLIND.
+    (C, D), of the query's dtype or 8-bit floats. visible: (R, C) or broadcast to it; each row has seen something
+    already, or sees something now, unless MAY_BE_BLIND.
     """
     highest, total, weighted = state
-    scores = tl.dot(query, tl.trans(key), input_precision="ieee")
+    scores = tl.dot(query, tl.trans(key.to(query.dtype)), input_precision="ieee")
     if CAP > 0.0:
         scores = capped(scores * scale, CAP)
         factor = 1.0
@@ -122,7 +146,7 @@ def attend(
     weights = tl.exp2(scores * factor - new_highest[:, None])
     faded = tl.exp2(highest - new_highest)
     weighted = weighted * faded[:, None]
-    weighted = tl.dot(weights.to(value.dtype), value, weighted, input_precision="ieee")
+    weighted = tl.dot(weights.to(query.dtype), value.to(query.dtype), weighted, input_precision="ieee")
     return new_highest, total * faded + tl.sum(weights, 1), weighted
 
 

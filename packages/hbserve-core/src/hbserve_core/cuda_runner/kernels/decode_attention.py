@@ -15,6 +15,8 @@ import triton.language as tl
 from hbserve_core.cuda_runner.kernels.attention_parts import (
     LOG2_E,
     Scores,
+    as_given,
+    as_stored,
     attend,
     attend_paged,
     capped,
@@ -128,14 +130,18 @@ def _leave(
     N: tl.constexpr, K: tl.constexpr, D: tl.constexpr, PADDED_D: tl.constexpr, PACK: tl.constexpr,
     PADDED_G: tl.constexpr, AT_ONCE: tl.constexpr, MAY_BE_BLIND: tl.constexpr,
 ):  # fmt: skip
-    """Leave what one of several pieces has found; the last program of the row and head to come joins them."""
+    """Write what the only piece has found. Or leave what one of several has; the last program of the row and head to
+    come joins them."""
     highest, total, weighted = state
+    packed, d = tl.arange(0, PACK), tl.arange(0, PADDED_D)
+    used, heads = (packed < N // K)[:, None], (head * (N // K) + packed)[:, None]
+    if num_parts == 1:
+        tl.store(out_row + heads * D + d[None, :], weighted / total[:, None], mask=used & (d < D)[None, :])
+        return
     if MAY_BE_BLIND:
         # What has seen nothing weighs nothing: its highest score is below all others.
         total = tl.where(total > 0.0, total, 1.0)
-    packed, d = tl.arange(0, PACK), tl.arange(0, PADDED_D)
-    used = (packed < N // K)[:, None]
-    here = piece.to(tl.int64) * N + (head * (N // K) + packed)[:, None]
+    here = piece.to(tl.int64) * N + heads
     tl.store(parts + here * D + d[None, :], weighted / total[:, None], mask=used & (d < D)[None, :])
     tl.store(logs + here, (highest + tl.log2(total))[:, None], mask=used)
     # All of this program's stores come before its arrival.
@@ -149,9 +155,10 @@ def _leave(
 @triton.jit(do_not_specialize=["piece_stride"])
 def _decode(
     qkv, out, parts, logs, arrived, pool, cos_sin, norm_weight, eps, tables, width, pieces, piece_stride, scale,
-    block_stride, layer_offset, N: tl.constexpr, K: tl.constexpr, D: tl.constexpr, PADDED_D: tl.constexpr,
-    PACK: tl.constexpr, PADDED_G: tl.constexpr, AT_ONCE: tl.constexpr, BLOCK_SIZE: tl.constexpr, STEP: tl.constexpr,
-    STAGES: tl.constexpr, HAS_NORM: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr,
+    block_stride, layer_offset, key_inverse, value_inverse, value_scale, N: tl.constexpr, K: tl.constexpr,
+    D: tl.constexpr, PADDED_D: tl.constexpr, PACK: tl.constexpr, PADDED_G: tl.constexpr, AT_ONCE: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, STEP: tl.constexpr, STAGES: tl.constexpr, HAS_NORM: tl.constexpr, WINDOW: tl.constexpr,
+    CAP: tl.constexpr, NARROW: tl.constexpr,
 ):  # fmt: skip
     head, piece = tl.program_id(0), tl.program_id(1)
     # What the host has written, and blocks of earlier steps, are there before the kernel in front has ended.
@@ -172,19 +179,18 @@ def _decode(
     value = tl.load(qkv_row + (N + K + head) * D + d, mask=d < D, other=0.0)
     query = rotated(query_halves, norms[0], angles, eps, D, HAS_NORM)
     if part == num_parts - 1:
-        key = rotated(key_halves, norms[1], angles, eps, D, HAS_NORM)
-        _store_new_token(key, value, keys, table, position, block_stride, D, K, PADDED_D, BLOCK_SIZE)
-        state = _seen_itself(query, key, value, scale, PACK, PADDED_D, CAP)
+        key = as_stored(rotated(key_halves, norms[1], angles, eps, D, HAS_NORM), key_inverse, NARROW)
+        new_value = as_stored(value, value_inverse, NARROW)
+        _store_new_token(key, new_value, keys, table, position, block_stride, D, K, PADDED_D, BLOCK_SIZE)
+        state = _seen_itself(query, key, new_value, scale, PACK, PADDED_D, CAP)
     else:
         state = nothing_seen(PACK, PADDED_D)
     state = attend(state, query, tile[0], tile[1], tile[2], scale, True, WINDOW > 0, CAP)
     state = attend_paged(state, query, keys, table, first + STEP, last, 0, block_stride, scale,
                          K, D, PADDED_D, BLOCK_SIZE, STEP, STAGES, False, CAP)  # fmt: skip
-    if num_parts == 1:
-        tl.store(out_row + heads * D + d, state[2] / state[1][:, None], mask=used & (d < D))
-    else:
-        _leave(state, parts, logs, arrived + row * K + head, out_row, piece, part, num_parts, head,
-               N, K, D, PADDED_D, PACK, PADDED_G, AT_ONCE, WINDOW > 0)  # fmt: skip
+    state = (state[0], state[1], as_given(state[2], value_scale, NARROW))
+    _leave(state, parts, logs, arrived + row * K + head, out_row, piece, part, num_parts, head,
+           N, K, D, PADDED_D, PACK, PADDED_G, AT_ONCE, WINDOW > 0)  # fmt: skip
 
 
 class DecodeWorkspace:
@@ -239,13 +245,15 @@ def decode_attention(
     padded = max(16, triton.next_power_of_2(head_dim))
     group = triton.next_power_of_2(num_heads // num_kv_heads)
     weight, eps = norm or (cos_sin, 0.0)
-    scale, window, cap = scores or Scores(head_dim**-0.5)
+    scale, window, cap, key_scale, value_scale = scores or Scores(head_dim**-0.5)
     is_few = num_kv_heads * pieces.shape[1] <= workspace.few_programs
-    step, stages, num_warps = _tiling(pool.dtype.itemsize, padded, group, is_few)
+    step, stages, num_warps = _tiling(qkv.dtype.itemsize, padded, group, is_few)
     _decode[(num_kv_heads, pieces.shape[1])](
         qkv, out, workspace.parts, workspace.logs, workspace.arrived, pool, cos_sin, weight, eps, tables, width,
-        pieces, pieces.stride(0), scale * LOG2_E, pool.stride(0), layer * pool.stride(1),
+        pieces, pieces.stride(0), scale * key_scale * LOG2_E, pool.stride(0), layer * pool.stride(1), 1 / key_scale,
+        1 / value_scale, value_scale,
         N=num_heads, K=num_kv_heads, D=head_dim, PADDED_D=padded, PACK=max(16, group), PADDED_G=group,
         AT_ONCE=max(2, _JOINED_AT_ONCE // (group * padded)), BLOCK_SIZE=block_size, STEP=step, STAGES=stages,
-        HAS_NORM=norm is not None, WINDOW=window, CAP=cap * LOG2_E, num_warps=num_warps, **LAUNCH,
+        HAS_NORM=norm is not None, WINDOW=window, CAP=cap * LOG2_E, NARROW=pool.dtype.itemsize == 1,
+        num_warps=num_warps, **LAUNCH,
     )  # fmt: skip

@@ -20,6 +20,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from hbserve_core.cuda_runner.kernels.attention_parts import (
     LOG2_E,
     Scores,
+    as_given,
+    as_stored,
     attend,
     attend_paged,
     load_rotated,
@@ -30,9 +32,9 @@ from hbserve_core.cuda_runner.kernels.dependent_launch import LAUNCH, begin
 
 @triton.jit(do_not_specialize=["num_rows"])
 def _store_kv(
-    qkv, positions, slots, cos_sin, norm_weight, pool, eps, num_rows, block_stride, layer_offset,
-    N: tl.constexpr, K: tl.constexpr, D: tl.constexpr, PADDED_D: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    ROWS: tl.constexpr, HAS_NORM: tl.constexpr,
+    qkv, positions, slots, cos_sin, norm_weight, pool, eps, num_rows, block_stride, layer_offset, key_inverse,
+    value_inverse, N: tl.constexpr, K: tl.constexpr, D: tl.constexpr, PADDED_D: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    ROWS: tl.constexpr, HAS_NORM: tl.constexpr, NARROW: tl.constexpr,
 ):  # fmt: skip
     begin()
     head = tl.program_id(1)
@@ -49,12 +51,14 @@ def _store_kv(
         position = tl.load(positions + rows, mask=rows < num_rows, other=0).to(tl.int64)[:, None]
         weights = norm_weight + (N + head) * D + tl.zeros((ROWS, 1), tl.int32)
         key = load_rotated(given, used, weights, cos_sin + position * D, eps, D, PADDED_D, HAS_NORM)
+        key = as_stored(key, key_inverse, NARROW)
         tl.store(target + head * D + d, key, mask=inside)
-        tl.store(given + d, key, mask=(used | padding) & (d < D))
+        tl.store(given + d, key.to(qkv.dtype.element_ty), mask=(used | padding) & (d < D))
     else:
-        value = tl.load(given + d, mask=inside, other=0.0)
+        value = as_stored(tl.load(given + d, mask=inside, other=0.0), value_inverse, NARROW)
         tl.store(target + BLOCK_SIZE * K * D + (head - K) * D + d, value, mask=inside)
-        tl.store(given + d, value, mask=padding & (d < D))
+        written = (used | padding) if NARROW else padding
+        tl.store(given + d, value.to(qkv.dtype.element_ty), mask=written & (d < D))
 
 
 def store_kv(
@@ -65,23 +69,28 @@ def store_kv(
     norm: tuple[torch.Tensor, float] | None,
     pool: torch.Tensor,
     layer: int,
+    *,
+    scores: Scores | None = None,
 ) -> None:
-    """Norm and rotate keys in place, and write keys and values into the pool.
+    """Norm and rotate keys in place, and write keys and values into the pool. If that holds 8-bit floats, they are also
+    divided by their scales, and rounded, in place.
 
     qkv: (T, (N + 2 K) * D). positions: (T,) int32. slots: (T,) int32, block * block_size + place in the block; -1 for
     padding, whose keys and values become 0, so that tiles of `prefill_attention` may reach into it; -2 for decodes,
     which are left alone. cos_sin: (max_model_len, D) float32, cosines then sines. norm: weights (N + K, D) and eps, or
-    None. pool: (num_blocks, num_layers, 2, block_size, K, D).
+    None. pool: (num_blocks, num_layers, 2, block_size, K, D). scores: of its scales only.
     """
     _, _, _, block_size, num_kv_heads, head_dim = pool.shape
     rows = qkv.shape[0]
     num_heads = qkv.shape[1] // head_dim - 2 * num_kv_heads
     per_program = 4 if rows <= 512 else 16
     weight, eps = norm or (cos_sin, 0.0)
+    key_scale, value_scale = (scores.key_scale, scores.value_scale) if scores else (1.0, 1.0)
     _store_kv[(triton.cdiv(rows, per_program), 2 * num_kv_heads)](
-        qkv, positions, slots, cos_sin, weight, pool, eps, rows, pool.stride(0), layer * pool.stride(1),
-        N=num_heads, K=num_kv_heads, D=head_dim, PADDED_D=triton.next_power_of_2(head_dim), BLOCK_SIZE=block_size,
-        ROWS=per_program, HAS_NORM=norm is not None, num_warps=4, **LAUNCH,
+        qkv, positions, slots, cos_sin, weight, pool, eps, rows, pool.stride(0), layer * pool.stride(1), 1 / key_scale,
+        1 / value_scale, N=num_heads, K=num_kv_heads, D=head_dim, PADDED_D=triton.next_power_of_2(head_dim),
+        BLOCK_SIZE=block_size, ROWS=per_program, HAS_NORM=norm is not None, NARROW=pool.dtype.itemsize == 1,
+        num_warps=4, **LAUNCH,
     )  # fmt: skip
 
 
@@ -123,10 +132,10 @@ def _seen_by_all(before, first_new, TILE: tl.constexpr, WINDOW: tl.constexpr):
 @triton.jit(do_not_specialize=["tile_stride", "sequence_stride"])
 def _prefill(
     qkv, rows_of_step, out, pool, cos_sin, norm_weight, eps, tables, width, tiles, tile_stride, sequences,
-    sequence_stride, scale, block_stride, layer_offset,
+    sequence_stride, scale, block_stride, layer_offset, value_scale,
     N: tl.constexpr, K: tl.constexpr, D: tl.constexpr, PADDED_D: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     ROWS: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr, HAS_NORM: tl.constexpr, WINDOW: tl.constexpr,
-    CAP: tl.constexpr,
+    CAP: tl.constexpr, NARROW: tl.constexpr,
 ):  # fmt: skip
     begin()
     sequence = tl.load(tiles + tl.program_id(0))
@@ -158,19 +167,19 @@ def _prefill(
                             TILE, STAGES, False, 0, CAP)  # fmt: skip
     state = _attend_new(state, query, rows_of_step, first_row, key, value, whole, last, new, scale,
                         TILE, STAGES, True, WINDOW, CAP)  # fmt: skip
-    _, total, weighted = state
-    result = (weighted / total[:, None]).to(out.dtype.element_ty)
+    result = (as_given(state[2], value_scale, NARROW) / state[1][:, None]).to(out.dtype.element_ty)
     tl.store(out + row * (N * D) + heads * D + d[None, :], result, mask=shown & (d < D)[None, :])
 
 
-def rows_per_tile(pool: torch.Tensor) -> int:
+def _rows_per_tile(dtype: torch.dtype, head_dim: int) -> int:
     """Rows of one program: new tokens times the query heads of a key head."""
-    return 128 if pool.dtype.itemsize == 2 and pool.shape[-1] <= 128 else 64
+    return 128 if dtype.itemsize == 2 and head_dim <= 128 else 64
 
 
-def new_tokens_per_tile(pool: torch.Tensor, num_heads: int) -> int:
-    """New tokens of one sequence that one program takes."""
-    return max(1, rows_per_tile(pool) // (num_heads // pool.shape[4]))
+def new_tokens_per_tile(dtype: torch.dtype, heads: tuple[int, int, int]) -> int:
+    """New tokens of one sequence that one program takes. dtype: of queries. heads: N, K and D."""
+    num_heads, num_kv_heads, head_dim = heads
+    return max(1, _rows_per_tile(dtype, head_dim) // (num_heads // num_kv_heads))
 
 
 def prefill_attention(
@@ -196,18 +205,18 @@ def prefill_attention(
     """
     _, _, _, block_size, num_kv_heads, head_dim = pool.shape
     num_heads = out.shape[1] // head_dim
-    rows = rows_per_tile(pool)
+    rows = _rows_per_tile(qkv.dtype, head_dim)
     assert num_heads // num_kv_heads <= rows
-    narrow = pool.dtype.itemsize == 2 and head_dim <= 128
-    tile = 64 if narrow else 32
+    tile = 64 if qkv.dtype.itemsize == 2 and head_dim <= 128 else 32
     padded = max(16, triton.next_power_of_2(head_dim))
     weight, eps = norm or (cos_sin, 0.0)
-    scale, window, cap = scores or Scores(head_dim**-0.5)
+    scale, window, cap, key_scale, value_scale = scores or Scores(head_dim**-0.5)
     # With at most 128 registers a thread, two programs share a processor: one's softmax hides in the other's products.
     options: dict[str, Any] = {"num_warps": 8, "maxnreg": 128} if rows == 128 else {"num_warps": 4}
     _prefill[(tiles.shape[1], num_kv_heads)](
         qkv, TensorDescriptor.from_tensor(qkv, [tile, padded]), out, pool, cos_sin, weight, eps, tables, width, tiles,
-        tiles.stride(0), sequences, sequences.stride(0), scale * LOG2_E, pool.stride(0),
-        layer * pool.stride(1), N=num_heads, K=num_kv_heads, D=head_dim, PADDED_D=padded, BLOCK_SIZE=block_size,
-        ROWS=rows, TILE=tile, STAGES=2, HAS_NORM=norm is not None, WINDOW=window, CAP=cap * LOG2_E, **options, **LAUNCH,
+        tiles.stride(0), sequences, sequences.stride(0), scale * key_scale * LOG2_E, pool.stride(0),
+        layer * pool.stride(1), value_scale, N=num_heads, K=num_kv_heads, D=head_dim, PADDED_D=padded,
+        BLOCK_SIZE=block_size, ROWS=rows, TILE=tile, STAGES=2, HAS_NORM=norm is not None, WINDOW=window,
+        CAP=cap * LOG2_E, NARROW=pool.dtype.itemsize == 1, **options, **LAUNCH,
     )  # fmt: skip

@@ -5,6 +5,7 @@ import logging
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -13,7 +14,7 @@ from hbserve_core.model.checkpoint.safetensors_file import DTYPES, SafetensorsFi
 from hbserve_core.model.checkpoint.staged_reader import StagedReader
 from hbserve_core.model.checkpoint.tensor_source import Shapes, TensorPart, row_pieces, sampled_places
 from hbserve_core.model.checkpoint.weight_files import weight_files
-from hbserve_core.model.checkpoint.weight_scales import find_scales, is_scale
+from hbserve_core.model.checkpoint.weight_scales import KV_SCALES, find_kv_scales, find_scales, is_scale
 from hbserve_core.model.model_config import ModelConfig
 
 logger = logging.getLogger(__name__)
@@ -40,7 +41,8 @@ class Checkpoint:
                 # One tensor under either name: safetensors' save_model keeps the name that comes first in the alphabet.
                 self._stored[_EMBEDDING] = self._stored.pop(_HEAD)
             self._scales, problems = find_scales(self._stored, config.scale_block) if config.scale_block else ({}, [])
-            self._check(config, shapes, problems)
+            self._kv_scales, kv_problems = find_kv_scales(self._stored)
+            self._check(config, shapes, problems + kv_problems)
             if self._scales:
                 logger.warning(
                     "%s: %d weights are 8-bit floats; they are kept and multiplied in 16 bits or more, which takes the "
@@ -73,6 +75,10 @@ class Checkpoint:
             if scales is None
             else torch.cat((sampled, scales.values.flatten()[:: 1 + scales.values.numel() // 64]))
         )
+
+    def kv_scale(self, attention: str, kind: Literal["k", "v"]) -> float:
+        names = f"{attention}.{kind}_scale", f"{attention}.{kind}_proj.{kind}_scale"
+        return next((self._kv_scales[name] for name in names if name in self._kv_scales), 1.0)
 
     def close(self) -> None:
         self._opened.close()
@@ -143,5 +149,5 @@ def _rows(stored: StoredTensor, piece: slice) -> torch.Tensor:
 
 def _may_be_ignored(name: str, config: ModelConfig) -> bool:
     """Tied models may store the table twice; old exports store the RoPE frequencies, which follow from the config."""
-    is_known = name.endswith("rotary_emb.inv_freq") or (name == _HEAD and config.tied_embeddings)
+    is_known = name.endswith(("rotary_emb.inv_freq", *KV_SCALES)) or (name == _HEAD and config.tied_embeddings)
     return is_known or (config.scale_block is not None and is_scale(name))

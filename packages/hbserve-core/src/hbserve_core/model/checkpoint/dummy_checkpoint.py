@@ -7,6 +7,7 @@ device to the next.
 """
 
 import hashlib
+from typing import Literal
 
 import torch
 
@@ -53,6 +54,9 @@ class DummyCheckpoint:
         if constant is not None:
             return torch.full((len(places),), constant, dtype=torch.float32, device="cpu")
         return _numbers(torch.tensor(places, dtype=torch.int64, device="cpu").to(torch.int32), _keys(name))
+
+    def kv_scale(self, attention: str, kind: Literal["k", "v"]) -> float:
+        return 1.0
 
     def close(self) -> None:
         """Nothing to end."""

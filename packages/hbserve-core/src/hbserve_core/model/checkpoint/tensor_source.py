@@ -6,7 +6,7 @@ They carry their Hugging Face names, such as "model.layers.0.self_attn.q_proj.we
 import hashlib
 from collections.abc import Iterator, Mapping
 from math import prod
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 
@@ -40,6 +40,9 @@ class TensorSource(Protocol):
 
     def sample(self, name: str) -> torch.Tensor:
         """The numbers at `sampled_places` of the whole tensor, float32, on the CPU: the same on every rank."""
+
+    def kv_scale(self, attention: str, kind: Literal["k", "v"]) -> float:
+        """Of a layer's keys or values, where they are kept in 8-bit floats. attention: name of its attention."""
 
     def close(self) -> None:
         """Nothing can be read afterwards."""

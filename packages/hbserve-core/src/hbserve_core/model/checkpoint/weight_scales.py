@@ -1,7 +1,7 @@
 """Scales of 8-bit weights in a checkpoint: for a whole tensor, for each of its rows, or for each of its blocks."""
 
 from collections.abc import Mapping
-from math import prod
+from math import inf, prod
 from typing import NamedTuple
 
 import torch
@@ -11,7 +11,9 @@ from hbserve_core.model.checkpoint.safetensors_file import DTYPES, StoredTensor
 FP8 = "F8_E4M3"
 _SUFFIXES = ("_scale_inv", "_scale")
 """Of a weight's name, to that of its scales. They multiply, whatever the first one says."""
-_OTHERS = (".input_scale", ".output_scale", ".k_scale", ".v_scale", ".q_scale")
+KV_SCALES = (".k_scale", ".v_scale")
+"""Of keys and values in a pool of 8-bit floats; with other pools they say nothing."""
+_OTHERS = (".input_scale", ".output_scale", ".q_scale")
 """Scales of what is not stored: here it stays in 16 bits."""
 
 
@@ -34,6 +36,19 @@ class WeightScales(NamedTuple):
 
 def is_scale(name: str) -> bool:
     return name.endswith((".weight_scale_inv", ".weight_scale", *_OTHERS))
+
+
+def find_kv_scales(stored: Mapping[str, StoredTensor]) -> tuple[dict[str, float], list[str]]:
+    """Scales of keys and values by their names, and in words what is wrong with them."""
+    found, problems = {}, []
+    for name, scale in stored.items():
+        if name.endswith(KV_SCALES):
+            number = float(scale.pick(range(1))[0]) if scale.dtype in DTYPES and prod(scale.shape) == 1 else 0.0
+            if 0.0 < number < inf:
+                found[name] = number
+            else:
+                problems.append(f"{name} of shape {scale.shape} and dtype {scale.dtype} is not one number above 0")
+    return found, problems
 
 
 def find_scales(

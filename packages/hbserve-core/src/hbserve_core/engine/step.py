@@ -1,0 +1,235 @@
+"""A step from outside: what the runner that computes it is given and gives back, what the engine says of it, and the
+engine's figures.
+
+Engine ─ScheduledChunks▶ Runner.launch ─PendingStep▶ StepInFlight ─read▶ StepResult ─▶ a StepOutput for each request
+"""
+
+from collections.abc import Callable
+from collections.abc import Sequence as Ids
+from dataclasses import dataclass, field
+from time import perf_counter
+from typing import Any, NamedTuple, Protocol
+
+import torch
+
+from hbserve_core.engine.sequence import NOT_FINITE, ScheduledChunk, Sequence
+from hbserve_core.model.model_config import ModelConfig
+from hbserve_rpc import HBServeRpcError, InvalidRequest, LogitsNotFinite
+from hbserve_rpc.histogram import Histogram
+from hbserve_rpc.messages import FinishReason, TokenLogprobs
+
+MASK_PATIENCE_S = 0.01
+"""How long a step waits for the masks of its rows with grammars, of all together: usually they are there in a tenth of
+that. Later ones are for a later step."""
+StepTokens = list[int | None]
+"""Each chunk's next token, or NOT_FINITE; None where the chunk does not reach the last known token."""
+DrawnToken = tuple[int, TokenLogprobs | None]
+"""A token, or NOT_FINITE, with its log-probabilities if they are asked for."""
+NO_LOGITS = (
+    "the model's logits are not finite at output token {index}: its weights are broken, or float16 overflows where "
+    "dtype='bfloat16' or 'float32' would not"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What a step has given."""
+
+    tokens: StepTokens
+    logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)
+    """Of the tokens of chunks whose requests ask for them, by the chunk's place."""
+    prompt_logprobs: dict[int, list[TokenLogprobs]] = field(default_factory=dict)
+    """Of the prompt tokens after `ScheduledChunk.scored_positions`, by the chunk's place."""
+    choices: dict[int, list[DrawnToken]] = field(default_factory=dict)
+    """Next tokens of chunks whose requests have several choices, one for each of these, by the chunk's place; its token
+    in `tokens` is nobody's then."""
+
+
+PendingStep = Callable[[], StepResult]
+"""A step that was launched, and drawn if it has rows with grammars: the call, of which there is one, waits until the
+step has been computed, its keys and values included, and returns what it has given."""
+
+
+class StepInFlight(NamedTuple):
+    """A launched step, and what must be remembered of it until its tokens are read."""
+
+    chunks: list[tuple[Sequence, int, int]]
+    """Sequence, first computed token, number of computed tokens."""
+    read: PendingStep
+    number: int
+    launched_at: float
+    """When it could begin; without overlap it did, and has been computed by now."""
+    late: list[int]
+    """Places of chunks whose masks did not come in time: their last token is computed once more, by the next step."""
+
+    def wait_for_masks(self) -> None:
+        """Of rows with grammars, before they are drawn. Their tokens before have all been read now."""
+        until = perf_counter() + MASK_PATIENCE_S
+        for place, (sequence, first, count) in enumerate(self.chunks):
+            matcher = sequence.matcher
+            if matcher is None or first + count < sequence.num_tokens:
+                continue
+            if not matcher.is_ready(until - perf_counter()):
+                self.chunks[place] = sequence, first, count - 1
+                self.late.append(place)
+
+
+class Runner(Protocol):
+    """A model and its pool. Steps are launched one after the other, by one thread."""
+
+    model_config: ModelConfig
+    device: torch.device
+    dtype: torch.dtype
+    fingerprint: dict[str, str | int]
+    """What two instances must share to read each other's blocks."""
+    pool: torch.Tensor
+    """(num_blocks, num_layers, 2, block_size, num_kv_heads, head_dim), with this rank's heads"""
+    transfer_addresses: Ids[str]
+    """Where ranks 1, 2, … serve the transfers of their pools, if the instance's role has transfers."""
+    overlaps: bool
+    """Whether a step may be launched before the tokens of the one before it are read. Those tokens are UNREAD then."""
+
+    computed: Any
+    """CUDA event after which the keys and values of the step launched last are there, for other streams of this
+    process. None: they are when its tokens have been read."""
+
+    def launch(self, batch: Ids[ScheduledChunk]) -> PendingStep:
+        """Begin to compute a step. What the chunks say is read before this returns."""
+
+    def draw(self) -> None:
+        """Sample those rows of the step launched last whose requests have grammars, if there are any: `launch` leaves
+        them out, because their masks follow from tokens that need not have been read by then. Now they have been."""
+
+    def is_idle(self) -> bool:
+        """Whether every launched step has been computed. Does not wait."""
+
+    def close(self) -> None:
+        """End the processes of other ranks, if there are any. Nothing is launched afterwards. May be called twice."""
+
+
+def error_of(sequence: Sequence, token: int, index: int) -> HBServeRpcError | None:
+    """Why a row has given no output token `index`, if `token` is none. Each row of a step is its own: others go on."""
+    if sequence.matcher is not None and sequence.matcher.error:
+        return InvalidRequest(sequence.matcher.error)
+    return LogitsNotFinite(NO_LOGITS.format(index=index)) if token == NOT_FINITE else None
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutput:
+    """What one step did for one request, or for one choice of it."""
+
+    request_id: str
+    token_id: int | None
+    """The new token, or None: the step only computed a part of the prompt, or the request has ended without one."""
+    index: int
+    """Place of that token, or without one of the next, among the output tokens of the request, or of the choice."""
+    finish_reason: FinishReason | None = None
+    num_computed_tokens: int = 0
+    num_cached_tokens: int = 0
+    """Of those, how many came from the prefix cache."""
+    block_table: list[int] = field(default_factory=list)
+    """Of a prefill-only request, whose blocks stay as they are until `release`; else empty. The keys and values of its
+    computed tokens are there: on a device too, no stream has to be waited for, unless `ready` says otherwise."""
+    logprobs: TokenLogprobs | None = None
+    """At the new token's place, if the request asks for them."""
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    """With output token 0, if the request asks for them: of each prompt token but the first."""
+    error: HBServeRpcError | None = None
+    """Why the request has ended, if it is not by a token: what it asks for cannot be computed."""
+    choice: int = 0
+    """Of `SamplingParams.n`. What has no token yet is of all."""
+    num_preemptions: int = 0
+    """So far."""
+    ready: Any = None
+    """CUDA event after which keys and values are there: of a step that was launched, and has not been read."""
+
+    @classmethod
+    def of(
+        cls,
+        sequence: Sequence,
+        token: int | None,
+        index: int,
+        finish_reason: FinishReason | None,
+        computed: int,
+        logprobs: TokenLogprobs | None = None,
+        error: HBServeRpcError | None = None,
+    ) -> "StepOutput":
+        """Of a sequence, when `computed` of its tokens have been computed."""
+        return cls(
+            sequence.request_id,
+            None if error else token,
+            index,
+            finish_reason,
+            computed,
+            sequence.num_cached_tokens,
+            sequence.block_table.tolist() if sequence.prefill_only else [],
+            None if error else logprobs,
+            sequence.prompt_logprobs if token is not None and index == 0 else [],
+            error,
+            sequence.choice,
+            sequence.num_preemptions,
+        )
+
+    @property
+    def is_last(self) -> bool:
+        """Whether the request, or the choice, has ended with it."""
+        return self.finish_reason is not None or self.error is not None
+
+    def raise_error(self) -> None:
+        """Raises LogitsNotFinite or InvalidRequest if the request has ended so."""
+        if self.error is not None:
+            raise self.error
+
+    @property
+    def token_ids(self) -> list[int]:
+        """The new token, if there is one."""
+        return [] if self.token_id is None else [self.token_id]
+
+    @property
+    def all_logprobs(self) -> list[TokenLogprobs]:
+        """Of `token_ids`, if the request asks for them."""
+        return [] if self.logprobs is None else [self.logprobs]
+
+
+@dataclass(frozen=True, slots=True)
+class Reservation:
+    """Room for a request whose KV others will bring."""
+
+    request_id: str
+    block_ids: list[int]
+    """Blocks of the tokens that are to be brought, in order: the last ones of the request's, without those that are
+    cached here, or that no layer will see."""
+    num_cached_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """Gauges are of now, counters from the start."""
+
+    num_waiting: int = 0
+    num_running: int = 0
+    num_reserved: int = 0
+    """Requests whose blocks wait for a transfer."""
+    num_blocks: int = 0
+    num_free_blocks: int = 0
+    """Blocks that nobody holds, those kept as prefix cache included."""
+    num_cached_blocks: int = 0
+    """Of the free ones, those kept as prefix cache."""
+    num_reserved_blocks: int = 0
+    """Of `num_reserved` requests; one that several of them share counts for each."""
+    num_quarantined_blocks: int = 0
+    num_generated_tokens: int = 0
+    num_prefill_tokens: int = 0
+    """Prompt tokens computed, those computed again after a preemption included."""
+    num_cached_tokens: int = 0
+    num_preemptions: int = 0
+    num_steps: int = 0
+    host_time_s: float = 0.0
+    """Time spent in steps other than waiting for the device: scheduling, preparing, launching, taking tokens in. With a
+    runner that computes on the host, its computation too."""
+    num_late_steps: int = 0
+    """Steps that were launched to be just in time, and came after the one before them had ended."""
+    idle_time_s: float = 0.0
+    """How long the device had nothing to do because of that, at most."""
+    iteration_tokens: Histogram | None = None
+    """Tokens of each step."""

@@ -1,0 +1,65 @@
+"""The orders of the scheduler's side of the vLLM connector to the workers' side, once a step. Knows nothing of vLLM.
+
+A request has a *source* on the side that decodes (where its KV is offered), and an *outgoing* transfer on the side that
+prefilled it. Blocks are those of vLLM's KV cache manager.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a request's KV is, or will be, offered."""
+
+    transfer_id: str
+    ranks: tuple[tuple[str, str], ...]
+    """Address and epoch ("" if it is not known) of each rank's manager."""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Blocks of this side that a request's KV goes to."""
+
+    block_ids: list[int]
+    first: int
+    """Place of the first of them in the prompt: the blocks before it are here."""
+    digest: str
+    """Of the prompt: see `prompt_digest`."""
+
+
+@dataclass(frozen=True)
+class Computed:
+    """Blocks of a prompt that are computed when this step ends, the next of an outgoing transfer."""
+
+    transfer_id: str
+    block_ids: list[int]
+    digest: str = ""
+    """Of the whole prompt, with its last blocks; "" before."""
+
+
+@dataclass
+class Orders:
+    """By request id; in this order a worker carries them out."""
+
+    claims: dict[str, Source] = field(default_factory=dict)
+    """A request has arrived here whose KV is there."""
+    fetches: dict[str, Wanted] = field(default_factory=dict)
+    """It has blocks. Each is voted for once, when nothing lands in them any more."""
+    releases: set[str] = field(default_factory=set)
+    """It needs nothing (any more)."""
+    finished: dict[str, Computed] = field(default_factory=dict)
+    """It has finished here, and these were not pushed yet. Each is voted for once, when its blocks are read no more."""
+    withdrawn: dict[str, tuple[str, str]] = field(default_factory=dict)
+    """Transfer id and reason of one that has ended before all was computed. Each is voted for, as above."""
+    preempted: set[str] = field(default_factory=set)
+    """Its blocks are about to be overwritten."""
+    computed: dict[str, Computed] = field(default_factory=dict)
+    """Whose receiver may be there already."""
+
+    def __bool__(self) -> bool:
+        return any(vars(self).values())
+
+
+Params = dict[str, Any]
+"""`kv_transfer_params` of a request: what a router passes on from one server to the other."""

@@ -1,0 +1,203 @@
+"""The scheduler's side of the vLLM connector: one state for each request whose prompt is computed elsewhere, or for
+somebody else. No I/O: what there is to do is collected as Orders for the workers. Knows nothing of vLLM but the names
+of what it is given.
+
+The side that decodes wants the KV of all tokens of the prompt but the last, which it computes itself, to have something
+to sample from. What its prefix cache has is not fetched.
+"""
+
+import array
+import hashlib
+import logging
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from hbserve_kv.integrations.vllm_orders import Computed, Orders, Params, Source, Wanted
+from hbserve_rpc.address import format_address
+
+logger = logging.getLogger(__name__)
+
+FINISHED_WELL = ("FINISHED_LENGTH_CAPPED", "FINISHED_STOPPED")
+"""Names of vLLM's RequestStatus with which a prompt is computed; the first token may have been its last."""
+
+
+def prompt_digest(token_ids: Sequence[int]) -> str:
+    """What both sides must agree on before KV of one is taken for the other's."""
+    return hashlib.blake2b(array.array("q", token_ids).tobytes(), digest_size=12).hexdigest()
+
+
+@dataclass
+class _Incoming:
+    """A request whose KV another server has computed, or computes."""
+
+    source: Source
+    num_computed: int = 0
+    """Tokens that this side had when it was asked last."""
+    is_settled: bool = False
+    """Its blocks are known to the workers, or it needs none."""
+
+
+@dataclass
+class _Outgoing:
+    """A request that another server decodes."""
+
+    transfer_id: str
+    is_awaited: bool
+    """The transfer id is the router's: the receiver may be there before the prompt is computed."""
+    num_tokens: int
+    digest: str
+    """Of the prompt."""
+    block_ids: list[int] = field(default_factory=list)
+    num_told: int = 0
+    """Blocks of which the workers know."""
+
+
+class SchedulerSide:
+    def __init__(self, engine_id: str, block_size: int, tp_size: int) -> None:
+        self._engine_id = engine_id
+        self._block_size = block_size
+        self._tp_size = tp_size
+        self.ranks: list[tuple[str, str]] = []
+        """Address and epoch of each of this engine's workers."""
+        self._incoming: dict[str, _Incoming] = {}
+        self._outgoing: dict[str, _Outgoing] = {}
+        self._orders = Orders()
+
+    def _num_blocks(self, num_tokens: int) -> int:
+        return -(-num_tokens // self._block_size)
+
+    # ---- arrival -------------------------------------------------------------------------------------------------
+
+    def arrived(self, request: Any) -> None:
+        params: Params = request.kv_transfer_params or {}
+        if not request.prompt_token_ids:
+            return  # embeddings: nothing says whether both sides mean the same
+        if params.get("do_remote_decode"):
+            prompt, name = request.prompt_token_ids, params.get("transfer_id")
+            self._outgoing[request.request_id] = _Outgoing(
+                name or f"{self._engine_id}-{uuid.uuid4().hex}", bool(name), len(prompt), prompt_digest(prompt)
+            )
+        elif params.get("do_remote_prefill") and (source := self._source(request, params)):
+            self._incoming[request.request_id] = _Incoming(source)
+            self._orders.claims[request.request_id] = source
+
+    def _source(self, request: Any, params: Params) -> Source | None:
+        """None: it cannot be fetched, and is computed here."""
+        num_tokens = params.get("remote_num_tokens")
+        if not params.get("transfer_id") or not (params.get("remote_ranks") or params.get("remote_port")):
+            problem = "it has not transfer_id, and remote_ranks or remote_host and remote_port"
+        elif int(params.get("tp_size") or self._tp_size) != self._tp_size:
+            problem = f"tp_size is {params['tp_size']} on the side that prefilled it, and {self._tp_size} here"
+        elif num_tokens is not None and num_tokens != len(request.prompt_token_ids):
+            problem = f"its prompt is {num_tokens} tokens there, and {len(request.prompt_token_ids)} here"
+        else:
+            return Source(str(params["transfer_id"]), self._addresses(params))
+        logger.warning("request %s is computed here, not fetched: %s", request.request_id, problem)
+        return None
+
+    def _addresses(self, params: Params) -> tuple[tuple[str, str], ...]:
+        if ranks := params.get("remote_ranks"):
+            return tuple((str(address), str(epoch)) for address, epoch in ranks)
+        host, port = str(params.get("remote_host") or "127.0.0.1"), int(params["remote_port"])
+        return tuple((format_address(host, port + rank), "") for rank in range(self._tp_size))
+
+    # ---- the side that decodes -----------------------------------------------------------------------------------
+
+    def num_wanted(self, request: Any, num_computed: int) -> int:
+        """Tokens that are to be fetched, when this side has `num_computed`. May be asked many times."""
+        incoming = self._incoming.get(request.request_id)
+        if incoming is None or incoming.is_settled:
+            return 0
+        incoming.num_computed = num_computed
+        return max(0, len(request.prompt_token_ids) - 1 - num_computed)
+
+    def allocated(self, request: Any, block_ids: Sequence[int], num_tokens: int) -> None:
+        """It has blocks, for `num_tokens` that are to be fetched. Called again when it gets more blocks."""
+        incoming = self._incoming.get(request.request_id)
+        if incoming is None or incoming.is_settled:
+            return
+        incoming.is_settled = True
+        if not num_tokens:
+            self._orders.releases.add(request.request_id)
+            return
+        first = incoming.num_computed // self._block_size
+        end = self._num_blocks(incoming.num_computed + num_tokens)
+        digest = prompt_digest(request.prompt_token_ids)
+        self._orders.fetches[request.request_id] = Wanted(list(block_ids[first:end]), first, digest)
+
+    # ---- the side that prefills ----------------------------------------------------------------------------------
+
+    def scheduled(self, output: Any) -> Orders:
+        """The orders of a step, of which `output` is vLLM's SchedulerOutput."""
+        for name in output.preempted_req_ids or ():
+            if (outgoing := self._outgoing.get(name)) is not None:
+                outgoing.block_ids, outgoing.num_told = [], 0
+                self._orders.preempted.add(name)
+        for new in output.scheduled_new_reqs:
+            if (outgoing := self._outgoing.get(new.req_id)) is not None:
+                outgoing.block_ids = list(new.block_ids[0])
+                self._computed(new.req_id, new.num_computed_tokens, output)
+        cached = output.scheduled_cached_reqs
+        for name, blocks, num_computed in zip(
+            cached.req_ids, cached.new_block_ids, cached.num_computed_tokens, strict=True
+        ):
+            if (outgoing := self._outgoing.get(name)) is not None:
+                if name in cached.resumed_req_ids:
+                    outgoing.block_ids = []
+                outgoing.block_ids += blocks[0] if blocks else []
+                self._computed(name, num_computed, output)
+        orders, self._orders = self._orders, Orders()
+        return orders
+
+    def _computed(self, name: str, num_computed: int, output: Any) -> None:
+        """Tell of the blocks that this step fills, if somebody may wait for them."""
+        outgoing = self._outgoing[name]
+        if not outgoing.is_awaited:
+            return
+        num_tokens, needed = num_computed + output.num_scheduled_tokens[name], outgoing.num_tokens - 1
+        is_all = num_tokens >= needed
+        end = self._num_blocks(needed) if is_all else num_tokens // self._block_size
+        blocks = outgoing.block_ids[outgoing.num_told : end]
+        if blocks:
+            self._orders.computed[name] = Computed(outgoing.transfer_id, blocks, outgoing.digest if is_all else "")
+            outgoing.num_told = end
+
+    # ---- the end, on either side ---------------------------------------------------------------------------------
+
+    def finished(self, request: Any, block_ids: Sequence[int]) -> tuple[bool, Params | None]:
+        """Whether the workers vote when its blocks are free, and what a router gives to the side that decodes."""
+        name = request.request_id
+        if self._incoming.pop(name, None) is not None:
+            self._orders.releases.add(name)
+        outgoing = self._outgoing.pop(name, None)
+        if outgoing is None:
+            return False, None
+        if request.status.name in FINISHED_WELL and request.num_computed_tokens >= outgoing.num_tokens - 1:
+            return self._deliver(name, outgoing, block_ids)
+        if not outgoing.is_awaited:
+            return False, None
+        self._orders.withdrawn[name] = (outgoing.transfer_id, f"its prefill ended with {request.status.name}")
+        return True, None
+
+    def _deliver(self, name: str, outgoing: _Outgoing, block_ids: Sequence[int]) -> tuple[bool, Params | None]:
+        blocks = list(block_ids[: self._num_blocks(outgoing.num_tokens - 1)])
+        if not blocks:
+            return False, None  # a prompt of one token is computed where it is decoded
+        rest = blocks[outgoing.num_told :]
+        self._orders.finished[name] = Computed(outgoing.transfer_id, rest, outgoing.digest)
+        host, _, port = self.ranks[0][0].rpartition(":")
+        return True, {
+            "do_remote_prefill": True,
+            "do_remote_decode": False,
+            "transfer_id": outgoing.transfer_id,
+            "remote_engine_id": self._engine_id,
+            "remote_request_id": name,
+            "remote_block_ids": blocks,
+            "remote_num_tokens": outgoing.num_tokens,
+            "remote_host": host.strip("[]"),
+            "remote_port": int(port),
+            "remote_ranks": [list(rank) for rank in self.ranks],
+            "tp_size": self._tp_size,
+        }

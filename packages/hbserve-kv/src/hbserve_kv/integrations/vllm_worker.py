@@ -1,0 +1,250 @@
+"""A worker's side of the vLLM connector: one KVTransferManager in a thread with an event loop of its own, so that
+transfers, leases and heartbeats go on while the model computes, and while the engine is idle. Knows nothing of vLLM.
+"""
+
+import asyncio
+import logging
+import threading
+from collections.abc import Callable, Coroutine, Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any
+
+from hbserve_kv.config import KVTransferConfig
+from hbserve_kv.errors import TransferFailed
+from hbserve_kv.integrations.vllm_orders import Computed, Orders, Wanted
+from hbserve_kv.manager import KVTransferManager
+from hbserve_kv.protocol.transfer_state import Outcome, TransferResult
+from hbserve_kv.receiving.claims import Claim
+from hbserve_kv.sending.offers import Offer
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Votes:
+    """What has become of requests since the last step."""
+
+    sent: set[str] = field(default_factory=set)
+    """Their blocks are read no more."""
+    received: set[str] = field(default_factory=set)
+    """Nothing lands in their blocks any more."""
+    invalid_block_ids: set[int] = field(default_factory=set)
+    """Were to be fetched, and were not: told as soon as that is known, perhaps before the vote."""
+    figures: dict[str, list[float]] = field(default_factory=dict)
+
+
+@dataclass
+class _Sending:
+    offer: Offer
+    is_owed: bool = False
+    """A vote, when it is over."""
+    is_over: bool = False
+
+
+class WorkerSide:
+    def __init__(
+        self,
+        rank: int,
+        pool: Any,
+        fingerprint: Mapping[str, str | int],
+        config: KVTransferConfig,
+        *,
+        pieces_of_block: int = 1,
+        lease_s: float = 30.0,
+        make_event: Callable[[], Any] = lambda: None,
+    ) -> None:
+        """`pieces_of_block`: blocks of the pool that make one of vLLM's. `make_event`: an event of the device, after
+        what the calling thread has queued. Returns when peers can connect.
+
+        Raises: as KVTransferManager and its `start`.
+        """
+        self._pieces = pieces_of_block
+        self._lease_s = lease_s
+        self._patience_s = 4 * config.timeout_s
+        self._make_event = make_event
+        self._claims: dict[str, Claim] = {}
+        self._sending: dict[str, _Sending] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._votes = Votes()
+        self._lock = threading.Lock()
+        """Of the votes."""
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="hbserve-kv", daemon=True)
+        self._thread.start()
+        try:
+            self.manager = self._run(self._start(rank, pool, fingerprint, config)).result()
+        except BaseException:
+            self._stop_loop()
+            raise
+
+    @staticmethod
+    async def _start(
+        rank: int, pool: Any, fingerprint: Mapping[str, str | int], config: KVTransferConfig
+    ) -> KVTransferManager:
+        manager = KVTransferManager(rank=rank, pool=pool, fingerprint=fingerprint, config=config)
+        await manager.start()
+        return manager
+
+    def _run(self, job: Coroutine[Any, Any, Any]) -> "Future[Any]":
+        return asyncio.run_coroutine_threadsafe(job, self._loop)
+
+    # ---- called by vLLM's worker, once a step --------------------------------------------------------------------
+
+    def begin_step(self, orders: Orders) -> None:
+        """Carry out what concerns earlier steps."""
+        if orders.claims or orders.fetches or orders.releases or orders.finished or orders.withdrawn:
+            event = self._make_event() if orders.finished else None
+            self._loop.call_soon_threadsafe(self._begin, orders, event)
+
+    def end_step(self, orders: Orders) -> None:
+        """The step's computation is queued: its blocks may be sent when the device has done it."""
+        if orders.computed:
+            self._loop.call_soon_threadsafe(self._push_computed, orders.computed, self._make_event())
+
+    def preempt(self, names: set[str]) -> None:
+        """Return when the blocks of these requests are not read any more.
+
+        Raises:
+            TimeoutError: that cannot be said of some; to overwrite them would send what is not theirs.
+        """
+        if names:
+            self._run(self._preempt(names)).result(timeout=self._patience_s)
+
+    def take_votes(self) -> Votes:
+        with self._lock:
+            votes, self._votes = self._votes, Votes()
+        return votes
+
+    def close(self) -> None:
+        """End every transfer; peers hear so. May be called twice."""
+        if self._thread.is_alive():
+            self._run(self._close()).result()
+            self._stop_loop()
+
+    def _stop_loop(self) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    async def _close(self) -> None:
+        await self.manager.close()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    # ---- in the loop: what comes ---------------------------------------------------------------------------------
+
+    def _begin(self, orders: Orders, event: Any) -> None:
+        for name, source in orders.claims.items():
+            address, epoch = source.ranks[self.manager.rank]
+            self._claims[name] = self.manager.claim(source.transfer_id, address, epoch)
+        for name, wanted in orders.fetches.items():
+            self._begin_task(self._fetch(name, self._claims[name], wanted))
+        for name in orders.releases:
+            if (claim := self._claims.pop(name, None)) is not None:
+                claim.release()
+        for name, computed in orders.finished.items():
+            self._push(name, computed, event).is_owed = True
+            self._vote_if_over(name)
+        for name, (transfer_id, reason) in orders.withdrawn.items():
+            sending = self._sending_of(name, transfer_id)
+            sending.is_owed = True
+            sending.offer.withdraw(reason)
+            self._vote_if_over(name)
+
+    def _begin_task(self, job: Coroutine[Any, Any, None]) -> None:
+        task = self._loop.create_task(job)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _fetch(self, name: str, claim: Claim, wanted: Wanted) -> None:
+        try:
+            posted = claim.fetch(self._pool_blocks(wanted.block_ids), first=wanted.first * self._pieces)
+            result = await posted.wait()
+        except ValueError as refusal:  # a router has given the same transfer id to two requests
+            result = TransferResult(Outcome.FAILED_DRAINED, error=str(refusal))
+        error = result.error
+        if result.outcome is Outcome.COMPLETED and result.payload != wanted.digest.encode():
+            error = "its prompt has other tokens on the side that prefilled it"
+        self._count(result, error)
+        if error:
+            logger.warning("KV of request %s was not fetched from %s: %s", name, claim.address, error)
+            with self._lock:
+                self._votes.invalid_block_ids.update(wanted.block_ids)
+        if result.outcome is Outcome.UNKNOWN:
+            try:
+                await posted.drained()
+            except TransferFailed:
+                return  # this side ends
+        self._claims.pop(name, None)
+        with self._lock:
+            self._votes.received.add(name)
+
+    def _pool_blocks(self, block_ids: list[int]) -> list[int]:
+        return [block_id * self._pieces + piece for block_id in block_ids for piece in range(self._pieces)]
+
+    # ---- in the loop: what goes ----------------------------------------------------------------------------------
+
+    def _push_computed(self, computed: Mapping[str, Computed], event: Any) -> None:
+        for name, each in computed.items():
+            self._push(name, each, event)
+
+    def _push(self, name: str, computed: Computed, event: Any) -> _Sending:
+        sending = self._sending_of(name, computed.transfer_id)
+        if computed.block_ids:
+            sending.offer.push(self._pool_blocks(computed.block_ids), event)
+        if computed.digest:
+            sending.offer.commit(computed.digest.encode())
+        return sending
+
+    def _sending_of(self, name: str, transfer_id: str) -> _Sending:
+        if name not in self._sending:
+            try:
+                offer = self.manager.offer(transfer_id, lease_s=self._lease_s)
+            except ValueError as error:  # a router has given the same transfer id to two requests
+                offer = self.manager.offer(f"{transfer_id} of {name}")
+                offer.withdraw(str(error))
+            self._sending[name] = _Sending(offer)
+            self._begin_task(self._wait(name, self._sending[name]))
+        return self._sending[name]
+
+    async def _wait(self, name: str, sending: _Sending) -> None:
+        result = await sending.offer.wait()
+        if result.outcome is Outcome.UNKNOWN:
+            await sending.offer.drained()
+        if result.outcome is not Outcome.COMPLETED:
+            logger.warning("KV of request %s was not delivered: %s", name, result.error)
+            with self._lock:
+                self._votes.figures.setdefault("num_not_delivered", []).append(1)
+        sending.is_over = True
+        self._vote_if_over(name)
+
+    def _vote_if_over(self, name: str) -> None:
+        """Once the request has finished here and its blocks are read no more, whichever is later."""
+        sending = self._sending[name]
+        if sending.is_over and sending.is_owed:
+            del self._sending[name]
+            with self._lock:
+                self._votes.sent.add(name)
+
+    async def _preempt(self, names: set[str]) -> None:
+        for name in names & self._sending.keys():
+            sending = self._sending[name]
+            if not sending.offer.restart():
+                sending.offer.withdraw("its prompt was preempted while it was computed, and is computed anew")
+                await sending.offer.drained()
+
+    # ---- figures -------------------------------------------------------------------------------------------------
+
+    def _count(self, result: TransferResult, error: str) -> None:
+        """Of one transfer to this worker."""
+        if error:
+            figures = {"num_failed_transfers": 1.0}
+        else:
+            figures = {
+                "transfer_duration": result.time_s,
+                "bytes_transferred": float(result.num_bytes),
+                "num_parts": float(result.num_parts),
+            }
+        with self._lock:
+            for name, number in figures.items():
+                self._votes.figures.setdefault(name, []).append(number)

@@ -1,0 +1,139 @@
+"""Memory of others, as an address, a shape and strides: torch tensors, whatever has the buffer protocol, and whatever
+has `__dlpack__`. torch is needed for memory of a GPU only, and is not imported here: who brings tensors has it.
+
+Structures: CPython's `Py_buffer` (PEP 3118), and `DLManagedTensor` of DLPack before version 1.
+"""
+
+import ctypes
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+DLPACK_CPU, DLPACK_PINNED = 1, 3
+PYBUF_RECORDS = 0x0018 | 0x0004 | 0x0001
+"""PyBUF_STRIDES, FORMAT, WRITABLE."""
+
+
+@dataclass(frozen=True, eq=False)
+class Array:
+    owner: Any
+    """Keeps the memory alive; a torch tensor, where there is one, tells the address anew after it was moved."""
+    start: int
+    """The address of its first element, as it was when this was made."""
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    """Of each dimension, in bytes."""
+    itemsize: int
+    device: Any = None
+    """A torch device; None: the host, of a process that need not have torch."""
+
+    @property
+    def address(self) -> int:
+        """`share_memory_` moves a tensor."""
+        return int(self.owner.data_ptr()) if is_tensor(self.owner) else self.start
+
+    @property
+    def span(self) -> int:
+        """Bytes from its first to behind its last element."""
+        steps = zip(self.shape, self.strides, strict=True)
+        return self.itemsize + sum((size - 1) * stride for size, stride in steps)
+
+
+def is_tensor(found: Any) -> bool:
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(found, torch.Tensor)
+
+
+def as_array(found: Any) -> Array:
+    """Raises TypeError: it is no memory that this process can write, or on a GPU and no torch tensor; ValueError: it is
+    empty, or its strides are not above 0."""
+    array = _of_tensor(found) if is_tensor(found) else _of_buffer(found) or _of_dlpack(found)
+    steps = zip(array.shape, array.strides, strict=True)
+    if 0 in array.shape or any(stride <= 0 < size - 1 for size, stride in steps):
+        raise ValueError(
+            f"pool: expected memory that is not empty, with each number in a place of its own and in order, got shape "
+            f"{array.shape} and strides of {array.strides} bytes"
+        )
+    return array
+
+
+def _of_tensor(tensor: Any) -> Array:
+    size = tensor.element_size()
+    strides = tuple(stride * size for stride in tensor.stride())
+    return Array(tensor, tensor.data_ptr(), tuple(tensor.shape), strides, size, tensor.device)
+
+
+class _Buffer(ctypes.Structure):
+    _fields_ = (
+        ("buf", ctypes.c_void_p),
+        ("obj", ctypes.py_object),
+        ("len", ctypes.c_ssize_t),
+        ("itemsize", ctypes.c_ssize_t),
+        ("readonly", ctypes.c_int),
+        ("ndim", ctypes.c_int),
+        ("format", ctypes.c_char_p),
+        ("shape", ctypes.POINTER(ctypes.c_ssize_t)),
+        ("strides", ctypes.POINTER(ctypes.c_ssize_t)),
+        ("suboffsets", ctypes.POINTER(ctypes.c_ssize_t)),
+        ("internal", ctypes.c_void_p),
+    )
+
+
+def _of_buffer(found: Any) -> Array | None:
+    try:
+        view = memoryview(found)
+    except (TypeError, BufferError, ValueError):  # ValueError: numpy's answer for types that the protocol does not know
+        return None
+    if view.readonly:
+        raise TypeError(f"pool: expected memory that can be written, got a read-only {type(found).__name__}")
+    raw = _Buffer()
+    # The view holds the memory for as long as it lives; this only asks where that is.
+    api = ctypes.pythonapi
+    if api.PyObject_GetBuffer(ctypes.py_object(view), ctypes.byref(raw), PYBUF_RECORDS):
+        raise TypeError(f"pool: the memory of {type(found).__name__} cannot be described")
+    address = int(raw.buf or 0)
+    api.PyBuffer_Release(ctypes.byref(raw))
+    return Array(view, address, tuple(view.shape or ()), tuple(view.strides or ()), view.itemsize)
+
+
+class _DLTensor(ctypes.Structure):
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("device_type", ctypes.c_int32),
+        ("device_id", ctypes.c_int32),
+        ("ndim", ctypes.c_int32),
+        ("code", ctypes.c_uint8),
+        ("bits", ctypes.c_uint8),
+        ("lanes", ctypes.c_uint16),
+        ("shape", ctypes.POINTER(ctypes.c_int64)),
+        ("strides", ctypes.POINTER(ctypes.c_int64)),
+        ("byte_offset", ctypes.c_uint64),
+    )
+
+
+def _of_dlpack(found: Any) -> Array:
+    """The capsule is never marked as used: it frees what it holds when it goes, as DLPack wants it then."""
+    if not hasattr(found, "__dlpack__"):
+        raise TypeError(
+            f"pool: expected torch tensors, or writable memory with the buffer protocol or __dlpack__, got "
+            f"{type(found).__name__}"
+        )
+    capsule = found.__dlpack__()
+    pointer = ctypes.pythonapi.PyCapsule_GetPointer
+    pointer.restype, pointer.argtypes = ctypes.c_void_p, (ctypes.py_object, ctypes.c_char_p)
+    tensor = _DLTensor.from_address(pointer(capsule, b"dltensor"))
+    if tensor.device_type not in (DLPACK_CPU, DLPACK_PINNED):
+        raise TypeError("pool: memory of a GPU is taken as torch tensors: torch.from_dlpack makes them")
+    shape = tuple(tensor.shape[: tensor.ndim])
+    itemsize = tensor.bits * tensor.lanes // 8
+    steps = tuple(tensor.strides[: tensor.ndim]) if tensor.strides else contiguous_strides(shape, 1)
+    strides = tuple(step * itemsize for step in steps)
+    return Array((found, capsule), (tensor.data or 0) + tensor.byte_offset, shape, strides, itemsize)
+
+
+def contiguous_strides(shape: Sequence[int], itemsize: int) -> tuple[int, ...]:
+    strides = [itemsize]
+    for size in reversed(shape[1:]):
+        strides.append(strides[-1] * size)
+    return tuple(reversed(strides))

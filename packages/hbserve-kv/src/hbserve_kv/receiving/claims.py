@@ -1,0 +1,168 @@
+"""Transfers that this side fetches: it says to the sender that it wants them, and later where they go."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass
+
+from hbserve_kv.errors import TransferFailed
+from hbserve_kv.protocol import messages
+from hbserve_kv.protocol.messages import Fetch, Keep
+from hbserve_kv.protocol.transfer_state import Outcome, TransferResult
+from hbserve_kv.receiving.transfer import PostedReceive
+from hbserve_rpc import HBServeRpcError, Keys, RpcClient
+from hbserve_rpc.address import nobody_listens
+
+ANSWER_TIMEOUT_S = 1.0
+
+
+@dataclass(eq=False)
+class _Sender:
+    """The connection to one life of a sender."""
+
+    client: RpcClient
+    starting: asyncio.Task[None]
+    num_claims: int = 0
+    is_lost: bool = False
+
+
+class Senders:
+    """One connection to each sender that something is claimed from, until it ends."""
+
+    def __init__(self, timeout_s: float, keys: Keys | None) -> None:
+        self.timeout_s = timeout_s
+        self._keys = keys
+        self._senders: dict[str, _Sender] = {}
+        self._closing: set[asyncio.Task[None]] = set()
+
+    @contextlib.asynccontextmanager
+    async def use(self, address: str) -> AsyncIterator[RpcClient]:
+        """Raises TransferFailed if nobody is there."""
+        sender = self._senders.get(address) or self._make(address)
+        sender.num_claims += 1
+        try:
+            await asyncio.shield(sender.starting)
+            yield sender.client
+        finally:
+            sender.num_claims -= 1
+            self._close_if_over(sender)
+
+    def _make(self, address: str) -> _Sender:
+        beat_s = min(2.0, self.timeout_s / 4)
+        client = RpcClient(address, heartbeat_interval_s=beat_s, heartbeat_timeout_s=self.timeout_s, keys=self._keys)
+        sender = self._senders[address] = _Sender(client, asyncio.create_task(_start(client)))
+
+        def lost(*_: object) -> None:
+            sender.is_lost = True
+            if self._senders.get(address) is sender:
+                del self._senders[address]
+            self._close_if_over(sender)
+
+        client.on_lost = lost
+        sender.starting.add_done_callback(lambda done: lost() if done.exception() else None)
+        return sender
+
+    def _close_if_over(self, sender: _Sender) -> None:
+        if sender.is_lost and not sender.num_claims:
+            task = asyncio.create_task(sender.client.close())
+            self._closing.add(task)
+            task.add_done_callback(self._closing.discard)
+
+    async def close(self) -> None:
+        senders, self._senders = list(self._senders.values()), {}
+        await asyncio.gather(*(each.starting for each in senders), return_exceptions=True)
+        await asyncio.gather(*(each.client.close() for each in senders), *self._closing)
+
+
+async def _start(client: RpcClient) -> None:
+    """An RPC client would wait for one that comes; who offers something is there."""
+    if await nobody_listens(client.address, ANSWER_TIMEOUT_S):
+        raise TransferFailed(f"{client.address} has ended: nobody listens there")
+    await client.start()
+
+
+class Claim:
+    """An offer that this side wants: its sender keeps it, until `release` or the end of a fetch. Made by
+    `KVTransferManager.claim`."""
+
+    def __init__(
+        self, transfer_id: str, address: str, epoch: str, senders: Senders, post: Callable[..., PostedReceive]
+    ) -> None:
+        self.transfer_id = transfer_id
+        self.address = address
+        self._keep = Keep(transfer_id, epoch)
+        self._senders = senders
+        self._post = post
+        self._kept: asyncio.Future[RpcClient] = asyncio.get_running_loop().create_future()
+        self._posted: PostedReceive | None = None
+        self._cause = ""
+        """Why it has ended; "" while it has not."""
+        self._fetching: asyncio.Task[None] | None = None
+        self.task = asyncio.create_task(self._run())
+
+    async def _run(self) -> None:
+        cause = "the sender has ended it"
+        try:
+            async with self._senders.use(self.address) as client, client.stream(messages.KEEP, self._keep) as kept:
+                async for _ in kept:
+                    self._kept.set_result(client)
+        except (HBServeRpcError, TransferFailed) as error:
+            cause = str(error)
+        except asyncio.CancelledError:
+            cause = "it was released"
+        self._cause = cause
+        self._kept.cancel()
+        if self._posted is not None:
+            self._posted.fail(cause)  # nothing, if all has come
+
+    async def kept(self) -> bool:
+        """Wait until the sender keeps it. False: it will not."""
+        await asyncio.wait([self._kept])
+        return not self._kept.cancelled()
+
+    def fetch(self, block_ids: Sequence[int], *, first: int = 0, may_be_partial: bool = False) -> PostedReceive:
+        """Want the blocks that were offered, from place `first` on, in these blocks of the pool. Returns at once.
+
+        Raises:
+            ValueError: it was fetched already; or as `KVTransferManager.post_receive`.
+        """
+        if self._posted is not None:
+            raise ValueError(f"transfer {self.transfer_id} was fetched already")
+        posted = self._posted = self._post(self.transfer_id, block_ids, may_be_partial=may_be_partial)
+        if self._cause:
+            posted.fail(self._cause)
+            return posted
+        self._fetching = asyncio.create_task(self._fetch(posted, first))
+        posted.when_ended(self._received)
+        return posted
+
+    async def _fetch(self, posted: PostedReceive, first: int) -> None:
+        if not await self.kept():
+            return  # `_run` says why
+        fetch = Fetch(self.transfer_id, posted.grant, first)
+        try:
+            await self._kept.result().call(messages.FETCH, fetch, timeout_s=self._senders.timeout_s)
+        except HBServeRpcError as error:
+            posted.fail(str(error))
+
+    def _received(self, result: TransferResult) -> None:
+        if result.outcome is not Outcome.COMPLETED:
+            self.release()
+            return
+        # The sender is about to hear that all has come; if this said first that nobody wants it, it had failed there.
+        patience = asyncio.get_running_loop().call_later(self._senders.timeout_s, self.task.cancel)
+        self.task.add_done_callback(lambda _: patience.cancel())
+
+    def release(self) -> None:
+        """Want it no more: the sender hears so, also if it has to offer it yet, and has its blocks back. Ends a fetch
+        that is under way."""
+        if self._posted is not None:
+            self._posted.fail("it was released")
+        if self._kept.done():
+            self.task.cancel()
+        else:
+            self._kept.add_done_callback(lambda _: self.task.cancel())
+
+    async def close(self) -> None:
+        self.task.cancel()
+        await asyncio.gather(self.task, *([self._fetching] if self._fetching else []), return_exceptions=True)

@@ -1,0 +1,282 @@
+"""Transfers that their receivers fetch: blocks which are there before anybody has room for them.
+
+An offer whose last block is there waits `lease_s` for a receiver that wants it. That one keeps it (KEEP) as long as its
+heartbeats come, and says where the blocks go (FETCH) once it has room. From then on it is a transfer as any other. If
+the receiver leaves, or dies, before it has all, the offer ends.
+"""
+
+import asyncio
+import contextlib
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from typing import Any, NoReturn
+
+from hbserve_kv.errors import FingerprintMismatch, TransferFailed
+from hbserve_kv.protocol import messages
+from hbserve_kv.protocol.messages import Fetch, Keep, Nothing
+from hbserve_kv.protocol.transfer_state import Outcome, TransferResult
+from hbserve_kv.sending.transfer import SendTransfer
+from hbserve_rpc import InvalidRequest, RpcServer, calling_peer
+
+MOST_ENDED = 1 << 12
+"""Offers that have ended and are known by name, for who comes too late to hear why."""
+LATE_S = 10.0
+"""An engine may tell others of a transfer a moment before it is offered here."""
+
+_Open = Callable[[str, bytes], Awaitable[SendTransfer]]
+
+
+class Offer:
+    """One transfer that its receiver fetches. Made by `KVTransferManager.offer`.
+
+    Source blocks belong to it from `push` until `wait` or `withdraw` has returned COMPLETED or FAILED_DRAINED, or until
+    `drained` has returned.
+    """
+
+    def __init__(
+        self, transfer_id: str, open_send: _Open, num_pool_blocks: int, *, lease_s: float, expiry_s: float
+    ) -> None:
+        self.transfer_id = transfer_id
+        self.receiver: bytes | None = None
+        """The connection by which it is kept."""
+        self.result: asyncio.Future[TransferResult] = asyncio.get_running_loop().create_future()
+        self.sending: asyncio.Task[None] | None = None
+        """Since it is being fetched."""
+        self._open = open_send
+        self._num_pool_blocks = num_pool_blocks
+        self._lease_s, self._expiry_s = lease_s, expiry_s
+        self._pushed: list[tuple[int, list[int], Any]] = []
+        """Place of the first, blocks, and the event after which they may be read."""
+        self._num_blocks = 0
+        self._first = 0
+        """Place of the first block that the receiver wants."""
+        self._payload: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+        self._transfer: SendTransfer | None = None
+        self._withdrawn = ""
+        self._drained = asyncio.Event()
+        self._deadline: asyncio.TimerHandle | None = None
+        self.result.add_done_callback(lambda _: self._set_deadline())
+
+    # ---- of its owner --------------------------------------------------------------------------------------------
+
+    def push(self, block_ids: Sequence[int], ready: Any = None) -> None:
+        """Offer the next blocks; they are sent at once to a receiver that is there. `ready`: as for a SendTransfer.
+
+        Nothing, if the offer has ended.
+
+        Raises:
+            ValueError: this side does not have the blocks; or the offer is committed.
+        """
+        if self.result.done() or self._payload.cancelled():
+            return
+        if self._payload.done():
+            raise ValueError(f"transfer {self.transfer_id}: blocks {list(block_ids)} after the commit")
+        if not all(0 <= block_id < self._num_pool_blocks for block_id in block_ids):
+            raise ValueError(f"block_ids={list(block_ids)}: outside the pool")
+        piece = (self._num_blocks, list(block_ids), ready)
+        self._num_blocks += len(block_ids)
+        self._pushed.append(piece)
+        if self._transfer is not None:
+            self._forward(*piece)
+
+    def commit(self, payload: bytes = b"") -> None:
+        """Offer no more blocks. Returns at once."""
+        if not self._payload.done():
+            self._payload.set_result(payload)
+            self._set_deadline()
+
+    def restart(self) -> bool:
+        """Forget what was pushed, to push other blocks from the first one on. False: it is being fetched already, is
+        committed, or has ended."""
+        if self.sending is not None or self._payload.done() or self.result.done():
+            return False
+        self._pushed.clear()
+        self._num_blocks = 0
+        return True
+
+    def withdraw(self, reason: str) -> None:
+        """Offer it no more. Returns at once; `wait` says how it ended."""
+        if self.result.done():
+            return
+        self._withdrawn = self._withdrawn or reason
+        if self.sending is None:
+            self._end(TransferResult(Outcome.FAILED_DRAINED, error=reason))
+        elif self._transfer is None:
+            self.sending.cancel()  # nothing was pushed yet
+        else:
+            self._transfer.state.fail(reason)
+
+    async def wait(self) -> TransferResult:
+        """How it ended."""
+        return await asyncio.shield(self.result)
+
+    async def drained(self) -> None:
+        """After UNKNOWN: wait until no block is read any more."""
+        await self._drained.wait()
+
+    # ---- of its receiver -----------------------------------------------------------------------------------------
+
+    def keep(self, receiver: bytes) -> bool:
+        """False: it is kept for another one."""
+        if self.receiver is not None:
+            return False
+        self.receiver = receiver
+        self._set_deadline()
+        return True
+
+    def leave(self) -> None:
+        """The receiver wants it no more, or is gone."""
+        self.withdraw("its receiver has left")
+
+    def fetch(self, grant: bytes, first: int) -> bool:
+        """False: it is being fetched already, or has ended."""
+        if self.sending is not None or self.result.done():
+            return False
+        self._first = first
+        self.sending = asyncio.create_task(self._send(grant))
+        self.sending.add_done_callback(self._sent)
+        self._set_deadline()
+        return True
+
+    async def _send(self, grant: bytes) -> None:
+        try:
+            transfer = self._transfer = await self._open(self.transfer_id, grant)
+        except (TransferFailed, FingerprintMismatch) as error:
+            self._end(TransferResult(Outcome.FAILED_DRAINED, error=str(error)))
+            return
+        for piece in self._pushed:
+            self._forward(*piece)
+        transfer.result.add_done_callback(lambda _: self._payload.cancel())
+        with contextlib.suppress(asyncio.CancelledError):  # it has failed before
+            transfer.state.commit(await self._payload)
+        result = await transfer.wait()
+        self._end(result)
+        if result.outcome is Outcome.UNKNOWN:
+            await transfer.drained()
+            self._drained.set()
+
+    def _sent(self, sending: asyncio.Task[None]) -> None:
+        if sending.cancelled():  # perhaps before it could begin
+            self._end(TransferResult(Outcome.FAILED_DRAINED, error=self._withdrawn))
+
+    def _forward(self, place: int, block_ids: list[int], ready: Any) -> None:
+        """Those of the blocks that the receiver wants."""
+        assert self._transfer is not None
+        end = self._first + self._transfer.num_blocks
+        wanted = block_ids[max(0, self._first - place) : max(0, end - place)]
+        if wanted:
+            self._transfer.push(wanted, max(0, place - self._first), ready)
+
+    # ---- its end -------------------------------------------------------------------------------------------------
+
+    def _set_deadline(self) -> None:
+        """Of an offer whose blocks are there and that nobody fetches."""
+        if self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
+        if self._payload.done() and self.sending is None and not self.result.done():
+            kept, wait_s = self.receiver is not None, self._expiry_s if self.receiver is not None else self._lease_s
+            reason = f"it was {'kept' if kept else 'offered'} for {wait_s:.3g} s, and nobody has fetched it"
+            self._deadline = asyncio.get_running_loop().call_later(wait_s, self.withdraw, reason)
+
+    def _end(self, result: TransferResult) -> None:
+        self.result.set_result(result)
+        if result.outcome is not Outcome.UNKNOWN:
+            self._drained.set()
+
+
+class Offers:
+    """The offers of one instance, and the handlers of those that fetch them."""
+
+    def __init__(self, epoch: str, open_send: _Open, num_pool_blocks: int, expiry_s: float) -> None:
+        self._epoch = epoch
+        self._num_pool_blocks = num_pool_blocks
+        self._open = open_send
+        self._expiry_s = expiry_s
+        self.offers: dict[str, Offer] = {}
+        """Until they have a result."""
+        self.dropped_messages = 0
+        self._ended: OrderedDict[str, str] = OrderedDict()
+        """Why, by transfer id."""
+        self._awaited: dict[str, asyncio.Future[Offer]] = {}
+        """What receivers want that is not offered yet."""
+        self._sending: set[asyncio.Task[None]] = set()
+
+    def serve_on(self, server: RpcServer) -> None:
+        server.serve_stream(messages.KEEP, self.serve_keep)
+        server.serve(messages.FETCH, self._fetch)
+
+    def make(self, transfer_id: str, lease_s: float) -> Offer:
+        """Raises ValueError if the id is in use."""
+        if transfer_id in self.offers:
+            raise ValueError(f"transfer_id={transfer_id!r} is in use")
+        offer = self.offers[transfer_id] = Offer(
+            transfer_id, self._open, self._num_pool_blocks, lease_s=lease_s, expiry_s=self._expiry_s
+        )
+        offer.result.add_done_callback(lambda done: self._forget(offer, done.result()))
+        if (awaited := self._awaited.get(transfer_id)) is not None:
+            awaited.set_result(offer)
+        return offer
+
+    def _forget(self, offer: Offer, result: TransferResult) -> None:
+        del self.offers[offer.transfer_id]
+        if offer.sending is not None and not offer.sending.done():
+            self._sending.add(offer.sending)
+            offer.sending.add_done_callback(self._sending.discard)
+        self._ended[offer.transfer_id] = result.error or "it was fetched"
+        if len(self._ended) > MOST_ENDED:
+            self._ended.popitem(last=False)
+
+    def close(self) -> None:
+        for offer in list(self.offers.values()):
+            offer.withdraw("the sender was closed")
+
+    async def closed(self) -> None:
+        """After `close`, and when no connection is left: wait until nothing is read any more."""
+        sending = [each.sending for each in self.offers.values() if each.sending]
+        await asyncio.gather(*sending, *self._sending, return_exceptions=True)
+
+    async def serve_keep(self, keep: Keep) -> AsyncIterator[Nothing]:
+        """Handler of KEEP, one for each receiver as long as it wants the transfer."""
+        offer = await self._find(keep)
+        if not offer.keep(calling_peer().connection):
+            self._drop(f"transfer {keep.transfer_id} is kept for another receiver")
+        try:
+            yield Nothing()
+            result = await offer.wait()
+        finally:
+            offer.leave()
+        if result.outcome is not Outcome.COMPLETED:
+            raise InvalidRequest(f"transfer {keep.transfer_id} is not offered any more: {result.error}")
+
+    async def _find(self, keep: Keep) -> Offer:
+        name = keep.transfer_id
+        if keep.epoch not in ("", self._epoch):
+            self._drop(f"transfer {name} was offered by an earlier life of this instance")
+        if name in self.offers:
+            return self.offers[name]
+        if name in self._ended or name in self._awaited:
+            why = self._ended.get(name, "another receiver waits for it")
+            self._drop(f"transfer {name} is not offered: {why}")
+        awaited: asyncio.Future[Offer] = asyncio.get_running_loop().create_future()
+        self._awaited[name] = awaited
+        patience_s = min(LATE_S, self._expiry_s) if keep.epoch else self._expiry_s
+        try:
+            async with asyncio.timeout(patience_s):
+                return await awaited
+        except TimeoutError:
+            raise InvalidRequest(f"transfer {name} was not offered within {patience_s:.3g} s") from None
+        finally:
+            del self._awaited[name]
+
+    async def _fetch(self, fetch: Fetch) -> Nothing:
+        offer = self.offers.get(fetch.transfer_id)
+        if offer is None or offer.receiver != calling_peer().connection:
+            self._drop(f"transfer {fetch.transfer_id} is not kept for this receiver")
+        if not offer.fetch(fetch.grant, fetch.first):
+            self._drop(f"transfer {fetch.transfer_id} is being fetched already")
+        return Nothing()
+
+    def _drop(self, what: str) -> NoReturn:
+        self.dropped_messages += 1
+        raise InvalidRequest(what)

@@ -1,0 +1,397 @@
+"""As much of vLLM as its connectors see, in an imitation: vllm itself is too large for CI (280 MB, and CUDA).
+
+`install()` makes modules of vLLM's names. An Engine does what vLLM's scheduler and worker do with a connector, in the
+order of version 0.24 or 0.33, on CPU tensors of the shapes that these have: blocks are allocated, prompts are computed
+in chunks, requests wait for their KV, and blocks go back as the connector votes. Its model is a function: the KV of a
+place in a prompt is a number of the tokens up to it, so that whoever has another's KV is found out.
+"""
+
+import contextlib
+import pickle
+import sys
+import types
+from collections import deque
+from dataclasses import dataclass, field
+from enum import Enum
+from multiprocessing.connection import Connection
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+BLOCK_SIZE, NUM_LAYERS, NUM_HEADS, HEAD_DIM = 4, 3, 2, 8
+CHUNK = 8
+"""Tokens that a step computes at most."""
+
+
+class Status(Enum):
+    """vLLM's RequestStatus, as far as it matters here."""
+
+    WAITING = 0
+    WAITING_FOR_REMOTE_KVS = 1
+    RUNNING = 2
+    FINISHED_LENGTH_CAPPED = 3
+    FINISHED_ABORTED = 4
+    FINISHED_ERROR = 5
+
+
+def install(tp_rank: int = 0) -> None:
+    """Into this process, for its life."""
+
+    class Base:
+        def __init__(self, vllm_config: Any, role: Any, kv_cache_config: Any) -> None:
+            self._connector_metadata: Any = None
+
+        def bind_connector_metadata(self, metadata: Any) -> None:
+            self._connector_metadata = metadata
+
+        def clear_connector_metadata(self) -> None:
+            self._connector_metadata = None
+
+        def _get_connector_metadata(self) -> Any:
+            assert self._connector_metadata is not None
+            return self._connector_metadata
+
+        def get_transfer_results(self, finished_req_ids: set[str]) -> Any:  # of 0.33
+            sent, received = self.get_finished(finished_req_ids)  # type: ignore[attr-defined]
+            return SimpleNamespace(finished_sending=set(sent or ()), finished_recving=set(received or ()))
+
+        def set_xfer_handshake_metadata_pp_aware(self, metadata: Any) -> None:
+            self.set_xfer_handshake_metadata({tp: each for (_, tp), each in metadata.items()})  # type: ignore[attr-defined]
+
+    @dataclass
+    class KVConnectorStats:
+        data: dict[str, Any] = field(default_factory=dict)
+
+    class KVConnectorPromMetrics:
+        def __init__(self, vllm_config: Any, metric_types: Any, labelnames: Any, per_engine_labelvalues: Any) -> None:
+            kinds = {kind.__name__: made for kind, made in metric_types.items()}
+            self._counter_cls, self._histogram_cls = kinds["Counter"], kinds["Histogram"]
+            self.per_engine_labelvalues = per_engine_labelvalues
+
+    connector = "vllm.distributed.kv_transfer.kv_connector.v1"
+    contents: dict[str, dict[str, Any]] = {
+        f"{connector}.base": {
+            "KVConnectorBase_V1": Base,
+            "KVConnectorMetadata": type("KVConnectorMetadata", (), {}),
+            "KVConnectorHandshakeMetadata": type("KVConnectorHandshakeMetadata", (), {}),
+            "KVConnectorRole": Enum("KVConnectorRole", ["SCHEDULER", "WORKER"]),
+            "SupportsHMA": type("SupportsHMA", (), {}),
+        },
+        f"{connector}.metrics": {
+            "KVConnectorStats": KVConnectorStats,
+            "KVConnectorPromMetrics": KVConnectorPromMetrics,
+        },
+        "vllm.distributed.parallel_state": {"get_tensor_model_parallel_rank": lambda: tp_rank},
+    }
+    for name, values in contents.items():
+        parts = name.split(".")
+        for i in range(1, len(parts)):
+            sys.modules.setdefault(".".join(parts[:i]), types.ModuleType(".".join(parts[:i])))
+        if name not in sys.modules:
+            sys.modules[name] = types.ModuleType(name)
+            vars(sys.modules[name]).update(values)
+
+
+def kv_caches(shape: str, num_blocks: int) -> dict[str, torch.Tensor]:
+    """A tensor for each layer, full of -1. Shapes: those of vllm_pool.py."""
+    sizes = {
+        "blocks first": (num_blocks, 2, BLOCK_SIZE, NUM_HEADS, HEAD_DIM),
+        "keys and values first": (2, num_blocks, BLOCK_SIZE, NUM_HEADS, HEAD_DIM),
+        "blocks outermost": (num_blocks, NUM_HEADS, BLOCK_SIZE, 2 * HEAD_DIM),
+        "latents": (num_blocks, BLOCK_SIZE, HEAD_DIM),
+    }[shape]
+    names = [f"model.layers.{layer}.attn" for layer in range(NUM_LAYERS)]
+    if shape == "blocks outermost":  # BLHNC of 0.33: views of one buffer
+        whole = torch.full((num_blocks, NUM_LAYERS, *sizes[1:]), -1.0)
+        return {name: whole[:, layer] for layer, name in enumerate(names)}
+    return {name: torch.full(sizes, -1.0) for name in names}
+
+
+def of_block(shape: str, cache: torch.Tensor, block_id: int) -> torch.Tensor:
+    """A view (tokens, everything else) of one block of one layer."""
+    block = cache[:, block_id] if shape == "keys and values first" else cache[block_id]
+    dim = {"blocks outermost": 1, "latents": 0}.get(shape, 1)
+    return block.movedim(dim, 0)
+
+
+def numbers(tokens: list[int]) -> list[float]:
+    """The KV of each place of a prompt."""
+    found, number = [], 0
+    for token in tokens:
+        number = (number * 31 + token) % (1 << 20)
+        found.append(float(number))
+    return found
+
+
+@dataclass(eq=False)
+class Request:
+    request_id: str
+    prompt_token_ids: list[int]
+    kv_transfer_params: dict[str, Any] | None
+    status: Status = Status.WAITING
+    num_computed_tokens: int = 0
+    block_ids: list[int] = field(default_factory=list)
+    num_hit: int = 0
+    """Tokens that this side's prefix cache has."""
+    is_known: bool = False
+    """To the worker."""
+    is_resumed: bool = False
+    is_loaded: bool = False
+    recomputes: bool = False
+    """Its KV did not come, and is computed here."""
+
+
+class Engine:
+    """One vLLM server's core: `step` is called again and again."""
+
+    def __init__(
+        self, *, version: str = "0.24", shape: str = "blocks outermost", num_blocks: int = 32, policy: str = "fail",
+        extra: dict[str, Any] | None = None,
+    ) -> None:  # fmt: skip
+        from hbserve_kv.integrations.vllm import HBServeConnector, KVConnectorRole
+
+        self.version, self.shape, self.num_blocks, self.policy = version, shape, num_blocks, policy
+        config = SimpleNamespace(
+            parallel_config=SimpleNamespace(tensor_parallel_size=1, pipeline_parallel_size=1),
+            kv_transfer_config=SimpleNamespace(
+                engine_id="engine", kv_connector_extra_config={"timeout_s": 10.0, **(extra or {})}
+            ),
+            cache_config=SimpleNamespace(block_size=BLOCK_SIZE, cache_dtype="auto"),
+            model_config=SimpleNamespace(model="org/model", dtype="float32"),
+        )
+        cache = SimpleNamespace(num_blocks=num_blocks, kv_cache_groups=[None])
+        self.scheduler = HBServeConnector(config, KVConnectorRole.SCHEDULER, cache)
+        self.worker = HBServeConnector(config, KVConnectorRole.WORKER, kv_cache_config=cache)
+        self.caches = kv_caches(shape, num_blocks)
+        self.worker.register_kv_caches(self.caches)
+        handshake = pickle.loads(pickle.dumps(self.worker.get_handshake_metadata()))
+        self.scheduler.set_xfer_handshake_metadata_pp_aware({(0, 0): handshake})
+        self.requests: dict[str, Request] = {}
+        """Until their blocks are free."""
+        self.waiting: list[Request] = []
+        self.running: list[Request] = []
+        self.free = deque(range(1, num_blocks))  # 0 is vLLM's null block
+        self.finished_ids: set[str] = set()
+        self.preempted_ids: set[str] = set()
+        self.received_ids: set[str] = set()
+        self.results: dict[str, tuple[str, Any, bool | None]] = {}
+        """By request: status, kv_transfer_params, and whether its KV was right."""
+        self.figures: dict[str, list[float]] = {}
+        self.num_steps = 0
+
+    # ---- what a front end does -----------------------------------------------------------------------------------
+
+    def add(self, name: str, tokens: list[int], params: dict[str, Any] | None = None, num_hit: int = 0) -> None:
+        request = self.requests[name] = Request(name, tokens, params, num_hit=num_hit)
+        self.scheduler.on_new_request(request)
+        self.waiting.append(request)
+
+    def abort(self, name: str) -> None:
+        if (request := self.requests.get(name)) is not None and not request.status.name.startswith("FINISHED"):
+            self._finish(request, Status.FINISHED_ABORTED)
+
+    def preempt(self, name: str) -> None:
+        """As for want of blocks, between two steps."""
+        request = self.requests[name]
+        self.running.remove(request)
+        self.waiting.insert(0, request)
+        self._free(request)
+        request.status, request.num_computed_tokens, request.is_resumed = Status.WAITING, 0, True
+        self.preempted_ids.add(name)
+
+    def holds(self, tokens: list[int]) -> bool:
+        """Whether the KV of their first place has come, or was computed."""
+        return any(bool((cache == numbers(tokens)[0]).any()) for cache in self.caches.values())
+
+    @property
+    def is_empty(self) -> bool:
+        """As vLLM's own test of its scheduler: nothing is known of any request, and all blocks are free."""
+        return not (self.requests or self.waiting or self.running or self.received_ids) and (
+            sorted(self.free) == list(range(1, self.num_blocks))
+        )
+
+    def close(self) -> None:
+        self.worker.shutdown()
+
+    # ---- a step --------------------------------------------------------------------------------------------------
+
+    def step(self) -> None:
+        self.num_steps += 1
+        scheduled = self._schedule()
+        self._update(scheduled, *self._work(scheduled))
+
+    def _schedule(self) -> Any:
+        new, cached, tokens = [], SimpleNamespace(
+            req_ids=[], resumed_req_ids=set(), new_block_ids=[], num_computed_tokens=[]
+        ), {}  # fmt: skip
+        for request in list(self.waiting):
+            if self._admit(request):
+                self.waiting.remove(request)
+                self.running.append(request)
+                request.status = Status.RUNNING
+        for request in self.running:
+            count = min(CHUNK, len(request.prompt_token_ids) - request.num_computed_tokens)
+            more = self._allocate(request, request.num_computed_tokens + count)
+            if not request.is_known:
+                new.append(SimpleNamespace(
+                    req_id=request.request_id, block_ids=(list(request.block_ids),),
+                    num_computed_tokens=request.num_computed_tokens,
+                ))  # fmt: skip
+            else:
+                cached.req_ids.append(request.request_id)
+                told = list(request.block_ids) if request.is_resumed else more
+                cached.new_block_ids.append((told,) if told else None)
+                cached.num_computed_tokens.append(request.num_computed_tokens)
+                if request.is_resumed:
+                    cached.resumed_req_ids.add(request.request_id)
+            request.is_known, request.is_resumed = True, False
+            tokens[request.request_id] = count
+        finished, self.finished_ids = self.finished_ids, set()
+        preempted, self.preempted_ids = self.preempted_ids, set()
+        output = SimpleNamespace(
+            scheduled_new_reqs=new, scheduled_cached_reqs=cached, num_scheduled_tokens=tokens,
+            finished_req_ids=finished, preempted_req_ids=preempted,
+        )  # fmt: skip
+        output.metadata = pickle.loads(pickle.dumps(self.scheduler.build_connector_meta(output)))
+        for name, count in tokens.items():
+            self.requests[name].num_computed_tokens += count
+        return output
+
+    def _admit(self, request: Request) -> bool:
+        """Give it blocks. False: it waits, for blocks or for its KV."""
+        if request.status is Status.WAITING_FOR_REMOTE_KVS:
+            if request.request_id not in self.received_ids:
+                return False
+            self.received_ids.remove(request.request_id)
+            request.is_loaded = True
+            if request.recomputes:
+                self._free(request)
+                request.num_computed_tokens = 0
+            return True
+        num_hit, num_wanted, is_async = 0, 0, False
+        if request.num_computed_tokens == 0:
+            num_hit = 0 if request.is_resumed else request.num_hit
+            num_wanted, is_async = self.scheduler.get_num_new_matched_tokens(request, num_hit)
+            assert is_async is (num_wanted > 0)
+        num_tokens = num_hit + (num_wanted or min(CHUNK, len(request.prompt_token_ids) - num_hit))
+        if -(-num_tokens // BLOCK_SIZE) - len(request.block_ids) > len(self.free):
+            return False
+        self._allocate(request, num_tokens)
+        request.num_computed_tokens = num_hit
+        self._compute(request, num_hit)  # long ago, and by another request
+        blocks = SimpleNamespace(get_block_ids=lambda: (list(request.block_ids),))
+        self.scheduler.update_state_after_alloc(request, blocks, num_wanted)
+        if is_async:
+            request.status, request.num_computed_tokens = Status.WAITING_FOR_REMOTE_KVS, num_hit + num_wanted
+        return not is_async
+
+    def _allocate(self, request: Request, num_tokens: int) -> list[int]:
+        more = [self.free.popleft() for _ in range(-(-num_tokens // BLOCK_SIZE) - len(request.block_ids))]
+        request.block_ids += more
+        return more
+
+    def _work(self, scheduled: Any) -> tuple[set[str], set[str], set[int]]:
+        worker, is_empty = self.worker, not scheduled.num_scheduled_tokens
+        worker.handle_preemptions(scheduled.metadata)
+        worker.bind_connector_metadata(scheduled.metadata)
+        if self.version == "0.24":
+            worker.start_load_kv(None)
+        for name, count in scheduled.num_scheduled_tokens.items():
+            self._compute(self.requests[name], count)
+        if self.version != "0.24":
+            worker.start_load_kv(None)
+        if self.version != "0.24" or not is_empty:
+            worker.wait_for_save()
+        if self.version == "0.24":
+            sent, received = worker.get_finished(scheduled.finished_req_ids)
+        else:
+            results = worker.get_transfer_results(scheduled.finished_req_ids)
+            sent, received = results.finished_sending, results.finished_recving
+        invalid = worker.get_block_ids_with_load_errors()
+        if (stats := worker.get_kv_connector_stats()) is not None:
+            self.figures = type(stats)(data=self.figures).aggregate(pickle.loads(pickle.dumps(stats))).data
+        worker.clear_connector_metadata()
+        return sent or set(), received or set(), invalid
+
+    def _compute(self, request: Request, count: int) -> None:
+        values = numbers(request.prompt_token_ids)
+        for place in range(request.num_computed_tokens - count, request.num_computed_tokens):
+            for layer, cache in enumerate(self.caches.values()):
+                block = of_block(self.shape, cache, request.block_ids[place // BLOCK_SIZE])
+                block[place % BLOCK_SIZE] = values[place] + layer
+
+    def _is_right(self, request: Request) -> bool:
+        """As the attention of the next token would see it."""
+        return all(
+            bool(
+                (of_block(self.shape, cache, request.block_ids[i // BLOCK_SIZE])[i % BLOCK_SIZE] == value + layer).all()
+            )
+            for i, value in enumerate(numbers(request.prompt_token_ids))
+            for layer, cache in enumerate(self.caches.values())
+        )
+
+    def _update(self, scheduled: Any, sent: set[str], received: set[str], invalid: set[int]) -> None:
+        for request in list(self.waiting):
+            if request.status is Status.WAITING_FOR_REMOTE_KVS and invalid & set(request.block_ids):
+                if self.policy == "fail":
+                    self._finish(request, Status.FINISHED_ERROR)
+                request.recomputes = True
+        for name in scheduled.num_scheduled_tokens:
+            request = self.requests[name]
+            if request in self.running and request.num_computed_tokens == len(request.prompt_token_ids):
+                self._finish(request, Status.FINISHED_LENGTH_CAPPED, self._is_right(request))
+        for name in received:
+            request = self.requests[name]  # vLLM asserts that it is there
+            if request.status is Status.WAITING_FOR_REMOTE_KVS:
+                self.received_ids.add(name)
+            else:
+                assert request.status.name.startswith("FINISHED")
+                self._forget(request)
+        for name in sent:
+            self._forget(self.requests[name])
+
+    def _finish(self, request: Request, status: Status, is_right: bool | None = None) -> None:
+        is_parked = request.status is Status.WAITING_FOR_REMOTE_KVS and request.request_id not in self.received_ids
+        self.received_ids.discard(request.request_id)
+        for queue in (self.waiting, self.running):
+            if request in queue:
+                queue.remove(request)
+        request.status = status
+        is_kept, params = self.scheduler.request_finished_all_groups(request, (list(request.block_ids),))
+        self.results[request.request_id] = (status.name, params, is_right)
+        self.finished_ids.add(request.request_id)
+        if not (is_parked or is_kept):
+            self._forget(request)
+
+    def _free(self, request: Request) -> None:
+        self.free.extend(request.block_ids)
+        request.block_ids = []
+
+    def _forget(self, request: Request) -> None:
+        del self.requests[request.request_id]
+        self._free(request)
+
+
+def serve(control: Connection, port: int, backend: str, num_blocks: int, timeout_s: float) -> None:
+    """A process: an engine that steps by itself, and does what it is told between its steps."""
+    install()
+    torch.set_num_threads(1)
+    extra = {"backend": backend, "port": port, "timeout_s": timeout_s, "lease_s": 600.0}
+    engine = Engine(extra=extra, num_blocks=num_blocks)
+    control.send(engine.scheduler._scheduler.ranks[0][0])
+    is_paused = False
+    with contextlib.suppress(EOFError):
+        while True:
+            while control.poll(0.002):
+                what, *arguments = control.recv()
+                if what == "pause":
+                    is_paused = arguments[0]
+                elif what == "holds":
+                    control.send(engine.holds(*arguments))
+                elif what == "ask":
+                    control.send((engine.results, engine.is_empty, engine.num_steps))
+                else:
+                    getattr(engine, what)(*arguments)
+            if not is_paused:
+                engine.step()

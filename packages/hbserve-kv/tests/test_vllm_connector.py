@@ -1,0 +1,336 @@
+"""The vLLM connector, by an imitation of vLLM's schedulers and workers of both versions: see hbserve_kv_vllm.py."""
+
+import inspect
+import time
+from types import SimpleNamespace
+
+import hbserve_kv_vllm as imitation
+import pytest
+from hbserve_kv_vllm import Engine
+
+DEADLINE_S = 60.0
+PREFILL = {"do_remote_decode": True, "do_remote_prefill": False}
+PROMPT = [(7 * i) % 50 for i in range(18)]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def vllm():
+    imitation.install()
+
+
+@pytest.fixture
+def engines():
+    """Makes engines; afterwards nothing may be left in them."""
+    made = []
+
+    def make(**kwargs):
+        made.append(Engine(**{"extra": {"backend": "ipc"}, **kwargs}))
+        return made[-1]
+
+    yield make
+    until(lambda: all(engine.is_empty for engine in made), *made)
+    for engine in made:
+        engine.close()
+
+
+def until(condition, *engines):
+    """Step all of them, as their loops do, until it is so."""
+    deadline_s = time.monotonic() + DEADLINE_S
+    while not condition():
+        for engine in engines:
+            engine.step()
+        time.sleep(0.001)
+        assert time.monotonic() < deadline_s
+
+
+def port(engine):
+    return int(engine.scheduler._scheduler.ranks[0][0].rpartition(":")[2])
+
+
+def leg(engine, transfer_id):
+    """What a router that sends both legs at once gives to the one that decodes."""
+    return {
+        "do_remote_prefill": True,
+        "transfer_id": transfer_id,
+        "remote_host": "127.0.0.1",
+        "remote_port": port(engine),
+    }
+
+
+def prefilled(prefill, name="p", tokens=PROMPT):
+    """The parameters that the prefill leg is answered with."""
+    prefill.add(name, tokens, dict(PREFILL))
+    until(lambda: name in prefill.results, prefill)
+    return prefill.results[name][1]
+
+
+LENGTHS = [1, 2, 3, 4, 5, 7, 8, 9, 12, 13, 16, 17, 18, 40]
+
+
+@pytest.mark.parametrize("version", ["0.24", "0.33"])
+def test_prefill_then_decode_gives_every_prompt_its_own_kv(engines, version):
+    prefill, decode = engines(version=version, num_blocks=128), engines(version=version, num_blocks=128)
+    prompts = {f"r{n}": [(n * i + n) % 50 for i in range(n)] for n in LENGTHS}
+    for name, tokens in prompts.items():
+        decode.add(name, tokens, prefilled(prefill, name, tokens))
+    until(lambda: len(decode.results) == len(prompts), prefill, decode)
+    assert {result[0::2] for result in decode.results.values()} == {("FINISHED_LENGTH_CAPPED", True)}
+    num_fetched = sum(n > 1 for n in LENGTHS)
+    assert len(decode.figures["transfer_duration"]) == num_fetched
+    assert "num_failed_transfers" not in decode.figures
+
+
+@pytest.mark.parametrize("version", ["0.24", "0.33"])
+@pytest.mark.parametrize("first", ["prefill", "decode"])
+def test_both_legs_at_once_and_blocks_come_while_the_rest_is_computed(engines, version, first):
+    prefill, decode = engines(version=version), engines(version=version)
+    if first == "decode":
+        decode.add("d", PROMPT, leg(prefill, "t"))
+        for _ in range(3):
+            decode.step()
+    prefill.add("p", PROMPT, PREFILL | {"transfer_id": "t"})
+    prefill.step()  # 8 tokens of 18
+    if first == "prefill":
+        decode.add("d", PROMPT, leg(prefill, "t"))
+    until(lambda: decode.holds(PROMPT), decode)
+    assert "p" not in prefill.results
+    until(lambda: "d" in decode.results, prefill, decode)
+    assert decode.results["d"][0::2] == ("FINISHED_LENGTH_CAPPED", True)
+
+
+@pytest.mark.parametrize("num_hit", [4, 8, 16])
+def test_what_the_decode_side_has_is_not_fetched(engines, num_hit):
+    # Known elsewhere: vLLM #25399.
+    prefill, decode = engines(), engines()
+    decode.add("d", PROMPT, prefilled(prefill), num_hit=num_hit)
+    until(lambda: "d" in decode.results, prefill, decode)
+    assert decode.results["d"][0::2] == ("FINISHED_LENGTH_CAPPED", True)
+    num_blocks, block_bytes = 5 - num_hit // 4, sum(cache[0].nbytes for cache in decode.caches.values())
+    assert decode.figures["bytes_transferred"] == [num_blocks * block_bytes]
+
+
+def test_a_full_hit_on_the_decode_side_moves_nothing_and_frees_the_prefill_side(engines):
+    prefill, decode = engines(), engines()
+    decode.add("d", PROMPT[:17], prefilled(prefill, tokens=PROMPT[:17]), num_hit=16)
+    until(lambda: "d" in decode.results and prefill.is_empty, prefill, decode)
+    assert decode.results["d"][0::2] == ("FINISHED_LENGTH_CAPPED", True)
+    assert "bytes_transferred" not in decode.figures
+
+
+def test_a_router_may_be_faster_than_the_step_that_tells_the_workers(engines):
+    """vLLM answers a request before its workers hear that it has finished."""
+    prefill, decode = engines(), engines()
+    decode.add("d", PROMPT, prefilled(prefill))
+    assert not prefill.worker._worker.manager.stats().num_offers
+    for _ in range(100):
+        decode.step()
+        time.sleep(0.001)
+    until(lambda: "d" in decode.results, prefill, decode)
+    assert decode.results["d"][0::2] == ("FINISHED_LENGTH_CAPPED", True)
+
+
+def test_a_decode_request_that_is_preempted_later_computes_its_prompt_itself(engines):
+    prefill, decode = engines(), engines()
+    decode.add("d", PROMPT, prefilled(prefill))
+    until(lambda: "d" in decode.received_ids, prefill, decode)
+    decode._admit(decode.requests["d"])
+    decode.waiting.remove(decode.requests["d"])
+    decode.running.append(decode.requests["d"])
+    decode.preempt("d")
+    until(lambda: "d" in decode.results, prefill, decode)
+    assert decode.results["d"][0::2] == ("FINISHED_LENGTH_CAPPED", True)
+    assert len(decode.figures["transfer_duration"]) == 1
+
+
+@pytest.mark.parametrize("policy", ["fail", "recompute"])
+@pytest.mark.parametrize("version", ["0.24", "0.33"])
+def test_a_load_that_fails_is_told_as_vllm_is_configured(engines, policy, version):
+    # Known elsewhere: vLLM #20263.
+    prefill, decode = engines(version=version), engines(version=version, policy=policy)
+    params = prefilled(prefill)
+    prefill.close()
+    decode.add("d", PROMPT, params)
+    until(lambda: "d" in decode.results, decode)
+    expected = ("FINISHED_ERROR", None) if policy == "fail" else ("FINISHED_LENGTH_CAPPED", True)
+    assert decode.results["d"][0::2] == expected
+    assert decode.figures["num_failed_transfers"] == [1]
+    prefill.requests.clear()  # what it did not give back ends with it
+    prefill.free.extend(set(range(1, prefill.num_blocks)) - set(prefill.free))
+
+
+@pytest.mark.parametrize("aborts", ["decode", "prefill"])
+@pytest.mark.parametrize("at_once", [True, False], ids=["both legs at once", "one leg after the other"])
+def test_an_abort_at_any_moment_gives_both_sides_their_blocks_back(engines, aborts, at_once):
+    # Known elsewhere: vLLM #32255, #41269.
+    prefill, decode = engines(extra={"backend": "ipc", "lease_s": 0.5}), engines()
+    for moment in range(10):
+        names = f"p{moment}", f"d{moment}"
+        if at_once:
+            prefill.add(names[0], PROMPT, PREFILL | {"transfer_id": f"t{moment}"})
+            decode.add(names[1], PROMPT, leg(prefill, f"t{moment}"))
+        else:
+            decode.add(names[1], PROMPT, prefilled(prefill, names[0]))
+        for _ in range(moment):
+            prefill.step()
+            decode.step()
+        (prefill if aborts == "prefill" else decode).abort(names[aborts == "decode"])
+        until(lambda: prefill.is_empty and decode.is_empty, prefill, decode)
+    ended = {result[0::2] for name, result in decode.results.items()}
+    assert ended <= {("FINISHED_ABORTED", None), ("FINISHED_ERROR", None), ("FINISHED_LENGTH_CAPPED", True)}
+    assert ("FINISHED_ABORTED", None) in ended or aborts == "prefill"
+
+
+def test_who_leaves_before_the_decode_server_has_room_frees_the_prefill_server(engines):
+    """vLLM's front end does so with a request that it refuses."""
+    # Known elsewhere: vLLM #41269.
+    prefill, decode = engines(), engines(num_blocks=3)
+    decode.add("d", PROMPT, prefilled(prefill))
+    for _ in range(3):
+        decode.step()
+    decode.abort("d")
+    until(lambda: prefill.is_empty, prefill, decode)
+    decode.add("e", PROMPT, prefilled(prefill, "q"))
+    decode.abort("e")  # in the step in which it came
+    until(lambda: prefill.is_empty, prefill, decode)
+
+
+def test_a_prompt_that_nobody_fetches_gives_its_blocks_back_after_its_lease(engines):
+    prefill = engines(extra={"backend": "ipc", "lease_s": 0.05})
+    prefilled(prefill)
+    until(lambda: prefill.is_empty, prefill)
+    assert prefill.figures["num_not_delivered"] == [1]
+
+
+@pytest.mark.parametrize("moment", ["nobody waits", "it is being fetched"])
+def test_a_prompt_that_is_preempted_while_it_is_computed_is_delivered_or_fails_and_is_never_wrong(engines, moment):
+    # Known elsewhere: vLLM #49675.
+    prefill, decode = engines(), engines(policy="recompute")
+    prefill.add("p", PROMPT, PREFILL | {"transfer_id": "t"})
+    prefill.step()
+    if moment == "it is being fetched":
+        decode.add("d", PROMPT, leg(prefill, "t"))
+        until(lambda: decode.holds(PROMPT), decode)
+    prefill.preempt("p")
+    prefill.step()
+    if moment == "nobody waits":
+        decode.add("d", PROMPT, leg(prefill, "t"))
+    until(lambda: "d" in decode.results, prefill, decode)
+    assert decode.results["d"][0::2] == ("FINISHED_LENGTH_CAPPED", True)
+    assert ("num_failed_transfers" in decode.figures) is (moment == "it is being fetched")
+
+
+def test_a_transfer_id_that_a_router_uses_twice_fails_the_second_request_and_nothing_else(engines):
+    # Known elsewhere: vLLM #42839.
+    prefill, decode = engines(), engines(policy="recompute")
+    for name in ("a", "b"):
+        prefill.add(f"p{name}", PROMPT, PREFILL | {"transfer_id": "t"})
+        decode.add(f"d{name}", PROMPT, leg(prefill, "t"))
+    until(lambda: len(decode.results) == 2, prefill, decode)
+    assert {result[0::2] for result in decode.results.values()} == {("FINISHED_LENGTH_CAPPED", True)}
+
+
+def test_kv_of_another_prompt_is_never_taken(engines):
+    # Known elsewhere: vLLM #52234, #43094.
+    prefill, decode = engines(), engines()
+    other = [*PROMPT[:9], 99, *PROMPT[10:]]
+    prefill.add("p", PROMPT, PREFILL | {"transfer_id": "t"})
+    decode.add("d", other, leg(prefill, "t"))
+    until(lambda: "d" in decode.results, prefill, decode)
+    assert decode.results["d"][0] == "FINISHED_ERROR"
+    decode.add("e", [*PROMPT, 1], prefilled(prefill, "q"))
+    until(lambda: "e" in decode.results, decode)
+    assert decode.results["e"][0::2] == ("FINISHED_LENGTH_CAPPED", True)
+    decode.add("end", PROMPT, prefill.results["q"][1])  # whoever comes for it after all
+    until(lambda: "end" in decode.results, prefill, decode)
+
+
+@pytest.mark.parametrize(
+    "params",
+    [{"do_remote_prefill": True}, {"do_remote_prefill": True, "transfer_id": "t", "remote_port": 1, "tp_size": 2}],
+)
+def test_what_cannot_be_fetched_is_computed_where_it_is_decoded(engines, params, caplog):
+    decode = engines()
+    decode.add("d", PROMPT, params)
+    until(lambda: "d" in decode.results, decode)
+    assert decode.results["d"][0::2] == ("FINISHED_LENGTH_CAPPED", True)
+    assert "is computed here, not fetched" in caplog.text
+
+
+def test_figures_are_in_vllms_form(engines):
+    # Known elsewhere: vLLM #43828.
+    prometheus = pytest.importorskip("prometheus_client", reason="it comes with vLLM, not with hbserve-kv")
+    from hbserve_kv.integrations.vllm import HBServeConnector
+
+    prefill, decode = engines(), engines()
+    decode.add("d", PROMPT, prefilled(prefill))
+    until(lambda: "d" in decode.results, prefill, decode)
+    stats = HBServeConnector.build_kv_connector_stats(decode.figures)
+    assert (stats.reduce()["Num successful transfers"], stats.is_empty()) == (1, False)
+    registry = prometheus.CollectorRegistry()
+    metrics = (prometheus.Counter, prometheus.Gauge, prometheus.Histogram)
+    kinds = {kind: lambda kind=kind, **given: kind(registry=registry, **given) for kind in metrics}
+    config = SimpleNamespace(kv_transfer_config=None)
+    prom = HBServeConnector.build_prom_metrics(config, kinds, ["engine"], {0: ["0"]})
+    prom.observe(stats.data | {"num_failed_transfers": [1, 1]}, 0)
+    text = prometheus.generate_latest(registry).decode()
+    assert 'vllm:hbserve_num_failed_transfers_total{engine="0"} 2.0' in text
+    assert 'vllm:hbserve_bytes_transferred_count{engine="0"} 1.0' in text
+    stats.reset()
+    assert stats.is_empty()
+    assert stats.reduce()["Num successful transfers"] == 0
+
+
+@pytest.mark.parametrize(
+    ("wrong", "cure"),
+    [
+        ({"parallel": {"pipeline_parallel_size": 2}}, "pipeline_parallel_size=2"),
+        ({"groups": 2}, "--disable-hybrid-kv-cache-manager"),
+        ({"extra": {"bakend": "ipc"}}, "`bakend`; it takes backend, host, port"),
+    ],
+)
+def test_what_is_not_served_is_refused_at_start_with_its_cure(wrong, cure):
+    # Known elsewhere: vLLM #23587.
+    from hbserve_kv.integrations.vllm import HBServeConnector, KVConnectorRole
+
+    config = SimpleNamespace(
+        parallel_config=SimpleNamespace(tensor_parallel_size=1, **wrong.get("parallel", {})),
+        kv_transfer_config=SimpleNamespace(engine_id="e", kv_connector_extra_config=wrong.get("extra", {})),
+        cache_config=SimpleNamespace(block_size=16),
+    )
+    cache = SimpleNamespace(num_blocks=2, kv_cache_groups=[None] * wrong.get("groups", 1))
+    with pytest.raises(ValueError, match=cure):
+        HBServeConnector(config, KVConnectorRole.SCHEDULER, cache)
+
+
+BASE = {
+    "__init__": "vllm_config role kv_cache_config", "build_connector_meta": "scheduler_output",
+    "build_kv_connector_stats": "data",
+    "build_prom_metrics": "vllm_config metric_types labelnames per_engine_labelvalues",
+    "get_block_ids_with_load_errors": "", "get_finished": "finished_req_ids", "get_handshake_metadata": "",
+    "get_kv_connector_stats": "", "get_num_new_matched_tokens": "request num_computed_tokens",
+    "handle_preemptions": "kv_connector_metadata", "on_new_request": "request", "register_kv_caches": "kv_caches",
+    "request_finished": "request block_ids", "request_finished_all_groups": "request block_ids",
+    "save_kv_layer": "layer_name kv_layer attn_metadata kwargs", "set_xfer_handshake_metadata": "metadata",
+    "shutdown": "", "start_load_kv": "forward_context kwargs",
+    "update_state_after_alloc": "request blocks num_external_tokens", "wait_for_layer_load": "layer_name",
+    "wait_for_save": "",
+}  # fmt: skip
+"""Parameters of what the base classes of vLLM 0.24.0 and of 0.33.0 both have, and the connector overrides."""
+ONLY_0_33 = {"supports_sleep_mode": "kv_transfer_config"}
+ABSTRACT = [
+    "build_connector_meta", "get_num_new_matched_tokens", "request_finished_all_groups", "save_kv_layer",
+    "start_load_kv", "update_state_after_alloc", "wait_for_layer_load", "wait_for_save",
+]  # fmt: skip
+"""Of KVConnectorBase_V1 and SupportsHMA, in both."""
+
+
+def test_the_connector_overrides_vllms_methods_by_their_own_names_and_parameters():
+    from hbserve_kv.integrations.vllm import HBServeConnector
+
+    mine = {name: value for name, value in vars(HBServeConnector).items() if callable(value) or name in ONLY_0_33}
+    mine |= {name: getattr(HBServeConnector, name) for name in vars(HBServeConnector) if not name.startswith("_")}
+    for name, method in mine.items():
+        parameters = [each for each in inspect.signature(method).parameters if each != "self"]
+        assert " ".join(parameters) == (BASE | ONLY_0_33)[name], name
+    assert set(ABSTRACT) <= mine.keys()
+    assert not hasattr(HBServeConnector, "register_cross_layers_kv_cache"), "0.24 alone has it"
