@@ -141,7 +141,11 @@ def free_ports() -> Callable[[int], list[int]]:
 
 
 def _ip(*arguments: str) -> None:
-    subprocess.run(["ip", *arguments], check=True, capture_output=True, text=True, timeout=30)
+    _run("ip", *arguments)
+
+
+def _run(*command: str) -> None:
+    subprocess.run(command, check=True, capture_output=True, text=True, timeout=30)
 
 
 class Network:
@@ -188,6 +192,16 @@ class Network:
         shutil.rmtree(folder)
         with contextlib.suppress(OSError):  # of others too
             folder.parent.rmdir()
+
+    def slow_down(self, host: str, kbit_per_s: int) -> None:
+        """What is sent to it comes no faster than this; the test is skipped where that cannot be."""
+        place = ("-n", self.namespace("switch"), "qdisc", "replace", "dev", self._ports[host], "root")
+        try:
+            _run("tc", *place, "tbf", "rate", f"{kbit_per_s}kbit", "burst", "4kb", "latency", "30s")
+        except FileNotFoundError:
+            pytest.skip("the `tc` command is missing (apt-get install iproute2)")
+        except subprocess.CalledProcessError as error:
+            pytest.skip(f"no link can be slowed down here: {error.stderr.strip()}")
 
     def cut(self, host: str) -> None:
         """What it sends and what is sent to it is lost from now on, and nobody is told."""

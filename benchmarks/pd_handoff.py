@@ -37,7 +37,8 @@ from hbserve.sampling_params import SamplingParams
 from hbserve_core import GpuInstance, InstanceConfig
 from hbserve_kv import KVTransferConfig
 from hbserve_kv.memory import cuda_ipc, shared_memory
-from hbserve_kv.memory.cuda_ipc import DeviceRegion
+from hbserve_kv.memory.memory import tensor_at
+from hbserve_kv.memory.pool_layout import extents_of
 from hbserve_kv.memory.shared_memory import SharedRegion
 from hbserve_rpc import RpcClient
 from hbserve_rpc.messages import DECODE, PREFILL, DecodeRequest, PrefillRequest
@@ -221,7 +222,8 @@ def serve_decode(args: argparse.Namespace, pipe: Connection) -> None:
         async with instance("decode", args) as (d, _):
             pool = d.runner.pool
             export = cuda_ipc.export if pool.is_cuda else shared_memory.export
-            pipe.send((d.address, os.getpid(), export(pool)))
+            (extent,) = extents_of(pool)
+            pipe.send((d.address, os.getpid(), export(extent)))
             while await asyncio.to_thread(pipe.recv):
                 with torch.inference_mode():  # in which a runner makes it
                     pool.fill_(UNTOUCHED)
@@ -233,13 +235,16 @@ def serve_decode(args: argparse.Namespace, pipe: Connection) -> None:
 
 
 @contextlib.contextmanager
-def blocks_of(pid: int, region: DeviceRegion | SharedRegion, runner, num_blocks: int):
+def blocks_of(pid: int, region: SharedRegion | tuple[bytes, int, int, int], runner, num_blocks: int):
     """The other process's pool, a row for each block: not all numbers of it, so that to look disturbs little."""
-    if isinstance(region, DeviceRegion):
-        mapping = cuda_ipc.mapped(region, pid, runner.device)
-    else:
-        mapping = contextlib.nullcontext(shared_memory.map_region(pid, region))
-    with mapping as memory:
+    with contextlib.ExitStack() as mapped:
+        if isinstance(region, SharedRegion):
+            mapping = shared_memory.Mapping(pid, region)
+            address, num_bytes = mapping.address, region.num_bytes
+        else:
+            handle, offset, num_bytes, _ = region
+            address = mapped.enter_context(cuda_ipc.mapped(handle, runner.device)) + offset
+        memory = tensor_at(address, num_bytes, runner.device)
         yield memory.view(runner.dtype).view(num_blocks, -1)[:, ::LOOK_EVERY]
 
 

@@ -106,13 +106,15 @@ async def ask(port: int, keys: dict[str, Keys]) -> None:
 
 def corpus() -> list[Frames]:
     """Messages as they should be, of every kind and method, for each port."""
-    from hbserve_kv.memory.layout import HeadRange
+    from hbserve_kv.memory.layout import HeadRange, Layout, Plane
     from hbserve_kv.protocol import messages as kv
 
     request = GenerateRequest("r", [1, 2, 3], SamplingParams(max_tokens=3))
     grant = kv.Grant("t0", "127.0.0.1:1", "epoch", HeadRange())
+    plane = Plane(0, 0, BLOCK_BYTES, 0, 0, BLOCK_BYTES)
+    layout = Layout(NUM_BLOCKS, 1, 1, 1, [plane], [NUM_BLOCKS * BLOCK_BYTES], is_opaque=True)
     hello = kv.Handshake(
-        kv.PROTOCOL_VERSION, 0, "epoch", "127.0.0.1:1", {"model": "m"}, HeadRange(), {"nccl": b""}, "l"
+        kv.PROTOCOL_VERSION, 0, "epoch", "127.0.0.1:1", {"model": "m"}, HeadRange(), layout, {"nccl": b""}, "l"
     )
     bodies = [
         (wire.Call, SCHEDULER_INFO, Empty()),

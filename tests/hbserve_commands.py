@@ -34,9 +34,18 @@ def commands_of(document: Path) -> Iterator[list[str]]:
             in_block = line.startswith(("```bash", "```sh", "```console"))
         elif in_block:
             held += line.removesuffix("\\") + " "
-            if not line.endswith("\\"):
+            if not line.endswith("\\") and not _is_in_quotes(held):
                 yield from _hbserve_in(held)
                 held = ""
+
+
+def _is_in_quotes(line: str) -> bool:
+    """At its end, so that the next one belongs to it."""
+    try:
+        shlex.split(line, comments=True)
+    except ValueError:
+        return True
+    return False
 
 
 _BEFORE = {"uv", "run", "--no-sync", "exec"}

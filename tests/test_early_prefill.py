@@ -8,15 +8,10 @@ import pytest
 
 from hbserve import LLM, SamplingParams
 from hbserve.pd_disagg import DisaggregatedLLM, PdDisaggConfig
+from hbserve_testing.waits import until
 
 PARAMS = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
 BLOCK = 16
-
-
-async def until(condition):
-    async with asyncio.timeout(60):
-        while not condition():
-            await asyncio.sleep(0.02)
 
 
 @pytest.mark.warm

@@ -46,11 +46,11 @@ FLOWS = {
         "hbserve_core/instance: handover",
         "hbserve_core/transfers: instance_transfers",
         "hbserve_kv: manager",
-        "hbserve_kv/memory: memory",
+        "hbserve_kv/memory: layout memory",
         "hbserve_kv/protocol: handshake messages transfer_state",
         "hbserve_kv/receiving: receiver transfer",
         "hbserve_kv/sending: connection peers transfer",
-        "hbserve_kv/transports: base nccl own_sockets rendezvous",
+        "hbserve_kv/transports: base nccl own_sockets",
         "hbserve_rpc: address client connected_client message_socket rpc_stream server server_connection wire",
     ),
     "scheduling": files(

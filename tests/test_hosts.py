@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -31,6 +32,13 @@ class Hosts:
 
     def command(self, host: str, *arguments: str) -> list[str]:
         return ["ip", "netns", "exec", self.network.namespace(host), sys.executable, *arguments]
+
+    def hbserve(self, *arguments: str) -> str:
+        """What a command of a client says, on the scheduler's host."""
+        command = self.command("scheduler", "-m", "hbserve", *arguments, "--connect", self.scheduler)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=START_DEADLINE_S)
+        assert done.returncode == 0, f"{done.stderr}\n{self.log.read_text()}"
+        return done.stdout if "--json" in arguments else done.stdout + done.stderr
 
 
 @contextlib.contextmanager
@@ -76,20 +84,32 @@ def running(make_network: Any, instances: list[str], folder: Path, model: Path, 
 
 @pytest.mark.netns
 @pytest.mark.parametrize("backend", ["nccl", "mooncake"])
-def test_prefill_decode_and_scheduler_on_three_hosts_answer_together(make_network, backend, small_model, tmp_path):
+def test_prefill_decode_and_scheduler_on_three_hosts_answer_together_and_a_slow_link_is_named(
+    make_network, backend, small_model, tmp_path
+):
     if backend == "mooncake":
         pytest.importorskip(
             "mooncake.engine", reason="Mooncake or its system libraries are missing", exc_type=ImportError
         )
     instances, kv_transfer = ["prefill-0", "decode-0"], {"backend": backend}
     with running(make_network, instances, tmp_path, small_model("qwen3"), kv_transfer=kv_transfer) as hosts:
-        generate = ["-m", "hbserve", "generate", "w1 w2 w3 " * 20, "--connect", hosts.scheduler]
-        answer = subprocess.run(
-            hosts.command("scheduler", *generate, "--max-tokens", "8", "--temperature", "0"),
-            capture_output=True, text=True, timeout=START_DEADLINE_S,
-        )  # fmt: skip
-        assert answer.returncode == 0, f"{answer.stderr}\n{hosts.log.read_text()}"
-        assert "TTFT" in answer.stdout + answer.stderr
+        assert "TTFT" in hosts.hbserve("generate", "w1 w2 w3 " * 20, "--max-tokens", "8")
+        if backend == "nccl":
+            slow_down_and_look(hosts)
+
+
+def slow_down_and_look(hosts: Hosts) -> None:
+    """The link to the decode instance: who waited for it is named by the log, by a waterfall and by a metric."""
+    hosts.network.slow_down("decode-0", 400)
+    hosts.hbserve("generate", "slow " * 30, "--max-tokens", "4")  # about 90 KB of KV: two seconds
+    view = json.loads(hosts.hbserve("top", "--once", "--json"))
+    newest, *_ = view["requests"]
+    why = r"waited [0-9]+ ms for its KV from prefill-0 to decode-0"
+    assert re.fullmatch(why, newest["held_up"])
+    assert re.search(f"request {newest['request_id']}: .*: length; {why}\n", hosts.log.read_text())
+    lengths = {each["name"]: each["end_s"] - each["begin_s"] for each in newest["segments"]}
+    assert max(lengths, key=lengths.__getitem__) == "kv"
+    assert view["delayed"]["transfer"] >= 1
 
 
 class Load:

@@ -58,7 +58,7 @@ def test_every_member_builds_with_the_same_backend():
 def test_siblings_are_required_by_range(package):
     for requirement in project(package)["project"]["dependencies"]:
         if requirement.startswith("hbserve-"):
-            assert re.fullmatch(r"hbserve-[a-z]+>=\d+\.\d+,<\d+\.\d+", requirement)
+            assert re.fullmatch(r"hbserve-[a-z]+(\[[a-z]+\])?>=\d+\.\d+,<\d+\.\d+", requirement)
 
 
 @pytest.mark.parametrize("package", PACKAGES, ids=lambda path: path.name)
@@ -100,13 +100,24 @@ def test_what_the_house_rules_point_at_is_there():
             assert any((place / name).exists() for place in places), name
 
 
-def test_both_readmes_have_the_same_code_blocks():
-    blocks = [
-        re.findall(r"```(?:python|bash)\n(.*?)```", (ROOT / name).read_text(), re.S)
-        for name in ["README.md", "README.zh-CN.md"]
-    ]
+CHINESE = sorted(path for path in DOCUMENTS if path.name.endswith(".zh-CN.md"))
+
+
+@pytest.mark.parametrize("chinese", CHINESE, ids=lambda path: path.name)
+def test_a_page_in_chinese_has_the_sections_the_code_blocks_and_the_places_of_the_english_one(chinese):
+    english = chinese.with_name(chinese.name.replace(".zh-CN", ""))
+    assert f"[中文]({chinese.name})" in english.read_text()
+    assert f"[English]({english.name})" in chinese.read_text()
+    texts = [page.read_text() for page in (english, chinese)]
+    blocks = [re.findall(r"```(?:python|bash|yaml)\n(.*?)```", text, re.S) for text in texts]
     without_comments = [[re.sub(r"#.*", "", block).split() for block in file] for file in blocks]
     assert without_comments[0] == without_comments[1]
+    outside = [re.sub(r"^```.*?^```", "", text, flags=re.S | re.M) for text in texts]
+    levels = [re.findall(r"^(#+) ", text, re.M) for text in outside]
+    assert levels[0] == levels[1]
+    assert [len(re.findall(r"^(?:- |\d\. )", text, re.M)) for text in outside] == [
+        len(re.findall(r"^(?:- |\d\. )", outside[0], re.M))
+    ] * 2
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)

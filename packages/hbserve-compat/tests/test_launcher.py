@@ -13,6 +13,7 @@ import pytest
 from hbserve import child_process, host_cores
 from hbserve.launcher import InstanceProcess, LocalInstances, instance_environment, instance_settings, launch_keys
 from hbserve_scheduler import convert
+from hbserve_testing.waits import until
 
 
 def settings(instances: list[dict[str, Any]], **sections: Any) -> list[dict[str, Any]]:
@@ -181,11 +182,6 @@ async def local(monkeypatch):
         for each in made:
             await each.instances.stop()
     assert asyncio.all_tasks() == {asyncio.current_task()}
-
-
-async def until(condition: Any) -> None:
-    while not condition():
-        await asyncio.sleep(0.005)
 
 
 async def test_an_instance_that_dies_is_started_again_at_its_address_and_that_is_said(local, caplog):

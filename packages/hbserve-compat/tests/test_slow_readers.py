@@ -16,6 +16,7 @@ from hbserve.server import http_server
 from hbserve.server.answers import MOST_NEWS
 from hbserve.server.http_server import HttpServer
 from hbserve.tokenizer import load_tokenizer
+from hbserve_testing.waits import until
 
 STEP, NUM_STEPS = "x" * 100, 4000
 
@@ -52,12 +53,6 @@ def asking(small_model: Callable[[str], Path]) -> Callable[[], Any]:
         assert not server.scheduler.running
 
     return asking
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(30):
-        while not condition():
-            await asyncio.sleep(0.01)
 
 
 async def test_an_answer_that_nobody_reads_waits_where_it_is_bounded_and_loses_nothing_when_it_is_read(asking):

@@ -4,18 +4,18 @@ import asyncio
 import contextlib
 import os
 import signal
-import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
-import msgspec
 import pytest
 
 from hbserve_core import InstanceConfig
 from hbserve_kv import KVTransferConfig
-from hbserve_rpc import RemoteError, RpcClient, SamplingParams
-from hbserve_rpc.messages import DECODE, DESCRIBE, PREFILL, STATS, DecodeRequest, Empty, PrefillRequest
+from hbserve_rpc import RemoteError, SamplingParams
+from hbserve_rpc.messages import DESCRIBE, Empty
+from hbserve_testing.instances import InstanceClient, start_process
 from hbserve_testing.processes import children_of
+from hbserve_testing.waits import reading, until
 
 pytestmark = pytest.mark.warm
 
@@ -53,38 +53,10 @@ instance_process.main()
 """
 
 
-async def until(condition: Callable[[], Awaitable[bool]]) -> None:
-    async with asyncio.timeout(DEADLINE_S):
-        while not await condition():
-            await asyncio.sleep(0.01)
+class Instance(InstanceClient):
+    """One in a process of its own."""
 
-
-class Instance:
-    """An instance in a process of its own."""
-
-    def __init__(self, process: Any, address: str) -> None:
-        self.process = process
-        self.client = RpcClient(address, heartbeat_interval_s=0.2, heartbeat_timeout_s=DEADLINE_S)
-
-    def decode(self, name: str) -> Any:
-        request = DecodeRequest(name, f"t-{name}", PROMPT, SamplingParams(0, 4, ignore_eos=True))
-        return self.client.stream(DECODE, request, timeout_s=DEADLINE_S)
-
-    def prefill(self, name: str, grant: bytes) -> Any:
-        request = PrefillRequest(name, f"t-{name}", PROMPT, SamplingParams(0, 4, ignore_eos=True), grant)
-        return self.client.stream(PREFILL, request, timeout_s=DEADLINE_S)
-
-    async def stats(self) -> Any:
-        return await self.client.call(STATS, Empty(), timeout_s=DEADLINE_S)
-
-    async def is_ready(self) -> bool:
-        status = (await self.stats()).status
-        assert status != "failed"
-        return bool(status == "ready")
-
-    async def is_empty(self) -> bool:
-        s = await self.stats()
-        return (s.active_requests, s.active_transfers, s.quarantined_blocks, s.free_blocks) == (0, 0, 0, NUM_BLOCKS)
+    params = SamplingParams(0, 4, ignore_eos=True)
 
     async def sends_what_it_has(self) -> bool:
         s = await self.stats()
@@ -108,11 +80,6 @@ class Instance:
         async with asyncio.timeout(DEADLINE_S):
             assert await self.process.wait() == 1
 
-    async def kill(self) -> None:
-        self.process.kill()
-        async with asyncio.timeout(DEADLINE_S):
-            await self.process.wait()
-
 
 PROMPT = [3 + (7 * i * i + 11 * i) % 250 for i in range(140)]
 Start = Callable[..., Awaitable[Instance]]
@@ -131,10 +98,9 @@ async def start(model_folder: Callable[[str], Any]) -> AsyncIterator[Start]:
                 tensor_parallel_size=num_ranks,
                 kv_transfer=KVTransferConfig(backend=backend, buffer_size=1 << 20, timeout_s=KV_TIMEOUT_S),
             )  # fmt: skip
-            process = await _start_process(["-c", HALTING] if halting else ["-m", "hbserve_core"], config, stack)
-            async with asyncio.timeout(DEADLINE_S):
-                line = await process.stdout.readline()
-            started.append(Instance(process, msgspec.json.decode(line)["address"]))
+            process, address = await start_process(config, *([("-c", HALTING)] if halting else []))
+            started.append(Instance(address, process=process))
+            stack.push_async_callback(started[-1].killed)
             await stack.enter_async_context(started[-1].client)
             await until(started[-1].is_ready)
             return started[-1]
@@ -149,41 +115,10 @@ async def start(model_folder: Callable[[str], Any]) -> AsyncIterator[Start]:
     assert asyncio.all_tasks() == {asyncio.current_task()}
 
 
-async def _start_process(command: list[str], config: InstanceConfig, stack: contextlib.AsyncExitStack) -> Any:
-    pipe = asyncio.subprocess.PIPE
-    process = await asyncio.create_subprocess_exec(sys.executable, *command, stdin=pipe, stdout=pipe)
-
-    async def end() -> None:
-        with contextlib.suppress(ProcessLookupError):
-            process.kill()
-        async with asyncio.timeout(DEADLINE_S):
-            await process.communicate()
-
-    stack.push_async_callback(end)
-    process.stdin.write(msgspec.json.encode(config) + b"\n")
-    return process
-
-
-@contextlib.asynccontextmanager
-async def reading(stream: Any) -> AsyncIterator["asyncio.Future[list[Any]]"]:
-    """Reads a stream to its end beside what goes on inside; then leaves it."""
-
-    async def read() -> list[Any]:
-        return [event async for event in stream]
-
-    async with stream:
-        events = asyncio.ensure_future(read())
-        try:
-            yield events
-        finally:
-            events.cancel()
-            await asyncio.gather(events, return_exceptions=True)
-
-
 async def assert_a_request_succeeds(p: Instance, d: Instance) -> None:
-    async with d.decode("next") as decoding:
+    async with d.decode("next", PROMPT) as decoding:
         granted = await anext(decoding)
-        async with p.prefill("next", granted.grant) as prefilling:
+        async with p.prefill("next", PROMPT, granted.grant) as prefilling:
             first, _ = [event async for event in prefilling]
         assert len([*first.token_ids, *[token async for event in decoding for token in event.token_ids]]) == 4
 
@@ -192,11 +127,11 @@ async def test_a_decode_instance_killed_in_mid_transfer_ends_the_prefill_with_an
     # Known elsewhere: vLLM #38027, #41383.
     p, d = await start("prefill", TWO_SIDED, halting=True), await start("decode", TWO_SIDED)
     other = await start("decode", TWO_SIDED)
-    async with d.decode("r") as decoding:
+    async with d.decode("r", PROMPT) as decoding:
         granted = await anext(decoding)
-        async with reading(p.prefill("r", granted.grant)) as prefilling:
+        async with reading(p.prefill("r", PROMPT, granted.grant)) as prefilling:
             await until(p.sends_what_it_has)
-            await d.kill()
+            await d.killed()
             p.process.send_signal(signal.SIGUSR1)
             with pytest.raises(RemoteError, match="KV transfer t-r failed: "):
                 await prefilling
@@ -207,12 +142,12 @@ async def test_a_decode_instance_killed_in_mid_transfer_ends_the_prefill_with_an
 async def test_a_prefill_instance_killed_in_mid_transfer_ends_the_decode_with_an_error(start):
     p, d = await start("prefill", ONE_SIDED, halting=True), await start("decode", ONE_SIDED)
     other = await start("prefill", ONE_SIDED)
-    async with d.decode("r") as decoding:
+    async with d.decode("r", PROMPT) as decoding:
         granted = await anext(decoding)
-        async with reading(p.prefill("r", granted.grant)):
+        async with reading(p.prefill("r", PROMPT, granted.grant)):
             await until(p.sends_what_it_has)
             assert (await d.stats()).free_blocks == NUM_BLOCKS - NUM_HELD
-            await p.kill()
+            await p.killed()
             with pytest.raises(RemoteError, match="KV transfer failed: "):
                 await anext(decoding)
     await until(d.is_empty)
@@ -223,9 +158,9 @@ async def test_a_decode_instance_frozen_in_mid_transfer_ends_the_prefill_and_ser
     start,
 ):
     p, d = await start("prefill", ONE_SIDED, halting=True), await start("decode", ONE_SIDED)
-    async with d.decode("r") as decoding:
+    async with d.decode("r", PROMPT) as decoding:
         granted = await anext(decoding)
-        async with reading(p.prefill("r", granted.grant)) as prefilling:
+        async with reading(p.prefill("r", PROMPT, granted.grant)) as prefilling:
             await until(p.sends_what_it_has)
             os.kill(d.process.pid, signal.SIGSTOP)
             p.process.send_signal(signal.SIGUSR1)
@@ -242,9 +177,9 @@ async def test_a_decode_instance_frozen_in_mid_transfer_ends_the_prefill_and_ser
 async def test_blocks_to_which_a_frozen_prefill_instance_may_write_are_used_by_nobody_until_it_is_dead(start, backend):
     # Known elsewhere: vLLM #32255, SGLang #24527, #27372, #32564, #35049, #37077, #38961, Mooncake #4247.
     p, d = await start("prefill", backend, halting=True), await start("decode", backend)
-    async with d.decode("r") as decoding:
+    async with d.decode("r", PROMPT) as decoding:
         granted = await anext(decoding)
-        async with reading(p.prefill("r", granted.grant)):
+        async with reading(p.prefill("r", PROMPT, granted.grant)):
             await until(p.sends_what_it_has)
             os.kill(p.process.pid, signal.SIGSTOP)
             await decoding.aclose()
@@ -254,7 +189,7 @@ async def test_blocks_to_which_a_frozen_prefill_instance_may_write_are_used_by_n
             else:
                 await until(d.has_quarantined_blocks)
                 assert (await d.stats()).free_blocks == NUM_BLOCKS - NUM_HELD
-            await p.kill()
+            await p.killed()
     await until(d.is_empty)
 
 
@@ -263,9 +198,9 @@ async def test_a_rank_killed_in_mid_transfer_ends_its_instance_and_the_other_has
     p = await start("prefill", "ipc", halting=True, num_ranks=2 if lost == "prefill" else 1)
     d = await start("decode", "ipc", num_ranks=2 if lost == "decode" else 1)
     has_ranks, other = (p, d) if lost == "prefill" else (d, p)
-    async with d.decode("r") as decoding:
+    async with d.decode("r", PROMPT) as decoding:
         granted = await anext(decoding)
-        async with reading(p.prefill("r", granted.grant)) as prefilling:
+        async with reading(p.prefill("r", PROMPT, granted.grant)) as prefilling:
             await until(p.sends_what_it_has)
             pid = await has_ranks.kill_a_rank()
             p.process.send_signal(signal.SIGUSR1)

@@ -13,21 +13,21 @@ import pytest
 from hbserve_core import GpuInstance, InstanceConfig
 from hbserve_core.instance.handover import FirstToken, Handover, Inbox, PrefillSend, wait_for_kv
 from hbserve_kv import KVTransferConfig, Outcome, TransferResult
-from hbserve_rpc import LogitsNotFinite, RemoteError, RequestTimeout, RpcClient, SamplingParams
+from hbserve_rpc import LogitsNotFinite, RemoteError, RequestTimeout, SamplingParams
 from hbserve_rpc.messages import (
     CACHED_PREFIXES,
     DECODE,
     GENERATE,
     PREFILL,
-    STATS,
     CachedPrefixesRequest,
     DecodeRequest,
-    Empty,
     GenerateRequest,
     PrefillRequest,
     TransferDone,
 )
 from hbserve_rpc.prompt_shape import shape_of
+from hbserve_testing.instances import InstanceClient
+from hbserve_testing.waits import reading, until
 
 BLOCK, CHUNK = 16, 32
 DEADLINE_S = 60
@@ -36,36 +36,10 @@ LONG = SamplingParams(0, 400, ignore_eos=True)
 SHORT = SamplingParams(0, 3, ignore_eos=True)
 
 
-async def until(condition: Callable[[], Awaitable[bool]]) -> None:
-    async with asyncio.timeout(DEADLINE_S):
-        while not await condition():
-            await asyncio.sleep(0.01)
+class Instance(InstanceClient):
+    """One in this process."""
 
-
-class Instance:
-    """An instance in this process, as a scheduler sees it."""
-
-    def __init__(self, server: GpuInstance) -> None:
-        self.client = RpcClient(server.address)
-        self.server = server
-
-    def decode(self, name: str, ids: list[int], params: SamplingParams = LONG) -> Any:
-        return self.client.stream(DECODE, DecodeRequest(name, f"t-{name}", ids, params), timeout_s=DEADLINE_S)
-
-    def prefill(self, name: str, ids: list[int], grant: bytes, params: SamplingParams = LONG) -> Any:
-        return self.client.stream(PREFILL, PrefillRequest(name, f"t-{name}", ids, params, grant), timeout_s=DEADLINE_S)
-
-    async def hybrid(self, name: str, ids: list[int], params: SamplingParams) -> list[int]:
-        events = self.client.stream(GENERATE, GenerateRequest(name, ids, params), timeout_s=DEADLINE_S)
-        return [token async for event in events for token in event.token_ids]
-
-    async def stats(self) -> Any:
-        return await self.client.call(STATS, Empty(), timeout_s=DEADLINE_S)
-
-    async def is_empty(self) -> bool:
-        s = await self.stats()
-        gauges = s.active_requests, s.waiting_requests, s.running_requests, s.active_transfers, s.quarantined_blocks
-        return gauges == (0,) * 5 and s.free_blocks == s.num_blocks
+    params = LONG
 
     async def has_heard(self) -> bool:
         """Whether the instance knows that a client has left, and has told its engine."""
@@ -98,7 +72,7 @@ async def start(model_folder: Callable[[str], Any]) -> AsyncIterator[Start]:
             server = GpuInstance(config)
             await server.start()
             stack.push_async_callback(server.stop)
-            instance = Instance(server)
+            instance = Instance(server.address, server=server)
             await stack.enter_async_context(instance.client)
             await server.wait_ready()
             started.append(instance)
@@ -119,22 +93,6 @@ async def apart(p: Instance, d: Instance, name: str, ids: list[int], params: Sam
         if first.finish_reason:
             return first.token_ids, None
         return [*first.token_ids, *[token async for event in decoding for token in event.token_ids]], rest[0]
-
-
-@contextlib.asynccontextmanager
-async def reading(stream: Any) -> AsyncIterator["asyncio.Future[list[Any]]"]:
-    """Reads a stream to its end beside what goes on inside; then leaves it."""
-
-    async def read() -> list[Any]:
-        return [event async for event in stream]
-
-    async with stream:
-        events = asyncio.ensure_future(read())
-        try:
-            yield events
-        finally:
-            events.cancel()
-            await asyncio.gather(events, return_exceptions=True)
 
 
 @pytest.fixture

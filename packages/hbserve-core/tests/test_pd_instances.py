@@ -2,36 +2,31 @@
 
 import asyncio
 import contextlib
-import sys
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable
 from types import SimpleNamespace
 from typing import Any
 
-import msgspec
 import pytest
 
 from hbserve_core import GpuInstance, InstanceConfig
 from hbserve_core.engine.step import StepOutput
 from hbserve_core.instance.handover import Inbox, PrefillSend
 from hbserve_kv import KVTransferConfig
-from hbserve_rpc import InvalidRequest, RemoteError, RpcClient, SamplingParams
+from hbserve_rpc import InvalidRequest, RemoteError, SamplingParams
 from hbserve_rpc.messages import (
     CONNECT,
     DECODE,
     DESCRIBE,
-    GENERATE,
-    GRANT,
-    PREFILL,
-    STATS,
     ConnectRequest,
     DecodeRequest,
     Empty,
-    GenerateRequest,
     GrantRequest,
     PrefillRequest,
     TokenEvent,
     TransferDone,
 )
+from hbserve_testing.instances import InstanceClient, start_process
+from hbserve_testing.waits import until
 
 pytestmark = pytest.mark.warm
 
@@ -43,63 +38,15 @@ DEADLINE_S = 60
 GREEDY = SamplingParams(0, MAX_TOKENS, ignore_eos=True)
 
 
-async def until(condition: Callable[[], Awaitable[bool]], what: str) -> None:
-    async with asyncio.timeout(DEADLINE_S):
-        while not await condition():
-            await asyncio.sleep(0.01)
-
-
-class Instance:
-    """An instance as a scheduler sees it: an address."""
-
-    def __init__(self, address: str) -> None:
-        self.client = RpcClient(address, heartbeat_interval_s=0.2, heartbeat_timeout_s=DEADLINE_S)
-        self.process: Any = None
-        self.server: GpuInstance | None = None
-
-    async def ready(self) -> bool:
-        info = await self.client.call(DESCRIBE, Empty(), timeout_s=DEADLINE_S)
-        assert info.status != "failed", info.error
-        return info.status == "ready"
-
-    async def stats(self) -> Any:
-        return await self.client.call(STATS, Empty(), timeout_s=DEADLINE_S)
-
-    async def is_empty(self) -> bool:
-        s = await self.stats()
-        gauges = s.active_requests, s.waiting_requests, s.running_requests, s.active_transfers, s.quarantined_blocks
-        return gauges == (0,) * 5 and s.free_blocks == s.num_blocks
-
-    def decode(self, name: str, ids: list[int], params: SamplingParams = GREEDY) -> Any:
-        return self.client.stream(DECODE, DecodeRequest(name, f"t-{name}", ids, params), timeout_s=DEADLINE_S)
-
-    def prefill(
-        self, name: str, ids: list[int], grant: bytes, params: SamplingParams = GREEDY, output: Sequence[int] = ()
-    ) -> Any:
-        request = PrefillRequest(name, f"t-{name}", ids, params, grant, [*output])
-        return self.client.stream(PREFILL, request, timeout_s=DEADLINE_S)
-
-    def prefill_before_grant(self, name: str, ids: list[int], params: SamplingParams = GREEDY) -> Any:
-        request = PrefillRequest(name, f"t-{name}", ids, params, grant_follows=True)
-        return self.client.stream(PREFILL, request, timeout_s=DEADLINE_S)
-
-    def grant(self, name: str, grant: bytes) -> None:
-        self.client.notify(GRANT, GrantRequest(name, grant))
-
-    async def hybrid(self, name: str, ids: list[int], params: SamplingParams = GREEDY) -> list[int]:
-        events = self.client.stream(GENERATE, GenerateRequest(name, ids, params), timeout_s=DEADLINE_S)
-        return [token async for event in events for token in event.token_ids]
-
-
-Start = Callable[..., Awaitable[Instance]]
+Start = Callable[..., Awaitable[InstanceClient]]
 
 
 @pytest.fixture
 async def start(model_folder: Callable[[str], Any]) -> AsyncIterator[Start]:
     """Starts instances; at the end each that lives has nothing in it, and ends as asked."""
-    started: list[Instance] = []
+    started: list[InstanceClient] = []
 
-    async def start(role: str, *, process: bool = False, backend: str = "nccl", **settings: Any) -> Instance:
+    async def start(role: str, *, process: bool = False, backend: str = "nccl", **settings: Any) -> InstanceClient:
         if backend == "mooncake":
             pytest.importorskip("mooncake.engine", reason="no Mooncake, or not its libraries", exc_type=ImportError)
         config = InstanceConfig(**{
@@ -109,38 +56,31 @@ async def start(model_folder: Callable[[str], Any]) -> AsyncIterator[Start]:
         } | settings)  # fmt: skip
         started.append(await (_start_process if process else _start_here)(config))
         await started[-1].client.start()
-        await until(started[-1].ready, "ready")
+        await until(started[-1].is_ready)
         return started[-1]
 
     yield start
     for instance in started:
         if instance.process is None or instance.process.returncode is None:
-            await until(instance.is_empty, "empty")
+            await until(instance.is_empty)
         await instance.client.close()
     for instance in started:
         await _stop(instance)
     assert asyncio.all_tasks() == {asyncio.current_task()}
 
 
-async def _start_here(config: InstanceConfig) -> Instance:
+async def _start_here(config: InstanceConfig) -> InstanceClient:
     server = GpuInstance(config)
     await server.start()
-    instance = Instance(server.address)
-    instance.server = server
-    return instance
+    return InstanceClient(server.address, server=server)
 
 
-async def _start_process(config: InstanceConfig) -> Instance:
-    pipe = asyncio.subprocess.PIPE
-    process = await asyncio.create_subprocess_exec(sys.executable, "-m", "hbserve_core", stdin=pipe, stdout=pipe)
-    process.stdin.write(msgspec.json.encode(config) + b"\n")
-    line = await asyncio.wait_for(process.stdout.readline(), DEADLINE_S)
-    instance = Instance(msgspec.json.decode(line)["address"])
-    instance.process = process
-    return instance
+async def _start_process(config: InstanceConfig) -> InstanceClient:
+    process, address = await start_process(config)
+    return InstanceClient(address, process=process)
 
 
-async def _stop(instance: Instance) -> None:
+async def _stop(instance: InstanceClient) -> None:
     if instance.server is not None:
         await instance.server.stop()
         if instance.server.engine is not None:
@@ -150,13 +90,14 @@ async def _stop(instance: Instance) -> None:
         assert await asyncio.wait_for(instance.process.wait(), DEADLINE_S) == 0
 
 
-async def apart(p: Instance, d: Instance, name: str, ids: list[int]) -> tuple[list[int], int, TransferDone]:
+async def apart(p: InstanceClient, d: InstanceClient, name: str, ids: list[int]) -> tuple[list[int], int, TransferDone]:
     """What a scheduler does: reserve on D, prefill on P, decode on D. Tokens, D's cached tokens, the transfer."""
     async with d.decode(name, ids) as decoding:
         granted = await anext(decoding)
         async with p.prefill(name, ids, granted.grant) as prefilling:
             first, done = [event async for event in prefilling]
         tokens = [token async for event in decoding for token in event.token_ids]
+    assert isinstance(done, TransferDone)
     return [*first.token_ids, *tokens], granted.num_cached_tokens, done
 
 
@@ -265,7 +206,7 @@ async def test_an_instance_that_cannot_connect_to_another_says_why_and_stays_rea
     endpoint = (await d.client.call(DESCRIBE, Empty(), timeout_s=DEADLINE_S)).kv_endpoint
     with pytest.raises(RemoteError, match=r"(block_bytes_per_head|head_dim|model) is .* on rank 0 and .* on"):
         await p.client.call(CONNECT, ConnectRequest(endpoint), timeout_s=DEADLINE_S)
-    assert await p.ready()
+    assert await p.is_ready()
     with pytest.raises(InvalidRequest, match=r"does not serve 'instance\.connect'"):
         await d.client.call(CONNECT, ConnectRequest(endpoint), timeout_s=DEADLINE_S)
 
@@ -310,19 +251,19 @@ async def test_a_request_may_be_given_up_in_every_phase(start, backend, prompt):
         granted = await anext(holder)
         async with d.decode("for-room", ids[1], long) as waiting, asyncio.timeout(DEADLINE_S):
             first = asyncio.ensure_future(anext(waiting))
-            await until(lambda: _has(d, waiting_requests=1), "no room for both")
+            await until(lambda: _has(d, waiting_requests=1))
             first.cancel()
             await asyncio.gather(first, return_exceptions=True)
         async with p.prefill("waits", ids[0], granted.grant) as prefilling:
             first = asyncio.ensure_future(anext(prefilling))
-            await until(lambda: _has(p, active_requests=1), "computing")
+            await until(lambda: _has(p, active_requests=1))
             first.cancel()
             await asyncio.gather(first, return_exceptions=True)
     async with d.decode("after-first", ids[2], long) as decoding:
         granted = await anext(decoding)
         async with p.prefill("after-first", ids[2], granted.grant, long) as prefilling:
             await anext(prefilling)
-    await until(p.is_empty, "empty")
+    await until(p.is_empty)
     async with d.decode("decoding", ids[3], long) as decoding:
         granted = await anext(decoding)
         async with p.prefill("decoding", ids[3], granted.grant, long) as prefilling:
@@ -330,7 +271,7 @@ async def test_a_request_may_be_given_up_in_every_phase(start, backend, prompt):
         await anext(decoding)
 
 
-async def _has(instance: Instance, **at_least: int) -> bool:
+async def _has(instance: InstanceClient, **at_least: int) -> bool:
     stats = await instance.stats()
     return all(getattr(stats, name) >= count for name, count in at_least.items())
 
@@ -356,13 +297,13 @@ async def test_a_prefill_instance_killed_in_mid_transfer_leaves_no_block_behind(
         granted = await anext(decoding)
         prefilling = await stack.enter_async_context(p.prefill("lost", prompt(400), granted.grant))
         first = asyncio.ensure_future(anext(prefilling))
-        await until(lambda: _has(p, active_transfers=1), "under way")
+        await until(lambda: _has(p, active_transfers=1))
         p.process.kill()
         await p.process.wait()
         await asyncio.wait([first], timeout=0.1)
         first.cancel()
         await asyncio.gather(first, return_exceptions=True)
-    await until(d.is_empty, "empty")
+    await until(d.is_empty)
     tokens, _, _ = await apart(other, d, "next", prompt(40))
     assert tokens == greedy_tokens("qwen3", prompt(40), MAX_TOKENS)
 
@@ -452,9 +393,9 @@ async def test_a_prompt_that_is_computed_before_its_grant_has_the_same_tokens(
     async with p.prefill_before_grant("r", ids) as prefilling, d.decode("r", ids) as decoding:
         first = asyncio.ensure_future(anext(prefilling))
         if when != "at once":
-            await until(lambda: _has(p, prefill_tokens=length), "computed")
+            await until(lambda: _has(p, prefill_tokens=length))
         if when == "when its blocks were given back":
-            await until(lambda: _has(p, free_blocks=200), "given back")
+            await until(lambda: _has(p, free_blocks=200))
         granted = await anext(decoding)
         assert not first.done(), "the wait for a grant is one for the first token, and not for the second"
         p.grant("r", granted.grant)
@@ -479,7 +420,7 @@ async def test_a_grant_of_nothing_tells_the_first_token_and_keeps_the_prompt_for
     expected = greedy_tokens("qwen3", ids, MAX_TOKENS)
     async with p.prefill_before_grant("refused", ids) as prefilling:
         first = asyncio.ensure_future(anext(prefilling))
-        await until(lambda: _has(p, active_requests=1), "there")
+        await until(lambda: _has(p, active_requests=1))
         p.grant("refused", b"")
         assert (await first).token_ids == expected[:1]
         assert [event async for event in prefilling] == []
@@ -508,7 +449,7 @@ async def test_prompts_without_a_grant_do_not_keep_those_with_one_from_being_com
     early, granted = prompt(8 * BLOCK, salt=1), prompt(8 * BLOCK, salt=2)
     async with p.prefill_before_grant("early", early) as prefilling:
         first = asyncio.ensure_future(anext(prefilling))
-        await until(lambda: _has(p, prefill_tokens=len(early)), "computed")
+        await until(lambda: _has(p, prefill_tokens=len(early)))
         tokens, _, _ = await apart(p, d, "granted", granted)
         assert tokens == greedy_tokens("qwen3", granted, MAX_TOKENS)
         async with d.decode("early", early) as decoding:
@@ -540,7 +481,7 @@ async def test_a_prompt_may_be_given_up_whenever_its_grant_is_waited_for_or_come
     for is_granted in (False, True):
         await asyncio.gather(*(give_up(f"{delay_s}{is_granted}", delay_s, is_granted) for delay_s in delays_s))
     p.grant("nobody", b"there is no such request")
-    await until(p.is_empty, "empty")
+    await until(p.is_empty)
     assert p.server._server.failed_notifications == 0
 
 
@@ -551,14 +492,14 @@ async def test_a_grant_of_a_decode_instance_that_has_died_fails_the_prefill_and_
     p, dying, ids = await start("prefill"), await start("decode", process=True), prompt(3 * CHUNK)
     async with p.prefill_before_grant("r", ids) as prefilling, dying.decode("r", ids) as decoding:
         first = asyncio.ensure_future(anext(prefilling))
-        await until(lambda: _has(p, prefill_tokens=len(ids)), "computed")
+        await until(lambda: _has(p, prefill_tokens=len(ids)))
         granted = await anext(decoding)
         dying.process.kill()
         await dying.process.wait()
         p.grant("r", granted.grant)
         with pytest.raises(RemoteError, match=r"KV transfer t-r failed: .*no connection to"):
             await first
-    await until(p.is_empty, "empty")
+    await until(p.is_empty)
 
 
 async def test_a_prefill_instance_that_dies_before_its_grant_leaves_no_block_of_the_decode_instance_reserved(
@@ -573,4 +514,4 @@ async def test_a_prefill_instance_that_dies_before_its_grant_leaves_no_block_of_
         dying.grant("r", granted.grant)
         first.cancel()
         await asyncio.gather(first, return_exceptions=True)
-    await until(d.is_empty, "empty")
+    await until(d.is_empty)

@@ -29,6 +29,7 @@ from hbserve_kv import (
 )
 from hbserve_kv.testing import LoopbackNetwork, is_empty
 from hbserve_kv.testing.loopback import LoopbackTransport
+from hbserve_testing.waits import until
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -40,12 +41,6 @@ DEADLINE_S = 30
 async def _no_task_is_left():
     yield
     assert asyncio.all_tasks() == {asyncio.current_task()}
-
-
-async def until(condition):
-    async with asyncio.timeout(DEADLINE_S):
-        while not condition():
-            await asyncio.sleep(0.01)
 
 
 class Instance:

@@ -8,6 +8,7 @@ import sys
 import msgspec
 import pytest
 import torch
+from hbserve_kv_layouts import layout_of
 
 from hbserve_kv import AddressNotAvailable, BackendUnavailable, KVTransferConfig, Outcome, TransferFailed
 from hbserve_kv.memory.layout import HeadRange
@@ -144,8 +145,8 @@ async def test_an_address_that_came_from_elsewhere_and_is_none_fails_what_it_cam
 
 @pytest.mark.parametrize("address", ["", "nowhere", "::1:80", "0.0.0.0:80"])
 def test_a_sender_that_could_not_be_asked_what_it_writes_is_refused(address):
-    me = Identity(0, "e", {"m": "m"}, HeadRange())
-    hello = Handshake(messages.PROTOCOL_VERSION, 1, "f", address, me.fingerprint, me.heads, {}, "l")
+    me = Identity(0, "e", {"m": "m"}, HeadRange(), layout_of())
+    hello = Handshake(messages.PROTOCOL_VERSION, 1, "f", address, me.fingerprint, me.heads, me.layout, {}, "l")
     with pytest.raises(InvalidRequest, match=f"address='{address}': "):
         check(hello, me)
     assert check(msgspec.structs.replace(hello, address="[::1]:80"), me)
@@ -161,8 +162,8 @@ def test_a_sender_that_could_not_be_asked_what_it_writes_is_refused(address):
     ],
 )
 def test_a_sender_whose_kv_means_something_else_is_refused_by_what_differs_first(field, value, named):
-    me = Identity(0, "e", {"m": "m"}, HeadRange())
-    hello = Handshake(messages.PROTOCOL_VERSION, 1, "f", "127.0.0.1:80", me.fingerprint, me.heads, {}, "l")
+    me = Identity(0, "e", {"m": "m"}, HeadRange(), layout_of())
+    hello = Handshake(messages.PROTOCOL_VERSION, 1, "f", "127.0.0.1:80", me.fingerprint, me.heads, me.layout, {}, "l")
     assert check(hello, me)
     with pytest.raises(InvalidRequest, match=f"FingerprintMismatch: {named}"):
         check(msgspec.structs.replace(hello, **{field: value}), me)

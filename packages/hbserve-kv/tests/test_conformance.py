@@ -1,11 +1,27 @@
 """Every transport and a backend of somebody else's, by the suite that third parties use."""
 
+import itertools
 import subprocess
 import sys
 
 import pytest
 
-from hbserve_kv.testing import CHECKS, Check, LoopbackNetwork, run_check
+from hbserve_kv.testing import CHECKS, LAYOUTS, Check, LoopbackNetwork, run_check
+from hbserve_kv.testing.rig import BLOCK_MAJOR
+
+MOVING = [
+    each for each in CHECKS if any(word in each.__name__ for word in ("land_where", "checksum", "sizes", "layer"))
+]
+"""Checks of which bytes go where; the others are of what becomes of transfers."""
+PAIRS = list(itertools.pairwise([*LAYOUTS, BLOCK_MAJOR]))
+OTHER_LAYOUTS = [("layer-major", "keys beside values"), ("heads first", BLOCK_MAJOR), ("layer-major", "layer-major")]
+
+
+@pytest.fixture(params=OTHER_LAYOUTS, ids=" to ".join)
+def layouts(request: pytest.FixtureRequest) -> tuple[str, str]:
+    """Of the sender's pool and of the receiver's."""
+    found: tuple[str, str] = request.param
+    return found
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
@@ -18,6 +34,25 @@ async def test_backends_conform(backend: str, check: Check) -> None:
 @pytest.mark.parametrize("two_sided", [False, True], ids=["one-sided", "two-sided"])
 async def test_loopback_conforms(check: Check, two_sided: bool) -> None:
     await run_check(check, transport=LoopbackNetwork(two_sided=two_sided).transport)
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+@pytest.mark.parametrize("pair", PAIRS, ids=" to ".join)
+async def test_loopback_conforms_between_layouts(check: Check, pair: tuple[str, str]) -> None:
+    two_sided = PAIRS.index(pair) % 2 == 0
+    await run_check(check, transport=LoopbackNetwork(two_sided=two_sided).transport, layouts=pair)
+
+
+@pytest.mark.parametrize("check", MOVING, ids=lambda check: check.__name__)
+async def test_backends_conform_between_layouts(processes_backend: str, check: Check, layouts: tuple[str, str]) -> None:
+    await run_check(check, backend=processes_backend, layouts=layouts)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("check", MOVING, ids=lambda check: check.__name__)
+@pytest.mark.parametrize("backend", ["nccl", "ipc"])
+async def test_backends_conform_between_layouts_on_a_gpu(backend: str, check: Check, layouts: tuple[str, str]) -> None:
+    await run_check(check, backend=backend, device="cuda", layouts=layouts)
 
 
 @pytest.mark.gpu

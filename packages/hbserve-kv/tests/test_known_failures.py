@@ -7,9 +7,11 @@ import time
 
 import pytest
 import torch
+from hbserve_kv_layouts import whole_blocks
 
 from hbserve_kv import HeadRange, Outcome, Part, TransferFailed
-from hbserve_kv.memory.memory import HeadSlice, Memory, pieces
+from hbserve_kv.memory.layout import CopyPlan, sides
+from hbserve_kv.memory.pool_layout import PoolLayout
 from hbserve_kv.protocol import messages
 from hbserve_kv.testing import Faults, LoopbackNetwork, LoopbackTransport
 from hbserve_rpc import InvalidRequest, RpcClient
@@ -148,17 +150,19 @@ async def test_the_time_of_transfers_side_by_side_is_not_counted_twice(managers)
 
 def test_neighbouring_blocks_are_one_piece():
     """Tens of thousands of descriptors of one block or less: vLLM #50913, #55434, #23780."""
-    memory = Memory(torch.zeros(16, 32, dtype=torch.uint8), 0)
+    side = whole_blocks(16, head_bytes=32)["mine"]
     ids, targets = [3, 4, 5, 9, 10, 2], [7, 8, 9, 10, 12, 13]
-    found = list(pieces(memory, None, None, 1, ids, targets))
+    found = list(CopyPlan(side, [0], side, [0]).moves(ids, targets))
     assert found == [(3 * 32, 7 * 32, 96), (9 * 32, 10 * 32, 32), (10 * 32, 12 * 32, 32), (2 * 32, 13 * 32, 32)]
 
 
 def test_some_heads_of_a_block_are_a_piece_for_each_place_and_no_other_byte():
     """Heads that were cut otherwise on the other side came out wrong or crashed: vLLM #37333, #43523, SGLang #12157."""
-    heads = HeadRange(0, 4, 8)
-    memory = Memory(torch.zeros(4, 3, 4, 2, dtype=torch.uint8), 0, heads)  # 3 places of 4 heads of 2 bytes
-    found = list(pieces(memory, HeadSlice(2, 2), HeadSlice(0, 2), 2, [1], [0]))
+    mine, theirs = HeadRange(0, 4, 8), HeadRange(2, 2, 8)
+    pools = [torch.zeros(4, 3, heads.count, 2, dtype=torch.uint8) for heads in (mine, theirs)]  # 3 places, heads of 2 B
+    layouts = [PoolLayout.of_blocks(pool, heads).layout for pool, heads in zip(pools, (mine, theirs), strict=True)]
+    source, target = sides(layouts[0], mine, layouts[1], theirs)
+    found = list(CopyPlan(source, [0], target, [0]).moves([1], [0]))
     assert found == [(24 + 8 * place + 4, 4 * place, 4) for place in range(3)]
 
 

@@ -1,12 +1,13 @@
 """Layouts of pools: every block arrives as it was, whatever lies where on both sides."""
 
+import mmap
 import random
 from itertools import product
 
 import pytest
 import torch
 
-from hbserve_kv import HeadRange, PoolLayout
+from hbserve_kv import BackendUnavailable, FingerprintMismatch, HeadRange, Outcome, PoolLayout
 from hbserve_kv.memory.layout import CopyPlan, Layout, Plane, sides
 from hbserve_kv.memory.shared_memory import copy
 
@@ -181,6 +182,41 @@ def test_what_cannot_be_bridged_is_named():
     raw, other = (PoolLayout.of_blocks(torch.zeros(2, size), None).layout for size in (8, 6))
     assert raw.mismatch(other) == ("block_bytes", 24, 32)
     assert raw.mismatch(mine) == ("block_bytes_per_head", 192, 32)
+
+
+async def test_what_was_agreed_is_told_and_what_cannot_be_bridged_is_refused_by_its_name(managers):
+    sender = await managers(0, "ipc", Pool(*LAYOUTS["apart"], tokens=8).pool)
+    receiver = await managers(1, "ipc", Pool(*LAYOUTS["layer-major"]).pool)
+    await sender.open_link(receiver.endpoint)
+    (link,) = sender.links()
+    assert link.detail == "memory of this host; blocks of 4 tokens, of 8 here and 4 there; 6 pieces a block"
+    (link,) = receiver.links()
+    assert "of 4 here and 8 there" in link.detail
+    for sizes, named in [
+        ({"layers": 2}, "num_layers is 3 on rank 0"),
+        ({"tokens": 3}, "block_size is 8"),
+    ]:
+        other = await managers(2, "ipc", Pool(*LAYOUTS["layer-major"], **sizes).pool)
+        with pytest.raises(FingerprintMismatch, match=named):
+            await sender.open_link(other.endpoint)
+
+
+async def test_memory_that_has_no_name_is_refused_by_ipc_and_served_by_the_next_backend(managers, caplog):
+    """An anonymous mapping stands for expandable segments of a GPU, and for memory that engines give back to sleep."""
+    held = [mmap.mmap(-1, 4096) for _ in range(2)]
+    pools = [PoolLayout(each, "blocks") for each in held]
+    with pytest.raises(BackendUnavailable, match="not in shared memory"):
+        await managers(0, "ipc", pools[0])
+    caplog.set_level("INFO")
+    sender, receiver = [await managers(rank, "auto", pool) for rank, pool in enumerate(pools)]
+    assert "not ipc: kv_transfer.backend='ipc': the pool is not in shared memory" in caplog.text
+    held[0][:4] = b"abcd"
+    posted = receiver.post_receive("t", [7, 9])
+    transfer = await sender.open_send("t", posted.grant)
+    transfer.push([1, 3], 0)
+    assert (await transfer.commit()).outcome is (await posted.wait()).outcome is Outcome.COMPLETED
+    assert held[1][:10] == b"\0\0\0\0\0\0\0b\0d"
+    assert sender.links()[0].transport == "nccl"
 
 
 def test_a_peer_whose_planes_are_outside_its_memory_is_refused():

@@ -4,6 +4,7 @@ import asyncio
 import threading
 
 import pytest
+from hbserve_kv_layouts import whole_blocks
 
 from hbserve_kv import Link
 from hbserve_kv.transports.base import Deadline
@@ -11,7 +12,7 @@ from hbserve_kv.transports.base import Deadline
 
 async def test_who_is_cancelled_waits_until_what_runs_in_the_thread_has_ended():
     """Bytes move until then: the caller must know when they have stopped."""
-    link = Link("key", is_sender=True, peer_rank=1, peer_description=b"")
+    link = Link("key", is_sender=True, peer_rank=1, peer_description=b"", **whole_blocks())
     has_begun, may_end = threading.Event(), threading.Event()
 
     def blocking() -> None:

@@ -86,7 +86,7 @@ def test_what_the_allocator_says_is_told_with_the_field(monkeypatch, error):
     def refuse(*_, **__):
         raise error
 
-    monkeypatch.setattr("hbserve_kv.memory.memory.shared_empty", refuse)
+    monkeypatch.setattr("hbserve_kv.memory.memory.shared_buffer", refuse)
     with pytest.raises(BufferTooLarge, match=r"kv_transfer\.buffer_size=4096: .*\((\[Errno 12\] C|out of|Memory)"):
         manager_with(4096)
 

@@ -15,6 +15,7 @@ import uuid
 import msgspec
 import pytest
 import torch
+from hbserve_kv_layouts import whole_blocks
 
 from hbserve_kv import Outcome
 from hbserve_kv.memory.memory import Memory
@@ -53,7 +54,7 @@ def peer(monkeypatch):
         command = [sys.executable, "-c", PEER, str(NUM_BLOCKS * BLOCK_BYTES)]
         processes.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
         port, address = processes[-1].stdout.readline().split()
-        description = Description(f"127.0.0.1:{port}", {"pool": int(address)}, {"pool": NUM_BLOCKS})
+        description = Description(f"127.0.0.1:{port}", {"pool": [int(address)]}, 0)
         return processes[-1], msgspec.msgpack.encode(description)
 
     monkeypatch.setenv("MC_FORCE_TCP", "1")
@@ -85,13 +86,16 @@ async def receiver():
     await transport.close()
 
 
+SIDES = whole_blocks(NUM_BLOCKS, BLOCK_BYTES)
+
+
 def link_to(description: bytes) -> Link:
-    return Link(uuid.uuid4().hex, is_sender=True, peer_rank=1, peer_description=description)
+    return Link(uuid.uuid4().hex, is_sender=True, peer_rank=1, peer_description=description, **SIDES)
 
 
 async def admitted(transport: MooncakeTransport) -> tuple[Link, bytes]:
     """The receiving end of a link, and its description."""
-    link = Link(uuid.uuid4().hex, is_sender=False, peer_rank=0, peer_description=transport.describe())
+    link = Link(uuid.uuid4().hex, is_sender=False, peer_rank=0, peer_description=transport.describe(), **SIDES)
     return link, await transport.admit(link)
 
 
@@ -241,9 +245,8 @@ async def test_a_write_of_which_one_piece_fails_is_not_over_with_that(sender, re
     """Mooncake says so at once, while it goes on with the others."""
     transport, memory = receiver
     end, description = await admitted(transport)
-    known = msgspec.msgpack.decode(description, type=Description)
-    too_many = msgspec.structs.replace(known, num_blocks={"pool": NUM_BLOCKS + 1000})
-    link = link_to(msgspec.msgpack.encode(too_many))
+    link = link_to(description)
+    link.peer = whole_blocks(NUM_BLOCKS + 1000, BLOCK_BYTES)["peer"]
     await sender.connect(link)
     engine = sender._engines.of(link)
     wrong = dataclasses.replace(part(3, 2, 1, 0, 0), target_block_ids=[3, 2, 1, 0, NUM_BLOCKS + 999])

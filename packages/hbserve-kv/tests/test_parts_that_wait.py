@@ -16,6 +16,7 @@ from hbserve_kv.sending.connection import MAX_ANNOUNCED_PARTS
 from hbserve_kv.testing import CHECKS, LoopbackNetwork, run_check
 from hbserve_kv.testing.loopback import LoopbackTransport, TwoSidedLoopbackTransport
 from hbserve_kv.transports import ipc, nccl
+from hbserve_testing.waits import until
 
 
 class Event:
@@ -145,12 +146,6 @@ async def push_both(a, b, event):
     a.push([11], 1)
     b.push([20, 21], 0)
     assert (await b.commit()).outcome is Outcome.COMPLETED
-
-
-async def until(condition):
-    async with asyncio.timeout(20):
-        while not condition():
-            await asyncio.sleep(0.001)
 
 
 async def test_a_part_that_is_not_ready_holds_up_no_other_transfer_and_none_of_its_own_passes_it(
@@ -440,7 +435,7 @@ def without_cuda(monkeypatch):
 
     def map_gpu_memory(transport, link):
         target = map_memory(transport, link)
-        target.copy_blocks = transport._compiled_copy(link, transport._memory.block_bytes)
+        target.copy_pieces = transport._compiled_copy(link, target)
         return target
 
     monkeypatch.setattr(nccl.NcclTransport, "_make_group", make_gpu_group)

@@ -3,15 +3,26 @@
 import asyncio
 import gc
 import os
+import sys
 import threading
 from pathlib import Path
 
 import msgspec
 import pytest
 import torch
+from hbserve_kv_layouts import whole_blocks
 
-from hbserve_kv import FingerprintMismatch, HeadRange, KVTransferConfig, KVTransferManager, Outcome, TransferFailed
-from hbserve_kv.protocol.checksum import checksums
+from hbserve_kv import (
+    FingerprintMismatch,
+    HeadRange,
+    KVTransferConfig,
+    KVTransferManager,
+    Link,
+    Outcome,
+    TransferFailed,
+)
+from hbserve_kv.memory.memory import Memory
+from hbserve_kv.protocol.checksum import checksums, link_checksums
 from hbserve_kv.protocol.messages import BEGIN, LINK, PROTOCOL_VERSION, Handshake, UnknownLink
 from hbserve_kv.sending.breaker import FIRST_PAUSE_S, LONGEST_PAUSE_S, Breaker
 from hbserve_kv.testing import Faults, LoopbackNetwork
@@ -164,7 +175,8 @@ async def forge_link(sender, receiver, epoch):
     client = RpcClient(receiver.address)
     await client.start()
     offers = {name: transport.describe() for name, transport in sender._transports.items()}
-    hello = Handshake(PROTOCOL_VERSION, 0, epoch, sender.address, sender.fingerprint, sender.heads, offers, "forged")
+    mine = sender.address, sender.fingerprint, sender.heads, sender._memory.layout
+    hello = Handshake(PROTOCOL_VERSION, 0, epoch, *mine, offers, "forged")
     stream = client.stream(LINK, hello)
     await anext(stream)
     return client
@@ -300,6 +312,17 @@ async def test_checksums_of_blocks_that_were_not_granted_are_nobodys(managers):
         assert (await transfer.commit()).outcome is Outcome.COMPLETED
 
 
+@pytest.mark.parametrize("block_bytes", [16, 20, 4096])
+def test_a_checksum_is_the_same_without_torch(block_bytes, monkeypatch):
+    pool = torch.randint(0, 256, (3, block_bytes), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    memory = Memory(pool, 0)
+    link = Link("key", is_sender=True, peer_rank=1, peer_description=b"", **whole_blocks(3, block_bytes))
+    with_torch = link_checksums(memory, link, "pool", [2, 0])
+    assert with_torch == checksums(pool[[2, 0]])
+    monkeypatch.delitem(sys.modules, "torch")
+    assert link_checksums(memory, link, "pool", [2, 0]) == with_torch
+
+
 @pytest.mark.parametrize("block_bytes", [16, 20])
 def test_a_checksum_sees_each_changed_byte_and_each_exchange(block_bytes):
     block = torch.randint(0, 256, (1, block_bytes), dtype=torch.uint8)
@@ -358,9 +381,7 @@ async def test_heads_that_nobody_has_in_common_are_refused_with_both_ranges(mana
 
 async def test_auto_falls_back_when_the_better_transport_fails_in_practice(managers, monkeypatch, caplog):
     sender, receiver = await managers(0, "auto"), await managers(1, "auto")
-    monkeypatch.setattr(
-        "hbserve_kv.memory.shared_memory.map_region", lambda *_: (_ for _ in ()).throw(OSError("denied"))
-    )
+    monkeypatch.setattr("hbserve_kv.transports.ipc.Mapping", lambda *_: (_ for _ in ()).throw(OSError("denied")))
     sent, _ = await move(sender, receiver, "t")
     assert sent.outcome is Outcome.COMPLETED
     assert sender.links()[0].transport == "nccl"

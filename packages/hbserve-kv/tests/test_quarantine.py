@@ -6,6 +6,7 @@ import re
 import socket
 
 import pytest
+from hbserve_kv_layouts import layout_of, whole_blocks
 
 from hbserve_kv import HeadRange, Link, Outcome, PostedReceive, TransferFailed
 from hbserve_kv.protocol.messages import Handshake
@@ -17,8 +18,8 @@ from hbserve_rpc import Peer
 
 def fail_a_transfer(address: str, quarantine: Quarantine, *, is_connected: bool) -> IncomingTransfer:
     """Three blocks that were granted to a one-sided sender at `address`, which has not said that it writes no more."""
-    hello = Handshake(2, 0, "epoch", address, {}, HeadRange(), {}, "link")
-    link = Link("link", is_sender=False, peer_rank=0, peer_description=b"")
+    hello = Handshake(2, 0, "epoch", address, {}, HeadRange(), layout_of(), {}, "link")
+    link = Link("link", is_sender=False, peer_rank=0, peer_description=b"", **whole_blocks())
     sender = IncomingLink(hello, link, LoopbackNetwork().transport(), HeadRange(), Peer(b"it", None, "127.0.0.1"))
     transfer = IncomingTransfer("t", "pool", [4, 5, 6], [0], quarantine.watch)
     assert transfer.begin(sender)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from hbserve_kv_layouts import layout_of, whole_blocks
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -67,8 +68,8 @@ class Wire(Transport):
 
 def link_of(sender: int, heads: HeadRange, one_sided: bool) -> IncomingLink:
     key = f"link {sender}"
-    hello = Handshake(messages.PROTOCOL_VERSION, sender, "epoch", "127.0.0.1:1", {}, heads, {}, key)
-    link = Link(key, is_sender=False, peer_rank=sender, peer_description=b"")
+    hello = Handshake(messages.PROTOCOL_VERSION, sender, "epoch", "127.0.0.1:1", {}, heads, layout_of(), {}, key)
+    link = Link(key, is_sender=False, peer_rank=sender, peer_description=b"", **whole_blocks(heads=heads))
     return IncomingLink(hello, link, Wire(one_sided), heads, peer_of(key))
 
 
@@ -155,7 +156,7 @@ class Model:
         self.committed |= {i: num_blocks} if fits else {}
         self.noted_failure(is_open and not fits)
         message = Commit("t", self.links[i].link.key, num_parts, 10 * num_parts, 0.0, f"of {i}".encode())
-        assert self.transfer.commit(message, 10) is fits
+        assert self.transfer.commit(message, whole_blocks(head_bytes=10)["mine"]) is fits
 
     def sender_drained(self, i: int) -> None:
         if i in self.begun and not self.is_complete and not self.transfer.drained.is_set():
@@ -279,7 +280,7 @@ class World:
         self.buffer = LookupBuffer(self.memory, timeout_s=room_timeout_s, expiry_s=0.0)
         self.handlers = Handlers()
         config = KVTransferConfig(timeout_s=EXPIRY_S, expiry_s=EXPIRY_S)
-        me = Identity(9, "mine", {}, HeadRange())
+        me = Identity(9, "mine", {}, HeadRange(), self.memory.layout)
         self.receiver = Receiver(me, self.memory, {"wire": self.transport}, self.buffer, config)
         self.receiver.serve_on(self.handlers)
         self.streams: dict[int, Any] = {}
@@ -312,8 +313,8 @@ class World:
         await self.lose(sender)
         self.lives[sender] += 1
         hello = Handshake(
-            messages.PROTOCOL_VERSION, sender, "epoch", f"127.0.0.1:{1 + sender}", {}, HeadRange(), {"wire": b""},
-            self.key(sender),
+            messages.PROTOCOL_VERSION, sender, "epoch", f"127.0.0.1:{1 + sender}", {}, HeadRange(), self.memory.layout,
+            {"wire": b""}, self.key(sender),
         )  # fmt: skip
         connected_client._calling.set(peer_of(hello.link))
         self.streams[sender] = self.handlers.of[messages.LINK.name](hello)

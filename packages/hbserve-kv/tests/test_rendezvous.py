@@ -4,7 +4,8 @@ import asyncio
 
 import pytest
 
-from hbserve_kv.transports.rendezvous import MAX_BYTES, MAX_VALUES, HeldRendezvous, LinkStore
+from hbserve_kv.transports.base import MAX_BYTES, MAX_VALUES, HeldRendezvous
+from hbserve_kv.transports.nccl import LinkStore
 
 
 async def test_who_asks_before_it_is_told_waits_for_it_and_all_hear_the_same():

@@ -7,6 +7,7 @@ from typing import Any
 
 import msgspec
 import pytest
+from hbserve_kv_layouts import layout_of
 
 from hbserve_kv import Outcome, TransferFailed
 from hbserve_kv.protocol import messages
@@ -148,7 +149,7 @@ async def test_what_comes_is_trusted_if_its_sender_has_a_key_or_is_of_this_host(
 
 def test_a_handshake_of_a_sender_that_has_no_name_is_read():
     """Of an older version."""
-    hello = Handshake(7, 0, "e", "127.0.0.1:1", {}, messages.HeadRange(), {}, "l")
+    hello = Handshake(9, 0, "e", "127.0.0.1:1", {}, messages.HeadRange(), layout_of(), {}, "l")
     plain = msgspec.to_builtins(hello)
     del plain["name"]
     assert msgspec.convert(plain, Handshake) == hello

@@ -1,6 +1,5 @@
 """What anybody can send has bounds: numbers, frames, lists, clients, and the lines that it makes in a log."""
 
-import asyncio
 import logging
 import struct
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ from hbserve_rpc import server as server_module
 from hbserve_rpc.message_socket import Complaints
 from hbserve_rpc.messages import GENERATE, GenerateRequest
 from hbserve_rpc.sampling_params import SamplingParams
+from hbserve_testing.waits import until
 
 
 @pytest.fixture
@@ -34,12 +34,6 @@ def stranger(serving) -> Iterator[zmq.Socket[bytes]]:
         socket.setsockopt(zmq.LINGER, 0)
         socket.connect(f"tcp://{serving.address}")
         yield socket
-
-
-async def until(condition) -> None:
-    async with asyncio.timeout(30):
-        while not condition():
-            await asyncio.sleep(0.005)
 
 
 HELLO = wire.encode(wire.Hello(wire.PROTOCOL_VERSION, 1.0))

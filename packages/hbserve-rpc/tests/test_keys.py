@@ -159,7 +159,8 @@ async def test_a_connection_that_was_given_up_and_is_let_in_late_does_not_silenc
     async with asyncio.timeout(20):
         while client._epoch is None:
             await asyncio.sleep(0.01)
-    late = MessageSocket(zmq.DEALER, {zmq.IDENTITY: identity}, (heard := []).append, SharedContext())
+    heard: list[list[bytes]] = []
+    late = MessageSocket(zmq.DEALER, {zmq.IDENTITY: identity}, heard.append, SharedContext())
     options = KEYS["client"].client_options(KEYS["instance"].public_key)
     try:
         late.open(lambda socket: socket.connect(f"tcp://{served.address}"), options)

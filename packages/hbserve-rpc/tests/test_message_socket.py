@@ -8,6 +8,7 @@ import pytest
 import zmq
 
 from hbserve_rpc.message_socket import MESSAGES_PER_TURN, MessageSocket, SharedContext
+from hbserve_testing.waits import until
 
 NUM_MESSAGES = 10 * MESSAGES_PER_TURN
 
@@ -31,12 +32,6 @@ async def pair() -> AsyncIterator[Pair]:
     yield pair
     pair.dealer.close()
     pair.router.close()
-
-
-async def until(condition) -> None:
-    async with asyncio.timeout(20):
-        while not condition():
-            await asyncio.sleep(0.005)
 
 
 async def test_all_messages_come_in_order_and_the_loop_goes_on_between_them(pair):

@@ -5,6 +5,7 @@ import contextlib
 import uuid
 from collections import defaultdict
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -39,6 +40,7 @@ from hbserve_rpc.messages import (
 from hbserve_rpc.reports import REPORTS, InstanceReport, ReportsRequest
 from hbserve_rpc.trace_context import TRACEPARENT
 from hbserve_scheduler import CpuScheduler, EventStream, SchedulerConfig
+from hbserve_testing import waits
 
 DEADLINE_S = 30.0
 VOCAB_SIZE = 1000
@@ -296,12 +298,7 @@ async def make_instance(journal: list[tuple[str, str]]) -> AsyncIterator[Callabl
 
 @pytest.fixture
 def until() -> Callable[[Callable[[], Any]], Awaitable[None]]:
-    async def wait(condition: Callable[[], Any]) -> None:
-        async with asyncio.timeout(DEADLINE_S):
-            while not condition():
-                await asyncio.sleep(0.01)
-
-    return wait
+    return partial(waits.until, deadline_s=DEADLINE_S)
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,7 @@ class Log:
         """Each is in some line that has come since the last one that was waited for."""
         with self._more:
             for pattern in patterns:
-                found = self._more.wait_for(lambda pattern=pattern: self._find(pattern), DEADLINE_S)
+                found = self._more.wait_for(partial(self._find, pattern), DEADLINE_S)
                 assert found, f"{pattern}: {''.join(self.lines)}"
             self._begin = len(self.lines)
 

@@ -1,19 +1,20 @@
 """KVTransferManager: everything that one instance sends and receives."""
 
 import asyncio
+import logging
 import math
 import uuid
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
-import torch
 
 from hbserve_kv.base import KVTransferBase
 from hbserve_kv.config import GOODBYE_TIMEOUT_S, KVTransferConfig
-from hbserve_kv.errors import TransferFailed
+from hbserve_kv.errors import BackendUnavailable, TransferFailed
 from hbserve_kv.memory.layout import HeadRange
-from hbserve_kv.memory.memory import Memory, gather
+from hbserve_kv.memory.memory import Memory
+from hbserve_kv.memory.pool_layout import PoolLayout
 from hbserve_kv.protocol.handshake import Identity
 from hbserve_kv.protocol.messages import ALIVE, Alive, Begin, Grant, Nothing, read_grants
 from hbserve_kv.protocol.stats import LinkInfo, TransferStats
@@ -28,6 +29,11 @@ from hbserve_kv.sending.transfer import SendTransfer
 from hbserve_kv.transports.base import Transport
 from hbserve_kv.transports.registry import make_transports
 from hbserve_rpc import RpcServer, parse_address
+
+if TYPE_CHECKING:
+    import torch
+
+logger = logging.getLogger(__name__)
 
 
 class _Shape(msgspec.Struct, frozen=True):
@@ -49,7 +55,7 @@ class KVTransferManager(KVTransferBase):
         self,
         *,
         rank: int,
-        pool: torch.Tensor,
+        pool: "PoolLayout | torch.Tensor | Any",
         fingerprint: Mapping[str, str | int],
         config: KVTransferConfig,
         epoch: str | None = None,
@@ -57,7 +63,8 @@ class KVTransferManager(KVTransferBase):
         transport: Transport | None = None,
         name: str = "",
     ) -> None:
-        """`pool`: (num_blocks, …), contiguous, on the CPU or a CUDA device; one block is `pool[i]`.
+        """`pool`: a PoolLayout; or one contiguous tensor (num_blocks, …), of which a block is `pool[i]`. It is on a GPU
+        or on the CPU, where it need be no tensor of torch. Until `close` it must stay where it is.
 
         `fingerprint` says what the bytes mean; both sides must have the same. `heads`: under tensor parallelism, the KV
         heads that this rank's pool (num_blocks, …, heads.count, head_dim) holds. `transport` replaces the one that
@@ -71,19 +78,18 @@ class KVTransferManager(KVTransferBase):
         super().__init__(rank, config.options)
         self.config = config
         self.epoch = epoch or uuid.uuid4().hex
-        self.heads = heads or HeadRange()
         self._memory = Memory(pool, config.buffer_size, heads)
-        block_bytes = self._memory.block_bytes // self.heads.count
-        self.fingerprint = {"block_bytes" if heads is None else "block_bytes_per_head": block_bytes, **fingerprint}
+        self.heads = self._memory.heads
+        self.fingerprint = dict(fingerprint)
         self._transports = {each.name: each for each in ([transport] if transport else make_transports(config, rank))}
         self._server = _control_server(config, self.epoch)
         self._buffer = LookupBuffer(self._memory, timeout_s=config.timeout_s, expiry_s=config.expiry_s)
-        me = Identity(rank, self.epoch, self.fingerprint, self.heads, name)
+        me = Identity(rank, self.epoch, self.fingerprint, self.heads, self._memory.layout, name)
         self._receiver = Receiver(me, self._memory, self._transports, self._buffer, config)
         self._receiver.serve_on(self._server)
         self._server.serve(ALIVE, self._alive)
         self._peers = Peers(me, lambda: self.address, self._transports, config.timeout_s, config.keys)
-        self._offers = Offers(self.epoch, self.open_send, self._memory.pool.shape[0], config.expiry_s)
+        self._offers = Offers(self.epoch, self.open_send, self._memory.layout.num_blocks, config.expiry_s)
         self._offers.serve_on(self._server)
         self._senders = Senders(config.timeout_s, config.keys)
         self._claims: set[Claim] = set()
@@ -103,8 +109,15 @@ class KVTransferManager(KVTransferBase):
         await asyncio.to_thread(self.config.check_host)
         started: list[Transport] = []
         try:
-            for transport in self._transports.values():
-                await transport.start(self._memory)
+            for name, transport in list(self._transports.items()):
+                try:
+                    await transport.start(self._memory)
+                except BackendUnavailable as error:
+                    if len(self._transports) == 1:
+                        raise
+                    logger.info("kv_transfer.backend=%s: not %s: %s", self.config.backend, name, error)
+                    del self._transports[name]
+                    continue
                 started.append(transport)
             await self._server.start()
         except BaseException:
@@ -182,7 +195,7 @@ class KVTransferManager(KVTransferBase):
         Raises:
             ValueError: the id is in use, or a block is outside the pool or there twice.
         """
-        num_blocks = self._memory.pool.shape[0]
+        num_blocks = self._memory.layout.num_blocks
         if len(set(block_ids)) != len(block_ids) or not all(0 <= block_id < num_blocks for block_id in block_ids):
             raise ValueError(f"block_ids={list(block_ids)}: expected different ones from 0 to {num_blocks - 1}")
         transfer = self._receiver.expect(
@@ -252,7 +265,7 @@ class KVTransferManager(KVTransferBase):
         parse_address(address)
         self._addresses[rank] = address
 
-    async def send_kv_cache(self, request_id: str, kv_buffer: torch.Tensor, target_rank: int) -> None:
+    async def send_kv_cache(self, request_id: str, kv_buffer: "torch.Tensor", target_rank: int) -> None:
         """Send a tensor of any shape to the lookup buffer of `target_rank`; waits for room there.
 
         Raises:
@@ -261,12 +274,15 @@ class KVTransferManager(KVTransferBase):
         """
         if target_rank not in self._addresses:
             raise TransferFailed(f"rank {target_rank} is unknown; add_peer({target_rank}, address) first")
-        flat = kv_buffer.contiguous().view(-1).view(torch.uint8)
+        import torch
+
+        flat, arena = kv_buffer.contiguous().view(-1).view(torch.uint8), None
         block_ids = await self._buffer.place(request_id, flat.numel())
         try:
             for i, block_id in enumerate(block_ids):
+                arena = self._memory.arena if arena is None else arena
                 piece = flat[i * self._memory.block_bytes : (i + 1) * self._memory.block_bytes]
-                self._memory.arena[block_id, : piece.numel()].copy_(piece)
+                arena[block_id, : piece.numel()].copy_(piece)
             transfer = await self._open(Begin(request_id, "", flat.numel()), [(self._addresses[target_rank], "")])
             transfer.push(block_ids, 0)
             shape = _Shape(str(kv_buffer.dtype).removeprefix("torch."), list(kv_buffer.shape))
@@ -276,19 +292,21 @@ class KVTransferManager(KVTransferBase):
         if result.outcome is not Outcome.COMPLETED:
             raise TransferFailed(f"{request_id}: {result.error}")
 
-    async def receive_kv_cache(self, request_id: str, source_rank: int) -> torch.Tensor:
+    async def receive_kv_cache(self, request_id: str, source_rank: int) -> "torch.Tensor":
         """The tensor that was sent under this id: from the lookup buffer if it is there, else when it comes.
 
         Raises:
             TransferTimeout: nothing came before the deadline.
             TransferFailed: its sender failed.
         """
+        import torch
+
         block_ids, result = await self._buffer.take(request_id)
         try:
             what = msgspec.msgpack.decode(result.payload, type=_Shape)
             dtype: Any = getattr(torch, what.dtype)
             num_bytes = math.prod(what.shape) * dtype.itemsize
-            flat = gather(self._memory.arena, block_ids).reshape(-1)[:num_bytes].clone() if block_ids else None
+            flat = self._memory.arena[block_ids].reshape(-1)[:num_bytes] if block_ids else None
         finally:
             await self._buffer.free(block_ids)
         if flat is None:
@@ -327,7 +345,7 @@ class KVTransferManager(KVTransferBase):
         """What carries the bytes to and from each connected peer."""
         to = [(each.link, each.transport) for each in self._peers.connections.values()]
         of = [(each.link, each.transport) for each in self._receiver.links.values()]
-        return [LinkInfo(link.peer_rank, link.is_sender, transport.name, link.detail) for link, transport in [*to, *of]]
+        return [LinkInfo(link.peer_rank, link.is_sender, transport.name, link.told) for link, transport in [*to, *of]]
 
 
 def _control_server(config: KVTransferConfig, epoch: str) -> RpcServer:

@@ -37,6 +37,7 @@ class TorchAttention:
         # torch gathers and scatters 8-bit floats as bytes only.
         self._pool = pool.view(torch.uint8) if self._is_narrow else pool
         self._model = model
+        self._reach = model.reach
         self._kv_scales = kv_scales
         self._workspace = torch.empty(0, dtype=self._pool.dtype, device=pool.device)
         self._wide = torch.empty(0, dtype=dtype, device=pool.device)
@@ -50,7 +51,7 @@ class TorchAttention:
         self._clear_unwritten_slots(chunks)
         block_elements = self._pool[0, 0].numel()
         most_blocks = _MOST_GATHERED_BYTES // (block_elements * self._pool.dtype.itemsize)
-        groups = list(_groups(chunks, self._pool.shape[3], self._model.reach, most_blocks))
+        groups = list(_groups(chunks, self._pool.shape[3], self._reach, most_blocks))
         elements = max(group.num_sequences * group.num_blocks for group in groups) * block_elements
         if self._workspace.numel() < elements:
             self._workspace = torch.empty(elements, dtype=self._pool.dtype, device=self._pool.device)

@@ -1,8 +1,7 @@
 """Blocks to blocks in one kernel of one GPU, which may write into another: each byte is read once and written once,
-wherever the blocks lie.
+wherever the pieces of a block lie on both sides.
 
 Imported on CUDA only: Triton is not there on every system that has no CUDA.
-Shapes: N blocks are copied; a block is W words of 8 bytes, or P places of W words that do not touch.
 """
 
 from collections.abc import Sequence
@@ -12,74 +11,93 @@ import torch
 import triton
 import triton.language as tl
 
-from hbserve_kv.memory.memory import same_words
+from hbserve_kv.memory.layout import CopyPlan
 
 _WORDS = 4096
+_PIECE = 7
+"""Numbers of a piece: see `hbserve_kv.memory.layout.Piece`."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_units"])
 def _copy(
     source,
     target,
-    ids,
-    count,
-    source_block,
-    target_block,
-    source_place,
-    target_place,
-    width,
-    words,
-    IS_WHOLE: tl.constexpr,
+    pieces,
+    units,
+    num_units,
+    num_pieces,
+    num_chunks,
+    source_ratio,
+    target_ratio,
+    PIECE: tl.constexpr,
+    ALIGNED: tl.constexpr,
     WORDS: tl.constexpr,
 ):
-    number = tl.program_id(1)
-    word = tl.program_id(0) * WORDS + tl.arange(0, WORDS)
-    inside = word < words
-    from_block = tl.load(ids + number).to(tl.int64) * source_block
-    to_block = tl.load(ids + count + number).to(tl.int64) * target_block
-    if IS_WHOLE:
-        tl.store(target + to_block + word, tl.load(source + from_block + word, mask=inside), mask=inside)
-    else:
-        place, column = word // width, word % width
-        values = tl.load(source + from_block + place * source_place + column, mask=inside)
-        tl.store(target + to_block + place * target_place + column, values, mask=inside)
+    """A program copies WORDS words of one piece of one unit."""
+    number = tl.program_id(0)
+    chunk = number % num_chunks
+    piece = pieces + number // num_chunks % num_pieces * PIECE
+    place = number // num_chunks // num_pieces
+    here, there = tl.load(units + place), tl.load(units + num_units + place)
+    start = tl.load(piece) + here // source_ratio * tl.load(piece + 1) + here % source_ratio * tl.load(piece + 2)
+    end = tl.load(piece + 3) + there // target_ratio * tl.load(piece + 4) + there % target_ratio * tl.load(piece + 5)
+    word = chunk * WORDS + tl.arange(0, WORDS)
+    inside = word < tl.load(piece + 6)
+    start, end = tl.multiple_of(start, ALIGNED), tl.multiple_of(end, ALIGNED)
+    tl.store(target + end + word, tl.load(source + start + word, mask=inside), mask=inside)
 
 
-def copy_blocks(
-    source: torch.Tensor, block_ids: Sequence[int], target: torch.Tensor, target_block_ids: Sequence[int]
+class _Table:
+    """A plan's pieces on a device, in words."""
+
+    def __init__(self, plan: CopyPlan, source: int, target: int, device: Any) -> None:
+        numbers = [number for piece in plan.pieces for number in piece]
+        together = [source, target, *numbers]
+        self.word_bytes = 8 if all(number % 8 == 0 for number in together) else 1
+        self.aligned = 2 if all(number % 16 == 0 for number in together) else 1
+        """Words of which each place is a multiple."""
+        longest = max(piece.length for piece in plan.pieces) // self.word_bytes
+        self.words = min(_WORDS, triton.next_power_of_2(longest))
+        self.num_chunks = triton.cdiv(longest, self.words)
+        self.pieces = torch.tensor([number // self.word_bytes for number in numbers], dtype=torch.int64, device=device)
+
+
+def copy_pieces(
+    plan: CopyPlan,
+    source: torch.Tensor,
+    source_units: Sequence[int],
+    target: torch.Tensor,
+    target_units: Sequence[int],
 ) -> None:
-    """target[target_block_ids[i]] = source[block_ids[i]], queued on the current stream of the device that has both.
+    """Unit `source_units[i]` of one side becomes `target_units[i]` of the other: queued on the current stream of the
+    device for which both tensors are.
 
-    source, target: uint8, (num_blocks, block_bytes), or (num_blocks, P, bytes) with a block's places apart; the bytes
-    of a block are as many in both.
+    source, target: of any type and length, from where a side's memory begins.
     """
-    source, target = same_words(*_same_places(source, target))
-    is_whole = source.dim() == 2
-    num_places, width = (1, source.shape[1]) if is_whole else source.shape[1:]
-    words = num_places * width
-    ids = torch.tensor([block_ids, target_block_ids], dtype=torch.int32, pin_memory=source.is_cuda)
-    grid = (triton.cdiv(words, _WORDS), len(block_ids))
-    kernel: Any = _copy[grid]
+    device, alignment = source.device, (source.data_ptr() % 16, target.data_ptr() % 16)
+    table = plan.device_tables.get(alignment)
+    if table is None:
+        table = plan.device_tables[alignment] = _Table(plan, *alignment, device)
+    units = torch.tensor([[*source_units], [*target_units]], dtype=torch.int64, pin_memory=table.pieces.is_cuda)
+    dtype = torch.int64 if table.word_bytes == 8 else torch.uint8
+    kernel: Any = _copy[(len(source_units) * len(plan.pieces) * table.num_chunks,)]
     kernel(
-        source,
-        target,
-        ids.to(source.device, non_blocking=True),
-        len(block_ids),
-        source.stride(0),
-        target.stride(0),
-        source.stride(1),
-        target.stride(1),
-        width,
-        words,
-        IS_WHOLE=is_whole,
-        WORDS=_WORDS,
-        num_warps=8,
+        _first_word(source, dtype),
+        _first_word(target, dtype),
+        table.pieces,
+        units.to(device, non_blocking=True),
+        len(source_units),
+        len(plan.pieces),
+        table.num_chunks,
+        plan.source_ratio,
+        plan.target_ratio,
+        PIECE=_PIECE,
+        ALIGNED=table.aligned,
+        WORDS=table.words,
+        num_warps=max(1, min(8, table.words // 128)),
     )
 
 
-def _same_places(source: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    if source.dim() == target.dim():
-        return source, target
-    if source.dim() == 2:
-        return source.unflatten(1, target.shape[1:]), target
-    return source, target.unflatten(1, source.shape[1:])
+def _first_word(memory: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A kernel asks for its place and type only."""
+    return memory.view(-1).view(torch.uint8)[: dtype.itemsize].view(dtype)

@@ -7,29 +7,17 @@ Functions: CUDA Driver API, "cuIpcGetMemHandle", "cuIpcOpenMemHandle_v2", "cuIpc
 """
 
 import ctypes
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
-import msgspec
 import torch
+
+from hbserve_kv.memory.pool_layout import Extent
 
 HANDLE_BYTES = 64
 LAZY_ENABLE_PEER_ACCESS = 1
-
-
-class DeviceRegion(msgspec.Struct, frozen=True):
-    """Where a tensor lies, for another process of this host."""
-
-    handle: bytes
-    """Of the allocation."""
-    offset: int
-    """Of the tensor in it."""
-    num_bytes: int
-    address: int
-    """In the owning process."""
 
 
 class _Handle(ctypes.Structure):
@@ -58,27 +46,31 @@ def _check(what: str, result: int) -> None:
         raise OSError(f"{what}: {(text.value or b'').decode() or 'error'} ({result})")
 
 
-def export(tensor: torch.Tensor) -> DeviceRegion:
-    """Name the memory of a contiguous CUDA tensor.
+def export(extent: Extent) -> tuple[bytes, int, int, int]:
+    """Name GPU memory: the handle of its allocation, its offset there, its length, and its address here.
 
     Raises:
-        OSError: it cannot be shared, for example because it lies in an expandable segment.
+        OSError: it cannot be shared: it lies in an expandable segment, or was otherwise mapped piece by piece, as by
+            engines that give memory back while they sleep.
     """
-    handle, base, size = _Handle(), ctypes.c_uint64(), ctypes.c_size_t()
-    with torch.cuda.device(tensor.device):
+    handle, base, size, address = _Handle(), ctypes.c_uint64(), ctypes.c_size_t(), extent.address
+    with torch.cuda.device(extent.array.device):
         try:
             _check(
                 "cuMemGetAddressRange",
-                _driver().cuMemGetAddressRange_v2(ctypes.byref(base), ctypes.byref(size), tensor.data_ptr()),
+                _driver().cuMemGetAddressRange_v2(ctypes.byref(base), ctypes.byref(size), address),
             )
-            _check("cuIpcGetMemHandle", _driver().cuIpcGetMemHandle(ctypes.byref(handle), tensor.data_ptr()))
+            if address + extent.num_bytes > base.value + size.value:
+                raise OSError("it is mapped from several allocations")
+            _check("cuIpcGetMemHandle", _driver().cuIpcGetMemHandle(ctypes.byref(handle), address))
         except OSError as error:
             raise OSError(
-                f"the pool cannot be shared ({error}); with PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True "
-                "no memory can"
+                f"the pool cannot be shared by name ({error}): no memory can that lies in an expandable segment "
+                "(PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True), or in a pool that can be put to sleep; allocate "
+                "the KV pool without these, or use another backend"
             ) from error
     raw = ctypes.string_at(ctypes.byref(handle), HANDLE_BYTES)
-    return DeviceRegion(raw, tensor.data_ptr() - base.value, tensor.nbytes, tensor.data_ptr())
+    return raw, address - base.value, extent.num_bytes, address
 
 
 def device_of(uuid: str) -> torch.device:
@@ -95,26 +87,24 @@ def enable_access(device: torch.device, other: torch.device) -> None:
 
 
 @contextmanager
-def mapped(region: DeviceRegion, pid: int, device: torch.device) -> Iterator[torch.Tensor]:
-    """Process `pid`'s region as uint8 (num_bytes,), while the context lasts: for kernels on `device`, whichever GPU of
-    this host has the memory. This process need not see that GPU.
+def mapped(handle: bytes, device: torch.device) -> Iterator[int]:
+    """The address at which an allocation of another process begins, while the context lasts: for kernels on `device`,
+    whichever GPU of this host has the memory. This process need not see that GPU. Several tensors may lie in it.
 
     Raises:
         OSError: it cannot be mapped: the owner is gone, or the GPUs do not reach each other.
     """
-    if pid == os.getpid():  # CUDA does not open a handle in the process that made it
-        yield _tensor_at(region.address, region.num_bytes, device)
-        return
     base = ctypes.c_uint64()
     with torch.cuda.device(device):
         torch.cuda.current_stream().query()  # makes the context, if this process has none on that GPU yet
-        handle = _Handle.from_buffer_copy(region.handle)
         _check(
             "cuIpcOpenMemHandle",
-            _driver().cuIpcOpenMemHandle_v2(ctypes.byref(base), handle, LAZY_ENABLE_PEER_ACCESS),
+            _driver().cuIpcOpenMemHandle_v2(
+                ctypes.byref(base), _Handle.from_buffer_copy(handle), LAZY_ENABLE_PEER_ACCESS
+            ),
         )
     try:
-        yield _tensor_at(base.value + region.offset, region.num_bytes, device)
+        yield base.value
     finally:
         with torch.cuda.device(device):
             _check("cuIpcCloseMemHandle", _driver().cuIpcCloseMemHandle(base))
@@ -124,9 +114,3 @@ def copy(target: int, source: int, num_bytes: int, stream: int) -> None:
     """Queue a copy between addresses on a stream of the current device, by a copy engine. torch's own copy between two
     GPUs takes the way that it finds by their numbers: PCI Express, where one of them is not this process's."""
     _check("cuMemcpyDtoDAsync", _driver().cuMemcpyDtoDAsync_v2(target, source, num_bytes, stream))
-
-
-def _tensor_at(address: int, num_bytes: int, device: torch.device) -> torch.Tensor:
-    """uint8 (num_bytes,) over memory of somebody else. Not by __cuda_array_interface__, which needs numpy."""
-    storage = torch._C._construct_storage_from_data_pointer(address, device, num_bytes)
-    return torch.empty(0, dtype=torch.uint8, device=device).set_(storage)

@@ -19,6 +19,7 @@ instance may be cut differently: each prefill rank then sends to each decode ran
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import product
 from operator import mul
 from typing import Annotated, Any, NamedTuple
@@ -148,6 +149,11 @@ class Side:
     ratio: int = 1
 
     @property
+    def is_whole(self) -> bool:
+        """Whole blocks, all heads of them."""
+        return self.ratio == 1 and self.num_heads == self.layout.num_heads
+
+    @property
     def num_units(self) -> int:
         """In the pool."""
         return self.layout.num_blocks * self.ratio
@@ -182,6 +188,21 @@ class Side:
             num_heads=self.num_heads,
         )
         return Side(unit.in_rows(num_units), 0, self.num_heads)
+
+
+def agreement(mine: Side, peer: Side) -> str:
+    """What a link of two pools that differ moves, for people to read; "" if all that differs is how many blocks."""
+    found, both = [], (mine, peer)
+    if max(each.ratio for each in both) > 1:
+        found.append(
+            f"blocks of {mine.unit_tokens} tokens, of {mine.layout.num_tokens} here and {peer.layout.num_tokens} there"
+        )
+    if any(each.num_heads < each.layout.num_heads for each in both):
+        found.append(f"{mine.num_heads} heads, of {mine.layout.num_heads} here and {peer.layout.num_heads} there")
+    plan = CopyPlan(mine, [0] * len(mine.layout.extents), peer, [0] * len(peer.layout.extents))
+    if len(plan.pieces) > 1:
+        found.append(f"{len(plan.pieces)} pieces a block")
+    return "; ".join(found)
 
 
 def sides(mine: Layout, my_heads: HeadRange, theirs: Layout, their_heads: HeadRange) -> tuple[Side, Side]:
@@ -223,7 +244,7 @@ class CopyPlan:
                 (source_addresses[mine.extent] - source_addresses[0], mine, source),
                 (target_addresses[theirs.extent] - target_addresses[0], theirs, target),
             )
-        self.device_table: Any = None
+        self.device_tables: dict[tuple[int, int], Any] = {}
         """The pieces on a GPU: see `hbserve_kv.memory.block_copy`."""
 
     def _add_plane(self, *both: tuple[int, Plane, Side]) -> None:
@@ -253,6 +274,14 @@ class CopyPlan:
                 return
         self.pieces.append(piece)
 
+    @cached_property
+    def reversed(self) -> "CopyPlan":
+        """The way back."""
+        made = CopyPlan.__new__(CopyPlan)
+        made.source_ratio, made.target_ratio, made.device_tables = self.target_ratio, self.source_ratio, {}
+        made.pieces = [Piece(*piece[3:6], *piece[:3], piece.length) for piece in self.pieces]
+        return made
+
     @property
     def whole(self) -> Piece | None:
         """The only piece, if a block is one on both sides and neither side's blocks are cut."""
@@ -267,7 +296,7 @@ class CopyPlan:
             if key not in runs:
                 sources = _offsets(source_units, self.source_ratio, piece.source_block, piece.source_unit)
                 targets = _offsets(target_units, self.target_ratio, piece.target_block, piece.target_unit)
-                runs[key] = list(_runs(sources, targets, piece.length))
+                runs[key] = list(runs_of(sources, targets, piece.length))
             for source, target, length in runs[key]:
                 yield piece.source + source, piece.target + target, length
 
@@ -278,7 +307,8 @@ def _offsets(units: Sequence[int], ratio: int, block: int, unit: int) -> list[in
     return [each // ratio * block + each % ratio * unit for each in units]
 
 
-def _runs(sources: list[int], targets: list[int], length: int) -> Iterator[tuple[int, int, int]]:
+def runs_of(sources: Sequence[int], targets: Sequence[int], length: int) -> Iterator[tuple[int, int, int]]:
+    """(source, target, length) of runs of places that are `length` apart in both lists."""
     start = 0
     for i in range(1, len(sources) + 1):
         is_end = i == len(sources)

@@ -1,74 +1,84 @@
-"""The memory that a transfer may touch: the engine's block pool and the lookup buffer, both as rows of one block.
+"""The memory that a transfer may touch: the engine's block pool and the lookup buffer, which is called the arena here.
 
-Under tensor parallelism each rank's blocks hold the KV heads [first, first + count) of `total`. A prefill and a decode
-instance may be cut differently: each prefill rank then sends to each decode rank the heads that both hold.
-
-    P, 1 rank    |  0  1  2  3  |        D, 2 ranks   |  0  1  |  2  3  |
-
-Shapes: pool and arena are uint8 (num_blocks, block_bytes). One row is one KV block, contiguous. Of a block that has
-the shape (..., num_heads, head_dim), a HeadSlice takes the part (..., heads, head_dim), which is not contiguous.
+Of the pool a PoolLayout says where its blocks lie; in the arena they have the same bytes, one block after the other.
+torch is imported where there is a GPU, and for `Rows`.
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import cached_property
-from typing import Literal
-
-import msgspec
-import torch
+from typing import TYPE_CHECKING, Any, Literal
 
 from hbserve_kv.errors import BufferTooLarge
-from hbserve_kv.memory.events import EventWatch
-from hbserve_kv.memory.layout import HeadRange
-from hbserve_kv.memory.shared_memory import copy, shared_empty
+from hbserve_kv.memory.layout import CopyPlan, HeadRange, Side
+from hbserve_kv.memory.pool_layout import Extent, PoolLayout, extents_of
+from hbserve_kv.memory.shared_memory import copy, shared_buffer
+
+if TYPE_CHECKING:
+    import torch
+
+    from hbserve_kv.memory.events import EventWatch
 
 Region = Literal["pool", "arena"]
 REGIONS: tuple[Region, ...] = ("pool", "arena")
-
-
-class HeadSlice(msgspec.Struct, frozen=True):
-    """Heads [first, first + count) of a rank's own."""
-
-    first: int
-    count: int
-
-    @classmethod
-    def of(cls, common: HeadRange, owner: HeadRange) -> "HeadSlice | None":
-        """Where common heads lie among the owner's; None if they are all that it has."""
-        return None if common.count == owner.count else cls(common.first - owner.first, common.count)
+WORD_BYTES = 8
+"""Enough to say where memory begins."""
 
 
 class Memory:
     """Pool and arena of one instance. The arena is the lookup buffer; its blocks are handed out here."""
 
-    def __init__(self, pool: torch.Tensor, buffer_size: int, heads: HeadRange | None = None) -> None:
-        if not pool.is_contiguous() or pool.dim() < 2 or not pool.numel():
-            raise ValueError("pool: expected a contiguous tensor (num_blocks, …) that is not empty")
-        if heads is not None and (pool.dim() < 3 or pool.shape[-2] != heads.count):
-            raise ValueError(
-                f"pool: heads={heads} need a pool of shape (num_blocks, …, {heads.count}, head_dim), "
-                f"got {tuple(pool.shape)}"
-            )
-        self.pool = pool.view(pool.shape[0], -1).view(torch.uint8)
-        self.block_bytes = self.pool.shape[1]
-        self.device = pool.device
-        self.head_bytes = pool.shape[-1] * pool.element_size() if heads is not None else self.block_bytes
-        """Bytes of one head in one place of a block."""
-        self.num_heads = heads.count if heads is not None else 1
-        self.arena = _make_arena(buffer_size, self.block_bytes, pool.device)
-        self._free = list(range(self.arena.shape[0] - 1, -1, -1))
+    def __init__(self, pool: Any, buffer_size: int, heads: HeadRange | None = None) -> None:
+        """Raises TypeError or ValueError: it is no pool, or not of as many heads; BufferTooLarge."""
+        found = pool if isinstance(pool, PoolLayout) else PoolLayout.of_blocks(pool, heads)
+        layout = found.layout
+        if heads is not None and heads.count != layout.num_heads:
+            raise ValueError(f"pool: heads={heads}, and a pool of {layout.num_heads} heads")
+        self.heads = heads or HeadRange(0, layout.num_heads, layout.num_heads)
+        self.layout = layout
+        self.block_bytes = layout.block_bytes
+        self.device = found.device
+        self.is_on_gpu = self.device is not None and self.device.type == "cuda"
+        arena = _make_arena(buffer_size, self.block_bytes, self.device if self.is_on_gpu else None)
+        self.extents: dict[Region, list[Extent]] = {"pool": found.extents, "arena": extents_of(arena)}
+        self.num_arena_blocks = buffer_size // self.block_bytes
+        self._free = list(range(self.num_arena_blocks - 1, -1, -1))
+        self.locate()
+
+    def locate(self) -> None:
+        """Find the memory again: a transport has moved some of it."""
+        self.addresses = {region: [each.address for each in extents] for region, extents in self.extents.items()}
 
     @cached_property
-    def events(self) -> EventWatch:
+    def events(self) -> "EventWatch":
         """When blocks have been computed, or copied, on a device."""
+        from hbserve_kv.memory.events import EventWatch
+
         return EventWatch()
 
-    def rows(self, region: Region) -> torch.Tensor:
-        return self.pool if region == "pool" else self.arena
+    def num_blocks(self, region: Region) -> int:
+        return self.layout.num_blocks if region == "pool" else self.num_arena_blocks
 
-    def part(self, region: Region, heads: HeadSlice | None) -> torch.Tensor:
-        """View of all blocks: (num_blocks, block_bytes), or of some heads (num_blocks, places, heads x head_bytes)."""
-        return head_view(self.rows(region), heads, self.num_heads, self.head_bytes)
+    def side(self, of_link: Side, region: Region, layers: range | None = None) -> Side:
+        """What a link moves of a region; of the arena always whole blocks."""
+        if region == "pool":
+            return of_link.of_layers(layers)
+        return Side(self.layout.in_rows(self.num_arena_blocks), 0, self.layout.num_heads)
+
+    def tensor(self, region: Region) -> "torch.Tensor":
+        """uint8 (num_blocks, block_bytes), of the arena or of a pool that is one block after the other."""
+        layout = self.layout if region == "pool" else self.layout.in_rows(self.num_arena_blocks)
+        assert layout.in_rows(layout.num_blocks).planes == layout.planes, "blocks are in several pieces"
+        flat = tensor_at(self.addresses[region][0], layout.extents[0], self.device) if layout.extents[0] else _nothing()
+        return flat.view(-1, self.block_bytes)
+
+    @property
+    def pool(self) -> "torch.Tensor":
+        return self.tensor("pool")
+
+    @property
+    def arena(self) -> "torch.Tensor":
+        return self.tensor("arena")
 
     def num_blocks_for(self, num_bytes: int) -> int:
         return -(-num_bytes // self.block_bytes)
@@ -87,29 +97,36 @@ class Memory:
 
     def release(self) -> None:
         """Give the arena's memory back."""
-        self.arena = self.arena[:0].clone()
+        self.extents["arena"], self.addresses["arena"], self.num_arena_blocks = [], [], 0
         self._free.clear()
 
     @property
     def buffered_bytes(self) -> int:
-        return (self.arena.shape[0] - len(self._free)) * self.block_bytes
+        return (self.num_arena_blocks - len(self._free)) * self.block_bytes
 
 
-def _make_arena(buffer_size: int, block_bytes: int, device: torch.device) -> torch.Tensor:
-    """(num_blocks, block_bytes), as many blocks as fit. Touches no page of host memory: it costs what is used of it."""
+def _make_arena(buffer_size: int, block_bytes: int, gpu: Any) -> Any:
+    """As many blocks as fit. Touches no page of host memory: it costs what is used of it."""
     if buffer_size < 0:
         raise ValueError(f"kv_transfer.buffer_size={buffer_size}: expected a number of bytes, 0 or more")
-    total = torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else _host_memory_bytes()
+    num_bytes, total = buffer_size // block_bytes * block_bytes, _host_memory_bytes()
+    if gpu is not None:
+        import torch
+
+        total = torch.cuda.mem_get_info(gpu)[1]
     reason = f"it has {total} bytes in all"
     if buffer_size <= total:
-        make = shared_empty if device.type == "cpu" else torch.empty
         try:
-            return make((buffer_size // block_bytes, block_bytes), dtype=torch.uint8, device=device)
+            if not num_bytes:
+                return None
+            return (
+                torch.empty(num_bytes, dtype=torch.uint8, device=gpu) if gpu is not None else shared_buffer(num_bytes)
+            )
         except (OSError, RuntimeError, MemoryError) as error:  # of the system, or of torch's allocators
             reason = str(error) or type(error).__name__
     raise BufferTooLarge(
-        f"kv_transfer.buffer_size={buffer_size}: {device} has no {buffer_size} bytes for the lookup buffer ({reason}); "
-        "lower kv_transfer.buffer_size"
+        f"kv_transfer.buffer_size={buffer_size}: {gpu or 'cpu'} has no {buffer_size} bytes for the lookup buffer "
+        f"({reason}); lower kv_transfer.buffer_size"
     )
 
 
@@ -117,102 +134,117 @@ def _host_memory_bytes() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def head_view(rows: torch.Tensor, heads: HeadSlice | None, num_heads: int, head_bytes: int) -> torch.Tensor:
-    """`rows` (num_blocks, block_bytes) as they are, or some heads of them (num_blocks, places, heads x head_bytes)."""
-    if heads is None:
-        return rows
-    places = rows.view(rows.shape[0], -1, num_heads * head_bytes)
-    return places[:, :, heads.first * head_bytes : (heads.first + heads.count) * head_bytes]
+def tensor_at(address: int, num_bytes: int, device: Any) -> "torch.Tensor":
+    """uint8 (num_bytes,) over memory of somebody else. Not by __cuda_array_interface__, which needs numpy."""
+    import torch
+
+    storage = torch._C._construct_storage_from_data_pointer(address, torch.device(device or "cpu"), num_bytes)
+    return torch.empty(0, dtype=torch.uint8, device=device or "cpu").set_(storage)
 
 
-def runs(*block_ids: Sequence[int]) -> Iterator[tuple[int, ...]]:
-    """Split parallel lists of blocks into runs that are neighbours in all of them: (first of each list …, length)."""
-    start = 0
-    for i in range(1, len(block_ids[0]) + 1):
-        if i == len(block_ids[0]) or any(ids[i] != ids[i - 1] + 1 for ids in block_ids):
-            yield (*(ids[start] for ids in block_ids), i - start)
-            start = i
+def _nothing() -> "torch.Tensor":
+    import torch
+
+    return torch.empty(0, dtype=torch.uint8)
 
 
-def _wide(blocks: torch.Tensor) -> torch.Tensor:
+def copy_on_host(
+    plan: CopyPlan, source: int, source_units: Sequence[int], target: int, target_units: Sequence[int]
+) -> None:
+    """By memmove, between where the memory of both sides begins."""
+    for here, there, length in plan.moves(source_units, target_units):
+        copy(target + there, source + here, length)
+
+
+class Rows:
+    """Units of one side as rows of bytes, (len(units), unit_bytes): how they are sent, and what checksums are of."""
+
+    def __init__(self, memory: Memory, side: Side, region: Region) -> None:
+        self.unit_bytes = side.unit_bytes
+        self.device = memory.device if memory.is_on_gpu else None
+        self._start = memory.addresses[region][0]
+        self._plan = CopyPlan(side, memory.addresses[region], side.in_rows(1), [0])
+        self._memory = tensor_at(self._start, WORD_BYTES, self.device)
+        self._whole: torch.Tensor | None = None
+        """All blocks, if each of them is one piece."""
+        if (piece := self._plan.whole) is not None:
+            num_bytes = (side.num_units - 1) * piece.source_block + piece.length
+            flat = tensor_at(self._start + piece.source, num_bytes, self.device)
+            self._whole = flat.as_strided((side.num_units, piece.length), (piece.source_block, 1))
+
+    def neighbours(self, units: Sequence[int]) -> "torch.Tensor | None":
+        """A contiguous view of these, if they are neighbours in this order."""
+        if self._whole is None:
+            return None
+        first, last = units[0], units[-1]
+        if last - first + 1 != len(units) or list(units) != list(range(first, last + 1)):
+            return None
+        view = self._whole[first : last + 1]
+        return view if view.is_contiguous() else None
+
+    def empty(self, num_units: int, **options: Any) -> "torch.Tensor":
+        """Room for some; on this memory's device, or as torch's options have it."""
+        import torch
+
+        return torch.empty((num_units, self.unit_bytes), dtype=torch.uint8, **({"device": self.device} | options))
+
+    def gather(self, units: Sequence[int]) -> "torch.Tensor":
+        """A view if they are neighbours, else a copy; on a GPU by one kernel, in its current stream."""
+        if (view := self.neighbours(units)) is not None:
+            return view
+        if self.device is not None and self._whole is not None:
+            import torch
+
+            return _wide(self._whole).index_select(0, _indices(units, self.device)).view(torch.uint8)
+        blocks = self.empty(len(units))
+        if self.device is None:
+            copy_on_host(self._plan, self._start, units, blocks.data_ptr(), range(len(units)))
+        else:
+            from hbserve_kv.memory.block_copy import copy_pieces
+
+            copy_pieces(self._plan, self._memory, units, blocks, range(len(units)))
+        return blocks
+
+    def scatter(self, units: Sequence[int], blocks: "torch.Tensor") -> None:
+        """Write what `gather` gave: uint8, of any shape, contiguous, on the same device."""
+        if self.device is None:
+            copy_on_host(self._plan.reversed, blocks.data_ptr(), range(len(units)), self._start, units)
+        elif self._whole is not None:
+            new = blocks.view(len(units), -1)
+            self._scatter_whole(self._whole, units, new)
+        else:
+            from hbserve_kv.memory.block_copy import copy_pieces
+
+            copy_pieces(self._plan.reversed, blocks, range(len(units)), self._memory, units)
+
+    def load_kernels(self) -> None:
+        """Have a GPU load what `gather` and `scatter` run, which takes longer than to run it. Changes nothing."""
+        if self._whole is not None:
+            self._scatter_whole(self._whole[:1].clone(), [0], self.gather([0, 0])[:1])
+        elif self.device is not None:
+            from hbserve_kv.memory.block_copy import copy_pieces
+
+            room = self.empty(1)
+            copy_pieces(self._plan, self._memory, [], room, [])
+            copy_pieces(self._plan.reversed, room, [], self._memory, [])
+
+    def _scatter_whole(self, whole: "torch.Tensor", units: Sequence[int], new: "torch.Tensor") -> None:
+        rows, wide = _wide(whole), _wide(new)
+        if rows.dtype != wide.dtype:
+            rows, wide = whole, new
+        rows.index_copy_(0, _indices(units, self.device), wide)
+
+
+def _wide(blocks: "torch.Tensor") -> "torch.Tensor":
     """The same bytes in larger elements, which kernels move faster."""
+    import torch
+
     is_even = all(size % 8 == 0 for size in (*blocks.stride()[:-1], blocks.shape[-1], blocks.storage_offset()))
     return blocks.view(torch.int64) if is_even and blocks.data_ptr() % 8 == 0 else blocks
 
 
-def same_words(some: torch.Tensor, others: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Both in elements of 8 bytes, if that is possible for both; else as they are."""
-    wide = _wide(some), _wide(others)
-    return wide if wide[0].dtype == wide[1].dtype else (some, others)
-
-
-def neighbours(rows: torch.Tensor, block_ids: Sequence[int]) -> torch.Tensor | None:
-    """A contiguous view of these blocks, if they are neighbours in this order."""
-    first, last = block_ids[0], block_ids[-1]
-    if last - first + 1 == len(block_ids) and list(block_ids) == list(range(first, last + 1)):
-        view = rows[first : last + 1]
-        return view if view.is_contiguous() else None
-    return None
-
-
-def _indices(block_ids: Sequence[int], device: torch.device) -> torch.Tensor:
+def _indices(units: Sequence[int], device: Any) -> "torch.Tensor":
     """On the device, behind what its current stream does: the host waits for nothing."""
-    return torch.tensor(block_ids, pin_memory=device.type == "cuda").to(device, non_blocking=True)
+    import torch
 
-
-def gather(rows: torch.Tensor, block_ids: Sequence[int]) -> torch.Tensor:
-    """The blocks as one contiguous tensor, (len(ids), …): a view if they are neighbours, else a copy."""
-    view = neighbours(rows, block_ids)
-    if view is not None:
-        return view
-    if rows.device.type == "cpu" and rows.is_contiguous():
-        blocks = torch.empty((len(block_ids), *rows.shape[1:]), dtype=torch.uint8)
-        size, place = rows[0].numel(), blocks.data_ptr()
-        for first, count in runs(block_ids):
-            copy(place, rows.data_ptr() + first * size, count * size)
-            place += count * size
-        return blocks
-    wide = _wide(rows)
-    return wide.index_select(0, _indices(block_ids, rows.device)).view(torch.uint8)
-
-
-def scatter(rows: torch.Tensor, block_ids: Sequence[int], blocks: torch.Tensor) -> None:
-    """Write the rows of `blocks`, any shape with the right bytes, to the blocks of those ids."""
-    new = blocks.view(torch.uint8).view(len(block_ids), *rows.shape[1:])
-    if rows.device.type == new.device.type == "cpu" and rows.is_contiguous() and new.is_contiguous():
-        size, place = rows[0].numel(), new.data_ptr()
-        for first, count in runs(block_ids):
-            copy(rows.data_ptr() + first * size, place, count * size)
-            place += count * size
-        return
-    wide_rows, wide_new = same_words(rows, new)
-    wide_rows.index_copy_(0, _indices(block_ids, rows.device), wide_new)
-
-
-def pieces(
-    memory: "Memory",
-    heads: HeadSlice | None,
-    peer_heads: HeadSlice | None,
-    peer_num_heads: int,
-    block_ids: Sequence[int],
-    target_block_ids: Sequence[int],
-) -> Iterator[tuple[int, int, int]]:
-    """(source offset, target offset, length) in bytes of each contiguous piece; runs of blocks are one.
-
-    Some heads of a block are many small pieces: one for each layer, key or value, and token.
-    """
-    if heads is None and peer_heads is None:
-        for first, place, count in runs(block_ids, target_block_ids):
-            yield first * memory.block_bytes, place * memory.block_bytes, count * memory.block_bytes
-        return
-    mine, theirs = heads or HeadSlice(0, memory.num_heads), peer_heads or HeadSlice(0, peer_num_heads)
-    assert mine.count == theirs.count
-    my_step, their_step = memory.num_heads * memory.head_bytes, peer_num_heads * memory.head_bytes
-    places = memory.block_bytes // my_step
-    for source, target in zip(block_ids, target_block_ids, strict=True):
-        for place in range(places):
-            yield (
-                (source * places + place) * my_step + mine.first * memory.head_bytes,
-                (target * places + place) * their_step + theirs.first * memory.head_bytes,
-                mine.count * memory.head_bytes,
-            )
+    return torch.tensor(units, pin_memory=True).to(device, non_blocking=True)

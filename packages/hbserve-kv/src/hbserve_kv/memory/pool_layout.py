@@ -148,3 +148,8 @@ def _extents(arrays: Sequence[Array]) -> list[Extent]:
         else:
             found.append(Extent(array, array.span))
     return found
+
+
+def extents_of(memory: Any) -> list[Extent]:
+    """Of one piece of memory; None: there is none."""
+    return [] if memory is None else _extents([as_array(memory)])

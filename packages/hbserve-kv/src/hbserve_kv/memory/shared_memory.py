@@ -11,9 +11,15 @@ import os
 from collections.abc import Sequence
 from math import prod
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import msgspec
-import torch
+
+from hbserve_kv.memory.arrays import is_tensor
+from hbserve_kv.memory.pool_layout import Extent
+
+if TYPE_CHECKING:
+    import torch
 
 SHM_FOLDER = "/dev/shm"
 
@@ -33,43 +39,60 @@ def is_available() -> bool:
     return hasattr(os, "memfd_create")
 
 
-def shared_empty(shape: Sequence[int], *, dtype: torch.dtype, device: torch.device | str | None = None) -> torch.Tensor:
-    """A CPU tensor like torch.empty's, in memory that `export` can name. The system gives pages as they are touched."""
-    num_bytes = prod(shape) * dtype.itemsize
-    if not num_bytes or not is_available():
-        return torch.empty(tuple(shape), dtype=dtype, device=device)
+def shared_buffer(num_bytes: int) -> memoryview:
+    """Memory of zeros that `export` can name, for those that have no torch. The system gives pages as they are touched.
+
+    Raises ValueError: no bytes are wanted; OSError: there is no such memory.
+    """
     fd = os.memfd_create("hbserve-kv", os.MFD_CLOEXEC)
     try:
         os.ftruncate(fd, num_bytes)
-        mapped = mmap.mmap(fd, num_bytes)  # has a duplicate of fd, and closes it with the mapping
+        return memoryview(mmap.mmap(fd, num_bytes))  # has a duplicate of fd, and closes it with the mapping
     finally:
         os.close(fd)
-    return torch.frombuffer(mapped, dtype=dtype).view(tuple(shape))
 
 
-def export(tensor: torch.Tensor) -> SharedRegion:
-    """Name the memory of a contiguous CPU tensor. If it is not shared yet it is moved, like torch's `share_memory_`.
+def shared_empty(
+    shape: Sequence[int], *, dtype: "torch.dtype", device: "torch.device | str | None" = None
+) -> "torch.Tensor":
+    """A CPU tensor like torch.empty's, in memory that `export` can name. The system gives pages as they are touched."""
+    import torch
+
+    num_bytes = prod(shape) * dtype.itemsize
+    if not num_bytes or not is_available():
+        return torch.empty(tuple(shape), dtype=dtype, device=device)
+    return torch.frombuffer(shared_buffer(num_bytes), dtype=dtype).view(tuple(shape))
+
+
+def export(extent: Extent) -> SharedRegion:
+    """Name host memory. A torch tensor that is not shared yet is moved, as by its `share_memory_`.
 
     Raises:
         OSError: it cannot be moved or named; says why, and the cure.
     """
-    region = _find(tensor)
+    region = _find(extent.address, extent.num_bytes)
+    if region is None and is_tensor(owner := extent.array.owner):
+        _move(owner)
+        region = _find(extent.address, extent.num_bytes)
     if region is None:
-        free = os.statvfs(SHM_FOLDER)
-        if free.f_bavail * free.f_frsize < tensor.untyped_storage().nbytes():
-            raise OSError(
-                f"{SHM_FOLDER} has no room for a pool of {tensor.untyped_storage().nbytes()} bytes; make the pool with "
-                "hbserve_kv.shared_empty, which does not need it, or give the container more (--shm-size)"
-            )
-        tensor.share_memory_()  # type: ignore[no-untyped-call]
-        region = _find(tensor)
-    if region is None:
-        raise OSError("the pool is in shared memory but its file is not to be found; use hbserve_kv.shared_empty")
+        raise OSError(
+            "the pool is not in shared memory; make it with hbserve_kv.shared_buffer, or hbserve_kv.shared_empty for "
+            "torch"
+        )
     return region
 
 
-def _find(tensor: torch.Tensor) -> SharedRegion | None:
-    address, num_bytes = tensor.data_ptr(), tensor.nbytes
+def _move(tensor: Any) -> None:
+    free, num_bytes = os.statvfs(SHM_FOLDER), tensor.untyped_storage().nbytes()
+    if free.f_bavail * free.f_frsize < num_bytes:
+        raise OSError(
+            f"{SHM_FOLDER} has no room for a pool of {num_bytes} bytes; make the pool with hbserve_kv.shared_empty, "
+            "which does not need it, or give the container more (--shm-size)"
+        )
+    tensor.share_memory_()
+
+
+def _find(address: int, num_bytes: int) -> SharedRegion | None:
     for line in Path("/proc/self/maps").read_text().splitlines():
         span, permissions, offset, device, inode, *_ = line.split(maxsplit=5)
         start, end = (int(part, 16) for part in span.split("-"))
@@ -92,23 +115,22 @@ def _with_open_file(device: int, inode: int, offset: int, num_bytes: int) -> Sha
     return None
 
 
-def map_region(pid: int, region: SharedRegion) -> torch.Tensor:
-    """Another process's region, mapped into this one as uint8 (num_bytes,) for as long as the tensor lives.
+class Mapping:
+    """Another process's region in this one's memory, for as long as this lives."""
 
-    Raises:
-        OSError: that process is gone, is not ours to look into, or is another one by now.
-    """
-    fd = os.open(f"/proc/{pid}/fd/{region.fd}", os.O_RDWR | os.O_CLOEXEC)
-    try:
-        found = os.fstat(fd)
-        if (found.st_dev, found.st_ino) != (region.device, region.inode):
-            raise OSError(f"process {pid} is not the one that described its memory")
-        start = region.offset // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
-        skip = region.offset - start
-        mapped = mmap.mmap(fd, skip + region.num_bytes, offset=start)
-    finally:
-        os.close(fd)
-    return torch.frombuffer(mapped, dtype=torch.uint8)[skip:]
+    def __init__(self, pid: int, region: SharedRegion) -> None:
+        """Raises OSError: that process is gone, is not ours to look into, or is another one by now."""
+        fd = os.open(f"/proc/{pid}/fd/{region.fd}", os.O_RDWR | os.O_CLOEXEC)
+        try:
+            found = os.fstat(fd)
+            if (found.st_dev, found.st_ino) != (region.device, region.inode):
+                raise OSError(f"process {pid} is not the one that described its memory")
+            start = region.offset // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
+            skip = region.offset - start
+            self._held = ctypes.c_char.from_buffer(mmap.mmap(fd, skip + region.num_bytes, offset=start))
+        finally:
+            os.close(fd)
+        self.address = ctypes.addressof(self._held) + skip
 
 
 def copy(target: int, source: int, num_bytes: int) -> None:

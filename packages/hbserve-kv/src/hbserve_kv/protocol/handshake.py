@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from hbserve_kv.errors import FingerprintMismatch
-from hbserve_kv.memory.layout import HeadRange
+from hbserve_kv.memory.layout import HeadRange, Layout
 from hbserve_kv.protocol import messages
 from hbserve_kv.protocol.messages import Handshake
 from hbserve_kv.transports.base import Transport
@@ -20,6 +20,8 @@ class Identity:
     epoch: str
     fingerprint: dict[str, str | int]
     heads: HeadRange
+    layout: Layout
+    """Of its pool."""
     name: str = ""
     """Of the instance."""
 
@@ -28,8 +30,8 @@ def check(hello: Handshake, me: Identity) -> HeadRange:
     """The heads that both have.
 
     Raises:
-        InvalidRequest: a field of the fingerprint differs, or they have no head in common; says which, and both values.
-            Or the address is none.
+        InvalidRequest: a field of the fingerprint or the layouts differ, which cannot be bridged, or they have no head
+            in common; says which, and both values. Or the address is none.
     """
     try:
         parse_address(hello.address)
@@ -40,6 +42,11 @@ def check(hello: Handshake, me: Identity) -> HeadRange:
     for name in sorted(mine.keys() | theirs.keys()):
         if mine.get(name) != theirs.get(name):
             raise _mismatch(name, theirs.get(name), hello.rank, mine.get(name), me.rank)
+    if hello.layout.num_heads != hello.heads.count:
+        raise _mismatch("heads of its pool", hello.layout.num_heads, hello.rank, hello.heads.count, hello.rank)
+    if found := me.layout.mismatch(hello.layout):
+        name, their_value, my_value = found
+        raise _mismatch(name, their_value, hello.rank, my_value, me.rank)
     common = me.heads.common(hello.heads)
     if common is None:
         raise _mismatch("heads", list(hello.heads.heads()), hello.rank, list(me.heads.heads()), me.rank)

@@ -34,11 +34,11 @@ from typing import Annotated, Any
 import msgspec
 
 from hbserve_kv.errors import TransferFailed
-from hbserve_kv.memory.layout import HeadRange
+from hbserve_kv.memory.layout import HeadRange, Layout
 from hbserve_kv.memory.memory import Region
 from hbserve_rpc import Method, Notification, StreamMethod
 
-PROTOCOL_VERSION = 8
+PROTOCOL_VERSION = 9
 
 NotNegative = Annotated[int, msgspec.Meta(ge=0)]
 Seconds = Annotated[float, msgspec.Meta(ge=0, le=1e9)]
@@ -82,6 +82,8 @@ class Handshake(msgspec.Struct, frozen=True, tag=True):
     address: str
     fingerprint: dict[str, str | int]
     heads: HeadRange
+    layout: Layout
+    """Of the sender's pool. What both sides have of it in common follows from both layouts, as `sides` says."""
     offers: dict[str, bytes]
     """Transports that the sender can use, best first, each with its `describe()`."""
     link: str
@@ -93,6 +95,7 @@ class LinkReply(msgspec.Struct, frozen=True, tag=True):
     rank: int
     epoch: str
     heads: HeadRange
+    layout: Layout
     transport: str
     """The first of the offers that the receiver can use too."""
     description: bytes
@@ -101,7 +104,7 @@ class LinkReply(msgspec.Struct, frozen=True, tag=True):
 
 
 class Told(msgspec.Struct, frozen=True, tag=True):
-    """A value of the link's rendezvous: see `hbserve_kv.transports.rendezvous`."""
+    """A value of the link's rendezvous: see `hbserve_kv.transports.base.Rendezvous`."""
 
     link: str
     name: str
@@ -144,8 +147,11 @@ class UnknownLink(msgspec.Struct, frozen=True, tag=True):
 class AnnouncedPart(msgspec.Struct, frozen=True, array_like=True):
     index: int
     first: int
-    """Blocks [first, first + num_blocks) of those that were granted."""
+    """Blocks [first, first + num_blocks) of those that were granted; where those of one side are larger, units of them:
+    see `hbserve_kv.memory.layout`."""
     num_blocks: int
+    layers: tuple[NotNegative, NotNegative] | None = None
+    """Only layers [first, end)."""
 
     @property
     def end(self) -> int:

@@ -196,6 +196,28 @@ class IncomingState(TransferState):
         return [link for link, sender in self.senders.items() if not sender.is_quiet]
 
 
+class Coverage:
+    """Blocks of a transfer that were pushed, or have come: one that goes layer by layer, when all of it has."""
+
+    def __init__(self, num_layers: int) -> None:
+        self._whole: set[int] = set()
+        self._by_layer: list[set[int]] = [set() for _ in range(num_layers)]
+
+    def add(self, places: range, layers: range | None = None) -> None:
+        if layers is None:
+            self._whole.update(places)
+        for layer in layers or ():
+            self._by_layer[layer].update(places)
+
+    @property
+    def by_layers(self) -> set[int]:
+        """Those that went so, and are complete."""
+        return set.intersection(*self._by_layer)
+
+    def __len__(self) -> int:
+        return len(self._whole | self.by_layers)
+
+
 def _are_all(parts: set[int], num_parts: int) -> bool:
     """Whether they are 0, 1 … `num_parts` - 1. That number is a peer's word, and may be any."""
     return len(parts) == num_parts and all(0 <= part < num_parts for part in parts)

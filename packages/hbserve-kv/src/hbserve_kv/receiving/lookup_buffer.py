@@ -34,7 +34,7 @@ class LookupBuffer:
             TransferTimeout: no room before the deadline.
         """
         num_blocks = self._memory.num_blocks_for(num_bytes)
-        capacity = self._memory.arena.shape[0]
+        capacity = self._memory.num_arena_blocks
         if num_blocks > capacity:
             raise BufferTooSmall(
                 f"{request_id}: {num_bytes} bytes need {num_blocks} blocks of the lookup buffer, which has {capacity}; "

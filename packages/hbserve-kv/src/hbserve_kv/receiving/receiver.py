@@ -7,7 +7,8 @@ from collections.abc import AsyncIterator, Mapping
 from typing import NoReturn
 
 from hbserve_kv.config import GOODBYE_TIMEOUT_S, KVTransferConfig
-from hbserve_kv.memory.memory import HeadSlice, Memory, Region
+from hbserve_kv.memory.layout import sides
+from hbserve_kv.memory.memory import Memory, Region
 from hbserve_kv.protocol import messages
 from hbserve_kv.protocol.checksum import link_checksums
 from hbserve_kv.protocol.handshake import Identity, check, choose_transport
@@ -29,8 +30,7 @@ from hbserve_kv.protocol.transfer_state import Phase
 from hbserve_kv.receiving.lookup_buffer import LookupBuffer
 from hbserve_kv.receiving.quarantine import Quarantine, has_ended
 from hbserve_kv.receiving.transfer import IncomingLink, IncomingTransfer
-from hbserve_kv.transports.base import Link, Transport
-from hbserve_kv.transports.rendezvous import HeldRendezvous
+from hbserve_kv.transports.base import HeldRendezvous, Link, Transport
 from hbserve_rpc import InvalidRequest, Peer, RpcServer, calling_peer
 
 
@@ -124,15 +124,14 @@ class Receiver:
         if hello.link in self.links:
             raise InvalidRequest("there is a link of this name already")
         self._replace(hello, peer)
-        rendezvous = HeldRendezvous()
+        rendezvous, (mine, theirs) = HeldRendezvous(), sides(me.layout, me.heads, hello.layout, hello.heads)
         link = Link(
             hello.link,
             is_sender=False,
             peer_rank=hello.rank,
             peer_description=hello.offers[transport.name],
-            heads=HeadSlice.of(common, me.heads),
-            peer_heads=HeadSlice.of(common, hello.heads),
-            peer_num_heads=hello.heads.count,
+            mine=mine,
+            peer=theirs,
             rendezvous=rendezvous,
         )
         made = self.links[link.key] = IncomingLink(hello, link, transport, common, peer, rendezvous)
@@ -140,7 +139,7 @@ class Receiver:
             made.connect(self._config.timeout_s)  # from both ends at once, so the answer must not wait for it
         try:
             description = await transport.admit(link)
-            yield LinkReply(me.rank, me.epoch, me.heads, transport.name, description, passed_over)
+            yield LinkReply(me.rank, me.epoch, me.heads, me.layout, transport.name, description, passed_over)
             while (notice := await made.notices.get()) is not None:
                 yield notice
         finally:
@@ -204,8 +203,8 @@ class Receiver:
             return transfer
         if begin.num_bytes is None:
             self._drop_message(f"transfer {begin.transfer_id} is not expected: it was given up, or never granted")
-        if link.link.heads or link.link.peer_heads:
-            raise InvalidRequest("whole tensors need blocks of the same size on both sides; these hold different heads")
+        if not link.link.mine.is_whole or not link.link.peer.is_whole:
+            raise InvalidRequest("whole tensors need blocks of the same size and heads on both sides")
         block_ids = await self._buffer.place(begin.transfer_id, begin.num_bytes)
         try:
             transfer = self.expect(begin.transfer_id, "arena", block_ids)
@@ -231,15 +230,15 @@ class Receiver:
             await asyncio.sleep(0)  # lets the link's stream say why, before this answer does
         if message.checksums and (error := await self._corruption(transfer, link, message)):
             transfer.fail(error)
-        block_bytes = self._memory.block_bytes // self._memory.num_heads * link.common_heads.count
-        if not transfer.commit(message, block_bytes):
+        if not transfer.commit(message, link.link.mine):
             self._drop_message(f"{what} is late, was sent twice, or lacks parts: {transfer.cause}")
         return Nothing()
 
     async def _corruption(self, transfer: IncomingTransfer, link: IncomingLink, message: Commit) -> str:
-        places = sorted(place for place in message.checksums if 0 <= place < len(transfer.block_ids))
-        block_ids = [transfer.block_ids[place] for place in places]
-        found = await link.link.run(link_checksums, self._memory, link.link, transfer.region, block_ids)
+        units = transfer.units(link.link)
+        places = sorted(place for place in message.checksums if 0 <= place < len(units))
+        wanted = [units[place] for place in places]
+        found = await link.link.run(link_checksums, self._memory, link.link, transfer.region, wanted)
         wrong = [place for place, number in zip(places, found, strict=True) if number != message.checksums[place]]
         return f"checksum: blocks {wrong} of those granted are not as they were sent" if wrong else ""
 

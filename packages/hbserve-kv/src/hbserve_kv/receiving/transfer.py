@@ -17,12 +17,11 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from hbserve_kv.errors import TransferFailed
-from hbserve_kv.memory.layout import HeadRange
+from hbserve_kv.memory.layout import HeadRange, Side
 from hbserve_kv.memory.memory import Region
 from hbserve_kv.protocol.messages import AnnouncedPart, Cancelled, Commit, Handshake, PartsAnnounced
-from hbserve_kv.protocol.transfer_state import IncomingState, Outcome, Phase, TransferResult
-from hbserve_kv.transports.base import Deadline, Link, Part, Transport, disconnect
-from hbserve_kv.transports.rendezvous import HeldRendezvous
+from hbserve_kv.protocol.transfer_state import Coverage, IncomingState, Outcome, Phase, TransferResult
+from hbserve_kv.transports.base import Deadline, HeldRendezvous, Link, Part, Transport, disconnect
 from hbserve_rpc import Peer
 
 logger = logging.getLogger(__name__)
@@ -115,8 +114,8 @@ class IncomingLink:
         try:
             assert self.connecting is not None
             await asyncio.shield(self.connecting)
-            block_ids = transfer.block_ids[part.first : part.end]
-            what = Part(transfer.transfer_id, part.index, transfer.region, block_ids)
+            units, layers = transfer.units(self.link)[part.first : part.end], part.layers and range(*part.layers)
+            what = Part(transfer.transfer_id, part.index, transfer.region, units, layers=layers)
             landing = await self.transport.accept(self.link, what)
         finally:
             if landing is None:
@@ -190,8 +189,8 @@ class IncomingTransfer:
         self._on_failed = on_failed
         self._has_failed = False
         self._changed = asyncio.Event()
-        self._landed: dict[str, set[int]] = {}
-        """Places among `block_ids` of the blocks that were taken, by link; two-sided transports only."""
+        self._landed: dict[str, Coverage] = {}
+        """Of `units`, those that were taken, by link; two-sided transports only."""
         self._taking_s: dict[str, float] = {}
         """Time during which parts were taken, by link; two-sided transports only."""
         self._committed: list[TransferResult] = []
@@ -211,6 +210,10 @@ class IncomingTransfer:
         """Links over which something may still land."""
         return [self.links[key] for key in self._state.undrained]
 
+    def units(self, link: Link) -> list[int]:
+        """Of the granted blocks, as a link counts them."""
+        return self.block_ids if self.region == "arena" else link.mine.units(self.block_ids)
+
     def begin(self, link: IncomingLink) -> bool:
         """A sender opens it for its heads. False, here and below: that does not fit, and nothing has changed."""
         heads, one_sided = link.common_heads.heads(), link.transport.one_sided
@@ -222,9 +225,12 @@ class IncomingTransfer:
 
     def start_parts(self, key: str, parts: Sequence[AnnouncedPart]) -> str:
         """Parts are under way over a two-sided link. Returns why not, if they do not fit; then none of them is."""
-        what = f"a part of transfer {self.transfer_id}"
+        what, link = f"a part of transfer {self.transfer_id}", self.links.get(key)
+        num_units = len(self.block_ids) * (link.link.mine.ratio if link else 1)
+        num_layers = link.link.mine.layout.num_layers if link else 1
         for part in parts:
-            if not 0 <= part.first < part.end <= len(self.block_ids):
+            first_layer, end_layer = part.layers or (0, num_layers)
+            if not (0 <= part.first < part.end <= num_units and 0 <= first_layer < end_layer <= num_layers):
                 return f"{what} is outside what was granted: {part}"
         if not self._state.start_parts(key, *(part.index for part in parts)):
             return f"{what} is late or was sent twice"
@@ -234,7 +240,8 @@ class IncomingTransfer:
         """A part has landed; or with an `error` it has failed, and nothing of it can land any more."""
         self._taking_s[key] = self._taking_s.get(key, 0.0) + took_s
         if not error:
-            self._landed.setdefault(key, set()).update(range(part.first, part.end))
+            landed = self._landed.setdefault(key, Coverage(self.links[key].link.mine.layout.num_layers))
+            landed.add(range(part.first, part.end), part.layers and range(*part.layers))
         self._state.end_part(key, part.index, error)
         self._publish()
 
@@ -243,20 +250,22 @@ class IncomingTransfer:
         while self._state.is_taking(key):
             await self._changed.wait()
 
-    def commit(self, message: Commit, block_bytes: int) -> bool:
+    def commit(self, message: Commit, side: Side) -> bool:
         """One sender has sent all its heads. False also if it has not: then the transfer has failed.
 
-        `block_bytes`: of one block, those heads. Whose transport is two-sided, what has landed is what counts; what
-        one-sided writes have brought is known by the sender's word alone, and its blocks' checksums.
+        `side`: what comes over its link. Whose transport is two-sided, what has landed is what counts; what one-sided
+        writes have brought is known by the sender's word alone, and its blocks' checksums. Of blocks that are larger
+        than the sender's, it need not fill the last one.
         """
         key = message.link
-        num_blocks = len(self._landed.get(key, ()))
+        num_units = len(self._landed.get(key, ()))
         if key in self.links and self.links[key].transport.one_sided:
-            num_blocks = message.num_bytes // block_bytes
+            num_units = message.num_bytes // side.unit_bytes
+        num_blocks = -(-num_units // side.ratio)
         fits = self._state.commit(key, message.num_parts, num_blocks)
         if fits:
             time_s = self._taking_s.get(key, message.time_s)
-            num_bytes, is_partial = num_blocks * block_bytes, num_blocks < len(self.block_ids)
+            num_bytes, is_partial = num_units * side.unit_bytes, num_blocks < len(self.block_ids)
             self._committed.append(
                 TransferResult(
                     Outcome.COMPLETED, message.payload, num_bytes, message.num_parts, time_s, is_partial=is_partial

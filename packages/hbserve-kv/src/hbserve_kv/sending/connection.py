@@ -25,7 +25,7 @@ from hbserve_kv.protocol.messages import (
     PartsAnnounced,
     UnknownLink,
 )
-from hbserve_kv.protocol.transfer_state import Phase, SendState
+from hbserve_kv.protocol.transfer_state import Coverage, Phase, SendState
 from hbserve_kv.transports.base import Deadline, DrainUnknown, Link, Part, Transport, disconnect
 from hbserve_rpc import HBServeRpcError, InvalidRequest, RpcClient, RpcStream
 
@@ -47,23 +47,25 @@ class Leg:
     """What one transfer sends over one connection. Leg `number` of `state`; its life is one task, `run`."""
 
     def __init__(self, connection: "Connection", number: int, state: SendState, begin: Begin, memory: Memory) -> None:
-        heads = connection.link.heads
         self.connection = connection
         self.number = number
         self.state = state
         self.begin = msgspec.structs.replace(begin, link=connection.link.key)
-        self.target: Accepted
-        """Set when the receiver accepts."""
+        self.target: Accepted  # set when the receiver accepts
         self.parts: deque[tuple[Part, AnnouncedPart]] = deque()
         """Pushed, and not begun yet."""
-        self.block_bytes = memory.block_bytes // memory.num_heads * (heads.count if heads else memory.num_heads)
-        """Of one block, as much as goes over this link."""
-        self.num_blocks_pushed = self.num_blocks_moved = 0
-        """Of those that were granted, and of those that were sent: one may be sent twice."""
+        self.side = connection.link.mine
+        self.target_units: list[int] = []
+        """What the receiver has granted, as the link counts it."""
+        self.pushed = Coverage(self.side.layout.num_layers)
+        """Of those."""
+        self.num_bytes_moved = 0
+        """One may be sent twice."""
         self.time_s = 0.0
         """In which parts were moving."""
         self.memory = memory
         self._checksums: dict[int, int] = {}
+        self._begun = Coverage(self.side.layout.num_layers)
         self._has_changed = asyncio.Event()
         self._handing_over: asyncio.Timeout | None = None
 
@@ -130,10 +132,11 @@ class Leg:
         if target.region != region or not all(block_id >= 0 for block_id in target.block_ids):
             raise TransferFailed(f"{connection.client.address} accepts it into what it cannot have granted: {target}")
         self.target = target
+        self.target_units = connection.link.peer.units(target.block_ids) if region == "pool" else target.block_ids
         self.state.accept(self.number, one_sided=connection.transport.one_sided)
 
     async def _commit(self) -> None:
-        num_parts, num_bytes = self.state.legs[self.number].num_pushed, self.num_blocks_pushed * self.block_bytes
+        num_parts, num_bytes = self.state.legs[self.number].num_pushed, len(self.pushed) * self.side.unit_bytes
         message = Commit(
             self.begin.transfer_id,
             self.begin.link,
@@ -177,8 +180,12 @@ class Leg:
         link = self.connection.link
         try:
             for part, what in parts:
-                numbers = await link.run(link_checksums, self.memory, link, part.region, part.block_ids, part.ready)
-                self._checksums.update(zip(range(what.first, what.end), numbers, strict=True))
+                units = dict(zip(range(what.first, what.end), part.block_ids, strict=True))
+                if part.layers is not None:  # of whole blocks only
+                    self._begun.add(range(what.first, what.end), part.layers)
+                    units = {place: units[place] for place in self._begun.by_layers & units.keys()}
+                numbers = await link.run(link_checksums, self.memory, link, part.region, [*units.values()], part.ready)
+                self._checksums.update(zip(units, numbers, strict=True))
         except Exception as error:  # the device's, for example
             self.state.fail(f"checksum: {type(error).__name__}: {error}", self.number, error)
 
@@ -318,7 +325,7 @@ class Connection:
     @staticmethod
     def _count(leg: Leg, part: Part, time_s: float) -> None:
         leg.time_s += time_s
-        leg.num_blocks_moved += len(part.block_ids)
+        leg.num_bytes_moved += len(part.block_ids) * leg.side.of_layers(part.layers).unit_bytes
         leg.state.end_parts(leg.number, 1)
 
     def _fail(self, leg: Leg, part: Part, num_parts: int, error: BaseException) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from hbserve_kv.config import GOODBYE_TIMEOUT_S
 from hbserve_kv.errors import FingerprintMismatch, TransferFailed
-from hbserve_kv.memory.memory import HeadSlice
+from hbserve_kv.memory.layout import sides
 from hbserve_kv.protocol import messages
 from hbserve_kv.protocol.handshake import Identity
 from hbserve_kv.protocol.messages import Handshake, LinkReply
@@ -185,7 +185,7 @@ async def connect(
             raise
         if error is None:
             passed_over = "".join(f"; not {name}: {reason}" for name, reason in reply.passed_over.items())
-            logger.info("link to %s: %s%s%s", address, transport.name, link.detail and f", {link.detail}", passed_over)
+            logger.info("link to %s: %s%s%s", address, transport.name, link.told and f", {link.told}", passed_over)
             return Connection(client, stream, reply, link, transport, timeout_s)
         await stream.aclose()
         await client.close()
@@ -228,6 +228,7 @@ async def _shake_hands(
         my_address,
         me.fingerprint,
         me.heads,
+        me.layout,
         {name: transport.describe() for name, transport in offers.items()},
         uuid.uuid4().hex,
         me.name,
@@ -242,16 +243,14 @@ async def _shake_hands(
         if FingerprintMismatch.__name__ in str(error):
             raise FingerprintMismatch(f"{client.address} refuses: {error}") from error
         raise TransferFailed(f"no connection to {client.address}: {error or 'the link was closed'}") from error
-    common = me.heads.common(reply.heads)
-    assert common is not None, "the receiver has checked it"
+    mine, peer = sides(me.layout, me.heads, reply.layout, reply.heads)  # the receiver has checked that they fit
     link = Link(
         hello.link,
         is_sender=True,
         peer_rank=reply.rank,
         peer_description=reply.description,
-        heads=HeadSlice.of(common, me.heads),
-        peer_heads=HeadSlice.of(common, reply.heads),
-        peer_num_heads=reply.heads.count,
+        mine=mine,
+        peer=peer,
         rendezvous=_RemoteRendezvous(client, hello.link, timeout_s),
     )
     return stream, reply, link

@@ -5,8 +5,6 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-
 from hbserve_kv.errors import FingerprintMismatch, TransferFailed
 from hbserve_kv.memory.memory import Memory, Region
 from hbserve_kv.protocol.messages import AnnouncedPart, Begin
@@ -36,8 +34,6 @@ class SendTransfer:
         self._peers = peers
         self._legs: dict[int, Leg] = {}
         """Those that are connected."""
-        self._places: set[int] = set()
-        """Of the granted blocks, those that were pushed."""
         self._opened = asyncio.Event()
         self._drained = asyncio.Event()
         self.state = SendState(len(receivers), self._publish)
@@ -75,7 +71,7 @@ class SendTransfer:
         legs = self._legs.values()
         return TransferResult(
             self.state.outcome,
-            num_bytes=sum(leg.num_blocks_moved * leg.block_bytes for leg in legs),
+            num_bytes=sum(leg.num_bytes_moved for leg in legs),
             num_parts=sum(leg.num_moved for leg in self.state.legs),
             time_s=max((leg.time_s for leg in legs), default=0.0),
             error=self.state.cause,
@@ -93,7 +89,7 @@ class SendTransfer:
         except asyncio.CancelledError:
             self.state.fail("the sender was cancelled")
             raise
-        if not self.state.failed and len({len(leg.target.block_ids) for leg in self._legs.values()}) > 1:
+        if not self.state.failed and len({len(leg.target_units) for leg in self._legs.values()}) > 1:
             self.state.fail("the ranks of the receiver want different numbers of blocks")
         if self.state.failed:
             error = self.state.error
@@ -103,43 +99,78 @@ class SendTransfer:
 
     @property
     def num_blocks(self) -> int:
-        """How many blocks the receiver wants."""
-        return len(self._legs[0].target.block_ids)
+        """How many blocks the receiver wants, of `block_size`."""
+        return len(self._legs[0].target_units)
 
-    def push(self, block_ids: Sequence[int], first: int, ready: Any = None) -> None:
+    @property
+    def block_size(self) -> int:
+        """Tokens of the blocks in which this transfer counts: the smaller ones, where those of one side are larger."""
+        return self._legs[0].side.unit_tokens
+
+    @property
+    def has_equal_blocks(self) -> bool:
+        """The blocks of all receivers have as many tokens as this side's."""
+        return all(
+            leg.side.ratio == 1 and len(leg.target_units) == len(leg.target.block_ids) for leg in self._legs.values()
+        )
+
+    def push(self, block_ids: Sequence[int], first: int, ready: Any = None, *, layers: range | None = None) -> None:
         """Queue blocks: `block_ids[i]` goes to block `first + i` of those granted. Returns at once.
+
+        Where the blocks of one side are larger, `first` counts the smaller ones, of `block_size` tokens. If this side's
+        are, r times, `block_ids[i]` goes to [first + r * i, …); what is before or behind the granted ones does not, so
+        `first` may be above -r. `layers`: only these of the blocks, which are computed; the others follow.
 
         On CUDA the blocks are read after the event `ready`, or without one after the work that is now queued on the
         caller's current stream; other transfers do not wait for it. Nothing, if the transfer has failed.
 
         Raises:
-            ValueError: more blocks than were granted, or one that this side does not have; or the transfer is
-                committed.
+            ValueError: more blocks than were granted, or one that this side does not have; or no such layers; or the
+                transfer is committed.
         """
-        if first < 0 or first + len(block_ids) > self.num_blocks:
-            raise ValueError(f"blocks [{first}, {first + len(block_ids)}) of {self.num_blocks} granted ones")
-        if block_ids and not 0 <= min(block_ids) <= max(block_ids) < self._memory.rows(self._region).shape[0]:
+        if block_ids and not 0 <= min(block_ids) <= max(block_ids) < self._memory.num_blocks(self._region):
             raise ValueError(f"block_ids={list(block_ids)}: outside the pool")
+        if layers is not None and not 0 <= layers.start < layers.stop <= self._memory.layout.num_layers:
+            raise ValueError(f"layers={layers}: of {self._memory.layout.num_layers}")
         if self.state.phase in (Phase.COMMITTING, Phase.COMPLETED):
             raise ValueError(f"blocks [{first}, {first + len(block_ids)}) after the commit")
-        if ready is None and self._memory.device.type == "cuda":
+        if ready is None and self._memory.is_on_gpu:
+            import torch
+
             ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
             ready.record(torch.cuda.current_stream(self._memory.device))
-        self._places.update(range(first, first + len(block_ids)))
-        for number, leg in self._legs.items():
-            is_waiting = bool(leg.parts)
-            step = max(1, leg.connection.transport.max_part_bytes // self._memory.block_bytes)
-            for start in range(0, len(block_ids), step):
-                ids = list(block_ids[start : start + step])
-                index, offset = self.state.legs[number].num_pushed, first + start
-                if not self.state.push(number):
-                    return
-                target = leg.target.block_ids[offset : offset + len(ids)]
-                part = Part(self._begin.transfer_id, index, self._region, ids, leg.target.region, target, ready)
-                leg.parts.append((part, AnnouncedPart(index, offset, len(ids))))
-            leg.num_blocks_pushed = len(self._places)
-            if leg.parts and not is_waiting:
-                leg.connection.queue(leg)
+        moves = [(number, leg, self._units(leg, block_ids, first)) for number, leg in self._legs.items()]
+        for number, leg, (units, start) in moves:
+            if units and not self._push(number, leg, units, start, ready, layers):
+                return
+
+    def _units(self, leg: Leg, block_ids: Sequence[int], first: int) -> tuple[list[int], int]:
+        """As the leg counts them, and their place among the granted ones."""
+        ratio = leg.side.ratio if self._region == "pool" else 1
+        end, num_granted = first + ratio * len(block_ids), len(leg.target_units)
+        if not (-ratio < first and end < num_granted + ratio):
+            raise ValueError(f"blocks [{first}, {end}) of {num_granted} granted ones")
+        units = leg.side.units(block_ids) if ratio > 1 else list(block_ids)
+        before, start = max(0, -first), max(0, first)
+        return units[before : before + max(0, min(end, num_granted) - start)], start
+
+    def _push(self, number: int, leg: Leg, units: list[int], first: int, ready: Any, layers: range | None) -> bool:
+        """False: the transfer has failed."""
+        is_waiting = bool(leg.parts)
+        step = max(1, leg.connection.transport.max_part_bytes // leg.side.of_layers(layers).unit_bytes)
+        span = None if layers is None else (layers.start, layers.stop)
+        for start in range(0, len(units), step):
+            ids = units[start : start + step]
+            index, place = self.state.legs[number].num_pushed, first + start
+            if not self.state.push(number):
+                return False
+            target = leg.target_units[place : place + len(ids)]
+            part = Part(self._begin.transfer_id, index, self._region, ids, leg.target.region, target, ready, layers)
+            leg.parts.append((part, AnnouncedPart(index, place, len(ids), span)))
+            leg.pushed.add(range(place, place + len(ids)), layers)
+        if leg.parts and not is_waiting:
+            leg.connection.queue(leg)
+        return True
 
     async def commit(self, payload: bytes = b"") -> TransferResult:
         """Wait for all parts, then hand the transfer over with `payload`. COMPLETED: the receiver has acknowledged,

@@ -2,10 +2,11 @@
 
 from hbserve_kv.testing.conformance import CHECKS, Check, run_check
 from hbserve_kv.testing.loopback import Faults, LoopbackNetwork, LoopbackTransport, TwoSidedLoopbackTransport
-from hbserve_kv.testing.rig import Rig, is_empty
+from hbserve_kv.testing.rig import LAYOUTS, Rig, is_empty
 
 __all__ = [
     "CHECKS",
+    "LAYOUTS",
     "Check",
     "Faults",
     "LoopbackNetwork",

@@ -18,9 +18,10 @@ from collections.abc import Awaitable, Callable
 import torch
 
 from hbserve_kv.errors import TransferFailed
+from hbserve_kv.manager import KVTransferManager
 from hbserve_kv.memory.layout import HeadRange
 from hbserve_kv.protocol.transfer_state import Outcome
-from hbserve_kv.testing.rig import NUM_BLOCKS, NUM_HEADS, Rig, send
+from hbserve_kv.testing.rig import BLOCK_MAJOR, BLOCK_SIZE, NUM_BLOCKS, NUM_HEADS, NUM_LAYERS, Rig, send
 from hbserve_kv.transports.base import Transport
 
 CHECK_TIMEOUT_S = 60.0
@@ -30,9 +31,15 @@ Check = Callable[[Rig], Awaitable[None]]
 
 
 async def run_check(
-    check: Check, *, backend: str = "nccl", transport: Callable[[], Transport] | None = None, device: str = "cpu"
+    check: Check,
+    *,
+    backend: str = "nccl",
+    transport: Callable[[], Transport] | None = None,
+    device: str = "cpu",
+    layouts: tuple[str, str] = (BLOCK_MAJOR, BLOCK_MAJOR),
 ) -> None:
-    """Run one of CHECKS over the backend of that name, or over the transports that `transport()` makes.
+    """Run one of CHECKS over the backend of that name, or over the transports that `transport()` makes, and from pools
+    of one of LAYOUTS to pools of another.
 
     Raises:
         AssertionError, or whatever the backend raises: it does not conform.
@@ -40,7 +47,7 @@ async def run_check(
     """
     if not __debug__:
         raise RuntimeError("checks are assertions: run them without python -O and without PYTHONOPTIMIZE")
-    rig = Rig(backend, transport, device)
+    rig = Rig(backend, transport, device, layouts)
     try:
         async with asyncio.timeout(CHECK_TIMEOUT_S):
             await check(rig)
@@ -230,8 +237,11 @@ async def ranks_with_other_heads_get_their_slices(rig: Rig) -> None:
     """1→2, 2→1 and 2→4 ranks: each decode rank has its heads of all blocks, from whoever holds them."""
     for num_senders, num_receivers in ((1, 2), (2, 1), (2, 4)):
         whole = rig.patterned()
-        senders = [await rig.start(i, _heads_of(whole, heads), heads) for i, heads in enumerate(_cut(num_senders))]
-        targets = [_heads_of(rig.pool(), heads) for heads in _cut(num_receivers)]
+        senders = [
+            await rig.start(i, rig.heads_of(whole, heads, of_sender=True), heads)
+            for i, heads in enumerate(_cut(num_senders))
+        ]
+        targets = [rig.heads_of(rig.pool(), heads, of_sender=False) for heads in _cut(num_receivers)]
         receivers = [
             await rig.start(num_senders + i, target, heads)
             for i, (target, heads) in enumerate(zip(targets, _cut(num_receivers), strict=True))
@@ -244,8 +254,8 @@ async def ranks_with_other_heads_get_their_slices(rig: Rig) -> None:
             result = await posted.wait()
             assert result.outcome is Outcome.COMPLETED, result.error
             assert result.num_bytes == 3 * target[0].nbytes
-            expected = _heads_of(rig.pool(), heads)
-            expected[[5, 6, 60]] = _heads_of(whole, heads)[[7, 40, 41]]
+            expected = rig.heads_of(rig.pool(), heads, of_sender=False)
+            expected[[5, 6, 60]] = whole[[7, 40, 41]][..., heads.first : heads.end, :]
             assert torch.equal(target, expected)
         for manager in [*senders, *receivers]:
             await manager.close()
@@ -255,8 +265,58 @@ def _cut(num_ranks: int) -> list[HeadRange]:
     return [HeadRange.of_rank(rank, num_ranks, NUM_HEADS) for rank in range(num_ranks)]
 
 
-def _heads_of(pool: torch.Tensor, heads: HeadRange) -> torch.Tensor:
-    return pool[..., heads.first : heads.end, :].contiguous()
+async def blocks_of_other_sizes_are_filled_token_by_token(rig: Rig) -> None:
+    """The sender's blocks are half or twice as large; of the larger ones some tokens are not wanted, or not there."""
+    source, target = rig.patterned(32, 2 * BLOCK_SIZE), rig.pool(64, BLOCK_SIZE)
+    sender, receiver = await rig.start(0, source, is_raw=False), await rig.start(1, target, is_raw=False)
+    expected = target.clone()
+    posted = receiver.post_receive("smaller", [9, 3, 50, 51, 4])
+    transfer = await sender.open_send("smaller", posted.grant)
+    assert (transfer.num_blocks, transfer.block_size) == (5, BLOCK_SIZE)
+    transfer.push([20], -1)  # the receiver has its first half already
+    transfer.push([7, 8], 1)
+    assert (await transfer.commit()).outcome is (await posted.wait()).outcome is Outcome.COMPLETED
+    for place, (block, half) in zip([9, 3, 50, 51, 4], [(20, 1), (7, 0), (7, 1), (8, 0), (8, 1)], strict=True):
+        expected[place] = source[block][:, :, half * BLOCK_SIZE :][:, :, :BLOCK_SIZE]
+    assert torch.equal(target, expected)
+    await _send_back(rig, receiver, sender, target, source)
+
+
+async def _send_back(
+    rig: Rig, sender: KVTransferManager, receiver: KVTransferManager, source: torch.Tensor, target: torch.Tensor
+) -> None:
+    expected = target.clone()
+    posted = receiver.post_receive("larger", [3, 30])
+    transfer = await sender.open_send("larger", posted.grant)
+    assert (transfer.num_blocks, transfer.block_size) == (4, BLOCK_SIZE)
+    transfer.push([50, 9, 4], 0)  # the last block of a prompt is seldom full
+    assert (await transfer.commit()).outcome is (await posted.wait()).outcome is Outcome.COMPLETED
+    for (block, half), place in zip([(3, 0), (3, 1), (30, 0)], [50, 9, 4], strict=True):
+        expected[block][:, :, half * BLOCK_SIZE :][:, :, :BLOCK_SIZE] = source[place]
+    assert torch.equal(target, expected)
+
+
+async def a_layer_moves_as_soon_as_it_is_computed(rig: Rig) -> None:
+    source, target = rig.pool(), rig.pool()
+    numbers, expected = rig.patterned(), target.clone()
+    sender = await rig.start(0, source, is_raw=False)
+    receiver = await rig.start(1, target, is_raw=False, checksum=True)
+    posted = receiver.post_receive("t", [5, 6, 60])
+    transfer = await sender.open_send("t", posted.grant)
+    for layer in range(NUM_LAYERS):
+        source[:, layer] = numbers[:, layer]
+        transfer.push([9, 1], 0, layers=range(layer, layer + 1))
+    transfer.push([2], 2)
+    sent, received = await transfer.commit(), await posted.wait()
+    assert sent.outcome is received.outcome is Outcome.COMPLETED, (sent.error, received.error)
+    assert sent.num_bytes == received.num_bytes == 3 * target[0].nbytes
+    expected[[5, 6, 60]] = source[[9, 1, 2]]
+    assert torch.equal(target, expected)
+    posted = receiver.post_receive("lacks a layer", [5])
+    transfer = await sender.open_send("lacks a layer", posted.grant)
+    transfer.push([3], 0, layers=range(NUM_LAYERS - 1))
+    assert (await transfer.commit()).outcome is not Outcome.COMPLETED
+    assert "0 blocks of the 1" in (await posted.wait()).error
 
 
 async def what_comes_and_goes_leaves_no_file_and_no_thread(rig: Rig) -> None:
@@ -295,5 +355,7 @@ CHECKS: list[Check] = [
     whole_tensors_come_in_any_order,
     a_checksum_accepts_what_was_sent,
     ranks_with_other_heads_get_their_slices,
+    blocks_of_other_sizes_are_filled_token_by_token,
+    a_layer_moves_as_soon_as_it_is_computed,
     what_comes_and_goes_leaves_no_file_and_no_thread,
 ]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from hbserve_kv.memory.memory import Memory, gather, head_view, scatter
+from hbserve_kv.memory.memory import Memory, copy_on_host
 from hbserve_kv.transports.base import DrainUnknown, Link, Part, Transport
 
 
@@ -151,9 +151,9 @@ class LoopbackTransport(_FaultyTransport):
 
     def _write_to(self, target: Memory, link: Link, part: Part, count: int) -> None:
         if count:
-            rows = head_view(target.rows(part.target_region), link.peer_heads, target.num_heads, target.head_bytes)
-            source: torch.Tensor = gather(self._memory.part(part.region, link.heads), part.block_ids[:count])
-            scatter(rows, part.target_block_ids[:count], source.contiguous())
+            plan = link.plan(self._memory, part, target.addresses[part.target_region])
+            here, there = self._memory.addresses[part.region][0], target.addresses[part.target_region][0]
+            copy_on_host(plan, here, part.block_ids[:count], there, part.target_block_ids[:count])
 
     async def disconnect(self, link: Link) -> None:
         self._targets.pop(link.key, None)
@@ -188,7 +188,7 @@ class TwoSidedLoopbackTransport(_FaultyTransport):
 
     async def push(self, link: Link, part: Part) -> None:
         happens, pause_s = self._network.draw()
-        rows = gather(self._memory.part(part.region, link.heads), part.block_ids).clone()
+        rows = link.rows(self._memory, part.region, part.layers).gather(part.block_ids).clone()
         message = _Message(part.transfer_id, part.index, rows, is_whole=happens != "fail")
         if happens in ("drop", "late_write"):
             if happens == "late_write":
@@ -213,7 +213,8 @@ class TwoSidedLoopbackTransport(_FaultyTransport):
                 continue  # a duplicate of an earlier one
             count = len(part.block_ids) if message.is_whole else len(part.block_ids) // 2
             if count:
-                scatter(self._memory.part(part.region, link.heads), part.block_ids[:count], message.rows[:count])
+                rows = link.rows(self._memory, part.region, part.layers)
+                rows.scatter(part.block_ids[:count], message.rows[:count])
             if message.is_whole:
                 return
             raise ConnectionError("failed")

@@ -9,40 +9,76 @@ import torch
 from hbserve_kv.config import KVTransferConfig
 from hbserve_kv.manager import KVTransferManager
 from hbserve_kv.memory.layout import HeadRange
+from hbserve_kv.memory.pool_layout import AXES, PoolLayout
 from hbserve_kv.protocol.transfer_state import Outcome
 from hbserve_kv.receiving.transfer import PostedReceive
 from hbserve_kv.transports.base import Transport
 
 NUM_BLOCKS, NUM_LAYERS, BLOCK_SIZE, NUM_HEADS, HEAD_DIM = 64, 2, 4, 4, 8
+BLOCK_MAJOR = "block-major"
+LAYOUTS = {
+    BLOCK_MAJOR: "blocks layers kv tokens heads dim",
+    "layer-major": "layers kv blocks tokens heads dim",
+    "keys beside values": "layers blocks kv tokens heads dim",
+    "heads first": "layers kv heads blocks tokens dim",
+    "blocks last": "kv tokens layers heads blocks dim",
+}
+"""In which order the dimensions of a pool lie, the first ones farthest apart."""
+
+
+def of_layers(pool: torch.Tensor) -> PoolLayout:
+    """As an engine has it: keys and values of each layer are tensors of their own."""
+    layers = [tuple(layer.unbind(1)) for layer in pool.unbind(1)]
+    return PoolLayout(layers, "blocks tokens heads dim")
 
 
 class Rig:
     """Makes managers over what is checked."""
 
-    def __init__(self, backend: str, transport: Callable[[], Transport] | None, device: str) -> None:
+    def __init__(
+        self,
+        backend: str,
+        transport: Callable[[], Transport] | None,
+        device: str,
+        layouts: tuple[str, str] = (BLOCK_MAJOR, BLOCK_MAJOR),
+    ) -> None:
+        """layouts: of the pools that are sent from (`patterned`), and of all others, by name: see LAYOUTS."""
         self.device = device
+        self._layouts = layouts
         self._backend = backend
         self._transport = transport
         self._started: list[KVTransferManager] = []
 
-    def pool(self, num_heads: int = NUM_HEADS, fill: float = -1.0) -> torch.Tensor:
-        """(NUM_BLOCKS, NUM_LAYERS, 2, BLOCK_SIZE, num_heads, HEAD_DIM)"""
-        shape = (NUM_BLOCKS, NUM_LAYERS, 2, BLOCK_SIZE, num_heads, HEAD_DIM)
-        return torch.full(shape, fill, device=self.device)
+    def pool(self, num_blocks: int = NUM_BLOCKS, block_size: int = BLOCK_SIZE, fill: float = -1.0) -> torch.Tensor:
+        """(num_blocks, NUM_LAYERS, 2, block_size, NUM_HEADS, HEAD_DIM), wherever each of these dimensions lies."""
+        shape = (num_blocks, NUM_LAYERS, 2, block_size, NUM_HEADS, HEAD_DIM)
+        return self.laid_out(torch.full(shape, fill, device=self.device), self._layouts[1])
 
-    def patterned(self) -> torch.Tensor:
+    def patterned(self, num_blocks: int = NUM_BLOCKS, block_size: int = BLOCK_SIZE) -> torch.Tensor:
         """A pool in which every number is another."""
-        pool = self.pool()
-        return torch.arange(pool.numel(), dtype=torch.float32, device=self.device).view(pool.shape)
+        pool = self.pool(num_blocks, block_size)
+        numbers = torch.arange(pool.numel(), dtype=torch.float32, device=self.device).view(pool.shape)
+        return self.laid_out(numbers, self._layouts[0])
+
+    @staticmethod
+    def laid_out(pool: torch.Tensor, layout: str) -> torch.Tensor:
+        """A view of the same shape and numbers, the memory of which has its dimensions in the order of a layout."""
+        order = [AXES.index(axis) for axis in LAYOUTS[layout].split()]
+        return pool.permute(*order).contiguous().permute(*(order.index(place) for place in range(len(order))))
+
+    def heads_of(self, pool: torch.Tensor, heads: HeadRange, *, of_sender: bool) -> torch.Tensor:
+        """A rank's pool."""
+        return self.laid_out(pool[..., heads.first : heads.end, :], self._layouts[0 if of_sender else 1])
 
     async def start(
-        self, rank: int, pool: torch.Tensor, heads: HeadRange | None = None, **settings: Any
+        self, rank: int, pool: torch.Tensor, heads: HeadRange | None = None, *, is_raw: bool = True, **settings: Any
     ) -> KVTransferManager:
+        """is_raw: where all pools are block-major, nothing need be said of the layout."""
         chosen: dict[str, Any] = {"backend": self._backend, "buffer_size": 1 << 20, "timeout_s": 10.0} | settings
         config = KVTransferConfig(**chosen)
         manager = KVTransferManager(
             rank=rank,
-            pool=pool,
+            pool=pool if self._layouts == (BLOCK_MAJOR, BLOCK_MAJOR) and is_raw else of_layers(pool),
             fingerprint={"model": "conformance"},
             config=config,
             heads=heads,

@@ -3,15 +3,19 @@
 import asyncio
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Generic, TypeVar
+from functools import cached_property
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
-from hbserve_kv.memory.memory import HeadSlice, Memory, Region
-from hbserve_kv.transports.rendezvous import HeldRendezvous, Rendezvous
+from hbserve_kv.memory.layout import CopyPlan, Side, agreement
+from hbserve_kv.memory.memory import Memory, Region, Rows
 
 T = TypeVar("T")
+
+MAX_VALUES, MAX_BYTES = 64, 1 << 20
+"""Of one link's rendezvous; a group of two ranks needs two values of some hundred bytes."""
 
 GPU_PART_BYTES = 1 << 30
 """For `max_part_bytes` of transports that move GPU memory: to queue a part and to hear of its end takes two changes of
@@ -24,6 +28,57 @@ next processors that are free, and not those that a large product leaves when it
 logger = logging.getLogger(__name__)
 
 
+class Rendezvous(Protocol):
+    """Values by name that the ends of a link tell each other while they connect, as either end sees them. Belongs to
+    the manager's event loop.
+
+    The receiver keeps them; the sender reaches them over the RPC connection that carries the link already. So a process
+    group needs no store with a port of its own. Torch's TCPStore binds every interface, and whenever it is connected to
+    it looks up the peer's name: a name server that drops a question costs five seconds then.
+    """
+
+    async def set(self, name: str, value: bytes) -> None: ...
+
+    async def get(self, name: str) -> bytes:
+        """Wait until either end has set it. Raises ConnectionError, or what the connection to the receiver does."""
+        ...
+
+
+class HeldRendezvous:
+    """The receiver's."""
+
+    def __init__(self) -> None:
+        self._values: dict[str, asyncio.Future[bytes]] = {}
+        self._ended = False
+
+    async def set(self, name: str, value: bytes) -> None:
+        """Raises ValueError: it is set already, or too long."""
+        if len(value) > MAX_BYTES or self._value(name).done():
+            raise ValueError(f"{name}: {len(value)} bytes, of at most {MAX_BYTES} that may be set once")
+        self._value(name).set_result(value)
+
+    async def get(self, name: str) -> bytes:
+        return await asyncio.shield(self._value(name))
+
+    def _value(self, name: str) -> asyncio.Future[bytes]:
+        if self._ended:
+            raise ConnectionError("the link has ended")
+        if name not in self._values:
+            if len(self._values) == MAX_VALUES:
+                raise ValueError(f"{name}: there are {MAX_VALUES} values already")
+            self._values[name] = asyncio.get_running_loop().create_future()
+        return self._values[name]
+
+    def end(self) -> None:
+        """Whoever waits hears that nothing comes."""
+        self._ended = True
+        for value in self._values.values():
+            if not value.done():
+                value.set_exception(ConnectionError("the link has ended"))
+                value.exception()  # or asyncio complains where nobody waits
+        self._values.clear()
+
+
 @dataclass(eq=False)
 class Link:
     """One direction between two instances, in one life of both: parts go over it one after the other."""
@@ -34,21 +89,47 @@ class Link:
     peer_rank: int
     peer_description: bytes
     """The peer's `Transport.describe()`; on the sender what the receiver's `admit` returned."""
-    heads: HeadSlice | None = None
-    """Of this side's blocks, the heads that both sides hold; None: all, so that whole blocks are moved."""
-    peer_heads: HeadSlice | None = None
-    """The same heads among those of the peer's blocks."""
-    peer_num_heads: int = 1
-    """Heads in the peer's blocks."""
+    mine: Side
+    """Of this side's blocks, what goes over the link, in units of the smaller blocks of both sides."""
+    peer: Side
+    """The same, as it lies in the peer's memory."""
     rendezvous: Rendezvous = field(default_factory=HeldRendezvous)
     """What the ends tell each other while they connect."""
     detail: str = ""
     """Set by `connect`: what really carries the bytes, for people to read."""
     executor: ThreadPoolExecutor = field(init=False)
     """Where blocking I/O of this link runs: a peer that hangs stops nobody else."""
+    _plans: dict[tuple[object, ...], Any] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         self.executor = ThreadPoolExecutor(1, thread_name_prefix=f"kv-{self.key[:8]}")
+
+    @cached_property
+    def _agreed(self) -> str:
+        return agreement(self.mine, self.peer)
+
+    @property
+    def told(self) -> str:
+        """`detail`, and what was agreed on where the two pools differ."""
+        return "; ".join(filter(None, (self.detail, self._agreed)))
+
+    def rows(self, memory: Memory, region: Region, layers: range | None = None) -> Rows:
+        """This side's units as rows of bytes, for what cannot write where the peer has them."""
+        key = region, layers
+        if key not in self._plans:
+            self._plans[key] = Rows(memory, memory.side(self.mine, region, layers), region)
+        found: Rows = self._plans[key]
+        return found
+
+    def plan(self, memory: Memory, part: "Part", target_addresses: Sequence[int]) -> CopyPlan:
+        """How units of this side become the peer's, whose region's extents have these addresses."""
+        key = part.region, part.target_region, part.layers
+        if key not in self._plans:
+            target = self.peer.of_layers(part.layers) if part.target_region == "pool" else self.peer.in_rows(0)
+            source = memory.side(self.mine, part.region, part.layers)
+            self._plans[key] = CopyPlan(source, memory.addresses[part.region], target, target_addresses)
+        found: CopyPlan = self._plans[key]
+        return found
 
     async def idle(self) -> None:
         """Wait until the link's thread has nothing to do."""
@@ -73,7 +154,8 @@ class Link:
 
 @dataclass(frozen=True)
 class Part:
-    """Some blocks of one transfer. `block_ids` are this side's blocks, `target_block_ids` known to both."""
+    """Some blocks of one transfer, as its link counts them: `block_ids` are this side's, `target_block_ids` known to
+    both."""
 
     transfer_id: str
     index: int
@@ -85,6 +167,8 @@ class Part:
     ready: Any = None
     """CUDA event after which the source blocks may be read; None on the CPU. It has happened when the part is pushed,
     unless the transport `waits_on_device`."""
+    layers: range | None = None
+    """Only these layers of the blocks; None: all."""
 
     def require_targets_below(self, num_blocks: int) -> None:
         """Raises ValueError: the peer has named a block that it does not have, and a write would go elsewhere."""

@@ -7,7 +7,7 @@ import torch
 
 from hbserve_kv.base import KVTransferBase
 from hbserve_kv.errors import BackendUnavailable
-from hbserve_kv.memory.memory import Memory, gather, scatter
+from hbserve_kv.memory.memory import Memory
 from hbserve_kv.transports.base import Link, Part, Transport
 
 
@@ -34,20 +34,20 @@ class CustomTransport(Transport):
         await self._call("connect", link.peer_rank, link.peer_description)
 
     async def push(self, link: Link, part: Part) -> None:
-        blocks = gather(self._memory.part(part.region, link.heads), part.block_ids).flatten(1)
+        blocks = link.rows(self._memory, part.region, part.layers).gather(part.block_ids)
         await self._call("send_kv_cache", _message_id(link, part), blocks, link.peer_rank)
 
     async def accept(self, link: Link, part: Part) -> None:
         blocks = await self._call("receive_kv_cache", _message_id(link, part), link.peer_rank)
-        rows = self._memory.part(part.region, link.heads)
-        expected = len(part.block_ids) * rows[0].numel()
+        rows = link.rows(self._memory, part.region, part.layers)
+        expected = len(part.block_ids) * rows.unit_bytes
         if not isinstance(blocks, torch.Tensor) or blocks.nbytes != expected:
             what = f"a tensor of {blocks.nbytes} bytes" if isinstance(blocks, torch.Tensor) else repr(blocks)
             raise ValueError(
                 f"{self.name}.receive_kv_cache({_message_id(link, part)!r}, {link.peer_rank}) returned {what}; it must "
                 f"return the torch.Tensor of {expected} bytes that send_kv_cache got there for the same request_id"
             )
-        scatter(rows, part.block_ids, blocks.contiguous().view(-1).view(torch.uint8).to(rows.device))
+        rows.scatter(part.block_ids, blocks.contiguous().view(-1).view(torch.uint8).to(self._memory.device or "cpu"))
 
     async def _call(self, method: str, *arguments: Any) -> Any:
         result = getattr(self._backend, method)(*arguments)

@@ -1,6 +1,6 @@
 """Between processes of one host: the receiver's memory is mapped into the sender, which writes into it.
 
-CPU: anonymous shared memory (memory/shared_memory.py) and memmove. GPU: CUDA IPC (memory/cuda_ipc.py) and a
+CPU: anonymous shared memory (memory/shared_memory.py) and memmove; no torch. GPU: CUDA IPC (memory/cuda_ipc.py) and a
 kernel of the sender's GPU that writes into the receiver's, the same one or another, over NVLink if they have it. Each
 part has a stream to itself while it waits for the computation, by an event, and moves; no other stream waits or is
 waited for, nor does the host wait.
@@ -12,18 +12,28 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import msgspec
-import torch
 
 from hbserve_kv.errors import BackendUnavailable
-from hbserve_kv.memory import cuda_ipc, shared_memory
-from hbserve_kv.memory.cuda_ipc import DeviceRegion
-from hbserve_kv.memory.events import on_stream
-from hbserve_kv.memory.memory import REGIONS, Memory, Region, gather, head_view, pieces, scatter
-from hbserve_kv.memory.shared_memory import SharedRegion
+from hbserve_kv.memory import shared_memory
+from hbserve_kv.memory.layout import CopyPlan
+from hbserve_kv.memory.memory import REGIONS, WORD_BYTES, Memory, copy_on_host, tensor_at
+from hbserve_kv.memory.shared_memory import Mapping, SharedRegion
 from hbserve_kv.transports.base import COPY_PRIORITY, GPU_PART_BYTES, Link, Moving, Part, Transport
+
+
+class DeviceRegion(msgspec.Struct, frozen=True):
+    """GPU memory of a process, for another process of this host."""
+
+    handle: bytes
+    """Of the allocation that it lies in."""
+    offset: int
+    """From where that begins."""
+    num_bytes: int
+    address: int
+    """In the owning process."""
 
 
 class _Description(msgspec.Struct, frozen=True):
@@ -32,13 +42,14 @@ class _Description(msgspec.Struct, frozen=True):
     pid: int
     gpu: str
     """UUID of the pool's GPU, or ""."""
-    host_regions: dict[str, SharedRegion]
-    device_regions: dict[str, DeviceRegion]
+    host_regions: dict[str, list[SharedRegion]]
+    """By region of memory, its extents."""
+    device_regions: dict[str, list[DeviceRegion]]
 
 
 ENGINE_BLOCK_BYTES = 512 << 10
-"""Whole blocks from this length on are copied by the GPU's copy engines, one call for each run of neighbours; others by
-a kernel, which is some faster alone and takes processors from the computation: beside the products of a prefill, a
+"""Pieces of blocks from this length on are copied by the GPU's copy engines, one call for each run of them; others by a
+kernel, which is some faster alone and takes processors from the computation: beside the products of a prefill, a
 gigabyte costs these 2.7 ms by a kernel and 1.0 ms by an engine, at the same rate (docs/performance.md)."""
 
 
@@ -46,13 +57,20 @@ gigabyte costs these 2.7 ms by a kernel and 1.0 ms by an engine, at the same rat
 class _Target:
     """The peer's memory, mapped."""
 
-    rows: dict[str, torch.Tensor]
-    """By region, (num_blocks, block_bytes of the peer)."""
-    copy_blocks: Any = None
+    addresses: dict[str, list[int]] = field(default_factory=dict)
+    """By region, of its extents."""
+    num_bytes: dict[str, int] = field(default_factory=dict)
+    copy_pieces: Any = None
     """On a GPU; see `hbserve_kv.memory.block_copy`."""
+    mappings: list[Mapping] = field(default_factory=list)
     mapped: ExitStack = field(default_factory=ExitStack)
     moving: set[asyncio.Future[float]] = field(default_factory=set)
     """Parts that the GPU moves."""
+
+    def close(self) -> None:
+        self.addresses.clear()
+        self.mappings.clear()
+        self.mapped.close()
 
 
 class IpcTransport(Transport):
@@ -67,20 +85,28 @@ class IpcTransport(Transport):
 
     async def start(self, memory: Memory) -> None:
         self._memory = memory
-        if memory.device.type == "cuda":
-            self.max_part_bytes, self.waits_on_device = GPU_PART_BYTES, True
-        regions: tuple[Region, ...] = tuple(region for region in REGIONS if memory.rows(region).numel())
-        host_regions: dict[str, SharedRegion] = {}
-        device_regions: dict[str, DeviceRegion] = {}
+        host_regions: dict[str, list[SharedRegion]] = {}
+        device_regions: dict[str, list[DeviceRegion]] = {}
         gpu = ""
         try:
-            if memory.device.type == "cpu":
-                host_regions = {region: shared_memory.export(memory.rows(region)) for region in regions}
-            else:
+            if memory.is_on_gpu:
+                import torch
+
+                from hbserve_kv.memory import cuda_ipc
+
+                self.max_part_bytes, self.waits_on_device = GPU_PART_BYTES, True
                 gpu = str(torch.cuda.get_device_properties(memory.device).uuid)
-                device_regions = {region: cuda_ipc.export(memory.rows(region)) for region in regions}
+                device_regions = {
+                    region: [DeviceRegion(*cuda_ipc.export(each)) for each in memory.extents[region]]
+                    for region in REGIONS
+                }
+            else:
+                host_regions = {
+                    region: [shared_memory.export(each) for each in memory.extents[region]] for region in REGIONS
+                }
         except OSError as error:
             raise BackendUnavailable(f"kv_transfer.backend='ipc': {error}") from error
+        memory.locate()
         self._mine = _Description(_host(), os.getpid(), gpu, host_regions, device_regions)
 
     def describe(self) -> bytes:
@@ -99,45 +125,68 @@ class IpcTransport(Transport):
         link.detail = f"memory of {_decode(link.peer_description).gpu or 'this host'}"
 
     def _map(self, link: Link) -> _Target:
-        peer = _decode(link.peer_description)
-        block_bytes = self._memory.block_bytes // self._memory.num_heads * link.peer_num_heads
-        target = _Target({})
-        if not peer.gpu:
-            flat = {name: shared_memory.map_region(peer.pid, region) for name, region in peer.host_regions.items()}
-        else:
-            device = self._memory.device
-            if peer.pid == os.getpid() and peer.gpu != self._mine.gpu:
-                cuda_ipc.enable_access(device, cuda_ipc.device_of(peer.gpu))
-            flat = {
-                name: target.mapped.enter_context(cuda_ipc.mapped(region, peer.pid, device))
-                for name, region in peer.device_regions.items()
-            }
-            target.copy_blocks = self._compiled_copy(link, block_bytes)
-        target.rows = {name: memory.view(-1, block_bytes) for name, memory in flat.items()}
+        target = _Target()
+        try:
+            self._map_all(link, target)
+        except BaseException:
+            target.close()
+            raise
         return target
 
-    def _compiled_copy(self, link: Link, peer_block_bytes: int) -> Any:
-        """`copy_blocks`, compiled for blocks as this link has them, away from the data path."""
-        from hbserve_kv.memory.block_copy import copy_blocks  # Triton is not there on every system that has no CUDA
+    def _map_all(self, link: Link, target: _Target) -> None:
+        peer = _decode(link.peer_description)
+        regions: dict[str, list[Any]] = {**peer.host_regions, **peer.device_regions}
+        expected = link.peer.layout.extents
+        if [each.num_bytes for each in regions.get("pool", [])] != expected:
+            raise ConnectionError(f"the peer says that its pool is of {expected} bytes, and names other memory")
+        for name, extents in regions.items():
+            target.num_bytes[name] = sum(each.num_bytes for each in extents)
+            find = self._find_on_gpu if peer.gpu else self._find_on_host
+            target.addresses[name] = find(peer, extents, target)
+        if peer.gpu:
+            target.copy_pieces = self._compiled_copy(link, target)
 
-        memory, stream = self._memory, self._stream()
+    @staticmethod
+    def _find_on_host(peer: _Description, extents: list[SharedRegion], target: _Target) -> list[int]:
+        found = [Mapping(peer.pid, each) for each in extents]
+        target.mappings += found
+        return [each.address for each in found]
+
+    def _find_on_gpu(self, peer: _Description, extents: list[DeviceRegion], target: _Target) -> list[int]:
+        """An allocation is mapped once, however many of the peer's tensors lie in it."""
+        from hbserve_kv.memory import cuda_ipc
+
+        device = self._memory.device
+        if peer.pid == os.getpid():  # CUDA does not open a handle in the process that made it
+            if peer.gpu != self._mine.gpu:
+                cuda_ipc.enable_access(device, cuda_ipc.device_of(peer.gpu))
+            return [each.address for each in extents]
+        bases = {
+            handle: target.mapped.enter_context(cuda_ipc.mapped(handle, device))
+            for handle in dict.fromkeys(each.handle for each in extents)
+        }
+        return [bases[each.handle] + each.offset for each in extents]
+
+    def _compiled_copy(self, link: Link, target: _Target) -> Any:
+        """`copy_pieces`, compiled for blocks as this link has them, away from the data path: by copying none."""
+        from hbserve_kv.memory.block_copy import copy_pieces  # Triton is not there on every system that has no CUDA
+        from hbserve_kv.memory.events import on_stream
+
+        stream = self._stream()
         with on_stream(stream):
-            mine, theirs = (
-                torch.zeros((1, size), dtype=torch.uint8, device=memory.device)
-                for size in (memory.block_bytes, peer_block_bytes)
-            )
-            mine = head_view(mine, link.heads, memory.num_heads, memory.head_bytes)
-            copy_blocks(mine, [0], self._target_view(link, theirs), [0])
+            self._copy_by_kernel(copy_pieces, target, link, Part("", 0, "pool", []))
             stream.synchronize()
         self._idle_streams.append(stream)
-        return copy_blocks
+        return copy_pieces
 
     def _stream(self) -> Any:
         """One in which nothing waits or moves. Called in threads of several links."""
         try:
             return self._idle_streams.pop()
         except IndexError:
-            new_stream = cast(Any, torch.cuda.Stream)
+            import torch
+
+            new_stream: Any = torch.cuda.Stream
             return new_stream(self._memory.device, priority=COPY_PRIORITY)
 
     async def push(self, link: Link, part: Part) -> Moving:
@@ -158,39 +207,49 @@ class IpcTransport(Transport):
         moving.add_done_callback(moved)
         return moving
 
+    def _plan(self, target: _Target, link: Link, part: Part) -> tuple[CopyPlan, int, int]:
+        """And where the memory of both sides begins."""
+        plan = link.plan(self._memory, part, target.addresses[part.target_region])
+        return plan, self._memory.addresses[part.region][0], target.addresses[part.target_region][0]
+
+    def _require_targets(self, target: _Target, link: Link, part: Part) -> None:
+        is_pool = part.target_region == "pool"
+        part.require_targets_below(
+            link.peer.num_units if is_pool else target.num_bytes["arena"] // link.peer.layout.block_bytes
+        )
+
     def _write_host(self, target: _Target, link: Link, part: Part) -> None:
-        source, rows = self._memory.rows(part.region), target.rows[part.target_region]
-        part.require_targets_below(rows.shape[0])
-        if link.heads is None and link.peer_heads is None:
-            moves = pieces(self._memory, None, None, 1, part.block_ids, part.target_block_ids)
-            for mine, theirs, size in moves:
-                shared_memory.copy(rows.data_ptr() + theirs, source.data_ptr() + mine, size)
-            return
-        blocks = gather(self._memory.part(part.region, link.heads), part.block_ids).contiguous()
-        scatter(self._target_view(link, rows), part.target_block_ids, blocks)
+        self._require_targets(target, link, part)
+        plan, here, there = self._plan(target, link, part)
+        copy_on_host(plan, here, part.block_ids, there, part.target_block_ids)
 
     def _queue_copy(self, target: _Target, link: Link, part: Part) -> tuple[Any, Any, Any]:
         """Its stream, and events before and after it."""
-        rows = target.rows[part.target_region]
-        part.require_targets_below(rows.shape[0])
-        new_event, stream = cast(Any, torch.cuda.Event), self._stream()
-        began, ended = new_event(enable_timing=True), new_event(enable_timing=True)
+        import torch
+
+        from hbserve_kv.memory import cuda_ipc
+        from hbserve_kv.memory.events import on_stream
+
+        self._require_targets(target, link, part)
+        plan, here, there = self._plan(target, link, part)
+        new_event: Any = torch.cuda.Event
+        stream, began, ended = self._stream(), new_event(enable_timing=True), new_event(enable_timing=True)
         with on_stream(stream):
             if part.ready is not None:
                 stream.wait_event(part.ready)
             began.record()
-            if self._memory.block_bytes >= ENGINE_BLOCK_BYTES and link.heads is None and link.peer_heads is None:
-                to, of = rows.data_ptr(), self._memory.rows(part.region).data_ptr()
-                for here, there, size in pieces(self._memory, None, None, 1, part.block_ids, part.target_block_ids):
-                    cuda_ipc.copy(to + there, of + here, size, stream.cuda_stream)
+            if min(piece.length for piece in plan.pieces) >= ENGINE_BLOCK_BYTES:
+                for mine, theirs, size in plan.moves(part.block_ids, part.target_block_ids):
+                    cuda_ipc.copy(there + theirs, here + mine, size, stream.cuda_stream)
             else:
-                mine, theirs = self._memory.part(part.region, link.heads), self._target_view(link, rows)
-                target.copy_blocks(mine, part.block_ids, theirs, part.target_block_ids)
+                self._copy_by_kernel(target.copy_pieces, target, link, part)
             ended.record()
         return stream, began, ended
 
-    def _target_view(self, link: Link, rows: torch.Tensor) -> torch.Tensor:
-        return head_view(rows, link.peer_heads, link.peer_num_heads, self._memory.head_bytes)
+    def _copy_by_kernel(self, copy_pieces: Any, target: _Target, link: Link, part: Part) -> None:
+        plan, here, there = self._plan(target, link, part)
+        mine, theirs = (tensor_at(address, WORD_BYTES, self._memory.device) for address in (here, there))
+        copy_pieces(plan, mine, part.block_ids, theirs, part.target_block_ids)
 
     async def disconnect(self, link: Link) -> None:
         target = self._targets.pop(link.key, None)
@@ -198,13 +257,11 @@ class IpcTransport(Transport):
         if target is not None:
             if target.moving:
                 await asyncio.wait(target.moving)
-            target.rows.clear()
-            await link.run(target.mapped.close)
+            await link.run(target.close)
 
     async def close(self) -> None:
         for target in self._targets.values():
-            target.rows.clear()
-            target.mapped.close()
+            target.close()
         self._targets.clear()
 
 

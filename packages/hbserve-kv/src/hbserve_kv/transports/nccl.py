@@ -10,15 +10,15 @@ sent over a group is in order, and what is received waits in a kernel, on proces
 On the CPU neighbouring blocks need neither, nor do large ones: see `_pieces`. All pieces of a part are on their way at
 once, and the last one is waited for first: to wake up for each would take the processor from Gloo's own thread.
 
-Shapes: `rows` is uint8 (num_blocks, block_bytes), or (num_blocks, places, bytes) if only some heads are moved. The
-message of positions [start, end) of a part is (end - start, block_bytes), or (end - start, places, bytes).
+Shapes: the message of positions [start, end) of a part is uint8 (end - start, unit_bytes). See `Rows`, which gathers or
+scatters a message in one kernel, wherever the pieces of its blocks lie.
 """
 
 import asyncio
 import logging
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -32,10 +32,10 @@ from torch.distributed.distributed_c10d import Store
 
 from hbserve_kv.errors import BackendUnavailable
 from hbserve_kv.memory.events import on_stream
-from hbserve_kv.memory.memory import Memory, gather, neighbours, runs, scatter
-from hbserve_kv.transports.base import COPY_PRIORITY, GPU_PART_BYTES, Link, Moving, Part, Transport
+from hbserve_kv.memory.layout import runs_of
+from hbserve_kv.memory.memory import Memory, Rows
+from hbserve_kv.transports.base import COPY_PRIORITY, GPU_PART_BYTES, Link, Moving, Part, Rendezvous, Transport
 from hbserve_kv.transports.own_sockets import let_nobody_in
-from hbserve_kv.transports.rendezvous import LinkStore
 from hbserve_rpc.address import look_up
 
 T = TypeVar("T")
@@ -73,7 +73,48 @@ class _Group:
     """Parts that the GPU moves."""
 
 
-_Way = Callable[[_Group, torch.Tensor, Part], None]
+_Way = Callable[[_Group, Rows, Part], None]
+
+
+class LinkStore(Store):
+    """A link's rendezvous as the store of a process group, for the thread that makes the group.
+
+    Made in the event loop, and held by whoever uses the group: torch itself holds only the half of it that is C++.
+    """
+
+    def __init__(self, rendezvous: Rendezvous, timeout_s: float) -> None:
+        super().__init__()
+        self._rendezvous = rendezvous
+        self._timeout_s = timeout_s
+        self._loop = asyncio.get_running_loop()
+        self.published: list[bytes] = []
+        """What this side has set."""
+
+    def set(self, name: str, value: bytes) -> None:  # type: ignore[override]  # the stubs say str, torch gives bytes
+        self.published.append(bytes(value))
+        self._run(self._rendezvous.set(name, bytes(value)), self._timeout_s)
+
+    def get(self, name: str) -> bytes:
+        return self._run(self._rendezvous.get(name), self._timeout_s)
+
+    def wait(self, names: Sequence[str], timeout: timedelta | None = None) -> None:
+        for name in names:
+            self._run(self._rendezvous.get(name), timeout.total_seconds() if timeout else self._timeout_s)
+
+    def check(self, names: Sequence[str]) -> bool:
+        """Asked by NCCL's watchdog each second, for a sign that some rank wants a dump: there is none."""
+        return False
+
+    def _run(self, work: Coroutine[Any, Any, T], timeout_s: float) -> T:
+        if self._loop.is_closed():
+            work.close()
+            raise ConnectionError("the event loop of this link has ended")
+
+        async def bounded() -> T:
+            async with asyncio.timeout(timeout_s):
+                return await work
+
+        return asyncio.run_coroutine_threadsafe(bounded(), self._loop).result()
 
 
 class NcclTransport(Transport):
@@ -90,7 +131,7 @@ class NcclTransport(Transport):
     async def start(self, memory: Memory) -> None:
         self._memory = memory
         self._device = "cpu"
-        if memory.device.type == "cuda":
+        if memory.is_on_gpu:
             self._device = str(torch.cuda.get_device_properties(memory.device).uuid)
             self.max_part_bytes = GPU_PART_BYTES
         self._ip = await look_up(self._host)
@@ -104,9 +145,8 @@ class NcclTransport(Transport):
 
     def unreachable(self, description: bytes) -> str:
         theirs, mine = _decode(description).ip_version, self._mine.ip_version
-        return (
-            "" if theirs == mine else f"one's address is of IPv{theirs}, the other's of IPv{mine}; Gloo needs the same"
-        )
+        differs = f"one's address is of IPv{theirs}, the other's of IPv{mine}; Gloo needs the same"
+        return differs if theirs != mine else ""
 
     async def connect(self, link: Link) -> None:
         store = LinkStore(link.rendezvous, self._timeout.total_seconds())
@@ -122,7 +162,7 @@ class NcclTransport(Transport):
         if on_gpu:
             with on_stream(stream):
                 group = _Group(self._make_nccl(store, rank), store, True, stream)
-                _warm_up_nccl(group, self._memory.part("pool", link.heads), link.is_sender)
+                _warm_up_nccl(group, link.rows(self._memory, "pool"), link.is_sender)
                 stream.synchronize()
             return group
         return _Group(self._make_gloo(store, rank), store, False, stream)
@@ -158,7 +198,7 @@ class NcclTransport(Transport):
 
     async def _move(self, group: _Group, link: Link, part: Part, on_host: _Way, staged: _Way, on_gpu: _Way) -> Moving:
         """In the link's thread, which on a GPU only queues the part: so the next one follows without the host."""
-        rows = self._memory.part(part.region, link.heads)
+        rows = link.rows(self._memory, part.region, part.layers)
         if group.stream is None or not group.on_gpu:
             await link.run(on_host if group.stream is None else staged, group, rows, part)
             return None
@@ -172,25 +212,25 @@ class NcclTransport(Transport):
         moving.add_done_callback(group.moving.discard)
         return moving
 
-    def _push_from_host(self, group: _Group, rows: torch.Tensor, part: Part) -> None:
+    def _push_from_host(self, group: _Group, rows: Rows, part: Part) -> None:
         sent = []
-        for start, end in _pieces(rows[0].numel(), part.target_block_ids):
-            blocks = gather(rows, part.block_ids[start:end])
+        for start, end in _pieces(rows.unit_bytes, part.target_block_ids):
+            blocks = rows.gather(part.block_ids[start:end])
             sent.append((group.process_group.send([blocks], RECEIVER, 0), blocks))  # which must live until sent
         for work, _ in reversed(sent):
             work.wait()
 
-    def _push_from_gpu(self, group: _Group, rows: torch.Tensor, part: Part) -> None:
+    def _push_from_gpu(self, group: _Group, rows: Rows, part: Part) -> None:
         """Queue it: a message is gathered while the one before it is sent."""
         messages = _messages(group, rows, part.block_ids)
-        _send_in_turn(group, (gather(rows, part.block_ids[start:end]) for start, end in messages))
+        _send_in_turn(group, (rows.gather(part.block_ids[start:end]) for start, end in messages))
 
-    def _push_staged(self, group: _Group, rows: torch.Tensor, part: Part) -> None:
+    def _push_staged(self, group: _Group, rows: Rows, part: Part) -> None:
         """Through pinned host memory."""
 
         def staged() -> Iterator[torch.Tensor]:
             for start, end in _messages(group, rows, part.block_ids):
-                blocks = gather(rows, part.block_ids[start:end])
+                blocks = rows.gather(part.block_ids[start:end])
                 message = _staging(rows, end - start, False).copy_(blocks, non_blocking=True)
                 group.stream.synchronize()
                 yield message
@@ -198,7 +238,7 @@ class NcclTransport(Transport):
         with on_stream(group.stream):
             _send_in_turn(group, staged())
 
-    def _accept_on_gpu(self, group: _Group, rows: torch.Tensor, part: Part) -> None:
+    def _accept_on_gpu(self, group: _Group, rows: Rows, part: Part) -> None:
         """A message is scattered while the next one comes. Blocks that are neighbours are received in place."""
         moving: deque[tuple[Any, torch.Tensor, list[int], bool]] = deque()
 
@@ -206,11 +246,11 @@ class NcclTransport(Transport):
             work, received, block_ids, is_there = moving.popleft()
             work.wait()
             if not is_there:
-                scatter(rows, block_ids, received.to(rows.device, non_blocking=True))
+                rows.scatter(block_ids, received.to(rows.device, non_blocking=True))
 
         for start, end in _messages(group, rows, part.block_ids):
             block_ids = part.block_ids[start:end]
-            own = neighbours(rows, block_ids) if group.on_gpu else None
+            own = rows.neighbours(block_ids) if group.on_gpu else None
             received = own if own is not None else _staging(rows, len(block_ids), group.on_gpu)
             work = group.process_group.recv([received], SENDER, 0)
             moving.append((work, received, block_ids, own is not None))
@@ -219,22 +259,22 @@ class NcclTransport(Transport):
         while moving:
             land()
 
-    def _accept_staged(self, group: _Group, rows: torch.Tensor, part: Part) -> None:
+    def _accept_staged(self, group: _Group, rows: Rows, part: Part) -> None:
         with on_stream(group.stream):
             self._accept_on_gpu(group, rows, part)
             group.stream.synchronize()
 
-    def _accept_on_host(self, group: _Group, rows: torch.Tensor, part: Part) -> None:
+    def _accept_on_host(self, group: _Group, rows: Rows, part: Part) -> None:
         moving = []
-        for start, end in _pieces(rows[0].numel(), part.block_ids):
+        for start, end in _pieces(rows.unit_bytes, part.block_ids):
             block_ids = part.block_ids[start:end]
-            own = neighbours(rows, block_ids)
-            blocks = own if own is not None else torch.empty((len(block_ids), *rows.shape[1:]), dtype=torch.uint8)
+            own = rows.neighbours(block_ids)
+            blocks = own if own is not None else rows.empty(len(block_ids))
             moving.append((group.process_group.recv([blocks], SENDER, 0), block_ids, blocks, own is not None))
         for work, block_ids, blocks, is_there in moving:
             if not is_there:
                 work.wait()
-                scatter(rows, block_ids, blocks)
+                rows.scatter(block_ids, blocks)
         for work, _, _, is_there in reversed(moving):
             if is_there:
                 work.wait()
@@ -302,7 +342,7 @@ def _pieces(block_bytes: int, target_block_ids: list[int]) -> Iterator[tuple[int
         return
     enough, most = -(-PACKED_BYTES // block_bytes), LONGEST_BYTES // block_bytes
     start = end = 0
-    for _, length in runs(target_block_ids):
+    for _, _, length in runs_of(target_block_ids, target_block_ids, 1):
         if length >= enough and start < end:
             yield start, end
             start = end
@@ -317,7 +357,7 @@ def _pieces(block_bytes: int, target_block_ids: list[int]) -> Iterator[tuple[int
         yield start, end
 
 
-def _queue(way: _Way, group: _Group, rows: torch.Tensor, part: Part) -> tuple[Any, Any]:
+def _queue(way: _Way, group: _Group, rows: Rows, part: Part) -> tuple[Any, Any]:
     """Events of the group's stream before and after a part."""
     began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
     with on_stream(group.stream):
@@ -327,23 +367,20 @@ def _queue(way: _Way, group: _Group, rows: torch.Tensor, part: Part) -> tuple[An
     return began, ended
 
 
-def _warm_up_nccl(group: _Group, rows: torch.Tensor, is_sender: bool) -> None:
+def _warm_up_nccl(group: _Group, rows: Rows, is_sender: bool) -> None:
     """NCCL connects at its first use, and at theirs the device loads the kernels that gather and scatter, and makes
     room for messages: together 0.15 s. A first transfer goes through none of it, because one block of zeros has."""
-    num_blocks = max(1, NCCL_MESSAGE_BYTES // rows[0].numel())
+    num_blocks = max(1, NCCL_MESSAGE_BYTES // rows.unit_bytes)
     room = [_staging(rows, num_blocks, True) for _ in range(MESSAGES_AT_ONCE + 1)]
     block = room[0][:1].zero_()
-    if is_sender:
-        gather(rows, [0, 0])
-        group.process_group.send([block], RECEIVER, 0).wait()
-    else:
-        group.process_group.recv([block], SENDER, 0).wait()
-        scatter(rows[:1].clone(), [0], block)
+    rows.load_kernels()
+    process_group = group.process_group
+    (process_group.send([block], RECEIVER, 0) if is_sender else process_group.recv([block], SENDER, 0)).wait()
 
 
-def _messages(group: _Group, rows: torch.Tensor, block_ids: list[int]) -> Iterator[tuple[int, int]]:
+def _messages(group: _Group, rows: Rows, block_ids: list[int]) -> Iterator[tuple[int, int]]:
     """Positions [start, end) that are one message of GPU memory, the same on both sides."""
-    step = max(1, (NCCL_MESSAGE_BYTES if group.on_gpu else STAGED_MESSAGE_BYTES) // rows[0].numel())
+    step = max(1, (NCCL_MESSAGE_BYTES if group.on_gpu else STAGED_MESSAGE_BYTES) // rows.unit_bytes)
     return ((start, min(start + step, len(block_ids))) for start in range(0, len(block_ids), step))
 
 
@@ -358,9 +395,6 @@ def _send_in_turn(group: _Group, messages: Iterable[torch.Tensor]) -> None:
         moving.popleft()[0].wait()
 
 
-def _staging(rows: torch.Tensor, num_blocks: int, on_gpu: bool) -> torch.Tensor:
+def _staging(rows: Rows, num_blocks: int, on_gpu: bool) -> torch.Tensor:
     """Room for blocks, on the GPU or in pinned host memory."""
-    shape = (num_blocks, *rows.shape[1:])
-    if on_gpu:
-        return torch.empty(shape, dtype=torch.uint8, device=rows.device)
-    return torch.empty(shape, dtype=torch.uint8, pin_memory=True)
+    return rows.empty(num_blocks) if on_gpu else rows.empty(num_blocks, device="cpu", pin_memory=True)

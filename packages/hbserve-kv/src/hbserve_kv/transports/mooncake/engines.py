@@ -20,8 +20,6 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
 from hbserve_kv.transports.base import Link
 from hbserve_kv.transports.own_sockets import look_every
 from hbserve_rpc import format_address
@@ -41,8 +39,9 @@ class Engine:
 
     native: Any
     """Mooncake's TransferEngine. Its attribute is deleted to end it."""
-    scratch: torch.Tensor
+    scratch: memoryview
     """Registered memory of its own, to try a peer with."""
+    scratch_address: int
     loopback: str = "127.0.0.1"
     failed: set[str] = field(default_factory=set)
     """Sessions to which something has failed."""

@@ -1,5 +1,6 @@
 """Inventory of what is here for Mooncake: the library, the settings of MOONCAKE_CONFIG_PATH, and RDMA or not."""
 
+import contextlib
 import importlib
 import json
 import logging
@@ -52,6 +53,8 @@ def load_config() -> MooncakeConfig:
 
 def import_engine() -> Any:
     """The class TransferEngine, or an error that says what to install."""
+    with contextlib.suppress(ImportError):
+        importlib.import_module("torch")  # Mooncake's CUDA wheels find libcudart through it, so it must come first
     try:
         from mooncake.engine import TransferEngine
     except ModuleNotFoundError as error:

@@ -2,7 +2,7 @@
 
 What its Python API makes necessary (read and measured on 0.3.13):
 - Only registered memory may be a source or target; over TCP an unregistered source works by accident. Both regions are
-  registered whole, in each engine, by the call that releases the GIL.
+  registered whole, in each engine, by the call that releases the GIL: each extent once, whatever allocation it lies in.
 - One engine holds one mutex while it opens a peer, for 60 s if that is frozen. So a peer is probed first, without the
   mutex, and links that share an engine turn to another one: `mooncake_engines`.
 - A synchronous write returns -1 when it has timed out, or as soon as one of its pieces has failed; the others go on
@@ -21,10 +21,11 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import msgspec
-import torch  # Mooncake's CUDA wheels find libcudart through torch, which must come first
 
 from hbserve_kv.errors import BackendUnavailable
-from hbserve_kv.memory.memory import REGIONS, Memory, Region, pieces
+from hbserve_kv.memory.memory import REGIONS, Memory, Region
+from hbserve_kv.memory.pool_layout import extents_of
+from hbserve_kv.memory.shared_memory import shared_buffer
 from hbserve_kv.transports.base import DrainUnknown, Link, Part, Transport
 from hbserve_kv.transports.mooncake.engines import MOST_RECEIVING_ON_TCP, Engine, MooncakeEngines, end
 from hbserve_kv.transports.mooncake.setup import (
@@ -57,9 +58,9 @@ class Description(msgspec.Struct, frozen=True):
     """What a sender must know of a receiver."""
 
     session: str
-    base: dict[str, int]
-    """Address of the first block of each region."""
-    num_blocks: dict[str, int]
+    addresses: dict[Region, list[int]]
+    """Of the extents of each region."""
+    num_arena_blocks: int
 
 
 class MooncakeTransport(Transport):
@@ -86,7 +87,7 @@ class MooncakeTransport(Transport):
 
     async def start(self, memory: Memory) -> None:
         self._memory = memory
-        if memory.device.type == "cuda":
+        if memory.is_on_gpu:
             require_cuda_wheel()
         # Read by Mooncake when an engine is made; there is no argument for them.
         os.environ.setdefault("MC_TRANSFER_TIMEOUT", str(int(self._timeout_s)))
@@ -107,12 +108,12 @@ class MooncakeTransport(Transport):
         settings = self._config
         if rc := native.initialize(self._host, settings.metadata_server, settings.protocol, settings.device_name):
             raise BackendUnavailable(f"Mooncake does not start on {self._host!r} with {settings}: code {rc}")
-        scratch = torch.empty(4096, dtype=torch.uint8)
-        places = [rows for rows in (*map(self._memory.rows, regions), scratch) if rows.numel()]
-        sizes = [rows.nbytes for rows in places]
-        if rc := native.batch_register_memory([rows.data_ptr() for rows in places], sizes):
+        scratch = shared_buffer(4096)
+        places = [*extents_of(scratch), *(each for region in regions for each in self._memory.extents[region])]
+        sizes = [each.num_bytes for each in places]
+        if rc := native.batch_register_memory([each.address for each in places], sizes):
             raise BackendUnavailable(f"Mooncake cannot register memory of {sizes} bytes: code {rc}")
-        return Engine(native, scratch, "::1" if self._ip_version == 6 else "127.0.0.1")
+        return Engine(native, scratch, places[0].address, "::1" if self._ip_version == 6 else "127.0.0.1")
 
     def _verified_transport(self, engine: Any) -> str:
         """What this engine really uses, by what it found and not by what was asked for.
@@ -144,8 +145,8 @@ class MooncakeTransport(Transport):
         return msgspec.msgpack.encode(
             Description(
                 format_address(self._host, engine.native.get_rpc_port()),
-                {region: self._memory.rows(region).data_ptr() for region in REGIONS},
-                {region: self._memory.rows(region).shape[0] for region in REGIONS},
+                dict(self._memory.addresses),
+                self._memory.num_arena_blocks,
             )
         )
 
@@ -203,7 +204,7 @@ class MooncakeTransport(Transport):
     def _read_something(self, engine: Engine, link: Link) -> None:
         """So the engine knows the peer's memory, and the path of the data is known to work."""
         peer = _decode(link)
-        if rc := engine.native.transfer_sync_read(peer.session, engine.scratch.data_ptr(), peer.base["pool"], 8):
+        if rc := engine.native.transfer_sync_read(peer.session, engine.scratch_address, peer.addresses["pool"][0], 8):
             engine.failed.add(peer.session)
             raise ConnectionError(f"Mooncake cannot read from {peer.session}: code {rc}")
 
@@ -229,15 +230,15 @@ class MooncakeTransport(Transport):
 
     def _write(self, engine: Engine, link: Link, part: Part) -> None:
         peer = _decode(link)
-        part.require_targets_below(peer.num_blocks[part.target_region])
-        source, target = self._memory.rows(part.region).data_ptr(), peer.base[part.target_region]
-        moves = pieces(
-            self._memory, link.heads, link.peer_heads, link.peer_num_heads, part.block_ids, part.target_block_ids
-        )
-        addresses, targets, lengths = (
-            list(column)
-            for column in zip(*((source + mine, target + theirs, size) for mine, theirs, size in moves), strict=True)
-        )
+        part.require_targets_below(link.peer.num_units if part.target_region == "pool" else peer.num_arena_blocks)
+        extents = peer.addresses[part.target_region]
+        plan = link.plan(self._memory, part, extents)
+        source, target = self._memory.addresses[part.region][0], extents[0]
+        addresses, targets, lengths = [], [], []
+        for mine, theirs, size in plan.moves(part.block_ids, part.target_block_ids):
+            addresses.append(source + mine)
+            targets.append(target + theirs)
+            lengths.append(size)
         rc = engine.native.batch_transfer_sync_write(peer.session, addresses, targets, lengths)
         if rc:
             self._unsure[link.key] = engine

@@ -1,0 +1,291 @@
+"""A small router for vLLM servers with prefill and decode apart, for those who have none:
+
+    python -m hbserve_kv.integrations.router --prefill http://10.0.0.1:8100,7100 --decode http://10.0.0.2:8200
+
+It serves OpenAI's completions and chat completions, asks a prefill server and then a decode server, or both at once
+where it knows the port of the prefill server's connector, and passes on what the decode server answers, as it comes.
+Each attempt has a transfer id of its own. What the prefill server refuses is the client's answer; a server that is lost
+before the client has got anything is replaced by another.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import json
+import logging
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
+from typing import Any
+
+from hbserve_kv.errors import BackendUnavailable
+
+try:
+    from aiohttp import ClientResponse, ClientSession, ClientTimeout, TCPConnector, web
+except ImportError as error:
+    raise BackendUnavailable("the router needs aiohttp: pip install 'hbserve-kv[router]'") from error
+
+from hbserve_kv.integrations.router_servers import Server, ServerLost, least_busy
+
+logger = logging.getLogger(__name__)
+
+ATTEMPTS = 3
+MOST_BODY_BYTES = 64 << 20
+GENERATING = ("/v1/completions", "/v1/chat/completions")
+OF_ONE_HOP = {
+    "accept-encoding",
+    "connection",
+    "content-length",
+    "host",
+    "keep-alive",
+    "te",
+    "trailer",
+    "transfer-encoding",
+    "upgrade",
+}
+"""Headers that are not passed on."""
+
+
+Body = dict[str, Any] | bytes
+
+
+class Refused(Exception):
+    """An answer that is an error: status, body and its type, and the server that has given it."""
+
+    def __init__(
+        self, status: int, body: bytes, content_type: str = "application/json", server: Server | None = None
+    ) -> None:
+        super().__init__(f"{server.url if server else 'the router'} says {status}: {body[:200]!r}")
+        self.status, self.body, self.content_type, self.server = status, body, content_type, server
+
+    @classmethod
+    def saying(cls, status: int, message: str, server: Server | None = None) -> "Refused":
+        error = {"message": message, "type": "server_error", "param": None, "code": status}
+        return cls(status, json.dumps({"error": error}).encode(), server=server)
+
+
+def prefill_body(body: Mapping[str, Any], transfer_id: str) -> dict[str, Any]:
+    """Of the prefill leg: one token, not streamed. `transfer_id`: "" for a leg whose answer the other waits for."""
+    left_out = ("stream_options", "min_tokens", "max_completion_tokens")
+    params = {"do_remote_decode": True, "do_remote_prefill": False} | (
+        {"transfer_id": transfer_id} if transfer_id else {}
+    )
+    kept = {name: value for name, value in body.items() if name not in left_out}
+    limit = "max_completion_tokens" if "max_completion_tokens" in body else "max_tokens"
+    return kept | {limit: 1, "max_tokens": 1, "stream": False, "kv_transfer_params": params}
+
+
+def is_one_sequence(body: Mapping[str, Any]) -> bool:
+    """Whether one prompt has one answer. Others would use a transfer id several times: they are decoded where they are
+    prefilled."""
+    prompt = body.get("prompt")
+    is_list = isinstance(prompt, list) and bool(prompt) and not isinstance(prompt[0], int)
+    return (
+        not is_list
+        and body.get("n", 1) in (1, None)
+        and body.get("best_of", 1) in (1, None)
+        and not body.get("use_beam_search")
+    )
+
+
+class ClientLeft(Exception):
+    """Nobody reads the answer any more."""
+
+
+class Exchange:
+    """One attempt at a client's request."""
+
+    def __init__(self, session: ClientSession, request: web.Request) -> None:
+        self._session = session
+        self._request = request
+        self.response: web.StreamResponse | None = None
+        """Once the client has begun to get it."""
+
+    @contextlib.asynccontextmanager
+    async def _ask(self, server: Server, body: Body) -> AsyncIterator[ClientResponse]:
+        """The request, with this body, to a server."""
+        content = json.dumps(body).encode() if isinstance(body, dict) else body
+        headers = {name: value for name, value in self._request.headers.items() if name.lower() not in OF_ONE_HOP}
+        url = server.url + self._request.path_qs
+        async with (
+            server.asked(),
+            self._session.request(self._request.method, url, data=content, headers=headers) as it,
+        ):
+            yield it
+
+    async def prefill(self, server: Server, body: dict[str, Any]) -> dict[str, Any] | None:
+        """What the decode leg is to be given. Raises Refused, ServerLost."""
+        async with self._ask(server, body) as answer:
+            content = await answer.read()
+            if answer.status != 200:
+                raise Refused(answer.status, content, answer.content_type, server)
+        params: dict[str, Any] | None = json.loads(content).get("kv_transfer_params")
+        return params
+
+    async def pass_on(self, server: Server, body: Body) -> web.StreamResponse:
+        """What a decode server answers, to the client, as it comes. Raises Refused, ServerLost."""
+        async with self._ask(server, body) as answer:
+            if answer.status >= 500:
+                raise Refused(answer.status, await answer.read(), answer.content_type, server)
+            headers = {name: value for name, value in answer.headers.items() if name.lower() not in OF_ONE_HOP}
+            self.response = response = web.StreamResponse(status=answer.status, headers=headers)
+            response.content_length = answer.content_length
+            await self._write(response.prepare(self._request))
+            async for piece in answer.content.iter_any():
+                await self._write(response.write(piece))
+            await self._write(response.write_eof())
+            return response
+
+    @staticmethod
+    async def _write(writing: Awaitable[object]) -> None:
+        """To the client. If it has left, that is no error of the server that is being read."""
+        try:
+            await writing
+        except ConnectionError as error:
+            raise ClientLeft(str(error)) from error
+
+    async def break_off(self, why: str) -> web.StreamResponse:
+        """The client has got a part of an answer, and hears that no more comes."""
+        assert self.response is not None
+        logger.warning("an answer has been broken off: %s", why)
+        with contextlib.suppress(ConnectionError):
+            if self.response.content_type == "text/event-stream":  # as vLLM ends a stream that fails
+                await self.response.write(b"data: " + Refused.saying(502, why).body + b"\n\n")
+                await self.response.write_eof()
+            elif self._request.transport is not None:
+                self._request.transport.close()
+        return self.response
+
+
+class Router:
+    def __init__(self, prefill: Sequence[Server], decode: Sequence[Server], check_interval_s: float = 1.0) -> None:
+        self._prefill, self._decode = prefill, decode
+        self._check_interval_s = check_interval_s
+        self._session: ClientSession
+
+    def app(self) -> web.Application:
+        app = web.Application(client_max_size=MOST_BODY_BYTES)
+        app.cleanup_ctx.append(self._run)
+        app.router.add_get("/health", self._health)
+        for path in GENERATING:
+            app.router.add_post(path, self._generate)
+        app.router.add_route("*", "/{path:.*}", self._pass_on)
+        return app
+
+    async def _run(self, _: web.Application) -> AsyncIterator[None]:
+        # A prompt may take minutes: only the checks say that a server has gone.
+        timeout = ClientTimeout(total=None, sock_connect=5.0)
+        connector = TCPConnector(limit=0)
+        async with ClientSession(connector=connector, timeout=timeout, auto_decompress=False) as self._session:
+            servers = [*self._prefill, *self._decode]
+            servers = [*self._prefill, *self._decode]
+            await asyncio.gather(*(each.check(self._session, 2 * self._check_interval_s) for each in servers))
+            checks = [
+                asyncio.create_task(each.check_for_ever(self._session, self._check_interval_s)) for each in servers
+            ]
+            logger.info("asks %d prefill and %d decode servers", len(self._prefill), len(self._decode))
+            yield
+            for check in checks:
+                check.cancel()
+            await asyncio.gather(*checks, return_exceptions=True)
+
+    async def _health(self, _: web.Request) -> web.Response:
+        """200 while there is somebody to decode: who decodes can prefill, too."""
+        alive = {
+            role: {server.url: server.is_alive for server in servers}
+            for role, servers in (("prefill", self._prefill), ("decode", self._decode))
+        }
+        return web.json_response(alive, status=200 if any(alive["decode"].values()) else 503)
+
+    async def _generate(self, request: web.Request) -> web.StreamResponse:
+        try:
+            body = json.loads(await request.read())
+            if not isinstance(body, dict):
+                raise ValueError("expected an object")
+        except ValueError as error:
+            return _response(Refused.saying(400, f"the body is no JSON object: {error}"))
+        return await self._answer(request, body)
+
+    async def _pass_on(self, request: web.Request) -> web.StreamResponse:
+        """Anything else: a decode server's."""
+        return await self._answer(request, await request.read())
+
+    async def _answer(self, request: web.Request, body: Body) -> web.StreamResponse:
+        """Attempts, until one is answered, or has begun to be."""
+        failed: set[Server] = set()
+        refusal = Refused.saying(503, "no decode server is there")
+        for _ in range(ATTEMPTS):
+            decode = least_busy(self._decode, failed)
+            if decode is None:
+                break
+            prefill = least_busy(self._prefill, failed) if isinstance(body, dict) and is_one_sequence(body) else None
+            exchange = Exchange(self._session, request)
+            try:
+                return await self._attempt(exchange, body, prefill, decode)
+            except Refused as refused:
+                refusal = refused
+                if refused.status < 500:
+                    break
+            except ClientLeft:
+                assert exchange.response is not None
+                return exchange.response
+            except ServerLost as lost:
+                if exchange.response is not None:
+                    return await exchange.break_off(str(lost))
+                refusal = Refused.saying(502, str(lost), lost.server)
+            logger.warning("an attempt has failed: %s", refusal)
+            failed |= {refusal.server} if refusal.server else set()
+        return _response(refusal)
+
+    @staticmethod
+    async def _attempt(exchange: Exchange, body: Body, prefill: Server | None, decode: Server) -> web.StreamResponse:
+        if prefill is None or not isinstance(body, dict):
+            return await exchange.pass_on(decode, body)
+        if not prefill.kv_port:
+            params = await exchange.prefill(prefill, prefill_body(body, ""))
+            return await exchange.pass_on(decode, body | ({"kv_transfer_params": params} if params else {}))
+        params = {
+            "do_remote_prefill": True,
+            "do_remote_decode": False,
+            "transfer_id": uuid.uuid4().hex,
+            "remote_host": prefill.host,
+            "remote_port": prefill.kv_port,
+        }
+        first = asyncio.create_task(exchange.prefill(prefill, prefill_body(body, params["transfer_id"])))
+        second = asyncio.create_task(exchange.pass_on(decode, body | {"kv_transfer_params": params}))
+        try:
+            await asyncio.wait([first, second], return_when=asyncio.FIRST_COMPLETED)
+            if first.done() and exchange.response is None:
+                first.result()  # the decode server would wait for what never comes
+            return await second
+        finally:
+            first.cancel()
+            second.cancel()
+            await asyncio.gather(first, second, return_exceptions=True)
+
+
+def _response(refused: Refused) -> web.Response:
+    return web.Response(status=refused.status, body=refused.body, content_type=refused.content_type)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m hbserve_kv.integrations.router", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument("--prefill", action="append", required=True, metavar="URL[,KV_PORT]")
+    parser.add_argument("--decode", action="append", required=True, metavar="URL")
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", type=int, default=8000)
+    options = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    try:
+        router = Router([Server(url) for url in options.prefill], [Server(url) for url in options.decode])
+        # A client that leaves ends its request on the servers.
+        web.run_app(
+            router.app(), host=options.host, port=options.port, handler_cancellation=True, access_log=None, print=None
+        )
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,111 @@
+"""The servers that a router asks: which of them are there, and how much each has to do."""
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator, Collection, Sequence
+from urllib.parse import urlsplit
+
+from aiohttp import ClientConnectorError, ClientError, ClientSession, ClientTimeout
+
+logger = logging.getLogger(__name__)
+
+MISSES = 2
+"""Checks that a server may miss before it is taken for dead. One that hangs up, or lets nobody connect, is at once."""
+
+
+class ServerLost(Exception):
+    """A server went away, or froze, while it was asked."""
+
+    def __init__(self, server: "Server", why: str) -> None:
+        super().__init__(f"{server.url} {why}")
+        self.server = server
+
+
+class Server:
+    """One vLLM server, by its URL; a prefill server's may have `,KV_PORT` behind it."""
+
+    def __init__(self, url: str) -> None:
+        """Raises ValueError, with the form that is expected."""
+        self.url, _, kv_port = url.partition(",")
+        self.url = self.url.rstrip("/")
+        parts = urlsplit(self.url)
+        if parts.scheme not in ("http", "https") or not parts.hostname or (kv_port and not kv_port.isdecimal()):
+            raise ValueError(f"{url!r}: expected http://HOST:PORT, or http://HOST:PORT,KV_PORT")
+        self.host: str = parts.hostname
+        self.kv_port = int(kv_port or 0)
+        """Of its connector; 0 if that is not known."""
+        self.num_requests = 0
+        self.is_alive = False
+        self._num_missed = 0
+        self._check_now = asyncio.Event()
+        self._asking: set[asyncio.Timeout] = set()
+
+    @contextlib.asynccontextmanager
+    async def asked(self) -> AsyncIterator[None]:
+        """While a request is under way there. Raises ServerLost when the server has gone, or does not answer checks."""
+        self.num_requests += 1
+        try:
+            async with asyncio.timeout(None) as asking:
+                self._asking.add(asking)
+                try:
+                    yield
+                except (ClientError, ConnectionError) as error:
+                    if isinstance(error, ClientConnectorError):
+                        self.lost(str(error))
+                    self._check_now.set()  # perhaps only this connection has ended
+                    raise ServerLost(self, f"has gone: {error or type(error).__name__}") from error
+                finally:
+                    self._asking.discard(asking)
+        except TimeoutError:
+            raise ServerLost(self, "does not answer any more") from None
+        finally:
+            self.num_requests -= 1
+
+    def lost(self, why: str) -> None:
+        """It is asked no more until it answers a check; what is under way there ends."""
+        if self.is_alive:
+            logger.warning("%s is lost: %s", self.url, why)
+        self.is_alive = False
+        now_s = asyncio.get_running_loop().time()
+        for asking in self._asking:
+            if not asking.expired():
+                asking.reschedule(now_s)
+
+    def found(self) -> None:
+        if not self.is_alive:
+            logger.info("%s is there", self.url)
+        self.is_alive, self._num_missed = True, 0
+
+    def missed(self, why: str) -> None:
+        self._num_missed += 1
+        if self._num_missed >= MISSES:
+            self.lost(why)
+
+    async def check(self, session: ClientSession, timeout_s: float) -> None:
+        try:
+            async with session.get(f"{self.url}/health", timeout=ClientTimeout(timeout_s)) as answer:
+                if answer.status == 200:
+                    self.found()
+                else:
+                    self.missed(f"/health says {answer.status}")
+        except TimeoutError:
+            self.missed("/health does not answer")
+        except (ClientError, OSError) as error:
+            self.lost(str(error))
+
+    async def check_for_ever(self, session: ClientSession, interval_s: float) -> None:
+        while True:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(interval_s):
+                    await self._check_now.wait()
+            self._check_now.clear()
+            await self.check(session, 2 * interval_s)
+
+
+def least_busy(servers: Sequence[Server], without: Collection[Server] = ()) -> Server | None:
+    """Of those that are there; of `without` only if there is no other."""
+    alive = [server for server in servers if server.is_alive]
+    return min(
+        [each for each in alive if each not in without] or alive, key=lambda each: each.num_requests, default=None
+    )

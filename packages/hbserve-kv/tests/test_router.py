@@ -1,0 +1,308 @@
+"""The router for vLLM servers, and servers that answer as theirs do."""
+
+import asyncio
+import contextlib
+import json
+import socket
+
+import pytest
+
+pytest.importorskip("aiohttp", reason="the router's extra: pip install 'hbserve-kv[router]'")
+
+from aiohttp import ClientPayloadError, ClientSession, web
+
+from hbserve_kv.integrations.router import Router, main
+from hbserve_kv.integrations.router_servers import Server
+
+DEADLINE_S = 30
+PARAMS = {"do_remote_prefill": True, "transfer_id": "of the prefill server"}
+
+
+class Vllm:
+    """One server. Its answers name it; a decode server's are two pieces, of which the second waits for `goes_on`."""
+
+    def __init__(self, name):
+        self.name = name
+        self.bodies = []
+        self.status = 200
+        self.content_type = "text/event-stream"
+        self.is_frozen = False
+        self.asked, self.goes_on, self.left = asyncio.Event(), asyncio.Event(), asyncio.Event()
+        self.goes_on.set()
+        self.answers = asyncio.Event()
+        """A prefill server's."""
+        self.answers.set()
+        self.url = ""
+
+    async def start(self):
+        app = web.Application()
+        app.router.add_get("/health", self._health)
+        app.router.add_get("/v1/models", self._models)
+        app.router.add_post("/v1/{what:.*}", self._generate)
+        self._runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0)
+        await self._runner.setup()
+        site = web.TCPSite(self._runner, "127.0.0.1", 0)
+        await site.start()
+        self.url = f"http://127.0.0.1:{self._runner.addresses[0][1]}"
+
+    async def stop(self):
+        await self._runner.cleanup()
+
+    async def _health(self, _):
+        while self.is_frozen:
+            await asyncio.sleep(0.05)
+        return web.Response()
+
+    async def _models(self, _):
+        return web.json_response({"data": [self.name]})
+
+    async def _generate(self, request):
+        try:
+            return await self._answer(request)
+        except asyncio.CancelledError:
+            self.left.set()
+            raise
+
+    async def _answer(self, request):
+        body = await request.json()
+        self.bodies.append(body)
+        self.asked.set()
+        if self.status != 200:
+            return web.json_response({"error": self.name}, status=self.status)
+        if body.get("kv_transfer_params", {}).get("do_remote_decode"):
+            await self.answers.wait()
+            return web.json_response({"kv_transfer_params": PARAMS})
+        response = web.StreamResponse(headers={"Content-Type": self.content_type, "X-From": self.name})
+        await response.prepare(request)
+        await response.write(b'data: {"first": 1}\n\n')
+        await self.goes_on.wait()
+        await response.write(b"data: [DONE]\n\n")
+        return response
+
+
+class Client:
+    def __init__(self, session, url):
+        self._session, self._url = session, url
+
+    def ask(self, path="/v1/completions", **body):
+        return self._session.post(self._url + path, json={"model": "m", "prompt": "hello", "max_tokens": 9, **body})
+
+    def get(self, path):
+        return self._session.get(self._url + path)
+
+
+@pytest.fixture
+async def servers():
+    """Starts servers, by name."""
+    async with contextlib.AsyncExitStack() as stack, asyncio.timeout(DEADLINE_S):
+
+        async def start(*names):
+            found = [Vllm(name) for name in names]
+            for each in found:
+                await each.start()
+                stack.push_async_callback(each.stop)
+            return found
+
+        yield start
+
+
+@pytest.fixture
+async def route():
+    """Starts a router."""
+    async with contextlib.AsyncExitStack() as stack:
+
+        async def start(prefill, decode, kv_port="", check_interval_s=1.0):
+            router = Router(
+                [Server(each.url + kv_port) for each in prefill],
+                [Server(each.url) for each in decode],
+                check_interval_s,
+            )
+            runner = web.AppRunner(router.app(), handler_cancellation=True, shutdown_timeout=0)
+            await runner.setup()
+            stack.push_async_callback(runner.cleanup)
+            await web.TCPSite(runner, "127.0.0.1", 0).start()
+            session = await stack.enter_async_context(ClientSession())
+            return Client(session, f"http://127.0.0.1:{runner.addresses[0][1]}")
+
+        yield start
+
+
+async def test_the_prefill_server_is_asked_first_and_the_decode_server_gets_what_it_says(servers, route):
+    prefill, decode = await servers("p", "d")
+    client = await route([prefill], [decode])
+    decode.goes_on.clear()
+    async with client.ask(stream=True, stream_options={"include_usage": True}, min_tokens=3) as answer:
+        assert (answer.status, answer.headers["X-From"]) == (200, "d")
+        assert answer.content_type == "text/event-stream"
+        assert await answer.content.readline() == b'data: {"first": 1}\n', "it comes before the rest is there"
+        decode.goes_on.set()
+        assert b"[DONE]" in await answer.content.read()
+    (first,), (second,) = prefill.bodies, decode.bodies
+    params = {"do_remote_decode": True, "do_remote_prefill": False}
+    assert first == {"model": "m", "prompt": "hello", "max_tokens": 1, "stream": False, "kv_transfer_params": params}
+    assert (second["max_tokens"], second["min_tokens"], second["kv_transfer_params"]) == (9, 3, PARAMS)
+
+
+async def test_both_servers_are_asked_at_once_where_the_connectors_port_is_known(servers, route):
+    prefill, decode = await servers("p", "d")
+    client = await route([prefill], [decode], kv_port=",7100")
+    prefill.answers.clear()
+    async with client.ask("/v1/chat/completions", max_completion_tokens=5) as answer:
+        await answer.read()
+        await decode.asked.wait()
+    prefill.answers.set()
+    (first,), (second,) = prefill.bodies, decode.bodies
+    assert (first["max_completion_tokens"], second["max_completion_tokens"]) == (1, 5)
+    wanted = second["kv_transfer_params"]
+    assert wanted.pop("transfer_id") == first["kv_transfer_params"]["transfer_id"]
+    assert wanted == {
+        "do_remote_prefill": True, "do_remote_decode": False, "remote_host": "127.0.0.1", "remote_port": 7100,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("kv_port", ["", ",7100"])
+async def test_what_the_prefill_server_refuses_is_the_clients_answer(servers, route, kv_port):
+    # Known elsewhere: vLLM #16705.
+    prefill, decode = await servers("p", "d")
+    client = await route([prefill], [decode], kv_port)
+    prefill.status = 400
+    if kv_port:
+        decode.goes_on.clear()
+        decode._answer = lambda _: decode.goes_on.wait()  # it waits for KV that never comes
+    async with client.ask() as answer:
+        assert (answer.status, await answer.json()) == (400, {"error": "p"})
+    if kv_port:
+        await decode.left.wait()
+    assert not decode.bodies
+
+
+async def test_a_server_that_is_gone_or_fails_is_replaced_before_the_client_has_got_anything(servers, route):
+    # Known elsewhere: vllm-ascend #14980.
+    prefill, other, decode, last = await servers("p", "q", "d", "e")
+    client = await route([prefill, other], [decode, last])
+    await prefill.stop()
+    decode.status = 500
+    for _ in range(4):
+        async with client.ask(stream=True) as answer:
+            assert answer.status == 200, await answer.text()
+            assert (answer.headers["X-From"], b"[DONE]" in await answer.read()) == ("e", True)
+    assert len(other.bodies) >= 4
+
+
+async def test_without_a_prefill_server_the_decode_server_does_both(servers, route):
+    prefill, decode = await servers("p", "d")
+    client = await route([prefill], [decode])
+    await prefill.stop()
+    async with client.ask() as answer:
+        assert answer.status == 200
+    async with client.get("/health") as answer:
+        assert (answer.status, (await answer.json())["decode"]) == (200, {decode.url: True})
+    assert "kv_transfer_params" not in decode.bodies[-1]
+
+
+async def test_without_a_decode_server_the_answer_says_so(servers, route):
+    # Known elsewhere: vllm-ascend #12166.
+    prefill, decode = await servers("p", "d")
+    client = await route([prefill], [decode])
+    await decode.stop()
+    async with client.ask() as answer:
+        assert answer.status in (502, 503)
+        assert "127.0.0.1" in (await answer.json())["error"]["message"]
+    async with client.ask() as answer:
+        assert (answer.status, (await answer.json())["error"]["message"]) == (503, "no decode server is there")
+    async with client.get("/health") as answer:
+        assert answer.status == 503
+
+
+async def test_a_decode_server_that_ends_in_the_middle_of_a_stream_ends_it_with_an_error(servers, route):
+    prefill, decode, other = await servers("p", "d", "e")
+    client = await route([prefill], [decode])
+    decode.goes_on.clear()
+    async with client.ask(stream=True) as answer:
+        await answer.content.readline()
+        await decode.stop()
+        rest = await answer.content.read()
+    assert b'"code": 502' in rest
+    assert b"[DONE]" not in rest
+    assert not other.bodies
+
+
+async def test_an_answer_that_is_cut_off_is_never_taken_for_a_whole_one(servers, route):
+    # Known elsewhere: vllm-ascend #9046, #15108.
+    prefill, decode = await servers("p", "d")
+    decode.content_type = "application/json"
+    client = await route([prefill], [decode])
+    decode.goes_on.clear()
+    async with client.ask() as answer:
+        await answer.content.readline()
+        await decode.stop()
+        with pytest.raises(ClientPayloadError):
+            await answer.content.read()
+
+
+@pytest.mark.parametrize("frozen", ["prefill", "decode"])
+async def test_a_server_that_freezes_holds_up_no_request_and_is_asked_again_when_it_goes_on(servers, route, frozen):
+    prefill, decode, spare = await servers("p", "d", "s")
+    roles = ([prefill, spare], [decode]) if frozen == "prefill" else ([prefill], [decode, spare])
+    client = await route(*roles, check_interval_s=0.3)
+    victim = prefill if frozen == "prefill" else decode
+    victim.is_frozen = True
+    victim._answer = lambda _: asyncio.Event().wait()
+    async with client.ask() as answer:
+        assert answer.status == 200, await answer.text()
+        await answer.read()
+    assert spare.bodies
+    async with client.get("/health") as answer:
+        assert (await answer.json())[frozen][victim.url] is False
+    victim.is_frozen = False
+    while True:
+        async with client.get("/health") as answer:
+            if (await answer.json())[frozen][victim.url]:
+                break
+        await asyncio.sleep(0.05)
+
+
+@pytest.mark.parametrize("kv_port", ["", ",7100"])
+async def test_a_client_that_leaves_ends_its_request_on_the_servers(servers, route, kv_port):
+    prefill, decode = await servers("p", "d")
+    client = await route([prefill], [decode], kv_port)
+    decode.goes_on.clear()
+    async with client.ask(stream=True) as answer:
+        await answer.content.readline()
+        answer.close()
+    await decode.left.wait()
+
+
+@pytest.mark.parametrize("body", [{"n": 2}, {"prompt": ["a", "b"]}, {"prompt": [[1, 2], [3]]}])
+async def test_what_is_several_sequences_is_decoded_where_it_is_prefilled(servers, route, body):
+    prefill, decode = await servers("p", "d")
+    client = await route([prefill], [decode])
+    async with client.ask(**body) as answer:
+        assert answer.status == 200
+    assert not prefill.bodies
+    assert decode.bodies[0] == {"model": "m", "prompt": "hello", "max_tokens": 9, **body}
+
+
+async def test_anything_else_is_asked_of_a_decode_server(servers, route):
+    prefill, decode = await servers("p", "d")
+    client = await route([prefill], [decode])
+    async with client.get("/v1/models") as answer:
+        assert (answer.status, await answer.json()) == (200, {"data": ["d"]})
+    async with client._session.post(client._url + "/v1/completions", data=b"nonsense") as answer:
+        assert answer.status == 400
+        assert "no JSON object" in json.loads(await answer.text())["error"]["message"]
+
+
+@pytest.mark.parametrize("url", ["localhost:8000", "http://", "http://h:1,kv"])
+def test_an_url_that_is_none_is_refused_with_the_form_that_is_expected(url, capsys):
+    with pytest.raises(SystemExit):
+        main(["--prefill", "http://127.0.0.1:1", "--decode", url])
+    assert "expected http://HOST:PORT" in capsys.readouterr().err
+
+
+def test_a_port_that_is_taken_is_told_in_a_line(capsys):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        with pytest.raises(SystemExit):
+            main(["--prefill", "http://127.0.0.1:1", "--decode", "http://127.0.0.1:1", "--port", port])
+    assert "address already in use" in capsys.readouterr().err
