@@ -3,6 +3,8 @@
 For each distribution: build from the sdist, install with its dependencies, then check that exactly the siblings of its
 closure are importable, that the wheel ships py.typed and a licence and nothing of anybody else, and that the package's
 README example runs there (for hbserve-kv: two processes that move blocks).
+
+hbserve-kv is tried without torch first: it must be small, and move KV between two processes, by ipc and by Mooncake.
 """
 
 import subprocess
@@ -26,6 +28,10 @@ CLOSURE = {
     "hbserve-core": {"hbserve-core", "hbserve-kv", "hbserve-rpc"},
     "hbserve-compat": set(MODULE),
 }
+WITHOUT_TORCH = {"hbserve-rpc", "hbserve-kv", "hbserve-scheduler"}
+MOST_MB = {"hbserve-kv": 10}
+"""Of all that `pip install` brings."""
+OWN_MEMORY = ROOT / "examples" / "kv_own_memory.py"
 # What a package's tests need beyond the package; hbserve-core makes its test models with transformers.
 TEST_TOOLS = ["pytest", "pytest-asyncio", "pytest-timeout", "pytest-xdist", "hypothesis"]
 EXTRA_TEST_TOOLS = {"hbserve-core": ["transformers>=5.0"]}
@@ -62,9 +68,13 @@ def check_alone(distribution: str, dist: Path, scratch: Path) -> None:
         f"print(*(d for d, m in {MODULE!r}.items() if u.find_spec(m)), 'torch' if u.find_spec('torch') else '')"
     )
     found = set(run(python, "-I", "-c", probe, cwd=scratch).split())
-    without_torch = {"hbserve-rpc", "hbserve-scheduler"}
-    expected = CLOSURE[distribution] | (set() if distribution in without_torch else {"torch"})
+    expected = CLOSURE[distribution] | (set() if distribution in WITHOUT_TORCH else {"torch"})
     assert found == expected, f"{distribution}: expected {sorted(expected)}, found {sorted(found)}"
+    num_bytes = sum(path.stat().st_size for path in venv.glob("lib/*/site-packages/**/*") if path.is_file())
+    most = MOST_MB.get(distribution)
+    assert most is None or num_bytes <= most * 1e6, f"{distribution}: {num_bytes / 1e6:.1f} MB, of at most {most}"
+    if distribution == "hbserve-kv":
+        move_kv_without_torch(python, wheel, dist, scratch)
 
     tools = [*TEST_TOOLS, ROOT / "packages" / "hbserve-testing", *EXTRA_TEST_TOOLS.get(distribution, [])]
     run("uv", "pip", "install", "-q", "--python", python, *tools)
@@ -72,6 +82,16 @@ def check_alone(distribution: str, dist: Path, scratch: Path) -> None:
     settings = ["-q", "-n", "0", "-c", ROOT / "pyproject.toml", "--rootdir", ROOT]
     report = run(python, "-m", "pytest", *settings, tests, cwd=scratch)
     print(f"{distribution}: alone with {', '.join(sorted(found))}; README example: {report.strip().splitlines()[-1]}")
+
+
+def move_kv_without_torch(python: Path, wheel: Path, dist: Path, scratch: Path) -> None:
+    """By ipc and by Mooncake; and then with torch, which stays installed, by nccl."""
+    run(python, "-I", OWN_MEMORY, "ipc", cwd=scratch)
+    install = ("uv", "pip", "install", "-q", "--python", python, "--find-links", dist)
+    run(*install, f"{wheel}[mooncake-cpu]")
+    run(python, "-I", OWN_MEMORY, "mooncake", cwd=scratch)
+    run(*install, f"{wheel}[torch]")
+    run(python, "-I", OWN_MEMORY, "nccl", cwd=scratch)
 
 
 def main() -> None:

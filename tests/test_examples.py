@@ -21,7 +21,7 @@ EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 DEADLINE_S = 180
 
 
-def run(example: str, *arguments: Path) -> str:
+def run(example: str, *arguments: Path | str) -> str:
     command = [sys.executable, EXAMPLES / example, *arguments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE_S)
     assert done.returncode == 0, done.stderr
@@ -48,6 +48,23 @@ def test_kv_moves_between_two_engines_that_have_hbserve_kv_alone():
     out = run("kv_between_engines.py")
     assert "sent 81920 bytes: COMPLETED" in out
     assert "received 'first token: 42' and blocks [40, 41, 7, 8, 55]: COMPLETED" in out
+
+
+WITHOUT_TORCH = "raise ModuleNotFoundError(\"No module named 'torch'\", name='torch')"
+
+
+@pytest.mark.cold
+@pytest.mark.parametrize("backend", ["ipc", "mooncake"])
+def test_layers_of_plain_memory_move_as_they_are_computed_without_torch(backend, tmp_path, monkeypatch):
+    """`.ci/wheels_alone.py` has it run where torch is not installed; and then over nccl, where it is."""
+    if backend == "mooncake":
+        pytest.importorskip("mooncake.engine", reason="Mooncake or its libraries are missing", exc_type=ImportError)
+    (tmp_path / "torch.py").write_text(WITHOUT_TORCH)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    out = run("kv_own_memory.py", backend)
+    assert "sent 49152 bytes: COMPLETED" in out
+    assert "[[7, 8, 3], [17, 18, 13], [27, 28, 23], [37, 38, 33]]: COMPLETED" in out
+    assert "received 'first token: 42' and " in out
 
 
 async def test_the_server_answers_mounted_in_an_application_of_ones_own(small_model):

@@ -136,7 +136,7 @@ class FakeScheduler:
         self.num_abandoned = 0
         self.num_given = 0
         """Tokens of all answers."""
-        self.asked: list[tuple[list[int], SamplingParams]] = []
+        self.asked: list[tuple[tuple[int, ...], SamplingParams]] = []
         self.request_ids: list[str] = []
         """Of all that it was asked."""
         self.traces: list[str] = []

@@ -21,6 +21,7 @@ from hbserve.__main__ import app
 from hbserve.launcher import instance_environment
 from hbserve.servable import require_servable
 from hbserve_core import InvalidInstanceConfig, ModelFilesMissing, UnsupportedModel
+from hbserve_rpc.settings import EngineSettings
 
 
 @pytest.fixture
@@ -155,15 +156,22 @@ async def test_a_pair_whose_model_cannot_be_is_not_started(folder_with, monkeypa
 
 def test_weights_and_heads_are_looked_at_too(small_model, tmp_path):
     folder = small_model("qwen3")
-    require_servable(folder, "auto", {1, 2})
+    require_servable(folder, EngineSettings(), {1, 2})
     with pytest.raises(InvalidInstanceConfig, match="tensor_parallel_size=3"):
-        require_servable(folder, "auto", {1, 3})
+        require_servable(folder, EngineSettings(), {1, 3})
     for name in ("config.json", "tokenizer.json"):
         (tmp_path / name).write_bytes((folder / name).read_bytes())
     (tmp_path / "pytorch_model.bin").touch()
     with pytest.raises(ModelFilesMissing, match=r"neither model\.safetensors nor"):
-        require_servable(tmp_path, "auto", {1})
-    require_servable(tmp_path, "dummy", {1})
+        require_servable(tmp_path, EngineSettings(), {1})
+    require_servable(tmp_path, EngineSettings(load_format="dummy"), {1})
+
+
+def test_whether_experts_stay_whole_decides_how_many_ranks_there_may_be(small_model):
+    folder = small_model("qwen3-moe")  # 4 experts, of 24 numbers
+    require_servable(folder, EngineSettings(expert_parallel=True), {1, 2})
+    with pytest.raises(InvalidInstanceConfig, match="expert_parallel=true"):
+        require_servable(folder, EngineSettings(expert_parallel=True), {8})
 
 
 def test_instances_wait_without_spinning_unless_somebody_wants_them_to(monkeypatch):

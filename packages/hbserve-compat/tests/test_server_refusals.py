@@ -1,6 +1,7 @@
 """Refusals and failures of the OpenAI server: a status, an error that names what is wrong, and nothing left behind."""
 
 import asyncio
+import gc
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -189,12 +190,44 @@ async def test_who_is_refused_for_lack_of_room_does_not_wait_for_a_prompt_to_be_
     assert error_of(response, 503)["message"] == "so many requests are waiting"
 
 
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/completions", {"prompt": list(range(300))}),
+        ("/v1/completions", {"prompt": "a" * 300}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a" * 300}]}),
+    ],
+)
+async def test_the_collector_does_not_go_through_the_prompt_of_a_request_that_waits(server, path, body):
+    """Of thousands that wait it is most of what there is, and a full pass would keep refusals waiting."""
+    server.scheduler.steps = [asyncio.Event()]
+    gc.freeze()  # what was there before
+    try:
+        waiting = asyncio.create_task(server.post(path, **body))
+        async with asyncio.timeout(20):
+            while not server.scheduler.running:
+                await asyncio.sleep(0.01)
+        gc.collect()
+        of_ids = [each for each in gc.get_objects() if type(each) in (list, tuple) and len(each) >= 300]
+    finally:
+        gc.unfreeze()
+    prompt = [*server.scheduler.asked[0][0]]
+    assert not [each for each in of_ids if [*each] == prompt and each is not prompt and each is not body.get("prompt")]
+    waiting.cancel()
+    await asyncio.gather(waiting, return_exceptions=True)
+
+
 async def test_priority_and_time_limit_of_a_request_are_handed_on(server):
     server.answers("x")
     await server.chat(priority=-3, timeout_s=2.5)
     await server.complete(prompt="a", priority=7)
-    assert [(each.priority, each.timeout_s) for _, each in server.scheduler.asked] == [(-3, 2.5), (7, None)]
+    await server.post("/v1/responses", input="a", priority=-3, timeout_s=2.5)
+    messages = [{"role": "user", "content": "a"}]
+    await server.post("/v1/messages", messages=messages, max_tokens=2, priority=-3, timeout_s=2.5)
+    own = [(each.priority, each.timeout_s) for _, each in server.scheduler.asked]
+    assert own == [(-3, 2.5), (7, None), (-3, 2.5), (-3, 2.5)]
     assert error_of(await server.chat(timeout_s=0), 400)["param"] == "timeout_s"
+    assert error_of(await server.post("/v1/responses", input="a", timeout_s=0), 400)["param"] == "timeout_s"
     assert error_of(await server.chat(priority=2**40), 400)["param"] == "priority"
 
 

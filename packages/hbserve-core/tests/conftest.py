@@ -509,6 +509,16 @@ def _with_8_bit_floats(convert: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @pytest.fixture
+def fewer_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For whole steps: the interpreter takes as long for a program, however much of the work it has."""
+    if importlib.util.find_spec("triton") is not None:
+        from hbserve_core.cuda_runner.kernels import few_rows_linear, prefill_attention
+
+        monkeypatch.setattr(few_rows_linear, "_SMALL_OUTPUTS", (64, 64))
+        monkeypatch.setattr(prefill_attention, "_STORED_ROWS", (32, 32))
+
+
+@pytest.fixture
 def one_kernel_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """Triton's interpreter is not made for threads."""
     import threading
@@ -531,4 +541,6 @@ def either_runner(request: pytest.FixtureRequest, model_folder: Callable[[str], 
     """Of a small Qwen3: the CPU's runner, and CUDA's without CUDA."""
     from hbserve_core_interpreted import make_runner
 
+    if request.param == "cuda kernels":
+        request.getfixturevalue("fewer_programs")
     return make_runner(model_folder("qwen3"), request.param)

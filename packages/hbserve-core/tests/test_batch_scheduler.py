@@ -20,8 +20,9 @@ class Steps:
         self.step_times = StepTimes()
         self.scheduler = BatchScheduler(config, self.blocks, ChunkSizes(config, self.step_times))
 
-    def add(self, name: str, prompt: list[int], *, prefill_only: bool = False) -> Sequence:
-        sequence = Sequence(name, list(prompt), len(prompt), SamplingParams(0, 1000), prefill_only=prefill_only)
+    def add(self, name: str, prompt: list[int], *, prefill_only: bool = False, priority: int = 0) -> Sequence:
+        params = SamplingParams(0, 1000, priority=priority)
+        sequence = Sequence(name, list(prompt), len(prompt), params, prefill_only=prefill_only)
         self.scheduler.move(sequence, Phase.WAITING)
         return sequence
 
@@ -73,6 +74,45 @@ def test_max_num_seqs_counts_running_and_reserved_sequences():
     steps.add("b", [3] * 3)
     assert steps.step() == {"a": 3}
     assert steps.step() == {"a": 1}
+
+
+def test_of_those_that_wait_the_lowest_priority_comes_first_and_the_oldest_of_these():
+    steps = Steps(100, max_num_seqs=1)
+    for name, priority in (("a", 3), ("b", 0), ("c", -2), ("d", 0), ("e", -2)):
+        steps.add(name, [1] * 3, priority=priority)
+    order: list[str] = []
+    while steps.scheduler.waiting:
+        order += steps.step()
+        steps.scheduler.move(steps.scheduler.running[0], Phase.ENDED)
+    assert order == ["c", "e", "b", "d", "a"]
+
+
+def test_short_prompts_of_a_worse_priority_do_not_overtake_long_ones():
+    steps = Steps(100, chunk_size="auto")
+    steps.add("short", [1] * 3, priority=1)
+    steps.add("long", [2] * 200)
+    assert next(iter(steps.step())) == "long"
+
+
+def test_who_was_preempted_has_room_before_others_of_its_priority_and_after_those_of_a_better_one():
+    steps = Steps(5, max_num_seqs=2)
+    steps.add("a", [1] * 7, priority=1)
+    steps.add("b", [2] * 7, priority=1)
+    steps.step()
+    for name, priority in (("c", 1), ("d", 2), ("e", 0)):
+        steps.add(name, [3] * 7, priority=priority)
+    while not steps.scheduler.num_preemptions:
+        steps.step()
+    assert [each.request_id for each in steps.scheduler.waiting] == ["e", "b", "c", "d"]
+
+
+def test_blocks_are_reserved_for_the_lowest_priority_first():
+    steps = Steps(100)
+    for name, priority in (("a", 1), ("b", 0), ("c", 1)):
+        sequence = Sequence(name, [1] * 3, 3, SamplingParams(0, 1000, priority=priority))
+        steps.scheduler.move(sequence, Phase.RESERVING)
+    granted = [steps.scheduler.grant() for _ in range(3)]
+    assert [each and each.request_id for each in granted] == ["b", "a", "c"]
 
 
 def test_without_chunking_a_prompt_is_computed_whole_or_waits():

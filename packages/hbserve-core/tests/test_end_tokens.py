@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from hbserve_core.errors import UnsupportedModel
+from hbserve_core.errors import BrokenTokenizer, UnsupportedModel
 from hbserve_core.model.end_tokens import end_token_ids
 
 
@@ -80,5 +80,5 @@ def test_an_id_that_is_no_integer_is_refused_by_name(tmp_path, value):
 def test_a_tokenizer_file_that_is_not_json_is_named(tmp_path):
     write_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{")
-    with pytest.raises(UnsupportedModel, match=r"tokenizer\.json"):
+    with pytest.raises(BrokenTokenizer, match=r"tokenizer\.json"):
         end_token_ids(tmp_path, {}, {})

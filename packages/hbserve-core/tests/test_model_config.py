@@ -232,7 +232,7 @@ def test_a_sliding_window_that_no_layer_uses_is_harmless(write):
 @pytest.mark.parametrize(
     "quantization",
     [
-        {"quant_method": "awq"},
+        {"quant_method": "bitsandbytes"},
         {"quant_method": "fp8", "fmt": "e5m2"},
         {
             "quant_method": "compressed-tensors",
@@ -243,7 +243,7 @@ def test_a_sliding_window_that_no_layer_uses_is_harmless(write):
 def test_weights_that_need_other_products_are_refused(write, quantization):
     method = quantization["quant_method"]
     with pytest.raises(
-        UnsupportedModel, match=rf"quantization_config .{method}. is not supported; supported: fp8, and"
+        UnsupportedModel, match=rf"quantization_config .{method}. is not supported; supported: awq, gptq, fp8, and"
     ):
         load_model_config(write(quantization_config=quantization))
 

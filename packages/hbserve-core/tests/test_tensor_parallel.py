@@ -14,8 +14,8 @@ import torch
 from hbserve_core import Engine, InstanceConfig, InvalidInstanceConfig, ModelRunner
 from hbserve_core.engine.sequence import UNREAD, ScheduledChunk, Sequence
 from hbserve_core.model.checkpoint.checkpoint import Checkpoint
-from hbserve_core.model.loaded_model import LoadedModel, configured_model
-from hbserve_core.model.model_config import load_model_config
+from hbserve_core.model.loaded_model import LoadedModel
+from hbserve_core.model.model_config import configured_model, load_model_config
 from hbserve_core.model.rank_group import RankGroup
 from hbserve_core.model.shard import Shard, check_divisible
 from hbserve_core.ranks.step_message import StepReader, StepWriter
@@ -63,10 +63,11 @@ def test_ranks_that_have_whole_experts_give_the_tokens_of_transformers(
 
 
 def test_experts_that_cannot_be_split_are_named(model_folder):
+    folder = model_folder("mixtral")
     with pytest.raises(InvalidInstanceConfig, match=r"num_experts=4 is not a multiple of it, and expert_parallel=true"):
-        check_divisible(configured_model(config(model_folder("mixtral"), expert_parallel=True)), 8)
+        check_divisible(configured_model(folder, config(folder, expert_parallel=True)), 8)
     with pytest.raises(InvalidInstanceConfig, match=r"intermediate_size=96 of experts is not a multiple of it"):
-        check_divisible(configured_model(config(model_folder("mixtral"))), 5)
+        check_divisible(configured_model(folder, config(folder)), 5)
 
 
 def test_the_steps_of_preempted_and_cached_requests_are_followed_too(generate, model_folder, ranks_in_threads, prompt):

@@ -7,7 +7,7 @@ from hbserve_core_interpreted import KERNELS, InterpretedRunner
 from hbserve_core import Engine
 
 pytest.importorskip("triton", reason="torch has Triton on Linux only")
-pytestmark = KERNELS
+pytestmark = [*KERNELS, pytest.mark.usefixtures("fewer_programs")]
 
 
 # Steps in turn and of exact shapes, as without graphs; and overlapped, padded ones.

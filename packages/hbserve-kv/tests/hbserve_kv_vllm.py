@@ -7,6 +7,7 @@ place in a prompt is a number of the tokens up to it, so that whoever has anothe
 """
 
 import contextlib
+import itertools
 import pickle
 import sys
 import types
@@ -35,7 +36,11 @@ class Status(Enum):
     FINISHED_ERROR = 5
 
 
-def install(tp_rank: int = 0) -> None:
+_making_rank = 0
+"""Of the worker that is being made."""
+
+
+def install() -> None:
     """Into this process, for its life."""
 
     class Base:
@@ -82,7 +87,7 @@ def install(tp_rank: int = 0) -> None:
             "KVConnectorStats": KVConnectorStats,
             "KVConnectorPromMetrics": KVConnectorPromMetrics,
         },
-        "vllm.distributed.parallel_state": {"get_tensor_model_parallel_rank": lambda: tp_rank},
+        "vllm.distributed.parallel_state": {"get_tensor_model_parallel_rank": lambda: _making_rank},
     }
     for name, values in contents.items():
         parts = name.split(".")
@@ -93,26 +98,36 @@ def install(tp_rank: int = 0) -> None:
             vars(sys.modules[name]).update(values)
 
 
-def kv_caches(shape: str, num_blocks: int) -> dict[str, torch.Tensor]:
+def kv_caches(shape: str, num_blocks: int, device: str = "cpu") -> dict[str, torch.Tensor]:
     """A tensor for each layer, full of -1. Shapes: those of vllm_pool.py."""
+    content = (num_blocks, NUM_HEADS, BLOCK_SIZE, 2 * HEAD_DIM)
     sizes = {
         "blocks first": (num_blocks, 2, BLOCK_SIZE, NUM_HEADS, HEAD_DIM),
         "keys and values first": (2, num_blocks, BLOCK_SIZE, NUM_HEADS, HEAD_DIM),
-        "blocks outermost": (num_blocks, NUM_HEADS, BLOCK_SIZE, 2 * HEAD_DIM),
+        "smaller blocks of the kernels": (2 * num_blocks, 2, BLOCK_SIZE // 2, NUM_HEADS, HEAD_DIM),
+        "layers outermost": content,
+        "blocks outermost": content,
         "latents": (num_blocks, BLOCK_SIZE, HEAD_DIM),
     }[shape]
     names = [f"model.layers.{layer}.attn" for layer in range(NUM_LAYERS)]
     if shape == "blocks outermost":  # BLHNC of 0.33: views of one buffer
-        whole = torch.full((num_blocks, NUM_LAYERS, *sizes[1:]), -1.0)
+        whole = torch.full((num_blocks, NUM_LAYERS, *sizes[1:]), -1.0, device=device)
         return {name: whole[:, layer] for layer, name in enumerate(names)}
-    return {name: torch.full(sizes, -1.0) for name in names}
+    if shape == "layers outermost":  # LBNHC of 0.33: tokens before heads, in memory
+        whole = torch.full((NUM_LAYERS, num_blocks, BLOCK_SIZE, NUM_HEADS, 2 * HEAD_DIM), -1.0, device=device)
+        whole = whole.transpose(2, 3)
+        return {name: whole[layer] for layer, name in enumerate(names)}
+    return {name: torch.full(sizes, -1.0, device=device) for name in names}
 
 
-def of_block(shape: str, cache: torch.Tensor, block_id: int) -> torch.Tensor:
-    """A view (tokens, everything else) of one block of one layer."""
-    block = cache[:, block_id] if shape == "keys and values first" else cache[block_id]
-    dim = {"blocks outermost": 1, "latents": 0}.get(shape, 1)
-    return block.movedim(dim, 0)
+def of_place(shape: str, cache: torch.Tensor, block_id: int, token: int) -> torch.Tensor:
+    """A view of what one layer has of one token."""
+    if shape == "keys and values first":
+        return cache[:, block_id, token]
+    if shape == "smaller blocks of the kernels":
+        half = BLOCK_SIZE // 2
+        return cache[2 * block_id + token // half, :, token % half]
+    return cache[block_id, token] if shape == "latents" else cache[block_id, :, token]
 
 
 def numbers(tokens: list[int]) -> list[float]:
@@ -142,18 +157,80 @@ class Request:
     """Its KV did not come, and is computed here."""
 
 
+@dataclass(eq=False)
+class Rank:
+    """One worker of an Engine."""
+
+    engine: "Engine"
+    connector: Any
+
+    def start(self, rank: int) -> Any:
+        """What its connector tells the scheduler's."""
+        global _making_rank
+        _making_rank, self.number = rank, rank
+        self.caches = kv_caches(self.engine.shape, self.engine.num_blocks, self.engine.device)
+        self.connector.register_kv_caches(self.caches)
+        return pickle.loads(pickle.dumps(self.connector.get_handshake_metadata()))
+
+    def step(self, scheduled: Any) -> tuple[set[str], set[str], set[int]]:
+        worker, is_empty = self.connector, not scheduled.num_scheduled_tokens
+        worker.handle_preemptions(scheduled.metadata)
+        worker.bind_connector_metadata(scheduled.metadata)
+        if self.engine.version == "0.24":
+            worker.start_load_kv(None)
+        for name, count in scheduled.num_scheduled_tokens.items():
+            self.compute(self.engine.requests[name], count)
+        if self.engine.version != "0.24":
+            worker.start_load_kv(None)
+        if self.engine.version != "0.24" or not is_empty:
+            worker.wait_for_save()
+        if self.engine.version == "0.24":
+            sent, received = worker.get_finished(scheduled.finished_req_ids)
+        else:
+            results = worker.get_transfer_results(scheduled.finished_req_ids)
+            sent, received = results.finished_sending, results.finished_recving
+        invalid = worker.get_block_ids_with_load_errors()
+        if (stats := worker.get_kv_connector_stats()) is not None:
+            self.engine.figures = (
+                type(stats)(data=self.engine.figures).aggregate(pickle.loads(pickle.dumps(stats))).data
+            )
+        worker.clear_connector_metadata()
+        return sent or set(), received or set(), invalid
+
+    def compute(self, request: Request, count: int) -> None:
+        values = numbers(request.prompt_token_ids)
+        for place in range(request.num_computed_tokens - count, request.num_computed_tokens):
+            for layer, cache in enumerate(self.caches.values()):
+                block_id = request.block_ids[place // BLOCK_SIZE]
+                of_place(self.engine.shape, cache, block_id, place % BLOCK_SIZE).fill_(
+                    values[place] + layer + self.number / 2
+                )
+
+    def is_right(self, request: Request) -> bool:
+        """As the attention of the next token would see it."""
+        for place, value in enumerate(numbers(request.prompt_token_ids)):
+            for layer, cache in enumerate(self.caches.values()):
+                block_id = request.block_ids[place // BLOCK_SIZE]
+                if not (
+                    of_place(self.engine.shape, cache, block_id, place % BLOCK_SIZE) == value + layer + self.number / 2
+                ).all():
+                    return False
+        return True
+
+
 class Engine:
     """One vLLM server's core: `step` is called again and again."""
 
     def __init__(
         self, *, version: str = "0.24", shape: str = "blocks outermost", num_blocks: int = 32, policy: str = "fail",
-        extra: dict[str, Any] | None = None,
+        tp_size: int = 1, device: str = "cpu", extra: dict[str, Any] | None = None,
     ) -> None:  # fmt: skip
         from hbserve_kv.integrations.vllm import HBServeConnector, KVConnectorRole
 
+        self.device = device
         self.version, self.shape, self.num_blocks, self.policy = version, shape, num_blocks, policy
         config = SimpleNamespace(
-            parallel_config=SimpleNamespace(tensor_parallel_size=1, pipeline_parallel_size=1),
+            parallel_config=SimpleNamespace(tensor_parallel_size=tp_size, pipeline_parallel_size=1),
             kv_transfer_config=SimpleNamespace(
                 engine_id="engine", kv_connector_extra_config={"timeout_s": 10.0, **(extra or {})}
             ),
@@ -162,11 +239,11 @@ class Engine:
         )
         cache = SimpleNamespace(num_blocks=num_blocks, kv_cache_groups=[None])
         self.scheduler = HBServeConnector(config, KVConnectorRole.SCHEDULER, cache)
-        self.worker = HBServeConnector(config, KVConnectorRole.WORKER, kv_cache_config=cache)
-        self.caches = kv_caches(shape, num_blocks)
-        self.worker.register_kv_caches(self.caches)
-        handshake = pickle.loads(pickle.dumps(self.worker.get_handshake_metadata()))
-        self.scheduler.set_xfer_handshake_metadata_pp_aware({(0, 0): handshake})
+        self.ranks = [Rank(self, HBServeConnector(config, KVConnectorRole.WORKER, kv_cache_config=cache))
+                      for _ in range(tp_size)]  # fmt: skip
+        self.scheduler.set_xfer_handshake_metadata_pp_aware(
+            {(0, rank): each.start(rank) for rank, each in enumerate(self.ranks)}
+        )
         self.requests: dict[str, Request] = {}
         """Until their blocks are free."""
         self.waiting: list[Request] = []
@@ -179,6 +256,7 @@ class Engine:
         """By request: status, kv_transfer_params, and whether its KV was right."""
         self.figures: dict[str, list[float]] = {}
         self.num_steps = 0
+        self._votes: dict[tuple[int, str], int] = {}
 
     # ---- what a front end does -----------------------------------------------------------------------------------
 
@@ -202,7 +280,7 @@ class Engine:
 
     def holds(self, tokens: list[int]) -> bool:
         """Whether the KV of their first place has come, or was computed."""
-        return any(bool((cache == numbers(tokens)[0]).any()) for cache in self.caches.values())
+        return any(bool((cache == numbers(tokens)[0]).any()) for cache in self.ranks[0].caches.values())
 
     @property
     def is_empty(self) -> bool:
@@ -212,14 +290,29 @@ class Engine:
         )
 
     def close(self) -> None:
-        self.worker.shutdown()
+        for rank in self.ranks:
+            rank.connector.shutdown()
 
     # ---- a step --------------------------------------------------------------------------------------------------
 
     def step(self) -> None:
         self.num_steps += 1
         scheduled = self._schedule()
-        self._update(scheduled, *self._work(scheduled))
+        outputs = [rank.step(scheduled) for rank in self.ranks]
+        voted = [
+            self._count(votes, kind) for kind, votes in enumerate(zip(*(each[:2] for each in outputs), strict=True))
+        ]
+        self._update(scheduled, voted[0], voted[1], set().union(*(each[2] for each in outputs)))
+
+    def _count(self, votes: tuple[set[str], ...], kind: int) -> set[str]:
+        """Requests for which every rank has voted by now."""
+        over = set()
+        for name in itertools.chain(*votes):
+            self._votes[kind, name] = self._votes.get((kind, name), 0) + 1
+            if self._votes[kind, name] == len(self.ranks):
+                del self._votes[kind, name]
+                over.add(name)
+        return over
 
     def _schedule(self) -> Any:
         new, cached, tokens = [], SimpleNamespace(
@@ -279,7 +372,8 @@ class Engine:
             return False
         self._allocate(request, num_tokens)
         request.num_computed_tokens = num_hit
-        self._compute(request, num_hit)  # long ago, and by another request
+        for rank in self.ranks:
+            rank.compute(request, num_hit)  # long ago, and by another request
         blocks = SimpleNamespace(get_block_ids=lambda: (list(request.block_ids),))
         self.scheduler.update_state_after_alloc(request, blocks, num_wanted)
         if is_async:
@@ -291,46 +385,6 @@ class Engine:
         request.block_ids += more
         return more
 
-    def _work(self, scheduled: Any) -> tuple[set[str], set[str], set[int]]:
-        worker, is_empty = self.worker, not scheduled.num_scheduled_tokens
-        worker.handle_preemptions(scheduled.metadata)
-        worker.bind_connector_metadata(scheduled.metadata)
-        if self.version == "0.24":
-            worker.start_load_kv(None)
-        for name, count in scheduled.num_scheduled_tokens.items():
-            self._compute(self.requests[name], count)
-        if self.version != "0.24":
-            worker.start_load_kv(None)
-        if self.version != "0.24" or not is_empty:
-            worker.wait_for_save()
-        if self.version == "0.24":
-            sent, received = worker.get_finished(scheduled.finished_req_ids)
-        else:
-            results = worker.get_transfer_results(scheduled.finished_req_ids)
-            sent, received = results.finished_sending, results.finished_recving
-        invalid = worker.get_block_ids_with_load_errors()
-        if (stats := worker.get_kv_connector_stats()) is not None:
-            self.figures = type(stats)(data=self.figures).aggregate(pickle.loads(pickle.dumps(stats))).data
-        worker.clear_connector_metadata()
-        return sent or set(), received or set(), invalid
-
-    def _compute(self, request: Request, count: int) -> None:
-        values = numbers(request.prompt_token_ids)
-        for place in range(request.num_computed_tokens - count, request.num_computed_tokens):
-            for layer, cache in enumerate(self.caches.values()):
-                block = of_block(self.shape, cache, request.block_ids[place // BLOCK_SIZE])
-                block[place % BLOCK_SIZE] = values[place] + layer
-
-    def _is_right(self, request: Request) -> bool:
-        """As the attention of the next token would see it."""
-        return all(
-            bool(
-                (of_block(self.shape, cache, request.block_ids[i // BLOCK_SIZE])[i % BLOCK_SIZE] == value + layer).all()
-            )
-            for i, value in enumerate(numbers(request.prompt_token_ids))
-            for layer, cache in enumerate(self.caches.values())
-        )
-
     def _update(self, scheduled: Any, sent: set[str], received: set[str], invalid: set[int]) -> None:
         for request in list(self.waiting):
             if request.status is Status.WAITING_FOR_REMOTE_KVS and invalid & set(request.block_ids):
@@ -340,7 +394,7 @@ class Engine:
         for name in scheduled.num_scheduled_tokens:
             request = self.requests[name]
             if request in self.running and request.num_computed_tokens == len(request.prompt_token_ids):
-                self._finish(request, Status.FINISHED_LENGTH_CAPPED, self._is_right(request))
+                self._finish(request, Status.FINISHED_LENGTH_CAPPED, all(rank.is_right(request) for rank in self.ranks))
         for name in received:
             request = self.requests[name]  # vLLM asserts that it is there
             if request.status is Status.WAITING_FOR_REMOTE_KVS:

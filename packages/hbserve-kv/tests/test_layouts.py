@@ -7,7 +7,7 @@ from itertools import product
 import pytest
 import torch
 
-from hbserve_kv import BackendUnavailable, FingerprintMismatch, HeadRange, PoolLayout
+from hbserve_kv import BackendUnavailable, FingerprintMismatch, HeadRange, Outcome, PoolLayout
 from hbserve_kv.memory.layout import CopyPlan, Layout, Plane, sides
 from hbserve_kv.memory.shared_memory import copy
 
@@ -203,13 +203,19 @@ async def test_what_was_agreed_is_told_and_what_cannot_be_bridged_is_refused_by_
 
 async def test_memory_that_has_no_name_is_refused_by_ipc_and_served_by_the_next_backend(managers, caplog):
     """An anonymous mapping stands for expandable segments of a GPU, and for memory that engines give back to sleep."""
-    pools = [PoolLayout(mmap.mmap(-1, 1 << 16), "blocks") for _ in range(2)]
+    held = [mmap.mmap(-1, 4096) for _ in range(2)]
+    pools = [PoolLayout(each, "blocks") for each in held]
     with pytest.raises(BackendUnavailable, match="not in shared memory"):
         await managers(0, "ipc", pools[0])
     caplog.set_level("INFO")
     sender, receiver = [await managers(rank, "auto", pool) for rank, pool in enumerate(pools)]
     assert "not ipc: kv_transfer.backend='ipc': the pool is not in shared memory" in caplog.text
-    await sender.open_link(receiver.endpoint)
+    held[0][:4] = b"abcd"
+    posted = receiver.post_receive("t", [7, 9])
+    transfer = await sender.open_send("t", posted.grant)
+    transfer.push([1, 3], 0)
+    assert (await transfer.commit()).outcome is (await posted.wait()).outcome is Outcome.COMPLETED
+    assert held[1][:10] == b"\0\0\0\0\0\0\0b\0d"
     assert sender.links()[0].transport == "nccl"
 
 

@@ -27,12 +27,12 @@ def end(victim, is_killed):
     victim.signal(signal.SIGKILL if is_killed else signal.SIGSTOP)
 
 
-async def thaw(victim, is_killed):
-    """It finds out by itself, and has its blocks back."""
+async def thaw(victim, is_killed, has_commit=False):
+    """It finds out by itself, and has its blocks back. One that has the commit takes it."""
     if not is_killed:
         victim.signal(signal.SIGCONT)
         victim.tell("go")
-        assert await victim.heard("ended") != "COMPLETED"
+        assert await victim.heard("ended") != "COMPLETED" or has_commit
         await victim.closes_in_order()
 
 
@@ -51,7 +51,7 @@ async def lose_a_receiver(rig, state, is_killed):
     if result.outcome is Outcome.UNKNOWN:
         await offer.drained()
     rig.pool[blocks] = IS_FREE
-    await thaw(victim, is_killed)
+    await thaw(victim, is_killed, has_commit=state == "before kv.commit")
 
 
 @ENDS

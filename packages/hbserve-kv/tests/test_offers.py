@@ -6,7 +6,7 @@ import pytest
 import torch
 from test_known_failures import pair
 
-from hbserve_kv import Outcome
+from hbserve_kv import Outcome, PoolLayout
 from hbserve_kv.protocol.messages import FETCH, KEEP, Fetch, Keep
 from hbserve_kv.testing import is_empty
 from hbserve_rpc import InvalidRequest, RpcClient
@@ -217,6 +217,15 @@ async def test_blocks_that_are_computed_anew_replace_those_that_were_pushed(pair
     assert not offer.restart(), "it is being fetched"
     offer.commit()
     assert (await posted.wait()).outcome is Outcome.COMPLETED
+
+
+async def test_an_offer_of_blocks_of_another_size_fails_and_says_so(managers):
+    pools = [PoolLayout(torch.zeros(16, size, 8), "blocks tokens dim") for size in (4, 8)]
+    for source, target in (pools, reversed(pools)):
+        sender, receiver = await managers(0, "ipc", source), await managers(1, "ipc", target)
+        offered(sender)
+        received = await receiver.claim("t", sender.address, sender.epoch).fetch([1, 2, 3]).wait()
+        assert "the same number of tokens on both sides" in received.error
 
 
 async def test_an_offer_takes_blocks_of_the_pool_until_its_commit(pair):

@@ -3,15 +3,26 @@
 import asyncio
 import gc
 import os
+import sys
 import threading
 from pathlib import Path
 
 import msgspec
 import pytest
 import torch
+from hbserve_kv_layouts import whole_blocks
 
-from hbserve_kv import FingerprintMismatch, HeadRange, KVTransferConfig, KVTransferManager, Outcome, TransferFailed
-from hbserve_kv.protocol.checksum import checksums
+from hbserve_kv import (
+    FingerprintMismatch,
+    HeadRange,
+    KVTransferConfig,
+    KVTransferManager,
+    Link,
+    Outcome,
+    TransferFailed,
+)
+from hbserve_kv.memory.memory import Memory
+from hbserve_kv.protocol.checksum import checksums, link_checksums
 from hbserve_kv.protocol.messages import BEGIN, LINK, PROTOCOL_VERSION, Handshake, UnknownLink
 from hbserve_kv.sending.breaker import FIRST_PAUSE_S, LONGEST_PAUSE_S, Breaker
 from hbserve_kv.testing import Faults, LoopbackNetwork
@@ -299,6 +310,17 @@ async def test_checksums_of_blocks_that_were_not_granted_are_nobodys(managers):
     transfer._legs[0]._checksums |= {-1: 7, 1: 7}
     async with asyncio.timeout(20):
         assert (await transfer.commit()).outcome is Outcome.COMPLETED
+
+
+@pytest.mark.parametrize("block_bytes", [16, 20, 4096])
+def test_a_checksum_is_the_same_without_torch(block_bytes, monkeypatch):
+    pool = torch.randint(0, 256, (3, block_bytes), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    memory = Memory(pool, 0)
+    link = Link("key", is_sender=True, peer_rank=1, peer_description=b"", **whole_blocks(3, block_bytes))
+    with_torch = link_checksums(memory, link, "pool", [2, 0])
+    assert with_torch == checksums(pool[[2, 0]])
+    monkeypatch.delitem(sys.modules, "torch")
+    assert link_checksums(memory, link, "pool", [2, 0]) == with_torch
 
 
 @pytest.mark.parametrize("block_bytes", [16, 20])

@@ -67,9 +67,19 @@ def prefilled(prefill, name="p", tokens=PROMPT):
 LENGTHS = [1, 2, 3, 4, 5, 7, 8, 9, 12, 13, 16, 17, 18, 40]
 
 
-@pytest.mark.parametrize("version", ["0.24", "0.33"])
-def test_prefill_then_decode_gives_every_prompt_its_own_kv(engines, version):
-    prefill, decode = engines(version=version, num_blocks=128), engines(version=version, num_blocks=128)
+@pytest.mark.parametrize(
+    ("version", "shape"),
+    [
+        ("0.24", "blocks first"),
+        ("0.24", "keys and values first"),
+        ("0.33", "blocks outermost"),
+        ("0.33", "layers outermost"),
+        ("0.24", "latents"),
+        ("0.24", "smaller blocks of the kernels"),
+    ],
+)
+def test_prefill_then_decode_gives_every_prompt_its_own_kv(engines, version, shape):
+    prefill, decode = (engines(version=version, shape=shape, num_blocks=128) for _ in range(2))
     prompts = {f"r{n}": [(n * i + n) % 50 for i in range(n)] for n in LENGTHS}
     for name, tokens in prompts.items():
         decode.add(name, tokens, prefilled(prefill, name, tokens))
@@ -78,6 +88,67 @@ def test_prefill_then_decode_gives_every_prompt_its_own_kv(engines, version):
     num_fetched = sum(n > 1 for n in LENGTHS)
     assert len(decode.figures["transfer_duration"]) == num_fetched
     assert "num_failed_transfers" not in decode.figures
+
+
+@pytest.mark.parametrize("at_once", [True, False], ids=["both legs at once", "one leg after the other"])
+def test_with_tensor_parallelism_each_rank_fetches_from_its_own(engines, at_once):
+    # Known elsewhere: vLLM #11247.
+    prefill, decode = engines(tp_size=2), engines(tp_size=2)
+    addresses = [(address, "") for address, _ in prefill.scheduler._scheduler.ranks]
+    params = (
+        {"do_remote_prefill": True, "transfer_id": "t", "remote_ranks": addresses} if at_once else prefilled(prefill)
+    )
+    decode.add("d", PROMPT, params)
+    if at_once:
+        prefill.add("p", PROMPT, PREFILL | {"transfer_id": "t"})
+    until(lambda: "d" in decode.results, prefill, decode)
+    assert decode.results["d"][0::2] == ("FINISHED_LENGTH_CAPPED", True)
+    assert len(decode.figures["bytes_transferred"]) == 2
+
+
+def test_a_routers_port_is_rank_0s_and_the_others_follow():
+    from hbserve_kv.integrations.vllm_scheduler import SchedulerSide
+
+    side = SchedulerSide("engine", block_size=4, tp_size=3)
+    params = {"do_remote_prefill": True, "transfer_id": "t", "remote_host": "::1", "remote_port": 7100}
+    side.arrived(SimpleNamespace(request_id="d", prompt_token_ids=PROMPT, kv_transfer_params=params))
+    nothing = SimpleNamespace(req_ids=[], new_block_ids=[], num_computed_tokens=[], resumed_req_ids=set())
+    output = SimpleNamespace(preempted_req_ids=None, scheduled_new_reqs=[], scheduled_cached_reqs=nothing)
+    orders = side.scheduled(output)
+    assert orders.claims["d"].ranks == (("[::1]:7100", ""), ("[::1]:7101", ""), ("[::1]:7102", ""))
+    assert not side.scheduled(output)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["ipc", "nccl"])
+@pytest.mark.parametrize("shape", ["blocks first", "keys and values first", "blocks outermost", "layers outermost"])
+def test_on_a_gpu_blocks_are_sent_when_their_step_has_computed_them(engines, backend, shape):
+    prefill, decode = (engines(shape=shape, device="cuda", extra={"backend": backend}) for _ in range(2))
+    for number in range(10):
+        prefill.add(f"p{number}", PROMPT, PREFILL | {"transfer_id": f"t{number}"})
+        decode.add(f"d{number}", PROMPT, leg(prefill, f"t{number}"))
+        until(lambda number=number: f"d{number}" in decode.results, prefill, decode)
+        assert decode.results[f"d{number}"][0::2] == ("FINISHED_LENGTH_CAPPED", True)
+
+
+def test_layouts_of_the_two_sides_may_differ_where_they_can_be_bridged(engines):
+    # Known elsewhere: vLLM #42895.
+    prefill, decode = engines(shape="blocks outermost"), engines(shape="layers outermost")
+    decode.add("d", PROMPT, prefilled(prefill))
+    until(lambda: "d" in decode.results, prefill, decode)
+    assert decode.results["d"][0::2] == ("FINISHED_LENGTH_CAPPED", True)
+    other = engines(shape="keys and values first")
+    other.add("d", PROMPT, prefilled(prefill, "q"))
+    until(lambda: "d" in other.results, prefill, other)
+    assert other.results["d"][0] == "FINISHED_ERROR", "keys and values apart, and together, are not the same bytes"
+
+
+@pytest.mark.parametrize("shape", [(7, 3, 4, 2, 8), (3, 2, 4, 2, 8), (16, 4), (16, 3, 4, 2, 8)])
+def test_a_kv_cache_of_a_shape_that_nobody_knows_is_refused(shape):
+    from hbserve_kv.integrations.vllm_pool import axes_of
+
+    with pytest.raises(ValueError, match="does not know its dimensions"):
+        axes_of(shape, 16)
 
 
 @pytest.mark.parametrize("version", ["0.24", "0.33"])
@@ -105,7 +176,7 @@ def test_what_the_decode_side_has_is_not_fetched(engines, num_hit):
     decode.add("d", PROMPT, prefilled(prefill), num_hit=num_hit)
     until(lambda: "d" in decode.results, prefill, decode)
     assert decode.results["d"][0::2] == ("FINISHED_LENGTH_CAPPED", True)
-    num_blocks, block_bytes = 5 - num_hit // 4, sum(cache[0].nbytes for cache in decode.caches.values())
+    num_blocks, block_bytes = 5 - num_hit // 4, sum(cache[0].nbytes for cache in decode.ranks[0].caches.values())
     assert decode.figures["bytes_transferred"] == [num_blocks * block_bytes]
 
 
@@ -121,7 +192,7 @@ def test_a_router_may_be_faster_than_the_step_that_tells_the_workers(engines):
     """vLLM answers a request before its workers hear that it has finished."""
     prefill, decode = engines(), engines()
     decode.add("d", PROMPT, prefilled(prefill))
-    assert not prefill.worker._worker.manager.stats().num_offers
+    assert not prefill.ranks[0].connector._worker.manager.stats().num_offers
     for _ in range(100):
         decode.step()
         time.sleep(0.001)
@@ -333,4 +404,4 @@ def test_the_connector_overrides_vllms_methods_by_their_own_names_and_parameters
         parameters = [each for each in inspect.signature(method).parameters if each != "self"]
         assert " ".join(parameters) == (BASE | ONLY_0_33)[name], name
     assert set(ABSTRACT) <= mine.keys()
-    assert not hasattr(HBServeConnector, "register_cross_layers_kv_cache"), "0.24 alone has it"
+    assert "register_cross_layers_kv_cache" not in vars(HBServeConnector), "0.24 alone has it"

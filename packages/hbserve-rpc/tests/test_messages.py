@@ -8,6 +8,7 @@ import pytest
 
 from hbserve_rpc import Method, SamplingParams, StreamMethod, messages, wire
 from hbserve_rpc.messages import GenerateRequest
+from hbserve_rpc.trace_context import Traceparent
 
 
 def structs_of(module):
@@ -20,6 +21,7 @@ METHODS = [each for each in vars(messages).values() if isinstance(each, (Method,
 EXAMPLES = {
     str: "text", int: 3, float: 0.25, bool: True, bytes: b"\x00\xff", SamplingParams: SamplingParams(0.5, 7),
     msgspec.Raw: msgspec.Raw(msgspec.msgpack.encode({"any": [1]})),
+    Traceparent: f"00-{'a' * 32}-{'b' * 16}-01",
 }  # fmt: skip
 
 
@@ -32,7 +34,7 @@ def example_of(kind):
     if typing.get_origin(kind) is list:
         return [example_of(typing.get_args(kind)[0])]
     if typing.get_origin(kind) is tuple:
-        return tuple(map(example_of, typing.get_args(kind)))
+        return tuple(example_of(each) for each in typing.get_args(kind) if each is not ...)
     if typing.get_origin(kind) is dict:
         return {example_of(key): example_of(value) for key, value in [typing.get_args(kind)]}
     if inspect.isclass(kind) and issubclass(kind, msgspec.Struct):
@@ -41,7 +43,7 @@ def example_of(kind):
 
 
 def filled(struct):
-    kinds = typing.get_type_hints(struct)
+    kinds = typing.get_type_hints(struct, include_extras=True)
     return struct(**{name: example_of(kinds[name]) for name in struct.__struct_fields__})
 
 
@@ -73,5 +75,5 @@ def test_method_names_are_unique_and_say_who_serves_them():
 
 
 def test_a_request_keeps_its_sampling_parameters():
-    request = GenerateRequest("r", [1, 2], SamplingParams(0.5, 7, True, stop=["x"], seed=3), [9])
+    request = GenerateRequest("r", (1, 2), SamplingParams(0.5, 7, True, stop=["x"], seed=3), [9])
     assert msgspec.msgpack.decode(msgspec.msgpack.encode(request), type=GenerateRequest) == request

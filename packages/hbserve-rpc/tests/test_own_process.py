@@ -108,3 +108,21 @@ def test_signals_are_told_while_it_serves_and_ctrl_c_is_no_traceback_while_the_l
     done = subprocess.run(command, preexec_fn=default, capture_output=True, text=True, timeout=DEADLINE_S, check=False)
     assert done.stdout.split() == ["SIGINT", "SIGTERM", "SIGHUP", "SIGINT"]
     assert (done.stderr, done.returncode) == ("", -signal.SIGINT)
+
+
+SERVES = """
+import gc
+from hbserve_rpc import own_process
+own_process.freeze_heap()
+full = []
+gc.callbacks.append(lambda phase, info: phase == "start" and info["generation"] == 2 and full.append(info))
+waiting = [[] for _ in range(400_000)]
+print(len(full))
+"""
+
+
+def test_a_server_whose_requests_wait_is_seldom_stopped_by_full_collections():
+    done = subprocess.run(
+        [sys.executable, "-c", SERVES], capture_output=True, text=True, timeout=DEADLINE_S, check=True
+    )
+    assert int(done.stdout) == 0

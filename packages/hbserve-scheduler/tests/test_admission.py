@@ -1,6 +1,7 @@
 """Who is taken in, in which order they begin, and until when: most of it in virtual time."""
 
 import asyncio
+import gc
 import math
 import random
 from collections.abc import AsyncIterator, Callable
@@ -204,14 +205,14 @@ def test_who_would_rather_wait_than_be_refused_waits_for_half_of_the_time_too():
 
 
 async def test_a_prompt_that_comes_with_its_shape_is_neither_looked_at_nor_copied(make_scheduler, pair, collect):
-    class Unseen(list):
+    class Unseen(tuple):
         def __iter__(self) -> Any:
             raise AssertionError("it was looked at")
 
         __contains__ = __getitem__ = __iter__  # type: ignore[assignment]
 
     scheduler = await make_scheduler(*pair)
-    prompt = Unseen([7] * 40)
+    prompt = Unseen((7,) * 40)
     shaped = GenerateRequest("r", prompt, SamplingParams(max_tokens=2), shape=PromptShape(40, 7))
     assert scheduler.check(shaped).prompt_token_ids is prompt
     await collect(scheduler.submit(shaped))
@@ -219,14 +220,23 @@ async def test_a_prompt_that_comes_with_its_shape_is_neither_looked_at_nor_copie
     assert scheduler.check(GenerateRequest("r", [7, 9], SamplingParams())).shape == PromptShape(2, 9)
 
 
+async def test_the_collector_does_not_go_through_prompts_that_wait():
+    """By integers a prompt of 4,000 tokens is 4,000 objects for it, at each full pass while the request waits."""
+    scheduler = CpuScheduler(SchedulerConfig())
+    for prompt in ([7] * 4000, (7,) * 4000):
+        scheduler.submit(GenerateRequest(f"{type(prompt)}", prompt, SamplingParams()))
+    gc.collect()
+    assert not [each for each in scheduler.waiting_requests if gc.is_tracked(each.request.prompt_token_ids)]
+
+
 @pytest.mark.parametrize(
     ("prompt", "shape", "problem"),
     [
-        ([7, 8], PromptShape(3, 8), "shape: it is of another prompt"),
-        ((7, 8), PromptShape(2, 8), "shape: it is of another prompt"),
-        ([7, 8], "shape", "shape: it is of another prompt"),
-        ([7, 1000], PromptShape(2, 1000), r"prompt\[1\]: token 1000 is outside the vocabulary"),
-        ([7] * 65, PromptShape(65, 7), "prompt: 65 tokens; the instances take at most 64"),
+        ((7, 8), PromptShape(3, 8), "shape: it is of another prompt"),
+        ([7, 8], PromptShape(2, 8), "shape: it is of another prompt"),
+        ((7, 8), "shape", "shape: it is of another prompt"),
+        ((7, 1000), PromptShape(2, 1000), r"prompt\[1\]: token 1000 is outside the vocabulary"),
+        ((7,) * 65, PromptShape(65, 7), "prompt: 65 tokens; the instances take at most 64"),
     ],
 )
 async def test_a_shape_is_compared_with_what_there_is_and_with_what_instances_take(

@@ -53,10 +53,10 @@ class DisaggregatedBackend:
             raise
 
     def check(self, token_ids: list[int], params: SamplingParams) -> None:
-        self._scheduler().check(GenerateRequest("check", token_ids, params))
+        self._scheduler().check(GenerateRequest("check", tuple(token_ids), params))
 
     def add(self, request_id: str, token_ids: list[int], params: SamplingParams, news: News) -> None:
-        self._run(self._submit(GenerateRequest(request_id, token_ids, params), news))
+        self._run(self._submit(GenerateRequest(request_id, tuple(token_ids), params), news))
 
     async def _submit(self, request: GenerateRequest, news: News) -> None:
         await self._scheduler().wait_for_room(request.params.priority)

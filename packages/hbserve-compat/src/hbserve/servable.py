@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 from hbserve_rpc.plain_values import shown
+from hbserve_rpc.settings import EngineSettings
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -37,20 +38,21 @@ def _why_no_folder(given: Path, folder: Path) -> str:
     return f"model folder '{folder}' does not exist: give the path of a Hugging Face folder"
 
 
-def require_servable(folder: Path, load_format: str, tensor_parallel_sizes: set[int]) -> None:
-    """What every instance would find out by itself, some seconds later.
+def require_servable(folder: Path, settings: EngineSettings, tensor_parallel_sizes: set[int]) -> None:
+    """What every instance would find out by itself, some seconds later. settings: of all of them.
 
     Raises:
-        ModelFilesMissing, UnsupportedModel, WeightsMismatch, InvalidInstanceConfig: says what is wrong, and what to do.
+        ModelFilesMissing, UnsupportedModel, BrokenTokenizer, WeightsMismatch, InvalidInstanceConfig: says what is
+            wrong, and what to do.
     """
     from hbserve_core.model.checkpoint.weight_files import weight_files
-    from hbserve_core.model.model_config import load_model_config
+    from hbserve_core.model.model_config import configured_model
     from hbserve_core.model.shard import check_divisible
 
-    model = load_model_config(folder)
+    model = configured_model(folder, settings)
     for size in sorted(tensor_parallel_sizes):
         check_divisible(model, size)
-    if load_format != "dummy":
+    if settings.load_format != "dummy":
         weight_files(folder)
 
 

@@ -101,7 +101,7 @@ async def serve_all(args: ServeArgs) -> None:
         if front_end is not None:
             await front_end.start()
         folder = await find_model_folder(config.model.path)
-        require_servable(folder, config.engine_settings().load_format, tensor_parallel_sizes(config))
+        require_servable(folder, config.engine_settings(), tensor_parallel_sizes(config))
         with _instances(config, folder, args) as instances:
             reload = None if args.config is None else args.deployment
             await _Deployment(config, folder, front_end, instances, ending, reload).run()

@@ -108,7 +108,7 @@ class TextRequest:
         self,
         scheduler: Scheduler,
         tokenizer: Any,
-        prompt: list[int],
+        prompt: Sequence[int],
         params: SamplingParams,
         *,
         shape: PromptShape | None = None,
@@ -127,7 +127,7 @@ class TextRequest:
         self._prompt_logprobs: list[TokenLogprobs | None] | None = None
         self._asks_of_prompt = params.prompt_logprobs is not None
         self._scheduler = scheduler
-        self._events: Events = scheduler.submit(GenerateRequest(self.request_id, prompt, params, shape=shape))
+        self._events: Events = scheduler.submit(GenerateRequest(self.request_id, tuple(prompt), params, shape=shape))
 
     async def __aiter__(self) -> AsyncGenerator[GenerationDelta, None]:
         """Raises what ended the request, if that is an error; leaving early aborts it."""
@@ -198,7 +198,7 @@ def check_all(
     shapes = []
     for place, (prompt, each) in enumerate(zip(prompts, params, strict=True)):
         with naming(place, len(prompts)):
-            shapes.append(scheduler.check(GenerateRequest("check", prompt, each)).shape)
+            shapes.append(scheduler.check(GenerateRequest("check", tuple(prompt), each)).shape)
     return shapes
 
 

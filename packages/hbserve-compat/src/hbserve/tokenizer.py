@@ -3,15 +3,12 @@
 from pathlib import Path
 from typing import Any
 
+from hbserve_core import BrokenTokenizer
 from hbserve_rpc import InvalidRequest
 from hbserve_rpc.plain_values import plain_text, shown
 
 FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
 """A folder without any of them has no tokenizer."""
-
-
-class BrokenTokenizer(ValueError):
-    """A tokenizer's files are there, but cannot be read as one."""
 
 
 def load_tokenizer(folder: str | Path) -> Any:

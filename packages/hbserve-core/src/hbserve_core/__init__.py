@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from hbserve_core.config import InstanceConfig
 from hbserve_core.errors import (
+    BrokenTokenizer,
     EngineStopped,
     HBServeCoreError,
     InstanceFailed,
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BlockManager",
+    "BrokenTokenizer",
     "Engine",
     "EngineStats",
     "EngineStopped",

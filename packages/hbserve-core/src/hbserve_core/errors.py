@@ -3,6 +3,7 @@
 HBServeCoreError
 ├── ModelFilesMissing (FileNotFoundError)   the model folder, or a file that must be in it, is not there
 ├── UnsupportedModel (ValueError)           the folder is sound, but this engine cannot run what it describes
+├── BrokenTokenizer (ValueError)            a tokenizer's files are there, but cannot be read as one
 ├── WeightsMismatch (ValueError)            tensors are missing, unexpected, or of the wrong shape
 ├── InvalidInstanceConfig (ValueError)      a setting that cannot be
 ├── NotEnoughMemory (MemoryError)           the KV pool does not fit
@@ -21,6 +22,10 @@ class ModelFilesMissing(HBServeCoreError, FileNotFoundError):
 
 
 class UnsupportedModel(HBServeCoreError, ValueError):
+    pass
+
+
+class BrokenTokenizer(HBServeCoreError, ValueError):
     pass
 
 

@@ -1,6 +1,7 @@
 """KV-cache transfer between LLM engines: blocks of a paged pool, or whole tensors, over several backends.
 
-torch is imported with the first name that needs it: who only configures transfers does not wait for it.
+What is not needed to configure transfers is imported with the first name that is asked for, and torch with the first
+tensor: it is an extra, without which `ipc` and `mooncake` serve host memory.
 """
 
 from importlib import import_module
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from hbserve_kv.manager import KVTransferManager
     from hbserve_kv.memory.layout import HeadRange
     from hbserve_kv.memory.pool_layout import PoolLayout
-    from hbserve_kv.memory.shared_memory import shared_empty
+    from hbserve_kv.memory.shared_memory import shared_buffer, shared_empty
     from hbserve_kv.protocol.messages import join_grants
     from hbserve_kv.receiving.claims import Claim
     from hbserve_kv.receiving.transfer import PostedReceive
@@ -62,10 +63,11 @@ __all__ = [
     "TransferTimeout",
     "Transport",
     "join_grants",
+    "shared_buffer",
     "shared_empty",
 ]
 
-_NEED_TORCH = {
+_LATER = {
     "Claim": "receiving.claims",
     "DrainUnknown": "transports.base",
     "HeadRange": "memory.layout",
@@ -79,15 +81,16 @@ _NEED_TORCH = {
     "SendTransfer": "sending.transfer",
     "Transport": "transports.base",
     "join_grants": "protocol.messages",
+    "shared_buffer": "memory.shared_memory",
     "shared_empty": "memory.shared_memory",
 }
 
 
 def __getattr__(name: str) -> Any:
     """Called for names that are not here yet (PEP 562)."""
-    if name not in _NEED_TORCH:
+    if name not in _LATER:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    globals()[name] = found = getattr(import_module(f"{__name__}.{_NEED_TORCH[name]}"), name)
+    globals()[name] = found = getattr(import_module(f"{__name__}.{_LATER[name]}"), name)
     return found
 
 

@@ -19,7 +19,7 @@ import msgspec
 from hbserve_rpc.counts import HttpCounts, LinkCounts
 from hbserve_rpc.histogram import Histogram
 from hbserve_rpc.methods import Method, Notification, StreamMethod
-from hbserve_rpc.prompt_shape import DIGEST_BYTES, MOST_REPORTED, PromptShape
+from hbserve_rpc.prompt_shape import DIGEST_BYTES, MOST_REPORTED, PromptIds, PromptShape
 from hbserve_rpc.sampling_params import LONGEST_TIMEOUT_S, SamplingParams
 
 TokenIds = Annotated[list[int], msgspec.Meta(max_length=1 << 22)]
@@ -50,13 +50,13 @@ class GenerateRequest(msgspec.Struct, frozen=True, tag=True):
     """
 
     request_id: str
-    prompt_token_ids: TokenIds
+    prompt_token_ids: PromptIds
     params: SamplingParams
     output_token_ids: TokenIds = []
     left_s: LeftS = None
     """Of `params.timeout_s`, or of what the deployment allows. To a scheduler it says nothing: there it begins."""
     shape: PromptShape | None = None
-    """Of the prompt, which need not be looked at again then, nor copied: who submits it leaves it as it is."""
+    """Of the prompt, a tuple, which need not be looked at again then."""
 
 
 class DecodeRequest(msgspec.Struct, frozen=True, tag=True):
@@ -64,7 +64,7 @@ class DecodeRequest(msgspec.Struct, frozen=True, tag=True):
 
     request_id: str
     transfer_id: str
-    prompt_token_ids: TokenIds
+    prompt_token_ids: PromptIds
     params: SamplingParams
     output_token_ids: TokenIds = []
     left_s: LeftS = None
@@ -85,7 +85,7 @@ class PrefillRequest(msgspec.Struct, frozen=True, tag=True):
 
     request_id: str
     transfer_id: str
-    prompt_token_ids: TokenIds
+    prompt_token_ids: PromptIds
     params: SamplingParams
     grant: bytes = b""
     output_token_ids: TokenIds = []

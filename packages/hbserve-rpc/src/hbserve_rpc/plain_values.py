@@ -6,7 +6,7 @@ What is given may be of numpy or torch, which this package does not import: a sc
 What a caller's own iterator or mapping raises passes: it is the caller's error, not one about a value.
 """
 
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from itertools import islice
 from typing import Any
 
@@ -139,7 +139,7 @@ def _token_id(name: str, place: int, value: object) -> int:
     return int.__int__(value)
 
 
-def require_in_vocabulary(name: str, token_ids: list[int], vocab_size: int) -> None:
+def require_in_vocabulary(name: str, token_ids: Sequence[int], vocab_size: int) -> None:
     """Raises InvalidRequest: names the first token that the model does not have, and its place."""
     if token_ids and (max(token_ids) >= vocab_size or min(token_ids) < 0):
         place, worst = next((i, each) for i, each in enumerate(token_ids) if not 0 <= each < vocab_size)

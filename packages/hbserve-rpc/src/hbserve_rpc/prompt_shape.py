@@ -18,9 +18,14 @@ MOST_REPORTED = 8192
 """Digests that an instance reports: 64 KiB a second, while they change."""
 Digests = Annotated[list[Annotated[bytes, msgspec.Meta(max_length=DIGEST_BYTES)]], msgspec.Meta(max_length=1 << 18)]
 
+PromptIds = Annotated[tuple[int, ...], msgspec.Meta(max_length=1 << 22)]
+"""Token ids of a prompt. A tuple, which nobody changes, so that nobody need copy it; and the garbage collector, which
+goes through all lists of integers that there are each time, looks at a tuple of them once: where requests wait, their
+prompts are millions."""
+
 
 class PromptShape(msgspec.Struct, frozen=True):
-    """Of a list of token ids that is plain, and that nobody changes any more. Who computes them checks them again."""
+    """Of token ids that are plain. Who computes them checks them again."""
 
     num_tokens: int
     largest_id: int = 0
@@ -28,7 +33,7 @@ class PromptShape(msgspec.Struct, frozen=True):
     """The first DIGEST_BYTES of each full block's, if somebody wants to know where it is cached."""
 
 
-def shape_of(token_ids: list[int], block_size: int = 0) -> PromptShape:
+def shape_of(token_ids: Sequence[int], block_size: int = 0) -> PromptShape:
     """The shape of token ids that are plain. With a `block_size`, with the digests of its blocks."""
     digests: list[bytes] = []
     if block_size:

@@ -29,7 +29,7 @@ def admitted(request: GenerateRequest, infos: Sequence[InstanceInfo], digest_blo
     """The request with its prompt's shape, plain and shared with nobody, checked against the instances that are ready.
 
     While there are none, they check it themselves later. A prompt that comes with its shape is plain already, and
-    nobody changes it: it is neither looked at nor copied.
+    nobody can change it: it is neither looked at nor copied.
 
     Raises:
         InvalidRequest: says what is wrong, and what is allowed.
@@ -40,9 +40,9 @@ def admitted(request: GenerateRequest, infos: Sequence[InstanceInfo], digest_blo
     params = request.params.copied()
     prompt, shape = request.prompt_token_ids, request.shape
     if shape is None:
-        prompt = plain_token_ids("prompt", prompt)
+        prompt = tuple(plain_token_ids("prompt", prompt))
         shape = shape_of(prompt, digest_block_size)
-    elif not isinstance(shape, PromptShape) or not isinstance(prompt, list) or shape.num_tokens != len(prompt):
+    elif not isinstance(shape, PromptShape) or not isinstance(prompt, tuple) or shape.num_tokens != len(prompt):
         raise InvalidRequest("shape: it is of another prompt")
     output = plain_token_ids("output_token_ids", request.output_token_ids)
     if not prompt:

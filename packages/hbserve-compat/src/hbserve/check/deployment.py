@@ -74,7 +74,7 @@ async def _check_model(config: DeploymentConfig) -> list[Finding]:
         return [Finding("ok", "model", "the demo model, which is converted at the first start")]
     try:
         folder = await find_model_folder(config.model.path)
-        require_servable(folder, config.engine_settings().load_format, tensor_parallel_sizes(config))
+        require_servable(folder, config.engine_settings(), tensor_parallel_sizes(config))
     except (OSError, ValueError) as error:
         return [Finding("FAIL", "model", str(error))]
     try:

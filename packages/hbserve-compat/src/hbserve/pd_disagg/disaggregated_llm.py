@@ -96,7 +96,7 @@ class DisaggregatedLLM:
         require_keys(deployment, launched=True)
         keys = launch_keys(deployment)
         folder = await find_model_folder(self.config.model_path)
-        require_servable(folder, self.config.load_format, tensor_parallel_sizes(deployment))
+        require_servable(folder, self.config, tensor_parallel_sizes(deployment))
         self._scheduler = self._scheduler_class(deployment.scheduler, model_path=str(folder))
         on_death = weakly(self._on_death)
         self._scheduler.use_keys(keys.get("scheduler"))

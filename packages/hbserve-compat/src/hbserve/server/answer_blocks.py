@@ -34,7 +34,7 @@ Change = tuple[Literal["begins", "grows", "ends"], Block, str]
 class BlockFormat:
     """Reads one answer into blocks, and counts it. A subclass says which events that makes."""
 
-    def __init__(self, head: dict[str, Any], prompt: list[int], parts: MessageParts) -> None:
+    def __init__(self, head: dict[str, Any], prompt: tuple[int, ...], parts: MessageParts) -> None:
         self._head = head
         self._parts = parts
         self._num_prompt = len(prompt)

@@ -29,7 +29,7 @@ class Answers:
     def __init__(
         self,
         model: ServedModel,
-        prompts: Sequence[list[int]],
+        prompts: Sequence[tuple[int, ...]],
         params: Sequence[SamplingParams],
         *,
         skip_special_tokens: bool = True,

@@ -74,6 +74,9 @@ class MessagesBody(CountTokensBody, frozen=True, kw_only=True):
     temperature: float | None = None
     top_k: int | None = None
     top_p: float | None = None
+    priority: int | None = None
+    timeout_s: float | None = None
+    """Both as of a chat: an extension of ours."""
     container: Any = None
     mcp_servers: Any = None
     speed: str | None = None

@@ -64,6 +64,8 @@ async def _answer(reply: Reply, service: Service, model: ServedModel, body: Mess
         temperature=body.temperature,
         top_k=body.top_k,
         top_p=body.top_p,
+        priority=body.priority,
+        timeout_s=body.timeout_s,
     )
     await chat.answer(reply, service, model, partial(MessageFormat, head))
 

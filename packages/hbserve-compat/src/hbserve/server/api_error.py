@@ -10,7 +10,7 @@ import msgspec
 from starlette.responses import Response
 from starlette.types import Scope
 
-from hbserve.tokenizer import BrokenTokenizer
+from hbserve_core import BrokenTokenizer
 from hbserve_rpc import HBServeRpcError, InvalidRequest, Overloaded, RequestTimeout, Unavailable
 
 RETRY_AFTER_S = 1

@@ -17,7 +17,7 @@ class ChatChoices:
     def __init__(
         self,
         names: TokenNames,
-        prompt: list[int],
+        prompt: tuple[int, ...],
         num_choices: int,
         make_parts: Callable[[], MessageParts],
         *,

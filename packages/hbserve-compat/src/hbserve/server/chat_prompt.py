@@ -20,7 +20,7 @@ from hbserve_rpc import SamplingParams
 class ChatPrompt:
     """What the model is given, and how what it writes is read."""
 
-    token_ids: list[int]
+    token_ids: tuple[int, ...]
     params: SamplingParams
     make_parts: Callable[[], MessageParts]
     """A new reader, for one answer."""

@@ -14,7 +14,9 @@ class CompletionChoices:
     object_name = "text_completion"
     chunk_name = "text_completion"
 
-    def __init__(self, names: TokenNames, body: CompletionBody, prompts: list[list[int]], echoed: list[str]) -> None:
+    def __init__(
+        self, names: TokenNames, body: CompletionBody, prompts: list[tuple[int, ...]], echoed: list[str]
+    ) -> None:
         """Of each choice its prompt, and what of that is repeated before the answer."""
         self._names = names
         self._is_scored = bool(body.echo) and body.logprobs is not None and body.logprobs is not False

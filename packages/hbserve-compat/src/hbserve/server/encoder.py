@@ -25,21 +25,21 @@ class Encoder:
         self._of_thread = copy.deepcopy(tokenizer)
         self._thread = ThreadPoolExecutor(1, "hbserve-encoder")
 
-    async def text(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+    async def text(self, text: str, *, add_special_tokens: bool = True) -> tuple[int, ...]:
         """Of a text as it stands. Raises InvalidRequest."""
         return await self._call(
-            len(text), lambda tokenizer: encode(tokenizer, text, add_special_tokens=add_special_tokens)
+            len(text), lambda tokenizer: tuple(encode(tokenizer, text, add_special_tokens=add_special_tokens))
         )
 
-    async def messages(self, messages: list[dict[str, Any]], **settings: Any) -> list[int]:
+    async def messages(self, messages: list[dict[str, Any]], **settings: Any) -> tuple[int, ...]:
         """Of messages, by the chat template. Raises InvalidRequest."""
         length = sum(len(message["content"]) for message in messages)
         return await self._call(
             length,
-            lambda tokenizer: encode_messages(tokenizer, messages, chat_template=self.chat_template, **settings),
+            lambda tokenizer: tuple(encode_messages(tokenizer, messages, chat_template=self.chat_template, **settings)),
         )
 
-    async def shape(self, token_ids: list[int], block_size: int) -> PromptShape:
+    async def shape(self, token_ids: tuple[int, ...], block_size: int) -> PromptShape:
         """See `shape_of`: to look at a long prompt takes a while too."""
         return await self._call(len(token_ids), lambda _: shape_of(token_ids, block_size))
 

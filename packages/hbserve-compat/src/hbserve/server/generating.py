@@ -58,11 +58,9 @@ async def endpoint(request: Request, kind: type[B], answer: Answer[B]) -> Watche
 async def _complete(
     reply: Reply, service: Service, model: ServedModel, body: CompletionBody, head: dict[str, Any]
 ) -> None:
-    given = read_prompts(body.prompt)
-    n = num_choices(body, len(given))
-    prompts = [await model.encoder.text(each) if isinstance(each, str) else each for each in given]
+    prompts, echoed = await _read_prompts(model, body)
+    n = num_choices(body, len(prompts))
     params = [sampling_params(body, COMPLETION_MAX_TOKENS, structured_outputs(body), model.defaults)] * len(prompts)
-    echoed = [_text_of(model, each, ids) if body.echo else "" for each, ids in zip(given, prompts, strict=True)]
     choices = CompletionChoices(
         TokenNames(model.encoder.tokenizer),
         body,
@@ -72,10 +70,17 @@ async def _complete(
     await _answer(reply, service, model, body, head, choices, prompts, params, n)
 
 
-def _text_of(model: ServedModel, given: str | list[int], token_ids: list[int]) -> str:
+async def _read_prompts(model: ServedModel, body: CompletionBody) -> tuple[list[tuple[int, ...]], list[str]]:
+    """Token ids of each prompt, and what of its text is repeated before its answer."""
+    given = read_prompts(body.prompt)
+    prompts = [await model.encoder.text(each) if isinstance(each, str) else tuple(each) for each in given]
+    return prompts, [_text_of(model, each) if body.echo else "" for each in given]
+
+
+def _text_of(model: ServedModel, given: str | list[int]) -> str:
     if isinstance(given, str):
         return given
-    return "" if model.encoder.tokenizer is None else str(model.encoder.tokenizer.decode(token_ids))
+    return "" if model.encoder.tokenizer is None else str(model.encoder.tokenizer.decode(given))
 
 
 async def _chat(reply: Reply, service: Service, model: ServedModel, body: ChatBody, head: dict[str, Any]) -> None:
@@ -99,7 +104,7 @@ async def _answer(
     body: SamplingFields,
     head: dict[str, Any],
     choices: Choices,
-    prompts: list[list[int]],
+    prompts: list[tuple[int, ...]],
     params: list[SamplingParams],
     n: int,
 ) -> None:

@@ -64,7 +64,7 @@ class ReasoningSplit:
         return self._rest.reason(reason)
 
 
-def thinking_has_begun(chat_template: str | None, tokenizer: Any, prompt: list[int]) -> bool | None:
+def thinking_has_begun(chat_template: str | None, tokenizer: Any, prompt: tuple[int, ...]) -> bool | None:
     """Whether a prompt of this template ends with <think>; None: its model does not think."""
     if chat_template is None or END not in chat_template:
         return None

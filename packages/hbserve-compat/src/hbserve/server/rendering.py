@@ -36,8 +36,10 @@ class Choices(Protocol):
 class Rendering:
     """The answer to one request, and what was counted of it."""
 
-    def __init__(self, choices: Choices, body: SamplingFields, head: dict[str, Any], prompts: list[list[int]]) -> None:
-        """`prompts`: of each choice, in order; those of one prompt are neighbours, and the same list."""
+    def __init__(
+        self, choices: Choices, body: SamplingFields, head: dict[str, Any], prompts: list[tuple[int, ...]]
+    ) -> None:
+        """`prompts`: of each choice, in order; those of one prompt are neighbours, and the same tuple."""
         options = body.stream_options
         self._choices = choices
         self._head = head

@@ -129,8 +129,8 @@ class CompletionBody(SamplingFields, frozen=True, kw_only=True):
     not_served: ClassVar[Mapping[str, tuple[Any, ...]]] = {
         name: values for name, values in NOT_SERVED.items() if name not in ("echo", "prompt_logprobs")
     }
-    prompt: str | list[Any]
-    """Text, token ids, or a list of several of either."""
+    prompt: str | tuple[Any, ...]
+    """Text, token ids, or several of either. Not in a list, as of `hbserve_rpc.prompt_shape.PromptIds`."""
     logprobs: int | bool | None = None
     suffix: str | None = None
     prompt_embeds: Any = None

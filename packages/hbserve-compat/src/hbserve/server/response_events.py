@@ -14,7 +14,7 @@ PREFIXES = {"reasoning": "rs", "text": "msg", "call": "fc"}
 class ResponseFormat(BlockFormat):
     """One response: each block is an item of its output."""
 
-    def __init__(self, body: ResponsesBody, head: dict[str, Any], prompt: list[int], parts: MessageParts) -> None:
+    def __init__(self, body: ResponsesBody, head: dict[str, Any], prompt: tuple[int, ...], parts: MessageParts) -> None:
         super().__init__(head, prompt, parts)
         self._body = body
         self._num_events = 0

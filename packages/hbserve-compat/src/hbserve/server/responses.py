@@ -68,6 +68,8 @@ def _as_chat(body: ResponsesBody) -> TranslatedChat:
         max_tokens=body.max_output_tokens,
         temperature=body.temperature,
         top_p=body.top_p,
+        priority=body.priority,
+        timeout_s=body.timeout_s,
         tools=tools or None,
         tool_choice=choice,
         parallel_tool_calls=body.parallel_tool_calls,

@@ -71,6 +71,9 @@ class ResponsesBody(RequestBody, frozen=True, kw_only=True):
     tools: list[dict[str, Any]] | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
+    priority: int | None = None
+    timeout_s: float | None = None
+    """Both as of a chat: an extension of ours."""
     store: bool | None = None
     previous_response_id: Any = None
     conversation: Any = None

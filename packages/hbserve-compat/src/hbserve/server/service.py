@@ -78,7 +78,7 @@ class ServedModel:
         """Most tokens of a prompt and its answer; 0 while no instance has said it."""
         return self.scheduler.info().max_model_len
 
-    def room_for(self, prompt: list[int]) -> int:
+    def room_for(self, prompt: tuple[int, ...]) -> int:
         """Tokens of the longest answer that a prompt can have. At least 1: it is for the scheduler to refuse it."""
         return max(1, self.max_model_len - len(prompt))
 

@@ -35,7 +35,7 @@ class TranslatedChat:
         reply: Reply,
         service: Service,
         model: ServedModel,
-        make_format: Callable[[list[int], MessageParts], AnswerFormat],
+        make_format: Callable[[tuple[int, ...], MessageParts], AnswerFormat],
     ) -> None:
         """Send the answer, in a format that is made of the prompt and a reader. Raises as `prompt`, or what ends it."""
         prompt = await self.prompt(service, model)

@@ -137,12 +137,15 @@ class _Collecting(Figures):
             self.all_ended.set()
 
 
-class Tokens(list[int]):
+class Tokens(tuple[int, ...]):
     """A prompt of which nothing is there but its length: a scheduler sees no more of one that comes with its shape."""
 
-    def __init__(self, count: int) -> None:
-        super().__init__()
-        self._count = count
+    _count: int
+
+    def __new__(cls, count: int) -> "Tokens":
+        tokens = super().__new__(cls)
+        tokens._count = count
+        return tokens
 
     def __len__(self) -> int:
         return self._count

@@ -1,9 +1,10 @@
 """Choice of the tokens, of which sequences, that the next step computes.
 
 One token budget for everything: decodes first, then chunks of prompts that have begun, then new sequences; with
-`chunk_size: auto` what is short comes before what is long, begun or new. A sequence gets the blocks of all its known
-tokens when it is admitted; from then on it grows by a block at a time, and if none is left, the newest sequence gives
-all of its blocks up and is computed again later.
+`chunk_size: auto` what is short comes before what is long, begun or new. Of those that wait, to be computed or for
+blocks, the lowest `SamplingParams.priority` comes first; what runs keeps its place. A sequence gets the blocks of all
+its known tokens when it is admitted; from then on it grows by a block at a time, and if none is left, the newest
+sequence gives all of its blocks up and is computed again later.
 
 Blocks that no layer sees any more go back when a token has been sampled: until then its prompt may be cached as a
 whole, and until the end while they are sent. A sequence never has more tokens than the pool has room for, seen or not:
@@ -25,6 +26,16 @@ from hbserve_rpc.histogram import Histogram
 
 STEP_TOKENS = [1.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0, 2048.0, 4096.0, 8192.0, 16384.0]
 """Bounds of the histogram of tokens in a step: vLLM's."""
+
+
+def _place(queue: "deque[Sequence]", priority: int, is_first: bool) -> int:
+    """Of a new one among those of its priority: the first, or the last. Mostly an end of the queue."""
+    place = 0 if is_first else len(queue)
+    while is_first and place < len(queue) and queue[place].params.priority < priority:
+        place += 1
+    while not is_first and place and queue[place - 1].params.priority > priority:
+        place -= 1
+    return place
 
 
 class BatchScheduler:
@@ -77,14 +88,17 @@ class BatchScheduler:
             "iteration_tokens": self.iteration_tokens.copy(),
         }
 
-    def move(self, sequence: Sequence, phase: Phase) -> None:
-        """From its phase and queue to another phase, and to the end of that one's queue. Its blocks stay its own."""
+    def move(self, sequence: Sequence, phase: Phase, *, is_promised: bool = False) -> None:
+        """From its phase and queue to another phase, and to the end of that one's queue; where it waits, to the end of
+        those of its priority, or before these if it `is_promised` room. Its blocks stay its own."""
         before = sequence.phase
         sequence.enter(phase)
         if (queue := self._queues.get(before)) is not None:
             queue.remove(sequence)
         if (queue := self._queues.get(phase)) is not None:
-            queue.append(sequence)
+            waits = phase in (Phase.WAITING, Phase.RESERVING)
+            place = _place(queue, sequence.params.priority, is_promised) if waits else len(queue)
+            queue.insert(place, sequence)
 
     def schedule(self) -> list[ScheduledChunk]:
         """The next step; empty if nothing can be computed now. Blocks for it are allocated."""
@@ -135,8 +149,7 @@ class BatchScheduler:
         return True
 
     def _preempt(self, sequence: Sequence) -> None:
-        self.move(sequence, Phase.WAITING)
-        self.waiting.rotate(1)  # it has been promised room before all others
+        self.move(sequence, Phase.WAITING, is_promised=True)
         self.release(sequence)
         sequence.num_computed_tokens = 0
         sequence.num_preemptions += 1
@@ -184,7 +197,7 @@ class BatchScheduler:
         """New prompts that overtake longer ones, if there is room for the first of these too."""
         batch: list[ScheduledChunk] = []
         for sequence in list(islice(self.waiting, MOST_OVERTAKERS)):
-            if self._prefill_budget == 0:
+            if self._prefill_budget == 0 or sequence.params.priority > self.waiting[0].params.priority:
                 break
             if self._is_short(sequence):
                 first = self.waiting[0].num_tokens if sequence is not self.waiting[0] else 0
@@ -298,8 +311,7 @@ class BatchScheduler:
             choice.is_shared = parent.is_shared
             self.move(choice, Phase.RUNNING)
         for choice in reversed(late):
-            self.move(choice, Phase.WAITING)
-            self.waiting.rotate(1)
+            self.move(choice, Phase.WAITING, is_promised=True)
         self.release(parent)
 
     def release(self, sequence: Sequence) -> None:

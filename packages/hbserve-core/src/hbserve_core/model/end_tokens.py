@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from hbserve_core.errors import UnsupportedModel
+from hbserve_core.errors import BrokenTokenizer, UnsupportedModel
 
 T = TypeVar("T", bound=msgspec.Struct)
 
@@ -20,7 +20,8 @@ def end_token_ids(folder: Path, raw: Mapping[str, Any], generation: Mapping[str,
     """`raw` is the content of config.json, `generation` of generation_config.json, {} if there is none.
 
     Raises:
-        UnsupportedModel: an eos_token_id that is no integer, or a tokenizer file that is not JSON.
+        UnsupportedModel: an eos_token_id that is no integer.
+        BrokenTokenizer: a tokenizer file that cannot be read, or is not JSON.
     """
     found: list[int] = []
     for source in (generation, raw):
@@ -98,5 +99,5 @@ def _read(path: Path, kind: type[T]) -> T:
         return msgspec.json.decode(content, type=kind)
     except FileNotFoundError:
         return kind()
-    except ValueError as error:
-        raise UnsupportedModel(f"{path}: {error}") from error
+    except (OSError, ValueError) as error:
+        raise BrokenTokenizer(f"{path.parent}: its tokenizer cannot be read: {path.name}: {error}") from error

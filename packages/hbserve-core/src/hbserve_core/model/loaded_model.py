@@ -10,7 +10,7 @@ from hbserve_core.config import InstanceConfig
 from hbserve_core.errors import InvalidInstanceConfig
 from hbserve_core.model.kv_pool import BlockShape, allocate_pool, block_shape, choose_num_blocks, kv_dtype
 from hbserve_core.model.layers import DecoderWeights
-from hbserve_core.model.model_config import DTYPES, ModelConfig, load_model_config, torch_dtype
+from hbserve_core.model.model_config import DTYPES, ModelConfig, configured_model, torch_dtype
 from hbserve_core.model.rank_group import RankGroup
 from hbserve_core.model.rope import angle_table
 from hbserve_core.model.shard import check_divisible
@@ -36,7 +36,7 @@ class LoadedModel:
                 f"tensor_parallel_size={config.tensor_parallel_size}: this runner was made for {shard.size} rank; "
                 "make_runner() starts the others"
             )
-        self.model_config = _with_limit(configured_model(config), config)
+        self.model_config = _with_limit(configured_model(config.model_path, config), config)
         check_divisible(self.model_config, shard.size)
         self.rank_config = shard.config(self.model_config)
         """Sizes of this rank's part."""
@@ -82,15 +82,6 @@ class LoadedModel:
         ropes = config.layer_ropes()
         tables = {each: angle_table(each, config.head_dim, config.max_model_len).to(self.device) for each in ropes}
         return [tables[each] for each in ropes]
-
-
-def configured_model(config: InstanceConfig) -> ModelConfig:
-    """The model of an instance, split among ranks as that says. Raises what `load_model_config` raises."""
-    model = load_model_config(config.model_path)
-    if model.switches.experts is None:
-        return model
-    experts = replace(model.switches.experts, whole_on_ranks=config.expert_parallel)
-    return replace(model, switches=replace(model.switches, experts=experts))
 
 
 def _with_limit(model: ModelConfig, config: InstanceConfig) -> ModelConfig:

@@ -6,15 +6,16 @@ torch is not imported: whoever starts instances asks first whether they can serv
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hbserve_core.errors import ModelFilesMissing, UnsupportedModel
 from hbserve_core.model.architectures import ARCHITECTURES, Switches, find_architecture
 from hbserve_core.model.end_tokens import end_token_ids
-from hbserve_core.model.quantization import scale_block
+from hbserve_core.model.quantization import Packing, packing, scale_block
 from hbserve_core.model.rope_config import RopeConfig, extended_length, read_rope_configs
+from hbserve_rpc.settings import EngineSettings
 
 if TYPE_CHECKING:
     import torch
@@ -72,6 +73,8 @@ class ModelConfig:
     """Of 8-bit weights; None: they are not quantised. See `quantization.scale_block`."""
     eos_token_ids: tuple[int, ...]
     """Each of them ends a sequence."""
+    packing: Packing | None = None
+    """Of 4-bit weights."""
 
     @property
     def reach(self) -> int:
@@ -101,6 +104,7 @@ def load_model_config(path: str | Path) -> ModelConfig:
         ModelFilesMissing: no such folder, or no config.json in it.
         UnsupportedModel: an architecture, activation, RoPE type or sliding window that this engine does not have,
             or a config.json that lacks a size.
+        BrokenTokenizer: a tokenizer's files cannot be read.
     """
     folder = Path(path).expanduser()
     if not folder.is_dir():
@@ -115,6 +119,15 @@ def load_model_config(path: str | Path) -> ModelConfig:
         return _parse(folder, architecture, raw, _read_json(folder / "generation_config.json") or {})
     except KeyError as error:
         raise UnsupportedModel(f"{folder / 'config.json'}: {error.args[0]!r} is missing") from error
+
+
+def configured_model(path: str | Path, settings: EngineSettings) -> ModelConfig:
+    """The model of instances, split among ranks as their settings say. Raises what `load_model_config` raises."""
+    model = load_model_config(path)
+    if model.switches.experts is None:
+        return model
+    experts = replace(model.switches.experts, whole_on_ranks=settings.expert_parallel)
+    return replace(model, switches=replace(model.switches, experts=experts))
 
 
 def _parse(folder: Path, architecture: str, raw: Mapping[str, Any], generation: Mapping[str, Any]) -> ModelConfig:
@@ -155,6 +168,7 @@ def _parse(folder: Path, architecture: str, raw: Mapping[str, Any], generation: 
         attention_scale=switches.attention_multiplier or head_dim**-0.5,
         scale_block=scale_block(folder, raw),
         eos_token_ids=end_token_ids(folder, raw, generation),
+        packing=packing(folder, raw),
     )
 
 

@@ -1,12 +1,55 @@
 """Quantised weights, as a config.json describes them: which can be read, and by which blocks they have scales."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from hbserve_core.errors import UnsupportedModel
 
 BLOCK = (128, 128)
+
+
+@dataclass(frozen=True, slots=True)
+class Packing:
+    """How weights of 4 bits are stored; see checkpoint/packed_weights.py."""
+
+    method: Literal["awq", "gptq"]
+    group_size: int
+    """Inputs that share a scale; -1: all of them."""
+    zero_offset: int
+    """To be added to zeros as they are stored."""
+
+
+def packing(folder: Path, raw: Mapping[str, Any]) -> Packing | None:
+    """Of weights of 4 bits; None: there are none.
+
+    Raises:
+        UnsupportedModel: another kind of AWQ or GPTQ than is read here; names what it is.
+    """
+    given = raw.get("quantization_config") or {}
+    method = given.get("quant_method")
+    if method not in ("awq", "gptq"):
+        return None
+    known: dict[str, tuple[object, ...]] = {"bits": (4,)}
+    if method == "awq":
+        known |= {"version": ("gemm",), "zero_point": (True,)}
+    else:
+        known |= {"checkpoint_format": ("gptq", "gptq_v2")}
+    defaults = {"bits": 4, "version": "gemm", "zero_point": True, "checkpoint_format": "gptq"}
+    for name, allowed in known.items():
+        value = given.get(name, defaults[name])
+        value = value.lower() if isinstance(value, str) else value
+        if value not in allowed:
+            of = " or ".join(map(repr, allowed))
+            raise UnsupportedModel(f"{folder}: quantization_config ({method}) has {name}={value!r}; supported: {of}")
+    size = given.get("group_size", 128)
+    if isinstance(size, bool) or not isinstance(size, int) or (size < 1 and size != -1):
+        raise UnsupportedModel(
+            f"{folder}: quantization_config ({method}) has group_size={size!r}, expected a size or -1"
+        )
+    is_one_too_small = method == "gptq" and given.get("checkpoint_format", "gptq") == "gptq"
+    return Packing(method, size, int(is_one_too_small))
 
 
 def scale_block(folder: Path, raw: Mapping[str, Any]) -> tuple[int, int] | None:
@@ -20,6 +63,8 @@ def scale_block(folder: Path, raw: Mapping[str, Any]) -> tuple[int, int] | None:
     if not given:
         return None
     method = given.get("quant_method", "unknown")
+    if method in ("awq", "gptq"):
+        return None
     if method == "fp8" and given.get("fmt", "e4m3") in ("e4m3", "float8_e4m3fn"):
         return _block(folder, given.get("weight_block_size"))
     if method == "compressed-tensors":
@@ -31,8 +76,8 @@ def scale_block(folder: Path, raw: Mapping[str, Any]) -> tuple[int, int] | None:
                 folder, next((each["block_structure"] for each in groups if each.get("block_structure")), None)
             )
     raise UnsupportedModel(
-        f"{folder}: quantization_config ({method}) is not supported; supported: fp8, and compressed-tensors of 8-bit "
-        "floats; others need products of their own: use unquantised weights"
+        f"{folder}: quantization_config ({method}) is not supported; supported: awq, gptq, fp8, and compressed-tensors "
+        "of 8-bit floats; others need products of their own: use unquantised weights"
     )
 
 

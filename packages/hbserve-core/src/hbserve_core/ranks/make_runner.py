@@ -8,7 +8,8 @@ import torch
 from hbserve_core.config import InstanceConfig
 from hbserve_core.engine.step import Runner
 from hbserve_core.errors import InvalidInstanceConfig
-from hbserve_core.model.loaded_model import choose_device, configured_model
+from hbserve_core.model.loaded_model import choose_device
+from hbserve_core.model.model_config import configured_model
 from hbserve_core.model.rank_group import RankGroup
 from hbserve_core.model.shard import check_divisible
 from hbserve_core.torch_runner.runner import ModelRunner
@@ -29,7 +30,7 @@ def make_runner(config: InstanceConfig, on_failure: Callable[[Exception], None] 
     """
     if config.tensor_parallel_size == 1:
         return make_rank_runner(config, RankGroup())
-    check_divisible(configured_model(config), config.tensor_parallel_size)
+    check_divisible(configured_model(config.model_path, config), config.tensor_parallel_size)
     if not torch.distributed.is_available():
         raise InvalidInstanceConfig(
             f"tensor_parallel_size={config.tensor_parallel_size}: needs a torch that was built with torch.distributed"

@@ -133,18 +133,18 @@ class HBServeConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     # ---- the worker's side ---------------------------------------------------------------------------------------
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
-        pool, axes, pieces = pool_of(kv_caches, self._kv_cache.num_blocks)
+        pool, pieces = pool_of(kv_caches, self._kv_cache.num_blocks)
         device = next(iter(kv_caches.values())).device
         rank = get_tensor_model_parallel_rank()
         config = self._extra.config(rank)
         self._worker = WorkerSide(
             rank,
             pool,
-            _fingerprint(self._config, axes, pieces),
+            _fingerprint(self._config, pool.axes, pieces),
             config,
             pieces_of_block=pieces,
             lease_s=self._extra.lease_s,
-            make_event=_recorder(device),
+            device=device,
         )
         logger.info("HBServeConnector: rank %d is reached at %s", rank, self._worker.manager.address)
 
@@ -237,14 +237,3 @@ def _fingerprint(config: Any, axes: str, pieces: int) -> dict[str, str | int]:
         "tp_size": config.parallel_config.tensor_parallel_size,
         "keys_and_values": "apart" if "kv" in axes.split() else "together",
     }
-
-
-def _recorder(device: torch.device) -> Any:
-    """Makes events after what the calling thread has queued on its current stream."""
-
-    def record() -> Any:
-        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        event.record(torch.cuda.current_stream(device))
-        return event
-
-    return record if device.type == "cuda" else lambda: None

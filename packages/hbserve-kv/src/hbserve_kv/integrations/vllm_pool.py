@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from hbserve_kv.memory.pool_layout import PoolLayout
+
 BY_BLOCKS_FIRST = {3: "blocks tokens dim", 4: "blocks heads tokens dim", 5: "blocks kv tokens heads dim"}
 
 
@@ -30,25 +32,15 @@ def axes_of(shape: Sequence[int], num_blocks: int) -> str:
     )
 
 
-def pool_of(caches: Mapping[str, torch.Tensor], num_blocks: int) -> tuple[torch.Tensor, str, int]:
-    """The pool, the names of the caches' dimensions, and how many blocks of the pool are one of vLLM's: kernels may
-    want smaller ones.
+def pool_of(caches: Mapping[str, torch.Tensor], num_blocks: int) -> tuple[PoolLayout, int]:
+    """The pool, and how many of its blocks are one of vLLM's: kernels may want smaller ones.
 
     Raises:
-        ValueError: nobody knows such tensors, they differ, or a block's layers do not lie together.
+        ValueError: nobody knows such tensors, or they differ.
     """
     tensors = list({tensor.data_ptr(): tensor for tensor in caches.values()}.values())  # layers may share one
     kinds = {axes_of(tensor.shape, num_blocks) for tensor in tensors}
     if len(kinds) > 1:
         raise ValueError(f"KV caches of several kinds: {sorted(kinds)}; HBServeConnector moves one kind")
     (axes,) = kinds
-    where = axes.split().index("blocks")
-    size, first = tensors[0].shape[where], min(tensors, key=lambda tensor: tensor.data_ptr())
-    block_bytes = sum(tensor.nbytes // size for tensor in tensors)
-    ends = {tensor.data_ptr() - first.data_ptr() + tensor.nbytes // size for tensor in tensors}
-    strides = {tensor.stride(where) * tensor.element_size() for tensor in tensors}
-    if strides != {block_bytes} or max(ends) > block_bytes:
-        raise ValueError("the layers of a block do not lie together")
-    storage = torch.empty(0, dtype=torch.uint8, device=first.device).set_(first.untyped_storage())
-    offset = first.storage_offset() * first.element_size()
-    return storage.as_strided((size, block_bytes), (block_bytes, 1), offset), axes, size // num_blocks
+    return PoolLayout(tensors, axes), tensors[0].shape[axes.split().index("blocks")] // num_blocks

@@ -5,10 +5,12 @@ transfers, leases and heartbeats go on while the model computes, and while the e
 import asyncio
 import logging
 import threading
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Coroutine, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
+
+import torch
 
 from hbserve_kv.config import KVTransferConfig
 from hbserve_kv.errors import TransferFailed
@@ -52,17 +54,17 @@ class WorkerSide:
         *,
         pieces_of_block: int = 1,
         lease_s: float = 30.0,
-        make_event: Callable[[], Any] = lambda: None,
+        device: torch.device | None = None,
     ) -> None:
-        """`pieces_of_block`: blocks of the pool that make one of vLLM's. `make_event`: an event of the device, after
-        what the calling thread has queued. Returns when peers can connect.
+        """`pieces_of_block`: blocks of the pool that make one of vLLM's. `device`: where the pool is, and where the
+        calling threads compute, unless that is the CPU. Returns when peers can connect.
 
         Raises: as KVTransferManager and its `start`.
         """
         self._pieces = pieces_of_block
         self._lease_s = lease_s
         self._patience_s = 4 * config.timeout_s
-        self._make_event = make_event
+        self._gpu = device if device is not None and device.type == "cuda" else None
         self._claims: dict[str, Claim] = {}
         self._sending: dict[str, _Sending] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -78,10 +80,11 @@ class WorkerSide:
             self._stop_loop()
             raise
 
-    @staticmethod
     async def _start(
-        rank: int, pool: Any, fingerprint: Mapping[str, str | int], config: KVTransferConfig
+        self, rank: int, pool: Any, fingerprint: Mapping[str, str | int], config: KVTransferConfig
     ) -> KVTransferManager:
+        if self._gpu is not None:
+            torch.cuda.set_device(self._gpu)  # of this thread
         manager = KVTransferManager(rank=rank, pool=pool, fingerprint=fingerprint, config=config)
         await manager.start()
         return manager
@@ -94,13 +97,21 @@ class WorkerSide:
     def begin_step(self, orders: Orders) -> None:
         """Carry out what concerns earlier steps."""
         if orders.claims or orders.fetches or orders.releases or orders.finished or orders.withdrawn:
-            event = self._make_event() if orders.finished else None
+            event = self._event() if orders.finished else None
             self._loop.call_soon_threadsafe(self._begin, orders, event)
+
+    def _event(self) -> Any:
+        """Happens after what the calling thread has queued on its current stream."""
+        if self._gpu is None:
+            return None
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record(torch.cuda.current_stream(self._gpu))
+        return event
 
     def end_step(self, orders: Orders) -> None:
         """The step's computation is queued: its blocks may be sent when the device has done it."""
         if orders.computed:
-            self._loop.call_soon_threadsafe(self._push_computed, orders.computed, self._make_event())
+            self._loop.call_soon_threadsafe(self._push_computed, orders.computed, self._event())
 
     def preempt(self, names: set[str]) -> None:
         """Return when the blocks of these requests are not read any more.

@@ -7,8 +7,6 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-import torch
-
 INTERVAL_S = 1e-4
 """Between two looks. The control messages of a transfer take ten times as long."""
 
@@ -20,6 +18,8 @@ def on_stream(stream: Any) -> Iterator[None]:
     A thread begins on the first GPU, and torch's own would go back to it. CUDA makes a context there then, which takes
     0.15 s in the middle of a transfer, and half a gigabyte of a GPU that is another instance's.
     """
+    import torch
+
     torch.cuda.set_device(stream.device)
     with torch.cuda.stream(stream):
         yield

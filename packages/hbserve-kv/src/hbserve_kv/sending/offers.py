@@ -144,6 +144,8 @@ class Offer:
         except (TransferFailed, FingerprintMismatch) as error:
             self._end(TransferResult(Outcome.FAILED_DRAINED, error=str(error)))
             return
+        if not transfer.has_equal_blocks:
+            transfer.state.fail("what is offered needs blocks of the same number of tokens on both sides")
         for piece in self._pushed:
             self._forward(*piece)
         transfer.result.add_done_callback(lambda _: self._payload.cancel())
@@ -164,7 +166,7 @@ class Offer:
         assert self._transfer is not None
         end = self._first + self._transfer.num_blocks
         wanted = block_ids[max(0, self._first - place) : max(0, end - place)]
-        if wanted:
+        if wanted and not self._transfer.state.failed:
             self._transfer.push(wanted, max(0, place - self._first), ready)
 
     # ---- its end -------------------------------------------------------------------------------------------------

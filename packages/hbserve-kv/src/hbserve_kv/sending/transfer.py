@@ -107,6 +107,13 @@ class SendTransfer:
         """Tokens of the blocks in which this transfer counts: the smaller ones, where those of one side are larger."""
         return self._legs[0].side.unit_tokens
 
+    @property
+    def has_equal_blocks(self) -> bool:
+        """The blocks of all receivers have as many tokens as this side's."""
+        return all(
+            leg.side.ratio == 1 and len(leg.target_units) == len(leg.target.block_ids) for leg in self._legs.values()
+        )
+
     def push(self, block_ids: Sequence[int], first: int, ready: Any = None, *, layers: range | None = None) -> None:
         """Queue blocks: `block_ids[i]` goes to block `first + i` of those granted. Returns at once.
 

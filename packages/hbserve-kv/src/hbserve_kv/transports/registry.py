@@ -30,13 +30,25 @@ def make_transports(config: KVTransferConfig, rank: int) -> list[Transport]:
     found = find_custom(config.backend)
     if issubclass(found, Transport):
         return [found()]
+    require_torch(config.backend)
     from hbserve_kv.transports.custom import CustomTransport
 
     return [CustomTransport(found(rank, config.options), config.backend)]
 
 
+def require_torch(backend: str) -> None:
+    """Raises BackendUnavailable where it is not installed."""
+    try:
+        importlib.import_module("torch")
+    except ImportError as error:
+        raise BackendUnavailable(
+            f"kv_transfer.backend={backend!r} needs torch: pip install 'hbserve-kv[torch]' ({error})"
+        ) from error
+
+
 def _built_in(backend: KVTransferBackend, config: KVTransferConfig) -> Transport:
     if backend is KVTransferBackend.NCCL:
+        require_torch(backend.value)
         from hbserve_kv.transports.nccl import NcclTransport
 
         return NcclTransport(config.host, config.timeout_s)

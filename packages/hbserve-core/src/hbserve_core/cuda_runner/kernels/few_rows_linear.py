@@ -27,6 +27,8 @@ from hbserve_core.cuda_runner.kernels.pointwise import activated
 
 _STEP_BYTES = 8192
 """Of a weight row, and so of `given`, M times as many numbers: all of both stays in registers."""
+_SMALL_OUTPUTS = 4, 8
+"""Of a program of `small_linear`. Of one row these are many, so the last wave is short; with two, the input counts."""
 TILE_OUTPUTS = 64
 _TILINGS = {16: (128, 6), 32: (128, 6), 64: (128, 5), 128: (64, 8)}
 """By padded rows: inputs of one step of the loop over them, and how many steps are on their way: as many as the shared
@@ -128,8 +130,7 @@ def small_linear(
     if out is None:
         out = torch.empty((rows, outputs), dtype=dtype or x.dtype, device=x.device)
     step = min(_STEP_BYTES // weight.dtype.itemsize, triton.next_power_of_2(size))
-    # Programs of one row that are as small as this are many, so the last wave is short. With two, the input counts.
-    per_program = 4 if rows == 1 or step > 2048 else 8
+    per_program = _SMALL_OUTPUTS[0 if rows == 1 or step > 2048 else 1]
     norm_weight, eps = norm or (x, 0.0)
     _small_linear[(triton.cdiv(outputs, per_program),)](
         x, weight, weight if bias is None else bias, norm_weight, out, eps,

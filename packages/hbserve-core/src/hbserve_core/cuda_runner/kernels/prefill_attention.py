@@ -29,6 +29,9 @@ from hbserve_core.cuda_runner.kernels.attention_parts import (
 )
 from hbserve_core.cuda_runner.kernels.dependent_launch import LAUNCH, begin
 
+_STORED_ROWS = 4, 16
+"""Of a program of `store_kv`: of few rows, and of more than 512."""
+
 
 @triton.jit(do_not_specialize=["num_rows"])
 def _store_kv(
@@ -83,7 +86,7 @@ def store_kv(
     _, _, _, block_size, num_kv_heads, head_dim = pool.shape
     rows = qkv.shape[0]
     num_heads = qkv.shape[1] // head_dim - 2 * num_kv_heads
-    per_program = 4 if rows <= 512 else 16
+    per_program = _STORED_ROWS[rows > 512]
     weight, eps = norm or (cos_sin, 0.0)
     key_scale, value_scale = (scores.key_scale, scores.value_scale) if scores else (1.0, 1.0)
     _store_kv[(triton.cdiv(rows, per_program), 2 * num_kv_heads)](

@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 
 from hbserve_core.errors import WeightsMismatch
+from hbserve_core.model.checkpoint.packed_weights import PackedWeight, find_packed, is_part
 from hbserve_core.model.checkpoint.safetensors_file import DTYPES, SafetensorsFile, StoredTensor
 from hbserve_core.model.checkpoint.staged_reader import StagedReader
 from hbserve_core.model.checkpoint.tensor_source import Shapes, TensorPart, row_pieces, sampled_places
@@ -40,21 +41,30 @@ class Checkpoint:
             if config.tied_embeddings and _EMBEDDING not in self._stored and _HEAD in self._stored:
                 # One tensor under either name: safetensors' save_model keeps the name that comes first in the alphabet.
                 self._stored[_EMBEDDING] = self._stored.pop(_HEAD)
+            self._packed: dict[str, PackedWeight] = {}
             self._scales, problems = find_scales(self._stored, config.scale_block) if config.scale_block else ({}, [])
+            if config.packing:
+                self._packed, problems = find_packed(self._stored, config.packing)
+                self._stored = {name: each for name, each in self._stored.items() if not is_part(name)}
             self._kv_scales, kv_problems = find_kv_scales(self._stored)
             self._check(config, shapes, problems + kv_problems)
-            if self._scales:
+            if self._scales or self._packed:
                 logger.warning(
-                    "%s: %d weights are 8-bit floats; they are kept and multiplied in 16 bits or more, which takes the "
-                    "memory of weights that are not quantised",
+                    "%s: %d weights are %s; they are kept and multiplied in 16 bits or more, which takes the memory of "
+                    "weights that are not quantised",
                     config.path,
-                    len(self._scales),
+                    len(self._scales or self._packed),
+                    "8-bit floats" if self._scales else "of 4 bits",
                 )
             self._reader = StagedReader(device)
             opened.callback(self._reader.close)
             self._opened = opened.pop_all()
 
     def read(self, part: TensorPart, target: torch.Tensor) -> None:
+        if packed := self._packed.get(part.name):
+            rows, columns = part.ranges(packed.shape)
+            target.copy_(packed.widened(rows, columns, target.device))
+            return
         stored = self._stored[part.name]
         rows, columns = part.ranges(stored.shape)
         scales = self._scales.get(part.name)
@@ -67,6 +77,8 @@ class Checkpoint:
             target[piece].copy_(narrow.float().mul_(scales.of(rows[piece], columns, target.device)))
 
     def sample(self, name: str) -> torch.Tensor:
+        if packed := self._packed.get(name):
+            return packed.sample()
         stored = self._stored[name]
         sampled, scales = stored.pick(sampled_places(stored.shape)).float(), self._scales.get(name)
         # Equal numbers with other scales are other weights.
@@ -85,11 +97,14 @@ class Checkpoint:
 
     def _check(self, config: ModelConfig, shapes: Shapes, problems: list[str]) -> None:
         unexpected = [name for name in self._stored if name not in shapes and not _may_be_ignored(name, config)]
-        problems = [*problems, *(f"missing: {name}" for name in shapes if name not in self._stored)]
+        given = {name: each.shape for name, each in self._stored.items()}
+        given |= {name: each.shape for name, each in self._packed.items()}
+        problems = [*problems, *(f"missing: {name}" for name in shapes if name not in given)]
         problems += [f"unexpected: {name}" for name in unexpected]
+        for name, shape in given.items():
+            if name in shapes and shape != shapes[name]:
+                problems.append(f"{name} has shape {shape}, config.json asks for {shapes[name]}")
         for name, stored in self._stored.items():
-            if name in shapes and stored.shape != shapes[name]:
-                problems.append(f"{name} has shape {stored.shape}, config.json asks for {shapes[name]}")
             if name in shapes and stored.dtype not in DTYPES and name not in self._scales:
                 problems.append(f"{name} has dtype {stored.dtype}, expected one of {', '.join(DTYPES)}")
         if problems:

@@ -17,7 +17,7 @@ from hbserve_core.errors import WeightsMismatch
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """What weights may be stored as, by the names that the format has for it."""
-STORED_DTYPES = DTYPES | {"F8_E4M3": torch.float8_e4m3fn}
+STORED_DTYPES = DTYPES | {"F8_E4M3": torch.float8_e4m3fn, "I32": torch.int32}
 """The same, and what they may be stored as if they have scales."""
 
 
@@ -40,6 +40,17 @@ class StoredTensor(NamedTuple):
             return
         for row in range(len(rows)):
             self.file.read(first + row * row_bytes, buffer[row * width : (row + 1) * width])
+
+    @property
+    def size(self) -> int:
+        """Numbers."""
+        return prod(self.shape)
+
+    def whole(self) -> torch.Tensor:
+        """All of it, on the CPU."""
+        found = torch.empty(self.shape, dtype=STORED_DTYPES[self.dtype], device="cpu")
+        self.file.read(self.offset, found.view(torch.uint8).numpy().data.cast("B"))
+        return found
 
     def pick(self, places: range) -> torch.Tensor:
         """The numbers at these places of the flattened tensor, on the CPU."""

@@ -1,0 +1,108 @@
+"""Weights of 4 bits, eight to an int32, as AWQ and GPTQ checkpoints have them: read, and widened by scales and zeros.
+
+In place of `X.weight` (O, I) there are, of I / G groups of inputs that share a scale and a zero:
+                  AWQ                                     GPTQ
+    X.qweight     (I, O / 8), packed along outputs        (I / 8, O), packed along inputs
+    X.qzeros      (I / G, O / 8), packed as its weights   (I / G, O / 8), packed along outputs, often one too small
+    X.scales      (I / G, O)                              (I / G, O)
+    X.g_idx                                               (I,): the group of each input, in any order (act-order)
+A weight is (number - zero) * scale. The lowest four bits come first; AWQ has a permutation of eight neighbours.
+"""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+
+from hbserve_core.model.checkpoint.safetensors_file import DTYPES, StoredTensor
+from hbserve_core.model.quantization import Packing
+
+_IN_ORDER = (0, 1, 2, 3, 4, 5, 6, 7)
+_AWQ_PLACES = (0, 4, 1, 5, 2, 6, 3, 7)
+"""Of each of eight neighbours, its place in their int32."""
+_PARTS = ("qweight", "qzeros", "scales", "g_idx")
+
+
+class PackedWeight(NamedTuple):
+    """One weight matrix."""
+
+    shape: tuple[int, int]
+    """(O, I)"""
+    parts: Mapping[str, StoredTensor]
+    packing: Packing
+
+    def widened(self, rows: range, columns: range, device: torch.device) -> torch.Tensor:
+        """(rows, columns) of the weight, float32. It is read as a whole for that."""
+        places = _AWQ_PLACES if self.packing.method == "awq" else _IN_ORDER
+        stored = {name: each.whole().to(device) for name, each in self.parts.items()}
+        if self.packing.method == "awq":
+            numbers = _unpacked(stored["qweight"], places)
+        else:
+            numbers = _unpacked(stored["qweight"].t(), places).t()
+        inputs, outputs = slice(columns.start, columns.stop), slice(rows.start, rows.stop)
+        zeros = _unpacked(stored["qzeros"], places) + self.packing.zero_offset
+        scales, groups = stored["scales"].float(), stored.get("g_idx")
+        if groups is None:
+            groups = torch.arange(self.shape[1], device=device) // (self.shape[1] // len(scales))
+        own = groups[inputs].long()
+        return ((numbers[inputs, outputs] - zeros[own][:, outputs]) * scales[own][:, outputs]).t()
+
+    def sample(self) -> torch.Tensor:
+        """Some of its numbers, float32, by which it can be told from others."""
+        some = [each.pick(range(0, each.size, 1 + each.size // 64)).double() for each in self.parts.values()]
+        return torch.cat(some).float()
+
+
+def find_packed(stored: Mapping[str, StoredTensor], packing: Packing) -> tuple[dict[str, PackedWeight], list[str]]:
+    """Packed weights by the names that they would have as plain ones, and in words what is wrong with them."""
+    found, problems = {}, []
+    for name in stored:
+        layer, _, last = name.rpartition(".")
+        if last != "qweight":
+            continue
+        parts = {part: stored[f"{layer}.{part}"] for part in _PARTS if f"{layer}.{part}" in stored}
+        problem = _problem(parts, packing)
+        if problem:
+            problems.append(f"{layer}: {problem}")
+        else:
+            found[f"{layer}.weight"] = PackedWeight(_shape(parts["qweight"], packing), parts, packing)
+    return found, problems
+
+
+def is_part(name: str) -> bool:
+    """Whether a tensor of this name belongs to a packed weight."""
+    return name.rpartition(".")[2] in _PARTS
+
+
+def _shape(qweight: StoredTensor, packing: Packing) -> tuple[int, int]:
+    first, second = qweight.shape
+    return (8 * second, first) if packing.method == "awq" else (second, 8 * first)
+
+
+def _problem(parts: Mapping[str, StoredTensor], packing: Packing) -> str:
+    if missing := [name for name in ("qweight", "qzeros", "scales") if name not in parts]:
+        return f"{missing[0]} is missing"
+    dtypes = {name: "I32" for name in parts if name != "scales"}
+    if wrong := [name for name, dtype in dtypes.items() if parts[name].dtype != dtype]:
+        return f"{wrong[0]} has dtype {parts[wrong[0]].dtype}, expected I32"
+    if parts["scales"].dtype not in DTYPES or len(parts["qweight"].shape) != 2:
+        return f"scales of dtype {parts['scales'].dtype} for numbers of shape {parts['qweight'].shape}"
+    outputs, inputs = _shape(parts["qweight"], packing)
+    size = inputs if packing.group_size == -1 else packing.group_size
+    if inputs % size or outputs % 8:
+        return f"{inputs} inputs and {outputs} outputs are not whole groups of {size}, and of 8"
+    expected = {"qzeros": (inputs // size, outputs // 8), "scales": (inputs // size, outputs), "g_idx": (inputs,)}
+    for name, shape in expected.items():
+        if name in parts and parts[name].shape != shape:
+            return f"{name} has shape {parts[name].shape}, expected {shape}"
+    if "g_idx" in parts and (groups := parts["g_idx"].whole()).numel():
+        least, most = int(groups.min()), int(groups.max())
+        if least < 0 or most >= inputs // size:
+            return f"g_idx has groups {least} to {most}, there are {inputs // size}"
+    return ""
+
+
+def _unpacked(packed: torch.Tensor, places: tuple[int, ...]) -> torch.Tensor:
+    """(N, 8 M) numbers of 0 to 15, int32, of (N, M) int32."""
+    shifts = torch.tensor(places, dtype=torch.int32, device=packed.device) * 4
+    return ((packed[:, :, None] >> shifts) & 15).flatten(1)

@@ -1,0 +1,186 @@
+"""Checkpoints of AWQ and GPTQ beside the weights that they stand for, which are written next to them as floats."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from hbserve_core import Engine, InstanceConfig, ModelRunner, UnsupportedModel, WeightsMismatch
+from hbserve_core.model.model_config import load_model_config
+from hbserve_core.model.shard import Shard
+from hbserve_core.model.weights import load_weights
+from hbserve_rpc import SamplingParams
+
+AWQ_ORDER = [0, 2, 4, 6, 1, 3, 5, 7]
+"""What AutoAWQ puts into an int32, the lowest bits first."""
+KINDS = ["awq", "gptq", "gptq act-order", "gptq_v2", "gptq one group"]
+
+
+def packed(numbers, order=(0, 1, 2, 3, 4, 5, 6, 7)):
+    """(N, M) numbers to (N, M / 8) int32."""
+    eight = numbers.view(len(numbers), -1, 8).to(torch.int64)
+    whole = sum(eight[:, :, place] << (4 * bit) for bit, place in enumerate(order))
+    return torch.where(whole >= 1 << 31, whole - (1 << 32), whole).to(torch.int32)
+
+
+def invented(kind, outputs, inputs, generator):
+    """A weight in float32, and what stands for it."""
+    size = inputs if kind == "gptq one group" else 16
+    numbers = torch.randint(0, 16, (inputs, outputs), generator=generator)
+    zeros = torch.randint(1, 16, (inputs // size, outputs), generator=generator)
+    scales = (torch.rand(inputs // size, outputs, generator=generator) * 0.1 + 0.02).half()
+    groups = torch.arange(inputs) // size
+    if kind == "gptq act-order":
+        groups = groups[torch.randperm(inputs, generator=generator)]
+    weight = ((numbers - zeros[groups]) * scales.float()[groups]).t().contiguous()
+    if kind == "awq":
+        return weight, {"qweight": packed(numbers, AWQ_ORDER), "qzeros": packed(zeros, AWQ_ORDER), "scales": scales}
+    stored = {
+        "qweight": packed(numbers.t()).t().contiguous(),
+        "qzeros": packed(zeros - int(kind != "gptq_v2")),
+        "scales": scales,
+        "g_idx": groups.to(torch.int32),
+    }
+    return weight, stored
+
+
+@pytest.fixture(scope="module")
+def folders(model_folder, tmp_path_factory):
+    """(4-bit folder, folder of the same weights in float32), by name of a model and kind of checkpoint."""
+    made = {}
+
+    def make(name, kind):
+        if (name, kind) not in made:
+            made[name, kind] = write(model_folder(name), tmp_path_factory.mktemp("packed"), kind)
+        return made[name, kind]
+
+    return make
+
+
+def write(source, where, kind):
+    narrow, wide = where / "narrow", where / "wide"
+    for folder in (narrow, wide):
+        shutil.copytree(source, folder)
+    weights, generator = load_file(source / "model.safetensors"), torch.Generator().manual_seed(3)
+    small: dict[str, torch.Tensor] = {}
+    large: dict[str, torch.Tensor] = {}
+    for name, weight in weights.items():
+        if name.endswith("_proj.weight"):
+            large[name], parts = invented(kind, weight.shape[0], weight.shape[1], generator)
+            small |= {name.replace("weight", part): tensor for part, tensor in parts.items()}
+        else:
+            small[name] = large[name] = weight
+    save_file(small, narrow / "model.safetensors", {"format": "pt"})
+    save_file(large, wide / "model.safetensors", {"format": "pt"})
+    method = "awq" if kind == "awq" else "gptq"
+    change(narrow, quant_method=method, bits=4, group_size=-1 if kind == "gptq one group" else 16)
+    if method == "awq":
+        change(narrow, version="gemm", zero_point=True)
+    else:
+        change(narrow, checkpoint_format=kind if kind == "gptq_v2" else "gptq", desc_act=kind == "gptq act-order")
+    return narrow, wide
+
+
+def change(folder, **quantization):
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = config.get("quantization_config", {}) | quantization
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [*(("llama", kind) for kind in KINDS), ("phi3", "awq"), ("qwen3-moe", "gptq")]
+)
+def test_greedy_tokens_are_those_of_transformers_with_the_same_weights_in_floats(folders, prompt, name, kind, caplog):
+    import transformers
+
+    narrow, wide = folders(name, kind)
+    runner = ModelRunner(InstanceConfig(model_path=str(narrow), device="cpu", dtype="float32", num_blocks=20))
+    assert "weights are of 4 bits; they are kept and multiplied in 16 bits or more" in caplog.text
+    engine = Engine(runner.config, runner)
+    engine.add("r", prompt(21), SamplingParams(temperature=0, max_tokens=6, ignore_eos=True))
+    tokens = []
+    while engine.has_work():
+        for output in engine.step():
+            tokens += output.token_ids
+    given = torch.tensor([prompt(21)])
+    oracle = transformers.AutoModelForCausalLM.from_pretrained(wide, dtype=torch.float32)
+    out = oracle.generate(
+        given, attention_mask=torch.ones_like(given), do_sample=False, max_new_tokens=6, min_new_tokens=6,
+        eos_token_id=None, pad_token_id=0,
+    )  # fmt: skip
+    assert tokens == out[0, 21:].tolist()
+
+
+@pytest.mark.parametrize("kind", ["awq", "gptq act-order"])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_has_its_part_of_the_same_weights(folders, kind, rank):
+    narrow, wide = (
+        load_weights(load_model_config(folder), "safetensors", torch.float16, torch.device("cpu"), Shard(rank, 2))
+        for folder in folders("llama", kind)
+    )
+    for one, other in zip(narrow.layers, wide.layers, strict=True):
+        for name in ("qkv", "output", "gate_up", "down"):
+            assert torch.equal(plain(getattr(one, name)), plain(getattr(other, name)))
+
+
+def plain(linear):
+    return linear.weight.to_dense() if linear.weight.is_mkldnn else linear.weight
+
+
+def test_a_group_that_is_not_there_is_refused_by_name(folders, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(folders("llama", "gptq")[0], folder)
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.0.mlp.up_proj.g_idx"][5] = 4
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(WeightsMismatch, match=r"layers\.0\.mlp\.up_proj: g_idx has groups 0 to 4, there are 4"):
+        ModelRunner(InstanceConfig(model_path=str(folder), device="cpu", num_blocks=20))
+
+
+def test_other_numbers_are_other_weights(folders):
+    one, other = (
+        load_weights(load_model_config(folders("llama", kind)[0]), "safetensors", torch.float32, torch.device("cpu"))
+        for kind in ("awq", "gptq")
+    )
+    assert one.digest != other.digest
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "message"),
+    [
+        ("gptq", {"bits": 8}, r"\(gptq\) has bits=8; supported: 4"),
+        ("awq", {"version": "gemv"}, r"\(awq\) has version='gemv'; supported: 'gemm'"),
+        ("awq", {"zero_point": False}, r"\(awq\) has zero_point=False; supported: True"),
+        ("gptq", {"checkpoint_format": "marlin"}, r"has checkpoint_format='marlin'; supported: 'gptq' or 'gptq_v2'"),
+        ("gptq", {"group_size": 0}, r"has group_size=0, expected a size or -1"),
+    ],
+)
+def test_another_variant_is_refused_by_name_in_one_line(folders, tmp_path, kind, changes, message):
+    folder = tmp_path / "model"
+    shutil.copytree(folders("llama", kind)[0], folder)
+    change(folder, **changes)
+    with pytest.raises(UnsupportedModel, match=message) as caught:
+        load_model_config(folder)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("part", "tensor", "message"),
+    [
+        ("scales", None, "scales is missing"),
+        ("qzeros", torch.zeros(2, 7, dtype=torch.int32), r"qzeros has shape \(2, 7\), expected \(4, 8\)"),
+        ("qweight", torch.zeros(64, 8, dtype=torch.float32), "qweight has dtype F32, expected I32"),
+    ],
+)
+def test_a_packed_weight_that_is_not_whole_is_named(folders, tmp_path, part, tensor, message):
+    folder = tmp_path / "model"
+    shutil.copytree(folders("llama", "awq")[0], folder)
+    weights = load_file(folder / "model.safetensors")
+    del weights[f"model.layers.1.self_attn.q_proj.{part}"]
+    if tensor is not None:
+        weights[f"model.layers.1.self_attn.q_proj.{part}"] = tensor
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(WeightsMismatch, match=rf"model\.layers\.1\.self_attn\.q_proj: {message}"):
+        ModelRunner(InstanceConfig(model_path=str(folder), device="cpu", num_blocks=20))
