@@ -34,8 +34,11 @@ sys.dont_write_bytecode = False
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# A busy machine takes long over an example, and over making one; that says nothing of what is tested.
-hypothesis.settings.register_profile("busy", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+# A busy machine takes long over an example, and over making one; that says nothing of what is tested. Examples are the
+# same in every run, so that who changes one thing hears of no other; --hypothesis-profile default looks for new ones.
+hypothesis.settings.register_profile(
+    "busy", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow], derandomize=True, database=None
+)
 hypothesis.settings.load_profile("busy")
 
 SMALL = {

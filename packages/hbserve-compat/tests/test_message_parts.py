@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from hbserve_fake_scheduler import FakeServer, chunks_of
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from hbserve.server.message_parts import MessageParts, PlainText, merged
@@ -102,9 +102,11 @@ def test_a_message_is_the_same_in_whatever_pieces_its_text_comes(case, places):
     assert read(make, text, list(range(len(text)))) == (message, reason)
 
 
-@given(
-    st.lists(st.sampled_from(["<tool_call>", "</tool_call>", '{"name": "f", "arguments": ', "{", "}", '"', "a", "\\"]))
-)
+HEAD = '{"name": "f", "arguments": '
+
+
+@given(st.lists(st.sampled_from(["<tool_call>", "</tool_call>", HEAD, "{", "}", '"', "a", "\\"])))
+@example([HEAD, HEAD, "}", "<tool_call>", HEAD])  # what looks like a call after what is none
 def test_whatever_a_model_writes_becomes_a_message(pieces):
     for make in (HermesCalls, LlamaCalls, lambda: ReasoningSplit(HermesCalls(), has_begun=True)):
         whole, _ = read(make, "".join(pieces))

@@ -160,18 +160,20 @@ class LlamaCalls(_Calls):
     def __init__(self, *, most_calls: int | None = None) -> None:
         super().__init__(most_calls=most_calls)
         self._is_text = False
+        self._is_over = False
+        """After its calls it went on with something else, and all that follows is left out."""
 
     def feed(self, text: str, *, final: bool) -> list[dict[str, Any]]:
         deltas: list[dict[str, Any]] = []
         rest: str | None = text
-        while rest and not self._is_text:
+        while rest and not (self._is_text or self._is_over):
             if self._call is None:
                 # After a call, what is before the next one is its own last brace and the border between.
                 begun = rest.lstrip("} \n\t;" if self._num_calls else None)
                 if not begun:
                     return deltas
                 if begun[0] != "{":
-                    self._is_text = not self._num_calls
+                    self._is_text, self._is_over = not self._num_calls, self._num_calls > 0
                     break
                 self._begin()
                 rest = begun
