@@ -1,5 +1,6 @@
 """`hbserve chat`: a conversation by a URL, and with instances of its own."""
 
+import json
 import os
 import pty
 import shutil
@@ -95,7 +96,11 @@ def test_without_a_url_it_starts_a_pair_and_talks_to_it(tmp_path, small_model):
 @pytest.mark.warm
 def test_ctrl_c_stops_an_answer_and_not_the_program_and_the_conversation_goes_on(tmp_path, small_model):
     template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
-    with served(tmp_path, f"--chat-template={template}", model={"path": str(small_model("qwen3"))}) as server:
+    # One that never ends an answer by itself: by chance it would, now and then, before the signal.
+    folder = shutil.copytree(small_model("qwen3"), tmp_path / "endless")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"eos_token_id": None}))
+    with served(tmp_path, f"--chat-template={template}", model={"path": str(folder)}) as server:
         terminal, its_end = pty.openpty()
         command = [*COMMAND, "--url", server.url, "--max-tokens", "400"]
         process = subprocess.Popen(command, stdin=its_end, stdout=its_end, stderr=its_end, start_new_session=True)
