@@ -176,16 +176,16 @@ class Network:
     def add_address(self, host: str, address: str) -> None:
         _ip("-n", self.namespace(host), "addr", "add", f"{address}/24", "dev", "eth0")
 
-    def resolve_names(self, host: str, lines: str) -> None:
-        """What `ip netns exec` starts on this host has these lines as its /etc/resolv.conf; the test is skipped where
-        that cannot be."""
+    def resolve_names(self, host: str, lines: str, file: str = "resolv.conf") -> None:
+        """What `ip netns exec` starts on this host has these lines as its /etc/resolv.conf, or as its /etc/hosts; the
+        test is skipped where that cannot be."""
         folder = Path("/etc/netns") / self.namespace(host)
         try:
             folder.mkdir(parents=True)
         except OSError as error:
             pytest.skip(f"no resolv.conf of a namespace's own here: {error}")
         self._stack.callback(self._forget_names, folder)
-        (folder / "resolv.conf").write_text(lines)
+        (folder / file).write_text(lines)
 
     @staticmethod
     def _forget_names(folder: Path) -> None:

@@ -21,6 +21,16 @@ def test_a_way_to_copy_is_measured_beside_computation():
     assert min(alone, beside, transfer_ms) > 0
 
 
+def test_layer_major_pools_are_measured_beside_block_major_ones():
+    command = [sys.executable, FOLDER / "kv_layouts.py", "--size", "8", "--rounds", "1", "--backends", "ipc"]
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    (row,) = re.findall(r"^ipc +([\d. ]+)", done.stdout, re.MULTILINE)
+    assert all(float(rate) > 0 for rate in row.split())
+    assert len(row.split()) == 4
+    assert "72 pieces a block" in done.stdout
+
+
 @pytest.mark.parametrize("instances", [["--backend", "ipc"], ["--hybrid", "2"]], ids=["apart", "hybrid"])
 def test_the_handoff_is_measured_under_a_load_and_beside_hybrid_instances(small_model, instances):
     command = [sys.executable, FOLDER / "pd_handoff.py", "--model", small_model("qwen3"), *instances]

@@ -1,12 +1,11 @@
 """deploy/: what Kubernetes' API would refuse, and whether names, ports, probes and commands are those of the code."""
 
 import configparser
+import json
 import re
 import shlex
 import subprocess
 import sys
-import time
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -199,55 +198,97 @@ def test_a_unit_runs_a_command_that_there_is(unit):
         assert parsed(found["Service"]["ExecStartPre"].split()[1:])
 
 
+class Pods:
+    """Where commands of pods are run: each in a network namespace, at the ports and by the names that the manifests
+    have; where there are no namespaces, all on this host, at other ports."""
+
+    def __init__(self) -> None:
+        self.hosts = {"server": "10.77.1.1", "prefill": "10.77.1.2", "decode": "10.77.1.3"}
+        self.before: dict[str, list[str]] = {host: [] for host in self.hosts}
+        """Words before a command."""
+        self.changes: dict[str, str] = {}
+        """Of the file."""
+        self.ports = {"prefill": 5600, "decode": 5600, "http": 8000}
+
+    def use(self, network: Any) -> None:
+        names = "".join(f"{address} hbserve-{host}\n" for host, address in self.hosts.items() if host != "server")
+        for host in self.hosts:
+            network.resolve_names(host, f"127.0.0.1 localhost\n{names}", "hosts")
+            self.before[host] = ["ip", "netns", "exec", network.namespace(host)]
+
+    def use_this_host(self, free_ports: list[int]) -> None:
+        self.hosts = dict.fromkeys(self.hosts, "127.0.0.1")
+        *found, rpc = free_ports
+        self.ports = dict(zip(self.ports, found, strict=True))
+        others = {"0.0.0.0": "127.0.0.1", "5550": str(rpc), "8000": str(self.ports["http"]), "5700": "0", "5680": "0"}
+        names = {f"hbserve-{role}:5600": f"localhost:{self.ports[role]}" for role in ("prefill", "decode")}
+        self.changes = others | names
+
+    def start(self, host: str, *command: str) -> "subprocess.Popen[str]":
+        pipe = subprocess.PIPE
+        return subprocess.Popen(
+            [*self.before[host], sys.executable, *command], stdin=pipe, stdout=pipe, stderr=pipe, text=True
+        )
+
+
+@pytest.fixture
+def pods(request: pytest.FixtureRequest, free_ports: Any) -> Pods:
+    found = Pods()
+    try:
+        found.use(request.getfixturevalue("make_network")(found.hosts))
+    except pytest.skip.Exception:
+        found.use_this_host(free_ports(4))
+    return found
+
+
+ASK = """
+import sys, time, urllib.request
+def ask(path, body=None):
+    request = urllib.request.Request(sys.argv[1] + path, body, {"Content-Type": "application/json"})
+    return urllib.request.urlopen(request, timeout=60).read()
+deadline = time.monotonic() + float(sys.argv[2])
+while True:
+    try:
+        ask("/health")
+        break
+    except OSError:
+        if time.monotonic() > deadline:
+            raise
+        time.sleep(0.1)
+print(ask("/v1/completions", b'{"prompt": "hello", "max_tokens": 4, "ignore_eos": true}').decode())
+"""
+
+
 @pytest.mark.warm
-def test_the_commands_of_the_pods_serve_as_plain_processes(small_model, tmp_path, free_ports):
-    """As in a pod, but for the addresses: the name of each headless service is this host's."""
-    prefill, decode, http, rpc = free_ports(4)
+def test_the_commands_of_the_pods_serve_as_plain_processes(small_model, tmp_path, pods):
     text = find("ConfigMap", "hbserve")["data"]["deployment.yaml"]
-    for before, after in {
-        "/models/model": str(small_model("qwen3")), "0.0.0.0": "127.0.0.1", "5550": str(rpc), "8000": str(http),
-        "5700": "0", "5680": "0", "hbserve-prefill:5600": f"localhost:{prefill}",
-        "hbserve-decode:5600": f"localhost:{decode}",
-    }.items():  # fmt: skip
+    for before, after in {"/models/model": str(small_model("qwen3")), **pods.changes}.items():
         assert before in text
         text = text.replace(before, after)
     (tmp_path / "deployment.yaml").write_text(text)
 
-    def start(manifest: dict[str, Any], name: str, port: int) -> "subprocess.Popen[str]":
-        (template,) = templates(manifest)
-        known = {"$(POD_NAME)": name, "$(POD_IP)": "127.0.0.1", "/etc/hbserve": str(tmp_path), "5600": str(port)}
+    def start(kind: str, host: str) -> "subprocess.Popen[str]":
+        name = "hbserve" if host == "server" else f"hbserve-{host}"
+        (template,) = templates(find(kind, name))
+        known = {"$(POD_NAME)": f"{name}-0", "$(POD_IP)": pods.hosts[host], "/etc/hbserve": str(tmp_path)}
+        known |= {"5600": str(pods.ports[host])} if host in pods.ports else {}
         arguments = [
             re.sub("|".join(map(re.escape, known)), lambda at: known[at[0]], each)
             for each in container(template)["args"]
         ]
-        return subprocess.Popen([sys.executable, "-m", "hbserve", *arguments], stderr=subprocess.PIPE, text=True)
+        return pods.start(host, "-m", "hbserve", *arguments)
 
     processes = [
-        start(find("StatefulSet", "hbserve-prefill"), "hbserve-prefill-0", prefill),
-        start(find("StatefulSet", "hbserve-decode"), "hbserve-decode-0", decode),
-        start(find("Deployment", "hbserve"), "hbserve-0", 0),
-    ]
+        start("StatefulSet", "prefill"), start("StatefulSet", "decode"), start("Deployment", "server"),
+    ]  # fmt: skip
     try:
-        wait_until_ready(f"http://127.0.0.1:{http}/health", processes)
-        body = b'{"prompt": "hello", "max_tokens": 4, "ignore_eos": true}'
-        request = urllib.request.Request(f"http://127.0.0.1:{http}/v1/completions", body)
-        request.add_header("Content-Type", "application/json")
-        with urllib.request.urlopen(request, timeout=60) as answer:
-            assert b'"completion_tokens":4' in answer.read().replace(b" ", b"")
+        url = f"http://{pods.hosts['server']}:{pods.ports['http']}"
+        asking = pods.start("decode", "-c", ASK, url, str(START_DEADLINE_S))
+        answer, why = asking.communicate(timeout=2 * START_DEADLINE_S)
+        assert asking.returncode == 0, why
+        assert json.loads(answer)["usage"]["completion_tokens"] == 4
     finally:
         for process in processes:
             process.terminate()
         said = [process.communicate(timeout=60)[1] for process in processes]
     assert [process.returncode for process in processes] == [0, 0, 0], said
-
-
-def wait_until_ready(url: str, processes: "list[subprocess.Popen[str]]") -> None:
-    deadline = time.monotonic() + START_DEADLINE_S
-    while True:
-        try:
-            with urllib.request.urlopen(url, timeout=10):
-                return
-        except OSError:
-            assert time.monotonic() < deadline
-            assert [process.poll() for process in processes] == [None] * len(processes)
-            time.sleep(0.1)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from hbserve_kv import KVTransferConfig, KVTransferManager
-from hbserve_kv.testing import is_empty
+from hbserve_kv.testing import LoopbackNetwork, is_empty
 
 BACKENDS = ["nccl", "mooncake", "ipc", "auto", "hbserve_kv_test_backend:QueueTransfer"]
 
@@ -63,6 +63,17 @@ async def managers() -> AsyncIterator[Callable[..., Any]]:
         async with asyncio.timeout(30):
             while not all(is_empty(manager) for manager in started):
                 await asyncio.sleep(0.01)
+
+
+@pytest.fixture
+async def pair(managers: Callable[..., Any]) -> tuple[Any, ...]:
+    """A sender whose block i is full of i, and a receiver whose blocks are full of -1."""
+    network = LoopbackNetwork()
+    source = torch.arange(64.0)[:, None].expand(64, 96).contiguous()
+    target = torch.full((64, 96), -1.0)
+    sender = await managers(0, "loopback", source, transport=network.transport())
+    receiver = await managers(1, "loopback", target, transport=network.transport())
+    return sender, receiver, target, network
 
 
 def pytest_configure() -> None:

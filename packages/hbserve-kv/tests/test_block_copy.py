@@ -1,5 +1,10 @@
 """The kernel that copies blocks on a GPU, beside memmove on the host; without a GPU in Triton's interpreter."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -69,3 +74,11 @@ def test_to_copy_nothing_changes_nothing():
     plan = copy(PoolLayout.of_blocks(pool, None), PoolLayout.of_blocks(pool, None), [], [])
     assert plan.device_tables
     assert not pool.any()
+
+
+def test_it_compiles_for_a_gpu_and_moves_sixteen_bytes_at_once_where_all_pieces_are_of_sixteen():
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    script = Path(__file__).with_name("hbserve_kv_compile_for_hopper.py")
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=120, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "compiled: 16 8 8\n"

@@ -17,17 +17,6 @@ from hbserve_kv.testing import Faults, LoopbackNetwork, LoopbackTransport
 from hbserve_rpc import InvalidRequest, RpcClient
 
 
-@pytest.fixture
-async def pair(managers):
-    """A sender whose block i is full of i, and a receiver whose blocks are full of -1."""
-    network = LoopbackNetwork()
-    source = torch.arange(64.0)[:, None].expand(64, 96).contiguous()
-    target = torch.full((64, 96), -1.0)
-    sender = await managers(0, "loopback", source, transport=network.transport())
-    receiver = await managers(1, "loopback", target, transport=network.transport())
-    return sender, receiver, target, network
-
-
 async def move(sender, receiver, name, blocks):
     """Sends blocks to those of the same number."""
     posted = receiver.post_receive(name, blocks)

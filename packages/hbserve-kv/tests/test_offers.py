@@ -4,14 +4,11 @@ import asyncio
 
 import pytest
 import torch
-from test_known_failures import pair
 
 from hbserve_kv import Outcome, PoolLayout
 from hbserve_kv.protocol.messages import FETCH, KEEP, Fetch, Keep
 from hbserve_kv.testing import is_empty
 from hbserve_rpc import InvalidRequest, RpcClient
-
-__all__ = ["pair"]
 
 
 def offered(sender, name="t", blocks=(4, 5, 6), **lease):

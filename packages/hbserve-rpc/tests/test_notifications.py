@@ -145,10 +145,9 @@ async def test_a_plain_handler_knows_its_caller_and_is_not_called_for_a_client_t
         client.notify(rpc.TELL, rpc.Ask(1))
         await client.call(rpc.CALL, rpc.Ask(), timeout_s=20)
     assert callers[0] == callers[1] != callers[2] == callers[3]
-    known = next(iter(server._clients.values()))
     notify = wire.Notify(7, rpc.TELL.name)
-    server._handle(known.peer.connection, notify, msgspec.msgpack.encode(rpc.Ask(2)))
-    server._handle(known.peer.connection, wire.Goodbye(), b"")
+    server._handle(callers[0], notify, msgspec.msgpack.encode(rpc.Ask(2)))
+    server._handle(callers[0], wire.Goodbye(), b"")
     await asyncio.sleep(0)
     await other.call(rpc.CALL, rpc.Ask(), timeout_s=20)
     assert heard == [1, 1]

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -83,6 +84,16 @@ def test_what_a_fork_cannot_be_starts_cold(options):
     for expected, given in (("True\n", {}), ("False\n", options)):
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, **given)
         assert done.stdout == expected
+
+
+@pytest.mark.netns
+def test_a_program_of_another_network_has_the_files_of_etc_that_are_for_it_and_nobody_else_has(make_network):
+    network = make_network({"there": "10.78.0.1"})
+    network.resolve_names("there", "10.78.0.9 somebody\n", "hosts")
+    code = "import socket, sys; print(socket.gethostbyname('somebody'), 'torch' in sys.modules)"
+    command = ["ip", "netns", "exec", network.namespace("there"), sys.executable, "-c", code]
+    assert subprocess.check_output(command, text=True, timeout=60) == "10.78.0.9 True\n"
+    assert "somebody" not in Path("/etc/hosts").read_text()
 
 
 @pytest.mark.netns

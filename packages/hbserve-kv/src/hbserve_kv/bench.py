@@ -19,6 +19,7 @@ import torch
 
 from hbserve_kv.config import KVTransferConfig
 from hbserve_kv.manager import KVTransferManager
+from hbserve_kv.memory.pool_layout import PoolLayout
 from hbserve_kv.memory.shared_memory import shared_empty
 from hbserve_kv.protocol.transfer_state import Outcome
 
@@ -35,6 +36,8 @@ class Settings(msgspec.Struct, frozen=True):
     checksum: bool = False
     peer_device: str = ""
     """Of the receiving process; "": the same."""
+    num_layers: int = 0
+    """Of pools that are layer-major, keys and values of each layer apart; 0: a block is one piece."""
 
     def of_peer(self) -> "Settings":
         """As the other process has them."""
@@ -57,7 +60,10 @@ def make_pool(settings: Settings) -> torch.Tensor:
 
 def make_manager(settings: Settings, rank: int, pool: torch.Tensor) -> KVTransferManager:
     config = KVTransferConfig(backend=settings.backend, buffer_size=0, checksum=settings.checksum)
-    return KVTransferManager(rank=rank, pool=pool, fingerprint={}, config=config)
+    found: PoolLayout | torch.Tensor = pool
+    if settings.num_layers:
+        found = PoolLayout(list(pool.view(settings.num_layers, 2, settings.num_blocks, -1)), "kv blocks dim")
+    return KVTransferManager(rank=rank, pool=found, fingerprint={}, config=config)
 
 
 def chosen_blocks(settings: Settings, count: int, scattered: bool, seed: int) -> list[int]:
@@ -163,6 +169,7 @@ async def run(arguments: argparse.Namespace) -> None:
             max(1, size * MIB // arguments.block_bytes),
             arguments.block_bytes,
             arguments.checksum,
+            num_layers=arguments.layers,
         )
         for scattered in (False, True):
             found, carrier = await measure(settings, size * MIB, scattered, arguments.rounds)
@@ -177,6 +184,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--sizes", type=int, nargs="+", default=[4, 64, 512], metavar="MIB")
     parser.add_argument("--block-bytes", type=int, default=2 * MIB)
+    parser.add_argument("--layers", type=int, default=0, help="of a layer-major pool; 0: a block is one piece")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--checksum", action="store_true", help="the receiver verifies a checksum of each block")
     arguments = parser.parse_args()

@@ -26,7 +26,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from hbserve_testing.namespaces import enter
+from hbserve_testing.namespaces import enter, mount_files
 
 PRELOADED = (
     "torch",
@@ -102,6 +102,7 @@ def _become(program: Program, streams: list[int]) -> None:
         os.setsid()
     if program.namespace:
         enter(program.namespace)
+        mount_files(program.namespace)
     os.chdir(program.folder)
     os.environ.clear()
     os.environ.update(program.environment)

@@ -43,29 +43,34 @@ class InstanceClient:
         self.process: Any = process
 
     def decode(
-        self, name: str, ids: list[int], params: SamplingParams | None = None
+        self, name: str, ids: Sequence[int], params: SamplingParams | None = None
     ) -> "RpcStream[Granted | TokenEvent]":
-        request = DecodeRequest(name, f"t-{name}", ids, params or self.params)
+        request = DecodeRequest(name, f"t-{name}", (*ids,), params or self.params)
         return self.client.stream(DECODE, request, timeout_s=DEADLINE_S)
 
     def prefill(
-        self, name: str, ids: list[int], grant: bytes, params: SamplingParams | None = None, output: Sequence[int] = ()
+        self,
+        name: str,
+        ids: Sequence[int],
+        grant: bytes,
+        params: SamplingParams | None = None,
+        output: Sequence[int] = (),
     ) -> "RpcStream[TokenEvent | TransferDone]":
-        request = PrefillRequest(name, f"t-{name}", ids, params or self.params, grant, [*output])
+        request = PrefillRequest(name, f"t-{name}", (*ids,), params or self.params, grant, [*output])
         return self.client.stream(PREFILL, request, timeout_s=DEADLINE_S)
 
     def prefill_before_grant(
-        self, name: str, ids: list[int], params: SamplingParams | None = None
+        self, name: str, ids: Sequence[int], params: SamplingParams | None = None
     ) -> "RpcStream[TokenEvent | TransferDone]":
-        request = PrefillRequest(name, f"t-{name}", ids, params or self.params, grant_follows=True)
+        request = PrefillRequest(name, f"t-{name}", (*ids,), params or self.params, grant_follows=True)
         return self.client.stream(PREFILL, request, timeout_s=DEADLINE_S)
 
     def grant(self, name: str, grant: bytes) -> None:
         self.client.notify(GRANT, GrantRequest(name, grant))
 
-    async def hybrid(self, name: str, ids: list[int], params: SamplingParams | None = None) -> list[int]:
+    async def hybrid(self, name: str, ids: Sequence[int], params: SamplingParams | None = None) -> list[int]:
         """All tokens of a request that this instance computes alone."""
-        request = GenerateRequest(name, ids, params or self.params)
+        request = GenerateRequest(name, (*ids,), params or self.params)
         events = self.client.stream(GENERATE, request, timeout_s=DEADLINE_S)
         return [token async for event in events for token in event.token_ids]
 

@@ -2,6 +2,10 @@
 
 import ctypes
 import os
+from pathlib import Path
+from typing import Any
+
+_CLONE_NEWNS, _MS_BIND, _MS_REC, _MS_SLAVE = 0x20000, 0x1000, 0x4000, 0x80000  # linux/sched.h, linux/mount.h
 
 
 def enter(namespace: str) -> int:
@@ -9,6 +13,23 @@ def enter(namespace: str) -> int:
     before = os.open("/proc/thread-self/ns/net", os.O_RDONLY)
     set_namespace(os.open(f"/var/run/netns/{namespace}", os.O_RDONLY))
     return before
+
+
+def mount_files(namespace: str) -> None:
+    """Have the files of /etc/netns/NAMESPACE in place of those of /etc, in this process and in what it starts, as with
+    `ip netns exec`. Most namespaces have none."""
+    if not (folder := Path("/etc/netns") / namespace).is_dir():
+        return
+    libc = ctypes.CDLL(None, use_errno=True)
+    calls: list[tuple[Any, list[Any]]] = [
+        (libc.unshare, [_CLONE_NEWNS]),
+        (libc.mount, [b"none", b"/", None, _MS_SLAVE | _MS_REC, None]),
+    ]
+    for each in folder.iterdir():
+        calls.append((libc.mount, [bytes(each), bytes(Path("/etc") / each.name), b"none", _MS_BIND, None]))
+    for call, arguments in calls:
+        if call(*arguments):
+            raise OSError(ctypes.get_errno(), f"{call.__name__}{arguments}")
 
 
 def set_namespace(file: int) -> None:

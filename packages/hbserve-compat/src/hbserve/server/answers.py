@@ -69,7 +69,7 @@ class Answers:
         await self._close()
 
     def _begin(
-        self, http: HttpRequest, number: int, prompt: list[int], params: SamplingParams, shape: PromptShape | None
+        self, http: HttpRequest, number: int, prompt: tuple[int, ...], params: SamplingParams, shape: PromptShape | None
     ) -> TextRequest:
         """Submit it, in the trace of the client, or in one of its own if spans are made of it."""
         spans, request_id = self._model.spans, http.name(number)

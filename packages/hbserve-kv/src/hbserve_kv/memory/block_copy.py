@@ -42,8 +42,9 @@ def _copy(
     start = tl.load(piece) + here // source_ratio * tl.load(piece + 1) + here % source_ratio * tl.load(piece + 2)
     end = tl.load(piece + 3) + there // target_ratio * tl.load(piece + 4) + there % target_ratio * tl.load(piece + 5)
     word = chunk * WORDS + tl.arange(0, WORDS)
-    inside = word < tl.load(piece + 6)
+    # Said of all three, or no load and no store takes more than one word at once.
     start, end = tl.multiple_of(start, ALIGNED), tl.multiple_of(end, ALIGNED)
+    inside = word < tl.multiple_of(tl.load(piece + 6), ALIGNED)
     tl.store(target + end + word, tl.load(source + start + word, mask=inside), mask=inside)
 
 

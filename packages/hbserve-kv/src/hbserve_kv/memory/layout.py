@@ -282,6 +282,11 @@ class CopyPlan:
         made.pieces = [Piece(*piece[3:6], *piece[:3], piece.length) for piece in self.pieces]
         return made
 
+    @cached_property
+    def shortest(self) -> int:
+        """Bytes of the shortest piece."""
+        return min(piece.length for piece in self.pieces)
+
     @property
     def whole(self) -> Piece | None:
         """The only piece, if a block is one on both sides and neither side's blocks are cut."""

@@ -238,7 +238,7 @@ class IpcTransport(Transport):
             if part.ready is not None:
                 stream.wait_event(part.ready)
             began.record()
-            if min(piece.length for piece in plan.pieces) >= ENGINE_BLOCK_BYTES:
+            if plan.shortest >= ENGINE_BLOCK_BYTES:
                 for mine, theirs, size in plan.moves(part.block_ids, part.target_block_ids):
                     cuda_ipc.copy(there + theirs, here + mine, size, stream.cuda_stream)
             else:
