@@ -3,7 +3,7 @@
 import pytest
 from hbserve_core_interpreted import WITHOUT_KERNELS
 
-from hbserve_core import Engine
+from hbserve_core import Engine, InstanceConfig, ModelRunner
 from hbserve_rpc import SamplingParams
 
 # The interpreter's numbers warn where they wrap, which is what hashing wants, and where they are none.
@@ -156,3 +156,15 @@ def test_one_choice_is_ended_before_and_after_the_fork_and_the_others_go_on(eith
     engine.add("0", prompt(3), SamplingParams(max_tokens=1))  # the id is free
     engine.release("0")
     assert engine.stats().num_free_blocks == engine.stats().num_blocks
+
+
+def test_choices_of_a_prompt_that_fills_the_pool_end_also_where_some_had_to_wait(model_folder, prompt):
+    settings = {"block_size": BLOCK, "num_blocks": 4, "max_num_seqs": 2, "device": "cpu"}
+    engine = Engine(config := InstanceConfig(model_path=str(model_folder("qwen3")), **settings), ModelRunner(config))
+    engine.add("r", prompt(4 * BLOCK), SamplingParams(0, 9, ignore_eos=True, n=5))
+    ended: dict[int, str | None] = {}
+    while engine.has_work():
+        ended |= {output.choice: output.finish_reason for output in engine.step() if output.is_last}
+        assert not engine.stalled, "somebody waits for room that there never is"
+        engine.check_integrity()
+    assert ended == dict.fromkeys(range(5), "length")

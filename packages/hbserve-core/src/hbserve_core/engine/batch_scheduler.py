@@ -299,7 +299,9 @@ class BatchScheduler:
             num_kept = num_tokens if choice is choices[0] else num_tokens - num_tokens % self._blocks.block_size
             num_new_blocks = int(num_kept < num_tokens)
             is_full = len(self.running) + self.num_reserved >= self._config.max_num_seqs
-            if is_full or self._blocks.num_free < num_new_blocks:
+            # Whose prompt fills the pool could never be admitted. It ends in the next step, and has no room to go on.
+            may_wait = self._blocks.num_blocks_for(choice.num_tokens) <= self._blocks.num_blocks
+            if may_wait and (is_full or self._blocks.num_free < num_new_blocks):
                 late.append(choice)
                 continue
             kept = parent.block_table[: self._blocks.num_blocks_for(num_kept)]
