@@ -121,7 +121,7 @@ async def scheduling(
 
 def new_requests(prefix: str, count: int, num_tokens: int = 16, block_size: int = 0) -> list[GenerateRequest]:
     """As entries submit them: with the shape of the prompt, which they have looked at."""
-    prompt = list(range(1, 1 + num_tokens))
+    prompt = tuple(range(1, 1 + num_tokens))
     shape = shape_of(prompt, block_size)
     return [GenerateRequest(f"{prefix}{i}", prompt, PARAMS, shape=shape) for i in range(count)]
 

@@ -26,7 +26,7 @@ from hbserve_scheduler import CpuScheduler, HBServeSchedulerError, RemoteSchedul
 
 MOST_GROWTH_MIB, MOST_FILES = 8.0, 8
 AT_ONCE = 50
-PROMPT = list(range(3, 60))
+PROMPT = tuple(range(3, 60))
 
 
 class State(msgspec.Struct, frozen=True, tag=True):

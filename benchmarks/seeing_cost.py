@@ -27,7 +27,7 @@ from hbserve_scheduler.request import ScheduledRequest
 
 NUM_TOKENS, NUM_STREAMS, NUM_PAIRS, ROUNDS = 128, 256, 15, 7
 PARAMS = SamplingParams(0, NUM_TOKENS, ignore_eos=True)
-PROMPT = list(range(1, 65))
+PROMPT = tuple(range(1, 65))
 
 
 class Streaming(StubClient):

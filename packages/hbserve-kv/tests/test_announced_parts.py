@@ -348,7 +348,7 @@ async def test_a_link_that_is_lost_at_the_moment_of_an_announcement_fails_its_pa
         assert (await transfer.wait()).outcome is Outcome.FAILED_DRAINED, "it hears that the link has ended"
         await asyncio.gather(*transfer.tasks)
     assert (result.outcome, result.error) == (Outcome.FAILED_DRAINED, "the sender was lost")
-    assert receiver.stats().dropped_messages == 0, "who has ended a link is told nothing more of it"
+    assert receiver.stats().dropped_messages <= 1, "an abandon may cross the link's end, and nothing else comes"
 
 
 async def test_a_backend_that_ignores_that_nobody_takes_its_part_is_given_no_other_and_no_task_is_left(

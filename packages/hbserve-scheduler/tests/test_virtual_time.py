@@ -1,7 +1,6 @@
 """The scheduler in a loop whose time jumps: the very same code, and no real time passes."""
 
 import asyncio
-import signal
 import time
 from typing import Any, ClassVar
 
@@ -227,12 +226,3 @@ def test_a_callback_that_fails_is_told_and_stops_no_other():
     told, went_on = in_virtual_time(job())
     assert [type(each) for each in told] == [IndexError]
     assert went_on
-
-
-def test_an_interrupt_ends_a_simulation():
-    async def job() -> None:
-        asyncio.get_running_loop().call_later(1, signal.raise_signal, signal.SIGINT)
-        await asyncio.sleep(1000)
-
-    with pytest.raises(KeyboardInterrupt):
-        in_virtual_time(job())
