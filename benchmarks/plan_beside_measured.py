@@ -12,61 +12,61 @@ best. Nothing else may run meanwhile.
 """
 
 import argparse
+import asyncio
 import json
 import logging
 import subprocess
 import sys
 import tempfile
-from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
+from hbserve.load.args import CompareArgs
 from hbserve.load.arrivals import arrival_times
+from hbserve.load.compare import compare, layouts_of
+from hbserve.load.report import goals_of
 from hbserve.simulator import report
 from hbserve.simulator.engine import EngineLimits
 from hbserve.simulator.profile import Profile, load_profile
-from hbserve.simulator.simulation import Deployment, roles_of, simulate
+from hbserve.simulator.simulation import Deployment, simulate
 from hbserve.simulator.workload import SimulatedRequest
-
-HBSERVE = (sys.executable, "-m", "hbserve")
-NAMES = {"P": "prefill", "D": "decode", "H": "hybrid"}
+from hbserve_rpc.messages import Role
 
 
 def profile_of(arguments: argparse.Namespace, folder: Path) -> Profile:
     if arguments.profile:
         return load_profile(arguments.profile)
     file = folder / "profile.json"
-    subprocess.run([*HBSERVE, "profile", *model_of(arguments), "-o", str(file)], check=True)
+    model = ["--model", arguments.model] if arguments.model else []
+    subprocess.run([sys.executable, "-m", "hbserve", "profile", *model, "-o", str(file)], check=True)
     return load_profile(str(file))
-
-
-def model_of(arguments: argparse.Namespace) -> list[str]:
-    return ["--model", arguments.model] if arguments.model else []
 
 
 def measured(arguments: argparse.Namespace, folder: Path) -> dict[tuple[str, float], float]:
     """Goodput by layout and rate."""
     file = folder / "measured.json"
-    options: dict[str, Any] = {
-        "layouts": arguments.layouts, "rates": ",".join(f"{rate:g}" for rate in arguments.rates),
-        "num-prompts": arguments.requests, "input-len": arguments.input, "output-len": arguments.output, "json": file,
-    }  # fmt: skip
-    flags = [word for name, value in options.items() for word in (f"--{name}", str(value))]
-    goals = [word for goal in arguments.goodput for word in ("--goodput", goal)]
-    subprocess.run([*HBSERVE, "bench", "compare", *model_of(arguments), *flags, *goals], check=True)
+    args = CompareArgs(
+        goodput=arguments.goodput,
+        rates=",".join(f"{rate:g}" for rate in arguments.rates),
+        model=Path(arguments.model) if arguments.model else None,
+        layouts=arguments.layouts,
+        input_len=arguments.input,
+        output_len=arguments.output,
+        num_prompts=arguments.requests,
+        json=file,
+    )
+    asyncio.run(compare(args))
     rows = json.loads(file.read_text())
     return {(row["layout"], row["request_rate"]): row["request_goodput"] for row in rows}
 
 
-def simulated(arguments: argparse.Namespace, profile: Profile, layout: str, rate: float) -> float:
+def simulated(arguments: argparse.Namespace, profile: Profile, roles: Sequence[Role], rate: float) -> float:
     """Goodput, with the very arrivals of the load."""
-    counts = Counter({NAMES[letter]: int(count) for count, letter in zip(layout[::2], layout[1::2], strict=True)})
     requests = [
         SimulatedRequest(at_s, arguments.input, arguments.output) for at_s in arrival_times(arguments.requests, rate)
     ]
-    roles = roles_of(counts["prefill"], counts["decode"], counts["hybrid"])
-    goals_s = {metric: float(ms) / 1e3 for metric, _, ms in (goal.partition(":") for goal in arguments.goodput)}
-    found = report.figures(simulate(Deployment(profile, roles, limits=EngineLimits()), requests), goals_s)
+    deployment = Deployment(profile, tuple(roles), limits=EngineLimits())
+    found = report.figures(simulate(deployment, requests), goals_of(arguments.goodput))
     goodput: float = found["request_goodput"]
     return goodput
 
@@ -75,7 +75,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="", help="a folder; without it, the demo model")
     parser.add_argument("--profile", default="", help="one that is there, in place of measuring")
-    parser.add_argument("--layouts", default="1P3D,2P2D,3P1D,4H", help="at most nine instances of a role")
+    parser.add_argument("--layouts", default="1P3D,2P2D,3P1D,4H")
     parser.add_argument("--rates", type=float, nargs="+", default=[0.5, 1.0, 2.0])
     parser.add_argument("--goodput", nargs="+", default=["ttft:2000", "tpot:300"], metavar="METRIC:MS")
     parser.add_argument("--requests", type=int, default=60, help="of each load")
@@ -83,11 +83,14 @@ def main() -> None:
     parser.add_argument("--output", type=int, default=16)
     arguments = parser.parse_args()
     logging.getLogger("hbserve_scheduler").setLevel(logging.ERROR)
-    layouts = arguments.layouts.upper().split(",")
+    roles = layouts_of(arguments.layouts)
+    layouts = list(roles)
     with tempfile.TemporaryDirectory() as name:
         profile = profile_of(arguments, Path(name))
         expected = {
-            (each, rate): simulated(arguments, profile, each, rate) for rate in arguments.rates for each in layouts
+            (each, rate): simulated(arguments, profile, roles[each], rate)
+            for rate in arguments.rates
+            for each in layouts
         }
         print(
             "\n".join(

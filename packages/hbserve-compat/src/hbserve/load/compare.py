@@ -20,12 +20,13 @@ from hbserve.load.bench_serve import measure
 from hbserve.load.report import goals_of
 from hbserve.plotting import figure_of, require_plotting
 from hbserve_rpc import InvalidRequest
+from hbserve_rpc.messages import Role
 from hbserve_rpc.plain_values import shown
 from hbserve_scheduler import DeploymentConfig, load_config
 
 T = TypeVar("T")
 
-ROLES = {"P": "prefill", "D": "decode", "H": "hybrid"}
+ROLES: dict[str, Role] = {"P": "prefill", "D": "decode", "H": "hybrid"}
 HYBRID = "H"
 STOP_TIMEOUT_S = 60.0
 MUCH_MORE = 1.05
@@ -51,7 +52,7 @@ async def compare(args: CompareArgs) -> None:
     Raises InvalidRequest, ConfigError, what `bench_serve` raises, and RuntimeError if a server ends by itself.
     """
     goals_of(args.goodput)
-    rates, layouts = _rates(args.rates), _layouts(args.layouts)
+    rates, layouts = _rates(args.rates), layouts_of(args.layouts)
     if args.plot is not None:
         require_plotting()
     base = load_config(args.config) if args.config is not None else DeploymentConfig()
@@ -80,9 +81,9 @@ def _rates(text: str) -> list[float]:
     return rates
 
 
-def _layouts(text: str) -> dict[str, list[str]]:
-    """Roles by layout. All have as many devices: else a comparison says nothing."""
-    layouts: dict[str, list[str]] = {}
+def layouts_of(text: str) -> dict[str, list[Role]]:
+    """Roles by layout. All have as many devices: else a comparison says nothing. Raises InvalidRequest."""
+    layouts: dict[str, list[Role]] = {}
     for name in text.upper().split(","):
         counts = {letter: int(count) for count, letter in re.findall(r"(\d+)([PDH])", name)}
         roles = [role for letter, role in ROLES.items() for _ in range(counts.get(letter, 0))]
