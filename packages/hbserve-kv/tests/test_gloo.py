@@ -6,7 +6,7 @@ import socket
 import pytest
 import torch
 
-from hbserve_kv import Outcome
+from hbserve_kv import KVTransferManager, Outcome
 from hbserve_kv.transports import nccl
 from hbserve_kv.transports.nccl import LONGEST_BYTES, PACKED_BYTES, _pieces
 from hbserve_kv.transports.own_sockets import _own_sockets
@@ -60,6 +60,13 @@ def listening(host: str) -> set[int]:
     }
 
 
+async def one_transfer(transfer_id: str, sender: KVTransferManager, receiver: KVTransferManager) -> None:
+    posted = receiver.post_receive(transfer_id, [1, 2])
+    transfer = await sender.open_send(transfer_id, posted.grant)
+    transfer.push([3, 4], 0)
+    assert (await transfer.commit()).outcome is Outcome.COMPLETED
+
+
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
 async def test_what_gloo_listens_at_takes_no_connection_once_its_link_is_there_and_the_link_goes_on(managers, host):
     """It would keep each for as long as the link lives: a thousand of them were a thousand files."""
@@ -69,6 +76,7 @@ async def test_what_gloo_listens_at_takes_no_connection_once_its_link_is_there_a
     sender, receiver = [await managers(rank, "nccl", host=host) for rank in range(2)]
     before = listening(host) - of_others
     await sender.open_link(receiver.endpoint)
+    await one_transfer("first", sender, receiver)  # the receiver has its half of the link, too
     of_gloo = listening(host) - before - of_others
     assert len(of_gloo) == 2
     for port in of_gloo:
@@ -78,7 +86,4 @@ async def test_what_gloo_listens_at_takes_no_connection_once_its_link_is_there_a
                 stranger.connect((host, port))
     for port in before:  # and others do
         socket.create_connection((host, port), 20).close()
-    posted = receiver.post_receive("t", [1, 2])
-    transfer = await sender.open_send("t", posted.grant)
-    transfer.push([3, 4], 0)
-    assert (await transfer.commit()).outcome is Outcome.COMPLETED
+    await one_transfer("second", sender, receiver)
