@@ -19,7 +19,7 @@ from hbserve_kv.protocol.handshake import Identity
 from hbserve_kv.protocol.messages import ALIVE, Alive, Begin, Grant, Nothing, read_grants
 from hbserve_kv.protocol.stats import LinkInfo, TransferStats
 from hbserve_kv.protocol.transfer_state import Outcome, TransferResult
-from hbserve_kv.receiving.claims import Claim, Senders
+from hbserve_kv.receiving.claims import Claim, Senders, SourceRank
 from hbserve_kv.receiving.lookup_buffer import LookupBuffer
 from hbserve_kv.receiving.receiver import Receiver
 from hbserve_kv.receiving.transfer import PostedReceive
@@ -89,7 +89,7 @@ class KVTransferManager(KVTransferBase):
         self._receiver.serve_on(self._server)
         self._server.serve(ALIVE, self._alive)
         self._peers = Peers(me, lambda: self.address, self._transports, config.timeout_s, config.keys)
-        self._offers = Offers(self.epoch, self.open_send, self._memory.layout.num_blocks, config.expiry_s)
+        self._offers = Offers(me, self.open_send, config.expiry_s)
         self._offers.serve_on(self._server)
         self._senders = Senders(config.timeout_s, config.keys)
         self._claims: set[Claim] = set()
@@ -247,13 +247,16 @@ class KVTransferManager(KVTransferBase):
         """
         return self._offers.make(transfer_id, lease_s)
 
-    def claim(self, transfer_id: str, address: str, epoch: str = "") -> Claim:
+    def claim(self, transfer_id: str, address: str | Sequence[SourceRank], epoch: str = "") -> Claim:
         """Want what the manager at `address` offers under this id, and have it kept there until it is fetched.
+
+        Of a sender under tensor parallelism, `address` is the ranks that have heads of this one, each head once.
 
         With an `epoch` it must be offered by that life of the manager, now or in a moment; without, it may be any time
         up to the manager's `expiry_s` until it is.
         """
-        claim = Claim(transfer_id, address, epoch, self._senders, self.post_receive)
+        sources = [SourceRank(address, epoch)] if isinstance(address, str) else address
+        claim = Claim(transfer_id, sources, self.heads, self._senders, self.post_receive)
         self._claims.add(claim)
         claim.task.add_done_callback(lambda _: self._claims.discard(claim))
         return claim
