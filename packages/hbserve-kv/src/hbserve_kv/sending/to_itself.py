@@ -31,6 +31,7 @@ async def transfer_to_itself(peers: Peers, address: str, epoch: str, memory: Mem
     """
     source, target = _ends(memory.layout.num_blocks)
     rows = Rows(memory, Side(memory.layout, 0, memory.layout.num_heads), "pool")
+    _settle(memory)  # what computed there, or will, does so in other streams
     sent, before = _read(rows, source), _read(rows, target)
     _write(rows, target, ~sent)  # whatever lies there: it is not what is sent
     name = uuid.uuid4().hex
@@ -45,10 +46,19 @@ async def transfer_to_itself(peers: Peers, address: str, epoch: str, memory: Mem
         if not _read(rows, target).equal(sent):
             raise TransferFailed("what has come is not what was sent")
         _write(rows, target, before)
+        _settle(memory)
     finally:
         expected.fail("the transfer to itself is over")  # nothing, if it was completed
         await peers.close()
         await asyncio.gather(*transfer.tasks)
+
+
+def _settle(memory: Memory) -> None:
+    """Wait until a GPU has done what was queued."""
+    if memory.is_on_gpu:
+        import torch
+
+        torch.cuda.synchronize(memory.device)
 
 
 def _ends(num_blocks: int) -> tuple[list[int], list[int]]:
