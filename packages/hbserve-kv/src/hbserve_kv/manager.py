@@ -4,7 +4,7 @@ import asyncio
 import logging
 import math
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -89,7 +89,9 @@ class KVTransferManager(KVTransferBase):
         self._receiver = Receiver(me, self._memory, self._transports, self._buffer, config)
         self._receiver.serve_on(self._server)
         self._server.serve(ALIVE, self._alive)
-        self._make_peers = lambda reached_by: Peers(me, lambda: self.address, reached_by, config.timeout_s, config.keys)
+        self._make_peers: Callable[[dict[str, Transport]], Peers] = lambda reached_by: Peers(
+            me, lambda: self.address, reached_by, config.timeout_s, config.keys
+        )
         self._peers = self._make_peers(self._transports)
         self._offers = Offers(me, self.open_send, config.expiry_s)
         self._offers.serve_on(self._server)
