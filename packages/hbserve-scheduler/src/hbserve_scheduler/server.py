@@ -5,7 +5,7 @@ import contextlib
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Mapping
 
-from hbserve_rpc import InvalidRequest, Keys, RpcServer, calling_peer
+from hbserve_rpc import AddressInUse, InvalidRequest, Keys, RpcServer, calling_peer
 from hbserve_rpc.health_port import HealthPort
 from hbserve_rpc.members import (
     SCHEDULER_DRAIN,
@@ -94,7 +94,11 @@ class SchedulerServer:
 
     async def start(self) -> None:
         """Raises AddressInUse."""
-        await self._server.start()
+        try:
+            await self._server.start()
+        except AddressInUse:
+            problem = f"{self.address} is in use: give another scheduler.port, or 0 to let the system choose"
+            raise AddressInUse(problem) from None
         if self.health is not None:
             await self.health.start()
         await self.scheduler.start()
