@@ -52,6 +52,22 @@ async def test_openai_reads_responses_and_sends_them_back_as_input(server):
     assert server.prompt == "f<system>[be brief]<user>[hi]<assistant>hm, f[So be it.]f(1)<tool>[3]"
 
 
+async def test_openai_reads_the_log_probabilities_of_a_responses_text(server):
+    settings: Any = {"model": NAME, "include": ["message.output_text.logprobs"], "top_logprobs": 1}
+    async with client_of(server, openai.AsyncOpenAI, "http://test/v1") as client:
+        answer = await client.responses.create(input="hi", **settings)
+        Response.model_validate(answer.model_dump(by_alias=True), strict=True)
+        told = []
+        async with client.responses.stream(input="hi", **settings) as stream:
+            async for event in stream:
+                if event.type == "response.output_text.delta":
+                    told += event.logprobs
+    found = answer.output[1].content[0].logprobs
+    assert [each.token for each in told] == [each.token for each in found]
+    assert [each.top_logprobs[0].logprob for each in told] == [-1.0] * len(found)
+    assert "".join(each.token for each in found).startswith("So be it.")
+
+
 async def test_anthropic_reads_messages_and_sends_them_back(server):
     tool = {"name": "f", "input_schema": {"type": "object", "properties": {}}}
     settings: Any = {"model": NAME, "tools": [tool], "system": "be brief", "max_tokens": 200}

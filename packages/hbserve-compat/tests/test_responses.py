@@ -77,6 +77,39 @@ async def test_an_answer_that_is_cut_is_incomplete(server):
     assert named_events_of(await ask(server, max_output_tokens=45, stream=True))[-1]["type"] == "response.incomplete"
 
 
+LOGPROBS = {"include": ["message.output_text.logprobs"], "top_logprobs": 2}
+
+
+async def test_log_probabilities_are_those_of_the_tokens_of_the_text(server):
+    whole = (await ask(server, tools=[TOOL], **LOGPROBS)).json()
+    assert whole["top_logprobs"] == 2
+    (part,) = whole["output"][1]["content"]
+    assert "".join(each["token"] for each in part["logprobs"]) == "So be it."
+    first = part["logprobs"][0]
+    assert [each["logprob"] for each in first["top_logprobs"]] == [-1.0, -2.0]
+    assert (bytes(first["bytes"]).decode(), first["logprob"]) == (first["token"], -9999.0)
+
+    events = named_events_of(await ask(server, tools=[TOOL], stream=True, **LOGPROBS))
+    told = [each["logprobs"] for each in events if each["type"] == "response.output_text.delta"]
+    assert len(told) > 1
+    assert [entry for each in told for entry in each] == part["logprobs"]
+    (done,) = (each for each in events if each["type"] == "response.output_text.done")
+    assert done["logprobs"] == part["logprobs"]
+    parts = {each["type"]: each["part"] for each in events if each.get("part", {}).get("type") == "output_text"}
+    assert parts["response.content_part.added"]["logprobs"] == []
+    assert parts["response.content_part.done"] == part
+    assert events[-1]["response"]["output"][1]["content"] == [part]
+
+
+async def test_either_field_asks_for_log_probabilities_and_each_says_what_is_wrong_with_it(server):
+    for fields, num_top in [({"include": LOGPROBS["include"]}, 0), ({"top_logprobs": 3}, 3)]:
+        (part,) = (await ask(server, **fields)).json()["output"][1]["content"]
+        assert {len(each["top_logprobs"]) for each in part["logprobs"]} == {num_top}
+    for wrong in (-1, 21):
+        response = await ask(server, include=LOGPROBS["include"], top_logprobs=wrong)
+        assert (response.status_code, response.json()["error"]["param"]) == (400, "top_logprobs")
+
+
 async def test_a_conversation_is_items_of_which_several_are_one_message(server):
     items = [
         {"role": "developer", "content": [{"type": "input_text", "text": each} for each in ("be ", "brief")]},
@@ -113,7 +146,7 @@ async def test_parameters_arrive_and_fields_without_effect_are_named(server):
 
 
 NEUTRAL = {name: [None, *values] for name, values in NOT_SERVED.items()}
-WRONG = {"store": True, "background": True, "truncation": "auto", "top_logprobs": 2, "max_tool_calls": 1}
+WRONG = {"store": True, "background": True, "truncation": "auto", "max_tool_calls": 1}
 
 
 @pytest.mark.parametrize("name", NOT_SERVED)

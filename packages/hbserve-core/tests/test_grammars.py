@@ -10,61 +10,24 @@ from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
+from hbserve_core_byte_tokenizer import EOS, VOCAB_SIZE, allowed_by, byte_tokenizer, ids, text_of
 from hbserve_core_interpreted import make_runner
 
 from hbserve_core import Engine, InstanceConfig
 from hbserve_core import make_runner as make_cuda_runner
 from hbserve_core.engine.sequence import UNREAD
 from hbserve_core.engine.step import StepResult
-from hbserve_core.grammars import compiler
+from hbserve_core.grammars import compilation, compiler
 from hbserve_core.grammars.compiler import GrammarCompiler
-from hbserve_rpc import InvalidRequest, Overloaded, SamplingParams
+from hbserve_rpc import InvalidRequest, SamplingParams
 
 # The interpreter's numbers warn where they wrap, which is what hashing wants, and where they are none.
 pytestmark = [
     pytest.mark.filterwarnings(f"ignore:{which} encountered:RuntimeWarning") for which in ("overflow", "invalid value")
 ]
-EOS, VOCAB_SIZE = 2, 320
 CHOICES = ["red", "green", "grey"]
-
-
-def byte_tokenizer() -> str:
-    """tokenizer.json of bytes, token 3 + i for the i-th of `BYTES`."""
-    vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2} | {symbol: 3 + place for place, symbol in enumerate(SYMBOLS)}
-    special = [{"id": i, "content": each, "special": True, "single_word": False, "lstrip": False, "rstrip": False,
-                "normalized": False} for i, each in enumerate(["<unk>", "<s>", "</s>"])]  # fmt: skip
-    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-    return json.dumps(
-        {
-            "version": "1.0",
-            "added_tokens": special,
-            "pre_tokenizer": level,
-            "decoder": level,
-            "model": {"type": "BPE", "vocab": vocabulary, "merges": [], "unk_token": "<unk>"},
-        }
-    )
-
-
-def _symbols() -> dict[str, int]:
-    """GPT-2's characters for bytes."""
-    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in shown]
-    return {chr(byte): byte for byte in shown} | {chr(256 + place): byte for place, byte in enumerate(others)}
-
-
-SYMBOLS = _symbols()
-BYTES = list(SYMBOLS.values())
-
-
-def ids(text: str) -> list[int]:
-    return [3 + BYTES.index(byte) for byte in text.encode()]
-
-
-def text_of(tokens: list[int]) -> str:
-    return bytes(BYTES[token - 3] for token in tokens if token != EOS).decode()
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +36,15 @@ def folder(model_folder, tmp_path_factory):
     path = shutil.copytree(model_folder("qwen3"), tmp_path_factory.mktemp("grammars") / "qwen3")
     (path / "tokenizer.json").write_text(byte_tokenizer())
     return path
+
+
+@pytest.fixture(scope="module", autouse=True)
+def trials(folder):
+    """One process for all tests: to start one takes as long as some of them."""
+    shared = compiler.Trials(folder / "tokenizer.json", VOCAB_SIZE, [EOS])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compiler, "Trials", lambda *_: shared)
+        yield
 
 
 class OverlappingRunner:
@@ -199,10 +171,6 @@ def test_on_a_cuda_device_answers_are_the_models_own_among_those_that_are_allowe
     tokens, _ = run_out(engine)
     assert tokens["free"] == greedy_tokens("qwen3", prompt(9), 6)
     assert {name: tokens[name] for name in ("5", "50")} == {str(n): chosen(prompt(n, salt=n)) for n in (5, 50)}
-
-
-def allowed_by(matcher):
-    return np.flatnonzero(np.unpackbits(matcher.mask.view(np.uint8), bitorder="little")).tolist()
 
 
 def test_every_token_that_ends_a_sequence_may_come_where_the_grammar_is_complete_and_none_before(folder):
@@ -481,7 +449,7 @@ def test_a_hostile_grammar_is_refused_in_short_words_or_followed_and_harms_nobod
 def test_a_request_whose_masks_become_too_expensive_ends_with_an_error_and_the_others_go_on(
     engine, prompt, monkeypatch
 ):
-    monkeypatch.setitem(compiler._LIMITS, "step_lexer_fuel", 200)
+    monkeypatch.setitem(compilation._LIMITS, "step_lexer_fuel", 200)
     params = constrained(
         400, temperature=9.0, seed=1, structured_outputs={"regex": "[a-d]{3}(.*a.{9}|.*b.{8}|.*c.{7})z"}
     )
@@ -493,38 +461,15 @@ def test_a_request_whose_masks_become_too_expensive_ends_with_an_error_and_the_o
     assert ends["b"] == "length"
 
 
-def test_what_takes_too_long_is_refused_and_what_waits_behind_it_may_come_again(folder, monkeypatch):
-    # Known elsewhere: vLLM #54003.
-    grammars = GrammarCompiler(str(folder), VOCAB_SIZE, [EOS])
-    gate = threading.Event()
-    compile_one = grammars._compile
-    monkeypatch.setattr(grammars, "_compile", lambda wanted: gate.wait(60) and compile_one(wanted))
-    monkeypatch.setattr(compiler, "COMPILE_TIMEOUT_S", 0.05)
-    errors = []
-    for text in "abc":  # one more than are compiled at once
-        with pytest.raises((InvalidRequest, Overloaded)) as caught:
-            grammars.matcher(constrained(structured_outputs={"regex": text}))
-        errors.append(str(caught.value))
-    assert errors == [
-        "structured_outputs.regex: takes more than 0.05 s to compile",
-        "structured_outputs.regex: takes more than 0.05 s to compile",
-        "structured_outputs: other grammars are being compiled",
-    ]
-    gate.set()
-    monkeypatch.setattr(compiler, "COMPILE_TIMEOUT_S", 60)
-    assert grammars.matcher(constrained(structured_outputs={"regex": "c"})) is not None
-
-
 def test_the_last_grammars_are_kept_and_no_others(folder, monkeypatch):
     grammars = GrammarCompiler(str(folder), VOCAB_SIZE, [EOS])
     compiled = []
-    compile_one = grammars._compile
 
-    def counted(wanted):
+    def counted(tokenizer, wanted):
         compiled.append(wanted.regex)
-        return compile_one(wanted)
+        return compilation.compile_grammar(tokenizer, wanted)
 
-    monkeypatch.setattr(grammars, "_compile", counted)
+    monkeypatch.setattr(compiler, "compile_grammar", counted)
     for text in ["a", "b", "a", *(f"c{i}" for i in range(compiler._MOST_KEPT - 1)), "a", "b"]:
         grammars.matcher(constrained(structured_outputs={"regex": text}))
     assert (compiled.count("a"), compiled.count("b")) == (1, 2)

@@ -9,6 +9,7 @@ import msgspec
 from hbserve.results import GenerationDelta
 from hbserve.server.answers import News
 from hbserve.server.message_parts import MessageParts
+from hbserve.server.text_logprobs import TextLogprobs
 
 
 @dataclass
@@ -21,6 +22,8 @@ class Block:
     name: str = ""
     """Of the tool that is called; the text is its arguments."""
     pieces: list[str] = field(default_factory=list)
+    logprobs: list[dict[str, Any]] = field(default_factory=list)
+    """Of a text's tokens, if they are wanted, as a chat has them."""
 
     @property
     def text(self) -> str:
@@ -43,6 +46,11 @@ class BlockFormat:
         self._reason: str | None = None
         """How it ended, in the words of chat completions."""
         self._stop_reason: str | int | None = None
+        self._text_logprobs = TextLogprobs()
+
+    def _entries(self, delta: GenerationDelta) -> list[dict[str, Any]]:
+        """What is wanted to be known of each token; nothing, if a subclass does not say."""
+        return []
 
     def _events(self, change: Change) -> list[dict[str, Any]]:
         raise NotImplementedError
@@ -64,17 +72,26 @@ class BlockFormat:
 
     def _changes(self, delta: GenerationDelta) -> Iterator[Change]:
         reason = delta["finish_reason"]
-        for found in self._parts.feed(delta["text"], final=reason is not None):
-            for kind, text, call in _pieces(found):
-                if not self._blocks or self._blocks[-1].kind != kind or "id" in call:
-                    if self._blocks:
-                        yield "ends", self._blocks[-1], ""
-                    name = call["function"]["name"] if call else ""
-                    self._blocks.append(Block(kind, len(self._blocks), call.get("id", ""), name))
-                    yield "begins", self._blocks[-1], ""
-                if text:
-                    self._blocks[-1].pieces.append(text)
-                    yield "grows", self._blocks[-1], text
+        found = self._parts.feed(delta["text"], final=reason is not None)
+        pieces = [piece for each in found for piece in _pieces(each)]
+        told = [(kind, text) for kind, text, _ in pieces]
+        logprobs = self._text_logprobs.feed(self._entries(delta), told, final=reason is not None)
+        for kind, text, call in pieces:
+            if not self._blocks or self._blocks[-1].kind != kind or "id" in call:
+                if self._blocks:
+                    yield "ends", self._blocks[-1], ""
+                name = call["function"]["name"] if call else ""
+                self._blocks.append(Block(kind, len(self._blocks), call.get("id", ""), name))
+                yield "begins", self._blocks[-1], ""
+            if kind == "text":
+                self._blocks[-1].logprobs += logprobs
+                logprobs = []
+            if text:
+                self._blocks[-1].pieces.append(text)
+                yield "grows", self._blocks[-1], text
+        if logprobs and self._blocks and self._blocks[-1].kind == "text":
+            self._blocks[-1].logprobs += logprobs
+            yield "grows", self._blocks[-1], ""
         self._count(delta)
         if reason is not None:
             self._reason, self._stop_reason = self._parts.reason(reason), delta["stop_reason"]

@@ -3,8 +3,10 @@
 import time
 from typing import Any
 
+from hbserve.results import GenerationDelta
 from hbserve.server.answer_blocks import Block, BlockFormat, Change
 from hbserve.server.api_error import ApiError
+from hbserve.server.logprobs import TokenNames, of_chat
 from hbserve.server.message_parts import MessageParts
 from hbserve.server.responses_fields import ResponsesBody
 
@@ -14,10 +16,25 @@ PREFIXES = {"reasoning": "rs", "text": "msg", "call": "fc"}
 class ResponseFormat(BlockFormat):
     """One response: each block is an item of its output."""
 
-    def __init__(self, body: ResponsesBody, head: dict[str, Any], prompt: tuple[int, ...], parts: MessageParts) -> None:
+    def __init__(
+        self,
+        body: ResponsesBody,
+        names: TokenNames,
+        head: dict[str, Any],
+        prompt: tuple[int, ...],
+        parts: MessageParts,
+    ) -> None:
+        """names: spells tokens, if the body wants their log-probabilities."""
         super().__init__(head, prompt, parts)
         self._body = body
+        self._names = names
         self._num_events = 0
+        self._num_told = 0
+        """Tokens of the last text whose log-probabilities an event has had."""
+
+    def _entries(self, delta: GenerationDelta) -> list[dict[str, Any]]:
+        num_top = self._body.top_logprobs or 0
+        return of_chat(self._names, delta["token_ids"], delta["logprobs"], num_top) if delta["logprobs"] else []
 
     def _sent(self, events: list[dict[str, Any]]) -> bytes:
         for event in events:
@@ -80,6 +97,7 @@ class ResponseFormat(BlockFormat):
             "text": {"format": (body.text.format if body.text else None) or {"type": "text"}},
             "tool_choice": "auto" if body.tool_choice is None else body.tool_choice,
             "tools": body.tools or [],
+            "top_logprobs": body.top_logprobs or 0,
             "top_p": 1.0 if body.top_p is None else body.top_p,
             "truncation": "disabled",
             "usage": None,
@@ -95,7 +113,7 @@ class ResponseFormat(BlockFormat):
         is_cut = self._reason == "length" and block is self._blocks[-1]
         status = "in_progress" if begins else "incomplete" if is_cut else "completed"
         item = {"id": self._id(block), "status": status}
-        content = [] if begins else [_part(block.kind, block.text)]
+        content = [] if begins else [_part(block)]
         if block.kind == "text":
             return {**item, "type": "message", "role": "assistant", "content": content}
         if block.kind == "reasoning":
@@ -109,10 +127,12 @@ class ResponseFormat(BlockFormat):
         happens, block, new = change
         place = {"item_id": self._id(block), "output_index": block.index}
         if happens == "grows":
-            return [_grown(block, place, new)]
+            return [_grown(block, place, new, self._new_logprobs(block))]
         of_item = {"output_index": block.index, "item": self._item(block, begins=happens == "begins")}
-        of_part = {"type": "response.content_part.", "content_index": 0, **place, "part": _part(block.kind, block.text)}
+        of_part = {"type": "response.content_part.", "content_index": 0, **place}
+        of_part["part"] = _part(Block(block.kind, block.index) if happens == "begins" else block)
         if happens == "begins":
+            self._num_told = 0
             part = [] if block.kind == "call" else [of_part | {"type": "response.content_part.added"}]
             return [{"type": "response.output_item.added", **of_item}, *part]
         ended = {"type": "response.output_item.done", **of_item}
@@ -122,20 +142,25 @@ class ResponseFormat(BlockFormat):
         text = {**place, "content_index": 0, "text": block.text}
         done = {"type": "response.reasoning_text.done", **text}
         if block.kind == "text":
-            done = {"type": "response.output_text.done", **text, "logprobs": []}
+            done = {"type": "response.output_text.done", **text, "logprobs": block.logprobs}
         return [done, of_part | {"type": "response.content_part.done"}, ended]
 
+    def _new_logprobs(self, block: Block) -> list[dict[str, Any]]:
+        new = block.logprobs[self._num_told :]
+        self._num_told = len(block.logprobs)
+        return new
 
-def _part(kind: str, text: str) -> dict[str, Any]:
-    if kind == "reasoning":
-        return {"type": "reasoning_text", "text": text}
-    return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
+
+def _part(block: Block) -> dict[str, Any]:
+    if block.kind == "reasoning":
+        return {"type": "reasoning_text", "text": block.text}
+    return {"type": "output_text", "text": block.text, "annotations": [], "logprobs": block.logprobs}
 
 
-def _grown(block: Block, place: dict[str, Any], new: str) -> dict[str, Any]:
+def _grown(block: Block, place: dict[str, Any], new: str, logprobs: list[dict[str, Any]]) -> dict[str, Any]:
     if block.kind == "call":
         return {"type": "response.function_call_arguments.delta", **place, "delta": new}
     grown = {**place, "content_index": 0, "delta": new}
     if block.kind == "reasoning":
         return {"type": "response.reasoning_text.delta", **grown}
-    return {"type": "response.output_text.delta", **grown, "logprobs": []}
+    return {"type": "response.output_text.delta", **grown, "logprobs": logprobs}

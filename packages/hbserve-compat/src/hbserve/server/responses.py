@@ -8,9 +8,10 @@ from starlette.requests import Request
 from hbserve.server.answering import Reply, Watched
 from hbserve.server.api_error import ApiError
 from hbserve.server.generating import endpoint
+from hbserve.server.logprobs import TokenNames
 from hbserve.server.request_fields import ChatBody
 from hbserve.server.response_events import ResponseFormat
-from hbserve.server.responses_fields import INCLUDED, ResponsesBody, TextConfig
+from hbserve.server.responses_fields import INCLUDED, LOGPROBS, ResponsesBody, TextConfig
 from hbserve.server.service import ServedModel, Service
 from hbserve.server.translated_chat import (
     ChatHistory,
@@ -41,7 +42,8 @@ async def responses(request: Request) -> Watched:
 async def _respond(
     reply: Reply, service: Service, model: ServedModel, body: ResponsesBody, head: dict[str, Any]
 ) -> None:
-    await _as_chat(body).answer(reply, service, model, partial(ResponseFormat, body, head))
+    names = TokenNames(model.encoder.tokenizer)
+    await _as_chat(body).answer(reply, service, model, partial(ResponseFormat, body, names, head))
 
 
 def _as_chat(body: ResponsesBody) -> TranslatedChat:
@@ -68,6 +70,8 @@ def _as_chat(body: ResponsesBody) -> TranslatedChat:
         max_tokens=body.max_output_tokens,
         temperature=body.temperature,
         top_p=body.top_p,
+        logprobs=LOGPROBS in (body.include or []) or bool(body.top_logprobs),
+        top_logprobs=body.top_logprobs,
         priority=body.priority,
         timeout_s=body.timeout_s,
         tools=tools or None,

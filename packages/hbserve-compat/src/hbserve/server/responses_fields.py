@@ -14,7 +14,6 @@ NOT_SERVED: dict[str, tuple[Any, ...]] = {
     "background": (False,),
     "prompt": (),
     "truncation": ("disabled",),
-    "top_logprobs": (0,),
     "max_tool_calls": (),
     "moderation": (),
     "context_management": ([],),
@@ -32,8 +31,9 @@ IGNORED = {
     "prompt_cache_retention": "prefixes stay as long as there is room",
 }
 """Fields that clients are known to send, and that have no effect here; so has any other that is in no list."""
-INCLUDED = ["reasoning.encrypted_content"]
-"""What `include` may name: clients that store nothing always do. Reasoning is there as text."""
+LOGPROBS = "message.output_text.logprobs"
+INCLUDED = ["reasoning.encrypted_content", LOGPROBS]
+"""What `include` may name. Clients that store nothing always name the first one; reasoning is there as text."""
 
 
 class TextConfig(msgspec.Struct, frozen=True):
@@ -68,6 +68,7 @@ class ResponsesBody(RequestBody, frozen=True, kw_only=True):
     text: TextConfig | None = None
     reasoning: ReasoningConfig | None = None
     include: list[str] | None = None
+    top_logprobs: int | None = None
     tools: list[dict[str, Any]] | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
@@ -80,7 +81,6 @@ class ResponsesBody(RequestBody, frozen=True, kw_only=True):
     background: bool | None = None
     prompt: Any = None
     truncation: str | None = None
-    top_logprobs: int | None = None
     max_tool_calls: int | None = None
     moderation: Any = None
     context_management: Any = None

@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from hbserve_core.grammars.compilation import shortened
 from hbserve_core.grammars.workers import Workers
 from hbserve_rpc import InvalidRequest, SamplingParams
 
 Mask = npt.NDArray[np.int32]
 """(ceil(V / 32),): bit i of word j says whether token 32 * j + i may come."""
-_SHOWN = 150
 
 
 class Matcher:
@@ -105,9 +105,3 @@ class Matcher:
     def _fail(self) -> None:
         why = shortened(self._matcher.get_error())
         self.error = f"structured_outputs: output token {self._num_tokens} cannot be chosen: {why}"
-
-
-def shortened(error: str) -> str:
-    """An error of llguidance in one line: it may quote all of a grammar, between its kind and its reason."""
-    line = " ".join(error.removesuffix("<non-verbose/>").split())
-    return line if len(line) <= 2 * _SHOWN else f"{line[:_SHOWN]} … {line[-_SHOWN:]}"

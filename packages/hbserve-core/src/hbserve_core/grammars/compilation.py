@@ -1,0 +1,78 @@
+"""Grammars and tokenizers as llguidance has them, within its own limits.
+
+Limits keep what one grammar takes small, but cannot rule everything out: the schema {"multipleOf": 99999989} compiles
+for minutes. So a grammar that nobody has seen before is tried out elsewhere first: see trials.py.
+"""
+
+import json
+from collections.abc import Sequence as Ids
+from pathlib import Path
+from typing import Any
+
+from hbserve_rpc import InvalidRequest, StructuredOutputsParams
+
+_LIMITS: dict[str, Any] = {
+    "initial_lexer_fuel": 200_000,
+    "step_lexer_fuel": 50_000,
+    "step_max_items": 20_000,
+    "max_lexer_states": 100_000,
+    "max_grammar_size": 50_000,
+    "verbose_errors": False,
+}
+_JSON_OPTIONS: Any = {"whitespace_pattern": r"[ \n\r\t]{0,32}"}
+"""Of schemas: a model may lay JSON out as it likes, but not write white space for ever."""
+_SHOWN = 150
+
+
+def read_tokenizer(path: Path, vocab_size: int, eos_token_ids: Ids[int]) -> Any:
+    """llguidance's, of a tokenizer.json. Raises OSError or ValueError."""
+    from llguidance import LLTokenizer
+
+    text = path.read_text(encoding="utf-8").strip()
+    if not text.startswith("{"):
+        raise ValueError("it is no JSON object")  # llguidance would take it for a name to download
+    if not eos_token_ids:
+        raise ValueError("the model has no token that ends a sequence")
+    eos = list(eos_token_ids)
+    try:
+        return LLTokenizer(text, n_vocab=vocab_size, eos_token=eos)
+    except ValueError:  # the tokenizer may have more tokens than the model
+        return LLTokenizer(text, eos_token=eos)
+
+
+def compile_grammar(tokenizer: Any, wanted: StructuredOutputsParams) -> Any:
+    """llguidance's matcher at the grammar's beginning. Raises InvalidRequest: there is no such grammar; says why."""
+    from llguidance import LLMatcher, LLParserLimits
+
+    kind = wanted.kind
+    try:
+        compiled = LLMatcher(tokenizer, _source(wanted), log_level=0, limits=LLParserLimits(**_LIMITS))
+    except ValueError as error:
+        raise InvalidRequest(f"structured_outputs.{kind}: {shortened(str(error))}") from None
+    if compiled.is_error():
+        raise InvalidRequest(f"structured_outputs.{kind}: {shortened(compiled.get_error())}")
+    return compiled
+
+
+def shortened(error: str) -> str:
+    """An error of llguidance in one line: it may quote all of a grammar, between its kind and its reason."""
+    line = " ".join(error.removesuffix("<non-verbose/>").split())
+    return line if len(line) <= 2 * _SHOWN else f"{line[:_SHOWN]} … {line[-_SHOWN:]}"
+
+
+def _source(wanted: StructuredOutputsParams) -> str:
+    """What llguidance compiles. Raises ValueError."""
+    from llguidance import LLMatcher, grammar_from
+
+    if wanted.json is not None:
+        return LLMatcher.grammar_from_json_schema(str(wanted.json), _JSON_OPTIONS)
+    if wanted.json_object:
+        return LLMatcher.grammar_from_json_schema({"type": "object"}, _JSON_OPTIONS)
+    if wanted.regex is not None:
+        return LLMatcher.grammar_from_regex(wanted.regex)
+    if wanted.grammar is not None:
+        return grammar_from("grammar", wanted.grammar)
+    assert wanted.choice is not None, "one of them is given"
+    return LLMatcher.grammar_from_lark(
+        "start: " + " | ".join(json.dumps(each, ensure_ascii=False) for each in wanted.choice)
+    )

@@ -1,0 +1,119 @@
+"""Trials of grammars in a process beside this one, where what takes too long can be ended: a thread cannot be.
+
+The process is started for the first grammar, reads the tokenizer, and forks once for each trial; so trials wait for
+nobody, and one that is killed, or overflows its stack, takes nothing else along. It ends with this process, however
+that ends: the socket between them closes.
+"""
+
+import contextlib
+import os
+import socket
+import subprocess
+import sys
+import threading
+import weakref
+from collections.abc import Sequence as Ids
+from pathlib import Path
+
+import msgspec
+
+from hbserve_rpc import Overloaded, StructuredOutputsParams
+
+CPU_LIMIT_S = 1.0
+"""Of a core, which one grammar may take to be compiled and for its first mask. Usual ones take 1 to 20 ms, and an
+object of 2500 properties 0.4 s. Not of a clock: a machine that has much to do refuses no more than another."""
+BEGUN, ENDED = b"b", b"e"
+"""Messages of a trial."""
+_PATIENCE_S = 60.0
+"""For a trial, with the start of the process. Longer than anything but a frozen process takes."""
+
+
+class TrialSettings(msgspec.Struct, frozen=True):
+    """What the process is started with."""
+
+    tokenizer: str
+    vocab_size: int
+    eos_token_ids: list[int]
+    cpu_limit_s: float
+
+
+class Trials:
+    """Any thread may call; it waits meanwhile. The process goes when nobody refers to this any more."""
+
+    def __init__(self, tokenizer: Path, vocab_size: int, eos_token_ids: Ids[int]) -> None:
+        """tokenizer: the path of a tokenizer.json that can be read."""
+        self._settings = TrialSettings(str(tokenizer), vocab_size, list(eos_token_ids), CPU_LIMIT_S)
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._connection: socket.socket | None = None
+        self._end: weakref.finalize[..., Trials] | None = None
+
+    def problem_of(self, wanted: StructuredOutputsParams) -> str:
+        """What it takes too much of; "" if it compiles in good time, or is found wrong in good time.
+
+        Raises Overloaded: nobody knows, for the process has ended twice. Another request may come through.
+        """
+        for _ in range(2):
+            said = self._try(wanted)
+            if said == BEGUN:
+                limit_s = self._settings.cpu_limit_s
+                return f"structured_outputs.{wanted.kind}: takes more than {limit_s:g} s to compile"
+            if said:
+                return ""
+        raise Overloaded("structured_outputs: the process that tries grammars out has ended")
+
+    def _try(self, wanted: StructuredOutputsParams) -> bytes:
+        """What the trial has sent until it ended; nothing: the process has ended before it began."""
+        own, theirs = socket.socketpair()
+        with own:
+            with theirs:
+                process = self._hand_over(theirs)
+            own.settimeout(_PATIENCE_S)
+            said = b""
+            with contextlib.suppress(OSError):  # a timeout, or the other end is gone
+                own.sendall(msgspec.msgpack.encode(wanted))
+                own.shutdown(socket.SHUT_WR)
+                while len(said) < 2 and (more := own.recv(2)):
+                    said += more
+        if not said:
+            self._give_up(process)
+        return said
+
+    def _hand_over(self, trial: socket.socket) -> "subprocess.Popen[bytes]":
+        with self._lock:
+            if self._process is None or self._process.poll() is not None:
+                self._start()
+            assert self._process is not None
+            assert self._connection is not None
+            with contextlib.suppress(OSError):  # it has just ended, which shows
+                socket.send_fds(self._connection, [BEGUN], [trial.fileno()])
+            return self._process
+
+    def _start(self) -> None:
+        if self._end is not None:
+            self._end()
+        settings = msgspec.json.encode(self._settings).decode()
+        self._connection, theirs = socket.socketpair()
+        with theirs:
+            self._process = subprocess.Popen(
+                # -P: no file of the current folder is imported as a library.
+                [sys.executable, "-P", "-m", "hbserve_core.grammars.trials_main", settings],
+                stdin=theirs.fileno(),
+                stdout=subprocess.DEVNULL,
+                stderr=None if sys.__stderr__ is not None else subprocess.DEVNULL,
+                start_new_session=True,  # it ends its group, and a Ctrl-C is for us
+            )
+        self._end = weakref.finalize(self, _end, self._process, self._connection)
+
+    def _give_up(self, process: "subprocess.Popen[bytes]") -> None:
+        with self._lock:
+            if process is self._process and self._end is not None:
+                self._end()
+
+
+def _end(process: "subprocess.Popen[bytes]", connection: socket.socket) -> None:
+    connection.close()
+    if process.poll() is None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, 9)
+        process.wait()

@@ -1,0 +1,158 @@
+"""Grammars that compile for minutes are ended where they are tried out, and everybody else is served meanwhile."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from concurrent.futures import Future
+from typing import Any
+
+import pytest
+from hbserve_core_byte_tokenizer import EOS, VOCAB_SIZE, allowed_by, byte_tokenizer, ids
+
+from hbserve_core.grammars import trials
+from hbserve_core.grammars.compiler import GrammarCompiler
+from hbserve_core.grammars.matcher import Matcher
+from hbserve_rpc import InvalidRequest, Overloaded, SamplingParams
+
+pytestmark = pytest.mark.warm
+ARRAYS = range(9973, 10673)
+FOR_MINUTES: dict[str, dict[str, Any]] = {
+    "multiple of": {"json": {"type": "integer", "multipleOf": 99999989}},
+    "names that are like others": {
+        "json": {
+            "type": "object",
+            "patternProperties": {f"^[a-z]*{chr(97 + i % 26)}[a-z]*{i}$": {"type": "integer"} for i in range(1, 400)},
+        }
+    },
+    "schemas in a grammar": {
+        "grammar": "start: " + " ".join(f"j{i}" for i in ARRAYS) + "\n" + "\n".join(
+            f'j{i}: %json {{"type": "array", "items": {{"type": "integer", "multipleOf": {i}}}}}' for i in ARRAYS
+        )
+    },
+}  # fmt: skip
+"""The second one takes seven seconds."""
+
+
+def wanting(given: dict[str, Any]) -> SamplingParams:
+    return SamplingParams(structured_outputs=given)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "tokenizer.json").write_text(byte_tokenizer())
+    return tmp_path
+
+
+@pytest.fixture
+def grammars(folder, monkeypatch):
+    """Gives a trial a tenth of a second."""
+    monkeypatch.setattr(trials, "CPU_LIMIT_S", 0.1)
+    return GrammarCompiler(str(folder), VOCAB_SIZE, [EOS])
+
+
+def in_thread(grammars: GrammarCompiler, given: dict[str, Any]) -> "Future[Matcher | None]":
+    future: Future[Matcher | None] = Future()
+
+    def compiled() -> None:
+        try:
+            future.set_result(grammars.matcher(wanting(given)))
+        except Exception as error:
+            future.set_exception(error)
+
+    threading.Thread(target=compiled, daemon=True).start()
+    return future
+
+
+def kill_trials(grammars: GrammarCompiler) -> int:
+    """The process and all trials; returns its id."""
+    process = grammars._trials._process
+    assert process is not None
+    os.killpg(process.pid, signal.SIGKILL)
+    return process.pid
+
+
+def test_grammars_that_compile_for_minutes_are_refused_by_what_they_take(grammars):
+    # Known elsewhere: vLLM #54003.
+    for given in FOR_MINUTES.values():
+        (kind,) = given
+        with pytest.raises(InvalidRequest, match=f"^structured_outputs.{kind}: takes more than 0.1 s to compile$"):
+            grammars.matcher(wanting(given))
+    assert allowed_by(grammars.matcher(wanting({"regex": "ab"}))) == ids("a")
+
+
+def test_one_that_was_too_slow_is_refused_at_once_when_it_comes_again(grammars, monkeypatch):
+    given = FOR_MINUTES["multiple of"]
+    for is_first in (True, False):
+        with pytest.raises(InvalidRequest, match=r"^structured_outputs.json: takes more than 0.1 s"):
+            grammars.matcher(wanting(given))
+        if is_first:
+            monkeypatch.setattr(grammars._trials, "problem_of", lambda _: pytest.fail("it has been tried out"))
+
+
+def test_others_are_served_while_more_of_them_compile_than_there_are_threads_that_compile(folder, monkeypatch):
+    monkeypatch.setattr(trials, "CPU_LIMIT_S", 3600.0)
+    grammars = GrammarCompiler(str(folder), VOCAB_SIZE, [EOS])
+    assert grammars.matcher(wanting({"regex": "known"})) is not None
+    numbers = (99999989, 99999971, 99999959)
+    slow = [in_thread(grammars, {"json": {"type": "integer", "multipleOf": number}}) for number in numbers]
+    for text in ("known", "a", "b", "c"):
+        assert allowed_by(grammars.matcher(wanting({"regex": text}))) == ids(text[0])
+    assert not any(each.done() for each in slow)
+    kill_trials(grammars)
+    for each in slow:
+        assert isinstance(each.exception(60), InvalidRequest)
+
+
+def test_the_process_of_the_trials_is_started_for_the_first_one_and_again_when_it_was_killed(grammars):
+    assert grammars._trials._process is None
+    pids = set()
+    for text in "abc":
+        assert grammars.matcher(wanting({"regex": text})) is not None
+        pids.add(kill_trials(grammars))
+    assert len(pids) == 3
+
+
+@pytest.mark.cold
+def test_no_grammar_is_compiled_that_could_not_be_tried_out(grammars, monkeypatch):
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    with pytest.raises(Overloaded, match="the process that tries grammars out has ended"):
+        grammars.matcher(wanting({"regex": "a"}))
+    monkeypatch.undo()
+    assert grammars.matcher(wanting({"regex": "a"})) is not None
+
+
+PROGRAM = """
+import sys
+import threading
+from hbserve_core.grammars import trials
+from hbserve_core.grammars.compiler import GrammarCompiler
+from hbserve_rpc import SamplingParams
+
+trials.CPU_LIMIT_S = 3600.0
+grammars = GrammarCompiler(sys.argv[1], 320, [2])
+grammars.matcher(SamplingParams(structured_outputs={"regex": "a"}))
+slow = SamplingParams(structured_outputs={"json": {"type": "integer", "multipleOf": 99999989}})
+threading.Thread(target=lambda: grammars.matcher(slow)).start()
+grammars.matcher(SamplingParams(structured_outputs={"regex": "b"}))
+print("begun", flush=True)
+"""
+
+
+def test_trials_end_with_the_process_that_they_are_for_even_if_it_is_killed(folder):
+    with subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, str(folder)], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stdout.readline() == b"begun\n"
+        process.kill()
+        # Its end: nobody has the other one any more.
+        assert process.communicate(timeout=60)[1] == b""
+
+
+def test_nothing_is_left_of_trials_that_nobody_refers_to(folder):
+    tried = trials.Trials(folder / "tokenizer.json", VOCAB_SIZE, [EOS])
+    assert tried.problem_of(wanting({"regex": "a"}).structured_outputs) == ""
+    process = tried._process
+    del tried
+    assert process.returncode is not None
