@@ -125,6 +125,14 @@ MODELS: dict[str, tuple[str, dict[str, Any], str]] = {
         },
         "1GB",
     ),
+    # Layer norms with biases, MLPs without gates.
+    "opt": (
+        "OPTConfig",
+        {"ffn_dim": 96, "word_embed_proj_dim": 64, "num_key_value_heads": 4, "pad_token_id": 0},
+        "1GB",
+    ),
+    "starcoder2": ("Starcoder2Config", {"sliding_window": 21, "tie_word_embeddings": True}, "1GB"),
+    "stablelm": ("StableLmConfig", {"use_qkv_bias": True, "rope_parameters": {"partial_rotary_factor": 0.25}}, "1GB"),
     "llama-biases": ("LlamaConfig", {"attention_bias": True, "mlp_bias": True}, "1GB"),
 }
 

@@ -38,7 +38,9 @@ def generate(engine, prompts, count, **params):
 
 
 @pytest.mark.parametrize("graphs", [True, False], ids=["graphs", "eager"])
-@pytest.mark.parametrize("model_name", ["qwen3", "qwen2-sharded", "llama-9-heads", "llama3-rope", "llama-biases"])
+@pytest.mark.parametrize(
+    "model_name", ["qwen3", "qwen2-sharded", "llama-9-heads", "llama3-rope", "llama-biases", "opt"]
+)
 def test_greedy_tokens_equal_transformers_in_float32(model_folder, model_name, greedy_tokens, prompt, graphs):
     engine = make_engine(model_folder(model_name), cuda_graph_enabled=graphs)
     prompts = [prompt(length, salt) for salt, length in enumerate([*LENGTHS, *LENGTHS])]

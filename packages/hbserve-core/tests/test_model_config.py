@@ -69,7 +69,7 @@ def test_a_config_without_architectures_is_known_by_its_model_type(write):
     assert load_model_config(write(architectures=..., model_type="granite")).architecture == "GraniteForCausalLM"
 
 
-@pytest.mark.parametrize("name", ["MistralForCausalLM", "SmolLM3ForCausalLM"])
+@pytest.mark.parametrize("name", ["MistralForCausalLM", "SmolLM3ForCausalLM", "Starcoder2ForCausalLM"])
 def test_what_a_config_leaves_out_is_as_in_transformers(write, name):
     import transformers
 
@@ -79,6 +79,37 @@ def test_what_a_config_leaves_out_is_as_in_transformers(write, name):
     assert ours.num_kv_heads == theirs.num_key_value_heads
     assert ours.tied_embeddings == theirs.tie_word_embeddings
     assert ours.rope.theta == theirs.rope_parameters["rope_theta"]
+
+
+OPT = {"architectures": ["OPTForCausalLM"], "intermediate_size": ..., "ffn_dim": 96}
+
+
+def test_a_config_may_have_its_familys_own_names(write):
+    found = load_model_config(write(**OPT, activation_function="relu"))
+    assert (found.intermediate_size, found.tied_embeddings, found.rms_norm_eps) == (96, True, 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {**OPT, "do_layer_norm_before": False},
+            "do_layer_norm_before=false of OPT.* it needs norms behind .*OPT-350M",
+        ),
+        (
+            {**OPT, "enable_bias": False},
+            "enable_bias=false of OPTForCausalLM is not supported; it needs layers without",
+        ),
+        ({**OPT, "activation_function": "gelu"}, "hidden_act='gelu' is not supported; supported: 'relu'"),
+        (
+            {"architectures": ["StableLmForCausalLM"], "use_parallel_residual": True},
+            "use_parallel_residual=true of Stable.* it needs attention and MLP of the same input",
+        ),
+    ],
+)
+def test_relatives_that_are_built_otherwise_are_refused_by_what_they_need(write, changes, message):
+    with pytest.raises(UnsupportedModel, match=message):
+        load_model_config(write(**changes))
 
 
 def test_a_missing_size_is_named(write):

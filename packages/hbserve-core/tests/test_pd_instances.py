@@ -140,6 +140,15 @@ async def test_blocks_that_no_layer_will_see_are_not_sent(start, backend, prompt
         assert done.num_bytes == num_blocks * FULL_BYTES // 2, "one KV head, not two"
 
 
+@pytest.mark.parametrize("backend", ["nccl", "mooncake"])
+async def test_learned_positions_go_on_where_the_prompt_ended(start, backend, prompt, model_folder, greedy_tokens):
+    settings = {"backend": backend, "model_path": str(model_folder("opt"))}
+    p, d = await start("prefill", **settings), await start("decode", **settings)
+    for name, length in (("short", BLOCK), ("chunks", 2 * CHUNK + 5)):
+        tokens, _, _ = await apart(p, d, name, prompt(length))
+        assert tokens == greedy_tokens("opt", prompt(length), MAX_TOKENS)
+
+
 @pytest.mark.parametrize("backend", ["nccl", "ipc"])
 async def test_8_bit_kv_moves_as_it_is_and_only_to_a_pool_of_the_same(start, backend, prompt):
     settings = {"backend": backend, "kv_cache_dtype": "fp8"}

@@ -37,6 +37,7 @@ CASES = [
     ("llama-9-heads", 3),
     ("phi3", 2),
     ("qwen3-moe", 2),
+    ("opt", 2),  # what norms' biases become is of each rank's own rows
     ("olmo2", 4),  # norms over the heads of all ranks, of which two have the same key head
 ]
 

@@ -33,7 +33,7 @@ def test_greedy_tokens_equal_transformers(generate, model_folder, greedy_tokens,
     assert padded == {graphs}
 
 
-@pytest.mark.parametrize("name", ["olmo2", "gemma2", "qwen3-moe"])
+@pytest.mark.parametrize("name", ["olmo2", "gemma2", "qwen3-moe", "starcoder2"])
 def test_greedy_tokens_of_other_families_equal_transformers(generate, model_folder, greedy_tokens, prompt, name):
     """A prompt in two chunks, and a decode."""
     runner = InterpretedRunner(
@@ -43,7 +43,7 @@ def test_greedy_tokens_of_other_families_equal_transformers(generate, model_fold
     assert found == {"r": greedy_tokens(name, prompt(9), 2)}
 
 
-@pytest.mark.parametrize("name", ["qwen3", "llama-biases"])
+@pytest.mark.parametrize("name", ["qwen3", "llama-biases", "opt"])
 def test_greedy_tokens_equal_transformers_where_products_are_skinny_and_share_their_norms(
     generate, model_folder, greedy_tokens, prompt, name, monkeypatch
 ):

@@ -125,12 +125,13 @@ def test_a_model_that_is_called_tied_and_has_another_head_uses_it_as_transformer
     assert sequence.output_token_ids == expected[0, 20:].tolist()
 
 
-def test_tensors_without_the_prefix_are_the_same_model(copy_of, model_folder):
-    folder = copy_of("qwen3")
+@pytest.mark.parametrize("name", ["qwen3", "opt"])
+def test_tensors_without_the_prefix_are_the_same_model(copy_of, model_folder, name):
+    folder = copy_of(name)
     tensors = load_file(folder / "model.safetensors")
     bare = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
     save_file(bare, folder / "model.safetensors")
-    assert load(folder).digest == load(model_folder("qwen3")).digest
+    assert load(folder).digest == load(model_folder(name)).digest
 
 
 def test_one_number_that_differs_at_the_end_is_another_head(copy_of):
@@ -257,7 +258,7 @@ def test_weights_may_be_loaded_in_inference_mode(model_folder):
 # ---- load_format "dummy" ---------------------------------------------------------------------------------------------
 
 SHAPES = {
-    "a.weight": (300, 700), "b.weight": (300, 700), "norm.weight": (700,), "a.bias": (300,), "vast.weight": (1 << 33, 8)
+    "a.weight": (300, 700), "b.weight": (300, 700), "norm.weight": (700,), "a.bias": (300,), "norm.bias": (700,), "vast.weight": (1 << 33, 8)
 }  # fmt: skip
 
 
@@ -310,7 +311,7 @@ def test_dummy_weights_of_different_names_have_nothing_in_common():
 
 def test_dummy_norms_are_one_and_biases_zero():
     assert dummy("norm.weight").unique().tolist() == [1]
-    assert dummy("a.bias").unique().tolist() == [0]
+    assert dummy("a.bias").unique().tolist() == dummy("norm.bias").unique().tolist() == [0]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

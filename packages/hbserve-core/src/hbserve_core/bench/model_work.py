@@ -106,7 +106,7 @@ def layer_products(model: ModelConfig, layer: int = 0) -> dict[str, int]:
     return {
         "qkv": hidden * (heads + 2 * kv_heads),
         "output": heads * hidden,
-        "gate_up": hidden * 2 * inner,
+        "gate_up": hidden * (2 if model.switches.is_gated else 1) * inner,
         "down": inner * hidden,
     }
 

@@ -23,7 +23,9 @@ from hbserve_core.model.layers import (
     Linear,
     ProjectionNorm,
     RmsNorm,
+    activated,
     capped_logits,
+    first_inputs,
 )
 from hbserve_core.model.loaded_model import LoadedModel
 from hbserve_core.model.rank_group import RankGroup
@@ -101,7 +103,8 @@ class CudaDecoder:
     def _stream(self, step: StepView, sampled: torch.Tensor, pool: torch.Tensor) -> ResidualStream:
         weights = self._weights
         embedded = embed(step.tokens[0], step.tokens[1], sampled, weights.embedding, weights.first_token)
-        stream = ResidualStream(self._group.all_reduce(embedded))
+        embedded = self._group.all_reduce(embedded)
+        stream = ResidualStream(first_inputs(embedded, step.tokens[2], weights, self._config.switches))
         norms_after = [*(layer.attention_norm for layer in weights.layers[1:]), weights.norm]
         for index, (layer, norm_after) in enumerate(zip(weights.layers, norms_after, strict=True)):
             qkv = self._products.of_normed(stream, layer.attention_norm, layer.qkv)
@@ -113,9 +116,16 @@ class CudaDecoder:
             assert layer.gate_up is not None
             assert layer.down is not None
             self._add(attended, layer.output, stream, layer.attention_out_norm, layer.mlp_norm)
-            gated = self._products.gated(stream, layer.mlp_norm, layer.gate_up)
-            self._add(gated, layer.down, stream, layer.mlp_out_norm, norm_after)
+            inner = self._inner(stream, layer.mlp_norm, layer.gate_up)
+            self._add(inner, layer.down, stream, layer.mlp_out_norm, norm_after)
         return stream
+
+    def _inner(self, stream: ResidualStream, norm: RmsNorm | None, linear: Linear) -> torch.Tensor:
+        """(T, F): what the last product of an MLP reads."""
+        switches = self._config.switches
+        if switches.is_gated:
+            return self._products.gated(stream, norm, linear)
+        return activated(self._products.of_normed(stream, norm, linear), switches)
 
     def _add_experts(self, rows: torch.Tensor, weights: ExpertWeights, step: StepView, stream: ResidualStream) -> None:
         """Add what the experts of normed rows give."""

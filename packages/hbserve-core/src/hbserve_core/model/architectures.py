@@ -66,8 +66,16 @@ class Switches:
     """Layers that rotate nothing (NoPE)."""
     windowed_layers: tuple[int, ...] = ()
     """Layers that see the last `sliding_window` positions only, if there is such a window."""
-    activation: Literal["silu", "gelu"] = "silu"
-    """Of gates; "gelu" by its approximation with a tanh."""
+    activation: Literal["silu", "gelu", "relu"] = "silu"
+    """Of gates, or of all there is; "gelu" by its approximation with a tanh."""
+    is_gated: bool = True
+    """What is activated multiplies another projection, and is not alone (`up_proj` then)."""
+    layer_norms: bool = False
+    """Norms take the mean away and have biases. See `weights.py` for how they become RMS norms."""
+    learned_positions: int = 0
+    """Rows of a table that has something to add to the embedding of each position, from its third row on; 0: none."""
+    renamed: tuple[tuple[str, str], ...] = ()
+    """Parts of names in a checkpoint, and what stands there in ours, in the order of replacing."""
     norms_from_one: bool = False
     """Norms have 1 more than the weights that the checkpoint has for them."""
     attention_cap: float = 0.0
@@ -178,6 +186,46 @@ def _mixtral(raw: Mapping[str, Any]) -> Switches:
     return replace(_mistral(raw), experts=experts)
 
 
+def _opt(raw: Mapping[str, Any]) -> Switches:
+    return Switches(
+        qkv_bias=True,
+        output_bias=True,
+        mlp_bias=True,
+        activation="relu",
+        is_gated=False,
+        layer_norms=True,
+        plain_layers=tuple(range(raw["num_hidden_layers"])),
+        learned_positions=raw["max_position_embeddings"] + 2,
+        renamed=(
+            ("decoder.final_layer_norm", "norm"),
+            ("decoder.", ""),
+            ("self_attn_layer_norm", "input_layernorm"),
+            ("final_layer_norm", "post_attention_layernorm"),
+            ("self_attn.out_proj", "self_attn.o_proj"),
+            ("fc1", "mlp.up_proj"),
+            ("fc2", "mlp.down_proj"),
+        ),
+    )
+
+
+def _starcoder2(raw: Mapping[str, Any]) -> Switches:
+    bias = bool(raw["use_bias"])
+    return Switches(
+        qkv_bias=bias,
+        output_bias=bias,
+        mlp_bias=bias,
+        activation="gelu",
+        is_gated=False,
+        layer_norms=True,
+        windowed_layers=tuple(range(raw["num_hidden_layers"])),
+        renamed=(("mlp.c_fc", "mlp.up_proj"), ("mlp.c_proj", "mlp.down_proj")),
+    )
+
+
+def _stablelm(raw: Mapping[str, Any]) -> Switches:
+    return Switches(qkv_bias=bool(raw["use_qkv_bias"]), layer_norms=True)
+
+
 def _biases(raw: Mapping[str, Any], of_mlp: bool = True) -> dict[str, Any]:
     attention = bool(raw.get("attention_bias", False))
     mlp = of_mlp and bool(raw.get("mlp_bias", False))
@@ -192,6 +240,14 @@ class Architecture:
     """What names it where `architectures` does not."""
     switches: Callable[[Mapping[str, Any]], Switches]
     defaults: Mapping[str, Any] = field(default_factory=dict)
+    renamed: Mapping[str, str] = field(default_factory=dict)
+    """Its own names in a config.json, and those of the others for the same."""
+    only: Mapping[str, tuple[Any, str]] = field(default_factory=dict)
+    """Keys that may have one value, and what another one would need."""
+
+    def completed(self, raw: Mapping[str, Any]) -> dict[str, Any]:
+        """A config.json with the names that all have, and with what it leaves out."""
+        return {**self.defaults, **{self.renamed.get(name, name): value for name, value in raw.items()}}
 
 
 _QWEN = {"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28}
@@ -236,6 +292,35 @@ ARCHITECTURES: dict[str, Architecture] = {
         _mixtral,
         {"num_key_value_heads": 8, "rms_norm_eps": 1e-5, "rope_theta": 1e6, "sliding_window": None}
         | {"num_experts_per_tok": 2, "num_local_experts": 8},
+    ),
+    "OPTForCausalLM": Architecture(
+        "opt",
+        _opt,
+        {"rms_norm_eps": 1e-5, "tie_word_embeddings": True},
+        {"ffn_dim": "intermediate_size", "activation_function": "hidden_act"},
+        {
+            "do_layer_norm_before": (True, "norms behind the additions, and projections around the layers (OPT-350M)"),
+            "enable_bias": (True, "layers without biases, and norms with them"),
+            "layer_norm_elementwise_affine": (True, "norms without weights"),
+            "_remove_final_layer_norm": (False, "layers without a norm behind them"),
+        },
+    ),
+    "Starcoder2ForCausalLM": Architecture(
+        "starcoder2",
+        _starcoder2,
+        {"num_key_value_heads": 2, "tie_word_embeddings": True, "use_bias": True, "sliding_window": None}
+        | {"rms_norm_eps": 1e-5},
+        {"norm_epsilon": "rms_norm_eps"},
+    ),
+    "StableLmForCausalLM": Architecture(
+        "stablelm",
+        _stablelm,
+        {"num_key_value_heads": 32, "rms_norm_eps": 1e-5, "use_qkv_bias": False, "partial_rotary_factor": 0.25},
+        {"layer_norm_eps": "rms_norm_eps"},
+        {
+            "use_parallel_residual": (False, "attention and MLP of the same input"),
+            "qk_layernorm": (False, "layer norms of queries and keys"),
+        },
     ),
     "Gemma2ForCausalLM": Architecture(
         "gemma2", _gemma2, _GEMMA | {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from hbserve_core.model.architectures import Switches
 from hbserve_core.model.model_config import ModelConfig
 from hbserve_core.model.rank_group import RankGroup
 
@@ -82,7 +83,7 @@ class ProjectionNorm:
 
 @dataclass(frozen=True, slots=True)
 class LayerWeights:
-    """One layer: attention, then a gated MLP, each added to its input; most have norms before both."""
+    """One layer: attention, then an MLP, gated in most, each added to its input; most have norms before both."""
 
     attention_norm: RmsNorm | None
     qkv: Linear
@@ -93,7 +94,7 @@ class LayerWeights:
     """Its results, and those of `down`, are to be summed over the ranks. Rank 0 alone has their biases."""
     mlp_norm: RmsNorm | None
     gate_up: Linear | None
-    """Outputs: gate, then up. None, as `down`, where there are experts."""
+    """Outputs: gate, then up, or what there is without gates. None, as `down`, where there are experts."""
     down: Linear | None
     attention_out_norm: RmsNorm | None = None
     """Of the sum over the ranks, before it is added."""
@@ -128,10 +129,31 @@ class DecoderWeights:
     """The token of its first row."""
     layers: tuple[LayerWeights, ...]
     norm: RmsNorm
+    positions: torch.Tensor | None
+    """(P, hidden_size): what is added to the embedding at each position, if anything is."""
     head: Linear
     """To the tokens of the embedding's rows; from the embedding's own weights where they are tied."""
     digest: str
     """Equal for equal weights, on every rank."""
+
+
+def first_inputs(
+    embedded: torch.Tensor, positions: torch.Tensor, weights: DecoderWeights, switches: Switches
+) -> torch.Tensor:
+    """What the first layer reads, (T, E), from rows of the embedding, the sum over the ranks, and positions (T,)."""
+    if weights.positions is not None:
+        embedded = embedded + F.embedding(positions, weights.positions)
+    return embedded - embedded.mean(-1, keepdim=True) if switches.layer_norms else embedded
+
+
+def activated(inner: torch.Tensor, switches: Switches) -> torch.Tensor:
+    """What the last product of an MLP reads, (T, F), from what its first one gives."""
+    gate, up = inner.chunk(2, dim=-1) if switches.is_gated else (inner, None)
+    if switches.activation == "relu":
+        gate = F.relu(gate)
+    else:
+        gate = F.silu(gate) if switches.activation == "silu" else F.gelu(gate, approximate="tanh")
+    return gate if up is None else gate * up
 
 
 def capped_logits(logits: torch.Tensor, config: ModelConfig) -> torch.Tensor:

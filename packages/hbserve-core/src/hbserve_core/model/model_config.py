@@ -114,7 +114,7 @@ def load_model_config(path: str | Path) -> ModelConfig:
         found = ", ".join(sorted(entry.name for entry in folder.iterdir())[:8]) or "nothing"
         raise ModelFilesMissing(f"model folder {str(folder)!r} has no config.json (it has: {found})")
     architecture = find_architecture(folder, raw)
-    raw = {**ARCHITECTURES[architecture].defaults, **raw}
+    raw = ARCHITECTURES[architecture].completed(raw)
     try:
         return _parse(folder, architecture, raw, _read_json(folder / "generation_config.json") or {})
     except KeyError as error:
@@ -131,7 +131,8 @@ def configured_model(path: str | Path, settings: EngineSettings) -> ModelConfig:
 
 
 def _parse(folder: Path, architecture: str, raw: Mapping[str, Any], generation: Mapping[str, Any]) -> ModelConfig:
-    _refuse_what_is_not_built(folder, raw)
+    switches = ARCHITECTURES[architecture].switches(raw)
+    _refuse_what_is_not_built(folder, raw, architecture, switches)
     num_heads = raw["num_attention_heads"]
     num_kv_heads = raw.get("num_key_value_heads") or num_heads
     if num_heads % num_kv_heads:
@@ -139,7 +140,6 @@ def _parse(folder: Path, architecture: str, raw: Mapping[str, Any], generation: 
             f"{folder}: num_attention_heads={num_heads} is not a multiple of num_key_value_heads={num_kv_heads}"
         )
     head_dim = raw.get("head_dim") or raw["hidden_size"] // num_heads
-    switches = ARCHITECTURES[architecture].switches(raw)
     rope, local_rope = read_rope_configs(folder, raw)
     max_model_len = raw["max_position_embeddings"]
     if local_rope is None:  # with one, the configuration has the length that the other one extends the model to
@@ -172,13 +172,17 @@ def _parse(folder: Path, architecture: str, raw: Mapping[str, Any], generation: 
     )
 
 
-def _refuse_what_is_not_built(folder: Path, raw: Mapping[str, Any]) -> None:
-    activation = raw.get("hidden_activation") or raw.get("hidden_act") or "silu"
-    expected = "gelu_pytorch_tanh" if "hidden_activation" in raw else "silu"
+def _refuse_what_is_not_built(folder: Path, raw: Mapping[str, Any], architecture: str, switches: Switches) -> None:
+    expected = "gelu_pytorch_tanh" if switches.activation == "gelu" else switches.activation
+    activation = raw.get("hidden_activation") or raw.get("hidden_act") or expected
     if activation != expected:
         raise UnsupportedModel(f"{folder}: hidden_act={activation!r} is not supported; supported: {expected!r}")
     if raw.get("use_bidirectional_attention"):
         raise UnsupportedModel(f"{folder}: use_bidirectional_attention=true is not supported; it needs another mask")
+    for name, (value, needed) in ARCHITECTURES[architecture].only.items():
+        if raw.get(name, value) != value:
+            given = json.dumps(raw[name])
+            raise UnsupportedModel(f"{folder}: {name}={given} of {architecture} is not supported; it needs {needed}")
 
 
 def _sliding_layers(folder: Path, raw: Mapping[str, Any], switches: Switches) -> tuple[int, ...]:

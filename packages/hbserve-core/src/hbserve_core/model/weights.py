@@ -5,6 +5,10 @@ A checkpoint's weights are (O, I), as ours are. Those of q, k and v, and of gate
     rank's rows of gate_proj, up_proj              ─▶ gate_up    rank's columns of down_proj    ─▶ down
     rank's rows of embed_tokens, lm_head           ─▶ embedding, head
 Each rank reads its part (see shard.py), and no more than that.
+
+A layer norm is an RMS norm of what has a mean of 0, and a bias behind it. So where norms are layer norms, all that is
+added to the stream has a mean of 0 (`first_inputs`, o_proj and down_proj see to it), which they take away anyway, and
+what their biases become is in the bias of the product that reads the norm (SliceGPT, Ashkboos et al. 2024).
 """
 
 import contextlib
@@ -13,6 +17,7 @@ import time
 from collections.abc import Mapping, Sequence
 
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
 from hbserve_core.errors import InvalidInstanceConfig
@@ -72,13 +77,20 @@ def load_weights(
     return weights
 
 
+_POSITIONS = "model.embed_positions.weight"
+_NO_POSITIONS = 2
+"""Rows in front, of padding."""
+
+
 def checkpoint_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor that the model needs."""
     hidden = config.hidden_size
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config.vocab_size, hidden)}
     for index in range(config.num_layers):
         shapes |= {f"model.layers.{index}.{name}": shape for name, shape in _layer_shapes(config, index).items()}
-    shapes["model.norm.weight"] = (hidden,)
+    shapes |= _norm_shapes(config, "model.norm")
+    if config.switches.learned_positions:
+        shapes[_POSITIONS] = (config.switches.learned_positions, hidden)
     if not config.tied_embeddings:
         shapes["lm_head.weight"] = (config.vocab_size, hidden)
     return shapes
@@ -106,7 +118,14 @@ def _layer_shapes(config: ModelConfig, index: int) -> dict[str, tuple[int, ...]]
     if switches.qk_norm:
         sizes = (query, key) if switches.qk_norm == "projection" else (config.head_dim, config.head_dim)
         shapes |= {f"self_attn.{name}.weight": (size,) for name, size in zip(("q_norm", "k_norm"), sizes, strict=True)}
-    return shapes | {f"{name}.weight": (hidden,) for name in switches.norms.names()}
+    for name in switches.norms.names():
+        shapes |= _norm_shapes(config, name)
+    return shapes
+
+
+def _norm_shapes(config: ModelConfig, name: str) -> dict[str, tuple[int, ...]]:
+    kinds = ("weight", "bias") if config.switches.layer_norms else ("weight",)
+    return {f"{name}.{kind}": (config.hidden_size,) for kind in kinds}
 
 
 def _expert_shapes(experts: Experts, hidden: int) -> dict[str, tuple[int, ...]]:
@@ -133,6 +152,8 @@ def _qkv_tensors(config: ModelConfig) -> dict[str, Rows]:
 
 def _gate_up_tensors(config: ModelConfig) -> dict[str, Rows]:
     inner = config.intermediate_size
+    if not config.switches.is_gated:
+        return {"up_proj": (inner,)}
     return (
         {"gate_up_proj": (inner, inner)} if config.switches.is_fused else {"gate_proj": (inner,), "up_proj": (inner,)}
     )
@@ -174,11 +195,14 @@ class _Loader:
             embedding *= self._embedding_multiplier
         # Without a terminal there is no bar.
         layers = tqdm(range(self._config.num_layers), desc="weights of layers", disable=None, leave=False)
+        head = embedding if self._config.tied_embeddings else self._vocabulary("lm_head.weight")
+        has_positions = self._config.switches.learned_positions
         return DecoderWeights(
             embedding=embedding,
             first_token=self._shard.rank * len(embedding),
             layers=tuple(map(self._layer, layers)),
-            head=make_linear(embedding if self._config.tied_embeddings else self._vocabulary("lm_head.weight")),
+            positions=self._whole(_POSITIONS)[_NO_POSITIONS:] if has_positions else None,
+            head=make_linear(head, self._after_norm("model.norm", head)),
             norm=self._last_norm(),
             # Last: by now the files are in the system's page cache.
             digest=weights_digest(self._source, self._shapes),
@@ -193,6 +217,10 @@ class _Loader:
     def _norm_weight(self, name: str) -> torch.Tensor:
         weight = self._whole(name)
         return weight.float() + 1 if self._config.switches.norms_from_one else weight
+
+    def _after_norm(self, name: str, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor | None:
+        """The bias of a product that reads a norm."""
+        return F.linear(self._whole(f"{name}.bias"), weight, bias) if self._config.switches.layer_norms else bias
 
     def _order_of_qkv(self) -> torch.Tensor | None:
         """Rows of the fused projection in the order in which they are kept; None: as they are."""
@@ -240,9 +268,11 @@ class _Loader:
         tensors: Mapping[str, Rows],
         parts: Sequence[slice],
         has_bias: bool,
+        norm: str | None,
         order: torch.Tensor | None = None,
     ) -> Linear:
-        """parts: of the rows of each projection in `tensors`. order: of the outputs that come out, if not theirs."""
+        """parts: of the rows of each projection in `tensors`. norm: its whole name, of what is the input. order: of the
+        outputs that come out, if not theirs."""
         firsts = [(name, sum(rows[:i])) for name, rows in tensors.items() for i in range(len(rows))]
 
         def fused(kind: str) -> torch.Tensor:
@@ -253,21 +283,32 @@ class _Loader:
             rows = self._fuse(names)
             return rows if order is None else rows[order]
 
-        return make_linear(fused("weight"), fused("bias") if has_bias else None)
+        weight, bias = fused("weight"), fused("bias") if has_bias else None
+        return make_linear(weight, bias if norm is None else self._after_norm(norm, weight, bias))
 
     def _split_by_inputs(self, name: str, part: slice, has_bias: bool) -> Linear:
         weight = self._fuse([TensorPart(f"{name}_proj.weight", columns=part)])
         bias = self._whole(f"{name}_proj.bias") if has_bias and self._shard.rank == 0 else None
+        if self._config.switches.layer_norms:
+            weight -= weight.float().mean(0)
+            bias = None if bias is None else bias - bias.float().mean()
         return make_linear(weight, bias)
 
     def _layer(self, index: int) -> LayerWeights:
         prefix, switches, norms = f"model.layers.{index}", self._config.switches, self._config.switches.norms
         attention, qkv = f"{prefix}.self_attn", (self._heads, self._kv_heads, self._kv_heads)
         experts = self._experts(prefix, index)
-        gate_up, down = (None, None) if experts else self._mlp(f"{prefix}.mlp")
+        gate_up, down = (None, None) if experts else self._mlp(prefix)
         return LayerWeights(
             attention_norm=self._layer_norm(prefix, norms.before_attention, self._stream_eps),
-            qkv=self._split_by_outputs(attention, _qkv_tensors(self._config), qkv, switches.qkv_bias, self._qkv_order),
+            qkv=self._split_by_outputs(
+                attention,
+                _qkv_tensors(self._config),
+                qkv,
+                switches.qkv_bias,
+                norms.before_attention and f"{prefix}.{norms.before_attention}",
+                self._qkv_order,
+            ),
             qk_norm=self._qk_norm(attention),
             output=self._split_by_inputs(f"{attention}.o", self._heads, switches.output_bias),
             attention_out_norm=self._layer_norm(prefix, norms.after_attention, self._config.rms_norm_eps),
@@ -284,10 +325,12 @@ class _Loader:
             return 1.0, 1.0
         return self._source.kv_scale(attention, "k"), self._source.kv_scale(attention, "v")
 
-    def _mlp(self, mlp: str) -> tuple[Linear, Linear]:
-        inner, has_bias = (self._inner, self._inner), self._config.switches.mlp_bias
-        gate_up = self._split_by_outputs(mlp, _gate_up_tensors(self._config), inner, has_bias)
-        return gate_up, self._split_by_inputs(f"{mlp}.down", self._inner, has_bias)
+    def _mlp(self, prefix: str) -> tuple[Linear, Linear]:
+        switches, tensors = self._config.switches, _gate_up_tensors(self._config)
+        inner = [self._inner] * sum(map(len, tensors.values()))
+        norm = switches.norms.before_mlp and f"{prefix}.{switches.norms.before_mlp}"
+        gate_up = self._split_by_outputs(f"{prefix}.mlp", tensors, inner, switches.mlp_bias, norm)
+        return gate_up, self._split_by_inputs(f"{prefix}.mlp.down", self._inner, switches.mlp_bias)
 
     def _experts(self, prefix: str, index: int) -> ExpertWeights | None:
         experts, shard = self._config.switches.experts, self._shard

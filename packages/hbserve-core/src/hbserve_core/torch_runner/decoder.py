@@ -1,4 +1,4 @@
-"""The decoder: embedding, layers of attention and gated MLP, norm, output projection.
+"""The decoder: embedding, layers of attention and MLP, norm, output projection.
 
 What architectures differ by (model/architectures.py) is in the weights, most of it where they are loaded.
 Shapes: T rows of one step (tokens, and padding after them), R of them sampled, E hidden_size, D head_dim.
@@ -13,7 +13,9 @@ from hbserve_core.model.layers import (
     LayerWeights,
     ProjectionNorm,
     RmsNorm,
+    activated,
     capped_logits,
+    first_inputs,
 )
 from hbserve_core.model.model_config import ModelConfig
 from hbserve_core.model.rank_group import RankGroup
@@ -43,7 +45,8 @@ class Decoder:
     def hidden(self, step: StepInput, attention: AttentionPlan) -> torch.Tensor:
         """(T, E): what the last layer gives. Writes the step's keys and values into the pool."""
         all_reduce = self._group.all_reduce
-        hidden = all_reduce(self._embed(step.token_ids))
+        embedded = all_reduce(self._embed(step.token_ids))
+        hidden = first_inputs(embedded, step.positions, self._weights, self._config.switches)
         angles = {config: rope.angles(step.positions) for config, rope in self._ropes.items()}
         for index, (layer, rope) in enumerate(zip(self._weights.layers, self._layer_ropes, strict=True)):
             attended = all_reduce(self._attention(index, layer, hidden, angles[rope], attention))
@@ -89,16 +92,11 @@ class Decoder:
             return self._experts(layer.experts, rows)
         assert layer.gate_up is not None
         assert layer.down is not None
-        return layer.down(self._gated(layer.gate_up(rows)))
-
-    def _gated(self, gate_up: torch.Tensor) -> torch.Tensor:
-        gate, up = gate_up.chunk(2, dim=-1)
-        activated = F.silu(gate) if self._config.switches.activation == "silu" else F.gelu(gate, approximate="tanh")
-        return activated * up
+        return layer.down(activated(layer.gate_up(rows), self._config.switches))
 
     def _experts(self, weights: ExpertWeights, rows: torch.Tensor) -> torch.Tensor:
         """(T, E): each row's experts, those that this rank has, one expert after the other."""
-        experts = self._config.switches.experts
+        switches, experts = self._config.switches, self._config.switches.experts
         assert experts is not None
         shares, chosen = weights.router(rows).float().softmax(-1).topk(experts.per_token, dim=-1)
         if experts.renormalises:
@@ -108,7 +106,7 @@ class Decoder:
             place = expert - weights.first
             if 0 <= place < len(weights.gate_up):
                 own, rank = (chosen == expert).nonzero(as_tuple=True)
-                inside = self._gated(F.linear(rows[own], weights.gate_up[place]))
+                inside = activated(F.linear(rows[own], weights.gate_up[place]), switches)
                 result = F.linear(inside, weights.down[place]) * shares[own, rank, None]
                 out.index_add_(0, own, result.to(out.dtype))
         return out

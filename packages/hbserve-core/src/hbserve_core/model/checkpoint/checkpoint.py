@@ -4,7 +4,6 @@ import contextlib
 import logging
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -37,7 +36,7 @@ class Checkpoint:
 
     def __init__(self, config: ModelConfig, shapes: Shapes, device: torch.device) -> None:
         with contextlib.ExitStack() as opened:
-            self._stored = opened.enter_context(_stored_tensors(config.path))
+            self._stored = opened.enter_context(_stored_tensors(config))
             if config.tied_embeddings and _EMBEDDING not in self._stored and _HEAD in self._stored:
                 # One tensor under either name: safetensors' save_model keeps the name that comes first in the alphabet.
                 self._stored[_EMBEDDING] = self._stored.pop(_HEAD)
@@ -121,7 +120,7 @@ def with_stored_head(config: ModelConfig) -> ModelConfig:
     """
     if not config.tied_embeddings:
         return config
-    with _stored_tensors(config.path) as stored:
+    with _stored_tensors(config) as stored:
         if _EMBEDDING not in stored or _HEAD not in stored or _are_equal(stored[_EMBEDDING], stored[_HEAD]):
             return config
     logger.warning(
@@ -134,18 +133,25 @@ def with_stored_head(config: ModelConfig) -> ModelConfig:
 
 
 @contextlib.contextmanager
-def _stored_tensors(folder: Path) -> Iterator[dict[str, StoredTensor]]:
-    """Of all weight files, which are open meanwhile. By the names of a model with a head: those of exports without one
-    lack the prefix."""
+def _stored_tensors(config: ModelConfig) -> Iterator[dict[str, StoredTensor]]:
+    """Of all weight files, which are open meanwhile. By our names (see `Switches.renamed`), as a model with a head has
+    them: those of exports without one lack the prefix."""
     stored: dict[str, StoredTensor] = {}
     with contextlib.ExitStack() as opened:
-        for path in weight_files(folder):
+        for path in weight_files(config.path):
             file = SafetensorsFile(path)
             opened.callback(file.close)
-            stored |= file.tensors
+            stored |= {_our_name(name, config): tensor for name, tensor in file.tensors.items()}
         if _EMBEDDING.removeprefix(_PREFIX) in stored:
             stored = {name if name == _HEAD else _PREFIX + name: tensor for name, tensor in stored.items()}
         yield stored
+
+
+def _our_name(name: str, config: ModelConfig) -> str:
+    """Of a tensor of a checkpoint."""
+    for theirs, ours in config.switches.renamed:
+        name = name.replace(theirs, ours)
+    return name
 
 
 def _are_equal(one: StoredTensor, other: StoredTensor) -> bool:

@@ -63,9 +63,9 @@ class DummyCheckpoint:
 
 
 def _constant(name: str) -> float | None:
-    if "norm" in name:
-        return 1.0
-    return 0.0 if name.endswith(".bias") else None
+    if name.endswith(".bias"):
+        return 0.0
+    return 1.0 if "norm" in name else None
 
 
 def _keys(name: str) -> tuple[int, int]:
