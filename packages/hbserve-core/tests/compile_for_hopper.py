@@ -186,6 +186,53 @@ def product(outputs, inputs, rows, dtype, reads_norm=False, adds=False, gated=Fa
             skinny_linear(ScaledRows(x, squares) if reads_norm else x, weight, eps=1e-6, gated=gated, **tiling)
 
 
+NARROW = {"8 bits": 8, "4 bits": 4}
+
+
+def narrow_matrix(kind, outputs, inputs):
+    from hbserve_core.cuda_runner.kernels.narrow_linear import NarrowMatrix
+    from hbserve_core.model.narrow_weight import NarrowWeight
+
+    group, groups = 128, inputs // 128
+    if NARROW[kind] == 8:
+        weight = NarrowWeight(empty(outputs, inputs, dtype=FP8), empty(groups, outputs, dtype=F32), None, group)
+    else:
+        scales, zeros = empty(groups, outputs, dtype=torch.float16), empty(groups, outputs, dtype=torch.uint8)
+        weight = NarrowWeight(empty(outputs, inputs // 2, dtype=torch.uint8), scales, zeros, group)
+    return NarrowMatrix(weight)
+
+
+def narrow_products(kind, rows):
+    """Of Qwen3-8B, skinny: of one row, gates and ups of a norm that has begun; of more, down and the norm behind it."""
+    from hbserve_core.cuda_runner.kernels.few_rows_linear import (
+        ScaledRows,
+        SkinnyWorkspace,
+        add_skinny_linear,
+        num_tiles,
+        skinny_linear,
+    )
+
+    hidden, inner, *_ = MODELS["Qwen3-8B"]
+    padded = max(16, 1 << (rows - 1).bit_length())
+    tiling: dict[str, Any] = {"padded_rows": padded, "workspace": SkinnyWorkspace(PROCESSORS, 64, torch.device("meta"))}
+    if rows == 1:
+        begun = ScaledRows(empty(rows, hidden), empty(num_tiles(hidden, False), padded, dtype=F32))
+        skinny_linear(begun, narrow_matrix(kind, 2 * inner, hidden), gated=True, splits=1, eps=1e-6, **tiling)
+    else:
+        target, down = empty(rows, hidden), narrow_matrix(kind, hidden, inner)
+        add_skinny_linear(target, empty(rows, inner), down, next_norm=empty(hidden), splits=2, **tiling)
+
+
+def many_narrow_rows(kind):
+    """In tiles, and the widening of weights."""
+    from hbserve_core.cuda_runner.kernels.narrow_linear import tiled_linear, widen
+
+    hidden, inner, *_ = MODELS["Qwen3-8B"]
+    matrix = narrow_matrix(kind, hidden, inner)
+    tiled_linear(empty(256, inner), matrix, None, empty(256, hidden), adds=True)
+    widen(matrix, BF16)
+
+
 def others(dtype):
     """A step's beginning and end, and what stands beside products of cuBLAS."""
     from hbserve_core.cuda_runner.kernels.pointwise import embed, gate_mul, host_copy, rms_norm
@@ -213,6 +260,8 @@ CASES: dict[str, Callable[[], object]] = {
     "experts 1": partial(experts, 1),
     "experts 2048": partial(experts, 2048),
     "float32 experts": partial(experts, 8, F32),
+    **{f"narrow {kind} {rows}": partial(narrow_products, kind, rows) for kind in NARROW for rows in (1, 64)},
+    **{f"many narrow {kind}": partial(many_narrow_rows, kind) for kind in NARROW},
     "two types": lambda: _of_two_types[(1,)](ints(1), 2),
     # Meta tensors count as being on 4 processors: up to 12 programs are few.
     "decode few Qwen3-0.6B": partial(decode, "Qwen3-0.6B", 1),

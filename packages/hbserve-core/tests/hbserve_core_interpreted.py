@@ -33,12 +33,13 @@ class InterpretedRunner:
     def __init__(self, folder, overlaps=False, graphs=True, group=None, seed=None, **settings):
         from hbserve_core.cuda_runner.decoder import CudaDecoder
         from hbserve_core.cuda_runner.kernels.prefill_attention import new_tokens_per_tile
+        from hbserve_core.cuda_runner.narrow_linear import NarrowLinear
 
         self.config = InstanceConfig(
             model_path=str(folder), block_size=BLOCK, device="cpu", cuda_graph_enabled=graphs,
             cuda_graph_max_seq_len=64, **({"num_blocks": 96} | settings),
         )  # fmt: skip
-        model = LoadedModel(self.config, group)
+        model = LoadedModel(self.config, group, NarrowLinear)
         self.model_config, self.device, self.overlaps = model.model_config, model.device, overlaps
         self.dtype, self.fingerprint = model.dtype, model.fingerprint
         self.pool = model.allocate_pool().fill_(float("nan"))
@@ -109,8 +110,8 @@ def plain(weights):
     from hbserve_core.model.layers import Linear
 
     def unpacked(linear):
-        if linear is None:
-            return None
+        if linear is None or linear.is_narrow:
+            return linear
         weight = linear.weight.to_dense() if linear.weight.is_mkldnn else linear.weight
         return Linear(weight, linear.bias)
 

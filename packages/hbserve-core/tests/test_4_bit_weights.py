@@ -1,10 +1,10 @@
 """Checkpoints of AWQ and GPTQ beside the weights that they stand for, which are written next to them as floats."""
 
-import json
 import shutil
 
 import pytest
 import torch
+from hbserve_core_quantised import change, write
 from safetensors.torch import load_file, save_file
 
 from hbserve_core import Engine, InstanceConfig, ModelRunner, UnsupportedModel, WeightsMismatch
@@ -13,37 +13,7 @@ from hbserve_core.model.shard import Shard
 from hbserve_core.model.weights import load_weights
 from hbserve_rpc import SamplingParams
 
-AWQ_ORDER = [0, 2, 4, 6, 1, 3, 5, 7]
-"""What AutoAWQ puts into an int32, the lowest bits first."""
 KINDS = ["awq", "gptq", "gptq act-order", "gptq_v2", "gptq one group"]
-
-
-def packed(numbers, order=(0, 1, 2, 3, 4, 5, 6, 7)):
-    """(N, M) numbers to (N, M / 8) int32."""
-    eight = numbers.view(len(numbers), -1, 8).to(torch.int64)
-    whole = sum(eight[:, :, place] << (4 * bit) for bit, place in enumerate(order))
-    return torch.where(whole >= 1 << 31, whole - (1 << 32), whole).to(torch.int32)
-
-
-def invented(kind, outputs, inputs, generator):
-    """A weight in float32, and what stands for it."""
-    size = inputs if kind == "gptq one group" else 16
-    numbers = torch.randint(0, 16, (inputs, outputs), generator=generator)
-    zeros = torch.randint(1, 16, (inputs // size, outputs), generator=generator)
-    scales = (torch.rand(inputs // size, outputs, generator=generator) * 0.1 + 0.02).half()
-    groups = torch.arange(inputs) // size
-    if kind == "gptq act-order":
-        groups = groups[torch.randperm(inputs, generator=generator)]
-    weight = ((numbers - zeros[groups]) * scales.float()[groups]).t().contiguous()
-    if kind == "awq":
-        return weight, {"qweight": packed(numbers, AWQ_ORDER), "qzeros": packed(zeros, AWQ_ORDER), "scales": scales}
-    stored = {
-        "qweight": packed(numbers.t()).t().contiguous(),
-        "qzeros": packed(zeros - int(kind != "gptq_v2")),
-        "scales": scales,
-        "g_idx": groups.to(torch.int32),
-    }
-    return weight, stored
 
 
 @pytest.fixture(scope="module")
@@ -57,36 +27,6 @@ def folders(model_folder, tmp_path_factory):
         return made[name, kind]
 
     return make
-
-
-def write(source, where, kind):
-    narrow, wide = where / "narrow", where / "wide"
-    for folder in (narrow, wide):
-        shutil.copytree(source, folder)
-    weights, generator = load_file(source / "model.safetensors"), torch.Generator().manual_seed(3)
-    small: dict[str, torch.Tensor] = {}
-    large: dict[str, torch.Tensor] = {}
-    for name, weight in weights.items():
-        if name.endswith("_proj.weight"):
-            large[name], parts = invented(kind, weight.shape[0], weight.shape[1], generator)
-            small |= {name.replace("weight", part): tensor for part, tensor in parts.items()}
-        else:
-            small[name] = large[name] = weight
-    save_file(small, narrow / "model.safetensors", {"format": "pt"})
-    save_file(large, wide / "model.safetensors", {"format": "pt"})
-    method = "awq" if kind == "awq" else "gptq"
-    change(narrow, quant_method=method, bits=4, group_size=-1 if kind == "gptq one group" else 16)
-    if method == "awq":
-        change(narrow, version="gemm", zero_point=True)
-    else:
-        change(narrow, checkpoint_format=kind if kind == "gptq_v2" else "gptq", desc_act=kind == "gptq act-order")
-    return narrow, wide
-
-
-def change(folder, **quantization):
-    config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"] = config.get("quantization_config", {}) | quantization
-    (folder / "config.json").write_text(json.dumps(config))
 
 
 @pytest.mark.parametrize(

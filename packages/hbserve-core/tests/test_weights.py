@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from hbserve_core_quantised import quantised
 from safetensors.torch import load_file, save_file
 
 from hbserve_core.config import InstanceConfig
@@ -258,7 +259,8 @@ def test_weights_may_be_loaded_in_inference_mode(model_folder):
 # ---- load_format "dummy" ---------------------------------------------------------------------------------------------
 
 SHAPES = {
-    "a.weight": (300, 700), "b.weight": (300, 700), "norm.weight": (700,), "a.bias": (300,), "norm.bias": (700,), "vast.weight": (1 << 33, 8)
+    "a.weight": (300, 700), "b.weight": (300, 700), "norm.weight": (700,), "a.bias": (300,), "norm.bias": (700,),
+    "vast.weight": (1 << 33, 8),
 }  # fmt: skip
 
 
@@ -367,34 +369,6 @@ def test_weights_are_the_same_on_every_rank_count(model_folder, monkeypatch, loa
         assert torch.equal(torch.cat([part.down.weight for part in parts], dim=1), expected.down.weight)
         gates = [part.gate_up.weight.chunk(2)[0] for part in parts]
         assert torch.equal(torch.cat(gates), expected.gate_up.weight.chunk(2)[0])
-
-
-def quantised(folder, block, as_compressed_tensors):
-    """Make the projections in a folder 8-bit floats; returns all weights as they are meant. block: None: by row."""
-    # Copies: what was loaded may be the file itself, which is written over.
-    tensors = {name: each.clone() for name, each in load_file(folder / "model.safetensors").items()}
-    meant, stored = dict(tensors), dict(tensors)
-    for name, weight in tensors.items():
-        if "_proj" not in name:
-            continue
-        rows, columns = weight.shape
-        down, across = block or (1, columns)
-        padded = torch.nn.functional.pad(weight, (0, -columns % across, 0, -rows % down))
-        blocks = padded.view(padded.shape[0] // down, down, padded.shape[1] // across, across)
-        scales = blocks.abs().amax((1, 3)) / 448
-        narrow = (blocks / scales[:, None, :, None]).to(torch.float8_e4m3fn)
-        meant[name] = (narrow.float() * scales[:, None, :, None]).view(padded.shape)[:rows, :columns].clone()
-        stored[name] = narrow.float().view(padded.shape)[:rows, :columns].to(torch.float8_e4m3fn).contiguous()
-        stored[f"{name}_scale" if as_compressed_tensors else f"{name}_scale_inv"] = scales
-    save_file(stored, folder / "model.safetensors", {"format": "pt"})
-    config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"] = (
-        {"quant_method": "compressed-tensors", "config_groups": {"g": {"weights": {"num_bits": 8, "type": "float"}}}}
-        if as_compressed_tensors
-        else {"quant_method": "fp8", "weight_block_size": block, "activation_scheme": "dynamic"}
-    )
-    (folder / "config.json").write_text(json.dumps(config))
-    return meant
 
 
 @pytest.mark.parametrize(

@@ -96,6 +96,8 @@ class EngineSettings(msgspec.Struct, kw_only=True):
     kv_cache_dtype: Annotated[Literal["auto", "fp8"], In("engine")] = "auto"
     """"auto" keeps keys and values in the model's dtype; "fp8" in 8-bit floats (e4m3), by the scales that a checkpoint
     has for them, or 1. Instances that send KV to each other must have the same."""
+    widen_weights: Annotated[bool, In("engine")] = False
+    """On CUDA, keep quantised weights in the model's dtype, as on the CPU, and not as narrow as they are stored."""
     num_blocks: Annotated[int | None, In("engine"), POSITIVE] = None
     """KV blocks in each instance's pool; None sizes the pool from free memory."""
     gpu_memory_utilization: Annotated[float, In("engine"), Bounds(0.01, 1)] = 0.9

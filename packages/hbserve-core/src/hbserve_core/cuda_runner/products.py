@@ -8,7 +8,9 @@
     … 128     skinny_linear where there is a tile for every second processor           cuBLAS
     129 …     cuBLAS, as for all others above                                          cuBLAS
 What is not in cuBLAS has norms, gates and additions in it or near it, and starts before the kernel in front has ended.
-benchmarks/cuda_products.py measures all of them beside each other; docs/performance.md has what it found.
+Weights that are narrower (narrow_linear.py) bring `skinny_linear` a kernel of their own, and their `Linear` computes
+what cuBLAS does here. benchmarks/cuda_products.py measures all others beside each other; docs/performance.md has what
+it found.
 Shapes: M rows, I inputs, O outputs, E hidden_size.
 """
 
@@ -55,18 +57,18 @@ class Choice:
     """Of the inputs, a power of two."""
 
 
-def choose(rows: int, weight: tuple[int, int], itemsize: int, kind: Kind, num_processors: int) -> Choice:
-    """The fastest way to multiply so many rows with a (O, I) weight matrix of numbers of `itemsize` bytes.
+def choose(
+    rows: int, weight: tuple[int, int], itemsize: int, kind: Kind, num_processors: int, is_narrow: bool = False
+) -> Choice:
+    """The fastest way to multiply so many rows of numbers of `itemsize` bytes with a (O, I) weight matrix of such.
 
     kind: "normed" if a norm comes before the product, "gated" if also half of the outputs are gates, else "plain".
+    is_narrow: the weight is narrower, and only `skinny` or what it has in place of cuBLAS can read it.
     """
     outputs, inputs = weight
     if itemsize > 2:
-        return Choice("small" if rows <= 2 else "cublas")
-    is_small = outputs * inputs < _SMALL_MATRIX.get(rows, 0) and inputs >= _SMALL_INPUTS.get(rows, 0)
-    if is_small and (rows == 1 or kind == "plain"):
-        return Choice("small")
-    if rows == 1 and outputs >= _HEAD_OUTPUTS and inputs <= _HEAD_INPUTS:
+        return Choice("small" if rows <= 2 and not is_narrow else "cublas")
+    if not is_narrow and _is_small(rows, outputs, inputs, kind):
         return Choice("small")
     gated = kind == "gated"
     tiles = num_tiles(outputs // 2 if gated else outputs, gated)
@@ -75,6 +77,13 @@ def choose(rows: int, weight: tuple[int, int], itemsize: int, kind: Kind, num_pr
     splits = 1 if rows > _MOST_SPLIT_ROWS else min(num_processors // tiles, inputs // _FEWEST_INPUTS)
     most = max(1, splits)
     return Choice("skinny", max(16, 1 << (rows - 1).bit_length()), 1 << (most.bit_length() - 1))
+
+
+def _is_small(rows: int, outputs: int, inputs: int, kind: Kind) -> bool:
+    is_small = outputs * inputs < _SMALL_MATRIX.get(rows, 0) and inputs >= _SMALL_INPUTS.get(rows, 0)
+    if is_small and (rows == 1 or kind == "plain"):
+        return True
+    return rows == 1 and outputs >= _HEAD_OUTPUTS and inputs <= _HEAD_INPUTS
 
 
 @dataclass(slots=True)
@@ -154,7 +163,8 @@ class CudaProducts:
 
     def _choose(self, rows: torch.Tensor, linear: Linear, kind: Kind) -> Choice:
         outputs, inputs = linear.weight.shape
-        return choose(len(rows), (outputs, inputs), linear.weight.dtype.itemsize, kind, self._num_processors)
+        itemsize = rows.dtype.itemsize
+        return choose(len(rows), (outputs, inputs), itemsize, kind, self._num_processors, linear.is_narrow)
 
     def _skinny(
         self,

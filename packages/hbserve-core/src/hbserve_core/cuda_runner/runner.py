@@ -32,6 +32,7 @@ from hbserve_core.logits.special_rows import PendingLogprobs, SpecialRows
 from hbserve_core.model.loaded_model import LoadedModel
 from hbserve_core.model.model_config import ModelConfig
 from hbserve_core.model.rank_group import RankGroup
+from hbserve_core.model.weights import MakeNarrow
 
 logger = logging.getLogger(__name__)
 
@@ -47,10 +48,17 @@ class CudaRunner:
 
     overlaps = True
     transfer_addresses: Ids[str] = ()
+    computed: Any = None
+    _turn = 0
+    _left: Callable[[], None] | None = None
+    """What `draw` is to do."""
 
-    def __init__(self, config: InstanceConfig, group: RankGroup | None = None) -> None:
+    def __init__(
+        self, config: InstanceConfig, group: RankGroup | None = None, make_narrow: MakeNarrow | None = None
+    ) -> None:
+        """make_narrow: see `LoadedModel`."""
         group = group or RankGroup()
-        model = LoadedModel(config, group)
+        model = LoadedModel(config, group, make_narrow)
         self.config = config
         self.model_config = model.model_config
         self.device = model.device
@@ -84,10 +92,6 @@ class CudaRunner:
             self._graphs.capture(self._shapes.decodes, self._clear, self._decode, f"{config.instance_id} decode")
             self._graphs.capture(self._shapes.prefills, self._clear, self._hidden, f"{config.instance_id} prefill")
             self._stream.synchronize()
-        self._turn = 0
-        self.computed: Any = None
-        self._left: Callable[[], None] | None = None
-        """What `draw` is to do."""
 
     def _make_packer(self, model: ModelConfig, seed: int | None) -> StepPacker:
         pieces = SplitKV(model.num_kv_heads, num_processors(self.device))

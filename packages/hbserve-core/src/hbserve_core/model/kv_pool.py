@@ -42,6 +42,11 @@ class BlockShape:
         return prod(self.shape) * self.dtype.itemsize
 
 
+def has_8_bit_floats(device: torch.device) -> bool:
+    """Of a CUDA device."""
+    return torch.cuda.get_device_capability(device) >= _CUDA_WITH_FP8
+
+
 def kv_dtype(config: InstanceConfig, dtype: torch.dtype, device: torch.device) -> torch.dtype:
     """Of keys and values in the pool, where the model's is `dtype`.
 
@@ -50,7 +55,7 @@ def kv_dtype(config: InstanceConfig, dtype: torch.dtype, device: torch.device) -
     """
     if config.kv_cache_dtype == "auto":
         return dtype
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) < _CUDA_WITH_FP8:
+    if device.type == "cuda" and not has_8_bit_floats(device):
         name, (major, minor) = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
         raise InvalidInstanceConfig(
             f"kv_cache_dtype='fp8': {name} has compute capability {major}.{minor}, and 8-bit floats need "

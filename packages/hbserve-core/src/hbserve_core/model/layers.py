@@ -20,6 +20,9 @@ from hbserve_core.model.rank_group import RankGroup
 class Linear:
     """x W^T + b, with W as checkpoints have it."""
 
+    is_narrow = False
+    """Whether W has fewer bits than what is multiplied, and is none that the kernels of other products can read."""
+
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
         """weight: (O, I). bias: (O,)."""
         self.weight = weight

@@ -8,13 +8,20 @@ import torch
 
 from hbserve_core.config import InstanceConfig
 from hbserve_core.errors import InvalidInstanceConfig
-from hbserve_core.model.kv_pool import BlockShape, allocate_pool, block_shape, choose_num_blocks, kv_dtype
+from hbserve_core.model.kv_pool import (
+    BlockShape,
+    allocate_pool,
+    block_shape,
+    choose_num_blocks,
+    has_8_bit_floats,
+    kv_dtype,
+)
 from hbserve_core.model.layers import DecoderWeights
 from hbserve_core.model.model_config import DTYPES, ModelConfig, configured_model, torch_dtype
 from hbserve_core.model.rank_group import RankGroup
 from hbserve_core.model.rope import angle_table
 from hbserve_core.model.shard import check_divisible
-from hbserve_core.model.weights import load_weights
+from hbserve_core.model.weights import MakeNarrow, load_weights
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +34,10 @@ class LoadedModel:
         InvalidInstanceConfig: a setting that cannot be.
     """
 
-    def __init__(self, config: InstanceConfig, group: RankGroup | None = None) -> None:
+    def __init__(
+        self, config: InstanceConfig, group: RankGroup | None = None, make_narrow: MakeNarrow | None = None
+    ) -> None:
+        """make_narrow: products with weights that stay in fewer than 16 bits, of a runner that has them."""
         self._config = config
         self._group = group or RankGroup()
         shard = self._group.shard
@@ -46,7 +56,9 @@ class LoadedModel:
             torch.set_num_threads(config.num_threads)
         in_pool = kv_dtype(config, self.dtype, self.device)
         given = self.model_config, config.load_format, self.dtype, self.device, shard
-        self.weights = load_weights(*given, with_kv_scales=in_pool != self.dtype)
+        if config.widen_weights or not _can_stay_narrow(self.model_config, self.device):
+            make_narrow = None
+        self.weights = load_weights(*given, with_kv_scales=in_pool != self.dtype, make_narrow=make_narrow)
         self.block = block_shape(config, self.rank_config, in_pool)
         self.fingerprint = _fingerprint(self.model_config, self.weights, self.block)
         """What two instances must share to read each other's blocks."""
@@ -82,6 +94,11 @@ class LoadedModel:
         ropes = config.layer_ropes()
         tables = {each: angle_table(each, config.head_dim, config.max_model_len).to(self.device) for each in ropes}
         return [tables[each] for each in ropes]
+
+
+def _can_stay_narrow(model: ModelConfig, device: torch.device) -> bool:
+    """Whether the device reads such weights; 8-bit floats it must know as a type."""
+    return model.scale_block is None or device.type != "cuda" or has_8_bit_floats(device)
 
 
 def _with_limit(model: ModelConfig, config: InstanceConfig) -> ModelConfig:

@@ -14,7 +14,7 @@ what their biases become is in the bias of the product that reads the norm (Slic
 import contextlib
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +24,7 @@ from hbserve_core.errors import InvalidInstanceConfig
 from hbserve_core.model.architectures import Experts
 from hbserve_core.model.checkpoint.checkpoint import Checkpoint, with_stored_head
 from hbserve_core.model.checkpoint.dummy_checkpoint import DummyCheckpoint
-from hbserve_core.model.checkpoint.tensor_source import TensorPart, TensorSource, weights_digest
+from hbserve_core.model.checkpoint.tensor_source import SplitGroups, TensorPart, TensorSource, weights_digest
 from hbserve_core.model.layers import (
     DecoderWeights,
     ExpertWeights,
@@ -35,10 +35,14 @@ from hbserve_core.model.layers import (
 )
 from hbserve_core.model.linear import make_linear
 from hbserve_core.model.model_config import ModelConfig
+from hbserve_core.model.narrow_weight import NarrowWeight, fused
 from hbserve_core.model.rope import head_order
 from hbserve_core.model.shard import Shard
 
 logger = logging.getLogger(__name__)
+
+MakeNarrow = Callable[[NarrowWeight, torch.Tensor | None], Linear]
+"""Of a weight and a bias."""
 
 
 def load_weights(
@@ -49,14 +53,16 @@ def load_weights(
     shard: Shard | None = None,
     *,
     with_kv_scales: bool = False,
+    make_narrow: MakeNarrow | None = None,
 ) -> DecoderWeights:
     """Read, or for load_format "dummy" invent, a rank's part of the weights. `config` is of the whole model.
-    with_kv_scales: for a pool of 8-bit floats.
+    with_kv_scales: for a pool of 8-bit floats. make_narrow: of weights that are stored in fewer than 16 bits and can
+    stay as they are; None: none of them can.
 
     All of them are there when it returns, for any stream.
 
     Raises:
-        InvalidInstanceConfig: another load_format.
+        InvalidInstanceConfig: another load_format; ranks that would share a group of a narrow weight.
         ModelFilesMissing, WeightsMismatch: as `Checkpoint` says.
     """
     if load_format not in ("safetensors", "dummy"):
@@ -68,8 +74,14 @@ def load_weights(
     source: TensorSource
     source = DummyCheckpoint(shapes) if load_format == "dummy" else Checkpoint(config, shapes, device)
     with contextlib.closing(source):
-        loader = _Loader(config, shard or Shard(), source, dtype, device, with_kv_scales)
-        weights = loader.decoder()
+        loader = _Loader(config, shard or Shard(), source, dtype, device, with_kv_scales, make_narrow)
+        try:
+            weights = loader.decoder()
+        except SplitGroups as error:
+            size = shard.size if shard else 1
+            raise InvalidInstanceConfig(
+                f"tensor_parallel_size={size}: {error}; take another number of ranks, or widen_weights=true"
+            ) from None
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     seconds, gigabytes = time.perf_counter() - began_s, loader.num_bytes / 1e9
@@ -170,9 +182,11 @@ class _Loader:
         dtype: torch.dtype,
         device: torch.device,
         with_kv_scales: bool,
+        make_narrow: MakeNarrow | None,
     ) -> None:
         self._config = config
         self._shard = shard
+        self._make_narrow = make_narrow
         self._source = source
         self._shapes = checkpoint_shapes(config)
         self._dtype = dtype
@@ -275,24 +289,40 @@ class _Loader:
         outputs that come out, if not theirs."""
         firsts = [(name, sum(rows[:i])) for name, rows in tensors.items() for i in range(len(rows))]
 
-        def fused(kind: str) -> torch.Tensor:
-            names = [
+        def parts_of(kind: str) -> list[TensorPart]:
+            return [
                 TensorPart(f"{prefix}.{name}.{kind}", rows=slice(first + part.start, first + part.stop))
                 for (name, first), part in zip(firsts, parts, strict=True)
             ]
-            rows = self._fuse(names)
-            return rows if order is None else rows[order]
 
-        weight, bias = fused("weight"), fused("bias") if has_bias else None
-        return make_linear(weight, bias if norm is None else self._after_norm(norm, weight, bias))
+        bias = self._fuse(parts_of("bias")) if has_bias else None
+        bias = bias[order] if bias is not None and order is not None else bias
+        if norm is None or not self._config.switches.layer_norms:
+            return self._linear(parts_of("weight"), bias, order)
+        rows = self._fuse(parts_of("weight"))
+        weight = rows if order is None else rows[order]
+        return make_linear(weight, self._after_norm(norm, weight, bias))
 
     def _split_by_inputs(self, name: str, part: slice, has_bias: bool) -> Linear:
-        weight = self._fuse([TensorPart(f"{name}_proj.weight", columns=part)])
         bias = self._whole(f"{name}_proj.bias") if has_bias and self._shard.rank == 0 else None
-        if self._config.switches.layer_norms:
-            weight -= weight.float().mean(0)
-            bias = None if bias is None else bias - bias.float().mean()
-        return make_linear(weight, bias)
+        parts = [TensorPart(f"{name}_proj.weight", columns=part)]
+        if not self._config.switches.layer_norms:
+            return self._linear(parts, bias)
+        weight = self._fuse(parts)
+        weight -= weight.float().mean(0)
+        return make_linear(weight, None if bias is None else bias - bias.float().mean())
+
+    def _linear(
+        self, parts: Sequence[TensorPart], bias: torch.Tensor | None, order: torch.Tensor | None = None
+    ) -> Linear:
+        """Of weights one below the other, as narrow as they are stored if they can stay so."""
+        if self._make_narrow is not None:
+            narrow = fused([self._source.read_narrow(part, self._device) for part in parts])
+            if narrow is not None:
+                self.num_bytes += narrow.nbytes
+                return self._make_narrow(narrow if order is None else narrow.with_rows(order), bias)
+        rows = self._fuse(parts)
+        return make_linear(rows if order is None else rows[order], bias)
 
     def _layer(self, index: int) -> LayerWeights:
         prefix, switches, norms = f"model.layers.{index}", self._config.switches, self._config.switches.norms

@@ -8,8 +8,10 @@ import torch
 from hbserve_core.config import InstanceConfig
 from hbserve_core.engine.step import Runner
 from hbserve_core.errors import InvalidInstanceConfig
+from hbserve_core.model.layers import Linear
 from hbserve_core.model.loaded_model import choose_device
 from hbserve_core.model.model_config import configured_model
+from hbserve_core.model.narrow_weight import NarrowWeight
 from hbserve_core.model.rank_group import RankGroup
 from hbserve_core.model.shard import check_divisible
 from hbserve_core.torch_runner.runner import ModelRunner
@@ -56,4 +58,11 @@ def make_rank_runner(config: InstanceConfig, group: RankGroup) -> Runner:
     # Triton is not there on every system that has no CUDA.
     from hbserve_core.cuda_runner.runner import CudaRunner
 
-    return CudaRunner(config, group)
+    return CudaRunner(config, group, _make_narrow)
+
+
+def _make_narrow(weight: NarrowWeight, bias: torch.Tensor | None) -> Linear:
+    # Its kernels are of models that have such weights, and no part of the others' steps.
+    from hbserve_core.cuda_runner.narrow_linear import NarrowLinear
+
+    return NarrowLinear(weight, bias)

@@ -17,6 +17,7 @@ Shapes: M rows, I inputs, O outputs, T tiles.
 """
 
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 import triton
@@ -144,7 +145,7 @@ def small_linear(
 
 
 @triton.jit
-def _finish(
+def finish_tile(
     result, bias, out, next_norm, scaled, squares, tile, num_rows, num_outputs, ROWS: tl.constexpr,
     OUTPUTS: tl.constexpr, GATED: tl.constexpr, GELU: tl.constexpr, HAS_BIAS: tl.constexpr, ADDS: tl.constexpr,
     SCALES: tl.constexpr,
@@ -176,7 +177,7 @@ def _finish(
 
 
 @triton.jit
-def _row_scales(squares, size, eps, TILES: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr):
+def row_scales_of(squares, size, eps, TILES: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr):
     """1 / rms of each row (1, ROWS), from its sums of squares (TILES, ROWS)."""
     tiles, m = tl.arange(0, PADDED), tl.arange(0, ROWS)
     found = tl.load(squares + tiles[:, None] * ROWS + m[None, :], mask=(tiles < TILES)[:, None], other=0.0)
@@ -184,7 +185,7 @@ def _row_scales(squares, size, eps, TILES: tl.constexpr, PADDED: tl.constexpr, R
 
 
 @triton.jit
-def _weight_rows(tile, num_outputs, OUTPUTS: tl.constexpr, GATED: tl.constexpr):
+def weight_rows(tile, num_outputs, OUTPUTS: tl.constexpr, GATED: tl.constexpr):
     """Of a tile (OUTPUTS,). With gates, half of them are gates, the other half the ups that belong to them."""
     r = tl.arange(0, OUTPUTS)
     if GATED:
@@ -196,7 +197,7 @@ def _weight_rows(tile, num_outputs, OUTPUTS: tl.constexpr, GATED: tl.constexpr):
 
 
 @triton.jit
-def _sum_of_splits(result, parts, arrived, split, SPLITS: tl.constexpr, OUTPUTS: tl.constexpr, ROWS: tl.constexpr):
+def sum_of_splits(result, parts, arrived, split, SPLITS: tl.constexpr, OUTPUTS: tl.constexpr, ROWS: tl.constexpr):
     """Whether this program of a tile is the last to come, and then what all have found."""
     place = tl.arange(0, OUTPUTS)[:, None] * ROWS + tl.arange(0, ROWS)[None, :]
     tl.store(parts + split * (OUTPUTS * ROWS) + place, result)
@@ -223,13 +224,13 @@ def _skinny_linear(
     tile, split, m = tl.program_id(0), tl.program_id(1), tl.arange(0, ROWS)
     first = split * span
     last = tl.minimum(first + span, num_inputs)
-    weight += _weight_rows(tile, num_outputs, OUTPUTS, GATED)[:, None].to(tl.int64) * num_inputs
+    weight += weight_rows(tile, num_outputs, OUTPUTS, GATED)[:, None].to(tl.int64) * num_inputs
     x += m[:, None] * num_inputs
     prefetch(weight + tl.minimum(first + tl.arange(0, AHEAD // 64) * 64, last - 1)[None, :])
     begin()
     row_scales = tl.full((1, ROWS), 1.0, tl.float32)
     if TILES > 0:
-        row_scales = _row_scales(given_squares, num_inputs, eps, TILES, PADDED_TILES, ROWS)
+        row_scales = row_scales_of(given_squares, num_inputs, eps, TILES, PADDED_TILES, ROWS)
     result = tl.zeros((OUTPUTS, ROWS), tl.float32)
     for start in tl.range(first, last, STEP, num_stages=STAGES):
         columns = (start + tl.arange(0, STEP))[None, :]
@@ -240,9 +241,9 @@ def _skinny_linear(
     is_whole = SPLITS == 1
     if SPLITS > 1:
         own = parts + tile * (SPLITS * OUTPUTS * ROWS)
-        is_whole, result = _sum_of_splits(result, own, arrived + tile, split, SPLITS, OUTPUTS, ROWS)
+        is_whole, result = sum_of_splits(result, own, arrived + tile, split, SPLITS, OUTPUTS, ROWS)
     if is_whole:
-        _finish(
+        finish_tile(
             result, bias, out, next_norm, scaled, squares, tile, num_rows, num_outputs, ROWS, OUTPUTS, GATED, GELU,
             HAS_BIAS, ADDS, SCALES,
         )  # fmt: skip
@@ -256,6 +257,21 @@ class SkinnyWorkspace:
         self.parts = torch.empty(most_programs * TILE_OUTPUTS * most_rows, dtype=torch.float32, device=device)
         self.arrived = torch.zeros(most_programs, dtype=torch.int32, device=device)
         """Programs of each tile that have ended; 0 between launches."""
+
+
+class OwnKernel(Protocol):
+    """A weight matrix (O, I) that is no tensor, and has a kernel of its own in place of `_skinny_linear`."""
+
+    def __len__(self) -> int: ...
+
+    def step(self, step: int) -> int:
+        """Inputs of a step of its loop where it would be so many."""
+
+    def arranged(self, x: torch.Tensor) -> torch.Tensor:
+        """Rows (M, I) with their inputs as it wants them."""
+
+    def launch(self, grid: tuple[int, int], x: torch.Tensor, others: tuple[Any, ...], options: dict[str, Any]) -> None:
+        """Launch it. others: arguments of `_skinny_linear` after the weight; options: by name, for the compiler."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -275,7 +291,7 @@ def num_tiles(num_outputs: int, gated: bool) -> int:
 
 def skinny_linear(
     x: torch.Tensor | ScaledRows,
-    weight: torch.Tensor,
+    weight: torch.Tensor | OwnKernel,
     bias: torch.Tensor | None = None,
     *,
     padded_rows: int,
@@ -301,7 +317,7 @@ def skinny_linear(
 def add_skinny_linear(
     target: torch.Tensor,
     x: torch.Tensor,
-    weight: torch.Tensor,
+    weight: torch.Tensor | OwnKernel,
     bias: torch.Tensor | None = None,
     *,
     padded_rows: int,
@@ -323,19 +339,30 @@ def add_skinny_linear(
 
 
 def _launch(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor, padded_rows: int, splits: int,
-    workspace: SkinnyWorkspace, *, squares: torch.Tensor | None = None, eps: float = 0.0, gated: bool = False,
-    gelu: bool = False, adds: bool = False, next_norm: torch.Tensor | None = None, result: ScaledRows | None = None,
+    x: torch.Tensor, weight: torch.Tensor | OwnKernel, bias: torch.Tensor | None, out: torch.Tensor, padded_rows: int,
+    splits: int, workspace: SkinnyWorkspace, *, squares: torch.Tensor | None = None, eps: float = 0.0,
+    gated: bool = False, gelu: bool = False, adds: bool = False, next_norm: torch.Tensor | None = None,
+    result: ScaledRows | None = None,
 ) -> None:  # fmt: skip
     rows, inputs = x.shape
     step, stages = _TILINGS[padded_rows]
+    if not isinstance(weight, torch.Tensor):
+        x, step = weight.arranged(x), weight.step(step)
     span = triton.cdiv(triton.cdiv(inputs, step), splits) * step
     tiles = 0 if squares is None else len(squares)
     scaled, new_squares = (x, workspace.parts) if result is None else (result.scaled, result.squares)
-    _skinny_linear[(num_tiles(out.shape[1], gated), splits)](
-        x, weight, weight if bias is None else bias, out, workspace.parts if squares is None else squares, eps,
+    grid = num_tiles(out.shape[1], gated), splits
+    others = (
+        x if bias is None else bias, out, workspace.parts if squares is None else squares, eps,
         x if next_norm is None else next_norm, scaled, new_squares, workspace.parts, workspace.arrived, rows, inputs,
-        out.shape[1], span, ROWS=padded_rows, OUTPUTS=TILE_OUTPUTS, STEP=step, AHEAD=_AHEAD, SPLITS=splits,
-        STAGES=stages, GATED=gated, GELU=gelu, HAS_BIAS=bias is not None, ADDS=adds, SCALES=result is not None,
-        TILES=tiles, PADDED_TILES=triton.next_power_of_2(max(1, tiles)), num_warps=4, **LAUNCH,
+        out.shape[1], span,
     )  # fmt: skip
+    options: dict[str, Any] = {
+        "ROWS": padded_rows, "OUTPUTS": TILE_OUTPUTS, "STEP": step, "AHEAD": _AHEAD, "SPLITS": splits,
+        "STAGES": stages, "GATED": gated, "GELU": gelu, "HAS_BIAS": bias is not None, "ADDS": adds,
+        "SCALES": result is not None, "TILES": tiles, "PADDED_TILES": triton.next_power_of_2(max(1, tiles)),
+    }  # fmt: skip
+    if isinstance(weight, torch.Tensor):
+        _skinny_linear[grid](x, weight, *others, **options, num_warps=4, **LAUNCH)
+    else:
+        weight.launch(grid, x, others, options)

@@ -12,10 +12,17 @@ from hbserve_core.errors import WeightsMismatch
 from hbserve_core.model.checkpoint.packed_weights import PackedWeight, find_packed, is_part
 from hbserve_core.model.checkpoint.safetensors_file import DTYPES, SafetensorsFile, StoredTensor
 from hbserve_core.model.checkpoint.staged_reader import StagedReader
-from hbserve_core.model.checkpoint.tensor_source import Shapes, TensorPart, row_pieces, sampled_places
+from hbserve_core.model.checkpoint.tensor_source import (
+    Shapes,
+    TensorPart,
+    check_whole_groups,
+    row_pieces,
+    sampled_places,
+)
 from hbserve_core.model.checkpoint.weight_files import weight_files
 from hbserve_core.model.checkpoint.weight_scales import KV_SCALES, find_kv_scales, find_scales, is_scale
 from hbserve_core.model.model_config import ModelConfig
+from hbserve_core.model.narrow_weight import NarrowWeight, can_be_read_by_groups
 
 logger = logging.getLogger(__name__)
 
@@ -47,20 +54,15 @@ class Checkpoint:
                 self._stored = {name: each for name, each in self._stored.items() if not is_part(name)}
             self._kv_scales, kv_problems = find_kv_scales(self._stored)
             self._check(config, shapes, problems + kv_problems)
-            if self._scales or self._packed:
-                logger.warning(
-                    "%s: %d weights are %s; they are kept and multiplied in 16 bits or more, which takes the memory of "
-                    "weights that are not quantised",
-                    config.path,
-                    len(self._scales or self._packed),
-                    "8-bit floats" if self._scales else "of 4 bits",
-                )
+            self._path = config.path
+            self._widened: set[str] = set()
             self._reader = StagedReader(device)
             opened.callback(self._reader.close)
             self._opened = opened.pop_all()
 
     def read(self, part: TensorPart, target: torch.Tensor) -> None:
         if packed := self._packed.get(part.name):
+            self._widened.add(part.name)
             rows, columns = part.ranges(packed.shape)
             target.copy_(packed.widened(rows, columns, target.device))
             return
@@ -70,10 +72,32 @@ class Checkpoint:
         if scales is None:
             self._reader.read(stored, rows, columns, target)
             return
+        self._widened.add(part.name)
         for piece in row_pieces(len(rows), len(columns) * 4, _PIECE_BYTES):
             narrow = torch.empty(target[piece].shape, dtype=torch.float8_e4m3fn, device=target.device)
             self._reader.read(stored, rows[piece], columns, narrow)
             target[piece].copy_(narrow.float().mul_(scales.of(rows[piece], columns, target.device)))
+
+    def read_narrow(self, part: TensorPart, device: torch.device) -> NarrowWeight | None:
+        if packed := self._packed.get(part.name):
+            return packed.narrow(part.name, *part.ranges(packed.shape), device)
+        scales = self._scales.get(part.name)
+        if scales is None:
+            return None
+        stored = self._stored[part.name]
+        rows, columns = part.ranges(stored.shape)
+        group, inputs = scales.block[1], stored.shape[1]
+        if group >= inputs:
+            group, columns_of_scales = len(columns), range(1)
+        elif not can_be_read_by_groups(group):
+            return None
+        else:
+            check_whole_groups(part.name, columns, group, inputs)
+            columns_of_scales = range(columns.start // group, -(-columns.stop // group))
+        values = torch.empty((len(rows), len(columns)), dtype=torch.float8_e4m3fn, device=device)
+        self._reader.read(stored, rows, columns, values)
+        own = scales.of_rows(rows)[:, columns_of_scales.start : columns_of_scales.stop]
+        return NarrowWeight(values, own.t().contiguous().to(device), None, group)
 
     def sample(self, name: str) -> torch.Tensor:
         if packed := self._packed.get(name):
@@ -92,6 +116,14 @@ class Checkpoint:
         return next((self._kv_scales[name] for name in names if name in self._kv_scales), 1.0)
 
     def close(self) -> None:
+        if self._widened:
+            logger.warning(
+                "%s: %d weights are %s; they are kept and multiplied in 16 bits or more, which takes the memory of "
+                "weights that are not quantised",
+                self._path,
+                len(self._widened),
+                "8-bit floats" if self._scales else "of 4 bits",
+            )
         self._opened.close()
 
     def _check(self, config: ModelConfig, shapes: Shapes, problems: list[str]) -> None:

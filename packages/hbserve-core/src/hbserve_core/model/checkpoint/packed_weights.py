@@ -15,6 +15,8 @@ from typing import NamedTuple
 import torch
 
 from hbserve_core.model.checkpoint.safetensors_file import DTYPES, StoredTensor
+from hbserve_core.model.checkpoint.tensor_source import SplitGroups, check_whole_groups
+from hbserve_core.model.narrow_weight import NarrowWeight, can_be_read_by_groups, packed, step_of
 from hbserve_core.model.quantization import Packing
 
 _IN_ORDER = (0, 1, 2, 3, 4, 5, 6, 7)
@@ -33,19 +35,52 @@ class PackedWeight(NamedTuple):
 
     def widened(self, rows: range, columns: range, device: torch.device) -> torch.Tensor:
         """(rows, columns) of the weight, float32. It is read as a whole for that."""
+        numbers, zeros, scales, groups = self._unpacked(device)
+        inputs, outputs = slice(columns.start, columns.stop), slice(rows.start, rows.stop)
+        own = groups[inputs]
+        return ((numbers[inputs, outputs] - zeros[own][:, outputs]) * scales.float()[own][:, outputs]).t()
+
+    def narrow(self, name: str, rows: range, columns: range, device: torch.device) -> NarrowWeight | None:
+        """The same as it is stored; None: by groups that kernels cannot read. It is read as a whole for that.
+
+        Raises:
+            SplitGroups: the columns are not of whole groups, or not in order.
+        """
+        numbers, zeros, scales, groups = self._unpacked(device)
+        size, num_inputs = self.shape[1] // len(scales), self.shape[1]
+        if not can_be_read_by_groups(size if len(scales) > 1 else len(columns)):
+            return None
+        outputs, order = slice(rows.start, rows.stop), None
+        if not torch.equal(groups, torch.arange(num_inputs, device=device) // size):
+            if len(columns) < num_inputs:
+                raise SplitGroups(f"{name}: inputs that share a scale are anywhere (act-order)")
+            order = torch.argsort(groups, stable=True)
+            if not torch.equal(groups[order], torch.arange(num_inputs, device=device) // size):
+                return None
+            numbers = numbers[order]
+        own = slice(None)
+        if len(scales) > 1:
+            check_whole_groups(name, columns, size, num_inputs)
+            own = slice(columns.start // size, columns.stop // size)
+        else:
+            size = len(columns)
+        values = packed(numbers[columns.start : columns.stop, outputs].t(), step_of(size))
+        zeros = zeros[own, outputs].to(torch.uint8).contiguous()
+        return NarrowWeight(values, scales[own, outputs].contiguous(), zeros, size, order)
+
+    def _unpacked(self, device: torch.device) -> tuple[torch.Tensor, ...]:
+        """Numbers (I, O), zeros and scales (I / G, O), and groups (I,)."""
         places = _AWQ_PLACES if self.packing.method == "awq" else _IN_ORDER
         stored = {name: each.whole().to(device) for name, each in self.parts.items()}
         if self.packing.method == "awq":
             numbers = _unpacked(stored["qweight"], places)
         else:
             numbers = _unpacked(stored["qweight"].t(), places).t()
-        inputs, outputs = slice(columns.start, columns.stop), slice(rows.start, rows.stop)
         zeros = _unpacked(stored["qzeros"], places) + self.packing.zero_offset
-        scales, groups = stored["scales"].float(), stored.get("g_idx")
+        groups = stored.get("g_idx")
         if groups is None:
-            groups = torch.arange(self.shape[1], device=device) // (self.shape[1] // len(scales))
-        own = groups[inputs].long()
-        return ((numbers[inputs, outputs] - zeros[own][:, outputs]) * scales[own][:, outputs]).t()
+            groups = torch.arange(self.shape[1], device=device) // (self.shape[1] // len(stored["scales"]))
+        return numbers, zeros, stored["scales"], groups.long()
 
     def sample(self) -> torch.Tensor:
         """Some of its numbers, float32, by which it can be told from others."""

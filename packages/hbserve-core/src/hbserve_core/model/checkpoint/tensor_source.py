@@ -10,6 +10,8 @@ from typing import Literal, NamedTuple, Protocol
 
 import torch
 
+from hbserve_core.model.narrow_weight import NarrowWeight
+
 Shapes = Mapping[str, tuple[int, ...]]
 _SAMPLES_PER_TENSOR = 64
 
@@ -31,11 +33,30 @@ class TensorPart(NamedTuple):
         return tuple(map(len, self.ranges(shape)))[: len(shape)]
 
 
+class SplitGroups(Exception):
+    """A part of a narrow weight is not of whole groups; says what would be."""
+
+
+def check_whole_groups(name: str, columns: range, group: int, num_inputs: int) -> None:
+    """Raises SplitGroups where the columns of a matrix, of so many in all, begin or end within a group."""
+    if columns.start % group or (columns.stop % group and columns.stop != num_inputs):
+        raise SplitGroups(
+            f"{name}: {group} inputs share a scale, and a rank would have inputs {columns.start} to {columns.stop}"
+        )
+
+
 class TensorSource(Protocol):
     def read(self, part: TensorPart, target: torch.Tensor) -> None:
         """Write a part of a tensor to a contiguous tensor of its shape, in the target's dtype, on its device.
 
         On a GPU it is there for later work on the default stream.
+        """
+
+    def read_narrow(self, part: TensorPart, device: torch.device) -> NarrowWeight | None:
+        """A part of a matrix as it is stored, if that is narrower than 16 bits and kernels can read it; else None.
+
+        Raises:
+            SplitGroups: the part begins or ends within inputs that share a scale.
         """
 
     def sample(self, name: str) -> torch.Tensor:

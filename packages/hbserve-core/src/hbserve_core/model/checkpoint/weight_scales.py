@@ -33,6 +33,10 @@ class WeightScales(NamedTuple):
         )
         return self.values[down][:, across].to(device)
 
+    def of_rows(self, rows: range) -> torch.Tensor:
+        """(rows, block columns)"""
+        return self.values[torch.arange(rows.start, rows.stop, device="cpu") // self.block[0]]
+
 
 def is_scale(name: str) -> bool:
     return name.endswith((".weight_scale_inv", ".weight_scale", *_OTHERS))

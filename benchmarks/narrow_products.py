@@ -1,0 +1,149 @@
+"""The products of a step with weights of 8 and 4 bits on CUDA, beside those of 16 bits in the same run.
+
+    python benchmarks/narrow_products.py --model Qwen3-8B --bits 8 4 --rows 1 16 64 256 2048
+
+For each of a layer's four products: microseconds of the 16-bit product that `choose` takes, of the narrow one that
+CudaProducts computes, and of both ways that a `NarrowLinear` has for many rows (tiles of rows, and weights that are
+widened for cuBLAS), with the norm, gate or addition that belongs to each; the narrow one's ratio to the 16-bit one; and
+the share that its bytes (weights, scales and zeros), at the rate of a pure read measured in the same run, are of its
+time. Where tiles and widening cross is where _MOST_TILED_ROWS of narrow_linear.py belongs; for few
+rows neither is used, and all three are the same.
+Times are taken as in cuda_products.py. Random weights; blocks of 128 x 128, groups of 128. Each result is compared with
+a float32 product of the widened weights.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from cuda_products import CACHES, DTYPE, EPS, MODELS, MOST_ERROR, Operands, Product, microseconds, products
+
+from hbserve_core.bench.device_limits import measure_limits
+from hbserve_core.cuda_runner import narrow_linear
+from hbserve_core.cuda_runner.narrow_linear import NarrowLinear
+from hbserve_core.cuda_runner.products import CudaProducts, ResidualStream
+from hbserve_core.model.layers import Linear, RmsNorm
+from hbserve_core.model.narrow_weight import NarrowWeight, packed
+from hbserve_core.model.shard import Shard
+
+ROWS = [1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256, 512, 1024, 2048]
+GROUP = 128
+
+
+def main() -> int:
+    args = arguments()
+    if not torch.cuda.is_available():
+        print("no CUDA device: what is measured here are kernels of one", file=sys.stderr)
+        return 2
+    device, are_right = torch.device("cuda"), True
+    limits = measure_limits(device, DTYPE)
+    print(f"torch {torch.__version__}, {torch.cuda.get_device_name(device)}; {limits}; times in microseconds")
+    for name in args.model:
+        for product in products(MODELS[name], Shard())[:-1]:
+            for bits in args.bits:
+                for rows in args.rows:
+                    line, is_right = measure(product, bits, rows, limits.read_bytes_per_s, device)
+                    are_right &= is_right
+                    print(f"{name:12} {line}", flush=True)
+    return 0 if are_right else 1
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    models = [name for name, model in MODELS.items() if model.hidden_size % GROUP == 0]
+    parser.add_argument("--model", nargs="+", choices=models, default=["Qwen3-8B"], metavar="NAME", help=str(models))
+    parser.add_argument("--bits", type=int, nargs="+", choices=(8, 4), default=[8, 4])
+    parser.add_argument("--rows", type=int, nargs="+", default=ROWS)
+    args = parser.parse_args()
+    if min(args.rows) < 1:
+        parser.error("--rows: expected numbers >= 1")
+    return args
+
+
+def invented(outputs: int, inputs: int, bits: int, device: torch.device) -> NarrowWeight:
+    groups = inputs // GROUP
+    if bits == 8:
+        values = torch.randn(outputs, inputs, device=device).mul_(50).to(torch.float8_e4m3fn)
+        return NarrowWeight(values, torch.full((groups, outputs), 4e-4, device=device), None, GROUP)
+    numbers = torch.randint(0, 16, (outputs, inputs), dtype=torch.uint8, device=device)
+    scales = torch.full((groups, outputs), 4e-3, dtype=torch.float16, device=device)
+    zeros = torch.full((groups, outputs), 8, dtype=torch.uint8, device=device)
+    return NarrowWeight(packed(numbers, GROUP), scales, zeros, GROUP)
+
+
+class Computed:
+    """One product of some rows, by CudaProducts, with any linear of its shape."""
+
+    def __init__(self, product: Product, rows: int, device: torch.device) -> None:
+        self._product, self._by = product, CudaProducts(device)
+        self._x = torch.randn(rows, product.inputs, dtype=DTYPE, device=device)
+        self._norm = RmsNorm(torch.rand(product.inputs, dtype=DTYPE, device=device), EPS)
+        self._before = torch.randn(rows, product.outputs, dtype=DTYPE, device=device)
+
+    def __call__(self, linear: Linear) -> torch.Tensor:
+        """As a layer has it, but for halves of norms that the product before would have computed."""
+        if self._product.gated:
+            return self._by.gated(ResidualStream(self._x), self._norm, linear)
+        if self._product.reads_norm:
+            return self._by.of_normed(ResidualStream(self._x), self._norm, linear)
+        stream = ResidualStream(self._before)
+        self._by.add_to(stream, self._x, linear, None)
+        return stream.rows
+
+    def error(self, weight: NarrowWeight) -> float:
+        """Of the product with this weight, relative to the one in float32."""
+        exact, before = self._x.float(), self._before.float()
+        if self._product.reads_norm:
+            exact = F.rms_norm(exact, (self._product.inputs,), self._norm.weight.float(), EPS)
+        expected = exact @ weight.widened().t()
+        if self._product.gated:
+            gate, up = expected.chunk(2, dim=-1)
+            expected = F.silu(gate) * up
+        elif not self._product.reads_norm:
+            expected += before
+        return float((self(NarrowLinear(weight)).float() - expected).norm() / expected.norm())
+
+
+def measure(product: Product, bits: int, rows: int, read_bytes_per_s: float, device: torch.device) -> tuple[str, bool]:
+    """A line, and whether the result is right."""
+    computed = Computed(product, rows, device)
+    cache_bytes = CACHES * torch.cuda.get_device_properties(device).L2_cache_size
+    sample = invented(product.outputs, product.inputs, bits, device)
+    error = computed.error(sample)
+    wide = Operands(product, 1, max(2, -(-cache_bytes // (2 * product.outputs * product.inputs))), device).linears
+    wide_us = microseconds(computed, wide)
+    del wide
+    count = max(2, -(-cache_bytes // sample.nbytes))
+    narrow = [NarrowLinear(invented(product.outputs, product.inputs, bits, device)) for _ in range(count)]
+    times = [microseconds(computed, list(narrow))]
+    times += [with_most_tiled(most, bits, lambda: microseconds(computed, remade(narrow))) for most in (1 << 30, 0)]
+    share = 1e6 * sample.nbytes / read_bytes_per_s / times[0]
+    line = (
+        f"{product.name:7} {bits} bits {rows:5} rows: 16 bits {wide_us:8.2f}  narrow {times[0]:8.2f} "
+        f"(x {wide_us / times[0]:.2f}, {share:.2f} of the reading rate)  many rows in tiles {times[1]:8.2f}, "
+        f"widened {times[2]:8.2f}"
+    )
+    is_right = error <= MOST_ERROR
+    return (line if is_right else f"{line}  WRONG by {error:.1e}"), is_right
+
+
+def remade(linears: list[NarrowLinear]) -> list[Linear]:
+    """The same weights, by limits that hold now."""
+    return [NarrowLinear(each.weight.weight) for each in linears]
+
+
+def with_most_tiled(most: int, bits: int, measured: Callable[[], float]) -> float:
+    """What is measured where tiles end at so many rows."""
+    usual = narrow_linear._MOST_TILED_ROWS[bits]
+    narrow_linear._MOST_TILED_ROWS[bits] = most
+    try:
+        return measured()
+    finally:
+        narrow_linear._MOST_TILED_ROWS[bits] = usual
+
+
+if __name__ == "__main__":
+    with torch.inference_mode():
+        sys.exit(main())

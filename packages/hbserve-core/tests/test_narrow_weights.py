@@ -1,0 +1,328 @@
+"""Weights that stay as narrow as they are stored, and products with them: our kernels in Triton's interpreter, or on a
+card, beside torch with the same weights widened."""
+
+import shutil
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hbserve_core_interpreted import KERNELS, InterpretedRunner
+from hbserve_core_quantised import quantised, write
+
+from hbserve_core import Engine, InstanceConfig, InvalidInstanceConfig, make_runner
+from hbserve_core.model.model_config import load_model_config
+from hbserve_core.model.narrow_weight import NarrowWeight, can_be_read_by_groups, fused, packed, step_of, unpacked
+from hbserve_core.model.shard import Shard
+from hbserve_core.model.weights import load_weights
+from hbserve_rpc import SamplingParams
+
+pytest.importorskip("triton", reason="torch has Triton on Linux only")
+pytestmark = KERNELS
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DTYPES = [torch.float32, torch.bfloat16, torch.float16] if torch.cuda.is_available() else [torch.float32]
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 6e-3, torch.float16: 1e-3}
+EPS = 1e-6
+ONE = 1 << 20
+"""A group that no matrix here is larger than."""
+
+
+def invented(outputs, inputs, narrow, generator, order=None):
+    """narrow: "8 bits" or "4 bits", and inputs of a group."""
+    kind, group = narrow
+    group = min(group, inputs)
+    shape = -(-inputs // group), outputs
+    scales = torch.rand(shape, generator=generator) * 0.02 + 0.001
+    if kind == "8 bits":
+        numbers = torch.randn(outputs, inputs, generator=generator).mul(8).to(torch.float8_e4m3fn)
+        weight = NarrowWeight(numbers, scales, None, group, order)
+    else:
+        numbers = packed(torch.randint(0, 16, (outputs, inputs), generator=generator), step_of(group))
+        zeros = torch.randint(0, 17, shape, generator=generator).to(torch.uint8)
+        weight = NarrowWeight(numbers, scales.half(), zeros, group, order)
+    return on_device(weight)
+
+
+def on_device(weight):
+    parts = weight.values, weight.scales, weight.zeros, weight.input_order
+    values, scales, zeros, order = (each if each is None else each.to(DEVICE) for each in parts)
+    return NarrowWeight(values, scales, zeros, weight.group, order)
+
+
+def close(found, expected, dtype):
+    assert torch.isfinite(found).all()
+    assert (found.float() - expected).norm() < TOLERANCE[dtype] * expected.norm()
+
+
+SHAPES = [
+    # rows, inputs, outputs of half of the matrix, splits
+    (1, 256, 40, 1),
+    (5, 384, 96, 2),
+    (17, 256, 33, 2),
+    (64, 128, 35, 1),
+]
+NARROW = [("8 bits", 128), ("8 bits", ONE), ("4 bits", 128), ("4 bits", 32), ("4 bits", 64)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("shape", "narrow"),
+    [*zip(SHAPES, NARROW, strict=False), (SHAPES[2], NARROW[4]), (SHAPES[3], NARROW[2]), (SHAPES[1], NARROW[0])],
+    ids=str,
+)
+def test_a_skinny_product_is_that_of_the_widened_weights(shape, narrow, dtype):
+    """With bias; gated, of half normed rows; added; and the half norm that follows."""
+    from hbserve_core.cuda_runner.kernels.few_rows_linear import SkinnyWorkspace, add_skinny_linear, skinny_linear
+    from hbserve_core.cuda_runner.kernels.narrow_linear import NarrowMatrix
+
+    rows, inputs, outputs, splits = shape
+    generator = torch.Generator().manual_seed(rows)
+    order = torch.randperm(inputs, generator=generator) if narrow == ("4 bits", 64) else None
+    weight = invented(2 * outputs, inputs, narrow, generator, order)
+    x, bias, before, norm = (
+        torch.randn(size, generator=generator).to(dtype).to(DEVICE)
+        for size in ((rows, inputs), (2 * outputs,), (rows, 2 * outputs), (2 * outputs,))
+    )
+    tiling = {"padded_rows": max(16, 1 << (rows - 1).bit_length()), "splits": splits}
+    tiling["workspace"] = SkinnyWorkspace(splits * 64, 64, DEVICE)
+    matrix, wide = NarrowMatrix(weight), weight.widened()
+
+    close(skinny_linear(x, matrix, bias, **tiling), F.linear(x.float(), wide, bias.float()), dtype)
+    gate, up = F.linear(x.float(), wide, bias.float()).chunk(2, -1)
+    close(skinny_linear(x, matrix, bias, gated=True, **tiling), F.silu(gate) * up, dtype)
+    added = before.clone()
+    begun = add_skinny_linear(added, x, matrix, next_norm=norm, **tiling)
+    close(added, before.float() + F.linear(x.float(), wide), dtype)
+    close(begun.scaled, added.float() * norm.float(), dtype)
+    close(begun.squares.sum(0)[:rows], added.float().square().sum(1), dtype)
+    assert not tiling["workspace"].arrived.any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("narrow", NARROW, ids=str)
+def test_a_norm_that_has_begun_is_ended_in_the_product(narrow, dtype):
+    from hbserve_core.cuda_runner.kernels.few_rows_linear import ScaledRows, SkinnyWorkspace, skinny_linear
+    from hbserve_core.cuda_runner.kernels.narrow_linear import NarrowMatrix
+
+    generator = torch.Generator().manual_seed(0)
+    weight = invented(70, 256, narrow, generator)
+    x, norm = (torch.randn(size, generator=generator).to(dtype).to(DEVICE) for size in ((3, 256), (256,)))
+    squares = F.pad(x.float().square().view(3, 4, 64).sum(-1).t(), (0, 13)).contiguous()
+    found = skinny_linear(
+        ScaledRows(x * norm, squares), NarrowMatrix(weight), padded_rows=16, splits=1,
+        workspace=SkinnyWorkspace(1, 64, DEVICE), eps=EPS,
+    )  # fmt: skip
+    close(found, F.linear(F.rms_norm(x.float(), (256,), norm.float(), EPS), weight.widened()), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("rows", "narrow"),
+    [(1, NARROW[1]), (130, NARROW[0]), (300, NARROW[0]), (130, NARROW[4]), (600, NARROW[4])],
+    ids=str,
+)
+def test_any_number_of_rows_is_multiplied_and_added_to_what_is_there(rows, narrow, dtype):
+    """In tiles, and by weights that are widened first."""
+    from hbserve_core.cuda_runner.narrow_linear import NarrowLinear
+
+    generator = torch.Generator().manual_seed(rows)
+    inputs = 128 if narrow[0] == "4 bits" else 200
+    order = torch.randperm(inputs, generator=generator) if narrow == ("4 bits", 64) else None
+    weight = invented(37, inputs, narrow, generator, order)
+    x, bias, before = (
+        torch.randn(size, generator=generator).to(dtype).to(DEVICE) for size in ((rows, inputs), (37,), (rows, 37))
+    )
+    expected = F.linear(x.float(), weight.widened(), bias.float())
+    linear = NarrowLinear(weight, bias)
+    close(linear(x), expected, dtype)
+    added = before.clone()
+    linear.add_to(added, x)
+    close(added, before.float() + expected, dtype)
+    close(NarrowLinear(weight)(x), expected - bias.float(), dtype)
+
+
+@pytest.mark.parametrize("group", [32, 64, 96, 128, 256])
+def test_4_bit_numbers_are_packed_by_halves_of_runs(group):
+    numbers = torch.randint(0, 16, (3, 768), generator=torch.Generator().manual_seed(group))
+    run = step_of(group)
+    assert 768 % run == 0
+    values = packed(numbers, run)
+    assert torch.equal(values[:, 0], (numbers[:, 0] | numbers[:, run // 2] << 4).to(torch.uint8))
+    assert torch.equal(unpacked(values, run).long(), numbers)
+
+
+def test_groups_that_are_not_of_whole_steps_cannot_be_read():
+    assert [can_be_read_by_groups(group) for group in (16, 24, 32, 96, 128, 200)] == [
+        False, False, True, True, True, False,
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("narrow", NARROW, ids=str)
+def test_projections_below_each_other_have_the_rows_of_all_in_any_order(narrow):
+    generator = torch.Generator().manual_seed(1)
+    parts = [invented(outputs, 128, narrow, generator) for outputs in (5, 3)]
+    order = torch.randperm(8, generator=generator).to(DEVICE)
+    whole = fused(parts)
+    assert whole is not None
+    expected = torch.cat([part.widened() for part in parts])
+    assert torch.equal(whole.widened(), expected)
+    assert torch.equal(whole.with_rows(order).widened(), expected[order])
+    assert whole.nbytes == sum(part.nbytes for part in parts)
+
+
+def test_projections_of_other_widths_groups_or_orders_are_not_fused():
+    generator = torch.Generator().manual_seed(1)
+    one = invented(4, 128, ("4 bits", 64), generator)
+    order = torch.randperm(128, generator=generator)
+    others = [None, invented(4, 128, ("8 bits", 128), generator), invented(4, 128, ("4 bits", 32), generator),
+              invented(4, 128, ("4 bits", 64), generator, order)]  # fmt: skip
+    assert [fused([one, other]) for other in others] == [None] * 4
+    ordered = invented(4, 128, ("4 bits", 64), generator, order.flip(0))
+    assert fused([others[3], ordered]) is None
+    assert fused([ordered, ordered]).shape == (8, 128)
+
+
+# ---- loading, and whole steps ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def whole_folder(tmp_path_factory):
+    """One layer, whose parts for two ranks are of whole groups of 32."""
+    import transformers
+
+    config = transformers.LlamaConfig(
+        vocab_size=320, hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=256,
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("whole")
+    torch.manual_seed(0)
+    transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def quantised_folder(whole_folder, tmp_path_factory):
+    """The same in some narrow format."""
+    made = {}
+
+    def make(kind):
+        if kind not in made:
+            where = tmp_path_factory.mktemp("narrow")
+            if kind.startswith("fp8"):
+                made[kind] = shutil.copytree(whole_folder, where / "model")
+                block = {"fp8 by block": [32, 32], "fp8 by row": None, "fp8 by odd block": [24, 24]}[kind]
+                quantised(made[kind], block, block is None)
+            else:
+                made[kind] = write(whole_folder, where, kind, 32)[0]
+        return made[kind]
+
+    return make
+
+
+def loaded(folder, rank=0, size=1, make_narrow=None, dtype=torch.float32):
+    config = load_model_config(folder)
+    return load_weights(
+        config, "safetensors", dtype, torch.device("cpu"), Shard(rank, size), make_narrow=make_narrow
+    )  # fmt: skip
+
+
+class Kept:
+    """A product that nobody computes."""
+
+    is_narrow = True
+
+    def __init__(self, weight, bias=None):
+        self.weight, self.bias = weight, bias
+
+
+KINDS = ["fp8 by block", "fp8 by row", "awq", "gptq", "gptq act-order", "gptq one group"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_stays_narrow_is_what_is_widened_otherwise(quantised_folder, kind, caplog):
+    """On one rank, and of two, where outputs or inputs are shared."""
+    folder = quantised_folder(kind)
+    sizes = [(0, 1), (1, 2)] if kind != "gptq act-order" else [(0, 1)]
+    for rank, size in sizes:
+        narrow = loaded(folder, rank, size, Kept)
+        assert "16 bits or more" not in caplog.text
+        for ours, theirs in zip(narrow.layers, loaded(folder, rank, size).layers, strict=True):
+            for name in ("qkv", "output", "gate_up", "down"):
+                weight, wide = getattr(ours, name).weight, getattr(theirs, name).weight
+                assert isinstance(weight, NarrowWeight)
+                assert weight.values.is_contiguous()
+                assert weight.scales.is_contiguous()
+                torch.testing.assert_close(weight.widened(), wide.to_dense() if wide.is_mkldnn else wide)
+        caplog.clear()
+
+
+@pytest.mark.parametrize(("kind", "most"), [("fp8 by block", 0.6), ("gptq", 0.36)])
+def test_projections_take_fewer_bytes(quantised_folder, kind, most):
+    """Of 16-bit ones. Groups are of 32 here, so scales take more than of 128."""
+    taken = given = 0
+    for layer in loaded(quantised_folder(kind), make_narrow=Kept, dtype=torch.bfloat16).layers:
+        for linear in (layer.qkv, layer.output, layer.gate_up, layer.down):
+            outputs, inputs = linear.weight.shape
+            taken, given = taken + linear.weight.nbytes, given + 2 * outputs * inputs
+    assert taken < most * given
+
+
+@pytest.mark.parametrize(
+    ("kind", "size", "message"),
+    [
+        ("fp8 by block", 4, r"tensor_parallel_size=4: .*proj\.weight: 32 inputs share a scale, .*widen_weights=true"),
+        ("gptq", 4, r"tensor_parallel_size=4: .*proj\.weight: 32 inputs share a scale"),
+        ("gptq act-order", 2, r"proj\.weight: inputs that share a scale are anywhere \(act-order\)"),
+    ],
+)
+def test_ranks_that_would_share_a_group_are_refused_by_name(quantised_folder, kind, size, message):
+    for rank in range(size):
+        with pytest.raises(InvalidInstanceConfig, match=message):
+            loaded(quantised_folder(kind), rank, size, Kept)
+
+
+def test_what_kernels_cannot_read_is_widened_and_said(quantised_folder, caplog):
+    weights = loaded(quantised_folder("fp8 by odd block"), make_narrow=Kept)
+    assert not any(layer.down.is_narrow for layer in weights.layers)
+    assert "weights are 8-bit floats; they are kept and multiplied in 16 bits or more" in caplog.text
+
+
+@pytest.mark.usefixtures("fewer_programs")
+@pytest.mark.parametrize("kind", ["fp8 by block", "gptq act-order"])
+def test_tokens_of_narrow_weights_are_those_of_widened_ones(generate, quantised_folder, prompt, kind):
+    """A prompt and a decode beside the plain runner, which tests of loading compare with transformers."""
+    folder = quantised_folder(kind)
+    settings = {"max_num_seqs": 2, "max_num_batched_tokens": 16, "chunk_size": 16}
+    runner = InterpretedRunner(folder, False, False, **settings)
+    assert all(layer.qkv.is_narrow for layer in runner.decoder._weights.layers)
+    config = InstanceConfig(model_path=str(folder), device="cpu", block_size=8, num_blocks=16, **settings)
+    found, expected = (
+        generate(Engine(each.config, each), {"r": prompt(5)}, 2) for each in (runner, make_runner(config))
+    )
+    assert found == expected
+
+
+@pytest.mark.usefixtures("fewer_programs")
+def test_weights_are_widened_where_the_configuration_says_so(quantised_folder):
+    runner = InterpretedRunner(quantised_folder("fp8 by block"), widen_weights=True)
+    assert not any(layer.qkv.is_narrow for layer in runner.decoder._weights.layers)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("graphs", [True, False], ids=["graphs", "eager"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_on_a_card_tokens_are_those_of_widened_weights(quantised_folder, prompt, kind, graphs):
+    prompts = {str(length): prompt(length) for length in (1, 7, 40, 90)}
+
+    def tokens(**chosen):
+        config = InstanceConfig(model_path=str(quantised_folder(kind)), device="cuda", dtype="float32", block_size=8,
+                                num_blocks=128, cuda_graph_enabled=graphs, **chosen)  # fmt: skip
+        engine = Engine(config, make_runner(config))
+        for name, given in prompts.items():
+            engine.add(name, given, SamplingParams(temperature=0, max_tokens=8, ignore_eos=True))
+        found: dict[str, list[int]] = {name: [] for name in prompts}
+        while engine.has_work():
+            for output in engine.step():
+                found[output.request_id] += output.token_ids
+        return found
+
+    assert tokens() == tokens(widen_weights=True)
