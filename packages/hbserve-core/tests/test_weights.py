@@ -258,7 +258,8 @@ def test_weights_may_be_loaded_in_inference_mode(model_folder):
 # ---- load_format "dummy" ---------------------------------------------------------------------------------------------
 
 SHAPES = {
-    "a.weight": (300, 700), "b.weight": (300, 700), "norm.weight": (700,), "a.bias": (300,), "norm.bias": (700,), "vast.weight": (1 << 33, 8)
+    "a.weight": (300, 700), "b.weight": (300, 700), "norm.weight": (700,), "a.bias": (300,), "norm.bias": (700,),
+    "vast.weight": (1 << 33, 8),
 }  # fmt: skip
 
 
