@@ -167,6 +167,12 @@ def test_a_gguf_file_is_converted_once_and_again_when_it_has_changed(cache, conv
     assert demo_model.model_folder(str(file)) == folder
     assert capsys.readouterr().err.count("Converting small-Q4_0, once") == 1
     assert demo_model.model_name(file, folder) == "small-Q4_0"
+    assert demo_model.model_folder(tmp_path) == folder, "it is the only one there"
+    assert demo_model.model_name(tmp_path, folder) == "small-Q4_0"
+    (tmp_path / "small-Q8_0.gguf").touch()
+    with pytest.raises(FileNotFoundError, match=r"has 2 GGUF files .* one of them, .* .small-Q4_0.gguf, small-Q8_0.gg"):
+        demo_model.model_folder(tmp_path)
+    (tmp_path / "small-Q8_0.gguf").unlink()
     file.write_bytes(b"GGUF and something else")
     assert demo_model.model_folder(file) != folder
     convert_by("def write(gguf_file, folder): raise ValueError('GGUF model with architecture x is not supported')")

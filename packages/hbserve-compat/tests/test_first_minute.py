@@ -127,9 +127,8 @@ def test_what_is_no_model_folder_is_refused_with_what_to_do(command, folder_with
         assert refused.stderr.count("error") == 1
         assert (refused.exit_code, message in line) == (1, True), line
     (folder / "adapter_config.json").unlink()
-    assert (
-        "is a GGUF file beside no config.json: give the path of the file itself" in invoke(*command, str(folder)).stderr
-    )
+    (folder / "y.gguf").touch()
+    assert "has 2 GGUF files and no config.json: give the path of one of them" in invoke(*command, str(folder)).stderr
 
 
 def test_a_model_that_no_instance_could_serve_is_refused_once_and_without_torch(folder_with):

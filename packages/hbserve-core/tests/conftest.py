@@ -125,6 +125,20 @@ MODELS: dict[str, tuple[str, dict[str, Any], str]] = {
         },
         "1GB",
     ),
+    # 64 positions before they were extended.
+    "olmo3": (
+        "Olmo3Config",
+        {"head_dim": 16, "sliding_window": 13, "num_hidden_layers": 4, "pad_token_id": 0}
+        | {"rope_scaling": {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 64}},
+        "1GB",
+    ),
+    "olmoe": ("OlmoeConfig", {"num_experts": 4, "num_experts_per_tok": 2, "pad_token_id": 0}, "1GB"),
+    "ministral": (
+        "MinistralConfig",
+        {"head_dim": 16, "layer_types": ["sliding_attention", "full_attention"], "sliding_window": 13},
+        "1GB",
+    ),
+    "seed-oss": ("SeedOssConfig", {"head_dim": 16, "pad_token_id": 0}, "1GB"),
     # Layer norms with biases, MLPs without gates.
     "opt": (
         "OPTConfig",

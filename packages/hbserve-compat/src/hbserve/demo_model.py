@@ -56,7 +56,8 @@ def _find_gguf() -> Path:
 
 def model_folder(path: str | os.PathLike[str] | None, given_up: threading.Event | None = None) -> Path:
     """The folder of a model, the demo model's for None. A hub id such as Qwen/Qwen3-0.6B is looked for in the local
-    cache of huggingface_hub; a GGUF file is converted, unless that is `given_up` meanwhile.
+    cache of huggingface_hub; a GGUF file, or the only one of a folder, is converted, unless that is `given_up`
+    meanwhile.
 
     Raises:
         FileNotFoundError: there is no such folder, or it holds no model; says what to do.
@@ -66,10 +67,21 @@ def model_folder(path: str | os.PathLike[str] | None, given_up: threading.Event 
     if path is None:
         return demo_model_path(given_up)
     given = Path(path)
-    if given.suffix == ".gguf" and given.expanduser().is_file():
-        return converted(given.expanduser().absolute(), given_up)
+    if file := _gguf_file(given):
+        return converted(file, given_up)
     cached = None if given.expanduser().is_dir() else _in_hub_cache(str(path))
     return model_folder_at(given) if cached is None else cached
+
+
+def _gguf_file(given: Path) -> Path | None:
+    """The one that is meant, if one is."""
+    path = given.expanduser().absolute()
+    if path.is_file():
+        return path if path.suffix == ".gguf" else None
+    if any((path / name).exists() for name in ("config.json", "adapter_config.json")):
+        return None
+    files = list(path.glob("*.gguf"))
+    return files[0] if len(files) == 1 else None
 
 
 def _in_hub_cache(name: str) -> Path | None:
@@ -88,8 +100,8 @@ def model_name(path: str | os.PathLike[str] | None, folder: Path) -> str:
     if path is None:
         return NAME
     given = Path(path)
-    if given.suffix == ".gguf":
-        return given.stem
+    if file := _gguf_file(given):
+        return file.stem
     return folder.name if given.expanduser().is_dir() else str(path)
 
 

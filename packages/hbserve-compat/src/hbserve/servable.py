@@ -23,7 +23,7 @@ def model_folder_at(given: Path) -> Path:
         if (folder / "adapter_config.json").exists():
             raise FileNotFoundError(_about_lora(folder))
         if found := sorted(folder.glob("*.gguf")):
-            raise FileNotFoundError(_about_gguf(found[0]))
+            raise FileNotFoundError(_about_gguf(folder, found))
     return folder
 
 
@@ -56,10 +56,11 @@ def require_servable(folder: Path, settings: EngineSettings, tensor_parallel_siz
         weight_files(folder)
 
 
-def _about_gguf(file: Path) -> str:
+def _about_gguf(folder: Path, files: list[Path]) -> str:
+    names = ", ".join(file.name for file in files[:8]) + (", …" if len(files) > 8 else "")
     return (
-        f"'{file}' is a GGUF file beside no config.json: give the path of the file itself, which is converted once, or "
-        "a folder with safetensors, such as the original model's from Hugging Face's hub (hf download)"
+        f"'{folder}' has {len(files)} GGUF files and no config.json: give the path of one of them, which is converted "
+        f"once ({names}), or a folder with safetensors, such as the original model's from Hugging Face's hub"
     )
 
 

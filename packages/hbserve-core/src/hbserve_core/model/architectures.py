@@ -126,6 +126,14 @@ def _olmo2(raw: Mapping[str, Any]) -> Switches:
     return Switches(qk_norm="projection", norms=norms, **_biases(raw, of_mlp=False))
 
 
+def _olmo3(raw: Mapping[str, Any]) -> Switches:
+    return replace(_olmo2(raw), windowed_layers=tuple(i for i in range(raw["num_hidden_layers"]) if (i + 1) % 4))
+
+
+def _seed_oss(raw: Mapping[str, Any]) -> Switches:
+    return replace(_llama(raw), output_bias=bool(raw["attention_out_bias"]))
+
+
 def _granite(raw: Mapping[str, Any]) -> Switches:
     return Switches(
         embedding_multiplier=float(raw.get("embedding_multiplier", 1.0)),
@@ -171,6 +179,17 @@ def _qwen3_moe(raw: Mapping[str, Any]) -> Switches:
         layers=tuple(i for i in range(raw["num_hidden_layers"]) if i not in dense and (i + 1) % step == 0),
     )
     return replace(_qwen3(raw), experts=experts)
+
+
+def _olmoe(raw: Mapping[str, Any]) -> Switches:
+    experts = Experts(
+        count=raw["num_experts"],
+        per_token=raw["num_experts_per_tok"],
+        intermediate_size=raw["intermediate_size"],
+        renormalises=bool(raw["norm_topk_prob"]),
+        layers=tuple(range(raw["num_hidden_layers"])),
+    )
+    return Switches(qk_norm="projection", experts=experts, **_biases(raw, of_mlp=False))
 
 
 def _mixtral(raw: Mapping[str, Any]) -> Switches:
@@ -281,6 +300,22 @@ ARCHITECTURES: dict[str, Architecture] = {
         },
     ),
     "Olmo2ForCausalLM": Architecture("olmo2", _olmo2, {"rms_norm_eps": 1e-5}),
+    # Where RoPE is scaled, it is so in layers that see all.
+    "Olmo3ForCausalLM": Architecture(
+        "olmo3", _olmo3, {"rms_norm_eps": 1e-5, "sliding_window": 4096, "scales_windowed_layers": False}
+    ),
+    "OlmoeForCausalLM": Architecture(
+        "olmoe",
+        _olmoe,
+        {"rms_norm_eps": 1e-5, "num_experts": 64, "num_experts_per_tok": 8, "norm_topk_prob": False},
+        only={"clip_qkv": (None, "queries, keys and values that are clipped")},
+    ),
+    "MinistralForCausalLM": Architecture("ministral", _mistral, {"num_key_value_heads": 8, "sliding_window": 4096}),
+    "SeedOssForCausalLM": Architecture(
+        "seed_oss",
+        _seed_oss,
+        {"num_key_value_heads": 8, "head_dim": 128, "attention_bias": True, "attention_out_bias": False},
+    ),
     "GraniteForCausalLM": Architecture("granite", _granite),
     "Qwen3MoeForCausalLM": Architecture(
         "qwen3_moe",

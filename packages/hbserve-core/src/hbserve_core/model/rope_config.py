@@ -63,7 +63,7 @@ class RopeConfig:
 
 
 def read_rope_configs(folder: Path, raw: Mapping[str, Any]) -> tuple[RopeConfig, RopeConfig | None]:
-    """Of a model's layers, and of those with a window, if theirs is another one (Gemma 3). Raises what
+    """Of a model's layers, and of those with a window, if theirs is another one (Gemma 3, OLMo 3). Raises what
     `read_rope_config` raises."""
     own = raw.get("rope_parameters") or {}
     if "full_attention" in own and "sliding_attention" in own:
@@ -72,8 +72,10 @@ def read_rope_configs(folder: Path, raw: Mapping[str, Any]) -> tuple[RopeConfig,
             for kind in ("full", "sliding")
         )
         return next(both), next(both)
-    local = raw.get("rope_local_base_freq")
-    return read_rope_config(folder, raw), None if local is None else RopeConfig("default", float(local))
+    rope, local = read_rope_config(folder, raw), raw.get("rope_local_base_freq")
+    if local is None and not raw.get("scales_windowed_layers", True):
+        local = rope.theta
+    return rope, None if local is None else RopeConfig("default", float(local))
 
 
 def read_rope_config(folder: Path, raw: Mapping[str, Any]) -> RopeConfig:
