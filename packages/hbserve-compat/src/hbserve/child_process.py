@@ -30,6 +30,11 @@ FIRST_RESTART_S, LONGEST_RESTART_S = 0.5, 30.0
 STEADY_S = 60.0
 LOG_LINE = re.compile(r"\d{4}-\d\d-\d\d [\d:,]+ (DEBUG|INFO|WARNING|ERROR|CRITICAL) ([\w.]+): (.*)", re.DOTALL)
 """As every process of this workspace writes it when it is alone."""
+OF_EVERY_START = re.compile(
+    r"WARNING: Logging before InitGoogleLogging\(\) is written to STDERR|E\d{4} .*\] Local segment descriptor not found"
+)
+"""What Mooncake (0.3.13) writes whenever an engine of it is made, at whatever level it was set to; nothing follows from
+it, and users take it for the reason of the next thing that goes wrong."""
 
 
 def level_of_application() -> str:
@@ -212,11 +217,13 @@ class ChildProcess:
 
     def _tell(self, text: str) -> None:
         """A line of its log goes through the logging of this process, which has a format and levels of its own. What is
-        none, a traceback for example, goes to stderr as it is."""
+        none, a traceback for example, goes to stderr as it is, what means nothing at level DEBUG."""
         if (found := LOG_LINE.fullmatch(text)) is not None:
             level, name, message = found.groups()
             message = message.removeprefix(f"{self.name}: ")  # which is said once
             logging.getLogger(name).log(logging.getLevelNamesMapping()[level], "[%s] %s", self.name, message)
+        elif OF_EVERY_START.fullmatch(text):
+            logger.debug("[%s] %s", self.name, text)
         else:
             _tell(f"[{self.name}] {text}\n")
 

@@ -4,14 +4,14 @@ import asyncio
 import logging
 import math
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Self
 
 import msgspec
 
 from hbserve_kv.base import KVTransferBase
 from hbserve_kv.config import GOODBYE_TIMEOUT_S, KVTransferConfig
-from hbserve_kv.errors import BackendUnavailable, TransferFailed
+from hbserve_kv.errors import BackendUnavailable, FingerprintMismatch, TransferFailed
 from hbserve_kv.memory.layout import HeadRange
 from hbserve_kv.memory.memory import Memory
 from hbserve_kv.memory.pool_layout import PoolLayout
@@ -25,6 +25,7 @@ from hbserve_kv.receiving.receiver import Receiver
 from hbserve_kv.receiving.transfer import PostedReceive
 from hbserve_kv.sending.offers import Offer, Offers
 from hbserve_kv.sending.peers import Peers
+from hbserve_kv.sending.to_itself import transfer_to_itself
 from hbserve_kv.sending.transfer import SendTransfer
 from hbserve_kv.transports.base import Transport
 from hbserve_kv.transports.registry import make_transports
@@ -89,7 +90,10 @@ class KVTransferManager(KVTransferBase):
         self._receiver = Receiver(me, self._memory, self._transports, self._buffer, config)
         self._receiver.serve_on(self._server)
         self._server.serve(ALIVE, self._alive)
-        self._peers = Peers(me, lambda: self.address, self._transports, config.timeout_s, config.keys)
+        self._make_peers: Callable[[dict[str, Transport]], Peers] = lambda reached_by: Peers(
+            me, lambda: self.address, reached_by, config.timeout_s, config.keys
+        )
+        self._peers = self._make_peers(self._transports)
         self._offers = Offers(me, self.open_send, config.expiry_s)
         self._offers.serve_on(self._server)
         self._senders = Senders(config.timeout_s, config.keys)
@@ -125,6 +129,28 @@ class KVTransferManager(KVTransferBase):
             for transport in started:
                 await transport.close()
             raise
+
+    async def transfer_to_itself(self) -> None:
+        """Move one block of the pool to another of it by each transport, as between two instances, and leave nothing of
+        that: no link, no byte in `stats`, and the pool as it was. For after `start`, before anybody else is there.
+
+        A custom backend is left out, which need not be able to: see `Transport.connects_to_itself`.
+
+        Raises:
+            BackendUnavailable: says by which transport a block does not come, and why.
+        """
+        for name, transport in self._transports.items():
+            if not transport.connects_to_itself:
+                continue
+            peers = self._make_peers({name: transport})
+            try:
+                await transfer_to_itself(peers, self.address, self.epoch, self._memory, self._receiver.expect)
+            except (TransferFailed, FingerprintMismatch) as error:
+                raise BackendUnavailable(
+                    f"kv_transfer.backend={self.config.backend!r}: a transfer to itself by {name} failed: {error}"
+                ) from error
+            mine = [link for link in self._receiver.links.values() if link.hello.epoch == self.epoch]
+            await asyncio.gather(*(link.ended.wait() for link in mine))
 
     async def close(self) -> None:
         """End every transfer and leave no thread, socket or task behind. May be called twice.
