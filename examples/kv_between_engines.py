@@ -24,30 +24,26 @@ def compute(pool: torch.Tensor, blocks: list[int]) -> None:
 
 async def prefill(grants: "Queue[bytes]") -> None:
     pool = shared_empty((NUM_BLOCKS, BLOCK_ELEMENTS), dtype=torch.float32)
-    kv = KVTransferManager(rank=0, pool=pool, fingerprint=FINGERPRINT, config=CONFIG)
-    await kv.start()
-    transfer = await kv.open_send("request-1", await asyncio.to_thread(grants.get))
-    chunks = [[40, 41], [7, 8], [55]]
-    sent = 0
-    for chunk in chunks:
-        await asyncio.to_thread(compute, pool, chunk)
-        transfer.push(chunk, first=sent)  # moves while the next chunk is computed
-        sent += len(chunk)
-    result = await transfer.commit(b"first token: 42")
-    print(f"sent {result.num_bytes} bytes: {result.outcome.name}")  # the blocks are ours again
-    await kv.close()
+    async with KVTransferManager(rank=0, pool=pool, fingerprint=FINGERPRINT, config=CONFIG) as kv:
+        transfer = await kv.open_send("request-1", await asyncio.to_thread(grants.get))
+        chunks = [[40, 41], [7, 8], [55]]
+        sent = 0
+        for chunk in chunks:
+            await asyncio.to_thread(compute, pool, chunk)
+            transfer.push(chunk, first=sent)  # moves while the next chunk is computed
+            sent += len(chunk)
+        result = await transfer.commit(b"first token: 42")
+        print(f"sent {result.num_bytes} bytes: {result.outcome.name}")  # the blocks are ours again
 
 
 async def decode(grants: "Queue[bytes]") -> None:
     pool = shared_empty((NUM_BLOCKS, BLOCK_ELEMENTS), dtype=torch.float32)
-    kv = KVTransferManager(rank=1, pool=pool, fingerprint=FINGERPRINT, config=CONFIG)
-    await kv.start()
     mine = [3, 1, 4, 10, 5]  # which blocks of this pool, in the order of the prompt
-    posted = kv.post_receive("request-1", mine)
-    grants.put(posted.grant)  # bytes, which reach the other side however your engines talk
-    result = await posted.wait()
-    print(f"received {result.payload.decode()!r} and blocks {pool[mine, 0].int().tolist()}: {result.outcome.name}")
-    await kv.close()
+    async with KVTransferManager(rank=1, pool=pool, fingerprint=FINGERPRINT, config=CONFIG) as kv:
+        posted = kv.post_receive("request-1", mine)
+        grants.put(posted.grant)  # bytes, which reach the other side however your engines talk
+        result = await posted.wait()
+        print(f"received {result.payload.decode()!r} and blocks {pool[mine, 0].int().tolist()}: {result.outcome.name}")
 
 
 def run(side: str, grants: "Queue[bytes]") -> None:

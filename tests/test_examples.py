@@ -1,5 +1,6 @@
 """The examples run as they are, on a small model."""
 
+import ast
 import os
 import re
 import runpy
@@ -50,6 +51,7 @@ def test_kv_moves_between_two_engines_that_have_hbserve_kv_alone():
     assert "received 'first token: 42' and blocks [40, 41, 7, 8, 55]: COMPLETED" in out
 
 
+MOST_LINES_OF_AN_ENGINE = 20
 WITHOUT_TORCH = "raise ModuleNotFoundError(\"No module named 'torch'\", name='torch')"
 
 
@@ -57,6 +59,12 @@ WITHOUT_TORCH = "raise ModuleNotFoundError(\"No module named 'torch'\", name='to
 @pytest.mark.parametrize("backend", ["ipc", "mooncake"])
 def test_layers_of_plain_memory_move_as_they_are_computed_without_torch(backend, tmp_path, monkeypatch):
     """`.ci/wheels_alone.py` has it run where torch is not installed; and then over nccl, where it is."""
+    (engine,) = (
+        node
+        for node in ast.parse((EXAMPLES / "kv_own_memory.py").read_text()).body
+        if isinstance(node, ast.AsyncFunctionDef)
+    )
+    assert engine.end_lineno - engine.lineno <= MOST_LINES_OF_AN_ENGINE
     if backend == "mooncake":
         pytest.importorskip("mooncake.engine", reason="Mooncake or its libraries are missing", exc_type=ImportError)
     (tmp_path / "torch.py").write_text(WITHOUT_TORCH)

@@ -63,7 +63,7 @@ class Instance:
     @staticmethod
     def runner(pool, addresses=()):
         return SimpleNamespace(
-            pool=pool, model_config=SimpleNamespace(num_kv_heads=NUM_HEADS), fingerprint={"model": "m"},
+            pool=pool[:, None, None], model_config=SimpleNamespace(num_kv_heads=NUM_HEADS), fingerprint={"model": "m"},
             transfer_addresses=addresses,
         )  # fmt: skip
 

@@ -122,13 +122,17 @@ def kv_caches(shape: str, num_blocks: int, num_heads: int, device: str = "cpu") 
 
 
 def of_place(shape: str, cache: torch.Tensor, block_id: int, token: int) -> torch.Tensor:
-    """A view of what one layer has of one token."""
+    """A view of what one layer has of one token: keys and values, heads, and the numbers of one."""
     if shape == "keys and values first":
         return cache[:, block_id, token]
     if shape == "smaller blocks of the kernels":
         half = BLOCK_SIZE // 2
         return cache[2 * block_id + token // half, :, token % half]
-    return cache[block_id, token : token + 1] if shape == "latents" else cache[block_id, :, token]
+    if shape == "latents":
+        return cache[block_id, token : token + 1]
+    if shape == "blocks first":
+        return cache[block_id, :, token]
+    return cache[block_id, :, token].unflatten(-1, (2, HEAD_DIM)).transpose(0, 1)
 
 
 def numbers(tokens: list[int]) -> list[float]:
@@ -173,6 +177,8 @@ class Rank:
         count = max(1, num_heads // num_ranks)
         first = rank * num_heads // num_ranks
         self.heads = torch.arange(first, first + count, device=self.engine.device)[:, None] / 4
+        if self.engine.shape != "latents":
+            self.heads = torch.stack([self.heads, self.heads + 0.125])  # keys, and values
         self.caches = kv_caches(self.engine.shape, self.engine.num_blocks, count, self.engine.device)
         self.connector.register_kv_caches(self.caches)
         return pickle.loads(pickle.dumps(self.connector.get_handshake_metadata()))

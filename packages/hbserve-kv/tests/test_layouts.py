@@ -20,7 +20,7 @@ class Pool:
     def __init__(self, kind: str, axes: str, first_value: float = 0.0, **sizes: int) -> None:
         """kind: "one" tensor, one for each of the "layers", or two, "apart". `axes` are those of a tensor."""
         size = SIZES | sizes
-        names = axes.split()
+        names = axes.replace("key+value", "kv dim").split()
         self.canonical = torch.arange(first_value, first_value + _product(size.values())).view(*size.values())
         whole = [self.canonical] if kind == "one" else list(self.canonical.unbind(1))
         missing = [name for name in size if name not in names]
@@ -32,7 +32,8 @@ class Pool:
                 made.append(each.permute(*(axes_left.index(name) for name in names)).contiguous())
         assert set(missing) <= {"layers", "kv"}
         self.tensors = made
-        pairs = list(zip(made[::2], made[1::2], strict=True)) if kind == "apart" else made
+        given = [each.flatten(-2) for each in made] if "key+value" in axes else made
+        pairs = list(zip(made[::2], made[1::2], strict=True)) if kind == "apart" else given
         self.pool = PoolLayout(pairs if kind != "one" else made[0], axes)
         self._names, self._kind, self._size = names, kind, size
 
@@ -63,6 +64,7 @@ LAYOUTS = {
     "heads before tokens": ("layers", "blocks kv heads tokens dim"),
     "apart": ("apart", "blocks tokens heads dim"),
     "apart, heads first": ("apart", "heads blocks tokens dim"),
+    "a value behind each key": ("layers", "blocks heads tokens key+value"),
     "blocks last": ("one", "kv layers heads tokens blocks dim"),
 }
 

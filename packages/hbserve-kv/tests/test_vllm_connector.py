@@ -6,7 +6,12 @@ from types import SimpleNamespace
 
 import hbserve_kv_vllm as imitation
 import pytest
+import torch
 from hbserve_kv_vllm import Engine
+
+from hbserve_kv import HeadRange, PoolLayout
+from hbserve_kv.memory.layout import CopyPlan, sides
+from hbserve_kv.memory.memory import copy_on_host
 
 DEADLINE_S = 60.0
 PREFILL = {"do_remote_decode": True, "do_remote_prefill": False}
@@ -41,6 +46,12 @@ def until(condition, *engines):
             engine.step()
         time.sleep(0.001)
         assert time.monotonic() < deadline_s
+
+
+def pool_of_caches(caches, num_blocks):
+    from hbserve_kv.integrations.vllm_pool import pool_of
+
+    return pool_of(caches, num_blocks)[0]
 
 
 def port(engine):
@@ -166,16 +177,66 @@ def test_on_a_gpu_blocks_are_sent_when_their_step_has_computed_them(engines, bac
         assert decode.results[f"d{number}"][0::2] == ("FINISHED_LENGTH_CAPPED", True)
 
 
-def test_layouts_of_the_two_sides_may_differ_where_they_can_be_bridged(engines):
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("blocks outermost", "layers outermost"),
+        ("blocks outermost", "keys and values first"),
+        ("blocks first", "layers outermost"),
+    ],
+)
+def test_layouts_of_the_two_sides_may_differ_also_of_two_versions(engines, one, other):
+    """0.33 has each value behind its key, 0.24 has them apart."""
     # Known elsewhere: vLLM #42895.
-    prefill, decode = engines(shape="blocks outermost"), engines(shape="layers outermost")
+    prefill, decode = engines(shape=one, version="0.33"), engines(shape=other)
     decode.add("d", PROMPT, prefilled(prefill))
     until(lambda: "d" in decode.results, prefill, decode)
     assert decode.results["d"][0::2] == ("FINISHED_LENGTH_CAPPED", True)
-    other = engines(shape="keys and values first")
-    other.add("d", PROMPT, prefilled(prefill, "q"))
-    until(lambda: "d" in other.results, prefill, other)
-    assert other.results["d"][0] == "FINISHED_ERROR", "keys and values apart, and together, are not the same bytes"
+
+
+@pytest.mark.parametrize("shape", ["blocks first", "keys and values first", "blocks outermost", "layers outermost"])
+@pytest.mark.parametrize("to_vllm", [True, False])
+def test_blocks_of_hbserves_own_pool_become_those_of_vllms_and_back(shape, to_vllm):
+    """Layouts only: see docs/vllm.md for what else a deployment of both would need. Ranks may differ as well."""
+    num_heads, size = 4, imitation.BLOCK_SIZE
+    canonical = torch.rand(6, imitation.NUM_LAYERS, 2, size, num_heads, imitation.HEAD_DIM)
+    own = canonical.clone() if to_vllm else torch.zeros_like(canonical)
+    caches = imitation.kv_caches(shape, 6, 2)  # of the second of two ranks
+    half = HeadRange(2, 2, num_heads)
+
+    def of_vllm(block):
+        found = [[imitation.of_place(shape, cache, block, token) for token in range(size)] for cache in caches.values()]
+        return torch.stack([torch.stack(tokens, 1) for tokens in found])
+
+    for block in range(6):
+        for layer, cache in enumerate(caches.values()):
+            for token in range(size):
+                values = 0 if to_vllm else canonical[block, layer, :, token, 2:]
+                imitation.of_place(shape, cache, block, token)[:] = values
+    pools = [PoolLayout(own, "blocks layers kv tokens heads dim"), pool_of_caches(caches, 6)]
+    ranges, blocks = [HeadRange(0, num_heads, num_heads), half], [[1, 4, 2], [5, 0, 3]]
+    if not to_vllm:
+        pools, ranges = pools[::-1], ranges[::-1]
+    assert pools[0].layout.mismatch(pools[1].layout) is None
+    mine, theirs = sides(pools[0].layout, ranges[0], pools[1].layout, ranges[1])
+    addresses = [[extent.address for extent in pool.extents] for pool in pools]
+    copy_on_host(
+        CopyPlan(mine, addresses[0], theirs, addresses[1]), addresses[0][0], blocks[0], addresses[1][0], blocks[1]
+    )
+    for source, target in zip(*blocks, strict=True):
+        if to_vllm:
+            assert torch.equal(of_vllm(target), canonical[source][:, :, :, 2:])
+        else:
+            assert torch.equal(own[target][:, :, :, 2:], canonical[source][:, :, :, 2:])
+            assert not own[target][:, :, :, :2].any(), "heads of the other rank"
+
+
+def test_what_cannot_be_bridged_is_refused_by_its_name(engines, caplog):
+    prefill, decode = engines(shape="blocks first"), engines(shape="smaller blocks of the kernels")
+    decode.add("d", PROMPT, prefilled(prefill))
+    until(lambda: "d" in decode.results, prefill, decode)
+    assert decode.results["d"][0] == "FINISHED_ERROR"
+    assert "kernel_blocks is 1 on rank 0 and 2 on rank 0" in caplog.text
 
 
 @pytest.mark.parametrize("shape", [(7, 3, 4, 2, 8), (3, 2, 4, 2, 8), (16, 4), (16, 3, 4, 2, 8)])

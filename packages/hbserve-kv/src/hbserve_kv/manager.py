@@ -5,7 +5,7 @@ import logging
 import math
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import msgspec
 
@@ -45,7 +45,8 @@ class _Shape(msgspec.Struct, frozen=True):
 
 
 class KVTransferManager(KVTransferBase):
-    """One per instance. Lives in the event loop that ran `start`; every method belongs there.
+    """One per instance. Lives in the event loop that ran `start`; every method belongs there. `async with` starts it,
+    and closes it at the end.
 
     Engines move blocks of their pool: the receiver calls `post_receive` and passes the grant on, the sender calls
     `open_send` with it, `push`es as blocks fill, and `commit`s. Whoever has whole tensors to move uses `send_kv_cache`
@@ -177,6 +178,13 @@ class KVTransferManager(KVTransferBase):
         for transport in self._transports.values():
             await transport.close()
         self._memory.release()
+
+    async def __aenter__(self) -> Self:
+        await self.start()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
 
     @property
     def address(self) -> str:

@@ -19,6 +19,7 @@ from hbserve_kv import (
     FingerprintMismatch,
     KVTransferManager,
     Outcome,
+    PoolLayout,
     PostedReceive,
     SendTransfer,
     TransferFailed,
@@ -42,6 +43,8 @@ from hbserve_rpc.messages import Empty
 Q = TypeVar("Q", bound=msgspec.Struct)
 R = TypeVar("R")
 
+POOL_AXES = "blocks layers kv tokens heads dim"
+"""Of a runner's pool, as `LoadedModel.allocate_pool` makes it."""
 RANK_STRIDE = 1 << 16
 """Between the numbers by which hbserve_kv knows the ranks of one instance: `kv_rank + rank * RANK_STRIDE`."""
 SILENCE_S = 5.0
@@ -61,7 +64,7 @@ def make_manager(config: InstanceConfig, runner: Runner, shard: Shard, epoch: st
         settings = msgspec.structs.replace(settings, port=0)
     return KVTransferManager(
         rank=config.kv_rank + shard.rank * RANK_STRIDE,
-        pool=runner.pool,
+        pool=PoolLayout(runner.pool, POOL_AXES),
         fingerprint=runner.fingerprint,
         config=settings,
         epoch=epoch,

@@ -147,7 +147,7 @@ class HBServeConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             tp_size,
             heads_of(rank, tp_size, _num_kv_heads(self._config)),
             pool,
-            _fingerprint(self._config, pool.axes, pieces),
+            _fingerprint(self._config, pieces),
             config,
             pieces_of_block=pieces,
             lease_s=self._extra.lease_s,
@@ -236,7 +236,7 @@ def _num_kv_heads(config: Any) -> int:
     return 1 if getattr(config.model_config, "use_mla", False) else config.model_config.get_total_num_kv_heads()
 
 
-def _fingerprint(config: Any, axes: str, pieces: int) -> dict[str, str | int]:
+def _fingerprint(config: Any, pieces: int) -> dict[str, str | int]:
     """What must be the same on both sides for the bytes to mean the same."""
     model = config.model_config
     return {
@@ -246,5 +246,4 @@ def _fingerprint(config: Any, axes: str, pieces: int) -> dict[str, str | int]:
         "cache_dtype": str(config.cache_config.cache_dtype),
         "block_size": config.cache_config.block_size,
         "kernel_blocks": pieces,
-        "keys_and_values": "apart" if "kv" in axes.split() else "together",
     }

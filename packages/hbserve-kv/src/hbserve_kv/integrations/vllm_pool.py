@@ -12,7 +12,7 @@ import torch
 
 from hbserve_kv.memory.pool_layout import PoolLayout
 
-BY_BLOCKS_FIRST = {3: "blocks tokens dim", 4: "blocks heads tokens dim", 5: "blocks kv tokens heads dim"}
+BY_BLOCKS_FIRST = {3: "blocks tokens dim", 4: "blocks heads tokens key+value", 5: "blocks kv tokens heads dim"}
 
 
 def axes_of(shape: Sequence[int], num_blocks: int) -> str:

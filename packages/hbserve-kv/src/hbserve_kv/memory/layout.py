@@ -7,7 +7,8 @@ block dimension anywhere:
     block-major  (blocks, layers, kv, tokens, heads, dim)    one block is one piece
     layer-major  layers x (kv, blocks, tokens, heads, dim)   one block is 2 x layers pieces, which lie apart
 
-Two pools fit if they have the same planes, in this order: layer by layer, keys before values. One side's blocks may
+Two pools fit if they have the same planes, in this order: layer by layer, keys before values. A plane that has the key
+and the value of each token side by side is two for a peer that has them apart. One side's blocks may
 have r times as many tokens as the other's: both then count *units*, the smaller blocks, and unit u of the larger ones
 is tokens [u % r x unit, …) of block u // r.
 
@@ -86,6 +87,8 @@ class Layout(msgspec.Struct, frozen=True):
     """Bytes of each piece of memory."""
     is_opaque: bool = False
     """Nobody has said what a block is made of: `num_tokens` are places in it, and no block size."""
+    has_keys_beside_values: bool = False
+    """A plane is keys and values of a layer: of each token and head its key, and then its value."""
 
     def __post_init__(self) -> None:
         """Raises ValueError, also for a peer's word: a plane is not where its memory is."""
@@ -121,9 +124,19 @@ class Layout(msgspec.Struct, frozen=True):
         extents = [num_blocks * self.block_bytes]
         return msgspec.structs.replace(self, num_blocks=num_blocks, planes=planes, extents=extents)
 
+    def beside(self, theirs: "Layout") -> "Layout":
+        """This, with keys and values in planes of their own if they are so on the other side."""
+        if not self.has_keys_beside_values or theirs.has_keys_beside_values or any(size % 2 for size in self.sizes):
+            return self
+        planes = []
+        for plane in self.planes:
+            key = msgspec.structs.replace(plane, size=plane.size // 2)
+            planes += [key, msgspec.structs.replace(key, offset=plane.offset + key.size)]
+        return msgspec.structs.replace(self, planes=planes, has_keys_beside_values=False)
+
     def mismatch(self, theirs: "Layout") -> tuple[str, object, object] | None:
         """What differs and cannot be bridged: its name, theirs, and this one's. None: the blocks fit."""
-        both = theirs, self
+        both = theirs.beside(self), self.beside(theirs)
         if self.is_opaque or theirs.is_opaque:
             name = (
                 "block_bytes" if all(each.num_tokens * each.num_heads == 1 for each in both) else "block_bytes_per_head"
@@ -212,7 +225,7 @@ def sides(mine: Layout, my_heads: HeadRange, theirs: Layout, their_heads: HeadRa
     unit_tokens = min(mine.num_tokens, theirs.num_tokens)
     one, other = (
         Side(layout, common.first - heads.first, common.count, layout.num_tokens // unit_tokens)
-        for layout, heads in ((mine, my_heads), (theirs, their_heads))
+        for layout, heads in ((mine.beside(theirs), my_heads), (theirs.beside(mine), their_heads))
     )
     return one, other
 

@@ -7,8 +7,8 @@ from typing import Any
 from hbserve_kv.memory.arrays import Array, as_array, contiguous_strides
 from hbserve_kv.memory.layout import HeadRange, Layout, Plane
 
-AXES = ("blocks", "layers", "kv", "tokens", "heads", "dim")
-"""Of a pool's tensors: `kv` is keys and values, `dim` the numbers of one head."""
+AXES = ("blocks", "layers", "kv", "tokens", "heads", "dim", "key+value")
+"""Of a pool's tensors: `kv` is keys and values, `dim` the numbers of one head; `key+value` is both in one dimension."""
 
 
 class PoolLayout:
@@ -21,6 +21,7 @@ class PoolLayout:
         PoolLayout(pool, "blocks layers kv tokens heads dim")          one tensor, block-major
         PoolLayout(caches, "kv blocks tokens heads dim")               a tensor for each layer
         PoolLayout(zip(keys, values), "blocks tokens heads dim")       two for each layer
+        PoolLayout(caches, "blocks heads tokens key+value")            one for each layer, a value behind each key
         PoolLayout(caches, "blocks tokens dim")                        latents (MLA), for all heads
 
     A tensor is a torch tensor; on the host also whatever has the buffer protocol or `__dlpack__`. It must not be moved
@@ -29,7 +30,7 @@ class PoolLayout:
 
     def __init__(self, tensors: Any, axes: str) -> None:
         """Raises TypeError or ValueError, with the tensor or axis that is wrong."""
-        names = axes.split()
+        has_keys_beside_values, names = "key+value" in axes.split(), axes.replace("key+value", "dim").split()
         if len(set(names)) != len(names) or not {"blocks"} <= set(names) <= set(AXES):
             raise ValueError(f"axes={axes!r}: expected different ones of {' '.join(AXES)!r}, with 'blocks'")
         self.axes = axes
@@ -55,8 +56,8 @@ class PoolLayout:
             len(groups) * first.size("layers"),
             planes,
             [extent.num_bytes for extent in self.extents],
+            has_keys_beside_values=has_keys_beside_values,
         )
-        self.has_heads = "heads" in names
 
     def _planes(self, group: "Sequence[_Named]") -> Iterator[Plane]:
         for layer in range(group[0].size("layers")):
@@ -81,7 +82,7 @@ class PoolLayout:
                 f"pool: heads={heads} need a pool of shape (num_blocks, …, {heads.count}, head_dim), got {shape}"
             )
         made = cls.__new__(cls)
-        made.axes, made.device, made.extents, made.has_heads = "blocks …", array.device, _extents([array]), False
+        made.axes, made.device, made.extents = "blocks …", array.device, _extents([array])
         row = array.span // shape[0]
         head = shape[-1] * size if heads is not None else row
         num_heads = heads.count if heads is not None else 1
