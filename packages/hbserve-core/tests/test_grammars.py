@@ -22,6 +22,7 @@ from hbserve_core.engine.step import StepResult
 from hbserve_core.grammars import compiler
 from hbserve_core.grammars.compiler import GrammarCompiler
 from hbserve_rpc import InvalidRequest, Overloaded, SamplingParams
+from hbserve_testing.narrowing import present
 
 # The interpreter's numbers warn where they wrap, which is what hashing wants, and where they are none.
 pytestmark = [
@@ -349,7 +350,7 @@ def test_who_is_late_delays_nobody_and_gets_the_same_tokens(either_runner, chose
     add(engine, "free", prompt(9), SamplingParams(0, 6, ignore_eos=True))
     gate = threading.Event()
     tokens: dict[str, list[int]] = {"late": [], "free": []}
-    late = engine._sequences["late"].matcher
+    late = present(engine._sequences["late"].matcher)
     take = late._take
     monkeypatch.setattr(late, "_take", lambda token: (gate.wait(60), take(token)))
     while len(tokens["free"]) < 6:
