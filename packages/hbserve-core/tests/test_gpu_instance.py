@@ -12,7 +12,8 @@ import pytest
 
 from hbserve_core import EngineStopped, GpuInstance, InstanceConfig, InstanceFailed
 from hbserve_core.instance.engine_thread import EngineThread
-from hbserve_kv import Outcome, TransferFailed
+from hbserve_kv import KVTransferConfig, KVTransferManager, Outcome, TransferFailed
+from hbserve_kv.transports.ipc import IpcTransport
 from hbserve_rpc import AddressInUse, LogitsNotFinite, Overloaded, RemoteError, RpcClient, SamplingParams
 from hbserve_rpc.messages import (
     DECODE,
@@ -84,6 +85,33 @@ async def test_an_instance_is_starting_then_ready_and_refuses_requests_until_the
         assert (await probe("/ready")).startswith("HTTP/1.1 200 ")
         of = 'instance_id="hybrid-0",role="hybrid"'
         assert f"hbserve:instance_generation_tokens_total{{{of}}} 4\n" in await probe("/metrics")
+
+
+async def test_an_instance_whose_backend_moves_no_block_is_not_ready_and_says_why(model_folder, monkeypatch):
+    async def push(self: object, link: object, part: object) -> None:
+        raise OSError("the cable is out")
+
+    monkeypatch.setattr(IpcTransport, "push", push)
+    settings = config(model_folder("qwen3"), role="prefill", kv_transfer=KVTransferConfig(backend="ipc"))
+    async with serving(settings) as (instance, client):
+        with pytest.raises(InstanceFailed, match="the cable is out"):
+            await instance.wait_ready()
+        info = await client.call(DESCRIBE, Empty(), timeout_s=DEADLINE_S)
+        assert info.status == "failed"
+        assert info.error == (
+            "BackendUnavailable: kv_transfer.backend='ipc': a transfer to itself by ipc failed: part 0: "
+            "OSError: the cable is out"
+        )
+
+
+async def test_a_hybrid_instance_moves_nothing_to_itself(model_folder, monkeypatch):
+    def refuse(*_: object) -> None:
+        raise AssertionError("it has no backend")
+
+    monkeypatch.setattr(KVTransferManager, "__init__", refuse)
+    async with serving(config(model_folder("qwen3"))) as (instance, _):
+        await instance.wait_ready()
+        assert instance.transfers is None
 
 
 async def test_an_instance_may_be_stopped_before_and_while_it_loads(model_folder):

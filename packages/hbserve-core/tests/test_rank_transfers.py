@@ -245,6 +245,22 @@ async def test_a_rank_that_is_lost_fails_what_it_takes_part_in_and_is_told_once_
         await d.servers[0]._manager.close()
 
 
+async def test_each_rank_has_moved_a_block_to_itself_before_the_instance_is_ready(whole, monkeypatch):
+    moved, to_itself = [], KVTransferManager.transfer_to_itself
+
+    async def counted(self):
+        await to_itself(self)
+        moved.append(self.rank)
+
+    monkeypatch.setattr(KVTransferManager, "transfer_to_itself", counted)
+    async with Instance(3, whole, 2) as instance:
+        assert moved == [3 + RANK_STRIDE, 3]
+        assert await instance.transfers.stats() == TransferStats()
+        assert [manager.links() for manager in instance.managers] == [[], []]
+        for pool, heads in zip(instance.pools, instance.heads, strict=True):
+            assert torch.equal(pool, whole[:, :, heads.first : heads.end])
+
+
 # ---- one rank --------------------------------------------------------------------------------------------------------
 
 

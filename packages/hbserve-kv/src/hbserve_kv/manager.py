@@ -4,14 +4,14 @@ import asyncio
 import logging
 import math
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from hbserve_kv.base import KVTransferBase
 from hbserve_kv.config import GOODBYE_TIMEOUT_S, KVTransferConfig
-from hbserve_kv.errors import BackendUnavailable, TransferFailed
+from hbserve_kv.errors import BackendUnavailable, FingerprintMismatch, TransferFailed
 from hbserve_kv.memory.layout import HeadRange
 from hbserve_kv.memory.memory import Memory
 from hbserve_kv.memory.pool_layout import PoolLayout
@@ -19,12 +19,13 @@ from hbserve_kv.protocol.handshake import Identity
 from hbserve_kv.protocol.messages import ALIVE, Alive, Begin, Grant, Nothing, read_grants
 from hbserve_kv.protocol.stats import LinkInfo, TransferStats
 from hbserve_kv.protocol.transfer_state import Outcome, TransferResult
-from hbserve_kv.receiving.claims import Claim, Senders
+from hbserve_kv.receiving.claims import Claim, Senders, SourceRank
 from hbserve_kv.receiving.lookup_buffer import LookupBuffer
 from hbserve_kv.receiving.receiver import Receiver
 from hbserve_kv.receiving.transfer import PostedReceive
 from hbserve_kv.sending.offers import Offer, Offers
 from hbserve_kv.sending.peers import Peers
+from hbserve_kv.sending.to_itself import transfer_to_itself
 from hbserve_kv.sending.transfer import SendTransfer
 from hbserve_kv.transports.base import Transport
 from hbserve_kv.transports.registry import make_transports
@@ -88,8 +89,11 @@ class KVTransferManager(KVTransferBase):
         self._receiver = Receiver(me, self._memory, self._transports, self._buffer, config)
         self._receiver.serve_on(self._server)
         self._server.serve(ALIVE, self._alive)
-        self._peers = Peers(me, lambda: self.address, self._transports, config.timeout_s, config.keys)
-        self._offers = Offers(self.epoch, self.open_send, self._memory.layout.num_blocks, config.expiry_s)
+        self._make_peers: Callable[[dict[str, Transport]], Peers] = lambda reached_by: Peers(
+            me, lambda: self.address, reached_by, config.timeout_s, config.keys
+        )
+        self._peers = self._make_peers(self._transports)
+        self._offers = Offers(me, self.open_send, config.expiry_s)
         self._offers.serve_on(self._server)
         self._senders = Senders(config.timeout_s, config.keys)
         self._claims: set[Claim] = set()
@@ -124,6 +128,28 @@ class KVTransferManager(KVTransferBase):
             for transport in started:
                 await transport.close()
             raise
+
+    async def transfer_to_itself(self) -> None:
+        """Move one block of the pool to another of it by each transport, as between two instances, and leave nothing of
+        that: no link, no byte in `stats`, and the pool as it was. For after `start`, before anybody else is there.
+
+        A custom backend is left out, which need not be able to: see `Transport.connects_to_itself`.
+
+        Raises:
+            BackendUnavailable: says by which transport a block does not come, and why.
+        """
+        for name, transport in self._transports.items():
+            if not transport.connects_to_itself:
+                continue
+            peers = self._make_peers({name: transport})
+            try:
+                await transfer_to_itself(peers, self.address, self.epoch, self._memory, self._receiver.expect)
+            except (TransferFailed, FingerprintMismatch) as error:
+                raise BackendUnavailable(
+                    f"kv_transfer.backend={self.config.backend!r}: a transfer to itself by {name} failed: {error}"
+                ) from error
+            mine = [link for link in self._receiver.links.values() if link.hello.epoch == self.epoch]
+            await asyncio.gather(*(link.ended.wait() for link in mine))
 
     async def close(self) -> None:
         """End every transfer and leave no thread, socket or task behind. May be called twice.
@@ -247,13 +273,16 @@ class KVTransferManager(KVTransferBase):
         """
         return self._offers.make(transfer_id, lease_s)
 
-    def claim(self, transfer_id: str, address: str, epoch: str = "") -> Claim:
+    def claim(self, transfer_id: str, address: str | Sequence[SourceRank], epoch: str = "") -> Claim:
         """Want what the manager at `address` offers under this id, and have it kept there until it is fetched.
+
+        Of a sender under tensor parallelism, `address` is the ranks that have heads of this one, each head once.
 
         With an `epoch` it must be offered by that life of the manager, now or in a moment; without, it may be any time
         up to the manager's `expiry_s` until it is.
         """
-        claim = Claim(transfer_id, address, epoch, self._senders, self.post_receive)
+        sources = [SourceRank(address, epoch)] if isinstance(address, str) else address
+        claim = Claim(transfer_id, sources, self.heads, self._senders, self.post_receive)
         self._claims.add(claim)
         claim.task.add_done_callback(lambda _: self._claims.discard(claim))
         return claim

@@ -46,11 +46,16 @@ class InstanceTransfers:
         ]
 
     async def start(self) -> None:
-        """Raises AddressInUse, BackendUnavailable, or TransferFailed if a rank is lost."""
+        """Afterwards a block has moved from each rank to itself: who says then that it is ready can move KV, as far as
+        that can be known without a peer.
+
+        Raises AddressInUse, BackendUnavailable, or TransferFailed if a rank is lost.
+        """
         await self._manager.start()
         for rank in self._others:
             await rank.client.start()
         try:
+            await self._manager.transfer_to_itself()
             self.endpoint = join_grants([self._manager.endpoint, *[await rank.endpoint() for rank in self._others]])
         except BaseException:
             await self.close()

@@ -80,7 +80,7 @@ class RankServer:
         self._cancelling: set[asyncio.Task[Outcome]] = set()
 
     async def start(self) -> str:
-        """The address. Raises what `KVTransferManager.start` raises."""
+        """The address. Raises what `KVTransferManager.start` and `transfer_to_itself` raise."""
         server = self._server
         server.serve_stream(protocol.RECEIVE, lambda request: self._follow(request.transfer_id, self._post(request)))
         server.serve_stream(protocol.SEND, lambda request: self._follow(request.transfer_id, self._open(request)))
@@ -92,6 +92,7 @@ class RankServer:
         server.serve(protocol.STATS, self._stats)
         server.serve(protocol.CLOSE, self._close)
         await self._manager.start()
+        await self._manager.transfer_to_itself()
         await server.start()
         return server.address
 

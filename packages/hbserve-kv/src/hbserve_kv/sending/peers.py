@@ -185,7 +185,8 @@ async def connect(
             raise
         if error is None:
             passed_over = "".join(f"; not {name}: {reason}" for name, reason in reply.passed_over.items())
-            logger.info("link to %s: %s%s%s", address, transport.name, link.told and f", {link.told}", passed_over)
+            whom = "itself" if address == my_address else address
+            logger.info("link to %s: %s%s%s", whom, transport.name, link.told and f", {link.told}", passed_over)
             return Connection(client, stream, reply, link, transport, timeout_s)
         await stream.aclose()
         await client.close()

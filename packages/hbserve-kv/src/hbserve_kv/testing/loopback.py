@@ -103,6 +103,7 @@ class _FaultyTransport(Transport):
 class LoopbackTransport(_FaultyTransport):
     name = "loopback"
     one_sided = True
+    connects_to_itself = True
 
     def __init__(self, network: LoopbackNetwork) -> None:
         super().__init__(network)

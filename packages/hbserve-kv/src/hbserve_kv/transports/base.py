@@ -227,6 +227,8 @@ class Transport(ABC):
     waits_on_device = False
     """True, for one-sided transports only: `push` may be called before the part is ready. The device waits for that by
     itself, and for one part's sake no other one's waits."""
+    connects_to_itself = False
+    """True: both ends of a link may be this transport, of one memory. Then an instance tries it before it is ready."""
     max_part_bytes = 64 << 20
     """A larger push is cut into parts: this bounds the staging memory of two-sided transports, and what still moves
     after a transfer was given up."""

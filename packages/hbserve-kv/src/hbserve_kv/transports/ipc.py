@@ -76,6 +76,7 @@ class _Target:
 class IpcTransport(Transport):
     name = "ipc"
     one_sided = True
+    connects_to_itself = True
 
     def __init__(self) -> None:
         if not Path("/proc/self/fd").is_dir() or not shared_memory.is_available():

@@ -39,7 +39,6 @@ from hbserve_kv.transports.own_sockets import let_nobody_in
 from hbserve_rpc.address import look_up
 
 T = TypeVar("T")
-
 logger = logging.getLogger(__name__)
 
 SENDER, RECEIVER = 0, 1
@@ -120,13 +119,14 @@ class LinkStore(Store):
 class NcclTransport(Transport):
     name = "nccl"
     one_sided = False
+    connects_to_itself = True
 
     def __init__(self, host: str, timeout_s: float) -> None:
         if not dist.is_available() or not hasattr(dist, "ProcessGroupGloo"):
             raise BackendUnavailable("kv_transfer.backend='nccl' needs a torch that was built with torch.distributed")
         self._host = host
         self._timeout = timedelta(seconds=timeout_s)
-        self._groups: dict[str, _Group] = {}
+        self._groups: dict[Link, _Group] = {}  # not by key: both ends of a link may be here, see `connects_to_itself`
 
     async def start(self, memory: Memory) -> None:
         self._memory = memory
@@ -150,7 +150,7 @@ class NcclTransport(Transport):
 
     async def connect(self, link: Link) -> None:
         store = LinkStore(link.rendezvous, self._timeout.total_seconds())
-        self._groups[link.key] = await _abandonable(self._make_group, link, store)
+        self._groups[link] = await _abandonable(self._make_group, link, store)
 
     def _make_group(self, link: Link, store: LinkStore) -> _Group:
         peer = _decode(link.peer_description)
@@ -280,12 +280,12 @@ class NcclTransport(Transport):
                 work.wait()
 
     def _group(self, link: Link) -> _Group:
-        if link.key not in self._groups:
+        if link not in self._groups:
             raise ConnectionError("the link is closed")
-        return self._groups[link.key]
+        return self._groups[link]
 
     async def disconnect(self, link: Link) -> None:
-        group = self._groups.pop(link.key, None)
+        group = self._groups.pop(link, None)
         if group is not None:
             group.process_group.abort()
         await link.idle()

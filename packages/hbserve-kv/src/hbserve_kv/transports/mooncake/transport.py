@@ -66,6 +66,7 @@ class Description(msgspec.Struct, frozen=True):
 class MooncakeTransport(Transport):
     name = "mooncake"
     one_sided = True
+    connects_to_itself = True
 
     def __init__(self, host: str, timeout_s: float) -> None:
         # Read by Mooncake when it is imported.
