@@ -164,7 +164,7 @@ def test_answers_are_the_models_own_among_those_that_are_allowed_beside_others(
     assert ends == {"free": "length", "short": "stop", "long": "stop"}
 
 
-@pytest.mark.usefixtures("one_kernel_at_a_time")
+@pytest.mark.usefixtures("one_kernel_at_a_time", "fewer_programs")
 def test_ranks_that_overlap_follow_rank_0_which_alone_knows_the_grammar(
     folder, ranks_in_threads, chosen, greedy_tokens, prompt
 ):
