@@ -8,6 +8,7 @@ import pytest
 
 from hbserve import LLM, SamplingParams
 from hbserve.pd_disagg import DisaggregatedLLM, PdDisaggConfig
+from hbserve_testing.narrowing import present
 from hbserve_testing.waits import until
 
 PARAMS = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
@@ -30,12 +31,12 @@ async def test_a_decode_instance_that_dies_before_it_grants_costs_the_last_block
     )  # fmt: skip
     async with DisaggregatedLLM(config) as llm:
         handles = llm.scheduler.fleet.handles
-        pids = {name: handles[name].info.pid for name in roles}
+        pids = {name: present(handles[name].info).pid for name in roles}
         for name in ("decode-0", "decode-1"):
             os.kill(pids[name], signal.SIGSTOP)
         answering = asyncio.create_task(llm.generate([prompt], PARAMS))
         await until(lambda: llm.scheduler.running_requests)
-        await until(lambda: handles["prefill-0"].last_stats.prefill_tokens == len(prompt))
+        await until(lambda: present(handles["prefill-0"].last_stats).prefill_tokens == len(prompt))
         assert not answering.done(), "nobody grants"
         (request,) = llm.scheduler.running_requests.values()
         assert request.output == [], "and so the first token is not told"
@@ -47,9 +48,9 @@ async def test_a_decode_instance_that_dies_before_it_grants_costs_the_last_block
         assert result["token_ids"] == expected
         assert (result["num_attempts"], result["decode_instance"]) == (2, other)
         await llm.refresh_system_stats()
-        again = handles["prefill-0"].last_stats.prefill_tokens - len(prompt)
+        again = present(handles["prefill-0"].last_stats).prefill_tokens - len(prompt)
         # Twice on a machine so slow that the blocks were given back meanwhile: see GRANT_PATIENCE_S.
         assert again in (len(prompt) % BLOCK, 2 * (len(prompt) % BLOCK))
         for name in ("prefill-0", other):
-            await until(lambda name=name: handles[name].last_stats.active_requests == 0)
-            assert handles[name].last_stats.free_blocks == 64
+            await until(lambda name=name: present(handles[name].last_stats).active_requests == 0)
+            assert present(handles[name].last_stats).free_blocks == 64

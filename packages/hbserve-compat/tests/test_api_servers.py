@@ -23,6 +23,7 @@ from hbserve.server.front_ends import FrontEnds
 from hbserve_rpc import AddressInUse
 from hbserve_scheduler import ConfigError, CpuScheduler, SchedulerConfig, SchedulerServer, convert
 from hbserve_scheduler.config import ServerSection
+from hbserve_testing.narrowing import present
 
 BODY = {"prompt": "Once", "max_tokens": 400, "ignore_eos": True, "stream": True}
 NO_HEARTBEATS = {"port": 0, "heartbeat_timeout_s": 600}
@@ -183,7 +184,7 @@ async def test_one_that_ends_again_and_again_is_given_up_and_the_server_ends_wit
     await server.scheduler.add_instance("h0", "hybrid", "127.0.0.1:2")
     try:
         await front_end.begin("small", Path("/models/small"), server)
-        first, second = front_end._processes.processes
+        first, second = present(front_end._processes).processes
         await _until(lambda: len(first._last_lines) == 1)
         told = msgspec.json.decode(first._last_lines[0], type=front_ends.FrontEndSettings)
         assert told.instances == [("h0", "hybrid", "127.0.0.1:2")]

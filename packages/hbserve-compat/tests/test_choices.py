@@ -8,6 +8,7 @@ import pytest
 
 from hbserve import LLM, SamplingParams
 from hbserve.pd_disagg import DisaggregatedLLM, PdDisaggConfig
+from hbserve_testing.narrowing import present
 from hbserve_testing.waits import until
 
 pytestmark = pytest.mark.warm
@@ -138,7 +139,7 @@ async def test_one_answer_is_stopped_by_its_text_and_the_others_go_on_after_a_de
                 reasons[delta["choice"]] = delta["finish_reason"]
                 if len(found[0]) > 20 and not killed:
                     killed = llm.scheduler.running_requests["r"].attempts[-1].decode_instance
-                    (process,) = [each for each in llm._instances.processes if each.instance_id == killed]
+                    (process,) = [each for each in present(llm._instances).processes if each.instance_id == killed]
                     os.kill(process.pid, signal.SIGKILL)
         assert killed
         assert (found[0], found[2]) == (expected[0], expected[2]), "nothing is told twice, and nothing is lost"

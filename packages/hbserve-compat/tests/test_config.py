@@ -9,6 +9,8 @@ from hbserve.launcher import instance_settings
 from hbserve.pd_disagg import DisaggregatedLLM, KVTransferBackend, PdDisaggConfig
 from hbserve.serve import InstanceArgs
 from hbserve_scheduler import ConfigError, load_config
+from hbserve_scheduler.config import InstanceSection
+from hbserve_testing.narrowing import of_type
 
 CONFIG_FILE = Path(__file__).resolve().parents[3] / "configs" / "pd_disagg_config.yaml"
 DEFAULTS = {
@@ -28,7 +30,7 @@ DEFAULTS = {
 def test_documented_fields_have_their_documented_defaults():
     config = PdDisaggConfig("~/model")
     assert {name: getattr(config, name) for name in DEFAULTS} == DEFAULTS
-    assert [each.instance_type for each in config.gpu_instances] == ["prefill", "decode"]
+    assert [of_type(InstanceSection, each).instance_type for each in config.gpu_instances] == ["prefill", "decode"]
 
 
 WRONG = {

@@ -13,6 +13,7 @@ from hbserve.pd_disagg import LLM, DisaggregatedLLM, PdDisaggConfig
 from hbserve.sampling_params import SamplingParams
 from hbserve_rpc import LogitsNotFinite
 from hbserve_scheduler import InstanceFailed
+from hbserve_testing.narrowing import present
 
 pytestmark = pytest.mark.warm
 
@@ -173,7 +174,7 @@ async def test_a_killed_decode_instance_is_started_again_and_its_request_goes_on
     async with DisaggregatedLLM(config) as llm:
         stream = llm.stream("Hello", SamplingParams(temperature=0, max_tokens=400, ignore_eos=True))
         tokens = (await anext(stream))["token_ids"]
-        os.kill(llm.scheduler.fleet.handles["decode-0"].info.pid, signal.SIGKILL)
+        os.kill(present(llm.scheduler.fleet.handles["decode-0"].info).pid, signal.SIGKILL)
         async for delta in stream:
             tokens += delta["token_ids"]
         assert "decode-0: its process has ended (signal SIGKILL, from" in caplog.text

@@ -24,6 +24,7 @@ import hbserve_core
 from hbserve.__main__ import app
 from hbserve.pd_disagg import DisaggregatedLLM
 from hbserve_scheduler import InstanceFailed, SchedulerServer
+from hbserve_testing.narrowing import present
 
 WOULD_START = "error: would start\n"
 seconds = settings(derandomize=True, max_examples=120, deadline=None, database=None, suppress_health_check=HealthCheck)
@@ -269,7 +270,8 @@ def test_an_output_that_is_full_is_one_line(address, prompts):
 def test_whoever_reads_an_answer_may_leave_and_nothing_is_said(address):
     arguments = [sys.executable, "-m", "hbserve", "generate", "Hello", "--connect", address, "--max-tokens=400"]
     with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as client:
+        assert client.stdout is not None
         assert client.stdout.read(1)
         client.stdout.close()
-        assert client.stderr.read() == b""
+        assert present(client.stderr).read() == b""
     assert client.returncode == 141

@@ -20,6 +20,7 @@ from hbserve.tokenizer import load_tokenizer
 from hbserve_rpc import AddressInUse
 from hbserve_scheduler import ConfigError
 from hbserve_scheduler.config import ServerSection
+from hbserve_testing.narrowing import present
 
 
 @pytest.fixture
@@ -45,7 +46,7 @@ async def test_a_unix_socket_is_served_and_removed_and_one_that_nobody_serves_is
             assert (await client.get("http://here/health")).status_code == 200
     assert not path.exists()
     left = HttpServer(ServerSection(uds=str(path)), lambda *_: None)
-    left._socket.close()  # as if it had been killed
+    present(left._socket).close()  # as if it had been killed
     assert path.exists()
     async with serve(uds=str(path)):
         pass

@@ -4,6 +4,7 @@ import pytest
 
 from hbserve import LLM, SamplingParams
 from hbserve.pd_disagg import DisaggregatedLLM, PdDisaggConfig
+from hbserve_testing.narrowing import present
 
 pytestmark = pytest.mark.warm
 
@@ -98,7 +99,7 @@ async def test_streamed_logprobs_are_those_of_the_tokens_that_come_with_them(sma
         params = SamplingParams(0, **LONG, logprobs=3, stop=stop)
         deltas = [delta async for delta in llm.stream(PROMPTS[0], params)]
         tokens = [token for delta in deltas for token in delta["token_ids"]]
-        logprobs = [each for delta in deltas for each in delta["logprobs"]]
+        logprobs = [each for delta in deltas for each in present(delta["logprobs"])]
         assert len(tokens) <= 5
         assert whole["logprobs"] is not None
         assert tokens == whole["token_ids"][: len(tokens)]

@@ -16,6 +16,7 @@ from hbserve.server import http_server
 from hbserve.server.answers import MOST_NEWS
 from hbserve.server.http_server import HttpServer
 from hbserve.tokenizer import load_tokenizer
+from hbserve_testing.narrowing import present
 from hbserve_testing.waits import until
 
 STEP, NUM_STEPS = "x" * 100, 4000
@@ -39,13 +40,13 @@ def asking(small_model: Callable[[str], Path]) -> Callable[[], Any]:
         server = FakeServer(tokenizer, port=0)
         server.answers(*[STEP] * NUM_STEPS)
         http = HttpServer(server.service.settings, server.app)
-        http._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)  # those of its connections too
+        present(http._socket).setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)  # those of its connections too
         await http.start()
         body = json.dumps({"prompt": "a", "max_tokens": len(STEP) * NUM_STEPS, "stream": True}).encode()
         head = f"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n"
         with socket.socket() as client:
             client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-            client.connect(http._socket.getsockname())
+            client.connect(present(http._socket).getsockname())
             client.sendall(head.encode() + body)
             client.setblocking(False)
             yield Asking(server, http, client)
@@ -90,7 +91,7 @@ HEADS = {
 @pytest.mark.parametrize("case", HEADS)
 async def test_a_request_that_does_not_end_is_cut_off(asking, case):
     async with asking() as found:
-        reader, writer = await asyncio.open_connection(*found.http._socket.getsockname())
+        reader, writer = await asyncio.open_connection(*present(found.http._socket).getsockname())
         writer.write(HEADS[case])
         num_sent = 0
         with contextlib.suppress(ConnectionError):

@@ -15,6 +15,7 @@ from hbserve.tokenizer import load_tokenizer
 from hbserve_core.grammars.compiler import GrammarCompiler
 from hbserve_core.grammars.trials import Trials
 from hbserve_rpc import InvalidRequest
+from hbserve_testing.narrowing import present
 
 NUM_SCHEMAS = 500
 NAMES = st.text("abcdxyz_é ", min_size=1, max_size=4)
@@ -216,7 +217,7 @@ async def test_a_call_that_must_be_made_follows_the_tools_schema(small_model, ch
     ((_, params),) = server.scheduler.asked
     grammars = GrammarCompiler(str(folder), 320, [2])
     for text in fits:
-        matcher = grammars.matcher(params, tokenizer.encode(text))
+        matcher = present(grammars.matcher(params, tokenizer.encode(text)))
         assert matcher._matcher.is_accepting(), text
     for text in does_not_fit:
         with pytest.raises(InvalidRequest, match="do not follow"):

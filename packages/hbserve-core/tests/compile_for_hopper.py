@@ -22,6 +22,8 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 
+from hbserve_testing.narrowing import present
+
 BF16, F32, FP8 = torch.bfloat16, torch.float32, torch.float8_e4m3fn
 PROCESSORS = 132
 BLOCK_SIZE = 16
@@ -86,7 +88,7 @@ def resources(binary):
         file.flush()
         tool = triton.knobs.nvidia.cuobjdump.path
         said = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", said).groups()
+    registers, stack = present(re.search(r"REG:(\d+) STACK:(\d+)", said)).groups()
     return {"registers": int(registers), "stack": int(stack)}
 
 

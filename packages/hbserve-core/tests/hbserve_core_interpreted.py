@@ -23,6 +23,8 @@ KERNELS = [
     pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning"),
 ]
 """Marks of tests that run kernels."""
+WHOLE_STEPS = [*KERNELS, pytest.mark.usefixtures("fewer_programs")]
+"""Marks of tests that run all kernels of a step, in which none is what is tested."""
 BLOCK = 8
 SIZES: dict[str, Any] = {"max_num_seqs": 5, "max_num_batched_tokens": 40, "chunk_size": 16}
 

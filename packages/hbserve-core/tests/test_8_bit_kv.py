@@ -93,7 +93,7 @@ def run(engine):
     return tokens
 
 
-def test_kernels_give_the_tokens_of_plain_torch(language_is_interpreted, scaled, prompt):
+def test_kernels_give_the_tokens_of_plain_torch(language_is_interpreted, fewer_programs, scaled, prompt):
     pytest.importorskip("triton", reason="torch has Triton on Linux only")
     sizes = {"max_num_seqs": 2, "max_num_batched_tokens": 32, "kv_cache_dtype": "fp8"}
     runners = InterpretedRunner(scaled, True, False, chunk_size=13, **sizes), torch_runner(scaled)

@@ -9,6 +9,7 @@ import torch
 
 from hbserve_core import Engine, InstanceConfig, ModelRunner, make_runner
 from hbserve_rpc import SamplingParams
+from hbserve_testing.narrowing import present
 
 pytestmark = pytest.mark.gpu
 BLOCK, CHUNK = 8, 24
@@ -193,7 +194,7 @@ def test_two_engines_on_one_card_take_their_configured_shares(model_folder):
     command = [sys.executable, "-c", HOLD_AN_ENGINE, str(model_folder("qwen3-wide-heads"))]
     holders = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     try:
-        first, second = (int(holder.stdout.readline()) for holder in holders)
+        first, second = (int(present(holder.stdout).readline()) for holder in holders)
         used = before - torch.cuda.mem_get_info()[0]
     finally:
         for holder in holders:

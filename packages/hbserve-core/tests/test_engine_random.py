@@ -108,6 +108,7 @@ class TokenStep:
             block_table, token_ids, first, count, samples, num_choices = work
             if token_ids[-1] == UNREAD:
                 # Only the step before can have sampled what nobody has read.
+                assert self.before is not None
                 token_ids[-1] = self.before.result[self.before.sequences.index(sequence)]
                 self.runner.num_unread += 1
             known = token_ids[: first + count]
@@ -127,7 +128,7 @@ class TokenStep:
 class RandomRequests(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
-        self.engine: Engine | None = None
+        self.has_begun = False
         self.prompts: dict[str, list[int]] = {}
         self.generating: dict[str, set[int]] = {}
         """The choices of each that go on."""
@@ -141,7 +142,7 @@ class RandomRequests(RuleBasedStateMachine):
         """Blocks that a failed transfer may still read, and what it must find there."""
         self.count = 0
 
-    @precondition(lambda self: self.engine is None)
+    @precondition(lambda self: not self.has_begun)
     @rule(
         num_blocks=st.integers(4, 24), chunked=st.booleans(), caching=st.booleans(), num_seqs=st.integers(1, 6),
         overlaps=st.booleans(), chunk_size=st.sampled_from([5, "auto"]), window=st.sampled_from([0, 0, 1, 3, 4, 6, 11]),
@@ -156,8 +157,9 @@ class RandomRequests(RuleBasedStateMachine):
         )  # fmt: skip
         self.runner = TokenRunner(num_blocks, overlaps, window)
         self.engine = Engine(config, self.runner)
+        self.has_begun = True
 
-    @precondition(lambda self: self.engine is not None)
+    @precondition(lambda self: self.has_begun)
     @rule(
         kind=st.sampled_from(["generate", "prefill", "reserve"]),
         # Many prompts begin with the same blocks.
@@ -187,7 +189,7 @@ class RandomRequests(RuleBasedStateMachine):
             else:
                 self.generating[request_id] = set(range(n))
 
-    @precondition(lambda self: self.engine is not None)
+    @precondition(lambda self: self.has_begun)
     @rule(count=st.sampled_from([1, 1, 1, 2, 3, 12]))
     def steps(self, count: int) -> None:
         for _ in range(count):
@@ -316,11 +318,11 @@ class RandomRequests(RuleBasedStateMachine):
 
     @invariant()
     def every_block_has_its_holders(self) -> None:
-        if self.engine is not None:
+        if self.has_begun:
             self.engine.check_integrity()
 
     def teardown(self) -> None:
-        if self.engine is None:
+        if not self.has_begun:
             return
         for request_id in [*self.sent, *self.parked, *self.reserving, *self.quarantined]:
             self.engine.release(request_id)

@@ -26,8 +26,10 @@ from hbserve_rpc.messages import (
     GenerateRequest,
     InstanceInfo,
     PrefillRequest,
+    TokenEvent,
 )
-from hbserve_rpc.reports import REPORTS, ReportsRequest
+from hbserve_rpc.reports import REPORTS, InstanceReport, ReportsRequest
+from hbserve_testing.narrowing import of_type, present
 
 DEADLINE_S = 60
 
@@ -63,7 +65,7 @@ async def test_an_instance_is_starting_then_ready_and_refuses_requests_until_the
     async with serving(config(model_folder("qwen3"), health_port=0)) as (instance, client):
 
         async def probe(path: str) -> str:
-            reader, writer = await asyncio.open_connection(*instance.health.address.split(":"))
+            reader, writer = await asyncio.open_connection(*present(instance.health).address.split(":"))
             writer.write(f"GET {path} HTTP/1.1\r\n\r\n".encode())
             found = (await reader.read()).decode()
             writer.close()
@@ -144,7 +146,7 @@ async def test_an_instance_whose_blocks_wait_for_a_lost_sender_ends_without_an_e
 ):
     async with serving(config(model_folder("qwen3"), role="decode")) as (instance, client):
         await instance.wait_ready()
-        closed, close = asyncio.Event(), instance.transfers.close
+        closed, close = asyncio.Event(), present(instance.transfers).close
 
         async def post_receive(transfer_id: str, block_ids: list[int], sender: str) -> LostSender:
             return LostSender(closed)
@@ -197,10 +199,10 @@ async def test_a_step_that_fails_ends_every_request_with_its_error(role, model_f
             events = client.stream(DECODE, DecodeRequest("r", "t", prompt(3), SamplingParams(0)), timeout_s=DEADLINE_S)
         await anext(events)
 
-        def fail(_: Any) -> Any:
+        def fail(batch: Any) -> Any:
             raise ArithmeticError("the card fell out")
 
-        instance.runner.launch = fail  # type: ignore[method-assign]
+        present(instance.runner).launch = fail  # type: ignore[method-assign]
         with contextlib.suppress(EngineStopped):
             await instance._thread.call(lambda engine: engine.add("other", prompt(3), SamplingParams(0)))
         with pytest.raises(RemoteError, match="hybrid-0 failed: ArithmeticError: the card fell out"):
@@ -231,14 +233,15 @@ async def test_an_idle_engine_uses_no_processor_time(model_folder, prompt):
         await instance.wait_ready()
         await generate(client, "r", prompt(40))
         steps = 0
-        step = instance.engine.step
+        engine = present(instance.engine)
+        step = engine.step
 
         def count() -> Any:
             nonlocal steps
             steps += 1
             return step()
 
-        instance.engine.step = count  # type: ignore[method-assign]
+        engine.step = count  # type: ignore[method-assign]
         await instance._thread.call(lambda engine: None)
         await instance._thread.call(lambda engine: None)
         assert steps <= 4, "the engine steps when it is told something, and otherwise sleeps"
@@ -257,7 +260,7 @@ async def test_a_client_that_leaves_gives_its_blocks_back_and_the_same_id_may_co
         stats = await client.call(STATS, Empty(), timeout_s=DEADLINE_S)
         assert stats.total_requests == 5
         assert stats.cached_blocks >= 5, "the full block of each prompt, and what was answered until its client left"
-        assert stats.iteration_tokens.total >= 5 * 20
+        assert present(stats.iteration_tokens).total >= 5 * 20
         assert stats.loop_lag is not None
 
 
@@ -318,11 +321,12 @@ async def test_an_instance_says_unasked_what_has_changed_and_to_each_client_what
         client.stream(REPORTS, ReportsRequest(0.01), timeout_s=DEADLINE_S) as own,
         other.stream(REPORTS, ReportsRequest(0.01), timeout_s=DEADLINE_S) as foreign,
     ):
-        assert (await anext(told_at_once)).status == "starting"
-        assert (await anext(told_at_once)).stats.status == "starting"
+        assert of_type(InstanceInfo, await anext(told_at_once)).status == "starting"
+        assert of_type(InstanceReport, await anext(told_at_once)).stats.status == "starting"
         may_load.set()
         info, report = await anext(told_at_once), await anext(told_at_once)
         assert isinstance(info, InstanceInfo)
+        assert isinstance(report, InstanceReport)
         assert (info.status, info.num_blocks, report.stats.free_blocks) == ("ready", 50, 50)
 
         async def reported(reports: Any, requests: int, others: tuple[int, int]) -> None:
@@ -355,7 +359,7 @@ async def test_an_instance_of_which_nothing_changes_says_nothing(model_folder, m
         monkeypatch.setattr(instance.reports, "stats", counted)
         async with client.stream(REPORTS, ReportsRequest(0.01), timeout_s=DEADLINE_S) as reports:
             said = [await anext(reports), await anext(reports)]
-            assert said[1].stats == await stats(Empty())
+            assert of_type(InstanceReport, said[1]).stats == await stats(Empty())
             more = asyncio.create_task(anext(reports))
             async with asyncio.timeout(DEADLINE_S):
                 while last < 10:
@@ -392,4 +396,4 @@ async def test_a_prefill_instance_takes_no_more_prompts_than_its_pool_holds_and_
                 await asyncio.sleep(0.001)
         request = PrefillRequest("now", "now", prompt(29), SamplingParams(0, 1))
         async with client.stream(PREFILL, request, timeout_s=DEADLINE_S) as events:
-            assert len((await anext(events)).token_ids) == 1
+            assert len(of_type(TokenEvent, await anext(events)).token_ids) == 1

@@ -22,6 +22,7 @@ from hbserve_core.engine.step import StepResult
 from hbserve_core.grammars import compilation, compiler
 from hbserve_core.grammars.compiler import GrammarCompiler
 from hbserve_rpc import InvalidRequest, SamplingParams
+from hbserve_testing.narrowing import present
 
 # The interpreter's numbers warn where they wrap, which is what hashing wants, and where they are none.
 pytestmark = [
@@ -135,7 +136,7 @@ def test_answers_are_the_models_own_among_those_that_are_allowed_beside_others(
     assert ends == {"free": "length", "short": "stop", "long": "stop"}
 
 
-@pytest.mark.usefixtures("one_kernel_at_a_time")
+@pytest.mark.usefixtures("one_kernel_at_a_time", "fewer_programs")
 def test_ranks_that_overlap_follow_rank_0_which_alone_knows_the_grammar(
     folder, ranks_in_threads, chosen, greedy_tokens, prompt
 ):
@@ -317,7 +318,7 @@ def test_who_is_late_delays_nobody_and_gets_the_same_tokens(either_runner, chose
     add(engine, "free", prompt(9), SamplingParams(0, 6, ignore_eos=True))
     gate = threading.Event()
     tokens: dict[str, list[int]] = {"late": [], "free": []}
-    late = engine._sequences["late"].matcher
+    late = present(engine._sequences["late"].matcher)
     take = late._take
     monkeypatch.setattr(late, "_take", lambda token: (gate.wait(60), take(token)))
     while len(tokens["free"]) < 6:

@@ -16,6 +16,7 @@ import pytest
 from hbserve_core.instance.process import main
 from hbserve_rpc import RpcClient
 from hbserve_rpc.messages import DESCRIBE, Empty
+from hbserve_testing.narrowing import present
 
 DEADLINE_S = 60
 
@@ -30,7 +31,7 @@ class Process:
         self.popen.stdin.flush()
 
     def address(self) -> str:
-        line = json.loads(self.popen.stdout.readline())
+        line = json.loads(present(self.popen.stdout).readline())
         assert line["pid"] == self.popen.pid
         return line["address"]
 

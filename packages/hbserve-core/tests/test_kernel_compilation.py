@@ -27,13 +27,13 @@ PROGRAMS = 4
 
 
 @pytest.fixture(scope="module")
-def compiled(tmp_path_factory):
+def compiled(pytestconfig):
     for tool in ("ptxas", "cuobjdump"):
         try:
             _ = getattr(triton.knobs.nvidia, tool).path
         except RuntimeError as error:
             pytest.skip(f"this Triton has no {tool}: {error}")
-    cache = tmp_path_factory.mktemp("triton")
+    cache = pytestconfig.cache.mkdir("triton")  # Triton keys it by its version, sources, options and target
     settings = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(cache)}
     done = subprocess.run([sys.executable, COMPILE], env=settings, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr

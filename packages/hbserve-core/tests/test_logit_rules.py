@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from hbserve_core_interpreted import KERNELS, SIZES, WITHOUT_KERNELS, InterpretedRunner, make_runner
+from hbserve_core_interpreted import SIZES, WHOLE_STEPS, WITHOUT_KERNELS, InterpretedRunner, make_runner
 from transformers import (
     LogitsProcessorList,
     MinNewTokensLengthLogitsProcessor,
@@ -27,7 +27,7 @@ from hbserve_core.logits.special_rows import SpecialRows
 from hbserve_core.torch_runner.sampler import Sampler
 from hbserve_rpc import InvalidRequest, SamplingParams
 
-pytestmark = KERNELS
+pytestmark = WHOLE_STEPS
 CPU = torch.device("cpu")
 MODEL, EOS = "qwen3", 2
 

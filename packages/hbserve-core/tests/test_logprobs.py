@@ -4,13 +4,13 @@ from typing import Any
 
 import pytest
 import torch
-from hbserve_core_interpreted import KERNELS, WITHOUT_KERNELS, make_runner
+from hbserve_core_interpreted import WHOLE_STEPS, WITHOUT_KERNELS, make_runner
 
 from hbserve_core import Engine
 from hbserve_core.logits.logprobs import Logprobs
 from hbserve_rpc import SamplingParams
 
-pytestmark = KERNELS
+pytestmark = WHOLE_STEPS
 MODEL = "qwen3"
 
 

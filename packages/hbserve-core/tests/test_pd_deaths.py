@@ -12,8 +12,9 @@ import pytest
 from hbserve_core import InstanceConfig
 from hbserve_kv import KVTransferConfig
 from hbserve_rpc import RemoteError, SamplingParams
-from hbserve_rpc.messages import DESCRIBE, Empty
-from hbserve_testing.instances import InstanceClient, start_process
+from hbserve_rpc.messages import DESCRIBE, Empty, Granted, TokenEvent
+from hbserve_testing.instances import InstanceClient, start_process, tokens_of
+from hbserve_testing.narrowing import of_type
 from hbserve_testing.processes import children_of
 from hbserve_testing.waits import reading, until
 
@@ -117,10 +118,10 @@ async def start(model_folder: Callable[[str], Any]) -> AsyncIterator[Start]:
 
 async def assert_a_request_succeeds(p: Instance, d: Instance) -> None:
     async with d.decode("next", PROMPT) as decoding:
-        granted = await anext(decoding)
+        granted = of_type(Granted, await anext(decoding))
         async with p.prefill("next", PROMPT, granted.grant) as prefilling:
             first, _ = [event async for event in prefilling]
-        assert len([*first.token_ids, *[token async for event in decoding for token in event.token_ids]]) == 4
+        assert len([*of_type(TokenEvent, first).token_ids, *await tokens_of(decoding)]) == 4
 
 
 async def test_a_decode_instance_killed_in_mid_transfer_ends_the_prefill_with_an_error(start):

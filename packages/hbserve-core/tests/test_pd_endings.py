@@ -22,11 +22,14 @@ from hbserve_rpc.messages import (
     CachedPrefixesRequest,
     DecodeRequest,
     GenerateRequest,
+    Granted,
     PrefillRequest,
+    TokenEvent,
     TransferDone,
 )
 from hbserve_rpc.prompt_shape import shape_of
-from hbserve_testing.instances import InstanceClient
+from hbserve_testing.instances import InstanceClient, tokens_of
+from hbserve_testing.narrowing import of_type
 from hbserve_testing.waits import reading, until
 
 BLOCK, CHUNK = 16, 32
@@ -87,12 +90,13 @@ async def start(model_folder: Callable[[str], Any]) -> AsyncIterator[Start]:
 async def apart(p: Instance, d: Instance, name: str, ids: list[int], params: SamplingParams) -> tuple[list[int], Any]:
     """What a scheduler does. Tokens, and what P says of the transfer; None if the request ended on P."""
     async with d.decode(name, ids, params) as decoding:
-        granted = await anext(decoding)
+        granted = of_type(Granted, await anext(decoding))
         async with p.prefill(name, ids, granted.grant, params) as prefilling:
             first, *rest = [event async for event in prefilling]
+        assert isinstance(first, TokenEvent)
         if first.finish_reason:
             return first.token_ids, None
-        return [*first.token_ids, *[token async for event in decoding for token in event.token_ids]], rest[0]
+        return [*first.token_ids, *await tokens_of(decoding)], rest[0]
 
 
 @pytest.fixture

@@ -20,12 +20,14 @@ from hbserve_rpc.messages import (
     ConnectRequest,
     DecodeRequest,
     Empty,
+    Granted,
     GrantRequest,
     PrefillRequest,
     TokenEvent,
     TransferDone,
 )
-from hbserve_testing.instances import InstanceClient, start_process
+from hbserve_testing.instances import InstanceClient, start_process, tokens_of
+from hbserve_testing.narrowing import of_type
 from hbserve_testing.waits import until
 
 pytestmark = pytest.mark.warm
@@ -93,10 +95,11 @@ async def _stop(instance: InstanceClient) -> None:
 async def apart(p: InstanceClient, d: InstanceClient, name: str, ids: list[int]) -> tuple[list[int], int, TransferDone]:
     """What a scheduler does: reserve on D, prefill on P, decode on D. Tokens, D's cached tokens, the transfer."""
     async with d.decode(name, ids) as decoding:
-        granted = await anext(decoding)
+        granted = of_type(Granted, await anext(decoding))
         async with p.prefill(name, ids, granted.grant) as prefilling:
             first, done = [event async for event in prefilling]
-        tokens = [token async for event in decoding for token in event.token_ids]
+        tokens = await tokens_of(decoding)
+    assert isinstance(first, TokenEvent)
     assert isinstance(done, TransferDone)
     return [*first.token_ids, *tokens], granted.num_cached_tokens, done
 

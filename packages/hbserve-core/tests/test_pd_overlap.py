@@ -15,6 +15,7 @@ from hbserve_core.instance.handover import Inbox, PrefillSend
 from hbserve_kv import KVTransferConfig
 from hbserve_rpc import RpcClient, SamplingParams
 from hbserve_rpc.messages import DECODE, PREFILL, DecodeRequest, PrefillRequest
+from hbserve_testing.narrowing import present
 
 BLOCK, CHUNK, NUM_CHUNKS = 16, 32, 6
 CHUNK_BLOCKS = CHUNK // BLOCK
@@ -61,8 +62,9 @@ async def started(role: str, backend: str, folder: str):
             yield instance, client
     finally:
         await instance.stop()
-    instance.engine.check_integrity()
-    assert instance.engine.blocks.num_free == 40
+    engine = present(instance.engine)
+    engine.check_integrity()
+    assert engine.blocks.num_free == 40
 
 
 @pytest.mark.parametrize("backend", ["nccl", "ipc"])

@@ -18,6 +18,7 @@ import torch
 from hbserve_core import Engine, GpuInstance, InstanceConfig, InvalidInstanceConfig, RankFailed, make_runner
 from hbserve_core.model.shard import Shard
 from hbserve_core.ranks.distributed_group import DistributedRankGroup, host_store
+from hbserve_core.ranks.tensor_parallel_runner import TensorParallelRunner
 from hbserve_core.ranks.workers import Workers
 from hbserve_kv import KVTransferConfig
 from hbserve_rpc import RemoteError, RpcClient, SamplingParams
@@ -29,8 +30,12 @@ from hbserve_rpc.messages import (
     DecodeRequest,
     Empty,
     GenerateRequest,
+    Granted,
     PrefillRequest,
+    TokenEvent,
 )
+from hbserve_testing.instances import tokens_of
+from hbserve_testing.narrowing import of_type, present
 from hbserve_testing.processes import alive, children_of
 
 pytestmark = pytest.mark.warm
@@ -78,7 +83,7 @@ async def serving(folder: Any) -> Any:
         await instance.wait_ready()
         async with RpcClient(instance.address) as client:
             yield instance, client
-        (pid,) = instance.runner.workers.pids
+        (pid,) = of_type(TensorParallelRunner, instance.runner).workers.pids
     finally:
         await instance.stop()
     assert not alive(pid)
@@ -101,7 +106,7 @@ async def test_a_rank_that_is_lost_ends_the_instance_with_one_error(model_folder
         events = client.stream(GENERATE, request, timeout_s=DEADLINE_S)
         if busy:
             await anext(events)
-        (pid,) = instance.runner.workers.pids
+        (pid,) = of_type(TensorParallelRunner, instance.runner).workers.pids
         os.kill(pid, number)
         begin_s = time.monotonic()
         async with asyncio.timeout(DEADLINE_S):
@@ -174,9 +179,10 @@ async def test_no_rank_outlives_a_killed_instance(model_folder):
     pids: list[int] = []
     try:
         settings = {"model_path": str(model_folder("qwen3")), "device": "cpu", "num_blocks": 50, "num_threads": 2}
+        assert popen.stdin is not None
         popen.stdin.write(json.dumps(settings | {"tensor_parallel_size": 2}).encode() + b"\n")
         popen.stdin.flush()
-        address = json.loads(popen.stdout.readline())["address"]
+        address = json.loads(present(popen.stdout).readline())["address"]
         async with RpcClient(address) as client, asyncio.timeout(DEADLINE_S):
             while (await client.call(DESCRIBE, Empty(), timeout_s=DEADLINE_S)).status != "ready":
                 await asyncio.sleep(0.05)
@@ -269,8 +275,8 @@ async def test_kv_of_one_gpu_moves_to_ranks_on_two(model_folder, greedy_tokens, 
             ids, params = prompt(length), SamplingParams(0, 8, ignore_eos=True)
             request = DecodeRequest(str(length), f"t-{length}", ids, params)
             async with to_d.stream(DECODE, request, timeout_s=DEADLINE_S) as decoding:
-                grant = (await anext(decoding)).grant
+                grant = of_type(Granted, await anext(decoding)).grant
                 prefill = PrefillRequest(str(length), f"t-{length}", ids, params, grant)
                 first, _ = [event async for event in to_p.stream(PREFILL, prefill, timeout_s=DEADLINE_S)]
-                found = [*first.token_ids, *[token async for event in decoding for token in event.token_ids]]
+                found = [*of_type(TokenEvent, first).token_ids, *await tokens_of(decoding)]
             assert found == greedy_tokens("qwen3", ids, 8)

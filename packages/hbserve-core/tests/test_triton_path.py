@@ -2,12 +2,12 @@
 them. Tokens equal those of transformers."""
 
 import pytest
-from hbserve_core_interpreted import KERNELS, InterpretedRunner
+from hbserve_core_interpreted import WHOLE_STEPS, InterpretedRunner
 
 from hbserve_core import Engine
 
 pytest.importorskip("triton", reason="torch has Triton on Linux only")
-pytestmark = [*KERNELS, pytest.mark.usefixtures("fewer_programs")]
+pytestmark = WHOLE_STEPS
 
 
 # Steps in turn and of exact shapes, as without graphs; and overlapped, padded ones.

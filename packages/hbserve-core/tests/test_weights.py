@@ -25,6 +25,7 @@ from hbserve_core.model.model_config import load_model_config
 from hbserve_core.model.shard import Shard
 from hbserve_core.model.weights import checkpoint_shapes, load_weights
 from hbserve_core.torch_runner.runner import ModelRunner
+from hbserve_testing.narrowing import present
 
 CPU = torch.device("cpu")
 
@@ -366,9 +367,10 @@ def test_weights_are_the_same_on_every_rank_count(model_folder, monkeypatch, loa
     assert torch.equal(torch.cat([rank.embedding for rank in ranks]), whole.embedding)
     for layer, expected in enumerate(whole.layers):
         parts = [rank.layers[layer] for rank in ranks]
-        assert torch.equal(torch.cat([part.down.weight for part in parts], dim=1), expected.down.weight)
-        gates = [part.gate_up.weight.chunk(2)[0] for part in parts]
-        assert torch.equal(torch.cat(gates), expected.gate_up.weight.chunk(2)[0])
+        downs = [present(part.down).weight for part in parts]
+        assert torch.equal(torch.cat(downs, dim=1), present(expected.down).weight)
+        gates = [present(part.gate_up).weight.chunk(2)[0] for part in parts]
+        assert torch.equal(torch.cat(gates), present(expected.gate_up).weight.chunk(2)[0])
 
 
 @pytest.mark.parametrize(
@@ -392,6 +394,7 @@ def test_8_bit_weights_are_widened_by_their_scales_whole_and_in_parts_and_said_o
                 if mine is not None:
                     assert torch.equal(mine.weight.to_dense(), other.weight.to_dense())
             if ours.experts:
+                assert theirs.experts is not None
                 assert torch.equal(ours.experts.gate_up, theirs.experts.gate_up)
                 assert torch.equal(ours.experts.down, theirs.experts.down)
     assert caplog.text.count("weights are 8-bit floats") == 2, "once for each rank that has loaded them"

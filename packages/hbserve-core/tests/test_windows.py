@@ -144,7 +144,8 @@ def test_a_reservation_asks_for_the_blocks_that_its_tokens_see(make_engine, prom
         assert sorted([expected[0], *tokens[name]]) == sorted([expected[0], *expected[1:] * n])
 
 
-def test_kernels_read_no_block_behind_the_window(language_is_interpreted, model_folder, prompt, greedy_tokens):
+@pytest.mark.usefixtures("language_is_interpreted", "fewer_programs")
+def test_kernels_read_no_block_behind_the_window(model_folder, prompt, greedy_tokens):
     settings = {"max_num_seqs": 1, "max_num_batched_tokens": 32, "chunk_size": 27}
     runner = InterpretedRunner(model_folder(MODEL), True, False, **settings)
     engine = Engine(runner.config, runner)

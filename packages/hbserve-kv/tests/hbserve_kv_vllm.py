@@ -21,6 +21,8 @@ from typing import Any
 
 import torch
 
+from hbserve_testing.narrowing import present
+
 BLOCK_SIZE, NUM_LAYERS, HEAD_DIM = 4, 3, 8
 CHUNK = 8
 """Tokens that a step computes at most."""
@@ -445,7 +447,7 @@ def serve(control: Connection, port: int, backend: str, num_blocks: int, timeout
     torch.set_num_threads(1)
     extra = {"backend": backend, "port": port, "timeout_s": timeout_s, "lease_s": 600.0}
     engine = Engine(extra=extra, num_blocks=num_blocks)
-    control.send(engine.scheduler._scheduler.ranks[0][0])
+    control.send(present(engine.scheduler._scheduler).ranks[0][0])
     is_paused = False
     with contextlib.suppress(EOFError):
         while True:

@@ -376,7 +376,7 @@ async def test_a_backend_that_ignores_that_nobody_takes_its_part_is_given_no_oth
     assert (result.outcome, result.error) == (Outcome.FAILED_DRAINED, "the peer is gone")
     assert pushed == [0]
     async with asyncio.timeout(20):
-        while any("Connection" in task.get_coro().__qualname__ for task in asyncio.all_tasks()):
+        while any("Connection" in repr(task.get_coro()) for task in asyncio.all_tasks()):
             await asyncio.sleep(0.01)
 
 

@@ -26,6 +26,7 @@ pytest.importorskip("mooncake.engine", reason="Mooncake or its libraries are mis
 from hbserve_kv.transports.mooncake import engines as mooncake_engines
 from hbserve_kv.transports.mooncake.transport import Description, MooncakeTransport
 from hbserve_kv.transports.own_sockets import _own_sockets
+from hbserve_testing.narrowing import present
 
 NUM_BLOCKS, BLOCK_BYTES = 4, 8 << 20
 PEER = """
@@ -53,7 +54,7 @@ def peer(monkeypatch):
     def start() -> tuple[subprocess.Popen[str], bytes]:
         command = [sys.executable, "-c", PEER, str(NUM_BLOCKS * BLOCK_BYTES)]
         processes.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
-        port, address = processes[-1].stdout.readline().split()
+        port, address = present(processes[-1].stdout).readline().split()
         description = Description(f"127.0.0.1:{port}", {"pool": [int(address)]}, 0)
         return processes[-1], msgspec.msgpack.encode(description)
 

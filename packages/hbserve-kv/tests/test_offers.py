@@ -9,6 +9,7 @@ from hbserve_kv import Outcome, PoolLayout
 from hbserve_kv.protocol.messages import FETCH, KEEP, Fetch, Keep
 from hbserve_kv.testing import is_empty
 from hbserve_rpc import InvalidRequest, RpcClient
+from hbserve_testing.narrowing import present
 
 
 def offered(sender, name="t", blocks=(4, 5, 6), **lease):
@@ -130,7 +131,7 @@ async def test_what_is_withdrawn_ends_its_receiver_at_once_and_says_why(pair, mo
         posted = claim.fetch([1, 2, 3])
     if moment == "offered":
         posted = receiver.claim("t", sender.address, sender.epoch).fetch([1, 2, 3])
-    received = await posted.wait()
+    received = await present(posted).wait()
     assert received.outcome is Outcome.FAILED_DRAINED
     assert "the client went away" in received.error
 

@@ -11,6 +11,7 @@ from hbserve_scheduler import ConfigError, InstanceFailed, NotReady, RequestFail
 from hbserve_scheduler.attempt import Attempt
 from hbserve_scheduler.request import ScheduledRequest
 from hbserve_scheduler.retries import MOST_SUSPECTS, Retries
+from hbserve_testing.narrowing import present
 
 
 @pytest.fixture
@@ -537,7 +538,7 @@ async def test_few_of_those_that_were_on_a_dead_instance_are_tried_at_a_time(mak
     assert await placed() == MOST_SUSPECTS + 5
     for task in waiting.values():
         if task.done():
-            task.result().end()
+            present(task.result()).end()
         task.cancel()
     await asyncio.gather(*waiting.values(), return_exceptions=True)
 

@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from hbserve_testing.narrowing import present
+
 DEADLINE_S = 60
 PODS = Path(__file__).parent / "hbserve_pods.py"
 NAME_SERVER = "10.77.0.2"
@@ -100,7 +102,7 @@ def test_pods_behind_a_headless_service_join_and_leave_as_its_name_says_so(
             cluster.stdin.flush()
             assert cluster.stdout.readline() == "said\n"
 
-        assert cluster.stdout.readline() == "ready\n", cluster.stderr.read()
+        assert present(cluster.stdout).readline() == "ready\n", present(cluster.stderr).read()
         log.until("hbserve-decode cannot be looked up, and is tried on; nobody leaves for that")
         say(*pods[:2])
         log.until(r"pod-1 at 10\.77\.0\.11:5600 joins", r"pod-2 at 10\.77\.0\.12:5600 joins")

@@ -13,6 +13,7 @@ from hbserve_rpc.messages import GenerateRequest, LatencySummary, RequestFinishe
 from hbserve_rpc.records import AttemptRecord
 from hbserve_scheduler import CpuScheduler
 from hbserve_scheduler.request import ScheduledRequest
+from hbserve_testing.narrowing import of_type
 
 # ---- the flow of one request -------------------------------------------------------------------------------------
 
@@ -487,7 +488,7 @@ async def test_the_times_of_a_request_are_of_its_submission_and_its_tokens(ask):
     entry.attempts.append(AttemptRecord(2, "p0"))
     with clock(19):
         entry.finish("length")
-    end = entry.events.popleft()
+    end = of_type(RequestFinished, entry.events.popleft())
     # Three tokens come after the first, in six seconds.
     assert (end.queue_time_s, end.ttft_s, end.tpot_s, end.e2e_s) == (2, 3, 2, 9)
 

@@ -2,7 +2,7 @@
 
 import asyncio
 import sys
-from collections.abc import Sequence
+from collections.abc import AsyncIterable, Sequence
 from typing import Any
 
 import msgspec
@@ -26,6 +26,7 @@ from hbserve_rpc.messages import (
     TokenEvent,
     TransferDone,
 )
+from hbserve_testing.narrowing import of_type
 
 DEADLINE_S = 60.0
 
@@ -72,7 +73,7 @@ class InstanceClient:
         """All tokens of a request that this instance computes alone."""
         request = GenerateRequest(name, (*ids,), params or self.params)
         events = self.client.stream(GENERATE, request, timeout_s=DEADLINE_S)
-        return [token async for event in events for token in event.token_ids]
+        return await tokens_of(events)
 
     async def stats(self) -> InstanceStats:
         return await self.client.call(STATS, Empty(), timeout_s=DEADLINE_S)
@@ -94,6 +95,11 @@ class InstanceClient:
             self.process.kill()
         async with asyncio.timeout(DEADLINE_S):
             await self.process.communicate()
+
+
+async def tokens_of(events: AsyncIterable[object]) -> list[int]:
+    """All tokens of the events that are left, which have nothing else."""
+    return [token async for event in events for token in of_type(TokenEvent, event).token_ids]
 
 
 async def start_process(config: InstanceConfig, command: Sequence[str] = ("-m", "hbserve_core")) -> tuple[Any, str]:
