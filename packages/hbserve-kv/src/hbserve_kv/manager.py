@@ -89,7 +89,7 @@ class KVTransferManager(KVTransferBase):
         self._receiver = Receiver(me, self._memory, self._transports, self._buffer, config)
         self._receiver.serve_on(self._server)
         self._server.serve(ALIVE, self._alive)
-        self._make_peers = lambda reached_by: Peers(me, lambda: self.address, reached_by, config.timeout_s, config.keys)
+        self._me = me
         self._peers = self._make_peers(self._transports)
         self._offers = Offers(self.epoch, self.open_send, self._memory.layout.num_blocks, config.expiry_s)
         self._offers.serve_on(self._server)
@@ -126,6 +126,9 @@ class KVTransferManager(KVTransferBase):
             for transport in started:
                 await transport.close()
             raise
+
+    def _make_peers(self, reached_by: Mapping[str, Transport]) -> Peers:
+        return Peers(self._me, lambda: self.address, reached_by, self.config.timeout_s, self.config.keys)
 
     async def transfer_to_itself(self) -> None:
         """Move one block of the pool to another of it by each transport, as between two instances, and leave nothing of
