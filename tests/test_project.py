@@ -9,6 +9,7 @@ import unicodedata
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 MEMBERS = sorted(path for path in (ROOT / "packages").iterdir() if (path / "pyproject.toml").exists())
@@ -104,20 +105,54 @@ CHINESE = sorted(path for path in DOCUMENTS if path.name.endswith(".zh-CN.md"))
 
 
 @pytest.mark.parametrize("chinese", CHINESE, ids=lambda path: path.name)
-def test_a_page_in_chinese_has_the_sections_the_code_blocks_and_the_places_of_the_english_one(chinese):
+def test_a_page_in_chinese_has_what_the_english_one_has(chinese):
     english = chinese.with_name(chinese.name.replace(".zh-CN", ""))
     assert f"[中文]({chinese.name})" in english.read_text()
     assert f"[English]({english.name})" in chinese.read_text()
-    texts = [page.read_text() for page in (english, chinese)]
-    blocks = [re.findall(r"```(?:python|bash|yaml)\n(.*?)```", text, re.S) for text in texts]
-    without_comments = [[re.sub(r"#.*", "", block).split() for block in file] for file in blocks]
-    assert without_comments[0] == without_comments[1]
-    outside = [re.sub(r"^```.*?^```", "", text, flags=re.S | re.M) for text in texts]
-    levels = [re.findall(r"^(#+) ", text, re.M) for text in outside]
-    assert levels[0] == levels[1]
-    assert [len(re.findall(r"^(?:- |\d\. )", text, re.M)) for text in outside] == [
-        len(re.findall(r"^(?:- |\d\. )", outside[0], re.M))
-    ] * 2
+    assert in_any_language(chinese) == in_any_language(english)
+
+
+def in_any_language(page: Path) -> dict[str, object]:
+    """The parts of a page that are the same in each language, with links as the page in Chinese is to have them."""
+    text = page.read_text()
+    prose = re.sub(r"^```.*?^```", "", text, flags=re.S | re.M)
+    links = re.findall(r"\[([^]]*)\]\(([^)\s]+)\)", prose)
+    figures = re.compile(r"(?<![\w.])\d+(?:[.,]\d+)*", re.ASCII)
+    plain = re.sub(r"`[^`]+`|\]\([^)]*\)", "", prose)
+    return {
+        "headings": re.findall(r"^#+(?= )", prose, re.M),
+        "items of lists": len(re.findall(r"^(?:- |\d\. )", prose, re.M)),
+        "code blocks, comments aside": [
+            (language, re.sub(r"#.*", "", block).split())
+            for language, block in re.findall(r"^```(\w+)\n(.*?)^```", text, re.M | re.S)
+        ],
+        "names": {" ".join(name.split()) for name in re.findall(r"`([^`]+)`", prose)},
+        "links": sorted(
+            target if page in CHINESE else in_chinese(page, target)
+            for name, target in links
+            if name not in ("中文", "English")
+        ),
+        "figures": sorted(figures.findall(plain)),
+        "figures of each row": [figures.findall(row) for row in plain.splitlines() if row.startswith("|")],
+    }
+
+
+def in_chinese(page: Path, target: str) -> str:
+    """Where the same link leads on the page in Chinese: to another such page, where there is one."""
+    path, hash_, section = target.partition("#")
+    translated = f"{path.removesuffix('.md')}.zh-CN.md"
+    return (translated if (page.parent / translated).is_file() else path) + hash_ + section
+
+
+def test_the_site_has_every_page():
+    def pages(navigation) -> list[str]:
+        if isinstance(navigation, str):
+            return [navigation]
+        return [page for each in navigation for page in pages(each.values() if isinstance(each, dict) else each)]
+
+    there = sorted(path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*.md"))
+    named = pages(yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"])
+    assert sorted(named) == sorted([*there, "index.md", "zh/index.md"])
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)

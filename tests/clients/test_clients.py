@@ -143,10 +143,19 @@ def test_every_answer_is_what_the_types_of_openai_say(server, case):
         Model.model_validate(model, strict=True)
 
 
-def test_the_block_of_the_readme_runs(server, capsys):
-    (block,) = re.findall(r"```python\n(from openai.*?)```", (HERE.parent.parent / "README.md").read_text(), re.S)
-    exec(block.replace("http://127.0.0.1:8000", server.url), {})
-    assert capsys.readouterr().out == f"{ANSWER}\n"
+BLOCKS = [
+    block
+    for page in ("README.md", "docs/openai-server.md")
+    for block in re.findall(r"```python\n(.*?)```", (HERE.parent.parent / page).read_text(), re.S)
+    if block.startswith(("from openai", "from anthropic"))
+]
+
+
+@pytest.mark.parametrize("number", range(3))
+def test_a_block_of_a_page_that_uses_a_client_runs(server, capsys, number):
+    exec(BLOCKS[number].replace("http://127.0.0.1:8000", server.url), {})
+    assert capsys.readouterr().out.rstrip("\n") == ANSWER
+    assert len(BLOCKS) == 3
 
 
 # ---- others ------------------------------------------------------------------------------------------------------

@@ -153,10 +153,12 @@ async def test_an_address_in_use_is_an_error_although_ports_are_shared_and_is_fr
 
 
 CHILD = """
-import pathlib, sys
+import pathlib, sys, time
 settings = sys.stdin.readline()
 if pathlib.Path(sys.argv[1]).exists():
     sys.exit("mishap")
+while "api-server-1" in settings and pathlib.Path(sys.argv[1]).with_name("slow").exists():
+    time.sleep(0.01)
 print('{"address": "127.0.0.1:1"}', flush=True)
 sys.stderr.write(settings)
 sys.stdin.read()
@@ -197,6 +199,40 @@ async def test_one_that_ends_again_and_again_is_given_up_and_the_server_ends_wit
     finally:
         await front_end.stop()
         await server.stop()
+
+
+async def test_when_the_first_process_serves_nobody_answers_503_in_its_place_while_others_are_loading(
+    monkeypatch, tmp_path
+):
+    slow, execute = tmp_path / "slow", asyncio.create_subprocess_exec
+    slow.touch()
+
+    async def start_child(*_: str, **options: Any) -> asyncio.subprocess.Process:
+        return await execute(sys.executable, "-S", "-c", CHILD, str(tmp_path / "broken"), **options)
+
+    monkeypatch.setattr(child_process.asyncio, "create_subprocess_exec", start_child)
+    front_end = FrontEnds(ServerSection(port=0, api_servers=2), "INFO", lambda *_: None)
+    server = SchedulerServer(CpuScheduler(SchedulerConfig(port=0)))
+    await server.start()
+    await front_end.start()
+    beginning = asyncio.create_task(front_end.begin("small", Path("/models/small"), server))
+    try:
+        async with asyncio.timeout(30), httpx.AsyncClient() as client:
+            with pytest.raises(httpx.TransportError):  # these processes take no connections
+                await _answer_other_than_503(client, f"{front_end.url}/health")
+        assert not beginning.done()
+        slow.unlink()
+        await beginning
+    finally:
+        beginning.cancel()
+        await front_end.stop()
+        await server.stop()
+
+
+async def _answer_other_than_503(client: httpx.AsyncClient, url: str) -> httpx.Response:
+    while (answer := await client.get(url)).status_code == 503:
+        await asyncio.sleep(0.01)
+    return answer
 
 
 async def _until(condition: Callable[[], bool]) -> None:

@@ -12,7 +12,9 @@ from typing import Any
 
 import pytest
 
+from hbserve.__main__ import HERE
 from hbserve.generate import counted, why_ended
+from hbserve_scheduler import SchedulerConfig
 from hbserve_testing.processes import alive, children_of
 
 DEADLINE_S = 90
@@ -138,6 +140,10 @@ def test_an_unknown_backend_lists_those_that_there_are(config):
 
 
 EXPECTED = "expected HOST:PORT, or [HOST]:PORT for IPv6, with a port from 1 to 65535"
+
+
+def test_commands_about_a_running_deployment_ask_the_port_that_it_has_unless_told_otherwise():
+    assert f"127.0.0.1:{SchedulerConfig().port}" == HERE
 
 
 @pytest.mark.parametrize("address", ["", "5550", ":5550", "127.0.0.1:0", "127.0.0.1:99999", "host:http", "host:²"])

@@ -1,5 +1,7 @@
 """The sockets of the OpenAI server: a Unix domain's, one with TLS, one behind a proxy, and one that is taken."""
 
+import asyncio
+import contextlib
 import shutil
 import socket
 import ssl
@@ -61,6 +63,19 @@ async def test_what_is_written_is_sent_at_once(serve, shares_port):
         (connection,) = http._server.server_state.connections
         its_socket = connection.transport.get_extra_info("socket")
         assert its_socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+
+async def test_a_request_that_has_come_as_the_server_stops_is_not_left_without_an_end(serve):
+    async with serve() as http:
+        reader, writer = await asyncio.open_connection("127.0.0.1", http.port_holder.getsockname()[1])
+        writer.write(b"GET /health HTTP/1.1\r\nHost: here\r\n\r\n")
+        http._watching.cancel()
+        http._watching = None  # which `stop` would wait for first
+        while not http.num_answering:  # not a moment later: its task has not begun
+            await asyncio.sleep(0)
+    with contextlib.suppress(ConnectionError):
+        assert await asyncio.wait_for(reader.read(), 20) == b""
+    writer.close()
 
 
 @pytest.fixture

@@ -267,6 +267,17 @@ async def test_who_is_called_back_while_it_is_drained_stays(deployment):
     assert process.restarts.are_wanted
 
 
+async def test_who_was_drained_goes_first_and_the_number_is_of_those_that_take_requests(deployment):
+    await deployment.scale(decode=2)
+    await deployment.client.drain("decode-0")
+    await deployment.scale(decode=1)
+    assert deployment.statuses == {"prefill-0": "ready", "decode-1": "ready"}
+    await deployment.client.drain("decode-1")
+    assert (await deployment.scale(decode=1))[-1] == "prefill=1 decode=1"
+    assert deployment.statuses == {"prefill-0": "ready", "decode-0": "ready"}
+    await deployment.answer(0, "one")
+
+
 async def test_new_ones_begin_when_those_that_go_have_gone(deployment):
     await deployment.scale(decode=2)
     process = deployment.find("decode-1")
@@ -347,6 +358,12 @@ def test_neighbouring_gpus_are_found_for_several_ranks():
     after = scaled(deployment_of(*there, model={"tensor_parallel_size": 2}), {"decode": 2}, {})
     assert after.gpu_instances[-1].gpu_id == 5
     assert describe(after) == "prefill=1 decode=2"
+
+
+def test_nobody_gets_the_name_or_the_rank_of_one_that_is_drained():
+    before = deployment_of("prefill-0/0", "decode-0/1", "decode-1/2")
+    after = scaled(before, {"decode": 2}, {}, {"decode-0"})
+    assert [(each.instance_id, each.kv_rank) for each in after.gpu_instances[1:]] == [("decode-1", 2), ("decode-2", 3)]
 
 
 def test_nobody_gets_the_name_or_the_rank_of_one_that_still_goes():

@@ -12,6 +12,7 @@ import pickle
 import sys
 import types
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import Enum
 from multiprocessing.connection import Connection
@@ -20,7 +21,7 @@ from typing import Any
 
 import torch
 
-BLOCK_SIZE, NUM_LAYERS, NUM_HEADS, HEAD_DIM = 4, 3, 2, 8
+BLOCK_SIZE, NUM_LAYERS, HEAD_DIM = 4, 3, 8
 CHUNK = 8
 """Tokens that a step computes at most."""
 
@@ -98,13 +99,13 @@ def install() -> None:
             vars(sys.modules[name]).update(values)
 
 
-def kv_caches(shape: str, num_blocks: int, device: str = "cpu") -> dict[str, torch.Tensor]:
+def kv_caches(shape: str, num_blocks: int, num_heads: int, device: str = "cpu") -> dict[str, torch.Tensor]:
     """A tensor for each layer, full of -1. Shapes: those of vllm_pool.py."""
-    content = (num_blocks, NUM_HEADS, BLOCK_SIZE, 2 * HEAD_DIM)
+    content = (num_blocks, num_heads, BLOCK_SIZE, 2 * HEAD_DIM)
     sizes = {
-        "blocks first": (num_blocks, 2, BLOCK_SIZE, NUM_HEADS, HEAD_DIM),
-        "keys and values first": (2, num_blocks, BLOCK_SIZE, NUM_HEADS, HEAD_DIM),
-        "smaller blocks of the kernels": (2 * num_blocks, 2, BLOCK_SIZE // 2, NUM_HEADS, HEAD_DIM),
+        "blocks first": (num_blocks, 2, BLOCK_SIZE, num_heads, HEAD_DIM),
+        "keys and values first": (2, num_blocks, BLOCK_SIZE, num_heads, HEAD_DIM),
+        "smaller blocks of the kernels": (2 * num_blocks, 2, BLOCK_SIZE // 2, num_heads, HEAD_DIM),
         "layers outermost": content,
         "blocks outermost": content,
         "latents": (num_blocks, BLOCK_SIZE, HEAD_DIM),
@@ -114,7 +115,7 @@ def kv_caches(shape: str, num_blocks: int, device: str = "cpu") -> dict[str, tor
         whole = torch.full((num_blocks, NUM_LAYERS, *sizes[1:]), -1.0, device=device)
         return {name: whole[:, layer] for layer, name in enumerate(names)}
     if shape == "layers outermost":  # LBNHC of 0.33: tokens before heads, in memory
-        whole = torch.full((NUM_LAYERS, num_blocks, BLOCK_SIZE, NUM_HEADS, 2 * HEAD_DIM), -1.0, device=device)
+        whole = torch.full((NUM_LAYERS, num_blocks, BLOCK_SIZE, num_heads, 2 * HEAD_DIM), -1.0, device=device)
         whole = whole.transpose(2, 3)
         return {name: whole[layer] for layer, name in enumerate(names)}
     return {name: torch.full(sizes, -1.0, device=device) for name in names}
@@ -127,7 +128,7 @@ def of_place(shape: str, cache: torch.Tensor, block_id: int, token: int) -> torc
     if shape == "smaller blocks of the kernels":
         half = BLOCK_SIZE // 2
         return cache[2 * block_id + token // half, :, token % half]
-    return cache[block_id, token] if shape == "latents" else cache[block_id, :, token]
+    return cache[block_id, token : token + 1] if shape == "latents" else cache[block_id, :, token]
 
 
 def numbers(tokens: list[int]) -> list[float]:
@@ -167,8 +168,12 @@ class Rank:
     def start(self, rank: int) -> Any:
         """What its connector tells the scheduler's."""
         global _making_rank
-        _making_rank, self.number = rank, rank
-        self.caches = kv_caches(self.engine.shape, self.engine.num_blocks, self.engine.device)
+        _making_rank = rank
+        num_ranks, num_heads = len(self.engine.ranks), 1 if self.engine.shape == "latents" else self.engine.num_kv_heads
+        count = max(1, num_heads // num_ranks)
+        first = rank * num_heads // num_ranks
+        self.heads = torch.arange(first, first + count, device=self.engine.device)[:, None] / 4
+        self.caches = kv_caches(self.engine.shape, self.engine.num_blocks, count, self.engine.device)
         self.connector.register_kv_caches(self.caches)
         return pickle.loads(pickle.dumps(self.connector.get_handshake_metadata()))
 
@@ -198,24 +203,20 @@ class Rank:
         return sent or set(), received or set(), invalid
 
     def compute(self, request: Request, count: int) -> None:
-        values = numbers(request.prompt_token_ids)
-        for place in range(request.num_computed_tokens - count, request.num_computed_tokens):
-            for layer, cache in enumerate(self.caches.values()):
-                block_id = request.block_ids[place // BLOCK_SIZE]
-                of_place(self.engine.shape, cache, block_id, place % BLOCK_SIZE).fill_(
-                    values[place] + layer + self.number / 2
-                )
+        for found, right in self._of_places(request, request.num_computed_tokens - count, request.num_computed_tokens):
+            found[:] = right
 
     def is_right(self, request: Request) -> bool:
         """As the attention of the next token would see it."""
-        for place, value in enumerate(numbers(request.prompt_token_ids)):
+        places = self._of_places(request, 0, len(request.prompt_token_ids))
+        return all(bool((found == right).all()) for found, right in places)
+
+    def _of_places(self, request: Request, first: int, end: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """What each layer has of these tokens of the prompt, and should have."""
+        for place, value in enumerate(numbers(request.prompt_token_ids)[first:end], first):
             for layer, cache in enumerate(self.caches.values()):
-                block_id = request.block_ids[place // BLOCK_SIZE]
-                if not (
-                    of_place(self.engine.shape, cache, block_id, place % BLOCK_SIZE) == value + layer + self.number / 2
-                ).all():
-                    return False
-        return True
+                found = of_place(self.engine.shape, cache, request.block_ids[place // BLOCK_SIZE], place % BLOCK_SIZE)
+                yield found, value + layer + self.heads
 
 
 class Engine:
@@ -223,11 +224,11 @@ class Engine:
 
     def __init__(
         self, *, version: str = "0.24", shape: str = "blocks outermost", num_blocks: int = 32, policy: str = "fail",
-        tp_size: int = 1, device: str = "cpu", extra: dict[str, Any] | None = None,
+        tp_size: int = 1, num_kv_heads: int = 2, device: str = "cpu", extra: dict[str, Any] | None = None,
     ) -> None:  # fmt: skip
         from hbserve_kv.integrations.vllm import HBServeConnector, KVConnectorRole
 
-        self.device = device
+        self.device, self.num_kv_heads = device, num_kv_heads
         self.version, self.shape, self.num_blocks, self.policy = version, shape, num_blocks, policy
         config = SimpleNamespace(
             parallel_config=SimpleNamespace(tensor_parallel_size=tp_size, pipeline_parallel_size=1),
@@ -235,7 +236,12 @@ class Engine:
                 engine_id="engine", kv_connector_extra_config={"timeout_s": 10.0, **(extra or {})}
             ),
             cache_config=SimpleNamespace(block_size=BLOCK_SIZE, cache_dtype="auto"),
-            model_config=SimpleNamespace(model="org/model", dtype="float32"),
+            model_config=SimpleNamespace(
+                model="org/model",
+                dtype="float32",
+                use_mla=shape == "latents",
+                get_total_num_kv_heads=lambda: num_kv_heads,
+            ),
         )
         cache = SimpleNamespace(num_blocks=num_blocks, kv_cache_groups=[None])
         self.scheduler = HBServeConnector(config, KVConnectorRole.SCHEDULER, cache)

@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 import torch
 
-from hbserve_kv import FingerprintMismatch, HeadRange, Outcome, TransferFailed, join_grants
+from hbserve_kv import FingerprintMismatch, HeadRange, Outcome, SourceRank, TransferFailed, join_grants
 from hbserve_kv.testing import LoopbackNetwork, is_empty
 
 NUM_HEADS = 4
@@ -255,3 +255,96 @@ async def test_a_transfer_takes_one_task_of_its_sender_however_many_parts_it_has
         await posted.wait()
     asyncio.get_running_loop().set_task_factory(None)
     assert {name: count for name, count in made.items() if name.startswith("sending/")} == {"sending/transfer.py": 1}
+
+
+# ---- what the receiver fetches ---------------------------------------------------------------------------------------
+
+
+def offer_of(sender, blocks=(1, 2)):
+    offer = sender.offer("t")
+    offer.push(blocks)
+    offer.commit()
+    return offer
+
+
+async def test_an_offer_is_fetched_by_all_ranks_that_need_heads_of_it(one_to_two, whole):
+    sender, receivers, targets = one_to_two
+    offer = offer_of(sender)
+    claims = [each.claim("t", [SourceRank(sender.address, sender.epoch, 2)]) for each in receivers]
+    first = claims[0].fetch([5, 6])
+    assert await claims[0].kept()
+    assert await claims[1].kept()
+    assert not offer.result.done()
+    results = [await each.wait() for each in (first, claims[1].fetch([3, 4]))]
+    assert {each.outcome for each in [*results, await offer.wait()]} == {Outcome.COMPLETED}
+    for target, blocks, heads in zip(targets, [[5, 6], [3, 4]], cut(2), strict=True):
+        assert torch.equal(target[blocks], heads_of(whole, heads)[[1, 2]])
+
+
+async def test_a_rank_that_leaves_ends_the_offer_for_the_others_too(one_to_two):
+    sender, receivers, _ = one_to_two
+    offer = offer_of(sender)
+    claims = [each.claim("t", [SourceRank(sender.address, sender.epoch, 2)]) for each in receivers]
+    posted = claims[0].fetch([5, 6])
+    assert await claims[1].kept()
+    claims[1].release()
+    assert (await posted.wait()).error.endswith("its receiver has left")
+    assert (await offer.wait()).outcome is Outcome.FAILED_DRAINED
+
+
+async def test_ranks_that_disagree_on_what_they_fetch_are_refused(one_to_two):
+    sender, receivers, _ = one_to_two
+    offer = offer_of(sender)
+    claims = [each.claim("t", [SourceRank(sender.address, sender.epoch, 2)]) for each in receivers]
+    posted = claims[0].fetch([5, 6])
+    assert await claims[1].kept()
+    while not any(offer.grants.values()):
+        await asyncio.sleep(0.001)
+    results = [await each.wait() for each in (claims[1].fetch([3], first=1), posted)]
+    assert "is being fetched already" in results[0].error
+    assert {each.outcome for each in [*results, await offer.wait()]} == {Outcome.FAILED_DRAINED}
+
+
+async def test_a_claim_of_several_ranks_is_complete_when_all_heads_have_come(ranks, whole):
+    senders, _ = await ranks(0, 2, whole)
+    (receiver,), (target,) = await ranks(2, 1, torch.zeros_like(whole))
+    offers = [offer_of(each) for each in senders]
+    posted = receiver.claim("t", [SourceRank(each.address, each.epoch) for each in senders]).fetch([5, 6])
+    assert (await posted.wait()).outcome is Outcome.COMPLETED
+    assert torch.equal(target[[5, 6]], whole[[1, 2]])
+    assert {(await each.wait()).outcome for each in offers} == {Outcome.COMPLETED}
+
+
+@pytest.mark.parametrize("moment", ["before it is offered", "offered"])
+async def test_a_rank_that_nobody_fetches_from_is_told_so_and_has_its_blocks_back(ranks, whole, moment):
+    (sender,), _ = await ranks(0, 1, whole)
+    (spare,), _ = await ranks(1, 1, whole)
+    (receiver,), _ = await ranks(2, 1, torch.zeros_like(whole))
+    offers = [offer_of(each) for each in (sender, spare)] if moment == "offered" else []
+    claim = receiver.claim("t", [SourceRank(sender.address), SourceRank(spare.address, num_receivers=0)])
+    posted = claim.fetch([5, 6])
+    offers = offers or [offer_of(each) for each in (sender, spare)]
+    assert (await posted.wait()).outcome is Outcome.COMPLETED
+    sent, forgotten = [await each.wait() for each in offers]
+    assert (sent.outcome, forgotten.outcome, forgotten.num_bytes) == (Outcome.COMPLETED, Outcome.COMPLETED, 0)
+
+
+@pytest.mark.parametrize("lost", [0, 1])
+async def test_a_rank_that_cannot_be_fetched_from_fails_the_claim_and_frees_the_others(ranks, whole, lost):
+    senders, _ = await ranks(0, 2, whole)
+    (receiver,), _ = await ranks(2, 1, torch.zeros_like(whole))
+    offers = [offer_of(each) for each in senders]
+    posted = receiver.claim("t", [SourceRank(each.address, each.epoch) for each in senders]).fetch([5, 6])
+    offers[lost].withdraw("the client went away")
+    assert "the client went away" in (await posted.wait()).error
+    for each in offers:
+        assert (await each.wait()).outcome is Outcome.FAILED_DRAINED
+
+
+async def test_ranks_without_the_heads_that_are_needed_are_refused_by_their_heads(ranks, whole):
+    senders, _ = await ranks(0, 2, whole)
+    (receiver,), _ = await ranks(2, 1, torch.zeros_like(whole))
+    offer = offer_of(senders[1])
+    received = await receiver.claim("t", senders[1].address).fetch([5, 6]).wait()
+    assert "with heads [2, 4) of 4, where [0, 4) of 4 are needed" in received.error
+    assert (await offer.wait()).outcome is Outcome.FAILED_DRAINED

@@ -157,7 +157,8 @@ async def test_what_is_withdrawn_in_the_moment_in_which_it_is_fetched_ends_too(p
     sender, receiver, _, _ = pair
     offer = offered(sender)
     posted = receiver.post_receive("t", [1, 2, 3])
-    assert offer.fetch(posted.grant, 0)
+    assert offer.keep(b"receiver", 1)
+    assert offer.fetch(b"receiver", posted.grant, 0)
     offer.withdraw("the client went away")
     async with asyncio.timeout(20):
         assert (await offer.wait()).error == "the client went away"

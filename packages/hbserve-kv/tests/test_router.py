@@ -143,9 +143,10 @@ async def test_the_prefill_server_is_asked_first_and_the_decode_server_gets_what
     assert (second["max_tokens"], second["min_tokens"], second["kv_transfer_params"]) == (9, 3, PARAMS)
 
 
-async def test_both_servers_are_asked_at_once_where_the_connectors_port_is_known(servers, route):
+@pytest.mark.parametrize("tp_size", [{}, {"tp_size": 4}], ids=["as many ranks as decode", "so many"])
+async def test_both_servers_are_asked_at_once_where_the_connectors_port_is_known(servers, route, tp_size):
     prefill, decode = await servers("p", "d")
-    client = await route([prefill], [decode], kv_port=",7100")
+    client = await route([prefill], [decode], kv_port=",7100" + (",4" if tp_size else ""))
     prefill.answers.clear()
     async with client.ask("/v1/chat/completions", max_completion_tokens=5) as answer:
         await answer.read()
@@ -157,7 +158,7 @@ async def test_both_servers_are_asked_at_once_where_the_connectors_port_is_known
     assert wanted.pop("transfer_id") == first["kv_transfer_params"]["transfer_id"]
     assert wanted == {
         "do_remote_prefill": True, "do_remote_decode": False, "remote_host": "127.0.0.1", "remote_port": 7100,
-    }  # fmt: skip
+    } | tp_size  # fmt: skip
 
 
 @pytest.mark.parametrize("kv_port", ["", ",7100"])

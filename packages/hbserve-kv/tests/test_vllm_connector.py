@@ -90,32 +90,67 @@ def test_prefill_then_decode_gives_every_prompt_its_own_kv(engines, version, sha
     assert "num_failed_transfers" not in decode.figures
 
 
-@pytest.mark.parametrize("at_once", [True, False], ids=["both legs at once", "one leg after the other"])
-def test_with_tensor_parallelism_each_rank_fetches_from_its_own(engines, at_once):
-    # Known elsewhere: vLLM #11247.
-    prefill, decode = engines(tp_size=2), engines(tp_size=2)
+def legs(prefill, decode, name):
+    """Both at once, of servers whose ports a router would know."""
     addresses = [(address, "") for address, _ in prefill.scheduler._scheduler.ranks]
-    params = (
-        {"do_remote_prefill": True, "transfer_id": "t", "remote_ranks": addresses} if at_once else prefilled(prefill)
-    )
-    decode.add("d", PROMPT, params)
-    if at_once:
-        prefill.add("p", PROMPT, PREFILL | {"transfer_id": "t"})
-    until(lambda: "d" in decode.results, prefill, decode)
-    assert decode.results["d"][0::2] == ("FINISHED_LENGTH_CAPPED", True)
-    assert len(decode.figures["bytes_transferred"]) == 2
+    decode.add(f"d{name}", PROMPT, {"do_remote_prefill": True, "transfer_id": name, "remote_ranks": addresses})
+    prefill.add(f"p{name}", PROMPT, PREFILL | {"transfer_id": name})
 
 
-def test_a_routers_port_is_rank_0s_and_the_others_follow():
+@pytest.mark.parametrize(("num_kv_heads", "shape"), [(4, "blocks outermost"), (2, "blocks first"), (4, "latents")])
+@pytest.mark.parametrize(("n", "m"), [(1, 2), (2, 1), (2, 2), (1, 4), (4, 1), (2, 4), (4, 2), (4, 4)])
+def test_each_rank_fetches_its_heads_from_ranks_that_have_them(engines, n, m, num_kv_heads, shape):
+    """With fewer heads than ranks several have the same one; latents are one that every rank has."""
+    # Known elsewhere: vLLM #11247, #45330.
+    prefill, decode = (engines(tp_size=size, num_kv_heads=num_kv_heads, shape=shape) for size in (n, m))
+    decode.add("d", PROMPT, prefilled(prefill))
+    legs(prefill, decode, "t")
+    until(lambda: len(decode.results) == 2, prefill, decode)
+    assert {result[0::2] for result in decode.results.values()} == {("FINISHED_LENGTH_CAPPED", True)}
+    assert len(decode.figures["bytes_transferred"]) == 2 * m
+    until(lambda: prefill.is_empty, prefill)
+    assert "num_not_delivered" not in prefill.figures
+
+
+@pytest.mark.parametrize(
+    ("sizes", "num_kv_heads", "expected"),
+    [
+        ((2, 2), 2, [{0: 1}, {1: 1}]),
+        ((2, 4), 8, [{0: 1, 1: 1}, {2: 1, 3: 1}]),
+        ((4, 2), 8, [{0: 2}, {0: 2}, {1: 2}, {1: 2}]),
+        ((2, 4), 2, [{0: 1}, {1: 0, 2: 1, 3: 0}]),
+        ((4, 4), 1, [{0: 1}, {1: 1}, {2: 1}, {3: 1}]),
+        ((2, 4), 1, [{0: 1}, {1: 0, 2: 1, 3: 0}]),
+        ((4, 2), 1, [{0: 2}, {0: 2}, {1: 2}, {1: 2}]),
+        ((1, 8), 2, [{0: 1, 4: 1, 1: 0, 2: 0, 3: 0, 5: 0, 6: 0, 7: 0}]),
+        ((6, 4), 12, [{0: 2}, {0: 2, 1: 2}, {1: 2}, {2: 2}, {2: 2, 3: 2}, {3: 2}]),
+    ],
+)
+def test_a_rank_has_as_few_receivers_as_can_be_and_one_that_has_none_is_told_once(sizes, num_kv_heads, expected):
+    from hbserve_kv.integrations.vllm_ranks import sources_of
+
+    size, num_theirs = sizes
+    assert [dict(sources_of(rank, size, num_theirs, num_kv_heads)) for rank in range(size)] == expected
+
+
+def test_heads_that_cannot_be_cut_are_refused_at_start(engines):
+    with pytest.raises(ValueError, match="tensor parallelism of 3: 4 KV heads are neither a multiple nor a divisor"):
+        Engine(tp_size=3, num_kv_heads=4)
+
+
+@pytest.mark.parametrize("num_ranks", [3, 6], ids=["as many as here", "as many as it says"])
+def test_a_routers_port_is_rank_0s_and_the_others_follow(num_ranks):
     from hbserve_kv.integrations.vllm_scheduler import SchedulerSide
 
-    side = SchedulerSide("engine", block_size=4, tp_size=3)
+    side = SchedulerSide("engine", block_size=4, tp_size=3, num_kv_heads=3)
     params = {"do_remote_prefill": True, "transfer_id": "t", "remote_host": "::1", "remote_port": 7100}
+    if num_ranks != 3:
+        params["tp_size"] = num_ranks
     side.arrived(SimpleNamespace(request_id="d", prompt_token_ids=PROMPT, kv_transfer_params=params))
     nothing = SimpleNamespace(req_ids=[], new_block_ids=[], num_computed_tokens=[], resumed_req_ids=set())
     output = SimpleNamespace(preempted_req_ids=None, scheduled_new_reqs=[], scheduled_cached_reqs=nothing)
     orders = side.scheduled(output)
-    assert orders.claims["d"].ranks == (("[::1]:7100", ""), ("[::1]:7101", ""), ("[::1]:7102", ""))
+    assert orders.claims["d"].ranks == tuple((f"[::1]:{7100 + rank}", "") for rank in range(num_ranks))
     assert not side.scheduled(output)
 
 
@@ -316,15 +351,45 @@ def test_kv_of_another_prompt_is_never_taken(engines):
 
 
 @pytest.mark.parametrize(
-    "params",
-    [{"do_remote_prefill": True}, {"do_remote_prefill": True, "transfer_id": "t", "remote_port": 1, "tp_size": 2}],
+    ("params", "why"),
+    [
+        ({}, "it has not transfer_id"),
+        ({"transfer_id": "t", "remote_port": 1, "tp_size": 3}, "tp_size is 3 on the side that prefilled it"),
+        ({"transfer_id": "t", "remote_port": "x"}, "remote_port"),
+        ({"transfer_id": "t", "remote_ranks": [["127.0.0.1:1"]]}, "remote_ranks"),
+        ({"transfer_id": ["t"], "remote_port": 1}, "transfer_id"),
+        ({"transfer_id": "t", "remote_port": 1, "tp_size": 0}, "tp_size"),
+    ],
 )
-def test_what_cannot_be_fetched_is_computed_where_it_is_decoded(engines, params, caplog):
+def test_what_cannot_be_fetched_is_computed_where_it_is_decoded(engines, params, why, caplog):
+    """Whoever sends requests may write anything there; the server goes on."""
     decode = engines()
-    decode.add("d", PROMPT, params)
+    decode.add("d", PROMPT, {"do_remote_prefill": True} | params)
     until(lambda: "d" in decode.results, decode)
     assert decode.results["d"][0::2] == ("FINISHED_LENGTH_CAPPED", True)
-    assert "is computed here, not fetched" in caplog.text
+    assert "request d is computed here" in caplog.text
+    assert why in caplog.text
+
+
+@pytest.mark.parametrize("address", ["no address", "127.0.0.1:99999"])
+def test_an_address_that_is_none_fails_its_request_and_nothing_else(engines, address):
+    decode = engines()
+    decode.add("d", PROMPT, {"do_remote_prefill": True, "transfer_id": "t", "remote_ranks": [[address, ""]]})
+    until(lambda: "d" in decode.results, decode)
+    assert decode.results["d"][0] == "FINISHED_ERROR"
+    decode.add("e", PROMPT)
+    until(lambda: "e" in decode.results, decode)
+
+
+def test_a_router_that_does_not_say_how_many_ranks_prefill_fails_the_request_and_reads_why(engines, caplog):
+    prefill, decode = engines(tp_size=2), engines(tp_size=1)
+    prefill.add("p", PROMPT, PREFILL | {"transfer_id": "t"})
+    prefill.step()  # a chunk
+    decode.add("d", PROMPT, leg(prefill, "t"))
+    until(lambda: "d" in decode.results, decode)
+    assert decode.results["d"][0] == "FINISHED_ERROR"
+    assert "with heads [0, 1) of 2, where [0, 2) of 2 are needed" in caplog.text
+    prefill.abort("p")  # its other rank waits for a receiver
 
 
 def test_figures_are_in_vllms_form(engines):

@@ -71,7 +71,7 @@ WRONG: list[tuple[Any, list[str]]] = [
     ({"kv_transfer": {"buffer_size": 0}}, ["kv_transfer.buffer_size=0", "bytes"]),
     ({"kv_transfer": {"buffer_size": -5}}, ["kv_transfer.buffer_size=-5", "bytes"]),
     # what must fit together
-    ({}, ["gpu_instances=[]", "no prefill instance"]),
+    ({"gpu_instances": []}, ["gpu_instances=[]", "no prefill instance"]),
     ({"gpu_instances": [DECODE]}, ["gpu_instances=['d0']", "no prefill instance"]),
     ({"gpu_instances": [PREFILL]}, ["gpu_instances=['p0']", "no decode instance"]),
     ({"gpu_instances": [PREFILL | {"instance_id": ""}, DECODE]}, ["gpu_instances[0].instance_id=''", "a name"]),
@@ -130,6 +130,12 @@ def test_a_wrong_value_is_named_with_what_is_allowed(content: Any, texts: list[s
     message = str(caught.value)
     assert all(text in message for text in texts), message
     assert "\n" not in message
+
+
+def test_a_file_without_instances_has_one_of_each_role_on_this_host() -> None:
+    config = convert({"server": {"port": 8001}})
+    found = [(each.instance_id, each.instance_type, each.kv_rank, each.port) for each in config.gpu_instances]
+    assert found == [("prefill-0", "prefill", 0, 0), ("decode-0", "decode", 1, 0)]
 
 
 NUMBERS = [
@@ -252,7 +258,8 @@ def test_anchors_and_merge_keys_work(tmp_path: Path) -> None:
         ("model: *nobody\n", ["line 1:", "nobody"]),
         ("model: {path: \x00}\n", ["special characters"]),
         (b"model: {path: \xff}\n", ["not UTF-8"]),
-        ("", ["no prefill instance"]),
+        ("", ["the file is empty"]),
+        ("# all of it\n", ["the file is empty"]),
         ("--- {}\n--- {}\n", ["line 2:", "document"]),
         ("modle: {}\n", ["modle: unknown key"]),
         ("model: {path: 2020-99-99}\n", ["month must be in 1..12"]),

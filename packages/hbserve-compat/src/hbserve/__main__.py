@@ -237,12 +237,14 @@ def scheduler(config: ConfigOption, log_level: LogLevelOption = LogLevel.INFO) -
 
 
 ConnectOption = Annotated[str, typer.Option(metavar="HOST:PORT", help="Where its scheduler's RPC is.")]
+HERE = "127.0.0.1:5550"
+"""Where `hbserve serve` and `hbserve scheduler` have it, unless told otherwise (`scheduler.port`)."""
 
 
 @app.command()
 def join(
     address: Annotated[str, typer.Argument(metavar="HOST:PORT", help="Of an instance, which says itself what it is.")],
-    connect: ConnectOption,
+    connect: ConnectOption = HERE,
     keys: KeysOption = None,
     log_level: LogLevelOption = LogLevel.WARNING,
 ) -> None:
@@ -255,7 +257,7 @@ def join(
 @app.command()
 def drain(
     instance_id: Annotated[str, typer.Argument(metavar="ID")],
-    connect: ConnectOption,
+    connect: ConnectOption = HERE,
     keys: KeysOption = None,
     leave: Annotated[bool, typer.Option("--leave", help="Forget it when it has nothing left.")] = False,
     within_s: Annotated[
@@ -287,9 +289,7 @@ def flip(
 @app.command()
 def scale(
     wanted: Annotated[list[str], typer.Argument(metavar="ROLE=NUMBER...", help="Such as prefill=3 decode=2.")],
-    connect: Annotated[
-        str | None, typer.Option(metavar="HOST:PORT", help="Where its scheduler's RPC is; 127.0.0.1:5550.")
-    ] = None,
+    connect: ConnectOption = HERE,
     keys: KeysOption = None,
     log_level: LogLevelOption = LogLevel.WARNING,
 ) -> None:
@@ -300,7 +300,9 @@ def scale(
 
 
 @app.command()
-def reload(connect: ConnectOption, keys: KeysOption = None, log_level: LogLevelOption = LogLevel.WARNING) -> None:
+def reload(
+    connect: ConnectOption = HERE, keys: KeysOption = None, log_level: LogLevelOption = LogLevel.WARNING
+) -> None:
     """Have a scheduler read its file again: instances that are new join, those that are gone leave."""
     from hbserve import members
 
@@ -328,7 +330,7 @@ def check(config: ConfigOption, log_level: LogLevelOption = LogLevel.WARNING) ->
 
 @app.command()
 def stats(
-    connect: Annotated[str, typer.Option(metavar="HOST:PORT", help="Where its scheduler's RPC is.")],
+    connect: ConnectOption = HERE,
     keys: KeysOption = None,
     json: Annotated[bool, typer.Option("--json", help="All figures, for programs.")] = False,
     log_level: LogLevelOption = LogLevel.WARNING,
@@ -341,7 +343,7 @@ def stats(
 
 @app.command()
 def top(
-    connect: Annotated[str, typer.Option(metavar="HOST:PORT", help="Where its scheduler's RPC is.")],
+    connect: ConnectOption = HERE,
     keys: KeysOption = None,
     once: Annotated[bool, typer.Option("--once", help="Look for a second, print, and end.")] = False,
     json: Annotated[bool, typer.Option("--json", help="With --once: for programs.")] = False,
@@ -355,7 +357,7 @@ def top(
 
 @app.command()
 def trace(
-    connect: Annotated[str, typer.Option(metavar="HOST:PORT", help="Where its scheduler's RPC is.")],
+    connect: ConnectOption = HERE,
     keys: KeysOption = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="Gzipped JSON, which Perfetto opens.")] = Path(
         "trace.json.gz"

@@ -11,7 +11,7 @@ from typing import Literal, cast
 from hbserve.remote import remote_scheduler
 from hbserve_rpc.members import ScaleNews
 from hbserve_rpc.messages import Role
-from hbserve_scheduler import ConfigError, RemoteScheduler, SchedulerConfig
+from hbserve_scheduler import ConfigError, RemoteScheduler
 
 LOOK_S = 0.5
 
@@ -66,11 +66,10 @@ async def flip(connect: str, keys: Path | None, instance_id: str, role: str) -> 
         await _tell(news)
 
 
-async def scale(connect: str | None, keys: Path | None, wanted: Sequence[str]) -> None:
+async def scale(connect: str, keys: Path | None, wanted: Sequence[str]) -> None:
     """`wanted`: words as prefill=3. Raises ConfigError, NotReady, and what the scheduler says."""
     numbers = numbers_by_role(wanted)
-    address = connect or f"127.0.0.1:{SchedulerConfig().port}"
-    async with remote_scheduler(address, keys) as (scheduler, _), scheduler.scale(numbers) as news:
+    async with remote_scheduler(connect, keys) as (scheduler, _), scheduler.scale(numbers) as news:
         await _tell(news)
 
 

@@ -2,7 +2,8 @@
 
     one more    its process starts ─▶ its model is loaded ─▶ takes requests, and is started again from then on
     one less    drained ─▶ has nothing left, of any scheduler ─▶ its process ends
-Those that go are the newest of their role. New ones begin when all that go have gone: they may need their GPUs.
+The number is of those that take requests: one that was told to drain goes, and else the newest of the role.
+New ones begin when all that go have gone: they may need their GPUs.
 """
 
 import asyncio
@@ -60,7 +61,9 @@ class Scaling:
             InvalidRequest: there cannot be so many; nothing is changed.
             RemoteError: one that was to come has failed; has its reason.
         """
-        self._begin(scaled(self._config, wanted, self._going))
+        handles = self._server.scheduler.fleet.handles.values()
+        drained = {each.instance_id for each in handles if each.status == "draining"}
+        self._begin(scaled(self._config, wanted, self._going, drained))
         pending, failed, last = set(self._changes.values()), [], ""
         while pending:
             done, pending = await asyncio.wait(pending, timeout=LOOK_S, return_when=asyncio.FIRST_COMPLETED)
@@ -176,10 +179,13 @@ class Scaling:
 
 
 def scaled(
-    config: DeploymentConfig, wanted: Mapping[Role, int], going: Mapping[str, InstanceSection]
+    config: DeploymentConfig,
+    wanted: Mapping[Role, int],
+    going: Mapping[str, InstanceSection],
+    drained: Collection[str] = (),
 ) -> DeploymentConfig:
-    """The deployment with so many instances of these roles: without the newest ones, or with more that are like the
-    first of their role. Nobody has a name or a rank of those that still go.
+    """The deployment with so many instances of these roles: without those that are drained and the newest ones, or with
+    more that are like the first of their role. Nobody has a name or a rank of those that still go.
 
     Raises:
         InvalidRequest: there cannot be such a deployment; says why.
@@ -187,9 +193,10 @@ def scaled(
     found = list(config.gpu_instances)
     for role, number in wanted.items():
         own = [each for each in found if each.discover is None and each.instance_type == role]
-        found = [each for each in found if each not in own[number:]]
-        for _ in range(number - len(own)):
-            found.append(_one_more(config, role, found, [*found, *going.values()]))
+        serving = [each for each in own if each.instance_id not in drained]
+        found = [each for each in found if each not in own or each in serving[:number]]
+        for _ in range(number - len(serving)):
+            found.append(_one_more(config, role, found, [*own, *found, *going.values()]))
     new = _with(config, found)
     try:
         check(new)

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from hbserve_kv.memory.pool_layout import PoolLayout
     from hbserve_kv.memory.shared_memory import shared_buffer, shared_empty
     from hbserve_kv.protocol.messages import join_grants
-    from hbserve_kv.receiving.claims import Claim
+    from hbserve_kv.receiving.claims import Claim, SourceRank
     from hbserve_kv.receiving.transfer import PostedReceive
     from hbserve_kv.sending.offers import Offer
     from hbserve_kv.sending.transfer import OutgoingTransfer, SendTransfer
@@ -57,6 +57,7 @@ __all__ = [
     "PoolLayout",
     "PostedReceive",
     "SendTransfer",
+    "SourceRank",
     "TransferFailed",
     "TransferResult",
     "TransferStats",
@@ -79,6 +80,7 @@ _LATER = {
     "PoolLayout": "memory.pool_layout",
     "PostedReceive": "receiving.transfer",
     "SendTransfer": "sending.transfer",
+    "SourceRank": "receiving.claims",
     "Transport": "transports.base",
     "join_grants": "protocol.messages",
     "shared_buffer": "memory.shared_memory",

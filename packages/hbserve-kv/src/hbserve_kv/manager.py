@@ -4,7 +4,7 @@ import asyncio
 import logging
 import math
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -19,7 +19,7 @@ from hbserve_kv.protocol.handshake import Identity
 from hbserve_kv.protocol.messages import ALIVE, Alive, Begin, Grant, Nothing, read_grants
 from hbserve_kv.protocol.stats import LinkInfo, TransferStats
 from hbserve_kv.protocol.transfer_state import Outcome, TransferResult
-from hbserve_kv.receiving.claims import Claim, Senders
+from hbserve_kv.receiving.claims import Claim, Senders, SourceRank
 from hbserve_kv.receiving.lookup_buffer import LookupBuffer
 from hbserve_kv.receiving.receiver import Receiver
 from hbserve_kv.receiving.transfer import PostedReceive
@@ -89,9 +89,11 @@ class KVTransferManager(KVTransferBase):
         self._receiver = Receiver(me, self._memory, self._transports, self._buffer, config)
         self._receiver.serve_on(self._server)
         self._server.serve(ALIVE, self._alive)
-        self._me = me
+        self._make_peers: Callable[[dict[str, Transport]], Peers] = lambda reached_by: Peers(
+            me, lambda: self.address, reached_by, config.timeout_s, config.keys
+        )
         self._peers = self._make_peers(self._transports)
-        self._offers = Offers(self.epoch, self.open_send, self._memory.layout.num_blocks, config.expiry_s)
+        self._offers = Offers(me, self.open_send, config.expiry_s)
         self._offers.serve_on(self._server)
         self._senders = Senders(config.timeout_s, config.keys)
         self._claims: set[Claim] = set()
@@ -126,9 +128,6 @@ class KVTransferManager(KVTransferBase):
             for transport in started:
                 await transport.close()
             raise
-
-    def _make_peers(self, reached_by: Mapping[str, Transport]) -> Peers:
-        return Peers(self._me, lambda: self.address, reached_by, self.config.timeout_s, self.config.keys)
 
     async def transfer_to_itself(self) -> None:
         """Move one block of the pool to another of it by each transport, as between two instances, and leave nothing of
@@ -274,13 +273,16 @@ class KVTransferManager(KVTransferBase):
         """
         return self._offers.make(transfer_id, lease_s)
 
-    def claim(self, transfer_id: str, address: str, epoch: str = "") -> Claim:
+    def claim(self, transfer_id: str, address: str | Sequence[SourceRank], epoch: str = "") -> Claim:
         """Want what the manager at `address` offers under this id, and have it kept there until it is fetched.
+
+        Of a sender under tensor parallelism, `address` is the ranks that have heads of this one, each head once.
 
         With an `epoch` it must be offered by that life of the manager, now or in a moment; without, it may be any time
         up to the manager's `expiry_s` until it is.
         """
-        claim = Claim(transfer_id, address, epoch, self._senders, self.post_receive)
+        sources = [SourceRank(address, epoch)] if isinstance(address, str) else address
+        claim = Claim(transfer_id, sources, self.heads, self._senders, self.post_receive)
         self._claims.add(claim)
         claim.task.add_done_callback(lambda _: self._claims.discard(claim))
         return claim

@@ -199,6 +199,14 @@ class RaySection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """Kind of GPU for a role, as Ray calls it, such as H100."""
 
 
+def default_instances() -> list[InstanceSection]:
+    """One prefill and one decode instance on this host, on ports that the OS chooses."""
+    roles: list[Role] = ["prefill", "decode"]
+    return [
+        InstanceSection(instance_id=f"{role}-0", instance_type=role, kv_rank=rank) for rank, role in enumerate(roles)
+    ]
+
+
 class DeploymentConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A deployment: the whole YAML file."""
 
@@ -206,7 +214,7 @@ class DeploymentConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     kv_transfer: KVTransferSection = KVTransferSection()
     chunked_prefill: ChunkedPrefillSection = ChunkedPrefillSection()
     cuda_graph: CudaGraphSection = CudaGraphSection()
-    gpu_instances: list[InstanceSection] = []
+    gpu_instances: list[InstanceSection] = msgspec.field(default_factory=default_instances)
     engine: EngineSection = EngineSection()
     scheduler: SchedulerConfig = SchedulerConfig()
     server: ServerSection = ServerSection()

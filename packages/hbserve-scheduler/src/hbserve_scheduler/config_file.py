@@ -51,7 +51,9 @@ def load_config(path: str | Path) -> DeploymentConfig:
         raise ConfigError(f"{path}: lists or mappings are nested too deep") from None
     except ValueError as error:  # a date that there is not, an integer of more digits than Python reads
         raise ConfigError(f"{path}: {error}") from None
+    if content is None:  # not a deployment of defaults: a file that was cut short would start a demo
+        raise ConfigError(f"{path}: the file is empty")
     try:
-        return convert({} if content is None else content)
+        return convert(content)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None

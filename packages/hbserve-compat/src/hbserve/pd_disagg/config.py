@@ -8,20 +8,11 @@ from typing import Any
 import msgspec
 
 from hbserve_kv.config import KVTransferBackend
-from hbserve_rpc.messages import Role
 from hbserve_rpc.settings import ENGINE_KEYS, EngineSettings
 from hbserve_scheduler import ConfigError, DeploymentConfig, InstanceSection, convert
-from hbserve_scheduler.config import KVTransferSection, SecuritySection
+from hbserve_scheduler.config import KVTransferSection, SecuritySection, default_instances
 
-ROLES: tuple[Role, ...] = ("prefill", "decode")
 _KV = KVTransferSection()
-
-
-def default_instances() -> list[InstanceSection]:
-    """One prefill and one decode instance on this host, on ports that the OS chooses."""
-    return [
-        InstanceSection(instance_id=f"{role}-0", instance_type=role, kv_rank=rank) for rank, role in enumerate(ROLES)
-    ]
 
 
 class _Keywords(EngineSettings, kw_only=True):

@@ -12,7 +12,7 @@ they report; the reservation on a decode instance decides.
 import asyncio
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from functools import partial
 from pathlib import Path
 
@@ -57,19 +57,28 @@ class FrontEndProcess(ChildProcess):
     """One process of the OpenAI server, and a sibling of this process's scheduler as long as it serves."""
 
     def __init__(
-        self, name: str, settings: Callable[[], bytes], siblings: Siblings, on_death: Callable[[str, str], None]
+        self,
+        name: str,
+        settings: Callable[[], bytes],
+        siblings: Siblings,
+        on_start: Callable[[], Awaitable[None]],
+        on_death: Callable[[str, str], None],
     ) -> None:
+        """on_start: awaited as soon as it serves."""
         super().__init__(name, MODULE, settings, os.environ, on_death, start_timeout_s=READY_TIMEOUT_S)
         self._siblings = siblings
+        self._on_start = on_start
 
     async def start(self) -> None:
         """Raises InstanceFailed."""
         await super().start()
+        await self._on_start()
         await self._siblings.add(self.name, self.address)
 
 
 class FrontEnds(FrontEnd):
-    """Answers 503 itself until its processes serve. One that ends is started again; the others serve on."""
+    """Answers 503 itself until the first of its processes serves: whoever is told then that the server is healthy is
+    answered, by whichever process. One that ends is started again; the others serve on."""
 
     def __init__(self, settings: ServerSection, log_level: str, on_death: Callable[[str, str], None]) -> None:
         """on_death: called with a name and a reason when no process is left that is started again.
@@ -104,7 +113,7 @@ class FrontEnds(FrontEnd):
         self._name = name
         names = [f"api-server-{number}" for number in range(self._settings.api_servers)]
         settings = {each: partial(self._settings_of, each, name, folder, server) for each in names}
-        make = [partial(FrontEndProcess, each, settings[each], server.siblings) for each in names]
+        make = [partial(FrontEndProcess, each, settings[each], server.siblings, self._hand_over) for each in names]
         removing: set[asyncio.Task[None]] = set()
 
         def forget(name: str, why: str) -> None:
@@ -115,6 +124,9 @@ class FrontEnds(FrontEnd):
         self._processes = ChildProcesses(make, forget)
         await self._processes.start()
         self._processes.restart_the_dead(self._on_given_up)
+
+    async def _hand_over(self) -> None:
+        await self._http.drain()
         await self._http.stop()
 
     def _on_given_up(self, name: str, why: str) -> None:

@@ -177,6 +177,9 @@ class HttpServer:
                 task.cancel()
             await asyncio.gather(*self._server.server_state.tasks, return_exceptions=True)
             await self._serving
+            # An answer that was cancelled before it had begun leaves its client waiting.
+            for connection in list(self._server.server_state.connections):
+                connection.transport.abort()
         if self._socket is not None:
             self._socket.close()
         if self._settings.uds is not None:

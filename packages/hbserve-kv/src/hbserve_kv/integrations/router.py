@@ -243,14 +243,15 @@ class Router:
         if not prefill.kv_port:
             params = await exchange.prefill(prefill, prefill_body(body, ""))
             return await exchange.pass_on(decode, body | ({"kv_transfer_params": params} if params else {}))
+        transfer_id = uuid.uuid4().hex
         params = {
             "do_remote_prefill": True,
             "do_remote_decode": False,
-            "transfer_id": uuid.uuid4().hex,
+            "transfer_id": transfer_id,
             "remote_host": prefill.host,
             "remote_port": prefill.kv_port,
-        }
-        first = asyncio.create_task(exchange.prefill(prefill, prefill_body(body, params["transfer_id"])))
+        } | ({"tp_size": prefill.tp_size} if prefill.tp_size else {})
+        first = asyncio.create_task(exchange.prefill(prefill, prefill_body(body, transfer_id)))
         second = asyncio.create_task(exchange.pass_on(decode, body | {"kv_transfer_params": params}))
         try:
             await asyncio.wait([first, second], return_when=asyncio.FIRST_COMPLETED)
@@ -271,7 +272,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m hbserve_kv.integrations.router", description=__doc__.splitlines()[0]
     )
-    parser.add_argument("--prefill", action="append", required=True, metavar="URL[,KV_PORT]")
+    parser.add_argument("--prefill", action="append", required=True, metavar="URL[,KV_PORT[,TP_SIZE]]")
     parser.add_argument("--decode", action="append", required=True, metavar="URL")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8000)

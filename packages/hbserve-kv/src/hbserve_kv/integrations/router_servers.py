@@ -23,18 +23,23 @@ class ServerLost(Exception):
 
 
 class Server:
-    """One vLLM server, by its URL; a prefill server's may have `,KV_PORT` behind it."""
+    """One vLLM server, by its URL; a prefill server's may have `,KV_PORT` behind it, or `,KV_PORT,TP_SIZE`."""
 
     def __init__(self, url: str) -> None:
         """Raises ValueError, with the form that is expected."""
-        self.url, _, kv_port = url.partition(",")
-        self.url = self.url.rstrip("/")
+        given, *numbers = url.split(",")
+        self.url = given.rstrip("/")
         parts = urlsplit(self.url)
-        if parts.scheme not in ("http", "https") or not parts.hostname or (kv_port and not kv_port.isdecimal()):
-            raise ValueError(f"{url!r}: expected http://HOST:PORT, or http://HOST:PORT,KV_PORT")
+        if (
+            parts.scheme not in ("http", "https")
+            or not parts.hostname
+            or not (len(numbers) <= 2 and all(number.isdecimal() and int(number) for number in numbers))
+        ):
+            raise ValueError(f"{url!r}: expected http://HOST:PORT, with ,KV_PORT or ,KV_PORT,TP_SIZE behind it or not")
         self.host: str = parts.hostname
-        self.kv_port = int(kv_port or 0)
-        """Of its connector; 0 if that is not known."""
+        self.kv_port, self.tp_size = (*map(int, numbers), 0, 0)[:2]
+        """Of its connector, and how many ranks it has; 0 if that is not known, or the ranks are as many as those that
+        decode."""
         self.num_requests = 0
         self.is_alive = False
         self._num_missed = 0

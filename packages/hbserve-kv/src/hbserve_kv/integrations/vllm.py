@@ -27,6 +27,7 @@ from hbserve_kv.config import KVTransferConfig
 from hbserve_kv.integrations.vllm_metrics import HBServePromMetrics, HBServeStats
 from hbserve_kv.integrations.vllm_orders import Orders, Params
 from hbserve_kv.integrations.vllm_pool import pool_of
+from hbserve_kv.integrations.vllm_ranks import heads_of
 from hbserve_kv.integrations.vllm_scheduler import SchedulerSide
 from hbserve_kv.integrations.vllm_worker import Votes, WorkerSide
 from hbserve_rpc.keys import load_keys
@@ -97,8 +98,12 @@ class HBServeConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         self._votes = Votes()
         """Of the step that is being reported."""
         if role == KVConnectorRole.SCHEDULER:
-            block_size, tp_size = vllm_config.cache_config.block_size, parallel.tensor_parallel_size
-            self._scheduler = SchedulerSide(transfer.engine_id, block_size, tp_size)
+            self._scheduler = SchedulerSide(
+                transfer.engine_id,
+                vllm_config.cache_config.block_size,
+                parallel.tensor_parallel_size,
+                _num_kv_heads(vllm_config),
+            )
 
     # ---- the scheduler's side ------------------------------------------------------------------------------------
 
@@ -135,10 +140,12 @@ class HBServeConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
         pool, pieces = pool_of(kv_caches, self._kv_cache.num_blocks)
         device = next(iter(kv_caches.values())).device
-        rank = get_tensor_model_parallel_rank()
+        rank, tp_size = get_tensor_model_parallel_rank(), self._config.parallel_config.tensor_parallel_size
         config = self._extra.config(rank)
         self._worker = WorkerSide(
             rank,
+            tp_size,
+            heads_of(rank, tp_size, _num_kv_heads(self._config)),
             pool,
             _fingerprint(self._config, pool.axes, pieces),
             config,
@@ -224,6 +231,11 @@ def _extra_config(given: Mapping[str, Any]) -> ExtraConfig:
         raise ValueError(f"kv_connector_extra_config: {error}; it takes {names}") from None
 
 
+def _num_kv_heads(config: Any) -> int:
+    """Of all ranks together. Latents (MLA) are one head, which every rank has."""
+    return 1 if getattr(config.model_config, "use_mla", False) else config.model_config.get_total_num_kv_heads()
+
+
 def _fingerprint(config: Any, axes: str, pieces: int) -> dict[str, str | int]:
     """What must be the same on both sides for the bytes to mean the same."""
     model = config.model_config
@@ -234,6 +246,5 @@ def _fingerprint(config: Any, axes: str, pieces: int) -> dict[str, str | int]:
         "cache_dtype": str(config.cache_config.cache_dtype),
         "block_size": config.cache_config.block_size,
         "kernel_blocks": pieces,
-        "tp_size": config.parallel_config.tensor_parallel_size,
         "keys_and_values": "apart" if "kv" in axes.split() else "together",
     }

@@ -12,13 +12,16 @@ import logging
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
+
+import msgspec
 
 from hbserve_kv.integrations.vllm_orders import Computed, Orders, Params, Source, Wanted
 from hbserve_rpc.address import format_address
 
 logger = logging.getLogger(__name__)
 
+MOST_RANKS = 1 << 10
 FINISHED_WELL = ("FINISHED_LENGTH_CAPPED", "FINISHED_STOPPED")
 """Names of vLLM's RequestStatus with which a prompt is computed; the first token may have been its last."""
 
@@ -26,6 +29,22 @@ FINISHED_WELL = ("FINISHED_LENGTH_CAPPED", "FINISHED_STOPPED")
 def prompt_digest(token_ids: Sequence[int]) -> str:
     """What both sides must agree on before KV of one is taken for the other's."""
     return hashlib.blake2b(array.array("q", token_ids).tobytes(), digest_size=12).hexdigest()
+
+
+class _Given(msgspec.Struct):
+    """What this side reads of `kv_transfer_params`, which come from whoever sends requests."""
+
+    do_remote_decode: bool | None = None
+    do_remote_prefill: bool | None = None
+    transfer_id: str | int | None = None
+    tp_size: Annotated[int, msgspec.Meta(ge=1, le=MOST_RANKS)] | None = None
+    """Of the side that prefills; without it, and without `remote_ranks`, it is this side's."""
+    remote_num_tokens: int | None = None
+    remote_ranks: Annotated[list[tuple[str, str]], msgspec.Meta(max_length=MOST_RANKS)] | None = None
+    """Address and epoch of each rank there."""
+    remote_host: str | None = None
+    remote_port: Annotated[int, msgspec.Meta(ge=0, le=65535)] | None = None
+    """Of rank 0; the others follow."""
 
 
 @dataclass
@@ -55,10 +74,11 @@ class _Outgoing:
 
 
 class SchedulerSide:
-    def __init__(self, engine_id: str, block_size: int, tp_size: int) -> None:
+    def __init__(self, engine_id: str, block_size: int, tp_size: int, num_kv_heads: int) -> None:
         self._engine_id = engine_id
         self._block_size = block_size
         self._tp_size = tp_size
+        self._num_kv_heads = num_kv_heads
         self.ranks: list[tuple[str, str]] = []
         """Address and epoch of each of this engine's workers."""
         self._incoming: dict[str, _Incoming] = {}
@@ -71,37 +91,39 @@ class SchedulerSide:
     # ---- arrival -------------------------------------------------------------------------------------------------
 
     def arrived(self, request: Any) -> None:
-        params: Params = request.kv_transfer_params or {}
         if not request.prompt_token_ids:
             return  # embeddings: nothing says whether both sides mean the same
-        if params.get("do_remote_decode"):
-            prompt, name = request.prompt_token_ids, params.get("transfer_id")
+        try:
+            given = msgspec.convert(request.kv_transfer_params or {}, _Given, strict=False)
+        except msgspec.ValidationError as error:
+            logger.warning("request %s is computed here: kv_transfer_params: %s", request.request_id, error)
+            return
+        if given.do_remote_decode:
+            prompt, name = request.prompt_token_ids, str(given.transfer_id or "")
             self._outgoing[request.request_id] = _Outgoing(
                 name or f"{self._engine_id}-{uuid.uuid4().hex}", bool(name), len(prompt), prompt_digest(prompt)
             )
-        elif params.get("do_remote_prefill") and (source := self._source(request, params)):
+        elif given.do_remote_prefill and (source := self._source(request, given)):
             self._incoming[request.request_id] = _Incoming(source)
             self._orders.claims[request.request_id] = source
 
-    def _source(self, request: Any, params: Params) -> Source | None:
+    def _source(self, request: Any, given: "_Given") -> Source | None:
         """None: it cannot be fetched, and is computed here."""
-        num_tokens = params.get("remote_num_tokens")
-        if not params.get("transfer_id") or not (params.get("remote_ranks") or params.get("remote_port")):
+        num_tokens, num_ranks = given.remote_num_tokens, len(given.remote_ranks or ()) or given.tp_size or self._tp_size
+        if not given.transfer_id or not (given.remote_ranks or given.remote_port):
             problem = "it has not transfer_id, and remote_ranks or remote_host and remote_port"
-        elif int(params.get("tp_size") or self._tp_size) != self._tp_size:
-            problem = f"tp_size is {params['tp_size']} on the side that prefilled it, and {self._tp_size} here"
+        elif self._num_kv_heads % num_ranks and num_ranks % self._num_kv_heads:
+            problem = (
+                f"tp_size is {num_ranks} on the side that prefilled it, and there are {self._num_kv_heads} KV heads"
+            )
         elif num_tokens is not None and num_tokens != len(request.prompt_token_ids):
             problem = f"its prompt is {num_tokens} tokens there, and {len(request.prompt_token_ids)} here"
         else:
-            return Source(str(params["transfer_id"]), self._addresses(params))
+            host, port = given.remote_host or "127.0.0.1", given.remote_port or 0
+            ranks = given.remote_ranks or [(format_address(host, port + rank), "") for rank in range(num_ranks)]
+            return Source(str(given.transfer_id), tuple(ranks))
         logger.warning("request %s is computed here, not fetched: %s", request.request_id, problem)
         return None
-
-    def _addresses(self, params: Params) -> tuple[tuple[str, str], ...]:
-        if ranks := params.get("remote_ranks"):
-            return tuple((str(address), str(epoch)) for address, epoch in ranks)
-        host, port = str(params.get("remote_host") or "127.0.0.1"), int(params["remote_port"])
-        return tuple((format_address(host, port + rank), "") for rank in range(self._tp_size))
 
     # ---- the side that decodes -----------------------------------------------------------------------------------
 

@@ -15,9 +15,11 @@ import torch
 from hbserve_kv.config import KVTransferConfig
 from hbserve_kv.errors import TransferFailed
 from hbserve_kv.integrations.vllm_orders import Computed, Orders, Wanted
+from hbserve_kv.integrations.vllm_ranks import sources_of
 from hbserve_kv.manager import KVTransferManager
+from hbserve_kv.memory.layout import HeadRange
 from hbserve_kv.protocol.transfer_state import Outcome, TransferResult
-from hbserve_kv.receiving.claims import Claim
+from hbserve_kv.receiving.claims import Claim, SourceRank
 from hbserve_kv.sending.offers import Offer
 
 logger = logging.getLogger(__name__)
@@ -48,6 +50,8 @@ class WorkerSide:
     def __init__(
         self,
         rank: int,
+        tp_size: int,
+        heads: HeadRange,
         pool: Any,
         fingerprint: Mapping[str, str | int],
         config: KVTransferConfig,
@@ -56,11 +60,12 @@ class WorkerSide:
         lease_s: float = 30.0,
         device: torch.device | None = None,
     ) -> None:
-        """`pieces_of_block`: blocks of the pool that make one of vLLM's. `device`: where the pool is, and where the
-        calling threads compute, unless that is the CPU. Returns when peers can connect.
+        """`heads`: those of this rank. `pieces_of_block`: blocks of the pool that make one of vLLM's. `device`: where
+        the pool is, and where the calling threads compute, unless that is the CPU. Returns when peers can connect.
 
         Raises: as KVTransferManager and its `start`.
         """
+        self._tp_size = tp_size
         self._pieces = pieces_of_block
         self._lease_s = lease_s
         self._patience_s = 4 * config.timeout_s
@@ -75,17 +80,17 @@ class WorkerSide:
         self._thread = threading.Thread(target=self._loop.run_forever, name="hbserve-kv", daemon=True)
         self._thread.start()
         try:
-            self.manager = self._run(self._start(rank, pool, fingerprint, config)).result()
+            self.manager = self._run(self._start(rank, heads, pool, fingerprint, config)).result()
         except BaseException:
             self._stop_loop()
             raise
 
     async def _start(
-        self, rank: int, pool: Any, fingerprint: Mapping[str, str | int], config: KVTransferConfig
+        self, rank: int, heads: HeadRange, pool: Any, fingerprint: Mapping[str, str | int], config: KVTransferConfig
     ) -> KVTransferManager:
         if self._gpu is not None:
             torch.cuda.set_device(self._gpu)  # of this thread
-        manager = KVTransferManager(rank=rank, pool=pool, fingerprint=fingerprint, config=config)
+        manager = KVTransferManager(rank=rank, pool=pool, fingerprint=fingerprint, config=config, heads=heads)
         await manager.start()
         return manager
 
@@ -146,8 +151,9 @@ class WorkerSide:
 
     def _begin(self, orders: Orders, event: Any) -> None:
         for name, source in orders.claims.items():
-            address, epoch = source.ranks[self.manager.rank]
-            self._claims[name] = self.manager.claim(source.transfer_id, address, epoch)
+            ranks = sources_of(self.manager.rank, self._tp_size, len(source.ranks), self.manager.heads.total)
+            sources = [SourceRank(*source.ranks[rank], num_receivers) for rank, num_receivers in ranks]
+            self._claims[name] = self.manager.claim(source.transfer_id, sources)
         for name, wanted in orders.fetches.items():
             self._begin_task(self._fetch(name, self._claims[name], wanted))
         for name in orders.releases:

@@ -13,10 +13,10 @@ sender                                              receiver
 
 Where the blocks are there before the receiver has room for them, it comes for them (`hbserve_kv.sending.offers`):
 
-                                    ◀───stream───   KEEP(transfer id): once it wants them; answered by Nothing when they
-                                                    are offered, and open until the transfer has ended on both sides
+                                    ◀───stream───   KEEP(transfer id): once it wants them; answered by Offered(heads)
+                                                    when they are, and open until the transfer has ended on both sides
                                     ◀────call────   FETCH(transfer id, grant, first): once it has room; LINK … COMMIT
-                                                    follow as above
+                                                    follow as above, when all receivers of this rank have asked
 
 `link` names one life of both sides: the sender draws it, the receiver learns it with the sender's epoch and forgets it
 when the stream ends. So a message of an earlier life, of either side, names a link that nobody knows.
@@ -38,7 +38,7 @@ from hbserve_kv.memory.layout import HeadRange, Layout
 from hbserve_kv.memory.memory import Region
 from hbserve_rpc import Method, Notification, StreamMethod
 
-PROTOCOL_VERSION = 9
+PROTOCOL_VERSION = 10
 
 NotNegative = Annotated[int, msgspec.Meta(ge=0)]
 Seconds = Annotated[float, msgspec.Meta(ge=0, le=1e9)]
@@ -194,6 +194,15 @@ class Keep(msgspec.Struct, frozen=True, tag=True):
     transfer_id: str
     epoch: str = ""
     """Of the sender that has offered it; "" if it may be offered much later, by any life."""
+    num_receivers: NotNegative = 1
+    """Ranks of the receiver that fetch from this rank of the sender; 0: none needs it, and it may be forgotten."""
+
+
+class Offered(msgspec.Struct, frozen=True, tag=True):
+    """Now the receiver may fetch it."""
+
+    heads: HeadRange
+    """That the sender's blocks hold."""
 
 
 class Fetch(msgspec.Struct, frozen=True, tag=True):
@@ -225,6 +234,6 @@ BEGIN: Method[Begin, Accepted | UnknownLink] = Method("kv.begin", Begin, Accepte
 PARTS: Notification[PartsAnnounced] = Notification("kv.parts", PartsAnnounced)
 COMMIT: Method[Commit, Nothing] = Method("kv.commit", Commit, Nothing)
 ABANDON: Method[Abandon, Nothing] = Method("kv.abandon", Abandon, Nothing)
-KEEP: StreamMethod[Keep, Any] = StreamMethod("kv.keep", Keep, Nothing)
+KEEP: StreamMethod[Keep, Any] = StreamMethod("kv.keep", Keep, Offered)
 FETCH: Method[Fetch, Nothing] = Method("kv.fetch", Fetch, Nothing)
 ALIVE: Method[Nothing, Alive] = Method("kv.alive", Nothing, Alive)

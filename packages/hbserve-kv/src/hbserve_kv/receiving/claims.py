@@ -1,11 +1,16 @@
-"""Transfers that this side fetches: it says to the sender that it wants them, and later where they go."""
+"""Transfers that this side fetches: it says to the sender that it wants them, and later where they go.
+
+Under tensor parallelism the sender is several ranks, of which this one fetches from those that have heads of it.
+"""
 
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from hbserve_kv.errors import TransferFailed
+from hbserve_kv.memory.layout import HeadRange
 from hbserve_kv.protocol import messages
 from hbserve_kv.protocol.messages import Fetch, Keep
 from hbserve_kv.protocol.transfer_state import Outcome, TransferResult
@@ -81,39 +86,83 @@ async def _start(client: RpcClient) -> None:
     await client.start()
 
 
+class SourceRank(NamedTuple):
+    """One rank of a sender, and its part in a transfer that this rank claims."""
+
+    address: str
+    epoch: str = ""
+    num_receivers: int = 1
+    """Ranks on this side that fetch from it, this one among them. 0: none does, and it is told that it may forget the
+    transfer."""
+
+
 class Claim:
     """An offer that this side wants: its sender keeps it, until `release` or the end of a fetch. Made by
     `KVTransferManager.claim`."""
 
     def __init__(
-        self, transfer_id: str, address: str, epoch: str, senders: Senders, post: Callable[..., PostedReceive]
+        self,
+        transfer_id: str,
+        sources: Sequence[SourceRank],
+        heads: HeadRange,
+        senders: Senders,
+        post: Callable[..., PostedReceive],
     ) -> None:
+        """`heads`: those that must come."""
         self.transfer_id = transfer_id
-        self.address = address
-        self._keep = Keep(transfer_id, epoch)
+        self.address = ", ".join(each.address for each in sources)
+        self._heads = heads
         self._senders = senders
         self._post = post
-        self._kept: asyncio.Future[RpcClient] = asyncio.get_running_loop().create_future()
+        self._num_silent = len(sources)
+        """Sources that have not answered yet."""
+        self._clients: list[RpcClient] = []
+        """Of those that have, and are fetched from."""
+        self._offered: list[HeadRange] = []
+        self._kept: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._posted: PostedReceive | None = None
         self._cause = ""
         """Why it has ended; "" while it has not."""
         self._fetching: asyncio.Task[None] | None = None
-        self.task = asyncio.create_task(self._run())
+        self.task = asyncio.create_task(self._run(sources))
 
-    async def _run(self) -> None:
+    async def _run(self, sources: Sequence[SourceRank]) -> None:
         cause = "the sender has ended it"
+        keeping = [asyncio.create_task(self._keep(source)) for source in sources]
         try:
-            async with self._senders.use(self.address) as client, client.stream(messages.KEEP, self._keep) as kept:
-                async for _ in kept:
-                    self._kept.set_result(client)
+            await asyncio.gather(*keeping)
         except (HBServeRpcError, TransferFailed) as error:
             cause = str(error)
         except asyncio.CancelledError:
             cause = "it was released"
+        for each in keeping:  # one that is lost ends it with the others
+            each.cancel()
+        await asyncio.gather(*keeping, return_exceptions=True)
         self._cause = cause
         self._kept.cancel()
         if self._posted is not None:
             self._posted.fail(cause)  # nothing, if all has come
+
+    async def _keep(self, source: SourceRank) -> None:
+        """Hold one sender to it until it has ended there."""
+        keep = Keep(self.transfer_id, source.epoch, source.num_receivers)
+        async with self._senders.use(source.address) as client, client.stream(messages.KEEP, keep) as kept:
+            async for offered in kept:
+                self._num_silent -= 1
+                if source.num_receivers:
+                    self._clients.append(client)
+                    self._offered.append(offered.heads)
+                if not self._num_silent:
+                    self._check_heads()
+                    self._kept.set_result(None)
+
+    def _check_heads(self) -> None:
+        """Raises TransferFailed: the senders have not all heads that are needed, each once."""
+        common = [heads for each in self._offered if (heads := self._heads.common(each))]
+        if sorted(head for each in common for head in each.heads()) != list(self._heads.heads()):
+            found, needed = ", ".join(map(_named, self._offered)), _named(self._heads)
+            what = f"transfer {self.transfer_id} is offered at {self.address}"
+            raise TransferFailed(f"{what} with heads {found}, where {needed} are needed, each once")
 
     async def kept(self) -> bool:
         """Wait until the sender keeps it. False: it will not."""
@@ -139,19 +188,16 @@ class Claim:
     async def _fetch(self, posted: PostedReceive, first: int) -> None:
         if not await self.kept():
             return  # `_run` says why
-        fetch = Fetch(self.transfer_id, posted.grant, first)
+        fetch, timeout_s = Fetch(self.transfer_id, posted.grant, first), self._senders.timeout_s
         try:
-            await self._kept.result().call(messages.FETCH, fetch, timeout_s=self._senders.timeout_s)
+            await asyncio.gather(*(each.call(messages.FETCH, fetch, timeout_s=timeout_s) for each in self._clients))
         except HBServeRpcError as error:
             posted.fail(str(error))
 
     def _received(self, result: TransferResult) -> None:
+        """If all has come each sender is about to hear so, and ends it: it fails there if this leaves before."""
         if result.outcome is not Outcome.COMPLETED:
             self.release()
-            return
-        # The sender is about to hear that all has come; if this said first that nobody wants it, it had failed there.
-        patience = asyncio.get_running_loop().call_later(self._senders.timeout_s, self.task.cancel)
-        self.task.add_done_callback(lambda _: patience.cancel())
 
     def release(self) -> None:
         """Want it no more: the sender hears so, also if it has to offer it yet, and has its blocks back. Ends a fetch
@@ -166,3 +212,7 @@ class Claim:
     async def close(self) -> None:
         self.task.cancel()
         await asyncio.gather(self.task, *([self._fetching] if self._fetching else []), return_exceptions=True)
+
+
+def _named(heads: HeadRange) -> str:
+    return f"[{heads.first}, {heads.end}) of {heads.total}"

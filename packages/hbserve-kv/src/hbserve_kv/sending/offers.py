@@ -3,17 +3,23 @@
 An offer whose last block is there waits `lease_s` for a receiver that wants it. That one keeps it (KEEP) as long as its
 heartbeats come, and says where the blocks go (FETCH) once it has room. From then on it is a transfer as any other. If
 the receiver leaves, or dies, before it has all, the offer ends.
+
+Under tensor parallelism several ranks of the receiver may need heads of this rank: each says how many they are, and
+they are one transfer, which begins when all of them have room. A rank that nobody needs, for another has the same
+heads, is told so.
 """
 
 import asyncio
 import contextlib
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from hbserve_kv.errors import FingerprintMismatch, TransferFailed
 from hbserve_kv.protocol import messages
-from hbserve_kv.protocol.messages import Fetch, Keep, Nothing
+from hbserve_kv.protocol.handshake import Identity
+from hbserve_kv.protocol.messages import Fetch, Keep, Nothing, Offered
 from hbserve_kv.protocol.transfer_state import Outcome, TransferResult
 from hbserve_kv.sending.transfer import SendTransfer
 from hbserve_rpc import InvalidRequest, RpcServer, calling_peer
@@ -23,7 +29,7 @@ MOST_ENDED = 1 << 12
 LATE_S = 10.0
 """An engine may tell others of a transfer a moment before it is offered here."""
 
-_Open = Callable[[str, bytes], Awaitable[SendTransfer]]
+_Open = Callable[[str, Sequence[bytes]], Awaitable[SendTransfer]]
 
 
 class Offer:
@@ -37,11 +43,12 @@ class Offer:
         self, transfer_id: str, open_send: _Open, num_pool_blocks: int, *, lease_s: float, expiry_s: float
     ) -> None:
         self.transfer_id = transfer_id
-        self.receiver: bytes | None = None
-        """The connection by which it is kept."""
+        self.grants: dict[bytes, bytes | None] = {}
+        """By the connections by which it is kept; None until it is fetched there."""
         self.result: asyncio.Future[TransferResult] = asyncio.get_running_loop().create_future()
         self.sending: asyncio.Task[None] | None = None
         """Since it is being fetched."""
+        self._num_receivers = 1
         self._open = open_send
         self._num_pool_blocks = num_pool_blocks
         self._lease_s, self._expiry_s = lease_s, expiry_s
@@ -49,7 +56,7 @@ class Offer:
         """Place of the first, blocks, and the event after which they may be read."""
         self._num_blocks = 0
         self._first = 0
-        """Place of the first block that the receiver wants."""
+        """Place of the first block that the receivers want."""
         self._payload: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
         self._transfer: SendTransfer | None = None
         self._withdrawn = ""
@@ -114,33 +121,41 @@ class Offer:
         """After UNKNOWN: wait until no block is read any more."""
         await self._drained.wait()
 
-    # ---- of its receiver -----------------------------------------------------------------------------------------
+    # ---- of its receivers ----------------------------------------------------------------------------------------
 
-    def keep(self, receiver: bytes) -> bool:
-        """False: it is kept for another one."""
-        if self.receiver is not None:
+    def keep(self, receiver: bytes, num_receivers: int) -> bool:
+        """False: it is kept for others."""
+        if self.grants and (len(self.grants) >= self._num_receivers or num_receivers != self._num_receivers):
             return False
-        self.receiver = receiver
+        if not num_receivers:
+            if not self.result.done():
+                self._end(TransferResult(Outcome.COMPLETED))
+            return True
+        self._num_receivers = num_receivers
+        self.grants[receiver] = None
         self._set_deadline()
         return True
 
     def leave(self) -> None:
-        """The receiver wants it no more, or is gone."""
+        """A receiver wants it no more, or is gone."""
         self.withdraw("its receiver has left")
 
-    def fetch(self, grant: bytes, first: int) -> bool:
-        """False: it is being fetched already, or has ended."""
-        if self.sending is not None or self.result.done():
+    def fetch(self, receiver: bytes, grant: bytes, first: int) -> bool:
+        """One of those that keep it has room. False: it is being fetched already, or has ended; or they disagree."""
+        is_first = not any(self.grants.values())
+        if self.grants[receiver] is not None or self.result.done() or not (is_first or first == self._first):
             return False
-        self._first = first
-        self.sending = asyncio.create_task(self._send(grant))
-        self.sending.add_done_callback(self._sent)
-        self._set_deadline()
+        self.grants[receiver], self._first = grant, first
+        grants = [each for each in self.grants.values() if each is not None]
+        if len(grants) == self._num_receivers:
+            self.sending = asyncio.create_task(self._send(grants))
+            self.sending.add_done_callback(self._sent)
+            self._set_deadline()
         return True
 
-    async def _send(self, grant: bytes) -> None:
+    async def _send(self, grants: Sequence[bytes]) -> None:
         try:
-            transfer = self._transfer = await self._open(self.transfer_id, grant)
+            transfer = self._transfer = await self._open(self.transfer_id, grants)
         except (TransferFailed, FingerprintMismatch) as error:
             self._end(TransferResult(Outcome.FAILED_DRAINED, error=str(error)))
             return
@@ -177,7 +192,7 @@ class Offer:
             self._deadline.cancel()
             self._deadline = None
         if self._payload.done() and self.sending is None and not self.result.done():
-            kept, wait_s = self.receiver is not None, self._expiry_s if self.receiver is not None else self._lease_s
+            kept, wait_s = bool(self.grants), self._expiry_s if self.grants else self._lease_s
             reason = f"it was {'kept' if kept else 'offered'} for {wait_s:.3g} s, and nobody has fetched it"
             self._deadline = asyncio.get_running_loop().call_later(wait_s, self.withdraw, reason)
 
@@ -187,12 +202,19 @@ class Offer:
             self._drained.set()
 
 
-class Offers:
-    """The offers of one instance, and the handlers of those that fetch them."""
+@dataclass(eq=False)
+class _Awaited:
+    """What receivers want that is not offered yet."""
 
-    def __init__(self, epoch: str, open_send: _Open, num_pool_blocks: int, expiry_s: float) -> None:
-        self._epoch = epoch
-        self._num_pool_blocks = num_pool_blocks
+    offer: asyncio.Future[Offer]
+    num_waiting: int = 0
+
+
+class Offers:
+    """The offers of one rank, and the handlers of those that fetch them."""
+
+    def __init__(self, me: Identity, open_send: _Open, expiry_s: float) -> None:
+        self._me = me
         self._open = open_send
         self._expiry_s = expiry_s
         self.offers: dict[str, Offer] = {}
@@ -200,8 +222,7 @@ class Offers:
         self.dropped_messages = 0
         self._ended: OrderedDict[str, str] = OrderedDict()
         """Why, by transfer id."""
-        self._awaited: dict[str, asyncio.Future[Offer]] = {}
-        """What receivers want that is not offered yet."""
+        self._awaited: dict[str, _Awaited] = {}
         self._sending: set[asyncio.Task[None]] = set()
 
     def serve_on(self, server: RpcServer) -> None:
@@ -213,11 +234,11 @@ class Offers:
         if transfer_id in self.offers:
             raise ValueError(f"transfer_id={transfer_id!r} is in use")
         offer = self.offers[transfer_id] = Offer(
-            transfer_id, self._open, self._num_pool_blocks, lease_s=lease_s, expiry_s=self._expiry_s
+            transfer_id, self._open, self._me.layout.num_blocks, lease_s=lease_s, expiry_s=self._expiry_s
         )
         offer.result.add_done_callback(lambda done: self._forget(offer, done.result()))
-        if (awaited := self._awaited.get(transfer_id)) is not None:
-            awaited.set_result(offer)
+        if (awaited := self._awaited.pop(transfer_id, None)) is not None:
+            awaited.offer.set_result(offer)
         return offer
 
     def _forget(self, offer: Offer, result: TransferResult) -> None:
@@ -238,13 +259,13 @@ class Offers:
         sending = [each.sending for each in self.offers.values() if each.sending]
         await asyncio.gather(*sending, *self._sending, return_exceptions=True)
 
-    async def serve_keep(self, keep: Keep) -> AsyncIterator[Nothing]:
+    async def serve_keep(self, keep: Keep) -> AsyncIterator[Offered]:
         """Handler of KEEP, one for each receiver as long as it wants the transfer."""
         offer = await self._find(keep)
-        if not offer.keep(calling_peer().connection):
+        if not offer.keep(calling_peer().connection, keep.num_receivers):
             self._drop(f"transfer {keep.transfer_id} is kept for another receiver")
         try:
-            yield Nothing()
+            yield Offered(self._me.heads)
             result = await offer.wait()
         finally:
             offer.leave()
@@ -253,29 +274,32 @@ class Offers:
 
     async def _find(self, keep: Keep) -> Offer:
         name = keep.transfer_id
-        if keep.epoch not in ("", self._epoch):
+        if keep.epoch not in ("", self._me.epoch):
             self._drop(f"transfer {name} was offered by an earlier life of this instance")
         if name in self.offers:
             return self.offers[name]
-        if name in self._ended or name in self._awaited:
-            why = self._ended.get(name, "another receiver waits for it")
-            self._drop(f"transfer {name} is not offered: {why}")
-        awaited: asyncio.Future[Offer] = asyncio.get_running_loop().create_future()
-        self._awaited[name] = awaited
+        if name in self._ended:
+            self._drop(f"transfer {name} is not offered: {self._ended[name]}")
+        awaited = self._awaited.setdefault(name, _Awaited(asyncio.get_running_loop().create_future()))
+        if awaited.num_waiting >= max(1, keep.num_receivers):
+            self._drop(f"transfer {name} is not offered: another receiver waits for it")
+        awaited.num_waiting += 1
         patience_s = min(LATE_S, self._expiry_s) if keep.epoch else self._expiry_s
         try:
             async with asyncio.timeout(patience_s):
-                return await awaited
+                return await asyncio.shield(awaited.offer)
         except TimeoutError:
             raise InvalidRequest(f"transfer {name} was not offered within {patience_s:.3g} s") from None
         finally:
-            del self._awaited[name]
+            awaited.num_waiting -= 1
+            if not awaited.num_waiting and self._awaited.get(name) is awaited:
+                del self._awaited[name]
 
     async def _fetch(self, fetch: Fetch) -> Nothing:
-        offer = self.offers.get(fetch.transfer_id)
-        if offer is None or offer.receiver != calling_peer().connection:
+        offer, receiver = self.offers.get(fetch.transfer_id), calling_peer().connection
+        if offer is None or receiver not in offer.grants:
             self._drop(f"transfer {fetch.transfer_id} is not kept for this receiver")
-        if not offer.fetch(fetch.grant, fetch.first):
+        if not offer.fetch(receiver, fetch.grant, fetch.first):
             self._drop(f"transfer {fetch.transfer_id} is being fetched already")
         return Nothing()
 
