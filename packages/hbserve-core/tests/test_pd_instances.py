@@ -12,11 +12,13 @@ from hbserve_core import GpuInstance, InstanceConfig
 from hbserve_core.engine.step import StepOutput
 from hbserve_core.instance.handover import Inbox, PrefillSend
 from hbserve_kv import KVTransferConfig
-from hbserve_rpc import InvalidRequest, RemoteError, SamplingParams
+from hbserve_rpc import InvalidRequest, Overloaded, RemoteError, SamplingParams
+from hbserve_rpc.members import INSTANCE_FLIP, FlipRequest
 from hbserve_rpc.messages import (
     CONNECT,
     DECODE,
     DESCRIBE,
+    STATS,
     ConnectRequest,
     DecodeRequest,
     Empty,
@@ -131,6 +133,39 @@ async def test_tokens_apart_are_those_of_hybrid_and_transformers(start, backend,
     assert [tokens for tokens, _, _ in results] == [greedy_tokens("qwen3", ids, MAX_TOKENS) for ids in many]
 
 
+@pytest.mark.parametrize("backend", ["nccl", "mooncake"])
+async def test_instances_that_have_changed_roles_serve_in_them(start, backend, prompt, greedy_tokens):
+    first, second = await start("prefill", backend=backend), await start("decode", backend=backend)
+    await apart(first, second, "before", prompt(CHUNK))
+    for p, d, ids in ((second, first, prompt(CHUNK + 3)), (first, second, prompt(CHUNK, salt=1))):
+        lives = set()
+        for each, role in ((p, "prefill"), (d, "decode")):
+            before = await each.client.call(DESCRIBE, Empty(), timeout_s=DEADLINE_S)
+            await until(each.is_empty)
+            info = await each.client.call(INSTANCE_FLIP, FlipRequest("i", role), timeout_s=DEADLINE_S)
+            assert (info.role, info.status) == (role, "ready")
+            assert bool(info.kv_endpoint) == info.serves_generate == (role == "decode")
+            assert info.started_as == (before.role if before.started_as is None else None)
+            assert (await each.client.call(STATS, Empty(), timeout_s=DEADLINE_S)).role == role
+            lives |= {before.epoch, info.epoch}
+        assert len(lives) == 4
+        assert (await apart(p, d, "after", ids))[0] == greedy_tokens("qwen3", ids, MAX_TOKENS)
+        await until(p.is_empty)
+
+
+async def test_an_instance_with_a_request_does_not_change_its_role_and_a_hybrid_one_has_no_other(start, prompt):
+    d, h = await start("decode"), await start("hybrid")
+    async with d.decode("r", prompt(20)) as decoding:
+        await anext(decoding)
+        with pytest.raises(Overloaded, match="decode-0 has 1 requests; it can become a prefill instance when it has"):
+            await d.client.call(INSTANCE_FLIP, FlipRequest("decode-0", "prefill"), timeout_s=DEADLINE_S)
+    info = await d.client.call(DESCRIBE, Empty(), timeout_s=DEADLINE_S)
+    again = await d.client.call(INSTANCE_FLIP, FlipRequest("decode-0", "decode"), timeout_s=DEADLINE_S)
+    assert again == info, "what it is already changes nothing"
+    with pytest.raises(InvalidRequest, match=r"does not serve 'instance\.flip'"):
+        await h.client.call(INSTANCE_FLIP, FlipRequest("hybrid-1", "prefill"), timeout_s=DEADLINE_S)
+
+
 @pytest.mark.parametrize("backend", ["nccl", "ipc"])
 async def test_blocks_that_no_layer_will_see_are_not_sent(start, backend, prompt, model_folder, greedy_tokens):
     """All layers have a window of 21 tokens: two blocks in front of the last full one, and what is behind it."""
@@ -219,8 +254,6 @@ async def test_an_instance_that_cannot_connect_to_another_says_why_and_stays_rea
     with pytest.raises(RemoteError, match=r"(block_bytes_per_head|head_dim|model) is .* on rank 0 and .* on"):
         await p.client.call(CONNECT, ConnectRequest(endpoint), timeout_s=DEADLINE_S)
     assert await p.is_ready()
-    with pytest.raises(InvalidRequest, match=r"does not serve 'instance\.connect'"):
-        await d.client.call(CONNECT, ConnectRequest(endpoint), timeout_s=DEADLINE_S)
 
 
 async def test_chunks_that_fill_no_block_change_no_token(start, prompt, greedy_tokens):
@@ -321,9 +354,9 @@ async def test_a_prefill_instance_killed_in_mid_transfer_leaves_no_block_behind(
 
 
 async def test_a_wrong_role_a_bad_prompt_and_an_id_in_use_are_refused(start, prompt):
-    d = await start("decode")
-    with pytest.raises(InvalidRequest, match=r"does not serve 'instance.prefill'; it serves .*instance.decode"):
-        await anext(d.prefill("r", prompt(3), b""))
+    h, d = await start("hybrid"), await start("decode")
+    with pytest.raises(InvalidRequest, match=r"does not serve 'instance.prefill'; it serves .*instance.generate"):
+        await anext(h.prefill("r", prompt(3), b""))
     with pytest.raises(InvalidRequest, match="token 999 is outside the vocabulary"):
         await anext(d.decode("r", [999]))
     async with d.decode("s", prompt(3)) as decoding:

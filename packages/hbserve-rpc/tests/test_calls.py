@@ -208,17 +208,24 @@ async def test_a_client_counts_frames_that_are_not_of_this_protocol(rpc, connect
             await pending
 
 
-async def test_another_protocol_version_is_named_with_both(rpc, start, connect, monkeypatch):
+NOW, OLDEST = wire.PROTOCOL_VERSION, wire.OLDEST_VERSION
+
+
+@pytest.mark.parametrize(("version", "older"), [(NOW + 1, "this side"), (OLDEST - 1, "the other side")])
+async def test_another_protocol_version_is_named_with_both_and_with_the_side_to_upgrade(
+    rpc, start, connect, version, older, caplog
+):
     server = await start(RpcServer())
     client = await connect(server.address)
     pending = asyncio.create_task(client.call(rpc.CALL, rpc.Ask(), timeout_s=20))
     await asyncio.sleep(0)
-    client._handle(wire.Refused(99, "epoch"), b"")
-    with pytest.raises(ProtocolMismatch, match=f"version 99 of the protocol, this side {wire.PROTOCOL_VERSION}"):
+    client._handle(wire.Refused(version, "epoch"), b"")
+    here = f"{OLDEST} to {NOW}" if OLDEST < NOW else f"{NOW}"
+    told = f"speaks version {version} of the protocol, this side {here}: {older} is older, upgrade hbserve there"
+    with pytest.raises(ProtocolMismatch, match=f"^{client.address} {told}$"):
         await pending
-
-
-NOW, OLDEST = wire.PROTOCOL_VERSION, wire.OLDEST_VERSION
+    server._greet(b"another", wire.Hello(version, 10.0, version))  # whose operator may see this side's log alone
+    assert f"refused a client: it {told}" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import msgspec
 import pytest
 import zmq
 
-from hbserve_rpc import ProtocolMismatch, RemoteError, RpcServer, RpcTimeout, StreamMethod, wire
+from hbserve_rpc import PeerLost, ProtocolMismatch, RemoteError, RpcServer, RpcTimeout, StreamMethod, wire
 from hbserve_rpc.trace_context import TRACEPARENT, in_trace
 
 
@@ -211,6 +211,48 @@ async def test_an_item_of_another_type_ends_the_stream_on_both_sides(rpc, counti
         await anext(client.stream(other, rpc.Ask(10_000)))
     async with asyncio.timeout(20):
         await seen["closed"].wait()
+
+
+@pytest.mark.parametrize(("count", "is_whole"), [(2, True), (None, True), (3, False), (1, False)])
+async def test_a_stream_whose_last_items_are_lost_ends_in_an_error(rpc, connect, count, is_whole):
+    """An older server does not say how many there were: then nobody can know."""
+    with zmq.asyncio.Context() as context, context.socket(zmq.ROUTER) as socket:
+        socket.linger = 0
+        client = await connect(f"127.0.0.1:{socket.bind_to_random_port('tcp://127.0.0.1')}", heartbeat_timeout_s=20)
+        stream = client.stream(rpc.STREAM, rpc.Ask(3))
+        reading = asyncio.create_task(anext(stream))
+        async with asyncio.timeout(20):
+            envelope = None
+            while not isinstance(envelope, wire.Open):
+                identity, head, _ = await socket.recv_multipart()
+                envelope = wire.decode_from_client(head)
+            items = [(envelope.id, number, msgspec.Raw(wire.encode(rpc.Ask(number)))) for number in range(2)]
+            for each in (
+                wire.Welcome(wire.PROTOCOL_VERSION, "e"),
+                wire.Items("e", items),
+                {"type": "End", "epoch": "e", "id": envelope.id} | ({} if count is None else {"count": count}),
+            ):
+                await socket.send_multipart([identity, wire.encode(each), b""])
+            assert [(await reading).value, (await anext(stream)).value] == [0, 1]
+            with pytest.raises(StopAsyncIteration if is_whole else PeerLost) as ended:
+                await anext(stream)
+    if not is_whole:
+        told = f"has sent 2 items of test.stream, which has {count}: the others are lost"
+        assert str(ended.value) == f"{client.address} {told}"
+
+
+async def test_a_server_says_how_many_items_there_were(rpc, counting):
+    client, _ = await counting()
+    ends, handle = [], client._handle
+
+    def noted(envelope, body):
+        ends.append(envelope)
+        handle(envelope, body)
+
+    client._handle = noted
+    for length in (0, 5, 2 * wire.CREDIT):
+        assert len([item async for item in client.stream(rpc.STREAM, rpc.Ask(length))]) == length
+    assert [each.count for each in ends if isinstance(each, wire.End)] == [0, 5, 2 * wire.CREDIT]
 
 
 async def test_a_lost_item_ends_the_stream_on_both_sides(rpc, counting):

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from hbserve_rpc import InvalidRequest, RpcServer, SamplingParams
+from hbserve_rpc import InvalidRequest, Overloaded, RpcServer, SamplingParams
+from hbserve_rpc.members import INSTANCE_FLIP, FlipRequest
 from hbserve_rpc.messages import (
     CONNECT,
     DECODE,
@@ -61,7 +62,8 @@ class FakeInstance:
     """Token i of every answer is 100 + i. Each request passes named phases, where a test can hold it or fail it.
 
     Phases: "grant" and "tokens" of a decode instance, "first", "done" and "connect d0" of a prefill instance, "tokens"
-    of a hybrid one. A prefill instance that has begun before its grant waits for that between "first" and the token.
+    of a hybrid one, "flip" of all. A prefill instance that has begun before its grant waits for that between "first"
+    and the token.
     """
 
     def __init__(
@@ -69,6 +71,9 @@ class FakeInstance:
     ) -> None:
         self.host = host
         self.role: Role = role
+        self.started_as: Role = role
+        self.epoch = ""
+        """Of what it is since it has another role than at its start."""
         self.instance_id = instance_id
         self.journal = journal
         """(instance, what) in the order in which it happened, over all instances of the test."""
@@ -114,11 +119,10 @@ class FakeInstance:
         server.serve(DESCRIBE, self._describe)
         server.serve(STATS, self._stats)
         server.serve_stream(REPORTS, self._reports)
-        if self.role == "prefill":
-            server.serve(CONNECT, self._connect)
-            server.serve_notification(GRANT, self._grant)
-        else:
-            server.serve_notification(END_CHOICE, self._end_choice)
+        server.serve(INSTANCE_FLIP, self._flip)
+        server.serve(CONNECT, self._connect)
+        server.serve_notification(GRANT, self._grant)
+        server.serve_notification(END_CHOICE, self._end_choice)
         server.serve_stream(DECODE, self._decode)
         server.serve_stream(PREFILL, self._prefill)
         server.serve_stream(GENERATE, self._generate)
@@ -131,6 +135,7 @@ class FakeInstance:
     async def restart(self) -> None:
         """Another process on the same port."""
         await self.server.stop()
+        self.role, self.epoch = self.started_as, ""
         self.server = self._make_server(self.server.port)
         await self.server.start()
 
@@ -140,15 +145,23 @@ class FakeInstance:
 
     async def _describe(self, _: Empty) -> InstanceInfo:
         return InstanceInfo(
-            self.instance_id, self.role, self.server.epoch, self.status, max_model_len=self.max_model_len,
+            self.instance_id, self.role, self.epoch or self.server.epoch, self.status, max_model_len=self.max_model_len,
             max_prompt_len=MAX_PROMPT_LEN, vocab_size=VOCAB_SIZE, error=self.error, kv_endpoint=self.kv_endpoint,
             num_blocks=NUM_BLOCKS, block_size=BLOCK_SIZE, max_num_seqs=MAX_NUM_SEQS,
             serves_generate=self.serves_generate,
+            started_as=self.started_as if self.started_as != self.role else None,
         )  # fmt: skip
+
+    async def _flip(self, request: FlipRequest) -> InstanceInfo:
+        await self._phase("flip")
+        if self.open:
+            raise Overloaded(f"{self.instance_id} has {self.open} requests")
+        self.role, self.epoch = request.role, uuid.uuid4().hex
+        return await self._describe(Empty())
 
     @property
     def kv_endpoint(self) -> bytes:
-        return f"{self.instance_id}@{self.server.epoch}".encode() if self.role == "decode" else b""
+        return f"{self.instance_id}@{self.epoch or self.server.epoch}".encode() if self.role == "decode" else b""
 
     async def _connect(self, request: ConnectRequest) -> Empty:
         await self._phase(f"connect {request.kv_endpoint.decode().partition('@')[0]}")
@@ -157,7 +170,7 @@ class FakeInstance:
 
     async def _stats(self, _: Empty) -> InstanceStats:
         return InstanceStats(
-            self.instance_id, self.role, self.status, self.server.epoch, active_requests=self.open,
+            self.instance_id, self.role, self.status, self.epoch or self.server.epoch, active_requests=self.open,
             free_blocks=self.free_blocks,
         )  # fmt: skip
 

@@ -115,7 +115,7 @@ async def test_one_that_does_not_answer_or_has_another_role_is_asked_on_and_told
 
     await until(lambda: said("it is a prefill instance, expected hybrid"))
     await until(lambda: said(f"{nobody}, of h, does not join"))
-    other.role = "hybrid"
+    other.role = other.started_as = "hybrid"
     names["h", 7] = [nobody, other.address, pod.address]
     await until(lambda: statuses(server) == {"p0": "ready", "pod-0": "ready"})
     assert said("it is a prefill instance") == 1

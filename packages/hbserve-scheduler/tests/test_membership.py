@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from hbserve_rpc import InvalidRequest, RemoteError
+from hbserve_rpc import InvalidRequest, Overloaded, RemoteError
 from hbserve_scheduler import RemoteScheduler, SchedulerServer, membership
 
 
@@ -222,3 +222,118 @@ async def test_who_has_joined_by_itself_and_is_gone_is_forgotten_after_a_while(s
     for each in pair:
         await each.server.stop()
     await until(lambda: list(handles) == ["p0"])
+
+
+# ---- another role ----------------------------------------------------------------------------------------------------
+
+
+def roles(server: SchedulerServer) -> dict[str, str]:
+    """As the figures have them, of those that take requests."""
+    return {each.instance_id: each.role for each in server.scheduler.stats().instances if each.status == "ready"}
+
+
+async def flip(remote: RemoteScheduler, name: str, role: Any) -> list[str]:
+    return [each.text async for each in remote.flip(name, role)]
+
+
+async def test_an_instance_that_is_flipped_finishes_what_it_has_and_serves_in_the_other_role(
+    serve, make_instance, pair, ask, collect, until, assert_empty
+):
+    other = await make_instance("decode", "d1")
+    server, remote = await serve(*pair, other)
+    pair[1].hold = other.hold = {"tokens"}
+    streams = [server.scheduler.submit(ask(f"{i}")) for i in range(2)]
+    await until(lambda: pair[1].requests and other.requests)
+    async with remote.flip("d1", "prefill") as news:
+        assert (await anext(news)).text == "d1 has 1 requests left"
+        assert server.scheduler.fleet.handles["d1"].status == "draining"
+        other.release()
+        assert [each.text async for each in news] == ["d1 is a prefill instance"]
+    pair[1].release()
+    assert {(await collect(each))[1].num_attempts for each in streams} == {1}
+    assert roles(server) == {"p0": "prefill", "d0": "decode", "d1": "prefill"}
+    await remote.drain("p0")
+    finished = (await collect(remote.submit(ask("after"))))[1]
+    assert (finished.prefill_instance, finished.decode_instance, finished.num_attempts) == ("d1", "d0", 1)
+    await assert_empty(server.scheduler)
+    assert await flip(remote, "d1", "prefill") == ["d1 is a prefill instance already"]
+    with pytest.raises(InvalidRequest, match="d0 is the last decode instance that takes requests"):
+        await flip(remote, "d0", "prefill")
+    await remote.join(pair[0].address)
+    assert await flip(remote, "d1", "decode") == ["d1 is a decode instance"]
+    await until(lambda: roles(server) == {"p0": "prefill", "d0": "decode", "d1": "decode"})
+
+
+async def test_every_scheduler_sees_the_new_role_also_one_that_comes_later_and_a_new_life_has_the_old_one(
+    serve, make_instance, pair, until, ask, collect
+):
+    other = await make_instance("decode", "d1")
+    parent, remote = await serve(*pair, other)
+    child, _ = await serve()
+    await parent.siblings.add("child", child.address)
+    await until(lambda: len(roles(child)) == 3)
+    handle = child.scheduler.fleet.handles["d1"]
+    assert await flip(remote, "d1", "prefill") == ["d1 is a prefill instance"]
+    expected = {"p0": "prefill", "d0": "decode", "d1": "prefill"}
+    await until(lambda: roles(child) == expected)
+    assert child.scheduler.fleet.handles["d1"] is handle, "it was heard, and not dialled anew"
+    later, _ = await serve(*pair)
+    await parent.siblings.add("later", later.address)
+    await until(lambda: roles(later) == expected)
+    assert (await RemoteScheduler.join(remote, other.address, "decode")).role == "prefill"
+    await other.restart()
+    expected = {"p0": "prefill", "d0": "decode", "d1": "decode"}
+    await until(lambda: roles(parent) == roles(child) == roles(later) == expected)
+    await collect(child.scheduler.submit(ask()))
+
+
+async def test_a_flip_waits_for_what_a_sibling_gave_the_instance_in_the_last_moment(serve, make_instance, pair):
+    other = await make_instance("decode", "d1")
+    other.fail["flip"] = [Overloaded("d1 has 1 requests")]
+    server, remote = await serve(*pair, other)
+    assert await flip(remote, "d1", "prefill") == ["d1 is a prefill instance"]
+    assert other.journal.count(("d1", "flip")) == 2
+    assert roles(server)["d1"] == "prefill"
+
+
+async def test_a_flip_that_is_left_or_fails_leaves_the_instance_what_it_was(
+    serve, make_instance, pair, ask, collect, until
+):
+    other = await make_instance("decode", "d1")
+    server, remote = await serve(*pair, other)
+    before = {"p0": "prefill", "d0": "decode", "d1": "decode"}
+    pair[1].hold = other.hold = {"tokens"}
+    streams = [server.scheduler.submit(ask(f"{i}")) for i in range(2)]
+    await until(lambda: other.requests)
+    async with remote.flip("d1", "prefill") as news:
+        await anext(news)
+    await until(lambda: roles(server) == before)
+    calling_back = remote.flip("d1", "prefill")
+    await anext(calling_back)
+    await remote.join(other.address)
+    pair[1].release()
+    other.release()
+    with pytest.raises(InvalidRequest, match="d1 was called back, and stays a decode instance"):
+        await anext(calling_back)
+    assert {(await collect(each))[1].num_attempts for each in streams} == {1}
+    other.fail["flip"] = [RemoteError("no")]
+    with pytest.raises(RemoteError, match="no"):
+        await flip(remote, "d1", "prefill")
+    await until(lambda: roles(server) == before)
+
+
+async def test_what_cannot_be_flipped_is_told(serve, make_instance, pair, until):
+    hybrid = await make_instance("hybrid", "h0")
+    _, remote = await serve(*pair, hybrid)
+    for name, problem in {
+        "p9": "instance_id='p9': no instance has it; there are: p0, d0, h0",
+        "h0": "h0 is a hybrid instance, which moves no KV, and stays one",
+        "d0": "d0 is the last decode instance that takes requests",
+    }.items():
+        with pytest.raises(InvalidRequest, match=problem):
+            await flip(remote, name, "prefill")
+    await remote.drain("p0")
+    with pytest.raises(InvalidRequest, match=r"p0 \(prefill\) at .*: it was told to drain"):
+        await flip(remote, "p0", "decode")
+    with pytest.raises(InvalidRequest, match="hybrid"):
+        await flip(remote, "d0", "hybrid")

@@ -273,6 +273,20 @@ def drain(
 
 
 @app.command()
+def flip(
+    instance_id: Annotated[str, typer.Argument(metavar="ID")],
+    role: Annotated[str, typer.Argument(metavar="ROLE", help="prefill or decode.")],
+    connect: ConnectOption,
+    keys: KeysOption = None,
+    log_level: LogLevelOption = LogLevel.WARNING,
+) -> None:
+    """Have an instance serve as the other role: drains it first, and starts nothing anew."""
+    from hbserve import members
+
+    run(members.flip(connect, keys, instance_id, role), log_level)
+
+
+@app.command()
 def scale(
     wanted: Annotated[list[str], typer.Argument(metavar="ROLE=NUMBER...", help="Such as prefill=3 decode=2.")],
     connect: ConnectOption = HERE,

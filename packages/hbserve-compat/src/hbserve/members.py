@@ -1,14 +1,15 @@
-"""`hbserve join`, `hbserve drain`, `hbserve scale` and `hbserve reload`: who belongs to a running deployment."""
+"""`hbserve join`, `drain`, `flip`, `scale` and `reload`: who belongs to a running deployment, and as what."""
 
 import asyncio
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import AsyncIterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Literal, cast
 
 from hbserve.remote import remote_scheduler
+from hbserve_rpc.members import ScaleNews
 from hbserve_rpc.messages import Role
 from hbserve_scheduler import ConfigError, RemoteScheduler
 
@@ -56,13 +57,26 @@ async def _requests_of(scheduler: RemoteScheduler, instance_id: str) -> int | No
     return None
 
 
+async def flip(connect: str, keys: Path | None, instance_id: str, role: str) -> None:
+    """Raises ConfigError, NotReady, and what the scheduler says."""
+    if role not in ("prefill", "decode"):
+        raise ConfigError(f"{role!r}: expected prefill or decode")
+    wanted = cast("Literal['prefill', 'decode']", role)
+    async with remote_scheduler(connect, keys) as (scheduler, _), scheduler.flip(instance_id, wanted) as news:
+        await _tell(news)
+
+
 async def scale(connect: str, keys: Path | None, wanted: Sequence[str]) -> None:
     """`wanted`: words as prefill=3. Raises ConfigError, NotReady, and what the scheduler says."""
     numbers = numbers_by_role(wanted)
     async with remote_scheduler(connect, keys) as (scheduler, _), scheduler.scale(numbers) as news:
-        async for each in news:
-            sys.stdout.write(f"{each.text}\n")
-            sys.stdout.flush()
+        await _tell(news)
+
+
+async def _tell(news: AsyncIterable[ScaleNews]) -> None:
+    async for each in news:
+        sys.stdout.write(f"{each.text}\n")
+        sys.stdout.flush()
 
 
 def numbers_by_role(words: Sequence[str]) -> dict[Role, int]:

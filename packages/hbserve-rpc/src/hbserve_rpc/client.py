@@ -222,11 +222,7 @@ class RpcClient:
     def _handle(self, envelope: wire.FromServer, body: bytes) -> None:
         match envelope:
             case wire.Refused(version=version):
-                self._fail_all(
-                    ProtocolMismatch(
-                        f"{self.address} speaks version {version} of the protocol, this side {wire.PROTOCOL_VERSION}"
-                    )
-                )
+                self._fail_all(ProtocolMismatch(wire.mismatch(version, self.address)))
             case wire.Welcome(epoch=epoch):
                 self._welcomed(epoch)
             case wire.UnknownClient(epoch=epoch, id=last_lost):

@@ -1,7 +1,7 @@
-"""The structs and methods by which instances join a running deployment, are drained and leave it, and by which it is
-scaled."""
+"""The structs and methods by which instances join a running deployment, are drained, change roles and leave it, and by
+which it is scaled."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import msgspec
 
@@ -27,6 +27,13 @@ class DrainRequest(msgspec.Struct, frozen=True, tag=True):
     """Forget it when it has nothing left."""
     within_s: Annotated[float, msgspec.Meta(ge=0, le=86400)] | None = None
     """After so long, what it has gets another attempt elsewhere, and it is forgotten."""
+
+
+class FlipRequest(msgspec.Struct, frozen=True, tag=True):
+    """Have an instance serve as another role, without a new start."""
+
+    instance_id: str
+    role: Literal["prefill", "decode"]
 
 
 class ScaleRequest(msgspec.Struct, frozen=True, tag=True):
@@ -69,6 +76,10 @@ class Reloaded(msgspec.Struct, frozen=True, tag=True):
 SCHEDULER_JOIN: Method[JoinRequest, InstanceInfo] = Method("scheduler.join", JoinRequest, InstanceInfo)
 SCHEDULER_DRAIN: Method[DrainRequest, Empty] = Method("scheduler.drain", DrainRequest, Empty)
 """Answered when it is begun; the figures show when the instance has nothing left."""
+INSTANCE_FLIP: Method[FlipRequest, InstanceInfo] = Method("instance.flip", FlipRequest, InstanceInfo)
+"""Of an instance that has no request; else it is refused, as Overloaded. What it is from then on has another epoch."""
+SCHEDULER_FLIP: StreamMethod[FlipRequest, ScaleNews] = StreamMethod("scheduler.flip", FlipRequest, ScaleNews)
+"""Drains it first. Ends when it is done; if the stream is closed before, the instance stays what it was."""
 SCHEDULER_SCALE: StreamMethod[ScaleRequest, ScaleNews] = StreamMethod("scheduler.scale", ScaleRequest, ScaleNews)
 """Ends when it is done. It goes on if the stream is closed."""
 SCHEDULER_RELOAD: Method[Empty, Reloaded] = Method("scheduler.reload", Empty, Reloaded)

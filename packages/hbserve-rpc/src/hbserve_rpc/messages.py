@@ -242,7 +242,7 @@ class InstanceInfo(msgspec.Struct, frozen=True, tag=True):
     instance_id: str
     role: Role
     epoch: str
-    """One life of the instance's process."""
+    """One life of the instance: of its process, and in this role."""
     status: InstanceStatus
     model: str = ""
     """Where the model was loaded from."""
@@ -265,10 +265,12 @@ class InstanceInfo(msgspec.Struct, frozen=True, tag=True):
     """Why `status` is "failed"."""
     serves_generate: bool = False
     """A decode instance that computes prompts too, where there is nobody else for it."""
+    started_as: Role | None = None
+    """The role that it was started with, if it has another one now: see `members.INSTANCE_FLIP`."""
 
 
 class InstanceStats(msgspec.Struct, frozen=True, tag=True):
-    """A snapshot. Counters count from the start of the epoch."""
+    """A snapshot. Counters count from the start of the process."""
 
     instance_id: str
     role: Role
@@ -333,10 +335,7 @@ class SchedulerStats(msgspec.Struct, frozen=True, tag=True):
     local_prefills: int = 0
     """Attempts in which a decode instance computed the prompt itself."""
     success_rate: float = 1.0
-    """completed / (completed + failed), in [0, 1]; 1 while nothing has ended.
-
-    Aborts and refusals are the caller's and do not count.
-    """
+    """completed / (completed + failed), in [0, 1]; 1 while nothing has ended. What callers cause does not count."""
     handoff: LatencySummary = LatencySummary()
     """See RequestFinished.handoff_s; of requests that had a second token."""
     prompt_tokens: int = 0

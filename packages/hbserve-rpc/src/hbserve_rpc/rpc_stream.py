@@ -71,6 +71,9 @@ class RpcStream(AsyncIterator[R], Generic[R]):
     def end(self, envelope: wire.Reply | wire.End | wire.Failed, body: bytes) -> None:
         if isinstance(envelope, wire.Reply):
             self.receive_item(0, body)
+        elif isinstance(envelope, wire.End) and envelope.count not in (None, self._num_received):
+            what = f"{self._num_received} items of {self.method}, which has {envelope.count}"
+            self.fail(PeerLost(f"{self._client.address} has sent {what}: the others are lost"))
         self.fail(wire.revive_error(envelope) if isinstance(envelope, wire.Failed) else StopAsyncIteration())
 
     def fail(self, error: Exception) -> None:

@@ -229,6 +229,7 @@ class RpcServer:
 
     def _greet(self, identity: bytes, hello: wire.Hello) -> None:
         if not hello.is_understood():
+            self._complaints.add("refused a client: %s", wire.mismatch(hello.version, "it"))
             self._send(identity, wire.Refused(wire.PROTOCOL_VERSION, self.epoch))
             return
         if identity not in self._clients and len(self._clients) >= MOST_CLIENTS:
@@ -314,7 +315,7 @@ class RpcServer:
         except (Exception, asyncio.CancelledError) as error:  # as above
             self._fail(identity, open_.id, open_.method, error)
         else:
-            self._send(identity, wire.End(self.epoch, open_.id))
+            self._send(identity, wire.End(self.epoch, open_.id, number))
 
     def _fail(self, identity: bytes, id_: int, method: str, error: BaseException) -> None:
         _reraise_if_stopped(error)

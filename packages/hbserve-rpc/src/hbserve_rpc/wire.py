@@ -11,7 +11,7 @@
                                                server's loop brought; of each no more than it was given credit for
       Credits[(id, count) …]     ──────▶       likewise
       Close(id)                  ──────▶       stop the call or stream; nothing more comes
-                                 ◀──────       End(id), or Failed(id, code, message)
+                                 ◀──────       End(id, count), or Failed(id, code, message)
       Ping                       ──────▶
                                  ◀──────       Pong; also unasked, to see whether the client is still connected
       Goodbye                    ──────▶       it ends in order: what it asked is not wanted any more
@@ -140,6 +140,8 @@ class Items(msgspec.Struct, frozen=True, tag=True):
 class End(msgspec.Struct, frozen=True, tag=True):
     epoch: str
     id: int
+    count: int | None = None
+    """Of the stream's items. An older server does not say; then one that has lost its last ones ends as if whole."""
 
 
 class Failed(msgspec.Struct, frozen=True, tag=True):
@@ -163,6 +165,13 @@ _CROSS_UNCHANGED: dict[str, type[HBServeRpcError]] = {
 }
 LONGEST_RETRY_S = 3600.0
 """Whatever a peer says: longer ones are cut, and what is no time at all is none."""
+
+
+def mismatch(theirs: int, what: str) -> str:
+    """What is said of a peer of a version that this side does not speak: which side is to be upgraded."""
+    here = f"{PROTOCOL_VERSION}" if OLDEST_VERSION == PROTOCOL_VERSION else f"{OLDEST_VERSION} to {PROTOCOL_VERSION}"
+    older = "this side" if theirs > PROTOCOL_VERSION else "the other side"
+    return f"{what} speaks version {theirs} of the protocol, this side {here}: {older} is older, upgrade hbserve there"
 
 
 def describe_error(epoch: str, id_: int, error: BaseException) -> Failed:

@@ -143,6 +143,9 @@ class Fleet:
         """It is in another state, or another life."""
         self._limiting, self._roles_there, self._lacks_prefill = None, {}, None
         self._decodes = {each.epoch: each for each in self.handles.values() if each.role == "decode" and each.info}
+        for role, available in self._available.items():
+            if role != handle.role:
+                available.forget(handle)  # it may have had that one
         self._available[handle.role].look(handle)
         self.links.look()
 

@@ -44,6 +44,7 @@ class InstanceHandle:
         """on_change: called when there may be more room than before; on_info: when `info` is another."""
         self.instance_id = instance_id
         self.role: Role = role
+        self.declared: Role = role  # that it was started with; it may have been flipped since
         self.address = address
         self.info: InstanceInfo | None = None
         self.last_stats: InstanceStats | None = None
@@ -65,8 +66,7 @@ class InstanceHandle:
         self.links: dict[str, bool] = {}
         """Of a prefill instance to decode instances, by their epoch: whether they are connected, or cannot be now.
         See links.py."""
-        self._config, self._make = config, make_client
-        self._on_info, self._on_change = on_info, on_change
+        self._config, self._make, self._on_info, self._on_change = config, make_client, on_info, on_change
         self._following: asyncio.Task[None] | None = None
         self._outage: Outage | None = None
         """While it is not reached."""
@@ -113,11 +113,11 @@ class InstanceHandle:
 
     @property
     def stats(self) -> InstanceStats:
-        """The last snapshot that it gave, under its present status."""
+        """The last snapshot that it gave, under its present status and role."""
         last = self.last_stats
         if last is None or self.info is None:
             return InstanceStats(self.instance_id, self.role, self.status)
-        return msgspec.structs.replace(last, status=self.status)
+        return msgspec.structs.replace(last, status=self.status, role=self.role)
 
     def reports_room(self, num_tokens: int, num_choices: int = 1) -> bool:
         """Whether its last report leaves room for one more request, beside those that it was given since, and spare
@@ -155,7 +155,7 @@ class InstanceHandle:
 
     def _take(self, report: InstanceInfo | InstanceReport) -> None:
         if isinstance(report, InstanceInfo):
-            self._take_info(report)
+            self.take_info(report)
             return
         self.last_stats, self._given_at_report = report.stats, (self.num_given, self.tokens_given)
         others = report.other_tokens if self.role == "prefill" else report.other_requests
@@ -163,13 +163,18 @@ class InstanceHandle:
         self._load_of_others = others
         self.changed()
 
-    def _take_info(self, info: InstanceInfo) -> None:
-        if info.instance_id != self.instance_id or info.role != self.role:
+    def take_info(self, info: InstanceInfo) -> None:
+        """It says what it is."""
+        started_as = info.started_as or info.role
+        if info.instance_id != self.instance_id or started_as != self.declared:
             self.lost(
-                f"{self.address} is {info.role} instance {info.instance_id!r}, "
-                f"not {self.role} instance {self.instance_id!r}"
+                f"{self.address} is {started_as} instance {info.instance_id!r}, "
+                f"not {self.declared} instance {self.instance_id!r}"
             )
             return
+        if info.role != self.role:  # of the two roles, load is counted in different units
+            logger.info("%s at %s is a %s instance now", self.instance_id, self.address, info.role)
+            self.role, self.load, self._load_of_others = info.role, self.load - self._load_of_others, 0
         if self._outage is not None and self._outage.was_said:
             silent_s = asyncio.get_running_loop().time() - self._outage.began_s
             logger.warning("%s at %s is reached, after %.0f s", self.instance_id, self.address, silent_s)

@@ -1,4 +1,4 @@
-"""Membership of a running deployment: instances join it, are drained, and leave.
+"""Membership of a running deployment: instances join it, are drained, take another role, and leave.
 
 Whoever is asked to do so (a command, an instance that registers itself, a name that is looked up, the file that is read
 again) does it here; siblings, which are other schedulers of the same instances, are told the whole list each time.
@@ -7,10 +7,10 @@ again) does it here; siblings, which are other schedulers of the same instances,
 import asyncio
 import contextlib
 import logging
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Sequence
 
-from hbserve_rpc import HBServeRpcError, InvalidAddress, InvalidRequest, parse_address
-from hbserve_rpc.members import Member
+from hbserve_rpc import HBServeRpcError, InvalidAddress, InvalidRequest, Overloaded, parse_address
+from hbserve_rpc.members import INSTANCE_FLIP, FlipRequest, Member
 from hbserve_rpc.messages import DESCRIBE, Empty, InstanceInfo, Role
 from hbserve_scheduler.fleet import Fleet
 from hbserve_scheduler.instances import InstanceHandle
@@ -77,8 +77,9 @@ class Membership:
         info = await self._describe(address)
         if info.epoch in self._sent_away and not again:
             raise InvalidRequest(f"{info.instance_id} at {address} was told to leave; whoever told it may call it back")
-        if role not in (None, info.role):
-            raise InvalidRequest(f"{info.instance_id} at {address}: it is a {info.role} instance, expected {role}")
+        started_as = info.started_as or info.role
+        if role not in (None, started_as):
+            raise InvalidRequest(f"{info.instance_id} at {address}: it is a {started_as} instance, expected {role}")
         known = self._fleet.handles.get(info.instance_id)
         if known is not None and known.address != address:
             if known.epoch == info.epoch:  # another address of the same life
@@ -88,7 +89,7 @@ class Membership:
             await self._fleet.remove(info.instance_id)
             known = None
         if known is None:
-            await self._fleet.add(info.instance_id, info.role, address)
+            await self._fleet.add(info.instance_id, started_as, address)
             logger.info("%s at %s joins", info.instance_id, address)
         if again or (info.instance_id in self._leaving and info.epoch not in self._sent_away):
             self._call_back(info)
@@ -163,6 +164,49 @@ class Membership:
             before.cancel()
         self._leaving[instance_id] = asyncio.create_task(self._see_off(instance_id, within_s))
 
+    async def flip(self, request: FlipRequest) -> AsyncGenerator[str, None]:
+        """Drain an instance, and have it serve as the other role from then on, in what is another life of it. Yields
+        lines of what is waited for and done. Until it is done, whatever goes wrong, also that nobody reads these lines
+        any more: then it takes requests again, as what it was.
+
+        Raises:
+            InvalidRequest: it cannot be; says why.
+            HBServeRpcError: the instance does not answer any more.
+        """
+        name, role = request.instance_id, request.role
+        handle = self._require(name)
+        if handle.role == role:
+            yield f"{name} is a {role} instance already"
+            return
+        self._require_flippable(handle)
+        epoch, last = handle.epoch, 0
+        self.drain(name)
+        try:
+            while handle.role != role:
+                if num_left := await self._until_empty(handle):
+                    if num_left != last:
+                        yield f"{name} has {num_left} requests left"
+                    last = num_left
+                    continue
+                if handle.health.drained != epoch:
+                    raise InvalidRequest(f"{name} was called back, and stays a {handle.role} instance")
+                with contextlib.suppress(Overloaded):  # a sibling's, which had not heard that it is drained
+                    handle.take_info(await handle.client.call(INSTANCE_FLIP, request, timeout_s=DESCRIBE_TIMEOUT_S))
+        finally:
+            if handle.health.drained == epoch and self._fleet.handles.get(name) is handle:
+                self._fleet.drain(name, "")
+        yield f"{name} is a {role} instance"
+
+    def _require_flippable(self, handle: InstanceHandle) -> None:
+        """Raises InvalidRequest: it cannot get another role now."""
+        name, peers = handle.instance_id, self._fleet.handles.values()
+        if handle.role == "hybrid":
+            raise InvalidRequest(f"{name} is a hybrid instance, which moves no KV, and stays one")
+        if handle.status != "ready" or name in self._leaving:
+            raise InvalidRequest(handle.describe_problem())
+        if not any(each.status == "ready" and each.role == handle.role for each in peers if each is not handle):
+            raise InvalidRequest(f"{name} is the last {handle.role} instance that takes requests")
+
     async def until_left(self, instance_id: str) -> bool:
         """Wait until one that was told to leave has left. False: it was called back meanwhile."""
         while (leaving := self._leaving.get(instance_id)) is not None:
@@ -173,26 +217,34 @@ class Membership:
         handle = self._fleet.handles[instance_id]
         with contextlib.suppress(TimeoutError, HBServeRpcError):
             async with asyncio.timeout(within_s):
-                num_empty = 0
-                while num_empty < 2:  # a sibling may have given it something just before it heard of this
-                    num_empty = 0 if await self._has_something(handle) else num_empty + 1
-                    await asyncio.sleep(LOOK_S)
+                while await self._until_empty(handle):
+                    pass
         del self._leaving[instance_id]
         if self._fleet.handles.get(instance_id) is handle:
             await self._fleet.remove(instance_id)
             logger.info("%s has left", instance_id)
 
-    async def _has_something(self, handle: InstanceHandle) -> bool:
+    async def _until_empty(self, handle: InstanceHandle) -> int:
+        """0: it has nothing, and a moment later neither, when a sibling's that had not heard of this has come. Else how
+        many requests it has left."""
+        for _ in range(2):
+            if num_left := await self._num_left(handle):
+                await asyncio.sleep(LOOK_S)
+                return num_left
+            await asyncio.sleep(LOOK_S)
+        return 0
+
+    async def _num_left(self, handle: InstanceHandle) -> int:
         if not handle.epoch:
-            return False
+            return 0
         await handle.refresh()
-        return handle.last_stats is not None and handle.last_stats.active_requests > 0
+        return handle.last_stats.active_requests if handle.last_stats is not None else 0
 
     # ---- siblings ------------------------------------------------------------------------------------------------
 
     def members(self) -> list[Member]:
         return [
-            Member(each.instance_id, each.role, each.address, each.health.drained)
+            Member(each.instance_id, each.declared, each.address, each.health.drained)
             for each in self._fleet.handles.values()
         ]
 
@@ -202,7 +254,7 @@ class Membership:
             wanted = {each.instance_id: each for each in members}
             for instance_id, handle in list(self._fleet.handles.items()):
                 each = wanted.get(instance_id)
-                if each is None or (each.role, each.address) != (handle.role, handle.address):
+                if each is None or (each.role, each.address) != (handle.declared, handle.address):
                     await self._fleet.remove(instance_id)
             for each in members:
                 await self.add(each)

@@ -2,15 +2,18 @@
 
 import asyncio
 from collections.abc import Mapping
+from typing import Literal
 
 from hbserve_rpc import HBServeRpcError, Keys, NotAllowed, RpcClient, RpcStream
 from hbserve_rpc.members import (
     SCHEDULER_DRAIN,
+    SCHEDULER_FLIP,
     SCHEDULER_JOIN,
     SCHEDULER_MEMBERS,
     SCHEDULER_RELOAD,
     SCHEDULER_SCALE,
     DrainRequest,
+    FlipRequest,
     JoinRequest,
     Member,
     Members,
@@ -119,6 +122,14 @@ class RemoteScheduler:
         """Have an instance get no new requests, and leave when it has none, as `Membership` says."""
         request = DrainRequest(instance_id, leaves, within_s)
         await self._client.call(SCHEDULER_DRAIN, request, timeout_s=CALL_TIMEOUT_S)
+
+    def flip(self, instance_id: str, role: Literal["prefill", "decode"]) -> RpcStream[ScaleNews]:
+        """Have an instance serve as the other role, as `Membership.flip` says; ends when it does.
+
+        Raises, while iterating:
+            InvalidRequest: it cannot be; says why.
+        """
+        return self._client.stream(SCHEDULER_FLIP, FlipRequest(instance_id, role))
 
     def scale(self, wanted: Mapping[Role, int]) -> RpcStream[ScaleNews]:
         """Have so many instances of these roles, of those that the deployment has started; ends when it is done.

@@ -9,11 +9,13 @@ from hbserve_rpc import AddressInUse, InvalidRequest, Keys, RpcServer, calling_p
 from hbserve_rpc.health_port import HealthPort
 from hbserve_rpc.members import (
     SCHEDULER_DRAIN,
+    SCHEDULER_FLIP,
     SCHEDULER_JOIN,
     SCHEDULER_MEMBERS,
     SCHEDULER_RELOAD,
     SCHEDULER_SCALE,
     DrainRequest,
+    FlipRequest,
     JoinRequest,
     Members,
     Reloaded,
@@ -77,6 +79,7 @@ class SchedulerServer:
         self._server.serve_notification(SCHEDULER_MEMBERS, self._members)
         self._server.serve_notification(SCHEDULER_INSTANCE_DIED, self._instance_died)
         self._server.serve_stream(SCHEDULER_GENERATE, self._generate)
+        self._server.serve_stream(SCHEDULER_FLIP, self._flip)
         self._server.serve_stream(SCHEDULER_SCALE, self._scale)
         self.health: HealthPort | None = None
         if scheduler.config.health_port is not None:
@@ -170,6 +173,11 @@ class SchedulerServer:
         else:
             self.members.drain(request.instance_id)
         return Empty()
+
+    async def _flip(self, request: FlipRequest) -> AsyncIterator[ScaleNews]:
+        async with contextlib.aclosing(self.members.flip(request)) as lines:
+            async for text in lines:
+                yield ScaleNews(text)
 
     async def _scale(self, request: ScaleRequest) -> AsyncIterator[ScaleNews]:
         if self.scale is None:

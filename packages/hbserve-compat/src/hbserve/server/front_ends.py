@@ -147,7 +147,7 @@ class FrontEnds(FrontEnd):
             scheduler=msgspec.structs.replace(config, host="127.0.0.1", port=0, health_port=None),
             model_name=name,
             model_folder=str(folder),
-            instances=[(each.instance_id, each.role, each.address) for each in server.scheduler.fleet.handles.values()],
+            instances=[(each.instance_id, each.role, each.address) for each in server.members.members()],
             keys=server.scheduler.keys,
             parent_has_keys=server.keys is not None,
             parent=format_address(host, port),

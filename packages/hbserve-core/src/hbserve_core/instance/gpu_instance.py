@@ -10,6 +10,8 @@ import uuid
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequence
 from typing import Any
 
+import msgspec
+
 from hbserve_core.config import InstanceConfig
 from hbserve_core.engine.engine import Engine
 from hbserve_core.engine.step import EngineStats, Runner
@@ -25,6 +27,7 @@ from hbserve_rpc import EngineFailed, InvalidRequest, Overloaded, RemoteError, R
 from hbserve_rpc.health_port import HealthPort
 from hbserve_rpc.instance_metrics import instance_metrics
 from hbserve_rpc.loop_lag import LoopLag
+from hbserve_rpc.members import INSTANCE_FLIP, FlipRequest
 from hbserve_rpc.messages import (
     CACHED_PREFIXES,
     CONNECT,
@@ -44,6 +47,7 @@ from hbserve_rpc.messages import (
     GenerateRequest,
     Granted,
     GrantRequest,
+    InstanceInfo,
     InstanceStatus,
     PrefillRequest,
     TokenEvent,
@@ -65,6 +69,7 @@ class GpuInstance:
     def __init__(self, config: InstanceConfig) -> None:
         self.config = config
         self.epoch = uuid.uuid4().hex
+        self.started_as = config.role
         self.status: InstanceStatus = "starting"
         self.error = ""
         self.engine: Engine | None = None
@@ -119,15 +124,14 @@ class GpuInstance:
         self._server.serve(STATS, self.reports.stats)
         self._server.serve_stream(REPORTS, self.reports.follow)
         self._server.serve(CACHED_PREFIXES, self._cached_prefixes)
-        if self.config.role == "prefill":
+        self._server.serve_stream(GENERATE, self._generate)
+        self._server.serve_notification(END_CHOICE, self._end_choice)
+        if self.config.role != "hybrid":  # which of them it is asked for is its role
             self._server.serve_stream(PREFILL, self._prefill)
             self._server.serve_notification(GRANT, self._grant)
             self._server.serve(CONNECT, self._connect)
-        else:
-            self._server.serve_stream(GENERATE, self._generate)
-            self._server.serve_notification(END_CHOICE, self._end_choice)
-        if self.config.role == "decode":
             self._server.serve_stream(DECODE, self._decode)
+            self._server.serve(INSTANCE_FLIP, self._flip)
         await self._server.start()
         if self.health is not None:
             await self.health.start()
@@ -374,6 +378,18 @@ class GpuInstance:
         except (TransferFailed, FingerprintMismatch) as error:
             raise RemoteError(str(error)) from error
         return Empty()
+
+    async def _flip(self, request: FlipRequest) -> InstanceInfo:
+        """All that the other role needs is there. What was known of this life is of no use in the next: a new epoch."""
+        self._require_ready()
+        name, role = self.config.instance_id, request.role
+        if self.num_active:
+            raise Overloaded(f"{name} has {self.num_active} requests; it can become a {role} instance when it has none")
+        if role != self.config.role:
+            self.config, self.epoch = msgspec.structs.replace(self.config, role=role), uuid.uuid4().hex
+            self.reports.tell()
+            logger.info("%s: is a %s instance from now on", name, role)
+        return await self.reports.describe(Empty())
 
     def _require_transfers(self) -> InstanceTransfers:
         assert self.transfers is not None, "a ready prefill or decode instance has them"

@@ -22,6 +22,7 @@ from hbserve_rpc.messages import (
     InstanceStats,
     InstanceStatus,
     PrefillRequest,
+    Role,
 )
 from hbserve_rpc.reports import InstanceReport, ReportsRequest
 
@@ -31,6 +32,7 @@ class Reported(Protocol):
 
     config: InstanceConfig
     epoch: str
+    started_as: Role
     status: InstanceStatus
     error: str
     engine: Engine | None
@@ -104,6 +106,7 @@ class Reports:
             kv_endpoint=instance.transfers.endpoint if instance.transfers is not None and receives else b"",
             error=instance.error,
             serves_generate=instance.config.role != "prefill",
+            started_as=instance.started_as if instance.started_as != instance.config.role else None,
         )
 
     async def stats(self, _: Empty) -> InstanceStats:
