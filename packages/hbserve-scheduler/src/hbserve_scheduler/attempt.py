@@ -222,7 +222,8 @@ class Attempt:
         try:
             await self._decided.wait()
             # Before the grant neither knows why the other has failed, nor does D before the first token why P has.
-            if self._is_granted and (self._first_token.is_set() or not prefill.done()):
+            others_know = self._is_granted and (self._first_token.is_set() or not prefill.done())
+            if others_know and not (prefill.done() and decode.done()):
                 await asyncio.wait(tasks, timeout=VERDICT_TIMEOUT_S)
             if self._entry.finish_reason is None and self._decoding and prefill.done():
                 # D has the KV, whatever became of P since.
@@ -231,9 +232,10 @@ class Attempt:
                 if task.done() and self._entry.finish_reason is None:
                     task.result()
         finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            if not all(task.done() and not task.cancelled() and task.exception() is None for task in tasks):
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _deciding(self, leg: Coroutine[Any, Any, None]) -> None:
         try:

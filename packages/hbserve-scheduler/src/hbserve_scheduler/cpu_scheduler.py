@@ -61,9 +61,10 @@ class CpuScheduler:
         self.running_requests: dict[str, ScheduledRequest] = {}
         self._changed = asyncio.Event()
         self._admission = Admission(self.config, self.waiting_requests)
-        self.fleet = Fleet(self.config, self._changed.set, client_factory)
+        self.fleet = Fleet(self.config, self._may_have_room, client_factory)
         self.retries = Retries(self.fleet, self._changed.set)
         self._scheduling: asyncio.Task[None] | None = None
+        self._ticking: asyncio.TimerHandle | None = None
         self._missing_since_s: float | None = None
         self._stopped = False
         self.figures = Figures()
@@ -99,6 +100,7 @@ class CpuScheduler:
     async def start(self) -> None:
         await self.fleet.start()
         self.figures.loop_lag.start()
+        self._tick()
         self._scheduling = asyncio.create_task(self._schedule())
 
     async def stop(self) -> None:
@@ -109,6 +111,8 @@ class CpuScheduler:
         for entry in [*self.waiting_requests, *self.running_requests.values()]:
             self._end(entry, entry.finish_reason or "abort")
         tasks = [entry.task for entry in self.running_requests.values() if entry.task is not None]
+        if self._ticking is not None:
+            self._ticking.cancel()
         if self._scheduling is not None:
             self._scheduling.cancel()
             tasks.append(self._scheduling)
@@ -218,7 +222,8 @@ class CpuScheduler:
     # ---- scheduling ----------------------------------------------------------------------------------------------
 
     async def _schedule_waiting_requests(self) -> None:
-        """Start waiting requests, as far as there is room. Called whenever a request or an instance has changed."""
+        """Start waiting requests, as far as there is room. Called when one has come, while some wait whenever a request
+        or an instance has changed, and now and then."""
         while self.waiting_requests and self.has_room():
             self.start_request(self.waiting_requests[0])
 
@@ -243,14 +248,22 @@ class CpuScheduler:
         placement.end()
         if self.running_requests.get(entry.request.request_id) is entry:
             del self.running_requests[entry.request.request_id]
+        self._may_have_room()
+
+    def _may_have_room(self) -> None:
+        """A request or an instance has changed, which matters where some wait: it is so five times for each request."""
+        if self.waiting_requests or self.retries:
+            self._changed.set()
+
+    def _tick(self) -> None:
+        """What depends on time alone is looked at so often."""
         self._changed.set()
+        self._ticking = asyncio.get_running_loop().call_later(TICK_S, self._tick)
 
     async def _schedule(self) -> None:
         loop = asyncio.get_running_loop()
         while True:
-            tick = loop.call_later(TICK_S, self._changed.set)
             await self._changed.wait()
-            tick.cancel()
             self._changed.clear()
             self.retries.place()
             try:

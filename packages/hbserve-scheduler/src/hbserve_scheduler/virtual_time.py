@@ -22,8 +22,8 @@ class VirtualTimeLoop(asyncio.BaseEventLoop):
     """Begins at 0 s. Work takes no time in it, only waiting does.
 
     asyncio's own loop with a selector that jumps would do, but most of a simulation was that loop: it makes handles and
-    compares timers in Python, and looks at the selector in every turn. `_run_once` is what BaseEventLoop calls for one
-    turn, in all versions of Python that we run on.
+    compares timers in Python, and looks at the selector in every turn. `_run_once` is what BaseEventLoop calls until
+    `_stopping`, in all versions of Python that we run on.
     """
 
     def __init__(self) -> None:
@@ -63,19 +63,23 @@ class VirtualTimeLoop(asyncio.BaseEventLoop):
         return handle
 
     def _run_once(self) -> None:
+        """All that is to happen now, in the order in which it was asked for; before it a jump, if that is nothing."""
         soon = self._soon
         if not soon:
             self._jump()
-        for _ in range(len(soon)):  # what they add is of the next turn
+        while soon:
             handle = soon.popleft()
-            if handle.callback is None:
+            callback = handle.callback
+            if callback is None:
                 continue
             try:
-                handle.context.run(handle.callback, *handle.args)
+                handle.context.run(callback, *handle.args)
             except (SystemExit, KeyboardInterrupt):
                 raise
             except BaseException as error:
-                self.call_exception_handler({"message": f"{handle.callback!r} failed", "exception": error})
+                self.call_exception_handler({"message": f"{callback!r} failed", "exception": error})
+            if self._stopping:  # type: ignore[attr-defined]  # BaseEventLoop's
+                return
 
     def _jump(self) -> None:
         """Raises RuntimeError: all wait for each other, and there is no timer that would end it."""

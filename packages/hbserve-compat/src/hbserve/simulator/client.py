@@ -1,16 +1,22 @@
 """A scheduler's connection to a modelled instance, in the same event loop: no socket, and no real time."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from hbserve.simulator.instance import ModelledInstance
+from hbserve.simulator.sessions import Decoding, Generating, Prefilling, Reporting
+from hbserve.simulator.stream import Session, Stream
 from hbserve_rpc import PeerDied, PeerLost, RpcTimeout
-from hbserve_rpc.messages import CONNECT, DECODE, DESCRIBE, END_CHOICE, GENERATE, GRANT, PREFILL, STATS
+from hbserve_rpc.messages import CONNECT, DECODE, DESCRIBE, END_CHOICE, GENERATE, GRANT, PREFILL, Empty
 from hbserve_rpc.reports import REPORTS
 
-CALLS = {DESCRIBE.name: "describe", STATS.name: "stats", CONNECT.name: "connect"}
-STREAMS = {DECODE.name: "decode", PREFILL.name: "prefill", GENERATE.name: "generate", REPORTS.name: "reports"}
+SESSIONS: dict[str, Callable[[ModelledInstance, Any, Stream[Any]], Session]] = {
+    DECODE.name: Decoding,
+    PREFILL.name: Prefilling,
+    GENERATE.name: Generating,
+    REPORTS.name: Reporting,
+}
 
 
 class Host:
@@ -52,7 +58,7 @@ class SimulatedClient:
 
     def __init__(self, hosts: Mapping[str, Host], address: str, **_: float) -> None:
         self._host = hosts[address.partition(":")[0]]
-        self._open: dict[SimulatedStream, None] = {}
+        self._open: dict[Stream[Any], None] = {}
         self.on_lost: Callable[[PeerLost], None] = lambda why: None
         self.on_doubt: Callable[[str], None] = lambda why: None
 
@@ -80,70 +86,26 @@ class SimulatedClient:
                     instance = await self._host.alive()
             except TimeoutError:
                 raise RpcTimeout(f"no answer to {method.name} within {timeout_s:g} s") from None
-        return await getattr(instance, CALLS[method.name])(request)
+        if method is CONNECT:
+            return Empty()
+        return instance.info() if method is DESCRIBE else instance.figures()
 
     def notify(self, method: Any, request: Any) -> None:
         instance = self._host.instance
         if instance is None or method is END_CHOICE:  # a choice that goes on a while costs a few tokens
             return
         assert method is GRANT, method
-        future = instance.grant(request)
-        asyncio.get_running_loop().call_later(instance.profile.message_s, _run, future)
+        instance.loop.call_later(instance.profile.message_s, instance.grant, request)
 
-    def stream(self, method: Any, request: Any) -> "SimulatedStream":
-        stream = SimulatedStream(self, self._host.instance, STREAMS[method.name], request)
-        self._open[stream] = None
+    def stream(self, method: Any, request: Any) -> Stream[Any]:
+        stream: Stream[Any] = Stream(self._forget)
+        instance = self._host.instance
+        if instance is None:
+            stream.fail(PeerLost("it is not there"))
+        else:
+            self._open[stream] = None
+            stream.session = SESSIONS[method.name](instance, request, stream)
         return stream
 
-    def forget(self, stream: "SimulatedStream") -> None:
+    def _forget(self, stream: Stream[Any]) -> None:
         self._open.pop(stream, None)
-
-
-def _run(handler: Any) -> None:
-    """A handler that waits for nothing."""
-    try:
-        handler.send(None)
-    except StopIteration:
-        return
-    raise AssertionError("a notification waits for nothing")
-
-
-class SimulatedStream:
-    """An InstanceStream: what the instance's handler yields, until one of both has ended."""
-
-    def __init__(self, client: SimulatedClient, instance: ModelledInstance | None, name: str, request: Any) -> None:
-        self._client = client
-        self._items: AsyncGenerator[Any, None] | None = getattr(instance, name)(request) if instance else None
-        self._error: PeerLost | None = None if instance else PeerLost("it is not there")
-        self._reading: asyncio.Task[Any] | None = None
-
-    def fail(self, error: PeerLost) -> None:
-        self._error = error
-        if self._reading is not None:
-            self._reading.cancel()
-
-    def __aiter__(self) -> "SimulatedStream":
-        return self
-
-    async def __anext__(self) -> Any:
-        if self._error is not None:
-            raise self._error
-        assert self._items is not None
-        self._reading = asyncio.current_task()
-        try:
-            return await self._items.__anext__()
-        except asyncio.CancelledError:
-            assert self._reading is not None
-            if self._error is None or self._reading.uncancel() > 0:  # the scheduler has cancelled it too
-                raise
-            raise self._error from None
-        finally:
-            self._reading = None
-
-    async def __aenter__(self) -> "SimulatedStream":
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        self._client.forget(self)
-        if self._items is not None:
-            await self._items.aclose()

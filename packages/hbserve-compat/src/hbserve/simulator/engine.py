@@ -131,18 +131,12 @@ class ModelledEngine:
     def _cut_short(self) -> None:
         """End what is under way after the step that is under way."""
         elapsed_s = self._loop.time() - self._began_s
-        low, high = 1, self._steps_under_way
-        while low < high:
-            middle = (low + high) // 2
-            if self._law.decode_steps_s(middle, self.batch, self.keys) >= elapsed_s:
-                high = middle
-            else:
-                low = middle + 1
-        if low < self._steps_under_way:
+        fewest = self._law.fewest_steps(elapsed_s, self.batch, self.keys, self._steps_under_way)
+        if fewest < self._steps_under_way:
             assert self._timer is not None
             self._timer.cancel()
-            self._steps_under_way = low
-            end_s = self._began_s + self._law.decode_steps_s(low, self.batch, self.keys)
+            self._steps_under_way = fewest
+            end_s = self._began_s + self._law.decode_steps_s(fewest, self.batch, self.keys)
             self._timer = self._loop.call_at(end_s, self._end)
 
     def _begin(self) -> None:

@@ -74,6 +74,18 @@ class StepLaw:
         """Of `count` steps of the same sequences, which have `keys` tokens together before the first."""
         return count * self.step_s(batch, 0, keys) + self.key_s * batch * count * (count - 1) / 2
 
+    def fewest_steps(self, time_s: float, batch: int, keys: int, most: int) -> int:
+        """How many of these steps take at least so long; of `most`, which do."""
+        first_s, more_s = self.step_s(batch, 0, keys), self.key_s * batch
+        low, high = 1, most
+        while low < high:
+            middle = (low + high) // 2
+            if middle * first_s + more_s * middle * (middle - 1) / 2 >= time_s:
+                high = middle
+            else:
+                low = middle + 1
+        return low
+
     def transfer_s(self, num_bytes: int) -> float:
         return self._transfer.at(num_bytes)
 

@@ -7,6 +7,7 @@ import asyncio
 import functools
 import gc
 import itertools
+import random
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -237,7 +238,12 @@ def simulate(
 ) -> Sequence[Results]:
     """Of each cell its results. Each cell is a deployment of its own, chosen by a request's session; the instances of
     `deployment` are those of all cells together.
+
+    What policies draw by chance is the same in every run: an answer that lies at its bound must not change from one
+    run to the next.
     """
+    chance = random.getstate()
+    random.seed(0)
     gc.freeze()  # what is there already need not be looked at again and again
     thresholds = gc.get_threshold()
     gc.set_threshold(OBJECTS_BETWEEN_COLLECTIONS, *thresholds[1:])
@@ -245,6 +251,7 @@ def simulate(
         with asyncio.Runner(loop_factory=VirtualTimeLoop) as runner:
             return runner.run(_simulate(deployment, requests, cells, keeps_decisions))
     finally:
+        random.setstate(chance)
         gc.set_threshold(*thresholds)
         gc.unfreeze()
 

@@ -1,0 +1,228 @@
+"""Sessions of a modelled instance. Each does what one request asks for: a prompt, a decode, both, or its reports.
+
+Each session is driven by its engine and by timers, and says what it has to say to one stream.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from hbserve.simulator.engine import DecodeWork, PromptWork
+from hbserve.simulator.instance import ModelledInstance
+from hbserve.simulator.stream import Stream
+from hbserve_rpc.messages import (
+    DecodeRequest,
+    FinishReason,
+    GenerateRequest,
+    Granted,
+    InstanceInfo,
+    PrefillRequest,
+    TokenEvent,
+    TransferDone,
+)
+from hbserve_rpc.reports import InstanceReport, ReportsRequest
+
+TOKEN = 5
+ZEROS = [TOKEN] * 4096
+
+
+class Reporting:
+    """What an instance is, and its figures whenever they are others."""
+
+    def __init__(
+        self, instance: ModelledInstance, request: ReportsRequest, stream: Stream[InstanceInfo | InstanceReport]
+    ) -> None:
+        self._instance = instance
+        self._interval_s = request.interval_s
+        self._stream = stream
+        self._last: InstanceReport | None = None
+        stream.put(instance.info())
+        self._look()
+
+    def _look(self) -> None:
+        report = InstanceReport(self._instance.figures())
+        if report != self._last:
+            self._last = report
+            self._stream.put(report)
+        self._timer = self._instance.loop.call_later(self._interval_s, self._look)
+
+    def close(self) -> None:
+        self._timer.cancel()
+
+
+class RoomSession:
+    """Room for a request, and the tokens that are decoded there."""
+
+    def __init__(
+        self, instance: ModelledInstance, request: GenerateRequest | DecodeRequest, stream: Stream[Any]
+    ) -> None:
+        self._instance = instance
+        self._request = request
+        self._stream = stream
+        self._first = len(request.output_token_ids)
+        self.num_tokens = len(request.prompt_token_ids) + self._first
+        self.num_choices = request.params.n
+        self._last = request.params.max_tokens
+        self._work: PromptWork | DecodeWork | None = None
+        self._is_closed = False
+
+    def enter(self) -> None:
+        """There is room; its client hears of it after a message, and a message ago it had to be asked for."""
+        self._instance.loop.call_later(2 * self._instance.profile.message_s, self._begin)
+
+    def _begin(self) -> None:
+        if not self._is_closed:
+            self.begin()
+
+    def begin(self) -> None:
+        raise NotImplementedError
+
+    def _decode(self, first: int) -> None:
+        """From this token on, of the answer."""
+        self._first = first
+        self._work = DecodeWork(self.num_tokens, self._last - first, self._tell_first, self._tell_rest)
+        self._instance.engine.add_decode(self._work)
+
+    def _tell_first(self) -> None:
+        self._tell(1)
+
+    def _tell_rest(self) -> None:
+        self._tell(self._last - self._first)
+
+    def _tell(self, count: int) -> None:
+        event = _tokens(self._first, count, self._last)
+        self._first += count
+        put: Callable[[TokenEvent], None] = self._stream.put if event.finish_reason is None else self._stream.put_last
+        self._instance.loop.call_later(self._instance.profile.message_s, put, event)
+
+    def close(self) -> None:
+        self._is_closed = True
+        if self._work is not None:
+            self._instance.engine.remove(self._work)
+        self._instance.let_out(self)
+
+
+class Generating(RoomSession):
+    """Both phases on one instance."""
+
+    def __init__(self, instance: ModelledInstance, request: GenerateRequest, stream: Stream[TokenEvent]) -> None:
+        super().__init__(instance, request, stream)
+        instance.let_in(self)
+
+    def begin(self) -> None:
+        instance = self._instance
+        cached = instance.cached(self._request.request_id, self.num_tokens)
+        self._work = PromptWork(self.num_tokens, cached, None, self._prompt_is_done)
+        instance.engine.add_prompt(self._work)
+
+    def _prompt_is_done(self) -> None:
+        self._tell(1)
+        if self._last > self._first:
+            self._decode(self._first)
+        self._instance.remember(self._request.request_id)
+
+
+class Decoding(RoomSession):
+    """Room is reserved, KV comes, and is decoded from."""
+
+    def __init__(
+        self, instance: ModelledInstance, request: DecodeRequest, stream: Stream[Granted | TokenEvent]
+    ) -> None:
+        super().__init__(instance, request, stream)
+        self._transfer_id = request.transfer_id
+        self.cached_tokens = 0
+        instance.fabric.reservations[request.transfer_id] = self
+        instance.let_in(self)
+
+    def begin(self) -> None:
+        self.cached_tokens = self._instance.cached(self._request.request_id, self.num_tokens, counts=False)
+        self._stream.put(Granted(self._transfer_id.encode(), self.cached_tokens))
+
+    def kv_is_there(self) -> None:
+        """All of it: the first token is the prefill instance's."""
+        if not self._is_closed:
+            self._decode(self._first + 1)
+
+    def close(self) -> None:
+        self._instance.remember(self._request.request_id)
+        del self._instance.fabric.reservations[self._transfer_id]
+        super().close()
+
+
+class Prefilling:
+    """A prompt is computed, and its KV moved: each chunk as it is computed, once there is a grant."""
+
+    def __init__(
+        self, instance: ModelledInstance, request: PrefillRequest, stream: Stream[TokenEvent | TransferDone]
+    ) -> None:
+        self._instance = instance
+        self._request = request
+        self._stream = stream
+        self._first = len(request.output_token_ids)
+        self._moves = None if request.grant_follows else bool(request.grant)
+        """Whether KV is to be moved; None while the grant is not there."""
+        self._pushed: int | None = None
+        self._is_computed = False
+        self._num_bytes = self._num_parts = 0
+        self._time_s = 0.0
+        count = len(request.prompt_token_ids) + self._first
+        self._work = PromptWork(count, instance.cached(request.request_id, count), self._push, self._step_is_over)
+        instance.begin_prefill(request.request_id, self.grant)
+        instance.engine.add_prompt(self._work)
+
+    def grant(self, moves: bool) -> None:
+        if self._moves is None:
+            self._moves = moves
+            if self._is_computed:  # who waits for room waits for its first token, not between that and the second
+                moved_s = self._push()
+                self._tell(moved_s, moved_s)
+
+    def _step_is_over(self) -> None:
+        """The chunks that others have in the same step are pushed before its last one."""
+        self._instance.loop.call_soon(self._computed)
+
+    def _computed(self) -> None:
+        self._is_computed = True
+        self._instance.remember(self._request.request_id)
+        if self._moves is not None:
+            self._tell(self._instance.loop.time() + self._instance.profile.message_s, self._push())
+
+    def _tell(self, first_s: float, moved_s: float) -> None:
+        """The first token, and that the KV was moved: at these times, but in this order."""
+        loop, last = self._instance.loop, self._request.params.max_tokens
+        event = _tokens(self._first, 1, last)
+        if self._moves and last > self._first + 1:
+            done = TransferDone(self._num_bytes, self._num_parts, self._time_s)
+            loop.call_at(first_s, self._stream.put, event)
+            loop.call_at(max(first_s, moved_s), self._stream.put_last, done)
+        else:
+            loop.call_at(first_s, self._stream.put_last, event)
+
+    def _push(self) -> float:
+        """Hand over what is computed; returns when it will be there."""
+        instance = self._instance
+        now_s = instance.loop.time()
+        if not self._moves:
+            return now_s
+        reservation = instance.fabric.reservations.get(self._request.transfer_id)
+        if self._pushed is None:
+            self._pushed = reservation.cached_tokens if reservation is not None else 0
+        done = self._work.done
+        num_bytes = max(0, done - self._pushed) * instance.profile.kv_bytes_per_token
+        self._pushed = max(self._pushed, done)
+        begin_s, end_s = instance.move(num_bytes) if num_bytes else (now_s, now_s)
+        self._num_bytes += num_bytes
+        self._num_parts += 1
+        self._time_s += end_s - begin_s
+        end_s += instance.profile.handoff_s
+        if done == self._work.num_tokens and reservation is not None:
+            instance.loop.call_at(end_s, reservation.kv_is_there)
+        return end_s
+
+    def close(self) -> None:
+        self._instance.engine.remove(self._work)
+        self._instance.end_prefill(self._request.request_id)
+
+
+def _tokens(index: int, count: int, last: int) -> TokenEvent:
+    ends: FinishReason | None = "length" if index + count >= last else None
+    return TokenEvent(index, ZEROS[:count] if count <= len(ZEROS) else [TOKEN] * count, ends)
