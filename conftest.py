@@ -306,7 +306,8 @@ def _has_ipv6() -> bool:
 
 LONGEST = (
     "test_triton_path.py", "test_vanishing_hosts.py", "test_kernel_compilation.py", "test_pd_tokens.py",
-    "test_processes.py", "test_surroundings.py", "test_hosts.py", "test_logit_rules.py", "test_logprobs.py",
+    "test_processes.py", "test_kernels.py", "test_surroundings.py", "test_hosts.py", "test_peer_deaths.py",
+    "test_cli.py", "test_examples.py",
 )  # fmt: skip
 """Files of over 20 s, the longest first: one that a worker began last would leave the others idle. Those that wait, for
 hosts and processes, stand between those that compute."""

@@ -15,6 +15,7 @@ from hbserve_core.grammars import trials
 from hbserve_core.grammars.compiler import GrammarCompiler
 from hbserve_core.grammars.matcher import Matcher
 from hbserve_rpc import InvalidRequest, Overloaded, SamplingParams
+from hbserve_testing.narrowing import present
 
 pytestmark = pytest.mark.warm
 ARRAYS = range(9973, 10673)
@@ -144,7 +145,7 @@ def test_trials_end_with_the_process_that_they_are_for_even_if_it_is_killed(fold
     with subprocess.Popen(
         [sys.executable, "-c", PROGRAM, str(folder)], stdout=subprocess.PIPE, stderr=subprocess.PIPE
     ) as process:
-        assert process.stdout.readline() == b"begun\n"
+        assert present(process.stdout).readline() == b"begun\n"
         process.kill()
         # Its end: nobody has the other one any more.
         assert process.communicate(timeout=60)[1] == b""
@@ -153,6 +154,6 @@ def test_trials_end_with_the_process_that_they_are_for_even_if_it_is_killed(fold
 def test_nothing_is_left_of_trials_that_nobody_refers_to(folder):
     tried = trials.Trials(folder / "tokenizer.json", VOCAB_SIZE, [EOS])
     assert tried.problem_of(wanting({"regex": "a"}).structured_outputs) == ""
-    process = tried._process
+    process = present(tried._process)
     del tried
     assert process.returncode is not None

@@ -15,6 +15,7 @@ from hbserve_core.model.narrow_weight import NarrowWeight, can_be_read_by_groups
 from hbserve_core.model.shard import Shard
 from hbserve_core.model.weights import load_weights
 from hbserve_rpc import SamplingParams
+from hbserve_testing.narrowing import present
 
 pytest.importorskip("triton", reason="torch has Triton on Linux only")
 pytestmark = KERNELS
@@ -90,7 +91,7 @@ def test_a_skinny_product_is_that_of_the_widened_weights(shape, narrow, dtype):
     gate, up = F.linear(x.float(), wide, bias.float()).chunk(2, -1)
     close(skinny_linear(x, matrix, bias, gated=True, **tiling), F.silu(gate) * up, dtype)
     added = before.clone()
-    begun = add_skinny_linear(added, x, matrix, next_norm=norm, **tiling)
+    begun = present(add_skinny_linear(added, x, matrix, next_norm=norm, **tiling))
     close(added, before.float() + F.linear(x.float(), wide), dtype)
     close(begun.scaled, added.float() * norm.float(), dtype)
     close(begun.squares.sum(0)[:rows], added.float().square().sum(1), dtype)
@@ -178,7 +179,7 @@ def test_projections_of_other_widths_groups_or_orders_are_not_fused():
     assert [fused([one, other]) for other in others] == [None] * 4
     ordered = invented(4, 128, ("4 bits", 64), generator, order.flip(0))
     assert fused([others[3], ordered]) is None
-    assert fused([ordered, ordered]).shape == (8, 128)
+    assert present(fused([ordered, ordered])).shape == (8, 128)
 
 
 # ---- loading, and whole steps ----------------------------------------------------------------------------------------
@@ -295,9 +296,8 @@ def test_tokens_of_narrow_weights_are_those_of_widened_ones(generate, quantised_
     runner = InterpretedRunner(folder, False, False, **settings)
     assert all(layer.qkv.is_narrow for layer in runner.decoder._weights.layers)
     config = InstanceConfig(model_path=str(folder), device="cpu", block_size=8, num_blocks=16, **settings)
-    found, expected = (
-        generate(Engine(each.config, each), {"r": prompt(5)}, 2) for each in (runner, make_runner(config))
-    )
+    engines = Engine(runner.config, runner), Engine(config, make_runner(config))
+    found, expected = (generate(each, {"r": prompt(5)}, 2) for each in engines)
     assert found == expected
 
 
