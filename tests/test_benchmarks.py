@@ -19,7 +19,10 @@ def test_a_way_to_copy_is_measured_beside_computation():
     done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     (row,) = re.findall(r"^ipc, .*", done.stdout, re.MULTILINE)
-    alone, beside, transfer_ms, *_ = map(float, row.removeprefix("ipc, kernel, high priority").split())
+    # Columns of a machine that is slow enough have no space between them.
+    alone, beside, transfer_ms, *_ = map(
+        float, re.findall(r"-?\d+\.\d+", row.removeprefix("ipc, kernel, high priority"))
+    )
     assert min(alone, beside, transfer_ms) > 0
 
 

@@ -141,9 +141,9 @@ class Offer:
         self.withdraw("its receiver has left")
 
     def fetch(self, receiver: bytes, grant: bytes, first: int) -> bool:
-        """One of those that keep it has room. False: it is being fetched already, or has ended; or they disagree."""
+        """One of those that keep it has room. False: it is being fetched already, or they disagree."""
         is_first = not any(self.grants.values())
-        if self.grants[receiver] is not None or self.result.done() or not (is_first or first == self._first):
+        if self.grants[receiver] is not None or not (is_first or first == self._first):
             return False
         self.grants[receiver], self._first = grant, first
         grants = [each for each in self.grants.values() if each is not None]
@@ -296,11 +296,16 @@ class Offers:
                 del self._awaited[name]
 
     async def _fetch(self, fetch: Fetch) -> Nothing:
-        offer, receiver = self.offers.get(fetch.transfer_id), calling_peer().connection
+        name, receiver = fetch.transfer_id, calling_peer().connection
+        offer = self.offers.get(name)
+        if offer is not None and offer.result.done():  # a moment ago
+            self._drop(f"transfer {name} is not offered: {offer.result.result().error or 'it was fetched'}")
+        if offer is None and name in self._ended:
+            self._drop(f"transfer {name} is not offered: {self._ended[name]}")
         if offer is None or receiver not in offer.grants:
-            self._drop(f"transfer {fetch.transfer_id} is not kept for this receiver")
+            self._drop(f"transfer {name} is not kept for this receiver")
         if not offer.fetch(receiver, fetch.grant, fetch.first):
-            self._drop(f"transfer {fetch.transfer_id} is being fetched already")
+            self._drop(f"transfer {name} is being fetched already")
         return Nothing()
 
     def _drop(self, what: str) -> NoReturn:
