@@ -7,6 +7,7 @@ README example runs there (for hbserve-kv: two processes that move blocks).
 hbserve-kv is tried without torch first: it must be small, and move KV between two processes, by ipc and by Mooncake.
 """
 
+import os
 import subprocess
 import sys
 import tempfile
@@ -38,7 +39,11 @@ EXTRA_TEST_TOOLS = {"hbserve-core": ["transformers>=5.0"]}
 
 
 def run(*command: str | Path, cwd: Path | None = None) -> str:
-    done = subprocess.run([str(c) for c in command], cwd=cwd, capture_output=True, text=True, timeout=900)
+    # These environments have pytest and none of its plugins, which CI's options are for.
+    environment = {name: value for name, value in os.environ.items() if name != "PYTEST_ADDOPTS"}
+    done = subprocess.run(
+        [str(c) for c in command], cwd=cwd, env=environment, capture_output=True, text=True, timeout=900
+    )
     if done.returncode != 0:
         sys.exit(f"failed ({done.returncode}): {' '.join(map(str, command))}\n{done.stdout}\n{done.stderr}")
     return done.stdout
