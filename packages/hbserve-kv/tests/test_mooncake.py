@@ -25,7 +25,7 @@ pytest.importorskip("mooncake.engine", reason="Mooncake or its libraries are mis
 
 from hbserve_kv.transports.mooncake import engines as mooncake_engines
 from hbserve_kv.transports.mooncake.transport import Description, MooncakeTransport
-from hbserve_kv.transports.own_sockets import _own_sockets
+from hbserve_kv.transports.own_sockets import _own_sockets, listening_everywhere
 from hbserve_testing.narrowing import present
 
 NUM_BLOCKS, BLOCK_BYTES = 4, 8 << 20
@@ -294,6 +294,21 @@ async def test_an_engine_looks_often_enough_whether_it_ends(receiver):
         mooncake_engines.look_often(native, interval_s)
         found = [seconds for listening, seconds in listening_sockets() if listening == port]
         assert found == [pytest.approx(interval_s, abs=0.01)]
+
+
+async def test_what_it_listens_at_hears_nothing_that_is_sent_to_another_address():
+    """It has no setting for where it listens, and knows no keys: see SECURITY.md."""
+    before = listening_everywhere()
+    transport = MooncakeTransport("127.0.0.1", 5)
+    await transport.start(Memory(torch.zeros(NUM_BLOCKS, BLOCK_BYTES, dtype=torch.uint8), 1 << 24))
+    its_own = listening_everywhere() - before
+    ports = {found.getsockname()[1] for inode, found in _own_sockets() if inode in its_own}
+    assert transport._receiving._engines[0].native.get_rpc_port() in ports
+    for port in ports:
+        with pytest.raises(TimeoutError):
+            socket.create_connection(("127.0.0.2", port), 0.1)
+        socket.create_connection(("127.0.0.1", port), 20).close()
+    await transport.close()
 
 
 def listening_sockets() -> list[tuple[int, float]]:

@@ -9,11 +9,15 @@ import ipaddress
 import os
 import socket
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 
-SO_ATTACH_FILTER, BPF_RETURN = 26, 0x06
-"""Of Linux; Python has no names for them."""
+SO_ATTACH_FILTER = 26
+BPF_LOAD_WORD, BPF_LOAD_BYTE, BPF_JUMP_IF_EQUAL, BPF_SHIFT_RIGHT, BPF_RETURN = 0x20, 0x30, 0x15, 0x74, 0x06
+NETWORK_HEADER = 0x1_0000_0000 - 0x10_0000
+"""Of Linux (linux/filter.h, SKF_NET_OFF); Python has no names for them."""
+WHOLE, NOTHING = 0xFFFF_FFFF, 0
+"""What a filter returns: how many bytes are kept."""
 
 
 def _own_sockets() -> Iterator[tuple[str, socket.socket]]:
@@ -61,8 +65,8 @@ def hang_up(host: str, port: int) -> None:
 def look_every(port: int, interval_s: float) -> None:
     """How long accept() waits at most where this process listens on `port`."""
     seconds, rest_s = divmod(interval_s, 1)
-    for _, found in _own_sockets():
-        if found.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN) and found.getsockname()[1] == port:
+    for _, found in _listening():
+        if found.getsockname()[1] == port:
             found.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", int(seconds), int(rest_s * 1e6)))
 
 
@@ -72,12 +76,49 @@ def let_nobody_in(published: Iterable[bytes]) -> None:
     Connections that are there stay. By a filter of the socket: who closes or shuts down a listening socket has the
     library's thread fail that waits on it.
     """
-    program = ctypes.create_string_buffer(struct.pack("@HBBI", BPF_RETURN, 0, 0, 0))  # one instruction: keep 0 bytes
-    for _, found in _own_sockets():
+    for _, found in _listening():
+        if any(_as_in_c(found) in value for value in published):
+            _filter(found, [(BPF_RETURN, 0, 0, NOTHING)])
+
+
+def listening_everywhere() -> set[str]:
+    """Inodes of the sockets by which this process listens at all interfaces."""
+    return {inode for inode, found in _listening() if ipaddress.ip_address(found.getsockname()[0]).is_unspecified}
+
+
+def listen_only_at(address: str, inodes: Collection[str]) -> None:
+    """Drop whatever comes to these listening sockets and is not sent to this address, of IPv4 or IPv6."""
+    wanted = ipaddress.ip_address(address)
+    words = struct.unpack(f">{len(wanted.packed) // 4}I", wanted.packed)
+    first = NETWORK_HEADER + (16 if wanted.version == 4 else 24)
+    compared = [(first + 4 * i, word) for i, word in enumerate(words)]
+    left = 2 * len(compared)  # instructions from here to the one that keeps it, behind which is the one that drops it
+    program = [
+        (BPF_LOAD_BYTE, 0, 0, NETWORK_HEADER),
+        (BPF_SHIFT_RIGHT, 0, 0, 4),
+        (BPF_JUMP_IF_EQUAL, 0, left + 1, wanted.version),
+    ]
+    for place, word in compared:
+        left -= 2
+        program += [(BPF_LOAD_WORD, 0, 0, place), (BPF_JUMP_IF_EQUAL, 0, left + 1, word)]
+    program += [(BPF_RETURN, 0, 0, WHOLE), (BPF_RETURN, 0, 0, NOTHING)]
+    for inode, found in _listening():
+        if inode in inodes:
+            _filter(found, program)
+
+
+def _listening() -> Iterator[tuple[str, socket.socket]]:
+    for inode, found in _own_sockets():
         is_of_ip = found.family in (socket.AF_INET, socket.AF_INET6)
-        is_listening = is_of_ip and found.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
-        if is_listening and any(_as_in_c(found) in value for value in published):
-            found.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, struct.pack("@HP", 1, ctypes.addressof(program)))
+        if is_of_ip and found.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+            yield inode, found
+
+
+def _filter(listening: socket.socket, program: Sequence[tuple[int, int, int, int]]) -> None:
+    """Give a socket, and those that it accepts, a program of (operation, jump if true, jump if false, operand)."""
+    code = ctypes.create_string_buffer(b"".join(struct.pack("@HBBI", *each) for each in program))
+    fprog = struct.pack("@HP", len(program), ctypes.addressof(code))
+    listening.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, fprog)
 
 
 def _as_in_c(listening: socket.socket) -> bytes:

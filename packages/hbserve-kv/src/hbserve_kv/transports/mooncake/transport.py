@@ -8,6 +8,7 @@ What its Python API makes necessary (read and measured on 0.3.13):
 - A synchronous write returns -1 when it has timed out, or as soon as one of its pieces has failed; the others go on
   and land. So that is `DrainUnknown`, and only the end of the engine stops it.
 - `protocol` does not choose the transport, and a wrong one falls back to TCP in silence. MC_FORCE_TCP is set for "tcp".
+- It listens at every interface. What is not sent to this side's own address is dropped by filters of its sockets.
 - It connects either to IPv4 or to IPv6 addresses, as MC_USE_IPV6 had it when it was imported.
 - In P2P mode the port in the host name is ignored: the session is `host:get_rpc_port()`.
 """
@@ -36,8 +37,9 @@ from hbserve_kv.transports.mooncake.setup import (
     require_cuda_wheel,
     why_no_rdma,
 )
-from hbserve_kv.transports.own_sockets import hang_up
+from hbserve_kv.transports.own_sockets import hang_up, listen_only_at, listening_everywhere
 from hbserve_rpc import format_address, parse_address
+from hbserve_rpc.address import look_up
 
 logger = logging.getLogger(__name__)
 
@@ -88,6 +90,7 @@ class MooncakeTransport(Transport):
 
     async def start(self, memory: Memory) -> None:
         self._memory = memory
+        self._ip = await look_up(self._host)
         if memory.is_on_gpu:
             require_cuda_wheel()
         # Read by Mooncake when an engine is made; there is no argument for them.
@@ -106,9 +109,10 @@ class MooncakeTransport(Transport):
 
     def _make_engine(self, regions: Sequence[Region] = REGIONS) -> Engine:
         native = self._engine_class()
-        settings = self._config
+        settings, of_others = self._config, listening_everywhere()
         if rc := native.initialize(self._host, settings.metadata_server, settings.protocol, settings.device_name):
             raise BackendUnavailable(f"Mooncake does not start on {self._host!r} with {settings}: code {rc}")
+        listen_only_at(self._ip, listening_everywhere() - of_others)
         scratch = shared_buffer(4096)
         places = [*extents_of(scratch), *(each for region in regions for each in self._memory.extents[region])]
         sizes = [each.num_bytes for each in places]
