@@ -1,6 +1,7 @@
 """Reading model folders: what is understood, and what is refused by name."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -309,3 +310,15 @@ def test_the_checkpoint_dtype_is_read_from_either_key(write, key):
         assert load_model_config(write(**{key: spelling})).dtype == dtype
     with pytest.raises(UnsupportedModel, match="dtype='int8' is not supported"):
         load_model_config(write(**{key: "int8"}))
+
+
+def test_olmo_3_as_it_is_published_has_the_rotations_that_transformers_writes_for_it(model_folder, tmp_path):
+    """Published are one rope_theta and one rope_scaling; windowed layers do not have the latter."""
+    written = json.loads((model_folder("olmo3") / "config.json").read_text())
+    both = written.pop("rope_parameters")
+    published = dict(both["full_attention"])
+    theta = published.pop("rope_theta")
+    (tmp_path / "config.json").write_text(json.dumps(written | {"rope_theta": theta, "rope_scaling": published}))
+    assert both["sliding_attention"] == {"rope_theta": theta, "rope_type": "default"}
+    found, expected = (load_model_config(folder) for folder in (tmp_path, model_folder("olmo3")))
+    assert replace(found, path=expected.path) == expected
