@@ -18,6 +18,8 @@ NETWORK_HEADER = 0x1_0000_0000 - 0x10_0000
 """Of Linux (linux/filter.h, SKF_NET_OFF); Python has no names for them."""
 WHOLE, NOTHING = 0xFFFF_FFFF, 0
 """What a filter returns: how many bytes are kept."""
+_Instruction = tuple[int, int, int, int]
+"""Operation, how many to pass over if it is true and if it is false, operand."""
 
 
 def _own_sockets() -> Iterator[tuple[str, socket.socket]]:
@@ -86,25 +88,28 @@ def listening_everywhere() -> set[str]:
     return {inode for inode, found in _listening() if ipaddress.ip_address(found.getsockname()[0]).is_unspecified}
 
 
-def listen_only_at(address: str, inodes: Collection[str]) -> None:
-    """Drop whatever comes to these listening sockets and is not sent to this address, of IPv4 or IPv6."""
-    wanted = ipaddress.ip_address(address)
-    words = struct.unpack(f">{len(wanted.packed) // 4}I", wanted.packed)
-    first = NETWORK_HEADER + (16 if wanted.version == 4 else 24)
-    compared = [(first + 4 * i, word) for i, word in enumerate(words)]
-    left = 2 * len(compared)  # instructions from here to the one that keeps it, behind which is the one that drops it
-    program = [
-        (BPF_LOAD_BYTE, 0, 0, NETWORK_HEADER),
-        (BPF_SHIFT_RIGHT, 0, 0, 4),
-        (BPF_JUMP_IF_EQUAL, 0, left + 1, wanted.version),
-    ]
-    for place, word in compared:
-        left -= 2
-        program += [(BPF_LOAD_WORD, 0, 0, place), (BPF_JUMP_IF_EQUAL, 0, left + 1, word)]
-    program += [(BPF_RETURN, 0, 0, WHOLE), (BPF_RETURN, 0, 0, NOTHING)]
+def listen_only_at(addresses: Iterable[str], inodes: Collection[str]) -> None:
+    """Drop whatever comes to these listening sockets and is not sent to one of these addresses, of IPv4 or IPv6."""
+    program = [instruction for each in addresses for instruction in _keep_if_sent_to(each)]
+    program.append((BPF_RETURN, 0, 0, NOTHING))
     for inode, found in _listening():
         if inode in inodes:
             _filter(found, program)
+
+
+def _keep_if_sent_to(address: str) -> Iterator[_Instruction]:
+    """Of a packet; what was sent elsewhere is for the instruction behind these."""
+    wanted = ipaddress.ip_address(address)
+    words = struct.unpack(f">{len(wanted.packed) // 4}I", wanted.packed)
+    left = 1 + 2 * len(words)
+    yield BPF_LOAD_BYTE, 0, 0, NETWORK_HEADER
+    yield BPF_SHIFT_RIGHT, 0, 0, 4
+    yield BPF_JUMP_IF_EQUAL, 0, left, wanted.version
+    for place, word in enumerate(words):
+        left -= 2
+        yield BPF_LOAD_WORD, 0, 0, NETWORK_HEADER + (16 if wanted.version == 4 else 24) + 4 * place
+        yield BPF_JUMP_IF_EQUAL, 0, left, word
+    yield BPF_RETURN, 0, 0, WHOLE
 
 
 def _listening() -> Iterator[tuple[str, socket.socket]]:
@@ -114,8 +119,8 @@ def _listening() -> Iterator[tuple[str, socket.socket]]:
             yield inode, found
 
 
-def _filter(listening: socket.socket, program: Sequence[tuple[int, int, int, int]]) -> None:
-    """Give a socket, and those that it accepts, a program of (operation, jump if true, jump if false, operand)."""
+def _filter(listening: socket.socket, program: Sequence[_Instruction]) -> None:
+    """Give a socket, and those that it accepts, a program."""
     code = ctypes.create_string_buffer(b"".join(struct.pack("@HBBI", *each) for each in program))
     fprog = struct.pack("@HP", len(program), ctypes.addressof(code))
     listening.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, fprog)

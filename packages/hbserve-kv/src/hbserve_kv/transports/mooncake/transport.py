@@ -8,7 +8,8 @@ What its Python API makes necessary (read and measured on 0.3.13):
 - A synchronous write returns -1 when it has timed out, or as soon as one of its pieces has failed; the others go on
   and land. So that is `DrainUnknown`, and only the end of the engine stops it.
 - `protocol` does not choose the transport, and a wrong one falls back to TCP in silence. MC_FORCE_TCP is set for "tcp".
-- It listens at every interface. What is not sent to this side's own address is dropped by filters of its sockets.
+- It listens at every interface. What is sent neither to this side's own address nor to the loopback one is dropped by
+  filters of its sockets.
 - It connects either to IPv4 or to IPv6 addresses, as MC_USE_IPV6 had it when it was imported.
 - In P2P mode the port in the host name is ignored: the session is `host:get_rpc_port()`.
 """
@@ -112,13 +113,14 @@ class MooncakeTransport(Transport):
         settings, of_others = self._config, listening_everywhere()
         if rc := native.initialize(self._host, settings.metadata_server, settings.protocol, settings.device_name):
             raise BackendUnavailable(f"Mooncake does not start on {self._host!r} with {settings}: code {rc}")
-        listen_only_at(self._ip, listening_everywhere() - of_others)
+        loopback = "::1" if self._ip_version == 6 else "127.0.0.1"  # where it wakes itself
+        listen_only_at([self._ip, loopback], listening_everywhere() - of_others)
         scratch = shared_buffer(4096)
         places = [*extents_of(scratch), *(each for region in regions for each in self._memory.extents[region])]
         sizes = [each.num_bytes for each in places]
         if rc := native.batch_register_memory([each.address for each in places], sizes):
             raise BackendUnavailable(f"Mooncake cannot register memory of {sizes} bytes: code {rc}")
-        return Engine(native, scratch, places[0].address, "::1" if self._ip_version == 6 else "127.0.0.1")
+        return Engine(native, scratch, places[0].address, loopback)
 
     def _verified_transport(self, engine: Any) -> str:
         """What this engine really uses, by what it found and not by what was asked for.
