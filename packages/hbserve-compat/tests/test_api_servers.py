@@ -167,15 +167,21 @@ sys.stdin.read()
 """In place of a process of the server: one that serves nothing, and says what it was told."""
 
 
-async def test_one_that_ends_again_and_again_is_given_up_and_the_server_ends_with_the_last(
-    monkeypatch, tmp_path, caplog, capsys
-):
-    broken, execute = tmp_path / "broken", asyncio.create_subprocess_exec
+@pytest.fixture
+def broken(monkeypatch, tmp_path) -> Path:
+    """Processes of a server are CHILDs. They end at once while this path exists, and `slow` beside it holds one up."""
+    path, execute = tmp_path / "broken", asyncio.create_subprocess_exec
 
     async def start_child(*_: str, **options: Any) -> asyncio.subprocess.Process:
-        return await execute(sys.executable, "-S", "-c", CHILD, str(broken), **options)
+        return await execute(sys.executable, "-S", "-c", CHILD, str(path), **options)
 
     monkeypatch.setattr(child_process.asyncio, "create_subprocess_exec", start_child)
+    return path
+
+
+async def test_one_that_ends_again_and_again_is_given_up_and_the_server_ends_with_the_last(
+    monkeypatch, broken, caplog, capsys
+):
     monkeypatch.setattr(child_process, "FIRST_RESTART_S", 0.0001)
     deaths: list[str] = []
     front_end = FrontEnds(ServerSection(port=0, api_servers=2), "INFO", lambda *death: deaths.append(": ".join(death)))
@@ -202,16 +208,9 @@ async def test_one_that_ends_again_and_again_is_given_up_and_the_server_ends_wit
         await server.stop()
 
 
-async def test_when_the_first_process_serves_nobody_answers_503_in_its_place_while_others_are_loading(
-    monkeypatch, tmp_path
-):
-    slow, execute = tmp_path / "slow", asyncio.create_subprocess_exec
+async def test_when_the_first_process_serves_nobody_answers_503_in_its_place_while_others_are_loading(broken):
+    slow = broken.with_name("slow")
     slow.touch()
-
-    async def start_child(*_: str, **options: Any) -> asyncio.subprocess.Process:
-        return await execute(sys.executable, "-S", "-c", CHILD, str(tmp_path / "broken"), **options)
-
-    monkeypatch.setattr(child_process.asyncio, "create_subprocess_exec", start_child)
     front_end = FrontEnds(ServerSection(port=0, api_servers=2), "INFO", lambda *_: None)
     server = SchedulerServer(CpuScheduler(SchedulerConfig(port=0)))
     await server.start()

@@ -281,23 +281,25 @@ async def test_an_offer_is_fetched_by_all_ranks_that_need_heads_of_it(one_to_two
         assert torch.equal(target[blocks], heads_of(whole, heads)[[1, 2]])
 
 
-async def test_a_rank_that_leaves_ends_the_offer_for_the_others_too(one_to_two):
+async def fetched_by_one_of_two(one_to_two):
+    """The offer, the claims of both receivers, which it is kept for, and what the first of them has posted."""
     sender, receivers, _ = one_to_two
     offer = offer_of(sender)
     claims = [each.claim("t", [SourceRank(sender.address, sender.epoch, 2)]) for each in receivers]
     posted = claims[0].fetch([5, 6])
     assert await claims[1].kept()
+    return offer, claims, posted
+
+
+async def test_a_rank_that_leaves_ends_the_offer_for_the_others_too(one_to_two):
+    offer, claims, posted = await fetched_by_one_of_two(one_to_two)
     claims[1].release()
     assert (await posted.wait()).error.endswith("its receiver has left")
     assert (await offer.wait()).outcome is Outcome.FAILED_DRAINED
 
 
 async def test_ranks_that_disagree_on_what_they_fetch_are_refused(one_to_two):
-    sender, receivers, _ = one_to_two
-    offer = offer_of(sender)
-    claims = [each.claim("t", [SourceRank(sender.address, sender.epoch, 2)]) for each in receivers]
-    posted = claims[0].fetch([5, 6])
-    assert await claims[1].kept()
+    offer, claims, posted = await fetched_by_one_of_two(one_to_two)
     while not any(offer.grants.values()):
         await asyncio.sleep(0.001)
     results = [await each.wait() for each in (claims[1].fetch([3], first=1), posted)]
