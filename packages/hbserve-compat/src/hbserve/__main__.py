@@ -276,7 +276,7 @@ def drain(
 def flip(
     instance_id: Annotated[str, typer.Argument(metavar="ID")],
     role: Annotated[str, typer.Argument(metavar="ROLE", help="prefill or decode.")],
-    connect: ConnectOption,
+    connect: ConnectOption = HERE,
     keys: KeysOption = None,
     log_level: LogLevelOption = LogLevel.WARNING,
 ) -> None:
