@@ -246,7 +246,7 @@ class Offers:
         if offer.sending is not None and not offer.sending.done():
             self._sending.add(offer.sending)
             offer.sending.add_done_callback(self._sending.discard)
-        self._ended[offer.transfer_id] = result.error or "it was fetched"
+        self._ended[offer.transfer_id] = _why_ended(result)
         if len(self._ended) > MOST_ENDED:
             self._ended.popitem(last=False)
 
@@ -278,8 +278,7 @@ class Offers:
             self._drop(f"transfer {name} was offered by an earlier life of this instance")
         if name in self.offers:
             return self.offers[name]
-        if name in self._ended:
-            self._drop(f"transfer {name} is not offered: {self._ended[name]}")
+        self._refuse_ended(name)
         awaited = self._awaited.setdefault(name, _Awaited(asyncio.get_running_loop().create_future()))
         if awaited.num_waiting >= max(1, keep.num_receivers):
             self._drop(f"transfer {name} is not offered: another receiver waits for it")
@@ -297,17 +296,26 @@ class Offers:
 
     async def _fetch(self, fetch: Fetch) -> Nothing:
         name, receiver = fetch.transfer_id, calling_peer().connection
+        self._refuse_ended(name)
         offer = self.offers.get(name)
-        if offer is not None and offer.result.done():  # a moment ago
-            self._drop(f"transfer {name} is not offered: {offer.result.result().error or 'it was fetched'}")
-        if offer is None and name in self._ended:
-            self._drop(f"transfer {name} is not offered: {self._ended[name]}")
         if offer is None or receiver not in offer.grants:
             self._drop(f"transfer {name} is not kept for this receiver")
         if not offer.fetch(receiver, fetch.grant, fetch.first):
             self._drop(f"transfer {name} is being fetched already")
         return Nothing()
 
+    def _refuse_ended(self, name: str) -> None:
+        """Raises InvalidRequest: it was offered, and is not any more; says why."""
+        offer, why = self.offers.get(name), self._ended.get(name)
+        if offer is not None:  # perhaps of an id that was used before
+            why = _why_ended(offer.result.result()) if offer.result.done() else None
+        if why is not None:
+            self._drop(f"transfer {name} is not offered: {why}")
+
     def _drop(self, what: str) -> NoReturn:
         self.dropped_messages += 1
         raise InvalidRequest(what)
+
+
+def _why_ended(result: TransferResult) -> str:
+    return result.error or "it was fetched"
