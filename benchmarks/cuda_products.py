@@ -16,7 +16,7 @@ import argparse
 import statistics
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -38,6 +38,7 @@ from hbserve_core.cuda_runner.kernels.few_rows_linear import (
 from hbserve_core.cuda_runner.kernels.pointwise import gate_mul, rms_norm
 from hbserve_core.cuda_runner.products import Choice, Kind, choose
 from hbserve_core.errors import InvalidInstanceConfig
+from hbserve_core.model.architectures import Switches
 from hbserve_core.model.layers import Linear
 from hbserve_core.model.shard import Shard, check_divisible
 
@@ -65,6 +66,7 @@ class Model:
     num_kv_heads: int
     head_dim: int
     vocab_size: int
+    switches: Switches = field(default_factory=Switches)
 
 
 MODELS = {
