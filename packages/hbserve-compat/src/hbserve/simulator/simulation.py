@@ -105,6 +105,8 @@ class _Collecting(Figures):
         self._results = results
         self._shapes = shapes
         self.left = 0
+        self.ended_s = 0.0
+        """When the last of all had, by the loop: of a cell that is before others have."""
         self.all_ended = asyncio.Event()
         self.decisions: list[tuple[float, str, str, str]] | None = None
 
@@ -135,6 +137,7 @@ class _Collecting(Figures):
     def ended_one(self) -> None:
         self.left -= 1
         if self.left == 0:
+            self.ended_s = asyncio.get_running_loop().time()
             self.all_ended.set()
 
 
@@ -218,9 +221,10 @@ class Simulation:
         if self._figures.left:
             await self._figures.all_ended.wait()
         results = self.results
-        results.duration_s = asyncio.get_running_loop().time() - begin_s
+        results.duration_s = max(0.0, self._figures.ended_s - begin_s)
         for name, host in self._hosts.items():
-            results.busy[name] = sum(life.engine.figures.busy_s for life in host.lives) / results.duration_s
+            busy_s = sum(life.engine.figures.busy_s for life in host.lives)
+            results.busy[name] = busy_s / results.duration_s if results.duration_s else 0.0
             for life in host.lives:
                 results.gaps_s.update(life.engine.figures.gaps_s)
         results.prefix_tokens, results.asked_tokens = self._fabric.prefix_tokens, self._fabric.asked_tokens
