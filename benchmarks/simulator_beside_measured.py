@@ -138,16 +138,16 @@ def model_of_shape(shape: Path | None, folder: Path) -> Path:
 
 def measured_profile(arguments: argparse.Namespace, config: DeploymentConfig, folder: Path) -> Profile:
     """Of one instance, with the threads that it has beside others."""
-    file = arguments.save_profile or folder / "profile.json"
+    settings, file = config.engine_settings(), arguments.save_profile or folder / "profile.json"
     half = max(1, arguments.input // 2)
     lengths = ",".join(str(each) for each in (half, arguments.input, 2 * arguments.input))
     contexts = f"{arguments.input},{2 * arguments.input}"
     command = [
-        sys.executable, "-m", "hbserve", "profile", "--model", config.model.path, "--device", config.engine.device,
+        sys.executable, "-m", "hbserve", "profile", "--model", str(config.model.path), "--device", str(settings.device),
         "--prompt-lens", f"16,{lengths}", "--contexts", contexts, "--batch-sizes", "1,2,4,8,16", "-o", str(file),
         "--kv-transfer-backend", config.kv_transfer.backend,
     ]  # fmt: skip
-    if config.model.load_format == "dummy":
+    if settings.load_format == "dummy":
         command.append("--random-weights")
     subprocess.run(command, check=True, env=instance_environment(arguments.threads))
     profile = load_profile(str(file))
