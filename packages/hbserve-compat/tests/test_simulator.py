@@ -177,6 +177,22 @@ def test_a_request_that_is_alone_takes_what_its_parts_take():
     assert single.e2els_s[0] == pytest.approx(0.5 + MESSAGE_S), "who wants one token needs no decode instance"
 
 
+def test_prefill_instances_may_have_another_profile_than_decode_instances(tmp_path):
+    file = tmp_path / "twice.json"
+    file.write_bytes(msgspec.json.encode(profile(prefill=[(1, 0.0005), (1000, 0.5)])))
+    slow, other = tmp_path / "slow.json", tmp_path / "results.json"
+    slow.write_bytes(msgspec.json.encode(profile()))
+    load = ["--num-requests", 1, "--input-len", 100, "--output-len", 3, "--json", other]
+    found = []
+    for more in ([], ["--prefill-profile", file]):
+        options = ["simulate", "--profile", slow, *more, *load]
+        result = CliRunner().invoke(app, [*map(str, options)])
+        assert result.exit_code == 0, result.output
+        found.append(json.loads(other.read_text()))
+    assert found[0]["mean_ttft_ms"] - found[1]["mean_ttft_ms"] == pytest.approx(50, abs=1)
+    assert found[0]["mean_tpot_ms"] == pytest.approx(found[1]["mean_tpot_ms"], rel=0.01)
+
+
 def test_kv_moves_while_the_next_chunk_is_computed():
     chunks = EngineLimits(chunk_size=100)
     slow = profile(transfer=[(0, 0.0), (1_000_000, 0.5)])

@@ -58,6 +58,11 @@ class Deployment:
     scheduler: SchedulerConfig = SchedulerConfig()  # noqa: RUF009  frozen
     limits: EngineLimits = EngineLimits()  # noqa: RUF009  frozen
     faults: tuple[Fault, ...] = ()
+    prefill_profile: Profile | None = None
+    """Of prefill instances, where they are others: of more ranks, for example."""
+
+    def profile_of(self, role: Role) -> Profile:
+        return (self.prefill_profile if role == "prefill" else None) or self.profile
 
     def instances(self) -> list[tuple[str, Role]]:
         """Names and roles, as prefill-0, decode-0 and so on."""
@@ -170,7 +175,9 @@ class Simulation:
         self._ids = itertools.count()
         self._hosts = {
             name: Host(
-                functools.partial(ModelledInstance, name, role, deployment.profile, deployment.limits, self._fabric)
+                functools.partial(
+                    ModelledInstance, name, role, deployment.profile_of(role), deployment.limits, self._fabric
+                )
             )
             for name, role in instances
         }
