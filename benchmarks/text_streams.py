@@ -51,7 +51,7 @@ async def serve() -> None:
         nonlocal has_stepped
         stepped, has_stepped = has_stepped, asyncio.Event()
         stepped.set()
-        for _ in range(3):  # as many turns as the loop needs for everything that this causes
+        for _turn in range(3):  # as many turns as the loop needs for everything that this causes
             await asyncio.sleep(0)
         return Empty()
 

@@ -302,15 +302,19 @@ def test_a_rank_that_is_lost_on_a_gpu_ends_the_step(model_folder, prompt, graphs
 
 @two_gpus
 @pytest.mark.parametrize("backend", ["ipc", "nccl"])
-async def test_kv_of_one_gpu_moves_to_ranks_on_two(model_folder, greedy_tokens, prompt, backend):
+@pytest.mark.parametrize(("senders", "receivers"), [(1, 2), (2, 1)])
+async def test_kv_moves_between_one_gpu_and_ranks_on_two(
+    model_folder, greedy_tokens, prompt, backend, senders, receivers
+):
+    """Ranks that send wait on their own devices for the steps that rank 0 has launched."""
     given = {
         "folder": model_folder("qwen3"),
         "gpu_id": 0,
         "device": "auto",
         "kv_transfer": KVTransferConfig(backend=backend),
     }
-    p = GpuInstance(config(**given, role="prefill", tensor_parallel_size=1))
-    d = GpuInstance(config(**given, role="decode", kv_rank=1))
+    p = GpuInstance(config(**given, role="prefill", tensor_parallel_size=senders))
+    d = GpuInstance(config(**given, role="decode", tensor_parallel_size=receivers, kv_rank=1))
     async with contextlib.AsyncExitStack() as stack:
         for instance in (p, d):
             await instance.start()

@@ -115,16 +115,7 @@ def run_simulation(args: SimulateArgs) -> None:
 def _deployment(args: SimulateArgs) -> Deployment:
     config = load_config(args.config) if args.config is not None else None
     scheduler = config.scheduler if config is not None else SchedulerConfig()
-    limits = EngineLimits()
-    if config is not None:
-        settings = config.engine_settings()
-        limits = EngineLimits(
-            None if settings.chunk_size == "auto" else settings.chunk_size,
-            settings.itl_target_ms,
-            settings.max_chunk_prefill_tokens,
-            settings.max_num_batched_tokens,
-            settings.max_num_seqs,
-        )
+    limits = EngineLimits.of(config.engine_settings()) if config is not None else EngineLimits()
     counts = args.prefill, args.decode, args.hybrid
     if not any(counts):
         counts = (1, 1, 0)
