@@ -8,7 +8,7 @@ import time
 
 import hbserve_kv_vllm as imitation
 import pytest
-from hbserve_kv_rig import MODULES
+from hbserve_kv_victims import start_process
 
 DEADLINE_S = 60.0
 TIMEOUT_S = 2.0
@@ -19,13 +19,8 @@ LOST = [49, *PROMPT]
 
 class Server:
     def __init__(self, backend, port=0, num_blocks=32):
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(MODULES)
-        self._control, theirs = context.Pipe()
-        self.process = context.Process(
-            target=imitation.serve, args=(theirs, port, backend, num_blocks, TIMEOUT_S), daemon=True
-        )
-        self.process.start()
+        self._control, theirs = multiprocessing.Pipe()
+        self.process = start_process(imitation.serve, theirs, port, backend, num_blocks, TIMEOUT_S)
         theirs.close()
         self.address = self._control.recv()
         self.port = int(self.address.rpartition(":")[2])
