@@ -411,7 +411,7 @@ class RanksInThreads:
 
         group = self._group(rank)
         with _closing_if_it_fails(group):
-            follow(self._make(group), iter(self._queues[rank - 1].get, None))
+            follow(self._make(group), iter(self._queues[rank - 1].get, None), lambda _: None)
 
     def send(self, message: bytes) -> None:
         for each in self._queues:

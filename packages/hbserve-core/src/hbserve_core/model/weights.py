@@ -21,10 +21,17 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from hbserve_core.errors import InvalidInstanceConfig
-from hbserve_core.model.architectures import Experts
 from hbserve_core.model.checkpoint.checkpoint import Checkpoint, with_stored_head
 from hbserve_core.model.checkpoint.dummy_checkpoint import DummyCheckpoint
 from hbserve_core.model.checkpoint.tensor_source import SplitGroups, TensorPart, TensorSource, weights_digest
+from hbserve_core.model.checkpoint_shapes import (
+    NO_POSITIONS,
+    POSITIONS,
+    Rows,
+    checkpoint_shapes,
+    gate_up_tensors,
+    qkv_tensors,
+)
 from hbserve_core.model.layers import (
     DecoderWeights,
     ExpertWeights,
@@ -72,7 +79,10 @@ def load_weights(
         config = with_stored_head(config)
     shapes = checkpoint_shapes(config)
     source: TensorSource
-    source = DummyCheckpoint(shapes) if load_format == "dummy" else Checkpoint(config, shapes, device)
+    if load_format == "dummy":
+        source = DummyCheckpoint(shapes, config.scale_block, config.packing)
+    else:
+        source = Checkpoint(config, shapes, device)
     with contextlib.closing(source):
         loader = _Loader(config, shard or Shard(), source, dtype, device, with_kv_scales, make_narrow)
         try:
@@ -87,88 +97,6 @@ def load_weights(
     seconds, gigabytes = time.perf_counter() - began_s, loader.num_bytes / 1e9
     logger.info("weights: %.2f GB (%s) in %.1f s", gigabytes, load_format, seconds)
     return weights
-
-
-_POSITIONS = "model.embed_positions.weight"
-_NO_POSITIONS = 2
-"""Rows in front, of padding."""
-
-
-def checkpoint_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor that the model needs."""
-    hidden = config.hidden_size
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config.vocab_size, hidden)}
-    for index in range(config.num_layers):
-        shapes |= {f"model.layers.{index}.{name}": shape for name, shape in _layer_shapes(config, index).items()}
-    shapes |= _norm_shapes(config, "model.norm")
-    if config.switches.learned_positions:
-        shapes[_POSITIONS] = (config.switches.learned_positions, hidden)
-    if not config.tied_embeddings:
-        shapes["lm_head.weight"] = (config.vocab_size, hidden)
-    return shapes
-
-
-def _layer_shapes(config: ModelConfig, index: int) -> dict[str, tuple[int, ...]]:
-    hidden, inner = config.hidden_size, config.intermediate_size
-    query, key = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    switches = config.switches
-    linears = [
-        *(("self_attn", name, sum(rows), hidden, switches.qkv_bias) for name, rows in _qkv_tensors(config).items()),
-        ("self_attn", "o_proj", hidden, query, switches.output_bias),
-    ]
-    shapes: dict[str, tuple[int, ...]] = {}
-    if switches.experts is not None and index in switches.experts.layers:
-        shapes |= _expert_shapes(switches.experts, hidden)
-    else:
-        gate_up = _gate_up_tensors(config).items()
-        linears += [("mlp", name, sum(rows), hidden, switches.mlp_bias) for name, rows in gate_up]
-        linears.append(("mlp", "down_proj", hidden, inner, switches.mlp_bias))
-    for block, name, outputs, inputs, has_bias in linears:
-        shapes[f"{block}.{name}.weight"] = (outputs, inputs)
-        if has_bias:
-            shapes[f"{block}.{name}.bias"] = (outputs,)
-    if switches.qk_norm:
-        sizes = (query, key) if switches.qk_norm == "projection" else (config.head_dim, config.head_dim)
-        shapes |= {f"self_attn.{name}.weight": (size,) for name, size in zip(("q_norm", "k_norm"), sizes, strict=True)}
-    for name in switches.norms.names():
-        shapes |= _norm_shapes(config, name)
-    return shapes
-
-
-def _norm_shapes(config: ModelConfig, name: str) -> dict[str, tuple[int, ...]]:
-    kinds = ("weight", "bias") if config.switches.layer_norms else ("weight",)
-    return {f"{name}.{kind}": (config.hidden_size,) for kind in kinds}
-
-
-def _expert_shapes(experts: Experts, hidden: int) -> dict[str, tuple[int, ...]]:
-    shapes: dict[str, tuple[int, ...]] = {f"{experts.block}.gate.weight": (experts.count, hidden)}
-    gate, up, down = experts.projections
-    for i in range(experts.count):
-        shapes |= {
-            f"{experts.block}.experts.{i}.{name}.weight": (experts.intermediate_size, hidden) for name in (gate, up)
-        }
-        shapes[f"{experts.block}.experts.{i}.{down}.weight"] = (hidden, experts.intermediate_size)
-    return shapes
-
-
-Rows = tuple[int, ...]
-"""Numbers of rows of the projections that one tensor of the checkpoint has below each other."""
-
-
-def _qkv_tensors(config: ModelConfig) -> dict[str, Rows]:
-    query, key = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    if config.switches.is_fused:
-        return {"qkv_proj": (query, key, key)}
-    return {"q_proj": (query,), "k_proj": (key,), "v_proj": (key,)}
-
-
-def _gate_up_tensors(config: ModelConfig) -> dict[str, Rows]:
-    inner = config.intermediate_size
-    if not config.switches.is_gated:
-        return {"up_proj": (inner,)}
-    return (
-        {"gate_up_proj": (inner, inner)} if config.switches.is_fused else {"gate_proj": (inner,), "up_proj": (inner,)}
-    )
 
 
 class _Loader:
@@ -215,7 +143,7 @@ class _Loader:
             embedding=embedding,
             first_token=self._shard.rank * len(embedding),
             layers=tuple(map(self._layer, layers)),
-            positions=self._whole(_POSITIONS)[_NO_POSITIONS:] if has_positions else None,
+            positions=self._whole(POSITIONS)[NO_POSITIONS:] if has_positions else None,
             head=make_linear(head, self._after_norm("model.norm", head)),
             norm=self._last_norm(),
             # Last: by now the files are in the system's page cache.
@@ -333,7 +261,7 @@ class _Loader:
             attention_norm=self._layer_norm(prefix, norms.before_attention, self._stream_eps),
             qkv=self._split_by_outputs(
                 attention,
-                _qkv_tensors(self._config),
+                qkv_tensors(self._config),
                 qkv,
                 switches.qkv_bias,
                 norms.before_attention and f"{prefix}.{norms.before_attention}",
@@ -356,7 +284,7 @@ class _Loader:
         return self._source.kv_scale(attention, "k"), self._source.kv_scale(attention, "v")
 
     def _mlp(self, prefix: str) -> tuple[Linear, Linear]:
-        switches, tensors = self._config.switches, _gate_up_tensors(self._config)
+        switches, tensors = self._config.switches, gate_up_tensors(self._config)
         inner = [self._inner] * sum(map(len, tensors.values()))
         norm = switches.norms.before_mlp and f"{prefix}.{switches.norms.before_mlp}"
         gate_up = self._split_by_outputs(f"{prefix}.mlp", tensors, inner, switches.mlp_bias, norm)
