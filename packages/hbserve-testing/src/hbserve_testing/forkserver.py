@@ -120,6 +120,14 @@ def _become(program: Program, streams: list[int]) -> None:
         import torch
 
         torch.set_num_threads(int(threads))
+    _leave_libraries_as_they_are()
+
+
+def _leave_libraries_as_they_are() -> None:
+    """Once the interpreter has ended as any other, and has written what C's streams hold: their destructors, torch's
+    above all, would have a hundred megabytes copied for each fork, in more time than else a short program takes."""
+    libc = ctypes.CDLL(None)
+    libc.on_exit(libc._exit, None)  # with the exit status; the last to be registered is the first to be called
 
 
 def _fork_a_forkserver() -> None:
