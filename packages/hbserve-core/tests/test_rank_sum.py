@@ -31,13 +31,13 @@ class Ranks:
     def __init__(self, size):
         from hbserve_core.cuda_runner.kernels.rank_sum import MOST_PROGRAMS, SharedMemory
 
-        pinned = {"pin_memory": DEVICE.type == "cuda"}
+        is_pinned = DEVICE.type == "cuda"
         self.shared = [
             SharedMemory(
                 rank, size,
                 torch.zeros(size, dtype=torch.int64, device=DEVICE),
                 torch.ones(MOST_PROGRAMS, dtype=torch.int32, device=DEVICE),
-                torch.zeros(1, dtype=torch.int32, **pinned),
+                torch.zeros(1, dtype=torch.int32, pin_memory=is_pinned),
                 FEW_BYTES, MANY_BYTES,
             )
             for rank in range(size)
@@ -56,9 +56,9 @@ class Ranks:
         for each, partial in zip(self.shared, partials, strict=True):
             self.load(each, partial, how)
         found = []
-        for stream, *each in zip(self.streams, self.shared, partials, strict=True):
+        for stream, shared, partial in zip(self.streams, self.shared, partials, strict=True):
             with torch.cuda.stream(stream):
-                found.append(self._one(*each, how))
+                found.append(self._one(shared, partial, how))
         torch.cuda.synchronize()
         return found
 
