@@ -269,6 +269,14 @@ def narrow_experts(kind, rows):
     expert_mlps(empty(rows, 2048), empty(rows, 128), ints(rows), gate_up, down, Routing(128, 8, True))
 
 
+def sums(dtype, rows, ranks, **how):
+    from hbserve_core.cuda_runner.kernels.rank_sum import MOST_PROGRAMS, SharedMemory, rank_sum
+
+    shared = empty(ranks, dtype=torch.int64), ints(MOST_PROGRAMS), ints(1)
+    memory = SharedMemory(ranks - 1, ranks, *shared, few_bytes=512 << 10, many_bytes=32 << 20)
+    rank_sum(empty(rows, 4096, dtype=dtype), memory, **how)
+
+
 CASES: dict[str, Callable[[], object]] = {
     "experts 1": partial(experts, 1),
     "experts 2048": partial(experts, 2048),
@@ -277,6 +285,12 @@ CASES: dict[str, Callable[[], object]] = {
     **{f"narrow {kind} {rows}": partial(narrow_products, kind, rows) for kind in NARROW for rows in (1, 64, 128)},
     **{f"narrow experts {kind} {rows}": partial(narrow_experts, kind, rows) for kind in NARROW for rows in (1, 2048)},
     **{f"many narrow {kind}": partial(many_narrow_rows, kind) for kind in NARROW},
+    **{
+        f"sum of {rows}": partial(sums, BF16, rows, 2, add_to=empty(rows, 4096), norm=(empty(4096), 1e-6))
+        for rows in (1, 2048)
+    },
+    "float32 sums of 1": partial(sums, F32, 1, 4),
+    "float32 sums of 2048": partial(sums, F32, 2048, 4),
     "two types": lambda: _of_two_types[(1,)](ints(1), 2),
     # Meta tensors count as being on 4 processors: up to 12 programs are few.
     "decode few Qwen3-0.6B": partial(decode, "Qwen3-0.6B", 1),
@@ -284,14 +298,12 @@ CASES: dict[str, Callable[[], object]] = {
     "decode many Qwen3-8B": partial(decode, "Qwen3-8B", 2),
     "decode few SmolLM2-135M": partial(decode, "SmolLM2-135M", 1),
     "float32 decode": partial(decode, "SmolLM2-135M", 5, F32),
-    "8-bit KV: decode few": partial(decode, "Qwen3-0.6B", 1, narrow=True, key_scale=0.5),
-    "8-bit KV: decode many": partial(decode, "Qwen3-8B", 2, narrow=True, key_scale=0.5),
+    "8-bit KV: decode": partial(decode, "Qwen3-8B", 2, narrow=True, key_scale=0.5),
     "8-bit KV: prefill": partial(prefill, "Qwen3-8B", narrow=True, value_scale=0.5),
     "prefill Qwen3-0.6B": partial(prefill, "Qwen3-0.6B"),
-    "prefill SmolLM2-135M": partial(prefill, "SmolLM2-135M"),
+    "prefill SmolLM2-135M, window, cap": partial(prefill, "SmolLM2-135M", window=1024, cap=50.0),
     "float32 prefill": partial(prefill, "SmolLM2-135M", F32),
     "window, cap: decode": partial(decode, "SmolLM2-135M", 5, window=1024, cap=50.0),
-    "window, cap: prefill": partial(prefill, "SmolLM2-135M", window=1024, cap=50.0),
     "products 1 Qwen3-0.6B": partial(products, "Qwen3-0.6B", 1, *LAYER, "head"),
     "products 4 Qwen3-0.6B": partial(products, "Qwen3-0.6B", 4, "output", "down"),
     "products 1 Qwen3-8B": partial(products, "Qwen3-8B", 1, *LAYER, "head"),

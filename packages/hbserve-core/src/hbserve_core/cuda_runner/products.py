@@ -30,6 +30,7 @@ from hbserve_core.cuda_runner.kernels.few_rows_linear import (
 )
 from hbserve_core.cuda_runner.kernels.pointwise import gate_mul, rms_norm
 from hbserve_core.model.layers import Linear, RmsNorm
+from hbserve_core.model.rank_group import RankGroup
 
 _MOST_SPLIT_ROWS = 64
 _MOST_SKINNY_ROWS = {0: 128, 4: 128, 8: 64}
@@ -100,10 +101,22 @@ class ResidualStream:
     """(M, E)"""
     scaled: ScaledRows | None = None
     """If the last addition has begun the next norm already, what it left."""
+    normed: torch.Tensor | None = None
+    """(M, E): if the last addition has done all of the next norm, what it gave."""
 
-    def normed_by(self, norm: RmsNorm | None) -> torch.Tensor | ScaledRows:
-        """The rows normed, or as the last addition has left them for this norm."""
-        return normed(self.rows, norm) if self.scaled is None else self.scaled
+    def normed_by(self, norm: RmsNorm | None) -> torch.Tensor:
+        """The rows normed: by this norm, which is the next."""
+        return normed(self.rows, norm) if self.normed is None else self.normed
+
+    def add(self, rows: torch.Tensor) -> None:
+        """Add rows (M, E) in place."""
+        self.scaled = self.normed = None
+        self.rows += rows
+
+    def add_sum(self, partial: torch.Tensor, group: RankGroup, next_norm: RmsNorm | None) -> None:
+        """Add the sum of every rank's `partial` (M, E) in place. next_norm: what is next done with the rows."""
+        self.scaled = None
+        self.normed = group.add_sum(self.rows, partial, _of_kernels(next_norm))
 
 
 class CudaProducts:
@@ -121,8 +134,8 @@ class CudaProducts:
         if choice.kernel == "small":
             return small_linear(stream.rows, linear.weight, linear.bias, norm=_of_kernels(norm))
         if choice.kernel == "skinny":
-            return self._skinny(choice, stream.normed_by(norm), norm, linear)
-        return linear(normed(stream.rows, norm))
+            return self._skinny(choice, stream.scaled or stream.normed_by(norm), norm, linear)
+        return linear(stream.normed_by(norm))
 
     def gated(self, stream: ResidualStream, norm: RmsNorm | None, linear: Linear) -> torch.Tensor:
         """silu(gate) * up, or gelu(gate) * up, (M, O), of the stream's rows, which are normed first; the weight is
@@ -133,8 +146,8 @@ class CudaProducts:
                 stream.rows, linear.weight, linear.bias, norm=_of_kernels(norm), gated=True, gelu=self._gelu
             )
         if choice.kernel == "skinny":
-            return self._skinny(choice, stream.normed_by(norm), norm, linear, gated=True)
-        return gate_mul(linear(normed(stream.rows, norm)), self._gelu)
+            return self._skinny(choice, stream.scaled or stream.normed_by(norm), norm, linear, gated=True)
+        return gate_mul(linear(stream.normed_by(norm)), self._gelu)
 
     def add_to(self, stream: ResidualStream, inputs: torch.Tensor, linear: Linear, next_norm: RmsNorm | None) -> None:
         """Add the product of rows (M, I) to the stream in place, rounded once. next_norm: what is next done with it."""
