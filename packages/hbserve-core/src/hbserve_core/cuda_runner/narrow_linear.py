@@ -32,11 +32,15 @@ class NarrowLinear(Linear):
         self._most_tiled = _MOST_TILED_ROWS[8 if weight.zeros is None else 4]
 
     def __call__(self, inputs: torch.Tensor) -> torch.Tensor:
-        if len(inputs) > self._most_tiled:
-            return Linear(widen(self.weight, inputs.dtype), self.bias)(self.weight.arranged(inputs))
         out = torch.empty((len(inputs), len(self.weight)), dtype=inputs.dtype, device=inputs.device)
-        tiled_linear(inputs, self.weight, self.bias, out, adds=False)
+        self.into(out, inputs)
         return out
+
+    def into(self, out: torch.Tensor, inputs: torch.Tensor) -> None:
+        if len(inputs) > self._most_tiled:
+            Linear(widen(self.weight, inputs.dtype), self.bias).into(out, self.weight.arranged(inputs))
+        else:
+            tiled_linear(inputs, self.weight, self.bias, out, adds=False)
 
     def add_to(self, target: torch.Tensor, inputs: torch.Tensor) -> None:
         if len(inputs) > self._most_tiled:

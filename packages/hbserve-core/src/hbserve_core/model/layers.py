@@ -32,6 +32,13 @@ class Linear:
         """(T, I) to (T, O)."""
         return F.linear(inputs, self.weight, self.bias)
 
+    def into(self, out: torch.Tensor, inputs: torch.Tensor) -> None:
+        """Write the result to `out` (T, O)."""
+        if self.bias is None:
+            torch.mm(inputs, self.weight.t(), out=out)
+        else:
+            torch.addmm(self.bias, inputs, self.weight.t(), out=out)
+
     def add_to(self, target: torch.Tensor, inputs: torch.Tensor) -> None:
         """Add the result to `target` (T, O) in place, within the product and rounded once."""
         target.addmm_(inputs, self.weight.t())
