@@ -35,7 +35,7 @@ from hbserve.load.args import BenchServeArgs
 from hbserve.load.arrivals import arrival_times
 from hbserve.load.bench_serve import measure
 from hbserve.load.compare import layouts_of, serving
-from hbserve.load.report import goals_of
+from hbserve.load.report import goals_of, percentile
 from hbserve.simulator import report
 from hbserve.simulator.engine import EngineLimits
 from hbserve.simulator.profile import Profile, StepLaw, load_profile
@@ -52,6 +52,8 @@ SMALL = {
 """40 million weights."""
 PARTS_OF_ONE = (0.5, 1.0, 1.5)
 PROMPTS_TO_FIRST, STEPS_TO_NEXT = 3.0, 2.0
+NEVER_TWO_AT_A_TIME = 0.01
+"""Requests a second."""
 READY_TIMEOUT_S = 300.0
 WARM_UP = 8
 """Requests for each instance before what is measured."""
@@ -59,10 +61,14 @@ FIGURES = {
     "req/s": "request_throughput",
     "TTFT p50": "p50_ttft_ms",
     "p90": "p90_ttft_ms",
+    "by the scheduler p50": "p50_server_ttft_ms",
     "TPOT p50": "p50_tpot_ms",
     "hand-off p50": "p50_handoff_ms",
 }
-OF_PREFILL_AND_DECODE = "hand-off p50"
+"""What is compared. A client's time to the first token has the front end in it, which is not modelled; the scheduler's
+has not."""
+ALONE = 6
+"""Requests, one after the other: where these differ already, it is the profile."""
 
 
 @dataclass(frozen=True)
@@ -138,16 +144,16 @@ def model_of_shape(shape: Path | None, folder: Path) -> Path:
 
 def measured_profile(arguments: argparse.Namespace, config: DeploymentConfig, folder: Path) -> Profile:
     """Of one instance, with the threads that it has beside others."""
-    file = arguments.save_profile or folder / "profile.json"
+    settings, file = config.engine_settings(), arguments.save_profile or folder / "profile.json"
     half = max(1, arguments.input // 2)
     lengths = ",".join(str(each) for each in (half, arguments.input, 2 * arguments.input))
     contexts = f"{arguments.input},{2 * arguments.input}"
     command = [
-        sys.executable, "-m", "hbserve", "profile", "--model", config.model.path, "--device", config.engine.device,
+        sys.executable, "-m", "hbserve", "profile", "--model", str(config.model.path), "--device", str(settings.device),
         "--prompt-lens", f"16,{lengths}", "--contexts", contexts, "--batch-sizes", "1,2,4,8,16", "-o", str(file),
         "--kv-transfer-backend", config.kv_transfer.backend,
     ]  # fmt: skip
-    if config.model.load_format == "dummy":
+    if settings.load_format == "dummy":
         command.append("--random-weights")
     subprocess.run(command, check=True, env=instance_environment(arguments.threads))
     profile = load_profile(str(file))
@@ -181,7 +187,8 @@ async def measure_all(
                 await asyncio.to_thread(simulated_figures, arguments, config, each, roles, load) for each in profiles
             ]
             for profile, figures in zip(profiles, simulated, strict=True):
-                print(f"{load.rate:6g} {name:5}{' '.join(beside(measured, figures, 'P' in name))}  {profile.name}")
+                rate = f"{load.rate:6g}" if load.rate else " alone"
+                print(f"{rate} {name:5}{' '.join(beside(measured, figures, load))}  {profile.name}")
             sys.stdout.flush()
             found[name, load.rate] = [each["request_goodput"] for each in (measured, *simulated)]
     return found
@@ -190,21 +197,24 @@ async def measure_all(
 async def measure_layout(
     arguments: argparse.Namespace, config: DeploymentConfig, roles: Sequence[str]
 ) -> AsyncIterator[tuple[Load, dict[str, Any]]]:
-    loads = [Load(rate, round(rate * arguments.seconds), seed) for seed, rate in enumerate(arguments.rates, 1)]
+    loads = [Load(rate, round(rate * arguments.seconds), seed) for seed, rate in enumerate(arguments.rates, 2)]
     async with serving(config, roles) as server:
         warm_up = Load(max(arguments.rates), WARM_UP * len(roles), 0)
         await server.during(measure(sent(arguments, server.url, warm_up)))
-        for load in loads:
-            figures, _, _ = await server.during(measure(sent(arguments, server.url, load)))
+        for load in (Load(0.0, ALONE, 1), *loads):
+            figures, found, _ = await server.during(measure(sent(arguments, server.url, load)))
+            by_server = [each.server["time_to_first_token_ms"] for each in found.outcomes if each.server]
+            figures["p50_server_ttft_ms"] = percentile(by_server, 50)
             if figures["client_is_bottleneck"]:
                 print(f"{load.rate:6g} the load was itself late: {figures['client_lag_p99_ms']:.1f} ms", flush=True)
             yield load, figures
 
 
 def sent(arguments: argparse.Namespace, url: str, load: Load) -> BenchServeArgs:
+    pace = {"request_rate": load.rate} if load.rate else {"max_concurrency": 1}
     return BenchServeArgs(
         base_url=url, num_prompts=load.count, random_input_len=arguments.input, random_output_len=arguments.output,
-        request_rate=load.rate, seed=load.seed, ignore_eos=True, ready_check_timeout_sec=READY_TIMEOUT_S,
+        **pace, seed=load.seed, ignore_eos=True, ready_check_timeout_sec=READY_TIMEOUT_S,
         goodput=arguments.goodput, metric_percentiles="50,90", disable_tqdm=True,
     )  # fmt: skip
 
@@ -213,18 +223,19 @@ def simulated_figures(
     arguments: argparse.Namespace, config: DeploymentConfig, profile: Profile, roles: Sequence[Any], load: Load
 ) -> dict[str, Any]:
     """With the very arrivals of the load."""
-    times = arrival_times(load.count, load.rate, seed=load.seed)
+    times = arrival_times(load.count, load.rate or NEVER_TWO_AT_A_TIME, seed=load.seed)
     requests = [SimulatedRequest(at_s, arguments.input, arguments.output) for at_s in times]
     limits = EngineLimits.of(config.engine_settings())
     deployment = Deployment(profile, tuple(roles), scheduler=config.scheduler, limits=limits)
-    return report.figures(simulate(deployment, requests), goals_of(arguments.goodput))
+    figures = report.figures(simulate(deployment, requests), goals_of(arguments.goodput))
+    return figures | {"p50_server_ttft_ms": figures["p50_ttft_ms"]}
 
 
-def beside(measured: dict[str, Any], simulated: dict[str, Any], is_apart: bool) -> Iterator[str]:
+def beside(measured: dict[str, Any], simulated: dict[str, Any], load: Load) -> Iterator[str]:
     """Of each figure what was measured, what is simulated, and the second by the first."""
     for title, name in FIGURES.items():
-        if is_apart or title != OF_PREFILL_AND_DECODE:
-            real, model = measured[name], simulated[name]
+        real, model = measured[name], simulated[name]
+        if real and (load.rate or name != "request_throughput"):
             yield f"| {title} {real:.4g} {model:.4g} ({model / real:.2f})"
 
 

@@ -114,7 +114,7 @@ def plain(weights):
     from hbserve_core.model.layers import Linear
 
     def unpacked(linear):
-        if linear is None or linear.is_narrow:
+        if linear is None or linear.narrow_bits:
             return linear
         weight = linear.weight.to_dense() if linear.weight.is_mkldnn else linear.weight
         return Linear(weight, linear.bias)

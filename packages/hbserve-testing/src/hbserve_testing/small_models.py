@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-SMALL = {
+SMALL: dict[str, Any] = {
     "vocab_size": 320,
     "hidden_size": 64,
     "intermediate_size": 128,
@@ -19,15 +19,16 @@ SMALL = {
 
 def _write_tokenizer(folder: Path) -> None:
     """A tokenizer over bytes, so that any text, Chinese too, has tokens that decode to it."""
+    import transformers as typed
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
 
+    transformers: Any = typed
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2} | {symbol: 3 + i for i, symbol in enumerate(alphabet)}
     tokenizer = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(
+    transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token="</s>", bos_token="<s>", unk_token="<unk>"
     ).save_pretrained(folder)
 
@@ -35,8 +36,9 @@ def _write_tokenizer(folder: Path) -> None:
 def write_small_model(folder: Path, architecture: str) -> None:
     """A random float32 model with its tokenizer: qwen3, qwen2, llama, gemma3 or qwen3-moe. Token 2 ends a sequence."""
     import torch
-    import transformers
+    import transformers as typed
 
+    transformers: Any = typed  # which types what it does not take, and not what it does
     configurations: dict[str, Any] = {
         "qwen3": lambda: transformers.Qwen3Config(**SMALL, tie_word_embeddings=True),
         "qwen2": lambda: transformers.Qwen2Config(**{k: v for k, v in SMALL.items() if k != "head_dim"}),
@@ -56,5 +58,7 @@ def write_small_model(folder: Path, architecture: str) -> None:
     for name, parameter in model.named_parameters():
         if "norm" not in name:
             torch.nn.init.normal_(parameter, std=0.3)
+    if architecture == "gemma3":  # it multiplies embeddings by 8: then a token is followed by itself, whatever it saw
+        model.get_input_embeddings().weight.data /= 8
     model.save_pretrained(folder)
     _write_tokenizer(folder)
