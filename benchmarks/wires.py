@@ -14,11 +14,14 @@ import asyncio
 import contextlib
 import json
 import os
+import queue
 import random
 import socket
 import statistics
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -266,7 +269,10 @@ class Victim:
 
     def __init__(self, backend: str, keys: Mapping[Party, Keys]) -> None:
         self._keys = msgspec.json.encode(keys) + b"\n"
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115  a pipe that nobody reads would hold the process up
+        self._lines: queue.SimpleQueue[bytes] = queue.SimpleQueue()
         self.process = self._start("--serve", backend)
+        threading.Thread(target=self._take_lines, daemon=True).start()
         self.ours: list[int] = self.read()["ports"]
         self.client = self._start("--ask", str(self.ours[0]))
         assert self.client.stdout is not None
@@ -274,18 +280,26 @@ class Victim:
 
     def _start(self, *arguments: str) -> "subprocess.Popen[bytes]":
         command = [sys.executable, __file__, *arguments]
-        started = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        started = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors)
         assert started.stdin is not None
         started.stdin.write(self._keys)
         started.stdin.flush()
         return started
 
-    def read(self) -> dict[str, Any]:
+    def _take_lines(self) -> None:
         assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        if not line:
-            sys.exit(f"the process that was attacked has ended: {self.process.communicate()[1].decode()[-3000:]}")
+        for line in self.process.stdout:
+            self._lines.put(line)
+        self._lines.put(b"")
+
+    def read(self) -> dict[str, Any]:
+        if not (line := self._lines.get()):
+            sys.exit(f"the process that was attacked has ended: {self._last_words()}")
         return dict(json.loads(line))
+
+    def _last_words(self) -> str:
+        self._errors.seek(0)
+        return self._errors.read().decode(errors="replace")[-3000:]
 
     def transfers(self) -> int:
         """Those that have gone well until a moment ago, and one that did since: nothing hangs."""
@@ -296,15 +310,15 @@ class Victim:
                 return int(last)
 
     def client_times(self) -> list[float]:
-        out, error = self.client.communicate(timeout=60)
+        out, _ = self.client.communicate(timeout=60)
         if self.client.returncode:
-            sys.exit(f"the good client has ended: {error.decode()[-3000:]}")
+            sys.exit(f"the good client has ended: {self._last_words()}")
         return list(json.loads(out))
 
     def kill(self) -> None:
         for process in (self.client, self.process):
             process.kill()
-            process.communicate()
+            process.wait()
 
 
 def attack(victim: Victim, arguments: argparse.Namespace) -> bool:
