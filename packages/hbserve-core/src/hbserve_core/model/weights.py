@@ -81,7 +81,7 @@ def load_weights(
     shapes = checkpoint_shapes(config)
     source: TensorSource
     if load_format == "dummy":
-        source = DummyCheckpoint(shapes, config.scale_block, config.packing)
+        source = DummyCheckpoint(shapes, config.scale_block, config.packing, config.keeps_inputs)
     else:
         source = Checkpoint(config, shapes, device)
     with contextlib.closing(source):
