@@ -3,6 +3,7 @@ card, beside torch with the same weights widened."""
 
 import shutil
 from dataclasses import replace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -474,7 +475,7 @@ def test_inputs_keep_their_bits_where_the_configuration_says_so(model_folder, tm
     folder = shutil.copytree(model_folder("llama"), tmp_path / "model")
     change(folder, quant_method="fp8", weight_block_size=[1, 4096])
     runner = InterpretedRunner(folder, keep_activations=keep_activations, load_format="dummy")
-    taken = {layer.qkv.weight.takes_8_bits() for layer in runner.decoder._weights.layers}
+    taken = {cast("Any", layer.qkv.weight).takes_8_bits() for layer in runner.decoder._weights.layers}
     assert taken == {not keep_activations}
 
 
