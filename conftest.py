@@ -251,9 +251,9 @@ def _has_ipv6() -> bool:
 
 
 LONGEST = (
-    "test_triton_path.py", "test_vanishing_hosts.py", "test_kernel_compilation.py", "test_pd_tokens.py",
-    "test_processes.py", "test_kernels.py", "test_surroundings.py", "test_hosts.py", "test_peer_deaths.py",
-    "test_cli.py", "test_examples.py",
+    "test_vanishing_hosts.py", "test_kernel_compilation.py", "test_processes.py", "test_pd_tokens.py",
+    "test_surroundings.py", "test_hosts.py", "test_serve_http.py", "test_cli.py", "test_triton_path.py",
+    "test_peer_deaths.py", "test_hostile_commands.py", "test_examples.py", "test_pd_instances.py", "test_kernels.py",
 )  # fmt: skip
 """Files of over 20 s, the longest first: one that a worker began last would leave the others idle. Those that wait, for
 hosts and processes, stand between those that compute."""

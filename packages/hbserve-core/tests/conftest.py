@@ -117,8 +117,8 @@ MODELS: dict[str, tuple[str, dict[str, Any], str]] = {
     "granite": (
         "GraniteConfig",
         {
-            "embedding_multiplier": 12.0,
-            "residual_multiplier": 0.22,
+            "embedding_multiplier": 3.0,  # by 12, as real ones are, a token is followed by itself, whatever it saw
+            "residual_multiplier": 0.8,
             "logits_scaling": 8.0,
             "attention_multiplier": 0.1,
             "tie_word_embeddings": True,

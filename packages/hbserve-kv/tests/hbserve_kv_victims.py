@@ -110,7 +110,7 @@ async def send(
 class Halt:
     """One point at which this process stands still until `go` is set."""
 
-    def __init__(self, point: str, reached: Callable[[], None]) -> None:
+    def __init__(self, point: str, reached: Callable[[], object]) -> None:
         self.go = threading.Event()
         self._point = point
         self._reached = reached

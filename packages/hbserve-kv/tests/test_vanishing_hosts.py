@@ -15,6 +15,7 @@ from hbserve_kv_rig import MOONCAKE_TIMEOUT_S, TIMEOUT_S, Clock, Rig, Victim, wh
 from hbserve_kv_victims import IS_FREE, Halt, pattern
 
 from hbserve_kv import Link, Outcome, TransferFailed
+from hbserve_testing.narrowing import present
 
 HOSTS = {"here": "10.78.0.1", "healthy": "10.78.0.2", "vanishing": "10.78.0.3"}
 RETURN_S = 60.0
@@ -88,9 +89,9 @@ async def test_a_sender_whose_host_vanishes_and_comes_back_writes_into_no_block_
         clock.check("vanished")
         rig.pool[blocks] = IS_FREE
         assert await sender.heard("ended") != "COMPLETED"
-        assert unsent_bytes(sender.process.pid) > 0, "or this test shows nothing"
+        assert unsent_bytes(present(sender.process.pid)) > 0, "or this test shows nothing"
         network.mend("vanishing")
-        await until_all_is_sent(sender.process.pid)
+        await until_all_is_sent(present(sender.process.pid))
         await asyncio.sleep(0.5)
         assert (rig.pool[blocks] == IS_FREE).all()
         began_s = time.monotonic()

@@ -10,6 +10,8 @@ import hbserve_kv_vllm as imitation
 import pytest
 from hbserve_kv_victims import start_process
 
+from hbserve_testing.narrowing import present
+
 DEADLINE_S = 60.0
 TIMEOUT_S = 2.0
 PREFILL = {"do_remote_decode": True}
@@ -47,7 +49,7 @@ class Server:
         return self.ask()[0][name]
 
     def signal(self, number):
-        os.kill(self.process.pid, number)
+        os.kill(present(self.process.pid), number)
 
     def end(self):
         self.process.kill()

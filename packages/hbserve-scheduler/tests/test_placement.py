@@ -34,7 +34,7 @@ PROMPT = PromptShape(4)
 
 
 def entry(name: int, priority: int = 0) -> ScheduledRequest:
-    request = GenerateRequest(str(name), [1] * (name + 1), SamplingParams(0, 4, priority=priority))
+    request = GenerateRequest(str(name), (1,) * (name + 1), SamplingParams(0, 4, priority=priority))
     return ScheduledRequest(request, submitted_s=0)
 
 

@@ -58,5 +58,7 @@ def write_small_model(folder: Path, architecture: str) -> None:
     for name, parameter in model.named_parameters():
         if "norm" not in name:
             torch.nn.init.normal_(parameter, std=0.3)
+    if architecture == "gemma3":  # it multiplies embeddings by 8: then a token is followed by itself, whatever it saw
+        model.get_input_embeddings().weight.data /= 8
     model.save_pretrained(folder)
     _write_tokenizer(folder)
