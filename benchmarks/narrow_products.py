@@ -134,11 +134,11 @@ def ways_of_many(product: Product, linears: list[NarrowLinear], rows: int) -> st
     x = torch.randn(rows, product.inputs, dtype=DTYPE, device=device)
     out = torch.empty(rows, product.outputs, dtype=DTYPE, device=device)
 
-    def in_tiles(linear: Linear) -> torch.Tensor:
+    def in_tiles(linear: NarrowLinear) -> torch.Tensor:
         tiled_linear(x, linear.weight, None, out, adds=False)
         return out
 
-    def of_8_bit_rows(linear: Linear) -> torch.Tensor:
+    def of_8_bit_rows(linear: NarrowLinear) -> torch.Tensor:
         eight_bit_linear(x, linear.weight, None, out, adds=False)
         return out
 

@@ -51,6 +51,9 @@ class NarrowLinear(Linear):
             return Linear(widen(self.weight, inputs.dtype), self.bias)(self.weight.arranged(inputs))
         return out
 
+    def into(self, out: torch.Tensor, inputs: torch.Tensor) -> None:
+        out.copy_(self(inputs))
+
     def add_to(self, target: torch.Tensor, inputs: torch.Tensor) -> None:
         """As `Linear` has it, but for 8-bit floats of cuBLAS, whose result is rounded before it is added."""
         if self._is_for_cublas(inputs):

@@ -171,14 +171,18 @@ class CudaProducts:
                 next_norm=weights,
             )
 
-    def of(self, inputs: torch.Tensor, linear: Linear) -> torch.Tensor:
-        """(M, O) of rows (M, I)."""
+    def of(self, inputs: torch.Tensor, linear: Linear, group: RankGroup | None = None) -> torch.Tensor:
+        """(M, O) of rows (M, I). group: that is to sum it next over its ranks."""
         choice = self._choose(inputs, linear, "plain")
         if choice.kernel == "small":
             return small_linear(inputs, linear.weight, linear.bias)
         if choice.kernel == "skinny":
             return self._skinny(choice, inputs, None, linear)
-        return linear(inputs)
+        out = None if group is None else group.partial((len(inputs), len(linear.weight)), inputs.dtype)
+        if out is None:
+            return linear(inputs)
+        linear.into(out, inputs)
+        return out
 
     def _choose(self, rows: torch.Tensor, linear: Linear, kind: Kind) -> Choice:
         outputs, inputs = linear.weight.shape

@@ -33,6 +33,13 @@ class Linear:
         """(T, I) to (T, O)."""
         return F.linear(inputs, self.weight, self.bias)
 
+    def into(self, out: torch.Tensor, inputs: torch.Tensor) -> None:
+        """Write the result to `out` (T, O)."""
+        if self.bias is None:
+            torch.mm(inputs, self.weight.t(), out=out)
+        else:
+            torch.addmm(self.bias, inputs, self.weight.t(), out=out)
+
     def of_experts(self, count: int) -> Any:
         """W as the matrices of so many experts, which are below each other in it: (count, O / count, I)."""
         return self.weight.view(count, -1, self.weight.shape[1])
