@@ -19,6 +19,7 @@ from typing import Any
 import hypothesis
 import pytest
 
+from hbserve_testing.small_models import write_small_model
 from hbserve_testing.warm_starts import WarmStarts
 
 # Models here are too small for a second thread, which would only take the processor from other processes. Inherited.
@@ -41,61 +42,6 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.load_profile("busy")
 
-SMALL = {
-    "vocab_size": 320,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "max_position_embeddings": 512,
-    "eos_token_id": 2,
-    "bos_token_id": 1,
-}
-
-
-def _write_tokenizer(folder: Path) -> None:
-    """A tokenizer over bytes, so that any text, Chinese too, has tokens that decode to it."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2} | {symbol: 3 + i for i, symbol in enumerate(alphabet)}
-    tokenizer = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="</s>", bos_token="<s>", unk_token="<unk>"
-    ).save_pretrained(folder)
-
-
-def _write_small_model(folder: Path, architecture: str) -> None:
-    import torch
-    import transformers
-
-    configurations: dict[str, Any] = {
-        "qwen3": lambda: transformers.Qwen3Config(**SMALL, tie_word_embeddings=True),
-        "qwen2": lambda: transformers.Qwen2Config(**{k: v for k, v in SMALL.items() if k != "head_dim"}),
-        "llama": lambda: transformers.LlamaConfig(**SMALL),
-        # A window that ends within a block, on one layer; experts on both.
-        "gemma3": lambda: transformers.Gemma3TextConfig(
-            **SMALL, sliding_window=21, sliding_window_pattern=2, query_pre_attn_scalar=16, pad_token_id=0
-        ),
-        "qwen3-moe": lambda: transformers.Qwen3MoeConfig(
-            **SMALL, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, norm_topk_prob=True
-        ),
-    }
-    config = configurations[architecture]()
-    torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    # Random models repeat one token; larger weights make the next token depend on the whole context.
-    for name, parameter in model.named_parameters():
-        if "norm" not in name:
-            torch.nn.init.normal_(parameter, std=0.3)
-    model.save_pretrained(folder)
-    _write_tokenizer(folder)
-
 
 @pytest.fixture(scope="session")
 def small_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
@@ -105,7 +51,7 @@ def small_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pat
     @cache
     def folder(architecture: str) -> Path:
         path = tmp_path_factory.mktemp(architecture)
-        _write_small_model(path, architecture)
+        write_small_model(path, architecture)
         assert json.loads((path / "config.json").read_text())["architectures"]
         return path
 
@@ -305,9 +251,9 @@ def _has_ipv6() -> bool:
 
 
 LONGEST = (
-    "test_triton_path.py", "test_vanishing_hosts.py", "test_kernel_compilation.py", "test_pd_tokens.py",
-    "test_processes.py", "test_kernels.py", "test_surroundings.py", "test_hosts.py", "test_peer_deaths.py",
-    "test_cli.py", "test_examples.py",
+    "test_vanishing_hosts.py", "test_kernel_compilation.py", "test_processes.py", "test_pd_tokens.py",
+    "test_surroundings.py", "test_hosts.py", "test_serve_http.py", "test_cli.py", "test_triton_path.py",
+    "test_peer_deaths.py", "test_hostile_commands.py", "test_examples.py", "test_pd_instances.py", "test_kernels.py",
 )  # fmt: skip
 """Files of over 20 s, the longest first: one that a worker began last would leave the others idle. Those that wait, for
 hosts and processes, stand between those that compute."""

@@ -3,10 +3,13 @@
     python benchmarks/api_server.py                     256 streams: as many tokens/s as are taken, and TTFT
     python benchmarks/api_server.py --rate 25600        so many tokens/s are offered, in steps
     python benchmarks/api_server.py --cores 0 1         the server on core 0, engine and clients on core 1
+    python benchmarks/api_server.py --api-servers 1 4   so many front ends, with as many engines and client processes
+
 
 The engine is a process that speaks the instances' RPC, and gives each request a token as soon as the last one is taken.
 Where tokens come faster than the server sends them they wait together, and become fewer and larger events: both are
 said. Without --rate they do; offered at a rate that it keeps up with, each is an event of its own.
+Of --api-servers, streams and rate are of each.
 "TTFT added": from writing a request to its first token, where the engine takes no time; one client at a time, alone and
 then beside all the streams at 25 tokens/s each. The engine and the clients may be slower than the server: its processor
 time says what it alone could do.
@@ -14,8 +17,11 @@ time says what it alone could do.
 
 import argparse
 import asyncio
+import contextlib
 import os
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -25,11 +31,12 @@ from mock_instances import LIMITS, mock_instance, serve_until_killed, started
 
 from hbserve_rpc import own_process
 from hbserve_rpc.messages import GENERATE, GenerateRequest, Role, TokenEvent
+from hbserve_testing.narrowing import present
 
 
-async def serve_engine() -> None:
+async def serve_engine(number: int) -> None:
     """A hybrid instance whose tokens cost nothing; `top_k` is how many ms each takes."""
-    server = mock_instance("mock-0", "hybrid", device="none", kv_backend="none", **LIMITS)
+    server = mock_instance(f"mock-{number}", "hybrid", device="none", kv_backend="none", **LIMITS)
 
     async def generate(request: GenerateRequest) -> AsyncIterator[TokenEvent]:
         wait_s = max(0, request.params.top_k) / 1e3
@@ -42,16 +49,20 @@ async def serve_engine() -> None:
     await serve_until_killed(server)
 
 
-async def serve_api(instances: dict[str, tuple[Role, str]], **settings: Any) -> None:
+async def serve_api(
+    instances: dict[str, tuple[Role, str]], *, model: str | None = None, api_servers: int = 1, **settings: Any
+) -> None:
     """The front end of `hbserve serve`, on instances that it has not started: role and address by their ids. `settings`
     are the scheduler's."""
     from hbserve.demo_model import find_model_folder
     from hbserve.server.front_end import FrontEnd
+    from hbserve.server.front_ends import FrontEnds
     from hbserve_scheduler import CpuScheduler, SchedulerConfig, SchedulerServer
     from hbserve_scheduler.config import ServerSection
 
-    folder = await find_model_folder(None)
-    front_end = FrontEnd(ServerSection(port=0))
+    folder = await find_model_folder(model)
+    section = ServerSection(port=0, api_servers=api_servers)
+    front_end = FrontEnd(section) if api_servers == 1 else FrontEnds(section, "WARNING", print)
     server = SchedulerServer(CpuScheduler(SchedulerConfig(port=0, **settings), model_path=str(folder)))
     await front_end.start()
     await server.start()
@@ -98,11 +109,7 @@ async def measure(pid: int, port: int, num_streams: int, num_tokens: int, rate: 
     ends = await asyncio.gather(*(stream(port, num_tokens, ms_a_token) for _ in range(num_streams)))
     took_s, used_s = time.perf_counter() - began_s, cpu_s(pid) - used_s
     total, num_events = num_streams * num_tokens, sum(events for *_, events in ends)
-    print(
-        f"{num_streams} streams of {num_tokens} tokens: {total / took_s:,.0f} tokens/s, {used_s / took_s:.0%} of a core"
-    )
-    per_s = f"{total / used_s:,.0f} tokens and {num_events / used_s:,.0f} events"
-    print(f"for each second of the server's processor time {per_s} ({num_events:,} events in all)")
+    tell(f"{num_streams} streams of {num_tokens} tokens", total, num_events, took_s, used_s)
 
     async def idle() -> list[float]:
         return [(await stream(port, 2, 0))[0] for _ in range(50)]
@@ -117,24 +124,87 @@ async def measure(pid: int, port: int, num_streams: int, num_tokens: int, rate: 
     print(f"TTFT added at p50: alone {1e3 * alone:.2f} ms, beside {rate:,.0f} tokens/s {1e3 * busy:.2f} ms")
 
 
+def tell(what: str, num_tokens: int, num_events: int, took_s: float, used_s: float) -> None:
+    print(f"{what}: {num_tokens / took_s:,.0f} tokens/s, {used_s / took_s:.0%} of a core")
+    per_s = f"{num_tokens / used_s:,.0f} tokens and {num_events / used_s:,.0f} events"
+    print(f"for each second of the server's processor time {per_s} ({num_events:,} events in all)", flush=True)
+
+
+def children_of(pid: int) -> list[int]:
+    """Front ends are processes that it has started, if they are several."""
+    return [int(each) for each in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+async def load(port: int, num_streams: int, num_tokens: int, rate: float | None) -> None:
+    """One of several client processes: says when it is warm, waits for a line, and says what it took, and when."""
+    await asyncio.gather(*(stream(port, 8, 0) for _ in range(num_streams)))
+    print("warm", flush=True)
+    await asyncio.to_thread(sys.stdin.readline)
+    ms_a_token = 0 if rate is None else max(1, round(1000 * num_streams / rate))
+    began_s = time.monotonic()
+    ends = await asyncio.gather(*(stream(port, num_tokens, ms_a_token) for _ in range(num_streams)))
+    print(began_s, time.monotonic(), sum(events for *_, events in ends), flush=True)
+
+
+def measure_several(arguments: argparse.Namespace, api_servers: int, model: list[str]) -> None:
+    """All clients at once, on so many front ends."""
+    with contextlib.ExitStack() as stack:
+        ask = [started(__file__, "--role", "engine", "--address", str(number)) for number in range(api_servers)]
+        engines = [stack.enter_context(each)[1][0] for each in ask]
+        options = ["--role", "api", "--api-servers", str(api_servers), "--address", *engines, *model]
+        pid, (url,) = stack.enter_context(started(__file__, *options))
+        options = ["--role", "client", "--address", url.rpartition(":")[2]]
+        options += ["--streams", str(arguments.streams), "--tokens", str(arguments.tokens)]
+        options += [] if arguments.rate is None else ["--rate", str(arguments.rate)]
+        clients = [
+            subprocess.Popen([sys.executable, __file__, *options], stdin=-1, stdout=-1, text=True)
+            for _ in range(api_servers)
+        ]
+        for client in clients:
+            assert present(client.stdout).readline() == "warm\n"
+        servers = children_of(pid) or [pid]
+        used_s = sum(map(cpu_s, servers))
+        for client in clients:
+            present(client.stdin).write("\n")
+            present(client.stdin).flush()
+        told = [[float(word) for word in client.communicate()[0].split()] for client in clients]
+        used_s = sum(map(cpu_s, servers)) - used_s
+        took_s = max(end for _, end, _ in told) - min(begin for begin, *_ in told)
+        num_streams, num_events = api_servers * arguments.streams, int(sum(events for *_, events in told))
+        what = f"{api_servers} front ends, {num_streams} streams, {num_events / took_s:,.0f} events/s"
+        tell(what, num_streams * arguments.tokens, num_events, took_s, used_s)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--streams", type=int, default=256)
     parser.add_argument("--tokens", type=int, default=200)
     parser.add_argument("--rate", type=float, help="tokens/s that are offered; without it, as many as are taken")
     parser.add_argument("--cores", type=int, nargs=2, metavar=("SERVER", "OTHERS"), help="cores to pin to")
-    parser.add_argument("--role", choices=["engine", "api"], help=argparse.SUPPRESS)
-    parser.add_argument("--address", default="", help=argparse.SUPPRESS)
+    parser.add_argument("--api-servers", type=int, nargs="+", help="front ends")
+    parser.add_argument("--model", help="a folder with another tokenizer than the demo model's")
+    parser.add_argument("--role", choices=["engine", "api", "client"], help=argparse.SUPPRESS)
+    parser.add_argument("--address", nargs="+", default=[], help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    model = [] if arguments.model is None else ["--model", arguments.model]
     if arguments.role == "engine":
-        asyncio.run(serve_engine())
+        asyncio.run(serve_engine(int(*arguments.address)))
+    elif arguments.role == "client":
+        asyncio.run(load(int(arguments.address[0]), arguments.streams, arguments.tokens, arguments.rate))
     elif arguments.role == "api":
-        asyncio.run(serve_api({"mock-0": ("hybrid", arguments.address)}))
+        engines: dict[str, tuple[Role, str]] = {
+            f"mock-{number}": ("hybrid", address) for number, address in enumerate(arguments.address)
+        }
+        (api_servers,) = arguments.api_servers or [1]
+        asyncio.run(serve_api(engines, model=arguments.model, api_servers=api_servers))
+    elif arguments.api_servers:
+        for api_servers in arguments.api_servers:
+            measure_several(arguments, api_servers, model)
     else:
         server_core, other_core = arguments.cores or (None, None)
         with (
-            started(__file__, "--role", "engine", core=other_core) as (_, (address,)),
-            started(__file__, "--role", "api", "--address", address, core=server_core) as (pid, (url,)),
+            started(__file__, "--role", "engine", "--address", "0", core=other_core) as (_, (address,)),
+            started(__file__, "--role", "api", "--address", address, *model, core=server_core) as (pid, (url,)),
         ):
             if other_core is not None:
                 os.sched_setaffinity(0, {other_core})

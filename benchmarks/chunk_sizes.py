@@ -12,16 +12,16 @@ between their tokens is printed; --itl-target-ms then bounds it for `auto`.
 import argparse
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 from hbserve_core import Engine, InstanceConfig, make_runner
 from hbserve_core.bench.simulated_device import H100_06B, H100_8B, SimulatedDevice
 from hbserve_rpc import SamplingParams
 
-GREEDY = {"temperature": 0, "ignore_eos": True}
+GREEDY: dict[str, Any] = {"temperature": 0, "ignore_eos": True}
 
 
 @dataclass
@@ -66,7 +66,7 @@ def requests(args: argparse.Namespace) -> list[tuple[float, int]]:
     return work
 
 
-def serve(args: argparse.Namespace, size: int | str, work: list[tuple[float, int]]) -> Served:
+def serve(args: argparse.Namespace, size: int | Literal["auto"], work: list[tuple[float, int]]) -> Served:
     longest = args.longest + 16
     config = InstanceConfig(
         model_path=args.model or "", role="hybrid" if args.decodes else "prefill", chunk_size=size, max_num_seqs=256,
@@ -75,7 +75,11 @@ def serve(args: argparse.Namespace, size: int | str, work: list[tuple[float, int
     )  # fmt: skip
     if args.model:
         runner: Any = make_runner(config)
-        engine, clock, sleep = Engine(config, runner), time.perf_counter, time.sleep
+        engine, clock = Engine(config, runner), time.perf_counter
+
+        def sleep(seconds: float) -> None:
+            time.sleep(seconds)
+
     else:
         law = H100_8B if args.simulated == "8b" else H100_06B
         model: Any = SimpleNamespace(vocab_size=1000, max_model_len=1 << 30, reach=0, eos_token_ids=())
@@ -145,7 +149,7 @@ class Serving:
                 self._last[name] = now
 
 
-def percentile(values: list[float], share: float) -> float:
+def percentile(values: Sequence[float], share: float) -> float:
     return sorted(values)[min(len(values) - 1, int(share * len(values)))] if values else float("nan")
 
 

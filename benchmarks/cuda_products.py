@@ -13,11 +13,14 @@ biases.
 """
 
 import argparse
+import json
 import statistics
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -39,6 +42,7 @@ from hbserve_core.cuda_runner.kernels.pointwise import gate_mul, rms_norm
 from hbserve_core.cuda_runner.products import Choice, Kind, choose
 from hbserve_core.errors import InvalidInstanceConfig
 from hbserve_core.model.layers import Linear
+from hbserve_core.model.model_config import ModelConfig, load_model_config
 from hbserve_core.model.shard import Shard, check_divisible
 
 DTYPE = torch.bfloat16
@@ -54,28 +58,33 @@ MOST_ERROR = 1e-2
 MUCH = 1.05
 
 
-@dataclass(frozen=True)
-class Model:
-    """Sizes, by the names of ModelConfig: model/shard.py divides them."""
-
-    path: str
-    hidden_size: int
-    intermediate_size: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    vocab_size: int
+def shape(name: str, hidden: int, inner: int, heads: int, kv_heads: int, head_dim: int, vocabulary: int) -> ModelConfig:
+    """One layer of a model like Llama, read as any model's is."""
+    content = {
+        "architectures": ["LlamaForCausalLM"],
+        "hidden_size": hidden,
+        "intermediate_size": inner,
+        "num_hidden_layers": 1,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": head_dim,
+        "vocab_size": vocabulary,
+        "max_position_embeddings": 4096,
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(content))
+        return replace(load_model_config(folder), path=Path(name))
 
 
 MODELS = {
-    model.path: model
+    str(model.path): model
     for model in (
-        Model("SmolLM2-135M", 576, 1536, 9, 3, 64, 49152),
-        Model("Qwen3-0.6B", 1024, 3072, 16, 8, 128, 151936),
-        Model("Qwen3-4B", 2560, 9728, 32, 8, 128, 151936),
-        Model("Llama-3-8B", 4096, 14336, 32, 8, 128, 128256),
-        Model("Qwen3-8B", 4096, 12288, 32, 8, 128, 151936),
-        Model("Qwen3-32B", 5120, 25600, 64, 8, 128, 151936),
+        shape("SmolLM2-135M", 576, 1536, 9, 3, 64, 49152),
+        shape("Qwen3-0.6B", 1024, 3072, 16, 8, 128, 151936),
+        shape("Qwen3-4B", 2560, 9728, 32, 8, 128, 151936),
+        shape("Llama-3-8B", 4096, 14336, 32, 8, 128, 128256),
+        shape("Qwen3-8B", 4096, 12288, 32, 8, 128, 151936),
+        shape("Qwen3-32B", 5120, 25600, 64, 8, 128, 151936),
     )
 }
 
@@ -136,7 +145,7 @@ class Product:
         return "gated" if self.gated else "normed" if self.reads_norm else "plain"
 
 
-def products(whole: Model, shard: Shard) -> list[Product]:
+def products(whole: ModelConfig, shard: Shard) -> list[Product]:
     """A rank's part of those of one layer, and of the head."""
     model = shard.config(whole)
     heads, kv_heads = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim

@@ -28,11 +28,10 @@ from typing import Any
 
 import yaml
 
-sys.path.append(str(Path(__file__).resolve().parent.parent))
-
 from hbserve_rpc import HBServeRpcError, SamplingParams
 from hbserve_rpc.messages import GenerateRequest, RequestFinished, SchedulerStats
 from hbserve_scheduler import RemoteScheduler, load_config
+from hbserve_testing.small_models import write_small_model
 
 AT_ONCE = 20
 STEP_S, TOKEN_S = 0.01, 0.0001
@@ -61,7 +60,7 @@ def serve_instance() -> int:
         is_broken = True
 
     def make(*arguments: Any, **more: Any) -> Any:
-        runner = make_runner(*arguments, **more)
+        runner: Any = make_runner(*arguments, **more)
         launch = runner.launch
 
         def launch_slowly(batch: Any) -> Any:
@@ -131,11 +130,9 @@ def free_ports(count: int) -> list[int]:
 
 @contextlib.asynccontextmanager
 async def deployment(folder: Path) -> AsyncIterator[tuple[dict[str, Child], RemoteScheduler]]:
-    from conftest import _write_small_model
-
     from hbserve.launcher import instance_settings
 
-    _write_small_model(folder, "qwen3")
+    write_small_model(folder, "qwen3")
     *ports, port = free_ports(len(ROLES) + 1)
     content = {
         "model": {"path": str(folder), "max_model_len": 256},
@@ -191,7 +188,7 @@ class Slice:
 
 
 def request_of(number: int, kind: int) -> GenerateRequest:
-    prompt = [3 + (7 * i * i + 11 * i + 13 * kind) % 250 for i in range(20 + 3 * kind)]
+    prompt = tuple(3 + (7 * i * i + 11 * i + 13 * kind) % 250 for i in range(20 + 3 * kind))
     params = SamplingParams(temperature=0.0 if kind % 2 else 0.8, max_tokens=MAX_TOKENS, ignore_eos=True, seed=kind)
     return GenerateRequest(f"r{number}-{kind}", prompt, params)
 

@@ -21,16 +21,15 @@ from typing import Any
 
 import yaml
 
-sys.path.append(str(Path(__file__).resolve().parent.parent))
 sys.path.append(str(Path(__file__).resolve().parent.parent / "packages/hbserve-compat/tests"))
 
-from conftest import _write_small_model
 from hbserve_random_requests import BODY, HEADER, LINE, PATHS, PAYLOAD
 from hbserve_served import PAIR, figures_of, is_empty
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
 from hbserve.serve import ServeArgs, serve_all
+from hbserve_testing.small_models import write_small_model
 
 AT_ONCE = 16
 DEADLINE_S = 120
@@ -49,7 +48,7 @@ def examples(strategy: st.SearchStrategy[Any], count: int, number: int) -> list[
     found: list[Any] = []
 
     @seed(number)
-    @settings(max_examples=count, database=None, deadline=None, suppress_health_check=HealthCheck)
+    @settings(max_examples=count, database=None, deadline=None, suppress_health_check=list(HealthCheck))
     @given(strategy)
     def take(example: Any) -> None:
         found.append(example)
@@ -192,7 +191,7 @@ async def main() -> None:
     ]
     with tempfile.TemporaryDirectory() as name:
         folder, uds = Path(name), f"{name}/api.sock"
-        _write_small_model(folder, "qwen3")
+        write_small_model(folder, "qwen3")
         content = {
             "model": {"path": str(folder), "max_model_len": 128}, "gpu_instances": PAIR, "engine": {"num_blocks": 256},
             "scheduler": {"port": 0}, "server": {"uds": uds, "chat_template": TEMPLATE, "max_body_size": "1MiB"},

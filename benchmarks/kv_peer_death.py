@@ -26,6 +26,7 @@ from typing import Any
 import torch
 
 from hbserve_kv import KVTransferConfig, KVTransferManager, Outcome, TransferFailed
+from hbserve_testing.narrowing import present
 
 BAR = 1.5
 DEADLINE_S = 60.0
@@ -123,7 +124,7 @@ class Peer:
             del self._grants[name]
 
     def signal(self, number: signal.Signals) -> None:
-        os.kill(self._process.pid, number)
+        os.kill(present(self._process.pid), number)
 
     async def end(self) -> None:
         self._process.kill()
@@ -216,7 +217,8 @@ class Places:
             return
         task = asyncio.create_task(posted.drained())
         self._draining.add(task)
-        task.add_done_callback(lambda done: (self._draining.discard(done), self.give_back(place)))
+        task.add_done_callback(self._draining.discard)
+        task.add_done_callback(lambda _: self.give_back(place))
 
     async def until_all_are_back(self) -> None:
         async with asyncio.timeout(DEADLINE_S):

@@ -11,6 +11,7 @@ relative errors of keys and values by layer.
 import argparse
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
@@ -92,7 +93,7 @@ class RoundedCache(DynamicCache):
         self.held: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         keys, values = (rounding(x) for rounding, x in zip(self._roundings, (key_states, value_states), strict=True))
         self.held.append((keys, values))

@@ -33,6 +33,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from time import monotonic, perf_counter, sleep
+from typing import Any
 from unittest import mock
 
 import msgspec
@@ -93,6 +94,7 @@ def peer(role: str, settings: Settings, count: int) -> Iterator[subprocess.Popen
 def bare_mooncake(settings: Settings, source: Sequence[int], target: Sequence[int], num_calls: int) -> Iterator[Bare]:
     engine, here = make_engine(settings)
     with peer("mooncake", settings, settings.num_blocks) as process:
+        assert process.stdout is not None
         session, base = process.stdout.readline().split()
         size = settings.block_bytes
         calls = (
@@ -131,6 +133,7 @@ def bare_send(settings: Settings, source: Sequence[int], target: Sequence[int], 
 
         def call() -> float:
             # On a GPU a receive that waits takes turns with other processes' kernels, so it is told when it may begin.
+            assert process.stdin is not None
             process.stdin.write("go\n")
             process.stdin.flush()
             sleep(0.005)
@@ -146,10 +149,11 @@ def make_group(settings: Settings, store, rank: int):
 
     store = PrefixStore("bench", store)
     if settings.device == "cpu":
-        options = torch.distributed.ProcessGroupGloo._Options()
+        gloo: Any = torch.distributed.ProcessGroupGloo  # whose options torch does not declare
+        options = gloo._Options()
         options._timeout = timedelta(seconds=60)
-        options._devices = [torch.distributed.ProcessGroupGloo.create_device(hostname="127.0.0.1")]
-        return torch.distributed.ProcessGroupGloo(store, rank, 2, options)
+        options._devices = [gloo.create_device(hostname="127.0.0.1")]
+        return gloo(store, rank, 2, options)
     return torch.distributed.ProcessGroupNCCL(store, rank, 2, torch.distributed.ProcessGroupNCCL.Options())
 
 
@@ -238,9 +242,9 @@ class Prefill:
         is_gpu = device != "cpu"
         tokens, hidden = (2048, 4096) if is_gpu else (64, 512)
         shapes = [(hidden, 6 * hidden), (hidden, 3 * hidden // 2), (3 * hidden, hidden), (hidden, hidden)]
-        settings = {"device": device, "dtype": torch.bfloat16 if is_gpu else torch.float32}
-        self._inputs = [torch.randn(tokens, rows, **settings) for rows, _ in shapes]
-        self._weights = [torch.randn(shape, **settings) for shape in shapes]
+        dtype = torch.bfloat16 if is_gpu else torch.float32
+        self._inputs = [torch.randn(tokens, rows, device=device, dtype=dtype) for rows, _ in shapes]
+        self._weights = [torch.randn(shape, device=device, dtype=dtype) for shape in shapes]
         self._stream = torch.cuda.Stream(device) if is_gpu else None
         self._num_layers = 10
         took_s = statistics.median(self.begin()() for _ in range(5))
@@ -274,9 +278,9 @@ class Prefill:
 def decode_steps(device: str, file: str) -> None:
     """Steps that read 1 GB on a GPU, without an end; each writes when it has ended, and how long it took."""
     is_gpu = device != "cpu"
-    settings = {"device": device, "dtype": torch.bfloat16 if is_gpu else torch.float32}
-    weights = torch.randn((4, 16384, 8192) if is_gpu else (4, 256, 1024), **settings)
-    given = torch.randn(weights.shape[2], **settings)
+    dtype = torch.bfloat16 if is_gpu else torch.float32
+    weights = torch.randn((4, 16384, 8192) if is_gpu else (4, 256, 1024), device=device, dtype=dtype)
+    given = torch.randn(weights.shape[2], device=device, dtype=dtype)
     stream = torch.cuda.Stream(device) if is_gpu else None
     with open(file, "w", buffering=1) as steps, torch.cuda.stream(stream):
         while True:

@@ -23,10 +23,11 @@ from safetensors.torch import load_file, save_file
 
 from hbserve_core.model.checkpoint.dummy_checkpoint import DummyCheckpoint
 from hbserve_core.model.checkpoint.tensor_source import TensorPart
+from hbserve_core.model.checkpoint_shapes import checkpoint_shapes
 from hbserve_core.model.layers import DecoderWeights, Linear
 from hbserve_core.model.model_config import load_model_config
 from hbserve_core.model.shard import Shard
-from hbserve_core.model.weights import checkpoint_shapes, load_weights
+from hbserve_core.model.weights import load_weights
 
 DTYPE = torch.bfloat16
 SHARD_BYTES = 2 << 30

@@ -34,6 +34,11 @@ def make(memory: torch.Tensor) -> Any:
     return engine
 
 
+def adopted(native: Any) -> Engine:
+    """It as links have it, without memory to try a peer with: nothing is begun with it any more."""
+    return Engine(native, memoryview(b""), 0)
+
+
 def be_a_peer() -> None:
     memory = torch.zeros(SIZE, dtype=torch.uint8)
     engine = make(memory)
@@ -80,7 +85,7 @@ def costs(memory: torch.Tensor, num_engines: int) -> None:
     print(
         f"one of {num_engines} engines: {kib:.0f} KiB, {threads:.1f} threads, {files:.1f} files, {per_s * 1e3:.2f} ms"
     )
-    asyncio.run(end_all([Engine(each, torch.empty(0)) for each in engines]))
+    asyncio.run(end_all([adopted(each) for each in engines]))
 
 
 async def end_all(engines: list[Engine]) -> None:
@@ -105,7 +110,7 @@ def pauses(memory: torch.Tensor, ends_as: str) -> None:
     if ends_as == "mooncake":
         watch.during("the engine's end, as Mooncake has it", engines.clear)
     else:
-        engine = Engine(engines.pop(), torch.empty(0))
+        engine = adopted(engines.pop())
         watch.during("the engine's end, as HBServe does it", lambda: asyncio.run(end(engine)))
     peer.kill()
 

@@ -21,6 +21,7 @@ import statistics
 import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from api_server import serve_api
 from mock_instances import LIMITS, mock_instance, serve_until_killed, started
@@ -64,7 +65,7 @@ class Instances:
 
     def servers(self) -> list[RpcServer]:
         """Of both."""
-        sizes = {"block_size": 16, "num_blocks": 1 << 20, "max_num_seqs": 1 << 10}
+        sizes: dict[str, Any] = {"block_size": 16, "num_blocks": 1 << 20, "max_num_seqs": 1 << 10}
         prefill = mock_instance("prefill-0", "prefill", **LIMITS, **sizes)
         prefill.serve_stream(PREFILL, self._prefill)
         prefill.serve(CONNECT, self._connect)

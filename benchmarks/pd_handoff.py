@@ -41,7 +41,8 @@ from hbserve_kv.memory.memory import tensor_at
 from hbserve_kv.memory.pool_layout import extents_of
 from hbserve_kv.memory.shared_memory import SharedRegion
 from hbserve_rpc import RpcClient
-from hbserve_rpc.messages import DECODE, PREFILL, DecodeRequest, PrefillRequest
+from hbserve_rpc.messages import DECODE, PREFILL, DecodeRequest, Granted, PrefillRequest, Role
+from hbserve_testing.narrowing import of_type, present
 
 BLOCK_SIZE = 16
 UNTOUCHED = 12345.0
@@ -144,14 +145,14 @@ async def poisson(llm: DisaggregatedLLM, args: argparse.Namespace) -> list[Run]:
 
 
 async def one(llm: DisaggregatedLLM, args: argparse.Namespace, seed: object, due_s: float = 0.0) -> Run:
-    prompt = make_prompt(args, seed)
+    prompt = list(make_prompt(args, seed))
     params = SamplingParams(temperature=0, max_tokens=args.output, ignore_eos=True)
     await asyncio.sleep(due_s - time.perf_counter())
     submitted_s, times_s, timings = time.perf_counter(), [], None
     async for delta in llm.stream(prompt, params):
         times_s += [time.perf_counter()] * len(delta["token_ids"])
         timings = delta["timings"] or timings
-    return Run(due_s or submitted_s, submitted_s, times_s, timings)
+    return Run(due_s or submitted_s, submitted_s, times_s, present(timings))
 
 
 def report(args: argparse.Namespace, first: Run, runs: list[Run], took_s: float) -> None:
@@ -188,9 +189,9 @@ def report(args: argparse.Namespace, first: Run, runs: list[Run], took_s: float)
     )
 
 
-def make_prompt(args: argparse.Namespace, seed: object) -> list[int]:
+def make_prompt(args: argparse.Namespace, seed: object) -> tuple[int, ...]:
     dice = random.Random(str(seed))  # of an integer it would take the absolute value
-    return [dice.randrange(3, 300) for _ in range(args.input)]
+    return tuple(dice.randrange(3, 300) for _ in range(args.input))
 
 
 def num_pool_blocks(args: argparse.Namespace) -> int:
@@ -198,7 +199,7 @@ def num_pool_blocks(args: argparse.Namespace) -> int:
 
 
 @contextlib.asynccontextmanager
-async def instance(role: str, args: argparse.Namespace):
+async def instance(role: Role, args: argparse.Namespace):
     config = InstanceConfig(
         instance_id=role, role=role, model_path=args.model, chunk_size=args.chunk_size, block_size=BLOCK_SIZE,
         max_num_batched_tokens=max(2048, args.chunk_size), num_blocks=num_pool_blocks(args),
@@ -302,10 +303,10 @@ def count_at_last_chunk(runner, blocks: torch.Tensor, num_chunks: int) -> list[t
     return landed
 
 
-async def prefill_and_decode(p_client: RpcClient, d_client: RpcClient, prompt: list[int], name: str) -> None:
+async def prefill_and_decode(p_client: RpcClient, d_client: RpcClient, prompt: tuple[int, ...], name: str) -> None:
     params = SamplingParams(temperature=0, max_tokens=2, ignore_eos=True)
     async with d_client.stream(DECODE, DecodeRequest(f"r{name}", f"t{name}", prompt, params)) as of_d:
-        grant = (await anext(of_d)).grant
+        grant = of_type(Granted, await anext(of_d)).grant
         request = PrefillRequest(f"r{name}", f"t{name}", prompt, params, grant)
         async with p_client.stream(PREFILL, request) as of_p:
             assert len([event async for event in of_p]) == 2

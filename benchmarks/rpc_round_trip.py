@@ -18,9 +18,10 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from time import perf_counter
+from typing import Any
 
 import msgspec
 import zmq
@@ -30,7 +31,7 @@ from hbserve_rpc.keys import save_keys
 from hbserve_rpc.message_socket import SharedContext
 from hbserve_rpc.messages import Empty
 
-CALL = Method("bench.call", Empty, Empty)
+CALL: Method[Empty, Empty] = Method("bench.call", Empty, Empty)
 IDLE_S = 0.01
 ROUNDS = 5
 IN_FLIGHT = 64
@@ -76,11 +77,15 @@ class Bare:
 
     def send(self, frames: list[bytes]) -> None:
         self.socket.send_multipart(frames, zmq.NOBLOCK)
-        if self.socket.getsockopt(zmq.EVENTS) & zmq.POLLIN:
+        if self._events() & zmq.POLLIN:
             asyncio.get_running_loop().call_soon(self._read)
 
+    def _events(self) -> int:
+        events: Any = self.socket.getsockopt(zmq.EVENTS)  # an int, which the stubs do not say
+        return int(events)
+
     def _read(self) -> None:
-        while self.socket.getsockopt(zmq.EVENTS) & zmq.POLLIN:
+        while self._events() & zmq.POLLIN:
             self._on_message(self.socket.recv_multipart(zmq.NOBLOCK))
 
 
@@ -128,7 +133,7 @@ async def call_bare(address: str) -> AsyncIterator[Call]:
 
 
 async def serve_blocking() -> None:
-    socket = zmq.Context().socket(zmq.ROUTER)
+    socket: zmq.Socket[bytes] = zmq.Context().socket(zmq.ROUTER)
     print(f"127.0.0.1:{socket.bind_to_random_port('tcp://127.0.0.1')}", flush=True)
     while True:
         socket.send_multipart(socket.recv_multipart())
@@ -146,7 +151,7 @@ async def call_blocking(address: str) -> AsyncIterator[Call]:
         yield call
 
 
-KINDS: dict[str, tuple[Callable[[], Awaitable[None]], Callable[[str], AbstractAsyncContextManager[Call]]]] = {
+KINDS: dict[str, tuple[Callable[[], Coroutine[Any, Any, None]], Callable[[str], AbstractAsyncContextManager[Call]]]] = {
     "bare": (serve_bare, call_bare),
     "hbserve_rpc": (serve_rpc, call_rpc),
     "keyed": (lambda: serve_rpc(own_keys()), lambda address: call_rpc(address, own_keys())),
@@ -219,7 +224,7 @@ def show(found: dict[str, list[tuple[list[float], list[float], float]]]) -> None
     print("               one p50         one p99        idle p50        calls/s")
     base: list[float] = []
     for kind, rounds in found.items():
-        one, idle = (sorted(each for times in rounds for each in times[which]) for which in (0, 1))  # type: ignore[misc]
+        one, idle = (sorted(itertools.chain.from_iterable(times)) for times in list(zip(*rounds, strict=True))[:2])
         numbers = [
             statistics.median(one),
             one[int(0.99 * len(one))],

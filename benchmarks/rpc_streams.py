@@ -19,8 +19,8 @@ from hbserve_rpc import Method, RpcClient, RpcServer, StreamMethod
 from hbserve_rpc.messages import Empty, TokenEvent
 from hbserve_rpc.wire import encode
 
-TOKENS = StreamMethod("bench.tokens", Empty, TokenEvent)
-STEP = Method("bench.step", TokenEvent, TokenEvent)
+TOKENS: StreamMethod[Empty, TokenEvent] = StreamMethod("bench.tokens", Empty, TokenEvent)
+STEP: Method[TokenEvent, TokenEvent] = Method("bench.step", TokenEvent, TokenEvent)
 """Asks for a number of steps; answers with the processor time of the server in nanoseconds."""
 STEPS_A_CALL = 16
 

@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator, Callable
+from functools import partial
 from typing import Any
 
 from hbserve_rpc import Overloaded, SamplingParams
@@ -31,7 +32,7 @@ from hbserve_rpc.messages import (
 )
 from hbserve_rpc.prompt_shape import shape_of
 from hbserve_rpc.reports import REPORTS, InstanceReport
-from hbserve_scheduler import CpuScheduler, SchedulerConfig
+from hbserve_scheduler import CpuScheduler, EventStream, SchedulerConfig
 
 ROUNDS = 5
 """Each figure is the best of so many, in processor time: what else runs makes it larger, nothing makes it smaller."""
@@ -44,7 +45,7 @@ class StubClient:
 
     problem = ""
 
-    def __init__(self, address: str, **_: object) -> None:
+    def __init__(self, address: str, **_settings: object) -> None:
         self.role: Role = "prefill" if address.startswith("p") else "decode"
         self.instance_id, _, _ = address.partition(":")
 
@@ -101,7 +102,7 @@ class StubStream(AsyncIterator[Any]):
 
 @contextlib.asynccontextmanager
 async def scheduling(
-    num_instances: int, client: type[StubClient] = StubClient, **settings: Any
+    num_instances: int, client: Callable[..., Any] = StubClient, **settings: Any
 ) -> AsyncIterator[CpuScheduler]:
     """A scheduler of so many instances, half of them of each role, all connected; of none, nothing is started."""
     scheduler = CpuScheduler(SchedulerConfig(heartbeat_interval_s=600, **settings), client_factory=client)
@@ -139,15 +140,17 @@ async def queue_cost(num_waiting: int, count: int) -> dict[str, float]:
         streams = [scheduler.submit(request) for request in new_requests("before", num_waiting)]
         for number in range(ROUNDS):
             requests, refused = new_requests(f"{number}-", count), new_requests("more", count)
-            best["submit"] = min(
-                best["submit"], microseconds(lambda r=requests: streams.extend(map(scheduler.submit, r)), count)
-            )
-            best["refuse"] = min(best["refuse"], microseconds(lambda r=refused: refuse_all(scheduler, r), count))
+            best["submit"] = min(best["submit"], microseconds(partial(submit_all, scheduler, requests, streams), count))
+            best["refuse"] = min(best["refuse"], microseconds(partial(refuse_all, scheduler, refused), count))
             began_s = time.process_time()
             for request in reversed(requests):
                 await scheduler.abort(request.request_id)
             best["abort"] = min(best["abort"], (time.process_time() - began_s) / count * 1e6)
     return best
+
+
+def submit_all(scheduler: CpuScheduler, requests: list[GenerateRequest], streams: list[EventStream]) -> None:
+    streams.extend(map(scheduler.submit, requests))
 
 
 def refuse_all(scheduler: CpuScheduler, requests: list[GenerateRequest]) -> None:

@@ -36,22 +36,27 @@ ROUNDS = 3
 """The best of so many."""
 
 
-async def serve() -> None:
-    has_stepped = asyncio.Event()
-    tokens = load_tokenizer(await find_model_folder(None)).encode(TEXT)
+async def serve(model: str | None) -> None:
+    has_stepped, num_waiting = asyncio.Event(), 0
+    tokens = load_tokenizer(await find_model_folder(model)).encode(TEXT)
 
     async def generate(request: GenerateRequest) -> AsyncIterator[TokenEvent]:
+        nonlocal num_waiting
         first = len(request.prompt_token_ids)  # each stream is somewhere else in the text
         for index in range(request.params.max_tokens):
+            num_waiting += 1
             await has_stepped.wait()
             is_last = index + 1 == request.params.max_tokens
             yield TokenEvent(index, [tokens[(first + index) % len(tokens)]], "length" if is_last else None)
 
-    async def step(_: TokenEvent) -> Empty:
-        nonlocal has_stepped
+    async def step(streams: TokenEvent) -> Empty:
+        nonlocal has_stepped, num_waiting
+        while num_waiting < streams.index:  # noqa: ASYNC110  some are being opened
+            await asyncio.sleep(0.001)
+        num_waiting = 0
         stepped, has_stepped = has_stepped, asyncio.Event()
         stepped.set()
-        for _ in range(3):  # as many turns as the loop needs for everything that this causes
+        for _turn in range(3):  # as many turns as the loop needs for everything that this causes
             await asyncio.sleep(0)
         return Empty()
 
@@ -82,10 +87,9 @@ async def measure(address: str, tokenizer: Any, num_streams: int, num_tokens: in
         taking = [asyncio.create_task(take(number)) for number in range(num_streams)]
         while len(scheduler.running_requests) < num_streams:  # noqa: ASYNC110  nothing tells
             await asyncio.sleep(0.01)
-        await asyncio.sleep(0.2)  # until their streams are open
         began_s = time.process_time()
         for step in range(num_tokens):
-            await client.call(STEP, TokenEvent(0, []), timeout_s=60)
+            await client.call(STEP, TokenEvent(num_streams, []), timeout_s=60)
             while num_given < num_streams * (step + 1):  # noqa: ASYNC110  the others have their turn
                 await asyncio.sleep(0)
         used_s = time.process_time() - began_s
@@ -99,14 +103,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--streams", type=int, nargs="+", default=[256])
     parser.add_argument("--tokens", type=int, default=200)
+    parser.add_argument("--model", help="a folder with another tokenizer")
     parser.add_argument("--profile", action="store_true", help="functions by their own time; much slower")
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.serve:
-        asyncio.run(serve())
+        asyncio.run(serve(arguments.model))
         return
-    tokenizer = load_tokenizer(asyncio.run(find_model_folder(None)))
-    with started(__file__, "--serve") as (_, (address,)):
+    tokenizer = load_tokenizer(asyncio.run(find_model_folder(arguments.model)))
+    model = [] if arguments.model is None else ["--model", arguments.model]
+    with started(__file__, "--serve", *model) as (_, (address,)):
         for num_streams in arguments.streams:
             if arguments.profile:
                 profile = cProfile.Profile()

@@ -20,7 +20,7 @@ import sys
 import tempfile
 import threading
 from collections import Counter
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -85,9 +85,7 @@ class Trace:
         threading.setprofile(self._profile)
         sys.setprofile(self._profile)
 
-    def make_task(
-        self, loop: asyncio.AbstractEventLoop, job: Coroutine[Any, Any, Any], **keywords: Any
-    ) -> asyncio.Task[Any]:
+    def make_task(self, loop: asyncio.AbstractEventLoop, job: Any, **keywords: Any) -> asyncio.Task[Any]:
         """A task factory for the event loop."""
         if self.is_on and self._path(job.cr_code.co_filename):
             self.tasks[job.__qualname__] += 1
@@ -125,7 +123,7 @@ def class_of(qualified_name: str) -> str:
 
 
 def request(request_id: str, salt: int) -> GenerateRequest:
-    tokens = [3 + (7 * place * place + salt * place) % 250 for place in range(NUM_PROMPT_TOKENS)]
+    tokens = tuple(3 + (7 * place * place + salt * place) % 250 for place in range(NUM_PROMPT_TOKENS))
     return GenerateRequest(request_id, tokens, SamplingParams(0, NUM_OUTPUT_TOKENS, ignore_eos=True))
 
 

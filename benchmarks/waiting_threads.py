@@ -3,7 +3,8 @@
     uv run python benchmarks/waiting_threads.py [--model FOLDER] [--threads 2] [--busy 1] [--rounds 3]
 
 Each round starts a process for each way, in turns, so that another load on the machine hits all: `OMP_WAIT_POLICY` not
-set, PASSIVE, which instances have, and ACTIVE. Without --model, the demo model.
+set, PASSIVE, which instances have, and ACTIVE. Without --model, the demo model; of a folder without weights, which has
+only a config.json, they are invented. Takes a minute and a half: each process generates for --seconds.
 """
 
 import argparse
@@ -18,11 +19,13 @@ ENGINE = """
 import sys, time, torch
 from hbserve import LLM, SamplingParams
 torch.set_num_threads(int(sys.argv[2]))
-llm = LLM(sys.argv[1], num_kvcache_blocks=64, num_threads=int(sys.argv[2]))
+llm = LLM(sys.argv[1], num_kvcache_blocks=64, num_threads=int(sys.argv[2]), load_format=sys.argv[4])
 ask = lambda count: llm.generate([[5, 6, 7, 8]], SamplingParams(0, count, ignore_eos=True), use_tqdm=False)
 ask(2)
-began_s, count = time.monotonic(), int(sys.argv[3])
-ask(count)
+began_s, count = time.monotonic(), 0
+while time.monotonic() < began_s + float(sys.argv[3]):
+    ask(8)
+    count += 8
 print(count / (time.monotonic() - began_s))
 """
 BUSY = "while True: pass"
@@ -32,8 +35,9 @@ def tokens_per_s(policy: str, args: argparse.Namespace, folder: Path) -> float:
     environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
     environment |= {"OMP_WAIT_POLICY": policy} if policy else {}
     environment["OMP_NUM_THREADS"] = str(args.threads)
-    command = [sys.executable, "-c", ENGINE, str(folder), str(args.threads), str(args.tokens)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=1800)
+    weights = "safetensors" if any(folder.glob("*.safetensors")) else "dummy"
+    command = [sys.executable, "-c", ENGINE, str(folder), str(args.threads), str(args.seconds), weights]
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True, timeout=600)
     return float(done.stdout.split()[-1])
 
 
@@ -42,7 +46,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--busy", type=int, default=1, help="processes that only compute")
-    parser.add_argument("--tokens", type=int, default=32)
+    parser.add_argument("--seconds", type=float, default=4.0, help="of each process")
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
     if args.model is None:

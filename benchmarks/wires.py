@@ -20,7 +20,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ import msgspec
 import zmq
 
 from hbserve_rpc import Keys, RpcClient, SamplingParams, make_keys, own_process, wire
+from hbserve_rpc.keys import Party
 from hbserve_rpc.messages import (
     SCHEDULER_ABORT,
     SCHEDULER_GENERATE,
@@ -109,14 +110,14 @@ def corpus() -> list[Frames]:
     from hbserve_kv.memory.layout import HeadRange, Layout, Plane
     from hbserve_kv.protocol import messages as kv
 
-    request = GenerateRequest("r", [1, 2, 3], SamplingParams(max_tokens=3))
+    request = GenerateRequest("r", (1, 2, 3), SamplingParams(max_tokens=3))
     grant = kv.Grant("t0", "127.0.0.1:1", "epoch", HeadRange())
     plane = Plane(0, 0, BLOCK_BYTES, 0, 0, BLOCK_BYTES)
     layout = Layout(NUM_BLOCKS, 1, 1, 1, [plane], [NUM_BLOCKS * BLOCK_BYTES], is_opaque=True)
     hello = kv.Handshake(
         kv.PROTOCOL_VERSION, 0, "epoch", "127.0.0.1:1", {"model": "m"}, HeadRange(), layout, {"nccl": b""}, "l"
     )
-    bodies = [
+    bodies: list[tuple[Any, Any, Any]] = [
         (wire.Call, SCHEDULER_INFO, Empty()),
         (wire.Call, SCHEDULER_ABORT, AbortRequest("r")),
         (wire.Open, SCHEDULER_GENERATE, request),
@@ -263,7 +264,7 @@ def listening(pid: int) -> list[int]:
 class Victim:
     """The process that is attacked, and its good client."""
 
-    def __init__(self, backend: str, keys: dict[str, Keys]) -> None:
+    def __init__(self, backend: str, keys: Mapping[Party, Keys]) -> None:
         self._keys = msgspec.json.encode(keys) + b"\n"
         self.process = self._start("--serve", backend)
         self.ours: list[int] = self.read()["ports"]
@@ -355,7 +356,7 @@ def main() -> None:
         keys = msgspec.json.decode(sys.stdin.buffer.readline(), type=dict[str, Keys])
         asyncio.run(serve(arguments.serve, keys) if arguments.serve else ask(arguments.ask, keys))
         return
-    victim = Victim(arguments.backend, dict(make_keys()) if arguments.keyed else {})
+    victim = Victim(arguments.backend, make_keys() if arguments.keyed else {})
     try:
         is_well = attack(victim, arguments)
     finally:

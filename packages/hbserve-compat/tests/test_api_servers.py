@@ -14,14 +14,14 @@ from typing import Any
 import httpx
 import msgspec
 import pytest
-from hbserve_served import PAIR, Served, served, until
+from hbserve_served import Served, served, until
 
 from hbserve import child_process
 from hbserve.server import front_ends
 from hbserve.server.front_end import FrontEnd
 from hbserve.server.front_ends import FrontEnds
 from hbserve_rpc import AddressInUse
-from hbserve_scheduler import ConfigError, CpuScheduler, SchedulerConfig, SchedulerServer, convert
+from hbserve_scheduler import CpuScheduler, SchedulerConfig, SchedulerServer
 from hbserve_scheduler.config import ServerSection
 from hbserve_testing.narrowing import present
 
@@ -134,11 +134,6 @@ def _has(server: Served, text: str, count: int) -> bool:
     return server.log.read_text().count(text) >= count
 
 
-def test_more_than_one_cannot_share_a_unix_socket():
-    with pytest.raises(ConfigError, match=r"^server\.api_servers=2: expected 1 with server\.uds"):
-        convert({"server": {"uds": "/socket", "api_servers": 2}, "gpu_instances": PAIR})
-
-
 async def test_an_address_in_use_is_an_error_although_ports_are_shared_and_is_free_at_the_end(monkeypatch):
     first = FrontEnds(ServerSection(port=0, api_servers=2), "INFO", lambda *_: None)
     port = int(first.url.rpartition(":")[2])
@@ -154,7 +149,7 @@ async def test_an_address_in_use_is_an_error_although_ports_are_shared_and_is_fr
 
 
 CHILD = """
-import pathlib, sys, time
+import json, pathlib, socket, sys, time
 settings = sys.stdin.readline()
 if pathlib.Path(sys.argv[1]).exists():
     sys.exit("mishap")
@@ -162,9 +157,12 @@ while "api-server-1" in settings and pathlib.Path(sys.argv[1]).with_name("slow")
     time.sleep(0.01)
 print('{"address": "127.0.0.1:1"}', flush=True)
 sys.stderr.write(settings)
+if (fd := json.loads(settings)["listening_fd"]) is not None:
+    print("listens at", socket.socket(fileno=fd).getsockname(), file=sys.stderr)
 sys.stdin.read()
 """
-"""In place of a process of the server: one that serves nothing, and says what it was told."""
+"""In place of a process of the server: one that serves nothing, and says what it was told, and of
+which socket it has got."""
 
 
 @pytest.fixture
@@ -227,6 +225,35 @@ async def test_when_the_first_process_serves_nobody_answers_503_in_its_place_whi
         beginning.cancel()
         await front_end.stop()
         await server.stop()
+
+
+async def test_a_unix_socket_is_bound_once_and_given_to_every_process_again_after_a_restart(
+    monkeypatch, broken, tmp_path
+):
+    monkeypatch.setattr(child_process, "FIRST_RESTART_S", 0.0001)
+    path = tmp_path / "socket"
+    front_end = FrontEnds(ServerSection(uds=str(path), api_servers=2), "INFO", lambda *_: None)
+    assert front_end.curl == f"curl --unix-socket {path} http://localhost"
+    server = SchedulerServer(CpuScheduler(SchedulerConfig(port=0)))
+    await server.start()
+    await front_end.start()
+    try:
+        async with httpx.AsyncClient(transport=httpx.AsyncHTTPTransport(uds=str(path))) as client:
+            assert (await client.get("http://here/health")).status_code == 503
+        await front_end.begin("small", Path("/models/small"), server)
+        processes, told = present(front_end._processes).processes, f"listens at {path}"
+        await _until(lambda: all(told in each._last_lines for each in processes))
+        killed = present(processes[0].pid)
+        os.kill(killed, signal.SIGKILL)
+        await _until(lambda: processes[0].pid != killed and told in processes[0]._last_lines)
+        with pytest.raises(AddressInUse):  # who connects waits for one of them
+            FrontEnd(ServerSection(uds=str(path)))
+        await front_end.drain()
+        assert path.is_socket(), "refusals of those that drain come by it"
+    finally:
+        await front_end.stop()
+        await server.stop()
+    assert not path.exists()
 
 
 async def _answer_other_than_503(client: httpx.AsyncClient, url: str) -> httpx.Response:

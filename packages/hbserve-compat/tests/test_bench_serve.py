@@ -501,6 +501,24 @@ async def test_the_layout_that_keeps_its_goals_for_more_requests_is_the_one_to_t
     assert picture.read_bytes().startswith(b"<?xml")
 
 
+async def test_every_rate_has_other_prompts_which_no_prefix_cache_knows_and_every_layout_the_same(
+    two_layouts, scripted
+):
+    asked = []
+    for layout in ("3H", "1P2D"):
+        await compare(
+            CompareArgs(
+                goodput=["e2el:60000"], rates="50,100", layouts=layout, num_prompts=4, input_len=5, output_len=3
+            )
+        )
+        prompts = [tuple(each["prompt"]) for each in scripted.asked]
+        assert len(prompts) == 2 * (1 + 4), "a request before each load, and the load"
+        assert not {*prompts[:5]} & {*prompts[5:]}
+        asked.append(sorted(prompts))
+    assert asked[0] == asked[1]
+    assert len(two_layouts) == 2
+
+
 @pytest.mark.parametrize(
     ("apart", "advice"),
     [

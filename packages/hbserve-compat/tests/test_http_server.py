@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import os
 import shutil
 import socket
 import ssl
@@ -15,7 +16,7 @@ import httpx
 import pytest
 from hbserve_fake_scheduler import FakeServer
 
-from hbserve.server.http_server import HttpServer
+from hbserve.server.http_server import HttpServer, shared_with_others
 from hbserve.tokenizer import load_tokenizer
 from hbserve_rpc import AddressInUse
 from hbserve_scheduler import ConfigError
@@ -26,10 +27,13 @@ from hbserve_testing.narrowing import present
 @pytest.fixture
 def serve(small_model: Callable[[str], Path]) -> Callable[..., Any]:
     @asynccontextmanager
-    async def serve(shares_port: bool = False, **settings: Any) -> AsyncIterator[HttpServer]:
+    async def serve(listening_fd: int | None = None, **settings: Any) -> AsyncIterator[HttpServer]:
         server = FakeServer(load_tokenizer(small_model("qwen3")), **({"port": 0} | settings))
         server.answers("a")
-        http = HttpServer(server.service.settings, server.app, shares_port=shares_port)
+        settings_of_server = server.service.settings
+        is_shared = settings_of_server.api_servers > 1
+        shared = shared_with_others(settings_of_server, listening_fd) if is_shared else None
+        http = HttpServer(settings_of_server, server.app, shared=shared)
         await http.start()
         yield http
         await http.stop()
@@ -56,10 +60,33 @@ async def test_a_unix_socket_is_served_and_removed_and_one_that_nobody_serves_is
     assert path.read_text() == "a file of somebody's"
 
 
-@pytest.mark.parametrize("shares_port", [False, True])
-async def test_what_is_written_is_sent_at_once(serve, shares_port):
+async def test_each_of_several_that_share_a_unix_socket_has_its_part_of_the_connections_and_one_that_ends_leaves_it(
+    serve, tmp_path
+):
+    path = tmp_path / "socket"
+    with contextlib.closing(socket.socket(socket.AF_UNIX)) as listening:
+        listening.bind(str(path))
+        listening.listen()
+        shared: dict[str, Any] = {"uds": str(path), "api_servers": 2}
+        clients = [httpx.AsyncClient(transport=httpx.AsyncHTTPTransport(uds=str(path))) for _ in range(12)]
+        async with serve(os.dup(listening.fileno()), **shared) as second:
+            async with serve(os.dup(listening.fileno()), **shared) as first:
+                for client in clients[:8]:
+                    assert (await client.get("http://here/health")).status_code == 200
+                counts = [len(each._server.server_state.connections) for each in (first, second)]
+                assert counts == [4, 4]
+            for client in clients[8:]:  # the other one serves alone what nobody else takes
+                assert (await client.get("http://here/health")).status_code == 200
+            assert len(second._server.server_state.connections) == 8
+        assert path.is_socket(), "it is of whoever has bound it"
+        for client in clients:
+            await client.aclose()
+
+
+@pytest.mark.parametrize("api_servers", [1, 2])
+async def test_what_is_written_is_sent_at_once(serve, api_servers):
     """Nagle's algorithm would hold the first token of every other answer back for 40 ms."""
-    async with serve(shares_port=shares_port) as http, httpx.AsyncClient() as client:
+    async with serve(api_servers=api_servers) as http, httpx.AsyncClient() as client:
         await client.get(f"{http.url}/health")
         (connection,) = http._server.server_state.connections
         its_socket = connection.transport.get_extra_info("socket")
@@ -68,7 +95,7 @@ async def test_what_is_written_is_sent_at_once(serve, shares_port):
 
 async def test_a_request_that_has_come_as_the_server_stops_is_not_left_without_an_end(serve):
     async with serve() as http:
-        reader, writer = await asyncio.open_connection("127.0.0.1", http.port_holder.getsockname()[1])
+        reader, writer = await asyncio.open_connection("127.0.0.1", http.bound_socket.getsockname()[1])
         writer.write(b"GET /health HTTP/1.1\r\nHost: here\r\n\r\n")
         http._watching.cancel()
         http._watching = None  # which `stop` would wait for first

@@ -194,6 +194,23 @@ async def test_the_application_shows_a_deployment_pauses_says_that_nobody_answer
     assert app.return_code == 0
 
 
+async def test_waterfalls_are_shorter_where_the_terminal_would_cut_off_what_held_a_request_up():
+    source = ShownSource()
+    source.records = [msgspec.structs.replace(SLOW["reservation"][0], request_id="r" * 30)]
+    longest = {}
+    for width in (160, 110):
+        app = TopApp(source, interval_s=3600)
+        async with app.run_test(size=(width, 50)) as pilot:
+            await pilot.pause()
+            lines = str(app.query_one("#requests", Static).render()).splitlines()
+            cause = source.records[0].held_up
+            assert cause
+            assert lines[0].endswith(cause)
+            assert len(lines[0]) + 2 <= width
+            longest[width] = lines[0].count("-") + lines[0].count("━")
+    assert longest[160] > longest[110]
+
+
 async def test_the_application_drains_the_instance_that_is_chosen_or_none(tmp_path):
     source = ShownSource()
     app = TopApp(source, interval_s=3600, folder=tmp_path)

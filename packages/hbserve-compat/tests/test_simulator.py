@@ -144,15 +144,17 @@ async def test_a_scenario_has_the_same_decisions_on_the_real_clock_and_in_the_si
 
 
 def test_the_same_simulation_has_the_same_results():
+    by_chance = SchedulerConfig(prefill_policy="power_of_two", decode_policy="power_of_two")
+
     def run() -> Any:
         (results,) = simulate(
-            Deployment(profile(), roles_of(4, 4, 1), limits=WHOLE, faults=(Fault("decode-0", 2, 1),)),
+            Deployment(profile(), roles_of(4, 4, 1), by_chance, limits=WHOLE, faults=(Fault("decode-0", 2, 1),)),
             poisson(60, 4, 100, 20, spread=0.5, seed=3),
             keeps_decisions=True,
         )
         return results
 
-    one = run()  # power_of_two, the default policy, draws two of four by chance
+    one = run()
     random.random()
     other = run()
     assert one == other
@@ -173,6 +175,22 @@ def test_a_request_that_is_alone_takes_what_its_parts_take():
     assert hybrid.e2els_s[0] == pytest.approx(0.5 + 10 * 0.01 + 3 * MESSAGE_S)
     (single,) = simulate(Deployment(profile(), roles_of(1, 1), limits=WHOLE), [SimulatedRequest(0, 500, 1)])
     assert single.e2els_s[0] == pytest.approx(0.5 + MESSAGE_S), "who wants one token needs no decode instance"
+
+
+def test_prefill_instances_may_have_another_profile_than_decode_instances(tmp_path):
+    file = tmp_path / "twice.json"
+    file.write_bytes(msgspec.json.encode(profile(prefill=[(1, 0.0005), (1000, 0.5)])))
+    slow, other = tmp_path / "slow.json", tmp_path / "results.json"
+    slow.write_bytes(msgspec.json.encode(profile()))
+    load = ["--num-requests", 1, "--input-len", 100, "--output-len", 3, "--json", other]
+    found = []
+    for more in ([], ["--prefill-profile", file]):
+        options = ["simulate", "--profile", slow, *more, *load]
+        result = CliRunner().invoke(app, [*map(str, options)])
+        assert result.exit_code == 0, result.output
+        found.append(json.loads(other.read_text()))
+    assert found[0]["mean_ttft_ms"] - found[1]["mean_ttft_ms"] == pytest.approx(50, abs=1)
+    assert found[0]["mean_tpot_ms"] == pytest.approx(found[1]["mean_tpot_ms"], rel=0.01)
 
 
 def test_kv_moves_while_the_next_chunk_is_computed():
@@ -384,6 +402,19 @@ def test_cells_share_the_load_by_session_and_nothing_else():
 
 
 # ---- profiles ------------------------------------------------------------------------------------------------------
+
+
+def test_a_cell_that_is_done_before_others_is_not_counted_as_idle_until_they_are():
+    def results(cells: int, *requests: SimulatedRequest) -> Any:
+        return simulate(Deployment(profile(), roles_of(cells, cells), limits=WHOLE), requests, cells=cells)
+
+    first, second = (next(each for each in range(99) if cell_of(each, 2) == cell) for cell in (0, 1))
+    short = SimulatedRequest(0.0, 100, 10, session=second)
+    (alone,) = results(1, short)
+    long, beside = results(2, SimulatedRequest(0.0, 100, 300, session=first), short)
+    assert beside.duration_s == pytest.approx(alone.duration_s)
+    assert long.duration_s > 10 * beside.duration_s
+    assert list(beside.busy.values()) == pytest.approx(list(alone.busy.values()))
 
 
 @pytest.mark.parametrize("name", own_profiles())

@@ -68,12 +68,24 @@ def test_neither_files_of_the_users_folder_nor_his_environment_change_the_answer
     assert done.stdout == answer(12).encode("ascii", "backslashreplace") + b"\nand one\n", done.stderr.decode()
 
 
+HBSERVE = ("-m", "hbserve")
+# Also where these tests run under `nohup`.
+HEEDS_SIGHUP = (
+    "-c",
+    "import runpy, signal; signal.signal(signal.SIGHUP, signal.SIG_DFL); runpy.run_module('hbserve', None, '__main__')",
+)
+
+
 def start(
-    config: Path, prepare: Callable[[], object] | None = None, *, num_tokens: int = 100000
+    config: Path,
+    prepare: Callable[[], object] | None = None,
+    *,
+    program: tuple[str, str] = HBSERVE,
+    num_tokens: int = 100000,
 ) -> tuple[subprocess.Popen[bytes], list[int]]:
     """A command in the middle of an answer that lasts a second, and its instances."""
     client = subprocess.Popen(
-        [sys.executable, "-P", "-m", "hbserve", "generate", "Hello", "--config", config, f"--max-tokens={num_tokens}"],
+        [sys.executable, "-P", *program, "generate", "Hello", "--config", config, f"--max-tokens={num_tokens}"],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=prepare,
     )  # fmt: skip
     assert client.stdout is not None
@@ -90,20 +102,15 @@ def wait_for_the_end_of(pids: list[int]) -> None:
         time.sleep(0.05)
 
 
-def heed_sighup() -> None:
-    """Also where these tests run under `nohup`."""
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)
-
-
 def block_sigterm_and_ignore_sigchld() -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
 
 
-ENDS = {
-    "Ctrl-C for all, thrice": (None, [signal.SIGINT] * 3, 130),
-    "the terminal closes": (heed_sighup, [signal.SIGHUP], 129),
-    "SIGTERM, which was blocked": (block_sigterm_and_ignore_sigchld, [signal.SIGTERM], 143),
+ENDS: dict[str, tuple[dict[str, Any], list[signal.Signals], int]] = {
+    "Ctrl-C for all, thrice": ({}, [signal.SIGINT] * 3, 130),
+    "the terminal closes": ({"program": HEEDS_SIGHUP}, [signal.SIGHUP], 129),
+    "SIGTERM, which was blocked": ({"prepare": block_sigterm_and_ignore_sigchld}, [signal.SIGTERM], 143),
 }
 
 
@@ -111,8 +118,8 @@ ENDS = {
 @pytest.mark.parametrize("name", ENDS)
 def test_a_signal_ends_everything_in_order_and_without_a_word(config, name):
     # Known elsewhere: vLLM #7554.
-    prepare, numbers, status = ENDS[name]
-    client, instances = start(config, prepare)
+    how, numbers, status = ENDS[name]
+    client, instances = start(config, **how)
     for number in numbers:
         for pid in [client.pid, *instances] if len(numbers) > 1 else [client.pid]:
             if alive(pid):

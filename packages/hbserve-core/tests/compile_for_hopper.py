@@ -204,10 +204,11 @@ def narrow_matrix(kind, outputs, inputs):
 
     group, groups = 128, inputs // 128
     if NARROW[kind] == 8:
-        weight = NarrowWeight(empty(outputs, inputs, dtype=FP8), empty(groups, outputs, dtype=F32), None, group)
+        words = empty(outputs, inputs // 2, dtype=torch.int16)
+        weight = NarrowWeight(words, empty(groups, outputs, dtype=F32), None, group)
     else:
         scales, zeros = empty(groups, outputs, dtype=torch.float16), empty(groups, outputs, dtype=torch.uint8)
-        weight = NarrowWeight(empty(outputs, inputs // 2, dtype=torch.uint8), scales, zeros, group)
+        weight = NarrowWeight(empty(outputs, inputs // 4, dtype=torch.int16), scales, zeros, group)
     return NarrowMatrix(weight)
 
 
@@ -233,13 +234,15 @@ def narrow_products(kind, rows):
 
 
 def many_narrow_rows(kind):
-    """In tiles, and the widening of weights."""
-    from hbserve_core.cuda_runner.kernels.narrow_linear import tiled_linear, widen
+    """In tiles, of 8-bit rows as well, and the widening of weights."""
+    from hbserve_core.cuda_runner.kernels.narrow_linear import eight_bit_linear, tiled_linear, widen
 
     hidden, inner, *_ = MODELS["Qwen3-8B"]
     matrix = narrow_matrix(kind, hidden, inner)
     tiled_linear(empty(256, inner), matrix, None, empty(256, hidden), adds=True)
     widen(matrix, BF16)
+    if matrix.takes_8_bits():
+        eight_bit_linear(empty(256, inner), matrix, None, empty(256, hidden), adds=True)
 
 
 def others(dtype):
@@ -265,12 +268,34 @@ def experts(rows, dtype=BF16):
     expert_mlps(empty(rows, 2048, dtype=dtype), empty(rows, 128, dtype=dtype), ints(rows), gate_up, down, routing)
 
 
+def narrow_experts(kind, rows):
+    from hbserve_core.cuda_runner.kernels.experts import Routing, expert_mlps
+    from hbserve_core.cuda_runner.kernels.narrow_experts import NarrowExperts
+
+    gate_up, down = (NarrowExperts(narrow_matrix(kind, *each), 128) for each in ((128 * 1536, 2048), (128 * 2048, 768)))
+    expert_mlps(empty(rows, 2048), empty(rows, 128), ints(rows), gate_up, down, Routing(128, 8, True))
+
+
+def sums(dtype, ranks, **how):
+    """Of few rows and of many."""
+    from hbserve_core.cuda_runner.kernels.rank_sum import MOST_PROGRAMS, SharedMemory, rank_sum
+
+    shared = empty(ranks, dtype=torch.int64), ints(MOST_PROGRAMS), ints(1), ints(1)
+    memory = SharedMemory(ranks - 1, ranks, *shared, few_bytes=1 << 20, many_bytes=32 << 20)
+    rank_sum(empty(8, 4096, dtype=dtype), memory, **how)
+    rank_sum(empty(8, 4096, dtype=dtype), memory, start=memory.many_start, **how)
+
+
 CASES: dict[str, Callable[[], object]] = {
     "experts 1": partial(experts, 1),
     "experts 2048": partial(experts, 2048),
+    "experts 16384": partial(experts, 16384),
     "float32 experts": partial(experts, 8, F32),
-    **{f"narrow {kind} {rows}": partial(narrow_products, kind, rows) for kind in NARROW for rows in (1, 64)},
+    **{f"narrow {kind} {rows}": partial(narrow_products, kind, rows) for kind in NARROW for rows in (1, 64, 128)},
+    **{f"narrow experts {kind} {rows}": partial(narrow_experts, kind, rows) for kind in NARROW for rows in (1, 2048)},
     **{f"many narrow {kind}": partial(many_narrow_rows, kind) for kind in NARROW},
+    "sums that are added and normed": partial(sums, BF16, 2, add_to=empty(8, 4096), norm=(empty(4096), 1e-6)),
+    "float32 sums": partial(sums, F32, 4),
     "two types": lambda: _of_two_types[(1,)](ints(1), 2),
     # Meta tensors count as being on 4 processors: up to 12 programs are few.
     "decode few Qwen3-0.6B": partial(decode, "Qwen3-0.6B", 1),
@@ -278,14 +303,12 @@ CASES: dict[str, Callable[[], object]] = {
     "decode many Qwen3-8B": partial(decode, "Qwen3-8B", 2),
     "decode few SmolLM2-135M": partial(decode, "SmolLM2-135M", 1),
     "float32 decode": partial(decode, "SmolLM2-135M", 5, F32),
-    "8-bit KV: decode few": partial(decode, "Qwen3-0.6B", 1, narrow=True, key_scale=0.5),
-    "8-bit KV: decode many": partial(decode, "Qwen3-8B", 2, narrow=True, key_scale=0.5),
+    "8-bit KV: decode": partial(decode, "Qwen3-8B", 2, narrow=True, key_scale=0.5),
     "8-bit KV: prefill": partial(prefill, "Qwen3-8B", narrow=True, value_scale=0.5),
     "prefill Qwen3-0.6B": partial(prefill, "Qwen3-0.6B"),
-    "prefill SmolLM2-135M": partial(prefill, "SmolLM2-135M"),
+    "prefill SmolLM2-135M, window, cap": partial(prefill, "SmolLM2-135M", window=1024, cap=50.0),
     "float32 prefill": partial(prefill, "SmolLM2-135M", F32),
     "window, cap: decode": partial(decode, "SmolLM2-135M", 5, window=1024, cap=50.0),
-    "window, cap: prefill": partial(prefill, "SmolLM2-135M", window=1024, cap=50.0),
     "products 1 Qwen3-0.6B": partial(products, "Qwen3-0.6B", 1, *LAYER, "head"),
     "products 4 Qwen3-0.6B": partial(products, "Qwen3-0.6B", 4, "output", "down"),
     "products 1 Qwen3-8B": partial(products, "Qwen3-8B", 1, *LAYER, "head"),

@@ -190,6 +190,7 @@ def test_sizes_that_were_never_seen_are_taken_to_be_in_proportion():
     assert FEWEST_BESIDE_DECODES < sizes.of_step([], [], []) <= 2.5 * FEWEST_BESIDE_DECODES
 
 
+@pytest.mark.warm
 @pytest.mark.parametrize("device", ["8b", "0.6b"])
 def test_over_mixed_lengths_no_fixed_size_gives_a_first_token_sooner(device):
     command = [sys.executable, BENCHMARK, "--simulated", device, "--requests", "600", "--seed", "1", "--sizes", *SIZES]

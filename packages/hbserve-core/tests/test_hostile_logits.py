@@ -83,7 +83,7 @@ def hostile_rows(monkeypatch):
     at every temperature, with top-k and top-p in turn, in random order."""
 
     def make(sample, first=0):
-        """Where Triton's interpreter needs 0.1 s for a row, a fifth of them, from `first` on."""
+        """Where Triton's interpreter needs 0.1 s for a row, an eighth of them, from `first` on."""
         generator = torch.Generator().manual_seed(0)
         rows, params = [], list[SamplingParams]()
         for i, temperature in enumerate(TEMPERATURES):
@@ -99,7 +99,7 @@ def hostile_rows(monkeypatch):
             pytest.importorskip("triton", reason="torch has Triton on Linux only")
             # Two parts, the last one not full.
             monkeypatch.setattr("hbserve_core.cuda_runner.kernels.sampling._PART", 32)
-            order = order[first::5] if DEVICE.type == "cpu" else order
+            order = order[first::8] if DEVICE.type == "cpu" else order
         return torch.stack(rows)[order], [params[i] for i in order], is_finite[order]
 
     return make

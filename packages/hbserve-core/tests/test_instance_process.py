@@ -64,6 +64,7 @@ async def status_of(address: str, wanted: str) -> str:
         return info.error
 
 
+@pytest.mark.warm
 async def test_it_ends_when_its_launcher_is_gone(launch):
     process = launch()
     await status_of(process.address(), "ready")
@@ -116,6 +117,7 @@ def test_neither_a_thread_of_an_instance_nor_the_garbage_collector_stops_it_for_
     assert float(done.stdout.splitlines()[-1]) <= 0.0005, done.stderr
 
 
+@pytest.mark.warm
 def test_a_port_in_use_is_one_line(launch):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]

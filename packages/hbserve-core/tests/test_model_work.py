@@ -6,8 +6,17 @@ import pytest
 import torch
 
 from hbserve_core.bench.device_limits import DeviceLimits
-from hbserve_core.bench.model_work import NO_WORK, DecodeLimit, decode_limit, num_layer_weights, prefill_flops
+from hbserve_core.bench.model_work import (
+    NO_WORK,
+    DecodeLimit,
+    decode_limit,
+    num_layer_weights,
+    prefill_flops,
+    stored_bytes,
+)
+from hbserve_core.config import InstanceConfig
 from hbserve_core.model.model_config import load_model_config
+from hbserve_core.model.quantization import Packing
 from hbserve_core.model.weights import load_weights
 
 LIMITS = DeviceLimits(read_bytes_per_s=3.2e12, copy_bytes_per_s=3.0e12, flops_per_s=800e12)
@@ -71,6 +80,35 @@ def test_attention_takes_its_operations_where_many_heads_share_their_keys(qwen3_
 def test_float32_is_twice_the_bytes_of_bfloat16_and_as_many_operations(qwen3_8b):
     wide, narrow = (decode_limit(qwen3_8b, dtype, 8, 100, LIMITS) for dtype in (torch.float32, torch.bfloat16))
     assert (wide.read_bytes, wide.flops) == (2 * narrow.read_bytes, narrow.flops)
+
+
+CUDA = torch.device("cuda")
+
+
+@pytest.mark.parametrize(
+    ("quantised", "of_a_weight"),
+    [
+        ({"scale_block": (128, 128)}, 1), ({"packing": Packing("awq", 64, 0)}, 0.5 + 2.5 / 64),
+        ({"packing": Packing("gptq", -1, 1)}, 0.5 + 2.5 / 4096), ({}, 2),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_narrow_weights_are_the_bytes_that_they_are_kept_in(qwen3_8b, quantised, of_a_weight, monkeypatch):
+    """The head stays in 16 bits."""
+    monkeypatch.setattr("hbserve_core.model.loaded_model.has_8_bit_floats", lambda device: True)
+    model, config, dtype = replace(qwen3_8b, **quantised), InstanceConfig(model_path="anything"), torch.bfloat16
+    assert stored_bytes(config, model, dtype, CUDA) == of_a_weight
+    assert stored_bytes(config, model, dtype, torch.device("cpu")) == 2
+    widened = InstanceConfig(model_path="anything", widen_weights=True)
+    assert stored_bytes(widened, model, dtype, CUDA) == 2
+    limit = decode_limit(model, dtype, 1, 512, LIMITS, weight_bytes=of_a_weight)
+    assert limit.read_bytes == pytest.approx(6_945_767_424 * of_a_weight + 2 * 622_329_856 + 512 * 147_456)
+
+
+def test_8_bit_floats_are_counted_wide_on_a_card_that_does_not_know_them(qwen3_8b, monkeypatch):
+    monkeypatch.setattr("hbserve_core.model.loaded_model.has_8_bit_floats", lambda device: False)
+    config, model = InstanceConfig(model_path="anything"), replace(qwen3_8b, scale_block=(128, 128))
+    assert stored_bytes(config, model, torch.bfloat16, CUDA) == 2
 
 
 def test_limits_of_several_steps_add_up_and_a_share_says_of_what():

@@ -15,6 +15,7 @@ from hbserve_core.errors import RankFailed
 from hbserve_core.model.shard import Shard
 from hbserve_core.transfers import rank_protocol as protocol
 from hbserve_core.transfers.instance_transfers import InstanceTransfers
+from hbserve_core.transfers.launched_steps import KEPT_STEPS, LaunchedStep, LaunchedSteps
 from hbserve_core.transfers.rank_protocol import Receive, Send
 from hbserve_core.transfers.rank_transfers import RANK_STRIDE, RankServer, RemoteRank, make_manager
 from hbserve_kv import (
@@ -57,7 +58,8 @@ class Instance:
         self.lost, self._config = [], config
         runners = [self.runner(pool) for pool in self.pools]
         managers = [make_manager(config, *each) for each in zip(runners[1:], shards[1:], strict=True)]
-        self.servers = [RankServer(manager) for manager in managers]
+        self.steps = [LaunchedSteps() for _ in managers]
+        self.servers = [RankServer(manager, steps) for manager, steps in zip(managers, self.steps, strict=True)]
         self._runner = runners[0]
 
     @staticmethod
@@ -107,6 +109,56 @@ async def test_instances_of_any_numbers_of_ranks_move_their_blocks(whole, num_se
         assert sent.num_bytes == received.num_bytes == (await d.transfers.stats()).bytes_received == moved
         assert (await p.transfers.stats()).bytes_sent == moved
         assert p.lost == d.lost == []
+
+
+def pushes_of(managers, monkeypatch):
+    """By rank, (block, event) of every push."""
+    found: list[list[Any]] = [[] for _ in managers]
+    push = SendTransfer.push
+
+    def note(self, block_ids, first, ready=None):
+        rank = next(rank for rank, manager in enumerate(managers) if manager._memory is self._memory)
+        found[rank].append((*block_ids, ready))
+        push(self, block_ids, first)
+
+    monkeypatch.setattr(SendTransfer, "push", note)
+    return found
+
+
+async def test_each_rank_pushes_after_its_own_event_of_the_step_that_it_has_launched_or_will(whole, monkeypatch):
+    async with Instance(0, whole, 2) as p, Instance(1, whole * 0, 1) as d:
+        (steps,), pushed = p.steps, pushes_of(p.managers, monkeypatch)
+        steps.add("rank 1, step 1")
+        posted = await d.transfers.post_receive("t", [3, 4, 5])
+        send = await p.transfers.open_send("t", posted.grant)
+        send.push([0], 0, LaunchedStep(1, "rank 0, step 1"))
+        await until(lambda: pushed[1] == [(0, "rank 1, step 1")])
+        send.push([1], 1, LaunchedStep(2, "rank 0, step 2"))
+        send.push([2], 2)
+        committing = asyncio.create_task(send.commit(b"payload"))
+        assert (await p.transfers.stats()).active_transfers == 2  # rank 1 has been told of it all
+        assert len(pushed[1]) == 1
+        assert not committing.done()
+        await asyncio.to_thread(steps.add, "rank 1, step 2")
+        assert (await committing).outcome is Outcome.COMPLETED
+        assert (await posted.wait()).payload == b"payload"
+        assert pushed == [
+            [(i, None if i == 2 else f"rank {rank}, step {i + 1}") for i in range(3)] for rank in range(2)
+        ]
+        for pool, heads in zip(d.pools, d.heads, strict=True):
+            assert torch.equal(pool[[3, 4, 5]], whole[:3, :, heads.first : heads.end])
+
+
+def test_events_of_steps_that_have_long_been_computed_are_not_kept():
+    steps, called = LaunchedSteps(), list[int]()
+    assert not steps.has(2, lambda: called.append(2))
+    for number in range(1, KEPT_STEPS + 3):
+        steps.add(f"step {number}")
+        assert called == [2] * (number >= 2)
+    assert steps.has(2, lambda: called.append(3))
+    assert [steps.event(number) for number in (0, 2, 3, KEPT_STEPS + 2)] == [
+        None, None, "step 3", f"step {KEPT_STEPS + 2}"
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -292,7 +344,7 @@ async def remote():
         for rank, transport in enumerate([stray, network.transport()])
     ]  # fmt: skip
     await sender.start()
-    server, lost = RankServer(receiver), list[Any]()
+    server, lost = RankServer(receiver, LaunchedSteps()), list[Any]()
     rank = RemoteRank(1, await server.start(), lost.append)
     await rank.client.start()
     yield SimpleNamespace(sender=sender, receiver=receiver, rank=rank, lost=lost, end=stray.end)

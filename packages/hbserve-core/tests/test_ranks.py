@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ import torch
 
 from hbserve_core import Engine, GpuInstance, InstanceConfig, InvalidInstanceConfig, RankFailed, make_runner
 from hbserve_core.model.shard import Shard
-from hbserve_core.ranks.distributed_group import DistributedRankGroup, host_store
+from hbserve_core.ranks.distributed_group import DistributedRankGroup, host_store, reach_store
 from hbserve_core.ranks.tensor_parallel_runner import TensorParallelRunner
 from hbserve_core.ranks.workers import Workers
 from hbserve_kv import KVTransferConfig
@@ -161,6 +162,51 @@ def test_closing_a_group_frees_the_graphs_that_its_end_waits_for():
     real.abort()
 
 
+class TriedMemory:
+    """Stands for MappedMemory, which needs GPUs. `fails`: by rank, at what it does."""
+
+    def __init__(self, shard: Shard, fails: dict[int, str]) -> None:
+        self._fails = fails.get(shard.rank)
+        self.is_closed = False
+        if self._fails == "map":
+            raise OSError("the GPUs do not reach each other")
+
+    def adds(self) -> bool:
+        return self._fails != "add"
+
+    def close(self) -> None:
+        self.is_closed = True
+
+
+@pytest.mark.parametrize("fails", [{}, {1: "map"}, {0: "add"}], ids=["all can", "one cannot map", "one adds wrong"])
+def test_memory_is_mapped_on_all_ranks_or_none(monkeypatch, caplog, fails):
+    """Else one would wait in a kernel for what another gives to NCCL."""
+    pytest.importorskip("triton", reason="torch has Triton on Linux only")
+    made: list[TriedMemory] = []
+
+    def make(shard: Shard, device: torch.device, store: Any) -> TriedMemory:
+        made.append(TriedMemory(shard, fails))
+        return made[-1]
+
+    monkeypatch.setattr("hbserve_core.ranks.mapped_memory.MappedMemory", make)
+    listening = socket.create_server(("127.0.0.1", 0))
+    port = listening.getsockname()[1]
+    store = host_store(listening.detach(), port)
+
+    def find(rank: int) -> Any:
+        group = DistributedRankGroup(Shard(rank, 2), torch.device("cpu"), reach_store(port), seed=0)
+        try:
+            return group._map_memory(store)
+        finally:
+            group.close()
+
+    with ThreadPoolExecutor(2) as threads:
+        found = list(threads.map(find, range(2)))
+    assert [each is not None for each in found] == [not fails] * 2
+    assert {each.is_closed for each in made} == {bool(fails)}
+    assert ("sums are left to NCCL" in caplog.text) == bool(fails)
+
+
 def test_a_rank_that_does_not_load_is_told_with_its_own_words(model_folder, tmp_path):
     workers = Workers(config(tmp_path / "nothing"), on_failure=lambda _: None)
     try:
@@ -256,15 +302,19 @@ def test_a_rank_that_is_lost_on_a_gpu_ends_the_step(model_folder, prompt, graphs
 
 @two_gpus
 @pytest.mark.parametrize("backend", ["ipc", "nccl"])
-async def test_kv_of_one_gpu_moves_to_ranks_on_two(model_folder, greedy_tokens, prompt, backend):
+@pytest.mark.parametrize(("senders", "receivers"), [(1, 2), (2, 1)])
+async def test_kv_moves_between_one_gpu_and_ranks_on_two(
+    model_folder, greedy_tokens, prompt, backend, senders, receivers
+):
+    """Ranks that send wait on their own devices for the steps that rank 0 has launched."""
     given = {
         "folder": model_folder("qwen3"),
         "gpu_id": 0,
         "device": "auto",
         "kv_transfer": KVTransferConfig(backend=backend),
     }
-    p = GpuInstance(config(**given, role="prefill", tensor_parallel_size=1))
-    d = GpuInstance(config(**given, role="decode", kv_rank=1))
+    p = GpuInstance(config(**given, role="prefill", tensor_parallel_size=senders))
+    d = GpuInstance(config(**given, role="decode", tensor_parallel_size=receivers, kv_rank=1))
     async with contextlib.AsyncExitStack() as stack:
         for instance in (p, d):
             await instance.start()

@@ -2,9 +2,11 @@
 them. Tokens equal those of transformers."""
 
 import pytest
+import torch.nn.functional as F
 from hbserve_core_interpreted import WHOLE_STEPS, InterpretedRunner
 
 from hbserve_core import Engine
+from hbserve_core.ranks.distributed_group import DistributedRankGroup
 
 pytest.importorskip("triton", reason="torch has Triton on Linux only")
 pytestmark = WHOLE_STEPS
@@ -95,11 +97,21 @@ def test_a_request_without_numbers_ends_on_ranks_that_overlap(
     assert list(errors) == ["broken"]
 
 
+def sum_and_norm(group, rows, partial, norm=None):
+    rows += group.all_reduce(partial)
+    return None if norm is None else F.rms_norm(rows, (rows.shape[1],), *norm)
+
+
 @pytest.mark.usefixtures("one_kernel_at_a_time")
-@pytest.mark.parametrize(("name", "size"), [("qwen3", 2), ("llama-biases", 4)])
+@pytest.mark.parametrize(
+    ("name", "size", "sums_norm"), [("qwen3", 2, True), ("llama-biases", 4, False)], ids=["qwen3-2", "llama-biases-4"]
+)
 def test_ranks_that_overlap_give_the_tokens_of_one(
-    generate, model_folder, ranks_in_threads, greedy_tokens, prompt, name, size
+    generate, model_folder, ranks_in_threads, greedy_tokens, prompt, monkeypatch, name, size, sums_norm
 ):
+    """sums_norm: whether their sums do the next norm too, as those over mapped memory do."""
+    if sums_norm:
+        monkeypatch.setattr(DistributedRankGroup, "add_sum", sum_and_norm)
     settings = {
         "max_num_seqs": 5, "max_num_batched_tokens": 48, "chunk_size": 20, "tensor_parallel_size": size,
     }  # fmt: skip

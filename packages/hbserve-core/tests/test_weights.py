@@ -7,6 +7,7 @@ import os
 import shutil
 import threading
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,10 +21,12 @@ from hbserve_core.errors import ModelFilesMissing, WeightsMismatch
 from hbserve_core.model.checkpoint.checkpoint import Checkpoint, with_stored_head
 from hbserve_core.model.checkpoint.dummy_checkpoint import DummyCheckpoint
 from hbserve_core.model.checkpoint.tensor_source import TensorPart, sampled_places
+from hbserve_core.model.checkpoint_shapes import checkpoint_shapes
 from hbserve_core.model.layers import Linear
 from hbserve_core.model.model_config import load_model_config
+from hbserve_core.model.quantization import Packing
 from hbserve_core.model.shard import Shard
-from hbserve_core.model.weights import checkpoint_shapes, load_weights
+from hbserve_core.model.weights import load_weights
 from hbserve_core.torch_runner.runner import ModelRunner
 from hbserve_testing.narrowing import present
 
@@ -344,6 +347,48 @@ def test_a_sample_of_dummy_weights_is_of_what_is_read():
     for name in ("a.weight", "norm.weight", "a.bias"):
         found = DummyCheckpoint(SHAPES).sample(name)
         assert torch.equal(found, dummy(name).flatten()[list(sampled_places(SHAPES[name]))])
+
+
+QUANTISED: list[dict[str, Any]] = [
+    {"scale_block": (128, 128)}, {"scale_block": (128, 4096)}, {"packing": Packing("awq", 32, 0)},
+    {"packing": Packing("gptq", -1, 1)},
+]  # fmt: skip
+LAYER = {"model.layers.0.mlp.up_proj.weight": (70, 256), "model.layers.0.mlp.gate.weight": (8, 256)}
+
+
+@pytest.mark.parametrize("quantised", QUANTISED, ids=str)
+@pytest.mark.parametrize("part", [{}, {"rows": slice(3, 40)}, {"columns": slice(128, 256)}], ids=str)
+def test_dummy_weights_of_a_quantised_model_are_what_it_has_numbers_for(quantised, part):
+    """As they stay narrow, and as they are widened; about the same as those of the model in more bits."""
+    source, plain = DummyCheckpoint(LAYER, **quantised), DummyCheckpoint(LAYER)
+    projection, router = (TensorPart(name, **part) for name in LAYER)
+    wide = read(source, projection, LAYER[projection.name], torch.float32)
+    narrow = present(source.read_narrow(projection, torch.device("cpu")))
+    assert torch.equal(narrow.widened(), wide)
+    assert narrow.nbytes < (1.1 if "scale_block" in quantised else 0.7) * wide.numel()
+    exact = read(plain, projection, LAYER[projection.name], torch.float32)
+    assert 0 < (wide - exact).norm() < (0.04 if "scale_block" in quantised else 0.12) * exact.norm()
+    assert source.read_narrow(router, torch.device("cpu")) is None
+    assert plain.read_narrow(projection, torch.device("cpu")) is None
+
+
+@pytest.mark.parametrize("quantised", QUANTISED, ids=str)
+def test_a_sample_of_quantised_dummy_weights_is_of_what_is_read(quantised):
+    source = DummyCheckpoint(LAYER, **quantised)
+    for name, shape in LAYER.items():
+        whole = read(source, TensorPart(name), shape, torch.float32).flatten()
+        assert torch.equal(source.sample(name), whole[list(sampled_places(shape))])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("quantised", QUANTISED, ids=str)
+def test_quantised_dummy_weights_are_the_same_on_the_gpu(quantised):
+    source = DummyCheckpoint(LAYER, **quantised)
+    one, other = (
+        present(source.read_narrow(TensorPart(next(iter(LAYER))), torch.device(device))) for device in ("cpu", "cuda")
+    )
+    assert torch.equal(one.values.view(torch.uint8), other.values.view(torch.uint8).cpu())
+    assert torch.equal(one.widened(), other.widened().cpu())
 
 
 @pytest.mark.gpu

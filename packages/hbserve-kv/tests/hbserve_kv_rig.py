@@ -25,11 +25,6 @@ SLACK_S = 2.0
 HEALTHY_S = TIMEOUT_S / 4
 """What a transfer to a healthy peer takes at most, as a rule: it waits for nobody else's deadline."""
 TEST_S = 90.0
-MODULES = [
-    "torch",
-    "hbserve_kv.testing",
-    *(f"hbserve_kv.transports.{name}" for name in ("nccl", "ipc", "mooncake.transport")),
-]
 
 
 class Victim:
@@ -40,12 +35,9 @@ class Victim:
         host: str = "127.0.0.1",
     ) -> None:  # fmt: skip
         """`where`: the network namespace in which it is."""
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(MODULES)
-        self._control, theirs = context.Pipe()
+        self._control, theirs = multiprocessing.Pipe()
         arguments = (theirs, rank, backend, point, timeout_s, expiry_s, where, host)
-        self.process = context.Process(target=victims.main, args=arguments, daemon=True)
-        self.process.start()
+        self.process = victims.start_process(victims.main, *arguments)
         theirs.close()
         self._heard: dict[str, asyncio.Queue[tuple[Any, ...]]] = defaultdict(asyncio.Queue)
         asyncio.get_running_loop().add_reader(self._control.fileno(), self._read)

@@ -50,6 +50,22 @@ BACKWARDS = list(reversed(range(NUM_BLOCKS)))
 """No two are neighbours, or Gloo would send all in one message."""
 IS_FREE = -1
 """What a process fills its blocks with when they are its own again. Later writes of others would show."""
+LOADED = [
+    "torch",
+    "hbserve_kv.testing",
+    *(f"hbserve_kv.transports.{name}" for name in ("nccl", "ipc", "mooncake.transport")),
+]
+"""What the server has imported of which processes here are forks."""
+
+
+def start_process(target: Callable[..., None], *arguments: Any) -> multiprocessing.context.ForkServerProcess:
+    """A fork of the server, which runs this until this process ends. Only one that begins the server tells it what to
+    import: without a word from here each fork would import it, which takes seconds."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(LOADED)
+    process = context.Process(target=target, args=arguments, daemon=True)
+    process.start()
+    return process
 
 
 def pattern(name: str) -> torch.Tensor:
@@ -94,7 +110,7 @@ async def send(
 class Halt:
     """One point at which this process stands still until `go` is set."""
 
-    def __init__(self, point: str, reached: Callable[[], None]) -> None:
+    def __init__(self, point: str, reached: Callable[[], object]) -> None:
         self.go = threading.Event()
         self._point = point
         self._reached = reached
@@ -271,6 +287,7 @@ class _Process:
 @contextlib.contextmanager
 def inside(namespace: str) -> Iterator[None]:
     """This thread in a network namespace. Processes of `Victim` are of the one outside, unless they are told."""
+    multiprocessing.set_forkserver_preload(LOADED)
     multiprocessing.forkserver.ensure_running()
     before = enter(namespace)
     try:

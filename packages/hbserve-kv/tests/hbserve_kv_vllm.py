@@ -162,6 +162,19 @@ class Request:
     is_loaded: bool = False
     recomputes: bool = False
     """Its KV did not come, and is computed here."""
+    num_outputs: int = 1
+    output_token_ids: list[int] = field(default_factory=list)
+    is_right: bool = True
+    """The KV that each of them was sampled from."""
+
+    @property
+    def token_ids(self) -> list[int]:
+        return self.prompt_token_ids + self.output_token_ids
+
+    @property
+    def num_next(self) -> int:
+        """Tokens that its next step computes."""
+        return min(CHUNK, len(self.token_ids) - self.num_computed_tokens)
 
 
 @dataclass(eq=False)
@@ -216,12 +229,12 @@ class Rank:
 
     def is_right(self, request: Request) -> bool:
         """As the attention of the next token would see it."""
-        places = self._of_places(request, 0, len(request.prompt_token_ids))
+        places = self._of_places(request, 0, len(request.token_ids))
         return all(bool((found == right).all()) for found, right in places)
 
     def _of_places(self, request: Request, first: int, end: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """What each layer has of these tokens of the prompt, and should have."""
-        for place, value in enumerate(numbers(request.prompt_token_ids)[first:end], first):
+        """What each layer has of these tokens, and should have."""
+        for place, value in enumerate(numbers(request.token_ids)[first:end], first):
             for layer, cache in enumerate(self.caches.values()):
                 found = of_place(self.engine.shape, cache, request.block_ids[place // BLOCK_SIZE], place % BLOCK_SIZE)
                 yield found, value + layer + self.heads
@@ -269,13 +282,15 @@ class Engine:
         self.results: dict[str, tuple[str, Any, bool | None]] = {}
         """By request: status, kv_transfer_params, and whether its KV was right."""
         self.figures: dict[str, list[float]] = {}
-        self.num_steps = 0
+        self.num_steps, self.num_preemptions = 0, 0
         self._votes: dict[tuple[int, str], int] = {}
 
     # ---- what a front end does -----------------------------------------------------------------------------------
 
-    def add(self, name: str, tokens: list[int], params: dict[str, Any] | None = None, num_hit: int = 0) -> None:
-        request = self.requests[name] = Request(name, tokens, params, num_hit=num_hit)
+    def add(
+        self, name: str, tokens: list[int], params: dict[str, Any] | None = None, num_hit: int = 0, num_outputs: int = 1
+    ) -> None:
+        request = self.requests[name] = Request(name, tokens, params, num_hit=num_hit, num_outputs=num_outputs)
         self.scheduler.on_new_request(request)
         self.waiting.append(request)
 
@@ -284,13 +299,14 @@ class Engine:
             self._finish(request, Status.FINISHED_ABORTED)
 
     def preempt(self, name: str) -> None:
-        """As for want of blocks, between two steps."""
+        """For want of blocks, or as if for it, between two steps."""
         request = self.requests[name]
         self.running.remove(request)
         self.waiting.insert(0, request)
         self._free(request)
         request.status, request.num_computed_tokens, request.is_resumed = Status.WAITING, 0, True
         self.preempted_ids.add(name)
+        self.num_preemptions += 1
 
     def holds(self, tokens: list[int]) -> bool:
         """Whether the KV of their first place has come, or was computed."""
@@ -332,14 +348,7 @@ class Engine:
         new, cached, tokens = [], SimpleNamespace(
             req_ids=[], resumed_req_ids=set(), new_block_ids=[], num_computed_tokens=[]
         ), {}  # fmt: skip
-        for request in list(self.waiting):
-            if self._admit(request):
-                self.waiting.remove(request)
-                self.running.append(request)
-                request.status = Status.RUNNING
-        for request in self.running:
-            count = min(CHUNK, len(request.prompt_token_ids) - request.num_computed_tokens)
-            more = self._allocate(request, request.num_computed_tokens + count)
+        for request, more in self._with_blocks():
             if not request.is_known:
                 new.append(SimpleNamespace(
                     req_id=request.request_id, block_ids=(list(request.block_ids),),
@@ -353,7 +362,7 @@ class Engine:
                 if request.is_resumed:
                     cached.resumed_req_ids.add(request.request_id)
             request.is_known, request.is_resumed = True, False
-            tokens[request.request_id] = count
+            tokens[request.request_id] = request.num_next
         finished, self.finished_ids = self.finished_ids, set()
         preempted, self.preempted_ids = self.preempted_ids, set()
         output = SimpleNamespace(
@@ -365,10 +374,31 @@ class Engine:
             self.requests[name].num_computed_tokens += count
         return output
 
+    def _with_blocks(self) -> list[tuple[Request, list[int]]]:
+        """Requests that this step computes, and the blocks that each gets for it: first those that run, of which the
+        last is preempted when another one lacks a block; then, if none was, those that wait."""
+        found, num_before = [], self.num_preemptions
+        for request in list(self.running):
+            while request in self.running and self._num_missing(request) > len(self.free):
+                self.preempt(self.running[-1].request_id)
+            if request in self.running:
+                found.append((request, self._allocate(request, request.num_computed_tokens + request.num_next)))
+        for request in list(self.waiting) if self.num_preemptions == num_before else []:
+            if self._admit(request):
+                self.waiting.remove(request)
+                self.running.append(request)
+                request.status = Status.RUNNING
+                found.append((request, self._allocate(request, request.num_computed_tokens + request.num_next)))
+        return found
+
+    def _num_missing(self, request: Request) -> int:
+        """Blocks for its next step."""
+        return -(-(request.num_computed_tokens + request.num_next) // BLOCK_SIZE) - len(request.block_ids)
+
     def _admit(self, request: Request) -> bool:
         """Give it blocks. False: it waits, for blocks or for its KV."""
         if request.status is Status.WAITING_FOR_REMOTE_KVS:
-            if request.request_id not in self.received_ids:
+            if request.request_id not in self.received_ids or self._num_missing(request) > len(self.free):
                 return False
             self.received_ids.remove(request.request_id)
             request.is_loaded = True
@@ -407,8 +437,8 @@ class Engine:
                 request.recomputes = True
         for name in scheduled.num_scheduled_tokens:
             request = self.requests[name]
-            if request in self.running and request.num_computed_tokens == len(request.prompt_token_ids):
-                self._finish(request, Status.FINISHED_LENGTH_CAPPED, all(rank.is_right(request) for rank in self.ranks))
+            if request in self.running and request.num_computed_tokens == len(request.token_ids):
+                self._sample(request)
         for name in received:
             request = self.requests[name]  # vLLM asserts that it is there
             if request.status is Status.WAITING_FOR_REMOTE_KVS:
@@ -418,6 +448,12 @@ class Engine:
                 self._forget(request)
         for name in sent:
             self._forget(self.requests[name])
+
+    def _sample(self, request: Request) -> None:
+        request.is_right &= all(rank.is_right(request) for rank in self.ranks)
+        request.output_token_ids.append(int(numbers(request.token_ids)[-1]) % 50)
+        if len(request.output_token_ids) == request.num_outputs:
+            self._finish(request, Status.FINISHED_LENGTH_CAPPED, request.is_right)
 
     def _finish(self, request: Request, status: Status, is_right: bool | None = None) -> None:
         is_parked = request.status is Status.WAITING_FOR_REMOTE_KVS and request.request_id not in self.received_ids
@@ -458,7 +494,7 @@ def serve(control: Connection, port: int, backend: str, num_blocks: int, timeout
                 elif what == "holds":
                     control.send(engine.holds(*arguments))
                 elif what == "ask":
-                    control.send((engine.results, engine.is_empty, engine.num_steps))
+                    control.send((engine.results, engine.is_empty, engine.num_steps, set(engine.requests)))
                 else:
                     getattr(engine, what)(*arguments)
             if not is_paused:

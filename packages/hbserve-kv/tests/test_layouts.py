@@ -17,7 +17,7 @@ SIZES = {"blocks": 5, "layers": 3, "kv": 2, "tokens": 4, "heads": 4, "dim": 2}
 class Pool:
     """A pool of some layout, and what it holds in one order for all: (blocks, layers, kv, tokens, heads, dim)."""
 
-    def __init__(self, kind: str, axes: str, first_value: float = 0.0, **sizes: int) -> None:
+    def __init__(self, kind: str, axes: str, /, first_value: float = 0.0, **sizes: int) -> None:
         """kind: "one" tensor, one for each of the "layers", or two, "apart". `axes` are those of a tensor."""
         size = SIZES | sizes
         names = axes.replace("key+value", "kv dim").split()

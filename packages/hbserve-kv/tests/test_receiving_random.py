@@ -282,7 +282,7 @@ class World:
         config = KVTransferConfig(timeout_s=EXPIRY_S, expiry_s=EXPIRY_S)
         me = Identity(9, "mine", {}, HeadRange(), self.memory.layout)
         self.receiver = Receiver(me, self.memory, {"wire": self.transport}, self.buffer, config)
-        self.receiver.serve_on(self.handlers)
+        self.receiver.serve_on(self.handlers)  # type: ignore[arg-type]  # as much of a server as it uses
         self.streams: dict[int, Any] = {}
         self.lives: Counter[int] = Counter()
         self.calls: list[asyncio.Task[None]] = []

@@ -296,17 +296,19 @@ def test_a_router_may_be_faster_than_the_step_that_tells_the_workers(engines):
     assert decode.results["d"][0::2] == ("FINISHED_LENGTH_CAPPED", True)
 
 
-def test_a_decode_request_that_is_preempted_later_computes_its_prompt_itself(engines):
-    prefill, decode = engines(), engines()
-    decode.add("d", PROMPT, prefilled(prefill))
-    until(lambda: "d" in decode.received_ids, prefill, decode)
-    decode._admit(decode.requests["d"])
-    decode.waiting.remove(decode.requests["d"])
-    decode.running.append(decode.requests["d"])
-    decode.preempt("d")
-    until(lambda: "d" in decode.results, prefill, decode)
-    assert decode.results["d"][0::2] == ("FINISHED_LENGTH_CAPPED", True)
-    assert len(decode.figures["transfer_duration"]) == 1
+@pytest.mark.parametrize("version", ["0.24", "0.33"])
+def test_decode_requests_that_are_preempted_for_want_of_blocks_compute_their_prompts_themselves(engines, version):
+    """Two have blocks for their prompts and not for their answers, and a third waits for blocks that come back. Who is
+    preempted computes its prompt and what it has answered anew, in other blocks, and fetches nothing."""
+    prefill, decode = engines(version=version), engines(version=version, num_blocks=13)
+    prompts = {name: [(number * i + number) % 50 for i in range(18)] for number, name in enumerate("abc", 5)}
+    for name, tokens in prompts.items():
+        decode.add(name, tokens, prefilled(prefill, name, tokens), num_outputs=14)
+    until(lambda: len(decode.results) == len(prompts), prefill, decode)
+    assert {result[0::2] for result in decode.results.values()} == {("FINISHED_LENGTH_CAPPED", True)}
+    assert decode.num_preemptions > 0
+    assert len(decode.figures["transfer_duration"]) == len(prompts), "each is fetched once"
+    assert "num_failed_transfers" not in decode.figures
 
 
 @pytest.mark.parametrize("policy", ["fail", "recompute"])

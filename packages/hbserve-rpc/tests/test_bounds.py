@@ -82,7 +82,7 @@ async def test_what_is_too_long_to_be_sent_is_refused_where_it_begins(start, con
     params = SamplingParams(0, 4)
 
     async def answer(request):
-        yield GenerateRequest("r", [300] * 1000, params)
+        yield GenerateRequest("r", (300,) * 1000, params)
 
     server = RpcServer()
     server.serve_stream(GENERATE, answer)
@@ -90,16 +90,16 @@ async def test_what_is_too_long_to_be_sent_is_refused_where_it_begins(start, con
     client = await connect(server.address)
     monkeypatch.setattr(wire, "MOST_FRAME_BYTES", 1000)
     with pytest.raises(InvalidRequest, match=r"^instance.generate: 3\d\d\d bytes; at most 1000 can be sent"):
-        await anext(client.stream(GENERATE, GenerateRequest("r", [300] * 1000, params)))
+        await anext(client.stream(GENERATE, GenerateRequest("r", (300,) * 1000, params)))
     with pytest.raises(InvalidRequest, match=r"an item of instance.generate: 3\d\d\d bytes; at most 1000"):
-        await anext(client.stream(GENERATE, GenerateRequest("r", [300], params)))
+        await anext(client.stream(GENERATE, GenerateRequest("r", (300,), params)))
 
 
 async def test_a_prompt_of_millions_of_tokens_is_refused_before_it_is_decoded(start, stranger_to):
     server = RpcServer()
     server.serve_stream(GENERATE, lambda request: pytest.fail("it was decoded"))
     await start(server)
-    body = wire.encode(GenerateRequest("r", [1], SamplingParams(0, 4)))
+    body = wire.encode(GenerateRequest("r", (1,), SamplingParams(0, 4)))
     (found,) = [place for place in range(len(body)) if body[place : place + 2] == b"\x91\x01"]
     body = body[:found] + b"\xdd" + struct.pack(">I", 60_000_000) + b"\x01" * 1000
     error = await stranger_to(server, wire.Open(1, GENERATE.name), body)

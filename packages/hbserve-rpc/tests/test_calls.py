@@ -267,4 +267,4 @@ async def test_bad_sampling_parameters_on_the_wire_come_back_as_an_invalid_reque
     params = SamplingParams()
     params.top_p = 7
     with pytest.raises(InvalidRequest, match=r"top_p=7(\.0)?: expected a number in \(0, 1\]"):
-        await anext((await connect(server.address)).stream(GENERATE, GenerateRequest("r", [1], params)))
+        await anext((await connect(server.address)).stream(GENERATE, GenerateRequest("r", (1,), params)))

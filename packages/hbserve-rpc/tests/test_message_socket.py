@@ -8,6 +8,7 @@ import pytest
 import zmq
 
 from hbserve_rpc.message_socket import MESSAGES_PER_TURN, MessageSocket, SharedContext
+from hbserve_testing.narrowing import of_type
 from hbserve_testing.waits import until
 
 NUM_MESSAGES = 10 * MESSAGES_PER_TURN
@@ -22,7 +23,7 @@ class Pair:
         self.router = MessageSocket(zmq.ROUTER, {}, self.at_router.append, SharedContext())
         self.dealer = MessageSocket(zmq.DEALER, {zmq.IDENTITY: b"dealer"}, self.at_dealer.append, SharedContext())
         self.router.open(lambda socket: socket.bind("tcp://127.0.0.1:*"))
-        address = self.router._socket.getsockopt(zmq.LAST_ENDPOINT)
+        address = of_type(bytes, self.router._socket.getsockopt(zmq.LAST_ENDPOINT)).decode()
         self.dealer.open(lambda socket: socket.connect(address))
 
 

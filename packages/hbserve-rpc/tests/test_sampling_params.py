@@ -174,7 +174,7 @@ def test_a_value_out_of_its_range_is_named(name, value):
 
 
 def test_one_stop_string_may_be_given_as_it_is():
-    assert SamplingParams(stop="END").stop == ["END"]
+    assert SamplingParams(stop="END").stop == ["END"]  # type: ignore[arg-type]  # taken, and made a list
 
 
 class Scalar:
@@ -191,11 +191,12 @@ class Scalar:
 
 def test_values_of_array_libraries_and_none_become_plain_python():
     # Known elsewhere: verl #772.
-    params = SamplingParams(
-        temperature=Scalar(0.5), max_tokens=Scalar(4), ignore_eos=Scalar(True), top_p=Fraction(1, 2), seed=Scalar(7),
-        stop=None, stop_token_ids=(each for each in (Scalar(3), 4)), min_tokens=Scalar(2), min_p=Scalar(0.25),
-        logit_bias=OrderedDict[Any, Any]({Scalar(3): Scalar(1.5)}),
-    )  # fmt: skip
+    given: dict[str, Any] = {
+        "temperature": Scalar(0.5), "max_tokens": Scalar(4), "ignore_eos": Scalar(True), "top_p": Fraction(1, 2),
+        "seed": Scalar(7), "stop": None, "stop_token_ids": (each for each in (Scalar(3), 4)), "min_tokens": Scalar(2),
+        "min_p": Scalar(0.25), "logit_bias": OrderedDict[Any, Any]({Scalar(3): Scalar(1.5)}),
+    }  # fmt: skip
+    params = SamplingParams(**given)
     assert params == SamplingParams(
         0.5, 4, True, top_p=0.5, seed=7, stop_token_ids=[3, 4], min_tokens=2, min_p=0.25, logit_bias={3: 1.5}
     )
@@ -242,7 +243,8 @@ def test_whatever_a_field_is_given_is_plain_and_crosses_the_wire_or_is_refused_i
 
 @pytest.mark.parametrize("field", ["temperature", "top_p", "max_tokens", "top_k", "seed"])
 def test_an_integer_with_comparisons_of_its_own_is_the_number_that_it_is(field):
-    assert getattr(SamplingParams(**{field: HostileInt(1)}), field) == 1
+    given: dict[str, Any] = {field: HostileInt(1)}
+    assert getattr(SamplingParams(**given), field) == 1
 
 
 def test_values_set_later_are_checked_by_validate():

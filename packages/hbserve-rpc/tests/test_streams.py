@@ -43,6 +43,47 @@ async def test_items_arrive_in_order_and_the_stream_ends(rpc, counting):
         assert items == list(range(length))
 
 
+async def test_items_are_given_one_after_the_other_as_they_come_to_whoever_takes_each(rpc, counting):
+    client, _ = await counting()
+    taken: list[int] = []
+
+    def take(item):
+        taken.append(item.value)
+        return False
+
+    for length in (0, 1, wire.CREDIT, 10 * wire.CREDIT + 1):
+        taken.clear()
+        stream = client.stream(rpc.STREAM, rpc.Ask(length))
+        if length > 1:  # some have come before
+            take(await anext(stream))
+        await stream.each(take)
+        assert taken == list(range(length))
+    taken.clear()
+    with pytest.raises(RemoteError, match="unlucky"):
+        await client.stream(rpc.STREAM, rpc.Ask(13)).each(take)
+    assert taken == list(range(13))
+
+
+async def test_who_takes_each_item_may_have_enough_or_fail_which_is_not_the_connections_end(rpc, counting):
+    client, seen = await counting()
+    taken: list[int] = []
+
+    def take(item):
+        if item.value == 5:
+            raise KeyError("of the taker")
+        taken.append(item.value)
+        return item.value == 3
+
+    async with client.stream(rpc.STREAM, rpc.Ask(1000)) as stream:
+        await stream.each(take)
+        assert taken == [0, 1, 2, 3], "no further one is taken"
+        with pytest.raises(KeyError, match="of the taker"):
+            await stream.each(take)
+        assert (await anext(stream)).value == 6
+    await asyncio.wait_for(seen["closed"].wait(), 10)
+    assert [item.value async for item in client.stream(rpc.STREAM, rpc.Ask(2))] == [0, 1]
+
+
 async def test_a_stream_belongs_to_the_trace_of_whoever_asks_for_it_and_so_does_what_its_handler_asks(
     rpc, start, connect
 ):

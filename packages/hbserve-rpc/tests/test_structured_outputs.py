@@ -9,20 +9,23 @@ import pytest
 
 from hbserve_rpc import InvalidRequest, SamplingParams, StructuredOutputsParams
 from hbserve_rpc.structured_outputs import MAX_CHOICES, MAX_GRAMMAR_BYTES
-from hbserve_testing.narrowing import present
+from hbserve_testing.narrowing import of_type, present
 
 SCHEMA = {"type": "object", "properties": {"b": {"type": "string"}, "a": {"const": "ü"}}}
 
 
 def test_a_schema_is_kept_as_json_in_its_own_order_however_it_is_given():
-    kept = {StructuredOutputsParams(json=each).json for each in (SCHEMA, json.dumps(SCHEMA, ensure_ascii=False))}
+    kept = {
+        of_type(str, StructuredOutputsParams(json=each).json)
+        for each in (SCHEMA, json.dumps(SCHEMA, ensure_ascii=False))
+    }
     assert {tuple(json.loads(each)["properties"]) for each in kept} == {("b", "a")}
     assert all(json.loads(each) == SCHEMA for each in kept)
 
 
 def test_what_is_kept_is_a_copy_that_nothing_changes():
     schema, choices = {"type": "object"}, ["a", "b"]
-    params = SamplingParams(structured_outputs={"json": schema})
+    params = SamplingParams(structured_outputs={"json": schema})  # type: ignore[arg-type]  # taken, and made what it is
     chosen = StructuredOutputsParams(choice=choices)
     schema["type"] = "array"
     choices.append("c")
@@ -95,4 +98,4 @@ def test_what_cannot_be_is_refused_by_its_name(given, named):
 def test_nothing_else_may_end_the_answer(other):
     (name,) = other
     with pytest.raises(InvalidRequest, match=f"^{name}=.*: not with structured_outputs"):
-        SamplingParams(structured_outputs={"regex": "a+"}, **other)
+        SamplingParams(structured_outputs=StructuredOutputsParams(regex="a+"), **other)

@@ -377,7 +377,7 @@ async def pair(make_instance: Any) -> tuple[FakeInstance, FakeInstance]:
 @pytest.fixture
 def ask() -> Callable[..., GenerateRequest]:
     def make(request_id: str = "r", *, length: int = 4, max_tokens: int = 4, **rest: Any) -> GenerateRequest:
-        return GenerateRequest(request_id, [7] * length, SamplingParams(max_tokens=max_tokens), **rest)
+        return GenerateRequest(request_id, (7,) * length, SamplingParams(max_tokens=max_tokens), **rest)
 
     return make
 

@@ -64,11 +64,15 @@ class Answer(AsyncIterator[TokenEvent]):
         return TokenEvent(0, [100], "length")
 
 
+# As much of a client as a scheduler of these uses.
+MODELLED_HYBRID: Any = ModelledHybrid
+
+
 def in_virtual_time(job: Callable[[CpuScheduler], Any], **settings: Any) -> Any:
     """What `job` returns, of a scheduler of one instance that takes one request at a time."""
 
     async def run() -> Any:
-        scheduler = CpuScheduler(SchedulerConfig(max_inflight_requests=1, **settings), client_factory=ModelledHybrid)
+        scheduler = CpuScheduler(SchedulerConfig(max_inflight_requests=1, **settings), client_factory=MODELLED_HYBRID)
         await scheduler.add_instance("h0", "hybrid", "h0:1")
         await scheduler.start()
         await scheduler.wait_ready(60)
@@ -82,7 +86,7 @@ def in_virtual_time(job: Callable[[CpuScheduler], Any], **settings: Any) -> Any:
 
 
 def request(name: object, length: int = 100, **params: Any) -> GenerateRequest:
-    return GenerateRequest(str(name), [7] * length, SamplingParams(0, 1, **params))
+    return GenerateRequest(str(name), (7,) * length, SamplingParams(0, 1, **params))
 
 
 async def ttft_s(events: Any) -> float:
@@ -217,13 +221,14 @@ async def test_a_prompt_that_comes_with_its_shape_is_neither_looked_at_nor_copie
     assert scheduler.check(shaped).prompt_token_ids is prompt
     await collect(scheduler.submit(shaped))
     assert {tuple(request.prompt_token_ids) for instance in pair for request in instance.requests} == {(7,) * 40}
-    assert scheduler.check(GenerateRequest("r", [7, 9], SamplingParams())).shape == PromptShape(2, 9)
+    assert scheduler.check(GenerateRequest("r", (7, 9), SamplingParams())).shape == PromptShape(2, 9)
 
 
 async def test_the_collector_does_not_go_through_prompts_that_wait():
     """By integers a prompt of 4,000 tokens is 4,000 objects for it, at each full pass while the request waits."""
     scheduler = CpuScheduler(SchedulerConfig())
-    for prompt in ([7] * 4000, (7,) * 4000):
+    prompts: list[Any] = [[7] * 4000, (7,) * 4000]
+    for prompt in prompts:
         scheduler.submit(GenerateRequest(f"{type(prompt)}", prompt, SamplingParams()))
     gc.collect()
     assert not [each for each in scheduler.waiting_requests if gc.is_tracked(each.request.prompt_token_ids)]
@@ -284,18 +289,18 @@ async def test_instances_hear_how_much_time_is_left_and_what_they_end_in_time_is
     for decode in instances[1:]:
         decode.fail["tokens"] = [RequestTimeout("it was not done before its deadline")]
     with pytest.raises(RequestTimeout, match=r"d[01]: it was not done before its deadline"):
-        await collect(scheduler.submit(GenerateRequest("r", [7], SamplingParams(max_tokens=4, timeout_s=25))))
+        await collect(scheduler.submit(GenerateRequest("r", (7,), SamplingParams(max_tokens=4, timeout_s=25))))
     asked = [request for instance in instances for request in instance.requests]
     assert len(asked) == 2
     assert all(0 < request.left_s <= 25 for request in asked)
-    await collect(scheduler.submit(GenerateRequest("s", [7], SamplingParams(max_tokens=1))))
+    await collect(scheduler.submit(GenerateRequest("s", (7,), SamplingParams(max_tokens=1))))
     assert instances[0].requests[-1].left_s is None
 
 
 async def test_what_has_all_of_its_tokens_at_its_deadline_has_not_failed(make_scheduler, pair, collect):
     pair[0].hold = {"done"}  # the token is told, the stream not ended
     scheduler = await make_scheduler(*pair)
-    events = scheduler.submit(GenerateRequest("r", [7], SamplingParams(max_tokens=1, timeout_s=0.3)))
+    events = scheduler.submit(GenerateRequest("r", (7,), SamplingParams(max_tokens=1, timeout_s=0.3)))
     tokens, end = await collect(events)
     assert (tokens, end.finish_reason) == ([100], "length")
     assert scheduler.stats().failed_requests == 0

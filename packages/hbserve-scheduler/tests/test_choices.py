@@ -18,7 +18,7 @@ pytestmark = pytest.mark.filterwarnings("error::pytest.PytestUnraisableException
 
 def ask(n=3, max_tokens=5, **rest):
     params = SamplingParams(max_tokens=max_tokens, n=n, seed=0, **rest)
-    return GenerateRequest("r", [7] * 4, params)
+    return GenerateRequest("r", (7,) * 4, params)
 
 
 def expected(choice, count, first=0):

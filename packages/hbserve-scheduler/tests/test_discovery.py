@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from hbserve_rpc import InvalidRequest
+from hbserve_rpc.messages import Empty
 from hbserve_scheduler import ConfigError, SchedulerServer, convert, discovery, membership
 from hbserve_scheduler.config_file import load_config
 from hbserve_scheduler.declared import DeclaredInstances
@@ -207,10 +208,10 @@ async def test_a_file_that_is_read_again_has_its_new_instances_join_and_those_th
     }
     server = await serve(entry(pods[0], 0), HYBRID | {"discover": "dns:h:7"}, load=lambda: convert(later))
     await until(lambda: statuses(server) == {"pod-0": "ready", "pod-2": "ready"})
-    found = await server._reload(None)
+    found = await server._reload(Empty())
     assert (found.joining, found.leaving, found.for_a_restart) == (["pod-1"], ["pod-0", "pod-2"], ["scheduler"])
     await until(lambda: statuses(server) == {"pod-1": "ready", "pod-3": "ready"})
-    again = await server._reload(None)
+    again = await server._reload(Empty())
     assert (again.joining, again.leaving, again.for_a_restart) == ([], [], [])
 
 
@@ -218,7 +219,7 @@ async def test_one_that_is_declared_elsewhere_is_used_there(serve, make_instance
     here, there = await make_instance("hybrid", "pod-0"), await make_instance("hybrid", "pod-0")
     server = await serve(entry(here, 0), load=lambda: convert({"gpu_instances": [entry(there, 0)]}))
     await until(lambda: statuses(server) == {"pod-0": "ready"})
-    await server._reload(None)
+    await server._reload(Empty())
     assert server.scheduler.fleet.handles["pod-0"].address == there.address
     await until(lambda: statuses(server) == {"pod-0": "ready"})
 
@@ -229,14 +230,14 @@ async def test_a_file_that_is_wrong_changes_nothing_and_says_what_is_wrong(serve
     path.write_text("gpu_instances: [{instance_id: a, instance_typo: hybrid}]\n")
     server = await serve(entry(pod, 0), load=lambda: load_config(path))
     with pytest.raises(InvalidRequest, match="instance_typo"):
-        await server._reload(None)
+        await server._reload(Empty())
     assert list(statuses(server)) == ["pod-0"]
 
 
 async def test_who_has_no_file_says_so(make_scheduler, serve):
     server = SchedulerServer(await make_scheduler(starts=False))
     with pytest.raises(InvalidRequest, match="has no file"):
-        await server._reload(None)
+        await server._reload(Empty())
     with pytest.raises(InvalidRequest, match="has no file"):
         await (await serve(HYBRID | {"discover": "dns:127.0.0.1:7"}))._reload(None)
     await asyncio.sleep(0)

@@ -42,7 +42,7 @@ async def test_whatever_is_submitted_is_answered_or_refused_and_nothing_stays(ma
             assert not await scheduler.abort(body["request_id"])
     assert 50 < len(refusals) < len(bodies)
     assert max(map(len, refusals)) < 400
-    await collect(scheduler.submit(GenerateRequest("fine", [7], SamplingParams(max_tokens=2))))
+    await collect(scheduler.submit(GenerateRequest("fine", (7,), SamplingParams(max_tokens=2))))
 
 
 async def test_what_the_caller_changes_after_submitting_changes_nothing(make_scheduler, pair, collect):
@@ -50,7 +50,7 @@ async def test_what_the_caller_changes_after_submitting_changes_nothing(make_sch
     pair[0].hold = {"first"}
     scheduler = await make_scheduler(*pair)
     prompt, params = [7, 8], SamplingParams(max_tokens=3)
-    stream = scheduler.submit(GenerateRequest("r", prompt, params))
+    stream = scheduler.submit(GenerateRequest("r", prompt, params))  # type: ignore[arg-type]  # a list is taken too
     prompt.append(10**9)
     params.max_tokens = -1
     pair[0].release()

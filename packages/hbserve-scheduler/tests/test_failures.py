@@ -234,7 +234,7 @@ async def test_where_both_legs_have_failed_the_prefill_side_says_why(ask):
         raise error
 
     for _ in range(20):
-        attempt = Attempt(ScheduledRequest(ask()), placement=None)
+        attempt = Attempt(ScheduledRequest(ask()), placement=None)  # type: ignore[arg-type]  # it goes nowhere
         both = asyncio.create_task(attempt._both(leg(LogitsNotFinite("why")), leg(RemoteError("its transfer ended"))))
         await asyncio.sleep(0)
         end.set()

@@ -4,7 +4,9 @@ import asyncio
 import itertools
 import logging
 from collections import Counter
+from operator import attrgetter
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -211,8 +213,9 @@ async def test_a_link_is_in_doubt_after_a_failure_until_something_has_gone_over_
 
 def test_those_that_are_connected_come_first_then_those_that_are_not_yet():
     def chosen(*candidates: tuple[bool | None, int]) -> list[tuple[bool | None, int]]:
-        handles = [SimpleNamespace(link=link, load=load) for link, load in candidates]
-        return [(each.link, each.load) for each in connected_first(handles, lambda each: each.link, 10)]  # type: ignore[attr-defined]
+        handles: list[Any] = [SimpleNamespace(link=link, load=load) for link, load in candidates]
+        first: list[Any] = connected_first(handles, attrgetter("link"), 10)
+        return [(each.link, each.load) for each in first]
 
     assert chosen((True, 7), (None, 0), (False, 0), (True, 9)) == [(True, 7), (True, 9)]
     assert chosen((None, 7), (False, 0)) == [(None, 7)]

@@ -25,7 +25,7 @@ async def three(make_instance: Any) -> Any:
 
 
 def request(name: str, prompt: list[int] = PROMPT) -> GenerateRequest:
-    return GenerateRequest(name, prompt, SamplingParams(max_tokens=4))
+    return GenerateRequest(name, (*prompt,), SamplingParams(max_tokens=4))
 
 
 def kinds(instance: Any) -> list[type]:

@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hbserve_rpc import SamplingParams
-from hbserve_rpc.messages import GenerateRequest, InstanceInfo, Role
+from hbserve_rpc.messages import GenerateRequest, InstanceInfo, InstanceStats, Role
 from hbserve_rpc.prompt_shape import PromptShape
+from hbserve_rpc.reports import InstanceReport
 from hbserve_scheduler import ConfigError, SchedulerConfig
 from hbserve_scheduler.admission import WaitingRequests
 from hbserve_scheduler.fleet import Fleet
@@ -33,7 +34,7 @@ PROMPT = PromptShape(4)
 
 
 def entry(name: int, priority: int = 0) -> ScheduledRequest:
-    request = GenerateRequest(str(name), [1] * (name + 1), SamplingParams(0, 4, priority=priority))
+    request = GenerateRequest(str(name), (1,) * (name + 1), SamplingParams(0, 4, priority=priority))
     return ScheduledRequest(request, submitted_s=0)
 
 
@@ -109,6 +110,28 @@ def test_the_power_of_two_choices_takes_neither_the_busiest_nor_always_the_idles
     assert chosen[9] == 0, "of any two instances, the other one has less to do"
     assert set(chosen) == {0, 1, 3, 5, 7}, "else all schedulers would take the same one until its next report"
     assert chosen[0] == pytest.approx(200, abs=100), "one pair in three has the idlest one in it"
+
+
+def test_a_scheduler_that_is_alone_takes_the_idlest_and_one_among_others_the_idler_of_two():
+    available = all_available(make_policy("x", SchedulerConfig().prefill_policy, Prefixes()), [5, 0, 3, 9, 1, 7])
+    busiest = max(available, key=least_loaded)
+    busiest._on_change = available.look
+
+    def chosen() -> set[int]:
+        return {available.choose(PROMPT).load for _ in range(200)}
+
+    def hear(others: int) -> None:
+        busiest._take(InstanceReport(InstanceStats(busiest.instance_id, "prefill", "ready"), other_tokens=others))
+
+    assert chosen() == {0}
+    busiest.is_full = True
+    hear(40)
+    assert chosen() == {0, 1, 3, 5}, "what another scheduler gives the idlest one is not known for up to a second"
+    hear(0)
+    assert chosen() == {0}
+    hear(40)
+    available.forget(busiest)
+    assert chosen() == {0}, "it was removed"
 
 
 def test_one_of_one_instance_and_the_idler_of_two_is_chosen():

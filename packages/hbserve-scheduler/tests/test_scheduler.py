@@ -78,7 +78,7 @@ async def test_logprobs_come_once_with_their_tokens_over_attempts(make_scheduler
     pair[1].repeats = True
     pair[1].fail["tokens"] = [RemoteError("at the second token")]
     scheduler = await make_scheduler(*pair)
-    events = [each async for each in scheduler.submit(GenerateRequest("r", [7], SamplingParams(0, 4, logprobs=0)))]
+    events = [each async for each in scheduler.submit(GenerateRequest("r", (7,), SamplingParams(0, 4, logprobs=0)))]
     assert events[-1].num_attempts == 2
     assert [token for event in events[:-1] for token in event.token_ids] == [100, 101, 102, 103]
     for event in events[:-1]:
@@ -89,7 +89,7 @@ async def test_prompt_logprobs_come_once_over_attempts_and_with_the_first_token(
     pair[1].fail["tokens"] = [RemoteError("at the second token")]
     scheduler = await make_scheduler(*pair)
     params = SamplingParams(0, 4, prompt_logprobs=0)
-    events = [each async for each in scheduler.submit(GenerateRequest("r", [7, 8, 9], params))]
+    events = [each async for each in scheduler.submit(GenerateRequest("r", (7, 8, 9), params))]
     assert events[-1].num_attempts == 2
     first, *others = events[:-1]
     assert (first.index, first.prompt_logprobs) == (0, [{8: -1.0}, {9: -1.0}])
@@ -101,7 +101,7 @@ async def test_prompt_logprobs_are_waited_for_where_decode_knows_the_last_token_
     prefill.hold = {"first"}
     prefill.stop_at = decode.stop_at = 0
     scheduler = await make_scheduler(*pair)
-    events = scheduler.submit(GenerateRequest("r", [7, 8], SamplingParams(0, 4, prompt_logprobs=0)))
+    events = scheduler.submit(GenerateRequest("r", (7, 8), SamplingParams(0, 4, prompt_logprobs=0)))
     await until(lambda: (decode.instance_id, "closed") in decode.journal)
     prefill.release()
     found = [each async for each in events]
@@ -307,7 +307,7 @@ async def test_requests_beyond_the_queue_are_refused_as_overload(make_scheduler,
             scheduler.submit(ask("r3"))
         assert refused.value.retry_after_s == pytest.approx(after_s, abs=2)
     with pytest.raises(Overloaded):  # nobody looks at it while there is no room: to refuse must cost least
-        scheduler.submit(GenerateRequest("r4", [], ask().params))
+        scheduler.submit(GenerateRequest("r4", (), ask().params))
     pair[0].release()
     await asyncio.gather(*map(collect, streams))
 
@@ -315,7 +315,7 @@ async def test_requests_beyond_the_queue_are_refused_as_overload(make_scheduler,
 async def test_tokens_that_the_client_does_not_take_wait_as_one_event(make_scheduler, pair, ask, until):
     scheduler = await make_scheduler(*pair)
     params = SamplingParams(max_tokens=20, logprobs=1, prompt_logprobs=1)
-    events = scheduler.submit(GenerateRequest("r", [7] * 4, params))
+    events = scheduler.submit(GenerateRequest("r", (7,) * 4, params))
     first = await anext(events)
     assert (first.index, first.token_ids[0]) == (0, 100)
     await until(lambda: scheduler.stats().completed_requests)

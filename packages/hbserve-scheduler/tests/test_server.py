@@ -63,7 +63,7 @@ async def test_refusals_keep_their_class(serve, pair, ask, collect, until):
     pair[0].hold = {"first"}
     server, remote = await serve(*pair, max_queue_size=1, max_inflight_prefills=1)
     with pytest.raises(InvalidRequest, match="at least one token"):
-        await anext(remote.submit(GenerateRequest("r", [], SamplingParams())))
+        await anext(remote.submit(GenerateRequest("r", (), SamplingParams())))
     running = asyncio.create_task(collect(remote.submit(ask("r0"))))
     await until(lambda: pair[0].requests)
     waiting = asyncio.create_task(collect(remote.submit(ask("r1"))))

@@ -98,7 +98,7 @@ def test_the_times_of_a_request_are_of_the_loop():
         scheduler = await started(ModelledHybrid)
         await scheduler.wait_ready(60)
         await asyncio.sleep(500)
-        events = scheduler.submit(GenerateRequest("r", [1, 2], SamplingParams(0, 3)))
+        events = scheduler.submit(GenerateRequest("r", (1, 2), SamplingParams(0, 3)))
         end = [event async for event in events][-1]
         await scheduler.stop()
         return end
@@ -116,7 +116,7 @@ def test_a_request_fails_when_its_time_is_over_by_the_loop(allowed_s):
         loop = asyncio.get_running_loop()
         began_s = loop.time()
         with pytest.raises(RequestTimeout, match="not finished within"):
-            async for _ in scheduler.submit(GenerateRequest("r", [1], SamplingParams(0, 20_000))):
+            async for _ in scheduler.submit(GenerateRequest("r", (1,), SamplingParams(0, 20_000))):
                 pass
         await scheduler.stop()
         return loop.time() - began_s
@@ -132,7 +132,7 @@ def test_waits_for_instances_end_by_the_loop():
             await scheduler.wait_ready(7200)
         assert 7200 <= loop.time() < 7201
         with pytest.raises(Unavailable, match="no instances for 3600 s"):
-            await anext(scheduler.submit(GenerateRequest("r", [1], SamplingParams(0, 2))))
+            await anext(scheduler.submit(GenerateRequest("r", (1,), SamplingParams(0, 2))))
         assert 10_800 <= loop.time() < 10_802
         await scheduler.stop()
 
@@ -174,14 +174,14 @@ class LegEvents(ReportsOf):
 def test_when_one_leg_fails_the_other_is_cancelled_within_a_tenth_of_a_second(failing):
     async def job() -> float:
         ModelledLeg.failing = failing
-        scheduler = CpuScheduler(SchedulerConfig(max_attempts=1), client_factory=ModelledLeg)
-        for name, role in (("p0", "prefill"), ("d0", "decode")):
-            await scheduler.add_instance(name, role, f"{name}:1")
+        scheduler = CpuScheduler(SchedulerConfig(max_attempts=1), client_factory=ModelledLeg)  # type: ignore[arg-type]
+        await scheduler.add_instance("p0", "prefill", "p0:1")
+        await scheduler.add_instance("d0", "decode", "d0:1")
         await scheduler.start()
         await scheduler.wait_ready(60)
         began_s = asyncio.get_running_loop().time()
         with pytest.raises(RequestFailed, match=f"{failing}: out of luck"):
-            async for _ in scheduler.submit(GenerateRequest("r", [1], SamplingParams(0, 5))):
+            async for _ in scheduler.submit(GenerateRequest("r", (1,), SamplingParams(0, 5))):
                 pass
         await scheduler.stop()
         other = "d0" if failing == "p0" else "p0"

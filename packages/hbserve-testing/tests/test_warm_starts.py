@@ -47,6 +47,38 @@ def test_a_module_and_a_file_run_too_and_their_exit_status_is_that_of_the_progra
     assert (done.returncode, done.stdout, done.stderr) == (1, b"", b"main\n")
 
 
+def test_it_ends_as_any_other_but_for_the_destructors_of_libraries():
+    """What has been printed, by C too, is written; exit handlers and objects' ends are called; the status is kept."""
+    code = """
+import atexit, ctypes, sys
+class Object:
+    def __del__(self, write=sys.stdout.write):
+        write("object ")
+held = Object()
+atexit.register(print, "handler", end=" ")
+libc = ctypes.CDLL(None)
+libc.printf(b"from C ")
+sys.exit(7)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (7, "")
+    assert sorted(done.stdout.split()) == sorted(["from", "C", "handler", "object"])
+
+
+def test_it_and_what_it_starts_find_modules_where_they_are_told_to_look(tmp_path):
+    (tmp_path / "told.py").write_text("found = True")
+    code = """
+import os, subprocess, sys, told
+assert "torch" in sys.modules and told.found
+elsewhere = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+for environment in (None, elsewhere):
+    code = "import sys; assert 'torch' in sys.modules; import told"
+    print(subprocess.run([sys.executable, "-c", code], env=environment, stderr=-3).returncode)
+"""
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    assert subprocess.check_output([sys.executable, "-c", code], text=True, env=environment, timeout=60) == "0\n1\n"
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_a_signal_ends_it_and_what_it_has_started_is_its_own_child(number):
     code = """

@@ -86,8 +86,9 @@ class ChildProcess:
         on_death: Callable[[str, str], None],
         *,
         start_timeout_s: float = START_TIMEOUT_S,
+        pass_fds: Sequence[int] = (),
     ) -> None:
-        """`settings`: JSON without a line break, asked for at each start."""
+        """`settings`: JSON without a line break, asked for at each start. `pass_fds`: open in it too, as these."""
         self.name = name
         self.address = ""
         self.restarts = Restarts()
@@ -96,6 +97,7 @@ class ChildProcess:
         self._environment = environment
         self._on_death = on_death
         self._start_timeout_s = start_timeout_s
+        self._pass_fds = pass_fds
         self._last_lines: deque[str] = deque(maxlen=5)
         self._process: asyncio.subprocess.Process | None = None
         self._killing: weakref.finalize[Any, Any] | None = None
@@ -112,18 +114,17 @@ class ChildProcess:
         self._last_lines.clear()
         if self._killing is not None:  # of its life before
             self._killing.detach()
+        # Not `-m` alone: a file of the caller's folder, random.py for example, would be imported as a library.
+        command = [sys.executable, "-P", "-m", self._module]
         self._process = await asyncio.create_subprocess_exec(
-            # Not `-m` alone: a file of the caller's folder, random.py for example, would be imported as a library.
-            sys.executable,
-            "-P",
-            "-m",
-            self._module,
+            *command,
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
             # A Ctrl-C is for us; we end the children in order. They also end when their stdin does.
             start_new_session=True,
             env=self._environment,
+            pass_fds=self._pass_fds,
         )
         # If nobody stops it: the object is collected, its event loop has ended, or the interpreter ends.
         self._killing = weakref.finalize(self, _end_unattended, self._process, os.getpid())

@@ -229,11 +229,12 @@ class _Deployment:
         backend = next((each.kv_backend for each in infos if each.kv_backend), "")  # hybrid instances have none
         kv = f"; KV over {backend}" if backend else ""
         url = front_end.url
+        page = "" if "+unix:" in url else f"; a page to chat at {url}/"  # which browsers cannot open
         question = '{"messages": [{"role": "user", "content": "What is the capital of France?"}], "temperature": 0}'
         return (
             f"{self._name}: {places}{kv}; RPC at {self._server.address}\n"
-            f"OpenAI's API at {url}/v1, model {front_end.model_name!r}; a page to chat at {url}/\n"
-            f"curl {url}/v1/chat/completions -H 'Content-Type: application/json' -d '{question}'\n"
+            f"OpenAI's API at {url}/v1, model {front_end.model_name!r}{page}\n"
+            f"{front_end.curl}/v1/chat/completions -H 'Content-Type: application/json' -d '{question}'\n"
         )
 
 

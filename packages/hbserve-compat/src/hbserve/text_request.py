@@ -61,16 +61,16 @@ class TextChoice:
         text = self.detokenizer
         new_text = text.feed(event.token_ids)
         new_ids, self._num_given = text.token_ids[self._num_given :], len(text.token_ids)
-        return GenerationDelta(
-            request_id=self._request_id,
-            text=new_text,
-            token_ids=new_ids,
-            finish_reason=None,
-            stop_reason=None,
-            logprobs=self._new_logprobs(event.logprobs[: len(new_ids)]),
-            prompt_logprobs=prompt_logprobs,
-            timings=None,
-        )
+        return {  # for each token, of which a call would be a part that can be measured
+            "request_id": self._request_id,
+            "text": new_text,
+            "token_ids": new_ids,
+            "finish_reason": None,
+            "stop_reason": None,
+            "logprobs": None if self.logprobs is None else self._new_logprobs(event.logprobs[: len(new_ids)]),
+            "prompt_logprobs": prompt_logprobs,
+            "timings": None,
+        }
 
     def end(self, event: RequestFinished) -> GenerationDelta:
         """The last one, with all that was held back."""

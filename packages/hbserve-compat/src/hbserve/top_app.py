@@ -28,11 +28,11 @@ from hbserve_rpc import HBServeRpcError
 
 HISTORY = 120
 """Looks that sparklines have."""
-SPARK_WIDTH, BAR_WIDTH = 60, 40
+SPARK_WIDTH, BAR_WIDTH, SHORTEST_BAR = 60, 40, 12
 COLOURS = {
     "queue": "yellow",
     "reserve": "magenta",
-    "prefill": "blue",
+    "prefill": "dodgerblue",
     "kv": "cyan",
     "decode": "green",
     "preempted": "red",
@@ -130,7 +130,7 @@ class TopApp(App[None]):
         self.query_one("#sparks", Static).update(self._sparks(view))
         self.query_one("#instances", Static).update(Content(instance_table(view)))
         self.query_one("#links", Static).update(Content(link_matrix(view)))
-        self.query_one("#requests", Static).update(_requests(view))
+        self.query_one("#requests", Static).update(_requests(view, self.size.width - 2))
 
     def _sparks(self, view: View) -> Content:
         now: list[tuple[str, float | None, str]] = [
@@ -175,14 +175,18 @@ class TopApp(App[None]):
         self.notify(f"{path}: ui.perfetto.dev opens it", markup=False)
 
 
-def _requests(view: View) -> Content:
-    """The last ones, each with its waterfall; below, what the colours mean."""
+def _requests(view: View, width: int) -> Content:
+    """The last ones, each with its waterfall, which is as long as what held them up leaves room for; below, what the
+    colours mean."""
     whole_s = max((each.e2e_s for each in view.requests), default=0.0)
+    rows = [(each, request_title(each), request_end(each)) for each in view.requests]
+    room = width - max((len(title) + len(end) + 2 for _, title, end in rows), default=0)
+    bar_width = min(BAR_WIDTH, max(SHORTEST_BAR, room))
     lines = []
-    for each in view.requests:
-        bar = list(waterfall(each, whole_s, BAR_WIDTH))
-        space = " " * (BAR_WIDTH - sum(len(marks) for _, marks in bar))
+    for each, title, end in rows:
+        bar = list(waterfall(each, whole_s, bar_width))
+        space = " " * (bar_width - sum(len(marks) for _, marks in bar))
         coloured = [(marks, COLOURS[name]) for name, marks in bar]
-        lines.append(Content.assemble(request_title(each), " ", *coloured, space, " ", request_end(each)))
+        lines.append(Content.assemble(title, " ", *coloured, space, " ", end))
     legend = [(f"{MARKS[name]} {name}  ", colour) for name, colour in COLOURS.items()]
     return Content("\n").join([*lines, Content.assemble(*legend)])

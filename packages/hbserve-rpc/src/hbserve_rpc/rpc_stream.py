@@ -4,7 +4,7 @@ import asyncio
 import functools
 import time
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from types import TracebackType
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -51,6 +51,10 @@ class RpcStream(AsyncIterator[R], Generic[R]):
         self._error: Exception | None = None
         self._reader: asyncio.Future[None] | None = None
         """Whoever waits for an item or the end. Not an Event, which for each token would take as long again."""
+        self._take: Callable[[R], bool] | None = None
+        """Of `each`, as long as that has items to come."""
+        self._mishap: Exception | None = None
+        """What that has raised."""
         self._num_received = 0
         self._num_taken = 0
 
@@ -65,8 +69,20 @@ class RpcStream(AsyncIterator[R], Generic[R]):
             self.fail(ProtocolMismatch(f"{self._client.address} answered {self.method} with {error}"))
             return False
         self._num_received += 1
-        self._wake()
+        if self._take is None:
+            self._wake()
+        else:
+            self._hand_over(self._take)
         return True
+
+    def _hand_over(self, take: Callable[[R], bool]) -> None:
+        try:
+            has_enough = take(self._next_item())
+        except Exception as error:  # of whoever waits in `each`, not of the connection
+            self._mishap, has_enough = error, True
+        if has_enough:
+            self._take = None
+            self._wake()
 
     def end(self, envelope: wire.Reply | wire.End | wire.Failed, body: bytes) -> None:
         if isinstance(envelope, wire.Reply):
@@ -86,11 +102,37 @@ class RpcStream(AsyncIterator[R], Generic[R]):
         if self._reader is not None and not self._reader.done():
             self._reader.set_result(None)
 
-    async def __anext__(self) -> R:
+    async def each(self, take: Callable[[R], bool]) -> None:
+        """Give every item to `take` as soon as it comes, until that returns True or the stream ends.
+
+        Nobody is woken for an item: `take` is called in the turn of the loop in which it has come. The stream has no
+        timeout meanwhile.
+
+        Raises what iterating raises, and what `take` does.
+        """
+        self._open()
+        while self._items:
+            if take(self._next_item()):
+                return
+        if self._error is None:
+            self._take, self._reader = take, asyncio.get_running_loop().create_future()
+            try:
+                await self._reader
+            finally:
+                self._take = None
+        if self._mishap is not None:
+            raise self._mishap
+        if self._error is not None and not isinstance(self._error, StopAsyncIteration):
+            raise self._error
+
+    def _open(self) -> None:
         if self.opening is not None:
             envelope, request = self.opening
             self.opening, self.since_s = None, time.monotonic()
             self._client.begin(self, envelope, request)
+
+    async def __anext__(self) -> R:
+        self._open()
         while not self._items:
             if self._error is not None:
                 raise self._error
@@ -99,6 +141,9 @@ class RpcStream(AsyncIterator[R], Generic[R]):
                 await self._reader
             else:
                 await self._wait(self._reader, self._timeout_s)
+        return self._next_item()
+
+    def _next_item(self) -> R:
         self._num_taken += 1
         if self._num_taken % (wire.CREDIT // 2) == 0 and self._error is None:
             self._client.give_credit(self.id, wire.CREDIT // 2)

@@ -4,8 +4,8 @@ import asyncio
 import contextlib
 import logging
 import uuid
-from collections.abc import Coroutine, Iterator
-from typing import Any
+from collections.abc import Callable, Coroutine, Iterator
+from typing import Any, TypeVar
 
 from hbserve_rpc import EngineFailed, HBServeRpcError, InvalidRequest, Overloaded, PeerDied, PeerLost, RemoteError
 from hbserve_rpc.counts import LinkCounts
@@ -25,11 +25,13 @@ from hbserve_rpc.messages import (
     TransferDone,
 )
 from hbserve_rpc.records import AttemptRecord
+from hbserve_rpc.rpc_stream import RpcStream
 from hbserve_scheduler.instance_client import InstanceStream
 from hbserve_scheduler.instances import InstanceHandle, Placement
 from hbserve_scheduler.request import ScheduledRequest
 
 logger = logging.getLogger(__name__)
+Item = TypeVar("Item")
 
 VERDICT_TIMEOUT_S = 0.08
 """How long the failure of one leg waits for what the other leg has to say. Then that is cancelled: within 0.1 s."""
@@ -118,12 +120,15 @@ class Attempt:
         with self._naming(instance):
             async with instance.client.stream(GENERATE, request) as events:
                 with self._ending_choices(instance):
-                    async for event in events:
-                        self._deliver(event)
-                        self._placement.granted()
-                        if self._has_no_choice_left():
-                            break
+                    await _give_each(events, self._take)
             self._expect_end()
+
+    def _take(self, event: Granted | TokenEvent) -> bool:
+        """Deliver it; returns whether it is the last one that is wanted."""
+        if isinstance(event, TokenEvent):
+            self._deliver(event)
+            self._placement.granted()
+        return self._has_no_choice_left()
 
     def _has_no_choice_left(self) -> bool:
         """The instance may not know: it waits for those that were ended here."""
@@ -308,8 +313,10 @@ class Attempt:
                     if not self._decoding:
                         self._decoding, self._record.decoding_s = True, self._entry.since_submit_s()
                         self._debug("decodes")
-                    self._deliver(event)
-                    if self._has_no_choice_left():
+                    if self._take(event):
+                        break
+                    if self._first_token.is_set():  # nothing has to wait any more
+                        await _give_each(events, self._take)
                         break
             if self._entry.finish_reason is None:
                 await self._first_token.wait()
@@ -339,3 +346,17 @@ class Attempt:
             if isinstance(error, PeerLost):
                 instance.lost(str(error))
             raise type(error)(f"{instance.instance_id}: {error}") from error
+
+
+async def _give_each(events: InstanceStream[Item], take: Callable[[Item], bool]) -> None:
+    """Give every event to `take`, until that returns True or the stream ends: of a connection as soon as it comes,
+    without a task that wakes up for each of a thousand streams' tokens.
+
+    Raises what the stream does, and what `take` does.
+    """
+    if isinstance(events, RpcStream):
+        await events.each(take)
+        return
+    async for event in events:
+        if take(event):
+            return

@@ -101,10 +101,11 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     port: Annotated[int, PORT] = 5550
     health_port: Annotated[int | None, PORT] = None
     """HTTP port for /health, /ready and /metrics; 0 lets the OS choose, None is none."""
-    prefill_policy: str = "power_of_two"
-    """Which instance takes the next request: round_robin, least_loaded, power_of_two, the name of an entry point in the
-    group `hbserve_scheduler.policies`, or `module:Class`."""
-    decode_policy: str = "power_of_two"
+    prefill_policy: str = "auto"
+    """Which instance takes the next request: auto (the least loaded one, or while other schedulers use the same
+    instances the less loaded of two), round_robin, least_loaded, power_of_two, prefix_aware, the name of an entry point
+    in the group `hbserve_scheduler.policies`, or `module:Class`."""
+    decode_policy: str = "auto"
     """Of hybrid instances too."""
     local_prefill_tokens: Annotated[int, NOT_NEGATIVE] = 0
     """A prompt of which fewer tokens than so many are not cached on a decode instance is computed there, and nothing is

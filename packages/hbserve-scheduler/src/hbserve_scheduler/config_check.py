@@ -179,9 +179,6 @@ def _check_server(config: DeploymentConfig) -> None:
     same_host = canonical_host(server.host) == canonical_host(scheduler.host)
     if server.enabled and server.uds is None and same_host and server.port == scheduler.port != 0:
         raise ConfigError(f"server.port={server.port}: is scheduler.port too; each needs its own")
-    if server.uds is not None and server.api_servers > 1:
-        problem = "expected 1 with server.uds: only ports can be shared"
-        raise ConfigError(f"server.api_servers={server.api_servers}: {problem}")
     if (server.ssl_keyfile is None) != (server.ssl_certfile is None):
         raise ConfigError("server.ssl_keyfile and server.ssl_certfile: expected both, or none")
 

@@ -49,9 +49,9 @@ class InstanceHandle:
         self.info: InstanceInfo | None = None
         self.last_stats: InstanceStats | None = None
         self.health = Health()
-        self.load = self._load_of_others = 0
+        self.load = self.load_of_others = 0
         """Work that is with it: prompt tokens for a prefill instance, requests for others, each choice of these. Those
-        of other schedulers are in it, as of the last report."""
+        of other schedulers are in it, as of the last report; how much these are alone is the second."""
         self.is_full = False
         """It has just refused a request."""
         self.turn = 0
@@ -159,8 +159,8 @@ class InstanceHandle:
             return
         self.last_stats, self._given_at_report = report.stats, (self.num_given, self.tokens_given)
         others = report.other_tokens if self.role == "prefill" else report.other_requests
-        self.load += others - self._load_of_others
-        self._load_of_others = others
+        self.load += others - self.load_of_others
+        self.load_of_others = others
         self.changed()
 
     def take_info(self, info: InstanceInfo) -> None:
@@ -174,7 +174,7 @@ class InstanceHandle:
             return
         if info.role != self.role:  # of the two roles, load is counted in different units
             logger.info("%s at %s is a %s instance now", self.instance_id, self.address, info.role)
-            self.role, self.load, self._load_of_others = info.role, self.load - self._load_of_others, 0
+            self.role, self.load, self.load_of_others = info.role, self.load - self.load_of_others, 0
         if self._outage is not None and self._outage.was_said:
             silent_s = asyncio.get_running_loop().time() - self._outage.began_s
             logger.warning("%s at %s is reached, after %.0f s", self.instance_id, self.address, silent_s)
@@ -187,8 +187,8 @@ class InstanceHandle:
             self.note_death(self.epoch)
         if self.info is not None:
             self._outage = Outage(asyncio.get_running_loop().time(), was_said=True)
-            self.load -= self._load_of_others
-            self._load_of_others = 0
+            self.load -= self.load_of_others
+            self.load_of_others = 0
             self._set_info(None)
         self._look(self.health.lost(why), level=level)
         self._complain()

@@ -83,6 +83,20 @@ class PowerOfTwo:
         return min(candidates[first], candidates[(first + step) % len(candidates)], key=least_loaded)
 
 
+class LeastLoadedUnlessShared:
+    """Takes the instance with the least work, as nobody else gives work to instances of this role: what this scheduler
+    knows is then exact. While others do, one of two, as PowerOfTwo."""
+
+    is_shared = False
+    """Whether the last reports tell of requests of other schedulers. Kept by Available."""
+
+    def __init__(self) -> None:
+        self._alone, self._among_others = LowestRank(least_loaded), PowerOfTwo()
+
+    def choose(self, candidates: Sequence[InstanceHandle], prompt: PromptShape) -> InstanceHandle:
+        return (self._among_others if self.is_shared else self._alone).choose(candidates, prompt)
+
+
 class PrefixAware:
     """Takes an instance that holds the longest part of the prompt in its prefix cache, unless it has too much to do;
     else one of two, as PowerOfTwo.
@@ -109,6 +123,7 @@ class PrefixAware:
 
 
 POLICIES: dict[str, Callable[[Prefixes], PlacementPolicy]] = {
+    "auto": lambda _: LeastLoadedUnlessShared(),
     "round_robin": lambda _: LowestRank(round_robin),
     "least_loaded": lambda _: LowestRank(least_loaded),
     "power_of_two": lambda _: PowerOfTwo(),
@@ -199,13 +214,16 @@ class Available(Sequence[InstanceHandle]):
         self._place_of: dict[InstanceHandle, int] = {}
         self._by_load = Ranking(least_loaded)
         self._by_rank = self._by_load
+        self._shared: set[InstanceHandle] = set()
+        """Those to which other schedulers have given work, whether they have room or not."""
         if isinstance(policy, LowestRank) and policy.rank is not least_loaded:
             self._by_rank = Ranking(policy.rank)
 
     def look(self, handle: InstanceHandle) -> None:
         """To be called when it is there, or gone, or its load is another."""
+        self._note_others(handle, handle.load_of_others)
         if handle.status != "ready" or handle.is_full or not self._has_room(handle):
-            self.forget(handle)
+            self._leave(handle)
             return
         if handle not in self._place_of:
             self._place_of[handle] = len(self._members)
@@ -215,7 +233,11 @@ class Available(Sequence[InstanceHandle]):
             self._by_rank.look(handle)
 
     def forget(self, handle: InstanceHandle) -> None:
-        """It was removed, or has no room."""
+        """It was removed, or has another role."""
+        self._note_others(handle, 0)
+        self._leave(handle)
+
+    def _leave(self, handle: InstanceHandle) -> None:
         if (place := self._place_of.pop(handle, None)) is None:
             return
         last = self._members.pop()
@@ -224,6 +246,12 @@ class Available(Sequence[InstanceHandle]):
             self._place_of[last] = place
         self._by_load.forget(handle)
         self._by_rank.forget(handle)
+
+    def _note_others(self, handle: InstanceHandle, load: int) -> None:
+        if bool(load) != (handle in self._shared):
+            (self._shared.add if load else self._shared.remove)(handle)
+            if isinstance(self.policy, LeastLoadedUnlessShared):
+                self.policy.is_shared = bool(self._shared)
 
     def first(self) -> InstanceHandle:
         """The one with the lowest rank, by the policy's if it has one. There must be one."""
@@ -236,7 +264,7 @@ class Available(Sequence[InstanceHandle]):
     def choose(self, prompt: PromptShape, among: Sequence[InstanceHandle] | None = None) -> InstanceHandle:
         """By the policy, of all that are available or `among` some of them. There must be one."""
         candidates = self if among is None else among
-        if isinstance(self.policy, LowestRank | PowerOfTwo | PrefixAware):
+        if isinstance(self.policy, LowestRank | PowerOfTwo | LeastLoadedUnlessShared | PrefixAware):
             return self.policy.choose(candidates, prompt)
         try:
             chosen = self.policy.choose(candidates, prompt)

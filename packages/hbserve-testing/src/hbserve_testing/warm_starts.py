@@ -11,7 +11,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from hbserve_testing.forkserver import NUM_THREADS, Program, ask, server_command
+from hbserve_testing.forkserver import NUM_THREADS, SEARCHED, Program, ask, server_command
 
 _PR_SET_CHILD_SUBREAPER = 36
 _PIPES = ("p2cread", "p2cwrite", "c2pread", "c2pwrite", "errread", "errwrite")
@@ -21,8 +21,9 @@ _ELSEWHERE = ["ip", "netns", "exec"]
 """Before a namespace and a program: it needs no process in between that would run it."""
 _READ_AT_START = ("PYTHON", "LD_", "OMP_", "MKL_", "KMP_", "CUDA_", "TRITON_")
 """Beginnings of variables that an interpreter, or a library in it, reads once: who changes one gets a cold process."""
-_MAY_DIFFER = (NUM_THREADS, "OMP_WAIT_POLICY")
-"""torch is told the number of threads; and a fork has none yet that could wait in one way or another."""
+_MAY_DIFFER = (NUM_THREADS, "OMP_WAIT_POLICY", SEARCHED)
+"""torch is told the number of threads, and a fork has none yet that could wait in one way or another; it looks for
+modules that are not there yet where it is told to."""
 
 
 class WarmStarts:

@@ -61,9 +61,9 @@ async def compare(args: CompareArgs) -> None:
     found: list[Measured] = []
     for name, roles in layouts.items():
         async with serving(base, roles) as server:
-            for rate in rates:
+            for seed, rate in enumerate(rates, args.seed):  # prompts of the rate before are in prefix caches
                 sys.stderr.write(f"{name}, {rate:g} requests a second\n")
-                found.append(Measured(name, rate, await server.during(_load(args, server.url, rate))))
+                found.append(Measured(name, rate, await server.during(_load(args, server.url, rate, seed))))
     sys.stdout.writelines(f"{line}\n" for line in lines(found))
     if args.json is not None:
         args.json.write_text(json.dumps([{"layout": each.layout, **each.figures} for each in found]) + "\n")
@@ -151,7 +151,7 @@ def _free_port() -> int:
         return port
 
 
-async def _load(args: CompareArgs, url: str, rate: float) -> dict[str, Any]:
+async def _load(args: CompareArgs, url: str, rate: float, seed: int) -> dict[str, Any]:
     load = BenchServeArgs(
         base_url=url,
         num_prompts=args.num_prompts,
@@ -162,7 +162,7 @@ async def _load(args: CompareArgs, url: str, rate: float) -> dict[str, Any]:
         goodput=args.goodput,
         metric_percentiles="50,90,99",
         ready_check_timeout_sec=args.ready_timeout_s,
-        seed=args.seed,
+        seed=seed,
     )
     result, _, _ = await measure(load)
     return result

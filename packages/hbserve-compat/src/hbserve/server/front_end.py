@@ -2,6 +2,8 @@
 
 import asyncio
 import logging
+import shlex
+import socket
 from pathlib import Path
 
 from hbserve.live_view import Deployment
@@ -22,8 +24,10 @@ READY_TIMEOUT_S = 600.0
 class FrontEnd:
     """Answers 503 from `start` on, requests from `begin` on, and after `drain` only those that have begun."""
 
-    def __init__(self, settings: ServerSection, *, shares_port: bool = False, whole: Deployment | None = None) -> None:
-        """Binds the address, unless it shares that with others.
+    def __init__(
+        self, settings: ServerSection, *, shared: socket.socket | None = None, whole: Deployment | None = None
+    ) -> None:
+        """Binds the address, unless it gets a socket of one that several processes share.
 
         whole: has the figures of the deployment; without it the server that it begins with has.
 
@@ -33,17 +37,26 @@ class FrontEnd:
         """
         self._service = Service(settings)
         self._whole = whole
-        self._http = HttpServer(settings, make_app(self._service), shares_port=shares_port)
+        self._http = HttpServer(settings, make_app(self._service), shared=shared)
 
     @property
     def url(self) -> str:
         return self._http.url
 
     @property
+    def curl(self) -> str:
+        """The command that asks for a path of it, which is to be added."""
+        uds = self._service.settings.uds
+        if uds is None:
+            return f"curl {self.url}"
+        scheme, _, _ = self.url.partition("+")
+        return f"curl --unix-socket {shlex.quote(uds)} {scheme}://localhost"
+
+    @property
     def _http_address(self) -> tuple[str, int] | None:
         """None: it is a Unix domain socket."""
         settings = self._service.settings
-        port = settings.port or (0 if settings.uds is not None else self._http.port_holder.getsockname()[1])
+        port = settings.port or (0 if settings.uds is not None else self._http.bound_socket.getsockname()[1])
         return None if settings.uds is not None else (settings.host, port)
 
     @property

@@ -18,6 +18,7 @@ import msgspec
 from hbserve.ending import Ending, unless
 from hbserve.server.front_end import FrontEnd
 from hbserve.server.front_ends import FrontEndSettings
+from hbserve.server.http_server import shared_with_others
 from hbserve_rpc import HBServeRpcError, own_process
 from hbserve_rpc.parent_watch import when_launcher_ends
 from hbserve_scheduler import CpuScheduler, HBServeSchedulerError, RemoteScheduler, SchedulerServer
@@ -29,7 +30,8 @@ async def _serve(settings: FrontEndSettings) -> None:
     with own_process.on_ending_signals(lambda _: ending.tell()):
         when_launcher_ends(lambda: loop.call_soon_threadsafe(ending.tell_at_once))
         parent = RemoteScheduler(settings.parent, keys=keys)
-        front_end = FrontEnd(settings.server, shares_port=True, whole=parent)
+        shared = shared_with_others(settings.server, settings.listening_fd)
+        front_end = FrontEnd(settings.server, shared=shared, whole=parent)
         server = SchedulerServer(CpuScheduler(settings.scheduler, model_path=settings.model_folder), keys=keys)
         server.scheduler.use_keys(settings.keys)
         try:

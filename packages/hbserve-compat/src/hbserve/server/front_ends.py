@@ -1,4 +1,4 @@
-"""The OpenAI server of one deployment as several processes, which share its port: see front_end_process.py.
+"""The OpenAI server of one deployment as several processes, which share its address: see front_end_process.py.
 
     this process: membership, queue bounds, figures of all           front_end_process, one of several
     CpuScheduler, for clients of the RPC ◀── figures of all ─────── FrontEnd, CpuScheduler
@@ -12,7 +12,7 @@ they report; the reservation on a decode instance decides.
 import asyncio
 import logging
 import os
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -20,7 +20,7 @@ import msgspec
 
 from hbserve.child_process import ChildProcess, ChildProcesses
 from hbserve.server.front_end import READY_TIMEOUT_S, FrontEnd
-from hbserve.server.http_server import held_for_others
+from hbserve.server.http_server import held_for_others, remove_path
 from hbserve_rpc import Keys, format_address
 from hbserve_rpc.address import is_wildcard
 from hbserve_rpc.messages import Role
@@ -39,6 +39,8 @@ class FrontEndSettings(msgspec.Struct, frozen=True, kw_only=True):
 
     name: str
     server: ServerSection
+    listening_fd: int | None
+    """A socket of `server.uds`, which all of them share; None: each has one of its own, of the same port."""
     scheduler: SchedulerConfig
     model_name: str
     model_folder: str
@@ -62,10 +64,12 @@ class FrontEndProcess(ChildProcess):
         settings: Callable[[], bytes],
         siblings: Siblings,
         on_start: Callable[[], Awaitable[None]],
+        pass_fds: Sequence[int],
         on_death: Callable[[str, str], None],
     ) -> None:
         """on_start: awaited as soon as it serves."""
-        super().__init__(name, MODULE, settings, os.environ, on_death, start_timeout_s=READY_TIMEOUT_S)
+        timeout_s = READY_TIMEOUT_S
+        super().__init__(name, MODULE, settings, os.environ, on_death, start_timeout_s=timeout_s, pass_fds=pass_fds)
         self._siblings = siblings
         self._on_start = on_start
 
@@ -86,9 +90,11 @@ class FrontEnds(FrontEnd):
         Raises what FrontEnd raises.
         """
         super().__init__(settings)
-        first = self._http.port_holder
+        first = self._http.bound_socket
         self._held = held_for_others(first)
-        self._settings = msgspec.structs.replace(settings, port=first.getsockname()[1])
+        self._listening_fd = None if settings.uds is None else self._held.fileno()
+        port = settings.port if settings.uds is not None else first.getsockname()[1]
+        self._settings = msgspec.structs.replace(settings, port=port)
         self._log_level = log_level
         self._on_death = on_death
         self._url = self._http.url
@@ -113,7 +119,8 @@ class FrontEnds(FrontEnd):
         self._name = name
         names = [f"api-server-{number}" for number in range(self._settings.api_servers)]
         settings = {each: partial(self._settings_of, each, name, folder, server) for each in names}
-        make = [partial(FrontEndProcess, each, settings[each], server.siblings, self._hand_over) for each in names]
+        others = server.siblings, self._hand_over, [] if self._listening_fd is None else [self._listening_fd]
+        make = [partial(FrontEndProcess, each, settings[each], *others) for each in names]
         removing: set[asyncio.Task[None]] = set()
 
         def forget(name: str, why: str) -> None:
@@ -143,6 +150,7 @@ class FrontEnds(FrontEnd):
         settings = FrontEndSettings(
             name=own_name,
             server=self._settings,
+            listening_fd=self._listening_fd,
             # Its own RPC is for this process.
             scheduler=msgspec.structs.replace(config, host="127.0.0.1", port=0, health_port=None),
             model_name=name,
@@ -172,3 +180,4 @@ class FrontEnds(FrontEnd):
             await self._processes.stop()
         await super().stop()
         self._held.close()
+        remove_path(self._settings)

@@ -11,6 +11,7 @@ import stat
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import uvicorn
 from starlette.types import ASGIApp
@@ -78,8 +79,8 @@ class _Uvicorn(uvicorn.Server):
 class HttpServer:
     """Serves an application from `start` to `stop`."""
 
-    def __init__(self, settings: ServerSection, app: ASGIApp, *, shares_port: bool = False) -> None:
-        """Binds the address; one that shares it with others, and so need not fear that it is taken, when it starts.
+    def __init__(self, settings: ServerSection, app: ASGIApp, *, shared: socket.socket | None = None) -> None:
+        """Binds the address, unless it gets a socket of one that several processes share.
 
         Raises:
             AddressInUse: it belongs to another process.
@@ -88,7 +89,7 @@ class HttpServer:
         self._settings = settings
         self._app = app
         _check_certificate(settings)
-        self._socket = None if shares_port else _bound(settings)
+        self._socket = _bound(settings) if shared is None else shared
         self._server: _Uvicorn | None = None
         self._serving: asyncio.Task[None] | None = None
         self._watching: asyncio.Task[None] | None = None
@@ -99,20 +100,18 @@ class HttpServer:
         scheme = "http" if self._settings.ssl_certfile is None else "https"
         if self._settings.uds is not None:
             return f"{scheme}+unix://{self._settings.uds}"
-        host, port = self.port_holder.getsockname()[:2]
+        host, port = self.bound_socket.getsockname()[:2]
         if is_wildcard(host):
             host = "::1" if ":" in host else "127.0.0.1"
         return f"{scheme}://{format_address(host, port)}{self._settings.root_path.rstrip('/')}"
 
     @property
-    def port_holder(self) -> socket.socket:
-        """The socket that is bound, from the beginning or, where it shares the port, from `start` on."""
-        assert self._socket is not None
+    def bound_socket(self) -> socket.socket:
+        """What it accepts connections at."""
         return self._socket
 
     async def start(self) -> None:
         """Accept connections from now on."""
-        self._socket = self._socket or _sharing(self._settings.host, self._settings.port)
         config = uvicorn.Config(
             self._app,
             loop="none",
@@ -180,11 +179,9 @@ class HttpServer:
             # An answer that was cancelled before it had begun leaves its client waiting.
             for connection in list(self._server.server_state.connections):
                 connection.transport.abort()
-        if self._socket is not None:
-            self._socket.close()
-        if self._settings.uds is not None:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(self._settings.uds)
+        self._socket.close()
+        if self._settings.api_servers == 1:
+            remove_path(self._settings)
 
 
 def _check_certificate(settings: ServerSection) -> None:
@@ -211,8 +208,37 @@ def _bound(settings: ServerSection) -> socket.socket:
         raise ConfigError(f"server.host={settings.host!r}: {address} cannot be bound: {error.strerror}") from None
 
 
-def _sharing(host: str, port: int) -> socket.socket:
-    """One more socket of a port whose others share it too: the system gives each connection to one that listens."""
+class _SharedSocket(socket.socket):
+    """A listening socket of several processes, each of which hears of every connection, and one of which gets it.
+
+    Who has accepted one leaves the next ones to the others: else the quickest to wake would have them all, whatever it
+    has to do. What they leave alone too, for as many turns of its event loop as there are of them, it takes.
+    """
+
+    def __init__(self, fd: int, num_processes: int) -> None:
+        super().__init__(fileno=fd)
+        self._num_processes = num_processes
+        self._num_left_alone = 0
+
+    def accept(self) -> tuple[socket.socket, Any]:
+        if self._num_left_alone:
+            self._num_left_alone -= 1
+            raise BlockingIOError
+        accepted = super().accept()
+        self._num_left_alone = self._num_processes  # the first is asyncio's, which asks for more in the same turn
+        return accepted
+
+
+def shared_with_others(settings: ServerSection, listening_fd: int | None) -> socket.socket:
+    """A socket of an address that `api_servers` processes share: one more of its port, or that of its path, which is
+    open as `listening_fd`."""
+    if listening_fd is None:
+        return _sharing_port(settings.host, settings.port)
+    return _SharedSocket(listening_fd, settings.api_servers)
+
+
+def _sharing_port(host: str, port: int) -> socket.socket:
+    """The system gives each connection to one of those that listen."""
     found = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
     if found.family == socket.AF_INET6:
@@ -230,9 +256,21 @@ def _undelayed(listening: socket.socket) -> socket.socket:
 
 
 def held_for_others(first: socket.socket) -> socket.socket:
-    """Hold the port of a socket that nobody else may have had, for those who share it. Nothing connects to this one."""
+    """Hold the address of a socket that nobody else may have had, for those who share it.
+
+    Nothing connects to the port of the one that is returned; it listens if it has a path, and connections wait.
+    """
+    if first.family == socket.AF_UNIX:
+        return first.dup()
     first.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-    return _sharing(*first.getsockname()[:2])
+    return _sharing_port(*first.getsockname()[:2])
+
+
+def remove_path(settings: ServerSection) -> None:
+    """Of a Unix domain socket that nobody serves any more."""
+    if settings.uds is not None:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(settings.uds)
 
 
 def _bound_to_path(path: Path) -> socket.socket:

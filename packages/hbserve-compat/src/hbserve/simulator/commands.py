@@ -54,6 +54,9 @@ class SimulateArgs:
     """The command's arguments."""
 
     profile: ProfileOption = "h100-qwen3-8b"
+    prefill_profile: Annotated[
+        str | None, Option(metavar="NAME|FILE", help="Of prefill instances, where they are others: of more ranks.")
+    ] = None
     prefill: Annotated[int, Option(min=0, help="Instances; with none of any kind, one pair.")] = 0
     decode: Count = 0
     hybrid: Count = 0
@@ -115,16 +118,7 @@ def run_simulation(args: SimulateArgs) -> None:
 def _deployment(args: SimulateArgs) -> Deployment:
     config = load_config(args.config) if args.config is not None else None
     scheduler = config.scheduler if config is not None else SchedulerConfig()
-    limits = EngineLimits()
-    if config is not None:
-        settings = config.engine_settings()
-        limits = EngineLimits(
-            None if settings.chunk_size == "auto" else settings.chunk_size,
-            settings.itl_target_ms,
-            settings.max_chunk_prefill_tokens,
-            settings.max_num_batched_tokens,
-            settings.max_num_seqs,
-        )
+    limits = EngineLimits.of(config.engine_settings()) if config is not None else EngineLimits()
     counts = args.prefill, args.decode, args.hybrid
     if not any(counts):
         counts = (1, 1, 0)
@@ -135,7 +129,8 @@ def _deployment(args: SimulateArgs) -> Deployment:
     roles = roles_of(*counts)
     interval_s = max(scheduler.heartbeat_interval_s, len(roles) / args.cells / POLLED_A_SECOND)
     scheduler = msgspec.structs.replace(scheduler, heartbeat_interval_s=interval_s)
-    deployment = Deployment(load_profile(args.profile), roles, scheduler, limits, _faults(args))
+    of_prefill = load_profile(args.prefill_profile) if args.prefill_profile is not None else None
+    deployment = Deployment(load_profile(args.profile), roles, scheduler, limits, _faults(args), of_prefill)
     names = {name for name, _ in deployment.instances()}
     for fault in deployment.faults:
         if fault.instance_id not in names:

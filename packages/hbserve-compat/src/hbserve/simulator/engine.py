@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from hbserve.simulator.profile import StepLaw
+from hbserve_rpc.settings import EngineSettings
 
 FEWEST_TOKENS = 1024
 STEPS_OF_BACKLOG = 8
@@ -28,6 +29,17 @@ class EngineLimits:
     max_chunk_prefill_tokens: int = 4096
     max_num_batched_tokens: int = 2048
     max_num_seqs: int = 256
+
+    @classmethod
+    def of(cls, settings: EngineSettings) -> "EngineLimits":
+        """Those of a deployment's engines."""
+        return cls(
+            None if settings.chunk_size == "auto" else settings.chunk_size,
+            settings.itl_target_ms,
+            settings.max_chunk_prefill_tokens,
+            settings.max_num_batched_tokens,
+            settings.max_num_seqs,
+        )
 
 
 @dataclass(eq=False)

@@ -58,6 +58,11 @@ class Deployment:
     scheduler: SchedulerConfig = SchedulerConfig()  # noqa: RUF009  frozen
     limits: EngineLimits = EngineLimits()  # noqa: RUF009  frozen
     faults: tuple[Fault, ...] = ()
+    prefill_profile: Profile | None = None
+    """Of prefill instances, where they are others: of more ranks, for example."""
+
+    def profile_of(self, role: Role) -> Profile:
+        return (self.prefill_profile if role == "prefill" else None) or self.profile
 
     def instances(self) -> list[tuple[str, Role]]:
         """Names and roles, as prefill-0, decode-0 and so on."""
@@ -105,6 +110,8 @@ class _Collecting(Figures):
         self._results = results
         self._shapes = shapes
         self.left = 0
+        self.ended_s = 0.0
+        """When the last of all had, by the loop: of a cell that is before others have."""
         self.all_ended = asyncio.Event()
         self.decisions: list[tuple[float, str, str, str]] | None = None
 
@@ -135,6 +142,7 @@ class _Collecting(Figures):
     def ended_one(self) -> None:
         self.left -= 1
         if self.left == 0:
+            self.ended_s = asyncio.get_running_loop().time()
             self.all_ended.set()
 
 
@@ -167,7 +175,9 @@ class Simulation:
         self._ids = itertools.count()
         self._hosts = {
             name: Host(
-                functools.partial(ModelledInstance, name, role, deployment.profile, deployment.limits, self._fabric)
+                functools.partial(
+                    ModelledInstance, name, role, deployment.profile_of(role), deployment.limits, self._fabric
+                )
             )
             for name, role in instances
         }
@@ -218,9 +228,10 @@ class Simulation:
         if self._figures.left:
             await self._figures.all_ended.wait()
         results = self.results
-        results.duration_s = asyncio.get_running_loop().time() - begin_s
+        results.duration_s = max(0.0, self._figures.ended_s - begin_s)
         for name, host in self._hosts.items():
-            results.busy[name] = sum(life.engine.figures.busy_s for life in host.lives) / results.duration_s
+            busy_s = sum(life.engine.figures.busy_s for life in host.lives)
+            results.busy[name] = busy_s / results.duration_s if results.duration_s else 0.0
             for life in host.lives:
                 results.gaps_s.update(life.engine.figures.gaps_s)
         results.prefix_tokens, results.asked_tokens = self._fabric.prefix_tokens, self._fabric.asked_tokens

@@ -20,7 +20,7 @@ from typing import Any
 from tqdm import tqdm
 
 from hbserve_core.bench.device_limits import measure_limits
-from hbserve_core.bench.model_work import DecodeLimit, decode_limit
+from hbserve_core.bench.model_work import DecodeLimit, decode_limit, stored_bytes
 from hbserve_core.bench.workloads import Sizes, bench_config
 from hbserve_core.config import InstanceConfig
 from hbserve_core.engine.engine import Engine
@@ -188,7 +188,8 @@ class BatchSweep:
         # A request's n-th token is sampled after its prompt and n tokens.
         mean_context = context + statistics.mean(generated[_NUM_WARM + 1 :])
         model, dtype, in_pool = self._runner.model_config, self._runner.dtype, self._runner.pool.dtype
-        limit = decode_limit(model, dtype, batch, mean_context, self.limits, in_pool)
+        weights = stored_bytes(self._config, model, dtype, self._runner.device)
+        limit = decode_limit(model, dtype, batch, mean_context, self.limits, in_pool, weights)
         return SweepRow(context, batch, statistics.median(times), max(times), limit)
 
     def prompt_s(self, num_tokens: int, rounds: int = 3) -> float:

@@ -5,7 +5,9 @@ from dataclasses import dataclass
 import torch
 
 from hbserve_core.bench.device_limits import DeviceLimits
+from hbserve_core.config import InstanceConfig
 from hbserve_core.model.architectures import Experts
+from hbserve_core.model.loaded_model import can_stay_narrow
 from hbserve_core.model.model_config import ModelConfig
 
 
@@ -51,28 +53,46 @@ def decode_limit(
     context: float,
     limits: DeviceLimits,
     kv_dtype: torch.dtype | None = None,
+    weight_bytes: float | None = None,
 ) -> DecodeLimit:
     """Of one step that gives `batch` sequences a token each, after `context` tokens on average.
 
-    kv_dtype: of keys and values in the pool; None: the model's.
+    kv_dtype: of keys and values in the pool; None: the model's. weight_bytes: of each number in the layers'
+    projections, see `stored_bytes`; None: the model's.
     Left out, as next to nothing: rows of the embedding, activations, norms, the new tokens' keys and values, sampling,
     and what ranks tell each other. What several ranks each have is read once.
     """
-    parts = decode_work(model, dtype, batch, context, kv_dtype)
+    parts = decode_work(model, dtype, batch, context, kv_dtype, weight_bytes)
     read_bytes, flops = sum(part.read_bytes for part in parts), sum(part.flops for part in parts)
     limit_s = sum(part.time_s(limits) for part in parts)
     return DecodeLimit(limit_s, read_bytes / limits.copy_bytes_per_s, read_bytes, flops)
 
 
+def stored_bytes(config: InstanceConfig, model: ModelConfig, dtype: torch.dtype, device: torch.device) -> float:
+    """Of each number in the projections of an instance's layers: as few as the checkpoint has, with the scales of its
+    4-bit numbers, where they stay narrow. Scales of 8-bit floats are next to nothing."""
+    if device.type != "cuda" or config.widen_weights or not can_stay_narrow(model, device):
+        return dtype.itemsize
+    if model.packing is not None:
+        size = model.hidden_size if model.packing.group_size == -1 else model.packing.group_size
+        return 0.5 + 2.5 / size
+    return 1 if model.scale_block is not None else dtype.itemsize
+
+
 def decode_work(
-    model: ModelConfig, dtype: torch.dtype, batch: int, context: float, kv_dtype: torch.dtype | None = None
+    model: ModelConfig,
+    dtype: torch.dtype,
+    batch: int,
+    context: float,
+    kv_dtype: torch.dtype | None = None,
+    weight_bytes: float | None = None,
 ) -> list[Work]:
     """What has to be done one after the other in such a step: in each layer four products and attention, then the head.
     Parameters as in `decode_limit`. Of a mixture of experts, as many are read as so many sequences touch on average,
     each of which is as likely to go to one as to another."""
 
-    def product(num_weights: int) -> Work:
-        return Work(num_weights * dtype.itemsize, 2.0 * batch * num_weights)
+    def product(num_weights: int, itemsize: float = weight_bytes or dtype.itemsize) -> Work:
+        return Work(num_weights * itemsize, 2.0 * batch * num_weights)
 
     def attention(num_keys: float) -> Work:
         return Work(
@@ -90,7 +110,7 @@ def decode_work(
             touched = experts.count * (1 - (1 - experts.per_token / experts.count) ** batch)
             mlp = [Work(each.read_bytes * touched, each.flops * experts.per_token) for each in mlp]
         work += [product(products["qkv"]), product(products["output"]), *mlp, attention(batch * keys)]
-    return [*work, product(model.vocab_size * model.hidden_size)]
+    return [*work, product(model.vocab_size * model.hidden_size, dtype.itemsize)]
 
 
 def _experts_of(model: ModelConfig, layer: int) -> Experts | None:

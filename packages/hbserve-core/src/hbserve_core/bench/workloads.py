@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from hbserve_core.bench.device_limits import DeviceLimits, measure_limits
-from hbserve_core.bench.model_work import NO_WORK, DecodeLimit, decode_limit, prefill_flops
+from hbserve_core.bench.model_work import NO_WORK, DecodeLimit, decode_limit, prefill_flops, stored_bytes
 from hbserve_core.config import InstanceConfig
 from hbserve_core.engine.engine import Engine
 from hbserve_core.ranks.make_runner import make_runner
@@ -82,7 +82,7 @@ class EngineBench:
         begin = time.perf_counter()
         self._runner = make_runner(config)
         self._engine = Engine(config, self._runner)
-        self._sizes = sizes
+        self._config, self._sizes = config, sizes
         self._random = random.Random(0)
         self._count = 0
         try:
@@ -150,10 +150,11 @@ class EngineBench:
 
     def _decode_limit(self, requests: list[tuple[list[int], int]]) -> DecodeLimit:
         model, dtype, limit = self._runner.model_config, self._runner.dtype, NO_WORK
+        weights = stored_bytes(self._config, model, dtype, self._runner.device)
         for step in range(1, max(count for _, count in requests)):
             contexts = [len(prompt) + step for prompt, count in requests if count > step]
             mean = sum(contexts) / len(contexts)
-            limit += decode_limit(model, dtype, len(contexts), mean, self.limits, self._runner.pool.dtype)
+            limit += decode_limit(model, dtype, len(contexts), mean, self.limits, self._runner.pool.dtype, weights)
         return limit
 
 

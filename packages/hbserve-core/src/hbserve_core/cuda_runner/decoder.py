@@ -110,8 +110,9 @@ class CudaDecoder:
             qkv = self._products.of_normed(stream, layer.attention_norm, layer.qkv)
             attended = self._attend(index, layer, qkv, step, pool)
             if layer.experts is not None:
-                self._add(attended, layer.output, stream, layer.attention_out_norm, None)
-                self._add_experts(normed(stream.rows, layer.mlp_norm), layer.experts, step, stream)
+                next_norm = layer.mlp_norm if self._group.shard.size > 1 else None
+                self._add(attended, layer.output, stream, layer.attention_out_norm, next_norm)
+                self._add_experts(stream.normed_by(layer.mlp_norm), layer.experts, step, stream, norm_after)
                 continue
             assert layer.gate_up is not None
             assert layer.down is not None
@@ -127,7 +128,14 @@ class CudaDecoder:
             return self._products.gated(stream, norm, linear)
         return activated(self._products.of_normed(stream, norm, linear), switches)
 
-    def _add_experts(self, rows: torch.Tensor, weights: ExpertWeights, step: StepView, stream: ResidualStream) -> None:
+    def _add_experts(
+        self,
+        rows: torch.Tensor,
+        weights: ExpertWeights,
+        step: StepView,
+        stream: ResidualStream,
+        next_norm: RmsNorm | None,
+    ) -> None:
         """Add what the experts of normed rows give."""
         experts, is_alone = self._config.switches.experts, self._group.shard.size == 1
         assert experts is not None
@@ -141,7 +149,7 @@ class CudaDecoder:
             add_to=stream.rows if is_alone else None,
         )
         if not is_alone:
-            stream.rows += self._group.all_reduce(result)
+            stream.add_sum(result, self._group, next_norm)
 
     def _logits(self, stream: ResidualStream) -> torch.Tensor:
         """(R, vocab_size) of rows (R, E)."""
@@ -158,9 +166,9 @@ class CudaDecoder:
     ) -> None:
         """Add a product to the stream, normed if there is a norm for it; of several ranks, the sum of theirs."""
         if norm is not None:
-            stream.rows += normed(self._group.all_reduce(self._products.of(inputs, linear)), norm)
+            stream.add(normed(self._group.all_reduce(self._products.of(inputs, linear)), norm))
         elif self._group.shard.size > 1:
-            stream.rows += self._group.all_reduce(self._products.of(inputs, linear))
+            stream.add_sum(self._products.of(inputs, linear, self._group), self._group, next_norm)
         else:
             self._products.add_to(stream, inputs, linear, next_norm)
 

@@ -32,8 +32,11 @@ from hbserve_core.cuda_runner.kernels.few_rows_linear import (
 from hbserve_core.cuda_runner.kernels.hopper_gated import hopper_gated, suits_hopper_gated
 from hbserve_core.cuda_runner.kernels.pointwise import gate_mul, rms_norm
 from hbserve_core.model.layers import Linear, RmsNorm
+from hbserve_core.model.rank_group import RankGroup
 
-_MOST_SPLIT_ROWS, _MOST_SKINNY_ROWS = 64, 128
+_MOST_SPLIT_ROWS = 64
+_MOST_SKINNY_ROWS = {0: 128, 4: 128, 8: 64}
+"""By bits of a narrow weight. With more rows than these, 8-bit floats are multiplied as such."""
 _SMALL_MATRIX = {1: 1 << 23, 2: 1 << 22, 4: 1 << 22}
 """By rows, from how many numbers on a matrix is not for `small_linear`. Alone it would be as fast with larger ones, but
 its many programs leave no room for the kernel behind it to start."""
@@ -44,6 +47,9 @@ _HEAD_OUTPUTS, _HEAD_INPUTS = 1 << 16, 2048
 what has been added to the stream has come by skinny products, which leave half of the norm."""
 _FEWEST_INPUTS = 512
 """Of one split: the sum of the splits must not cost more than their reading in parallel gives."""
+
+_NARROW_PROGRAMS = 2
+"""On each processor, with narrow weights, of which a step of a program's loop brings fewer bytes."""
 
 
 Kind = Literal["plain", "normed", "gated"]
@@ -60,23 +66,24 @@ class Choice:
 
 
 def choose(
-    rows: int, weight: tuple[int, int], itemsize: int, kind: Kind, num_processors: int, is_narrow: bool = False
+    rows: int, weight: tuple[int, int], itemsize: int, kind: Kind, num_processors: int, narrow_bits: int = 0
 ) -> Choice:
     """The fastest way to multiply so many rows of numbers of `itemsize` bytes with a (O, I) weight matrix of such.
 
     kind: "normed" if a norm comes before the product, "gated" if also half of the outputs are gates, else "plain".
-    is_narrow: the weight is narrower, and only `skinny` or what it has in place of cuBLAS can read it.
+    narrow_bits: of the weight, if it is narrower, and only `skinny` or what it has in place of cuBLAS can read it.
     """
     outputs, inputs = weight
     if itemsize > 2:
-        return Choice("small" if rows <= 2 and not is_narrow else "cublas")
-    if not is_narrow and _is_small(rows, outputs, inputs, kind):
+        return Choice("small" if rows <= 2 and not narrow_bits else "cublas")
+    if not narrow_bits and _is_small(rows, outputs, inputs, kind):
         return Choice("small")
     gated = kind == "gated"
     tiles = num_tiles(outputs // 2 if gated else outputs, gated)
-    if rows > _MOST_SKINNY_ROWS or (rows > _MOST_SPLIT_ROWS and 2 * tiles < num_processors):
+    if rows > _MOST_SKINNY_ROWS[narrow_bits] or (rows > _MOST_SPLIT_ROWS and 2 * tiles < num_processors):
         return Choice("cublas")
-    splits = 1 if rows > _MOST_SPLIT_ROWS else min(num_processors // tiles, inputs // _FEWEST_INPUTS)
+    programs = num_processors * (_NARROW_PROGRAMS if narrow_bits else 1)
+    splits = 1 if rows > _MOST_SPLIT_ROWS else min(programs // tiles, inputs // _FEWEST_INPUTS)
     most = max(1, splits)
     return Choice("skinny", max(16, 1 << (rows - 1).bit_length()), 1 << (most.bit_length() - 1))
 
@@ -96,10 +103,22 @@ class ResidualStream:
     """(M, E)"""
     scaled: ScaledRows | None = None
     """If the last addition has begun the next norm already, what it left."""
+    normed: torch.Tensor | None = None
+    """(M, E): if the last addition has done all of the next norm, what it gave."""
 
-    def normed_by(self, norm: RmsNorm | None) -> torch.Tensor | ScaledRows:
-        """The rows normed, or as the last addition has left them for this norm."""
-        return normed(self.rows, norm) if self.scaled is None else self.scaled
+    def normed_by(self, norm: RmsNorm | None) -> torch.Tensor:
+        """The rows normed: by this norm, which is the next."""
+        return normed(self.rows, norm) if self.normed is None else self.normed
+
+    def add(self, rows: torch.Tensor) -> None:
+        """Add rows (M, E) in place."""
+        self.scaled = self.normed = None
+        self.rows += rows
+
+    def add_sum(self, partial: torch.Tensor, group: RankGroup, next_norm: RmsNorm | None) -> None:
+        """Add the sum of every rank's `partial` (M, E) in place. next_norm: what is next done with the rows."""
+        self.scaled = None
+        self.normed = group.add_sum(self.rows, partial, _of_kernels(next_norm))
 
 
 class CudaProducts:
@@ -109,7 +128,7 @@ class CudaProducts:
         """gelu: what gates go through, in place of silu."""
         self._gelu = gelu
         self._num_processors = num_processors(device)
-        self._workspace = SkinnyWorkspace(self._num_processors, _MOST_SPLIT_ROWS, device)
+        self._workspace = SkinnyWorkspace(_NARROW_PROGRAMS * self._num_processors, _MOST_SPLIT_ROWS, device)
 
     def of_normed(self, stream: ResidualStream, norm: RmsNorm | None, linear: Linear) -> torch.Tensor:
         """(M, O) of the stream's rows, which are normed first."""
@@ -117,8 +136,8 @@ class CudaProducts:
         if choice.kernel == "small":
             return small_linear(stream.rows, linear.weight, linear.bias, norm=_of_kernels(norm))
         if choice.kernel == "skinny":
-            return self._skinny(choice, stream.normed_by(norm), norm, linear)
-        return linear(normed(stream.rows, norm))
+            return self._skinny(choice, stream.scaled or stream.normed_by(norm), norm, linear)
+        return linear(stream.normed_by(norm))
 
     def gated(self, stream: ResidualStream, norm: RmsNorm | None, linear: Linear) -> torch.Tensor:
         """silu(gate) * up, or gelu(gate) * up, (M, O), of the stream's rows, which are normed first; the weight is
@@ -129,10 +148,10 @@ class CudaProducts:
                 stream.rows, linear.weight, linear.bias, norm=_of_kernels(norm), gated=True, gelu=self._gelu
             )
         if choice.kernel == "skinny":
-            return self._skinny(choice, stream.normed_by(norm), norm, linear, gated=True)
+            return self._skinny(choice, stream.scaled or stream.normed_by(norm), norm, linear, gated=True)
         if suits_hopper_gated(stream.rows, linear.weight, linear.bias):
-            return hopper_gated(normed(stream.rows, norm), linear.weight, self._gelu)
-        return gate_mul(linear(normed(stream.rows, norm)), self._gelu)
+            return hopper_gated(stream.normed_by(norm), linear.weight, self._gelu)
+        return gate_mul(linear(stream.normed_by(norm)), self._gelu)
 
     def add_to(self, stream: ResidualStream, inputs: torch.Tensor, linear: Linear, next_norm: RmsNorm | None) -> None:
         """Add the product of rows (M, I) to the stream in place, rounded once. next_norm: what is next done with it."""
@@ -156,19 +175,23 @@ class CudaProducts:
                 next_norm=weights,
             )
 
-    def of(self, inputs: torch.Tensor, linear: Linear) -> torch.Tensor:
-        """(M, O) of rows (M, I)."""
+    def of(self, inputs: torch.Tensor, linear: Linear, group: RankGroup | None = None) -> torch.Tensor:
+        """(M, O) of rows (M, I). group: that is to sum it next over its ranks."""
         choice = self._choose(inputs, linear, "plain")
         if choice.kernel == "small":
             return small_linear(inputs, linear.weight, linear.bias)
         if choice.kernel == "skinny":
             return self._skinny(choice, inputs, None, linear)
-        return linear(inputs)
+        out = None if group is None else group.partial((len(inputs), len(linear.weight)), inputs.dtype)
+        if out is None:
+            return linear(inputs)
+        linear.into(out, inputs)
+        return out
 
     def _choose(self, rows: torch.Tensor, linear: Linear, kind: Kind) -> Choice:
         outputs, inputs = linear.weight.shape
         itemsize = rows.dtype.itemsize
-        return choose(len(rows), (outputs, inputs), itemsize, kind, self._num_processors, linear.is_narrow)
+        return choose(len(rows), (outputs, inputs), itemsize, kind, self._num_processors, linear.narrow_bits)
 
     def _skinny(
         self,

@@ -57,7 +57,7 @@ class CudaRunner:
         self, config: InstanceConfig, group: RankGroup | None = None, make_narrow: MakeNarrow | None = None
     ) -> None:
         """make_narrow: see `LoadedModel`."""
-        group = group or RankGroup()
+        self._group = group = group or RankGroup()
         model = LoadedModel(config, group, make_narrow)
         self.config = config
         self.model_config = model.model_config
@@ -176,6 +176,7 @@ class CudaRunner:
 
         def result() -> StepResult:
             drawn.synchronize()
+            self._group.check()
             tokens = step.tokens(read_back.tolist())
             found, choices = logprobs.read(step.places) if logprobs else ({}, {})
             return StepResult(tokens, found, scored.read() if scored else {}, choices)

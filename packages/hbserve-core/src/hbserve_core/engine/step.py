@@ -89,9 +89,10 @@ class Runner(Protocol):
     overlaps: bool
     """Whether a step may be launched before the tokens of the one before it are read. Those tokens are UNREAD then."""
 
-    computed: Any
-    """CUDA event after which the keys and values of the step launched last are there, for other streams of this
-    process. None: they are when its tokens have been read."""
+    @property
+    def computed(self) -> Any:
+        """What says on the device that the keys and values of the step launched last are there: a CUDA event or, of
+        several ranks, a LaunchedStep, by which each finds its own. None: they are when its tokens have been read."""
 
     def launch(self, batch: Ids[ScheduledChunk]) -> PendingStep:
         """Begin to compute a step. What the chunks say is read before this returns."""
@@ -141,7 +142,7 @@ class StepOutput:
     num_preemptions: int = 0
     """So far."""
     ready: Any = None
-    """CUDA event after which keys and values are there: of a step that was launched, and has not been read."""
+    """After which keys and values are there, as `Runner.computed` has it: of a step that has not been read."""
 
     @classmethod
     def of(

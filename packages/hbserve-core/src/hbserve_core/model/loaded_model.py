@@ -56,7 +56,7 @@ class LoadedModel:
             torch.set_num_threads(config.num_threads)
         in_pool = kv_dtype(config, self.dtype, self.device)
         given = self.model_config, config.load_format, self.dtype, self.device, shard
-        if config.widen_weights or not _can_stay_narrow(self.model_config, self.device):
+        if config.widen_weights or not can_stay_narrow(self.model_config, self.device):
             make_narrow = None
         self.weights = load_weights(*given, with_kv_scales=in_pool != self.dtype, make_narrow=make_narrow)
         self.block = block_shape(config, self.rank_config, in_pool)
@@ -96,7 +96,7 @@ class LoadedModel:
         return [tables[each] for each in ropes]
 
 
-def _can_stay_narrow(model: ModelConfig, device: torch.device) -> bool:
+def can_stay_narrow(model: ModelConfig, device: torch.device) -> bool:
     """Whether the device reads such weights; 8-bit floats it must know as a type."""
     return model.scale_block is None or device.type != "cuda" or has_8_bit_floats(device)
 

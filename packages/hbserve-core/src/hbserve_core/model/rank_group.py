@@ -27,6 +27,20 @@ class RankGroup:
         """
         return partial
 
+    def partial(self, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor | None:
+        """Where to write what `add_sum` sums next (T, E); None: anywhere."""
+        return None
+
+    def add_sum(
+        self, rows: torch.Tensor, partial: torch.Tensor, norm: tuple[torch.Tensor, float] | None = None
+    ) -> torch.Tensor | None:
+        """Add the sum of every rank's `partial` (T, E) to `rows` (T, E) in place.
+
+        norm: weights (E,) and eps of an RMS norm. Returns the rows normed, or None where that is left to the caller.
+        """
+        rows += self.all_reduce(partial)
+        return None
+
     def gather_logits(self, logits: torch.Tensor, vocab_size: int) -> torch.Tensor:
         """(R, V) contiguous, on every rank, from each rank's (R, V / P) in the order of ranks."""
         return logits
@@ -38,6 +52,9 @@ class RankGroup:
     def least(self, number: int) -> int:
         """The smallest of every rank's numbers."""
         return number
+
+    def check(self) -> None:
+        """Called when a step has ended: were its sums those of all ranks?"""
 
     def close(self) -> None:
         """Free what the group holds; whoever waits in it fails. From any thread, and more than once."""

@@ -15,16 +15,24 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
 from hbserve_core.errors import InvalidInstanceConfig
-from hbserve_core.model.architectures import Experts
 from hbserve_core.model.checkpoint.checkpoint import Checkpoint, with_stored_head
 from hbserve_core.model.checkpoint.dummy_checkpoint import DummyCheckpoint
 from hbserve_core.model.checkpoint.tensor_source import SplitGroups, TensorPart, TensorSource, weights_digest
+from hbserve_core.model.checkpoint_shapes import (
+    NO_POSITIONS,
+    POSITIONS,
+    Rows,
+    checkpoint_shapes,
+    gate_up_tensors,
+    qkv_tensors,
+)
 from hbserve_core.model.layers import (
     DecoderWeights,
     ExpertWeights,
@@ -72,7 +80,10 @@ def load_weights(
         config = with_stored_head(config)
     shapes = checkpoint_shapes(config)
     source: TensorSource
-    source = DummyCheckpoint(shapes) if load_format == "dummy" else Checkpoint(config, shapes, device)
+    if load_format == "dummy":
+        source = DummyCheckpoint(shapes, config.scale_block, config.packing)
+    else:
+        source = Checkpoint(config, shapes, device)
     with contextlib.closing(source):
         loader = _Loader(config, shard or Shard(), source, dtype, device, with_kv_scales, make_narrow)
         try:
@@ -87,88 +98,6 @@ def load_weights(
     seconds, gigabytes = time.perf_counter() - began_s, loader.num_bytes / 1e9
     logger.info("weights: %.2f GB (%s) in %.1f s", gigabytes, load_format, seconds)
     return weights
-
-
-_POSITIONS = "model.embed_positions.weight"
-_NO_POSITIONS = 2
-"""Rows in front, of padding."""
-
-
-def checkpoint_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor that the model needs."""
-    hidden = config.hidden_size
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config.vocab_size, hidden)}
-    for index in range(config.num_layers):
-        shapes |= {f"model.layers.{index}.{name}": shape for name, shape in _layer_shapes(config, index).items()}
-    shapes |= _norm_shapes(config, "model.norm")
-    if config.switches.learned_positions:
-        shapes[_POSITIONS] = (config.switches.learned_positions, hidden)
-    if not config.tied_embeddings:
-        shapes["lm_head.weight"] = (config.vocab_size, hidden)
-    return shapes
-
-
-def _layer_shapes(config: ModelConfig, index: int) -> dict[str, tuple[int, ...]]:
-    hidden, inner = config.hidden_size, config.intermediate_size
-    query, key = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    switches = config.switches
-    linears = [
-        *(("self_attn", name, sum(rows), hidden, switches.qkv_bias) for name, rows in _qkv_tensors(config).items()),
-        ("self_attn", "o_proj", hidden, query, switches.output_bias),
-    ]
-    shapes: dict[str, tuple[int, ...]] = {}
-    if switches.experts is not None and index in switches.experts.layers:
-        shapes |= _expert_shapes(switches.experts, hidden)
-    else:
-        gate_up = _gate_up_tensors(config).items()
-        linears += [("mlp", name, sum(rows), hidden, switches.mlp_bias) for name, rows in gate_up]
-        linears.append(("mlp", "down_proj", hidden, inner, switches.mlp_bias))
-    for block, name, outputs, inputs, has_bias in linears:
-        shapes[f"{block}.{name}.weight"] = (outputs, inputs)
-        if has_bias:
-            shapes[f"{block}.{name}.bias"] = (outputs,)
-    if switches.qk_norm:
-        sizes = (query, key) if switches.qk_norm == "projection" else (config.head_dim, config.head_dim)
-        shapes |= {f"self_attn.{name}.weight": (size,) for name, size in zip(("q_norm", "k_norm"), sizes, strict=True)}
-    for name in switches.norms.names():
-        shapes |= _norm_shapes(config, name)
-    return shapes
-
-
-def _norm_shapes(config: ModelConfig, name: str) -> dict[str, tuple[int, ...]]:
-    kinds = ("weight", "bias") if config.switches.layer_norms else ("weight",)
-    return {f"{name}.{kind}": (config.hidden_size,) for kind in kinds}
-
-
-def _expert_shapes(experts: Experts, hidden: int) -> dict[str, tuple[int, ...]]:
-    shapes: dict[str, tuple[int, ...]] = {f"{experts.block}.gate.weight": (experts.count, hidden)}
-    gate, up, down = experts.projections
-    for i in range(experts.count):
-        shapes |= {
-            f"{experts.block}.experts.{i}.{name}.weight": (experts.intermediate_size, hidden) for name in (gate, up)
-        }
-        shapes[f"{experts.block}.experts.{i}.{down}.weight"] = (hidden, experts.intermediate_size)
-    return shapes
-
-
-Rows = tuple[int, ...]
-"""Numbers of rows of the projections that one tensor of the checkpoint has below each other."""
-
-
-def _qkv_tensors(config: ModelConfig) -> dict[str, Rows]:
-    query, key = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    if config.switches.is_fused:
-        return {"qkv_proj": (query, key, key)}
-    return {"q_proj": (query,), "k_proj": (key,), "v_proj": (key,)}
-
-
-def _gate_up_tensors(config: ModelConfig) -> dict[str, Rows]:
-    inner = config.intermediate_size
-    if not config.switches.is_gated:
-        return {"up_proj": (inner,)}
-    return (
-        {"gate_up_proj": (inner, inner)} if config.switches.is_fused else {"gate_proj": (inner,), "up_proj": (inner,)}
-    )
 
 
 class _Loader:
@@ -215,7 +144,7 @@ class _Loader:
             embedding=embedding,
             first_token=self._shard.rank * len(embedding),
             layers=tuple(map(self._layer, layers)),
-            positions=self._whole(_POSITIONS)[_NO_POSITIONS:] if has_positions else None,
+            positions=self._whole(POSITIONS)[NO_POSITIONS:] if has_positions else None,
             head=make_linear(head, self._after_norm("model.norm", head)),
             norm=self._last_norm(),
             # Last: by now the files are in the system's page cache.
@@ -316,13 +245,21 @@ class _Loader:
         self, parts: Sequence[TensorPart], bias: torch.Tensor | None, order: torch.Tensor | None = None
     ) -> Linear:
         """Of weights one below the other, as narrow as they are stored if they can stay so."""
-        if self._make_narrow is not None:
-            narrow = fused([self._source.read_narrow(part, self._device) for part in parts])
-            if narrow is not None:
-                self.num_bytes += narrow.nbytes
-                return self._make_narrow(narrow if order is None else narrow.with_rows(order), bias)
+        narrow = self._narrow(parts)
+        if narrow is not None:
+            return self._kept(narrow if order is None else narrow.with_rows(order), bias)
         rows = self._fuse(parts)
         return make_linear(rows if order is None else rows[order], bias)
+
+    def _narrow(self, parts: Sequence[TensorPart]) -> NarrowWeight | None:
+        if self._make_narrow is None:
+            return None
+        return fused([self._source.read_narrow(part, self._device) for part in parts])
+
+    def _kept(self, narrow: NarrowWeight, bias: torch.Tensor | None) -> Linear:
+        assert self._make_narrow is not None
+        self.num_bytes += narrow.nbytes
+        return self._make_narrow(narrow, bias)
 
     def _layer(self, index: int) -> LayerWeights:
         prefix, switches, norms = f"model.layers.{index}", self._config.switches, self._config.switches.norms
@@ -333,7 +270,7 @@ class _Loader:
             attention_norm=self._layer_norm(prefix, norms.before_attention, self._stream_eps),
             qkv=self._split_by_outputs(
                 attention,
-                _qkv_tensors(self._config),
+                qkv_tensors(self._config),
                 qkv,
                 switches.qkv_bias,
                 norms.before_attention and f"{prefix}.{norms.before_attention}",
@@ -356,7 +293,7 @@ class _Loader:
         return self._source.kv_scale(attention, "k"), self._source.kv_scale(attention, "v")
 
     def _mlp(self, prefix: str) -> tuple[Linear, Linear]:
-        switches, tensors = self._config.switches, _gate_up_tensors(self._config)
+        switches, tensors = self._config.switches, gate_up_tensors(self._config)
         inner = [self._inner] * sum(map(len, tensors.values()))
         norm = switches.norms.before_mlp and f"{prefix}.{switches.norms.before_mlp}"
         gate_up = self._split_by_outputs(f"{prefix}.mlp", tensors, inner, switches.mlp_bias, norm)
@@ -371,15 +308,22 @@ class _Loader:
             own = own[shard.part(experts.count)]
         else:
             inner = shard.part(experts.intermediate_size)
-        size = inner.stop - inner.start
-        gate_up = self._empty(len(own), 2 * size, self._config.hidden_size)
-        down = self._empty(len(own), self._config.hidden_size, size)
-        for place, expert in enumerate(own):
-            names = [f"{prefix}.{experts.block}.experts.{expert}.{each}.weight" for each in experts.projections]
-            self._read([TensorPart(name, rows=inner) for name in names[:2]], gate_up[place])
-            self._read([TensorPart(names[2], columns=inner)], down[place])
+        names = [
+            [f"{prefix}.{experts.block}.experts.{expert}.{each}.weight" for each in experts.projections]
+            for expert in own
+        ]
+        gate_up = [TensorPart(name, rows=inner) for each in names for name in each[:2]]
+        down = [TensorPart(each[2], columns=inner) for each in names]
         router = make_linear(self._whole(f"{prefix}.{experts.block}.gate.weight"))
-        return ExpertWeights(router, gate_up, down, own.start)
+        return ExpertWeights(router, self._of_experts(gate_up, len(own)), self._of_experts(down, len(own)), own.start)
+
+    def _of_experts(self, parts: Sequence[TensorPart], count: int) -> Any:
+        """Matrices of so many experts, as narrow as they are stored if they can stay so."""
+        narrow = self._narrow(parts)
+        # Each expert may have an order of its own, and rows are gathered once for all of them.
+        if narrow is None or narrow.input_order is not None:
+            return Linear(self._fuse(parts)).of_experts(count)
+        return self._kept(narrow, None).of_experts(count)
 
     def _layer_norm(self, prefix: str, name: str | None, eps: float) -> RmsNorm | None:
         return None if name is None else RmsNorm(self._norm_weight(f"{prefix}.{name}.weight"), eps)

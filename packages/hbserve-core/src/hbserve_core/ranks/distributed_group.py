@@ -1,4 +1,5 @@
-"""RankGroup over torch.distributed: NCCL between GPUs, Gloo on the CPU.
+"""RankGroup over torch.distributed: NCCL between GPUs, Gloo on the CPU. GPUs that reach each other's memory sum by
+kernels of our own (mapped_memory.py).
 
 The group is made directly on a store, not by init_process_group: nothing is global, so several instances can be in one
 process.
@@ -9,7 +10,7 @@ import logging
 import threading
 from collections.abc import Callable, Iterator
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -18,6 +19,9 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from hbserve_core.errors import RankFailed
 from hbserve_core.model.rank_group import RankGroup
 from hbserve_core.model.shard import Shard
+
+if TYPE_CHECKING:
+    from hbserve_core.ranks.mapped_memory import MappedMemory
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +56,7 @@ class DistributedRankGroup(RankGroup):
         self._gather = AllgatherOptions()
         self._gather.asyncOp = False
         self._process_group: Any = None
+        self._memory: MappedMemory | None = None
         self._closing: threading.Thread | None = None
         self._lock = threading.Lock()
         if device.type == "cuda":
@@ -59,6 +64,25 @@ class DistributedRankGroup(RankGroup):
         with self._checked():
             self._process_group = self._make_process_group(PrefixStore("ranks", store))
         self.least(0)  # NCCL connects at the first use
+        if device.type == "cuda" and shard.size > 1:
+            self._memory = self._map_memory(PrefixStore("memory", store))
+
+    def _map_memory(self, store: Store) -> "MappedMemory | None":
+        """On all ranks or on none."""
+        from hbserve_core.ranks.mapped_memory import MappedMemory  # Triton is not there on every system without CUDA
+
+        memory = None
+        try:
+            memory = MappedMemory(self.shard, self._device, store)
+        except OSError as error:
+            logger.warning("rank %d: sums are left to NCCL: %s", self.shard.rank, error)
+        # All have mapped it before one writes.
+        if self.least(memory is not None) and self.least(memory is not None and memory.adds()):
+            return memory
+        if memory is not None:
+            logger.warning("rank %d: sums are left to NCCL: not all ranks' memory can be mapped", self.shard.rank)
+            memory.close()
+        return None
 
     def _make_process_group(self, store: Store) -> Any:
         timeout = timedelta(seconds=COLLECTIVE_TIMEOUT_S)
@@ -75,8 +99,22 @@ class DistributedRankGroup(RankGroup):
         return backend(store, rank, size, options)
 
     def all_reduce(self, partial: torch.Tensor) -> torch.Tensor:
+        if self._memory is not None and self._memory.can_sum(partial):
+            with self._open():
+                return self._memory.sum(partial)[0]
         self._run(self._process_group.allreduce, [partial], self._sum)
         return partial
+
+    def partial(self, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor | None:
+        return None if self._memory is None else self._memory.partial(shape, dtype)
+
+    def add_sum(
+        self, rows: torch.Tensor, partial: torch.Tensor, norm: tuple[torch.Tensor, float] | None = None
+    ) -> torch.Tensor | None:
+        if self._memory is None or not self._memory.can_sum(partial):
+            return super().add_sum(rows, partial, norm)
+        with self._open():
+            return self._memory.sum(partial, rows, norm)[1]
 
     def gather_logits(self, logits: torch.Tensor, vocab_size: int) -> torch.Tensor:
         rows, columns = logits.shape
@@ -101,6 +139,18 @@ class DistributedRankGroup(RankGroup):
             if work is not None:
                 work.wait()
 
+    def check(self) -> None:
+        if self._memory is not None:
+            self._memory.check()
+
+    @contextlib.contextmanager
+    def _open(self) -> Iterator[None]:
+        """While it lasts the group is not closed: no kernel is launched on memory that is not mapped any more."""
+        with self._lock:
+            if self._closing is not None:
+                raise RankFailed("the ranks are being closed")
+            yield
+
     @contextlib.contextmanager
     def _checked(self) -> Iterator[None]:
         try:
@@ -111,8 +161,12 @@ class DistributedRankGroup(RankGroup):
     def close(self) -> None:
         if self._process_group is None:
             return
+        memory = None
+        if self._memory is not None:
+            self._memory.end_sums()  # before the lock: who launches behind kernels that wait may have it
         with self._lock:
             if self._closing is None:
+                memory = self._memory
                 # NCCL first makes waiting kernels end, and then waits for the graphs in which they were captured.
                 self._closing = threading.Thread(target=self._abort, name="rank-group-abort", daemon=True)
                 self._closing.start()
@@ -121,6 +175,8 @@ class DistributedRankGroup(RankGroup):
         self._closing.join(CLOSE_TIMEOUT_S)
         if self._closing.is_alive():
             logger.error("rank %d: its group is not closed after %.0f s", self.shard.rank, CLOSE_TIMEOUT_S)
+        if memory is not None:
+            memory.close()
 
     def _abort(self) -> None:
         try:

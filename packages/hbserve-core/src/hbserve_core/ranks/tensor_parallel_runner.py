@@ -7,6 +7,7 @@ from hbserve_core.engine.step import PendingStep, Runner, StepResult
 from hbserve_core.errors import RankFailed
 from hbserve_core.ranks.step_message import StepWriter
 from hbserve_core.ranks.workers import Workers
+from hbserve_core.transfers.launched_steps import LaunchedStep
 
 
 class TensorParallelRunner:
@@ -21,8 +22,8 @@ class TensorParallelRunner:
         self.pool = runner.pool
         self.overlaps = runner.overlaps
         self.transfer_addresses: Ids[str] = workers.transfer_addresses
-        self.computed = None  # an event of this rank is none of the others'
         self._runner = runner
+        self._num_steps = 0
         self.workers = workers
         # Without overlap rank 0 reads each token, and tells it with the next step.
         self._writer = StepWriter(draws=runner.overlaps)
@@ -32,6 +33,7 @@ class TensorParallelRunner:
             try:
                 self.workers.send(self._writer.write(batch))
                 pending = self._runner.launch(batch)
+                self._num_steps += 1
             except RankFailed:
                 raise
             except BaseException as error:
@@ -44,6 +46,12 @@ class TensorParallelRunner:
                 return pending()
 
         return result
+
+    @property
+    def computed(self) -> LaunchedStep | None:
+        """Each rank has an event of its own: they are told by the step's number."""
+        event = self._runner.computed
+        return None if event is None else LaunchedStep(self._num_steps, event)
 
     def draw(self) -> None:
         with self.workers.naming_the_lost_rank():

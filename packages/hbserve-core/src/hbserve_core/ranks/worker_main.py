@@ -11,8 +11,8 @@ import queue
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator
-from typing import BinaryIO
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, BinaryIO
 
 import msgspec
 
@@ -24,6 +24,7 @@ from hbserve_core.ranks.distributed_group import DistributedRankGroup, reach_sto
 from hbserve_core.ranks.make_runner import make_rank_runner
 from hbserve_core.ranks.step_message import StepReader
 from hbserve_core.ranks.worker_protocol import END_TIMEOUT_S, REPORT_INTERVAL_S, RankReport, RankSettings
+from hbserve_core.transfers.launched_steps import LaunchedSteps
 from hbserve_rpc import own_process
 from hbserve_rpc.parent_watch import when_parent_ends
 
@@ -81,17 +82,18 @@ class Steps:
             yield message
 
 
-def follow(runner: Runner, messages: Iterable[bytes]) -> None:
-    """Launch every step that rank 0 launches. As in its engine, a step is waited for after the next one is launched, if
-    the runner overlaps."""
+def follow(runner: Runner, messages: Iterable[bytes], launched: Callable[[Any], object]) -> None:
+    """Launch every step that rank 0 launches, and hand its event over. As in its engine, a step is waited for after the
+    next one is launched, if the runner overlaps."""
     reader = StepReader()
     before: PendingStep | None = None
     for message in messages:
-        launched = runner.launch(reader.read(message))
+        pending = runner.launch(reader.read(message))
+        launched(runner.computed)
         runner.draw()  # rank 0's tokens are waited for on the device
         if before is not None:
             before()
-        before = launched
+        before = pending
 
 
 def main() -> int:
@@ -117,8 +119,9 @@ def main() -> int:
         when_parent_ends(steps.end)
         runner = _make_runner(settings, reporter)
         own_process.freeze_heap()
-        reporter.say(RankReport("ready", transfer_address=_serve_transfers(settings, runner)))
-        follow(runner, steps)
+        launched = LaunchedSteps()
+        reporter.say(RankReport("ready", transfer_address=_serve_transfers(settings, runner, launched)))
+        follow(runner, steps, launched.add)
     except Exception as error:  # rank 0 tells it to whoever wants to know
         status = 1
         if not isinstance(error, HBServeCoreError | BrokenPipeError):
@@ -139,12 +142,12 @@ def _make_runner(settings: RankSettings, reporter: Reporter) -> Runner:
     return make_rank_runner(config, group)
 
 
-def _serve_transfers(settings: RankSettings, runner: Runner) -> str:
+def _serve_transfers(settings: RankSettings, runner: Runner, launched: LaunchedSteps) -> str:
     if settings.config.role == "hybrid":
         return ""
     from hbserve_core.transfers.rank_transfers import serve_transfers
 
-    return serve_transfers(settings.config, runner, _shard(settings))
+    return serve_transfers(settings.config, runner, _shard(settings), launched)
 
 
 def _shard(settings: RankSettings) -> Shard:

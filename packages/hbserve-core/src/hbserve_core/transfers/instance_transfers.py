@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 from hbserve_core.config import InstanceConfig
 from hbserve_core.engine.step import Runner
 from hbserve_core.model.shard import Shard
+from hbserve_core.transfers.launched_steps import LaunchedStep
 from hbserve_core.transfers.rank_transfers import RemoteRank, RemoteTransfer, make_manager
 from hbserve_kv import Outcome, PostedReceive, SendTransfer, TransferResult, TransferStats, join_grants
 
@@ -100,10 +101,13 @@ class InstanceTransfers:
             FingerprintMismatch: the receiver's KV means something else.
             TransferFailed: the receiver is not there, was restarted, or has given the transfer up; or a rank is lost.
         """
-        if not self._other_senders:
-            return await self._manager.open_send(transfer_id, grant)
-        opening: list[Coroutine[Any, Any, _Send]] = [self._manager.open_send(transfer_id, grant)]
-        opening += [rank.open_send(transfer_id, grant) for rank in self._other_senders]
+        own = self._manager.open_send(transfer_id, grant)
+        if not self._others:
+            return await own
+        opening: list[Coroutine[Any, Any, _Send]] = [
+            own,
+            *(rank.open_send(transfer_id, grant) for rank in self._other_senders),
+        ]
         return JointSend(await _all_or_none(opening))
 
     async def stats(self) -> TransferStats:
@@ -158,18 +162,20 @@ class JointReceive(JointTransfer):
 
 
 class JointSend(JointTransfer):
-    """A SendTransfer of all ranks that have heads to send."""
+    """A SendTransfer of all ranks that have heads to send, rank 0's first."""
 
     def __init__(self, parts: Sequence[_Send]) -> None:
         super().__init__(parts)
         self._sends = parts
         self.num_blocks = parts[0].num_blocks
 
-    def push(self, block_ids: Sequence[int], first: int, ready: None = None) -> None:
-        """`ready`: of a SendTransfer; several ranks say what has been computed, not what will be."""
-        assert ready is None
+    def push(self, block_ids: Sequence[int], first: int, ready: LaunchedStep | None = None) -> None:
+        """On each rank the blocks are read after its own event of the step `ready`. None: they are computed."""
         for send in self._sends:
-            send.push(block_ids, first)
+            if isinstance(send, SendTransfer):
+                send.push(block_ids, first, ready and ready.computed)
+            else:
+                send.push(block_ids, first, ready.number if ready else 0)
 
     async def commit(self, payload: bytes = b"") -> TransferResult:
         # Kept, and not waited for: whoever waits may be cancelled, and every rank must still be told.

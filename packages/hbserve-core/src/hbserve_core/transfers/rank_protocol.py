@@ -49,6 +49,8 @@ class Push(msgspec.Struct, frozen=True, tag=True):
     transfer_id: str
     block_ids: list[int]
     first: int
+    step: int = 0
+    """Number of the step that computes them; the rank may not have launched it yet. 0: they are computed."""
 
 
 class Commit(msgspec.Struct, frozen=True, tag=True):

@@ -3,7 +3,8 @@
 import asyncio
 import contextlib
 import threading
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections import deque
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Sequence
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
@@ -14,6 +15,7 @@ from hbserve_core.engine.step import Runner
 from hbserve_core.errors import RankFailed
 from hbserve_core.model.shard import Shard
 from hbserve_core.transfers import rank_protocol as protocol
+from hbserve_core.transfers.launched_steps import LaunchedSteps
 from hbserve_core.transfers.rank_protocol import Begun, Cancel, Commit, Ended, Endpoint, Figures, Push, Receive, Send
 from hbserve_kv import (
     FingerprintMismatch,
@@ -76,19 +78,22 @@ def make_manager(config: InstanceConfig, runner: Runner, shard: Shard, epoch: st
 class RankServer:
     """Transfers of this process's rank, as rank 0 wants them. Lives in the event loop that ran `start`."""
 
-    def __init__(self, manager: KVTransferManager) -> None:
+    def __init__(self, manager: KVTransferManager, steps: LaunchedSteps) -> None:
         self._manager = manager
+        self._steps = steps
         self._server = RpcServer("127.0.0.1", 0, keys=manager.config.keys, allows=["instance"])
         self._transfers: dict[str, PostedReceive | SendTransfer] = {}
-        self._cancelling: set[asyncio.Task[Outcome]] = set()
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._told: deque[Push | Commit] = deque()
+        """In order. The first is a push of a step that is not launched here yet."""
 
     async def start(self) -> str:
         """The address. Raises what `KVTransferManager.start` and `transfer_to_itself` raise."""
         server = self._server
         server.serve_stream(protocol.RECEIVE, lambda request: self._follow(request.transfer_id, self._post(request)))
         server.serve_stream(protocol.SEND, lambda request: self._follow(request.transfer_id, self._open(request)))
-        server.serve_notification(protocol.PUSH, self._push)
-        server.serve_notification(protocol.COMMIT, self._commit)
+        server.serve_notification(protocol.PUSH, self._tell)
+        server.serve_notification(protocol.COMMIT, self._tell)
         server.serve_notification(protocol.CANCEL, self._cancel)
         server.serve(protocol.ENDPOINT, self._endpoint)
         server.serve(protocol.OPEN_LINK, self._open_link)
@@ -127,17 +132,33 @@ class RankServer:
                 if self._transfers.get(transfer_id) is transfer:  # and no later one of this id
                     del self._transfers[transfer_id]
                 # A task of its own, because this one may be cancelled. Nothing, if the transfer has ended.
-                task = asyncio.create_task(transfer.cancel("rank 0 has given it up"))
-                self._cancelling.add(task)
-                task.add_done_callback(self._cancelling.discard)
+                self._begin(transfer.cancel("rank 0 has given it up"))
 
-    def _push(self, request: Push) -> None:
-        if isinstance(send := self._transfers.get(request.transfer_id), SendTransfer):
-            send.push(request.block_ids, request.first)
+    def _begin(self, job: Coroutine[Any, Any, object]) -> None:
+        task = asyncio.create_task(job)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
-    async def _commit(self, request: Commit) -> None:
-        if isinstance(send := self._transfers.get(request.transfer_id), SendTransfer):
-            await send.commit(request.payload)
+    def _tell(self, request: Push | Commit) -> None:
+        self._told.append(request)
+        if len(self._told) == 1:
+            self._forward()
+
+    def _forward(self) -> None:
+        """Rank 0 tells of a step when it has launched it, which may be before this rank has."""
+        loop = asyncio.get_running_loop()
+        while self._told:
+            request = self._told[0]
+            step = request.step if isinstance(request, Push) else 0
+            if not self._steps.has(step, lambda: loop.call_soon_threadsafe(self._forward)):
+                return
+            self._told.popleft()
+            if not isinstance(send := self._transfers.get(request.transfer_id), SendTransfer):
+                continue
+            if isinstance(request, Push):
+                send.push(request.block_ids, request.first, self._steps.event(step))
+            else:
+                self._begin(send.commit(request.payload))
 
     async def _cancel(self, request: Cancel) -> None:
         if transfer := self._transfers.get(request.transfer_id):
@@ -161,7 +182,7 @@ class RankServer:
         return Empty()
 
 
-def serve_transfers(config: InstanceConfig, runner: Runner, shard: Shard) -> str:
+def serve_transfers(config: InstanceConfig, runner: Runner, shard: Shard, steps: LaunchedSteps) -> str:
     """Serve in a thread of its own, to the end of the process; returns the address.
 
     Raises:
@@ -171,7 +192,7 @@ def serve_transfers(config: InstanceConfig, runner: Runner, shard: Shard) -> str
 
     async def serve() -> None:
         try:
-            address.set_result(await RankServer(make_manager(config, runner, shard)).start())
+            address.set_result(await RankServer(make_manager(config, runner, shard), steps).start())
         except BaseException as error:  # belongs to the caller
             address.set_exception(error)
             return
@@ -292,9 +313,10 @@ class RemoteTransfer:
         with contextlib.suppress(HBServeRpcError):  # the client is closed, and so the stream has ended
             self._rank.client.notify(method, message)
 
-    def push(self, block_ids: Sequence[int], first: int) -> None:
-        """The blocks are computed on that rank too: rank 0's step ends after the sums to which it then contributed."""
-        self._tell(protocol.PUSH, Push(self._transfer_id, list(block_ids), first))
+    def push(self, block_ids: Sequence[int], first: int, step: int = 0) -> None:
+        """step: as of a Push. What rank 0 has computed is computed on that rank too: its step ends after the sums to
+        which that one contributed."""
+        self._tell(protocol.PUSH, Push(self._transfer_id, list(block_ids), first, step))
 
     async def commit(self, payload: bytes = b"") -> TransferResult:
         self._tell(protocol.COMMIT, Commit(self._transfer_id, payload))

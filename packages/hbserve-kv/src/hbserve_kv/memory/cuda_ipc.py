@@ -1,7 +1,8 @@
 """GPU memory that another process can map: CUDA IPC, by the driver's own functions.
 
 torch shares tensors too, but counts references across processes and keeps memory until the other side has given it
-back, which a killed peer never does. Here the owner only names its memory, and a peer maps and unmaps it.
+back, which a killed peer never does. Here the owner only names its memory, and a peer maps and unmaps it. The ranks of
+an hbserve_core instance do so too.
 Functions: CUDA Driver API, "cuIpcGetMemHandle", "cuIpcOpenMemHandle_v2", "cuIpcCloseMemHandle", "cuMemGetAddressRange",
 "cuMemcpyDtoDAsync".
 """
@@ -46,31 +47,39 @@ def _check(what: str, result: int) -> None:
         raise OSError(f"{what}: {(text.value or b'').decode() or 'error'} ({result})")
 
 
-def export(extent: Extent) -> tuple[bytes, int, int, int]:
-    """Name GPU memory: the handle of its allocation, its offset there, its length, and its address here.
+def name_memory(address: int, num_bytes: int, device: torch.device) -> tuple[bytes, int]:
+    """Name GPU memory for another process, which gives the name to `mapped`: the handle of its allocation, and its
+    offset there. The memory must stay allocated for as long as it is mapped.
 
     Raises:
         OSError: it cannot be shared: it lies in an expandable segment, or was otherwise mapped piece by piece, as by
             engines that give memory back while they sleep.
     """
-    handle, base, size, address = _Handle(), ctypes.c_uint64(), ctypes.c_size_t(), extent.address
-    with torch.cuda.device(extent.array.device):
-        try:
-            _check(
-                "cuMemGetAddressRange",
-                _driver().cuMemGetAddressRange_v2(ctypes.byref(base), ctypes.byref(size), address),
-            )
-            if address + extent.num_bytes > base.value + size.value:
-                raise OSError("it is mapped from several allocations")
-            _check("cuIpcGetMemHandle", _driver().cuIpcGetMemHandle(ctypes.byref(handle), address))
-        except OSError as error:
-            raise OSError(
-                f"the pool cannot be shared by name ({error}): no memory can that lies in an expandable segment "
-                "(PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True), or in a pool that can be put to sleep; allocate "
-                "the KV pool without these, or use another backend"
-            ) from error
-    raw = ctypes.string_at(ctypes.byref(handle), HANDLE_BYTES)
-    return raw, address - base.value, extent.num_bytes, address
+    handle, base, size = _Handle(), ctypes.c_uint64(), ctypes.c_size_t()
+    with torch.cuda.device(device):
+        _check(
+            "cuMemGetAddressRange", _driver().cuMemGetAddressRange_v2(ctypes.byref(base), ctypes.byref(size), address)
+        )
+        if address + num_bytes > base.value + size.value:
+            raise OSError("it is mapped from several allocations")
+        _check("cuIpcGetMemHandle", _driver().cuIpcGetMemHandle(ctypes.byref(handle), address))
+    return ctypes.string_at(ctypes.byref(handle), HANDLE_BYTES), address - base.value
+
+
+def export(extent: Extent) -> tuple[bytes, int, int, int]:
+    """Name a pool's memory: the handle of its allocation, its offset there, its length, and its address here.
+
+    Raises OSError: see `name_memory`.
+    """
+    try:
+        handle, offset = name_memory(extent.address, extent.num_bytes, extent.array.device)
+    except OSError as error:
+        raise OSError(
+            f"the pool cannot be shared by name ({error}): no memory can that lies in an expandable segment "
+            "(PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True), or in a pool that can be put to sleep; allocate "
+            "the KV pool without these, or use another backend"
+        ) from error
+    return handle, offset, extent.num_bytes, extent.address
 
 
 def device_of(uuid: str) -> torch.device:

@@ -264,8 +264,8 @@ class OwnKernel(Protocol):
 
     def __len__(self) -> int: ...
 
-    def step(self, step: int) -> int:
-        """Inputs of a step of its loop where it would be so many."""
+    def tiling(self, padded_rows: int) -> tuple[int, int]:
+        """As `_TILINGS` has it."""
 
     def arranged(self, x: torch.Tensor) -> torch.Tensor:
         """Rows (M, I) with their inputs as it wants them."""
@@ -347,7 +347,7 @@ def _launch(
     rows, inputs = x.shape
     step, stages = _TILINGS[padded_rows]
     if not isinstance(weight, torch.Tensor):
-        x, step = weight.arranged(x), weight.step(step)
+        x, (step, stages) = weight.arranged(x), weight.tiling(padded_rows)
     span = triton.cdiv(triton.cdiv(inputs, step), splits) * step
     tiles = 0 if squares is None else len(squares)
     scaled, new_squares = (x, workspace.parts) if result is None else (result.scaled, result.squares)

@@ -132,7 +132,9 @@ def _hopper_gated(
 
 def suits_hopper_gated(rows: torch.Tensor, weight: object, bias: torch.Tensor | None) -> bool:
     """Whether `hopper_gated` takes these and is faster than a product of cuBLAS and `gate_mul` behind it."""
-    if not IS_HOPPER or bias is not None or rows.dtype.itemsize != 2 or not isinstance(weight, torch.Tensor):
+    if not IS_HOPPER or bias is not None or rows.dtype.itemsize != 2:
+        return False
+    if not isinstance(weight, torch.Tensor) or weight.dtype != rows.dtype:
         return False
     tiles = triton.cdiv(len(rows), 2 * _ROWS.value) * triton.cdiv(len(weight) // 2, _OUTPUTS.value)
     are_aligned = all(size % 8 == 0 for size in (rows.shape[1], len(weight) // 2)) and weight.data_ptr() % 16 == 0

@@ -73,17 +73,23 @@ def embed(
 
 
 @triton.jit
+def normed_row(given, weight, eps, columns, inside, SIZE: tl.constexpr):
+    """A row (padded E,) of 0 outside, normed by weights (E,)."""
+    exact = given.to(tl.float32)
+    scale = tl.rsqrt(tl.sum(exact * exact, 0) / SIZE + eps)
+    normed = (exact * scale).to(given.dtype).to(tl.float32)
+    result = normed * tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
+    return result.to(given.dtype)
+
+
+@triton.jit
 def _rms_norm(x, weight, out, eps, SIZE: tl.constexpr, PADDED: tl.constexpr):
     begin()
     row = tl.program_id(0).to(tl.int64) * SIZE
     columns = tl.arange(0, PADDED)
     inside = columns < SIZE
     given = tl.load(x + row + columns, mask=inside, other=0.0)
-    exact = given.to(tl.float32)
-    scale = tl.rsqrt(tl.sum(exact * exact, 0) / SIZE + eps)
-    normed = (exact * scale).to(given.dtype).to(tl.float32)
-    result = normed * tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + row + columns, result.to(given.dtype), mask=inside)
+    tl.store(out + row + columns, normed_row(given, weight, eps, columns, inside, SIZE), mask=inside)
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:

@@ -7,11 +7,20 @@ device to the next.
 """
 
 import hashlib
+from collections.abc import Iterator
 from typing import Literal
 
 import torch
 
-from hbserve_core.model.checkpoint.tensor_source import Shapes, TensorPart, row_pieces, sampled_places
+from hbserve_core.model.checkpoint.tensor_source import (
+    Shapes,
+    TensorPart,
+    columns_by_group,
+    row_pieces,
+    sampled_places,
+)
+from hbserve_core.model.narrow_weight import NarrowWeight, in_words, packed, step_of
+from hbserve_core.model.quantization import Packing
 
 _STD = 0.02
 # A sum of four bytes that are uniform and independent: its mean, and its standard deviation.
@@ -21,48 +30,102 @@ _STD_OF_SUM = (4 * (256**2 - 1) / 12) ** 0.5
 # on a busy machine, threads that meet after every short operation wait for each other most of the time.
 _CPU_PIECE = (1 << 15) - 1
 _GPU_PIECE = 1 << 22
+# Of narrow weights: none of the numbers is larger than the largest 8-bit float, and next to none than 4 bits have.
+_SCALE_OF_8_BITS = 2.0**-12
+_SCALE_OF_4_BITS, _ZERO_OF_4_BITS = 2.0**-7, 8
 
 
 class DummyCheckpoint:
     """Of weights with these names and shapes: norms are 1, biases 0, all else is about normal, of deviation 0.02.
 
     "About": each is a sum of four uniform numbers, so there are 1021 different ones, none beyond 3.5 deviations. In
-    tensors of more than 2^32 elements they repeat.
+    tensors of more than 2^32 elements they repeat. Of a quantised model, projections of layers are rounded to what it
+    has, with one scale for all.
     """
 
-    def __init__(self, shapes: Shapes) -> None:
+    def __init__(
+        self, shapes: Shapes, scale_block: tuple[int, int] | None = None, packing: Packing | None = None
+    ) -> None:
+        """scale_block, packing: see `ModelConfig`."""
         self._shapes = shapes
+        self._scale_block, self._packing = scale_block, packing
 
     def read(self, part: TensorPart, target: torch.Tensor) -> None:
         constant = _constant(part.name)
         if constant is not None:
             target.fill_(constant)
             return
-        shape = self._shapes[part.name]
-        keys = _keys(part.name)
-        rows, columns = part.ranges(shape)
-        within_row = torch.arange(columns.start, columns.stop, dtype=torch.int32, device=target.device)
-        most = _CPU_PIECE if target.device.type == "cpu" else _GPU_PIECE
-        for piece in row_pieces(len(rows), len(columns), most):
-            first = torch.arange(rows[piece].start, rows[piece].stop, dtype=torch.int64, device=target.device)
-            places = (first * shape[1]).to(torch.int32)[:, None] + within_row
-            target[piece].copy_(_numbers(places, keys))
+        for piece, numbers in self._pieces(part, target.device):
+            target[piece].copy_(self._rounded(part.name, numbers))
 
-    def read_narrow(self, part: TensorPart, device: torch.device) -> None:
-        """All of them are invented in the widths of a model that is not quantised."""
+    def read_narrow(self, part: TensorPart, device: torch.device) -> NarrowWeight | None:
+        if not self._is_narrow(part.name):
+            return None
+        rows, columns = part.ranges(self._shapes[part.name])
+        whole = self._shapes[part.name][1]
+        by_group = columns_by_group(part.name, columns, self._group(whole), whole)
+        if by_group is None:
+            return None
+        group, num_groups = by_group[0], len(by_group[1])
+        if self._packing is None:
+            values = torch.empty((len(rows), len(columns)), dtype=torch.float8_e4m3fn, device=device)
+            for piece, numbers in self._pieces(part, device):
+                values[piece].copy_(numbers / _SCALE_OF_8_BITS)
+            scales = torch.full((num_groups, len(rows)), _SCALE_OF_8_BITS, device=device)
+            return NarrowWeight(in_words(values, step_of(group)), scales, None, group)
+        pieces = (numbers for _, numbers in self._pieces(part, device))
+        values = torch.cat([packed(_of_4_bits(piece) + _ZERO_OF_4_BITS, step_of(group)) for piece in pieces])
+        scales = torch.full((num_groups, len(rows)), _SCALE_OF_4_BITS, dtype=torch.float16, device=device)
+        return NarrowWeight(values, scales, torch.full_like(scales, _ZERO_OF_4_BITS, dtype=torch.uint8), group)
 
     def sample(self, name: str) -> torch.Tensor:
         places = sampled_places(self._shapes[name])
         constant = _constant(name)
         if constant is not None:
             return torch.full((len(places),), constant, dtype=torch.float32, device="cpu")
-        return _numbers(torch.tensor(places, dtype=torch.int64, device="cpu").to(torch.int32), _keys(name))
+        places_of_numbers = torch.tensor(places, dtype=torch.int64, device="cpu").to(torch.int32)
+        return self._rounded(name, _numbers(places_of_numbers, _keys(name)))
 
     def kv_scale(self, attention: str, kind: Literal["k", "v"]) -> float:
         return 1.0
 
     def close(self) -> None:
         """Nothing to end."""
+
+    def _pieces(self, part: TensorPart, device: torch.device) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Rows of a part, some at once, and their numbers, float32."""
+        rows, columns = part.ranges(self._shapes[part.name])
+        within_row = torch.arange(columns.start, columns.stop, dtype=torch.int32, device=device)
+        most, keys = _CPU_PIECE if device.type == "cpu" else _GPU_PIECE, _keys(part.name)
+        for piece in row_pieces(len(rows), len(columns), most):
+            first = torch.arange(rows[piece].start, rows[piece].stop, dtype=torch.int64, device=device)
+            places = (first * self._shapes[part.name][1]).to(torch.int32)[:, None] + within_row
+            yield piece, _numbers(places, keys)
+
+    def _is_narrow(self, name: str) -> bool:
+        """Whether the model's own checkpoints have it quantised: all that a layer multiplies, but a router."""
+        if self._scale_block is None and self._packing is None:
+            return False
+        return ".layers." in name and len(self._shapes[name]) == 2 and not name.endswith(".gate.weight")
+
+    def _group(self, num_inputs: int) -> int:
+        """Of a narrow matrix with so many inputs, how many of them share a scale."""
+        if self._packing is None:
+            assert self._scale_block is not None
+            return self._scale_block[1]
+        return num_inputs if self._packing.group_size == -1 else self._packing.group_size
+
+    def _rounded(self, name: str, numbers: torch.Tensor) -> torch.Tensor:
+        """What is left of numbers (float32) in the width that the tensor has."""
+        if not self._is_narrow(name):
+            return numbers
+        if self._packing is None:
+            return (numbers / _SCALE_OF_8_BITS).to(torch.float8_e4m3fn).float() * _SCALE_OF_8_BITS
+        return _of_4_bits(numbers) * _SCALE_OF_4_BITS
+
+
+def _of_4_bits(numbers: torch.Tensor) -> torch.Tensor:
+    return (numbers / _SCALE_OF_4_BITS).round_().clamp_(-_ZERO_OF_4_BITS, 15 - _ZERO_OF_4_BITS)
 
 
 def _constant(name: str) -> float | None:

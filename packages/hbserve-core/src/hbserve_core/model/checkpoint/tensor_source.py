@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple, Protocol
 
 import torch
 
-from hbserve_core.model.narrow_weight import NarrowWeight
+from hbserve_core.model.narrow_weight import NarrowWeight, can_be_read_by_groups
 
 Shapes = Mapping[str, tuple[int, ...]]
 _SAMPLES_PER_TENSOR = 64
@@ -43,6 +43,21 @@ def check_whole_groups(name: str, columns: range, group: int, num_inputs: int) -
         raise SplitGroups(
             f"{name}: {group} inputs share a scale, and a rank would have inputs {columns.start} to {columns.stop}"
         )
+
+
+def columns_by_group(name: str, columns: range, group: int, num_inputs: int) -> tuple[int, range] | None:
+    """Of some columns of an 8-bit or 4-bit matrix: how many of them share a scale, and which columns of scales they
+    have. None: kernels cannot read groups of so many, or one that is smaller.
+
+    Raises:
+        SplitGroups: the columns begin or end within a group.
+    """
+    if group >= num_inputs:
+        return (len(columns), range(1)) if can_be_read_by_groups(len(columns)) else None
+    if num_inputs % group or not can_be_read_by_groups(group):
+        return None
+    check_whole_groups(name, columns, group, num_inputs)
+    return group, range(columns.start // group, columns.stop // group)
 
 
 class TensorSource(Protocol):
