@@ -7,6 +7,7 @@
     … 64      skinny_linear, as for 3 and for all others above                         cuBLAS
     … 128     skinny_linear where there is a tile for every second processor           cuBLAS
     129 …     cuBLAS, as for all others above                                          cuBLAS
+On Hopper, gates and ups of many rows are one product of 16-bit numbers with its gates: hopper_gated.py.
 What is not in cuBLAS has norms, gates and additions in it or near it, and starts before the kernel in front has ended.
 Weights that are narrower (narrow_linear.py) bring `skinny_linear` a kernel of their own, and their `Linear` computes
 what cuBLAS does here. benchmarks/cuda_products.py measures all others beside each other; docs/performance.md has what
@@ -28,6 +29,7 @@ from hbserve_core.cuda_runner.kernels.few_rows_linear import (
     skinny_linear,
     small_linear,
 )
+from hbserve_core.cuda_runner.kernels.hopper_gated import hopper_gated, suits_hopper_gated
 from hbserve_core.cuda_runner.kernels.pointwise import gate_mul, rms_norm
 from hbserve_core.model.layers import Linear, RmsNorm
 from hbserve_core.model.rank_group import RankGroup
@@ -150,6 +152,8 @@ class CudaProducts:
             )
         if choice.kernel == "skinny":
             return self._skinny(choice, stream.scaled or stream.normed_by(norm), norm, linear, gated=True)
+        if suits_hopper_gated(stream.rows, linear.weight, linear.bias):
+            return hopper_gated(stream.normed_by(norm), linear.weight, self._gelu)
         return gate_mul(linear(stream.normed_by(norm)), self._gelu)
 
     def add_to(self, stream: ResidualStream, inputs: torch.Tensor, linear: Linear, next_norm: RmsNorm | None) -> None:
