@@ -3,6 +3,7 @@ card, beside torch with the same weights widened."""
 
 import shutil
 from dataclasses import replace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -466,6 +467,16 @@ def test_tokens_of_narrow_weights_are_those_of_widened_ones(generate, quantised_
 def test_weights_are_widened_where_the_configuration_says_so(quantised_folder):
     runner = InterpretedRunner(quantised_folder("fp8 by block"), widen_weights=True)
     assert not any(layer.qkv.narrow_bits for layer in runner.decoder._weights.layers)
+
+
+@pytest.mark.usefixtures("fewer_programs")
+@pytest.mark.parametrize("keep_activations", [False, True])
+def test_inputs_keep_their_bits_where_the_configuration_says_so(model_folder, tmp_path, keep_activations):
+    folder = shutil.copytree(model_folder("llama"), tmp_path / "model")
+    change(folder, quant_method="fp8", weight_block_size=[1, 4096])
+    runner = InterpretedRunner(folder, keep_activations=keep_activations, load_format="dummy")
+    taken = {cast("Any", layer.qkv.weight).takes_8_bits() for layer in runner.decoder._weights.layers}
+    assert taken == {not keep_activations}
 
 
 @pytest.mark.gpu

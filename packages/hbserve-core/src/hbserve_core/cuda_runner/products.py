@@ -48,8 +48,10 @@ what has been added to the stream has come by skinny products, which leave half 
 _FEWEST_INPUTS = 512
 """Of one split: the sum of the splits must not cost more than their reading in parallel gives."""
 
-_NARROW_PROGRAMS = 2
-"""On each processor, with narrow weights, of which a step of a program's loop brings fewer bytes."""
+_NARROW_PROGRAMS = {8: {16: 4, 32: 3, 64: 3}, 4: {16: 6, 32: 4, 64: 3}}
+"""By bits and padded rows, programs of a product with narrow weights on each processor: a step of their loop brings
+fewer bytes, so that more steps have to be on their way."""
+_MOST_PROGRAMS = 6
 
 
 Kind = Literal["plain", "normed", "gated"]
@@ -82,10 +84,11 @@ def choose(
     tiles = num_tiles(outputs // 2 if gated else outputs, gated)
     if rows > _MOST_SKINNY_ROWS[narrow_bits] or (rows > _MOST_SPLIT_ROWS and 2 * tiles < num_processors):
         return Choice("cublas")
-    programs = num_processors * (_NARROW_PROGRAMS if narrow_bits else 1)
-    splits = 1 if rows > _MOST_SPLIT_ROWS else min(programs // tiles, inputs // _FEWEST_INPUTS)
-    most = max(1, splits)
-    return Choice("skinny", max(16, 1 << (rows - 1).bit_length()), 1 << (most.bit_length() - 1))
+    padded, splits = max(16, 1 << (rows - 1).bit_length()), 1
+    if rows <= _MOST_SPLIT_ROWS:
+        programs = num_processors * (_NARROW_PROGRAMS[narrow_bits][padded] if narrow_bits else 1)
+        splits = max(1, min(programs // tiles, inputs // _FEWEST_INPUTS))
+    return Choice("skinny", padded, 1 << (splits.bit_length() - 1))
 
 
 def _is_small(rows: int, outputs: int, inputs: int, kind: Kind) -> bool:
@@ -128,7 +131,7 @@ class CudaProducts:
         """gelu: what gates go through, in place of silu."""
         self._gelu = gelu
         self._num_processors = num_processors(device)
-        self._workspace = SkinnyWorkspace(_NARROW_PROGRAMS * self._num_processors, _MOST_SPLIT_ROWS, device)
+        self._workspace = SkinnyWorkspace(_MOST_PROGRAMS * self._num_processors, _MOST_SPLIT_ROWS, device)
 
     def of_normed(self, stream: ResidualStream, norm: RmsNorm | None, linear: Linear) -> torch.Tensor:
         """(M, O) of the stream's rows, which are normed first."""
