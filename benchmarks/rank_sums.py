@@ -11,7 +11,6 @@ bfloat16.
 """
 
 import argparse
-import functools
 import multiprocessing
 import socket
 import statistics
@@ -25,15 +24,17 @@ from typing import Any
 import torch
 
 from hbserve_core.cuda_runner.kernels.pointwise import rms_norm
-from hbserve_core.cuda_runner.kernels.rank_sum import MOST_PROGRAMS, rank_sum
 from hbserve_core.model.shard import Shard
 from hbserve_core.ranks.distributed_group import DistributedRankGroup, host_store, reach_store
-from hbserve_core.ranks.mapped_memory import FEW_BYTES, MANY_BYTES, MappedMemory
+from hbserve_core.ranks.mapped_memory import FEW_BYTES, MappedMemory
+from hbserve_testing.narrowing import present
 
 DTYPE, EPS = torch.bfloat16, 1e-6
 ROWS = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048]
 SUMS, REPLAYS, RANKS = 40, 7, 2
 COPY_BYTES = 256 << 20
+MOST_FEW_BYTES = 4 << 20
+"""Here; ranks take the kernel for few rows up to FEW_BYTES."""
 START_S = 120.0
 spawn = multiprocessing.get_context("spawn")
 
@@ -45,20 +46,18 @@ class Setup:
     port: int
     rows: tuple[int, ...]
     hidden: int
-    programs: tuple[int, ...]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, nargs="+", default=ROWS)
     parser.add_argument("--hidden", type=int, default=4096, help="numbers of a row")
-    parser.add_argument("--programs", type=int, nargs="+", default=[MOST_PROGRAMS], help="of our kernels, at most")
     args = parser.parse_args()
     if torch.cuda.device_count() < RANKS:
         print("needs two CUDA devices: what is measured here are sums over both", file=sys.stderr)
         return 2
     listening = socket.create_server(("127.0.0.1", 0))
-    setup = Setup(listening.getsockname()[1], tuple(args.rows), args.hidden, tuple(args.programs))
+    setup = Setup(listening.getsockname()[1], tuple(args.rows), args.hidden)
     store = host_store(listening.detach(), setup.port)
     ends, processes = [], []
     for rank in range(RANKS):
@@ -104,7 +103,7 @@ class Rank:
         self._group = DistributedRankGroup(shard, self._device, store, seed=0)
         self._norm = torch.rand(setup.hidden, generator=torch.Generator().manual_seed(1)).to(self._device, DTYPE)
         prefix = torch.distributed.PrefixStore
-        self._few = MappedMemory(shard, self._device, prefix("few", store), few_bytes=MANY_BYTES)
+        self._few = MappedMemory(shard, self._device, prefix("few", store), few_bytes=MOST_FEW_BYTES)
         self._many = MappedMemory(shard, self._device, prefix("many", store), few_bytes=0)
         self._group.least(0)  # both have mapped the other's
         self._stream = torch.cuda.Stream(self._device)
@@ -118,18 +117,21 @@ class Rank:
         self._group._run(self._group._process_group.allreduce, [partial], self._group._sum)
         return partial
 
-    def _own(self, memory: MappedMemory, programs: int, rows: torch.Tensor, partial: torch.Tensor) -> torch.Tensor:
-        normed = rank_sum(partial, memory.shared, add_to=rows, norm=(self._norm, EPS), programs=programs)[1]
-        assert normed is not None
-        return normed
+    def _few_rows(self, rows: torch.Tensor, partial: torch.Tensor) -> torch.Tensor:
+        return present(self._few.sum(partial, rows, (self._norm, EPS))[1])
+
+    def _many_rows(self, rows: torch.Tensor, partial: torch.Tensor) -> torch.Tensor:
+        """In a graph they are where a product would have written them; else they are brought there first."""
+        place = present(self._many.partial((len(partial), self._setup.hidden), DTYPE))
+        if not torch.cuda.is_current_stream_capturing():
+            place.copy_(partial)
+        return present(self._many.sum(place, rows, (self._norm, EPS))[1])
 
     def ways(self, num_bytes: int) -> dict[str, Way]:
         found: dict[str, Way] = {"nccl+norm": self._nccl}
-        for programs in self._setup.programs:
-            if num_bytes <= MANY_BYTES // 8:
-                found[f"few/{programs}"] = functools.partial(self._own, self._few, programs)
-            found[f"many/{programs}"] = functools.partial(self._own, self._many, programs)
-        return found
+        if num_bytes <= MOST_FEW_BYTES:
+            found["few"] = self._few_rows
+        return found | {"many": self._many_rows}
 
     def measure(self, say: Callable[[str, bool], None]) -> None:
         bytes_per_s = self._copy_rate()
@@ -174,6 +176,7 @@ class Rank:
         stream.wait_stream(torch.cuda.current_stream(self._device))
         times = []
         with torch.cuda.stream(stream):
+            meeting = torch.zeros(1, device=self._device)
             partial.zero_()  # NCCL's sums are in place, and would grow
             way(rows, partial)
             graph: Any = torch.cuda.CUDAGraph()
@@ -183,6 +186,7 @@ class Rank:
             for _ in range(REPLAYS + 1):
                 self._group.least(0)
                 begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                self._nccl_alone(rows, meeting)  # so that none is measured waiting for the other to begin
                 begin.record(stream)
                 graph.replay()
                 end.record(stream)

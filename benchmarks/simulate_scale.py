@@ -2,7 +2,7 @@
 conversation shape; and what cells cost.
 
     python benchmarks/simulate_scale.py
-    python benchmarks/simulate_scale.py --instances 2000 --requests 200000 --cells 1 10
+    python benchmarks/simulate_scale.py --instances 2000 --requests 60000 --cells 1 10 --rate 2
 """
 
 import argparse
@@ -17,17 +17,15 @@ from hbserve.simulator.simulation import Deployment, roles_of, simulate
 from hbserve.simulator.workload import conversations
 from hbserve_scheduler import SchedulerConfig
 
-RATE_OF_PAIR = 1.0
-"""Requests a second for each prefill and decode instance together."""
 GOALS_S = {"ttft": 2.0, "tpot": 0.02}
 
 
-def run(instances: int, requests: int, cells: int, profile: str) -> None:
+def run(instances: int, requests: int, cells: int, profile: str, rate: float) -> None:
     pairs = instances // 2
     scheduler = SchedulerConfig(heartbeat_interval_s=max(1.0, instances / cells / 200))
     deployment = Deployment(load_profile(profile), roles_of(pairs, pairs), scheduler, EngineLimits(chunk_size=2048))
     began_s = time.process_time()
-    results = simulate(deployment, conversations(requests, RATE_OF_PAIR * pairs), cells=cells)
+    results = simulate(deployment, conversations(requests, rate * pairs), cells=cells)
     took_s = time.process_time() - began_s
     print("\n".join(report.lines(report.figures(results, GOALS_S))))
     peak_gb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
@@ -41,10 +39,13 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=1_000_000)
     parser.add_argument("--cells", type=int, nargs="+", default=[1])
     parser.add_argument("--profile", default="h100-qwen3-8b")
+    parser.add_argument(
+        "--rate", type=float, default=1.0, help="requests a second, for each prefill and decode instance"
+    )
     arguments = parser.parse_args()
     logging.getLogger("hbserve_scheduler").setLevel(logging.ERROR)
     for cells in arguments.cells:
-        run(arguments.instances, arguments.requests, cells, arguments.profile)
+        run(arguments.instances, arguments.requests, cells, arguments.profile, arguments.rate)
 
 
 if __name__ == "__main__":

@@ -160,8 +160,23 @@ def test_what_is_scaled_is_there_by_metrics_that_there_are():
         assert metric in BOUNDS
 
 
+RAY_FIELDS = {
+    "job": {"entrypoint", "shutdownAfterJobFinishes", "rayClusterSpec"},
+    "cluster": {"enableInTreeAutoscaling", "headGroupSpec", "workerGroupSpecs"},
+    "head": {"rayStartParams", "template"},
+    "workers": {"groupName", "replicas", "minReplicas", "maxReplicas", "rayStartParams", "template"},
+}
+"""Of KubeRay's API v1, as its types have them; those that we use."""
+
+
 def test_ray_is_given_a_file_and_a_command_that_there_are():
     job = find("RayJob", "hbserve", "kuberay")["spec"]
+    cluster = job["rayClusterSpec"]
+    (workers,) = cluster["workerGroupSpecs"]
+    parts = {"job": job, "cluster": cluster, "head": cluster["headGroupSpec"], "workers": workers}
+    assert {name: set(part) for name, part in parts.items()} == RAY_FIELDS
+    starts = [*cluster["headGroupSpec"]["rayStartParams"].values(), *workers["rayStartParams"].values()]
+    assert all(isinstance(value, str) for value in starts), "KubeRay takes strings there"
     command = parsed(shlex.split(job["entrypoint"])[1:])
     assert (command["ray"], command["host"]) == ("auto", "0.0.0.0")
     assert config("hbserve-ray", "kuberay").engine_settings().device == "cuda"

@@ -60,6 +60,7 @@ class FakeEvents:
     async def __aiter__(self) -> AsyncIterator[TokenEvent | RequestFinished]:
         given, reason = 0, "stop"
         for step in self._scheduler.steps:
+            await asyncio.sleep(0)  # no step of an engine is there at once
             if self.aborted:
                 break
             if isinstance(step, Exception):

@@ -36,13 +36,13 @@ def asking(small_model: Callable[[str], Path]) -> Callable[[], Any]:
     tokenizer = load_tokenizer(small_model("qwen3"))
 
     @asynccontextmanager
-    async def asking() -> AsyncIterator[Asking]:
+    async def asking(n: int = 1) -> AsyncIterator[Asking]:
         server = FakeServer(tokenizer, port=0)
         server.answers(*[STEP] * NUM_STEPS)
         http = HttpServer(server.service.settings, server.app)
         present(http._socket).setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)  # those of its connections too
         await http.start()
-        body = json.dumps({"prompt": "a", "max_tokens": len(STEP) * NUM_STEPS, "stream": True}).encode()
+        body = json.dumps({"prompt": "a", "max_tokens": len(STEP) * NUM_STEPS, "stream": True, "n": n}).encode()
         head = f"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n"
         with socket.socket() as client:
             client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
@@ -56,18 +56,19 @@ def asking(small_model: Callable[[str], Path]) -> Callable[[], Any]:
     return asking
 
 
-async def test_an_answer_that_nobody_reads_waits_where_it_is_bounded_and_loses_nothing_when_it_is_read(asking):
-    async with asking() as found:
+@pytest.mark.parametrize("n", [1, 2])
+async def test_an_answer_that_nobody_reads_waits_where_it_is_bounded_and_loses_nothing_when_it_is_read(asking, n):
+    async with asking(n) as found:
         scheduler, loop = found.server.scheduler, asyncio.get_running_loop()
-        await until(lambda: scheduler.num_given >= MOST_NEWS * len(STEP))
-        for _ in range(50):  # it could go on now, if nothing held it
+        await until(lambda: any(each.flow.write_paused for each in found.http._server.server_state.connections))
+        for _ in range(2 * MOST_NEWS):  # it could go on now, if nothing held it
             await asyncio.sleep(0)
         # What waits, what was taken and waits to be sent, and what the connection holds, twice in its buffers at most.
         assert scheduler.num_given <= 4 * MOST_NEWS * len(STEP)
         content = b""
         while part := await loop.sock_recv(found.client, 1 << 20):
             content += part
-        assert content.count(STEP.encode()) == NUM_STEPS
+        assert content.count(STEP.encode()) == NUM_STEPS * n
         assert b"data: [DONE]" in content
 
 

@@ -188,6 +188,13 @@ def product(outputs, inputs, rows, dtype, reads_norm=False, adds=False, gated=Fa
             skinny_linear(ScaledRows(x, squares) if reads_norm else x, weight, eps=1e-6, gated=gated, **tiling)
 
 
+def gated():
+    from hbserve_core.cuda_runner.kernels.hopper_gated import hopper_gated
+
+    hidden, inner, *_ = MODELS["Qwen3-8B"]
+    hopper_gated(empty(2048, hidden), empty(2 * inner, hidden))
+
+
 NARROW = {"8 bits": 8, "4 bits": 4}
 
 
@@ -197,10 +204,11 @@ def narrow_matrix(kind, outputs, inputs):
 
     group, groups = 128, inputs // 128
     if NARROW[kind] == 8:
-        weight = NarrowWeight(empty(outputs, inputs, dtype=FP8), empty(groups, outputs, dtype=F32), None, group)
+        words = empty(outputs, inputs // 2, dtype=torch.int16)
+        weight = NarrowWeight(words, empty(groups, outputs, dtype=F32), None, group)
     else:
         scales, zeros = empty(groups, outputs, dtype=torch.float16), empty(groups, outputs, dtype=torch.uint8)
-        weight = NarrowWeight(empty(outputs, inputs // 2, dtype=torch.uint8), scales, zeros, group)
+        weight = NarrowWeight(empty(outputs, inputs // 4, dtype=torch.int16), scales, zeros, group)
     return NarrowMatrix(weight)
 
 
@@ -226,13 +234,15 @@ def narrow_products(kind, rows):
 
 
 def many_narrow_rows(kind):
-    """In tiles, and the widening of weights."""
-    from hbserve_core.cuda_runner.kernels.narrow_linear import tiled_linear, widen
+    """In tiles, of 8-bit rows as well, and the widening of weights."""
+    from hbserve_core.cuda_runner.kernels.narrow_linear import eight_bit_linear, tiled_linear, widen
 
     hidden, inner, *_ = MODELS["Qwen3-8B"]
     matrix = narrow_matrix(kind, hidden, inner)
     tiled_linear(empty(256, inner), matrix, None, empty(256, hidden), adds=True)
     widen(matrix, BF16)
+    if matrix.takes_8_bits():
+        eight_bit_linear(empty(256, inner), matrix, None, empty(256, hidden), adds=True)
 
 
 def others(dtype):
@@ -258,26 +268,34 @@ def experts(rows, dtype=BF16):
     expert_mlps(empty(rows, 2048, dtype=dtype), empty(rows, 128, dtype=dtype), ints(rows), gate_up, down, routing)
 
 
-def sums(dtype, rows, ranks, **how):
+def narrow_experts(kind, rows):
+    from hbserve_core.cuda_runner.kernels.experts import Routing, expert_mlps
+    from hbserve_core.cuda_runner.kernels.narrow_experts import NarrowExperts
+
+    gate_up, down = (NarrowExperts(narrow_matrix(kind, *each), 128) for each in ((128 * 1536, 2048), (128 * 2048, 768)))
+    expert_mlps(empty(rows, 2048), empty(rows, 128), ints(rows), gate_up, down, Routing(128, 8, True))
+
+
+def sums(dtype, ranks, **how):
+    """Of few rows and of many."""
     from hbserve_core.cuda_runner.kernels.rank_sum import MOST_PROGRAMS, SharedMemory, rank_sum
 
-    shared = empty(ranks, dtype=torch.int64), ints(MOST_PROGRAMS), ints(1)
-    memory = SharedMemory(ranks - 1, ranks, *shared, few_bytes=512 << 10, many_bytes=32 << 20)
-    rank_sum(empty(rows, 4096, dtype=dtype), memory, **how)
+    shared = empty(ranks, dtype=torch.int64), ints(MOST_PROGRAMS), ints(1), ints(1)
+    memory = SharedMemory(ranks - 1, ranks, *shared, few_bytes=1 << 20, many_bytes=32 << 20)
+    rank_sum(empty(8, 4096, dtype=dtype), memory, **how)
+    rank_sum(empty(8, 4096, dtype=dtype), memory, start=memory.many_start, **how)
 
 
 CASES: dict[str, Callable[[], object]] = {
     "experts 1": partial(experts, 1),
     "experts 2048": partial(experts, 2048),
+    "experts 16384": partial(experts, 16384),
     "float32 experts": partial(experts, 8, F32),
-    **{f"narrow {kind} {rows}": partial(narrow_products, kind, rows) for kind in NARROW for rows in (1, 64)},
+    **{f"narrow {kind} {rows}": partial(narrow_products, kind, rows) for kind in NARROW for rows in (1, 64, 128)},
+    **{f"narrow experts {kind} {rows}": partial(narrow_experts, kind, rows) for kind in NARROW for rows in (1, 2048)},
     **{f"many narrow {kind}": partial(many_narrow_rows, kind) for kind in NARROW},
-    **{
-        f"sum of {rows}": partial(sums, BF16, rows, 2, add_to=empty(rows, 4096), norm=(empty(4096), 1e-6))
-        for rows in (1, 2048)
-    },
-    "float32 sums of 1": partial(sums, F32, 1, 4),
-    "float32 sums of 2048": partial(sums, F32, 2048, 4),
+    "sums that are added and normed": partial(sums, BF16, 2, add_to=empty(8, 4096), norm=(empty(4096), 1e-6)),
+    "float32 sums": partial(sums, F32, 4),
     "two types": lambda: _of_two_types[(1,)](ints(1), 2),
     # Meta tensors count as being on 4 processors: up to 12 programs are few.
     "decode few Qwen3-0.6B": partial(decode, "Qwen3-0.6B", 1),
@@ -296,6 +314,7 @@ CASES: dict[str, Callable[[], object]] = {
     "products 1 Qwen3-8B": partial(products, "Qwen3-8B", 1, *LAYER, "head"),
     "products 64 Qwen3-8B": partial(products, "Qwen3-8B", 64, "gate_up", "down"),
     "products 128 Qwen3-8B": partial(products, "Qwen3-8B", 128, "qkv", "gate_up"),
+    "products 2048 Qwen3-8B": gated,
     "float32 products": partial(products, "SmolLM2-135M", 1, *LAYER, dtype=F32),
     "others": partial(others, BF16),
     "float32 others": partial(others, F32),

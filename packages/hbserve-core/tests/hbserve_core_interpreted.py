@@ -32,6 +32,8 @@ SIZES: dict[str, Any] = {"max_num_seqs": 5, "max_num_batched_tokens": 40, "chunk
 class InterpretedRunner:
     """What CudaRunner does, at once and on the CPU. Steps may be padded as graphs pad them."""
 
+    computed = None
+
     def __init__(self, folder, overlaps=False, graphs=True, group=None, seed=None, **settings):
         from hbserve_core.cuda_runner.decoder import CudaDecoder
         from hbserve_core.cuda_runner.kernels.prefill_attention import new_tokens_per_tile
@@ -112,7 +114,7 @@ def plain(weights):
     from hbserve_core.model.layers import Linear
 
     def unpacked(linear):
-        if linear is None or linear.is_narrow:
+        if linear is None or linear.narrow_bits:
             return linear
         weight = linear.weight.to_dense() if linear.weight.is_mkldnn else linear.weight
         return Linear(weight, linear.bias)

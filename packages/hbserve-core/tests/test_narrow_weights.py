@@ -2,16 +2,27 @@
 card, beside torch with the same weights widened."""
 
 import shutil
+from dataclasses import replace
+from typing import Any, cast
 
 import pytest
 import torch
 import torch.nn.functional as F
 from hbserve_core_interpreted import KERNELS, InterpretedRunner
-from hbserve_core_quantised import quantised, write
+from hbserve_core_quantised import change, quantised, write
 
 from hbserve_core import Engine, InstanceConfig, InvalidInstanceConfig, make_runner
 from hbserve_core.model.model_config import load_model_config
-from hbserve_core.model.narrow_weight import NarrowWeight, can_be_read_by_groups, fused, packed, step_of, unpacked
+from hbserve_core.model.narrow_weight import (
+    NarrowWeight,
+    can_be_read_by_groups,
+    fused,
+    in_order,
+    in_words,
+    packed,
+    step_of,
+    unpacked,
+)
 from hbserve_core.model.shard import Shard
 from hbserve_core.model.weights import load_weights
 from hbserve_rpc import SamplingParams
@@ -22,6 +33,8 @@ pytestmark = KERNELS
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16] if torch.cuda.is_available() else [torch.float32]
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 6e-3, torch.float16: 1e-3}
+OF_8_BIT_ROWS = 0.05
+"""Tolerance where the rows have 8 bits as well."""
 EPS = 1e-6
 ONE = 1 << 20
 """A group that no matrix here is larger than."""
@@ -35,7 +48,7 @@ def invented(outputs, inputs, narrow, generator, order=None):
     scales = torch.rand(shape, generator=generator) * 0.02 + 0.001
     if kind == "8 bits":
         numbers = torch.randn(outputs, inputs, generator=generator).mul(8).to(torch.float8_e4m3fn)
-        weight = NarrowWeight(numbers, scales, None, group, order)
+        weight = NarrowWeight(in_words(numbers, step_of(group)), scales, None, group, order)
     else:
         numbers = packed(torch.randint(0, 16, (outputs, inputs), generator=generator), step_of(group))
         zeros = torch.randint(0, 17, shape, generator=generator).to(torch.uint8)
@@ -49,9 +62,10 @@ def on_device(weight):
     return NarrowWeight(values, scales, zeros, weight.group, order)
 
 
-def close(found, expected, dtype):
+def close(found, expected, dtype, are_8_bit_rows=False):
+    tolerance = OF_8_BIT_ROWS if are_8_bit_rows else TOLERANCE[dtype]
     assert torch.isfinite(found).all()
-    assert (found.float() - expected).norm() < TOLERANCE[dtype] * expected.norm()
+    assert (found.float() - expected).norm() < tolerance * expected.norm()
 
 
 SHAPES = [
@@ -122,33 +136,147 @@ def test_a_norm_that_has_begun_is_ended_in_the_product(narrow, dtype):
     ids=str,
 )
 def test_any_number_of_rows_is_multiplied_and_added_to_what_is_there(rows, narrow, dtype):
-    """In tiles, and by weights that are widened first."""
+    """In tiles, and by weights that are widened first; 8-bit floats by rows of the same, if these had 16 bits."""
     from hbserve_core.cuda_runner.narrow_linear import NarrowLinear
 
     generator = torch.Generator().manual_seed(rows)
-    inputs = 128 if narrow[0] == "4 bits" else 200
+    inputs = 128 if narrow[0] == "4 bits" else 256
     order = torch.randperm(inputs, generator=generator) if narrow == ("4 bits", 64) else None
     weight = invented(37, inputs, narrow, generator, order)
     x, bias, before = (
         torch.randn(size, generator=generator).to(dtype).to(DEVICE) for size in ((rows, inputs), (37,), (rows, 37))
     )
     expected = F.linear(x.float(), weight.widened(), bias.float())
-    linear = NarrowLinear(weight, bias)
-    close(linear(x), expected, dtype)
+    linear, are_8_bit_rows = NarrowLinear(weight, bias), narrow[0] == "8 bits" and dtype != torch.float32
+    close(linear(x), expected, dtype, are_8_bit_rows)
     added = before.clone()
     linear.add_to(added, x)
-    close(added, before.float() + expected, dtype)
-    close(NarrowLinear(weight)(x), expected - bias.float(), dtype)
+    close(added, before.float() + expected, dtype, are_8_bit_rows)
+    close(NarrowLinear(weight)(x), expected - bias.float(), dtype, are_8_bit_rows)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("group", [128, ONE], ids=["groups", "one group"])
+@pytest.mark.parametrize(("rows", "inputs"), [(3, 384), (18, 256)])
+def test_rows_in_8_bits_keep_what_8_bits_can(rows, inputs, group, dtype):
+    """With scales of their own, whatever their size; rows of zeros stay so, and what is no number stays none."""
+    generator = torch.Generator().manual_seed(rows)
+    x = (torch.randn(rows, inputs, generator=generator) * torch.logspace(-3, 4, rows)[:, None]).to(dtype).to(DEVICE)
+    x[0] = 0
+    x[1, 5] = float("nan")
+    wide, found = kept_by_8_bits(x, min(group, inputs))
+    assert not wide[0].any()
+    assert wide[1].isnan().nonzero().tolist() == [[5]]
+    assert (wide[2:] - x[2:].float()).norm(dim=1).lt(0.04 * x[2:].float().norm(dim=1)).all()
+    assert found.values[2:rows].float().abs().amax(1).eq(448).all()
+
+
+def kept_by_8_bits(x, group):
+    """In the order of x, and as kernels have it."""
+    from hbserve_core.cuda_runner.kernels.eight_bit_rows import eight_bit_rows
+
+    found = eight_bit_rows(x, group, step_of(group))
+    values = in_order(found.values.view(torch.int16), step_of(group))
+    places = torch.arange(x.shape[1], device=DEVICE) // group
+    return (values.float() * found.scales.t()[:, places])[: len(x)], found
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("rows", "inputs", "outputs", "group"), [(66, 256, 37, 128), (5, 96, 130, ONE)])
+def test_a_product_of_8_bit_rows_is_that_of_what_they_keep(rows, inputs, outputs, group, dtype):
+    from hbserve_core.cuda_runner.kernels.narrow_linear import NarrowMatrix, eight_bit_linear
+
+    generator = torch.Generator().manual_seed(rows)
+    weight = invented(outputs, inputs, ("8 bits", group), generator)
+    x, bias, before = (
+        torch.randn(size, generator=generator).to(dtype).to(DEVICE)
+        for size in ((rows, inputs), (outputs,), (rows, outputs))
+    )
+    expected = kept_by_8_bits(x, weight.group)[0] @ weight.widened().t()
+    out = torch.empty_like(before)
+    eight_bit_linear(x, NarrowMatrix(weight), bias, out, adds=False)
+    close(out, expected + bias.float(), dtype)
+    added = before.clone()
+    eight_bit_linear(x, NarrowMatrix(weight), None, added, adds=True)
+    close(added, expected + before.float(), dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [65, 256])
+@pytest.mark.parametrize("scales", ["by block", "by row"])
+def test_cublas_multiplies_8_bit_rows_where_it_knows_the_scales(scales, rows):
+    from hbserve_core.cuda_runner.narrow_linear import NarrowLinear
+
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("only Hopper's cuBLAS is used for that")
+    generator = torch.Generator().manual_seed(rows)
+    given = invented(384, 256, ("8 bits", 128 if scales == "by block" else ONE), generator)
+    blocks = given.scales if scales == "by row" else given.scales[:, ::128].repeat_interleave(128, 1).contiguous()
+    weight = NarrowWeight(given.values, blocks, None, given.group)
+    x, bias, before = (
+        torch.randn(size, generator=generator).to(torch.bfloat16).to(DEVICE)
+        for size in ((rows, 256), (384,), (rows, 384))
+    )
+    linear = NarrowLinear(weight, bias)
+    assert linear._is_for_cublas(x)
+    expected = kept_by_8_bits(x, weight.group)[0] @ weight.widened().t() + bias.float()
+    close(linear(x), expected, torch.bfloat16)
+    added = before.clone()
+    linear.add_to(added, x)
+    close(added, expected + before.float(), torch.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("num_rows", "experts", "first", "narrow", "are_many"),
+    [(2, 8, 0, NARROW[3], False), (40, 2, 0, NARROW[0], False), (35, 3, 3, NARROW[1], True)],
+    ids=str,
+)
+def test_experts_with_narrow_weights_are_those_of_widened_ones(
+    num_rows, experts, first, narrow, are_many, dtype, monkeypatch
+):
+    """Of 8 experts, of which this rank has some; more rows than one tile of an expert takes. are_many: pairs, whose
+    tiles are large, and which many programs assign."""
+    from hbserve_core.cuda_runner.kernels import experts as kernels
+    from hbserve_core.cuda_runner.kernels.experts import Routing, expert_mlps
+    from hbserve_core.cuda_runner.narrow_linear import NarrowLinear
+
+    if are_many:
+        monkeypatch.setattr(kernels, "_CHUNK", 32)
+        monkeypatch.setattr(kernels, "_MOST_OF_ONE_PROGRAM", 1)
+        monkeypatch.setattr(kernels, "_MANY_PAIRS", 1)
+    size, inner, generator = 256, 32, torch.Generator().manual_seed(num_rows)
+    gate_up = invented(experts * 2 * inner, size, narrow, generator)
+    down = invented(experts * size, inner, narrow, generator)
+    rows = torch.randn(num_rows, size, generator=generator).to(dtype).to(DEVICE)
+    logits = torch.randn(num_rows, 8, generator=generator).to(dtype).to(DEVICE)
+    slots = torch.zeros(num_rows, dtype=torch.int32, device=DEVICE)
+    routing = Routing(8, 2, True, first)
+    into, back = (each.widened().view(experts, -1, each.shape[1]) for each in (gate_up, down))
+    expected = expert_mlps(rows.float(), logits.float(), slots, into, back, routing)
+    into, back = (NarrowLinear(each).of_experts(experts) for each in (gate_up, down))
+    found = expert_mlps(rows, logits, slots, into, back, routing)
+    close(found, expected, dtype, narrow[0] == "8 bits" and dtype != torch.float32)
 
 
 @pytest.mark.parametrize("group", [32, 64, 96, 128, 256])
-def test_4_bit_numbers_are_packed_by_halves_of_runs(group):
+def test_4_bit_numbers_are_packed_by_parts_of_runs(group):
     numbers = torch.randint(0, 16, (3, 768), generator=torch.Generator().manual_seed(group))
     run = step_of(group)
     assert 768 % run == 0
     values = packed(numbers, run)
-    assert torch.equal(values[:, 0], (numbers[:, 0] | numbers[:, run // 2] << 4).to(torch.uint8))
+    parts = 4 if run >= 64 else 2
+    word = torch.stack([numbers[:, part * run // parts] << 4 * part for part in range(parts)]).sum(0)
+    assert torch.equal(values[:, 0], word.to(values.dtype))
+    assert values.nbytes == numbers.numel() // 2
     assert torch.equal(unpacked(values, run).long(), numbers)
+
+
+def test_words_of_8_bit_floats_are_of_halves_of_runs():
+    values = torch.randn(3, 256, generator=torch.Generator().manual_seed(0)).to(torch.float8_e4m3fn)
+    words = in_words(values, 64)
+    assert torch.equal(words[:, :2].contiguous().view(torch.float8_e4m3fn).float(), values[:, [0, 32, 1, 33]].float())
+    assert torch.equal(in_order(words, 64).float(), values.float())
 
 
 def test_groups_that_are_not_of_whole_steps_cannot_be_read():
@@ -229,10 +357,13 @@ def loaded(folder, rank=0, size=1, make_narrow=None, dtype=torch.float32):
 class Kept:
     """A product that nobody computes."""
 
-    is_narrow = True
+    narrow_bits = 8
 
     def __init__(self, weight, bias=None):
         self.weight, self.bias = weight, bias
+
+    def of_experts(self, count):
+        return self.weight, count
 
 
 KINDS = ["fp8 by block", "fp8 by row", "awq", "gptq", "gptq act-order", "gptq one group"]
@@ -254,6 +385,37 @@ def test_what_stays_narrow_is_what_is_widened_otherwise(quantised_folder, kind, 
                 assert weight.scales.is_contiguous()
                 torch.testing.assert_close(weight.widened(), wide.to_dense() if wide.is_mkldnn else wide)
         caplog.clear()
+
+
+def test_inputs_keep_their_bits_where_the_checkpoint_was_made_for_such(quantised_folder):
+    from hbserve_core.cuda_runner.narrow_linear import NarrowLinear
+
+    by_row = quantised_folder("fp8 by row")  # of compressed-tensors, which say nothing of inputs
+    assert not any(layer.qkv.weight.takes_8_bits() for layer in loaded(by_row, make_narrow=NarrowLinear).layers)
+    group = {"weights": {"num_bits": 8, "type": "float"}, "input_activations": {"num_bits": 8, "dynamic": True}}
+    change(by_row, config_groups={"g": group})
+    assert all(layer.qkv.weight.takes_8_bits() for layer in loaded(by_row, make_narrow=NarrowLinear).layers)
+    change(by_row, config_groups={"g": group | {"input_activations": None}})
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("are_whole", [False, True])
+def test_experts_stay_narrow_as_well(model_folder, rank, are_whole):
+    """Those of one of two ranks, or its part of each."""
+    config = load_model_config(model_folder("qwen3-moe"))
+    experts = replace(present(config.switches.experts), whole_on_ranks=are_whole, intermediate_size=64)
+    config = replace(
+        config, scale_block=(32, 32), intermediate_size=128, switches=replace(config.switches, experts=experts)
+    )
+    given = config, "dummy", torch.float32, torch.device("cpu"), Shard(rank, 2)
+    some = [(each, name) for each in experts.layers for name in ("gate_up", "down")]
+    narrow, wide = load_weights(*given, make_narrow=Kept).layers, load_weights(*given).layers
+    assert some
+    for layer, name in some:
+        weight, count = getattr(present(narrow[layer].experts), name)
+        expected = getattr(present(wide[layer].experts), name)
+        assert count == len(expected) == (2 if are_whole else 4)
+        assert torch.equal(weight.widened().view(expected.shape), expected)
 
 
 @pytest.mark.parametrize(("kind", "most"), [("fp8 by block", 0.6), ("gptq", 0.36)])
@@ -283,7 +445,7 @@ def test_ranks_that_would_share_a_group_are_refused_by_name(quantised_folder, ki
 
 def test_what_kernels_cannot_read_is_widened_and_said(quantised_folder, caplog):
     weights = loaded(quantised_folder("fp8 by odd block"), make_narrow=Kept)
-    assert not any(layer.down.is_narrow for layer in weights.layers)
+    assert not any(layer.down.narrow_bits for layer in weights.layers)
     assert "weights are 8-bit floats; they are kept and multiplied in 16 bits or more" in caplog.text
 
 
@@ -294,7 +456,7 @@ def test_tokens_of_narrow_weights_are_those_of_widened_ones(generate, quantised_
     folder = quantised_folder(kind)
     settings = {"max_num_seqs": 2, "max_num_batched_tokens": 16, "chunk_size": 16}
     runner = InterpretedRunner(folder, False, False, **settings)
-    assert all(layer.qkv.is_narrow for layer in runner.decoder._weights.layers)
+    assert all(layer.qkv.narrow_bits for layer in runner.decoder._weights.layers)
     config = InstanceConfig(model_path=str(folder), device="cpu", block_size=8, num_blocks=16, **settings)
     engines = Engine(runner.config, runner), Engine(config, make_runner(config))
     found, expected = (generate(each, {"r": prompt(5)}, 2) for each in engines)
@@ -304,7 +466,17 @@ def test_tokens_of_narrow_weights_are_those_of_widened_ones(generate, quantised_
 @pytest.mark.usefixtures("fewer_programs")
 def test_weights_are_widened_where_the_configuration_says_so(quantised_folder):
     runner = InterpretedRunner(quantised_folder("fp8 by block"), widen_weights=True)
-    assert not any(layer.qkv.is_narrow for layer in runner.decoder._weights.layers)
+    assert not any(layer.qkv.narrow_bits for layer in runner.decoder._weights.layers)
+
+
+@pytest.mark.usefixtures("fewer_programs")
+@pytest.mark.parametrize("keep_activations", [False, True])
+def test_inputs_keep_their_bits_where_the_configuration_says_so(model_folder, tmp_path, keep_activations):
+    folder = shutil.copytree(model_folder("llama"), tmp_path / "model")
+    change(folder, quant_method="fp8", weight_block_size=[1, 4096])
+    runner = InterpretedRunner(folder, keep_activations=keep_activations, load_format="dummy")
+    taken = {cast("Any", layer.qkv.weight).takes_8_bits() for layer in runner.decoder._weights.layers}
+    assert taken == {not keep_activations}
 
 
 @pytest.mark.gpu

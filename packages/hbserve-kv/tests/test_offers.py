@@ -94,6 +94,20 @@ async def test_a_claim_holds_a_lease_for_as_long_as_it_lives_and_no_longer(manag
     assert (result.outcome, result.error) == (Outcome.FAILED_DRAINED, "its receiver has left")
 
 
+async def test_a_claim_that_was_released_fetches_nothing_whether_it_is_offered_or_not(pair):
+    sender, receiver, target, _ = pair
+    offer = offered(sender, "offered")
+    for name in ("never offered", "offered"):
+        claim = receiver.claim(name, sender.address)
+        claim.release()
+        async with asyncio.timeout(20):
+            received = await claim.fetch([1]).wait()
+        assert (received.outcome, received.error) == (Outcome.FAILED_DRAINED, "it was released")
+    assert (target == -1).all()
+    offer.withdraw("not wanted")
+    assert (await offer.wait()).outcome is Outcome.FAILED_DRAINED
+
+
 async def test_a_receiver_that_never_has_room_keeps_an_offer_no_longer_than_expiry_s(managers):
     sender, receiver = await managers(0, "nccl", expiry_s=0.2), await managers(1, "nccl")
     offer = offered(sender)

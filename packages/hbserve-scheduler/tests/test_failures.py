@@ -457,12 +457,6 @@ async def test_an_instance_that_has_ended_is_not_used_although_no_heartbeat_is_d
 # ---- requests that end instances ---------------------------------------------------------------------------------
 
 
-async def die(instance) -> None:
-    """As a process that is killed: it says no goodbye."""
-    instance.server._socket.say_last = lambda frames: None
-    await instance.server.stop()
-
-
 @pytest.mark.parametrize("how", ["its engine fails", "its process dies"])
 async def test_a_request_that_was_on_two_instances_as_they_died_is_tried_on_no_other(
     make_scheduler, make_instance, ask, collect, how
@@ -477,7 +471,7 @@ async def test_a_request_that_was_on_two_instances_as_they_died_is_tried_on_no_o
 
             async def kill(name, instance=instance, phase=phase):
                 if name == "first":
-                    dying.append(asyncio.create_task(die(instance)))
+                    dying.append(asyncio.create_task(instance.die()))
                     await asyncio.Event().wait()
                 await phase(name)
 

@@ -287,6 +287,27 @@ async def test_every_scheduler_sees_the_new_role_also_one_that_comes_later_and_a
     await collect(child.scheduler.submit(ask()))
 
 
+async def test_one_that_is_killed_right_after_its_flip_has_its_first_role_in_its_next_life_and_no_request_is_lost(
+    serve, make_instance, pair, ask, collect, until, assert_empty
+):
+    other = await make_instance("decode", "d1")
+    server, remote = await serve(*pair, other)
+    other.hold = {"first"}
+    assert await flip(remote, "d1", "prefill") == ["d1 is a prefill instance"]
+    await remote.drain("p0")
+    streams = [server.scheduler.submit(ask(f"{i}")) for i in range(3)]
+    await until(lambda: other.open == len(streams))
+    await other.die()
+    other.release()
+    await remote.join(pair[0].address)
+    ends = [(await collect(each))[1] for each in streams]
+    assert {(end.prefill_instance, end.num_attempts) for end in ends} == {("p0", 2)}
+    await other.restart()
+    await until(lambda: roles(server) == {"p0": "prefill", "d0": "decode", "d1": "decode"})
+    await collect(server.scheduler.submit(ask("after")))
+    await assert_empty(server.scheduler)
+
+
 async def test_a_flip_waits_for_what_a_sibling_gave_the_instance_in_the_last_moment(serve, make_instance, pair):
     other = await make_instance("decode", "d1")
     other.fail["flip"] = [Overloaded("d1 has 1 requests")]

@@ -56,13 +56,16 @@ app = typer.Typer(
 ModelArgument = Annotated[
     str | None,
     typer.Argument(
-        metavar="MODEL", help="A Hugging Face model folder, or an id in the local cache; without it, the demo model."
+        metavar="MODEL",
+        help="A Hugging Face model folder, an id in the local cache, or a GGUF file; without it, the demo model.",
     ),
 ]
 ConfigOption = Annotated[Path, typer.Option("--config", help="YAML file of the deployment.")]
 ModelOption = Annotated[
     Path | None,
-    typer.Option(help="A Hugging Face model folder, or an id in the local cache; without it, the demo model."),
+    typer.Option(
+        help="A Hugging Face model folder, an id in the local cache, or a GGUF file; without it, the demo model."
+    ),
 ]
 MaxTokensOption = Annotated[int, typer.Option(help="Most tokens of each answer.")]
 TemperatureOption = Annotated[float, typer.Option(help="0 is greedy.")]

@@ -158,7 +158,9 @@ def _nccl_path(config: DeploymentConfig, on_gpu: bool) -> Finding:
         return Finding("ok", "NCCL", "all instances are on this host: NVLink or PCIe (nvidia-smi topo -m shows which)")
     chosen = os.environ.get("NCCL_SOCKET_IFNAME")
     over_tcp = (
-        f"TCP over {chosen}" if chosen else "TCP over the interface that NCCL finds (NCCL_SOCKET_IFNAME names one)"
+        f"TCP over {chosen}"
+        if chosen
+        else "TCP over the interface of kv_transfer.ip (NCCL_SOCKET_IFNAME names another)"
     )
     if os.environ.get("NCCL_IB_DISABLE") == "1":
         return Finding("note", "NCCL", f"{over_tcp}: NCCL_IB_DISABLE=1")

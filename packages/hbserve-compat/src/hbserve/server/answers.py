@@ -1,7 +1,7 @@
 """All answers to one HTTP request: their tokens as they come, of whichever comes first."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Self
@@ -49,6 +49,10 @@ class Answers:
         self._requests: list[TextRequest] = []
         self._pumps: list[asyncio.Task[None]] = []
         self._num_running = len(params)
+        self._only: AsyncGenerator[GenerationDelta, None] | None = None
+        """Of a request for one answer, what comes of it. Without a pump: a token then wakes one task less."""
+        self._first: asyncio.Task[GenerationDelta | None] | None = None
+        """The first of that, which has been waited for with a time limit."""
 
     async def __aenter__(self) -> Self:
         """Raises InvalidRequest or Overloaded, if the scheduler refuses one; then none goes on."""
@@ -58,6 +62,9 @@ class Answers:
                 shape = await self._model.encoder.shape(prompt, self._model.scheduler.digest_block_size)
                 request = self._begin(http, number, prompt, params, shape)
                 self._requests.append(request)
+                if len(self._wanted) == len(request.choices) == 1:
+                    self._only = aiter(request)
+                    break
                 self._pumps.append(asyncio.create_task(self._pump(first, request)))
                 first += len(request.choices)
         except BaseException:
@@ -86,9 +93,12 @@ class Answers:
             raise
 
     async def _close(self) -> None:
-        for pump in self._pumps:
-            pump.cancel()
-        await asyncio.gather(*self._pumps, return_exceptions=True)
+        tasks = self._pumps if self._first is None else [self._first]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        if self._only is not None:
+            await self._only.aclose()
         for request in self._requests:  # a task that is cancelled before its first step closes nothing itself
             await request.aclose()
 
@@ -96,12 +106,7 @@ class Answers:
         """first: the number of the request's first answer."""
         try:
             async for delta in request:
-                if delta["finish_reason"] == "abort":  # by nobody who asked for it
-                    raise try_again("the server is ending", code="not_ready")
-                if self._only_prompt:
-                    delta["text"], delta["token_ids"], delta["logprobs"] = "", [], None
-                    delta["finish_reason"], delta["stop_reason"] = delta["finish_reason"] and "length", None
-                self._news.append((first + delta.get("choice", 0), delta))
+                self._news.append((first + delta.get("choice", 0), self._wanted_of(delta)))
                 self._changed.set()
                 while len(self._news) >= MOST_NEWS:
                     self._taken.clear()
@@ -112,8 +117,21 @@ class Answers:
             self._num_running -= 1
             self._changed.set()
 
+    def _wanted_of(self, delta: GenerationDelta) -> GenerationDelta:
+        """Raises ApiError: the request was ended by nobody who asked for it."""
+        if delta["finish_reason"] == "abort":
+            raise try_again("the server is ending", code="not_ready")
+        if self._only_prompt:
+            delta["text"], delta["token_ids"], delta["logprobs"] = "", [], None
+            delta["finish_reason"], delta["stop_reason"] = delta["finish_reason"] and "length", None
+        return delta
+
     async def begun(self, timeout_s: float) -> bool:
         """Wait for the first news; False: there are none after so long."""
+        if self._only is not None:
+            self._first = asyncio.create_task(_next(self._only))
+            await asyncio.wait([self._first], timeout=timeout_s)
+            return self._first.done()
         with suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
                 await self._changed.wait()
@@ -125,6 +143,10 @@ class Answers:
         Raises:
             HBServeRpcError, ApiError: one of the answers has failed; what came before was given out before.
         """
+        if self._only is not None:
+            delta = await (_next(self._only) if self._first is None else self._first)
+            self._first = None
+            return [] if delta is None else [(0, self._wanted_of(delta))]
         while self._num_running and not self._news and self._error is None:
             self._changed.clear()
             await self._changed.wait()
@@ -133,3 +155,8 @@ class Answers:
         found, self._news = self._news, []
         self._taken.set()
         return found
+
+
+async def _next(deltas: AsyncGenerator[GenerationDelta, None]) -> GenerationDelta | None:
+    """None: there are no more."""
+    return await anext(deltas, None)

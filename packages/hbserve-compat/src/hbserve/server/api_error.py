@@ -22,6 +22,7 @@ TYPES = {
     404: "not_found_error",
     405: "invalid_request_error",
     413: "invalid_request_error",
+    415: "invalid_request_error",
     503: "overloaded_error",
     504: "timeout_error",
 }

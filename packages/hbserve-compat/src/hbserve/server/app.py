@@ -11,7 +11,7 @@ from starlette.responses import FileResponse, Response
 from starlette.routing import Route
 
 from hbserve.server.anthropic_messages import count_tokens, messages
-from hbserve.server.api_error import ApiError, as_api_error
+from hbserve.server.api_error import ApiError, as_api_error, path_of
 from hbserve.server.api_keys import ApiKeys, RequireApiKey
 from hbserve.server.debugging import show_trace, show_view
 from hbserve.server.generating import chat_completions, completions
@@ -49,6 +49,9 @@ ROUTES = [
     Route("/openapi.json", show_openapi),
     Route("/", lambda _: FileResponse(CHAT_PAGE)),
 ]
+
+
+PATHS = {route.path for route in ROUTES}
 
 
 def make_app(service: Service) -> Starlette:
@@ -89,8 +92,18 @@ async def _refuse(request: Request, error: Exception) -> Response:
 async def _refuse_route(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     headers = dict(error.headers or {})
-    problem = f"{request.method} {request.url.path[:256]}: {error.detail}; docs/openai-server.md has what there is"
+    meant = _meant(path_of(request.scope)) if error.status_code == 404 else None
+    cure = "docs/openai-server.md has what there is" if meant is None else f"there is {meant}"
+    problem = f"{request.method} {request.url.path[:256]}: {error.detail}; {cure}"
     return ApiError(error.status_code, problem, headers=headers).response(request.scope)
+
+
+def _meant(path: str) -> str | None:
+    """The path that a base URL was to lead to which has no /v1, has it twice, or ends with a slash."""
+    words = [word for word in path.split("/") if word]
+    plain = [word for word in words if word != "v1"]
+    candidates = ["/" + "/".join(["v1", *plain]), "/" + "/".join(plain)]
+    return next((each for each in candidates if plain and each in PATHS), None)
 
 
 async def _nobody_is_there(request: Request, error: Exception) -> Response:

@@ -10,6 +10,9 @@ from hbserve_rpc.plain_values import plain_text, shown
 
 ROLES = {"system", "developer", "user", "assistant", "tool"}
 MOST_MESSAGES = 4096
+PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
+"""Types of a content's parts, and the field that has the text of each. Two are of the Responses API, as vLLM takes
+them in chats too; so are parts that are nothing but a string."""
 
 
 def plain_messages(messages: list[dict[str, Any]], paths: Sequence[str] | None = None) -> list[dict[str, Any]]:
@@ -53,10 +56,13 @@ def _text(path: str, content: Any) -> str:
 
 
 def _part(path: str, part: Any) -> str:
+    if isinstance(part, str):
+        return plain_text(path, part)
     kind = part.get("type") if isinstance(part, dict) else None
-    if kind not in ("text", "refusal"):
+    field = PARTS.get(kind) if isinstance(kind, str) else None
+    if field is None:
         raise ApiError(400, f"{path}.type={shown(kind)}: expected text; this model reads nothing else", param=path)
-    return plain_text(f"{path}.{kind}", part.get(kind))
+    return plain_text(f"{path}.{field}", part.get(field))
 
 
 def _tool_calls(path: str, calls: Any) -> list[dict[str, Any]]:

@@ -15,8 +15,11 @@ async def list_models(request: Request) -> Response:
 
 
 async def retrieve_model(request: Request) -> Response:
+    name = request.path_params["model"]
+    if not name:  # /v1/models/, as some clients write it
+        return await list_models(request)
     model: ServedModel = request.app.state.service.require_model()
-    return _json(_card(model, model.name_for(request.path_params["model"])))
+    return _json(_card(model, model.name_for(name)))
 
 
 def _card(model: ServedModel, name: str) -> dict[str, Any]:

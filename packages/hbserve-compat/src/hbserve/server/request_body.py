@@ -24,12 +24,26 @@ async def read_object(request: Request, most_bytes: int) -> dict[str, Any]:
     """The JSON object that is a request's body.
 
     Raises:
-        ApiError: 413 if it is too large, 400 if it is no JSON object.
+        ApiError: 413 if it is too large, 415 if it is compressed, 400 if it is no JSON object.
     """
+    _require_plain(request)
     content = decoded(await _read(request, most_bytes))
     if not isinstance(content, dict):
         raise ApiError(400, f"the body is {shown(content)}; expected a JSON object")
     return content
+
+
+def _require_plain(request: Request) -> None:
+    """What a body is said to be, so that nobody has to guess it from a complaint about its first byte."""
+    encoding = request.headers.get("content-encoding", "identity")
+    if encoding != "identity":
+        problem = f"content-encoding={shown(encoding)}: is not served; send the body as it is"
+        raise ApiError(415, problem, headers={"accept-encoding": "identity"})
+    kind = request.headers.get("content-type", "")
+    # Programs may call JSON what they like, curl calls it a form. But from a page of another origin a browser sends
+    # anything that is not called JSON without asking whether it may.
+    if "origin" in request.headers and "json" not in kind:
+        raise ApiError(415, f"content-type={shown(kind)}: expected application/json from a browser")
 
 
 async def _read(request: Request, most_bytes: int) -> bytes:
@@ -70,9 +84,11 @@ def converted(content: dict[str, Any], kind: type[T]) -> T:
         ApiError: 400, names the field by its path and what is expected.
     """
     try:
-        return msgspec.convert(content, kind, str_keys=True)
+        return msgspec.convert({name: _number(value) for name, value in content.items()}, kind, str_keys=True)
     except msgspec.ValidationError as error:
         what, _, place = str(error).partition(" - at ")
+        if place.startswith("`key` in "):
+            what, place = f"a key of it: {what[:1].lower()}{what[1:]}", place.removeprefix("`key` in ")
         path = place.strip("`").removeprefix("$").lstrip(".") or None
         if missing := re.search(r"missing required field `(\w+)`", what):
             path = f"{path}.{missing[1]}" if path else missing[1]
@@ -81,9 +97,14 @@ def converted(content: dict[str, Any], kind: type[T]) -> T:
         raise ApiError(400, "the body is nested too deep") from None
 
 
+def _number(value: Any) -> Any:
+    """JSON has one kind of number: 2.0 is 2, and some languages write it so."""
+    return int(value) if type(value) is float and value.is_integer() else value
+
+
 def ignored_fields(content: dict[str, Any], kind: type[msgspec.Struct]) -> list[str]:
-    """Names of what a body has and an endpoint does not take."""
-    return sorted(content.keys() - set(kind.__struct_fields__))
+    """Names of what a body has and an endpoint does not take; null is as if it were not there."""
+    return sorted({name for name, value in content.items() if value is not None} - set(kind.__struct_fields__))
 
 
 _logged: set[str] = set()

@@ -2,44 +2,102 @@
 
     rows        8-bit floats                              4 bits
     … 64        a skinny product, as of 16 bits           the same
-    … 128       the same where there are tiles enough     the same
-    … 256       tiles of rows                             tiles of rows
-    … 512       widened into a scratch, then cuBLAS       tiles of rows
+    … 128       rows in 8-bit floats too                  a skinny product where there are tiles enough, else as below
+    … 512       as above                                  tiles of rows
     513 …       as above                                  widened into a scratch, then cuBLAS
-Where the rows change hands follows from bytes and has not been measured on a card: widening reads a weight, writes it
-in 16 bits and lets cuBLAS read that: 5 bytes of each 8-bit float. benchmarks/narrow_products.py measures both.
+Rows in 8-bit floats are multiplied by cuBLAS where it knows the weight's scales, else in tiles.
+benchmarks/narrow_products.py measures them; docs/performance.md has what it found.
 """
 
 import torch
+import torch.nn.functional as F
 
-from hbserve_core.cuda_runner.kernels.narrow_linear import NarrowMatrix, tiled_linear, widen
+from hbserve_core.cuda_runner.kernels.eight_bit_rows import eight_bit_rows
+from hbserve_core.cuda_runner.kernels.narrow_experts import NarrowExperts
+from hbserve_core.cuda_runner.kernels.narrow_linear import NarrowMatrix, eight_bit_linear, tiled_linear, widen
 from hbserve_core.model.layers import Linear
 from hbserve_core.model.narrow_weight import NarrowWeight
 
-_MOST_TILED_ROWS = {8: 256, 4: 512}
-"""By bits. More than these are widened first."""
+_MOST_TILED_ROWS = 512
+"""More than these are widened first."""
+_BLOCK, _OUTPUTS_OF_CUBLAS = 128, 16
+"""Outputs that share a scale, and what they must be a multiple of."""
 
 
 class NarrowLinear(Linear):
     """x W^T + b, with W as it is stored, and scales."""
 
     weight: NarrowMatrix  # type: ignore[assignment]  # it stands for a tensor wherever products are chosen
-    is_narrow = True
 
     def __init__(self, weight: NarrowWeight, bias: torch.Tensor | None = None) -> None:
         self.weight = NarrowMatrix(weight)
+        self.narrow_bits = self.weight.bits
         self.bias = bias
-        self._most_tiled = _MOST_TILED_ROWS[8 if weight.zeros is None else 4]
+        self._scales = _scales_of_cublas(self.weight)
+
+    def of_experts(self, count: int) -> NarrowExperts:
+        return NarrowExperts(self.weight, count)
 
     def __call__(self, inputs: torch.Tensor) -> torch.Tensor:
-        if len(inputs) > self._most_tiled:
-            return Linear(widen(self.weight, inputs.dtype), self.bias)(self.weight.arranged(inputs))
+        if self._is_for_cublas(inputs):
+            result = self._scaled_product(inputs)
+            return result if self.bias is None else result.add_(self.bias)
         out = torch.empty((len(inputs), len(self.weight)), dtype=inputs.dtype, device=inputs.device)
-        tiled_linear(inputs, self.weight, self.bias, out, adds=False)
+        if self._takes_8_bits(inputs):
+            eight_bit_linear(inputs, self.weight, self.bias, out, adds=False)
+        elif len(inputs) <= _MOST_TILED_ROWS:
+            tiled_linear(inputs, self.weight, self.bias, out, adds=False)
+        else:
+            return Linear(widen(self.weight, inputs.dtype), self.bias)(self.weight.arranged(inputs))
         return out
 
+    def into(self, out: torch.Tensor, inputs: torch.Tensor) -> None:
+        out.copy_(self(inputs))
+
     def add_to(self, target: torch.Tensor, inputs: torch.Tensor) -> None:
-        if len(inputs) > self._most_tiled:
-            Linear(widen(self.weight, inputs.dtype), self.bias).add_to(target, self.weight.arranged(inputs))
-        else:
+        """As `Linear` has it, but for 8-bit floats of cuBLAS, whose result is rounded before it is added."""
+        if self._is_for_cublas(inputs):
+            target += self(inputs)
+        elif self._takes_8_bits(inputs):
+            eight_bit_linear(inputs, self.weight, self.bias, target, adds=True)
+        elif len(inputs) <= _MOST_TILED_ROWS:
             tiled_linear(inputs, self.weight, self.bias, target, adds=True)
+        else:
+            Linear(widen(self.weight, inputs.dtype), self.bias).add_to(target, self.weight.arranged(inputs))
+
+    def _takes_8_bits(self, inputs: torch.Tensor) -> bool:
+        return inputs.dtype.itemsize == 2 and self.weight.takes_8_bits()
+
+    def _is_for_cublas(self, inputs: torch.Tensor) -> bool:
+        return self._scales is not None and inputs.dtype == torch.bfloat16
+
+    def _scaled_product(self, inputs: torch.Tensor) -> torch.Tensor:
+        """(M, O), by cuBLAS, of rows in 8-bit floats."""
+        assert self._scales is not None
+        rows = eight_bit_rows(inputs, self.weight.group, self.weight.run)
+        _, words, _ = self.weight.operands(rows)
+        by_row = len(self.weight.scales) == 1
+        of_rows = F.ScalingType.RowWise if by_row else F.ScalingType.BlockWise1x128
+        of_weight = F.ScalingType.RowWise if by_row else F.ScalingType.BlockWise128x128
+        scales = rows.scales.t(), of_rows, self._scales, of_weight
+        product: torch.Tensor = F.scaled_mm(
+            rows.values, words.t(), *scales, output_dtype=inputs.dtype, use_fast_accum=by_row
+        )
+        return product[: len(inputs)]
+
+
+def _scales_of_cublas(weight: NarrowMatrix) -> torch.Tensor | None:
+    """A weight's scales as cuBLAS takes them, (1, O) by row, or (I / 128, O / 128) of blocks of 128 x 128; None where
+    it knows no such scales, or no such card."""
+    is_hopper = weight.words.is_cuda and torch.cuda.get_device_capability(weight.words.device) == (9, 0)
+    groups, outputs = weight.scales.shape
+    if not is_hopper or not weight.takes_8_bits() or outputs % _OUTPUTS_OF_CUBLAS:
+        return None
+    if groups == 1:
+        return weight.scales
+    if outputs % _BLOCK:
+        return None
+    blocks = weight.scales.view(groups, -1, _BLOCK)
+    if not bool((blocks == blocks[:, :, :1]).all()):
+        return None
+    return blocks[:, :, 0].t().contiguous().t()

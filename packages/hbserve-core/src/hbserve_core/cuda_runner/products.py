@@ -7,6 +7,7 @@
     … 64      skinny_linear, as for 3 and for all others above                         cuBLAS
     … 128     skinny_linear where there is a tile for every second processor           cuBLAS
     129 …     cuBLAS, as for all others above                                          cuBLAS
+On Hopper, gates and ups of many rows are one product of 16-bit numbers with its gates: hopper_gated.py.
 What is not in cuBLAS has norms, gates and additions in it or near it, and starts before the kernel in front has ended.
 Weights that are narrower (narrow_linear.py) bring `skinny_linear` a kernel of their own, and their `Linear` computes
 what cuBLAS does here. benchmarks/cuda_products.py measures all others beside each other; docs/performance.md has what
@@ -28,11 +29,14 @@ from hbserve_core.cuda_runner.kernels.few_rows_linear import (
     skinny_linear,
     small_linear,
 )
+from hbserve_core.cuda_runner.kernels.hopper_gated import hopper_gated, suits_hopper_gated
 from hbserve_core.cuda_runner.kernels.pointwise import gate_mul, rms_norm
 from hbserve_core.model.layers import Linear, RmsNorm
 from hbserve_core.model.rank_group import RankGroup
 
-_MOST_SPLIT_ROWS, _MOST_SKINNY_ROWS = 64, 128
+_MOST_SPLIT_ROWS = 64
+_MOST_SKINNY_ROWS = {0: 128, 4: 128, 8: 64}
+"""By bits of a narrow weight. With more rows than these, 8-bit floats are multiplied as such."""
 _SMALL_MATRIX = {1: 1 << 23, 2: 1 << 22, 4: 1 << 22}
 """By rows, from how many numbers on a matrix is not for `small_linear`. Alone it would be as fast with larger ones, but
 its many programs leave no room for the kernel behind it to start."""
@@ -43,6 +47,11 @@ _HEAD_OUTPUTS, _HEAD_INPUTS = 1 << 16, 2048
 what has been added to the stream has come by skinny products, which leave half of the norm."""
 _FEWEST_INPUTS = 512
 """Of one split: the sum of the splits must not cost more than their reading in parallel gives."""
+
+_NARROW_PROGRAMS = {8: {16: 4, 32: 3, 64: 3}, 4: {16: 6, 32: 4, 64: 3}}
+"""By bits and padded rows, programs of a product with narrow weights on each processor: a step of their loop brings
+fewer bytes, so that more steps have to be on their way."""
+_MOST_PROGRAMS = 6
 
 
 Kind = Literal["plain", "normed", "gated"]
@@ -59,25 +68,27 @@ class Choice:
 
 
 def choose(
-    rows: int, weight: tuple[int, int], itemsize: int, kind: Kind, num_processors: int, is_narrow: bool = False
+    rows: int, weight: tuple[int, int], itemsize: int, kind: Kind, num_processors: int, narrow_bits: int = 0
 ) -> Choice:
     """The fastest way to multiply so many rows of numbers of `itemsize` bytes with a (O, I) weight matrix of such.
 
     kind: "normed" if a norm comes before the product, "gated" if also half of the outputs are gates, else "plain".
-    is_narrow: the weight is narrower, and only `skinny` or what it has in place of cuBLAS can read it.
+    narrow_bits: of the weight, if it is narrower, and only `skinny` or what it has in place of cuBLAS can read it.
     """
     outputs, inputs = weight
     if itemsize > 2:
-        return Choice("small" if rows <= 2 and not is_narrow else "cublas")
-    if not is_narrow and _is_small(rows, outputs, inputs, kind):
+        return Choice("small" if rows <= 2 and not narrow_bits else "cublas")
+    if not narrow_bits and _is_small(rows, outputs, inputs, kind):
         return Choice("small")
     gated = kind == "gated"
     tiles = num_tiles(outputs // 2 if gated else outputs, gated)
-    if rows > _MOST_SKINNY_ROWS or (rows > _MOST_SPLIT_ROWS and 2 * tiles < num_processors):
+    if rows > _MOST_SKINNY_ROWS[narrow_bits] or (rows > _MOST_SPLIT_ROWS and 2 * tiles < num_processors):
         return Choice("cublas")
-    splits = 1 if rows > _MOST_SPLIT_ROWS else min(num_processors // tiles, inputs // _FEWEST_INPUTS)
-    most = max(1, splits)
-    return Choice("skinny", max(16, 1 << (rows - 1).bit_length()), 1 << (most.bit_length() - 1))
+    padded, splits = max(16, 1 << (rows - 1).bit_length()), 1
+    if rows <= _MOST_SPLIT_ROWS:
+        programs = num_processors * (_NARROW_PROGRAMS[narrow_bits][padded] if narrow_bits else 1)
+        splits = max(1, min(programs // tiles, inputs // _FEWEST_INPUTS))
+    return Choice("skinny", padded, 1 << (splits.bit_length() - 1))
 
 
 def _is_small(rows: int, outputs: int, inputs: int, kind: Kind) -> bool:
@@ -120,7 +131,7 @@ class CudaProducts:
         """gelu: what gates go through, in place of silu."""
         self._gelu = gelu
         self._num_processors = num_processors(device)
-        self._workspace = SkinnyWorkspace(self._num_processors, _MOST_SPLIT_ROWS, device)
+        self._workspace = SkinnyWorkspace(_MOST_PROGRAMS * self._num_processors, _MOST_SPLIT_ROWS, device)
 
     def of_normed(self, stream: ResidualStream, norm: RmsNorm | None, linear: Linear) -> torch.Tensor:
         """(M, O) of the stream's rows, which are normed first."""
@@ -141,6 +152,8 @@ class CudaProducts:
             )
         if choice.kernel == "skinny":
             return self._skinny(choice, stream.scaled or stream.normed_by(norm), norm, linear, gated=True)
+        if suits_hopper_gated(stream.rows, linear.weight, linear.bias):
+            return hopper_gated(stream.normed_by(norm), linear.weight, self._gelu)
         return gate_mul(linear(stream.normed_by(norm)), self._gelu)
 
     def add_to(self, stream: ResidualStream, inputs: torch.Tensor, linear: Linear, next_norm: RmsNorm | None) -> None:
@@ -165,19 +178,23 @@ class CudaProducts:
                 next_norm=weights,
             )
 
-    def of(self, inputs: torch.Tensor, linear: Linear) -> torch.Tensor:
-        """(M, O) of rows (M, I)."""
+    def of(self, inputs: torch.Tensor, linear: Linear, group: RankGroup | None = None) -> torch.Tensor:
+        """(M, O) of rows (M, I). group: that is to sum it next over its ranks."""
         choice = self._choose(inputs, linear, "plain")
         if choice.kernel == "small":
             return small_linear(inputs, linear.weight, linear.bias)
         if choice.kernel == "skinny":
             return self._skinny(choice, inputs, None, linear)
-        return linear(inputs)
+        out = None if group is None else group.partial((len(inputs), len(linear.weight)), inputs.dtype)
+        if out is None:
+            return linear(inputs)
+        linear.into(out, inputs)
+        return out
 
     def _choose(self, rows: torch.Tensor, linear: Linear, kind: Kind) -> Choice:
         outputs, inputs = linear.weight.shape
         itemsize = rows.dtype.itemsize
-        return choose(len(rows), (outputs, inputs), itemsize, kind, self._num_processors, linear.is_narrow)
+        return choose(len(rows), (outputs, inputs), itemsize, kind, self._num_processors, linear.narrow_bits)
 
     def _skinny(
         self,

@@ -22,8 +22,10 @@ import msgspec
 from hbserve_core.config import InstanceConfig
 from hbserve_core.errors import InstanceFailed
 from hbserve_core.instance.gpu_instance import GpuInstance
+from hbserve_core.instance.nccl_interface import keep_nccl_to
 from hbserve_core.instance.registration import keep_registered
 from hbserve_rpc import own_process
+from hbserve_rpc.address import look_up
 from hbserve_rpc.parent_watch import when_launcher_ends
 
 logger = logging.getLogger(__name__)
@@ -48,6 +50,8 @@ async def run_instance(config: InstanceConfig, *, announce: bool = False, stop: 
     """
     stop = stop or asyncio.Event()
     sys.setswitchinterval(SWITCH_INTERVAL_S)
+    with contextlib.suppress(OSError):  # the instance says what is wrong with the name
+        keep_nccl_to(await look_up(config.kv_transfer.host))
     instance = GpuInstance(config)
     with own_process.on_ending_signals(lambda _: stop.set()):
         try:

@@ -8,6 +8,7 @@ Shapes: T tokens, I inputs, O outputs, E hidden_size, H heads of queries and key
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,8 +21,8 @@ from hbserve_core.model.rank_group import RankGroup
 class Linear:
     """x W^T + b, with W as checkpoints have it."""
 
-    is_narrow = False
-    """Whether W has fewer bits than what is multiplied, and is none that the kernels of other products can read."""
+    narrow_bits = 0
+    """Of each number of W where it has fewer than 16, and is none that the kernels of other products can read."""
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
         """weight: (O, I). bias: (O,)."""
@@ -31,6 +32,17 @@ class Linear:
     def __call__(self, inputs: torch.Tensor) -> torch.Tensor:
         """(T, I) to (T, O)."""
         return F.linear(inputs, self.weight, self.bias)
+
+    def into(self, out: torch.Tensor, inputs: torch.Tensor) -> None:
+        """Write the result to `out` (T, O)."""
+        if self.bias is None:
+            torch.mm(inputs, self.weight.t(), out=out)
+        else:
+            torch.addmm(self.bias, inputs, self.weight.t(), out=out)
+
+    def of_experts(self, count: int) -> Any:
+        """W as the matrices of so many experts, which are below each other in it: (count, O / count, I)."""
+        return self.weight.view(count, -1, self.weight.shape[1])
 
     def add_to(self, target: torch.Tensor, inputs: torch.Tensor) -> None:
         """Add the result to `target` (T, O) in place, within the product and rounded once."""
@@ -114,9 +126,9 @@ class ExpertWeights:
 
     router: Linear
     """To the experts of all ranks."""
-    gate_up: torch.Tensor
-    """(X, 2 F, E): gates, then ups."""
-    down: torch.Tensor
+    gate_up: Any
+    """(X, 2 F, E): gates, then ups. A tensor, as `down`, or what kernels have for narrow ones."""
+    down: Any
     """(X, E, F)"""
     first: int
     """The number of the first one among those of all ranks."""

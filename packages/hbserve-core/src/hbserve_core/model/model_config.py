@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from hbserve_core.errors import ModelFilesMissing, UnsupportedModel
 from hbserve_core.model.architectures import ARCHITECTURES, Switches, find_architecture
 from hbserve_core.model.end_tokens import end_token_ids
-from hbserve_core.model.quantization import Packing, packing, scale_block
+from hbserve_core.model.quantization import Packing, keeps_inputs, packing, scale_block
 from hbserve_core.model.rope_config import RopeConfig, extended_length, read_rope_configs
 from hbserve_rpc.settings import EngineSettings
 
@@ -75,6 +75,8 @@ class ModelConfig:
     """Each of them ends a sequence."""
     packing: Packing | None = None
     """Of 4-bit weights."""
+    keeps_inputs: bool = False
+    """8-bit weights are for inputs in the model's own dtype only."""
 
     @property
     def reach(self) -> int:
@@ -141,9 +143,8 @@ def _parse(folder: Path, architecture: str, raw: Mapping[str, Any], generation: 
         )
     head_dim = raw.get("head_dim") or raw["hidden_size"] // num_heads
     rope, local_rope = read_rope_configs(folder, raw)
-    max_model_len = raw["max_position_embeddings"]
-    if local_rope is None:  # with one, the configuration has the length that the other one extends the model to
-        max_model_len = extended_length(rope, max_model_len)
+    stated = raw["max_position_embeddings"]
+    max_model_len = stated if local_rope else extended_length(rope, stated)  # with a local one, it is extended already
     sliding = _sliding_layers(folder, raw, switches)
     window = raw["sliding_window"] if sliding and raw["sliding_window"] < max_model_len else 0
     return ModelConfig(
@@ -169,6 +170,7 @@ def _parse(folder: Path, architecture: str, raw: Mapping[str, Any], generation: 
         scale_block=scale_block(folder, raw),
         eos_token_ids=end_token_ids(folder, raw, generation),
         packing=packing(folder, raw),
+        keeps_inputs=keeps_inputs(raw),
     )
 
 

@@ -1,26 +1,27 @@
 """Weights that stay as narrow as a checkpoint has them: 8-bit floats, or numbers of 4 bits, with their scales.
 
 All that a checkpoint may have is brought to one form as it is loaded, which is the one that kernels read:
-    values   (O, I) float8_e4m3fn, or (O, I / 2) uint8 of two 4-bit numbers each
+    values   int16 words of two 8-bit floats (O, I / 2), or of four 4-bit numbers (O, I / 4)
     scales   (I / group, O): one for each output and group of inputs, next to those of the neighbouring outputs
     zeros    as scales, uint8: of 4-bit numbers, of which a weight is (number - zero) * scale
 Scales of blocks are written out for each of their rows: with blocks of 128 x 128 that makes an 8-bit weight 3 % larger,
 and so the rows of several projections may be put below each other, in any order, and shared among ranks.
-A byte of 4-bit numbers has two that are half a run apart: inputs j (low) and j + run / 2 of a run that is a group or a
-part of it. Then a kernel has whole halves of a run as soon as it has masked and shifted, and moves nothing between
-threads.
+A word has numbers that are a half, or a quarter, of a run apart, the first of them lowest; a run is a group of inputs
+or a part of it. Then a kernel has whole parts of a run as soon as it has masked and shifted, moves nothing between
+threads, and reads words that are where 16-bit numbers would be. Runs of 32 inputs have uint8 words of two 4-bit
+numbers: with quarters of 8 inputs a tensor core has nothing to multiply.
 Shapes: I inputs, O outputs.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 MOST_STEP = 128
 """Inputs that a kernel takes at once, at most."""
 _FEWEST_STEP = 32
-"""With half as many a tensor core has nothing to multiply."""
+_FEWEST_OF_4_PARTS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,15 +33,22 @@ class NarrowWeight:
     zeros: torch.Tensor | None
     """None: 8-bit floats."""
     group: int
-    """Inputs that share a scale; the last group may be smaller."""
+    """Inputs that share a scale."""
     input_order: torch.Tensor | None = None
     """(I,) int64: which input comes at which place (GPTQ's act-order); None: as they are."""
+    keeps_inputs: bool = False
+    """What is multiplied with 8-bit floats is not to be made such, however many rows there are."""
 
     @property
     def shape(self) -> tuple[int, int]:
         """(O, I)"""
         outputs, width = self.values.shape
-        return outputs, width if self.zeros is None else 2 * width
+        return outputs, width * self.values.element_size() * 8 // self.bits
+
+    @property
+    def bits(self) -> int:
+        """Of each number."""
+        return 8 if self.zeros is None else 4
 
     @property
     def nbytes(self) -> int:
@@ -48,19 +56,21 @@ class NarrowWeight:
 
     @property
     def run(self) -> int:
-        """Inputs of a run of 4-bit numbers."""
+        """Inputs, of which words have the parts."""
         return step_of(self.group)
 
     def with_rows(self, order: torch.Tensor) -> "NarrowWeight":
         """The same outputs in another order."""
-        # As bytes: not every device can gather 8-bit floats.
-        values = self.values.view(torch.uint8)[order].view(self.values.dtype)
         zeros = None if self.zeros is None else self.zeros[:, order].contiguous()
-        return NarrowWeight(values, self.scales[:, order].contiguous(), zeros, self.group, self.input_order)
+        scales = self.scales[:, order].contiguous()
+        return replace(self, values=self.values[order], scales=scales, zeros=zeros)
 
     def widened(self) -> torch.Tensor:
         """(O, I) float32, its inputs as they are."""
-        numbers = self.values.float() if self.zeros is None else unpacked(self.values, self.run).float()
+        if self.zeros is None:
+            numbers = in_order(self.values, self.run).float()
+        else:
+            numbers = unpacked(self.values, self.run).float()
         places = torch.arange(self.shape[1], device=numbers.device) // self.group
         if self.zeros is not None:
             numbers -= self.zeros.t()[:, places]
@@ -81,15 +91,32 @@ def can_be_read_by_groups(group: int) -> bool:
 
 
 def packed(numbers: torch.Tensor, run: int) -> torch.Tensor:
-    """(O, I / 2) uint8 of numbers (O, I) of 0 to 15."""
-    halves = numbers.to(torch.uint8).contiguous().view(len(numbers), -1, 2, run // 2)
-    return (halves[:, :, 0] | halves[:, :, 1] << 4).flatten(1)
+    """Words of numbers (O, I) of 0 to 15."""
+    parts, word = (4, torch.int16) if run >= _FEWEST_OF_4_PARTS else (2, torch.uint8)
+    by_part = numbers.to(word).contiguous().view(len(numbers), -1, parts, run // parts)
+    words = by_part[:, :, 0].clone()
+    for part in range(1, parts):
+        words |= by_part[:, :, part] << 4 * part
+    return words.flatten(1)
 
 
-def unpacked(values: torch.Tensor, run: int) -> torch.Tensor:
+def unpacked(words: torch.Tensor, run: int) -> torch.Tensor:
     """What `packed` was given."""
-    bytes_of_runs = values.view(len(values), -1, 1, run // 2)
-    return torch.cat((bytes_of_runs & 15, bytes_of_runs >> 4), dim=2).flatten(1)
+    parts = words.element_size() * 2
+    of_runs = words.view(len(words), -1, 1, run // parts)
+    return torch.cat([of_runs >> 4 * part & 15 for part in range(parts)], dim=2).flatten(1)
+
+
+def in_words(values: torch.Tensor, run: int) -> torch.Tensor:
+    """Words (O, I / 2) of 8-bit floats (O, I)."""
+    halves = values.view(torch.uint8).view(len(values), -1, 2, run // 2)
+    return halves.transpose(2, 3).contiguous().view(torch.int16).flatten(1)
+
+
+def in_order(words: torch.Tensor, run: int) -> torch.Tensor:
+    """What `in_words` was given."""
+    pairs = words.view(torch.uint8).view(len(words), -1, run // 2, 2)
+    return pairs.transpose(2, 3).contiguous().flatten(1).view(torch.float8_e4m3fn)
 
 
 def fused(parts: Sequence[NarrowWeight | None]) -> NarrowWeight | None:
@@ -103,12 +130,11 @@ def fused(parts: Sequence[NarrowWeight | None]) -> NarrowWeight | None:
     if len(narrow) == 1:
         return first
     zeros = [part.zeros for part in narrow if part.zeros is not None]
-    return NarrowWeight(
-        torch.cat([part.values.view(torch.uint8) for part in narrow]).view(first.values.dtype),
-        torch.cat([part.scales for part in narrow], dim=1),
-        torch.cat(zeros, dim=1) if zeros else None,
-        first.group,
-        first.input_order,
+    return replace(
+        first,
+        values=torch.cat([part.values for part in narrow]),
+        scales=torch.cat([part.scales for part in narrow], dim=1),
+        zeros=torch.cat(zeros, dim=1) if zeros else None,
     )
 
 

@@ -81,6 +81,15 @@ def scale_block(folder: Path, raw: Mapping[str, Any]) -> tuple[int, int] | None:
     )
 
 
+def keeps_inputs(raw: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint of 8-bit weights was made for inputs that keep their bits (W8A16). Others leave it to the
+    engine to make them 8-bit floats too, by scales of its own."""
+    given = raw.get("quantization_config") or {}
+    if given.get("quant_method") != "compressed-tensors":
+        return False
+    return not any(group.get("input_activations") for group in given.get("config_groups", {}).values())
+
+
 def _block(folder: Path, given: Any) -> tuple[int, int]:
     if given is None:
         return BLOCK

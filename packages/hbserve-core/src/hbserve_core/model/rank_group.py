@@ -27,6 +27,10 @@ class RankGroup:
         """
         return partial
 
+    def partial(self, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor | None:
+        """Where to write what `add_sum` sums next (T, E); None: anywhere."""
+        return None
+
     def add_sum(
         self, rows: torch.Tensor, partial: torch.Tensor, norm: tuple[torch.Tensor, float] | None = None
     ) -> torch.Tensor | None:

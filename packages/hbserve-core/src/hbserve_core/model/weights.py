@@ -15,6 +15,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -80,7 +81,7 @@ def load_weights(
     shapes = checkpoint_shapes(config)
     source: TensorSource
     if load_format == "dummy":
-        source = DummyCheckpoint(shapes, config.scale_block, config.packing)
+        source = DummyCheckpoint(shapes, config.scale_block, config.packing, config.keeps_inputs)
     else:
         source = Checkpoint(config, shapes, device)
     with contextlib.closing(source):
@@ -244,13 +245,22 @@ class _Loader:
         self, parts: Sequence[TensorPart], bias: torch.Tensor | None, order: torch.Tensor | None = None
     ) -> Linear:
         """Of weights one below the other, as narrow as they are stored if they can stay so."""
-        if self._make_narrow is not None:
-            narrow = fused([self._source.read_narrow(part, self._device) for part in parts])
-            if narrow is not None:
-                self.num_bytes += narrow.nbytes
-                return self._make_narrow(narrow if order is None else narrow.with_rows(order), bias)
+        narrow = self._narrow(parts)
+        if narrow is not None:
+            return self._kept(narrow if order is None else narrow.with_rows(order), bias)
         rows = self._fuse(parts)
         return make_linear(rows if order is None else rows[order], bias)
+
+    def _narrow(self, parts: Sequence[TensorPart]) -> NarrowWeight | None:
+        if self._make_narrow is None:
+            return None
+        return fused([self._source.read_narrow(part, self._device) for part in parts])
+
+    def _kept(self, narrow: NarrowWeight, bias: torch.Tensor | None) -> Linear:
+        assert self._make_narrow is not None
+        linear = self._make_narrow(narrow, bias)
+        self.num_bytes += linear.weight.nbytes
+        return linear
 
     def _layer(self, index: int) -> LayerWeights:
         prefix, switches, norms = f"model.layers.{index}", self._config.switches, self._config.switches.norms
@@ -299,15 +309,22 @@ class _Loader:
             own = own[shard.part(experts.count)]
         else:
             inner = shard.part(experts.intermediate_size)
-        size = inner.stop - inner.start
-        gate_up = self._empty(len(own), 2 * size, self._config.hidden_size)
-        down = self._empty(len(own), self._config.hidden_size, size)
-        for place, expert in enumerate(own):
-            names = [f"{prefix}.{experts.block}.experts.{expert}.{each}.weight" for each in experts.projections]
-            self._read([TensorPart(name, rows=inner) for name in names[:2]], gate_up[place])
-            self._read([TensorPart(names[2], columns=inner)], down[place])
+        names = [
+            [f"{prefix}.{experts.block}.experts.{expert}.{each}.weight" for each in experts.projections]
+            for expert in own
+        ]
+        gate_up = [TensorPart(name, rows=inner) for each in names for name in each[:2]]
+        down = [TensorPart(each[2], columns=inner) for each in names]
         router = make_linear(self._whole(f"{prefix}.{experts.block}.gate.weight"))
-        return ExpertWeights(router, gate_up, down, own.start)
+        return ExpertWeights(router, self._of_experts(gate_up, len(own)), self._of_experts(down, len(own)), own.start)
+
+    def _of_experts(self, parts: Sequence[TensorPart], count: int) -> Any:
+        """Matrices of so many experts, as narrow as they are stored if they can stay so."""
+        narrow = self._narrow(parts)
+        # Each expert may have an order of its own, and rows are gathered once for all of them.
+        if narrow is None or narrow.input_order is not None:
+            return Linear(self._fuse(parts)).of_experts(count)
+        return self._kept(narrow, None).of_experts(count)
 
     def _layer_norm(self, prefix: str, name: str | None, eps: float) -> RmsNorm | None:
         return None if name is None else RmsNorm(self._norm_weight(f"{prefix}.{name}.weight"), eps)

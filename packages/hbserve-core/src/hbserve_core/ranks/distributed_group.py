@@ -64,7 +64,7 @@ class DistributedRankGroup(RankGroup):
         with self._checked():
             self._process_group = self._make_process_group(PrefixStore("ranks", store))
         self.least(0)  # NCCL connects at the first use
-        if device.type == "cuda":
+        if device.type == "cuda" and shard.size > 1:
             self._memory = self._map_memory(PrefixStore("memory", store))
 
     def _map_memory(self, store: Store) -> "MappedMemory | None":
@@ -99,16 +99,19 @@ class DistributedRankGroup(RankGroup):
         return backend(store, rank, size, options)
 
     def all_reduce(self, partial: torch.Tensor) -> torch.Tensor:
-        if self._memory is not None and self._memory.fits(partial):
+        if self._memory is not None and self._memory.can_sum(partial):
             with self._open():
                 return self._memory.sum(partial)[0]
         self._run(self._process_group.allreduce, [partial], self._sum)
         return partial
 
+    def partial(self, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor | None:
+        return None if self._memory is None else self._memory.partial(shape, dtype)
+
     def add_sum(
         self, rows: torch.Tensor, partial: torch.Tensor, norm: tuple[torch.Tensor, float] | None = None
     ) -> torch.Tensor | None:
-        if self._memory is None or not self._memory.fits(partial):
+        if self._memory is None or not self._memory.can_sum(partial):
             return super().add_sum(rows, partial, norm)
         with self._open():
             return self._memory.sum(partial, rows, norm)[1]

@@ -12,16 +12,16 @@ import time
 import torch
 from torch.distributed.distributed_c10d import Store
 
-from hbserve_core.cuda_runner.kernels.rank_sum import CLOSED, LATE, MOST_PROGRAMS, SharedMemory, rank_sum
+from hbserve_core.cuda_runner.kernels.rank_sum import CLOSED, FLAG_BYTES, LATE, MOST_PROGRAMS, SharedMemory, rank_sum
 from hbserve_core.errors import RankFailed
 from hbserve_core.model.shard import Shard
 from hbserve_kv.memory import cuda_ipc
 
 logger = logging.getLogger(__name__)
 
-FEW_BYTES = 512 << 10
-"""Up to here a sum is one of few rows (docs/performance.md)."""
+FEW_BYTES = 1 << 20
 MANY_BYTES = 32 << 20
+"""Of two ranks: up to here a sum is one of few rows, or of many, as docs/performance.md has it."""
 TRIAL_TIMEOUT_S = 60.0
 """Kernels may be compiled in it."""
 END_TIMEOUT_S = 2.0
@@ -40,10 +40,14 @@ class MappedMemory:
         self._device = device
         self._mapped = contextlib.ExitStack()
         self._stream: torch.cuda.Stream | None = None
+        self._turn = 0
         numbers = torch.ones(MOST_PROGRAMS, dtype=torch.int32, device=device)
+        device_word = torch.zeros(1, dtype=torch.int32, device=device)
         host_word = torch.zeros(1, dtype=torch.int32, pin_memory=True)
         bases = torch.zeros(shard.size, dtype=torch.int64)
-        self.shared = SharedMemory(shard.rank, shard.size, bases.to(device), numbers, host_word, few_bytes, MANY_BYTES)
+        self.shared = SharedMemory(
+            shard.rank, shard.size, bases.to(device), numbers, device_word, host_word, *_limits(shard.size, few_bytes)
+        )
         self._own = torch.zeros(self.shared.num_bytes, dtype=torch.uint8, device=device)
         torch.cuda.current_stream(device).synchronize()  # zeros before others write
         try:
@@ -73,18 +77,33 @@ class MappedMemory:
         """Whether sums of both kinds are right. Called by all ranks at once."""
         rank, size = self.shared.rank, self.shared.num_ranks
         right = True
-        for rows in (1, FEW_BYTES // 4096 + 1):
+        for rows in (1, 2):
             numbers = torch.arange(rows * 1024, dtype=torch.float32, device=self._device).view(rows, 1024)
-            total, _ = self.sum(numbers * (rank + 1))
+            partial = numbers * (rank + 1)
+            if rows > 1:
+                partial = self._place(0, (rows, 1024), partial.dtype).copy_(partial)
+            total, _ = self.sum(partial)
             if not self._ends_within(TRIAL_TIMEOUT_S):
-                self.shared.host_word.fill_(CLOSED)
+                self.end_sums()
                 return False
             right = right and torch.equal(total, numbers * (size * (size + 1) // 2))
         return right
 
-    def fits(self, partial: torch.Tensor) -> bool:
-        """Whether it can sum such rows (T, E), and is faster than NCCL."""
-        return partial.nbytes <= self.shared.few_bytes and partial.shape[1] % 2 == 0
+    def partial(self, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor | None:
+        """Where to write many rows (T, E) for the next sum; None for few, which may lie anywhere, and for too many.
+
+        Two places take turns: others may read one until the sum that follows on that of its rows. A step begins with a
+        sum of rows that lie elsewhere, so it does not matter at which place the last one has ended.
+        """
+        if not self.shared.few_bytes < shape[0] * shape[1] * dtype.itemsize <= self.shared.many_bytes:
+            return None
+        self._turn = 1 - self._turn
+        return self._place(self._turn, shape, dtype)
+
+    def _place(self, turn: int, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
+        start = self.shared.many_start + turn * self.shared.many_bytes
+        num_bytes = shape[0] * shape[1] * dtype.itemsize
+        return self._own[start : start + num_bytes].view(dtype).view(shape)
 
     def sum(
         self,
@@ -92,9 +111,21 @@ class MappedMemory:
         add_to: torch.Tensor | None = None,
         norm: tuple[torch.Tensor, float] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """See `rank_sum`."""
+        """See `rank_sum`. Of rows that `can_sum`."""
         self._stream = torch.cuda.current_stream(self._device)
-        return rank_sum(partial, self.shared, add_to=add_to, norm=norm)
+        start = self._start(partial)
+        return rank_sum(partial, self.shared, start=start if self._is_mapped(start) else None, add_to=add_to, norm=norm)
+
+    def can_sum(self, partial: torch.Tensor) -> bool:
+        """Whether it is small, of whole words, or at a place for many rows."""
+        is_few = partial.nbytes <= self.shared.few_bytes and partial.shape[1] * partial.dtype.itemsize % 4 == 0
+        return is_few or self._is_mapped(self._start(partial))
+
+    def _start(self, partial: torch.Tensor) -> int:
+        return partial.data_ptr() - self._own.data_ptr()
+
+    def _is_mapped(self, start: int) -> bool:
+        return 0 <= start < self._own.nbytes
 
     def check(self) -> None:
         """Raises RankFailed: a sum has waited for too long."""
@@ -123,6 +154,14 @@ class MappedMemory:
                 return False
             time.sleep(0.001)
         return True
+
+
+def _limits(num_ranks: int, few_bytes: int) -> tuple[int, int]:
+    """Bytes of the largest sums of few rows and of many. Each rank reads what all others have, while NCCL sends a row
+    no more than twice: the more ranks, the more is left to it. That follows from the bytes; two have been measured."""
+    others = num_ranks - 1
+    few, many = few_bytes // others, MANY_BYTES // others**2
+    return few - few % FLAG_BYTES, many - many % FLAG_BYTES
 
 
 def _exchange(shard: Shard, store: Store, own: bytes) -> list[bytes]:

@@ -202,8 +202,9 @@ class Claim:
     def release(self) -> None:
         """Want it no more: the sender hears so, also if it has to offer it yet, and has its blocks back. Ends a fetch
         that is under way."""
+        self._cause = self._cause or "it was released"
         if self._posted is not None:
-            self._posted.fail("it was released")
+            self._posted.fail(self._cause)
         if self._kept.done():
             self.task.cancel()
         else:

@@ -11,6 +11,7 @@ Shapes: T rows, E hidden_size, X experts, K of them for each row, P = T * K pair
 """
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import triton
@@ -21,6 +22,11 @@ from hbserve_core.cuda_runner.kernels.pointwise import activated
 
 _CHUNK = 512
 """Pairs that `assign` takes at once."""
+_MOST_OF_ONE_PROGRAM = 4096
+"""Pairs; more of them are assigned by many programs."""
+_LARGE_TILE = 128
+_MANY_PAIRS = 128
+"""Of an expert, on average, from which on tiles are large: with fewer, too many rows of tiles would have no pair."""
 
 
 @triton.jit
@@ -46,6 +52,38 @@ def _route(
     tl.store(experts + row * K + k, tl.where(is_padding, -1, chosen), mask=k < K)
 
 
+@triton.jit
+def _own_experts(experts, pair, num_pairs, first, X: tl.constexpr):
+    """Of some pairs, by its place among this rank's, and whether it is one of them."""
+    expert = tl.load(experts + pair, mask=pair < num_pairs, other=-1)
+    expert = tl.where(expert >= 0, expert - first, -1)
+    return expert, (expert >= 0) & (expert < X)
+
+
+@triton.jit
+def _count(experts, places, pair, num_pairs, first, X: tl.constexpr):
+    expert, is_own = _own_experts(experts, pair, num_pairs, first, X)
+    tl.atomic_add(places + expert, 1, mask=is_own)
+
+
+@triton.jit
+def _make_tiles(places, ends, X: tl.constexpr, PADDED_X: tl.constexpr, ROWS: tl.constexpr):
+    # Past the first-level cache, which knows nothing of atomic additions.
+    x = tl.arange(0, PADDED_X)
+    tiles = tl.cdiv(tl.load(places + x, mask=x < X, other=0, cache_modifier=".cg"), ROWS)
+    end = tl.cumsum(tiles, 0)
+    tl.store(ends + x, end, mask=x < X)
+    tl.debug_barrier()
+    tl.store(places + x, (end - tiles) * ROWS, mask=x < X)
+
+
+@triton.jit
+def _put(experts, places, pairs, pair, num_pairs, first, X: tl.constexpr):
+    expert, is_own = _own_experts(experts, pair, num_pairs, first, X)
+    place = tl.atomic_add(places + expert, 1, mask=is_own)
+    tl.store(pairs + place, pair, mask=is_own)
+
+
 @triton.jit(do_not_specialize=["num_pairs", "num_places", "first"])
 def _assign(experts, places, ends, pairs, num_pairs, num_places, first, X: tl.constexpr, PADDED_X: tl.constexpr,
             ROWS: tl.constexpr, CHUNK: tl.constexpr):  # fmt: skip
@@ -57,27 +95,35 @@ def _assign(experts, places, ends, pairs, num_pairs, num_places, first, X: tl.co
         tl.store(pairs + start + c, tl.full((CHUNK,), -1, tl.int32), mask=start + c < num_places)
     tl.debug_barrier()
     for start in range(0, num_pairs, CHUNK):
-        expert = tl.load(experts + start + c, mask=start + c < num_pairs, other=-1)
-        expert = tl.where(expert >= 0, expert - first, -1)
-        tl.atomic_add(places + expert, 1, mask=(expert >= 0) & (expert < X))
+        _count(experts, places, start + c, num_pairs, first, X)
     tl.debug_barrier()
-    # Past the first-level cache, which knows nothing of atomic additions.
-    tiles = tl.cdiv(tl.load(places + x, mask=x < X, other=0, cache_modifier=".cg"), ROWS)
-    end = tl.cumsum(tiles, 0)
-    tl.store(ends + x, end, mask=x < X)
-    tl.debug_barrier()
-    tl.store(places + x, (end - tiles) * ROWS, mask=x < X)
+    _make_tiles(places, ends, X, PADDED_X, ROWS)
     tl.debug_barrier()
     for start in range(0, num_pairs, CHUNK):
-        expert = tl.load(experts + start + c, mask=start + c < num_pairs, other=-1)
-        expert = tl.where(expert >= 0, expert - first, -1)
-        is_own = (expert >= 0) & (expert < X)
-        place = tl.atomic_add(places + expert, 1, mask=is_own)
-        tl.store(pairs + place, start + c, mask=is_own)
+        _put(experts, places, pairs, start + c, num_pairs, first, X)
+
+
+@triton.jit(do_not_specialize=["num_pairs", "first"])
+def _count_many(experts, places, num_pairs, first, X: tl.constexpr, CHUNK: tl.constexpr):
+    # The same by many programs, in three launches. places: zeros.
+    begin()
+    _count(experts, places, tl.program_id(0) * CHUNK + tl.arange(0, CHUNK), num_pairs, first, X)
 
 
 @triton.jit
-def _expert_of(ends, tile, X: tl.constexpr, PADDED_X: tl.constexpr):
+def _make_many_tiles(places, ends, X: tl.constexpr, PADDED_X: tl.constexpr, ROWS: tl.constexpr):
+    begin()
+    _make_tiles(places, ends, X, PADDED_X, ROWS)
+
+
+@triton.jit(do_not_specialize=["num_pairs", "first"])
+def _put_many(experts, places, pairs, num_pairs, first, X: tl.constexpr, CHUNK: tl.constexpr):
+    begin()
+    _put(experts, places, pairs, tl.program_id(0) * CHUNK + tl.arange(0, CHUNK), num_pairs, first, X)
+
+
+@triton.jit
+def expert_of(ends, tile, X: tl.constexpr, PADDED_X: tl.constexpr):
     """The expert whose pairs are in a tile; X if there are none."""
     x = tl.arange(0, PADDED_X)
     end = tl.load(ends + x, mask=x < X, other=2**31 - 1)
@@ -90,11 +136,11 @@ def _expert_gate_up(
     ROWS: tl.constexpr, OUTPUTS: tl.constexpr, STEP: tl.constexpr, STAGES: tl.constexpr, GELU: tl.constexpr,
 ):  # fmt: skip
     begin()
-    expert = _expert_of(ends, tl.program_id(0), X, PADDED_X)
+    expert = expert_of(ends, tl.program_id(1), X, PADDED_X)
     if expert >= X:
         return
-    pair = tl.load(pairs + tl.program_id(0) * ROWS + tl.arange(0, ROWS))
-    used, outputs = pair >= 0, tl.program_id(1) * OUTPUTS + tl.arange(0, OUTPUTS)
+    pair = tl.load(pairs + tl.program_id(1) * ROWS + tl.arange(0, ROWS))
+    used, outputs = pair >= 0, tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
     clamped = tl.minimum(outputs, num_outputs - 1).to(tl.int64)
     gates = weight + (expert.to(tl.int64) * (2 * num_outputs) + clamped)[:, None] * num_inputs
     ups = gates + num_outputs * num_inputs
@@ -118,11 +164,11 @@ def _expert_down(
     ROWS: tl.constexpr, OUTPUTS: tl.constexpr, STEP: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     begin()
-    expert = _expert_of(ends, tl.program_id(0), X, PADDED_X)
+    expert = expert_of(ends, tl.program_id(1), X, PADDED_X)
     if expert >= X:
         return
-    pair = tl.load(pairs + tl.program_id(0) * ROWS + tl.arange(0, ROWS))
-    used, outputs = pair >= 0, tl.program_id(1) * OUTPUTS + tl.arange(0, OUTPUTS)
+    pair = tl.load(pairs + tl.program_id(1) * ROWS + tl.arange(0, ROWS))
+    used, outputs = pair >= 0, tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
     clamped = tl.minimum(outputs, num_outputs - 1).to(tl.int64)
     weights = weight + (expert.to(tl.int64) * num_outputs + clamped)[:, None] * num_inputs
     rows += tl.maximum(pair, 0).to(tl.int64)[:, None] * num_inputs
@@ -135,7 +181,7 @@ def _expert_down(
         result = tl.dot(block, tl.trans(given), result, input_precision="ieee")
     result *= tl.load(shares + pair, mask=used, other=0.0)[None, :]
     place = pair.to(tl.int64)[None, :] * num_outputs + outputs[:, None]
-    tl.store(out + place, result, mask=used[None, :] & (outputs < num_outputs)[:, None])
+    tl.store(out + place, result.to(out.dtype.element_ty), mask=used[None, :] & (outputs < num_outputs)[:, None])
 
 
 @triton.jit(do_not_specialize=["first"])
@@ -152,7 +198,8 @@ def _combine(
     for each in tl.static_range(K):
         expert = tl.load(experts + row * K + each)
         own_size = tl.where((expert >= first) & (expert < first + X), SIZE, 0)
-        total += tl.load(parts + (row * K + each) * SIZE + columns, mask=columns < own_size, other=0.0)
+        part = tl.load(parts + (row * K + each) * SIZE + columns, mask=columns < own_size, other=0.0)
+        total += part.to(tl.float32)
     tl.store(out + row * SIZE + columns, total.to(out.dtype.element_ty), mask=inside)
 
 
@@ -169,6 +216,35 @@ class Routing:
     """The first expert of this rank."""
 
 
+@dataclass(frozen=True, slots=True)
+class ExpertTiles:
+    """Pairs by expert, as `_assign` leaves them."""
+
+    pairs: torch.Tensor
+    ends: torch.Tensor
+    shares: torch.Tensor
+    count: int
+    rows: int
+    """Of each tile."""
+    per_row: int
+    """Experts."""
+
+
+class OwnExperts(Protocol):
+    """Matrices (X, O, I) of experts that are no tensor, and have kernels of their own."""
+
+    @property
+    def shape(self) -> tuple[int, int, int]: ...
+
+    def __len__(self) -> int: ...
+
+    def gate_up(self, rows: torch.Tensor, out: torch.Tensor, tiles: ExpertTiles, gelu: bool) -> None:
+        """Write what `down` reads to `out` (P, F), of rows (T, E)."""
+
+    def down(self, rows: torch.Tensor, out: torch.Tensor, tiles: ExpertTiles) -> None:
+        """Write to `out` (P, E), each times its share, of rows (P, F)."""
+
+
 def num_tiles(num_pairs: int, num_experts: int, rows: int) -> int:
     """Tiles of so many rows that pairs can need, however they are shared among experts."""
     return num_pairs // rows + min(num_pairs, num_experts)
@@ -176,15 +252,16 @@ def num_tiles(num_pairs: int, num_experts: int, rows: int) -> int:
 
 def _rows_of_tile(num_pairs: int, num_experts: int) -> int:
     """Of a few more rows than an expert has on average, so that most have one tile."""
-    return min(64, max(16, 1 << (2 * num_pairs // num_experts).bit_length()))
+    most = _LARGE_TILE if num_pairs >= _MANY_PAIRS * num_experts else 64
+    return min(most, max(16, 1 << (2 * num_pairs // num_experts).bit_length()))
 
 
 def expert_mlps(
     rows: torch.Tensor,
     logits: torch.Tensor,
     slots: torch.Tensor,
-    gate_up: torch.Tensor,
-    down: torch.Tensor,
+    gate_up: torch.Tensor | OwnExperts,
+    down: torch.Tensor | OwnExperts,
     routing: Routing,
     *,
     gelu: bool = False,
@@ -197,22 +274,14 @@ def expert_mlps(
     """
     num_rows, size = rows.shape
     count, k = len(gate_up), routing.per_row
-    num_pairs, padded = num_rows * k, triton.next_power_of_2(count)
     experts = torch.empty((num_rows, k), dtype=torch.int32, device=rows.device)
     shares = torch.empty((num_rows, k), dtype=torch.float32, device=rows.device)
     _route[(num_rows,)](
         logits, slots, experts, shares, routing.num_experts, triton.next_power_of_2(routing.num_experts), k,
         triton.next_power_of_2(k), routing.renormalises, num_warps=1, **LAUNCH,
     )  # fmt: skip
-    tile_rows = _rows_of_tile(num_pairs, count)
-    tiles = num_tiles(num_pairs, count, tile_rows)
-    places, ends = torch.empty((2, max(4, padded)), dtype=torch.int32, device=rows.device)
-    pairs = torch.empty(tiles * tile_rows, dtype=torch.int32, device=rows.device)
-    _assign[(1,)](
-        experts, places, ends, pairs, num_pairs, len(pairs), routing.first, count, padded, tile_rows, _CHUNK,
-        num_warps=8, **LAUNCH,
-    )  # fmt: skip
-    parts = _products(rows, gate_up, down, (pairs, ends, shares), (tiles, tile_rows), k, gelu)
+    tiles = _assigned(experts, shares, routing.first, count)
+    parts = _products(rows, gate_up, down, tiles, gelu)
     out = torch.empty_like(rows) if add_to is None else add_to
     block = min(1024, triton.next_power_of_2(size))
     _combine[(num_rows, triton.cdiv(size, block))](
@@ -221,29 +290,59 @@ def expert_mlps(
     return out
 
 
-def _products(
-    rows: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor,
-    assigned: tuple[torch.Tensor, torch.Tensor, torch.Tensor], tiles: tuple[int, int], k: int, gelu: bool,
-) -> torch.Tensor:  # fmt: skip
-    """(P, E) float32, each times its share; of pairs that are in no tile, nothing that has been written.
+def _assigned(experts: torch.Tensor, shares: torch.Tensor, first: int, count: int) -> ExpertTiles:
+    """experts, shares: (T, K). first, count: of this rank's experts."""
+    num_pairs, padded, device = experts.numel(), triton.next_power_of_2(count), experts.device
+    rows = _rows_of_tile(num_pairs, count)
+    tiles = num_tiles(num_pairs, count, rows)
+    if num_pairs <= _MOST_OF_ONE_PROGRAM:
+        places, ends = torch.empty((2, max(4, padded)), dtype=torch.int32, device=device)
+        pairs = torch.empty(tiles * rows, dtype=torch.int32, device=device)
+        _assign[(1,)](
+            experts, places, ends, pairs, num_pairs, len(pairs), first, count, padded, rows, _CHUNK, num_warps=8,
+            **LAUNCH,
+        )  # fmt: skip
+    else:
+        places, ends = torch.zeros((2, padded), dtype=torch.int32, device=device)
+        pairs = torch.full((tiles * rows,), -1, dtype=torch.int32, device=device)
+        grid = (triton.cdiv(num_pairs, _CHUNK),)
+        _count_many[grid](experts, places, num_pairs, first, count, _CHUNK, num_warps=4, **LAUNCH)
+        _make_many_tiles[(1,)](places, ends, count, padded, rows, num_warps=1, **LAUNCH)
+        _put_many[grid](experts, places, pairs, num_pairs, first, count, _CHUNK, num_warps=4, **LAUNCH)
+    return ExpertTiles(pairs, ends, shares, tiles, rows, experts.shape[1])
 
-    assigned: pairs, ends and shares. tiles: how many, and rows of each.
-    """
-    pairs, ends, shares = assigned
-    num_tiles, tile_rows = tiles
+
+def _products(
+    rows: torch.Tensor, gate_up: torch.Tensor | OwnExperts, down: torch.Tensor | OwnExperts, tiles: ExpertTiles,
+    gelu: bool,
+) -> torch.Tensor:  # fmt: skip
+    """(P, E), each times its share, float32 where they are few; of pairs that are in no tile, nothing that has been
+    written."""
     count, inner, size = len(gate_up), gate_up.shape[1] // 2, rows.shape[1]
-    inside = torch.empty((shares.numel(), inner), dtype=rows.dtype, device=rows.device)
-    parts = torch.empty((shares.numel(), size), dtype=torch.float32, device=rows.device)
+    inside = torch.empty((tiles.shares.numel(), inner), dtype=rows.dtype, device=rows.device)
+    kept = torch.float32 if tiles.rows < 64 else rows.dtype
+    parts = torch.empty((tiles.shares.numel(), size), dtype=kept, device=rows.device)
+    is_large = tiles.rows == _LARGE_TILE
     tiling = {
-        "X": count, "PADDED_X": triton.next_power_of_2(count), "ROWS": tile_rows, "STAGES": 4, "num_warps": 4,
-        "STEP": 64 if rows.dtype.itemsize == 2 else 32,
+        "X": count, "PADDED_X": triton.next_power_of_2(count), "ROWS": tiles.rows,
+        "STEP": 64 if rows.dtype.itemsize == 2 else 32, "STAGES": 3 if is_large else 4,
+        "num_warps": 8 if is_large else 4,
     }  # fmt: skip
     fewest = 2 * num_processors(rows.device)
-    for_gates, for_sums = (32 if num_tiles * triton.cdiv(each, 64) < fewest else 64 for each in (inner, size))
-    _expert_gate_up[(num_tiles, triton.cdiv(inner, for_gates))](
-        rows, gate_up, pairs, ends, inside, size, inner, K=k, OUTPUTS=for_gates, GELU=gelu, **tiling, **LAUNCH
-    )
-    _expert_down[(num_tiles, triton.cdiv(size, for_sums))](
-        inside, down, pairs, ends, shares, parts, inner, size, OUTPUTS=for_sums, **tiling, **LAUNCH
-    )
+    for_gates, for_sums = (32 if tiles.count * triton.cdiv(each, 64) < fewest else 64 for each in (inner, size))
+    for_sums = 128 if is_large else for_sums
+    if isinstance(gate_up, torch.Tensor):
+        _expert_gate_up[(triton.cdiv(inner, for_gates), tiles.count)](
+            rows, gate_up, tiles.pairs, tiles.ends, inside, size, inner, K=tiles.per_row, OUTPUTS=for_gates, GELU=gelu,
+            **tiling, **LAUNCH,
+        )  # fmt: skip
+    else:
+        gate_up.gate_up(rows, inside, tiles, gelu)
+    if isinstance(down, torch.Tensor):
+        _expert_down[(triton.cdiv(size, for_sums), tiles.count)](
+            inside, down, tiles.pairs, tiles.ends, tiles.shares, parts, inner, size, OUTPUTS=for_sums, **tiling,
+            **LAUNCH,
+        )  # fmt: skip
+    else:
+        down.down(inside, parts, tiles)
     return parts

@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 
 from hbserve_core.cuda_runner.kernels.dependent_launch import LAUNCH, begin, num_processors, prefetch
+from hbserve_core.cuda_runner.kernels.eight_bit_rows import EightBitRows, eight_bit_rows
 from hbserve_core.cuda_runner.kernels.few_rows_linear import (
     TILE_OUTPUTS,
     finish_tile,
@@ -27,72 +28,104 @@ from hbserve_core.cuda_runner.kernels.few_rows_linear import (
     sum_of_splits,
     weight_rows,
 )
+from hbserve_core.cuda_runner.kernels.widening import widened_4, widened_4_of_bytes, widened_8
 from hbserve_core.model.narrow_weight import MOST_STEP, NarrowWeight
 
 _AHEAD = 256
 """Bytes of each weight row that a program fetches while the kernel in front still runs."""
+_STAGES = {
+    8: {16: (3, 6, 4), 32: (2, 6, 4), 64: (2, 4, 3), 128: (1, 4, 4)},
+    4: {16: (4, 6, 4), 32: (3, 6, 4), 64: (2, 4, 3), 128: (1, 4, 4)},
+}
+"""By bits and padded rows, up to how many programs of a processor how many steps of the loop over inputs are on their
+way, and how many otherwise: with more, fewer programs share a processor."""
 _MOST_TILE_ROWS, _FEWEST_TILE_ROWS = 128, 64
 """Of one tile, where there are several of them."""
-_WIDENED = 32, 128
-"""Outputs, and inputs, of a program of `widen`."""
+_WIDENED_OUTPUTS = 32
+"""Of a program of `widen`."""
 
 
 @triton.jit
-def _group_product(
-    x, weight, zeros, start, last, m, num_rows, result, STEP: tl.constexpr, BITS: tl.constexpr,
-):  # fmt: skip
-    """(OUTPUTS, ROWS) more, of STEP inputs from `start` on. x, weight: places of rows. zeros: (OUTPUTS,), of 4 bits."""
-    used = (m < num_rows)[:, None]
-    if BITS == 8:
+def _group_product(x, words, zeros, start, used, result, STEP: tl.constexpr, BITS: tl.constexpr):
+    """(OUTPUTS, ROWS) more, of STEP inputs from `start` on. x, words: places of rows. zeros: (OUTPUTS,), of 4 bits."""
+    if x.dtype.element_ty == tl.float8e4nv:
         columns = (start + tl.arange(0, STEP))[None, :]
-        block = tl.load(weight + columns, mask=columns < last, other=0.0)
-        given = tl.load(x + columns, mask=used & (columns < last), other=0.0)
-        result = tl.dot(block.to(given.dtype), tl.trans(given), result, input_precision="ieee")
+        given = tl.load(x + columns, mask=used[:, None], other=0.0)
+        result = tl.dot(tl.load(words + columns), tl.trans(given), result)
     else:
-        HALF: tl.constexpr = STEP // 2
-        j = tl.arange(0, HALF)[None, :]
-        both = tl.load(weight + start // 2 + j)
-        low = (both & 15).to(tl.int16) - zeros[:, None]
-        high = (both >> 4).to(tl.int16) - zeros[:, None]
-        first = tl.load(x + start + j, mask=used, other=0.0)
-        second = tl.load(x + start + HALF + j, mask=used, other=0.0)
-        result = tl.dot(low.to(first.dtype), tl.trans(first), result, input_precision="ieee")
-        result = tl.dot(high.to(second.dtype), tl.trans(second), result, input_precision="ieee")
+        PARTS: tl.constexpr = words.dtype.element_ty.primitive_bitwidth // BITS
+        PART: tl.constexpr = STEP // PARTS
+        j = tl.arange(0, PART)[None, :]
+        block = tl.load(words + start // PARTS + j)
+        first = tl.load(x + start + j, mask=used[:, None], other=0.0)
+        second = tl.load(x + start + PART + j, mask=used[:, None], other=0.0)
+        if PARTS == 2:
+            if BITS == 8:
+                low, high = widened_8(block, first.dtype)
+            else:
+                low, high = widened_4_of_bytes(block, zeros, first.dtype)
+            result = tl.dot(low, tl.trans(first), result, input_precision="ieee")
+            result = tl.dot(high, tl.trans(second), result, input_precision="ieee")
+        else:
+            third = tl.load(x + start + 2 * PART + j, mask=used[:, None], other=0.0)
+            fourth = tl.load(x + start + 3 * PART + j, mask=used[:, None], other=0.0)
+            one, two, three, four = widened_4(block, zeros, first.dtype)
+            result = tl.dot(one, tl.trans(first), result, input_precision="ieee")
+            result = tl.dot(two, tl.trans(second), result, input_precision="ieee")
+            result = tl.dot(three, tl.trans(third), result, input_precision="ieee")
+            result = tl.dot(four, tl.trans(fourth), result, input_precision="ieee")
     return result
 
 
 @triton.jit
-def _sum_of_groups(
-    x, weight, scales, zeros, rows, first, last, m, num_rows, total, group_size, ROWS: tl.constexpr,
+def scales_and_zeros(scales, places, BITS: tl.constexpr):
+    """(OUTPUTS,) each, at such places. 8-bit floats have scales only; 4 bits both, in one word of 32 bits."""
+    if BITS == 8:
+        scale = tl.load(scales + places)
+        zero = tl.zeros(places.shape, tl.int32)
+    else:
+        both = tl.load(scales + places)
+        scale = (both & 0xFFFF).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
+        zero = both >> 16
+    return scale, zero
+
+
+@triton.jit
+def sum_of_groups(
+    x, x_scales, num_scales, words, scales, rows, first, last, used, total, group_size, ROWS: tl.constexpr,
     OUTPUTS: tl.constexpr, STEP: tl.constexpr, STAGES: tl.constexpr, BITS: tl.constexpr, ONE_GROUP: tl.constexpr,
 ):  # fmt: skip
-    """(OUTPUTS, ROWS) of inputs from `first` to `last`. rows: of the weight; total: all of them."""
+    """(OUTPUTS, ROWS) of inputs from `first` to `last`. x, words: places of rows; used: which of x there are. rows: of
+    the weight; total: all of them. Of x in 8 bits (see `EightBitRows`), x_scales: places of the rows' first scales;
+    num_scales: how far it is to the next."""
     result = tl.zeros((OUTPUTS, ROWS), tl.float32)
-    zero = tl.zeros((OUTPUTS,), tl.int16)
-    if ONE_GROUP and BITS == 4:
-        zero = tl.load(zeros + rows).to(tl.int16)
+    scale, zero = scales_and_zeros(scales, rows, BITS)
     for start in tl.range(first, last, STEP, num_stages=STAGES):
         if ONE_GROUP:
-            result = _group_product(x, weight, zero, start, last, m, num_rows, result, STEP, BITS)
+            result = _group_product(x, words, zero, start, used, result, STEP, BITS)
         else:
-            place = start // group_size * total + rows
-            if BITS == 4:
-                zero = tl.load(zeros + place).to(tl.int16)
+            group = start // group_size
+            of_group, zero = scales_and_zeros(scales, group * total + rows, BITS)
             part = tl.zeros((OUTPUTS, ROWS), tl.float32)
-            part = _group_product(x, weight, zero, start, last, m, num_rows, part, STEP, BITS)
-            result += part * tl.load(scales + place).to(tl.float32)[:, None]
+            part = _group_product(x, words, zero, start, used, part, STEP, BITS)
+            part *= of_group[:, None]
+            if x.dtype.element_ty == tl.float8e4nv:
+                part *= tl.load(x_scales + group * num_scales, mask=used, other=0.0)[None, :]
+            result += part
     if ONE_GROUP:
-        result *= tl.load(scales + rows).to(tl.float32)[:, None]
+        result *= scale[:, None]
+        if x.dtype.element_ty == tl.float8e4nv:
+            result *= tl.load(x_scales, mask=used, other=0.0)[None, :]
     return result
 
 
 @triton.jit(do_not_specialize=["num_rows"])
 def _narrow_skinny(
     x, weight, bias, out, given_squares, eps, next_norm, scaled, squares, parts, arrived, num_rows, num_inputs,
-    num_outputs, span, scales, zeros, group_size, ROWS: tl.constexpr, OUTPUTS: tl.constexpr, STEP: tl.constexpr,
-    AHEAD: tl.constexpr, SPLITS: tl.constexpr, STAGES: tl.constexpr, GATED: tl.constexpr, GELU: tl.constexpr,
-    HAS_BIAS: tl.constexpr, ADDS: tl.constexpr, SCALES: tl.constexpr, TILES: tl.constexpr, PADDED_TILES: tl.constexpr,
-    ROW_TILES: tl.constexpr, BITS: tl.constexpr, ONE_GROUP: tl.constexpr,
+    num_outputs, span, scales, x_scales, num_scales, group_size, ROWS: tl.constexpr, OUTPUTS: tl.constexpr,
+    STEP: tl.constexpr, AHEAD: tl.constexpr, SPLITS: tl.constexpr, STAGES: tl.constexpr, GATED: tl.constexpr,
+    GELU: tl.constexpr, HAS_BIAS: tl.constexpr, ADDS: tl.constexpr, SCALES: tl.constexpr, TILES: tl.constexpr,
+    PADDED_TILES: tl.constexpr, ROW_TILES: tl.constexpr, BITS: tl.constexpr, ONE_GROUP: tl.constexpr,
 ):  # fmt: skip
     tile, split, m = tl.program_id(0) // ROW_TILES, tl.program_id(1), tl.arange(0, ROWS)
     first_row = tl.program_id(0) % ROW_TILES * ROWS
@@ -101,17 +134,18 @@ def _narrow_skinny(
     first = split * span
     last = tl.minimum(first + span, num_inputs)
     rows = weight_rows(tile, num_outputs, OUTPUTS, GATED)
-    weight += rows[:, None].to(tl.int64) * (num_inputs * BITS // 8)
-    ahead = first * BITS // 8 + tl.arange(0, AHEAD // 128) * 128
-    prefetch(weight + tl.minimum(ahead, last * BITS // 8 - 1)[None, :])
+    PARTS: tl.constexpr = weight.dtype.element_ty.primitive_bitwidth // BITS
+    weight += rows[:, None].to(tl.int64) * (num_inputs // PARTS)
+    ahead = first // PARTS + tl.arange(0, AHEAD // 128) * (128 * 8 // BITS // PARTS)
+    prefetch(weight + tl.minimum(ahead, last // PARTS - 1)[None, :])
     begin()
     row_scales = tl.full((1, ROWS), 1.0, tl.float32)
     if TILES > 0:
         row_scales = row_scales_of(given_squares, num_inputs, eps, TILES, PADDED_TILES, ROWS)
     x += (first_row + m).to(tl.int64)[:, None] * num_inputs
-    result = row_scales * _sum_of_groups(
-        x, weight, scales, zeros, rows, first, last, m, num_rows, num_outputs * 2 if GATED else num_outputs,
-        group_size, ROWS, OUTPUTS, STEP, STAGES, BITS, ONE_GROUP,
+    result = row_scales * sum_of_groups(
+        x, x_scales + first_row + m, num_scales, weight, scales, rows, first, last, m < num_rows,
+        num_outputs * 2 if GATED else num_outputs, group_size, ROWS, OUTPUTS, STEP, STAGES, BITS, ONE_GROUP,
     )  # fmt: skip
     is_whole = SPLITS == 1
     if SPLITS > 1:
@@ -128,96 +162,125 @@ class NarrowMatrix:
     """A narrow weight as `skinny_linear` and `add_skinny_linear` take one that brings its own kernel."""
 
     def __init__(self, weight: NarrowWeight) -> None:
-        assert all(each is None or each.is_contiguous() for each in (weight.values, weight.scales, weight.zeros))
-        self.weight = weight
-        self.values = weight.values
-        self.shape = weight.shape
-        self._most_step = weight.run if weight.zeros is not None or weight.group < weight.shape[1] else MOST_STEP
-        self.scales = weight.scales
-        self.zeros = weight.scales if weight.zeros is None else weight.zeros
-        """Something to point at, where there are none."""
-        self.bits = 8 if weight.zeros is None else 4
+        assert weight.values.is_contiguous()
+        self.bits, self.shape, self.group, self.run = weight.bits, weight.shape, weight.group, weight.run
+        self.words = weight.values
+        self.scales = weight.scales.float() if weight.zeros is None else _in_one_word(weight.scales, weight.zeros)
+        """(groups, O): float32, or int32 of a float16 scale and, above it, a zero."""
+        self._input_order, self._keeps_inputs = weight.input_order, weight.keeps_inputs
+
+    @property
+    def nbytes(self) -> int:
+        return self.words.nbytes + self.scales.nbytes
 
     def __len__(self) -> int:
         return self.shape[0]
 
-    def step(self, step: int) -> int:
-        """Inputs that are taken at once where it would be so many of 16 bits. Those of 4 bits are whole runs."""
-        return self._most_step if self.bits == 4 else min(step, self._most_step)
+    def tiling(self, padded_rows: int, programs: int) -> tuple[int, int]:
+        """Inputs of a step, a run, and how many steps are on their way."""
+        few, stages_of_few, stages = _STAGES[self.bits][padded_rows]
+        return self.run, stages_of_few if programs <= few * num_processors(self.words.device) else stages
 
     def arranged(self, x: torch.Tensor) -> torch.Tensor:
         """Rows (M, I) with their inputs in the weight's order."""
-        order = self.weight.input_order
-        return x if order is None else x.index_select(1, order)
+        return x if self._input_order is None else x.index_select(1, self._input_order)
+
+    def takes_8_bits(self) -> bool:
+        """Whether rows in 8-bit floats can be multiplied with it, by groups of inputs that are those of the weight."""
+        if self.bits != 8 or self._keeps_inputs:
+            return False
+        return self.group == self.run == MOST_STEP or len(self.scales) == 1
+
+    def operands(self, x: torch.Tensor | EightBitRows) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Rows, weights and the rows' scales, as kernels take them. Of 8-bit rows both are single 8-bit floats."""
+        if isinstance(x, EightBitRows):
+            return x.values, self.words.view(torch.float8_e4m3fn), x.scales
+        return x, self.words, self.scales
 
     def launch(
-        self, grid: tuple[int, int], x: torch.Tensor, others: tuple[Any, ...], options: dict[str, Any],
-        row_tiles: int = 1,
+        self, grid: tuple[int, int], x: torch.Tensor | EightBitRows, others: tuple[Any, ...], options: dict[str, Any],
+        row_tiles: int = 1, num_warps: int = 4,
     ) -> None:  # fmt: skip
         """Launch the product. others, options: see `OwnKernel`."""
+        given, words, x_scales = self.operands(x)
+        options = options | {"AHEAD": _AHEAD}
         _narrow_skinny[(grid[0] * row_tiles, grid[1])](
-            x, self.values, *others, self.scales, self.zeros, self.weight.group, **options, ROW_TILES=row_tiles,
-            BITS=self.bits, ONE_GROUP=len(self.scales) == 1, num_warps=4, **LAUNCH,
+            given, words, *others, self.scales, x_scales, x_scales.shape[1], self.group, **options,
+            ROW_TILES=row_tiles, BITS=self.bits, ONE_GROUP=len(self.scales) == 1, num_warps=num_warps, **LAUNCH,
         )  # fmt: skip
+
+
+def _in_one_word(scales: torch.Tensor, zeros: torch.Tensor) -> torch.Tensor:
+    return (scales.half().view(torch.int16).int() & 0xFFFF) | zeros.int() << 16
 
 
 def tiled_linear(
     x: torch.Tensor, weight: NarrowMatrix, bias: torch.Tensor | None, out: torch.Tensor, adds: bool
 ) -> None:
     """Write x (M, I) times the weight transposed, plus bias (O,), to `out` (M, O), or add it there, rounded once."""
-    count, inputs = x.shape
-    outputs, tiles = weight.shape[0], num_tiles(weight.shape[0], False)
+    count, tiles = len(x), num_tiles(len(weight), False)
     is_wide = x.dtype.itemsize > 2
     tile_rows = max(16, min(_MOST_TILE_ROWS, triton.next_power_of_2(count)))
     if is_wide or tiles * triton.cdiv(count, tile_rows) < num_processors(x.device):
         tile_rows = min(tile_rows, _FEWEST_TILE_ROWS)
-    row_tiles, step = triton.cdiv(count, tile_rows), weight.step(64 if is_wide or tile_rows > 64 else MOST_STEP)
-    x = weight.arranged(x)
+    stages = 2 if is_wide else weight.tiling(tile_rows, tiles)[1]
+    tiling = {"ROWS": tile_rows, "OUTPUTS": TILE_OUTPUTS, "STEP": weight.run, "STAGES": stages}
+    _launch_tiles(weight.arranged(x), x, weight, bias, out, {"ADDS": adds, "GATED": False, "GELU": False} | tiling, 4)
+
+
+def eight_bit_linear(
+    x: torch.Tensor, weight: NarrowMatrix, bias: torch.Tensor | None, out: torch.Tensor, adds: bool
+) -> None:
+    """The same with rows in 8-bit floats, which they are made first."""
+    tiling = {"ROWS": _MOST_TILE_ROWS, "OUTPUTS": TILE_OUTPUTS, "STEP": weight.run, "STAGES": 4}
+    options = {"ADDS": adds, "GATED": False, "GELU": False}
+    _launch_tiles(eight_bit_rows(x, weight.group, weight.run), x, weight, bias, out, options | tiling, 4)
+
+
+def _launch_tiles(
+    rows: torch.Tensor | EightBitRows, x: torch.Tensor, weight: NarrowMatrix, bias: torch.Tensor | None,
+    out: torch.Tensor, options: dict[str, Any], num_warps: int,
+) -> None:  # fmt: skip
+    """x: any tensor, to point at where there is nothing."""
+    (count, outputs), inputs, step = out.shape, weight.shape[1], options["STEP"]
+    tiles = triton.cdiv(outputs, options["OUTPUTS"] // 2 if options["GATED"] else options["OUTPUTS"])
     span = triton.cdiv(inputs, step) * step
     others = x if bias is None else bias, out, x, 0.0, x, x, x, x, x, count, inputs, outputs, span
-    options = {
-        "ROWS": tile_rows, "OUTPUTS": TILE_OUTPUTS, "STEP": step, "AHEAD": _AHEAD, "SPLITS": 1,
-        "STAGES": 2 if is_wide else 4, "GATED": False, "GELU": False, "HAS_BIAS": bias is not None, "ADDS": adds,
-        "SCALES": False, "TILES": 0, "PADDED_TILES": 1,
+    options |= {
+        "SPLITS": 1, "HAS_BIAS": bias is not None, "SCALES": False, "TILES": 0, "PADDED_TILES": 1,
     }  # fmt: skip
-    weight.launch((tiles, 1), x, others, options, row_tiles)
+    weight.launch((tiles, 1), rows, others, options, triton.cdiv(count, options["ROWS"]), num_warps)
 
 
 @triton.jit
 def _widen(
-    weight, scales, zeros, out, num_inputs, num_outputs, group_size, OUTPUTS: tl.constexpr, STEP: tl.constexpr,
+    words, scales, out, num_inputs, num_outputs, group_size, OUTPUTS: tl.constexpr, STEP: tl.constexpr,
     BITS: tl.constexpr,
 ):  # fmt: skip
     begin()
     rows, start = tl.program_id(1) * OUTPUTS + tl.arange(0, OUTPUTS), tl.program_id(0) * STEP
-    inside = rows < num_outputs
-    place = start // group_size * num_outputs + rows
-    scale = tl.load(scales + place, mask=inside, other=0.0).to(tl.float32)[:, None]
-    columns = (start + tl.arange(0, STEP))[None, :]
-    target = out + rows[:, None].to(tl.int64) * num_inputs
-    if BITS == 8:
-        both = inside[:, None] & (columns < num_inputs)
-        block = tl.load(weight + rows[:, None].to(tl.int64) * num_inputs + columns, mask=both, other=0.0)
-        tl.store(target + columns, (block.to(tl.float32) * scale).to(out.dtype.element_ty), mask=both)
-    else:
-        HALF: tl.constexpr = STEP // 2
-        j = tl.arange(0, HALF)[None, :]
-        zero = tl.load(zeros + place, mask=inside, other=0).to(tl.float32)[:, None]
-        here = weight + rows[:, None].to(tl.int64) * (num_inputs // 2) + start // 2 + j
-        both = tl.load(here, mask=inside[:, None], other=0)
-        low = ((both & 15).to(tl.float32) - zero) * scale
-        high = ((both >> 4).to(tl.float32) - zero) * scale
-        tl.store(target + start + j, low.to(out.dtype.element_ty), mask=inside[:, None])
-        tl.store(target + start + HALF + j, high.to(out.dtype.element_ty), mask=inside[:, None])
+    rows = tl.minimum(rows, num_outputs - 1)  # the last row may be written several times
+    scale, zero = scales_and_zeros(scales, start // group_size * num_outputs + rows, BITS)
+    PARTS: tl.constexpr = words.dtype.element_ty.primitive_bitwidth // BITS
+    PART: tl.constexpr = STEP // PARTS
+    j = tl.arange(0, PART)[None, :]
+    block = tl.load(words + rows[:, None].to(tl.int64) * (num_inputs // PARTS) + start // PARTS + j).to(tl.int32)
+    target = out + rows[:, None].to(tl.int64) * num_inputs + start + j
+    for part in tl.static_range(PARTS):
+        number = block >> part * BITS
+        if BITS == 8:
+            wide = (number & 255).to(tl.uint8).to(tl.float8e4nv, bitcast=True).to(tl.float32)
+        else:
+            wide = ((number & 15) - zero[:, None]).to(tl.float32)
+        tl.store(target + part * PART, (wide * scale[:, None]).to(out.dtype.element_ty))
 
 
 def widen(weight: NarrowMatrix, dtype: torch.dtype) -> torch.Tensor:
     """(O, I) of a wider type, inputs in the weight's own order."""
     outputs, inputs = weight.shape
-    out = torch.empty((outputs, inputs), dtype=dtype, device=weight.values.device)
-    at_once, step = _WIDENED[0], weight.step(_WIDENED[1])
-    _widen[(triton.cdiv(inputs, step), triton.cdiv(outputs, at_once))](
-        weight.values, weight.scales, weight.zeros, out, inputs, outputs, weight.weight.group, OUTPUTS=at_once,
-        STEP=step, BITS=weight.bits, num_warps=4, **LAUNCH,
+    out = torch.empty((outputs, inputs), dtype=dtype, device=weight.words.device)
+    _widen[(inputs // weight.run, triton.cdiv(outputs, _WIDENED_OUTPUTS))](
+        weight.words, weight.scales, out, inputs, outputs, weight.group, OUTPUTS=_WIDENED_OUTPUTS, STEP=weight.run,
+        BITS=weight.bits, num_warps=4, **LAUNCH,
     )  # fmt: skip
     return out

@@ -1,13 +1,14 @@
 """Sums over the ranks of one host, by kernels that write into each other's memory: what stands between two products of
 a layer where each rank has a part of them.
 
-Every rank writes its rows into the memory of all others, waits for theirs, and adds all in float32 in the order of
-ranks, so that all have the same bits (a one-shot all-reduce). A row goes on from there in registers: it is added to the
-residual stream, rounded once, and normed for the next product.
+Every rank adds the rows of all, in float32 and in the order of ranks, so that all have the same bits (a one-shot
+all-reduce). A row goes on from there in registers: it is added to the residual stream, rounded once, and normed for the
+next product.
 
-    few rows     in 64-bit words, of which half is the number of the sum: who finds that has the other half (NCCL's LL)
-    many rows    as they are, each with a flag that is set when it is there; some are on their way while others are
-                 added
+    few rows     are written into the others' memory, in 64-bit words of which half is the number of the sum: who finds
+                 that has the other half (NCCL's LL protocol)
+    many rows    have been written by their product where all can read them: each rank tells the others that its own are
+                 there, and reads theirs
 
 A sum has a number, which the device counts, so that a graph may hold it. Sums take turns with two halves of the memory:
 a rank begins sum n + 2 when all others have begun n + 1, and so have ended n.
@@ -26,18 +27,20 @@ from triton.language.extra import cuda
 from hbserve_core.cuda_runner.kernels.dependent_launch import INTERPRETED, LAUNCH, begin
 from hbserve_core.cuda_runner.kernels.pointwise import normed_row
 
-MOST_PROGRAMS = 128
-"""All of them must be on the device at once: each waits for its like on other ranks."""
-MOST_ROWS = 4096
-"""Of many: each has a flag."""
+MOST_PROGRAMS = 256
+"""All of them must be on the device at once: each waits for others."""
+FLAG_BYTES = 128
+"""From one to the next: they are of different ranks."""
+_FLAG_BYTES = tl.constexpr(FLAG_BYTES)
 RUNNING, CLOSED, LATE = 0, 1, 2
 """What the host's word may be. A kernel that has waited for too long makes it LATE."""
 _LATE = tl.constexpr(LATE)
 _LOOK_EVERY = tl.constexpr(256)
-"""Looks at what others write between two at the host's word: one of these takes as long as a small sum."""
+"""Looks at what others write between two at whether anybody has given up."""
+_ASK_EVERY = tl.constexpr(1 << 15)
+"""And between two at the host's word, some 20 ms: hundreds of programs that read the host's memory at once hold each
+other up for a millisecond, and the other ranks then, who wait for them."""
 _TIMEOUT_NS = tl.constexpr(600 * 10**9)
-ROWS_AHEAD = 2
-"""That a program of many rows has sent before it waits for the first."""
 
 
 @triton.jit
@@ -49,14 +52,18 @@ def _now():
 
 
 @triton.jit
-def _gives_up(host_word, looks, began):
-    """Whether to wait no longer, after so many looks in vain."""
+def _gives_up(words, looks, began):
+    """Whether to wait no longer, after so many looks in vain. words: where the device's word is, and the host's."""
     found = tl.full((), 0, tl.int32)
     if looks % _LOOK_EVERY == 0:
-        found = tl.load(host_word, volatile=True)
-        if found == 0 and _now() - began > _TIMEOUT_NS:
-            tl.store(host_word, _LATE)
-            found = tl.full((), _LATE, tl.int32)
+        found = tl.load(words[0], volatile=True)
+        if found == 0 and looks % _ASK_EVERY == 0:
+            found = tl.load(words[1], volatile=True)
+            if found == 0 and _now() - began > _TIMEOUT_NS:
+                tl.store(words[1], _LATE)
+                found = tl.full((), _LATE, tl.int32)
+            if found != 0:
+                tl.store(words[0], found)  # for all others, and for sums that follow
     return found != 0
 
 
@@ -84,7 +91,7 @@ def _send_words(words, there, inside, number):
 
 
 @triton.jit
-def _wait_for_words(here, inside, number, host_word):
+def _wait_for_words(here, inside, number, words):
     """(W,) int32, when all have come."""
     found = tl.load(here, mask=inside, other=0, volatile=True)
     missing = tl.sum((inside & ((found >> 32).to(tl.int32) != number)).to(tl.int32), 0)
@@ -93,14 +100,14 @@ def _wait_for_words(here, inside, number, host_word):
         found = tl.load(here, mask=inside, other=0, volatile=True)
         missing = tl.sum((inside & ((found >> 32).to(tl.int32) != number)).to(tl.int32), 0)
         looks += 1
-        if _gives_up(host_word, looks, began):
+        if _gives_up(words, looks, began):
             missing = tl.full((), 0, tl.int32)
     return found.to(tl.int32)
 
 
 @triton.jit
 def _set_flag(flag, number):
-    """Set a flag of another device, after all that this program has written."""
+    """Set a flag of another device, after all that was written before."""
     tl.debug_barrier()
     if INTERPRETED:
         tl.store(flag, number)
@@ -113,7 +120,7 @@ def _set_flag(flag, number):
 
 
 @triton.jit
-def _wait_for_flag(flag, number, host_word):
+def _wait_for_flag(flag, number, words):
     """What was written before the flag may be read then, past the first-level cache."""
     # An atomic look that acquires is a fence, and hundreds of these at once hold up those of who sets the flag.
     found = tl.load(flag, volatile=True)
@@ -121,7 +128,7 @@ def _wait_for_flag(flag, number, host_word):
     while found != number:
         looks += 1
         found = tl.load(flag, volatile=True)
-        if _gives_up(host_word, looks, began):
+        if _gives_up(words, looks, began):
             found = number
     if not INTERPRETED:
         tl.inline_asm_elementwise(
@@ -152,9 +159,9 @@ def _finish_row(total, out, norm, normed, row, eps, SIZE: tl.constexpr, PADDED: 
 
 @triton.jit(do_not_specialize=["num_rows"])
 def _sum_few(
-    partial, out, norm, normed, eps, bases, numbers, host_word, start, capacity, num_rows, SIZE: tl.constexpr,
-    WORDS: tl.constexpr, PADDED: tl.constexpr, PADDED_WORDS: tl.constexpr, RANK: tl.constexpr, RANKS: tl.constexpr,
-    PROGRAMS: tl.constexpr, ADDS: tl.constexpr, NORMS: tl.constexpr,
+    partial, out, norm, normed, eps, bases, numbers, device_word, host_word, start, capacity, num_rows,
+    SIZE: tl.constexpr, WORDS: tl.constexpr, PADDED: tl.constexpr, PADDED_WORDS: tl.constexpr, RANK: tl.constexpr,
+    RANKS: tl.constexpr, PROGRAMS: tl.constexpr, ADDS: tl.constexpr, NORMS: tl.constexpr,
 ):  # fmt: skip
     """start, capacity: of the memory for few rows, in bytes, and of a rank's part of one half of it."""
     begin()
@@ -180,7 +187,7 @@ def _sum_few(
                 words = tl.load(partial + row * WORDS + w, mask=inside, other=0)
             else:
                 here = _memory(bases, RANK, half + (rank - RANK - 1 + RANKS) % RANKS * capacity, tl.int64)
-                words = _wait_for_words(here + row * WORDS + w, inside, number, host_word)
+                words = _wait_for_words(here + row * WORDS + w, inside, number, (device_word, host_word))
             total += _numbers(words, out.dtype.element_ty)
         if ADDS:
             total += residual
@@ -188,56 +195,35 @@ def _sum_few(
     _count(numbers, number, PROGRAMS)
 
 
-@triton.jit
-def _send_row(
-    partial, bases, half, flags, capacity, row, number, SIZE: tl.constexpr, PADDED: tl.constexpr, RANK: tl.constexpr,
-    RANKS: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
-    columns = tl.arange(0, PADDED)
-    inside, place = columns < SIZE, row * SIZE + columns
-    numbers = tl.load(partial + place, mask=inside, other=0.0)
-    for rank in tl.static_range(RANKS):
-        if rank != RANK:
-            slot = (RANK - rank - 1 + RANKS) % RANKS
-            tl.store(_memory(bases, rank, half + slot * capacity, partial.dtype.element_ty) + place, numbers, inside)
-    for rank in tl.static_range(RANKS):
-        if rank != RANK:
-            slot = (RANK - rank - 1 + RANKS) % RANKS
-            _set_flag(_memory(bases, rank, flags, tl.int32) + slot * ROWS + row, number)
-
-
 @triton.jit(do_not_specialize=["num_rows"])
 def _sum_many(
-    partial, out, norm, normed, eps, bases, numbers, host_word, start, capacity, num_rows, SIZE: tl.constexpr,
-    PADDED: tl.constexpr, RANK: tl.constexpr, RANKS: tl.constexpr, ROWS: tl.constexpr, AHEAD: tl.constexpr,
-    PROGRAMS: tl.constexpr, ADDS: tl.constexpr, NORMS: tl.constexpr,
+    out, norm, normed, eps, bases, numbers, device_word, host_word, start, num_rows, SIZE: tl.constexpr,
+    PADDED: tl.constexpr, RANK: tl.constexpr, RANKS: tl.constexpr, PROGRAMS: tl.constexpr, ADDS: tl.constexpr,
+    NORMS: tl.constexpr,
 ):  # fmt: skip
-    """start, capacity: see `_sum_few`. The flags, ROWS of each rank in each half, are where memory begins."""
+    """start: where the rows are in every rank's memory. That begins with flags, one of each other rank in each half."""
     begin()
-    program, programs = tl.program_id(0), tl.num_programs(0)
+    program = tl.program_id(0)
     number = tl.load(numbers + program)
-    parity = (number & 1) * (RANKS - 1)
-    half, flags = start + parity * capacity, parity * (ROWS * 4)
+    flags = (number & 1) * (RANKS - 1) * _FLAG_BYTES
+    if program == 0:
+        for rank in tl.static_range(RANKS):
+            if rank != RANK:
+                slot = (RANK - rank - 1 + RANKS) % RANKS
+                _set_flag(_memory(bases, rank, flags + slot * _FLAG_BYTES, tl.int32), number)
+    for rank in tl.static_range(RANKS):
+        if rank != RANK:
+            slot = (rank - RANK - 1 + RANKS) % RANKS
+            _wait_for_flag(_memory(bases, RANK, flags + slot * _FLAG_BYTES, tl.int32), number, (device_word, host_word))
     columns = tl.arange(0, PADDED)
     inside = columns < SIZE
-    ahead = programs * AHEAD
-    for row in range(program, tl.minimum(ahead, num_rows), programs):
-        _send_row(partial, bases, half, flags, capacity, row, number, SIZE, PADDED, RANK, RANKS, ROWS)
-    for row in range(program, num_rows, programs):
-        if row + ahead < num_rows:
-            _send_row(partial, bases, half, flags, capacity, row + ahead, number, SIZE, PADDED, RANK, RANKS, ROWS)
+    for row in range(program, num_rows, tl.num_programs(0)):
         place = row * SIZE + columns
         total = tl.zeros((PADDED,), tl.float32)
         for rank in tl.static_range(RANKS):
-            if rank == RANK:
-                found = tl.load(partial + place, mask=inside, other=0.0)
-            else:
-                slot = (rank - RANK - 1 + RANKS) % RANKS
-                _wait_for_flag(_memory(bases, RANK, flags, tl.int32) + slot * ROWS + row, number, host_word)
-                here = _memory(bases, RANK, half + slot * capacity, partial.dtype.element_ty)
-                # Past the first-level cache, which knows nothing of what others have written.
-                found = tl.load(here + place, mask=inside, other=0.0, cache_modifier=".cg")
-            total += found.to(tl.float32)
+            rows = _memory(bases, rank, start, out.dtype.element_ty)
+            # Past the first-level cache, which knows nothing of what others have written.
+            total += tl.load(rows + place, mask=inside, other=0.0, cache_modifier=".cg").to(tl.float32)
         if ADDS:
             total += tl.load(out + place, mask=inside, other=0.0).to(tl.float32)
         _finish_row(total, out, norm, normed, row, eps, SIZE, PADDED, NORMS)
@@ -246,7 +232,8 @@ def _sum_many(
 
 @dataclass(frozen=True)
 class SharedMemory:
-    """Memory that the ranks of a host have mapped into each other, as one of them sees it."""
+    """Memory that the ranks of a host have mapped into each other, as one of them sees it: flags, what others send of
+    few rows, and two places for many rows of its own."""
 
     rank: int
     num_ranks: int
@@ -254,16 +241,18 @@ class SharedMemory:
     """(P,) int64: where each rank's memory begins, in this process."""
     numbers: torch.Tensor
     """(MOST_PROGRAMS,) int32, of this rank alone: the number of the next sum, 1 at first, for each program."""
+    device_word: torch.Tensor
+    """(1,) int32, of this rank alone: 0; then what the host's word was when a kernel looked at it."""
     host_word: torch.Tensor
     """(1,) int32, pinned."""
     few_bytes: int
     """Of the largest sum of few rows."""
     many_bytes: int
-    """Of the largest sum there can be."""
+    """Of the largest sum of many."""
 
     @property
     def few_start(self) -> int:
-        return 2 * (self.num_ranks - 1) * MOST_ROWS * 4
+        return 2 * (self.num_ranks - 1) * FLAG_BYTES
 
     @property
     def many_start(self) -> int:
@@ -272,46 +261,43 @@ class SharedMemory:
     @property
     def num_bytes(self) -> int:
         """Of each rank's memory, which must be zeros before the first sum."""
-        return self.many_start + 2 * (self.num_ranks - 1) * self.many_bytes
-
-
-def _warps(padded: int) -> int:
-    return max(1, min(8, padded // 512))
+        return self.many_start + 2 * self.many_bytes
 
 
 def rank_sum(
     partial: torch.Tensor,
     memory: SharedMemory,
     *,
+    start: int | None = None,
     add_to: torch.Tensor | None = None,
     norm: tuple[torch.Tensor, float] | None = None,
     programs: int = MOST_PROGRAMS,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The sum of every rank's `partial` (T, E), which all must have launched: at most `many_bytes` of `memory`.
+    """The sum of every rank's `partial` (T, E), which all must have launched: of few rows, up to `few_bytes`.
 
-    add_to: (T, E), to which the sum is added in place, rounded once, and which is returned. norm: weights (E,) and eps
-    of an RMS norm; then the result normed is returned too.
+    start: `partial` are many rows, and lie in every rank's memory from this byte on. The same ones may be written again
+    after the sum that follows. add_to: (T, E), to which the sum is added in place, rounded once, and which is returned.
+    norm: weights (E,) and eps of an RMS norm; then the result normed is returned too.
     """
     rows, size = partial.shape
     assert partial.is_contiguous()
+    assert start is not None or partial.nbytes <= memory.few_bytes
     out = torch.empty_like(partial) if add_to is None else add_to
     normed = None if norm is None else torch.empty_like(partial)
     weight, eps = norm or (out, 0.0)
-    few = partial.nbytes <= memory.few_bytes
     padded = triton.next_power_of_2(size)
-    per_word = 4 // partial.dtype.itemsize
-    start, capacity = (memory.few_start, 2 * memory.few_bytes) if few else (memory.many_start, memory.many_bytes)
     grid = (min(rows, programs),)
     options = {
-        "SIZE": size, "PADDED": padded, "RANK": memory.rank, "RANKS": memory.num_ranks, "PROGRAMS": len(memory.numbers),
-        "ADDS": add_to is not None, "NORMS": norm is not None, "num_warps": _warps(padded),
+        "SIZE": size, "PADDED": padded, "RANK": memory.rank, "RANKS": memory.num_ranks, "PROGRAMS": MOST_PROGRAMS,
+        "ADDS": add_to is not None, "NORMS": norm is not None, "num_warps": max(1, min(8, padded // 512)),
     } | LAUNCH  # fmt: skip
-    shared = memory.bases, memory.numbers, memory.host_word, start, capacity, rows
-    others = out, weight, out if normed is None else normed, eps, *shared
-    if few:
-        _sum_few[grid](
-            partial.view(torch.int32), *others, WORDS=size // per_word, PADDED_WORDS=padded // per_word, **options
-        )
+    written = out, weight, out if normed is None else normed, eps
+    shared = memory.bases, memory.numbers, memory.device_word, memory.host_word
+    if start is None:
+        per_word = 4 // partial.dtype.itemsize
+        words = {"WORDS": size // per_word, "PADDED_WORDS": padded // per_word}
+        of_few = memory.few_start, 2 * memory.few_bytes
+        _sum_few[grid](partial.view(torch.int32), *written, *shared, *of_few, rows, **words, **options)
     else:
-        _sum_many[grid](partial, *others, ROWS=MOST_ROWS, AHEAD=ROWS_AHEAD, **options)
+        _sum_many[grid](*written, *shared, start, rows, **options)
     return out, normed

@@ -22,7 +22,7 @@ from hbserve_core.model.checkpoint.tensor_source import (
 from hbserve_core.model.checkpoint.weight_files import weight_files
 from hbserve_core.model.checkpoint.weight_scales import KV_SCALES, find_kv_scales, find_scales, is_scale
 from hbserve_core.model.model_config import ModelConfig
-from hbserve_core.model.narrow_weight import NarrowWeight
+from hbserve_core.model.narrow_weight import NarrowWeight, in_words, step_of
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ class Checkpoint:
                 self._stored = {name: each for name, each in self._stored.items() if not is_part(name)}
             self._kv_scales, kv_problems = find_kv_scales(self._stored)
             self._check(config, shapes, problems + kv_problems)
-            self._path = config.path
+            self._path, self._keeps_inputs = config.path, config.keeps_inputs
             self._widened: set[str] = set()
             self._reader = StagedReader(device)
             opened.callback(self._reader.close)
@@ -93,7 +93,8 @@ class Checkpoint:
         values = torch.empty((len(rows), len(columns)), dtype=torch.float8_e4m3fn, device=device)
         self._reader.read(stored, rows, columns, values)
         own = scales.of_rows(rows)[:, columns_of_scales.start : columns_of_scales.stop]
-        return NarrowWeight(values, own.t().contiguous().to(device), None, group)
+        words = in_words(values, step_of(group))
+        return NarrowWeight(words, own.t().contiguous().to(device), None, group, keeps_inputs=self._keeps_inputs)
 
     def sample(self, name: str) -> torch.Tensor:
         if packed := self._packed.get(name):

@@ -19,7 +19,7 @@ from hbserve_core.model.checkpoint.tensor_source import (
     row_pieces,
     sampled_places,
 )
-from hbserve_core.model.narrow_weight import NarrowWeight, packed, step_of
+from hbserve_core.model.narrow_weight import NarrowWeight, in_words, packed, step_of
 from hbserve_core.model.quantization import Packing
 
 _STD = 0.02
@@ -44,10 +44,14 @@ class DummyCheckpoint:
     """
 
     def __init__(
-        self, shapes: Shapes, scale_block: tuple[int, int] | None = None, packing: Packing | None = None
+        self,
+        shapes: Shapes,
+        scale_block: tuple[int, int] | None = None,
+        packing: Packing | None = None,
+        keeps_inputs: bool = False,
     ) -> None:
-        """scale_block, packing: see `ModelConfig`."""
-        self._shapes = shapes
+        """scale_block, packing, keeps_inputs: see `ModelConfig`."""
+        self._shapes, self._keeps_inputs = shapes, keeps_inputs
         self._scale_block, self._packing = scale_block, packing
 
     def read(self, part: TensorPart, target: torch.Tensor) -> None:
@@ -72,10 +76,10 @@ class DummyCheckpoint:
             for piece, numbers in self._pieces(part, device):
                 values[piece].copy_(numbers / _SCALE_OF_8_BITS)
             scales = torch.full((num_groups, len(rows)), _SCALE_OF_8_BITS, device=device)
-            return NarrowWeight(values, scales, None, group)
-        values = torch.empty((len(rows), len(columns) // 2), dtype=torch.uint8, device=device)
-        for piece, numbers in self._pieces(part, device):
-            values[piece] = packed(_of_4_bits(numbers) + _ZERO_OF_4_BITS, step_of(group))
+            words = in_words(values, step_of(group))
+            return NarrowWeight(words, scales, None, group, keeps_inputs=self._keeps_inputs)
+        pieces = (numbers for _, numbers in self._pieces(part, device))
+        values = torch.cat([packed(_of_4_bits(piece) + _ZERO_OF_4_BITS, step_of(group)) for piece in pieces])
         scales = torch.full((num_groups, len(rows)), _SCALE_OF_4_BITS, dtype=torch.float16, device=device)
         return NarrowWeight(values, scales, torch.full_like(scales, _ZERO_OF_4_BITS, dtype=torch.uint8), group)
 

@@ -47,17 +47,17 @@ def check_whole_groups(name: str, columns: range, group: int, num_inputs: int) -
 
 def columns_by_group(name: str, columns: range, group: int, num_inputs: int) -> tuple[int, range] | None:
     """Of some columns of an 8-bit or 4-bit matrix: how many of them share a scale, and which columns of scales they
-    have. None: kernels cannot read groups of so many.
+    have. None: kernels cannot read groups of so many, or one that is smaller.
 
     Raises:
         SplitGroups: the columns begin or end within a group.
     """
     if group >= num_inputs:
-        return len(columns), range(1)
-    if not can_be_read_by_groups(group):
+        return (len(columns), range(1)) if can_be_read_by_groups(len(columns)) else None
+    if num_inputs % group or not can_be_read_by_groups(group):
         return None
     check_whole_groups(name, columns, group, num_inputs)
-    return group, range(columns.start // group, -(-columns.stop // group))
+    return group, range(columns.start // group, columns.stop // group)
 
 
 class TensorSource(Protocol):

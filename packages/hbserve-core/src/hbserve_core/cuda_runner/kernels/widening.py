@@ -1,0 +1,107 @@
+"""Narrow numbers made 16-bit ones in registers, exactly, by few instructions.
+
+A product of few rows is to take no longer than its weights' bytes do, so a processor has to widen some 20 of them, or
+40 numbers of 4 bits, in each cycle, beside all else. Converting instructions are too few for that, and bytes have to be
+brought to where the tensor cores want 16 bits. So words of 16 bits are read, which are where they belong, and hold two
+8-bit floats or four numbers of 4 bits (see model/narrow_weight.py); each of these is moved to its bits, two words at a
+time:
+    8-bit floats   sign and the rest are put where bfloat16 has them, which is a number 2^120 times too small, and
+                   multiplied by that: subnormal ones come out right as well
+    4 bits         in the lowest bits of a number whose last place counts as 1 (128, or 1024 of float16), from which
+                   that and the zero are then subtracted
+Triton's interpreter, which knows no instruction of a device, and float32 have plain conversions.
+"""
+
+import triton
+import triton.language as tl
+
+from hbserve_core.cuda_runner.kernels.dependent_launch import DEPENDENT
+
+_8_TO_BF16 = tl.constexpr(
+    """{
+    .reg .b32 a, b, c;
+    shl.b32 a, $2, 4;
+    and.b32 a, a, 0x07f007f0;
+    shl.b32 b, $2, 8;
+    lop3.b32 a, b, 0x80008000, a, 0xea;
+    shr.u32 b, $2, 4;
+    and.b32 b, b, 0x07f007f0;
+    lop3.b32 b, $2, 0x80008000, b, 0xea;
+    mov.b32 c, 0x7b807b80;
+    mul.bf16x2 $0, a, c;
+    mul.bf16x2 $1, b, c;
+    }"""
+)
+_8_TO_F16 = tl.constexpr(
+    """{
+    .reg .b32 a, b;
+    .reg .b16 c, d;
+    prmt.b32 a, $2, 0, 0x3120;
+    mov.b32 {c, d}, a;
+    cvt.rn.f16x2.e4m3x2 $0, c;
+    cvt.rn.f16x2.e4m3x2 $1, d;
+    }"""
+)
+_4_BITS = """{
+    .reg .b32 a, b, c, d;
+    shr.u32 b, $4, 4;
+    shr.u32 c, $4, 8;
+    shr.u32 d, $4, 12;
+    lop3.b32 a, $4, 0x000f000f, MAGIC, 0xea;
+    lop3.b32 b, b, 0x000f000f, MAGIC, 0xea;
+    lop3.b32 c, c, 0x000f000f, MAGIC, 0xea;
+    lop3.b32 d, d, 0x000f000f, MAGIC, 0xea;
+    sub.TYPE $0, a, $5;
+    sub.TYPE $1, b, $5;
+    sub.TYPE $2, c, $5;
+    sub.TYPE $3, d, $5;
+    }"""
+_4_TO_BF16 = tl.constexpr(_4_BITS.replace("MAGIC", "0x43004300").replace("TYPE", "bf16x2"))
+_4_TO_F16 = tl.constexpr(_4_BITS.replace("MAGIC", "0x64006400").replace("TYPE", "f16x2"))
+
+
+@triton.jit
+def widened_8(words, dtype: tl.constexpr):
+    """Words (O, I) int16 of two 8-bit floats each as `dtype`: the low ones, and the high ones."""
+    if DEPENDENT and dtype == tl.bfloat16:
+        low, high = tl.inline_asm_elementwise(
+            _8_TO_BF16, "=r,=r,r", [words], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=2
+        )
+    elif DEPENDENT and dtype == tl.float16:
+        low, high = tl.inline_asm_elementwise(
+            _8_TO_F16, "=r,=r,r", [words], dtype=(tl.float16, tl.float16), is_pure=True, pack=2
+        )
+    else:
+        low = (words & 255).to(tl.uint8).to(tl.float8e4nv, bitcast=True).to(dtype)
+        high = ((words >> 8) & 255).to(tl.uint8).to(tl.float8e4nv, bitcast=True).to(dtype)
+    return low, high
+
+
+@triton.jit
+def widened_4(words, zeros, dtype: tl.constexpr):
+    """Words (O, I) int16 of four numbers of 4 bits each, less zeros (O,), as `dtype`: from the lowest on."""
+    if DEPENDENT and (dtype == tl.bfloat16 or dtype == tl.float16):
+        OFFSET: tl.constexpr = 128 if dtype == tl.bfloat16 else 1024
+        taken = tl.broadcast_to((zeros.to(tl.float32) + OFFSET).to(dtype)[:, None], words.shape)
+        if dtype == tl.bfloat16:
+            first, second, third, last = tl.inline_asm_elementwise(
+                _4_TO_BF16, "=r,=r,=r,=r,r,r", [words, taken], dtype=(tl.bfloat16,) * 4, is_pure=True, pack=2
+            )
+        else:
+            first, second, third, last = tl.inline_asm_elementwise(
+                _4_TO_F16, "=r,=r,=r,=r,r,r", [words, taken], dtype=(tl.float16,) * 4, is_pure=True, pack=2
+            )
+    else:
+        zero = zeros.to(tl.int16)[:, None]
+        first = ((words & 15) - zero).to(dtype)
+        second = (((words >> 4) & 15) - zero).to(dtype)
+        third = (((words >> 8) & 15) - zero).to(dtype)
+        last = (((words >> 12) & 15) - zero).to(dtype)
+    return first, second, third, last
+
+
+@triton.jit
+def widened_4_of_bytes(both, zeros, dtype: tl.constexpr):
+    """Bytes (O, I) of two numbers of 4 bits each, less zeros (O,), as `dtype`: the low ones, and the high ones."""
+    zero = zeros.to(tl.int16)[:, None]
+    return ((both & 15).to(tl.int16) - zero).to(dtype), ((both >> 4).to(tl.int16) - zero).to(dtype)
