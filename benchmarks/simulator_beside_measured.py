@@ -205,7 +205,7 @@ async def measure_layout(
             figures, found, _ = await server.during(measure(sent(arguments, server.url, load)))
             by_server = [each.server["time_to_first_token_ms"] for each in found.outcomes if each.server]
             figures["p50_server_ttft_ms"] = percentile(by_server, 50)
-            if figures["client_is_bottleneck"]:
+            if load.rate and figures["client_is_bottleneck"]:
                 print(f"{load.rate:6g} the load was itself late: {figures['client_lag_p99_ms']:.1f} ms", flush=True)
             yield load, figures
 

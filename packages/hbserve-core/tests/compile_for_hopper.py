@@ -188,6 +188,13 @@ def product(outputs, inputs, rows, dtype, reads_norm=False, adds=False, gated=Fa
             skinny_linear(ScaledRows(x, squares) if reads_norm else x, weight, eps=1e-6, gated=gated, **tiling)
 
 
+def gated():
+    from hbserve_core.cuda_runner.kernels.hopper_gated import hopper_gated
+
+    hidden, inner, *_ = MODELS["Qwen3-8B"]
+    hopper_gated(empty(2048, hidden), empty(2 * inner, hidden))
+
+
 NARROW = {"8 bits": 8, "4 bits": 4}
 
 
@@ -307,6 +314,7 @@ CASES: dict[str, Callable[[], object]] = {
     "products 1 Qwen3-8B": partial(products, "Qwen3-8B", 1, *LAYER, "head"),
     "products 64 Qwen3-8B": partial(products, "Qwen3-8B", 64, "gate_up", "down"),
     "products 128 Qwen3-8B": partial(products, "Qwen3-8B", 128, "qkv", "gate_up"),
+    "products 2048 Qwen3-8B": gated,
     "float32 products": partial(products, "SmolLM2-135M", 1, *LAYER, dtype=F32),
     "others": partial(others, BF16),
     "float32 others": partial(others, F32),

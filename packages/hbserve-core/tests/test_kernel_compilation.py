@@ -98,5 +98,9 @@ def test_what_steps_in_16_bits_run_leaves_few_bytes_outside_its_registers(compil
     assert [kernel for kernel in of_cases(compiled, beginning) if kernel["stack"] > most_bytes] == []
 
 
-def test_both_kinds_of_product_are_among_them(compiled):
-    assert {kernel["kernel"] for kernel in of_cases(compiled, "products")} == {"_small_linear", "_skinny_linear"}
+def test_all_kinds_of_product_are_among_them(compiled):
+    assert {kernel["kernel"] for kernel in of_cases(compiled, "products")} == {
+        "_small_linear",
+        "_skinny_linear",
+        "_hopper_gated",
+    }

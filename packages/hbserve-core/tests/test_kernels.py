@@ -20,6 +20,8 @@ LAYER, NUM_LAYERS = 1, 2
 EPS = 1e-6
 # query heads, key heads, head size: sizes of Qwen3, Qwen2 and Llama models, powers of two and others.
 HEADS = [(4, 2, 64), (2, 1, 80), (9, 3, 96), (7, 1, 128), (2, 2, 256)]
+# What hopper_attention.py is for. There is no interpreter for it.
+OF_HOPPER = [(16, 8, 128), (8, 1, 128), (2, 2, 128)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16] if DEVICE.type == "cuda" else [torch.float32]
 # Float32 is not what this one is for: on a GPU its tiles would not fit.
 SKINNY_DTYPES = DTYPES[1:] or DTYPES
@@ -206,13 +208,52 @@ def test_prefill_attention_over_new_tokens_and_over_paged_context(heads, dtype):
     paged.check(prefill(paged, dtype)[:-3], dtype)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("heads", "block"), [*zip(OF_HOPPER, [16, 8, 256], strict=True)], ids=str)
+def test_prefill_attention_of_hopper_over_several_tiles_for_each_processor(heads, dtype, block, monkeypatch):
+    from hbserve_core.cuda_runner.kernels.hopper import IS_HOPPER
+    from hbserve_core.cuda_runner.kernels.hopper_attention import suits_hopper
+
+    if not IS_HOPPER:
+        pytest.skip("no Hopper GPU")
+    monkeypatch.setitem(globals(), "BLOCK", block)
+    contexts, num_new = [1500, 45, 2, 700, 128, 129], [1500, 5, 2, 130, 128, 129]
+    paged = Paged(heads, dtype, contexts, num_new, with_norm=heads[1] > 1)
+    assert suits_hopper(paged.qkv, paged.pool, None)
+    paged.check(prefill(paged, dtype)[:-3], dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("gelu", [False, True])
+@pytest.mark.parametrize("shape", [(2500, 1024, 3072), (129, 200, 72)], ids=str)
+def test_gates_are_applied_in_the_product_on_hopper(shape, gelu, dtype):
+    from hbserve_core.cuda_runner.kernels.hopper import IS_HOPPER
+    from hbserve_core.cuda_runner.kernels.hopper_gated import hopper_gated
+
+    if not IS_HOPPER:
+        pytest.skip("no Hopper GPU")
+    rows, inputs, outputs = shape
+    generator = torch.Generator().manual_seed(rows)
+    x = torch.randn(rows, inputs, generator=generator).to(dtype)
+    weight = (torch.randn(2 * outputs, inputs, generator=generator) / inputs**0.5).to(dtype)
+    gate, up = (x.float() @ weight.float().T).chunk(2, dim=-1)
+    expected = (F.gelu(gate, approximate="tanh") if gelu else F.silu(gate)) * up
+    found = hopper_gated(x.to(DEVICE), weight.to(DEVICE), gelu).float().cpu()
+    assert (found - expected).norm() / expected.norm() < TOLERANCE[dtype]
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("heads", HEADS, ids=str)
+@pytest.mark.parametrize(
+    "heads", [*HEADS, *(pytest.param(heads, marks=pytest.mark.gpu) for heads in OF_HOPPER)], ids=str
+)
 @pytest.mark.parametrize("broken", [0, 1, 2])
 def test_a_sequence_whose_numbers_are_none_changes_no_other_of_its_step(heads, dtype, broken):
     """Its rows lie next to theirs, and tiles reach into them."""
     # Known elsewhere: SGLang #33187, #28829.
-    contexts, num_new = [40, 35, 9], [40, 5, 9]
+    # Those of Hopper's kernel are longer: short steps are not for it.
+    contexts, num_new = ([540, 35, 9], [540, 5, 9]) if heads in OF_HOPPER else ([40, 35, 9], [40, 5, 9])
     paged = Paged(heads, dtype, contexts, num_new)
     rows = torch.arange(sum(num_new), device=DEVICE)
     first = sum(num_new[:broken])

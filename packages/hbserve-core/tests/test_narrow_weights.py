@@ -3,6 +3,7 @@ card, beside torch with the same weights widened."""
 
 import shutil
 from dataclasses import replace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -202,22 +203,25 @@ def test_a_product_of_8_bit_rows_is_that_of_what_they_keep(rows, inputs, outputs
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("rows", [65, 256])
-@pytest.mark.parametrize("scales", ["by block", "by row"])
-def test_cublas_multiplies_8_bit_rows_where_it_knows_the_scales(scales, rows):
+@pytest.mark.parametrize(
+    ("scales", "inputs", "is_known"), [("by block", 512, True), ("by block", 256, False), ("by row", 256, True)]
+)
+def test_cublas_multiplies_8_bit_rows_where_it_knows_the_scales(scales, inputs, is_known, rows):
+    """Of blocks, where their number is one that it wants as it is."""
     from hbserve_core.cuda_runner.narrow_linear import NarrowLinear
 
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("only Hopper's cuBLAS is used for that")
     generator = torch.Generator().manual_seed(rows)
-    given = invented(384, 256, ("8 bits", 128 if scales == "by block" else ONE), generator)
+    given = invented(384, inputs, ("8 bits", 128 if scales == "by block" else ONE), generator)
     blocks = given.scales if scales == "by row" else given.scales[:, ::128].repeat_interleave(128, 1).contiguous()
     weight = NarrowWeight(given.values, blocks, None, given.group)
     x, bias, before = (
         torch.randn(size, generator=generator).to(torch.bfloat16).to(DEVICE)
-        for size in ((rows, 256), (384,), (rows, 384))
+        for size in ((rows, inputs), (384,), (rows, 384))
     )
     linear = NarrowLinear(weight, bias)
-    assert linear._is_for_cublas(x)
+    assert linear._is_for_cublas(x) == is_known
     expected = kept_by_8_bits(x, weight.group)[0] @ weight.widened().t() + bias.float()
     close(linear(x), expected, torch.bfloat16)
     added = before.clone()
@@ -466,6 +470,16 @@ def test_tokens_of_narrow_weights_are_those_of_widened_ones(generate, quantised_
 def test_weights_are_widened_where_the_configuration_says_so(quantised_folder):
     runner = InterpretedRunner(quantised_folder("fp8 by block"), widen_weights=True)
     assert not any(layer.qkv.narrow_bits for layer in runner.decoder._weights.layers)
+
+
+@pytest.mark.usefixtures("fewer_programs")
+@pytest.mark.parametrize("keep_activations", [False, True])
+def test_inputs_keep_their_bits_where_the_configuration_says_so(model_folder, tmp_path, keep_activations):
+    folder = shutil.copytree(model_folder("llama"), tmp_path / "model")
+    change(folder, quant_method="fp8", weight_block_size=[1, 4096])
+    runner = InterpretedRunner(folder, keep_activations=keep_activations, load_format="dummy")
+    taken = {cast("Any", layer.qkv.weight).takes_8_bits() for layer in runner.decoder._weights.layers}
+    assert taken == {not keep_activations}
 
 
 @pytest.mark.gpu

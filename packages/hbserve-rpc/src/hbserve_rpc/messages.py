@@ -370,7 +370,6 @@ class ServiceInfo(msgspec.Struct, frozen=True, tag=True):
     """Requests are to bring the digests of their prompts' blocks of so many tokens; 0: of none."""
 
 
-InstanceEvent = Granted | TokenEvent | TransferDone
 ClientEvent = TokenEvent | RequestFinished
 
 DESCRIBE: Method[Empty, InstanceInfo] = Method("instance.describe", Empty, InstanceInfo)

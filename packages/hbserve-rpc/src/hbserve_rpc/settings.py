@@ -98,6 +98,9 @@ class EngineSettings(msgspec.Struct, kw_only=True):
     has for them, or 1. Instances that send KV to each other must have the same."""
     widen_weights: Annotated[bool, In("engine")] = False
     """On CUDA, keep quantised weights in the model's dtype, as on the CPU, and not as narrow as they are stored."""
+    keep_activations: Annotated[bool, In("engine")] = False
+    """On CUDA, more than 64 rows too are multiplied with 8-bit weights in the model's dtype: prefill is slower then,
+    and not rounded to 8 bits."""
     num_blocks: Annotated[int | None, In("engine"), POSITIVE] = None
     """KV blocks in each instance's pool; None sizes the pool from free memory."""
     gpu_memory_utilization: Annotated[float, In("engine"), Bounds(0.01, 1)] = 0.9

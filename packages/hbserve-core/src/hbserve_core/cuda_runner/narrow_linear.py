@@ -20,8 +20,9 @@ from hbserve_core.model.narrow_weight import NarrowWeight
 
 _MOST_TILED_ROWS = 512
 """More than these are widened first."""
-_BLOCK, _OUTPUTS_OF_CUBLAS = 128, 16
-"""Outputs that share a scale, and what they must be a multiple of."""
+_BLOCK, _OUTPUTS_OF_CUBLAS, _GROUPS_OF_CUBLAS = 128, 16, 4
+"""Outputs that share a scale, and what they and groups of inputs must be multiples of: with other numbers of groups
+cuBLAS wants the scales padded."""
 
 
 class NarrowLinear(Linear):
@@ -95,7 +96,7 @@ def _scales_of_cublas(weight: NarrowMatrix) -> torch.Tensor | None:
         return None
     if groups == 1:
         return weight.scales
-    if outputs % _BLOCK:
+    if outputs % _BLOCK or groups % _GROUPS_OF_CUBLAS:
         return None
     blocks = weight.scales.view(groups, -1, _BLOCK)
     if not bool((blocks == blocks[:, :, :1]).all()):

@@ -7,6 +7,7 @@
     … 64      skinny_linear, as for 3 and for all others above                         cuBLAS
     … 128     skinny_linear where there is a tile for every second processor           cuBLAS
     129 …     cuBLAS, as for all others above                                          cuBLAS
+On Hopper, gates and ups of many rows are one product of 16-bit numbers with its gates: hopper_gated.py.
 What is not in cuBLAS has norms, gates and additions in it or near it, and starts before the kernel in front has ended.
 Weights that are narrower (narrow_linear.py) bring `skinny_linear` a kernel of their own, and their `Linear` computes
 what cuBLAS does here. benchmarks/cuda_products.py measures all others beside each other; docs/performance.md has what
@@ -28,6 +29,7 @@ from hbserve_core.cuda_runner.kernels.few_rows_linear import (
     skinny_linear,
     small_linear,
 )
+from hbserve_core.cuda_runner.kernels.hopper_gated import hopper_gated, suits_hopper_gated
 from hbserve_core.cuda_runner.kernels.pointwise import gate_mul, rms_norm
 from hbserve_core.model.layers import Linear, RmsNorm
 from hbserve_core.model.rank_group import RankGroup
@@ -46,8 +48,10 @@ what has been added to the stream has come by skinny products, which leave half 
 _FEWEST_INPUTS = 512
 """Of one split: the sum of the splits must not cost more than their reading in parallel gives."""
 
-_NARROW_PROGRAMS = 2
-"""On each processor, with narrow weights, of which a step of a program's loop brings fewer bytes."""
+_NARROW_PROGRAMS = {8: {16: 4, 32: 3, 64: 3}, 4: {16: 6, 32: 4, 64: 3}}
+"""By bits and padded rows, programs of a product with narrow weights on each processor: a step of their loop brings
+fewer bytes, so that more steps have to be on their way."""
+_MOST_PROGRAMS = 6
 
 
 Kind = Literal["plain", "normed", "gated"]
@@ -80,10 +84,11 @@ def choose(
     tiles = num_tiles(outputs // 2 if gated else outputs, gated)
     if rows > _MOST_SKINNY_ROWS[narrow_bits] or (rows > _MOST_SPLIT_ROWS and 2 * tiles < num_processors):
         return Choice("cublas")
-    programs = num_processors * (_NARROW_PROGRAMS if narrow_bits else 1)
-    splits = 1 if rows > _MOST_SPLIT_ROWS else min(programs // tiles, inputs // _FEWEST_INPUTS)
-    most = max(1, splits)
-    return Choice("skinny", max(16, 1 << (rows - 1).bit_length()), 1 << (most.bit_length() - 1))
+    padded, splits = max(16, 1 << (rows - 1).bit_length()), 1
+    if rows <= _MOST_SPLIT_ROWS:
+        programs = num_processors * (_NARROW_PROGRAMS[narrow_bits][padded] if narrow_bits else 1)
+        splits = max(1, min(programs // tiles, inputs // _FEWEST_INPUTS))
+    return Choice("skinny", padded, 1 << (splits.bit_length() - 1))
 
 
 def _is_small(rows: int, outputs: int, inputs: int, kind: Kind) -> bool:
@@ -126,7 +131,7 @@ class CudaProducts:
         """gelu: what gates go through, in place of silu."""
         self._gelu = gelu
         self._num_processors = num_processors(device)
-        self._workspace = SkinnyWorkspace(_NARROW_PROGRAMS * self._num_processors, _MOST_SPLIT_ROWS, device)
+        self._workspace = SkinnyWorkspace(_MOST_PROGRAMS * self._num_processors, _MOST_SPLIT_ROWS, device)
 
     def of_normed(self, stream: ResidualStream, norm: RmsNorm | None, linear: Linear) -> torch.Tensor:
         """(M, O) of the stream's rows, which are normed first."""
@@ -147,6 +152,8 @@ class CudaProducts:
             )
         if choice.kernel == "skinny":
             return self._skinny(choice, stream.scaled or stream.normed_by(norm), norm, linear, gated=True)
+        if suits_hopper_gated(stream.rows, linear.weight, linear.bias):
+            return hopper_gated(stream.normed_by(norm), linear.weight, self._gelu)
         return gate_mul(linear(stream.normed_by(norm)), self._gelu)
 
     def add_to(self, stream: ResidualStream, inputs: torch.Tensor, linear: Linear, next_norm: RmsNorm | None) -> None:

@@ -46,7 +46,8 @@ class LoadedModel:
                 f"tensor_parallel_size={config.tensor_parallel_size}: this runner was made for {shard.size} rank; "
                 "make_runner() starts the others"
             )
-        self.model_config = _with_limit(configured_model(config.model_path, config), config)
+        model = _with_limit(configured_model(config.model_path, config), config)
+        self.model_config = replace(model, keeps_inputs=model.keeps_inputs or config.keep_activations)
         check_divisible(self.model_config, shard.size)
         self.rank_config = shard.config(self.model_config)
         """Sizes of this rank's part."""

@@ -81,7 +81,7 @@ def load_weights(
     shapes = checkpoint_shapes(config)
     source: TensorSource
     if load_format == "dummy":
-        source = DummyCheckpoint(shapes, config.scale_block, config.packing)
+        source = DummyCheckpoint(shapes, config.scale_block, config.packing, config.keeps_inputs)
     else:
         source = Checkpoint(config, shapes, device)
     with contextlib.closing(source):
@@ -258,8 +258,9 @@ class _Loader:
 
     def _kept(self, narrow: NarrowWeight, bias: torch.Tensor | None) -> Linear:
         assert self._make_narrow is not None
-        self.num_bytes += narrow.nbytes
-        return self._make_narrow(narrow, bias)
+        linear = self._make_narrow(narrow, bias)
+        self.num_bytes += linear.weight.nbytes
+        return linear
 
     def _layer(self, index: int) -> LayerWeights:
         prefix, switches, norms = f"model.layers.{index}", self._config.switches, self._config.switches.norms

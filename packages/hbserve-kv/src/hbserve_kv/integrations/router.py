@@ -177,7 +177,6 @@ class Router:
         connector = TCPConnector(limit=0)
         async with ClientSession(connector=connector, timeout=timeout, auto_decompress=False) as self._session:
             servers = [*self._prefill, *self._decode]
-            servers = [*self._prefill, *self._decode]
             await asyncio.gather(*(each.check(self._session, 2 * self._check_interval_s) for each in servers))
             checks = [
                 asyncio.create_task(each.check_for_ever(self._session, self._check_interval_s)) for each in servers

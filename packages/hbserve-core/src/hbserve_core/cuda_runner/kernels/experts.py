@@ -25,7 +25,7 @@ _CHUNK = 512
 _MOST_OF_ONE_PROGRAM = 4096
 """Pairs; more of them are assigned by many programs."""
 _LARGE_TILE = 128
-_MANY_PAIRS = 512
+_MANY_PAIRS = 128
 """Of an expert, on average, from which on tiles are large: with fewer, too many rows of tiles would have no pair."""
 
 

@@ -264,8 +264,8 @@ class OwnKernel(Protocol):
 
     def __len__(self) -> int: ...
 
-    def tiling(self, padded_rows: int) -> tuple[int, int]:
-        """As `_TILINGS` has it."""
+    def tiling(self, padded_rows: int, programs: int) -> tuple[int, int]:
+        """As `_TILINGS` has it. programs: of the launch."""
 
     def arranged(self, x: torch.Tensor) -> torch.Tensor:
         """Rows (M, I) with their inputs as it wants them."""
@@ -346,12 +346,12 @@ def _launch(
 ) -> None:  # fmt: skip
     rows, inputs = x.shape
     step, stages = _TILINGS[padded_rows]
+    grid = num_tiles(out.shape[1], gated), splits
     if not isinstance(weight, torch.Tensor):
-        x, (step, stages) = weight.arranged(x), weight.tiling(padded_rows)
+        x, (step, stages) = weight.arranged(x), weight.tiling(padded_rows, grid[0] * grid[1])
     span = triton.cdiv(triton.cdiv(inputs, step), splits) * step
     tiles = 0 if squares is None else len(squares)
     scaled, new_squares = (x, workspace.parts) if result is None else (result.scaled, result.squares)
-    grid = num_tiles(out.shape[1], gated), splits
     others = (
         x if bias is None else bias, out, workspace.parts if squares is None else squares, eps,
         x if next_norm is None else next_norm, scaled, new_squares, workspace.parts, workspace.arrived, rows, inputs,

@@ -33,8 +33,12 @@ from hbserve_core.model.narrow_weight import MOST_STEP, NarrowWeight
 
 _AHEAD = 256
 """Bytes of each weight row that a program fetches while the kernel in front still runs."""
-_STAGES = {16: 6, 32: 6, 64: 4, 128: 4}
-"""By padded rows, how many steps of the loop over inputs are on their way."""
+_STAGES = {
+    8: {16: (3, 6, 4), 32: (2, 6, 4), 64: (2, 4, 3), 128: (1, 4, 4)},
+    4: {16: (4, 6, 4), 32: (3, 6, 4), 64: (2, 4, 3), 128: (1, 4, 4)},
+}
+"""By bits and padded rows, up to how many programs of a processor how many steps of the loop over inputs are on their
+way, and how many otherwise: with more, fewer programs share a processor."""
 _MOST_TILE_ROWS, _FEWEST_TILE_ROWS = 128, 64
 """Of one tile, where there are several of them."""
 _WIDENED_OUTPUTS = 32
@@ -172,9 +176,10 @@ class NarrowMatrix:
     def __len__(self) -> int:
         return self.shape[0]
 
-    def tiling(self, padded_rows: int) -> tuple[int, int]:
+    def tiling(self, padded_rows: int, programs: int) -> tuple[int, int]:
         """Inputs of a step, a run, and how many steps are on their way."""
-        return self.run, _STAGES[padded_rows]
+        few, stages_of_few, stages = _STAGES[self.bits][padded_rows]
+        return self.run, stages_of_few if programs <= few * num_processors(self.words.device) else stages
 
     def arranged(self, x: torch.Tensor) -> torch.Tensor:
         """Rows (M, I) with their inputs in the weight's order."""
@@ -198,6 +203,7 @@ class NarrowMatrix:
     ) -> None:  # fmt: skip
         """Launch the product. others, options: see `OwnKernel`."""
         given, words, x_scales = self.operands(x)
+        options = options | {"AHEAD": _AHEAD}
         _narrow_skinny[(grid[0] * row_tiles, grid[1])](
             given, words, *others, self.scales, x_scales, x_scales.shape[1], self.group, **options,
             ROW_TILES=row_tiles, BITS=self.bits, ONE_GROUP=len(self.scales) == 1, num_warps=num_warps, **LAUNCH,
@@ -217,7 +223,7 @@ def tiled_linear(
     tile_rows = max(16, min(_MOST_TILE_ROWS, triton.next_power_of_2(count)))
     if is_wide or tiles * triton.cdiv(count, tile_rows) < num_processors(x.device):
         tile_rows = min(tile_rows, _FEWEST_TILE_ROWS)
-    stages = 2 if is_wide else _STAGES[tile_rows]
+    stages = 2 if is_wide else weight.tiling(tile_rows, tiles)[1]
     tiling = {"ROWS": tile_rows, "OUTPUTS": TILE_OUTPUTS, "STEP": weight.run, "STAGES": stages}
     _launch_tiles(weight.arranged(x), x, weight, bias, out, {"ADDS": adds, "GATED": False, "GELU": False} | tiling, 4)
 
@@ -241,7 +247,7 @@ def _launch_tiles(
     span = triton.cdiv(inputs, step) * step
     others = x if bias is None else bias, out, x, 0.0, x, x, x, x, x, count, inputs, outputs, span
     options |= {
-        "AHEAD": _AHEAD, "SPLITS": 1, "HAS_BIAS": bias is not None, "SCALES": False, "TILES": 0, "PADDED_TILES": 1,
+        "SPLITS": 1, "HAS_BIAS": bias is not None, "SCALES": False, "TILES": 0, "PADDED_TILES": 1,
     }  # fmt: skip
     weight.launch((tiles, 1), rows, others, options, triton.cdiv(count, options["ROWS"]), num_warps)
 

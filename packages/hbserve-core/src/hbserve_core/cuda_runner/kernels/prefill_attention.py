@@ -1,7 +1,8 @@
 """Chunks of several new tokens over paged context: their keys and values are stored, then flash attention (Dao 2023).
 
-`store_kv` norms and rotates keys, in place too, and writes keys and values to their blocks; a decode's new token is
-written by decode_attention.py. `prefill_attention` reads the context in two parts.
+`store_kv` norms and rotates keys, and writes keys and values to their blocks; a decode's new token is written by
+decode_attention.py. On Hopper, hopper_attention.py is what `prefill_attention` calls for most models. What it calls for
+all others reads the context in two parts.
 
 A chunk's earlier context is read from the pool, block by block; its own keys and values, which lie one after the other
 in the step's rows, come in whole tiles through a tensor descriptor (on Hopper, the copy engine: TMA). One program takes
@@ -28,6 +29,7 @@ from hbserve_core.cuda_runner.kernels.attention_parts import (
     nothing_seen,
 )
 from hbserve_core.cuda_runner.kernels.dependent_launch import LAUNCH, begin
+from hbserve_core.cuda_runner.kernels.hopper_attention import hopper_prefill_attention, suits_hopper
 
 _STORED_ROWS = 4, 16
 """Of a program of `store_kv`: of few rows, and of more than 512."""
@@ -37,7 +39,7 @@ _STORED_ROWS = 4, 16
 def _store_kv(
     qkv, positions, slots, cos_sin, norm_weight, pool, eps, num_rows, block_stride, layer_offset, key_inverse,
     value_inverse, N: tl.constexpr, K: tl.constexpr, D: tl.constexpr, PADDED_D: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    ROWS: tl.constexpr, HAS_NORM: tl.constexpr, NARROW: tl.constexpr,
+    ROWS: tl.constexpr, HAS_NORM: tl.constexpr, NARROW: tl.constexpr, IN_PLACE: tl.constexpr,
 ):  # fmt: skip
     begin()
     head = tl.program_id(1)
@@ -56,12 +58,14 @@ def _store_kv(
         key = load_rotated(given, used, weights, cos_sin + position * D, eps, D, PADDED_D, HAS_NORM)
         key = as_stored(key, key_inverse, NARROW)
         tl.store(target + head * D + d, key, mask=inside)
-        tl.store(given + d, key.to(qkv.dtype.element_ty), mask=(used | padding) & (d < D))
+        if IN_PLACE:
+            tl.store(given + d, key.to(qkv.dtype.element_ty), mask=(used | padding) & (d < D))
     else:
         value = as_stored(tl.load(given + d, mask=inside, other=0.0), value_inverse, NARROW)
         tl.store(target + BLOCK_SIZE * K * D + (head - K) * D + d, value, mask=inside)
-        written = (used | padding) if NARROW else padding
-        tl.store(given + d, value.to(qkv.dtype.element_ty), mask=written & (d < D))
+        if IN_PLACE:
+            written = (used | padding) if NARROW else padding
+            tl.store(given + d, value.to(qkv.dtype.element_ty), mask=written & (d < D))
 
 
 def store_kv(
@@ -75,8 +79,8 @@ def store_kv(
     *,
     scores: Scores | None = None,
 ) -> None:
-    """Norm and rotate keys in place, and write keys and values into the pool. If that holds 8-bit floats, they are also
-    divided by their scales, and rounded, in place.
+    """Norm and rotate keys, and write them and values into the pool; where `prefill_attention` reads a chunk's own in
+    the step's rows, in place too. If the pool holds 8-bit floats, they are also divided by their scales, and rounded.
 
     qkv: (T, (N + 2 K) * D). positions: (T,) int32. slots: (T,) int32, block * block_size + place in the block; -1 for
     padding, whose keys and values become 0, so that tiles of `prefill_attention` may reach into it; -2 for decodes,
@@ -93,7 +97,7 @@ def store_kv(
         qkv, positions, slots, cos_sin, weight, pool, eps, rows, pool.stride(0), layer * pool.stride(1), 1 / key_scale,
         1 / value_scale, N=num_heads, K=num_kv_heads, D=head_dim, PADDED_D=triton.next_power_of_2(head_dim),
         BLOCK_SIZE=block_size, ROWS=per_program, HAS_NORM=norm is not None, NARROW=pool.dtype.itemsize == 1,
-        num_warps=4, **LAUNCH,
+        IN_PLACE=not suits_hopper(qkv, pool, scores), num_warps=4, **LAUNCH,
     )  # fmt: skip
 
 
@@ -201,11 +205,21 @@ def prefill_attention(
 ) -> None:
     """Attend from the new tokens of several sequences to their contexts, new tokens included, which `store_kv` wrote.
 
-    qkv: (T, (N + 2 K) * D), keys rotated, queries not yet. out: (T, N * D), written. cos_sin, norm, pool: see
-    `store_kv`. tables: (sequences * width,) int32. width: one int32 on the device. tiles: (2, programs) int32, sequence
-    (-1: none) and first new token. sequences: (3, sequences) int32, first row in the step, new tokens, context.
+    qkv: (T, (N + 2 K) * D), queries not yet rotated. out: (T, N * D), written. cos_sin, norm, pool: see `store_kv`.
+    tables: (sequences * width,) int32. width: one int32 on the device. tiles: (2, programs) int32, sequence (-1: none,
+    at the end) and first new token. sequences: (3, sequences) int32, first row in the step, new tokens, context.
     scores: None: divided by sqrt(D).
     """
+    kernel = hopper_prefill_attention if suits_hopper(qkv, pool, scores) else triton_prefill_attention
+    kernel(qkv, out, pool, layer, cos_sin, norm, tables, width, tiles, sequences, scores)
+
+
+def triton_prefill_attention(
+    qkv: torch.Tensor, out: torch.Tensor, pool: torch.Tensor, layer: int, cos_sin: torch.Tensor,
+    norm: tuple[torch.Tensor, float] | None, tables: torch.Tensor, width: torch.Tensor, tiles: torch.Tensor,
+    sequences: torch.Tensor, scores: Scores | None = None,
+) -> None:  # fmt: skip
+    """The same in any case, where `store_kv` has written keys in place too."""
     _, _, _, block_size, num_kv_heads, head_dim = pool.shape
     num_heads = out.shape[1] // head_dim
     rows = _rows_per_tile(qkv.dtype, head_dim)

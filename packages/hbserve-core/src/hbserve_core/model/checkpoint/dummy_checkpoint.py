@@ -44,10 +44,14 @@ class DummyCheckpoint:
     """
 
     def __init__(
-        self, shapes: Shapes, scale_block: tuple[int, int] | None = None, packing: Packing | None = None
+        self,
+        shapes: Shapes,
+        scale_block: tuple[int, int] | None = None,
+        packing: Packing | None = None,
+        keeps_inputs: bool = False,
     ) -> None:
-        """scale_block, packing: see `ModelConfig`."""
-        self._shapes = shapes
+        """scale_block, packing, keeps_inputs: see `ModelConfig`."""
+        self._shapes, self._keeps_inputs = shapes, keeps_inputs
         self._scale_block, self._packing = scale_block, packing
 
     def read(self, part: TensorPart, target: torch.Tensor) -> None:
@@ -72,7 +76,8 @@ class DummyCheckpoint:
             for piece, numbers in self._pieces(part, device):
                 values[piece].copy_(numbers / _SCALE_OF_8_BITS)
             scales = torch.full((num_groups, len(rows)), _SCALE_OF_8_BITS, device=device)
-            return NarrowWeight(in_words(values, step_of(group)), scales, None, group)
+            words = in_words(values, step_of(group))
+            return NarrowWeight(words, scales, None, group, keeps_inputs=self._keeps_inputs)
         pieces = (numbers for _, numbers in self._pieces(part, device))
         values = torch.cat([packed(_of_4_bits(piece) + _ZERO_OF_4_BITS, step_of(group)) for piece in pieces])
         scales = torch.full((num_groups, len(rows)), _SCALE_OF_4_BITS, dtype=torch.float16, device=device)

@@ -1,0 +1,68 @@
+"""Parts of kernels for Hopper that say themselves which warps do what, written in Gluon, the language below Triton.
+
+They are for compute capability 9.0 only (wgmma). Triton's interpreter does not know Gluon, so on a CPU they are
+compiled, by tests, and not run; what they compute is computed by kernels in plain Triton elsewhere.
+"""
+
+import torch
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+
+from hbserve_core.cuda_runner.kernels.dependent_launch import INTERPRETED
+
+_RENAMED = gl.constexpr(hasattr(gl, "barrier"))
+"""Triton 3.9 has other names than 3.6."""
+copy_in = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+"""Let the copy engine bring a tile to shared memory, and a barrier know: descriptor, place, barrier, memory."""
+copy_out = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
+"""Let the copy engine write a tile: descriptor, place, memory."""
+
+PAGES, BOXES = gl.NVMMASharedLayout(128, 16), gl.NVMMASharedLayout(128, 16, rank=3)
+"""Of shared memory for tiles of two and of three dimensions, of 16-bit numbers, as tensor cores read them. Making one
+takes microseconds of each launch."""
+
+
+def _is_hopper() -> bool:
+    if INTERPRETED.value or not torch.cuda.is_available():
+        return False
+    return torch.cuda.get_device_capability()[0] == 9
+
+
+IS_HOPPER = _is_hopper()
+
+
+@gluon.jit
+def meet():
+    """Wait for the other warps of this group."""
+    if _RENAMED:
+        gl.barrier()
+    else:
+        gl.thread_barrier()
+
+
+@gluon.jit
+def viewed(memory, shape: gl.constexpr):
+    """The same shared memory as tiles of another shape, of two dimensions each."""
+    layout: gl.constexpr = gl.NVMMASharedLayout(128, 16)
+    if _RENAMED:
+        tiles = memory.reinterpret(memory.dtype, shape, layout)
+    else:
+        tiles = memory._reinterpret(memory.dtype, shape, layout)
+    return tiles
+
+
+@gluon.jit
+def barriers(NUMBER: gl.constexpr, COUNT: gl.constexpr):
+    """So many barriers, each of which waits for COUNT arrivals."""
+    made = gl.allocate_shared_memory(gl.int64, [NUMBER, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(NUMBER):
+        mbarrier.init(made.index(i), count=COUNT)
+    return made
+
+
+@gluon.jit
+def arrive(barrier):
+    """Arrive once, when all warps of this group are here."""
+    meet()
+    mbarrier.arrive(barrier, count=1)
