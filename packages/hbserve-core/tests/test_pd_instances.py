@@ -159,9 +159,9 @@ async def test_an_instance_with_a_request_does_not_change_its_role_and_a_hybrid_
         await anext(decoding)
         with pytest.raises(Overloaded, match="decode-0 has 1 requests; it can become a prefill instance when it has"):
             await d.client.call(INSTANCE_FLIP, FlipRequest("decode-0", "prefill"), timeout_s=DEADLINE_S)
-    info = await d.client.call(DESCRIBE, Empty(), timeout_s=DEADLINE_S)
-    again = await d.client.call(INSTANCE_FLIP, FlipRequest("decode-0", "decode"), timeout_s=DEADLINE_S)
-    assert again == info, "what it is already changes nothing"
+        info = await d.client.call(DESCRIBE, Empty(), timeout_s=DEADLINE_S)
+        again = await d.client.call(INSTANCE_FLIP, FlipRequest("decode-0", "decode"), timeout_s=DEADLINE_S)
+        assert again == info, "what it is already changes nothing"
     with pytest.raises(InvalidRequest, match=r"does not serve 'instance\.flip'"):
         await h.client.call(INSTANCE_FLIP, FlipRequest("hybrid-1", "prefill"), timeout_s=DEADLINE_S)
 

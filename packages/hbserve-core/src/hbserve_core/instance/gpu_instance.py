@@ -383,9 +383,9 @@ class GpuInstance:
         """All that the other role needs is there. What was known of this life is of no use in the next: a new epoch."""
         self._require_ready()
         name, role = self.config.instance_id, request.role
-        if self.num_active:
-            raise Overloaded(f"{name} has {self.num_active} requests; it can become a {role} instance when it has none")
         if role != self.config.role:
+            if (count := self.num_active) > 0:
+                raise Overloaded(f"{name} has {count} requests; it can become a {role} instance when it has none")
             self.config, self.epoch = msgspec.structs.replace(self.config, role=role), uuid.uuid4().hex
             self.reports.tell()
             logger.info("%s: is a %s instance from now on", name, role)
