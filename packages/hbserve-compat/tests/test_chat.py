@@ -96,13 +96,13 @@ def test_without_a_url_it_starts_a_pair_and_talks_to_it(tmp_path, small_model):
 @pytest.mark.warm
 def test_ctrl_c_stops_an_answer_and_not_the_program_and_the_conversation_goes_on(tmp_path, small_model):
     template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
-    # One that never ends an answer by itself: by chance it would, now and then, before the signal.
+    # One that never ends an answer by itself, and not soon by its length: the signal comes before.
     folder = shutil.copytree(small_model("qwen3"), tmp_path / "endless")
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"eos_token_id": None}))
+    (folder / "config.json").write_text(json.dumps(config | {"eos_token_id": None, "max_position_embeddings": 4096}))
     with served(tmp_path, f"--chat-template={template}", model={"path": str(folder)}) as server:
         terminal, its_end = pty.openpty()
-        command = [*COMMAND, "--url", server.url, "--max-tokens", "400"]
+        command = [*COMMAND, "--url", server.url, "--max-tokens", "3000"]
         process = subprocess.Popen(command, stdin=its_end, stdout=its_end, stderr=its_end, start_new_session=True)
         os.close(its_end)
         read_until(terminal, b"> ")
