@@ -17,11 +17,11 @@ import json
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -45,6 +45,7 @@ from hbserve_core.model.layers import Linear
 from hbserve_core.model.model_config import ModelConfig, load_model_config
 from hbserve_core.model.shard import Shard, check_divisible
 
+T = TypeVar("T")
 DTYPE = torch.bfloat16
 EPS = 1e-6
 ROWS = [1, 2, 4, 8, 16, 17, 32, 64, 65, 96, 128, 256]
@@ -314,17 +315,17 @@ def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float((found.float() - expected).norm() / expected.norm())
 
 
-def microseconds(multiply: Callable[[Linear], torch.Tensor], linears: list[Linear]) -> float:
-    """Of one call, when a graph calls it with one weight after the other. It has been compiled."""
+def microseconds(work: Callable[[T], object], given: Sequence[T]) -> float:
+    """Of one call, when a graph calls it with one of these after the other. It has been compiled."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        multiply(linears[0])
+        work(given[0])
         stream.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=stream):
-            for linear in linears:
-                multiply(linear)
+            for each in given:
+                work(each)
         graph.replay()
         times = []
         for _ in range(REPLAYS):
@@ -333,7 +334,7 @@ def microseconds(multiply: Callable[[Linear], torch.Tensor], linears: list[Linea
             graph.replay()
             end.record(stream)
             end.synchronize()
-            times.append(1e3 * begin.elapsed_time(end) / len(linears))
+            times.append(1e3 * begin.elapsed_time(end) / len(given))
     return statistics.median(times)
 
 

@@ -11,11 +11,11 @@ packages/hbserve-core/tests/test_kernels.py. Random bfloat16 numbers.
 """
 
 import argparse
-import statistics
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import cuda_products
 import torch
 import torch.nn.functional as F
 import triton
@@ -37,7 +37,7 @@ from hbserve_core.model.rope_config import RopeConfig
 DTYPE = torch.bfloat16
 EPS = 1e-6
 BLOCK_SIZE, HEAD_DIM = 16, 128
-REPLAYS, CALLS = 7, 5
+CALLS = 5
 
 
 @dataclass(frozen=True)
@@ -77,24 +77,8 @@ def random(*shape: int) -> torch.Tensor:
 
 
 def microseconds(work: Callable[[], object]) -> float:
-    """Of one call, which has been compiled."""
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        work()
-        stream.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream):
-            for _ in range(CALLS):
-                work()
-        times = []
-        for _ in range(REPLAYS):
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record(stream)
-            graph.replay()
-            end.record(stream)
-            end.synchronize()
-            times.append(1e3 * begin.elapsed_time(end) / CALLS)
-    return statistics.median(times)
+    """Of one call of some, one after the other."""
+    return cuda_products.microseconds(lambda _: work(), range(CALLS))
 
 
 def line(times: dict[str, float], amounts: dict[str, float], unit: str) -> str:

@@ -31,26 +31,18 @@ from hbserve_kv import KVTransferConfig
 from hbserve_rpc import SamplingParams
 from hbserve_rpc.messages import GenerateRequest, Role
 from hbserve_scheduler import CpuScheduler, SchedulerConfig
+from hbserve_testing.small_models import SMALL
 
 DEADLINE_S = 120.0
 NUM_PROMPT_TOKENS, NUM_OUTPUT_TOKENS, CHUNK_TOKENS = 70, 6, 32
 """Three chunks, so that blocks are pushed while others are computed."""
-MODEL = {
+MODEL = SMALL | {
     "architectures": ["Qwen3ForCausalLM"],
     "model_type": "qwen3",
     "torch_dtype": "float32",
-    "vocab_size": 320,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "max_position_embeddings": 512,
     "rms_norm_eps": 1e-6,
     "rope_theta": 10000.0,
     "tie_word_embeddings": True,
-    "eos_token_id": 2,
     "hidden_act": "silu",
 }
 CONNECTIONS = (

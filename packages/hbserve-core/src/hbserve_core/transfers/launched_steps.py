@@ -32,10 +32,10 @@ class LaunchedSteps:
         with self._lock:
             self._number += 1
             self._events.append(computed)
-            early, self._waiting = self._waiting, [each for each in self._waiting if each[0] > self._number]
-        for number, call in early:
-            if number <= self._number:
-                call()
+            due = [call for number, call in self._waiting if number <= self._number]
+            self._waiting = [each for each in self._waiting if each[0] > self._number]
+        for call in due:
+            call()
 
     def event(self, number: int) -> Any:
         """Of a launched step; None: it has been computed."""
