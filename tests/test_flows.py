@@ -39,8 +39,8 @@ FLOWS = {
     "step": files(
         ENGINE,
         LAYERS,
-        "hbserve_core/model: linear rope",
-        "hbserve_core/torch_runner: attention batch decoder runner sampler",
+        "hbserve_core/model: rope",
+        "hbserve_core/torch_runner: attention decoder runner sampler",
     ),
     "transfer": files(
         "hbserve_core/instance: handover",
@@ -68,7 +68,7 @@ LOADING = files("hbserve_core/model: loaded_model model_config weights")
 """Called before a runner's first step."""
 MOST_TASKS = 12
 """Of asyncio, that one request between two instances creates in all of them together."""
-MOST_FILES = {"cuda step": 20, "step": 15, "transfer": 24, "scheduling": 9}
+MOST_FILES = {"cuda step": 20, "step": 13, "transfer": 24, "scheduling": 9}
 
 
 @pytest.fixture(scope="module")

@@ -4,8 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from hbserve_core.model.layers import Linear
-from hbserve_core.model.linear import WidenedLinear, fewest_rows, make_linear
+from hbserve_core.model.layers import Linear, WidenedLinear, fewest_rows, make_linear
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

@@ -24,7 +24,7 @@ from hbserve_kv import (
 from hbserve_kv.memory.memory import Memory
 from hbserve_kv.protocol.checksum import checksums, link_checksums
 from hbserve_kv.protocol.messages import BEGIN, LINK, PROTOCOL_VERSION, Handshake, UnknownLink
-from hbserve_kv.sending.breaker import FIRST_PAUSE_S, LONGEST_PAUSE_S, Breaker
+from hbserve_kv.sending.peers import FIRST_PAUSE_S, LONGEST_PAUSE_S, Breaker
 from hbserve_kv.testing import Faults, LoopbackNetwork
 from hbserve_rpc import RpcClient
 
@@ -104,7 +104,7 @@ async def test_a_peer_that_was_not_there_is_reached_when_it_comes_and_meanwhile_
 
 async def test_a_peer_that_was_reached_is_not_blamed_for_what_it_failed_by_before(managers, free_ports, monkeypatch):
     """The longest pauses are for those that fail again and again, without having been there in between."""
-    monkeypatch.setattr("hbserve_kv.sending.breaker.FIRST_PAUSE_S", 0.0)
+    monkeypatch.setattr("hbserve_kv.sending.peers.FIRST_PAUSE_S", 0.0)
     sender, (port,) = await managers(0, "ipc", timeout_s=0.5), free_ports(1)
     sender.add_peer(1, f"127.0.0.1:{port}")
     for number in (1, 2):

@@ -17,9 +17,8 @@ from hbserve_core.engine.engine import Engine
 from hbserve_core.engine.step import EngineStats, Runner
 from hbserve_core.errors import EngineStopped, InstanceFailed
 from hbserve_core.instance.engine_thread import EngineEvent, EngineThread
-from hbserve_core.instance.handover import GRANT_PATIENCE_S, Inbox, PrefillSend, wait_for_kv
+from hbserve_core.instance.handover import GRANT_PATIENCE_S, Inbox, PrefillSend, event_of, wait_for_kv
 from hbserve_core.instance.reports import Reports
-from hbserve_core.instance.token_events import event_of, token_events
 from hbserve_core.ranks.make_runner import make_runner
 from hbserve_core.transfers.instance_transfers import InstanceTransfers, JointReceive
 from hbserve_kv import FingerprintMismatch, Outcome, PostedReceive, TransferFailed
@@ -275,7 +274,7 @@ class GpuInstance:
         inbox = self._open(request)
         try:
             await self._begin(request)
-            async for event in token_events(inbox, request.params.n):
+            async for event in inbox.token_events(request.params.n):
                 yield event
         finally:
             self._end(self._close(request.request_id))
@@ -354,7 +353,7 @@ class GpuInstance:
                 return
             first = handover.tokens_to_go_on
             await self._thread.call(lambda engine: engine.activate(request.request_id, *first, is_shared=is_trusted))
-            async for event in token_events(inbox, len(first) - first.count(None)):
+            async for event in inbox.token_events(len(first) - first.count(None)):
                 yield event
         finally:
             self._end(self._end_decode(request.request_id, posted, num_blocks))

@@ -1,8 +1,8 @@
-"""From prefill to decode: how the blocks of one request follow its computation, and what is said at the end."""
+"""From prefill to decode: how the blocks of one request follow its computation, and what both sides say of it."""
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 import msgspec
@@ -84,6 +84,39 @@ class Inbox(asyncio.Queue[StepOutput | Reservation | TransferResult | GrantReque
         if isinstance(item, Exception):
             raise item
         return item
+
+    async def token_events(self, num_choices: int) -> AsyncIterator[TokenEvent]:
+        """Events until each of so many choices has ended; several steps' tokens in one if the client is slow.
+
+        Raises LogitsNotFinite or InvalidRequest, as `StepOutput.raise_error`, of the first choice to which that
+        happens.
+        """
+        while num_choices:
+            output: StepOutput = await self.next()
+            outputs = {output.choice: [output]}
+            while not (output.is_last or self.empty()):
+                output = await self.next()
+                outputs.setdefault(output.choice, []).append(output)
+            for each in outputs.values():
+                event = event_of(each)
+                if event.token_ids or event.finish_reason:
+                    yield event
+            output.raise_error()
+            num_choices -= output.is_last
+
+
+def event_of(outputs: Sequence[StepOutput]) -> TokenEvent:
+    """Of one choice, as steps of an engine bring its tokens."""
+    first, last = outputs[0], outputs[-1]
+    return TokenEvent(
+        first.index,
+        [token for each in outputs for token in each.token_ids],
+        last.finish_reason,
+        [logprobs for each in outputs for logprobs in each.all_logprobs],
+        next((each.prompt_logprobs for each in outputs if each.prompt_logprobs), []),
+        first.choice,
+        last.num_preemptions,
+    )
 
 
 class PrefillSend:

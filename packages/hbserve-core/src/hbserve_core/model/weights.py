@@ -40,8 +40,8 @@ from hbserve_core.model.layers import (
     Linear,
     ProjectionNorm,
     RmsNorm,
+    make_linear,
 )
-from hbserve_core.model.linear import make_linear
 from hbserve_core.model.model_config import ModelConfig
 from hbserve_core.model.narrow_weight import NarrowWeight, fused
 from hbserve_core.model.rope import head_order

@@ -17,12 +17,11 @@ from hbserve_core.engine.step import PendingStep, StepResult, StepTokens
 from hbserve_core.logits.prompt_logprobs import score
 from hbserve_core.logits.rows import LogitsRow, has_grammars, special_rows
 from hbserve_core.logits.special_rows import PendingLogprobs, SpecialRows
-from hbserve_core.model.linear import fewest_rows
+from hbserve_core.model.layers import fewest_rows
 from hbserve_core.model.loaded_model import LoadedModel
 from hbserve_core.model.rank_group import RankGroup
 from hbserve_core.torch_runner.attention import TorchAttention
-from hbserve_core.torch_runner.batch import StepInput, prepare_step
-from hbserve_core.torch_runner.decoder import Decoder
+from hbserve_core.torch_runner.decoder import Decoder, StepInput, prepare_step
 from hbserve_core.torch_runner.sampler import Sampler
 from hbserve_rpc.messages import TokenLogprobs
 

@@ -5,6 +5,7 @@ import logging
 import time
 import uuid
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from hbserve_kv.config import GOODBYE_TIMEOUT_S
@@ -13,12 +14,43 @@ from hbserve_kv.memory.layout import sides
 from hbserve_kv.protocol import messages
 from hbserve_kv.protocol.handshake import Identity
 from hbserve_kv.protocol.messages import Handshake, LinkReply
-from hbserve_kv.sending.breaker import Breaker
 from hbserve_kv.sending.connection import Connection
 from hbserve_kv.transports.base import Link, Transport, disconnect
 from hbserve_rpc import HBServeRpcError, InvalidAddress, Keys, RpcClient, RpcStream
 
 logger = logging.getLogger(__name__)
+
+FIRST_PAUSE_S = 0.25
+LONGEST_PAUSE_S = 10.0
+
+
+@dataclass
+class Breaker:
+    """Backoff before a peer that could not be reached is tried again. Time is given by the caller.
+
+    After a failure nothing is tried for a while, which doubles up to a limit; then one attempt decides (half-open).
+    There is no state in which a peer is given up.
+    """
+
+    num_failures: int = 0
+    retry_at_s: float = 0.0
+    last_error: str = ""
+
+    def refusal(self, now_s: float) -> str:
+        """Why no attempt should be made now; "" if one should."""
+        if now_s >= self.retry_at_s:
+            return ""
+        pause_s = self.retry_at_s - now_s
+        return f"failed {self.num_failures} times, last: {self.last_error}; tried again in {pause_s:.1f} s"
+
+    def failed(self, error: str, now_s: float) -> None:
+        pause_s = min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2 ** min(self.num_failures, 16))
+        self.num_failures += 1
+        self.retry_at_s, self.last_error = now_s + pause_s, error
+
+    def is_stale(self, now_s: float) -> bool:
+        """So long after the last failure that it says nothing any more."""
+        return now_s > self.retry_at_s + LONGEST_PAUSE_S
 
 
 class Peers:
