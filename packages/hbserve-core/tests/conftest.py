@@ -430,8 +430,12 @@ class RanksInThreads:
 
 
 @pytest.fixture
-def ranks_in_threads() -> Iterator[Callable[..., RanksInThreads]]:
-    """Makes RanksInThreads, and ends them."""
+def ranks_in_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., RanksInThreads]]:
+    """Makes RanksInThreads, and ends them. Whoever waits for a rank that has failed says so before the test's own time
+    is over, which would end it without a word of the cause."""
+    from hbserve_core.ranks import distributed_group
+
+    monkeypatch.setattr(distributed_group, "COLLECTIVE_TIMEOUT_S", 120.0)
     made: list[RanksInThreads] = []
 
     def make(make_runner: Callable[[Any], Any], size: int) -> RanksInThreads:

@@ -55,7 +55,10 @@ def run(engine: Engine) -> tuple[dict[str, list[int]], dict[str, str]]:
     return tokens, reasons
 
 
+@pytest.mark.parametrize("model_name", ["qwen3", "qwen2-last-layers-window", "mistral-window", "gemma3", "opt"])
 def test_every_length_alone_and_all_at_once(make_engine, model_name, prompt, greedy_tokens):
+    """Of models that differ for an engine: in what their layers see, which says when blocks are free, and in positions.
+    Every family's tokens are those of transformers: see test_tokens_equal_transformers.py."""
     engine = make_engine(model_name)
     expected = {str(length): greedy_tokens(model_name, prompt(length), MAX_TOKENS) for length in LENGTHS}
     for length in LENGTHS:
