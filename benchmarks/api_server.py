@@ -2,13 +2,14 @@
 
     python benchmarks/api_server.py                     256 streams: as many tokens/s as are taken, and TTFT
     python benchmarks/api_server.py --rate 25600        so many tokens/s are offered, in steps
+    python benchmarks/api_server.py --by-step [--chat]  one token for each stream and step: each an event of its own
     python benchmarks/api_server.py --cores 0 1         the server on core 0, engine and clients on core 1
     python benchmarks/api_server.py --api-servers 1 4   so many front ends, with as many engines and client processes
 
-
 The engine is a process that speaks the instances' RPC, and gives each request a token as soon as the last one is taken.
 Where tokens come faster than the server sends them they wait together, and become fewer and larger events: both are
-said. Without --rate they do; offered at a rate that it keeps up with, each is an event of its own.
+said. Without --rate they do; offered at a rate that it keeps up with, each is an event of its own. With --by-step none
+wait, on however busy a machine: the engine's next step is asked for when the clients have all events of the last one.
 Of --api-servers, streams and rate are of each.
 "TTFT added": from writing a request to its first token, where the engine takes no time; one client at a time, alone and
 then beside all the streams at 25 tokens/s each. The engine and the clients may be slower than the server: its processor
@@ -23,20 +24,26 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
-from mock_instances import LIMITS, mock_instance, serve_until_killed, started
+from mock_instances import LIMITS, STEP, mock_instance, serve_steps, serve_until_killed, started
 
-from hbserve_rpc import own_process
+from hbserve_rpc import RpcClient, own_process
 from hbserve_rpc.messages import GENERATE, GenerateRequest, Role, TokenEvent
 from hbserve_testing.narrowing import present
 
+WORDS = [260, 314, 281, 253, 354, 327, 523, 411]
+"""Tokens of the demo model that are whole words."""
 
-async def serve_engine(number: int) -> None:
-    """A hybrid instance whose tokens cost nothing; `top_k` is how many ms each takes."""
+
+async def serve_engine(number: int, *, by_step: bool) -> None:
+    """A hybrid instance whose tokens cost nothing; `top_k` is how many ms each takes, unless they come `by_step`."""
     server = mock_instance(f"mock-{number}", "hybrid", device="none", kv_backend="none", **LIMITS)
+    if by_step:
+        serve_steps(server, WORDS)
+        await serve_until_killed(server)
 
     async def generate(request: GenerateRequest) -> AsyncIterator[TokenEvent]:
         wait_s = max(0, request.params.top_k) / 1e3
@@ -94,6 +101,54 @@ async def stream(port: int, max_tokens: int, ms_a_token: int) -> tuple[float, fl
         num_events += part.count(b'"text"')
     writer.close()
     return first_s, time.perf_counter() - began_s, num_events
+
+
+class Events(asyncio.Protocol):
+    """The events of one streamed answer, as they come: `took` is told their number."""
+
+    def __init__(self, path: str, body: str, took: Callable[[int], None]) -> None:
+        head = f"POST {path} HTTP/1.1\r\nHost: a\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n"
+        self._request, self._took = (head + body).encode(), took
+        self.ended = asyncio.get_running_loop().create_future()
+
+    def connection_made(self, transport: Any) -> None:
+        transport.write(self._request)
+
+    def data_received(self, data: bytes) -> None:
+        self._took(data.count(b'"index"'))
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.ended.set_result(None)
+
+
+async def measure_by_step(pid: int, port: int, engine: str, num_streams: int, num_tokens: int, *, chat: bool) -> None:
+    """Nothing waits: the next step is asked for when all events of the last one are there."""
+    path = "/v1/chat/completions" if chat else "/v1/completions"
+    asked = '"messages": [{"role": "user", "content": "Who?"}]' if chat else '"prompt": "Who?"'
+    body = f'{{{asked}, "max_tokens": {num_tokens}, "ignore_eos": true, "stream": true}}'
+    num_events, loop = 0, asyncio.get_running_loop()
+
+    def took(number: int) -> None:
+        nonlocal num_events
+        num_events += number
+
+    streams = [
+        (await loop.create_connection(lambda: Events(path, body, took), "127.0.0.1", port))[1]
+        for _ in range(num_streams)
+    ]
+    async with RpcClient(engine) as client:
+        began_s, used_s, wanted = 0.0, 0.0, num_streams * chat  # a chat begins with the assistant's role
+        for step in range(num_tokens):
+            if step == 1:  # the first tokens bring their answers' heads
+                began_s, used_s = time.perf_counter(), cpu_s(pid)
+            await client.call(STEP, TokenEvent(num_streams, []), timeout_s=60)
+            wanted += num_streams
+            while num_events < wanted:  # noqa: ASYNC110  the others have their turn
+                await asyncio.sleep(0)
+    took_s, used_s = time.perf_counter() - began_s, cpu_s(pid) - used_s
+    await asyncio.gather(*(each.ended for each in streams))
+    total = num_streams * (num_tokens - 1)
+    tell(f"{num_streams} streams of {num_tokens} tokens by step", total, total, took_s, used_s)
 
 
 def cpu_s(pid: int) -> float:
@@ -180,6 +235,8 @@ def main() -> None:
     parser.add_argument("--streams", type=int, default=256)
     parser.add_argument("--tokens", type=int, default=200)
     parser.add_argument("--rate", type=float, help="tokens/s that are offered; without it, as many as are taken")
+    parser.add_argument("--by-step", action="store_true", help="each token is an event of its own")
+    parser.add_argument("--chat", action="store_true", help="with --by-step: /v1/chat/completions")
     parser.add_argument("--cores", type=int, nargs=2, metavar=("SERVER", "OTHERS"), help="cores to pin to")
     parser.add_argument("--api-servers", type=int, nargs="+", help="front ends")
     parser.add_argument("--model", help="a folder with another tokenizer than the demo model's")
@@ -188,7 +245,7 @@ def main() -> None:
     arguments = parser.parse_args()
     model = [] if arguments.model is None else ["--model", arguments.model]
     if arguments.role == "engine":
-        asyncio.run(serve_engine(int(*arguments.address)))
+        asyncio.run(serve_engine(int(*arguments.address), by_step=arguments.by_step))
     elif arguments.role == "client":
         asyncio.run(load(int(arguments.address[0]), arguments.streams, arguments.tokens, arguments.rate))
     elif arguments.role == "api":
@@ -201,15 +258,20 @@ def main() -> None:
         for api_servers in arguments.api_servers:
             measure_several(arguments, api_servers, model)
     else:
+        by_step = ["--by-step"] if arguments.by_step else []
         server_core, other_core = arguments.cores or (None, None)
         with (
-            started(__file__, "--role", "engine", "--address", "0", core=other_core) as (_, (address,)),
+            started(__file__, "--role", "engine", "--address", "0", *by_step, core=other_core) as (_, (address,)),
             started(__file__, "--role", "api", "--address", address, *model, core=server_core) as (pid, (url,)),
         ):
             if other_core is not None:
                 os.sched_setaffinity(0, {other_core})
             port = int(url.rpartition(":")[2])
-            asyncio.run(measure(pid, port, arguments.streams, arguments.tokens, arguments.rate))
+            if arguments.by_step:
+                sizes = arguments.streams, arguments.tokens
+                asyncio.run(measure_by_step(pid, port, address, *sizes, chat=arguments.chat))
+            else:
+                asyncio.run(measure(pid, port, arguments.streams, arguments.tokens, arguments.rate))
 
 
 if __name__ == "__main__":

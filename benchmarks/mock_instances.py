@@ -10,8 +10,18 @@ import sys
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
-from hbserve_rpc import RpcServer
-from hbserve_rpc.messages import DESCRIBE, STATS, Empty, InstanceInfo, InstanceStats, Role
+from hbserve_rpc import Method, RpcServer
+from hbserve_rpc.messages import (
+    DESCRIBE,
+    GENERATE,
+    STATS,
+    Empty,
+    GenerateRequest,
+    InstanceInfo,
+    InstanceStats,
+    Role,
+    TokenEvent,
+)
 from hbserve_rpc.reports import REPORTS, InstanceReport, ReportsRequest
 
 MAX_MODEL_LEN = 1 << 16
@@ -45,6 +55,39 @@ def mock_instance(instance_id: str, role: Role, *, drops_closed: bool = False, *
     server.serve(STATS, stats)
     server.serve_stream(REPORTS, reports)
     return server
+
+
+STEP: Method[TokenEvent, Empty] = Method("bench.step", TokenEvent, Empty)
+"""Of an instance by `serve_steps`: as soon as so many streams (`index`) wait, each of them gets its next token."""
+
+
+def serve_steps(server: RpcServer, tokens: list[int]) -> None:
+    """Give every stream a token at each step, as an engine does, when a client has asked for the step. So no tokens
+    wait for each other if the client has had those of the last step when it asks."""
+    has_stepped, num_waiting = asyncio.Event(), 0
+
+    async def generate(request: GenerateRequest) -> AsyncIterator[TokenEvent]:
+        nonlocal num_waiting
+        first = len(request.prompt_token_ids)  # each stream is somewhere else in the text
+        for index in range(request.params.max_tokens):
+            num_waiting += 1
+            await has_stepped.wait()
+            is_last = index + 1 == request.params.max_tokens
+            yield TokenEvent(index, [tokens[(first + index) % len(tokens)]], "length" if is_last else None)
+
+    async def step(streams: TokenEvent) -> Empty:
+        nonlocal has_stepped, num_waiting
+        while num_waiting < streams.index:  # noqa: ASYNC110  some are being opened
+            await asyncio.sleep(0.001)
+        num_waiting = 0
+        stepped, has_stepped = has_stepped, asyncio.Event()
+        stepped.set()
+        for _turn in range(3):  # as many turns as the loop needs for everything that this causes
+            await asyncio.sleep(0)
+        return Empty()
+
+    server.serve(STEP, step)
+    server.serve_stream(GENERATE, generate)
 
 
 async def serve_until_killed(*servers: RpcServer) -> None:

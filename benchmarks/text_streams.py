@@ -1,6 +1,7 @@
 """Text of many streams in one client process: its scheduler, its connection to an instance, and its detokenizers.
 
     python benchmarks/text_streams.py                   256 streams of the demo model's tokenizer
+    python benchmarks/text_streams.py --each            each token given as it comes, as the OpenAI server takes them
     python benchmarks/text_streams.py --streams 16 256 --profile
 
 The instance is another process, which computes nothing: at each step it gives every stream a token, as an engine does,
@@ -14,19 +15,19 @@ import asyncio
 import cProfile
 import pstats
 import time
-from collections.abc import AsyncIterator
+from collections.abc import Coroutine
 from typing import Any
 
-from mock_instances import LIMITS, mock_instance, serve_until_killed, started
+from mock_instances import LIMITS, STEP, mock_instance, serve_steps, serve_until_killed, started
 
 from hbserve.demo_model import find_model_folder
+from hbserve.results import GenerationDelta
 from hbserve.text_request import TextRequest
 from hbserve.tokenizer import load_tokenizer
-from hbserve_rpc import Method, RpcClient, SamplingParams
-from hbserve_rpc.messages import GENERATE, Empty, GenerateRequest, TokenEvent
+from hbserve_rpc import RpcClient, SamplingParams
+from hbserve_rpc.messages import TokenEvent
 from hbserve_scheduler import CpuScheduler, SchedulerConfig
 
-STEP: Method[TokenEvent, Empty] = Method("bench.step", TokenEvent, Empty)
 TEXT = (
     """Prefill computes keys and values of a prompt, decode adds one token after the other. Äpfel, naïve Größen, 你好,
 and numbers like 3.14159 or 2,718 are in it too: def main() -> None: print("streams", len(streams))\n"""
@@ -37,36 +38,12 @@ ROUNDS = 3
 
 
 async def serve(model: str | None) -> None:
-    has_stepped, num_waiting = asyncio.Event(), 0
-    tokens = load_tokenizer(await find_model_folder(model)).encode(TEXT)
-
-    async def generate(request: GenerateRequest) -> AsyncIterator[TokenEvent]:
-        nonlocal num_waiting
-        first = len(request.prompt_token_ids)  # each stream is somewhere else in the text
-        for index in range(request.params.max_tokens):
-            num_waiting += 1
-            await has_stepped.wait()
-            is_last = index + 1 == request.params.max_tokens
-            yield TokenEvent(index, [tokens[(first + index) % len(tokens)]], "length" if is_last else None)
-
-    async def step(streams: TokenEvent) -> Empty:
-        nonlocal has_stepped, num_waiting
-        while num_waiting < streams.index:  # noqa: ASYNC110  some are being opened
-            await asyncio.sleep(0.001)
-        num_waiting = 0
-        stepped, has_stepped = has_stepped, asyncio.Event()
-        stepped.set()
-        for _turn in range(3):  # as many turns as the loop needs for everything that this causes
-            await asyncio.sleep(0)
-        return Empty()
-
     server = mock_instance("mock-0", "hybrid", **LIMITS)
-    server.serve(STEP, step)
-    server.serve_stream(GENERATE, generate)
+    serve_steps(server, load_tokenizer(await find_model_folder(model)).encode(TEXT))
     await serve_until_killed(server)
 
 
-async def measure(address: str, tokenizer: Any, num_streams: int, num_tokens: int) -> float:
+async def measure(address: str, tokenizer: Any, num_streams: int, num_tokens: int, *, by_each: bool) -> float:
     """Tokens for each second of processor time."""
     scheduler = CpuScheduler(SchedulerConfig(heartbeat_interval_s=60, heartbeat_timeout_s=600))
     await scheduler.add_instance("mock-0", "hybrid", address)
@@ -75,12 +52,21 @@ async def measure(address: str, tokenizer: Any, num_streams: int, num_tokens: in
     num_given = 0
 
     async def take(number: int) -> str:
-        nonlocal num_given
         params = SamplingParams(0, num_tokens, ignore_eos=True)
-        texts = []
-        async for delta in TextRequest(scheduler, tokenizer, list(range(1, 2 + number)), params):
+        texts: list[str] = []
+        request = TextRequest(scheduler, tokenizer, list(range(1, 2 + number)), params)
+
+        def give(delta: GenerationDelta) -> bool:
+            nonlocal num_given
             num_given += len(delta["token_ids"])
             texts.append(delta["text"])
+            return False
+
+        if by_each:
+            await request.each(give)
+        else:
+            async for delta in request:
+                give(delta)
         return "".join(texts)
 
     async with RpcClient(address) as client:
@@ -103,6 +89,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--streams", type=int, nargs="+", default=[256])
     parser.add_argument("--tokens", type=int, default=200)
+    parser.add_argument("--each", action="store_true", help="without waking anybody for a token")
     parser.add_argument("--model", help="a folder with another tokenizer")
     parser.add_argument("--profile", action="store_true", help="functions by their own time; much slower")
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
@@ -111,15 +98,19 @@ def main() -> None:
         asyncio.run(serve(arguments.model))
         return
     tokenizer = load_tokenizer(asyncio.run(find_model_folder(arguments.model)))
+
+    def one(num_streams: int) -> Coroutine[Any, Any, float]:
+        return measure(address, tokenizer, num_streams, arguments.tokens, by_each=arguments.each)
+
     model = [] if arguments.model is None else ["--model", arguments.model]
     with started(__file__, "--serve", *model) as (_, (address,)):
         for num_streams in arguments.streams:
             if arguments.profile:
                 profile = cProfile.Profile()
-                profile.runcall(asyncio.run, measure(address, tokenizer, num_streams, arguments.tokens))
+                profile.runcall(asyncio.run, one(num_streams))
                 pstats.Stats(profile).sort_stats("tottime").print_stats(25)
                 continue
-            best = max(asyncio.run(measure(address, tokenizer, num_streams, arguments.tokens)) for _ in range(ROUNDS))
+            best = max(asyncio.run(one(num_streams)) for _ in range(ROUNDS))
             print(f"{num_streams:6} streams: {best:,.0f} tokens/s of a core, {1e6 / best:.1f} us a token")
 
 

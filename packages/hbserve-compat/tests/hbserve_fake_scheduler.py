@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -56,8 +56,18 @@ class FakeEvents:
         self.aborted: FinishReason | None = None
         self.ended: dict[int, FinishReason] = {}
         """Choices that were aborted by themselves."""
+        self._events = self._all()
 
-    async def __aiter__(self) -> AsyncIterator[TokenEvent | RequestFinished]:
+    def __aiter__(self) -> AsyncIterator[TokenEvent | RequestFinished]:
+        return self._events
+
+    async def each(self, take: Callable[[TokenEvent | RequestFinished], object]) -> bool:
+        async for event in self._events:
+            if take(event):
+                return True
+        return False
+
+    async def _all(self) -> AsyncGenerator[TokenEvent | RequestFinished, None]:
         given, reason = 0, "stop"
         for step in self._scheduler.steps:
             await asyncio.sleep(0)  # no step of an engine is there at once

@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 from hbserve_fake_scheduler import FakeScheduler, FakeServer, chunks_of
 
+from hbserve.server.chat_choices import ChatChoices
+from hbserve.server.completion_choices import CompletionChoices
 from hbserve.server.sampling import model_defaults
 from hbserve.text_request import answer_all
 from hbserve.tokenizer import load_tokenizer
@@ -68,6 +70,23 @@ async def test_continuous_usage_is_in_every_chunk(server):
         chunk["usage"]["completion_tokens"] for chunk in chunks
     )
     assert chunks[-1]["usage"]["completion_tokens"] == 12
+
+
+@pytest.mark.parametrize("ask", ["chat", "complete"])
+@pytest.mark.parametrize("more", [{}, {"return_token_ids": True}, {"n": 2}, {"logprobs": 1}, {"stop": ["ö"]}])
+async def test_events_of_text_alone_are_those_that_are_made_like_all_others(server, monkeypatch, ask, more):
+    if ask == "chat" and "logprobs" in more:
+        more = {"logprobs": True}
+    server.answers("He", 'l"\\', "\0\n", "w", "ör", "ld")
+    answers = []
+    for may_be_bare in (True, False):
+        for choices in (ChatChoices, CompletionChoices):
+            if not may_be_bare:
+                monkeypatch.setattr(choices, "is_bare", lambda *_: False)
+        chunks = chunks_of(await getattr(server, ask)(stream=True, **more))
+        answers.append([{**chunk, "id": "", "created": 0} for chunk in chunks])
+    assert answers[0] == answers[1]
+    assert text_of(answers[0]) == 'Hel"\\\0\nwörld'[: None if "stop" not in more else 8]
 
 
 async def test_completions_take_text_ids_and_batches_of_both_and_answer_each_n_times(server):

@@ -13,7 +13,6 @@ import pytest
 from hbserve_fake_scheduler import FakeServer
 
 from hbserve.server import http_server
-from hbserve.server.answers import MOST_NEWS
 from hbserve.server.http_server import HttpServer
 from hbserve.tokenizer import load_tokenizer
 from hbserve_testing.narrowing import present
@@ -61,14 +60,18 @@ async def test_an_answer_that_nobody_reads_waits_where_it_is_bounded_and_loses_n
     async with asking(n) as found:
         scheduler, loop = found.server.scheduler, asyncio.get_running_loop()
         await until(lambda: any(each.flow.write_paused for each in found.http._server.server_state.connections))
-        for _ in range(2 * MOST_NEWS):  # it could go on now, if nothing held it
+        num_given = scheduler.num_given
+        for _ in range(NUM_STEPS):  # it could go on now, if nothing held it
             await asyncio.sleep(0)
-        # What waits, what was taken and waits to be sent, and what the connection holds, twice in its buffers at most.
-        assert scheduler.num_given <= 4 * MOST_NEWS * len(STEP)
+        assert scheduler.num_given <= num_given + 2 * n * len(STEP), "what was taken, and waits to be sent"
         content = b""
         while part := await loop.sock_recv(found.client, 1 << 20):
             content += part
         assert content.count(STEP.encode()) == NUM_STEPS * n
+        await until(lambda: not found.http.num_answering)
+        (figures,) = found.server.service.http.counts.values()
+        body = content.partition(b"\r\n\r\n")[2]
+        assert 0.9 * len(body) < figures.response_bytes < len(body), "all of it, but what chunks are framed by"
         assert b"data: [DONE]" in content
 
 

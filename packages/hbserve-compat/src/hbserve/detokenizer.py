@@ -78,34 +78,42 @@ class Detokenizer:
 
     def feed(self, token_ids: Sequence[int], *, final: bool = False) -> str:
         """Add tokens; returns the text that is sure now. `final` brings out everything that was held back."""
-        sure: list[str] = []
         if self._stop is None:
-            self.token_ids += token_ids
-            sure += [self._shown.feed(token_id) for token_id in token_ids if token_id not in self._skipped]
-            token_ids = ()
+            new = self._feed_all(token_ids) + (self._shown.finish() if final else "")
+        else:
+            new = self._feed_searched(self._stop, token_ids, final=final)
+        self._parts.append(new)
+        return new
+
+    def _feed_all(self, token_ids: Sequence[int]) -> str:
+        self.token_ids += token_ids
+        if len(token_ids) == 1:  # as mostly
+            return "" if token_ids[0] in self._skipped else self._shown.feed(token_ids[0])
+        return "".join([self._shown.feed(token_id) for token_id in token_ids if token_id not in self._skipped])
+
+    def _feed_searched(self, stop: StopStrings, token_ids: Sequence[int], *, final: bool) -> str:
+        sure: list[str] = []
         for token_id in token_ids:
             if self.stopped:
                 break
             self.token_ids.append(token_id)
             shown = "" if token_id in self._skipped else self._shown.feed(token_id)
-            sure += self._take(shown if self._searched is None else self._searched.feed(token_id), shown)
+            sure += self._take(stop, shown if self._searched is None else self._searched.feed(token_id), shown)
         if final and not self.stopped:
             shown = self._shown.finish()
-            sure += self._take(shown if self._searched is None else self._searched.finish(), shown)
+            sure += self._take(stop, shown if self._searched is None else self._searched.finish(), shown)
             if not self.stopped:
                 sure += self._release(self._num_held)
-        new = "".join(sure)
-        self._parts.append(new)
-        return new
+        return "".join(sure)
 
-    def _take(self, searched: str, shown: str) -> list[str]:
-        if self._stop is None or len(self.token_ids) <= self._min_tokens:
+    def _take(self, stop: StopStrings, searched: str, shown: str) -> list[str]:
+        if len(self.token_ids) <= self._min_tokens:
             return [shown]
         self._held.append((len(searched), shown))
         self._num_held += len(searched)
-        num_behind = self._stop.feed(searched)
+        num_behind = stop.feed(searched)
         if self._includes_stop:  # nothing needs to wait for what it may become
-            num_behind -= num_behind if self._stop.found is None else len(self._stop.found)
+            num_behind -= num_behind if stop.found is None else len(stop.found)
         return self._release(self._num_held - num_behind)
 
     def _release(self, num_searched: int) -> list[str]:

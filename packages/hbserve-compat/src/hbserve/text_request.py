@@ -21,6 +21,8 @@ class Events(Protocol):
 
     def __aiter__(self) -> AsyncIterator[ClientEvent]: ...
 
+    async def each(self, take: Callable[[ClientEvent], object]) -> bool: ...
+
     async def aclose(self) -> None: ...
 
 
@@ -124,6 +126,8 @@ class TextRequest:
             TextChoice(self.request_id, tokenizer, params, skip_special_tokens=skip_special_tokens)
             for _ in range(params.n)
         ]
+        self._stopped: list[int] = []
+        """Choices that a stop string has ended, of which the engines do not know yet."""
         self._prompt_logprobs: list[TokenLogprobs | None] | None = None
         self._asks_of_prompt = params.prompt_logprobs is not None
         self._scheduler = scheduler
@@ -131,24 +135,56 @@ class TextRequest:
 
     async def __aiter__(self) -> AsyncGenerator[GenerationDelta, None]:
         """Raises what ended the request, if that is an error; leaving early aborts it."""
-        is_one = len(self.choices) == 1
         try:
             async for event in self._events:
-                choice = self.choices[event.choice]
-                if isinstance(event, RequestFinished):
-                    delta = choice.end(event)
-                elif choice.detokenizer.stopped:
-                    continue
-                else:
-                    delta = choice.feed(event, self._of_prompt(event))
-                    if choice.detokenizer.stopped:
-                        # The engines know no text: tell them to stop. The last event then says how long all took.
-                        await self._scheduler.abort(self.request_id, "stop", None if is_one else event.choice)
-                if not is_one:
-                    delta["choice"] = event.choice
-                yield delta
+                if (delta := self._delta(event)) is not None:
+                    if self._stopped:
+                        await self._stop_engines()
+                    yield delta
         finally:
             await self._events.aclose()
+
+    async def each(self, take: Callable[[GenerationDelta], object]) -> bool:
+        """Give what iterating gives to `take`, in the turn of the loop in which it comes, until that returns True.
+
+        Nobody is woken for a token. Returns whether there may be more, and raises what iterating does; to leave it is
+        not to abort it.
+        """
+        is_left = False
+
+        def give(event: ClientEvent) -> bool:
+            nonlocal is_left
+            delta = self._delta(event)
+            is_left = delta is not None and bool(take(delta))
+            return is_left or bool(self._stopped)
+
+        while await self._events.each(give):
+            if self._stopped:
+                await self._stop_engines()
+            if is_left:
+                return True
+        return False
+
+    def _delta(self, event: ClientEvent) -> GenerationDelta | None:
+        """What an event brings; None: it comes after a stop string."""
+        choice = self.choices[event.choice]
+        if isinstance(event, RequestFinished):
+            delta = choice.end(event)
+        elif choice.detokenizer.stopped:
+            return None
+        else:
+            delta = choice.feed(event, self._of_prompt(event))
+            if choice.detokenizer.stopped:
+                self._stopped.append(event.choice)
+        if len(self.choices) > 1:
+            delta["choice"] = event.choice
+        return delta
+
+    async def _stop_engines(self) -> None:
+        """They know no text: tell them of stop strings. The last event then says how long all took."""
+        stopped, self._stopped = self._stopped, []
+        for number in stopped:
+            await self._scheduler.abort(self.request_id, "stop", number if len(self.choices) > 1 else None)
 
     def _of_prompt(self, event: TokenEvent) -> list[TokenLogprobs | None] | None:
         """With the first token, what is known of the prompt's, if that was asked for. Told once for all choices."""

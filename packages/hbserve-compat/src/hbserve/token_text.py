@@ -54,13 +54,24 @@ class TokenDecoder:
         self._is_known = backend is not None and "ByteLevel" not in parts
         self._cleans_up = _cleans_up(tokenizer, backend)
         self._bytes: dict[int, bytes] = {}
+        self._whole: dict[int, str | None] = {}
 
     def text(self) -> TokenText:
         """Of a new sequence."""
-        made: TokenText = _ByteText(self._bytes_of) if self._is_byte_level else _WindowText(self)
+        made: TokenText = _ByteText(self) if self._is_byte_level else _WindowText(self)
         return _CleanText(made, self._tokenizer.clean_up_tokenization) if self._cleans_up else made
 
-    def _bytes_of(self, token_id: int) -> bytes:
+    def whole_text(self, token_id: int) -> str | None:
+        """Of a token of bytes, if these are whole characters."""
+        if token_id not in self._whole:
+            try:
+                self._whole[token_id] = self.token_bytes(token_id).decode()
+            except UnicodeDecodeError:
+                self._whole[token_id] = None
+        return self._whole[token_id]
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """Of a token of bytes."""
         found = self._bytes.get(token_id)
         if found is None:
             found = self._bytes[token_id] = _bytes_of(self._tokenizer.convert_ids_to_tokens(token_id) or "")
@@ -68,7 +79,7 @@ class TokenDecoder:
 
     def bytes_of(self, token_id: int) -> bytes:
         """A token alone: it need not be a whole character."""
-        return self._bytes_of(token_id) if self._is_byte_level else self.decode([token_id]).encode()
+        return self.token_bytes(token_id) if self._is_byte_level else self.decode([token_id]).encode()
 
     def decode(self, token_ids: list[int]) -> str:
         text: str = self._tokenizer.decode(token_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
@@ -103,12 +114,18 @@ def _cleans_up(tokenizer: Any, backend: Any) -> bool:
 class _ByteText:
     """Of a byte-level tokenizer, whose tokens are bytes one after the other."""
 
-    def __init__(self, bytes_of: Callable[[int], bytes]) -> None:
-        self._bytes_of = bytes_of
+    def __init__(self, decoder: TokenDecoder) -> None:
+        self._of_tokens = decoder
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._is_open = False
+        """The beginning of a character is held."""
 
     def feed(self, token_id: int) -> str:
-        return self._decoder.decode(self._bytes_of(token_id))
+        if not self._is_open and (text := self._of_tokens.whole_text(token_id)) is not None:
+            return text
+        text = self._decoder.decode(self._of_tokens.token_bytes(token_id))
+        self._is_open = bool(self._decoder.getstate()[0])
+        return text
 
     def finish(self) -> str:
         return self._decoder.decode(b"", final=True)

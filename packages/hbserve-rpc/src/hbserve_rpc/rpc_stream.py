@@ -36,6 +36,35 @@ def _decoder(item: Any) -> msgspec.msgpack.Decoder[Any]:
     return msgspec.msgpack.Decoder(item)
 
 
+async def whenever_told(give: Callable[[], bool], listen: Callable[[Callable[[], None] | None], None]) -> None:
+    """Call `give` now and in each turn of the loop in which it has something to give, until it returns True: nobody is
+    woken for it. What it raises is raised here, and not where it was told.
+
+    listen: is given who is to be told, and None at the end.
+    """
+    left, mishap = asyncio.get_running_loop().create_future(), None
+
+    def tell() -> None:
+        nonlocal mishap
+        if left.done():
+            return
+        try:
+            if give():
+                left.set_result(None)
+        except Exception as error:
+            mishap = error
+            left.set_result(None)
+
+    listen(tell)
+    try:
+        tell()
+        await left
+    finally:
+        listen(None)
+    if mishap is not None:
+        raise mishap
+
+
 class RpcStream(AsyncIterator[R], Generic[R]):
     """Items of one stream, in order; made by `RpcClient.stream`."""
 
@@ -51,10 +80,8 @@ class RpcStream(AsyncIterator[R], Generic[R]):
         self._error: Exception | None = None
         self._reader: asyncio.Future[None] | None = None
         """Whoever waits for an item or the end. Not an Event, which for each token would take as long again."""
-        self._take: Callable[[R], bool] | None = None
-        """Of `each`, as long as that has items to come."""
-        self._mishap: Exception | None = None
-        """What that has raised."""
+        self._on_item: Callable[[], None] | None = None
+        """Told of each, and of the end, while `each` has more to come."""
         self._num_received = 0
         self._num_taken = 0
 
@@ -69,20 +96,8 @@ class RpcStream(AsyncIterator[R], Generic[R]):
             self.fail(ProtocolMismatch(f"{self._client.address} answered {self.method} with {error}"))
             return False
         self._num_received += 1
-        if self._take is None:
-            self._wake()
-        else:
-            self._hand_over(self._take)
+        self._wake()
         return True
-
-    def _hand_over(self, take: Callable[[R], bool]) -> None:
-        try:
-            has_enough = take(self._next_item())
-        except Exception as error:  # of whoever waits in `each`, not of the connection
-            self._mishap, has_enough = error, True
-        if has_enough:
-            self._take = None
-            self._wake()
 
     def end(self, envelope: wire.Reply | wire.End | wire.Failed, body: bytes) -> None:
         if isinstance(envelope, wire.Reply):
@@ -99,11 +114,14 @@ class RpcStream(AsyncIterator[R], Generic[R]):
         self._wake()
 
     def _wake(self) -> None:
-        if self._reader is not None and not self._reader.done():
+        if self._on_item is not None:
+            self._on_item()
+        elif self._reader is not None and not self._reader.done():
             self._reader.set_result(None)
 
-    async def each(self, take: Callable[[R], bool]) -> None:
-        """Give every item to `take` as soon as it comes, until that returns True or the stream ends.
+    async def each(self, take: Callable[[R], object]) -> bool:
+        """Give every item to `take` as soon as it comes, until that returns True or the stream ends. Returns whether
+        there may be more.
 
         Nobody is woken for an item: `take` is called in the turn of the loop in which it has come. The stream has no
         timeout meanwhile.
@@ -111,19 +129,22 @@ class RpcStream(AsyncIterator[R], Generic[R]):
         Raises what iterating raises, and what `take` does.
         """
         self._open()
-        while self._items:
-            if take(self._next_item()):
-                return
-        if self._error is None:
-            self._take, self._reader = take, asyncio.get_running_loop().create_future()
-            try:
-                await self._reader
-            finally:
-                self._take = None
-        if self._mishap is not None:
-            raise self._mishap
-        if self._error is not None and not isinstance(self._error, StopAsyncIteration):
+
+        def give() -> bool:
+            while self._items:
+                if take(self._next_item()):
+                    return True
+            return self._error is not None
+
+        await whenever_told(give, self._tell)
+        if self._items or self._error is None:
+            return True
+        if not isinstance(self._error, StopAsyncIteration):
             raise self._error
+        return False
+
+    def _tell(self, on_item: Callable[[], None] | None) -> None:
+        self._on_item = on_item
 
     def _open(self) -> None:
         if self.opening is not None:

@@ -3,7 +3,7 @@
 import logging
 import math
 from collections import Counter, deque
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, get_args
 
 from hbserve_rpc.counts import HttpCounts, LinkCounts
@@ -162,3 +162,11 @@ def _summary(latencies: Collection[float]) -> LatencySummary:
     ordered = sorted(latencies)
     p50_s, p99_s = (ordered[math.ceil(part * len(ordered)) - 1] for part in (0.5, 0.99))
     return LatencySummary(len(ordered), p50_s, p99_s)
+
+
+def longest_pause(times_s: Sequence[float], since_s: float) -> tuple[float, float] | None:
+    """Between neighbours, from and to, counted from `since_s`; None: there are no two."""
+    if len(times_s) < 2:
+        return None
+    end = max(range(1, len(times_s)), key=lambda i: times_s[i] - times_s[i - 1])
+    return times_s[end - 1] - since_s, times_s[end] - since_s

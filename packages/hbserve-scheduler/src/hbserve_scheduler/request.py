@@ -19,8 +19,9 @@ import msgspec
 from hbserve_rpc import RemoteError
 from hbserve_rpc.messages import ClientEvent, FinishReason, GenerateRequest, RequestFinished, TokenEvent
 from hbserve_rpc.records import AttemptRecord, RequestRecord
+from hbserve_rpc.rpc_stream import whenever_told
 from hbserve_rpc.trace_context import TRACEPARENT
-from hbserve_scheduler.figures import Figures
+from hbserve_scheduler.figures import Figures, longest_pause
 from hbserve_scheduler.instances import InstanceHandle
 
 
@@ -57,6 +58,8 @@ class ScheduledRequest:
     """That the client has not taken; of tokens there is one, in which all wait. Or choices that have some."""
     reader: "asyncio.Future[None] | None" = None
     """Who waits for an event. Not an asyncio.Event, which for each token would take as long again."""
+    on_event: Callable[[], None] | None = None
+    """In place of a reader: told of each event, by which time all else is as it says."""
     task: asyncio.Task[None] | None = None
     attempts: list[AttemptRecord] = field(default_factory=list)
     num_cached_tokens: int = 0
@@ -142,9 +145,9 @@ class ScheduledRequest:
             first = len(self.output)
             of_prompt = event.prompt_logprobs if first == 0 else []
             logprobs = event.logprobs[known:]
-            self._add_tokens(TokenEvent(first, tokens, event.finish_reason, logprobs, of_prompt, self.choice))
             self.output += tokens
             self._tell_progress()
+            self._add_tokens(TokenEvent(first, tokens, event.finish_reason, logprobs, of_prompt, self.choice))
 
     def _tell_progress(self) -> None:
         if self.on_progress is not None:
@@ -163,7 +166,9 @@ class ScheduledRequest:
 
     def _add(self, event: "ClientEvent | Exception | ScheduledRequest") -> None:
         self.events.append(event)
-        if self.reader is not None and not self.reader.done():
+        if self.on_event is not None:
+            self.on_event()
+        elif self.reader is not None and not self.reader.done():
             self.reader.set_result(None)
         if self.parent is not None and len(self.events) == 1:
             self.parent._add(self)
@@ -276,14 +281,6 @@ class ScheduledRequest:
         last = [each.attempts[-1] for each in [self, *self.choices] if each.attempts and not each.ended]
         return set().union(*(attempt.busy_instances for attempt in last))
 
-    @property
-    def _stalled(self) -> tuple[float, float] | None:
-        """See RequestRecord.stalled."""
-        if not self.num_preemptions or len(self.arrivals) < 2:
-            return None
-        longest = max(range(1, len(self.arrivals)), key=lambda i: self.arrivals[i] - self.arrivals[i - 1])
-        return self.arrivals[longest - 1] - self.submitted_s, self.arrivals[longest] - self.submitted_s
-
     def since_submit_s(self) -> float:
         return asyncio.get_running_loop().time() - self.submitted_s
 
@@ -291,7 +288,7 @@ class ScheduledRequest:
         """What is kept of it. To be asked for when it has ended."""
         self.count()
         e2e_s, parts = self.since_submit_s(), self.choices or [self]
-        stalls = [each._stalled for each in parts if each._stalled is not None]
+        pauses = [longest_pause(each.arrivals, self.submitted_s) for each in parts if each.num_preemptions]
         return RequestRecord(
             self.request.request_id,
             time.time() - e2e_s,
@@ -308,7 +305,7 @@ class ScheduledRequest:
             error,
             len(self.choices) or 1,
             sum(each.num_preemptions for each in parts),
-            max(stalls, key=lambda stall: stall[1] - stall[0], default=None),
+            max(filter(None, pauses), key=lambda pause: pause[1] - pause[0], default=None),
             self.traceparent,
         )
 
@@ -368,17 +365,32 @@ class EventStream(AsyncIterator[ClientEvent]):
     async def __anext__(self) -> ClientEvent:
         if self._ended:
             raise StopAsyncIteration
-        entry = self._entry
-        while not entry.events:
-            entry.reader = asyncio.get_running_loop().create_future()
-            await entry.reader
-        event = entry.take()
+        while not self._entry.events:
+            self._entry.reader = asyncio.get_running_loop().create_future()
+            await self._entry.reader
+        return self._next()
+
+    def _next(self) -> ClientEvent:
+        event = self._entry.take()
         if isinstance(event, Exception):
             self._ended = True
             raise event
         self._num_choices -= isinstance(event, RequestFinished)
         self._ended = self._num_choices == 0
         return event
+
+    async def each(self, take: Callable[[ClientEvent], object]) -> bool:
+        """As `RpcStream.each`: give every event to `take` as it comes, until that returns True."""
+
+        def give() -> bool:
+            while self._entry.events and not self._ended:
+                if take(self._next()):
+                    return True
+            return self._ended
+
+        if not self._ended:
+            await whenever_told(give, lambda tell: setattr(self._entry, "on_event", tell))
+        return not self._ended
 
     async def aclose(self) -> None:
         if not self._ended:

@@ -10,6 +10,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from hbserve.server.answers import Answers, News
 from hbserve.server.api_error import ApiError, as_api_error
+from hbserve.server.direct_body import DirectBody
 
 logger = logging.getLogger(__name__)
 
@@ -79,9 +80,12 @@ class AnswerFormat(Protocol):
 class Reply:
     """One answer on its way to its client: the status line goes with the first bytes."""
 
-    def __init__(self, send: Send, headers: dict[str, str], first_byte_timeout_s: float) -> None:
+    def __init__(
+        self, send: Send, headers: dict[str, str], first_byte_timeout_s: float, direct: DirectBody | None = None
+    ) -> None:
         """first_byte_timeout_s: after so long without a token a stream begins all the same."""
         self._send = send
+        self._direct = direct
         self._first_byte_timeout_s = first_byte_timeout_s
         self._headers = [(name.encode(), value.encode()) for name, value in headers.items()]
 
@@ -90,25 +94,36 @@ class Reply:
         await (self._stream(answers, rendering) if streamed else self._whole(answers, rendering))
 
     async def _whole(self, answers: Answers, rendering: AnswerFormat) -> None:
-        while news := await answers.news():
-            rendering.take(news)
+        await answers.each(rendering.take)
         body = msgspec.json.encode(rendering.whole())
         await self._start([JSON, (b"content-length", str(len(body)).encode())])
         await self._part(body, more=False)
 
     async def _stream(self, answers: Answers, rendering: AnswerFormat) -> None:
-        begun = await answers.begun(self._first_byte_timeout_s)
-        first = await answers.news() if begun else []
+        first = await answers.first(self._first_byte_timeout_s)
         await self._start([EVENT_STREAM, *NO_BUFFERS])
         await self._part(rendering.opening() + rendering.chunks(first))
         try:
-            while news := await answers.news():
-                if chunks := rendering.chunks(news):
-                    await self._part(chunks)
+            await self._rest(answers, rendering)
             last = rendering.closing()
         except Exception as error:
             last = rendering.failed(_told(error))
         await self._part(last, more=False)
+
+    async def _rest(self, answers: Answers, rendering: AnswerFormat) -> None:
+        """All chunks after the first: written as they come, unless the client does not read."""
+        direct, held = self._direct, b""
+
+        def give(news: News) -> bool:
+            nonlocal held
+            chunks = rendering.chunks(news)
+            if direct is not None:
+                return bool(chunks) and not direct.write(chunks)
+            held = chunks
+            return True
+
+        while await answers.each(give):
+            await self._part(held)  # empty too: it waits until the client reads
 
     async def _start(self, headers: list[tuple[bytes, bytes]]) -> None:
         await self._send({"type": "http.response.start", "status": 200, "headers": [*headers, *self._headers]})

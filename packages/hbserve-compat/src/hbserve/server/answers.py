@@ -1,7 +1,7 @@
 """All answers to one HTTP request: their tokens as they come, of whichever comes first."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Self
@@ -14,10 +14,9 @@ from hbserve.server.spans import Asked
 from hbserve.text_request import TextRequest
 from hbserve_rpc import SamplingParams
 from hbserve_rpc.prompt_shape import PromptShape
+from hbserve_rpc.rpc_stream import whenever_told
 from hbserve_rpc.trace_context import in_trace
 
-MOST_NEWS = 256
-"""That wait for a client which does not read. Further tokens wait in the scheduler, together."""
 News = list[tuple[int, GenerationDelta]]
 """Number of the answer, and what is new of it."""
 
@@ -43,16 +42,15 @@ class Answers:
             TextRequest, model.scheduler, model.encoder.tokenizer, skip_special_tokens=skip_special_tokens
         )
         self._news: News = []
+        """That nobody has taken: one of each prompt. Further tokens wait in the scheduler, together."""
         self._changed = asyncio.Event()
+        self._on_change: Callable[[], object] = self._changed.set
+        """Told of news, and of the end of an answer."""
         self._taken = asyncio.Event()
         self._error: Exception | None = None
         self._requests: list[TextRequest] = []
         self._pumps: list[asyncio.Task[None]] = []
         self._num_running = len(params)
-        self._only: AsyncGenerator[GenerationDelta, None] | None = None
-        """Of a request for one answer, what comes of it. Without a pump: a token then wakes one task less."""
-        self._first: asyncio.Task[GenerationDelta | None] | None = None
-        """The first of that, which has been waited for with a time limit."""
 
     async def __aenter__(self) -> Self:
         """Raises InvalidRequest or Overloaded, if the scheduler refuses one; then none goes on."""
@@ -62,9 +60,6 @@ class Answers:
                 shape = await self._model.encoder.shape(prompt, self._model.scheduler.digest_block_size)
                 request = self._begin(http, number, prompt, params, shape)
                 self._requests.append(request)
-                if len(self._wanted) == len(request.choices) == 1:
-                    self._only = aiter(request)
-                    break
                 self._pumps.append(asyncio.create_task(self._pump(first, request)))
                 first += len(request.choices)
         except BaseException:
@@ -93,29 +88,30 @@ class Answers:
             raise
 
     async def _close(self) -> None:
-        tasks = self._pumps if self._first is None else [self._first]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        if self._only is not None:
-            await self._only.aclose()
-        for request in self._requests:  # a task that is cancelled before its first step closes nothing itself
+        for pump in self._pumps:
+            pump.cancel()
+        await asyncio.gather(*self._pumps, return_exceptions=True)
+        for request in self._requests:
             await request.aclose()
 
     async def _pump(self, first: int, request: TextRequest) -> None:
         """first: the number of the request's first answer."""
+
+        def take(delta: GenerationDelta) -> bool:
+            self._news.append((first + delta.get("choice", 0), self._wanted_of(delta)))
+            self._on_change()
+            return bool(self._news)
+
         try:
-            async for delta in request:
-                self._news.append((first + delta.get("choice", 0), self._wanted_of(delta)))
-                self._changed.set()
-                while len(self._news) >= MOST_NEWS:
-                    self._taken.clear()
+            while await request.each(take):
+                self._taken.clear()
+                if self._news:
                     await self._taken.wait()
         except Exception as error:  # of the engines; whoever waits for news is to have it
             self._error = self._error or error
         finally:
             self._num_running -= 1
-            self._changed.set()
+            self._on_change()
 
     def _wanted_of(self, delta: GenerationDelta) -> GenerationDelta:
         """Raises ApiError: the request was ended by nobody who asked for it."""
@@ -126,37 +122,40 @@ class Answers:
             delta["finish_reason"], delta["stop_reason"] = delta["finish_reason"] and "length", None
         return delta
 
-    async def begun(self, timeout_s: float) -> bool:
-        """Wait for the first news; False: there are none after so long."""
-        if self._only is not None:
-            self._first = asyncio.create_task(_next(self._only))
-            await asyncio.wait([self._first], timeout=timeout_s)
-            return self._first.done()
+    async def first(self, timeout_s: float) -> News:
+        """Wait for the first news; empty: there are none after so long. Raises as `each`."""
         with suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
                 await self._changed.wait()
-        return self._changed.is_set()
-
-    async def news(self) -> News:
-        """Whatever is new, as soon as something is; empty at the end.
-
-        Raises:
-            HBServeRpcError, ApiError: one of the answers has failed; what came before was given out before.
-        """
-        if self._only is not None:
-            delta = await (_next(self._only) if self._first is None else self._first)
-            self._first = None
-            return [] if delta is None else [(0, self._wanted_of(delta))]
-        while self._num_running and not self._news and self._error is None:
-            self._changed.clear()
-            await self._changed.wait()
         if self._error is not None and not self._news:
             raise self._error
+        return self._given_out()
+
+    def _given_out(self) -> News:
         found, self._news = self._news, []
         self._taken.set()
         return found
 
+    async def each(self, take: Callable[[News], object]) -> bool:
+        """Give whatever is new to `take`, in the turn of the loop in which it comes, until that returns True.
 
-async def _next(deltas: AsyncGenerator[GenerationDelta, None]) -> GenerationDelta | None:
-    """None: there are no more."""
-    return await anext(deltas, None)
+        Returns:
+            Whether there may be more.
+
+        Raises:
+            HBServeRpcError, ApiError: one of the answers has failed; what came before was given out before.
+        """
+        is_left = False
+
+        def give() -> bool:
+            nonlocal is_left
+            is_left = bool(self._news and take(self._given_out()))
+            if self._error is not None and not is_left:
+                raise self._error
+            return is_left or not self._num_running
+
+        await whenever_told(give, self._tell)
+        return is_left
+
+    def _tell(self, on_change: Callable[[], None] | None) -> None:
+        self._on_change = on_change or self._changed.set

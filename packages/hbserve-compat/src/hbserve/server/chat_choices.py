@@ -5,7 +5,7 @@ from typing import Any
 
 from hbserve.results import GenerationDelta
 from hbserve.server.logprobs import TokenNames, of_chat
-from hbserve.server.message_parts import MessageParts, merged
+from hbserve.server.message_parts import MessageParts, PlainText, merged
 
 
 class ChatChoices:
@@ -61,6 +61,13 @@ class ChatChoices:
             self._chunk(index, each, reason if place == last else None, more if place == last else {})
             for place, each in enumerate(found)
         ]
+
+    def is_bare(self, index: int, delta: GenerationDelta) -> bool:
+        is_plain = isinstance(self._parts[index], PlainText) and not self._with_token_ids
+        return is_plain and not delta["finish_reason"] and not delta["logprobs"]
+
+    def bare(self, index: int, text: str) -> dict[str, Any]:
+        return self._chunk(index, {"content": text}, None, {})
 
     def whole(self, index: int) -> dict[str, Any]:
         ids = {"prompt_token_ids": self._prompt, "token_ids": self._token_ids[index]}

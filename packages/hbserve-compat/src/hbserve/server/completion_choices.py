@@ -62,6 +62,13 @@ class CompletionChoices:
             more["logprobs"] = self._logprobs[index].add([token for token, _ in scored], [found for _, found in scored])
         return [self._choice(index, text, reason, more)] if text or reason or more else []
 
+    def is_bare(self, index: int, delta: GenerationDelta) -> bool:
+        has_more = delta["finish_reason"] or delta["logprobs"] or delta["prompt_logprobs"] is not None
+        return not has_more and not self._with_token_ids
+
+    def bare(self, index: int, text: str) -> dict[str, Any]:
+        return self._choice(index, text, None, {})
+
     def whole(self, index: int) -> dict[str, Any]:
         ids = {"prompt_token_ids": self._prompts[index], "token_ids": self._token_ids[index]}
         more: dict[str, Any] = {"stop_reason": self._stop_reasons[index]} | (ids if self._with_token_ids else {})

@@ -14,6 +14,7 @@ from hbserve.server.api_error import ApiError
 from hbserve.server.chat_choices import ChatChoices
 from hbserve.server.chat_prompt import chat_prompt
 from hbserve.server.completion_choices import CompletionChoices
+from hbserve.server.direct_body import direct_body
 from hbserve.server.logprobs import TokenNames
 from hbserve.server.rendering import Choices, Rendering
 from hbserve.server.request_body import converted, ignored_fields, ignored_header, read_object
@@ -50,7 +51,8 @@ async def endpoint(request: Request, kind: type[B], answer: Answer[B]) -> Watche
     head = {"id": kind.id_prefix + request_id, "created": int(time.time()), "model": name}
 
     async def job(send: Send) -> None:
-        await answer(Reply(send, headers, service.settings.first_byte_timeout_s), service, model, body, head)
+        reply = Reply(send, headers, service.settings.first_byte_timeout_s, direct_body(request.scope))
+        await answer(reply, service, model, body, head)
 
     return Watched(job)
 

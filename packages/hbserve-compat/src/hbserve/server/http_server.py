@@ -17,6 +17,7 @@ import uvicorn
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from hbserve.server.direct_body import EXTENSION, DirectBody
 from hbserve_rpc import AddressInUse, format_address
 from hbserve_rpc.address import is_wildcard
 from hbserve_scheduler import ConfigError
@@ -35,7 +36,8 @@ STALL_TIMEOUT_S = 60.0
 
 
 class _Protocol(HttpToolsProtocol):
-    """Bounds what httptools does not: the head of a request, and what may follow its body."""
+    """Bounds what httptools does not: the head of a request, and what may follow its body. Lets answers be written
+    directly."""
 
     num_unbounded = 0
     """Bytes since anything of a request was complete, or of its body, which has a bound of its own."""
@@ -50,6 +52,8 @@ class _Protocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         self.num_unbounded = 0
         super().on_headers_complete()
+        if self.cycle is not None and self.cycle.scope is self.scope:  # its task has not begun
+            self.scope["extensions"] = {EXTENSION: {"body": DirectBody(self.cycle)}}
 
     def on_body(self, body: bytes) -> None:
         self.num_unbounded = 0

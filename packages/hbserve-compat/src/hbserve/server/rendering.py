@@ -10,6 +10,7 @@ from hbserve.server.api_error import ApiError
 from hbserve.server.request_fields import SamplingFields
 
 DONE = b"data: [DONE]\n\n"
+MARK = "\0"
 
 
 def event(value: Any) -> bytes:
@@ -28,6 +29,12 @@ class Choices(Protocol):
 
     def chunk(self, index: int, delta: GenerationDelta) -> list[dict[str, Any]]:
         """A choice's next chunks."""
+
+    def is_bare(self, index: int, delta: GenerationDelta) -> bool:
+        """Whether a choice's next chunk has its text and nothing else: then it need not be made."""
+
+    def bare(self, index: int, text: str) -> dict[str, Any]:
+        """Such a chunk."""
 
     def whole(self, index: int) -> dict[str, Any]:
         """A choice, after its last chunk."""
@@ -52,6 +59,14 @@ class Rendering:
         self._timings: dict[int, Timings] = {}
         start = msgspec.json.encode({**head, "object": choices.chunk_name})[:-1]
         self._start = b"data: " + start + b',"choices":['
+        self._around_text: list[tuple[bytes, bytes]] = []
+        """Of each choice, what is before and behind the text in an event that has nothing else."""
+        if body.stream and not self._has_usage:
+            self._around_text = [self._around(choices.bare(index, MARK)) for index in range(len(prompts))]
+
+    def _around(self, choice: dict[str, Any]) -> tuple[bytes, bytes]:
+        before, _, behind = msgspec.json.encode(choice).partition(msgspec.json.encode(MARK))
+        return self._start + before, behind + b"]}\n\n"
 
     # ---- in chunks -----------------------------------------------------------------------------------------------
 
@@ -66,6 +81,9 @@ class Rendering:
 
     def _chunk(self, index: int, delta: GenerationDelta) -> bytes:
         self._count(index, delta)
+        if self._around_text and self._choices.is_bare(index, delta):
+            before, behind = self._around_text[index]
+            return before + msgspec.json.encode(delta["text"]) + behind if delta["text"] else b""
         more = self.metrics() if delta["timings"] is not None else {}
         return b"".join([self._event(each, more) for each in self._choices.chunk(index, delta)])
 

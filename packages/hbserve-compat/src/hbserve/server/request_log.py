@@ -12,6 +12,7 @@ from starlette.datastructures import MutableHeaders
 from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from hbserve.server.direct_body import direct_body
 from hbserve.server.http_figures import HttpFigures
 
 logger = logging.getLogger(__name__)
@@ -91,6 +92,8 @@ class RequestLog:
         finally:
             took_s = time.monotonic() - began_s
             received = int(length) if length.isdecimal() else 0
+            if (direct := direct_body(scope)) is not None:
+                num_sent += direct.num_bytes
             self._figures.add(scope["method"], scope.get("endpoint"), status, took_s, received, num_sent)
             # A path without its query, as it was sent: quoted, so that it is one line whatever it says.
             path = scope.get("raw_path", b"").decode("ascii", "backslashreplace")[:256]
