@@ -114,7 +114,78 @@ async def test_a_path_that_is_like_none_is_referred_to_the_documents(server):
     assert error_of(await server.post("/v1/tokenize"), 404)["message"].endswith("there is /tokenize")
 
 
-async def test_models_are_listed_with_a_slash_behind_too(server):
-    response = await server.client.get("/v1/models/")
+@pytest.mark.parametrize("path", ["/v1/models", "/health", "/version", "/tokenizer_info"])
+async def test_a_slash_behind_a_path_changes_nothing(server, path):
+    response = await server.client.get(f"{path}/")
     assert response.status_code == 200
-    assert response.json() == (await server.client.get("/v1/models")).json()
+    assert response.content == (await server.client.get(path)).content
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions/", "/v1/responses/", "/v1/messages/"])
+async def test_what_is_posted_to_a_path_with_a_slash_is_answered_and_not_sent_elsewhere(server, path):
+    field = {"input": "hi"} if "responses" in path else {"messages": MESSAGES, "max_tokens": 4}
+    assert (await server.post(path, **field)).status_code == 200
+
+
+OTHER_NAMES = [
+    ("/v1/chat/completions", {"messages": MESSAGES}, "max_new_tokens", "max_tokens"),
+    ("/v1/chat/completions", {"messages": MESSAGES}, "max_output_tokens", "max_tokens"),
+    ("/v1/chat/completions", {"messages": MESSAGES}, "stop_sequences", "stop"),
+    ("/v1/chat/completions", {}, "prompt", "messages"),
+    ("/v1/completions", {"prompt": "hi"}, "max_completion_tokens", "max_tokens"),
+    ("/v1/completions", {}, "messages", "prompt"),
+    ("/v1/responses", {"input": "hi"}, "max_tokens", "max_output_tokens"),
+    ("/v1/responses", {"input": "hi"}, "response_format", "text.format"),
+    ("/v1/responses", {}, "messages", "input"),
+    ("/v1/messages", {"messages": MESSAGES, "max_tokens": 4}, "stop", "stop_sequences"),
+    ("/v1/messages", {"messages": MESSAGES}, "max_completion_tokens", "max_tokens"),
+]
+
+
+@pytest.mark.parametrize(("path", "body", "name", "own"), OTHER_NAMES)
+async def test_a_field_by_the_name_of_another_api_is_refused_with_its_own(server, path, body, name, own):
+    response = await server.post(path, **body, **{name: 4})
+    assert error_of(response, 400)["message"] == f"{name}=4: is called {own} here"
+    assert not server.scheduler.asked
+
+
+async def test_a_field_by_both_names_has_the_one_that_is_its_own(server):
+    """As some load generators send it, whatever the endpoint."""
+    response = await server.complete(max_tokens=2, max_completion_tokens=2)
+    assert response.json()["usage"]["completion_tokens"] == 2
+    assert response.headers["x-hbserve-ignored"] == "max_completion_tokens"
+
+
+async def test_a_body_may_begin_with_a_byte_order_mark(server):
+    body = json.dumps({"messages": MESSAGES}).encode("utf-8-sig")
+    assert (await send(server, {}, body)).status_code == 200
+
+
+BROKEN = {
+    "the body is empty; expected a JSON object": b"",
+    "the body is null; expected a JSON object": b"null",
+    "the body is no UTF-8 text: byte 11 is 0xe4": '{"prompt": "\xe4"}'.replace(" ", "").encode("latin-1"),
+    "the body is no UTF-8 text: byte 0 is 0xff": json.dumps({"messages": MESSAGES}).encode("utf-16"),
+}
+
+
+@pytest.mark.parametrize("message", BROKEN)
+async def test_a_body_that_cannot_be_read_is_told_what_it_is_and_where(server, message):
+    assert error_of(await send(server, {}, BROKEN[message]), 400)["message"] == message
+
+
+async def test_another_method_is_told_which_there_are(server):
+    response = await server.client.get("/v1/chat/completions")
+    assert error_of(response, 405)["message"] == "GET /v1/chat/completions: Method Not Allowed; expected POST"
+
+
+async def test_tokens_that_no_model_here_has_are_no_empty_text(server):
+    error = error_of(await server.post("/detokenize", tokens=[5, 320]), 400)
+    assert (error["param"], error["message"]) == ("tokens[1]", "tokens[1]=320: is outside the vocabulary [0, 320)")
+
+
+@pytest.mark.parametrize("max_tokens", [0, 1])
+async def test_an_answer_without_a_second_token_has_no_pace(server, max_tokens):
+    answer = (await server.complete(max_tokens=max_tokens, echo=True)).json()
+    assert answer["usage"]["completion_tokens"] == max_tokens
+    assert answer["metrics"]["tokens_per_second"] is None

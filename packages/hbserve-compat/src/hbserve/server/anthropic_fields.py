@@ -67,6 +67,17 @@ class MessagesBody(CountTokensBody, frozen=True, kw_only=True):
 
     id_prefix: ClassVar[str] = "msg_"
     not_served: ClassVar[Mapping[str, tuple[Any, ...]]] = NOT_SERVED
+    elsewhere: ClassVar[Mapping[str, str]] = {
+        "max_completion_tokens": "max_tokens",
+        "max_output_tokens": "max_tokens",
+        "max_new_tokens": "max_tokens",
+        "stop": "stop_sequences",
+        "response_format": "output_config.format",
+        "reasoning_effort": "output_config.effort",
+        "instructions": "system",
+        "input": "messages",
+        "prompt": "messages",
+    }
 
     max_tokens: int
     stream: bool | None = None

@@ -85,7 +85,7 @@ class RequireApiKey:
         await self._app(scope, receive, send)
 
     def _may_ask(self, scope: Scope) -> bool:
-        is_open = path_of(scope) in OPEN_PATHS or scope["method"] == "OPTIONS"
+        is_open = (path_of(scope).rstrip("/") or "/") in OPEN_PATHS or scope["method"] == "OPTIONS"
         return is_open or self._keys.accept(_key(HTTPConnection(scope).headers))
 
 

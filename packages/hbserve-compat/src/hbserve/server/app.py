@@ -52,6 +52,15 @@ ROUTES = [
 
 
 PATHS = {route.path for route in ROUTES}
+PAGES = {"/", "/dashboard"}
+"""Where they are decides what their links mean."""
+WITH_SLASH = [
+    Route(f"{route.path}/", route.endpoint, methods=list(route.methods or ()))
+    for route in ROUTES
+    if route.path not in PAGES and "{" not in route.path
+]
+"""The same paths with a slash behind. A redirect, which is Starlette's way, leads clients of a proxy with TLS astray,
+and others do not follow it."""
 
 
 def make_app(service: Service) -> Starlette:
@@ -78,7 +87,7 @@ def make_app(service: Service) -> Starlette:
         ClientDisconnect: _nobody_is_there,
         Exception: _fail,
     }
-    app = Starlette(routes=ROUTES, middleware=middleware, exception_handlers=handlers)
+    app = Starlette(routes=[*ROUTES, *WITH_SLASH], middleware=middleware, exception_handlers=handlers)
     app.state.service = service
     return app
 
@@ -94,6 +103,8 @@ async def _refuse_route(request: Request, error: Exception) -> Response:
     headers = dict(error.headers or {})
     meant = _meant(path_of(request.scope)) if error.status_code == 404 else None
     cure = "docs/openai-server.md has what there is" if meant is None else f"there is {meant}"
+    if error.status_code == 405:
+        cure = f"expected {headers.get('Allow', '')}"
     problem = f"{request.method} {request.url.path[:256]}: {error.detail}; {cure}"
     return ApiError(error.status_code, problem, headers=headers).response(request.scope)
 

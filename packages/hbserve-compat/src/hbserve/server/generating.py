@@ -18,7 +18,14 @@ from hbserve.server.direct_body import direct_body
 from hbserve.server.logprobs import TokenNames
 from hbserve.server.rendering import Choices, Rendering
 from hbserve.server.request_body import converted, ignored_fields, ignored_header, read_object
-from hbserve.server.request_fields import ChatBody, CompletionBody, RequestBody, SamplingFields, require_served
+from hbserve.server.request_fields import (
+    ChatBody,
+    CompletionBody,
+    RequestBody,
+    SamplingFields,
+    require_own_names,
+    require_served,
+)
 from hbserve.server.sampling import COMPLETION_MAX_TOKENS, is_only_prompt, num_choices, sampling_params
 from hbserve.server.service import ServedModel, Service
 from hbserve.server.structured_outputs import structured_outputs
@@ -42,6 +49,7 @@ async def endpoint(request: Request, kind: type[B], answer: Answer[B]) -> Watche
     service: Service = request.app.state.service
     content = await read_object(request, service.max_body_bytes)
     model = service.require_model()
+    require_own_names(content, kind)
     body = converted(content, kind)
     require_served(body)
     # Before any work for it: with too many requests there, a refusal must not have to wait for theirs.

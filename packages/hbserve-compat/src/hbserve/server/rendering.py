@@ -146,13 +146,14 @@ class Rendering:
             return {}
         times = self._timings[0]
         generation_s = times["e2e_s"] - times["ttft_s"]
+        is_paced = self._num_output > 1 and generation_s > 0
         return {
             "metrics": {
                 "time_to_first_token_ms": 1e3 * times["ttft_s"],
                 "generation_time_ms": 1e3 * generation_s,
                 "queue_time_ms": 1e3 * times["queue_time_s"],
                 "mean_itl_ms": 1e3 * times["tpot_s"],
-                "tokens_per_second": (self._num_output - 1) / generation_s if generation_s > 0 else None,
+                "tokens_per_second": (self._num_output - 1) / generation_s if is_paced else None,
                 "handoff_ms": 1e3 * times["handoff_s"],
                 "kv_transfer_time_ms": 1e3 * times["kv_transfer_time_s"],
                 "kv_bytes": times["kv_bytes"],

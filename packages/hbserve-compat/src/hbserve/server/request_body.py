@@ -1,5 +1,6 @@
 """The JSON body of a request: read up to a limit, decoded, and checked against what an endpoint takes."""
 
+import codecs
 import logging
 import re
 from typing import Any, TypeVar
@@ -29,7 +30,7 @@ async def read_object(request: Request, most_bytes: int) -> dict[str, Any]:
     _require_plain(request)
     content = decoded(await _read(request, most_bytes))
     if not isinstance(content, dict):
-        raise ApiError(400, f"the body is {shown(content)}; expected a JSON object")
+        raise ApiError(400, f"the body is {'null' if content is None else shown(content)}; expected a JSON object")
     return content
 
 
@@ -64,15 +65,18 @@ async def _read(request: Request, most_bytes: int) -> bytes:
 
 
 def decoded(body: bytes) -> Any:
-    """Raises ApiError: 400, says at which place it is no JSON."""
+    """A byte order mark before it is allowed, as Windows' programs write one. Raises ApiError: 400, says at which place
+    it is no JSON."""
+    if not body:
+        raise ApiError(400, "the body is empty; expected a JSON object")
     try:
-        return msgspec.json.decode(body)
+        body.decode()  # msgspec counts bytes from the beginning of the string that they are in
+        return msgspec.json.decode(body.removeprefix(codecs.BOM_UTF8))
     except msgspec.DecodeError as error:
         raise ApiError(400, f"the body is no JSON: {error}") from None
     except UnicodeDecodeError as error:
-        raise ApiError(
-            400, f"the body is no UTF-8 text: byte {error.start} is {error.object[error.start]:#x}"
-        ) from None
+        place = f"byte {error.start} is {error.object[error.start]:#x}"
+        raise ApiError(400, f"the body is no UTF-8 text: {place}") from None
     except RecursionError:
         raise ApiError(400, "the body is nested too deep") from None
 

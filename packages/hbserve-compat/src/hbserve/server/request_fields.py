@@ -71,6 +71,8 @@ class RequestBody(msgspec.Struct, frozen=True, kw_only=True):
     """Of the ids of answers."""
     not_served: ClassVar[Mapping[str, tuple[Any, ...]]]
     """As NOT_SERVED has it."""
+    elsewhere: ClassVar[Mapping[str, str]] = {}
+    """Names that other APIs have for one of these fields, which is what a request with one of them means."""
 
     model: str | None = None
 
@@ -79,6 +81,11 @@ class SamplingFields(RequestBody, frozen=True, kw_only=True):
     """Fields that both endpoints take."""
 
     not_served: ClassVar[Mapping[str, tuple[Any, ...]]] = NOT_SERVED
+    elsewhere: ClassVar[Mapping[str, str]] = {
+        "max_output_tokens": "max_tokens",
+        "max_new_tokens": "max_tokens",
+        "stop_sequences": "stop",
+    }
 
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -129,6 +136,12 @@ class CompletionBody(SamplingFields, frozen=True, kw_only=True):
     not_served: ClassVar[Mapping[str, tuple[Any, ...]]] = {
         name: values for name, values in NOT_SERVED.items() if name not in ("echo", "prompt_logprobs")
     }
+    elsewhere: ClassVar[Mapping[str, str]] = {
+        **SamplingFields.elsewhere,
+        "max_completion_tokens": "max_tokens",
+        "messages": "prompt",
+        "input": "prompt",
+    }
     prompt: str | tuple[Any, ...]
     """Text, token ids, or several of either. Not in a list, as of `hbserve_rpc.prompt_shape.PromptIds`."""
     logprobs: int | bool | None = None
@@ -140,6 +153,7 @@ class ChatBody(SamplingFields, frozen=True, kw_only=True):
     """Body of /v1/chat/completions."""
 
     id_prefix: ClassVar[str] = "chatcmpl-"
+    elsewhere: ClassVar[Mapping[str, str]] = {**SamplingFields.elsewhere, "prompt": "messages", "input": "messages"}
     messages: list[dict[str, Any]]
     max_completion_tokens: int | None = None
     """`max_tokens` by its newer name, which is preferred."""
@@ -162,6 +176,14 @@ class ChatBody(SamplingFields, frozen=True, kw_only=True):
     chat_template: str | None = None
     documents: Any = None
     continue_final_message: bool | None = None
+
+
+def require_own_names(content: Mapping[str, Any], kind: type[RequestBody]) -> None:
+    """Raises ApiError: 400, a field has another API's name, and not its own. To ignore `max_new_tokens` would be to
+    answer until the context is full."""
+    for name, own in kind.elsewhere.items():
+        if content.get(name) is not None and content.get(own.partition(".")[0]) is None:
+            raise ApiError(400, f"{name}={shown(content[name])}: is called {own} here", param=name)
 
 
 def require_served(body: RequestBody) -> None:

@@ -58,6 +58,15 @@ class ResponsesBody(RequestBody, frozen=True, kw_only=True):
 
     id_prefix: ClassVar[str] = "resp_"
     not_served: ClassVar[Mapping[str, tuple[Any, ...]]] = NOT_SERVED
+    elsewhere: ClassVar[Mapping[str, str]] = {
+        "messages": "input",
+        "max_tokens": "max_output_tokens",
+        "max_completion_tokens": "max_output_tokens",
+        "max_new_tokens": "max_output_tokens",
+        "response_format": "text.format",
+        "reasoning_effort": "reasoning.effort",
+        "system": "instructions",
+    }
 
     input: str | list[dict[str, Any]]
     instructions: str | None = None

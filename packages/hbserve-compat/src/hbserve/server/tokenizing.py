@@ -69,7 +69,13 @@ async def tokenize(request: Request) -> Response:
 async def detokenize(request: Request) -> Response:
     model, body, headers = await _read(request, DetokenizeBody)
     require_tokenizer(model.encoder.tokenizer, "tokens")
-    text = model.encoder.tokenizer.decode(plain_token_ids("tokens", body.tokens))
+    tokens = plain_token_ids("tokens", body.tokens)
+    vocab_size = max((each.vocab_size for each in model.scheduler.info().instances), default=0)
+    for place, token in enumerate(tokens):
+        if token >= vocab_size > 0:
+            problem = f"tokens[{place}]={token}: is outside the vocabulary [0, {vocab_size})"
+            raise ApiError(400, problem, param=f"tokens[{place}]")
+    text = model.encoder.tokenizer.decode(tokens)
     # vLLM's name of it, and SGLang's.
     return _json({"prompt": text, "text": text}, headers)
 
