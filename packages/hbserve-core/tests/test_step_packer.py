@@ -124,6 +124,33 @@ def test_an_unread_token_is_taken_from_where_the_step_before_puts_it():
     assert view.tokens[1, :2].tolist() == [1, 2]
 
 
+def test_what_the_same_requests_ask_for_is_theirs_in_every_step_and_others_have_their_own():
+    """It is kept from step to step as long as they are the same."""
+    packer = Packer()
+    asked = [{"temperature": 0.5, "top_k": 3, "seed": 2**63 - 1}, {"temperature": 0.75, "top_p": 0.5}, {"seed": 7}]
+    sequences = [sequence(str(i), 9 - i, 8 - i, **params) for i, params in enumerate(asked)]
+    seeds = []
+    for chosen in ([0, 1, 2], [0, 1, 2], [0, 2], [1, 2], [0, 1, 2]):
+        batch = [sequences[i] for i in chosen]
+        _, view = packer.pack(*((each, 1) for each in batch))
+        samples = view.samples[:, : len(batch)]
+        for each, (row, temperature, low, high, index, top_k, top_p) in zip(batch, samples.T.tolist(), strict=True):
+            found = np.array([temperature, top_p], dtype=np.int32).view(np.float32).tolist()
+            expected = each.params
+            assert found == [np.float32(expected.temperature), np.float32(expected.top_p)]
+            assert (row, top_k) == (batch.index(each), expected.top_k)
+            assert index == each.num_output_tokens
+            seed = (low & 0xFFFFFFFF) | (high & 0xFFFFFFFF) << 32
+            if expected.seed is None:
+                seeds.append(seed)
+            else:
+                assert seed == expected.seed
+        for each in batch:
+            each.num_computed_tokens += 1
+            each.token_ids.append(5)
+    assert len(set(seeds)) == 4, "each token of a request without a seed is drawn by another number"
+
+
 def test_padding_holds_nothing_of_earlier_steps():
     packer = Packer(max_num_seqs=5)
     _, view = packer.pack((sequence("1", 9, 8, temperature=0.5, top_p=0.3, seed=7), 1), (sequence("2", 3, 2), 1),

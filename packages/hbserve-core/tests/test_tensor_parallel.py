@@ -243,6 +243,40 @@ def test_blocks_that_are_known_are_not_said_again_and_others_in_their_place_are(
     assert say(*range(100, 120)) == again
 
 
+def test_decodes_that_go_on_are_said_by_their_new_blocks_and_whatever_else_as_a_whole():
+    writer, reader, draws = StepWriter(draws=True), StepReader(), random.Random(0)
+    running = [sequence(str(name), [*range(9 + name), UNREAD], 5, 9 + name, top_k=name + 1) for name in range(8)]
+    changes, sizes = ["begin"], list[int]()
+    for number in range(80):
+        chosen = running[number % 8]
+        chunks = [ScheduledChunk(each, 1) for each in running]
+        match changes[-1]:
+            case "order":
+                draws.shuffle(chunks)
+            case "fewer":
+                del chunks[number % 8]
+            case "read":  # somebody has waited for the step before
+                chosen.token_ids[-1] = 7
+            case "other blocks":
+                chosen.block_table = array("i", draws.sample(range(1000), len(chosen.block_table)))
+            case "once more":  # preempted, it has lost the last three
+                chosen.num_computed_tokens -= 3
+                chunks[number % 8] = ScheduledChunk(chosen, 4)
+        message = writer.write(chunks)
+        sizes.append(len(message))
+        for found, chunk in zip(reader.read(message), chunks, strict=True):
+            assert seen(found) == seen(chunk)
+            assert found.samples
+        for each in running:
+            each.num_computed_tokens = len(each.token_ids)
+            each.token_ids[-1:] = [draws.randrange(100), UNREAD]
+            each.block_table.extend([draws.randrange(1000)] * (len(each.token_ids) > len(each.block_table) * BLOCK))
+        changes.append(draws.choice(["none"] * 8 + ["order", "fewer", "read", "other blocks", "once more"]))
+    same = [number for number in range(1, 80) if changes[number - 1 : number + 1] == ["none", "none"]]
+    assert len(same) > 10
+    assert all(sizes[number] < sizes[0] / 4 for number in same)
+
+
 def test_an_id_that_comes_again_is_another_sequence():
     writer, reader = StepWriter(draws=True), StepReader()
     (before,) = reader.read(writer.write([ScheduledChunk(sequence("r", range(5), 5, 0, temperature=0.5), 5)]))

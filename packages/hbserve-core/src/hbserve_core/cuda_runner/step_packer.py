@@ -27,6 +27,7 @@ from hbserve_core.engine.sequence import HOTTEST, UNREAD, ScheduledChunk, Sequen
 from hbserve_core.engine.step import StepTokens
 from hbserve_core.logits.prompt_logprobs import ScoredRows, scored_rows
 from hbserve_core.logits.rows import LogitsRow, special_rows
+from hbserve_rpc import SamplingParams
 
 _Integers = TypeVar("_Integers", int, npt.NDArray[np.int32])
 
@@ -248,13 +249,18 @@ class StepPacker:
         self._random = random.Random(seed)
         self._sources: dict[Sequence, int] = {}
         """Where the step before has put each sequence's token."""
+        self._sampled: list[Sequence] = []
+        """Those that a step before has sampled for, """
+        self._asked = asked_of_samples([])
+        """what they ask for, """
+        self._unseeded: list[int] = []
+        """and the rows of those that bring no seed."""
 
     def pack(self, batch: Ids[ScheduledChunk], memory: Any) -> PackedStep:
         """Write a step to `memory`, a flat int32 numpy array with room for `shapes.largest` and the tables."""
         # Decodes first; among them long contexts first, so that the last to end are short ones.
-        order = sorted(
-            range(len(batch)), key=lambda i: (batch[i].num_new_tokens > 1, -batch[i].sequence.num_computed_tokens)
-        )
+        ranks = [(chunk.num_new_tokens > 1, -chunk.sequence.num_computed_tokens) for chunk in batch]
+        order = sorted(range(len(batch)), key=ranks.__getitem__)
         chunks = [batch[place] for place in order]
         counts = [chunk.num_new_tokens for chunk in chunks]
         shape, num_decodes = self.shapes.choose(counts), counts.count(1)
@@ -264,30 +270,32 @@ class StepPacker:
         self._write_prefills(view, chunks[num_decodes:], num_decodes)
         tables_size = self._write_tables(view, chunks)
         # A step of decodes samples every row, although a chunk of one token may stop short of its prompt's end.
-        sampling = [i for i, chunk in enumerate(chunks) if chunk.samples or not shape.tiles]
-        self._write_samples(view, chunks, sampling)
-        places = [order[i] if chunks[i].samples else None for i in sampling]
+        samples = [chunk.samples for chunk in chunks]
+        sampling = [i for i, is_last in enumerate(samples) if is_last or not shape.tiles]
+        sequences = [chunks[i].sequence for i in sampling]
+        self._write_samples(view, sequences, np.cumsum(counts)[sampling] - 1)
+        places = [order[i] if samples[i] else None for i in sampling]
         special = [
             found
-            for row, i in enumerate(sampling)
-            if chunks[i].sequence.is_special and chunks[i].samples
-            for found in special_rows(row, chunks[i].sequence, self._sources.get(chunks[i].sequence, -1))
+            for row, (i, sequence) in enumerate(zip(sampling, sequences, strict=True))
+            if sequence.is_special and samples[i]
+            for found in special_rows(row, sequence, self._sources.get(sequence, -1))
         ]
-        self._sources = {chunks[i].sequence: row for row, i in enumerate(sampling)}
+        self._sources = {sequence: row for row, sequence in enumerate(sequences)}
         # Nothing is looked for in a step of decodes that all give tokens, of which there are most.
         scored = _scored(chunks, order) if shape.tiles or None in places else []
         return PackedStep(shape, shape.fixed_size + tables_size, places, len(batch), special, scored)
 
     def _write_decodes(self, view: StepView, chunks: Ids[ScheduledChunk]) -> None:
-        columns: list[tuple[int, int, int]] = []
-        for chunk in chunks:
-            sequence = chunk.sequence
-            position = sequence.num_computed_tokens
-            token = sequence.token_ids[position]
-            columns.append((token, self._sources[sequence] if token == UNREAD else -1, position))
-        if columns:
-            count = len(columns)
-            view.tokens[:3, :count] = np.array(columns, dtype=np.int32).T
+        if chunks:
+            sequences, count = [chunk.sequence for chunk in chunks], len(chunks)
+            positions = [sequence.num_computed_tokens for sequence in sequences]
+            tokens = [each.token_ids[position] for each, position in zip(sequences, positions, strict=True)]
+            view.tokens[0, :count] = tokens
+            view.tokens[1, :count] = [
+                self._sources[each] if token == UNREAD else -1 for each, token in zip(sequences, tokens, strict=True)
+            ]
+            view.tokens[2, :count] = positions
             view.tokens[3, :count] = -2
             view.sequences[0, :count] = np.arange(count)
             view.sequences[1, :count] = 1
@@ -318,30 +326,41 @@ class StepPacker:
 
     def _write_tables(self, view: StepView, chunks: Ids[ScheduledChunk]) -> int:
         """Returns how many numbers they are."""
-        width = max(_ceil_div(chunk.first + chunk.num_new_tokens, self._block_size) for chunk in chunks)
+        last = max([chunk.sequence.num_computed_tokens + chunk.num_new_tokens for chunk in chunks])
+        width = _ceil_div(last, self._block_size)
         view.width[:] = width
-        tables = view.tables[: len(chunks) * width].reshape(len(chunks), width)
-        for row, chunk in zip(tables, chunks, strict=True):
-            table = chunk.sequence.block_table[:width]
-            row[: len(table)] = table
+        tables = [chunk.sequence.block_table for chunk in chunks]
+        lengths = [len(table) for table in tables]
+        if max(lengths) > width:  # of a chunk that is not its prompt's last
+            tables = [table[:width] for table in tables]
+            lengths = [len(table) for table in tables]
+        inside = np.arange(width) < np.array(lengths)[:, np.newaxis]
+        target = view.tables[: len(chunks) * width].reshape(inside.shape)
+        target[inside] = np.frombuffer(b"".join(tables), dtype=np.int32)  # one loop, and it is not Python's
         return len(chunks) * width
 
-    def _write_samples(self, view: StepView, chunks: Ids[ScheduledChunk], sampling: Ids[int]) -> None:
-        """sampling: places of the chunks to sample for."""
-        columns: list[tuple[float, int, int, int, float]] = []
-        for i in sampling:
-            sequence, params = chunks[i].sequence, chunks[i].sequence.params
-            seed = self._random.getrandbits(64) if params.seed is None else params.seed
-            # A float64 may be infinite as a float32.
-            temperature = min(params.temperature, HOTTEST)
-            columns.append((temperature, seed, sequence.num_output_tokens, params.top_k, params.top_p))
-        if not columns:
+    def _write_samples(self, view: StepView, sequences: list[Sequence], rows: npt.NDArray[np.int64]) -> None:
+        """sequences: to sample for; rows: the last one of each."""
+        if not sequences:
             return
-        temperatures, seeds, indices, top_k, top_p = zip(*columns, strict=True)
-        samples = view.samples[:, : len(columns)]
-        last_rows = np.cumsum([chunk.num_new_tokens for chunk in chunks]) - 1
-        samples[0] = last_rows[list(sampling)]
-        samples[1] = np.array(temperatures, dtype=np.float32).view(np.int32)
-        samples[2:4] = seed_halves(seeds)
-        samples[4], samples[5] = indices, np.minimum(top_k, 2**31 - 1)
-        samples[6] = np.array(top_p, dtype=np.float32).view(np.int32)
+        # Mostly those of the step before, in its order.
+        if sequences != self._sampled:
+            self._sampled, self._asked = sequences, asked_of_samples([each.params for each in sequences])
+            self._unseeded = [row for row, each in enumerate(sequences) if each.params.seed is None]
+        samples = view.samples[:, : len(sequences)]
+        samples[:] = self._asked
+        samples[0] = rows
+        drawn = np.frombuffer(self._random.randbytes(8 * len(self._unseeded)), dtype=np.int32)
+        samples[2:4, self._unseeded] = drawn.reshape(2, -1)
+        samples[4] = [len(each.token_ids) - each.num_prompt_tokens for each in sequences]
+
+
+def asked_of_samples(params: Ids[SamplingParams]) -> npt.NDArray[np.int32]:
+    """(7, N), as a step's memory has them: what does not change from one token of a request to the next."""
+    found = np.zeros((7, len(params)), dtype=np.int32)
+    # A float64 may be infinite as a float32.
+    found[1] = np.array([min(each.temperature, HOTTEST) for each in params], dtype=np.float32).view(np.int32)
+    found[2:4] = seed_halves([each.seed or 0 for each in params])
+    found[5] = np.minimum([each.top_k for each in params], 2**31 - 1)
+    found[6] = np.array([each.top_p for each in params], dtype=np.float32).view(np.int32)
+    return found

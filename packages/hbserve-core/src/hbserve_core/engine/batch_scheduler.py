@@ -106,7 +106,7 @@ class BatchScheduler:
         preemptions = self.num_preemptions
         batch = self._decodes()
         may_admit = self.num_preemptions == preemptions
-        begun = [sequence for sequence in self.running if sequence.num_uncomputed_tokens > 1]
+        begun = [each for each in self.running if len(each.token_ids) - each.num_computed_tokens > 1]
         self._prefill_budget = self._chunk_sizes.of_step(batch, begun, self.waiting)
         if self._chunk_sizes.is_adaptive:
             batch += self._short_chunks(begun, may_admit)
@@ -122,16 +122,17 @@ class BatchScheduler:
         batch = []
         for sequence in list(self.running):
             # A sequence further back in this list may have been preempted for one before it.
-            if sequence.num_uncomputed_tokens != 1 or self._budget == 0 or sequence.phase is not Phase.RUNNING:
+            num_tokens = len(sequence.token_ids)  # no property: each call counts where there are 256 of them
+            if num_tokens - sequence.num_computed_tokens != 1 or self._budget == 0:
                 continue
-            if self._grow(sequence):
+            if sequence.phase is Phase.RUNNING and self._grow(sequence, num_tokens):
                 self._budget -= 1
                 batch.append(ScheduledChunk(sequence, 1))
         return batch
 
-    def _grow(self, sequence: Sequence) -> bool:
+    def _grow(self, sequence: Sequence, num_tokens: int) -> bool:
         """Make room for the sequence's next token. False: it was itself preempted, or cannot go on at all."""
-        if len(sequence.block_table) * self._blocks.block_size >= sequence.num_tokens:
+        if len(sequence.block_table) * self._blocks.block_size >= num_tokens:
             return True
         is_longest = len(sequence.block_table) == self._blocks.num_blocks
         while self._blocks.num_free == 0 or is_longest:
@@ -269,7 +270,7 @@ class BatchScheduler:
             self._extend_digests(sequence)
             for i in range(first, last):
                 self._blocks.cache(sequence.block_table[i], sequence.block_digests[i])
-        if not (sequence.prefill_only or sequence.choices):  # whose blocks others will read
+        if self._blocks.window and not (sequence.prefill_only or sequence.choices):  # whose blocks others will read
             self._free_unseen(sequence)
 
     def _free_unseen(self, sequence: Sequence) -> None:

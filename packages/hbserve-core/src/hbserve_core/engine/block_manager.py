@@ -29,7 +29,7 @@ class BlockManager:
         """window: the last positions that any layer sees, a token's own included; 0: all."""
         self.num_blocks = num_blocks
         self.block_size = block_size
-        self._window = window
+        self.window = window
         self._prefix_caching = prefix_caching
         self._references = [0] * num_blocks
         # Both in the order in which the blocks became free: of those cached, the least recently used is evicted first.
@@ -62,7 +62,7 @@ class BlockManager:
 
     def first_seen(self, num_tokens: int) -> int:
         """The first block that tokens which come after so many see."""
-        return max(0, num_tokens + 1 - self._window) // self.block_size if self._window else 0
+        return max(0, num_tokens + 1 - self.window) // self.block_size if self.window else 0
 
     # ---- giving out and taking back ------------------------------------------------------------------------------
 
@@ -141,7 +141,7 @@ class BlockManager:
         num_found = num_in_a_row = 0
         for count, digest in enumerate(digests, 1):
             block_id = self._block_of.get(digest, NO_BLOCK)
-            if block_id == NO_BLOCK and not self._window:
+            if block_id == NO_BLOCK and not self.window:
                 break
             found.append(block_id)
             num_in_a_row = 0 if block_id == NO_BLOCK else num_in_a_row + 1

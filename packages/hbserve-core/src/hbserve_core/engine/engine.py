@@ -260,9 +260,10 @@ class Engine:
         for sequence, first, count in step.chunks:
             if sequence.phase is Phase.ENDED:
                 continue  # its last token was one that ends it, as has just been read
-            self._num_prefilled += min(count, max(0, sequence.num_prompt_tokens - first))
+            if first < sequence.num_prompt_tokens:
+                self._num_prefilled += min(count, sequence.num_prompt_tokens - first)
             sequence.num_computed_tokens = first + count
-            if first + count == sequence.num_tokens:
+            if first + count == len(sequence.token_ids):
                 sequence.token_ids.append(UNREAD)
                 if sequence.prefill_only or sequence.is_full:
                     self._scheduler.move(sequence, Phase.ENDING)
@@ -313,7 +314,7 @@ class Engine:
         output = StepOutput.of(sequence, token, index, finish_reason, end, logprobs, error)
         if token is not None and sequence.prefill_only:
             self._scheduler.move(sequence, Phase.HELD)
-        elif output.is_last:
+        elif finish_reason is not None or error is not None:
             self._end(sequence)
         return output
 

@@ -211,7 +211,7 @@ class ScheduledChunk:
     @property
     def samples(self) -> bool:
         """Whether the chunk ends with the last known token, so that the step yields a next one."""
-        return self.sequence.num_computed_tokens + self.num_new_tokens == self.sequence.num_tokens
+        return self.sequence.num_computed_tokens + self.num_new_tokens == len(self.sequence.token_ids)
 
     @property
     def scored_positions(self) -> range:

@@ -115,9 +115,10 @@ def error_of(sequence: Sequence, token: int, index: int) -> HBServeRpcError | No
     return LogitsNotFinite(NO_LOGITS.format(index=index)) if token == NOT_FINITE else None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class StepOutput:
-    """What one step did for one request, or for one choice of it."""
+    """What one step did for one request, or for one choice of it. Not frozen: to make those of 256 rows would take a
+    millisecond of each step."""
 
     request_id: str
     token_id: int | None

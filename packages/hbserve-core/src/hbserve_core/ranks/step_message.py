@@ -3,6 +3,8 @@
 Both ends remember the sequences of the step before: their parameters, and the blocks that they had then, are not said
 again: a step of 256 decodes with 80 blocks each is 16 KB and not 98, for which a pipe has no room. And a runner finds
 the place of a token that the device has computed, and nobody has read, by the sequence it belongs to.
+
+Most steps are those of the step before again, each one token further: of these the message has new blocks only.
 """
 
 from array import array
@@ -11,7 +13,7 @@ from itertools import repeat
 
 import msgspec
 
-from hbserve_core.engine.sequence import ScheduledChunk, Sequence
+from hbserve_core.engine.sequence import UNREAD, ScheduledChunk, Sequence
 from hbserve_rpc import SamplingParams
 
 _BLOCK_BYTES = array("i").itemsize
@@ -38,6 +40,13 @@ class _Chunk(msgspec.Struct, frozen=True, array_like=True):
     """With params that penalize tokens, all that the request has."""
 
 
+class _Again(msgspec.Struct, frozen=True):
+    """The step before once more: each of its sequences, which sampled a token that nobody has read, computes that."""
+
+    new_blocks: dict[int, bytes]
+    """Of those whose tables have grown, by their place."""
+
+
 class StepWriter:
     """Rank 0's end."""
 
@@ -45,14 +54,36 @@ class StepWriter:
         """draws: whether the others must sample as rank 0 does. They need not where rank 0 tells them every token."""
         self._draws = draws
         self._last: dict[Sequence, bytes] = {}
-        """Their block tables."""
+        """Their block tables, in the order of that batch."""
+        self._places: list[int] = []
+        """Of the next token of each, if it is sampled."""
         self._encoder = msgspec.msgpack.Encoder()
 
     def write(self, batch: Ids[ScheduledChunk]) -> bytes:
-        tables = [chunk.sequence.block_table.tobytes() for chunk in batch]
-        message = self._encoder.encode([self._chunk(*each) for each in zip(batch, tables, strict=True)])
-        self._last = {chunk.sequence: table for chunk, table in zip(batch, tables, strict=True)}
+        sequences = [chunk.sequence for chunk in batch]
+        tables = [sequence.block_table.tobytes() for sequence in sequences]
+        message = self._encoder.encode(
+            self._again(sequences, tables) or [self._chunk(*each) for each in zip(batch, tables, strict=True)]
+        )
+        self._last = dict(zip(sequences, tables, strict=True))
+        self._places = [chunk.first + chunk.num_new_tokens for chunk in batch]
         return message
+
+    def _again(self, sequences: list[Sequence], tables: list[bytes]) -> _Again | None:
+        """None: it is another step."""
+        if sequences != [*self._last] or self._places != [each.num_computed_tokens for each in sequences]:
+            return None
+        # Who has more tokens than these computes a part of its prompt.
+        ends = [(len(each.token_ids) - 1, each.token_ids[-1]) for each in sequences]
+        if ends != [(place, UNREAD) for place in self._places]:
+            return None
+        new_blocks = {}
+        for place, (table, known) in enumerate(zip(tables, self._last.values(), strict=True)):
+            if table != known:
+                if not table.startswith(known):
+                    return None
+                new_blocks[place] = table[len(known) :]
+        return _Again(new_blocks)
 
     def _chunk(self, chunk: ScheduledChunk, table: bytes) -> _Chunk:
         sequence, first = chunk.sequence, chunk.first
@@ -87,14 +118,25 @@ class StepReader:
 
     def __init__(self) -> None:
         self._last: dict[tuple[str, int], Sequence] = {}
-        """By request and choice."""
-        self._decoder = msgspec.msgpack.Decoder(list[_Chunk])
+        """By request and choice, in the order of that batch."""
+        self._decoder = msgspec.msgpack.Decoder(list[_Chunk] | _Again)
 
     def read(self, message: bytes) -> list[ScheduledChunk]:
         said = self._decoder.decode(message)
+        if isinstance(said, _Again):
+            return self._again(said)
         batch = [ScheduledChunk(self._sequence(chunk), len(chunk.new_token_ids)) for chunk in said]
         self._last = {(each.request_id, each.choice): chunk.sequence for each, chunk in zip(said, batch, strict=True)}
         return batch
+
+    def _again(self, said: _Again) -> list[ScheduledChunk]:
+        sequences = [*self._last.values()]
+        for sequence in sequences:
+            sequence.num_computed_tokens = len(sequence.token_ids)
+            sequence.token_ids.append(UNREAD)
+        for place, blocks in said.new_blocks.items():
+            sequences[place].block_table.frombytes(blocks)
+        return [ScheduledChunk(sequence, 1) for sequence in sequences]
 
     def _sequence(self, chunk: _Chunk) -> Sequence:
         if chunk.params is None:
