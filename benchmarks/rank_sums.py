@@ -7,10 +7,12 @@ By numbers of rows: microseconds of one sum that is added to the residual stream
 that follow it then, by our kernel for few rows and by that for many; of NCCL's sum alone; and what the bytes take that
 a rank must send, at the rate of a copy between the two GPUs, measured in the same run. One time is the median of seven
 replays of a graph of 40 sums. All of our results are compared, bit for bit, with a sum in float32 that is rounded once.
-bfloat16.
+Then, for --prefill-rows: of a rank's output and down products of one layer of an 8B model, alone, and with the sums
+behind them by NCCL, and by our kernel, in parts where they are more than one place has room for. bfloat16.
 """
 
 import argparse
+import copy
 import multiprocessing
 import socket
 import statistics
@@ -24,6 +26,9 @@ from typing import Any
 import torch
 
 from hbserve_core.cuda_runner.kernels.pointwise import rms_norm
+from hbserve_core.cuda_runner.products import CudaProducts, ResidualStream
+from hbserve_core.model.layers import Linear, RmsNorm
+from hbserve_core.model.rank_group import RankGroup
 from hbserve_core.model.shard import Shard
 from hbserve_core.ranks.distributed_group import DistributedRankGroup, host_store, reach_store
 from hbserve_core.ranks.mapped_memory import FEW_BYTES, MappedMemory
@@ -32,6 +37,7 @@ from hbserve_testing.narrowing import present
 DTYPE, EPS = torch.bfloat16, 1e-6
 ROWS = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048]
 SUMS, REPLAYS, RANKS = 40, 7, 2
+PREFILL_ROWS, INPUTS, LAYERS = [2048, 8192, 16384], (2048, 6144), 6
 COPY_BYTES = 256 << 20
 MOST_FEW_BYTES = 4 << 20
 """Here; ranks take the kernel for few rows up to FEW_BYTES."""
@@ -46,18 +52,20 @@ class Setup:
     port: int
     rows: tuple[int, ...]
     hidden: int
+    prefill_rows: tuple[int, ...]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, nargs="+", default=ROWS)
     parser.add_argument("--hidden", type=int, default=4096, help="numbers of a row")
+    parser.add_argument("--prefill-rows", type=int, nargs="*", default=PREFILL_ROWS)
     args = parser.parse_args()
     if torch.cuda.device_count() < RANKS:
         print("needs two CUDA devices: what is measured here are sums over both", file=sys.stderr)
         return 2
     listening = socket.create_server(("127.0.0.1", 0))
-    setup = Setup(listening.getsockname()[1], tuple(args.rows), args.hidden)
+    setup = Setup(listening.getsockname()[1], tuple(args.rows), args.hidden, tuple(args.prefill_rows))
     store = host_store(listening.detach(), setup.port)
     ends, processes = [], []
     for rank in range(RANKS):
@@ -153,6 +161,49 @@ class Rank:
             text = f"{count:5} rows {num_bytes >> 10:6} KiB  limit {limit_us:6.1f}"
             text += "".join(f"  {name} {us:6.1f}" for name, us in times.items())
             say(text + (f"  WRONG: {wrong}" if wrong else ""), not wrong)
+        for count in self._setup.prefill_rows:
+            say(self._prefill(count), True)
+
+    def _prefill(self, count: int) -> str:
+        """A line of the products of a layer whose results are summed."""
+        products, norm = CudaProducts(self._device), RmsNorm(self._norm, EPS)
+        options: Any = {"dtype": DTYPE, "device": self._device}
+        linears = [Linear(torch.randn((self._setup.hidden, size), **options)) for size in INPUTS]
+        given = [torch.randn((count, size), **options) for size in INPUTS]
+        stream = ResidualStream(self._random(count, 4))
+        by_nccl = copy.copy(self._group)
+        by_nccl._memory = None
+
+        def summed(group: RankGroup) -> None:
+            for linear, inputs in zip(linears, given, strict=True):
+                products.add_sum_to(stream, inputs, linear, group, norm)
+                stream.normed_by(norm)
+
+        def alone() -> None:
+            for linear, inputs in zip(linears, given, strict=True):
+                linear(inputs)
+
+        text = f"{count:5} rows, two products of a layer: alone {self._launched(alone):7.1f}"
+        text += f"  nccl+norm {self._launched(lambda: summed(by_nccl)):7.1f}"
+        return f"{text}  many {self._launched(lambda: summed(self._group)):7.1f}"
+
+    def _launched(self, layer: Callable[[], None]) -> float:
+        """Microseconds of one of some layers that are launched one after the other: no graph has so many rows."""
+        times, meeting = [], torch.zeros(1, device=self._device)
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._stream):
+            layer()
+            for _ in range(REPLAYS + 1):
+                self._group.least(0)
+                begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                self._nccl_alone(meeting, meeting)
+                begin.record(self._stream)
+                for _ in range(LAYERS):
+                    layer()
+                end.record(self._stream)
+                end.synchronize()
+                times.append(1e3 * begin.elapsed_time(end) / LAYERS)
+        return statistics.median(times[1:])
 
     def _random(self, count: int, seed: int) -> torch.Tensor:
         generator = torch.Generator().manual_seed(seed)

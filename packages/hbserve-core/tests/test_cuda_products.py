@@ -1,11 +1,15 @@
 """Which kernel multiplies which shape: the table that was measured, without a GPU."""
 
 import pytest
+import torch
+import torch.nn.functional as F
 
 pytest.importorskip("triton", reason="torch has Triton on Linux only")
 
 from hbserve_core.cuda_runner.kernels.few_rows_linear import num_tiles
-from hbserve_core.cuda_runner.products import Choice, choose
+from hbserve_core.cuda_runner.products import Choice, CudaProducts, ResidualStream, choose
+from hbserve_core.model.layers import Linear, RmsNorm
+from hbserve_core.model.rank_group import RankGroup
 
 PROCESSORS = 132
 # hidden_size, intermediate_size, heads, key heads, head_dim
@@ -102,3 +106,43 @@ def test_a_split_product_fits_the_workspace(model, ranks):
         assert splits == 1 or splits * num_tiles(outputs // 2 if gated else outputs, gated) <= PROCESSORS
         assert splits & (splits - 1) == 0
         assert inputs // splits >= min(512, inputs)
+
+
+class InParts(RankGroup):
+    """Sums of so many rows at a time, over two ranks that have the same."""
+
+    def __init__(self, count, norms):
+        self._count, self._norms = count, norms
+        self.places = []
+
+    def rows_at_once(self, shape, dtype):
+        return min(self._count, shape[0])
+
+    def partial(self, shape, dtype):
+        self.places.append(torch.empty(shape, dtype=dtype))
+        return self.places[-1]
+
+    def add_sum(self, rows, partial, norm=None, normed_to=None):
+        assert partial is self.places[-1], "a product is where the sum finds it"
+        rows += 2 * partial
+        if norm is None or not self._norms:
+            return None
+        result = F.rms_norm(rows, rows.shape[1:], *norm)
+        return result if normed_to is None else normed_to.copy_(result)
+
+
+@pytest.mark.parametrize("norms", [True, False], ids=["normed with the sum", "norm is left"])
+@pytest.mark.parametrize(("count", "sizes"), [(11, [11]), (4, [4, 4, 3])], ids=["whole", "in parts"])
+def test_sums_of_many_rows_are_computed_part_by_part(count, sizes, norms):
+    generator = torch.Generator().manual_seed(0)
+    inputs, weight, before, norm = (
+        torch.randn(*shape, generator=generator) for shape in ((11, 8), (6, 8), (11, 6), (6,))
+    )
+    group, stream = InParts(count, norms), ResidualStream(before.clone())
+    next_norm = RmsNorm(norm, 1e-6)
+    CudaProducts(torch.device("cpu")).add_sum_to(stream, inputs, Linear(weight), group, next_norm)
+    expected = before + 2 * inputs @ weight.t()
+    torch.testing.assert_close(stream.rows, expected)
+    torch.testing.assert_close(stream.normed_by(next_norm), F.rms_norm(expected, (6,), norm, 1e-6))
+    assert (stream.normed is not None) == norms
+    assert [len(place) for place in group.places] == sizes

@@ -178,3 +178,25 @@ def test_who_waits_for_a_rank_that_is_lost_ends_when_the_host_says_so(rows):
     assert ranks.memory[1].any()
     # Sums that are behind it, as in a graph, ask the host no more.
     assert int(ranks.shared[0].device_word) == CLOSED
+
+
+@pytest.mark.parametrize(("size", "rows", "parts"), [(2, 256, [256]), (2, 257, [129, 128]), (2, 1000, [250] * 4),
+                                                     (3, 1000, [1000])])  # fmt: skip
+def test_what_is_too_much_for_a_place_is_summed_in_equal_parts_by_two_ranks_and_left_to_nccl_by_more(size, rows, parts):
+    shape = rows, MANY_BYTES // 256 // 4
+    count = Ranks(size).shared[0].rows_at_once(shape, torch.float32)
+    assert [len(part) for part in torch.empty(shape).split(count)] == parts
+
+
+def test_parts_of_more_rows_than_there_is_room_for_follow_each_other_and_are_normed_into_one():
+    ranks, weight, columns = Ranks(2), random(1, 48, dtype=torch.float32), 48
+    partials = [random(10 + rank, 9, columns, dtype=torch.float32) for rank in range(2)]
+    residual = random(99, 9, columns, dtype=torch.float32)
+    normed = torch.full_like(residual, float("nan"))
+    for part in (slice(0, 3), slice(3, 6), slice(6, 9)):
+        given = {"add_to": residual[part], "norm": (weight, EPS), "normed_to": normed[part]}
+        for total, normed_of_one in ranks.sum([partial[part] for partial in partials], **given):
+            assert torch.equal(total, partials[0][part] + partials[1][part] + residual[part])
+            assert normed_of_one.data_ptr() == normed[part].data_ptr()
+    expected = F.rms_norm(partials[0] + partials[1] + residual, (columns,), weight, EPS)
+    torch.testing.assert_close(normed, expected, rtol=1e-4, atol=1e-5)

@@ -168,7 +168,7 @@ class CudaDecoder:
         if norm is not None:
             stream.add(normed(self._group.all_reduce(self._products.of(inputs, linear)), norm))
         elif self._group.shard.size > 1:
-            stream.add_sum(self._products.of(inputs, linear, self._group), self._group, next_norm)
+            self._products.add_sum_to(stream, inputs, linear, self._group, next_norm)
         else:
             self._products.add_to(stream, inputs, linear, next_norm)
 

@@ -178,6 +178,22 @@ class CudaProducts:
                 next_norm=weights,
             )
 
+    def add_sum_to(
+        self, stream: ResidualStream, inputs: torch.Tensor, linear: Linear, group: RankGroup, next_norm: RmsNorm | None
+    ) -> None:
+        """Add the sum over ranks of their products of rows (M, I) to the stream in place; of more rows than the group
+        sums by kernels, part by part. next_norm: what is next done with it."""
+        count = group.rows_at_once((len(inputs), len(linear.weight)), inputs.dtype)
+        if count == len(inputs):
+            stream.add_sum(self.of(inputs, linear, group), group, next_norm)
+            return
+        normed, norm = torch.empty_like(stream.rows), _of_kernels(next_norm)
+        parts = [slice(first, first + count) for first in range(0, len(inputs), count)]
+        found = [
+            group.add_sum(stream.rows[part], self.of(inputs[part], linear, group), norm, normed[part]) for part in parts
+        ]
+        stream.scaled, stream.normed = None, None if any(each is None for each in found) else normed
+
     def of(self, inputs: torch.Tensor, linear: Linear, group: RankGroup | None = None) -> torch.Tensor:
         """(M, O) of rows (M, I). group: that is to sum it next over its ranks."""
         choice = self._choose(inputs, linear, "plain")

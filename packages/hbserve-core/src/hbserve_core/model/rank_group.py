@@ -31,12 +31,21 @@ class RankGroup:
         """Where to write what `add_sum` sums next (T, E); None: anywhere."""
         return None
 
+    def rows_at_once(self, shape: tuple[int, int], dtype: torch.dtype) -> int:
+        """Of rows (T, E) that `add_sum` is to sum, how many to compute and sum at a time."""
+        return shape[0]
+
     def add_sum(
-        self, rows: torch.Tensor, partial: torch.Tensor, norm: tuple[torch.Tensor, float] | None = None
+        self,
+        rows: torch.Tensor,
+        partial: torch.Tensor,
+        norm: tuple[torch.Tensor, float] | None = None,
+        normed_to: torch.Tensor | None = None,
     ) -> torch.Tensor | None:
         """Add the sum of every rank's `partial` (T, E) to `rows` (T, E) in place.
 
-        norm: weights (E,) and eps of an RMS norm. Returns the rows normed, or None where that is left to the caller.
+        norm: weights (E,) and eps of an RMS norm. Returns the rows normed, in `normed_to` (T, E) if given, or None
+        where that is left to the caller.
         """
         rows += self.all_reduce(partial)
         return None

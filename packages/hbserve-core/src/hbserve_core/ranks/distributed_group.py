@@ -108,13 +108,20 @@ class DistributedRankGroup(RankGroup):
     def partial(self, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor | None:
         return None if self._memory is None else self._memory.partial(shape, dtype)
 
+    def rows_at_once(self, shape: tuple[int, int], dtype: torch.dtype) -> int:
+        return shape[0] if self._memory is None else self._memory.shared.rows_at_once(shape, dtype)
+
     def add_sum(
-        self, rows: torch.Tensor, partial: torch.Tensor, norm: tuple[torch.Tensor, float] | None = None
+        self,
+        rows: torch.Tensor,
+        partial: torch.Tensor,
+        norm: tuple[torch.Tensor, float] | None = None,
+        normed_to: torch.Tensor | None = None,
     ) -> torch.Tensor | None:
         if self._memory is None or not self._memory.can_sum(partial):
-            return super().add_sum(rows, partial, norm)
+            return super().add_sum(rows, partial, norm, normed_to)
         with self._open():
-            return self._memory.sum(partial, rows, norm)[1]
+            return self._memory.sum(partial, rows, norm, normed_to)[1]
 
     def gather_logits(self, logits: torch.Tensor, vocab_size: int) -> torch.Tensor:
         rows, columns = logits.shape

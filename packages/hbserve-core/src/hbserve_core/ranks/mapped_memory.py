@@ -20,8 +20,11 @@ from hbserve_kv.memory import cuda_ipc
 logger = logging.getLogger(__name__)
 
 FEW_BYTES = 1 << 20
-MANY_BYTES = 32 << 20
-"""Of two ranks: up to here a sum is one of few rows, or of many, as docs/performance.md has it."""
+"""Of two ranks: up to here a sum is one of few rows, as docs/performance.md has it."""
+MANY_BYTES = 64 << 20
+"""Of two ranks: of many rows, which are summed in parts where they are more."""
+MANY_BYTES_OF_MORE = 32 << 20
+"""Of more ranks, by the square of how many others there are: from there on NCCL sums."""
 TRIAL_TIMEOUT_S = 60.0
 """Kernels may be compiled in it."""
 END_TIMEOUT_S = 2.0
@@ -110,11 +113,13 @@ class MappedMemory:
         partial: torch.Tensor,
         add_to: torch.Tensor | None = None,
         norm: tuple[torch.Tensor, float] | None = None,
+        normed_to: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """See `rank_sum`. Of rows that `can_sum`."""
         self._stream = torch.cuda.current_stream(self._device)
         start = self._start(partial)
-        return rank_sum(partial, self.shared, start=start if self._is_mapped(start) else None, add_to=add_to, norm=norm)
+        where = start if self._is_mapped(start) else None
+        return rank_sum(partial, self.shared, start=where, add_to=add_to, norm=norm, normed_to=normed_to)
 
     def can_sum(self, partial: torch.Tensor) -> bool:
         """Whether it is small, of whole words, or at a place for many rows."""
@@ -160,7 +165,7 @@ def _limits(num_ranks: int, few_bytes: int) -> tuple[int, int]:
     """Bytes of the largest sums of few rows and of many. Each rank reads what all others have, while NCCL sends a row
     no more than twice: the more ranks, the more is left to it. That follows from the bytes; two have been measured."""
     others = num_ranks - 1
-    few, many = few_bytes // others, MANY_BYTES // others**2
+    few, many = few_bytes // others, MANY_BYTES if others == 1 else MANY_BYTES_OF_MORE // others**2
     return few - few % FLAG_BYTES, many - many % FLAG_BYTES
 
 

@@ -263,6 +263,14 @@ class SharedMemory:
         """Of each rank's memory, which must be zeros before the first sum."""
         return self.many_start + 2 * self.many_bytes
 
+    def rows_at_once(self, shape: tuple[int, int], dtype: torch.dtype) -> int:
+        """Of rows (T, E), how many to compute and sum at a time: equal parts, as few as there are places for."""
+        num_bytes = shape[0] * shape[1] * dtype.itemsize
+        # Of more ranks, each of which reads the rows of all, NCCL is faster where there are so many.
+        if num_bytes <= self.many_bytes or self.num_ranks > 2:
+            return shape[0]
+        return -(-shape[0] // -(-num_bytes // self.many_bytes))
+
 
 def rank_sum(
     partial: torch.Tensor,
@@ -271,19 +279,20 @@ def rank_sum(
     start: int | None = None,
     add_to: torch.Tensor | None = None,
     norm: tuple[torch.Tensor, float] | None = None,
+    normed_to: torch.Tensor | None = None,
     programs: int = MOST_PROGRAMS,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The sum of every rank's `partial` (T, E), which all must have launched: of few rows, up to `few_bytes`.
 
     start: `partial` are many rows, and lie in every rank's memory from this byte on. The same ones may be written again
     after the sum that follows. add_to: (T, E), to which the sum is added in place, rounded once, and which is returned.
-    norm: weights (E,) and eps of an RMS norm; then the result normed is returned too.
+    norm: weights (E,) and eps of an RMS norm; then the result normed is returned too, in `normed_to` (T, E) if given.
     """
     rows, size = partial.shape
     assert partial.is_contiguous()
     assert start is not None or partial.nbytes <= memory.few_bytes
     out = torch.empty_like(partial) if add_to is None else add_to
-    normed = None if norm is None else torch.empty_like(partial)
+    normed = torch.empty_like(partial) if norm is not None and normed_to is None else normed_to
     weight, eps = norm or (out, 0.0)
     padded = triton.next_power_of_2(size)
     grid = (min(rows, programs),)
