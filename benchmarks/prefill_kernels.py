@@ -14,6 +14,7 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from unittest.mock import patch
 
 import cuda_products
 import torch
@@ -22,6 +23,7 @@ import triton
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hbserve_core.bench.device_limits import DeviceLimits, measure_limits
+from hbserve_core.cuda_runner.kernels import prefill_attention
 from hbserve_core.cuda_runner.kernels.hopper import IS_HOPPER
 from hbserve_core.cuda_runner.kernels.hopper_attention import hopper_prefill_attention
 from hbserve_core.cuda_runner.kernels.hopper_gated import hopper_gated
@@ -49,7 +51,8 @@ class Model:
 
 
 MODELS = {"Qwen3-0.6B": Model(1024, 3072, 16, 8), "Qwen3-8B": Model(4096, 12288, 32, 8)}
-BATCHES = [(1, 128, 0), (1, 2048, 0), (8, 2048, 0), (1, 16384, 0), (4, 512, 3000), (64, 16, 500)]
+SHORT, LONG = [(1, 128, 0), (1, 256, 0), (1, 128, 2000)], [(1, 2048, 0), (8, 2048, 0), (1, 16384, 0)]
+BATCHES = [*SHORT, *LONG, (4, 512, 3000), (64, 16, 500)]
 """Prompts, new tokens of each, and tokens before these."""
 ROWS = [128, 256, 512, 1024, 2048, 4096, 16384]
 
@@ -96,6 +99,9 @@ def line(times: dict[str, float], amounts: dict[str, float], unit: str) -> str:
 def attention(model: Model, prompts: int, new: int, before: int) -> str:
     step = Step(model, prompts, new, before)
     times = {"Triton": microseconds(step.triton), "Hopper": microseconds(step.hopper)}
+    if prompts * new < 512:  # where programs share a tile
+        with patch.object(prefill_attention, "_PARTS", {}):
+            times["one program a tile"] = microseconds(step.triton)
     if not before:
         q, k, v = (random(prompts, count, new, HEAD_DIM) for count in step.counts)
         with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):

@@ -138,11 +138,11 @@ def made(scores):
     return Scores(0.1, **scores) if scores else None
 
 
-def prefill(model, dtype=BF16, narrow=False, **scores):
+def prefill(model, dtype=BF16, narrow=False, rows=2048, **scores):
     from hbserve_core.cuda_runner.kernels.prefill_attention import prefill_attention, store_kv
 
-    qkv, out, pool, layer, cos_sin, norm = attention_arguments(model, dtype, 2048, narrow)
-    store_kv(qkv, ints(2048), ints(2048), cos_sin, norm, pool, layer, scores=made(scores))
+    qkv, out, pool, layer, cos_sin, norm = attention_arguments(model, dtype, rows, narrow)
+    store_kv(qkv, ints(rows), ints(rows), cos_sin, norm, pool, layer, scores=made(scores))
     paged = ints(64 * 256), ints(1), ints(2, 48), ints(3, 32)
     prefill_attention(qkv, out, pool, layer, cos_sin, norm, *paged, scores=made(scores))
 
@@ -306,6 +306,7 @@ CASES: dict[str, Callable[[], object]] = {
     "8-bit KV: decode": partial(decode, "Qwen3-8B", 2, narrow=True, key_scale=0.5),
     "8-bit KV: prefill": partial(prefill, "Qwen3-8B", narrow=True, value_scale=0.5),
     "prefill Qwen3-0.6B": partial(prefill, "Qwen3-0.6B"),
+    "prefill Qwen3-8B in parts of tiles": partial(prefill, "Qwen3-8B", rows=128),
     "prefill SmolLM2-135M, window, cap": partial(prefill, "SmolLM2-135M", window=1024, cap=50.0),
     "float32 prefill": partial(prefill, "SmolLM2-135M", F32),
     "window, cap: decode": partial(decode, "SmolLM2-135M", 5, window=1024, cap=50.0),

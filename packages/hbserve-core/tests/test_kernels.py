@@ -268,6 +268,28 @@ def test_a_sequence_whose_numbers_are_none_changes_no_other_of_its_step(heads, d
     assert error < TOLERANCE[dtype]
 
 
+def test_programs_that_share_a_tile_of_new_tokens_give_what_one_gives(monkeypatch):
+    from hbserve_core.cuda_runner.kernels import prefill_attention
+
+    dtype = DTYPES[-1]
+    paged = Paged((4, 2, 32), dtype, [70, 45, 2], [70, 5, 2])
+    shared = prefill(paged, dtype)[:-3]
+    paged.check(shared, dtype)
+    for parts in ({}, {128: 2}):
+        monkeypatch.setattr(prefill_attention, "_PARTS", parts)
+        torch.testing.assert_close(shared, prefill(paged, dtype)[:-3], rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "group", "expected"),
+    [(128, 2, (32, 4)), (129, 4, (64, 2)), (512, 4, (128, 1)), (64, 3, (128, 1)), (64, 128, (128, 1))],
+)  # 42 tokens are not four times 10
+def test_as_many_programs_share_a_tile_as_its_new_tokens_allow(num_rows, group, expected):
+    from hbserve_core.cuda_runner.kernels.prefill_attention import _parts_of_tile
+
+    assert _parts_of_tile(num_rows, 128, group) == expected
+
+
 def prefill(paged, dtype):
     """What our kernels give for its new tokens, and for three rows of padding after them."""
     from hbserve_core.cuda_runner.kernels.prefill_attention import new_tokens_per_tile, prefill_attention, store_kv

@@ -31,6 +31,9 @@ from hbserve_core.cuda_runner.kernels.attention_parts import (
 from hbserve_core.cuda_runner.kernels.dependent_launch import LAUNCH, begin
 from hbserve_core.cuda_runner.kernels.hopper_attention import hopper_prefill_attention, suits_hopper
 
+_PARTS = {128: 4, 511: 2}
+"""By the most rows of a step, how many programs share a tile: few rows have too few tiles for all processors, and what
+counts is how long one program takes."""
 _STORED_ROWS = 4, 16
 """Of a program of `store_kv`: of few rows, and of more than 512."""
 
@@ -41,10 +44,12 @@ def _store_kv(
     value_inverse, N: tl.constexpr, K: tl.constexpr, D: tl.constexpr, PADDED_D: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     ROWS: tl.constexpr, HAS_NORM: tl.constexpr, NARROW: tl.constexpr, IN_PLACE: tl.constexpr,
 ):  # fmt: skip
-    begin()
     head = tl.program_id(1)
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    # What only the host writes is read before the kernel in front has ended.
     slot = tl.load(slots + rows, mask=rows < num_rows, other=-2)
+    position = tl.load(positions + rows, mask=rows < num_rows, other=0).to(tl.int64)[:, None]
+    begin()
     used, padding = (slot >= 0)[:, None], (slot == -1)[:, None]
     d = tl.arange(0, PADDED_D)[None, :]
     given = qkv + rows.to(tl.int64)[:, None] * ((N + 2 * K) * D) + (N + head) * D
@@ -53,7 +58,6 @@ def _store_kv(
     target = pool + place[:, None]
     inside = used & (d < D)
     if head < K:
-        position = tl.load(positions + rows, mask=rows < num_rows, other=0).to(tl.int64)[:, None]
         weights = norm_weight + (N + head) * D + tl.zeros((ROWS, 1), tl.int32)
         key = load_rotated(given, used, weights, cos_sin + position * D, eps, D, PADDED_D, HAS_NORM)
         key = as_stored(key, key_inverse, NARROW)
@@ -144,16 +148,14 @@ def _prefill(
     ROWS: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr, HAS_NORM: tl.constexpr, WINDOW: tl.constexpr,
     CAP: tl.constexpr, NARROW: tl.constexpr,
 ):  # fmt: skip
-    begin()
-    sequence = tl.load(tiles + tl.program_id(0))
-    if sequence < 0:
-        return
-    head = tl.program_id(1)
-    first_new = tl.load(tiles + tile_stride + tl.program_id(0))
-    first_row = tl.load(sequences + sequence)
-    num_new = tl.load(sequences + sequence_stride + sequence)
-    before = tl.load(sequences + 2 * sequence_stride + sequence) - num_new
     G: tl.constexpr = N // K
+    head, part = tl.program_id(1), tl.program_id(2)
+    # What only the host writes is read before the kernel in front has ended.
+    found = tl.load(tiles + tl.program_id(0))
+    first_new = tl.load(tiles + tile_stride + tl.program_id(0)) + part * (ROWS // G)
+    sequence = tl.maximum(found, 0)
+    first_row, num_new = tl.load(sequences + sequence), tl.load(sequences + sequence_stride + sequence)
+    before = tl.load(sequences + 2 * sequence_stride + sequence) - num_new
     r, d = tl.arange(0, ROWS), tl.arange(0, PADDED_D)
     new = first_new + r // G
     shown = ((r < ROWS // G * G) & (new < num_new))[:, None]
@@ -161,6 +163,9 @@ def _prefill(
     new = tl.minimum(new, num_new - 1)
     row, heads = (first_row + new).to(tl.int64)[:, None], (head * G + r % G)[:, None]
     given, angles = qkv + row * ((N + 2 * K) * D) + heads * D, cos_sin + (before + new).to(tl.int64)[:, None] * D
+    begin()
+    if (found < 0) | (first_new >= num_new):
+        return
     query = load_rotated(given, shown, norm_weight + heads * D, angles, eps, D, PADDED_D, HAS_NORM)
     keys, table = pool + layer_offset + head * D, tables + sequence.to(tl.int64) * tl.load(width)
     first, whole = _seen_by_all(before, first_new, TILE, WINDOW)
@@ -181,6 +186,13 @@ def _prefill(
 def _rows_per_tile(dtype: torch.dtype, head_dim: int) -> int:
     """Rows of one program: new tokens times the query heads of a key head."""
     return 128 if dtype.itemsize == 2 and head_dim <= 128 else 64
+
+
+def _parts_of_tile(num_rows: int, rows: int, group: int) -> tuple[int, int]:
+    """Rows of one program, and programs for each tile, in a step of so many rows."""
+    parts = next((parts for most, parts in _PARTS.items() if num_rows <= most), 1)
+    # Together they must take all new tokens of a tile.
+    return (rows // parts, parts) if rows // parts // group * parts == rows // group else (rows, 1)
 
 
 def new_tokens_per_tile(dtype: torch.dtype, heads: tuple[int, int, int]) -> int:
@@ -222,7 +234,7 @@ def triton_prefill_attention(
     """The same in any case, where `store_kv` has written keys in place too."""
     _, _, _, block_size, num_kv_heads, head_dim = pool.shape
     num_heads = out.shape[1] // head_dim
-    rows = _rows_per_tile(qkv.dtype, head_dim)
+    rows, parts = _parts_of_tile(len(qkv), _rows_per_tile(qkv.dtype, head_dim), num_heads // num_kv_heads)
     assert num_heads // num_kv_heads <= rows
     tile = 64 if qkv.dtype.itemsize == 2 and head_dim <= 128 else 32
     padded = max(16, triton.next_power_of_2(head_dim))
@@ -230,7 +242,7 @@ def triton_prefill_attention(
     scale, window, cap, key_scale, value_scale = scores or Scores(head_dim**-0.5)
     # With at most 128 registers a thread, two programs share a processor: one's softmax hides in the other's products.
     options: dict[str, Any] = {"num_warps": 8, "maxnreg": 128} if rows == 128 else {"num_warps": 4}
-    _prefill[(tiles.shape[1], num_kv_heads)](
+    _prefill[(tiles.shape[1], num_kv_heads, parts)](
         qkv, TensorDescriptor.from_tensor(qkv, [tile, padded]), out, pool, cos_sin, weight, eps, tables, width, tiles,
         tiles.stride(0), sequences, sequences.stride(0), scale * key_scale * LOG2_E, pool.stride(0),
         layer * pool.stride(1), value_scale, N=num_heads, K=num_kv_heads, D=head_dim, PADDED_D=padded,
