@@ -97,7 +97,9 @@ class Server:
         self.scheduler.connector.set_xfer_handshake_metadata_pp_aware({(0, 0): self.worker.get_handshake_metadata()})
         self.results: dict[str, tuple[str, list[int], Any]] = {}
         """How each request ended, what it was answered, and its kv_transfer_params."""
-        self.num_preempted = 0
+        self.num_preempted, self.num_steps = 0, 0
+        self.computing_s = 0.0
+        """For how long a step goes on after its worker has told what has become of requests, as a device's does."""
         self._tokens: dict[str, list[int]] = {}
         self._num_prompt: dict[str, int] = {}
         self._blocks: dict[str, list[int]] = {}
@@ -126,6 +128,7 @@ class Server:
     def step(self) -> None:
         """As vLLM's core and model runner do."""
         scheduled, worker = self.scheduler.schedule(), self.worker
+        self.num_steps += 1
         self.num_preempted += len(scheduled.preempted_req_ids or ())
         starts = dict(self._starts(scheduled))
         worker.handle_preemptions(scheduled.kv_connector_metadata)
@@ -140,6 +143,7 @@ class Server:
         told.kv_connector_stats = worker.get_kv_connector_stats()
         worker.clear_connector_metadata()
         places = {name: place for place, name in enumerate(scheduled.num_scheduled_tokens)}
+        time.sleep(self.computing_s)
         output = ModelRunnerOutput(list(places), places, sampled, None, {}, [], kv_connector_output=told)
         for of_client in self.scheduler.update_from_output(scheduled, output).values():
             for each in of_client.outputs:
@@ -235,7 +239,14 @@ def scenes(prefill: Server, decode: Server) -> None:
     check(prefill, decode, given)
     assert decode.num_preempted
     print(f"preemptions of requests that decode: {decode.num_preempted}, of {len(given)} requests", flush=True)
-    (prompt,) = prompts([90], 2)
+    (soon, prompt) = prompts([90, 90], 2)
+    one_leg_after_the_other(prefill, decode, "soon", soon, 1)
+    prefill.step()
+    num_before, decode.computing_s = decode.num_steps, 0.2
+    until(lambda: "soon" in decode.results, decode)
+    print(f"KV that comes while a step is computed: a token after {decode.num_steps - num_before} steps", flush=True)
+    decode.computing_s = 0.0
+    until(lambda: prefill.is_empty and decode.is_empty, prefill, decode)
     host, port = prefill.address
     never = {"do_remote_prefill": True, "transfer_id": "never", "remote_host": host, "remote_port": port}
     decode.add("aborted", prompt, 5, never)

@@ -12,7 +12,7 @@ import pickle
 import sys
 import types
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from enum import Enum
 from multiprocessing.connection import Connection
@@ -254,7 +254,7 @@ class Engine:
         config = SimpleNamespace(
             parallel_config=SimpleNamespace(tensor_parallel_size=tp_size, pipeline_parallel_size=1),
             kv_transfer_config=SimpleNamespace(
-                engine_id="engine", kv_connector_extra_config={"timeout_s": 10.0, **(extra or {})}
+                engine_id=f"engine {id(self)}", kv_connector_extra_config={"timeout_s": 10.0, **(extra or {})}
             ),
             cache_config=SimpleNamespace(block_size=BLOCK_SIZE, cache_dtype="auto"),
             model_config=SimpleNamespace(
@@ -283,6 +283,8 @@ class Engine:
         """By request: status, kv_transfer_params, and whether its KV was right."""
         self.figures: dict[str, list[float]] = {}
         self.num_steps, self.num_preemptions = 0, 0
+        self.while_computing: Callable[[], None] = lambda: None
+        """Called in each step, when its workers have told what has become of requests."""
         self._votes: dict[tuple[int, str], int] = {}
 
     # ---- what a front end does -----------------------------------------------------------------------------------
@@ -332,6 +334,7 @@ class Engine:
         voted = [
             self._count(votes, kind) for kind, votes in enumerate(zip(*(each[:2] for each in outputs), strict=True))
         ]
+        self.while_computing()
         self._update(scheduled, voted[0], voted[1], set().union(*(each[2] for each in outputs)))
 
     def _count(self, votes: tuple[set[str], ...], kind: int) -> set[str]:
@@ -439,14 +442,16 @@ class Engine:
             request = self.requests[name]
             if request in self.running and request.num_computed_tokens == len(request.token_ids):
                 self._sample(request)
-        for name in received:
+        told = SimpleNamespace(finished_sending=sent or None, finished_recving=received or None)
+        self.scheduler.update_connector_output(told)
+        for name in told.finished_recving or ():
             request = self.requests[name]  # vLLM asserts that it is there
             if request.status is Status.WAITING_FOR_REMOTE_KVS:
                 self.received_ids.add(name)
             else:
                 assert request.status.name.startswith("FINISHED")
                 self._forget(request)
-        for name in sent:
+        for name in told.finished_sending or ():
             self._forget(self.requests[name])
 
     def _sample(self, request: Request) -> None:

@@ -296,6 +296,23 @@ def test_a_router_may_be_faster_than_the_step_that_tells_the_workers(engines):
     assert decode.results["d"][0::2] == ("FINISHED_LENGTH_CAPPED", True)
 
 
+@pytest.mark.parametrize(("tokens", "num_steps"), [(PROMPT, 2), (PROMPT[::-1], 5)], ids=["its KV", "another's KV"])
+def test_kv_that_comes_while_a_step_is_computed_is_told_with_that_step_unless_it_is_not_valid(
+    engines, tokens, num_steps
+):
+    prefill, decode = engines(), engines(policy="recompute")
+    params = prefilled(prefill)
+    prefill.step()
+    votes = decode.ranks[0].connector._worker
+    decode.while_computing = lambda: until(lambda: votes._votes.received | votes._votes.failed)
+    decode.add("d", tokens, params)
+    decode.step()
+    decode.while_computing = lambda: None
+    until(lambda: "d" in decode.results, decode)
+    assert decode.num_steps == num_steps
+    assert decode.results["d"][0::2] == ("FINISHED_LENGTH_CAPPED", True)
+
+
 @pytest.mark.parametrize("version", ["0.24", "0.33"])
 def test_decode_requests_that_are_preempted_for_want_of_blocks_compute_their_prompts_themselves(engines, version):
     """Two have blocks for their prompts and not for their answers, and a third waits for blocks that come back. Who is
@@ -511,6 +528,7 @@ BASE = {
     "request_finished": "request block_ids", "request_finished_all_groups": "request block_ids",
     "save_kv_layer": "layer_name kv_layer attn_metadata kwargs", "set_xfer_handshake_metadata": "metadata",
     "shutdown": "", "start_load_kv": "forward_context kwargs",
+    "update_connector_output": "connector_output",
     "update_state_after_alloc": "request blocks num_external_tokens", "wait_for_layer_load": "layer_name",
     "wait_for_save": "",
 }  # fmt: skip

@@ -13,9 +13,12 @@ import asyncio
 import contextlib
 import json
 import logging
+import re
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
 from typing import Any
+
+import msgspec
 
 from hbserve_kv.errors import BackendUnavailable
 
@@ -46,6 +49,13 @@ OF_ONE_HOP = {
 
 
 Body = dict[str, Any] | bytes
+"""What a client asks for: an object's values are as the client has written them, msgspec.Raw, since a prompt of
+thousands of numbers is passed on and not looked at."""
+
+SEVERAL_PROMPTS = re.compile(rb"\s*\[\s*[^\s\d\]-]")
+"""A list, but not of numbers."""
+
+_read = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 
 
 class Refused(Exception):
@@ -77,14 +87,11 @@ def prefill_body(body: Mapping[str, Any], transfer_id: str) -> dict[str, Any]:
 def is_one_sequence(body: Mapping[str, Any]) -> bool:
     """Whether one prompt has one answer. Others would use a transfer id several times: they are decoded where they are
     prefilled."""
-    prompt = body.get("prompt")
-    is_list = isinstance(prompt, list) and bool(prompt) and not isinstance(prompt[0], int)
-    return (
-        not is_list
-        and body.get("n", 1) in (1, None)
-        and body.get("best_of", 1) in (1, None)
-        and not body.get("use_beam_search")
+    is_list = SEVERAL_PROMPTS.match(body.get("prompt", b""))
+    n, best_of, use_beam_search = (
+        msgspec.json.decode(body.get(name, b"null")) for name in ("n", "best_of", "use_beam_search")
     )
+    return not is_list and n in (1, None) and best_of in (1, None) and not use_beam_search
 
 
 class ClientLeft(Exception):
@@ -103,7 +110,7 @@ class Exchange:
     @contextlib.asynccontextmanager
     async def _ask(self, server: Server, body: Body) -> AsyncIterator[ClientResponse]:
         """The request, with this body, to a server."""
-        content = json.dumps(body).encode() if isinstance(body, dict) else body
+        content = msgspec.json.encode(body) if isinstance(body, dict) else body
         headers = {name: value for name, value in self._request.headers.items() if name.lower() not in OF_ONE_HOP}
         url = server.url + self._request.path_qs
         async with (
@@ -197,10 +204,8 @@ class Router:
 
     async def _generate(self, request: web.Request) -> web.StreamResponse:
         try:
-            body = json.loads(await request.read())
-            if not isinstance(body, dict):
-                raise ValueError("expected an object")
-        except ValueError as error:
+            body = _read(await request.read())
+        except msgspec.DecodeError as error:
             return _response(Refused.saying(400, f"the body is no JSON object: {error}"))
         return await self._answer(request, body)
 

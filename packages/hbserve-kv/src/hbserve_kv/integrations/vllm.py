@@ -8,9 +8,11 @@ It overrides what the base classes of vLLM 0.24 and 0.33 have in common. docs/vl
 
 import logging
 import os
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakValueDictionary
 
 import msgspec
 import torch
@@ -33,6 +35,13 @@ from hbserve_kv.integrations.vllm_worker import Votes, WorkerSide
 from hbserve_rpc.keys import load_keys
 
 logger = logging.getLogger(__name__)
+
+SWITCH_INTERVAL_S = 5e-4
+"""After which vLLM's thread yields to this connector's, in whose transfers several threads take turns: with Python's
+own 5 ms each turn may wait for as long as two steps that decode."""
+
+_workers: "WeakValueDictionary[str, WorkerSide]" = WeakValueDictionary()
+"""Of engines whose only worker is in the process of its scheduler, by engine id."""
 
 
 class ExtraConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -131,6 +140,14 @@ class HBServeConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     def request_finished_all_groups(self, request: Any, block_ids: tuple[list[int], ...]) -> tuple[bool, Params | None]:
         return self.request_finished(request, block_ids[0])
 
+    def update_connector_output(self, connector_output: Any) -> None:
+        """Add what has happened since that step began, if this process has the worker. vLLM plans a step while the one
+        before it is computed: a request whose KV came meanwhile would be planned two steps later."""
+        if (worker := _workers.get(self._config.kv_transfer_config.engine_id)) is not None:
+            sent, received = worker.take_late_votes()
+            connector_output.finished_sending = (connector_output.finished_sending or set()) | sent
+            connector_output.finished_recving = (connector_output.finished_recving or set()) | received
+
     def set_xfer_handshake_metadata(self, metadata: Mapping[int, HBServeHandshake]) -> None:
         assert self._scheduler is not None
         self._scheduler.ranks = [(metadata[rank].address, metadata[rank].epoch) for rank in sorted(metadata)]
@@ -153,6 +170,9 @@ class HBServeConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             lease_s=self._extra.lease_s,
             device=device,
         )
+        sys.setswitchinterval(min(sys.getswitchinterval(), SWITCH_INTERVAL_S))
+        if tp_size == 1:
+            _workers[self._config.kv_transfer_config.engine_id] = self._worker
         logger.info("HBServeConnector: rank %d is reached at %s", rank, self._worker.manager.address)
 
     def get_handshake_metadata(self) -> HBServeHandshake | None:
@@ -182,7 +202,7 @@ class HBServeConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         latest with it."""
         if self._worker is not None:
             self._votes = self._worker.take_votes()
-        return self._votes.sent or None, self._votes.received or None
+        return self._votes.sent or None, self._votes.received | self._votes.failed or None
 
     def get_block_ids_with_load_errors(self) -> set[int]:
         return self._votes.invalid_block_ids

@@ -32,9 +32,11 @@ class Votes:
     sent: set[str] = field(default_factory=set)
     """Their blocks are read no more."""
     received: set[str] = field(default_factory=set)
-    """Nothing lands in their blocks any more."""
+    """Their KV has come."""
+    failed: set[str] = field(default_factory=set)
+    """It has not, and nothing lands in their blocks any more."""
     invalid_block_ids: set[int] = field(default_factory=set)
-    """Were to be fetched, and were not: told as soon as that is known, perhaps before the vote."""
+    """Were to be fetched, and were not: told as soon as that is known, and never after `failed`."""
     figures: dict[str, list[float]] = field(default_factory=dict)
 
 
@@ -132,6 +134,13 @@ class WorkerSide:
             votes, self._votes = self._votes, Votes()
         return votes
 
+    def take_late_votes(self) -> tuple[set[str], set[str]]:
+        """`sent` and `received`, which may be told at any time; what has failed waits for `take_votes`."""
+        with self._lock:
+            sent, received = self._votes.sent, self._votes.received
+            self._votes.sent, self._votes.received = set(), set()
+        return sent, received
+
     def close(self) -> None:
         """End every transfer; peers hear so. May be called twice."""
         if self._thread.is_alive():
@@ -194,7 +203,7 @@ class WorkerSide:
                 return  # this side ends
         self._claims.pop(name, None)
         with self._lock:
-            self._votes.received.add(name)
+            (self._votes.failed if error else self._votes.received).add(name)
 
     def _pool_blocks(self, block_ids: list[int]) -> list[int]:
         return [block_id * self._pieces + piece for block_id in block_ids for piece in range(self._pieces)]

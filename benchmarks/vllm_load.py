@@ -1,0 +1,115 @@
+"""Loads for vllm_servers.py: requests at random moments, from several processes, and what their clients see."""
+
+import asyncio
+import itertools
+import random
+import time
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from multiprocessing import get_context
+
+from aiohttp import ClientError, ClientSession, ClientTimeout, TCPConnector
+
+NUM_CLIENTS = 4
+"""Processes: one reads some 10,000 events a second, and would be what is measured."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """Requests a second, how many, tokens of a prompt, and tokens that are asked for."""
+
+    rate: float
+    num: int
+    num_input: int
+    num_output: int
+
+    @classmethod
+    def read(cls, given: str) -> "Work":
+        rate, *numbers = given.split(",")
+        return cls(float(rate), *map(int, numbers))
+
+    def __str__(self) -> str:
+        return f"{self.rate:g} a second of {self.num_input} + {self.num_output}"
+
+
+@dataclass
+class Seen:
+    """By the clients of a load."""
+
+    first_s: list[float] = field(default_factory=list)
+    gaps_s: list[float] = field(default_factory=list)
+    failures: list[tuple[float, str]] = field(default_factory=list)
+    """When each had been asked, in seconds of the load, and what its client was told."""
+
+    def add(self, other: "Seen") -> None:
+        self.first_s += other.first_s
+        self.gaps_s += other.gaps_s
+        self.failures += other.failures
+
+    def __str__(self) -> str:
+        def ms(found: list[float], place: float) -> float:
+            return 1e3 * sorted(found)[min(len(found) - 1, int(place * len(found)))] if found else float("nan")
+
+        mean_s = sum(self.first_s) / max(1, len(self.first_s))
+        first = f"TTFT p50 {ms(self.first_s, 0.5):.1f}, p99 {ms(self.first_s, 0.99):.0f}, mean {1e3 * mean_s:.1f} ms"
+        gaps = f"ITL p50 {ms(self.gaps_s, 0.5):.2f}, p99 {ms(self.gaps_s, 0.99):.2f} ms"
+        failed = f"; {len(self.failures)} not served" if self.failures else ""
+        return f"{len(self.first_s)} served; {first}; {gaps}{failed}"
+
+
+async def load(ports: Sequence[int], work: Work) -> Seen:
+    """Of all clients together, each with its share of the requests; each asks the ports in turn."""
+    seen, loop = Seen(), asyncio.get_running_loop()
+    share = Work(work.rate / NUM_CLIENTS, work.num // NUM_CLIENTS, work.num_input, work.num_output)
+    with ProcessPoolExecutor(NUM_CLIENTS, get_context("spawn")) as clients:
+        asked = [loop.run_in_executor(clients, _client, tuple(ports), share, seed) for seed in range(NUM_CLIENTS)]
+        for each in await asyncio.gather(*asked):
+            seen.add(each)
+    return seen
+
+
+def _client(ports: Sequence[int], work: Work, seed: int) -> Seen:
+    return asyncio.run(_ask_all(ports, work, seed))
+
+
+async def _ask_all(ports: Sequence[int], work: Work, seed: int) -> Seen:
+    drawn, delay_s, turns, seen = (
+        random.Random(seed),
+        0.0,
+        itertools.cycle([*ports[seed % len(ports) :], *ports]),
+        Seen(),
+    )
+    async with ClientSession(connector=TCPConnector(limit=0), timeout=ClientTimeout(300)) as session:
+        asked = []
+        for _ in range(work.num):
+            delay_s += drawn.expovariate(work.rate)
+            prompt = [drawn.randint(3, 10_000) for _ in range(work.num_input)]
+            asked.append(_ask(session, next(turns), prompt, work.num_output, delay_s, seen))
+        await asyncio.gather(*asked)
+    return seen
+
+
+async def _ask(
+    session: ClientSession, port: int, prompt: list[int], num_output: int, delay_s: float, seen: Seen
+) -> None:
+    await asyncio.sleep(delay_s)
+    body = {
+        "model": "m", "prompt": prompt, "temperature": 0.6, "ignore_eos": True, "stream": True, "max_tokens": num_output
+    }  # fmt: skip
+    began_s, at_s = time.perf_counter(), []
+    try:
+        async with session.post(f"http://127.0.0.1:{port}/v1/completions", json=body) as answer:
+            answer.raise_for_status()
+            async for line in answer.content:
+                if line.startswith(b"data: {"):
+                    at_s.append(time.perf_counter())
+                if b'"error"' in line:
+                    raise ClientError(line.decode())
+            if not at_s:
+                raise ClientError("an answer without tokens")
+    except (ClientError, TimeoutError) as error:
+        seen.failures.append((delay_s, str(error)[:200] or type(error).__name__))
+    else:
+        seen.first_s.append(at_s[0] - began_s)
+        seen.gaps_s += [after - before for before, after in itertools.pairwise(at_s)]
