@@ -64,7 +64,7 @@ HOPPER = files("hbserve_core/cuda_runner/kernels: hopper hopper_attention hopper
 """Kernels of one generation of cards, in place of two that are listed: a step on CUDA has these too there."""
 UNHEARD = files("hbserve_scheduler: health links outage")
 """What the scheduler does beside a request about an instance that is not heard in time: on a machine that stalls."""
-LOADING = files("hbserve_core/model: loaded_model model_config weights")
+LOADING = files("hbserve_core/cuda_runner: warm_up", "hbserve_core/model: loaded_model model_config weights")
 """Called before a runner's first step."""
 MOST_TASKS = 12
 """Of asyncio, that one request between two instances creates in all of them together."""

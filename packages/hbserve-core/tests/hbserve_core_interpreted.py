@@ -117,7 +117,9 @@ def plain(weights):
         if linear is None or linear.narrow_bits:
             return linear
         weight = linear.weight.to_dense() if linear.weight.is_mkldnn else linear.weight
-        return Linear(weight, linear.bias)
+        # They are wider than the rows where the CPU cannot multiply 16-bit numbers.
+        dtype = weights.embedding.dtype
+        return Linear(weight.to(dtype), None if linear.bias is None else linear.bias.to(dtype))
 
     layers = tuple(
         replace(

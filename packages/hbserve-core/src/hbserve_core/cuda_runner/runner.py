@@ -23,6 +23,7 @@ from hbserve_core.cuda_runner.kernels.dependent_launch import num_processors
 from hbserve_core.cuda_runner.kernels.pointwise import host_copy
 from hbserve_core.cuda_runner.kernels.prefill_attention import new_tokens_per_tile
 from hbserve_core.cuda_runner.step_packer import SplitKV, StepPacker, StepShape, StepView
+from hbserve_core.cuda_runner.warm_up import run_steps_without_graph
 from hbserve_core.engine.sequence import ScheduledChunk
 from hbserve_core.engine.step import PendingStep, StepResult
 from hbserve_core.errors import RankFailed
@@ -112,14 +113,16 @@ class CudaRunner:
         """Bytes that the largest step takes besides weights and pool: it is computed once, with padding only."""
         config = self.config
         shape = self._largest
-        self._clear(shape)
         self._stream.synchronize()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(self.device)
         before = torch.cuda.memory_allocated(self.device)
-        view, hidden = StepView(self._on_device, shape), self._hidden(shape)
-        self._decoder.finish(view, hidden, self._sampled)
+        view, hidden = run_steps_without_graph(
+            self._decoder, self._shapes, shape, self._on_device, self._sampled, self.pool
+        )
         # Compiled now too, so that the first request that needs it does not stop the others.
+        for target, source in ((self._on_device, self._on_host[0]), (self._read_back[0], self._sampled)):
+            host_copy(target[:1], source)
         rows = self._special_rows.dummies(min(config.max_num_seqs, self._special_rows.most_rows))
         self._special_rows.prepare(rows, self._sampled)
         self._sample_special(view, hidden, rows)

@@ -33,6 +33,8 @@ _Integers = TypeVar("_Integers", int, npt.NDArray[np.int32])
 
 _ALIGNMENT = 4
 _SMALLEST_PREFILL, _LARGEST_PREFILL_STEP = 32, 128
+_KERNELS_DIFFER = (32, 64, 128, 256, 512, 1024)
+"""Rows of a step with prompts, one number for each range in which the same kernels are chosen."""
 TILE = 64
 """A piece of a decode's context is a multiple of so many tokens."""
 _MOST_PARTS = 64
@@ -174,6 +176,12 @@ class GraphShapes:
         self._pieces = pieces
         self.decodes = [self._shape(size, size, size, 0) for size in decodes]
         self.prefills = [self._prefill_shape(size, config.max_num_seqs) for size in prefills]
+        others = [] if decodes else decode_buckets(config.max_num_seqs)
+        self.others = [self._shape(size, size, size, 0) for size in others]
+        """Without a graph: together with those that have one, and the largest step, they run every kernel of any."""
+        longest = max(prefills, default=0)
+        others = [size for size in _KERNELS_DIFFER if longest < size < config.max_num_batched_tokens]
+        self.others += [self._prefill_shape(size, config.max_num_seqs) for size in others]
 
     def _prefill_shape(self, rows: int, max_num_seqs: int) -> StepShape:
         sequences = min(max_num_seqs, max(8, rows // 8))

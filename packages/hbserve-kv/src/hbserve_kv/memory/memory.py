@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 Region = Literal["pool", "arena"]
 REGIONS: tuple[Region, ...] = ("pool", "arena")
+_MANY_UNITS = 17
+"""From so many on torch gathers by another kernel."""
 WORD_BYTES = 8
 """Enough to say where memory begins."""
 
@@ -220,7 +222,8 @@ class Rows:
     def load_kernels(self) -> None:
         """Have a GPU load what `gather` and `scatter` run, which takes longer than to run it. Changes nothing."""
         if self._whole is not None:
-            self._scatter_whole(self._whole[:1].clone(), [0], self.gather([0, 0])[:1])
+            for units in ([0] * 2, [0] * _MANY_UNITS):
+                self._scatter_whole(self._whole[:1].clone(), units, self.gather(units))
         elif self.device is not None:
             from hbserve_kv.memory.block_copy import copy_pieces
 
