@@ -33,6 +33,7 @@ from hbserve_rpc.messages import (
 from hbserve_rpc.prompt_shape import shape_of
 from hbserve_rpc.reports import REPORTS, InstanceReport
 from hbserve_scheduler import CpuScheduler, EventStream, SchedulerConfig
+from hbserve_scheduler.instance_client import InstanceStream
 
 ROUNDS = 5
 """Each figure is the best of so many, in processor time: what else runs makes it larger, nothing makes it smaller."""
@@ -81,7 +82,7 @@ PREFILL_EVENTS = [TokenEvent(0, [5]), TransferDone(0, 1, 0.0)]
 DECODE_EVENTS = [Granted(b"grant"), TokenEvent(1, [6], "length")]
 
 
-class StubStream(AsyncIterator[Any]):
+class StubStream(InstanceStream[Any]):
     def __init__(self, events: list[Any], *, ends: bool = True) -> None:
         self._events = iter(events)
         self._ends = ends

@@ -255,7 +255,7 @@ def test_steps_that_are_jumped_over_are_those_one_by_one(works):
                 DecodeWork(
                     context,
                     tokens,
-                    lambda: firsts.setdefault(number, loop.time()),
+                    lambda at_s: firsts.setdefault(number, at_s),
                     lambda: ends.update({number: loop.time()}),
                 )
             )
@@ -276,13 +276,41 @@ def test_steps_that_are_jumped_over_are_those_one_by_one(works):
     assert gaps.total() == sum(tokens for _, _, tokens in works)
 
 
+def test_chunks_that_are_jumped_over_end_as_they_would_one_by_one():
+    law = StepLaw(profile())
+    ends_s: list[float] = []
+    for prompts in ([(512, 0)], [(512, 512)], [(512, 1024), (300, 0)], [(464, 1536)]):
+        new_tokens, pairs = (
+            sum(count for count, _ in prompts),
+            sum(count * (done + count / 2) for count, done in prompts),
+        )
+        ends_s.append((ends_s[-1] if ends_s else 0.0) + law.step_s(new_tokens, pairs, 0))
+    told: list[float] = []
+
+    async def run() -> None:
+        loop = asyncio.get_running_loop()
+        engine = ModelledEngine(law, EngineLimits(chunk_size=512))
+        engine.add_prompt(PromptWork(2000, 0, told.append, lambda: told.append(loop.time())))
+        second = PromptWork(300, 0, None, lambda: told.append(loop.time()))
+        loop.call_at((ends_s[0] + ends_s[1]) / 2, engine.add_prompt, second)
+        await asyncio.sleep((ends_s[0] + ends_s[1]) / 2)
+        assert told == pytest.approx(ends_s[:1]), "who depends on it can be told of what has ended"
+        await asyncio.sleep(100)
+        assert engine.figures.prompt_tokens == 2300
+        assert engine.figures.busy_s == pytest.approx(ends_s[-1])
+
+    with asyncio.Runner(loop_factory=VirtualTimeLoop) as runner:
+        runner.run(run())
+    assert told == pytest.approx([*ends_s[:3], ends_s[2], ends_s[3]])
+
+
 def test_work_that_is_aborted_leaves_nothing_in_the_engine():
     async def run() -> None:
         engine = ModelledEngine(StepLaw(profile()), EngineLimits(chunk_size=10))
         ended: list[str] = []
 
         def decode(name: str) -> DecodeWork:
-            return DecodeWork(100, 50, lambda: None, lambda: ended.append(name))
+            return DecodeWork(100, 50, lambda _: None, lambda: ended.append(name))
 
         kept, gone, joining = decode("kept"), decode("gone"), decode("joining")
         prompt = PromptWork(100, 0, None, lambda: ended.append("prompt"))
@@ -307,7 +335,7 @@ def test_work_that_is_aborted_leaves_nothing_in_the_engine():
 def test_a_step_with_a_target_has_so_much_of_a_prompt_as_keeps_it():
     async def run() -> ModelledEngine:
         engine = ModelledEngine(StepLaw(profile()), EngineLimits(chunk_size=None, itl_target_ms=200))
-        engine.add_decode(DecodeWork(10, 100, lambda: None, lambda: None))
+        engine.add_decode(DecodeWork(10, 100, lambda _: None, lambda: None))
         await asyncio.sleep(0.05)
         engine.add_prompt(PromptWork(1000, 0, None, lambda: None))
         await asyncio.sleep(100)

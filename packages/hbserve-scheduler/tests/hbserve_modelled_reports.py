@@ -4,17 +4,15 @@ import asyncio
 from typing import Any
 
 from hbserve_rpc.messages import InstanceInfo
+from hbserve_scheduler.instance_client import InstanceStream
 
 
-class Reports:
+class Reports(InstanceStream[Any]):
     """In place of an RpcStream."""
 
     def __init__(self, info: InstanceInfo) -> None:
         self.info = info
         self.has_said = False
-
-    def __aiter__(self) -> "Reports":
-        return self
 
     async def __aenter__(self) -> "Reports":
         return self

@@ -4,7 +4,7 @@ import asyncio
 import gc
 import math
 import random
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -16,6 +16,7 @@ from hbserve_rpc.prompt_shape import PromptShape
 from hbserve_rpc.reports import REPORTS
 from hbserve_scheduler import CpuScheduler, SchedulerConfig
 from hbserve_scheduler.admission import LEAST_S, MEMORY_S, BeginningRate
+from hbserve_scheduler.instance_client import InstanceStream
 from hbserve_scheduler.virtual_time import VirtualTimeLoop
 
 RATE = 100.0
@@ -46,7 +47,7 @@ class ModelledHybrid:
         return Answer(self, len(request.prompt_token_ids))
 
 
-class Answer(AsyncIterator[TokenEvent]):
+class Answer(InstanceStream[TokenEvent]):
     def __init__(self, instance: ModelledHybrid, num_tokens: int) -> None:
         self.instance, self.num_tokens, self.is_done = instance, num_tokens, False
 

@@ -11,6 +11,7 @@ from hbserve_rpc import PeerDied, PeerLost, RemoteError, RequestTimeout, Samplin
 from hbserve_rpc.messages import Empty, GenerateRequest, Granted, InstanceInfo, Role, TokenEvent
 from hbserve_rpc.reports import REPORTS
 from hbserve_scheduler import CpuScheduler, NotReady, RequestFailed, SchedulerConfig
+from hbserve_scheduler.instance_client import InstanceStream
 from hbserve_scheduler.virtual_time import VirtualTimeLoop
 
 STEP_S = 10.0
@@ -58,12 +59,9 @@ class ReportsOf(Reports):
         return await super().__anext__()
 
 
-class Answer:
+class Answer(InstanceStream[TokenEvent]):
     def __init__(self, num_tokens: int) -> None:
         self.left = list(range(num_tokens))[::-1]
-
-    def __aiter__(self) -> "Answer":
-        return self
 
     async def __aenter__(self) -> "Answer":
         return self

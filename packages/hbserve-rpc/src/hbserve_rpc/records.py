@@ -52,15 +52,17 @@ class AttemptRecord(msgspec.Struct, tag=True):
         # The prompt may be computed before there is room, and nobody waits for that meanwhile.
         before = [at_s for at_s, _ in self.computed if at_s <= granted_s]
         found: dict[Delay, float] = {"reservation": max(0.0, granted_s - max([self.began_s, *before]))}
-        if self.kv_there_s is not None:
-            computed_s = self.computed[-1][0] if self.computed else self.first_token_s or self.kv_there_s
-            found["transfer"] = max(0.0, self.kv_there_s - max(computed_s, granted_s))
+        if (there_s := self.kv_there_s) is not None:
+            computed_s = self.computed[-1][0] if self.computed else self.first_token_s or there_s
+            found["transfer"] = max(0.0, there_s - max(computed_s, granted_s))
         return found
 
     @property
     def kv_there_s(self) -> float | None:
         """All KV was with the decode instance, at the latest."""
-        return min((at_s for at_s in (self.kv_moved_s, self.decoding_s) if at_s is not None), default=None)
+        if self.kv_moved_s is None or self.decoding_s is None:
+            return self.decoding_s if self.kv_moved_s is None else self.kv_moved_s
+        return min(self.kv_moved_s, self.decoding_s)
 
     @property
     def kv_overlap(self) -> float | None:
@@ -128,7 +130,7 @@ class RequestRecord(msgspec.Struct, frozen=True, tag=True):
     def tpot_s(self) -> float | None:
         """See RequestFinished.tpot_s; None: there was one token at most."""
         num_tokens = self.num_output_tokens / self.num_choices
-        return self.decode_s / (num_tokens - 1) if self.decode_s and num_tokens > 1 else None
+        return decode_s / (num_tokens - 1) if (decode_s := self.decode_s) and num_tokens > 1 else None
 
     @property
     def delays(self) -> dict[Delay, float]:
@@ -147,7 +149,10 @@ class RequestRecord(msgspec.Struct, frozen=True, tag=True):
     @property
     def main_delay(self) -> Delay | None:
         """The longest of them, if the request was held up by it for much of its time."""
-        delays = self.delays
+        return self.main_of(self.delays)
+
+    def main_of(self, delays: dict[Delay, float]) -> Delay | None:
+        """`main_delay`, where its `delays` are known."""
         cause = max(delays, key=delays.__getitem__)
         return cause if delays[cause] > MUCH * self.e2e_s else None
 

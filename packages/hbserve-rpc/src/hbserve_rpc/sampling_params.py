@@ -5,6 +5,8 @@ import math
 from collections.abc import Callable, Mapping
 from itertools import islice
 from numbers import Real
+from operator import attrgetter
+from typing import Any
 
 import msgspec
 
@@ -114,11 +116,19 @@ class SamplingParams(msgspec.Struct):
         """
         self.temperature = _plain_number("temperature", self.temperature, lambda v: 0 <= v < math.inf, "a number >= 0")
         self.max_tokens = plain_int("max_tokens", self.max_tokens, 1)
+        self.ignore_eos = plain_bool("ignore_eos", self.ignore_eos)
+        rare = _rare_of(self)
+        if tuple(map(type, rare)) == _RARE_TYPES and rare == _RARE_DEFAULTS:  # nearly always
+            self.stop, self.stop_token_ids = [], []
+        else:
+            self._validate_rare()
+
+    def _validate_rare(self) -> None:
+        """Of all but the first three fields."""
         self.top_k = plain_int("top_k", self.top_k, -1)
         self.top_p = _plain_number("top_p", self.top_p, lambda v: 0 < v <= 1, "a number in (0, 1]")
         if self.seed is not None:
             self.seed = plain_int("seed", self.seed, 0)
-        self.ignore_eos = plain_bool("ignore_eos", self.ignore_eos)
         self.include_stop_str_in_output = plain_bool("include_stop_str_in_output", self.include_stop_str_in_output)
         self.stop = _plain_stop(self.stop)
         self.stop_token_ids = _plain_stop_token_ids(self.stop_token_ids)
@@ -173,6 +183,14 @@ class SamplingParams(msgspec.Struct):
         if own.seed is not None:
             own.seed = (own.seed + choice) % (LARGEST_INT + 1)
         return own
+
+
+_RARE = SamplingParams.__struct_fields__[3:]
+_rare_of = attrgetter(*_RARE)
+_RARE_DEFAULTS: tuple[Any, ...] = tuple(
+    [] if each.default is msgspec.NODEFAULT else each.default for each in msgspec.structs.fields(SamplingParams)[3:]
+)
+_RARE_TYPES = tuple(map(type, _RARE_DEFAULTS))
 
 
 def _plain_number(name: str, value: object, allowed: Callable[[float], bool], expected: str) -> float:

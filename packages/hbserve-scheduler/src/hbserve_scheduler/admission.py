@@ -136,6 +136,8 @@ class WaitingRequests(Sequence[ScheduledRequest]):
     def __getitem__(self, place: int | slice) -> ScheduledRequest | list[ScheduledRequest]:
         if isinstance(place, slice):
             return list(self)[place]
+        if place == 0 and self._priorities:  # for each request
+            return next(iter(self._levels[self._priorities[0]].values()))
         from_end = place < 0
         steps = -place - 1 if from_end else place
         found = next(itertools.islice(reversed(self) if from_end else iter(self), steps, None), None)

@@ -3,9 +3,10 @@
 import asyncio
 import contextlib
 import logging
-import uuid
-from collections.abc import Callable, Coroutine, Iterator
-from typing import Any, TypeVar
+import os
+from collections.abc import Coroutine, Iterator
+from types import TracebackType
+from typing import Any
 
 from hbserve_rpc import EngineFailed, HBServeRpcError, InvalidRequest, Overloaded, PeerDied, PeerLost, RemoteError
 from hbserve_rpc.counts import LinkCounts
@@ -25,13 +26,12 @@ from hbserve_rpc.messages import (
     TransferDone,
 )
 from hbserve_rpc.records import AttemptRecord
-from hbserve_rpc.rpc_stream import RpcStream
 from hbserve_scheduler.instance_client import InstanceStream
 from hbserve_scheduler.instances import InstanceHandle, Placement
 from hbserve_scheduler.request import ScheduledRequest
 
 logger = logging.getLogger(__name__)
-Item = TypeVar("Item")
+_NOTHING = contextlib.nullcontext()
 
 VERDICT_TIMEOUT_S = 0.08
 """How long the failure of one leg waits for what the other leg has to say. Then that is cancelled: within 0.1 s."""
@@ -45,7 +45,7 @@ class Attempt:
         self._placement = placement
         self._record = AttemptRecord(entry.since_submit_s())
         entry.attempts.append(self._record)
-        self._transfer_id = uuid.uuid4().hex
+        self._transfer_id = os.urandom(16).hex()
         self._moving: LinkCounts | None = None
         """The link of its transfer, from the grant to the transfer's end."""
         self._lives: list[tuple[InstanceHandle, str]] = []
@@ -120,7 +120,7 @@ class Attempt:
         with self._naming(instance):
             async with instance.client.stream(GENERATE, request) as events:
                 with self._ending_choices(instance):
-                    await _give_each(events, self._take)
+                    await events.each(self._take)
             self._expect_end()
 
     def _take(self, event: Granted | TokenEvent) -> bool:
@@ -134,9 +134,12 @@ class Attempt:
         """The instance may not know: it waits for those that were ended here."""
         return bool(self._entry.choices) and self._entry.finish_reason is not None
 
-    @contextlib.contextmanager
-    def _ending_choices(self, instance: InstanceHandle) -> Iterator[None]:
+    def _ending_choices(self, instance: InstanceHandle) -> "contextlib.AbstractContextManager[None]":
         """Tell an instance of choices that are not wanted any more, while it computes them."""
+        return self._telling_ends(instance) if self._entry.choices else _NOTHING
+
+    @contextlib.contextmanager
+    def _telling_ends(self, instance: InstanceHandle) -> Iterator[None]:
 
         def tell(choice: int) -> None:
             with contextlib.suppress(PeerLost):
@@ -261,24 +264,29 @@ class Attempt:
             grant_follows,
             left_s=entry.left_s(),
         )
-        with self._naming(instance), self._holding_ends():
+        with self._naming(instance), self._holding_ends() if entry.choices else _NOTHING:
             async with instance.client.stream(PREFILL, request) as events:
-                async for event in events:
-                    if isinstance(event, TransferDone):
-                        entry.kv_bytes += event.num_bytes
-                        entry.kv_transfer_time_s += event.time_s
-                        self._note_moved(event)
-                        instance.links[self._decode_epoch] = True
-                        continue
-                    self._deliver(event)
-                    if event.choice == entry.request.params.n - 1:  # they come in order
-                        self._first_token.set()
-                    if entry.finish_reason is not None:
-                        self._decided.set()
+                await events.each(self._take_prefilled)
             if not self._first_token.is_set():
                 raise RemoteError("ended the stream before the first token")
         self._lives = [life for life in self._lives if life[0] is not instance]  # it has nothing of it any more
         self._placement.prefilled()
+
+    def _take_prefilled(self, event: TokenEvent | TransferDone) -> bool:
+        entry = self._entry
+        if isinstance(event, TransferDone):
+            entry.kv_bytes += event.num_bytes
+            entry.kv_transfer_time_s += event.time_s
+            self._note_moved(event)
+            if self._placement.prefill is not None:
+                self._placement.prefill.links[self._decode_epoch] = True
+            return False
+        self._deliver(event)
+        if event.choice == entry.request.params.n - 1:  # they come in order
+            self._first_token.set()
+        if entry.finish_reason is not None:
+            self._decided.set()
+        return False
 
     @contextlib.contextmanager
     def _holding_ends(self) -> Iterator[None]:
@@ -304,24 +312,33 @@ class Attempt:
         num_delivered = len(self._entry.output)
         # With its first token P sends these too, which D does not have.
         expects_more = self._entry.request.params.prompt_logprobs is not None and num_delivered == 0
+        early: list[TokenEvent] = []  # than P's token, which was sent before them but comes another way
+
+        def take(event: Granted | TokenEvent) -> bool:
+            if not isinstance(event, TokenEvent):
+                return False
+            if (event.index > num_delivered or expects_more) and not self._first_token.is_set():
+                early.append(event)
+                return True
+            return self._take_decoded(event)
+
         with self._naming(instance), self._ending_choices(instance):
-            async for event in events:
-                if isinstance(event, TokenEvent):
-                    if event.index > num_delivered or expects_more:
-                        # P's token was sent before this one, but came another way.
-                        await self._first_token.wait()
-                    if not self._decoding:
-                        self._decoding, self._record.decoding_s = True, self._entry.since_submit_s()
-                        self._debug("decodes")
-                    if self._take(event):
-                        break
-                    if self._first_token.is_set():  # nothing has to wait any more
-                        await _give_each(events, self._take)
-                        break
+            await events.each(take)
+            while early:
+                await self._first_token.wait()
+                if self._take_decoded(early.pop()):
+                    break
+                await events.each(take)
             if self._entry.finish_reason is None:
                 await self._first_token.wait()
             self._expect_end()
         self._decided.set()
+
+    def _take_decoded(self, event: TokenEvent) -> bool:
+        if not self._decoding:
+            self._decoding, self._record.decoding_s = True, self._entry.since_submit_s()
+            self._debug("decodes")
+        return self._take(event)
 
     def _doubt_link(self) -> None:
         """Something has failed, perhaps because the instances are no longer connected: others are preferred for now."""
@@ -329,34 +346,38 @@ class Attempt:
         if prefill is not None and prefill.links.get(self._decode_epoch):
             del prefill.links[self._decode_epoch]
 
-    @contextlib.contextmanager
-    def _naming(self, instance: InstanceHandle) -> Iterator[None]:
+    def _naming(self, instance: InstanceHandle) -> "_Naming":
         """Errors say whose they are; a lost instance is not used again until it has answered."""
-        try:
-            yield
-        except Overloaded as error:
+        return _Naming(self, instance)
+
+    def failed_on(self, instance: InstanceHandle, error: HBServeRpcError) -> None:
+        """It is the instance's."""
+        self._entry.failed_on.add(instance.instance_id)
+        self._doubt_link()
+        if isinstance(error, EngineFailed | PeerDied):
+            for epoch in [epoch for handle, epoch in self._lives if handle is instance]:
+                instance.note_death(epoch)
+        if isinstance(error, PeerLost):
+            instance.lost(str(error))
+
+
+class _Naming:
+    """Not a generator of contextlib's, of which a request would make four."""
+
+    __slots__ = ("_attempt", "_instance")
+
+    def __init__(self, attempt: Attempt, instance: InstanceHandle) -> None:
+        self._attempt, self._instance = attempt, instance
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        instance = self._instance
+        if isinstance(error, Overloaded):
             instance.refused()
             raise Overloaded(f"{instance.instance_id}: {error}", error.retry_after_s) from error
-        except HBServeRpcError as error:
-            self._entry.failed_on.add(instance.instance_id)
-            self._doubt_link()
-            if isinstance(error, EngineFailed | PeerDied):
-                for epoch in [epoch for handle, epoch in self._lives if handle is instance]:
-                    instance.note_death(epoch)
-            if isinstance(error, PeerLost):
-                instance.lost(str(error))
+        if isinstance(error, HBServeRpcError):
+            self._attempt.failed_on(instance, error)
             raise type(error)(f"{instance.instance_id}: {error}") from error
-
-
-async def _give_each(events: InstanceStream[Item], take: Callable[[Item], bool]) -> None:
-    """Give every event to `take`, until that returns True or the stream ends: of a connection as soon as it comes,
-    without a task that wakes up for each of a thousand streams' tokens.
-
-    Raises what the stream does, and what `take` does.
-    """
-    if isinstance(events, RpcStream):
-        await events.each(take)
-        return
-    async for event in events:
-        if take(event):
-            return

@@ -81,12 +81,13 @@ class Figures:
             logger.warning("%s", record.describe())
         elif logger.isEnabledFor(logging.INFO):
             logger.info("%s", record.describe())
-        for cause, waited_s in record.delays.items():
+        delays = record.delays
+        for cause, waited_s in delays.items():
             self.delay_s[cause] += waited_s
-        if record.main_delay is not None:
-            self.delayed[record.main_delay] += 1
-        if record.handoff_s is not None:
-            self._handoffs.append(record.handoff_s)
+        if (main := record.main_of(delays)) is not None:
+            self.delayed[main] += 1
+        if (handoff_s := record.handoff_s) is not None:
+            self._handoffs.append(handoff_s)
         if record.finish_reason not in (None, "abort"):
             for name, value in _values(record).items():
                 self.histograms[name].observe(value)
@@ -127,26 +128,27 @@ class Figures:
 def _values(record: RequestRecord) -> dict[str, float]:
     """What a request that has all of its tokens adds to the histograms. Each is of what its client has felt; a request
     that was aborted is in none: it would say how patient clients are."""
+    queue_s = record.queue_s
     values = {
         "e2e_request_latency_seconds": record.e2e_s,
-        "request_queue_time_seconds": record.queue_s,
-        "request_inference_time_seconds": record.e2e_s - record.queue_s,
+        "request_queue_time_seconds": queue_s,
+        "request_inference_time_seconds": record.e2e_s - queue_s,
         "request_prompt_tokens": record.num_prompt_tokens,
         "request_generation_tokens": record.num_output_tokens,
         "request_attempts": len(record.attempts),
     }
-    if record.first_token_s is not None and record.decode_s is not None:
+    if record.first_token_s is not None:
         values["time_to_first_token_seconds"] = record.first_token_s
-        values["request_prefill_time_seconds"] = record.first_token_s - record.queue_s
-        values["request_decode_time_seconds"] = record.decode_s
-        if record.tpot_s is not None:
-            values["request_time_per_output_token_seconds"] = record.tpot_s
+        values["request_prefill_time_seconds"] = record.first_token_s - queue_s
+        values["request_decode_time_seconds"] = record.e2e_s - record.first_token_s
+        if (tpot_s := record.tpot_s) is not None:
+            values["request_time_per_output_token_seconds"] = tpot_s
     if record.is_disaggregated:
         last = record.attempts[-1]
         if last.granted_s is not None:
             values["reservation_wait_seconds"] = last.granted_s - last.began_s
-        if record.handoff_s is not None:
-            values["kv_handoff_exposed_seconds"] = record.handoff_s
+        if (handoff_s := record.handoff_s) is not None:
+            values["kv_handoff_exposed_seconds"] = handoff_s
         if record.kv_bytes:
             values["kv_transfer_seconds"] = record.kv_transfer_time_s
             values["kv_transfer_request_bytes"] = record.kv_bytes

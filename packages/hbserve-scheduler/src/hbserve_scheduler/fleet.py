@@ -255,17 +255,19 @@ class Fleet:
 
     def _is_linked(self, prefill: InstanceHandle) -> bool:
         """To a decode instance that has room."""
-        return any(
-            is_there and self._decodes.get(epoch) in self._available["decode"]
-            for epoch, is_there in prefill.links.items()
-        )
+        there, decodes = self._available["decode"].members, self._decodes
+        for epoch, is_there in prefill.links.items():
+            if is_there and (decode := decodes.get(epoch)) is not None and decode in there:
+                return True
+        return False
 
     def _choose_decode(self, prefill: InstanceHandle, avoid: Collection[str], prompt: PromptShape) -> InstanceHandle:
         available = self._available["decode"]
         if not avoid:
-            linked = [self._decodes.get(epoch) for epoch, is_there in prefill.links.items() if is_there]
-            there = [each for each in linked if each is not None and each in available]
-            if there and min(each.load for each in there) <= available.least_load() + SPARE_REQUESTS:
+            members, decodes = available.members, self._decodes
+            linked = [decodes.get(epoch) for epoch, is_there in prefill.links.items() if is_there]
+            there = [each for each in linked if each is not None and each in members]
+            if there and min([each.load for each in there]) <= available.least_load() + SPARE_REQUESTS:
                 return available.choose(prompt, there)
         candidates = connected_first(
             _others(available, avoid), lambda each: prefill.links.get(each.epoch), num_tokens=1

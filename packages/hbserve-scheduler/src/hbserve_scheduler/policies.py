@@ -10,7 +10,7 @@ import logging
 import random
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import entry_points
 from itertools import islice
 from pathlib import Path
@@ -209,6 +209,7 @@ class Available(Sequence[InstanceHandle]):
 
     def __init__(self, policy: PlacementPolicy, has_room: Callable[[InstanceHandle], bool]) -> None:
         self.policy = policy
+        self._is_ours = isinstance(policy, LowestRank | PowerOfTwo | LeastLoadedUnlessShared | PrefixAware)
         self._has_room = has_room
         self._members: list[InstanceHandle] = []
         self._place_of: dict[InstanceHandle, int] = {}
@@ -221,8 +222,9 @@ class Available(Sequence[InstanceHandle]):
 
     def look(self, handle: InstanceHandle) -> None:
         """To be called when it is there, or gone, or its load is another."""
-        self._note_others(handle, handle.load_of_others)
-        if handle.status != "ready" or handle.is_full or not self._has_room(handle):
+        if handle.load_of_others or self._shared:
+            self._note_others(handle, handle.load_of_others)
+        if handle.health.state != "ready" or handle.is_full or not self._has_room(handle):
             self._leave(handle)
             return
         if handle not in self._place_of:
@@ -264,7 +266,7 @@ class Available(Sequence[InstanceHandle]):
     def choose(self, prompt: PromptShape, among: Sequence[InstanceHandle] | None = None) -> InstanceHandle:
         """By the policy, of all that are available or `among` some of them. There must be one."""
         candidates = self if among is None else among
-        if isinstance(self.policy, LowestRank | PowerOfTwo | LeastLoadedUnlessShared | PrefixAware):
+        if self._is_ours:
             return self.policy.choose(candidates, prompt)
         try:
             chosen = self.policy.choose(candidates, prompt)
@@ -275,6 +277,11 @@ class Available(Sequence[InstanceHandle]):
             problem = repr(error)
         logger.error("%s cannot choose, so the least loaded one is taken: %s", type(self.policy).__name__, problem)
         return self._by_load.first() if among is None else min(among, key=least_loaded)
+
+    @property
+    def members(self) -> Mapping[InstanceHandle, int]:
+        """The same, in which to look for one is no call: of a request's instances several are looked for."""
+        return self._place_of
 
     @overload
     def __getitem__(self, place: int) -> InstanceHandle: ...

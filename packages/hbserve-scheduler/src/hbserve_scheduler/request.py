@@ -109,7 +109,7 @@ class ScheduledRequest:
     @property
     def num_delivered(self) -> int:
         """Output tokens, of all choices together."""
-        return sum(len(each.output) for each in self.choices or [self])
+        return sum([len(each.output) for each in self.choices]) if self.choices else len(self.output)
 
     @property
     def is_suspect(self) -> bool:
@@ -127,11 +127,12 @@ class ScheduledRequest:
             return
         if self.ended or self.finish_reason is not None:
             return
-        known = len(self.output) - event.index
+        first = len(self.output)
+        known = first - event.index
         if known < 0:
-            raise RemoteError(f"tokens {len(self.output)} to {event.index - 1} are missing")
+            raise RemoteError(f"tokens {first} to {event.index - 1} are missing")
         tokens = event.token_ids[known:]
-        has_room = len(self.output) + len(tokens) <= self.request.params.max_tokens
+        has_room = first + len(tokens) <= self.request.params.max_tokens
         if event.index < 0 or not has_room or (tokens and min(tokens) < 0):
             raise RemoteError(f"{len(tokens)} tokens from {event.index} on, which the request cannot have")
         if tokens or event.finish_reason:
@@ -142,11 +143,11 @@ class ScheduledRequest:
             if event.num_preemptions:
                 self.num_preemptions = event.num_preemptions
             self.finish_reason = event.finish_reason
-            first = len(self.output)
             of_prompt = event.prompt_logprobs if first == 0 else []
             logprobs = event.logprobs[known:]
             self.output += tokens
-            self._tell_progress()
+            if self.on_progress is not None:
+                self._tell_progress()
             self._add_tokens(TokenEvent(first, tokens, event.finish_reason, logprobs, of_prompt, self.choice))
 
     def _tell_progress(self) -> None:
@@ -289,6 +290,7 @@ class ScheduledRequest:
         self.count()
         e2e_s, parts = self.since_submit_s(), self.choices or [self]
         pauses = [longest_pause(each.arrivals, self.submitted_s) for each in parts if each.num_preemptions]
+        first_token_s, second_token_s = self.first_token_s, self.second_token_s
         return RequestRecord(
             self.request.request_id,
             time.time() - e2e_s,
@@ -300,11 +302,11 @@ class ScheduledRequest:
             self.attempts,
             e2e_s,
             self.finish_reason if not error else None,
-            None if self.first_token_s is None else self.first_token_s - self.submitted_s,
-            None if self.second_token_s is None else self.second_token_s - self.submitted_s,
+            None if first_token_s is None else first_token_s - self.submitted_s,
+            None if second_token_s is None else second_token_s - self.submitted_s,
             error,
             len(self.choices) or 1,
-            sum(each.num_preemptions for each in parts),
+            sum([each.num_preemptions for each in parts]),
             max(filter(None, pauses), key=lambda pause: pause[1] - pause[0], default=None),
             self.traceparent,
         )

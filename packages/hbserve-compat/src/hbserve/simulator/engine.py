@@ -1,14 +1,15 @@
 """The engine of a modelled instance: steps that take the time which a profile says, and compute nothing.
 
-Decode steps of the same sequences are one timer, up to the next one that ends; who joins meanwhile cuts it short at the
-end of the step that is under way. So a simulation takes about as long as it has requests, not tokens.
+Steps are one timer, up to the next one after which something is otherwise: decode steps of the same sequences up to the
+first that is the last of one, steps of prompts alone up to the end of a prompt. Who comes meanwhile cuts it short at
+the end of the step that is under way. So a simulation takes about as long as it has requests, not tokens or chunks.
 """
 
 import asyncio
 import heapq
 import itertools
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from hbserve.simulator.profile import StepLaw
@@ -49,9 +50,14 @@ class PromptWork:
     num_tokens: int
     done: int
     """Tokens that are computed, or were cached."""
-    on_chunk: Callable[[], object] | None
-    """Called at the end of each chunk but the last."""
+    on_chunk: Callable[[float], object] | None
+    """Told when each chunk but the last has ended, at the latest at the end of the prompt, or by `settle`."""
     on_done: Callable[[], None]
+    planned: int = 0
+    """Tokens that are computed when the steps that are planned have ended."""
+
+    def __post_init__(self) -> None:
+        self.planned = self.done
 
 
 @dataclass(eq=False)
@@ -61,8 +67,8 @@ class DecodeWork:
     context: int
     remaining: int
     """Tokens that it is still to get, at least one."""
-    on_first: Callable[[], None]
-    """Called after its first step, unless that is its last."""
+    on_first: Callable[[float], None]
+    """Told, as its first step begins, when that ends; unless it is its last."""
     on_done: Callable[[], None]
     end_step: int = -1
     is_gone: bool = False
@@ -93,14 +99,16 @@ class ModelledEngine:
         self._step = 0
         """Decode steps so far."""
         self._joining: list[DecodeWork] = []
-        self._fresh: list[DecodeWork] = []
-        """Those whose first step is under way."""
         self._ends: list[tuple[int, int, DecodeWork]] = []
         self._numbers = itertools.count()
-        self._chunks: list[tuple[PromptWork, int]] = []
+        self._planned: deque[tuple[float, list[tuple[PromptWork, int]]]] = deque()
+        """Steps with prompts, from the one that is under way on: when each ends, and its chunks."""
         self._timer: asyncio.Handle | None = None
         self._began_s = 0.0
         self._steps_under_way = 0
+        """Of decodes, from `_began_s` on."""
+        self._first_end_s: float | None = None
+        """Of these, the end of the first, where some have joined in it, and it was not counted yet."""
         self._has_died = False
 
     def add_prompt(self, work: PromptWork) -> None:
@@ -116,9 +124,11 @@ class ModelledEngine:
         if isinstance(work, PromptWork):
             if work in self.prompts:
                 self.prompts.remove(work)
+                self._cut_short()
         elif work in self._joining:
             self._joining.remove(work)
         elif not work.is_gone and work.end_step >= 0:
+            self._pass_first()
             work.is_gone = True
             self.batch -= 1
             self.keys -= work.context + max(0, work.remaining - (work.end_step - self._step))
@@ -127,7 +137,20 @@ class ModelledEngine:
         """Its process has died: nothing of it is heard any more."""
         if self._timer is not None:
             self._timer.cancel()
+        self.settle()
         self._has_died = True
+
+    def settle(self) -> None:
+        """Take in the chunks that have ended, for whoever depends on what was told of them."""
+        now_s = self._loop.time()
+        while len(self._planned) > 1 and self._planned[0][0] <= now_s:
+            end_s, chunks = self._planned.popleft()
+            self._count(1, 0, end_s - self._began_s, chunks)
+            self._began_s = end_s
+            for work, count in chunks:
+                work.done += count
+                if work.on_chunk is not None:
+                    work.on_chunk(end_s)
 
     # ---- steps -------------------------------------------------------------------------------------------------------
 
@@ -137,43 +160,100 @@ class ModelledEngine:
             return
         if self._timer is None:  # all that comes in this moment is in the step
             self._timer = self._loop.call_soon(self._begin)
-        elif self._steps_under_way > 1:
+        else:
             self._cut_short()
 
     def _cut_short(self) -> None:
         """End what is under way after the step that is under way."""
+        self.settle()
+        if len(self._planned) > 1:
+            end_s = self._planned[0][0]
+            while len(self._planned) > 1:
+                for work, count in self._planned.pop()[1]:
+                    work.planned -= count
+            self._end_at(end_s)
+        self._pass_first()
+        if self._steps_under_way > 1:
+            self._cut_decodes()
+
+    def _cut_decodes(self) -> None:
+        if self._first_end_s is not None:
+            self._steps_under_way = 1
+            self._end_at(self._first_end_s)
+            return
         elapsed_s = self._loop.time() - self._began_s
         fewest = self._law.fewest_steps(elapsed_s, self.batch, self.keys, self._steps_under_way)
         if fewest < self._steps_under_way:
-            assert self._timer is not None
-            self._timer.cancel()
             self._steps_under_way = fewest
-            end_s = self._began_s + self._law.decode_steps_s(fewest, self.batch, self.keys)
-            self._timer = self._loop.call_at(end_s, self._end)
+            self._end_at(self._began_s + self._law.decode_steps_s(fewest, self.batch, self.keys))
+
+    def _end_at(self, end_s: float) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = self._loop.call_at(end_s, self._end)
 
     def _begin(self) -> None:
         self._timer = None
-        for work in self._joining:
+        joined, self._joining = self._joining, []
+        for work in joined:
             self.batch += 1
             self.keys += work.context
             work.end_step = self._step + work.remaining
             heapq.heappush(self._ends, (work.end_step, next(self._numbers), work))
-        self._fresh, self._joining = self._joining, []
-        self._chunks = self._choose_chunks() if self.prompts else []
-        if self._chunks:
-            new_tokens = self.batch + sum(count for _, count in self._chunks)
-            pairs = sum(count * (work.done + count / 2) for work, count in self._chunks)
-            self._steps_under_way = 1
-            time_s = self._law.step_s(new_tokens, pairs, self.keys)
+        self._began_s = self._loop.time()
+        if self.prompts:
+            self._plan()
+            end_s = first_end_s = self._planned[-1][0]
         elif self.batch:
             while self._ends[0][2].is_gone:
                 heapq.heappop(self._ends)
-            self._steps_under_way = 1 if self._fresh else self._ends[0][0] - self._step
-            time_s = self._law.decode_steps_s(self._steps_under_way, self.batch, self.keys)
+            end_s = first_end_s = self._begin_decodes(self._ends[0][0] - self._step, has_first=bool(joined))
+            if self._first_end_s is not None:
+                first_end_s = self._first_end_s
         else:
             return
-        self._began_s = self._loop.time()
-        self._timer = self._loop.call_at(self._began_s + time_s, self._end)
+        for work in joined:
+            if work.remaining > 1:
+                work.on_first(first_end_s)
+        self._timer = self._loop.call_at(end_s, self._end)
+
+    def _plan(self) -> None:
+        """The next step; without decodes, all up to the end of a prompt."""
+        end_s = self._began_s
+        while True:
+            chunks = self._choose_chunks()
+            new_tokens, pairs = self.batch, 0.0
+            ends = self.batch > 0
+            for work, count in chunks:
+                new_tokens += count
+                pairs += count * (work.planned + count / 2)
+                work.planned += count
+                ends = ends or work.planned == work.num_tokens
+            end_s += self._law.step_s(new_tokens, pairs, self.keys)
+            self._planned.append((end_s, chunks))
+            if ends or not chunks:
+                return
+
+    def _begin_decodes(self, count: int, *, has_first: bool) -> float:
+        """So many decode steps, the first of which may be some sequences' own first; returns the end of the last."""
+        self._steps_under_way = count
+        if not has_first or count == 1:
+            return self._began_s + self._law.decode_steps_s(count, self.batch, self.keys)
+        self._first_end_s = first_end_s = self._began_s + self._law.decode_steps_s(1, self.batch, self.keys)
+        return first_end_s + self._law.decode_steps_s(count - 1, self.batch, self.keys + self.batch)
+
+    def _pass_first(self) -> None:
+        """Count the first of the decode steps that are under way, if it has ended."""
+        if (end_s := self._first_end_s) is not None and end_s <= self._loop.time():
+            self._first_end_s = None
+            self._count_decodes(1, end_s)
+
+    def _count_decodes(self, count: int, end_s: float) -> None:
+        self._count(count, self.batch, end_s - self._began_s, ())
+        self._began_s = end_s
+        self._step += count
+        self.keys += count * self.batch
+        self._steps_under_way -= count
 
     def _choose_chunks(self) -> list[tuple[PromptWork, int]]:
         left = self._budget()
@@ -181,7 +261,7 @@ class ModelledEngine:
         for work in self.prompts:
             if left <= 0:
                 break
-            count = min(work.num_tokens - work.done, left, self.limits.chunk_size or left)
+            count = min(work.num_tokens - work.planned, left, self.limits.chunk_size or left)
             chunks.append((work, count))
             left -= count
         return chunks
@@ -194,7 +274,7 @@ class ModelledEngine:
             return most
         if limits.itl_target_ms is not None and self.batch:
             return self._within(limits.itl_target_ms / 1e3, most)
-        backlog = sum(work.num_tokens - work.done for work in self.prompts)
+        backlog = sum(work.num_tokens - work.planned for work in self.prompts)
         return min(most, max(FEWEST_TOKENS, backlog // STEPS_OF_BACKLOG))
 
     def _within(self, target_s: float, most: int) -> int:
@@ -202,7 +282,7 @@ class ModelledEngine:
         low, high = FEWEST_BESIDE_DECODES, max(FEWEST_BESIDE_DECODES, most)
         while low < high:
             middle = (low + high + 1) // 2
-            pairs = middle * (first.done + middle / 2)
+            pairs = middle * (first.planned + middle / 2)
             if self._law.step_s(self.batch + middle, pairs, self.keys) <= target_s:
                 low = middle
             else:
@@ -210,12 +290,17 @@ class ModelledEngine:
         return low
 
     def _end(self) -> None:
-        count, batch = self._steps_under_way, self.batch
-        took_s = self._loop.time() - self._began_s
-        self._count(count, batch, took_s)
-        self._step += count if batch else 0
-        self.keys += count * batch
-        self._steps_under_way = 0
+        self.settle()
+        now_s = self._loop.time()
+        chunks: Sequence[tuple[PromptWork, int]] = ()
+        if self._planned:
+            chunks = self._planned.popleft()[1]
+            self._count(1, self.batch, now_s - self._began_s, chunks)
+            self._step += bool(self.batch)
+            self.keys += self.batch
+        self._pass_first()
+        if self._steps_under_way:
+            self._count_decodes(self._steps_under_way, now_s)
         ended = []
         while self._ends and (self._ends[0][0] <= self._step or self._ends[0][2].is_gone):
             work = heapq.heappop(self._ends)[2]
@@ -224,28 +309,26 @@ class ModelledEngine:
                 self.batch -= 1
                 self.keys -= work.context + work.remaining
                 ended.append(work)
-        for work in self._fresh:
-            if not work.is_gone:
-                work.on_first()
         for work in ended:
             work.on_done()
-        self._end_chunks()
+        self._end_chunks(chunks)
         self._begin()
 
-    def _count(self, count: int, batch: int, took_s: float) -> None:
+    def _count(self, count: int, batch: int, took_s: float, chunks: Iterable[tuple[PromptWork, int]]) -> None:
         figures = self.figures
         figures.busy_s += took_s
         if batch:
             figures.output_tokens += count * batch
             figures.gaps_s[round(took_s / count, 4)] += count * batch
-        figures.prompt_tokens += sum(chunk for _, chunk in self._chunks)
+        for _, chunk in chunks:
+            figures.prompt_tokens += chunk
 
-    def _end_chunks(self) -> None:
-        for work, count in self._chunks:
+    def _end_chunks(self, chunks: Iterable[tuple[PromptWork, int]]) -> None:
+        for work, count in chunks:
             work.done += count
             if work.done < work.num_tokens:
                 if work.on_chunk is not None:
-                    work.on_chunk()
+                    work.on_chunk(self._loop.time())
             elif self.prompts and self.prompts[0] is work:
                 self.prompts.popleft()
                 work.on_done()

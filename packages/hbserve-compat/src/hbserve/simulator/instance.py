@@ -180,8 +180,8 @@ class ModelledInstance:
         if shape.hash_ids:
             self._blocks(shape.block_size).add(shape.hash_ids)
 
-    def move(self, num_bytes: int) -> tuple[float, float]:
-        """Begin and end of a copy that begins when those before it have ended."""
-        begin_s = max(self._link_free_s, self.loop.time())
+    def move(self, num_bytes: int, at_s: float) -> tuple[float, float]:
+        """Begin and end of a copy that begins at that time, or when those before it have ended."""
+        begin_s = max(self._link_free_s, at_s)
         self._link_free_s = begin_s + self.law.transfer_s(num_bytes)
         return begin_s, self._link_free_s

@@ -24,7 +24,9 @@ class PrefixCache:
     def add(self, hash_ids: Sequence[int]) -> None:
         blocks = self._blocks
         for hash_id in reversed(hash_ids):  # the end of a prefix goes first: without its begin it is of no use
-            blocks[hash_id] = None
-            blocks.move_to_end(hash_id)
+            if hash_id in blocks:
+                blocks.move_to_end(hash_id)
+            else:
+                blocks[hash_id] = None
         while len(blocks) > self._num_blocks:
             blocks.popitem(last=False)

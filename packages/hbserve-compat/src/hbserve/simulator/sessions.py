@@ -82,17 +82,18 @@ class RoomSession:
         self._work = DecodeWork(self.num_tokens, self._last - first, self._tell_first, self._tell_rest)
         self._instance.engine.add_decode(self._work)
 
-    def _tell_first(self) -> None:
-        self._tell(1)
+    def _tell_first(self, at_s: float) -> None:
+        self._tell(1, at_s)
 
     def _tell_rest(self) -> None:
-        self._tell(self._last - self._first)
+        self._tell(self._last - self._first, self._instance.loop.time())
 
-    def _tell(self, count: int) -> None:
+    def _tell(self, count: int, at_s: float) -> None:
+        """So many tokens, that are there at that time."""
         event = _tokens(self._first, count, self._last)
         self._first += count
         put: Callable[[TokenEvent], None] = self._stream.put if event.finish_reason is None else self._stream.put_last
-        self._instance.loop.call_later(self._instance.profile.message_s, put, event)
+        self._instance.loop.call_at(at_s + self._instance.profile.message_s, put, event)
 
     def close(self) -> None:
         self._is_closed = True
@@ -115,7 +116,7 @@ class Generating(RoomSession):
         instance.engine.add_prompt(self._work)
 
     def _prompt_is_done(self) -> None:
-        self._tell(1)
+        self._tell(1, self._instance.loop.time())
         if self._last > self._first:
             self._decode(self._first)
         self._instance.remember(self._request.request_id)
@@ -171,9 +172,10 @@ class Prefilling:
 
     def grant(self, moves: bool) -> None:
         if self._moves is None:
+            self._instance.engine.settle()  # before the grant nothing was pushed
             self._moves = moves
             if self._is_computed:  # who waits for room waits for its first token, not between that and the second
-                moved_s = self._push()
+                moved_s = self._push(self._instance.loop.time())
                 self._tell(moved_s, moved_s)
 
     def _step_is_over(self) -> None:
@@ -184,7 +186,8 @@ class Prefilling:
         self._is_computed = True
         self._instance.remember(self._request.request_id)
         if self._moves is not None:
-            self._tell(self._instance.loop.time() + self._instance.profile.message_s, self._push())
+            now_s = self._instance.loop.time()
+            self._tell(now_s + self._instance.profile.message_s, self._push(now_s))
 
     def _tell(self, first_s: float, moved_s: float) -> None:
         """The first token, and that the KV was moved: at these times, but in this order."""
@@ -197,10 +200,9 @@ class Prefilling:
         else:
             loop.call_at(first_s, self._stream.put_last, event)
 
-    def _push(self) -> float:
+    def _push(self, now_s: float) -> float:
         """Hand over what is computed; returns when it will be there."""
         instance = self._instance
-        now_s = instance.loop.time()
         if not self._moves:
             return now_s
         reservation = instance.fabric.reservations.get(self._request.transfer_id)
@@ -209,7 +211,7 @@ class Prefilling:
         done = self._work.done
         num_bytes = max(0, done - self._pushed) * instance.profile.kv_bytes_per_token
         self._pushed = max(self._pushed, done)
-        begin_s, end_s = instance.move(num_bytes) if num_bytes else (now_s, now_s)
+        begin_s, end_s = instance.move(num_bytes, now_s) if num_bytes else (now_s, now_s)
         self._num_bytes += num_bytes
         self._num_parts += 1
         self._time_s += end_s - begin_s

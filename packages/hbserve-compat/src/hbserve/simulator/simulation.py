@@ -277,12 +277,30 @@ async def _simulate(
     begin_s = loop.time()
     for each in simulations:
         each.plan_faults(begin_s)
-    for request in requests:
-        due_s = begin_s + request.at_s
-        if due_s > loop.time():
-            await asyncio.sleep(due_s - loop.time())
-        simulations[cell_of(request.session, cells)].submit(request)
+    await _submit_all(requests, simulations)
     return [await each.finish(begin_s) for each in simulations]
+
+
+async def _submit_all(requests: Iterable[SimulatedRequest], simulations: Sequence[Simulation]) -> None:
+    """Each at its time. A timer that sets the next one: a task that sleeps would be woken for each of a million."""
+    loop = asyncio.get_running_loop()
+    begin_s, coming, are_all_there = loop.time(), iter(requests), loop.create_future()
+
+    def submit(request: SimulatedRequest | None) -> None:
+        try:
+            while request is not None and begin_s + request.at_s <= loop.time():
+                simulations[cell_of(request.session, len(simulations))].submit(request)
+                request = next(coming, None)
+        except Exception as error:  # of whoever makes the requests
+            are_all_there.set_exception(error)
+            return
+        if request is None:
+            are_all_there.set_result(None)
+        else:
+            loop.call_at(begin_s + request.at_s, submit, request)
+
+    submit(next(coming, None))
+    await are_all_there
 
 
 def cell_of(session: int, cells: int) -> int:

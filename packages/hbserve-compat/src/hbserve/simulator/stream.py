@@ -5,8 +5,6 @@ from collections import deque
 from collections.abc import Callable
 from typing import Generic, Protocol, TypeVar
 
-from hbserve_rpc import PeerLost
-
 T = TypeVar("T")
 
 
@@ -27,19 +25,36 @@ class Stream(Generic[T]):
         self._on_left = on_left
         self._items: deque[T | None] = deque()
         """None for the end."""
-        self._error: PeerLost | None = None
+        self._error: Exception | None = None
         self._reader: asyncio.Future[None] | None = None
+        self._take: Callable[[T], object] | None = None
+        """Of `each`, while that waits for more."""
 
     def put(self, item: T, *, is_last: bool = False) -> None:
-        self._items.append(item)
+        if self._take is None:
+            self._items.append(item)
+            self._wake()
+        else:
+            self._hand_over(item, self._take)
         if is_last:
             self._items.append(None)
-        self._wake()
+            self._wake()
+
+    def _hand_over(self, item: T, take: Callable[[T], object]) -> None:
+        try:
+            has_enough = take(item)
+        except Exception as error:  # of whoever waits in `each`
+            self._take = None
+            self.fail(error)
+            return
+        if has_enough:
+            self._take = None
+            self._wake()
 
     def put_last(self, item: T) -> None:
         self.put(item, is_last=True)
 
-    def fail(self, error: PeerLost) -> None:
+    def fail(self, error: Exception) -> None:
         """What it has not been read of is lost."""
         self._error = error
         self._wake()
@@ -64,6 +79,26 @@ class Stream(Generic[T]):
             self._items.popleft()
             return item
         raise self._error
+
+    async def each(self, take: Callable[[T], object]) -> bool:
+        """As RpcStream's: nobody is woken for an item."""
+        items = self._items
+        while self._error is None and items:
+            item = items[0]
+            if item is None:
+                return False
+            items.popleft()
+            if take(item):
+                return True
+        if self._error is None:
+            self._take, self._reader = take, asyncio.get_running_loop().create_future()
+            try:
+                await self._reader
+            finally:
+                self._take = None
+        if self._error is not None:
+            raise self._error
+        return not items or items[0] is not None
 
     async def __aenter__(self) -> "Stream[T]":
         return self
