@@ -2,6 +2,7 @@
 
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -58,3 +59,15 @@ def test_several_front_ends_are_refused_over_a_cluster():
     args = ServeArgs(None, Path("/model"), "INFO", {"api_servers": 2}, ray="auto")
     with pytest.raises(ConfigError, match=r"server\.api_servers=2: expected 1 with --ray"):
         args.deployment()
+
+
+def test_whatever_ray_says_when_it_cannot_start_is_one_line(monkeypatch):
+    ray: Any = ModuleType("ray")
+
+    def init(**_: object) -> None:
+        raise Exception("The current node timed out during startup.\nThis could happen")  # as it does
+
+    ray.init = init
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    with pytest.raises(ConfigError, match=r"^--ray=local: The current node timed out during startup\. This could"):
+        connect("local")

@@ -1,11 +1,16 @@
 """Refusal of models that cannot be served, before anything starts and without torch, with what to do instead."""
 
+import ctypes
 import json
 import re
 from pathlib import Path
 
+from hbserve_core import InvalidInstanceConfig
+from hbserve_kv.transports.registry import require_backend
+from hbserve_rpc.address import is_here
 from hbserve_rpc.plain_values import shown
 from hbserve_rpc.settings import EngineSettings
+from hbserve_scheduler import DeploymentConfig
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -54,6 +59,30 @@ def require_servable(folder: Path, settings: EngineSettings, tensor_parallel_siz
         check_divisible(model, size)
     if settings.load_format != "dummy":
         weight_files(folder)
+
+
+def require_settings(config: DeploymentConfig) -> None:
+    """What every instance would find out by itself, some seconds later, and needs no model.
+
+    Raises:
+        BackendUnavailable: (an ImportError) there is no such backend of KV transfers.
+        InvalidInstanceConfig: (a ValueError) instances of this host are to compute on a GPU, and it has none.
+    """
+    require_backend(config.kv_transfer.backend)
+    device = config.engine_settings().device
+    if device.startswith("cuda") and not _has_driver() and any(is_here(each.host) for each in config.named_instances):
+        raise InvalidInstanceConfig(
+            f"engine.device={device!r}: this host has no driver of GPUs (libcuda.so.1); expected 'auto' or 'cpu'"
+        )
+
+
+def _has_driver() -> bool:
+    """Of NVIDIA's GPUs. Asks it nothing: torch, which does, takes seconds to import."""
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    return True
 
 
 def _about_gguf(folder: Path, files: list[Path]) -> str:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from hbserve import demo_model
+from hbserve.check.network import require_places
 from hbserve.demo_model import find_model_folder
 from hbserve.ending import Ending, together, unless
 from hbserve.launcher import (
@@ -25,11 +26,12 @@ from hbserve.launcher import (
     LocalInstances,
     instance_settings,
     launch_keys,
+    num_ranks,
     tensor_parallel_sizes,
 )
 from hbserve.pd_disagg.config import PdDisaggConfig
 from hbserve.scaling import Scaling
-from hbserve.servable import require_servable
+from hbserve.servable import require_servable, require_settings
 from hbserve.start_notice import missing, telling
 from hbserve_rpc import InvalidAddress, check_peer_host, own_process
 from hbserve_scheduler import (
@@ -100,6 +102,11 @@ async def serve_all(args: ServeArgs) -> None:
     try:
         if front_end is not None:
             await front_end.start()
+        if (
+            args.ray is None
+        ):  # elsewhere it is Ray that says where they are, and of what hosts they have nothing is known
+            require_settings(config)
+            await asyncio.to_thread(require_places, config)
         folder = await find_model_folder(config.model.path)
         require_servable(folder, config.engine_settings(), tensor_parallel_sizes(config))
         with _instances(config, folder, args) as instances:
@@ -284,13 +291,15 @@ async def serve_instance(args: InstanceArgs) -> None:
         KeysError: the keys that it names cannot be used.
         AddressInUse: its address is taken.
     """
+    config, instance = args.deployment()
+    require_keys(config, launched=False)
+    keys = deployment_keys(config, "instance")
+    require_settings(config)
+    folder = await find_model_folder(config.model.path)
+    require_servable(folder, config.engine_settings(), {num_ranks(config, instance)})
     os.environ.setdefault(*QUIET_TORCH)  # torch reads it when it is imported
     os.environ.setdefault(*WAIT_POLITELY)
     from hbserve_core import InstanceConfig, run_instance
 
-    config, instance = args.deployment()
-    require_keys(config, launched=False)
-    keys = deployment_keys(config, "instance")
-    folder = await find_model_folder(config.model.path)
     settings = instance_settings(config, instance, folder, log_level=args.log_level, keys=keys)
     await run_instance(msgspec.convert(settings | {"schedulers": args.schedulers}, InstanceConfig))

@@ -9,15 +9,13 @@ A new key is one field here, and one entry in docs/configuration.md.
 """
 
 import functools
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import NoneType
-from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import msgspec
-
-T = TypeVar("T")
-
 
 LARGEST = 2.0**62
 """Of all numbers that can be set. Infinity is beyond it."""
@@ -40,6 +38,20 @@ class Bounds:
 
 
 @dataclass(frozen=True)
+class Form:
+    """What a text may be, as a regular expression, and in words."""
+
+    pattern: str
+    words: str
+
+    def allow(self, value: object) -> bool:
+        return isinstance(value, str) and re.fullmatch(self.pattern, value) is not None
+
+    def instead_of(self, _: object) -> str:
+        return self.words
+
+
+@dataclass(frozen=True)
 class In:
     """Section of the YAML file that a setting is in, under its own name less a leading `<section>_`."""
 
@@ -49,6 +61,7 @@ class In:
 POSITIVE = Bounds(1)
 NOT_NEGATIVE = Bounds(0)
 PORT = Bounds(0, 65535)
+DEVICE = Form(r"auto|cpu(:0)?|cuda(:\d{1,2})?", "'auto', 'cpu' or 'cuda:N'")
 
 
 class EngineSettings(msgspec.Struct, kw_only=True):
@@ -86,7 +99,7 @@ class EngineSettings(msgspec.Struct, kw_only=True):
     cuda_graph_max_seq_len: Annotated[int, In("cuda_graph"), POSITIVE] = 2048
     """Longest prompt chunk that runs in a graph."""
 
-    device: Annotated[str, In("engine")] = "auto"
+    device: Annotated[str, In("engine"), DEVICE] = "auto"
     """"auto" (CUDA if there is one), "cpu", or "cuda:N"."""
     num_threads: Annotated[int, In("engine"), NOT_NEGATIVE] = 0
     """Threads of torch's CPU operators in an instance, of all its ranks together. 0: the instances of a deployment
@@ -133,8 +146,8 @@ class KVTransferSettings(msgspec.Struct, frozen=True, kw_only=True):
     """Handed to a custom backend."""
 
 
-def out_of_bounds(settings: msgspec.Struct) -> Iterator[tuple[str, object, Bounds]]:
-    """Name, value and bounds of each field that has bounds and whose value is not allowed."""
+def out_of_bounds(settings: msgspec.Struct) -> Iterator[tuple[str, object, Bounds | Form]]:
+    """Name, value and bounds, or form, of each field that has some and whose value is not allowed."""
     for name, (bounds, others) in _bounded_fields(type(settings)).items():
         value = getattr(settings, name)
         if not bounds.allow(value) and value not in others:
@@ -142,12 +155,12 @@ def out_of_bounds(settings: msgspec.Struct) -> Iterator[tuple[str, object, Bound
 
 
 @functools.cache
-def _bounded_fields(struct: type[msgspec.Struct]) -> dict[str, tuple[Bounds, tuple[object, ...]]]:
-    """Bounds of each field that has some, and what it may be besides numbers."""
+def _bounded_fields(struct: type[msgspec.Struct]) -> dict[str, tuple[Bounds | Form, tuple[object, ...]]]:
+    """Bounds, or the form, of each field that has some, and what it may be besides."""
     return {
         field.name: (bounds, tuple(_no_numbers(get_args(field.type)[0])))
         for field in msgspec.structs.fields(struct)
-        for bounds in _metadata(field.type, Bounds)
+        for bounds in _metadata(field.type, Bounds) + _metadata(field.type, Form)
     }
 
 
@@ -159,7 +172,7 @@ def _no_numbers(kind: Any) -> Iterator[object]:
             yield from get_args(choice)
 
 
-def _metadata(annotated: Any, kind: type[T]) -> list[T]:
+def _metadata(annotated: Any, kind: type[Any]) -> list[Any]:
     return [each for each in getattr(annotated, "__metadata__", ()) if isinstance(each, kind)]
 
 

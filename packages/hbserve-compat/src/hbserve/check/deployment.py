@@ -9,7 +9,7 @@ from hbserve.check.network import check_network, places
 from hbserve.check.this_host import check_host
 from hbserve.demo_model import find_model_folder
 from hbserve.launcher import local_instances, tensor_parallel_sizes
-from hbserve.servable import require_servable
+from hbserve.servable import require_servable, require_settings
 from hbserve.tokenizer import require_tokenizer_of
 from hbserve_rpc import KeysError, load_keys
 from hbserve_rpc.address import is_here, is_loopback
@@ -62,7 +62,7 @@ def _check_keys(config: DeploymentConfig) -> Finding:
         return Finding(
             "ok", "keys", f"{config.security.keys}: of {' and '.join(parties) or 'none that is needed here'}"
         )
-    reached = [place.subject for place in places(config) if place.key != "server" and not is_loopback(place.host)]
+    reached = [place.subject for place in places(config) if place.subject != "server" and not is_loopback(place.host)]
     if not reached:
         return Finding("ok", "keys", "none; this host alone reaches the deployment")
     text = f"none: whoever reaches the addresses of {', '.join(reached)} may use them; `hbserve keys FOLDER` makes keys"
@@ -70,12 +70,13 @@ def _check_keys(config: DeploymentConfig) -> Finding:
 
 
 async def _check_model(config: DeploymentConfig) -> list[Finding]:
-    if config.model.path is None:
-        return [Finding("ok", "model", "the demo model, which is converted at the first start")]
     try:
+        require_settings(config)
+        if config.model.path is None:
+            return [Finding("ok", "model", "the demo model, which is converted at the first start")]
         folder = await find_model_folder(config.model.path)
         require_servable(folder, config.engine_settings(), tensor_parallel_sizes(config))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:
         return [Finding("FAIL", "model", str(error))]
     try:
         require_tokenizer_of(folder)

@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from hbserve.check.finding import Finding
+from hbserve_rpc import AddressInUse
 from hbserve_rpc.address import format_address, is_here, is_wildcard, look_up
-from hbserve_scheduler import DeploymentConfig
+from hbserve_scheduler import ConfigError, DeploymentConfig
 
 REACH_TIMEOUT_S = 3.0
 FIREWALL = "a firewall, or a host that is off"
@@ -16,33 +17,60 @@ FIREWALL = "a firewall, or a host that is off"
 
 @dataclass(frozen=True)
 class Place:
-    """An address of a configuration file, and which of its keys says so."""
+    """An address of a configuration file, and which of its keys say so."""
 
     subject: str
-    key: str
+    host_key: str
     host: str
+    port_key: str
     port: int
     """0: the system chooses."""
+
+    @property
+    def where(self) -> str:
+        return format_address(self.host, self.port)
 
 
 def places(config: DeploymentConfig) -> Iterator[Place]:
     """Every address that the file has; the server's if the scheduler is here, beside which `hbserve serve` starts it.
     Of a Unix socket there is nothing to ask."""
     if config.server.enabled and config.server.uds is None and _may_be_here(config.scheduler.host):
-        yield Place("server", "server", config.server.host, config.server.port)
-    yield Place("scheduler", "scheduler", config.scheduler.host, config.scheduler.port)
+        yield Place("server", "server.host", config.server.host, "server.port", config.server.port)
+    scheduler = "scheduler.host", config.scheduler.host
+    yield Place("scheduler", *scheduler, "scheduler.port", config.scheduler.port)
     if config.scheduler.health_port is not None:
-        yield Place("scheduler health", "scheduler", config.scheduler.host, config.scheduler.health_port)
+        yield Place("scheduler health", *scheduler, "scheduler.health_port", config.scheduler.health_port)
     kv, health_port = config.kv_transfer, config.engine_settings().health_port
     for number, each in enumerate(config.gpu_instances):
         if each.discover is not None:
             continue  # whoever is found there says where it is
-        key = f"gpu_instances[{number}]"
-        yield Place(each.instance_id, key, each.host, each.port)
+        own = f"gpu_instances[{number}].host", each.host
+        yield Place(each.instance_id, *own, f"gpu_instances[{number}].port", each.port)
         if each.instance_type != "hybrid" and kv.port:
-            yield Place(f"{each.instance_id} KV", "kv_transfer", kv.ip or each.host, kv.port + each.kv_rank)
+            of_kv = own if kv.ip is None else ("kv_transfer.ip", kv.ip)
+            yield Place(f"{each.instance_id} KV", *of_kv, "kv_transfer.port", kv.port + each.kv_rank)
         if health_port:
-            yield Place(f"{each.instance_id} health", "engine", each.host, health_port + each.kv_rank)
+            yield Place(f"{each.instance_id} health", *own, "engine.health_port", health_port + each.kv_rank)
+
+
+def require_places(config: DeploymentConfig) -> None:
+    """Of a deployment all of whose processes are started on this host: that they can listen where the file has them.
+    Not of the server, which is there already. May ask a name server.
+
+    Raises:
+        ConfigError: this machine does not have a host of the file.
+        AddressInUse: somebody listens at one of its ports.
+    """
+    of_all = [each for each in places(config) if each.subject != "server"]
+    if config.kv_transfer.ip is not None:
+        of_all.append(Place("KV", "kv_transfer.ip", config.kv_transfer.ip, "kv_transfer.port", 0))
+    for place in of_all:
+        error = _why_not_bound(place)
+        if error is not None and error.errno == errno.EADDRINUSE:
+            cure = f"give another {place.port_key}, or 0 to let the system choose"
+            raise AddressInUse(f"{place.subject}: {place.where} is in use: {cure}")
+        if error is not None:
+            raise ConfigError(f"{place.host_key}={place.host!r}: {place.where} cannot be bound: {error.strerror}")
 
 
 async def check_network(config: DeploymentConfig) -> list[Finding]:
@@ -61,17 +89,26 @@ async def _check(place: Place) -> Finding:
         address = await look_up(place.host)
     except OSError as error:
         return Finding(
-            "FAIL", place.subject, f"{place.key}.host={place.host!r}: no name server knows it: {error.strerror}"
+            "FAIL", place.subject, f"{place.host_key}={place.host!r}: no name server knows it: {error.strerror}"
         )
     if place.port == 0:
-        text = f"{place.key}.port=0 on another host: nobody here could know which one the system chooses; give one"
+        text = f"{place.port_key}=0 on another host: nobody here could know which one the system chooses; give one"
         return Finding("FAIL", place.subject, text)
     return await _reach(place, address)
 
 
 def _bind(place: Place) -> Finding:
-    """Whether it is free. What a server sets, so that it can be started again at once, is set here too."""
-    where = format_address(place.host, place.port)
+    error = _why_not_bound(place)
+    if error is None:
+        return Finding("ok", place.subject, f"{place.where} is of this host, and free")
+    if error.errno == errno.EADDRINUSE:
+        text = f"{place.where} of this host is in use: by this deployment, if it runs; else choose another"
+        return Finding("FAIL", place.subject, f"{text} {place.port_key}")
+    return Finding("FAIL", place.subject, f"{place.where} cannot be listened at: {error.strerror}")
+
+
+def _why_not_bound(place: Place) -> OSError | None:
+    """None: it is free. What a server sets, so that it can be started again at once, is set here too."""
     version = socket.AF_INET6 if ":" in place.host else socket.AF_INET
     try:
         found = socket.getaddrinfo(place.host, place.port, version, socket.SOCK_STREAM)[0]
@@ -80,18 +117,13 @@ def _bind(place: Place) -> Finding:
             trying.bind(found[4])
             trying.listen()  # binding alone does not collide with a listener that also allows reuse
     except OSError as error:
-        if error.errno == errno.EADDRINUSE:
-            text = (
-                f"{where} of this host is in use: by this deployment, if it runs; else choose another {place.key}.port"
-            )
-            return Finding("FAIL", place.subject, text)
-        return Finding("FAIL", place.subject, f"{where} cannot be listened at: {error.strerror}")
-    return Finding("ok", place.subject, f"{where} is of this host, and free")
+        return error
+    return None
 
 
 async def _reach(place: Place, address: str) -> Finding:
     """A host that says that nobody listens is reached: nothing was started yet."""
-    where = format_address(place.host, place.port)
+    where = place.where
     try:
         async with asyncio.timeout(REACH_TIMEOUT_S):
             _, writer = await asyncio.open_connection(address, place.port)

@@ -13,6 +13,7 @@ from typing import Any, Self
 
 import msgspec
 
+from hbserve.check.network import require_places
 from hbserve.child_process import level_of_application
 from hbserve.demo_model import find_model_folder
 from hbserve.launcher import LocalInstances, launch_keys, tensor_parallel_sizes
@@ -21,7 +22,7 @@ from hbserve.pd_disagg.ending import end_both, end_dropped, weakly
 from hbserve.progress import progress_bar
 from hbserve.prompts import PlainPrompt, Prompt, encode_all, read_params, read_prompt, read_prompts
 from hbserve.results import GenerationDelta, GenerationResult
-from hbserve.servable import require_servable
+from hbserve.servable import require_servable, require_settings
 from hbserve.start_notice import missing, telling
 from hbserve.text_request import TextRequest, answer_all, check_all
 from hbserve.tokenizer import load_tokenizer
@@ -95,6 +96,8 @@ class DisaggregatedLLM:
         deployment = self.config.to_deployment()
         require_keys(deployment, launched=True)
         keys = launch_keys(deployment)
+        require_settings(deployment)
+        await asyncio.to_thread(require_places, deployment)
         folder = await find_model_folder(self.config.model_path)
         require_servable(folder, self.config, tensor_parallel_sizes(deployment))
         self._scheduler = self._scheduler_class(deployment.scheduler, model_path=str(folder))

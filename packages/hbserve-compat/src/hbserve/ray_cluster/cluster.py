@@ -36,7 +36,7 @@ def connect(address: str) -> None:
     before = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(address=address, logging_level=logging.WARNING, log_to_driver=True)
-    except (ConnectionError, ValueError, RuntimeError) as error:
+    except Exception as error:  # where a node of its own is too slow to start, it is a plain one
         raise ConfigError(f"--ray={address}: {' '.join(str(error).split())}") from None
     finally:
         signal.signal(signal.SIGTERM, before)  # Ray has its own, which ends this process at once

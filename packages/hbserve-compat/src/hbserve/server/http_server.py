@@ -191,6 +191,11 @@ class HttpServer:
 def _check_certificate(settings: ServerSection) -> None:
     if settings.ssl_certfile is None or settings.ssl_keyfile is None:
         return
+    for key, path in (("ssl_certfile", settings.ssl_certfile), ("ssl_keyfile", settings.ssl_keyfile)):
+        try:
+            Path(path).open("rb").close()  # of two files, ssl does not say which one it means
+        except OSError as error:
+            raise ConfigError(f"server.{key}={path!r}: {error.strerror}") from None
     try:
         ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(settings.ssl_certfile, settings.ssl_keyfile)
     except (OSError, ValueError) as error:
@@ -291,5 +296,5 @@ def _bound_to_path(path: Path) -> socket.socket:
         found.close()
         if error.errno == errno.EADDRINUSE:
             raise AddressInUse(f"{path} is in use: give another server.uds or --uds") from None
-        raise ConfigError(f"server.uds={str(path)!r}: cannot be bound: {error.strerror}") from None
+        raise ConfigError(f"server.uds={str(path)!r}: cannot be bound: {error.strerror or error}") from None
     return found

@@ -1,9 +1,12 @@
 """State that all endpoints share: the settings, and what is served, once it is there."""
 
+import re
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
+
+import jinja2
 
 from hbserve.live_view import Deployment, Watched
 from hbserve.server.api_error import ApiError, try_again
@@ -14,7 +17,7 @@ from hbserve.server.spans import Spans
 from hbserve.text_request import Scheduler
 from hbserve_rpc.messages import SchedulerStats, ServiceInfo
 from hbserve_rpc.plain_values import shown
-from hbserve_scheduler import parse_size
+from hbserve_scheduler import ConfigError, parse_size
 from hbserve_scheduler.config import ServerSection
 from hbserve_scheduler.figures import Figures
 
@@ -96,9 +99,12 @@ class Service:
     spans: Spans | None = None
     """Of each request, for OpenTelemetry."""
     max_body_bytes: int = field(init=False)
+    chat_template: str | None = field(init=False)
+    """Instead of the model's."""
 
     def __post_init__(self) -> None:
         self.max_body_bytes = parse_size("server.max_body_size", self.settings.max_body_size)
+        self.chat_template = _template(self.settings.chat_template)
 
     def require_model(self) -> ServedModel:
         """Raises ApiError: 503, it is not there yet, or the server is ending."""
@@ -128,7 +134,7 @@ class Service:
         whole: Deployment,
     ) -> None:
         """Serve a model from now on, under this name unless the settings have others."""
-        encoder = Encoder(tokenizer, _template(self.settings.chat_template))
+        encoder = Encoder(tokenizer, self.chat_template)
         names = self.settings.served_model_names or [name]
         scheduler.figures.http = self.http.counts
         if self.spans is not None:
@@ -145,7 +151,15 @@ class Service:
 
 
 def _template(given: str | None) -> str | None:
-    """A chat template out of a file, or as it was given: one has braces, as few files' names do."""
-    if given is None or "{" in given:
-        return given
-    return Path(given).expanduser().read_text(encoding="utf-8")
+    """A chat template out of a file, or as it was given: one has braces, as few files' names do. Raises ConfigError."""
+    if given is None:
+        return None
+    try:
+        text = given if "{" in given else Path(given).expanduser().read_text(encoding="utf-8")
+        known = re.sub(r"({%-?)\s*(end)?generation\b", r"\1 set _ = 0", text)  # a tag of transformers' own
+        jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(known)
+    except OSError as error:
+        raise ConfigError(f"server.chat_template={shown(given)}: {error.strerror}") from None
+    except (UnicodeDecodeError, jinja2.TemplateSyntaxError) as error:
+        raise ConfigError(f"server.chat_template={shown(given)}: {error}") from None
+    return text

@@ -122,12 +122,7 @@ def choose_device(config: InstanceConfig, rank: int = 0) -> torch.device:
     """
     if config.device == "auto":
         return _auto_device(config, rank)
-    try:
-        device = torch.device(config.device)
-    except RuntimeError as error:
-        raise InvalidInstanceConfig(f"device={config.device!r}: expected 'auto', 'cpu' or 'cuda:N'") from error
-    if device.type not in ("cpu", "cuda") or (device.type == "cpu" and device.index):
-        raise InvalidInstanceConfig(f"device={config.device!r}: expected 'auto', 'cpu' or 'cuda:N'")
+    device = torch.device(config.device)
     return _gpu(f"device={config.device!r}", device.index or 0, config, rank) if device.type == "cuda" else device
 
 

@@ -1,6 +1,7 @@
 """From the name of a backend to its transports. Optional libraries are imported here, when they are asked for."""
 
 import importlib
+import importlib.util
 import logging
 import sys
 from importlib.metadata import entry_points
@@ -79,25 +80,48 @@ def _automatic(config: KVTransferConfig) -> list[Transport]:
     return transports
 
 
+def require_backend(name: str) -> None:
+    """Refuse a name of which nothing is there, and import neither torch nor any backend for that.
+
+    Raises:
+        BackendUnavailable: no such backend; the message lists what there is.
+    """
+    custom = entry_points(group=ENTRY_POINT_GROUP).names
+    if name in set(KVTransferBackend) or name in custom:
+        return
+    if ":" not in name:
+        there = sorted([*(backend.value for backend in KVTransferBackend), *custom])
+        raise BackendUnavailable(f"kv_transfer.backend={name!r}: there are {there}, or 'module:Class' of your own")
+    module = name.partition(":")[0]
+    _look_here_too()
+    try:
+        spec = importlib.util.find_spec(module)
+    except (ImportError, ValueError) as error:  # of the package that it is in; "" and ".x" are no names
+        raise BackendUnavailable(f"kv_transfer.backend={name!r}: {error}") from error
+    if spec is None:
+        raise BackendUnavailable(f"kv_transfer.backend={name!r}: No module named {module!r}")
+
+
+def _look_here_too() -> None:
+    if not {here := str(Path.cwd()), ""} & set(sys.path):
+        sys.path.append(here)  # last, so that nothing in the current folder is taken for a library
+
+
 def find_custom(name: str) -> type[Any]:
     """The class, of KVTransferBase or Transport, that an entry point or `module:Class` names.
 
     The module is one that Python finds, or in the current folder.
     """
+    require_backend(name)
     found = entry_points(group=ENTRY_POINT_GROUP)
     if name in found.names:
         loaded = found[name].load()
-    elif ":" in name:
+    else:
         module, _, attribute = name.partition(":")
-        if not {here := str(Path.cwd()), ""} & set(sys.path):
-            sys.path.append(here)  # last, so that nothing in the current folder is taken for a library
         try:
             loaded = getattr(importlib.import_module(module), attribute)
         except (ImportError, AttributeError) as error:
             raise BackendUnavailable(f"kv_transfer.backend={name!r}: {error}") from error
-    else:
-        there = sorted([*(backend.value for backend in KVTransferBackend), *found.names])
-        raise BackendUnavailable(f"kv_transfer.backend={name!r}: there are {there}, or 'module:Class' of your own")
     if not (isinstance(loaded, type) and issubclass(loaded, KVTransferBase | Transport)):
         raise BackendUnavailable(f"kv_transfer.backend={name!r}: expected a subclass of KVTransferBase, got {loaded!r}")
     return loaded

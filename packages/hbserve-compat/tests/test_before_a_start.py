@@ -1,0 +1,111 @@
+"""What a file has wrong is told by the process that reads it: in one line, before an instance is started."""
+
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from hbserve import child_process, servable
+from hbserve.__main__ import app
+from hbserve.pd_disagg import DisaggregatedLLM, PdDisaggConfig
+from hbserve_core import InvalidInstanceConfig
+from hbserve_kv import BackendUnavailable
+from hbserve_rpc import AddressInUse
+from hbserve_scheduler import ConfigError
+
+FOREIGN = "192.0.2.7"
+"""No machine's: for examples in documents."""
+
+
+@pytest.fixture(autouse=True)
+def no_instance(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(child_process.ChildProcess, "start", None)  # it would be called in vain
+    monkeypatch.setattr(servable, "_has_driver", lambda: False)
+
+
+def pair(**of_prefill: Any) -> list[dict[str, Any]]:
+    return [
+        {"instance_id": "p", "instance_type": "prefill", "kv_rank": 0, **of_prefill},
+        {"instance_id": "d", "instance_type": "decode", "kv_rank": 1},
+    ]
+
+
+THERE = "there are ['auto', 'ipc', 'mooncake', 'nccl'], or 'module:Class' of your own"
+NO_FILE = "No such file or directory"
+CASES: list[tuple[dict[str, Any], str]] = [
+    ({"kv_transfer": {"backend": "ncl"}}, f"kv_transfer.backend='ncl': {THERE}"),
+    ({"kv_transfer": {"backend": "not_there:It"}}, "kv_transfer.backend='not_there:It': No module named 'not_there'"),
+    ({"kv_transfer": {"backend": "no.way:It"}}, "kv_transfer.backend='no.way:It': No module named 'no'"),
+    ({"kv_transfer": {"backend": ":It"}}, "kv_transfer.backend=':It': "),
+    ({"kv_transfer": {"ip": FOREIGN}}, f"kv_transfer.ip='{FOREIGN}': {FOREIGN}:0 cannot be bound: "),
+    ({"gpu_instances": pair(host=FOREIGN)}, f"gpu_instances[0].host='{FOREIGN}': {FOREIGN}:0 cannot be bound: "),
+    ({"scheduler": {"host": "no.such.host.invalid"}}, "scheduler.host='no.such.host.invalid': "),
+    ({"engine": {"device": "cuda:0"}}, "engine.device='cuda:0': this host has no driver of GPUs"),
+    ({"engine": {"device": "gpu"}}, "engine.device='gpu': expected 'auto', 'cpu' or 'cuda:N'"),
+    ({"server": {"chat_template": "no.jinja"}}, f"server.chat_template='no.jinja': {NO_FILE}"),
+    ({"server": {"chat_template": "{% if"}}, "server.chat_template='{% if': unexpected 'end of template'"),
+    ({"server": {"ssl_certfile": __file__, "ssl_keyfile": "no.pem"}}, f"server.ssl_keyfile='no.pem': {NO_FILE}"),
+    ({"server": {"uds": "/tmp/" + "x" * 200}}, "cannot be bound: AF_UNIX path too long"),
+]
+
+
+@pytest.mark.parametrize(("sections", "message"), CASES, ids=[message.partition(":")[0] for _, message in CASES])
+def test_what_an_instance_or_the_server_would_find_out_later_is_told_at_once(config, sections, message):
+    path = config(**sections)
+    refused = CliRunner().invoke(app, ["serve", "--config", str(path), "--log-level", "ERROR"])
+    *before, line = refused.stderr.splitlines()
+    assert message in line
+    assert line.startswith("error: ")
+    assert before in ([], ["hbserve: starting p, d"], ["hbserve: starting prefill-0, decode-0"])
+    assert refused.exit_code in (1, 2)
+
+
+def of_instance(port: int) -> dict[str, Any]:
+    return {"gpu_instances": pair(port=port)}
+
+
+USES: dict[str, Callable[[int], dict[str, Any]]] = {
+    "scheduler.port": lambda port: {"scheduler": {"port": port}},
+    "scheduler.health_port": lambda port: {"scheduler": {"health_port": port}},
+    "gpu_instances[0].port": of_instance,
+    "kv_transfer.port": lambda port: {"kv_transfer": {"port": port}},
+    "engine.health_port": lambda port: {"engine": {"health_port": port}},
+}
+
+
+@pytest.mark.parametrize("key", USES)
+def test_a_port_in_use_is_named_with_the_key_that_has_it(config, key):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        path = config(**USES[key](port))
+        refused = CliRunner().invoke(app, ["serve", "--config", str(path)])
+    line = refused.stderr.splitlines()[-1]
+    assert f"127.0.0.1:{port} is in use: give another {key}, or 0 to let the system choose" in line
+    assert refused.exit_code == 1
+
+
+async def test_python_hears_the_same_before_a_process_is_started(small_model):
+    model: dict[str, Any] = {"model_path": small_model("qwen3")}
+    with pytest.raises(BackendUnavailable, match=r"kv_transfer\.backend='ncl': there are"):
+        await DisaggregatedLLM(PdDisaggConfig(**model, kv_transfer_backend="ncl")).start()
+    with pytest.raises(InvalidInstanceConfig, match="this host has no driver of GPUs"):
+        await DisaggregatedLLM(PdDisaggConfig(**model, device="cuda")).start()
+    with pytest.raises(ConfigError, match=FOREIGN):
+        await DisaggregatedLLM(PdDisaggConfig(**model, gpu_instances=pair(host=FOREIGN))).start()
+    with pytest.raises(ConfigError, match="device='gpu': expected 'auto', 'cpu' or 'cuda:N'"):
+        PdDisaggConfig(**model, device="gpu")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        config = PdDisaggConfig(**model, gpu_instances=pair(port=taken.getsockname()[1]))
+        with pytest.raises(AddressInUse, match=r"p: 127\.0\.0\.1"):
+            await DisaggregatedLLM(config).start()
+
+
+def test_a_backend_that_is_there_is_not_imported_to_know_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "dear_to_import.py").write_text("raise SystemExit('imported')")
+    monkeypatch.chdir(tmp_path)
+    servable.require_backend("dear_to_import:Mine")
+    for name in ("nccl", "mooncake", "ipc", "auto"):
+        servable.require_backend(name)
