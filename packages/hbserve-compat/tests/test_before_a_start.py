@@ -97,8 +97,10 @@ async def test_python_hears_the_same_before_a_process_is_started(small_model):
         await DisaggregatedLLM(PdDisaggConfig(**model, gpu_instances=pair(host=FOREIGN))).start()
     with pytest.raises(ConfigError, match="device='gpu': expected 'auto', 'cpu' or 'cuda:N'"):
         PdDisaggConfig(**model, device="gpu")
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        config = PdDisaggConfig(**model, gpu_instances=pair(port=taken.getsockname()[1]))
+    with socket.create_server(("127.0.0.1", 0)) as taken, socket.create_server(("127.0.0.1", 0)) as another:
+        scheduler = {"port": another.getsockname()[1]}  # where it does not listen
+        instances = pair(port=taken.getsockname()[1])
+        config = PdDisaggConfig(**model, gpu_instances=instances, scheduler=scheduler)
         with pytest.raises(AddressInUse, match=r"p: 127\.0\.0\.1"):
             await DisaggregatedLLM(config).start()
 

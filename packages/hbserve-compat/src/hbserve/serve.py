@@ -106,7 +106,7 @@ async def serve_all(args: ServeArgs) -> None:
             args.ray is None
         ):  # elsewhere it is Ray that says where they are, and of what hosts they have nothing is known
             require_settings(config)
-            await asyncio.to_thread(require_places, config)
+            await asyncio.to_thread(require_places, config, but=["server"])
         folder = await find_model_folder(config.model.path)
         require_servable(folder, config.engine_settings(), tensor_parallel_sizes(config))
         with _instances(config, folder, args) as instances:

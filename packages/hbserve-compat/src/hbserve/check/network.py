@@ -3,7 +3,7 @@
 import asyncio
 import errno
 import socket
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 from hbserve.check.finding import Finding
@@ -53,15 +53,15 @@ def places(config: DeploymentConfig) -> Iterator[Place]:
             yield Place(f"{each.instance_id} health", *own, "engine.health_port", health_port + each.kv_rank)
 
 
-def require_places(config: DeploymentConfig) -> None:
-    """Of a deployment all of whose processes are started on this host: that they can listen where the file has them.
-    Not of the server, which is there already. May ask a name server.
+def require_places(config: DeploymentConfig, *, but: Collection[str]) -> None:
+    """Of a deployment all of whose processes are started on this host: that they can listen where the file has them,
+    `but` for those that are there already, or are not started. May ask a name server.
 
     Raises:
         ConfigError: this machine does not have a host of the file.
         AddressInUse: somebody listens at one of its ports.
     """
-    of_all = [each for each in places(config) if each.subject != "server"]
+    of_all = [each for each in places(config) if each.subject not in but]
     if config.kv_transfer.ip is not None:
         of_all.append(Place("KV", "kv_transfer.ip", config.kv_transfer.ip, "kv_transfer.port", 0))
     for place in of_all:

@@ -97,7 +97,8 @@ class DisaggregatedLLM:
         require_keys(deployment, launched=True)
         keys = launch_keys(deployment)
         require_settings(deployment)
-        await asyncio.to_thread(require_places, deployment)
+        # Nobody but this object asks the scheduler: it does not listen.
+        await asyncio.to_thread(require_places, deployment, but=["server", "scheduler", "scheduler health"])
         folder = await find_model_folder(self.config.model_path)
         require_servable(folder, self.config, tensor_parallel_sizes(deployment))
         self._scheduler = self._scheduler_class(deployment.scheduler, model_path=str(folder))
