@@ -96,6 +96,13 @@ def test_a_failed_conversion_says_why_and_leaves_nothing(cache, convert_by):
 
 
 @needs_package
+@needs_package
+def test_a_cache_that_cannot_be_written_to_is_told_with_what_to_do(cache):
+    cache.touch()  # a file, where its folder would be
+    with pytest.raises(demo_model.DemoModelUnavailable, match=r"hbserve' cannot be written to.*set XDG_CACHE_HOME to"):
+        demo_model.model_folder(None)
+
+
 def test_who_waits_for_a_conversion_is_told_once_what_goes_on_and_where(cache, convert_by, capfd):
     convert_by(WORKS)
     demo_model.demo_model_path()

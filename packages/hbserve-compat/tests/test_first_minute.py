@@ -15,12 +15,14 @@ from typer.testing import CliRunner, Result
 
 import hbserve.chat
 import hbserve.generate
+import hbserve.members
 import hbserve.serve
+import hbserve.trace
 from hbserve import child_process
 from hbserve.__main__ import app
 from hbserve.launcher import instance_environment
 from hbserve.servable import require_servable
-from hbserve_core import InvalidInstanceConfig, ModelFilesMissing, UnsupportedModel
+from hbserve_core import InvalidInstanceConfig, ModelFilesMissing, UnsupportedModel, WeightsMismatch
 from hbserve_rpc.settings import EngineSettings
 
 
@@ -43,6 +45,28 @@ def invoke(*arguments: str, **settings: Any) -> Result:
 
 def test_the_version_is_said():
     assert invoke("--version").stdout == f"hbserve {version('hbserve-compat')}\n"
+
+
+@pytest.mark.parametrize("command", [[], ["serve"], ["bench"], ["bench", "serve"], ["scale"]], ids=" ".join)
+def test_help_has_a_short_name_too(command):
+    asked = invoke(*command, "-h")
+    assert (asked.exit_code, asked.stdout) == (0, invoke(*command, "--help").stdout)
+    assert asked.stdout.startswith("Usage: ")
+
+
+def test_what_cannot_be_asked_is_refused_before_a_scheduler_is_waited_for(tmp_path, monkeypatch):
+    for module in (hbserve.members, hbserve.trace):
+        monkeypatch.setattr(module, "remote_scheduler", None)
+    cases: dict[str, list[str]] = {
+        "'nonsense': expected HOST:PORT": ["join", "nonsense"],
+        "'--within'": ["drain", "d", "--within", "-1"],
+        "'--last'": ["trace", "--last", "-3"],
+        "there is no folder": ["trace", "--output", str(tmp_path / "no" / "trace.json.gz")],
+    }
+    for message, command in cases.items():
+        refused = invoke(*command)
+        assert message in refused.stderr
+        assert refused.exit_code in (1, 2)
 
 
 def test_a_model_may_be_named_without_an_option_but_not_twice(begun):
@@ -162,6 +186,9 @@ def test_weights_and_heads_are_looked_at_too(small_model, tmp_path):
         (tmp_path / name).write_bytes((folder / name).read_bytes())
     (tmp_path / "pytorch_model.bin").touch()
     with pytest.raises(ModelFilesMissing, match=r"neither model\.safetensors nor"):
+        require_servable(tmp_path, EngineSettings(), {1})
+    (tmp_path / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:20_000])
+    with pytest.raises(WeightsMismatch, match=r"model\.safetensors is not a whole safetensors file"):
         require_servable(tmp_path, EngineSettings(), {1})
     require_servable(tmp_path, EngineSettings(load_format="dummy"), {1})
 

@@ -243,6 +243,7 @@ async def test_priority_and_time_limit_of_a_request_are_handed_on(server):
     ],
 )
 async def test_an_error_before_the_first_token_has_a_status_of_its_own_streamed_or_not(server, failure, status, stream):
+    """Not 200 and then an error: smg #2382."""
     server.scheduler.steps = [failure]
     response = await server.chat(stream=stream)
     error = error_of(response, status)

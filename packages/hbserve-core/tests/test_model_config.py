@@ -47,12 +47,6 @@ def test_a_folder_without_config_says_what_it_has_instead(tmp_path):
         load_model_config(tmp_path)
 
 
-def test_a_config_that_is_not_json_is_named(tmp_path):
-    (tmp_path / "config.json").write_text("{")
-    with pytest.raises(UnsupportedModel, match=r"config\.json is not JSON"):
-        load_model_config(tmp_path)
-
-
 def test_an_unknown_architecture_is_refused_with_the_list_of_known_ones(write):
     folder = write(architectures=["MambaForCausalLM"])
     with pytest.raises(
@@ -111,6 +105,19 @@ def test_a_config_may_have_its_familys_own_names(write):
 def test_relatives_that_are_built_otherwise_are_refused_by_what_they_need(write, changes, message):
     with pytest.raises(UnsupportedModel, match=message):
         load_model_config(write(**changes))
+
+
+@pytest.mark.parametrize("content", ["{", "\xff", "[" * 100_000], ids=["cut off", "another encoding", "too deep"])
+def test_a_config_that_is_not_json_is_named(tmp_path, content):
+    (tmp_path / "config.json").write_bytes(content.encode("latin-1"))
+    with pytest.raises(UnsupportedModel, match=r"config\.json is not JSON"):
+        load_model_config(tmp_path)
+
+
+@pytest.mark.parametrize("size", ["64", 64.0, -64, 0, None, True])
+def test_a_size_that_is_none_is_named_with_its_value(write, size):
+    with pytest.raises(UnsupportedModel, match=rf"config\.json: hidden_size={size!r}: expected an integer, at least 1"):
+        load_model_config(write(hidden_size=size))
 
 
 def test_a_missing_size_is_named(write):

@@ -49,6 +49,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     callback=_begin,
+    context_settings={"help_option_names": ["-h", "--help"]},
     rich_markup_mode=None,
 )
 
@@ -265,7 +266,7 @@ def drain(
     leave: Annotated[bool, typer.Option("--leave", help="Forget it when it has nothing left.")] = False,
     within_s: Annotated[
         float | None,
-        typer.Option("--within", metavar="SECONDS", help="Then move what it has elsewhere; with --leave."),
+        typer.Option("--within", metavar="SECONDS", min=0.0, help="Then move what it has elsewhere, and forget it."),
     ] = None,
     log_level: LogLevelOption = LogLevel.WARNING,
 ) -> None:
@@ -366,7 +367,7 @@ def trace(
         "trace.json.gz"
     ),
     request_id: Annotated[str, typer.Option("--request", metavar="ID", help="This request alone.")] = "",
-    last_s: Annotated[float, typer.Option("--last", metavar="SECONDS", help="How far back.")] = 3600.0,
+    last_s: Annotated[float, typer.Option("--last", metavar="SECONDS", min=0.0, help="How far back.")] = 3600.0,
     log_level: LogLevelOption = LogLevel.WARNING,
 ) -> None:
     """Write a timeline of the requests of a running deployment."""

@@ -54,11 +54,8 @@ def convert(file: Path, folder: Path, duration: str, given_up: threading.Event) 
     """
     if folder.exists():
         return
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    sys.stderr.write(f"Converting {file.stem}, once, to {folder.parent}: {duration}\n")
-    with tempfile.TemporaryDirectory(
-        prefix=f".{folder.name}-", dir=folder.parent, ignore_cleanup_errors=True
-    ) as scratch:
+    with _folder_beside(folder) as scratch:
+        sys.stderr.write(f"Converting {file.stem}, once, to {folder.parent}: {duration}\n")
         writer = subprocess.Popen(
             _writer_command(file, Path(scratch), folder),
             stdin=subprocess.DEVNULL,
@@ -77,6 +74,18 @@ def convert(file: Path, folder: Path, duration: str, given_up: threading.Event) 
     if writer.returncode != 0 and not given_up.is_set():
         last = complaint.strip().splitlines()[-1:] or [f"exit status {writer.returncode}"]
         raise ConversionFailed(f"'{file}' cannot be converted: {last[0]}; or give the path of a Hugging Face folder")
+
+
+def _folder_beside(folder: Path) -> "tempfile.TemporaryDirectory[str]":
+    """Raises ConversionFailed: none can be made."""
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        return tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent, ignore_cleanup_errors=True)
+    except OSError as error:
+        raise ConversionFailed(
+            f"'{folder.parent}' cannot be written to, where the model would be converted to, once ({error.strerror}): "
+            "set XDG_CACHE_HOME to a folder that can, or give the path of a Hugging Face folder"
+        ) from None
 
 
 def _writer_command(file: Path, scratch: Path, folder: Path) -> list[str]:

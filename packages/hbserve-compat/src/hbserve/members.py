@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal, cast
 
 from hbserve.remote import remote_scheduler
+from hbserve_rpc.address import parse_address
 from hbserve_rpc.members import ScaleNews
 from hbserve_rpc.messages import Role
 from hbserve_scheduler import ConfigError, RemoteScheduler
@@ -28,7 +29,8 @@ class DrainArgs:
 
 
 async def join(connect: str, keys: Path | None, address: str) -> None:
-    """Raises ConfigError, NotReady, and what the scheduler says."""
+    """Raises InvalidAddress, ConfigError, NotReady, and what the scheduler says."""
+    parse_address(address)
     async with remote_scheduler(connect, keys) as (scheduler, _):
         info = await scheduler.join(address)
     sys.stdout.write(f"{info.instance_id} ({info.role}) at {address} takes requests; it is {info.status}\n")

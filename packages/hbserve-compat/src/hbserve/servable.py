@@ -50,7 +50,7 @@ def require_servable(folder: Path, settings: EngineSettings, tensor_parallel_siz
         ModelFilesMissing, UnsupportedModel, BrokenTokenizer, WeightsMismatch, InvalidInstanceConfig: says what is
             wrong, and what to do.
     """
-    from hbserve_core.model.checkpoint.weight_files import weight_files
+    from hbserve_core.model.checkpoint.weight_files import require_whole, weight_files
     from hbserve_core.model.model_config import configured_model
     from hbserve_core.model.shard import check_divisible
 
@@ -58,7 +58,8 @@ def require_servable(folder: Path, settings: EngineSettings, tensor_parallel_siz
     for size in sorted(tensor_parallel_sizes):
         check_divisible(model, size)
     if settings.load_format != "dummy":
-        weight_files(folder)
+        for path in weight_files(folder):
+            require_whole(path)
 
 
 def require_settings(config: DeploymentConfig) -> None:

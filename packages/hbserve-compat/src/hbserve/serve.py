@@ -102,13 +102,12 @@ async def serve_all(args: ServeArgs) -> None:
     try:
         if front_end is not None:
             await front_end.start()
-        if (
-            args.ray is None
-        ):  # elsewhere it is Ray that says where they are, and of what hosts they have nothing is known
+        if args.ray is None:  # else instances are on hosts of which nothing is known here
             require_settings(config)
-            await asyncio.to_thread(require_places, config, but=["server"])
         folder = await find_model_folder(config.model.path)
         require_servable(folder, config.engine_settings(), tensor_parallel_sizes(config))
+        if args.ray is None:
+            await asyncio.to_thread(require_places, config, but=["server"])
         with _instances(config, folder, args) as instances:
             reload = None if args.config is None else args.deployment
             await _Deployment(config, folder, front_end, instances, ending, reload).run()

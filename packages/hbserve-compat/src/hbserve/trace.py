@@ -58,6 +58,8 @@ class TraceArgs:
 
 async def write_trace(args: TraceArgs) -> None:
     """`hbserve trace`. Raises ConfigError, NotReady, OSError, and what the scheduler says."""
+    if not args.path.parent.is_dir():  # before it asks, and perhaps waits for somebody to answer
+        raise FileNotFoundError(f"--output={args.path}: there is no folder {args.path.parent}")
     async with remote_scheduler(args.connect, args.keys) as (scheduler, _):
         records = await scheduler.fetch_records(args.last_s, args.request_id)
     if args.request_id and not records:

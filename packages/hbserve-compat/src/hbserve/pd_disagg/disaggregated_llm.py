@@ -97,10 +97,10 @@ class DisaggregatedLLM:
         require_keys(deployment, launched=True)
         keys = launch_keys(deployment)
         require_settings(deployment)
-        # Nobody but this object asks the scheduler: it does not listen.
-        await asyncio.to_thread(require_places, deployment, but=["server", "scheduler", "scheduler health"])
         folder = await find_model_folder(self.config.model_path)
         require_servable(folder, self.config, tensor_parallel_sizes(deployment))
+        # Nobody but this object asks the scheduler: it does not listen.
+        await asyncio.to_thread(require_places, deployment, but=["server", "scheduler", "scheduler health"])
         self._scheduler = self._scheduler_class(deployment.scheduler, model_path=str(folder))
         on_death = weakly(self._on_death)
         self._scheduler.use_keys(keys.get("scheduler"))

@@ -35,7 +35,9 @@ def connect(address: str) -> None:
         raise ConfigError("--ray needs Ray: pip install 'hbserve-compat[ray]'") from None
     before = signal.getsignal(signal.SIGTERM)
     try:
-        ray.init(address=address, logging_level=logging.WARNING, log_to_driver=True)
+        # Of a cluster that is started here nobody asks for a page, whose process is the slowest of all to start.
+        own = {"include_dashboard": False} if address == "local" else {}
+        ray.init(address=address, logging_level=logging.WARNING, log_to_driver=True, **own)
     except Exception as error:  # where a node of its own is too slow to start, it is a plain one
         raise ConfigError(f"--ray={address}: {' '.join(str(error).split())}") from None
     finally:

@@ -99,6 +99,9 @@ class ModelConfig:
         return ropes
 
 
+_SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
+
+
 def load_model_config(path: str | Path) -> ModelConfig:
     """Read `config.json` and, where they are there, `generation_config.json` and the end token of the tokenizer.
 
@@ -133,6 +136,7 @@ def configured_model(path: str | Path, settings: EngineSettings) -> ModelConfig:
 
 
 def _parse(folder: Path, architecture: str, raw: Mapping[str, Any], generation: Mapping[str, Any]) -> ModelConfig:
+    _require_sizes(folder, raw)
     switches = ARCHITECTURES[architecture].switches(raw)
     _refuse_what_is_not_built(folder, raw, architecture, switches)
     num_heads = raw["num_attention_heads"]
@@ -172,6 +176,13 @@ def _parse(folder: Path, architecture: str, raw: Mapping[str, Any], generation: 
         packing=packing(folder, raw),
         keeps_inputs=keeps_inputs(raw),
     )
+
+
+def _require_sizes(folder: Path, raw: Mapping[str, Any]) -> None:
+    for name in _SIZES:
+        size = raw[name]
+        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+            raise UnsupportedModel(f"{folder / 'config.json'}: {name}={size!r}: expected an integer, at least 1")
 
 
 def _refuse_what_is_not_built(folder: Path, raw: Mapping[str, Any], architecture: str, switches: Switches) -> None:
@@ -215,12 +226,10 @@ def _checkpoint_dtype(folder: Path, raw: Mapping[str, Any]) -> str:
 
 def _read_json(path: Path) -> dict[str, Any] | None:
     try:
-        text = path.read_text(encoding="utf-8")
+        value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
-    try:
-        value = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # of the first kind is what is no UTF-8 too
         raise UnsupportedModel(f"{path} is not JSON: {error}") from error
     if not isinstance(value, dict):
         raise UnsupportedModel(f"{path}: expected a JSON object")

@@ -1,7 +1,8 @@
 """A safetensors file, read by ranges of bytes: what is read goes where the caller wants it, and no more is read.
 
-safe_open checks the file here, but does not read it. It maps the file into memory, which costs a page fault for every
-few pages, and the process if the file is cut off meanwhile; or it reads whole tensors while no other thread can run.
+safe_open checks the file (`require_whole`), but does not read it. It maps the file into memory, which costs a page
+fault for every few pages, and the process if the file is cut off meanwhile; or it reads whole tensors while no other
+thread can run.
 """
 
 import json
@@ -11,9 +12,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from hbserve_core.errors import WeightsMismatch
+from hbserve_core.model.checkpoint.weight_files import require_whole
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """What weights may be stored as, by the names that the format has for it."""
@@ -69,7 +70,7 @@ class SafetensorsFile:
     """
 
     def __init__(self, path: Path) -> None:
-        _check_whole(path)
+        require_whole(path)
         self._path = path
         self._file = path.open("rb", buffering=0)
         size = int.from_bytes(self._file.read(8), "little")
@@ -90,13 +91,3 @@ class SafetensorsFile:
 
     def close(self) -> None:
         self._file.close()
-
-
-def _check_whole(path: Path) -> None:
-    try:
-        with safe_open(path, framework="pt", device="cpu"):
-            pass
-    except SafetensorError as error:
-        raise WeightsMismatch(
-            f"{path} is not a whole safetensors file ({error}): fetch it again; it may be cut off, or a Git LFS pointer"
-        ) from error

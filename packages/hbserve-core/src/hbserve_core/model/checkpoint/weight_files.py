@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
+
 from hbserve_core.errors import ModelFilesMissing, WeightsMismatch
 
 _INDEX = "model.safetensors.index.json"
@@ -33,6 +35,21 @@ def weight_files(folder: Path) -> list[Path]:
     if missing:
         raise ModelFilesMissing(f"model folder {str(folder)!r} lacks {', '.join(missing)}, which {_INDEX} names")
     return [folder / name for name in names]
+
+
+def require_whole(path: Path) -> None:
+    """Reads its header, and none of its tensors.
+
+    Raises:
+        WeightsMismatch: the file is cut off, or no safetensors file.
+    """
+    try:
+        with safe_open(path, framework="np"):  # of what it is asked for it imports; torch is not needed for that
+            pass
+    except SafetensorError as error:
+        raise WeightsMismatch(
+            f"{path} is not a whole safetensors file ({error}): fetch it again; it may be cut off, or a Git LFS pointer"
+        ) from error
 
 
 def _shard_names(index: Path) -> list[str]:
