@@ -121,6 +121,7 @@ def load_model_config(path: str | Path) -> ModelConfig:
     architecture = find_architecture(folder, raw)
     raw = ARCHITECTURES[architecture].completed(raw)
     try:
+        _require_sizes(folder, raw)
         return _parse(folder, architecture, raw, _read_json(folder / "generation_config.json") or {})
     except KeyError as error:
         raise UnsupportedModel(f"{folder / 'config.json'}: {error.args[0]!r} is missing") from error
@@ -136,7 +137,6 @@ def configured_model(path: str | Path, settings: EngineSettings) -> ModelConfig:
 
 
 def _parse(folder: Path, architecture: str, raw: Mapping[str, Any], generation: Mapping[str, Any]) -> ModelConfig:
-    _require_sizes(folder, raw)
     switches = ARCHITECTURES[architecture].switches(raw)
     _refuse_what_is_not_built(folder, raw, architecture, switches)
     num_heads = raw["num_attention_heads"]
