@@ -291,7 +291,7 @@ CASES: dict[str, Callable[[], object]] = {
     "experts 2048": partial(experts, 2048),
     "experts 16384": partial(experts, 16384),
     "float32 experts": partial(experts, 8, F32),
-    **{f"narrow {kind} {rows}": partial(narrow_products, kind, rows) for kind in NARROW for rows in (1, 64, 128)},
+    **{f"narrow {kind} {rows}": partial(narrow_products, kind, rows) for kind in NARROW for rows in (1, 8, 64, 128)},
     **{f"narrow experts {kind} {rows}": partial(narrow_experts, kind, rows) for kind in NARROW for rows in (1, 2048)},
     **{f"many narrow {kind}": partial(many_narrow_rows, kind) for kind in NARROW},
     "sums that are added and normed": partial(sums, BF16, 2, add_to=empty(8, 4096), norm=(empty(4096), 1e-6)),

@@ -85,7 +85,20 @@ NARROW = [("8 bits", 128), ("8 bits", ONE), ("4 bits", 128), ("4 bits", 32), ("4
     ids=str,
 )
 def test_a_skinny_product_is_that_of_the_widened_weights(shape, narrow, dtype):
-    """With bias; gated, of half normed rows; added; and the half norm that follows."""
+    """With bias; gated; added; and the half norm that follows."""
+    check_skinny_products(shape, narrow, dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("narrow", [*NARROW[:3], ("4 bits", ONE)], ids=str)
+@pytest.mark.parametrize(("rows", "inputs", "outputs"), [(1, 128, 40), (2, 1280, 35), (8, 4224, 96)])
+def test_a_product_of_few_rows_is_that_of_the_widened_weights(rows, inputs, outputs, narrow, dtype):
+    """Of fewer runs of inputs than a program has warps, of a number that these cannot share, and of several rounds."""
+    check_skinny_products((rows, inputs, outputs, 1), narrow, dtype)
+
+
+def check_skinny_products(shape, narrow, dtype):
     from hbserve_core.cuda_runner.kernels.few_rows_linear import SkinnyWorkspace, add_skinny_linear, skinny_linear
     from hbserve_core.cuda_runner.kernels.narrow_linear import NarrowMatrix
 

@@ -267,6 +267,9 @@ class OwnKernel(Protocol):
     def tiling(self, padded_rows: int, programs: int) -> tuple[int, int]:
         """As `_TILINGS` has it. programs: of the launch."""
 
+    def tile_outputs(self, x: torch.Tensor) -> int:
+        """Of a program, of a product with such rows that is not gated: as `TILE_OUTPUTS` is."""
+
     def arranged(self, x: torch.Tensor) -> torch.Tensor:
         """Rows (M, I) with their inputs as it wants them."""
 
@@ -332,7 +335,8 @@ def add_skinny_linear(
     if next_norm is None:
         _launch(x, weight, bias, target, padded_rows, splits, workspace, adds=True)
         return None
-    squares = torch.empty((num_tiles(len(weight), False), padded_rows), dtype=torch.float32, device=x.device)
+    tile = TILE_OUTPUTS if isinstance(weight, torch.Tensor) else weight.tile_outputs(x)
+    squares = torch.empty((triton.cdiv(len(weight), tile), padded_rows), dtype=torch.float32, device=x.device)
     result = ScaledRows(torch.empty_like(target), squares)
     _launch(x, weight, bias, target, padded_rows, splits, workspace, adds=True, next_norm=next_norm, result=result)
     return result

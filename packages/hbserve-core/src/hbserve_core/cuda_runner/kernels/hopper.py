@@ -9,6 +9,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
+from hbserve_core.cuda_runner.kernels.attention_parts import LOG2_E
 from hbserve_core.cuda_runner.kernels.dependent_launch import INTERPRETED
 
 _RENAMED = gl.constexpr(hasattr(gl, "barrier"))
@@ -21,6 +22,8 @@ copy_out = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
 PAGES, BOXES = gl.NVMMASharedLayout(128, 16), gl.NVMMASharedLayout(128, 16, rank=3)
 """Of shared memory for tiles of two and of three dimensions, of 16-bit numbers, as tensor cores read them. Making one
 takes microseconds of each launch."""
+
+_NEGATIVE_LOG2_E = gl.constexpr(-LOG2_E)
 
 
 def _is_hopper() -> bool:
@@ -66,3 +69,12 @@ def arrive(barrier):
     """Arrive once, when all warps of this group are here."""
     meet()
     mbarrier.arrive(barrier, count=1)
+
+
+@gluon.jit
+def activated(gate, GELU: gl.constexpr):
+    """As `activated` in pointwise.py."""
+    slope = gate
+    if GELU:
+        slope = 1.5957691216057308 * gate * (1.0 + 0.044715 * gate * gate)
+    return gate / (1.0 + gl.exp2(slope * _NEGATIVE_LOG2_E))

@@ -19,9 +19,17 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from hbserve_core.cuda_runner.kernels.attention_parts import LOG2_E
 from hbserve_core.cuda_runner.kernels.dependent_launch import LAUNCH, begin, num_processors
-from hbserve_core.cuda_runner.kernels.hopper import IS_HOPPER, PAGES, arrive, barriers, copy_in, copy_out, meet
+from hbserve_core.cuda_runner.kernels.hopper import (
+    IS_HOPPER,
+    PAGES,
+    activated,
+    arrive,
+    barriers,
+    copy_in,
+    copy_out,
+    meet,
+)
 
 _ROWS = gl.constexpr(64)
 """Of a consumer."""
@@ -35,7 +43,6 @@ _FEWEST_TILES = 2
 """For each processor: of fewer, those of the last round cost more than the pass over memory that is saved."""
 _REGISTERS = 240, 24
 """Of a consumer's thread, and of a loader's."""
-_NEGATIVE_LOG2_E = gl.constexpr(-LOG2_E)
 
 
 @gluon.jit
@@ -66,15 +73,6 @@ def _load(rows, weights, num_outputs, sizes, given, blocks, ready, free):
 
 
 @gluon.jit
-def _activated(gate, GELU: gl.constexpr):
-    """As `activated` in pointwise.py."""
-    slope = gate
-    if GELU:
-        slope = 1.5957691216057308 * gate * (1.0 + 0.044715 * gate * gate)
-    return gate / (1.0 + gl.exp2(slope * _NEGATIVE_LOG2_E))
-
-
-@gluon.jit
 def _consume(which: gl.constexpr, out, sizes, given, blocks, results, ready, free, GELU: gl.constexpr):
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, _OUTPUTS, 16])
     row_tiles, column_tiles, steps = sizes
@@ -96,7 +94,7 @@ def _consume(which: gl.constexpr, out, sizes, given, blocks, results, ready, fre
             used += 1
         gate, up = warpgroup_mma_wait(0, deps=[gate, up])
         arrive(free.index((used - 1) % _STAGES))
-        result = _activated(gate, GELU) * up
+        result = activated(gate, GELU) * up
         # The tile before has left this memory.
         tma.store_wait(0)
         meet()

@@ -28,6 +28,7 @@ from hbserve_core.cuda_runner.kernels.few_rows_linear import (
     sum_of_splits,
     weight_rows,
 )
+from hbserve_core.cuda_runner.kernels.narrow_few_rows import few_rows_linear, few_rows_tiling, suits_few_rows
 from hbserve_core.cuda_runner.kernels.widening import widened_4, widened_4_of_bytes, widened_8
 from hbserve_core.model.narrow_weight import MOST_STEP, NarrowWeight
 
@@ -181,6 +182,13 @@ class NarrowMatrix:
         few, stages_of_few, stages = _STAGES[self.bits][padded_rows]
         return self.run, stages_of_few if programs <= few * num_processors(self.words.device) else stages
 
+    def tile_outputs(self, x: torch.Tensor) -> int:
+        return few_rows_tiling(self.shape, self.bits).outputs if self.suits_few(x) else TILE_OUTPUTS
+
+    def suits_few(self, x: torch.Tensor | EightBitRows) -> bool:
+        """Whether such rows have a kernel of their own."""
+        return isinstance(x, torch.Tensor) and suits_few_rows(x, self.run, self.group if len(self.scales) > 1 else 0)
+
     def arranged(self, x: torch.Tensor) -> torch.Tensor:
         """Rows (M, I) with their inputs in the weight's order."""
         return x if self._input_order is None else x.index_select(1, self._input_order)
@@ -202,6 +210,9 @@ class NarrowMatrix:
         row_tiles: int = 1, num_warps: int = 4,
     ) -> None:  # fmt: skip
         """Launch the product. others, options: see `OwnKernel`."""
+        if isinstance(x, torch.Tensor) and row_tiles == 1 and self.suits_few(x):
+            few_rows_linear(x, self.words, self.scales, self.bits, others, options)
+            return
         given, words, x_scales = self.operands(x)
         options = options | {"AHEAD": _AHEAD}
         _narrow_skinny[(grid[0] * row_tiles, grid[1])](

@@ -78,19 +78,32 @@ def widened_8(words, dtype: tl.constexpr):
 
 
 @triton.jit
+def offset_4(dtype: tl.constexpr):
+    """What numbers of 4 bits are too large by where `parts_of_4` puts them."""
+    return 128 if dtype == tl.bfloat16 else 1024
+
+
+@triton.jit
+def parts_of_4(words, taken, dtype: tl.constexpr):
+    """Words int16 of four numbers of 4 bits each as `dtype`, bfloat16 or float16, from the lowest on. taken: as words,
+    what to subtract: a zero and `offset_4`."""
+    if dtype == tl.bfloat16:
+        first, second, third, last = tl.inline_asm_elementwise(
+            _4_TO_BF16, "=r,=r,=r,=r,r,r", [words, taken], dtype=(tl.bfloat16,) * 4, is_pure=True, pack=2
+        )
+    else:
+        first, second, third, last = tl.inline_asm_elementwise(
+            _4_TO_F16, "=r,=r,=r,=r,r,r", [words, taken], dtype=(tl.float16,) * 4, is_pure=True, pack=2
+        )
+    return first, second, third, last
+
+
+@triton.jit
 def widened_4(words, zeros, dtype: tl.constexpr):
     """Words (O, I) int16 of four numbers of 4 bits each, less zeros (O,), as `dtype`: from the lowest on."""
     if DEPENDENT and (dtype == tl.bfloat16 or dtype == tl.float16):
-        OFFSET: tl.constexpr = 128 if dtype == tl.bfloat16 else 1024
-        taken = tl.broadcast_to((zeros.to(tl.float32) + OFFSET).to(dtype)[:, None], words.shape)
-        if dtype == tl.bfloat16:
-            first, second, third, last = tl.inline_asm_elementwise(
-                _4_TO_BF16, "=r,=r,=r,=r,r,r", [words, taken], dtype=(tl.bfloat16,) * 4, is_pure=True, pack=2
-            )
-        else:
-            first, second, third, last = tl.inline_asm_elementwise(
-                _4_TO_F16, "=r,=r,=r,=r,r,r", [words, taken], dtype=(tl.float16,) * 4, is_pure=True, pack=2
-            )
+        taken = (zeros.to(tl.float32) + offset_4(dtype)).to(dtype)
+        first, second, third, last = parts_of_4(words, tl.broadcast_to(taken[:, None], words.shape), dtype)
     else:
         zero = zeros.to(tl.int16)[:, None]
         first = ((words & 15) - zero).to(dtype)
