@@ -276,6 +276,18 @@ def narrow_experts(kind, rows):
     expert_mlps(empty(rows, 2048), empty(rows, 128), ints(rows), gate_up, down, Routing(128, 8, True))
 
 
+def few_experts(kind):
+    from hbserve_core.cuda_runner.kernels.experts import Routing
+    from hbserve_core.cuda_runner.kernels.few_rows_linear import ScaledRows
+    from hbserve_core.cuda_runner.kernels.narrow_experts import NarrowExperts
+
+    gate_up, down = (NarrowExperts(narrow_matrix(kind, *each), 128) for each in ((128 * 1536, 2048), (128 * 2048, 768)))
+    begun, routing = ScaledRows(empty(1, 2048), empty(128, 16, dtype=F32)), Routing(128, 8, True)
+    gate_up.few_mlps(
+        begun, empty(1, 128), ints(1), down, routing, eps=1e-6, add_to=empty(1, 2048), next_norm=empty(2048)
+    )
+
+
 def sums(dtype, ranks, **how):
     """Of few rows and of many."""
     from hbserve_core.cuda_runner.kernels.rank_sum import MOST_PROGRAMS, SharedMemory, rank_sum
@@ -293,6 +305,7 @@ CASES: dict[str, Callable[[], object]] = {
     "float32 experts": partial(experts, 8, F32),
     **{f"narrow {kind} {rows}": partial(narrow_products, kind, rows) for kind in NARROW for rows in (1, 8, 64, 128)},
     **{f"narrow experts {kind} {rows}": partial(narrow_experts, kind, rows) for kind in NARROW for rows in (1, 2048)},
+    **{f"narrow few experts {kind}": partial(few_experts, kind) for kind in NARROW},
     **{f"many narrow {kind}": partial(many_narrow_rows, kind) for kind in NARROW},
     "sums that are added and normed": partial(sums, BF16, 2, add_to=empty(8, 4096), norm=(empty(4096), 1e-6)),
     "float32 sums": partial(sums, F32, 4),

@@ -275,6 +275,47 @@ def test_experts_with_narrow_weights_are_those_of_widened_ones(
     close(found, expected, dtype, narrow[0] == "8 bits" and dtype != torch.float32)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("num_rows", "experts", "first", "narrow", "renormalises"),
+    [(1, 12, 0, NARROW[0], True), (4, 5, 3, NARROW[2], False), (3, 12, 0, NARROW[1], True)],
+    ids=str,
+)
+def test_experts_of_few_rows_are_those_of_widened_ones(num_rows, experts, first, narrow, renormalises, dtype):
+    """Of 12 experts, of which this rank has some; of rows whose norm has begun, with a norm behind; one is padding."""
+    from hbserve_core.cuda_runner.kernels.experts import Routing, expert_mlps
+    from hbserve_core.cuda_runner.kernels.few_rows_linear import ScaledRows
+    from hbserve_core.cuda_runner.narrow_linear import NarrowLinear
+
+    size, inner, generator = 384, 128, torch.Generator().manual_seed(num_rows)
+    gate_up = invented(experts * 2 * inner, size, narrow, generator)
+    down = invented(experts * size, inner, narrow, generator)
+    rows, logits, before, norm, next_norm = (
+        torch.randn(shape, generator=generator).to(dtype).to(DEVICE)
+        for shape in ((num_rows, size), (num_rows, 12), (num_rows, size), (size,), (size,))
+    )
+    slots = torch.zeros(num_rows, dtype=torch.int32, device=DEVICE)
+    slots[1:2] = -1
+    routing = Routing(12, 6, renormalises, first)
+    into, back = (each.widened().view(experts, -1, each.shape[1]) for each in (gate_up, down))
+    normed = F.rms_norm(rows.float(), (size,), norm.float(), EPS)
+    expected = before.float() + expert_mlps(normed, logits.float(), slots, into, back, routing)
+    into, back = (NarrowLinear(each).of_experts(experts) for each in (gate_up, down))
+    assert into.suits_few(rows, back, routing.per_row)
+    squares = F.pad(rows.float().square().view(num_rows, 6, 64).sum(-1).t(), (0, 16 - num_rows)).contiguous()
+    found, begun = into.few_mlps(
+        ScaledRows(rows * norm, squares), logits, slots, back, routing, eps=EPS, add_to=before.clone(),
+        next_norm=next_norm,
+    )  # fmt: skip
+    close(found, expected, dtype)
+    close(present(begun).scaled, found.float() * next_norm.float(), dtype)
+    close(present(begun).squares.sum(0)[:num_rows], found.float().square().sum(1), dtype)
+    alone, nothing = into.few_mlps(normed.to(dtype), logits, slots, back, routing, eps=0.0, add_to=None, next_norm=None)
+    close(alone, expected - before.float(), dtype)
+    assert nothing is None
+
+
 @pytest.mark.parametrize("group", [32, 64, 96, 128, 256])
 def test_4_bit_numbers_are_packed_by_parts_of_runs(group):
     numbers = torch.randint(0, 16, (3, 768), generator=torch.Generator().manual_seed(group))

@@ -110,9 +110,10 @@ class CudaDecoder:
             qkv = self._products.of_normed(stream, layer.attention_norm, layer.qkv)
             attended = self._attend(index, layer, qkv, step, pool)
             if layer.experts is not None:
-                next_norm = layer.mlp_norm if self._group.shard.size > 1 else None
+                is_few = self._are_few(stream.rows, layer.experts)
+                next_norm = layer.mlp_norm if is_few or self._group.shard.size > 1 else None
                 self._add(attended, layer.output, stream, layer.attention_out_norm, next_norm)
-                self._add_experts(stream.normed_by(layer.mlp_norm), layer.experts, step, stream, norm_after)
+                self._add_experts(layer.experts, step, stream, layer.mlp_norm, norm_after, is_few)
                 continue
             assert layer.gate_up is not None
             assert layer.down is not None
@@ -128,26 +129,39 @@ class CudaDecoder:
             return self._products.gated(stream, norm, linear)
         return activated(self._products.of_normed(stream, norm, linear), switches)
 
+    def _are_few(self, rows: torch.Tensor, weights: ExpertWeights) -> bool:
+        """Whether so few that these experts have a way of their own for them."""
+        experts = self._config.switches.experts
+        assert experts is not None
+        if isinstance(weights.gate_up, torch.Tensor):
+            return False
+        return bool(weights.gate_up.suits_few(rows, weights.down, experts.per_token))
+
     def _add_experts(
         self,
-        rows: torch.Tensor,
         weights: ExpertWeights,
         step: StepView,
         stream: ResidualStream,
+        norm: RmsNorm | None,
         next_norm: RmsNorm | None,
+        are_few: bool,
     ) -> None:
-        """Add what the experts of normed rows give."""
+        """Add what the experts of the stream's rows give, which are normed first. are_few: rows."""
         experts, is_alone = self._config.switches.experts, self._group.shard.size == 1
         assert experts is not None
-        result = expert_mlps(
-            rows,
-            self._products.of(rows, weights.router),
-            step.tokens[3],
-            weights.gate_up,
-            weights.down,
-            Routing(experts.count, experts.per_token, experts.renormalises, weights.first),
-            add_to=stream.rows if is_alone else None,
-        )
+        routing = Routing(experts.count, experts.per_token, experts.renormalises, weights.first)
+        add_to, slots = stream.rows if is_alone else None, step.tokens[3]
+        if are_few:
+            logits = self._products.of_normed(stream, norm, weights.router)
+            rows, eps = stream.scaled or stream.normed_by(norm), norm.eps if norm else 0.0
+            begins = stream.begins(next_norm) if is_alone else None
+            result, stream.scaled = weights.gate_up.few_mlps(
+                rows, logits, slots, weights.down, routing, eps=eps, add_to=add_to, next_norm=begins
+            )
+        else:
+            rows = stream.normed_by(norm)
+            logits = self._products.of(rows, weights.router)
+            result = expert_mlps(rows, logits, slots, weights.gate_up, weights.down, routing, add_to=add_to)
         if not is_alone:
             stream.add_sum(result, self._group, next_norm)
 

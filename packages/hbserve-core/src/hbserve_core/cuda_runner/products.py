@@ -113,6 +113,11 @@ class ResidualStream:
         """The rows normed: by this norm, which is the next."""
         return normed(self.rows, norm) if self.normed is None else self.normed
 
+    def begins(self, next_norm: RmsNorm | None) -> torch.Tensor | None:
+        """Weights (E,) of the next norm, if the addition before may begin it."""
+        # Rows that are not yet divided by their rms could be beyond what float16 holds.
+        return None if next_norm is None or self.rows.dtype == torch.float16 else next_norm.weight
+
     def add(self, rows: torch.Tensor) -> None:
         """Add rows (M, E) in place."""
         self.scaled = self.normed = None
@@ -165,8 +170,6 @@ class CudaProducts:
         elif choice.kernel == "cublas":
             linear.add_to(stream.rows, inputs)
         else:
-            # Rows that are not yet divided by their rms could be beyond what float16 holds.
-            weights = None if next_norm is None or stream.rows.dtype == torch.float16 else next_norm.weight
             stream.scaled = add_skinny_linear(
                 stream.rows,
                 inputs,
@@ -175,7 +178,7 @@ class CudaProducts:
                 padded_rows=choice.padded_rows,
                 splits=choice.splits,
                 workspace=self._workspace,
-                next_norm=weights,
+                next_norm=stream.begins(next_norm),
             )
 
     def add_sum_to(

@@ -11,13 +11,14 @@ Shapes: T rows, E hidden_size, X experts, K of them for each row, P = T * K pair
 """
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import triton
 import triton.language as tl
 
 from hbserve_core.cuda_runner.kernels.dependent_launch import LAUNCH, begin, num_processors
+from hbserve_core.cuda_runner.kernels.few_rows_linear import ScaledRows
 from hbserve_core.cuda_runner.kernels.pointwise import activated
 
 _CHUNK = 512
@@ -243,6 +244,16 @@ class OwnExperts(Protocol):
 
     def down(self, rows: torch.Tensor, out: torch.Tensor, tiles: ExpertTiles) -> None:
         """Write to `out` (P, E), each times its share, of rows (P, F)."""
+
+    def suits_few(self, rows: torch.Tensor, down: Any, per_row: int) -> bool:
+        """Whether `few_mlps` takes rows (T, E), so many experts of each and such a `down`, and is faster."""
+
+    def few_mlps(
+        self, x: torch.Tensor | ScaledRows, logits: torch.Tensor, slots: torch.Tensor, down: Any, routing: Routing, *,
+        eps: float, add_to: torch.Tensor | None, next_norm: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, ScaledRows | None]:  # fmt: skip
+        """As `expert_mlps`, but for x and eps, which are as `skinny_linear` has them. next_norm: weights (E,) of a norm
+        that follows, of which the first half is returned too."""
 
 
 def num_tiles(num_pairs: int, num_experts: int, rows: int) -> int:

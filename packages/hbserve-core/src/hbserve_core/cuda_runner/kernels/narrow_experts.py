@@ -12,8 +12,9 @@ import triton.language as tl
 
 from hbserve_core.cuda_runner.kernels.dependent_launch import LAUNCH, begin
 from hbserve_core.cuda_runner.kernels.eight_bit_rows import EightBitRows, eight_bit_rows
-from hbserve_core.cuda_runner.kernels.experts import ExpertTiles, expert_of
-from hbserve_core.cuda_runner.kernels.few_rows_linear import weight_rows
+from hbserve_core.cuda_runner.kernels.experts import ExpertTiles, Routing, expert_of
+from hbserve_core.cuda_runner.kernels.few_rows_linear import ScaledRows, weight_rows
+from hbserve_core.cuda_runner.kernels.narrow_few_experts import few_expert_mlps, suits_few_experts
 from hbserve_core.cuda_runner.kernels.narrow_linear import NarrowMatrix, sum_of_groups
 from hbserve_core.cuda_runner.kernels.pointwise import activated
 
@@ -72,6 +73,16 @@ class NarrowExperts:
     def down(self, rows: torch.Tensor, out: torch.Tensor, tiles: ExpertTiles) -> None:
         """Write to `out` (P, E), each times its share, of rows (P, F)."""
         self._launch(rows, out, tiles, 1, {"GATED": False, "GELU": False})
+
+    def suits_few(self, rows: torch.Tensor, down: "NarrowExperts", per_row: int) -> bool:
+        return suits_few_experts(rows, self.matrix, down.matrix, per_row)
+
+    def few_mlps(
+        self, x: torch.Tensor | ScaledRows, logits: torch.Tensor, slots: torch.Tensor, down: "NarrowExperts",
+        routing: Routing, *, eps: float, add_to: torch.Tensor | None, next_norm: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, ScaledRows | None]:  # fmt: skip
+        matrices = self.matrix, down.matrix, len(self)
+        return few_expert_mlps(x, logits, slots, *matrices, routing, eps=eps, add_to=add_to, next_norm=next_norm)
 
     def _launch(
         self, rows: torch.Tensor, out: torch.Tensor, tiles: ExpertTiles, per_row: int, options: dict[str, Any]
