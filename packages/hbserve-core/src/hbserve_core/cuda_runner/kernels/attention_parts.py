@@ -13,10 +13,39 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
+from hbserve_core.cuda_runner.kernels.dependent_launch import DEPENDENT
+
 LOG2_E = 1.4426950408889634
 """Scores are multiplied by it, so that weights are powers of two, which are faster."""
 _LOWEST = tl.constexpr(-1e30)
 """Above -inf, so that differences from it are numbers, and below every score."""
+
+# How two 8-bit floats in a word of 16 bits become 16-bit numbers: see widening.py, which has the same for 4 bits.
+_8_TO_BF16 = tl.constexpr(
+    """{
+    .reg .b32 a, b, c;
+    shl.b32 a, $2, 4;
+    and.b32 a, a, 0x07f007f0;
+    shl.b32 b, $2, 8;
+    lop3.b32 a, b, 0x80008000, a, 0xea;
+    shr.u32 b, $2, 4;
+    and.b32 b, b, 0x07f007f0;
+    lop3.b32 b, $2, 0x80008000, b, 0xea;
+    mov.b32 c, 0x7b807b80;
+    mul.bf16x2 $0, a, c;
+    mul.bf16x2 $1, b, c;
+    }"""
+)
+_8_TO_F16 = tl.constexpr(
+    """{
+    .reg .b32 a, b;
+    .reg .b16 c, d;
+    prmt.b32 a, $2, 0, 0x3120;
+    mov.b32 {c, d}, a;
+    cvt.rn.f16x2.e4m3x2 $0, c;
+    cvt.rn.f16x2.e4m3x2 $1, d;
+    }"""
+)
 
 
 class Scores(NamedTuple):
@@ -104,6 +133,35 @@ def as_given(weighted, scale, NARROW: tl.constexpr):
     return weighted
 
 
+@triton.jit
+def in_halves(x, ROWS: tl.constexpr, D: tl.constexpr):
+    """(R, D / 2) each: the numbers at even places, and at odd ones."""
+    return tl.split(tl.reshape(x, (ROWS, D // 2, 2)))
+
+
+@triton.jit
+def in_one(even, odd, ROWS: tl.constexpr, D: tl.constexpr):
+    """(R, D): what `in_halves` was given."""
+    return tl.reshape(tl.join(even, odd), (ROWS, D))
+
+
+@triton.jit
+def widened_8(words, dtype: tl.constexpr):
+    """Words (O, I) int16 of two 8-bit floats each as `dtype`: the low ones, and the high ones."""
+    if DEPENDENT and dtype == tl.bfloat16:
+        low, high = tl.inline_asm_elementwise(
+            _8_TO_BF16, "=r,=r,r", [words], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=2
+        )
+    elif DEPENDENT and dtype == tl.float16:
+        low, high = tl.inline_asm_elementwise(
+            _8_TO_F16, "=r,=r,r", [words], dtype=(tl.float16, tl.float16), is_pure=True, pack=2
+        )
+    else:
+        low = (words & 255).to(tl.uint8).to(tl.float8e4nv, bitcast=True).to(dtype)
+        high = ((words >> 8) & 255).to(tl.uint8).to(tl.float8e4nv, bitcast=True).to(dtype)
+    return low, high
+
+
 # ---- context ---------------------------------------------------------------------------------------------------------
 
 
@@ -130,9 +188,16 @@ def attend(
     state: highest score so far (R,), sum of the weights relative to it (R,), weighted values (R, D). key, value:
     (C, D), of the query's dtype or 8-bit floats. visible: (R, C) or broadcast to it; each row has seen something
     already, or sees something now, unless MAY_BE_BLIND.
+    8-bit floats may come as words of two, int16 (C, D / 2), which tensor cores' operands can be made of without moving
+    a byte between threads. Then the query and the weighted values are two, (R, D / 2) each; see `in_halves`.
     """
     highest, total, weighted = state
-    scores = tl.dot(query, tl.trans(key.to(query.dtype)), input_precision="ieee")
+    if key.dtype == tl.int16:
+        low, high = widened_8(key, query[0].dtype)
+        scores = tl.dot(query[0], tl.trans(low), input_precision="ieee")
+        scores = tl.dot(query[1], tl.trans(high), scores, input_precision="ieee")
+    else:
+        scores = tl.dot(query, tl.trans(key.to(query.dtype)), input_precision="ieee")
     if CAP > 0.0:
         scores = capped(scores * scale, CAP)
         factor = 1.0
@@ -145,8 +210,14 @@ def attend(
         new_highest = tl.maximum(new_highest, _LOWEST)
     weights = tl.exp2(scores * factor - new_highest[:, None])
     faded = tl.exp2(highest - new_highest)
-    weighted = weighted * faded[:, None]
-    weighted = tl.dot(weights.to(query.dtype), value.to(query.dtype), weighted, input_precision="ieee")
+    if key.dtype == tl.int16:
+        low, high = widened_8(value, query[0].dtype)
+        given = weights.to(query[0].dtype)
+        even = tl.dot(given, low, weighted[0] * faded[:, None], input_precision="ieee")
+        weighted = (even, tl.dot(given, high, weighted[1] * faded[:, None], input_precision="ieee"))
+    else:
+        weighted = weighted * faded[:, None]
+        weighted = tl.dot(weights.to(query.dtype), value.to(query.dtype), weighted, input_precision="ieee")
     return new_highest, total * faded + tl.sum(weights, 1), weighted
 
 

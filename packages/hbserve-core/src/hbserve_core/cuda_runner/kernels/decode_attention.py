@@ -15,11 +15,12 @@ import triton.language as tl
 from hbserve_core.cuda_runner.kernels.attention_parts import (
     LOG2_E,
     Scores,
-    as_given,
     as_stored,
     attend,
     attend_paged,
     capped,
+    in_halves,
+    in_one,
     load_angles,
     load_halves,
     nothing_seen,
@@ -73,6 +74,32 @@ def _first_tile(
     place, read = paged(table, positions, inside, block_stride, D, PADDED_D, K * D, BLOCK_SIZE)
     tile = tl.load(keys + place, mask=read, other=0.0)
     return tile, tl.load(keys + BLOCK_SIZE * K * D + place, mask=read, other=0.0), inside[None, :]
+
+
+@triton.jit
+def _words(keys, block_stride, NARROW: tl.constexpr):
+    """What keys are read as, and how far it is from block to block: 8-bit floats are words of two."""
+    words, stride = keys, block_stride
+    if NARROW:
+        words, stride = keys.to(tl.pointer_type(tl.int16), bitcast=True), block_stride // 2
+    return words, stride
+
+
+@triton.jit
+def _by_halves(state, query, PACK: tl.constexpr, PADDED_D: tl.constexpr, NARROW: tl.constexpr):
+    """State and queries as `attend` has them for such words."""
+    if NARROW:
+        query = in_halves(query, PACK, PADDED_D)
+        state = (state[0], state[1], in_halves(state[2], PACK, PADDED_D))
+    return state, query
+
+
+@triton.jit
+def _whole(state, value_scale, PACK: tl.constexpr, PADDED_D: tl.constexpr, NARROW: tl.constexpr):
+    """The state as it is without words, of values times their scale."""
+    if NARROW:
+        state = (state[0], state[1], in_one(state[2][0], state[2][1], PACK, PADDED_D) * value_scale)
+    return state
 
 
 @triton.jit
@@ -164,7 +191,9 @@ def _decode(
     # What the host has written, and blocks of earlier steps, are there before the kernel in front has ended.
     row, part, num_parts, first, last, position = _piece(pieces + piece, piece_stride, WINDOW)
     keys, table = pool + layer_offset + head * D, tables + row.to(tl.int64) * tl.load(width)
-    tile = _first_tile(keys, table, first, last, block_stride, D, PADDED_D, K, BLOCK_SIZE, STEP)
+    WORD: tl.constexpr = 2 if NARROW else 1
+    words, stride = _words(keys, block_stride, NARROW)
+    tile = _first_tile(words, table, first, last, stride, D // WORD, PADDED_D // WORD, K, BLOCK_SIZE, STEP)
     packed, d, zero = tl.arange(0, PACK), tl.arange(0, PADDED_D)[None, :], tl.zeros((1, 1), tl.int32)
     heads, used, key_head = (head * (N // K) + packed)[:, None], (packed < N // K)[:, None], N + head + zero
     angles = load_angles(cos_sin + position * D + zero, zero == 0, D, PADDED_D)
@@ -185,12 +214,12 @@ def _decode(
         state = _seen_itself(query, key, new_value, scale, PACK, PADDED_D, CAP)
     else:
         state = nothing_seen(PACK, PADDED_D)
+    state, query = _by_halves(state, query, PACK, PADDED_D, NARROW)
     state = attend(state, query, tile[0], tile[1], tile[2], scale, True, WINDOW > 0, CAP)
-    state = attend_paged(state, query, keys, table, first + STEP, last, 0, block_stride, scale,
-                         K, D, PADDED_D, BLOCK_SIZE, STEP, STAGES, False, CAP)  # fmt: skip
-    state = (state[0], state[1], as_given(state[2], value_scale, NARROW))
-    _leave(state, parts, logs, arrived + row * K + head, out_row, piece, part, num_parts, head,
-           N, K, D, PADDED_D, PACK, PADDED_G, AT_ONCE, WINDOW > 0)  # fmt: skip
+    state = attend_paged(state, query, words, table, first + STEP, last, 0, stride, scale,
+                         K, D // WORD, PADDED_D // WORD, BLOCK_SIZE, STEP, STAGES, False, CAP)  # fmt: skip
+    _leave(_whole(state, value_scale, PACK, PADDED_D, NARROW), parts, logs, arrived + row * K + head,
+           out_row, piece, part, num_parts, head, N, K, D, PADDED_D, PACK, PADDED_G, AT_ONCE, WINDOW > 0)  # fmt: skip
 
 
 class DecodeWorkspace:
@@ -206,17 +235,17 @@ class DecodeWorkspace:
         self.few_programs = _FEW_PROGRAMS * num_processors(device)
 
 
-def _tiling(itemsize: int, padded_head_dim: int, group: int, is_few: bool) -> tuple[int, int, int]:
+def _tiling(itemsize: int, padded_head_dim: int, group: int, is_few: bool, narrow: bool) -> tuple[int, int, int]:
     """Tokens read at once, stages of the pipeline that reads them, and warps of each program.
 
     Few programs must have much on its way each; of many, four fit a processor if their tiles and registers are few.
-    group: query heads of a key head.
+    group: query heads of a key head. narrow: the pool has 8-bit floats.
     """
     if itemsize > 2 or padded_head_dim > 128:
         return 32, 2, 4
     if is_few:
         return 64, 5, 2
-    return (64, 3, 4) if group <= 2 else (32, 3, 4)
+    return (64, 3, 4) if group <= 2 or narrow else (32, 3, 4)
 
 
 def decode_attention(
@@ -247,13 +276,14 @@ def decode_attention(
     weight, eps = norm or (cos_sin, 0.0)
     scale, window, cap, key_scale, value_scale = scores or Scores(head_dim**-0.5)
     is_few = num_kv_heads * pieces.shape[1] <= workspace.few_programs
-    step, stages, num_warps = _tiling(qkv.dtype.itemsize, padded, group, is_few)
+    narrow = pool.dtype.itemsize == 1
+    step, stages, num_warps = _tiling(qkv.dtype.itemsize, padded, group, is_few, narrow)
     _decode[(num_kv_heads, pieces.shape[1])](
         qkv, out, workspace.parts, workspace.logs, workspace.arrived, pool, cos_sin, weight, eps, tables, width,
         pieces, pieces.stride(0), scale * key_scale * LOG2_E, pool.stride(0), layer * pool.stride(1), 1 / key_scale,
         1 / value_scale, value_scale,
         N=num_heads, K=num_kv_heads, D=head_dim, PADDED_D=padded, PACK=max(16, group), PADDED_G=group,
         AT_ONCE=max(2, _JOINED_AT_ONCE // (group * padded)), BLOCK_SIZE=block_size, STEP=step, STAGES=stages,
-        HAS_NORM=norm is not None, WINDOW=window, CAP=cap * LOG2_E, NARROW=pool.dtype.itemsize == 1,
+        HAS_NORM=norm is not None, WINDOW=window, CAP=cap * LOG2_E, NARROW=narrow,
         num_warps=num_warps, **LAUNCH,
     )  # fmt: skip

@@ -17,9 +17,10 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
+from hbserve_core.cuda_runner.kernels.attention_parts import widened_8
 from hbserve_core.cuda_runner.kernels.dependent_launch import DEPENDENT, LAUNCH, begin
 from hbserve_core.cuda_runner.kernels.hopper import activated
-from hbserve_core.cuda_runner.kernels.widening import offset_4, parts_of_4, widened_8
+from hbserve_core.cuda_runner.kernels.widening import offset_4, parts_of_4
 
 RUN = gl.constexpr(128)
 """Inputs that share a scale, or a part of those that do: see model/narrow_weight.py."""

@@ -18,6 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
+from hbserve_core.cuda_runner.kernels.attention_parts import widened_8
 from hbserve_core.cuda_runner.kernels.dependent_launch import LAUNCH, begin, num_processors, prefetch
 from hbserve_core.cuda_runner.kernels.eight_bit_rows import EightBitRows, eight_bit_rows
 from hbserve_core.cuda_runner.kernels.few_rows_linear import (
@@ -29,7 +30,7 @@ from hbserve_core.cuda_runner.kernels.few_rows_linear import (
     weight_rows,
 )
 from hbserve_core.cuda_runner.kernels.narrow_few_rows import few_rows_linear, few_rows_tiling, suits_few_rows
-from hbserve_core.cuda_runner.kernels.widening import widened_4, widened_4_of_bytes, widened_8
+from hbserve_core.cuda_runner.kernels.widening import widened_4, widened_4_of_bytes
 from hbserve_core.model.narrow_weight import MOST_STEP, NarrowWeight
 
 _AHEAD = 256

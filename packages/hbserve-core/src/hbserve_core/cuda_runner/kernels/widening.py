@@ -6,7 +6,7 @@ brought to where the tensor cores want 16 bits. So words of 16 bits are read, wh
 8-bit floats or four numbers of 4 bits (see model/narrow_weight.py); each of these is moved to its bits, two words at a
 time:
     8-bit floats   sign and the rest are put where bfloat16 has them, which is a number 2^120 times too small, and
-                   multiplied by that: subnormal ones come out right as well
+                   multiplied by that: subnormal ones come out right as well (`widened_8`, in attention_parts.py)
     4 bits         in the lowest bits of a number whose last place counts as 1 (128, or 1024 of float16), from which
                    that and the zero are then subtracted
 Triton's interpreter, which knows no instruction of a device, and float32 have plain conversions.
@@ -17,31 +17,6 @@ import triton.language as tl
 
 from hbserve_core.cuda_runner.kernels.dependent_launch import DEPENDENT
 
-_8_TO_BF16 = tl.constexpr(
-    """{
-    .reg .b32 a, b, c;
-    shl.b32 a, $2, 4;
-    and.b32 a, a, 0x07f007f0;
-    shl.b32 b, $2, 8;
-    lop3.b32 a, b, 0x80008000, a, 0xea;
-    shr.u32 b, $2, 4;
-    and.b32 b, b, 0x07f007f0;
-    lop3.b32 b, $2, 0x80008000, b, 0xea;
-    mov.b32 c, 0x7b807b80;
-    mul.bf16x2 $0, a, c;
-    mul.bf16x2 $1, b, c;
-    }"""
-)
-_8_TO_F16 = tl.constexpr(
-    """{
-    .reg .b32 a, b;
-    .reg .b16 c, d;
-    prmt.b32 a, $2, 0, 0x3120;
-    mov.b32 {c, d}, a;
-    cvt.rn.f16x2.e4m3x2 $0, c;
-    cvt.rn.f16x2.e4m3x2 $1, d;
-    }"""
-)
 _4_BITS = """{
     .reg .b32 a, b, c, d;
     shr.u32 b, $4, 4;
@@ -58,23 +33,6 @@ _4_BITS = """{
     }"""
 _4_TO_BF16 = tl.constexpr(_4_BITS.replace("MAGIC", "0x43004300").replace("TYPE", "bf16x2"))
 _4_TO_F16 = tl.constexpr(_4_BITS.replace("MAGIC", "0x64006400").replace("TYPE", "f16x2"))
-
-
-@triton.jit
-def widened_8(words, dtype: tl.constexpr):
-    """Words (O, I) int16 of two 8-bit floats each as `dtype`: the low ones, and the high ones."""
-    if DEPENDENT and dtype == tl.bfloat16:
-        low, high = tl.inline_asm_elementwise(
-            _8_TO_BF16, "=r,=r,r", [words], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=2
-        )
-    elif DEPENDENT and dtype == tl.float16:
-        low, high = tl.inline_asm_elementwise(
-            _8_TO_F16, "=r,=r,r", [words], dtype=(tl.float16, tl.float16), is_pure=True, pack=2
-        )
-    else:
-        low = (words & 255).to(tl.uint8).to(tl.float8e4nv, bitcast=True).to(dtype)
-        high = ((words >> 8) & 255).to(tl.uint8).to(tl.float8e4nv, bitcast=True).to(dtype)
-    return low, high
 
 
 @triton.jit
