@@ -6,7 +6,6 @@ Commands come at set times of that clock; the thread's loop is run here, in the 
 import itertools
 import queue
 import random
-from math import inf
 from types import SimpleNamespace
 from typing import Any
 
@@ -220,23 +219,6 @@ def test_the_tokens_of_a_lone_prompt_are_told_when_they_are_there():
     ends = [end for _, end, _ in simulation.device.steps]
     late = [told - end for (told, _), end in zip(simulation.told, ends, strict=True)]
     assert max(late) <= 0.00011
-
-
-@pytest.mark.parametrize("apart_s", [0.1, 0.03], ids=["one after the other", "queued"])
-def test_who_sends_blocks_of_a_launched_step_hears_when_it_is_expected_to_end(apart_s):
-    simulation, dice = Simulation(chunk_size=2048, max_chunk_prefill_tokens=2048), random.Random(1)
-    device: Any = simulation.device
-    due = dict[int, float]()
-    device.computed = "an event"
-    simulation.engine.on_early_output = lambda output: due.update({len(device.steps) - 1: output.due_s})
-    for i in range(80):
-        simulation.add(apart_s * i, str(i), dice.randrange(1100, 2000), 8, prefill_only=True)
-    simulation.on_told = lambda event: simulation.engine.release(event.request_id) if event.token_ids else None
-    simulation.run()
-    assert due[0] == inf, "nothing is known of such a step"
-    errors = [abs(due[number] - end) for number, (_, end, _) in enumerate(device.steps) if due[number] < inf]
-    assert len(errors) > 20
-    assert max(errors[-20:]) < 0.0015
 
 
 def test_the_end_of_a_step_is_predicted_from_its_bytes_and_operations():

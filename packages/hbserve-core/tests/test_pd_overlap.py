@@ -5,7 +5,6 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Callable
-from math import inf
 from typing import Any
 
 import pytest
@@ -108,8 +107,7 @@ class Sending:
         await self.may_open.wait()
         return self
 
-    def push(self, block_ids: list[int], first: int, ready: Any = None, *, due_s: float = inf) -> None:
-        assert due_s == due_of(ready)
+    def push(self, block_ids: list[int], first: int, ready: Any = None) -> None:
         self.pushed.append((block_ids, first))
         self.events.append(ready)
 
@@ -142,16 +140,9 @@ async def test_the_last_blocks_are_pushed_before_the_first_token_is_told(is_late
     await send.close()
 
 
-def due_of(ready: str | None) -> float:
-    """When a step is expected to end, by its event."""
-    return float(ready.removeprefix("step ")) if ready else inf
-
-
-def progress(num_tokens: int, ready: str | None = None, token: int | None = None) -> StepOutput:
+def progress(num_tokens: int, ready: str = "", token: int | None = None) -> StepOutput:
     """Of a prompt of three blocks, the last of which is not full."""
-    return StepOutput(
-        "r", token, 0, num_computed_tokens=num_tokens, block_table=[7, 8, 9], ready=ready, due_s=due_of(ready)
-    )
+    return StepOutput("r", token, 0, num_computed_tokens=num_tokens, block_table=[7, 8, 9], ready=ready or None)
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import logging
-from math import inf
 from types import SimpleNamespace
 from typing import Any
 
@@ -113,13 +112,13 @@ async def test_instances_of_any_numbers_of_ranks_move_their_blocks(whole, num_se
 
 
 def pushes_of(managers, monkeypatch):
-    """By rank, (block, event) of every push; and when events are due that are expected."""
+    """By rank, (block, event) of every push."""
     found: list[list[Any]] = [[] for _ in managers]
     push = SendTransfer.push
 
-    def note(self, block_ids, first, ready=None, *, due_s=inf):
+    def note(self, block_ids, first, ready=None):
         rank = next(rank for rank, manager in enumerate(managers) if manager._memory is self._memory)
-        found[rank].append((*block_ids, ready) if due_s == inf else (*block_ids, ready, due_s))
+        found[rank].append((*block_ids, ready))
         push(self, block_ids, first)
 
     monkeypatch.setattr(SendTransfer, "push", note)
@@ -134,7 +133,7 @@ async def test_each_rank_pushes_after_its_own_event_of_the_step_that_it_has_laun
         send = await p.transfers.open_send("t", posted.grant)
         send.push([0], 0, LaunchedStep(1, "rank 0, step 1"))
         await until(lambda: pushed[1] == [(0, "rank 1, step 1")])
-        send.push([1], 1, LaunchedStep(2, "rank 0, step 2"), due_s=1234.5)
+        send.push([1], 1, LaunchedStep(2, "rank 0, step 2"))
         send.push([2], 2)
         committing = asyncio.create_task(send.commit(b"payload"))
         assert (await p.transfers.stats()).active_transfers == 2  # rank 1 has been told of it all
@@ -144,7 +143,7 @@ async def test_each_rank_pushes_after_its_own_event_of_the_step_that_it_has_laun
         assert (await committing).outcome is Outcome.COMPLETED
         assert (await posted.wait()).payload == b"payload"
         assert pushed == [
-            [(0, f"rank {rank}, step 1"), (1, f"rank {rank}, step 2", 1234.5), (2, None)] for rank in range(2)
+            [(i, None if i == 2 else f"rank {rank}, step {i + 1}") for i in range(3)] for rank in range(2)
         ]
         for pool, heads in zip(d.pools, d.heads, strict=True):
             assert torch.equal(pool[[3, 4, 5]], whole[:3, :, heads.first : heads.end])

@@ -7,34 +7,30 @@ import pytest
 import torch
 
 from hbserve_kv import KVTransferManager, Outcome
-from hbserve_kv.memory import layout
-from hbserve_kv.memory.layout import LONGEST_BYTES, PACKED_BYTES, messages_on_host
+from hbserve_kv.transports import nccl
+from hbserve_kv.transports.nccl import LONGEST_BYTES, PACKED_BYTES, _pieces
 from hbserve_kv.transports.own_sockets import _own_sockets
 from hbserve_rpc.address import is_own_address
 
 
 def test_a_large_block_is_a_message_of_its_own_whatever_its_neighbours_are():
-    assert list(messages_on_host(PACKED_BYTES, [4, 5, 6, 2])) == [(0, 1), (1, 2), (2, 3), (3, 4)]
+    assert list(_pieces(PACKED_BYTES, [4, 5, 6, 2])) == [(0, 1), (1, 2), (2, 3), (3, 4)]
 
 
 def test_of_small_blocks_a_long_run_is_a_message_and_the_rest_is_packed():
     quarter = PACKED_BYTES // 4
-    assert list(messages_on_host(quarter, [9, 7, 20, 21, 22, 23, 24, 3, 1])) == [(0, 2), (2, 7), (7, 9)]
+    assert list(_pieces(quarter, [9, 7, 20, 21, 22, 23, 24, 3, 1])) == [(0, 2), (2, 7), (7, 9)]
 
 
 def test_no_message_is_longer_than_the_longest():
     quarter, most = PACKED_BYTES // 4, LONGEST_BYTES // (PACKED_BYTES // 4)
-    assert list(messages_on_host(quarter, list(range(2 * most + 2)))) == [
-        (0, most),
-        (most, 2 * most),
-        (2 * most, 2 * most + 2),
-    ]
+    assert list(_pieces(quarter, list(range(2 * most + 2)))) == [(0, most), (most, 2 * most), (2 * most, 2 * most + 2)]
 
 
 @pytest.mark.parametrize("block_bytes", [PACKED_BYTES // 16, PACKED_BYTES // 2, PACKED_BYTES, 2 * PACKED_BYTES + 4096])
 @pytest.mark.parametrize("order", ["neighbours", "scattered", "mixed"])
 async def test_blocks_of_every_size_and_order_arrive_as_they_were(managers, monkeypatch, block_bytes, order):
-    monkeypatch.setattr(layout, "LONGEST_BYTES", 3 * PACKED_BYTES)
+    monkeypatch.setattr(nccl, "LONGEST_BYTES", 3 * PACKED_BYTES)
     source = torch.randint(0, 256, (24, block_bytes), dtype=torch.uint8)
     target = torch.zeros_like(source)
     sender, receiver = await managers(0, "nccl", source), await managers(1, "nccl", target)

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from collections.abc import Sequence as Ids
 from dataclasses import replace
 from sys import maxsize
-from time import monotonic
+from time import perf_counter
 
 from hbserve_core.config import InstanceConfig
 from hbserve_core.engine.batch_scheduler import BatchScheduler
@@ -38,7 +38,7 @@ class Engine:
     With `SamplingParams.n` above 1, its prompt is computed, or comes, once. The outputs are those of its choices then.
     """
 
-    def __init__(self, config: InstanceConfig, runner: Runner, clock: Callable[[], float] = monotonic) -> None:
+    def __init__(self, config: InstanceConfig, runner: Runner, clock: Callable[[], float] = perf_counter) -> None:
         self.config = config
         self._runner = runner
         self._clock = clock
@@ -225,7 +225,7 @@ class Engine:
         sent = [chunk for chunk in batch if chunk.sequence.prefill_only]
         self._tell_cached_prefixes(sent)
         launched = self._launch(batch) if batch else None
-        self._tell_launched(sent, launched)
+        self._tell_launched(sent)
         # Those that `before` ends too: every rank draws what was launched.
         has_grammars = self._num_matchers > 0
         before, host_time_s = self._in_flight, self._clock() - begin
@@ -360,14 +360,13 @@ class Engine:
                 index = sequence.num_output_tokens
                 self.on_early_output(StepOutput.of(sequence, None, index, None, sequence.num_computed_tokens))
 
-    def _tell_launched(self, sent: list[ScheduledChunk], launched: StepInFlight | None) -> None:
-        if self.on_early_output is None or self._runner.computed is None or launched is None:
+    def _tell_launched(self, sent: list[ScheduledChunk]) -> None:
+        if self.on_early_output is None or self._runner.computed is None:
             return
-        due_s = self._launch_times.due_s(StepWork.of(launched.chunks), launched.launched_at)
         for chunk in sent:
             sequence, end = chunk.sequence, chunk.first + chunk.num_new_tokens
             output = StepOutput.of(sequence, None, sequence.num_output_tokens, None, end)
-            self.on_early_output(replace(output, ready=self._runner.computed, due_s=due_s))
+            self.on_early_output(replace(output, ready=self._runner.computed))
 
     def _end_out_of_blocks(self) -> list[StepOutput]:
         outputs = []

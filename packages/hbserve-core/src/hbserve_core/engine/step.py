@@ -7,7 +7,6 @@ Engine ─ScheduledChunks▶ Runner.launch ─PendingStep▶ StepInFlight ─rea
 from collections.abc import Callable
 from collections.abc import Sequence as Ids
 from dataclasses import dataclass, field
-from math import inf
 from time import perf_counter
 from typing import Any, NamedTuple, Protocol
 
@@ -145,8 +144,6 @@ class StepOutput:
     """So far."""
     ready: Any = None
     """After which keys and values are there, as `Runner.computed` has it: of a step that has not been read."""
-    due_s: float = inf
-    """When that is expected, on the engine's clock; inf: nobody knows."""
 
     @classmethod
     def of(

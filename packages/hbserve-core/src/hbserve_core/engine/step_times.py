@@ -19,7 +19,6 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterable
 from collections.abc import Sequence as Ids
 from itertools import islice
-from math import inf
 from typing import NamedTuple
 
 from hbserve_core.config import InstanceConfig
@@ -52,9 +51,6 @@ _WAITED_S = 20e-6
 _FEWEST = 16
 """So many steps are seen before a prediction is relied on."""
 _WINDOW = 200
-_SURE_S = 0.001
-_LAST = 0.2
-"""Weight of the last prediction among those by which it is known whether the next one is sure."""
 _RECENT = 0.03
 """Weight of the last step among the recent ones."""
 
@@ -96,15 +92,12 @@ class _Fit:
     """
 
     def __init__(self, octave: int) -> None:
-        # The constant is believed first: what has never varied is taken to change little. With a tenth and not half of
-        # an octave's tokens, prompts of other lengths were expected 9 ms early or late after forty of them.
-        self._per_token = 0.5 / (1 << octave)
+        # The constant is believed first: what has never varied is taken to change little.
+        self._per_token = 0.1 / (1 << octave)
         self._weights = [0.0] * 4
         self._spread = [[100.0 * (row == column) for column in range(4)] for row in range(4)]
         self._error = 0.0
         self.count = 0
-        self.missed_s = 0.0
-        """By how much the last predictions were wrong, either way."""
 
     def _terms(self, work: StepWork) -> list[float]:
         return [1.0, self._per_token * work.num_tokens, 1e-6 * work.num_keys, 1e-9 * work.num_pairs]
@@ -113,7 +106,6 @@ class _Fit:
         return max(0.0, self._error + _product(self._weights, self._terms(work)))
 
     def learn(self, work: StepWork, time_s: float) -> None:
-        self.missed_s += _LAST * (abs(time_s - self.predict_s(work)) - self.missed_s)
         terms = self._terms(work)
         error = time_s - _product(self._weights, terms)
         toward = [_product(row, terms) for row in self._spread]
@@ -141,11 +133,6 @@ class StepTimes:
         """None: too few steps of similar size were seen."""
         fit = self._fits.get(work.num_tokens.bit_length())
         return fit.predict_s(work) if fit is not None and fit.count >= _FEWEST else None
-
-    def is_sure(self, work: StepWork) -> bool:
-        """Whether what was predicted of such steps of late was right within a millisecond."""
-        fit = self._fits.get(work.num_tokens.bit_length())
-        return fit is not None and fit.missed_s <= _SURE_S
 
     def learn(self, work: StepWork, time_s: float) -> None:
         octave = work.num_tokens.bit_length()
@@ -274,16 +261,6 @@ class LaunchTimes:
         self._busy_at = now
         return min(left, POLL_S)
 
-    def due_s(self, work: StepWork, launched_at: float) -> float:
-        """When a step that was launched behind the one in flight is expected to end; inf: nobody knows."""
-        time_s, before = self.step_times.predict_s(work), self._step
-        if time_s is None or not self.step_times.is_sure(work):
-            return inf
-        if before is None:
-            return launched_at + time_s
-        before_s = before.predicted_s if self.step_times.is_sure(before.work) else None
-        return inf if before_s is None else max(launched_at, before.begin + before_s) + time_s
-
     def ended(self, waited_from: float, now: float, host_time_s: float | None) -> None:
         """The step in flight has ended, and was waited for. host_time_s: what the launch of the next one took, if
         there was one before that."""
@@ -298,8 +275,6 @@ class LaunchTimes:
             end = now
         elif self._busy_at > step.begin:
             end = self._busy_at
-            if waited_from - end <= POLL_S:  # an instance that has no other step to launch would never wait
-                self.step_times.learn(step.work, (end + waited_from) / 2 - step.begin)
             if host_time_s is not None:
                 self.num_late += 1
                 self.idle_time_s += waited_from - end

@@ -242,8 +242,7 @@ class PrefillSend:
             if NO_BLOCK in blocks:
                 self._fail("blocks were granted that no layer of the model sees any more")
                 return
-            output = self._output
-            self._transfer.push(blocks, self._pushed - self._first, output.ready, due_s=output.due_s)
+            self._transfer.push(blocks, self._pushed - self._first, self._output.ready)
             self._pushed = end
             self._pushed_at.append((time.monotonic(), end - self._first))
 

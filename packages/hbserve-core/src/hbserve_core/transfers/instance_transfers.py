@@ -10,7 +10,6 @@ An instance of one rank has nothing to join: a transfer is what its KVTransferMa
 import asyncio
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import astuple
-from math import inf
 from typing import Any, TypeVar
 
 from hbserve_core.config import InstanceConfig
@@ -170,15 +169,13 @@ class JointSend(JointTransfer):
         self._sends = parts
         self.num_blocks = parts[0].num_blocks
 
-    def push(
-        self, block_ids: Sequence[int], first: int, ready: LaunchedStep | None = None, *, due_s: float = inf
-    ) -> None:
+    def push(self, block_ids: Sequence[int], first: int, ready: LaunchedStep | None = None) -> None:
         """On each rank the blocks are read after its own event of the step `ready`. None: they are computed."""
         for send in self._sends:
             if isinstance(send, SendTransfer):
-                send.push(block_ids, first, ready and ready.computed, due_s=due_s)
+                send.push(block_ids, first, ready and ready.computed)
             else:
-                send.push(block_ids, first, ready.number if ready else 0, due_s=due_s)
+                send.push(block_ids, first, ready.number if ready else 0)
 
     async def commit(self, payload: bytes = b"") -> TransferResult:
         # Kept, and not waited for: whoever waits may be cancelled, and every rank must still be told.

@@ -13,7 +13,6 @@ rank 0                                              rank 1, 2, …
 Closing a stream early cancels its transfer. What is said of a transfer that is not known (any more) is ignored.
 """
 
-from math import inf
 from typing import Any
 
 import msgspec
@@ -52,8 +51,6 @@ class Push(msgspec.Struct, frozen=True, tag=True):
     first: int
     step: int = 0
     """Number of the step that computes them; the rank may not have launched it yet. 0: they are computed."""
-    due_s: float = inf
-    """When that step is expected to end, by `time.monotonic`, which is one for all processes of a host."""
 
 
 class Commit(msgspec.Struct, frozen=True, tag=True):

@@ -6,7 +6,6 @@ import threading
 from collections import deque
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Sequence
 from concurrent.futures import Future
-from math import inf
 from typing import Any, TypeVar
 
 import msgspec
@@ -157,7 +156,7 @@ class RankServer:
             if not isinstance(send := self._transfers.get(request.transfer_id), SendTransfer):
                 continue
             if isinstance(request, Push):
-                send.push(request.block_ids, request.first, self._steps.event(step), due_s=request.due_s)
+                send.push(request.block_ids, request.first, self._steps.event(step))
             else:
                 self._begin(send.commit(request.payload))
 
@@ -314,10 +313,10 @@ class RemoteTransfer:
         with contextlib.suppress(HBServeRpcError):  # the client is closed, and so the stream has ended
             self._rank.client.notify(method, message)
 
-    def push(self, block_ids: Sequence[int], first: int, step: int = 0, *, due_s: float = inf) -> None:
-        """step, due_s: as of a Push. What rank 0 has computed is computed on that rank too: its step ends after the
-        sums to which that one contributed."""
-        self._tell(protocol.PUSH, Push(self._transfer_id, list(block_ids), first, step, due_s))
+    def push(self, block_ids: Sequence[int], first: int, step: int = 0) -> None:
+        """step: as of a Push. What rank 0 has computed is computed on that rank too: its step ends after the sums to
+        which that one contributed."""
+        self._tell(protocol.PUSH, Push(self._transfer_id, list(block_ids), first, step))
 
     async def commit(self, payload: bytes = b"") -> TransferResult:
         self._tell(protocol.COMMIT, Commit(self._transfer_id, payload))

@@ -5,7 +5,6 @@ import contextlib
 import threading
 import time
 from collections.abc import Iterator
-from math import inf
 from typing import Any
 
 INTERVAL_S = 1e-4
@@ -35,17 +34,16 @@ class EventWatch:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._watched: list[tuple[Any, Any, float, asyncio.Future[float]]] = []
+        self._watched: list[tuple[Any, Any, asyncio.Future[float]]] = []
         self._is_running = False
 
-    def until(self, event: Any, since: Any = None, *, at_most_s: float = inf) -> asyncio.Future[float]:
-        """A future of the running loop, done when `event` has happened, or after so many seconds: with seconds from the
-        event `since` on, both of which then have timing, else 0. Fails by what the device raises."""
+    def until(self, event: Any, since: Any = None) -> asyncio.Future[float]:
+        """A future of the running loop, done when `event` has happened: seconds from the event `since` on, both of
+        which then have timing, else 0. Fails by what the device raises."""
         future: asyncio.Future[float] = asyncio.get_running_loop().create_future()
-        by_s = time.monotonic() + at_most_s
-        if not self._has_settled(event, since, by_s, future):
+        if not self._has_settled(event, since, future):
             with self._lock:
-                self._watched.append((event, since, by_s, future))
+                self._watched.append((event, since, future))
                 if not self._is_running:
                     self._is_running = True
                     threading.Thread(target=self._look, name="kv-events", daemon=True).start()
@@ -73,13 +71,12 @@ class EventWatch:
                     return
 
     @staticmethod
-    def _has_settled(event: Any, since: Any, by_s: float, future: asyncio.Future[float]) -> bool:
+    def _has_settled(event: Any, since: Any, future: asyncio.Future[float]) -> bool:
         error, time_s = None, 0.0
         try:
             if not event.query():
-                if time.monotonic() < by_s:
-                    return False
-            elif since is not None:
+                return False
+            if since is not None:
                 time_s = since.elapsed_time(event) / 1e3
         except Exception as failure:
             error = failure

@@ -30,9 +30,6 @@ import msgspec
 NotNegative = Annotated[int, msgspec.Meta(ge=0, le=1 << 62)]
 Positive = Annotated[int, msgspec.Meta(ge=1, le=1 << 48)]
 
-PACKED_BYTES, LONGEST_BYTES = 1 << 20, 16 << 20
-"""Of messages on the CPU: shorter ones are packed together, and none is longer."""
-
 
 class HeadRange(msgspec.Struct, frozen=True, array_like=True):
     first: int = 0
@@ -336,41 +333,3 @@ def runs_of(sources: Sequence[int], targets: Sequence[int], length: int) -> Iter
         if is_end or sources[i] - sources[i - 1] != length or targets[i] - targets[i - 1] != length:
             yield sources[start], targets[start], (i - start) * length
             start = i
-
-
-def messages_on_host(block_bytes: int, target_block_ids: list[int]) -> Iterator[tuple[int, int]]:
-    """Positions [start, end) of a part that are one message of a process group on the CPU. Both sides know the target,
-    so both find the same.
-
-    A block of PACKED_BYTES or more is a message of its own, which neither side copies, whatever its neighbours are. Of
-    smaller ones a run of neighbours that is so long is a message, which the receiver does not copy. What is left
-    between such runs is packed until it is so long. No message is longer than LONGEST_BYTES.
-
-    For blocks of 256 KiB, four are enough for a message:
-
-        target_block_ids    3  7  8  9 10 11 20 30 31 40 50
-        runs                |  |-----------| |  |---| |  |
-        messages           [0,1)    [1,6)       [6,10)  [10,11)
-                             |        |            |       what is left at the end
-                             |        |            three short runs, copied: together four blocks
-                             |        a long run, received in place
-                             not packed with the long run behind it, which would have to be copied then
-    """
-    if block_bytes >= PACKED_BYTES:
-        yield from ((i, i + 1) for i in range(len(target_block_ids)))
-        return
-    enough, most = -(-PACKED_BYTES // block_bytes), LONGEST_BYTES // block_bytes
-    start = end = 0
-    for _, _, length in runs_of(target_block_ids, target_block_ids, 1):
-        if length >= enough and start < end:
-            yield start, end
-            start = end
-        end += length
-        while end - start > most:
-            yield start, start + most
-            start += most
-        if end - start >= enough:
-            yield start, end
-            start = end
-    if start < end:
-        yield start, end

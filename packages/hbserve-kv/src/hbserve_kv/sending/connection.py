@@ -243,8 +243,7 @@ class Connection:
         if self._may_begin(leg, part):
             self.turns.put_nowait(leg)
         else:
-            ready = leg.memory.events.until(part.ready, at_most_s=self.link.until_nearly_s(part))
-            ready.add_done_callback(lambda happened: self._ready(leg, happened))
+            leg.memory.events.until(part.ready).add_done_callback(lambda happened: self._ready(leg, happened))
 
     def _ready(self, leg: Leg, happened: asyncio.Future[float]) -> None:
         if (error := happened.exception()) is not None:
@@ -253,10 +252,12 @@ class Connection:
 
     def _may_begin(self, leg: Leg, part: Part) -> bool:
         """Whether the part is ready; or else the device waits for that, and no checksum is wanted, for which the link's
-        thread would. What is not nearly ready is not announced: the receiver would wait for it and for nothing else."""
-        if part.ready is None or (self.transport.waits_on_device and not leg.target.checksum):
-            return True
-        return self.link.until_nearly_s(part) <= 0 or leg.memory.events.has_happened(part.ready)
+        thread would. What is not ready is not announced: the receiver would wait for it, and for nothing else."""
+        return (
+            part.ready is None
+            or (self.transport.waits_on_device and not leg.target.checksum)
+            or leg.memory.events.has_happened(part.ready)
+        )
 
     def _next_parts(self, leg: Leg) -> list[tuple[Part, AnnouncedPart]]:
         """Those of a leg whose turn it is that may be begun together; it gets another turn for the rest."""

@@ -3,8 +3,6 @@
 import asyncio
 import logging
 from collections.abc import Sequence
-from dataclasses import replace
-from math import inf
 from typing import Any
 
 from hbserve_kv.errors import FingerprintMismatch, TransferFailed
@@ -116,15 +114,7 @@ class SendTransfer:
             leg.side.ratio == 1 and len(leg.target_units) == len(leg.target.block_ids) for leg in self._legs.values()
         )
 
-    def push(
-        self,
-        block_ids: Sequence[int],
-        first: int,
-        ready: Any = None,
-        *,
-        due_s: float = inf,
-        layers: range | None = None,
-    ) -> None:
+    def push(self, block_ids: Sequence[int], first: int, ready: Any = None, *, layers: range | None = None) -> None:
         """Queue blocks: `block_ids[i]` goes to block `first + i` of those granted. Returns at once.
 
         Where the blocks of one side are larger, `first` counts the smaller ones, of `block_size` tokens. If this side's
@@ -132,9 +122,7 @@ class SendTransfer:
         `first` may be above -r. `layers`: only these of the blocks, which are computed; the others follow.
 
         On CUDA the blocks are read after the event `ready`, or without one after the work that is now queued on the
-        caller's current stream; other transfers do not wait for it. `due_s`: when that is expected to happen, by
-        `time.monotonic`. Some transports make ready for a part then, and if it is late other transfers to the same peer
-        wait with it. Nothing, if the transfer has failed.
+        caller's current stream; other transfers do not wait for it. Nothing, if the transfer has failed.
 
         Raises:
             ValueError: more blocks than were granted, or one that this side does not have; or no such layers; or the
@@ -151,10 +139,9 @@ class SendTransfer:
 
             ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
             ready.record(torch.cuda.current_stream(self._memory.device))
-        whole = Part(self._begin.transfer_id, 0, self._region, [], ready=ready, due_s=due_s, layers=layers)
         moves = [(number, leg, self._units(leg, block_ids, first)) for number, leg in self._legs.items()]
         for number, leg, (units, start) in moves:
-            if units and not self._push(number, leg, units, start, whole):
+            if units and not self._push(number, leg, units, start, ready, layers):
                 return
 
     def _units(self, leg: Leg, block_ids: Sequence[int], first: int) -> tuple[list[int], int]:
@@ -167,9 +154,9 @@ class SendTransfer:
         before, start = max(0, -first), max(0, first)
         return units[before : before + max(0, min(end, num_granted) - start)], start
 
-    def _push(self, number: int, leg: Leg, units: list[int], first: int, whole: Part) -> bool:
-        """In parts, which are as `whole` in all but their blocks. False: the transfer has failed."""
-        is_waiting, layers = bool(leg.parts), whole.layers
+    def _push(self, number: int, leg: Leg, units: list[int], first: int, ready: Any, layers: range | None) -> bool:
+        """False: the transfer has failed."""
+        is_waiting = bool(leg.parts)
         step = max(1, leg.connection.transport.max_part_bytes // leg.side.of_layers(layers).unit_bytes)
         span = None if layers is None else (layers.start, layers.stop)
         for start in range(0, len(units), step):
@@ -178,7 +165,7 @@ class SendTransfer:
             if not self.state.push(number):
                 return False
             target = leg.target_units[place : place + len(ids)]
-            part = replace(whole, index=index, block_ids=ids, target_region=leg.target.region, target_block_ids=target)
+            part = Part(self._begin.transfer_id, index, self._region, ids, leg.target.region, target, ready, layers)
             leg.parts.append((part, AnnouncedPart(index, place, len(ids), span)))
             leg.pushed.add(range(place, place + len(ids)), layers)
         if leg.parts and not is_waiting:

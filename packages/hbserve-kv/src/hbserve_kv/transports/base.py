@@ -2,13 +2,11 @@
 
 import asyncio
 import logging
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
-from math import inf
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 from hbserve_kv.memory.layout import CopyPlan, Side, agreement
@@ -99,21 +97,12 @@ class Link:
     """What the ends tell each other while they connect."""
     detail: str = ""
     """Set by `connect`: what really carries the bytes, for people to read."""
-    ahead_s: float = 0.0
-    """Set by `connect` of two-sided transports: how long before it is expected to be ready a part may be announced and
-    pushed. The devices of both sides wait by themselves then, and other parts of the link behind it."""
     executor: ThreadPoolExecutor = field(init=False)
     """Where blocking I/O of this link runs: a peer that hangs stops nobody else."""
     _plans: dict[tuple[object, ...], Any] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         self.executor = ThreadPoolExecutor(1, thread_name_prefix=f"kv-{self.key[:8]}")
-
-    def until_nearly_s(self, part: "Part") -> float:
-        """How long until a part is so nearly ready that it may be announced and pushed; inf: it is to be ready first,
-        as where nobody knows when that will be. Of what is late, nobody does."""
-        left_s = part.due_s - time.monotonic()
-        return left_s - self.ahead_s if left_s > -self.ahead_s and self.ahead_s else inf
 
     @cached_property
     def _agreed(self) -> str:
@@ -177,9 +166,7 @@ class Part:
     target_block_ids: list[int] = field(default_factory=list)
     ready: Any = None
     """CUDA event after which the source blocks may be read; None on the CPU. It has happened when the part is pushed,
-    unless the transport `waits_on_device` or the link has an `ahead_s`."""
-    due_s: float = inf
-    """When `ready` is expected to happen, by `time.monotonic`; inf: nobody knows."""
+    unless the transport `waits_on_device`."""
     layers: range | None = None
     """Only these layers of the blocks; None: all."""
 

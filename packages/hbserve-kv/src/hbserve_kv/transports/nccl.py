@@ -5,11 +5,10 @@ fixed, no global default group, no port of a store, and peers come and go. Rank 
 
 What a part goes through:  blocks ─gather─▶ one tensor ─send─▶ recv ─▶ one tensor ─scatter─▶ blocks
 On a GPU the messages of a part overlap: one is gathered and one scattered while others are sent. Both sides only queue
-a part there, so the next one follows without the host. A part is not announced long before its blocks are computed:
-what is sent over a group is in order, and what is received waits in a kernel, on processors that a decode step wants.
-On the CPU neighbouring blocks need neither, nor do large ones: see `messages_on_host`. All of a part's messages are on
-their way at once, and the last one is waited for first: to wake up for each would take the processor from Gloo's own
-thread.
+a part there, so the next one follows without the host. A part is not announced before its blocks are computed: what is
+sent over a group is in order, and what is received waits in a kernel, on processors that a decode step wants.
+On the CPU neighbouring blocks need neither, nor do large ones: see `_pieces`. All pieces of a part are on their way at
+once, and the last one is waited for first: to wake up for each would take the processor from Gloo's own thread.
 
 Shapes: the message of positions [start, end) of a part is uint8 (end - start, unit_bytes). See `Rows`, which gathers or
 scatters a message in one kernel, wherever the pieces of its blocks lie.
@@ -33,7 +32,7 @@ from torch.distributed.distributed_c10d import Store
 
 from hbserve_kv.errors import BackendUnavailable
 from hbserve_kv.memory.events import on_stream
-from hbserve_kv.memory.layout import messages_on_host
+from hbserve_kv.memory.layout import runs_of
 from hbserve_kv.memory.memory import Memory, Rows
 from hbserve_kv.transports.base import COPY_PRIORITY, GPU_PART_BYTES, Link, Moving, Part, Rendezvous, Transport
 from hbserve_kv.transports.own_sockets import let_nobody_in
@@ -43,6 +42,7 @@ T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 SENDER, RECEIVER = 0, 1
+PACKED_BYTES, LONGEST_BYTES = 1 << 20, 16 << 20
 NCCL_MESSAGE_BYTES, STAGED_MESSAGE_BYTES = 128 << 20, 32 << 20
 """Of GPU memory. NCCL needs 0.07 ms for a message besides its bytes, in which 25 MB could move between two GPUs; pinned
 host memory, through which Gloo's go, is slow to make."""
@@ -50,9 +50,6 @@ MOST_CTAS = 32
 """Of NCCL's kernels: each takes a processor of the GPU from a prefill or decode step for as long as a message moves,
 and the receiver's also while it waits for one. Half as many move half as much, and a gigabyte costs the products of a
 prefill more, 5.0 ms and not 3.3 (docs/performance.md). Both sides must have the same."""
-AHEAD_S = 0.0015
-"""So long before its blocks are expected to be computed a part is announced and queued between GPUs. That is about what
-it takes until both are ready to move it, by messages and threads, which used to follow the computation."""
 MESSAGES_AT_ONCE = 1
 """And one more that is gathered or scattered: two messages are a link's staging memory."""
 
@@ -167,7 +164,6 @@ class NcclTransport(Transport):
                 group = _Group(self._make_nccl(store, rank), store, True, stream)
                 _warm_up_nccl(group, link.rows(self._memory, "pool"), link.is_sender)
                 stream.synchronize()
-            link.ahead_s = AHEAD_S
             return group
         return _Group(self._make_gloo(store, rank), store, False, stream)
 
@@ -218,7 +214,7 @@ class NcclTransport(Transport):
 
     def _push_from_host(self, group: _Group, rows: Rows, part: Part) -> None:
         sent = []
-        for start, end in messages_on_host(rows.unit_bytes, part.target_block_ids):
+        for start, end in _pieces(rows.unit_bytes, part.target_block_ids):
             blocks = rows.gather(part.block_ids[start:end])
             sent.append((group.process_group.send([blocks], RECEIVER, 0), blocks))  # which must live until sent
         for work, _ in reversed(sent):
@@ -270,7 +266,7 @@ class NcclTransport(Transport):
 
     def _accept_on_host(self, group: _Group, rows: Rows, part: Part) -> None:
         moving = []
-        for start, end in messages_on_host(rows.unit_bytes, part.block_ids):
+        for start, end in _pieces(rows.unit_bytes, part.block_ids):
             block_ids = part.block_ids[start:end]
             own = rows.neighbours(block_ids)
             blocks = own if own is not None else rows.empty(len(block_ids))
@@ -324,12 +320,47 @@ async def _abandonable(blocking: Callable[..., T], *arguments: Any) -> T:
     return await asyncio.wrap_future(outcome)
 
 
+def _pieces(block_bytes: int, target_block_ids: list[int]) -> Iterator[tuple[int, int]]:
+    """Positions [start, end) that are one message on the CPU. Both sides know the target, so both find the same.
+
+    A block of PACKED_BYTES or more is a message of its own, which neither side copies, whatever its neighbours are. Of
+    smaller ones a run of neighbours that is so long is a message, which the receiver does not copy. What is left
+    between such runs is packed until it is so long. No message is longer than LONGEST_BYTES.
+
+    For blocks of 256 KiB, four are enough for a message:
+
+        target_block_ids    3  7  8  9 10 11 20 30 31 40 50
+        runs                |  |-----------| |  |---| |  |
+        messages           [0,1)    [1,6)       [6,10)  [10,11)
+                             |        |            |       what is left at the end
+                             |        |            three short runs, copied: together four blocks
+                             |        a long run, received in place
+                             not packed with the long run behind it, which would have to be copied then
+    """
+    if block_bytes >= PACKED_BYTES:
+        yield from ((i, i + 1) for i in range(len(target_block_ids)))
+        return
+    enough, most = -(-PACKED_BYTES // block_bytes), LONGEST_BYTES // block_bytes
+    start = end = 0
+    for _, _, length in runs_of(target_block_ids, target_block_ids, 1):
+        if length >= enough and start < end:
+            yield start, end
+            start = end
+        end += length
+        while end - start > most:
+            yield start, start + most
+            start += most
+        if end - start >= enough:
+            yield start, end
+            start = end
+    if start < end:
+        yield start, end
+
+
 def _queue(way: _Way, group: _Group, rows: Rows, part: Part) -> tuple[Any, Any]:
     """Events of the group's stream before and after a part."""
     began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
     with on_stream(group.stream):
-        if part.ready is not None:
-            group.stream.wait_event(part.ready)
         began.record()
         way(group, rows, part)
         ended.record()
