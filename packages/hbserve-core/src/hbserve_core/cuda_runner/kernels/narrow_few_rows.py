@@ -182,6 +182,8 @@ def product(
     if ONE_GROUP:
         total = 0
     values, factors = _loaded(words, scales, there, total, RUN_WORDS, RUNS)
+    # Of one group, here: a warp that has fewer runs than others loads none of it with its last ones.
+    of_all = factors[0]
     if BEGINS:
         begin()
     result = gl.zeros([W, OUTPUTS, ROWS], gl.float32, sums)
@@ -199,7 +201,7 @@ def product(
         values, factors, x + LAST * RUN, there_of_x - LAST, used, result, RUNS, AHEAD, BITS, ONE_GROUP
     )
     if ONE_GROUP:
-        result *= _scale(factors[0], BITS, sums)
+        result *= _scale(of_all, BITS, sums)
     return result
 
 
