@@ -11,6 +11,7 @@ import pytest_asyncio
 
 from hbserve.pd_disagg import LLM, DisaggregatedLLM, PdDisaggConfig
 from hbserve.sampling_params import SamplingParams
+from hbserve_kv import BackendUnavailable
 from hbserve_rpc import LogitsNotFinite
 from hbserve_scheduler import InstanceFailed
 from hbserve_testing.narrowing import present
@@ -165,7 +166,7 @@ async def test_a_folder_that_lacks_files_fails_the_start_with_its_name_and_leave
 
 async def test_an_unknown_backend_fails_the_start_and_lists_what_there_is(small_model):
     llm = DisaggregatedLLM(PdDisaggConfig(model_path=small_model("qwen3"), kv_transfer_backend="ncll", num_blocks=10))
-    with pytest.raises(InstanceFailed, match=r"'ncll'.*mooncake"):
+    with pytest.raises(BackendUnavailable, match=r"'ncll'.*mooncake"):
         await llm.start()
 
 
