@@ -66,12 +66,14 @@ def require_settings(config: DeploymentConfig) -> None:
     """What every instance would find out by itself, some seconds later, and needs no model.
 
     Raises:
-        BackendUnavailable: (an ImportError) there is no such backend of KV transfers.
-        InvalidInstanceConfig: (a ValueError) instances of this host are to compute on a GPU, and it has none.
+        BackendUnavailable: (an ImportError) there is no such backend of KV transfers on this host, which has instances.
+        InvalidInstanceConfig: (a ValueError) they are to compute on a GPU, and it has none.
     """
+    if not any(is_here(each.host) for each in config.named_instances):
+        return
     require_backend(config.kv_transfer.backend)
     device = config.engine_settings().device
-    if device.startswith("cuda") and not _has_driver() and any(is_here(each.host) for each in config.named_instances):
+    if device.startswith("cuda") and not _has_driver():
         raise InvalidInstanceConfig(
             f"engine.device={device!r}: this host has no driver of GPUs (libcuda.so.1); expected 'auto' or 'cpu'"
         )

@@ -3,8 +3,10 @@
 import importlib
 import importlib.util
 import logging
+import os
 import sys
-from importlib.metadata import entry_points
+from importlib.machinery import PathFinder
+from importlib.metadata import distributions, entry_points
 from pathlib import Path
 from typing import Any
 
@@ -81,24 +83,28 @@ def _automatic(config: KVTransferConfig) -> list[Transport]:
 
 
 def require_backend(name: str) -> None:
-    """Refuse a name of which nothing is there, and import neither torch nor any backend for that.
+    """Refuse a name of which nothing is there, for this process or one that it starts, and import neither torch nor any
+    backend for that.
 
     Raises:
         BackendUnavailable: no such backend; the message lists what there is.
     """
-    custom = entry_points(group=ENTRY_POINT_GROUP).names
+    # Of the processes that are started: it may have been set since this one began.
+    paths = [*sys.path, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+    of_all = (point for each in distributions(path=paths) for point in each.entry_points)
+    custom = {point.name for point in of_all if point.group == ENTRY_POINT_GROUP}
     if name in set(KVTransferBackend) or name in custom:
         return
     if ":" not in name:
-        there = sorted([*(backend.value for backend in KVTransferBackend), *custom])
+        there = sorted({*(backend.value for backend in KVTransferBackend), *custom})
         raise BackendUnavailable(f"kv_transfer.backend={name!r}: there are {there}, or 'module:Class' of your own")
     module = name.partition(":")[0]
     _look_here_too()
     try:
-        spec = importlib.util.find_spec(module)
+        is_there = PathFinder.find_spec(module, paths) or importlib.util.find_spec(module)
     except (ImportError, ValueError) as error:  # of the package that it is in; "" and ".x" are no names
         raise BackendUnavailable(f"kv_transfer.backend={name!r}: {error}") from error
-    if spec is None:
+    if not is_there:
         raise BackendUnavailable(f"kv_transfer.backend={name!r}: No module named {module!r}")
 
 
