@@ -89,11 +89,13 @@ def require_backend(name: str) -> None:
     Raises:
         BackendUnavailable: no such backend; the message lists what there is.
     """
+    if name in set(KVTransferBackend):
+        return
     # Of the processes that are started: it may have been set since this one began.
     paths = [*sys.path, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
     of_all = (point for each in distributions(path=paths) for point in each.entry_points)
     custom = {point.name for point in of_all if point.group == ENTRY_POINT_GROUP}
-    if name in set(KVTransferBackend) or name in custom:
+    if name in custom:
         return
     if ":" not in name:
         there = sorted({*(backend.value for backend in KVTransferBackend), *custom})
