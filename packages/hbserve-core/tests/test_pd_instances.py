@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
@@ -53,11 +53,12 @@ async def start(model_folder: Callable[[str], Any]) -> AsyncIterator[Start]:
     async def start(role: str, *, process: bool = False, backend: str = "nccl", **settings: Any) -> InstanceClient:
         if backend == "mooncake":
             pytest.importorskip("mooncake.engine", reason="no Mooncake, or not its libraries", exc_type=ImportError)
-        config = InstanceConfig(**{
+        given: dict[str, Any] = {
             "instance_id": f"{role}-{len(started)}", "role": role, "model_path": str(model_folder("qwen3")),
             "device": "cpu", "num_blocks": 200, "chunk_size": CHUNK, "max_num_batched_tokens": 256, "num_threads": 1,
             "kv_rank": len(started), "kv_transfer": KVTransferConfig(backend=backend, buffer_size=1 << 20, timeout_s=8),
-        } | settings)  # fmt: skip
+        }  # fmt: skip
+        config = InstanceConfig(**(given | settings))
         started.append(await (_start_process if process else _start_here)(config))
         await started[-1].client.start()
         await until(started[-1].is_ready)
@@ -139,7 +140,8 @@ async def test_instances_that_have_changed_roles_serve_in_them(start, backend, p
     await apart(first, second, "before", prompt(CHUNK))
     for p, d, ids in ((second, first, prompt(CHUNK + 3)), (first, second, prompt(CHUNK, salt=1))):
         lives = set()
-        for each, role in ((p, "prefill"), (d, "decode")):
+        flips: list[tuple[InstanceClient, Literal["prefill", "decode"]]] = [(p, "prefill"), (d, "decode")]
+        for each, role in flips:
             before = await each.client.call(DESCRIBE, Empty(), timeout_s=DEADLINE_S)
             await until(each.is_empty)
             info = await each.client.call(INSTANCE_FLIP, FlipRequest("i", role), timeout_s=DEADLINE_S)
@@ -209,8 +211,8 @@ async def test_a_grant_of_blocks_that_no_layer_sees_fails_the_prefill():
         return SimpleNamespace(num_blocks=3)
 
     inbox = Inbox()
-    request = PrefillRequest("r", "t", [3] * (2 * BLOCK + 5), GREEDY, b"grant")
-    sending = PrefillSend(SimpleNamespace(open_send=open_send), request, BLOCK, inbox)
+    request = PrefillRequest("r", "t", (3,) * (2 * BLOCK + 5), GREEDY, b"grant")
+    sending = PrefillSend(open_send, request, BLOCK, inbox)
     await asyncio.sleep(0.01)
     inbox.put_nowait(StepOutput("r", None, 0, num_computed_tokens=2 * BLOCK, block_table=[-1, 5, 6]))
     with pytest.raises(RemoteError, match="no layer of the model sees any more"):
@@ -386,8 +388,8 @@ async def test_the_last_blocks_are_on_their_way_before_anybody_hears_of_the_firs
 
     inbox = Inbox()
     params = SamplingParams(0, MAX_TOKENS, n=len(reasons))
-    request = PrefillRequest("r", "t", [3] * (2 * BLOCK + 5), params, b"grant")
-    sending = PrefillSend(SimpleNamespace(open_send=open_send), request, BLOCK, inbox)
+    request = PrefillRequest("r", "t", (3,) * (2 * BLOCK + 5), params, b"grant")
+    sending = PrefillSend(open_send, request, BLOCK, inbox)
     following = asyncio.create_task(sending.follow())
     inbox.put_nowait(StepOutput("r", None, 0, num_computed_tokens=BLOCK, block_table=[4, 5, 6]))
     await asyncio.sleep(0.01)
@@ -406,8 +408,8 @@ async def test_blocks_that_were_given_back_are_not_pushed_when_their_grant_comes
         return SimpleNamespace(num_blocks=1, push=lambda block_ids, first, _: pushed.append((list(block_ids), first)))
 
     inbox = Inbox()
-    request = PrefillRequest("r", "t", [3] * BLOCK, GREEDY, grant_follows=True)
-    sending = PrefillSend(SimpleNamespace(open_send=open_send), request, BLOCK, inbox)
+    request = PrefillRequest("r", "t", (3,) * BLOCK, GREEDY, grant_follows=True)
+    sending = PrefillSend(open_send, request, BLOCK, inbox)
     inbox.put_nowait(StepOutput("r", 7, 0, None, BLOCK, block_table=[4]))
     await sending.follow()
     assert not await sending.wait_for_grant(0.01)

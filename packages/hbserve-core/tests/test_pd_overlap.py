@@ -14,7 +14,7 @@ from hbserve_core.engine.step import StepOutput
 from hbserve_core.instance.handover import Inbox, PrefillSend
 from hbserve_kv import KVTransferConfig
 from hbserve_rpc import RpcClient, SamplingParams
-from hbserve_rpc.messages import DECODE, PREFILL, DecodeRequest, PrefillRequest
+from hbserve_rpc.messages import DECODE, PREFILL, DecodeRequest, PrefillRequest, Role
 from hbserve_testing.narrowing import present
 
 BLOCK, CHUNK, NUM_CHUNKS = 16, 32, 6
@@ -47,7 +47,7 @@ def hold_before_the_last_chunk(instance: GpuInstance, num_landed: Callable[[], i
 
 
 @contextlib.asynccontextmanager
-async def started(role: str, backend: str, folder: str):
+async def started(role: Role, backend: str, folder: str):
     """One instance in this process, and a client of it."""
     config = InstanceConfig(
         instance_id=role, role=role, model_path=folder, device="cpu", num_blocks=40, block_size=BLOCK, chunk_size=CHUNK,
@@ -103,7 +103,7 @@ class Sending:
         self.events: list[Any] = []
         self.may_open = asyncio.Event()
 
-    async def open_send(self, transfer_id: str, grant: bytes) -> "Sending":
+    async def open_send(self, transfer_id: str, grant: bytes) -> Any:
         await self.may_open.wait()
         return self
 
@@ -121,7 +121,9 @@ class Sending:
 async def test_the_last_blocks_are_pushed_before_the_first_token_is_told(is_late, finish_reason, expected):
     """Three blocks, the last of which is not full."""
     inbox, sending = Inbox(), Sending(num_blocks=3)
-    send = PrefillSend(sending, PrefillRequest("r", "t", list(range(BLOCK * 2 + 3)), GREEDY, b"grant"), BLOCK, inbox)
+    send = PrefillSend(
+        sending.open_send, PrefillRequest("r", "t", tuple(range(BLOCK * 2 + 3)), GREEDY, b"grant"), BLOCK, inbox
+    )
     if not is_late:
         sending.may_open.set()
         await asyncio.sleep(0)
@@ -160,7 +162,9 @@ async def test_blocks_are_pushed_when_their_step_is_launched_and_wait_for_it_on_
     """A step is launched before the tokens of the one before it are read. Each block is pushed once, as soon as the
     transfer is open, with the event of its step or a later one, unless that has been read."""
     inbox, sending, length = Inbox(), Sending(num_blocks=3), BLOCK * 2 + 3
-    send = PrefillSend(sending, PrefillRequest("r", "t", list(range(length)), GREEDY, b"grant"), BLOCK, inbox)
+    send = PrefillSend(
+        sending.open_send, PrefillRequest("r", "t", tuple(range(length)), GREEDY, b"grant"), BLOCK, inbox
+    )
     told = [
         progress(BLOCK, "step 1"), progress(2 * BLOCK, "step 2"), progress(BLOCK), progress(length, "step 3"),
         progress(2 * BLOCK), progress(length, token=5),

@@ -297,7 +297,7 @@ class GpuInstance:
         if request.grant_follows:  # a decode instance keeps no blocks for it yet, for which others wait there
             self._require_room_for(len(request.prompt_token_ids) + len(request.output_token_ids))
         inbox = self._open(request)
-        sending = PrefillSend(self._require_transfers(), request, self.config.block_size, inbox)
+        sending = PrefillSend(self._require_transfers().open_send, request, self.config.block_size, inbox)
         try:
             await self._begin(request)
             outputs = await sending.follow()

@@ -2,14 +2,14 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any
 
 import msgspec
 
 from hbserve_core.engine.block_manager import NO_BLOCK
 from hbserve_core.engine.step import Reservation, StepOutput
-from hbserve_core.transfers.instance_transfers import InstanceTransfers, JointReceive, JointSend
+from hbserve_core.transfers.instance_transfers import JointReceive, JointSend
 from hbserve_kv import Outcome, PostedReceive, SendTransfer, TransferResult
 from hbserve_rpc import RemoteError, RequestTimeout
 from hbserve_rpc.messages import (
@@ -26,6 +26,9 @@ from hbserve_rpc.messages import (
 GRANT_PATIENCE_S = 1.0
 """How long a computed prompt keeps its blocks while there is no grant for it yet. They may be what those wait for who
 have one, and whose decode instance has room again when these are done."""
+
+OpenSend = Callable[[str, bytes], Awaitable[SendTransfer | JointSend]]
+"""Of a transfer's id and its grant: see `InstanceTransfers.open_send`."""
 
 
 class FirstToken(msgspec.Struct, frozen=True):
@@ -129,8 +132,8 @@ class PrefillSend:
     The grant may come after the computation has begun, or has ended.
     """
 
-    def __init__(self, transfers: InstanceTransfers, request: PrefillRequest, block_size: int, inbox: Inbox) -> None:
-        self._transfers = transfers
+    def __init__(self, open_send: OpenSend, request: PrefillRequest, block_size: int, inbox: Inbox) -> None:
+        self._open_send = open_send
         self._transfer_id = request.transfer_id
         self._block_size = block_size
         self._num_tokens = len(request.prompt_token_ids) + len(request.output_token_ids)
@@ -168,7 +171,7 @@ class PrefillSend:
 
     async def _open(self, grant: bytes) -> None:
         try:
-            transfer = await self._transfers.open_send(self._transfer_id, grant)
+            transfer = await self._open_send(self._transfer_id, grant)
         except Exception as error:  # whatever it is, the request fails by it
             self._fail(str(error))
             return
