@@ -129,7 +129,7 @@ def decode(model, pieces, dtype=BF16, narrow=False, **scores):
     workspace = DecodeWorkspace(64, pieces, (heads, key_heads, head_dim), torch.device("meta"))
     paged = ints(64 * 256), ints(1), ints(6, pieces)
     arguments = *attention_arguments(model, dtype, 64, narrow), *paged, workspace
-    decode_attention(*arguments, scores=made(scores))  # type: ignore[call-arg, misc]
+    decode_attention(*arguments, scores=made(scores))
 
 
 def made(scores):
@@ -170,9 +170,9 @@ def product(outputs, inputs, rows, dtype, reads_norm=False, adds=False, gated=Fa
         skinny_linear,
         small_linear,
     )
-    from hbserve_core.cuda_runner.products import choose
+    from hbserve_core.cuda_runner.products import Kind, choose
 
-    kind = "gated" if gated else "normed" if reads_norm else "plain"
+    kind: Kind = "gated" if gated else "normed" if reads_norm else "plain"
     choice = choose(rows, (outputs, inputs), dtype.itemsize, kind, PROCESSORS)
     x, weight, norm = empty(rows, inputs, dtype=dtype), empty(outputs, inputs, dtype=dtype), empty(inputs, dtype=dtype)
     target = empty(rows, outputs, dtype=dtype) if adds else None
@@ -181,7 +181,7 @@ def product(outputs, inputs, rows, dtype, reads_norm=False, adds=False, gated=Fa
     elif choice.kernel == "skinny":
         tiling: dict[str, Any] = {"padded_rows": choice.padded_rows, "splits": choice.splits}
         tiling["workspace"] = SkinnyWorkspace(PROCESSORS, 64, torch.device("meta"))
-        if adds:
+        if target is not None:
             add_skinny_linear(target, x, weight, next_norm=empty(outputs, dtype=dtype), **tiling)
         else:
             squares = empty(num_tiles(inputs, False), choice.padded_rows, dtype=F32)

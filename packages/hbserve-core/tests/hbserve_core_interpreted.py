@@ -1,5 +1,6 @@
 """A runner of CUDA's steps without CUDA: its kernels run in Triton's interpreter."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -33,6 +34,7 @@ class InterpretedRunner:
     """What CudaRunner does, at once and on the CPU. Steps may be padded as graphs pad them."""
 
     computed = None
+    transfer_addresses: Sequence[str] = ()
 
     def __init__(self, folder, overlaps=False, graphs=True, group=None, seed=None, **settings):
         from hbserve_core.cuda_runner.decoder import CudaDecoder
@@ -105,6 +107,12 @@ class InterpretedRunner:
         left, self.left = self.left, None
         if left is not None:
             left()
+
+    def is_idle(self):
+        return True
+
+    def close(self):
+        """Nothing to end."""
 
 
 def plain(weights):

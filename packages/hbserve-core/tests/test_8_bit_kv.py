@@ -1,6 +1,7 @@
 """Keys and values in 8-bit floats: in the pool, the prefix cache and transfers, by the scales of the checkpoint."""
 
 import shutil
+from typing import Any
 
 import pytest
 import torch
@@ -18,8 +19,8 @@ CHUNK = 16
 
 
 def torch_runner(folder, **settings):
-    given = {"block_size": BLOCK, "num_blocks": 60, "chunk_size": CHUNK, "kv_cache_dtype": "fp8"} | settings
-    return ModelRunner(InstanceConfig(model_path=str(folder), device="cpu", **given))
+    given: dict[str, Any] = {"block_size": BLOCK, "num_blocks": 60, "chunk_size": CHUNK, "kv_cache_dtype": "fp8"}
+    return ModelRunner(InstanceConfig(model_path=str(folder), device="cpu", **(given | settings)))
 
 
 def engine_of(runner):

@@ -1,5 +1,7 @@
 """What the next step computes, and who gives way when blocks run out. No model: steps are played by hand."""
 
+from typing import Any
+
 import pytest
 
 from hbserve_core import BlockManager, InstanceConfig, InvalidInstanceConfig
@@ -14,8 +16,9 @@ BLOCK = 4
 class Steps:
     """A scheduler whose steps compute nothing and sample token 7."""
 
-    def __init__(self, num_blocks: int, **settings: object) -> None:
-        config = InstanceConfig(**{"model_path": "", "block_size": BLOCK, "chunk_size": 8, **settings})
+    def __init__(self, num_blocks: int, **settings: Any) -> None:
+        given: dict[str, Any] = {"model_path": "", "block_size": BLOCK, "chunk_size": 8}
+        config = InstanceConfig(**(given | settings))
         self.blocks = BlockManager(num_blocks, BLOCK)
         self.step_times = StepTimes()
         self.scheduler = BatchScheduler(config, self.blocks, ChunkSizes(config, self.step_times))
@@ -243,5 +246,6 @@ BAD_LIMITS = ["max_num_seqs", "max_num_batched_tokens", "chunk_size", "max_chunk
 
 @pytest.mark.parametrize("name", BAD_LIMITS)
 def test_a_limit_under_which_nothing_could_run_is_refused(name):
+    wrong: dict[str, Any] = {name: 0}
     with pytest.raises(InvalidInstanceConfig, match=f"{name}=0: expected at least 1"):
-        InstanceConfig(model_path="", **{name: 0})
+        InstanceConfig(model_path="", **wrong)

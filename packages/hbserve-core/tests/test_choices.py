@@ -1,5 +1,7 @@
 """Several answers to one prompt are those of as many requests, and the prompt is computed once for all of them."""
 
+from typing import Any
+
 import pytest
 from hbserve_core_interpreted import WITHOUT_KERNELS
 
@@ -159,7 +161,7 @@ def test_one_choice_is_ended_before_and_after_the_fork_and_the_others_go_on(eith
 
 
 def test_choices_of_a_prompt_that_fills_the_pool_end_also_where_some_had_to_wait(model_folder, prompt):
-    settings = {"block_size": BLOCK, "num_blocks": 4, "max_num_seqs": 2, "device": "cpu"}
+    settings: dict[str, Any] = {"block_size": BLOCK, "num_blocks": 4, "max_num_seqs": 2, "device": "cpu"}
     engine = Engine(config := InstanceConfig(model_path=str(model_folder("qwen3")), **settings), ModelRunner(config))
     engine.add("r", prompt(4 * BLOCK), SamplingParams(0, 9, ignore_eos=True, n=5))
     ended: dict[int, str | None] = {}

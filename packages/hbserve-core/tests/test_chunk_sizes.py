@@ -26,9 +26,9 @@ BENCHMARK = Path(__file__).resolve().parents[3] / "benchmarks/chunk_sizes.py"
 
 
 def make_engine(law: Any = H100_8B, num_blocks: int = 6000, **settings: Any) -> Engine:
-    model = SimpleNamespace(vocab_size=50, max_model_len=1 << 20, reach=0, eos_token_ids=())
+    model: Any = SimpleNamespace(vocab_size=50, max_model_len=1 << 20, reach=0, eos_token_ids=())
     device = SimulatedDevice(model, num_blocks, law)
-    chosen = {"chunk_size": "auto", "max_num_batched_tokens": 8192, "max_chunk_prefill_tokens": 8192}
+    chosen: dict[str, Any] = {"chunk_size": "auto", "max_num_batched_tokens": 8192, "max_chunk_prefill_tokens": 8192}
     config = InstanceConfig(model_path="", prefix_caching=False, **(chosen | settings))
     return Engine(config, device, device.clock)
 

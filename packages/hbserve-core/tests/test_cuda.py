@@ -17,7 +17,7 @@ LENGTHS = [1, BLOCK - 1, BLOCK, BLOCK + 1, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUN
 
 
 def make_engine(folder, **settings):
-    chosen = {
+    chosen: dict[str, Any] = {
         "block_size": BLOCK, "num_blocks": 256, "chunk_size": CHUNK, "max_num_batched_tokens": 96, "max_num_seqs": 9,
         "device": "cuda", "cuda_graph_max_seq_len": 64,
     }  # fmt: skip
@@ -154,8 +154,10 @@ def wide_model(tmp_path_factory):
     return folder
 
 
-WIDE = {"block_size": 16, "num_blocks": 1024, "chunk_size": 512, "max_num_batched_tokens": 2048, "max_num_seqs": 16,
-        "cuda_graph_max_seq_len": 512}  # fmt: skip
+WIDE: dict[str, Any] = {
+    "block_size": 16, "num_blocks": 1024, "chunk_size": 512, "max_num_batched_tokens": 2048, "max_num_seqs": 16,
+    "cuda_graph_max_seq_len": 512,
+}  # fmt: skip
 
 
 def test_the_first_bfloat16_token_that_differs_from_float32_was_nearly_as_likely(wide_model, prompt):

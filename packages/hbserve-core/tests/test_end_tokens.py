@@ -31,7 +31,7 @@ def change(folder, **changes):
 
 
 ADDED = {"2": {"content": "</s>", "special": True}, "5": {"content": "<|im_end|>", "special": True}}
-CASES = {
+CASES: dict[str, tuple[dict[str, Any], str | None]] = {
     "a name": ({"eos_token": "<|im_end|>"}, None),
     "an object": ({"eos_token": {"content": "<|im_end|>", "__type": "AddedToken", "lstrip": False}}, None),
     "none": ({"eos_token": None}, None),

@@ -1,35 +1,23 @@
 """What each verb does to a request that is in another phase than usual. The runner computes nothing."""
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
-import torch
 
 from hbserve_core import Engine, InstanceConfig
-from hbserve_core.engine.step import StepResult
+from hbserve_core.bench.simulated_device import SimulatedDevice
 from hbserve_rpc import SamplingParams
 
 BLOCK = 4
 
 
-class Runner:
-    """Samples token 5, one step behind."""
-
-    model_config = SimpleNamespace(vocab_size=50, max_model_len=60, reach=0, eos_token_ids=(0,))
-    overlaps = True
-
-    def __init__(self):
-        self.pool = torch.zeros(20, 1)
-
-    def launch(self, batch):
-        tokens = [5 if chunk.samples else None for chunk in batch]
-        return lambda: StepResult(tokens)
-
-
 @pytest.fixture
 def engine():
     """At the end no id is in use, and all blocks are free."""
-    engine = Engine(InstanceConfig(model_path="", block_size=BLOCK), Runner())
+    model: Any = SimpleNamespace(vocab_size=50, max_model_len=60, reach=0, eos_token_ids=(0,))
+    device = SimulatedDevice(model, 20, lambda work: 0.0)
+    engine = Engine(InstanceConfig(model_path="", block_size=BLOCK), device)
     yield engine
     while engine.has_work():
         engine.step()

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
 from hbserve_core import Engine, InstanceConfig
+from hbserve_core.bench.simulated_device import SimulatedDevice
 from hbserve_core.engine.sequence import NEXT_PHASES, NOT_FINITE, UNREAD, Phase, Sequence
 from hbserve_core.engine.step import StepResult
 from hbserve_rpc import InvalidRequest, SamplingParams
@@ -49,14 +50,13 @@ def first_tokens(token_ids: list[int], num_choices: int) -> list[int]:
     return [next_token([*token_ids, choice]) for choice in range(num_choices)]
 
 
-class TokenRunner:
+class TokenRunner(SimulatedDevice):
     """A ModelRunner whose keys and values are `keys` of the tokens."""
 
     def __init__(self, num_blocks: int, overlaps: bool, window: int) -> None:
         """window: the last tokens that one sees, itself included; 0: all."""
-        self.model_config: Any = SimpleNamespace(
-            vocab_size=VOCABULARY, max_model_len=60, reach=window, eos_token_ids=(0,)
-        )
+        model: Any = SimpleNamespace(vocab_size=VOCABULARY, max_model_len=60, reach=window, eos_token_ids=(0,))
+        super().__init__(model, num_blocks, lambda work: 0.0)
         self.window = window
         self.pool = torch.full((num_blocks, BLOCK), -1)
         self.overlaps = overlaps

@@ -35,7 +35,7 @@ DEADLINE_S = 60
 
 
 def config(folder: Any, **settings: Any) -> InstanceConfig:
-    defaults = {"device": "cpu", "num_blocks": 50, "num_threads": 1}
+    defaults: dict[str, Any] = {"device": "cpu", "num_blocks": 50, "num_threads": 1}
     return InstanceConfig(model_path=str(folder), **(defaults | settings))
 
 
@@ -53,7 +53,7 @@ async def serving(config: InstanceConfig) -> AsyncIterator[tuple[GpuInstance, Rp
 
 
 async def generate(client: RpcClient, name: str, ids: list[int], **params: Any) -> list[int]:
-    request = GenerateRequest(name, ids, SamplingParams(**({"temperature": 0, "max_tokens": 4} | params)))
+    request = GenerateRequest(name, tuple(ids), SamplingParams(**({"temperature": 0, "max_tokens": 4} | params)))
     return [t async for event in client.stream(GENERATE, request, timeout_s=DEADLINE_S) for t in event.token_ids]
 
 
@@ -192,6 +192,7 @@ async def test_a_step_that_fails_ends_every_request_with_its_error(role, model_f
     """A decode request that waits for its KV is not computed, and must hear of it too."""
     async with serving(config(model_folder("qwen3"), role=role)) as (instance, client):
         await instance.wait_ready()
+        events: AsyncIterator[Any]
         if role == "hybrid":
             request = GenerateRequest("r", prompt(3), SamplingParams(0, 400, ignore_eos=True))
             events = client.stream(GENERATE, request, timeout_s=DEADLINE_S)

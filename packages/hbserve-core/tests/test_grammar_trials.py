@@ -14,7 +14,7 @@ from hbserve_core_byte_tokenizer import EOS, VOCAB_SIZE, allowed_by, byte_tokeni
 from hbserve_core.grammars import trials
 from hbserve_core.grammars.compiler import GrammarCompiler
 from hbserve_core.grammars.matcher import Matcher
-from hbserve_rpc import InvalidRequest, Overloaded, SamplingParams
+from hbserve_rpc import InvalidRequest, Overloaded, SamplingParams, StructuredOutputsParams
 from hbserve_testing.narrowing import present
 
 pytestmark = pytest.mark.warm
@@ -37,7 +37,7 @@ FOR_MINUTES: dict[str, dict[str, Any]] = {
 
 
 def wanting(given: dict[str, Any]) -> SamplingParams:
-    return SamplingParams(structured_outputs=given)
+    return SamplingParams(structured_outputs=StructuredOutputsParams(**given))
 
 
 @pytest.fixture
@@ -153,7 +153,7 @@ def test_trials_end_with_the_process_that_they_are_for_even_if_it_is_killed(fold
 
 def test_nothing_is_left_of_trials_that_nobody_refers_to(folder):
     tried = trials.Trials(folder / "tokenizer.json", VOCAB_SIZE, [EOS])
-    assert tried.problem_of(wanting({"regex": "a"}).structured_outputs) == ""
+    assert tried.problem_of(StructuredOutputsParams(regex="a")) == ""
     process = present(tried._process)
     del tried
     assert process.returncode is not None

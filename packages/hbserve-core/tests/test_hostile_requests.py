@@ -144,7 +144,7 @@ def test_whatever_is_added_is_answered_or_refused_and_others_have_the_same_token
     want = [greedy_tokens("llama", prompt, NUM_TOKENS) for prompt in SOUND]
     num_answered = num_refused = 0
 
-    @settings(derandomize=True, max_examples=120, deadline=None, database=None, suppress_health_check=HealthCheck)
+    @settings(derandomize=True, max_examples=120, deadline=None, database=None, suppress_health_check=list(HealthCheck))
     @given(st.lists(REQUEST, min_size=1, max_size=3))
     def add(requests: list[Any]) -> None:
         nonlocal num_answered, num_refused

@@ -27,17 +27,20 @@ class Simulation:
     """Stands for the queue of commands, the event loop and the clock of one EngineThread."""
 
     def __init__(self, time_s: Any = H100_8B, host_time_s: Any = lambda: HOST_S, **settings: Any) -> None:
-        model = SimpleNamespace(vocab_size=50, max_model_len=1 << 20, reach=0, eos_token_ids=(0,))
+        model: Any = SimpleNamespace(vocab_size=50, max_model_len=1 << 20, reach=0, eos_token_ids=(0,))
         self.device = SimulatedDevice(model, 20_000, time_s, host_time_s)
         config = InstanceConfig(model_path="", prefix_caching=False, **({"max_num_batched_tokens": 8192} | settings))
         self.engine = Engine(config, self.device, self.device.clock)
         self._commands: list[tuple[float, int, Any]] = []
         self.told: list[tuple[float, Any]] = []
         self.on_told: Any = lambda event: None
-        self._thread = EngineThread(lambda: self.engine, on_events=self._tell, on_failure=pytest.fail)
+        self._thread = EngineThread(lambda: self.engine, on_events=self._tell, on_failure=self._fail)
         thread: Any = self._thread
         thread._commands = self
         thread._loop = SimpleNamespace(call_soon_threadsafe=lambda listener, *args: listener(*args))
+
+    def _fail(self, error: Exception) -> None:
+        pytest.fail(repr(error))
 
     def _tell(self, events: Any) -> None:
         for event in events:

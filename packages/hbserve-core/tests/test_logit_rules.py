@@ -6,6 +6,7 @@ before the tokens of the one before it are read.
 
 from collections import Counter
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -30,6 +31,8 @@ from hbserve_rpc import InvalidRequest, SamplingParams
 pytestmark = WHOLE_STEPS
 CPU = torch.device("cpu")
 MODEL, EOS = "qwen3", 2
+NO_IDS: Any = None
+"""For processors of transformers that do not look at them."""
 
 
 class PresenceAndFrequency:
@@ -47,12 +50,17 @@ class PresenceAndFrequency:
         return scores
 
 
-PENALTIES = {"repetition_penalty": 1.7, "presence_penalty": 1.1, "frequency_penalty": 0.6}
+PENALTIES: dict[str, Any] = {"repetition_penalty": 1.7, "presence_penalty": 1.1, "frequency_penalty": 0.6}
 
 
 def penalties(num_prompt):
     """vLLM's order."""
     return [RepetitionPenaltyLogitsProcessor(1.7), PresenceAndFrequency(num_prompt, 1.1, 0.6)]
+
+
+def sequence_biases(biases):
+    """Of single tokens."""
+    return SequenceBiasLogitsProcessor([[[token], bias] for token, bias in biases.items()])
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +71,7 @@ def oracle(reference_model):
         ids = list(prompt)
         with torch.inference_mode():
             while len(ids) < len(prompt) + count:
-                known = torch.tensor([ids])
+                known: Any = torch.tensor([ids])
                 logits = reference_model(MODEL)(known).logits[:, -1]
                 ids.append(int(LogitsProcessorList(processors)(known, logits).argmax()))
                 if ids[-1] in ends:
@@ -104,8 +112,7 @@ def test_biases_are_transformers_sequence_biases():
     logits = torch.randn(2, 40)
     biases = [{3: 2.5, 7: -100.0}, {39: 100.0}]
     expected = [
-        SequenceBiasLogitsProcessor({(token,): bias for token, bias in each.items()})(torch.zeros(1, 1), row[None])[0]
-        for each, row in zip(biases, logits, strict=True)
+        sequence_biases(each)(torch.zeros(1, 1), row[None])[0] for each, row in zip(biases, logits, strict=True)
     ]
     found = apply(logits, *(SamplingParams(logit_bias=each) for each in biases))
     torch.testing.assert_close(found, torch.stack(expected))
@@ -128,8 +135,8 @@ def test_what_ends_a_request_is_ruled_out_while_transformers_rules_it_out(num_ou
 @pytest.mark.parametrize("min_p", [1e-9, 0.02, 0.5, 1.0])
 def test_min_p_keeps_what_transformers_keeps_after_the_temperature(temperature, min_p):
     logits = 3 * torch.randn(4, 300)
-    warm = TemperatureLogitsWarper(temperature)(None, logits)
-    expected = MinPLogitsWarper(min_p)(None, warm).isfinite()
+    warm = TemperatureLogitsWarper(temperature)(NO_IDS, logits)
+    expected = MinPLogitsWarper(min_p)(NO_IDS, warm).isfinite()
     found = apply(logits, *[SamplingParams(temperature, min_p=min_p)] * 3, SamplingParams(temperature))
     assert torch.equal(found[:3].isfinite(), expected[:3])
     assert torch.equal(found[3], logits[3])
@@ -253,7 +260,7 @@ def test_tokens_equal_those_of_transformers_beside_requests_without_rules(either
     ends = [usual[1], EOS]
     expected = [
         greedy_tokens(MODEL, plain, 4),
-        oracle(biased, 4, [SequenceBiasLogitsProcessor({(token,): value for token, value in bias.items()})]),
+        oracle(biased, 4, [sequence_biases(bias)]),
         oracle(ruled, 4, [MinNewTokensLengthLogitsProcessor(len(ruled), 3, ends)], ends),
     ]
     assert not set(expected[1]) & set(bias)
@@ -333,8 +340,8 @@ def test_min_p_draws_among_what_transformers_keeps(either_runner, reference_mode
     given, temperature, min_p = prompt(5), 5.0, 0.5
     with torch.inference_mode():
         logits = reference_model(MODEL)(torch.tensor([given])).logits[:, -1]
-    warm = TemperatureLogitsWarper(temperature)(None, logits)
-    kept = set(MinPLogitsWarper(min_p)(None, warm)[0].isfinite().nonzero()[:, 0].tolist())
+    warm = TemperatureLogitsWarper(temperature)(NO_IDS, logits)
+    kept = set(MinPLogitsWarper(min_p)(NO_IDS, warm)[0].isfinite().nonzero()[:, 0].tolist())
     assert len(kept) == 18, "of 320: few enough to be drawn all, and many enough to be missed"
     params = [SamplingParams(temperature, 1, seed=seed, min_p=min_p) for seed in range(100)]
     drawn = Counter(tokens[0] for tokens in run(either_runner, [(given, each) for each in params]))
@@ -356,9 +363,7 @@ def test_many_special_rows_are_sampled_a_part_at_a_time(either_runner, oracle, p
     for salt in range(5):
         bias = dict.fromkeys((salt + 60, salt + 61), 50.0)
         requests.append((prompt(4, salt), greedy(2, logit_bias=bias, ignore_eos=True)))
-        expected.append(
-            oracle(prompt(4, salt), 2, [SequenceBiasLogitsProcessor({(t,): v for t, v in bias.items()})], ())
-        )
+        expected.append(oracle(prompt(4, salt), 2, [sequence_biases(bias)], ()))
     special = either_runner._special_rows if isinstance(either_runner, ModelRunner) else either_runner.special_rows
     special.most_rows = 2
     assert run(either_runner, requests) == expected

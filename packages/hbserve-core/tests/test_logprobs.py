@@ -48,7 +48,7 @@ def run(engine, requests):
     return found
 
 
-ASKED = {
+ASKED: dict[str, dict[str, Any]] = {
     "the token alone": {"temperature": 0, "logprobs": 0},
     "the most likely": {"temperature": 0, "logprobs": 3},
     "twenty, of a drawn token": {"temperature": 3.0, "seed": 1, "logprobs": 20, "top_k": 200},

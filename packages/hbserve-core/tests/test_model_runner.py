@@ -1,5 +1,7 @@
 """ModelRunner: batches do not influence each other, settings are checked, and nothing global is touched."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -12,9 +14,8 @@ BLOCK = 8
 
 
 def config(folder, **changes):
-    return InstanceConfig(
-        **({"model_path": str(folder), "block_size": BLOCK, "num_blocks": 96, "device": "cpu"} | changes)
-    )
+    given: dict[str, Any] = {"model_path": str(folder), "block_size": BLOCK, "num_blocks": 96, "device": "cpu"}
+    return InstanceConfig(**(given | changes))
 
 
 @pytest.fixture

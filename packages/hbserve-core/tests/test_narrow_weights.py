@@ -12,6 +12,7 @@ from hbserve_core_interpreted import KERNELS, InterpretedRunner
 from hbserve_core_quantised import change, quantised, write
 
 from hbserve_core import Engine, InstanceConfig, InvalidInstanceConfig, make_runner
+from hbserve_core.model.layers import Linear
 from hbserve_core.model.model_config import load_model_config
 from hbserve_core.model.narrow_weight import (
     NarrowWeight,
@@ -57,9 +58,8 @@ def invented(outputs, inputs, narrow, generator, order=None):
 
 
 def on_device(weight):
-    parts = weight.values, weight.scales, weight.zeros, weight.input_order
-    values, scales, zeros, order = (each if each is None else each.to(DEVICE) for each in parts)
-    return NarrowWeight(values, scales, zeros, weight.group, order)
+    zeros, order = (each if each is None else each.to(DEVICE) for each in (weight.zeros, weight.input_order))
+    return NarrowWeight(weight.values.to(DEVICE), weight.scales.to(DEVICE), zeros, weight.group, order)
 
 
 def close(found, expected, dtype, are_8_bit_rows=False):
@@ -411,7 +411,7 @@ def loaded(folder, rank=0, size=1, make_narrow=None, dtype=torch.float32):
     )  # fmt: skip
 
 
-class Kept:
+class Kept(Linear):
     """A product that nobody computes."""
 
     narrow_bits = 8
@@ -511,7 +511,7 @@ def test_what_kernels_cannot_read_is_widened_and_said(quantised_folder, caplog):
 def test_tokens_of_narrow_weights_are_those_of_widened_ones(generate, quantised_folder, prompt, kind):
     """A prompt and a decode beside the plain runner, which tests of loading compare with transformers."""
     folder = quantised_folder(kind)
-    settings = {"max_num_seqs": 2, "max_num_batched_tokens": 16, "chunk_size": 16}
+    settings: dict[str, Any] = {"max_num_seqs": 2, "max_num_batched_tokens": 16, "chunk_size": 16}
     runner = InterpretedRunner(folder, False, False, **settings)
     assert all(layer.qkv.narrow_bits for layer in runner.decoder._weights.layers)
     config = InstanceConfig(model_path=str(folder), device="cpu", block_size=8, num_blocks=16, **settings)

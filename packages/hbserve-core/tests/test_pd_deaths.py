@@ -12,7 +12,7 @@ import pytest
 from hbserve_core import InstanceConfig
 from hbserve_kv import KVTransferConfig
 from hbserve_rpc import RemoteError, SamplingParams
-from hbserve_rpc.messages import DESCRIBE, Empty, Granted, TokenEvent
+from hbserve_rpc.messages import DESCRIBE, Empty, Granted, Role, TokenEvent
 from hbserve_testing.instances import InstanceClient, start_process, tokens_of
 from hbserve_testing.narrowing import of_type
 from hbserve_testing.processes import children_of
@@ -92,7 +92,7 @@ async def start(model_folder: Callable[[str], Any]) -> AsyncIterator[Start]:
     async with contextlib.AsyncExitStack() as stack:
         started: list[Instance] = []
 
-        async def start(role: str, backend: str, *, halting: bool = False, num_ranks: int = 1) -> Instance:
+        async def start(role: Role, backend: str, *, halting: bool = False, num_ranks: int = 1) -> Instance:
             config = InstanceConfig(
                 instance_id=f"{role}-{len(started)}", role=role, model_path=str(model_folder("qwen3")), device="cpu",
                 num_blocks=NUM_BLOCKS, block_size=BLOCK, chunk_size=CHUNK, num_threads=1, kv_rank=len(started),

@@ -67,12 +67,12 @@ async def start(model_folder: Callable[[str], Any]) -> AsyncIterator[Start]:
 
         async def start(role: str, *, kv: Any = None, **settings: Any) -> Instance:
             kv = {"buffer_size": 1 << 20, "timeout_s": KV_TIMEOUT_S} | (kv or {})
-            config = InstanceConfig(**{
+            given: dict[str, Any] = {
                 "instance_id": f"{role}-{len(started)}", "role": role, "model_path": str(model_folder("qwen3")),
                 "device": "cpu", "num_blocks": 100, "chunk_size": CHUNK, "num_threads": 1, "kv_rank": len(started),
                 "kv_transfer": KVTransferConfig(**kv),
-            } | settings)  # fmt: skip
-            server = GpuInstance(config)
+            }  # fmt: skip
+            server = GpuInstance(InstanceConfig(**(given | settings)))
             await server.start()
             stack.push_async_callback(server.stop)
             instance = Instance(server.address, server=server)
@@ -116,7 +116,7 @@ class Halt:
     def __init__(self, instance: Instance, after: int) -> None:
         self.reached, self._may_go_on = threading.Event(), threading.Event()
         self._left, self._launch = after, instance.server.runner.launch
-        instance.server.runner.launch = self._step  # type: ignore[method-assign]
+        instance.server.runner.launch = self._step
 
     def _step(self, batch: Any) -> Any:
         if self._left == 0:
@@ -310,13 +310,13 @@ REFUSED = {
 
 @pytest.mark.parametrize("why", REFUSED)
 async def test_a_handover_that_the_request_cannot_go_on_with_is_refused_by_the_decode_side(why):
-    request = DecodeRequest("r", "t", [5] * 40, LONG)
+    request = DecodeRequest("r", "t", (5,) * 40, LONG)
     with pytest.raises(RemoteError, match=f"^KV transfer failed: {why}"):
         await wait_for_kv(committed(REFUSED[why]), Inbox(), request, vocab_size=320)
 
 
 async def test_decode_goes_on_without_blocks_only_where_there_is_nothing_to_decode():
-    request = DecodeRequest("r", "t", [5] * 40, LONG)
+    request = DecodeRequest("r", "t", (5,) * 40, LONG)
     with pytest.raises(RemoteError, match="without all blocks that were granted"):
         await wait_for_kv(committed(packed(40, 5), is_partial=True), Inbox(), request, vocab_size=320)
     done = committed(packed(40, 5, "stop"), is_partial=True)

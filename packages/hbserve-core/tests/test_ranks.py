@@ -47,7 +47,7 @@ END_WITHIN_S = 5.0
 
 
 def config(folder: Any, **settings: Any) -> InstanceConfig:
-    defaults = {"device": "cpu", "num_blocks": 50, "num_threads": 2, "tensor_parallel_size": 2}
+    defaults: dict[str, Any] = {"device": "cpu", "num_blocks": 50, "num_threads": 2, "tensor_parallel_size": 2}
     return InstanceConfig(model_path=str(folder), **(defaults | settings))
 
 

@@ -1,6 +1,7 @@
 """Sampling: supports of the filters, frequencies, and seeds that mean the same everywhere."""
 
 from collections import Counter
+from typing import Any
 
 import pytest
 import torch
@@ -82,7 +83,7 @@ def test_top_p_applies_to_what_top_k_left():
 def test_the_same_request_draws_the_same_token_in_any_batch_and_any_sampler():
     generator = torch.Generator().manual_seed(1)
     logits = torch.randn(40, 300, generator=generator)
-    kinds = [
+    kinds: list[dict[str, Any]] = [
         {"temperature": 0},
         {"temperature": 0.7},
         {"temperature": 1.3, "top_k": 20},

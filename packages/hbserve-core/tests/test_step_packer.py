@@ -2,6 +2,7 @@
 
 from array import array
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
@@ -127,7 +128,9 @@ def test_an_unread_token_is_taken_from_where_the_step_before_puts_it():
 def test_what_the_same_requests_ask_for_is_theirs_in_every_step_and_others_have_their_own():
     """It is kept from step to step as long as they are the same."""
     packer = Packer()
-    asked = [{"temperature": 0.5, "top_k": 3, "seed": 2**63 - 1}, {"temperature": 0.75, "top_p": 0.5}, {"seed": 7}]
+    asked: list[dict[str, Any]] = [
+        {"temperature": 0.5, "top_k": 3, "seed": 2**63 - 1}, {"temperature": 0.75, "top_p": 0.5}, {"seed": 7},
+    ]  # fmt: skip
     sequences = [sequence(str(i), 9 - i, 8 - i, **params) for i, params in enumerate(asked)]
     seeds = []
     for chosen in ([0, 1, 2], [0, 1, 2], [0, 2], [1, 2], [0, 1, 2]):

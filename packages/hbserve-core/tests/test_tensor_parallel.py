@@ -7,6 +7,7 @@ import json
 import random
 import shutil
 from array import array
+from typing import Any
 
 import pytest
 import torch
@@ -26,7 +27,9 @@ LENGTHS = (1, 8, 30, 47, 9, 3, 90)
 
 
 def config(folder, **changes):
-    defaults = {"block_size": BLOCK, "num_blocks": 96, "device": "cpu", "max_num_batched_tokens": 64, "chunk_size": 40}
+    defaults: dict[str, Any] = {
+        "block_size": BLOCK, "num_blocks": 96, "device": "cpu", "max_num_batched_tokens": 64, "chunk_size": 40,
+    }  # fmt: skip
     return InstanceConfig(model_path=str(folder), **(defaults | changes))
 
 

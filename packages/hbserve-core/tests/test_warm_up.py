@@ -51,12 +51,15 @@ def launched(monkeypatch):
     return found
 
 
+SPECIAL: list[dict[str, Any]] = [{}, {}, {}, {"logprobs": 2}, {"presence_penalty": 1.0}, {"prompt_logprobs": 1}]
+
+
 def serve(engine: Engine, dice: random.Random, vocab_size: int, longest: int, most: int) -> None:
     """Requests of all lengths, alone and many at once, of which some ask for more than a token."""
     for number in range(12):
         for i in range(dice.choice([1, 1, 2, 3, 5, 17, 40, most])):
             length = dice.choice([1, 2, dice.randrange(1, 40), dice.randrange(1, longest)])
-            special = dice.choice([{}, {}, {}, {"logprobs": 2}, {"presence_penalty": 1.0}, {"prompt_logprobs": 1}])
+            special = dice.choice(SPECIAL)
             params = SamplingParams(dice.choice([0, 0.6]), dice.randrange(1, 5), ignore_eos=True, **special)
             engine.add(f"{number} {i}", [dice.randrange(3, vocab_size) for _ in range(length)], params)
             if dice.random() < 0.1:
