@@ -68,7 +68,8 @@ class FakeEvents:
         return False
 
     async def _all(self) -> AsyncGenerator[TokenEvent | RequestFinished, None]:
-        given, reason = 0, "stop"
+        given = 0
+        reason: FinishReason = "stop"
         for step in self._scheduler.steps:
             await asyncio.sleep(0)  # no step of an engine is there at once
             if self.aborted:

@@ -79,7 +79,7 @@ def begin(url: str, count: int) -> list[Stream]:
 def test_one_that_is_killed_is_started_again_while_the_others_serve_and_sigterm_lets_all_answers_end(
     tmp_path, small_model
 ):
-    sections = {"model": {"path": str(small_model("qwen3"))}, "scheduler": NO_HEARTBEATS}
+    sections: dict[str, Any] = {"model": {"path": str(small_model("qwen3"))}, "scheduler": NO_HEARTBEATS}
     with served(tmp_path, "--api-servers=3", "--drain-timeout=60", **sections) as server:
         url = server.url
         before = processes(server)
@@ -195,10 +195,10 @@ async def test_one_that_ends_again_and_again_is_given_up_and_the_server_ends_wit
         assert (told.scheduler.max_queue_size, told.server.port) == (5, int(front_end.url.rpartition(":")[2]))
         assert told.parent == f"127.0.0.1:{server.address.rpartition(':')[2]}"
         broken.touch()
-        os.kill(first.pid, signal.SIGKILL)
+        os.kill(present(first.pid), signal.SIGKILL)
         await _until(lambda: f"{first.name}: " in caplog.text and "is given up" in caplog.text)
         assert not deaths, "the other one serves"
-        os.kill(second.pid, signal.SIGKILL)
+        os.kill(present(second.pid), signal.SIGKILL)
         await _until(lambda: bool(deaths))
         assert re.fullmatch(f"{second.name}: .*mishap; it was started 5 times again, and is given up", deaths[0])
     finally:

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import signal
+from typing import Any
 
 import pytest
 
@@ -13,9 +14,9 @@ from hbserve_testing.waits import until
 
 pytestmark = pytest.mark.warm
 
-SIZES = {"max_model_len": 128, "num_blocks": 60, "block_size": 8, "chunk_size": 16}
+SIZES: dict[str, Any] = {"max_model_len": 128, "num_blocks": 60, "block_size": 8, "chunk_size": 16}
 PROMPTS = [[5 + (7 * i * i + 3 * i) % 200 for i in range(length)] for length in (1, 20, 40)]
-LONG = {"max_tokens": 9, "ignore_eos": True}
+LONG: dict[str, Any] = {"max_tokens": 9, "ignore_eos": True}
 ASKED = {
     "greedy": SamplingParams(0, **LONG, n=3),
     "drawn": SamplingParams(2.0, **LONG, seed=5, n=4),
@@ -140,7 +141,7 @@ async def test_one_answer_is_stopped_by_its_text_and_the_others_go_on_after_a_de
                 if len(found[0]) > 20 and not killed:
                     killed = llm.scheduler.running_requests["r"].attempts[-1].decode_instance
                     (process,) = [each for each in present(llm._instances).processes if each.instance_id == killed]
-                    os.kill(process.pid, signal.SIGKILL)
+                    os.kill(present(process.pid), signal.SIGKILL)
         assert killed
         assert (found[0], found[2]) == (expected[0], expected[2]), "nothing is told twice, and nothing is lost"
         assert found[1] == expected[1][: len(found[1])]

@@ -14,6 +14,7 @@ import pytest
 
 from hbserve.__main__ import HERE
 from hbserve.generate import counted, why_ended
+from hbserve_rpc.messages import FinishReason
 from hbserve_scheduler import SchedulerConfig
 from hbserve_testing.processes import alive, children_of
 
@@ -51,7 +52,8 @@ def test_an_answer_that_is_cut_at_the_longest_sequence_says_so(config):
 
 
 def test_the_ends_of_several_answers_are_counted():
-    reasons = [why_ended(*each) for each in [("stop", 3, 9), ("length", 9, 9), ("length", 7, 9), ("stop", 9, 9)]]
+    ends: list[tuple[FinishReason, int]] = [("stop", 3), ("length", 9), ("length", 7), ("stop", 9)]
+    reasons = [why_ended(reason, num_tokens, 9) for reason, num_tokens in ends]
     assert counted(reasons) == f"2 stopped, 1 cut at --max-tokens, 1 {CUT}"
     assert counted(reasons[:1]) == "stopped"
 
@@ -79,7 +81,7 @@ def test_bytes_that_are_no_text_are_named_before_anything_starts(config):
     assert len(done.stderr.splitlines()) == 1
 
 
-WRONG = {
+WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "a typo in a section": ({"modle": {"path": "x"}}, "modle: unknown key; did you mean 'model'?"),
     "a typo in a key": ({"engine": {"num_block": 3}}, "engine.num_block: unknown key; did you mean 'num_blocks'?"),
     "a wrong type": ({"chunked_prefill": {"chunk_size": "big"}}, "chunked_prefill.chunk_size='big': expected `int`"),

@@ -33,7 +33,7 @@ def test_documented_fields_have_their_documented_defaults():
     assert [of_type(InstanceSection, each).instance_type for each in config.gpu_instances] == ["prefill", "decode"]
 
 
-WRONG = {
+WRONG: dict[str, tuple[Any, str]] = {
     "chunk_size": (0, "chunk_size=0: expected at least 1"),
     "max_num_seqs": ("many", "max_num_seqs='many': expected `int`"),
     "tensor_parallel_size": (0, "tensor_parallel_size=0: expected at least 1"),
@@ -71,7 +71,7 @@ def test_two_configurations_share_nothing_that_can_be_changed():
 
 def test_all_but_the_model_is_given_by_keyword():
     with pytest.raises(TypeError, match="positional"):
-        PdDisaggConfig("~/model", 2)  # type: ignore[misc]
+        PdDisaggConfig("~/model", 2)  # type: ignore[call-arg]
 
 
 def test_a_misspelt_field_is_an_error():

@@ -15,7 +15,7 @@ from hbserve.tokenizer import load_tokenizer
 pytestmark = pytest.mark.warm
 
 PROMPT = "hello"
-SIZES = {"max_model_len": 64, "num_blocks": 50}
+SIZES: dict[str, Any] = {"max_model_len": 64, "num_blocks": 50}
 LONG = SamplingParams(temperature=0, max_tokens=10, ignore_eos=True)
 
 

@@ -305,7 +305,7 @@ def test_whatever_is_given_is_answered_or_refused_and_another_call_is_unaffected
     (want,) = llm.generate([[5, 6, 7]], SamplingParams(0, 30, True), use_tqdm=False)
     num_answered = num_refused = 0
 
-    @settings(derandomize=True, max_examples=120, deadline=None, database=None, suppress_health_check=HealthCheck)
+    @settings(derandomize=True, max_examples=120, deadline=None, database=None, suppress_health_check=list(HealthCheck))
     @given(CALLS)
     def call(given: tuple[Any, Any]) -> None:
         nonlocal num_answered, num_refused

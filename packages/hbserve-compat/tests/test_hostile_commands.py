@@ -27,7 +27,9 @@ from hbserve_scheduler import InstanceFailed, SchedulerServer
 from hbserve_testing.narrowing import present
 
 WOULD_START = "error: would start\n"
-seconds = settings(derandomize=True, max_examples=70, deadline=None, database=None, suppress_health_check=HealthCheck)
+seconds = settings(
+    derandomize=True, max_examples=70, deadline=None, database=None, suppress_health_check=list(HealthCheck)
+)
 
 TEXT = (
     st.text(st.characters(exclude_categories=()), max_size=20) | st.binary(max_size=8).map(os.fsdecode)

@@ -24,6 +24,10 @@ from hbserve_scheduler.config import ServerSection
 from hbserve_testing.narrowing import present
 
 
+async def not_called(*_: Any) -> None:
+    """The application of a server that is not started."""
+
+
 @pytest.fixture
 def serve(small_model: Callable[[str], Path]) -> Callable[..., Any]:
     @asynccontextmanager
@@ -45,18 +49,18 @@ async def test_a_unix_socket_is_served_and_removed_and_one_that_nobody_serves_is
     path = tmp_path / "socket"
     async with serve(uds=str(path)):
         with pytest.raises(AddressInUse, match="socket is in use"):
-            HttpServer(ServerSection(uds=str(path)), lambda *_: None)
+            HttpServer(ServerSection(uds=str(path)), not_called)
         async with httpx.AsyncClient(transport=httpx.AsyncHTTPTransport(uds=str(path))) as client:
             assert (await client.get("http://here/health")).status_code == 200
     assert not path.exists()
-    left = HttpServer(ServerSection(uds=str(path)), lambda *_: None)
+    left = HttpServer(ServerSection(uds=str(path)), not_called)
     present(left._socket).close()  # as if it had been killed
     assert path.exists()
     async with serve(uds=str(path)):
         pass
     path.write_text("a file of somebody's")
     with pytest.raises(AddressInUse):
-        HttpServer(ServerSection(uds=str(path)), lambda *_: None)
+        HttpServer(ServerSection(uds=str(path)), not_called)
     assert path.read_text() == "a file of somebody's"
 
 
@@ -126,7 +130,7 @@ async def test_https_is_served_with_a_certificate_and_one_that_cannot_be_used_is
         async with httpx.AsyncClient(verify=context) as client:
             assert (await client.get(f"{http.url}/health")).status_code == 200
     with pytest.raises(ConfigError, match=r"^server\.ssl_certfile="):
-        HttpServer(ServerSection(port=0, ssl_keyfile=certificate, ssl_certfile=certificate), lambda *_: None)
+        HttpServer(ServerSection(port=0, ssl_keyfile=certificate, ssl_certfile=certificate), not_called)
 
 
 async def test_behind_a_proxy_everything_is_under_its_path(serve):
@@ -144,4 +148,4 @@ async def test_behind_a_proxy_everything_is_under_its_path(serve):
 
 async def test_a_host_that_is_not_here_is_named():
     with pytest.raises(ConfigError, match=r"^server\.host='192\.0\.2\.1': 192\.0\.2\.1:0 cannot be bound: "):
-        HttpServer(ServerSection(host="192.0.2.1", port=0), lambda *_: None)
+        HttpServer(ServerSection(host="192.0.2.1", port=0), not_called)

@@ -45,7 +45,7 @@ def test_a_model_without_a_tokenizer_serves_token_ids_and_refuses_text(small_mod
         with pytest.raises(InvalidRequest, match=rf"^prompts\[1\]: prompt: {NO_TOKENIZER}"):
             llm.generate([[5], "text"], GREEDY, use_tqdm=False)
         with pytest.raises(InvalidRequest, match=rf"^stop: {NO_TOKENIZER}"):
-            llm.generate([[5]], SamplingParams(stop="END"), use_tqdm=False)
+            llm.generate([[5]], SamplingParams(stop=["END"]), use_tqdm=False)
         with pytest.raises(InvalidRequest, match=NO_TOKENIZER):
             llm.add_request("text", GREEDY)
         assert llm.is_finished()

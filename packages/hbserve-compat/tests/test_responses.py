@@ -1,6 +1,7 @@
 """/v1/responses: OpenAI's Responses API before a scheduler that answers as it is told."""
 
 import asyncio
+from typing import Any
 
 import pytest
 from hbserve_fake_scheduler import named_events_of, server_that_thinks
@@ -102,7 +103,8 @@ async def test_log_probabilities_are_those_of_the_tokens_of_the_text(server):
 
 
 async def test_either_field_asks_for_log_probabilities_and_each_says_what_is_wrong_with_it(server):
-    for fields, num_top in [({"include": LOGPROBS["include"]}, 0), ({"top_logprobs": 3}, 3)]:
+    ways: list[tuple[dict[str, Any], int]] = [({"include": LOGPROBS["include"]}, 0), ({"top_logprobs": 3}, 3)]
+    for fields, num_top in ways:
         (part,) = (await ask(server, **fields)).json()["output"][1]["content"]
         assert {len(each["top_logprobs"]) for each in part["logprobs"]} == {num_top}
     for wrong in (-1, 21):

@@ -1,16 +1,19 @@
 """What a request asks of sampling means the same in one process and over prefill and decode instances."""
 
+from typing import Any
+
 import pytest
 
 from hbserve import LLM, SamplingParams
 from hbserve.pd_disagg import DisaggregatedLLM, PdDisaggConfig
+from hbserve.sampling_params import StructuredOutputsParams
 from hbserve_testing.narrowing import present
 
 pytestmark = pytest.mark.warm
 
-SIZES = {"max_model_len": 128, "num_blocks": 60, "block_size": 8, "chunk_size": 16}
+SIZES: dict[str, Any] = {"max_model_len": 128, "num_blocks": 60, "block_size": 8, "chunk_size": 16}
 PROMPTS = [[5 + (7 * i * i + 3 * i) % 200 for i in range(length)] for length in (1, 20, 40)]
-LONG = {"max_tokens": 9, "ignore_eos": True}
+LONG: dict[str, Any] = {"max_tokens": 9, "ignore_eos": True}
 ASKED = {
     "nothing": SamplingParams(0, **LONG),
     "penalties": SamplingParams(0, **LONG, repetition_penalty=1.8, presence_penalty=1.0, frequency_penalty=0.7),
@@ -21,9 +24,11 @@ ASKED = {
     "the prompt's logprobs": SamplingParams(0, **LONG, prompt_logprobs=2, logprobs=1),
     "the prompt's logprobs and one token": SamplingParams(0, 1, prompt_logprobs=0),
     "the prompt's logprobs and its end": SamplingParams(0, 9, logit_bias={2: 100.0}, prompt_logprobs=1),
-    "a grammar": SamplingParams(0.9, 20, seed=2, structured_outputs={"regex": "[a-h]{3}(-[0-9]{2}){3}"}),
-    "a grammar of one token": SamplingParams(0, 1, structured_outputs={"choice": ["a"]}),
-    "a grammar of nothing": SamplingParams(0, 4, structured_outputs={"choice": [""]}),
+    "a grammar": SamplingParams(
+        0.9, 20, seed=2, structured_outputs=StructuredOutputsParams(regex="[a-h]{3}(-[0-9]{2}){3}")
+    ),
+    "a grammar of one token": SamplingParams(0, 1, structured_outputs=StructuredOutputsParams(choice=["a"])),
+    "a grammar of nothing": SamplingParams(0, 4, structured_outputs=StructuredOutputsParams(choice=[""])),
     "logprobs of the tokens alone": SamplingParams(0.9, **LONG, seed=1, logprobs=0),
 }
 

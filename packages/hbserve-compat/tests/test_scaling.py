@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 import pytest
@@ -14,7 +14,7 @@ from hbserve.launcher import Instances
 from hbserve.scaling import Scaling, describe, scaled
 from hbserve_core import GpuInstance, InstanceConfig
 from hbserve_rpc import InvalidRequest, RemoteError, SamplingParams
-from hbserve_rpc.messages import GenerateRequest, RequestFinished
+from hbserve_rpc.messages import GenerateRequest, RequestFinished, Role
 from hbserve_scheduler import (
     ConfigError,
     CpuScheduler,
@@ -31,7 +31,7 @@ PAIR = [
     {"instance_id": "decode-0", "instance_type": "decode", "kv_rank": 1},
 ]
 NUM_TOKENS = 12
-PROMPTS = [[3 + number, *range(40, 60)] for number in range(6)]
+PROMPTS = [(3 + number, *range(40, 60)) for number in range(6)]
 
 
 class InstanceHere:
@@ -113,7 +113,7 @@ class Deployment:
         await self.instances.stop()
 
     async def scale(self, **wanted: int) -> list[str]:
-        return [each.text async for each in self.client.scale(wanted)]
+        return [each.text async for each in self.client.scale(cast(dict[Role, int], wanted))]
 
     def find(self, name: str) -> InstanceHere:
         (found,) = [each for each in self.instances.processes if each.name == name]

@@ -251,7 +251,7 @@ def test_sigterm_lets_answers_that_have_begun_end_and_refuses_others(small):
 
 def test_a_second_signal_ends_answers_at_once(small):
     body = {"prompt": "Once", "max_tokens": 400, "ignore_eos": True, "n": 64}
-    failed = []
+    failed: list[int | type[httpx.HTTPError]] = []
 
     def ask() -> None:
         try:

@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 from hbserve.server.http_server import HttpServer
 from hbserve.tokenizer import load_tokenizer
 
-many = settings(derandomize=True, max_examples=300, deadline=None, database=None, suppress_health_check=HealthCheck)
+many = settings(
+    derandomize=True, max_examples=300, deadline=None, database=None, suppress_health_check=list(HealthCheck)
+)
 
 
 def new_server(small_model: Callable[[str], Path], **changes: Any) -> FakeServer:

@@ -39,7 +39,7 @@ def error_of(response: httpx.Response, status: int) -> dict[str, Any]:
     return error
 
 
-WRONG = {
+WRONG: dict[str, tuple[dict[str, Any], str, str]] = {
     "a wrong type": ({"max_tokens": "many"}, "max_tokens", "expected `int"),
     "a value out of its range": ({"temperature": -1}, "temperature", "temperature=-1.0: expected a number >= 0"),
     "no tokens": ({"max_tokens": 0}, "max_tokens", "max_tokens=0: expected an integer from 1"),
@@ -336,7 +336,7 @@ async def test_a_key_is_asked_for_where_something_is_computed_and_read_again_whe
     server.answers("a")
 
     async def status(key: str | None, path: str = "/v1/models") -> int:
-        headers = {} if key is None else {"Authorization": f"Bearer {key}".encode()}
+        headers = {} if key is None else {b"Authorization": f"Bearer {key}".encode()}
         return (await server.client.get(path, headers=headers)).status_code
 
     assert [await status(key) for key in ("given", "from the environment", "first")] == [200] * 3

@@ -46,7 +46,7 @@ MESSAGE_S, HANDOFF_S = 0.0001, 0.001
 
 def profile(**more: Any) -> Profile:
     """A token of a prompt takes a millisecond, a decode step ten, and a megabyte one."""
-    values = {
+    values: dict[str, Any] = {
         "name": "round numbers", "source": "made up", "device": "none",
         "kv_bytes_per_token": 1000, "kv_tokens": 100_000,
         "prefill": [(1, 0.001), (1000, 1.0)], "decode": [(1, 10, 0.01), (256, 10, 0.01)],
@@ -62,7 +62,8 @@ WHOLE = EngineLimits(chunk_size=2048)
 # ---- the same decisions --------------------------------------------------------------------------------------------
 
 LENGTHS = [300, 200, 100, 700, 150, 420, 80, 640, 330, 510, 90, 260]
-POLICIES = {"prefill_policy": "least_loaded", "decode_policy": "least_loaded"}  # nothing is drawn by chance
+# Nothing is drawn by chance.
+POLICIES: dict[str, Any] = {"prefill_policy": "least_loaded", "decode_policy": "least_loaded"}
 SETTINGS = SchedulerConfig(max_inflight_prefills=1, heartbeat_interval_s=5, **POLICIES)
 
 
@@ -88,7 +89,7 @@ def serve(instance: ModelledInstance, server: RpcServer) -> None:
     server.serve(CONNECT, connected)
     server.serve_notification(GRANT, granted)
     for method in (DECODE, PREFILL, GENERATE, REPORTS):
-        server.serve_stream(method, streaming(SESSIONS[method.name]))  # type: ignore[arg-type]  # one of these
+        server.serve_stream(method, streaming(SESSIONS[method.name]))
 
 
 async def decided_on_the_real_clock(slower: float) -> list[tuple[str, str]]:
@@ -109,7 +110,7 @@ async def decided_on_the_real_clock(slower: float) -> list[tuple[str, str]]:
     async with asyncio.timeout(30):
         while any(len(each.links) < 2 for each in handles if each.role == "prefill"):
             await asyncio.sleep(0.01)
-    requests = [GenerateRequest(f"r{i}", [7] * n, SamplingParams(0, 4)) for i, n in enumerate(LENGTHS)]
+    requests = [GenerateRequest(f"r{i}", (7,) * n, SamplingParams(0, 4)) for i, n in enumerate(LENGTHS)]
     streams = [scheduler.submit(each) for each in requests]
     for stream in streams:
         async for _ in stream:
@@ -481,9 +482,10 @@ def question(**more: Any) -> Question:
         decode=[(1, 500, 0.006), (64, 500, 0.008), (256, 500, 0.015), (64, 4000, 0.018)],
         transfer=[(1, 0.0), (1_000_000_000, 0.005)], kv_tokens=400_000,
     )  # fmt: skip
-    return Question(
-        **({"profile": cheap, "input_len": 2000, "output_len": 20, "rate": 30, "ttft_s": 0.5, "tpot_s": 0.015} | more)
-    )
+    values: dict[str, Any] = {
+        "profile": cheap, "input_len": 2000, "output_len": 20, "rate": 30, "ttft_s": 0.5, "tpot_s": 0.015,
+    }  # fmt: skip
+    return Question(**(values | more))
 
 
 @pytest.fixture

@@ -40,7 +40,7 @@ class Collector:
 
     def end(self, *attempts: AttemptRecord, **others: Any) -> str:
         """The last request has ended so; its id."""
-        known = {"finish_reason": "length", "first_token_s": 1.25, "second_token_s": 2.0} | others
+        known: dict[str, Any] = {"finish_reason": "length", "first_token_s": 1.25, "second_token_s": 2.0} | others
         request_id = self.server.scheduler.request_ids[-1]
         self.submitted_at = time.time()
         record = RequestRecord(request_id, self.submitted_at, 16, 9, 4, 4096, 0.5, list(attempts), 3.0, **known)

@@ -82,7 +82,7 @@ def test_answers_to_random_prompts_parse_and_validate_against_random_schemas(llm
     # What a model writes at random ends rarely: these make lists, strings and numbers end.
     closing = {llm.tokenizer.encode(each)[0]: 4.0 for each in '"]},'}
     params = [
-        SamplingParams(1.0, 400, seed=seed, logit_bias=closing, structured_outputs={"json": schema})
+        SamplingParams(1.0, 400, seed=seed, logit_bias=closing, structured_outputs=StructuredOutputsParams(json=schema))
         for seed, (schema, _) in enumerate(requests)
     ]
     answers = llm.generate([prompt for _, prompt in requests], params, use_tqdm=False)

@@ -7,9 +7,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hbserve.trace import render_trace
+from hbserve_rpc.messages import FinishReason
 from hbserve_rpc.records import AttemptRecord, RequestRecord
 
 TIME = st.floats(0, 2)
+REASONS: list[FinishReason | None] = ["stop", "length", "abort", None]
 
 
 def load(records: list[RequestRecord]) -> dict[str, Any]:
@@ -69,7 +71,7 @@ def record(draw: st.DrawFn) -> RequestRecord:
         )  # fmt: skip
         attempts.append(attempt)
         at_s += draw(TIME)
-    reason = draw(st.sampled_from(["stop", "length", "abort", None]))
+    reason = draw(st.sampled_from(REASONS))
     return RequestRecord("r", 1e9 + draw(TIME), 4, 2, 0, 4096, 0.1, attempts, at_s, reason)
 
 

@@ -67,7 +67,7 @@ class DecodeWork:
     context: int
     remaining: int
     """Tokens that it is still to get, at least one."""
-    on_first: Callable[[float], None]
+    on_first: Callable[[float], object]
     """Told, as its first step begins, when that ends; unless it is its last."""
     on_done: Callable[[], None]
     end_step: int = -1
