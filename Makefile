@@ -1,7 +1,5 @@
 .DEFAULT_GOAL := help
 PACKAGES := $(wildcard packages/*)
-# Packages whose tests say where they hand over what is of another type.
-ARGUMENTS_TOO := *-rpc/* | *-kv/* | *-scheduler/* | *-testing/*
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -22,8 +20,7 @@ lint:  ## ruff, import-linter, deptry
 type:  ## mypy, package by package: strict, and of tests and benchmarks what their mypy.ini says
 	for package in $(PACKAGES); do uv run mypy $$package/src || exit 1; done
 	for tests in $(wildcard packages/*/tests) tests; do \
-		case $$tests in $(ARGUMENTS_TOO)) also="--enable-error-code arg-type --cache-dir .mypy_cache/arguments" ;; *) also= ;; esac; \
-		MYPYPATH=$$tests uv run mypy --config-file tests/mypy.ini $$also $$tests || exit 1; \
+		MYPYPATH=$$tests uv run mypy --config-file tests/mypy.ini $$tests || exit 1; \
 	done
 	MYPYPATH=packages/hbserve-compat/tests:packages/hbserve-kv/tests uv run mypy --config-file benchmarks/mypy.ini benchmarks
 

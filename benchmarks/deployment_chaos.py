@@ -75,7 +75,7 @@ def serve_instance() -> int:
         return runner
 
     signal.signal(signal.SIGUSR1, break_it)
-    gpu_instance.make_runner = make  # type: ignore[assignment]
+    gpu_instance.make_runner = make
     return process.main()
 
 

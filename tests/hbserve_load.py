@@ -24,7 +24,7 @@ def say(**what: Any) -> None:
 
 
 async def request(scheduler: RemoteScheduler, lane: int, number: int) -> None:
-    prompt = [3 + (7 * i * i + 11 * i + 13 * lane) % 250 for i in range(60)]
+    prompt = tuple(3 + (7 * i * i + 11 * i + 13 * lane) % 250 for i in range(60))
     tokens: list[int] = []
     try:
         async with scheduler.submit(GenerateRequest(f"{lane}-{number}", prompt, PARAMS)) as events:

@@ -82,7 +82,7 @@ PLAIN: dict[type, Any] = {
     inspect.RawType: 3, inspect.AnyType: 3,
 }  # fmt: skip
 TRACEPARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
-LEFT_OUT = {SamplingParams: {"structured_outputs"}}
+LEFT_OUT: dict[type, set[str]] = {SamplingParams: {"structured_outputs"}}
 """Of fields that exclude each other."""
 
 

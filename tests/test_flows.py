@@ -82,7 +82,7 @@ def connected() -> dict[str, list[str]]:
 
 
 def trace(which: str) -> dict[str, list[str]]:
-    command = [sys.executable, ROOT / "benchmarks/trace_request.py", which, "--json"]
+    command: list[str | Path] = [sys.executable, ROOT / "benchmarks/trace_request.py", which, "--json"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)

@@ -4,15 +4,17 @@ import asyncio
 import json
 import os
 import signal
+from typing import Any
 
 import pytest
 
 from hbserve import LLM, SamplingParams
 from hbserve.pd_disagg import DisaggregatedLLM, PdDisaggConfig
+from hbserve.sampling_params import StructuredOutputsParams
 
 pytestmark = pytest.mark.warm
 
-SIZES = {"num_blocks": 100, "block_size": 16, "chunk_size": 48}
+SIZES: dict[str, Any] = {"num_blocks": 100, "block_size": 16, "chunk_size": 48}
 SCHEMA = {
     "type": "object",
     "properties": {
@@ -26,7 +28,9 @@ SCHEMA = {
 PROMPTS = [[5 + (7 * i * i + 3 * i) % 200 for i in range(length)] for length in (1, 7, 30, 50, 64, 70)]
 PARAMS = [
     SamplingParams(2.0, 400, seed=seed, structured_outputs=given)
-    for seed, given in enumerate(3 * [{"json": SCHEMA}, {"regex": "([a-f]{9}-){12}"}])
+    for seed, given in enumerate(
+        3 * [StructuredOutputsParams(json=SCHEMA), StructuredOutputsParams(regex="([a-f]{9}-){12}")]
+    )
 ]
 for several in PARAMS[2:4]:
     several.n = 2

@@ -1,6 +1,6 @@
 """Greedy tokens: prefill and decode apart, over each transfer backend = one hybrid engine = transformers."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -77,7 +77,7 @@ def settings(folder: Path) -> dict:
     }
 
 
-def token_ids(results: list[dict]) -> list[list[int]]:
+def token_ids(results: Sequence[Mapping[str, Any]]) -> list[list[int]]:
     return [result["token_ids"] for result in results]
 
 

@@ -54,7 +54,7 @@ class Deployment:
     def start(self, name: str) -> None:
         script = "start_cpu_scheduler.py" if name == "scheduler" else "start_pd_disagg.py"
         which = [] if name == "scheduler" else ["--instance-id", name]
-        command = [sys.executable, ROOT / "scripts" / script, "--config", self.config, *which]
+        command: list[str | Path] = [sys.executable, ROOT / "scripts" / script, "--config", self.config, *which]
         with self.log.open("ab") as log:
             self.processes[name] = subprocess.Popen(command, stdout=log, stderr=log)
 

@@ -117,13 +117,14 @@ NUMBERS = [name for name, field in ENGINE_FIELDS.items() if plain_type(field) in
 @pytest.mark.parametrize("name", NUMBERS)
 def test_a_number_out_of_its_bounds_is_refused_by_all_three_with_its_name_there(name):
     section, key = ENGINE_KEYS[name]
+    wrong: dict[str, Any] = {name: -1}
     with pytest.raises(ConfigError, match=rf"^{section}\.{key}=-1(\.0)?: expected (at least )?[\d.]+"):
         convert({section: {key: -1}, "gpu_instances": PAIR})
     with pytest.raises(ConfigError, match=rf"^{name}=-1(\.0)?: expected "):
-        PdDisaggConfig("/model", **{name: -1})
+        PdDisaggConfig("/model", **wrong)
     if name != "max_model_len":  # the instance names the model's own limit
         with pytest.raises(InvalidInstanceConfig, match=f"^{name}=-1: expected "):
-            InstanceConfig(model_path="/model", **{name: -1})
+            InstanceConfig(model_path="/model", **wrong)
 
 
 A_NEW_KEY = """\

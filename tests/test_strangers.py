@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -20,13 +21,14 @@ from hbserve_rpc.messages import (
     GenerateRequest,
     InstanceDied,
     RequestFinished,
+    Role,
 )
 from hbserve_scheduler import CpuScheduler, NotReady, RemoteScheduler, SchedulerConfig, SchedulerServer
 
 pytestmark = pytest.mark.warm
 
 KEYS = make_keys()
-PROMPT = [3 + 7 * i % 250 for i in range(64)]
+PROMPT = tuple(3 + 7 * i % 250 for i in range(64))
 PARAMS = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
 
 
@@ -34,6 +36,7 @@ PARAMS = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
 async def deployment(folder, *, keyed: bool = True) -> AsyncIterator[SimpleNamespace]:
     """A scheduler, a prefill and a decode instance in this process."""
     keys = KEYS if keyed else {}
+    roles: tuple[Role, Role] = ("prefill", "decode")
     instances = [
         GpuInstance(
             InstanceConfig(
@@ -42,7 +45,7 @@ async def deployment(folder, *, keyed: bool = True) -> AsyncIterator[SimpleNames
                 keys=keys.get("instance"),
             )
         )
-        for rank, role in enumerate(("prefill", "decode"))
+        for rank, role in enumerate(roles)
     ]  # fmt: skip
     scheduler = CpuScheduler(SchedulerConfig(port=0, heartbeat_interval_s=0.1))
     scheduler.use_keys(keys.get("scheduler"))
@@ -68,7 +71,7 @@ async def ask(asked, name: str = "r") -> RequestFinished:
 
 async def test_a_stranger_is_served_at_no_port_and_each_party_only_at_its_own(small_model):
     async with deployment(small_model("qwen3")) as made, asyncio.timeout(120):
-        ports = {
+        ports: dict[str, tuple[Any, Any, set[Party], Party]] = {
             made.server.address: (SCHEDULER_INFO, Empty(), {"client", "scheduler", "instance"}, "scheduler"),
             made.prefill.address: (DESCRIBE, Empty(), {"scheduler"}, "instance"),
             made.decode.address: (DESCRIBE, Empty(), {"scheduler"}, "instance"),

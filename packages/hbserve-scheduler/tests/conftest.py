@@ -134,7 +134,7 @@ class FakeInstance:
 
     async def die(self) -> None:
         """As a process that is killed: it says no goodbye."""
-        self.server._socket.say_last = lambda frames: None  # type: ignore[method-assign, union-attr]
+        self.server._socket.say_last = lambda frames: None  # type: ignore[method-assign]
         await self.server.stop()
 
     async def restart(self) -> None:
