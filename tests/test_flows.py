@@ -54,7 +54,7 @@ FLOWS = {
         "hbserve_rpc: address client connected_client message_socket rpc_stream server server_connection wire",
     ),
     "scheduling": files(
-        "hbserve_scheduler: admission attempt cpu_scheduler figures fleet instances policies request retries"
+        "hbserve_scheduler: admission attempt cpu_scheduler event_stream figures fleet instances policies request"
     ),
 }
 """A step on CUDA, with its kernels; the same on a CPU, in plain torch; a transfer over nccl, the first of a pair of

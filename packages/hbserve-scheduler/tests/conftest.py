@@ -326,7 +326,7 @@ def assert_empty(until: Any) -> Callable[[CpuScheduler], Awaitable[None]]:
     async def check(scheduler: CpuScheduler) -> None:
         await until(lambda: not scheduler.running_requests)
         assert not scheduler.waiting_requests
-        assert len(scheduler.retries) == 0
+        assert not scheduler.retries.waiting
         for handle in scheduler.fleet.handles.values():
             assert (handle.load, handle.num_inflight, handle.num_pending) == (0, 0, 0), handle.instance_id
         stats = scheduler.stats()

@@ -1,4 +1,4 @@
-"""Who takes each event of a request is given it as it comes, without being woken, and is no part of what brings it."""
+"""Who takes each event of a request is given it soon, without being woken, and is no part of what brings it."""
 
 import asyncio
 from collections.abc import Callable
@@ -8,6 +8,7 @@ import pytest
 from hbserve_rpc import InvalidRequest, RemoteError, SamplingParams
 from hbserve_rpc.messages import ClientEvent, GenerateRequest, RequestFinished, TokenEvent
 from hbserve_scheduler import CpuScheduler, EventStream
+from hbserve_scheduler.event_stream import TurnEnd
 from hbserve_scheduler.request import ScheduledRequest
 
 
@@ -19,12 +20,12 @@ def tokens_of(events: list[ClientEvent]) -> list[list[int]]:
 def stream(ask) -> Callable[..., tuple[ScheduledRequest, EventStream]]:
     def make(**options):
         entry = ScheduledRequest(ask(max_tokens=100, **options))
-        return entry, EventStream(entry, lambda entry: entry.finish("abort"))
+        return entry, EventStream(entry, lambda entry: entry.finish("abort"), TurnEnd())
 
     return make
 
 
-async def test_each_event_is_given_in_the_turn_in_which_it_comes_after_those_that_had_come(stream):
+async def test_what_a_turn_of_the_loop_brings_is_given_together_at_its_end(stream):
     entry, events = stream()
     taken: list[ClientEvent] = []
     entry.deliver(TokenEvent(0, [1]))
@@ -32,13 +33,18 @@ async def test_each_event_is_given_in_the_turn_in_which_it_comes_after_those_tha
     taking = asyncio.create_task(events.each(lambda event: taken.append(event)))
     await asyncio.sleep(0)
     assert tokens_of(taken) == [[1, 2]], "what waits is together"
-    for token in (3, 4):
+    for token in (3, 5):
         entry.deliver(TokenEvent(token - 1, [token]))
-        assert taken[-1] == TokenEvent(token - 1, [token])
+        entry.deliver(TokenEvent(token, [token + 1]))
+        await asyncio.sleep(0)
+        assert taken[-1] == TokenEvent(token - 1, [token, token + 1])
     assert not taking.done()
+    entry.deliver(TokenEvent(6, [7], "length"))
     entry.finish("length")
-    assert isinstance(taken[-1], RequestFinished)
+    assert len(taken) == 3, "not in the midst of what brings it"
     assert await taking is False
+    assert tokens_of(taken) == [[1, 2], [3, 4], [5, 6], [7]]
+    assert isinstance(taken[-1], RequestFinished)
     assert await events.each(taken.append) is False, "and has no more"
 
 
@@ -52,10 +58,12 @@ async def test_who_has_enough_leaves_the_others_and_comes_back_for_them(stream):
 
     taking = asyncio.create_task(events.each(take))
     await asyncio.sleep(0)
-    for token in (1, 2, 3):
+    entry.deliver(TokenEvent(0, [1]))
+    await asyncio.sleep(0)
+    for token in (2, 3):
         entry.deliver(TokenEvent(token - 1, [token]))
-    assert tokens_of(taken) == [[1]]
     assert await taking is True
+    assert tokens_of(taken) == [[1]]
     assert (await anext(events)).token_ids == [2, 3], "one by one goes on where it was left"
     entry.finish("length")
     assert await events.each(take) is False
@@ -70,6 +78,7 @@ async def test_what_who_takes_raises_is_raised_there_and_the_request_goes_on(str
     taking = asyncio.create_task(events.each(fail))
     await asyncio.sleep(0)
     entry.deliver(TokenEvent(0, [1]))
+    await asyncio.sleep(0)
     entry.deliver(TokenEvent(1, [2]))
     with pytest.raises(KeyError, match="of the taker"):
         await taking
@@ -95,9 +104,11 @@ async def test_who_is_cancelled_takes_no_more(stream):
     taken: list[ClientEvent] = []
     taking = asyncio.create_task(events.each(taken.append))
     await asyncio.sleep(0)
+    entry.deliver(TokenEvent(0, [1]))
     taking.cancel()
     await asyncio.gather(taking, return_exceptions=True)
-    entry.deliver(TokenEvent(0, [1]))
+    entry.deliver(TokenEvent(1, [2]))
+    await asyncio.sleep(0)
     assert taken == []
     await events.aclose()
     assert entry.finish_reason == "abort"

@@ -163,7 +163,7 @@ async def test_who_has_refused_is_not_asked_again_at_once(make_scheduler, pair, 
     pair[0].fail["first"] = [Overloaded("it has enough")]
     scheduler = await make_scheduler(*pair)
     stream = scheduler.submit(ask())
-    await until(lambda: scheduler.fleet.handles["p0"].is_full and len(scheduler.retries))
+    await until(lambda: scheduler.fleet.handles["p0"].is_full and scheduler.retries.waiting)
     assert not scheduler.fleet.has_room()
     assert len(pair[0].requests) == 1
     scheduler.fleet.handles["p0"]._may_be_asked()

@@ -145,7 +145,7 @@ class TextRequest:
             await self._events.aclose()
 
     async def each(self, take: Callable[[GenerationDelta], object]) -> bool:
-        """Give what iterating gives to `take`, in the turn of the loop in which it comes, until that returns True.
+        """Give what iterating gives to `take`, as `EventStream.each` does, until that returns True.
 
         Nobody is woken for a token. Returns whether there may be more, and raises what iterating does; to leave it is
         not to abort it.

@@ -8,15 +8,7 @@ from collections.abc import Collection
 from functools import partial
 from itertools import takewhile
 
-from hbserve_rpc import (
-    HBServeRpcError,
-    InvalidRequest,
-    Keys,
-    Overloaded,
-    RequestTimeout,
-    RpcClient,
-    Unavailable,
-)
+from hbserve_rpc import HBServeRpcError, InvalidRequest, Keys, Overloaded, RequestTimeout, RpcClient, Unavailable
 from hbserve_rpc.messages import FinishReason, GenerateRequest, Role, SchedulerStats, ServiceInfo
 from hbserve_rpc.plain_values import plain_id
 from hbserve_rpc.records import RequestRecord
@@ -25,11 +17,12 @@ from hbserve_scheduler.admission import Admission, WaitingRequests, admitted
 from hbserve_scheduler.attempt import Attempt
 from hbserve_scheduler.config import SchedulerConfig
 from hbserve_scheduler.errors import RequestFailed
+from hbserve_scheduler.event_stream import EventStream, TurnEnd
 from hbserve_scheduler.figures import Figures
 from hbserve_scheduler.fleet import Fleet
 from hbserve_scheduler.instance_client import ClientFactory
 from hbserve_scheduler.instances import Placement
-from hbserve_scheduler.request import EventStream, ScheduledRequest
+from hbserve_scheduler.request import ScheduledRequest
 from hbserve_scheduler.retries import Retries, require_another_attempt
 
 logger = logging.getLogger(__name__)
@@ -67,6 +60,7 @@ class CpuScheduler:
         self._ticking: asyncio.TimerHandle | None = None
         self._missing_since_s: float | None = None
         self._stopped = False
+        self._turn_end = TurnEnd()
         self.figures = Figures()
 
     # ---- instances -----------------------------------------------------------------------------------------------
@@ -142,7 +136,7 @@ class CpuScheduler:
         entry.limit_time(self.config.request_timeout_s, self._out_of_time)
         self.waiting_requests.append(entry)
         self._changed.set()
-        return EventStream(entry, self._abandon)
+        return EventStream(entry, self._abandon, self._turn_end)
 
     def require_room(self, priority: int = 0) -> None:
         """Whether `submit` would take a request now: to be asked before something is done for one.
@@ -252,7 +246,7 @@ class CpuScheduler:
 
     def _may_have_room(self) -> None:
         """A request or an instance has changed, which matters where some wait: it is so five times for each request."""
-        if self.waiting_requests or self.retries:
+        if self.waiting_requests or self.retries.waiting:
             self._changed.set()
 
     def _tick(self) -> None:
@@ -265,7 +259,8 @@ class CpuScheduler:
         while True:
             await self._changed.wait()
             self._changed.clear()
-            self.retries.place()
+            if self.retries.waiting:
+                self.retries.place()
             try:
                 await self._schedule_waiting_requests()
             except Exception:  # an override's: the requests must not wait for ever because of it

@@ -10,16 +10,15 @@ import math
 import time
 from array import array
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from operator import sub
 
 import msgspec
 
 from hbserve_rpc import RemoteError
-from hbserve_rpc.messages import ClientEvent, FinishReason, GenerateRequest, RequestFinished, TokenEvent
+from hbserve_rpc.messages import ClientEvent, FinishReason, GenerateRequest, TokenEvent
 from hbserve_rpc.records import AttemptRecord, RequestRecord
-from hbserve_rpc.rpc_stream import whenever_told
 from hbserve_rpc.trace_context import TRACEPARENT
 from hbserve_scheduler.figures import Figures, longest_pause
 from hbserve_scheduler.instances import InstanceHandle
@@ -352,49 +351,3 @@ class ScheduledRequest:
             self.figures.add(record)
         if not self.choices:
             self._add(record.finished(reason, self.choice))
-
-
-class EventStream(AsyncIterator[ClientEvent]):
-    """TokenEvents, then one RequestFinished, of each choice; or the error that ended the request. `aclose` before the
-    end aborts it."""
-
-    def __init__(self, entry: ScheduledRequest, abandon: Callable[[ScheduledRequest], None]) -> None:
-        self._entry = entry
-        self._abandon = abandon
-        self._ended = False
-        self._num_choices = entry.request.params.n
-
-    async def __anext__(self) -> ClientEvent:
-        if self._ended:
-            raise StopAsyncIteration
-        while not self._entry.events:
-            self._entry.reader = asyncio.get_running_loop().create_future()
-            await self._entry.reader
-        return self._next()
-
-    def _next(self) -> ClientEvent:
-        event = self._entry.take()
-        if isinstance(event, Exception):
-            self._ended = True
-            raise event
-        self._num_choices -= isinstance(event, RequestFinished)
-        self._ended = self._num_choices == 0
-        return event
-
-    async def each(self, take: Callable[[ClientEvent], object]) -> bool:
-        """As `RpcStream.each`: give every event to `take` as it comes, until that returns True."""
-
-        def give() -> bool:
-            while self._entry.events and not self._ended:
-                if take(self._next()):
-                    return True
-            return self._ended
-
-        if not self._ended:
-            await whenever_told(give, lambda tell: setattr(self._entry, "on_event", tell))
-        return not self._ended
-
-    async def aclose(self) -> None:
-        if not self._ended:
-            self._ended = True
-            self._abandon(self._entry)

@@ -31,18 +31,14 @@ class Retries:
     def __init__(self, fleet: Fleet, on_change: Callable[[], None]) -> None:
         self._fleet = fleet
         self._on_change = on_change
-        self._waiting: deque[tuple[ScheduledRequest, asyncio.Future[Placement]]] = deque()
+        self.waiting: deque[tuple[ScheduledRequest, asyncio.Future[Placement]]] = deque()
+        """In which order they came, each with what it waits for."""
         self._on_trial: list[ScheduledRequest] = []
 
-    def __len__(self) -> int:
-        return len(self._waiting)
-
     def place(self) -> None:
-        """Give places, as far as there are some. To be called when there may be room."""
-        if not self._waiting:
-            return
+        """Give places to those that are waiting, as far as there are some. To be called when there may be room."""
         self._on_trial = [entry for entry in self._on_trial if entry.is_suspect]
-        for entry, place in list(self._waiting):
+        for entry, place in list(self.waiting):
             if self._is_held_back(entry):
                 continue
             wanted = entry.num_tokens, entry.failed_on, entry.computed_on, entry.request.params.n, entry.request.shape
@@ -52,7 +48,7 @@ class Retries:
             if entry.is_suspect:
                 self._on_trial.append(entry)
                 entry.on_progress = self._on_change
-            self._waiting.remove((entry, place))
+            self.waiting.remove((entry, place))
             place.set_result(placement)
 
     def _is_held_back(self, entry: ScheduledRequest) -> bool:
@@ -63,7 +59,7 @@ class Retries:
         if entry in self._on_trial:  # until its next place
             self._on_trial.remove(entry)
         place: asyncio.Future[Placement] = asyncio.get_running_loop().create_future()
-        self._waiting.append((entry, place))
+        self.waiting.append((entry, place))
         self._on_change()
         try:
             while not (await asyncio.wait([place], timeout=timeout_s))[0] and self._is_held_back(entry):
@@ -74,7 +70,7 @@ class Retries:
             raise
         finally:
             if not place.done():
-                self._waiting.remove((entry, place))
+                self.waiting.remove((entry, place))
         return place.result() if place.done() else None
 
 

@@ -1,0 +1,83 @@
+"""Events of one request, as its client reads them."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from functools import partial
+
+from hbserve_rpc.messages import ClientEvent, RequestFinished
+from hbserve_rpc.rpc_stream import whenever_told
+from hbserve_scheduler.request import ScheduledRequest
+
+
+class TurnEnd:
+    """Functions that are called when all is done that this turn of the event loop began with: together, since asyncio
+    takes longer for a call of each than most of them do."""
+
+    def __init__(self) -> None:
+        self._due: list[Callable[[], None]] = []
+
+    def call(self, tell: Callable[[], None]) -> None:
+        """Call it then; it raises nothing."""
+        if not self._due:
+            asyncio.get_running_loop().call_soon(self._call_all)
+        self._due.append(tell)
+
+    def _call_all(self) -> None:
+        due, self._due = self._due, []
+        for tell in due:
+            tell()
+
+
+class EventStream(AsyncIterator[ClientEvent]):
+    """TokenEvents, then one RequestFinished, of each choice; or the error that ended the request. `aclose` before the
+    end aborts it."""
+
+    def __init__(self, entry: ScheduledRequest, abandon: Callable[[ScheduledRequest], None], turn_end: TurnEnd) -> None:
+        self._entry = entry
+        self._abandon = abandon
+        self._turn_end = turn_end
+        self._ended = False
+        self._num_choices = entry.request.params.n
+
+    async def __anext__(self) -> ClientEvent:
+        if self._ended:
+            raise StopAsyncIteration
+        while not self._entry.events:
+            self._entry.reader = asyncio.get_running_loop().create_future()
+            await self._entry.reader
+        return self._next()
+
+    def _next(self) -> ClientEvent:
+        event = self._entry.take()
+        if isinstance(event, Exception):
+            self._ended = True
+            raise event
+        self._num_choices -= isinstance(event, RequestFinished)
+        self._ended = self._num_choices == 0
+        return event
+
+    async def each(self, take: Callable[[ClientEvent], object]) -> bool:
+        """Give every event to `take`, until that returns True or they end. Returns whether there may be more.
+
+        Nobody is woken for an event. Those that a turn of the loop brings are given at its end, all of its tokens as
+        one: a process that falls behind reads several steps of an engine in one turn, and has to hand them on once.
+        What `take` raises is raised here.
+        """
+
+        def give() -> bool:
+            while self._entry.events and not self._ended:
+                if take(self._next()):
+                    return True
+            return self._ended
+
+        if not self._ended:
+            await whenever_told(give, self._listen)
+        return not self._ended
+
+    def _listen(self, tell: Callable[[], None] | None) -> None:
+        self._entry.on_event = None if tell is None else partial(self._turn_end.call, tell)
+
+    async def aclose(self) -> None:
+        if not self._ended:
+            self._ended = True
+            self._abandon(self._entry)
