@@ -3,10 +3,10 @@
     python benchmarks/simulator_beside_engine.py
     python benchmarks/simulator_beside_engine.py --noise 0.01 --prompt-launch-ms 8
 
-What is left between the two is what the model leaves out: how long before a step's end the next one is launched. It is
-printed as "slack": who comes later than that is not in the next step, but in the one after it. Steps take what the
-profile says, times a number around 1 that varies by --noise; a launch takes the host --launch-ms, and one with prompts
---prompt-launch-ms.
+Both launch a step some time before the end of the one before it, and who comes later than that is in the step after it.
+That time is printed as "slack": the engine learns it, and the model is told what the engine had at the end. Steps take
+what the profile says, times a number around 1 that varies by --noise; a launch takes the host --launch-ms, and one with
+prompts --prompt-launch-ms.
 """
 
 import argparse
@@ -85,7 +85,7 @@ def engine_serves(law: StepLaw, arguments: argparse.Namespace, arrivals: Sequenc
                 if output.is_last:
                     decode_s = device.now - arrivals[number] - first_s
                     served.tpot_s[number] = decode_s / (arguments.output - 1)
-    served.slack_s = engine._launch_times._slack_s
+    served.slack_s = engine.launch_times.slack_s
     return served
 
 
@@ -96,7 +96,7 @@ async def model_serves(law: StepLaw, arguments: argparse.Namespace, arrivals: Se
     def add(number: int) -> None:
         def is_computed() -> None:
             served.ttft_s[number] = loop.time() - arrivals[number]
-            engine.add_decode(DecodeWork(arguments.input, arguments.output - 1, lambda _: None, has_ended))
+            engine.add(DecodeWork(arguments.input, arguments.output - 1, lambda _: None, has_ended))
 
         def has_ended() -> None:
             decode_s = loop.time() - arrivals[number] - served.ttft_s[number]
@@ -104,7 +104,7 @@ async def model_serves(law: StepLaw, arguments: argparse.Namespace, arrivals: Se
             if len(served.tpot_s) == len(arrivals):
                 all_ended.set()
 
-        engine.add_prompt(PromptWork(arguments.input, 0, None, is_computed))
+        engine.add(PromptWork(arguments.input, 0, None, is_computed))
 
     for number, at_s in enumerate(arrivals):
         loop.call_at(at_s, add, number)
@@ -130,6 +130,7 @@ def main() -> None:
             now_s += dice.expovariate(rate)
             arrivals.append(now_s)
         real = engine_serves(law, arguments, arrivals)
+        law.launched_ahead_s = law.launched_ahead_eager_s = real.slack_s
         with asyncio.Runner(loop_factory=VirtualTimeLoop) as runner:
             model = runner.run(model_serves(law, arguments, arrivals))
         known = range(len(arrivals) // 3, len(arrivals))  # before, the engine learns how long steps take

@@ -252,7 +252,7 @@ def test_steps_that_are_jumped_over_are_those_one_by_one(works):
         engine = ModelledEngine(law, EngineLimits())
 
         def add(number: int, context: int, tokens: int) -> None:
-            engine.add_decode(
+            engine.add(
                 DecodeWork(
                     context,
                     tokens,
@@ -291,9 +291,9 @@ def test_chunks_that_are_jumped_over_end_as_they_would_one_by_one():
     async def run() -> None:
         loop = asyncio.get_running_loop()
         engine = ModelledEngine(law, EngineLimits(chunk_size=512))
-        engine.add_prompt(PromptWork(2000, 0, told.append, lambda: told.append(loop.time())))
+        engine.add(PromptWork(2000, 0, told.append, lambda: told.append(loop.time())))
         second = PromptWork(300, 0, None, lambda: told.append(loop.time()))
-        loop.call_at((ends_s[0] + ends_s[1]) / 2, engine.add_prompt, second)
+        loop.call_at((ends_s[0] + ends_s[1]) / 2, engine.add, second)
         await asyncio.sleep((ends_s[0] + ends_s[1]) / 2)
         assert told == pytest.approx(ends_s[:1]), "who depends on it can be told of what has ended"
         await asyncio.sleep(100)
@@ -303,6 +303,44 @@ def test_chunks_that_are_jumped_over_end_as_they_would_one_by_one():
     with asyncio.Runner(loop_factory=VirtualTimeLoop) as runner:
         runner.run(run())
     assert told == pytest.approx([*ends_s[:3], ends_s[2], ends_s[3]])
+
+
+def test_who_comes_after_the_launch_of_the_next_step_is_in_the_one_behind_it():
+    ahead_s = 0.004
+    law = StepLaw(profile(launched_ahead_s=ahead_s, launched_ahead_eager_s=0.008))
+    first_s, joined_s = law.step_s(1, 0, 100), law.step_s(2, 0, 200)
+    firsts: dict[str, float] = {}
+
+    async def run() -> None:
+        loop = asyncio.get_running_loop()
+        engine = ModelledEngine(law, EngineLimits(chunk_size=512, cuda_graph_max_seq_len=256))
+
+        def decode(name: str, tokens: int = 20) -> DecodeWork:
+            return DecodeWork(100, tokens, lambda at_s: firsts.update({name: at_s}), lambda: None)
+
+        engine.add(decode("alone"))
+        loop.call_at(2.5 * first_s, engine.add, decode("in time"))
+        loop.call_at(3 * first_s + 1.5 * joined_s + ahead_s, engine.add, decode("late"))
+        gone = decode("gone")
+        loop.call_at(3 * first_s + 1.9 * joined_s, engine.add, gone)
+        loop.call_at(3 * first_s + 1.95 * joined_s, engine.remove, gone)
+        await asyncio.sleep(10)
+        assert list(firsts) == ["alone", "in time", "late"]
+        engine.add(decode("beside a prompt"))
+        engine.add(PromptWork(300, 0, None, lambda: None))
+        await asyncio.sleep(0)
+        eager_end_s = engine._end_s
+        loop.call_at(eager_end_s + 0.4 * first_s, engine.add, decode("after a step without a graph"))
+        await asyncio.sleep(10)
+        behind_s = firsts["after a step without a graph"] - eager_end_s
+        assert behind_s == pytest.approx(3 * first_s, rel=0.01), "6 ms before the end of a step are too late now"
+        assert (engine.batch, engine.keys, len(engine.prompts)) == (0, 0, 0)
+
+    with asyncio.Runner(loop_factory=VirtualTimeLoop) as runner:
+        runner.run(run())
+    assert firsts["alone"] == pytest.approx(first_s)
+    assert firsts["in time"] == pytest.approx(3 * first_s + joined_s, rel=0.01)
+    assert firsts["late"] == pytest.approx(3 * first_s + 3 * joined_s + law.step_s(3, 0, 300), rel=0.01)
 
 
 def test_work_that_is_aborted_leaves_nothing_in_the_engine():
@@ -315,14 +353,14 @@ def test_work_that_is_aborted_leaves_nothing_in_the_engine():
 
         kept, gone, joining = decode("kept"), decode("gone"), decode("joining")
         prompt = PromptWork(100, 0, None, lambda: ended.append("prompt"))
-        engine.add_decode(kept)
-        engine.add_decode(gone)
+        engine.add(kept)
+        engine.add(gone)
         await asyncio.sleep(0.105)
         engine.remove(gone)
         engine.remove(gone)
-        engine.add_decode(joining)
+        engine.add(joining)
         engine.remove(joining)
-        engine.add_prompt(prompt)
+        engine.add(prompt)
         await asyncio.sleep(0.015)
         engine.remove(prompt)
         await asyncio.sleep(10)
@@ -336,9 +374,9 @@ def test_work_that_is_aborted_leaves_nothing_in_the_engine():
 def test_a_step_with_a_target_has_so_much_of_a_prompt_as_keeps_it():
     async def run() -> ModelledEngine:
         engine = ModelledEngine(StepLaw(profile()), EngineLimits(chunk_size=None, itl_target_ms=200))
-        engine.add_decode(DecodeWork(10, 100, lambda _: None, lambda: None))
+        engine.add(DecodeWork(10, 100, lambda _: None, lambda: None))
         await asyncio.sleep(0.05)
-        engine.add_prompt(PromptWork(1000, 0, None, lambda: None))
+        engine.add(PromptWork(1000, 0, None, lambda: None))
         await asyncio.sleep(100)
         return engine
 
@@ -580,6 +618,7 @@ def test_profile_measures_an_instance_into_a_file_that_simulations_read(small_mo
     assert [tokens for tokens, _ in found.prefill] == [8, 32]
     assert [(batch, context) for batch, context, _ in found.decode] == [(1, 16), (2, 16)]
     assert "1 x 100000 skipped" in result.stderr
+    assert found.launched_ahead_s == found.launched_ahead_eager_s == 0.0, "a CPU computes what it launches at once"
     assert min(found.handoff_s, found.message_s, found.kv_bytes_per_token, found.kv_tokens) > 0
     assert all(time_s > 0 for _, time_s in found.prefill + found.transfer)
     (results,) = simulate(Deployment(found, roles_of(1, 1)), poisson(20, 5, 20, 5))

@@ -1,11 +1,15 @@
 """The engine's benchmark runs, and says what was reached."""
 
 import re
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from hbserve_core import InstanceConfig
 from hbserve_core.bench import workloads as engine_bench
+from hbserve_core.bench.batch_sweep import BatchSweep
+from hbserve_core.bench.simulated_device import H100_8B, SimulatedDevice
 from hbserve_core.bench.workloads import WORKLOADS, Sizes, bench_config, run_bench
 from hbserve_core.ranks.make_runner import make_runner
 from hbserve_rpc import LogitsNotFinite
@@ -36,3 +40,26 @@ def test_a_model_without_numbers_has_no_speed_and_its_runner_is_closed(numberles
         run_bench(bench_config(str(numberless_model), sizes, device="cpu"), sizes, WORKLOADS, lines.append)
     assert lines == []
     assert len(closed) == 1
+
+
+def test_how_long_before_a_steps_end_the_next_one_is_launched_is_known_with_and_without_prompts(monkeypatch):
+    class SlowWithPrompts(SimulatedDevice):
+        def launch(self, batch):
+            has_prompts = any(chunk.num_new_tokens > 1 for chunk in batch)
+            self._host_time_s = lambda: 0.004 if has_prompts else 0.0005
+            return super().launch(batch)
+
+    monkeypatch.setattr("hbserve_core.bench.batch_sweep.measure_limits", lambda *_: None)
+    model: Any = SimpleNamespace(vocab_size=1000, max_model_len=3000, reach=0, eos_token_ids=())
+    config = InstanceConfig(
+        model_path="", chunk_size=16384, max_chunk_prefill_tokens=16384, max_num_batched_tokens=16384
+    )
+    sweep = BatchSweep(config, SlowWithPrompts(model, 20_000, H100_8B))
+    sweep._engine._clock = sweep._engine.launch_times._clock = sweep._runner.clock
+    decodes_s = sweep.launched_ahead_s(16, 512)
+    assert 0.0005 < decodes_s < 0.0015
+    assert 0.004 < sweep.launched_ahead_s(16, 512, 2048) < 0.005
+    assert sweep.launched_ahead_s(16, 512) == pytest.approx(decodes_s, abs=0.0005), "prompts are forgotten"
+    assert not sweep._engine.has_work()
+    sweep._runner.overlaps = False
+    assert sweep.launched_ahead_s(16, 512) == 0.0

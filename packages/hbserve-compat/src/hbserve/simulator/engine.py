@@ -3,11 +3,13 @@
 Steps are one timer, up to the next one after which something is otherwise: decode steps of the same sequences up to the
 first that is the last of one, steps of prompts alone up to the end of a prompt. Who comes meanwhile cuts it short at
 the end of the step that is under way. So a simulation takes about as long as it has requests, not tokens or chunks.
+An engine launches a step some time before the end of the one before it; who comes after that is in the step behind it.
 """
 
 import asyncio
 import heapq
 import itertools
+import math
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +21,8 @@ FEWEST_TOKENS = 1024
 STEPS_OF_BACKLOG = 8
 FEWEST_BESIDE_DECODES = 64
 """As hbserve_core/engine/step_times.py has them, for chunk_size "auto"."""
+STEPS_REMEMBERED = 200
+"""As there: by the launches of so many steps it is decided when the next one is to be."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,7 @@ class EngineLimits:
     max_chunk_prefill_tokens: int = 4096
     max_num_batched_tokens: int = 2048
     max_num_seqs: int = 256
+    cuda_graph_max_seq_len: int = 2048
 
     @classmethod
     def of(cls, settings: EngineSettings) -> "EngineLimits":
@@ -40,6 +45,7 @@ class EngineLimits:
             settings.max_chunk_prefill_tokens,
             settings.max_num_batched_tokens,
             settings.max_num_seqs,
+            settings.cuda_graph_max_seq_len if settings.cuda_graph_enabled else 0,
         )
 
 
@@ -104,6 +110,12 @@ class ModelledEngine:
         self._planned: deque[tuple[float, list[tuple[PromptWork, int]]]] = deque()
         """Steps with prompts, from the one that is under way on: when each ends, and its chunks."""
         self._timer: asyncio.Handle | None = None
+        self._end_s = math.inf
+        """Of what is under way."""
+        self._missed: list[PromptWork | DecodeWork] = []
+        """Have come when the step after the one that is under way was launched already."""
+        self._eager_left = 0
+        """Steps until the last one without a CUDA graph is forgotten."""
         self._began_s = 0.0
         self._steps_under_way = 0
         """Of decodes, from `_began_s` on."""
@@ -111,17 +123,31 @@ class ModelledEngine:
         """Of these, the end of the first, where some have joined in it, and it was not counted yet."""
         self._has_died = False
 
-    def add_prompt(self, work: PromptWork) -> None:
-        self.prompts.append(work)
-        self._look()
+    def add(self, work: PromptWork | DecodeWork) -> None:
+        """It is in the next step that is not launched yet."""
+        if self._has_died:
+            return
+        if self._timer is None:  # all that comes in this moment is in the step
+            self._timer = self._loop.call_soon(self._begin)
+        else:
+            self._cut_short()
+            ahead_s = self._law.launched_ahead_eager_s if self._eager_left else self._law.launched_ahead_s
+            if ahead_s and self._end_s - self._loop.time() < ahead_s:
+                self._missed.append(work)
+                return
+        self._queue(work)
 
-    def add_decode(self, work: DecodeWork) -> None:
-        self._joining.append(work)
-        self._look()
+    def _queue(self, work: PromptWork | DecodeWork) -> None:
+        if isinstance(work, PromptWork):
+            self.prompts.append(work)
+        else:
+            self._joining.append(work)
 
     def remove(self, work: PromptWork | DecodeWork) -> None:
         """It was aborted: it is in no step after the one that is under way."""
-        if isinstance(work, PromptWork):
+        if work in self._missed:
+            self._missed.remove(work)
+        elif isinstance(work, PromptWork):
             if work in self.prompts:
                 self.prompts.remove(work)
                 self._cut_short()
@@ -154,15 +180,6 @@ class ModelledEngine:
 
     # ---- steps -------------------------------------------------------------------------------------------------------
 
-    def _look(self) -> None:
-        """Something has come: it is in the next step."""
-        if self._has_died:
-            return
-        if self._timer is None:  # all that comes in this moment is in the step
-            self._timer = self._loop.call_soon(self._begin)
-        else:
-            self._cut_short()
-
     def _cut_short(self) -> None:
         """End what is under way after the step that is under way."""
         self.settle()
@@ -190,10 +207,13 @@ class ModelledEngine:
     def _end_at(self, end_s: float) -> None:
         if self._timer is not None:
             self._timer.cancel()
+        self._end_s = end_s
         self._timer = self._loop.call_at(end_s, self._end)
 
     def _begin(self) -> None:
-        self._timer = None
+        self._timer, self._end_s = None, math.inf
+        if self._missed and not (self.prompts or self.batch or self._joining):  # nothing else was launched
+            self._queue_missed()
         joined, self._joining = self._joining, []
         for work in joined:
             self.batch += 1
@@ -207,7 +227,8 @@ class ModelledEngine:
         elif self.batch:
             while self._ends[0][2].is_gone:
                 heapq.heappop(self._ends)
-            end_s = first_end_s = self._begin_decodes(self._ends[0][0] - self._step, has_first=bool(joined))
+            count = 1 if self._missed else self._ends[0][0] - self._step
+            end_s = first_end_s = self._begin_decodes(count, has_first=bool(joined))
             if self._first_end_s is not None:
                 first_end_s = self._first_end_s
         else:
@@ -215,15 +236,21 @@ class ModelledEngine:
         for work in joined:
             if work.remaining > 1:
                 work.on_first(first_end_s)
-        self._timer = self._loop.call_at(end_s, self._end)
+        self._queue_missed()
+        self._end_at(end_s)
+
+    def _queue_missed(self) -> None:
+        for work in self._missed:
+            self._queue(work)
+        self._missed.clear()
 
     def _plan(self) -> None:
-        """The next step; without decodes, all up to the end of a prompt."""
+        """The next step; without decodes, all up to the end of a prompt, unless somebody is to be in the one after."""
         end_s = self._began_s
         while True:
             chunks = self._choose_chunks()
             new_tokens, pairs = self.batch, 0.0
-            ends = self.batch > 0
+            ends = self.batch > 0 or bool(self._missed)
             for work, count in chunks:
                 new_tokens += count
                 pairs += count * (work.planned + count / 2)
@@ -320,8 +347,13 @@ class ModelledEngine:
         if batch:
             figures.output_tokens += count * batch
             figures.gaps_s[round(took_s / count, 4)] += count * batch
-        for _, chunk in chunks:
-            figures.prompt_tokens += chunk
+        if self._eager_left:
+            self._eager_left = max(0, self._eager_left - count)
+        if chunks:
+            num_tokens = sum([chunk for _, chunk in chunks])
+            figures.prompt_tokens += num_tokens
+            if batch + num_tokens > self.limits.cuda_graph_max_seq_len:
+                self._eager_left = STEPS_REMEMBERED
 
     def _end_chunks(self, chunks: Iterable[tuple[PromptWork, int]]) -> None:
         for work, count in chunks:

@@ -24,6 +24,7 @@ from hbserve_rpc.messages import DESCRIBE, Empty, InstanceInfo
 BLOCK_BYTES = 1 << 20
 ROUNDS = 5
 NUM_CALLS = 200
+DECODES_AT_A_LAUNCH = 16
 DEADLINE_S = 30.0
 
 
@@ -57,6 +58,7 @@ def measure_profile(args: ProfileArgs) -> None:
     try:
         sweep = BatchSweep(config, runner)
         prefill, decode = _steps(sweep, prompts, batches, contexts)
+        ahead_s, eager_ahead_s = _launched_ahead(sweep, batches, contexts[0], config.cuda_graph_max_seq_len)
         device, per_token, kv_tokens = runner.device, sweep.kv_bytes_per_token, sweep.kv_tokens
     finally:
         runner.close()
@@ -73,6 +75,8 @@ def measure_profile(args: ProfileArgs) -> None:
         transfer=moving,
         handoff_s=beside_s,
         message_s=asyncio.run(_message_s()),
+        launched_ahead_s=ahead_s,
+        launched_ahead_eager_s=eager_ahead_s,
     )
     args.output.write_bytes(msgspec.json.format(msgspec.json.encode(profile)) + b"\n")
     sys.stdout.write(f"{args.output}: {len(prefill)} prompts, {len(decode)} decode steps, {len(moving)} transfers\n")
@@ -112,6 +116,18 @@ def _steps(
     if not prefill or not decode:
         raise InvalidRequest("--prompt-lens, --batch-sizes, --contexts: nothing fits this model and its pool")
     return prefill, decode
+
+
+def _launched_ahead(
+    sweep: BatchSweep, batches: Sequence[int], context: int, longest_in_graph: int
+) -> tuple[float, float]:
+    """How long before a step's end the next one is launched, and the same where prompts without a graph are computed
+    beside decodes."""
+    batch = max((each for each in batches if each <= DECODES_AT_A_LAUNCH), default=batches[0])
+    ahead_s = sweep.launched_ahead_s(batch, context)
+    if sweep.obstacle(1, longest_in_graph) is not None:
+        return ahead_s, ahead_s
+    return ahead_s, sweep.launched_ahead_s(batch, context, longest_in_graph)
 
 
 async def _transfers(backend: str, device: str, megabytes: Sequence[int]) -> tuple[list[tuple[int, float]], float]:

@@ -45,6 +45,11 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     """That a hand-off takes beside moving bytes and waiting for a step: messages on the way."""
     message_s: float
     """One way of a message between scheduler and instance."""
+    launched_ahead_s: float = 0.0
+    """So long before the end of a step its engine launches the next one, and who comes later is in the step after that.
+    0: it does not, or nobody has measured it."""
+    launched_ahead_eager_s: float = 0.0
+    """The same while some steps have no CUDA graph, whose launches take the host longer."""
 
 
 class StepLaw:
@@ -61,6 +66,8 @@ class StepLaw:
         self._of_prompts = Line([*prompts.items()])
         self._few = [self._of_decodes.at(num_tokens) for num_tokens in range(widest + 1)]
         self._transfer = Line(profile.transfer)
+        self.launched_ahead_s = profile.launched_ahead_s
+        self.launched_ahead_eager_s = max(profile.launched_ahead_s, profile.launched_ahead_eager_s)
 
     def step_s(self, new_tokens: int, pairs: float, keys: int) -> float:
         """Of one step with so many tokens of prompts and decodes; pairs are of prompts, keys of decodes."""

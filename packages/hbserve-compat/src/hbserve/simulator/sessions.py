@@ -80,7 +80,7 @@ class RoomSession:
         """From this token on, of the answer."""
         self._first = first
         self._work = DecodeWork(self.num_tokens, self._last - first, self._tell_first, self._tell_rest)
-        self._instance.engine.add_decode(self._work)
+        self._instance.engine.add(self._work)
 
     def _tell_first(self, at_s: float) -> None:
         self._tell(1, at_s)
@@ -113,7 +113,7 @@ class Generating(RoomSession):
         instance = self._instance
         cached = instance.cached(self._request.request_id, self.num_tokens)
         self._work = PromptWork(self.num_tokens, cached, None, self._prompt_is_done)
-        instance.engine.add_prompt(self._work)
+        instance.engine.add(self._work)
 
     def _prompt_is_done(self) -> None:
         self._tell(1, self._instance.loop.time())
@@ -168,7 +168,7 @@ class Prefilling:
         count = len(request.prompt_token_ids) + self._first
         self._work = PromptWork(count, instance.cached(request.request_id, count), self._push, self._step_is_over)
         instance.begin_prefill(request.request_id, self.grant)
-        instance.engine.add_prompt(self._work)
+        instance.engine.add(self._work)
 
     def grant(self, moves: bool) -> None:
         if self._moves is None:

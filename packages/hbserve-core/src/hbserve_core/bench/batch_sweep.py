@@ -34,6 +34,9 @@ BATCH_SIZES = (1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 15, 16, 17, 24, 31, 32, 33, 48, 64
 """Dense where steps are short, and on both sides of the sizes at which something else is chosen."""
 
 _NUM_STEPS = 48
+_NUM_LAUNCHES = 240
+"""Steps until an engine decides by these alone when it launches the next one."""
+_STEPS_TO_PROMPT = 4
 _NUM_WARM = 4
 """Steps of each batch that are not timed."""
 _MOST_OF_THE_POOL = 0.98
@@ -171,7 +174,7 @@ class BatchSweep:
     def measure(self, batch: int, context: int) -> SweepRow:
         """Of a batch without obstacle. Raises LogitsNotFinite."""
         preemptions = self._engine.stats().num_preemptions
-        names = self._add(batch, context)
+        names = self._add(batch, context, _num_steps(self._config, batch, context))
         ends: list[float] = []
         generated: list[float] = []
         while len(ends) <= _NUM_WARM + _NUM_STEPS:
@@ -206,6 +209,23 @@ class BatchSweep:
             times.append(perf_counter() - began_s)
         return statistics.median(times[1:])
 
+    def launched_ahead_s(self, batch: int, context: int, prompt: int | None = None) -> float:
+        """So long before the end of a step the engine launches the next one, while such a batch decodes; `prompt`: and
+        in every fourth step a prompt of so many tokens is computed beside it. 0: it does not, as on a CPU."""
+        if not self._runner.overlaps:
+            return 0.0
+        count = min(_NUM_LAUNCHES, self._runner.model_config.max_model_len - context - 1)
+        names = self._add(batch, context, count + 1)
+        for step in range(count):
+            if prompt is not None and step % _STEPS_TO_PROMPT == 0:
+                self._count += 1
+                tokens = self._random.choices(range(self._runner.model_config.vocab_size), k=prompt)
+                self._engine.add(str(self._count), tokens, SamplingParams(0.6, 1, ignore_eos=True))
+            for output in self._engine.step():
+                output.raise_error()
+        self._end(names)
+        return self._engine.launch_times.slack_s
+
     @property
     def kv_bytes_per_token(self) -> int:
         """Of all ranks together."""
@@ -217,13 +237,13 @@ class BatchSweep:
         """That the pool has room for."""
         return self._engine.blocks.num_blocks * self._engine.blocks.block_size
 
-    def _add(self, batch: int, context: int) -> list[str]:
+    def _add(self, batch: int, context: int, num_tokens: int) -> list[str]:
         vocabulary = range(self._runner.model_config.vocab_size)
         names = []
         for _ in range(batch):
             self._count += 1
             names.append(str(self._count))
-            params = SamplingParams(0.6, _num_steps(self._config, batch, context), ignore_eos=True)
+            params = SamplingParams(0.6, num_tokens, ignore_eos=True)
             self._engine.add(names[-1], self._random.choices(vocabulary, k=context), params)
         return names
 

@@ -50,8 +50,8 @@ class Engine:
         self.limits = RequestLimits(config, self._model.vocab_size, self._model.max_model_len, self.blocks.num_blocks)
         # The other ranks' hosts would have to be waited for too, and nobody knows how long these need.
         several = config.tensor_parallel_size > 1
-        self._launch_times = LaunchTimes(clock, runner, always_at_once=several)
-        self._scheduler = BatchScheduler(config, self.blocks, ChunkSizes(config, self._launch_times.step_times))
+        self.launch_times = LaunchTimes(clock, runner, always_at_once=several)
+        self._scheduler = BatchScheduler(config, self.blocks, ChunkSizes(config, self.launch_times.step_times))
         self._sequences: dict[str, Sequence] = {}
         """All whose id is in use, by it."""
         self._num_matchers = 0
@@ -216,7 +216,7 @@ class Engine:
         only others can bring something to do."""
         if self._in_flight is None:
             return 0.0 if self.has_work() and not self.stalled else None
-        return self._launch_times.wait_s(can_launch=bool(self._scheduler.running or self._scheduler.waiting))
+        return self.launch_times.wait_s(can_launch=bool(self._scheduler.running or self._scheduler.waiting))
 
     def step(self) -> list[StepOutput]:
         """Launch one batch, and read the tokens of the one before it; of the same, if the runner does not overlap."""
@@ -256,7 +256,7 @@ class Engine:
         self._in_flight = step
         if step is None:
             return
-        self._launch_times.began(StepWork.of(step.chunks), step.launched_at)
+        self.launch_times.began(StepWork.of(step.chunks), step.launched_at)
         for sequence, first, count in step.chunks:
             if sequence.phase is Phase.ENDED:
                 continue  # its last token was one that ends it, as has just been read
@@ -279,7 +279,7 @@ class Engine:
         for place in step.late:
             result.tokens[place] = None
             result.logprobs.pop(place, None)
-        self._launch_times.ended(waited_from, begin, next_host_time_s)
+        self.launch_times.ended(waited_from, begin, next_host_time_s)
         self.blocks.last_ended = step.number
         for place, scored in result.prompt_logprobs.items():
             sequence = step.chunks[place][0]
@@ -383,8 +383,8 @@ class Engine:
             num_prefill_tokens=self._num_prefilled,
             num_steps=self.blocks.last_launched,
             host_time_s=self._host_time_s,
-            num_late_steps=self._launch_times.num_late,
-            idle_time_s=self._launch_times.idle_time_s,
+            num_late_steps=self.launch_times.num_late,
+            idle_time_s=self.launch_times.idle_time_s,
         )
 
     def check_integrity(self) -> None:

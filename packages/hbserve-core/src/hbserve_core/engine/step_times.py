@@ -239,7 +239,8 @@ class LaunchTimes:
         """The last time that the step was seen to be computed still, after having waited in vain for its end."""
         self._needs: deque[float] = deque(maxlen=_WINDOW)
         """Time from the launch, had it been at the right moment, to the predicted end of the step before."""
-        self._slack_s = 0.0
+        self.slack_s = 0.0
+        """So long before a step's predicted end the next one is launched, where steps are not followed at once."""
         self._num_waited = 0
 
     def wait_s(self, *, can_launch: bool) -> float:
@@ -255,7 +256,7 @@ class LaunchTimes:
             return 0.0
         now = self._clock()
         left = step.begin + (step.predicted_s or 0.0) - now
-        left = left - self._slack_s if can_launch else max(left, TAIL_POLL_S)
+        left = left - self.slack_s if can_launch else max(left, TAIL_POLL_S)
         if left < _SHORTEST_WAIT_S or self._runner.is_idle():
             return 0.0
         self._busy_at = now
@@ -282,7 +283,7 @@ class LaunchTimes:
             return
         if step.predicted_s is not None and step.predicted_s >= LATE_FROM_S and host_time_s is not None:
             self._needs.append(host_time_s + step.begin + step.predicted_s - end)
-            self._slack_s = sorted(self._needs)[int(0.99 * len(self._needs))] + MARGIN_S
+            self.slack_s = sorted(self._needs)[int(0.99 * len(self._needs))] + MARGIN_S
 
     def began(self, work: StepWork, launched_at: float) -> None:
         """A step is in flight, behind the one that has ended."""
