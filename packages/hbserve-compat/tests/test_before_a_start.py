@@ -12,7 +12,9 @@ from hbserve import child_process, servable
 from hbserve.__main__ import app
 from hbserve.pd_disagg import DisaggregatedLLM, PdDisaggConfig
 from hbserve_core import InvalidInstanceConfig
+from hbserve_core.model import host_memory
 from hbserve_kv import BackendUnavailable
+from hbserve_kv.transports import registry
 from hbserve_rpc import AddressInUse
 from hbserve_scheduler import ConfigError
 
@@ -105,8 +107,30 @@ async def test_python_hears_the_same_before_a_process_is_started(small_model):
             await DisaggregatedLLM(config).start()
 
 
+def test_too_little_memory_for_the_weights_of_all_instances_is_told_with_what_they_need(config, monkeypatch):
+    monkeypatch.setattr(host_memory, "available_memory", lambda: 1000)
+    refused = CliRunner().invoke(app, ["serve", "--config", str(config())])
+    assert refused.stderr.splitlines()[-1].startswith("error: ")
+    assert ": 2 times its weights, one for each instance, need 0.0 GiB of this host's memory, of" in refused.stderr
+    assert refused.exit_code == 1
+
+
+def test_mooncake_that_is_not_installed_is_told_with_what_installs_it(config, monkeypatch):
+    monkeypatch.setattr(registry, "PathFinder", type("Nothing", (), {"find_spec": lambda *_: None}))
+    refused = CliRunner().invoke(app, ["serve", "--config", str(config(kv_transfer={"backend": "mooncake"}))])
+    assert "error: kv_transfer.backend='mooncake' needs Mooncake: pip install 'hbserve-kv[" in refused.stderr
+    assert refused.exit_code == 1
+
+
+def test_a_prompt_of_no_tokens_is_refused_before_anything_starts(config):
+    refused = CliRunner().invoke(app, ["generate", "", "--config", str(config())])
+    assert (refused.exit_code, refused.stderr) == (2, "error: prompt: expected at least one token\n")
+
+
 def test_a_backend_that_is_there_is_not_imported_to_know_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    (tmp_path / "dear_to_import.py").write_text("raise SystemExit('imported')")
+    for name in ("dear_to_import", "mooncake"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('imported')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     servable.require_backend("dear_to_import:Mine")
     for name in ("nccl", "mooncake", "ipc", "auto"):

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import re
+import resource
 import signal
 import sys
 import time
@@ -33,8 +34,7 @@ LOG_LINE = re.compile(r"\d{4}-\d\d-\d\d [\d:,]+ (DEBUG|INFO|WARNING|ERROR|CRITIC
 OF_EVERY_START = re.compile(
     r"WARNING: Logging before InitGoogleLogging\(\) is written to STDERR|E\d{4} .*\] Local segment descriptor not found"
 )
-"""What Mooncake (0.3.13) writes whenever an engine of it is made, at whatever level it was set to; nothing follows from
-it, and users take it for the reason of the next thing that goes wrong."""
+"""What Mooncake (0.3.13) writes whenever an engine of it is made; users take it for why the next thing goes wrong."""
 
 
 def level_of_application() -> str:
@@ -236,17 +236,17 @@ class ChildProcess:
             self._on_death(self.name, f"its process has ended ({self._why()})")
 
     def _why(self) -> str:
-        assert self._process is not None
-        status = self._process.returncode or 0
+        status = (self._process and self._process.returncode) or 0
         if status == -signal.SIGKILL:  # it could say nothing itself: its last words are about something else
             return "signal SIGKILL, from somebody or from the system when memory ran out"
         how = f"signal {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
-        return f"{how}: {self._last_lines[-1]}" if self._last_lines else how
+        most, _ = resource.getrlimit(resource.RLIMIT_AS)  # which it has too; torch alone wants some GiB of it
+        limit = "" if most == resource.RLIM_INFINITY else f" (`ulimit -v` leaves it {most / 2**30:.1f} GiB)"
+        return f"{how}: {self._last_lines[-1]}{limit}" if self._last_lines else f"{how}{limit}"
 
 
 def _tell(line: str) -> None:
-    # There may be no stderr, its reader may be gone, or it is an object of the caller's, perhaps closed by now. Reading
-    # goes on: a child must not block on a full pipe.
+    # There may be no stderr, or nobody reads it any more. Reading goes on: a child must not block on a full pipe.
     with contextlib.suppress(Exception):
         sys.stderr.write(line)
 

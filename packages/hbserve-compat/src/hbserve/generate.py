@@ -12,7 +12,7 @@ from typing import Any
 
 from hbserve.demo_model import find_model_folder
 from hbserve.progress import progress_bar
-from hbserve.prompts import read_prompts
+from hbserve.prompts import read_prompts, some_tokens
 from hbserve.remote import remote_scheduler
 from hbserve.results import GenerationResult, Timings
 from hbserve.start_notice import telling_at_terminal
@@ -126,6 +126,8 @@ async def _started(args: GenerateArgs) -> AsyncIterator[tuple[Scheduler, Any]]:
         config.kv_transfer_backend = args.kv_transfer_backend
     config.model_path = await find_model_folder(config.model_path)
     require_tokenizer_of(config.model_path)
+    if "" in args.prompts and args.system is None:  # whether it is a prompt, its tokenizer knows, and its chat template
+        some_tokens(encode_message(await asyncio.to_thread(load_tokenizer, config.model_path), ""))
     llm = DisaggregatedLLM(config, log_level=args.log_level)
     async with AsyncExitStack() as stack:
         async with telling_at_terminal(llm.waiting_for):

@@ -70,10 +70,11 @@ def read_prompt(prompt: object) -> PlainPrompt:
     ids = plain_items("prompt", prompt, EXPECTED)
     if num_dimensions(prompt) == 2 and len(ids) == 1:  # a batch of one, as tokenizers return tensors
         ids = ids[0]
-    return _some(plain_token_ids("prompt", ids))
+    return some_tokens(plain_token_ids("prompt", ids))
 
 
-def _some(ids: list[int]) -> list[int]:
+def some_tokens(ids: list[int]) -> list[int]:
+    """The same. Raises InvalidRequest where there is none."""
     if not ids:
         raise InvalidRequest("prompt: expected at least one token")
     return ids
@@ -84,13 +85,13 @@ def _read_mapping(prompt: Mapping[Any, Any]) -> PlainPrompt:
         rows = _rows(prompt)
         if len(rows) != 1:
             raise InvalidRequest(f"prompt: expected one prompt, got a batch of {len(rows)}")
-        return _some(rows[0])
+        return some_tokens(rows[0])
     given = {key for key, value in prompt.items() if value is not None}
     others = given - {"prompt", "prompt_token_ids"}
     if others or not given:
         raise InvalidRequest(f"prompt={shown(prompt)}: expected {EXPECTED}")
     if "prompt_token_ids" in given:
-        return _some(plain_token_ids("prompt", prompt["prompt_token_ids"]))
+        return some_tokens(plain_token_ids("prompt", prompt["prompt_token_ids"]))
     return plain_text("prompt", prompt["prompt"])
 
 

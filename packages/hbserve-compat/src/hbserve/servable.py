@@ -43,20 +43,26 @@ def _why_no_folder(given: Path, folder: Path) -> str:
     return f"model folder '{folder}' does not exist: give the path of a Hugging Face folder"
 
 
-def require_servable(folder: Path, settings: EngineSettings, tensor_parallel_sizes: set[int]) -> None:
-    """What every instance would find out by itself, some seconds later. settings: of all of them.
+def require_servable(
+    folder: Path, settings: EngineSettings, tensor_parallel_sizes: set[int], num_local_instances: int = 0
+) -> None:
+    """What every instance would find out by itself, some seconds later. settings: of all of them. num_local_instances:
+    of those, which start on this host.
 
     Raises:
-        ModelFilesMissing, UnsupportedModel, BrokenTokenizer, WeightsMismatch, InvalidInstanceConfig: says what is
-            wrong, and what to do.
+        ModelFilesMissing, UnsupportedModel, BrokenTokenizer, WeightsMismatch, InvalidInstanceConfig, NotEnoughMemory:
+            says what is wrong, and what to do.
     """
     from hbserve_core.model.checkpoint.weight_files import require_whole, weight_files
+    from hbserve_core.model.host_memory import require_room
     from hbserve_core.model.model_config import configured_model
     from hbserve_core.model.shard import check_divisible
 
     model = configured_model(folder, settings)
     for size in sorted(tensor_parallel_sizes):
         check_divisible(model, size)
+    if settings.device == "cpu" or (settings.device == "auto" and not _has_driver()):
+        require_room(model, settings.dtype, num_local_instances)
     if settings.load_format != "dummy":
         for path in weight_files(folder):
             require_whole(path)

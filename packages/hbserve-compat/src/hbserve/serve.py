@@ -26,6 +26,7 @@ from hbserve.launcher import (
     LocalInstances,
     instance_settings,
     launch_keys,
+    local_instances,
     num_ranks,
     tensor_parallel_sizes,
 )
@@ -105,7 +106,8 @@ async def serve_all(args: ServeArgs) -> None:
         if args.ray is None:  # else instances are on hosts of which nothing is known here
             require_settings(config)
         folder = await find_model_folder(config.model.path)
-        require_servable(folder, config.engine_settings(), tensor_parallel_sizes(config))
+        num_here = len(local_instances(config)) if args.ray is None else 0
+        require_servable(folder, config.engine_settings(), tensor_parallel_sizes(config), num_here)
         if args.ray is None:
             await asyncio.to_thread(require_places, config, but=["server"])
         with _instances(config, folder, args) as instances:
@@ -295,7 +297,7 @@ async def serve_instance(args: InstanceArgs) -> None:
     keys = deployment_keys(config, "instance")
     require_settings(config)
     folder = await find_model_folder(config.model.path)
-    require_servable(folder, config.engine_settings(), {num_ranks(config, instance)})
+    require_servable(folder, config.engine_settings(), {num_ranks(config, instance)}, 1)
     os.environ.setdefault(*QUIET_TORCH)  # torch reads it when it is imported
     os.environ.setdefault(*WAIT_POLITELY)
     from hbserve_core import InstanceConfig, run_instance

@@ -6,7 +6,7 @@ HBServeCoreError
 ├── BrokenTokenizer (ValueError)            a tokenizer's files are there, but cannot be read as one
 ├── WeightsMismatch (ValueError)            tensors are missing, unexpected, or of the wrong shape
 ├── InvalidInstanceConfig (ValueError)      a setting that cannot be
-├── NotEnoughMemory (MemoryError)           the KV pool does not fit
+├── NotEnoughMemory (MemoryError)           the weights, or the KV pool, do not fit
 ├── RankFailed (RuntimeError)               a rank of a tensor-parallel instance has died, frozen or failed
 ├── EngineStopped (RuntimeError)            the engine's thread has ended, and cannot do what was asked of it
 └── InstanceFailed (RuntimeError)           an instance cannot serve: its model did not load, or its engine failed

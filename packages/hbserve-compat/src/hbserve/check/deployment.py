@@ -75,8 +75,9 @@ async def _check_model(config: DeploymentConfig) -> list[Finding]:
         if config.model.path is None:
             return [Finding("ok", "model", "the demo model, which is converted at the first start")]
         folder = await find_model_folder(config.model.path)
-        require_servable(folder, config.engine_settings(), tensor_parallel_sizes(config))
-    except (OSError, ValueError, ImportError) as error:
+        here = len(local_instances(config))
+        require_servable(folder, config.engine_settings(), tensor_parallel_sizes(config), here)
+    except (OSError, ValueError, ImportError, MemoryError) as error:
         return [Finding("FAIL", "model", str(error))]
     try:
         require_tokenizer_of(folder)

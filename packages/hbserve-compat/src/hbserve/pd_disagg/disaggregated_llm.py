@@ -16,7 +16,7 @@ import msgspec
 from hbserve.check.network import require_places
 from hbserve.child_process import level_of_application
 from hbserve.demo_model import find_model_folder
-from hbserve.launcher import LocalInstances, launch_keys, tensor_parallel_sizes
+from hbserve.launcher import LocalInstances, launch_keys, local_instances, tensor_parallel_sizes
 from hbserve.pd_disagg.config import PdDisaggConfig
 from hbserve.pd_disagg.ending import end_both, end_dropped, weakly
 from hbserve.progress import progress_bar
@@ -75,6 +75,7 @@ class DisaggregatedLLM:
             ConfigError: a field of the configuration cannot be.
             BrokenTokenizer: (a ValueError) the model's tokenizer cannot be read.
             FileNotFoundError: there is no such model folder.
+            NotEnoughMemory: (a MemoryError) this host has none for the weights.
             InstanceFailed: an instance cannot run; has its reason.
             NotReady: the models were not loaded in time.
         """
@@ -98,7 +99,7 @@ class DisaggregatedLLM:
         keys = launch_keys(deployment)
         require_settings(deployment)
         folder = await find_model_folder(self.config.model_path)
-        require_servable(folder, self.config, tensor_parallel_sizes(deployment))
+        require_servable(folder, self.config, tensor_parallel_sizes(deployment), len(local_instances(deployment)))
         # Nobody but this object asks the scheduler: it does not listen.
         await asyncio.to_thread(require_places, deployment, but=["server", "scheduler", "scheduler health"])
         self._scheduler = self._scheduler_class(deployment.scheduler, model_path=str(folder))

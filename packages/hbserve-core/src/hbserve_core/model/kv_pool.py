@@ -3,12 +3,12 @@
 import logging
 from dataclasses import dataclass
 from math import prod
-from pathlib import Path
 
 import torch
 
 from hbserve_core.config import InstanceConfig
 from hbserve_core.errors import InvalidInstanceConfig, NotEnoughMemory
+from hbserve_core.model.host_memory import available_memory, total_memory
 from hbserve_core.model.model_config import ModelConfig
 from hbserve_kv import shared_empty
 
@@ -72,15 +72,21 @@ def allocate_pool(num_blocks: int, block: BlockShape, device: torch.device) -> t
     """(num_blocks, num_layers, 2, block_size, num_kv_heads, head_dim), contiguous, not initialised.
 
     On the CPU it is memory that other processes can map, for transfers within the host; the operating system gives
-    memory to a block when it is first written.
+    memory to a block when it is first written. More than there is could never be filled.
+
+    Raises:
+        NotEnoughMemory: it does not fit.
     """
     try:
+        if device.type == "cpu" and num_blocks * block.block_bytes > total_memory():
+            raise MemoryError(f"this host has {total_memory() / 2**30:.1f} GiB")
         make = shared_empty if device.type == "cpu" else torch.empty
         return make((num_blocks, *block.shape), dtype=block.dtype, device=device)
-    except (RuntimeError, OSError, torch.OutOfMemoryError) as error:
+    except (MemoryError, RuntimeError, OSError, torch.OutOfMemoryError) as error:
+        of_host = f" ({error})" if isinstance(error, MemoryError) else ""
         raise NotEnoughMemory(
             f"num_blocks={num_blocks}: a KV pool of {num_blocks * block.block_bytes / 2**30:.1f} GiB does not fit on "
-            f"{device}; choose fewer blocks"
+            f"{device}{of_host}; choose fewer blocks"
         ) from error
 
 
@@ -126,28 +132,4 @@ def _cuda_budget(config: InstanceConfig, device: torch.device) -> int:
 
 
 def _cpu_budget() -> int:
-    return min(_available_memory() // _CPU_SHARE, _CPU_MOST_BYTES)
-
-
-def _available_memory() -> int:
-    """Bytes that this process can still get, as far as the system tells: of the host, and of its control group."""
-    found = [_CPU_MOST_BYTES * _CPU_SHARE]
-    meminfo = _read(Path("/proc/meminfo"))
-    for line in meminfo.splitlines():
-        if line.startswith("MemAvailable:"):
-            found.append(int(line.split()[1]) * 1024)
-    group = Path("/sys/fs/cgroup")
-    limit, used = _read(group / "memory.max").strip(), _read(group / "memory.current").strip()
-    if limit.isdigit() and used.isdigit():
-        # File pages that nobody has used lately count as used, but give way.
-        reclaimable = [line.split()[1] for line in _read(group / "memory.stat").splitlines() if "inactive_file" in line]
-        found.append(max(0, int(limit) - int(used) + sum(map(int, reclaimable[:1]))))
-    return min(found)
-
-
-def _read(path: Path) -> str:
-    """Content of a file that only some systems have; empty elsewhere."""
-    try:
-        return path.read_text(encoding="ascii")
-    except OSError:
-        return ""
+    return min(available_memory() // _CPU_SHARE, _CPU_MOST_BYTES)

@@ -8,6 +8,7 @@ import torch
 
 from hbserve_core.config import InstanceConfig
 from hbserve_core.errors import InvalidInstanceConfig
+from hbserve_core.model.host_memory import require_room
 from hbserve_core.model.kv_pool import (
     BlockShape,
     allocate_pool,
@@ -32,6 +33,7 @@ class LoadedModel:
     Raises:
         ModelFilesMissing, UnsupportedModel, WeightsMismatch: see `load_model_config` and `load_weights`.
         InvalidInstanceConfig: a setting that cannot be.
+        NotEnoughMemory: this host has none for the weights.
     """
 
     def __init__(
@@ -56,6 +58,8 @@ class LoadedModel:
         if config.num_threads:
             torch.set_num_threads(config.num_threads)
         in_pool = kv_dtype(config, self.dtype, self.device)
+        if self.device.type == "cpu" and shard.size == 1:  # ranks take turns in what is available
+            require_room(self.model_config, config.dtype, 1)
         given = self.model_config, config.load_format, self.dtype, self.device, shard
         if config.widen_weights or not can_stay_narrow(self.model_config, self.device):
             make_narrow = None

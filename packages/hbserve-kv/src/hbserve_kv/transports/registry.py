@@ -87,12 +87,16 @@ def require_backend(name: str) -> None:
     backend for that.
 
     Raises:
-        BackendUnavailable: no such backend; the message lists what there is.
+        BackendUnavailable: no such backend, with what there is; or Mooncake is not installed.
     """
-    if name in set(KVTransferBackend):
-        return
     # Of the processes that are started: it may have been set since this one began.
     paths = [*sys.path, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+    if name in set(KVTransferBackend):
+        if name == KVTransferBackend.MOONCAKE and PathFinder.find_spec("mooncake", paths) is None:
+            from hbserve_kv.transports.mooncake.setup import NOT_INSTALLED
+
+            raise BackendUnavailable(NOT_INSTALLED)
+        return
     of_all = (point for each in distributions(path=paths) for point in each.entry_points)
     custom = {point.name for point in of_all if point.group == ENTRY_POINT_GROUP}
     if name in custom:

@@ -20,6 +20,10 @@ logger = logging.getLogger(__name__)
 CONFIG_VARIABLE = "MOONCAKE_CONFIG_PATH"
 IPV6_VARIABLE = "MC_USE_IPV6"
 RDMA_CARDS = Path("/sys/class/infiniband")
+NOT_INSTALLED = (
+    "kv_transfer.backend='mooncake' needs Mooncake: pip install 'hbserve-kv[mooncake-cpu]' without a GPU, "
+    "'hbserve-kv[mooncake]' with CUDA 12, 'hbserve-kv[mooncake-cuda13]' with CUDA 13"
+)
 
 
 class MooncakeConfig(msgspec.Struct, frozen=True):
@@ -58,10 +62,7 @@ def import_engine() -> Any:
     try:
         from mooncake.engine import TransferEngine
     except ModuleNotFoundError as error:
-        raise BackendUnavailable(
-            "kv_transfer.backend='mooncake' needs Mooncake: pip install 'hbserve-kv[mooncake-cpu]' without a GPU, "
-            "'hbserve-kv[mooncake]' with CUDA 12, 'hbserve-kv[mooncake-cuda13]' with CUDA 13"
-        ) from error
+        raise BackendUnavailable(NOT_INSTALLED) from error
     except ImportError as error:
         raise BackendUnavailable(
             f"Mooncake is installed but cannot be loaded ({error}): apt-get install libibverbs1 libnuma1 libcurl4, "
