@@ -23,10 +23,11 @@ import msgspec
 from hbserve_kv.errors import BackendUnavailable
 
 try:
-    from aiohttp import ClientResponse, ClientSession, ClientTimeout, TCPConnector, web
+    from aiohttp import web
 except ImportError as error:
     raise BackendUnavailable("the router needs aiohttp: pip install 'hbserve-kv[router]'") from error
 
+from hbserve_kv.integrations.router_http import Answer
 from hbserve_kv.integrations.router_servers import Server, ServerLost, least_busy
 
 logger = logging.getLogger(__name__)
@@ -35,17 +36,20 @@ ATTEMPTS = 3
 MOST_BODY_BYTES = 64 << 20
 GENERATING = ("/v1/completions", "/v1/chat/completions")
 OF_ONE_HOP = {
-    "accept-encoding",
-    "connection",
-    "content-length",
-    "host",
-    "keep-alive",
-    "te",
-    "trailer",
-    "transfer-encoding",
-    "upgrade",
+    b"accept-encoding",
+    b"connection",
+    b"content-length",
+    b"expect",
+    b"host",
+    b"keep-alive",
+    b"te",
+    b"trailer",
+    b"transfer-encoding",
+    b"upgrade",
 }
 """Headers that are not passed on."""
+MOST_UNSENT_BYTES = 1 << 16
+"""Of an answer, that its client has not read, before the server is read no further."""
 
 
 Body = dict[str, Any] | bytes
@@ -66,6 +70,11 @@ class Refused(Exception):
     ) -> None:
         super().__init__(f"{server.url if server else 'the router'} says {status}: {body[:200]!r}")
         self.status, self.body, self.content_type, self.server = status, body, content_type, server
+
+    @classmethod
+    def of(cls, answer: Answer, body: bytes, server: Server) -> "Refused":
+        content_type = answer.header(b"content-type").partition(b";")[0].decode("latin-1")
+        return cls(answer.status, body, content_type or "application/octet-stream", server)
 
     @classmethod
     def saying(cls, status: int, message: str, server: Server | None = None) -> "Refused":
@@ -101,30 +110,29 @@ class ClientLeft(Exception):
 class Exchange:
     """One attempt at a client's request."""
 
-    def __init__(self, session: ClientSession, request: web.Request) -> None:
-        self._session = session
+    def __init__(self, request: web.Request) -> None:
         self._request = request
         self.response: web.StreamResponse | None = None
         """Once the client has begun to get it."""
 
     @contextlib.asynccontextmanager
-    async def _ask(self, server: Server, body: Body) -> AsyncIterator[ClientResponse]:
+    async def _ask(self, server: Server, body: Body) -> AsyncIterator[Answer]:
         """The request, with this body, to a server."""
         content = msgspec.json.encode(body) if isinstance(body, dict) else body
-        headers = {name: value for name, value in self._request.headers.items() if name.lower() not in OF_ONE_HOP}
-        url = server.url + self._request.path_qs
-        async with (
-            server.asked(),
-            self._session.request(self._request.method, url, data=content, headers=headers) as it,
-        ):
-            yield it
+        headers = [header for header in self._request.raw_headers if header[0].lower() not in OF_ONE_HOP]
+        async with server.asked():
+            answer = await server.connections.ask(self._request.method, self._request.path_qs, headers, content)
+            try:
+                yield answer
+            finally:
+                answer.release()
 
     async def prefill(self, server: Server, body: dict[str, Any]) -> dict[str, Any] | None:
         """What the decode leg is to be given. Raises Refused, ServerLost."""
         async with self._ask(server, body) as answer:
             content = await answer.read()
             if answer.status != 200:
-                raise Refused(answer.status, content, answer.content_type, server)
+                raise Refused.of(answer, content, server)
         params: dict[str, Any] | None = json.loads(content).get("kv_transfer_params")
         return params
 
@@ -132,15 +140,27 @@ class Exchange:
         """What a decode server answers, to the client, as it comes. Raises Refused, ServerLost."""
         async with self._ask(server, body) as answer:
             if answer.status >= 500:
-                raise Refused(answer.status, await answer.read(), answer.content_type, server)
-            headers = {name: value for name, value in answer.headers.items() if name.lower() not in OF_ONE_HOP}
-            self.response = response = web.StreamResponse(status=answer.status, headers=headers)
-            response.content_length = answer.content_length
+                raise Refused.of(answer, await answer.read(), server)
+            self.response = response = web.StreamResponse(status=answer.status)
+            for name, value in answer.headers:
+                if name.lower() not in OF_ONE_HOP:
+                    response.headers.add(name.decode("latin-1"), value.decode("latin-1"))
+            if length := answer.header(b"content-length"):
+                response.content_length = int(length)
             await self._write(response.prepare(self._request))
-            async for piece in answer.content.iter_any():
+            is_chunked = response.headers.get("Transfer-Encoding") == "chunked"
+            async for piece in answer.pieces(self._write_at_once if is_chunked else None):
                 await self._write(response.write(piece))
             await self._write(response.write_eof())
             return response
+
+    def _write_at_once(self, piece: bytes) -> bool:
+        """A further part of a chunked answer, unless its client has left, or reads too slowly to go without waiting."""
+        transport = self._request.transport
+        if transport is None or transport.get_write_buffer_size() > MOST_UNSENT_BYTES:
+            return False
+        transport.write(b"%x\r\n%b\r\n" % (len(piece), piece))
+        return True
 
     @staticmethod
     async def _write(writing: Awaitable[object]) -> None:
@@ -167,7 +187,6 @@ class Router:
     def __init__(self, prefill: Sequence[Server], decode: Sequence[Server], check_interval_s: float = 1.0) -> None:
         self._prefill, self._decode = prefill, decode
         self._check_interval_s = check_interval_s
-        self._session: ClientSession
 
     def app(self) -> web.Application:
         app = web.Application(client_max_size=MOST_BODY_BYTES)
@@ -179,20 +198,16 @@ class Router:
         return app
 
     async def _run(self, _: web.Application) -> AsyncIterator[None]:
-        # A prompt may take minutes: only the checks say that a server has gone.
-        timeout = ClientTimeout(total=None, sock_connect=5.0)
-        connector = TCPConnector(limit=0)
-        async with ClientSession(connector=connector, timeout=timeout, auto_decompress=False) as self._session:
-            servers = [*self._prefill, *self._decode]
-            await asyncio.gather(*(each.check(self._session, 2 * self._check_interval_s) for each in servers))
-            checks = [
-                asyncio.create_task(each.check_for_ever(self._session, self._check_interval_s)) for each in servers
-            ]
-            logger.info("asks %d prefill and %d decode servers", len(self._prefill), len(self._decode))
-            yield
-            for check in checks:
-                check.cancel()
-            await asyncio.gather(*checks, return_exceptions=True)
+        servers = [*self._prefill, *self._decode]
+        await asyncio.gather(*(each.check(2 * self._check_interval_s) for each in servers))
+        checks = [asyncio.create_task(each.check_for_ever(self._check_interval_s)) for each in servers]
+        logger.info("asks %d prefill and %d decode servers", len(self._prefill), len(self._decode))
+        yield
+        for check in checks:
+            check.cancel()
+        await asyncio.gather(*checks, return_exceptions=True)
+        for each in servers:
+            each.connections.close()
 
     async def _health(self, _: web.Request) -> web.Response:
         """200 while there is somebody to decode: who decodes can prefill, too."""
@@ -222,7 +237,7 @@ class Router:
             if decode is None:
                 break
             prefill = least_busy(self._prefill, failed) if isinstance(body, dict) and is_one_sequence(body) else None
-            exchange = Exchange(self._session, request)
+            exchange = Exchange(request)
             try:
                 return await self._attempt(exchange, body, prefill, decode)
             except Refused as refused:

@@ -4,9 +4,8 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncIterator, Collection, Sequence
-from urllib.parse import urlsplit
 
-from aiohttp import ClientConnectorError, ClientError, ClientSession, ClientTimeout
+from hbserve_kv.integrations.router_http import CannotConnect, Connections
 
 logger = logging.getLogger(__name__)
 
@@ -29,14 +28,14 @@ class Server:
         """Raises ValueError, with the form that is expected."""
         given, *numbers = url.split(",")
         self.url = given.rstrip("/")
-        parts = urlsplit(self.url)
-        if (
-            parts.scheme not in ("http", "https")
-            or not parts.hostname
-            or not (len(numbers) <= 2 and all(number.isdecimal() and int(number) for number in numbers))
-        ):
-            raise ValueError(f"{url!r}: expected http://HOST:PORT, with ,KV_PORT or ,KV_PORT,TP_SIZE behind it or not")
-        self.host: str = parts.hostname
+        try:
+            if len(numbers) > 2 or not all(number.isdecimal() and int(number) for number in numbers):
+                raise ValueError("its port or its number of ranks is no number")
+            self.connections = Connections(self.url)
+        except ValueError:
+            form = "http://HOST:PORT, with ,KV_PORT or ,KV_PORT,TP_SIZE behind it or not"
+            raise ValueError(f"{url!r}: expected {form}") from None
+        self.host = self.connections.host
         self.kv_port, self.tp_size = (*map(int, numbers), 0, 0)[:2]
         """Of its connector, and how many ranks it has; 0 if that is not known, or the ranks are as many as those that
         decode."""
@@ -55,11 +54,11 @@ class Server:
                 self._asking.add(asking)
                 try:
                     yield
-                except (ClientError, ConnectionError) as error:
-                    if isinstance(error, ClientConnectorError):
+                except ConnectionError as error:
+                    if isinstance(error, CannotConnect):
                         self.lost(str(error))
                     self._check_now.set()  # perhaps only this connection has ended
-                    raise ServerLost(self, f"has gone: {error or type(error).__name__}") from error
+                    raise ServerLost(self, f"has gone: {error}") from error
                 finally:
                     self._asking.discard(asking)
         except TimeoutError:
@@ -87,25 +86,27 @@ class Server:
         if self._num_missed >= MISSES:
             self.lost(why)
 
-    async def check(self, session: ClientSession, timeout_s: float) -> None:
+    async def check(self, timeout_s: float) -> None:
         try:
-            async with session.get(f"{self.url}/health", timeout=ClientTimeout(timeout_s)) as answer:
-                if answer.status == 200:
-                    self.found()
-                else:
-                    self.missed(f"/health says {answer.status}")
+            async with asyncio.timeout(timeout_s):
+                answer = await self.connections.ask("GET", "/health")
+                answer.close()  # so that the next check tries whether it can be connected
+            if answer.status == 200:
+                self.found()
+            else:
+                self.missed(f"/health says {answer.status}")
         except TimeoutError:
             self.missed("/health does not answer")
-        except (ClientError, OSError) as error:
+        except ConnectionError as error:
             self.lost(str(error))
 
-    async def check_for_ever(self, session: ClientSession, interval_s: float) -> None:
+    async def check_for_ever(self, interval_s: float) -> None:
         while True:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(interval_s):
                     await self._check_now.wait()
             self._check_now.clear()
-            await self.check(session, 2 * interval_s)
+            await self.check(2 * interval_s)
 
 
 def least_busy(servers: Sequence[Server], without: Collection[Server] = ()) -> Server | None:
