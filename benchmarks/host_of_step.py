@@ -1,8 +1,10 @@
-"""What the host does for a decode step, with nothing in place of the device: it has as long for it as the step takes.
+"""What the host does for a step, with nothing in place of the device.
 
     python benchmarks/host_of_step.py
-    python benchmarks/host_of_step.py --batch-sizes 64 256 --tree ../before
+    python benchmarks/host_of_step.py --batch-sizes 64 256 --prompts 128 2048 --tree ../before
 
+For a decode step it has as long as the one before takes. A prompt that comes alone waits for all of it but "count",
+which is done while the device computes.
 Milliseconds of processor time of the engine's thread, by part: choosing what is computed, telling the other rank,
 packing, and taking tokens in; and what the other rank has to do before it can launch: reading and packing. Each is the
 median of a hundred steps. What a step costs to launch is not in it.
@@ -34,7 +36,7 @@ from hbserve_core.model.model_config import load_model_config
 from hbserve_core.ranks.step_message import StepReader, StepWriter
 from hbserve_rpc import SamplingParams
 
-CONTEXT, STEPS, TURNS = 1024, 100, 3
+CONTEXT, LONGEST, STEPS, TURNS = 1024, 4096, 100, 3
 HEADS, PROCESSORS, TILE_TOKENS, NUM_BLOCKS = 8, 132, 16, 40000
 MODEL = {
     "architectures": ["LlamaForCausalLM"],
@@ -43,26 +45,37 @@ MODEL = {
     "num_hidden_layers": 1,
     "num_attention_heads": HEADS,
     "vocab_size": 151936,
-    "max_position_embeddings": 4096,
+    "max_position_embeddings": LONGEST,
 }
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 64, 256])
+    parser.add_argument("--batch-sizes", type=int, nargs="*", default=[1, 64, 256])
+    parser.add_argument("--prompts", type=int, nargs="*", default=[128, 2048], help="tokens")
     parser.add_argument("--tree", type=Path, help="another checkout")
     args = parser.parse_args()
-    for size in args.batch_sizes:
-        if args.tree is None:
-            print(measure(size), flush=True)
-            continue
-        for _ in range(TURNS):
-            for name, tree in (("before", args.tree), ("after", Path(__file__).parents[1])):
-                source = os.pathsep.join(str(each) for each in sorted(tree.absolute().glob("packages/*/src")))
-                command = [sys.executable, __file__, "--batch-sizes", str(size)]
-                found = subprocess.run(command, env=os.environ | {"PYTHONPATH": source}, stdout=subprocess.PIPE)
-                print(f"{name:6} {found.stdout.decode().strip()}", flush=True)
+    for option, sizes, measure in (
+        ("--batch-sizes", args.batch_sizes, measure_decodes),
+        ("--prompts", args.prompts, measure_prompts),
+    ):
+        for size in sizes:
+            if args.tree is None:
+                print(measure(size), flush=True)
+            else:
+                by_turns(args.tree, option, size)
     return 0
+
+
+def by_turns(before: Path, option: str, size: int) -> None:
+    only: dict[str, list[str]] = {"--batch-sizes": [], "--prompts": []} | {option: [str(size)]}
+    given = [word for name, sizes in only.items() for word in (name, *sizes)]
+    for _ in range(TURNS):
+        for name, tree in (("before", before), ("after", Path(__file__).parents[1])):
+            source = os.pathsep.join(str(each) for each in sorted(tree.absolute().glob("packages/*/src")))
+            command, settings = [sys.executable, __file__, *given], os.environ | {"PYTHONPATH": source}
+            found = subprocess.run(command, env=settings, stdout=subprocess.PIPE)
+            print(f"{name:6} {found.stdout.decode().strip()}", flush=True)
 
 
 class Timed:
@@ -119,28 +132,58 @@ class HostOnly:
         pass
 
 
-def measure(size: int) -> str:
-    timed = Timed()
+def make_engine(timed: Timed, most: int) -> Engine:
+    """most: sequences."""
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(MODEL))
         config = InstanceConfig(
-            model_path=folder, device="cpu", max_num_seqs=size, max_num_batched_tokens=16384, chunk_size=16384,
-            max_chunk_prefill_tokens=16384, max_model_len=2 * CONTEXT, tensor_parallel_size=2,
+            model_path=folder, device="cpu", max_num_seqs=most, max_num_batched_tokens=16384, chunk_size=16384,
+            max_chunk_prefill_tokens=16384, max_model_len=LONGEST, tensor_parallel_size=2,
         )  # fmt: skip
-        engine = Engine(config, HostOnly(config, timed))
-    for name in range(size):
-        engine.add(str(name), [name] * CONTEXT, SamplingParams(0.6, STEPS + 60, ignore_eos=True))
-    while engine.stats().num_generated_tokens < 8 * size:
-        engine.step()
+        return Engine(config, HostOnly(config, timed))
+
+
+def time_parts(engine: Engine, timed: Timed) -> None:
+    """From now on."""
     gc.freeze()
     timed.times.clear()
     engine._scheduler.schedule = timed("schedule", engine._scheduler.schedule)  # type: ignore[method-assign]
     engine._read = timed("take in", engine._read)  # type: ignore[method-assign]
     engine._begin = timed("count", engine._begin)  # type: ignore[method-assign]
+
+
+def parts_of(timed: Timed) -> str:
+    own = sum(statistics.median(each) for name, each in timed.times.items() if "rank 1" not in name)
+    return f"ms: rank 0 {1e3 * own:.2f} ({timed})"
+
+
+def measure_decodes(size: int) -> str:
+    timed = Timed()
+    engine = make_engine(timed, size)
+    for name in range(size):
+        engine.add(str(name), [name] * CONTEXT, SamplingParams(0.6, STEPS + 60, ignore_eos=True))
+    while engine.stats().num_generated_tokens < 8 * size:
+        engine.step()
+    time_parts(engine, timed)
     for _ in range(STEPS):
         engine.step()
-    own = sum(statistics.median(each) for name, each in timed.times.items() if "rank 1" not in name)
-    return f"{size:3} sequences, ms: rank 0 {1e3 * own:.2f} ({timed})"
+    return f"{size:4} sequences, {parts_of(timed)}"
+
+
+def measure_prompts(num_tokens: int) -> str:
+    """One after the other."""
+    timed, params = Timed(), SamplingParams(0.6, 1, ignore_eos=True)
+    engine = make_engine(timed, 64)
+    time_parts(engine, timed)
+    add, of_all = timed("add", engine.add), Timed()
+    for name in range(STEPS):
+        timed.times.clear()
+        add(str(name), [name] * num_tokens, params)
+        while engine.has_work():  # a step that launches, and one that takes in what was
+            engine.step()
+        for part, times in timed.times.items():
+            of_all.times[part].append(sum(times))
+    return f"{num_tokens:4} tokens, {parts_of(of_all)}"
 
 
 if __name__ == "__main__":

@@ -17,8 +17,7 @@ def cached(blocks: BlockManager, token_ids: list[int]) -> list[int]:
     """Fill blocks with these tokens as a sequence would, then give them back."""
     names = digests(blocks, token_ids)
     block_ids = blocks.allocate(len(names))
-    for block_id, name in zip(block_ids, names, strict=True):
-        blocks.cache(block_id, name)
+    blocks.cache(block_ids, names)
     blocks.release(block_ids)
     return block_ids
 
@@ -221,8 +220,8 @@ def test_two_sequences_that_filled_blocks_with_the_same_tokens_share_only_from_t
     blocks = BlockManager(4, BLOCK)
     (name,) = digests(blocks, [*range(BLOCK)])
     one, other = blocks.allocate(1), blocks.allocate(1)
-    blocks.cache(one[0], name)
-    blocks.cache(other[0], name)
+    blocks.cache(one[:1], [name])
+    blocks.cache(other[:1], [name])
     assert blocks.find_prefix([name]) == one
     blocks.release(other)
     blocks.check_integrity({one[0]: 1})

@@ -112,7 +112,7 @@ def test_a_gap_within_the_window_ends_a_prefix():
     blocks.extend_digests(names, [*range(24)], 24)
     held = blocks.allocate(6)
     for place in (0, 1, 3, 4):
-        blocks.cache(held[place], names[place])
+        blocks.cache([held[place]], [names[place]])
     assert blocks.find_prefix(names) == [-1, -1, -1, held[3], held[4]]
     assert blocks.find_prefix(names[:4]) == held[:2], "the fourth without the third is not enough"
     assert blocks.find_part(names, 4) == [-1] * 4 + [held[4]]

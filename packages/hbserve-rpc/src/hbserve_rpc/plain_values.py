@@ -7,8 +7,12 @@ What a caller's own iterator or mapping raises passes: it is the caller's error,
 """
 
 from collections.abc import Iterable, Mapping, Sequence, Set
+from contextlib import suppress
+from functools import lru_cache
 from itertools import islice
-from typing import Any
+from typing import Annotated, Any
+
+import msgspec
 
 from hbserve_rpc.errors import InvalidRequest
 
@@ -117,19 +121,34 @@ def plain_id(name: str, value: object) -> str:
     return plain_text(name, value)
 
 
-def plain_token_ids(name: str, value: object) -> list[int]:
+def plain_token_ids(name: str, value: object, vocab_size: int = LARGEST_TOKEN_ID + 1) -> list[int]:
     """A new list of Python integers, out of a list, array or iterator of whatever integers.
 
     Raises:
-        InvalidRequest: something in it is no token id; says what, and at which place.
+        InvalidRequest: something in it is no token id, or none of such a vocabulary; says what, and at which place.
     """
+    if isinstance(value, (list, tuple)):
+        # One pass that is not Python's over what is right, as it mostly is.
+        with suppress(msgspec.ValidationError):
+            ids: list[int] = msgspec.convert(value, _ids_below(vocab_size))
+            return ids
     ids = plain_items(name, value, "token ids")
     if set(map(type, ids)) - {int}:
         ids = [_token_id(name, place, each) for place, each in enumerate(ids)]
-    if ids and (min(ids) < 0 or max(ids) > LARGEST_TOKEN_ID):
-        place, worst = next((i, each) for i, each in enumerate(ids) if not 0 <= each <= LARGEST_TOKEN_ID)
-        raise InvalidRequest(f"{name}[{place}]={shown(worst)}: expected a token id, from 0 to {LARGEST_TOKEN_ID}")
+    if ids and (min(ids) < 0 or max(ids) >= vocab_size):
+        for place, each in enumerate(ids):
+            if not 0 <= each <= LARGEST_TOKEN_ID:
+                raise InvalidRequest(
+                    f"{name}[{place}]={shown(each)}: expected a token id, from 0 to {LARGEST_TOKEN_ID}"
+                )
+        require_in_vocabulary(name, ids, vocab_size)
     return ids
+
+
+@lru_cache(maxsize=8)
+def _ids_below(vocab_size: int) -> Any:
+    """The type of token ids of such a vocabulary."""
+    return list[Annotated[int, msgspec.Meta(ge=0, lt=vocab_size)]]
 
 
 def _token_id(name: str, place: int, value: object) -> int:

@@ -47,7 +47,9 @@ def extend_digests(digests: list[bytes], token_ids: Sequence[int], num_tokens: i
 
     128 bits of BLAKE2b: that two prefixes have the same one by chance does not happen.
     """
-    for i in range(len(digests), num_tokens // block_size):
-        parent = digests[i - 1] if i else b""
-        tokens = array("q", token_ids[i * block_size : (i + 1) * block_size])
-        digests.append(hashlib.blake2b(parent + tokens.tobytes(), digest_size=16).digest())
+    first, last = len(digests) * block_size, num_tokens // block_size * block_size
+    tokens = array("q", token_ids[first:last]).tobytes()
+    digest, size = digests[-1] if digests else b"", block_size * 8
+    for place in range(0, len(tokens), size):
+        digest = hashlib.blake2b(digest + tokens[place : place + size], digest_size=16).digest()
+        digests.append(digest)

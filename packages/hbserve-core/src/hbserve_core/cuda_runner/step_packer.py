@@ -14,9 +14,13 @@ Sequences stand in the order of their rows: decodes, which are chunks of one tok
 """
 
 import random
+import struct
+from bisect import bisect_left
 from collections.abc import Sequence as Ids
 from dataclasses import dataclass
-from itertools import accumulate
+from functools import lru_cache
+from itertools import accumulate, pairwise
+from operator import attrgetter
 from typing import Any, TypeVar
 
 import numpy as np
@@ -62,17 +66,29 @@ class StepShape:
 
     def fits(self, other: "StepShape") -> bool:
         """Whether a step of this shape can be padded to the other."""
-        return all(getattr(self, name) <= getattr(other, name) for name in self.__slots__)
-
-    def parts(self) -> list[tuple[int, int]]:
-        """(rows, columns) of each part before the tables."""
-        columns = (self.rows, self.sequences, self.pieces, self.tiles, self.samples)
-        return [(1, 1), *zip((4, 3, 6, 2, 7), columns, strict=True)]
+        return (
+            self.rows <= other.rows
+            and self.sequences <= other.sequences
+            and self.pieces <= other.pieces
+            and self.tiles <= other.tiles
+            and self.samples <= other.samples
+        )
 
     @property
     def fixed_size(self) -> int:
         """Numbers before the tables."""
-        return sum(rows * _aligned(columns) for rows, columns in self.parts())
+        return _parts(self)[-1][0]
+
+
+@lru_cache(maxsize=1024)
+def _parts(shape: StepShape) -> list[tuple[int, int, int]]:
+    """Where each part begins, how many rows it has and of how many numbers; last the tables, of which that is open."""
+    columns = (1, shape.rows, shape.sequences, shape.pieces, shape.tiles, shape.samples)
+    found, first = [], 0
+    for rows, count in zip((1, 4, 3, 6, 2, 7), columns, strict=True):
+        found.append((first, rows, count))
+        first += rows * _aligned(count)
+    return [*found, (first, 0, 0)]
 
 
 class StepView:
@@ -80,14 +96,13 @@ class StepView:
 
     def __init__(self, memory: Any, shape: StepShape) -> None:
         self.shape = shape
-        parts, first = [], 0
-        for rows, columns in shape.parts():
-            end = first + rows * _aligned(columns)
-            parts.append(memory[first:end].reshape(rows, _aligned(columns))[:, :columns])
-            first = end
-        self.header, self.tokens, self.sequences, self.pieces, self.tiles, self.samples = parts
+        places = _parts(shape)
+        self.header, self.tokens, self.sequences, self.pieces, self.tiles, self.samples = (
+            memory[first:end].reshape(rows, _aligned(columns))[:, :columns]
+            for (first, rows, columns), (end, _, _) in pairwise(places)
+        )
         self.width = self.header[0]
-        self.tables = memory[first:]
+        self.tables = memory[places[-1][0] :]
 
     def clear(self) -> None:
         """Make it a step of padding only. What an earlier step has left here could ask for anything."""
@@ -198,10 +213,9 @@ class GraphShapes:
         """For a batch of chunks with so many new tokens each."""
         num_tiles = sum(_ceil_div(count, self._tile_tokens) for count in counts if count > 1)
         exact = self._shape(sum(counts), len(counts), counts.count(1), num_tiles)
-        for shape in self.prefills if num_tiles else self.decodes:
-            if exact.fits(shape):
-                return shape
-        return exact
+        shapes = self.prefills if num_tiles else self.decodes
+        first = bisect_left(shapes, exact.rows, key=attrgetter("rows"))
+        return next((shape for shape in shapes[first:] if exact.fits(shape)), exact)
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,9 +244,8 @@ class PackedStep:
 
 def seed_halves(seeds: Ids[int]) -> npt.NDArray[np.int32]:
     """(2, N): low and high half of each, as kernels/sampling.py reads them."""
-    whole = np.array([seed & 0xFFFFFFFFFFFFFFFF for seed in seeds], dtype=np.uint64)
-    halves = np.stack((whole & np.uint64(0xFFFFFFFF), whole >> np.uint64(32)))
-    return halves.astype(np.uint32).view(np.int32)
+    whole = np.array([seed & 0xFFFFFFFFFFFFFFFF for seed in seeds], dtype="<u8")
+    return whole.view("<i4").reshape(-1, 2).T
 
 
 def _scored(chunks: Ids[ScheduledChunk], places: Ids[int]) -> list[ScoredRows]:
@@ -252,6 +265,7 @@ class StepPacker:
         """
         self.shapes = GraphShapes(config, tile_tokens, pieces)
         self._block_size = config.block_size
+        self._in_block = np.arange(config.block_size, dtype=np.int32)
         self._tile_tokens = tile_tokens
         self._pieces = pieces
         self._random = random.Random(seed)
@@ -299,11 +313,11 @@ class StepPacker:
             sequences, count = [chunk.sequence for chunk in chunks], len(chunks)
             positions = [sequence.num_computed_tokens for sequence in sequences]
             tokens = [each.token_ids[position] for each, position in zip(sequences, positions, strict=True)]
-            view.tokens[0, :count] = tokens
+            view.tokens[0, :count] = _int32(tokens)
             view.tokens[1, :count] = [
                 self._sources[each] if token == UNREAD else -1 for each, token in zip(sequences, tokens, strict=True)
             ]
-            view.tokens[2, :count] = positions
+            view.tokens[2, :count] = _int32(positions)
             view.tokens[3, :count] = -2
             view.sequences[0, :count] = np.arange(count)
             view.sequences[1, :count] = 1
@@ -312,25 +326,28 @@ class StepPacker:
             view.pieces[:, : cut.shape[1]] = cut
 
     def _write_prefills(self, view: StepView, chunks: Ids[ScheduledChunk], num_decodes: int) -> None:
-        row, block_size = num_decodes, self._block_size
-        tiles: list[npt.NDArray[np.int32]] = []
+        row, num_tiles, block_size = num_decodes, 0, self._block_size
         for index, chunk in enumerate(chunks, num_decodes):
             sequence, count = chunk.sequence, chunk.num_new_tokens
             first = sequence.num_computed_tokens
-            positions = np.arange(first, first + count, dtype=np.int32)
             rows = slice(row, row + count)
-            view.tokens[0, rows] = sequence.token_ids[first : first + count]
-            view.tokens[2, rows] = positions
-            blocks = np.asarray(sequence.block_table, dtype=np.int32)
-            view.tokens[3, rows] = blocks[positions // block_size] * block_size + positions % block_size
+            view.tokens[0, rows] = _int32(sequence.token_ids[first : first + count])
+            view.tokens[2, rows] = np.arange(first, first + count, dtype=np.int32)
+            before = first // block_size
+            blocks = np.asarray(sequence.block_table[before : _ceil_div(first + count, block_size)], dtype=np.int32)
+            slots = np.add.outer(blocks * block_size, self._in_block).reshape(-1)
+            view.tokens[3, rows] = slots[first - before * block_size :][:count]
             view.sequences[:, index] = row, count, first + count
-            begins = np.arange(0, count, self._tile_tokens, dtype=np.int32)
-            tiles.append(np.stack((np.full_like(begins, index), begins, -(first + begins))))
+            tiles = view.tiles[:, num_tiles : num_tiles + _ceil_div(count, self._tile_tokens)]
+            tiles[0] = index
+            tiles[1] = np.arange(0, count, self._tile_tokens, dtype=np.int32)
+            num_tiles += tiles.shape[1]
             row += count
-        if tiles:
-            found = np.concatenate(tiles, axis=1)
+        if chunks:
             # Those of the longest context are begun first, so that no long one is left at the end.
-            view.tiles[:, : found.shape[1]] = found[:2, np.argsort(found[2], kind="stable")]
+            tiles = view.tiles[:, :num_tiles]
+            contexts = tiles[1] + (view.sequences[2] - view.sequences[1])[tiles[0]]
+            tiles[:] = tiles[:, np.argsort(-contexts, kind="stable")]
 
     def _write_tables(self, view: StepView, chunks: Ids[ScheduledChunk]) -> int:
         """Returns how many numbers they are."""
@@ -367,8 +384,13 @@ def asked_of_samples(params: Ids[SamplingParams]) -> npt.NDArray[np.int32]:
     """(7, N), as a step's memory has them: what does not change from one token of a request to the next."""
     found = np.zeros((7, len(params)), dtype=np.int32)
     # A float64 may be infinite as a float32.
-    found[1] = np.array([min(each.temperature, HOTTEST) for each in params], dtype=np.float32).view(np.int32)
+    floats = [(min(each.temperature, HOTTEST), each.top_p) for each in params]
+    found[1::5] = np.array(floats, dtype=np.float32).reshape(-1, 2).view(np.int32).T
     found[2:4] = seed_halves([each.seed or 0 for each in params])
-    found[5] = np.minimum([each.top_k for each in params], 2**31 - 1)
-    found[6] = np.array([each.top_p for each in params], dtype=np.float32).view(np.int32)
+    found[5] = [min(each.top_k, 2**31 - 1) for each in params]
     return found
+
+
+def _int32(numbers: list[int]) -> npt.NDArray[np.int32]:
+    """By way of struct, which reads a list in half of numpy's time."""
+    return np.frombuffer(struct.pack(f"{len(numbers)}i", *numbers), dtype=np.int32)

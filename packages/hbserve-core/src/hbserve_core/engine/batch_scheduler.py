@@ -13,7 +13,7 @@ it could not be computed again.
 
 from array import array
 from collections import Counter, deque
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from collections.abc import Sequence as Ids
 from itertools import chain, islice
 from typing import Any
@@ -223,10 +223,13 @@ class BatchScheduler:
         self.move(sequence, Phase.RUNNING)
         return self._chunks([sequence])
 
-    def _digests(self, sequence: Sequence, num_tokens: int) -> list[bytes]:
-        """Of the blocks that `num_tokens` fill."""
-        self._extend_digests(sequence)
-        return sequence.block_digests[: num_tokens // self._blocks.block_size]
+    def _digests(self, sequence: Sequence, num_tokens: int) -> Iterator[bytes]:
+        """Of the blocks that `num_tokens` fill, each made when it is asked for: a prompt waits for them, and mostly its
+        first block is one that nobody has."""
+        digests, block_size = sequence.block_digests, self._blocks.block_size
+        for place in range(num_tokens // block_size):
+            self._blocks.extend_digests(digests, sequence.token_ids, (place + 1) * block_size)
+            yield digests[place]
 
     def _allocate(self, sequence: Sequence, prefix: list[int], allocate: Callable[[int], list[int]]) -> bool:
         """Give the sequence `prefix` and blocks for the rest of its known tokens, if that leaves some for growth."""
@@ -267,9 +270,8 @@ class BatchScheduler:
         first, last = sequence.num_shared_tokens // self._blocks.block_size, end // self._blocks.block_size
         sequence.num_shared_tokens = end
         if last > first and sequence.is_shared:
-            self._extend_digests(sequence)
-            for i in range(first, last):
-                self._blocks.cache(sequence.block_table[i], sequence.block_digests[i])
+            self.make_digests(sequence, end)
+            self._blocks.cache(sequence.block_table[first:last], sequence.block_digests[first:last])
         if self._blocks.window and not (sequence.prefill_only or sequence.choices):  # whose blocks others will read
             self._free_unseen(sequence)
 
@@ -285,8 +287,11 @@ class BatchScheduler:
             self._blocks.release(table[first:last])
             table[first:last] = array("i", [NO_BLOCK]) * (last - first)
 
-    def _extend_digests(self, sequence: Sequence) -> None:
-        self._blocks.extend_digests(sequence.block_digests, sequence.token_ids, sequence.num_read_tokens)
+    def make_digests(self, sequence: Sequence, end: int) -> None:
+        """Of the blocks that tokens [0, end) fill, as far as these are known. `share` needs them: they are better made
+        while a step is computed than behind it."""
+        known = min(end, sequence.num_read_tokens)
+        self._blocks.extend_digests(sequence.block_digests, sequence.token_ids, known)
 
     def fork(self, parent: Sequence, choices: Ids[Sequence]) -> None:
         """Let choices go on, each with one token more than the parent has computed.

@@ -13,7 +13,7 @@ a block table has NO_BLOCK in their place, and so has a cached prefix, of which 
 """
 
 from collections import Counter, OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain, islice, takewhile
 
 from hbserve_rpc.prompt_shape import DIGEST_BYTES, MOST_REPORTED, extend_digests
@@ -83,8 +83,12 @@ class BlockManager:
         # In ascending order, for transfers: a run of neighbours moves as one piece.
         block_ids = sorted(islice(free, count))
         for block_id in block_ids:
-            del (self._cached if block_id in self._digest_of else self._empty)[block_id]
-            self._forget(block_id)
+            digest = self._digest_of.pop(block_id, None)
+            if digest is None:
+                del self._empty[block_id]
+            else:
+                del self._cached[block_id], self._block_of[digest]
+                self._num_changes += 1
             self._references[block_id] = 1
         return block_ids
 
@@ -134,7 +138,7 @@ class BlockManager:
         0 to i: two prefixes do not have the same one."""
         extend_digests(digests, token_ids, num_tokens, self.block_size)
 
-    def find_prefix(self, digests: Sequence[bytes]) -> list[int]:
+    def find_prefix(self, digests: Iterable[bytes]) -> list[int]:
         """The blocks that hold the longest cached prefix from which one can go on: with a window, of its end only, and
         NO_BLOCK before. They may be given to somebody else until they are shared."""
         found: list[int] = []
@@ -150,10 +154,10 @@ class BlockManager:
         unseen = self.first_seen(num_found * self.block_size)
         return [NO_BLOCK] * unseen + found[unseen:num_found]
 
-    def find_part(self, digests: Sequence[bytes], first: int) -> list[int]:
+    def find_part(self, digests: Iterable[bytes], first: int) -> list[int]:
         """NO_BLOCK up to block `first`, and from there on as many blocks as are cached without a gap."""
         found = [NO_BLOCK] * first
-        for digest in digests[first:]:
+        for digest in islice(digests, first, None):
             if (block_id := self._block_of.get(digest)) is None:
                 break
             found.append(block_id)
@@ -163,17 +167,16 @@ class BlockManager:
         """Free blocks, if those were shared first."""
         return self.num_free - sum(id_ != NO_BLOCK and self._references[id_] == 0 for id_ in block_ids)
 
-    def cache(self, block_id: int, digest: bytes) -> None:
-        """The block's keys and values are there, all of them: others may find it."""
-        if self._prefix_caching and digest not in self._block_of and block_id not in self._digest_of:
-            self._block_of[digest] = block_id
-            self._digest_of[block_id] = digest
-            self._num_changes += 1
-
-    def _forget(self, block_id: int) -> None:
-        if (digest := self._digest_of.pop(block_id, None)) is not None:
-            del self._block_of[digest]
-            self._num_changes += 1
+    def cache(self, block_ids: Sequence[int], digests: Sequence[bytes]) -> None:
+        """The blocks' keys and values are there, all of them: others may find them."""
+        if not self._prefix_caching:
+            return
+        block_of, digest_of = self._block_of, self._digest_of
+        for block_id, digest in zip(block_ids, digests, strict=True):
+            if digest not in block_of and block_id not in digest_of:
+                block_of[digest] = block_id
+                digest_of[block_id] = digest
+                self._num_changes += 1
 
     def cached_digests(self, known: int = -1) -> tuple[int, bytes | None]:
         """The first DIGEST_BYTES of what is cached, and a number of this state; None if that is `known`.

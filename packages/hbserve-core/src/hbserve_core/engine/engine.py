@@ -260,8 +260,9 @@ class Engine:
         for sequence, first, count in step.chunks:
             if sequence.phase is Phase.ENDED:
                 continue  # its last token was one that ends it, as has just been read
-            if first < sequence.num_prompt_tokens:
+            if first <= sequence.num_prompt_tokens:  # or its first own token, where others have computed its prompt
                 self._num_prefilled += min(count, sequence.num_prompt_tokens - first)
+                self._scheduler.make_digests(sequence, first + count)
             sequence.num_computed_tokens = first + count
             if first + count == len(sequence.token_ids):
                 sequence.token_ids.append(UNREAD)

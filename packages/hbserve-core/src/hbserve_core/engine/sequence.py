@@ -37,7 +37,7 @@ from hbserve_core.config import InstanceConfig
 from hbserve_core.grammars.matcher import Matcher
 from hbserve_rpc import InvalidRequest, SamplingParams
 from hbserve_rpc.messages import FinishReason, TokenLogprobs
-from hbserve_rpc.plain_values import plain_id, plain_token_ids, require_in_vocabulary, shown
+from hbserve_rpc.plain_values import plain_id, plain_token_ids, shown
 
 UNREAD = -1
 """Stands for a token that the device has, or will have, and the host has not read yet."""
@@ -248,11 +248,10 @@ class RequestLimits:
             raise InvalidRequest(f"params={shown(params)}: expected SamplingParams")
         params = params.copied()
         params.require_vocabulary(self._vocab_size)
-        prompt_ids, output_ids = plain_token_ids("prompt", prompt), plain_token_ids("output_token_ids", output)
+        prompt_ids = plain_token_ids("prompt", prompt, self._vocab_size)
+        output_ids = plain_token_ids("output_token_ids", output, self._vocab_size)
         if not prompt_ids:
             raise InvalidRequest("prompt: expected at least one token")
-        require_in_vocabulary("prompt", prompt_ids, self._vocab_size)
-        require_in_vocabulary("output_token_ids", output_ids, self._vocab_size)
         num_prompt, num_output = len(prompt_ids), len(output_ids)
         if num_output >= params.max_tokens:
             raise InvalidRequest(f"output_token_ids: {num_output} tokens are all of max_tokens={params.max_tokens}")
