@@ -1,6 +1,6 @@
 """Steps on CUDA, launched without waiting for the one before.
 
-    batch ─pack▶ pinned memory ─host_copy▶ device ─graph, or kernels▶ tokens ─host_copy▶ pinned memory ─wait▶ tokens
+    batch ─pack▶ pinned memory ─copy▶ device ─graph, or kernels▶ tokens ─host_copy▶ pinned memory ─wait▶ tokens
 
 A step's sampled tokens also stay on the device, where the next step's first kernel finds them. Rows whose requests ask
 for more are sampled once more behind it, by hbserve_core/logits.
@@ -151,7 +151,11 @@ class CudaRunner:
         step = self._packer.pack(batch, host.numpy())
         num_samples = len(step.places)
         with torch.inference_mode(), torch.cuda.stream(self._stream):
-            host_copy(self._on_device[: step.used], host)
+            if step.shape.tiles:
+                # With prompts the device mostly waits for this, and our kernel takes the host longer to launch.
+                self._on_device[: step.used].copy_(host[: step.used], non_blocking=True)
+            else:
+                host_copy(self._on_device[: step.used], host)
             if step.special:
                 self._special_rows.prepare(step.special, self._sampled)
             hidden = self._compute(step.shape, num_samples)

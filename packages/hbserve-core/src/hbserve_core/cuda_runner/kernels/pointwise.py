@@ -29,9 +29,10 @@ def _host_copy(source, target, count, BLOCK: tl.constexpr):
 def host_copy(target: torch.Tensor, source: torch.Tensor) -> None:
     """Queue a copy of as many numbers of `source` as `target` (C,) has. One is on the device, the other one pinned.
 
-    A step is surrounded by two of them. A copy engine takes some 7 us for each, most of it to begin and to be waited
-    for; a kernel that reads or writes the host's memory itself takes 3. It begins when the one before has ended, and
-    lets none begin before it has: see `begin_step` in dependent_launch.py.
+    A step of decodes is surrounded by two of them. A copy engine takes some 7 us for each, most of it to begin and to
+    be waited for; a kernel that reads or writes the host's memory itself takes 3, which counts where steps follow each
+    other. It begins when the one before has ended, and lets none begin before it has: see `begin_step` in
+    dependent_launch.py.
     """
     count = len(target)
     if count > _MOST_COPIED:
