@@ -313,7 +313,7 @@ def test_who_comes_after_the_launch_of_the_next_step_is_in_the_one_behind_it():
 
     async def run() -> None:
         loop = asyncio.get_running_loop()
-        engine = ModelledEngine(law, EngineLimits(chunk_size=512, cuda_graph_max_seq_len=256))
+        engine = ModelledEngine(law, EngineLimits(chunk_size=512, most_graph_tokens=256))
 
         def decode(name: str, tokens: int = 20) -> DecodeWork:
             return DecodeWork(100, tokens, lambda at_s: firsts.update({name: at_s}), lambda: None)

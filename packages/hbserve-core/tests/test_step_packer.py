@@ -73,6 +73,19 @@ def test_prefill_graphs_end_at_the_longest_step_that_may_have_one():
     assert [shape.rows for shape in shapes.prefills] == [32, 64, 96, 128]
 
 
+def test_the_longest_chunk_has_a_graph_with_decodes_beside_it_too():
+    settings = config(max_num_batched_tokens=8192, cuda_graph_max_seq_len=2048, max_num_seqs=256)
+    shapes = GraphShapes(settings, TILE_TOKENS, PIECES)
+    assert settings.most_graph_tokens == 2304
+    for num_decodes, rows in ((0, 2048), (1, 2176), (128, 2176), (129, 2304), (255, 2304)):
+        assert shapes.choose([1] * num_decodes + [2048]) in shapes.prefills
+        assert shapes.choose([1] * num_decodes + [2048]).rows == rows
+    assert shapes.choose([1] * 256 + [2049]) not in shapes.prefills
+    few = config(max_num_batched_tokens=8192, cuda_graph_max_seq_len=2048, max_num_seqs=4)
+    assert [shape.rows for shape in GraphShapes(few, TILE_TOKENS, PIECES).prefills][-2:] == [2048, 2052]
+    assert config(cuda_graph_enabled=False).most_graph_tokens == 0
+
+
 def test_each_decode_step_has_a_graph_and_without_graphs_the_shape_that_fits_it():
     shapes = GraphShapes(config(max_num_seqs=21), TILE_TOKENS, PIECES)
     for rows in range(1, 22):
@@ -86,7 +99,7 @@ def test_each_decode_step_has_a_graph_and_without_graphs_the_shape_that_fits_it(
 def test_a_step_that_is_too_long_or_of_too_many_sequences_runs_without_a_graph():
     shapes = GraphShapes(config(max_num_seqs=64, cuda_graph_max_seq_len=32), TILE_TOKENS, PIECES)
     assert shapes.choose([20, 12]) in shapes.prefills
-    assert shapes.choose([33]) not in shapes.prefills
+    assert shapes.choose([37]) not in shapes.prefills
     assert shapes.choose([2] * 16) not in shapes.prefills
 
 

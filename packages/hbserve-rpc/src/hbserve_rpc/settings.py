@@ -19,6 +19,8 @@ import msgspec
 
 LARGEST = 2.0**62
 """Of all numbers that can be set. Infinity is beyond it."""
+ROWS_PER_SEQUENCE = 8
+"""Of a CUDA graph for steps with prompts: it has room for a sequence in so many rows."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,7 @@ class EngineSettings(msgspec.Struct, kw_only=True):
     cuda_graph_enabled: Annotated[bool, In("cuda_graph")] = True
     """Replay steps from CUDA graphs; on the CPU without effect."""
     cuda_graph_max_seq_len: Annotated[int, In("cuda_graph"), POSITIVE] = 2048
-    """Longest prompt chunk that runs in a graph."""
+    """Longest prompt chunk that runs in a graph, with decodes beside it."""
 
     device: Annotated[str, In("engine"), DEVICE] = "auto"
     """"auto" (CUDA if there is one), "cpu", or "cuda:N"."""
@@ -127,6 +129,13 @@ class EngineSettings(msgspec.Struct, kw_only=True):
     and None is none."""
     prefix_caching: Annotated[bool, In("engine")] = True
     """Keep the KV of prompts that have ended, for others that begin in the same way."""
+
+    @property
+    def most_graph_tokens(self) -> int:
+        """Of a step with prompts that has a CUDA graph: those of the longest chunk and of as many decodes beside it as
+        the graph has room for. 0 without graphs."""
+        longest = self.cuda_graph_max_seq_len if self.cuda_graph_enabled else 0
+        return min(longest + min(self.max_num_seqs, longest // ROWS_PER_SEQUENCE), self.max_num_batched_tokens)
 
 
 class KVTransferSettings(msgspec.Struct, frozen=True, kw_only=True):

@@ -34,7 +34,7 @@ class EngineLimits:
     max_chunk_prefill_tokens: int = 4096
     max_num_batched_tokens: int = 2048
     max_num_seqs: int = 256
-    cuda_graph_max_seq_len: int = 2048
+    most_graph_tokens: int = 2048
 
     @classmethod
     def of(cls, settings: EngineSettings) -> "EngineLimits":
@@ -45,7 +45,7 @@ class EngineLimits:
             settings.max_chunk_prefill_tokens,
             settings.max_num_batched_tokens,
             settings.max_num_seqs,
-            settings.cuda_graph_max_seq_len if settings.cuda_graph_enabled else 0,
+            settings.most_graph_tokens,
         )
 
 
@@ -352,7 +352,7 @@ class ModelledEngine:
         if chunks:
             num_tokens = sum([chunk for _, chunk in chunks])
             figures.prompt_tokens += num_tokens
-            if batch + num_tokens > self.limits.cuda_graph_max_seq_len:
+            if batch + num_tokens > self.limits.most_graph_tokens:
                 self._eager_left = STEPS_REMEMBERED
 
     def _end_chunks(self, chunks: Iterable[tuple[PromptWork, int]]) -> None:

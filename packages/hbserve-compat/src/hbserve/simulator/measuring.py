@@ -58,7 +58,7 @@ def measure_profile(args: ProfileArgs) -> None:
     try:
         sweep = BatchSweep(config, runner)
         prefill, decode = _steps(sweep, prompts, batches, contexts)
-        ahead_s, eager_ahead_s = _launched_ahead(sweep, batches, contexts[0], config.cuda_graph_max_seq_len)
+        ahead_s, eager_ahead_s = _launched_ahead(sweep, batches, contexts[0], config.most_graph_tokens)
         device, per_token, kv_tokens = runner.device, sweep.kv_bytes_per_token, sweep.kv_tokens
     finally:
         runner.close()

@@ -130,7 +130,7 @@ class CudaRunner:
         self._stream.synchronize()
         step = torch.cuda.max_memory_allocated(self.device) - before
         torch.cuda.empty_cache()
-        # Graphs keep memory of their own, for no more than cuda_graph_max_seq_len rows.
+        # Graphs keep memory of their own, for no more rows than the largest of them has.
         in_graphs = (
             max([1, *(shape.rows for shape in self._shapes.prefills)]) / shape.rows if config.cuda_graph_enabled else 0
         )

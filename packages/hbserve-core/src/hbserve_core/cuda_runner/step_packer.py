@@ -32,6 +32,7 @@ from hbserve_core.engine.step import StepTokens
 from hbserve_core.logits.prompt_logprobs import ScoredRows, scored_rows
 from hbserve_core.logits.rows import LogitsRow, special_rows
 from hbserve_rpc import SamplingParams
+from hbserve_rpc.settings import ROWS_PER_SEQUENCE
 
 _Integers = TypeVar("_Integers", int, npt.NDArray[np.int32])
 
@@ -162,31 +163,34 @@ def decode_buckets(max_num_seqs: int) -> list[int]:
     return sorted({size for size in [*small, *range(16, max_num_seqs, 16)] if size < max_num_seqs} | {max_num_seqs})
 
 
-def prefill_buckets(max_len: int) -> list[int]:
-    """Numbers of rows of the graphs for steps with prompt chunks, ascending, up to `max_len`.
+def prefill_buckets(max_len: int, most: int = 0) -> list[int]:
+    """Numbers of rows of the graphs for steps with prompt chunks, ascending, up to `max_len`, and with decodes beside
+    such a chunk up to `most`.
 
     They are four in an octave, and between 512 and 2048 one each 128 rows, which a large product computes at a time:
-    a step is padded to the next one, and what is computed for nothing takes as long as a prompt's own tokens.
+    a step is padded to the next one, and what is computed for nothing takes as long as a prompt's own tokens. So are
+    those beyond `max_len`: a step of a whole chunk and some decodes is what a hybrid instance computes most often.
     """
     sizes, size = [], _SMALLEST_PREFILL
     while size < max_len:
         sizes.append(size)
         octave = 1 << (size.bit_length() - 1)
         size += max(_SMALLEST_PREFILL, min(octave // 4, _LARGEST_PREFILL_STEP), octave // 8)
-    return [*sizes, max_len] if max_len >= _SMALLEST_PREFILL else []
+    beside = {*range(max_len + _LARGEST_PREFILL_STEP, most, _LARGEST_PREFILL_STEP), max(most, max_len)}
+    return sorted({*sizes, max_len, *beside}) if max_len >= _SMALLEST_PREFILL else []
 
 
 class GraphShapes:
     """The shapes of step that have a CUDA graph, and which of them a batch is padded to.
 
     Decode steps have a graph in any case. Steps with prompt chunks have one if they are not larger than
-    `cuda_graph_max_seq_len` tokens and not made of too many sequences; others get the shape that fits them exactly.
+    `most_graph_tokens` and not made of too many sequences; others get the shape that fits them exactly.
     """
 
     def __init__(self, config: InstanceConfig, tile_tokens: int, pieces: SplitKV) -> None:
         longest = min(config.cuda_graph_max_seq_len, config.max_num_batched_tokens)
         decodes = decode_buckets(config.max_num_seqs) if config.cuda_graph_enabled else []
-        prefills = prefill_buckets(longest) if config.cuda_graph_enabled else []
+        prefills = prefill_buckets(longest, config.most_graph_tokens) if config.cuda_graph_enabled else []
         self._tile_tokens = tile_tokens
         self._pieces = pieces
         self.decodes = [self._shape(size, size, size, 0) for size in decodes]
@@ -199,7 +203,7 @@ class GraphShapes:
         self.others += [self._prefill_shape(size, config.max_num_seqs) for size in others]
 
     def _prefill_shape(self, rows: int, max_num_seqs: int) -> StepShape:
-        sequences = min(max_num_seqs, max(8, rows // 8))
+        sequences = min(max_num_seqs, max(8, rows // ROWS_PER_SEQUENCE))
         return self._shape(rows, sequences, sequences, rows // self._tile_tokens + sequences)
 
     def _shape(self, rows: int, sequences: int, num_decodes: int, tiles: int) -> StepShape:
