@@ -1,5 +1,6 @@
 """`hbserve serve --ray` without a cluster: what each instance takes of a node, and what is refused."""
 
+import socket
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -71,3 +72,24 @@ def test_whatever_ray_says_when_it_cannot_start_is_one_line(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", ray)
     with pytest.raises(ConfigError, match=r"^--ray=local: The current node timed out during startup\. This could"):
         connect("local")
+
+
+def test_a_cluster_that_asks_for_a_token_is_told_as_that(monkeypatch):
+    ray: Any = ModuleType("ray")
+
+    def init(**_: object) -> None:
+        cause = RuntimeError("Failed to connect to GCS.\nUnauthenticated: RPC error: InvalidAuthToken: it is missing")
+        raise ConnectionError("Failed to connect to Ray cluster at 10.0.0.1:6379") from cause  # as it does
+
+    ray.init = init
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    with pytest.raises(ConfigError, match=r"10\.0\.0\.1:6379; it asks for a token: set RAY_AUTH_MODE=token, with the"):
+        connect("auto")
+
+
+def test_where_nobody_listens_ray_is_not_left_to_try_for_minutes(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", ModuleType("ray"))  # it would be called in vain
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+    with pytest.raises(ConfigError, match=rf"^--ray={address}: no cluster is there: .*refused"):
+        connect(address)

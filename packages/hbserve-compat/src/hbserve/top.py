@@ -65,5 +65,5 @@ async def _live(watched: WatchedRemote) -> None:
     try:
         from hbserve.top_app import TopApp
     except ImportError as error:
-        raise ConfigError(f"hbserve top needs `pip install hbserve-compat[top]` ({error}); --once does not") from None
+        raise ConfigError(f"hbserve top needs pip install 'hbserve-compat[top]' ({error}); --once does not") from None
     await TopApp(watched).run_async()

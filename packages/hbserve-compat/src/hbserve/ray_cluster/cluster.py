@@ -4,6 +4,7 @@ import asyncio
 import logging
 import os
 import signal
+import socket
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -15,6 +16,7 @@ logger = logging.getLogger(__name__)
 
 TELL_AFTER_S = 5.0
 """A place that cannot be had yet is told then, and ever more rarely: an autoscaler may take minutes to add a node."""
+CONNECT_TIMEOUT_S = 10.0
 STRATEGY = "STRICT_PACK"
 """What shares a place is on one node: a pair, and the GPUs of an instance's ranks."""
 Bundle = dict[str, float]
@@ -33,15 +35,33 @@ def connect(address: str) -> None:
         import ray
     except ImportError:
         raise ConfigError("--ray needs Ray: pip install 'hbserve-compat[ray]'") from None
+    _require_somebody(address)
     before = signal.getsignal(signal.SIGTERM)
     try:
         # Of a cluster that is started here nobody asks for a page, whose process is the slowest of all to start.
         own = {"include_dashboard": False} if address == "local" else {}
         ray.init(address=address, logging_level=logging.WARNING, log_to_driver=True, **own)
     except Exception as error:  # where a node of its own is too slow to start, it is a plain one
-        raise ConfigError(f"--ray={address}: {' '.join(str(error).split())}") from None
+        raise ConfigError(f"--ray={address}: {' '.join(str(error).split())}{_about_token(error)}") from None
     finally:
         signal.signal(signal.SIGTERM, before)  # Ray has its own, which ends this process at once
+
+
+def _require_somebody(address: str) -> None:
+    """Raises ConfigError if nobody listens there: Ray itself would try for minutes."""
+    host, _, port = address.rpartition(":")
+    if host and "/" not in host and port.isdecimal():
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), CONNECT_TIMEOUT_S).close()
+        except (OSError, OverflowError) as error:
+            raise ConfigError(f"--ray={address}: no cluster is there: {error}") from None
+
+
+def _about_token(error: Exception) -> str:
+    """Ray has it in its log only. With an address it does not look for a token by itself, while `ray start` does."""
+    if "InvalidAuthToken" not in str(error.__cause__):
+        return ""
+    return "; it asks for a token: set RAY_AUTH_MODE=token, with the cluster's in RAY_AUTH_TOKEN or ~/.ray/auth_token"
 
 
 def disconnect() -> None:

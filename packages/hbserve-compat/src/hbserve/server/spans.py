@@ -196,7 +196,7 @@ def spans_from_environment(address: tuple[str, int] | None) -> Spans | None:
         from opentelemetry.sdk.trace import TracerProvider
         from opentelemetry.sdk.trace.export import BatchSpanProcessor
     except ImportError as error:
-        raise ConfigError(f"{named[0]} is set: `pip install hbserve-compat[otel]`, or unset it ({error})") from None
+        raise ConfigError(f"{named[0]} is set: pip install 'hbserve-compat[otel]', or unset it ({error})") from None
     service = os.environ.get("OTEL_SERVICE_NAME", "hbserve")
     provider = TracerProvider(resource=Resource.create({"service.name": service}))
     provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
