@@ -74,7 +74,7 @@ def serve(instance: ModelledInstance, server: RpcServer) -> None:
         return Empty()
 
     async def granted(request: GrantRequest) -> None:
-        instance.grant(request)
+        instance.grant(request, instance.loop.time())
 
     def streaming(session: Any) -> Any:
         async def items(request: Any) -> Any:
@@ -95,10 +95,10 @@ def serve(instance: ModelledInstance, server: RpcServer) -> None:
 async def decided_on_the_real_clock(slower: float) -> list[tuple[str, str]]:
     """By a scheduler that dials its instances, over sockets."""
     fast = profile(prefill=[(1, 0.0002 * slower), (1000, 0.2 * slower)])
-    fabric = Fabric(lambda _: Shape(), {})
+    fabric, law = Fabric(), StepLaw(fast)
     servers, scheduler = [], CpuScheduler(SETTINGS)
     for name, role in Deployment(fast, roles_of(3, 2)).instances():
-        instance = ModelledInstance(name, role, fast, WHOLE, fabric)
+        instance = ModelledInstance(name, role, law, WHOLE, fabric)
         server = RpcServer(epoch=instance.epoch)
         serve(instance, server)
         await server.start()
@@ -327,11 +327,12 @@ def test_who_comes_after_the_launch_of_the_next_step_is_in_the_one_behind_it():
         await asyncio.sleep(10)
         assert list(firsts) == ["alone", "in time", "late"]
         engine.add(decode("beside a prompt"))
-        engine.add(PromptWork(300, 0, None, lambda: None))
+        engine.add(PromptWork(300, 0, None, lambda: engine.add(decode("of the prompt"))))
         await asyncio.sleep(0)
         eager_end_s = engine._end_s
         loop.call_at(eager_end_s + 0.4 * first_s, engine.add, decode("after a step without a graph"))
         await asyncio.sleep(10)
+        assert firsts["of the prompt"] == pytest.approx(eager_end_s + first_s), "it goes on at once"
         behind_s = firsts["after a step without a graph"] - eager_end_s
         assert behind_s == pytest.approx(3 * first_s, rel=0.01), "6 ms before the end of a step are too late now"
         assert (engine.batch, engine.keys, len(engine.prompts)) == (0, 0, 0)

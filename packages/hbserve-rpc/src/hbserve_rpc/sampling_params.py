@@ -174,7 +174,7 @@ class SamplingParams(msgspec.Struct):
 
     def copied(self) -> "SamplingParams":
         """Another one, checked, that shares nothing with this one: what is kept of a call."""
-        return SamplingParams(*(getattr(self, name) for name in self.__struct_fields__))
+        return SamplingParams(*_all_of(self))
 
     def of_choice(self, choice: int) -> "SamplingParams":
         """Those of one of the `n` answers, by itself. With one seed for all of them they would be the same."""
@@ -185,6 +185,7 @@ class SamplingParams(msgspec.Struct):
         return own
 
 
+_all_of = attrgetter(*SamplingParams.__struct_fields__)
 _RARE = SamplingParams.__struct_fields__[3:]
 _rare_of = attrgetter(*_RARE)
 _RARE_DEFAULTS: tuple[Any, ...] = tuple(

@@ -53,10 +53,10 @@ def admitted(request: GenerateRequest, infos: Sequence[InstanceInfo], digest_blo
             "which counts them"
         )
     num_tokens = len(prompt) + len(output)
-    if infos and num_tokens > (longest := min(info.max_prompt_len for info in infos)):
+    if infos and num_tokens > (longest := min([info.max_prompt_len for info in infos])):
         raise InvalidRequest(f"prompt: {num_tokens} tokens; the instances take at most {longest}")
     if infos:
-        size = min(info.vocab_size for info in infos)
+        size = min([info.vocab_size for info in infos])
         if shape.largest_id >= size:
             require_in_vocabulary("prompt", prompt, size)
         require_in_vocabulary("output_token_ids", output, size)
@@ -72,7 +72,8 @@ class WaitingRequests(Sequence[ScheduledRequest]):
     """
 
     def __init__(self) -> None:
-        self._by_id: dict[str, ScheduledRequest] = {}
+        self.by_id: dict[str, ScheduledRequest] = {}
+        """In no order. Whether there are any is asked several times for each request, for which this is the fastest."""
         self._levels: dict[int, OrderedDict[str, ScheduledRequest]] = {}
         """By priority. Linked, unlike a dict, whose beginning must be searched for once many have been removed
         there."""
@@ -83,12 +84,12 @@ class WaitingRequests(Sequence[ScheduledRequest]):
 
     def append(self, entry: ScheduledRequest) -> None:
         """Behind all of its priority."""
-        assert entry.request.request_id not in self._by_id, "ids are checked at admission"
+        assert entry.request.request_id not in self.by_id, "ids are checked at admission"
         priority = entry.request.params.priority
         if priority not in self._levels:
             self._levels[priority], self._tokens[priority] = OrderedDict(), 0
             insort(self._priorities, priority)
-        self._by_id[entry.request.request_id] = self._levels[priority][entry.request.request_id] = entry
+        self.by_id[entry.request.request_id] = self._levels[priority][entry.request.request_id] = entry
         self._tokens[priority] += entry.num_tokens
         self.num_tokens += entry.num_tokens
 
@@ -97,7 +98,7 @@ class WaitingRequests(Sequence[ScheduledRequest]):
         if entry not in self:
             raise ValueError(f"request {entry.request.request_id!r} does not wait")
         priority = entry.request.params.priority
-        del self._by_id[entry.request.request_id], self._levels[priority][entry.request.request_id]
+        del self.by_id[entry.request.request_id], self._levels[priority][entry.request.request_id]
         self._tokens[priority] -= entry.num_tokens
         self.num_tokens -= entry.num_tokens
         if not self._levels[priority]:
@@ -105,7 +106,7 @@ class WaitingRequests(Sequence[ScheduledRequest]):
             self._priorities.pop(bisect_left(self._priorities, priority))
 
     def find(self, request_id: str) -> ScheduledRequest | None:
-        return self._by_id.get(request_id)
+        return self.by_id.get(request_id)
 
     def num_tokens_before(self, priority: int) -> int:
         """Tokens of those that would come before a new one of this priority."""
@@ -114,10 +115,10 @@ class WaitingRequests(Sequence[ScheduledRequest]):
         return sum(count for each, count in self._tokens.items() if each <= priority)
 
     def __contains__(self, entry: object) -> bool:
-        return isinstance(entry, ScheduledRequest) and self._by_id.get(entry.request.request_id) is entry
+        return isinstance(entry, ScheduledRequest) and self.by_id.get(entry.request.request_id) is entry
 
     def __len__(self) -> int:
-        return len(self._by_id)
+        return len(self.by_id)
 
     def __iter__(self) -> Iterator[ScheduledRequest]:
         for priority in self._priorities:

@@ -246,7 +246,7 @@ class CpuScheduler:
 
     def _may_have_room(self) -> None:
         """A request or an instance has changed, which matters where some wait: it is so five times for each request."""
-        if self.waiting_requests or self.retries.waiting:
+        if self.waiting_requests.by_id or self.retries.waiting:
             self._changed.set()
 
     def _tick(self) -> None:

@@ -29,6 +29,7 @@ class ScheduledRequest:
     """A request from `submit` to its end. Times are of its event loop, as all in the scheduler."""
 
     request: GenerateRequest
+    num_prompt_tokens: int = field(init=False)
     figures: Figures = field(default_factory=Figures)
     """Of all requests."""
     submitted_s: float = field(default_factory=lambda: asyncio.get_running_loop().time())
@@ -83,6 +84,7 @@ class ScheduledRequest:
     _output_counted: int = 0
 
     def __post_init__(self) -> None:
+        self.num_prompt_tokens = len(self.request.prompt_token_ids)
         self.output += self.request.output_token_ids
         if (num_choices := self.request.params.n) > 1:
             self.choices = [self._choice(number) for number in range(num_choices)]
@@ -90,10 +92,6 @@ class ScheduledRequest:
     def _choice(self, number: int) -> "ScheduledRequest":
         asked = msgspec.structs.replace(self.request, params=self.request.params.of_choice(number))
         return ScheduledRequest(asked, self.figures, self.submitted_s, choice=number, parent=self)
-
-    @property
-    def num_prompt_tokens(self) -> int:
-        return len(self.request.prompt_token_ids)
 
     @property
     def num_tokens(self) -> int:

@@ -12,6 +12,7 @@ import itertools
 from collections import deque
 from collections.abc import Callable
 from contextvars import Context, copy_context
+from functools import partial
 from heapq import heappop, heappush
 from typing import Any, TypeVarTuple
 
@@ -35,6 +36,12 @@ class VirtualTimeLoop(asyncio.BaseEventLoop):
         self._later: list[_Callback] = []
         """A heap, by time and then in the order in which they came."""
         self._numbers = itertools.count()
+        # In place of methods in Python, which would be called for each task and future.
+        self.get_debug: Callable[[], bool] = bool
+        self.create_future: Callable[[], asyncio.Future[Any]] = partial(asyncio.Future, loop=self)
+
+    def create_task(self, coro: Any, **kwargs: Any) -> Any:
+        return asyncio.Task(coro, loop=self, **kwargs)
 
     def time(self) -> float:
         return self._now_s
@@ -65,13 +72,24 @@ class VirtualTimeLoop(asyncio.BaseEventLoop):
         return handle
 
     def _run_once(self) -> None:
-        """All that is to happen now, in the order in which it was asked for; before it a jump, if that is nothing."""
-        soon = self._soon
-        if not soon:
-            self._jump()
-        next_one = soon.popleft
-        while soon:
-            _, _, callback, args, context = next_one()
+        """All that is to happen until the loop is stopped: what is to happen now, in the order in which it was asked
+        for, then a jump to the next timer, and so on.
+
+        Raises RuntimeError: all wait for each other, and there is no timer that would end it.
+        """
+        soon, later, next_one = self._soon, self._later, self._soon.popleft
+        while not self._stopping:  # type: ignore[attr-defined]  # BaseEventLoop's
+            if soon:
+                _, _, callback, args, context = next_one()
+            elif later:
+                when_s, _, callback, args, context = heappop(later)
+                if callback is None:
+                    continue
+                self._now_s = when_s
+                while later and later[0][0] == when_s:
+                    soon.append(heappop(later))
+            else:
+                raise RuntimeError("virtual time: everything waits, and nothing is left that could happen")
             if callback is None:
                 continue
             try:
@@ -80,19 +98,6 @@ class VirtualTimeLoop(asyncio.BaseEventLoop):
                 raise
             except BaseException as error:
                 self.call_exception_handler({"message": f"{callback!r} failed", "exception": error})
-            if self._stopping:  # type: ignore[attr-defined]  # BaseEventLoop's
-                return
-
-    def _jump(self) -> None:
-        """Raises RuntimeError: all wait for each other, and there is no timer that would end it."""
-        later = self._later
-        while later and later[0][CALLBACK] is None:
-            heappop(later)
-        if not later:
-            raise RuntimeError("virtual time: everything waits, and nothing is left that could happen")
-        self._now_s = now_s = later[0][0]
-        while later and later[0][0] == now_s:
-            self._soon.append(heappop(later))
 
 
 class _Callback(list[Any]):

@@ -95,7 +95,7 @@ class SimulatedClient:
         if instance is None or method is END_CHOICE:  # a choice that goes on a while costs a few tokens
             return
         assert method is GRANT, method
-        instance.loop.call_later(instance.profile.message_s, instance.grant, request)
+        instance.grant(request, instance.loop.time() + instance.profile.message_s)
 
     def stream(self, method: Any, request: Any) -> Stream[Any]:
         stream: Stream[Any] = Stream(self._forget)

@@ -59,6 +59,7 @@ class PromptWork:
     on_chunk: Callable[[float], object] | None
     """Told when each chunk but the last has ended, at the latest at the end of the prompt, or by `settle`."""
     on_done: Callable[[], None]
+    """Told when all chunks of its last step are."""
     planned: int = 0
     """Tokens that are computed when the steps that are planned have ended."""
 
@@ -182,15 +183,16 @@ class ModelledEngine:
 
     def _cut_short(self) -> None:
         """End what is under way after the step that is under way."""
-        self.settle()
+        if len(self._planned) > 1:
+            self.settle()
         if len(self._planned) > 1:
             end_s = self._planned[0][0]
             while len(self._planned) > 1:
                 for work, count in self._planned.pop()[1]:
                     work.planned -= count
             self._end_at(end_s)
-        self._pass_first()
         if self._steps_under_way > 1:
+            self._pass_first()
             self._cut_decodes()
 
     def _cut_decodes(self) -> None:
@@ -317,6 +319,7 @@ class ModelledEngine:
         return low
 
     def _end(self) -> None:
+        self._end_s = math.inf  # who is added by what ends here goes on in the next step
         self.settle()
         now_s = self._loop.time()
         chunks: Sequence[tuple[PromptWork, int]] = ()
@@ -356,14 +359,14 @@ class ModelledEngine:
                 self._eager_left = STEPS_REMEMBERED
 
     def _end_chunks(self, chunks: Iterable[tuple[PromptWork, int]]) -> None:
+        ended = []
         for work, count in chunks:
             work.done += count
             if work.done < work.num_tokens:
                 if work.on_chunk is not None:
                     work.on_chunk(self._loop.time())
-            elif self.prompts and self.prompts[0] is work:
-                self.prompts.popleft()
-                work.on_done()
             elif work in self.prompts:  # else it was aborted meanwhile
                 self.prompts.remove(work)
-                work.on_done()
+                ended.append(work)
+        for work in ended:
+            work.on_done()

@@ -3,13 +3,13 @@
 import asyncio
 import uuid
 from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from hbserve.simulator.engine import EngineLimits, ModelledEngine
 from hbserve.simulator.prefix_cache import PrefixCache
-from hbserve.simulator.profile import Profile, StepLaw
+from hbserve.simulator.profile import StepLaw
 from hbserve_rpc.messages import GrantRequest, InstanceInfo, InstanceStats, Role
 
 BLOCK_SIZE = 16
@@ -26,6 +26,25 @@ class Shape:
     hash_ids: tuple[int, ...] = ()
     """One for each full block of `block_size` tokens, of that block and all before it."""
     block_size: int = 512
+
+
+NO_SHAPE = Shape()
+
+
+class Tokens(tuple[int, ...]):
+    """A prompt of which nothing is there but its length and its shape: a scheduler sees no more of one that comes with
+    its shape, and hands it on as it is."""
+
+    shape: Shape
+    _count: int
+
+    def __new__(cls, count: int, shape: Shape) -> "Tokens":
+        tokens = super().__new__(cls)
+        tokens._count, tokens.shape = count, shape
+        return tokens
+
+    def __len__(self) -> int:
+        return self._count
 
 
 class Entering(Protocol):
@@ -52,9 +71,7 @@ class Reserved(Protocol):
 class Fabric:
     """What the instances of a simulation have in common."""
 
-    shape_of: Callable[[str], Shape]
-    """By a request's id at its instances."""
-    reservations: dict[str, Reserved]
+    reservations: dict[str, Reserved] = field(default_factory=dict)
     """By transfer."""
     prefix_tokens: int = 0
     """Prompt tokens that were found in prefix caches, and all that were asked for."""
@@ -64,21 +81,22 @@ class Fabric:
 class ModelledInstance:
     """Belongs to one event loop, whose time it takes."""
 
-    def __init__(self, instance_id: str, role: Role, profile: Profile, limits: EngineLimits, fabric: Fabric) -> None:
+    def __init__(self, instance_id: str, role: Role, law: StepLaw, limits: EngineLimits, fabric: Fabric) -> None:
         self.instance_id = instance_id
         self.role: Role = role
         self.epoch = uuid.uuid4().hex
-        self.profile = profile
-        self.law = StepLaw(profile)
-        self.engine = ModelledEngine(self.law, limits)
+        self.law = law
+        self.profile = law.profile
+        self.engine = ModelledEngine(law, limits)
         self.loop = asyncio.get_running_loop()
         self.fabric = fabric
         self._cache: PrefixCache | None = None
         self._used_tokens = 0
         """Of requests that were let in, without what they have grown by since."""
-        self._num_active = 0
+        self._num_active = self._num_inside = 0
+        """Choices of all requests, and of those that were let in."""
         self._waiting: deque[Entering] = deque()
-        self._prefilling: dict[str, Callable[[bool], None]] = {}
+        self._prefilling: dict[str, Callable[[bool, float], None]] = {}
         self._link_free_s = 0.0
 
     # ---- what it says of itself --------------------------------------------------------------------------------------
@@ -114,12 +132,13 @@ class ModelledInstance:
 
     # ---- what its sessions need --------------------------------------------------------------------------------------
 
-    def grant(self, request: GrantRequest) -> None:
-        """A decode instance has room for a prompt that is computed here; without a grant, there will be none."""
+    def grant(self, request: GrantRequest, at_s: float) -> None:
+        """A decode instance has room for a prompt that is computed here; without a grant, there will be none. It is
+        here at that time, now or soon."""
         if (on_grant := self._prefilling.get(request.request_id)) is not None:
-            on_grant(bool(request.grant))
+            on_grant(bool(request.grant), at_s)
 
-    def begin_prefill(self, request_id: str, on_grant: Callable[[bool], None]) -> None:
+    def begin_prefill(self, request_id: str, on_grant: Callable[[bool, float], None]) -> None:
         self._prefilling[request_id] = on_grant
         self._num_active += 1
 
@@ -140,6 +159,7 @@ class ModelledInstance:
             self._waiting.remove(session)
         else:
             self._used_tokens -= session.num_tokens
+            self._num_inside -= session.num_choices
         self._look()
 
     def _look(self) -> None:
@@ -147,15 +167,15 @@ class ModelledInstance:
         if not self._waiting:
             return
         most = self.profile.kv_tokens - self.profile.kv_tokens // SPARE_PART
-        limits, inside = self.engine.limits, self._num_active - sum(each.num_choices for each in self._waiting)
         while self._waiting:
             session = self._waiting[0]
             has_room = self._used_tokens + session.num_tokens <= most
-            if inside and not (has_room and inside + session.num_choices <= limits.max_num_seqs):
+            num_inside = self._num_inside + session.num_choices
+            if self._num_inside and not (has_room and num_inside <= self.engine.limits.max_num_seqs):
                 return
             self._waiting.popleft()
             self._used_tokens += session.num_tokens
-            inside += session.num_choices
+            self._num_inside = num_inside
             session.enter()
 
     def _blocks(self, block_size: int) -> PrefixCache:
@@ -163,10 +183,10 @@ class ModelledInstance:
             self._cache = PrefixCache(self.profile.kv_tokens // block_size)
         return self._cache
 
-    def cached(self, request_id: str, count: int, *, counts: bool = True) -> int:
-        """Tokens of a prompt that need not be computed, or moved: never all, for the last one gives the next."""
-        shape = self.fabric.shape_of(request_id)
-        found = 0
+    def cached(self, prompt: Sequence[int], count: int, *, counts: bool = True) -> int:
+        """Of the `count` tokens of a prompt and what follows it, those that need not be computed, or moved: never all,
+        for the last one gives the next."""
+        shape, found = getattr(prompt, "shape", NO_SHAPE), 0
         if shape.hash_ids:
             found = min(count - 1, self._blocks(shape.block_size).find(shape.hash_ids) * shape.block_size)
         if counts:
@@ -174,9 +194,9 @@ class ModelledInstance:
             self.fabric.asked_tokens += count
         return found
 
-    def remember(self, request_id: str) -> None:
-        """Its prompt is in the prefix cache now."""
-        shape = self.fabric.shape_of(request_id)
+    def remember(self, prompt: Sequence[int]) -> None:
+        """It is in the prefix cache now."""
+        shape = getattr(prompt, "shape", NO_SHAPE)
         if shape.hash_ids:
             self._blocks(shape.block_size).add(shape.hash_ids)
 

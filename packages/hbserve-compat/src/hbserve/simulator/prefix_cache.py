@@ -28,5 +28,5 @@ class PrefixCache:
                 blocks.move_to_end(hash_id)
             else:
                 blocks[hash_id] = None
-        while len(blocks) > self._num_blocks:
+        for _ in range(len(blocks) - self._num_blocks):
             blocks.popitem(last=False)

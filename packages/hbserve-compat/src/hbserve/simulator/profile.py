@@ -11,6 +11,7 @@ attention, for each pair of a new token and one before it; and the keys and valu
 import statistics
 from bisect import bisect_left
 from collections.abc import Sequence
+from functools import lru_cache
 from importlib import resources
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from hbserve_rpc import InvalidRequest
 
 OWN = resources.files("hbserve.simulator") / "profiles"
 """Those that come with this package."""
+MOST_REMEMBERED = 4096
 LONG_PROMPT = 4
 """Prompts of at least a part in so many of the longest that was measured tell what attention costs."""
 
@@ -56,6 +58,7 @@ class StepLaw:
     """How long things take, by a profile."""
 
     def __init__(self, profile: Profile) -> None:
+        self.profile = profile
         self.pair_s = _pair_s(profile.prefill)
         self.key_s = _key_s(profile.decode)
         decodes = _decode_products(profile, self.key_s)
@@ -64,17 +67,14 @@ class StepLaw:
         longer = {tokens: time_s for tokens, time_s in prompts.items() if tokens > widest}
         self._of_decodes = Line([*(decodes | longer).items()])
         self._of_prompts = Line([*prompts.items()])
-        self._few = [self._of_decodes.at(num_tokens) for num_tokens in range(widest + 1)]
-        self._transfer = Line(profile.transfer)
+        self.transfer_s = Line(profile.transfer).at
+        """How long so many bytes take."""
         self.launched_ahead_s = profile.launched_ahead_s
         self.launched_ahead_eager_s = max(profile.launched_ahead_s, profile.launched_ahead_eager_s)
 
     def step_s(self, new_tokens: int, pairs: float, keys: int) -> float:
         """Of one step with so many tokens of prompts and decodes; pairs are of prompts, keys of decodes."""
-        if pairs:
-            products = self._of_prompts.at(new_tokens)
-        else:
-            products = self._few[new_tokens] if new_tokens < len(self._few) else self._of_decodes.at(new_tokens)
+        products = self._of_prompts.at(new_tokens) if pairs else self._of_decodes.at(new_tokens)
         return products + self.pair_s * pairs + self.key_s * keys
 
     def decode_steps_s(self, count: int, batch: int, keys: int) -> float:
@@ -93,9 +93,6 @@ class StepLaw:
                 low = middle + 1
         return low
 
-    def transfer_s(self, num_bytes: int) -> float:
-        return self._transfer.at(num_bytes)
-
 
 class Line:
     """A line through points, beyond the last of which it goes on as between the last two. Never falls."""
@@ -106,8 +103,10 @@ class Line:
         self._ys: list[float] = []
         for _, y in ordered:
             self._ys.append(max(y, *self._ys[-1:]) if self._ys else y)
+        self.at = lru_cache(MOST_REMEMBERED)(self._at)
+        """Its value at a place. The same few are asked for again and again."""
 
-    def at(self, x: int) -> float:
+    def _at(self, x: int) -> float:
         xs, ys = self._xs, self._ys
         if x <= xs[0] or len(xs) == 1:
             return ys[0]

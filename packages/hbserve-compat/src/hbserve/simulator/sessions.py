@@ -3,6 +3,7 @@
 Each session is driven by its engine and by timers, and says what it has to say to one stream.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -67,13 +68,10 @@ class RoomSession:
 
     def enter(self) -> None:
         """There is room; its client hears of it after a message, and a message ago it had to be asked for."""
-        self._instance.loop.call_later(2 * self._instance.profile.message_s, self._begin)
-
-    def _begin(self) -> None:
-        if not self._is_closed:
-            self.begin()
+        self._instance.loop.call_later(2 * self._instance.profile.message_s, self.begin)
 
     def begin(self) -> None:
+        """Unless it was closed meanwhile."""
         raise NotImplementedError
 
     def _decode(self, first: int) -> None:
@@ -110,8 +108,10 @@ class Generating(RoomSession):
         instance.let_in(self)
 
     def begin(self) -> None:
+        if self._is_closed:
+            return
         instance = self._instance
-        cached = instance.cached(self._request.request_id, self.num_tokens)
+        cached = instance.cached(self._request.prompt_token_ids, self.num_tokens)
         self._work = PromptWork(self.num_tokens, cached, None, self._prompt_is_done)
         instance.engine.add(self._work)
 
@@ -119,7 +119,7 @@ class Generating(RoomSession):
         self._tell(1, self._instance.loop.time())
         if self._last > self._first:
             self._decode(self._first)
-        self._instance.remember(self._request.request_id)
+        self._instance.remember(self._request.prompt_token_ids)
 
 
 class Decoding(RoomSession):
@@ -135,7 +135,9 @@ class Decoding(RoomSession):
         instance.let_in(self)
 
     def begin(self) -> None:
-        self.cached_tokens = self._instance.cached(self._request.request_id, self.num_tokens, counts=False)
+        if self._is_closed:
+            return
+        self.cached_tokens = self._instance.cached(self._request.prompt_token_ids, self.num_tokens, counts=False)
         self._stream.put(Granted(self._transfer_id.encode(), self.cached_tokens))
 
     def kv_is_there(self) -> None:
@@ -144,7 +146,7 @@ class Decoding(RoomSession):
             self._decode(self._first + 1)
 
     def close(self) -> None:
-        self._instance.remember(self._request.request_id)
+        self._instance.remember(self._request.prompt_token_ids)
         del self._instance.fabric.reservations[self._transfer_id]
         super().close()
 
@@ -159,35 +161,44 @@ class Prefilling:
         self._request = request
         self._stream = stream
         self._first = len(request.output_token_ids)
-        self._moves = None if request.grant_follows else bool(request.grant)
-        """Whether KV is to be moved; None while the grant is not there."""
+        self._moves = False
+        """Whether KV is to be moved."""
+        self._granted_s = math.inf
+        """When that is known."""
+        if not request.grant_follows:
+            self._moves, self._granted_s = bool(request.grant), -math.inf
         self._pushed: int | None = None
-        self._is_computed = False
+        self._is_computed = self._is_closed = False
         self._num_bytes = self._num_parts = 0
         self._time_s = 0.0
-        count = len(request.prompt_token_ids) + self._first
-        self._work = PromptWork(count, instance.cached(request.request_id, count), self._push, self._step_is_over)
+        count, prompt = len(request.prompt_token_ids) + self._first, request.prompt_token_ids
+        self._work = PromptWork(count, instance.cached(prompt, count), self._push, self._computed)
         instance.begin_prefill(request.request_id, self.grant)
         instance.engine.add(self._work)
 
-    def grant(self, moves: bool) -> None:
-        if self._moves is None:
-            self._instance.engine.settle()  # before the grant nothing was pushed
-            self._moves = moves
-            if self._is_computed:  # who waits for room waits for its first token, not between that and the second
-                moved_s = self._push(self._instance.loop.time())
-                self._tell(moved_s, moved_s)
-
-    def _step_is_over(self) -> None:
-        """The chunks that others have in the same step are pushed before its last one."""
-        self._instance.loop.call_soon(self._computed)
+    def grant(self, moves: bool, at_s: float) -> None:
+        """Before that time nothing is pushed."""
+        if self._granted_s == math.inf:
+            self._moves, self._granted_s = moves, at_s
+            if self._is_computed:
+                self._instance.loop.call_at(at_s, self._tell_granted)
 
     def _computed(self) -> None:
+        """All of it, and all chunks that others have in the same step."""
+        instance = self._instance
         self._is_computed = True
-        self._instance.remember(self._request.request_id)
-        if self._moves is not None:
-            now_s = self._instance.loop.time()
-            self._tell(now_s + self._instance.profile.message_s, self._push(now_s))
+        instance.remember(self._request.prompt_token_ids)
+        now_s = instance.loop.time()
+        if self._granted_s < now_s:
+            self._tell(now_s + instance.profile.message_s, self._push(now_s))
+        elif self._granted_s < math.inf:
+            instance.loop.call_at(self._granted_s, self._tell_granted)
+
+    def _tell_granted(self) -> None:
+        """Who waits for room waits for its first token, not between that and the second."""
+        if not self._is_closed:
+            moved_s = self._push(self._instance.loop.time())
+            self._tell(moved_s, moved_s)
 
     def _tell(self, first_s: float, moved_s: float) -> None:
         """The first token, and that the KV was moved: at these times, but in this order."""
@@ -195,32 +206,43 @@ class Prefilling:
         event = _tokens(self._first, 1, last)
         if self._moves and last > self._first + 1:
             done = TransferDone(self._num_bytes, self._num_parts, self._time_s)
-            loop.call_at(first_s, self._stream.put, event)
-            loop.call_at(max(first_s, moved_s), self._stream.put_last, done)
+            if moved_s > first_s:
+                loop.call_at(first_s, self._stream.put, event)
+                loop.call_at(moved_s, self._stream.put_last, done)
+            else:  # not two timers of the same time, which asyncio's own loop calls in any order
+                loop.call_at(first_s, self._put_both, event, done)
         else:
             loop.call_at(first_s, self._stream.put_last, event)
 
+    def _put_both(self, event: TokenEvent, done: TransferDone) -> None:
+        self._stream.put(event)
+        self._stream.put_last(done)
+
     def _push(self, now_s: float) -> float:
         """Hand over what is computed; returns when it will be there."""
-        instance = self._instance
-        if not self._moves:
+        if not self._moves or now_s < self._granted_s:
             return now_s
-        reservation = instance.fabric.reservations.get(self._request.transfer_id)
+        instance, work = self._instance, self._work
+        reservation = None
+        if self._pushed is None or work.done == work.num_tokens:
+            reservation = instance.fabric.reservations.get(self._request.transfer_id)
         if self._pushed is None:
             self._pushed = reservation.cached_tokens if reservation is not None else 0
-        done = self._work.done
-        num_bytes = max(0, done - self._pushed) * instance.profile.kv_bytes_per_token
-        self._pushed = max(self._pushed, done)
-        begin_s, end_s = instance.move(num_bytes, now_s) if num_bytes else (now_s, now_s)
-        self._num_bytes += num_bytes
+        end_s = now_s
+        if (num_new := work.done - self._pushed) > 0:
+            self._pushed = work.done
+            num_bytes = num_new * instance.profile.kv_bytes_per_token
+            begin_s, end_s = instance.move(num_bytes, now_s)
+            self._num_bytes += num_bytes
+            self._time_s += end_s - begin_s
         self._num_parts += 1
-        self._time_s += end_s - begin_s
         end_s += instance.profile.handoff_s
-        if done == self._work.num_tokens and reservation is not None:
+        if reservation is not None and work.done == work.num_tokens:
             instance.loop.call_at(end_s, reservation.kv_is_there)
         return end_s
 
     def close(self) -> None:
+        self._is_closed = True
         self._instance.engine.remove(self._work)
         self._instance.end_prefill(self._request.request_id)
 

@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 
 from hbserve.simulator.client import Host, SimulatedClient
 from hbserve.simulator.engine import EngineLimits
-from hbserve.simulator.instance import Fabric, ModelledInstance, Shape
-from hbserve.simulator.profile import Profile
+from hbserve.simulator.instance import Fabric, ModelledInstance, Tokens
+from hbserve.simulator.profile import Profile, StepLaw
 from hbserve.simulator.workload import SimulatedRequest
 from hbserve_rpc import HBServeRpcError, SamplingParams
 from hbserve_rpc.messages import GenerateRequest, Role
@@ -29,7 +29,6 @@ from hbserve_scheduler.virtual_time import VirtualTimeLoop
 READY_TIMEOUT_S = 3600.0
 WARM_UP_S = 30.0
 """Until the links of all pairs are made."""
-NO_SHAPE = Shape()
 OBJECTS_BETWEEN_COLLECTIONS = 100_000
 """Nearly all that a simulation makes is freed without the collector. At its usual 700 it took a quarter of the time."""
 
@@ -105,10 +104,9 @@ class Results:
 class _Collecting(Figures):
     """The scheduler's figures, which also keep what a simulation is about."""
 
-    def __init__(self, results: Results, shapes: dict[str, Shape]) -> None:
+    def __init__(self, results: Results) -> None:
         super().__init__()
         self._results = results
-        self._shapes = shapes
         self.left = 0
         self.ended_s = 0.0
         """When the last of all had, by the loop: of a cell that is before others have."""
@@ -118,7 +116,6 @@ class _Collecting(Figures):
     def add(self, record: RequestRecord) -> None:
         super().add(record)
         results = self._results
-        self._shapes.pop(record.request_id, None)
         if self.decisions is not None:
             at_s = asyncio.get_running_loop().time() - record.e2e_s
             for each in record.attempts:
@@ -146,20 +143,6 @@ class _Collecting(Figures):
             self.all_ended.set()
 
 
-class Tokens(tuple[int, ...]):
-    """A prompt of which nothing is there but its length: a scheduler sees no more of one that comes with its shape."""
-
-    _count: int
-
-    def __new__(cls, count: int) -> "Tokens":
-        tokens = super().__new__(cls)
-        tokens._count = count
-        return tokens
-
-    def __len__(self) -> int:
-        return self._count
-
-
 class Simulation:
     """One deployment in one event loop. Made and used inside it."""
 
@@ -170,26 +153,19 @@ class Simulation:
         self.results = Results()
         self._instances = instances
         self._deployment = deployment
-        self._shapes: dict[str, Shape] = {}
-        self._fabric = Fabric(self._shape_of, {})
+        self._fabric = Fabric()
         self._ids = itertools.count()
+        laws = {role: StepLaw(deployment.profile_of(role)) for role in {role for _, role in instances}}
         self._hosts = {
-            name: Host(
-                functools.partial(
-                    ModelledInstance, name, role, deployment.profile_of(role), deployment.limits, self._fabric
-                )
-            )
+            name: Host(functools.partial(ModelledInstance, name, role, laws[role], deployment.limits, self._fabric))
             for name, role in instances
         }
         self.scheduler = CpuScheduler(
             deployment.scheduler, client_factory=functools.partial(SimulatedClient, self._hosts)
         )
-        self._figures = self.scheduler.figures = _Collecting(self.results, self._shapes)
+        self._figures = self.scheduler.figures = _Collecting(self.results)
         if keeps_decisions:
             self._figures.decisions = self.results.decisions
-
-    def _shape_of(self, request_id: str) -> Shape:
-        return self._shapes.get(request_id.partition(".")[0], NO_SHAPE)
 
     async def start(self) -> None:
         for name, role in self._instances:
@@ -200,17 +176,15 @@ class Simulation:
 
     def submit(self, request: SimulatedRequest) -> None:
         request_id = f"r{next(self._ids)}"
-        self._shapes[request_id] = request.shape
-        params = _params(request.output_len)
+        prompt, params = Tokens(request.input_len, request.shape), _params(request.output_len)
         self._figures.left += 1
         self._figures.all_ended.clear()
         try:
             shape = PromptShape(request.input_len)
-            self.scheduler.submit(GenerateRequest(request_id, Tokens(request.input_len), params, shape=shape))
+            self.scheduler.submit(GenerateRequest(request_id, prompt, params, shape=shape))
         except HBServeRpcError as error:
             self.results.failed += 1
             self.results.errors[type(error).__name__] += 1
-            del self._shapes[request_id]
             self._figures.ended_one()
 
     def plan_faults(self, begin_s: float) -> None:
