@@ -17,7 +17,7 @@ from hbserve.__main__ import app
 from hbserve.simulator.client import SESSIONS
 from hbserve.simulator.engine import DecodeWork, EngineLimits, ModelledEngine, PromptWork
 from hbserve.simulator.instance import Fabric, ModelledInstance, Shape
-from hbserve.simulator.plan import Question, make_plan
+from hbserve.simulator.plan import Layout, Question, make_plan, try_layout
 from hbserve.simulator.prefix_cache import PrefixCache
 from hbserve.simulator.profile import Line, Profile, StepLaw, load_profile, own_profiles
 from hbserve.simulator.simulation import Deployment, Fault, cell_of, roles_of, simulate
@@ -555,6 +555,9 @@ def test_one_hybrid_instance_that_is_enough_is_not_to_be_split(short_simulations
     [
         ({"ttft_s": 0.01}, "--ttft-ms=10: a prompt of 2000 tokens alone takes 49 ms"),
         ({"tpot_s": 0.001}, "--tpot-ms=1: a decode step of one sequence takes"),
+        ({"itl_s": 0.001}, "--itl-ms=1: a decode step of one sequence takes"),
+        ({"rate": float("inf")}, "--rate=inf: expected a number of requests a second"),
+        ({"rate": 1e6}, "--most-instances=64: the prompts of 1e.06 requests a second alone keep [0-9]+ instances busy"),
         ({"input_len": 500_000}, "--input-len: 500020 tokens; the profile's pool has 400000"),
     ],
 )
@@ -578,6 +581,28 @@ def test_plan_answers_on_the_command_line_with_a_table_and_a_picture(tmp_path, s
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize(
+    ("picture", "problem"),
+    [
+        ("plan.txt", "plan.txt: expected a name that ends with .png or .svg"),
+        ("nowhere/plan.png", "there is no folder"),
+    ],
+)
+def test_a_picture_that_cannot_be_written_is_refused_before_anything_is_simulated(picture, problem, tmp_path):
+    pytest.importorskip("matplotlib")
+    load = ["--input-len", 2000, "--output-len", 5, "--rate", 5, "--ttft-ms", 500, "--tpot-ms", 30]
+    result = invoke("plan", *load, "--plot", tmp_path / picture)
+    assert result.exit_code in (1, 2)
+    assert problem in result.stderr.splitlines()[-1]
+    assert "layout" not in result.output
+
+
+def test_a_load_that_is_hardly_one_is_planned_in_seconds():
+    trial = try_layout(question(rate=0.001), Layout(hybrid=1), 0.001)
+    assert trial.is_enough
+    assert trial.busy["hybrid"] < 0.001
+
+
 def test_simulate_prints_its_figures_and_writes_all_of_them(tmp_path):
     file = tmp_path / "r.json"
     options = ["--prefill", 2, "--decode", 2, "--cells", 2, "--rate", 5, "--num-requests", 40, "--goodput", "ttft:300"]
@@ -598,6 +623,10 @@ def test_simulate_prints_its_figures_and_writes_all_of_them(tmp_path):
         (["--fault", "decode-0"], "--fault='decode-0': expected INSTANCE@SECONDS"),
         (["--goodput", "itl:3"], "--goodput='itl'"),
         (["--profile", "x"], "--profile='x'"),
+        (["--fault", "decode-0@1.2.3"], "--fault='decode-0@1.2.3': expected INSTANCE@SECONDS"),
+        (["--goodput", "ttft:nan"], "--goodput='ttft:nan': expected milliseconds above 0"),
+        (["--json", "/nowhere/r.json"], "--json=/nowhere/r.json: there is no folder /nowhere"),
+        (["--trace", "/dev/null"], "/dev/null: a timed trace without a line"),
         (["--trace", "/nowhere"], "/nowhere"),
     ],
 )
@@ -605,6 +634,35 @@ def test_simulations_that_cannot_be_are_refused_in_one_line(options, problem):
     result = invoke("simulate", *options)
     assert result.exit_code in (1, 2)
     assert problem in result.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"timestamp": 1e400, "input_length": 9, "output_length": 5}',
+        '{"timestamp": 0, "input_length": -1, "output_length": 5}',
+        '{"timestamp": 0, "input_length": 1e400, "output_length": 5}',
+        '{"timestamp": 0, "input_length": 9, "output_length": 5, "hash_ids": 7}',
+        "[0, 9, 5]",
+        "7",
+    ],
+)
+def test_a_trace_may_have_empty_lines_and_what_is_no_line_of_one_is_refused_by_its_number(line, tmp_path):
+    file = tmp_path / "trace.jsonl"
+    good = '{"timestamp": 0, "input_length": 9, "output_length": 5, "hash_ids": [], "more": 1}'
+    file.write_bytes(b"\xef\xbb\xbf" + f"{good}\r\n\n{good}\n".encode())
+    assert "2 requests in" in invoke("simulate", "--trace", file).output
+    with file.open("a") as trace:
+        trace.write(f"{line}\n")
+    refused = invoke("simulate", "--trace", file)
+    assert refused.exit_code == 2
+    assert f"{file}:4: not a line of a timed trace" in refused.stderr.splitlines()[-1]
+
+
+def test_requests_that_are_all_refused_at_once_are_figures_too():
+    result = invoke("simulate", "--input-len", 1 << 21, "--num-requests", 3, "--rate", "inf", "--goodput", "ttft:300")
+    assert result.exit_code == 0, result.output
+    assert "3 failed" in result.output
 
 
 @pytest.mark.warm

@@ -5,6 +5,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from hbserve.command import require_folder_of
+from hbserve_rpc import InvalidRequest
+
 INCHES = 6.0, 3.6
 """Of one plot."""
 
@@ -13,23 +16,30 @@ class PlottingUnavailable(ImportError):
     """matplotlib is not installed."""
 
 
-def require_plotting() -> None:
-    """Raises PlottingUnavailable. To be asked before what is to be drawn takes minutes."""
+def require_plotting(path: Path) -> None:
+    """Whether there can be a plot of this name: to be asked before what is to be drawn takes minutes.
+
+    Raises:
+        PlottingUnavailable: matplotlib is not installed.
+        InvalidRequest: it is of no kind that matplotlib knows.
+        FileNotFoundError: its folder is not there.
+    """
     try:
-        import matplotlib  # noqa: F401
+        from matplotlib.backend_bases import FigureCanvasBase
     except ImportError as error:
         raise PlottingUnavailable("plots need matplotlib: pip install 'hbserve-compat[plot]'") from error
+    if path.suffix.removeprefix(".").lower() not in FigureCanvasBase.get_supported_filetypes():
+        raise InvalidRequest(f"--plot={path}: expected a name that ends with .png or .svg")
+    require_folder_of("--plot", path)
 
 
 @contextlib.contextmanager
 def figure_of(path: Path, num_rows: int, num_columns: int, title: str) -> Iterator[Any]:
     """Axes in rows and columns, to be drawn on; the file is there afterwards, of the kind that its name ends with.
 
-    Raises:
-        PlottingUnavailable: matplotlib is not installed.
-        OSError, ValueError: the file cannot be written, or is of no kind that matplotlib knows.
+    Raises what `require_plotting` raises, and OSError if the file cannot be written.
     """
-    require_plotting()
+    require_plotting(path)
     from matplotlib.figure import Figure  # without pyplot, and so without a screen
 
     figure = Figure(figsize=(INCHES[0] * num_columns, INCHES[1] * num_rows), layout="constrained")

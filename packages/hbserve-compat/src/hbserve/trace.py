@@ -18,6 +18,7 @@ from typing import Any
 
 import msgspec
 
+from hbserve.command import require_folder_of
 from hbserve.remote import remote_scheduler
 from hbserve_rpc.records import AttemptRecord, RequestRecord
 from hbserve_scheduler import ConfigError
@@ -58,8 +59,7 @@ class TraceArgs:
 
 async def write_trace(args: TraceArgs) -> None:
     """`hbserve trace`. Raises ConfigError, NotReady, OSError, and what the scheduler says."""
-    if not args.path.parent.is_dir():  # before it asks, and perhaps waits for somebody to answer
-        raise FileNotFoundError(f"--output={args.path}: there is no folder {args.path.parent}")
+    require_folder_of("--output", args.path)  # before it asks, and perhaps waits for somebody to answer
     async with remote_scheduler(args.connect, args.keys) as (scheduler, _):
         records = await scheduler.fetch_records(args.last_s, args.request_id)
     if args.request_id and not records:

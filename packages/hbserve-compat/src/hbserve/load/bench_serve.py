@@ -57,7 +57,7 @@ async def measure(args: BenchServeArgs) -> tuple[dict[str, Any], Load, Wanted]:
     """
     wanted, body, headers = _wanted(args), _body(args), _headers(args)
     if args.plot is not None:
-        require_plotting()
+        require_plotting(args.plot)
     client = HttpClient(args.url, headers, verify=not args.insecure)
     try:
         model, root = await _find_model(client, args.ready_check_timeout_sec)

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
+from hbserve.command import require_folder_of
 from hbserve.load.args import BenchServeArgs, CompareArgs
 from hbserve.load.bench_serve import measure
 from hbserve.load.report import goals_of
@@ -49,12 +50,14 @@ class Measured:
 async def compare(args: CompareArgs) -> None:
     """Measure, print a table and which layout to take, and write what is wanted.
 
-    Raises InvalidRequest, ConfigError, what `bench_serve` raises, and RuntimeError if a server ends by itself.
+    Raises InvalidRequest, ConfigError, OSError, what `bench_serve` raises, and RuntimeError if a server ends by itself.
     """
     goals_of(args.goodput)
     rates, layouts = _rates(args.rates), layouts_of(args.layouts)
     if args.plot is not None:
-        require_plotting()
+        require_plotting(args.plot)
+    if args.json is not None:
+        require_folder_of("--json", args.json)
     base = load_config(args.config) if args.config is not None else DeploymentConfig()
     if args.model is not None:
         base = msgspec.structs.replace(base, model=msgspec.structs.replace(base.model, path=str(args.model.absolute())))

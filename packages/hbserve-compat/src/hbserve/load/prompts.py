@@ -3,10 +3,12 @@ process."""
 
 import csv
 import json
+import math
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -117,25 +119,29 @@ class TracedRequest:
 
 
 def read_timed_trace(path: Path, *, unit_s: float, most: int | None = None) -> Iterator[TracedRequest]:
-    """Lines of `{"timestamp", "input_length", "output_length", "hash_ids"}`, as Mooncake's traces have them.
+    """Lines of `{"timestamp", "input_length", "output_length", "hash_ids"}`, as Mooncake's traces have them. Empty ones
+    are passed over.
 
     Raises:
-        InvalidRequest: a line is not of this format; says which.
+        InvalidRequest: a line is not of this format; says which. Or there is none.
     """
     first: float | None = None
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if most is not None and number > most:
-                return
+    with path.open(encoding="utf-8-sig") as file:
+        lines = ((number, line) for number, line in enumerate(file, 1) if line.strip())
+        for number, line in islice(lines, most):
             try:
                 entry = json.loads(line)
                 at = float(entry["timestamp"])
                 lengths = int(entry["input_length"]), int(entry["output_length"])
                 hash_ids = tuple(map(int, entry.get("hash_ids", ())))
-            except (ValueError, KeyError, TypeError) as error:
+                if not math.isfinite(at) or min(lengths) < 0:
+                    raise ValueError(f"timestamp {at:g}, lengths {lengths}")
+            except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
                 raise InvalidRequest(f"{path}:{number}: not a line of a timed trace: {error!r}") from None
             first = at if first is None else first
             yield TracedRequest((at - first) * unit_s, *lengths, hash_ids)
+    if first is None:
+        raise InvalidRequest(f"{path}: a timed trace without a line")
 
 
 def timed_trace(

@@ -56,6 +56,8 @@ def goals_of(texts: Iterable[str]) -> dict[str, float]:
             goals_s[metric] = float(milliseconds) / 1e3
         except ValueError:
             raise InvalidRequest(f"--goodput={text!r}: expected METRIC:MS") from None
+        if not goals_s[metric] > 0:
+            raise InvalidRequest(f"--goodput={text!r}: expected milliseconds above 0")
         if metric not in ("ttft", "tpot", "e2el"):
             raise InvalidRequest(f"--goodput={metric!r}: expected ttft, tpot or e2el")
     return goals_s

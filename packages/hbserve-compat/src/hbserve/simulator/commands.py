@@ -12,6 +12,7 @@ from typing import Annotated
 import msgspec
 from typer import Option
 
+from hbserve.command import require_folder_of
 from hbserve.load.prompts import MOONCAKE_BLOCK
 from hbserve.load.report import goals_of
 from hbserve.plotting import require_plotting
@@ -104,7 +105,9 @@ class PlanArgs:
 
 
 def run_simulation(args: SimulateArgs) -> None:
-    """Raises InvalidRequest, ConfigError."""
+    """Raises InvalidRequest, ConfigError, OSError."""
+    if args.json is not None:
+        require_folder_of("--json", args.json)
     deployment, goals_s = _deployment(args), goals_of(args.goodput or [])
     began_s = time.process_time()
     results = simulate(deployment, _requests(args), cells=args.cells)
@@ -141,7 +144,7 @@ def _deployment(args: SimulateArgs) -> Deployment:
 def _faults(args: SimulateArgs) -> tuple[Fault, ...]:
     faults = []
     for each in args.fault or []:
-        found = re.fullmatch(r"(.+)@([\d.]+)(?:\+([\d.]+))?", each)
+        found = re.fullmatch(r"(.+)@(\d+\.?\d*)(?:\+(\d+\.?\d*))?", each)
         if found is None:
             raise InvalidRequest(f"--fault={each!r}: expected INSTANCE@SECONDS or INSTANCE@SECONDS+DOWN")
         faults.append(Fault(found[1], float(found[2]), float(found[3] or "inf")))
@@ -160,9 +163,9 @@ def _requests(args: SimulateArgs) -> Iterator[SimulatedRequest]:
 
 
 def run_plan(args: PlanArgs) -> None:
-    """Raises InvalidRequest, PlottingUnavailable."""
+    """Raises InvalidRequest, PlottingUnavailable, OSError."""
     if args.plot is not None:
-        require_plotting()
+        require_plotting(args.plot)
     plan = make_plan(
         Question(
             load_profile(args.profile),

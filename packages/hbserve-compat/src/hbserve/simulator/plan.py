@@ -17,6 +17,8 @@ from hbserve_rpc.messages import Role
 SIMULATED_S, LIVES = 20.0, 4
 """A simulation is of at least so many seconds, and of so many times as long as a request takes."""
 FEWEST_REQUESTS, MOST_REQUESTS = 400, 6000
+LONGEST_S, ALONE = 14400.0, 20
+"""Fewer requests are enough where they come in so much time: each of them is alone, and they are all alike."""
 MOST_TOTALS = 6
 """So many numbers of instances are tried, from the fewest that might do on."""
 MOST_BUSY = 0.97
@@ -109,7 +111,8 @@ def make_plan(question: Question) -> Plan:
 
 
 def require_possible(question: Question) -> None:
-    """Raises InvalidRequest: one request alone takes longer than its goals."""
+    """Raises InvalidRequest: one request alone takes longer than its goals, or there are more of them than so many
+    instances compute."""
     law, context = StepLaw(question.profile), question.input_len + question.output_len
     if context > question.profile.kv_tokens:
         raise InvalidRequest(f"--input-len: {context} tokens; the profile's pool has {question.profile.kv_tokens}")
@@ -120,10 +123,19 @@ def require_possible(question: Question) -> None:
             f"{1e3 * alone_s:.0f} ms on {question.profile.device}"
         )
     step_s = law.decode_steps_s(1, 1, question.input_len)
-    if question.output_len > 1 and step_s > question.tpot_s:
+    for option, goal_s in ("--tpot-ms", question.tpot_s), ("--itl-ms", question.itl_s):
+        if question.output_len > 1 and goal_s is not None and step_s > goal_s:
+            raise InvalidRequest(
+                f"{option}={1e3 * goal_s:g}: a decode step of one sequence takes {1e3 * step_s:.1f} ms "
+                f"on {question.profile.device}"
+            )
+    if not math.isfinite(question.rate):
+        raise InvalidRequest(f"--rate={question.rate:g}: expected a number of requests a second")
+    fewest = min(_fewest_prefills(question) + 1, _fewest_hybrids(question))
+    if fewest > question.most_instances:
         raise InvalidRequest(
-            f"--tpot-ms={1e3 * question.tpot_s:g}: a decode step of one sequence takes {1e3 * step_s:.1f} ms "
-            f"on {question.profile.device}"
+            f"--most-instances={question.most_instances}: the prompts of {question.rate:g} requests a second alone "
+            f"keep {fewest} instances busy"
         )
 
 
@@ -191,7 +203,7 @@ def try_layout(question: Question, layout: Layout, rate: float) -> Trial:
     """Simulate a layout at a rate."""
     life_s = question.ttft_s + question.output_len * question.tpot_s
     count = round(rate * max(SIMULATED_S, LIVES * life_s))
-    count = min(MOST_REQUESTS, max(FEWEST_REQUESTS, count))
+    count = min(MOST_REQUESTS, max(count, min(FEWEST_REQUESTS, max(ALONE, round(rate * LONGEST_S)))))
     lengths = question.input_len, question.output_len
     requests = poisson(count, rate, *lengths, spread=question.spread, seed=question.seed)
     results = simulate(Deployment(question.profile, layout.roles(), limits=layout.limits), requests)

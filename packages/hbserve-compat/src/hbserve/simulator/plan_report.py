@@ -31,6 +31,11 @@ def _gpus(plan: Plan, trial: Trial) -> int:
     return trial.layout.count * plan.question.profile.tensor_parallel_size
 
 
+def _in_gpus(plan: Plan, trial: Trial) -> str:
+    count = _gpus(plan, trial)
+    return "1 GPU" if count == 1 else f"{count} GPUs"
+
+
 def _row(plan: Plan, trial: Trial) -> str:
     busy = ", ".join(f"{role} {share:.0%}" for role, share in trial.busy.items())
     mark = "*" if trial is plan.best else " "
@@ -45,11 +50,11 @@ def _answer(plan: Plan) -> Iterator[str]:
     if best is None:
         yield "No number of instances that was tried is enough. The table says which goal is missed: relax it."
         return
-    yield f"Take {best.layout.describe()}: {_gpus(plan, best)} GPUs."
+    yield f"Take {best.layout.describe()}: {_in_gpus(plan, best)}."
     other = plan.together if best is plan.apart else plan.apart
     if best is plan.apart:
         yield "Prefill and decode apart: " + (
-            f"{other.layout.describe()} would need {_gpus(plan, other)} GPUs."
+            f"{other.layout.describe()} would need {_in_gpus(plan, other)}."
             if other is not None
             else "no number of hybrid instances that was tried is enough, for prompts delay tokens."
         )
@@ -57,7 +62,7 @@ def _answer(plan: Plan) -> Iterator[str]:
             yield "Hybrid instances of the same number do too, and are simpler: apart, more requests keep their goals."
     else:
         yield "Do not disaggregate: " + (
-            f"{other.layout.describe()} would need {_gpus(plan, other)} GPUs."
+            f"{other.layout.describe()} would need {_in_gpus(plan, other)}."
             if other is not None
             else "no number of prefill and decode instances that was tried is enough."
         )
@@ -74,7 +79,7 @@ def plot_plan(plan: Plan, path: Path) -> None:
         for each in chosen:
             trials = over_rates(plan, each, SHARES)
             rates = [trial.rate for trial in trials]
-            label = f"{each.layout.describe()} ({_gpus(plan, each)} GPUs)"
+            label = f"{each.layout.describe()} ({_in_gpus(plan, each)})"
             attained.plot(rates, [100 * trial.attainment for trial in trials], "o-", label=label)
             ttft.plot(rates, [1e3 * trial.ttft_p90_s for trial in trials], "o-")
             tpot.plot(rates, [1e3 * trial.tpot_p90_s for trial in trials], "o-")

@@ -40,6 +40,7 @@ def gap_percentile(results: Sequence[Results], share: float) -> float:
 def figures(results: Sequence[Results], goals_s: Mapping[str, float]) -> dict[str, Any]:
     """Of all cells together."""
     duration_s = max(each.duration_s for each in results)
+    per_s = 1 / duration_s if duration_s else 0.0  # all were refused at once
     completed = sum(len(each.ttfts_s) for each in results)
     tokens_in, tokens_out = (sum(getattr(each, name) for each in results) for name in ("input_tokens", "output_tokens"))
     found: dict[str, Any] = {
@@ -48,8 +49,8 @@ def figures(results: Sequence[Results], goals_s: Mapping[str, float]) -> dict[st
         "failed": sum(each.failed for each in results),
         "total_input_tokens": tokens_in,
         "total_output_tokens": tokens_out,
-        "request_throughput": completed / duration_s,
-        "output_throughput": tokens_out / duration_s,
+        "request_throughput": completed * per_s,
+        "output_throughput": tokens_out * per_s,
         "requests_tried_again": sum(each.tried_again for each in results),
         "errors": dict(sum((each.errors for each in results), Counter[str]())),
         "prefix_hit_rate": _share(
@@ -58,7 +59,7 @@ def figures(results: Sequence[Results], goals_s: Mapping[str, float]) -> dict[st
     }
     if goals_s:
         found["slo_attainment"] = attained(results, goals_s)
-        found["request_goodput"] = found["slo_attainment"] * (completed + found["failed"]) / duration_s
+        found["request_goodput"] = found["slo_attainment"] * (completed + found["failed"]) * per_s
     for metric, field in {"ttft": "ttfts_s", "tpot": "tpots_s", "e2el": "e2els_s", "handoff": "handoffs_s"}.items():
         values = [1e3 * value for value in chain.from_iterable(getattr(each, field) for each in results)]
         found |= summary(metric, values, PERCENTILES)

@@ -41,11 +41,13 @@ def poisson(
     spread: float = 0.0,
     seed: int = 0,
 ) -> Iterator[SimulatedRequest]:
-    """Requests of unrelated prompts at random times; `burstiness` as a load's, `spread` of the lengths' logarithm."""
+    """Requests of unrelated prompts at random times, or at once if the rate is infinite; `burstiness` as a load's,
+    `spread` of the lengths' logarithm."""
     rng = random.Random(seed)
     at_s = 0.0
     for i in range(count):
-        at_s += rng.gammavariate(burstiness, 1 / (rate * burstiness)) if math.isfinite(burstiness) else 1 / rate
+        varies = math.isfinite(burstiness) and math.isfinite(rate)
+        at_s += rng.gammavariate(burstiness, 1 / (rate * burstiness)) if varies else 1 / rate
         yield SimulatedRequest(at_s, _around(rng, input_len, spread), _around(rng, output_len, spread), session=i)
 
 
@@ -86,7 +88,7 @@ class _Conversation:
         prompt = self._tokens + _around(rng, asked, SPREAD)
         answer = _around(rng, CONVERSATION_ANSWER, SPREAD)
         num_new = prompt // MOONCAKE_BLOCK - len(self._hash_ids)
-        self._hash_ids += tuple(next(ids) for _ in range(num_new))
+        self._hash_ids += tuple(itertools.islice(ids, num_new))
         self._tokens = prompt + answer
         return SimulatedRequest(at_s, prompt, answer, Shape(self._hash_ids, MOONCAKE_BLOCK), self._session)
 
