@@ -144,7 +144,9 @@ class Server:
         worker.clear_connector_metadata()
         places = {name: place for place, name in enumerate(scheduled.num_scheduled_tokens)}
         time.sleep(self.computing_s)
-        output = ModelRunnerOutput(list(places), places, sampled, None, {}, [], kv_connector_output=told)
+        output = ModelRunnerOutput(
+            list(places), places, sampled, prompt_logprobs_dict={}, pooler_output=[], kv_connector_output=told
+        )
         for of_client in self.scheduler.update_from_output(scheduled, output).values():
             for each in of_client.outputs:
                 if each.finish_reason is not None:

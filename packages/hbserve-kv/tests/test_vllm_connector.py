@@ -2,6 +2,7 @@
 
 import inspect
 import time
+from collections import deque
 from types import SimpleNamespace
 
 import hbserve_kv_vllm as imitation
@@ -263,6 +264,41 @@ def test_both_legs_at_once_and_blocks_come_while_the_rest_is_computed(engines, v
     assert "p" not in prefill.results
     until(lambda: "d" in decode.results, prefill, decode)
     assert decode.results["d"][0::2] == ("FINISHED_LENGTH_CAPPED", True)
+
+
+def test_both_sides_agree_on_a_transfer_while_its_prompt_waits_to_be_computed(engines):
+    prefill, decode = engines(), engines()
+    free, prefill.free = prefill.free, deque()
+    prefill.add("p", PROMPT, PREFILL | {"transfer_id": "t"})
+    decode.add("d", PROMPT, leg(prefill, "t"))
+    manager = prefill.ranks[0].connector._worker.manager
+    until(lambda: manager.stats().active_transfers, prefill, decode)
+    assert not prefill.holds(PROMPT)
+    prefill.free = free
+    until(lambda: "d" in decode.results, prefill, decode)
+    assert decode.results["d"][0::2] == ("FINISHED_LENGTH_CAPPED", True)
+
+
+@pytest.mark.parametrize("end", ["abort", "one token"])
+def test_what_was_offered_as_it_arrived_and_is_not_computed_is_taken_back(engines, end):
+    prefill, decode = engines(), engines(policy="recompute")
+    tokens = PROMPT[:1] if end == "one token" else PROMPT
+    free = prefill.free
+    if end == "abort":
+        prefill.free = deque()
+    prefill.add("p", tokens, PREFILL | {"transfer_id": "t"})
+    decode.add("d", tokens, leg(prefill, "t"))
+    for _ in range(20):
+        prefill.step()
+        decode.step()
+        time.sleep(0.002)
+    if end == "abort":
+        prefill.abort("p")
+        prefill.free = free
+    until(lambda: "d" in decode.results, prefill, decode)
+    assert decode.results["d"][0::2] == ("FINISHED_LENGTH_CAPPED", True)
+    until(lambda: prefill.is_empty, prefill)
+    assert not prefill.ranks[0].connector._worker.manager.stats().num_offers
 
 
 @pytest.mark.parametrize("num_hit", [4, 8, 16])

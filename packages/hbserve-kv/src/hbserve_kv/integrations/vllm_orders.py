@@ -42,6 +42,9 @@ class Computed:
 class Orders:
     """By request id; in this order a worker carries them out."""
 
+    offers: dict[str, str] = field(default_factory=dict)
+    """Transfer id of one that has arrived here and whose receiver may be there already: the two agree on the transfer
+    while the prompt waits and is computed."""
     claims: dict[str, Source] = field(default_factory=dict)
     """A request has arrived here whose KV is there."""
     fetches: dict[str, Wanted] = field(default_factory=dict)

@@ -103,6 +103,8 @@ class SchedulerSide:
             self._outgoing[request.request_id] = _Outgoing(
                 name or f"{self._engine_id}-{uuid.uuid4().hex}", bool(name), len(prompt), prompt_digest(prompt)
             )
+            if name and len(prompt) > 1:
+                self._orders.offers[request.request_id] = name
         elif given.do_remote_prefill and (source := self._source(request, given)):
             self._incoming[request.request_id] = _Incoming(source)
             self._orders.claims[request.request_id] = source

@@ -103,8 +103,8 @@ class WorkerSide:
 
     def begin_step(self, orders: Orders) -> None:
         """Carry out what concerns earlier steps."""
-        if orders.claims or orders.fetches or orders.releases or orders.finished or orders.withdrawn:
-            event = self._event() if orders.finished else None
+        event = self._event() if orders.finished else None
+        if orders:
             self._loop.call_soon_threadsafe(self._begin, orders, event)
 
     def _event(self) -> Any:
@@ -159,6 +159,8 @@ class WorkerSide:
     # ---- in the loop: what comes ---------------------------------------------------------------------------------
 
     def _begin(self, orders: Orders, event: Any) -> None:
+        for name, transfer_id in orders.offers.items():
+            self._sending_of(name, transfer_id)
         for name, source in orders.claims.items():
             ranks = sources_of(self.manager.rank, self._tp_size, len(source.ranks), self.manager.heads.total)
             sources = [SourceRank(*source.ranks[rank], num_receivers) for rank, num_receivers in ranks]
