@@ -59,16 +59,13 @@ class Detokenizer:
         self._parts: list[str] = []
         self.token_ids: list[int] = []
         """Up to the one that completed a stop string."""
+        self.stop_string: str | None = None
+        """The one that has come."""
 
     @property
     def stopped(self) -> bool:
         """A stop string has come: no more text comes."""
         return self.stop_string is not None
-
-    @property
-    def stop_string(self) -> str | None:
-        """The one that has come."""
-        return None if self._stop is None else self._stop.found
 
     @property
     def text(self) -> str:
@@ -78,18 +75,17 @@ class Detokenizer:
 
     def feed(self, token_ids: Sequence[int], *, final: bool = False) -> str:
         """Add tokens; returns the text that is sure now. `final` brings out everything that was held back."""
-        if self._stop is None:
-            new = self._feed_all(token_ids) + (self._shown.finish() if final else "")
-        else:
+        if self._stop is not None:
             new = self._feed_searched(self._stop, token_ids, final=final)
+        else:
+            self.token_ids += token_ids
+            if len(token_ids) == 1 and not final:  # as mostly
+                new = "" if token_ids[0] in self._skipped else self._shown.feed(token_ids[0])
+            else:
+                shown = [self._shown.feed(token_id) for token_id in token_ids if token_id not in self._skipped]
+                new = "".join(shown) + (self._shown.finish() if final else "")
         self._parts.append(new)
         return new
-
-    def _feed_all(self, token_ids: Sequence[int]) -> str:
-        self.token_ids += token_ids
-        if len(token_ids) == 1:  # as mostly
-            return "" if token_ids[0] in self._skipped else self._shown.feed(token_ids[0])
-        return "".join([self._shown.feed(token_id) for token_id in token_ids if token_id not in self._skipped])
 
     def _feed_searched(self, stop: StopStrings, token_ids: Sequence[int], *, final: bool) -> str:
         sure: list[str] = []
@@ -112,6 +108,7 @@ class Detokenizer:
         self._held.append((len(searched), shown))
         self._num_held += len(searched)
         num_behind = stop.feed(searched)
+        self.stop_string = stop.found
         if self._includes_stop:  # nothing needs to wait for what it may become
             num_behind -= num_behind if stop.found is None else len(stop.found)
         return self._release(self._num_held - num_behind)

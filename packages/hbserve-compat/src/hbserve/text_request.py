@@ -56,13 +56,13 @@ class TextChoice:
         self._stop_token_ids = frozenset(params.stop_token_ids)
         self.logprobs: list[TokenLogprobs] | None = None if params.logprobs is None else []
         """Up to the last one that was given out, as the tokens."""
-        self._num_given = 0
 
     def feed(self, event: TokenEvent, prompt_logprobs: list[TokenLogprobs | None] | None) -> GenerationDelta:
         """What its tokens bring, up to the one that completes a stop string."""
         text = self.detokenizer
+        num_given = len(text.token_ids)
         new_text = text.feed(event.token_ids)
-        new_ids, self._num_given = text.token_ids[self._num_given :], len(text.token_ids)
+        new_ids = text.token_ids[num_given:]
         return {  # for each token, of which a call would be a part that can be measured
             "request_id": self._request_id,
             "text": new_text,
@@ -170,11 +170,11 @@ class TextRequest:
         choice = self.choices[event.choice]
         if isinstance(event, RequestFinished):
             delta = choice.end(event)
-        elif choice.detokenizer.stopped:
+        elif choice.detokenizer.stop_string is not None:
             return None
         else:
-            delta = choice.feed(event, self._of_prompt(event))
-            if choice.detokenizer.stopped:
+            delta = choice.feed(event, self._of_prompt(event) if self._asks_of_prompt else None)
+            if choice.detokenizer.stop_string is not None:
                 self._stopped.append(event.choice)
         if len(self.choices) > 1:
             delta["choice"] = event.choice
@@ -187,8 +187,8 @@ class TextRequest:
             await self._scheduler.abort(self.request_id, "stop", number if len(self.choices) > 1 else None)
 
     def _of_prompt(self, event: TokenEvent) -> list[TokenLogprobs | None] | None:
-        """With the first token, what is known of the prompt's, if that was asked for. Told once for all choices."""
-        if not self._asks_of_prompt or event.index > 0:
+        """With the first token, what is known of the prompt's, which was asked for. Told once for all choices."""
+        if event.index > 0:
             return None
         if event.prompt_logprobs or self._prompt_logprobs is None:
             self._prompt_logprobs = [None, *event.prompt_logprobs]

@@ -54,7 +54,8 @@ class TokenDecoder:
         self._is_known = backend is not None and "ByteLevel" not in parts
         self._cleans_up = _cleans_up(tokenizer, backend)
         self._bytes: dict[int, bytes] = {}
-        self._whole: dict[int, str | None] = {}
+        self.whole: dict[int, str | None] = {}
+        """What `whole_text` has found."""
 
     def text(self) -> TokenText:
         """Of a new sequence."""
@@ -63,12 +64,12 @@ class TokenDecoder:
 
     def whole_text(self, token_id: int) -> str | None:
         """Of a token of bytes, if these are whole characters."""
-        if token_id not in self._whole:
+        if token_id not in self.whole:
             try:
-                self._whole[token_id] = self.token_bytes(token_id).decode()
+                self.whole[token_id] = self.token_bytes(token_id).decode()
             except UnicodeDecodeError:
-                self._whole[token_id] = None
-        return self._whole[token_id]
+                self.whole[token_id] = None
+        return self.whole[token_id]
 
     def token_bytes(self, token_id: int) -> bytes:
         """Of a token of bytes."""
@@ -116,13 +117,16 @@ class _ByteText:
 
     def __init__(self, decoder: TokenDecoder) -> None:
         self._of_tokens = decoder
+        self._whole = decoder.whole
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._is_open = False
         """The beginning of a character is held."""
 
     def feed(self, token_id: int) -> str:
-        if not self._is_open and (text := self._of_tokens.whole_text(token_id)) is not None:
-            return text
+        if not self._is_open:
+            whole = self._whole.get(token_id) or self._of_tokens.whole_text(token_id)
+            if whole is not None:
+                return whole
         text = self._decoder.decode(self._of_tokens.token_bytes(token_id))
         self._is_open = bool(self._decoder.getstate()[0])
         return text

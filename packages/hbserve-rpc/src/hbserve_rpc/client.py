@@ -232,8 +232,11 @@ class RpcClient:
             case wire.Goodbye(epoch=epoch) if epoch == self._epoch:
                 self._lose(PeerLost(f"{self.address} has ended in order, or is being restarted"))
             case wire.Items(epoch=epoch, items=items):
+                waiting = self._waiting if epoch == self._epoch else {}
                 for id_, number, item in items:
-                    if (pending := self._pending(id_, epoch)) and not pending.receive_item(number, item):
+                    if (pending := waiting.get(id_)) is None:
+                        self.dropped_frames += 1
+                    elif not pending.receive_item(number, item):
                         self.send(wire.Close(id_))
             case wire.Reply() | wire.End() | wire.Failed():
                 if pending := self._pending(envelope.id, envelope.epoch):

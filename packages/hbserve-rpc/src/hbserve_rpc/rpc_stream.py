@@ -74,14 +74,14 @@ class RpcStream(AsyncIterator[R], Generic[R]):
         self.since_s = time.monotonic()
         self.opening: tuple[wire.Open, msgspec.Struct] | None = None
         self._client = client
-        self._decoder = _decoder(item)
+        self._decode = _decoder(item).decode
         self._timeout_s = timeout_s
         self._items: deque[R] = deque()
         self._error: Exception | None = None
         self._reader: asyncio.Future[None] | None = None
         """Whoever waits for an item or the end. Not an Event, which for each token would take as long again."""
-        self._on_item: Callable[[], None] | None = None
-        """Told of each, and of the end, while `each` has more to come."""
+        self._take: Callable[[R], object] | None = None
+        """Of `each`, while that waits for more: an item is given to it as it comes, and waits nowhere."""
         self._num_received = 0
         self._num_taken = 0
 
@@ -91,13 +91,25 @@ class RpcStream(AsyncIterator[R], Generic[R]):
             self.fail(PeerLost(f"{self._client.address} lost item {self._num_received} of {self.method}"))
             return False
         try:
-            self._items.append(self._decoder.decode(item))
+            decoded = self._decode(item)
         except msgspec.DecodeError as error:
             self.fail(ProtocolMismatch(f"{self._client.address} answered {self.method} with {error}"))
             return False
         self._num_received += 1
-        self._wake()
+        if self._take is None or self._reader is None or self._reader.done():
+            self._items.append(decoded)
+            self._wake()
+        else:
+            self._hand_over(decoded, self._take, self._reader)
         return True
+
+    def _hand_over(self, item: R, take: Callable[[R], object], left: "asyncio.Future[None]") -> None:
+        self._count_taken()
+        try:
+            if take(item):
+                left.set_result(None)
+        except Exception as error:  # of whoever waits in `each`
+            left.set_exception(error)
 
     def end(self, envelope: wire.Reply | wire.End | wire.Failed, body: bytes) -> None:
         if isinstance(envelope, wire.Reply):
@@ -114,9 +126,7 @@ class RpcStream(AsyncIterator[R], Generic[R]):
         self._wake()
 
     def _wake(self) -> None:
-        if self._on_item is not None:
-            self._on_item()
-        elif self._reader is not None and not self._reader.done():
+        if self._reader is not None and not self._reader.done():
             self._reader.set_result(None)
 
     async def each(self, take: Callable[[R], object]) -> bool:
@@ -129,22 +139,20 @@ class RpcStream(AsyncIterator[R], Generic[R]):
         Raises what iterating raises, and what `take` does.
         """
         self._open()
-
-        def give() -> bool:
-            while self._items:
-                if take(self._next_item()):
-                    return True
-            return self._error is not None
-
-        await whenever_told(give, self._tell)
+        has_enough = False
+        while self._items and not has_enough:
+            has_enough = bool(take(self._next_item()))
+        if self._error is None and not has_enough:
+            self._take, self._reader = take, asyncio.get_running_loop().create_future()
+            try:
+                await self._reader
+            finally:
+                self._take = None
         if self._items or self._error is None:
             return True
         if not isinstance(self._error, StopAsyncIteration):
             raise self._error
         return False
-
-    def _tell(self, on_item: Callable[[], None] | None) -> None:
-        self._on_item = on_item
 
     def _open(self) -> None:
         if self.opening is not None:
@@ -165,10 +173,13 @@ class RpcStream(AsyncIterator[R], Generic[R]):
         return self._next_item()
 
     def _next_item(self) -> R:
+        self._count_taken()
+        return self._items.popleft()
+
+    def _count_taken(self) -> None:
         self._num_taken += 1
         if self._num_taken % (wire.CREDIT // 2) == 0 and self._error is None:
             self._client.give_credit(self.id, wire.CREDIT // 2)
-        return self._items.popleft()
 
     async def _wait(self, reader: "asyncio.Future[None]", timeout_s: float) -> None:
         late = asyncio.get_running_loop().call_later(timeout_s, self._is_late)

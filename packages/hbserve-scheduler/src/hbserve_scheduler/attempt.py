@@ -127,11 +127,9 @@ class Attempt:
         """Deliver it; returns whether it is the last one that is wanted."""
         if isinstance(event, TokenEvent):
             self._deliver(event)
-            self._placement.granted()
-        return self._has_no_choice_left()
-
-    def _has_no_choice_left(self) -> bool:
-        """The instance may not know: it waits for those that were ended here."""
+            if self._placement.is_pending:
+                self._placement.granted()
+        # Of choices none may be left: the instance may not know, and wait for those that were ended here.
         return bool(self._entry.choices) and self._entry.finish_reason is not None
 
     def _ending_choices(self, instance: InstanceHandle) -> "contextlib.AbstractContextManager[None]":

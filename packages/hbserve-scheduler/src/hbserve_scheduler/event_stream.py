@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable
 from functools import partial
 
-from hbserve_rpc.messages import ClientEvent, RequestFinished
+from hbserve_rpc.messages import ClientEvent, RequestFinished, TokenEvent
 from hbserve_rpc.rpc_stream import whenever_told
 from hbserve_scheduler.request import ScheduledRequest
 
@@ -49,12 +49,14 @@ class EventStream(AsyncIterator[ClientEvent]):
 
     def _next(self) -> ClientEvent:
         event = self._entry.take()
-        if isinstance(event, Exception):
-            self._ended = True
-            raise event
-        self._num_choices -= isinstance(event, RequestFinished)
-        self._ended = self._num_choices == 0
-        return event
+        if isinstance(event, TokenEvent):  # as mostly
+            return event
+        if isinstance(event, RequestFinished):
+            self._num_choices -= 1
+            self._ended = self._num_choices == 0
+            return event
+        self._ended = True
+        raise event
 
     async def each(self, take: Callable[[ClientEvent], object]) -> bool:
         """Give every event to `take`, until that returns True or they end. Returns whether there may be more.

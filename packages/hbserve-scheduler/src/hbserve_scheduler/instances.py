@@ -273,21 +273,22 @@ class Placement:
         """The decode instance is expected to grant at once: the prompt may be computed before it has."""
         self._num_tokens = num_tokens
         self._num_choices = num_choices
-        self._pending = prefill is not None or decode.role == "decode"
+        self.is_pending = prefill is not None or decode.role == "decode"
+        """The decode instance may not have found room yet."""
         self._prefilling = prefill is not None
         self._decoding = True
         decode.load += num_choices
         decode.num_given += num_choices
         decode.tokens_given += num_tokens
-        decode.num_pending += self._pending
+        decode.num_pending += self.is_pending
         if prefill is not None:
             prefill.num_inflight += 1
             prefill.load += num_tokens
 
     def granted(self) -> None:
         """The decode instance has found room; or, where it computes the prompt itself, has done so."""
-        if self._pending:
-            self._pending = False
+        if self.is_pending:
+            self.is_pending = False
             self.decode.num_pending -= 1
             self.decode.changed()
 

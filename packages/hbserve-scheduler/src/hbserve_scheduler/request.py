@@ -114,7 +114,7 @@ class ScheduledRequest:
         return not self.ended and self.num_delivered == self.num_tried and bool(self.deaths)
 
     def deliver(self, event: TokenEvent) -> None:
-        """Pass new tokens on; those that the client has already are dropped.
+        """Pass new tokens on; those that the client has already are dropped. The event is this request's from now on.
 
         Raises:
             RemoteError: tokens are missing between those delivered and these.
@@ -128,7 +128,7 @@ class ScheduledRequest:
         known = first - event.index
         if known < 0:
             raise RemoteError(f"tokens {first} to {event.index - 1} are missing")
-        tokens = event.token_ids[known:]
+        tokens = event.token_ids[known:] if known else event.token_ids
         has_room = first + len(tokens) <= self.request.params.max_tokens
         if event.index < 0 or not has_room or (tokens and min(tokens) < 0):
             raise RemoteError(f"{len(tokens)} tokens from {event.index} on, which the request cannot have")
@@ -140,12 +140,13 @@ class ScheduledRequest:
             if event.num_preemptions:
                 self.num_preemptions = event.num_preemptions
             self.finish_reason = event.finish_reason
-            of_prompt = event.prompt_logprobs if first == 0 else []
-            logprobs = event.logprobs[known:]
             self.output += tokens
             if self.on_progress is not None:
                 self._tell_progress()
-            self._add_tokens(TokenEvent(first, tokens, event.finish_reason, logprobs, of_prompt, self.choice))
+            if known or event.choice != self.choice or (event.prompt_logprobs and first):
+                of_prompt, logprobs = [] if first else event.prompt_logprobs, event.logprobs[known:]
+                event = TokenEvent(first, tokens, event.finish_reason, logprobs, of_prompt, self.choice)
+            self._add_tokens(event)
 
     def _tell_progress(self) -> None:
         if self.on_progress is not None:
@@ -160,7 +161,8 @@ class ScheduledRequest:
         assert isinstance(waiting, TokenEvent)
         waiting.token_ids.extend(new.token_ids)
         waiting.logprobs.extend(new.logprobs)
-        self.events[-1] = msgspec.structs.replace(waiting, finish_reason=new.finish_reason)
+        if new.finish_reason is not None:
+            self.events[-1] = msgspec.structs.replace(waiting, finish_reason=new.finish_reason)
 
     def _add(self, event: "ClientEvent | Exception | ScheduledRequest") -> None:
         self.events.append(event)
