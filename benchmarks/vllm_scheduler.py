@@ -1,6 +1,6 @@
 """The vLLM connector with vLLM's own scheduler and block manager: what CI has only an imitation of.
 
-    pip install vllm==0.24.0 hbserve-kv; python benchmarks/vllm_scheduler.py
+    pip install vllm hbserve-kv; python benchmarks/vllm_scheduler.py    # 0.24.0, 0.33.0
 
 Two schedulers of vLLM, one that prefills and one that decodes, each with a worker that is this connector's own side and
 a model that is a function: the KV of a place is a number of the tokens up to it, on CPU tensors of vLLM's shape. After
