@@ -72,21 +72,17 @@ def test_what_is_compiled_is_what_hopper_runs_kernels_that_start_early(compiled)
 
 def test_four_programs_of_decode_attention_share_a_processor_where_there_are_many(compiled):
     for kernel in of_cases(compiled, "decode many"):
-        assert kernel["warps"] == 4
         assert kernel["shared"] <= SHARED_MEMORY // PROGRAMS - 1024
-        # Four have 128 registers a thread. Two query heads to a key head: 128 by Triton 3.6; 168 by 3.9, which leaves
-        # room for three. Four query heads: 124 and 103.
-        assert kernel["registers"] <= 168
 
 
-def test_decode_attention_of_few_programs_has_two_warps(compiled):
-    assert {kernel["warps"] for kernel in of_cases(compiled, "decode few")} == {2}
+def test_decode_attention_has_two_warps_so_that_four_programs_may_have_all_registers(compiled):
+    assert {kernel["warps"] for kernel in of_cases(compiled, "decode")} == {2}
 
 
 @pytest.mark.parametrize(
     ("beginning", "most_bytes"),
     [
-        ("decode many", 0),
+        ("decode many", 40),  # 32, and all 255 registers, by Triton 3.9
         ("products", 0),
         ("narrow", 8),  # none but 8 of a product of 8 rows in 8 bits, by Triton 3.9
         ("many narrow", 0),

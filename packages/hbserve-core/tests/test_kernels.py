@@ -176,10 +176,28 @@ SCORES = [(0.2, 70, 0.0), (0.2, 3, 2.0), (0.3, 0, 2.0), (0.3, 70, 0.0, 0.7, 0.02
 @pytest.mark.parametrize("scores", SCORES, ids=str)
 def test_decode_attention_sees_its_window_by_capped_scores(scores, dtype):
     from hbserve_core.cuda_runner.kernels.attention_parts import Scores
+
+    contexts = [1, 5 * TILE + 1, 2 * TILE]
+    paged = Paged((4, 2, 16), dtype, contexts, [1] * len(contexts), scores=Scores(*scores), narrow=len(scores) > 3)
+    paged.check(decode(paged, dtype), dtype)
+
+
+def test_queries_beyond_float16_see_8_bit_keys_as_others_do():
+    from hbserve_core.cuda_runner.kernels.attention_parts import Scores
+
+    scores, many, dtype = Scores(0.2, key_scale=0.7, value_scale=0.02), 2.0**20, torch.bfloat16
+    paged = Paged((4, 2, 16), dtype, [5 * TILE + 1, TILE], [1, 1], with_norm=False, scores=scores, narrow=True)
+    expected = decode(paged, dtype)
+    paged.qkv[:, : 4 * 16] *= many
+    paged.scores = scores._replace(scale=scores.scale / many)
+    assert torch.equal(decode(paged, dtype), expected)
+
+
+def decode(paged, dtype):
+    """(R, N * D): what the last token of each context gets, by pieces of which there are more than contexts."""
     from hbserve_core.cuda_runner.kernels.decode_attention import DecodeWorkspace, decode_attention
 
-    contexts, heads = [1, 5 * TILE + 1, 2 * TILE], (4, 2, 16)
-    paged = Paged(heads, dtype, contexts, [1] * len(contexts), scores=Scores(*scores), narrow=len(scores) > 3)
+    contexts, heads = paged.contexts, (paged.num_heads, paged.num_kv_heads, paged.head_dim)
     pieces = _int32(SplitKV(heads[1], 8 * heads[1]).cut(np.array(contexts, dtype=np.int32)))
     assert pieces.shape[1] > len(contexts) + 3
     workspace = DecodeWorkspace(len(contexts), pieces.shape[1], heads, DEVICE)
@@ -188,7 +206,7 @@ def test_decode_attention_sees_its_window_by_capped_scores(scores, dtype):
         paged.qkv, out, paged.pool, LAYER, paged.angles, paged.norm, paged.tables, paged.width,
         pieces, workspace, scores=paged.scores,
     )  # fmt: skip
-    paged.check(out, dtype)
+    return out
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -86,12 +86,23 @@ def _words(keys, block_stride, NARROW: tl.constexpr):
 
 
 @triton.jit
-def _by_halves(state, query, PACK: tl.constexpr, PADDED_D: tl.constexpr, NARROW: tl.constexpr):
-    """State and queries as `attend` has them for such words."""
+def _in_float16(query, scale):
+    """Queries divided by a power of two, so that float16 holds them, and the scale times it. 8-bit floats become
+    float16 by one instruction for two of them, bfloat16 by several."""
+    power = (tl.max(tl.abs(query.to(tl.float32))).to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+    power = tl.maximum(power, 1e-30, propagate_nan=tl.PropagateNan.ALL)
+    return (query.to(tl.float32) / power).to(tl.float16), scale * power
+
+
+@triton.jit
+def _by_halves(state, query, scale, PACK: tl.constexpr, PADDED_D: tl.constexpr, NARROW: tl.constexpr):
+    """State and queries as `attend` has them for such words, and the scale of scores."""
     if NARROW:
+        if query.dtype == tl.bfloat16:
+            query, scale = _in_float16(query, scale)
         query = in_halves(query, PACK, PADDED_D)
         state = (state[0], state[1], in_halves(state[2], PACK, PADDED_D))
-    return state, query
+    return state, query, scale
 
 
 @triton.jit
@@ -214,7 +225,7 @@ def _decode(
         state = _seen_itself(query, key, new_value, scale, PACK, PADDED_D, CAP)
     else:
         state = nothing_seen(PACK, PADDED_D)
-    state, query = _by_halves(state, query, PACK, PADDED_D, NARROW)
+    state, query, scale = _by_halves(state, query, scale, PACK, PADDED_D, NARROW)
     state = attend(state, query, tile[0], tile[1], tile[2], scale, True, WINDOW > 0, CAP)
     state = attend_paged(state, query, words, table, first + STEP, last, 0, stride, scale,
                          K, D // WORD, PADDED_D // WORD, BLOCK_SIZE, STEP, STAGES, False, CAP)  # fmt: skip
@@ -235,17 +246,16 @@ class DecodeWorkspace:
         self.few_programs = _FEW_PROGRAMS * num_processors(device)
 
 
-def _tiling(itemsize: int, padded_head_dim: int, group: int, is_few: bool, narrow: bool) -> tuple[int, int, int]:
+def _tiling(itemsize: int, padded_head_dim: int, is_few: bool, narrow: bool) -> tuple[int, int, int]:
     """Tokens read at once, stages of the pipeline that reads them, and warps of each program.
 
-    Few programs must have much on its way each; of many, four fit a processor if their tiles and registers are few.
-    group: query heads of a key head. narrow: the pool has 8-bit floats.
+    A place in the pool is known after its block's number has been read, which takes half of the stages. Few programs
+    must have much on its way each; of many, others read while one computes. With 8-bit floats (narrow) there is more
+    to compute for each byte.
     """
     if itemsize > 2 or padded_head_dim > 128:
         return 32, 2, 4
-    if is_few:
-        return 64, 5, 2
-    return (64, 3, 4) if group <= 2 or narrow else (32, 3, 4)
+    return 64, 5 if is_few or narrow else 2, 2
 
 
 def decode_attention(
@@ -271,13 +281,13 @@ def decode_attention(
     """
     _, _, _, block_size, num_kv_heads, head_dim = pool.shape
     num_heads = out.shape[1] // head_dim
-    padded = max(16, triton.next_power_of_2(head_dim))
+    narrow = pool.dtype.itemsize == 1
+    padded = max(32 if narrow else 16, triton.next_power_of_2(head_dim))  # tensor cores take 16, of narrow ones halves
     group = triton.next_power_of_2(num_heads // num_kv_heads)
     weight, eps = norm or (cos_sin, 0.0)
     scale, window, cap, key_scale, value_scale = scores or Scores(head_dim**-0.5)
     is_few = num_kv_heads * pieces.shape[1] <= workspace.few_programs
-    narrow = pool.dtype.itemsize == 1
-    step, stages, num_warps = _tiling(qkv.dtype.itemsize, padded, group, is_few, narrow)
+    step, stages, num_warps = _tiling(qkv.dtype.itemsize, padded, is_few, narrow)
     _decode[(num_kv_heads, pieces.shape[1])](
         qkv, out, workspace.parts, workspace.logs, workspace.arrived, pool, cos_sin, weight, eps, tables, width,
         pieces, pieces.stride(0), scale * key_scale * LOG2_E, pool.stride(0), layer * pool.stride(1), 1 / key_scale,
