@@ -1,7 +1,7 @@
 """Products with narrow weights on CUDA. Nothing here is imported unless a model has such.
 
     rows        8-bit floats                              4 bits
-    … 8         a product of few rows, on Hopper          the same
+    … 8         of small matrices as of 4 bits, else …    a product of few rows, on Hopper
     … 64        a skinny product, as of 16 bits           the same
     … 128       rows in 8-bit floats too                  a skinny product where there are tiles enough, else as below
     … 512       as above                                  tiles of rows

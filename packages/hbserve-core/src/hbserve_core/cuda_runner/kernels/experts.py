@@ -264,7 +264,7 @@ def num_tiles(num_pairs: int, num_experts: int, rows: int) -> int:
 def _rows_of_tile(num_pairs: int, num_experts: int) -> int:
     """Of a few more rows than an expert has on average, so that most have one tile."""
     most = _LARGE_TILE if num_pairs >= _MANY_PAIRS * num_experts else 64
-    return min(most, max(16, 1 << (2 * num_pairs // num_experts).bit_length()))
+    return min(most, max(16, 1 << (2 * num_pairs // num_experts - 1).bit_length()))
 
 
 def expert_mlps(

@@ -18,7 +18,7 @@ from hbserve_core.cuda_runner.kernels.narrow_few_experts import few_expert_mlps,
 from hbserve_core.cuda_runner.kernels.narrow_linear import NarrowMatrix, sum_of_groups
 from hbserve_core.cuda_runner.kernels.pointwise import activated
 
-_FEWEST_8_BIT_ROWS = 64
+_FEWEST_8_BIT_ROWS = 32
 """Of a tile, that are worth being made 8-bit floats."""
 
 

@@ -30,8 +30,8 @@ from hbserve_core.cuda_runner.kernels.narrow_few_rows import (
 )
 from hbserve_core.cuda_runner.kernels.narrow_linear import NarrowMatrix
 
-_MOST_ROWS = 4
-"""With more of them, some have the same experts."""
+_MOST_ROWS = {8: 1, 4: 2}
+"""By bits. With more of them, pairs that are sorted first are faster."""
 _FEWEST_EXPERTS, _MOST_EXPERTS = 4, 16
 """Of a row, each of which is a warp."""
 _OUTPUTS = 16
@@ -148,7 +148,7 @@ def _few_down(
 
 def suits_few_experts(rows: torch.Tensor, gate_up: NarrowMatrix, down: NarrowMatrix, per_row: int) -> bool:
     """Whether `few_expert_mlps` takes rows (T, E) and such weights, and is faster than `expert_mlps`."""
-    if len(rows) > _MOST_ROWS or not _FEWEST_EXPERTS <= per_row <= _MOST_EXPERTS:
+    if len(rows) > _MOST_ROWS[gate_up.bits] or not _FEWEST_EXPERTS <= per_row <= _MOST_EXPERTS:
         return False
     return gate_up.suits_few(rows) and down.suits_few(rows)
 

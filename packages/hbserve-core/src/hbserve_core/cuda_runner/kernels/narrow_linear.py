@@ -45,6 +45,8 @@ _MOST_TILE_ROWS, _FEWEST_TILE_ROWS = 128, 64
 """Of one tile, where there are several of them."""
 _WIDENED_OUTPUTS = 32
 """Of a program of `widen`."""
+_SMALL_MATRIX = 1 << 24
+"""From so many 8-bit floats on, `narrow_skinny` is no slower with one row than the kernel of few, and faster with 8."""
 
 
 @triton.jit
@@ -184,11 +186,16 @@ class NarrowMatrix:
         return self.run, stages_of_few if programs <= few * num_processors(self.words.device) else stages
 
     def tile_outputs(self, x: torch.Tensor) -> int:
-        return few_rows_tiling(self.shape, self.bits).outputs if self.suits_few(x) else TILE_OUTPUTS
+        return few_rows_tiling(self.shape, self.bits).outputs if self._is_of_few(x) else TILE_OUTPUTS
 
-    def suits_few(self, x: torch.Tensor | EightBitRows) -> bool:
-        """Whether such rows have a kernel of their own."""
-        return isinstance(x, torch.Tensor) and suits_few_rows(x, self.run, self.group if len(self.scales) > 1 else 0)
+    def suits_few(self, x: torch.Tensor) -> bool:
+        """Whether kernels of few rows take such."""
+        return suits_few_rows(x, self.run, self.group if len(self.scales) > 1 else 0)
+
+    def _is_of_few(self, x: torch.Tensor) -> bool:
+        """Whether a product with such rows has a kernel of its own."""
+        is_small = self.shape[0] * self.shape[1] < _SMALL_MATRIX
+        return (self.bits == 4 or is_small) and self.suits_few(x)
 
     def arranged(self, x: torch.Tensor) -> torch.Tensor:
         """Rows (M, I) with their inputs in the weight's order."""
@@ -211,7 +218,7 @@ class NarrowMatrix:
         row_tiles: int = 1, num_warps: int = 4,
     ) -> None:  # fmt: skip
         """Launch the product. others, options: see `OwnKernel`."""
-        if isinstance(x, torch.Tensor) and row_tiles == 1 and self.suits_few(x):
+        if isinstance(x, torch.Tensor) and row_tiles == 1 and self._is_of_few(x):
             few_rows_linear(x, self.words, self.scales, self.bits, others, options)
             return
         given, words, x_scales = self.operands(x)
