@@ -54,12 +54,13 @@ def test_how_long_before_a_steps_end_the_next_one_is_launched_is_known_with_and_
     config = InstanceConfig(
         model_path="", chunk_size=16384, max_chunk_prefill_tokens=16384, max_num_batched_tokens=16384
     )
-    sweep = BatchSweep(config, SlowWithPrompts(model, 20_000, H100_8B))
-    sweep._engine._clock = sweep._engine.launch_times._clock = sweep._runner.clock
+    device = SlowWithPrompts(model, 20_000, H100_8B)
+    sweep = BatchSweep(config, device)
+    sweep._engine._clock = sweep._engine.launch_times._clock = device.clock
     decodes_s = sweep.launched_ahead_s(16, 512)
     assert 0.0005 < decodes_s < 0.0015
     assert 0.004 < sweep.launched_ahead_s(16, 512, 2048) < 0.005
     assert sweep.launched_ahead_s(16, 512) == pytest.approx(decodes_s, abs=0.0005), "prompts are forgotten"
     assert not sweep._engine.has_work()
-    sweep._runner.overlaps = False
+    device.overlaps = False
     assert sweep.launched_ahead_s(16, 512) == 0.0
