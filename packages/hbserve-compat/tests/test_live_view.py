@@ -242,7 +242,7 @@ async def test_one_look_is_printed_for_people_and_for_programs(capsys, monkeypat
         assert (view.completed, view.requests[0].request_id) == (1, "one")
         monkeypatch.setitem(sys.modules, "textual.app", None)
         monkeypatch.delitem(sys.modules, "hbserve.top_app")
-        with pytest.raises(ConfigError, match=r"pip install hbserve-compat\[top\]"):
+        with pytest.raises(ConfigError, match=r"pip install 'hbserve-compat\[top\]'"):
             await show_top(TopArgs(server.address, None, once=False, json=False))
         with pytest.raises(ConfigError, match="--json is of --once"):
             await show_top(TopArgs(server.address, None, once=False, json=True))

@@ -165,5 +165,5 @@ def test_spans_are_made_only_where_a_collector_is_named_and_say_what_they_need(m
     assert found is not None
     found.close()
     monkeypatch.setitem(sys.modules, "opentelemetry.sdk.trace", None)
-    with pytest.raises(ConfigError, match=r"OTEL_EXPORTER_OTLP_ENDPOINT is set: `pip install hbserve-compat\[otel\]`"):
+    with pytest.raises(ConfigError, match=r"OTEL_EXPORTER_OTLP_ENDPOINT is set: pip install 'hbserve-compat\[otel\]'"):
         spans_from_environment(None)
