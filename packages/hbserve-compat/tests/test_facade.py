@@ -42,6 +42,12 @@ def test_a_schedulers_process_sees_neither_torch_nor_transformers(module):
     assert done.stdout.strip() == ""
 
 
+def test_a_process_that_serves_http_loads_nothing_of_the_command_line():
+    code = "import sys, hbserve.server.front_end_process; print(*({'torch', 'typer', 'rich'} & sys.modules.keys()))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.strip() == ""
+
+
 def test_a_process_that_starts_instances_or_asks_them_does_not_import_torch():
     code = "import sys, hbserve.generate; from hbserve.pd_disagg import DisaggregatedLLM, PdDisaggConfig; "
     code += "PdDisaggConfig(); print('torch' in sys.modules)"

@@ -57,15 +57,6 @@ def taking(args: type[Any], job: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
-def require_folder_of(option: str, path: Path) -> None:
-    """To be asked of a file that is to be written, before the work that it is about.
-
-    Raises FileNotFoundError: its folder is not there.
-    """
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"{option}={path}: there is no folder {path.parent}")
-
-
 def run(job: Coroutine[Any, Any, None], log_level: LogLevel) -> None:
     with explaining(log_level):
         asyncio.run(_until_signalled(job))

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from hbserve.command import require_folder_of
+from hbserve.output_folder import require_folder_of
 from hbserve_rpc import InvalidRequest
 
 INCHES = 6.0, 3.6

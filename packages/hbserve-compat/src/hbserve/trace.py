@@ -18,7 +18,7 @@ from typing import Any
 
 import msgspec
 
-from hbserve.command import require_folder_of
+from hbserve.output_folder import require_folder_of
 from hbserve.remote import remote_scheduler
 from hbserve_rpc.records import AttemptRecord, RequestRecord
 from hbserve_scheduler import ConfigError

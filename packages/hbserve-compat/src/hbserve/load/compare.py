@@ -15,10 +15,10 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from hbserve.command import require_folder_of
 from hbserve.load.args import BenchServeArgs, CompareArgs
 from hbserve.load.bench_serve import measure
 from hbserve.load.report import goals_of
+from hbserve.output_folder import require_folder_of
 from hbserve.plotting import figure_of, require_plotting
 from hbserve_rpc import InvalidRequest
 from hbserve_rpc.messages import Role

@@ -12,9 +12,9 @@ from typing import Annotated
 import msgspec
 from typer import Option
 
-from hbserve.command import require_folder_of
 from hbserve.load.prompts import MOONCAKE_BLOCK
 from hbserve.load.report import goals_of
+from hbserve.output_folder import require_folder_of
 from hbserve.plotting import require_plotting
 from hbserve.simulator import plan_report, report, workload
 from hbserve.simulator.engine import EngineLimits
