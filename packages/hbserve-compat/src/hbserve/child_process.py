@@ -146,9 +146,9 @@ class ChildProcess:
             await self._process.wait()
             raise InstanceFailed(f"{self.name} does not serve within {self._start_timeout_s:.0f} s") from None
         if not line:
-            await self._process.wait()
+            status = await self._process.wait()
             await asyncio.gather(*self._tasks)
-            raise InstanceFailed(f"{self.name} did not start: {self._why()}")
+            raise InstanceFailed(f"{self.name} did not start: {self._why(status)}")
         try:
             return str(json.loads(line)["address"])
         except (ValueError, KeyError):
@@ -230,13 +230,12 @@ class ChildProcess:
 
     async def _watch(self) -> None:
         assert self._process is not None
-        await self._process.wait()
+        status = await self._process.wait()
         if not self._stopping:
             await asyncio.gather(self._tasks[0])
-            self._on_death(self.name, f"its process has ended ({self._why()})")
+            self._on_death(self.name, f"its process has ended ({self._why(status)})")
 
-    def _why(self) -> str:
-        status = (self._process and self._process.returncode) or 0
+    def _why(self, status: int) -> str:
         if status == -signal.SIGKILL:  # it could say nothing itself: its last words are about something else
             return "signal SIGKILL, from somebody or from the system when memory ran out"
         how = f"signal {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
