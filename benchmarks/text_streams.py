@@ -28,6 +28,7 @@ from hbserve.text_request import TextRequest
 from hbserve.tokenizer import load_tokenizer
 from hbserve_rpc import RpcClient, SamplingParams
 from hbserve_rpc.messages import TokenEvent
+from hbserve_rpc.own_process import freeze_heap
 from hbserve_scheduler import CpuScheduler, SchedulerConfig
 
 TEXT = (
@@ -51,7 +52,7 @@ async def measure(address: str, tokenizer: Any, num_streams: int, num_tokens: in
     await scheduler.add_instance("mock-0", "hybrid", address)
     await scheduler.start()
     await scheduler.wait_ready(60)
-    num_given = 0
+    num_given, wanted, all_given = 0, 0, asyncio.Event()
 
     async def take(number: int) -> str:
         params = SamplingParams(0, num_tokens, ignore_eos=True)
@@ -61,6 +62,8 @@ async def measure(address: str, tokenizer: Any, num_streams: int, num_tokens: in
         def give(delta: GenerationDelta) -> bool:
             nonlocal num_given
             num_given += len(delta["token_ids"])
+            if num_given >= wanted:
+                all_given.set()
             texts.append(delta["text"])
             return False
 
@@ -77,9 +80,11 @@ async def measure(address: str, tokenizer: Any, num_streams: int, num_tokens: in
             await asyncio.sleep(0.01)
         ends_s = [time.process_time()]
         for step in range(num_tokens):
+            wanted = num_streams * (step + 1)
+            all_given.clear()
             await client.call(STEP, TokenEvent(num_streams, []), timeout_s=60)
-            while num_given < num_streams * (step + 1):  # noqa: ASYNC110  the others have their turn
-                await asyncio.sleep(0)
+            if num_given < wanted:
+                await all_given.wait()
             ends_s.append(time.process_time())
         texts = await asyncio.gather(*taking)
     await scheduler.stop()
@@ -105,6 +110,7 @@ def main() -> None:
         return measure(address, tokenizer, num_streams, arguments.tokens, by_each=arguments.each)
 
     model = [] if arguments.model is None else ["--model", arguments.model]
+    freeze_heap()  # as a process of HBServe does
     with started(__file__, "--serve", *model) as (_, (address,)):
         for num_streams in arguments.streams:
             if arguments.profile:
