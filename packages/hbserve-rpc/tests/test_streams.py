@@ -84,6 +84,29 @@ async def test_who_takes_each_item_may_have_enough_or_fail_which_is_not_the_conn
     assert [item.value async for item in client.stream(rpc.STREAM, rpc.Ask(2))] == [0, 1]
 
 
+async def test_who_takes_each_item_may_cancel_whoever_waits_for_them(rpc, counting):
+    mishaps: list[dict[str, Any]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: mishaps.append(context))
+    client, seen = await counting()
+
+    async def read(has_enough: bool) -> None:
+        def take(_: Any) -> bool:
+            reading.cancel()
+            return has_enough
+
+        async with client.stream(rpc.STREAM, rpc.Ask(1000)) as stream:
+            await stream.each(take)
+
+    for has_enough in (True, False):
+        seen["closed"].clear()
+        reading = asyncio.create_task(read(has_enough))
+        with pytest.raises(asyncio.CancelledError):
+            await reading
+        await asyncio.wait_for(seen["closed"].wait(), 10)
+    assert mishaps == [], "the reader of messages has no part in it"
+    assert [item.value async for item in client.stream(rpc.STREAM, rpc.Ask(2))] == [0, 1]
+
+
 async def test_a_stream_belongs_to_the_trace_of_whoever_asks_for_it_and_so_does_what_its_handler_asks(
     rpc, start, connect
 ):

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -84,6 +85,18 @@ async def test_what_who_takes_raises_is_raised_there_and_the_request_goes_on(str
         await taking
     assert entry.output == [1, 2]
     assert (await anext(events)).token_ids == [2]
+
+
+async def test_who_takes_an_event_may_cancel_whoever_waits_for_them(stream):
+    mishaps: list[dict[str, Any]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: mishaps.append(context))
+    entry, events = stream()
+    taking: asyncio.Task[bool] = asyncio.create_task(events.each(lambda _: taking.cancel()))
+    await asyncio.sleep(0)
+    entry.deliver(TokenEvent(0, [1]))
+    with pytest.raises(asyncio.CancelledError):
+        await taking
+    assert mishaps == []
 
 
 async def test_the_error_that_ends_a_request_is_raised_after_what_came_before(stream):

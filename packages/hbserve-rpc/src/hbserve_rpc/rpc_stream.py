@@ -49,10 +49,10 @@ async def whenever_told(give: Callable[[], bool], listen: Callable[[Callable[[],
         if left.done():
             return
         try:
-            if give():
-                left.set_result(None)
+            is_over = give()
         except Exception as error:
-            mishap = error
+            mishap, is_over = error, True
+        if is_over and not left.done():  # `give` may have cancelled whoever waits here
             left.set_result(None)
 
     listen(tell)
@@ -80,8 +80,8 @@ class RpcStream(AsyncIterator[R], Generic[R]):
         self._error: Exception | None = None
         self._reader: asyncio.Future[None] | None = None
         """Whoever waits for an item or the end. Not an Event, which for each token would take as long again."""
-        self._take: Callable[[R], object] | None = None
-        """Of `each`, while that waits for more: an item is given to it as it comes, and waits nowhere."""
+        self._tell: Callable[[], None] | None = None
+        """Tells `each`, while that waits, of an item or the end."""
         self._num_received = 0
         self._num_taken = 0
 
@@ -96,20 +96,9 @@ class RpcStream(AsyncIterator[R], Generic[R]):
             self.fail(ProtocolMismatch(f"{self._client.address} answered {self.method} with {error}"))
             return False
         self._num_received += 1
-        if self._take is None or self._reader is None or self._reader.done():
-            self._items.append(decoded)
-            self._wake()
-        else:
-            self._hand_over(decoded, self._take, self._reader)
+        self._items.append(decoded)
+        self._wake()
         return True
-
-    def _hand_over(self, item: R, take: Callable[[R], object], left: "asyncio.Future[None]") -> None:
-        self._count_taken()
-        try:
-            if take(item):
-                left.set_result(None)
-        except Exception as error:  # of whoever waits in `each`
-            left.set_exception(error)
 
     def end(self, envelope: wire.Reply | wire.End | wire.Failed, body: bytes) -> None:
         if isinstance(envelope, wire.Reply):
@@ -126,7 +115,9 @@ class RpcStream(AsyncIterator[R], Generic[R]):
         self._wake()
 
     def _wake(self) -> None:
-        if self._reader is not None and not self._reader.done():
+        if self._tell is not None:
+            self._tell()
+        elif self._reader is not None and not self._reader.done():
             self._reader.set_result(None)
 
     async def each(self, take: Callable[[R], object]) -> bool:
@@ -138,21 +129,23 @@ class RpcStream(AsyncIterator[R], Generic[R]):
 
         Raises what iterating raises, and what `take` does.
         """
+
+        def give() -> bool:
+            while self._items:
+                if take(self._next_item()):
+                    return True
+            return self._error is not None
+
         self._open()
-        has_enough = False
-        while self._items and not has_enough:
-            has_enough = bool(take(self._next_item()))
-        if self._error is None and not has_enough:
-            self._take, self._reader = take, asyncio.get_running_loop().create_future()
-            try:
-                await self._reader
-            finally:
-                self._take = None
+        await whenever_told(give, self._listen)
         if self._items or self._error is None:
             return True
         if not isinstance(self._error, StopAsyncIteration):
             raise self._error
         return False
+
+    def _listen(self, tell: Callable[[], None] | None) -> None:
+        self._tell = tell
 
     def _open(self) -> None:
         if self.opening is not None:
@@ -173,13 +166,10 @@ class RpcStream(AsyncIterator[R], Generic[R]):
         return self._next_item()
 
     def _next_item(self) -> R:
-        self._count_taken()
-        return self._items.popleft()
-
-    def _count_taken(self) -> None:
         self._num_taken += 1
         if self._num_taken % (wire.CREDIT // 2) == 0 and self._error is None:
             self._client.give_credit(self.id, wire.CREDIT // 2)
+        return self._items.popleft()
 
     async def _wait(self, reader: "asyncio.Future[None]", timeout_s: float) -> None:
         late = asyncio.get_running_loop().call_later(timeout_s, self._is_late)
