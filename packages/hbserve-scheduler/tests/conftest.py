@@ -89,6 +89,8 @@ class FakeInstance:
         self.open = 0
         """Streams that are under way."""
         self.hold: set[str] = set()
+        self.num_held = 0
+        """Streams that are held now."""
         self.fail: dict[str, list[Exception | None]] = defaultdict(list)
         """The next requests that reach this phase fail so, one error each; with None, one does not."""
         self.silent: set[str] = set()
@@ -205,7 +207,11 @@ class FakeInstance:
             raise error
         if name in self.hold:
             self._released.clear()
-            await self._released.wait()
+            self.num_held += 1
+            try:
+                await self._released.wait()
+            finally:
+                self.num_held -= 1
 
     @contextlib.contextmanager
     def _stream(self, request: Any) -> Any:
