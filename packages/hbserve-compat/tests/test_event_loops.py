@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 import time
+import warnings
 import weakref
 from collections.abc import AsyncIterator
 from typing import Any
@@ -79,8 +80,12 @@ def test_another_event_loop_is_an_error_that_says_so_and_may_stop_it(small_model
             await llm.start()
 
     asyncio.run(every_call())
-    asyncio.run(llm.stop())
+    with warnings.catch_warnings(record=True) as unclosed:
+        warnings.simplefilter("always", ResourceWarning)
+        asyncio.run(llm.stop())
+        gc.collect()
     assert_ended(processes)
+    assert [str(each.message) for each in unclosed] == []
 
     async def again() -> None:
         async with llm:
@@ -215,11 +220,14 @@ def test_one_that_nobody_stops_before_its_event_loop_ends_leaves_no_process(smal
         using = asyncio.create_task(use(ready))
         await (ready.wait() if dropped == "by a task that is cancelled then" else using)
 
-    asyncio.run(main())
-    del found[2]
-    gc.collect()
+    with warnings.catch_warnings(record=True) as unclosed:
+        warnings.simplefilter("always", ResourceWarning)
+        asyncio.run(main())
+        del found[2]
+        gc.collect()
     assert found[1]() is None
     assert_ended(found[0])
+    assert [str(each.message) for each in unclosed] == []
     assert not [each for each in caplog.records if each.levelno >= logging.ERROR], "asyncio says what is left behind"
 
 

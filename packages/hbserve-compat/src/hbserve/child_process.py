@@ -37,13 +37,6 @@ OF_EVERY_START = re.compile(
 """What Mooncake (0.3.13) writes whenever an engine of it is made; users take it for why the next thing goes wrong."""
 
 
-def level_of_application() -> str:
-    """Name of the level that it has set for this package: the next one below, if it is none of the usual."""
-    level = logging.getLogger("hbserve").getEffectiveLevel()
-    known = ("CRITICAL", "ERROR", "WARNING", "INFO", "DEBUG")
-    return next((name for name in known if logging.getLevelNamesMapping()[name] <= level), "DEBUG")
-
-
 class Restarts:
     """When a process that has died is started again: after ever longer pauses, and only so often in a row."""
 
@@ -265,9 +258,15 @@ def _end_unattended(process: asyncio.subprocess.Process, parent: int) -> None:
     if os.getpid() != parent:  # a fork, whose event loop shares its selector with that of the parent: touch nothing
         return
     kill_children([process.pid])
-    # asyncio cannot close the pipes by itself any more if its event loop has ended, and would say so.
-    with contextlib.suppress(RuntimeError):
-        process._transport.close()  # type: ignore[attr-defined]
+    transport: Any = process._transport  # type: ignore[attr-defined]
+    try:
+        transport.close()
+    except RuntimeError:  # its event loop has ended, which would close the pipes in a later turn and hear of the end
+        for pipe in map(transport.get_pipe_transport, range(3)):
+            if not pipe.get_extra_info("pipe").closed:
+                with contextlib.suppress(RuntimeError):  # it tells the loop, too
+                    pipe._call_connection_lost(None)
+        transport.get_extra_info("subprocess").poll()
 
 
 def _is_running(pid: int) -> bool:

@@ -14,7 +14,6 @@ from typing import Any, Self
 import msgspec
 
 from hbserve.check.network import require_places
-from hbserve.child_process import level_of_application
 from hbserve.demo_model import find_model_folder
 from hbserve.launcher import LocalInstances, launch_keys, local_instances, tensor_parallel_sizes
 from hbserve.pd_disagg.config import PdDisaggConfig
@@ -35,6 +34,13 @@ logger = logging.getLogger(__name__)
 
 READY_TIMEOUT_S = 600.0
 """Until every instance has loaded its model."""
+
+
+def level_of_application() -> str:
+    """Name of the level that it has set for this package: the next one below, if it is none of the usual."""
+    level = logging.getLogger("hbserve").getEffectiveLevel()
+    known = ("CRITICAL", "ERROR", "WARNING", "INFO", "DEBUG")
+    return next((name for name in known if logging.getLevelNamesMapping()[name] <= level), "DEBUG")
 
 
 class DisaggregatedLLM:
