@@ -1,6 +1,7 @@
 """Sampling: supports of the filters, frequencies, and seeds that mean the same everywhere."""
 
 from collections import Counter
+from copy import copy
 from typing import Any
 
 import pytest
@@ -20,7 +21,11 @@ def request(num_output_tokens=0, **params):
 
 def draw(count, logits=LOGITS, **params):
     """Tokens of `count` requests that differ by their seed only."""
-    sequences = [request(seed=seed, **params) for seed in range(count)]
+    checked, sequences = SamplingParams(**params), []
+    for seed in range(count):
+        params_of_seed = copy(checked)  # to check each of them would take longer than to draw
+        params_of_seed.seed = seed
+        sequences.append(Sequence("r", [1] * 4, 4, params_of_seed))
     return Counter(Sampler().sample(logits.expand(count, -1), sequences).tolist())
 
 
