@@ -41,8 +41,9 @@ def test_who_waits_for_an_answer_from_there_gets_none_and_others_wait_on(family,
     hang_up(named, servers[0].getsockname()[1])
     threads[0].join(10)
     assert answers == {0: b""}
-    servers[1].accept()[0].sendall(b"x")
-    threads[1].join(10)
+    with servers[1].accept()[0] as accepted:
+        accepted.sendall(b"x")
+        threads[1].join(10)
     assert answers == {0: b"", 1: b"x"}
     for each in (*clients, *servers):
         each.close()
