@@ -13,6 +13,7 @@ project's packages, whose connector and router serve the loads too.
 
 import argparse
 import asyncio
+import contextlib
 import json
 import os
 import random
@@ -115,7 +116,8 @@ class Servers:
 
     def end(self) -> None:
         for process in self.processes.values():
-            os.killpg(process.pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):  # one that did not start, with all of its own
+                os.killpg(process.pid, signal.SIGKILL)
             process.wait()
 
 
