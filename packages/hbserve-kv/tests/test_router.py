@@ -27,6 +27,8 @@ class Vllm:
         self.status = 200
         self.content_type = "text/event-stream"
         self.is_frozen = False
+        self.num_failing = 0
+        """So many answers end without a token: so does a stream of vLLM's whose KV did not come."""
         self.asked, self.goes_on, self.left = asyncio.Event(), asyncio.Event(), asyncio.Event()
         self.goes_on.set()
         self.answers = asyncio.Event()
@@ -74,8 +76,11 @@ class Vllm:
             return web.json_response({"kv_transfer_params": PARAMS})
         response = web.StreamResponse(headers={"Content-Type": self.content_type, "X-From": self.name})
         await response.prepare(request)
-        await response.write(b'data: {"first": 1}\n\n')
-        await self.goes_on.wait()
+        if self.num_failing:
+            self.num_failing -= 1
+        else:
+            await response.write(b'data: {"first": 1}\n\n')
+            await self.goes_on.wait()
         await response.write(b"data: [DONE]\n\n")
         return response
 
@@ -188,6 +193,29 @@ async def test_a_server_that_is_gone_or_fails_is_replaced_before_the_client_has_
             assert answer.status == 200, await answer.text()
             assert (answer.headers["X-From"], b"[DONE]" in await answer.read()) == ("e", True)
     assert len(other.bodies) >= 4
+
+
+@pytest.mark.parametrize("kv_port", ["", ",7100"])
+async def test_an_answer_that_ends_without_a_token_is_asked_for_again_with_another_prefill_server(
+    servers, route, kv_port
+):
+    prefill, other, decode = await servers("p", "q", "d")
+    client = await route([prefill, other], [decode], kv_port)
+    decode.num_failing = 1
+    async with client.ask(stream=True) as answer:
+        assert answer.status == 200
+        assert await answer.content.read() == b'data: {"first": 1}\n\ndata: [DONE]\n\n'
+    assert len(decode.bodies) == 2
+    assert len(prefill.bodies) == len(other.bodies) == 1
+
+
+async def test_a_client_hears_of_answers_that_all_end_without_a_token(servers, route):
+    prefill, decode = await servers("p", "d")
+    client = await route([prefill], [decode])
+    decode.num_failing = 9
+    async with client.ask(stream=True) as answer:
+        assert answer.status == 502
+        assert "before a token" in (await answer.json())["error"]["message"]
 
 
 async def test_without_a_prefill_server_the_decode_server_does_both(servers, route):

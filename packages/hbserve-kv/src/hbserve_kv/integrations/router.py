@@ -48,6 +48,8 @@ OF_ONE_HOP = {
     b"upgrade",
 }
 """Headers that are not passed on."""
+END_OF_STREAM = b"data: [DONE]"
+"""Of an answer that is streamed: if it is all that there is, the request has failed."""
 MOST_UNSENT_BYTES = 1 << 16
 """Of an answer, that its client has not read, before the server is read no further."""
 
@@ -114,6 +116,7 @@ class Exchange:
         self._request = request
         self.response: web.StreamResponse | None = None
         """Once the client has begun to get it."""
+        self._is_chunked = False
 
     @contextlib.asynccontextmanager
     async def _ask(self, server: Server, body: Body) -> AsyncIterator[Answer]:
@@ -136,28 +139,42 @@ class Exchange:
         params: dict[str, Any] | None = json.loads(content).get("kv_transfer_params")
         return params
 
-    async def pass_on(self, server: Server, body: Body) -> web.StreamResponse:
-        """What a decode server answers, to the client, as it comes. Raises Refused, ServerLost."""
+    async def pass_on(self, server: Server, body: Body, prefill: Server | None = None) -> web.StreamResponse:
+        """What a decode server answers, to the client, as it comes. `prefill`: where its KV comes from.
+
+        Raises:
+            Refused, ServerLost: the client has got nothing if `response` is None. An answer begins with its first part:
+                of a request whose KV did not come vLLM has sent the head already, and then ends the stream.
+        """
         async with self._ask(server, body) as answer:
             if answer.status >= 500:
                 raise Refused.of(answer, await answer.read(), server)
-            self.response = response = web.StreamResponse(status=answer.status)
-            for name, value in answer.headers:
-                if name.lower() not in OF_ONE_HOP:
-                    response.headers.add(name.decode("latin-1"), value.decode("latin-1"))
-            if length := answer.header(b"content-length"):
-                response.content_length = int(length)
-            await self._write(response.prepare(self._request))
-            is_chunked = response.headers.get("Transfer-Encoding") == "chunked"
-            async for piece in answer.pieces(self._write_at_once if is_chunked else None):
+            pieces = answer.pieces(self._write_at_once)
+            piece = await anext(pieces, b"")
+            if piece.startswith(END_OF_STREAM):
+                raise Refused.saying(502, f"{server.url} has ended the answer before a token", prefill or server)
+            response = await self._begin(answer)
+            while piece:
                 await self._write(response.write(piece))
+                piece = await anext(pieces, b"")
             await self._write(response.write_eof())
             return response
+
+    async def _begin(self, answer: Answer) -> web.StreamResponse:
+        self.response = response = web.StreamResponse(status=answer.status)
+        for name, value in answer.headers:
+            if name.lower() not in OF_ONE_HOP:
+                response.headers.add(name.decode("latin-1"), value.decode("latin-1"))
+        if length := answer.header(b"content-length"):
+            response.content_length = int(length)
+        await self._write(response.prepare(self._request))
+        self._is_chunked = response.headers.get("Transfer-Encoding") == "chunked"
+        return response
 
     def _write_at_once(self, piece: bytes) -> bool:
         """A further part of a chunked answer, unless its client has left, or reads too slowly to go without waiting."""
         transport = self._request.transport
-        if transport is None or transport.get_write_buffer_size() > MOST_UNSENT_BYTES:
+        if not self._is_chunked or transport is None or transport.get_write_buffer_size() > MOST_UNSENT_BYTES:
             return False
         transport.write(b"%x\r\n%b\r\n" % (len(piece), piece))
         return True
@@ -261,7 +278,7 @@ class Router:
             return await exchange.pass_on(decode, body)
         if not prefill.kv_port:
             params = await exchange.prefill(prefill, prefill_body(body, ""))
-            return await exchange.pass_on(decode, body | ({"kv_transfer_params": params} if params else {}))
+            return await exchange.pass_on(decode, body | ({"kv_transfer_params": params} if params else {}), prefill)
         transfer_id = uuid.uuid4().hex
         params = {
             "do_remote_prefill": True,
@@ -271,7 +288,7 @@ class Router:
             "remote_port": prefill.kv_port,
         } | ({"tp_size": prefill.tp_size} if prefill.tp_size else {})
         first = asyncio.create_task(exchange.prefill(prefill, prefill_body(body, transfer_id)))
-        second = asyncio.create_task(exchange.pass_on(decode, body | {"kv_transfer_params": params}))
+        second = asyncio.create_task(exchange.pass_on(decode, body | {"kv_transfer_params": params}, prefill))
         try:
             await asyncio.wait([first, second], return_when=asyncio.FIRST_COMPLETED)
             if first.done() and exchange.response is None:
