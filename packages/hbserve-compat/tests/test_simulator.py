@@ -1,9 +1,11 @@
 """The simulator: the decisions of the real clock, times that follow from a profile, faults, prefixes and plans."""
 
 import asyncio
+import gc
 import json
 import random
 from collections import Counter
+from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
@@ -457,6 +459,25 @@ def test_a_trace_is_repeated_faster_and_with_other_prompts(tmp_path):
     assert [len(each.shape.hash_ids) for each in made] == [2] * 4, "the last block is not full"
     assert made[0].shape == made[1].shape
     assert not set(made[0].shape.hash_ids) & set(made[2].shape.hash_ids)
+
+
+@pytest.mark.parametrize("roles", [roles_of(1, 1), roles_of(0, 0, 1)], ids=["pairs", "hybrid"])
+def test_what_a_request_leaves_behind_is_freed_without_the_garbage_collector(roles):
+    asked, found = list(poisson(60, 2.0, 300, 20)), []
+
+    def look(requests: list[SimulatedRequest]) -> Iterator[SimulatedRequest]:
+        for number, request in enumerate(requests):
+            if number in (20, 59):
+                found.append(gc.collect())
+            yield request
+
+    gc.disable()
+    try:
+        (results,) = simulate(Deployment(profile(), roles), look(asked))
+    finally:
+        gc.enable()
+    assert (results.failed, len(results.e2els_s)) == (0, 60)
+    assert found[1:] == [0], "what there was before has been collected by then"
 
 
 def test_cells_share_the_load_by_session_and_nothing_else():

@@ -97,6 +97,7 @@ class RoomSession:
         self._is_closed = True
         if self._work is not None:
             self._instance.engine.remove(self._work)
+            self._work = None  # which knows this session: see Stream.__aexit__
         self._instance.let_out(self)
 
 
@@ -245,6 +246,8 @@ class Prefilling:
         self._is_closed = True
         self._instance.engine.remove(self._work)
         self._instance.end_prefill(self._request.request_id)
+        if self._is_computed:  # else a chunk of it that is under way is pushed still
+            del self._work  # which knows this session: see Stream.__aexit__
 
 
 def _tokens(index: int, count: int, last: int) -> TokenEvent:

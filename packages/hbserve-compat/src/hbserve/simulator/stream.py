@@ -107,3 +107,4 @@ class Stream(Generic[T]):
         self._on_left(self)
         if self.session is not None:
             self.session.close()
+            self.session = None  # which knows this stream: both are freed at once, without the garbage collector
