@@ -1,4 +1,6 @@
-"""Loads for vllm_servers.py: requests at random moments, from several processes, and what their clients see."""
+"""Loads for vllm_servers.py and http_burst.py: requests from several processes, at random moments or all at once, and
+what their clients see.
+"""
 
 import asyncio
 import itertools
@@ -69,6 +71,43 @@ async def load(ports: Sequence[int], work: Work) -> Seen:
     return seen
 
 
+async def burst(ports: Sequence[int], lengths: Sequence[tuple[int, int]]) -> tuple[float, list[tuple[float, str]]]:
+    """Requests of so many tokens of input and output, all at once and to the ports in turn; tokens a second from the
+    first request to the last token, and who was not served.
+    """
+    loop, shares = asyncio.get_running_loop(), [lengths[number::NUM_CLIENTS] for number in range(NUM_CLIENTS)]
+    with ProcessPoolExecutor(NUM_CLIENTS, get_context("spawn")) as clients:
+        await asyncio.gather(*(loop.run_in_executor(clients, time.sleep, 0.5) for _ in shares))  # they have started
+        asked = [
+            loop.run_in_executor(clients, _burst_client, tuple(ports), share, seed) for seed, share in enumerate(shares)
+        ]
+        found = await asyncio.gather(*asked)
+    time_s = max(ended for _, ended, _, _ in found) - min(began for began, _, _, _ in found)
+    return sum(num for _, _, num, _ in found) / time_s, [each for *_, failures in found for each in failures]
+
+
+def _burst_client(
+    ports: Sequence[int], lengths: Sequence[tuple[int, int]], seed: int
+) -> tuple[float, float, int, list[tuple[float, str]]]:
+    """When it began and ended, by the clock that all processes of a host share, and how many tokens were served."""
+
+    async def ask_all() -> tuple[float, float, int, list[tuple[float, str]]]:
+        drawn, seen, turns = random.Random(seed), Seen(), itertools.cycle([*ports[seed % len(ports) :], *ports])
+        prompts = [[drawn.randint(3, 10_000) for _ in range(num_input)] for num_input, _ in lengths]
+        async with ClientSession(connector=TCPConnector(limit=0), timeout=ClientTimeout(300)) as session:
+            began_s = time.monotonic()
+            await asyncio.gather(
+                *(
+                    _ask(session, next(turns), prompt, num_output, 0.0, seen)
+                    for prompt, (_, num_output) in zip(prompts, lengths, strict=True)
+                )
+            )
+        num_tokens = sum(num_output for _, num_output in lengths) if not seen.failures else 0
+        return began_s, time.monotonic(), num_tokens, seen.failures
+
+    return asyncio.run(ask_all())
+
+
 def _client(ports: Sequence[int], work: Work, seed: int) -> Seen:
     return asyncio.run(_ask_all(ports, work, seed))
 
@@ -104,7 +143,7 @@ async def _ask(
             async for line in answer.content:
                 if line.startswith(b"data: {"):
                     at_s.append(time.perf_counter())
-                if b'"error"' in line:
+                if line.startswith(b'data: {"error"'):
                     raise ClientError(line.decode())
             if not at_s:
                 raise ClientError("an answer without tokens")
