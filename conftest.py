@@ -228,6 +228,14 @@ def pytest_unconfigure() -> None:
     WARM_STARTS.close()
 
 
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Why a test was run again, and what it printed: pytest-rerunfailures tells only its name if it then passed."""
+    for report in terminalreporter.getreports("rerun"):
+        terminalreporter.section(f"run again: {report.nodeid}, {report.when}")
+        for text in (report.longreprtext, report.caplog, report.capstdout, report.capstderr):
+            terminalreporter.line(text)
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
     """With it, what its fixtures start: those of a module are set up in its first test."""
