@@ -66,7 +66,7 @@ UNHEARD = files("hbserve_scheduler: health links outage")
 """What the scheduler does beside a request about an instance that is not heard in time: on a machine that stalls."""
 LOADING = files("hbserve_core/cuda_runner: warm_up", "hbserve_core/model: loaded_model model_config weights")
 """Called before a runner's first step."""
-MOST_TASKS = 12
+MOST_TASKS = 11
 """Of asyncio, that one request between two instances creates in all of them together."""
 MOST_FILES = {"cuda step": 20, "step": 13, "transfer": 24, "scheduling": 9}
 

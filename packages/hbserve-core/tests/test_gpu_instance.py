@@ -5,14 +5,14 @@ import contextlib
 import gc
 import itertools
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import pytest
 
 from hbserve_core import EngineStopped, GpuInstance, InstanceConfig, InstanceFailed
 from hbserve_core.instance.engine_thread import EngineThread
-from hbserve_kv import KVTransferConfig, KVTransferManager, Outcome, TransferFailed
+from hbserve_kv import KVTransferConfig, KVTransferManager, Outcome, TransferFailed, TransferResult
 from hbserve_kv.transports.ipc import IpcTransport
 from hbserve_rpc import AddressInUse, LogitsNotFinite, Overloaded, RemoteError, RpcClient, SamplingParams
 from hbserve_rpc.messages import (
@@ -130,8 +130,8 @@ class LostSender:
     def __init__(self, closed: asyncio.Event) -> None:
         self._closed = closed
 
-    async def wait(self) -> None:
-        await asyncio.Event().wait()
+    def when_ended(self, call: Callable[[TransferResult], None]) -> None:
+        pass
 
     async def cancel(self, reason: str) -> Outcome:
         return Outcome.UNKNOWN

@@ -285,8 +285,8 @@ async def test_chunks_that_were_sent_before_there_were_no_numbers_are_nobodys(st
 
 def committed(payload: bytes, *, is_partial: bool = False) -> Any:
     class Committed:
-        async def wait(self) -> TransferResult:
-            return TransferResult(Outcome.COMPLETED, payload, 1, 1, 0.0, "", is_partial)
+        def when_ended(self, call: Callable[[TransferResult], None]) -> None:
+            call(TransferResult(Outcome.COMPLETED, payload, 1, 1, 0.0, "", is_partial))
 
     return Committed()
 

@@ -304,10 +304,6 @@ def _ages(milestones: list[tuple[float, int]]) -> list[Milestone]:
     return [Milestone(now_s - at_s, count) for at_s, count in milestones]
 
 
-async def _receive(posted: PostedReceive | JointReceive, inbox: Inbox) -> None:
-    inbox.put_nowait(await posted.wait())
-
-
 async def wait_for_kv(
     posted: PostedReceive | JointReceive, inbox: Inbox, request: DecodeRequest, vocab_size: int
 ) -> tuple[Handover, bool]:
@@ -318,11 +314,8 @@ async def wait_for_kv(
         RemoteError: the transfer has failed, or brought something else than it should.
         Exception: what was put into the inbox meanwhile: the engine has failed.
     """
-    receiving = asyncio.create_task(_receive(posted, inbox))
-    try:
-        result: TransferResult = await inbox.next()
-    finally:
-        receiving.cancel()
+    posted.when_ended(inbox.put_nowait)
+    result: TransferResult = await inbox.next()
     if result.outcome is not Outcome.COMPLETED:
         raise RemoteError(f"KV transfer failed: {result.error}")
     try:

@@ -160,6 +160,11 @@ class JointReceive(JointTransfer):
         super().__init__(parts)
         self.grant = join_grants([part.grant for part in parts])
 
+    def when_ended(self, call: Callable[[TransferResult], None]) -> None:
+        """`call` with how it ended, from the event loop. Once."""
+        self._ending = asyncio.create_task(self.wait())
+        self._ending.add_done_callback(lambda done: call(done.result()))
+
 
 class JointSend(JointTransfer):
     """A SendTransfer of all ranks that have heads to send, rank 0's first."""
