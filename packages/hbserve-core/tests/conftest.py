@@ -499,58 +499,18 @@ def pytest_configure() -> None:
 
 @pytest.fixture(scope="session")
 def language_is_interpreted() -> Iterator[None]:
-    """Triton's interpreter without what it does in vain, which took two thirds of the time.
-
-    It gives the language its meaning once, not again for each launch and each function that a kernel calls; it looks
-    for no overflow of integers, which it would only tell in debug mode; and it knows numpy's name of a type.
-    """
+    """What Triton's language means in the interpreter, for all kernels at once; see hbserve_core_quick_interpreter."""
     import os
-    from dataclasses import replace
-    from types import SimpleNamespace
 
     if os.environ.get("TRITON_INTERPRET") != "1" or importlib.util.find_spec("triton") is None:
         yield
         return
-    import triton.language
-    from triton.runtime import interpreter
+    from hbserve_core_quick_interpreter import hasten
 
-    seen_by_all = {"tl": triton.language, "core": triton.language.core}
-    scope = interpreter._patch_lang(SimpleNamespace(__globals__=seen_by_all))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(interpreter, "_patch_lang", lambda function: SimpleNamespace(restore=lambda: None))
-        patch.setattr(interpreter, "_convert_float", _with_8_bit_floats(interpreter._convert_float))
-        patch.setattr(interpreter, "_get_np_dtype", _looked_up_once(interpreter._get_np_dtype))
-        builder = interpreter.interpreter_builder
-        patch.setattr(builder, "options", replace(builder.options, sanitize_overflow=False))
+        restore = hasten(patch)
         yield
-    scope.restore()
-
-
-def _looked_up_once(numpy_type: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    found: dict[str, Any] = {}
-
-    def known(of: Any) -> Any:
-        name = of.scalar.name
-        if name not in found:
-            found[name] = numpy_type(of)
-        return found[name]
-
-    return known
-
-
-def _with_8_bit_floats(convert: Callable[..., Any]) -> Callable[..., Any]:
-    """The interpreter rounds 31.5 to 16 in these, not to 32: a carry out of the mantissa is lost."""
-    import torch
-    import triton.language as tl
-
-    def converted(numbers: Any, source: Any, target: Any, rounding: Any) -> Any:
-        if (source, target) == (tl.float32, tl.float8e4nv):
-            return torch.from_numpy(numbers).to(torch.float8_e4m3fn).view(torch.uint8).numpy()
-        if (source, target) == (tl.float8e4nv, tl.float32):
-            return torch.from_numpy(numbers).view(torch.float8_e4m3fn).float().numpy()
-        return convert(numbers, source, target, rounding)
-
-    return converted
+    restore()
 
 
 @pytest.fixture
