@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -19,6 +20,7 @@ from hbserve_traces import check_trace, read_trace
 from hbserve import LLM, SamplingParams
 from hbserve.demo_model import demo_model_path
 from hbserve_testing.processes import processor_time_s
+from hbserve_testing.small_models import write_small_model
 
 pytestmark = pytest.mark.warm
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
@@ -31,17 +33,28 @@ NEUTRAL = {
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    """Serves the demo model, prefill and decode apart."""
-    with served(tmp_path_factory.mktemp("served")) as server:
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a small random model with the tokenizer and template of the demo model, which is twenty times as large
+    and no better for what is tested here."""
+    folder = tmp_path_factory.mktemp("model")
+    write_small_model(folder, "llama", vocab_size=49152, max_position_embeddings=8192)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
+        shutil.copy(demo_model_path() / name, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def server(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """Serves it, prefill and decode apart."""
+    with served(tmp_path_factory.mktemp("served"), model={"path": str(model)}) as server:
         assert server.url
         yield server
 
 
 @pytest.fixture(scope="module")
-def expected() -> dict[str, Any]:
+def expected(model: Path) -> dict[str, Any]:
     """Greedy answers of an LLM in this process, to the question as a prompt and as a message."""
-    with LLM(demo_model_path(), num_kvcache_blocks=64) as llm:
+    with LLM(model, num_kvcache_blocks=64) as llm:
         chat = llm.tokenizer.apply_chat_template(QUESTION, add_generation_prompt=True, return_dict=False)
         prompts = [QUESTION[0]["content"], chat]
         params = SamplingParams(0, NUM_TOKENS, logprobs=2, prompt_logprobs=2)
@@ -188,16 +201,19 @@ def test_clients_that_go_away_while_their_answers_come_leave_nothing(server):
     server.until_empty()
 
 
-def test_it_tells_at_once_that_it_starts_and_in_three_lines_what_runs_and_how_to_ask_it(server):
-    first, *_ = server.log.read_text().splitlines()
-    assert first == "hbserve: starting prefill-0, decode-0"
-    lines = server.log.read_text().splitlines()
-    (place,) = [number for number, line in enumerate(lines) if line.startswith("OpenAI's API at ")]
-    what, where, how = lines[place - 1 : place + 2]
-    assert what.startswith("SmolLM2-135M-Instruct: prefill-0 on cpu, decode-0 on cpu; KV over nccl; RPC at 127.0.0.1:")
-    assert where.startswith(f"OpenAI's API at {server.url}/v1, model 'SmolLM2-135M-Instruct'")
-    done = subprocess.run(["sh", "-c", how], capture_output=True, text=True, timeout=60)
-    assert "Paris" in json.loads(done.stdout)["choices"][0]["message"]["content"]
+def test_it_tells_at_once_that_it_starts_and_in_three_lines_what_runs_and_how_to_ask_it(tmp_path):
+    """With the demo model, which is served if no other is given."""
+    with served(tmp_path) as server:
+        url = server.url
+        lines = server.log.read_text().splitlines()
+        assert lines[0] == "hbserve: starting prefill-0, decode-0"
+        (place,) = [number for number, line in enumerate(lines) if line.startswith("OpenAI's API at ")]
+        what, where, how = lines[place - 1 : place + 2]
+        name = "SmolLM2-135M-Instruct"
+        assert what.startswith(f"{name}: prefill-0 on cpu, decode-0 on cpu; KV over nccl; RPC at 127.0.0.1:")
+        assert where.startswith(f"OpenAI's API at {url}/v1, model '{name}'")
+        done = subprocess.run(["sh", "-c", how], capture_output=True, text=True, timeout=60)
+        assert "Paris" in json.loads(done.stdout)["choices"][0]["message"]["content"]
 
 
 def test_an_address_in_use_is_one_line_before_anything_starts(tmp_path):

@@ -33,22 +33,26 @@ def _write_tokenizer(folder: Path) -> None:
     ).save_pretrained(folder)
 
 
-def write_small_model(folder: Path, architecture: str) -> None:
-    """A random float32 model with its tokenizer: qwen3, qwen2, llama, gemma3 or qwen3-moe. Token 2 ends a sequence."""
+def write_small_model(folder: Path, architecture: str, **changed: int) -> None:
+    """A random float32 model with its tokenizer: qwen3, qwen2, llama, gemma3 or qwen3-moe. Token 2 ends a sequence.
+
+    changed: what is to be another than in SMALL.
+    """
     import torch
     import transformers as typed
 
     transformers: Any = typed  # which types what it does not take, and not what it does
+    sizes = SMALL | changed
     configurations: dict[str, Any] = {
-        "qwen3": lambda: transformers.Qwen3Config(**SMALL, tie_word_embeddings=True),
-        "qwen2": lambda: transformers.Qwen2Config(**{k: v for k, v in SMALL.items() if k != "head_dim"}),
-        "llama": lambda: transformers.LlamaConfig(**SMALL),
+        "qwen3": lambda: transformers.Qwen3Config(**sizes, tie_word_embeddings=True),
+        "qwen2": lambda: transformers.Qwen2Config(**{k: v for k, v in sizes.items() if k != "head_dim"}),
+        "llama": lambda: transformers.LlamaConfig(**sizes),
         # A window that ends within a block, on one layer; experts on both.
         "gemma3": lambda: transformers.Gemma3TextConfig(
-            **SMALL, sliding_window=21, sliding_window_pattern=2, query_pre_attn_scalar=16, pad_token_id=0
+            **sizes, sliding_window=21, sliding_window_pattern=2, query_pre_attn_scalar=16, pad_token_id=0
         ),
         "qwen3-moe": lambda: transformers.Qwen3MoeConfig(
-            **SMALL, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, norm_topk_prob=True
+            **sizes, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, norm_topk_prob=True
         ),
     }
     config = configurations[architecture]()
