@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.warm
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = {path.as_posix().rpartition("/src/")[2]: path for path in ROOT.glob("packages/*/src/**/*.py")}
 """By a path such as hbserve_kv/manager.py."""

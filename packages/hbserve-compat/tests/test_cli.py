@@ -34,6 +34,7 @@ def wait_until(condition: Callable[[], bool]) -> None:
         time.sleep(0.05)
 
 
+@pytest.mark.warm
 def test_one_prompt_is_streamed_and_ends_with_one_summary(config):
     done = hbserve("generate", "Hello", "--config", config(), "--max-tokens", 12)
     assert done.returncode == 0, done.stderr
