@@ -5,6 +5,7 @@ from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import msgspec
@@ -32,9 +33,10 @@ class Peer:
     address: str
     """IP address."""
 
-    @property
+    @cached_property
     def is_trusted(self) -> bool:
-        """It has a key, or is a process of this host."""
+        """It has a key, or is a process of this host, which the system is asked for once: every transfer wants to know
+        it."""
         return self.party is not None or (self.address != "" and is_own_address(self.address))
 
 
