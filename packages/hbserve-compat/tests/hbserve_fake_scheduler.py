@@ -12,7 +12,7 @@ from hbserve.server.app import make_app
 from hbserve.server.service import Service
 from hbserve.tokenizer import load_tokenizer
 from hbserve_rpc import Overloaded, SamplingParams
-from hbserve_rpc.histogram import Histogram
+from hbserve_rpc.counts import Histogram
 from hbserve_rpc.messages import (
     FinishReason,
     GenerateRequest,

@@ -5,8 +5,7 @@ import time
 
 import msgspec
 
-from hbserve_rpc.counts import HttpCounts, LinkCounts
-from hbserve_rpc.histogram import Histogram
+from hbserve_rpc.counts import Histogram, HttpCounts, LinkCounts
 from hbserve_rpc.loop_lag import PAUSE_S, LoopLag
 
 

@@ -6,8 +6,8 @@ from collections.abc import AsyncIterator, Iterable
 import pytest
 
 from hbserve_rpc import AddressInUse, health_port
+from hbserve_rpc.counts import Histogram
 from hbserve_rpc.health_port import HealthPort
-from hbserve_rpc.histogram import Histogram
 from hbserve_rpc.instance_metrics import instance_metrics
 from hbserve_rpc.messages import InstanceStats
 from hbserve_rpc.metrics_text import Family, text_of

@@ -3,7 +3,7 @@ import random
 import msgspec
 import pytest
 
-from hbserve_rpc.histogram import Histogram
+from hbserve_rpc.counts import Histogram
 
 
 def test_a_value_counts_for_the_smallest_bound_that_it_does_not_exceed():

@@ -11,7 +11,7 @@ from typing import Protocol
 
 import msgspec
 
-from hbserve_rpc.histogram import Histogram
+from hbserve_rpc.counts import Histogram
 from hbserve_rpc.instance_metrics import block_states
 from hbserve_rpc.messages import InstanceStats, Role, SchedulerStats
 from hbserve_rpc.records import AttemptRecord, RequestRecord

@@ -9,7 +9,7 @@ from pathlib import Path
 import msgspec
 
 from hbserve.remote import remote_scheduler
-from hbserve_rpc.histogram import Histogram
+from hbserve_rpc.counts import Histogram
 from hbserve_rpc.messages import InstanceStats, SchedulerStats
 
 LATENCIES = {

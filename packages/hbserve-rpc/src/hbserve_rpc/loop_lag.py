@@ -2,7 +2,7 @@
 
 import asyncio
 
-from hbserve_rpc.histogram import Histogram
+from hbserve_rpc.counts import Histogram
 
 PAUSE_S = 0.25
 """Between two looks: few enough to cost nothing."""

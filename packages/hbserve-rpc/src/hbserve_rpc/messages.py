@@ -16,8 +16,7 @@ from typing import Annotated, Literal
 
 import msgspec
 
-from hbserve_rpc.counts import HttpCounts, LinkCounts
-from hbserve_rpc.histogram import Histogram
+from hbserve_rpc.counts import Histogram, HttpCounts, LinkCounts
 from hbserve_rpc.methods import Method, Notification, StreamMethod
 from hbserve_rpc.prompt_shape import DIGEST_BYTES, MOST_REPORTED, PromptIds, PromptShape
 from hbserve_rpc.sampling_params import LONGEST_TIMEOUT_S, SamplingParams

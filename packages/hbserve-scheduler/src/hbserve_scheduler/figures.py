@@ -6,8 +6,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, get_args
 
-from hbserve_rpc.counts import HttpCounts, LinkCounts
-from hbserve_rpc.histogram import Histogram
+from hbserve_rpc.counts import Histogram, HttpCounts, LinkCounts
 from hbserve_rpc.loop_lag import LoopLag
 from hbserve_rpc.messages import LatencySummary
 from hbserve_rpc.records import Delay, RequestRecord

@@ -8,8 +8,7 @@ from typing import Any
 
 from starlette.routing import Route
 
-from hbserve_rpc.counts import HttpCounts
-from hbserve_rpc.histogram import Histogram
+from hbserve_rpc.counts import Histogram, HttpCounts
 from hbserve_rpc.metrics_text import Family
 
 BOUNDS = [0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1, 1.5, 2, 2.5, 3, 3.5, 4, 4.5, 5, 7.5, 10, 30, 60]

@@ -22,7 +22,7 @@ from hbserve_core.config import InstanceConfig
 from hbserve_core.engine.block_manager import NO_BLOCK, BlockManager
 from hbserve_core.engine.sequence import Phase, ScheduledChunk, Sequence
 from hbserve_core.engine.step_times import MOST_OVERTAKERS, ChunkSizes
-from hbserve_rpc.histogram import Histogram
+from hbserve_rpc.counts import Histogram
 
 STEP_TOKENS = [1.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0, 2048.0, 4096.0, 8192.0, 16384.0]
 """Bounds of the histogram of tokens in a step: vLLM's."""

@@ -15,7 +15,7 @@ import torch
 from hbserve_core.engine.sequence import NOT_FINITE, ScheduledChunk, Sequence
 from hbserve_core.model.model_config import ModelConfig
 from hbserve_rpc import HBServeRpcError, InvalidRequest, LogitsNotFinite
-from hbserve_rpc.histogram import Histogram
+from hbserve_rpc.counts import Histogram
 from hbserve_rpc.messages import FinishReason, TokenLogprobs
 
 MASK_PATIENCE_S = 0.01
