@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 pytest.importorskip("triton", reason="torch has Triton on Linux only")
 
-from hbserve_core.cuda_runner.kernels.few_rows_linear import num_tiles
+from hbserve_core.cuda_runner.kernels.few_rows_linear import TILE_OUTPUTS, _tiling, num_tiles
 from hbserve_core.cuda_runner.products import Choice, CudaProducts, ResidualStream, choose
 from hbserve_core.model.layers import Linear, RmsNorm
 from hbserve_core.model.rank_group import RankGroup
@@ -87,7 +87,7 @@ def test_float32_is_multiplied_by_kernels_that_do_not_round_it():
 @pytest.mark.parametrize(
     ("model", "splits"),
     [
-        ("Qwen3-0.6B", {"qkv": 2, "output": 4, "gate_up": 1, "down": 4}),
+        ("Qwen3-0.6B", {"qkv": 1, "output": 4, "gate_up": 1, "down": 4}),
         ("Qwen3-8B", {"qkv": 1, "output": 2, "gate_up": 1, "down": 2}),
         ("Qwen3-32B", {"qkv": 1, "output": 1, "gate_up": 1, "down": 1}),
     ],
@@ -106,6 +106,21 @@ def test_a_split_product_fits_the_workspace(model, ranks):
         assert splits == 1 or splits * num_tiles(outputs // 2 if gated else outputs, gated) <= PROCESSORS
         assert splits & (splits - 1) == 0
         assert inputs // splits >= min(512, inputs)
+
+
+@pytest.mark.parametrize("padded_rows", [16, 32, 64, 128])
+def test_two_programs_share_a_processor_where_one_each_would_leave_most_idle_in_the_end(padded_rows):
+    def shared_bytes(programs):
+        step, stages = _tiling(padded_rows, programs, PROCESSORS)
+        return (TILE_OUTPUTS + padded_rows) * step * stages * 2
+
+    gates_and_ups_of_two_ranks = num_tiles(6144, True)
+    alone, together = shared_bytes(132), shared_bytes(gates_and_ups_of_two_ranks)
+    assert {shared_bytes(programs) for programs in (133, 192, 264)} == {together}
+    assert {shared_bytes(programs) for programs in (64, 265, 384)} == {alone}
+    # Each program takes 1 KiB more than it asks for.
+    assert together < alone <= 227 << 10
+    assert 2 * (together + 1024) <= 228 << 10
 
 
 class InParts(RankGroup):

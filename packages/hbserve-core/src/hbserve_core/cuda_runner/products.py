@@ -46,7 +46,8 @@ _HEAD_OUTPUTS, _HEAD_INPUTS = 1 << 16, 2048
 """From so many outputs on the matrix is a vocabulary's: nothing waits to start behind it. With more inputs than these,
 what has been added to the stream has come by skinny products, which leave half of the norm."""
 _FEWEST_INPUTS = 512
-"""Of one split: the sum of the splits must not cost more than their reading in parallel gives."""
+"""Of one split: the sum of the splits must not cost more than their reading in parallel gives. Twice as many where
+there is a tile for every third processor, since these read nearly as fast as all of them."""
 
 _NARROW_PROGRAMS = {8: {16: 4, 32: 3, 64: 3}, 4: {16: 6, 32: 4, 64: 3}}
 """By bits and padded rows, programs of a product with narrow weights on each processor: a step of their loop brings
@@ -87,7 +88,8 @@ def choose(
     padded, splits = max(16, 1 << (rows - 1).bit_length()), 1
     if rows <= _MOST_SPLIT_ROWS:
         programs = num_processors * (_NARROW_PROGRAMS[narrow_bits][padded] if narrow_bits else 1)
-        splits = max(1, min(programs // tiles, inputs // _FEWEST_INPUTS))
+        fewest = _FEWEST_INPUTS * (1 if narrow_bits or 3 * tiles < num_processors else 2)
+        splits = max(1, min(programs // tiles, inputs // fewest))
     return Choice("skinny", padded, 1 << (splits.bit_length() - 1))
 
 

@@ -23,7 +23,7 @@ import torch
 import triton
 import triton.language as tl
 
-from hbserve_core.cuda_runner.kernels.dependent_launch import LAUNCH, begin, prefetch
+from hbserve_core.cuda_runner.kernels.dependent_launch import LAUNCH, begin, num_processors, prefetch
 from hbserve_core.cuda_runner.kernels.pointwise import activated
 
 _STEP_BYTES = 8192
@@ -31,9 +31,9 @@ _STEP_BYTES = 8192
 _SMALL_OUTPUTS = 4, 8
 """Of a program of `small_linear`. Of one row these are many, so the last wave is short; with two, the input counts."""
 TILE_OUTPUTS = 64
-_TILINGS = {16: (128, 6), 32: (128, 6), 64: (128, 5), 128: (64, 8)}
-"""By padded rows: inputs of one step of the loop over them, and how many steps are on their way: as many as the shared
-memory of a Hopper processor holds."""
+_TILINGS = {16: (128, 6, 3), 32: (128, 6, 3), 64: (128, 4, 3), 128: (64, 8, 4)}
+"""By padded rows: inputs of one step of the loop over them, and how many steps are on their way, as the shared memory
+of a Hopper processor holds them: for one program, and where it is to hold two."""
 _AHEAD = 256
 """Inputs whose weights each program fetches while the kernel in front still runs. More of them are in its way."""
 
@@ -265,7 +265,7 @@ class OwnKernel(Protocol):
     def __len__(self) -> int: ...
 
     def tiling(self, padded_rows: int, programs: int) -> tuple[int, int]:
-        """As `_TILINGS` has it. programs: of the launch."""
+        """As `_tiling` has it. programs: of the launch."""
 
     def tile_outputs(self, x: torch.Tensor) -> int:
         """Of a program, of a product with such rows that is not gated: as `TILE_OUTPUTS` is."""
@@ -285,6 +285,16 @@ class ScaledRows:
     """(M, E)"""
     squares: torch.Tensor
     """(T, padded rows) float32: of the rows themselves, the sum of squares tile by tile."""
+
+
+def _tiling(padded_rows: int, programs: int, processors: int) -> tuple[int, int]:
+    """Inputs of a step, and steps on their way.
+
+    Of more programs than there are processors, but not twice as many, most processors would compute one and then wait
+    for those with a second: so each computes two at once.
+    """
+    step, of_one, of_two = _TILINGS[padded_rows]
+    return step, of_two if processors < programs <= 2 * processors else of_one
 
 
 def num_tiles(num_outputs: int, gated: bool) -> int:
@@ -349,9 +359,10 @@ def _launch(
     result: ScaledRows | None = None,
 ) -> None:  # fmt: skip
     rows, inputs = x.shape
-    step, stages = _TILINGS[padded_rows]
     grid = num_tiles(out.shape[1], gated), splits
-    if not isinstance(weight, torch.Tensor):
+    if isinstance(weight, torch.Tensor):
+        step, stages = _tiling(padded_rows, grid[0] * grid[1], num_processors(x.device))
+    else:
         x, (step, stages) = weight.arranged(x), weight.tiling(padded_rows, grid[0] * grid[1])
     span = triton.cdiv(triton.cdiv(inputs, step), splits) * step
     tiles = 0 if squares is None else len(squares)
