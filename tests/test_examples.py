@@ -57,7 +57,7 @@ WITHOUT_TORCH = "raise ModuleNotFoundError(\"No module named 'torch'\", name='to
 
 
 @pytest.mark.cold
-@pytest.mark.parametrize("backend", ["ipc", "mooncake"])
+@pytest.mark.parametrize("backend", ["auto", "ipc", "mooncake"])
 def test_layers_of_plain_memory_move_as_they_are_computed_without_torch(backend, tmp_path, monkeypatch):
     """`.ci/wheels_alone.py` has it run where torch is not installed; and then over nccl, where it is."""
     (engine,) = (
@@ -74,6 +74,13 @@ def test_layers_of_plain_memory_move_as_they_are_computed_without_torch(backend,
     assert "sent 49152 bytes: COMPLETED" in out
     assert "[[7, 8, 3], [17, 18, 13], [27, 28, 23], [37, 38, 33]]: COMPLETED" in out
     assert "received 'first token: 42' and " in out
+
+
+@pytest.mark.cold
+def test_layers_of_plain_memory_that_ipc_moves_do_not_wait_for_torch_where_it_is_installed(tmp_path, monkeypatch):
+    (tmp_path / "torch.py").write_text("raise SystemExit('torch is imported')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    assert "sent 49152 bytes: COMPLETED" in run("kv_own_memory.py")
 
 
 async def test_the_server_answers_mounted_in_an_application_of_ones_own(small_model):

@@ -5,7 +5,7 @@ import asyncio
 import pytest
 
 from hbserve_kv.transports.base import MAX_BYTES, MAX_VALUES, HeldRendezvous
-from hbserve_kv.transports.nccl import LinkStore
+from hbserve_kv.transports.nccl import link_store
 
 
 async def test_who_asks_before_it_is_told_waits_for_it_and_all_hear_the_same():
@@ -20,7 +20,7 @@ async def test_who_asks_before_it_is_told_waits_for_it_and_all_hear_the_same():
 async def test_the_end_of_the_link_ends_every_wait():
     held = HeldRendezvous()
     asking = asyncio.create_task(held.get("0"))
-    in_a_thread = asyncio.create_task(asyncio.to_thread(LinkStore(held, 60).get, "1"))
+    in_a_thread = asyncio.create_task(asyncio.to_thread(link_store(held, 60).get, "1"))
     while len(held._values) < 2:
         await asyncio.sleep(0.001)
     held.end()
@@ -42,7 +42,7 @@ async def test_a_peer_cannot_fill_the_memory_nor_say_otherwise_later():
 
 
 async def test_the_store_of_a_process_group_gives_up_after_its_timeout():
-    store = LinkStore(HeldRendezvous(), timeout_s=0.01)
+    store = link_store(HeldRendezvous(), timeout_s=0.01)
     with pytest.raises(TimeoutError):
         await asyncio.to_thread(store.get, "nobody tells it")
     await asyncio.to_thread(store.set, "told", b"value")
@@ -54,7 +54,7 @@ async def test_the_store_of_a_process_group_gives_up_after_its_timeout():
 async def test_the_store_of_a_loop_that_has_ended_is_an_error_and_no_endless_wait():
     def make():
         async def store():
-            return LinkStore(HeldRendezvous(), timeout_s=60)
+            return link_store(HeldRendezvous(), timeout_s=60)
 
         return asyncio.run(store())
 

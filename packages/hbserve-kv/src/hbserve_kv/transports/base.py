@@ -3,9 +3,10 @@
 import asyncio
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from datetime import timedelta
 from functools import cached_property
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
@@ -77,6 +78,46 @@ class HeldRendezvous:
                 value.set_exception(ConnectionError("the link has ended"))
                 value.exception()  # or asyncio complains where nobody waits
         self._values.clear()
+
+
+class LinkValues:
+    """A link's rendezvous as the store of a process group, for the thread that makes the group: see `nccl.link_store`.
+
+    Made in the event loop, and held by whoever uses the group: torch itself holds only the half of it that is C++.
+    """
+
+    def __init__(self, rendezvous: Rendezvous, timeout_s: float) -> None:
+        self._rendezvous = rendezvous
+        self._timeout_s = timeout_s
+        self._loop = asyncio.get_running_loop()
+        self.published: list[bytes] = []
+        """What this side has set."""
+
+    def set(self, name: str, value: bytes) -> None:
+        self.published.append(bytes(value))
+        self._run(self._rendezvous.set(name, bytes(value)), self._timeout_s)
+
+    def get(self, name: str) -> bytes:
+        return self._run(self._rendezvous.get(name), self._timeout_s)
+
+    def wait(self, names: Sequence[str], timeout: timedelta | None = None) -> None:
+        for name in names:
+            self._run(self._rendezvous.get(name), timeout.total_seconds() if timeout else self._timeout_s)
+
+    def check(self, names: Sequence[str]) -> bool:
+        """Asked by NCCL's watchdog each second, for a sign that some rank wants a dump: there is none."""
+        return False
+
+    def _run(self, work: Coroutine[Any, Any, T], timeout_s: float) -> T:
+        if self._loop.is_closed():
+            work.close()
+            raise ConnectionError("the event loop of this link has ended")
+
+        async def bounded() -> T:
+            async with asyncio.timeout(timeout_s):
+                return await work
+
+        return asyncio.run_coroutine_threadsafe(bounded(), self._loop).result()
 
 
 @dataclass(eq=False)

@@ -15,28 +15,37 @@ scatters a message in one kernel, wherever the pieces of its blocks lie.
 """
 
 import asyncio
+import importlib
 import logging
 import os
 from collections import deque
-from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from datetime import timedelta
 from threading import Thread
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
-import torch
-import torch.distributed as dist
-from torch.distributed.distributed_c10d import Store
 
-from hbserve_kv.errors import BackendUnavailable
 from hbserve_kv.memory.events import on_stream
 from hbserve_kv.memory.layout import runs_of
 from hbserve_kv.memory.memory import Memory, Rows
-from hbserve_kv.transports.base import COPY_PRIORITY, GPU_PART_BYTES, Link, Moving, Part, Rendezvous, Transport
+from hbserve_kv.transports.base import (
+    COPY_PRIORITY,
+    GPU_PART_BYTES,
+    Link,
+    LinkValues,
+    Moving,
+    Part,
+    Rendezvous,
+    Transport,
+)
 from hbserve_kv.transports.own_sockets import let_nobody_in
 from hbserve_rpc.address import look_up
+
+if TYPE_CHECKING:
+    import torch
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
@@ -63,7 +72,7 @@ class _Description(msgspec.Struct, frozen=True):
 @dataclass
 class _Group:
     process_group: Any
-    store: Store
+    store: LinkValues
     on_gpu: bool
     """The group moves GPU memory itself; otherwise GPU blocks are staged through host memory."""
     stream: Any
@@ -75,45 +84,17 @@ class _Group:
 _Way = Callable[[_Group, Rows, Part], None]
 
 
-class LinkStore(Store):
-    """A link's rendezvous as the store of a process group, for the thread that makes the group.
+def link_store(rendezvous: Rendezvous, timeout_s: float) -> Any:
+    """`LinkValues` that torch takes for a store. Made here since its base is torch's, and this file does not import
+    torch, which takes seconds: `auto` has this transport also where another one carries everything."""
+    from torch.distributed.distributed_c10d import Store
 
-    Made in the event loop, and held by whoever uses the group: torch itself holds only the half of it that is C++.
-    """
+    class LinkStore(LinkValues, Store):  # type: ignore[misc]  # the stubs say str, torch gives bytes
+        def __init__(self) -> None:
+            Store.__init__(self)
+            LinkValues.__init__(self, rendezvous, timeout_s)
 
-    def __init__(self, rendezvous: Rendezvous, timeout_s: float) -> None:
-        super().__init__()
-        self._rendezvous = rendezvous
-        self._timeout_s = timeout_s
-        self._loop = asyncio.get_running_loop()
-        self.published: list[bytes] = []
-        """What this side has set."""
-
-    def set(self, name: str, value: bytes) -> None:  # type: ignore[override]  # the stubs say str, torch gives bytes
-        self.published.append(bytes(value))
-        self._run(self._rendezvous.set(name, bytes(value)), self._timeout_s)
-
-    def get(self, name: str) -> bytes:
-        return self._run(self._rendezvous.get(name), self._timeout_s)
-
-    def wait(self, names: Sequence[str], timeout: timedelta | None = None) -> None:
-        for name in names:
-            self._run(self._rendezvous.get(name), timeout.total_seconds() if timeout else self._timeout_s)
-
-    def check(self, names: Sequence[str]) -> bool:
-        """Asked by NCCL's watchdog each second, for a sign that some rank wants a dump: there is none."""
-        return False
-
-    def _run(self, work: Coroutine[Any, Any, T], timeout_s: float) -> T:
-        if self._loop.is_closed():
-            work.close()
-            raise ConnectionError("the event loop of this link has ended")
-
-        async def bounded() -> T:
-            async with asyncio.timeout(timeout_s):
-                return await work
-
-        return asyncio.run_coroutine_threadsafe(bounded(), self._loop).result()
+    return LinkStore()
 
 
 class NcclTransport(Transport):
@@ -122,8 +103,6 @@ class NcclTransport(Transport):
     connects_to_itself = True
 
     def __init__(self, host: str, timeout_s: float) -> None:
-        if not dist.is_available() or not hasattr(dist, "ProcessGroupGloo"):
-            raise BackendUnavailable("kv_transfer.backend='nccl' needs a torch that was built with torch.distributed")
         self._host = host
         self._timeout = timedelta(seconds=timeout_s)
         self._groups: dict[Link, _Group] = {}  # not by key: both ends of a link may be here, see `connects_to_itself`
@@ -132,6 +111,8 @@ class NcclTransport(Transport):
         self._memory = memory
         self._device = "cpu"
         if memory.is_on_gpu:
+            import torch
+
             self._device = str(torch.cuda.get_device_properties(memory.device).uuid)
             self.max_part_bytes = GPU_PART_BYTES
         self._ip = await look_up(self._host)
@@ -149,15 +130,16 @@ class NcclTransport(Transport):
         return differs if theirs != mine else ""
 
     async def connect(self, link: Link) -> None:
-        store = LinkStore(link.rendezvous, self._timeout.total_seconds())
+        # With a pool that is not of torch, under `auto`, only here: to import it takes seconds, and the loop goes on.
+        await link.run(importlib.import_module, "torch.distributed")
+        store = link_store(link.rendezvous, self._timeout.total_seconds())
         self._groups[link] = await _abandonable(self._make_group, link, store)
 
-    def _make_group(self, link: Link, store: LinkStore) -> _Group:
+    def _make_group(self, link: Link, store: LinkValues) -> _Group:
         peer = _decode(link.peer_description)
         rank = SENDER if link.is_sender else RECEIVER
         on_gpu = self._device != "cpu" and peer.device != "cpu" and self._may_use_nccl(peer.device)
-        new_stream: Any = torch.cuda.Stream
-        stream: Any = new_stream(self._memory.device, priority=COPY_PRIORITY) if self._device != "cpu" else None
+        stream: Any = self._new_stream() if self._device != "cpu" else None
         link.detail = "NCCL" if on_gpu else "Gloo"
         if on_gpu:
             with on_stream(stream):
@@ -167,17 +149,27 @@ class NcclTransport(Transport):
             return group
         return _Group(self._make_gloo(store, rank), store, False, stream)
 
+    def _new_stream(self) -> Any:
+        import torch
+
+        stream: Any = torch.cuda.Stream
+        return stream(self._memory.device, priority=COPY_PRIORITY)
+
     def _may_use_nccl(self, peer_device: str) -> bool:
         """NCCL refuses two ranks on one GPU, unless it is of 2.30 or newer and told so."""
         return peer_device != self._device or os.environ.get("NCCL_MULTI_RANK_GPU_ENABLE") == "1"
 
-    def _make_nccl(self, store: Store, rank: int) -> Any:
+    def _make_nccl(self, store: Any, rank: int) -> Any:
+        import torch.distributed as dist
+
         options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=COPY_PRIORITY < 0)
         options._timeout = self._timeout
         options.config.min_ctas, options.config.max_ctas = 1, MOST_CTAS
         return dist.ProcessGroupNCCL(store, rank, 2, options)
 
-    def _make_gloo(self, store: LinkStore, rank: int) -> Any:
+    def _make_gloo(self, store: LinkValues, rank: int) -> Any:
+        import torch.distributed as dist
+
         gloo: Any = dist.ProcessGroupGloo
         options = gloo._Options()
         options._timeout = self._timeout
@@ -228,7 +220,7 @@ class NcclTransport(Transport):
     def _push_staged(self, group: _Group, rows: Rows, part: Part) -> None:
         """Through pinned host memory."""
 
-        def staged() -> Iterator[torch.Tensor]:
+        def staged() -> "Iterator[torch.Tensor]":
             for start, end in _messages(group, rows, part.block_ids):
                 blocks = rows.gather(part.block_ids[start:end])
                 message = _staging(rows, end - start, False).copy_(blocks, non_blocking=True)
@@ -359,6 +351,8 @@ def _pieces(block_bytes: int, target_block_ids: list[int]) -> Iterator[tuple[int
 
 def _queue(way: _Way, group: _Group, rows: Rows, part: Part) -> tuple[Any, Any]:
     """Events of the group's stream before and after a part."""
+    import torch
+
     began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
     with on_stream(group.stream):
         began.record()
@@ -384,7 +378,7 @@ def _messages(group: _Group, rows: Rows, block_ids: list[int]) -> Iterator[tuple
     return ((start, min(start + step, len(block_ids))) for start in range(0, len(block_ids), step))
 
 
-def _send_in_turn(group: _Group, messages: Iterable[torch.Tensor]) -> None:
+def _send_in_turn(group: _Group, messages: "Iterable[torch.Tensor]") -> None:
     """Make and send one after the other, with at most MESSAGES_AT_ONCE under way while the next is made."""
     moving: deque[tuple[Any, torch.Tensor]] = deque()  # which must live until they are sent
     for message in messages:
@@ -395,6 +389,6 @@ def _send_in_turn(group: _Group, messages: Iterable[torch.Tensor]) -> None:
         moving.popleft()[0].wait()
 
 
-def _staging(rows: Rows, num_blocks: int, on_gpu: bool) -> torch.Tensor:
+def _staging(rows: Rows, num_blocks: int, on_gpu: bool) -> "torch.Tensor":
     """Room for blocks, on the GPU or in pinned host memory."""
     return rows.empty(num_blocks) if on_gpu else rows.empty(num_blocks, device="cpu", pin_memory=True)

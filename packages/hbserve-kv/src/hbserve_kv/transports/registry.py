@@ -49,9 +49,21 @@ def require_torch(backend: str) -> None:
         ) from error
 
 
+def _require_distributed(import_torch: bool) -> None:
+    """Raises BackendUnavailable where torch, or what `nccl` needs of it, is not there. Where it is not imported and is
+    not to be, it is looked for only: what `auto` then has for a pair that nothing else connects shows when it does."""
+    if not import_torch and "torch" not in sys.modules and importlib.util.find_spec("torch"):
+        return
+    require_torch(KVTransferBackend.NCCL.value)
+    import torch.distributed as dist
+
+    if not dist.is_available() or not hasattr(dist, "ProcessGroupGloo"):
+        raise BackendUnavailable("kv_transfer.backend='nccl' needs a torch that was built with torch.distributed")
+
+
 def _built_in(backend: KVTransferBackend, config: KVTransferConfig) -> Transport:
     if backend is KVTransferBackend.NCCL:
-        require_torch(backend.value)
+        _require_distributed(import_torch=config.backend == backend)
         from hbserve_kv.transports.nccl import NcclTransport
 
         return NcclTransport(config.host, config.timeout_s)
