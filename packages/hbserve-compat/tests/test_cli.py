@@ -167,6 +167,26 @@ def test_an_address_that_cannot_be_connected_to_is_refused_with_the_cure(address
     assert done.stderr.startswith(f"error: --connect={address!r}: {words}")
 
 
+def test_a_deployment_of_the_demo_model_is_asked_with_that_ones_tokenizer(tmp_path, free_ports):
+    """`hbserve scheduler` knows of `path: null` only that it is the demo model; examples/two_hosts.yaml has it so."""
+    instances = [
+        f"{{instance_id: {role}, instance_type: {role}, port: {port}, kv_rank: {rank}}}"
+        for rank, (role, port) in enumerate(zip(("prefill", "decode"), free_ports(2), strict=True))
+    ]
+    (port,) = free_ports(1)
+    deployment = f"scheduler: {{port: {port}, instance_wait_s: 1}}\ngpu_instances: [{', '.join(instances)}]\n"
+    (tmp_path / "deployment.yaml").write_text(deployment)
+    command = [sys.executable, "-m", "hbserve", "scheduler", "--config", tmp_path / "deployment.yaml"]
+    scheduler = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    try:
+        done = hbserve("generate", "Hello", "--connect", f"127.0.0.1:{port}")
+    finally:
+        scheduler.terminate()
+        scheduler.wait(timeout=DEADLINE_S)
+    assert "tokenizer" not in done.stderr
+    assert "no instance" in done.stderr
+
+
 def test_connect_to_nobody_says_what_it_waits_for():
     with socket.create_server(("127.0.0.1", 0)) as held:
         address = f"127.0.0.1:{held.getsockname()[1]}"

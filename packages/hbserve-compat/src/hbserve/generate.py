@@ -143,7 +143,7 @@ async def _connected(args: GenerateArgs) -> AsyncIterator[tuple[Scheduler, Any]]
     async with remote_scheduler(args.connect or "", args.keys) as (scheduler, info):
         if not info.ready:
             sys.stderr.write(f"not all instances of the scheduler at {scheduler.address} are ready; its log says why\n")
-        folder = args.model or Path(info.model_path)
+        folder = args.model or Path(info.model_path or await find_model_folder(None))
         if not folder.expanduser().is_dir():
             raise ConfigError(
                 f"the deployment serves {str(folder)!r}, which is not a folder of this host; "
