@@ -1,6 +1,6 @@
 """hbserve-kv alone: KV cache from one engine of yours to another, each chunk while the next one is computed.
 
-Run it: uv run python examples/kv_between_engines.py
+Run it: uv run python examples/kv_between_engines.py        (its pools are tensors: hbserve-kv[torch])
 """
 
 import asyncio
