@@ -75,7 +75,7 @@ VLLM_1 = profile(1, (23.627, 0.150546, 8.6535e-6), (19.563, 4.941e-4, 0.05061), 
 VLLM_2 = profile(2, (19.601, 0.064675, 6.0372e-6), (20.450, 1.870e-4, 0.07263), (14.956, 3.809e-4, 0.09316))
 PREFILL_2 = profile(2, (13.403, 0.062343, 2.2269e-6), (13.295, 3.411e-4, 0.06296), (10.639, 3.118e-4, 0.08563))
 DECODE_1 = profile(1, (16.457, 0.092648, 6.4748e-6), (19.935, 6.269e-4, 0.03851), (7.166, 5.798e-4, 0.15831))
-LIMITS = EngineLimits(MOST_TOKENS, None, MOST_TOKENS, MOST_TOKENS, max_num_seqs=1024)
+LIMITS = EngineLimits(MOST_TOKENS, None, MOST_TOKENS, MOST_TOKENS, max_num_seqs=1024, most_graph_tokens=0)
 DEPLOYMENTS = {
     "vLLM": (1, Deployment(VLLM_1, roles_of(0, 0, 1), limits=LIMITS)),
     "vLLM, 2 GPUs": (2, Deployment(VLLM_2, roles_of(0, 0, 1), limits=LIMITS)),

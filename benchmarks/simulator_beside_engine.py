@@ -124,13 +124,14 @@ def main() -> None:
     parser.add_argument("--prompt-launch-ms", type=float, default=0.5)
     arguments = parser.parse_args()
     law = StepLaw(load_profile(arguments.profile))
+    law.has_graphs = False  # nor has the simulated device
     for rate in arguments.rates:
         dice, now_s, arrivals = random.Random(5), 0.0, []
         for _ in range(round(rate * arguments.seconds)):
             now_s += dice.expovariate(rate)
             arrivals.append(now_s)
         real = engine_serves(law, arguments, arrivals)
-        law.launched_ahead_s = law.launched_ahead_eager_s = real.slack_s
+        law.launched_ahead_s = law.launched_ahead_mixed_s = law.launched_ahead_eager_s = real.slack_s
         with asyncio.Runner(loop_factory=VirtualTimeLoop) as runner:
             model = runner.run(model_serves(law, arguments, arrivals))
         known = range(len(arrivals) // 3, len(arrivals))  # before, the engine learns how long steps take

@@ -4,6 +4,7 @@ import asyncio
 import gc
 import json
 import random
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterator
 from itertools import pairwise
@@ -26,6 +27,7 @@ from hbserve.simulator.simulation import Deployment, Fault, cell_of, roles_of, s
 from hbserve.simulator.stream import Stream
 from hbserve.simulator.workload import SimulatedRequest, conversations, poisson, trace
 from hbserve_core.bench.device_limits import DeviceLimits
+from hbserve_core.cuda_runner.step_packer import prefill_buckets
 from hbserve_rpc import InvalidRequest, RpcServer, SamplingParams
 from hbserve_rpc.messages import (
     CONNECT,
@@ -39,6 +41,7 @@ from hbserve_rpc.messages import (
     GrantRequest,
 )
 from hbserve_rpc.reports import REPORTS
+from hbserve_rpc.settings import EngineSettings
 from hbserve_scheduler import CpuScheduler, SchedulerConfig
 from hbserve_scheduler.virtual_time import VirtualTimeLoop
 from hbserve_testing.narrowing import present
@@ -49,7 +52,7 @@ MESSAGE_S, HANDOFF_S = 0.0001, 0.001
 def profile(**more: Any) -> Profile:
     """A token of a prompt takes a millisecond, a decode step ten, and a megabyte one."""
     values: dict[str, Any] = {
-        "name": "round numbers", "source": "made up", "device": "none",
+        "name": "round numbers", "source": "made up", "device": "cpu",
         "kv_bytes_per_token": 1000, "kv_tokens": 100_000,
         "prefill": [(1, 0.001), (1000, 1.0)], "decode": [(1, 10, 0.01), (256, 10, 0.01)],
         "transfer": [(0, 0.0), (1_000_000, 0.001)], "handoff_s": HANDOFF_S, "message_s": MESSAGE_S,
@@ -307,15 +310,42 @@ def test_chunks_that_are_jumped_over_end_as_they_would_one_by_one():
     assert told == pytest.approx([*ends_s[:3], ends_s[2], ends_s[3]])
 
 
-def test_who_comes_after_the_launch_of_the_next_step_is_in_the_one_behind_it():
+def test_a_step_with_prompts_has_as_many_rows_as_its_graph():
+    for engine in (EngineSettings(), EngineSettings(max_num_batched_tokens=4096), EngineSettings(max_num_seqs=70)):
+        most, limits = engine.most_graph_tokens, EngineLimits.of(engine)
+        graphs = prefill_buckets(min(engine.cuda_graph_max_seq_len, engine.max_num_batched_tokens), most)
+        assert graphs[-1] == most
+        for tokens in range(2, most + 1):
+            assert limits.graph_rows(tokens) == graphs[bisect_left(graphs, tokens)], tokens
+        assert limits.graph_rows(most + 1) == most + 1
+
+
+@pytest.mark.parametrize(("device", "rows"), [("cuda:0", 2176), ("cpu", 2049)])
+def test_a_chunk_beside_a_decode_takes_as_long_as_the_rows_that_are_computed(device: str, rows: int):
+    law = StepLaw(profile(device=device))
+
+    async def run() -> float:
+        engine = ModelledEngine(law, EngineLimits(2048, max_num_batched_tokens=4096, most_graph_tokens=2304))
+        engine.add(DecodeWork(100, 2, lambda _: None, lambda: None))
+        engine.add(PromptWork(2048, 0, None, lambda: None))
+        await asyncio.sleep(0)
+        return engine._end_s
+
+    with asyncio.Runner(loop_factory=VirtualTimeLoop) as runner:
+        assert runner.run(run()) == pytest.approx(law.step_s(rows, 2048**2 / 2, 100))
+
+
+@pytest.mark.parametrize("most_graph_tokens", [256, 512])
+def test_who_comes_after_the_launch_of_the_next_step_is_in_the_one_behind_it(most_graph_tokens: int):
     ahead_s = 0.004
-    law = StepLaw(profile(launched_ahead_s=ahead_s, launched_ahead_eager_s=0.008))
+    eager_s, mixed_s = (0.008, 0.0) if most_graph_tokens < 300 else (0.0, 0.008)
+    law = StepLaw(profile(launched_ahead_s=ahead_s, launched_ahead_mixed_s=mixed_s, launched_ahead_eager_s=eager_s))
     first_s, joined_s = law.step_s(1, 0, 100), law.step_s(2, 0, 200)
     firsts: dict[str, float] = {}
 
     async def run() -> None:
         loop = asyncio.get_running_loop()
-        engine = ModelledEngine(law, EngineLimits(chunk_size=512, most_graph_tokens=256))
+        engine = ModelledEngine(law, EngineLimits(chunk_size=512, most_graph_tokens=most_graph_tokens))
 
         def decode(name: str, tokens: int = 20) -> DecodeWork:
             return DecodeWork(100, tokens, lambda at_s: firsts.update({name: at_s}), lambda: None)
@@ -332,10 +362,10 @@ def test_who_comes_after_the_launch_of_the_next_step_is_in_the_one_behind_it():
         engine.add(PromptWork(300, 0, None, lambda: engine.add(decode("of the prompt"))))
         await asyncio.sleep(0)
         eager_end_s = engine._end_s
-        loop.call_at(eager_end_s + 0.4 * first_s, engine.add, decode("after a step without a graph"))
+        loop.call_at(eager_end_s + 0.4 * first_s, engine.add, decode("after a step with a prompt"))
         await asyncio.sleep(10)
         assert firsts["of the prompt"] == pytest.approx(eager_end_s + first_s), "it goes on at once"
-        behind_s = firsts["after a step without a graph"] - eager_end_s
+        behind_s = firsts["after a step with a prompt"] - eager_end_s
         assert behind_s == pytest.approx(3 * first_s, rel=0.01), "6 ms before the end of a step are too late now"
         assert (engine.batch, engine.keys, len(engine.prompts)) == (0, 0, 0)
 
@@ -698,7 +728,8 @@ def test_profile_measures_an_instance_into_a_file_that_simulations_read(small_mo
     assert [tokens for tokens, _ in found.prefill] == [8, 32]
     assert [(batch, context) for batch, context, _ in found.decode] == [(1, 16), (2, 16)]
     assert "1 x 100000 skipped" in result.stderr
-    assert found.launched_ahead_s == found.launched_ahead_eager_s == 0.0, "a CPU computes what it launches at once"
+    ahead = (found.launched_ahead_s, found.launched_ahead_mixed_s, found.launched_ahead_eager_s)
+    assert ahead == (0.0, 0.0, 0.0), "a CPU computes what it launches at once"
     assert min(found.handoff_s, found.message_s, found.kv_bytes_per_token, found.kv_tokens) > 0
     assert all(time_s > 0 for _, time_s in found.prefill + found.transfer)
     (results,) = simulate(Deployment(found, roles_of(1, 1)), poisson(20, 5, 20, 5))

@@ -21,6 +21,8 @@ FEWEST_TOKENS = 1024
 STEPS_OF_BACKLOG = 8
 FEWEST_BESIDE_DECODES = 64
 """As hbserve_core/engine/step_times.py has them, for chunk_size "auto"."""
+FEWEST_ROWS_MORE, MOST_ROWS_MORE = 32, 128
+"""As hbserve_core/cuda_runner/step_packer.py has them: between the rows of two graphs of steps with prompts."""
 STEPS_REMEMBERED = 200
 """As there: by the launches of so many steps it is decided when the next one is to be."""
 
@@ -47,6 +49,13 @@ class EngineLimits:
             settings.max_num_seqs,
             settings.most_graph_tokens,
         )
+
+    def graph_rows(self, num_tokens: int) -> int:
+        """What a step with prompts and so many tokens is padded to on a GPU, and computes."""
+        if num_tokens > self.most_graph_tokens:
+            return num_tokens
+        more = max(FEWEST_ROWS_MORE, min(MOST_ROWS_MORE, (1 << (num_tokens.bit_length() - 1)) // 4))
+        return min(self.most_graph_tokens, math.ceil(num_tokens / more) * more)
 
 
 @dataclass(eq=False)
@@ -115,8 +124,8 @@ class ModelledEngine:
         """Of what is under way."""
         self._missed: list[PromptWork | DecodeWork] = []
         """Have come when the step after the one that is under way was launched already."""
-        self._eager_left = 0
-        """Steps until the last one without a CUDA graph is forgotten."""
+        self._mixed_left = self._eager_left = 0
+        """Steps until the last one with prompts and decodes is forgotten, and the last one without a CUDA graph."""
         self._began_s = 0.0
         self._steps_under_way = 0
         """Of decodes, from `_began_s` on."""
@@ -132,11 +141,16 @@ class ModelledEngine:
             self._timer = self._loop.call_soon(self._begin)
         else:
             self._cut_short()
-            ahead_s = self._law.launched_ahead_eager_s if self._eager_left else self._law.launched_ahead_s
+            ahead_s = self._launched_ahead_s()
             if ahead_s and self._end_s - self._loop.time() < ahead_s:
                 self._missed.append(work)
                 return
         self._queue(work)
+
+    def _launched_ahead_s(self) -> float:
+        if self._eager_left:
+            return self._law.launched_ahead_eager_s
+        return self._law.launched_ahead_mixed_s if self._mixed_left else self._law.launched_ahead_s
 
     def _queue(self, work: PromptWork | DecodeWork) -> None:
         if isinstance(work, PromptWork):
@@ -258,10 +272,14 @@ class ModelledEngine:
                 pairs += count * (work.planned + count / 2)
                 work.planned += count
                 ends = ends or work.planned == work.num_tokens
-            end_s += self._law.step_s(new_tokens, pairs, self.keys)
+            end_s += self._prompts_step_s(new_tokens, pairs)
             self._planned.append((end_s, chunks))
             if ends or not chunks:
                 return
+
+    def _prompts_step_s(self, new_tokens: int, pairs: float) -> float:
+        rows = self.limits.graph_rows(new_tokens) if self._law.has_graphs else new_tokens
+        return self._law.step_s(rows, pairs, self.keys)
 
     def _begin_decodes(self, count: int, *, has_first: bool) -> float:
         """So many decode steps, the first of which may be some sequences' own first; returns the end of the last."""
@@ -312,7 +330,7 @@ class ModelledEngine:
         while low < high:
             middle = (low + high + 1) // 2
             pairs = middle * (first.planned + middle / 2)
-            if self._law.step_s(self.batch + middle, pairs, self.keys) <= target_s:
+            if self._prompts_step_s(self.batch + middle, pairs) <= target_s:
                 low = middle
             else:
                 high = middle - 1
@@ -350,13 +368,16 @@ class ModelledEngine:
         if batch:
             figures.output_tokens += count * batch
             figures.gaps_s[round(took_s / count, 4)] += count * batch
-        if self._eager_left:
+        if self._mixed_left or self._eager_left:
+            self._mixed_left = max(0, self._mixed_left - count)
             self._eager_left = max(0, self._eager_left - count)
         if chunks:
             num_tokens = sum([chunk for _, chunk in chunks])
             figures.prompt_tokens += num_tokens
             if batch + num_tokens > self.limits.most_graph_tokens:
                 self._eager_left = STEPS_REMEMBERED
+            elif batch:
+                self._mixed_left = STEPS_REMEMBERED
 
     def _end_chunks(self, chunks: Iterable[tuple[PromptWork, int]]) -> None:
         ended = []

@@ -58,7 +58,7 @@ def measure_profile(args: ProfileArgs) -> None:
     try:
         sweep = BatchSweep(config, runner)
         prefill, decode = _steps(sweep, prompts, batches, contexts)
-        ahead_s, eager_ahead_s = _launched_ahead(sweep, batches, contexts[0], config.most_graph_tokens)
+        ahead = _launched_ahead(sweep, batches, contexts[0], config.cuda_graph_max_seq_len, config.most_graph_tokens)
         device, per_token, kv_tokens = runner.device, sweep.kv_bytes_per_token, sweep.kv_tokens
     finally:
         runner.close()
@@ -75,8 +75,9 @@ def measure_profile(args: ProfileArgs) -> None:
         transfer=moving,
         handoff_s=beside_s,
         message_s=asyncio.run(_message_s()),
-        launched_ahead_s=ahead_s,
-        launched_ahead_eager_s=eager_ahead_s,
+        launched_ahead_s=ahead[0],
+        launched_ahead_mixed_s=ahead[1],
+        launched_ahead_eager_s=ahead[2],
     )
     args.output.write_bytes(msgspec.json.format(msgspec.json.encode(profile)) + b"\n")
     sys.stdout.write(f"{args.output}: {len(prefill)} prompts, {len(decode)} decode steps, {len(moving)} transfers\n")
@@ -119,15 +120,17 @@ def _steps(
 
 
 def _launched_ahead(
-    sweep: BatchSweep, batches: Sequence[int], context: int, longest_in_graph: int
-) -> tuple[float, float]:
-    """How long before a step's end the next one is launched, and the same where prompts without a graph are computed
-    beside decodes."""
+    sweep: BatchSweep, batches: Sequence[int], context: int, longest_chunk: int, longest_in_graph: int
+) -> tuple[float, float, float]:
+    """How long before a step's end the next one is launched: decodes alone, prompts beside them in steps with a graph,
+    and in steps without."""
     batch = max((each for each in batches if each <= DECODES_AT_A_LAUNCH), default=batches[0])
-    ahead_s = sweep.launched_ahead_s(batch, context)
-    if sweep.obstacle(1, longest_in_graph) is not None:
-        return ahead_s, ahead_s
-    return ahead_s, sweep.launched_ahead_s(batch, context, longest_in_graph)
+    ahead_s = mixed_s = eager_s = sweep.launched_ahead_s(batch, context)
+    if sweep.obstacle(1, longest_chunk) is None:
+        mixed_s = eager_s = sweep.launched_ahead_s(batch, context, longest_chunk)
+    if sweep.obstacle(1, longest_in_graph) is None:
+        eager_s = sweep.launched_ahead_s(batch, context, longest_in_graph)
+    return ahead_s, mixed_s, eager_s
 
 
 async def _transfers(backend: str, device: str, megabytes: Sequence[int]) -> tuple[list[tuple[int, float]], float]:

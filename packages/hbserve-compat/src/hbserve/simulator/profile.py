@@ -50,6 +50,8 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     launched_ahead_s: float = 0.0
     """So long before the end of a step its engine launches the next one, and who comes later is in the step after that.
     0: it does not, or nobody has measured it."""
+    launched_ahead_mixed_s: float = 0.0
+    """The same while some steps have prompts beside decodes, and a CUDA graph: how long these take varies more."""
     launched_ahead_eager_s: float = 0.0
     """The same while some steps have no CUDA graph, whose launches take the host longer."""
 
@@ -70,7 +72,10 @@ class StepLaw:
         self.transfer_s = Line(profile.transfer).at
         """How long so many bytes take."""
         self.launched_ahead_s = profile.launched_ahead_s
-        self.launched_ahead_eager_s = max(profile.launched_ahead_s, profile.launched_ahead_eager_s)
+        self.launched_ahead_mixed_s = max(profile.launched_ahead_s, profile.launched_ahead_mixed_s)
+        self.launched_ahead_eager_s = max(self.launched_ahead_mixed_s, profile.launched_ahead_eager_s)
+        self.has_graphs = profile.device != "cpu"
+        """Whether steps are padded to the shapes of CUDA graphs."""
 
     def step_s(self, new_tokens: int, pairs: float, keys: int) -> float:
         """Of one step with so many tokens of prompts and decodes; pairs are of prompts, keys of decodes."""
