@@ -234,7 +234,9 @@ def narrow_products(kind, rows):
 
 
 def many_narrow_rows(kind):
-    """In tiles, of 8-bit rows as well, and the widening of weights."""
+    """In tiles, of 8-bit rows as well; norms that leave such; and the widening of weights."""
+    from hbserve_core.cuda_runner.kernels.eight_bit_rows import EightBitForm
+    from hbserve_core.cuda_runner.kernels.experts import ExpertParts
     from hbserve_core.cuda_runner.kernels.narrow_linear import eight_bit_linear, tiled_linear, widen
 
     hidden, inner, *_ = MODELS["Qwen3-8B"]
@@ -243,6 +245,8 @@ def many_narrow_rows(kind):
     widen(matrix, BF16)
     if matrix.takes_8_bits():
         eight_bit_linear(empty(256, inner), matrix, None, empty(256, hidden), adds=True)
+        parts = ExpertParts(empty(256 * 8, hidden), ints(256, 8), 0, 128)
+        EightBitForm(matrix.group, matrix.run).of_normed(empty(256, hidden), empty(hidden), 1e-6, parts)
 
 
 def others(dtype):
@@ -269,18 +273,23 @@ def experts(rows, dtype=BF16):
 
 
 def narrow_experts(kind, rows):
+    from hbserve_core.cuda_runner.kernels import narrow_experts as kernels
     from hbserve_core.cuda_runner.kernels.experts import Routing, expert_mlps
     from hbserve_core.cuda_runner.kernels.narrow_experts import NarrowExperts
 
+    # Scales that are nowhere cannot be looked at.
+    kernels.has_blocks = lambda matrix, outputs: matrix.takes_8_bits()
     gate_up, down = (NarrowExperts(narrow_matrix(kind, *each), 128) for each in ((128 * 1536, 2048), (128 * 2048, 768)))
     expert_mlps(empty(rows, 2048), empty(rows, 128), ints(rows), gate_up, down, Routing(128, 8, True))
 
 
 def few_experts(kind):
+    from hbserve_core.cuda_runner.kernels import narrow_experts as kernels
     from hbserve_core.cuda_runner.kernels.experts import Routing
     from hbserve_core.cuda_runner.kernels.few_rows_linear import ScaledRows
     from hbserve_core.cuda_runner.kernels.narrow_experts import NarrowExperts
 
+    kernels.has_blocks = lambda matrix, outputs: matrix.takes_8_bits()
     gate_up, down = (NarrowExperts(narrow_matrix(kind, *each), 128) for each in ((128 * 1536, 2048), (128 * 2048, 768)))
     begun, routing = ScaledRows(empty(1, 2048), empty(128, 16, dtype=F32)), Routing(128, 8, True)
     gate_up.few_mlps(
@@ -304,7 +313,11 @@ CASES: dict[str, Callable[[], object]] = {
     "experts 16384": partial(experts, 16384),
     "float32 experts": partial(experts, 8, F32),
     **{f"narrow {kind} {rows}": partial(narrow_products, kind, rows) for kind in NARROW for rows in (1, 8, 64, 128)},
-    **{f"narrow experts {kind} {rows}": partial(narrow_experts, kind, rows) for kind in NARROW for rows in (1, 2048)},
+    **{
+        f"narrow experts {kind} {rows}": partial(narrow_experts, kind, rows)
+        for kind in NARROW
+        for rows in (1, 256, 512, 2048)
+    },
     **{f"narrow few experts {kind}": partial(few_experts, kind) for kind in NARROW},
     **{f"many narrow {kind}": partial(many_narrow_rows, kind) for kind in NARROW},
     "sums that are added and normed": partial(sums, BF16, 2, add_to=empty(8, 4096), norm=(empty(4096), 1e-6)),

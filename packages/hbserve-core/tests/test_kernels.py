@@ -1,5 +1,7 @@
 """Each Triton kernel beside plain torch: on the GPU if there is one, else in Triton's interpreter."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -491,6 +493,30 @@ def test_each_row_goes_to_its_experts_and_those_of_other_ranks_and_padding_to_no
         added = expert_mlps(rows, logits, slots, gate_up, down, routing, add_to=before)
         assert added is before
         assert (added.float() - expected).norm() < TOLERANCE[dtype] * expected.norm()
+
+
+@pytest.mark.parametrize("at_once", [4096, 1], ids=["by experts", "by many programs"])
+@pytest.mark.parametrize(
+    ("num_rows", "experts", "first"), [(1, 8, 0), (90, 3, 0), (90, 1, 2), (300, 5, 3)], ids=lambda each: str(each)
+)
+def test_pairs_are_in_tiles_of_their_experts(num_rows, experts, first, at_once, monkeypatch):
+    """Of 8 experts, of which this rank has some: each pair once, and none of other ranks' or of padding."""
+    from hbserve_core.cuda_runner.kernels import experts as kernels
+
+    monkeypatch.setattr(kernels, "_MOST_AT_ONCE", at_once)
+    chosen = torch.stack(
+        [torch.randperm(8, generator=torch.Generator().manual_seed(row))[:3] for row in range(num_rows)]
+    )
+    chosen[3::7] = -1
+    tiles = kernels._assigned(chosen.int().to(DEVICE), torch.empty(num_rows, 3, device=DEVICE), first, experts)
+    ends = [0, *tiles.ends[:experts].tolist()]
+    assert ends[-1] <= tiles.count
+    for place, (begin, end) in enumerate(pairwise(ends)):
+        found = tiles.pairs[begin * tiles.rows : end * tiles.rows].tolist()
+        expected = (chosen.flatten() == first + place).nonzero().flatten().tolist()
+        assert end - begin == -(-len(expected) // tiles.rows)
+        assert sorted(found[: len(expected)]) == expected
+        assert set(found[len(expected) :]) <= {-1}
 
 
 class Choices:

@@ -10,11 +10,11 @@ import torch
 
 from hbserve_core.cuda_runner.kernels.attention_parts import Scores
 from hbserve_core.cuda_runner.kernels.decode_attention import DecodeWorkspace, decode_attention
-from hbserve_core.cuda_runner.kernels.experts import Routing, expert_mlps
+from hbserve_core.cuda_runner.kernels.experts import Routing, combined
 from hbserve_core.cuda_runner.kernels.pointwise import embed
 from hbserve_core.cuda_runner.kernels.prefill_attention import prefill_attention, store_kv
 from hbserve_core.cuda_runner.kernels.sampling import sample
-from hbserve_core.cuda_runner.products import CudaProducts, ResidualStream, normed
+from hbserve_core.cuda_runner.products import CudaProducts, ResidualStream, RowForm, normed
 from hbserve_core.cuda_runner.step_packer import StepShape, StepView, seed_halves
 from hbserve_core.logits.rows import LogitsRow, has_grammars, on_device
 from hbserve_core.model.layers import (
@@ -113,7 +113,7 @@ class CudaDecoder:
                 is_few = self._are_few(stream.rows, layer.experts)
                 next_norm = layer.mlp_norm if is_few or self._group.shard.size > 1 else None
                 self._add(attended, layer.output, stream, layer.attention_out_norm, next_norm)
-                self._add_experts(layer.experts, step, stream, layer.mlp_norm, norm_after, is_few)
+                self._add_experts(index, layer.experts, step, stream, norm_after, is_few)
                 continue
             assert layer.gate_up is not None
             assert layer.down is not None
@@ -139,18 +139,19 @@ class CudaDecoder:
 
     def _add_experts(
         self,
+        index: int,
         weights: ExpertWeights,
         step: StepView,
         stream: ResidualStream,
-        norm: RmsNorm | None,
         next_norm: RmsNorm | None,
         are_few: bool,
     ) -> None:
-        """Add what the experts of the stream's rows give, which are normed first. are_few: rows."""
+        """Add what the experts of layer `index` give for the stream's rows, which are normed first. are_few: rows."""
         experts, is_alone = self._config.switches.experts, self._group.shard.size == 1
         assert experts is not None
+        norm, slots = self._weights.layers[index].mlp_norm, step.tokens[3]
         routing = Routing(experts.count, experts.per_token, experts.renormalises, weights.first)
-        add_to, slots = stream.rows if is_alone else None, step.tokens[3]
+        add_to = stream.rows if is_alone else None
         if are_few:
             logits = self._products.of_normed(stream, norm, weights.router)
             rows, eps = stream.scaled or stream.normed_by(norm), norm.eps if norm else 0.0
@@ -159,11 +160,20 @@ class CudaDecoder:
                 rows, logits, slots, weights.down, routing, eps=eps, add_to=add_to, next_norm=begins
             )
         else:
-            rows = stream.normed_by(norm)
-            logits = self._products.of(rows, weights.router)
-            result = expert_mlps(rows, logits, slots, weights.gate_up, weights.down, routing, add_to=add_to)
+            parts = self._products.expert_parts(stream, norm, weights, slots, routing)
+            form = self._next_form(index, stream.rows) if is_alone else None
+            if next_norm is not None and form is not None:
+                stream.add_parts(parts, next_norm, form)
+                return
+            result = combined(parts, add_to, stream.rows.dtype)
+            stream.changes()
         if not is_alone:
             stream.add_sum(result, self._group, next_norm)
+
+    def _next_form(self, index: int, rows: torch.Tensor) -> RowForm | None:
+        """In which the layer after reads rows (M, E), normed: see `CudaProducts.form_of_rows`."""
+        layers = self._weights.layers
+        return None if index + 1 == len(layers) else self._products.form_of_rows(rows, layers[index + 1].qkv)
 
     def _logits(self, stream: ResidualStream) -> torch.Tensor:
         """(R, vocab_size) of rows (R, E)."""

@@ -13,7 +13,7 @@ benchmarks/narrow_products.py measures them; docs/performance.md has what it fou
 import torch
 import torch.nn.functional as F
 
-from hbserve_core.cuda_runner.kernels.eight_bit_rows import eight_bit_rows
+from hbserve_core.cuda_runner.kernels.eight_bit_rows import EightBitForm, EightBitRows
 from hbserve_core.cuda_runner.kernels.narrow_experts import NarrowExperts
 from hbserve_core.cuda_runner.kernels.narrow_linear import NarrowMatrix, eight_bit_linear, tiled_linear, widen
 from hbserve_core.model.layers import Linear
@@ -40,14 +40,23 @@ class NarrowLinear(Linear):
     def of_experts(self, count: int) -> NarrowExperts:
         return NarrowExperts(self.weight, count)
 
-    def __call__(self, inputs: torch.Tensor) -> torch.Tensor:
+    def form_of_rows(self, inputs: torch.Tensor) -> EightBitForm | None:
+        return EightBitForm(self.weight.group, self.weight.run) if self._takes_8_bits(inputs) else None
+
+    def of_formed(self, rows: EightBitRows, inputs: torch.Tensor) -> torch.Tensor:
+        """(M, O) of rows that are inputs (M, I) in that form."""
         if self._is_for_cublas(inputs):
-            result = self._scaled_product(inputs)
+            result = self._scaled_product(rows, inputs)
             return result if self.bias is None else result.add_(self.bias)
         out = torch.empty((len(inputs), len(self.weight)), dtype=inputs.dtype, device=inputs.device)
-        if self._takes_8_bits(inputs):
-            eight_bit_linear(inputs, self.weight, self.bias, out, adds=False)
-        elif len(inputs) <= _MOST_TILED_ROWS:
+        eight_bit_linear(inputs, self.weight, self.bias, out, adds=False, rows=rows)
+        return out
+
+    def __call__(self, inputs: torch.Tensor) -> torch.Tensor:
+        if form := self.form_of_rows(inputs):
+            return self.of_formed(form.of(inputs), inputs)
+        out = torch.empty((len(inputs), len(self.weight)), dtype=inputs.dtype, device=inputs.device)
+        if len(inputs) <= _MOST_TILED_ROWS:
             tiled_linear(inputs, self.weight, self.bias, out, adds=False)
         else:
             return Linear(widen(self.weight, inputs.dtype), self.bias)(self.weight.arranged(inputs))
@@ -73,10 +82,9 @@ class NarrowLinear(Linear):
     def _is_for_cublas(self, inputs: torch.Tensor) -> bool:
         return self._scales is not None and inputs.dtype == torch.bfloat16
 
-    def _scaled_product(self, inputs: torch.Tensor) -> torch.Tensor:
+    def _scaled_product(self, rows: EightBitRows, inputs: torch.Tensor) -> torch.Tensor:
         """(M, O), by cuBLAS, of rows in 8-bit floats."""
         assert self._scales is not None
-        rows = eight_bit_rows(inputs, self.weight.group, self.weight.run)
         _, words, _ = self.weight.operands(rows)
         by_row = len(self.weight.scales) == 1
         of_rows = F.ScalingType.RowWise if by_row else F.ScalingType.BlockWise1x128

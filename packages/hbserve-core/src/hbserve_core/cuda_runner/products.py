@@ -16,11 +16,12 @@ Shapes: M rows, I inputs, O outputs, E hidden_size.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, Protocol, cast
 
 import torch
 
 from hbserve_core.cuda_runner.kernels.dependent_launch import num_processors
+from hbserve_core.cuda_runner.kernels.experts import ExpertParts, Routing, expert_parts
 from hbserve_core.cuda_runner.kernels.few_rows_linear import (
     ScaledRows,
     SkinnyWorkspace,
@@ -31,7 +32,7 @@ from hbserve_core.cuda_runner.kernels.few_rows_linear import (
 )
 from hbserve_core.cuda_runner.kernels.hopper_gated import hopper_gated, suits_hopper_gated
 from hbserve_core.cuda_runner.kernels.pointwise import gate_mul, rms_norm
-from hbserve_core.model.layers import Linear, RmsNorm
+from hbserve_core.model.layers import ExpertWeights, Linear, RmsNorm
 from hbserve_core.model.rank_group import RankGroup
 
 _MOST_SPLIT_ROWS = 64
@@ -100,6 +101,18 @@ def _is_small(rows: int, outputs: int, inputs: int, kind: Kind) -> bool:
     return rows == 1 and outputs >= _HEAD_OUTPUTS and inputs <= _HEAD_INPUTS
 
 
+class RowForm(Protocol):
+    """In which products with narrow weights read many rows; equal if these are: see kernels/eight_bit_rows.py."""
+
+    def of(self, x: torch.Tensor) -> Any:
+        """Rows (M, I) in this form."""
+
+    def of_normed(
+        self, x: torch.Tensor, norm: torch.Tensor, eps: float, parts: ExpertParts | None = None
+    ) -> tuple[torch.Tensor, Any]:
+        """Rows (M, E) normed by weights (E,), and the same in this form. parts: are added to x first, in place."""
+
+
 @dataclass(slots=True)
 class ResidualStream:
     """What every layer adds to, and norms before it reads."""
@@ -110,10 +123,22 @@ class ResidualStream:
     """If the last addition has begun the next norm already, what it left."""
     normed: torch.Tensor | None = None
     """(M, E): if the last addition has done all of the next norm, what it gave."""
+    formed: tuple[RowForm, Any] | None = None
+    """`normed` in some form, if a product has asked for it, or will."""
 
     def normed_by(self, norm: RmsNorm | None) -> torch.Tensor:
         """The rows normed: by this norm, which is the next."""
         return normed(self.rows, norm) if self.normed is None else self.normed
+
+    def formed_by(self, norm: RmsNorm | None, form: RowForm) -> Any:
+        """The rows normed, in such a form; then they are there in their own as well."""
+        if self.normed is None and norm is not None:
+            self.normed, found = form.of_normed(self.rows, norm.weight, norm.eps)
+            self.formed = form, found
+        elif self.formed is None or self.formed[0] != form:
+            self.formed = form, form.of(self.normed_by(norm))
+        assert self.formed is not None
+        return self.formed[1]
 
     def begins(self, next_norm: RmsNorm | None) -> torch.Tensor | None:
         """Weights (E,) of the next norm, if the addition before may begin it."""
@@ -122,12 +147,22 @@ class ResidualStream:
 
     def add(self, rows: torch.Tensor) -> None:
         """Add rows (M, E) in place."""
-        self.scaled = self.normed = None
+        self.changes()
         self.rows += rows
+
+    def add_parts(self, parts: ExpertParts, norm: RmsNorm, form: RowForm) -> None:
+        """Add what experts have found in place, and do all of the next norm, whose rows are read in such a form."""
+        self.changes()
+        self.normed, found = form.of_normed(self.rows, norm.weight, norm.eps, parts)
+        self.formed = form, found
+
+    def changes(self) -> None:
+        """Forget what has been done of a norm of the rows."""
+        self.scaled = self.normed = self.formed = None
 
     def add_sum(self, partial: torch.Tensor, group: RankGroup, next_norm: RmsNorm | None) -> None:
         """Add the sum of every rank's `partial` (M, E) in place. next_norm: what is next done with the rows."""
-        self.scaled = None
+        self.changes()
         self.normed = group.add_sum(self.rows, partial, _of_kernels(next_norm))
 
 
@@ -147,7 +182,34 @@ class CudaProducts:
             return small_linear(stream.rows, linear.weight, linear.bias, norm=_of_kernels(norm))
         if choice.kernel == "skinny":
             return self._skinny(choice, stream.scaled or stream.normed_by(norm), norm, linear)
+        return self._of_many(stream, norm, linear)
+
+    def form_of_rows(self, rows: torch.Tensor, linear: Linear) -> RowForm | None:
+        """In which normed rows (M, I) are multiplied, if it is another than theirs."""
+        form: RowForm | None = linear.form_of_rows(rows)
+        return form if self._choose(rows, linear, "normed").kernel == "cublas" else None
+
+    def _of_many(self, stream: ResidualStream, norm: RmsNorm | None, linear: Linear) -> torch.Tensor:
+        if form := self.form_of_rows(stream.rows, linear):
+            result: torch.Tensor = cast("Any", linear).of_formed(stream.formed_by(norm, form), stream.rows)
+            return result
         return linear(stream.normed_by(norm))
+
+    def expert_parts(
+        self,
+        stream: ResidualStream,
+        norm: RmsNorm | None,
+        weights: ExpertWeights,
+        slots: torch.Tensor,
+        routing: Routing,
+    ) -> ExpertParts:
+        """What experts give for the stream's rows, which are normed first. Others: see experts.py."""
+        gate_up, formed = weights.gate_up, None
+        if not isinstance(gate_up, torch.Tensor) and (form := gate_up.form_of_rows(stream.rows, routing.per_row)):
+            formed = stream.formed_by(norm, form)
+        rows = stream.normed_by(norm)
+        logits = self.of(rows, weights.router)
+        return expert_parts(rows, logits, slots, gate_up, weights.down, routing, formed=formed)
 
     def gated(self, stream: ResidualStream, norm: RmsNorm | None, linear: Linear) -> torch.Tensor:
         """silu(gate) * up, or gelu(gate) * up, (M, O), of the stream's rows, which are normed first; the weight is
@@ -161,12 +223,12 @@ class CudaProducts:
             return self._skinny(choice, stream.scaled or stream.normed_by(norm), norm, linear, gated=True)
         if suits_hopper_gated(stream.rows, linear.weight, linear.bias):
             return hopper_gated(stream.normed_by(norm), linear.weight, self._gelu)
-        return gate_mul(linear(stream.normed_by(norm)), self._gelu)
+        return gate_mul(self._of_many(stream, norm, linear), self._gelu)
 
     def add_to(self, stream: ResidualStream, inputs: torch.Tensor, linear: Linear, next_norm: RmsNorm | None) -> None:
         """Add the product of rows (M, I) to the stream in place, rounded once. next_norm: what is next done with it."""
         choice = self._choose(inputs, linear, "plain")
-        stream.scaled = None
+        stream.changes()
         if choice.kernel == "small":
             small_linear(inputs, linear.weight, linear.bias, add_to=stream.rows)
         elif choice.kernel == "cublas":
@@ -197,7 +259,8 @@ class CudaProducts:
         found = [
             group.add_sum(stream.rows[part], self.of(inputs[part], linear, group), norm, normed[part]) for part in parts
         ]
-        stream.scaled, stream.normed = None, None if any(each is None for each in found) else normed
+        stream.changes()
+        stream.normed = None if any(each is None for each in found) else normed
 
     def of(self, inputs: torch.Tensor, linear: Linear, group: RankGroup | None = None) -> torch.Tensor:
         """(M, O) of rows (M, I). group: that is to sum it next over its ranks."""

@@ -40,6 +40,11 @@ class Linear:
         """(T, I) to (T, O)."""
         return F.linear(inputs, self.weight, self.bias)
 
+    def form_of_rows(self, inputs: torch.Tensor) -> Any:
+        """The form in which many inputs (T, I) are multiplied, if it is another than theirs; see `RowForm` in
+        cuda_runner/products.py."""
+        return None
+
     def into(self, out: torch.Tensor, inputs: torch.Tensor) -> None:
         """Write the result to `out` (T, O)."""
         if self.bias is None:

@@ -4,9 +4,11 @@
 
 A pair is a row and one of the experts that it goes to. `assign` puts pairs of an expert next to each other, each
 expert's from a new tile on, so that a program reads one expert's weights only and all of a tile's rows share them.
-In which order an expert's pairs stand differs from run to run; no number depends on it. All of it is queued without
-the host: a launch has as many programs as tiles there can be, and those without one end at once.
-Pairs of experts that other ranks have, and of padding, are in no tile.
+Of a step of decodes, a program finds one expert's pairs and looks through all of them, which takes less time than to
+wait for one that sorts them. Where there are more, many programs count and put them; in which order an expert's pairs
+then stand differs from run to run, and no number depends on it.
+All of it is queued without the host: a launch has as many programs as tiles there can be, and those without one end at
+once. Pairs of experts that other ranks have, and of padding, are in no tile.
 Shapes: T rows, E hidden_size, X experts, K of them for each row, P = T * K pairs, F intermediate_size of an expert.
 """
 
@@ -21,13 +23,13 @@ from hbserve_core.cuda_runner.kernels.dependent_launch import LAUNCH, begin, num
 from hbserve_core.cuda_runner.kernels.few_rows_linear import ScaledRows
 from hbserve_core.cuda_runner.kernels.pointwise import activated
 
-_CHUNK = 512
-"""Pairs that `assign` takes at once."""
-_MOST_OF_ONE_PROGRAM = 4096
-"""Pairs; more of them are assigned by many programs."""
 _LARGE_TILE = 128
 _MANY_PAIRS = 128
 """Of an expert, on average, from which on tiles are large: with fewer, too many rows of tiles would have no pair."""
+_FEWEST_AT_ONCE, _MOST_AT_ONCE = 512, 4096
+"""Pairs that one program looks through."""
+_CHUNK = 512
+"""Pairs of a program where there are more."""
 
 
 @triton.jit
@@ -61,66 +63,54 @@ def _own_experts(experts, pair, num_pairs, first, X: tl.constexpr):
     return expert, (expert >= 0) & (expert < X)
 
 
-@triton.jit
-def _count(experts, places, pair, num_pairs, first, X: tl.constexpr):
+@triton.jit(do_not_specialize=["num_pairs", "first"])
+def _assign(
+    experts, ends, pairs, num_pairs, first, X: tl.constexpr, PADDED_X: tl.constexpr, ROWS: tl.constexpr,
+    PAIRS: tl.constexpr,
+):  # fmt: skip
+    # Each program has one expert.
+    begin()
+    own, pair, x = tl.program_id(0), tl.arange(0, PAIRS), tl.arange(0, PADDED_X)
+    expert, is_own = _own_experts(experts, pair, num_pairs, first, X)
+    tiles = tl.cdiv(tl.histogram(tl.where(is_own, expert, 0), PADDED_X, mask=is_own), ROWS)
+    if own == 0:
+        tl.store(ends + x, tl.cumsum(tiles, 0), mask=x < X)
+    is_here = (expert == own) & is_own
+    places = pairs + tl.sum(tl.where(x < own, tiles, 0), 0) * ROWS
+    tl.store(places + tl.cumsum(is_here.to(tl.int32), 0) - 1, pair, mask=is_here)
+    count = tl.sum(is_here.to(tl.int32), 0)
+    rest = count + tl.arange(0, ROWS)
+    tl.store(places + rest, tl.full((ROWS,), -1, tl.int32), mask=rest < tl.cdiv(count, ROWS) * ROWS)
+
+
+@triton.jit(do_not_specialize=["num_pairs", "first"])
+def _count_many(experts, places, num_pairs, first, X: tl.constexpr, CHUNK: tl.constexpr):
+    # The same by many programs, in three launches. places: (X,), zeros first, then counts, then where each expert's
+    # next pair goes.
+    begin()
+    pair = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
     expert, is_own = _own_experts(experts, pair, num_pairs, first, X)
     tl.atomic_add(places + expert, 1, mask=is_own)
 
 
 @triton.jit
-def _make_tiles(places, ends, X: tl.constexpr, PADDED_X: tl.constexpr, ROWS: tl.constexpr):
-    # Past the first-level cache, which knows nothing of atomic additions.
+def _make_many_tiles(places, ends, X: tl.constexpr, PADDED_X: tl.constexpr, ROWS: tl.constexpr):
+    begin()
     x = tl.arange(0, PADDED_X)
+    # Past the first-level cache, which knows nothing of atomic additions.
     tiles = tl.cdiv(tl.load(places + x, mask=x < X, other=0, cache_modifier=".cg"), ROWS)
     end = tl.cumsum(tiles, 0)
     tl.store(ends + x, end, mask=x < X)
-    tl.debug_barrier()
     tl.store(places + x, (end - tiles) * ROWS, mask=x < X)
-
-
-@triton.jit
-def _put(experts, places, pairs, pair, num_pairs, first, X: tl.constexpr):
-    expert, is_own = _own_experts(experts, pair, num_pairs, first, X)
-    place = tl.atomic_add(places + expert, 1, mask=is_own)
-    tl.store(pairs + place, pair, mask=is_own)
-
-
-@triton.jit(do_not_specialize=["num_pairs", "num_places", "first"])
-def _assign(experts, places, ends, pairs, num_pairs, num_places, first, X: tl.constexpr, PADDED_X: tl.constexpr,
-            ROWS: tl.constexpr, CHUNK: tl.constexpr):  # fmt: skip
-    # places: (X,), counts first, then where each expert's next pair goes. One program does all of it.
-    begin()
-    x, c = tl.arange(0, PADDED_X), tl.arange(0, CHUNK)
-    tl.store(places + x, tl.zeros((PADDED_X,), tl.int32), mask=x < X)
-    for start in range(0, num_places, CHUNK):
-        tl.store(pairs + start + c, tl.full((CHUNK,), -1, tl.int32), mask=start + c < num_places)
-    tl.debug_barrier()
-    for start in range(0, num_pairs, CHUNK):
-        _count(experts, places, start + c, num_pairs, first, X)
-    tl.debug_barrier()
-    _make_tiles(places, ends, X, PADDED_X, ROWS)
-    tl.debug_barrier()
-    for start in range(0, num_pairs, CHUNK):
-        _put(experts, places, pairs, start + c, num_pairs, first, X)
-
-
-@triton.jit(do_not_specialize=["num_pairs", "first"])
-def _count_many(experts, places, num_pairs, first, X: tl.constexpr, CHUNK: tl.constexpr):
-    # The same by many programs, in three launches. places: zeros.
-    begin()
-    _count(experts, places, tl.program_id(0) * CHUNK + tl.arange(0, CHUNK), num_pairs, first, X)
-
-
-@triton.jit
-def _make_many_tiles(places, ends, X: tl.constexpr, PADDED_X: tl.constexpr, ROWS: tl.constexpr):
-    begin()
-    _make_tiles(places, ends, X, PADDED_X, ROWS)
 
 
 @triton.jit(do_not_specialize=["num_pairs", "first"])
 def _put_many(experts, places, pairs, num_pairs, first, X: tl.constexpr, CHUNK: tl.constexpr):
     begin()
-    _put(experts, places, pairs, tl.program_id(0) * CHUNK + tl.arange(0, CHUNK), num_pairs, first, X)
+    pair = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
+    expert, is_own = _own_experts(experts, pair, num_pairs, first, X)
+    place = tl.atomic_add(places + expert, 1, mask=is_own)
+    tl.store(pairs + place, pair, mask=is_own)
 
 
 @triton.jit
@@ -219,7 +209,7 @@ class Routing:
 
 @dataclass(frozen=True, slots=True)
 class ExpertTiles:
-    """Pairs by expert, as `_assign` leaves them."""
+    """Pairs by expert, tile by tile."""
 
     pairs: torch.Tensor
     ends: torch.Tensor
@@ -231,6 +221,19 @@ class ExpertTiles:
     """Experts."""
 
 
+@dataclass(frozen=True, slots=True)
+class ExpertParts:
+    """What a row's experts have found, still to be added."""
+
+    rows: torch.Tensor
+    """(M * K, E), each times its share; of experts that are not this rank's, anything."""
+    experts: torch.Tensor
+    """(M, K) int32"""
+    first: int
+    count: int
+    """Experts of this rank, from `first` on."""
+
+
 class OwnExperts(Protocol):
     """Matrices (X, O, I) of experts that are no tensor, and have kernels of their own."""
 
@@ -239,8 +242,11 @@ class OwnExperts(Protocol):
 
     def __len__(self) -> int: ...
 
-    def gate_up(self, rows: torch.Tensor, out: torch.Tensor, tiles: ExpertTiles, gelu: bool) -> None:
-        """Write what `down` reads to `out` (P, F), of rows (T, E)."""
+    def form_of_rows(self, rows: torch.Tensor, per_row: int) -> Any:
+        """The form, see eight_bit_rows.py, of rows (T, E) with so many experts each; None: they stay as they are."""
+
+    def gate_up(self, rows: torch.Tensor, formed: Any, out: torch.Tensor, tiles: ExpertTiles, gelu: bool) -> None:
+        """Write what `down` reads to `out` (P, F), of rows (T, E). formed: the same, if they are there."""
 
     def down(self, rows: torch.Tensor, out: torch.Tensor, tiles: ExpertTiles) -> None:
         """Write to `out` (P, E), each times its share, of rows (P, F)."""
@@ -261,10 +267,33 @@ def num_tiles(num_pairs: int, num_experts: int, rows: int) -> int:
     return num_pairs // rows + min(num_pairs, num_experts)
 
 
-def _rows_of_tile(num_pairs: int, num_experts: int) -> int:
+def rows_of_tile(num_pairs: int, num_experts: int) -> int:
     """Of a few more rows than an expert has on average, so that most have one tile."""
     most = _LARGE_TILE if num_pairs >= _MANY_PAIRS * num_experts else 64
     return min(most, max(16, 1 << (2 * num_pairs // num_experts - 1).bit_length()))
+
+
+def _assigned(experts: torch.Tensor, shares: torch.Tensor, first: int, count: int) -> ExpertTiles:
+    """The tiles of pairs of this rank's experts, which are `count` from `first` on. experts: (T, K) int32, -1 of
+    padding. shares: (T, K) float32, of each row's experts in its result."""
+    num_pairs, padded, device = experts.numel(), triton.next_power_of_2(count), experts.device
+    rows = rows_of_tile(num_pairs, count)
+    tiles = num_tiles(num_pairs, count, rows)
+    if num_pairs <= _MOST_AT_ONCE:
+        ends = torch.empty(count, dtype=torch.int32, device=device)
+        pairs = torch.empty(tiles * rows, dtype=torch.int32, device=device)
+        at_once = max(_FEWEST_AT_ONCE, triton.next_power_of_2(num_pairs))
+        _assign[(count,)](
+            experts, ends, pairs, num_pairs, first, count, padded, rows, at_once, num_warps=8, **LAUNCH
+        )  # fmt: skip
+    else:
+        places, ends = torch.zeros((2, padded), dtype=torch.int32, device=device)
+        pairs = torch.full((tiles * rows,), -1, dtype=torch.int32, device=device)
+        grid = (triton.cdiv(num_pairs, _CHUNK),)
+        _count_many[grid](experts, places, num_pairs, first, count, _CHUNK, num_warps=4, **LAUNCH)
+        _make_many_tiles[(1,)](places, ends, count, padded, rows, num_warps=1, **LAUNCH)
+        _put_many[grid](experts, places, pairs, num_pairs, first, count, _CHUNK, num_warps=4, **LAUNCH)
+    return ExpertTiles(pairs, ends, shares, tiles, rows, experts.shape[1])
 
 
 def expert_mlps(
@@ -280,58 +309,62 @@ def expert_mlps(
 ) -> torch.Tensor:
     """(T, E) of rows (T, E): what this rank's experts give for them; the sum over ranks is the model's.
 
-    logits: (T, all experts), of the router. slots: (T,) int32, -1 of padding, see `store_kv`. gate_up: (X, 2 F, E),
-    gates then ups. down: (X, E, F). add_to: (T, E), to which the result is added in place, and which is returned.
+    add_to: (T, E), to which the result is added in place, and which is returned. Others: see `expert_parts`.
     """
-    num_rows, size = rows.shape
-    count, k = len(gate_up), routing.per_row
+    return combined(expert_parts(rows, logits, slots, gate_up, down, routing, gelu=gelu), add_to, rows.dtype)
+
+
+def combined(parts: ExpertParts, add_to: torch.Tensor | None = None, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """(T, E): their sum for each row. add_to: as `expert_mlps` has it. dtype: of the result, if there is none."""
+    (num_rows, k), size = parts.experts.shape, parts.rows.shape[-1]
+    out = torch.empty((num_rows, size), dtype=dtype, device=parts.rows.device) if add_to is None else add_to
+    block = min(1024, triton.next_power_of_2(size))
+    _combine[(num_rows, triton.cdiv(size, block))](
+        parts.rows, parts.experts, out, parts.first, size, parts.count, k, block, add_to is not None, num_warps=4,
+        **LAUNCH,
+    )  # fmt: skip
+    return out
+
+
+def expert_parts(
+    rows: torch.Tensor,
+    logits: torch.Tensor,
+    slots: torch.Tensor,
+    gate_up: torch.Tensor | OwnExperts,
+    down: torch.Tensor | OwnExperts,
+    routing: Routing,
+    *,
+    formed: Any = None,
+    gelu: bool = False,
+) -> ExpertParts:
+    """What the sum for each of rows (T, E) is of.
+
+    logits: (T, all experts), of the router. slots: (T,) int32, -1 of padding, see `store_kv`. gate_up: (X, 2 F, E),
+    gates then ups. down: (X, E, F). formed: the rows in 8 bits, if `gate_up` has told a form.
+    """
+    num_rows, k = len(rows), routing.per_row
     experts = torch.empty((num_rows, k), dtype=torch.int32, device=rows.device)
     shares = torch.empty((num_rows, k), dtype=torch.float32, device=rows.device)
     _route[(num_rows,)](
         logits, slots, experts, shares, routing.num_experts, triton.next_power_of_2(routing.num_experts), k,
         triton.next_power_of_2(k), routing.renormalises, num_warps=1, **LAUNCH,
     )  # fmt: skip
-    tiles = _assigned(experts, shares, routing.first, count)
-    parts = _products(rows, gate_up, down, tiles, gelu)
-    out = torch.empty_like(rows) if add_to is None else add_to
-    block = min(1024, triton.next_power_of_2(size))
-    _combine[(num_rows, triton.cdiv(size, block))](
-        parts, experts, out, routing.first, size, count, k, block, add_to is not None, num_warps=4, **LAUNCH
-    )
-    return out
-
-
-def _assigned(experts: torch.Tensor, shares: torch.Tensor, first: int, count: int) -> ExpertTiles:
-    """experts, shares: (T, K). first, count: of this rank's experts."""
-    num_pairs, padded, device = experts.numel(), triton.next_power_of_2(count), experts.device
-    rows = _rows_of_tile(num_pairs, count)
-    tiles = num_tiles(num_pairs, count, rows)
-    if num_pairs <= _MOST_OF_ONE_PROGRAM:
-        places, ends = torch.empty((2, max(4, padded)), dtype=torch.int32, device=device)
-        pairs = torch.empty(tiles * rows, dtype=torch.int32, device=device)
-        _assign[(1,)](
-            experts, places, ends, pairs, num_pairs, len(pairs), first, count, padded, rows, _CHUNK, num_warps=8,
-            **LAUNCH,
-        )  # fmt: skip
-    else:
-        places, ends = torch.zeros((2, padded), dtype=torch.int32, device=device)
-        pairs = torch.full((tiles * rows,), -1, dtype=torch.int32, device=device)
-        grid = (triton.cdiv(num_pairs, _CHUNK),)
-        _count_many[grid](experts, places, num_pairs, first, count, _CHUNK, num_warps=4, **LAUNCH)
-        _make_many_tiles[(1,)](places, ends, count, padded, rows, num_warps=1, **LAUNCH)
-        _put_many[grid](experts, places, pairs, num_pairs, first, count, _CHUNK, num_warps=4, **LAUNCH)
-    return ExpertTiles(pairs, ends, shares, tiles, rows, experts.shape[1])
+    tiles = _assigned(experts, shares, routing.first, len(gate_up))
+    parts = _products(rows, formed, gate_up, down, tiles, gelu)
+    return ExpertParts(parts, experts, routing.first, len(gate_up))
 
 
 def _products(
-    rows: torch.Tensor, gate_up: torch.Tensor | OwnExperts, down: torch.Tensor | OwnExperts, tiles: ExpertTiles,
-    gelu: bool,
+    rows: torch.Tensor, formed: Any, gate_up: torch.Tensor | OwnExperts,
+    down: torch.Tensor | OwnExperts, tiles: ExpertTiles, gelu: bool,
 ) -> torch.Tensor:  # fmt: skip
     """(P, E), each times its share, float32 where they are few; of pairs that are in no tile, nothing that has been
     written."""
     count, inner, size = len(gate_up), gate_up.shape[1] // 2, rows.shape[1]
     inside = torch.empty((tiles.shares.numel(), inner), dtype=rows.dtype, device=rows.device)
-    kept = torch.float32 if tiles.rows < 64 else rows.dtype
+    # Rows in 8 bits lose more than a part's last bits.
+    is_exact = isinstance(gate_up, torch.Tensor) or gate_up.form_of_rows(rows, tiles.per_row) is None
+    kept = torch.float32 if tiles.rows < 64 and is_exact else rows.dtype
     parts = torch.empty((tiles.shares.numel(), size), dtype=kept, device=rows.device)
     is_large = tiles.rows == _LARGE_TILE
     tiling = {
@@ -348,7 +381,7 @@ def _products(
             **tiling, **LAUNCH,
         )  # fmt: skip
     else:
-        gate_up.gate_up(rows, inside, tiles, gelu)
+        gate_up.gate_up(rows, formed, inside, tiles, gelu)
     if isinstance(down, torch.Tensor):
         _expert_down[(triton.cdiv(size, for_sums), tiles.count)](
             inside, down, tiles.pairs, tiles.ends, tiles.shares, parts, inner, size, OUTPUTS=for_sums, **tiling,

@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 
 from hbserve_core.cuda_runner.kernels.dependent_launch import LAUNCH, begin
-from hbserve_core.cuda_runner.kernels.eight_bit_rows import EightBitRows, eight_bit_rows
-from hbserve_core.cuda_runner.kernels.experts import ExpertTiles, Routing, expert_of
+from hbserve_core.cuda_runner.kernels.eight_bit_rows import EightBitForm, EightBitRows
+from hbserve_core.cuda_runner.kernels.experts import ExpertTiles, Routing, expert_of, rows_of_tile
 from hbserve_core.cuda_runner.kernels.few_rows_linear import ScaledRows, weight_rows
 from hbserve_core.cuda_runner.kernels.narrow_few_experts import few_expert_mlps, suits_few_experts
 from hbserve_core.cuda_runner.kernels.narrow_linear import NarrowMatrix, sum_of_groups
@@ -20,6 +20,27 @@ from hbserve_core.cuda_runner.kernels.pointwise import activated
 
 _FEWEST_8_BIT_ROWS = 32
 """Of a tile, that are worth being made 8-bit floats."""
+_BLOCK, _MOST_ROWS_OF_BLOCKS = 128, 64
+"""Outputs that share a scale, which a program then has of 8-bit rows, and how many of these its registers hold."""
+
+
+@triton.jit
+def _sum_of_blocks(
+    x, x_scales, num_scales, weight, scales, second, total, used, num_inputs, ROWS: tl.constexpr, OUTPUTS: tl.constexpr,
+    STEP: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """As `sum_of_groups`, of 8-bit rows and of a weight with one scale for each half of the outputs: the first at
+    `scales`, the other one `second` behind it. It takes less time than to load one for each output."""
+    result = tl.zeros((OUTPUTS, ROWS), tl.float32)
+    is_first = tl.arange(0, OUTPUTS) < OUTPUTS // 2
+    for start in tl.range(0, num_inputs, STEP, num_stages=STAGES):
+        columns = (start + tl.arange(0, STEP))[None, :]
+        part = tl.dot(tl.load(weight + columns), tl.trans(tl.load(x + columns, mask=used[:, None], other=0.0)))
+        own = scales + start // STEP * total
+        of_weight = tl.where(is_first, tl.load(own), tl.load(own + second))
+        of_x = tl.load(x_scales + start // STEP * num_scales, mask=used, other=0.0)
+        result += part * of_weight[:, None] * of_x[None, :]
+    return result
 
 
 @triton.jit
@@ -27,7 +48,7 @@ def _narrow_experts(
     rows, x_scales, num_scales, words, scales, pairs, ends, shares, out, num_inputs, num_outputs, group_size,
     X: tl.constexpr, PADDED_X: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, OUTPUTS: tl.constexpr,
     STEP: tl.constexpr, STAGES: tl.constexpr, GATED: tl.constexpr, GELU: tl.constexpr, BITS: tl.constexpr,
-    ONE_GROUP: tl.constexpr,
+    ONE_GROUP: tl.constexpr, BY_BLOCK: tl.constexpr,
 ):  # fmt: skip
     # Each pair's row is row pair // K of `rows`. With gates there are no shares.
     begin()
@@ -39,11 +60,19 @@ def _narrow_experts(
     height = num_outputs * 2 if GATED else num_outputs
     own = expert * height + weight_rows(tl.program_id(0), num_outputs, OUTPUTS, GATED)
     PARTS: tl.constexpr = words.dtype.element_ty.primitive_bitwidth // BITS
-    result = sum_of_groups(
-        rows + row.to(tl.int64)[:, None] * num_inputs, x_scales + row, num_scales,
-        words + own[:, None].to(tl.int64) * (num_inputs // PARTS), scales, own, 0, num_inputs, used, X * height,
-        group_size, ROWS, OUTPUTS, STEP, STAGES, BITS, ONE_GROUP,
-    )  # fmt: skip
+    x = rows + row.to(tl.int64)[:, None] * num_inputs
+    weight = words + own[:, None].to(tl.int64) * (num_inputs // PARTS)
+    if BY_BLOCK:
+        first = expert * height + tl.program_id(0) * (OUTPUTS // 2 if GATED else OUTPUTS)
+        result = _sum_of_blocks(
+            x, x_scales + row, num_scales, weight, scales + first, num_outputs if GATED else 0, X * height, used,
+            num_inputs, ROWS, OUTPUTS, STEP, STAGES,
+        )  # fmt: skip
+    else:
+        result = sum_of_groups(
+            x, x_scales + row, num_scales, weight, scales, own, 0, num_inputs, used, X * height, group_size, ROWS,
+            OUTPUTS, STEP, STAGES, BITS, ONE_GROUP,
+        )  # fmt: skip
     COUNT: tl.constexpr = OUTPUTS // 2 if GATED else OUTPUTS
     if GATED:
         gate, up = tl.split(tl.permute(tl.reshape(result, (2, COUNT, ROWS)), (1, 2, 0)))
@@ -55,6 +84,14 @@ def _narrow_experts(
     tl.store(out + place, result.to(out.dtype.element_ty), mask=used[None, :] & (outputs < num_outputs)[:, None])
 
 
+def has_blocks(matrix: NarrowMatrix, outputs: int) -> bool:
+    """Whether blocks of the outputs of each expert, and of a step of inputs, have one scale."""
+    if not matrix.takes_8_bits() or len(matrix.scales) == 1 or outputs % (2 * _BLOCK):
+        return False
+    blocks = matrix.scales.view(len(matrix.scales), -1, _BLOCK)
+    return bool((blocks == blocks[:, :, :1]).all())
+
+
 class NarrowExperts:
     """One matrix of each expert, as `expert_mlps` takes them where they are no tensor."""
 
@@ -62,17 +99,26 @@ class NarrowExperts:
         """count: experts, whose matrices are below each other."""
         self.matrix = matrix
         self.shape = count, len(matrix) // count, matrix.shape[1]
+        self._has_blocks = has_blocks(matrix, self.shape[1])
 
     def __len__(self) -> int:
         return self.shape[0]
 
-    def gate_up(self, rows: torch.Tensor, out: torch.Tensor, tiles: ExpertTiles, gelu: bool) -> None:
-        """Write to `out` (P, F), of rows (T, E)."""
-        self._launch(rows, out, tiles, tiles.per_row, {"GATED": True, "GELU": gelu})
+    def form_of_rows(self, rows: torch.Tensor, per_row: int) -> EightBitForm | None:
+        is_for_8_bits = rows_of_tile(len(rows) * per_row, len(self)) >= _FEWEST_8_BIT_ROWS
+        if rows.dtype.itemsize == 2 and is_for_8_bits and self.matrix.takes_8_bits():
+            return EightBitForm(self.matrix.group, self.matrix.run)
+        return None
+
+    def gate_up(
+        self, rows: torch.Tensor, formed: EightBitRows | None, out: torch.Tensor, tiles: ExpertTiles, gelu: bool
+    ) -> None:
+        """Write to `out` (P, F), of rows (T, E). formed: the same, if they are there."""
+        self._launch(rows, formed, out, tiles, tiles.per_row, {"GATED": True, "GELU": gelu})
 
     def down(self, rows: torch.Tensor, out: torch.Tensor, tiles: ExpertTiles) -> None:
         """Write to `out` (P, E), each times its share, of rows (P, F)."""
-        self._launch(rows, out, tiles, 1, {"GATED": False, "GELU": False})
+        self._launch(rows, None, out, tiles, 1, {"GATED": False, "GELU": False})
 
     def suits_few(self, rows: torch.Tensor, down: "NarrowExperts", per_row: int) -> bool:
         return suits_few_experts(rows, self.matrix, down.matrix, per_row)
@@ -85,18 +131,22 @@ class NarrowExperts:
         return few_expert_mlps(x, logits, slots, *matrices, routing, eps=eps, add_to=add_to, next_norm=next_norm)
 
     def _launch(
-        self, rows: torch.Tensor, out: torch.Tensor, tiles: ExpertTiles, per_row: int, options: dict[str, Any]
-    ) -> None:
+        self, rows: torch.Tensor, formed: EightBitRows | None, out: torch.Tensor, tiles: ExpertTiles, per_row: int,
+        options: dict[str, Any],
+    ) -> None:  # fmt: skip
         matrix, count = self.matrix, len(self)
+        form = self.form_of_rows(rows, tiles.per_row // per_row)
         given: torch.Tensor | EightBitRows = rows
-        if rows.dtype.itemsize == 2 and tiles.rows >= _FEWEST_8_BIT_ROWS and matrix.takes_8_bits():
-            given = eight_bit_rows(rows, matrix.group, matrix.run)
-        options |= {"OUTPUTS": 64, "STEP": matrix.run, "STAGES": 4 if rows.dtype.itemsize == 2 else 2, "num_warps": 4}
+        if form is not None:
+            given = form.of(rows) if formed is None else formed
+        by_block = form is not None and self._has_blocks and tiles.rows <= _MOST_ROWS_OF_BLOCKS
+        stages = 4 if rows.dtype.itemsize == 2 else 2
+        options |= {"OUTPUTS": _BLOCK if by_block else 64, "STEP": matrix.run, "STAGES": stages, "num_warps": 4}
         values, words, x_scales = matrix.operands(given)
         outputs_at_once = options["OUTPUTS"] // 2 if options["GATED"] else options["OUTPUTS"]
         _narrow_experts[(triton.cdiv(out.shape[1], outputs_at_once), tiles.count)](
             values, x_scales, x_scales.shape[1], words, matrix.scales, tiles.pairs, tiles.ends, tiles.shares, out,
             rows.shape[1], out.shape[1], matrix.group, X=count,
             PADDED_X=triton.next_power_of_2(count), K=per_row, ROWS=tiles.rows, BITS=matrix.bits,
-            ONE_GROUP=len(matrix.scales) == 1, **options, **LAUNCH,
+            ONE_GROUP=len(matrix.scales) == 1, BY_BLOCK=by_block, **options, **LAUNCH,
         )  # fmt: skip

@@ -248,12 +248,14 @@ def tiled_linear(
 
 
 def eight_bit_linear(
-    x: torch.Tensor, weight: NarrowMatrix, bias: torch.Tensor | None, out: torch.Tensor, adds: bool
-) -> None:
-    """The same with rows in 8-bit floats, which they are made first."""
+    x: torch.Tensor, weight: NarrowMatrix, bias: torch.Tensor | None, out: torch.Tensor, adds: bool,
+    rows: EightBitRows | None = None,
+) -> None:  # fmt: skip
+    """The same with rows in 8-bit floats, which they are made first unless they are there."""
+    rows = rows or eight_bit_rows(x, weight.group, weight.run)
     tiling = {"ROWS": _MOST_TILE_ROWS, "OUTPUTS": TILE_OUTPUTS, "STEP": weight.run, "STAGES": 4}
     options = {"ADDS": adds, "GATED": False, "GELU": False}
-    _launch_tiles(eight_bit_rows(x, weight.group, weight.run), x, weight, bias, out, options | tiling, 4)
+    _launch_tiles(rows, x, weight, bias, out, options | tiling, 4)
 
 
 def _launch_tiles(
