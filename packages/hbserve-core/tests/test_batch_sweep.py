@@ -191,3 +191,30 @@ def test_only_steps_of_decodes_are_timed(model_folder, monkeypatch, overlaps):
         assert measured.step_s == pytest.approx(0.01)
         assert measured.longest_step_s == pytest.approx(0.04)
         runner.num_decodes = 0
+
+
+@pytest.mark.parametrize(("overlaps", "behind_s"), [(False, 1.2), (True, 1.0)], ids=["computed at once", "overlapping"])
+def test_a_prompt_takes_less_behind_another_where_launches_overlap(model_folder, monkeypatch, overlaps, behind_s):
+    """The host takes 0.2 s to launch one: beside the step before it, if there is one in flight."""
+    folder = str(model_folder("qwen3"))
+    runner = ClockedRunner(folder, overlaps)
+    launch, device_free_s = runner.launch, 0.0
+
+    def launch_on_a_host(batch: Any) -> Callable[[], StepResult]:
+        nonlocal device_free_s
+        read = launch(batch)
+        runner.now_s += 0.2
+        device_free_s = max(device_free_s, runner.now_s) + 1.0
+
+        def read_at_its_end(end_s: float = device_free_s) -> StepResult:
+            result = read()
+            runner.now_s = end_s
+            return result
+
+        return read_at_its_end
+
+    monkeypatch.setattr(runner, "launch", launch_on_a_host)
+    monkeypatch.setattr(batch_sweep, "perf_counter", lambda: runner.now_s)
+    sweep = BatchSweep(sweep_config(folder, SweepPlan((4,), (64,))), runner)  # type: ignore[arg-type]
+    assert sweep.prompt_s(64) == (pytest.approx(1.2), pytest.approx(behind_s))
+    assert not sweep._engine.has_work()

@@ -226,7 +226,7 @@ class ModelledEngine:
         self._end_s = end_s
         self._timer = self._loop.call_at(end_s, self._end)
 
-    def _begin(self) -> None:
+    def _begin(self, *, behind_prompts: bool = False) -> None:
         self._timer, self._end_s = None, math.inf
         if self._missed and not (self.prompts or self.batch or self._joining):  # nothing else was launched
             self._queue_missed()
@@ -238,7 +238,7 @@ class ModelledEngine:
             heapq.heappush(self._ends, (work.end_step, next(self._numbers), work))
         self._began_s = self._loop.time()
         if self.prompts:
-            self._plan()
+            self._plan(behind_prompts)
             end_s = first_end_s = self._planned[-1][0]
         elif self.batch:
             while self._ends[0][2].is_gone:
@@ -260,7 +260,7 @@ class ModelledEngine:
             self._queue(work)
         self._missed.clear()
 
-    def _plan(self) -> None:
+    def _plan(self, behind_prompts: bool) -> None:
         """The next step; without decodes, all up to the end of a prompt, unless somebody is to be in the one after."""
         end_s = self._began_s
         while True:
@@ -272,7 +272,8 @@ class ModelledEngine:
                 pairs += count * (work.planned + count / 2)
                 work.planned += count
                 ends = ends or work.planned == work.num_tokens
-            end_s += self._prompts_step_s(new_tokens, pairs)
+            end_s += self._prompts_step_s(new_tokens, pairs) - self._law.prompt_behind_s * behind_prompts
+            behind_prompts = True
             self._planned.append((end_s, chunks))
             if ends or not chunks:
                 return
@@ -360,7 +361,7 @@ class ModelledEngine:
         for work in ended:
             work.on_done()
         self._end_chunks(chunks)
-        self._begin()
+        self._begin(behind_prompts=bool(chunks))
 
     def _count(self, count: int, batch: int, took_s: float, chunks: Iterable[tuple[PromptWork, int]]) -> None:
         figures = self.figures

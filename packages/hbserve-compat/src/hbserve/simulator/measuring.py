@@ -57,7 +57,7 @@ def measure_profile(args: ProfileArgs) -> None:
     runner = make_runner(config)
     try:
         sweep = BatchSweep(config, runner)
-        prefill, decode = _steps(sweep, prompts, batches, contexts)
+        prefill, behind_s, decode = _steps(sweep, prompts, batches, contexts)
         ahead = _launched_ahead(sweep, batches, contexts[0], config.cuda_graph_max_seq_len, config.most_graph_tokens)
         device, per_token, kv_tokens = runner.device, sweep.kv_bytes_per_token, sweep.kv_tokens
     finally:
@@ -75,6 +75,7 @@ def measure_profile(args: ProfileArgs) -> None:
         transfer=moving,
         handoff_s=beside_s,
         message_s=asyncio.run(_message_s()),
+        prompt_behind_s=behind_s,
         launched_ahead_s=ahead[0],
         launched_ahead_mixed_s=ahead[1],
         launched_ahead_eager_s=ahead[2],
@@ -96,16 +97,20 @@ def _numbers(option: str, text: str) -> tuple[int, ...]:
 
 def _steps(
     sweep: BatchSweep, prompts: Sequence[int], batches: Sequence[int], contexts: Sequence[int]
-) -> tuple[list[tuple[int, float]], list[tuple[int, int, float]]]:
-    """Prompts and decode steps; what the model or the pool has no room for is said and passed over."""
+) -> tuple[list[tuple[int, float]], float, list[tuple[int, int, float]]]:
+    """Prompts, how much less they take one behind the other, and decode steps; what the model or the pool has no room
+    for is said and passed over."""
     prefill: list[tuple[int, float]] = []
+    saved: list[float] = []
     decode: list[tuple[int, int, float]] = []
     with progress_bar(len(prompts) + len(batches) * len(contexts), title="Measuring") as bar:
         for length in prompts:
             if (obstacle := sweep.obstacle(1, length)) is not None:
                 bar.write(f"prompt of {length} skipped: {obstacle}", file=sys.stderr)
             else:
-                prefill.append((length, sweep.prompt_s(length)))
+                alone_s, behind_s = sweep.prompt_s(length)
+                prefill.append((length, alone_s))
+                saved.append(alone_s - behind_s)
             bar.update()
         for context in contexts:
             for batch in batches:
@@ -116,7 +121,7 @@ def _steps(
                 bar.update()
     if not prefill or not decode:
         raise InvalidRequest("--prompt-lens, --batch-sizes, --contexts: nothing fits this model and its pool")
-    return prefill, decode
+    return prefill, max(0.0, statistics.median(saved)), decode
 
 
 def _launched_ahead(

@@ -47,6 +47,8 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     """That a hand-off takes beside moving bytes and waiting for a step: messages on the way."""
     message_s: float
     """One way of a message between scheduler and instance."""
+    prompt_behind_s: float = 0.0
+    """So much less than alone a prompt takes behind another one, beside whose computation the host launches it."""
     launched_ahead_s: float = 0.0
     """So long before the end of a step its engine launches the next one, and who comes later is in the step after that.
     0: it does not, or nobody has measured it."""
@@ -71,6 +73,7 @@ class StepLaw:
         self._of_prompts = Line([*prompts.items()])
         self.transfer_s = Line(profile.transfer).at
         """How long so many bytes take."""
+        self.prompt_behind_s = min(profile.prompt_behind_s, *(time_s for _, time_s in profile.prefill))
         self.launched_ahead_s = profile.launched_ahead_s
         self.launched_ahead_mixed_s = max(profile.launched_ahead_s, profile.launched_ahead_mixed_s)
         self.launched_ahead_eager_s = max(self.launched_ahead_mixed_s, profile.launched_ahead_eager_s)

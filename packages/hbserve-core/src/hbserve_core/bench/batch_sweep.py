@@ -195,19 +195,35 @@ class BatchSweep:
         limit = decode_limit(model, dtype, batch, mean_context, self.limits, in_pool, weights)
         return SweepRow(context, batch, statistics.median(times), max(times), limit)
 
-    def prompt_s(self, num_tokens: int, rounds: int = 3) -> float:
-        """From a prompt that is alone to its token: the median of some rounds, after one that warms up."""
-        times: list[float] = []
+    def prompt_s(self, num_tokens: int, rounds: int = 3) -> tuple[float, float]:
+        """From a prompt that is alone to its token; and from one prompt's token to the next one's, where each is
+        launched while the one before it is computed, if the runner does that. Medians of some rounds, after one that
+        warms up."""
+        alone: list[float] = []
         for _ in range(rounds + 1):
-            self._count += 1
-            prompt = self._random.choices(range(self._runner.model_config.vocab_size), k=num_tokens)
             began_s = perf_counter()
-            self._engine.add(str(self._count), prompt, SamplingParams(0.6, 1, ignore_eos=True))
-            while self._engine.has_work():
-                for output in self._engine.step():
-                    output.raise_error()
-            times.append(perf_counter() - began_s)
-        return statistics.median(times[1:])
+            self._add(1, num_tokens, 1)
+            alone += [end_s - began_s for end_s in self._ends_of_tokens()]
+        ends: list[float] = []
+        for _ in range(rounds + 2):
+            self._add(1, num_tokens, 1)
+            ends += self._tokens_of_a_step()
+        ends += self._ends_of_tokens()
+        return statistics.median(alone[1:]), statistics.median([end - begin for begin, end in pairwise(ends)][1:])
+
+    def _ends_of_tokens(self) -> list[float]:
+        """When each of the tokens came that are still to come."""
+        ends: list[float] = []
+        while self._engine.has_work():
+            ends += self._tokens_of_a_step()
+        return ends
+
+    def _tokens_of_a_step(self) -> list[float]:
+        """When each of its tokens came. Raises LogitsNotFinite."""
+        outputs = self._engine.step()
+        for output in outputs:
+            output.raise_error()
+        return [perf_counter() for _ in outputs]
 
     def launched_ahead_s(self, batch: int, context: int, prompt: int | None = None) -> float:
         """So long before the end of a step the engine launches the next one, while such a batch decodes; `prompt`: and
