@@ -168,7 +168,7 @@ def test_an_address_that_cannot_be_connected_to_is_refused_with_the_cure(address
 
 
 def test_a_deployment_of_the_demo_model_is_asked_with_that_ones_tokenizer(tmp_path, free_ports):
-    """`hbserve scheduler` knows of `path: null` only that it is the demo model; examples/two_hosts.yaml has it so."""
+    """As examples/two_hosts.yaml has it. A file without a model may be of a deployment of another one: it is said."""
     instances = [
         f"{{instance_id: {role}, instance_type: {role}, port: {port}, kv_rank: {rank}}}"
         for rank, (role, port) in enumerate(zip(("prefill", "decode"), free_ports(2), strict=True))
@@ -183,7 +183,9 @@ def test_a_deployment_of_the_demo_model_is_asked_with_that_ones_tokenizer(tmp_pa
     finally:
         scheduler.terminate()
         scheduler.wait(timeout=DEADLINE_S)
-    assert "tokenizer" not in done.stderr
+    said = "the scheduler names no model; the demo model's tokenizer is taken, --model takes another\n"
+    assert said in done.stderr
+    assert "no tokenizer" not in done.stderr
     assert "no instance" in done.stderr
 
 

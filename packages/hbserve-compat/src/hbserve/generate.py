@@ -143,6 +143,10 @@ async def _connected(args: GenerateArgs) -> AsyncIterator[tuple[Scheduler, Any]]
     async with remote_scheduler(args.connect or "", args.keys) as (scheduler, info):
         if not info.ready:
             sys.stderr.write(f"not all instances of the scheduler at {scheduler.address} are ready; its log says why\n")
+        if args.model is None and not info.model_path:  # its file may still have none where others chose the model
+            sys.stderr.write(
+                "the scheduler names no model; the demo model's tokenizer is taken, --model takes another\n"
+            )
         folder = args.model or Path(info.model_path or await find_model_folder(None))
         if not folder.expanduser().is_dir():
             raise ConfigError(
