@@ -295,10 +295,8 @@ def test_experts_with_one_scale_for_a_block_of_outputs_are_those_of_widened_ones
         for outputs, inputs in ((experts * 2 * inner, size), (experts * size, inner), (experts * 2 * inner, size))
     ]
     blocks = [replace(each, scales=each.scales[:, ::128].repeat_interleave(128, 1).contiguous()) for each in given]
-    into, back, wide_into, wide_back = (
-        *(NarrowLinear(each).of_experts(experts) for each in blocks[:2]),
-        *(each.widened().view(experts, -1, each.shape[1]) for each in blocks[:2]),
-    )
+    into, back = (NarrowLinear(each).of_experts(experts) for each in blocks[:2])
+    wide_into, wide_back = (each.widened().view(experts, -1, each.shape[1]) for each in blocks[:2])
     assert into._has_blocks
     assert not NarrowLinear(given[2]).of_experts(experts)._has_blocks
     rows, logits = (torch.randn(num_rows, n, generator=generator).to(dtype).to(DEVICE) for n in (size, experts))
