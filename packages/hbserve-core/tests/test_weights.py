@@ -20,7 +20,8 @@ from hbserve_core.config import InstanceConfig
 from hbserve_core.errors import ModelFilesMissing, WeightsMismatch
 from hbserve_core.model.checkpoint.checkpoint import Checkpoint, with_stored_head
 from hbserve_core.model.checkpoint.dummy_checkpoint import DummyCheckpoint
-from hbserve_core.model.checkpoint.tensor_source import TensorPart, sampled_places
+from hbserve_core.model.checkpoint.safetensors_file import SafetensorsFile
+from hbserve_core.model.checkpoint.tensor_source import TensorPart, sampled_places, weights_digest
 from hbserve_core.model.checkpoint_shapes import checkpoint_shapes
 from hbserve_core.model.layers import Linear
 from hbserve_core.model.model_config import load_model_config
@@ -206,7 +207,7 @@ def test_files_and_threads_are_gone_when_weights_are_loaded(copy_of, broken):
 
 def read(source, part, shape, dtype=torch.float32, device=CPU):
     target = torch.full(part.shape(shape), float("nan"), dtype=dtype, device=device)
-    source.read(part, target)
+    source.read([part], target)
     return target
 
 
@@ -217,10 +218,12 @@ PARTS = [
 ]
 
 
+@pytest.mark.parametrize("short_gap", [32 << 10, 0])
 @pytest.mark.parametrize("piece_bytes", [4 << 20, 512])
 @pytest.mark.parametrize("name", ["qwen2-sharded", "llama"])
-def test_what_is_read_is_what_the_files_hold(model_folder, monkeypatch, name, piece_bytes):
+def test_what_is_read_is_what_the_files_hold(model_folder, monkeypatch, name, piece_bytes, short_gap):
     monkeypatch.setattr("hbserve_core.model.checkpoint.staged_reader._PIECE_BYTES", piece_bytes)
+    monkeypatch.setattr("hbserve_core.model.checkpoint.staged_reader._SHORT_GAP", short_gap)
     config = load_model_config(model_folder(name))
     shapes = checkpoint_shapes(config)
     tensors: dict[str, torch.Tensor] = {}
@@ -229,7 +232,7 @@ def test_what_is_read_is_what_the_files_hold(model_folder, monkeypatch, name, pi
     with contextlib.closing(Checkpoint(config, shapes, CPU)) as checkpoint:
         for each, shape in shapes.items():
             assert torch.equal(read(checkpoint, TensorPart(each), shape), tensors[each])
-            assert torch.equal(checkpoint.sample(each), tensors[each].flatten()[list(sampled_places(shape))])
+            assert torch.equal(checkpoint.sample(each, 64), tensors[each].flatten()[list(sampled_places(shape, 64))])
         projection = "model.layers.1.self_attn.q_proj.weight"
         for rows, columns in PARTS:
             found = read(checkpoint, TensorPart(projection, rows, columns), shapes[projection])
@@ -345,8 +348,35 @@ def test_dummy_weights_repeat_after_2_to_the_32():
 
 def test_a_sample_of_dummy_weights_is_of_what_is_read():
     for name in ("a.weight", "norm.weight", "a.bias"):
-        found = DummyCheckpoint(SHAPES).sample(name)
-        assert torch.equal(found, dummy(name).flatten()[list(sampled_places(SHAPES[name]))])
+        found = DummyCheckpoint(SHAPES).sample(name, 7)
+        assert torch.equal(found, dummy(name).flatten()[list(sampled_places(SHAPES[name], 7))])
+
+
+@pytest.mark.parametrize(("num_tensors", "expected"), [(20, 64), (2048, 64), (18_432, 7), (100_000, 4)])
+def test_a_digest_reads_few_numbers_of_many_tensors(num_tensors, expected):
+    """Each of them takes a system call."""
+    counts = set()
+
+    class Source(DummyCheckpoint):
+        def sample(self, name, count):
+            counts.add(count)
+            return torch.zeros(1)
+
+    shapes = {f"{number}.weight": (8, 8) for number in range(num_tensors)}
+    weights_digest(Source(shapes), shapes)
+    assert counts == {expected}
+
+
+def test_neighbours_are_picked_by_one_read(model_folder, monkeypatch):
+    (path,) = model_folder("llama").glob("*.safetensors")
+    file, reads = SafetensorsFile(path), []
+    whole = file.tensors["model.layers.0.self_attn.q_proj.weight"].whole()
+    read = file.read
+    monkeypatch.setattr(file, "read", lambda offset, buffer: (reads.append(len(buffer)), read(offset, buffer)))
+    found = file.tensors["model.layers.0.self_attn.q_proj.weight"].pick(range(5, 37))
+    file.close()
+    assert torch.equal(found, whole.flatten()[5:37])
+    assert reads == [32 * whole.itemsize]
 
 
 QUANTISED: list[dict[str, Any]] = [
@@ -363,13 +393,13 @@ def test_dummy_weights_of_a_quantised_model_are_what_it_has_numbers_for(quantise
     source, plain = DummyCheckpoint(LAYER, **quantised), DummyCheckpoint(LAYER)
     projection, router = (TensorPart(name, **part) for name in LAYER)
     wide = read(source, projection, LAYER[projection.name], torch.float32)
-    narrow = present(source.read_narrow(projection, torch.device("cpu")))
+    narrow = present(source.read_narrow([projection], torch.device("cpu")))
     assert torch.equal(narrow.widened(), wide)
     assert narrow.nbytes < (1.1 if "scale_block" in quantised else 0.7) * wide.numel()
     exact = read(plain, projection, LAYER[projection.name], torch.float32)
     assert 0 < (wide - exact).norm() < (0.04 if "scale_block" in quantised else 0.12) * exact.norm()
-    assert source.read_narrow(router, torch.device("cpu")) is None
-    assert plain.read_narrow(projection, torch.device("cpu")) is None
+    assert source.read_narrow([router], torch.device("cpu")) is None
+    assert plain.read_narrow([projection], torch.device("cpu")) is None
 
 
 @pytest.mark.parametrize("quantised", QUANTISED, ids=str)
@@ -377,7 +407,7 @@ def test_a_sample_of_quantised_dummy_weights_is_of_what_is_read(quantised):
     source = DummyCheckpoint(LAYER, **quantised)
     for name, shape in LAYER.items():
         whole = read(source, TensorPart(name), shape, torch.float32).flatten()
-        assert torch.equal(source.sample(name), whole[list(sampled_places(shape))])
+        assert torch.equal(source.sample(name, 64), whole[list(sampled_places(shape, 64))])
 
 
 @pytest.mark.gpu
@@ -385,7 +415,7 @@ def test_a_sample_of_quantised_dummy_weights_is_of_what_is_read(quantised):
 def test_quantised_dummy_weights_are_the_same_on_the_gpu(quantised):
     source = DummyCheckpoint(LAYER, **quantised)
     one, other = (
-        present(source.read_narrow(TensorPart(next(iter(LAYER))), torch.device(device))) for device in ("cpu", "cuda")
+        present(source.read_narrow([TensorPart(next(iter(LAYER)))], torch.device(device))) for device in ("cpu", "cuda")
     )
     assert torch.equal(one.values.view(torch.uint8), other.values.view(torch.uint8).cpu())
     assert torch.equal(one.widened(), other.widened().cpu())
@@ -397,7 +427,7 @@ def test_dummy_weights_are_the_same_on_the_gpu(dtype):
     for part in (TensorPart("a.weight"), TensorPart("a.weight", slice(7, 200), slice(350, 700))):
         expected = read(DummyCheckpoint(SHAPES), part, SHAPES[part.name], dtype)
         found = torch.empty_like(expected, device="cuda")
-        DummyCheckpoint(SHAPES).read(part, found)
+        DummyCheckpoint(SHAPES).read([part], found)
         assert torch.equal(found.cpu(), expected)
 
 

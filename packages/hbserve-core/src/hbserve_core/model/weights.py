@@ -43,7 +43,7 @@ from hbserve_core.model.layers import (
     make_linear,
 )
 from hbserve_core.model.model_config import ModelConfig
-from hbserve_core.model.narrow_weight import NarrowWeight, fused
+from hbserve_core.model.narrow_weight import NarrowWeight
 from hbserve_core.model.rope import head_order
 from hbserve_core.model.shard import Shard
 
@@ -180,7 +180,7 @@ class _Loader:
         shapes = [part.shape(self._shapes[part.name]) for part in parts]
         rows = num_rows or sum(shape[0] for shape in shapes)
         fused = self._empty(rows, *shapes[0][1:])
-        self._read(parts, fused)
+        self._source.read(parts, fused)
         fused[sum(shape[0] for shape in shapes) :].zero_()
         return fused
 
@@ -188,14 +188,6 @@ class _Loader:
         made = torch.empty(shape, dtype=self._dtype, device=self._device)
         self.num_bytes += made.nbytes
         return made
-
-    def _read(self, parts: Sequence[TensorPart], target: torch.Tensor) -> None:
-        """One below the other."""
-        first = 0
-        for part in parts:
-            last = first + part.shape(self._shapes[part.name])[0]
-            self._source.read(part, target[first:last])
-            first = last
 
     def _whole(self, name: str) -> torch.Tensor:
         return self._fuse([TensorPart(name)])
@@ -254,7 +246,7 @@ class _Loader:
     def _narrow(self, parts: Sequence[TensorPart]) -> NarrowWeight | None:
         if self._make_narrow is None:
             return None
-        return fused([self._source.read_narrow(part, self._device) for part in parts])
+        return self._source.read_narrow(parts, self._device)
 
     def _kept(self, narrow: NarrowWeight, bias: torch.Tensor | None) -> Linear:
         assert self._make_narrow is not None

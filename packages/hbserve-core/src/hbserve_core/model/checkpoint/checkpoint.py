@@ -2,7 +2,7 @@
 
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Literal
 
@@ -11,18 +11,19 @@ import torch
 from hbserve_core.errors import WeightsMismatch
 from hbserve_core.model.checkpoint.packed_weights import PackedWeight, find_packed, is_part
 from hbserve_core.model.checkpoint.safetensors_file import DTYPES, SafetensorsFile, StoredTensor
-from hbserve_core.model.checkpoint.staged_reader import StagedReader
+from hbserve_core.model.checkpoint.staged_reader import Read, StagedReader
 from hbserve_core.model.checkpoint.tensor_source import (
     Shapes,
     TensorPart,
     columns_by_group,
     row_pieces,
     sampled_places,
+    targets_of,
 )
 from hbserve_core.model.checkpoint.weight_files import weight_files
 from hbserve_core.model.checkpoint.weight_scales import KV_SCALES, find_kv_scales, find_scales, is_scale
 from hbserve_core.model.model_config import ModelConfig
-from hbserve_core.model.narrow_weight import NarrowWeight, in_words, step_of
+from hbserve_core.model.narrow_weight import NarrowWeight, fused, in_words, step_of
 
 logger = logging.getLogger(__name__)
 
@@ -54,53 +55,71 @@ class Checkpoint:
                 self._stored = {name: each for name, each in self._stored.items() if not is_part(name)}
             self._kv_scales, kv_problems = find_kv_scales(self._stored)
             self._check(config, shapes, problems + kv_problems)
+            self._shapes = shapes
             self._path, self._keeps_inputs = config.path, config.keeps_inputs
             self._widened: set[str] = set()
             self._reader = StagedReader(device)
             opened.callback(self._reader.close)
             self._opened = opened.pop_all()
 
-    def read(self, part: TensorPart, target: torch.Tensor) -> None:
+    def read(self, parts: Sequence[TensorPart], target: torch.Tensor) -> None:
+        plain = []
+        for part, own in targets_of(parts, self._shapes, target):
+            if part.name in self._packed or part.name in self._scales:
+                self._widened.add(part.name)
+                self._widen(part, own)
+            else:
+                stored = self._stored[part.name]
+                plain.append(Read(stored, *part.ranges(stored.shape), own))
+        self._reader.read(plain)
+
+    def _widen(self, part: TensorPart, target: torch.Tensor) -> None:
+        rows, columns = part.ranges(self._shapes[part.name])
         if packed := self._packed.get(part.name):
-            self._widened.add(part.name)
-            rows, columns = part.ranges(packed.shape)
             target.copy_(packed.widened(rows, columns, target.device))
             return
-        stored = self._stored[part.name]
-        rows, columns = part.ranges(stored.shape)
-        scales = self._scales.get(part.name)
-        if scales is None:
-            self._reader.read(stored, rows, columns, target)
-            return
-        self._widened.add(part.name)
+        stored, scales = self._stored[part.name], self._scales[part.name]
         for piece in row_pieces(len(rows), len(columns) * 4, _PIECE_BYTES):
             narrow = torch.empty(target[piece].shape, dtype=torch.float8_e4m3fn, device=target.device)
-            self._reader.read(stored, rows[piece], columns, narrow)
+            self._reader.read([Read(stored, rows[piece], columns, narrow)])
             target[piece].copy_(narrow.float().mul_(scales.of(rows[piece], columns, target.device)))
 
-    def read_narrow(self, part: TensorPart, device: torch.device) -> NarrowWeight | None:
-        if packed := self._packed.get(part.name):
-            return packed.narrow(part.name, *part.ranges(packed.shape), device)
-        scales = self._scales.get(part.name)
-        if scales is None:
+    def read_narrow(self, parts: Sequence[TensorPart], device: torch.device) -> NarrowWeight | None:
+        if all(part.name in self._packed for part in parts):
+            return fused(self._reader.map(lambda part: self._packed_part(part, device), parts))
+        if not all(part.name in self._scales for part in parts):
             return None
-        stored = self._stored[part.name]
-        rows, columns = part.ranges(stored.shape)
-        by_group = columns_by_group(part.name, columns, scales.block[1], stored.shape[1])
-        if by_group is None:
+        ranges = [part.ranges(self._shapes[part.name]) for part in parts]
+        # Of each: inputs that share a scale, and which columns of scales are its own.
+        groups = [
+            columns_by_group(part.name, columns, self._scales[part.name].block[1], self._shapes[part.name][1])
+            for part, (_, columns) in zip(parts, ranges, strict=True)
+        ]
+        (width, group), *others = {(len(columns), by) for (_, columns), by in zip(ranges, groups, strict=True)}
+        if others or group is None:
             return None
-        group, columns_of_scales = by_group
-        values = torch.empty((len(rows), len(columns)), dtype=torch.float8_e4m3fn, device=device)
-        self._reader.read(stored, rows, columns, values)
-        own = scales.of_rows(rows)[:, columns_of_scales.start : columns_of_scales.stop]
-        words = in_words(values, step_of(group))
-        return NarrowWeight(words, own.t().contiguous().to(device), None, group, keeps_inputs=self._keeps_inputs)
+        values = torch.empty((sum(len(rows) for rows, _ in ranges), width), dtype=torch.float8_e4m3fn, device=device)
+        targets = targets_of(parts, self._shapes, values)
+        self._reader.read(
+            Read(self._stored[part.name], *each, own) for (part, own), each in zip(targets, ranges, strict=True)
+        )
+        # Blocks are few: each row has its own copy of their scales only on the device.
+        blocks = [self._scales[part.name].of_blocks(rows) for part, (rows, _) in zip(parts, ranges, strict=True)]
+        size, own_columns = group
+        scales = torch.cat([each[:, own_columns.start : own_columns.stop] for each, _ in blocks]).to(device)
+        by_row = scales.repeat_interleave(torch.cat([counts for _, counts in blocks]).to(device), 0)
+        words = in_words(values, step_of(size))
+        return NarrowWeight(words, by_row.t().contiguous(), None, size, keeps_inputs=self._keeps_inputs)
 
-    def sample(self, name: str) -> torch.Tensor:
+    def _packed_part(self, part: TensorPart, device: torch.device) -> NarrowWeight | None:
+        packed = self._packed[part.name]
+        return packed.narrow(part.name, *part.ranges(packed.shape), device)
+
+    def sample(self, name: str, count: int) -> torch.Tensor:
         if packed := self._packed.get(name):
-            return packed.sample()
+            return packed.sample(count)
         stored = self._stored[name]
-        sampled, scales = stored.pick(sampled_places(stored.shape)).float(), self._scales.get(name)
+        sampled, scales = stored.pick(sampled_places(stored.shape, count)).float(), self._scales.get(name)
         # Equal numbers with other scales are other weights.
         return (
             sampled

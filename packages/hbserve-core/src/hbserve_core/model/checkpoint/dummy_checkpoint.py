@@ -7,7 +7,7 @@ device to the next.
 """
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import torch
@@ -18,8 +18,9 @@ from hbserve_core.model.checkpoint.tensor_source import (
     columns_by_group,
     row_pieces,
     sampled_places,
+    targets_of,
 )
-from hbserve_core.model.narrow_weight import NarrowWeight, in_words, packed, step_of
+from hbserve_core.model.narrow_weight import NarrowWeight, fused, in_words, packed, step_of
 from hbserve_core.model.quantization import Packing
 
 _STD = 0.02
@@ -54,7 +55,11 @@ class DummyCheckpoint:
         self._shapes, self._keeps_inputs = shapes, keeps_inputs
         self._scale_block, self._packing = scale_block, packing
 
-    def read(self, part: TensorPart, target: torch.Tensor) -> None:
+    def read(self, parts: Sequence[TensorPart], target: torch.Tensor) -> None:
+        for part, own in targets_of(parts, self._shapes, target):
+            self._make(part, own)
+
+    def _make(self, part: TensorPart, target: torch.Tensor) -> None:
         constant = _constant(part.name)
         if constant is not None:
             target.fill_(constant)
@@ -62,7 +67,10 @@ class DummyCheckpoint:
         for piece, numbers in self._pieces(part, target.device):
             target[piece].copy_(self._rounded(part.name, numbers))
 
-    def read_narrow(self, part: TensorPart, device: torch.device) -> NarrowWeight | None:
+    def read_narrow(self, parts: Sequence[TensorPart], device: torch.device) -> NarrowWeight | None:
+        return fused([self._narrow(part, device) for part in parts])
+
+    def _narrow(self, part: TensorPart, device: torch.device) -> NarrowWeight | None:
         if not self._is_narrow(part.name):
             return None
         rows, columns = part.ranges(self._shapes[part.name])
@@ -83,8 +91,8 @@ class DummyCheckpoint:
         scales = torch.full((num_groups, len(rows)), _SCALE_OF_4_BITS, dtype=torch.float16, device=device)
         return NarrowWeight(values, scales, torch.full_like(scales, _ZERO_OF_4_BITS, dtype=torch.uint8), group)
 
-    def sample(self, name: str) -> torch.Tensor:
-        places = sampled_places(self._shapes[name])
+    def sample(self, name: str, count: int) -> torch.Tensor:
+        places = sampled_places(self._shapes[name], count)
         constant = _constant(name)
         if constant is not None:
             return torch.full((len(places),), constant, dtype=torch.float32, device="cpu")

@@ -82,9 +82,9 @@ class PackedWeight(NamedTuple):
             groups = torch.arange(self.shape[1], device=device) // (self.shape[1] // len(stored["scales"]))
         return numbers, zeros, stored["scales"], groups.long()
 
-    def sample(self) -> torch.Tensor:
-        """Some of its numbers, float32, by which it can be told from others."""
-        some = [each.pick(range(0, each.size, 1 + each.size // 64)).double() for each in self.parts.values()]
+    def sample(self, count: int) -> torch.Tensor:
+        """Some of its numbers, float32, by which it can be told from others: at most so many of each part."""
+        some = [each.pick(range(0, each.size, 1 + each.size // count)).double() for each in self.parts.values()]
         return torch.cat(some).float()
 
 

@@ -57,6 +57,9 @@ class StoredTensor(NamedTuple):
         """The numbers at these places of the flattened tensor, on the CPU."""
         picked = torch.empty(len(places), dtype=STORED_DTYPES[self.dtype], device="cpu")
         itemsize, buffer = picked.itemsize, picked.view(torch.uint8).numpy().data
+        if places.step == 1:
+            self.file.read(self.offset + places.start * itemsize, buffer)
+            return picked
         for number, place in enumerate(places):
             self.file.read(self.offset + place * itemsize, buffer[number * itemsize : (number + 1) * itemsize])
         return picked

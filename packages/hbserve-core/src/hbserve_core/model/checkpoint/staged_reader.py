@@ -4,21 +4,40 @@ While one thread's piece is on its way to the device, others read. No more of a 
 memory beside the system's page cache.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from math import prod
 from queue import SimpleQueue
+from typing import NamedTuple, TypeVar
 
 import torch
 
 from hbserve_core.model.checkpoint.safetensors_file import STORED_DTYPES, StoredTensor
 from hbserve_core.model.checkpoint.tensor_source import row_pieces
 
-_Read = tuple[StoredTensor, range, range, torch.Tensor]
+_Given = TypeVar("_Given")
+_Made = TypeVar("_Made")
 
 # Small, so that each thread has some of every large tensor.
 _PIECE_BYTES = 4 << 20
 # A few saturate memory.
 _MOST_THREADS = 8
+# Bytes of a row beside the columns that are wanted: to read them too takes less time than a read for each row.
+_SHORT_GAP = 32 << 10
+
+
+class Read(NamedTuple):
+    """Some columns of some rows of a tensor, and where they go: contiguous. A vector is a matrix with one column."""
+
+    stored: StoredTensor
+    rows: range
+    columns: range
+    target: torch.Tensor
+
+    def columns_read(self) -> range:
+        """All of a row where the others are few."""
+        whole, itemsize = range(prod(self.stored.shape[1:])), STORED_DTYPES[self.stored.dtype].itemsize
+        return whole if (len(whole) - len(self.columns)) * itemsize <= _SHORT_GAP else self.columns
 
 
 class StagedReader:
@@ -37,46 +56,57 @@ class StagedReader:
         if self._device.index is not None:
             torch.cuda.set_device(self._device)
 
-    def read(self, stored: StoredTensor, rows: range, columns: range, target: torch.Tensor) -> None:
-        """Write these columns of these rows to `target`, contiguous. A vector is a matrix with one column.
+    def read(self, reads: Iterable[Read]) -> None:
+        """Write all of them. Many at once are faster: threads wait for no tensor to be whole.
 
         Raises:
-            WeightsMismatch: the file has become shorter.
+            WeightsMismatch: a file has become shorter.
         """
-        dtype = STORED_DTYPES[stored.dtype]
-        matrix, row_bytes = target.view(len(rows), len(columns)), len(columns) * dtype.itemsize
-        assert row_bytes <= _PIECE_BYTES
-        pieces = row_pieces(len(rows), row_bytes, _PIECE_BYTES)
-        reads = [(stored, rows[piece], columns, matrix[piece]) for piece in pieces]
+        pieces = [piece for read in reads for piece in _pieces(read)]
         if self._device.type != "cpu":
-            self._run(self._read_staged, reads)
-        elif target.dtype == dtype:
-            self._run(self._read_directly, reads)
+            self.map(self._read_staged, pieces)
+            return
+        as_stored = [each for each in pieces if each.target.dtype == STORED_DTYPES[each.stored.dtype]]
+        self.map(self._read_as_stored, as_stored)
+        # Not in several threads: torch converts with all of its own.
+        for each in pieces:
+            if each.target.dtype != STORED_DTYPES[each.stored.dtype]:
+                self._read_staged(each)
+
+    def map(self, function: Callable[[_Given], _Made], given: Iterable[_Given]) -> list[_Made]:
+        """Of each, by several threads, for which it is inference mode if it is here. Raises what the first that fails
+        has raised."""
+        in_threads = torch.inference_mode(torch.is_inference_mode_enabled())(function)
+        return list(self._pool.map(in_threads, given))
+
+    def _read_as_stored(self, read: Read) -> None:
+        if read.columns_read() == read.columns:
+            read.stored.read(read.rows, read.columns, read.target.view(torch.uint8).numpy().data.cast("B"))
         else:
-            # Not in several threads: torch converts with all of its own.
-            for read in reads:
-                self._read_staged(*read)
+            self._read_staged(read)
 
-    def _run(self, function: Callable[..., None], reads: Sequence[_Read]) -> None:
-        jobs = [self._pool.submit(function, *read) for read in reads]
-        for job in jobs:
-            job.result()
-
-    @staticmethod
-    def _read_directly(stored: StoredTensor, rows: range, columns: range, target: torch.Tensor) -> None:
-        stored.read(rows, columns, target.view(torch.uint8).numpy().data.cast("B"))
-
-    @torch.inference_mode()
-    def _read_staged(self, stored: StoredTensor, rows: range, columns: range, target: torch.Tensor) -> None:
-        dtype = STORED_DTYPES[stored.dtype]
+    def _read_staged(self, read: Read) -> None:
+        dtype, columns = STORED_DTYPES[read.stored.dtype], read.columns_read()
         buffer = self._free.get()
         try:
-            staged = buffer[: target.numel() * dtype.itemsize]
-            stored.read(rows, columns, staged.numpy().data)
+            staged = buffer[: len(read.rows) * len(columns) * dtype.itemsize]
+            read.stored.read(read.rows, columns, staged.numpy().data)
             # `to` returns when it has copied, so the buffer is free then; the device converts.
-            target.copy_(staged.view(dtype).view(target.shape).to(self._device))
+            found = staged.view(dtype).view(len(read.rows), len(columns)).to(self._device)
+            first = read.columns.start - columns.start
+            read.target.copy_(found[:, first : first + len(read.columns)])
         finally:
             self._free.put(buffer)
 
     def close(self) -> None:
         self._pool.shutdown()
+
+
+def _pieces(read: Read) -> Iterator[Read]:
+    """Small enough for a buffer."""
+    stored, rows, columns, target = read
+    row_bytes = len(read.columns_read()) * STORED_DTYPES[stored.dtype].itemsize
+    matrix = target.view(len(rows), len(columns))
+    assert row_bytes <= _PIECE_BYTES
+    for piece in row_pieces(len(rows), row_bytes, _PIECE_BYTES):
+        yield Read(stored, rows[piece], columns, matrix[piece])

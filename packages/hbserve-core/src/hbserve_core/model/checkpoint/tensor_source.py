@@ -4,7 +4,7 @@ They carry their Hugging Face names, such as "model.layers.0.self_attn.q_proj.we
 """
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from math import prod
 from typing import Literal, NamedTuple, Protocol
 
@@ -13,7 +13,10 @@ import torch
 from hbserve_core.model.narrow_weight import NarrowWeight, can_be_read_by_groups
 
 Shapes = Mapping[str, tuple[int, ...]]
-_SAMPLES_PER_TENSOR = 64
+_SAMPLES = 1 << 17
+"""Numbers of a model that its digest is of, each of which is read from a file by itself: in a second."""
+_FEWEST_SAMPLES_OF_TENSOR, _MOST_SAMPLES_OF_TENSOR = 4, 64
+"""Experts have tens of thousands of tensors."""
 
 
 class TensorPart(NamedTuple):
@@ -61,20 +64,21 @@ def columns_by_group(name: str, columns: range, group: int, num_inputs: int) -> 
 
 
 class TensorSource(Protocol):
-    def read(self, part: TensorPart, target: torch.Tensor) -> None:
-        """Write a part of a tensor to a contiguous tensor of its shape, in the target's dtype, on its device.
+    def read(self, parts: Sequence[TensorPart], target: torch.Tensor) -> None:
+        """Write parts of tensors below each other to a contiguous tensor, in the target's dtype, on its device.
 
-        On a GPU it is there for later work on the default stream.
+        On a GPU they are there for later work on the default stream.
         """
 
-    def read_narrow(self, part: TensorPart, device: torch.device) -> NarrowWeight | None:
-        """A part of a matrix as it is stored, if that is narrower than 16 bits and kernels can read it; else None.
+    def read_narrow(self, parts: Sequence[TensorPart], device: torch.device) -> NarrowWeight | None:
+        """Parts of matrices of the same inputs below each other as they are stored, if that is narrower than 16 bits
+        and kernels can read it; else None.
 
         Raises:
-            SplitGroups: the part begins or ends within inputs that share a scale.
+            SplitGroups: a part begins or ends within inputs that share a scale.
         """
 
-    def sample(self, name: str) -> torch.Tensor:
+    def sample(self, name: str, count: int) -> torch.Tensor:
         """The numbers at `sampled_places` of the whole tensor, float32, on the CPU: the same on every rank."""
 
     def kv_scale(self, attention: str, kind: Literal["k", "v"]) -> float:
@@ -84,18 +88,30 @@ class TensorSource(Protocol):
         """Nothing can be read afterwards."""
 
 
-def sampled_places(shape: tuple[int, ...]) -> range:
-    """Fewer than 128 places in a flattened tensor, spread over it."""
+def targets_of(
+    parts: Sequence[TensorPart], shapes: Shapes, target: torch.Tensor
+) -> Iterator[tuple[TensorPart, torch.Tensor]]:
+    """Each part, and its rows of a tensor that has all of them below each other. shapes: of whole tensors."""
+    first = 0
+    for part in parts:
+        last = first + part.shape(shapes[part.name])[0]
+        yield part, target[first:last]
+        first = last
+
+
+def sampled_places(shape: tuple[int, ...], count: int) -> range:
+    """So many places in a flattened tensor or some more, but fewer than twice as many, spread over it."""
     size = prod(shape)
-    return range(0, size, max(1, size // _SAMPLES_PER_TENSOR))
+    return range(0, size, max(1, size // count))
 
 
 def weights_digest(source: TensorSource, shapes: Shapes) -> str:
     """Of a sample of all tensors' numbers: two instances can tell by it whether they have the same weights without
     reading each other's files."""
     whole = hashlib.sha256()
+    count = min(_MOST_SAMPLES_OF_TENSOR, max(_FEWEST_SAMPLES_OF_TENSOR, _SAMPLES // len(shapes)))
     for name, shape in sorted(shapes.items()):
-        whole.update(hashlib.sha256(f"{name} {shape}".encode() + source.sample(name).numpy().tobytes()).digest())
+        whole.update(hashlib.sha256(f"{name} {shape}".encode() + source.sample(name, count).numpy().tobytes()).digest())
     return whole.hexdigest()[:32]
 
 

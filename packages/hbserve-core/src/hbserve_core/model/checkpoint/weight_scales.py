@@ -28,14 +28,17 @@ class WeightScales(NamedTuple):
     def of(self, rows: range, columns: range, device: torch.device) -> torch.Tensor:
         """(rows, columns), of that part of the weight."""
         down, across = (
-            torch.arange(each.start, each.stop, device="cpu") // size
+            torch.arange(each.start, each.stop, device=device) // size
             for each, size in zip((rows, columns), self.block, strict=True)
         )
-        return self.values[down][:, across].to(device)
+        return self.values.to(device)[down][:, across]
 
-    def of_rows(self, rows: range) -> torch.Tensor:
-        """(rows, block columns)"""
-        return self.values[torch.arange(rows.start, rows.stop, device="cpu") // self.block[0]]
+    def of_blocks(self, rows: range) -> tuple[torch.Tensor, torch.Tensor]:
+        """(blocks that these rows have a part of, block columns), and how many of the rows each block has."""
+        borders = range(rows.start // self.block[0] * self.block[0], rows.stop, self.block[0])
+        counts = [min(first + self.block[0], rows.stop) - max(first, rows.start) for first in borders]
+        own = self.values[borders.start // self.block[0] :][: len(counts)]
+        return own, torch.tensor(counts, dtype=torch.int64, device="cpu")
 
 
 def is_scale(name: str) -> bool:
