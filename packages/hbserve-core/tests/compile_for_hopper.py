@@ -265,22 +265,24 @@ def others(dtype):
 
 def experts(rows, dtype=BF16):
     """Qwen3-30B-A3B's."""
-    from hbserve_core.cuda_runner.kernels.experts import Routing, expert_mlps
+    from hbserve_core.cuda_runner.kernels.experts import Routing, combined, expert_parts
 
     gate_up, down = empty(128, 2 * 768, 2048, dtype=dtype), empty(128, 2048, 768, dtype=dtype)
     routing = Routing(128, 8, True)
-    expert_mlps(empty(rows, 2048, dtype=dtype), empty(rows, 128, dtype=dtype), ints(rows), gate_up, down, routing)
+    given, logits = empty(rows, 2048, dtype=dtype), empty(rows, 128, dtype=dtype)
+    combined(expert_parts(given, logits, ints(rows), gate_up, down, routing), dtype=dtype)
 
 
 def narrow_experts(kind, rows):
     from hbserve_core.cuda_runner.kernels import narrow_experts as kernels
-    from hbserve_core.cuda_runner.kernels.experts import Routing, expert_mlps
+    from hbserve_core.cuda_runner.kernels.experts import Routing, combined, expert_parts
     from hbserve_core.cuda_runner.kernels.narrow_experts import NarrowExperts
 
     # Scales that are nowhere cannot be looked at.
     kernels.has_blocks = lambda matrix, outputs: matrix.takes_8_bits()
     gate_up, down = (NarrowExperts(narrow_matrix(kind, *each), 128) for each in ((128 * 1536, 2048), (128 * 2048, 768)))
-    expert_mlps(empty(rows, 2048), empty(rows, 128), ints(rows), gate_up, down, Routing(128, 8, True))
+    parts = expert_parts(empty(rows, 2048), empty(rows, 128), ints(rows), gate_up, down, Routing(128, 8, True))
+    combined(parts, dtype=BF16)
 
 
 def few_experts(kind):

@@ -469,7 +469,7 @@ def test_gate_mul_and_rms_norm():
 )
 def test_each_row_goes_to_its_experts_and_those_of_other_ranks_and_padding_to_none(num_rows, experts, first, dtype):
     """Of 8 experts; more rows than one tile of an expert takes, and fewer than there are experts."""
-    from hbserve_core.cuda_runner.kernels.experts import Routing, expert_mlps
+    from hbserve_core.cuda_runner.kernels.experts import Routing, combined, expert_parts
 
     torch.manual_seed(0)
     size, inner, k = 48, 24, 3
@@ -490,7 +490,7 @@ def test_each_row_goes_to_its_experts_and_those_of_other_ranks_and_padding_to_no
                     gate, up = (gate_up[expert].float() @ rows[row].float()).chunk(2)
                     expected[row] += share * (down[expert].float() @ (F.silu(gate) * up))
         routing = Routing(8, k, renormalises, first)
-        added = expert_mlps(rows, logits, slots, gate_up, down, routing, add_to=before)
+        added = combined(expert_parts(rows, logits, slots, gate_up, down, routing), before)
         assert added is before
         assert (added.float() - expected).norm() < TOLERANCE[dtype] * expected.norm()
 

@@ -261,7 +261,7 @@ def test_experts_with_narrow_weights_are_those_of_widened_ones(
     """Of 8 experts, of which this rank has some; more rows than one tile of an expert takes. are_many: pairs, whose
     tiles are large, and which many programs assign."""
     from hbserve_core.cuda_runner.kernels import experts as kernels
-    from hbserve_core.cuda_runner.kernels.experts import Routing, expert_mlps
+    from hbserve_core.cuda_runner.kernels.experts import Routing, combined, expert_parts
     from hbserve_core.cuda_runner.narrow_linear import NarrowLinear
 
     if are_many:
@@ -276,9 +276,9 @@ def test_experts_with_narrow_weights_are_those_of_widened_ones(
     slots = torch.zeros(num_rows, dtype=torch.int32, device=DEVICE)
     routing = Routing(8, 2, True, first)
     into, back = (each.widened().view(experts, -1, each.shape[1]) for each in (gate_up, down))
-    expected = expert_mlps(rows.float(), logits.float(), slots, into, back, routing)
+    expected = combined(expert_parts(rows.float(), logits.float(), slots, into, back, routing), dtype=torch.float32)
     into, back = (NarrowLinear(each).of_experts(experts) for each in (gate_up, down))
-    found = expert_mlps(rows, logits, slots, into, back, routing)
+    found = combined(expert_parts(rows, logits, slots, into, back, routing), dtype=dtype)
     close(found, expected, dtype, OF_8_BIT_EXPERTS if narrow[0] == "8 bits" and dtype != torch.float32 else 0.0)
 
 
@@ -286,7 +286,7 @@ def test_experts_with_narrow_weights_are_those_of_widened_ones(
 @pytest.mark.parametrize(("num_rows", "experts"), [(40, 3), (17, 2)])
 def test_experts_with_one_scale_for_a_block_of_outputs_are_those_of_widened_ones(num_rows, experts, dtype):
     """Of rows in 8 bits; tiles of 64 and of 32 rows."""
-    from hbserve_core.cuda_runner.kernels.experts import Routing, expert_mlps
+    from hbserve_core.cuda_runner.kernels.experts import Routing, combined, expert_parts
     from hbserve_core.cuda_runner.narrow_linear import NarrowLinear
 
     size, inner, generator = 256, 128, torch.Generator().manual_seed(num_rows)
@@ -301,8 +301,10 @@ def test_experts_with_one_scale_for_a_block_of_outputs_are_those_of_widened_ones
     assert not NarrowLinear(given[2]).of_experts(experts)._has_blocks
     rows, logits = (torch.randn(num_rows, n, generator=generator).to(dtype).to(DEVICE) for n in (size, experts))
     slots, routing = torch.zeros(num_rows, dtype=torch.int32, device=DEVICE), Routing(experts, 2, True)
-    found = expert_mlps(rows, logits, slots, into, back, routing)
-    expected = expert_mlps(rows.float(), logits.float(), slots, wide_into, wide_back, routing)
+    found = combined(expert_parts(rows, logits, slots, into, back, routing), dtype=dtype)
+    expected = combined(
+        expert_parts(rows.float(), logits.float(), slots, wide_into, wide_back, routing), dtype=torch.float32
+    )
     assert torch.isfinite(found).all()
     assert (found.float() - expected).norm() < OF_8_BIT_EXPERTS * expected.norm()
 
@@ -313,7 +315,7 @@ def test_experts_with_one_scale_for_a_block_of_outputs_are_those_of_widened_ones
 def test_norms_leave_rows_in_8_bits_for_the_products_behind_them(num_rows, experts, first, group, dtype):
     """As the norm alone, rows made 8 bits of it, and the sum of what experts have found would be; where products take
     rows as they are, nothing is left."""
-    from hbserve_core.cuda_runner.kernels.experts import Routing, combined, expert_mlps
+    from hbserve_core.cuda_runner.kernels.experts import Routing, combined, expert_parts
     from hbserve_core.cuda_runner.kernels.pointwise import rms_norm
     from hbserve_core.cuda_runner.narrow_linear import NarrowLinear
     from hbserve_core.cuda_runner.products import CudaProducts, ResidualStream
@@ -331,9 +333,8 @@ def test_norms_leave_rows_in_8_bits_for_the_products_behind_them(num_rows, exper
     slots, routing = torch.zeros(num_rows, dtype=torch.int32, device=DEVICE), Routing(8, 2, True, first)
 
     normed = rms_norm(rows, norms[0].weight, EPS)
-    expected = expert_mlps(
-        normed, router(normed), slots, weights.gate_up, weights.down, routing, add_to=rows.clone()
-    )  # fmt: skip
+    parts = expert_parts(normed, router(normed), slots, weights.gate_up, weights.down, routing)
+    expected = combined(parts, rows.clone())
     stream = ResidualStream(rows.clone())
     parts = products.expert_parts(stream, norms[0], weights, slots, routing)
     assert (stream.formed is None) == (dtype == torch.float32 or num_rows == 33)
@@ -362,7 +363,7 @@ def test_norms_leave_rows_in_8_bits_for_the_products_behind_them(num_rows, exper
 def test_experts_of_few_rows_are_those_of_widened_ones(num_rows, experts, first, narrow, renormalises, dtype):
     """Of 12 experts, of which this rank has some; of rows whose norm has begun, with a norm behind. Of two, one is
     padding."""
-    from hbserve_core.cuda_runner.kernels.experts import Routing, expert_mlps
+    from hbserve_core.cuda_runner.kernels.experts import Routing, combined, expert_parts
     from hbserve_core.cuda_runner.kernels.few_rows_linear import ScaledRows
     from hbserve_core.cuda_runner.narrow_linear import NarrowLinear
 
@@ -378,7 +379,7 @@ def test_experts_of_few_rows_are_those_of_widened_ones(num_rows, experts, first,
     routing = Routing(12, 6, renormalises, first)
     into, back = (each.widened().view(experts, -1, each.shape[1]) for each in (gate_up, down))
     normed = F.rms_norm(rows.float(), (size,), norm.float(), EPS)
-    expected = before.float() + expert_mlps(normed, logits.float(), slots, into, back, routing)
+    expected = combined(expert_parts(normed, logits.float(), slots, into, back, routing), before.float())
     into, back = (NarrowLinear(each).of_experts(experts) for each in (gate_up, down))
     assert into.suits_few(rows, back, routing.per_row)
     squares = F.pad(rows.float().square().view(num_rows, 6, 64).sum(-1).t(), (0, 16 - num_rows)).contiguous()

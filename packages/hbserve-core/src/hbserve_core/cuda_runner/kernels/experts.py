@@ -258,8 +258,8 @@ class OwnExperts(Protocol):
         self, x: torch.Tensor | ScaledRows, logits: torch.Tensor, slots: torch.Tensor, down: Any, routing: Routing, *,
         eps: float, add_to: torch.Tensor | None, next_norm: torch.Tensor | None,
     ) -> tuple[torch.Tensor, ScaledRows | None]:  # fmt: skip
-        """As `expert_mlps`, but for x and eps, which are as `skinny_linear` has them. next_norm: weights (E,) of a norm
-        that follows, of which the first half is returned too."""
+        """`combined` of `expert_parts`, but for x and eps, which are as `skinny_linear` has them. next_norm: weights
+        (E,) of a norm that follows, of which the first half is returned too."""
 
 
 def num_tiles(num_pairs: int, num_experts: int, rows: int) -> int:
@@ -296,26 +296,11 @@ def _assigned(experts: torch.Tensor, shares: torch.Tensor, first: int, count: in
     return ExpertTiles(pairs, ends, shares, tiles, rows, experts.shape[1])
 
 
-def expert_mlps(
-    rows: torch.Tensor,
-    logits: torch.Tensor,
-    slots: torch.Tensor,
-    gate_up: torch.Tensor | OwnExperts,
-    down: torch.Tensor | OwnExperts,
-    routing: Routing,
-    *,
-    gelu: bool = False,
-    add_to: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """(T, E) of rows (T, E): what this rank's experts give for them; the sum over ranks is the model's.
-
-    add_to: (T, E), to which the result is added in place, and which is returned. Others: see `expert_parts`.
-    """
-    return combined(expert_parts(rows, logits, slots, gate_up, down, routing, gelu=gelu), add_to, rows.dtype)
-
-
 def combined(parts: ExpertParts, add_to: torch.Tensor | None = None, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """(T, E): their sum for each row. add_to: as `expert_mlps` has it. dtype: of the result, if there is none."""
+    """(T, E): their sum for each row, which is what this rank's experts give for it; the sum over ranks is the model's.
+
+    add_to: (T, E), to which it is added in place, and which is returned. dtype: of the result, if there is none.
+    """
     (num_rows, k), size = parts.experts.shape, parts.rows.shape[-1]
     out = torch.empty((num_rows, size), dtype=dtype, device=parts.rows.device) if add_to is None else add_to
     block = min(1024, triton.next_power_of_2(size))

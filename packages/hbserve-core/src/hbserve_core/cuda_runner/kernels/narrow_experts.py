@@ -93,7 +93,7 @@ def has_blocks(matrix: NarrowMatrix, outputs: int) -> bool:
 
 
 class NarrowExperts:
-    """One matrix of each expert, as `expert_mlps` takes them where they are no tensor."""
+    """One matrix of each expert, as `expert_parts` takes them where they are no tensor."""
 
     def __init__(self, matrix: NarrowMatrix, count: int) -> None:
         """count: experts, whose matrices are below each other."""

@@ -147,7 +147,7 @@ def _few_down(
 
 
 def suits_few_experts(rows: torch.Tensor, gate_up: NarrowMatrix, down: NarrowMatrix, per_row: int) -> bool:
-    """Whether `few_expert_mlps` takes rows (T, E) and such weights, and is faster than `expert_mlps`."""
+    """Whether `few_expert_mlps` takes rows (T, E) and such weights, and is faster than `expert_parts`."""
     if len(rows) > _MOST_ROWS[gate_up.bits] or not _FEWEST_EXPERTS <= per_row <= _MOST_EXPERTS:
         return False
     return gate_up.suits_few(rows) and down.suits_few(rows)
@@ -158,8 +158,9 @@ def few_expert_mlps(
     down: NarrowMatrix, count: int, routing: Routing, *, eps: float, add_to: torch.Tensor | None = None,
     next_norm: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, ScaledRows | None]:  # fmt: skip
-    """As `expert_mlps`, but for x and eps, which are as `skinny_linear` has them. count: experts, whose matrices are
-    below each other. next_norm: weights (E,) of a norm that follows, of which the first half is returned too."""
+    """`combined` of `expert_parts`, but for x and eps, which are as `skinny_linear` has them. count: experts, whose
+    matrices are below each other. next_norm: weights (E,) of a norm that follows, of which the first half is returned
+    too."""
     rows, squares = (x.scaled, x.squares) if isinstance(x, ScaledRows) else (x, None)
     (num_rows, size), inner, k = rows.shape, down.shape[1], routing.per_row
     out = torch.empty_like(rows) if add_to is None else add_to
