@@ -9,8 +9,9 @@ the second of the pair, which finds a link; with --first the one that opens it, 
 done ahead of it; with --connected the first one of a pair whose link the scheduler has had opened.
 
 Lambdas, comprehensions, imports and other packages are not counted, and the scheduler's heartbeats are too rare to be.
-Three parts of it are counted as flows too, by where the files are: see FLOWS. `--json` prints their files, and what the
-tasks run, which tests/test_flows.py compares with its lists and bars.
+Three parts of it are counted as flows too, by where the files are: see FLOWS. `--json` prints their files, all
+functions, and what the tasks run, which tests/test_flows.py compares with its lists and bars, and with the drawing in
+docs/architecture.md.
 """
 
 import argparse
@@ -197,7 +198,7 @@ def main() -> None:
         "--connected", dest="which", action="store_const", const="connected", help="the first one after it was opened"
     )
     parser.add_argument("--calls", action="store_true", help="print every function too, in the order of first calls")
-    parser.add_argument("--json", action="store_true", help="print the flows' files and the tasks, and nothing else")
+    parser.add_argument("--json", action="store_true", help="print what tests/test_flows.py compares, and nothing else")
     arguments = parser.parse_args()
     trace = Trace()
     trace.install()
@@ -206,7 +207,8 @@ def main() -> None:
         asyncio.run(run(trace, folder, arguments.backend, arguments.which))
     if arguments.json:
         flows = {name: trace.files(*beginnings) for name, beginnings in FLOWS.items()}
-        print(json.dumps(flows | {"tasks": list(trace.tasks.elements())}))
+        functions = [name for _, name in trace.calls]
+        print(json.dumps(flows | {"functions": functions, "tasks": list(trace.tasks.elements())}))
         return
     report(trace, print)
     if arguments.calls:

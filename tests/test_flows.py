@@ -6,6 +6,7 @@ be listed, and may not be one more than the bar. Bars only go down. benchmarks/t
 
 import ast
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -114,6 +115,14 @@ def test_the_first_request_of_a_pair_that_is_connected_has_nothing_to_do_with_co
     assert "hbserve_kv/protocol/handshake.py" in traced["transfer"]
     assert len(connected["transfer"]) > len(FLOWS["transfer"]) / 2, "the trace shows little"
     assert "hbserve_kv/protocol/handshake.py" not in connected["transfer"]
+
+
+def test_what_is_drawn_of_a_request_is_what_runs(connected):
+    text = (ROOT / "docs/architecture.md").read_text()
+    drawings = [each for each in text.split("```")[1::2] if "GpuInstance._decode" in each]
+    drawn = {name for each in drawings for name in re.findall(r"[A-Z]\w+\.\w+|\bwait_for_kv\b", each)}
+    assert len(drawn) > 30
+    assert drawn - set(connected["functions"]) == set()
 
 
 def test_a_request_makes_no_more_tasks_than_its_bar(connected):

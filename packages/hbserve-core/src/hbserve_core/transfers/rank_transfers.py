@@ -1,4 +1,4 @@
-"""The KV of one rank on its way: its manager and, if it is not rank 0, both ends of ranks/worker_protocol.py."""
+"""The KV of one rank on its way: its manager and, if it is not rank 0, both ends of transfers/rank_protocol.py."""
 
 import asyncio
 import contextlib
