@@ -22,7 +22,6 @@ from hbserve_kv import Outcome, PostedReceive, SendTransfer, TransferResult, Tra
 _Receive = PostedReceive | RemoteTransfer
 _Send = SendTransfer | RemoteTransfer
 T = TypeVar("T", bound=PostedReceive | SendTransfer | RemoteTransfer)
-_SEVERITY = (Outcome.COMPLETED, Outcome.FAILED_DRAINED, Outcome.UNKNOWN)
 
 
 class InstanceTransfers:
@@ -141,13 +140,13 @@ class JointTransfer:
                 if result.outcome is not Outcome.COMPLETED and not cause:
                     cause = result.error
                     await self.cancel(cause)
-            return _joint_result([await each for each in waiting], cause)
+            return TransferResult.joint([await each for each in waiting], cause)
         finally:
             for each in waiting:
                 each.cancel()
 
     async def cancel(self, reason: str) -> Outcome:
-        return _worst(await asyncio.gather(*(part.cancel(reason) for part in self._parts)))
+        return Outcome.worst(await asyncio.gather(*(part.cancel(reason) for part in self._parts)))
 
     async def drained(self) -> None:
         await asyncio.gather(*(part.drained() for part in self._parts))
@@ -186,24 +185,6 @@ class JointSend(JointTransfer):
         # Kept, and not waited for: whoever waits may be cancelled, and every rank must still be told.
         self._committing = asyncio.gather(*(send.commit(payload) for send in self._sends))
         return await self.wait()
-
-
-def _worst(outcomes: Sequence[Outcome]) -> Outcome:
-    return max(outcomes, key=_SEVERITY.index)
-
-
-def _joint_result(results: Sequence[TransferResult], cause: str) -> TransferResult:
-    """Of the parts of one transfer: bytes are added up."""
-    return TransferResult(
-        _worst([each.outcome for each in results]),
-        results[0].payload,
-        sum(each.num_bytes for each in results),
-        sum(each.num_parts for each in results),
-        max(each.time_s for each in results),
-        cause,
-        any(each.is_partial for each in results),
-        all(each.is_trusted for each in results),
-    )
 
 
 async def _all_or_none(opening: Sequence[Coroutine[Any, Any, T]]) -> list[T]:

@@ -16,7 +16,7 @@ pushed, begun (announced, or handed to the transport) and moved. One leg that fa
 receiver has acknowledged it.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, IntEnum
 
@@ -33,7 +33,7 @@ class Phase(IntEnum):
 
 
 class Outcome(Enum):
-    """How a transfer ended, which decides what may happen to its blocks."""
+    """How a transfer ended, which decides what may happen to its blocks. From the best to the worst."""
 
     COMPLETED = "completed"
     """All bytes are there."""
@@ -41,6 +41,11 @@ class Outcome(Enum):
     """Failed, and no byte can still land: the blocks may be used for something else."""
     UNKNOWN = "unknown"
     """Failed, and a byte may still land: the blocks must not be used until the transfer is drained."""
+
+    @classmethod
+    def worst(cls, outcomes: "Iterable[Outcome]") -> "Outcome":
+        """That of a transfer whose parts have ended so."""
+        return max(outcomes, key=[*cls].index)
 
 
 @dataclass(frozen=True)
@@ -62,6 +67,20 @@ class TransferResult:
     is_trusted: bool = True
     """Of a receive: each of its senders had a key, or is a process of this host. Else nobody knows who has sent what is
     there: it is not for other requests."""
+
+    @classmethod
+    def joint(cls, results: "Sequence[TransferResult]", error: str = "") -> "TransferResult":
+        """Of one transfer, whose parts have ended so. Bytes are added up."""
+        return cls(
+            Outcome.worst(each.outcome for each in results),
+            results[0].payload,
+            sum(each.num_bytes for each in results),
+            sum(each.num_parts for each in results),
+            max(each.time_s for each in results),
+            error,
+            any(each.is_partial for each in results),
+            all(each.is_trusted for each in results),
+        )
 
 
 @dataclass(eq=False)

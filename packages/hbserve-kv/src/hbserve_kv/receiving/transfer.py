@@ -264,11 +264,15 @@ class IncomingTransfer:
         num_blocks = -(-num_units // side.ratio)
         fits = self._state.commit(key, message.num_parts, num_blocks)
         if fits:
-            time_s = self._taking_s.get(key, message.time_s)
-            num_bytes, is_partial = num_units * side.unit_bytes, num_blocks < len(self.block_ids)
             self._committed.append(
                 TransferResult(
-                    Outcome.COMPLETED, message.payload, num_bytes, message.num_parts, time_s, is_partial=is_partial
+                    Outcome.COMPLETED,
+                    message.payload,
+                    num_units * side.unit_bytes,
+                    message.num_parts,
+                    self._taking_s.get(key, message.time_s),
+                    is_partial=num_blocks < len(self.block_ids),
+                    is_trusted=self.links[key].peer.is_trusted,
                 )
             )
         self._publish()
@@ -315,15 +319,7 @@ class IncomingTransfer:
     def _result(self) -> TransferResult:
         if self.phase is not Phase.COMPLETED:
             return TransferResult(self._state.outcome, error=self.cause)
-        return TransferResult(
-            Outcome.COMPLETED,
-            self._committed[0].payload,
-            sum(each.num_bytes for each in self._committed),
-            sum(each.num_parts for each in self._committed),
-            max(each.time_s for each in self._committed),
-            is_partial=any(each.is_partial for each in self._committed),
-            is_trusted=all(link.peer.is_trusted for link in self.links.values()),
-        )
+        return TransferResult.joint(self._committed)
 
 
 class PostedReceive:
