@@ -4,7 +4,7 @@ import asyncio
 import logging
 import math
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Self
 
 import msgspec
@@ -86,13 +86,10 @@ class KVTransferManager(KVTransferBase):
         self._transports = {each.name: each for each in ([transport] if transport else make_transports(config, rank))}
         self._server = _control_server(config, self.epoch)
         self._buffer = LookupBuffer(self._memory, timeout_s=config.timeout_s, expiry_s=config.expiry_s)
-        me = Identity(rank, self.epoch, self.fingerprint, self.heads, self._memory.layout, name)
+        me = self._me = Identity(rank, self.epoch, self.fingerprint, self.heads, self._memory.layout, name)
         self._receiver = Receiver(me, self._memory, self._transports, self._buffer, config)
         self._receiver.serve_on(self._server)
         self._server.serve(ALIVE, self._alive)
-        self._make_peers: Callable[[dict[str, Transport]], Peers] = lambda reached_by: Peers(
-            me, lambda: self.address, reached_by, config.timeout_s, config.keys
-        )
         self._peers = self._make_peers(self._transports)
         self._offers = Offers(me, self.open_send, config.expiry_s)
         self._offers.serve_on(self._server)
@@ -104,6 +101,10 @@ class KVTransferManager(KVTransferBase):
         self._sent = self._received = self._failed = 0
         self._busy_time_s = 0.0
         self._closed = False
+
+    def _make_peers(self, transports: Mapping[str, Transport]) -> Peers:
+        """That are sent to by one of these."""
+        return Peers(self._me, lambda: self.address, transports, self.config.timeout_s, self.config.keys)
 
     async def start(self) -> None:
         """Bind the control server and make the memory ready.

@@ -216,7 +216,8 @@ class Connection:
         """By transfer id, until the receiver knows how they ended."""
         self.turns: asyncio.Queue[Leg | None] = asyncio.Queue()
         """Each leg that has a part which may be begun, once; None after the loss."""
-        self.on_lost: Callable[[], None] = lambda: None
+        self.on_lost: Callable[[asyncio.Task[None]], None] = lambda closing: None
+        """Called with what closes it then."""
         self._stream = stream
         self._under_way: Deadline[Part] = Deadline(2 * timeout_s, self._late)
         self._has_moved = asyncio.Event()
@@ -363,7 +364,7 @@ class Connection:
             return
         self.lost = why
         self._closing = asyncio.create_task(self._close())
-        self.on_lost()
+        self.on_lost(self._closing)
         if self.transport.one_sided:
             self.turns.put_nowait(None)
         else:
@@ -387,12 +388,6 @@ class Connection:
             self._listening.cancel()
             await asyncio.gather(self._listening, return_exceptions=True)
         await self.hang_up()
-
-    async def close(self, why: str) -> None:
-        """Lose it and return when nothing is left."""
-        self.lose(why)
-        assert self._closing is not None
-        await asyncio.shield(self._closing)
 
     async def hang_up(self) -> None:
         """Wait for no answer of the peer any more. What was said to it may still arrive."""

@@ -136,7 +136,7 @@ class Peers:
         self._breakers.pop((address, epoch), None)
         self.connections[address] = made
         self._not_quiet.add(made)
-        made.on_lost = lambda: self._lost(address, made)
+        made.on_lost = lambda closing: self._lost(address, made, closing)
         return made
 
     def _failed(self, key: tuple[str, str], error: str) -> None:
@@ -144,12 +144,11 @@ class Peers:
         self._breakers = {each: breaker for each, breaker in self._breakers.items() if not breaker.is_stale(now_s)}
         self._breakers.setdefault(key, Breaker()).failed(error, now_s)
 
-    def _lost(self, address: str, lost: Connection) -> None:
+    def _lost(self, address: str, lost: Connection, closing: asyncio.Task[None]) -> None:
         del self.connections[address]
         self.writing()  # forgets those that are quiet by now
-        task = asyncio.create_task(lost.close(lost.lost))
-        self._closing[task] = lost
-        task.add_done_callback(self._closing.pop)
+        self._closing[closing] = lost
+        closing.add_done_callback(self._closing.pop)
 
     def writing(self) -> list[str]:
         """Keys of the links over which this side may still write, also of those that were lost."""

@@ -139,9 +139,9 @@ class SendTransfer:
 
             ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
             ready.record(torch.cuda.current_stream(self._memory.device))
-        moves = [(number, leg, self._units(leg, block_ids, first)) for number, leg in self._legs.items()]
-        for number, leg, (units, start) in moves:
-            if units and not self._push(number, leg, units, start, ready, layers):
+        # All are found, which raises what does not fit, before one is pushed.
+        for leg, (units, start) in [(leg, self._units(leg, block_ids, first)) for leg in self._legs.values()]:
+            if units and not self._push(leg, units, start, ready, layers):
                 return
 
     def _units(self, leg: Leg, block_ids: Sequence[int], first: int) -> tuple[list[int], int]:
@@ -154,15 +154,15 @@ class SendTransfer:
         before, start = max(0, -first), max(0, first)
         return units[before : before + max(0, min(end, num_granted) - start)], start
 
-    def _push(self, number: int, leg: Leg, units: list[int], first: int, ready: Any, layers: range | None) -> bool:
+    def _push(self, leg: Leg, units: list[int], first: int, ready: Any, layers: range | None) -> bool:
         """False: the transfer has failed."""
         is_waiting = bool(leg.parts)
         step = max(1, leg.connection.transport.max_part_bytes // leg.side.of_layers(layers).unit_bytes)
         span = None if layers is None else (layers.start, layers.stop)
         for start in range(0, len(units), step):
             ids = units[start : start + step]
-            index, place = self.state.legs[number].num_pushed, first + start
-            if not self.state.push(number):
+            index, place = self.state.legs[leg.number].num_pushed, first + start
+            if not self.state.push(leg.number):
                 return False
             target = leg.target_units[place : place + len(ids)]
             part = Part(self._begin.transfer_id, index, self._region, ids, leg.target.region, target, ready, layers)
