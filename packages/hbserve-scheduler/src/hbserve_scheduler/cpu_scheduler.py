@@ -227,8 +227,7 @@ class CpuScheduler:
 
     def start_request(self, entry: ScheduledRequest) -> None:
         """Take one request out of `waiting_requests` and follow it to its end. Needs `has_room()`."""
-        wanted = entry.num_tokens, (), "", entry.request.params.n, entry.request.shape
-        placement = self.fleet.place(*wanted)
+        placement = self.fleet.place_request(entry)
         if placement is None:
             raise Overloaded("start_request: there is no room; ask has_room() first")
         self.waiting_requests.remove(entry)

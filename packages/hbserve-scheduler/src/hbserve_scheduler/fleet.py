@@ -26,6 +26,7 @@ from hbserve_scheduler.policies import (
     make_policy,
 )
 from hbserve_scheduler.prefixes import Prefixes
+from hbserve_scheduler.request import ScheduledRequest
 
 REFRESH_TIMEOUT_S = 2.0
 
@@ -207,6 +208,11 @@ class Fleet:
             handle.turn = next(self._turns)
             self._available[handle.role].look(handle)
         return placement
+
+    def place_request(self, entry: ScheduledRequest) -> Placement | None:
+        """The same for a request, away from the instances on which it has failed."""
+        asked = entry.request
+        return self.place(entry.num_tokens, entry.failed_on, entry.computed_on, asked.params.n, asked.shape)
 
     def _has_no_prefill(self) -> bool:
         """None is ready, and decode instances are to compute prompts in that case. One that is started again may load

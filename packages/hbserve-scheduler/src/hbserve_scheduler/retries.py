@@ -41,8 +41,7 @@ class Retries:
         for entry, place in list(self.waiting):
             if self._is_held_back(entry):
                 continue
-            wanted = entry.num_tokens, entry.failed_on, entry.computed_on, entry.request.params.n, entry.request.shape
-            placement = self._fleet.place(*wanted)
+            placement = self._fleet.place_request(entry)
             if placement is None:
                 return
             if entry.is_suspect:
