@@ -101,6 +101,15 @@ def test_what_the_house_rules_point_at_is_there():
             assert any((place / name).exists() for place in places), name
 
 
+def test_the_layers_that_are_drawn_are_those_that_are_checked():
+    drawn = " ".join((ROOT / "docs/architecture.md").read_text().split())
+    contracts = project(ROOT)["tool"]["importlinter"]["contracts"]
+    inside = [contract for contract in contracts if "containers" in contract]
+    assert len(inside) == 2
+    for contract in inside:
+        assert f"inside {contract['containers'][0]}: {' > '.join(contract['layers'])}" in drawn
+
+
 CHINESE = sorted(path for path in DOCUMENTS if path.name.endswith(".zh-CN.md"))
 
 
