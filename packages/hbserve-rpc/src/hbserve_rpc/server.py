@@ -210,15 +210,15 @@ class RpcServer:
             case wire.Ping():
                 self._send(identity, wire.Pong(self.epoch))
             case wire.Call(id=id_):
-                self._begin(identity, client, id_, self._run_call(identity, envelope, body))
+                self._begin(client, id_, self._run_call(client, envelope, body))
             case wire.Notify(id=id_):
                 if envelope.method in self._waiting:
-                    self._begin(identity, client, id_, self._run_notification(envelope, body))
+                    self._begin(client, id_, self._run_notification(envelope, body))
                 else:
                     client.call_soon(lambda: self._take_notification(client, envelope, body))
             case wire.Open(id=id_):
                 credit = asyncio.Semaphore(wire.CREDIT)
-                self._begin(identity, client, id_, self._run_stream(client, envelope, body, credit), credit)
+                self._begin(client, id_, self._run_stream(client, envelope, body, credit), credit)
             case wire.Credits(counts=counts):
                 client.give_credit(counts)
             case wire.Goodbye():
@@ -244,12 +244,10 @@ class RpcServer:
             )
         self._send(identity, wire.Welcome(wire.PROTOCOL_VERSION, self.epoch))
 
-    def _begin(
-        self, identity: bytes, client: ConnectedClient, id_: int, job: Any, credit: asyncio.Semaphore | None = None
-    ) -> None:
+    def _begin(self, client: ConnectedClient, id_: int, job: Any, credit: asyncio.Semaphore | None = None) -> None:
         if len(client.work) >= MOST_WORK:
             job.close()
-            self._fail(identity, id_, "", Overloaded(f"{len(client.work)} calls and streams of one client"))
+            self._fail(client, id_, "", Overloaded(f"{len(client.work)} calls and streams of one client"))
             return
         client.begin(id_, job, credit)
 
@@ -262,14 +260,14 @@ class RpcServer:
         except msgspec.DecodeError as error:
             raise InvalidRequest(f"{method}: {error}") from error
 
-    async def _run_call(self, identity: bytes, call: wire.Call, body: bytes) -> None:
+    async def _run_call(self, client: ConnectedClient, call: wire.Call, body: bytes) -> None:
         try:
             handler, request = self._decode(self._handlers, call.method, body)
             reply = wire.encode_body(await handler(request), f"the reply to {call.method}")
         except (Exception, asyncio.CancelledError) as error:  # the top of a handler: what it raised is the caller's
-            self._fail(identity, call.id, call.method, error)
+            self._fail(client, call.id, call.method, error)
         else:
-            self._send(identity, wire.Reply(self.epoch, call.id), reply)
+            self._send(client.peer.connection, wire.Reply(self.epoch, call.id), reply)
 
     async def _run_notification(self, notify: wire.Notify, body: bytes) -> None:
         try:
@@ -313,15 +311,15 @@ class RpcServer:
                         client.add_item(open_.id, number, wire.encode_body(item, f"an item of {open_.method}"))
                     number += 1
         except (Exception, asyncio.CancelledError) as error:  # as above
-            self._fail(identity, open_.id, open_.method, error)
+            self._fail(client, open_.id, open_.method, error)
         else:
             self._send(identity, wire.End(self.epoch, open_.id, number))
 
-    def _fail(self, identity: bytes, id_: int, method: str, error: BaseException) -> None:
+    def _fail(self, client: ConnectedClient, id_: int, method: str, error: BaseException) -> None:
         _reraise_if_stopped(error)
         if not isinstance(error, HBServeRpcError):
             logger.error("%s failed", method, exc_info=error)
-        self._send(identity, wire.describe_error(self.epoch, id_, error))
+        self._send(client.peer.connection, wire.describe_error(self.epoch, id_, error))
 
     async def _drop_silent_clients(self) -> None:
         checked_s = time.monotonic()
