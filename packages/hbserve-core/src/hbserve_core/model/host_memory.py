@@ -13,15 +13,13 @@ MEMINFO = Path("/proc/meminfo")
 _UNLIMITED = 1 << 60
 
 
-def require_room(model: ModelConfig, dtype: str, num_copies: int, available: int | None = None) -> None:
+def require_room(model: ModelConfig, dtype: str, num_copies: int) -> None:
     """For as many copies of the weights: of instances that compute on this host's processors. dtype: of the settings.
-    available: bytes.
 
     Raises:
         NotEnoughMemory: says what they need, and what there is.
     """
-    needed = num_copies * weight_bytes(model, dtype)
-    available = available_memory() if available is None else available
+    needed, available = num_copies * weight_bytes(model, dtype), available_memory()
     if needed <= available:
         return
     of_whom = f"{num_copies} times its weights, one for each instance, need" if num_copies > 1 else "its weights need"

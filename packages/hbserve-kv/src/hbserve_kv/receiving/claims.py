@@ -106,7 +106,7 @@ class Claim:
         sources: Sequence[SourceRank],
         heads: HeadRange,
         senders: Senders,
-        post: Callable[..., PostedReceive],
+        post: Callable[[str, Sequence[int]], PostedReceive],
     ) -> None:
         """`heads`: those that must come."""
         self.transfer_id = transfer_id
@@ -169,7 +169,7 @@ class Claim:
         await asyncio.wait([self._kept])
         return not self._kept.cancelled()
 
-    def fetch(self, block_ids: Sequence[int], *, first: int = 0, may_be_partial: bool = False) -> PostedReceive:
+    def fetch(self, block_ids: Sequence[int], *, first: int = 0) -> PostedReceive:
         """Want the blocks that were offered, from place `first` on, in these blocks of the pool. Returns at once.
 
         Raises:
@@ -177,7 +177,7 @@ class Claim:
         """
         if self._posted is not None:
             raise ValueError(f"transfer {self.transfer_id} was fetched already")
-        posted = self._posted = self._post(self.transfer_id, block_ids, may_be_partial=may_be_partial)
+        posted = self._posted = self._post(self.transfer_id, block_ids)
         if self._cause:
             posted.fail(self._cause)
             return posted

@@ -119,9 +119,9 @@ def require_cuda_wheel() -> None:
         )
 
 
-def why_no_rdma(cards: Path = RDMA_CARDS) -> str:
+def why_no_rdma() -> str:
     """ "" if there is an RDMA network card with an active port."""
-    if not cards.is_dir() or not any(cards.iterdir()):
+    if not RDMA_CARDS.is_dir() or not any(RDMA_CARDS.iterdir()):
         return "this machine has no RDMA network card"
-    states = [state.read_text() for state in cards.glob("*/ports/*/state")]
+    states = [state.read_text() for state in RDMA_CARDS.glob("*/ports/*/state")]
     return "" if any("ACTIVE" in state for state in states) else "no port of the RDMA network cards is active"
