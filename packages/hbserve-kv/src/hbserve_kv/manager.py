@@ -45,8 +45,8 @@ class _Shape(msgspec.Struct, frozen=True):
 
 
 class KVTransferManager(KVTransferBase):
-    """One per instance. Lives in the event loop that ran `start`; every method belongs there. `async with` starts it,
-    and closes it at the end.
+    """All transfers of one instance; under tensor parallelism, of one of its ranks. Lives in the event loop that ran
+    `start`; every method belongs there. `async with` starts it, and closes it at the end.
 
     Engines move blocks of their pool: the receiver calls `post_receive` and passes the grant on, the sender calls
     `open_send` with it, `push`es as blocks fill, and `commit`s. Whoever has whole tensors to move uses `send_kv_cache`

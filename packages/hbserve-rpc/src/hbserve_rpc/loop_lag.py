@@ -11,7 +11,7 @@ BOUNDS = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0
 
 
 class LoopLag:
-    """Looks at the event loop that ran `start`, until `stop`."""
+    """Measures how late the event loop is that ran `start`, until `stop`."""
 
     def __init__(self) -> None:
         self.histogram = Histogram.over(BOUNDS)

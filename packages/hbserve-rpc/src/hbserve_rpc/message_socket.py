@@ -80,7 +80,7 @@ CLIENTS = SharedContext()
 
 
 class MessageSocket:
-    """One socket. Belongs to the loop that ran `open`."""
+    """One ZeroMQ socket. Belongs to the loop that ran `open`."""
 
     _sockets: "list[zmq.Socket[bytes]]"
     """It, and its monitor: all must be closed before the context ends."""

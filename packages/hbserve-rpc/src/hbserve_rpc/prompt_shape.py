@@ -25,7 +25,7 @@ prompts are millions."""
 
 
 class PromptShape(msgspec.Struct, frozen=True):
-    """Of token ids that are plain. Who computes them checks them again."""
+    """Length, largest id and digests of a prompt whose token ids are plain. Who computes them checks them again."""
 
     num_tokens: int
     largest_id: int = 0

@@ -17,7 +17,8 @@ MOST_HUNG_UP = 3
 
 
 class ServerConnection:
-    """Connects again by itself, for as long as it is open. Belongs to the loop that ran `open`.
+    """A client's connection to its server, made again by itself for as long as it is open. Belongs to the loop that ran
+    `open`.
 
     What is sent before there is a connection waits for it. A short break of the network costs nothing.
     """

@@ -182,7 +182,8 @@ class BeginningRate:
 
 
 class Admission:
-    """Whether there is room for one more request, and a place to wait for it. Belongs to one event loop."""
+    """Bounds of the queue: refuses requests for which it has no room, and has a place to wait for some. Belongs to one
+    event loop."""
 
     def __init__(self, config: SchedulerConfig, waiting: WaitingRequests) -> None:
         self._config = config

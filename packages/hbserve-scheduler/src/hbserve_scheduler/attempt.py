@@ -360,7 +360,7 @@ class Attempt:
 
 
 class _Naming:
-    """Not a generator of contextlib's, of which a request would make four."""
+    """Context in which errors say whose they are. No generator of contextlib's, of which a request would make four."""
 
     __slots__ = ("_attempt", "_instance")
 

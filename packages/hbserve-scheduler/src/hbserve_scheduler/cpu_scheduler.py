@@ -31,7 +31,9 @@ TICK_S = 0.5
 
 
 class CpuScheduler:
-    """Lives in the event loop that ran `start`, whose time is its own; no thread, no torch, no tokenizer.
+    """Takes requests in, finds instances for each, and follows it to its end, over as many attempts as that takes.
+
+    Lives in the event loop that ran `start`, whose time is its own; no thread, no torch, no tokenizer.
 
     To schedule differently, override `_schedule_waiting_requests`. Its tools are `waiting_requests`, `has_room()` and
     `start_request(entry)`.

@@ -44,7 +44,7 @@ BOUNDS = {
 
 
 class Figures:
-    """Grows by what happens to requests; read by `CpuScheduler.stats`."""
+    """Figures of one scheduler, which grow by what happens to requests. Read by `CpuScheduler.stats`."""
 
     def __init__(self) -> None:
         self.num_submitted = self.num_rejected = self.num_retries = self.num_refusals = self.num_local_prefills = 0

@@ -32,7 +32,7 @@ REFRESH_TIMEOUT_S = 2.0
 
 
 class Fleet:
-    """Instances come, go and come back; requests ask for places."""
+    """The instances of one scheduler, which come, go and come back, and their places, which requests take."""
 
     def __init__(
         self, config: SchedulerConfig, on_change: Callable[[], None], client_factory: ClientFactory = RpcClient

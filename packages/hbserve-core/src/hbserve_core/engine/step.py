@@ -206,7 +206,7 @@ class Reservation:
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
-    """Gauges are of now, counters from the start."""
+    """Figures of one engine. Gauges are of now, counters from the start."""
 
     num_waiting: int = 0
     num_running: int = 0

@@ -35,7 +35,7 @@ _OTHERS = "structured_outputs: other grammars are being compiled"
 
 
 class GrammarCompiler:
-    """Compiles, and keeps what was asked for last. Any thread may call."""
+    """Compiles grammars, and keeps those that were asked for last. Any thread may call."""
 
     def __init__(self, folder: str, vocab_size: int, eos_token_ids: Collection[int]) -> None:
         """folder: the model's, with its tokenizer.json."""

@@ -32,7 +32,7 @@ OpenSend = Callable[[str, bytes], Awaitable[SendTransfer | JointSend]]
 
 
 class FirstToken(msgspec.Struct, frozen=True):
-    """That of one choice."""
+    """The first token of one choice."""
 
     token_id: int
     finish_reason: FinishReason | None = None
@@ -68,7 +68,7 @@ class Handover(msgspec.Struct, frozen=True):
 
 
 class Inbox(asyncio.Queue[StepOutput | Reservation | TransferResult | GrantRequest | Exception]):
-    """What the engine, a transfer, the scheduler, a failure or its deadline says of one request."""
+    """Queue of what the engine, a transfer, the scheduler, a failure or its deadline says of one request."""
 
     def __init__(self, left_s: float | None = None) -> None:
         """left_s: the request ends so much later, by itself: whoever asked for it may be frozen, or cut off."""

@@ -29,7 +29,7 @@ from hbserve_rpc.reports import InstanceReport, ReportsRequest
 
 
 class Reported(Protocol):
-    """What is looked at: a GpuInstance."""
+    """A GpuInstance, as far as its reports need it."""
 
     config: InstanceConfig
     epoch: str

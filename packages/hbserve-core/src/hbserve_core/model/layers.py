@@ -64,7 +64,7 @@ class Linear:
 
 
 class PackedLinear(Linear):
-    """The same, with W in oneDNN's blocked layout.
+    """A Linear with W in oneDNN's blocked layout.
 
     A product with plain weights packs them on the way, every time. With few rows that costs more than the product: with
     4 to 16 rows this one takes about half the time in bfloat16, and a third in float32.
@@ -79,7 +79,7 @@ class PackedLinear(Linear):
 
 
 class WidenedLinear(Linear):
-    """The same for 16-bit weights on a processor that cannot multiply them: kept and multiplied in float32.
+    """A Linear of 16-bit weights on a processor that cannot multiply them: kept and multiplied in float32.
 
     torch multiplies such weights row by row there: 16 rows take 16 times as long as one, and one takes longer than in
     float32. Twice the memory buys that back. The result is rounded once, as that of a 16-bit product is.

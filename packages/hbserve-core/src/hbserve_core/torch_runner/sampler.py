@@ -22,7 +22,7 @@ _FEW = 512
 
 
 class Sampler:
-    """Owns the randomness of requests without a seed."""
+    """Draws a token for each row of logits. Owns the randomness of requests without a seed."""
 
     def __init__(self) -> None:
         self._random = random.Random()

@@ -25,7 +25,7 @@ T = TypeVar("T", bound=PostedReceive | SendTransfer | RemoteTransfer)
 
 
 class InstanceTransfers:
-    """Lives in the event loop that ran `start`."""
+    """The transfers of an instance, whatever number of ranks it has. Lives in the event loop that ran `start`."""
 
     def __init__(
         self, config: InstanceConfig, runner: Runner, epoch: str, on_lost: Callable[[Exception], None]

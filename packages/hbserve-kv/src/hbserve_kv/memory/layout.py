@@ -32,6 +32,8 @@ Positive = Annotated[int, msgspec.Meta(ge=1, le=1 << 48)]
 
 
 class HeadRange(msgspec.Struct, frozen=True, array_like=True):
+    """KV heads [first, first + count) of a model's `total`: those that one rank's blocks hold."""
+
     first: int = 0
     count: int = 1
     total: int = 1

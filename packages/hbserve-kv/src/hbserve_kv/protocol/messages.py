@@ -76,6 +76,8 @@ def read_grants(grant: bytes) -> list[Grant]:
 
 
 class Handshake(msgspec.Struct, frozen=True, tag=True):
+    """Identity of the sender, and the transports by which it can send."""
+
     protocol_version: int
     rank: int
     epoch: str
@@ -92,6 +94,8 @@ class Handshake(msgspec.Struct, frozen=True, tag=True):
 
 
 class LinkReply(msgspec.Struct, frozen=True, tag=True):
+    """Identity of the receiver, and the transport that it has chosen."""
+
     rank: int
     epoch: str
     heads: HeadRange
@@ -112,6 +116,8 @@ class Told(msgspec.Struct, frozen=True, tag=True):
 
 
 class Asked(msgspec.Struct, frozen=True, tag=True):
+    """Wants a value of the link's rendezvous, as soon as there is one: answered by a Told."""
+
     link: str
     name: str
 
@@ -145,6 +151,8 @@ class UnknownLink(msgspec.Struct, frozen=True, tag=True):
 
 
 class AnnouncedPart(msgspec.Struct, frozen=True, array_like=True):
+    """A part that the sender begins to send."""
+
     index: int
     first: int
     """Blocks [first, first + num_blocks) of those that were granted; where those of one side are larger, units of them:
@@ -159,6 +167,8 @@ class AnnouncedPart(msgspec.Struct, frozen=True, array_like=True):
 
 
 class PartsAnnounced(msgspec.Struct, frozen=True, tag=True):
+    """Parts of one transfer that come next over a two-sided link, in this order."""
+
     transfer_id: str
     link: str
     parts: Annotated[list[AnnouncedPart], msgspec.Meta(max_length=1 << 10)]
@@ -166,6 +176,8 @@ class PartsAnnounced(msgspec.Struct, frozen=True, tag=True):
 
 
 class Commit(msgspec.Struct, frozen=True, tag=True):
+    """The sender has no more parts: once all have landed, the transfer is the receiver's."""
+
     transfer_id: str
     link: str
     num_parts: NotNegative
@@ -179,6 +191,8 @@ class Commit(msgspec.Struct, frozen=True, tag=True):
 
 
 class Abandon(msgspec.Struct, frozen=True, tag=True):
+    """The sender gives a transfer up."""
+
     transfer_id: str
     link: str
     reason: str
@@ -223,7 +237,7 @@ class Alive(msgspec.Struct, frozen=True, tag=True):
 
 
 class Nothing(msgspec.Struct, frozen=True, tag=True):
-    pass
+    """A question or an answer with nothing in it."""
 
 
 LINK: StreamMethod[Handshake, Any] = StreamMethod("kv.link", Handshake, LinkReply | Cancelled)

@@ -22,6 +22,8 @@ from enum import Enum, IntEnum
 
 
 class Phase(IntEnum):
+    """Place of a transfer in its life, as drawn above."""
+
     OPENING = 0
     """No sender has begun; or not every receiver has accepted."""
     MOVING = 1
@@ -85,7 +87,7 @@ class TransferResult:
 
 @dataclass(eq=False)
 class TransferState:
-    """What both sides have in common."""
+    """Phase of a transfer on either side, and why it has failed."""
 
     phase: Phase = field(default=Phase.OPENING, init=False)
     cause: str = field(default="", init=False)
@@ -244,6 +246,8 @@ def _are_all(parts: set[int], num_parts: int) -> bool:
 
 @dataclass
 class LegState:
+    """Progress of one leg: of what a transfer sends to one rank of its receiver."""
+
     one_sided: bool = False
     """Its receiver learns from the commit alone that parts have landed."""
     accepted: bool = False

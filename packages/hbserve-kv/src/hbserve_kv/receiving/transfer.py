@@ -31,7 +31,7 @@ _Taking = tuple["IncomingTransfer", AnnouncedPart]
 
 @dataclass(eq=False)
 class IncomingLink:
-    """One life of one sender's connection."""
+    """The receiving end of a link: one life of the connection to one sender."""
 
     hello: Handshake
     link: Link

@@ -191,8 +191,11 @@ class Leg:
 
 
 class Connection:
-    """Lost once and never used again. The parts of all transfers to the peer are pushed over it one after the other, in
-    the order in which they become ready; those of one transfer in the order of its pushes."""
+    """The sending end of a link, which is lost once and never used again.
+
+    The parts of all transfers to the peer are pushed over it one after the other, in the order in which they become
+    ready; those of one transfer in the order of its pushes.
+    """
 
     def __init__(
         self,

@@ -174,7 +174,7 @@ class Peers:
 
 
 class _RemoteRendezvous:
-    """The sender's: it asks the receiver."""
+    """A Rendezvous at the sender, who asks the receiver."""
 
     def __init__(self, client: RpcClient, link: str, timeout_s: float) -> None:
         self._client = client

@@ -46,7 +46,7 @@ class Rendezvous(Protocol):
 
 
 class HeldRendezvous:
-    """The receiver's."""
+    """A Rendezvous at the receiver, who keeps the values."""
 
     def __init__(self) -> None:
         self._values: dict[str, asyncio.Future[bytes]] = {}

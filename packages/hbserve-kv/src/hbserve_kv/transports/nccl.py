@@ -71,6 +71,8 @@ class _Description(msgspec.Struct, frozen=True):
 
 @dataclass
 class _Group:
+    """Process group of one link."""
+
     process_group: Any
     store: LinkValues
     on_gpu: bool
@@ -98,6 +100,8 @@ def link_store(rendezvous: Rendezvous, timeout_s: float) -> Any:
 
 
 class NcclTransport(Transport):
+    """Moves parts by NCCL between GPUs, else by Gloo."""
+
     name = "nccl"
     one_sided = False
     connects_to_itself = True
