@@ -7,7 +7,7 @@ import sys
 import pytest
 
 import hbserve_kv
-from hbserve_kv import BackendUnavailable, KVTransferBase, KVTransferConfig
+from hbserve_kv import BackendUnavailable, KVTransferBase, KVTransferConfig, bench
 from hbserve_kv.transports.registry import find_custom, make_transports
 
 
@@ -82,3 +82,27 @@ def test_mooncakes_own_file_is_read_and_what_is_not_used_is_named(tmp_path, monk
 
 def test_every_exported_name_is_there():
     assert all(hasattr(hbserve_kv, name) for name in hbserve_kv.__all__)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "text"),
+    [
+        (["--backend", "nixl"], 1, "kv_transfer.backend='nixl': there are"),
+        (["--rounds", "0"], 2, "argument --rounds: 0: expected 1 or more"),
+        (["--block-bytes", "0"], 2, "argument --block-bytes: 0: expected 1 or more"),
+        (["--layers", "7"], 2, "--layers=7: expected so many that --block-bytes is divisible by twice of them"),
+    ],
+)
+def test_what_the_measurement_of_a_backend_cannot_do_is_one_line(arguments, status, text, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["bench", "--sizes", "1", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        bench.main()
+    assert ended.value.code == status
+    assert text in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_the_measurement_of_a_backend_says_that_it_needs_torch():
+    code = "import sys; sys.modules['torch'] = None; from hbserve_kv import bench; sys.argv = ['bench']; bench.main()"
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, timeout=60)
+    told = "python -m hbserve_kv.bench moves tensors, and needs torch: pip install 'hbserve-kv[torch]'\n"
+    assert (done.returncode, done.stderr) == (1, told)

@@ -6,22 +6,26 @@ Each row is a whole transfer, from the grant to the acknowledged commit; "moving
 import argparse
 import asyncio
 import contextlib
+import importlib.util
 import random
 import statistics
 import sys
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from time import perf_counter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
-import torch
 
 from hbserve_kv.config import KVTransferConfig
+from hbserve_kv.errors import HBServeKVError
 from hbserve_kv.manager import KVTransferManager
 from hbserve_kv.memory.pool_layout import PoolLayout
 from hbserve_kv.memory.shared_memory import shared_empty
 from hbserve_kv.protocol.transfer_state import Outcome
+
+if TYPE_CHECKING:
+    import torch
 
 DEADLINE_S = 120.0
 MIB = 1 << 20
@@ -51,14 +55,16 @@ class Measurement:
     moving_s: float
 
 
-def make_pool(settings: Settings) -> torch.Tensor:
+def make_pool(settings: Settings) -> "torch.Tensor":
     """(num_blocks, block_bytes) uint8, every page touched."""
+    import torch
+
     make: Any = shared_empty if settings.device == "cpu" else torch.empty
     pool: torch.Tensor = make((settings.num_blocks, settings.block_bytes), dtype=torch.uint8, device=settings.device)
     return pool.fill_(1)
 
 
-def make_manager(settings: Settings, rank: int, pool: torch.Tensor) -> KVTransferManager:
+def make_manager(settings: Settings, rank: int, pool: "torch.Tensor") -> KVTransferManager:
     config = KVTransferConfig(backend=settings.backend, buffer_size=0, checksum=settings.checksum)
     found: PoolLayout | torch.Tensor = pool
     if settings.num_layers:
@@ -177,21 +183,34 @@ async def run(arguments: argparse.Namespace) -> None:
             write(f"{size:6d} MiB  {order:10s}  {report(found)}   ({carrier})\n")
 
 
+def _positive(text: str) -> int:
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{number}: expected 1 or more")
+    return number
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m hbserve_kv.bench", description=__doc__)
     parser.add_argument("--receive", help=argparse.SUPPRESS)
     parser.add_argument("--backend", default="auto", help="nccl, mooncake, ipc, auto, or module:Class")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument("--sizes", type=int, nargs="+", default=[4, 64, 512], metavar="MIB")
-    parser.add_argument("--block-bytes", type=int, default=2 * MIB)
+    parser.add_argument("--sizes", type=_positive, nargs="+", default=[4, 64, 512], metavar="MIB")
+    parser.add_argument("--block-bytes", type=_positive, default=2 * MIB)
     parser.add_argument("--layers", type=int, default=0, help="of a layer-major pool; 0: a block is one piece")
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=_positive, default=7)
     parser.add_argument("--checksum", action="store_true", help="the receiver verifies a checksum of each block")
     arguments = parser.parse_args()
+    if importlib.util.find_spec("torch") is None:
+        parser.exit(1, "python -m hbserve_kv.bench moves tensors, and needs torch: pip install 'hbserve-kv[torch]'\n")
+    if arguments.layers < 0 or (arguments.layers and arguments.block_bytes % (2 * arguments.layers)):
+        parser.error(f"--layers={arguments.layers}: expected so many that --block-bytes is divisible by twice of them")
     if arguments.receive:
         asyncio.run(receive(msgspec.json.decode(arguments.receive, type=Settings)))
-    else:
+        return
+    try:
         asyncio.run(run(arguments))
+    except (HBServeKVError, RuntimeError) as error:  # the latter by torch: no such device, or no memory
+        parser.exit(1, f"{error}\n")
 
 
 if __name__ == "__main__":
