@@ -94,7 +94,10 @@ class ServerConnection:
         """In the middle of a handshake: the server has ended, or does so with who knows another key of it, or none."""
         self._num_hung_up += 1
         if self._num_hung_up >= MOST_HUNG_UP * max(1, len(self._server_keys)):
-            self._refused("it ends each handshake, as one does that has another key than this side knows, or needs one")
+            self._refused(
+                "it ends each handshake, as one does that has another key than this side knows, or needs one, "
+                "or that is no server of HBServe's RPC, such as one of HTTP"
+            )
         elif len(self._server_keys) > 1 and self._again is None:
             self._again = asyncio.get_running_loop().call_later(AGAIN_S, self._try_next_key)
 
