@@ -70,6 +70,11 @@ async def test_an_unknown_field_that_is_null_is_not_there(server):
     assert "x-hbserve-ignored" not in (await server.chat(metadata=None)).headers
 
 
+async def test_an_unknown_field_of_an_object_is_named_by_its_path(server):
+    response = await server.chat(stream=True, stream_options={"include_usgae": True, "odd": None})
+    assert response.headers["x-hbserve-ignored"] == "stream_options.include_usgae"
+
+
 async def send(server: FakeServer, headers: dict[str, str], body: bytes | None = None) -> httpx.Response:
     body = json.dumps({"messages": MESSAGES}).encode() if body is None else body
     return await server.client.post("/v1/chat/completions", content=body, headers=headers)

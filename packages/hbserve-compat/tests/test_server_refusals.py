@@ -105,6 +105,11 @@ CHATS = {
         "expected text",
     ),
     "a number": ([{"role": "user", "content": 5}], "messages", "messages[0].content=5: expected a string"),
+    "a content that is called otherwise": (
+        [{"role": "user", "contnet": "a"}],
+        "messages[0].content",
+        "messages[0]: has no content, but 'contnet, role'",
+    ),
     "half a character": ([{"role": "user", "content": "\ud83d"}], None, ""),
 }
 

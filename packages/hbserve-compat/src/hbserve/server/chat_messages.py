@@ -9,6 +9,8 @@ from hbserve.server.api_error import ApiError
 from hbserve_rpc.plain_values import plain_text, shown
 
 ROLES = {"system", "developer", "user", "assistant", "tool"}
+SPEAKERS = {"developer", "system", "user"}
+"""Who says something in each message. A tool may have nothing to say, and an assistant may call one instead."""
 MOST_MESSAGES = 4096
 PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
 """Types of a content's parts, and the field that has the text of each. Two are of the Responses API, as vLLM takes
@@ -34,6 +36,9 @@ def _plain(path: str, message: dict[str, Any]) -> dict[str, Any]:
     if role not in ROLES:
         expected = ", ".join(sorted(ROLES))
         raise ApiError(400, f"{path}.role={shown(role)}: expected one of {expected}", param=f"{path}.role")
+    if role in SPEAKERS and message.get("content") is None:
+        names = ", ".join(sorted(message)[:16])
+        raise ApiError(400, f"{path}: has no content, but {shown(names)}; expected a text", param=f"{path}.content")
     plain = {name: value for name, value in message.items() if value is not None}
     plain["role"] = "system" if role == "developer" else role
     plain["content"] = _text(f"{path}.content", message.get("content"))

@@ -3,7 +3,8 @@
 import codecs
 import logging
 import re
-from typing import Any, TypeVar
+from functools import cache
+from typing import Any, TypeVar, get_args
 
 import msgspec
 from starlette.requests import Request
@@ -107,8 +108,24 @@ def _number(value: Any) -> Any:
 
 
 def ignored_fields(content: dict[str, Any], kind: type[msgspec.Struct]) -> list[str]:
-    """Names of what a body has and an endpoint does not take; null is as if it were not there."""
-    return sorted({name for name, value in content.items() if value is not None} - set(kind.__struct_fields__))
+    """Names of what a body has and an endpoint does not take, as `odd` or `stream_options.odd`; null is as if it were
+    not there."""
+    names = {name for name, value in content.items() if value is not None} - set(kind.__struct_fields__)
+    for name, known in _objects(kind).items():
+        if isinstance(inner := content.get(name), dict):
+            names |= {f"{name}.{each}" for each, value in inner.items() if value is not None and each not in known}
+    return sorted(names)
+
+
+@cache
+def _objects(kind: type[msgspec.Struct]) -> dict[str, tuple[str, ...]]:
+    """Fields of a body that are objects themselves, and the fields of these."""
+    return {
+        field.name: each.__struct_fields__
+        for field in msgspec.structs.fields(kind)
+        for each in get_args(field.type)
+        if isinstance(each, type) and issubclass(each, msgspec.Struct)
+    }
 
 
 _logged: set[str] = set()
