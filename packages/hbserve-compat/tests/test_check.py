@@ -179,6 +179,10 @@ def test_a_deployment_that_will_work_is_status_0_and_one_that_will_not_names_wha
     assert (status, error) == (1, "error: this will not work: model\n")
     assert lines[2].startswith("FAIL  model ")
     assert "'/nowhere' does not exist" in lines[2]
+    status, lines, error = check(config(kv_transfer={"backend": "nclc"}))
+    assert (status, error) == (1, "error: this will not work: settings\n")
+    assert lines[2].startswith("FAIL  settings ")
+    assert "kv_transfer.backend='nclc': there are" in lines[2]
     status, lines, error = check(config(modle={}))
     assert (status, lines) == (2, [])
     assert "modle: unknown key" in error

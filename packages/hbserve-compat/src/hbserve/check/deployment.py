@@ -72,6 +72,9 @@ def _check_keys(config: DeploymentConfig) -> Finding:
 async def _check_model(config: DeploymentConfig) -> list[Finding]:
     try:
         require_settings(config)
+    except (ValueError, ImportError) as error:
+        return [Finding("FAIL", "settings", str(error))]
+    try:
         if config.model.path is None:
             return [Finding("ok", "model", "the demo model, which is converted at the first start")]
         folder = await find_model_folder(config.model.path)
