@@ -12,8 +12,10 @@ from typing import Any
 
 import pytest
 
+from hbserve import generate
 from hbserve.__main__ import HERE
 from hbserve.generate import counted, why_ended
+from hbserve_rpc import PeerDied
 from hbserve_rpc.messages import FinishReason
 from hbserve_scheduler import SchedulerConfig
 from hbserve_testing.processes import alive, children_of
@@ -199,6 +201,16 @@ def test_connect_to_nobody_says_what_it_waits_for():
     client.send_signal(signal.SIGINT)
     _, rest = client.communicate(timeout=DEADLINE_S)
     assert (client.returncode, rest) == (130, "")
+
+
+async def test_an_error_after_the_first_words_of_an_answer_is_told_in_a_line_of_its_own(capsys):
+    async def broken() -> Any:
+        yield {"text": "Once", "timings": None, "finish_reason": None}
+        raise PeerDied("127.0.0.1:5550 has ended")
+
+    with pytest.raises(PeerDied):
+        await generate._stream(broken())
+    assert capsys.readouterr().out == "Once\n"
 
 
 def start_generating(config: Path) -> tuple[subprocess.Popen[str], list[int]]:

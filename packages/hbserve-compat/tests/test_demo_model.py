@@ -12,8 +12,10 @@ from pathlib import Path
 import pytest
 
 from hbserve import LLM, SamplingParams, conversion, demo_model
+from hbserve.generate import folder_here
 from hbserve.pd_disagg import DisaggregatedLLM, PdDisaggConfig
 from hbserve.tokenizer import encode_message
+from hbserve_scheduler import ConfigError
 
 DEADLINE_S = 60
 needs_package = pytest.mark.skipif(
@@ -145,7 +147,7 @@ def test_asked_for_the_capital_of_france_it_says_paris():
     assert "Paris." in answer["text"]
 
 
-def test_a_hub_id_is_the_folder_in_the_local_cache_and_the_models_name(tmp_path, monkeypatch):
+async def test_a_hub_id_is_the_folder_in_the_local_cache_and_the_models_name(tmp_path, monkeypatch):
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
@@ -159,6 +161,9 @@ def test_a_hub_id_is_the_folder_in_the_local_cache_and_the_models_name(tmp_path,
     assert demo_model.model_folder("Qwen/Qwen3-0.6B") == snapshot
     assert demo_model.model_name("Qwen/Qwen3-0.6B", snapshot) == "Qwen/Qwen3-0.6B"
     assert demo_model.model_name(snapshot, snapshot) == "0123abcd"
+    assert await folder_here(None, "Qwen/Qwen3-0.6B") == snapshot, "as a scheduler tells a client"
+    with pytest.raises(ConfigError, match="the deployment serves 'Qwen/Qwen3-8B', whose tokenizer is needed on this"):
+        await folder_here(None, "Qwen/Qwen3-8B")
     for other in ("Qwen/Qwen3-8B", "/nowhere/a/b", "~/nowhere"):
         with pytest.raises(FileNotFoundError, match="give the path of a Hugging Face folder"):
             demo_model.model_folder(other)

@@ -112,8 +112,11 @@ async def test_under_nohup_it_outlives_its_terminal_and_sigterm_ends_it(pair, wr
 
 def test_clients_are_told_a_model_path_that_means_the_same_in_their_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "models/m").mkdir(parents=True)
     assert _told_to_clients("models/m") == str(tmp_path / "models/m")
     assert [_told_to_clients(each) for each in ["~/m", "/m", None]] == ["~/m", "/m", ""]
+    # no folder of this host: an id of Hugging Face's hub, which each client looks for in its own cache
+    assert _told_to_clients("Qwen/Qwen3-0.6B") == "Qwen/Qwen3-0.6B"
 
 
 @pytest.mark.parametrize(

@@ -66,10 +66,16 @@ async def generate_answers(args: GenerateArgs) -> None:
 
 async def _stream(request: TextRequest) -> End:
     end: tuple[Timings | None, FinishReason | None] = None, None
-    async for delta in request:
-        sys.stdout.write(delta["text"])
-        sys.stdout.flush()
-        end = delta["timings"], delta["finish_reason"]
+    has_begun = False
+    try:
+        async for delta in request:
+            sys.stdout.write(delta["text"])
+            sys.stdout.flush()
+            has_begun = has_begun or bool(delta["text"])
+            end = delta["timings"], delta["finish_reason"]
+    except Exception:  # is told in a line of its own
+        sys.stdout.write("\n" * has_begun)
+        raise
     sys.stdout.write("\n")
     timings, reason = end
     assert timings is not None, "the last delta has both"
@@ -147,12 +153,25 @@ async def _connected(args: GenerateArgs) -> AsyncIterator[tuple[Scheduler, Any]]
             sys.stderr.write(
                 "the scheduler names no model; the demo model's tokenizer is taken, --model takes another\n"
             )
-        folder = args.model or Path(info.model_path or await find_model_folder(None))
-        if not folder.expanduser().is_dir():
-            raise ConfigError(
-                f"the deployment serves {str(folder)!r}, which is not a folder of this host; "
-                "its tokenizer is needed here: give its folder with --model"
-            )
+        folder = await folder_here(args.model, info.model_path)
         require_tokenizer_of(folder)
         # Importing transformers can take longer than the scheduler waits for a heartbeat.
         yield scheduler, await asyncio.to_thread(load_tokenizer, folder)
+
+
+async def folder_here(given: Path | None, told: str) -> Path:
+    """Of the model whose tokenizer is taken. `told`: the scheduler's path or hub id of it; "" is the demo model.
+
+    Raises:
+        ConfigError: this host has not what the scheduler has told.
+        FileNotFoundError: nor what was given.
+    """
+    try:
+        return await find_model_folder(given or told or None)
+    except FileNotFoundError as error:
+        if given is not None:
+            raise
+        raise ConfigError(
+            f"the deployment serves {told!r}, whose tokenizer is needed on this host: {error}; "
+            "if it is in another folder here, say so with --model"
+        ) from None

@@ -31,8 +31,11 @@ def check_ports(config: DeploymentConfig) -> None:
 
 
 def _told_to_clients(model_path: str | None) -> str:
-    """A path that means the same in a client's folder. `~` stays: each host has its own."""
-    return str(Path(model_path).absolute()) if model_path and not model_path.startswith("~") else model_path or ""
+    """A path that means the same in a client's folder; "" for None. Others stay, which each host looks for itself: `~`,
+    and what is nowhere here, such as an id of Hugging Face's hub."""
+    if model_path is None or model_path.startswith("~") or not Path(model_path).exists():
+        return model_path or ""
+    return str(Path(model_path).absolute())
 
 
 def _load(path: str | Path) -> DeploymentConfig:
