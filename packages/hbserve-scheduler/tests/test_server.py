@@ -130,7 +130,9 @@ async def test_find_says_by_name_that_nobody_answers():
     remote = RemoteScheduler(server.address)
     await remote.start()
     try:
-        with pytest.raises(NotReady, match=rf"no scheduler at {server.address} within 0\.5 s: nobody listens there"):
+        with pytest.raises(
+            NotReady, match=rf"no scheduler at {server.address} within 0\.5 s: .* nobody .* listens there"
+        ):
             await remote.find(0.5)
     finally:
         await remote.stop()

@@ -89,6 +89,13 @@ class RpcClient:
         """Why nobody may be answering, as the end of a sentence; "" once somebody has answered."""
 
     @property
+    def why_silent(self) -> str:
+        """`problem`, or that there is no connection at all."""
+        if self.problem or self._connection.is_there:
+            return self.problem
+        return "; there is no connection: nobody who speaks this protocol listens there"
+
+    @property
     def _socket(self) -> MessageSocket:
         return self._connection.socket
 

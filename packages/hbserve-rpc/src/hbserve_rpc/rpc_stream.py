@@ -20,7 +20,9 @@ class Client(Protocol):
     """RpcClient, as far as its streams need it."""
 
     address: str
-    problem: str
+
+    @property
+    def why_silent(self) -> str: ...
 
     def begin(self, pending: "RpcStream[Any]", envelope: wire.Call | wire.Open, request: msgspec.Struct) -> None: ...
 
@@ -181,7 +183,7 @@ class RpcStream(AsyncIterator[R], Generic[R]):
     def _is_late(self) -> None:
         if self._items or self._error is not None:  # it came in the same turn of the loop
             return
-        silent = f"no answer to {self.method} within {self._timeout_s:.3g} s{self._client.problem}"
+        silent = f"no answer to {self.method} within {self._timeout_s:.3g} s{self._client.why_silent}"
         self._close(RpcTimeout(f"{self._client.address}: {silent}"))
         self._wake()
 

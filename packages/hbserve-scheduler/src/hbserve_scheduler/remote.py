@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from typing import Literal
 
 from hbserve_rpc import HBServeRpcError, Keys, NotAllowed, RpcClient, RpcStream
-from hbserve_rpc.address import nobody_listens
 from hbserve_rpc.members import (
     SCHEDULER_DRAIN,
     SCHEDULER_FLIP,
@@ -46,7 +45,6 @@ from hbserve_scheduler.errors import NotReady
 
 CALL_TIMEOUT_S = 10.0
 RETRY_S = 0.1
-LOOK_TIMEOUT_S = 1.0
 
 
 class RemoteScheduler:
@@ -92,8 +90,6 @@ class RemoteScheduler:
             except HBServeRpcError as error:
                 problem = str(error)
                 await asyncio.sleep(min(RETRY_S, max(0.0, deadline_s - asyncio.get_running_loop().time())))
-        if await nobody_listens(self.address, LOOK_TIMEOUT_S):
-            problem = "nobody listens there"
         raise NotReady(f"no scheduler at {self.address} within {timeout_s:g} s: {problem}")
 
     def submit(self, request: GenerateRequest) -> RpcStream[ClientEvent]:
