@@ -58,6 +58,8 @@ class Scripted:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.answers: list[list[Any]] = []
+        self.refuses_all = False
+        """For want of a key."""
         self.asked: list[dict[str, Any]] = []
         self.heads: list[str] = []
         self.connections: list[tuple[asyncio.StreamWriter, asyncio.Task[None] | None]] = []
@@ -84,6 +86,9 @@ class Scripted:
                 await self._answer(head, await reader.readexactly(length), writer)
 
     async def _answer(self, head: str, body: bytes, writer: asyncio.StreamWriter) -> None:
+        if head.startswith("GET /v1/models") and self.refuses_all:
+            writer.write(b"HTTP/1.1 401 No\r\nContent-Length: 10\r\n\r\nno API key")
+            return
         if head.startswith("GET /v1/models"):
             models = json.dumps({"data": [{"id": "m", "root": str(self.folder)}]}).encode()
             writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (len(models), models))
@@ -201,6 +206,12 @@ async def test_a_server_that_refuses_the_first_request_is_an_error_before_the_lo
     with pytest.raises(RemoteError, match="the first request: HTTP 400: no such model"):
         await bench(scripted)
     assert len(scripted.asked) == 1
+
+
+async def test_a_server_that_wants_a_key_is_told_with_where_to_put_it(scripted):
+    scripted.refuses_all = True
+    with pytest.raises(RemoteError, match="HTTP 401: no API key; OPENAI_API_KEY or HBSERVE_API_KEY has the one"):
+        await bench(scripted)
 
 
 async def test_nobody_there_is_said_with_the_time_that_was_waited():

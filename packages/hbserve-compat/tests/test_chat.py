@@ -47,6 +47,8 @@ async def test_an_answer_comes_in_pieces_from_a_url_with_or_without_v1(server):
 
 
 async def test_what_a_server_refuses_and_what_is_no_server_is_told_in_its_words(server):
+    with pytest.raises(RemoteError, match=r"no API key: .*; --api-key or HBSERVE_API_KEY sends one"):
+        await texts(ChatClient(server.url, None))
     with pytest.raises(RemoteError, match="wrong API key"):
         await texts(ChatClient(server.url, "other"))
     with pytest.raises(RemoteError, match="max_tokens=-1"):

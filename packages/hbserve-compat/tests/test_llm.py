@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from hbserve import LLM, SamplingParams
+from hbserve.keywords import translated
 from hbserve_rpc import InvalidRequest, LogitsNotFinite
 
 
@@ -103,6 +104,11 @@ def test_an_unknown_keyword_warns_by_name(small_model):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         LLM(str(small_model("qwen3")), max_model_len=4096, gpu_memory_utilization=0.5, num_kvcache_blocks=10).exit()
+
+
+def test_a_keyword_that_is_misspelt_is_warned_of_with_the_one_that_is_meant():
+    with pytest.warns(UserWarning, match=r"\(kv_transfer_backnd=.* unknown .* mean 'kv_transfer_backend'"):
+        assert translated({"kv_transfer_backnd": "nccl"}, None) == {}
 
 
 def test_a_folder_that_is_not_there_or_lacks_files_is_named(tmp_path):

@@ -357,6 +357,7 @@ async def test_a_key_is_asked_for_where_something_is_computed_and_read_again_whe
     assert await status("second") == 200
     error = error_of(await server.complete(), 401)
     assert (error["code"], error["type"]) == ("invalid_api_key", "authentication_error")
+    assert error["message"].startswith("no API key: expected the header")
 
 
 async def test_no_origin_may_ask_unless_it_was_named(tokenizer):

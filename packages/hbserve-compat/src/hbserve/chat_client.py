@@ -104,7 +104,8 @@ async def _texts(parts: AsyncIterator[bytes]) -> AsyncIterator[str]:
 
 
 def _message(status: int, body: bytes) -> str:
+    cure = "; --api-key or HBSERVE_API_KEY sends one" if status == 401 else ""
     try:
-        return str(json.loads(body)["error"]["message"])
+        return str(json.loads(body)["error"]["message"]) + cure
     except (ValueError, KeyError, TypeError):
         return f"--url: the server answered {status}: {body[:200]!r}"

@@ -1,5 +1,6 @@
 """LLM's keywords: nano-vllm's, and the fields of PdDisaggConfig."""
 
+import difflib
 import warnings
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,9 @@ def translated(keywords: dict[str, Any], default_backend: str | None) -> dict[st
         elif (own := NANO_VLLM_NAMES.get(name, name)) in known:
             settings[own] = None if name == "num_kvcache_blocks" and value == -1 else value
         else:
-            warnings.warn(f"LLM({name}=...) is unknown and ignored", stacklevel=3)
+            close = difflib.get_close_matches(name, {*known, *NANO_VLLM_NAMES, "enforce_eager"}, 1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            warnings.warn(f"LLM({name}=...) is unknown and ignored{hint}", stacklevel=3)
     if settings.setdefault("kv_transfer_backend", default_backend) is None:
         del settings["kv_transfer_backend"]
         for name in NOT_OF_ONE_ENGINE & settings.keys():

@@ -205,7 +205,8 @@ async def _find_model(client: HttpClient, timeout_s: float) -> tuple[str, str]:
             await asyncio.sleep(RETRY_S)
             continue
         if status != 200:
-            raise RemoteError(f"GET /v1/models: HTTP {status}: {text[:300].decode(errors='replace')}")
+            cure = "; OPENAI_API_KEY or HBSERVE_API_KEY has the one to send" if status == 401 else ""
+            raise RemoteError(f"GET /v1/models: HTTP {status}: {text[:300].decode(errors='replace')}{cure}")
         first = msgspec.json.decode(text)["data"][0]
         return first["id"], first.get("root") or first["id"]
 

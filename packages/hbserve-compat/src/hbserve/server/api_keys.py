@@ -74,9 +74,10 @@ class RequireApiKey:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and not self._may_ask(scope):
+            what = "wrong" if _key(HTTPConnection(scope).headers) else "no"
             refusal = ApiError(
                 401,
-                "wrong API key: expected the header `Authorization: Bearer KEY`, or `x-api-key: KEY`",
+                f"{what} API key: expected the header `Authorization: Bearer KEY`, or `x-api-key: KEY`",
                 code="invalid_api_key",
                 headers={"www-authenticate": "Bearer"},
             )
