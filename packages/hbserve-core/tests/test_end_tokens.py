@@ -57,28 +57,44 @@ def test_the_end_token_of_a_tokenizer_is_the_one_that_transformers_finds(tmp_pat
     if older is not None:
         (tmp_path / "special_tokens_map.json").write_text(json.dumps({"eos_token": older}))
     theirs = PreTrainedTokenizerFast.from_pretrained(tmp_path).eos_token_id
-    assert end_token_ids(tmp_path, {}, {}) == (() if theirs is None else (theirs,))
+    assert end_token_ids(tmp_path, {}, {}, 320) == (() if theirs is None else (theirs,))
 
 
 def test_ids_of_all_three_files_count_once_each(tmp_path):
     write_tokenizer(tmp_path)
-    assert end_token_ids(tmp_path, {"eos_token_id": 4}, {"eos_token_id": [3, 4]}) == (3, 4, 2)
-    assert end_token_ids(tmp_path, {"eos_token_id": [2]}, {}) == (2,)
+    assert end_token_ids(tmp_path, {"eos_token_id": 4}, {"eos_token_id": [3, 4]}, 320) == (3, 4, 2)
+    assert end_token_ids(tmp_path, {"eos_token_id": [2]}, {}, 320) == (2,)
 
 
 def test_a_folder_without_a_tokenizer_has_the_ids_of_its_configuration(tmp_path):
-    assert end_token_ids(tmp_path, {"eos_token_id": 7}, {}) == (7,)
-    assert end_token_ids(tmp_path, {"eos_token_id": None}, {}) == ()
+    assert end_token_ids(tmp_path, {"eos_token_id": 7}, {}, 320) == (7,)
+    assert end_token_ids(tmp_path, {"eos_token_id": None}, {}, 320) == ()
 
 
 @pytest.mark.parametrize("value", ["2", 2.5, True, [2, None], {"id": 2}])
 def test_an_id_that_is_no_integer_is_refused_by_name(tmp_path, value):
     with pytest.raises(UnsupportedModel, match=r"eos_token_id=.*expected an integer or a list of them"):
-        end_token_ids(tmp_path, {"eos_token_id": value}, {})
+        end_token_ids(tmp_path, {"eos_token_id": value}, {}, 320)
 
 
 def test_a_tokenizer_file_that_is_not_json_is_named(tmp_path):
     write_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(BrokenTokenizer, match=r"tokenizer\.json"):
-        end_token_ids(tmp_path, {}, {})
+        end_token_ids(tmp_path, {}, {}, 320)
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("tokenizer.json", '{"model": {"vocab": {"</s>": "2"}}}'),
+        ("tokenizer.json", '{"model": {"vocab": 2}}'),
+        ("tokenizer_config.json", '{"eos_token": "b", "added_tokens_decoder": {"x": {"content": "b"}}}'),
+        ("tokenizer_config.json", "[" * 100_000),
+    ],
+)
+def test_a_tokenizer_file_with_something_else_in_it_is_named(tmp_path, file, content):
+    write_tokenizer(tmp_path)
+    (tmp_path / file).write_text(content)
+    with pytest.raises(BrokenTokenizer, match=f"its tokenizer cannot be read: {file}"):
+        end_token_ids(tmp_path, {}, {}, 320)

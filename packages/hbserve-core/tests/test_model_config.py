@@ -4,12 +4,14 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hbserve_core.errors import ModelFilesMissing, UnsupportedModel
+from hbserve_core.model import config_values
 from hbserve_core.model.model_config import load_model_config
 from hbserve_core.model.rope import inverse_frequencies
 
@@ -114,10 +116,64 @@ def test_a_config_that_is_not_json_is_named(tmp_path, content):
         load_model_config(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+def test_a_file_that_cannot_be_read_is_named(write, name):
+    folder = write()
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).mkdir()
+    with pytest.raises(ModelFilesMissing, match=f"{name} cannot be read: Is a directory"):
+        load_model_config(folder)
+
+
 @pytest.mark.parametrize("size", ["64", 64.0, -64, 0, None, True])
 def test_a_size_that_is_none_is_named_with_its_value(write, size):
-    with pytest.raises(UnsupportedModel, match=rf"config\.json: hidden_size={size!r}: expected an integer, at least 1"):
+    with pytest.raises(UnsupportedModel, match=rf"config\.json: hidden_size={size!r}: expected `int`"):
         load_model_config(write(hidden_size=size))
+
+
+ODD = ["x", -1, 0, 1.5, float("nan"), None, {"a": 1}, ["a"], 10**20]
+
+
+@pytest.mark.parametrize("name", ["Gemma3", "Granite", "Mistral", "OPT", "Qwen3Moe", "SmolLM3"])
+def test_a_value_of_any_kind_is_read_or_refused_by_its_key_and_never_takes_memory(write, name):
+    mixture = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+    sizes = {"architectures": [f"{name}ForCausalLM"], "num_key_value_heads": 2, "sliding_window": 21, "ffn_dim": 96}
+    load_model_config(write(**sizes, **mixture))
+    for key in sorted(each.name for each in msgspec.structs.fields(config_values._Values)):
+        for value in ODD:
+            refused = ""
+            try:
+                model = load_model_config(write(**sizes | mixture | {key: value}))
+            except UnsupportedModel as error:
+                refused = str(error)
+            if refused:
+                assert key in refused or key in ("architectures", "rope_parameters"), (key, value, refused)
+            else:
+                assert min(model.head_dim, model.num_kv_heads, model.intermediate_size, model.max_model_len) >= 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_attention_heads": 128}, "more than hidden_size=64"),
+        (
+            {
+                "architectures": ["MixtralForCausalLM"],
+                "num_key_value_heads": 2,
+                "num_local_experts": 2,
+                "num_experts_per_tok": 3,
+            },
+            "there are 2 experts",
+        ),
+        ({"architectures": ["SmolLM3ForCausalLM"], "no_rope_layers": [1]}, "1 entries: expected one for each of 2"),
+        ({"num_hidden_layers": 3_000_000}, "num_hidden_layers=3000000: expected `int` <= 10000"),
+        ({"quantization_config": {"config_groups": {"g": {"weights": {"num_bits": "8"}}}}}, "num_bits"),
+        ({"quantization_config": {"quant_method": "fp8", "weight_block_size": "ab"}}, "weight_block_size='ab'"),
+    ],
+)
+def test_parts_that_do_not_fit_are_refused(write, changes, message):
+    with pytest.raises(UnsupportedModel, match=message):
+        load_model_config(write(**changes))
 
 
 def test_a_missing_size_is_named(write):
@@ -135,7 +191,10 @@ def test_other_rope_types_are_refused_by_name(write, rope_type, key):
 @pytest.mark.parametrize(
     ("scaling", "message"),
     [
-        ({"type": "yarn", "factor": "four"}, "could not convert string"),
+        ({"type": "yarn", "factor": "four"}, r"rope_scaling\.factor='four': expected `float"),
+        ({"type": "linear", "factor": 1e300}, r"factor=1e\+300"),
+        ({"type": "llama3", "factor": 8, "low_freq_factor": 4, "high_freq_factor": 4}, r"low_freq_factor=4\.0"),
+        ({"type": "longrope", "long_factor": [1], "short_factor": [1], "original_max_position_embeddings": 1}, "zero"),
         ({"type": "yarn", "factor": 0}, r"factor=0\.0"),
         ({"type": "linear", "factor": float("nan")}, "factor=nan"),
         ({"type": "yarn", "factor": 2, "rope_theta": 0.5}, r"rope_theta=0\.5"),
@@ -292,6 +351,10 @@ def test_end_of_sequence_ids_come_from_both_files(write):
     assert load_model_config(write(generation={"eos_token_id": [7, 2]}, eos_token_id=2)).eos_token_ids == (7, 2)
     assert load_model_config(write(generation={"eos_token_id": 7}, eos_token_id=[3, 4])).eos_token_ids == (7, 3, 4)
     assert load_model_config(write(generation={}, eos_token_id=None)).eos_token_ids == ()
+
+
+def test_an_end_token_that_the_model_cannot_say_is_left_out(write):
+    assert load_model_config(write(eos_token_id=[-1, 320, 319, 10**30])).eos_token_ids == (319,)
 
 
 def test_biases_follow_the_architecture_and_its_config(write):

@@ -85,9 +85,18 @@ def test_every_wrong_tensor_is_named_in_one_error(copy_of):
         assert part in str(error.value)
 
 
-def test_an_index_without_a_weight_map_is_named(copy_of):
+def test_a_file_that_cannot_be_read_is_named(copy_of):
+    folder = copy_of("llama")
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").mkdir()
+    with pytest.raises(WeightsMismatch, match=r"model\.safetensors cannot be read"):
+        load(folder)
+
+
+@pytest.mark.parametrize("content", ["[]", '{"weight_map": {"model.norm.weight": 3}}', "[" * 100_000])
+def test_an_index_without_a_weight_map_is_named(copy_of, content):
     folder = copy_of("qwen2-sharded")
-    (folder / "model.safetensors.index.json").write_text("[]")
+    (folder / "model.safetensors.index.json").write_text(content)
     with pytest.raises(WeightsMismatch, match=r"index\.json has no readable weight_map"):
         load(folder)
 

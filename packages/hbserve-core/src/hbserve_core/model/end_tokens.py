@@ -16,8 +16,12 @@ from hbserve_core.errors import BrokenTokenizer, UnsupportedModel
 T = TypeVar("T", bound=msgspec.Struct)
 
 
-def end_token_ids(folder: Path, raw: Mapping[str, Any], generation: Mapping[str, Any]) -> tuple[int, ...]:
+def end_token_ids(
+    folder: Path, raw: Mapping[str, Any], generation: Mapping[str, Any], vocab_size: int
+) -> tuple[int, ...]:
     """`raw` is the content of config.json, `generation` of generation_config.json, {} if there is none.
+
+    Ids that the model has no logit for are left out: older files have -1, and tokenizers may have more tokens.
 
     Raises:
         UnsupportedModel: an eos_token_id that is no integer.
@@ -33,7 +37,7 @@ def end_token_ids(folder: Path, raw: Mapping[str, Any], generation: Mapping[str,
     token_id = _tokenizer_end(folder)
     if token_id is not None:
         found.append(token_id)
-    return tuple(dict.fromkeys(found))
+    return tuple(token_id for token_id in dict.fromkeys(found) if 0 <= token_id < vocab_size)
 
 
 # What is needed of the tokenizer's files. They are large: what has no field here is skipped, not read into memory.
@@ -48,7 +52,7 @@ class _TokenizerConfig(msgspec.Struct):
     """Of tokenizer_config.json, and of special_tokens_map.json."""
 
     eos_token: str | _Token | msgspec.UnsetType | None = msgspec.UNSET
-    added_tokens_decoder: dict[str, _Token] | None = None
+    added_tokens_decoder: dict[int, _Token] | None = None
 
 
 class _Model(msgspec.Struct):
@@ -80,12 +84,15 @@ def _tokenizer_end(folder: Path) -> int | None:
             return token.id
     for token_id, token in (config.added_tokens_decoder or {}).items():
         if token.content == text:
-            return int(token_id)
-    return _id_in(tokenizer.model.vocab, text)
+            return token_id
+    return _id_in(folder, tokenizer.model.vocab, text)
 
 
-def _id_in(vocab: msgspec.Raw, text: str) -> int | None:
-    tokens = msgspec.json.decode(vocab, type=dict[str, int] | list[tuple[str, float]])
+def _id_in(folder: Path, vocab: msgspec.Raw, text: str) -> int | None:
+    try:
+        tokens = msgspec.json.decode(vocab, type=dict[str, int] | list[tuple[str, float]])
+    except ValueError as error:
+        raise BrokenTokenizer(f"{folder}: its tokenizer cannot be read: tokenizer.json: vocab: {error}") from error
     if isinstance(tokens, dict):
         return tokens.get(text)
     return next((token_id for token_id, (token, _) in enumerate(tokens) if token == text), None)
@@ -95,9 +102,9 @@ def _read(path: Path, kind: type[T]) -> T:
     try:
         content = path.read_bytes()
         if kind is _TokenizerConfig:  # Python writes it, and what Python calls JSON may have Infinity in it
-            return msgspec.convert(json.loads(content), kind)
+            return msgspec.convert(json.loads(content), kind, str_keys=True)
         return msgspec.json.decode(content, type=kind)
     except FileNotFoundError:
         return kind()
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise BrokenTokenizer(f"{path.parent}: its tokenizer cannot be read: {path.name}: {error}") from error

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hbserve_core.errors import ModelFilesMissing, UnsupportedModel
-from hbserve_core.model.architectures import ARCHITECTURES, Switches, find_architecture
+from hbserve_core.model.architectures import ARCHITECTURES, Experts, Switches, find_architecture
+from hbserve_core.model.config_values import check_values
 from hbserve_core.model.end_tokens import end_token_ids
 from hbserve_core.model.quantization import Packing, keeps_inputs, packing, scale_block
 from hbserve_core.model.rope_config import RopeConfig, extended_length, read_rope_configs
@@ -72,7 +73,7 @@ class ModelConfig:
     scale_block: tuple[int, int] | None
     """Of 8-bit weights; None: they are not quantised. See `quantization.scale_block`."""
     eos_token_ids: tuple[int, ...]
-    """Each of them ends a sequence."""
+    """Each of them ends a sequence. Of the vocabulary."""
     packing: Packing | None = None
     """Of 4-bit weights."""
     keeps_inputs: bool = False
@@ -99,14 +100,11 @@ class ModelConfig:
         return ropes
 
 
-_SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
-
-
 def load_model_config(path: str | Path) -> ModelConfig:
     """Read `config.json` and, where they are there, `generation_config.json` and the end token of the tokenizer.
 
     Raises:
-        ModelFilesMissing: no such folder, or no config.json in it.
+        ModelFilesMissing: no such folder, no config.json in it, or one that cannot be read.
         UnsupportedModel: an architecture, activation, RoPE type or sliding window that this engine does not have,
             or a config.json that lacks a size.
         BrokenTokenizer: a tokenizer's files cannot be read.
@@ -118,10 +116,10 @@ def load_model_config(path: str | Path) -> ModelConfig:
     if raw is None:
         found = ", ".join(sorted(entry.name for entry in folder.iterdir())[:8]) or "nothing"
         raise ModelFilesMissing(f"model folder {str(folder)!r} has no config.json (it has: {found})")
+    check_values(folder / "config.json", raw)
     architecture = find_architecture(folder, raw)
     raw = ARCHITECTURES[architecture].completed(raw)
     try:
-        _require_sizes(folder, raw)
         return _parse(folder, architecture, raw, _read_json(folder / "generation_config.json") or {})
     except KeyError as error:
         raise UnsupportedModel(f"{folder / 'config.json'}: {error.args[0]!r} is missing") from error
@@ -141,11 +139,8 @@ def _parse(folder: Path, architecture: str, raw: Mapping[str, Any], generation: 
     _refuse_what_is_not_built(folder, raw, architecture, switches)
     num_heads = raw["num_attention_heads"]
     num_kv_heads = raw.get("num_key_value_heads") or num_heads
-    if num_heads % num_kv_heads:
-        raise UnsupportedModel(
-            f"{folder}: num_attention_heads={num_heads} is not a multiple of num_key_value_heads={num_kv_heads}"
-        )
     head_dim = raw.get("head_dim") or raw["hidden_size"] // num_heads
+    _refuse_parts_that_do_not_fit(folder, raw["hidden_size"], num_heads, num_kv_heads, head_dim, switches.experts)
     rope, local_rope = read_rope_configs(folder, raw)
     stated = raw["max_position_embeddings"]
     max_model_len = stated if local_rope else extended_length(rope, stated)  # with a local one, it is extended already
@@ -172,17 +167,10 @@ def _parse(folder: Path, architecture: str, raw: Mapping[str, Any], generation: 
         switches=switches,
         attention_scale=switches.attention_multiplier or head_dim**-0.5,
         scale_block=scale_block(folder, raw),
-        eos_token_ids=end_token_ids(folder, raw, generation),
+        eos_token_ids=end_token_ids(folder, raw, generation, raw["vocab_size"]),
         packing=packing(folder, raw),
         keeps_inputs=keeps_inputs(raw),
     )
-
-
-def _require_sizes(folder: Path, raw: Mapping[str, Any]) -> None:
-    for name in _SIZES:
-        size = raw[name]
-        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-            raise UnsupportedModel(f"{folder / 'config.json'}: {name}={size!r}: expected an integer, at least 1")
 
 
 def _refuse_what_is_not_built(folder: Path, raw: Mapping[str, Any], architecture: str, switches: Switches) -> None:
@@ -196,6 +184,19 @@ def _refuse_what_is_not_built(folder: Path, raw: Mapping[str, Any], architecture
         if raw.get(name, value) != value:
             given = json.dumps(raw[name])
             raise UnsupportedModel(f"{folder}: {name}={given} of {architecture} is not supported; it needs {needed}")
+
+
+def _refuse_parts_that_do_not_fit(
+    folder: Path, hidden_size: int, num_heads: int, num_kv_heads: int, head_dim: int, experts: Experts | None
+) -> None:
+    if num_heads % num_kv_heads:
+        raise UnsupportedModel(
+            f"{folder}: num_attention_heads={num_heads} is not a multiple of num_key_value_heads={num_kv_heads}"
+        )
+    if head_dim < 1:
+        raise UnsupportedModel(f"{folder}: num_attention_heads={num_heads}: more than hidden_size={hidden_size}")
+    if experts is not None and experts.per_token > experts.count:
+        raise UnsupportedModel(f"{folder}: num_experts_per_tok={experts.per_token}: there are {experts.count} experts")
 
 
 def _sliding_layers(folder: Path, raw: Mapping[str, Any], switches: Switches) -> tuple[int, ...]:
@@ -229,6 +230,8 @@ def _read_json(path: Path) -> dict[str, Any] | None:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
+    except OSError as error:
+        raise ModelFilesMissing(f"{path} cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:  # of the first kind is what is no UTF-8 too
         raise UnsupportedModel(f"{path} is not JSON: {error}") from error
     if not isinstance(value, dict):

@@ -106,7 +106,7 @@ def read_rope_config(folder: Path, raw: Mapping[str, Any]) -> RopeConfig:
         return RopeConfig(rope_type, theta, partial=partial)
     try:
         return replace(_read_scaling(rope_type, theta, parameters, raw), partial=partial)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, ArithmeticError) as error:
         raise UnsupportedModel(f"{folder}: rope scaling {dict(parameters)} cannot be: {error}") from error
 
 
@@ -119,14 +119,16 @@ def _read_scaling(rope_type: str, theta: float, parameters: Mapping[str, Any], r
         factor = raw["max_position_embeddings"] / original
     else:
         factor = float(parameters["factor"])
-    if not 0 < factor < math.inf or not 1 < theta < math.inf:
-        raise ValueError(f"factor={factor}, rope_theta={theta}: expected numbers above 0 and 1")
+    if not 0 < factor <= 1e6 or not 1 < theta < math.inf:
+        raise ValueError(f"factor={factor}, rope_theta={theta}: expected at most 1e6 and above 0, and above 1")
     if rope_type == "yarn":
         return _read_yarn(theta, factor, original, parameters)
     if rope_type == "longrope":
         return _read_longrope(theta, factor, original, parameters)
     if rope_type == "llama3":
         low, high = (float(parameters[name]) for name in ("low_freq_factor", "high_freq_factor"))
+        if not low < high:
+            raise ValueError(f"low_freq_factor={low}: expected less than high_freq_factor={high}")
         return RopeConfig(rope_type, theta, factor, low, high, original)
     return RopeConfig(rope_type, theta, factor)
 

@@ -41,7 +41,7 @@ def require_whole(path: Path) -> None:
     """Reads its header, and none of its tensors.
 
     Raises:
-        WeightsMismatch: the file is cut off, or no safetensors file.
+        WeightsMismatch: the file is cut off, no safetensors file, or cannot be read.
     """
     try:
         with safe_open(path, framework="np"):  # of what it is asked for it imports; torch is not needed for that
@@ -50,11 +50,13 @@ def require_whole(path: Path) -> None:
         raise WeightsMismatch(
             f"{path} is not a whole safetensors file ({error}): fetch it again; it may be cut off, or a Git LFS pointer"
         ) from error
+    except OSError as error:
+        raise WeightsMismatch(f"{path} cannot be read: {error}") from error
 
 
 def _shard_names(index: Path) -> list[str]:
     try:
         content: Any = json.loads(index.read_text(encoding="utf-8"))
-        return sorted(set(content["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        return sorted({str(Path(name)) for name in content["weight_map"].values()})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise WeightsMismatch(f"{index} has no readable weight_map: {error}") from error
