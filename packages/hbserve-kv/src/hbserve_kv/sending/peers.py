@@ -127,7 +127,7 @@ class Peers:
 
     async def _attempt(self, address: str, epoch: str) -> Connection:
         try:
-            made = await connect(address, self._me, self._my_address(), self._transports, self._timeout_s, self._keys)
+            made = await self._connect(address)
         except FingerprintMismatch:
             raise  # it answers, so there is nothing to wait for
         except TransferFailed as error:
@@ -172,67 +172,85 @@ class Peers:
             await asyncio.gather(*(connection.hang_up() for task, connection in closing.items() if not task.done()))
         await asyncio.gather(*closing, return_exceptions=True)
 
+    # ---- connecting ----------------------------------------------------------------------------------------------
 
-class _RemoteRendezvous:
-    """A Rendezvous at the sender, who asks the receiver."""
+    async def _connect(self, address: str) -> Connection:
+        """Connect by the best transport of both sides. If that fails when it is tried, the next best is.
 
-    def __init__(self, client: RpcClient, link: str, timeout_s: float) -> None:
-        self._client = client
-        self._link = link
-        self._timeout_s = timeout_s
-
-    async def set(self, name: str, value: bytes) -> None:
-        await self._client.call(messages.TELL, messages.Told(self._link, name, value), timeout_s=self._timeout_s)
-
-    async def get(self, name: str) -> bytes:
-        asked = messages.Asked(self._link, name)
-        return (await self._client.call(messages.ASK, asked, timeout_s=self._timeout_s)).value
-
-
-async def connect(
-    address: str,
-    me: Identity,
-    my_address: str,
-    transports: Mapping[str, Transport],
-    timeout_s: float,
-    keys: Keys | None,
-) -> Connection:
-    """Connect by the best transport of both sides. If that fails when it is tried, the next best is.
-
-    Raises:
-        FingerprintMismatch: the peer's KV means something else.
-        TransferFailed: the peer does not answer, or no transport reaches it.
-    """
-    offers = dict(transports)
-    while True:
-        client = _client(address, timeout_s, keys)
-        await client.start()
-        try:
-            stream, reply, link = await _shake_hands(client, me, my_address, offers, timeout_s)
-            transport = offers.pop(reply.transport)
-            error = await _try_transport(transport, link, timeout_s)
-        except BaseException:
+        Raises:
+            FingerprintMismatch: the peer's KV means something else.
+            TransferFailed: the peer does not answer, or no transport reaches it.
+        """
+        offers, timeout_s = dict(self._transports), self._timeout_s
+        while True:
+            client = self._client(address)
+            await client.start()
+            try:
+                stream, reply, link = await self._shake_hands(client, offers)
+                transport = offers.pop(reply.transport)
+                error = await _try_transport(transport, link, timeout_s)
+            except BaseException:
+                await client.close()
+                raise
+            if error is None:
+                passed_over = "".join(f"; not {name}: {reason}" for name, reason in reply.passed_over.items())
+                whom = "itself" if address == self._my_address() else address
+                logger.info("link to %s: %s%s%s", whom, transport.name, link.told and f", {link.told}", passed_over)
+                return Connection(client, stream, reply, link, transport, timeout_s)
+            await stream.aclose()
             await client.close()
-            raise
-        if error is None:
-            passed_over = "".join(f"; not {name}: {reason}" for name, reason in reply.passed_over.items())
-            whom = "itself" if address == my_address else address
-            logger.info("link to %s: %s%s%s", whom, transport.name, link.told and f", {link.told}", passed_over)
-            return Connection(client, stream, reply, link, transport, timeout_s)
-        await stream.aclose()
-        await client.close()
-        if not offers:
-            raise TransferFailed(f"no connection to {address} by {transport.name}: {error}") from error
-        logger.warning("no connection to %s by %s, next is %s: %s", address, transport.name, next(iter(offers)), error)
+            if not offers:
+                raise TransferFailed(f"no connection to {address} by {transport.name}: {error}") from error
+            logger.warning(
+                "no connection to %s by %s, next is %s: %s", address, transport.name, next(iter(offers)), error
+            )
 
+    def _client(self, address: str) -> RpcClient:
+        timeout_s = self._timeout_s
+        try:
+            return RpcClient(
+                address, heartbeat_interval_s=min(2.0, timeout_s / 4), heartbeat_timeout_s=timeout_s, keys=self._keys
+            )
+        except InvalidAddress as error:  # it came in a grant
+            raise TransferFailed(f"no connection to {error}") from error
 
-def _client(address: str, timeout_s: float, keys: Keys | None) -> RpcClient:
-    try:
-        return RpcClient(
-            address, heartbeat_interval_s=min(2.0, timeout_s / 4), heartbeat_timeout_s=timeout_s, keys=keys
+    async def _shake_hands(
+        self, client: RpcClient, offers: Mapping[str, Transport]
+    ) -> tuple[RpcStream[Any], LinkReply, Link]:
+        me, timeout_s = self._me, self._timeout_s
+        hello = Handshake(
+            messages.PROTOCOL_VERSION,
+            me.rank,
+            me.epoch,
+            self._my_address(),
+            me.fingerprint,
+            me.heads,
+            me.layout,
+            {name: transport.describe() for name, transport in offers.items()},
+            uuid.uuid4().hex,
+            me.name,
         )
-    except InvalidAddress as error:  # it came in a grant
-        raise TransferFailed(f"no connection to {error}") from error
+        stream = client.stream(messages.LINK, hello)
+        try:
+            async with asyncio.timeout(timeout_s):
+                reply: LinkReply = await anext(stream)
+        except TimeoutError:
+            raise TransferFailed(f"no connection to {client.address}: no answer within {timeout_s} s") from None
+        except (HBServeRpcError, StopAsyncIteration) as error:
+            if FingerprintMismatch.__name__ in str(error):
+                raise FingerprintMismatch(f"{client.address} refuses: {error}") from error
+            raise TransferFailed(f"no connection to {client.address}: {error or 'the link was closed'}") from error
+        mine, peer = sides(me.layout, me.heads, reply.layout, reply.heads)  # the receiver has checked that they fit
+        link = Link(
+            hello.link,
+            is_sender=True,
+            peer_rank=reply.rank,
+            peer_description=reply.description,
+            mine=mine,
+            peer=peer,
+            rendezvous=_RemoteRendezvous(client, hello.link, timeout_s),
+        )
+        return stream, reply, link
 
 
 async def _try_transport(transport: Transport, link: Link, timeout_s: float) -> Exception | None:
@@ -250,39 +268,17 @@ async def _try_transport(transport: Transport, link: Link, timeout_s: float) -> 
     return None
 
 
-async def _shake_hands(
-    client: RpcClient, me: Identity, my_address: str, offers: Mapping[str, Transport], timeout_s: float
-) -> tuple[RpcStream[Any], LinkReply, Link]:
-    hello = Handshake(
-        messages.PROTOCOL_VERSION,
-        me.rank,
-        me.epoch,
-        my_address,
-        me.fingerprint,
-        me.heads,
-        me.layout,
-        {name: transport.describe() for name, transport in offers.items()},
-        uuid.uuid4().hex,
-        me.name,
-    )
-    stream = client.stream(messages.LINK, hello)
-    try:
-        async with asyncio.timeout(timeout_s):
-            reply: LinkReply = await anext(stream)
-    except TimeoutError:
-        raise TransferFailed(f"no connection to {client.address}: no answer within {timeout_s} s") from None
-    except (HBServeRpcError, StopAsyncIteration) as error:
-        if FingerprintMismatch.__name__ in str(error):
-            raise FingerprintMismatch(f"{client.address} refuses: {error}") from error
-        raise TransferFailed(f"no connection to {client.address}: {error or 'the link was closed'}") from error
-    mine, peer = sides(me.layout, me.heads, reply.layout, reply.heads)  # the receiver has checked that they fit
-    link = Link(
-        hello.link,
-        is_sender=True,
-        peer_rank=reply.rank,
-        peer_description=reply.description,
-        mine=mine,
-        peer=peer,
-        rendezvous=_RemoteRendezvous(client, hello.link, timeout_s),
-    )
-    return stream, reply, link
+class _RemoteRendezvous:
+    """A Rendezvous at the sender, who asks the receiver."""
+
+    def __init__(self, client: RpcClient, link: str, timeout_s: float) -> None:
+        self._client = client
+        self._link = link
+        self._timeout_s = timeout_s
+
+    async def set(self, name: str, value: bytes) -> None:
+        await self._client.call(messages.TELL, messages.Told(self._link, name, value), timeout_s=self._timeout_s)
+
+    async def get(self, name: str) -> bytes:
+        asked = messages.Asked(self._link, name)
+        return (await self._client.call(messages.ASK, asked, timeout_s=self._timeout_s)).value
