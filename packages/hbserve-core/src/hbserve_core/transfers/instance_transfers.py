@@ -18,6 +18,7 @@ from hbserve_core.model.shard import Shard
 from hbserve_core.transfers.launched_steps import LaunchedStep
 from hbserve_core.transfers.rank_transfers import RemoteRank, RemoteTransfer, make_manager
 from hbserve_kv import Outcome, PostedReceive, SendTransfer, TransferResult, TransferStats, join_grants
+from hbserve_kv.protocol.transfer_state import joint_result, worst
 
 _Receive = PostedReceive | RemoteTransfer
 _Send = SendTransfer | RemoteTransfer
@@ -140,13 +141,13 @@ class JointTransfer:
                 if result.outcome is not Outcome.COMPLETED and not cause:
                     cause = result.error
                     await self.cancel(cause)
-            return TransferResult.joint([await each for each in waiting], cause)
+            return joint_result([await each for each in waiting], cause)
         finally:
             for each in waiting:
                 each.cancel()
 
     async def cancel(self, reason: str) -> Outcome:
-        return Outcome.worst(await asyncio.gather(*(part.cancel(reason) for part in self._parts)))
+        return worst(await asyncio.gather(*(part.cancel(reason) for part in self._parts)))
 
     async def drained(self) -> None:
         await asyncio.gather(*(part.drained() for part in self._parts))

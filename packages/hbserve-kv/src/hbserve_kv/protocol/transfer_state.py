@@ -44,11 +44,6 @@ class Outcome(Enum):
     UNKNOWN = "unknown"
     """Failed, and a byte may still land: the blocks must not be used until the transfer is drained."""
 
-    @classmethod
-    def worst(cls, outcomes: "Iterable[Outcome]") -> "Outcome":
-        """That of a transfer whose parts have ended so."""
-        return max(outcomes, key=[*cls].index)
-
 
 @dataclass(frozen=True)
 class TransferResult:
@@ -70,19 +65,24 @@ class TransferResult:
     """Of a receive: each of its senders had a key, or is a process of this host. Else nobody knows who has sent what is
     there: it is not for other requests."""
 
-    @classmethod
-    def joint(cls, results: "Sequence[TransferResult]", error: str = "") -> "TransferResult":
-        """Of one transfer, whose parts have ended so. Bytes are added up."""
-        return cls(
-            Outcome.worst(each.outcome for each in results),
-            results[0].payload,
-            sum(each.num_bytes for each in results),
-            sum(each.num_parts for each in results),
-            max(each.time_s for each in results),
-            error,
-            any(each.is_partial for each in results),
-            all(each.is_trusted for each in results),
-        )
+
+def worst(outcomes: Iterable[Outcome]) -> Outcome:
+    """Outcome of a transfer whose parts have ended so."""
+    return max(outcomes, key=list(Outcome).index)
+
+
+def joint_result(results: Sequence[TransferResult], error: str = "") -> TransferResult:
+    """Result of a transfer whose parts have ended so: bytes are added up."""
+    return TransferResult(
+        worst(each.outcome for each in results),
+        results[0].payload,
+        sum(each.num_bytes for each in results),
+        sum(each.num_parts for each in results),
+        max(each.time_s for each in results),
+        error,
+        any(each.is_partial for each in results),
+        all(each.is_trusted for each in results),
+    )
 
 
 @dataclass(eq=False)

@@ -20,7 +20,14 @@ from hbserve_kv.errors import TransferFailed
 from hbserve_kv.memory.layout import HeadRange, Side
 from hbserve_kv.memory.memory import Region
 from hbserve_kv.protocol.messages import AnnouncedPart, Cancelled, Commit, Handshake, PartsAnnounced
-from hbserve_kv.protocol.transfer_state import Coverage, IncomingState, Outcome, Phase, TransferResult
+from hbserve_kv.protocol.transfer_state import (
+    Coverage,
+    IncomingState,
+    Outcome,
+    Phase,
+    TransferResult,
+    joint_result,
+)
 from hbserve_kv.transports.base import Deadline, HeldRendezvous, Link, Part, Transport, disconnect
 from hbserve_rpc import Peer
 
@@ -319,7 +326,7 @@ class IncomingTransfer:
     def _result(self) -> TransferResult:
         if self.phase is not Phase.COMPLETED:
             return TransferResult(self._state.outcome, error=self.cause)
-        return TransferResult.joint(self._committed)
+        return joint_result(self._committed)
 
 
 class PostedReceive:
