@@ -10,7 +10,7 @@ done ahead of it; with --connected the first one of a pair whose link the schedu
 
 Lambdas, comprehensions, imports and other packages are not counted, and the scheduler's heartbeats are too rare to be.
 Three parts of it are counted as flows too, by where the files are: see FLOWS. `--json` prints their files, all
-functions, and what the tasks run, which tests/test_flows.py compares with its lists and bars, and with the drawing in
+that ran, and what the tasks run, which tests/test_flows.py compares with its lists and bars, and with the drawing in
 docs/architecture.md.
 """
 
@@ -99,11 +99,17 @@ class Trace:
     def files(self, *beginnings: str) -> list[str]:
         return sorted({path for path, _ in self.calls if path.startswith(beginnings)})
 
+    def classes(self, *beginnings: str) -> list[tuple[str, str]]:
+        """Each with its file."""
+        return sorted(
+            {(path, owner) for path, name in self.calls if path.startswith(beginnings) and (owner := class_of(name))}
+        )
+
     def summary(self, *beginnings: str) -> dict[str, int]:
         chosen = {key: count for key, count in self.calls.items() if key[0].startswith(beginnings)}
         return {
-            "files": len({path for path, _ in chosen}),
-            "classes": len({(path, owner) for path, name in chosen if (owner := class_of(name))}),
+            "files": len(self.files(*beginnings)),
+            "classes": len(self.classes(*beginnings)),
             "functions": len(chosen),
             "calls": sum(chosen.values()),
         }
@@ -207,8 +213,13 @@ def main() -> None:
         asyncio.run(run(trace, folder, arguments.backend, arguments.which))
     if arguments.json:
         flows = {name: trace.files(*beginnings) for name, beginnings in FLOWS.items()}
-        functions = [name for _, name in trace.calls]
-        print(json.dumps(flows | {"functions": functions, "tasks": list(trace.tasks.elements())}))
+        whole = {
+            "files": trace.files(""),
+            "classes": [f"{path} {name}" for path, name in trace.classes("")],
+            "functions": [name for _, name in trace.calls],
+            "tasks": list(trace.tasks.elements()),
+        }
+        print(json.dumps(flows | whole))
         return
     report(trace, print)
     if arguments.calls:
