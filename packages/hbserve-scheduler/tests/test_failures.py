@@ -355,9 +355,15 @@ async def test_a_request_without_instances_ends_with_an_error_that_names_them(
         await collect(scheduler.submit(ask()))
 
 
-async def test_a_request_without_any_instance_says_that_none_were_added(make_scheduler, ask, collect):
+async def test_a_request_without_an_instance_of_a_role_says_which(make_scheduler, pair, ask, collect):
+    scheduler = await make_scheduler(pair[0], instance_wait_s=0.5)
+    with pytest.raises(Unavailable, match=r"no instances for 0\.5 s: there is no decode instance$"):
+        await collect(scheduler.submit(ask()))
+
+
+async def test_a_request_without_any_instance_says_that_none_has_been_added(make_scheduler, ask, collect):
     scheduler = await make_scheduler(instance_wait_s=0.5)
-    with pytest.raises(Unavailable, match="none were added"):
+    with pytest.raises(Unavailable, match="no instance has been added"):
         await collect(scheduler.submit(ask()))
     assert not scheduler.info().ready
 

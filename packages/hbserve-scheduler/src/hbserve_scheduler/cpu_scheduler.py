@@ -389,6 +389,10 @@ class CpuScheduler:
         """Ask every instance for its figures now, so that `stats` is not up to a heartbeat old."""
         await self.fleet.refresh()
 
+    def may_serve(self) -> bool:
+        """Whether there are instances that answer requests now."""
+        return self.fleet.may_serve()
+
     def info(self) -> ServiceInfo:
         infos = [handle.info for handle in self.fleet.handles.values() if handle.info is not None]
         lengths = [info.max_model_len for info in infos if info.max_model_len]

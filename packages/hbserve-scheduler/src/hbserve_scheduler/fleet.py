@@ -297,10 +297,17 @@ class Fleet:
         return self._roles_there[soon]
 
     def why_nobody(self) -> str:
+        problems = "; ".join(self.problems()) or "all are busy"
+        return f"no instances for {self._config.instance_wait_s:g} s: {problems}"
+
+    def problems(self) -> list[str]:
+        """What may keep it from serving: instances that do not serve, and roles that none has."""
+        if not self.handles:
+            return ["no instance has been added"]
         problems = [each.describe_problem() for each in self.handles.values() if each.status != "ready"]
-        if not problems:
-            problems = ["all are busy" if self.handles else "none were added"]
-        return f"no instances for {self._config.instance_wait_s:g} s: " + "; ".join(problems)
+        roles = {handle.role for handle in self.handles.values()}
+        missing = [] if "hybrid" in roles else [role for role in ("prefill", "decode") if role not in roles]
+        return problems + [f"there is no {role} instance" for role in missing]
 
 
 def _computes_prompts(decode: InstanceHandle) -> bool:

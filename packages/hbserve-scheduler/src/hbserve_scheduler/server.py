@@ -136,8 +136,7 @@ class SchedulerServer:
 
     def _why_not_ready(self) -> str:
         fleet = self.scheduler.fleet
-        missing = [each.describe_problem() for each in fleet.handles.values() if each.status != "ready"]
-        return "" if fleet.may_serve() else "; ".join(missing) or "there are no instances"
+        return "" if fleet.may_serve() else "; ".join(fleet.problems())
 
     async def _metrics(self) -> Iterable[Family]:
         return deployment_metrics(await self.fetch_stats())
