@@ -185,6 +185,9 @@ class FakeScheduler:
             self.running[request_id].aborted = reason
         return request_id in self.running
 
+    def may_serve(self) -> bool:
+        return self.role != "prefill"  # a decode instance computes prompts too, where there is nobody else
+
     def info(self) -> ServiceInfo:
         info = InstanceInfo(
             "h0", "hybrid", "1", "ready", max_model_len=MAX_MODEL_LEN, max_prompt_len=MAX_MODEL_LEN - 1, vocab_size=320

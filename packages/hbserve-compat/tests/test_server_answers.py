@@ -335,6 +335,9 @@ async def test_probes_answer_and_health_says_what_is_missing(server):
     server.scheduler.role = "prefill"
     response = await server.client.get("/health")
     assert response.status_code == 503
+    assert response.json()["error"]["message"] == "there is no decode instance"
+    server.scheduler.role = "decode"
+    assert (await server.client.get("/health")).status_code == 200, "as long as requests are served"
     server.service.model = None
     assert (await server.client.get("/ping")).status_code == 200
     starting = await server.chat()

@@ -14,11 +14,13 @@ async def health(request: Request) -> Response:
     """200 if requests are served now; else 503, which says why."""
     service: Service = request.app.state.service
     model = service.require_model()
-    down = [each for each in model.scheduler.stats().instances if each.status != "ready"]
-    roles_left = {each.role for each in model.scheduler.stats().instances if each.status == "ready"}
-    if not ("hybrid" in roles_left or {"prefill", "decode"} <= roles_left):
-        states = ", ".join(f"{each.instance_id} is {each.status}" for each in down) or "there are no instances"
-        raise try_again(states, code="not_ready")
+    if not model.scheduler.may_serve():
+        instances = model.scheduler.stats().instances
+        down = [f"{each.instance_id} is {each.status}" for each in instances if each.status != "ready"]
+        roles = {each.role for each in instances}
+        missing = [] if "hybrid" in roles else [role for role in ("prefill", "decode") if role not in roles]
+        why = ", ".join([*down, *(f"there is no {role} instance" for role in missing)])
+        raise try_again(why, code="not_ready")
     return Response()
 
 
