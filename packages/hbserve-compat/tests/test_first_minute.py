@@ -228,3 +228,15 @@ def test_a_ctrl_c_while_the_command_line_is_imported_is_no_traceback(tmp_path):
         process.send_signal(signal.SIGINT)
         _, said = process.communicate(timeout=60)
     assert (process.returncode, said) == (-signal.SIGINT, b"")
+
+
+def test_an_engine_in_the_commands_own_process_waits_without_spinning_too(tmp_path):
+    (tmp_path / "typer.py").write_text("import os\nos.write(1, os.environ['OMP_WAIT_POLICY'].encode())\nos._exit(0)\n")
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    for more, expected in (({}, b"PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, b"ACTIVE")):
+        said = subprocess.check_output(
+            [sys.executable, "-c", "from hbserve.entry import main; main()"],
+            env=environment | more | {"PYTHONPATH": str(tmp_path)},
+            timeout=60,
+        )
+        assert said == expected

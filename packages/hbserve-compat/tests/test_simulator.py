@@ -728,6 +728,11 @@ def test_profile_measures_an_instance_into_a_file_that_simulations_read(small_mo
     assert [tokens for tokens, _ in found.prefill] == [8, 32]
     assert [(batch, context) for batch, context, _ in found.decode] == [(1, 16), (2, 16)]
     assert "1 x 100000 skipped" in result.stderr
+    parts = ["Loading the model", "Prompt of 32", "Decode step, 2 x 16", "Launches", "Transfer of 1 MiB", "Messages"]
+    said = [result.stderr.find(part) for part in parts]
+    assert -1 not in said, result.stderr
+    assert said == sorted(said)
+    assert "9/9" in result.stderr
     ahead = (found.launched_ahead_s, found.launched_ahead_mixed_s, found.launched_ahead_eager_s)
     assert ahead == (0.0, 0.0, 0.0), "a CPU computes what it launches at once"
     assert min(found.handoff_s, found.message_s, found.kv_bytes_per_token, found.kv_tokens) > 0

@@ -193,6 +193,17 @@ def test_only_steps_of_decodes_are_timed(model_folder, monkeypatch, overlaps):
         runner.num_decodes = 0
 
 
+def test_steps_that_take_long_are_timed_a_few_times_and_limits_only_where_they_are_asked_for(model_folder, monkeypatch):
+    folder = str(model_folder("qwen3"))
+    runner = ClockedRunner(folder, overlaps=False)
+    monkeypatch.setattr(batch_sweep, "perf_counter", lambda: 50 * runner.now_s)
+    monkeypatch.setattr(batch_sweep, "measure_limits", lambda *_: pytest.fail("nobody needs them"))
+    sweep = BatchSweep(sweep_config(folder, SweepPlan((4,), (64,))), runner)  # type: ignore[arg-type]
+    assert sweep.step_s(4, 64) == pytest.approx(0.5)
+    assert runner.num_decodes == 4 + 1 + 8, "warm, the end that the first is timed from, and the fewest"
+    assert not sweep._engine.has_work()
+
+
 @pytest.mark.parametrize(("overlaps", "behind_s"), [(False, 1.2), (True, 1.0)], ids=["computed at once", "overlapping"])
 def test_a_prompt_takes_less_behind_another_where_launches_overlap(model_folder, monkeypatch, overlaps, behind_s):
     """The host takes 0.2 s to launch one: beside the step before it, if there is one in flight."""

@@ -149,14 +149,21 @@ async def sender(settings: Settings, receiver: Sequence[str] = RECEIVER) -> Asyn
 async def measure(
     settings: Settings, num_bytes: int, scattered: bool, num_rounds: int
 ) -> tuple[list[Measurement], str]:
-    """Rounds after one that warms up, and what carried them."""
+    """`measure_with` a process that is started for it."""
+    async with sender(settings) as there:
+        return await measure_with(there, settings, num_bytes, scattered, num_rounds)
+
+
+async def measure_with(
+    there: Sender, settings: Settings, num_bytes: int, scattered: bool, num_rounds: int
+) -> tuple[list[Measurement], str]:
+    """Rounds after one that warms up, and what carried them; `there` was made by these settings."""
     count = max(1, num_bytes // settings.block_bytes)
     source, target = (chosen_blocks(settings, count, scattered, seed) for seed in (1, 2))
-    async with sender(settings) as there:
-        await there.transfer(source, target)
-        found = [await there.transfer(source, target) for _ in range(num_rounds)]
-        link = there.manager.links()[0]
-        return found, f"{link.transport}, {link.detail}"
+    await there.transfer(source, target)
+    found = [await there.transfer(source, target) for _ in range(num_rounds)]
+    link = there.manager.links()[0]
+    return found, f"{link.transport}, {link.detail}"
 
 
 def report(found: Sequence[Measurement]) -> str:

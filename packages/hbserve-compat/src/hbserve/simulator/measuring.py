@@ -6,15 +6,17 @@ import sys
 from collections.abc import Sequence
 from datetime import date
 from time import perf_counter
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
+import torch
 
 from hbserve.bench import EngineUnderTest
 from hbserve.demo_model import model_folder
 from hbserve.progress import progress_bar
 from hbserve.simulator.commands import ProfileArgs
 from hbserve.simulator.profile import Profile
+from hbserve_core import InstanceConfig
 from hbserve_core.bench.batch_sweep import BatchSweep, SweepPlan, sweep_config
 from hbserve_core.ranks.make_runner import make_runner
 from hbserve_kv import bench as kv_bench
@@ -54,34 +56,48 @@ def measure_profile(args: ProfileArgs) -> None:
     sizes = _numbers("--megabytes", args.megabytes)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     config = sweep_config(str(folder), SweepPlan(batches, tuple(sorted({*contexts, *prompts}))), **engine.settings())
+    num_parts = len(prompts) + len(batches) * len(contexts) + len(sizes) + 2
+    with progress_bar(num_parts, title="Loading the model") as bar:
+        of_engine, dtype = _engine(bar, config, prompts, batches, contexts)
+        device = of_engine["device"]
+        moving, beside_s = asyncio.run(_transfers(bar, args.kv_transfer_backend, device.partition(":")[0], sizes))
+        message_s = asyncio.run(_message_s(bar))
+    profile = Profile(
+        name=args.name or f"{folder.name} on {device}",
+        source=f"hbserve profile, {date.today()}: {folder.name}, {dtype}",
+        tensor_parallel_size=args.tensor_parallel_size,
+        transfer=moving,
+        handoff_s=beside_s,
+        message_s=message_s,
+        **of_engine,
+    )
+    args.output.write_bytes(msgspec.json.format(msgspec.json.encode(profile)) + b"\n")
+    done = f"{len(profile.prefill)} prompts, {len(profile.decode)} decode steps, {len(moving)} transfers"
+    sys.stdout.write(f"{args.output}: {done}\n")
+
+
+def _engine(
+    bar: Any, config: InstanceConfig, prompts: Sequence[int], batches: Sequence[int], contexts: Sequence[int]
+) -> tuple[dict[str, Any], torch.dtype]:
+    """Fields of the profile that the engine tells, and what it computes in."""
     runner = make_runner(config)
     try:
         sweep = BatchSweep(config, runner)
-        prefill, behind_s, decode = _steps(sweep, prompts, batches, contexts)
-        ahead = _launched_ahead(sweep, batches, contexts[0], config.cuda_graph_max_seq_len, config.most_graph_tokens)
-        device, per_token, kv_tokens = runner.device, sweep.kv_bytes_per_token, sweep.kv_tokens
+        prefill, behind_s, decode = _steps(bar, sweep, prompts, batches, contexts)
+        ahead = _launched_ahead(bar, sweep, config, batches, contexts[0])
+        return {
+            "device": str(runner.device),
+            "kv_bytes_per_token": sweep.kv_bytes_per_token,
+            "kv_tokens": sweep.kv_tokens,
+            "prefill": prefill,
+            "decode": decode,
+            "prompt_behind_s": behind_s,
+            "launched_ahead_s": ahead[0],
+            "launched_ahead_mixed_s": ahead[1],
+            "launched_ahead_eager_s": ahead[2],
+        }, runner.dtype
     finally:
         runner.close()
-    moving, beside_s = asyncio.run(_transfers(args.kv_transfer_backend, device.type, sizes))
-    profile = Profile(
-        name=args.name or f"{folder.name} on {device}",
-        source=f"hbserve profile, {date.today()}: {folder.name}, {runner.dtype}",
-        device=str(device),
-        tensor_parallel_size=args.tensor_parallel_size,
-        kv_bytes_per_token=per_token,
-        kv_tokens=kv_tokens,
-        prefill=prefill,
-        decode=decode,
-        transfer=moving,
-        handoff_s=beside_s,
-        message_s=asyncio.run(_message_s()),
-        prompt_behind_s=behind_s,
-        launched_ahead_s=ahead[0],
-        launched_ahead_mixed_s=ahead[1],
-        launched_ahead_eager_s=ahead[2],
-    )
-    args.output.write_bytes(msgspec.json.format(msgspec.json.encode(profile)) + b"\n")
-    sys.stdout.write(f"{args.output}: {len(prefill)} prompts, {len(decode)} decode steps, {len(moving)} transfers\n")
 
 
 def _numbers(option: str, text: str) -> tuple[int, ...]:
@@ -96,61 +112,74 @@ def _numbers(option: str, text: str) -> tuple[int, ...]:
 
 
 def _steps(
-    sweep: BatchSweep, prompts: Sequence[int], batches: Sequence[int], contexts: Sequence[int]
+    bar: Any, sweep: BatchSweep, prompts: Sequence[int], batches: Sequence[int], contexts: Sequence[int]
 ) -> tuple[list[tuple[int, float]], float, list[tuple[int, int, float]]]:
     """Prompts, how much less they take one behind the other, and decode steps; what the model or the pool has no room
     for is said and passed over."""
     prefill: list[tuple[int, float]] = []
     saved: list[float] = []
     decode: list[tuple[int, int, float]] = []
-    with progress_bar(len(prompts) + len(batches) * len(contexts), title="Measuring") as bar:
-        for length in prompts:
-            if (obstacle := sweep.obstacle(1, length)) is not None:
-                bar.write(f"prompt of {length} skipped: {obstacle}", file=sys.stderr)
+    for length in prompts:
+        bar.set_description(f"Prompt of {length}")
+        if (obstacle := sweep.obstacle(1, length)) is not None:
+            bar.write(f"prompt of {length} skipped: {obstacle}", file=sys.stderr)
+        else:
+            alone_s, behind_s = sweep.prompt_s(length)
+            prefill.append((length, alone_s))
+            saved.append(alone_s - behind_s)
+        bar.update()
+    for context in contexts:
+        for batch in batches:
+            bar.set_description(f"Decode step, {batch} x {context}")
+            if (obstacle := sweep.obstacle(batch, context)) is not None:
+                bar.write(f"{batch} x {context} skipped: {obstacle}", file=sys.stderr)
             else:
-                alone_s, behind_s = sweep.prompt_s(length)
-                prefill.append((length, alone_s))
-                saved.append(alone_s - behind_s)
+                decode.append((batch, context, sweep.step_s(batch, context)))
             bar.update()
-        for context in contexts:
-            for batch in batches:
-                if (obstacle := sweep.obstacle(batch, context)) is not None:
-                    bar.write(f"{batch} x {context} skipped: {obstacle}", file=sys.stderr)
-                else:
-                    decode.append((batch, context, sweep.measure(batch, context).step_s))
-                bar.update()
     if not prefill or not decode:
         raise InvalidRequest("--prompt-lens, --batch-sizes, --contexts: nothing fits this model and its pool")
     return prefill, max(0.0, statistics.median(saved)), decode
 
 
 def _launched_ahead(
-    sweep: BatchSweep, batches: Sequence[int], context: int, longest_chunk: int, longest_in_graph: int
+    bar: Any, sweep: BatchSweep, config: InstanceConfig, batches: Sequence[int], context: int
 ) -> tuple[float, float, float]:
     """How long before a step's end the next one is launched: decodes alone, prompts beside them in steps with a graph,
     and in steps without."""
+    bar.set_description("Launches")
     batch = max((each for each in batches if each <= DECODES_AT_A_LAUNCH), default=batches[0])
     ahead_s = mixed_s = eager_s = sweep.launched_ahead_s(batch, context)
-    if sweep.obstacle(1, longest_chunk) is None:
-        mixed_s = eager_s = sweep.launched_ahead_s(batch, context, longest_chunk)
-    if sweep.obstacle(1, longest_in_graph) is None:
-        eager_s = sweep.launched_ahead_s(batch, context, longest_in_graph)
+    if sweep.obstacle(1, config.cuda_graph_max_seq_len) is None:
+        mixed_s = eager_s = sweep.launched_ahead_s(batch, context, config.cuda_graph_max_seq_len)
+    if sweep.obstacle(1, config.most_graph_tokens) is None:
+        eager_s = sweep.launched_ahead_s(batch, context, config.most_graph_tokens)
+    bar.update()
     return ahead_s, mixed_s, eager_s
 
 
-async def _transfers(backend: str, device: str, megabytes: Sequence[int]) -> tuple[list[tuple[int, float]], float]:
-    """Time in which bytes move, by bytes; and what a transfer takes beside that, in seconds."""
+async def _transfers(
+    bar: Any, backend: str, device: str, megabytes: Sequence[int]
+) -> tuple[list[tuple[int, float]], float]:
+    """Time in which bytes move, by bytes; and what a transfer takes beside that, in seconds. To one other process,
+    whose start takes longer than all of them."""
     moving, beside = [], []
-    for size in megabytes:
-        settings = kv_bench.Settings(backend, device, num_blocks=2 * size, block_bytes=BLOCK_BYTES)
-        found, _ = await kv_bench.measure(settings, size * BLOCK_BYTES, scattered=True, num_rounds=ROUNDS)
-        moving.append((size * BLOCK_BYTES, statistics.median(each.moving_s for each in found)))
-        beside.append(statistics.median(each.time_s - each.moving_s for each in found))
+    bar.set_description("Transfers")
+    settings = kv_bench.Settings(backend, device, num_blocks=2 * megabytes[-1], block_bytes=BLOCK_BYTES)
+    async with kv_bench.sender(settings) as there:
+        for size in megabytes:
+            bar.set_description(f"Transfer of {size} MiB")
+            found, _ = await kv_bench.measure_with(
+                there, settings, size * BLOCK_BYTES, scattered=True, num_rounds=ROUNDS
+            )
+            moving.append((size * BLOCK_BYTES, statistics.median(each.moving_s for each in found)))
+            beside.append(statistics.median(each.time_s - each.moving_s for each in found))
+            bar.update()
     return moving, statistics.median(beside)
 
 
-async def _message_s() -> float:
+async def _message_s(bar: Any) -> float:
     """Half of a call's time, with both sides in this process: what a message takes at least."""
+    bar.set_description("Messages")
     server = RpcServer()
 
     async def describe(_: Empty) -> InstanceInfo:
@@ -167,4 +196,5 @@ async def _message_s() -> float:
                 times.append(perf_counter() - began_s)
     finally:
         await server.stop()
+    bar.update()
     return statistics.median(times) / 2

@@ -13,13 +13,14 @@ import random
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from itertools import pairwise
 from time import perf_counter
 from typing import Any
 
 from tqdm import tqdm
 
-from hbserve_core.bench.device_limits import measure_limits
+from hbserve_core.bench.device_limits import DeviceLimits, measure_limits
 from hbserve_core.bench.model_work import DecodeLimit, decode_limit, stored_bytes
 from hbserve_core.bench.workloads import Sizes, bench_config
 from hbserve_core.config import InstanceConfig
@@ -34,6 +35,9 @@ BATCH_SIZES = (1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 15, 16, 17, 24, 31, 32, 33, 48, 64
 """Dense where steps are short, and on both sides of the sizes at which something else is chosen."""
 
 _NUM_STEPS = 48
+_FEWEST_STEPS = 8
+_ENOUGH_S = 3.0
+"""Timed for so long, the fewest steps will do: of a CPU that others use too, 48 took two minutes."""
 _NUM_LAUNCHES = 240
 """Steps until an engine decides by these alone when it launches the next one."""
 _STEPS_TO_PROMPT = 4
@@ -160,7 +164,11 @@ class BatchSweep:
         self._engine = Engine(config, runner)
         self._random = random.Random(0)
         self._count = 0
-        self.limits = measure_limits(runner.device, runner.dtype, config.tensor_parallel_size)
+
+    @cached_property
+    def limits(self) -> DeviceLimits:
+        """Measured when they are first asked for, which takes seconds on a CPU."""
+        return measure_limits(self._runner.device, self._runner.dtype, self._config.tensor_parallel_size)
 
     def obstacle(self, batch: int, context: int) -> str | None:
         """Why such a batch cannot be measured here, if it cannot."""
@@ -173,11 +181,23 @@ class BatchSweep:
 
     def measure(self, batch: int, context: int) -> SweepRow:
         """Of a batch without obstacle. Raises LogitsNotFinite."""
+        times, mean_context = self._step_times(batch, context)
+        model, dtype, in_pool = self._runner.model_config, self._runner.dtype, self._runner.pool.dtype
+        weights = stored_bytes(self._config, model, dtype, self._runner.device)
+        limit = decode_limit(model, dtype, batch, mean_context, self.limits, in_pool, weights)
+        return SweepRow(context, batch, statistics.median(times), max(times), limit)
+
+    def step_s(self, batch: int, context: int) -> float:
+        """Median of a batch without obstacle. Raises LogitsNotFinite."""
+        return statistics.median(self._step_times(batch, context)[0])
+
+    def _step_times(self, batch: int, context: int) -> tuple[list[float], float]:
+        """Seconds of each step, and the mean number of tokens of a request while they were timed."""
         preemptions = self._engine.stats().num_preemptions
         names = self._add(batch, context, _num_steps(self._config, batch, context))
         ends: list[float] = []
         generated: list[float] = []
-        while len(ends) <= _NUM_WARM + _NUM_STEPS:
+        while len(ends) <= _NUM_WARM + _NUM_STEPS and not _are_enough(ends[_NUM_WARM:]):
             assert self._engine.has_work(), "requests ended before they were timed"
             outputs = self._engine.step()
             for output in outputs:
@@ -189,11 +209,7 @@ class BatchSweep:
         self._end(names)
         times = [end - begin for begin, end in pairwise(ends[_NUM_WARM:])]
         # A request's n-th token is sampled after its prompt and n tokens.
-        mean_context = context + statistics.mean(generated[_NUM_WARM + 1 :])
-        model, dtype, in_pool = self._runner.model_config, self._runner.dtype, self._runner.pool.dtype
-        weights = stored_bytes(self._config, model, dtype, self._runner.device)
-        limit = decode_limit(model, dtype, batch, mean_context, self.limits, in_pool, weights)
-        return SweepRow(context, batch, statistics.median(times), max(times), limit)
+        return times, context + statistics.mean(generated[_NUM_WARM + 1 :])
 
     def prompt_s(self, num_tokens: int, rounds: int = 3) -> tuple[float, float]:
         """From a prompt that is alone to its token; and from one prompt's token to the next one's, where each is
@@ -204,12 +220,15 @@ class BatchSweep:
             began_s = perf_counter()
             self._add(1, num_tokens, 1)
             alone += [end_s - began_s for end_s in self._ends_of_tokens()]
+        alone_s = statistics.median(alone[1:])
+        if not self._runner.overlaps:
+            return alone_s, alone_s
         ends: list[float] = []
         for _ in range(rounds + 2):
             self._add(1, num_tokens, 1)
             ends += self._tokens_of_a_step()
         ends += self._ends_of_tokens()
-        return statistics.median(alone[1:]), statistics.median([end - begin for begin, end in pairwise(ends)][1:])
+        return alone_s, statistics.median([end - begin for begin, end in pairwise(ends)][1:])
 
     def _ends_of_tokens(self) -> list[float]:
         """When each of the tokens came that are still to come."""
@@ -268,6 +287,11 @@ class BatchSweep:
             self._engine.release(name)
         while self._engine.has_work():
             self._engine.step()
+
+
+def _are_enough(ends: Sequence[float]) -> bool:
+    """Of timed steps, by when each ended; the first is the end of the one before them."""
+    return len(ends) > _FEWEST_STEPS and ends[-1] - ends[0] >= _ENOUGH_S
 
 
 def run_sweep(
