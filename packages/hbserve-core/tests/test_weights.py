@@ -381,7 +381,12 @@ def test_neighbours_are_picked_by_one_read(model_folder, monkeypatch):
     file, reads = SafetensorsFile(path), []
     whole = file.tensors["model.layers.0.self_attn.q_proj.weight"].whole()
     read = file.read
-    monkeypatch.setattr(file, "read", lambda offset, buffer: (reads.append(len(buffer)), read(offset, buffer)))
+
+    def noted(offset, buffer):
+        reads.append(len(buffer))
+        read(offset, buffer)
+
+    monkeypatch.setattr(file, "read", noted)
     found = file.tensors["model.layers.0.self_attn.q_proj.weight"].pick(range(5, 37))
     file.close()
     assert torch.equal(found, whole.flatten()[5:37])
