@@ -18,7 +18,7 @@ import random
 import statistics
 from collections.abc import Iterator
 
-from hbserve.simulator.engine import EngineLimits
+from hbserve.simulator.engine_limits import EngineLimits
 from hbserve.simulator.profile import Profile
 from hbserve.simulator.report import attained
 from hbserve.simulator.simulation import Deployment, roles_of, simulate

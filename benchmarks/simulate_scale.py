@@ -11,7 +11,7 @@ import resource
 import time
 
 from hbserve.simulator import report
-from hbserve.simulator.engine import EngineLimits
+from hbserve.simulator.engine_limits import EngineLimits
 from hbserve.simulator.profile import load_profile
 from hbserve.simulator.simulation import Deployment, roles_of, simulate
 from hbserve.simulator.workload import conversations

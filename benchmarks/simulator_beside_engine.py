@@ -18,7 +18,8 @@ from types import SimpleNamespace
 from typing import Any
 
 from hbserve.load.report import percentile
-from hbserve.simulator.engine import DecodeWork, EngineLimits, ModelledEngine, PromptWork
+from hbserve.simulator.engine import DecodeWork, ModelledEngine, PromptWork
+from hbserve.simulator.engine_limits import EngineLimits
 from hbserve.simulator.profile import StepLaw, load_profile
 from hbserve_core import Engine, InstanceConfig
 from hbserve_core.bench.simulated_device import SimulatedDevice
@@ -63,7 +64,7 @@ def engine_serves(law: StepLaw, arguments: argparse.Namespace, arrivals: Sequenc
     """The real engine, driven as its thread drives it."""
     device = Device(law, arguments)
     config = InstanceConfig(
-        model_path="", chunk_size=LIMITS.chunk_size or "auto", max_num_seqs=LIMITS.max_num_seqs, prefix_caching=False,
+        model_path="", chunk_size=LIMITS.chunk_size, max_num_seqs=LIMITS.max_num_seqs, prefix_caching=False,
         max_num_batched_tokens=LIMITS.max_num_batched_tokens,
         max_chunk_prefill_tokens=LIMITS.max_chunk_prefill_tokens,
     )  # fmt: skip

@@ -37,7 +37,7 @@ from hbserve.load.bench_serve import measure
 from hbserve.load.compare import layouts_of, serving
 from hbserve.load.report import goals_of, percentile
 from hbserve.simulator import report
-from hbserve.simulator.engine import EngineLimits
+from hbserve.simulator.engine_limits import EngineLimits
 from hbserve.simulator.profile import Profile, StepLaw, load_profile
 from hbserve.simulator.simulation import Deployment, simulate
 from hbserve.simulator.workload import SimulatedRequest

@@ -20,7 +20,7 @@ DEFAULTS = {
     "kv_transfer_backend": KVTransferBackend.NCCL,
     "kv_buffer_size": 1 << 30,
     "chunked_prefill_enabled": True,
-    "chunk_size": 512,
+    "chunk_size": None,
     "max_chunk_prefill_tokens": 4096,
     "cuda_graph_enabled": True,
     "cuda_graph_max_seq_len": 2048,

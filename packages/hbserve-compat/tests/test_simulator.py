@@ -18,7 +18,8 @@ from typer.testing import CliRunner
 
 from hbserve.__main__ import app
 from hbserve.simulator.client import SESSIONS
-from hbserve.simulator.engine import DecodeWork, EngineLimits, ModelledEngine, PromptWork
+from hbserve.simulator.engine import DecodeWork, ModelledEngine, PromptWork
+from hbserve.simulator.engine_limits import EngineLimits
 from hbserve.simulator.instance import Fabric, ModelledInstance, Shape
 from hbserve.simulator.plan import Layout, Question, make_plan, try_layout
 from hbserve.simulator.prefix_cache import PrefixCache
@@ -406,7 +407,7 @@ def test_work_that_is_aborted_leaves_nothing_in_the_engine():
 
 def test_a_step_with_a_target_has_so_much_of_a_prompt_as_keeps_it():
     async def run() -> ModelledEngine:
-        engine = ModelledEngine(StepLaw(profile()), EngineLimits(chunk_size=None, itl_target_ms=200))
+        engine = ModelledEngine(StepLaw(profile()), EngineLimits(chunk_size="auto", itl_target_ms=200))
         engine.add(DecodeWork(10, 100, lambda _: None, lambda: None))
         await asyncio.sleep(0.05)
         engine.add(PromptWork(1000, 0, None, lambda: None))
@@ -415,7 +416,7 @@ def test_a_step_with_a_target_has_so_much_of_a_prompt_as_keeps_it():
 
     with asyncio.Runner(loop_factory=VirtualTimeLoop) as runner:
         engine = runner.run(run())
-    assert max(engine.figures.gaps_s) == pytest.approx(0.2, abs=0.002)
+    assert 0.19 < max(engine.figures.gaps_s) <= 0.2
     assert engine.figures.prompt_tokens == 1000
 
 

@@ -21,7 +21,7 @@ class Steps:
         config = InstanceConfig(**(given | settings))
         self.blocks = BlockManager(num_blocks, BLOCK)
         self.step_times = StepTimes()
-        self.scheduler = BatchScheduler(config, self.blocks, ChunkSizes(config, self.step_times))
+        self.scheduler = BatchScheduler(config, self.blocks, ChunkSizes(config, config.role, self.step_times.predict_s))
 
     def add(self, name: str, prompt: list[int], *, prefill_only: bool = False, priority: int = 0) -> Sequence:
         params = SamplingParams(0, 1000, priority=priority)
@@ -124,6 +124,20 @@ def test_without_chunking_a_prompt_is_computed_whole_or_waits():
     steps.add("b", [2] * 15)
     assert steps.step() == {"a": 15}
     assert steps.step() == {"a": 1, "b": 15}
+
+
+def test_short_prompts_overtake_on_prefill_instances_where_nobody_has_chosen_otherwise():
+    for settings, first in (
+        ({"role": "prefill"}, "short"),
+        ({"role": "prefill", "chunk_size": 8}, "long"),
+        ({"role": "prefill", "chunked_prefill_enabled": False, "max_num_batched_tokens": 4000}, "long"),
+        ({"role": "hybrid"}, "long"),
+        ({"role": "decode"}, "long"),
+    ):
+        steps = Steps(2000, **({"chunk_size": None} | settings))
+        steps.add("long", [2] * 3000)
+        steps.add("short", [1] * 3)
+        assert next(iter(steps.step())) == first, settings
 
 
 def test_without_chunking_a_preempted_sequence_longer_than_a_step_is_computed_in_parts():

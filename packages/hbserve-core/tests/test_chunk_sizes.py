@@ -183,11 +183,12 @@ def test_prompts_go_on_where_decodes_alone_take_longer_than_the_target():
 
 def test_sizes_that_were_never_seen_are_taken_to_be_in_proportion():
     times = StepTimes()
-    sizes = ChunkSizes(InstanceConfig(model_path="", chunk_size="auto", itl_target_ms=10), times)
-    assert sizes.of_step([], [], []) == FEWEST_BESIDE_DECODES
+    config = InstanceConfig(model_path="", chunk_size="auto", itl_target_ms=10)
+    sizes, nothing = ChunkSizes(config, config.role, times.predict_s), StepWork(0, 0, 0)
+    assert sizes.of_step(nothing, [], []) == FEWEST_BESIDE_DECODES
     for _ in range(20):
-        times.learn(StepWork(0, 0, 0).with_chunk(0, FEWEST_BESIDE_DECODES), 0.004)
-    assert FEWEST_BESIDE_DECODES < sizes.of_step([], [], []) <= 2.5 * FEWEST_BESIDE_DECODES
+        times.learn(nothing.with_chunk(0, FEWEST_BESIDE_DECODES), 0.004)
+    assert FEWEST_BESIDE_DECODES < sizes.of_step(nothing, [], []) <= 2.5 * FEWEST_BESIDE_DECODES
 
 
 @pytest.mark.warm

@@ -6,7 +6,16 @@ from typing import Annotated
 import msgspec
 import pytest
 
-from hbserve_rpc.settings import ENGINE_KEYS, NOT_NEGATIVE, PORT, POSITIVE, Bounds, EngineSettings, out_of_bounds
+from hbserve_rpc.settings import (
+    ENGINE_KEYS,
+    NOT_NEGATIVE,
+    PORT,
+    POSITIVE,
+    Bounds,
+    EngineSettings,
+    chunk_size_of,
+    out_of_bounds,
+)
 
 
 class Sizes(msgspec.Struct, kw_only=True):
@@ -52,3 +61,9 @@ def test_every_setting_has_a_place_of_its_own_in_the_file():
     assert ENGINE_KEYS["chunked_prefill_enabled"] == ("chunked_prefill", "enabled")
     assert ENGINE_KEYS["chunk_size"] == ("chunked_prefill", "chunk_size")
     assert list(out_of_bounds(EngineSettings())) == []
+
+
+@pytest.mark.parametrize("role", ["prefill", "decode", "hybrid"])
+def test_a_chunk_size_that_somebody_has_chosen_is_every_roles(role):
+    assert [chunk_size_of(chosen, role) for chosen in (1, 512, "auto")] == [1, 512, "auto"]
+    assert chunk_size_of(None, role) == ("auto" if role == "prefill" else 512)

@@ -17,8 +17,11 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 
 import msgspec
 
+from hbserve_rpc.messages import Role
+
 LARGEST = 2.0**62
 """Of all numbers that can be set. Infinity is beyond it."""
+CHUNK_SIZE = 512
 ROWS_PER_SEQUENCE = 8
 """Of a CUDA graph for steps with prompts: it has room for a sequence in so many rows."""
 
@@ -87,9 +90,9 @@ class EngineSettings(msgspec.Struct, kw_only=True):
 
     chunked_prefill_enabled: Annotated[bool, In("chunked_prefill")] = True
     """Compute a prompt in several steps, together with the tokens of other requests."""
-    chunk_size: Annotated[int | Literal["auto"], In("chunked_prefill"), POSITIVE] = 512
+    chunk_size: Annotated[int | Literal["auto"] | None, In("chunked_prefill"), POSITIVE] = None
     """Most prompt tokens of one request in one step. "auto" chooses by how long steps take, by a prompt's length and by
-    what else waits."""
+    what else waits. None: as `chunk_size_of` has it for the instance's role."""
     itl_target_ms: Annotated[float | None, In("chunked_prefill"), Bounds(0.1)] = None
     """With chunk_size "auto": a step with prompt tokens is to take no longer than this, for the sequences that decode
     beside them. None: as long as suits prompts."""
@@ -136,6 +139,12 @@ class EngineSettings(msgspec.Struct, kw_only=True):
         the graph has room for. 0 without graphs."""
         longest = self.cuda_graph_max_seq_len if self.cuda_graph_enabled else 0
         return min(longest + min(self.max_num_seqs, longest // ROWS_PER_SEQUENCE), self.max_num_batched_tokens)
+
+
+def chunk_size_of(chunk_size: int | Literal["auto"] | None, role: Role) -> int | Literal["auto"]:
+    """What the setting means for an instance: where nobody has chosen, "auto" on those that only compute prompts, and
+    CHUNK_SIZE where somebody may decode beside them, who waits for each chunk."""
+    return chunk_size or ("auto" if role == "prefill" else CHUNK_SIZE)
 
 
 class KVTransferSettings(msgspec.Struct, frozen=True, kw_only=True):

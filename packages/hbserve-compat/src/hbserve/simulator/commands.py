@@ -17,7 +17,7 @@ from hbserve.load.report import goals_of
 from hbserve.output_folder import require_folder_of
 from hbserve.plotting import require_plotting
 from hbserve.simulator import plan_report, report, workload
-from hbserve.simulator.engine import EngineLimits
+from hbserve.simulator.engine_limits import EngineLimits
 from hbserve.simulator.plan import Question, make_plan
 from hbserve.simulator.profile import load_profile, own_profiles
 from hbserve.simulator.simulation import Deployment, Fault, roles_of, simulate
@@ -98,7 +98,9 @@ class PlanArgs:
     profile: ProfileOption = "h100-qwen3-8b"
     attainment: Annotated[float, Option(min=0.01, max=1, help="The part of all requests that is to keep both.")] = 0.9
     spread: Annotated[float, Option(min=0, max=3, help="Of lengths: of their logarithm.")] = 0.0
-    chunk_size: Annotated[int, Option(min=1, help="Of prompts; hybrids are also tried with sizes for the goal.")] = 512
+    chunk_size: Annotated[
+        int | None, Option(min=1, help="Of prompts; without it as instances have it, and hybrids also for the goal.")
+    ] = None
     most_instances: Annotated[int, Option(min=1, max=512)] = 64
     plot: Annotated[Path | None, Option(help="Write a picture: .png or .svg.")] = None
     seed: int = 0

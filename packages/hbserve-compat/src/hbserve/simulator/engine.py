@@ -14,48 +14,13 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
+from hbserve.simulator.engine_limits import EngineLimits
 from hbserve.simulator.profile import StepLaw
-from hbserve_rpc.settings import EngineSettings
+from hbserve_core.engine.step_times import MOST_OVERTAKERS, ChunkSizes, StepWork
+from hbserve_rpc.messages import Role
 
-FEWEST_TOKENS = 1024
-STEPS_OF_BACKLOG = 8
-FEWEST_BESIDE_DECODES = 64
-"""As hbserve_core/engine/step_times.py has them, for chunk_size "auto"."""
-FEWEST_ROWS_MORE, MOST_ROWS_MORE = 32, 128
-"""As hbserve_core/cuda_runner/step_packer.py has them: between the rows of two graphs of steps with prompts."""
 STEPS_REMEMBERED = 200
 """As there: by the launches of so many steps it is decided when the next one is to be."""
-
-
-@dataclass(frozen=True)
-class EngineLimits:
-    """Settings of an engine that its steps depend on, by their names in the configuration; None for "auto"."""
-
-    chunk_size: int | None = 512
-    itl_target_ms: float | None = None
-    max_chunk_prefill_tokens: int = 4096
-    max_num_batched_tokens: int = 2048
-    max_num_seqs: int = 256
-    most_graph_tokens: int = 2048
-
-    @classmethod
-    def of(cls, settings: EngineSettings) -> "EngineLimits":
-        """Those of a deployment's engines."""
-        return cls(
-            None if settings.chunk_size == "auto" else settings.chunk_size,
-            settings.itl_target_ms,
-            settings.max_chunk_prefill_tokens,
-            settings.max_num_batched_tokens,
-            settings.max_num_seqs,
-            settings.most_graph_tokens,
-        )
-
-    def graph_rows(self, num_tokens: int) -> int:
-        """What a step with prompts and so many tokens is padded to on a GPU, and computes."""
-        if num_tokens > self.most_graph_tokens:
-            return num_tokens
-        more = max(FEWEST_ROWS_MORE, min(MOST_ROWS_MORE, (1 << (num_tokens.bit_length() - 1)) // 4))
-        return min(self.most_graph_tokens, math.ceil(num_tokens / more) * more)
 
 
 @dataclass(eq=False)
@@ -69,11 +34,25 @@ class PromptWork:
     """Told when each chunk but the last has ended, at the latest at the end of the prompt, or by `settle`."""
     on_done: Callable[[], None]
     """Told when all chunks of its last step are."""
-    planned: int = 0
+    num_computed_tokens: int = field(init=False)
     """Tokens that are computed when the steps that are planned have ended."""
+    _cached: int = field(init=False)
 
     def __post_init__(self) -> None:
-        self.planned = self.done
+        self.num_computed_tokens = self._cached = self.done
+
+    @property
+    def num_uncomputed_tokens(self) -> int:
+        return self.num_tokens - self.num_computed_tokens
+
+    @property
+    def prefill_only(self) -> bool:
+        """Somebody else decodes, who waits for the last chunk's KV."""
+        return self.on_chunk is not None
+
+    @property
+    def has_begun(self) -> bool:
+        return self.num_computed_tokens > self._cached
 
 
 @dataclass(eq=False)
@@ -101,16 +80,37 @@ class EngineFigures:
     """Times between two tokens of a sequence, to a tenth of a millisecond, and how many of each."""
 
 
+class _Chunks:
+    """Of one step, while they are chosen."""
+
+    def __init__(self, sizes: ChunkSizes, budget: int, most: int) -> None:
+        """budget, most: prompt tokens, and any, that the step may have."""
+        self.chunks: list[tuple[PromptWork, int]] = []
+        self.budget = budget
+        self._sizes, self._most = sizes, most
+
+    def take(self, works: Iterable[PromptWork]) -> None:
+        """Of these, one after the other, as long as there is room."""
+        for work in works:
+            count = self._sizes.of(work, work.num_uncomputed_tokens, self.budget, self._most)
+            if count == 0:
+                return
+            self.budget = max(0, self.budget - count)
+            self._most -= count
+            self.chunks.append((work, count))
+
+
 class ModelledEngine:
     """Belongs to one event loop, whose time it takes."""
 
-    def __init__(self, law: StepLaw, limits: EngineLimits) -> None:
+    def __init__(self, law: StepLaw, limits: EngineLimits, role: Role = "hybrid") -> None:
         self.limits = limits
         self.figures = EngineFigures()
         self.prompts: deque[PromptWork] = deque()
         self.batch = self.keys = 0
         """Sequences that decode, and their tokens together."""
         self._law = law
+        self._chunk_sizes = ChunkSizes(limits, role, self._predict_s)
         self._loop = asyncio.get_running_loop()
         self._step = 0
         """Decode steps so far."""
@@ -203,7 +203,7 @@ class ModelledEngine:
             end_s = self._planned[0][0]
             while len(self._planned) > 1:
                 for work, count in self._planned.pop()[1]:
-                    work.planned -= count
+                    work.num_computed_tokens -= count
             self._end_at(end_s)
         if self._steps_under_way > 1:
             self._pass_first()
@@ -269,9 +269,9 @@ class ModelledEngine:
             ends = self.batch > 0 or bool(self._missed)
             for work, count in chunks:
                 new_tokens += count
-                pairs += count * (work.planned + count / 2)
-                work.planned += count
-                ends = ends or work.planned == work.num_tokens
+                pairs += count * (work.num_computed_tokens + count / 2)
+                work.num_computed_tokens += count
+                ends = ends or not work.num_uncomputed_tokens
             end_s += self._prompts_step_s(new_tokens, pairs) - self._law.prompt_behind_s * behind_prompts
             behind_prompts = True
             self._planned.append((end_s, chunks))
@@ -304,38 +304,32 @@ class ModelledEngine:
         self._steps_under_way -= count
 
     def _choose_chunks(self) -> list[tuple[PromptWork, int]]:
-        left = self._budget()
-        chunks = []
-        for work in self.prompts:
-            if left <= 0:
-                break
-            count = min(work.num_tokens - work.planned, left, self.limits.chunk_size or left)
-            chunks.append((work, count))
-            left -= count
-        return chunks
+        """As hbserve_core's BatchScheduler does where all have the blocks that they need."""
+        limits, sizes = self.limits, self._chunk_sizes
+        step = _Chunks(sizes, limits.max_chunk_prefill_tokens, max(0, limits.max_num_batched_tokens - self.batch))
+        if not sizes.is_adaptive:
+            step.take(self.prompts)
+            return step.chunks
+        begun = [work for work in self.prompts if work.has_begun]
+        waiting = [work for work in self.prompts if not work.has_begun]
+        step.budget = sizes.of_step(self._decode_work(), begun, waiting)
+        short = [work for work in begun if sizes.is_short(work.num_uncomputed_tokens)]
+        kept = sizes.left_for_long(step.budget) if len(short) < len(begun) else 0
+        step.budget -= kept
+        step.take(sorted(short, key=lambda work: work.num_uncomputed_tokens))
+        step.take(work for work in waiting[:MOST_OVERTAKERS] if sizes.is_short(work.num_uncomputed_tokens))
+        step.budget += kept
+        taken = {work for work, _ in step.chunks}
+        step.take(work for work in begun if work not in short)
+        step.take(work for work in waiting if work not in taken)
+        return step.chunks
 
-    def _budget(self) -> int:
-        """Prompt tokens of the next step."""
-        limits = self.limits
-        most = min(limits.max_chunk_prefill_tokens, limits.max_num_batched_tokens - self.batch)
-        if limits.chunk_size is not None:
-            return most
-        if limits.itl_target_ms is not None and self.batch:
-            return self._within(limits.itl_target_ms / 1e3, most)
-        backlog = sum(work.num_tokens - work.planned for work in self.prompts)
-        return min(most, max(FEWEST_TOKENS, backlog // STEPS_OF_BACKLOG))
+    def _decode_work(self) -> StepWork:
+        keys = self.keys + self.batch
+        return StepWork(self.batch, keys, 2 * keys - self.batch)
 
-    def _within(self, target_s: float, most: int) -> int:
-        first = self.prompts[0]
-        low, high = FEWEST_BESIDE_DECODES, max(FEWEST_BESIDE_DECODES, most)
-        while low < high:
-            middle = (low + high + 1) // 2
-            pairs = middle * (first.planned + middle / 2)
-            if self._prompts_step_s(self.batch + middle, pairs) <= target_s:
-                low = middle
-            else:
-                high = middle - 1
-        return low
+    def _predict_s(self, work: StepWork) -> float:
+        return self._prompts_step_s(work.num_tokens, (work.num_pairs - self._decode_work().num_pairs) / 2)
 
     def _end(self) -> None:
         self._end_s = math.inf  # who is added by what ends here goes on in the next step

@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from hbserve.simulator.engine import EngineLimits, ModelledEngine
+from hbserve.simulator.engine import ModelledEngine
+from hbserve.simulator.engine_limits import EngineLimits
 from hbserve.simulator.prefix_cache import PrefixCache
 from hbserve.simulator.profile import StepLaw
 from hbserve_rpc.messages import GrantRequest, InstanceInfo, InstanceStats, Role
@@ -87,7 +88,7 @@ class ModelledInstance:
         self.epoch = uuid.uuid4().hex
         self.law = law
         self.profile = law.profile
-        self.engine = ModelledEngine(law, limits)
+        self.engine = ModelledEngine(law, limits, role)
         self.loop = asyncio.get_running_loop()
         self.fabric = fabric
         self._cache: PrefixCache | None = None

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from hbserve.load.report import percentile
-from hbserve.simulator.engine import EngineLimits
+from hbserve.simulator.engine_limits import EngineLimits
 from hbserve.simulator.profile import Profile, StepLaw
 from hbserve.simulator.report import attained, busy_of, gap_percentile
 from hbserve.simulator.simulation import Deployment, roles_of, simulate
@@ -41,7 +41,8 @@ class Question:
     """The part of all requests that is to keep both."""
     spread: float = 0.0
     """Of lengths."""
-    chunk_size: int | None = 512
+    chunk_size: int | None = None
+    """None: as instances of each role have it."""
     most_instances: int = 64
     seed: int = 0
 
@@ -160,7 +161,7 @@ def _apart(question: Question) -> Iterator[list[Layout]]:
 def _hybrids(question: Question) -> Iterator[list[Layout]]:
     least = _fewest_hybrids(question)
     step_ms = 1e3 * (question.itl_s or question.tpot_s)
-    settings = [EngineLimits(chunk_size=question.chunk_size), EngineLimits(chunk_size=None, itl_target_ms=step_ms)]
+    settings = [EngineLimits(chunk_size=question.chunk_size), EngineLimits(chunk_size="auto", itl_target_ms=step_ms)]
     for total in range(least, min(least + MOST_TOTALS, question.most_instances + 1)):
         yield [Layout(hybrid=total, limits=limits) for limits in settings]
 

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from hbserve.simulator.client import Host, SimulatedClient
-from hbserve.simulator.engine import EngineLimits
+from hbserve.simulator.engine_limits import EngineLimits
 from hbserve.simulator.instance import Fabric, ModelledInstance, Tokens
 from hbserve.simulator.profile import Profile, StepLaw
 from hbserve.simulator.workload import SimulatedRequest

@@ -21,7 +21,7 @@ from typing import Any
 from hbserve_core.config import InstanceConfig
 from hbserve_core.engine.block_manager import NO_BLOCK, BlockManager
 from hbserve_core.engine.sequence import Phase, ScheduledChunk, Sequence
-from hbserve_core.engine.step_times import MOST_OVERTAKERS, ChunkSizes
+from hbserve_core.engine.step_times import MOST_OVERTAKERS, ChunkSizes, StepWork
 from hbserve_rpc.counts import Histogram
 
 STEP_TOKENS = [1.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0, 2048.0, 4096.0, 8192.0, 16384.0]
@@ -107,8 +107,10 @@ class BatchScheduler:
         batch = self._decodes()
         may_admit = self.num_preemptions == preemptions
         begun = [each for each in self.running if len(each.token_ids) - each.num_computed_tokens > 1]
-        self._prefill_budget = self._chunk_sizes.of_step(batch, begun, self.waiting)
+        self._prefill_budget = self._config.max_chunk_prefill_tokens
         if self._chunk_sizes.is_adaptive:
+            decodes = StepWork.of([(None, chunk.first, chunk.num_new_tokens) for chunk in batch])
+            self._prefill_budget = self._chunk_sizes.of_step(decodes, begun, self.waiting)
             batch += self._short_chunks(begun, may_admit)
             begun = [sequence for sequence in begun if not self._is_short(sequence)]
         batch += self._chunks(begun)
@@ -166,13 +168,8 @@ class BatchScheduler:
         return batch
 
     def _chunk_size(self, sequence: Sequence, wanted: int) -> int:
-        """How many of `wanted` tokens this step may compute; without chunking, all of a prompt or nothing."""
-        if self._config.chunked_prefill_enabled:
-            return self._chunk_sizes.of(sequence, wanted, self._prefill_budget, self._budget)
-        if wanted <= self._config.max_num_batched_tokens:
-            return wanted if wanted <= self._budget else 0
-        # Longer than a prompt may be: what a preempted sequence computes again, its output included.
-        return self._budget
+        """How many of `wanted` tokens this step may compute."""
+        return self._chunk_sizes.of(sequence, wanted, self._prefill_budget, self._budget)
 
     def _admissions(self) -> list[ScheduledChunk]:
         batch: list[ScheduledChunk] = []

@@ -50,8 +50,9 @@ class Engine:
         self.limits = RequestLimits(config, self._model.vocab_size, self._model.max_model_len, self.blocks.num_blocks)
         # The other ranks' hosts would have to be waited for too, and nobody knows how long these need.
         several = config.tensor_parallel_size > 1
-        self.launch_times = LaunchTimes(clock, runner, always_at_once=several)
-        self._scheduler = BatchScheduler(config, self.blocks, ChunkSizes(config, self.launch_times.step_times))
+        self.launch_times = LaunchTimes(clock, runner.is_idle, always_at_once=several)
+        chunk_sizes = ChunkSizes(config, config.role, self.launch_times.step_times.predict_s)
+        self._scheduler = BatchScheduler(config, self.blocks, chunk_sizes)
         self._sequences: dict[str, Sequence] = {}
         """All whose id is in use, by it."""
         self._num_matchers = 0

@@ -13,17 +13,19 @@ Prompts are computed in chunks of `chunk_size`, or `auto`: each step gets so man
 least FEWEST_TOKENS, below which reading the weights takes longer than the products. A step that is longer computes
 hardly more per second, and keeps those waiting that come meanwhile. The more waits, the longer it may be all the same.
 With `itl_target_ms` a step takes no longer than that, decodes included.
+
+Nothing here is of a device, and torch is not imported: `hbserve simulate` chooses its chunks by the same code, which
+there asks a profile how long a step would take.
 """
 
 from collections import deque
 from collections.abc import Callable, Collection, Iterable
 from collections.abc import Sequence as Ids
 from itertools import islice
-from typing import NamedTuple
+from typing import Literal, NamedTuple, Protocol
 
-from hbserve_core.config import InstanceConfig
-from hbserve_core.engine.sequence import ScheduledChunk, Sequence
-from hbserve_core.engine.step import Runner
+from hbserve_rpc.messages import Role
+from hbserve_rpc.settings import chunk_size_of
 
 STEP_S = 0.010
 FEWEST_TOKENS = 1024
@@ -141,46 +143,77 @@ class StepTimes:
         fit.learn(work, time_s)
 
 
+class ChunkSettings(Protocol):
+    """Those of `hbserve_rpc.settings.EngineSettings` that chunks depend on."""
+
+    @property
+    def chunked_prefill_enabled(self) -> bool: ...
+    @property
+    def chunk_size(self) -> int | Literal["auto"] | None: ...
+    @property
+    def itl_target_ms(self) -> float | None: ...
+    @property
+    def max_chunk_prefill_tokens(self) -> int: ...
+    @property
+    def max_num_batched_tokens(self) -> int: ...
+
+
+class Prompt(Protocol):
+    """A sequence of which tokens are to be computed."""
+
+    @property
+    def num_computed_tokens(self) -> int: ...
+    @property
+    def num_uncomputed_tokens(self) -> int: ...
+    @property
+    def prefill_only(self) -> bool: ...
+
+
 class ChunkSizes:
     """How many tokens of prompts the next step computes, and of each."""
 
-    def __init__(self, config: InstanceConfig, step_times: StepTimes) -> None:
-        self._config = config
-        self._step_times = step_times
-        self._fixed = None if config.chunk_size == "auto" else config.chunk_size
-        self.is_adaptive = self._fixed is None
+    def __init__(self, settings: ChunkSettings, role: Role, predict_s: Callable[[StepWork], float | None]) -> None:
+        """predict_s: how long a step would take; None if nobody knows."""
+        self._settings = settings
+        self._predict_s = predict_s
+        chosen = chunk_size_of(settings.chunk_size, role)
+        self._fixed = None if chosen == "auto" else chosen
+        self.is_adaptive = settings.chunked_prefill_enabled and self._fixed is None
         """Whether the sizes depend on anything, and short prompts come first."""
-        self._target_s = STEP_S if config.itl_target_ms is None else config.itl_target_ms / 1e3
-        self._fewest = FEWEST_TOKENS if config.itl_target_ms is None else FEWEST_BESIDE_DECODES
+        self._target_s = STEP_S if settings.itl_target_ms is None else settings.itl_target_ms / 1e3
+        self._fewest = FEWEST_TOKENS if settings.itl_target_ms is None else FEWEST_BESIDE_DECODES
         self._of_step = self._fewest
 
-    def of_step(self, decodes: Ids[ScheduledChunk], begun: Ids[Sequence], waiting: Iterable[Sequence]) -> int:
-        """Prompt tokens of a step that also has these decodes. begun, waiting: prompts that are to be computed."""
-        most = self._config.max_chunk_prefill_tokens
-        if not self.is_adaptive:
-            return most
-        work = StepWork.of([(None, chunk.first, chunk.num_new_tokens) for chunk in decodes])
-        if self._config.itl_target_ms is not None:
+    def of_step(self, decodes: StepWork, begun: Ids[Prompt], waiting: Iterable[Prompt]) -> int:
+        """Prompt tokens of a step that also has these decodes, if sizes are adaptive. begun, waiting: prompts that are
+        to be computed."""
+        most = self._settings.max_chunk_prefill_tokens
+        if self._settings.itl_target_ms is not None:
             first = begun[0].num_computed_tokens if begun else 0
-            self._of_step = self._within_target(work, first, most)
+            self._of_step = self._within_target(decodes, first, most)
             return self._of_step
         # Attention is no reason for more steps: they would have more of it, not less.
-        wanted = self._within_target(work, 0, most)
-        if not decodes:
+        wanted = self._within_target(decodes, 0, most)
+        if not decodes.num_tokens:
             backlog = sum(each.num_uncomputed_tokens for each in (*begun, *islice(waiting, MOST_OVERTAKERS)))
             wanted = max(wanted, backlog // STEPS_OF_BACKLOG)
         self._of_step = min(most, wanted)
         return self._of_step
 
-    def of(self, sequence: Sequence, wanted: int, budget: int, most: int) -> int:
+    def of(self, sequence: Prompt, wanted: int, budget: int, most: int) -> int:
         """Of one sequence with `wanted` tokens to compute. budget, most: prompt tokens, and any, left of the step."""
-        budget, config = min(budget, most), self._config
+        settings = self._settings
+        if not settings.chunked_prefill_enabled:  # all of a prompt or nothing
+            if wanted <= settings.max_num_batched_tokens:
+                return wanted if wanted <= most else 0
+            return most  # longer than a prompt may be: what a preempted sequence computes again, its output included
+        budget = min(budget, most)
         if self._fixed is not None:
             return min(wanted, self._fixed, budget)
         if not sequence.prefill_only or not self._of_step == budget < wanted <= 2 * budget:
             return min(wanted, budget)
         # Of its last two chunks, the last is half a step at most: its KV can only move after the first token.
-        return min(max(budget, wanted - budget // 2), most, config.max_chunk_prefill_tokens)
+        return min(max(budget, wanted - budget // 2), most, settings.max_chunk_prefill_tokens)
 
     def is_short(self, num_tokens: int) -> bool:
         """Whether a prompt of which so much is left comes before those that came earlier."""
@@ -208,9 +241,9 @@ class ChunkSizes:
 
     def _time_s(self, decodes: StepWork, first: int, count: int, known: int) -> float:
         """Of a step with `count` prompt tokens; if none of that size was seen, in proportion to one with `known`."""
-        if (time_s := self._step_times.predict_s(decodes.with_chunk(first, count))) is not None:
+        if (time_s := self._predict_s(decodes.with_chunk(first, count))) is not None:
             return time_s
-        if (time_s := self._step_times.predict_s(decodes.with_chunk(first, known))) is not None:
+        if (time_s := self._predict_s(decodes.with_chunk(first, known))) is not None:
             return time_s * count / known
         return float("inf")
 
@@ -226,13 +259,14 @@ class _Computing(NamedTuple):
 class LaunchTimes:
     """When to launch the next step. Times are the engine's clock, in seconds."""
 
-    def __init__(self, clock: Callable[[], float], runner: Runner, *, always_at_once: bool) -> None:
+    def __init__(self, clock: Callable[[], float], is_idle: Callable[[], bool], *, always_at_once: bool) -> None:
+        """is_idle: whether the device has computed all that was launched."""
         self.step_times = StepTimes()
         self.num_late = 0
         """Steps that came after the one before them had ended, because they had waited for their launch time."""
         self.idle_time_s = 0.0
         """How long the device had nothing to do then, at most."""
-        self._clock, self._runner, self._always_at_once = clock, runner, always_at_once
+        self._clock, self._is_idle, self._always_at_once = clock, is_idle, always_at_once
         self._step: _Computing | None = None
         self._last_end = 0.0
         self._busy_at = 0.0
@@ -257,7 +291,7 @@ class LaunchTimes:
         now = self._clock()
         left = step.begin + (step.predicted_s or 0.0) - now
         left = left - self.slack_s if can_launch else max(left, TAIL_POLL_S)
-        if left < _SHORTEST_WAIT_S or self._runner.is_idle():
+        if left < _SHORTEST_WAIT_S or self._is_idle():
             return 0.0
         self._busy_at = now
         return min(left, POLL_S)

@@ -1,0 +1,43 @@
+"""Settings of a modelled engine."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from hbserve_rpc.settings import EngineSettings
+
+FEWEST_ROWS_MORE, MOST_ROWS_MORE = 32, 128
+"""As hbserve_core/cuda_runner/step_packer.py has them: between the rows of two graphs of steps with prompts."""
+
+
+@dataclass(frozen=True)
+class EngineLimits:
+    """Settings of an engine that its steps depend on, by their names in the configuration."""
+
+    chunk_size: int | Literal["auto"] | None = None
+    itl_target_ms: float | None = None
+    max_chunk_prefill_tokens: int = 4096
+    max_num_batched_tokens: int = 2048
+    max_num_seqs: int = 256
+    most_graph_tokens: int = 2048
+    chunked_prefill_enabled: bool = True
+
+    @classmethod
+    def of(cls, settings: EngineSettings) -> "EngineLimits":
+        """Those of a deployment's engines."""
+        return cls(
+            settings.chunk_size,
+            settings.itl_target_ms,
+            settings.max_chunk_prefill_tokens,
+            settings.max_num_batched_tokens,
+            settings.max_num_seqs,
+            settings.most_graph_tokens,
+            settings.chunked_prefill_enabled,
+        )
+
+    def graph_rows(self, num_tokens: int) -> int:
+        """What a step with prompts and so many tokens is padded to on a GPU, and computes."""
+        if num_tokens > self.most_graph_tokens:
+            return num_tokens
+        more = max(FEWEST_ROWS_MORE, min(MOST_ROWS_MORE, (1 << (num_tokens.bit_length() - 1)) // 4))
+        return min(self.most_graph_tokens, math.ceil(num_tokens / more) * more)
