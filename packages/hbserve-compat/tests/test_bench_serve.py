@@ -214,8 +214,8 @@ async def test_a_server_that_wants_a_key_is_told_with_where_to_put_it(scripted):
         await bench(scripted)
 
 
-async def test_nobody_there_is_said_with_the_time_that_was_waited():
-    with pytest.raises(RequestTimeout, match="no server within 0 s"):
+async def test_nobody_there_is_said_at_once_without_a_wait_of_no_seconds():
+    with pytest.raises(RequestTimeout, match=r"^no server at "):
         await bench_serve(BenchServeArgs(base_url="http://127.0.0.1:1"))
 
 

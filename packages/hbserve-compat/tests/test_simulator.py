@@ -17,11 +17,12 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from hbserve.__main__ import app
+from hbserve.simulator import plan_report
 from hbserve.simulator.client import SESSIONS
 from hbserve.simulator.engine import DecodeWork, ModelledEngine, PromptWork
 from hbserve.simulator.engine_limits import EngineLimits
 from hbserve.simulator.instance import Fabric, ModelledInstance, Shape
-from hbserve.simulator.plan import Layout, Question, make_plan, try_layout
+from hbserve.simulator.plan import Layout, Plan, Question, Trial, make_plan, try_layout
 from hbserve.simulator.prefix_cache import PrefixCache
 from hbserve.simulator.profile import Line, Profile, StepLaw, load_profile, own_profiles
 from hbserve.simulator.simulation import Deployment, Fault, cell_of, roles_of, simulate
@@ -594,6 +595,12 @@ def test_a_plan_is_the_fewest_instances_that_keep_the_goals(short_simulations):
     assert plan.apart.layout.prefill >= 2, "30 prompts of 50 ms a second are more than one computes"
     smaller = [each for each in plan.trials if each.layout.count < plan.best.layout.count]
     assert not any(each.is_enough for each in smaller)
+
+
+def test_times_of_many_seconds_do_not_run_together_in_a_plans_table():
+    trial = Trial(Layout(hybrid=1), 1.0, 0.5, 12.345678, 12.345678, 12.345678, {"hybrid": 0.9}, is_enough=False)
+    row = next(each for each in plan_report.lines(Plan(question(), [trial], None, None)) if "12346 ms" in each)
+    assert row.partition("50.0%")[2].split() == ["12346", "ms", "12345.7", "ms", "12345.7", "ms", "hybrid", "90%"]
 
 
 def test_one_hybrid_instance_that_is_enough_is_not_to_be_split(short_simulations):

@@ -198,7 +198,9 @@ async def _find_model(client: HttpClient, timeout_s: float) -> tuple[str, str]:
             status, text = await client.request("GET", "/v1/models")
         except PeerLost as error:
             if time.monotonic() > deadline_s:
-                raise RequestTimeout(f"no server within {timeout_s:g} s: {error}") from None
+                raise RequestTimeout(
+                    f"no server within {timeout_s:g} s: {error}" if timeout_s else str(error)
+                ) from None
             await asyncio.sleep(RETRY_S)
             continue
         if status == 503 and time.monotonic() < deadline_s:  # it is loading

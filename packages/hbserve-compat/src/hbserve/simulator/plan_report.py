@@ -20,7 +20,7 @@ def lines(plan: Plan) -> Iterator[str]:
         + f", for {question.attainment:.0%} of requests"
     )
     yield ""
-    yield f"{'layout':34}{'GPUs':>5}{'attained':>10}{'TTFT p90':>10}{'TPOT p90':>10}{'ITL p99':>9}  busy"
+    yield f"{'layout':34}{'GPUs':>5}{'attained':>10}{'TTFT p90':>11}{'TPOT p90':>11}{'ITL p99':>11}  busy"
     for each in plan.trials:
         yield _row(plan, each)
     yield ""
@@ -41,7 +41,7 @@ def _row(plan: Plan, trial: Trial) -> str:
     mark = "*" if trial is plan.best else " "
     return (
         f"{mark} {trial.layout.describe():32}{_gpus(plan, trial):5}{trial.attainment:10.1%}"
-        f"{1e3 * trial.ttft_p90_s:7.0f} ms{1e3 * trial.tpot_p90_s:7.1f} ms{1e3 * trial.itl_p99_s:6.1f} ms  {busy}"
+        f"{1e3 * trial.ttft_p90_s:8.0f} ms{1e3 * trial.tpot_p90_s:8.1f} ms{1e3 * trial.itl_p99_s:8.1f} ms  {busy}"
     )
 
 
