@@ -154,7 +154,7 @@ def test_without_a_size_prefill_instances_adapt_and_others_do_not(role: Role, ch
         law = StepLaw(load_profile("h100-qwen3-8b"))
         modelled = Modelled(limits, role, lambda work: law.step_s(work.num_tokens, work.num_pairs / 2, 0))
         modelled.add("one", 2048, prefill_only=role == "prefill")
-        found = []
+        found: list[int] = []
         while modelled.engine.prompts:
             found += modelled.step().values()
         assert found == sizes
