@@ -12,7 +12,8 @@ from hbserve_scheduler.errors import ConfigError
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses a key that is written twice: YAML would keep the last one in silence."""
+    """Refuses a key that is written twice: YAML would keep the last one in silence. And a text with a NUL, which no
+    path, address or name can have."""
 
 
 def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Hashable, Any]:
@@ -26,7 +27,15 @@ def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Hashable, Any]:
     return loader.construct_mapping(node, deep=True)
 
 
+def _text(loader: _Loader, node: yaml.ScalarNode) -> str:
+    text: str = loader.construct_scalar(node)
+    if "\0" in text:
+        raise yaml.constructor.ConstructorError(None, None, "a text has a NUL character", node.start_mark)
+    return text
+
+
 _Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
+_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_SCALAR_TAG, _text)
 
 
 def load_config(path: str | Path) -> DeploymentConfig:

@@ -9,7 +9,6 @@ from time import perf_counter
 from typing import Any, NamedTuple
 
 import msgspec
-import torch
 
 from hbserve.bench import EngineUnderTest
 from hbserve.demo_model import model_folder
@@ -78,7 +77,7 @@ def measure_profile(args: ProfileArgs) -> None:
 
 def _engine(
     bar: Any, config: InstanceConfig, prompts: Sequence[int], batches: Sequence[int], contexts: Sequence[int]
-) -> tuple[dict[str, Any], torch.dtype]:
+) -> tuple[dict[str, Any], str]:
     """Fields of the profile that the engine tells, and what it computes in."""
     runner = make_runner(config)
     try:
@@ -95,7 +94,7 @@ def _engine(
             "launched_ahead_s": ahead[0],
             "launched_ahead_mixed_s": ahead[1],
             "launched_ahead_eager_s": ahead[2],
-        }, runner.dtype
+        }, str(runner.dtype)
     finally:
         runner.close()
 
