@@ -175,20 +175,35 @@ def test_with_a_target_for_the_time_between_tokens_steps_take_no_longer():
 def test_prompts_go_on_where_decodes_alone_take_longer_than_the_target():
     engine = make_engine(lambda work: 0.02 + 1e-5 * work.num_tokens, itl_target_ms=5)
     add(engine, "decodes", 20, 3000)
+    for _ in range(3):
+        engine.step()
     for number in range(20):
         add(engine, str(number), 600)
-    steps = run(engine)
-    assert min(sum(tokens.values()) for tokens in steps[20:100]) >= FEWEST_BESIDE_DECODES
+    before = len(steps_of(engine))
+    for _ in range(100):
+        engine.step()
+    steps = [tokens for _, _, tokens in steps_of(engine)[before + 20 :]]
+    assert all(tokens["decodes"] == 1 for tokens in steps)
+    assert min(sum(tokens.values()) for tokens in steps) >= FEWEST_BESIDE_DECODES
+    for name in list(engine._sequences):
+        engine.release(name)
 
 
 def test_sizes_that_were_never_seen_are_taken_to_be_in_proportion():
     times = StepTimes()
     config = InstanceConfig(model_path="", chunk_size="auto", itl_target_ms=10)
-    sizes, nothing = ChunkSizes(config, config.role, times.predict_s), StepWork(0, 0, 0)
-    assert sizes.of_step(nothing, [], []) == FEWEST_BESIDE_DECODES
+    sizes, decode = ChunkSizes(config, config.role, times.predict_s), StepWork(1, 20, 20)
+    assert sizes.of_step(decode, [], []) == FEWEST_BESIDE_DECODES
     for _ in range(20):
-        times.learn(nothing.with_chunk(0, FEWEST_BESIDE_DECODES), 0.004)
-    assert FEWEST_BESIDE_DECODES < sizes.of_step(nothing, [], []) <= 2.5 * FEWEST_BESIDE_DECODES
+        times.learn(decode.with_chunk(0, FEWEST_BESIDE_DECODES), 0.004)
+    assert FEWEST_BESIDE_DECODES < sizes.of_step(decode, [], []) <= 2.5 * FEWEST_BESIDE_DECODES
+
+
+def test_where_nobody_decodes_a_target_makes_no_step_shorter():
+    config = InstanceConfig(model_path="", itl_target_ms=1)
+    sizes = ChunkSizes(config, config.role, lambda work: 1e-5 * work.num_tokens)
+    assert sizes.of_step(StepWork(0, 0, 0), [], []) == FEWEST_TOKENS
+    assert sizes.of_step(StepWork(1, 20, 20), [], []) < 2 * FEWEST_BESIDE_DECODES
 
 
 @pytest.mark.warm

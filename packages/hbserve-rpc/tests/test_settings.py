@@ -65,5 +65,7 @@ def test_every_setting_has_a_place_of_its_own_in_the_file():
 
 @pytest.mark.parametrize("role", ["prefill", "decode", "hybrid"])
 def test_a_chunk_size_that_somebody_has_chosen_is_every_roles(role):
-    assert [chunk_size_of(chosen, role) for chosen in (1, 512, "auto")] == [1, 512, "auto"]
-    assert chunk_size_of(None, role) == ("auto" if role == "prefill" else 512)
+    for target_ms in (None, 15.0):
+        assert [chunk_size_of(chosen, role, target_ms) for chosen in (1, 512, "auto")] == [1, 512, "auto"]
+    assert chunk_size_of(None, role, None) == ("auto" if role == "prefill" else 512)
+    assert chunk_size_of(None, role, 15.0) == "auto"

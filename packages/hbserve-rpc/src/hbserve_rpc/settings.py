@@ -94,8 +94,8 @@ class EngineSettings(msgspec.Struct, kw_only=True):
     """Most prompt tokens of one request in one step. "auto" chooses by how long steps take, by a prompt's length and by
     what else waits. None: as `chunk_size_of` has it for the instance's role."""
     itl_target_ms: Annotated[float | None, In("chunked_prefill"), Bounds(0.1)] = None
-    """With chunk_size "auto": a step with prompt tokens is to take no longer than this, for the sequences that decode
-    beside them. None: as long as suits prompts."""
+    """With chunk_size "auto", which it makes the default of all instances: a step with prompt tokens is to take no
+    longer than this where sequences decode beside them. None: as long as suits prompts."""
     max_chunk_prefill_tokens: Annotated[int, In("chunked_prefill"), POSITIVE] = 4096
     """Most prompt tokens of all requests together in one step."""
 
@@ -141,10 +141,12 @@ class EngineSettings(msgspec.Struct, kw_only=True):
         return min(longest + min(self.max_num_seqs, longest // ROWS_PER_SEQUENCE), self.max_num_batched_tokens)
 
 
-def chunk_size_of(chunk_size: int | Literal["auto"] | None, role: Role) -> int | Literal["auto"]:
+def chunk_size_of(
+    chunk_size: int | Literal["auto"] | None, role: Role, itl_target_ms: float | None
+) -> int | Literal["auto"]:
     """What the setting means for an instance: where nobody has chosen, "auto" on those that only compute prompts, and
-    CHUNK_SIZE where somebody may decode beside them, who waits for each chunk."""
-    return chunk_size or ("auto" if role == "prefill" else CHUNK_SIZE)
+    where a target says how long those who decode beside them wait for a chunk; elsewhere CHUNK_SIZE."""
+    return chunk_size or ("auto" if role == "prefill" or itl_target_ms is not None else CHUNK_SIZE)
 
 
 class KVTransferSettings(msgspec.Struct, frozen=True, kw_only=True):

@@ -12,7 +12,7 @@ it is computed, as early as can be.
 Prompts are computed in chunks of `chunk_size`, or `auto`: each step gets so many prompt tokens as take STEP_S, and at
 least FEWEST_TOKENS, below which reading the weights takes longer than the products. A step that is longer computes
 hardly more per second, and keeps those waiting that come meanwhile. The more waits, the longer it may be all the same.
-With `itl_target_ms` a step takes no longer than that, decodes included.
+With `itl_target_ms` a step that has decodes too takes no longer than that.
 
 Nothing here is of a device, and torch is not imported: `hbserve simulate` chooses its chunks by the same code, which
 there asks a profile how long a step would take.
@@ -176,24 +176,22 @@ class ChunkSizes:
         """predict_s: how long a step would take; None if nobody knows."""
         self._settings = settings
         self._predict_s = predict_s
-        chosen = chunk_size_of(settings.chunk_size, role)
+        chosen = chunk_size_of(settings.chunk_size, role, settings.itl_target_ms)
         self._fixed = None if chosen == "auto" else chosen
         self.is_adaptive = settings.chunked_prefill_enabled and self._fixed is None
         """Whether the sizes depend on anything, and short prompts come first."""
-        self._target_s = STEP_S if settings.itl_target_ms is None else settings.itl_target_ms / 1e3
-        self._fewest = FEWEST_TOKENS if settings.itl_target_ms is None else FEWEST_BESIDE_DECODES
-        self._of_step = self._fewest
+        self._of_step = 0
 
     def of_step(self, decodes: StepWork, begun: Ids[Prompt], waiting: Iterable[Prompt]) -> int:
         """Prompt tokens of a step that also has these decodes, if sizes are adaptive. begun, waiting: prompts that are
         to be computed."""
         most = self._settings.max_chunk_prefill_tokens
-        if self._settings.itl_target_ms is not None:
-            first = begun[0].num_computed_tokens if begun else 0
-            self._of_step = self._within_target(decodes, first, most)
+        if self._settings.itl_target_ms is not None and decodes.num_tokens:
+            first, target_s = begun[0].num_computed_tokens if begun else 0, self._settings.itl_target_ms / 1e3
+            self._of_step = self._within(target_s, decodes, first, FEWEST_BESIDE_DECODES, most)
             return self._of_step
         # Attention is no reason for more steps: they would have more of it, not less.
-        wanted = self._within_target(decodes, 0, most)
+        wanted = self._within(STEP_S, decodes, 0, FEWEST_TOKENS, most)
         if not decodes.num_tokens:
             backlog = sum(each.num_uncomputed_tokens for each in (*begun, *islice(waiting, MOST_OVERTAKERS)))
             wanted = max(wanted, backlog // STEPS_OF_BACKLOG)
@@ -223,17 +221,17 @@ class ChunkSizes:
         """How much of a step short prompts leave for a long one."""
         return budget // SHARE_OF_LONG
 
-    def _within_target(self, decodes: StepWork, first: int, most: int) -> int:
-        """The most tokens that are predicted to take no longer than the target."""
-        low = size = min(self._fewest, most)
+    def _within(self, target_s: float, decodes: StepWork, first: int, fewest: int, most: int) -> int:
+        """The most tokens that are predicted to take no longer than the target; but the fewest in any case."""
+        low = size = min(fewest, most)
         while size < most:
             known, size = size, min(2 * size, most)
-            if self._time_s(decodes, first, size, known) <= self._target_s:
+            if self._time_s(decodes, first, size, known) <= target_s:
                 low = size
         high = min(2 * low, most)
         while high - low > max(32, low // 16):
             middle = (low + high) // 2
-            if self._time_s(decodes, first, middle, low) <= self._target_s:
+            if self._time_s(decodes, first, middle, low) <= target_s:
                 low = middle
             else:
                 high = middle
