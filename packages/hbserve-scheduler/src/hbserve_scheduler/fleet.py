@@ -305,9 +305,14 @@ class Fleet:
         if not self.handles:
             return ["no instance has been added"]
         problems = [each.describe_problem() for each in self.handles.values() if each.status != "ready"]
-        roles = {handle.role for handle in self.handles.values()}
-        missing = [] if "hybrid" in roles else [role for role in ("prefill", "decode") if role not in roles]
-        return problems + [f"there is no {role} instance" for role in missing]
+        return problems + missing_roles({handle.role for handle in self.handles.values()})
+
+
+def missing_roles(there: Collection[Role]) -> list[str]:
+    """In words, which instances are missing beside those of these roles."""
+    if "hybrid" in there:
+        return []
+    return [f"there is no {role} instance" for role in ("prefill", "decode") if role not in there]
 
 
 def _computes_prompts(decode: InstanceHandle) -> bool:

@@ -8,6 +8,7 @@ from starlette.responses import Response
 
 from hbserve.server.api_error import try_again
 from hbserve.server.service import Service
+from hbserve_scheduler.fleet import missing_roles
 
 
 async def health(request: Request) -> Response:
@@ -17,10 +18,8 @@ async def health(request: Request) -> Response:
     if not model.scheduler.may_serve():
         instances = model.scheduler.stats().instances
         down = [f"{each.instance_id} is {each.status}" for each in instances if each.status != "ready"]
-        roles = {each.role for each in instances}
-        missing = [] if "hybrid" in roles else [role for role in ("prefill", "decode") if role not in roles]
-        why = ", ".join([*down, *(f"there is no {role} instance" for role in missing)])
-        raise try_again(why, code="not_ready")
+        missing = missing_roles({each.role for each in instances})
+        raise try_again(", ".join([*down, *missing]), code="not_ready")
     return Response()
 
 
