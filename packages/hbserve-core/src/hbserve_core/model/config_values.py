@@ -7,7 +7,7 @@ any model: they keep what is made for each layer or each position within memory.
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import msgspec
 
@@ -113,8 +113,17 @@ class _Values(msgspec.Struct):
     quantization_config: _Quantization | None = None
 
 
-def check_values(file: Path, raw: Mapping[str, Any]) -> None:
-    """Raises UnsupportedModel: a value that cannot be; has its key, and what may be there."""
+_MAY_BE_NULL = {field.name for field in msgspec.structs.fields(_Values) if type(None) in get_args(field.type)}
+
+
+def checked_values(file: Path, raw: Mapping[str, Any]) -> dict[str, Any]:
+    """The same, without keys that are null and mean nothing then: exports have such, of other architectures too.
+
+    Raises:
+        UnsupportedModel: a value that cannot be; has its key, and what may be there.
+    """
+    known = _Values.__struct_fields__
+    raw = {name: value for name, value in raw.items() if value is not None or name not in known or name in _MAY_BE_NULL}
     try:
         msgspec.convert(raw, _Values)
     except msgspec.ValidationError as error:
@@ -128,6 +137,7 @@ def check_values(file: Path, raw: Mapping[str, Any]) -> None:
         raise UnsupportedModel(
             f"{file}: no_rope_layers has {len(rotates)} entries: expected one for each of {count} layers"
         )
+    return raw
 
 
 def _at(value: Any, path: str) -> Any:

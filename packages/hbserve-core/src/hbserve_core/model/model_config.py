@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from hbserve_core.errors import ModelFilesMissing, UnsupportedModel
 from hbserve_core.model.architectures import ARCHITECTURES, Experts, Switches, find_architecture
-from hbserve_core.model.config_values import check_values
+from hbserve_core.model.config_values import checked_values
 from hbserve_core.model.end_tokens import end_token_ids
 from hbserve_core.model.quantization import Packing, keeps_inputs, packing, scale_block
 from hbserve_core.model.rope_config import RopeConfig, extended_length, read_rope_configs
@@ -116,7 +116,7 @@ def load_model_config(path: str | Path) -> ModelConfig:
     if raw is None:
         found = ", ".join(sorted(entry.name for entry in folder.iterdir())[:8]) or "nothing"
         raise ModelFilesMissing(f"model folder {str(folder)!r} has no config.json (it has: {found})")
-    check_values(folder / "config.json", raw)
+    raw = checked_values(folder / "config.json", raw)
     architecture = find_architecture(folder, raw)
     raw = ARCHITECTURES[architecture].completed(raw)
     try:
