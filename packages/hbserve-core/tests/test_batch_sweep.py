@@ -178,6 +178,9 @@ class ClockedRunner:
 
         return read
 
+    def is_idle(self) -> bool:
+        return False
+
 
 @pytest.mark.parametrize("overlaps", [False, True], ids=["computed at once", "overlapping"])
 def test_only_steps_of_decodes_are_timed(model_folder, monkeypatch, overlaps):
