@@ -185,6 +185,16 @@ def test_a_request_that_is_alone_takes_what_its_parts_take():
     assert single.e2els_s[0] == pytest.approx(0.5 + MESSAGE_S), "who wants one token needs no decode instance"
 
 
+def test_a_decode_instance_that_has_nothing_to_do_launches_the_step_of_who_comes():
+    ahead_s = 0.004
+    deployment = Deployment(profile(launched_ahead_s=ahead_s), roles_of(1, 1), limits=WHOLE)
+    (results,) = simulate(deployment, [SimulatedRequest(0, 500, 200), SimulatedRequest(0.1, 505, 5)])
+    alone_s, beside_s = results.handoffs_s[1], results.handoffs_s[0]
+    assert alone_s == pytest.approx(0.0005 + HANDOFF_S + ahead_s + 0.01)
+    # In the step that begins next, 10 ms after the 51st of the other one has.
+    assert beside_s == pytest.approx(0.5 + alone_s + 51 * 0.01 - 1.005)
+
+
 def test_prefill_instances_may_have_another_profile_than_decode_instances(tmp_path):
     file = tmp_path / "twice.json"
     file.write_bytes(msgspec.json.encode(profile(prefill=[(1, 0.0005), (1000, 0.5)])))

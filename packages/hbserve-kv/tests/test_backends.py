@@ -1,5 +1,6 @@
 """Names of backends: what there is, what is missing, and what cures it."""
 
+import asyncio
 import builtins
 import subprocess
 import sys
@@ -99,6 +100,23 @@ def test_what_the_measurement_of_a_backend_cannot_do_is_one_line(arguments, stat
         bench.main()
     assert ended.value.code == status
     assert text in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+async def test_what_a_receiver_waits_for_is_not_that_the_transfer_was_opened(device, monkeypatch):
+    async with bench.sender(bench.Settings("ipc", device, num_blocks=8, block_bytes=1 << 16)) as there:
+        await there.hand_over([1], [1])
+        open_send = there.manager.open_send
+
+        async def open_slowly(*arguments):
+            await asyncio.sleep(0.5)
+            return await open_send(*arguments)
+
+        monkeypatch.setattr(there.manager, "open_send", open_slowly)
+        for transfer in (there.transfer, there.hand_over):
+            found = await transfer([3, 1, 5], [0, 7, 2])
+            assert found.num_bytes == 3 << 16
+            assert 0 < found.moving_s < found.behind_s < found.time_s - 0.25
 
 
 def test_the_measurement_of_a_backend_says_that_it_needs_torch():

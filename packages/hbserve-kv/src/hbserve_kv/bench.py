@@ -1,6 +1,9 @@
 """`python -m hbserve_kv.bench`: how fast a backend moves blocks between two processes of this host.
 
 Each row is a whole transfer, from the grant to the acknowledged commit; "moving" is the part of it in which bytes move.
+
+What a receiver waits for is less: an instance has opened the transfer while it computes the blocks, and the receiver
+goes on when the commit arrives, not when it has been answered. `Sender.hand_over` measures that.
 """
 
 import argparse
@@ -12,7 +15,7 @@ import statistics
 import sys
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
-from time import perf_counter
+from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -29,6 +32,8 @@ if TYPE_CHECKING:
 
 DEADLINE_S = 120.0
 MIB = 1 << 20
+COMPUTING_CYCLES = 20_000_000
+"""Of the device, some 10 ms: while it is busy, the copies of a part are queued."""
 RECEIVER = (sys.executable, "-P", "-m", "hbserve_kv.bench", "--receive")
 
 
@@ -52,7 +57,10 @@ class Settings(msgspec.Struct, frozen=True):
 class Measurement:
     num_bytes: int
     time_s: float
+    """Of the whole transfer."""
     moving_s: float
+    behind_s: float
+    """From when the blocks were computed until the receiver had them all."""
 
 
 def make_pool(settings: Settings) -> "torch.Tensor":
@@ -81,7 +89,8 @@ def chosen_blocks(settings: Settings, count: int, scattered: bool, seed: int) ->
 
 
 async def receive(settings: Settings) -> None:
-    """The receiving process: a line of JSON with block ids on stdin is one transfer; its grant goes to stdout."""
+    """The receiving process: a line of JSON with block ids on stdin is one transfer; its grant goes to stdout, and then
+    when it was all there, by the clock that processes of a host share."""
     manager = make_manager(settings, 1, make_pool(settings))
     await manager.start()
     try:
@@ -92,36 +101,76 @@ async def receive(settings: Settings) -> None:
             sys.stdout.flush()
             async with asyncio.timeout(DEADLINE_S):
                 await posted.wait()
+            sys.stdout.write(f"{monotonic()!r}\n")
+            sys.stdout.flush()
             number += 1
     finally:
         await manager.close()
 
 
+class _Computed:
+    """What the blocks of a transfer wait for, from now on: nothing, or some work of the device."""
+
+    def __init__(self, device: str = "cpu") -> None:
+        self.ready: Any = None
+        if device == "cpu":
+            self._began_s = monotonic()
+            return
+        import torch
+
+        new_event: Any = torch.cuda.Event
+        self._began, self.ready = new_event(enable_timing=True), new_event(enable_timing=True)
+        torch.cuda.synchronize(device)
+        self._began_s = monotonic()
+        with torch.cuda.device(device):
+            self._began.record()
+            torch.cuda._sleep(COMPUTING_CYCLES)  # type: ignore[no-untyped-call]
+            self.ready.record()
+
+    def ended_s(self) -> float:
+        """When it was done, once it is: by the device's own clock, for the host would look too late."""
+        return self._began_s if self.ready is None else self._began_s + self._began.elapsed_time(self.ready) / 1e3
+
+
 class Sender:
     """This process, which sends to one that it has started. Made by `sender`."""
 
-    def __init__(self, manager: KVTransferManager, process: asyncio.subprocess.Process) -> None:
+    def __init__(self, manager: KVTransferManager, process: asyncio.subprocess.Process, device: str) -> None:
+        """device: of the manager's pool."""
         self.manager = manager
         self._process = process
+        self._device = device
         self._number = 0
 
     async def transfer(self, source: Sequence[int], target: Sequence[int], *, num_pushes: int = 1) -> Measurement:
+        """Of blocks that are there."""
+        return await self._transfer(source, target, num_pushes, "cpu")
+
+    async def hand_over(self, source: Sequence[int], target: Sequence[int]) -> Measurement:
+        """Of blocks that are computed, on a GPU, while the transfer is begun, as instances do."""
+        return await self._transfer(source, target, 1, self._device)
+
+    async def _transfer(
+        self, source: Sequence[int], target: Sequence[int], num_pushes: int, device: str
+    ) -> Measurement:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._process.stdin.write(msgspec.json.encode(list(target)) + b"\n")
         async with asyncio.timeout(DEADLINE_S):
             grant = bytes.fromhex((await self._process.stdout.readline()).decode())
-            began_s = perf_counter()
+            began_s = monotonic()
             transfer = await self.manager.open_send(f"t{self._number}", grant)
+            computed = _Computed(device)
             step = -(-len(source) // num_pushes)
             for first in range(0, len(source), step):
-                transfer.push(source[first : first + step], first)
+                transfer.push(source[first : first + step], first, computed.ready)
             result = await transfer.commit()
-            time_s = perf_counter() - began_s
+            time_s = monotonic() - began_s
+            there_s = float(await self._process.stdout.readline())
         if result.outcome is not Outcome.COMPLETED:
             raise RuntimeError(result.error)
         self._number += 1
-        return Measurement(result.num_bytes, time_s, result.time_s)
+        return Measurement(result.num_bytes, time_s, result.time_s, there_s - computed.ended_s())
 
 
 @contextlib.asynccontextmanager
@@ -138,7 +187,7 @@ async def sender(settings: Settings, receiver: Sequence[str] = RECEIVER) -> Asyn
         stdout=pipe,
     )
     try:
-        yield Sender(manager, process)
+        yield Sender(manager, process, settings.device)
     finally:
         await manager.close()
         with contextlib.suppress(ProcessLookupError):

@@ -147,6 +147,11 @@ class ModelledEngine:
                 return
         self._queue(work)
 
+    @property
+    def is_idle(self) -> bool:
+        """Nothing is under way, or will be at once."""
+        return self._timer is None
+
     def _launched_ahead_s(self) -> float:
         if self._eager_left:
             return self._law.launched_ahead_eager_s

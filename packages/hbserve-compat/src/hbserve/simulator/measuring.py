@@ -159,19 +159,18 @@ def _launched_ahead(
 async def _transfers(
     bar: Any, backend: str, device: str, megabytes: Sequence[int]
 ) -> tuple[list[tuple[int, float]], float]:
-    """Time in which bytes move, by bytes; and what a transfer takes beside that, in seconds. To one other process,
-    whose start takes longer than all of them."""
+    """Time in which bytes move, by bytes; and what there is beside that from computed blocks to a receiver that has
+    them, in seconds. To one other process, whose start takes longer than all of them."""
     moving, beside = [], []
     bar.set_description("Transfers")
     settings = kv_bench.Settings(backend, device, num_blocks=2 * megabytes[-1], block_bytes=BLOCK_BYTES)
     async with kv_bench.sender(settings) as there:
         for size in megabytes:
             bar.set_description(f"Transfer of {size} MiB")
-            found, _ = await kv_bench.measure_with(
-                there, settings, size * BLOCK_BYTES, scattered=True, num_rounds=ROUNDS
-            )
+            source, target = (kv_bench.chosen_blocks(settings, size, scattered=True, seed=seed) for seed in (1, 2))
+            found = [await there.hand_over(source, target) for _ in range(1 + ROUNDS)][1:]
             moving.append((size * BLOCK_BYTES, statistics.median(each.moving_s for each in found)))
-            beside.append(statistics.median(each.time_s - each.moving_s for each in found))
+            beside.append(statistics.median(each.behind_s - each.moving_s for each in found))
             bar.update()
     return moving, statistics.median(beside)
 

@@ -44,7 +44,9 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     transfer: list[tuple[int, float]]
     """Bytes that move from an instance to another, and how long that takes."""
     handoff_s: float
-    """That a hand-off takes beside moving bytes and waiting for a step: messages on the way."""
+    """From a computed prompt until the other side has all of it, beside moving its last bytes: their end is noticed,
+    and told in a message. Of profiles of before 2026-11-28 it is all of a transfer beside moving: some 1 ms more, in
+    which a hand-off does not wait."""
     message_s: float
     """One way of a message between scheduler and instance."""
     prompt_behind_s: float = 0.0

@@ -142,7 +142,17 @@ class Decoding(RoomSession):
         self._stream.put(Granted(self._transfer_id.encode(), self.cached_tokens))
 
     def kv_is_there(self) -> None:
-        """All of it: the first token is the prefill instance's."""
+        """All of it: the first token is the prefill instance's.
+
+        A step begins so long after its launch as it is launched ahead of the end of one that is under way.
+        """
+        launch_s = self._instance.law.launched_ahead_s
+        if launch_s and self._instance.engine.is_idle:
+            self._instance.loop.call_later(launch_s, self._go_on)
+        else:
+            self._go_on()
+
+    def _go_on(self) -> None:
         if not self._is_closed:
             self._decode(self._first + 1)
 
