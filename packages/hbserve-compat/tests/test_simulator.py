@@ -195,6 +195,33 @@ def test_a_decode_instance_that_has_nothing_to_do_launches_the_step_of_who_comes
     assert beside_s == pytest.approx(0.5 + alone_s + 51 * 0.01 - 1.005)
 
 
+def test_a_prompt_behind_another_takes_what_was_measured_of_its_length():
+    launched_beside = profile(prefill_behind=[(1, 0.001), (500, 0.49), (1000, 0.9)])
+    # The last one comes when nothing is computed; each of the others waits for the one before it.
+    requests = [SimulatedRequest(at_s, count, 1) for at_s, count in ((0, 500), (0.1, 500), (0.6, 1000), (5, 1000))]
+    (results,) = simulate(Deployment(launched_beside, roles_of(1, 1), limits=WHOLE), requests)
+    ends_s = [0.5, 0.5 + 0.49, 0.5 + 0.49 + 0.9, 5 + 1.0]
+    expected_s = [end_s - each.at_s + MESSAGE_S for end_s, each in zip(ends_s, requests, strict=True)]
+    assert list(results.ttfts_s) == pytest.approx(expected_s)
+
+
+@pytest.mark.parametrize(
+    ("came_s", "ends_s"),
+    [
+        ([0.1, 0.15], [1.5, 1.5]),
+        ([0.1, 0.4], [1.0, 1.5]),
+        ([0.3, 0.4], [1.0, 1.5]),
+        ([0.3, 0.4, 0.45], [1.0, 2.0, 2.0]),
+    ],
+)
+def test_the_first_prompt_that_comes_late_is_launched_at_once_and_alone(came_s: list[float], ends_s: list[float]):
+    """The next step is launched 0.3 s before the end of the one that is under way, if there is anything for it then."""
+    deployment = Deployment(profile(launched_ahead_s=0.3), roles_of(1, 1), limits=WHOLE)
+    (results,) = simulate(deployment, [SimulatedRequest(at_s, 500, 1) for at_s in (0, *came_s)])
+    expected_s = [0.5, *(end_s - at_s for at_s, end_s in zip(came_s, ends_s, strict=True))]
+    assert list(results.ttfts_s) == pytest.approx([each + MESSAGE_S for each in expected_s])
+
+
 def test_prefill_instances_may_have_another_profile_than_decode_instances(tmp_path):
     file = tmp_path / "twice.json"
     file.write_bytes(msgspec.json.encode(profile(prefill=[(1, 0.0005), (1000, 0.5)])))
@@ -751,6 +778,7 @@ def test_profile_measures_an_instance_into_a_file_that_simulations_read(small_mo
     assert -1 not in said, result.stderr
     assert said == sorted(said)
     assert "9/9" in result.stderr
+    assert found.prefill_behind == found.prefill, "as is one behind another"
     ahead = (found.launched_ahead_s, found.launched_ahead_mixed_s, found.launched_ahead_eager_s)
     assert ahead == (0.0, 0.0, 0.0), "a CPU computes what it launches at once"
     assert min(found.handoff_s, found.message_s, found.kv_bytes_per_token, found.kv_tokens) > 0

@@ -142,7 +142,7 @@ class ModelledEngine:
         else:
             self._cut_short()
             ahead_s = self._launched_ahead_s()
-            if ahead_s and self._end_s - self._loop.time() < ahead_s:
+            if ahead_s and self._end_s - self._loop.time() < ahead_s and self._has_next():
                 self._missed.append(work)
                 return
         self._queue(work)
@@ -151,6 +151,11 @@ class ModelledEngine:
     def is_idle(self) -> bool:
         """Nothing is under way, or will be at once."""
         return self._timer is None
+
+    def _has_next(self) -> bool:
+        """Whether there is anything for the step after the one that is under way: who is the first to come is launched
+        at once, however late."""
+        return bool(self.batch or self._joining or any(work.num_uncomputed_tokens for work in reversed(self.prompts)))
 
     def _launched_ahead_s(self) -> float:
         if self._eager_left:
@@ -277,15 +282,15 @@ class ModelledEngine:
                 pairs += count * (work.num_computed_tokens + count / 2)
                 work.num_computed_tokens += count
                 ends = ends or not work.num_uncomputed_tokens
-            end_s += self._prompts_step_s(new_tokens, pairs) - self._law.prompt_behind_s * behind_prompts
+            end_s += self._prompts_step_s(new_tokens, pairs, is_behind=behind_prompts)
             behind_prompts = True
             self._planned.append((end_s, chunks))
             if ends or not chunks:
                 return
 
-    def _prompts_step_s(self, new_tokens: int, pairs: float) -> float:
+    def _prompts_step_s(self, new_tokens: int, pairs: float, *, is_behind: bool = False) -> float:
         rows = self.limits.graph_rows(new_tokens) if self._law.has_graphs else new_tokens
-        return self._law.step_s(rows, pairs, self.keys)
+        return self._law.step_s(rows, pairs, self.keys, is_behind=is_behind)
 
     def _begin_decodes(self, count: int, *, has_first: bool) -> float:
         """So many decode steps, the first of which may be some sequences' own first; returns the end of the last."""

@@ -82,7 +82,7 @@ def _engine(
     runner = make_runner(config)
     try:
         sweep = BatchSweep(config, runner)
-        prefill, behind_s, decode = _steps(bar, sweep, prompts, batches, contexts)
+        prefill, behind, decode = _steps(bar, sweep, prompts, batches, contexts)
         ahead = _launched_ahead(bar, sweep, config, batches, contexts[0])
         return {
             "device": str(runner.device),
@@ -90,7 +90,7 @@ def _engine(
             "kv_tokens": sweep.kv_tokens,
             "prefill": prefill,
             "decode": decode,
-            "prompt_behind_s": behind_s,
+            "prefill_behind": behind,
             "launched_ahead_s": ahead[0],
             "launched_ahead_mixed_s": ahead[1],
             "launched_ahead_eager_s": ahead[2],
@@ -112,11 +112,11 @@ def _numbers(option: str, text: str) -> tuple[int, ...]:
 
 def _steps(
     bar: Any, sweep: BatchSweep, prompts: Sequence[int], batches: Sequence[int], contexts: Sequence[int]
-) -> tuple[list[tuple[int, float]], float, list[tuple[int, int, float]]]:
-    """Prompts, how much less they take one behind the other, and decode steps; what the model or the pool has no room
-    for is said and passed over."""
+) -> tuple[list[tuple[int, float]], list[tuple[int, float]], list[tuple[int, int, float]]]:
+    """Prompts alone, and one behind the other, and decode steps; what the model or the pool has no room for is said and
+    passed over."""
     prefill: list[tuple[int, float]] = []
-    saved: list[float] = []
+    behind: list[tuple[int, float]] = []
     decode: list[tuple[int, int, float]] = []
     for length in prompts:
         bar.set_description(f"Prompt of {length}")
@@ -125,7 +125,7 @@ def _steps(
         else:
             alone_s, behind_s = sweep.prompt_s(length)
             prefill.append((length, alone_s))
-            saved.append(alone_s - behind_s)
+            behind.append((length, behind_s))
         bar.update()
     for context in contexts:
         for batch in batches:
@@ -137,7 +137,7 @@ def _steps(
             bar.update()
     if not prefill or not decode:
         raise InvalidRequest("--prompt-lens, --batch-sizes, --contexts: nothing fits this model and its pool")
-    return prefill, max(0.0, statistics.median(saved)), decode
+    return prefill, behind, decode
 
 
 def _launched_ahead(

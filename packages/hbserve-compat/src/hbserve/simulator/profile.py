@@ -49,8 +49,9 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     which a hand-off does not wait."""
     message_s: float
     """One way of a message between scheduler and instance."""
-    prompt_behind_s: float = 0.0
-    """So much less than alone a prompt takes behind another one, beside whose computation the host launches it."""
+    prefill_behind: list[tuple[int, float]] = []
+    """The same of one behind another, beside whose computation the host launches it, from token to token; a long one
+    without a CUDA graph takes the host longest. None: as alone."""
     launched_ahead_s: float = 0.0
     """So long before the end of a step its engine launches the next one, and who comes later is in the step after that.
     0: it does not, or nobody has measured it."""
@@ -73,18 +74,21 @@ class StepLaw:
         longer = {tokens: time_s for tokens, time_s in prompts.items() if tokens > widest}
         self._of_decodes = Line([*(decodes | longer).items()])
         self._of_prompts = Line([*prompts.items()])
+        behind = [(tokens, max(0.0, time_s - self.pair_s * tokens**2 / 2)) for tokens, time_s in profile.prefill_behind]
+        self._of_prompts_behind = Line(behind) if behind else self._of_prompts
         self.transfer_s = Line(profile.transfer).at
         """How long so many bytes take."""
-        self.prompt_behind_s = min(profile.prompt_behind_s, *(time_s for _, time_s in profile.prefill))
         self.launched_ahead_s = profile.launched_ahead_s
         self.launched_ahead_mixed_s = max(profile.launched_ahead_s, profile.launched_ahead_mixed_s)
         self.launched_ahead_eager_s = max(self.launched_ahead_mixed_s, profile.launched_ahead_eager_s)
         self.has_graphs = profile.device != "cpu"
         """Whether steps are padded to the shapes of CUDA graphs."""
 
-    def step_s(self, new_tokens: int, pairs: float, keys: int) -> float:
-        """Of one step with so many tokens of prompts and decodes; pairs are of prompts, keys of decodes."""
-        products = self._of_prompts.at(new_tokens) if pairs else self._of_decodes.at(new_tokens)
+    def step_s(self, new_tokens: int, pairs: float, keys: int, *, is_behind: bool = False) -> float:
+        """Of one step with so many tokens of prompts and decodes; pairs are of prompts, keys of decodes. is_behind: the
+        step before it had prompts."""
+        of_prompts = self._of_prompts_behind if is_behind else self._of_prompts
+        products = of_prompts.at(new_tokens) if pairs else self._of_decodes.at(new_tokens)
         return products + self.pair_s * pairs + self.key_s * keys
 
     def decode_steps_s(self, count: int, batch: int, keys: int) -> float:
