@@ -12,6 +12,8 @@ What its Python API makes necessary (read and measured on 0.3.13):
   filters of its sockets.
 - It connects either to IPv4 or to IPv6 addresses, as MC_USE_IPV6 had it when it was imported.
 - In P2P mode the port in the host name is ignored: the session is `host:get_rpc_port()`.
+- `initialize` prints `Local segment descriptor not found`, whoever calls it, and returns 0 all the same. It is printed
+  as an error: a log level that hides it hides errors.
 """
 
 import asyncio
