@@ -56,7 +56,7 @@ async def until_idle(page: Any) -> None:
 async def test_the_page_asks_with_a_key_shows_answers_as_text_keeps_the_conversation_and_stops(page, server):
     expect = playwright.expect
     await page.goto(server.url)
-    await expect(page.locator("#model")).to_contain_text("wrong API key")
+    await expect(page.locator("#model")).to_contain_text("no API key")
     await page.fill("#key", "k")
     await page.dispatch_event("#key", "change")
     await expect(page.locator("#model")).to_have_text("small")
