@@ -8,7 +8,7 @@ import pytest
 from hbserve_rpc import EngineFailed, InvalidRequest, LogitsNotFinite, Overloaded, RemoteError, Unavailable
 from hbserve_rpc.messages import TokenEvent
 from hbserve_scheduler import ConfigError, InstanceFailed, NotReady, RequestFailed
-from hbserve_scheduler.attempt import Attempt
+from hbserve_scheduler.attempt import VERDICT_TIMEOUT_S, Attempt
 from hbserve_scheduler.request import ScheduledRequest
 from hbserve_scheduler.retries import MOST_SUSPECTS, Retries
 from hbserve_testing.narrowing import present
@@ -289,6 +289,19 @@ async def test_a_prefill_side_that_fails_after_its_transfer_does_not_end_what_is
     decode.release()
     tokens, end = await collect(events)
     assert (tokens, end.num_attempts) == ([102, 103], 1)
+
+
+async def test_what_a_late_prefill_side_has_moved_is_in_the_record(make_scheduler, pair, ask, collect):
+    """On a busy machine all tokens may be there before it is heard."""
+    pair[0].hold = {"done"}
+    scheduler = await make_scheduler(*pair)
+    answer = asyncio.create_task(collect(scheduler.submit(ask())))
+    while not (entry := scheduler.running_requests.get("r")) or entry.finish_reason is None:
+        await asyncio.sleep(0.01)
+    await asyncio.sleep(3 * VERDICT_TIMEOUT_S)
+    pair[0].release()
+    tokens, end = await answer
+    assert (len(tokens), end.kv_bytes > 0, end.num_attempts) == (4, True, 1)
 
 
 @pytest.mark.parametrize("failing", ["p0", "d0"])

@@ -36,6 +36,10 @@ _NOTHING = contextlib.nullcontext()
 VERDICT_TIMEOUT_S = 0.08
 """How long the failure of one leg waits for what the other leg has to say. Then that is cancelled: within 0.1 s."""
 
+ACCOUNT_TIMEOUT_S = 1.0
+"""How long a request that has all its tokens waits to hear what P has moved, for its record: P may be later than the
+few tokens of D on a busy machine. The client has its last token by then, but not the stream's end."""
+
 
 class Attempt:
     """Follows a request until its last token. Every id is new, so that nothing of an earlier attempt is mistaken."""
@@ -230,7 +234,8 @@ class Attempt:
             # Before the grant neither knows why the other has failed, nor does D before the first token why P has.
             others_know = self._is_granted and (self._first_token.is_set() or not prefill.done())
             if others_know and not (prefill.done() and decode.done()):
-                await asyncio.wait(tasks, timeout=VERDICT_TIMEOUT_S)
+                has_all = self._decoding and self._entry.finish_reason is not None
+                await asyncio.wait(tasks, timeout=ACCOUNT_TIMEOUT_S if has_all else VERDICT_TIMEOUT_S)
             if self._entry.finish_reason is None and self._decoding and prefill.done():
                 # D has the KV, whatever became of P since.
                 await decode
