@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 import threading
 from pathlib import Path
@@ -98,6 +99,17 @@ def test_an_index_without_a_weight_map_is_named(copy_of, content):
     folder = copy_of("qwen2-sharded")
     (folder / "model.safetensors.index.json").write_text(content)
     with pytest.raises(WeightsMismatch, match=r"index\.json has no readable weight_map"):
+        load(folder)
+
+
+@pytest.mark.parametrize("outside", ["../llama/model.safetensors", "/dev/zero", "a/../../x.safetensors"])
+def test_an_index_that_names_a_file_outside_of_its_folder_is_refused_by_that_name(copy_of, outside):
+    folder = copy_of("qwen2-sharded")
+    copy_of("llama")
+    index = folder / "model.safetensors.index.json"
+    weight_map = json.loads(index.read_text())["weight_map"]
+    index.write_text(json.dumps({"weight_map": weight_map | {"model.norm.weight": outside}}))
+    with pytest.raises(WeightsMismatch, match=rf"weight_map names '{re.escape(outside)}', which is outside"):
         load(folder)
 
 

@@ -17,7 +17,7 @@ def weight_files(folder: Path) -> list[Path]:
 
     Raises:
         ModelFilesMissing: there are none, or a shard that the index names is not there.
-        WeightsMismatch: the index cannot be read.
+        WeightsMismatch: the index cannot be read, or names a file outside of the folder.
     """
     index = folder / _INDEX
     if (folder / _SINGLE).exists():
@@ -57,6 +57,10 @@ def require_whole(path: Path) -> None:
 def _shard_names(index: Path) -> list[str]:
     try:
         content: Any = json.loads(index.read_text(encoding="utf-8"))
-        return sorted({str(Path(name)) for name in content["weight_map"].values()})
+        paths = {Path(name) for name in content["weight_map"].values()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise WeightsMismatch(f"{index} has no readable weight_map: {error}") from error
+    # Of the names alone: what they name may be a link out of the folder, as all files in Hugging Face's cache are.
+    if outside := sorted(str(path) for path in paths if path.is_absolute() or ".." in path.parts):
+        raise WeightsMismatch(f"{index}: its weight_map names {outside[0]!r}, which is outside of the model's folder")
+    return sorted(map(str, paths))
