@@ -169,6 +169,11 @@ def test_nothing_loses_a_cancellation_in_wait_for(source):
     assert "asyncio.wait_for(" not in source.read_text(), "use asyncio.timeout; see docs/rationale.md"
 
 
+@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
+def test_a_home_that_there_is_not_is_told_by_whoever_opens_the_path(source):
+    assert ".expanduser()" not in source.read_text(), "it raises without a path: use os.path.expanduser, as shells do"
+
+
 def test_tests_of_ctrl_c_work_also_where_pytest_was_started_with_sigint_ignored():
     code = (
         "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN); import conftest; "

@@ -50,6 +50,10 @@ CASES: list[tuple[dict[str, Any], str]] = [
     ({"server": {"chat_template": "no.jinja"}}, f"server.chat_template='no.jinja': {NO_FILE}"),
     ({"server": {"chat_template": "{% if"}}, "server.chat_template='{% if': unexpected 'end of template'"),
     ({"server": {"ssl_certfile": __file__, "ssl_keyfile": "no.pem"}}, f"server.ssl_keyfile='no.pem': {NO_FILE}"),
+    ({"model": {"path": "~nobody-here/m"}}, "/~nobody-here/m' does not exist"),
+    ({"security": {"keys": "~nobody-here/k"}}, "~nobody-here/k"),
+    ({"server": {"api_key_file": "~nobody-here/k"}}, f"server.api_key_file='~nobody-here/k': {NO_FILE}"),
+    ({"server": {"chat_template": "~nobody-here/t"}}, f"server.chat_template='~nobody-here/t': {NO_FILE}"),
     ({"server": {"uds": "/tmp/" + "x" * 200}}, "cannot be bound: AF_UNIX path too long"),
 ]
 

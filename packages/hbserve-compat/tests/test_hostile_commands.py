@@ -185,7 +185,9 @@ def test_whatever_path_is_given_is_begun_or_refused_in_one_line(tmp_path, small_
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     (tmp_path / "a folder").mkdir()
     places = ["file", "loop", "a folder", "nowhere", "n\nowhere", "x" * 5000, "caf\udce9"]
-    paths = TEXT | st.sampled_from([*(str(tmp_path / place) for place in places), "/proc/self/mem", "/dev/null"])
+    paths = TEXT | st.sampled_from(
+        [*(str(tmp_path / place) for place in places), "/proc/self/mem", "/dev/null", "~nobody-here/x"]
+    )
     found = []
 
     @seconds

@@ -69,13 +69,13 @@ def model_folder(path: str | os.PathLike[str] | None, given_up: threading.Event 
     given = Path(path)
     if file := _gguf_file(given):
         return converted(file, given_up)
-    cached = None if given.expanduser().is_dir() else _in_hub_cache(str(path))
+    cached = None if Path(os.path.expanduser(given)).is_dir() else _in_hub_cache(str(path))
     return model_folder_at(given) if cached is None else cached
 
 
 def _gguf_file(given: Path) -> Path | None:
     """The one that is meant, if one is."""
-    path = given.expanduser().absolute()
+    path = Path(os.path.expanduser(given)).absolute()
     if path.is_file():
         return path if path.suffix == ".gguf" else None
     if any((path / name).exists() for name in ("config.json", "adapter_config.json")):
@@ -102,7 +102,7 @@ def model_name(path: str | os.PathLike[str] | None, folder: Path) -> str:
     given = Path(path)
     if file := _gguf_file(given):
         return file.stem
-    return folder.name if given.expanduser().is_dir() else str(path)
+    return folder.name if Path(os.path.expanduser(given)).is_dir() else str(path)
 
 
 async def find_model_folder(path: str | os.PathLike[str] | None) -> Path:

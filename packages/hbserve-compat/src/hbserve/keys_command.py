@@ -1,5 +1,6 @@
 """`hbserve keys`: the files by which the processes of a deployment know each other."""
 
+import os
 import sys
 from collections.abc import Mapping
 from enum import StrEnum
@@ -33,7 +34,7 @@ def write_keys(folder: Path, rotation: Rotation | None) -> None:
         OSError: they cannot be written.
     """
     if rotation is None:
-        if there := [party for party in PARTIES if (folder.expanduser() / f"{party}.key").exists()]:
+        if there := [party for party in PARTIES if (Path(os.path.expanduser(folder)) / f"{party}.key").exists()]:
             raise KeysError(f"{folder}: has keys of {', '.join(there)} already; --rotate changes them")
         keys: Mapping[Party, Keys] = make_keys()
         line = f"security: {{keys: {folder}}}"

@@ -2,6 +2,7 @@
 
 import ctypes
 import json
+import os
 import re
 from pathlib import Path
 
@@ -21,7 +22,7 @@ def model_folder_at(given: Path) -> Path:
     Raises:
         FileNotFoundError: there is none, or it is known to hold something else; says what to do.
     """
-    folder = given.expanduser().absolute()
+    folder = Path(os.path.expanduser(given)).absolute()
     if not folder.is_dir():
         raise FileNotFoundError(_why_no_folder(given, folder))
     if not (folder / "config.json").exists():

@@ -1,5 +1,6 @@
 """The tokenizer of a model folder. transformers is imported when one is loaded."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ def load_tokenizer(folder: str | Path) -> Any:
     Raises:
         BrokenTokenizer: there are files of one, but it cannot be read; says why.
     """
-    path = Path(folder).expanduser()
+    path = Path(os.path.expanduser(folder))
     if not any((path / name).exists() for name in FILES):
         return None
     try:
@@ -32,7 +33,7 @@ def load_tokenizer(folder: str | Path) -> Any:
 
 def require_tokenizer_of(folder: str | Path) -> None:
     """Raises FileNotFoundError unless a folder has a tokenizer: for those who have nothing but text."""
-    path = Path(folder).expanduser()
+    path = Path(os.path.expanduser(folder))
     if not any((path / name).exists() for name in FILES):
         raise FileNotFoundError(f"{path}: has no tokenizer, which text needs: none of {', '.join(FILES)}")
 

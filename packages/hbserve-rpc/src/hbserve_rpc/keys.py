@@ -150,7 +150,7 @@ def save_keys(keys: Mapping[Party, Keys], folder: str | Path) -> list[Path]:
     Raises:
         OSError: they cannot be written.
     """
-    Path(folder).expanduser().mkdir(mode=0o700, parents=True, exist_ok=True)
+    Path(os.path.expanduser(folder)).mkdir(mode=0o700, parents=True, exist_ok=True)
     paths = []
     for party, each in keys.items():
         path = _path(folder, party)
@@ -163,7 +163,7 @@ def save_keys(keys: Mapping[Party, Keys], folder: str | Path) -> list[Path]:
 
 
 def _path(folder: str | Path, party: Party) -> Path:
-    return Path(folder).expanduser() / f"{party}.key"
+    return Path(os.path.expanduser(folder)) / f"{party}.key"
 
 
 def has_curve() -> bool:

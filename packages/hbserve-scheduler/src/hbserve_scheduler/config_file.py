@@ -1,5 +1,6 @@
 """A DeploymentConfig from a YAML file."""
 
+import os
 from collections.abc import Hashable
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,7 @@ def load_config(path: str | Path) -> DeploymentConfig:
     Raises:
         ConfigError: the file is missing or not YAML, or a key is unknown, of a wrong type, or cannot be.
     """
-    path = Path(path).expanduser()
+    path = Path(os.path.expanduser(path))
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # a subclass of the safe loader
     except OSError as error:

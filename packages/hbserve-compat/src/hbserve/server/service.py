@@ -1,5 +1,6 @@
 """State that all endpoints share: the settings, and what is served, once it is there."""
 
+import os
 import re
 import time
 from dataclasses import dataclass, field
@@ -157,7 +158,7 @@ def _template(given: str | None) -> str | None:
     if given is None:
         return None
     try:
-        text = given if "{" in given else Path(given).expanduser().read_text(encoding="utf-8")
+        text = given if "{" in given else Path(os.path.expanduser(given)).read_text(encoding="utf-8")
         known = re.sub(r"({%-?)\s*(end)?generation\b", r"\1 set _ = 0", text)  # a tag of transformers' own
         jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(known)
     except OSError as error:

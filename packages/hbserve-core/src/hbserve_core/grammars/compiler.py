@@ -39,7 +39,7 @@ class GrammarCompiler:
 
     def __init__(self, folder: str, vocab_size: int, eos_token_ids: Collection[int]) -> None:
         """folder: the model's, with its tokenizer.json."""
-        self._path = Path(folder).expanduser() / "tokenizer.json"
+        self._path = Path(os.path.expanduser(folder)) / "tokenizer.json"
         self._vocab_size = vocab_size
         self._eos_token_ids = sorted(each for each in eos_token_ids if each < vocab_size)
         self._lock = threading.Lock()

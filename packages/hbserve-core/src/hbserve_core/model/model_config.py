@@ -5,6 +5,7 @@ torch is not imported: whoever starts instances asks first whether they can serv
 """
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -109,7 +110,7 @@ def load_model_config(path: str | Path) -> ModelConfig:
             or a config.json that lacks a size.
         BrokenTokenizer: a tokenizer's files cannot be read.
     """
-    folder = Path(path).expanduser()
+    folder = Path(os.path.expanduser(path))
     if not folder.is_dir():
         raise ModelFilesMissing(f"model folder {str(folder)!r} does not exist: give the path of a Hugging Face folder")
     raw = _read_json(folder / "config.json")

@@ -45,7 +45,7 @@ def load_config() -> MooncakeConfig:
     if not path:
         return MooncakeConfig()
     try:
-        text = Path(path).expanduser().read_text(encoding="utf-8")
+        text = Path(os.path.expanduser(path)).read_text(encoding="utf-8")
         config = msgspec.json.decode(text, type=MooncakeConfig)
     except (OSError, UnicodeDecodeError, msgspec.DecodeError) as error:
         raise BackendUnavailable(f"{CONFIG_VARIABLE}={path}: {error}") from error
