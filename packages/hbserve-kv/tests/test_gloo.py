@@ -1,5 +1,6 @@
 """How parts are cut into messages of Gloo, and that every cut brings each block to its place."""
 
+import errno
 import random
 import socket
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 
 from hbserve_kv import KVTransferManager, Outcome
-from hbserve_kv.transports import nccl
+from hbserve_kv.transports import nccl, own_sockets
 from hbserve_kv.transports.nccl import LONGEST_BYTES, PACKED_BYTES, _pieces
 from hbserve_kv.transports.own_sockets import _own_sockets
 from hbserve_rpc.address import is_own_address
@@ -51,6 +52,10 @@ async def test_blocks_of_every_size_and_order_arrive_as_they_were(managers, monk
     assert torch.equal(target, expected)
 
 
+def refused_filter(*_: object) -> None:
+    raise PermissionError(errno.EPERM, "Operation not permitted")
+
+
 def listening(host: str) -> set[int]:
     """Ports of this process at an address."""
     return {
@@ -68,8 +73,13 @@ async def one_transfer(transfer_id: str, sender: KVTransferManager, receiver: KV
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
-async def test_what_gloo_listens_at_takes_no_connection_once_its_link_is_there_and_the_link_goes_on(managers, host):
+@pytest.mark.parametrize("may_filter", [True, False], ids=["by a filter", "without CAP_NET_ADMIN"])
+async def test_what_gloo_listens_at_takes_no_connection_once_its_link_is_there_and_the_link_goes_on(
+    managers, host, may_filter, monkeypatch
+):
     """It would keep each for as long as the link lives: a thousand of them were a thousand files."""
+    if not may_filter:
+        monkeypatch.setattr(own_sockets, "_filter", refused_filter)
     if not is_own_address(host):
         pytest.skip("this machine has no IPv6")
     of_others = listening(host)  # of tests before, perhaps, whose groups are on their way out

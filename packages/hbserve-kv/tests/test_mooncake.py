@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+import errno
 import os
 import signal
 import socket
@@ -23,6 +24,7 @@ from hbserve_kv.transports.base import DrainUnknown, Link, Part
 
 pytest.importorskip("mooncake.engine", reason="Mooncake or its libraries are missing", exc_type=ImportError)
 
+from hbserve_kv.transports import own_sockets
 from hbserve_kv.transports.mooncake import engines as mooncake_engines
 from hbserve_kv.transports.mooncake.transport import Description, MooncakeTransport
 from hbserve_kv.transports.own_sockets import _own_sockets, listening_everywhere
@@ -296,11 +298,14 @@ async def test_an_engine_looks_often_enough_whether_it_ends(receiver):
         assert found == [pytest.approx(interval_s, abs=0.01)]
 
 
-async def test_what_it_listens_at_hears_nothing_that_is_sent_to_another_address():
+async def test_what_it_listens_at_hears_nothing_that_is_sent_to_another_address(caplog):
     """It has no setting for where it listens, and knows no keys: see SECURITY.md."""
     before = listening_everywhere()
     transport = MooncakeTransport("127.0.0.3", 5)
     await transport.start(Memory(torch.zeros(NUM_BLOCKS, BLOCK_BYTES, dtype=torch.uint8), 1 << 24))
+    if "CAP_NET_ADMIN" in caplog.text:
+        await transport.close()
+        pytest.skip(caplog.text)
     its_own = listening_everywhere() - before
     ports = {found.getsockname()[1] for inode, found in _own_sockets() if inode in its_own}
     assert transport._receiving._engines[0].native.get_rpc_port() in ports
@@ -310,6 +315,18 @@ async def test_what_it_listens_at_hears_nothing_that_is_sent_to_another_address(
         for own in ("127.0.0.3", "127.0.0.1"):
             socket.create_connection((own, port), 20).close()
     await transport.close()
+
+
+async def test_where_the_kernel_lets_it_filter_nothing_it_works_and_warns_once(caplog, monkeypatch):
+    def refused(*_: object) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(own_sockets, "_filter", refused)
+    transport = MooncakeTransport("127.0.0.1", 5)
+    await transport.start(Memory(torch.zeros(NUM_BLOCKS, BLOCK_BYTES, dtype=torch.uint8), 1 << 24))
+    await transport.close()
+    (warned,) = [each for each in caplog.records if each.levelname == "WARNING"]
+    assert "mooncake listens on every interface of this host" in warned.getMessage()
 
 
 def listening_sockets() -> list[tuple[int, float]]:

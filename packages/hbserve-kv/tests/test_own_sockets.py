@@ -72,7 +72,10 @@ def test_who_listens_everywhere_can_be_made_to_hear_only_what_comes_to_some_addr
     before, family = listening_everywhere(), socket.AF_INET6 if ":" in bound else socket.AF_INET
     with socket.create_server((bound, 0), family=family, dualstack_ipv6=family == socket.AF_INET6) as server:
         port = server.getsockname()[1]
-        listen_only_at(only_at, listening_everywhere() - before)
+        try:
+            listen_only_at(only_at, listening_everywhere() - before)
+        except PermissionError as error:
+            pytest.skip(f"this kernel wants CAP_NET_ADMIN for it: {error}")
         for other in others:
             with pytest.raises(TimeoutError):
                 socket.create_connection((other, port), 0.1)

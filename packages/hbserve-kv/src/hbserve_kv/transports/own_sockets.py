@@ -13,6 +13,12 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 
 SO_ATTACH_FILTER = 26
+FEWEST_HOPS_LEFT = {
+    socket.AF_INET: (socket.IPPROTO_IP, 21),  # IP_MINTTL
+    socket.AF_INET6: (socket.IPPROTO_IPV6, 73),  # IPV6_MINHOPCOUNT
+}
+"""Socket options: with fewer, a packet is dropped."""
+MOST_HOPS = 255
 BPF_LOAD_WORD, BPF_LOAD_BYTE, BPF_JUMP_IF_EQUAL, BPF_SHIFT_RIGHT, BPF_RETURN = 0x20, 0x30, 0x15, 0x74, 0x06
 NETWORK_HEADER = 0x1_0000_0000 - 0x10_0000
 """Of Linux (linux/filter.h, SKF_NET_OFF); Python has no names for them."""
@@ -76,11 +82,15 @@ def let_nobody_in(published: Iterable[bytes]) -> None:
     """Drop whatever comes to where this process listens at an address that is in one of these values, as C has it.
 
     Connections that are there stay. By a filter of the socket: who closes or shuts down a listening socket has the
-    library's thread fail that waits on it.
+    library's thread fail that waits on it. Where the kernel lets this process set none (see `_filter`), whoever does
+    not ask for more than the usual 64 hops is dropped.
     """
     for _, found in _listening():
         if any(_as_in_c(found) in value for value in published):
-            _filter(found, [(BPF_RETURN, 0, 0, NOTHING)])
+            try:
+                _filter(found, [(BPF_RETURN, 0, 0, NOTHING)])
+            except PermissionError:
+                found.setsockopt(*FEWEST_HOPS_LEFT[found.family], MOST_HOPS)
 
 
 def listening_everywhere() -> set[str]:
@@ -89,7 +99,11 @@ def listening_everywhere() -> set[str]:
 
 
 def listen_only_at(addresses: Iterable[str], inodes: Collection[str]) -> None:
-    """Drop whatever comes to these listening sockets and is not sent to one of these addresses, of IPv4 or IPv6."""
+    """Drop whatever comes to these listening sockets and is not sent to one of these addresses, of IPv4 or IPv6.
+
+    Raises:
+        PermissionError: the kernel lets this process do so to none of them: see `_filter`.
+    """
     program = [instruction for each in addresses for instruction in _keep_if_sent_to(each)]
     program.append((BPF_RETURN, 0, 0, NOTHING))
     for inode, found in _listening():
@@ -120,7 +134,11 @@ def _listening() -> Iterator[tuple[str, socket.socket]]:
 
 
 def _filter(listening: socket.socket, program: Sequence[_Instruction]) -> None:
-    """Give a socket, and those that it accepts, a program."""
+    """Give a socket, and those that it accepts, a program.
+
+    Raises:
+        PermissionError: from 2026 on Linux, and what it mends of older releases (6.18.44), wants CAP_NET_ADMIN for TCP.
+    """
     code = ctypes.create_string_buffer(b"".join(struct.pack("@HBBI", *each) for each in program))
     fprog = struct.pack("@HP", len(program), ctypes.addressof(code))
     listening.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, fprog)

@@ -90,6 +90,8 @@ class MooncakeTransport(Transport):
         self._connected: set[str] = set()
         self._unsure: dict[str, Engine] = {}
         """By link, the engine that may go on with a write of it."""
+        self._is_open_said = False
+        """Engines listen on every interface, and the log says so."""
 
     async def start(self, memory: Memory) -> None:
         self._memory = memory
@@ -116,13 +118,26 @@ class MooncakeTransport(Transport):
         if rc := native.initialize(self._host, settings.metadata_server, settings.protocol, settings.device_name):
             raise BackendUnavailable(f"Mooncake does not start on {self._host!r} with {settings}: code {rc}")
         loopback = "::1" if self._ip_version == 6 else "127.0.0.1"  # where it wakes itself
-        listen_only_at([self._ip, loopback], listening_everywhere() - of_others)
+        self._listen_only_at([self._ip, loopback], listening_everywhere() - of_others)
         scratch = shared_buffer(4096)
         places = [*extents_of(scratch), *(each for region in regions for each in self._memory.extents[region])]
         sizes = [each.num_bytes for each in places]
         if rc := native.batch_register_memory([each.address for each in places], sizes):
             raise BackendUnavailable(f"Mooncake cannot register memory of {sizes} bytes: code {rc}")
         return Engine(native, scratch, places[0].address, loopback)
+
+    def _listen_only_at(self, addresses: list[str], inodes: set[str]) -> None:
+        try:
+            listen_only_at(addresses, inodes)
+        except PermissionError as error:
+            if not self._is_open_said:
+                logger.warning(
+                    "mooncake listens on every interface of this host, and whoever reaches it may write: only a "
+                    "process with CAP_NET_ADMIN may have the kernel drop what is not sent to %s (%s); see SECURITY.md",
+                    self._host,
+                    error,
+                )
+            self._is_open_said = True
 
     def _verified_transport(self, engine: Any) -> str:
         """What this engine really uses, by what it found and not by what was asked for.
