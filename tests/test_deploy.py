@@ -24,6 +24,7 @@ K8S_VERSION = "1.34"
 START_DEADLINE_S = 180
 HEALTH_PATHS = {"/health", "/ready", "/metrics"}
 """Of hbserve_rpc.health_port."""
+COMPONENT = "app.kubernetes.io/component"
 OF_OTHERS = {
     "monitoring.coreos.com/v1": "PodMonitor",
     "keda.sh/v1alpha1": "ScaledObject",
@@ -128,6 +129,21 @@ def test_selectors_find_the_pods_that_they_are_for():
             assert [each for each in pods if wanted.items() <= each.items()], manifest["metadata"]["name"]
 
 
+def test_the_job_of_the_alerts_has_what_the_server_says_and_not_what_instances_say_of_themselves():
+    """By the same names: sums would have them twice, and one that the server cannot reach would seem to be up."""
+    scraped = {}
+    for each in [one for one in manifests("k8s/plain") if one["kind"] == "PodMonitor"]:
+        selector = each["spec"]["selector"]
+        (wanted,) = selector.get("matchExpressions", [{"values": [selector["matchLabels"].get(COMPONENT)]}])
+        (endpoint,) = each["spec"]["podMetricsEndpoints"]
+        scraped[f"namespace/{each['metadata']['name']}"] = (wanted["values"], endpoint["port"])
+    assert scraped == {
+        "namespace/hbserve": (["server"], "http"), "namespace/hbserve-instances": (["prefill", "decode"], "health")
+    }  # fmt: skip
+    (down,) = re.findall(r'up\{job=~"(.*?)"\}', (DEPLOY / "prometheus/rules.yml").read_text())
+    assert [bool(re.fullmatch(down, job)) for job in ("hbserve", *scraped)] == [True, True, False]
+
+
 def test_a_pod_is_drained_for_less_time_than_it_is_given():
     for role in ("prefill", "decode"):
         spec = find("StatefulSet", f"hbserve-{role}")["spec"]["template"]
@@ -155,9 +171,12 @@ def test_what_is_scaled_is_there_by_metrics_that_there_are():
         target = scaled["spec"]["scaleTargetRef"]
         replicas = find(target["kind"], target["name"])["spec"]["replicas"]
         assert scaled["spec"]["minReplicaCount"] <= replicas <= scaled["spec"]["maxReplicaCount"]
-        (query,) = [each["metadata"]["query"] for each in scaled["spec"]["triggers"]]
-        (metric,) = re.findall(r"hbserve:(\w+)_bucket", query)
+        (trigger,) = [each["metadata"] for each in scaled["spec"]["triggers"]]
+        (metric,) = re.findall(r"hbserve:(\w+)_bucket", trigger["query"])
         assert metric in BOUNDS
+        # Never NaN, of which KEDA before 2.20 makes a number; and no figures are no reason to end instances.
+        assert trigger["query"].endswith(f" > 0 or sum(rate(hbserve:{metric}_count[2m])) * 0")
+        assert trigger["ignoreNullValues"] == "false"
 
 
 RAY_FIELDS = {
