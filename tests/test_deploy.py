@@ -213,6 +213,9 @@ def test_the_containers_of_compose_run_commands_that_there_are():
         assert f"dns:{role}:{command['port']}" in {each.discover for each in file.gpu_instances}
         assert f":{file.engine_settings().health_port}/health" in compose["services"][role]["healthcheck"]["test"][1]
     dockerfile = (DEPLOY / "docker/Dockerfile").read_text()
+    for volume in compose["services"]["server"]["volumes"]:  # else Docker has it belong to root
+        name, path, *_ = volume.split(":")
+        assert name not in compose["volumes"] or f"install -d -o hbserve -g hbserve {path}\n" in dockerfile
     found = dict(re.findall(r"^(ENTRYPOINT|CMD) (.*)$", dockerfile, re.MULTILINE))
     entry, arguments = (yaml.safe_load(found[word]) for word in ("ENTRYPOINT", "CMD"))
     assert entry == ["hbserve"]
