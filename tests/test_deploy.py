@@ -194,6 +194,8 @@ def test_ray_is_given_a_file_and_a_command_that_there_are():
     (workers,) = cluster["workerGroupSpecs"]
     parts = {"job": job, "cluster": cluster, "head": cluster["headGroupSpec"], "workers": workers}
     assert {name: set(part) for name, part in parts.items()} == RAY_FIELDS
+    head = container(cluster["headGroupSpec"]["template"])
+    assert "readinessProbe" not in head, "the job, which has the server, is submitted when the head is ready"
     starts = [*cluster["headGroupSpec"]["rayStartParams"].values(), *workers["rayStartParams"].values()]
     assert all(isinstance(value, str) for value in starts), "KubeRay takes strings there"
     command = parsed(shlex.split(job["entrypoint"])[1:])
