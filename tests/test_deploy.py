@@ -233,6 +233,10 @@ def test_a_unit_runs_a_command_that_there_is(unit):
         assert arguments == ["--config", "/etc/hbserve/deployment.yaml"]
     else:
         assert parsed(arguments)["config"] == Path("/etc/hbserve/deployment.yaml")
+    if "hbserve-scheduler" not in program:  # what instances keep is elsewhere than in a home that is read-only
+        assert (found["Service"]["ProtectHome"], found["Service"]["CacheDirectory"]) == ("read-only", "hbserve")
+        kept = dict(re.findall("^Environment=(\\w+)=/var/cache/(.*)$", unit.read_text(), re.MULTILINE))
+        assert kept == {"XDG_CACHE_HOME": "hbserve", "TRITON_CACHE_DIR": "hbserve/triton"}
     if "ExecStartPre" in found["Service"]:
         assert parsed(found["Service"]["ExecStartPre"].split()[1:])
 
