@@ -335,3 +335,4 @@ def test_the_commands_of_the_pods_serve_as_plain_processes(small_model, tmp_path
             process.terminate()
         said = [process.communicate(timeout=60)[1] for process in processes]
     assert [process.returncode for process in processes] == [0, 0, 0], said
+    assert "hbserve: starting without instances of its own\n" in said[-1]

@@ -97,7 +97,8 @@ async def serve_all(args: ServeArgs) -> None:
     """
     config = args.deployment()
     require_keys(config, launched=True)
-    sys.stderr.write(f"hbserve: starting {', '.join(each.instance_id for each in config.named_instances)}\n")
+    started = ", ".join(each.instance_id for each in config.named_instances)
+    sys.stderr.write(f"hbserve: starting {started or 'without instances of its own'}\n")
     ending = Ending()
     front_end = _front_end(config.server, args.log_level, ending)
     try:
