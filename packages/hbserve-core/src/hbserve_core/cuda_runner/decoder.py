@@ -13,9 +13,9 @@ from hbserve_core.cuda_runner.kernels.decode_attention import DecodeWorkspace, d
 from hbserve_core.cuda_runner.kernels.experts import Routing, combined
 from hbserve_core.cuda_runner.kernels.pointwise import embed
 from hbserve_core.cuda_runner.kernels.prefill_attention import prefill_attention, store_kv
-from hbserve_core.cuda_runner.kernels.sampling import sample
+from hbserve_core.cuda_runner.kernels.sampling import sample, seed_halves
 from hbserve_core.cuda_runner.products import CudaProducts, ResidualStream, RowForm, normed
-from hbserve_core.cuda_runner.step_packer import StepShape, StepView, seed_halves
+from hbserve_core.cuda_runner.step_packer import StepShape, StepView
 from hbserve_core.logits.rows import LogitsRow, has_grammars, on_device
 from hbserve_core.model.layers import (
     ExpertWeights,

@@ -19,7 +19,7 @@ from bisect import bisect_left
 from collections.abc import Sequence as Ids
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import accumulate, pairwise
+from itertools import accumulate
 from operator import attrgetter
 from typing import Any, TypeVar
 
@@ -78,18 +78,19 @@ class StepShape:
     @property
     def fixed_size(self) -> int:
         """Numbers before the tables."""
-        return _parts(self)[-1][0]
+        return _parts(self)[-1][1]
 
 
 @lru_cache(maxsize=1024)
-def _parts(shape: StepShape) -> list[tuple[int, int, int]]:
-    """Where each part begins, how many rows it has and of how many numbers; last the tables, of which that is open."""
+def _parts(shape: StepShape) -> list[tuple[int, int, int, int]]:
+    """Where each part begins and ends, how many rows it has and of how many numbers."""
     columns = (1, shape.rows, shape.sequences, shape.pieces, shape.tiles, shape.samples)
     found, first = [], 0
     for rows, count in zip((1, 4, 3, 6, 2, 7), columns, strict=True):
-        found.append((first, rows, count))
-        first += rows * _aligned(count)
-    return [*found, (first, 0, 0)]
+        end = first + rows * _aligned(count)
+        found.append((first, end, rows, count))
+        first = end
+    return found
 
 
 class StepView:
@@ -97,18 +98,15 @@ class StepView:
 
     def __init__(self, memory: Any, shape: StepShape) -> None:
         self.shape = shape
-        places = _parts(shape)
-        self.header, self.tokens, self.sequences, self.pieces, self.tiles, self.samples = (
-            memory[first:end].reshape(rows, _aligned(columns))[:, :columns]
-            for (first, rows, columns), (end, _, _) in pairwise(places)
-        )
+        self.header, self.tokens, self.sequences, self.pieces, self.tiles, self.samples = [
+            memory[first:end].reshape(rows, -1)[:, :columns] for first, end, rows, columns in _parts(shape)
+        ]
         self.width = self.header[0]
-        self.tables = memory[places[-1][0] :]
+        self.tables = memory[shape.fixed_size :]
 
     def clear(self) -> None:
         """Make it a step of padding only. What an earlier step has left here could ask for anything."""
-        for row, value in zip(self.tokens, (0, -1, 0, -1), strict=True):
-            row[:] = value
+        self.tokens[::2], self.tokens[1::2] = 0, -1
         self.tiles[0] = self.pieces[0] = -1
         # Padding is sampled greedily, which costs least.
         self.samples[:] = self.header[:] = 0
@@ -246,12 +244,6 @@ class PackedStep:
         return result
 
 
-def seed_halves(seeds: Ids[int]) -> npt.NDArray[np.int32]:
-    """(2, N): low and high half of each, as kernels/sampling.py reads them."""
-    whole = np.array([seed & 0xFFFFFFFFFFFFFFFF for seed in seeds], dtype="<u8")
-    return whole.view("<i4").reshape(-1, 2).T
-
-
 def _scored(chunks: Ids[ScheduledChunk], places: Ids[int]) -> list[ScoredRows]:
     """Of chunks in the order of their rows, whose places in the batch are these."""
     firsts = accumulate((chunk.num_new_tokens for chunk in chunks), initial=0)
@@ -299,7 +291,8 @@ class StepPacker:
         samples = [chunk.samples for chunk in chunks]
         sampling = [i for i, is_last in enumerate(samples) if is_last or not shape.tiles]
         sequences = [chunks[i].sequence for i in sampling]
-        self._write_samples(view, sequences, np.cumsum(counts)[sampling] - 1)
+        ends = [*accumulate(counts)]
+        self._write_samples(view, sequences, [ends[i] - 1 for i in sampling])
         places = [order[i] if samples[i] else None for i in sampling]
         special = [
             found
@@ -343,12 +336,12 @@ class StepPacker:
             view.tokens[3, rows] = slots[first - before * block_size :][:count]
             view.sequences[:, index] = row, count, first + count
             tiles = view.tiles[:, num_tiles : num_tiles + _ceil_div(count, self._tile_tokens)]
+            # Those of the longest context are begun first, so that no long one is left at the end.
             tiles[0] = index
-            tiles[1] = np.arange(0, count, self._tile_tokens, dtype=np.int32)
+            tiles[1] = np.arange((tiles.shape[1] - 1) * self._tile_tokens, -1, -self._tile_tokens, dtype=np.int32)
             num_tiles += tiles.shape[1]
             row += count
-        if chunks:
-            # Those of the longest context are begun first, so that no long one is left at the end.
+        if len(chunks) > 1:
             tiles = view.tiles[:, :num_tiles]
             contexts = tiles[1] + (view.sequences[2] - view.sequences[1])[tiles[0]]
             tiles[:] = tiles[:, np.argsort(-contexts, kind="stable")]
@@ -363,12 +356,16 @@ class StepPacker:
         if max(lengths) > width:  # of a chunk that is not its prompt's last
             tables = [table[:width] for table in tables]
             lengths = [len(table) for table in tables]
-        inside = np.arange(width) < np.array(lengths)[:, np.newaxis]
-        target = view.tables[: len(chunks) * width].reshape(inside.shape)
-        target[inside] = np.frombuffer(b"".join(tables), dtype=np.int32)  # one loop, and it is not Python's
-        return len(chunks) * width
+        target = view.tables[: len(chunks) * width]
+        numbers = np.frombuffer(b"".join(tables), dtype=np.int32)  # one loop, and it is not Python's
+        if len(numbers) == len(target):
+            target[:] = numbers
+        else:
+            inside = np.arange(width) < np.array(lengths)[:, np.newaxis]
+            target.reshape(inside.shape)[inside] = numbers
+        return len(target)
 
-    def _write_samples(self, view: StepView, sequences: list[Sequence], rows: npt.NDArray[np.int64]) -> None:
+    def _write_samples(self, view: StepView, sequences: list[Sequence], rows: list[int]) -> None:
         """sequences: to sample for; rows: the last one of each."""
         if not sequences:
             return
@@ -386,13 +383,13 @@ class StepPacker:
 
 def asked_of_samples(params: Ids[SamplingParams]) -> npt.NDArray[np.int32]:
     """(7, N), as a step's memory has them: what does not change from one token of a request to the next."""
-    found = np.zeros((7, len(params)), dtype=np.int32)
-    # A float64 may be infinite as a float32.
-    floats = [(min(each.temperature, HOTTEST), each.top_p) for each in params]
-    found[1::5] = np.array(floats, dtype=np.float32).reshape(-1, 2).view(np.int32).T
-    found[2:4] = seed_halves([each.seed or 0 for each in params])
-    found[5] = [min(each.top_k, 2**31 - 1) for each in params]
-    return found
+    most_k, seed_bits, pack = 2**31 - 1, 2**64 - 1, struct.Struct("<ifQiif").pack  # a seed's halves are two numbers
+    # A float64 may be beyond what a float32 holds.
+    asked = [
+        pack(0, min(each.temperature, HOTTEST), (each.seed or 0) & seed_bits, 0, min(each.top_k, most_k), each.top_p)
+        for each in params
+    ]
+    return np.frombuffer(b"".join(asked), dtype=np.int32).reshape(-1, 7).T
 
 
 def _int32(numbers: list[int]) -> npt.NDArray[np.int32]:

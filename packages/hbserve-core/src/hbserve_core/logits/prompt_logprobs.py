@@ -30,8 +30,8 @@ class ScoredRows(NamedTuple):
 
 def scored_rows(chunk: ScheduledChunk, place: int, first_row: int) -> ScoredRows | None:
     """Those of a chunk whose rows begin at `first_row`, if its request asks for any."""
-    positions, params = chunk.scored_positions, chunk.sequence.params
-    if not positions or params.prompt_logprobs is None:
+    params = chunk.sequence.params
+    if params.prompt_logprobs is None or not (positions := chunk.scored_positions):
         return None
     tokens = chunk.sequence.token_ids[positions.start + 1 : positions.stop + 1]
     return ScoredRows(place, first_row + positions.start - chunk.first, tokens, params.prompt_logprobs)

@@ -10,6 +10,10 @@ No maximum is taken of a NaN: what a device makes of that is not said anywhere.
 Shapes: R rows, V vocab_size.
 """
 
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
 import torch
 import triton
 import triton.language as tl
@@ -176,3 +180,9 @@ def sample(logits: torch.Tensor, choices: torch.Tensor, sampled: torch.Tensor) -
         logits, thresholds, choices, choices.stride(0), scores, tokens, vocab_size, _PART, num_warps=4, **LAUNCH
     )
     _best_of_row[(rows,)](scores, tokens, sampled, parts, triton.next_power_of_2(parts), num_warps=1, **LAUNCH)
+
+
+def seed_halves(seeds: Sequence[int]) -> npt.NDArray[np.int32]:
+    """(2, N): low and high half of each, as `choices` has them."""
+    whole = np.array([seed & 0xFFFFFFFFFFFFFFFF for seed in seeds], dtype="<u8")
+    return whole.view("<i4").reshape(-1, 2).T
