@@ -3,6 +3,7 @@
 Commands come at set times of that clock; the thread's loop is run here, in the test's own thread.
 """
 
+import asyncio
 import itertools
 import queue
 import random
@@ -34,6 +35,8 @@ class Simulation:
         self._commands: list[tuple[float, int, Any]] = []
         self.told: list[tuple[float, Any]] = []
         self.on_told: Any = lambda event: None
+        self.calls_at = 0.0
+        """When what `EngineThread.call` is given from now on comes."""
         self._thread = EngineThread(lambda: self.engine, on_events=self._tell, on_failure=self._fail)
         thread: Any = self._thread
         thread._commands = self
@@ -46,6 +49,10 @@ class Simulation:
         for event in events:
             self.told.append((self.device.now, event))
             self.on_told(event)
+
+    def put(self, command: Any) -> None:
+        """As of queue.SimpleQueue."""
+        self.at(self.calls_at, command)
 
     def at(self, time: float, command: Any) -> None:
         self._commands.append((time, len(self._commands), command))
@@ -222,6 +229,28 @@ def test_the_tokens_of_a_lone_prompt_are_told_when_they_are_there():
     ends = [end for _, end, _ in simulation.device.steps]
     late = [told - end for (told, _), end in zip(simulation.told, ends, strict=True)]
     assert max(late) <= 0.00011
+
+
+async def test_what_comes_to_an_idle_device_is_launched_before_anybody_hears_of_it():
+    simulation = Simulation()
+    thread: Any = simulation._thread
+    device: Any = simulation.device
+    launch, answered = device.launch, []
+
+    def launching(batch: Any) -> Any:
+        answered.append(sorted(each.done() for each in thread._pending))
+        return launch(batch)
+
+    device.launch = launching
+    calls = []
+    params = SamplingParams(0, 3)
+    for simulation.calls_at, name in ((0.0, "first"), (0.001, "while its prompt is computed")):
+        calls.append(asyncio.create_task(thread.call(lambda engine, name=name: engine.add(name, [1] * 2048, params))))
+        await asyncio.sleep(0)
+    simulation.run()
+    # The second comes behind the launch of a second step. It is answered while that is computed.
+    assert answered[:3] == [[False, False], [False, True], [True, True]]
+    await asyncio.gather(*calls)
 
 
 def test_the_end_of_a_step_is_predicted_from_its_bytes_and_operations():

@@ -212,6 +212,11 @@ class Engine:
         """Whether `step` may do something. Reserved and held requests wait for others, not for steps."""
         return bool(self._scheduler.waiting or self._scheduler.running or self._in_flight or self._granted)
 
+    @property
+    def launches_at_once(self) -> bool:
+        """Whether `step` would launch something and wait for nothing: the device has nothing to do."""
+        return self._runner.overlaps and self._in_flight is None and self.has_work()
+
     def wait_s(self) -> float | None:
         """How long to wait for more requests before `step` is called, or this is asked again: 0 if it is time, None if
         only others can bring something to do."""

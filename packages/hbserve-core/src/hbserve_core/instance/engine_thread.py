@@ -5,6 +5,7 @@ import logging
 import queue
 import threading
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 from hbserve_core.engine.engine import Engine
@@ -23,7 +24,9 @@ JOIN_TIMEOUT_S = 10.0
 class EngineThread:
     """Runs commands and steps in turn; sleeps while there is neither. Belongs to the event loop that ran `start`.
 
-    Commands also run while a step is computed, until the next one is to be launched: see `Engine.wait_s`.
+    Commands also run while a step is computed, until the next one is to be launched: see `Engine.wait_s`. Where the
+    device has nothing to do, what they have brought is launched before anybody hears of it: whoever does would take
+    the interpreter from this thread.
 
     The listeners are called in the event loop. `on_events` gets what one step has brought, at once. `on_failure` is
     called once, when the engine cannot go on; by then every call has failed too.
@@ -42,6 +45,8 @@ class EngineThread:
         self._commands: queue.SimpleQueue[Callable[[Engine], None] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._pending: set[asyncio.Future[Any]] = set()
+        self._answers: list[Callable[[], None]] = []
+        """Of commands that have run."""
         self._ended: EngineStopped | None = None
         self.stats = EngineStats()
         """As of the last step or command. May be read from any thread."""
@@ -81,10 +86,9 @@ class EngineThread:
             try:
                 result = command(engine)
             except Exception as error:  # belongs to the caller
-                self._tell(_fail, answer, error)
+                self._answers.append(partial(_fail, answer, error))
             else:
-                self.stats = engine.stats()
-                self._tell(_succeed, answer, result)
+                self._answers.append(partial(_succeed, answer, result))
 
         self._commands.put(run)
         return await answer
@@ -151,12 +155,16 @@ class EngineThread:
             command(engine)
             has_run = True
             # Grants are told while a step is computed: somebody begins to compute a prompt by them.
-            self._tell_events(engine, [])
+            if not engine.launches_at_once:
+                self._tell_events(engine, [])
 
     def _tell_events(self, engine: Engine, outputs: Sequence[StepOutput]) -> None:
-        """What a step has brought, and what there is room for now."""
+        """What a step has brought, what commands have, and what there is room for now."""
         events = [*engine.poll_reservations(), *outputs]
         self.stats = engine.stats()
+        answers, self._answers = self._answers, []
+        if answers:
+            self._tell(_call_all, answers)
         if events:
             self._tell(self._on_events, events)
 
@@ -165,6 +173,11 @@ class EngineThread:
             self._loop.call_soon_threadsafe(listener, *arguments)
         except RuntimeError:  # the loop is closed: nobody listens any more
             logger.debug("an engine event came after the loop was closed")
+
+
+def _call_all(calls: Sequence[Callable[[], None]]) -> None:
+    for call in calls:
+        call()
 
 
 def _succeed(answer: "asyncio.Future[T]", result: T) -> None:
