@@ -125,7 +125,7 @@ def main() -> None:
     parser.add_argument("--prompt-launch-ms", type=float, default=0.5)
     arguments = parser.parse_args()
     law = StepLaw(load_profile(arguments.profile))
-    law.has_graphs = False  # nor has the simulated device
+    law.has_graphs, law.overlaps = False, True  # as the simulated device
     for rate in arguments.rates:
         dice, now_s, arrivals = random.Random(5), 0.0, []
         for _ in range(round(rate * arguments.seconds)):

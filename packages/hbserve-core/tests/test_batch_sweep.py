@@ -183,12 +183,11 @@ class ClockedRunner:
 
 
 @pytest.mark.parametrize("overlaps", [False, True], ids=["computed at once", "overlapping"])
-def test_only_steps_of_decodes_are_timed(model_folder, monkeypatch, overlaps):
+def test_only_steps_of_decodes_are_timed(model_folder, overlaps):
     folder = str(model_folder("qwen3"))
     config = sweep_config(folder, SweepPlan((4,), (64,)), max_num_batched_tokens=100)
     runner = ClockedRunner(folder, overlaps)
-    monkeypatch.setattr(batch_sweep, "perf_counter", lambda: runner.now_s)
-    sweep = BatchSweep(config, runner)  # type: ignore[arg-type]
+    sweep = BatchSweep(config, runner, lambda: runner.now_s)  # type: ignore[arg-type]
     for _ in range(2):
         measured = sweep.measure(4, 64)
         assert measured.step_s == pytest.approx(0.01)
@@ -199,9 +198,9 @@ def test_only_steps_of_decodes_are_timed(model_folder, monkeypatch, overlaps):
 def test_steps_that_take_long_are_timed_a_few_times_and_limits_only_where_they_are_asked_for(model_folder, monkeypatch):
     folder = str(model_folder("qwen3"))
     runner = ClockedRunner(folder, overlaps=False)
-    monkeypatch.setattr(batch_sweep, "perf_counter", lambda: 50 * runner.now_s)
     monkeypatch.setattr(batch_sweep, "measure_limits", lambda *_: pytest.fail("nobody needs them"))
-    sweep = BatchSweep(sweep_config(folder, SweepPlan((4,), (64,))), runner)  # type: ignore[arg-type]
+    config = sweep_config(folder, SweepPlan((4,), (64,)))
+    sweep = BatchSweep(config, runner, lambda: 50 * runner.now_s)  # type: ignore[arg-type]
     assert sweep.step_s(4, 64) == pytest.approx(0.5)
     assert runner.num_decodes == 4 + 1 + 8, "warm, the end that the first is timed from, and the fewest"
     assert not sweep._engine.has_work()
@@ -228,7 +227,7 @@ def test_a_prompt_takes_less_behind_another_where_launches_overlap(model_folder,
         return read_at_its_end
 
     monkeypatch.setattr(runner, "launch", launch_on_a_host)
-    monkeypatch.setattr(batch_sweep, "perf_counter", lambda: runner.now_s)
-    sweep = BatchSweep(sweep_config(folder, SweepPlan((4,), (64,))), runner)  # type: ignore[arg-type]
+    config = sweep_config(folder, SweepPlan((4,), (64,)))
+    sweep = BatchSweep(config, runner, lambda: runner.now_s)  # type: ignore[arg-type]
     assert sweep.prompt_s(64) == (pytest.approx(1.2), pytest.approx(behind_s))
     assert not sweep._engine.has_work()

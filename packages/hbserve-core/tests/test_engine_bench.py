@@ -1,6 +1,7 @@
 """The engine's benchmark runs, and says what was reached."""
 
 import re
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
@@ -42,25 +43,28 @@ def test_a_model_without_numbers_has_no_speed_and_its_runner_is_closed(numberles
     assert len(closed) == 1
 
 
-def test_how_long_before_a_steps_end_the_next_one_is_launched_is_known_with_and_without_prompts(monkeypatch):
+def test_how_long_before_a_steps_end_the_next_one_is_launched_is_known_with_and_without_prompts():
     class SlowWithPrompts(SimulatedDevice):
         def launch(self, batch):
-            has_prompts = any(chunk.num_new_tokens > 1 for chunk in batch)
-            self._host_time_s = lambda: 0.004 if has_prompts else 0.0005
+            num_tokens = sum(chunk.num_new_tokens for chunk in batch)
+            self._host_time_s = lambda: 0.020 if num_tokens > 2304 else 0.004 if num_tokens > len(batch) else 0.0005
             return super().launch(batch)
 
-    monkeypatch.setattr("hbserve_core.bench.batch_sweep.measure_limits", lambda *_: None)
+    def sleep(time_s: float) -> None:
+        device.now += time_s
+
     model: Any = SimpleNamespace(vocab_size=1000, max_model_len=3000, reach=0, eos_token_ids=())
     config = InstanceConfig(
         model_path="", chunk_size=16384, max_chunk_prefill_tokens=16384, max_num_batched_tokens=16384
     )
     device = SlowWithPrompts(model, 20_000, H100_8B)
-    sweep = BatchSweep(config, device)
-    sweep._engine._clock = sweep._engine.launch_times._clock = device.clock
+    sweep = BatchSweep(config, device, device.clock, sleep)
     decodes_s = sweep.launched_ahead_s(16, 512)
     assert 0.0005 < decodes_s < 0.0015
-    assert 0.004 < sweep.launched_ahead_s(16, 512, 2048) < 0.005
+    assert 0.004 < sweep.launched_ahead_s(16, 512, 2048) < 0.006
     assert sweep.launched_ahead_s(16, 512) == pytest.approx(decodes_s, abs=0.0005), "prompts are forgotten"
+    assert 0.020 < sweep.launched_ahead_of_prompts_s(2048) < 0.022, "those of two prompts do, behind one"
     assert not sweep._engine.has_work()
+    assert all(begin == end for (_, end, _), (begin, _, _) in pairwise(device.steps[-40:])), "the device never waited"
     device.overlaps = False
-    assert sweep.launched_ahead_s(16, 512) == 0.0
+    assert sweep.launched_ahead_s(16, 512) == sweep.launched_ahead_of_prompts_s(2048) == 0.0

@@ -15,12 +15,10 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from hbserve.simulator.engine_limits import EngineLimits
+from hbserve.simulator.launch_times import ModelledLaunchTimes
 from hbserve.simulator.profile import StepLaw
 from hbserve_core.engine.step_times import MOST_OVERTAKERS, ChunkSizes, StepWork
 from hbserve_rpc.messages import Role
-
-STEPS_REMEMBERED = 200
-"""As there: by the launches of so many steps it is decided when the next one is to be."""
 
 
 @dataclass(eq=False)
@@ -111,6 +109,7 @@ class ModelledEngine:
         """Sequences that decode, and their tokens together."""
         self._law = law
         self._chunk_sizes = ChunkSizes(limits, role, self._predict_s)
+        self._launch_times = ModelledLaunchTimes(law, limits.most_graph_tokens)
         self._loop = asyncio.get_running_loop()
         self._step = 0
         """Decode steps so far."""
@@ -124,8 +123,6 @@ class ModelledEngine:
         """Of what is under way."""
         self._missed: list[PromptWork | DecodeWork] = []
         """Have come when the step after the one that is under way was launched already."""
-        self._mixed_left = self._eager_left = 0
-        """Steps until the last one with prompts and decodes is forgotten, and the last one without a CUDA graph."""
         self._began_s = 0.0
         self._steps_under_way = 0
         """Of decodes, from `_began_s` on."""
@@ -141,7 +138,8 @@ class ModelledEngine:
             self._timer = self._loop.call_soon(self._begin)
         else:
             self._cut_short()
-            ahead_s = self._launched_ahead_s()
+            step_s = (self._end_s - self._began_s) / max(1, self._steps_under_way)
+            ahead_s = self._launch_times.ahead_s(step_s)
             if ahead_s and self._end_s - self._loop.time() < ahead_s and self._has_next():
                 self._missed.append(work)
                 return
@@ -156,11 +154,6 @@ class ModelledEngine:
         """Whether there is anything for the step after the one that is under way: who is the first to come is launched
         at once, however late."""
         return bool(self.batch or self._joining or any(work.num_uncomputed_tokens for work in reversed(self.prompts)))
-
-    def _launched_ahead_s(self) -> float:
-        if self._eager_left:
-            return self._law.launched_ahead_eager_s
-        return self._law.launched_ahead_mixed_s if self._mixed_left else self._law.launched_ahead_s
 
     def _queue(self, work: PromptWork | DecodeWork) -> None:
         if isinstance(work, PromptWork):
@@ -258,6 +251,7 @@ class ModelledEngine:
             if self._first_end_s is not None:
                 first_end_s = self._first_end_s
         else:
+            self._launch_times.idle()
             return
         for work in joined:
             if work.remaining > 1:
@@ -373,16 +367,9 @@ class ModelledEngine:
         if batch:
             figures.output_tokens += count * batch
             figures.gaps_s[round(took_s / count, 4)] += count * batch
-        if self._mixed_left or self._eager_left:
-            self._mixed_left = max(0, self._mixed_left - count)
-            self._eager_left = max(0, self._eager_left - count)
-        if chunks:
-            num_tokens = sum([chunk for _, chunk in chunks])
-            figures.prompt_tokens += num_tokens
-            if batch + num_tokens > self.limits.most_graph_tokens:
-                self._eager_left = STEPS_REMEMBERED
-            elif batch:
-                self._mixed_left = STEPS_REMEMBERED
+        num_tokens = sum([chunk for _, chunk in chunks])
+        figures.prompt_tokens += num_tokens
+        self._launch_times.ended(count, took_s / count, batch, num_tokens)
 
     def _end_chunks(self, chunks: Iterable[tuple[PromptWork, int]]) -> None:
         ended = []

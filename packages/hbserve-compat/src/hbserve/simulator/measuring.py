@@ -143,15 +143,16 @@ def _steps(
 def _launched_ahead(
     bar: Any, sweep: BatchSweep, config: InstanceConfig, batches: Sequence[int], context: int
 ) -> tuple[float, float, float]:
-    """How long before a step's end the next one is launched: decodes alone, prompts beside them in steps with a graph,
-    and in steps without."""
+    """How long before a step's end the next one is launched: decodes alone, prompts beside them, and prompts alone of
+    which some are computed without a CUDA graph."""
     bar.set_description("Launches")
     batch = max((each for each in batches if each <= DECODES_AT_A_LAUNCH), default=batches[0])
     ahead_s = mixed_s = eager_s = sweep.launched_ahead_s(batch, context)
-    if sweep.obstacle(1, config.cuda_graph_max_seq_len) is None:
-        mixed_s = eager_s = sweep.launched_ahead_s(batch, context, config.cuda_graph_max_seq_len)
-    if sweep.obstacle(1, config.most_graph_tokens) is None:
-        eager_s = sweep.launched_ahead_s(batch, context, config.most_graph_tokens)
+    longest = config.cuda_graph_max_seq_len
+    if sweep.obstacle(1, longest) is None:
+        mixed_s = eager_s = sweep.launched_ahead_s(batch, context, longest)
+    if sweep.obstacle(3, longest) is None:  # one is computed, two are behind it
+        eager_s = sweep.launched_ahead_of_prompts_s(longest)
     bar.update()
     return ahead_s, mixed_s, eager_s
 

@@ -58,7 +58,8 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     launched_ahead_mixed_s: float = 0.0
     """The same while some steps have prompts beside decodes, and a CUDA graph: how long these take varies more."""
     launched_ahead_eager_s: float = 0.0
-    """The same while some steps have no CUDA graph, whose launches take the host longer."""
+    """The same while some steps have no CUDA graph, whose launches take the host longer, and are behind steps that are
+    no shorter: on an instance that computes prompts only."""
 
 
 class StepLaw:
@@ -81,6 +82,8 @@ class StepLaw:
         self.launched_ahead_s = profile.launched_ahead_s
         self.launched_ahead_mixed_s = max(profile.launched_ahead_s, profile.launched_ahead_mixed_s)
         self.launched_ahead_eager_s = max(self.launched_ahead_mixed_s, profile.launched_ahead_eager_s)
+        self.overlaps = self.launched_ahead_eager_s > 0
+        """Whether steps are launched while the ones before them are computed."""
         self.has_graphs = profile.device != "cpu"
         """Whether steps are padded to the shapes of CUDA graphs."""
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import pairwise
-from time import perf_counter
+from time import perf_counter, sleep
 from typing import Any
 
 from tqdm import tqdm
@@ -41,6 +41,8 @@ _ENOUGH_S = 3.0
 _NUM_LAUNCHES = 240
 """Steps until an engine decides by these alone when it launches the next one."""
 _STEPS_TO_PROMPT = 4
+_NUM_PROMPT_LAUNCHES = 40
+"""Steps of one prompt, and as many of two: of the first 16 of each it is learned how long they take."""
 _NUM_WARM = 4
 """Steps of each batch that are not timed."""
 _MOST_OF_THE_POOL = 0.98
@@ -158,10 +160,18 @@ def _num_steps(config: InstanceConfig, batch: int, context: int) -> int:
 class BatchSweep:
     """An engine, and batches of requests on it."""
 
-    def __init__(self, config: InstanceConfig, runner: Runner) -> None:
+    def __init__(
+        self,
+        config: InstanceConfig,
+        runner: Runner,
+        clock: Callable[[], float] = perf_counter,
+        sleep: Callable[[float], None] = sleep,
+    ) -> None:
+        """clock, sleep: of a device that has a time of its own."""
         self._config = config
         self._runner = runner
-        self._engine = Engine(config, runner)
+        self._clock, self._sleep = clock, sleep
+        self._engine = Engine(config, runner, clock)
         self._random = random.Random(0)
         self._count = 0
 
@@ -203,7 +213,7 @@ class BatchSweep:
             for output in outputs:
                 output.raise_error()
             if sum(output.token_id is not None and output.index > 0 for output in outputs) == batch:
-                ends.append(perf_counter())
+                ends.append(self._clock())
                 generated.append(sum(output.index for output in outputs) / batch)
         assert self._engine.stats().num_preemptions == preemptions, "the pool was full"
         self._end(names)
@@ -217,7 +227,7 @@ class BatchSweep:
         warms up."""
         alone: list[float] = []
         for _ in range(rounds + 1):
-            began_s = perf_counter()
+            began_s = self._clock()
             self._add(1, num_tokens, 1)
             alone += [end_s - began_s for end_s in self._ends_of_tokens()]
         alone_s = statistics.median(alone[1:])
@@ -242,7 +252,7 @@ class BatchSweep:
         outputs = self._engine.step()
         for output in outputs:
             output.raise_error()
-        return [perf_counter() for _ in outputs]
+        return [self._clock() for _ in outputs]
 
     def launched_ahead_s(self, batch: int, context: int, prompt: int | None = None) -> float:
         """So long before the end of a step the engine launches the next one, while such a batch decodes; `prompt`: and
@@ -253,13 +263,29 @@ class BatchSweep:
         names = self._add(batch, context, count + 1)
         for step in range(count):
             if prompt is not None and step % _STEPS_TO_PROMPT == 0:
-                self._count += 1
-                tokens = self._random.choices(range(self._runner.model_config.vocab_size), k=prompt)
-                self._engine.add(str(self._count), tokens, SamplingParams(0.6, 1, ignore_eos=True))
-            for output in self._engine.step():
-                output.raise_error()
+                self._add(1, prompt, 1)
+            self._step_in_time()
         self._end(names)
         return self._engine.launch_times.slack_s
+
+    def launched_ahead_of_prompts_s(self, prompt: int) -> float:
+        """The same while a step computes one prompt of so many tokens, and the next one two: as on a busy instance that
+        computes prompts only. Two are too long for a CUDA graph if one is as long as it may be, and steps before them
+        are no shorter than such a launch: beside decodes most are, and the engine does not count what comes late."""
+        if not self._runner.overlaps:
+            return 0.0
+        self._engine = Engine(self._config, self._runner, self._clock)  # which remembers no other steps
+        for step in range(2 * _NUM_PROMPT_LAUNCHES):
+            self._add(1 + step % 2, prompt, 1)
+            self._step_in_time()
+        self._end(())
+        return self._engine.launch_times.slack_s
+
+    def _step_in_time(self) -> None:
+        """As an instance does, which waits for requests until the step must be launched."""
+        while wait_s := self._engine.wait_s():
+            self._sleep(wait_s)
+        self._tokens_of_a_step()
 
     @property
     def kv_bytes_per_token(self) -> int:
