@@ -102,7 +102,7 @@ class Results:
 
 
 class _Collecting(Figures):
-    """The scheduler's figures, which also keep what a simulation is about."""
+    """In place of the scheduler's figures of requests, which nobody reads here, what a simulation is about."""
 
     def __init__(self, results: Results) -> None:
         super().__init__()
@@ -114,7 +114,6 @@ class _Collecting(Figures):
         self.decisions: list[tuple[float, str, str, str]] | None = None
 
     def add(self, record: RequestRecord) -> None:
-        super().add(record)
         results = self._results
         if self.decisions is not None:
             at_s = asyncio.get_running_loop().time() - record.e2e_s
