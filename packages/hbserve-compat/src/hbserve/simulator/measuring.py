@@ -59,7 +59,8 @@ def measure_profile(args: ProfileArgs) -> None:
     with progress_bar(num_parts, title="Loading the model") as bar:
         of_engine, dtype = _engine(bar, config, prompts, batches, contexts)
         device = of_engine["device"]
-        moving, beside_s = asyncio.run(_transfers(bar, args.kv_transfer_backend, device.partition(":")[0], sizes))
+        there = "cpu" if device == "cpu" else "cuda"
+        moving, beside_s = asyncio.run(_transfers(bar, args.kv_transfer_backend, there, sizes))
         message_s = asyncio.run(_message_s(bar))
     profile = Profile(
         name=args.name or f"{folder.name} on {device}",
@@ -85,7 +86,7 @@ def _engine(
         prefill, behind, decode = _steps(bar, sweep, prompts, batches, contexts)
         ahead = _launched_ahead(bar, sweep, config, batches, contexts[0])
         return {
-            "device": str(runner.device),
+            "device": sweep.device_name,
             "kv_bytes_per_token": sweep.kv_bytes_per_token,
             "kv_tokens": sweep.kv_tokens,
             "prefill": prefill,

@@ -33,6 +33,7 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     source: str
     """Where and how it was measured, or what was assumed."""
     device: str
+    """The card's name, or "cpu", whose steps are not padded."""
     tensor_parallel_size: int = 1
     kv_bytes_per_token: int
     kv_tokens: int

@@ -18,6 +18,7 @@ from itertools import pairwise
 from time import perf_counter, sleep
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
 from hbserve_core.bench.device_limits import DeviceLimits, measure_limits
@@ -286,6 +287,12 @@ class BatchSweep:
         while wait_s := self._engine.wait_s():
             self._sleep(wait_s)
         self._tokens_of_a_step()
+
+    @property
+    def device_name(self) -> str:
+        """The card's, or "cpu"."""
+        device = self._runner.device
+        return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
     @property
     def kv_bytes_per_token(self) -> int:
