@@ -273,6 +273,18 @@ def experts(rows, dtype=BF16):
     combined(expert_parts(given, logits, ints(rows), gate_up, down, routing), dtype=dtype)
 
 
+def experts_of_one_row(dtype, begun):
+    from hbserve_core.cuda_runner.kernels.experts import Routing
+    from hbserve_core.cuda_runner.kernels.few_experts import few_expert_mlps
+    from hbserve_core.cuda_runner.kernels.few_rows_linear import ScaledRows
+
+    gate_up, down = empty(128, 2 * 768, 2048, dtype=dtype), empty(128, 2048, 768, dtype=dtype)
+    rows = empty(1, 2048, dtype=dtype)
+    given = ScaledRows(rows, empty(32, 16, dtype=F32)) if begun else rows
+    logits, add_to = empty(1, 128, dtype=dtype), empty(1, 2048, dtype=dtype) if begun else None
+    few_expert_mlps(given, logits, ints(1), gate_up, down, Routing(128, 8, True), eps=1e-6, add_to=add_to)
+
+
 def narrow_experts(kind, rows):
     from hbserve_core.cuda_runner.kernels import narrow_experts as kernels
     from hbserve_core.cuda_runner.kernels.experts import Routing, combined, expert_parts
@@ -314,6 +326,8 @@ CASES: dict[str, Callable[[], object]] = {
     "experts 2048": partial(experts, 2048),
     "experts 16384": partial(experts, 16384),
     "float32 experts": partial(experts, 8, F32),
+    "few experts": partial(experts_of_one_row, BF16, True),
+    "float32 few experts": partial(experts_of_one_row, F32, False),
     **{f"narrow {kind} {rows}": partial(narrow_products, kind, rows) for kind in NARROW for rows in (1, 8, 64, 128)},
     **{
         f"narrow experts {kind} {rows}": partial(narrow_experts, kind, rows)

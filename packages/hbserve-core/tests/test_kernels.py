@@ -495,6 +495,49 @@ def test_each_row_goes_to_its_experts_and_those_of_other_ranks_and_padding_to_no
         assert (added.float() - expected).norm() < TOLERANCE[dtype] * expected.norm()
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("renormalises", [True, False])
+@pytest.mark.parametrize(
+    ("num_rows", "experts", "first", "size", "inner", "at_once"),
+    [(1, 12, 0, 96, 40, 8192), (2, 5, 3, 96, 40, 64)],
+    ids=["whole", "in steps, on a rank"],
+)
+def test_experts_of_few_rows_are_those_of_many(
+    num_rows, experts, first, size, inner, at_once, renormalises, dtype, monkeypatch
+):
+    """Of 12 experts, of which this rank has some; of rows that are normed, and of such whose norm has begun. Of two,
+    one is padding."""
+    from hbserve_core.cuda_runner.kernels import few_experts
+    from hbserve_core.cuda_runner.kernels.experts import Routing, combined, expert_parts
+    from hbserve_core.cuda_runner.kernels.few_rows_linear import ScaledRows
+
+    monkeypatch.setattr(few_experts, "_STEP_BYTES", at_once * dtype.itemsize)
+    torch.manual_seed(num_rows)
+    rows, logits, gate_up, down, before, norm = (
+        torch.randn(shape, device=DEVICE).to(dtype)
+        for shape in (
+            (num_rows, size),
+            (num_rows, 12),
+            (experts, 2 * inner, size),
+            (experts, size, inner),
+            (num_rows, size),
+            (size,),
+        )
+    )
+    slots = torch.zeros(num_rows, dtype=torch.int32, device=DEVICE)
+    slots[1:2] = -1
+    routing = Routing(12, 3, renormalises, first)
+    normed = F.rms_norm(rows.float(), (size,), norm.float(), EPS)
+    expected = combined(expert_parts(normed, logits.float(), slots, gate_up.float(), down.float(), routing))
+    squares = F.pad(rows.float().square().view(num_rows, 3, 32).sum(-1).t(), (0, 16 - num_rows)).contiguous()
+    weights = logits, slots, gate_up, down, routing
+    begun = ScaledRows(rows * norm, squares)
+    added = few_experts.few_expert_mlps(begun, *weights, eps=EPS, add_to=before.clone())
+    alone = few_experts.few_expert_mlps(normed.to(dtype), *weights, eps=0.0)
+    for found, wanted in ((alone, expected), (added, expected + before.float())):
+        assert (found.float() - wanted).norm() < TOLERANCE[dtype] * wanted.norm()
+
+
 @pytest.mark.parametrize("at_once", [4096, 1], ids=["by experts", "by many programs"])
 @pytest.mark.parametrize(
     ("num_rows", "experts", "first"), [(1, 8, 0), (90, 3, 0), (90, 1, 2), (300, 5, 3)], ids=lambda each: str(each)

@@ -11,6 +11,7 @@ import torch
 from hbserve_core.cuda_runner.kernels.attention_parts import Scores
 from hbserve_core.cuda_runner.kernels.decode_attention import DecodeWorkspace, decode_attention
 from hbserve_core.cuda_runner.kernels.experts import Routing, combined
+from hbserve_core.cuda_runner.kernels.few_experts import few_expert_mlps, suits_few_experts
 from hbserve_core.cuda_runner.kernels.pointwise import embed
 from hbserve_core.cuda_runner.kernels.prefill_attention import prefill_attention, store_kv
 from hbserve_core.cuda_runner.kernels.sampling import sample, seed_halves
@@ -134,7 +135,7 @@ class CudaDecoder:
         experts = self._config.switches.experts
         assert experts is not None
         if isinstance(weights.gate_up, torch.Tensor):
-            return False
+            return suits_few_experts(rows, experts.per_token)
         return bool(weights.gate_up.suits_few(rows, weights.down, experts.per_token))
 
     def _add_experts(
@@ -155,10 +156,15 @@ class CudaDecoder:
         if are_few:
             logits = self._products.of_normed(stream, norm, weights.router)
             rows, eps = stream.scaled or stream.normed_by(norm), norm.eps if norm else 0.0
-            begins = stream.begins(next_norm) if is_alone else None
-            result, stream.scaled = weights.gate_up.few_mlps(
-                rows, logits, slots, weights.down, routing, eps=eps, add_to=add_to, next_norm=begins
-            )
+            gate_up, down = weights.gate_up, weights.down
+            if isinstance(gate_up, torch.Tensor):
+                result = few_expert_mlps(rows, logits, slots, gate_up, down, routing, eps=eps, add_to=add_to)
+                stream.changes()
+            else:
+                begins = stream.begins(next_norm) if is_alone else None
+                result, stream.scaled = gate_up.few_mlps(
+                    rows, logits, slots, down, routing, eps=eps, add_to=add_to, next_norm=begins
+                )
         else:
             parts = self._products.expert_parts(stream, norm, weights, slots, routing)
             form = self._next_form(index, stream.rows) if is_alone else None

@@ -23,7 +23,7 @@ from hbserve_core.cuda_runner.kernels.dependent_launch import LAUNCH, begin, num
 from hbserve_core.cuda_runner.kernels.few_rows_linear import ScaledRows
 from hbserve_core.cuda_runner.kernels.pointwise import activated
 
-_LARGE_TILE = 128
+_SMALL_TILE, _LARGE_TILE = 16, 128
 _MANY_PAIRS = 128
 """Of an expert, on average, from which on tiles are large: with fewer, too many rows of tiles would have no pair."""
 _FEWEST_AT_ONCE, _MOST_AT_ONCE = 512, 4096
@@ -270,7 +270,7 @@ def num_tiles(num_pairs: int, num_experts: int, rows: int) -> int:
 def rows_of_tile(num_pairs: int, num_experts: int) -> int:
     """Of a few more rows than an expert has on average, so that most have one tile."""
     most = _LARGE_TILE if num_pairs >= _MANY_PAIRS * num_experts else 64
-    return min(most, max(16, 1 << (2 * num_pairs // num_experts - 1).bit_length()))
+    return min(most, max(_SMALL_TILE, 1 << (2 * num_pairs // num_experts - 1).bit_length()))
 
 
 def _assigned(experts: torch.Tensor, shares: torch.Tensor, first: int, count: int) -> ExpertTiles:
@@ -361,9 +361,11 @@ def _products(
     for_gates, for_sums = (32 if tiles.count * triton.cdiv(each, 64) < fewest else 64 for each in (inner, size))
     for_sums = 128 if is_large else for_sums
     if isinstance(gate_up, torch.Tensor):
+        # Of few rows, whose tiles are small, long steps bring the weights faster.
+        steps = {"STEP": 2 * tiling["STEP"], "STAGES": 3} if tiles.rows == _SMALL_TILE else {}
         _expert_gate_up[(triton.cdiv(inner, for_gates), tiles.count)](
             rows, gate_up, tiles.pairs, tiles.ends, inside, size, inner, K=tiles.per_row, OUTPUTS=for_gates, GELU=gelu,
-            **tiling, **LAUNCH,
+            **(tiling | steps), **LAUNCH,
         )  # fmt: skip
     else:
         gate_up.gate_up(rows, formed, inside, tiles, gelu)
