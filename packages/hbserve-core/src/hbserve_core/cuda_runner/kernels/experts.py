@@ -361,8 +361,9 @@ def _products(
     for_gates, for_sums = (32 if tiles.count * triton.cdiv(each, 64) < fewest else 64 for each in (inner, size))
     for_sums = 128 if is_large else for_sums
     if isinstance(gate_up, torch.Tensor):
-        # Of few rows, whose tiles are small, long steps bring the weights faster.
-        steps = {"STEP": 2 * tiling["STEP"], "STAGES": 3} if tiles.rows == _SMALL_TILE else {}
+        # Of small tiles, long steps bring the weights faster where there are programs enough.
+        is_long = tiles.rows == _SMALL_TILE and for_gates == 64
+        steps = {"STEP": 2 * tiling["STEP"], "STAGES": 3} if is_long else {}
         _expert_gate_up[(triton.cdiv(inner, for_gates), tiles.count)](
             rows, gate_up, tiles.pairs, tiles.ends, inside, size, inner, K=tiles.per_row, OUTPUTS=for_gates, GELU=gelu,
             **(tiling | steps), **LAUNCH,
