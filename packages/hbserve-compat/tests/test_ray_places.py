@@ -2,6 +2,7 @@
 
 import socket
 import sys
+import threading
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -93,3 +94,35 @@ def test_where_nobody_listens_ray_is_not_left_to_try_for_minutes(monkeypatch):
         address = f"127.0.0.1:{taken.getsockname()[1]}"
     with pytest.raises(ConfigError, match=rf"^--ray={address}: no cluster is there: .*refused"):
         connect(address)
+
+
+@pytest.mark.parametrize("says", [b"", b"HTTP/1.1 400 Bad Request\r\n\r\n", b"\0\0\x06\4"])
+def test_what_is_no_cluster_is_told_at_once_as_that(monkeypatch, says):
+    """Ray tries for 14 minutes where somebody else listens."""
+    tried: list[str] = []
+    ray: Any = ModuleType("ray")
+    ray.init = lambda address, **_: tried.append(address)
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    monkeypatch.setattr(cluster, "CONNECT_TIMEOUT_S", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def answer() -> None:
+            accepted, _ = listener.accept()
+            with accepted:
+                accepted.sendall(says)
+                accepted.recv(100)  # its greeting
+                accepted.recv(100)  # until it has gone
+
+        address = f"127.0.0.1:{listener.getsockname()[1]}"
+        somebody = threading.Thread(target=answer)
+        somebody.start()
+        if says.startswith(b"\0"):
+            connect(address)  # as the head of a cluster begins
+            assert tried == [address]
+        else:
+            with pytest.raises(
+                ConfigError, match=rf"^--ray={address}: no cluster is there: (timed out|.*no head of Ray)"
+            ):
+                connect(address)
+            assert tried == []
+        somebody.join()

@@ -17,6 +17,9 @@ logger = logging.getLogger(__name__)
 TELL_AFTER_S = 5.0
 """A place that cannot be had yet is told then, and ever more rarely: an autoscaler may take minutes to add a node."""
 CONNECT_TIMEOUT_S = 10.0
+SETTINGS = b"\4"
+GRPC_GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0" + SETTINGS + b"\0" * 5
+"""HTTP/2's preface and a frame of no settings; the server begins with its own, length and type first."""
 STRATEGY = "STRICT_PACK"
 """What shares a place is on one node: a pair, and the GPUs of an instance's ranks."""
 Bundle = dict[str, float]
@@ -48,13 +51,24 @@ def connect(address: str) -> None:
 
 
 def _require_somebody(address: str) -> None:
-    """Raises ConfigError if nobody listens there: Ray itself would try for minutes."""
+    """Raises ConfigError if nobody listens there, or not as a cluster does: Ray itself would try for minutes."""
     host, _, port = address.rpartition(":")
     if host and "/" not in host and port.isdecimal():
         try:
-            socket.create_connection((host.strip("[]"), int(port)), CONNECT_TIMEOUT_S).close()
+            with socket.create_connection((host.strip("[]"), int(port)), CONNECT_TIMEOUT_S) as connection:
+                if os.environ.get("RAY_USE_TLS", "0") != "1":
+                    _require_grpc(connection)
         except (OSError, OverflowError) as error:
             raise ConfigError(f"--ray={address}: no cluster is there: {error}") from None
+
+
+def _require_grpc(connection: socket.socket) -> None:
+    """Raises OSError if what listens does not begin as a server of gRPC, which is what a cluster's head is."""
+    connection.settimeout(CONNECT_TIMEOUT_S)
+    connection.sendall(GRPC_GREETING)
+    with connection.makefile("rb") as frames:
+        if frames.read(4)[3:] != SETTINGS:
+            raise OSError("what listens there is no head of Ray, whose port is 6379 unless `ray start` has another")
 
 
 def _about_token(error: Exception) -> str:
