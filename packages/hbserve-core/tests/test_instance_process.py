@@ -137,7 +137,7 @@ def test_an_address_for_kv_that_this_machine_does_not_have_is_one_line(launch):
 
 
 BAD_CONFIGURATIONS = {
-    b"": "configuration on stdin: ",
+    b"": 'there is none; expected one line of JSON, such as {"instance_id": ',
     b'{"model_path": 3}': "Expected `str`, got `int` - at `$.model_path`",
     b'{"model_path": "m", "chunk_sise": 3}': "unknown field `chunk_sise`",
     b'{"model_path": "m", "chunk_size": 0}': "chunk_size=0: expected at least 1",
@@ -161,6 +161,11 @@ def test_a_configuration_that_cannot_be_is_one_line(line, monkeypatch, capsys):
     assert main() == 2
     (error,) = capsys.readouterr().err.splitlines()
     assert BAD_CONFIGURATIONS[line] in error
+
+
+def test_arguments_are_refused_and_not_ignored_while_it_waits_for_stdin(capsys):
+    assert main(["--help"]) == 2
+    assert "--help: python -m hbserve_core takes no arguments; expected on stdin: one" in capsys.readouterr().err
 
 
 def test_a_process_with_such_a_configuration_ends_with_that_status_and_line():

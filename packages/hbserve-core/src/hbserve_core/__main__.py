@@ -4,4 +4,4 @@ import sys
 
 from hbserve_core.instance.process import main
 
-sys.exit(main())
+sys.exit(main(sys.argv[1:]))

@@ -15,7 +15,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 
 import msgspec
 
@@ -36,6 +36,7 @@ SWITCH_INTERVAL_S = 0.0002
 thread, woken to launch the next one in time, would find the event loop at work, and the device would wait."""
 STOP_TIMEOUT_S = 20.0
 """What an orderly end may take; a frozen peer must not keep a process from ending."""
+EXPECTED = 'one line of JSON, such as {"instance_id": "prefill-0", "role": "prefill", "model_path": "FOLDER"}'
 
 
 async def run_instance(config: InstanceConfig, *, announce: bool = False, stop: asyncio.Event | None = None) -> None:
@@ -109,16 +110,24 @@ async def _serve_launcher(config: InstanceConfig) -> None:
 
 def _read_config() -> InstanceConfig:
     """Raises ValueError, which says what is wrong with the line on stdin."""
+    line = sys.stdin.buffer.readline()
+    if not line.strip():
+        raise ValueError(f"configuration on stdin: there is none; expected {EXPECTED}")
     try:
-        return msgspec.json.decode(sys.stdin.buffer.readline(), type=InstanceConfig)
+        return msgspec.json.decode(line, type=InstanceConfig)
     except (msgspec.DecodeError, RecursionError) as error:
         raise ValueError(f"configuration on stdin: {error}") from error
 
 
-def main() -> int:
+def main(arguments: Sequence[str] = ()) -> int:
     """Entry of `python -m hbserve_core`. Ends the process with the status that the module describes."""
     own_process.set_up()
     own_process.end_at_once_by_ctrl_c()
+    if arguments:
+        sys.stderr.write(f"{arguments[0]}: python -m hbserve_core takes no arguments; expected on stdin: {EXPECTED}\n")
+        return 2
+    if sys.stdin.isatty():
+        sys.stderr.write(f"expected: {EXPECTED}\n")
     try:
         config = _read_config()
     except ValueError as error:
