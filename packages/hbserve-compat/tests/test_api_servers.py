@@ -4,6 +4,7 @@ import asyncio
 import os
 import re
 import signal
+import socket
 import sys
 import threading
 from collections.abc import Callable
@@ -17,7 +18,7 @@ import pytest
 from hbserve_served import Served, served, until
 
 from hbserve import child_process
-from hbserve.server import front_ends
+from hbserve.server import front_ends, http_server
 from hbserve.server.front_end import FrontEnd
 from hbserve.server.front_ends import FrontEnds
 from hbserve_rpc import AddressInUse
@@ -146,6 +147,24 @@ async def test_an_address_in_use_is_an_error_although_ports_are_shared_and_is_fr
     await first.stop()
     again = FrontEnd(ServerSection(port=port))
     await again.stop()
+
+
+def test_connections_that_a_server_of_several_processes_has_ended_do_not_keep_the_next_one_from_its_port():
+    settings = ServerSection(host="127.0.0.1", port=0, api_servers=2)
+    first = http_server._bound(settings)
+    port = first.getsockname()[1]
+    held = http_server.held_for_others(first)
+    first.close()
+    own = msgspec.structs.replace(settings, port=port)
+    with http_server.shared_with_others(own, None) as listening:
+        listening.listen()
+        with socket.create_connection(("127.0.0.1", port)) as client, listening.accept()[0] as accepted:
+            accepted.shutdown(socket.SHUT_WR)  # the side that ends first is the one that is remembered
+            assert client.recv(1) == b""
+    with pytest.raises(AddressInUse):  # though nobody listens
+        http_server._bound(own)
+    held.close()
+    http_server._bound(own).close()
 
 
 CHILD = """

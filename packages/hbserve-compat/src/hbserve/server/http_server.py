@@ -242,18 +242,23 @@ def shared_with_others(settings: ServerSection, listening_fd: int | None) -> soc
     """A socket of an address that `api_servers` processes share: one more of its port, or that of its path, which is
     open as `listening_fd`."""
     if listening_fd is None:
-        return _sharing_port(settings.host, settings.port)
+        return _undelayed(_sharing_port(settings.host, settings.port, reuses_address=True))
     return _SharedSocket(listening_fd, settings.api_servers)
 
 
-def _sharing_port(host: str, port: int) -> socket.socket:
-    """The system gives each connection to one of those that listen."""
+def _sharing_port(host: str, port: int, *, reuses_address: bool) -> socket.socket:
+    """The system gives each connection to one of those that listen.
+
+    reuses_address: its connections, of which the system remembers for a minute those that this side has ended, do not
+    keep the next server from the port. Whoever only holds the port must not: another server could listen there.
+    """
     found = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, reuses_address)
     found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
     if found.family == socket.AF_INET6:
         found.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
     found.bind((host, port))
-    return _undelayed(found)
+    return found
 
 
 def _undelayed(listening: socket.socket) -> socket.socket:
@@ -272,7 +277,7 @@ def held_for_others(first: socket.socket) -> socket.socket:
     if first.family == socket.AF_UNIX:
         return first.dup()
     first.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-    return _sharing_port(*first.getsockname()[:2])
+    return _sharing_port(*first.getsockname()[:2], reuses_address=False)
 
 
 def remove_path(settings: ServerSection) -> None:
