@@ -34,6 +34,7 @@ class Vllm:
         self.answers = asyncio.Event()
         """A prefill server's."""
         self.answers.set()
+        self.says = json.dumps({"kv_transfer_params": PARAMS})
         self.url = ""
 
     async def start(self):
@@ -70,10 +71,10 @@ class Vllm:
         self.bodies.append(body)
         self.asked.set()
         if self.status != 200:
-            return web.json_response({"error": self.name}, status=self.status)
+            return web.json_response({"error": self.name}, status=self.status, headers={"Retry-After": "3"})
         if body.get("kv_transfer_params", {}).get("do_remote_decode"):
             await self.answers.wait()
-            return web.json_response({"kv_transfer_params": PARAMS})
+            return web.json_response(text=self.says)
         response = web.StreamResponse(headers={"Content-Type": self.content_type, "X-From": self.name})
         await response.prepare(request)
         if self.num_failing:
@@ -177,9 +178,25 @@ async def test_what_the_prefill_server_refuses_is_the_clients_answer(servers, ro
         decode._answer = lambda _: decode.goes_on.wait()  # it waits for KV that never comes
     async with client.ask() as answer:
         assert (answer.status, await answer.json()) == (400, {"error": "p"})
+        assert answer.headers["Retry-After"] == "3"
+        assert answer.headers.getall("Content-Type") == ["application/json; charset=utf-8"]
     if kv_port:
         await decode.left.wait()
     assert not decode.bodies
+
+
+@pytest.mark.parametrize("says", ["<html>an error of a proxy</html>", '["kv_transfer_params"]', "{", "null"])
+async def test_a_prefill_server_that_answers_no_json_object_is_replaced_or_named(servers, route, says):
+    prefill, other, decode = await servers("p", "q", "d")
+    client = await route([prefill, other], [decode])
+    prefill.says = says
+    async with client.ask() as answer:
+        assert answer.status == 200
+    assert decode.bodies[-1]["kv_transfer_params"] == PARAMS
+    other.says = says
+    async with client.ask() as answer:
+        message = (await answer.json())["error"]["message"]
+        assert (answer.status, "has answered what is no JSON object" in message) == (502, True)
 
 
 async def test_a_server_that_is_gone_or_fails_is_replaced_before_the_client_has_got_anything(servers, route):
@@ -207,6 +224,15 @@ async def test_an_answer_that_ends_without_a_token_is_asked_for_again_with_anoth
         assert await answer.content.read() == b'data: {"first": 1}\n\ndata: [DONE]\n\n'
     assert len(decode.bodies) == 2
     assert len(prefill.bodies) == len(other.bodies) == 1
+
+
+async def test_where_answers_end_without_a_token_another_decode_server_is_asked_too(servers, route):
+    prefill, decode, last = await servers("p", "d", "e")
+    client = await route([prefill], [decode, last])
+    decode.num_failing = 9
+    for _ in range(2):
+        async with client.ask(stream=True) as answer:
+            assert (answer.status, answer.headers["X-From"]) == (200, "e")
 
 
 async def test_a_client_hears_of_answers_that_all_end_without_a_token(servers, route):

@@ -65,23 +65,22 @@ _read = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 
 
 class Refused(Exception):
-    """An answer that is an error: status, body and its type, and the server that has given it."""
+    """An answer that is an error, with its headers, and the servers that may be why."""
 
-    def __init__(
-        self, status: int, body: bytes, content_type: str = "application/json", server: Server | None = None
-    ) -> None:
-        super().__init__(f"{server.url if server else 'the router'} says {status}: {body[:200]!r}")
-        self.status, self.body, self.content_type, self.server = status, body, content_type, server
+    def __init__(self, status: int, body: bytes, headers: Sequence[tuple[bytes, bytes]], *servers: Server) -> None:
+        who = " or ".join(each.url for each in servers) or "the router"
+        super().__init__(f"{who} says {status}: {body[:200]!r}")
+        self.status, self.body, self.headers, self.servers = status, body, headers, servers
 
     @classmethod
     def of(cls, answer: Answer, body: bytes, server: Server) -> "Refused":
-        content_type = answer.header(b"content-type").partition(b";")[0].decode("latin-1")
-        return cls(answer.status, body, content_type or "application/octet-stream", server)
+        return cls(answer.status, body, [each for each in answer.headers if each[0].lower() not in OF_ONE_HOP], server)
 
     @classmethod
-    def saying(cls, status: int, message: str, server: Server | None = None) -> "Refused":
-        error = {"message": message, "type": "server_error", "param": None, "code": status}
-        return cls(status, json.dumps({"error": error}).encode(), server=server)
+    def saying(cls, status: int, message: str, *servers: Server) -> "Refused":
+        kind = "server_error" if status >= 500 else "invalid_request_error"
+        error = {"message": message, "type": kind, "param": None, "code": status}
+        return cls(status, json.dumps({"error": error}).encode(), [(b"Content-Type", b"application/json")], *servers)
 
 
 def prefill_body(body: Mapping[str, Any], transfer_id: str) -> dict[str, Any]:
@@ -136,8 +135,10 @@ class Exchange:
             content = await answer.read()
             if answer.status != 200:
                 raise Refused.of(answer, content, server)
-        params: dict[str, Any] | None = json.loads(content).get("kv_transfer_params")
-        return params
+        try:
+            return msgspec.json.decode(content, type=dict[str, Any]).get("kv_transfer_params")
+        except msgspec.DecodeError as error:
+            raise Refused.saying(502, f"{server.url} has answered what is no JSON object: {error}", server) from error
 
     async def pass_on(self, server: Server, body: Body, prefill: Server | None = None) -> web.StreamResponse:
         """What a decode server answers, to the client, as it comes. `prefill`: where its KV comes from.
@@ -152,7 +153,8 @@ class Exchange:
             pieces = answer.pieces(self._write_at_once)
             piece = await anext(pieces, b"")
             if piece.startswith(END_OF_STREAM):
-                raise Refused.saying(502, f"{server.url} has ended the answer before a token", prefill or server)
+                suspects = [each for each in (prefill, server) if each]
+                raise Refused.saying(502, f"{server.url} has ended the answer before a token", *suspects)
             response = await self._begin(answer)
             while piece:
                 await self._write(response.write(piece))
@@ -269,7 +271,7 @@ class Router:
                     return await exchange.break_off(str(lost))
                 refusal = Refused.saying(502, str(lost), lost.server)
             logger.warning("an attempt has failed: %s", refusal)
-            failed |= {refusal.server} if refusal.server else set()
+            failed |= set(refusal.servers)
         return _response(refusal)
 
     @staticmethod
@@ -301,7 +303,11 @@ class Router:
 
 
 def _response(refused: Refused) -> web.Response:
-    return web.Response(status=refused.status, body=refused.body, content_type=refused.content_type)
+    response = web.Response(status=refused.status, body=refused.body)
+    response.headers.popall("Content-Type", None)
+    for name, value in refused.headers:
+        response.headers.add(name.decode("latin-1"), value.decode("latin-1"))
+    return response
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
