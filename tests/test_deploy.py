@@ -241,9 +241,13 @@ def test_a_unit_runs_a_command_that_there_is(unit):
         assert parsed(found["Service"]["ExecStartPre"].split()[1:])
 
 
+WITHOUT_CAPABILITIES = ["setpriv", "--no-new-privs", "--bounding-set=-all", "--inh-caps=-all"]
+"""As securityContext has it; the user stays, whose files the packages and the model may be."""
+
+
 class Pods:
     """Where commands of pods are run: each in a network namespace, at the ports and by the names that the manifests
-    have; where there are no namespaces, all on this host, at other ports."""
+    have, and without any capability; where there are no namespaces, all on this host, at other ports."""
 
     def __init__(self) -> None:
         self.hosts = {"server": "10.77.1.1", "prefill": "10.77.1.2", "decode": "10.77.1.3"}
@@ -257,7 +261,7 @@ class Pods:
         names = "".join(f"{address} hbserve-{host}\n" for host, address in self.hosts.items() if host != "server")
         for host in self.hosts:
             network.resolve_names(host, f"127.0.0.1 localhost\n{names}", "hosts")
-            self.before[host] = ["ip", "netns", "exec", network.namespace(host)]
+            self.before[host] = ["ip", "netns", "exec", network.namespace(host), *WITHOUT_CAPABILITIES]
 
     def use_this_host(self, free_ports: list[int]) -> None:
         self.hosts = dict.fromkeys(self.hosts, "127.0.0.1")
@@ -313,6 +317,7 @@ def test_the_commands_of_the_pods_serve_as_plain_processes(small_model, tmp_path
     def start(kind: str, host: str) -> "subprocess.Popen[str]":
         name = "hbserve" if host == "server" else f"hbserve-{host}"
         (template,) = templates(find(kind, name))
+        assert container(template)["securityContext"]["capabilities"] == {"drop": ["ALL"]}
         known = {"$(POD_NAME)": f"{name}-0", "$(POD_IP)": pods.hosts[host], "/etc/hbserve": str(tmp_path)}
         known |= {"5600": str(pods.ports[host])} if host in pods.ports else {}
         arguments = [
