@@ -21,9 +21,12 @@ from hbserve_core.cuda_runner.kernels.narrow_few_rows import (
     RUN,
     along,
     finish,
+    first_runs,
     places,
     product,
+    residual,
     row_scales,
+    row_squares,
     rows_of,
     sums_layout,
     words_layout,
@@ -80,16 +83,20 @@ def _few_gate_up(
     rows = rows_of(tile, num_outputs, OUTPUTS, True, of_words) + expert * (2 * num_outputs)
     words, scales = places(words, scales, rows, first_run, total, INPUTS, BITS, ONE_GROUP, of_words)
     x += row * INPUTS + first_of_x * RUN + along(1, HALF, of_x)
+    there = gl.minimum(ALL_RUNS - first_run, OF_WARP)
+    first_loaded = first_runs(words, scales, there, total, RUNS, BITS, ONE_GROUP)
+    if TILES > 0:
+        given = row_squares(given_squares + row, 1, TILES, PADDED_TILES, STRIDE)
     result = product(
-        words, scales, x, gl.minimum(ALL_RUNS - first_run, OF_WARP), gl.minimum(ALL_RUNS - first_of_x, OF_WARP),
-        along(2, ROWS, of_x) == 0, total, OUTPUTS, OF_WARP, RUNS, AHEAD, BITS, ONE_GROUP, False,
+        first_loaded, words, scales, x, there, gl.minimum(ALL_RUNS - first_of_x, OF_WARP), along(2, ROWS, of_x) == 0,
+        total, OUTPUTS, OF_WARP, RUNS, AHEAD, BITS, ONE_GROUP,
     )  # fmt: skip
     whole = gl.sum(result, 0)
     if TILES > 0:
-        whole *= row_scales(given_squares + row, gl.SliceLayout(0, sums), INPUTS, eps, 1, TILES, PADDED_TILES, STRIDE)
+        whole *= row_scales(given, gl.SliceLayout(0, sums), INPUTS, eps)
     finish(
-        whole, out, out + pair * num_outputs, out, out, out, tile, 1, num_outputs, OUTPUTS // 2, STRIDE, True, False,
-        False, False, False,
+        whole, whole, out, out + pair * num_outputs, out, out, out, tile, 1, num_outputs, OUTPUTS // 2, STRIDE, True,
+        False, False, False, False,
     )  # fmt: skip
 
 
@@ -135,14 +142,16 @@ def _few_down(
     x = inner + (row * K + k_of_x) * INPUTS + along(1, HALF, of_x)
     there = gl.where((expert >= 0) & (expert < OWN), ALL_RUNS, 0)
     there_of_x = gl.where((expert_of_x >= 0) & (expert_of_x < OWN), ALL_RUNS, 0)
+    first_loaded = first_runs(words, scales, there, total, RUNS, BITS, ONE_GROUP)
+    before = residual(out + row * num_outputs, tile, 1, num_outputs, OUTPUTS, gl.SliceLayout(0, sums), ADDS)
     result = product(
-        words, scales, x, there, there_of_x, along(2, ROWS, of_x) == 0, total, OUTPUTS, ALL_RUNS, RUNS, AHEAD,
-        BITS, ONE_GROUP, False,
+        first_loaded, words, scales, x, there, there_of_x, along(2, ROWS, of_x) == 0, total, OUTPUTS, ALL_RUNS, RUNS,
+        AHEAD, BITS, ONE_GROUP,
     )  # fmt: skip
     result *= _shares(logits + row * X, expert_of_sums, k_of_sums < K, X, PADDED_X, RENORMALISES)
     finish(
-        gl.sum(result, 0), out, out + row * num_outputs, next_norm, scaled + row * num_outputs, squares + row, tile, 1,
-        num_outputs, OUTPUTS, STRIDE, False, False, False, ADDS, SCALES,
+        gl.sum(result, 0), before, out, out + row * num_outputs, next_norm, scaled + row * num_outputs, squares + row,
+        tile, 1, num_outputs, OUTPUTS, STRIDE, False, False, False, ADDS, SCALES,
     )  # fmt: skip
 
 

@@ -144,17 +144,23 @@ def _inputs(x, run, used, inside_from):
 
 
 @gluon.jit
+def _first_inputs(x, inside_from, used, RUNS: gl.constexpr, AHEAD: gl.constexpr):
+    """Of as many runs as `_sum_of_runs` has ahead."""
+    given = ()
+    for run in gl.static_range(AHEAD):
+        if run < RUNS:
+            given += _inputs(x, run, used, inside_from)
+    return given
+
+
+@gluon.jit
 def _sum_of_runs(
-    values, factors, x, inside_from, used, result, RUNS: gl.constexpr, AHEAD: gl.constexpr, BITS: gl.constexpr,
+    values, factors, given, x, inside_from, used, result, RUNS: gl.constexpr, AHEAD: gl.constexpr, BITS: gl.constexpr,
     ONE_GROUP: gl.constexpr,
 ):  # fmt: skip
     """(W, outputs, rows) more. x: places (W, 64, rows) of the first run's inputs; used: of them."""
     sums: gl.constexpr = result.type.layout
     layout: gl.constexpr = gl.DotOperandLayout(0, sums, 8)
-    given = ()
-    for run in gl.static_range(AHEAD):
-        if run < RUNS:
-            given += _inputs(x, run, used, inside_from)
     for run in gl.static_range(RUNS):
         if run + AHEAD < RUNS:
             given += _inputs(x, run + AHEAD, used, inside_from)
@@ -169,36 +175,45 @@ def _sum_of_runs(
 
 
 @gluon.jit
-def product(
-    words, scales, x, there, there_of_x, used, total, OUTPUTS: gl.constexpr, ALL: gl.constexpr, RUNS: gl.constexpr,
-    AHEAD: gl.constexpr, BITS: gl.constexpr, ONE_GROUP: gl.constexpr, BEGINS: gl.constexpr,
+def first_runs(
+    words, scales, there, total, RUNS: gl.constexpr, BITS: gl.constexpr, ONE_GROUP: gl.constexpr
 ):  # fmt: skip
-    """(W, outputs, rows): what each warp finds, of ALL runs at most. words, scales, x: places for each warp's first
-    run; there, there_of_x: runs it has; used: which of x there are; total: rows of the weight. BEGINS: the kernel in
-    front may still run."""
+    """What `product` begins with, and what may be loaded while the kernel in front still runs."""
+    if ONE_GROUP:
+        total = 0
+    return _loaded(words, scales, there, total, RUN * BITS // 16, RUNS)
+
+
+@gluon.jit
+def product(
+    first, words, scales, x, there, there_of_x, used, total, OUTPUTS: gl.constexpr, ALL: gl.constexpr,
+    RUNS: gl.constexpr, AHEAD: gl.constexpr, BITS: gl.constexpr, ONE_GROUP: gl.constexpr,
+):  # fmt: skip
+    """(W, outputs, rows): what each warp finds, of ALL runs at most. first: see `first_runs`. words, scales, x: places
+    for each warp's first run; there, there_of_x: runs it has; used: which of x there are; total: rows of the weight."""
     W: gl.constexpr = gl.num_warps()
     sums: gl.constexpr = sums_layout(W)
     RUN_WORDS: gl.constexpr = RUN * BITS // 16
     if ONE_GROUP:
         total = 0
-    values, factors = _loaded(words, scales, there, total, RUN_WORDS, RUNS)
+    values, factors = first
     # Of one group, here: a warp that has fewer runs than others loads none of it with its last ones.
     of_all = factors[0]
-    if BEGINS:
-        begin()
     result = gl.zeros([W, OUTPUTS, ROWS], gl.float32, sums)
     for start in range(RUNS, ALL, RUNS):
+        before = start - RUNS
+        given = _first_inputs(x + before * RUN, there_of_x - before, used, RUNS, AHEAD)
         more, more_factors = _loaded(
             words + start * RUN_WORDS, scales + start * total, there - start, total, RUN_WORDS, RUNS
         )
-        before = start - RUNS
         result = _sum_of_runs(
-            values, factors, x + before * RUN, there_of_x - before, used, result, RUNS, AHEAD, BITS, ONE_GROUP
+            values, factors, given, x + before * RUN, there_of_x - before, used, result, RUNS, AHEAD, BITS, ONE_GROUP
         )
         values, factors = more, more_factors
     LAST: gl.constexpr = (ALL - 1) // RUNS * RUNS
+    given = _first_inputs(x + LAST * RUN, there_of_x - LAST, used, RUNS, AHEAD)
     result = _sum_of_runs(
-        values, factors, x + LAST * RUN, there_of_x - LAST, used, result, RUNS, AHEAD, BITS, ONE_GROUP
+        values, factors, given, x + LAST * RUN, there_of_x - LAST, used, result, RUNS, AHEAD, BITS, ONE_GROUP
     )
     if ONE_GROUP:
         result *= _scale(of_all, BITS, sums)
@@ -206,14 +221,38 @@ def product(
 
 
 @gluon.jit
-def row_scales(squares, m, size, eps, num_rows, TILES: gl.constexpr, PADDED: gl.constexpr, STRIDE: gl.constexpr):
-    """1 / rms of each row (1, rows), in m's layout, from its sums of squares (TILES, STRIDE)."""
+def row_squares(squares, num_rows, TILES: gl.constexpr, PADDED: gl.constexpr, STRIDE: gl.constexpr):
+    """(padded tiles, rows) of sums of squares (TILES, STRIDE). They are loaded before a product that `row_scales` is
+    for, as nothing is then waited for behind it."""
     layout: gl.constexpr = gl.BlockedLayout([1, 1], [4, 8], [gl.num_warps(), 1], [1, 0])
     tiles = gl.expand_dims(gl.arange(0, PADDED, gl.SliceLayout(1, layout)), 1)
     rows = gl.expand_dims(gl.arange(0, ROWS, gl.SliceLayout(0, layout)), 0)
-    found = gl.load(squares + tiles * STRIDE + rows, mask=(tiles < TILES) & (rows < num_rows), other=0.0)
-    scales = gl.rsqrt(gl.sum(found, 0) / size + eps)
+    return gl.load(squares + tiles * STRIDE + rows, mask=(tiles < TILES) & (rows < num_rows), other=0.0)
+
+
+@gluon.jit
+def row_scales(squares, m, size, eps):
+    """1 / rms of each row (1, rows), in m's layout, from what `row_squares` gave."""
+    scales = gl.rsqrt(gl.sum(squares, 0) / size + eps)
     return gl.expand_dims(gl.convert_layout(scales, gl.SliceLayout(0, m)), 0)
+
+
+@gluon.jit
+def residual(out, tile, num_rows, num_outputs, OUTPUTS: gl.constexpr, layout: gl.constexpr, ADDS: gl.constexpr):
+    """(outputs, rows) of a tile, to which `finish` adds: loaded before the product too."""
+    place, inside = _places_of_tile(tile, num_rows, num_outputs, OUTPUTS, layout)
+    if ADDS:
+        before = gl.load(out + place, mask=inside, other=0.0).to(gl.float32)
+    else:
+        before = gl.zeros([OUTPUTS, ROWS], gl.float32, layout)
+    return before
+
+
+@gluon.jit
+def _places_of_tile(tile, num_rows, num_outputs, COUNT: gl.constexpr, layout: gl.constexpr):
+    outputs = gl.expand_dims(tile * COUNT + gl.arange(0, COUNT, gl.SliceLayout(1, layout)), 1)
+    m = gl.expand_dims(gl.arange(0, ROWS, gl.SliceLayout(0, layout)), 0)
+    return m * num_outputs + outputs, (m < num_rows) & (outputs < num_outputs)
 
 
 @gluon.jit(do_not_specialize=["num_rows"])
@@ -238,27 +277,31 @@ def _narrow_few_rows(
     n = along(2, ROWS, of_x)
     x += n * INPUTS + first_of_x * RUN + along(1, HALF, of_x)
     there, there_of_x = gl.minimum(ALL_RUNS - first_run, OF_WARP), gl.minimum(ALL_RUNS - first_of_x, OF_WARP)
+    first = first_runs(words, scales, there, total, RUNS, BITS, ONE_GROUP)
+    begin()
+    of_tile: gl.constexpr = gl.SliceLayout(0, sums)
+    if TILES > 0:
+        given = row_squares(given_squares, num_rows, TILES, PADDED_TILES, PADDED_ROWS)
+    before = residual(out, tile, num_rows, num_outputs, OUTPUTS, of_tile, ADDS)
     result = product(
-        words, scales, x, there, there_of_x, n < num_rows, total, OUTPUTS, OF_WARP, RUNS, AHEAD, BITS, ONE_GROUP, True
-    )  # fmt: skip
+        first, words, scales, x, there, there_of_x, n < num_rows, total, OUTPUTS, OF_WARP, RUNS, AHEAD, BITS, ONE_GROUP
+    )
     whole = gl.sum(result, 0)
     if TILES > 0:
-        whole *= row_scales(
-            given_squares, gl.SliceLayout(0, sums), INPUTS, eps, num_rows, TILES, PADDED_TILES, PADDED_ROWS
-        )
+        whole *= row_scales(given, of_tile, INPUTS, eps)
     finish(
-        whole, bias, out, next_norm, scaled, squares, tile, num_rows, num_outputs, COUNT, PADDED_ROWS, GATED, GELU,
-        HAS_BIAS, ADDS, SCALES,
+        whole, before, bias, out, next_norm, scaled, squares, tile, num_rows, num_outputs, COUNT, PADDED_ROWS, GATED,
+        GELU, HAS_BIAS, ADDS, SCALES,
     )  # fmt: skip
 
 
 @gluon.jit
 def finish(
-    result, bias, out, next_norm, scaled, squares, tile, num_rows, num_outputs, COUNT: gl.constexpr,
+    result, before, bias, out, next_norm, scaled, squares, tile, num_rows, num_outputs, COUNT: gl.constexpr,
     PADDED_ROWS: gl.constexpr, GATED: gl.constexpr, GELU: gl.constexpr, HAS_BIAS: gl.constexpr, ADDS: gl.constexpr,
     SCALES: gl.constexpr,
 ):  # fmt: skip
-    """As `finish_tile` in few_rows_linear.py."""
+    """As `finish_tile` in few_rows_linear.py. before: see `residual`."""
     if GATED:
         result, up = gl.split(gl.permute(gl.reshape(result, [2, COUNT, ROWS]), (1, 2, 0)))
     layout: gl.constexpr = result.type.layout
@@ -271,10 +314,9 @@ def finish(
             up += gl.expand_dims(gl.load(bias + num_outputs + clamped).to(gl.float32), 1)
     if GATED:
         result = activated(result, GELU) * up
-    place = gl.expand_dims(m, 0) * num_outputs + gl.expand_dims(outputs, 1)
-    inside = gl.expand_dims(m < num_rows, 0) & gl.expand_dims(outputs < num_outputs, 1)
+    place, inside = _places_of_tile(tile, num_rows, num_outputs, COUNT, layout)
     if ADDS:
-        result += gl.load(out + place, mask=inside, other=0.0).to(gl.float32)
+        result += before
     rounded = result.to(out.dtype.element_ty)
     gl.store(out + place, rounded, mask=inside)
     if SCALES:
@@ -301,9 +343,9 @@ def few_rows_tiling(weight: tuple[int, int], bits: int) -> FewRowsTiling:
     """weight: (O, I)"""
     outputs, inputs = weight
     if inputs >= _MANY_INPUTS:
-        return FewRowsTiling(32 if bits == 4 else 16, 8, 2)
+        return FewRowsTiling(32, 8, 2) if bits == 4 else FewRowsTiling(32, 8, 1, 1)
     if bits == 4 and outputs >= _MANY_OUTPUTS:
-        return FewRowsTiling(32, 4, 2, 1)
+        return FewRowsTiling(32, 2, 2)
     warps = 8 if bits == 4 and outputs <= _FEW_OUTPUTS else 4
     return FewRowsTiling(16, warps, min(4, max(1, inputs // RUN.value // warps)))
 

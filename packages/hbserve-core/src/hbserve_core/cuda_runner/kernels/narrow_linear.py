@@ -45,8 +45,8 @@ _MOST_TILE_ROWS, _FEWEST_TILE_ROWS = 128, 64
 """Of one tile, where there are several of them."""
 _WIDENED_OUTPUTS = 32
 """Of a program of `widen`."""
-_SMALL_MATRIX = 1 << 24
-"""From so many 8-bit floats on, `narrow_skinny` is no slower with one row than the kernel of few, and faster with 8."""
+_SMALL_MATRIX = 1 << 26
+"""From so many 8-bit floats on, `narrow_skinny` is faster than the kernel of few rows."""
 
 
 @triton.jit
