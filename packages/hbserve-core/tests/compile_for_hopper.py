@@ -312,13 +312,16 @@ def few_experts(kind):
 
 
 def sums(dtype, ranks, **how):
-    """Of few rows and of many."""
+    """Of few rows and of many, and of what experts have found."""
+    from hbserve_core.cuda_runner.kernels.experts import ExpertParts
     from hbserve_core.cuda_runner.kernels.rank_sum import MOST_PROGRAMS, SharedMemory, rank_sum
 
     shared = empty(ranks, dtype=torch.int64), ints(MOST_PROGRAMS), ints(1), ints(1)
     memory = SharedMemory(ranks - 1, ranks, *shared, few_bytes=1 << 20, many_bytes=32 << 20)
     rank_sum(empty(8, 4096, dtype=dtype), memory, **how)
     rank_sum(empty(8, 4096, dtype=dtype), memory, start=memory.many_start, **how)
+    parts = ExpertParts(empty(8 * 8, 4096, dtype=F32), ints(8, 8), 0, 128)
+    rank_sum(empty(8, 4096, dtype=dtype), memory, parts=parts, **how)
 
 
 CASES: dict[str, Callable[[], object]] = {

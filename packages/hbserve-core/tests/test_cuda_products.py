@@ -137,7 +137,7 @@ class InParts(RankGroup):
         self.places.append(torch.empty(shape, dtype=dtype))
         return self.places[-1]
 
-    def add_sum(self, rows, partial, norm=None, normed_to=None):
+    def add_sum(self, rows, partial, norm=None, normed_to=None, parts=None):
         assert partial is self.places[-1], "a product is where the sum finds it"
         rows += 2 * partial
         if norm is None or not self._norms:

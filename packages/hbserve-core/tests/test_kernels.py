@@ -511,7 +511,8 @@ def test_experts_of_few_rows_are_those_of_many(
     from hbserve_core.cuda_runner.kernels.experts import Routing, combined, expert_parts
     from hbserve_core.cuda_runner.kernels.few_rows_linear import ScaledRows
 
-    monkeypatch.setattr(few_experts, "_STEP_BYTES", at_once * dtype.itemsize)
+    for name in ("_GATE_BYTES", "_OUTPUT_BYTES"):
+        monkeypatch.setattr(few_experts, name, at_once * dtype.itemsize)
     torch.manual_seed(num_rows)
     rows, logits, gate_up, down, before, norm = (
         torch.randn(shape, device=DEVICE).to(dtype)

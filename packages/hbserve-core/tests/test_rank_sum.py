@@ -84,6 +84,8 @@ class Ranks:
 
         add_to = how.get("add_to")
         own = {**how, "add_to": None if add_to is None else add_to.clone()}
+        if "parts" in how:
+            own["parts"] = how["parts"][shared.rank]
         return rank_sum(partial, shared, programs=PROGRAMS, **own)
 
     def send(self, shared, partial, how):
@@ -138,6 +140,24 @@ def test_every_rank_has_the_same_sum_rounded_once_and_its_norm(size, rows, colum
             assert torch.equal(rows_of_one, expected)
             torch.testing.assert_close(normed_of_one, normed, rtol=1e-2, atol=1e-5)
         assert all(torch.equal(found[0][1], each) for _, each in found)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, HALF], ids=str)
+def test_a_sum_of_parts_is_that_of_what_they_add_up_to(dtype):
+    """Of two ranks, each with the first or the last of four experts; of padding there is nothing."""
+    from hbserve_core.cuda_runner.kernels.experts import ExpertParts, combined
+
+    ranks, rows, columns = Ranks(2), 3, 16
+    experts = torch.tensor([[0, 3], [2, 3], [-1, -1]], dtype=torch.int32, device=DEVICE)
+    found = [random(rank, rows * 2, columns, dtype=torch.float32) for rank in range(2)]
+    parts = [ExpertParts(each, experts, 2 * rank, 2) for rank, each in enumerate(found)]
+    partials = [combined(each, dtype=dtype) for each in parts]
+    assert not partials[0][1:].any()
+    residual = random(99, rows, columns, dtype=dtype)
+    expected = ranks.sum(partials, add_to=residual)
+    nowhere = [torch.full_like(each, float("nan")) for each in partials]
+    for (total, _), (wanted, _) in zip(ranks.sum(nowhere, add_to=residual, parts=parts), expected, strict=True):
+        assert torch.equal(total, wanted)
 
 
 def test_a_sum_may_be_added_to_nothing_and_sums_of_other_sizes_follow_each_other():

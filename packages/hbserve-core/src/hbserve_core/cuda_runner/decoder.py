@@ -148,31 +148,45 @@ class CudaDecoder:
         are_few: bool,
     ) -> None:
         """Add what the experts of layer `index` give for the stream's rows, which are normed first. are_few: rows."""
-        experts, is_alone = self._config.switches.experts, self._group.shard.size == 1
+        experts, norm = self._config.switches.experts, self._weights.layers[index].mlp_norm
         assert experts is not None
-        norm, slots = self._weights.layers[index].mlp_norm, step.tokens[3]
         routing = Routing(experts.count, experts.per_token, experts.renormalises, weights.first)
-        add_to = stream.rows if is_alone else None
         if are_few:
-            logits = self._products.of_normed(stream, norm, weights.router)
-            rows, eps = stream.scaled or stream.normed_by(norm), norm.eps if norm else 0.0
-            gate_up, down = weights.gate_up, weights.down
-            if isinstance(gate_up, torch.Tensor):
-                result = few_expert_mlps(rows, logits, slots, gate_up, down, routing, eps=eps, add_to=add_to)
-                stream.changes()
-            else:
-                begins = stream.begins(next_norm) if is_alone else None
-                result, stream.scaled = gate_up.few_mlps(
-                    rows, logits, slots, down, routing, eps=eps, add_to=add_to, next_norm=begins
-                )
+            self._add_few_experts(norm, weights, step, stream, next_norm, routing)
+            return
+        parts = self._products.expert_parts(stream, norm, weights, step.tokens[3], routing)
+        if self._group.shard.size > 1:
+            stream.add_sum_of_parts(parts, self._group, next_norm)
+            return
+        form = self._next_form(index, stream.rows)
+        if next_norm is not None and form is not None:
+            stream.add_parts(parts, next_norm, form)
         else:
-            parts = self._products.expert_parts(stream, norm, weights, slots, routing)
-            form = self._next_form(index, stream.rows) if is_alone else None
-            if next_norm is not None and form is not None:
-                stream.add_parts(parts, next_norm, form)
-                return
-            result = combined(parts, add_to, stream.rows.dtype)
+            combined(parts, stream.rows)
             stream.changes()
+
+    def _add_few_experts(
+        self,
+        norm: RmsNorm | None,
+        weights: ExpertWeights,
+        step: StepView,
+        stream: ResidualStream,
+        next_norm: RmsNorm | None,
+        routing: Routing,
+    ) -> None:
+        """The same for few rows."""
+        is_alone, slots = self._group.shard.size == 1, step.tokens[3]
+        logits = self._products.of_normed(stream, norm, weights.router)
+        rows, eps = stream.scaled or stream.normed_by(norm), norm.eps if norm else 0.0
+        gate_up, down, add_to = weights.gate_up, weights.down, stream.rows if is_alone else None
+        if isinstance(gate_up, torch.Tensor):
+            result = few_expert_mlps(rows, logits, slots, gate_up, down, routing, eps=eps, add_to=add_to)
+            stream.changes()
+        else:
+            begins = stream.begins(next_norm) if is_alone else None
+            result, stream.scaled = gate_up.few_mlps(
+                rows, logits, slots, down, routing, eps=eps, add_to=add_to, next_norm=begins
+            )
         if not is_alone:
             stream.add_sum(result, self._group, next_norm)
 

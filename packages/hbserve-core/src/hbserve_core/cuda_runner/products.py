@@ -21,7 +21,7 @@ from typing import Any, Literal, Protocol, cast
 import torch
 
 from hbserve_core.cuda_runner.kernels.dependent_launch import num_processors
-from hbserve_core.cuda_runner.kernels.experts import ExpertParts, Routing, expert_parts
+from hbserve_core.cuda_runner.kernels.experts import ExpertParts, Routing, combined, expert_parts
 from hbserve_core.cuda_runner.kernels.few_rows_linear import (
     ScaledRows,
     SkinnyWorkspace,
@@ -164,6 +164,15 @@ class ResidualStream:
         """Add the sum of every rank's `partial` (M, E) in place. next_norm: what is next done with the rows."""
         self.changes()
         self.normed = group.add_sum(self.rows, partial, _of_kernels(next_norm))
+
+    def add_sum_of_parts(self, parts: ExpertParts, group: RankGroup, next_norm: RmsNorm | None) -> None:
+        """Add the sum of what every rank's experts have found in place. next_norm: what is next done with the rows."""
+        partial = torch.empty_like(self.rows)
+        if group.takes_parts(partial):
+            self.changes()
+            self.normed = group.add_sum(self.rows, partial, _of_kernels(next_norm), parts=parts)
+        else:
+            self.add_sum(combined(parts, dtype=partial.dtype), group, next_norm)
 
 
 class CudaProducts:

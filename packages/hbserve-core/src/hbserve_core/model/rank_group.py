@@ -4,6 +4,7 @@ Shapes: T rows of one step, R of them sampled, E hidden_size, V vocab_size, P ra
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -41,14 +42,20 @@ class RankGroup:
         partial: torch.Tensor,
         norm: tuple[torch.Tensor, float] | None = None,
         normed_to: torch.Tensor | None = None,
+        parts: Any = None,
     ) -> torch.Tensor | None:
         """Add the sum of every rank's `partial` (T, E) to `rows` (T, E) in place.
 
-        norm: weights (E,) and eps of an RMS norm. Returns the rows normed, in `normed_to` (T, E) if given, or None
-        where that is left to the caller.
+        norm: weights (E,) and eps of an RMS norm. parts: where the group `takes_parts`, what `partial` is to be made of
+        first, `ExpertParts` of the kernels. Returns the rows normed, in `normed_to` (T, E) if given, or None where that
+        is left to the caller.
         """
         rows += self.all_reduce(partial)
         return None
+
+    def takes_parts(self, partial: torch.Tensor) -> bool:
+        """Whether `add_sum` of such rows (T, E) can make them of parts."""
+        return False
 
     def gather_logits(self, logits: torch.Tensor, vocab_size: int) -> torch.Tensor:
         """(R, V) contiguous, on every rank, from each rank's (R, V / P) in the order of ranks."""

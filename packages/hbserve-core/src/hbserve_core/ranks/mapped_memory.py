@@ -12,6 +12,7 @@ import time
 import torch
 from torch.distributed.distributed_c10d import Store
 
+from hbserve_core.cuda_runner.kernels.experts import ExpertParts
 from hbserve_core.cuda_runner.kernels.rank_sum import CLOSED, FLAG_BYTES, LATE, MOST_PROGRAMS, SharedMemory, rank_sum
 from hbserve_core.errors import RankFailed
 from hbserve_core.model.shard import Shard
@@ -114,17 +115,21 @@ class MappedMemory:
         add_to: torch.Tensor | None = None,
         norm: tuple[torch.Tensor, float] | None = None,
         normed_to: torch.Tensor | None = None,
+        parts: ExpertParts | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """See `rank_sum`. Of rows that `can_sum`."""
+        """See `rank_sum`. Of rows that `can_sum`, or with parts `can_sum_parts`."""
         self._stream = torch.cuda.current_stream(self._device)
         start = self._start(partial)
         where = start if self._is_mapped(start) else None
-        return rank_sum(partial, self.shared, start=where, add_to=add_to, norm=norm, normed_to=normed_to)
+        return rank_sum(partial, self.shared, start=where, add_to=add_to, norm=norm, normed_to=normed_to, parts=parts)
 
     def can_sum(self, partial: torch.Tensor) -> bool:
         """Whether it is small, of whole words, or at a place for many rows."""
-        is_few = partial.nbytes <= self.shared.few_bytes and partial.shape[1] * partial.dtype.itemsize % 4 == 0
-        return is_few or self._is_mapped(self._start(partial))
+        return self.can_sum_parts(partial) or self._is_mapped(self._start(partial))
+
+    def can_sum_parts(self, partial: torch.Tensor) -> bool:
+        """Whether it is small, of whole words."""
+        return partial.nbytes <= self.shared.few_bytes and partial.shape[1] * partial.dtype.itemsize % 4 == 0
 
     def _start(self, partial: torch.Tensor) -> int:
         return partial.data_ptr() - self._own.data_ptr()

@@ -175,6 +175,17 @@ def _expert_down(
     tl.store(out + place, result.to(out.dtype.element_ty), mask=used[None, :] & (outputs < num_outputs)[:, None])
 
 
+@triton.jit
+def with_parts(total, parts, experts, row, columns, first, SIZE: tl.constexpr, X: tl.constexpr, K: tl.constexpr):
+    """What experts have found for some columns of a row (see `ExpertParts`), added to `total`, which is float32."""
+    for each in tl.static_range(K):
+        expert = tl.load(experts + row * K + each)
+        own_size = tl.where((expert >= first) & (expert < first + X), SIZE, 0)
+        part = tl.load(parts + (row * K + each) * SIZE + columns, mask=columns < own_size, other=0.0)
+        total += part.to(tl.float32)
+    return total
+
+
 @triton.jit(do_not_specialize=["first"])
 def _combine(
     parts, experts, out, first, SIZE: tl.constexpr, X: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr,
@@ -186,11 +197,7 @@ def _combine(
     total = tl.zeros((BLOCK,), tl.float32)
     if ADDS:
         total += tl.load(out + row * SIZE + columns, mask=inside, other=0.0).to(tl.float32)
-    for each in tl.static_range(K):
-        expert = tl.load(experts + row * K + each)
-        own_size = tl.where((expert >= first) & (expert < first + X), SIZE, 0)
-        part = tl.load(parts + (row * K + each) * SIZE + columns, mask=columns < own_size, other=0.0)
-        total += part.to(tl.float32)
+    total = with_parts(total, parts, experts, row, columns, first, SIZE, X, K)
     tl.store(out + row * SIZE + columns, total.to(out.dtype.element_ty), mask=inside)
 
 

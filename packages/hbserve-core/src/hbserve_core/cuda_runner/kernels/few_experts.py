@@ -21,10 +21,10 @@ _MOST_ROWS = 2
 """With more of them, pairs that are sorted first are faster."""
 _MOST_EXPERTS = 16
 """Of a row, all of which a program has."""
-_OUTPUTS = 4
-"""Of a program; of gate_up as many gates and as many ups."""
-_STEP_BYTES = 8192
-"""Of a weight row, or of the rows of all experts, that a program has at once."""
+_GATES, _OUTPUTS = 8, 4
+"""Of a program of gate_up, which has as many ups, and of down."""
+_GATE_BYTES, _OUTPUT_BYTES = 4096, 8192
+"""Of a weight row of gate_up, and of all experts' rows of one output of down, that a program has at once."""
 
 
 @triton.jit
@@ -143,23 +143,20 @@ def few_expert_mlps(
     out = torch.empty_like(rows) if add_to is None else add_to
     chosen = torch.empty(num_rows * k, dtype=torch.int32, device=rows.device)
     inside = torch.empty((num_rows * k, inner), dtype=rows.dtype, device=rows.device)
-    tiles, padded_k, at_once = 0 if squares is None else len(squares), triton.next_power_of_2(k), _at_once(rows)
+    tiles, padded_k, itemsize = 0 if squares is None else len(squares), triton.next_power_of_2(k), rows.dtype.itemsize
     shared = {
-        "OUTPUTS": _OUTPUTS, "X": routing.num_experts, "OWN": len(gate_up), "K": k,
+        "X": routing.num_experts, "OWN": len(gate_up), "K": k,
         "PADDED_X": triton.next_power_of_2(routing.num_experts), "num_warps": 4, **LAUNCH,
     }  # fmt: skip
-    _few_gate_up[(triton.cdiv(inner, _OUTPUTS), num_rows * k)](
+    _few_gate_up[(triton.cdiv(inner, _GATES), num_rows * k)](
         rows, gate_up, logits, slots, inside, chosen, logits if squares is None else squares, eps, inner,
-        routing.first, INPUTS=size, STEP=min(at_once, triton.next_power_of_2(size)), TILES=tiles,
-        PADDED_TILES=triton.next_power_of_2(max(1, tiles)), STRIDE=1 if squares is None else squares.shape[1], **shared,
+        routing.first, INPUTS=size, OUTPUTS=_GATES, STEP=min(_GATE_BYTES // itemsize, triton.next_power_of_2(size)),
+        TILES=tiles, PADDED_TILES=triton.next_power_of_2(max(1, tiles)),
+        STRIDE=1 if squares is None else squares.shape[1], **shared,
     )  # fmt: skip
     _few_down[(triton.cdiv(size, _OUTPUTS), num_rows)](
-        inside, down, logits, chosen, out, size, routing.first, INPUTS=inner,
-        STEP=min(at_once // padded_k, triton.next_power_of_2(inner)), PADDED_K=padded_k,
+        inside, down, logits, chosen, out, size, routing.first, INPUTS=inner, OUTPUTS=_OUTPUTS,
+        STEP=min(_OUTPUT_BYTES // itemsize // padded_k, triton.next_power_of_2(inner)), PADDED_K=padded_k,
         RENORMALISES=routing.renormalises, ADDS=add_to is not None, **shared,
     )  # fmt: skip
     return out
-
-
-def _at_once(rows: torch.Tensor) -> int:
-    return _STEP_BYTES // rows.dtype.itemsize

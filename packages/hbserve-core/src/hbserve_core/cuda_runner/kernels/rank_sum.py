@@ -25,6 +25,7 @@ import triton.language as tl
 from triton.language.extra import cuda
 
 from hbserve_core.cuda_runner.kernels.dependent_launch import INTERPRETED, LAUNCH, begin
+from hbserve_core.cuda_runner.kernels.experts import ExpertParts, with_parts
 from hbserve_core.cuda_runner.kernels.pointwise import normed_row
 
 MOST_PROGRAMS = 256
@@ -82,6 +83,17 @@ def _numbers(words, element: tl.constexpr):
         low, high = words.to(tl.int16), (words >> 16).to(tl.int16)
         numbers = tl.interleave(low.to(element, bitcast=True), high.to(element, bitcast=True)).to(tl.float32)
     return numbers
+
+
+@triton.jit
+def _words(numbers, element: tl.constexpr, W: tl.constexpr):
+    """(W,) int32, of numbers float32, which are rounded: `_numbers` finds them again."""
+    if element.primitive_bitwidth == 32:
+        words = numbers.to(tl.int32, bitcast=True)
+    else:
+        low, high = tl.split(tl.reshape(numbers.to(element).to(tl.int16, bitcast=True), (W, 2)))
+        words = (low.to(tl.int32) & 0xFFFF) | (high.to(tl.int32) << 16)
+    return words
 
 
 @triton.jit
@@ -157,13 +169,15 @@ def _finish_row(total, out, norm, normed, row, eps, SIZE: tl.constexpr, PADDED: 
         tl.store(normed + place, normed_row(rounded, norm, eps, columns, inside, SIZE), mask=inside)
 
 
-@triton.jit(do_not_specialize=["num_rows"])
+@triton.jit(do_not_specialize=["num_rows", "first"])
 def _sum_few(
-    partial, out, norm, normed, eps, bases, numbers, device_word, host_word, start, capacity, num_rows,
-    SIZE: tl.constexpr, WORDS: tl.constexpr, PADDED: tl.constexpr, PADDED_WORDS: tl.constexpr, RANK: tl.constexpr,
-    RANKS: tl.constexpr, PROGRAMS: tl.constexpr, ADDS: tl.constexpr, NORMS: tl.constexpr,
+    partial, parts, experts, first, out, norm, normed, eps, bases, numbers, device_word, host_word, start, capacity,
+    num_rows, SIZE: tl.constexpr, WORDS: tl.constexpr, PADDED: tl.constexpr, PADDED_WORDS: tl.constexpr,
+    RANK: tl.constexpr, RANKS: tl.constexpr, PROGRAMS: tl.constexpr, ADDS: tl.constexpr, NORMS: tl.constexpr,
+    X: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
-    """start, capacity: of the memory for few rows, in bytes, and of a rank's part of one half of it."""
+    """start, capacity: of the memory for few rows, in bytes, and of a rank's part of one half of it. Where there are
+    parts (K > 0), see `ExpertParts`, `partial` is first made of them."""
     begin()
     program = tl.program_id(0)
     number = tl.load(numbers + program)
@@ -171,7 +185,13 @@ def _sum_few(
     w, columns = tl.arange(0, PADDED_WORDS), tl.arange(0, PADDED)
     inside = w < WORDS
     for row in range(program, num_rows, tl.num_programs(0)):
-        words = tl.load(partial + row * WORDS + w, mask=inside, other=0)
+        if K > 0:
+            found = tl.zeros((PADDED,), tl.float32)
+            found = with_parts(found, parts, experts, row, columns, first, SIZE, X, K)
+            words = _words(found, out.dtype.element_ty, PADDED_WORDS)
+            tl.store(partial + row * WORDS + w, words, mask=inside)
+        else:
+            words = tl.load(partial + row * WORDS + w, mask=inside, other=0)
         for rank in tl.static_range(RANKS):
             if rank != RANK:
                 there = _memory(bases, rank, half + (RANK - rank - 1 + RANKS) % RANKS * capacity, tl.int64)
@@ -280,6 +300,7 @@ def rank_sum(
     add_to: torch.Tensor | None = None,
     norm: tuple[torch.Tensor, float] | None = None,
     normed_to: torch.Tensor | None = None,
+    parts: ExpertParts | None = None,
     programs: int = MOST_PROGRAMS,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The sum of every rank's `partial` (T, E), which all must have launched: of few rows, up to `few_bytes`.
@@ -287,6 +308,7 @@ def rank_sum(
     start: `partial` are many rows, and lie in every rank's memory from this byte on. The same ones may be written again
     after the sum that follows. add_to: (T, E), to which the sum is added in place, rounded once, and which is returned.
     norm: weights (E,) and eps of an RMS norm; then the result normed is returned too, in `normed_to` (T, E) if given.
+    parts: of few rows, what `partial` is to be made of first: then it is only where to.
     """
     rows, size = partial.shape
     assert partial.is_contiguous()
@@ -306,7 +328,9 @@ def rank_sum(
         per_word = 4 // partial.dtype.itemsize
         words = {"WORDS": size // per_word, "PADDED_WORDS": padded // per_word}
         of_few = memory.few_start, 2 * memory.few_bytes
-        _sum_few[grid](partial.view(torch.int32), *written, *shared, *of_few, rows, **words, **options)
+        given = (partial, partial, 0) if parts is None else (parts.rows, parts.experts, parts.first)
+        words |= {"X": 0, "K": 0} if parts is None else {"X": parts.count, "K": parts.experts.shape[1]}
+        _sum_few[grid](partial.view(torch.int32), *given, *written, *shared, *of_few, rows, **words, **options)
     else:
         _sum_many[grid](*written, *shared, start, rows, **options)
     return out, normed
