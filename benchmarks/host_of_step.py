@@ -8,10 +8,13 @@ which is done while the device computes.
 Milliseconds of processor time of the engine's thread, by part: choosing what is computed, telling the other rank,
 packing, and taking tokens in; and what the other rank has to do before it can launch: reading and packing. Each is the
 median of a hundred steps. What a step costs to launch is not in it.
+Prompts that come alone also go through the engine's thread, as in an instance: microseconds from the call in the event
+loop to the first token there, without those of the device.
 With --tree, another checkout of this repository is measured too, in turns, for a before and an after.
 """
 
 import argparse
+import asyncio
 import gc
 import json
 import os
@@ -32,11 +35,15 @@ from hbserve_core import Engine, InstanceConfig
 from hbserve_core.cuda_runner.step_packer import SplitKV, StepPacker
 from hbserve_core.engine.sequence import ScheduledChunk
 from hbserve_core.engine.step import PendingStep, StepResult
+from hbserve_core.instance.engine_thread import EngineThread
+from hbserve_core.instance.process import SWITCH_INTERVAL_S
 from hbserve_core.model.model_config import load_model_config
 from hbserve_core.ranks.step_message import StepReader, StepWriter
 from hbserve_rpc import SamplingParams
 
 CONTEXT, LONGEST, STEPS, TURNS = 1024, 4096, 100, 3
+DEVICE_S, PAUSE_S = 0.0013, 0.0005
+"""What a step takes where an engine's thread waits for it, and how long after an answer the next prompt comes."""
 HEADS, PROCESSORS, TILE_TOKENS, NUM_BLOCKS = 8, 132, 16, 40000
 MODEL = {
     "architectures": ["LlamaForCausalLM"],
@@ -75,7 +82,8 @@ def by_turns(before: Path, option: str, size: int) -> None:
             source = os.pathsep.join(str(each) for each in sorted(tree.absolute().glob("packages/*/src")))
             command, settings = [sys.executable, __file__, *given], os.environ | {"PYTHONPATH": source}
             found = subprocess.run(command, env=settings, stdout=subprocess.PIPE)
-            print(f"{name:6} {found.stdout.decode().strip()}", flush=True)
+            for line in found.stdout.decode().splitlines():
+                print(f"{name:6} {line}", flush=True)
 
 
 class Timed:
@@ -121,6 +129,18 @@ class HostOnly:
         packed = self._pack(batch, self._memory)
         self._pack_there(self._read(message), self._memory)
         return lambda: StepResult(packed.tokens([7] * len(packed.places)))
+
+    def launch_alone(self, batch: Sequence[ScheduledChunk]) -> PendingStep:
+        """Of one rank, and a device that takes its time."""
+        packed = self._pack(batch, self._memory)
+        until_s = time.perf_counter() + DEVICE_S
+
+        def result() -> StepResult:
+            time.sleep(max(0.0, until_s - time.perf_counter()))
+            self.waited_s = time.perf_counter() - until_s + DEVICE_S
+            return StepResult(packed.tokens([7] * len(packed.places)))
+
+        return result
 
     def draw(self) -> None:
         pass
@@ -171,6 +191,10 @@ def measure_decodes(size: int) -> str:
 
 
 def measure_prompts(num_tokens: int) -> str:
+    return f"{time_prompts(num_tokens)}\n{measure_calls(num_tokens)}"
+
+
+def time_prompts(num_tokens: int) -> str:
     """One after the other."""
     timed, params = Timed(), SamplingParams(0.6, 1, ignore_eos=True)
     engine = make_engine(timed, 64)
@@ -184,6 +208,41 @@ def measure_prompts(num_tokens: int) -> str:
         for part, times in timed.times.items():
             of_all.times[part].append(sum(times))
     return f"{num_tokens:4} tokens, {parts_of(of_all)}"
+
+
+def measure_calls(num_tokens: int) -> str:
+    """One prompt after the other, through an engine's thread."""
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
+    return asyncio.run(_measure_calls(num_tokens))
+
+
+async def _measure_calls(num_tokens: int) -> str:
+    runner: HostOnly
+    told: asyncio.Queue[object] = asyncio.Queue()
+
+    def make() -> Engine:
+        nonlocal runner
+        engine = make_engine(Timed(), 64)
+        runner = engine._runner  # type: ignore[assignment]
+        runner.launch = runner.launch_alone  # type: ignore[method-assign]
+        return engine
+
+    async def one(name: str) -> float:
+        prompt, params = [int(name)] * num_tokens, SamplingParams(0.6, 1, ignore_eos=True)
+        await asyncio.sleep(PAUSE_S)
+        begin_s = time.perf_counter()
+        await thread.call(lambda engine: engine.add(name, prompt, params))
+        await told.get()
+        return time.perf_counter() - begin_s - runner.waited_s
+
+    thread = EngineThread(make, on_events=told.put_nowait, on_failure=told.put_nowait)
+    await thread.start()
+    gc.freeze()
+    times_s = [await one(str(name)) for name in range(STEPS)]
+    await thread.stop()
+    return (
+        f"{num_tokens:4} tokens, from a call to its token {1e6 * statistics.median(times_s):.0f} us beside the device's"
+    )
 
 
 if __name__ == "__main__":

@@ -302,13 +302,20 @@ def test_programs_that_share_a_tile_of_new_tokens_give_what_one_gives(monkeypatc
 
 
 @pytest.mark.parametrize(
-    ("num_rows", "group", "expected"),
-    [(128, 2, (32, 4)), (129, 4, (64, 2)), (512, 4, (128, 1)), (64, 3, (128, 1)), (64, 128, (128, 1))],
-)  # 42 tokens are not four times 10
-def test_as_many_programs_share_a_tile_as_its_new_tokens_allow(num_rows, group, expected):
+    ("num_rows", "rows", "group", "expected"),
+    [
+        (128, 128, 2, (16, 8)),
+        (128, 64, 2, (16, 4)),
+        (129, 128, 4, (64, 2)),
+        (512, 128, 4, (128, 1)),
+        (64, 128, 3, (128, 1)),
+        (64, 128, 128, (128, 1)),
+    ],
+)  # 42 tokens are not eight times 5, and tensor cores take 16 rows
+def test_as_many_programs_share_a_tile_as_its_new_tokens_allow(num_rows, rows, group, expected):
     from hbserve_core.cuda_runner.kernels.prefill_attention import _parts_of_tile
 
-    assert _parts_of_tile(num_rows, 128, group) == expected
+    assert _parts_of_tile(num_rows, rows, group) == expected
 
 
 def prefill(paged, dtype):

@@ -70,7 +70,7 @@ def test_prefill_graphs_end_at_the_longest_step_that_may_have_one():
         assert all(after < 1.25 * (before + 1) or after - before <= 32 for before, after in pairwise(buckets))
         assert len(buckets) < 50
     shapes = GraphShapes(config(max_num_batched_tokens=128, cuda_graph_max_seq_len=300), TILE_TOKENS, PIECES)
-    assert [shape.rows for shape in shapes.prefills] == [32, 64, 96, 128]
+    assert [shape.rows for shape in shapes.prefills] == [32, 32, 64, 64, 96, 96, 128, 128]
 
 
 def test_the_longest_chunk_has_a_graph_with_decodes_beside_it_too():
@@ -84,6 +84,14 @@ def test_the_longest_chunk_has_a_graph_with_decodes_beside_it_too():
     few = config(max_num_batched_tokens=8192, cuda_graph_max_seq_len=2048, max_num_seqs=4)
     assert [shape.rows for shape in GraphShapes(few, TILE_TOKENS, PIECES).prefills][-2:] == [2048, 2052]
     assert config(cuda_graph_enabled=False).most_graph_tokens == 0
+
+
+def test_a_short_step_with_prompts_has_one_graph_with_decodes_and_one_without():
+    shapes = GraphShapes(config(max_num_batched_tokens=512, cuda_graph_max_seq_len=512), TILE_TOKENS, PIECES)
+    alone, beside, longer = (shapes.choose(counts) for counts in ([250], [1, 249], [500]))
+    assert {alone, beside, longer} <= {*shapes.prefills}
+    assert alone.rows == beside.rows == 256
+    assert [shape.pieces > 0 for shape in (alone, beside, longer)] == [False, True, True]
 
 
 def test_each_decode_step_has_a_graph_and_without_graphs_the_shape_that_fits_it():

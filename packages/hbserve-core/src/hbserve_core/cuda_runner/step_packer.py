@@ -17,7 +17,7 @@ import random
 import struct
 from bisect import bisect_left
 from collections.abc import Sequence as Ids
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import accumulate
 from operator import attrgetter
@@ -38,12 +38,13 @@ _Integers = TypeVar("_Integers", int, npt.NDArray[np.int32])
 
 _ALIGNMENT = 4
 _SMALLEST_PREFILL, _LARGEST_PREFILL_STEP = 32, 128
+_MOST_ALONE = 256
+"""Rows of a step with prompts, up to which there is another graph without decodes: to wait for none of them is felt."""
 _KERNELS_DIFFER = (32, 64, 128, 256, 512, 1024)
 """Rows of a step with prompts, one number for each range in which the same kernels are chosen."""
 TILE = 64
 """A piece of a decode's context is a multiple of so many tokens."""
-_MOST_PARTS = 64
-_PIECES_PER_PROCESSOR = 2
+_MOST_PARTS, _PIECES_PER_PROCESSOR = 64, 2
 
 
 def _aligned(count: int) -> int:
@@ -193,6 +194,8 @@ class GraphShapes:
         self._pieces = pieces
         self.decodes = [self._shape(size, size, size, 0) for size in decodes]
         self.prefills = [self._prefill_shape(size, config.max_num_seqs) for size in prefills]
+        alone = [replace(shape, pieces=0) for shape in self.prefills if shape.rows <= _MOST_ALONE]
+        self.prefills = sorted(alone + self.prefills, key=attrgetter("rows"))
         others = [] if decodes else decode_buckets(config.max_num_seqs)
         self.others = [self._shape(size, size, size, 0) for size in others]
         """Without a graph: together with those that have one, and the largest step, they run every kernel of any."""

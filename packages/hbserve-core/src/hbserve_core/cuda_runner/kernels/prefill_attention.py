@@ -31,9 +31,11 @@ from hbserve_core.cuda_runner.kernels.attention_parts import (
 from hbserve_core.cuda_runner.kernels.dependent_launch import LAUNCH, begin
 from hbserve_core.cuda_runner.kernels.hopper_attention import hopper_prefill_attention, suits_hopper
 
-_PARTS = {128: 4, 511: 2}
+_PARTS = {128: 8, 511: 2}
 """By the most rows of a step, how many programs share a tile: few rows have too few tiles for all processors, and what
 counts is how long one program takes."""
+_FEWEST_ROWS = 16
+"""Of a program: tensor cores multiply so many at a time."""
 _STORED_ROWS = 4, 16
 """Of a program of `store_kv`: of few rows, and of more than 512."""
 
@@ -191,6 +193,7 @@ def _rows_per_tile(dtype: torch.dtype, head_dim: int) -> int:
 def _parts_of_tile(num_rows: int, rows: int, group: int) -> tuple[int, int]:
     """Rows of one program, and programs for each tile, in a step of so many rows."""
     parts = next((parts for most, parts in _PARTS.items() if num_rows <= most), 1)
+    parts = min(parts, rows // _FEWEST_ROWS)
     # Together they must take all new tokens of a tile.
     return (rows // parts, parts) if rows // parts // group * parts == rows // group else (rows, 1)
 
