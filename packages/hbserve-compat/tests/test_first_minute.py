@@ -54,6 +54,12 @@ def test_help_has_a_short_name_too(command):
     assert asked.stdout.startswith("Usage: ")
 
 
+@pytest.mark.parametrize(("path", "why"), [("nothing", "No such file or directory"), ("", "Is a directory")])
+def test_a_file_that_cannot_be_read_is_named_first_without_the_number_of_the_system(tmp_path, path, why):
+    asked = invoke("simulate", "--trace", str(tmp_path / path))
+    assert (asked.exit_code, asked.stderr) == (1, f"error: {tmp_path / path}: {why}\n")
+
+
 def test_what_cannot_be_asked_is_refused_before_a_scheduler_is_waited_for(tmp_path, monkeypatch):
     for module in (hbserve.members, hbserve.trace):
         monkeypatch.setattr(module, "remote_scheduler", None)
@@ -130,7 +136,7 @@ def folder_with(tmp_path: Path) -> Callable[..., Path]:
     return make
 
 
-COMMANDS = [["serve"], ["chat"], ["generate", "hi", "--model"]]
+COMMANDS = [["serve", "--port", "0"], ["chat"], ["generate", "hi", "--model"]]
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)

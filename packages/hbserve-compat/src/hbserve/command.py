@@ -85,7 +85,7 @@ def explaining(log_level: LogLevel) -> Iterator[None]:
             raise
         if not _is_explained(error):
             logging.getLogger(__name__).exception("unexpected error; please report it")
-        typer.echo(f"error: {one_line(str(error))}", err=True)
+        typer.echo(f"error: {one_line(_in_words(error))}", err=True)
         raise typer.Exit(2 if isinstance(error, ValueError) else 1) from None
     finally:
         forget_what_nobody_takes()
@@ -133,6 +133,13 @@ async def _until_signalled(job: Coroutine[Any, Any, None]) -> None:
             if not received:
                 raise
             raise _Signalled(received[0]) from None
+
+
+def _in_words(error: Exception) -> str:
+    """The system's own errors begin with a number, and end with the file."""
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    return str(error)
 
 
 def _is_explained(error: Exception) -> bool:
