@@ -7,7 +7,7 @@ import pytest
 
 from hbserve.launcher import instance_settings
 from hbserve.pd_disagg import DisaggregatedLLM, KVTransferBackend, PdDisaggConfig
-from hbserve.serve import InstanceArgs
+from hbserve.serve import InstanceArgs, ServeArgs
 from hbserve_scheduler import ConfigError, load_config
 from hbserve_scheduler.config import InstanceSection
 from hbserve_testing.narrowing import of_type
@@ -87,6 +87,15 @@ def test_a_configuration_file_and_its_flat_fields_say_the_same():
         pytest.skip("the repository's configs/ are not here: this is an installed package")
     deployment = load_config(CONFIG_FILE)
     assert PdDisaggConfig.from_deployment(deployment).to_deployment() == deployment
+
+
+def test_a_path_of_the_servers_section_may_begin_with_the_home(config, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    server = {"ssl_keyfile": "~/key.pem", "ssl_certfile": "~/cert.pem"}
+    found = ServeArgs(config(server=server), None, "INFO", {"uds": "~/api.sock"}).deployment().server
+    assert (found.uds, found.ssl_keyfile, found.ssl_certfile) == (
+        "/home/me/api.sock", "/home/me/key.pem", "/home/me/cert.pem"
+    )  # fmt: skip
 
 
 def test_an_instance_may_be_told_who_and_where_it_is_also_if_the_file_does_not_have_it(config):

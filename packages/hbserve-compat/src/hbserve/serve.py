@@ -79,7 +79,9 @@ class ServeArgs:
             model = msgspec.structs.replace(config.model, path=str(self.model))
             config = msgspec.structs.replace(config, model=model)
         server = msgspec.structs.replace(config.server, **self.server)
-        config = msgspec.structs.replace(config, server=server)
+        given = {name: getattr(server, name) for name in ("uds", "ssl_keyfile", "ssl_certfile")}
+        paths = {name: os.path.expanduser(path) for name, path in given.items() if path is not None}
+        config = msgspec.structs.replace(config, server=msgspec.structs.replace(server, **paths))
         check(config)
         if self.ray is not None and config.server.api_servers > 1:
             raise ConfigError(
