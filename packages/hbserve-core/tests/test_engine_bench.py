@@ -65,6 +65,11 @@ def test_how_long_before_a_steps_end_the_next_one_is_launched_is_known_with_and_
     assert sweep.launched_ahead_s(16, 512) == pytest.approx(decodes_s, abs=0.0005), "prompts are forgotten"
     assert 0.020 < sweep.launched_ahead_of_prompts_s(2048) < 0.022, "those of two prompts do, behind one"
     assert not sweep._engine.has_work()
+    assert sweep.launched_ahead_s(1, 16) > 0
+    device._time_s = lambda _: 0.002
+    assert sweep.launched_ahead_s(16, 512) == 0.0, "each is followed at once, and those before are forgotten"
+    device._time_s = H100_8B
+    sweep.launched_ahead_of_prompts_s(2048)
     assert all(begin == end for (_, end, _), (begin, _, _) in pairwise(device.steps[-40:])), "the device never waited"
     device.overlaps = False
     assert sweep.launched_ahead_s(16, 512) == sweep.launched_ahead_of_prompts_s(2048) == 0.0

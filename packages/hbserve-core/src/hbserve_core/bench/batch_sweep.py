@@ -40,7 +40,7 @@ _FEWEST_STEPS = 8
 _ENOUGH_S = 3.0
 """Timed for so long, the fewest steps will do: of a CPU that others use too, 48 took two minutes."""
 _NUM_LAUNCHES = 240
-"""Steps until an engine decides by these alone when it launches the next one."""
+"""Steps after which an engine that is new decides by 200 of them when it launches the next one."""
 _STEPS_TO_PROMPT = 4
 _NUM_PROMPT_LAUNCHES = 40
 """Steps of one prompt, and as many of two: of the first 16 of each it is learned how long they take."""
@@ -257,9 +257,11 @@ class BatchSweep:
 
     def launched_ahead_s(self, batch: int, context: int, prompt: int | None = None) -> float:
         """So long before the end of a step the engine launches the next one, while such a batch decodes; `prompt`: and
-        in every fourth step a prompt of so many tokens is computed beside it. 0: it does not, as on a CPU."""
+        in every fourth step a prompt of so many tokens is computed beside it. 0: it does not, as on a CPU, or all
+        steps are so short that each is followed at once."""
         if not self._runner.overlaps:
             return 0.0
+        self._engine = Engine(self._config, self._runner, self._clock)  # which remembers no other steps
         count = min(_NUM_LAUNCHES, self._runner.model_config.max_model_len - context - 1)
         names = self._add(batch, context, count + 1)
         for step in range(count):
@@ -275,7 +277,7 @@ class BatchSweep:
         are no shorter than such a launch: beside decodes most are, and the engine does not count what comes late."""
         if not self._runner.overlaps:
             return 0.0
-        self._engine = Engine(self._config, self._runner, self._clock)  # which remembers no other steps
+        self._engine = Engine(self._config, self._runner, self._clock)
         for step in range(2 * _NUM_PROMPT_LAUNCHES):
             self._add(1 + step % 2, prompt, 1)
             self._step_in_time()
