@@ -64,6 +64,8 @@ instances; a request that meets no error. All with one rank, and of requests tha
 nothing of hbserve_core/logits."""
 HOPPER = files("hbserve_core/cuda_runner/kernels: hopper hopper_attention hopper_gated")
 """Kernels of one generation of cards, in place of two that are listed: a step on CUDA has these too there."""
+FEW_ROWS = files("hbserve_core/cuda_runner/kernels: few_experts")
+"""Kernels of a mixture's steps of one or two rows, in place of those of experts.py."""
 UNHEARD = files("hbserve_scheduler: health links outage")
 """What the scheduler does beside a request about an instance that is not heard in time: on a machine that stalls."""
 LOADING = files("hbserve_core/cuda_runner: warm_up", "hbserve_core/model: loaded_model model_config weights")
@@ -140,4 +142,4 @@ def test_a_cuda_step_is_made_of_the_listed_files_only():
         if not file.startswith("hbserve_core/model/"):
             found = imported(file) - reached
             todo |= {other for other in found if other.split("/")[1] in ("engine", "cuda_runner", "model")}
-    assert reached - LOADING == FLOWS["cuda step"] | HOPPER
+    assert reached - LOADING == FLOWS["cuda step"] | HOPPER | FEW_ROWS

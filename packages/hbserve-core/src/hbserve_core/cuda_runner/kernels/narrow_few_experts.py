@@ -69,12 +69,10 @@ def _few_gate_up(
     ALL_RUNS: gl.constexpr = INPUTS // RUN
     OF_WARP: gl.constexpr = (ALL_RUNS + W - 1) // W
     tile, pair = gl.program_id(0), gl.program_id(1)
-    row = pair // K
+    row, total = pair // K, OWN * 2 * num_outputs
     first_run, first_of_x = along(0, W, of_words) * OF_WARP, along(0, W, of_x) * OF_WARP
-    total = OWN * 2 * num_outputs
     begin()
-    expert = _expert_at(logits + row * X, pair % K, X, PADDED_X)
-    expert = gl.where(gl.load(slots + row) == -1, -1, expert)
+    expert = gl.where(gl.load(slots + row) == -1, -1, _expert_at(logits + row * X, pair % K, X, PADDED_X))
     if tile == 0:
         gl.store(chosen + pair, expert)
     expert -= first

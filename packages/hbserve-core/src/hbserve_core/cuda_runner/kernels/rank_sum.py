@@ -186,8 +186,7 @@ def _sum_few(
     inside = w < WORDS
     for row in range(program, num_rows, tl.num_programs(0)):
         if K > 0:
-            found = tl.zeros((PADDED,), tl.float32)
-            found = with_parts(found, parts, experts, row, columns, first, SIZE, X, K)
+            found = with_parts(tl.zeros((PADDED,), tl.float32), parts, experts, row, columns, first, SIZE, X, K)
             words = _words(found, out.dtype.element_ty, PADDED_WORDS)
             tl.store(partial + row * WORDS + w, words, mask=inside)
         else:
