@@ -253,6 +253,11 @@ async def test_a_unix_socket_is_bound_once_and_given_to_every_process_again_afte
     path = tmp_path / "socket"
     front_end = FrontEnds(ServerSection(uds=str(path), api_servers=2), "INFO", lambda *_: None)
     assert front_end.curl == f"curl --unix-socket {path} http://localhost"
+    with (
+        monkeypatch.context() as patch
+    ):  # where keys are asked for, the line that is said at the start has a place for one
+        patch.setenv("HBSERVE_API_KEY", "secret")
+        assert front_end.curl == f"curl -H 'Authorization: Bearer KEY' --unix-socket {path} http://localhost"
     server = SchedulerServer(CpuScheduler(SchedulerConfig(port=0)))
     await server.start()
     await front_end.start()

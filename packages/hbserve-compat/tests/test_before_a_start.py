@@ -1,5 +1,6 @@
 """What a file has wrong is told by the process that reads it: in one line, before an instance is started."""
 
+import os
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -53,6 +54,7 @@ CASES: list[tuple[dict[str, Any], str]] = [
     ({"model": {"path": "~nobody-here/m"}}, "/~nobody-here/m' does not exist"),
     ({"security": {"keys": "~nobody-here/k"}}, "~nobody-here/k"),
     ({"server": {"api_key_file": "~nobody-here/k"}}, f"server.api_key_file='~nobody-here/k': {NO_FILE}"),
+    ({"server": {"api_key_file": os.devnull}}, f"server.api_key_file='{os.devnull}': has no key; expected one on each"),
     ({"server": {"chat_template": "~nobody-here/t"}}, f"server.chat_template='~nobody-here/t': {NO_FILE}"),
     ({"server": {"uds": "/tmp/" + "x" * 200}}, "cannot be bound: AF_UNIX path too long"),
 ]

@@ -6,6 +6,7 @@ import pty
 import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable
@@ -16,7 +17,7 @@ from hbserve_fake_scheduler import FakeServer
 from hbserve_served import served
 
 from hbserve.chat import Conversation
-from hbserve.chat_client import ChatClient
+from hbserve.chat_client import ChatClient, why_not_connected
 from hbserve.server.http_server import HttpServer
 from hbserve.tokenizer import load_tokenizer
 from hbserve_rpc import InvalidAddress, PeerLost, RemoteError
@@ -60,6 +61,11 @@ async def test_what_a_server_refuses_and_what_is_no_server_is_told_in_its_words(
         address = f"http://127.0.0.1:{held.getsockname()[1]}"
     with pytest.raises(PeerLost, match=r"no server at 127\.0\.0\.1:"):
         await texts(ChatClient(address, None))
+    refused = ssl.SSLCertVerificationError()
+    refused.verify_message = "self-signed certificate"
+    assert why_not_connected("a:1", refused).startswith(
+        "the certificate of a:1 is not trusted: self-signed certificate;"
+    )
     with pytest.raises(InvalidAddress, match=r"--url='ftp://a'"):
         ChatClient("ftp://a", None)
 

@@ -332,8 +332,9 @@ async def test_requests_while_the_server_ends_are_503(server):
 
 
 async def test_a_key_is_asked_for_where_something_is_computed_and_read_again_when_its_file_changes(
-    tokenizer, tmp_path, monkeypatch
+    tokenizer, tmp_path, monkeypatch, caplog
 ):
+    caplog.set_level("INFO")
     monkeypatch.setenv("HBSERVE_API_KEY", "from the environment")
     keys = tmp_path / "keys"
     keys.write_text("# ours\nfirst\n")
@@ -353,6 +354,7 @@ async def test_a_key_is_asked_for_where_something_is_computed_and_read_again_whe
     other.write_text("second\n")
     other.replace(keys)
     assert [await status("first"), await status("second")] == [401, 200]
+    assert f"{keys} has changed: keys in it now: 1" in caplog.text
     keys.unlink()
     assert await status("second") == 200
     error = error_of(await server.complete(), 401)

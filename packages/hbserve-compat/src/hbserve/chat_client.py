@@ -12,6 +12,14 @@ from hbserve_rpc import InvalidAddress, PeerLost, RemoteError
 CONNECT_TIMEOUT_S = 10.0
 
 
+def why_not_connected(address: str, error: Exception) -> str:
+    """In a line. A server whose certificate is its own is one, too."""
+    if isinstance(error, ssl.SSLCertVerificationError):
+        cure = "SSL_CERT_FILE names a file of certificates that are"
+        return f"the certificate of {address} is not trusted: {error.verify_message}; {cure}"
+    return f"no server at {address}: {error or 'no answer'}"
+
+
 class ChatClient:
     """Asks a server by streams, over plain sockets: a command needs no HTTP library for that."""
 
@@ -41,7 +49,7 @@ class ChatClient:
                 context = ssl.create_default_context() if self._is_secure else None
                 reader, writer = await asyncio.open_connection(self._host, self._port, ssl=context, limit=1 << 24)
         except (OSError, TimeoutError) as error:
-            raise PeerLost(f"--url: no server at {self._authority}: {error or 'no answer'}") from None
+            raise PeerLost(f"--url: {why_not_connected(self._authority, error)}") from None
         try:
             writer.write(self._head(len(body)) + body)
             status, is_chunked = await _read_head(reader)

@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 
 import httptools
 
+from hbserve.chat_client import why_not_connected
 from hbserve_rpc import InvalidAddress, PeerLost
 
 CONNECT_TIMEOUT_S = 30.0
@@ -73,7 +74,7 @@ class HttpClient:
                 _, connection = await loop.create_connection(_Connection, *self._address, ssl=self._ssl)
         except (OSError, TimeoutError) as error:
             host, port = self._address
-            raise PeerLost(f"no server at {host}:{port}: {error or 'no answer'}") from None
+            raise PeerLost(why_not_connected(f"{host}:{port}", error)) from None
         return connection
 
     def close(self) -> None:

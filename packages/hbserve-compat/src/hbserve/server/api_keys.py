@@ -25,6 +25,10 @@ def _digest(key: str) -> bytes:
     return hashlib.sha256(key.encode(errors="replace")).digest()
 
 
+def are_asked_for(settings: ServerSection) -> bool:
+    return bool(settings.api_key or os.environ.get(VARIABLE) or settings.api_key_file)
+
+
 class ApiKeys:
     """Keys that are accepted now."""
 
@@ -40,10 +44,8 @@ class ApiKeys:
                 self._read(self._path)
             except OSError as error:
                 raise ConfigError(f"server.api_key_file={str(self._path)!r}: {error.strerror}") from None
-
-    @property
-    def are_asked_for(self) -> bool:
-        return bool(self._fixed or self._path)
+            if not self._fixed and not self._from_file:
+                raise ConfigError(f"server.api_key_file={str(self._path)!r}: has no key; expected one on each line")
 
     def accept(self, key: str) -> bool:
         """Takes the same time for every key."""
@@ -62,6 +64,8 @@ class ApiKeys:
         if state != self._read_at:
             lines = [line.strip() for line in path.read_text(encoding="utf-8", errors="replace").splitlines()]
             self._from_file = [_digest(line) for line in lines if line and not line.startswith("#")]
+            if self._read_at is not None:
+                logger.info("%s has changed: keys in it now: %d", path, len(self._from_file))
             self._read_at = state
 
 

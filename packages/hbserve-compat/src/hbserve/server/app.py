@@ -12,7 +12,7 @@ from starlette.routing import Route
 
 from hbserve.server.anthropic_messages import count_tokens, messages
 from hbserve.server.api_error import ApiError, as_api_error, path_of
-from hbserve.server.api_keys import ApiKeys, RequireApiKey
+from hbserve.server.api_keys import ApiKeys, RequireApiKey, are_asked_for
 from hbserve.server.debugging import show_trace, show_view
 from hbserve.server.generating import chat_completions, completions
 from hbserve.server.metrics import show_metrics
@@ -78,7 +78,7 @@ def make_app(service: Service) -> Starlette:
                 expose_headers=[REQUEST_ID, IGNORED_HEADER],
             )
         )
-    if keys.are_asked_for:
+    if are_asked_for(service.settings):
         middleware.append(Middleware(RequireApiKey, keys=keys))
     handlers = {
         ApiError: _refuse,

@@ -7,6 +7,7 @@ import socket
 from pathlib import Path
 
 from hbserve.live_view import Deployment
+from hbserve.server.api_keys import are_asked_for
 from hbserve.server.app import make_app
 from hbserve.server.http_server import HttpServer
 from hbserve.server.service import Service
@@ -45,12 +46,13 @@ class FrontEnd:
 
     @property
     def curl(self) -> str:
-        """The command that asks for a path of it, which is to be added."""
+        """The command that asks for a path of it, which is to be added. KEY stands for one, where one is asked for."""
         uds = self._service.settings.uds
+        command = "curl -H 'Authorization: Bearer KEY'" if are_asked_for(self._service.settings) else "curl"
         if uds is None:
-            return f"curl {self.url}"
+            return f"{command} {self.url}"
         scheme, _, _ = self.url.partition("+")
-        return f"curl --unix-socket {shlex.quote(uds)} {scheme}://localhost"
+        return f"{command} --unix-socket {shlex.quote(uds)} {scheme}://localhost"
 
     @property
     def _http_address(self) -> tuple[str, int] | None:
