@@ -5,6 +5,9 @@ Run it: uv run python examples/ray_serve.py [MODEL_FOLDER]      (needs: uv pip i
 Each replica has a scheduler, a prefill and a decode instance of its own, on its node; Serve's proxy answers at
 http://127.0.0.1:8000/v1, and passes every token on: docs/ray.md says what that costs. `hbserve serve --ray` places the
 instances of one deployment on the nodes of a cluster instead, and no token goes through Ray.
+
+Ctrl-C ends it, with the cluster that it has started. On one that was there before, Serve goes on until `serve shutdown`
+is typed there, which asks its dashboard.
 """
 
 import contextlib
@@ -50,7 +53,8 @@ def main(model_path: str | None) -> None:
     class Server:
         pass
 
-    serve.run(Server.bind(), blocking=True)
+    with contextlib.suppress(KeyboardInterrupt):
+        serve.run(Server.bind(), blocking=True)
 
 
 if __name__ == "__main__":
