@@ -92,8 +92,21 @@ def test_where_nobody_listens_ray_is_not_left_to_try_for_minutes(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", ModuleType("ray"))  # it would be called in vain
     with socket.create_server(("127.0.0.1", 0)) as taken:
         address = f"127.0.0.1:{taken.getsockname()[1]}"
-    with pytest.raises(ConfigError, match=rf"^--ray={address}: no cluster is there: .*refused"):
+    with pytest.raises(ConfigError, match=rf"^--ray={address}: no cluster is at {address}: .*refused"):
         connect(address)
+
+
+def test_a_cluster_that_was_killed_and_that_ray_still_knows_is_told_at_once_too(monkeypatch):
+    """Ray has it in a file, which only `ray stop` removes."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+    services: Any = ModuleType("ray._private.services")
+    services.canonicalize_bootstrap_address = lambda _: address
+    for name in ("ray", "ray._private"):  # init, which is not there, would be called in vain
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    monkeypatch.setitem(sys.modules, "ray._private.services", services)
+    with pytest.raises(ConfigError, match=rf"^--ray=auto: no cluster is at {address}: .*refused"):
+        connect("auto")
 
 
 @pytest.mark.parametrize("says", [b"", b"HTTP/1.1 400 Bad Request\r\n\r\n", b"\0\0\x06\4"])
@@ -121,7 +134,7 @@ def test_what_is_no_cluster_is_told_at_once_as_that(monkeypatch, says):
             assert tried == [address]
         else:
             with pytest.raises(
-                ConfigError, match=rf"^--ray={address}: no cluster is there: (timed out|.*no head of Ray)"
+                ConfigError, match=rf"^--ray={address}: no cluster is at {address}: (timed out|.*no head of Ray)"
             ):
                 connect(address)
             assert tried == []

@@ -52,14 +52,28 @@ def connect(address: str) -> None:
 
 def _require_somebody(address: str) -> None:
     """Raises ConfigError if nobody listens there, or not as a cluster does: Ray itself would try for minutes."""
-    host, _, port = address.rpartition(":")
+    place = _place_of(address)
+    host, _, port = place.rpartition(":")
     if host and "/" not in host and port.isdecimal():
         try:
             with socket.create_connection((host.strip("[]"), int(port)), CONNECT_TIMEOUT_S) as connection:
                 if os.environ.get("RAY_USE_TLS", "0") != "1":
                     _require_grpc(connection)
         except (OSError, OverflowError) as error:
-            raise ConfigError(f"--ray={address}: no cluster is there: {error}") from None
+            raise ConfigError(f"--ray={address}: no cluster is at {place}: {error}") from None
+
+
+def _place_of(address: str) -> str:
+    """HOST:PORT, also of `auto`: by RAY_ADDRESS, by what runs here, or by a file that outlives a head that was killed.
+    "" if there is none, which Ray says at once."""
+    if address != "auto":
+        return address
+    try:
+        from ray._private.services import canonicalize_bootstrap_address
+
+        return str(canonicalize_bootstrap_address(address) or "")
+    except (ImportError, ValueError, ConnectionError):
+        return ""
 
 
 def _require_grpc(connection: socket.socket) -> None:
