@@ -5,8 +5,9 @@ from collections.abc import Iterable
 
 import pytest
 
-from hbserve.simulator.launch_times import STEPS_REMEMBERED, ModelledLaunchTimes
+from hbserve.simulator.launch_times import ModelledLaunchTimes
 from hbserve.simulator.profile import Profile, StepLaw
+from hbserve_core.engine.step_times import STEPS_REMEMBERED
 
 GRAPH = 2304
 """Tokens of a step that has one."""

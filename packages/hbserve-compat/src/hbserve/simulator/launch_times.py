@@ -5,10 +5,8 @@ import math
 from collections import deque
 
 from hbserve.simulator.profile import StepLaw
-from hbserve_core.engine.step_times import LATE_FROM_S
+from hbserve_core.engine.step_times import LATE_FROM_S, STEPS_REMEMBERED
 
-STEPS_REMEMBERED = 200
-"""As there: by the launches of so many steps it is decided when the next one is to be."""
 NEEDED = 2
 """It may be late in a hundredth of them, so one that takes the host longer than the others changes nothing."""
 

@@ -52,7 +52,8 @@ _WAITED_S = 20e-6
 """Reading a step that has ended already takes less."""
 _FEWEST = 16
 """So many steps are seen before a prediction is relied on."""
-_WINDOW = 200
+STEPS_REMEMBERED = 200
+"""By the launches of so many it is decided when the next one is to be."""
 _RECENT = 0.03
 """Weight of the last step among the recent ones."""
 
@@ -269,7 +270,7 @@ class LaunchTimes:
         self._last_end = 0.0
         self._busy_at = 0.0
         """The last time that the step was seen to be computed still, after having waited in vain for its end."""
-        self._needs: deque[float] = deque(maxlen=_WINDOW)
+        self._needs: deque[float] = deque(maxlen=STEPS_REMEMBERED)
         """Time from the launch, had it been at the right moment, to the predicted end of the step before."""
         self.slack_s = 0.0
         """So long before a step's predicted end the next one is launched, where steps are not followed at once."""
