@@ -525,20 +525,21 @@ def fewer_programs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def one_kernel_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Triton's interpreter is not made for threads."""
+    """Triton's interpreter is not made for threads; nor is Python 3.11's `ast.parse` (python/cpython#106905), by which it
+    rewrites a kernel at its first launch."""
     import threading
 
-    from triton.runtime.interpreter import GridExecutor
+    from triton.runtime.interpreter import InterpretedFunction
 
     import hbserve_core.cuda_runner.decoder  # noqa: F401  # nor is its first import
 
-    lock, call = threading.Lock(), GridExecutor.__call__
+    lock, run = threading.Lock(), InterpretedFunction.run
 
     def locked(self: Any, *arguments: Any, **keywords: Any) -> Any:
         with lock:
-            return call(self, *arguments, **keywords)
+            return run(self, *arguments, **keywords)
 
-    monkeypatch.setattr(GridExecutor, "__call__", locked)
+    monkeypatch.setattr(InterpretedFunction, "run", locked)
 
 
 @pytest.fixture(params=["torch", "cuda kernels"])
